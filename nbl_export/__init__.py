@@ -1,0 +1,2 @@
+"""nbl-export."""
+__version__ = "0.1.0"

@@ -1,0 +1,5 @@
+"""`python -m nbl_export`."""
+
+from nbl_export.cli import main
+
+main()

@@ -1,0 +1,158 @@
+"""Run the model over calibration tokens and collect its moments, resumably.
+
+1. Hooks on the model's own attention modules see h, x and y; nothing of the model is rewritten.
+2. Memory is one batch and the accumulators, whatever the number of tokens.
+3. A checkpoint is taken between batches only, so that every layer has seen the same tokens. Batches
+   and their order depend on the tokens alone: a resumed run gives the same sums, bit for bit.
+4. The first Ctrl-C (or SIGTERM) finishes the batch, writes a checkpoint and stops; the second stops
+   at once and falls back on the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nbl_export.calibrate.moments import Accumulator, Moments, digest_of_tokens, load_moments, save_moments
+from nbl_export.errors import CalibrationError, InputError
+from nbl_export.models.layers import AttentionLayer, attention_layers, hidden_size, observed
+from nbl_export.progress import Listener, Silent
+
+if TYPE_CHECKING:
+    import torch
+
+# About this many tokens a forward pass: enough for full GEMM rate, small enough for the caches.
+_BATCH_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where to keep unfinished moments, and how often to write them."""
+
+    path: Path
+    every_seconds: float = 60.0
+
+
+def collect_moments(
+    model: torch.nn.Module,
+    tokens: NDArray[np.int32],
+    fingerprint: str,
+    checkpoint: Checkpoint | None = None,
+    listener: Listener | None = None,
+) -> Moments:
+    """The moments of every attention layer of ``model`` over ``tokens`` [samples, seq_len].
+
+    ``fingerprint`` identifies the model; a checkpoint of another model or text is ignored. Raises
+    :class:`CalibrationError` naming the layer if an activation is NaN or infinite, and
+    ``KeyboardInterrupt`` after an interrupt, its work saved.
+    """
+    import torch
+
+    listener = listener or Silent()
+    layers = attention_layers(model)
+    device = next(model.parameters()).device
+    accumulators = {layer.index: Accumulator(hidden_size(model), device) for layer in layers}
+    identity = {"model": fingerprint, "tokens": digest_of_tokens(tokens)}
+    done = _resume(checkpoint, identity, accumulators, listener)
+    rows, length = tokens.shape
+    step = max(1, _BATCH_TOKENS // length)
+    body: Any = _body(model)
+
+    def observe(index: int, h: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
+        accumulators[index].add(h, x, y)
+
+    def save() -> None:
+        if checkpoint:
+            partial = Moments({i: a.result() for i, a in accumulators.items()})
+            save_moments(checkpoint.path, partial, {**identity, "rows": done})
+
+    saved_at = time.monotonic()
+    with (
+        listener.task("Calibrating", rows * length, "tokens", done * length) as task,
+        observed(model, layers, observe),
+        torch.inference_mode(),
+        _deferred_interrupt() as stop,
+    ):
+        while done < rows:
+            batch = torch.from_numpy(tokens[done : done + step].astype(np.int64)).to(device)
+            body(input_ids=batch, use_cache=False)
+            _check_finite(accumulators, layers, done)
+            done += len(batch)
+            task.advance(batch.numel())
+            if stop.is_set():
+                save()
+                raise KeyboardInterrupt
+            if checkpoint and time.monotonic() - saved_at > checkpoint.every_seconds:
+                save()
+                saved_at = time.monotonic()
+    return Moments({i: a.result() for i, a in accumulators.items()})
+
+
+def _body(model: torch.nn.Module) -> Any:
+    # The blocks without the language-model head: its logits, a fifth of a small model's work, are not needed.
+    return getattr(model, "base_model", model)
+
+
+def _resume(
+    checkpoint: Checkpoint | None,
+    identity: dict[str, str],
+    accumulators: dict[int, Accumulator],
+    listener: Listener,
+) -> int:
+    if checkpoint is None or not checkpoint.path.exists():
+        return 0
+    try:
+        moments, metadata = load_moments(checkpoint.path)
+    except InputError:
+        listener.note(f"The checkpoint {checkpoint.path.name} is damaged and was ignored.")
+        return 0
+    rows = metadata.pop("rows", 0)
+    if metadata != identity or set(moments.layers) != set(accumulators):
+        return 0
+    for index, layer in moments.layers.items():
+        accumulators[index].restore(layer)
+    listener.note(f"Calibration goes on from a checkpoint at {rows} rows.")
+    return int(rows)
+
+
+def _check_finite(
+    accumulators: dict[int, Accumulator], layers: tuple[AttentionLayer, ...], row: int
+) -> None:
+    for layer in layers:
+        if not accumulators[layer.index].is_finite():
+            raise CalibrationError(
+                f"The activations of layer {layer.index} ({layer.attention}) are NaN or infinite, first seen in "
+                f"the batch at calibration row {row}: the model or its precision is broken there, and nothing "
+                "can be fitted to it."
+            )
+
+
+@contextmanager
+def _deferred_interrupt() -> Iterator[threading.Event]:
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # only the main thread may set signal handlers
+        return
+    previous = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def handler(signum: int, _frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    for signum in previous:
+        signal.signal(signum, handler)
+    try:
+        yield stop
+    finally:
+        for signum, old in previous.items():
+            signal.signal(signum, old)

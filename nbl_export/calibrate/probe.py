@@ -1,0 +1,105 @@
+"""A small batch of real text with the activations PyTorch had on it: the evidence for the rewrite.
+
+The graph rewrite must prove, without PyTorch and without the model, that the tensors it found in a
+graph are the ones the fit was made for. So calibration keeps, for one ragged left-padded batch, what
+each attention layer read and wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nbl_export.errors import InputError
+from nbl_export.models.layers import attention_layers, observed
+from nbl_export.workspace import atomic_path
+
+if TYPE_CHECKING:
+    import torch
+
+F32 = NDArray[np.float32]
+I64 = NDArray[np.int64]
+FORMAT = "nbl-export/probe/1"
+_LENGTHS = (24, 17)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """``input_ids``, ``attention_mask``, ``position_ids`` [batch, sequence] int64, and per layer h, x, y.
+
+    The activations are float32 rows [tokens, d] of the unpadded tokens, in batch order: h the
+    residual stream, x what the attention reads, y what it writes.
+    """
+
+    input_ids: I64
+    attention_mask: I64
+    position_ids: I64
+    h: Mapping[int, F32]
+    x: Mapping[int, F32]
+    y: Mapping[int, F32]
+
+
+def left_padded(rows: list[NDArray[np.int32]], pad: int = 0) -> tuple[I64, I64, I64]:
+    """``input_ids``, ``attention_mask`` and ``position_ids`` of ragged ``rows``, padded on the left."""
+    width = max(len(row) for row in rows)
+    ids = np.full((len(rows), width), pad, dtype=np.int64)
+    mask = np.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, width - len(row) :] = row
+        mask[i, width - len(row) :] = 1
+    positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
+    return ids, mask, positions
+
+
+def probe_model(model: torch.nn.Module, tokens: NDArray[np.int32]) -> Probe:
+    """Run ``model`` over the beginning of two rows of ``tokens`` and keep every layer's h, x and y."""
+    import torch
+
+    rows = [tokens[i % len(tokens)][:n] for i, n in enumerate(_LENGTHS)]
+    ids, mask, positions = left_padded(rows)
+    kept = torch.from_numpy(mask).bool()
+    h: dict[int, F32] = {}
+    x: dict[int, F32] = {}
+    y: dict[int, F32] = {}
+
+    def observe(index: int, *activations: torch.Tensor) -> None:
+        for store, value in zip((h, x, y), activations, strict=True):
+            store[index] = value[kept.to(value.device)].float().cpu().numpy()
+
+    device = next(model.parameters()).device
+    inputs = [torch.from_numpy(a).to(device) for a in (ids, mask, positions)]
+    with observed(model, attention_layers(model), observe), torch.inference_mode():
+        model(input_ids=inputs[0], attention_mask=inputs[1], position_ids=inputs[2], use_cache=False)
+    return Probe(ids, mask, positions, h, x, y)
+
+
+def save_probe(path: Path, probe: Probe) -> None:
+    """Write a probe as safetensors, atomically."""
+    from safetensors.numpy import save_file
+
+    tensors = {name: getattr(probe, name) for name in ("input_ids", "attention_mask", "position_ids")}
+    for name in ("h", "x", "y"):
+        tensors.update({f"{name}.{i}": np.ascontiguousarray(v) for i, v in getattr(probe, name).items()})
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, {"format": FORMAT})
+
+
+def load_probe(path: Path) -> Probe:
+    """Read what :func:`save_probe` wrote; raises :class:`InputError` for anything else."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        tensors = load_file(path)
+        acts: dict[str, dict[int, F32]] = {"h": {}, "x": {}, "y": {}}
+        for key in [k for k in tensors if "." in k]:
+            name, index = key.split(".")
+            acts[name][int(index)] = tensors.pop(key)
+        return Probe(**tensors, **acts)
+    except (SafetensorError, OSError, TypeError, ValueError, KeyError) as error:
+        raise InputError(f"{path} cannot be read ({error}): run `nbl-export calibrate` again.") from None

@@ -1,0 +1,346 @@
+"""Text for calibration and for judging: files, folders, Hub data sets, or the model itself.
+
+A source is a stream of documents. Every eighth document is held out: the fit never sees it, and the
+method's loss is measured on it. Documents are tokenized, joined with the end-of-text token and cut
+into rows of ``seq_len`` tokens, as the paper's authors do.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import io
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nbl_export.errors import InputError, MissingDependencyError
+from nbl_export.progress import Listener
+from nbl_export.workspace import atomic_path
+
+if TYPE_CHECKING:
+    import torch
+
+I32 = NDArray[np.int32]
+HELD_OUT_EVERY = 8
+SELF = "self"
+FORMAT = "nbl-export/text/1"
+_FORMATS = (".txt", ".jsonl", ".parquet")
+# A plain text file is cut at line ends into documents of about this many characters, so that a part
+# of it can be held out.
+_TXT_DOCUMENT = 8192
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Token ids, packed.
+
+    ``calibration`` is [samples, seq_len]; ``heldout`` is [rows, seq_len] of documents that
+    ``calibration`` has no part of, and ``heldout_document`` says of each of its tokens which
+    document it belongs to. All int32.
+    """
+
+    calibration: I32
+    heldout: I32
+    heldout_document: I32
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """What text to take: ``sources`` as the user named them, and how much of it."""
+
+    sources: tuple[str, ...] = (SELF,)
+    samples: int = 128
+    seq_len: int = 512
+    heldout_samples: int = 24
+    field: str = "text"
+    seed: int = 0
+
+    def check(self) -> None:
+        """Refuse sizes that make no sense."""
+        for name, least in (("samples", 1), ("seq_len", 8), ("heldout_samples", 1)):
+            if getattr(self, name) < least:
+                option = "--" + name.replace("_", "-")
+                raise InputError(f"{option} is {getattr(self, name)}; it must be at least {least}.")
+        if SELF in self.sources and len(self.sources) > 1:
+            raise InputError("--calibration self stands alone: it cannot be mixed with files.")
+
+
+# documents ---------------------------------------------------------------------------------------
+
+
+def documents(sources: Iterable[str], field: str) -> Iterator[str]:
+    """The documents of all ``sources`` in order: files, folders, glob patterns or Hub data-set ids.
+
+    Raises :class:`InputError` for an unknown format, text that is no text, or a missing field.
+    """
+    for source in sources:
+        files = _files(source)
+        if files is None:
+            yield from _hub_documents(source, field)
+        for file in files or ():
+            yield from _file_documents(file, field)
+
+
+def _files(source: str) -> list[Path] | None:
+    path = Path(source).expanduser()
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        found = sorted(p for p in path.rglob("*") if p.is_file() and _format(p) is not None)
+        if not found:
+            raise InputError(f"The folder {source} has no calibration text: no {_listed()} file in it.")
+        return found
+    if any(c in source for c in "*?["):
+        matches = sorted(Path(p) for p in glob.glob(str(path)) if Path(p).is_file())
+        if not matches:
+            raise InputError(f"No file matches the calibration text {source}.")
+        return matches
+    if source.count("/") > 1 or source.startswith((".", "/", "~")) or _format(path) is not None:
+        raise InputError(f"The calibration text {source} does not exist.")
+    return None
+
+
+def _format(path: Path) -> str | None:
+    name = path.name.lower().removesuffix(".gz").removesuffix(".zst")
+    return next((suffix for suffix in _FORMATS if name.endswith(suffix)), None)
+
+
+def _listed() -> str:
+    return ", ".join(_FORMATS[:-1]) + f" or {_FORMATS[-1]} (.gz and .zst too)"
+
+
+def _file_documents(path: Path, field: str) -> Iterator[str]:
+    kind = _format(path)
+    if kind is None:
+        raise InputError(f"{path} is no calibration text: give a {_listed()} file.")
+    try:
+        if kind == ".parquet":
+            yield from _parquet_documents(path, field)
+            return
+        with _open(path) as raw:
+            lines = io.TextIOWrapper(raw, encoding="utf-8", errors="strict", newline="\n")
+            yield from _jsonl_documents(path, lines, field) if kind == ".jsonl" else _txt_documents(path, lines)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is no UTF-8 text ({error.reason} at byte {error.start} of a block).") from None
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise InputError(f"{path} cannot be unpacked ({error}): fetch it again.") from None
+
+
+def _open(path: Path) -> IO[bytes]:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rb")
+    if path.suffix == ".zst":
+        try:
+            import zstandard
+        except ImportError:
+            raise MissingDependencyError(_needs("zstandard", "Reading .zst", "text")) from None
+        return zstandard.open(path, "rb")
+    return path.open("rb")
+
+
+def _txt_documents(path: Path, lines: Iterable[str]) -> Iterator[str]:
+    part: list[str] = []
+    size = 0
+    for line in lines:
+        if "\0" in line:
+            raise InputError(f"{path} is no text: it has NUL bytes.")
+        part.append(line)
+        size += len(line)
+        if size >= _TXT_DOCUMENT:
+            yield "".join(part)
+            part, size = [], 0
+    if part:
+        yield "".join(part)
+
+
+def _jsonl_documents(path: Path, lines: Iterable[str], field: str) -> Iterator[str]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}, line {number}: no JSON ({error.msg}); a .jsonl file has one object a line.") from None
+        yield _field(row, field, f"{path}, line {number}")
+
+
+def _parquet_documents(path: Path, field: str) -> Iterator[str]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise MissingDependencyError(_needs("pyarrow", "Reading .parquet", "text")) from None
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            if field not in file.schema_arrow.names:
+                raise InputError(_no_field(field, file.schema_arrow.names, str(path)))
+            for batch in file.iter_batches(batch_size=256, columns=[field]):
+                for value in batch.column(0).to_pylist():
+                    yield _field({field: value}, field, str(path))
+    except pyarrow.ArrowInvalid as error:
+        raise InputError(f"{path} is no parquet file ({str(error).splitlines()[0]}).") from None
+
+
+def _hub_documents(name: str, field: str) -> Iterator[str]:
+    try:
+        import datasets
+    except ImportError:
+        raise MissingDependencyError(
+            f"{name} is no local file; to read it from the Hub: " + _needs("datasets", "A Hub data set", "hub")
+        ) from None
+    try:
+        rows = datasets.load_dataset(name, split="train", streaming=True)
+        for row in rows:
+            yield _field(row, field, f"data set {name}")
+    except InputError:
+        raise
+    except Exception as error:  # the Hub client raises its own, httpx's and OS errors
+        raise InputError(
+            f"The calibration text {name} is neither a local file or folder nor a data set that the Hub "
+            f"would give ({type(error).__name__}): check the spelling and the network."
+        ) from None
+
+
+def _field(row: Any, field: str, where: str) -> str:
+    if isinstance(row, dict) and isinstance(row.get(field), str):
+        return str(row[field])
+    names = [k for k, v in row.items() if isinstance(v, str)] if isinstance(row, dict) else []
+    raise InputError(_no_field(field, names, where))
+
+
+def _no_field(field: str, names: Iterable[str], where: str) -> str:
+    has = ", ".join(names) or "none"
+    return f"{where}: no text field {field!r} (text fields: {has}); name it with --text-field."
+
+
+def _needs(package: str, what: str, extra: str) -> str:
+    return f"{what} needs {package}: pip install 'nbl-export[{extra}]'."
+
+
+# packing -----------------------------------------------------------------------------------------
+
+
+def pack(texts: Iterable[str], tokenizer: Any, settings: TextSettings, listener: Listener) -> CalibrationText:
+    """Tokenize and pack until both parts are full; raises :class:`InputError` if that gives too little.
+
+    Fewer calibration rows than asked for are used with a note, as long as there is one whole row of
+    each part.
+    """
+    end = tokenizer.eos_token_id
+    if end is None:
+        end = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    length = settings.seq_len
+    want = {False: settings.samples * length, True: settings.heldout_samples * length}
+    parts: dict[bool, list[I32]] = {False: [], True: []}
+    owners: list[I32] = []
+    have = {False: 0, True: 0}
+    with listener.task("Reading text", sum(want.values()), "tokens") as task:
+        for number, text in enumerate(t for t in texts if t.strip()):
+            held = number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+            if have[held] < want[held]:
+                ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+                row = np.array([*ids, end], dtype=np.int32)[: want[held] - have[held]]
+                parts[held].append(row)
+                have[held] += len(row)
+                if held:
+                    owners.append(np.full(len(row), number, dtype=np.int32))
+                task.advance(len(row))
+            if all(have[k] >= want[k] for k in want):
+                break
+    for held, name in ((False, "calibration"), (True, "held-out")):
+        if have[held] < length:
+            raise InputError(
+                f"The calibration text gives {have[held]:,} {name} tokens, less than one row of {length}: "
+                f"give more text (every {HELD_OUT_EVERY}th document is held out) or lower --seq-len."
+            )
+        if have[held] < want[held]:
+            listener.note(
+                f"The text gives {have[held]:,} {name} tokens of the {want[held]:,} asked for; all are used."
+            )
+
+    def rows(pieces: list[I32]) -> I32:
+        flat = np.concatenate(pieces)
+        return flat[: len(flat) // length * length].reshape(-1, length)
+
+    return CalibrationText(rows(parts[False]), rows(parts[True]), rows(owners))
+
+
+# the model's own text ----------------------------------------------------------------------------
+
+
+def sample_from_model(
+    model: torch.nn.Module, start_token: int, settings: TextSettings, listener: Listener
+) -> CalibrationText:
+    """Text sampled from the model itself, one document a row, by plain ancestral sampling.
+
+    Temperature 1 without truncation draws from the distribution the model was trained to match, so
+    its activations are those of ordinary text. Deterministic for a seed on one machine.
+    """
+    import torch
+
+    from nbl_export.runtime.torch import TorchDecoder
+
+    decoder = TorchDecoder(model)
+    length, total = settings.seq_len, settings.samples + settings.heldout_samples
+    generator = torch.Generator().manual_seed(settings.seed)
+    documents: list[I32] = []
+    with listener.task("Sampling text from the model", total * length, "tokens") as task:
+        for first in range(0, total, _SAMPLE_BATCH):
+            batch = min(_SAMPLE_BATCH, total - first)
+            documents.append(_sample(decoder, batch, length, start_token, generator, task.advance))
+    tokens = np.concatenate(documents)
+    held = tokens[settings.samples :]
+    owner = np.repeat(np.arange(len(held), dtype=np.int32)[:, None], length, axis=1)
+    return CalibrationText(tokens[: settings.samples], held, owner)
+
+
+# Wide enough that the matrix products dominate, narrow enough that the cache stays small.
+_SAMPLE_BATCH = 76
+
+
+def _sample(
+    decoder: Any, batch: int, length: int, start: int, generator: torch.Generator, advance: Any
+) -> I32:
+    import torch
+
+    tokens = torch.full((batch, 1), start, dtype=torch.long)
+    rows, past = [], decoder.empty_past(batch)
+    with torch.inference_mode():
+        for step in range(length):
+            mask = torch.ones(batch, step + 1, dtype=torch.long)
+            positions = torch.full((batch, 1), step, dtype=torch.long)
+            logits, past = decoder.forward(tokens, mask, positions, past)
+            probabilities = torch.softmax(logits[:, -1].float(), dim=-1)
+            tokens = torch.multinomial(probabilities, 1, generator=generator)
+            rows.append(tokens[:, 0].to(torch.int32))
+            advance(batch)
+    return torch.stack(rows, dim=1).numpy()
+
+
+# on disk -----------------------------------------------------------------------------------------
+
+
+def save_text(path: Path, text: CalibrationText) -> None:
+    """Write the packed tokens as safetensors, atomically."""
+    from safetensors.numpy import save_file
+
+    tensors = {name: np.ascontiguousarray(getattr(text, name)) for name in CalibrationText.__annotations__}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, {"format": FORMAT})
+
+
+def load_text(path: Path) -> CalibrationText:
+    """Read what :func:`save_text` wrote; raises :class:`InputError` for anything else."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return CalibrationText(**load_file(path))
+    except (SafetensorError, OSError, TypeError) as error:
+        raise InputError(f"{path} cannot be read ({error}): run `nbl-export calibrate` again.") from None

@@ -1,0 +1,320 @@
+"""The command line: one function per command; parse, call, render. No logic.
+
+Exit codes: 0 pass · 1 a gate failed · 2 bad usage or input · 3 a needed package or device is missing ·
+4 an export or build failed · 130 interrupted · 70 an error of nbl-export itself.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
+
+import typer
+from typer.core import TyperGroup
+
+from nbl_export import __version__
+from nbl_export.errors import GATE_FAILED, INTERNAL, INTERRUPTED, NblError, os_error_in_words
+
+if TYPE_CHECKING:
+    from nbl_export.pipeline import Run
+    from nbl_export.report.schema import Report
+
+DEFAULT_COMMAND = "run"
+
+
+class _DefaultCommandGroup(TyperGroup):
+    """`nbl-export MODEL …` means `nbl-export run MODEL …`: what is no command is a model."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        own = {"--help", "-h", "--version", "--install-completion", "--show-completion"}
+        if args and args[0] not in self.commands and args[0] not in own:
+            args = [DEFAULT_COMMAND, *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    name="nbl-export",
+    cls=_DefaultCommandGroup,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help=(
+        "Replace a transformer's most linear attention layers by one affine map each (Neural Block "
+        "Linearization), in the ONNX graph, and prove the result.\n\n"
+        "[bold]nbl-export MODEL --k 8 -o OUT[/bold] does everything; the other commands do one stage each on "
+        "the same OUT and go on from what is there."
+    ),
+)
+
+# Options shared by the whole run and its stages; each stands here once.
+ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face id, a local folder, or a .gguf file.", show_default=False)]
+OutArg = Annotated[Path, typer.Argument(metavar="OUT", help="The output folder of an earlier command.", show_default=False)]
+OutOpt = Annotated[Path, typer.Option("--output", "-o", help="Output folder; made if needed.")]
+KOpt = Annotated[Optional[int], typer.Option("--k", help="How many attention layers to linearize.", show_default=False)]
+LayersOpt = Annotated[Optional[str], typer.Option("--layers", help="Exactly these layers instead, as 3,7,12.", show_default=False)]
+CriterionOpt = Annotated[Literal["cca", "nmse"], typer.Option(help="How layers are ranked: the paper's CCA bound on the residual stream, or the fit's own NMSE.")]
+FitInputOpt = Annotated[Literal["normed", "residual"], typer.Option(help="Fit on the attention's input after or before the input norm.")]
+RidgeOpt = Annotated[float, typer.Option(help="Ridge, relative to each channel's variance; grows tenfold if Cholesky fails.")]
+CalibrationOpt = Annotated[Optional[list[str]], typer.Option(help="Text: a .txt/.jsonl/.parquet file (.gz/.zst too), folder, glob or Hub data set; repeatable. 'self' samples it from the model.", show_default="self")]
+FieldOpt = Annotated[str, typer.Option("--text-field", help="The text field of .jsonl, .parquet or Hub rows.")]
+SamplesOpt = Annotated[int, typer.Option(help="Rows of calibration tokens.")]
+SeqLenOpt = Annotated[int, typer.Option(help="Tokens per row.")]
+HeldoutOpt = Annotated[int, typer.Option(help="Rows of held-out tokens, for the method's loss.")]
+SeedOpt = Annotated[int, typer.Option(help="Seed of everything random.")]
+TrustOpt = Annotated[bool, typer.Option("--trust-remote-code", help="Run modelling code that comes with the model.")]
+StepsOpt = Annotated[int, typer.Option(help="Teacher-forced decode steps of the parity run.")]
+ContextsOpt = Annotated[str, typer.Option(help="Context lengths to time.")]
+RoundsOpt = Annotated[int, typer.Option(help="Timed rounds of base and linearized in turn.")]
+QualityOpt = Annotated[bool, typer.Option("--quality/--no-quality", help="Measure the method's loss on held-out text.")]
+SpeedOpt = Annotated[bool, typer.Option("--speed/--no-speed", help="Time both graphs.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"nbl-export {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    pass
+
+
+@app.command(DEFAULT_COMMAND)
+def run(
+    model: ModelArg,
+    k: KOpt = None,
+    output: OutOpt = Path("nbl-out"),
+    layers: LayersOpt = None,
+    criterion: CriterionOpt = "cca",
+    fit_input: FitInputOpt = "normed",
+    ridge: RidgeOpt = 1e-6,
+    calibration: CalibrationOpt = None,
+    text_field: FieldOpt = "text",
+    samples: SamplesOpt = 128,
+    seq_len: SeqLenOpt = 512,
+    heldout_samples: HeldoutOpt = 24,
+    seed: SeedOpt = 0,
+    decode_steps: StepsOpt = 8,
+    contexts: ContextsOpt = "128,512,1024",
+    rounds: RoundsOpt = 7,
+    quality: QualityOpt = True,
+    speed: SpeedOpt = True,
+    trust_remote_code: TrustOpt = False,
+) -> None:
+    """Everything: calibrate, select, export, rewrite, verify, report. The default command."""
+    from nbl_export import pipeline
+
+    selection = _selection(k, layers, criterion, fit_input, ridge)
+    calibrating = _calibration(calibration, text_field, samples, seq_len, heldout_samples, seed)
+    verifying = _verification(decode_steps, contexts, rounds, quality, speed)
+    selection.check()
+    calibrating.text().check()
+    verifying.check()
+    work = _start(model, output, trust_remote_code)
+    with work.workspace.lock():
+        report = pipeline.run_all(work, calibrating, selection, verifying)
+    _finish(report, output)
+
+
+@app.command()
+def calibrate(
+    model: ModelArg,
+    output: OutOpt = Path("nbl-out"),
+    calibration: CalibrationOpt = None,
+    text_field: FieldOpt = "text",
+    samples: SamplesOpt = 128,
+    seq_len: SeqLenOpt = 512,
+    heldout_samples: HeldoutOpt = 24,
+    seed: SeedOpt = 0,
+    trust_remote_code: TrustOpt = False,
+) -> None:
+    """Stream the activations' second moments into OUT. Interrupted, it goes on from a checkpoint."""
+    from nbl_export import pipeline
+
+    settings = _calibration(calibration, text_field, samples, seq_len, heldout_samples, seed)
+    settings.text().check()
+    work = _start(model, output, trust_remote_code)
+    with work.workspace.lock():
+        pipeline.calibrate(work, settings)
+    _say(f"Calibrated. Next: nbl-export select {output} --k K")
+
+
+@app.command()
+def select(
+    out: OutArg,
+    k: KOpt = None,
+    layers: LayersOpt = None,
+    criterion: CriterionOpt = "cca",
+    fit_input: FitInputOpt = "normed",
+    ridge: RidgeOpt = 1e-6,
+) -> None:
+    """Score every layer, choose K, and write the plan."""
+    from nbl_export import pipeline
+
+    settings = _selection(k, layers, criterion, fit_input, ridge)
+    settings.check()
+    work = _resume(out)
+    with work.workspace.lock():
+        plan = pipeline.select(work, settings)
+    _say(f"Plan: layers {', '.join(map(str, plan.chosen)) or 'none'}. Next: nbl-export export {out}")
+
+
+@app.command()
+def export(out: OutArg) -> None:
+    """Export the unmodified model to OUT/baseline/model.onnx."""
+    from nbl_export import pipeline
+
+    work = _resume(out)
+    with work.workspace.lock():
+        pipeline.export(work)
+    _say(f"Exported {out / 'baseline' / 'model.onnx'}. Next: nbl-export rewrite {out}")
+
+
+@app.command()
+def rewrite(out: OutArg) -> None:
+    """Replace the planned attention in the graph: find, prove, replace, count."""
+    from nbl_export import pipeline
+
+    work = _resume(out)
+    with work.workspace.lock():
+        pipeline.rewrite(work)
+    _say(f"Rewrote {out / 'model.onnx'}. Next: nbl-export verify {out}")
+
+
+@app.command()
+def verify(
+    out: OutArg,
+    decode_steps: StepsOpt = 8,
+    contexts: ContextsOpt = "128,512,1024",
+    rounds: RoundsOpt = 7,
+    quality: QualityOpt = True,
+    speed: SpeedOpt = True,
+) -> None:
+    """Check parity against PyTorch, measure the method's loss and the speed; exit 1 if a gate fails."""
+    from nbl_export import pipeline
+
+    settings = _verification(decode_steps, contexts, rounds, quality, speed)
+    settings.check()
+    work = _resume(out)
+    with work.workspace.lock():
+        report = pipeline.verify(work, settings)
+    _finish(report, out)
+
+
+@app.command()
+def report(out: OutArg) -> None:
+    """Show the report again and redraw report.md and junit.xml from report.json."""
+    from nbl_export import pipeline
+    from nbl_export.workspace import Workspace
+
+    workspace = Workspace.open(out)
+    with workspace.lock():
+        value = pipeline.report(workspace)
+    _finish(value, out)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="An ONNX file, a plan, moments, or an output folder.", show_default=False)],
+) -> None:
+    """Show what a file or an output folder holds, as a table."""
+    from nbl_export.inspection import inspect_path
+    from nbl_export.terminal import show_tables
+
+    show_tables(inspect_path(path))
+
+
+def _layers(text: str | None) -> tuple[int, ...] | None:
+    return None if text is None else _numbers("--layers", text)
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise typer.BadParameter(f"{option} is {text!r}; give whole numbers with commas, as 3,7,12.") from None
+
+
+def _calibration(sources: Any, field: str, samples: int, seq_len: int, heldout: int, seed: int) -> Any:
+    from nbl_export.pipeline import CalibrateSettings
+
+    return CalibrateSettings(tuple(sources or ("self",)), samples, seq_len, heldout, field, seed)
+
+
+def _selection(k: int | None, layers: str | None, criterion: str, fit_input: Any, ridge: float) -> Any:
+    from nbl_export.pipeline import SelectSettings
+
+    return SelectSettings(k, _layers(layers), criterion, fit_input, ridge)
+
+
+def _verification(steps: int, contexts: str, rounds: int, quality: bool, speed: bool) -> Any:
+    from nbl_export.pipeline import VerifySettings
+
+    return VerifySettings(steps, quality, speed, _numbers("--contexts", contexts), rounds)
+
+
+def _start(model: str, output: Path, trust: bool) -> Run:
+    from nbl_export.pipeline import Run
+    from nbl_export.terminal import TerminalListener
+
+    return Run.start(model, output, TerminalListener(), trust)
+
+
+def _resume(out: Path) -> Run:
+    from nbl_export.pipeline import Run
+    from nbl_export.terminal import TerminalListener
+
+    return Run.resume(out, TerminalListener())
+
+
+def _say(text: str) -> None:
+    from nbl_export.terminal import say
+
+    say(text)
+
+
+def _finish(report: Report, out: Path) -> None:
+    from nbl_export.terminal import show_report
+
+    show_report(report, out)
+    if not report.passed:
+        raise typer.Exit(GATE_FAILED)
+
+
+def main() -> None:
+    """Entry point: errors become one sentence on stderr and an exit code; never a traceback."""
+    try:
+        code = app(standalone_mode=False)
+    except NblError as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("Interrupted; run the same command again to go on from what is done.", INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(INTERRUPTED)
+    except OSError as error:
+        translated = os_error_in_words(error, "working")
+        _fail(str(translated), translated.exit_code)
+    except Exception as error:
+        if hasattr(error, "exit_code") and hasattr(error, "format_message"):  # usage errors of the parser
+            _fail(f"{error.format_message()} See nbl-export --help.", 2)
+        if os.environ.get("NBL_EXPORT_DEBUG"):
+            raise
+        _fail(
+            f"Internal error, please report it: {type(error).__name__}: {error} "
+            "(set NBL_EXPORT_DEBUG=1 for the traceback).",
+            INTERNAL,
+        )
+    else:
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> None:
+    typer.echo(f"error: {message}", err=True)
+    sys.exit(code)

@@ -1,0 +1,57 @@
+"""The few errors a user can meet, each with its exit code (see DESIGN: exit codes).
+
+Everything raised on purpose is an :class:`NblError`. Its message is one sentence that says what is
+wrong, where, and what to do; the command line prints it and nothing else.
+"""
+
+from __future__ import annotations
+
+import errno
+
+
+class NblError(Exception):
+    """Base of all user-facing errors. ``exit_code`` is what the command line returns."""
+
+    exit_code = 2
+
+
+class InputError(NblError):
+    """Bad usage or bad input: a path, an option, a file's content (exit code 2)."""
+
+
+class CalibrationError(InputError):
+    """The activations or the statistics of a layer cannot be used (exit code 2)."""
+
+
+class MissingDependencyError(NblError):
+    """A package or a device that this job needs is not there (exit code 3)."""
+
+    exit_code = 3
+
+
+class BuildError(NblError):
+    """An export, a graph rewrite or an engine build failed (exit code 4)."""
+
+    exit_code = 4
+
+
+GATE_FAILED = 1
+INTERRUPTED = 130
+INTERNAL = 70
+
+# What the operating system says when there is no room; EFBIG is a file-size limit (ulimit -f).
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+def os_error_in_words(error: OSError, doing: str) -> InputError:
+    """One sentence for an ``OSError`` met while ``doing`` something (``"writing model.onnx"``)."""
+    where = f" ({error.filename})" if error.filename else ""
+    if error.errno in _NO_ROOM:
+        return InputError(
+            f"No room on the disk while {doing}{where}: free some space or choose another --output, "
+            "then run the same command again; finished stages are kept."
+        )
+    if error.errno in _NO_ACCESS:
+        return InputError(f"No permission while {doing}{where}: choose a folder you can write to.")
+    return InputError(f"{error.strerror or error} while {doing}{where}.")

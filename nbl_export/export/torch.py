@@ -1,0 +1,195 @@
+"""Export a decoder with ``torch.onnx.export(dynamo=True)``: one graph for prefill and decode.
+
+Inputs  input_ids, position_ids [batch, sequence], attention_mask [batch, past + sequence] int64,
+        past_key_values.N.key/.value [batch, kv_heads, past, head_dim]
+Outputs logits [batch, sequence, vocab], present.N.key/.value [batch, kv_heads, past + sequence, head_dim]
+
+The names are those of optimum and onnxruntime-genai. Three things differ from exporting the model as
+it is: the past length comes from the mask (so no layer's cache is needed for it), grouped-query
+attention stays grouped instead of repeating keys and values, and repeated sub-expressions (cosines,
+sines, masks) are computed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common as passes
+
+from nbl_export.errors import BuildError
+from nbl_export.graph.cache import SIDES, past_name, present_name
+from nbl_export.graph.io import check_file, save_graph
+from nbl_export.models.layers import layer_count
+from nbl_export.models.load import quiet
+from nbl_export.progress import Listener, Silent
+from nbl_export.runtime.torch import kv_shape, run_with_past
+
+OPSET = 23
+_ATTENTION = "nbl_export_grouped_sdpa"
+_SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+class _Decoder(torch.nn.Module):
+    """The model as a function of tensors: ids, mask, positions and a flat list of past keys and values."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        past: list[tuple[torch.Tensor, torch.Tensor]],
+    ) -> Any:
+        length = attention_mask.shape[1] - input_ids.shape[1]
+        for keys, values in past:
+            torch._check(keys.shape[2] == length)
+            torch._check(values.shape[2] == length)
+        return run_with_past(self.model, input_ids, attention_mask, position_ids, past, length)
+
+
+def _grouped_sdpa(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **_unused: Any,
+) -> tuple[torch.Tensor, None]:
+    # transformers' own sdpa repeats keys and values for grouped queries whenever there is a mask.
+    if attention_mask is None or softcap is not None or s_aux is not None:
+        what = "no mask" if attention_mask is None else "soft-capping" if softcap is not None else "attention sinks"
+        raise BuildError(f"{type(module).__name__} uses {what}, which this exporter does not serve yet.")
+    grouped = query.shape[1] != key.shape[1]
+    output = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=grouped
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+@contextmanager
+def _grouped_attention(model: Any) -> Iterator[None]:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    AttentionInterface.register(_ATTENTION, _grouped_sdpa)
+    AttentionMaskInterface.register(_ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    before = model.config._attn_implementation
+    model.set_attn_implementation(_ATTENTION)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def export_torch(model: torch.nn.Module, path: Path, listener: Listener | None = None) -> list[Path]:
+    """Export ``model`` (float32, CPU) to ``path`` with external data beside it; returns the files.
+
+    Raises :class:`BuildError` if torch cannot export it or the ONNX checker refuses the result.
+    """
+    listener = listener or Silent()
+    with listener.task("Exporting ONNX", 4, "steps") as task:
+        try:
+            with quiet(), _grouped_attention(model), torch.no_grad():
+                program = _capture(model)
+                task.advance(1)
+                onnx_program = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False)
+        except BuildError:
+            raise
+        except Exception as error:
+            first = str(error).strip().splitlines() or [type(error).__name__]
+            raise BuildError(
+                f"torch.onnx.export cannot export {type(model).__name__}: {first[0][:300]}"
+            ) from error
+        assert onnx_program is not None
+        task.advance(1)
+        graph = tidy(onnx_program.model, layer_count(model))
+        task.advance(1)
+        files = save_graph(graph, path)
+        check_file(path)
+        task.advance(1)
+    return files
+
+
+def _capture(model: torch.nn.Module) -> torch.export.ExportedProgram:
+    heads, dim = kv_shape(model)
+    count = layer_count(model)
+    # Example sizes of 0 or 1 would be taken for constants; all differ so that none are confused.
+    batch, sequence, past_length = 2, 3, 5
+    past = [
+        (torch.zeros(batch, heads, past_length, dim), torch.zeros(batch, heads, past_length, dim))
+        for _ in range(count)
+    ]
+    args = (
+        torch.zeros(batch, sequence, dtype=torch.long),
+        torch.ones(batch, past_length + sequence, dtype=torch.long),
+        torch.arange(past_length, past_length + sequence).repeat(batch, 1),
+        past,
+    )
+    free = torch.export.Dim.DYNAMIC
+    tokens, cache = {0: free, 1: free}, {0: free, 2: free}
+    shapes = (tokens, tokens, tokens, [(cache, cache) for _ in range(count)])
+    return torch.export.export(_Decoder(model), args, dynamic_shapes=shapes, strict=False)
+
+
+def tidy(model: ir.Model, layers: int) -> ir.Model:
+    """Give the graph its public names and dimensions, share what repeats, drop what only torch needs."""
+    passes.CommonSubexpressionEliminationPass()(model)
+    passes.RemoveUnusedNodesPass()(model)
+    graph = model.graph
+    _name_weights(graph)
+    _name_interface(graph, layers)
+    passes.ClearMetadataAndDocStringPass()(model)
+    model.producer_name = "nbl-export"
+    graph.name = "decoder"
+    return model
+
+
+def _name_weights(graph: ir.Graph) -> None:
+    """Folded constants are called val_17; call them after the module whose MatMul reads them."""
+    for node in graph:
+        weight = node.inputs[1] if node.op_type == "MatMul" else None
+        scopes = node.metadata_props.get(_SCOPES)
+        if weight is not None and scopes and weight.is_initializer() and str(weight.name).startswith("val_"):
+            scope = [s.strip(" '\"") for s in scopes.strip("[]").split(",")][-2:][0]
+            name = f"{scope}.matmul_weight"
+            if name not in graph.initializers:
+                weight.name = name
+    for value in list(graph.initializers.values()):
+        if str(value.name).startswith("model."):
+            value.name = str(value.name).removeprefix("model.")
+
+
+def _name_interface(graph: ir.Graph, layers: int) -> None:
+    batch, sequence, past, total = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
+    inputs, outputs = list(graph.inputs), list(graph.outputs)
+    if len(inputs) != 3 + 2 * layers or len(outputs) != 1 + 2 * layers:
+        raise BuildError(
+            f"The exported graph has {len(inputs)} inputs and {len(outputs)} outputs for {layers} layers: "
+            "a cache entry was optimized away."
+        )
+
+    def rename(value: ir.Value, name: str, dims: dict[int, str]) -> None:
+        value.name = name
+        assert value.shape is not None
+        value.shape = ir.Shape([dims.get(i, d) for i, d in enumerate(value.shape)])
+
+    for value, name, length in zip(
+        inputs, ("input_ids", "attention_mask", "position_ids"), (sequence, total, sequence), strict=False
+    ):
+        rename(value, name, {0: batch, 1: length})
+    rename(outputs[0], "logits", {0: batch, 1: sequence})
+    for layer in range(layers):
+        for side, name in enumerate(SIDES):
+            rename(inputs[3 + 2 * layer + side], past_name(layer, name), {0: batch, 2: past})
+            rename(outputs[1 + 2 * layer + side], present_name(layer, name), {0: batch, 2: total})

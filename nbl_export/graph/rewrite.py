@@ -1,0 +1,162 @@
+"""Replace planned attention by MatMul + Add in the graph: find, prove, replace, count.
+
+    before                                        after
+    h ─► norm ─► q,k,v ─► rope ─► core ─► o ─►+   h ─► norm ─► MatMul(Wᵀ) ─► Add(b) ─►+
+    │              past/present K,V           │   │                                   │
+    └─────────────────────────────────────────┘   └───────────────────────────────────┘
+
+1. Find (:mod:`.regions`) every layer's u and y; a planned layer without a region is an error.
+2. Prove (:mod:`.prove`) them numerically against PyTorch's activations.
+3. Replace y by MatMul(u, Wᵀ) + b; remove what is dead, the layers' KV pairs included; renumber.
+4. Count: exactly K regions and K KV pairs gone, no dead node or initializer left, the checker and
+   strict shape inference pass. Anything else is an error and nothing is written over.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from nbl_export.errors import BuildError, InputError
+from nbl_export.graph.cache import remove_pairs
+from nbl_export.graph.io import GraphSummary, check_file, load_graph, save_graph, summarize
+from nbl_export.graph.prove import Proof, input_of, prove
+from nbl_export.graph.regions import AttentionRegion, find_regions
+from nbl_export.linearize.plan import LinearLayer, Plan
+from nbl_export.runtime.ort import KV_LAYERS_KEY
+
+LAYERS_KEY = "nbl_export.layers"
+VERSION_KEY = "nbl_export.version"
+
+
+@dataclass(frozen=True)
+class RewriteResult:
+    """What was done: the graph before and after, the proof of each layer, and the files written."""
+
+    before: GraphSummary
+    after: GraphSummary
+    proofs: dict[int, Proof]
+    files: list[Path]
+
+
+def rewrite_file(source: Path, plan: Plan, target: Path) -> RewriteResult:
+    """Rewrite the graph at ``source`` by ``plan`` and write it to ``target``.
+
+    Raises :class:`InputError` if ``source`` is unreadable, already rewritten or of another model, and
+    :class:`BuildError` if a planned layer is not found, not proven, or the counts do not come out.
+    """
+    model = load_graph(source)
+    if LAYERS_KEY in model.metadata_props:
+        raise InputError(f"{source} is already rewritten: rewrite the original graph instead.")
+    before = summarize(model, source)
+    regions = _found(model, plan)
+    proofs = prove(source, regions, plan)
+    proven = [r for r in regions if proofs[r.layer].holds]
+    replace(model, {r.layer: r for r in proven}, plan)
+    _describe(model, proven, plan)
+    files = save_graph(model, target)
+    check_file(target)
+    after = summarize(load_graph(target), target)
+    count(load_graph(target), before, after, plan)
+    return RewriteResult(before, after, proofs, files)
+
+
+def _found(model: ir.Model, plan: Plan) -> list[AttentionRegion]:
+    found = find_regions(model)
+    if len(found) != plan.layer_count:
+        raise InputError(
+            f"The graph has {len(found)} attention layers with a KV cache, the plan is for {plan.layer_count}: "
+            "it is of another model."
+        )
+    regions = []
+    for entry in found:
+        if isinstance(entry, AttentionRegion):
+            regions.append(entry)
+        elif entry.layer in plan.layers:
+            raise BuildError(f"The graph cannot be rewritten: {entry}.")
+    return regions
+
+
+def replace(model: ir.Model, regions: dict[int, AttentionRegion], plan: Plan) -> None:
+    """Step 3, in place: planned layers become MatMul + Add, their KV pairs go."""
+    for layer in plan.chosen:
+        region = regions[layer]
+        u = region.x if plan.fit_input == "normed" else region.h
+        assert u is not None  # proven regions have their input
+        _insert(model, layer, u, region.y, plan.layers[layer])
+    RemoveUnusedNodesPass()(model)
+    remove_pairs(model, plan.chosen)
+    model.graph.sort()
+
+
+def linear_output_name(layer: int) -> str:
+    """The tensor that a linearized layer writes."""
+    return f"layers.{layer}.nbl_linear.output"
+
+
+def _insert(model: ir.Model, layer: int, u: ir.Value, y: ir.Value, linear: LinearLayer) -> None:
+    prefix = f"layers.{layer}.nbl_linear"
+    weight = _initializer(model, f"{prefix}.weight", np.ascontiguousarray(linear.w.T))
+    bias = _initializer(model, f"{prefix}.bias", linear.b)
+    matmul = ir.node("MatMul", [u, weight], name=f"{prefix}.matmul")
+    add = ir.node("Add", [matmul.outputs[0], bias], name=f"{prefix}.add")
+    for node, name in ((matmul, f"{prefix}.product"), (add, linear_output_name(layer))):
+        node.outputs[0].name = name
+        node.outputs[0].type, node.outputs[0].shape = y.type, y.shape
+    producer = y.producer()
+    assert producer is not None
+    producer.append([matmul, add])
+    ir.convenience.replace_all_uses_with(y, add.outputs[0])
+
+
+def _initializer(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:  # type: ignore[type-arg]
+    tensor = ir.tensor(array, name=name)
+    value = ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
+    model.graph.register_initializer(value)
+    return value
+
+
+def _describe(model: ir.Model, regions: Sequence[AttentionRegion], plan: Plan) -> None:
+    from nbl_export import __version__
+
+    rows = []
+    for region in regions:
+        linear = region.layer in plan.layers
+        rows.append(
+            {
+                "layer": region.layer,
+                "kind": "linear" if linear else "attention",
+                "input": input_of(region, plan),
+                "output": linear_output_name(region.layer) if linear else str(region.y.name),
+            }
+        )
+    model.metadata_props[LAYERS_KEY] = json.dumps(rows)
+    model.metadata_props[KV_LAYERS_KEY] = json.dumps(list(plan.kept))
+    model.metadata_props[VERSION_KEY] = __version__
+
+
+def count(model: ir.Model, before: GraphSummary, after: GraphSummary, plan: Plan) -> None:
+    """Step 4: raises :class:`BuildError` unless exactly what was planned has changed."""
+    k = len(plan.layers)
+    regions = len(find_regions(model))
+    expected = {
+        "attention layers": (regions, plan.layer_count - k),
+        "KV pairs": (after.kv_pairs, before.kv_pairs - k),
+        "inputs": (after.inputs, before.inputs - 2 * k),
+        "outputs": (after.outputs, before.outputs - 2 * k),
+        "dead initializers": (sum(not v.uses() for v in model.graph.initializers.values()), 0),
+        "dead nodes": (sum(not _is_read(node) for node in model.graph), 0),
+    }
+    for what, (found, wanted) in expected.items():
+        if found != wanted:
+            raise BuildError(f"The rewritten graph has {found} {what}, expected {wanted}: nothing to rely on.")
+
+
+def _is_read(node: ir.Node) -> bool:
+    return any(v.uses() or v.is_graph_output() for v in node.outputs)

@@ -1,0 +1,140 @@
+"""`nbl-export inspect`: what a file or an output folder holds, as tables. Loads no torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from nbl_export.errors import InputError
+from nbl_export.report.tables import Table, graph_table, layers_table, mebibytes
+from nbl_export.workspace import STAGES, Workspace, read_json
+
+
+def inspect_path(path: Path) -> list[Table]:
+    """Tables for an ONNX file, a plan, moments or an output folder; else an :class:`InputError`."""
+    if not path.exists():
+        raise InputError(f"{path} does not exist.")
+    if path.is_dir():
+        if (path / "nbl" / "workspace.json").exists():
+            return _folder(path)
+        if (path / "model.onnx").exists():
+            return _onnx(path / "model.onnx")
+        raise InputError(f"{path} is neither an output folder of nbl-export nor a folder with a model.onnx.")
+    if path.suffix == ".onnx":
+        return _onnx(path)
+    if path.suffix in (".json", ".safetensors"):
+        kind = _kind(path)
+        if kind.startswith("nbl-export/plan"):
+            return _plan(path)
+        if kind.startswith("nbl-export/moments"):
+            return _moments(path)
+    raise InputError(f"{path} is no ONNX file, plan, moments file or output folder that nbl-export knows.")
+
+
+def _kind(path: Path) -> str:
+    if path.suffix == ".json":
+        header = read_json(path, "The file", "check its path")
+        return str(header.get("format", "")) if isinstance(header, dict) else ""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return str((file.metadata() or {}).get("format", ""))
+    except SafetensorError as error:
+        raise InputError(f"{path} is no readable safetensors file ({error}).") from None
+
+
+def _onnx(path: Path) -> list[Table]:
+    from nbl_export.graph.io import load_graph, summarize
+    from nbl_export.graph.regions import AttentionRegion, find_regions
+    from nbl_export.graph.rewrite import LAYERS_KEY
+
+    model = load_graph(path)
+    s = summarize(model, path)
+    facts = (
+        ("size on disk", mebibytes(s.file_bytes)),
+        ("parameters", f"{s.parameters:,}"),
+        ("opsets", ", ".join(f"{k or 'ai.onnx'} {v}" for k, v in sorted(model.opset_imports.items()))),
+        ("producer", model.producer_name or ""),
+        ("nodes", f"{s.nodes:,}"),
+        ("inputs / outputs", f"{s.inputs} / {s.outputs}"),
+        ("KV pairs", str(s.kv_pairs)),
+        ("rewritten by nbl-export", "yes" if LAYERS_KEY in model.metadata_props else "no"),
+    )
+    ops = tuple((op, f"{count:,}") for op, count in s.ops.items())
+    rows: list[tuple[str, ...]] = []
+    if LAYERS_KEY in model.metadata_props:
+        described = json.loads(model.metadata_props[LAYERS_KEY])
+        rows = [(str(r["layer"]), r["kind"], str(r["input"]), r["output"], "") for r in described]
+    else:
+        for region in find_regions(model):
+            if isinstance(region, AttentionRegion):
+                found = (region.core, str(region.x.name), str(region.y.name), f"yes, {region.ops} nodes")
+            else:
+                found = ("", "", "", f"no: {region.check} (found: {region.found})")
+            rows.append((str(region.layer), *found))
+    regions = Table("Attention regions", ("KV pair or layer", "core", "reads", "writes", "rewritable"), tuple(rows))
+    return [Table(str(path), ("", "value"), facts), Table("Ops", ("op", "count"), ops), regions]
+
+
+def _plan(path: Path) -> list[Table]:
+    from nbl_export.linearize.plan import load_plan
+
+    plan = load_plan(path)
+    facts = (
+        ("model fingerprint", plan.model[:16]),
+        ("layers", str(plan.layer_count)),
+        ("hidden size", str(plan.hidden_size)),
+        ("linearized", ", ".join(map(str, plan.chosen)) or "none"),
+        ("criterion", plan.criterion),
+        ("fit input", plan.fit_input),
+        ("ridge", f"{plan.ridge:g}"),
+        ("calibration tokens", f"{plan.calibration_tokens:,}"),
+    )
+    return [Table(str(path), ("", "value"), facts)]
+
+
+def _moments(path: Path) -> list[Table]:
+    from nbl_export.calibrate.moments import load_moments
+
+    moments, metadata = load_moments(path)
+    rows = tuple(
+        (str(i), f"{m.n:,}", f"{m.xx.trace() / m.n:.4g}", f"{m.hh.trace() / m.n:.4g}", f"{m.yy.trace() / m.n:.4g}")
+        for i, m in moments.layers.items()
+    )
+    note = f"Of the model {metadata['model'][:16]}. Energies are mean squared norms per token."
+    columns = ("layer", "tokens", "energy of x (normed)", "energy of h (stream)", "energy of y (output)")
+    return [Table(str(path), columns, rows, note)]
+
+
+def _folder(path: Path) -> list[Table]:
+    workspace = Workspace.open(path)
+    info = workspace.model_info or {}
+    rows = []
+    for stage in STAGES:
+        record = workspace.record(stage)
+        if record is None:
+            rows.append((stage, "not yet", "", ""))
+        else:
+            damaged = workspace.damaged_file(record)
+            state = f"damaged: {damaged}" if damaged else "done"
+            rows.append((stage, state, f"{record.seconds:.1f}", _settings(record.settings)))
+    tables = [Table(f"{path}: {info.get('source', '?')}", ("stage", "state", "seconds", "settings"), tuple(rows))]
+    summary = workspace.nbl / "rewrite.json"
+    if workspace.record("rewrite") and summary.exists():
+        graph = read_json(summary, "The record of the rewrite", "run `nbl-export rewrite` again")
+        tables.append(graph_table(graph["before"], graph["after"], None))
+    if workspace.record("select"):
+        from nbl_export.linearize.plan import load_plan
+
+        scores = read_json(workspace.candidates, "The layers' scores", "run `nbl-export select` again")
+        plan = load_plan(workspace.plan)
+        tables.append(layers_table({"layers": plan.chosen, "criterion": plan.criterion, **scores}, []))
+    return tables
+
+
+def _settings(settings: dict[str, object]) -> str:
+    def shown(value: object) -> str:
+        return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+    return " ".join(f"{k}={shown(v)}" for k, v in settings.items() if v is not None)

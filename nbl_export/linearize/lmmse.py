@@ -1,0 +1,153 @@
+"""The linear minimum mean squared error fit of a layer, and how good it can be. Pure mathematics.
+
+With x the layer's input, y its output, μ their means and C their covariances (arXiv 2505.21077):
+
+    W = C_yx C_xx⁻¹        b = μ_y - W μ_x                                     (Proposition 3.1)
+    Σρ² = tr(C_yy⁻¹ C_yx C_xx⁻¹ C_xy)   bound = Σ (1 - ρ²) = d - Σρ²           (Theorem 3.2, trace form)
+
+where ρ are the canonical correlations. The paper's ranking takes them between the residual stream h
+and y + h; its covariances follow from those of h and y, so no second pass is needed:
+
+    C_(y+h)h = C_yh + C_hh        C_(y+h)(y+h) = C_yy + C_yh + C_yhᵀ + C_hh
+
+Ridge. C_xx is replaced by C_xx + λ diag(C_xx): scaling by the diagonal makes the fit independent of
+the units of each channel, which differ by orders of magnitude in a residual stream. λ starts at
+``ridge`` and is multiplied by 10 when Cholesky fails, up to 1e-2; the λ used is part of the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import numpy as np
+import scipy.linalg
+
+from nbl_export.calibrate.moments import F64, LayerMoments
+
+FitInput = Literal["normed", "residual"]
+DEFAULT_RIDGE = 1e-6
+MAX_RIDGE = 1e-2
+T = TypeVar("T")
+
+
+class UnusableMoments(ValueError):
+    """The moments of a layer admit no fit; the message says why."""
+
+
+@dataclass(frozen=True)
+class Covariances:
+    """Means [d] and centred covariances [d, d] of an input u and an output v."""
+
+    mean_u: F64
+    mean_v: F64
+    c_uu: F64
+    c_vu: F64
+    c_vv: F64
+
+
+@dataclass(frozen=True)
+class LinearFit:
+    """ŷ = W x + b: ``w`` [d, d] (output × input), ``b`` [d], float64, and the λ that was needed.
+
+    ``nmse`` is E‖y - ŷ‖² / E‖y - μ_y‖² on the calibration tokens, between 0 and 1.
+    """
+
+    w: F64
+    b: F64
+    nmse: float
+    ridge: float
+
+
+def fit_lmmse(moments: LayerMoments, fit_input: FitInput, ridge: float = DEFAULT_RIDGE) -> LinearFit:
+    """The LMMSE fit of a layer's output on its input.
+
+    ``fit_input`` ``"normed"`` fits on what the attention reads, ``"residual"`` on the stream before
+    the input norm. Raises :class:`UnusableMoments` if there are fewer tokens than needed, if a
+    moment is NaN or infinite, or if no ridge up to ``MAX_RIDGE`` makes C_xx positive definite.
+    """
+    c = branch_covariances(moments, fit_input)
+
+    def solve(ridge: float) -> tuple[F64, float]:
+        factor = scipy.linalg.cho_factor(_regularized(c.c_uu, ridge), lower=True)
+        return scipy.linalg.cho_solve(factor, c.c_vu.T).T, ridge
+
+    w, used = _with_growing_ridge(solve, ridge)
+    # C_ee = C_yy - W C_xy - C_yx Wᵀ + W C_xx Wᵀ holds for any W; only its trace is needed.
+    error = np.trace(c.c_vv) - 2 * np.sum(w * c.c_vu) + np.sum((w @ c.c_uu) * w)
+    energy = np.trace(c.c_vv)
+    nmse = float(max(error, 0.0) / energy) if energy > 0 else 0.0
+    return LinearFit(w, c.mean_v - w @ c.mean_u, nmse, used)
+
+
+def cca_bound(moments: LayerMoments, ridge: float = DEFAULT_RIDGE) -> tuple[float, float]:
+    """The paper's bound Σ (1 - ρ²) between h and y + h, and the λ that was needed.
+
+    Two triangular solves and a Frobenius norm: with Cholesky factors C_hh = L Lᵀ and
+    C_(y+h)(y+h) = M Mᵀ, Σρ² = ‖M⁻¹ C_(y+h)h L⁻ᵀ‖². Raises as :func:`fit_lmmse`.
+    """
+    c = stream_covariances(moments)
+
+    def solve(ridge: float) -> tuple[float, float]:
+        low_u = np.linalg.cholesky(_regularized(c.c_uu, ridge))
+        low_v = np.linalg.cholesky(_regularized(c.c_vv, ridge))
+        half = scipy.linalg.solve_triangular(low_v, c.c_vu, lower=True)
+        whitened = scipy.linalg.solve_triangular(low_u, half.T, lower=True)
+        return float(np.sum(whitened**2)), ridge
+
+    rho2, used = _with_growing_ridge(solve, ridge)
+    return len(c.mean_u) - rho2, used
+
+
+def branch_covariances(m: LayerMoments, fit_input: FitInput) -> Covariances:
+    """Covariances of the attention branch: its input (normed x or residual h) and its output y."""
+    u, uu, yu = (m.x, m.xx, m.yx) if fit_input == "normed" else (m.h, m.hh, m.yh)
+    return _centred(m.n, u, m.y, uu, yu, m.yy)
+
+
+def stream_covariances(m: LayerMoments) -> Covariances:
+    """Covariances of the residual stream before (h) and after (y + h) the attention."""
+    c = branch_covariances(m, "residual")
+    c_vu = c.c_vu + c.c_uu
+    c_vv = c.c_vv + c.c_vu + c.c_vu.T + c.c_uu
+    return Covariances(c.mean_u, c.mean_u + c.mean_v, c.c_uu, c_vu, c_vv)
+
+
+def _centred(n: int, u: F64, v: F64, uu: F64, vu: F64, vv: F64) -> Covariances:
+    d = len(u)
+    if not all(np.isfinite(a).all() for a in (u, v, uu, vu, vv)):
+        raise UnusableMoments("its moments are NaN or infinite")
+    if n < d + 1:
+        raise UnusableMoments(
+            f"{n:,} calibration tokens cannot determine a map of {d} inputs; at least {d + 1:,} are needed, "
+            f"{20 * d:,} or more are advised (raise --samples or --seq-len)"
+        )
+    mean_u, mean_v = u / n, v / n
+    return Covariances(
+        mean_u,
+        mean_v,
+        uu / n - np.outer(mean_u, mean_u),
+        vu / n - np.outer(mean_v, mean_u),
+        vv / n - np.outer(mean_v, mean_v),
+    )
+
+
+def _regularized(c: F64, ridge: float) -> F64:
+    diagonal = np.diagonal(c)
+    # A channel that never varies has no scale of its own; give it a tiny one of the others'.
+    floor = max(float(diagonal.max(initial=0.0)) * 1e-12, np.finfo(np.float64).tiny)
+    return c + np.diag(ridge * np.maximum(diagonal, floor) + np.where(diagonal < floor, floor, 0.0))
+
+
+def _with_growing_ridge(solve: Callable[[float], tuple[T, float]], ridge: float) -> tuple[T, float]:
+    # A ridge of 0 is allowed as a start: it fails cleanly on a singular matrix.
+    while True:
+        try:
+            return solve(ridge)
+        except np.linalg.LinAlgError:
+            ridge = max(ridge * 10, 1e-12)
+            if ridge > MAX_RIDGE * 1.0001:
+                raise UnusableMoments(
+                    f"its covariance is not positive definite, even with a ridge of {MAX_RIDGE:g}"
+                ) from None

@@ -1,0 +1,147 @@
+"""The plan: which layers become linear, with which W and b, fitted how, to which model.
+
+On disk it is two files: ``plan.json`` for people and settings, ``plan.safetensors`` for numbers. The
+JSON holds the SHA-256 of the other, so neither can be edited or cut without being noticed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nbl_export.errors import InputError
+from nbl_export.linearize.lmmse import FitInput
+from nbl_export.workspace import atomic_path, read_json, sha256_of_file, write_json
+
+F32 = NDArray[np.float32]
+FORMAT = "nbl-export/plan/1"
+_REMEDY = "run `nbl-export select` again"
+
+
+@dataclass(frozen=True)
+class LinearLayer:
+    """ŷ = W u + b for one layer: ``w`` [d, d] (output × input) and ``b`` [d], float32."""
+
+    w: F32
+    b: F32
+
+
+@dataclass(frozen=True)
+class Plan:
+    """K layers and their affine maps, and the evidence the graph rewrite needs.
+
+    ``fit_input`` says what u is. ``probe`` holds a ragged batch (``input_ids``, ``attention_mask``,
+    ``position_ids``, int64 [batch, sequence]); ``probe_u`` and ``probe_y`` are what the original
+    PyTorch model had as u and y there in **every** layer, float32 [unpadded tokens, d].
+    """
+
+    model: str
+    hidden_size: int
+    layer_count: int
+    fit_input: FitInput
+    criterion: str
+    ridge: float
+    calibration_tokens: int
+    layers: Mapping[int, LinearLayer]
+    probe: Mapping[str, NDArray[np.int64]]
+    probe_u: Mapping[int, F32]
+    probe_y: Mapping[int, F32]
+
+    @property
+    def chosen(self) -> tuple[int, ...]:
+        return tuple(sorted(self.layers))
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """The layers that keep their attention, in the order of the rewritten model's KV pairs."""
+        return tuple(i for i in range(self.layer_count) if i not in self.layers)
+
+
+def save_plan(path: Path, plan: Plan) -> None:
+    """Write ``plan.safetensors`` and then ``path`` (``plan.json``), each atomically."""
+    from safetensors.numpy import save_file
+
+    tensors: dict[str, Any] = {f"probe.{name}": value for name, value in plan.probe.items()}
+    for index, layer in plan.layers.items():
+        tensors[f"layers.{index}.w"], tensors[f"layers.{index}.b"] = layer.w, layer.b
+    for index in plan.probe_u:
+        tensors[f"probe_u.{index}"], tensors[f"probe_y.{index}"] = plan.probe_u[index], plan.probe_y[index]
+    weights = path.with_suffix(".safetensors")
+    with atomic_path(weights) as temporary:
+        save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, temporary, {"format": FORMAT})
+    write_json(
+        path,
+        {
+            "format": FORMAT,
+            "model": plan.model,
+            "hidden_size": plan.hidden_size,
+            "layer_count": plan.layer_count,
+            "layers": list(plan.chosen),
+            "fit_input": plan.fit_input,
+            "criterion": plan.criterion,
+            "ridge": plan.ridge,
+            "calibration_tokens": plan.calibration_tokens,
+            "weights": weights.name,
+            "weights_sha256": sha256_of_file(weights),
+        },
+    )
+
+
+def load_plan(path: Path) -> Plan:
+    """Read a plan from its ``.json`` or ``.safetensors`` path.
+
+    Raises :class:`InputError` if either file is missing, damaged, or does not belong to the other.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    path, weights = path.with_suffix(".json"), path.with_suffix(".safetensors")
+    header = read_json(path, "The plan", _REMEDY)
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise InputError(f"{path} is no plan of nbl-export: {_REMEDY}.")
+    if not weights.is_file():
+        raise InputError(f"The plan's numbers are missing ({weights}): {_REMEDY}.")
+    if sha256_of_file(weights) != header.get("weights_sha256"):
+        raise InputError(f"{weights} is truncated or edited: it does not match {path.name}: {_REMEDY}.")
+    try:
+        groups: dict[str, dict[str, Any]] = {"layers": {}, "probe": {}, "probe_u": {}, "probe_y": {}}
+        for key, value in load_file(weights).items():
+            group, _, rest = key.partition(".")
+            groups[group][rest] = value
+        plan = Plan(
+            model=header["model"],
+            hidden_size=header["hidden_size"],
+            layer_count=header["layer_count"],
+            fit_input=header["fit_input"],
+            criterion=header["criterion"],
+            ridge=header["ridge"],
+            calibration_tokens=header["calibration_tokens"],
+            layers={
+                int(i): LinearLayer(groups["layers"][f"{i}.w"], groups["layers"][f"{i}.b"])
+                for i in header["layers"]
+            },
+            probe=groups["probe"],
+            probe_u={int(i): v for i, v in groups["probe_u"].items()},
+            probe_y={int(i): v for i, v in groups["probe_y"].items()},
+        )
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is damaged ({type(error).__name__}: {error}): {_REMEDY}.") from None
+    _check(path, plan)
+    return plan
+
+
+def _check(path: Path, plan: Plan) -> None:
+    d = plan.hidden_size
+    for index, layer in plan.layers.items():
+        if layer.w.shape != (d, d) or layer.b.shape != (d,) or not 0 <= index < plan.layer_count:
+            raise InputError(
+                f"{path}: layer {index} has W {layer.w.shape} and b {layer.b.shape}, which does not fit a model "
+                f"of {plan.layer_count} layers of width {d}: {_REMEDY}."
+            )
+        if not (np.isfinite(layer.w).all() and np.isfinite(layer.b).all()):
+            raise InputError(f"{path}: W or b of layer {index} is NaN or infinite: {_REMEDY}.")

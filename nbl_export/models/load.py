@@ -1,0 +1,80 @@
+"""Load a found model and its tokenizer into PyTorch, quietly, in float32 on the CPU or a GPU."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from nbl_export.errors import InputError
+from nbl_export.models.source import ModelSource, check_config
+
+if TYPE_CHECKING:
+    import torch
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the libraries' own bars, warnings and log lines off the terminal for the block."""
+    from transformers.utils import logging as hf_logging
+
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def load_model(source: ModelSource) -> torch.nn.Module:
+    """The causal language model in float32, ``eval`` mode, without gradients.
+
+    GGUF weights are de-quantized. Raises :class:`InputError` if transformers cannot read it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": source.trust_remote_code}
+    if source.gguf_file:
+        options["gguf_file"] = source.gguf_file
+    else:
+        options["use_safetensors"] = True
+    with quiet():
+        try:
+            model = AutoModelForCausalLM.from_pretrained(source.path, **options)
+        except Exception as error:  # transformers raises almost anything for an unreadable model
+            raise InputError(f"transformers cannot load {source.source}: {_first_line(error)}.") from error
+    check_config(source.source, model.config.to_dict())
+    # A de-quantized model is an ordinary one; this mark would make it refuse to be saved.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+        model.hf_quantizer = None
+    return model.eval().requires_grad_(False)
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """The model's tokenizer, or an :class:`InputError` saying why there is none."""
+    from transformers import AutoTokenizer
+
+    options: dict[str, Any] = {"trust_remote_code": source.trust_remote_code}
+    if source.gguf_file:
+        options["gguf_file"] = source.gguf_file
+    with quiet():
+        try:
+            return AutoTokenizer.from_pretrained(source.path, **options)
+        except Exception as error:
+            raise InputError(f"No tokenizer can be loaded from {source.source}: {_first_line(error)}.") from error
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".")[:300]

@@ -1,0 +1,154 @@
+"""Where a model comes from: a local folder, a GGUF file, or the Hugging Face Hub.
+
+Resolving looks at files only; no weights are loaded. Pickled weights are never read, remote code
+never runs unless asked for, and nothing is downloaded unless the user named a Hub id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from nbl_export.errors import InputError
+from nbl_export.workspace import sha256_of_file
+
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+# Weight formats that transformers can load but that we do not linearize as they are.
+_QUANTIZED = "a quantized checkpoint ({method}): de-quantize it first, or use the original or a GGUF file"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that was found, and what identifies it.
+
+    ``path`` is the local folder (of a GGUF file: its folder, with ``gguf_file`` its name);
+    ``fingerprint`` is a SHA-256 over the configuration and every weight file.
+    """
+
+    source: str
+    kind: Literal["folder", "gguf", "hub"]
+    path: str
+    gguf_file: str | None
+    fingerprint: str
+    trust_remote_code: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def find_model(source: str, trust_remote_code: bool = False) -> ModelSource:
+    """Find ``source`` and fingerprint it.
+
+    A path that exists wins over a Hub id of the same spelling. Raises :class:`InputError` for
+    anything that is no causal language model with safetensors or GGUF weights.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise InputError(
+                f"{source} is a file but no .gguf: MODEL is a folder with config.json and safetensors, "
+                "a .gguf file, or a Hub id."
+            )
+        return _from_gguf(source, path)
+    if path.is_dir():
+        if (path / "config.json").exists():
+            return _from_folder(source, path, "folder", trust_remote_code)
+        ggufs = sorted(path.glob("*.gguf"))
+        if len(ggufs) == 1:
+            return _from_gguf(source, ggufs[0])
+        found = f"{len(ggufs)} .gguf files, name one of them" if ggufs else "neither config.json nor a .gguf file"
+        raise InputError(f"The folder {source} is no model: it has {found}.")
+    if not _HUB_ID.match(source) or source.endswith(".gguf"):
+        raise InputError(f"{source} does not exist: MODEL is a folder, a .gguf file, or a Hub id.")
+    return _from_folder(source, _hub_snapshot(source), "hub", trust_remote_code)
+
+
+def same_model(info: dict[str, Any]) -> ModelSource:
+    """Find again the model that an output folder recorded; refuse it if its bytes changed."""
+    found = find_model(_where(info), bool(info.get("trust_remote_code")))
+    if found.fingerprint != info["fingerprint"]:
+        raise InputError(
+            f"The model {info['source']} has changed since this output folder was made from it: "
+            "choose another --output."
+        )
+    return found
+
+
+def _where(info: dict[str, Any]) -> str:
+    if info["kind"] == "gguf":
+        return str(Path(info["path"]) / info["gguf_file"])
+    return info["source"] if info["kind"] == "hub" else str(info["path"])
+
+
+def _hub_snapshot(repo: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, allow_patterns=_HUB_FILES))
+    except (RepositoryNotFoundError, HFValidationError):
+        raise InputError(
+            f"{repo} is neither a local path nor a model on the Hugging Face Hub that you can read: "
+            "check the spelling, or log in with `hf auth login`."
+        ) from None
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"{repo} is no local path, and the Hugging Face Hub could not be asked for it "
+            f"({type(error).__name__}): check the spelling and the network, or give a folder or a .gguf file."
+        ) from None
+
+
+def _from_gguf(source: str, path: Path) -> ModelSource:
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise InputError(f"{path} is no GGUF file (it starts with {magic!r}): fetch it again.")
+    fingerprint = _fingerprint([path], {"gguf": path.name})
+    return ModelSource(source, "gguf", str(path.parent.resolve()), path.name, fingerprint)
+
+
+def _from_folder(source: str, path: Path, kind: Literal["folder", "hub"], trust: bool) -> ModelSource:
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        assert isinstance(config, dict)
+    except (OSError, ValueError, AssertionError) as error:
+        raise InputError(f"{source}: config.json cannot be read ({error}).") from None
+    check_config(source, config)
+    weights = sorted(path.glob("*.safetensors"))
+    if not weights:
+        raise InputError(
+            f"{source} has no .safetensors weights: pickled weights (.bin) are not loaded; convert them with "
+            "`save_pretrained` of transformers."
+        )
+    return ModelSource(source, kind, str(path.resolve()), None, _fingerprint(weights, config), trust)
+
+
+def check_config(source: str, config: dict[str, Any]) -> None:
+    """Refuse, before any work, a model that this tool cannot serve; the message gives the reason."""
+    if config.get("is_encoder_decoder"):
+        raise InputError(
+            f"{source} is an encoder-decoder model ({config.get('model_type')}): only decoder-only language "
+            "models are served."
+        )
+    architectures = config.get("architectures") or []
+    if architectures and not any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in architectures):
+        raise InputError(
+            f"{source} is no causal language model (architecture {', '.join(architectures)}): only decoder-only "
+            "language models are served."
+        )
+    quantization = config.get("quantization_config")
+    if isinstance(quantization, dict) and quantization.get("quant_method") not in (None, "gguf"):
+        raise InputError(f"{source} is {_QUANTIZED.format(method=quantization['quant_method'])}.")
+
+
+def _fingerprint(weights: Iterable[Path], config: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for path in weights:
+        digest.update(f"{path.name}:{sha256_of_file(path)};".encode())
+    return digest.hexdigest()

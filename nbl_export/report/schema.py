@@ -1,0 +1,87 @@
+"""The report: every figure of a run in one JSON value with a versioned schema.
+
+``report.json`` is the source; ``report.md``, ``junit.xml`` and the terminal summary are drawn from it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from nbl_export.errors import InputError
+from nbl_export.workspace import read_json
+
+SCHEMA = "nbl-export/report/1"
+Status = Literal["passed", "failed", "skipped"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One verdict: ``detail`` says what was measured, or why it was skipped."""
+
+    name: str
+    status: Status
+    detail: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """A finished report. Sections that were not run are None; a check says why.
+
+    ``graph`` holds the graph before and after and the proof of each layer, ``selection`` the scores of
+    all layers, ``hashes`` the SHA-256 of model, plan and graphs.
+    """
+
+    created: str
+    tool_version: str
+    model: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    hashes: Mapping[str, str]
+    stage_seconds: Mapping[str, float]
+    selection: Mapping[str, Any]
+    graph: Mapping[str, Any]
+    parity: Mapping[str, Any] | None
+    divergence: str | None
+    method_loss: Mapping[str, Any] | None
+    speed: Mapping[str, Any] | None
+    checks: Sequence[Check]
+    notes: Sequence[str]
+
+    @property
+    def passed(self) -> bool:
+        """No check failed, and at least one that decides was run and passed."""
+        states = [c.status for c in self.checks]
+        return "failed" not in states and "passed" in states
+
+    def as_json(self) -> dict[str, Any]:
+        body = jsonable(asdict(self))
+        return {"schema": SCHEMA, "verdict": "passed" if self.passed else "failed", **body}
+
+
+def load_report(path: Path) -> Report:
+    """Read ``report.json``; raises :class:`InputError` for anything else."""
+    remedy = "run `nbl-export verify` again"
+    raw = read_json(path, "The report", remedy)
+    if not isinstance(raw, dict) or raw.get("schema") != SCHEMA:
+        raise InputError(f"{path} is no report of this version ({SCHEMA}): {remedy}.")
+    raw = {k: v for k, v in raw.items() if k not in ("schema", "verdict")}
+    try:
+        raw["checks"] = [Check(**c) for c in raw["checks"]]
+        return Report(**raw)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error}): {remedy}.") from None
+
+
+def jsonable(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become the strings ``"nan"``, ``"inf"``, ``"-inf"``."""
+    if isinstance(value, Mapping):
+        return {str(k): jsonable(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

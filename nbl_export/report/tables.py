@@ -1,0 +1,172 @@
+"""The tables a person reads, built once and drawn by the terminal and by Markdown alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nbl_export.report.schema import Report
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, column headings and rows of text; ``note`` explains what the columns mean."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+
+def mebibytes(size: float) -> str:
+    return f"{size / 2**20:,.1f} MiB"
+
+
+def checks_table(report: Report) -> Table:
+    return Table("Checks", ("check", "result", "detail"), tuple((c.name, c.status, c.detail) for c in report.checks))
+
+
+def graph_table(before: Mapping[str, Any], after: Mapping[str, Any], cost: Mapping[str, Any] | None) -> Table:
+    """The graph before and after: sizes, the cache, and each op whose count changed."""
+    rows: list[tuple[str, str, str, str]] = []
+
+    def row(name: str, a: float, b: float, text: Any = lambda v: f"{v:,}") -> None:
+        change = f"{(b - a) / a:+.1%}" if a else ""
+        rows.append((name, text(a), text(b), change if a != b else "="))
+
+    row("size on disk", before["file_bytes"], after["file_bytes"], mebibytes)
+    row("parameters", before["parameters"], after["parameters"])
+    row("KV pairs (layers with a cache)", before["kv_pairs"], after["kv_pairs"])
+    if cost:
+        kv = [cost[side]["kv_bytes_per_token"] for side in ("base_cost", "linearized_cost")]
+        row("KV cache, bytes per token", *kv)
+    row("inputs", before["inputs"], after["inputs"])
+    row("outputs", before["outputs"], after["outputs"])
+    row("nodes", before["nodes"], after["nodes"])
+    for op in before["ops"].keys() | after["ops"].keys():
+        a, b = before["ops"].get(op, 0), after["ops"].get(op, 0)
+        if a != b:
+            row(f"  {op}", a, b)
+    fixed, ops = rows[: -_op_rows(rows)] if _op_rows(rows) else rows, rows[len(rows) - _op_rows(rows) :]
+    return Table("Graph", ("", "base", "linearized", "change"), (*fixed, *sorted(ops)))
+
+
+def _op_rows(rows: Sequence[tuple[str, ...]]) -> int:
+    return sum(r[0].startswith("  ") for r in rows)
+
+
+def layers_table(selection: Mapping[str, Any], proofs: Sequence[Mapping[str, Any]]) -> Table:
+    """Every layer's scores, best first by the criterion, and which were chosen."""
+    chosen = set(selection["layers"])
+    key = "nmse" if selection["criterion"] == "nmse" else "cca"
+    proof = {p["layer"]: p for p in proofs}
+    rows = []
+    for c in sorted(selection["candidates"], key=lambda c: (c[key], c["layer"])):
+        error = proof.get(c["layer"])
+        rows.append(
+            (
+                str(c["layer"]),
+                "linear" if c["layer"] in chosen else "attention",
+                f"{c['cca']:.2f}",
+                f"{c['nmse']:.4f}",
+                f"{max(error['input_error'], error['output_error']):.1e}" if error else "",
+            )
+        )
+    return Table(
+        f"Layers by {selection['criterion']}",
+        ("layer", "now", "CCA bound", "NMSE", "graph vs PyTorch"),
+        tuple(rows),
+        "CCA bound: the paper's Σ(1-ρ²) on the residual stream; NMSE: share of the attention output's variance "
+        "that W, b leave unexplained (both: lower is more linear); last column: relative difference of the tensors "
+        "found in the graph to PyTorch's, before replacing.",
+    )
+
+
+def parity_table(parity: Mapping[str, Any]) -> Table:
+    """One row for each step of the parity run."""
+    rows = tuple(
+        (
+            "prefill" if s["step"] == 0 else f"decode {s['step']}",
+            str(s["tokens"]),
+            *(_figure(s[k]) for k in ("max_abs", "mean_abs", "p99_abs", "max_rel", "p99_rel")),
+            _figure(1 - s["min_cosine"]) if isinstance(s["min_cosine"], float) else str(s["min_cosine"]),
+            _figure(s["max_kl"]),
+            _percent(s["top1"]),
+            _figure(s["kv_max_rel"]),
+        )
+        for s in parity["steps"]
+    )
+    g = parity["gates"]
+    return Table(
+        "Parity: linearized PyTorch against the rewritten graph",
+        ("step", "tokens", "max |Δ|", "mean |Δ|", "p99 |Δ|", "max rel", "p99 rel", "1-cos", "KL", "top-1", "KV rel"),
+        rows,
+        f"Gates: max |Δlogit| ≤ {g['max_abs_logit']:g}, cosine ≥ {g['min_cosine']:g}, KL ≤ {g['max_kl']:g}, top-1 "
+        f"{g['top1']:.0%} up to near-ties of {g['near_tie']:g}, KV ≤ {g['max_rel_kv']:g}. "
+        f"Prompts of {', '.join(map(str, parity['prompt_lengths']))} tokens, left-padded into one batch.",
+    )
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.1e}" if isinstance(value, (int, float)) else str(value)
+
+
+def _percent(value: Any) -> str:
+    return f"{value:.1%}" if isinstance(value, (int, float)) else str(value)
+
+
+def method_table(loss: Mapping[str, Any]) -> Table:
+    """What linearizing cost on held-out text."""
+    return Table(
+        "Method loss: original against linearized, held-out text",
+        ("", "value", "standard error"),
+        (
+            ("perplexity, original", f"{loss['perplexity_original']:.3f}", ""),
+            ("perplexity, linearized", f"{loss['perplexity_linearized']:.3f}", ""),
+            ("perplexity ratio", f"{loss['perplexity_ratio']:.4f}", f"± {loss['perplexity_ratio_se']:.4f}"),
+            ("KL to the original, nats per token", f"{loss['kl']:.4f}", f"± {loss['kl_se']:.4f}"),
+        ),
+        f"{loss['tokens']:,} tokens of {loss['documents']:,} documents that calibration did not see; "
+        "standard errors over documents.",
+    )
+
+
+def speed_table(speed: Mapping[str, Any]) -> Table:
+    """Medians of both graphs and their ratio, beside the ceiling."""
+    rows = tuple(
+        (
+            f"{c['phase']} {c['context']}",
+            _spread(c["base"]),
+            _spread(c["linearized"]),
+            f"{c['speedup']:.2f}× ({c['speedup_low']:.2f} to {c['speedup_high']:.2f})",
+            f"{c['ceiling']:.2f}×",
+            "yes" if c["resolved"] else "no: noise exceeds it",
+        )
+        for c in speed["cells"]
+    )
+    return Table(
+        "Speed on ONNX Runtime, batch 1",
+        ("phase, tokens", "base, ms", "linearized, ms", "speedup", "ceiling", "resolved"),
+        rows,
+        f"{speed['provider']}, {speed['threads']} threads, {speed['rounds']} rounds of base and linearized in turn; "
+        "medians and quartiles; decode per token, after that many tokens. Ceiling: multiplications saved (prefill), "
+        "bytes saved (decode), counted from the graphs.",
+    )
+
+
+def _spread(timing: Mapping[str, float]) -> str:
+    return f"{timing['median_ms']:.1f} ({timing['low_ms']:.1f} to {timing['high_ms']:.1f})"
+
+
+def report_tables(report: Report) -> list[Table]:
+    """All tables of a report, in reading order."""
+    tables = [graph_table(report.graph["before"], report.graph["after"], report.speed)]
+    if report.method_loss:
+        tables.append(method_table(report.method_loss))
+    if report.speed:
+        tables.append(speed_table(report.speed))
+    if report.parity:
+        tables.append(parity_table(report.parity))
+    tables.append(layers_table(report.selection, report.graph["proofs"]))
+    return tables

@@ -1,0 +1,138 @@
+"""PyTorch as a :class:`~nbl_export.runtime.decoder.Decoder`: the reference of every comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from nbl_export.models.layers import cache_argument, layer_count
+from nbl_export.runtime.decoder import I64, KV, DecoderOutput
+
+if TYPE_CHECKING:
+    import torch
+
+
+class PastLayer(DynamicLayer):  # type: ignore[misc]
+    """A layer of the cache whose past length is told, not read off its keys.
+
+    transformers asks the first layer how long the past is; a linearized layer has no keys, so the
+    length must come from elsewhere. Full length is kept in every layer, also where the model's own
+    cache would slide: the mask does the window.
+    """
+
+    def __init__(self, past_length: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
+        super().__init__()
+        self.past_length = past_length
+        self.keys, self.values = keys, values
+        self.dtype, self.device = keys.dtype, keys.device
+        self.is_initialized = True
+
+    def get_seq_length(self, *_args: Any) -> Any:
+        return self.past_length
+
+    def get_mask_sizes(self, query: Any) -> tuple[Any, int]:
+        length = query if not hasattr(query, "shape") else query.shape[0]  # older releases hand a tensor
+        return self.past_length + length, 0
+
+
+def run_with_past(
+    model: torch.nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    position_ids: torch.Tensor,
+    past: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    past_length: Any,
+) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """One forward pass with an explicit cache of all layers: logits, and the cache afterwards.
+
+    A linearized layer leaves its entry as it was.
+    """
+    cache = DynamicCache()
+    cache.layers = [PastLayer(past_length, keys, values) for keys, values in past]
+    output = model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        use_cache=True,
+        **{cache_argument(model): cache},
+    )
+    return output.logits, [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def kv_shape(model: torch.nn.Module) -> tuple[int, int]:
+    """KV heads and head dimension of the model's cache, from its configuration."""
+    config: Any = model.config
+    config = config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(heads), int(dim)
+
+
+class TorchDecoder:
+    """A causal language model of transformers, original or linearized, with an explicit cache.
+
+    ``linearized`` names the layers that have no cache: their entries are left out.
+    """
+
+    def __init__(self, model: torch.nn.Module, linearized: Sequence[int] = ()) -> None:
+        self.model = model
+        self.count = layer_count(model)
+        self._kv_layers = tuple(i for i in range(self.count) if i not in set(linearized))
+
+    @property
+    def kv_layers(self) -> tuple[int, ...]:
+        return self._kv_layers
+
+    def empty_past(self, batch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        import torch
+
+        heads, dim = kv_shape(self.model)
+        weight = next(self.model.parameters())
+        return [
+            tuple(torch.zeros(batch, heads, 0, dim, dtype=weight.dtype, device=weight.device) for _ in range(2))
+            for _ in self._kv_layers
+        ]  # type: ignore[misc]
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, past: Any
+    ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+        """Tensors in, tensors out; ``past`` has one entry for each of ``kv_layers``."""
+        length = attention_mask.shape[1] - input_ids.shape[1]
+        every = self._spread(past, input_ids.shape[0])
+        logits, present = run_with_past(
+            self.model, input_ids, attention_mask, position_ids, every, length
+        )
+        return logits, [present[i] for i in self._kv_layers]
+
+    def _spread(self, past: Any, batch: int) -> list[Any]:
+        # transformers indexes the cache by layer: linearized layers get an empty entry.
+        import torch
+
+        empty = torch.zeros(batch, 1, 0, 1)
+        entries: list[Any] = [(empty, empty)] * self.count
+        for index, pair in zip(self._kv_layers, past, strict=True):
+            entries[index] = pair
+        return entries
+
+    def __call__(
+        self, input_ids: I64, attention_mask: I64, position_ids: I64, past: Sequence[KV]
+    ) -> DecoderOutput:
+        import torch
+
+        device = next(self.model.parameters()).device
+        ids, mask, positions = (
+            torch.from_numpy(a).to(device) for a in (input_ids, attention_mask, position_ids)
+        )
+        tensors = [
+            tuple(t if isinstance(t, torch.Tensor) else torch.from_numpy(t).to(device) for t in pair)
+            for pair in past
+        ]
+        with torch.inference_mode():
+            logits, present = self.forward(ids, mask, positions, tensors)
+        return DecoderOutput(
+            logits.float().cpu().numpy(),
+            tuple((k.float().cpu().numpy(), v.float().cpu().numpy()) for k, v in present),
+        )
+

@@ -1,0 +1,112 @@
+"""What the command line draws: progress bars, tables, the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Task as RichTask
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from nbl_export.progress import Task
+from nbl_export.report.schema import Report
+from nbl_export.report.tables import Table, checks_table, report_tables
+
+# Results go to stdout, progress and notes to stderr, so that output can be piped.
+_out = Console(highlight=False)
+_err = Console(stderr=True, highlight=False)
+_COLOURS = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
+
+
+class _RateColumn(ProgressColumn):
+    """Units per second, such as ``1,480 tokens/s``."""
+
+    def render(self, task: RichTask) -> Text:
+        rate = task.finished_speed or task.speed
+        return Text(f"{rate:,.0f} {task.fields['unit']}/s" if rate and rate >= 2 else "")
+
+
+class _BarTask:
+    def __init__(self, progress: Progress, task_id: int) -> None:
+        self._progress, self._id = progress, task_id
+
+    def advance(self, amount: int) -> None:
+        self._progress.advance(self._id, amount)  # type: ignore[arg-type]
+
+
+class TerminalListener:
+    """Draws one bar for each task, with rate and remaining time, and prints notes between them."""
+
+    @contextmanager
+    def task(self, title: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
+        columns = (
+            SpinnerColumn(finished_text="[green]✓"),
+            TextColumn("{task.description:<32}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            _RateColumn(),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=_err, refresh_per_second=4) as progress:
+            task_id = progress.add_task(title, total=total, completed=done, unit=unit)
+            yield _BarTask(progress, task_id)
+
+    def note(self, text: str) -> None:
+        _err.print(Text(f"· {text}", style="dim"))
+
+
+def say(text: str) -> None:
+    """One line of result."""
+    _out.print(Text(text))
+
+
+def show_tables(tables: list[Table]) -> None:
+    for table in tables:
+        _out.print(_drawn(table))
+        if table.note:
+            _out.print(Text(table.note, style="dim"))
+        _out.print()
+
+
+def _drawn(table: Table) -> RichTable:
+    drawn = RichTable(title=table.title, title_justify="left", title_style="bold", header_style="bold")
+    for number, column in enumerate(table.columns):
+        drawn.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+    for row in table.rows:
+        drawn.add_row(*(Text(cell, style=_COLOURS.get(cell, "")) for cell in row))
+    return drawn
+
+
+def show_report(report: Report, out: Path) -> None:
+    """The summary of a run: tables, then checks, then the verdict and where to look next."""
+    layers = report.selection["layers"]
+    # The per-layer table is long; the terminal gets it from `inspect`, the report has it always.
+    show_tables([t for t in report_tables(report) if not t.title.startswith("Layers")])
+    checks = checks_table(report)
+    drawn = _drawn(checks)
+    drawn.columns[-1].justify = "left"
+    _out.print(drawn)
+    verdict = Text("PASS", style="bold green") if report.passed else Text("FAIL", style="bold red")
+    text = (
+        f"  {len(layers)} of {report.model['layers']} attention layers of {report.model['source']} are now linear"
+        + (f": {', '.join(map(str, layers))}" if layers else "")
+    )
+    _out.print(verdict + Text(text))
+    if report.divergence:
+        _out.print(Text(f"      {report.divergence}", style="red"))
+    _out.print(Text(f"      model {out / 'model.onnx'}   report {out / 'report' / 'report.md'}"))

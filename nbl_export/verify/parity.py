@@ -1,0 +1,206 @@
+"""Parity: does the graph compute what PyTorch computes with the same plan?
+
+Both run the same ragged, left-padded batch: one prefill, then teacher-forced decode steps, each with
+its own real cache. Only real tokens are compared, never padding. For logits a (reference) and b:
+
+abs   |a - b|                          rel   |a - b| / max(|a|, rms of the token's a)
+cosine of the vectors a and b          KL    KL(softmax a ‖ softmax b) in nats
+top-1 the same most likely token; where they differ although the reference's best two lie closer
+      than the gate's ``near_tie``, the token is a near-tie and is not counted against the graph
+
+Keys and values are compared by |a - b| / max(|a|, rms of the head's vector), over the whole cache.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nbl_export.calibrate.probe import left_padded
+from nbl_export.errors import InputError
+from nbl_export.progress import Listener, Silent
+from nbl_export.runtime.decoder import F32, KV, Decoder
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+BOOL = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Gates:
+    """The limits of one dtype, from ``gates.toml``."""
+
+    max_abs_logit: float
+    min_cosine: float
+    max_kl: float
+    top1: float
+    near_tie: float
+    max_rel_kv: float
+
+
+def gates_for(dtype: str) -> Gates:
+    """The gates of a dtype such as ``float32``."""
+    table = tomllib.loads((Path(__file__).parent / "gates.toml").read_text(encoding="utf-8"))
+    return Gates(**table[dtype])
+
+
+@dataclass(frozen=True)
+class StepParity:
+    """One forward pass compared: step 0 is the prefill, the others decode one token each."""
+
+    step: int
+    tokens: int
+    max_abs: float
+    mean_abs: float
+    p99_abs: float
+    max_rel: float
+    mean_rel: float
+    p99_rel: float
+    min_cosine: float
+    max_kl: float
+    top1: float
+    near_ties: int
+    kv_max_abs: float
+    kv_max_rel: float
+    kv_mean_rel: float
+    kv_worst_layer: int | None
+
+
+@dataclass(frozen=True)
+class Parity:
+    """The comparison of a whole run: prompt lengths, every step, and the gates they are held to."""
+
+    prompt_lengths: tuple[int, ...]
+    steps: tuple[StepParity, ...]
+    gates: Gates
+
+    def failures(self) -> list[str]:
+        """One sentence for each gate that fails, with the worst value and its step; empty is a pass."""
+        g, worst = self.gates, []
+        for what, values, limit, low in (
+            ("max |Δlogit|", [s.max_abs for s in self.steps], g.max_abs_logit, False),
+            ("cosine", [s.min_cosine for s in self.steps], g.min_cosine, True),
+            ("KL", [s.max_kl for s in self.steps], g.max_kl, False),
+            ("top-1 agreement", [s.top1 for s in self.steps], g.top1, True),
+            ("KV relative error", [s.kv_max_rel for s in self.steps], g.max_rel_kv, False),
+        ):
+            step = int(np.argmin(values) if low else np.argmax(np.nan_to_num(values, nan=np.inf)))
+            value = values[step]
+            # Written so that NaN fails.
+            if not (value >= limit if low else value <= limit):
+                worst.append(f"{what} is {value:.3g} at step {step}; the gate is {limit:g}")
+        return worst
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def compare_decoders(
+    reference: Decoder,
+    candidate: Decoder,
+    rows: Sequence[NDArray[np.int32]],
+    decode_steps: int,
+    gates: Gates,
+    listener: Listener | None = None,
+) -> Parity:
+    """Run both decoders over ``rows``: all but the last ``decode_steps`` tokens prefilled, the rest decoded.
+
+    ``rows`` are token ids of different lengths, each longer than ``decode_steps``. Raises
+    :class:`InputError` if the two do not cache the same layers.
+    """
+    if reference.kv_layers != candidate.kv_layers:
+        raise InputError(
+            f"The graph caches layers {candidate.kv_layers}, the plan leaves {reference.kv_layers}: "
+            "it was rewritten by another plan."
+        )
+    prompts = [row[: len(row) - decode_steps] for row in rows]
+    ids, mask, positions = left_padded(prompts)
+    past_a, past_b = reference.empty_past(len(rows)), candidate.empty_past(len(rows))
+    steps = []
+    with (listener or Silent()).task("Comparing with PyTorch", decode_steps + 1, "steps") as task:
+        for step in range(decode_steps + 1):
+            if step:
+                taught = [row[len(row) - decode_steps + step - 1] for row in rows]
+                ids = np.array(taught, dtype=np.int64)[:, None]
+                mask = np.concatenate([mask, np.ones_like(ids)], axis=1)
+                positions = positions[:, -1:] + 1
+            a = reference(ids, mask, positions, past_a)
+            b = candidate(ids, mask, positions, past_b)
+            past_a, past_b = a.present, b.present
+            real = mask[:, -ids.shape[1] :].astype(bool)
+            kv = _compare_kv(a.present, b.present, mask.astype(bool), reference.kv_layers)
+            steps.append(_compare_logits(step, a.logits[real], b.logits[real], gates.near_tie, kv))
+            task.advance(1)
+    return Parity(tuple(len(p) for p in prompts), tuple(steps), gates)
+
+
+def _compare_logits(
+    step: int, a: F32, b: F32, near_tie: float, kv: tuple[float, float, float, int | None]
+) -> StepParity:
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    difference = np.abs(x - y)
+    relative = difference / np.maximum(np.abs(x), _rms(x))
+    log_p, log_q = _log_softmax(x), _log_softmax(y)
+    kl = np.sum(np.exp(log_p) * (log_p - log_q), axis=-1)
+    cosine = np.sum(x * y, axis=-1) / (np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1))
+    best_two = np.partition(x, -2, axis=-1)[:, -2:]
+    same = x.argmax(axis=-1) == y.argmax(axis=-1)
+    tie = ~same & (best_two[:, 1] - best_two[:, 0] < near_tie)
+    return StepParity(
+        step=step,
+        tokens=len(x),
+        max_abs=float(difference.max()),
+        mean_abs=float(difference.mean()),
+        p99_abs=float(np.quantile(difference, 0.99)),
+        max_rel=float(relative.max()),
+        mean_rel=float(relative.mean()),
+        p99_rel=float(np.quantile(relative, 0.99)),
+        min_cosine=float(cosine.min()),
+        # Rounding can make a vanishing KL negative.
+        max_kl=float(np.maximum(kl, 0).max()),
+        top1=float((same | tie).mean()),
+        near_ties=int(tie.sum()),
+        kv_max_abs=kv[0],
+        kv_max_rel=kv[1],
+        kv_mean_rel=kv[2],
+        kv_worst_layer=kv[3],
+    )
+
+
+def _compare_kv(
+    a: Sequence[KV], b: Sequence[KV], real: BOOL, layers: Sequence[int]
+) -> tuple[float, float, float, int | None]:
+    worst_abs, worst_rel, worst_layer = 0.0, 0.0, None
+    means = []
+    for layer, pair_a, pair_b in zip(layers, a, b, strict=True):
+        for x, y in zip(pair_a, pair_b, strict=True):
+            if x.shape != y.shape:
+                return float("inf"), float("inf"), float("inf"), layer
+            u, v = (np.moveaxis(t, 1, 2)[real].astype(np.float64) for t in (x, y))
+            difference = np.abs(u - v)
+            relative = difference / np.maximum(np.maximum(np.abs(u), _rms(u)), 1e-12)
+            means.append(float(relative.mean()))
+            worst_abs = max(worst_abs, float(difference.max()))
+            if not relative.max() <= worst_rel:
+                worst_rel, worst_layer = float(relative.max()), layer
+    return worst_abs, worst_rel, float(np.mean(means)) if means else 0.0, worst_layer
+
+
+def _rms(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    rms: NDArray[np.float64] = np.sqrt(np.mean(x**2, axis=-1, keepdims=True))
+    return rms
+
+
+def _log_softmax(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    shifted = x - x.max(axis=-1, keepdims=True)
+    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return result

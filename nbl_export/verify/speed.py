@@ -1,0 +1,147 @@
+"""Speed: base and linearized graph, interleaved in one process, next to the analytic ceiling."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nbl_export.progress import Listener, Silent
+from nbl_export.runtime.ort import OrtDecoder, require_onnxruntime
+from nbl_export.verify.ceiling import GraphCost, graph_cost
+
+_DECODE_STEPS = 8  # tokens per timed decode round, averaged: one token is too short to time
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds per prefill, or per decoded token: median and quartiles over the rounds."""
+
+    median_ms: float
+    low_ms: float
+    high_ms: float
+
+
+@dataclass(frozen=True)
+class SpeedCell:
+    """One phase at one context, batch 1.
+
+    ``speedup`` is the median over rounds of base/linearized, each pair timed back to back;
+    ``speedup_low``/``speedup_high`` are its quartiles. ``resolved`` is False where they straddle 1:
+    the noise is then larger than the effect.
+    """
+
+    phase: str
+    context: int
+    base: Timing
+    linearized: Timing
+    speedup: float
+    speedup_low: float
+    speedup_high: float
+    resolved: bool
+    ceiling: float
+
+
+@dataclass(frozen=True)
+class Speed:
+    """All cells, the settings they were measured with, and what the KV cache costs."""
+
+    provider: str
+    threads: int
+    rounds: int
+    cells: tuple[SpeedCell, ...]
+    base_cost: GraphCost
+    linearized_cost: GraphCost
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def measure_speed(
+    base: Path, linearized: Path, contexts: Sequence[int], rounds: int, listener: Listener | None = None
+) -> Speed:
+    """Prefill and decode of both graphs at each context length, ``rounds`` times in turn.
+
+    One round runs base then linearized; the order flips every round so that drift favours neither.
+    The decode cache is really filled, by the prefill that was just timed.
+    """
+    require_onnxruntime()
+    decoders = [OrtDecoder(path) for path in (base, linearized)]
+    costs = [graph_cost(path) for path in (base, linearized)]
+    cells = []
+    with (listener or Silent()).task("Timing", 2 * len(contexts) * (rounds + 1), "rounds") as task:
+        for context in contexts:
+            prompts = [_Prompt(d, context) for d in decoders]
+            for phase, run in (("prefill", _Prompt.prefill), ("decode", _Prompt.decode)):
+                times = _interleaved(prompts, run, rounds, task.advance)
+                cells.append(_cell(phase, context, times, _ceiling(phase, context, costs)))
+    return Speed("CPUExecutionProvider", os.cpu_count() or 1, rounds, tuple(cells), costs[0], costs[1])
+
+
+class _Prompt:
+    """One graph with a prompt of ``context`` tokens, its inputs and cache held by the runtime."""
+
+    def __init__(self, decoder: OrtDecoder, context: int) -> None:
+        self.decoder = decoder
+        ids = np.arange(context, dtype=np.int64)[None] % 97 + 3
+        positions = np.arange(context, dtype=np.int64)[None]
+        self.prefill_feeds = self._values(ids, np.ones_like(ids), positions, decoder.empty_past(1))
+        one = np.ones((1, 1), dtype=np.int64)
+        self._step = (one * 5, np.ones((1, context + 1), dtype=np.int64), one * context)
+        self.decode_feeds: dict[str, Any] = {}
+
+    def _values(self, *inputs: Any) -> dict[str, Any]:
+        ort = require_onnxruntime()
+        feeds = self.decoder.feeds(*inputs)
+        return {k: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(v)) for k, v in feeds.items()}
+
+    def prefill(self) -> float:
+        start = time.perf_counter()
+        outputs = self.decoder.session.run_with_ort_values(self.decoder.output_names, self.prefill_feeds)
+        seconds = time.perf_counter() - start
+        if not self.decode_feeds:
+            heads = self._values(*self._step, self.decoder.empty_past(1))
+            self.decode_feeds = heads | dict(zip(self.decoder.past_names, outputs[1:], strict=True))
+        return seconds
+
+    def decode(self) -> float:
+        start = time.perf_counter()
+        for _ in range(_DECODE_STEPS):
+            self.decoder.session.run_with_ort_values(self.decoder.output_names, self.decode_feeds)
+        return (time.perf_counter() - start) / _DECODE_STEPS
+
+
+def _interleaved(
+    prompts: Sequence[_Prompt], run: Callable[[_Prompt], float], rounds: int, advance: Callable[[int], None]
+) -> list[list[float]]:
+    times: list[list[float]] = [[], []]
+    for round_ in range(rounds + 1):
+        for which in (0, 1) if round_ % 2 else (1, 0):
+            seconds = run(prompts[which])
+            if round_:  # the first round warms up
+                times[which].append(seconds)
+        advance(1)
+    return times
+
+
+def _cell(phase: str, context: int, times: list[list[float]], ceiling: float) -> SpeedCell:
+    ratio_low, ratio, ratio_high = np.quantile(np.array(times[0]) / np.array(times[1]), (0.25, 0.5, 0.75))
+    base, linear = (
+        Timing(*(round(float(q) * 1e3, 4) for q in np.quantile(t, (0.5, 0.25, 0.75)))) for t in times
+    )
+    resolved = bool(ratio_low > 1 or ratio_high < 1)
+    return SpeedCell(
+        phase, context, base, linear, float(ratio), float(ratio_low), float(ratio_high), resolved, ceiling
+    )
+
+
+def _ceiling(phase: str, context: int, costs: Sequence[GraphCost]) -> float:
+    base, linear = (
+        c.prefill_macs(context) if phase == "prefill" else c.decode_bytes(context) for c in costs
+    )
+    return base / linear

@@ -1,0 +1,299 @@
+"""The output folder: its names, atomic writes, hashes, and which stages are already done.
+
+A stage is done when ``nbl/workspace.json`` has a record of it whose key equals the key asked for and
+whose files are still there, byte for byte. The key is a hash of the stage's settings and of the keys
+it builds on, so changing ``--k`` repeats selection and what follows, never calibration.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nbl_export.errors import InputError, os_error_in_words
+
+STATE_VERSION = 1
+STAGES = ("calibrate", "select", "export", "rewrite", "verify", "report")
+
+
+def sha256_of_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes, streamed."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sha256_of_json(value: Any) -> str:
+    """Hex SHA-256 of a JSON value in canonical form (sorted keys, no spaces)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary sibling of ``path`` to write to; it becomes ``path`` only if the block succeeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    # mkstemp makes private files; these are ordinary outputs and follow the umask.
+    umask = os.umask(0)
+    os.umask(umask)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~umask)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 ``text`` atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically; non-finite numbers are refused, since JSON has none."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path, what: str, remedy: str) -> Any:
+    """Read a JSON file; an unreadable one is an :class:`InputError` naming ``what`` and the ``remedy``."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{what} is missing ({path}): {remedy}.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{what} is damaged ({path}: {error}): {remedy}.") from None
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What is known of a finished stage.
+
+    ``key`` identifies its settings and everything before it; ``files`` maps paths relative to the
+    output folder to their SHA-256; ``seconds`` is the wall time it took; ``notes`` are the lines the
+    user was told (fallbacks, shortages), kept for the report.
+    """
+
+    key: str
+    settings: dict[str, Any]
+    files: dict[str, str]
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+
+class Workspace:
+    """The output folder of one model.
+
+    Paths are properties so that no other module spells a file name. All writing goes through the
+    atomic helpers of this module; ``lock`` keeps a second process out while one is at work.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._state: dict[str, Any] = {}
+        if self.state_path.exists():
+            self._state = self._read_state()
+
+    # names -----------------------------------------------------------------------------------
+    @property
+    def nbl(self) -> Path:
+        return self.root / "nbl"
+
+    @property
+    def state_path(self) -> Path:
+        return self.nbl / "workspace.json"
+
+    @property
+    def text(self) -> Path:
+        return self.nbl / "text.safetensors"
+
+    @property
+    def moments(self) -> Path:
+        return self.nbl / "moments.safetensors"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.nbl / "moments.partial.safetensors"
+
+    @property
+    def probe(self) -> Path:
+        return self.nbl / "probe.safetensors"
+
+    @property
+    def candidates(self) -> Path:
+        return self.nbl / "candidates.json"
+
+    @property
+    def plan(self) -> Path:
+        return self.nbl / "plan.json"
+
+    @property
+    def baseline(self) -> Path:
+        return self.root / "baseline" / "model.onnx"
+
+    @property
+    def model(self) -> Path:
+        return self.root / "model.onnx"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report"
+
+    # opening ---------------------------------------------------------------------------------
+    @classmethod
+    def create(cls, root: Path) -> Workspace:
+        """Open ``root``, making it if needed; refuses a path that is no folder or cannot be written."""
+        if root.exists() and not root.is_dir():
+            raise InputError(f"{root} is a file; --output must be a folder.")
+        try:
+            (root / "nbl").mkdir(parents=True, exist_ok=True)
+            with atomic_path(root / "nbl" / "write-test"):
+                pass
+            (root / "nbl" / "write-test").unlink(missing_ok=True)
+        except OSError as error:
+            raise os_error_in_words(error, f"preparing the output folder {root}") from error
+        return cls(root)
+
+    @classmethod
+    def open(cls, root: Path) -> Workspace:
+        """Open an existing output folder; anything else is an :class:`InputError`."""
+        if not root.is_dir():
+            raise InputError(
+                f"{root} is no folder: name the output folder of an earlier nbl-export run, "
+                f"or start with `nbl-export calibrate MODEL -o {root}`."
+            )
+        if not (root / "nbl" / "workspace.json").exists():
+            raise InputError(
+                f"{root} is not an output folder of nbl-export (no nbl/workspace.json): "
+                f"start with `nbl-export calibrate MODEL -o {root}`."
+            )
+        return cls(root)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other nbl-export processes out of this folder for the length of the block."""
+        import fcntl
+
+        path = self.nbl / ".lock"
+        with path.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(
+                    f"Another nbl-export is at work in {self.root}: wait for it or choose another --output."
+                ) from None
+            self._remove_leftovers()
+            yield
+
+    def _remove_leftovers(self) -> None:
+        # A killed process cannot clean up; under the lock nobody else owns these.
+        for folder in (self.root, self.nbl, self.baseline.parent, self.report):
+            for leftover in folder.glob(".*.tmp"):
+                if leftover.is_dir():
+                    shutil.rmtree(leftover, ignore_errors=True)
+                else:
+                    leftover.unlink(missing_ok=True)
+
+    # state -----------------------------------------------------------------------------------
+    def _read_state(self) -> dict[str, Any]:
+        remedy = f"delete {self.root} and start again"
+        state = read_json(self.state_path, "The record of this output folder", remedy)
+        if not isinstance(state, dict) or not isinstance(state.get("stages"), dict):
+            raise InputError(f"{self.state_path} is not a record of nbl-export: {remedy}.")
+        if state.get("version") != STATE_VERSION:
+            raise InputError(
+                f"{self.state_path} has version {state.get('version')!r}, this nbl-export reads "
+                f"{STATE_VERSION}: use another --output."
+            )
+        return state
+
+    def _write_state(self) -> None:
+        write_json(self.state_path, {"version": STATE_VERSION, **self._state})
+
+    @property
+    def model_info(self) -> dict[str, Any] | None:
+        """What is recorded of the model: source, kind, fingerprint; None for a new folder."""
+        info = self._state.get("model")
+        return dict(info) if info else None
+
+    def set_model(self, info: Mapping[str, Any]) -> None:
+        """Bind the folder to a model; another model than the recorded one is an :class:`InputError`."""
+        known = self.model_info
+        if known and known["fingerprint"] != info["fingerprint"]:
+            raise InputError(
+                f"{self.root} belongs to another model ({known['source']}, fingerprint "
+                f"{known['fingerprint'][:12]}), not to {info['source']} ({info['fingerprint'][:12]}): "
+                "choose another --output or delete that folder."
+            )
+        self._state["model"] = dict(info)
+        self._state.setdefault("stages", {})
+        self._write_state()
+
+    def record(self, stage: str) -> StageRecord | None:
+        """The record of a finished stage, or None."""
+        raw = self._state.get("stages", {}).get(stage)
+        if raw is None:
+            return None
+        try:
+            return StageRecord(**{**raw, "notes": tuple(raw.get("notes", ()))})
+        except TypeError:
+            raise InputError(
+                f"{self.state_path} has a damaged record of stage {stage}: delete {self.root} and start again."
+            ) from None
+
+    def require(self, stage: str, command: str) -> StageRecord:
+        """The record of a stage that must be done and intact, else an error naming the ``command``."""
+        record = self.record(stage)
+        if record is None:
+            raise InputError(f"{self.root} has no finished `{stage}` yet: run `{command}` first.")
+        if damaged := self.damaged_file(record):
+            raise InputError(
+                f"{self.root / damaged} is missing or was changed after `{stage}` wrote it: "
+                f"run `{command}` again."
+            )
+        return record
+
+    def damaged_file(self, record: StageRecord) -> str | None:
+        """The first file of a record that is missing or differs from what was written, or None."""
+        for name, digest in record.files.items():
+            path = self.root / name
+            if not path.is_file() or sha256_of_file(path) != digest:
+                return name
+        return None
+
+    def is_done(self, stage: str, key: str) -> bool:
+        """Whether ``stage`` was finished with exactly this ``key`` and its files are intact."""
+        record = self.record(stage)
+        return record is not None and record.key == key and self.damaged_file(record) is None
+
+    def finish(
+        self,
+        stage: str,
+        key: str,
+        settings: Mapping[str, Any],
+        files: list[Path],
+        seconds: float,
+        notes: list[str],
+    ) -> None:
+        """Record that ``stage`` is done."""
+        self._state.setdefault("stages", {})[stage] = {
+            "key": key,
+            "settings": dict(settings),
+            "files": {str(p.relative_to(self.root)): sha256_of_file(p) for p in files},
+            "seconds": round(seconds, 3),
+            "notes": notes,
+        }
+        self._write_state()
