@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     ProgressColumn,
     SpinnerColumn,
@@ -31,12 +31,24 @@ _err = Console(stderr=True, highlight=False)
 _COLOURS = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
 
 
-class _RateColumn(ProgressColumn):
-    """Units per second, such as ``1,480 tokens/s``."""
+class _CountColumn(ProgressColumn):
+    """Done, total and rate: ``12.3k/65.5k tokens, 412/s``."""
 
     def render(self, task: RichTask) -> Text:
         rate = task.finished_speed or task.speed
-        return Text(f"{rate:,.0f} {task.fields['unit']}/s" if rate and rate >= 2 else "")
+        per_second = f", {_short(rate)}/s" if rate and task.total and task.total > 1 else ""
+        return Text(f"{_short(task.completed)}/{_short(task.total or 0)} {task.fields['unit']}{per_second}")
+
+
+class _EtaColumn(TimeRemainingColumn):
+    """The remaining time, marked as such; nothing once finished."""
+
+    def render(self, task: RichTask) -> Text:
+        return Text("") if task.finished else Text("eta ") + super().render(task)
+
+
+def _short(number: float) -> str:
+    return f"{number / 1000:.1f}k" if number >= 10_000 else f"{number:,.0f}" if number >= 10 else f"{number:.3g}"
 
 
 class _BarTask:
@@ -54,13 +66,11 @@ class TerminalListener:
     def task(self, title: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
         columns = (
             SpinnerColumn(finished_text="[green]✓"),
-            TextColumn("{task.description:<32}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            _RateColumn(),
+            TextColumn("{task.description:<27.27}"),
+            BarColumn(bar_width=12),
+            _CountColumn(),
             TimeElapsedColumn(),
-            TextColumn("eta"),
-            TimeRemainingColumn(),
+            _EtaColumn(),
         )
         with Progress(*columns, console=_err, refresh_per_second=4) as progress:
             task_id = progress.add_task(title, total=total, completed=done, unit=unit)
@@ -84,7 +94,16 @@ def show_tables(tables: list[Table]) -> None:
 
 
 def _drawn(table: Table) -> RichTable:
-    drawn = RichTable(title=table.title, title_justify="left", title_style="bold", header_style="bold")
+    drawn = RichTable(
+        title=table.title,
+        title_justify="left",
+        title_style="bold",
+        header_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
+    )
     for number, column in enumerate(table.columns):
         drawn.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
     for row in table.rows:
@@ -95,8 +114,7 @@ def _drawn(table: Table) -> RichTable:
 def show_report(report: Report, out: Path) -> None:
     """The summary of a run: tables, then checks, then the verdict and where to look next."""
     layers = report.selection["layers"]
-    # The per-layer table is long; the terminal gets it from `inspect`, the report has it always.
-    show_tables([t for t in report_tables(report) if not t.title.startswith("Layers")])
+    show_tables(report_tables(report, brief=True))
     checks = checks_table(report)
     drawn = _drawn(checks)
     drawn.columns[-1].justify = "left"

@@ -42,12 +42,13 @@ class CalibrationText:
 
     ``calibration`` is [samples, seq_len]; ``heldout`` is [rows, seq_len] of documents that
     ``calibration`` has no part of, and ``heldout_document`` says of each of its tokens which
-    document it belongs to. All int32.
+    document it belongs to; ``start`` [n] is what a prompt begins with. All int32.
     """
 
     calibration: I32
     heldout: I32
     heldout_document: I32
+    start: I32
 
 
 @dataclass(frozen=True)
@@ -268,14 +269,28 @@ def pack(texts: Iterable[str], tokenizer: Any, settings: TextSettings, listener:
         flat = np.concatenate(pieces)
         return flat[: len(flat) // length * length].reshape(-1, length)
 
-    return CalibrationText(rows(parts[False]), rows(parts[True]), rows(owners))
+    return CalibrationText(rows(parts[False]), rows(parts[True]), rows(owners), start_tokens(tokenizer))
+
+
+def start_tokens(tokenizer: Any) -> I32:
+    """The tokens a prompt begins with: by the tokenizer's own rules, or its beginning-of-text token.
+
+    [n] int32; n is 0 for a tokenizer that has neither.
+    """
+    with_special, plain = (
+        tokenizer("a", add_special_tokens=special, verbose=False)["input_ids"] for special in (True, False)
+    )
+    own = with_special[: max(0, len(with_special) - len(plain))]
+    if not own and tokenizer.bos_token_id is not None:
+        own = [tokenizer.bos_token_id]
+    return np.array(own, dtype=np.int32)
 
 
 # the model's own text ----------------------------------------------------------------------------
 
 
 def sample_from_model(
-    model: torch.nn.Module, start_token: int, settings: TextSettings, listener: Listener
+    model: torch.nn.Module, tokenizer: Any, settings: TextSettings, listener: Listener
 ) -> CalibrationText:
     """Text sampled from the model itself, one document a row, by plain ancestral sampling.
 
@@ -287,6 +302,9 @@ def sample_from_model(
     from nbl_export.runtime.torch import TorchDecoder
 
     decoder = TorchDecoder(model)
+    config: Any = model.config
+    known = (tokenizer.bos_token_id, tokenizer.eos_token_id, config.bos_token_id)
+    start_token = next((t for t in known if t is not None), 0)
     length, total = settings.seq_len, settings.samples + settings.heldout_samples
     generator = torch.Generator().manual_seed(settings.seed)
     documents: list[I32] = []
@@ -297,7 +315,7 @@ def sample_from_model(
     tokens = np.concatenate(documents)
     held = tokens[settings.samples :]
     owner = np.repeat(np.arange(len(held), dtype=np.int32)[:, None], length, axis=1)
-    return CalibrationText(tokens[: settings.samples], held, owner)
+    return CalibrationText(tokens[: settings.samples], held, owner, start_tokens(tokenizer))
 
 
 # Wide enough that the matrix products dominate, narrow enough that the cache stays small.

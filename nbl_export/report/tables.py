@@ -44,16 +44,11 @@ def graph_table(before: Mapping[str, Any], after: Mapping[str, Any], cost: Mappi
     row("inputs", before["inputs"], after["inputs"])
     row("outputs", before["outputs"], after["outputs"])
     row("nodes", before["nodes"], after["nodes"])
-    for op in before["ops"].keys() | after["ops"].keys():
+    for op in sorted(before["ops"].keys() | after["ops"].keys()):
         a, b = before["ops"].get(op, 0), after["ops"].get(op, 0)
         if a != b:
             row(f"  {op}", a, b)
-    fixed, ops = rows[: -_op_rows(rows)] if _op_rows(rows) else rows, rows[len(rows) - _op_rows(rows) :]
-    return Table("Graph", ("", "base", "linearized", "change"), (*fixed, *sorted(ops)))
-
-
-def _op_rows(rows: Sequence[tuple[str, ...]]) -> int:
-    return sum(r[0].startswith("  ") for r in rows)
+    return Table("Graph", ("", "base", "linearized", "change"), tuple(rows))
 
 
 def layers_table(selection: Mapping[str, Any], proofs: Sequence[Mapping[str, Any]]) -> Table:
@@ -83,37 +78,55 @@ def layers_table(selection: Mapping[str, Any], proofs: Sequence[Mapping[str, Any
     )
 
 
-def parity_table(parity: Mapping[str, Any]) -> Table:
-    """One row for each step of the parity run."""
-    rows = tuple(
-        (
-            "prefill" if s["step"] == 0 else f"decode {s['step']}",
-            str(s["tokens"]),
-            *(_figure(s[k]) for k in ("max_abs", "mean_abs", "p99_abs", "max_rel", "p99_rel")),
-            _figure(1 - s["min_cosine"]) if isinstance(s["min_cosine"], float) else str(s["min_cosine"]),
-            _figure(s["max_kl"]),
-            _percent(s["top1"]),
-            _figure(s["kv_max_rel"]),
-        )
-        for s in parity["steps"]
-    )
+_PARITY = {
+    "max |Δ|": "max_abs",
+    "mean |Δ|": "mean_abs",
+    "p99 |Δ|": "p99_abs",
+    "max rel": "max_rel",
+    "mean rel": "mean_rel",
+    "p99 rel": "p99_rel",
+    "1-cos": "min_cosine",
+    "KL": "max_kl",
+}
+_BRIEF = ("max |Δ|", "p99 |Δ|", "max rel", "1-cos", "KL")
+
+
+def parity_table(parity: Mapping[str, Any], brief: bool = False) -> Table:
+    """One row for each step of the parity run; ``brief`` keeps what 80 columns hold."""
+    columns = _BRIEF if brief else tuple(_PARITY)
+    keys = [_PARITY[c] for c in columns]
+    rows = []
+    for s in parity["steps"]:
+        figures = [_figure(s[k] if k != "min_cosine" else _one_minus(s[k])) for k in keys]
+        name = "prefill" if s["step"] == 0 else f"step {s['step']}"
+        rows.append((name, str(s["tokens"]), *figures, _percent(s["top1"]), _figure(s["kv_max_rel"])))
     g = parity["gates"]
     return Table(
         "Parity: linearized PyTorch against the rewritten graph",
-        ("step", "tokens", "max |Δ|", "mean |Δ|", "p99 |Δ|", "max rel", "p99 rel", "1-cos", "KL", "top-1", "KV rel"),
-        rows,
+        ("", "n", *columns, "top-1", "KV rel"),
+        tuple(rows),
         f"Gates: max |Δlogit| ≤ {g['max_abs_logit']:g}, cosine ≥ {g['min_cosine']:g}, KL ≤ {g['max_kl']:g}, top-1 "
         f"{g['top1']:.0%} up to near-ties of {g['near_tie']:g}, KV ≤ {g['max_rel_kv']:g}. "
-        f"Prompts of {', '.join(map(str, parity['prompt_lengths']))} tokens, left-padded into one batch.",
+        f"Prompts of {', '.join(map(str, parity['prompt_lengths']))} tokens, left-padded into one batch; then "
+        "teacher-forced decode steps with each side's own cache. Changing the embeddings' last bit moves the "
+        f"PyTorch model's own logits by {_figure(parity['rounding_noise'])}.",
     )
 
 
+def _one_minus(value: Any) -> Any:
+    return 1 - value if isinstance(value, (int, float)) else value
+
+
 def _figure(value: Any) -> str:
-    return f"{value:.1e}" if isinstance(value, (int, float)) else str(value)
+    """1.2e-5: two digits, the exponent without its zero."""
+    if not isinstance(value, (int, float)):
+        return str(value)
+    mantissa, _, exponent = f"{value:.1e}".partition("e")
+    return f"{mantissa}e{int(exponent)}" if value else "0"
 
 
 def _percent(value: Any) -> str:
-    return f"{value:.1%}" if isinstance(value, (int, float)) else str(value)
+    return f"{value:.1%}".replace(".0%", "%") if isinstance(value, (int, float)) else str(value)
 
 
 def method_table(loss: Mapping[str, Any]) -> Table:
@@ -139,34 +152,36 @@ def speed_table(speed: Mapping[str, Any]) -> Table:
             f"{c['phase']} {c['context']}",
             _spread(c["base"]),
             _spread(c["linearized"]),
-            f"{c['speedup']:.2f}× ({c['speedup_low']:.2f} to {c['speedup_high']:.2f})",
+            f"{c['speedup']:.2f}×",
+            f"{c['speedup_low']:.2f}–{c['speedup_high']:.2f}" + ("" if c["resolved"] else " not resolved"),
             f"{c['ceiling']:.2f}×",
-            "yes" if c["resolved"] else "no: noise exceeds it",
         )
         for c in speed["cells"]
     )
     return Table(
         "Speed on ONNX Runtime, batch 1",
-        ("phase, tokens", "base, ms", "linearized, ms", "speedup", "ceiling", "resolved"),
+        ("", "base, ms", "linearized, ms", "speedup", "quartiles", "ceiling"),
         rows,
         f"{speed['provider']}, {speed['threads']} threads, {speed['rounds']} rounds of base and linearized in turn; "
-        "medians and quartiles; decode per token, after that many tokens. Ceiling: multiplications saved (prefill), "
-        "bytes saved (decode), counted from the graphs.",
+        "medians ± half the interquartile range; decode: one token after that many. Not resolved: the quartiles of "
+        "the speedup straddle 1, the noise exceeds the effect. Ceiling: multiplications saved (prefill) or bytes "
+        "saved (decode), counted from the graphs; more than that is overhead saved.",
     )
 
 
 def _spread(timing: Mapping[str, float]) -> str:
-    return f"{timing['median_ms']:.1f} ({timing['low_ms']:.1f} to {timing['high_ms']:.1f})"
+    return f"{timing['median_ms']:.1f} ± {(timing['high_ms'] - timing['low_ms']) / 2:.1f}"
 
 
-def report_tables(report: Report) -> list[Table]:
-    """All tables of a report, in reading order."""
+def report_tables(report: Report, brief: bool = False) -> list[Table]:
+    """The tables of a report, in reading order; ``brief`` leaves out what a terminal has no room for."""
     tables = [graph_table(report.graph["before"], report.graph["after"], report.speed)]
     if report.method_loss:
         tables.append(method_table(report.method_loss))
     if report.speed:
         tables.append(speed_table(report.speed))
     if report.parity:
-        tables.append(parity_table(report.parity))
-    tables.append(layers_table(report.selection, report.graph["proofs"]))
+        tables.append(parity_table(report.parity, brief))
+    if not brief:
+        tables.append(layers_table(report.selection, report.graph["proofs"]))
     return tables

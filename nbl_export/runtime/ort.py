@@ -27,15 +27,17 @@ def require_onnxruntime() -> Any:
     return onnxruntime
 
 
-def session(path: Path, threads: int | None = None) -> Any:
-    """An inference session of the graph at ``path`` on the CPU provider.
+def session(path: Path, config: Mapping[str, str] | None = None) -> Any:
+    """An inference session of the graph at ``path`` on the CPU provider, all cores.
 
-    Raises :class:`InputError` if onnxruntime does not take the file.
+    ``config`` are onnxruntime's session configuration entries.     Raises :class:`InputError` if onnxruntime does not take the file.
     """
     ort = require_onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    options.intra_op_num_threads = threads or os.cpu_count() or 1
+    options.intra_op_num_threads = os.cpu_count() or 1
+    for key, value in (config or {}).items():
+        options.add_session_config_entry(key, value)
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions have no common base class
@@ -50,8 +52,8 @@ class OrtDecoder:
     the model's metadata, or is its number where there is none.
     """
 
-    def __init__(self, path: Path, threads: int | None = None) -> None:
-        self.session = session(path, threads)
+    def __init__(self, path: Path, config: Mapping[str, str] | None = None) -> None:
+        self.session = session(path, config)
         names = [i.name for i in self.session.get_inputs()]
         self.input_names = set(names)
         self.past_inputs = [i for i in self.session.get_inputs() if i.name.startswith("past_key_values.")]

@@ -71,7 +71,8 @@ def measure_speed(
     The decode cache is really filled, by the prefill that was just timed.
     """
     require_onnxruntime()
-    decoders = [OrtDecoder(path) for path in (base, linearized)]
+    # Idle threads of one session must not spin on the cores while the other is timed.
+    decoders = [OrtDecoder(path, {"session.force_spinning_stop": "1"}) for path in (base, linearized)]
     costs = [graph_cost(path) for path in (base, linearized)]
     cells = []
     with (listener or Silent()).task("Timing", 2 * len(contexts) * (rounds + 1), "rounds") as task:

@@ -1,0 +1,48 @@
+"""Models and data that tests share. Real ones are skipped, with the reason, where they are missing."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Nothing in the tests may reach for the network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+ROOT = Path(__file__).parent.parent
+SHARED = Path(os.environ.get("NBL_EXPORT_SHARED", ROOT.parent / "shared")) / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of public test data; the test is skipped where it is missing."""
+    if not SHARED.is_dir():
+        pytest.skip(f"needs the shared test data at {SHARED}")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def stories_text(shared_data: Path) -> Path:
+    """TinyStories documents, what stories260K was trained on."""
+    return shared_data / "text" / "tinystories_exllamav2.jsonl.gz"
+
+
+@pytest.fixture(scope="session")
+def stories_folder(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """stories260K, a real Llama with GQA (5 layers, width 64), as a Hugging Face folder."""
+    from tests.stories import build
+
+    return build(shared_data / "models" / "stories260K", tmp_path_factory.mktemp("models") / "stories260K")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random 4-layer Llama with GQA, width 32, whose attention matters, with a byte-level tokenizer.
+
+    Freshly initialized attention moves a model too little to notice when it is wrong; these weights
+    are scaled up.
+    """
+    from tests.tiny import build
+
+    return build(tmp_path_factory.mktemp("models") / "tiny")
