@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -18,7 +18,6 @@ from nbl_export import __version__
 from nbl_export.errors import GATE_FAILED, INTERNAL, INTERRUPTED, NblError, os_error_in_words
 
 if TYPE_CHECKING:
-    from nbl_export.pipeline import Run
     from nbl_export.report.schema import Report
 
 DEFAULT_COMMAND = "run"
@@ -50,25 +49,62 @@ app = typer.Typer(
 )
 
 # Options shared by the whole run and its stages; each stands here once.
-ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face id, a local folder, or a .gguf file.", show_default=False)]
-OutArg = Annotated[Path, typer.Argument(metavar="OUT", help="The output folder of an earlier command.", show_default=False)]
+ModelArg = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A Hugging Face id, a local folder, or a .gguf file.", show_default=False
+    ),
+]
+OutArg = Annotated[
+    Path, typer.Argument(metavar="OUT", help="The output folder of an earlier command.", show_default=False)
+]
 OutOpt = Annotated[Path, typer.Option("--output", "-o", help="Output folder; made if needed.")]
-KOpt = Annotated[Optional[int], typer.Option("--k", help="How many attention layers to linearize.", show_default=False)]
-LayersOpt = Annotated[Optional[str], typer.Option("--layers", help="Exactly these layers instead, as 3,7,12.", show_default=False)]
-CriterionOpt = Annotated[Literal["cca", "nmse"], typer.Option(help="How layers are ranked: the paper's CCA bound on the residual stream, or the fit's own NMSE.")]
-FitInputOpt = Annotated[Literal["normed", "residual"], typer.Option(help="Fit on the attention's input after or before the input norm.")]
-RidgeOpt = Annotated[float, typer.Option(help="Ridge, relative to each channel's variance; grows tenfold if Cholesky fails.")]
-CalibrationOpt = Annotated[Optional[list[str]], typer.Option(help="Text: a .txt/.jsonl/.parquet file (.gz/.zst too), folder, glob or Hub data set; repeatable. 'self' samples it from the model.", show_default="self")]
-FieldOpt = Annotated[str, typer.Option("--text-field", help="The text field of .jsonl, .parquet or Hub rows.")]
+KOpt = Annotated[
+    int | None, typer.Option("--k", help="How many attention layers to linearize.", show_default=False)
+]
+LayersOpt = Annotated[
+    str | None,
+    typer.Option("--layers", help="Exactly these layers instead, as 3,7,12.", show_default=False),
+]
+CriterionOpt = Annotated[
+    Literal["cca", "nmse"],
+    typer.Option(
+        help="How layers are ranked: the paper's CCA bound on the residual stream, or the fit's own NMSE."
+    ),
+]
+FitInputOpt = Annotated[
+    Literal["normed", "residual"],
+    typer.Option(help="Fit on the attention's input after or before the input norm."),
+]
+RidgeOpt = Annotated[
+    float, typer.Option(help="Ridge, relative to each channel's variance; grows tenfold if Cholesky fails.")
+]
+CalibrationOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        help=(
+            "Text: a .txt/.jsonl/.parquet file (.gz/.zst too), folder, glob or Hub data set; repeatable. "
+            "'self' samples it from the model."
+        ),
+        show_default="self",
+    ),
+]
+FieldOpt = Annotated[
+    str, typer.Option("--text-field", help="The text field of .jsonl, .parquet or Hub rows.")
+]
 SamplesOpt = Annotated[int, typer.Option(help="Rows of calibration tokens.")]
 SeqLenOpt = Annotated[int, typer.Option(help="Tokens per row.")]
 HeldoutOpt = Annotated[int, typer.Option(help="Rows of held-out tokens, for the method's loss.")]
 SeedOpt = Annotated[int, typer.Option(help="Seed of everything random.")]
-TrustOpt = Annotated[bool, typer.Option("--trust-remote-code", help="Run modelling code that comes with the model.")]
+TrustOpt = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run modelling code that comes with the model.")
+]
 StepsOpt = Annotated[int, typer.Option(help="Teacher-forced decode steps of the parity run.")]
 ContextsOpt = Annotated[str, typer.Option(help="Context lengths to time.")]
 RoundsOpt = Annotated[int, typer.Option(help="Timed rounds of base and linearized in turn.")]
-QualityOpt = Annotated[bool, typer.Option("--quality/--no-quality", help="Measure the method's loss on held-out text.")]
+QualityOpt = Annotated[
+    bool, typer.Option("--quality/--no-quality", help="Measure the method's loss on held-out text.")
+]
 SpeedOpt = Annotated[bool, typer.Option("--speed/--no-speed", help="Time both graphs.")]
 
 
@@ -80,7 +116,9 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     pass
 
@@ -108,18 +146,19 @@ def run(
     trust_remote_code: TrustOpt = False,
 ) -> None:
     """Everything: calibrate, select, export, rewrite, verify, report. The default command."""
-    from nbl_export import pipeline
+    from nbl_export import api
+    from nbl_export.terminal import TerminalListener
 
-    selection = _selection(k, layers, criterion, fit_input, ridge)
-    calibrating = _calibration(calibration, text_field, samples, seq_len, heldout_samples, seed)
-    verifying = _verification(decode_steps, contexts, rounds, quality, speed)
-    selection.check()
-    calibrating.text().check()
-    verifying.check()
-    work = _start(model, output, trust_remote_code)
-    with work.workspace.lock():
-        report = pipeline.run_all(work, calibrating, selection, verifying)
-    _finish(report, output)
+    value = api.run(
+        model,
+        output,
+        _selection(k, layers, criterion, fit_input, ridge),
+        _calibration(calibration, text_field, samples, seq_len, heldout_samples, seed),
+        _verification(decode_steps, contexts, rounds, quality, speed),
+        TerminalListener(),
+        trust_remote_code,
+    )
+    _finish(value, output)
 
 
 @app.command()
@@ -135,13 +174,11 @@ def calibrate(
     trust_remote_code: TrustOpt = False,
 ) -> None:
     """Stream the activations' second moments into OUT. Interrupted, it goes on from a checkpoint."""
-    from nbl_export import pipeline
+    from nbl_export import api
+    from nbl_export.terminal import TerminalListener
 
     settings = _calibration(calibration, text_field, samples, seq_len, heldout_samples, seed)
-    settings.text().check()
-    work = _start(model, output, trust_remote_code)
-    with work.workspace.lock():
-        pipeline.calibrate(work, settings)
+    api.calibrate(model, output, settings, TerminalListener(), trust_remote_code)
     _say(f"Calibrated. Next: nbl-export select {output} --k K")
 
 
@@ -155,36 +192,31 @@ def select(
     ridge: RidgeOpt = 1e-6,
 ) -> None:
     """Score every layer, choose K, and write the plan."""
-    from nbl_export import pipeline
+    from nbl_export import api
+    from nbl_export.terminal import TerminalListener
 
-    settings = _selection(k, layers, criterion, fit_input, ridge)
-    settings.check()
-    work = _resume(out)
-    with work.workspace.lock():
-        plan = pipeline.select(work, settings)
+    plan = api.select(out, _selection(k, layers, criterion, fit_input, ridge), TerminalListener())
     _say(f"Plan: layers {', '.join(map(str, plan.chosen)) or 'none'}. Next: nbl-export export {out}")
 
 
 @app.command()
 def export(out: OutArg) -> None:
     """Export the unmodified model to OUT/baseline/model.onnx."""
-    from nbl_export import pipeline
+    from nbl_export import api
+    from nbl_export.terminal import TerminalListener
 
-    work = _resume(out)
-    with work.workspace.lock():
-        pipeline.export(work)
-    _say(f"Exported {out / 'baseline' / 'model.onnx'}. Next: nbl-export rewrite {out}")
+    path = api.export(out, TerminalListener())
+    _say(f"Exported {path}. Next: nbl-export rewrite {out}")
 
 
 @app.command()
 def rewrite(out: OutArg) -> None:
     """Replace the planned attention in the graph: find, prove, replace, count."""
-    from nbl_export import pipeline
+    from nbl_export import api
+    from nbl_export.terminal import TerminalListener
 
-    work = _resume(out)
-    with work.workspace.lock():
-        pipeline.rewrite(work)
-    _say(f"Rewrote {out / 'model.onnx'}. Next: nbl-export verify {out}")
+    path = api.rewrite(out, TerminalListener())
+    _say(f"Wrote {path}. Next: nbl-export verify {out}")
 
 
 @app.command()
@@ -197,37 +229,32 @@ def verify(
     speed: SpeedOpt = True,
 ) -> None:
     """Check parity against PyTorch, measure the method's loss and the speed; exit 1 if a gate fails."""
-    from nbl_export import pipeline
+    from nbl_export import api
+    from nbl_export.terminal import TerminalListener
 
     settings = _verification(decode_steps, contexts, rounds, quality, speed)
-    settings.check()
-    work = _resume(out)
-    with work.workspace.lock():
-        report = pipeline.verify(work, settings)
-    _finish(report, out)
+    _finish(api.verify(out, settings, TerminalListener()), out)
 
 
 @app.command()
 def report(out: OutArg) -> None:
     """Show the report again and redraw report.md and junit.xml from report.json."""
-    from nbl_export import pipeline
-    from nbl_export.workspace import Workspace
+    from nbl_export import api
 
-    workspace = Workspace.open(out)
-    with workspace.lock():
-        value = pipeline.report(workspace)
-    _finish(value, out)
+    _finish(api.report(out), out)
 
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="An ONNX file, a plan, moments, or an output folder.", show_default=False)],
+    path: Annotated[
+        Path, typer.Argument(help="An ONNX file, a plan, moments, or an output folder.", show_default=False)
+    ],
 ) -> None:
     """Show what a file or an output folder holds, as a table."""
-    from nbl_export.inspection import inspect_path
+    from nbl_export import api
     from nbl_export.terminal import show_tables
 
-    show_tables(inspect_path(path))
+    show_tables(api.inspect(path))
 
 
 def _layers(text: str | None) -> tuple[int, ...] | None:
@@ -238,7 +265,9 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError:
-        raise typer.BadParameter(f"{option} is {text!r}; give whole numbers with commas, as 3,7,12.") from None
+        raise typer.BadParameter(
+            f"{option} is {text!r}; give whole numbers with commas, as 3,7,12."
+        ) from None
 
 
 def _calibration(sources: Any, field: str, samples: int, seq_len: int, heldout: int, seed: int) -> Any:
@@ -259,31 +288,17 @@ def _verification(steps: int, contexts: str, rounds: int, quality: bool, speed: 
     return VerifySettings(steps, quality, speed, _numbers("--contexts", contexts), rounds)
 
 
-def _start(model: str, output: Path, trust: bool) -> Run:
-    from nbl_export.pipeline import Run
-    from nbl_export.terminal import TerminalListener
-
-    return Run.start(model, output, TerminalListener(), trust)
-
-
-def _resume(out: Path) -> Run:
-    from nbl_export.pipeline import Run
-    from nbl_export.terminal import TerminalListener
-
-    return Run.resume(out, TerminalListener())
-
-
 def _say(text: str) -> None:
     from nbl_export.terminal import say
 
     say(text)
 
 
-def _finish(report: Report, out: Path) -> None:
+def _finish(value: Report, out: Path) -> None:
     from nbl_export.terminal import show_report
 
-    show_report(report, out)
-    if not report.passed:
+    show_report(value, out)
+    if not value.passed:
         raise typer.Exit(GATE_FAILED)
 
 

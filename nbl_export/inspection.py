@@ -73,7 +73,9 @@ def _onnx(path: Path) -> list[Table]:
             else:
                 found = ("", "", "", f"no: {region.check} (found: {region.found})")
             rows.append((str(region.layer), *found))
-    regions = Table("Attention regions", ("KV pair or layer", "core", "reads", "writes", "rewritable"), tuple(rows))
+    regions = Table(
+        "Attention regions", ("KV pair or layer", "core", "reads", "writes", "rewritable"), tuple(rows)
+    )
     return [Table(str(path), ("", "value"), facts), Table("Ops", ("op", "count"), ops), regions]
 
 
@@ -99,7 +101,13 @@ def _moments(path: Path) -> list[Table]:
 
     moments, metadata = load_moments(path)
     rows = tuple(
-        (str(i), f"{m.n:,}", f"{m.xx.trace() / m.n:.4g}", f"{m.hh.trace() / m.n:.4g}", f"{m.yy.trace() / m.n:.4g}")
+        (
+            str(i),
+            f"{m.n:,}",
+            f"{m.xx.trace() / m.n:.4g}",
+            f"{m.hh.trace() / m.n:.4g}",
+            f"{m.yy.trace() / m.n:.4g}",
+        )
         for i, m in moments.layers.items()
     )
     note = f"Of the model {metadata['model'][:16]}. Energies are mean squared norms per token."
@@ -119,7 +127,9 @@ def _folder(path: Path) -> list[Table]:
             damaged = workspace.damaged_file(record)
             state = f"damaged: {damaged}" if damaged else "done"
             rows.append((stage, state, f"{record.seconds:.1f}", _settings(record.settings)))
-    tables = [Table(f"{path}: {info.get('source', '?')}", ("stage", "state", "seconds", "settings"), tuple(rows))]
+    tables = [
+        Table(f"{path}: {info.get('source', '?')}", ("stage", "state", "seconds", "settings"), tuple(rows))
+    ]
     summary = workspace.nbl / "rewrite.json"
     if workspace.record("rewrite") and summary.exists():
         graph = read_json(summary, "The record of the rewrite", "run `nbl-export rewrite` again")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nbl_export import __version__
+from nbl_export.calibrate.text import TextSettings
 from nbl_export.errors import InputError
 from nbl_export.linearize.lmmse import DEFAULT_RIDGE, FitInput
 from nbl_export.linearize.plan import Plan, load_plan
@@ -30,25 +31,12 @@ from nbl_export.workspace import Workspace, read_json, sha256_of_json, write_jso
 if TYPE_CHECKING:
     import torch
 
-    from nbl_export.calibrate.text import CalibrationText, TextSettings
+    from nbl_export.calibrate.text import CalibrationText
     from nbl_export.graph.rewrite import RewriteResult
 
 
-@dataclass(frozen=True)
-class CalibrateSettings:
-    """What to calibrate on: see :class:`nbl_export.calibrate.text.TextSettings` for the fields."""
-
-    sources: tuple[str, ...] = ("self",)
-    samples: int = 128
-    seq_len: int = 512
-    heldout_samples: int = 24
-    field: str = "text"
-    seed: int = 0
-
-    def text(self) -> TextSettings:
-        from nbl_export.calibrate.text import CalibrationText, TextSettings
-
-        return TextSettings(**asdict(self))
+# Calibration has no settings of its own but what text to take.
+CalibrateSettings = TextSettings
 
 
 @dataclass(frozen=True)
@@ -69,7 +57,9 @@ class SelectSettings:
         if self.k is not None:
             check_k(self.k, None)
         if self.criterion not in CRITERIA:
-            raise InputError(f"--criterion {self.criterion!r} is unknown; choose one of {', '.join(CRITERIA)}.")
+            raise InputError(
+                f"--criterion {self.criterion!r} is unknown; choose one of {', '.join(CRITERIA)}."
+            )
         if self.fit_input not in ("normed", "residual"):
             raise InputError(f"--fit-input {self.fit_input!r} is unknown; choose normed or residual.")
         if not 0 <= self.ridge <= 1e-2:
@@ -148,7 +138,9 @@ class Run:
     listener: Listener = field(default_factory=Silent)
 
     @classmethod
-    def start(cls, model: str, out: Path, listener: Listener | None = None, trust_remote_code: bool = False) -> Run:
+    def start(
+        cls, model: str, out: Path, listener: Listener | None = None, trust_remote_code: bool = False
+    ) -> Run:
         """Begin with a model: an existing output folder must be of the same one."""
         source = find_model(model, trust_remote_code)
         workspace = Workspace.create(out)
@@ -189,17 +181,16 @@ def calibrate(run: Run, settings: CalibrateSettings) -> None:
     from nbl_export.calibrate.text import load_text, save_text
     from nbl_export.models.layers import attention_layers
 
-    text = settings.text()
-    text.check()
+    settings.check()
     ws, fingerprint = run.workspace, run.model.source.fingerprint
-    key = sha256_of_json({"model": fingerprint, "text": asdict(text), "files": _stamps(text.sources)})
+    key = sha256_of_json({"model": fingerprint, "text": asdict(settings), "files": _stamps(settings.sources)})
 
     def work(listener: Listener) -> list[Path]:
         model = run.model.model
         attention_layers(model)  # refuses an unserved architecture before anything is computed
         _check_room(ws, model)
         if _text_key(ws) != key:
-            save_text(ws.text, _read_text(run, text, listener))
+            save_text(ws.text, _read_text(run, settings, listener))
             write_json(ws.text.with_suffix(".json"), {"key": key})
         tokens = load_text(ws.text).calibration
         _check_enough(tokens.size, model)
@@ -220,7 +211,7 @@ def _text_key(ws: Workspace) -> str | None:
     return key
 
 
-def _read_text(run: Run, text: TextSettings, listener: Listener) -> Any:
+def _read_text(run: Run, text: TextSettings, listener: Listener) -> CalibrationText:
     from nbl_export.calibrate.text import SELF, documents, pack, sample_from_model
 
     if text.sources == (SELF,):
@@ -335,13 +326,15 @@ def export(run: Run) -> None:
 def _save_configs(run: Run, folder: Path) -> list[Path]:
     from nbl_export.models.load import quiet
 
-    before = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
     with quiet():
-        run.model.model.config.save_pretrained(folder)
-        if (generation := getattr(run.model.model, "generation_config", None)) is not None:
+        config: Any = run.model.model.config
+        config.save_pretrained(folder)
+        generation: Any = getattr(run.model.model, "generation_config", None)
+        if generation is not None:
             generation.save_pretrained(folder)
         run.model.tokenizer.save_pretrained(folder)
-    return sorted(p for p in folder.iterdir() if p.is_file() and before.get(p) != p.stat().st_mtime_ns)
+    graph = run.workspace.baseline.name
+    return sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(graph))
 
 
 # rewrite -----------------------------------------------------------------------------------------
@@ -360,7 +353,9 @@ def rewrite(run: Run) -> None:
     def work(listener: Listener) -> list[Path]:
         plan = load_plan(ws.plan)
         if plan.model != run.model.source.fingerprint:
-            raise InputError(f"{ws.plan} is the plan of another model: run `nbl-export select {ws.root}` again.")
+            raise InputError(
+                f"{ws.plan} is the plan of another model: run `nbl-export select {ws.root}` again."
+            )
         with listener.task("Rewriting the graph", 1, "graph") as task:
             result: RewriteResult = rewrite_file(ws.baseline, plan, ws.model)
             task.advance(1)
@@ -399,7 +394,9 @@ def verify(run: Run, settings: VerifySettings) -> Report:
     exported = ws.require("export", f"nbl-export export {ws.root}")
     rewritten = ws.require("rewrite", f"nbl-export rewrite {ws.root}")
     if rewritten.key != sha256_of_json({"select": selected.key, "export": exported.key}):
-        raise InputError(f"The plan or the baseline changed after `rewrite`: run `nbl-export rewrite {ws.root}` first.")
+        raise InputError(
+            f"The plan or the baseline changed after `rewrite`: run `nbl-export rewrite {ws.root}` first."
+        )
     key = sha256_of_json({"rewrite": rewritten.key, "verify": asdict(settings)})
 
     def work(listener: Listener) -> list[Path]:
@@ -427,7 +424,9 @@ def _measure(run: Run, settings: VerifySettings, listener: Listener) -> Report:
     parity, divergence = _parity(run, plan, text, settings.decode_steps, checks, listener)
     loss = speed = None
     if settings.quality:
-        loss = measure_method_loss(run.model.model, plan, text.heldout, text.heldout_document, listener).as_json()
+        loss = measure_method_loss(
+            run.model.model, plan, text.heldout, text.heldout_document, listener
+        ).as_json()
     else:
         checks.append(Check("method loss", "skipped", "--no-quality"))
     if settings.speed:
@@ -515,10 +514,13 @@ _PROMPTS = (64, 41, 23)
 
 
 def _contexts(run: Run, contexts: Sequence[int], listener: Listener) -> list[int]:
-    limit = getattr(run.model.model.config.get_text_config(), "max_position_embeddings", None)
+    config: Any = run.model.model.config
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     fitting = [c for c in contexts if limit is None or c + 1 <= limit]
     if dropped := sorted(set(contexts) - set(fitting)):
-        listener.note(f"Speed at {', '.join(map(str, dropped))} tokens is left out: the model has {limit} positions.")
+        listener.note(
+            f"Speed at {', '.join(map(str, dropped))} tokens is left out: the model has {limit} positions."
+        )
     return fitting or [max(2, (limit or 16) // 2)]
 
 
@@ -541,15 +543,11 @@ def run_all(
     run: Run, calibration: CalibrateSettings, selection: SelectSettings, verification: VerifySettings
 ) -> Report:
     """Every stage in order; what is done already with the same settings is kept."""
-    from nbl_export.models.layers import layer_count
     from nbl_export.linearize.select import check_k
+    from nbl_export.models.layers import layer_count
     from nbl_export.runtime.ort import require_onnxruntime
 
-    # Whatever can be refused is refused before the first minute of work.
-    calibration.text().check()
-    selection.check()
-    verification.check()
-    require_onnxruntime()
+    require_onnxruntime()  # before the first minute of work, not after it
     if selection.k is not None and run.workspace.record("calibrate") is None:
         check_k(selection.k, layer_count(run.model.model))
     calibrate(run, calibration)
@@ -557,4 +555,3 @@ def run_all(
     export(run)
     rewrite(run)
     return verify(run, verification)
-

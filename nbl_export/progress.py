@@ -7,7 +7,7 @@ is silent, a test's records.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 
@@ -21,16 +21,11 @@ class Task(Protocol):
 class Listener(Protocol):
     """Receives what a stage does."""
 
-    def task(self, title: str, total: int, unit: str, done: int = 0) -> _TaskContext:
+    def task(self, title: str, total: int, unit: str, done: int = 0) -> AbstractContextManager[Task]:
         """A context whose value is a :class:`Task`: ``total`` units, ``done`` of them from an earlier run."""
 
     def note(self, text: str) -> None:
         """One line worth knowing: a fallback, a resumed checkpoint."""
-
-
-class _TaskContext(Protocol):
-    def __enter__(self) -> Task: ...
-    def __exit__(self, *exc: object) -> bool | None: ...
 
 
 class _SilentTask:

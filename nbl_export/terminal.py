@@ -48,7 +48,9 @@ class _EtaColumn(TimeRemainingColumn):
 
 
 def _short(number: float) -> str:
-    return f"{number / 1000:.1f}k" if number >= 10_000 else f"{number:,.0f}" if number >= 10 else f"{number:.3g}"
+    return (
+        f"{number / 1000:.1f}k" if number >= 10_000 else f"{number:,.0f}" if number >= 10 else f"{number:.3g}"
+    )
 
 
 class _BarTask:

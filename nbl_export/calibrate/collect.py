@@ -124,9 +124,7 @@ def _resume(
     return int(rows)
 
 
-def _check_finite(
-    accumulators: dict[int, Accumulator], layers: tuple[AttentionLayer, ...], row: int
-) -> None:
+def _check_finite(accumulators: dict[int, Accumulator], layers: tuple[AttentionLayer, ...], row: int) -> None:
     for layer in layers:
         if not accumulators[layer.index].is_finite():
             raise CalibrationError(

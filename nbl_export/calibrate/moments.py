@@ -150,7 +150,9 @@ def load_moments(path: Path) -> tuple[Moments, dict[str, Any]]:
         with safe_open(path, framework="numpy") as file:
             header = file.metadata() or {}
             if header.get("format") != FORMAT:
-                raise InputError(f"{path} is no moments file of nbl-export: run `nbl-export calibrate` again.")
+                raise InputError(
+                    f"{path} is no moments file of nbl-export: run `nbl-export calibrate` again."
+                )
             metadata = json.loads(header["nbl"])
             indices = sorted({int(key.split(".")[0]) for key in file.keys()})  # noqa: SIM118 (not a dict)
             layers = {
@@ -161,9 +163,7 @@ def load_moments(path: Path) -> tuple[Moments, dict[str, Any]]:
                 for i in indices
             }
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"{path} cannot be read ({error}): run `nbl-export calibrate` again."
-        ) from None
+        raise InputError(f"{path} cannot be read ({error}): run `nbl-export calibrate` again.") from None
     return Moments(layers), metadata
 
 

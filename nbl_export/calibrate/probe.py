@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,7 +96,7 @@ def load_probe(path: Path) -> Probe:
 
     try:
         tensors = load_file(path)
-        acts: dict[str, dict[int, F32]] = {"h": {}, "x": {}, "y": {}}
+        acts: dict[str, Any] = {"h": {}, "x": {}, "y": {}}
         for key in [k for k in tensors if "." in k]:
             name, index = key.split(".")
             acts[name][int(index)] = tensors.pop(key)

@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,7 +98,8 @@ def _files(source: str) -> list[Path] | None:
             raise InputError(f"The folder {source} has no calibration text: no {_listed()} file in it.")
         return found
     if any(c in source for c in "*?["):
-        matches = sorted(Path(p) for p in glob.glob(str(path)) if Path(p).is_file())
+        # Path.glob takes no absolute patterns.
+        matches = sorted(Path(p) for p in glob.glob(str(path)) if Path(p).is_file())  # noqa: PTH207
         if not matches:
             raise InputError(f"No file matches the calibration text {source}.")
         return matches
@@ -126,14 +127,18 @@ def _file_documents(path: Path, field: str) -> Iterator[str]:
             return
         with _open(path) as raw:
             lines = io.TextIOWrapper(raw, encoding="utf-8", errors="strict", newline="\n")
-            yield from _jsonl_documents(path, lines, field) if kind == ".jsonl" else _txt_documents(path, lines)
+            yield from (
+                _jsonl_documents(path, lines, field) if kind == ".jsonl" else _txt_documents(path, lines)
+            )
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is no UTF-8 text ({error.reason} at byte {error.start} of a block).") from None
+        raise InputError(
+            f"{path} is no UTF-8 text ({error.reason} at byte {error.start} of a block)."
+        ) from None
     except (gzip.BadGzipFile, EOFError) as error:
         raise InputError(f"{path} cannot be unpacked ({error}): fetch it again.") from None
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open(path: Path) -> Any:
     if path.suffix == ".gz":
         return gzip.open(path, "rb")
     if path.suffix == ".zst":
@@ -167,7 +172,9 @@ def _jsonl_documents(path: Path, lines: Iterable[str], field: str) -> Iterator[s
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise InputError(f"{path}, line {number}: no JSON ({error.msg}); a .jsonl file has one object a line.") from None
+            raise InputError(
+                f"{path}, line {number}: no JSON ({error.msg}); a .jsonl file has one object a line."
+            ) from None
         yield _field(row, field, f"{path}, line {number}")
 
 
@@ -193,7 +200,8 @@ def _hub_documents(name: str, field: str) -> Iterator[str]:
         import datasets
     except ImportError:
         raise MissingDependencyError(
-            f"{name} is no local file; to read it from the Hub: " + _needs("datasets", "A Hub data set", "hub")
+            f"{name} is no local file; to read it from the Hub: "
+            + _needs("datasets", "A Hub data set", "hub")
         ) from None
     try:
         rows = datasets.load_dataset(name, split="train", streaming=True)

@@ -50,8 +50,8 @@ class _Decoder(torch.nn.Module):
     ) -> Any:
         length = attention_mask.shape[1] - input_ids.shape[1]
         for keys, values in past:
-            torch._check(keys.shape[2] == length)
-            torch._check(values.shape[2] == length)
+            for side in (keys, values):
+                torch._check(side.shape[2] == length)  # type: ignore[no-untyped-call]
         return run_with_past(self.model, input_ids, attention_mask, position_ids, past, length)
 
 
@@ -68,7 +68,13 @@ def _grouped_sdpa(
 ) -> tuple[torch.Tensor, None]:
     # transformers' own sdpa repeats keys and values for grouped queries whenever there is a mask.
     if attention_mask is None or softcap is not None or s_aux is not None:
-        what = "no mask" if attention_mask is None else "soft-capping" if softcap is not None else "attention sinks"
+        what = (
+            "no mask"
+            if attention_mask is None
+            else "soft-capping"
+            if softcap is not None
+            else "attention sinks"
+        )
         raise BuildError(f"{type(module).__name__} uses {what}, which this exporter does not serve yet.")
     grouped = query.shape[1] != key.shape[1]
     output = torch.nn.functional.scaled_dot_product_attention(
@@ -171,7 +177,12 @@ def _name_weights(graph: ir.Graph) -> None:
 
 
 def _name_interface(graph: ir.Graph, layers: int) -> None:
-    batch, sequence, past, total = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
+    batch, sequence, past, total = (
+        "batch_size",
+        "sequence_length",
+        "past_sequence_length",
+        "total_sequence_length",
+    )
     inputs, outputs = list(graph.inputs), list(graph.outputs)
     if len(inputs) != 3 + 2 * layers or len(outputs) != 1 + 2 * layers:
         raise BuildError(

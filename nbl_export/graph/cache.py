@@ -41,7 +41,9 @@ def kv_pairs(model: ir.Model) -> tuple[KVPair, ...]:
     for index in sorted(past.keys() | present.keys()):
         sides = past.get(index, {}), present.get(index, {})
         if any(set(s) != set(SIDES) for s in sides):
-            raise InputError(f"The graph's KV cache {index} is incomplete: it has no full past/present key and value.")
+            raise InputError(
+                f"The graph's KV cache {index} is incomplete: it has no full past/present key and value."
+            )
         (pk, pv), (qk, qv) = ([s[side] for side in SIDES] for s in sides)
         pairs.append(KVPair(index, (pk, pv), (qk, qv)))
     return tuple(pairs)

@@ -49,7 +49,9 @@ def load_graph(path: Path) -> ir.Model:
     try:
         model = ir.load(path)
     except Exception as error:  # protobuf, UnicodeDecode, ValueError: whatever a broken file provokes
-        raise InputError(f"{path} is no readable ONNX file ({type(error).__name__}): export it again.") from None
+        raise InputError(
+            f"{path} is no readable ONNX file ({type(error).__name__}): export it again."
+        ) from None
     if model.graph.num_nodes() == 0:
         raise InputError(f"{path} is no usable ONNX file: its graph is empty; export it again.")
     folder = path.parent.resolve()
@@ -89,10 +91,10 @@ def save_graph(model: ir.Model, path: Path) -> list[Path]:
         ir.save(model, temporary / path.name, external_data=data.name, size_threshold_bytes=_INLINE_BYTES)
         written = temporary / data.name
         if written.exists():
-            os.replace(written, data)
+            written.replace(data)
         else:
             data.unlink(missing_ok=True)
-        os.replace(temporary / path.name, path)
+        (temporary / path.name).replace(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return [p for p in (path, data) if p.exists()]

@@ -66,7 +66,9 @@ def input_of(region: AttentionRegion, plan: Plan) -> str | None:
     return str(value.name) if value is not None else None
 
 
-def relative_error(found: NDArray[np.float32], expected: NDArray[np.float32], kept: NDArray[np.bool_]) -> float:
+def relative_error(
+    found: NDArray[np.float32], expected: NDArray[np.float32], kept: NDArray[np.bool_]
+) -> float:
     """‖found - expected‖ / ‖expected‖ of the unpadded tokens; infinite for NaN or another shape.
 
     ``found`` is [batch, sequence, d], ``kept`` [batch, sequence] marks real tokens, ``expected`` is

@@ -125,7 +125,9 @@ def _output(core: ir.Node) -> tuple[ir.Value, ir.Node]:
     for _ in range(_MAX_STEPS):
         readers = _readers(node.outputs[0])
         if len(readers) != 1:
-            raise _NotFound("the attention's result has one reader up to the output projection", f"{len(readers)}")
+            raise _NotFound(
+                "the attention's result has one reader up to the output projection", f"{len(readers)}"
+            )
         node = readers[0]
         if node.op_type in _LINEAR and _is_constant(node.inputs[1]):
             return _with_bias(node.outputs[0]), node

@@ -117,7 +117,9 @@ def _insert(model: ir.Model, layer: int, u: ir.Value, y: ir.Value, linear: Linea
 
 def _initializer(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:  # type: ignore[type-arg]
     tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
+    value = ir.Value(
+        name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype)
+    )
     model.graph.register_initializer(value)
     return value
 
@@ -155,7 +157,9 @@ def count(model: ir.Model, before: GraphSummary, after: GraphSummary, plan: Plan
     }
     for what, (found, wanted) in expected.items():
         if found != wanted:
-            raise BuildError(f"The rewritten graph has {found} {what}, expected {wanted}: nothing to rely on.")
+            raise BuildError(
+                f"The rewritten graph has {found} {what}, expected {wanted}: nothing to rely on."
+            )
 
 
 def _is_read(node: ir.Node) -> bool:

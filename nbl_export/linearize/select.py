@@ -52,7 +52,7 @@ def score_layers(
     listener: Listener | None = None,
 ) -> tuple[Candidate, ...]:
     """Fit and score every layer; raises :class:`CalibrationError` naming a layer that cannot be fitted."""
-    listener = listener or Silent()
+    listener = Silent() if listener is None else listener
     candidates = []
     with listener.task("Scoring layers", len(moments.layers), "layers") as task:
         for layer in sorted(moments.layers):
@@ -62,7 +62,9 @@ def score_layers(
             candidates.append(Candidate(layer, fit.nmse, cca, fit.ridge, cca_ridge))
             for what, used in (("fit", fit.ridge), ("CCA bound", cca_ridge)):
                 if used != ridge:
-                    listener.note(f"Layer {layer}: the {what} needed a ridge of {used:g} instead of {ridge:g}.")
+                    listener.note(
+                        f"Layer {layer}: the {what} needed a ridge of {used:g} instead of {ridge:g}."
+                    )
             task.advance(1)
     return tuple(candidates)
 
@@ -86,7 +88,9 @@ def choose_layers(
     count = len(candidates)
     if layers is not None:
         if k is not None and k != len(layers):
-            raise InputError(f"--k {k} and --layers with {len(layers)} layers contradict each other: give one.")
+            raise InputError(
+                f"--k {k} and --layers with {len(layers)} layers contradict each other: give one."
+            )
         known = {c.layer for c in candidates}
         if unknown := sorted(set(layers) - known):
             raise InputError(f"--layers names layer {unknown[0]}; the model has layers 0 to {count - 1}.")
@@ -102,7 +106,9 @@ def choose_layers(
 def check_k(k: int, count: int | None) -> None:
     """Refuse a K that the model of ``count`` attention layers does not have (None: not known yet)."""
     if k < 0 or (count is not None and k > count):
-        most = f"{count} (the model's attention layers)" if count is not None else "the model's attention layers"
+        most = (
+            f"{count} (the model's attention layers)" if count is not None else "the model's attention layers"
+        )
         raise InputError(f"--k is {k}; it must be between 0 and {most}.")
 
 

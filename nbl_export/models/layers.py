@@ -36,7 +36,9 @@ def attention_layers(model: torch.nn.Module) -> tuple[AttentionLayer, ...]:
     stack_path, stack = _block_stack(model)
     layers = []
     for index, block in enumerate(stack.children()):
-        names = [name for name, child in block.named_children() if "attention" in type(child).__name__.lower()]
+        names = [
+            name for name, child in block.named_children() if "attention" in type(child).__name__.lower()
+        ]
         if len(names) != 1:
             raise InputError(
                 f"Layer {index} ({type(block).__name__}) has {len(names)} attention modules where one is expected: "

@@ -58,7 +58,8 @@ def load_model(source: ModelSource) -> torch.nn.Module:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
         model.hf_quantizer = None
-    return model.eval().requires_grad_(False)
+    loaded: torch.nn.Module = model.eval().requires_grad_(False)
+    return loaded
 
 
 def load_tokenizer(source: ModelSource) -> Any:
@@ -72,7 +73,9 @@ def load_tokenizer(source: ModelSource) -> Any:
         try:
             return AutoTokenizer.from_pretrained(source.path, **options)
         except Exception as error:
-            raise InputError(f"No tokenizer can be loaded from {source.source}: {_first_line(error)}.") from error
+            raise InputError(
+                f"No tokenizer can be loaded from {source.source}: {_first_line(error)}."
+            ) from error
 
 
 def _first_line(error: Exception) -> str:

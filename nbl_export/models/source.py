@@ -62,7 +62,9 @@ def find_model(source: str, trust_remote_code: bool = False) -> ModelSource:
         ggufs = sorted(path.glob("*.gguf"))
         if len(ggufs) == 1:
             return _from_gguf(source, ggufs[0])
-        found = f"{len(ggufs)} .gguf files, name one of them" if ggufs else "neither config.json nor a .gguf file"
+        found = (
+            f"{len(ggufs)} .gguf files, name one of them" if ggufs else "neither config.json nor a .gguf file"
+        )
         raise InputError(f"The folder {source} is no model: it has {found}.")
     if not _HUB_ID.match(source) or source.endswith(".gguf"):
         raise InputError(f"{source} does not exist: MODEL is a folder, a .gguf file, or a Hub id.")

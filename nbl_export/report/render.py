@@ -26,7 +26,7 @@ def markdown(report: Report) -> str:
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         undefined=StrictUndefined,
         keep_trailing_newline=True,
-        autoescape=False,  # noqa: S701 (Markdown, not HTML)
+        autoescape=False,
     )
     environment.filters["cell"] = lambda text: str(text).strip().replace("|", "\\|").replace("\n", " ")
     template = environment.get_template("report.md.j2")

@@ -24,7 +24,9 @@ def mebibytes(size: float) -> str:
 
 
 def checks_table(report: Report) -> Table:
-    return Table("Checks", ("check", "result", "detail"), tuple((c.name, c.status, c.detail) for c in report.checks))
+    return Table(
+        "Checks", ("check", "result", "detail"), tuple((c.name, c.status, c.detail) for c in report.checks)
+    )
 
 
 def graph_table(before: Mapping[str, Any], after: Mapping[str, Any], cost: Mapping[str, Any] | None) -> Table:

@@ -30,7 +30,8 @@ def require_onnxruntime() -> Any:
 def session(path: Path, config: Mapping[str, str] | None = None) -> Any:
     """An inference session of the graph at ``path`` on the CPU provider, all cores.
 
-    ``config`` are onnxruntime's session configuration entries.     Raises :class:`InputError` if onnxruntime does not take the file.
+    ``config`` are onnxruntime's session configuration entries. Raises :class:`InputError` if
+    onnxruntime does not take the file.
     """
     ort = require_onnxruntime()
     options = ort.SessionOptions()
@@ -63,7 +64,9 @@ class OrtDecoder:
         pairs = len(self.past_names) // 2
         self._kv_layers = tuple(json.loads(known)) if known else tuple(range(pairs))
         if len(self._kv_layers) != pairs:
-            raise InputError(f"{path}: its metadata names {len(self._kv_layers)} KV layers, its inputs {pairs}.")
+            raise InputError(
+                f"{path}: its metadata names {len(self._kv_layers)} KV layers, its inputs {pairs}."
+            )
 
     @property
     def kv_layers(self) -> tuple[int, ...]:

@@ -90,10 +90,8 @@ class TorchDecoder:
 
         heads, dim = kv_shape(self.model)
         weight = next(self.model.parameters())
-        return [
-            tuple(torch.zeros(batch, heads, 0, dim, dtype=weight.dtype, device=weight.device) for _ in range(2))
-            for _ in self._kv_layers
-        ]  # type: ignore[misc]
+        empty = torch.zeros(batch, heads, 0, dim, dtype=weight.dtype, device=weight.device)
+        return [(empty, empty) for _ in self._kv_layers]
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, past: Any
@@ -101,9 +99,7 @@ class TorchDecoder:
         """Tensors in, tensors out; ``past`` has one entry for each of ``kv_layers``."""
         length = attention_mask.shape[1] - input_ids.shape[1]
         every = self._spread(past, input_ids.shape[0])
-        logits, present = run_with_past(
-            self.model, input_ids, attention_mask, position_ids, every, length
-        )
+        logits, present = run_with_past(self.model, input_ids, attention_mask, position_ids, every, length)
         return logits, [present[i] for i in self._kv_layers]
 
     def _spread(self, past: Any, batch: int) -> list[Any]:
@@ -135,4 +131,3 @@ class TorchDecoder:
             logits.float().cpu().numpy(),
             tuple((k.float().cpu().numpy(), v.float().cpu().numpy()) for k, v in present),
         )
-

@@ -38,7 +38,10 @@ class Divergence:
         if self.layer is None:
             return "every attention layer agrees: the difference arises after the last one (MLP, final norm or head)"
         at = "output" if self.where == "output" else "input, so in what lies before it"
-        return f"layer {self.layer} ({self.kind}) is the first to leave tolerance, at its {at}: {self.error:.1e} relative"
+        return (
+            f"layer {self.layer} ({self.kind}) is the first to leave tolerance, at its {at}: "
+            f"{self.error:.1e} relative"
+        )
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)

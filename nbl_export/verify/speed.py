@@ -142,7 +142,5 @@ def _cell(phase: str, context: int, times: list[list[float]], ceiling: float) ->
 
 
 def _ceiling(phase: str, context: int, costs: Sequence[GraphCost]) -> float:
-    base, linear = (
-        c.prefill_macs(context) if phase == "prefill" else c.decode_bytes(context) for c in costs
-    )
+    base, linear = (c.prefill_macs(context) if phase == "prefill" else c.decode_bytes(context) for c in costs)
     return base / linear

@@ -1,0 +1,105 @@
+"""The Python API: the verbs of the command line as functions, which the command line itself calls.
+
+    import nbl_export
+    report = nbl_export.run("path/to/model", "out", nbl_export.SelectSettings(k=8))
+    assert report.passed
+
+Each works on an output folder, holds its lock, keeps what is already done there with the same
+settings, and raises :class:`nbl_export.NblError` with a one-sentence message for whatever the user
+can put right. ``listener`` receives progress (:mod:`nbl_export.progress`); none is silent.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nbl_export import pipeline
+from nbl_export.inspection import inspect_path
+from nbl_export.linearize.plan import Plan
+from nbl_export.pipeline import CalibrateSettings, Run, SelectSettings, VerifySettings
+from nbl_export.progress import Listener
+from nbl_export.report.schema import Report
+from nbl_export.report.tables import Table
+from nbl_export.workspace import Workspace
+
+
+def run(
+    model: str | Path,
+    out: str | Path,
+    selection: SelectSettings,
+    calibration: CalibrateSettings | None = None,
+    verification: VerifySettings | None = None,
+    listener: Listener | None = None,
+    trust_remote_code: bool = False,
+) -> Report:
+    """Every stage in order; ``model`` is a Hub id, a folder or a GGUF file."""
+    calibration, verification = calibration or CalibrateSettings(), verification or VerifySettings()
+    # Whatever can be refused is refused before the output folder is made.
+    for settings in (selection, calibration, verification):
+        settings.check()
+    work = Run.start(str(model), Path(out), listener, trust_remote_code)
+    with work.workspace.lock():
+        return pipeline.run_all(work, calibration, selection, verification)
+
+
+def calibrate(
+    model: str | Path,
+    out: str | Path,
+    settings: CalibrateSettings | None = None,
+    listener: Listener | None = None,
+    trust_remote_code: bool = False,
+) -> Path:
+    """Stream the moments of ``model``'s attention layers; returns the path of the moments file."""
+    settings = settings or CalibrateSettings()
+    settings.check()
+    work = Run.start(str(model), Path(out), listener, trust_remote_code)
+    with work.workspace.lock():
+        pipeline.calibrate(work, settings)
+    return work.workspace.moments
+
+
+def select(out: str | Path, settings: SelectSettings, listener: Listener | None = None) -> Plan:
+    """Score every layer and choose K of them; returns the plan."""
+    settings.check()
+    work = Run.resume(Path(out), listener)
+    with work.workspace.lock():
+        return pipeline.select(work, settings)
+
+
+def export(out: str | Path, listener: Listener | None = None) -> Path:
+    """Export the unmodified model; returns the path of the baseline graph."""
+    work = Run.resume(Path(out), listener)
+    with work.workspace.lock():
+        pipeline.export(work)
+    return work.workspace.baseline
+
+
+def rewrite(out: str | Path, listener: Listener | None = None) -> Path:
+    """Rewrite the baseline graph by the plan; returns the path of the linearized graph."""
+    work = Run.resume(Path(out), listener)
+    with work.workspace.lock():
+        pipeline.rewrite(work)
+    return work.workspace.model
+
+
+def verify(
+    out: str | Path, settings: VerifySettings | None = None, listener: Listener | None = None
+) -> Report:
+    """Parity, method loss and speed. A failed gate is in the report (``passed`` is False), not raised."""
+    settings = settings or VerifySettings()
+    settings.check()
+    work = Run.resume(Path(out), listener)
+    with work.workspace.lock():
+        return pipeline.verify(work, settings)
+
+
+def report(out: str | Path) -> Report:
+    """Read the report and redraw its Markdown and JUnit files."""
+    workspace = Workspace.open(Path(out))
+    with workspace.lock():
+        return pipeline.report(workspace)
+
+
+def inspect(path: str | Path) -> list[Table]:
+    """What an ONNX file, a plan, a moments file or an output folder holds, as tables."""
+    return inspect_path(Path(path))
