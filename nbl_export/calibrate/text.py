@@ -316,7 +316,7 @@ def sample_from_model(
     length, total = settings.seq_len, settings.samples + settings.heldout_samples
     generator = torch.Generator().manual_seed(settings.seed)
     documents: list[I32] = []
-    with listener.task("Sampling text from the model", total * length, "tokens") as task:
+    with listener.task("Sampling from the model", total * length, "tokens") as task:
         for first in range(0, total, _SAMPLE_BATCH):
             batch = min(_SAMPLE_BATCH, total - first)
             documents.append(_sample(decoder, batch, length, start_token, generator, task.advance))

@@ -58,7 +58,7 @@ def measure_method_loss(
     nll: list[tuple[F64, F64]] = []
     kl: list[F64] = []
     with (
-        (listener or Silent()).task("Measuring the method's loss", heldout.size, "tokens") as task,
+        (listener or Silent()).task("Measuring method loss", heldout.size, "tokens") as task,
         torch.inference_mode(),
     ):
         for row in heldout:

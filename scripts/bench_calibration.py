@@ -1,0 +1,203 @@
+"""Calibration against the paper authors' way, and against the bare forward pass: time and peak memory.
+
+    python scripts/bench_calibration.py MODEL TEXT [--tokens 4096 8192 16384 32768] [--out FILE.md]
+
+Three ways to the same numbers, each in a process of its own so that its peak memory is its own:
+
+forward   the model's forward pass over the tokens, nothing else
+ours      `collect_moments` (streamed float64 moments, no logits) and every layer's fit and CCA bound
+authors'  as arXiv 2505.21077's code does it: keep every activation, then per layer in float64 the
+          centred covariances, an explicit inverse, W, b, and the CCA bound through matrix square roots
+
+The second table times the forward pass and our pass batch by batch in one process, in turn, so that
+the ratio does not depend on what else the machine does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nbl_export.calibrate.collect import collect_moments
+from nbl_export.calibrate.moments import Accumulator
+from nbl_export.calibrate.text import TextSettings, documents, pack
+from nbl_export.linearize.lmmse import cca_bound, fit_lmmse
+from nbl_export.models.layers import attention_layers, hidden_size, observed
+from nbl_export.models.load import load_model, load_tokenizer
+from nbl_export.models.source import find_model
+from nbl_export.progress import Silent
+from nbl_export.report.environment import environment
+
+SEQ_LEN = 512
+BATCH = 2
+
+
+def tokens_of(model: str, text: str, count: int) -> Any:
+    """``count`` tokens of ``text`` packed into rows of SEQ_LEN."""
+    settings = TextSettings((text,), samples=count // SEQ_LEN, seq_len=SEQ_LEN, heldout_samples=1)
+    packed = pack(
+        documents(settings.sources, settings.field), load_tokenizer(find_model(model)), settings, Silent()
+    )
+    rows = -(-settings.samples // len(packed.calibration))
+    # A short text is repeated: only time and memory are measured.
+    return np.tile(packed.calibration, (rows, 1))[: settings.samples]
+
+
+def forward(model: Any, tokens: Any) -> None:
+    with torch.inference_mode():
+        for start in range(0, len(tokens), BATCH):
+            model(input_ids=torch.from_numpy(tokens[start : start + BATCH].astype(np.int64)), use_cache=False)
+
+
+def ours(model: Any, tokens: Any) -> None:
+    moments = collect_moments(model, tokens, "bench")
+    for layer in moments.layers.values():
+        fit_lmmse(layer, "normed")
+        cca_bound(layer)
+
+
+def authors(model: Any, tokens: Any) -> None:
+    kept: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def keep(index: int, h: torch.Tensor, _x: torch.Tensor, y: torch.Tensor) -> None:
+        kept.setdefault(index, []).append((h.flatten(0, 1).clone(), y.flatten(0, 1).clone()))
+
+    with observed(model, attention_layers(model), keep):
+        forward(model, tokens)
+    for index in sorted(kept):
+        pairs = kept.pop(index)
+        h, y = (torch.cat([p[i] for p in pairs]).double() for i in range(2))
+        _fit_with_inverse(h, y)
+
+
+def _fit_with_inverse(h: torch.Tensor, y: torch.Tensor) -> None:
+    n = len(h)
+    mean_h, mean_y = h.mean(0), y.mean(0)
+    centred_h, centred_y = h - mean_h, y - mean_y
+    stream = centred_y + centred_h
+    c_hh = centred_h.T @ centred_h / (n - 1)
+    c_yh = centred_y.T @ centred_h / (n - 1)
+    w = c_yh @ torch.linalg.inv(c_hh)
+    _ = mean_y - w @ mean_h
+
+    def inverse_root(c: torch.Tensor) -> torch.Tensor:
+        values, vectors = torch.linalg.eigh(c)
+        return vectors @ torch.diag(values.clamp_min(1e-12).rsqrt()) @ vectors.T
+
+    c_ss, c_sh = stream.T @ stream / (n - 1), stream.T @ centred_h / (n - 1)
+    torch.linalg.svdvals(inverse_root(c_ss) @ c_sh @ inverse_root(c_hh))
+
+
+WAYS = {"forward": forward, "ours": ours, "authors": authors}
+
+
+def measure(way: str, model_name: str, text: str, count: int) -> dict[str, float]:
+    """One way in this process: seconds, and peak memory above what the loaded model needs, MiB."""
+    tokens = tokens_of(model_name, text, count)
+    model = load_model(find_model(model_name))
+    forward(model, tokens[:BATCH])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    WAYS[way](model, tokens)
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"seconds": seconds, "mib": (peak - before) / 1024}
+
+
+def in_process_of_its_own(way: str, model: str, text: str, count: int) -> dict[str, float]:
+    command = [sys.executable, __file__, model, text, "--one", way, "--tokens", str(count)]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    value: dict[str, float] = json.loads(result.stdout.splitlines()[-1])
+    return value
+
+
+def interleaved(model_name: str, text: str, rounds: int) -> dict[str, list[float]]:
+    """Seconds of forward, forward without the head, and our pass, batch by batch in turn."""
+    model: Any = load_model(find_model(model_name))
+    tokens = tokens_of(model_name, text, BATCH * SEQ_LEN)
+    ids = torch.from_numpy(tokens.astype(np.int64))
+    layers = attention_layers(model)
+    sums = {layer.index: Accumulator(hidden_size(model)) for layer in layers}
+    times: dict[str, list[float]] = {"forward": [], "forward without head": [], "ours": []}
+
+    def timed(name: str, work: Any) -> None:
+        start = time.perf_counter()
+        work()
+        times[name].append(time.perf_counter() - start)
+
+    def our_pass() -> None:
+        with observed(model, layers, lambda i, h, x, y: sums[i].add(h, x, y)):
+            model.base_model(input_ids=ids, use_cache=False)
+
+    with torch.inference_mode():
+        for _ in range(rounds + 1):
+            timed("forward", lambda: model(input_ids=ids, use_cache=False))
+            timed("forward without head", lambda: model.base_model(input_ids=ids, use_cache=False))
+            timed("ours", our_pass)
+    return {name: values[1:] for name, values in times.items()}  # the first round warms up
+
+
+def table(rows: list[list[str]]) -> str:
+    head, *body = rows
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model")
+    parser.add_argument("text")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192, 16384, 32768])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(measure(arguments.one, arguments.model, arguments.text, arguments.tokens[0])))
+        return
+    rows = [["tokens", "forward, s", "ours, s", "authors', s", "ours, MiB", "authors', MiB"]]
+    for count in arguments.tokens:
+        got = {way: in_process_of_its_own(way, arguments.model, arguments.text, count) for way in WAYS}
+        seconds = [f"{got[way]['seconds']:.1f}" for way in WAYS]
+        memory = [f"{got[way]['mib']:,.0f}" for way in ("ours", "authors")]
+        rows.append([f"{count:,}", *seconds, *memory])
+        print(rows[-1], file=sys.stderr, flush=True)
+    times = interleaved(arguments.model, arguments.text, arguments.rounds)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    ratios = [["our pass against", "median ratio", "quartiles"]]
+    for name in ("forward", "forward without head"):
+        pairs = [a / b for a, b in zip(times["ours"], times[name], strict=True)]
+        low, _, high = statistics.quantiles(pairs, n=4)
+        ratios.append(
+            [
+                f"{name} ({medians[name] * 1e3:.0f} ms)",
+                f"{statistics.median(pairs):.2f}",
+                f"{low:.2f}–{high:.2f}",
+            ]
+        )
+    machine = environment()
+    text = (
+        f"Time to all layers' W, b and scores, and peak memory above the loaded model.\n\n{table(rows)}\n\n"
+        f"One batch of {BATCH} × {SEQ_LEN} tokens, in turn, {arguments.rounds} rounds.\n\n{table(ratios)}\n\n"
+        f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB; "
+        f"torch {machine['packages']['torch']}.\n"
+    )
+    print(text)
+    if arguments.out:
+        arguments.out.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# All checks: format, lint, types, tests. Installs what it needs into .venv-test first.
+#
+#   scripts/test.sh [PYTEST ARGUMENTS]       for example: scripts/test.sh -m 'not slow' tests/graph
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/environment.sh
+
+environment .venv-test '.[cpu,text,hub,dev]'
+.venv-test/bin/ruff format --check .
+.venv-test/bin/ruff check .
+.venv-test/bin/mypy
+.venv-test/bin/python -m pytest "$@"
