@@ -26,7 +26,7 @@ from nbl_export.linearize.plan import Plan, load_plan
 from nbl_export.models.source import ModelSource, find_model, same_model
 from nbl_export.progress import Listener, Silent
 from nbl_export.report.schema import Check, Report, load_report
-from nbl_export.workspace import Workspace, read_json, sha256_of_json, write_json
+from nbl_export.workspace import Workspace, atomic_path, read_json, sha256_of_json, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -324,7 +324,11 @@ def export(run: Run) -> None:
 
 
 def _save_configs(run: Run, folder: Path) -> list[Path]:
+    from nbl_export.export.genai_config import NAME as GENAI
+    from nbl_export.export.genai_config import genai_config
+    from nbl_export.models.layers import layer_count
     from nbl_export.models.load import quiet
+    from nbl_export.runtime.torch import kv_shape
 
     with quiet():
         config: Any = run.model.model.config
@@ -333,6 +337,9 @@ def _save_configs(run: Run, folder: Path) -> list[Path]:
         if generation is not None:
             generation.save_pretrained(folder)
         run.model.tokenizer.save_pretrained(folder)
+    heads, size = kv_shape(run.model.model)
+    layers = layer_count(run.model.model)
+    write_json(folder / GENAI, genai_config(config.get_text_config(), layers, heads, size))
     graph = run.workspace.baseline.name
     return sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(graph))
 
@@ -366,15 +373,28 @@ def rewrite(run: Run) -> None:
             "proofs": proofs_as_json(result.proofs),
         }
         write_json(_rewrite_summary(ws), summary)
-        copies = []
-        for name in exported.files:
-            source = ws.root / name
-            if not source.name.startswith(ws.model.name):
-                copies.append(ws.root / source.name)
-                shutil.copyfile(source, copies[-1])
-        return [*result.files, _rewrite_summary(ws), *copies]
+        beside = [ws.root / name for name in exported.files if not Path(name).name.startswith(ws.model.name)]
+        return [*result.files, _rewrite_summary(ws), *(_copy_config(path, ws.root, plan) for path in beside)]
 
     run.stage("rewrite", key, {}, work)
+
+
+def _copy_config(source: Path, folder: Path, plan: Plan) -> Path:
+    """Copy a file that lies beside the baseline graph; configurations are told what was linearized."""
+    from nbl_export.export.genai_config import NAME as GENAI
+
+    target = folder / source.name
+    if source.name in (GENAI, "config.json"):
+        config = read_json(source, "The baseline's configuration", "run `nbl-export export` again")
+        if source.name == GENAI:
+            config["model"]["decoder"]["num_hidden_layers"] = len(plan.kept)
+        else:
+            config["nbl_export"] = {"linearized_layers": list(plan.chosen), "kv_layers": list(plan.kept)}
+        write_json(target, config)
+    else:
+        with atomic_path(target) as temporary:
+            shutil.copyfile(source, temporary)
+    return target
 
 
 def _rewrite_summary(ws: Workspace) -> Path:

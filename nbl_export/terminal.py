@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +28,8 @@ from nbl_export.report.tables import Table, checks_table, report_tables
 
 # Results go to stdout, progress and notes to stderr, so that output can be piped.
 _out = Console(highlight=False)
-_err = Console(stderr=True, highlight=False)
+# Bound to the stream itself: while a library is kept quiet, sys.stderr is something else.
+_err = Console(file=sys.stderr, highlight=False)
 _COLOURS = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
 
 

@@ -90,7 +90,7 @@ def _fit_with_inverse(h: torch.Tensor, y: torch.Tensor) -> None:
     w = c_yh @ torch.linalg.inv(c_hh)
     _ = mean_y - w @ mean_h
 
-    def inverse_root(c: torch.Tensor) -> torch.Tensor:
+    def inverse_root(c: torch.Tensor) -> Any:
         values, vectors = torch.linalg.eigh(c)
         return vectors @ torch.diag(values.clamp_min(1e-12).rsqrt()) @ vectors.T
 

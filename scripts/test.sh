@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
 
-environment .venv-test '.[cpu,text,hub,dev]'
+environment .venv-test '.[cpu,genai,text,hub,dev]'
 .venv-test/bin/ruff format --check .
 .venv-test/bin/ruff check .
 .venv-test/bin/mypy

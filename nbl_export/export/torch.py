@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from onnx_ir.passes import common as passes
@@ -153,12 +154,38 @@ def tidy(model: ir.Model, layers: int) -> ir.Model:
     passes.CommonSubexpressionEliminationPass()(model)
     passes.RemoveUnusedNodesPass()(model)
     graph = model.graph
+    _share_tied_weights(graph)
+    passes.RemoveUnusedNodesPass()(model)
     _name_weights(graph)
     _name_interface(graph, layers)
     passes.ClearMetadataAndDocStringPass()(model)
+    _forget_symbols(graph)
     model.producer_name = "nbl-export"
     graph.name = "decoder"
     return model
+
+
+def _share_tied_weights(graph: ir.Graph) -> None:
+    """Store a tied embedding once: a head that was folded into a transposed copy reads it transposed again."""
+    embeddings = [n.inputs[0] for n in graph if n.op_type == "Gather"]
+    for node in [n for n in graph if n.op_type == "MatMul"]:
+        head = _constant(node.inputs[1])
+        if head is None:
+            continue
+        for embedding in embeddings:
+            table = _constant(embedding)
+            if table is not None and table.shape == head.T.shape and np.array_equal(table, head.T):
+                transpose = ir.node("Transpose", [embedding], {"perm": [1, 0]})
+                node.prepend(transpose)
+                node.replace_input_with(1, transpose.outputs[0])
+                break
+
+
+def _constant(value: ir.Value | None) -> np.ndarray | None:  # type: ignore[type-arg]
+    """The array of a constant matrix, or None for anything else."""
+    if value is None or value.const_value is None or len(value.const_value.shape) != 2:
+        return None
+    return value.const_value.numpy()
 
 
 def _name_weights(graph: ir.Graph) -> None:
@@ -174,6 +201,16 @@ def _name_weights(graph: ir.Graph) -> None:
     for value in list(graph.initializers.values()):
         if str(value.name).startswith("model."):
             value.name = str(value.name).removeprefix("model.")
+
+
+def _forget_symbols(graph: ir.Graph) -> None:
+    """Inner tensors of a known interface carry torch's symbols (s26); shape inference finds them again."""
+    interface = {*graph.inputs, *graph.outputs}
+    for node in graph:
+        for value in node.outputs:
+            if value not in interface and value.shape is not None:
+                # An unnamed dimension is unknown, which is true; a stale name would be wrong.
+                value.shape = ir.Shape([d if isinstance(d, int) else None for d in value.shape])
 
 
 def _name_interface(graph: ir.Graph, layers: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import warnings
 from collections.abc import Iterator
@@ -25,7 +27,8 @@ def quiet() -> Iterator[None]:
     hf_logging.disable_progress_bar()
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        # Some bars know no switch; they draw on sys.stderr.
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
