@@ -10,6 +10,8 @@ import pytest
 # Nothing in the tests may reach for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+pytest_plugins = ["tests.fixtures_graph"]
+
 ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("NBL_EXPORT_SHARED", ROOT.parent / "shared")) / "data"
 
@@ -46,3 +48,20 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import build
 
     return build(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def stories_out(stories_folder: Path, stories_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on stories260K with K = 2, calibrated on TinyStories; copy it before changing it."""
+    import nbl_export
+
+    out = tmp_path_factory.mktemp("runs") / "stories260K"
+    report = nbl_export.run(
+        stories_folder,
+        out,
+        nbl_export.SelectSettings(k=2),
+        nbl_export.CalibrateSettings((str(stories_text),), samples=32, seq_len=128, heldout_samples=8),
+        nbl_export.VerifySettings(contexts=(16,), rounds=3),
+    )
+    assert report.passed, report.checks
+    return out

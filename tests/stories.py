@@ -64,9 +64,15 @@ def build(source: Path, target: Path) -> Path:
     )
     model = LlamaForCausalLM(config)
     state = {
-        f"model.layers.{i}.{name}.weight": weight[i] for name, weight in stacked.items() for i in range(layers)
+        f"model.layers.{i}.{name}.weight": weight[i]
+        for name, weight in stacked.items()
+        for i in range(layers)
     }
-    state |= {"model.embed_tokens.weight": embedding, "model.norm.weight": take(dim), "lm_head.weight": embedding}
+    state |= {
+        "model.embed_tokens.weight": embedding,
+        "model.norm.weight": take(dim),
+        "lm_head.weight": embedding,
+    }
     model.load_state_dict(state)
     model.save_pretrained(target)
     _tokenizer(source / "tok512.bin", vocab).save_pretrained(target)

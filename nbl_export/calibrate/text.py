@@ -300,7 +300,7 @@ def start_tokens(tokenizer: Any) -> I32:
 def sample_from_model(
     model: torch.nn.Module, tokenizer: Any, settings: TextSettings, listener: Listener
 ) -> CalibrationText:
-    """Text sampled from the model itself, one document a row, by plain ancestral sampling.
+    """Text sampled from the model itself by plain ancestral sampling, packed like any other text.
 
     Temperature 1 without truncation draws from the distribution the model was trained to match, so
     its activations are those of ordinary text. Deterministic for a seed on one machine.
@@ -313,21 +313,32 @@ def sample_from_model(
     config: Any = model.config
     known = (tokenizer.bos_token_id, tokenizer.eos_token_id, config.bos_token_id)
     start_token = next((t for t in known if t is not None), 0)
-    length, total = settings.seq_len, settings.samples + settings.heldout_samples
     generator = torch.Generator().manual_seed(settings.seed)
+    length = min(settings.seq_len, _SAMPLE_LENGTH)
+    wanted = [rows * settings.seq_len for rows in (settings.samples, settings.heldout_samples)]
+    counts = [-(-tokens // length) for tokens in wanted]
     documents: list[I32] = []
-    with listener.task("Sampling from the model", total * length, "tokens") as task:
-        for first in range(0, total, _SAMPLE_BATCH):
-            batch = min(_SAMPLE_BATCH, total - first)
+    with listener.task("Sampling from the model", sum(counts) * length, "tokens") as task:
+        for first in range(0, sum(counts), _SAMPLE_BATCH):
+            batch = min(_SAMPLE_BATCH, sum(counts) - first)
             documents.append(_sample(decoder, batch, length, start_token, generator, task.advance))
     tokens = np.concatenate(documents)
-    held = tokens[settings.samples :]
-    owner = np.repeat(np.arange(len(held), dtype=np.int32)[:, None], length, axis=1)
-    return CalibrationText(tokens[: settings.samples], held, owner, start_tokens(tokenizer))
+    owners = np.repeat(np.arange(len(tokens), dtype=np.int32), length)
+    first_held = counts[0] * length  # a document belongs to one part only
+
+    def rows(flat: I32, start: int, part: int) -> I32:
+        return flat[start : start + wanted[part]].reshape(-1, settings.seq_len)
+
+    flat = tokens.reshape(-1)
+    return CalibrationText(
+        rows(flat, 0, 0), rows(flat, first_held, 1), rows(owners, first_held, 1), start_tokens(tokenizer)
+    )
 
 
-# Wide enough that the matrix products dominate, narrow enough that the cache stays small.
-_SAMPLE_BATCH = 76
+# Many short documents at a time: the matrix products are wide and the cache stays small, which
+# together is several times faster than few long ones.
+_SAMPLE_LENGTH = 128
+_SAMPLE_BATCH = 152
 
 
 def _sample(
