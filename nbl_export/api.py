@@ -1,11 +1,11 @@
 """The Python API: the verbs of the command line as functions, which the command line itself calls.
 
-    import nbl_export
-    report = nbl_export.run("path/to/model", "out", nbl_export.SelectSettings(k=8))
+    from nbl_export import api
+    report = api.run("path/to/model", "out", api.SelectSettings(k=8))
     assert report.passed
 
 Each works on an output folder, holds its lock, keeps what is already done there with the same
-settings, and raises :class:`nbl_export.NblError` with a one-sentence message for whatever the user
+settings, and raises :class:`NblError` with a one-sentence message for whatever the user
 can put right. ``listener`` receives progress (:mod:`nbl_export.progress`); none is silent.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nbl_export import pipeline
+from nbl_export.errors import NblError
 from nbl_export.inspection import inspect_path
 from nbl_export.linearize.plan import Plan
 from nbl_export.pipeline import CalibrateSettings, Run, SelectSettings, VerifySettings
@@ -21,6 +22,23 @@ from nbl_export.progress import Listener
 from nbl_export.report.schema import Report
 from nbl_export.report.tables import Table
 from nbl_export.workspace import Workspace
+
+__all__ = [
+    "CalibrateSettings",
+    "NblError",
+    "Plan",
+    "Report",
+    "SelectSettings",
+    "VerifySettings",
+    "calibrate",
+    "export",
+    "inspect",
+    "report",
+    "rewrite",
+    "run",
+    "select",
+    "verify",
+]
 
 
 def run(
