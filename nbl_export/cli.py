@@ -49,63 +49,77 @@ app = typer.Typer(
 )
 
 # Options shared by the whole run and its stages; each stands here once.
+_LAYERS, _TEXT, _CHECKS = "Which layers, and how they are fitted", "Calibration text", "Verification"
+
+
+def _option(
+    help_text: str, *names: str, panel: str | None = None, metavar: str | None = None, **more: Any
+) -> Any:
+    return typer.Option(*names, help=help_text, rich_help_panel=panel, metavar=metavar, **more)
+
+
 ModelArg = Annotated[
     str,
-    typer.Argument(
-        metavar="MODEL", help="A Hugging Face id, a local folder, or a .gguf file.", show_default=False
-    ),
+    typer.Argument(metavar="MODEL", help="A Hugging Face id, a folder, or a .gguf file.", show_default=False),
 ]
 OutArg = Annotated[
     Path, typer.Argument(metavar="OUT", help="The output folder of an earlier command.", show_default=False)
 ]
-OutOpt = Annotated[Path, typer.Option("--output", "-o", help="Output folder; made if needed.")]
+OutOpt = Annotated[Path, _option("Output folder; made if needed.", "--output", "-o", metavar="OUT")]
 KOpt = Annotated[
-    int | None, typer.Option("--k", help="How many attention layers to linearize.", show_default=False)
+    int | None,
+    _option("How many attention layers to linearize.", "--k", panel=_LAYERS, metavar="K", show_default=False),
 ]
 LayersOpt = Annotated[
     str | None,
-    typer.Option("--layers", help="Exactly these layers instead, as 3,7,12.", show_default=False),
+    _option("Exactly these instead: 3,7,12.", "--layers", panel=_LAYERS, metavar="LIST", show_default=False),
 ]
 CriterionOpt = Annotated[
     Literal["cca", "nmse"],
-    typer.Option(
-        help="How layers are ranked: the paper's CCA bound on the residual stream, or the fit's own NMSE."
+    _option(
+        "cca: the paper's bound on the residual stream; nmse: the fit's own error.",
+        panel=_LAYERS,
+        metavar="NAME",
     ),
 ]
 FitInputOpt = Annotated[
     Literal["normed", "residual"],
-    typer.Option(help="Fit on the attention's input after or before the input norm."),
+    _option("normed or residual: the stream after or before the input norm.", panel=_LAYERS, metavar="NAME"),
 ]
 RidgeOpt = Annotated[
-    float, typer.Option(help="Ridge, relative to each channel's variance; grows tenfold if Cholesky fails.")
+    float,
+    _option("Relative to each channel's variance; grows if Cholesky fails.", panel=_LAYERS, metavar="X"),
 ]
 CalibrationOpt = Annotated[
     list[str] | None,
-    typer.Option(
-        help=(
-            "Text: a .txt/.jsonl/.parquet file (.gz/.zst too), folder, glob or Hub data set; repeatable. "
-            "'self' samples it from the model."
-        ),
+    _option(
+        "A .txt, .jsonl or .parquet file (.gz, .zst too), folder, glob or Hub data set; may be repeated. "
+        "Without it, text is sampled from the model itself ('self').",
+        panel=_TEXT,
+        metavar="TEXT",
         show_default="self",
     ),
 ]
 FieldOpt = Annotated[
-    str, typer.Option("--text-field", help="The text field of .jsonl, .parquet or Hub rows.")
+    str,
+    _option("The text field of .jsonl, .parquet or Hub rows.", "--text-field", panel=_TEXT, metavar="NAME"),
 ]
-SamplesOpt = Annotated[int, typer.Option(help="Rows of calibration tokens.")]
-SeqLenOpt = Annotated[int, typer.Option(help="Tokens per row.")]
-HeldoutOpt = Annotated[int, typer.Option(help="Rows of held-out tokens, for the method's loss.")]
-SeedOpt = Annotated[int, typer.Option(help="Seed of everything random.")]
-TrustOpt = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run modelling code that comes with the model.")
+SamplesOpt = Annotated[int, _option("Rows of calibration tokens.", panel=_TEXT, metavar="N")]
+SeqLenOpt = Annotated[int, _option("Tokens per row.", panel=_TEXT, metavar="N")]
+HeldoutOpt = Annotated[int, _option("Rows of held-out tokens, for method loss.", panel=_TEXT, metavar="N")]
+SeedOpt = Annotated[int, _option("Seed of everything random.", panel=_TEXT, metavar="N")]
+TrustOpt = Annotated[bool, _option("Run modelling code that comes with the model.", "--trust-remote-code")]
+StepsOpt = Annotated[
+    int, _option("Teacher-forced decode steps of the parity run.", panel=_CHECKS, metavar="N")
 ]
-StepsOpt = Annotated[int, typer.Option(help="Teacher-forced decode steps of the parity run.")]
-ContextsOpt = Annotated[str, typer.Option(help="Context lengths to time.")]
-RoundsOpt = Annotated[int, typer.Option(help="Timed rounds of base and linearized in turn.")]
+ContextsOpt = Annotated[str, _option("Context lengths to time.", panel=_CHECKS, metavar="LIST")]
+RoundsOpt = Annotated[
+    int, _option("Timed rounds of base and linearized in turn.", panel=_CHECKS, metavar="N")
+]
 QualityOpt = Annotated[
-    bool, typer.Option("--quality/--no-quality", help="Measure the method's loss on held-out text.")
+    bool, _option("Measure method loss on held-out text.", "--quality/--no-quality", panel=_CHECKS)
 ]
-SpeedOpt = Annotated[bool, typer.Option("--speed/--no-speed", help="Time both graphs.")]
+SpeedOpt = Annotated[bool, _option("Time both graphs.", "--speed/--no-speed", panel=_CHECKS)]
 
 
 def _version(value: bool) -> None:

@@ -127,6 +127,7 @@ def _folder(path: Path) -> list[Table]:
             damaged = workspace.damaged_file(record)
             state = f"damaged: {damaged}" if damaged else "done"
             rows.append((stage, state, f"{record.seconds:.1f}", _settings(record.settings)))
+    proofs: list[dict[str, float]] = []
     tables = [
         Table(f"{path}: {info.get('source', '?')}", ("stage", "state", "seconds", "settings"), tuple(rows))
     ]
@@ -134,12 +135,13 @@ def _folder(path: Path) -> list[Table]:
     if workspace.record("rewrite") and summary.exists():
         graph = read_json(summary, "The record of the rewrite", "run `nbl-export rewrite` again")
         tables.append(graph_table(graph["before"], graph["after"], None))
+        proofs = graph["proofs"]
     if workspace.record("select"):
         from nbl_export.linearize.plan import load_plan
 
         scores = read_json(workspace.candidates, "The layers' scores", "run `nbl-export select` again")
         plan = load_plan(workspace.plan)
-        tables.append(layers_table({"layers": plan.chosen, "criterion": plan.criterion, **scores}, []))
+        tables.append(layers_table({"layers": plan.chosen, "criterion": plan.criterion, **scores}, proofs))
     return tables
 
 

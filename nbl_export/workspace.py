@@ -21,7 +21,7 @@ from typing import Any
 from nbl_export.errors import InputError, os_error_in_words
 
 STATE_VERSION = 1
-STAGES = ("calibrate", "select", "export", "rewrite", "verify", "report")
+STAGES = ("calibrate", "select", "export", "rewrite", "verify")
 
 
 def sha256_of_file(path: Path) -> str:
