@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nbl_export.errors import InputError
 from nbl_export.report.tables import Table, graph_table, layers_table, mebibytes
+from nbl_export.tensorfile import format_of
 from nbl_export.workspace import STAGES, Workspace, read_json
 
 
@@ -35,13 +36,7 @@ def _kind(path: Path) -> str:
     if path.suffix == ".json":
         header = read_json(path, "The file", "check its path")
         return str(header.get("format", "")) if isinstance(header, dict) else ""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return str((file.metadata() or {}).get("format", ""))
-    except SafetensorError as error:
-        raise InputError(f"{path} is no readable safetensors file ({error}).") from None
+    return format_of(path)
 
 
 def _onnx(path: Path) -> list[Table]:
@@ -134,7 +129,7 @@ def _folder(path: Path) -> list[Table]:
     summary = workspace.nbl / "rewrite.json"
     if workspace.record("rewrite") and summary.exists():
         graph = read_json(summary, "The record of the rewrite", "run `nbl-export rewrite` again")
-        tables.append(graph_table(graph["before"], graph["after"], None))
+        tables.append(graph_table(graph["before"], graph["after"]))
         proofs = graph["proofs"]
     if workspace.record("select"):
         from nbl_export.linearize.plan import load_plan

@@ -19,13 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbl_export.errors import InputError
-from nbl_export.workspace import atomic_path
+from nbl_export.tensorfile import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     import torch
 
 F64 = NDArray[np.float64]
 FORMAT = "nbl-export/moments/1"
+CALIBRATE_AGAIN = "run `nbl-export calibrate` again"
 
 
 @dataclass(frozen=True)
@@ -131,40 +132,26 @@ def _add_gram(total: torch.Tensor, rows: torch.Tensor) -> None:
 
 
 def save_moments(path: Path, moments: Moments, metadata: Mapping[str, Any]) -> None:
-    """Write moments and JSON ``metadata`` as safetensors, atomically, with a digest of their bytes."""
-    from safetensors.numpy import save_file
-
+    """Write moments and JSON ``metadata``, atomically."""
     tensors: dict[str, Any] = {}
     for index, layer in moments.layers.items():
         tensors[f"{index}.n"] = np.array([layer.n], dtype=np.int64)
         tensors.update({f"{index}.{name}": getattr(layer, name) for name in ARRAYS})
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, {"format": FORMAT, "nbl": json.dumps(metadata, sort_keys=True)})
+    save_tensors(path, FORMAT, tensors, {"nbl": json.dumps(metadata, sort_keys=True)})
 
 
 def load_moments(path: Path) -> tuple[Moments, dict[str, Any]]:
     """Read what :func:`save_moments` wrote; raises :class:`InputError` for anything else."""
-    from safetensors import SafetensorError, safe_open
-
+    tensors, header = load_tensors(path, FORMAT, CALIBRATE_AGAIN)
     try:
-        with safe_open(path, framework="numpy") as file:
-            header = file.metadata() or {}
-            if header.get("format") != FORMAT:
-                raise InputError(
-                    f"{path} is no moments file of nbl-export: run `nbl-export calibrate` again."
-                )
-            metadata = json.loads(header["nbl"])
-            indices = sorted({int(key.split(".")[0]) for key in file.keys()})  # noqa: SIM118 (not a dict)
-            layers = {
-                i: LayerMoments(
-                    n=int(file.get_tensor(f"{i}.n")[0]),
-                    **{name: file.get_tensor(f"{i}.{name}") for name in ARRAYS},
-                )
-                for i in indices
-            }
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path} cannot be read ({error}): run `nbl-export calibrate` again.") from None
-    return Moments(layers), metadata
+        indices = sorted({int(key.split(".")[0]) for key in tensors})
+        layers = {
+            i: LayerMoments(n=int(tensors[f"{i}.n"][0]), **{a: tensors[f"{i}.{a}"] for a in ARRAYS})
+            for i in indices
+        }
+        return Moments(layers), json.loads(header["nbl"])
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{path} is damaged ({error}): {CALIBRATE_AGAIN}.") from None
 
 
 def digest_of_tokens(tokens: NDArray[np.int32]) -> str:

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nbl_export.calibrate.moments import CALIBRATE_AGAIN
 from nbl_export.errors import InputError
 from nbl_export.models.layers import attention_layers, observed
-from nbl_export.workspace import atomic_path
+from nbl_export.tensorfile import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -79,27 +80,21 @@ def probe_model(model: torch.nn.Module, tokens: NDArray[np.int32]) -> Probe:
 
 
 def save_probe(path: Path, probe: Probe) -> None:
-    """Write a probe as safetensors, atomically."""
-    from safetensors.numpy import save_file
-
+    """Write a probe, atomically."""
     tensors = {name: getattr(probe, name) for name in ("input_ids", "attention_mask", "position_ids")}
     for name in ("h", "x", "y"):
-        tensors.update({f"{name}.{i}": np.ascontiguousarray(v) for i, v in getattr(probe, name).items()})
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, {"format": FORMAT})
+        tensors.update({f"{name}.{i}": value for i, value in getattr(probe, name).items()})
+    save_tensors(path, FORMAT, tensors)
 
 
 def load_probe(path: Path) -> Probe:
     """Read what :func:`save_probe` wrote; raises :class:`InputError` for anything else."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
+    tensors, _ = load_tensors(path, FORMAT, CALIBRATE_AGAIN)
     try:
-        tensors = load_file(path)
-        acts: dict[str, Any] = {"h": {}, "x": {}, "y": {}}
+        activations: dict[str, Any] = {"h": {}, "x": {}, "y": {}}
         for key in [k for k in tensors if "." in k]:
             name, index = key.split(".")
-            acts[name][int(index)] = tensors.pop(key)
-        return Probe(**tensors, **acts)
-    except (SafetensorError, OSError, TypeError, ValueError, KeyError) as error:
-        raise InputError(f"{path} cannot be read ({error}): run `nbl-export calibrate` again.") from None
+            activations[name][int(index)] = tensors.pop(key)
+        return Probe(**tensors, **activations)
+    except (TypeError, ValueError, KeyError) as error:
+        raise InputError(f"{path} is damaged ({error}): {CALIBRATE_AGAIN}.") from None

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nbl_export.calibrate.moments import CALIBRATE_AGAIN
 from nbl_export.errors import InputError, MissingDependencyError
 from nbl_export.progress import Listener
-from nbl_export.workspace import atomic_path
+from nbl_export.tensorfile import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -364,20 +365,14 @@ def _sample(
 
 
 def save_text(path: Path, text: CalibrationText) -> None:
-    """Write the packed tokens as safetensors, atomically."""
-    from safetensors.numpy import save_file
-
-    tensors = {name: np.ascontiguousarray(getattr(text, name)) for name in CalibrationText.__annotations__}
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, {"format": FORMAT})
+    """Write the packed tokens, atomically."""
+    save_tensors(path, FORMAT, {name: getattr(text, name) for name in CalibrationText.__annotations__})
 
 
 def load_text(path: Path) -> CalibrationText:
     """Read what :func:`save_text` wrote; raises :class:`InputError` for anything else."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
+    tensors, _ = load_tensors(path, FORMAT, CALIBRATE_AGAIN)
     try:
-        return CalibrationText(**load_file(path))
-    except (SafetensorError, OSError, TypeError) as error:
-        raise InputError(f"{path} cannot be read ({error}): run `nbl-export calibrate` again.") from None
+        return CalibrationText(**tensors)
+    except TypeError as error:
+        raise InputError(f"{path} is damaged ({error}): {CALIBRATE_AGAIN}.") from None

@@ -49,6 +49,18 @@ def kv_pairs(model: ir.Model) -> tuple[KVPair, ...]:
     return tuple(pairs)
 
 
+def kv_bytes_per_token(model: ir.Model) -> int:
+    """Bytes that one more token of context adds to the cache, batch 1."""
+    total = 0
+    for pair in kv_pairs(model):
+        for value in pair.past:
+            assert value.shape is not None and value.dtype is not None
+            heads, dim = value.shape[1], value.shape[3]
+            assert isinstance(heads, int) and isinstance(dim, int)
+            total += int(heads * dim * value.dtype.itemsize)
+    return total
+
+
 def _by_index(values: Sequence[ir.Value], pattern: re.Pattern[str]) -> dict[int, dict[str, ir.Value]]:
     found: dict[int, dict[str, ir.Value]] = {}
     for value in values:

@@ -30,6 +30,7 @@ class GraphSummary:
     inputs: int
     outputs: int
     kv_pairs: int
+    kv_bytes_per_token: int
     initializers: int
     parameters: int
     file_bytes: int
@@ -139,7 +140,7 @@ def with_outputs(path: Path, names: list[str]) -> Iterator[Path]:
 
 def summarize(model: ir.Model, path: Path) -> GraphSummary:
     """Counts of ``model`` as stored at ``path``."""
-    from nbl_export.graph.cache import kv_pairs
+    from nbl_export.graph.cache import kv_bytes_per_token, kv_pairs
 
     graph = model.graph
     ops = Counter(node.op_type for node in graph)
@@ -150,6 +151,7 @@ def summarize(model: ir.Model, path: Path) -> GraphSummary:
         inputs=len(graph.inputs),
         outputs=len(graph.outputs),
         kv_pairs=len(kv_pairs(model)),
+        kv_bytes_per_token=kv_bytes_per_token(model),
         initializers=len(graph.initializers),
         parameters=sum(v.const_value.size for v in graph.initializers.values() if v.const_value is not None),
         file_bytes=sum(f.stat().st_size for f in files if f.exists()),

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from nbl_export.errors import InputError
 from nbl_export.linearize.lmmse import FitInput
-from nbl_export.workspace import atomic_path, read_json, sha256_of_file, write_json
+from nbl_export.tensorfile import load_tensors, save_tensors
+from nbl_export.workspace import read_json, sha256_of_file, write_json
 
 F32 = NDArray[np.float32]
 FORMAT = "nbl-export/plan/1"
@@ -64,16 +65,13 @@ class Plan:
 
 def save_plan(path: Path, plan: Plan) -> None:
     """Write ``plan.safetensors`` and then ``path`` (``plan.json``), each atomically."""
-    from safetensors.numpy import save_file
-
     tensors: dict[str, Any] = {f"probe.{name}": value for name, value in plan.probe.items()}
     for index, layer in plan.layers.items():
         tensors[f"layers.{index}.w"], tensors[f"layers.{index}.b"] = layer.w, layer.b
     for index in plan.probe_u:
         tensors[f"probe_u.{index}"], tensors[f"probe_y.{index}"] = plan.probe_u[index], plan.probe_y[index]
     weights = path.with_suffix(".safetensors")
-    with atomic_path(weights) as temporary:
-        save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, temporary, {"format": FORMAT})
+    save_tensors(weights, FORMAT, tensors)
     write_json(
         path,
         {
@@ -97,9 +95,6 @@ def load_plan(path: Path) -> Plan:
 
     Raises :class:`InputError` if either file is missing, damaged, or does not belong to the other.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
     path, weights = path.with_suffix(".json"), path.with_suffix(".safetensors")
     header = read_json(path, "The plan", _REMEDY)
     if not isinstance(header, dict) or header.get("format") != FORMAT:
@@ -110,7 +105,7 @@ def load_plan(path: Path) -> Plan:
         raise InputError(f"{weights} is truncated or edited: it does not match {path.name}: {_REMEDY}.")
     try:
         groups: dict[str, dict[str, Any]] = {"layers": {}, "probe": {}, "probe_u": {}, "probe_y": {}}
-        for key, value in load_file(weights).items():
+        for key, value in load_tensors(weights, FORMAT, _REMEDY)[0].items():
             group, _, rest = key.partition(".")
             groups[group][rest] = value
         plan = Plan(
@@ -129,7 +124,7 @@ def load_plan(path: Path) -> Plan:
             probe_u={int(i): v for i, v in groups["probe_u"].items()},
             probe_y={int(i): v for i, v in groups["probe_y"].items()},
         )
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} is damaged ({type(error).__name__}: {error}): {_REMEDY}.") from None
     _check(path, plan)
     return plan

@@ -29,7 +29,7 @@ def checks_table(report: Report) -> Table:
     )
 
 
-def graph_table(before: Mapping[str, Any], after: Mapping[str, Any], cost: Mapping[str, Any] | None) -> Table:
+def graph_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> Table:
     """The graph before and after: sizes, the cache, and each op whose count changed."""
     rows: list[tuple[str, str, str, str]] = []
 
@@ -40,9 +40,7 @@ def graph_table(before: Mapping[str, Any], after: Mapping[str, Any], cost: Mappi
     row("size on disk", before["file_bytes"], after["file_bytes"], mebibytes)
     row("parameters", before["parameters"], after["parameters"])
     row("KV pairs (layers with a cache)", before["kv_pairs"], after["kv_pairs"])
-    if cost:
-        kv = [cost[side]["kv_bytes_per_token"] for side in ("base_cost", "linearized_cost")]
-        row("KV cache, bytes per token", *kv)
+    row("KV cache, bytes per token", before["kv_bytes_per_token"], after["kv_bytes_per_token"])
     row("inputs", before["inputs"], after["inputs"])
     row("outputs", before["outputs"], after["outputs"])
     row("nodes", before["nodes"], after["nodes"])
@@ -177,7 +175,7 @@ def _spread(timing: Mapping[str, float]) -> str:
 
 def report_tables(report: Report, brief: bool = False) -> list[Table]:
     """The tables of a report, in reading order; ``brief`` leaves out what a terminal has no room for."""
-    tables = [graph_table(report.graph["before"], report.graph["after"], report.speed)]
+    tables = [graph_table(report.graph["before"], report.graph["after"])]
     if report.method_loss:
         tables.append(method_table(report.method_loss))
     if report.speed:

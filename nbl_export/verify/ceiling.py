@@ -14,7 +14,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from nbl_export.graph.cache import kv_pairs
+from nbl_export.graph.cache import kv_bytes_per_token
 from nbl_export.graph.io import load_graph
 
 
@@ -66,15 +66,3 @@ def _weight(value: ir.Value | None) -> ir.TensorProtocol | None:
             return None
         value = node.inputs[0]
     return value.const_value if value is not None else None
-
-
-def kv_bytes_per_token(model: ir.Model) -> int:
-    """Bytes that one more token of context adds to the cache, batch 1."""
-    total = 0
-    for pair in kv_pairs(model):
-        for value in pair.past:
-            assert value.shape is not None and value.dtype is not None
-            heads, dim = value.shape[1], value.shape[3]
-            assert isinstance(heads, int) and isinstance(dim, int)
-            total += int(heads * dim * value.dtype.itemsize)
-    return total

@@ -1,0 +1,64 @@
+"""Named arrays on disk: safetensors files, written atomically, read without trust."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nbl_export.errors import InputError
+from nbl_export.workspace import atomic_path
+
+_FORMAT = "format"
+
+
+def save_tensors(
+    path: Path, fmt: str, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write ``tensors`` with the format mark ``fmt``; raises ``OSError`` where the disk refuses."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    with atomic_path(path) as temporary:
+        try:
+            save_file(contiguous, temporary, {_FORMAT: fmt, **(metadata or {})})
+        except SafetensorError as error:
+            # The library wraps the operating system's error in text; callers need the error itself.
+            if found := re.search(r"os error (\d+)", str(error)):
+                raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+            raise
+
+
+def load_tensors(path: Path, fmt: str, remedy: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """The tensors and metadata of a file of format ``fmt``.
+
+    Raises :class:`InputError` with the ``remedy`` if the file is missing, damaged or of another format.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} cannot be read ({error}): {remedy}.") from None
+    if metadata.get(_FORMAT) != fmt:
+        found = metadata.get(_FORMAT, "no mark of nbl-export")
+        raise InputError(f"{path} is of another format ({found}, expected {fmt}): {remedy}.")
+    return tensors, metadata
+
+
+def format_of(path: Path) -> str:
+    """The format mark of a safetensors file, empty if it has none; :class:`InputError` if unreadable."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return str((file.metadata() or {}).get(_FORMAT, ""))
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is no readable safetensors file ({error}).") from None
