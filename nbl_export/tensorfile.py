@@ -1,7 +1,11 @@
-"""Named arrays on disk: safetensors files, written atomically, read without trust."""
+"""Named arrays on disk: safetensors files, written atomically, read without trust.
+
+Each carries a SHA-256 of its arrays, so that a changed bit is an error and not a wrong result.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Mapping
@@ -14,6 +18,7 @@ from nbl_export.errors import InputError
 from nbl_export.workspace import atomic_path
 
 _FORMAT = "format"
+_DIGEST = "sha256"
 
 
 def save_tensors(
@@ -26,7 +31,8 @@ def save_tensors(
     contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     with atomic_path(path) as temporary:
         try:
-            save_file(contiguous, temporary, {_FORMAT: fmt, **(metadata or {})})
+            marks = {_FORMAT: fmt, _DIGEST: _digest(contiguous)}
+            save_file(contiguous, temporary, {**(metadata or {}), **marks})
         except SafetensorError as error:
             # The library wraps the operating system's error in text; callers need the error itself.
             if found := re.search(r"os error (\d+)", str(error)):
@@ -50,7 +56,18 @@ def load_tensors(path: Path, fmt: str, remedy: str) -> tuple[dict[str, Any], dic
     if metadata.get(_FORMAT) != fmt:
         found = metadata.get(_FORMAT, "no mark of nbl-export")
         raise InputError(f"{path} is of another format ({found}, expected {fmt}): {remedy}.")
+    if metadata.get(_DIGEST) != _digest(tensors):
+        raise InputError(f"{path} was changed after it was written: {remedy}.")
     return tensors, metadata
+
+
+def _digest(tensors: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        array = tensors[name]
+        digest.update(f"{name}:{array.dtype}:{array.shape};".encode())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def format_of(path: Path) -> str:
