@@ -45,9 +45,11 @@ _NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 def os_error_in_words(error: OSError, doing: str) -> InputError:
-    """One sentence for an ``OSError`` met while ``doing`` something (``"writing model.onnx"``)."""
+    """One sentence for an ``OSError`` met ``doing`` something (``"working on stage `export`"``)."""
     where = f" ({error.filename})" if error.filename else ""
-    if error.errno in _NO_ROOM:
+    # NumPy reports a short write without an error number.
+    short_write = error.errno is None and "writ" in str(error)
+    if error.errno in _NO_ROOM or short_write:
         return InputError(
             f"No room on the disk while {doing}{where}: free some space or choose another --output, "
             "then run the same command again; finished stages are kept."

@@ -20,7 +20,7 @@ import numpy as np
 
 from nbl_export import __version__
 from nbl_export.calibrate.text import TextSettings
-from nbl_export.errors import InputError
+from nbl_export.errors import InputError, os_error_in_words
 from nbl_export.linearize.lmmse import DEFAULT_RIDGE, FitInput
 from nbl_export.linearize.plan import Plan, load_plan
 from nbl_export.models.source import ModelSource, find_model, same_model
@@ -166,7 +166,10 @@ class Run:
             return
         listener = _Noting(self.listener)
         start = time.perf_counter()
-        files = work(listener)
+        try:
+            files = work(listener)
+        except OSError as error:
+            raise os_error_in_words(error, f"working on stage `{name}`") from error
         self.workspace.finish(name, key, settings, files, time.perf_counter() - start, listener.notes)
 
 
@@ -252,7 +255,7 @@ def _check_room(ws: Workspace, model: torch.nn.Module) -> None:
     free = shutil.disk_usage(ws.root).free
     if free < need:
         raise InputError(
-            f"{ws.root} has {free / 2**30:.1f} GiB free; this model needs about {need / 2**30:.1f} GiB: "
+            f"{ws.root} has {free / 2**20:,.0f} MiB free; this model needs about {need / 2**20:,.0f} MiB: "
             "free some space or choose another --output."
         )
 
