@@ -328,7 +328,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(INTERRUPTED)
     except OSError as error:
-        translated = os_error_in_words(error, "working")
+        translated = os_error_in_words(error, "while working")
         _fail(str(translated), translated.exit_code)
     except Exception as error:
         if hasattr(error, "exit_code") and hasattr(error, "format_message"):  # usage errors of the parser

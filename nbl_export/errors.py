@@ -45,15 +45,15 @@ _NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 def os_error_in_words(error: OSError, doing: str) -> InputError:
-    """One sentence for an ``OSError`` met ``doing`` something (``"working on stage `export`"``)."""
+    """One sentence for an ``OSError`` met ``doing`` something (``"in stage `export`"``)."""
     where = f" ({error.filename})" if error.filename else ""
     # NumPy reports a short write without an error number.
-    short_write = error.errno is None and "writ" in str(error)
+    short_write = error.errno is None and ("writing" in str(error) or "written" in str(error))
     if error.errno in _NO_ROOM or short_write:
         return InputError(
-            f"No room on the disk while {doing}{where}: free some space or choose another --output, "
+            f"No room on the disk {doing}{where}: free some space or choose another --output, "
             "then run the same command again; finished stages are kept."
         )
     if error.errno in _NO_ACCESS:
-        return InputError(f"No permission while {doing}{where}: choose a folder you can write to.")
-    return InputError(f"{error.strerror or error} while {doing}{where}.")
+        return InputError(f"No permission {doing}{where}: choose a folder you can write to.")
+    return InputError(f"{error.strerror or error} {doing}{where}.")

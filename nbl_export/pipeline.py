@@ -169,7 +169,7 @@ class Run:
         try:
             files = work(listener)
         except OSError as error:
-            raise os_error_in_words(error, f"working on stage `{name}`") from error
+            raise os_error_in_words(error, f"in stage `{name}`") from error
         self.workspace.finish(name, key, settings, files, time.perf_counter() - start, listener.notes)
 
 

@@ -156,15 +156,15 @@ class Workspace:
     @classmethod
     def create(cls, root: Path) -> Workspace:
         """Open ``root``, making it if needed; refuses a path that is no folder or cannot be written."""
-        if root.exists() and not root.is_dir():
-            raise InputError(f"{root} is a file; --output must be a folder.")
         try:
+            if root.exists() and not root.is_dir():
+                raise InputError(f"{root} is a file; --output must be a folder.")
             (root / "nbl").mkdir(parents=True, exist_ok=True)
             with atomic_path(root / "nbl" / "write-test"):
                 pass
             (root / "nbl" / "write-test").unlink(missing_ok=True)
         except OSError as error:
-            raise os_error_in_words(error, f"preparing the output folder {root}") from error
+            raise os_error_in_words(error, f"while preparing the output folder {root}") from error
         return cls(root)
 
     @classmethod
@@ -248,11 +248,14 @@ class Workspace:
         if raw is None:
             return None
         try:
-            return StageRecord(**{**raw, "notes": tuple(raw.get("notes", ()))})
-        except TypeError:
+            record = StageRecord(**{**raw, "notes": tuple(raw.get("notes", ()))})
+            if not isinstance(record.files, dict) or not isinstance(record.settings, dict):
+                raise TypeError
+        except (TypeError, AttributeError):
             raise InputError(
                 f"{self.state_path} has a damaged record of stage {stage}: delete {self.root} and start again."
             ) from None
+        return record
 
     def require(self, stage: str, command: str) -> StageRecord:
         """The record of a stage that must be done and intact, else an error naming the ``command``."""

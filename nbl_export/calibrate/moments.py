@@ -102,7 +102,7 @@ class Accumulator:
 
     def result(self) -> LayerMoments:
         """The moments so far, as NumPy arrays; symmetric matrices are completed from their lower half."""
-        arrays: dict[str, Any] = {name: value.cpu().numpy() for name, value in self.sums.items()}
+        arrays: dict[str, Any] = {name: value.cpu().numpy().copy() for name, value in self.sums.items()}
         for name in ("xx", "yy", "hh"):
             lower = np.tril(arrays[name])
             arrays[name] = lower + np.tril(lower, -1).T

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
 FORMAT = "nbl-export/probe/1"
-_LENGTHS = (24, 17)
+_LENGTH = 24
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ def probe_model(model: torch.nn.Module, tokens: NDArray[np.int32]) -> Probe:
     """Run ``model`` over the beginning of two rows of ``tokens`` and keep every layer's h, x and y."""
     import torch
 
-    rows = [tokens[i % len(tokens)][:n] for i, n in enumerate(_LENGTHS)]
+    longest = min(_LENGTH, tokens.shape[1])
+    rows = [tokens[0][:longest], tokens[1 % len(tokens)][: max(1, longest * 2 // 3)]]
     ids, mask, positions = left_padded(rows)
     kept = torch.from_numpy(mask).bool()
     h: dict[int, F32] = {}

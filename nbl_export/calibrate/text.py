@@ -7,10 +7,13 @@ into rows of ``seq_len`` tokens, as the paper's authors do.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import gzip
+import importlib
 import io
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +38,19 @@ _FORMATS = (".txt", ".jsonl", ".parquet")
 # A plain text file is cut at line ends into documents of about this many characters, so that a part
 # of it can be held out.
 _TXT_DOCUMENT = 8192
+
+
+def _zstd() -> Any:
+    # The standard library's module (Python 3.14), or its backport: both notice a truncated file.
+    for name in ("compression.zstd", "backports.zstd"):
+        with contextlib.suppress(ImportError):
+            return importlib.import_module(name)
+    return None
+
+
+_BROKEN_ARCHIVE: tuple[type[Exception], ...] = (EOFError, zlib.error, gzip.BadGzipFile)
+if (_module := _zstd()) is not None:
+    _BROKEN_ARCHIVE += (_module.ZstdError,)
 
 
 @dataclass(frozen=True)
@@ -135,19 +151,19 @@ def _file_documents(path: Path, field: str) -> Iterator[str]:
         raise InputError(
             f"{path} is no UTF-8 text ({error.reason} at byte {error.start} of a block)."
         ) from None
-    except (gzip.BadGzipFile, EOFError) as error:
+    except _BROKEN_ARCHIVE as error:
         raise InputError(f"{path} cannot be unpacked ({error}): fetch it again.") from None
 
 
 def _open(path: Path) -> Any:
-    if path.suffix == ".gz":
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
         return gzip.open(path, "rb")
-    if path.suffix == ".zst":
-        try:
-            import zstandard
-        except ImportError:
-            raise MissingDependencyError(_needs("zstandard", "Reading .zst", "text")) from None
-        return zstandard.open(path, "rb")
+    if suffix == ".zst":
+        zstd = _zstd()
+        if zstd is None:
+            raise MissingDependencyError(_needs("backports.zstd", "Reading .zst", "text"))
+        return zstd.open(path, "rb")
     return path.open("rb")
 
 
@@ -192,7 +208,7 @@ def _parquet_documents(path: Path, field: str) -> Iterator[str]:
             for batch in file.iter_batches(batch_size=256, columns=[field]):
                 for value in batch.column(0).to_pylist():
                     yield _field({field: value}, field, str(path))
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{path} is no parquet file ({str(error).splitlines()[0]}).") from None
 
 
@@ -289,7 +305,11 @@ def start_tokens(tokenizer: Any) -> I32:
     with_special, plain = (
         tokenizer("a", add_special_tokens=special, verbose=False)["input_ids"] for special in (True, False)
     )
-    own = with_special[: max(0, len(with_special) - len(plain))]
+    # What stands before the text itself; a tokenizer may also put something after it.
+    before = next(
+        (i for i in range(len(with_special)) if with_special[i : i + len(plain)] == plain), len(with_special)
+    )
+    own = with_special[:before]
     if not own and tokenizer.bos_token_id is not None:
         own = [tokenizer.bos_token_id]
     return np.array(own, dtype=np.int32)

@@ -38,13 +38,15 @@ class UnusableMoments(ValueError):
 
 @dataclass(frozen=True)
 class Covariances:
-    """Means [d] and centred covariances [d, d] of an input u and an output v."""
+    """Means [d] and centred covariances [d, d] of an input u and an output v; ``power_*`` [d] are E[u²], E[v²]."""
 
     mean_u: F64
     mean_v: F64
     c_uu: F64
     c_vu: F64
     c_vv: F64
+    power_u: F64
+    power_v: F64
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def fit_lmmse(moments: LayerMoments, fit_input: FitInput, ridge: float = DEFAULT
     c = branch_covariances(moments, fit_input)
 
     def solve(ridge: float) -> tuple[F64, float]:
-        factor = scipy.linalg.cho_factor(_regularized(c.c_uu, ridge), lower=True)
+        factor = scipy.linalg.cho_factor(_regularized(c.c_uu, c.power_u, ridge), lower=True)
         return scipy.linalg.cho_solve(factor, c.c_vu.T).T, ridge
 
     w, used = _with_growing_ridge(solve, ridge)
@@ -90,8 +92,8 @@ def cca_bound(moments: LayerMoments, ridge: float = DEFAULT_RIDGE) -> tuple[floa
     c = stream_covariances(moments)
 
     def solve(ridge: float) -> tuple[float, float]:
-        low_u = np.linalg.cholesky(_regularized(c.c_uu, ridge))
-        low_v = np.linalg.cholesky(_regularized(c.c_vv, ridge))
+        low_u = np.linalg.cholesky(_regularized(c.c_uu, c.power_u, ridge))
+        low_v = np.linalg.cholesky(_regularized(c.c_vv, c.power_v, ridge))
         half = scipy.linalg.solve_triangular(low_v, c.c_vu, lower=True)
         whitened = scipy.linalg.solve_triangular(low_u, half.T, lower=True)
         return float(np.sum(whitened**2)), ridge
@@ -111,7 +113,9 @@ def stream_covariances(m: LayerMoments) -> Covariances:
     c = branch_covariances(m, "residual")
     c_vu = c.c_vu + c.c_uu
     c_vv = c.c_vv + c.c_vu + c.c_vu.T + c.c_uu
-    return Covariances(c.mean_u, c.mean_u + c.mean_v, c.c_uu, c_vu, c_vv)
+    mean_v = c.mean_u + c.mean_v
+    power_v = np.diagonal(c_vv) + mean_v**2
+    return Covariances(c.mean_u, mean_v, c.c_uu, c_vu, c_vv, c.power_u, power_v)
 
 
 def _centred(n: int, u: F64, v: F64, uu: F64, vu: F64, vv: F64) -> Covariances:
@@ -130,14 +134,23 @@ def _centred(n: int, u: F64, v: F64, uu: F64, vu: F64, vv: F64) -> Covariances:
         uu / n - np.outer(mean_u, mean_u),
         vu / n - np.outer(mean_v, mean_u),
         vv / n - np.outer(mean_v, mean_v),
+        np.diagonal(uu) / n,
+        np.diagonal(vv) / n,
     )
 
 
-def _regularized(c: F64, ridge: float) -> F64:
-    diagonal = np.diagonal(c)
-    # A channel that never varies has no scale of its own; give it a tiny one of the others'.
-    floor = max(float(diagonal.max(initial=0.0)) * 1e-12, np.finfo(np.float64).tiny)
-    return c + np.diag(ridge * np.maximum(diagonal, floor) + np.where(diagonal < floor, floor, 0.0))
+# A channel whose variance is below this share of its mean square never varies: what is left of its
+# variance is rounding, of the size of float64's precision.
+_DEAD = 1e-12
+
+
+def _regularized(c: F64, power: F64, ridge: float) -> F64:
+    variance = np.diagonal(c)
+    dead = variance <= _DEAD * power
+    # A dead channel gets a variance of its own mean square, so that its coefficient is nil.
+    stand_in = np.where(power > 0, power, 1.0)
+    regularized: F64 = c + np.diag(np.where(dead, stand_in, ridge * variance))
+    return regularized
 
 
 def _with_growing_ridge(solve: Callable[[float], tuple[T, float]], ridge: float) -> tuple[T, float]:

@@ -1,7 +1,7 @@
 """The plan: which layers become linear, with which W and b, fitted how, to which model.
 
 On disk it is two files: ``plan.json`` for people and settings, ``plan.safetensors`` for numbers. The
-JSON holds the SHA-256 of the other, so neither can be edited or cut without being noticed.
+JSON holds the SHA-256 of both, so neither can be edited or cut without being noticed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from nbl_export.errors import InputError
 from nbl_export.linearize.lmmse import FitInput
 from nbl_export.tensorfile import load_tensors, save_tensors
-from nbl_export.workspace import read_json, sha256_of_file, write_json
+from nbl_export.workspace import read_json, sha256_of_file, sha256_of_json, write_json
 
 F32 = NDArray[np.float32]
 FORMAT = "nbl-export/plan/1"
@@ -72,22 +72,20 @@ def save_plan(path: Path, plan: Plan) -> None:
         tensors[f"probe_u.{index}"], tensors[f"probe_y.{index}"] = plan.probe_u[index], plan.probe_y[index]
     weights = path.with_suffix(".safetensors")
     save_tensors(weights, FORMAT, tensors)
-    write_json(
-        path,
-        {
-            "format": FORMAT,
-            "model": plan.model,
-            "hidden_size": plan.hidden_size,
-            "layer_count": plan.layer_count,
-            "layers": list(plan.chosen),
-            "fit_input": plan.fit_input,
-            "criterion": plan.criterion,
-            "ridge": plan.ridge,
-            "calibration_tokens": plan.calibration_tokens,
-            "weights": weights.name,
-            "weights_sha256": sha256_of_file(weights),
-        },
-    )
+    header = {
+        "format": FORMAT,
+        "model": plan.model,
+        "hidden_size": plan.hidden_size,
+        "layer_count": plan.layer_count,
+        "layers": list(plan.chosen),
+        "fit_input": plan.fit_input,
+        "criterion": plan.criterion,
+        "ridge": plan.ridge,
+        "calibration_tokens": plan.calibration_tokens,
+        "weights": weights.name,
+        "weights_sha256": sha256_of_file(weights),
+    }
+    write_json(path, {**header, "sha256": sha256_of_json(header)})
 
 
 def load_plan(path: Path) -> Plan:
@@ -127,11 +125,17 @@ def load_plan(path: Path) -> Plan:
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} is damaged ({type(error).__name__}: {error}): {_REMEDY}.") from None
     _check(path, plan)
+    if header.pop("sha256", None) != sha256_of_json(header):
+        raise InputError(f"{path} was edited by hand: {_REMEDY}.")
     return plan
 
 
 def _check(path: Path, plan: Plan) -> None:
     d = plan.hidden_size
+    if not (isinstance(d, int) and isinstance(plan.layer_count, int)):
+        raise InputError(
+            f"{path} is damaged (hidden_size {d!r}, layer_count {plan.layer_count!r}): {_REMEDY}."
+        )
     for index, layer in plan.layers.items():
         if layer.w.shape != (d, d) or layer.b.shape != (d,) or not 0 <= index < plan.layer_count:
             raise InputError(

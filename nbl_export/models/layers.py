@@ -7,6 +7,7 @@ decoder families of transformers, so nothing here is keyed on ``model_type``.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -44,6 +45,11 @@ def attention_layers(model: torch.nn.Module) -> tuple[AttentionLayer, ...]:
                 f"Layer {index} ({type(block).__name__}) has {len(names)} attention modules where one is expected: "
                 "this architecture is not served yet."
             )
+        if "residual" in inspect.signature(getattr(block, names[0]).forward).parameters:
+            raise InputError(
+                f"The attention of layer {index} ({type(block).__name__}) adds the residual itself, so its output is "
+                "not the attention's alone: this architecture is not served yet."
+            )
         path = f"{stack_path}.{index}"
         layers.append(AttentionLayer(index, path, f"{path}.{names[0]}"))
     return tuple(layers)
@@ -63,8 +69,6 @@ def layer_count(model: torch.nn.Module) -> int:
 
 def cache_argument(model: torch.nn.Module) -> str:
     """The name of the KV-cache argument of ``forward``: it was renamed within transformers 5."""
-    import inspect
-
     parameters = inspect.signature(model.forward).parameters
     return "cache" if "cache" in parameters else "past_key_values"
 

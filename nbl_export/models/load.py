@@ -53,10 +53,16 @@ def load_model(source: ModelSource) -> torch.nn.Module:
         options["use_safetensors"] = True
     with quiet():
         try:
-            model = AutoModelForCausalLM.from_pretrained(source.path, **options)
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source.path, output_loading_info=True, **options
+            )
         except Exception as error:  # transformers raises almost anything for an unreadable model
             raise InputError(f"transformers cannot load {source.source}: {_first_line(error)}.") from error
     check_config(source.source, model.config.to_dict())
+    if missing := sorted(info["missing_keys"]):
+        raise InputError(
+            f"{source.source} has no weights for {missing[0]} and {len(missing) - 1} more: its files are incomplete."
+        )
     # A de-quantized model is an ordinary one; this mark would make it refuse to be saved.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

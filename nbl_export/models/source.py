@@ -118,9 +118,10 @@ def _from_gguf(source: str, path: Path) -> ModelSource:
 def _from_folder(source: str, path: Path, kind: Literal["folder", "hub"], trust: bool) -> ModelSource:
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        assert isinstance(config, dict)
-    except (OSError, ValueError, AssertionError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{source}: config.json cannot be read ({error}).") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{source}: config.json cannot be read (it is no JSON object).")
     check_config(source, config)
     weights = sorted(path.glob("*.safetensors"))
     if not weights:
