@@ -1,0 +1,249 @@
+"""The moments equal sums computed at once in float64 NumPy, add, and survive the disk to the bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from nbl_export.calibrate.moments import (
+    ARRAYS,
+    FORMAT,
+    Accumulator,
+    LayerMoments,
+    Moments,
+    digest_of_tokens,
+    load_moments,
+    save_moments,
+)
+from nbl_export.errors import InputError
+from nbl_export.tensorfile import save_tensors
+
+# Below, at and above the width where the Gram matrix is cut into blocks, divisible by their count or not.
+WIDTHS = (1, 3, 64, 96, 97, 130, 385, 402)
+CHUNKS = (1, 7, 2, 33, 1, 12)
+
+
+def activations(n: int, d: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """h, x, y as float32 rows with means and scales that differ by channel, as in a residual stream."""
+    rng = np.random.default_rng(seed)
+    scale = 10.0 ** rng.uniform(-3, 3, size=(3, 1, d))
+    h, x, y = (scale * (rng.normal(size=(3, n, d)) + 0.5)).astype(np.float32)
+    return h, x, y
+
+
+def sums(h: np.ndarray, x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
+    """Every moment in one float64 product over all rows."""
+    h, x, y = (a.astype(np.float64) for a in (h, x, y))
+    return {
+        "x": x.sum(0),
+        "h": h.sum(0),
+        "y": y.sum(0),
+        "xx": np.einsum("ni,nj->ij", x, x),
+        "yx": np.einsum("ni,nj->ij", y, x),
+        "yy": np.einsum("ni,nj->ij", y, y),
+        "hh": np.einsum("ni,nj->ij", h, h),
+        "yh": np.einsum("ni,nj->ij", y, h),
+    }
+
+
+def accumulated(h: np.ndarray, x: np.ndarray, y: np.ndarray, chunks: tuple[int, ...]) -> Accumulator:
+    accumulator = Accumulator(h.shape[1])
+    start = 0
+    for size in chunks:
+        part = slice(start, start + size)
+        accumulator.add(*(torch.from_numpy(a[part]) for a in (h, x, y)))
+        start += size
+    assert start == len(h)
+    return accumulator
+
+
+def assert_same(one: LayerMoments, other: LayerMoments) -> None:
+    assert one.n == other.n
+    for name in ARRAYS:
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)
+
+
+@pytest.mark.parametrize("d", WIDTHS)
+def test_ragged_chunks_give_the_sums_of_all_rows_at_once(d: int) -> None:
+    h, x, y = activations(sum(CHUNKS), d)
+    moments = accumulated(h, x, y, CHUNKS).result()
+    # The sums of the absolute values bound the rounding of any order of summation.
+    size = sums(*(np.abs(a) for a in (h, x, y)))
+    assert moments.n == sum(CHUNKS)
+    for name, want in sums(h, x, y).items():
+        got = getattr(moments, name)
+        assert got.dtype == np.float64
+        assert np.all(np.abs(got - want) <= 1e-12 * size[name]), name
+
+
+def test_small_integers_give_exact_sums() -> None:
+    rng = np.random.default_rng(1)
+    h, x, y = rng.integers(-9, 10, size=(3, 50, 101)).astype(np.float32)
+    moments = accumulated(h, x, y, (50,)).result()
+    for name, want in sums(h, x, y).items():
+        np.testing.assert_array_equal(getattr(moments, name), want, err_msg=name)
+
+
+def test_products_are_not_rounded_to_float32() -> None:
+    # 1 + 2⁻²⁰ is a float32; its square is not.
+    x = np.full((4, 2), 1 + 2.0**-20, dtype=np.float32)
+    moments = accumulated(x, x, x, (4,)).result()
+    assert moments.xx[0, 1] == 4 * (1 + 2.0**-20) ** 2
+    assert moments.yh[1, 0] == 4 * (1 + 2.0**-20) ** 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_batches_of_sequences_count_every_token(dtype: torch.dtype) -> None:
+    h, x, y = (torch.from_numpy(a).reshape(4, 3, 5).to(dtype) for a in activations(12, 5))
+    accumulator = Accumulator(5)
+    accumulator.add(h, x, y)
+    want = sums(*(a.double().reshape(12, 5).numpy() for a in (h, x, y)))
+    moments = accumulator.result()
+    assert moments.n == 12
+    for name, value in want.items():
+        np.testing.assert_allclose(getattr(moments, name), value, rtol=1e-12, atol=1e-12, err_msg=name)
+
+
+def test_a_result_is_not_changed_by_later_tokens() -> None:
+    h, x, y = activations(20, 4)
+    accumulator = accumulated(h, x, y, (20,))
+    moments = accumulator.result()
+    before = {name: getattr(moments, name).copy() for name in ARRAYS}
+    accumulator.add(*(torch.from_numpy(a) for a in (h, x, y)))
+    for name, value in before.items():
+        np.testing.assert_array_equal(getattr(moments, name), value, err_msg=name)
+
+
+def test_going_on_from_earlier_moments_is_exact() -> None:
+    h, x, y = activations(30, 130)
+    whole = accumulated(h, x, y, (10, 20)).result()
+    resumed = Accumulator(130)
+    resumed.restore(accumulated(h[:10], x[:10], y[:10], (10,)).result())
+    resumed.add(*(torch.from_numpy(a[10:]) for a in (h, x, y)))
+    assert_same(resumed.result(), whole)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_one_bad_activation_is_noticed(which: int, bad: float) -> None:
+    parts = activations(6, 4)
+    good = accumulated(*parts, (6,))
+    assert good.is_finite()
+    parts[which][3, 2] = bad
+    broken = accumulated(*parts, (6,))
+    assert not broken.is_finite()
+    # It stays noticed, whatever comes after.
+    broken.add(*(torch.from_numpy(a) for a in activations(6, 4, seed=1)))
+    assert not broken.is_finite()
+
+
+def test_opposite_infinities_do_not_cancel() -> None:
+    parts = activations(6, 4)
+    parts[1][1, 2], parts[1][4, 2] = np.inf, -np.inf
+    assert not accumulated(*parts, (6,)).is_finite()
+
+
+def test_moments_of_two_texts_add() -> None:
+    parts = activations(40, 6)
+
+    def moments(rows: slice) -> Moments:
+        # Layer 2 has twice the activations of layer 1.
+        return Moments({i: accumulated(*(a[rows] * i for a in parts), (20,)).result() for i in (1, 2)})
+
+    added = moments(slice(0, 20)) + moments(slice(20, 40))
+    assert set(added.layers) == {1, 2}
+    for index, layer in added.layers.items():
+        size = sums(*(np.abs(a * index) for a in parts))
+        assert layer.n == 40
+        for name, value in sums(*(a * index for a in parts)).items():
+            assert np.all(np.abs(getattr(layer, name) - value) <= 1e-12 * size[name]), name
+
+
+def test_moments_of_different_layers_do_not_add() -> None:
+    layer = accumulated(*activations(3, 2), (3,)).result()
+    with pytest.raises(ValueError, match="different layers"):
+        Moments({0: layer}) + Moments({0: layer, 1: layer})
+
+
+# on disk -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Path, Moments]:
+    path = tmp_path / "moments.safetensors"
+    moments = Moments({i: accumulated(*activations(9, 5, seed=i), (9,)).result() for i in (0, 2, 11)})
+    save_moments(path, moments, {"model": "abc", "rows": 3})
+    return path, moments
+
+
+def test_moments_come_back_to_the_bit(saved: tuple[Path, Moments]) -> None:
+    path, moments = saved
+    loaded, metadata = load_moments(path)
+    assert metadata == {"model": "abc", "rows": 3}
+    assert list(loaded.layers) == [0, 2, 11]
+    for index, layer in moments.layers.items():
+        assert_same(loaded.layers[index], layer)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def assert_refused(path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        load_moments(path)
+    message = str(caught.value)
+    assert str(path) in message
+    assert message.endswith("run `nbl-export calibrate` again.")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_a_cut_file_is_refused(saved: tuple[Path, Moments], keep: int) -> None:
+    path, _ = saved
+    path.write_bytes(path.read_bytes()[:keep])
+    assert_refused(path)
+
+
+def test_a_changed_number_is_refused(saved: tuple[Path, Moments]) -> None:
+    path, _ = saved
+    raw = bytearray(path.read_bytes())
+    raw[-5] ^= 1
+    path.write_bytes(raw)
+    assert_refused(path)
+
+
+def test_other_files_are_refused(saved: tuple[Path, Moments]) -> None:
+    path, _ = saved
+    tensors = load_file(path)
+    save_file(tensors, path)
+    assert_refused(path)
+    save_tensors(path, "nbl-export/probe/1", tensors, {"nbl": "{}"})
+    assert_refused(path)
+    path.unlink()
+    assert_refused(path)
+
+
+def test_files_that_lack_something_are_refused(saved: tuple[Path, Moments]) -> None:
+    path, _ = saved
+    tensors = load_file(path)
+    save_tensors(path, FORMAT, tensors)
+    assert_refused(path)
+    save_tensors(path, FORMAT, tensors, {"nbl": "{"})
+    assert_refused(path)
+    save_tensors(path, FORMAT, {**tensors, "one.n": tensors["0.n"]}, {"nbl": "{}"})
+    assert_refused(path)
+    del tensors["2.yh"]
+    save_tensors(path, FORMAT, tensors, {"nbl": "{}"})
+    assert_refused(path)
+
+
+def test_the_digest_of_tokens_sees_every_token_and_the_shape() -> None:
+    tokens = np.arange(24, dtype=np.int32).reshape(4, 6)
+    digest = digest_of_tokens(tokens)
+    assert digest_of_tokens(tokens.copy()) == digest
+    assert digest_of_tokens(np.asfortranarray(tokens)) == digest
+    changed = tokens.copy()
+    changed[3, 5] += 1
+    others = {digest_of_tokens(changed), digest_of_tokens(tokens.reshape(6, 4)), digest_of_tokens(tokens.T)}
+    assert len(others | {digest}) == 4

@@ -1,0 +1,341 @@
+"""The fit and the bound against least squares and canonical correlations of the raw activations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nbl_export.calibrate.moments import LayerMoments
+from nbl_export.linearize.lmmse import (
+    DEFAULT_RIDGE,
+    MAX_RIDGE,
+    FitInput,
+    UnusableMoments,
+    branch_covariances,
+    cca_bound,
+    fit_lmmse,
+    stream_covariances,
+)
+
+FIT_INPUTS: tuple[FitInput, ...] = ("normed", "residual")
+F64 = np.ndarray[Any, np.dtype[np.float64]]
+
+
+def activations(n: int = 400, d: int = 7, seed: int = 0, noise: float = 0.5) -> tuple[F64, F64, F64]:
+    """h with means and correlations, x a normalized h, y partly linear in both."""
+    rng = np.random.default_rng(seed)
+    h = rng.normal(size=(n, d)) @ rng.normal(size=(d, d)) + rng.normal(size=d)
+    x = h / np.sqrt((h**2).mean(1, keepdims=True) + 1) * rng.uniform(0.5, 2, size=d)
+    y = x @ rng.normal(size=(d, d)) + 0.1 * h @ rng.normal(size=(d, d)) + noise * rng.normal(size=(n, d)) - 1
+    return h, x, y
+
+
+def moments(h: F64, x: F64, y: F64) -> LayerMoments:
+    return LayerMoments(
+        n=len(h), x=x.sum(0), h=h.sum(0), y=y.sum(0),
+        xx=x.T @ x, yx=y.T @ x, yy=y.T @ y, hh=h.T @ h, yh=y.T @ h,
+    )  # fmt: skip
+
+
+def least_squares(u: F64, y: F64) -> tuple[F64, F64]:
+    """W and b by QR/SVD least squares on the rows themselves, with an intercept column."""
+    solution = np.linalg.lstsq(np.column_stack([u, np.ones(len(u))]), y, rcond=None)[0]
+    return solution[:-1].T, solution[-1]
+
+
+def residual(u: F64, y: F64, w: F64, b: F64) -> float:
+    """E‖y - ŷ‖² / E‖y - μ_y‖², row by row."""
+    return float(((y - u @ w.T - b) ** 2).sum() / ((y - y.mean(0)) ** 2).sum())
+
+
+def rho2(u: F64, v: F64) -> float:
+    """Σρ² as squared singular values between orthonormal bases of the centred data."""
+    bases = [np.linalg.svd(a - a.mean(0), full_matrices=False)[0] for a in (u, v)]
+    return float((np.linalg.svd(bases[0].T @ bases[1], compute_uv=False) ** 2).sum())
+
+
+# the fit -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fit_input", FIT_INPUTS)
+@pytest.mark.parametrize(("n", "d"), [(400, 7), (40, 20), (2, 1), (9, 8)])
+def test_the_fit_is_least_squares_with_an_intercept(fit_input: FitInput, n: int, d: int) -> None:
+    h, x, y = activations(n, d, seed=n)
+    fit = fit_lmmse(moments(h, x, y), fit_input, ridge=0.0)
+    w, b = least_squares(h if fit_input == "residual" else x, y)
+    # The normal equations square the condition number; the smallest cases are ill-conditioned.
+    np.testing.assert_allclose(fit.w, w, rtol=1e-6, atol=1e-6 * np.abs(w).max())
+    np.testing.assert_allclose(fit.b, b, rtol=1e-6, atol=1e-6 * np.abs(w).max())
+    assert fit.w.shape == (d, d)
+    assert fit.b.shape == (d,)
+    assert fit.ridge == 0.0
+
+
+def test_the_fit_is_that_of_scikit_learn() -> None:
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    h, x, y = activations()
+    fit = fit_lmmse(moments(h, x, y), "normed", ridge=0.0)
+    reference = linear_model.LinearRegression().fit(x, y)
+    np.testing.assert_allclose(fit.w, reference.coef_, rtol=1e-8, atol=1e-10)
+    np.testing.assert_allclose(fit.b, reference.intercept_, rtol=1e-8, atol=1e-10)
+
+
+def test_the_two_inputs_give_different_fits() -> None:
+    m = moments(*activations())
+    normed, from_residual = (fit_lmmse(m, f, 0.0) for f in FIT_INPUTS)
+    assert np.abs(normed.w - from_residual.w).max() > 0.1
+    assert abs(normed.nmse - from_residual.nmse) > 1e-3
+
+
+@pytest.mark.parametrize("fit_input", FIT_INPUTS)
+@pytest.mark.parametrize("ridge", [0.0, DEFAULT_RIDGE, 1e-2])
+@pytest.mark.parametrize("noise", [0.0, 0.5, 20.0])
+def test_nmse_is_the_residual_on_the_tokens(fit_input: FitInput, ridge: float, noise: float) -> None:
+    h, x, y = activations(noise=noise)
+    fit = fit_lmmse(moments(h, x, y), fit_input, ridge)
+    direct = residual(h if fit_input == "residual" else x, y, fit.w, fit.b)
+    assert fit.nmse == pytest.approx(direct, rel=1e-9, abs=1e-12)
+
+
+def test_an_exactly_linear_layer_is_recovered() -> None:
+    rng = np.random.default_rng(3)
+    h, x, _ = activations()
+    w, b = rng.normal(size=(7, 7)), rng.normal(size=7)
+    fit = fit_lmmse(moments(h, x, x @ w.T + b), "normed", 0.0)
+    np.testing.assert_allclose(fit.w, w, atol=1e-9)
+    np.testing.assert_allclose(fit.b, b, atol=1e-9)
+    assert 0 <= fit.nmse < 1e-12
+
+
+def test_an_unrelated_output_is_predicted_by_its_mean() -> None:
+    rng = np.random.default_rng(4)
+    h, x, _ = activations(n=20_000, d=4)
+    y = rng.normal(size=(20_000, 4)) + 3
+    fit = fit_lmmse(moments(h, x, y), "normed")
+    assert fit.nmse == pytest.approx(1, abs=1e-2)
+    np.testing.assert_allclose(fit.w @ x.mean(0) + fit.b, y.mean(0), rtol=1e-9)
+
+
+def test_the_default_ridge_hardly_moves_a_well_posed_fit() -> None:
+    h, x, y = activations()
+    fit = fit_lmmse(moments(h, x, y), "normed")
+    best = residual(x, y, *least_squares(x, y))
+    assert best <= fit.nmse <= best * (1 + 1e-6)
+    assert fit.ridge == DEFAULT_RIDGE
+
+
+@pytest.mark.parametrize("ridge", [DEFAULT_RIDGE, 1e-2])
+def test_the_ridge_does_not_depend_on_the_units_of_a_channel(ridge: float) -> None:
+    h, x, y = activations()
+    units = 10.0 ** np.linspace(-4, 4, 7)
+    one = fit_lmmse(moments(h, x, y), "normed", ridge)
+    other = fit_lmmse(moments(h, x * units, y), "normed", ridge)
+    np.testing.assert_allclose(other.w * units, one.w, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(other.b, one.b, rtol=1e-6, atol=1e-9)
+    assert other.nmse == pytest.approx(one.nmse, rel=1e-9)
+
+
+def test_the_ridge_is_ridge_regression_in_units_of_the_standard_deviation() -> None:
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    h, x, y = activations()
+    fit = fit_lmmse(moments(h, x, y), "normed", 1e-2)
+    deviation = x.std(0)
+    reference = linear_model.Ridge(alpha=1e-2 * len(x)).fit((x - x.mean(0)) / deviation, y)
+    np.testing.assert_allclose(fit.w, reference.coef_ / deviation, rtol=1e-8, atol=1e-10)
+
+
+def test_moments_of_parts_fit_like_the_whole() -> None:
+    h, x, y = activations()
+    parts = [moments(h[s], x[s], y[s]) for s in (slice(0, 150), slice(150, 400))]
+    added, whole = (fit_lmmse(m, "normed", 0.0) for m in (parts[0] + parts[1], moments(h, x, y)))
+    np.testing.assert_allclose(added.w, whole.w, rtol=1e-9, atol=1e-12)
+
+
+# covariances and the bound -----------------------------------------------------------------------
+
+
+def test_covariances_are_those_of_the_data() -> None:
+    h, x, y = activations()
+    m = moments(h, x, y)
+    for c, u, v in (
+        (branch_covariances(m, "normed"), x, y),
+        (branch_covariances(m, "residual"), h, y),
+        (stream_covariances(m), h, y + h),
+    ):
+        d = u.shape[1]
+        joint = np.cov(np.column_stack([u, v]), rowvar=False, bias=True)
+        np.testing.assert_allclose(c.mean_u, u.mean(0), atol=1e-12)
+        np.testing.assert_allclose(c.mean_v, v.mean(0), atol=1e-12)
+        np.testing.assert_allclose(c.c_uu, joint[:d, :d], atol=1e-11)
+        np.testing.assert_allclose(c.c_vu, joint[d:, :d], atol=1e-11)
+        np.testing.assert_allclose(c.c_vv, joint[d:, d:], atol=1e-11)
+
+
+@pytest.mark.parametrize(("n", "d"), [(400, 7), (60, 20)])
+@pytest.mark.parametrize("noise", [0.0, 0.5, 20.0])
+def test_the_bound_is_d_minus_the_squared_canonical_correlations(n: int, d: int, noise: float) -> None:
+    h, x, y = activations(n, d, noise=noise)
+    bound, ridge = cca_bound(moments(h, x, y), ridge=0.0)
+    assert bound == pytest.approx(d - rho2(h, y + h), abs=1e-7)
+    assert ridge == 0.0
+
+
+def test_the_bound_tells_the_stream_from_the_branch() -> None:
+    # A small noisy branch disappears in the stream: y alone is unpredictable, y + h is not.
+    rng = np.random.default_rng(5)
+    h, x, _ = activations(n=2000)
+    y = 1e-2 * rng.normal(size=h.shape)
+    bound, _ = cca_bound(moments(h, x, y), ridge=0.0)
+    assert bound == pytest.approx(7 - rho2(h, y + h), abs=1e-7)
+    assert bound < 0.1
+    assert 7 - rho2(h, y) > 6
+
+
+def test_the_bound_is_zero_for_a_linear_layer_and_large_for_noise() -> None:
+    rng = np.random.default_rng(6)
+    h, x, _ = activations(n=20_000, d=4)
+    linear, _ = cca_bound(moments(h, x, h @ rng.normal(size=(4, 4)) + 1), ridge=0.0)
+    assert linear == pytest.approx(0, abs=1e-9)
+    noise, _ = cca_bound(moments(h, x, 1e3 * rng.normal(size=h.shape)), ridge=0.0)
+    assert noise == pytest.approx(4, abs=1e-2)
+
+
+def test_the_bound_does_not_depend_on_units() -> None:
+    h, x, y = activations()
+    units = 10.0 ** np.linspace(-3, 3, 7)
+    one, other = (cca_bound(moments(h * s, x, y * s), 0.0)[0] for s in (1.0, units))
+    assert other == pytest.approx(one, abs=1e-7)
+
+
+# what cannot be fitted ---------------------------------------------------------------------------
+
+
+def fitted_every_way(m: LayerMoments) -> list[Any]:
+    return [lambda: fit_lmmse(m, "normed"), lambda: fit_lmmse(m, "residual"), lambda: cca_bound(m)]
+
+
+def test_too_few_tokens_say_how_many_are_needed() -> None:
+    h, x, y = activations(n=7)
+    for fit in fitted_every_way(moments(h, x, y)):
+        with pytest.raises(UnusableMoments) as caught:
+            fit()
+        message = str(caught.value)
+        assert message.startswith("7 calibration tokens cannot determine a map of 7 inputs")
+        assert "at least 8 are needed, 140 or more are advised" in message
+        assert "--samples" in message
+    h, x, y = activations(n=8)
+    assert np.isfinite(fit_lmmse(moments(h, x, y), "normed").w).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("where", ["y", "yy"])
+def test_a_bad_moment_is_refused(where: str, bad: float) -> None:
+    m = moments(*activations())
+    getattr(m, where).flat[3] = bad
+    for fit in fitted_every_way(m):
+        with pytest.raises(UnusableMoments, match="its moments are NaN or infinite"):
+            fit()
+
+
+def test_a_bad_moment_of_the_other_input_does_not_matter() -> None:
+    m = moments(*activations())
+    m.xx[0, 0] = np.nan
+    assert np.isfinite(fit_lmmse(m, "residual").w).all()
+    with pytest.raises(UnusableMoments):
+        fit_lmmse(m, "normed")
+
+
+def test_a_matrix_that_no_ridge_mends_is_refused() -> None:
+    m = moments(*activations())
+    m.xx[0, 1] = m.xx[1, 0] = 10 * m.xx.max()  # no covariance of any data
+    with pytest.raises(UnusableMoments, match=r"not positive definite, even with a ridge of 0\.01"):
+        fit_lmmse(m, "normed")
+
+
+# singular covariances ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("ridge", [0.0, DEFAULT_RIDGE])
+def test_a_duplicated_channel_is_fitted_as_well_as_without_it(ridge: float, seed: int) -> None:
+    h, x, y = activations(seed=seed)
+    h[:, 5], x[:, 5] = h[:, 2], x[:, 2]
+    m = moments(h, x, y)
+    for fit_input, u in (("normed", x), ("residual", h)):
+        fit = fit_lmmse(m, fit_input, ridge)
+        best = residual(u, y, *least_squares(u, y))
+        assert residual(u, y, fit.w, fit.b) == pytest.approx(best, rel=1e-4)
+        assert fit.nmse == pytest.approx(best, rel=1e-4)
+        assert ridge <= fit.ridge <= MAX_RIDGE
+        # Small enough to be kept in float32.
+        assert np.abs(fit.w).max() < 1e3
+    bound, used = cca_bound(m, ridge)
+    # Eleven correlations remain at most: six of h, seven of y + h.
+    assert 0 <= bound <= 7
+    assert ridge <= used <= MAX_RIDGE
+
+
+@pytest.mark.parametrize("constant", [0.0, 3.0, 1e3, 1e5])
+@pytest.mark.parametrize("ridge", [0.0, DEFAULT_RIDGE])
+def test_a_dead_channel_is_fitted_as_well_as_without_it(constant: float, ridge: float) -> None:
+    h, x, y = activations()
+    h[:, 2] = x[:, 2] = constant
+    m = moments(h, x, y)
+    for fit_input, u in (("normed", x), ("residual", h)):
+        fit = fit_lmmse(m, fit_input, ridge)
+        best = residual(u, y, *least_squares(u, y))
+        assert fit.nmse == pytest.approx(best, rel=1e-4)
+        # As a plan keeps them: a large weight on a large constant would lose the rest in float32.
+        w, b = fit.w.astype(np.float32), fit.b.astype(np.float32)
+        kept = ((y - (u.astype(np.float32) @ w.T + b)) ** 2).sum() / ((y - y.mean(0)) ** 2).sum()
+        assert kept == pytest.approx(best, rel=1e-3)
+    bound, _ = cca_bound(m, ridge)
+    assert 0 <= bound <= 7
+
+
+def test_a_singular_matrix_grows_the_ridge_and_says_so() -> None:
+    h, x, y = activations()
+    # Rank one with an exact zero pivot: 0 fails, the first ridge that works is reported.
+    x[:] = np.where(np.arange(400) % 2, 1.0, -1.0)[:, None]
+    fit = fit_lmmse(moments(h, x, y), "normed", ridge=0.0)
+    assert 0 < fit.ridge <= MAX_RIDGE
+    assert np.isfinite(fit.w).all()
+    assert fit.nmse == pytest.approx(residual(x, y, *least_squares(x, y)), rel=1e-4)
+
+
+def test_a_constant_output_is_predicted_exactly() -> None:
+    h, x, y = activations()
+    y[:] = 0.0
+    fit = fit_lmmse(moments(h, x, y), "normed")
+    assert fit.nmse == 0.0
+    np.testing.assert_array_equal(fit.w, 0)
+    np.testing.assert_array_equal(fit.b, 0)
+
+
+# any data ----------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    d=st.integers(1, 8),
+    extra=st.integers(1, 60),
+    seed=st.integers(0, 10_000),
+    noise=st.sampled_from([0.0, 1e-3, 1.0, 1e3]),
+    ridge=st.sampled_from([0.0, DEFAULT_RIDGE, 1e-3]),
+    fit_input=st.sampled_from(FIT_INPUTS),
+)
+def test_a_fit_is_never_worse_than_the_mean(
+    d: int, extra: int, seed: int, noise: float, ridge: float, fit_input: FitInput
+) -> None:
+    h, x, y = activations(d + extra, d, seed, noise)
+    m = moments(h, x, y)
+    fit = fit_lmmse(m, fit_input, ridge)
+    assert 0 <= fit.nmse <= 1
+    u = h if fit_input == "residual" else x
+    assert residual(u, y, fit.w, fit.b) <= 1 + 1e-9
+    bound, _ = cca_bound(m, ridge)
+    assert -1e-6 * d <= bound <= d

@@ -1,0 +1,268 @@
+"""A plan comes back to the bit, and neither of its two files can be cut, edited or mixed unnoticed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from nbl_export.errors import InputError
+from nbl_export.linearize.plan import FORMAT, LinearLayer, Plan, load_plan, save_plan
+from nbl_export.tensorfile import save_tensors
+from nbl_export.workspace import sha256_of_file
+
+D, COUNT = 6, 5
+
+
+def make_plan(seed: int = 0, layers: tuple[int, ...] = (1, 4)) -> Plan:
+    rng = np.random.default_rng(seed)
+
+    def real(*shape: int) -> np.ndarray:
+        return rng.normal(size=shape).astype(np.float32)
+
+    return Plan(
+        model="a" * 64,
+        hidden_size=D,
+        layer_count=COUNT,
+        fit_input="normed",
+        criterion="cca",
+        ridge=1e-6,
+        calibration_tokens=1234,
+        layers={i: LinearLayer(real(D, D), real(D)) for i in layers},
+        probe={
+            "input_ids": rng.integers(0, 50, (2, 4)),
+            "attention_mask": np.array([[1, 1, 1, 1], [0, 1, 1, 1]]),
+            "position_ids": np.array([[0, 1, 2, 3], [0, 0, 1, 2]]),
+        },
+        probe_u={i: real(7, D) for i in range(COUNT)},
+        probe_y={i: real(7, D) for i in range(COUNT)},
+    )
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    save_plan(tmp_path / "plan.json", make_plan())
+    return tmp_path / "plan.json"
+
+
+def refusal(path: Path) -> str:
+    """The message with which both names of a plan are refused: one line, with a remedy."""
+    messages = []
+    for suffix in (".json", ".safetensors"):
+        with pytest.raises(InputError) as caught:
+            load_plan(path.with_suffix(suffix))
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+    assert "\n" not in messages[0]
+    assert messages[0].endswith("run `nbl-export select` again.")
+    assert str(path.parent) in messages[0]
+    return messages[0]
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_weights(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    """Change the numbers and make the JSON match them, as only someone who means it would."""
+    weights = path.with_suffix(".safetensors")
+    tensors = load_file(weights)
+    edit(tensors)
+    save_tensors(weights, FORMAT, tensors)
+    edit_json(path, weights_sha256=sha256_of_file(weights))
+
+
+# round trip --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".json", ".safetensors"])
+def test_a_plan_comes_back_by_either_name(path: Path, suffix: str) -> None:
+    loaded, plan = load_plan(path.with_suffix(suffix)), make_plan()
+    for field in fields(Plan):
+        got, want = getattr(loaded, field.name), getattr(plan, field.name)
+        if field.name == "layers":
+            assert set(got) == set(want)
+            for index, layer in want.items():
+                assert got[index].w.dtype == got[index].b.dtype == np.float32
+                np.testing.assert_array_equal(got[index].w, layer.w)
+                np.testing.assert_array_equal(got[index].b, layer.b)
+        elif isinstance(want, dict):
+            assert set(got) == set(want)
+            for name, value in want.items():
+                assert got[name].dtype == value.dtype
+                np.testing.assert_array_equal(got[name], value)
+        else:
+            assert got == want
+    assert {p.name for p in path.parent.iterdir()} == {"plan.json", "plan.safetensors"}
+
+
+def test_transposed_views_keep_their_meaning(tmp_path: Path) -> None:
+    plan = make_plan()
+    w = plan.layers[1].w.T
+    save_plan(tmp_path / "plan.json", replace(plan, layers={1: LinearLayer(w, plan.layers[1].b)}))
+    np.testing.assert_array_equal(load_plan(tmp_path / "plan.json").layers[1].w, w)
+
+
+def test_the_json_says_in_words_what_the_plan_is(path: Path) -> None:
+    header = json.loads(path.read_text())
+    assert header["layers"] == [1, 4]
+    assert header["fit_input"] == "normed"
+    assert header["criterion"] == "cca"
+    assert header["calibration_tokens"] == 1234
+    assert header["weights"] == "plan.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("layers", "kept"),
+    [((), (0, 1, 2, 3, 4)), ((4, 1), (0, 2, 3)), ((0, 1, 2, 3, 4), ())],
+)
+def test_chosen_and_kept_layers_part_the_model(
+    tmp_path: Path, layers: tuple[int, ...], kept: tuple[int, ...]
+) -> None:
+    plan = make_plan(layers=layers)
+    assert plan.chosen == tuple(sorted(layers))
+    assert plan.kept == kept
+    save_plan(tmp_path / "plan.json", plan)
+    loaded = load_plan(tmp_path / "plan.json")
+    assert (loaded.chosen, loaded.kept) == (plan.chosen, plan.kept)
+
+
+def test_saving_over_an_old_plan_replaces_both_files(path: Path) -> None:
+    new = make_plan(seed=1, layers=(2,))
+    save_plan(path, new)
+    loaded = load_plan(path)
+    assert loaded.chosen == (2,)
+    np.testing.assert_array_equal(loaded.layers[2].w, new.layers[2].w)
+
+
+# damage ------------------------------------------------------------------------------------------
+
+
+def test_missing_files(path: Path) -> None:
+    raw = path.with_suffix(".safetensors").read_bytes()
+    path.with_suffix(".safetensors").unlink()
+    assert "numbers are missing" in refusal(path)
+    path.with_suffix(".safetensors").write_bytes(raw)
+    path.unlink()
+    assert "The plan is missing" in refusal(path)
+
+
+@pytest.mark.parametrize("keep", [0, 8, -1])
+def test_truncated_numbers(path: Path, keep: int) -> None:
+    weights = path.with_suffix(".safetensors")
+    weights.write_bytes(weights.read_bytes()[:keep])
+    assert "truncated or edited" in refusal(path)
+
+
+def test_one_changed_bit_in_the_numbers(path: Path) -> None:
+    weights = path.with_suffix(".safetensors")
+    raw = bytearray(weights.read_bytes())
+    raw[-2] ^= 1
+    weights.write_bytes(raw)
+    assert "truncated or edited" in refusal(path)
+
+
+def test_numbers_of_another_plan(path: Path, tmp_path: Path) -> None:
+    save_plan(tmp_path / "other" / "plan.json", make_plan(seed=1))
+    (tmp_path / "other" / "plan.safetensors").replace(path.with_suffix(".safetensors"))
+    assert "does not match plan.json" in refusal(path)
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"format": "nbl-export/plan/1"', "\x00"])
+def test_a_cut_json(path: Path, content: str) -> None:
+    path.write_text(content)
+    assert "The plan is damaged" in refusal(path)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "{}", '{"format": "nbl-export/plan/2"}'])
+def test_json_that_is_no_plan(path: Path, content: str) -> None:
+    path.write_text(content)
+    assert "is no plan of nbl-export" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"weights_sha256": "0" * 64},
+        {"weights_sha256": None},
+        {"layers": [1, 2, 4]},
+        {"layers": [1]},
+        {"layers": None},
+        {"layers": ["one"]},
+        {"layer_count": 4},
+        {"layer_count": "5"},
+        {"hidden_size": 7},
+        {"hidden_size": None},
+        {"fit_input": "residual"},
+        {"model": "b" * 64},
+        {"ridge": 0.01},
+    ],
+)
+def test_an_edited_json(path: Path, changes: dict[str, Any]) -> None:
+    edit_json(path, **changes)
+    refusal(path)
+
+
+@pytest.mark.parametrize("field", ["model", "hidden_size", "layer_count", "layers", "fit_input", "ridge"])
+def test_a_json_without_a_field(path: Path, field: str) -> None:
+    header = json.loads(path.read_text())
+    del header[field]
+    path.write_text(json.dumps(header))
+    assert field in refusal(path)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        LinearLayer(np.ones((D, D + 1), np.float32), np.ones(D, np.float32)),
+        LinearLayer(np.ones((D + 1, D + 1), np.float32), np.ones(D + 1, np.float32)),
+        LinearLayer(np.ones((D, D), np.float32), np.ones((1, D), np.float32)),
+    ],
+)
+def test_a_map_of_the_wrong_shape(path: Path, layer: LinearLayer) -> None:
+    save_plan(path, replace(make_plan(), layers={3: layer}))
+    message = refusal(path)
+    assert f"layer 3 has W {layer.w.shape} and b {layer.b.shape}" in message
+    assert f"{COUNT} layers of width {D}" in message
+
+
+def test_a_layer_that_the_model_does_not_have(path: Path) -> None:
+    for index in (COUNT, -1):
+        save_plan(path, make_plan(layers=(index,)))
+        assert f"layer {index}" in refusal(path)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["w", "b"])
+def test_a_map_that_is_not_finite(path: Path, name: str, bad: float) -> None:
+    plan = make_plan()
+    getattr(plan.layers[4], name).flat[2] = bad
+    save_plan(path, plan)
+    assert "W or b of layer 4 is NaN or infinite" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda tensors: tensors.pop("layers.1.w"),
+        lambda tensors: tensors.pop("layers.4.b"),
+        lambda tensors: tensors.update({"stranger": np.zeros(1)}),
+        lambda tensors: tensors.update({"probe_u.one": np.zeros(1)}),
+    ],
+)
+def test_numbers_that_are_not_those_of_a_plan(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    edit_weights(path, edit)
+    assert "is damaged" in refusal(path)
+
+
+def test_a_save_that_fails_half_way_leaves_no_mixture(path: Path) -> None:
+    # The numbers are new, the JSON is old: to be refused, not read as either.
+    with pytest.raises(ValueError):
+        save_plan(path, replace(make_plan(seed=1), ridge=float("nan")))
+    assert "does not match plan.json" in refusal(path)

@@ -1,0 +1,211 @@
+"""The attention of every served family is found and observed; anything else is refused before work begins."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from nbl_export.errors import InputError
+from nbl_export.models.layers import (
+    attention_layers,
+    cache_argument,
+    hidden_size,
+    layer_count,
+    observed,
+)
+
+COUNT, D = 3, 16
+COMMON = {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 1}
+SIZES = {**COMMON, "hidden_size": D, "num_hidden_layers": COUNT, "num_attention_heads": 4}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family's classes and tiny sizes, and where its modules are, by a reading of its source."""
+
+    name: str
+    fields: dict[str, Any]
+    attention: str
+    norm: str
+    output: str
+
+
+FAMILIES = {
+    "llama": Family(
+        "Llama", {**SIZES, "num_key_value_heads": 2, "intermediate_size": 32},
+        "model.layers.{}.self_attn", "model.layers.{}.input_layernorm", "o_proj",
+    ),
+    "qwen3": Family(
+        "Qwen3", {**SIZES, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 32},
+        "model.layers.{}.self_attn", "model.layers.{}.input_layernorm", "o_proj",
+    ),
+    "gpt2": Family(
+        "GPT2", {**COMMON, "n_embd": D, "n_layer": COUNT, "n_head": 4, "n_positions": 32},
+        "transformer.h.{}.attn", "transformer.h.{}.ln_1", "c_proj",
+    ),
+    "gpt_neox": Family(
+        "GPTNeoX", {**SIZES, "intermediate_size": 32},
+        "gpt_neox.layers.{}.attention", "gpt_neox.layers.{}.input_layernorm", "dense",
+    ),
+    "phi": Family(
+        "Phi", {**SIZES, "intermediate_size": 32},
+        "model.layers.{}.self_attn", "model.layers.{}.input_layernorm", "dense",
+    ),
+    "opt": Family(
+        "OPT", {**SIZES, "ffn_dim": 32, "word_embed_proj_dim": D, "max_position_embeddings": 32},
+        "model.decoder.layers.{}.self_attn", "model.decoder.layers.{}.self_attn_layer_norm", "out_proj",
+    ),
+}  # fmt: skip
+
+
+def build(name: str, kind: str, **fields: Any) -> Any:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**fields)
+    return getattr(transformers, f"{name}{kind}")(config).eval()
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def served(request: pytest.FixtureRequest) -> tuple[Any, Family]:
+    family = FAMILIES[request.param]
+    kind = "LMHeadModel" if family.name == "GPT2" else "ForCausalLM"
+    return build(family.name, kind, **family.fields), family
+
+
+IDS = torch.tensor([[5, 9, 3, 44, 7], [8, 2, 2, 31, 30]])
+
+
+def test_every_attention_is_found_in_order(served: tuple[Any, Family]) -> None:
+    model, family = served
+    layers = attention_layers(model)
+    assert [layer.index for layer in layers] == [0, 1, 2]
+    assert [layer.attention for layer in layers] == [family.attention.format(i) for i in range(COUNT)]
+    assert [layer.block for layer in layers] == [
+        family.attention.format(i).rpartition(".")[0] for i in range(COUNT)
+    ]
+    assert (layer_count(model), hidden_size(model)) == (COUNT, D)
+
+
+def test_what_is_observed_is_what_goes_in_and_out(served: tuple[Any, Family]) -> None:
+    model, family = served
+    # Hooks of our own at the norm before and the projection inside, which the product never looks at.
+    want: dict[int, list[torch.Tensor]] = {}
+    handles = []
+    for i in range(COUNT):
+        kept = want.setdefault(i, [torch.empty(0)] * 3)
+
+        def norm(_m: Any, args: Any, result: torch.Tensor, kept: list[torch.Tensor] = kept) -> None:
+            kept[0], kept[1] = args[0].clone(), result.clone()
+
+        def out(_m: Any, _a: Any, result: torch.Tensor, kept: list[torch.Tensor] = kept) -> None:
+            kept[2] = result.clone()
+
+        handles.append(model.get_submodule(family.norm.format(i)).register_forward_hook(norm))
+        projection = model.get_submodule(f"{family.attention.format(i)}.{family.output}")
+        handles.append(projection.register_forward_hook(out))
+    seen: dict[int, tuple[torch.Tensor, ...]] = {}
+    order: list[int] = []
+
+    def observer(index: int, *activations: torch.Tensor) -> None:
+        order.append(index)
+        seen[index] = tuple(a.clone() for a in activations)
+
+    with torch.inference_mode(), observed(model, attention_layers(model), observer):
+        model(input_ids=IDS, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    assert order == [0, 1, 2]
+    for index, activations in seen.items():
+        for name, got, expected in zip("hxy", activations, want[index], strict=True):
+            assert got.shape == (2, 5, D)
+            assert torch.equal(got, expected.view_as(got)), (index, name)
+        h, x, y = activations
+        assert not torch.allclose(h, x, atol=1e-3)
+        assert y.abs().max() > 0
+
+
+def test_observing_leaves_the_model_as_it_was(served: tuple[Any, Family]) -> None:
+    model, _ = served
+    calls: list[int] = []
+
+    def observer(index: int, *_activations: torch.Tensor) -> None:
+        calls.append(index)
+
+    with torch.inference_mode():
+        before = model(input_ids=IDS).logits
+        with observed(model, attention_layers(model), observer):
+            assert torch.equal(model(input_ids=IDS).logits, before)
+            assert len(calls) == COUNT
+        with pytest.raises(ZeroDivisionError), observed(model, attention_layers(model), observer):
+            raise ZeroDivisionError
+        assert torch.equal(model(input_ids=IDS).logits, before)
+    assert len(calls) == COUNT
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_only_the_asked_layers_are_observed(served: tuple[Any, Family]) -> None:
+    model, _ = served
+    calls: list[int] = []
+    with (
+        torch.inference_mode(),
+        observed(model, attention_layers(model)[1:2], lambda i, *_a: calls.append(i)),
+    ):
+        model(input_ids=IDS)
+        model(input_ids=IDS)
+    assert calls == [1, 1]
+
+
+def test_the_cache_argument_is_one_that_forward_takes(served: tuple[Any, Family]) -> None:
+    model, _ = served
+    with torch.inference_mode():
+        cache = transformers.DynamicCache()
+        one = model(input_ids=IDS[:, :3], **{cache_argument(model): cache}, use_cache=True)
+        assert cache.get_seq_length() == 3
+        two = model(input_ids=IDS[:, 3:], **{cache_argument(model): cache}, use_cache=True)
+        whole = model(input_ids=IDS).logits
+    assert torch.allclose(torch.cat([one.logits, two.logits], 1), whole, atol=1e-4)
+
+
+# refused -----------------------------------------------------------------------------------------
+
+
+def refusal(model: Any) -> str:
+    with pytest.raises(InputError) as caught:
+        attention_layers(model)
+    message = str(caught.value)
+    assert message.endswith("this architecture is not served yet.")
+    return message
+
+
+def test_a_model_without_attention() -> None:
+    model = build("Mamba", "ForCausalLM", **COMMON, hidden_size=D, num_hidden_layers=2, state_size=4)
+    assert "MambaForCausalLM has 0 stacks of 2 blocks with attention" in refusal(model)
+
+
+def test_a_block_with_two_attentions() -> None:
+    model = build("GPT2", "LMHeadModel", **FAMILIES["gpt2"].fields, add_cross_attention=True)
+    assert "Layer 0 (GPT2Block) has 2 attention modules where one is expected" in refusal(model)
+
+
+def test_a_hybrid_whose_later_blocks_have_no_attention() -> None:
+    fields = {**SIZES, "num_hidden_layers": 2, "num_key_value_heads": 2, "intermediate_size": 32}
+    kinds = ["full_attention", "conv"]
+    model = build("Lfm2", "ForCausalLM", **fields, layer_types=kinds)
+    assert "Layer 1 (Lfm2DecoderLayer) has 0 attention modules" in refusal(model)
+    model = build("Lfm2", "ForCausalLM", **fields, layer_types=kinds[::-1])
+    assert "not served yet" in refusal(model)
+
+
+def test_two_stacks_of_the_same_depth() -> None:
+    model = build("Llama", "ForCausalLM", **FAMILIES["llama"].fields)
+    model.second = torch.nn.ModuleList(model.model.layers)
+    assert "has 2 stacks of 3 blocks" in refusal(model)
+
+
+def test_an_attention_that_adds_the_residual_itself() -> None:
+    # BLOOM's attention returns h + y: fitting that as y would be wrong without any sign of it.
+    fields = {**COMMON, "hidden_size": D, "n_layer": 2, "n_head": 4}
+    assert "not served yet" in refusal(build("Bloom", "ForCausalLM", **fields))

@@ -1,0 +1,295 @@
+"""Which models are found, what identifies them, and one sentence for everything that is none."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nbl_export.errors import InputError
+from nbl_export.models.load import load_model, load_tokenizer
+from nbl_export.models.source import find_model, same_model
+
+
+@pytest.fixture
+def folder(tiny_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model that a test may spoil."""
+    return Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def flip_last_byte(path: Path) -> None:
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+
+
+def one_sentence(error: pytest.ExceptionInfo[InputError]) -> str:
+    message = str(error.value)
+    assert "\n" not in message
+    assert message.endswith(".")
+    assert not message.endswith("..")
+    assert "()" not in message
+    return message
+
+
+def refusal(source: Path | str) -> str:
+    """The sentence with which ``source`` is refused before any weights are loaded."""
+    with pytest.raises(InputError) as caught:
+        find_model(str(source))
+    return one_sentence(caught)
+
+
+def load_refusal(source: Path | str) -> str:
+    """The sentence with which a model that looks right is refused while loading."""
+    found = find_model(str(source))
+    with pytest.raises(InputError) as caught:
+        load_model(found)
+    return one_sentence(caught)
+
+
+# found -------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_found_and_loads(tiny_folder: Path) -> None:
+    found = find_model(str(tiny_folder))
+    assert (found.source, found.kind, found.path) == (str(tiny_folder), "folder", str(tiny_folder.resolve()))
+    assert found.gguf_file is None
+    assert not found.trust_remote_code
+    assert len(found.fingerprint) == 64
+    model: Any = load_model(found)
+    weights = load_file(tiny_folder / "model.safetensors")
+    state = model.state_dict()
+    assert set(weights) <= set(state)
+    assert all(torch.equal(state[name], value) for name, value in weights.items())
+    assert all(p.dtype == torch.float32 and not p.requires_grad for p in model.parameters())
+    assert not model.training
+    assert load_tokenizer(found)("ab")["input_ids"]
+
+
+def test_a_half_precision_model_is_loaded_in_float32(folder: Path) -> None:
+    weights = {k: v.to(torch.bfloat16) for k, v in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    model: Any = load_model(find_model(str(folder)))
+    name = "model.layers.1.self_attn.q_proj.weight"
+    assert model.state_dict()[name].dtype == torch.float32
+    assert torch.equal(model.state_dict()[name], weights[name].float())
+
+
+def test_the_source_may_be_relative_or_in_the_home_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setenv("HOME", str(folder.parent))
+    absolute = find_model(str(folder))
+    for source in ("model", "./model", "~/model"):
+        found = find_model(source)
+        assert found.source == source
+        assert (found.path, found.fingerprint) == (absolute.path, absolute.fingerprint)
+
+
+def test_a_gguf_file_is_found_by_its_magic(tmp_path: Path) -> None:
+    path = tmp_path / "some.gguf"
+    path.write_bytes(b"GGUF" + bytes(100))
+    found = find_model(str(path))
+    assert (found.kind, found.path, found.gguf_file) == ("gguf", str(tmp_path.resolve()), "some.gguf")
+    in_folder = find_model(str(tmp_path))  # the only .gguf of a folder is meant by the folder
+    assert (in_folder.kind, in_folder.fingerprint) == ("gguf", found.fingerprint)
+    assert same_model(found.as_json()).fingerprint == found.fingerprint
+
+
+# the fingerprint ---------------------------------------------------------------------------------
+
+
+def test_a_copy_has_the_same_fingerprint(tiny_folder: Path, folder: Path) -> None:
+    assert find_model(str(folder)).fingerprint == find_model(str(tiny_folder)).fingerprint
+
+
+def test_one_byte_of_the_weights_changes_the_fingerprint(folder: Path) -> None:
+    before = find_model(str(folder)).fingerprint
+    flip_last_byte(folder / "model.safetensors")
+    changed = find_model(str(folder)).fingerprint
+    edit_config(folder, rope_theta=5.0)
+    assert len({before, changed, find_model(str(folder)).fingerprint}) == 3
+
+
+def test_the_name_of_a_shard_is_part_of_the_fingerprint(folder: Path) -> None:
+    before = find_model(str(folder)).fingerprint
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    assert find_model(str(folder)).fingerprint != before
+
+
+def test_a_tokenizer_is_not_part_of_the_fingerprint(folder: Path) -> None:
+    before = find_model(str(folder)).fingerprint
+    (folder / "README.md").write_text("about this model")
+    assert find_model(str(folder)).fingerprint == before
+
+
+def test_the_same_model_is_found_again_and_a_changed_one_refused(folder: Path) -> None:
+    info = json.loads(json.dumps(find_model(str(folder)).as_json()))
+    assert same_model(info) == find_model(str(folder))
+    flip_last_byte(folder / "model.safetensors")
+    with pytest.raises(InputError) as caught:
+        same_model(info)
+    message = one_sentence(caught)
+    assert str(folder) in message
+    assert "has changed since" in message
+    assert "--output" in message
+
+
+def test_a_recorded_relative_path_is_found_from_elsewhere(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    info = find_model("model").as_json()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert same_model(info).fingerprint == info["fingerprint"]
+
+
+# refused before loading --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "source", ["./missing", "/missing", "a/b/missing", "missing.gguf", "~/missing", "has space"]
+)
+def test_a_path_that_is_not_there(source: str) -> None:
+    message = refusal(source)
+    assert "does not exist" in message
+    assert "MODEL is a folder, a .gguf file, or a Hub id" in message
+
+
+def test_a_file_that_is_no_gguf(tiny_folder: Path) -> None:
+    message = refusal(tiny_folder / "model.safetensors")
+    assert "is a file but no .gguf" in message
+    assert "a folder with config.json" in message
+
+
+@pytest.mark.parametrize("content", [b"", b"GG", b"ggml and more", b"\x00" * 50])
+def test_a_gguf_file_without_the_magic(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "fake.gguf").write_bytes(content)
+    message = refusal(tmp_path / "fake.gguf")
+    assert f"it starts with {content[:4]!r}" in message
+    assert "fetch it again" in message
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+    assert "it has neither config.json nor a .gguf file" in refusal(tmp_path)
+    for name in ("one.gguf", "two.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+    assert "it has 2 .gguf files, name one of them" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b"3", b"null"])
+def test_a_broken_config(folder: Path, content: bytes) -> None:
+    (folder / "config.json").write_bytes(content)
+    message = refusal(folder)
+    assert str(folder) in message
+    assert "config.json cannot be read" in message
+
+
+def test_pickled_weights_are_not_loaded(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    torch.save(weights, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    message = refusal(folder)
+    assert "has no .safetensors weights" in message
+    assert "pickled weights (.bin) are not loaded" in message
+    assert "save_pretrained" in message
+
+
+def test_an_encoder_decoder_model(tmp_path: Path) -> None:
+    from transformers import T5Config
+
+    T5Config(d_model=8, num_layers=1, num_heads=1).save_pretrained(tmp_path)
+    message = refusal(tmp_path)
+    assert "is an encoder-decoder model (t5)" in message
+    assert "only decoder-only language models are served" in message
+
+
+@pytest.mark.parametrize("architecture", ["BertForMaskedLM", "LlamaForSequenceClassification", "LlamaModel"])
+def test_a_model_that_is_no_causal_language_model(folder: Path, architecture: str) -> None:
+    edit_config(folder, architectures=[architecture])
+    assert f"is no causal language model (architecture {architecture})" in refusal(folder)
+
+
+def test_a_masked_language_model_as_transformers_saves_it(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForMaskedLM
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    BertForMaskedLM(BertConfig(vocab_size=20, **sizes)).save_pretrained(tmp_path)
+    assert "is no causal language model (architecture BertForMaskedLM)" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes"])
+def test_a_quantized_checkpoint(folder: Path, method: str) -> None:
+    edit_config(folder, quantization_config={"quant_method": method, "bits": 4})
+    message = refusal(folder)
+    assert f"is a quantized checkpoint ({method})" in message
+    assert "de-quantize it first" in message
+
+
+@pytest.mark.parametrize("source", ["someone/no-such-model", "no-such-model"])
+def test_a_hub_id_without_a_network(source: str) -> None:
+    message = refusal(source)
+    assert message.startswith(f"{source} is no local path")
+    assert "Hub could not be asked" in message
+    assert "spelling and the network" in message
+
+
+# refused while loading ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [0, 100, -100])
+def test_truncated_weights(folder: Path, keep: int) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    assert f"transformers cannot load {folder}" in load_refusal(folder)
+
+
+def test_a_gguf_file_that_is_only_magic(tmp_path: Path) -> None:
+    (tmp_path / "fake.gguf").write_bytes(b"GGUF" + bytes(100))
+    assert "transformers cannot load" in load_refusal(tmp_path / "fake.gguf")
+
+
+def test_a_missing_shard(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    shards = [f"model-0000{1 + i % 2}-of-00002.safetensors" for i in range(len(weights))]
+    index = {"metadata": {}, "weight_map": dict(zip(weights, shards, strict=True))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "model-00002-of-00002.safetensors" in load_refusal(folder)
+
+
+def test_weights_that_are_missing_are_not_made_up(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.1.self_attn.o_proj.weight"
+    del weights[name]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert name in load_refusal(folder)
+
+
+def test_weights_of_another_shape(folder: Path) -> None:
+    edit_config(folder, hidden_size=64)
+    assert f"transformers cannot load {folder}" in load_refusal(folder)
+
+
+def test_an_architecture_that_transformers_does_not_know(folder: Path) -> None:
+    edit_config(folder, model_type="nonsense")
+    assert "nonsense" in load_refusal(folder)
+
+
+def test_a_folder_without_a_tokenizer(folder: Path) -> None:
+    for path in folder.glob("*token*"):
+        path.unlink()
+    with pytest.raises(InputError) as caught:
+        load_tokenizer(find_model(str(folder)))
+    assert f"No tokenizer can be loaded from {folder}" in one_sentence(caught)

@@ -1,0 +1,103 @@
+"""What the operating system says, in words, and the exit codes that the design promises."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nbl_export import errors
+from nbl_export.errors import os_error_in_words
+
+
+def os_error(number: int, filename: str | None = "model.onnx.data") -> OSError:
+    return OSError(number, os.strerror(number), filename)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG, errno.EDQUOT])
+def test_a_full_disk_says_what_to_do_and_that_nothing_is_lost(number: int) -> None:
+    error = os_error_in_words(os_error(number), "while writing the graph")
+    assert type(error) is errors.InputError
+    text = str(error)
+    assert text.startswith("No room on the disk while writing the graph (model.onnx.data): ")
+    assert "free some space" in text
+    assert "--output" in text
+    assert "finished stages are kept" in text
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_missing_permission_says_where(number: int) -> None:
+    text = str(os_error_in_words(os_error(number), "while writing the graph"))
+    assert text.startswith("No permission while writing the graph (model.onnx.data): ")
+    assert "a folder you can write to" in text
+
+
+def test_any_other_error_keeps_the_reason() -> None:
+    text = str(os_error_in_words(os_error(errno.ENOTDIR), "while writing the graph"))
+    assert text == "Not a directory while writing the graph (model.onnx.data)."
+    assert str(os_error_in_words(OSError("it broke"), "while reading")) == "it broke while reading."
+
+
+def test_no_empty_brackets_without_a_file_name() -> None:
+    text = str(os_error_in_words(os_error(errno.ENOSPC, None), "while writing the graph"))
+    assert text.startswith("No room on the disk while writing the graph: ")
+
+
+def test_an_error_of_the_real_system_is_translated(tmp_path: Path) -> None:
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("needs /dev/full")
+    with pytest.raises(OSError) as caught, full.open("w") as file:
+        file.write("x")
+    assert str(os_error_in_words(caught.value, "while writing")).startswith(
+        "No room on the disk while writing"
+    )
+
+
+def test_a_short_write_of_numpy_is_a_full_disk() -> None:
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("needs /dev/full")
+    with pytest.raises(OSError) as caught:
+        np.zeros(1 << 20).tofile(full)
+    assert str(os_error_in_words(caught.value, "while writing")).startswith(
+        "No room on the disk while writing"
+    )
+
+
+def test_a_file_that_is_not_open_for_writing_is_no_full_disk() -> None:
+    text = str(os_error_in_words(io.UnsupportedOperation("not writable"), "while writing"))
+    assert text == "not writable while writing."
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.NblError, 2),
+        (errors.InputError, 2),
+        (errors.CalibrationError, 2),
+        (errors.MissingDependencyError, 3),
+        (errors.BuildError, 4),
+    ],
+)
+def test_exit_codes_are_those_of_the_design(error: type[errors.NblError], code: int) -> None:
+    assert error.exit_code == code
+    assert error("x").exit_code == code
+    assert issubclass(error, errors.NblError)
+
+
+def test_exit_codes_of_outcomes_that_are_no_error_class() -> None:
+    assert errors.GATE_FAILED == 1
+    assert errors.INTERRUPTED == 128 + 2  # a shell's number for SIGINT
+    codes = {0, 1, 2, 3, 4, errors.INTERRUPTED}
+    assert errors.INTERNAL not in codes
+
+
+def test_an_unusable_layer_is_bad_input_and_a_missing_package_is_not() -> None:
+    assert issubclass(errors.CalibrationError, errors.InputError)
+    assert not issubclass(errors.MissingDependencyError, errors.InputError)
+    assert not issubclass(errors.BuildError, errors.InputError)

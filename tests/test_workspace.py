@@ -1,0 +1,345 @@
+"""The output folder: atomic writes, what counts as done, who may work in it, and refusals in words."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbl_export.errors import InputError
+from nbl_export.workspace import Workspace, atomic_path, read_json, sha256_of_file, sha256_of_json, write_json
+
+MODEL = {"source": "some/model", "kind": "hub", "fingerprint": "a" * 64}
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    """An output folder with a model and one finished stage of two files."""
+    work = Workspace.create(tmp_path / "out")
+    work.set_model(MODEL)
+    work.moments.write_bytes(b"moments" * 100)
+    work.model.write_bytes(b"graph" * 100)
+    work.finish("calibrate", "key-1", {"samples": 3}, [work.moments, work.model], 1.23456, ["a note"])
+    return work
+
+
+def files_in(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+
+
+def edit_state(work: Workspace, **changes: Any) -> None:
+    state = json.loads(work.state_path.read_text())
+    work.state_path.write_text(json.dumps({**state, **changes}))
+
+
+# atomic writes -----------------------------------------------------------------------------------
+
+
+def test_atomic_path_replaces_the_file_when_the_block_succeeds(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "folder" / "file.json"
+    with atomic_path(target) as temporary:
+        temporary.write_text("one")
+        assert temporary.parent == target.parent  # a rename across file systems would not be atomic
+        assert not target.exists()
+    with atomic_path(target) as temporary:
+        temporary.write_text("two")
+        assert target.read_text() == "one"
+    assert target.read_text() == "two"
+    assert files_in(tmp_path) == {"new/folder/file.json"}
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError])
+def test_atomic_path_keeps_the_old_file_and_no_temporary_when_the_block_fails(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
+    target = tmp_path / "file.json"
+    target.write_text("old")
+    with pytest.raises(error), atomic_path(target) as temporary:
+        temporary.write_text("half of the new")
+        raise error
+    assert target.read_text() == "old"
+    assert files_in(tmp_path) == {"file.json"}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_atomic_path_follows_the_umask(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        with atomic_path(tmp_path / "file") as temporary:
+            temporary.write_text("x")
+        assert (tmp_path / "file").stat().st_mode & 0o777 == 0o666 & ~umask
+        assert os.umask(umask) == umask
+    finally:
+        os.umask(before)
+
+
+def test_write_json_refuses_numbers_that_json_has_not_and_keeps_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    write_json(path, {"a": 1, "name": "é"})
+    with pytest.raises(ValueError):
+        write_json(path, {"a": float("nan")})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"a": 1, "name": "é"}
+
+
+def test_read_json_says_what_is_wrong_and_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    with pytest.raises(InputError, match=r"The thing is missing .*x\.json.*: do that\.$"):
+        read_json(path, "The thing", "do that")
+    for content in (b'{"a": ', b"\xff\xfe\x00", b""):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"The thing is damaged .*x\.json.*: do that\.$"):
+            read_json(path, "The thing", "do that")
+
+
+def test_hashes(tmp_path: Path) -> None:
+    data = os.urandom(5 << 20)  # more than one block
+    (tmp_path / "x").write_bytes(data)
+    assert sha256_of_file(tmp_path / "x") == hashlib.sha256(data).hexdigest()
+    assert sha256_of_json({"b": [1, 2], "a": None}) == hashlib.sha256(b'{"a":null,"b":[1,2]}').hexdigest()
+
+
+# what is done ------------------------------------------------------------------------------------
+
+
+def test_a_finished_stage_is_done_also_for_the_next_process(workspace: Workspace) -> None:
+    again = Workspace.open(workspace.root)
+    assert again.is_done("calibrate", "key-1")
+    assert not again.is_done("calibrate", "key-2")
+    assert not again.is_done("select", "key-1")
+    record = again.record("calibrate")
+    assert record is not None
+    assert (record.key, record.settings, record.seconds) == ("key-1", {"samples": 3}, 1.235)
+    assert record.notes == ("a note",)
+    assert record.files == {
+        "nbl/moments.safetensors": hashlib.sha256(b"moments" * 100).hexdigest(),
+        "model.onnx": hashlib.sha256(b"graph" * 100).hexdigest(),
+    }
+    assert again.model_info == MODEL
+
+
+def edited(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+def truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def replaced_by_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize("damage", [edited, truncated, Path.unlink, replaced_by_a_folder])
+def test_a_damaged_file_undoes_its_stage(workspace: Workspace, damage: Any) -> None:
+    damage(workspace.model)
+    again = Workspace.open(workspace.root)
+    assert not again.is_done("calibrate", "key-1")
+    record = again.record("calibrate")
+    assert record is not None
+    assert again.damaged_file(record) == "model.onnx"
+    with pytest.raises(InputError) as caught:
+        again.require("calibrate", "nbl-export calibrate M -o out")
+    message = str(caught.value)
+    assert str(workspace.model) in message
+    assert "run `nbl-export calibrate M -o out` again" in message
+
+
+def test_a_stage_that_is_not_done_names_the_command_to_run(workspace: Workspace) -> None:
+    with pytest.raises(InputError) as caught:
+        workspace.require("select", "nbl-export select out")
+    message = str(caught.value)
+    assert "`select`" in message
+    assert "run `nbl-export select out` first" in message
+    assert str(workspace.root) in message
+    assert workspace.require("calibrate", "unused").key == "key-1"
+
+
+def test_finishing_a_stage_again_replaces_its_record(workspace: Workspace) -> None:
+    workspace.moments.write_bytes(b"other")
+    workspace.finish("calibrate", "key-2", {}, [workspace.moments], 0.0, [])
+    again = Workspace.open(workspace.root)
+    assert again.is_done("calibrate", "key-2")
+    assert not again.is_done("calibrate", "key-1")
+
+
+# the model of the folder -------------------------------------------------------------------------
+
+
+def test_another_model_is_refused_and_not_recorded(workspace: Workspace) -> None:
+    again = Workspace.open(workspace.root)
+    with pytest.raises(InputError) as caught:
+        again.set_model({"source": "other/model", "kind": "hub", "fingerprint": "b" * 64})
+    for part in ("some/model", "other/model", "a" * 12, "b" * 12, "--output"):
+        assert part in str(caught.value)
+    assert Workspace.open(workspace.root).model_info == MODEL
+
+
+def test_the_same_model_under_another_name_is_accepted_and_keeps_the_stages(workspace: Workspace) -> None:
+    again = Workspace.open(workspace.root)
+    again.set_model({**MODEL, "source": "moved/elsewhere"})
+    reopened = Workspace.open(workspace.root)
+    assert reopened.model_info == {**MODEL, "source": "moved/elsewhere"}
+    assert reopened.is_done("calibrate", "key-1")
+
+
+# the lock ----------------------------------------------------------------------------------------
+
+
+def test_a_second_holder_is_kept_out_until_the_first_is_done(workspace: Workspace) -> None:
+    second = Workspace.open(workspace.root)
+    busy = pytest.raises(InputError, match=r"Another nbl-export is at work in .*--output")
+    with workspace.lock(), busy, second.lock():
+        pytest.fail("the second holder got in")
+    with second.lock():
+        pass
+
+
+def test_the_lock_is_released_after_a_failure(workspace: Workspace) -> None:
+    with pytest.raises(ZeroDivisionError), workspace.lock():
+        raise ZeroDivisionError
+    with Workspace.open(workspace.root).lock():
+        pass
+
+
+def test_a_second_process_is_kept_out(workspace: Workspace) -> None:
+    program = (
+        "import sys; from pathlib import Path; from nbl_export.workspace import Workspace\n"
+        "try:\n"
+        "    with Workspace.open(Path(sys.argv[1])).lock(): print('in')\n"
+        "except Exception as error: print(type(error).__name__)\n"
+    )
+
+    def other() -> str:
+        command = [sys.executable, "-c", program, str(workspace.root)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    with workspace.lock():
+        assert other() == "InputError"
+    assert other() == "in"
+
+
+def test_what_a_killed_process_left_is_removed_under_the_lock(workspace: Workspace) -> None:
+    program = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from nbl_export.workspace import Workspace, atomic_path\n"
+        "work = Workspace.open(Path(sys.argv[1]))\n"
+        "with work.lock(), atomic_path(work.moments) as temporary:\n"
+        "    temporary.write_bytes(b'half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    before = files_in(workspace.root)
+    done = subprocess.run([sys.executable, "-c", program, str(workspace.root)], check=False)
+    assert done.returncode == -9
+    assert len(files_in(workspace.root) - before - {"nbl/.lock"}) == 1  # the half-written file
+    assert workspace.is_done("calibrate", "key-1")  # the kill cost nothing that was finished
+    with Workspace.open(workspace.root).lock():
+        assert files_in(workspace.root) - {"nbl/.lock"} == before
+
+
+def test_leftovers_are_removed_everywhere_and_nothing_else_is(workspace: Workspace) -> None:
+    folders = (workspace.root, workspace.nbl, workspace.baseline.parent, workspace.report)
+    kept = []
+    for folder in folders:
+        folder.mkdir(exist_ok=True)
+        (folder / ".model.onnx.abc.tmp").write_bytes(b"half")
+        (folder / ".export.abc.tmp").mkdir()
+        (folder / ".export.abc.tmp" / "inside").write_bytes(b"half")
+        for name in ("mine.tmp", ".hidden", "model.bin"):
+            (folder / name).write_bytes(b"kept")
+            kept.append(folder / name)
+    with workspace.lock():
+        pass
+    assert all(path.read_bytes() == b"kept" for path in kept)
+    assert not list(workspace.root.rglob(".*.tmp"))
+
+
+# damaged and foreign folders ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None])
+def test_a_record_of_another_version_is_refused(workspace: Workspace, version: Any) -> None:
+    edit_state(workspace, version=version)
+    with pytest.raises(InputError, match=r"workspace\.json has version .* reads 1: use another --output\.$"):
+        Workspace.open(workspace.root)
+
+
+@pytest.mark.parametrize("content", ["", '{"version": 1, "stages": {', "\x00\x01", "not json"])
+def test_a_cut_record_is_refused(workspace: Workspace, content: str) -> None:
+    workspace.state_path.write_text(content)
+    with pytest.raises(InputError, match=r"damaged .*workspace\.json.*: delete .* and start again\.$"):
+        Workspace.open(workspace.root)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '{"version": 1}', '{"version": 1, "stages": []}'])
+def test_json_that_is_no_record_is_refused(workspace: Workspace, content: str) -> None:
+    workspace.state_path.write_text(content)
+    with pytest.raises(InputError, match=r"not a record of nbl-export: delete .* and start again\.$"):
+        Workspace.open(workspace.root)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        [],
+        "done",
+        {"key": "key-1"},
+        {"key": "key-1", "unknown": 1},
+        {"key": "key-1", "settings": {}, "files": [], "seconds": 1.0},
+    ],
+)
+def test_a_damaged_stage_record_is_refused(workspace: Workspace, record: Any) -> None:
+    edit_state(workspace, stages={"calibrate": record})
+    with pytest.raises(InputError, match=r"damaged record of stage calibrate: delete .* and start again\.$"):
+        Workspace.open(workspace.root).is_done("calibrate", "key-1")
+
+
+def test_create_refuses_a_file(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(InputError, match=r"out is a file; --output must be a folder\.$"):
+        Workspace.create(tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_create_refuses_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for root in (tmp_path / "file" / "out", Path("/proc/nbl-export-test")):
+        with pytest.raises(InputError) as caught:
+            Workspace.create(root)
+        assert f"preparing the output folder {root}" in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_create_refuses_a_name_that_is_too_long(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="File name too long while preparing the output folder"):
+        Workspace.create(tmp_path / ("x" * 300))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="needs a user whom permissions bind; this one is root")
+def test_create_refuses_a_folder_without_permission(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir(mode=0o500)
+    with pytest.raises(InputError, match="No permission while preparing the output folder"):
+        Workspace.create(tmp_path / "out")
+
+
+def test_create_leaves_other_files_alone_and_no_trace_of_its_write_test(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    Workspace.create(tmp_path)
+    assert files_in(tmp_path) == {"notes.txt"}
+    assert (tmp_path / "nbl").is_dir()
+
+
+def test_open_refuses_what_is_no_output_folder(tmp_path: Path) -> None:
+    command = r"start with `nbl-export calibrate MODEL -o .*`\.$"
+    with pytest.raises(InputError, match=r"is no folder: .*" + command):
+        Workspace.open(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"is not an output folder of nbl-export .*" + command):
+        Workspace.open(tmp_path)
