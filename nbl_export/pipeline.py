@@ -182,7 +182,7 @@ def calibrate(run: Run, settings: CalibrateSettings) -> None:
     from nbl_export.calibrate.moments import save_moments
     from nbl_export.calibrate.probe import probe_model, save_probe
     from nbl_export.calibrate.text import load_text, save_text
-    from nbl_export.models.layers import attention_layers
+    from nbl_export.models.layers import check_served
 
     settings.check()
     ws, fingerprint = run.workspace, run.model.source.fingerprint
@@ -190,7 +190,7 @@ def calibrate(run: Run, settings: CalibrateSettings) -> None:
 
     def work(listener: Listener) -> list[Path]:
         model = run.model.model
-        attention_layers(model)  # refuses an unserved architecture before anything is computed
+        check_served(model)
         _check_room(ws, model)
         if _text_key(ws) != key:
             save_text(ws.text, _read_text(run, settings, listener))
@@ -312,14 +312,14 @@ def select(run: Run, settings: SelectSettings) -> Plan:
 def export(run: Run) -> None:
     """Model → ``baseline/model.onnx`` with configuration and tokenizer files beside it."""
     from nbl_export.export.torch import OPSET, export_torch
-    from nbl_export.models.layers import attention_layers
+    from nbl_export.models.layers import check_served
 
     ws = run.workspace
     settings = {"exporter": "torch", "opset": OPSET, "dtype": "float32"}
     key = sha256_of_json({"model": run.model.source.fingerprint, "export": settings, "version": __version__})
 
     def work(listener: Listener) -> list[Path]:
-        attention_layers(run.model.model)
+        check_served(run.model.model)
         files = export_torch(run.model.model, ws.baseline, listener)
         return files + _save_configs(run, ws.baseline.parent)
 

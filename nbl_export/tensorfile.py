@@ -1,11 +1,12 @@
 """Named arrays on disk: safetensors files, written atomically, read without trust.
 
-Each carries a SHA-256 of its arrays, so that a changed bit is an error and not a wrong result.
+Each carries a SHA-256 of its content, so that a changed bit is an error and not a wrong result.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -31,8 +32,8 @@ def save_tensors(
     contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     with atomic_path(path) as temporary:
         try:
-            marks = {_FORMAT: fmt, _DIGEST: _digest(contiguous)}
-            save_file(contiguous, temporary, {**(metadata or {}), **marks})
+            marked = {**(metadata or {}), _FORMAT: fmt}
+            save_file(contiguous, temporary, {**marked, _DIGEST: _digest(contiguous, marked)})
         except SafetensorError as error:
             # The library wraps the operating system's error in text; callers need the error itself.
             if found := re.search(r"os error (\d+)", str(error)):
@@ -56,13 +57,13 @@ def load_tensors(path: Path, fmt: str, remedy: str) -> tuple[dict[str, Any], dic
     if metadata.get(_FORMAT) != fmt:
         found = metadata.get(_FORMAT, "no mark of nbl-export")
         raise InputError(f"{path} is of another format ({found}, expected {fmt}): {remedy}.")
-    if metadata.get(_DIGEST) != _digest(tensors):
+    if metadata.pop(_DIGEST, None) != _digest(tensors, metadata):
         raise InputError(f"{path} was changed after it was written: {remedy}.")
     return tensors, metadata
 
 
-def _digest(tensors: Mapping[str, Any]) -> str:
-    digest = hashlib.sha256()
+def _digest(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name in sorted(tensors):
         array = tensors[name]
         digest.update(f"{name}:{array.dtype}:{array.shape};".encode())

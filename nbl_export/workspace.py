@@ -21,6 +21,8 @@ from typing import Any
 from nbl_export.errors import InputError, os_error_in_words
 
 STATE_VERSION = 1
+# Marks a file or folder as half-written and ours; a leftover may be deleted.
+TEMPORARY = ".nbl.tmp"
 STAGES = ("calibrate", "select", "export", "rewrite", "verify")
 
 
@@ -43,7 +45,7 @@ def sha256_of_json(value: Any) -> str:
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary sibling of ``path`` to write to; it becomes ``path`` only if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMPORARY, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     # mkstemp makes private files; these are ordinary outputs and follow the umask.
@@ -74,7 +76,7 @@ def read_json(path: Path, what: str, remedy: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{what} is missing ({path}): {remedy}.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, RecursionError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{what} is damaged ({path}: {error}): {remedy}.") from None
 
 
@@ -201,7 +203,7 @@ class Workspace:
     def _remove_leftovers(self) -> None:
         # A killed process cannot clean up; under the lock nobody else owns these.
         for folder in (self.root, self.nbl, self.baseline.parent, self.report):
-            for leftover in folder.glob(".*.tmp"):
+            for leftover in folder.glob(f".*{TEMPORARY}"):
                 if leftover.is_dir():
                     shutil.rmtree(leftover, ignore_errors=True)
                 else:
@@ -232,10 +234,10 @@ class Workspace:
     def set_model(self, info: Mapping[str, Any]) -> None:
         """Bind the folder to a model; another model than the recorded one is an :class:`InputError`."""
         known = self.model_info
-        if known and known["fingerprint"] != info["fingerprint"]:
+        if known and known.get("fingerprint") != info["fingerprint"]:
             raise InputError(
-                f"{self.root} belongs to another model ({known['source']}, fingerprint "
-                f"{known['fingerprint'][:12]}), not to {info['source']} ({info['fingerprint'][:12]}): "
+                f"{self.root} belongs to another model ({known.get('source')}, fingerprint "
+                f"{str(known.get('fingerprint'))[:12]}), not to {info['source']} ({info['fingerprint'][:12]}): "
                 "choose another --output or delete that folder."
             )
         self._state["model"] = dict(info)

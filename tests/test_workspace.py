@@ -250,16 +250,16 @@ def test_leftovers_are_removed_everywhere_and_nothing_else_is(workspace: Workspa
     kept = []
     for folder in folders:
         folder.mkdir(exist_ok=True)
-        (folder / ".model.onnx.abc.tmp").write_bytes(b"half")
-        (folder / ".export.abc.tmp").mkdir()
-        (folder / ".export.abc.tmp" / "inside").write_bytes(b"half")
-        for name in ("mine.tmp", ".hidden", "model.bin"):
+        (folder / ".model.onnx.abc.nbl.tmp").write_bytes(b"half")
+        (folder / ".export.abc.nbl.tmp").mkdir()
+        (folder / ".export.abc.nbl.tmp" / "inside").write_bytes(b"half")
+        for name in ("mine.tmp", ".mine.tmp", ".hidden", "model.bin"):
             (folder / name).write_bytes(b"kept")
             kept.append(folder / name)
     with workspace.lock():
         pass
     assert all(path.read_bytes() == b"kept" for path in kept)
-    assert not list(workspace.root.rglob(".*.tmp"))
+    assert not list(workspace.root.rglob(".*.nbl.tmp"))
 
 
 # damaged and foreign folders ---------------------------------------------------------------------

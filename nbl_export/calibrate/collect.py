@@ -153,4 +153,5 @@ def _deferred_interrupt() -> Iterator[threading.Event]:
         yield stop
     finally:
         for signum, old in previous.items():
-            signal.signal(signum, old)
+            # None is a handler that was not set from Python; the default is the nearest to it.
+            signal.signal(signum, signal.SIG_DFL if old is None else old)

@@ -126,12 +126,15 @@ def _files(source: str) -> list[Path] | None:
 
 
 def _format(path: Path) -> str | None:
-    name = path.name.lower().removesuffix(".gz").removesuffix(".zst")
-    return next((suffix for suffix in _FORMATS if name.endswith(suffix)), None)
+    name = path.name.lower()
+    plain = name.removesuffix(".gz").removesuffix(".zst")
+    found = next((suffix for suffix in _FORMATS if plain.endswith(suffix)), None)
+    # Parquet is compressed inside; packed once more it cannot be read in parts.
+    return None if found == ".parquet" and plain != name else found
 
 
 def _listed() -> str:
-    return ", ".join(_FORMATS[:-1]) + f" or {_FORMATS[-1]} (.gz and .zst too)"
+    return f"{', '.join(_FORMATS[:-1])} (.gz and .zst too) or {_FORMATS[-1]}"
 
 
 def _file_documents(path: Path, field: str) -> Iterator[str]:
@@ -143,7 +146,7 @@ def _file_documents(path: Path, field: str) -> Iterator[str]:
             yield from _parquet_documents(path, field)
             return
         with _open(path) as raw:
-            lines = io.TextIOWrapper(raw, encoding="utf-8", errors="strict", newline="\n")
+            lines = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="strict", newline="\n")
             yield from (
                 _jsonl_documents(path, lines, field) if kind == ".jsonl" else _txt_documents(path, lines)
             )
@@ -173,11 +176,14 @@ def _txt_documents(path: Path, lines: Iterable[str]) -> Iterator[str]:
     for line in lines:
         if "\0" in line:
             raise InputError(f"{path} is no text: it has NUL bytes.")
-        part.append(line)
-        size += len(line)
-        if size >= _TXT_DOCUMENT:
-            yield "".join(part)
-            part, size = [], 0
+        # A text without line ends is cut where it must be.
+        for start in range(0, len(line), _TXT_DOCUMENT):
+            piece = line[start : start + _TXT_DOCUMENT]
+            part.append(piece)
+            size += len(piece)
+            if size >= _TXT_DOCUMENT:
+                yield "".join(part)
+                part, size = [], 0
     if part:
         yield "".join(part)
 
@@ -188,9 +194,10 @@ def _jsonl_documents(path: Path, lines: Iterable[str], field: str) -> Iterator[s
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
+            reason = getattr(error, "msg", "nested too deeply")
             raise InputError(
-                f"{path}, line {number}: no JSON ({error.msg}); a .jsonl file has one object a line."
+                f"{path}, line {number}: no JSON ({reason}); a .jsonl file has one object a line."
             ) from None
         yield _field(row, field, f"{path}, line {number}")
 
@@ -234,8 +241,8 @@ def _hub_documents(name: str, field: str) -> Iterator[str]:
 
 
 def _field(row: Any, field: str, where: str) -> str:
-    if isinstance(row, dict) and isinstance(row.get(field), str):
-        return str(row[field])
+    if isinstance(row, dict) and isinstance(row.get(field, 0), str | None):
+        return row[field] or ""  # an empty cell is a document without text, which packing passes over
     names = [k for k, v in row.items() if isinstance(v, str)] if isinstance(row, dict) else []
     raise InputError(_no_field(field, names, where))
 
@@ -258,9 +265,7 @@ def pack(texts: Iterable[str], tokenizer: Any, settings: TextSettings, listener:
     Fewer calibration rows than asked for are used with a note, as long as there is one whole row of
     each part.
     """
-    end = tokenizer.eos_token_id
-    if end is None:
-        end = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    end = end_token(tokenizer)
     length = settings.seq_len
     want = {False: settings.samples * length, True: settings.heldout_samples * length}
     parts: dict[bool, list[I32]] = {False: [], True: []}
@@ -295,6 +300,12 @@ def pack(texts: Iterable[str], tokenizer: Any, settings: TextSettings, listener:
         return flat[: len(flat) // length * length].reshape(-1, length)
 
     return CalibrationText(rows(parts[False]), rows(parts[True]), rows(owners), start_tokens(tokenizer))
+
+
+def end_token(tokenizer: Any) -> int:
+    """The token that separates packed documents: end of text, or padding, or 0."""
+    known = (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return next((int(t) for t in known if t is not None), 0)
 
 
 def start_tokens(tokenizer: Any) -> I32:
@@ -344,6 +355,7 @@ def sample_from_model(
             batch = min(_SAMPLE_BATCH, sum(counts) - first)
             documents.append(_sample(decoder, batch, length, start_token, generator, task.advance))
     tokens = np.concatenate(documents)
+    tokens[:, -1] = end_token(tokenizer)
     owners = np.repeat(np.arange(len(tokens), dtype=np.int32), length)
     first_held = counts[0] * length  # a document belongs to one part only
 

@@ -15,6 +15,7 @@ from typing import Any
 import onnx_ir as ir
 
 from nbl_export.errors import BuildError, InputError
+from nbl_export.workspace import TEMPORARY
 
 DATA_SUFFIX = ".data"
 # Tensors smaller than this stay inside the .onnx file, so that shape inference sees shape constants.
@@ -87,7 +88,7 @@ def save_graph(model: ir.Model, path: Path) -> list[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     data = path.with_name(path.name + DATA_SUFFIX)
-    temporary = Path(tempfile.mkdtemp(prefix=".onnx.", suffix=".tmp", dir=path.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=".onnx.", suffix=TEMPORARY, dir=path.parent))
     try:
         ir.save(model, temporary / path.name, external_data=data.name, size_threshold_bytes=_INLINE_BYTES)
         written = temporary / data.name
@@ -129,7 +130,7 @@ def with_outputs(path: Path, names: list[str]) -> Iterator[Path]:
             if value.type is None:
                 value.type = ir.TensorType(ir.DataType.FLOAT)
             graph.outputs.append(value)
-    handle, temporary = tempfile.mkstemp(prefix=".taps.", suffix=".tmp", dir=path.parent)
+    handle, temporary = tempfile.mkstemp(prefix=".taps.", suffix=TEMPORARY, dir=path.parent)
     os.close(handle)
     try:
         ir.save(model, temporary, format="protobuf")  # external tensors keep their location

@@ -55,6 +55,26 @@ def attention_layers(model: torch.nn.Module) -> tuple[AttentionLayer, ...]:
     return tuple(layers)
 
 
+def check_served(model: torch.nn.Module) -> None:
+    """Refuse, before any work, a model whose structure is not served or that is not causal.
+
+    Causality is tried out: logits must not change when a later token does.
+    """
+    import torch
+
+    attention_layers(model)
+    device = next(model.parameters()).device
+    ids = torch.arange(8, device=device)[None].repeat(2, 1) % 4 + 1
+    ids[1, -1] = 0
+    with torch.inference_mode():
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    if not torch.allclose(logits[0], logits[1], rtol=1e-3, atol=1e-3):
+        raise InputError(
+            f"{type(model).__name__} is not causal (an earlier token's logits depend on a later token): only "
+            "decoder-only language models are served."
+        )
+
+
 def hidden_size(model: torch.nn.Module) -> int:
     """Width d of the residual stream."""
     config: Any = model.config

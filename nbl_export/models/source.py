@@ -48,6 +48,8 @@ def find_model(source: str, trust_remote_code: bool = False) -> ModelSource:
     A path that exists wins over a Hub id of the same spelling. Raises :class:`InputError` for
     anything that is no causal language model with safetensors or GGUF weights.
     """
+    if not source.strip():
+        raise InputError("MODEL is empty: give a folder, a .gguf file, or a Hub id.")
     path = Path(source).expanduser()
     if path.is_file():
         if path.suffix.lower() != ".gguf":
@@ -140,6 +142,8 @@ def check_config(source: str, config: dict[str, Any]) -> None:
             "models are served."
         )
     architectures = config.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
+        raise InputError(f"{source}: config.json cannot be read (architectures is {architectures!r}).")
     if architectures and not any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in architectures):
         raise InputError(
             f"{source} is no causal language model (architecture {', '.join(architectures)}): only decoder-only "

@@ -197,14 +197,14 @@ def test_a_file_of_another_kind_lists_the_kinds_there_are(tmp_path: Path) -> Non
         (tmp_path / name).write_bytes(b"\x89PNG\r\n")
         message = refusal(tmp_path / name)
         assert name in message
-        assert ".txt, .jsonl or .parquet" in message
+        assert ".txt, .jsonl (.gz and .zst too) or .parquet" in message
 
 
 def test_a_folder_without_text(tmp_path: Path) -> None:
     (tmp_path / "picture.png").write_bytes(b"\x89PNG")
     message = refusal(tmp_path)
     assert str(tmp_path) in message
-    assert ".txt, .jsonl or .parquet" in message
+    assert ".txt, .jsonl (.gz and .zst too) or .parquet" in message
 
 
 @pytest.mark.parametrize("name", ["data.txt", "data.jsonl"])
@@ -236,10 +236,27 @@ def test_a_missing_field_lists_the_fields_there_are(tmp_path: Path) -> None:
     assert "--text-field" in message
 
 
-@pytest.mark.parametrize("row", ["[1, 2]", "3", '{"text": 3}', '{"text": null}', "null"])
+@pytest.mark.parametrize("row", ["[1, 2]", "3", '{"text": 3}', "null"])
 def test_a_row_without_text(tmp_path: Path, row: str) -> None:
     (tmp_path / "data.jsonl").write_text(row + "\n")
     assert "line 1: no text field 'text' (text fields: none)" in refusal(tmp_path / "data.jsonl")
+
+
+def test_an_empty_cell_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text('{"text": "one"}\n{"text": null}\n{"text": "two"}\n')
+    assert [t for t in documents([str(tmp_path / "data.jsonl")], "text") if t] == ["one", "two"]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n')
+    assert list(documents([str(tmp_path / "data.jsonl")], "text")) == ["one"]
+
+
+def test_a_txt_without_line_ends_is_cut_too(tmp_path: Path) -> None:
+    (tmp_path / "data.txt").write_text("x" * 30_000)
+    pieces = list(documents([str(tmp_path / "data.txt")], "text"))
+    assert len(pieces) >= 3
+    assert "".join(pieces) == "x" * 30_000
 
 
 def test_a_missing_parquet_field_lists_the_fields_there_are(tmp_path: Path) -> None:
@@ -589,7 +606,9 @@ def test_sampling_follows_the_seed(model: Any, tokenizer: Any) -> None:
 
 def test_sampling_draws_from_the_model_itself(model: Any, tokenizer: Any) -> None:
     text = sample_from_model(model, tokenizer, SMALL, Silent())
-    np.testing.assert_array_equal(np.concatenate([text.calibration, text.heldout]), drawn(model, 5, 12, 5))
+    expected = drawn(model, 5, 12, 5)
+    expected[:, -1] = tokenizer.eos_token_id  # each document is ended, as in packed text
+    np.testing.assert_array_equal(np.concatenate([text.calibration, text.heldout]), expected)
 
 
 def test_long_rows_hold_several_sampled_documents(
@@ -599,6 +618,7 @@ def test_long_rows_hold_several_sampled_documents(
     text = sample_from_model(model, tokenizer, SMALL, Silent())
     # 36 calibration tokens are five documents, the last one cut; the 24 held-out ones are three others.
     documents = drawn(model, 8, 8, 5)
+    documents[:, -1] = tokenizer.eos_token_id
     np.testing.assert_array_equal(text.calibration.reshape(-1), documents[:5].reshape(-1)[:36])
     np.testing.assert_array_equal(text.heldout.reshape(-1), documents[5:].reshape(-1))
     owners = text.heldout_document.reshape(3, 8)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM
 
 from nbl_export.errors import InputError
 from nbl_export.models.layers import (
     attention_layers,
     cache_argument,
+    check_served,
     hidden_size,
     layer_count,
     observed,
@@ -209,3 +212,21 @@ def test_an_attention_that_adds_the_residual_itself() -> None:
     # BLOOM's attention returns h + y: fitting that as y would be wrong without any sign of it.
     fields = {**COMMON, "hidden_size": D, "n_layer": 2, "n_head": 4}
     assert "not served yet" in refusal(build("Bloom", "ForCausalLM", **fields))
+
+
+def test_a_model_that_looks_ahead_is_refused() -> None:
+    # A BERT saved as a language model without is_decoder has the name of one, but sees what comes later.
+    config = BertConfig(
+        vocab_size=64, hidden_size=D, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4
+    )
+    torch.manual_seed(0)
+    model = BertLMHeadModel(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(8)
+    with pytest.raises(InputError, match="is not causal"):
+        check_served(model)
+
+
+def test_a_causal_model_is_served(tiny_folder: Path) -> None:
+    check_served(LlamaForCausalLM.from_pretrained(tiny_folder).eval())

@@ -1,0 +1,540 @@
+"""The real command line in its own process: exit codes, one sentence for each error, and interrupts."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from safetensors.numpy import load_file
+
+from tests.fixtures_graph import perturb, rerecord
+from tests.tiny import build
+
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120", "TERM": "xterm"}
+ENVIRONMENT.pop("NBL_EXPORT_DEBUG", None)
+SMALL = ["--samples", "16", "--seq-len", "64", "--heldout-samples", "4"]
+FAST = ["--decode-steps", "2", "--contexts", "8", "--rounds", "3"]
+
+
+@dataclass(frozen=True)
+class Done:
+    code: int
+    out: str
+    err: str
+
+
+def nbl(*arguments: object, cwd: Path | None = None, limit: int | None = None) -> Done:
+    """`nbl-export ARGUMENTS`; ``limit`` is the largest file in bytes that it may write."""
+
+    def small_files() -> None:
+        assert limit is not None
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    done = subprocess.run(
+        [sys.executable, "-m", "nbl_export", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        cwd=cwd,
+        timeout=300,
+        preexec_fn=None if limit is None else small_files,
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def assert_refused(done: Done, code: int, *words: str, quietly: bool = True) -> None:
+    """One sentence on stderr, nothing on stdout, the exit code; ``quietly``: and nothing else at all."""
+    assert done.code == code, done
+    errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.err
+    assert done.err.rstrip().endswith(errors[0]), done.err
+    assert "Traceback" not in done.err and "Internal error" not in done.err
+    assert done.out == ""
+    for word in words:
+        assert word in errors[0], errors[0]
+    if quietly:
+        assert done.err.splitlines() == errors
+
+
+def no_leftovers(out: Path) -> None:
+    assert [
+        p for p in out.rglob("*") if p.name.endswith(".tmp") or p.name.startswith((".onnx", ".taps"))
+    ] == []
+
+
+def stages(out: Path) -> set[str]:
+    return set(json.loads((out / "nbl" / "workspace.json").read_text())["stages"])
+
+
+@pytest.fixture(scope="session")
+def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain text file of half a megabyte."""
+    generator = np.random.default_rng(0)
+    words = ["time", "river", "stone", "a", "the", "of", "walks", "bright", "under", "seven"]
+    lines = (" ".join(generator.choice(words, 12)) + ".\n" for _ in range(9000))
+    path = tmp_path_factory.mktemp("text") / "prose.txt"
+    path.write_text("".join(lines))
+    return path
+
+
+@pytest.fixture(scope="session")
+def place(tiny_folder: Path, prose: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which somebody works: models called `model` and `export`, and a finished run in `out`."""
+    folder = tmp_path_factory.mktemp("place")
+    for name in ("model", "export"):
+        shutil.copytree(tiny_folder, folder / name)
+    # No subcommand: the first word is the model.
+    done = nbl("model", "--k", 1, "-o", "out", "--calibration", prose, *SMALL, *FAST, cwd=folder)
+    assert done.code == 0, done
+    (folder / "first.txt").write_text(done.out)
+    return folder
+
+
+@pytest.fixture
+def out(place: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run, to be damaged."""
+    return Path(shutil.copytree(place / "out", tmp_path / "out", copy_function=shutil.copy2))
+
+
+# success -----------------------------------------------------------------------------------------
+
+
+def test_a_run_without_a_subcommand_says_what_it_did(place: Path) -> None:
+    text = (place / "first.txt").read_text()
+    assert re.search(r"PASS  1 of 4 attention layers of model are now linear: \d", text)
+    for title in ("Graph", "Method loss", "Speed on ONNX Runtime", "Parity", "Checks"):
+        assert title in text
+    assert str(Path("out") / "model.onnx") in text
+    # Progress goes to stderr: what is piped is the result.
+    assert "Calibrating" not in text
+    assert stages(place / "out") == {"calibrate", "select", "export", "rewrite", "verify"}
+
+
+def test_the_verbs_go_on_from_what_is_there(out: Path) -> None:
+    done = nbl("select", out, "--layers", "0,2")
+    assert (done.code, done.err.count("error")) == (0, 0)
+    assert f"Plan: layers 0, 2. Next: nbl-export export {out}" in done.out.replace("\n", " ")
+    assert "done already, kept" in nbl("export", out).err
+    done = nbl("rewrite", out)
+    assert done.code == 0 and "verify" in done.out
+    done = nbl("verify", out, "--no-quality", "--no-speed", *FAST)
+    assert done.code == 0, done
+    assert "PASS  2 of 4 attention layers" in done.out
+    assert "skipped" in done.out and "--no-speed" in done.out and "--no-quality" in done.out
+
+
+def test_version() -> None:
+    import nbl_export
+
+    assert nbl("--version") == Done(0, f"nbl-export {nbl_export.__version__}\n", "")
+
+
+def test_a_failed_gate_exits_1_from_verify_and_report(out: Path) -> None:
+    path = out / "model.onnx"
+    initializers = onnx.load(str(path), load_external_data=False).graph.initializer
+    name = next(t.name for t in initializers if t.name.endswith("nbl_linear.weight"))
+    perturb(path, name, 1.5)
+    rerecord(out, "rewrite")
+    done = nbl("verify", out, "--no-quality", "--no-speed", *FAST)
+    assert done.code == 1, done
+    assert "FAIL  1 of 4" in done.out and "is the first to leave tolerance, at its output" in done.out
+    assert "Traceback" not in done.err and "error:" not in done.err
+    assert nbl("report", out).code == 1
+    assert nbl("inspect", out).code == 0
+
+
+# help --------------------------------------------------------------------------------------------
+
+MEASURED = """
+import sys
+from nbl_export.cli import main
+codes = []
+for arguments in {calls!r}:
+    sys.argv = ["nbl-export", *arguments]
+    try:
+        main()
+    except SystemExit as stop:
+        codes.append(stop.code)
+heavy = {{"torch", "transformers", "onnxruntime", "onnx", "onnx_ir", "scipy", "safetensors", "numpy"}}
+print("LOADED", sorted(heavy & set(sys.modules)), codes)
+"""
+
+
+def loaded(calls: list[list[str]]) -> tuple[set[str], list[int], str]:
+    """Which heavy packages the calls load, their exit codes, and what they print."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED.format(calls=calls)], capture_output=True, text=True, env=ENVIRONMENT
+    )
+    assert done.returncode == 0, done.stderr
+    text, _, last = done.stdout.rpartition("LOADED ")
+    modules, codes = re.findall(r"\[[^\]]*\]", last)
+    return set(re.findall(r"\w+", modules)), json.loads(codes), text + done.stderr
+
+
+def test_help_loads_nothing_heavy() -> None:
+    verbs = ["run", "calibrate", "select", "export", "rewrite", "verify", "report", "inspect"]
+    modules, codes, text = loaded([["--help"], ["-h"], ["--version"], *([v, "--help"] for v in verbs)])
+    assert codes == [0] * 11
+    assert modules == set()
+    assert all(f" {verb} " in text for verb in verbs)
+
+
+def test_help_answers_at_once() -> None:
+    """Processor time, not wall time: the machine may be busy."""
+    used = []
+    for _ in range(3):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "nbl_export", "--help"], stdout=subprocess.DEVNULL, env=ENVIRONMENT
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        used.append(usage.ru_utime)
+    assert min(used) < 0.5
+
+
+def test_inspect_shows_every_kind_without_torch(place: Path) -> None:
+    out = place / "out"
+    paths = [
+        out,
+        out / "model.onnx",
+        out / "baseline" / "model.onnx",
+        out / "baseline",
+        out / "nbl" / "plan.json",
+        out / "nbl" / "plan.safetensors",
+        out / "nbl" / "moments.safetensors",
+    ]
+    modules, codes, text = loaded([["inspect", str(p)] for p in paths])
+    assert codes == [0] * len(paths), text
+    assert not {"torch", "transformers", "onnxruntime"} & modules
+    for words in ("KV pairs", "rewritten by nbl-export", "calibration tokens", "energy of x", "linearized"):
+        assert words in text
+
+
+# refusals ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """Arguments, in which {place}, {tmp} stand for folders, and words that the sentence must have."""
+
+    arguments: tuple[str, ...]
+    words: tuple[str, ...]
+
+
+USAGE = {
+    "unknown model": Case(("no/such-model", "--k", "1"), ("no/such-model",)),
+    "unknown path": Case(("./no-such-folder", "--k", "1"), ("./no-such-folder does not exist",)),
+    "folder without a model": Case(("{tmp}", "--k", "1"), ("no model", "config.json")),
+    "file that is no GGUF": Case(("{tmp}/file", "--k", "1"), ("no .gguf",)),
+    "no K": Case(("{place}/model",), ("--k", "--layers")),
+    "negative K": Case(("{place}/model", "--k", "-1"), ("--k is -1",)),
+    "K is no number": Case(("{place}/model", "--k", "many"), ("--k", "--help")),
+    "layers are no numbers": Case(("{place}/model", "--layers", "1;2"), ("--layers", "1;2")),
+    "unknown option": Case(("{place}/model", "--k", "1", "--nope"), ("--nope", "--help")),
+    "unknown criterion": Case(("{place}/model", "--k", "1", "--criterion", "luck"), ("luck",)),
+    "ridge too large": Case(("{place}/model", "--k", "1", "--ridge", "5"), ("--ridge is 5",)),
+    "contexts are no numbers": Case(("{place}/model", "--k", "1", "--contexts", "a"), ("--contexts",)),
+    "too few rounds": Case(("{place}/model", "--k", "1", "--rounds", "1"), ("--rounds is 1",)),
+    "no samples": Case(("{place}/model", "--k", "1", "--samples", "0"), ("--samples is 0",)),
+    "encoder-decoder": Case(("{tmp}/t5", "--k", "1"), ("encoder-decoder", "t5")),
+    "no language model": Case(("{tmp}/bert", "--k", "1"), ("no causal language model",)),
+    "pickled weights": Case(("{tmp}/pickled", "--k", "1"), (".safetensors",)),
+    "output under a file": Case(("{place}/model", "--k", "1", "-o", "{tmp}/file/out"), ("{tmp}/file",)),
+    "output is a file": Case(("{place}/model", "--k", "1", "-o", "{tmp}/file"), ("is a file",)),
+    "output of another model": Case(("{tmp}/other", "--k", "1", "-o", "{place}/out"), ("another model",)),
+    "select on no folder": Case(("select", "{tmp}/nothing", "--k", "1"), ("{tmp}/nothing",)),
+    "verify on a foreign folder": Case(("verify", "{tmp}"), ("not an output folder",)),
+    "inspect nothing": Case(("inspect", "{tmp}/nothing"), ("does not exist",)),
+    "inspect something else": Case(("inspect", "{tmp}/file"), ("knows",)),
+}
+
+
+@pytest.fixture(scope="module")
+def junk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of things that are no models."""
+    folder = tmp_path_factory.mktemp("junk")
+    (folder / "file").write_text("a file\n")
+    configs = {
+        "t5": {"model_type": "t5", "is_encoder_decoder": True, "architectures": ["T5ForCausalLM"]},
+        "bert": {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
+        "pickled": {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
+    }
+    for name, config in configs.items():
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(config))
+        weights = "pytorch_model.bin" if name == "pickled" else "model.safetensors"
+        (folder / name / weights).write_bytes(b"weights")
+    build(folder / "other", seed=1, num_hidden_layers=1)
+    return folder
+
+
+@pytest.mark.parametrize("name", USAGE)
+def test_bad_usage_and_bad_input_exit_2(place: Path, junk: Path, name: str) -> None:
+    case = USAGE[name]
+    arguments = [a.format(place=place, tmp=junk) for a in case.arguments]
+    before = sorted(str(p) for p in place.rglob("*"))
+    done = nbl(*arguments, cwd=junk)
+    assert_refused(done, 2, *(w.format(place=place, tmp=junk) for w in case.words))
+    assert not (junk / "nbl-out").exists(), "a refused command makes no folder"
+    assert sorted(str(p) for p in place.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--k", "5"), ("--k is 5", "between 0 and 4")),
+        (("--layers", "1,9"), ("layer 9", "0 to 3")),
+        (("--layers", "1,1"), ("twice",)),
+        (("--layers", "1", "--k", "2"), ("contradict",)),
+    ],
+    ids=["more than there are", "unknown layer", "layer twice", "contradiction"],
+)
+def test_bad_selections_exit_2(place: Path, arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
+    assert_refused(nbl("select", place / "out", *arguments), 2, *words, quietly=False)
+
+
+def test_a_model_named_like_a_command_is_reached_by_its_path(place: Path, tmp_path: Path) -> None:
+    """And a K beyond its layers is refused before any calibration."""
+    done = nbl("./export", "--k", 5, "-o", tmp_path / "out", cwd=place)
+    assert_refused(done, 2, "--k is 5; it must be between 0 and 4", quietly=False)
+    assert not (tmp_path / "out" / "nbl" / "text.safetensors").exists()
+    # Without the dot it is the command, whose OUT is missing.
+    assert nbl("export", cwd=place).code == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("empty.txt", b"", ("0 calibration tokens",)),
+        ("short.txt", b"only a few words\n" * 20, ("held-out tokens", "give more text")),
+        ("binary.txt", bytes(range(256)) * 300, ("binary.txt",)),
+        ("nul.txt", b"words and\0words\n" * 8000, ("nul.txt", "NUL")),
+        ("bad.jsonl", b'{"text": "a"}\nno json\n', ("bad.jsonl", "line 2")),
+        ("text.pdf", b"%PDF-1.4", ("text.pdf", ".txt")),
+    ],
+)
+def test_unusable_text_exits_2(
+    place: Path, tmp_path: Path, name: str, content: bytes, words: tuple[str, ...]
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    out = tmp_path / "out"
+    done = nbl("calibrate", place / "model", "-o", out, "--calibration", tmp_path / name, *SMALL)
+    assert_refused(done, 2, *words, quietly=False)
+    assert stages(out) == set() and not (out / "nbl" / "moments.safetensors").exists()
+    no_leftovers(out)
+
+
+def test_too_few_tokens_exit_2(place: Path, prose: Path, tmp_path: Path) -> None:
+    """A model of width 32 needs 33 tokens at least."""
+    sizes = ["--samples", "2", "--seq-len", "16", "--heldout-samples", "1"]
+    done = nbl("calibrate", place / "model", "-o", tmp_path / "out", "--calibration", prose, *sizes)
+    assert_refused(done, 2, "32 calibration tokens are too few", "33", quietly=False)
+
+
+DAMAGE: dict[str, tuple[str, Callable[[bytes], bytes], list[str], tuple[str, ...]]] = {
+    "truncated model.onnx": (
+        "model.onnx",
+        lambda b: b[:2000],
+        ["verify"],
+        ("model.onnx", "nbl-export rewrite"),
+    ),
+    "edited plan": (
+        "nbl/plan.json",
+        lambda b: b.replace(b'"ridge": 1e-06', b'"ridge": 1e-05'),
+        ["rewrite"],
+        ("plan.json", "nbl-export select"),
+    ),
+    "truncated moments": (
+        "nbl/moments.safetensors",
+        lambda b: b[:-100],
+        ["select", "--k", "2"],
+        ("moments.safetensors", "nbl-export calibrate"),
+    ),
+    "record cut short": ("nbl/workspace.json", lambda b: b[:50], ["verify"], ("workspace.json",)),
+    "report cut short": ("report/report.json", lambda b: b[:500], ["report"], ("nbl-export verify",)),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_outputs_exit_2(out: Path, name: str) -> None:
+    file, damage, (verb, *options), words = DAMAGE[name]
+    raw = (out / file).read_bytes()
+    assert damage(raw) != raw
+    (out / file).write_bytes(damage(raw))
+    assert_refused(nbl(verb, out, *options), 2, *words, quietly=False)
+
+
+@pytest.mark.parametrize("file", ["model.onnx", "nbl/plan.safetensors", "nbl/moments.safetensors"])
+def test_inspect_of_a_truncated_file_exits_2(out: Path, file: str) -> None:
+    raw = (out / file).read_bytes()
+    (out / file).write_bytes(raw[: len(raw) // 3])
+    assert_refused(nbl("inspect", out / file), 2, Path(file).name)
+
+
+def test_another_process_at_work_exits_2(out: Path) -> None:
+    import fcntl
+
+    with (out / "nbl" / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert_refused(nbl("report", out), 2, "Another nbl-export is at work")
+
+
+# no room -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_no_room_for_the_moments(place: Path, prose: Path, tmp_path: Path) -> None:
+    """The moments of the tiny model take 165 kB."""
+    out = tmp_path / "out"
+    arguments = [place / "model", "--k", 1, "-o", out, "--calibration", prose, *SMALL, *FAST]
+    done = nbl(*arguments, limit=100_000)
+    assert_refused(done, 2, "No room on the disk", "finished stages are kept", quietly=False)
+    no_leftovers(out)
+    assert stages(out) == set() and not (out / "nbl" / "moments.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_no_room_for_the_graph_keeps_what_is_done(out: Path) -> None:
+    """The weights of the tiny model take 180 kB, the moments less."""
+    shutil.rmtree(out / "baseline")
+    moments = (out / "nbl" / "moments.safetensors").stat()
+    done = nbl("export", out, limit=170_000)
+    assert_refused(done, 2, "No room on the disk", quietly=False)
+    no_leftovers(out)
+    assert not (out / "baseline" / "model.onnx").exists()
+    assert not (out / "baseline" / "model.onnx.data").exists()
+    assert (out / "nbl" / "moments.safetensors").stat().st_mtime_ns == moments.st_mtime_ns
+    assert nbl("export", out).code == 0
+    assert (out / "baseline" / "model.onnx.data").stat().st_size > 170_000
+
+
+def test_no_room_for_the_rewritten_graph_leaves_the_old_one(out: Path) -> None:
+    before = {n: (out / n).read_bytes() for n in ("model.onnx", "model.onnx.data")}
+    assert nbl("select", out, "--layers", "3").code == 0
+    done = nbl("rewrite", out, limit=100_000)
+    assert_refused(done, 2, "No room on the disk", quietly=False)
+    no_leftovers(out)
+    assert {n: (out / n).read_bytes() for n in before} == before
+
+
+# interrupts --------------------------------------------------------------------------------------
+
+
+def interrupted(pattern: str, *arguments: object, delay: float = 0.0) -> Done:
+    """Run, send SIGINT ``delay`` seconds after ``pattern`` shows on the terminal, wait for the end."""
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nbl_export", *map(str, arguments)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=slave,
+        env=ENVIRONMENT,
+        start_new_session=True,
+    )
+    os.close(slave)
+    seen = b""
+    sent = False
+    with contextlib.suppress(OSError):  # the terminal ends with the process
+        while block := os.read(master, 65536):
+            seen += block
+            if not sent and re.search(pattern.encode(), seen):
+                sent = True
+                time.sleep(delay)
+                process.send_signal(signal.SIGINT)
+    stdout, _ = process.communicate(timeout=120)
+    os.close(master)
+    assert sent, seen.decode(errors="replace")
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen.decode(errors="replace"))
+    return Done(process.returncode, stdout.decode(), text)
+
+
+def assert_interrupted(done: Done) -> None:
+    assert done.code == 130, done
+    assert "Traceback" not in done.err and "Internal error" not in done.err
+    errors = [line.strip() for line in re.split(r"[\r\n]+", done.err) if "error: " in line]
+    assert len(errors) == 1 and errors[0].startswith("error: Interrupted"), errors
+    assert done.out == ""
+
+
+@pytest.mark.slow
+def test_an_interrupted_calibration_goes_on_to_the_same_bits(
+    place: Path, prose: Path, tmp_path: Path
+) -> None:
+    long = ["--samples", "6000", "--seq-len", "64", "--heldout-samples", "4"]
+
+    def calibrate(out: Path) -> list[object]:
+        return ["calibrate", place / "model", "-o", out, "--calibration", prose, *long]
+
+    # Two counts: tokens are being counted, and there are more to come.
+    done = interrupted(r"Calibrating[^\n]*?\s[1-9][\d.]*k/384", *calibrate(tmp_path / "a"))
+    assert_interrupted(done)
+    assert stages(tmp_path / "a") == set()
+    assert (tmp_path / "a" / "nbl" / "moments.partial.safetensors").exists()
+    no_leftovers(tmp_path / "a")
+    resumed = nbl(*calibrate(tmp_path / "a"))
+    assert resumed.code == 0
+    (rows,) = re.findall(r"goes on from a checkpoint at (\d+) rows", resumed.err)
+    assert 0 < int(rows) < 6000
+    assert not (tmp_path / "a" / "nbl" / "moments.partial.safetensors").exists()
+    assert nbl(*calibrate(tmp_path / "b")).code == 0
+    found, expected = (load_file(tmp_path / n / "nbl" / "moments.safetensors") for n in ("a", "b"))
+    assert found.keys() == expected.keys() and len(found) == 4 * 9
+    assert all(np.array_equal(found[k], expected[k]) for k in found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.5, 2.0])
+def test_an_interrupted_export_can_be_repeated(out: Path, delay: float) -> None:
+    shutil.rmtree(out / "baseline")
+    done = interrupted("Exporting ONNX", "export", out, delay=delay)
+    assert_interrupted(done)
+    no_leftovers(out)
+    assert not (out / "baseline" / "model.onnx").exists()
+    if delay == 2.0:
+        assert nbl("export", out).code == 0
+        assert (out / "baseline" / "model.onnx").exists()
+
+
+@pytest.mark.slow
+def test_an_interrupted_verification_can_be_repeated(out: Path) -> None:
+    before = (out / "report" / "report.json").read_bytes()
+    long = ["--no-quality", "--contexts", "64", "--rounds", "100000"]
+    assert_interrupted(interrupted("Timing", "verify", out, *long, delay=0.5))
+    no_leftovers(out)
+    assert (out / "report" / "report.json").read_bytes() == before
+    done = nbl("verify", out, "--no-quality", *FAST)
+    assert done.code == 0 and "PASS" in done.out
+
+
+def test_an_interrupt_while_loading_exits_130(out: Path) -> None:
+    assert_interrupted(interrupted("Loading model", "verify", out, "--no-quality", "--no-speed"))
+
+
+def test_a_closed_pipe_is_no_error(place: Path) -> None:
+    process: Any = subprocess.Popen(
+        [sys.executable, "-m", "nbl_export", "inspect", str(place / "out")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=ENVIRONMENT,
+    )
+    process.stdout.close()
+    err = process.stderr.read().decode()
+    process.wait(60)
+    assert "Traceback" not in err and "Exception ignored" not in err and "Internal error" not in err

@@ -1,0 +1,327 @@
+"""stories260K through every stage: what is gone, what is kept, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from safetensors.numpy import load_file
+
+from nbl_export import api
+from nbl_export.errors import InputError
+from nbl_export.linearize.plan import load_plan
+from nbl_export.progress import Silent
+from nbl_export.workspace import Workspace, sha256_of_file
+from tests.tiny import build
+
+VERIFY = api.VerifySettings(contexts=(16,), rounds=3)
+QUICK = api.VerifySettings(quality=False, speed=False)
+
+
+@pytest.fixture
+def calibration(stories_text: Path) -> Any:
+    """The settings of the finished run."""
+    return api.CalibrateSettings((str(stories_text),), samples=32, seq_len=128, heldout_samples=8)
+
+
+class Notes(Silent):
+    """Keeps what a stage would tell the user."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    @property
+    def kept(self) -> list[str]:
+        return [n.split(":")[0] for n in self.notes if n.endswith("done already, kept.")]
+
+
+def state(out: Path) -> Any:
+    return json.loads((out / "nbl" / "workspace.json").read_text())["stages"]
+
+
+def times(out: Path) -> dict[str, int]:
+    """Modification times of all files but the lock and the workspace's own record."""
+    files = [p for p in out.rglob("*") if p.is_file() and p.name not in (".lock", "workspace.json")]
+    return {str(p.relative_to(out)): p.stat().st_mtime_ns for p in files}
+
+
+def pasts(path: Path) -> list[str]:
+    graph = onnx.load(str(path), load_external_data=False).graph
+    return [i.name for i in graph.input if i.name.startswith("past_key_values")]
+
+
+def test_the_run_passes_and_exactly_two_kv_pairs_are_gone(stories_out: Path) -> None:
+    report = api.report(stories_out)
+    assert report.passed
+    assert [(c.name, c.status) for c in report.checks] == [("graph rewrite", "passed"), ("parity", "passed")]
+    assert report.parity is not None
+    assert max(s["max_abs"] for s in report.parity["steps"]) < 1e-3
+    assert len(pasts(stories_out / "baseline" / "model.onnx")) == 10
+    assert pasts(stories_out / "model.onnx") == [
+        f"past_key_values.{n}.{s}" for n in range(3) for s in ("key", "value")
+    ]
+    plan = load_plan(Workspace.open(stories_out).plan)
+    assert len(plan.chosen) == 2 and plan.kept == tuple(i for i in range(5) if i not in plan.chosen)
+
+
+def test_the_output_loads_as_it_stands(stories_out: Path, stories_folder: Path) -> None:
+    for folder in (stories_out, stories_out / "baseline"):
+        names = {p.name for p in folder.iterdir() if p.is_file()}
+        assert {"model.onnx", "model.onnx.data", "config.json", "tokenizer.json"} <= names
+        assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 5
+        original = json.loads((stories_folder / "tokenizer.json").read_text())
+        assert json.loads((folder / "tokenizer.json").read_text())["model"] == original["model"]
+    assert not [p for p in stories_out.rglob("*") if p.name.endswith(".tmp") or "partial" in p.name]
+
+
+def test_a_second_run_does_no_work(stories_copy: Path, stories_folder: Path, calibration: Any) -> None:
+    before, files = state(stories_copy), times(stories_copy)
+    notes = Notes()
+    report = api.run(stories_folder, stories_copy, api.SelectSettings(k=2), calibration, VERIFY, notes)
+    assert report.passed
+    assert notes.kept == ["calibrate", "select", "export", "rewrite", "verify"]
+    assert state(stories_copy) == before
+    assert times(stories_copy) == files
+
+
+def test_another_k_repeats_what_depends_on_it(
+    stories_copy: Path, stories_folder: Path, calibration: Any
+) -> None:
+    before, files = state(stories_copy), times(stories_copy)
+    notes = Notes()
+    report = api.run(stories_folder, stories_copy, api.SelectSettings(k=3), calibration, QUICK, notes)
+    assert report.passed and len(report.selection["layers"]) == 3
+    assert notes.kept == ["calibrate", "export"]
+    after = state(stories_copy)
+    for stage in ("calibrate", "export"):
+        assert after[stage] == before[stage]
+    for stage in ("select", "rewrite", "verify"):
+        assert after[stage]["key"] != before[stage]["key"]
+    changed = {name for name, at in times(stories_copy).items() if files.get(name) != at}
+    assert not any(n.startswith("baseline/") for n in changed)
+    assert not {"nbl/moments.safetensors", "nbl/text.safetensors", "nbl/probe.safetensors"} & changed
+    assert {"nbl/plan.json", "model.onnx", "report/report.json"} <= changed
+    assert len(pasts(stories_copy / "model.onnx")) == 4
+
+
+def test_separate_verbs_give_the_files_of_one_run(
+    stories_out: Path, stories_folder: Path, calibration: Any, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert api.calibrate(stories_folder, out, calibration) == out / "nbl" / "moments.safetensors"
+    # The order of selecting and exporting does not matter.
+    assert api.export(out) == out / "baseline" / "model.onnx"
+    plan = api.select(out, api.SelectSettings(k=2))
+    assert plan.chosen == load_plan(Workspace.open(stories_out).plan).chosen
+    assert api.rewrite(out) == out / "model.onnx"
+    assert api.verify(out, QUICK).passed
+    for name in (
+        "model.onnx",
+        "model.onnx.data",
+        "baseline/model.onnx",
+        "baseline/model.onnx.data",
+        "config.json",
+    ):
+        assert sha256_of_file(out / name) == sha256_of_file(stories_out / name), name
+    # The order of a safetensors file's metadata is not fixed; its arrays are.
+    for name in ("moments", "plan", "probe", "text"):
+        found, expected = (load_file(folder / "nbl" / f"{name}.safetensors") for folder in (out, stories_out))
+        assert found.keys() == expected.keys()
+        assert all(np.array_equal(found[k], expected[k]) for k in found), name
+
+
+@pytest.mark.parametrize(
+    ("selection", "layers"),
+    [
+        (api.SelectSettings(k=0), []),
+        (api.SelectSettings(k=5), [0, 1, 2, 3, 4]),
+        (api.SelectSettings(layers=(4, 0), fit_input="residual"), [0, 4]),
+    ],
+    ids=["K = 0", "every layer", "by hand, on the residual stream"],
+)
+def test_other_selections_pass_parity(stories_copy: Path, selection: Any, layers: list[int]) -> None:
+    assert list(api.select(stories_copy, selection).chosen) == layers
+    api.rewrite(stories_copy)
+    report = api.verify(stories_copy, api.VerifySettings(contexts=(16,), rounds=3))
+    assert report.passed, report.checks
+    assert report.selection["layers"] == layers
+    assert report.graph["after"]["kv_pairs"] == 5 - len(layers)
+    if not layers:
+        assert report.method_loss is not None and report.method_loss["perplexity_ratio"] == 1
+
+
+def test_report_is_redrawn_without_the_model(stories_copy: Path, stories_out: Path) -> None:
+    for name in ("report.md", "junit.xml"):
+        (stories_copy / "report" / name).unlink()
+    assert api.report(stories_copy).passed
+    for name in ("report.json", "report.md", "junit.xml"):
+        same = (stories_copy / "report" / name).read_bytes() == (stories_out / "report" / name).read_bytes()
+        assert same, name
+
+
+# refusals ----------------------------------------------------------------------------------------
+
+
+def test_the_folder_of_another_model_is_refused(stories_copy: Path, tmp_path: Path, calibration: Any) -> None:
+    other = build(tmp_path / "other", num_hidden_layers=1)
+    before = times(stories_copy), state(stories_copy)
+    with pytest.raises(InputError, match="belongs to another model"):
+        api.run(other, stories_copy, api.SelectSettings(k=1), calibration)
+    with pytest.raises(InputError, match="belongs to another model"):
+        api.calibrate(other, stories_copy, calibration)
+    assert (times(stories_copy), state(stories_copy)) == before
+
+
+def test_a_model_that_changed_is_refused(stories_copy: Path, stories_folder: Path, tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(stories_folder, tmp_path / "moved"))
+    record = stories_copy / "nbl" / "workspace.json"
+    raw = json.loads(record.read_text())
+    raw["model"]["path"] = str(moved)
+    record.write_text(json.dumps(raw))
+    assert api.select(stories_copy, api.SelectSettings(k=2)).chosen
+    weights = moved / "model.safetensors"
+    raw_weights = bytearray(weights.read_bytes())
+    raw_weights[-1] ^= 1
+    weights.write_bytes(raw_weights)
+    with pytest.raises(InputError, match="has changed since"):
+        api.select(stories_copy, api.SelectSettings(k=2))
+
+
+@pytest.mark.parametrize(
+    ("verb", "stages", "command"),
+    [
+        (lambda out: api.select(out, api.SelectSettings(k=1)), ["calibrate"], "nbl-export calibrate MODEL"),
+        (api.rewrite, ["select"], "nbl-export select"),
+        (api.rewrite, ["export"], "nbl-export export"),
+        (api.verify, ["rewrite"], "nbl-export rewrite"),
+    ],
+    ids=["select without moments", "rewrite without plan", "rewrite without graph", "verify without rewrite"],
+)
+def test_a_stage_too_early_names_the_command(
+    stories_copy: Path, verb: Callable[[Path], Any], stages: list[str], command: str
+) -> None:
+    record = stories_copy / "nbl" / "workspace.json"
+    raw = json.loads(record.read_text())
+    for stage in stages:
+        del raw["stages"][stage]
+    record.write_text(json.dumps(raw))
+    with pytest.raises(InputError, match=f"has no finished .* yet: run `{command}"):
+        verb(stories_copy)
+
+
+def test_verify_after_another_selection_is_refused_until_rewritten(stories_copy: Path) -> None:
+    api.select(stories_copy, api.SelectSettings(k=1))
+    with pytest.raises(InputError, match=rf"run `nbl-export rewrite {stories_copy}` first"):
+        api.verify(stories_copy, QUICK)
+    api.rewrite(stories_copy)
+    assert api.verify(stories_copy, QUICK).passed
+
+
+@pytest.mark.parametrize(
+    ("file", "verb", "command"),
+    [
+        ("model.onnx.data", "verify", "rewrite"),
+        ("model.onnx", "verify", "rewrite"),
+        ("baseline/model.onnx.data", "verify", "export"),
+        ("baseline/model.onnx", "rewrite", "export"),
+        ("nbl/plan.json", "rewrite", "select"),
+        ("nbl/plan.safetensors", "verify", "select"),
+        ("nbl/moments.safetensors", "select", "calibrate"),
+        ("nbl/text.safetensors", "verify", "calibrate"),
+    ],
+)
+@pytest.mark.parametrize("damage", ["edited", "removed"])
+def test_changed_files_are_refused_with_the_command_that_makes_them(
+    stories_copy: Path, file: str, verb: str, command: str, damage: str
+) -> None:
+    path = stories_copy / file
+    if damage == "removed":
+        path.unlink()
+    else:
+        raw = bytearray(path.read_bytes())
+        raw[len(raw) // 2] ^= 1
+        path.write_bytes(raw)
+    verbs: dict[str, Callable[[], Any]] = {
+        "verify": lambda: api.verify(stories_copy, api.VerifySettings(speed=False)),
+        "rewrite": lambda: api.rewrite(stories_copy),
+        "select": lambda: api.select(stories_copy, api.SelectSettings(k=2)),
+    }
+    with pytest.raises(InputError, match=rf"(missing|changed|damaged).*run `nbl-export {command}") as caught:
+        verbs[verb]()
+    assert Path(file).name in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["model.onnx.data", "nbl/plan.safetensors", "baseline/model.onnx"])
+def test_a_run_makes_a_damaged_stage_again(
+    stories_copy: Path, stories_out: Path, stories_folder: Path, calibration: Any, file: str
+) -> None:
+    (stories_copy / file).write_bytes(b"damaged")
+    report = api.run(stories_folder, stories_copy, api.SelectSettings(k=2), calibration, VERIFY)
+    assert report.passed
+    assert sha256_of_file(stories_copy / file) == sha256_of_file(stories_out / file)
+
+
+def test_settings_are_refused_before_a_folder_is_made(
+    stories_folder: Path, tmp_path: Path, calibration: Any
+) -> None:
+    out = tmp_path / "out"
+    for selection in (
+        api.SelectSettings(),
+        api.SelectSettings(k=-1),
+        api.SelectSettings(k=1, ridge=1.0),
+        api.SelectSettings(k=1, criterion="luck"),
+        api.SelectSettings(k=1, fit_input="other"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(InputError):
+            api.run(stories_folder, out, selection, calibration)
+    for verification in (
+        api.VerifySettings(decode_steps=0),
+        api.VerifySettings(rounds=2),
+        api.VerifySettings(contexts=(1,)),
+        api.VerifySettings(contexts=()),
+    ):
+        with pytest.raises(InputError):
+            api.run(stories_folder, out, api.SelectSettings(k=1), calibration, verification)
+    for field in ("samples", "seq_len", "heldout_samples"):
+        with pytest.raises(InputError, match="--" + field.replace("_", "-")):
+            api.run(
+                stories_folder,
+                out,
+                api.SelectSettings(k=1),
+                api.CalibrateSettings(**{**vars(calibration), field: 0}),
+            )
+    assert not out.exists()
+
+
+def test_a_k_beyond_the_model_is_refused_before_calibration(
+    stories_folder: Path, tmp_path: Path, calibration: Any
+) -> None:
+    with pytest.raises(InputError, match=r"--k is 6; it must be between 0 and 5"):
+        api.run(stories_folder, tmp_path / "out", api.SelectSettings(k=6), calibration)
+    assert not (tmp_path / "out" / "nbl" / "moments.safetensors").exists()
+
+
+def test_two_processes_do_not_share_a_folder(stories_copy: Path) -> None:
+    with (
+        Workspace.open(stories_copy).lock(),
+        pytest.raises(InputError, match="Another nbl-export is at work"),
+    ):
+        api.select(stories_copy, api.SelectSettings(k=1))
+
+
+def test_contexts_beyond_the_positions_are_in_the_report_as_left_out(stories_copy: Path) -> None:
+    """stories260K has 512 positions; what was skipped is in the report, with the reason."""
+    report = api.verify(stories_copy, api.VerifySettings(quality=False, contexts=(16, 2048), rounds=3))
+    assert report.speed is not None
+    assert {c["context"] for c in report.speed["cells"]} == {16}
+    said = [*report.notes, *(c.detail for c in report.checks if c.status == "skipped")]
+    assert any("2048" in text and "512" in text for text in said)
