@@ -24,7 +24,7 @@ from onnx_ir.passes import common as passes
 
 from nbl_export.errors import BuildError
 from nbl_export.graph.cache import SIDES, past_name, present_name
-from nbl_export.graph.io import check_file, save_graph
+from nbl_export.graph.io import save_graph
 from nbl_export.models.layers import layer_count
 from nbl_export.models.load import quiet
 from nbl_export.progress import Listener, Silent
@@ -89,6 +89,11 @@ def _grouped_attention(model: Any) -> Iterator[None]:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+    if not getattr(model, "_supports_sdpa", True):
+        raise BuildError(
+            f"{type(model).__name__} has an attention that scaled_dot_product_attention cannot express, such as "
+            "soft-capping or attention sinks; this exporter does not serve it yet."
+        )
     AttentionInterface.register(_ATTENTION, _grouped_sdpa)
     AttentionMaskInterface.register(_ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     before = model.config._attn_implementation
@@ -123,7 +128,6 @@ def export_torch(model: torch.nn.Module, path: Path, listener: Listener | None =
         graph = tidy(onnx_program.model, layer_count(model))
         task.advance(1)
         files = save_graph(graph, path)
-        check_file(path)
         task.advance(1)
     return files
 

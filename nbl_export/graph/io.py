@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -72,34 +72,15 @@ def _check_external(path: Path, folder: Path, tensor: ir.ExternalTensor) -> None
         )
     if not target.is_file():
         raise InputError(f"{path}: its external data {location} is missing; put the file beside it.")
-    end = (tensor.offset or 0) + (tensor.length or 0)
-    if (tensor.offset or 0) < 0 or end > target.stat().st_size:
+    offset, length = tensor.offset or 0, tensor.nbytes if tensor.length is None else tensor.length
+    if length != tensor.nbytes:
+        raise InputError(f"{path}: {tensor.name} has {tensor.nbytes:,} bytes, its external data {length:,}.")
+    end = offset + length
+    if offset < 0 or end > target.stat().st_size:
         raise InputError(
             f"{target} is truncated: {tensor.name} ends at byte {end:,}, the file has "
             f"{target.stat().st_size:,}; export it again."
         )
-
-
-def save_graph(model: ir.Model, path: Path) -> list[Path]:
-    """Write ``model`` to ``path`` with one external data file beside it; returns both paths.
-
-    Both are written to a temporary folder first and moved into place when complete, so a full disk
-    or an interrupt leaves what was there.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = path.with_name(path.name + DATA_SUFFIX)
-    temporary = Path(tempfile.mkdtemp(prefix=".onnx.", suffix=TEMPORARY, dir=path.parent))
-    try:
-        ir.save(model, temporary / path.name, external_data=data.name, size_threshold_bytes=_INLINE_BYTES)
-        written = temporary / data.name
-        if written.exists():
-            written.replace(data)
-        else:
-            data.unlink(missing_ok=True)
-        (temporary / path.name).replace(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return [p for p in (path, data) if p.exists()]
 
 
 def check_file(path: Path) -> None:
@@ -113,6 +94,29 @@ def check_file(path: Path) -> None:
         onnx.shape_inference.infer_shapes(proto, strict_mode=True)
     except Exception as error:
         raise BuildError(f"{path} does not pass the ONNX checker: {str(error).splitlines()[0]}") from error
+
+
+def save_graph(model: ir.Model, path: Path, check: Callable[[Path], object] = check_file) -> list[Path]:
+    """Write ``model`` to ``path`` with one external data file beside it; returns both paths.
+
+    Both are written to a temporary folder first and moved into place when ``check`` has accepted them
+    there (it raises if not), so a refusal, a full disk or an interrupt leaves what was there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = path.with_name(path.name + DATA_SUFFIX)
+    temporary = Path(tempfile.mkdtemp(prefix=".onnx.", suffix=TEMPORARY, dir=path.parent))
+    try:
+        ir.save(model, temporary / path.name, external_data=data.name, size_threshold_bytes=_INLINE_BYTES)
+        check(temporary / path.name)
+        written = temporary / data.name
+        if written.exists():
+            written.replace(data)
+        else:
+            data.unlink(missing_ok=True)
+        (temporary / path.name).replace(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return [p for p in (path, data) if p.exists()]
 
 
 @contextmanager

@@ -60,11 +60,14 @@ def rewrite_file(source: Path, plan: Plan, target: Path) -> RewriteResult:
     proven = [r for r in regions if proofs[r.layer].holds]
     replace(model, {r.layer: r for r in proven}, plan)
     _describe(model, proven, plan)
-    files = save_graph(model, target)
-    check_file(target)
-    after = summarize(load_graph(target), target)
-    count(load_graph(target), before, after, plan)
-    return RewriteResult(before, after, proofs, files)
+
+    def check(written: Path) -> None:
+        check_file(written)
+        result = load_graph(written)
+        count(result, before, summarize(result, written), plan)
+
+    files = save_graph(model, target, check)
+    return RewriteResult(before, summarize(load_graph(target), target), proofs, files)
 
 
 def _found(model: ir.Model, plan: Plan) -> list[AttentionRegion]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,32 @@ class Table:
 
 def mebibytes(size: float) -> str:
     return f"{size / 2**20:,.1f} MiB"
+
+
+def _number(value: Any, spec: str) -> str:
+    """``value`` formatted; what is no finite number (nan, inf, also as text) stays itself."""
+    if isinstance(value, (int, float)) and math.isfinite(value):
+        return format(value, spec)
+    return str(value)
+
+
+def _figure(value: Any) -> str:
+    """1.2e-5: two digits, the exponent without its zero."""
+    mantissa, e, exponent = _number(value, ".1e").partition("e")
+    return "0" if value == 0 else f"{mantissa}e{int(exponent)}" if e else mantissa
+
+
+def _percent(value: Any) -> str:
+    return _number(value, ".1%").replace(".0%", "%")
+
+
+def _one_minus(value: Any) -> Any:
+    return 1 - value if isinstance(value, (int, float)) else value
+
+
+def _worse(a: Any, b: Any) -> str:
+    numbers = [float(v) for v in (a, b)]  # the report writes infinity as text
+    return _figure(max(numbers))
 
 
 def checks_table(report: Report) -> Table:
@@ -63,9 +90,9 @@ def layers_table(selection: Mapping[str, Any], proofs: Sequence[Mapping[str, Any
             (
                 str(c["layer"]),
                 "linear" if c["layer"] in chosen else "attention",
-                f"{c['cca']:.2f}",
-                f"{c['nmse']:.4f}",
-                f"{max(error['input_error'], error['output_error']):.1e}" if error else "",
+                _number(c["cca"], ".2f"),
+                _number(c["nmse"], ".4f"),
+                _worse(error["input_error"], error["output_error"]) if error else "",
             )
         )
     return Table(
@@ -113,32 +140,24 @@ def parity_table(parity: Mapping[str, Any], brief: bool = False) -> Table:
     )
 
 
-def _one_minus(value: Any) -> Any:
-    return 1 - value if isinstance(value, (int, float)) else value
-
-
-def _figure(value: Any) -> str:
-    """1.2e-5: two digits, the exponent without its zero."""
-    if not isinstance(value, (int, float)):
-        return str(value)
-    mantissa, _, exponent = f"{value:.1e}".partition("e")
-    return f"{mantissa}e{int(exponent)}" if value else "0"
-
-
-def _percent(value: Any) -> str:
-    return f"{value:.1%}".replace(".0%", "%") if isinstance(value, (int, float)) else str(value)
-
-
 def method_table(loss: Mapping[str, Any]) -> Table:
     """What linearizing cost on held-out text."""
     return Table(
         "Method loss: original against linearized, held-out text",
         ("", "value", "standard error"),
         (
-            ("perplexity, original", f"{loss['perplexity_original']:.3f}", ""),
-            ("perplexity, linearized", f"{loss['perplexity_linearized']:.3f}", ""),
-            ("perplexity ratio", f"{loss['perplexity_ratio']:.4f}", f"± {loss['perplexity_ratio_se']:.4f}"),
-            ("KL to the original, nats per token", f"{loss['kl']:.4f}", f"± {loss['kl_se']:.4f}"),
+            ("perplexity, original", f"{_number(loss['perplexity_original'], '.3f')}", ""),
+            ("perplexity, linearized", f"{_number(loss['perplexity_linearized'], '.3f')}", ""),
+            (
+                "perplexity ratio",
+                f"{_number(loss['perplexity_ratio'], '.4f')}",
+                f"± {_number(loss['perplexity_ratio_se'], '.4f')}",
+            ),
+            (
+                "KL to the original, nats per token",
+                f"{_number(loss['kl'], '.4f')}",
+                f"± {_number(loss['kl_se'], '.4f')}",
+            ),
         ),
         f"{loss['tokens']:,} tokens of {loss['documents']:,} documents that calibration did not see; "
         "standard errors over documents.",

@@ -188,10 +188,12 @@ def _compare_kv(
             u, v = (np.moveaxis(t, 1, 2)[real].astype(np.float64) for t in (x, y))
             difference = np.abs(u - v)
             relative = difference / np.maximum(np.maximum(np.abs(u), _rms(u)), 1e-12)
+            # NaN compares with nothing; as infinity it is the worst there is.
+            largest, largest_rel = (float(np.nan_to_num(d.max(), nan=np.inf)) for d in (difference, relative))
             means.append(float(relative.mean()))
-            worst_abs = max(worst_abs, float(difference.max()))
-            if not relative.max() <= worst_rel:
-                worst_rel, worst_layer = float(relative.max()), layer
+            worst_abs = max(worst_abs, largest)
+            if largest_rel > worst_rel:
+                worst_rel, worst_layer = largest_rel, layer
     return worst_abs, worst_rel, float(np.mean(means)) if means else 0.0, worst_layer
 
 

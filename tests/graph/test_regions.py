@@ -1,0 +1,239 @@
+"""Where the attention of every layer is found: against PyTorch's own activations, and in odd graphs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from nbl_export.graph.io import load_graph
+from nbl_export.graph.regions import AttentionRegion, Refusal, find_regions
+from nbl_export.runtime.ort import run_taps
+from tests.fixtures_graph import pad_left, ragged_rows
+from tests.graph.conftest import Variant
+
+
+def activations(model: Any, inputs: dict[str, Any]) -> list[dict[str, Any]]:
+    """h, x and y of every layer, by hooks on the modules of a Llama-like model, real tokens only."""
+    kept = inputs["attention_mask"].astype(bool)
+    seen: list[dict[str, Any]] = [{} for _ in model.model.layers]
+    hooks = []
+    for store, block in zip(seen, model.model.layers, strict=True):
+
+        def input_norm(_m: Any, args: Any, output: Any, store: Any = store) -> None:
+            store["h"], store["x"] = args[0].numpy()[kept], output.numpy()[kept]
+
+        def attention(_m: Any, _args: Any, output: Any, store: Any = store) -> None:
+            store["y"] = output[0].numpy()[kept]
+
+        hooks.append(block.input_layernorm.register_forward_hook(input_norm))
+        hooks.append(block.self_attn.register_forward_hook(attention))
+    try:
+        with torch.inference_mode():
+            model(**{k: torch.from_numpy(v) for k, v in inputs.items()}, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def assert_regions_are_the_attention(path: Path, model: Any, layers: int, core: str) -> None:
+    vocab = model.config.vocab_size
+    ids, mask, positions = pad_left(ragged_rows((9, 5, 7), vocab))
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    expected = activations(model, inputs)
+    regions = find_regions(load_graph(path))
+    assert [r.layer for r in regions] == list(range(layers))
+    for region, wanted in zip(regions, expected, strict=True):
+        assert isinstance(region, AttentionRegion), str(region)
+        assert region.core == core
+        assert region.h is not None
+        names = {"h": str(region.h.name), "x": str(region.x.name), "y": str(region.y.name)}
+        assert len(set(names.values())) == 3
+        found = run_taps(path, list(names.values()), inputs)
+        for what, name in names.items():
+            got = found[name][mask.astype(bool)]
+            np.testing.assert_allclose(got, wanted[what], rtol=2e-4, atol=2e-4, err_msg=f"{what} of {region}")
+    # What is compared really differs from layer to layer, so a shifted answer would be noticed.
+    for what in ("h", "x", "y"):
+        first, last = expected[0][what], expected[-1][what]
+        assert np.abs(first - last).max() > 0.1
+
+
+def test_tiny_llama(tiny_graph: Path, tiny_model: torch.nn.Module) -> None:
+    assert_regions_are_the_attention(tiny_graph, tiny_model, 4, "Attention")
+
+
+def test_variants(variant: Variant) -> None:
+    """Biases belong to y; without the fused operator the core is the product with V."""
+    assert_regions_are_the_attention(variant.path, variant.model, 2, variant.core)
+    model = load_graph(variant.path)
+    for region in find_regions(model):
+        assert isinstance(region, AttentionRegion)
+        producer = region.y.producer()
+        assert producer is not None and producer.op_type == variant.writer
+    ops = {node.op_type for node in model.graph}
+    assert ("Attention" in ops) != ("Softmax" in ops)
+    assert ("Softmax" in ops) == (variant.kind == "decomposed llama")
+
+
+# Graphs made by hand -----------------------------------------------------------------------------
+
+D, VOCAB = 8, 11
+Node = tuple[str, list[str], list[str]]
+ONE_LAYER: dict[str, Node] = {
+    "embed": ("Gather", ["embedding", "input_ids"], ["h"]),
+    "norm": ("RMSNormalization", ["h", "gain"], ["x"]),
+    "q": ("MatMul", ["x", "w.q"], ["q3"]),
+    "k": ("MatMul", ["x", "w.k"], ["k3"]),
+    "v": ("MatMul", ["x", "w.v"], ["v3"]),
+    "q4": ("Unsqueeze", ["q3", "one"], ["q"]),
+    "k4": ("Unsqueeze", ["k3", "one"], ["k"]),
+    "v4": ("Unsqueeze", ["v3", "one"], ["v"]),
+    "keys": ("Concat", ["past_key_values.0.key", "k"], ["present.0.key"]),
+    "values": ("Concat", ["past_key_values.0.value", "v"], ["present.0.value"]),
+    "core": ("Attention", ["q", "present.0.key", "present.0.value"], ["a"]),
+    "flat": ("Squeeze", ["a", "one"], ["a3"]),
+    "o": ("MatMul", ["a3", "w.o"], ["y"]),
+    "add": ("Add", ["h", "y"], ["out"]),
+    "head": ("MatMul", ["out", "w.head"], ["logits"]),
+}
+
+
+def one_layer(changes: dict[str, Node | None]) -> ir.Model:
+    """A decoder of one attention layer with one head; ``changes`` replace, add or drop nodes."""
+    nodes = {k: v for k, v in (ONE_LAYER | changes).items() if v is not None}
+    shapes = {
+        "embedding": (VOCAB, D),
+        "gain": (D,),
+        **{f"w.{m}": (D, D) for m in ("q", "k", "v", "o", "o2")},
+        "w.head": (D, VOCAB),
+    }
+    generator = np.random.default_rng(0)
+    arrays = {n: generator.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
+    arrays["one"] = np.array([1], dtype=np.int64)
+    used = {name for _, inputs, _ in nodes.values() for name in inputs}
+    attributes = {"Concat": {"axis": 2}, "Cast": {"to": TensorProto.FLOAT}}
+
+    def value(name: str, *shape: str | int) -> onnx.ValueInfoProto:
+        kind = TensorProto.INT64 if name == "input_ids" else TensorProto.FLOAT
+        return helper.make_tensor_value_info(name, kind, shape)
+
+    sides = ("key", "value")
+    graph = helper.make_graph(
+        [helper.make_node(op, i, o, n, **attributes.get(op, {})) for n, (op, i, o) in nodes.items()],
+        "decoder",
+        [
+            value("input_ids", "batch", "sequence"),
+            *(value(f"past_key_values.0.{s}", "batch", 1, "past", D) for s in sides),
+        ],
+        [
+            value("logits", "batch", "sequence", VOCAB),
+            *(value(f"present.0.{s}", "batch", 1, "total", D) for s in sides),
+        ],
+        [numpy_helper.from_array(a, n) for n, a in arrays.items() if n in used],
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    model = ir.from_proto(proto)
+    model.graph.sort()
+    onnx.checker.check_model(ir.to_proto(model))
+    return model
+
+
+def test_the_plain_graph_is_found() -> None:
+    (region,) = find_regions(one_layer({}))
+    assert isinstance(region, AttentionRegion)
+    assert (region.x.name, region.y.name, region.core) == ("x", "y", "Attention")
+    assert region.h is not None and region.h.name == "h"
+
+
+def test_an_output_that_joins_no_stream_has_no_h() -> None:
+    (region,) = find_regions(one_layer({"add": ("Tanh", ["y"], ["out"])}))
+    assert isinstance(region, AttentionRegion)
+    assert region.h is None and region.y.name == "y"
+
+
+IDENTITIES: dict[str, Node | None] = {
+    f"id{i}": ("Identity", [f"i{i - 1}" if i else "a3"], [f"i{i}"]) for i in range(13)
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "check", "found"),
+    [
+        pytest.param(
+            {**IDENTITIES, "o": None, "add": ("Add", ["h", "i12"], ["out"])},
+            "an output projection follows the attention",
+            "Identity after 12 nodes",
+            id="no output projection",
+        ),
+        pytest.param(
+            {
+                "o": None,
+                "add": ("Add", ["h", "a3"], ["out"]),
+                "act": ("Tanh", ["out"], ["t"]),
+                "sum": ("Add", ["out", "t"], ["s"]),
+                "head": ("MatMul", ["s", "w.head"], ["logits"]),
+            },
+            "the attention's result has one reader up to the output projection",
+            "2",
+            id="the result goes into the stream unprojected",
+        ),
+        pytest.param(
+            {
+                "o2": ("MatMul", ["a3", "w.o2"], ["y2"]),
+                "both": ("Add", ["y", "y2"], ["yy"]),
+                "add": ("Add", ["h", "yy"], ["out"]),
+            },
+            "the attention's result has one reader up to the output projection",
+            "2",
+            id="two output projections",
+        ),
+        pytest.param(
+            {"k": ("MatMul", ["h", "w.k"], ["k3"])},
+            "all projections of the layer read one tensor",
+            "h, x",
+            id="q and k read different tensors",
+        ),
+        pytest.param(
+            {"head": ("MatMul", ["h", "w.head"], ["logits"]), "o": None, "add": None, "flat": None},
+            "the past key and value reach the first output",
+            "no path",
+            id="the attention does not reach the logits",
+        ),
+        pytest.param(
+            {"core": ("Attention", ["q", "present.0.key", "v"], ["a"])},
+            "the past key and value reach the first output",
+            "no path",
+            id="the past value does not reach the logits",
+        ),
+    ],
+)
+def test_refusals_say_what_was_checked_and_found(
+    changes: dict[str, Node | None], check: str, found: str
+) -> None:
+    (entry,) = find_regions(one_layer(changes))
+    assert entry == Refusal(0, check, found)
+    assert str(entry) == f"layer 0: {check} (found: {found})"
+
+
+def test_asking_a_cache_for_its_size_is_not_a_path() -> None:
+    """Exporters ask a cache for the past length; none of its numbers flow from there to the logits."""
+    (entry,) = find_regions(
+        one_layer(
+            {
+                "core": ("Attention", ["q", "present.0.key", "v"], ["a"]),
+                "size": ("Size", ["past_key_values.0.value"], ["n"]),
+                "float": ("Cast", ["n"], ["f"]),
+                "shift": ("Add", ["a3", "f"], ["a3s"]),
+                "o": ("MatMul", ["a3s", "w.o"], ["y"]),
+            }
+        )
+    )
+    assert entry == Refusal(0, "the past key and value reach the first output", "no path")

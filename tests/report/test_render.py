@@ -1,0 +1,168 @@
+"""Markdown and JUnit: everything is in them, whatever the texts hold."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from junitparser import Failure, JUnitXml, Skipped
+
+from nbl_export.report.render import markdown, write_report
+from nbl_export.report.schema import Check, Report, load_report
+from nbl_export.report.tables import checks_table, report_tables
+
+TITLES = [
+    "Checks",
+    "Graph",
+    "Method loss: original against linearized, held-out text",
+    "Speed on ONNX Runtime, batch 1",
+    "Parity: linearized PyTorch against the rewritten graph",
+    "Layers by cca",
+]
+
+
+def cells(line: str) -> list[str]:
+    """The cells of a GitHub table row: split at the pipes that no backslash escapes."""
+    assert line.startswith("|") and line.endswith("|")
+    return [c.strip().replace("\\|", "|") for c in re.split(r"(?<!\\)\|", line[1:-1])]
+
+
+def tables(text: str) -> dict[str, list[list[str]]]:
+    """Title to rows, the heading first and the ruler left out; every row must be as wide as its heading."""
+    found: dict[str, list[list[str]]] = {}
+    title = ""
+    for line in text.splitlines():
+        if line.startswith("## "):
+            title = line[3:]
+        elif line.startswith("|"):
+            found.setdefault(title, []).append(cells(line))
+    for title, rows in found.items():
+        assert set(rows.pop(1)) == {"---"}, title
+        assert {len(row) for row in rows} == {len(rows[0])}, title
+    return found
+
+
+def test_markdown_has_every_table_in_full(report: Report) -> None:
+    drawn = tables(markdown(report))
+    assert list(drawn) == TITLES
+    for table in (checks_table(report), *report_tables(report)):
+        rows = [list(table.columns), *(list(r) for r in table.rows)]
+        assert drawn[table.title] == [[c.strip() for c in row] for row in rows]
+    assert len(drawn[TITLES[4]]) == 1 + 9
+    assert len(drawn[TITLES[5]]) == 1 + 5
+
+
+def test_markdown_figures_are_the_report_s(report: Report) -> None:
+    drawn = {title: {row[0]: row[1:] for row in rows} for title, rows in tables(markdown(report)).items()}
+    before, after = report.graph["before"], report.graph["after"]
+    assert drawn["Graph"]["KV pairs (layers with a cache)"] == ["5", "3", "-40.0%"]
+    assert drawn["Graph"]["parameters"][:2] == [f"{before['parameters']:,}", f"{after['parameters']:,}"]
+    # 4 KV heads of 8 float32, keys and values.
+    assert drawn["Graph"]["KV cache, bytes per token"][:2] == ["1,280", "768"]
+    loss = report.method_loss
+    assert loss is not None
+    assert drawn[TITLES[2]]["perplexity ratio"][0] == f"{loss['perplexity_ratio']:.4f}"
+    assert set(drawn[TITLES[3]]) == {"", "prefill 16", "decode 16"}
+    linear = {layer for layer, row in drawn[TITLES[5]].items() if row[0] == "linear"}
+    assert linear == {"2", "3"}
+
+
+def test_head_line_is_the_verdict(report: Report) -> None:
+    assert markdown(report).startswith("# nbl-export report: PASS\n")
+    failed = replace(report, checks=[*report.checks, Check("one more", "failed", "why")])
+    assert markdown(failed).startswith("# nbl-export report: FAIL\n")
+    assert "Where parity is lost" not in markdown(failed)
+    text = markdown(replace(failed, divergence="layer 7 (attention) is the first"))
+    assert "**Where parity is lost:** layer 7 (attention) is the first" in text
+    assert list(tables(text)) == TITLES
+
+
+@pytest.mark.parametrize("nasty", ["a | b", "||", "two\nlines", "| starts", "ends |", "max |Δlogit| | x"])
+def test_pipes_and_line_ends_do_not_break_a_table(report: Report, nasty: str) -> None:
+    checks = [Check(f"name {nasty}", "failed", f"detail {nasty}"), Check("last", "passed", "fine")]
+    graph = json.loads(json.dumps(dict(report.graph)))
+    graph["before"]["ops"][nasty] = 3
+    drawn = tables(markdown(replace(report, checks=checks, graph=graph)))
+    one_line = nasty.replace("\n", " ")
+    assert drawn["Checks"][1:] == [
+        [f"name {one_line}".strip(), "failed", f"detail {one_line}".strip()],
+        ["last", "passed", "fine"],
+    ]
+    assert [one_line.strip(), "3", "0"] in [row[:3] for row in drawn["Graph"]]
+
+
+def test_sections_that_were_not_run_are_left_out(report: Report) -> None:
+    short = replace(report, method_loss=None, speed=None, parity=None, notes=[])
+    assert list(tables(markdown(short))) == ["Checks", "Graph", "Layers by cca"]
+    assert "## Notes" not in markdown(short)
+
+
+def test_notes_are_listed(report: Report) -> None:
+    text = markdown(replace(report, notes=["first note", "second | note"]))
+    assert "\n- first note\n- second | note\n" in text
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("section", ["parity", "method_loss"])
+def test_figures_that_are_no_numbers_are_drawn(
+    report: Report, tmp_path: Path, section: str, bad: float
+) -> None:
+    """A broken model gives such figures; the report of it must still be written, read and drawn."""
+
+    def broken(value: Any, inside: bool = False) -> Any:
+        if isinstance(value, dict):
+            return {k: broken(v, True) if k not in ("gates", "step") else v for k, v in value.items()}
+        if isinstance(value, list):
+            return [broken(v, True) for v in value]
+        return bad if isinstance(value, float) else value
+
+    changed = replace(report, **{section: broken(dict(getattr(report, section)))})
+    write_report(tmp_path, changed)
+    again = load_report(tmp_path / "report.json")
+    assert list(tables(markdown(again))) == TITLES
+    assert str(bad) in markdown(again)
+
+
+def test_a_layer_that_was_not_proven_is_drawn(report: Report, tmp_path: Path) -> None:
+    graph = json.loads(json.dumps(dict(report.graph)))
+    graph["proofs"][0]["input_error"] = float("inf")
+    write_report(tmp_path, replace(report, graph=graph))
+    rows = tables(markdown(load_report(tmp_path / "report.json")))["Layers by cca"]
+    assert [row[-1] for row in rows if row[0] == "0"] == ["inf"]
+
+
+# files -------------------------------------------------------------------------------------------
+
+
+def test_junit_counts(report: Report, tmp_path: Path) -> None:
+    checks = [
+        Check("good", "passed", "fine"),
+        Check("bad", "failed", 'worse than <allowed> & "quoted"'),
+        Check("worse", "failed", "much worse"),
+        Check("left out", "skipped", "--no-speed"),
+    ]
+    paths = write_report(tmp_path / "report", replace(report, checks=checks))
+    assert [p.name for p in paths] == ["report.json", "report.md", "junit.xml"]
+    assert {p.name for p in (tmp_path / "report").iterdir()} == {p.name for p in paths}
+    xml = JUnitXml.fromfile(str(paths[2]))
+    assert (xml.tests, xml.failures, xml.skipped, xml.errors) == (4, 2, 1, 0)
+    (suite,) = list(xml)
+    cases = {case.name: case for case in suite}
+    assert list(cases) == ["good", "bad", "worse", "left out"]
+    assert cases["good"].is_passed and cases["good"].system_out == "fine"
+    (failure,) = cases["bad"].result
+    assert isinstance(failure, Failure) and failure.message == 'worse than <allowed> & "quoted"'
+    (skipped,) = cases["left out"].result
+    assert isinstance(skipped, Skipped) and skipped.message == "--no-speed"
+
+
+def test_the_written_files_are_the_report(report: Report, stories_out: Path, tmp_path: Path) -> None:
+    write_report(tmp_path, report)
+    for name in ("report.json", "report.md", "junit.xml"):
+        assert (tmp_path / name).read_bytes() == (stories_out / "report" / name).read_bytes(), name
+    xml = JUnitXml.fromfile(str(tmp_path / "junit.xml"))
+    assert (xml.tests, xml.failures, xml.skipped) == (len(report.checks), 0, 0)
