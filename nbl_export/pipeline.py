@@ -25,7 +25,7 @@ from nbl_export.linearize.lmmse import DEFAULT_RIDGE, FitInput
 from nbl_export.linearize.plan import Plan, load_plan
 from nbl_export.models.source import ModelSource, find_model, same_model
 from nbl_export.progress import Listener, Silent
-from nbl_export.report.schema import Check, Report, load_report
+from nbl_export.report.schema import Check, Report, jsonable, load_report
 from nbl_export.workspace import Workspace, atomic_path, read_json, sha256_of_json, write_json
 
 if TYPE_CHECKING:
@@ -375,7 +375,7 @@ def rewrite(run: Run) -> None:
             "kv_layers": list(plan.kept),
             "proofs": proofs_as_json(result.proofs),
         }
-        write_json(_rewrite_summary(ws), summary)
+        write_json(_rewrite_summary(ws), jsonable(summary))
         beside = [ws.root / name for name in exported.files if not Path(name).name.startswith(ws.model.name)]
         return [*result.files, _rewrite_summary(ws), *(_copy_config(path, ws.root, plan) for path in beside)]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors.numpy import load_file
 
 from nbl_export import api
 from nbl_export.errors import InputError
+from nbl_export.graph import rewrite as rewrite_module
 from nbl_export.linearize.plan import load_plan
 from nbl_export.progress import Silent
 from nbl_export.workspace import Workspace, sha256_of_file
@@ -157,6 +159,24 @@ def test_other_selections_pass_parity(stories_copy: Path, selection: Any, layers
     assert report.graph["after"]["kv_pairs"] == 5 - len(layers)
     if not layers:
         assert report.method_loss is not None and report.method_loss["perplexity_ratio"] == 1
+
+
+def test_a_kept_layer_that_cannot_be_proven_is_recorded(
+    stories_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stays as it is; its error is infinite where the graph has no such tensor."""
+    prove = rewrite_module.prove
+
+    def without_proof_of_layer_0(*arguments: Any) -> Any:
+        proofs = prove(*arguments)
+        return proofs | {0: replace(proofs[0], input_error=float("inf"))}
+
+    monkeypatch.setattr(rewrite_module, "prove", without_proof_of_layer_0)
+    api.select(stories_copy, api.SelectSettings(layers=(2,)))
+    api.rewrite(stories_copy)
+    report = api.verify(stories_copy, QUICK)
+    assert report.passed
+    assert [p["input_error"] for p in report.graph["proofs"] if p["layer"] == 0] == ["inf"]
 
 
 def test_report_is_redrawn_without_the_model(stories_copy: Path, stories_out: Path) -> None:

@@ -177,7 +177,7 @@ def test_stale_data_goes_when_a_graph_needs_little(graph: Path) -> None:
     small = ir.Model(
         ir.Graph([x], [node.outputs[0]], nodes=[node], opset_imports={"": 23}, name="small"), ir_version=10
     )
-    save_graph(small, graph)
+    save_graph(small, graph, check=lambda path: None)
     assert len(load_graph(graph).graph) == 1
     data = graph.with_name(DATA)
     assert not data.exists() or data.stat().st_size == 0

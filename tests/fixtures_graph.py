@@ -1,0 +1,155 @@
+"""Models, exported graphs and a finished run, made once; tests copy what they change."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from nbl_export.calibrate.moments import load_moments
+from nbl_export.calibrate.probe import load_probe
+from nbl_export.export.torch import export_torch
+from nbl_export.linearize.lmmse import FitInput, fit_lmmse
+from nbl_export.linearize.plan import LinearLayer, Plan, load_plan
+from nbl_export.models.load import load_model
+from nbl_export.models.source import find_model
+from nbl_export.workspace import Workspace
+
+
+def load(folder: Path) -> torch.nn.Module:
+    """The model in ``folder`` as the tool loads it: float32, CPU, eval."""
+    return load_model(find_model(str(folder)))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_folder: Path) -> torch.nn.Module:
+    return load(tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_graph(tiny_model: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, exported; read only."""
+    path = tmp_path_factory.mktemp("tiny-graph") / "model.onnx"
+    export_torch(tiny_model, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def stories_model(stories_folder: Path) -> torch.nn.Module:
+    return load(stories_folder)
+
+
+@pytest.fixture
+def stories_copy(stories_out: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run, to be changed or damaged."""
+    return Path(shutil.copytree(stories_out, tmp_path / "out", copy_function=shutil.copy2))
+
+
+def plan_by_hand(out: Path, layers: Sequence[int], fit_input: FitInput = "normed") -> Plan:
+    """A plan of exactly ``layers`` from the moments and the probe of the finished run ``out``."""
+    workspace = Workspace.open(out)
+    moments, _ = load_moments(workspace.moments)
+    probe = load_probe(workspace.probe)
+    fits = {i: fit_lmmse(moments.layers[i], fit_input) for i in layers}
+    first = load_plan(workspace.plan)
+    return Plan(
+        model=first.model,
+        hidden_size=first.hidden_size,
+        layer_count=first.layer_count,
+        fit_input=fit_input,
+        criterion="by hand",
+        ridge=1e-6,
+        calibration_tokens=first.calibration_tokens,
+        layers={i: LinearLayer(f.w.astype(np.float32), f.b.astype(np.float32)) for i, f in fits.items()},
+        probe={n: getattr(probe, n) for n in ("input_ids", "attention_mask", "position_ids")},
+        probe_u=probe.x if fit_input == "normed" else probe.h,
+        probe_y=probe.y,
+    )
+
+
+def ragged_rows(lengths: Sequence[int], vocab: int, seed: int = 0) -> list[np.ndarray[Any, Any]]:
+    """Random token ids of the given lengths."""
+    generator = np.random.default_rng(seed)
+    return [generator.integers(3, vocab, length, dtype=np.int32) for length in lengths]
+
+
+def pad_left(
+    rows: Sequence[np.ndarray[Any, Any]],
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Ids, mask and positions of ragged rows, padded on the left with zeros (positions: 0 too)."""
+    width = max(map(len, rows))
+    ids = np.stack([np.r_[np.zeros(width - len(r), np.int64), r.astype(np.int64)] for r in rows])
+    mask = np.stack([np.r_[np.zeros(width - len(r), np.int64), np.ones(len(r), np.int64)] for r in rows])
+    positions = np.stack([np.r_[np.zeros(width - len(r), np.int64), np.arange(len(r))] for r in rows])
+    return ids, mask, positions
+
+
+def original_logits(
+    model: torch.nn.Module, row: np.ndarray[Any, Any], implementation: str = "sdpa"
+) -> np.ndarray[Any, Any]:
+    """Logits [sequence, vocab] of one unpadded row, no cache, by transformers' own attention."""
+    model.set_attn_implementation(implementation)  # type: ignore[operator]
+    ids = torch.from_numpy(row.astype(np.int64))[None]
+    with torch.inference_mode():
+        return model(input_ids=ids, use_cache=False).logits[0].numpy()
+
+
+@contextmanager
+def maps_in_place(model: Any, plan: Plan) -> Iterator[None]:
+    """``model`` with the planned attention outputs overwritten by W u + b: hooks of the tests' own."""
+    handles, blocks_input = [], {}
+    for index, linear in plan.layers.items():
+        block = model.model.layers[index]
+        w, b = torch.from_numpy(linear.w), torch.from_numpy(linear.b)
+
+        def keep(_block: Any, args: Any, kwargs: Any, index: int = index) -> None:
+            blocks_input[index] = kwargs.get("hidden_states", args[0] if args else None)
+
+        def overwrite(
+            _module: Any, args: Any, kwargs: Any, output: Any, index: int = index, w: Any = w, b: Any = b
+        ) -> Any:
+            x = kwargs.get("hidden_states", args[0] if args else None)
+            u = x if plan.fit_input == "normed" else blocks_input[index]
+            return (u @ w.T + b, *output[1:])
+
+        handles.append(block.register_forward_pre_hook(keep, with_kwargs=True))
+        handles.append(block.self_attn.register_forward_hook(overwrite, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def external_entry(path: Path, name: str) -> tuple[int, int]:
+    """Offset and length of an initializer in the data file of the graph at ``path``."""
+    proto = onnx.load(str(path), load_external_data=False)
+    (tensor,) = [t for t in proto.graph.initializer if t.name == name]
+    fields = {e.key: e.value for e in tensor.external_data}
+    return int(fields.get("offset", 0)), int(fields["length"])
+
+
+def perturb(path: Path, name: str, factor: float = 2.0) -> None:
+    """Multiply one float32 initializer of the graph at ``path`` in its external data file."""
+    offset, length = external_entry(path, name)
+    data = path.with_name(path.name + ".data")
+    raw = bytearray(data.read_bytes())
+    weight = np.frombuffer(bytes(raw[offset : offset + length]), dtype="<f4") * np.float32(factor)
+    raw[offset : offset + length] = weight.astype("<f4").tobytes()
+    data.write_bytes(raw)
+
+
+def rerecord(out: Path, stage: str) -> None:
+    """Take the files of ``stage`` as they are now for what the stage wrote."""
+    workspace = Workspace.open(out)
+    record = workspace.record(stage)
+    assert record is not None
+    files = [out / name for name in record.files]
+    workspace.finish(stage, record.key, record.settings, files, record.seconds, list(record.notes))
