@@ -17,10 +17,11 @@ from nbl_export import pipeline
 from nbl_export.errors import NblError
 from nbl_export.inspection import inspect_path
 from nbl_export.linearize.plan import Plan
-from nbl_export.pipeline import CalibrateSettings, Run, SelectSettings, VerifySettings
 from nbl_export.progress import Listener
 from nbl_export.report.schema import Report
 from nbl_export.report.tables import Table
+from nbl_export.run import Run
+from nbl_export.settings import CalibrateSettings, SelectSettings, VerifySettings
 from nbl_export.workspace import Workspace
 
 __all__ = [

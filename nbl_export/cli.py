@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from nbl_export.report.schema import Report
 
 DEFAULT_COMMAND = "run"
+_INTERRUPTED_TEXT = "Interrupted; run the same command again to go on from what is done."
 
 
 class _DefaultCommandGroup(TyperGroup):
@@ -285,19 +286,19 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
 
 
 def _calibration(sources: Any, field: str, samples: int, seq_len: int, heldout: int, seed: int) -> Any:
-    from nbl_export.pipeline import CalibrateSettings
+    from nbl_export.settings import CalibrateSettings
 
     return CalibrateSettings(tuple(sources or ("self",)), samples, seq_len, heldout, field, seed)
 
 
 def _selection(k: int | None, layers: str | None, criterion: str, fit_input: Any, ridge: float) -> Any:
-    from nbl_export.pipeline import SelectSettings
+    from nbl_export.settings import SelectSettings
 
     return SelectSettings(k, _layers(layers), criterion, fit_input, ridge)
 
 
 def _verification(steps: int, contexts: str, rounds: int, quality: bool, speed: bool) -> Any:
-    from nbl_export.pipeline import VerifySettings
+    from nbl_export.settings import VerifySettings
 
     return VerifySettings(steps, quality, speed, _numbers("--contexts", contexts), rounds)
 
@@ -323,7 +324,7 @@ def main() -> None:
     except NblError as error:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        _fail("Interrupted; run the same command again to go on from what is done.", INTERRUPTED)
+        _fail(_INTERRUPTED_TEXT, INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(INTERRUPTED)
@@ -341,6 +342,8 @@ def main() -> None:
             INTERNAL,
         )
     else:
+        if code == INTERRUPTED:  # the parser turns Ctrl-C into an exit code
+            _fail(_INTERRUPTED_TEXT, INTERRUPTED)
         sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -10,22 +10,19 @@ from __future__ import annotations
 
 import datetime
 import shutil
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from nbl_export import __version__
 from nbl_export.calibrate.text import TextSettings
-from nbl_export.errors import InputError, os_error_in_words
-from nbl_export.linearize.lmmse import DEFAULT_RIDGE, FitInput
+from nbl_export.errors import InputError
 from nbl_export.linearize.plan import Plan, load_plan
-from nbl_export.models.source import ModelSource, find_model, same_model
-from nbl_export.progress import Listener, Silent
+from nbl_export.progress import Listener
 from nbl_export.report.schema import Check, Report, jsonable, load_report
+from nbl_export.run import Run
+from nbl_export.settings import CalibrateSettings, SelectSettings, VerifySettings
 from nbl_export.workspace import Workspace, atomic_path, read_json, sha256_of_json, write_json
 
 if TYPE_CHECKING:
@@ -33,144 +30,7 @@ if TYPE_CHECKING:
 
     from nbl_export.calibrate.text import CalibrationText
     from nbl_export.graph.rewrite import RewriteResult
-
-
-# Calibration has no settings of its own but what text to take.
-CalibrateSettings = TextSettings
-
-
-@dataclass(frozen=True)
-class SelectSettings:
-    """Which layers: the ``k`` best by ``criterion``, or exactly ``layers``; and how they are fitted."""
-
-    k: int | None = None
-    layers: tuple[int, ...] | None = None
-    criterion: str = "cca"
-    fit_input: FitInput = "normed"
-    ridge: float = DEFAULT_RIDGE
-
-    def check(self) -> None:
-        from nbl_export.linearize.select import CRITERIA, check_k
-
-        if self.k is None and self.layers is None:
-            raise InputError("Say how many layers to linearize: --k K (or name them with --layers).")
-        if self.k is not None:
-            check_k(self.k, None)
-        if self.criterion not in CRITERIA:
-            raise InputError(
-                f"--criterion {self.criterion!r} is unknown; choose one of {', '.join(CRITERIA)}."
-            )
-        if self.fit_input not in ("normed", "residual"):
-            raise InputError(f"--fit-input {self.fit_input!r} is unknown; choose normed or residual.")
-        if not 0 <= self.ridge <= 1e-2:
-            raise InputError(f"--ridge is {self.ridge:g}; it must be between 0 and 0.01.")
-
-
-@dataclass(frozen=True)
-class VerifySettings:
-    """What to verify: decode steps of the parity run, and the optional quality and speed sections.
-
-    ``contexts`` longer than the model's positions are left out, with a note.
-    """
-
-    decode_steps: int = 8
-    quality: bool = True
-    speed: bool = True
-    contexts: tuple[int, ...] = (128, 512, 1024)
-    rounds: int = 7
-
-    def check(self) -> None:
-        if self.decode_steps < 1:
-            raise InputError(f"--decode-steps is {self.decode_steps}; it must be at least 1.")
-        if self.rounds < 3:
-            raise InputError(f"--rounds is {self.rounds}; at least 3 are needed for a spread.")
-        if any(c < 2 for c in self.contexts) or not self.contexts:
-            raise InputError("--contexts needs lengths of at least 2 tokens.")
-
-
-class LoadedModel:
-    """A model and its tokenizer, loaded when first asked for and then kept for the run."""
-
-    def __init__(self, source: ModelSource, listener: Listener) -> None:
-        self.source = source
-        self._listener = listener
-        self._model: torch.nn.Module | None = None
-        self._tokenizer: Any = None
-
-    @property
-    def model(self) -> torch.nn.Module:
-        if self._model is None:
-            from nbl_export.models.load import load_model
-
-            with self._listener.task(f"Loading {Path(self.source.source).name}", 1, "model") as task:
-                self._model = load_model(self.source)
-                task.advance(1)
-        return self._model
-
-    @property
-    def tokenizer(self) -> Any:
-        if self._tokenizer is None:
-            from nbl_export.models.load import load_tokenizer
-
-            self._tokenizer = load_tokenizer(self.source)
-        return self._tokenizer
-
-
-class _Noting:
-    """Passes everything on to a listener and keeps the notes, for the stage's record."""
-
-    def __init__(self, listener: Listener) -> None:
-        self._listener = listener
-        self.notes: list[str] = []
-        self.task = listener.task
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-        self._listener.note(text)
-
-
-@dataclass
-class Run:
-    """One invocation on one output folder: the workspace, the model, and who listens."""
-
-    workspace: Workspace
-    model: LoadedModel
-    listener: Listener = field(default_factory=Silent)
-
-    @classmethod
-    def start(
-        cls, model: str, out: Path, listener: Listener | None = None, trust_remote_code: bool = False
-    ) -> Run:
-        """Begin with a model: an existing output folder must be of the same one."""
-        source = find_model(model, trust_remote_code)
-        workspace = Workspace.create(out)
-        workspace.set_model(source.as_json())
-        return cls(workspace, LoadedModel(source, listener or Silent()), listener or Silent())
-
-    @classmethod
-    def resume(cls, out: Path, listener: Listener | None = None) -> Run:
-        """Go on in an existing output folder with the model recorded there."""
-        workspace = Workspace.open(out)
-        info = workspace.model_info
-        if info is None:
-            raise InputError(f"{out} records no model: start with `nbl-export calibrate MODEL -o {out}`.")
-        source = same_model(info)
-        return cls(workspace, LoadedModel(source, listener or Silent()), listener or Silent())
-
-    def stage(
-        self, name: str, key: str, settings: dict[str, Any], work: Callable[[Listener], list[Path]]
-    ) -> None:
-        """Do ``work`` unless it is done; its files and notes are recorded when it succeeds."""
-        if self.workspace.is_done(name, key):
-            self.listener.note(f"{name}: done already, kept.")
-            return
-        listener = _Noting(self.listener)
-        start = time.perf_counter()
-        try:
-            files = work(listener)
-        except OSError as error:
-            raise os_error_in_words(error, f"in stage `{name}`") from error
-        self.workspace.finish(name, key, settings, files, time.perf_counter() - start, listener.notes)
+    from nbl_export.verify.measure import Measurement
 
 
 # calibrate ---------------------------------------------------------------------------------------
@@ -409,7 +269,9 @@ def _rewrite_summary(ws: Workspace) -> Path:
 
 def verify(run: Run, settings: VerifySettings) -> Report:
     """Parity, method loss and speed → ``report/``; a failed gate is in the report, not an exception."""
+    from nbl_export.calibrate.text import load_text
     from nbl_export.report.render import write_report
+    from nbl_export.verify.measure import measure
 
     settings.check()
     ws = run.workspace
@@ -423,43 +285,26 @@ def verify(run: Run, settings: VerifySettings) -> Report:
     key = sha256_of_json({"rewrite": rewritten.key, "verify": asdict(settings)})
 
     def work(listener: Listener) -> list[Path]:
-        return write_report(ws.report, _measure(run, settings, listener))
+        plan, text = load_plan(ws.plan), load_text(ws.text)
+        measured = measure(run.model.model, plan, text, ws.baseline, ws.model, settings, listener)
+        return write_report(ws.report, _report(run, plan, settings, measured))
 
     run.stage("verify", key, asdict(settings), work)
     return load_report(ws.report / "report.json")
 
 
-def _measure(run: Run, settings: VerifySettings, listener: Listener) -> Report:
-    from nbl_export.calibrate.text import load_text
+def _report(run: Run, plan: Plan, settings: VerifySettings, measured: Measurement) -> Report:
     from nbl_export.report.environment import environment
-    from nbl_export.verify.quality import measure_method_loss
-    from nbl_export.verify.speed import measure_speed
 
     ws = run.workspace
-    plan, text = load_plan(ws.plan), load_text(ws.text)
-    checks = [
-        Check(
-            "graph rewrite",
-            "passed",
-            f"{len(plan.layers)} attention layers and KV pairs gone, every region proven, ONNX checker passed",
-        )
-    ]
-    parity, divergence = _parity(run, plan, text, settings.decode_steps, checks, listener)
-    loss = speed = None
-    if settings.quality:
-        loss = measure_method_loss(
-            run.model.model, plan, text.heldout, text.heldout_document, listener
-        ).as_json()
-    else:
-        checks.append(Check("method loss", "skipped", "--no-quality"))
-    if settings.speed:
-        contexts = _contexts(run, settings.contexts, listener)
-        speed = measure_speed(ws.baseline, ws.model, contexts, settings.rounds, listener).as_json()
-    else:
-        checks.append(Check("speed", "skipped", "--no-speed"))
     records = {name: r for name in ("calibrate", "select", "export", "rewrite") if (r := ws.record(name))}
     rewritten = read_json(_rewrite_summary(ws), "The record of the rewrite", "run `nbl-export rewrite` again")
     scores = read_json(ws.candidates, "The layers' scores", "run `nbl-export select` again")
+    rewriting = Check(
+        "graph rewrite",
+        "passed",
+        f"{len(plan.layers)} attention layers and KV pairs gone, every region proven, ONNX checker passed",
+    )
     return Report(
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         tool_version=__version__,
@@ -481,70 +326,13 @@ def _measure(run: Run, settings: VerifySettings, listener: Listener) -> Report:
             **scores,
         },
         graph=rewritten,
-        parity=parity,
-        divergence=divergence,
-        method_loss=loss,
-        speed=speed,
-        checks=checks,
-        notes=[note for r in records.values() for note in r.notes],
+        parity=measured.parity,
+        divergence=measured.divergence,
+        method_loss=measured.method_loss,
+        speed=measured.speed,
+        checks=[rewriting, *measured.checks],
+        notes=[note for r in records.values() for note in r.notes] + measured.notes,
     )
-
-
-def _parity(
-    run: Run, plan: Plan, text: CalibrationText, steps: int, checks: list[Check], listener: Listener
-) -> tuple[dict[str, Any], str | None]:
-    from nbl_export.linearize.swap import linearized
-    from nbl_export.runtime.ort import OrtDecoder
-    from nbl_export.runtime.torch import TorchDecoder
-    from nbl_export.verify.localize import first_divergence
-    from nbl_export.verify.noise import rounding_noise
-    from nbl_export.verify.parity import compare_decoders, gates_for
-
-    model = run.model.model
-    # Prompts begin with the beginning-of-text token, as in use: without it the attention sinks of a
-    # linearized model settle on chance tokens, which can amplify rounding a hundredfold.
-    ends = np.cumsum([prompt + steps for prompt in _PROMPTS])
-    rows = [
-        np.concatenate([text.start, row])
-        for row in np.split(np.resize(text.heldout.reshape(-1), ends[-1]), ends[:-1])
-    ]
-    with linearized(model, plan):
-        reference = TorchDecoder(model, plan.chosen)
-        result = compare_decoders(
-            reference, OrtDecoder(run.workspace.model), rows, steps, gates_for("float32"), listener
-        )
-        noise = rounding_noise(model, rows)
-    failures = result.failures()
-    if not failures:
-        worst = max(s.max_abs for s in result.steps)
-        detail = f"max |Δlogit| {worst:.2g} over a prefill and {steps} decode steps, within all float32 gates"
-        checks.append(Check("parity", "passed", detail))
-        return {**result.as_json(), "rounding_noise": noise}, None
-    first = first_divergence(model, plan, run.workspace.model)
-    divergence = str(first)
-    if first.layer is None and noise > result.gates.max_abs_logit / 4:
-        divergence = (
-            "every attention layer agrees, but the linearized PyTorch model's own logits move by "
-            f"{noise:.1e} when its embeddings change in the last bit: this plan amplifies rounding; "
-            "try other layers or another criterion"
-        )
-    checks.append(Check("parity", "failed", "; ".join([*failures, divergence])))
-    return {**result.as_json(), "rounding_noise": noise}, divergence
-
-
-# Ragged on purpose: the batch must be padded on the left, by different amounts.
-_PROMPTS = (64, 41, 23)
-
-
-def _contexts(run: Run, contexts: Sequence[int], listener: Listener) -> list[int]:
-    config: Any = run.model.model.config
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    fitting = [c for c in contexts if limit is None or c + 1 <= limit]
-    if dropped := sorted(set(contexts) - set(fitting)):
-        listener.note(
-            f"Speed at {', '.join(map(str, dropped))} tokens is left out: the model has {limit} positions."
-        )
-    return fitting or [max(2, (limit or 16) // 2)]
 
 
 # report ------------------------------------------------------------------------------------------

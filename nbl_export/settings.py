@@ -1,0 +1,61 @@
+"""What a user can ask of each stage, checked before any work begins."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nbl_export.calibrate.text import TextSettings
+from nbl_export.errors import InputError
+from nbl_export.linearize.lmmse import DEFAULT_RIDGE, MAX_RIDGE, FitInput
+
+# Calibration has no settings of its own but what text to take.
+CalibrateSettings = TextSettings
+
+
+@dataclass(frozen=True)
+class SelectSettings:
+    """Which layers: the ``k`` best by ``criterion``, or exactly ``layers``; and how they are fitted."""
+
+    k: int | None = None
+    layers: tuple[int, ...] | None = None
+    criterion: str = "cca"
+    fit_input: FitInput = "normed"
+    ridge: float = DEFAULT_RIDGE
+
+    def check(self) -> None:
+        from nbl_export.linearize.select import CRITERIA, check_k
+
+        if self.k is None and self.layers is None:
+            raise InputError("Say how many layers to linearize: --k K (or name them with --layers).")
+        if self.k is not None:
+            check_k(self.k, None)
+        if self.criterion not in CRITERIA:
+            raise InputError(
+                f"--criterion {self.criterion!r} is unknown; choose one of {', '.join(CRITERIA)}."
+            )
+        if self.fit_input not in ("normed", "residual"):
+            raise InputError(f"--fit-input {self.fit_input!r} is unknown; choose normed or residual.")
+        if not 0 <= self.ridge <= MAX_RIDGE:
+            raise InputError(f"--ridge is {self.ridge:g}; it must be between 0 and {MAX_RIDGE:g}.")
+
+
+@dataclass(frozen=True)
+class VerifySettings:
+    """What to verify: decode steps of the parity run, and the optional quality and speed sections.
+
+    ``contexts`` longer than the model's positions are left out, with a note.
+    """
+
+    decode_steps: int = 8
+    quality: bool = True
+    speed: bool = True
+    contexts: tuple[int, ...] = (128, 512, 1024)
+    rounds: int = 7
+
+    def check(self) -> None:
+        if self.decode_steps < 1:
+            raise InputError(f"--decode-steps is {self.decode_steps}; it must be at least 1.")
+        if self.rounds < 3:
+            raise InputError(f"--rounds is {self.rounds}; at least 3 are needed for a spread.")
+        if any(c < 2 for c in self.contexts) or not self.contexts:
+            raise InputError("--contexts needs lengths of at least 2 tokens.")
