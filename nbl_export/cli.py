@@ -278,7 +278,7 @@ def _layers(text: str | None) -> tuple[int, ...] | None:
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:
     try:
-        return tuple(int(part) for part in text.split(",") if part.strip())
+        return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise typer.BadParameter(
             f"{option} is {text!r}; give whole numbers with commas, as 3,7,12."
@@ -333,7 +333,7 @@ def main() -> None:
         _fail(str(translated), translated.exit_code)
     except Exception as error:
         if hasattr(error, "exit_code") and hasattr(error, "format_message"):  # usage errors of the parser
-            _fail(f"{error.format_message()} See nbl-export --help.", 2)
+            _fail(f"{str(error.format_message()).rstrip('.')}. See nbl-export --help.", 2)
         if os.environ.get("NBL_EXPORT_DEBUG"):
             raise
         _fail(

@@ -134,7 +134,9 @@ def _folder(path: Path) -> list[Table]:
     if workspace.record("select"):
         from nbl_export.linearize.plan import load_plan
 
-        scores = read_json(workspace.candidates, "The layers' scores", "run `nbl-export select` again")
+        scores = read_json(
+            workspace.candidates, "The file of the layers' scores", "run `nbl-export select` again"
+        )
         plan = load_plan(workspace.plan)
         tables.append(layers_table({"layers": plan.chosen, "criterion": plan.criterion, **scores}, proofs))
     return tables

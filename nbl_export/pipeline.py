@@ -299,7 +299,7 @@ def _report(run: Run, plan: Plan, settings: VerifySettings, measured: Measuremen
     ws = run.workspace
     records = {name: r for name in ("calibrate", "select", "export", "rewrite") if (r := ws.record(name))}
     rewritten = read_json(_rewrite_summary(ws), "The record of the rewrite", "run `nbl-export rewrite` again")
-    scores = read_json(ws.candidates, "The layers' scores", "run `nbl-export select` again")
+    scores = read_json(ws.candidates, "The file of the layers' scores", "run `nbl-export select` again")
     rewriting = Check(
         "graph rewrite",
         "passed",

@@ -18,6 +18,7 @@ import numpy as np
 from nbl_export.errors import InputError
 from nbl_export.workspace import atomic_path
 
+_KEY = "nbl_export"
 _FORMAT = "format"
 _DIGEST = "sha256"
 
@@ -33,7 +34,9 @@ def save_tensors(
     with atomic_path(path) as temporary:
         try:
             marked = {**(metadata or {}), _FORMAT: fmt}
-            save_file(contiguous, temporary, {**marked, _DIGEST: _digest(contiguous, marked)})
+            marked[_DIGEST] = _digest(contiguous, marked)
+            # One key: the library writes several in random order, and equal content should be equal bytes.
+            save_file(contiguous, temporary, {_KEY: json.dumps(marked, sort_keys=True)})
         except SafetensorError as error:
             # The library wraps the operating system's error in text; callers need the error itself.
             if found := re.search(r"os error (\d+)", str(error)):
@@ -50,7 +53,7 @@ def load_tensors(path: Path, fmt: str, remedy: str) -> tuple[dict[str, Any], dic
 
     try:
         with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
+            metadata = _metadata(file)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} cannot be read ({error}): {remedy}.") from None
@@ -60,6 +63,14 @@ def load_tensors(path: Path, fmt: str, remedy: str) -> tuple[dict[str, Any], dic
     if metadata.pop(_DIGEST, None) != _digest(tensors, metadata):
         raise InputError(f"{path} was changed after it was written: {remedy}.")
     return tensors, metadata
+
+
+def _metadata(file: Any) -> dict[str, str]:
+    try:
+        metadata = json.loads((file.metadata() or {}).get(_KEY, "{}"))
+    except ValueError:
+        return {}
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def _digest(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
@@ -77,6 +88,6 @@ def format_of(path: Path) -> str:
 
     try:
         with safe_open(path, framework="numpy") as file:
-            return str((file.metadata() or {}).get(_FORMAT, ""))
+            return _metadata(file).get(_FORMAT, "")
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is no readable safetensors file ({error}).") from None

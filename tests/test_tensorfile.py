@@ -37,7 +37,7 @@ def test_round_trip(path: Path) -> None:
 
 def test_a_changed_bit_is_refused_wherever_it_is(path: Path) -> None:
     raw = path.read_bytes()
-    for position in (len(raw) - 1, raw.index(b'"note":"n"') + 8, raw.index(b"kind/1")):
+    for position in (len(raw) - 1, raw.index(b"note") + 1, raw.index(b"kind/1")):
         path.write_bytes(raw[:position] + bytes([raw[position] ^ 1]) + raw[position + 1 :])
         with pytest.raises(InputError, match="do it again"):
             load_tensors(path, "kind/1", "do it again")

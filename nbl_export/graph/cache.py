@@ -96,8 +96,8 @@ def remove_pairs(model: ir.Model, removed: Sequence[int]) -> None:
     RemoveUnusedNodesPass()(model)
     for pair in gone:
         for value in pair.past:
-            if readers := [u.node.name for u in value.uses()]:
-                raise BuildError(f"{value.name} cannot be removed: node {readers[0]} still reads it.")
+            if readers := [f"{u.node.op_type} ({u.node.name})" for u in value.uses()]:
+                raise BuildError(f"{value.name} cannot be removed: a {readers[0]} still reads it.")
             graph.inputs.remove(value)
     for new, pair in enumerate(kept):
         for side, name in enumerate(SIDES):

@@ -109,7 +109,7 @@ def save_graph(model: ir.Model, path: Path, check: Callable[[Path], object] = ch
         ir.save(model, temporary / path.name, external_data=data.name, size_threshold_bytes=_INLINE_BYTES)
         check(temporary / path.name)
         written = temporary / data.name
-        if written.exists():
+        if written.exists() and written.stat().st_size:
             written.replace(data)
         else:
             data.unlink(missing_ok=True)

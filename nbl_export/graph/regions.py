@@ -131,6 +131,10 @@ def _output(core: ir.Node) -> tuple[ir.Value, ir.Node]:
         node = readers[0]
         if node.op_type in _LINEAR and _is_constant(node.inputs[1]):
             return _with_bias(node.outputs[0]), node
+        if node.op_type == "Add" and not any(_is_constant(v) for v in node.inputs):
+            raise _NotFound(
+                "an output projection comes before the residual addition", "an Add of two activations"
+            )
     raise _NotFound("an output projection follows the attention", f"{node.op_type} after {_MAX_STEPS} nodes")
 
 

@@ -15,6 +15,7 @@ from nbl_export.progress import Listener, Silent
 from nbl_export.runtime.ort import OrtDecoder, require_onnxruntime
 from nbl_export.verify.ceiling import GraphCost, graph_cost
 
+_TOKENS = 32  # different tokens in a timed prompt; which ones does not matter, every vocabulary has them
 _DECODE_STEPS = 8  # tokens per timed decode round, averaged: one token is too short to time
 
 
@@ -89,11 +90,11 @@ class _Prompt:
 
     def __init__(self, decoder: OrtDecoder, context: int) -> None:
         self.decoder = decoder
-        ids = np.arange(context, dtype=np.int64)[None] % 97 + 3
+        ids = np.arange(context, dtype=np.int64)[None] % _TOKENS
         positions = np.arange(context, dtype=np.int64)[None]
         self.prefill_feeds = self._values(ids, np.ones_like(ids), positions, decoder.empty_past(1))
         one = np.ones((1, 1), dtype=np.int64)
-        self._step = (one * 5, np.ones((1, context + 1), dtype=np.int64), one * context)
+        self._step = (one, np.ones((1, context + 1), dtype=np.int64), one * context)
         self.decode_feeds: dict[str, Any] = {}
 
     def _values(self, *inputs: Any) -> dict[str, Any]:

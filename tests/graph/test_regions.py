@@ -181,8 +181,8 @@ IDENTITIES: dict[str, Node | None] = {
                 "sum": ("Add", ["out", "t"], ["s"]),
                 "head": ("MatMul", ["s", "w.head"], ["logits"]),
             },
-            "the attention's result has one reader up to the output projection",
-            "2",
+            "an output projection comes before the residual addition",
+            "an Add of two activations",
             id="the result goes into the stream unprojected",
         ),
         pytest.param(
