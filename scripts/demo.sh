@@ -10,4 +10,5 @@ out=${1:-out/demo}
 
 environment .venv '.[cpu]'
 model=$(smollm2)
-.venv/bin/nbl-export "$model" --k 8 -o "$out"
+# Half the default text: it is sampled from the model itself, which takes a CPU as long as calibrating on it.
+.venv/bin/nbl-export "$model" --k 8 -o "$out" --samples 64

@@ -386,8 +386,11 @@ def _sample(
             mask = torch.ones(batch, step + 1, dtype=torch.long)
             positions = torch.full((batch, 1), step, dtype=torch.long)
             logits, past = decoder.forward(tokens, mask, positions, past)
-            probabilities = torch.softmax(logits[:, -1].float(), dim=-1)
-            tokens = torch.multinomial(probabilities, 1, generator=generator)
+            # By the inverse of the distribution function: torch.multinomial draws one number for every
+            # entry of the vocabulary, this draws one for each document.
+            distribution = torch.softmax(logits[:, -1].float(), dim=-1).cumsum(dim=-1)
+            draws = torch.rand(batch, 1, generator=generator) * distribution[:, -1:]
+            tokens = torch.searchsorted(distribution, draws).clamp_max(logits.shape[-1] - 1)
             rows.append(tokens[:, 0].to(torch.int32))
             advance(batch)
     return torch.stack(rows, dim=1).numpy()

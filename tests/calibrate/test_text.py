@@ -575,8 +575,10 @@ def drawn(model: Any, count: int, length: int, seed: int) -> np.ndarray:
     rows = torch.full((count, 1), 256)
     with torch.inference_mode():
         for _ in range(length):
-            probabilities = torch.softmax(model(input_ids=rows).logits[:, -1], -1)
-            rows = torch.cat([rows, torch.multinomial(probabilities, 1, generator=generator)], 1)
+            probabilities = torch.softmax(model(input_ids=rows).logits[:, -1], -1).double().numpy()
+            draws = torch.rand(count, 1, generator=generator).double().numpy()
+            token = (probabilities.cumsum(-1) < draws * probabilities.sum(-1, keepdims=True)).sum(-1)
+            rows = torch.cat([rows, torch.from_numpy(token)[:, None]], 1)
     return rows[:, 1:].numpy()
 
 
