@@ -117,16 +117,15 @@ def _drawn(table: Table) -> RichTable:
 
 def show_report(report: Report, out: Path) -> None:
     """The summary of a run: tables, then checks, then the verdict and where to look next."""
-    layers = report.selection["layers"]
+    layers, name = report.selection["layers"], Path(report.model["source"]).name
     show_tables(report_tables(report, brief=True))
     checks = checks_table(report)
     drawn = _drawn(checks)
     drawn.columns[-1].justify = "left"
     _out.print(drawn)
     verdict = Text("PASS", style="bold green") if report.passed else Text("FAIL", style="bold red")
-    text = (
-        f"  {len(layers)} of {report.model['layers']} attention layers of {report.model['source']} are now linear"
-        + (f": {', '.join(map(str, layers))}" if layers else "")
+    text = f"  {len(layers)} of {report.model['layers']} attention layers of {name} are now linear" + (
+        f": {', '.join(map(str, layers))}" if layers else ""
     )
     _out.print(verdict + Text(text))
     if report.divergence:
