@@ -41,7 +41,7 @@ def calibrate(run: Run, settings: CalibrateSettings) -> None:
     from nbl_export.calibrate.collect import Checkpoint, collect_moments
     from nbl_export.calibrate.moments import save_moments
     from nbl_export.calibrate.probe import probe_model, save_probe
-    from nbl_export.calibrate.text import load_text, save_text
+    from nbl_export.calibrate.text import save_text
     from nbl_export.models.layers import check_served
 
     settings.check()
@@ -52,10 +52,12 @@ def calibrate(run: Run, settings: CalibrateSettings) -> None:
         model = run.model.model
         check_served(model)
         _check_room(ws, model)
-        if _text_key(ws) != key:
-            save_text(ws.text, _read_text(run, settings, listener))
-            write_json(ws.text.with_suffix(".json"), {"key": key})
-        tokens = load_text(ws.text).calibration
+        text = _kept_text(ws, key)
+        if text is None:
+            text = _read_text(run, settings, listener)
+            save_text(ws.text, text)
+            write_json(_text_record(ws), {"key": key})
+        tokens = text.calibration
         _check_enough(tokens.size, model)
         moments = collect_moments(model, tokens, fingerprint, Checkpoint(ws.checkpoint), listener)
         save_moments(ws.moments, moments, {"model": fingerprint, "tokens": int(tokens.size)})
@@ -66,12 +68,19 @@ def calibrate(run: Run, settings: CalibrateSettings) -> None:
     run.stage("calibrate", key, asdict(settings), work)
 
 
-def _text_key(ws: Workspace) -> str | None:
-    path = ws.text.with_suffix(".json")
-    if not (path.exists() and ws.text.exists()):
+def _text_record(ws: Workspace) -> Path:
+    return ws.text.with_suffix(".json")
+
+
+def _kept_text(ws: Workspace, key: str) -> CalibrationText | None:
+    """The text of an interrupted calibration with the same settings; None if there is none, or it is damaged."""
+    from nbl_export.calibrate.text import load_text
+
+    try:
+        record = read_json(_text_record(ws), "The record of the calibration text", "")
+        return load_text(ws.text) if record == {"key": key} else None
+    except InputError:
         return None
-    key: str | None = read_json(path, "The record of the calibration text", f"delete {path}").get("key")
-    return key
 
 
 def _read_text(run: Run, text: TextSettings, listener: Listener) -> CalibrationText:
@@ -84,10 +93,11 @@ def _read_text(run: Run, text: TextSettings, listener: Listener) -> CalibrationT
 
 def _stamps(sources: Sequence[str]) -> list[tuple[str, int, int]]:
     """Name, size and modification time of the local files named: changed text is another calibration."""
+    from nbl_export.calibrate.text import SELF, local_files
+
     stamps = []
     for source in sources:
-        path = Path(source).expanduser()
-        for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
+        for file in (local_files(source) or []) if source != SELF else []:
             status = file.stat()
             stamps.append((str(file), status.st_size, status.st_mtime_ns))
     return stamps

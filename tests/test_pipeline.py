@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -351,3 +352,31 @@ def test_contexts_beyond_the_positions_are_in_the_report_as_left_out(stories_cop
     assert {c["context"] for c in report.speed["cells"]} == {16}
     said = [*report.notes, *(c.detail for c in report.checks if c.status == "skipped")]
     assert any("2048" in text and "512" in text for text in said)
+
+
+def test_a_damaged_text_is_read_again(stories_folder: Path, stories_text: Path, tmp_path: Path) -> None:
+    settings = api.CalibrateSettings((str(stories_text),), samples=8, seq_len=64, heldout_samples=2)
+    api.calibrate(stories_folder, tmp_path / "out", settings)
+    text = tmp_path / "out" / "nbl" / "text.safetensors"
+    whole = text.read_bytes()
+    text.write_bytes(whole[:-1])
+    api.calibrate(stories_folder, tmp_path / "out", settings)
+    assert text.read_bytes() == whole
+
+
+def test_changed_text_behind_a_pattern_is_another_calibration(
+    stories_folder: Path, stories_text: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "text" / "part.jsonl.gz"
+    source.parent.mkdir()
+    source.write_bytes(stories_text.read_bytes())
+    settings = api.CalibrateSettings(
+        (str(tmp_path / "text" / "p*"),), samples=8, seq_len=64, heldout_samples=2
+    )
+    moments = api.calibrate(stories_folder, tmp_path / "out", settings)
+    first = moments.stat().st_mtime_ns
+    api.calibrate(stories_folder, tmp_path / "out", settings)
+    assert moments.stat().st_mtime_ns == first
+    os.utime(source, ns=(1, 1))
+    api.calibrate(stories_folder, tmp_path / "out", settings)
+    assert moments.stat().st_mtime_ns != first

@@ -98,14 +98,18 @@ def documents(sources: Iterable[str], field: str) -> Iterator[str]:
     Raises :class:`InputError` for an unknown format, text that is no text, or a missing field.
     """
     for source in sources:
-        files = _files(source)
+        files = local_files(source)
         if files is None:
             yield from _hub_documents(source, field)
         for file in files or ():
             yield from _file_documents(file, field)
 
 
-def _files(source: str) -> list[Path] | None:
+def local_files(source: str) -> list[Path] | None:
+    """The files that a source on this machine names, in order; None for one that must be a Hub data set.
+
+    Raises :class:`InputError` for a path, folder or pattern that names nothing.
+    """
     path = Path(source).expanduser()
     if path.is_file():
         return [path]
