@@ -42,11 +42,13 @@ class _CountColumn(ProgressColumn):
         return Text(f"{_short(task.completed)}/{_short(task.total or 0)} {task.fields['unit']}{per_second}")
 
 
-class _EtaColumn(TimeRemainingColumn):
-    """The remaining time, marked as such; nothing once finished."""
+class _TimeColumn(TimeRemainingColumn):
+    """The remaining time, marked as such; once finished, the time it took."""
 
     def render(self, task: RichTask) -> Text:
-        return Text("") if task.finished else Text("eta ") + super().render(task)
+        if task.finished:
+            return Text("in ") + TimeElapsedColumn().render(task)
+        return Text("eta ") + super().render(task)
 
 
 def _short(number: float) -> str:
@@ -70,11 +72,10 @@ class TerminalListener:
     def task(self, title: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
         columns = (
             SpinnerColumn(finished_text="[green]✓"),
-            TextColumn("{task.description:<27.27}"),
-            BarColumn(bar_width=12),
+            TextColumn("{task.description:<23.23}"),
+            BarColumn(bar_width=10),
             _CountColumn(),
-            TimeElapsedColumn(),
-            _EtaColumn(),
+            _TimeColumn(),
         )
         with Progress(*columns, console=_err, refresh_per_second=4) as progress:
             task_id = progress.add_task(title, total=total, completed=done, unit=unit)
