@@ -23,7 +23,7 @@ from nbl_export.progress import Listener
 from nbl_export.report.schema import Check, Report, jsonable, load_report
 from nbl_export.run import Run
 from nbl_export.settings import CalibrateSettings, SelectSettings, VerifySettings
-from nbl_export.workspace import Workspace, atomic_path, read_json, sha256_of_json, write_json
+from nbl_export.workspace import StageRecord, Workspace, atomic_path, read_json, sha256_of_json, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -226,9 +226,7 @@ def rewrite(run: Run) -> None:
     from nbl_export.graph.rewrite import rewrite_file
 
     ws = run.workspace
-    selected = ws.require("select", f"nbl-export select {ws.root} --k K")
-    exported = ws.require("export", f"nbl-export export {ws.root}")
-    key = sha256_of_json({"select": selected.key, "export": exported.key})
+    key, exported = _rewrite_inputs(ws)
 
     def work(listener: Listener) -> list[Path]:
         plan = load_plan(ws.plan)
@@ -250,6 +248,13 @@ def rewrite(run: Run) -> None:
         return [*result.files, _rewrite_summary(ws), *(_copy_config(path, ws.root, plan) for path in beside)]
 
     run.stage("rewrite", key, {}, work)
+
+
+def _rewrite_inputs(ws: Workspace) -> tuple[str, StageRecord]:
+    """The key that a rewrite of what is there now has, and the export it starts from; both must be done."""
+    selected = ws.require("select", f"nbl-export select {ws.root} --k K")
+    exported = ws.require("export", f"nbl-export export {ws.root}")
+    return sha256_of_json({"select": selected.key, "export": exported.key}), exported
 
 
 def _copy_config(source: Path, folder: Path, plan: Plan) -> Path:
@@ -285,10 +290,9 @@ def verify(run: Run, settings: VerifySettings) -> Report:
 
     settings.check()
     ws = run.workspace
-    selected = ws.require("select", f"nbl-export select {ws.root} --k K")
-    exported = ws.require("export", f"nbl-export export {ws.root}")
+    rewrite_key, _ = _rewrite_inputs(ws)
     rewritten = ws.require("rewrite", f"nbl-export rewrite {ws.root}")
-    if rewritten.key != sha256_of_json({"select": selected.key, "export": exported.key}):
+    if rewritten.key != rewrite_key:
         raise InputError(
             f"The plan or the baseline changed after `rewrite`: run `nbl-export rewrite {ws.root}` first."
         )

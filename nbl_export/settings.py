@@ -23,16 +23,13 @@ class SelectSettings:
     ridge: float = DEFAULT_RIDGE
 
     def check(self) -> None:
-        from nbl_export.linearize.select import CRITERIA, check_k
+        from nbl_export.linearize.select import check_criterion, check_k
 
         if self.k is None and self.layers is None:
             raise InputError("Say how many layers to linearize: --k K (or name them with --layers).")
         if self.k is not None:
             check_k(self.k, None)
-        if self.criterion not in CRITERIA:
-            raise InputError(
-                f"--criterion {self.criterion!r} is unknown; choose one of {', '.join(CRITERIA)}."
-            )
+        check_criterion(self.criterion)
         if self.fit_input not in ("normed", "residual"):
             raise InputError(f"--fit-input {self.fit_input!r} is unknown; choose normed or residual.")
         if not 0 <= self.ridge <= MAX_RIDGE:

@@ -106,6 +106,7 @@ class Workspace:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._state: dict[str, Any] = {}
+        self._digests: dict[tuple[Path, int, int], str] = {}
         if self.state_path.exists():
             self._state = self._read_state()
 
@@ -275,9 +276,17 @@ class Workspace:
         """The first file of a record that is missing or differs from what was written, or None."""
         for name, digest in record.files.items():
             path = self.root / name
-            if not path.is_file() or sha256_of_file(path) != digest:
+            if not path.is_file() or self._digest(path) != digest:
                 return name
         return None
+
+    def _digest(self, path: Path) -> str:
+        # A run asks for the same large files at every stage; an unchanged one is read once.
+        status = path.stat()
+        identity = (path, status.st_size, status.st_mtime_ns)
+        if identity not in self._digests:
+            self._digests[identity] = sha256_of_file(path)
+        return self._digests[identity]
 
     def is_done(self, stage: str, key: str) -> bool:
         """Whether ``stage`` was finished with exactly this ``key`` and its files are intact."""
@@ -297,7 +306,7 @@ class Workspace:
         self._state.setdefault("stages", {})[stage] = {
             "key": key,
             "settings": dict(settings),
-            "files": {str(p.relative_to(self.root)): sha256_of_file(p) for p in files},
+            "files": {str(p.relative_to(self.root)): self._digest(p) for p in files},
             "seconds": round(seconds, 3),
             "notes": notes,
         }

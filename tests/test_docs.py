@@ -10,6 +10,7 @@ import pytest
 import typer.main
 
 from nbl_export.cli import DEFAULT_COMMAND, app
+from nbl_export.settings import CalibrateSettings, SelectSettings, VerifySettings
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -82,3 +83,25 @@ def test_python_in_the_docs_runs(tiny_folder: Path, tmp_path: Path, monkeypatch:
     )
     code = code.replace('"out/model")\nplan', f'"out/model", api.{small})\nplan').replace("k=4", "k=1")
     exec(compile(code, "docs", "exec"), {})
+
+
+def test_defaults_of_the_command_line_are_those_of_the_settings() -> None:
+    # The command line spells its defaults itself, so that --help need not import NumPy.
+    given = {p.name: p.default for p in COMMANDS[DEFAULT_COMMAND].params}
+    text, selection, checks = CalibrateSettings(), SelectSettings(), VerifySettings()
+    same = {
+        "samples": text.samples,
+        "seq_len": text.seq_len,
+        "heldout_samples": text.heldout_samples,
+        "text_field": text.field,
+        "seed": text.seed,
+        "criterion": selection.criterion,
+        "fit_input": selection.fit_input,
+        "ridge": selection.ridge,
+        "decode_steps": checks.decode_steps,
+        "rounds": checks.rounds,
+        "contexts": ",".join(map(str, checks.contexts)),
+        "quality": checks.quality,
+        "speed": checks.speed,
+    }
+    assert {name: given[name] for name in same} == same

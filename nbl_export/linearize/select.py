@@ -112,10 +112,15 @@ def check_k(k: int, count: int | None) -> None:
         raise InputError(f"--k is {k}; it must be between 0 and {most}.")
 
 
-def ranking(candidates: Sequence[Candidate], criterion: str) -> list[Candidate]:
-    """All candidates, best first; ties go to the lower layer."""
+def check_criterion(criterion: str) -> None:
+    """Refuse a criterion that is not in the table."""
     if criterion not in CRITERIA:
         raise InputError(f"--criterion {criterion!r} is unknown; choose one of {', '.join(CRITERIA)}.")
+
+
+def ranking(candidates: Sequence[Candidate], criterion: str) -> list[Candidate]:
+    """All candidates, best first; ties go to the lower layer."""
+    check_criterion(criterion)
     score = CRITERIA[criterion]
     return sorted(candidates, key=lambda c: (score(c), c.layer))
 

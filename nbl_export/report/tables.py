@@ -81,7 +81,10 @@ def graph_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> Table:
 def layers_table(selection: Mapping[str, Any], proofs: Sequence[Mapping[str, Any]]) -> Table:
     """Every layer's scores, best first by the criterion, and which were chosen."""
     chosen = set(selection["layers"])
-    key = "nmse" if selection["criterion"] == "nmse" else "cca"
+    # A choice by hand has no score of its own; the paper's order is shown then.
+    key = (
+        selection["criterion"] if all(selection["criterion"] in c for c in selection["candidates"]) else "cca"
+    )
     proof = {p["layer"]: p for p in proofs}
     rows = []
     for c in sorted(selection["candidates"], key=lambda c: (c[key], c["layer"])):
