@@ -199,6 +199,9 @@ class Workspace:
                     f"Another nbl-export is at work in {self.root}: wait for it or choose another --output."
                 ) from None
             self._remove_leftovers()
+            # Another process may have finished stages between our opening the folder and our holding it.
+            if self.state_path.exists():
+                self._state = self._read_state()
             yield
 
     def _remove_leftovers(self) -> None:
@@ -241,6 +244,8 @@ class Workspace:
                 f"{str(known.get('fingerprint'))[:12]}), not to {info['source']} ({info['fingerprint'][:12]}): "
                 "choose another --output or delete that folder."
             )
+        if known == dict(info):
+            return  # nothing to write, and the folder may be in another process's hands
         self._state["model"] = dict(info)
         self._state.setdefault("stages", {})
         self._write_state()

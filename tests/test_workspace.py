@@ -343,3 +343,20 @@ def test_open_refuses_what_is_no_output_folder(tmp_path: Path) -> None:
         Workspace.open(tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"is not an output folder of nbl-export .*" + command):
         Workspace.open(tmp_path)
+
+
+def test_what_another_process_finished_before_the_lock_is_not_lost(tmp_path: Path) -> None:
+    info = {"source": "m", "fingerprint": "f"}
+    first = Workspace.create(tmp_path)
+    first.set_model(info)
+    late = Workspace.create(tmp_path)  # opened before the first one finishes its stage
+    with first.lock():
+        (tmp_path / "nbl" / "a").write_text("a")
+        first.finish("calibrate", "key", {}, [tmp_path / "nbl" / "a"], 1.0, [])
+        late.set_model(info)
+    with late.lock():
+        (tmp_path / "nbl" / "b").write_text("b")
+        late.finish("select", "key", {}, [tmp_path / "nbl" / "b"], 1.0, [])
+    after = Workspace.open(tmp_path)
+    assert after.is_done("calibrate", "key")
+    assert after.is_done("select", "key")
