@@ -12,6 +12,7 @@ can put right. ``listener`` receives progress (:mod:`nbl_export.progress`); none
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nbl_export import pipeline
 from nbl_export.errors import NblError
@@ -21,16 +22,28 @@ from nbl_export.progress import Listener
 from nbl_export.report.schema import Report
 from nbl_export.report.tables import Table
 from nbl_export.run import Run
-from nbl_export.settings import CalibrateSettings, SelectSettings, VerifySettings
+from nbl_export.settings import (
+    CalibrateSettings,
+    EngineSettings,
+    ExportSettings,
+    SelectSettings,
+    VerifySettings,
+)
 from nbl_export.workspace import Workspace
+
+if TYPE_CHECKING:
+    from nbl_export.engine.pair import EngineFile
 
 __all__ = [
     "CalibrateSettings",
+    "EngineSettings",
+    "ExportSettings",
     "NblError",
     "Plan",
     "Report",
     "SelectSettings",
     "VerifySettings",
+    "build",
     "calibrate",
     "export",
     "inspect",
@@ -50,15 +63,23 @@ def run(
     verification: VerifySettings | None = None,
     listener: Listener | None = None,
     trust_remote_code: bool = False,
+    exporting: ExportSettings | None = None,
+    engines: EngineSettings | None = None,
 ) -> Report:
-    """Every stage in order; ``model`` is a Hub id, a folder or a GGUF file."""
+    """Every stage in order; ``model`` is a Hub id, a folder or a GGUF file.
+
+    Without ``engines`` no TensorRT engine is built.
+    """
     calibration, verification = calibration or CalibrateSettings(), verification or VerifySettings()
+    exporting = exporting or ExportSettings()
     # Whatever can be refused is refused before the output folder is made.
-    for settings in (selection, calibration, verification):
+    for settings in (selection, calibration, exporting, verification):
         settings.check()
+    if engines:
+        engines.check()
     work = Run.start(str(model), Path(out), listener, trust_remote_code)
     with work.workspace.lock():
-        return pipeline.run_all(work, calibration, selection, verification)
+        return pipeline.run_all(work, calibration, selection, exporting, verification, engines)
 
 
 def calibrate(
@@ -85,11 +106,13 @@ def select(out: str | Path, settings: SelectSettings, listener: Listener | None 
         return pipeline.select(work, settings)
 
 
-def export(out: str | Path, listener: Listener | None = None) -> Path:
+def export(out: str | Path, settings: ExportSettings | None = None, listener: Listener | None = None) -> Path:
     """Export the unmodified model; returns the path of the baseline graph."""
+    settings = settings or ExportSettings()
+    settings.check()
     work = Run.resume(Path(out), listener)
     with work.workspace.lock():
-        pipeline.export(work)
+        pipeline.export(work, settings)
     return work.workspace.baseline
 
 
@@ -99,6 +122,17 @@ def rewrite(out: str | Path, listener: Listener | None = None) -> Path:
     with work.workspace.lock():
         pipeline.rewrite(work)
     return work.workspace.model
+
+
+def build(
+    out: str | Path, settings: EngineSettings | None = None, listener: Listener | None = None
+) -> list[EngineFile]:
+    """Build the base and the linearized TensorRT engine; returns them with their manifests."""
+    settings = settings or EngineSettings()
+    settings.check()
+    work = Run.resume(Path(out), listener)
+    with work.workspace.lock():
+        return pipeline.build(work, settings)
 
 
 def verify(
@@ -120,5 +154,5 @@ def report(out: str | Path) -> Report:
 
 
 def inspect(path: str | Path) -> list[Table]:
-    """What an ONNX file, a plan, a moments file or an output folder holds, as tables."""
+    """What an ONNX file, an engine, a plan, a moments file or an output folder holds, as tables."""
     return inspect_path(Path(path))

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from nbl_export.report.schema import Report
 
 DEFAULT_COMMAND = "run"
+TRT_CHOICES = ("auto", "tensorrt", "rtx")
 _INTERRUPTED_TEXT = "Interrupted; run the same command again to go on from what is done."
 
 
@@ -31,7 +32,17 @@ class _DefaultCommandGroup(TyperGroup):
         own = {"--help", "-h", "--version", "--install-completion", "--show-completion"}
         if args and args[0] not in self.commands and args[0] not in own:
             args = [DEFAULT_COMMAND, *args]
-        return super().parse_args(ctx, args)
+        return super().parse_args(ctx, _with_trt_value(args))
+
+
+def _with_trt_value(args: list[str]) -> list[str]:
+    """`--trt` alone means `--trt auto`: the parser knows no option whose value may be left out."""
+    done: list[str] = []
+    for argument, following in zip(args, [*args[1:], ""], strict=True):
+        done.append(argument)
+        if argument == "--trt" and following not in TRT_CHOICES:
+            done.append("auto")
+    return done
 
 
 app = typer.Typer(
@@ -51,6 +62,7 @@ app = typer.Typer(
 
 # Options shared by the whole run and its stages; each stands here once.
 _LAYERS, _TEXT, _CHECKS = "Which layers, and how they are fitted", "Calibration text", "Verification"
+_GRAPH, _ENGINE = "The graph", "TensorRT engines"
 
 
 def _option(
@@ -109,6 +121,55 @@ SamplesOpt = Annotated[int, _option("Rows of calibration tokens.", panel=_TEXT, 
 SeqLenOpt = Annotated[int, _option("Tokens per row.", panel=_TEXT, metavar="N")]
 HeldoutOpt = Annotated[int, _option("Rows of held-out tokens, for method loss.", panel=_TEXT, metavar="N")]
 SeedOpt = Annotated[int, _option("Seed of everything random.", panel=_TEXT, metavar="N")]
+PrecisionOpt = Annotated[
+    Literal["fp32", "fp16", "bf16"] | None,
+    _option(
+        "fp32, fp16 or bf16: converts the graph itself; what half cannot hold stays fp32.",
+        "--precision",
+        panel=_GRAPH,
+        metavar="NAME",
+        show_default="fp32; fp16 with --trt",
+    ),
+]
+CacheOpt = Annotated[
+    Literal["concat", "static"] | None,
+    _option(
+        "concat grows the KV cache; static writes it in place (opset 24).",
+        "--kv-cache",
+        panel=_GRAPH,
+        metavar="NAME",
+        show_default="concat; static with --trt",
+    ),
+]
+TrtOpt = Annotated[
+    Literal["auto", "tensorrt", "rtx"] | None,
+    _option(
+        "Build engines, with tensorrt (on this GPU) or rtx (ahead of time, no GPU); auto takes what is there.",
+        "--trt",
+        panel=_ENGINE,
+        metavar="[auto|tensorrt|rtx]",
+        show_default=False,
+    ),
+]
+SmOpt = Annotated[
+    str | None,
+    _option(
+        "Compute capabilities to build for with rtx: 86,89.",
+        "--sm",
+        panel=_ENGINE,
+        metavar="LIST",
+        show_default="all from 80 on",
+    ),
+]
+BatchOpt = Annotated[int, _option("Largest batch.", "--max-batch", panel=_ENGINE, metavar="N")]
+MaxSeqOpt = Annotated[
+    int | None,
+    _option("Most tokens in one prefill.", "--max-seq", panel=_ENGINE, metavar="N", show_default="512"),
+]
+MaxContextOpt = Annotated[
+    int | None,
+    _option("Most tokens of context.", "--max-context", panel=_ENGINE, metavar="N", show_default="2048"),
+]
 TrustOpt = Annotated[bool, _option("Run modelling code that comes with the model.", "--trust-remote-code")]
 StepsOpt = Annotated[
     int, _option("Teacher-forced decode steps of the parity run.", panel=_CHECKS, metavar="N")
@@ -158,9 +219,16 @@ def run(
     rounds: RoundsOpt = 7,
     quality: QualityOpt = True,
     speed: SpeedOpt = True,
+    precision: PrecisionOpt = None,
+    kv_cache: CacheOpt = None,
+    trt: TrtOpt = None,
+    sm: SmOpt = None,
+    max_batch: BatchOpt = 4,
+    max_seq: MaxSeqOpt = None,
+    max_context: MaxContextOpt = None,
     trust_remote_code: TrustOpt = False,
 ) -> None:
-    """Everything: calibrate, select, export, rewrite, verify, report. The default command."""
+    """Everything: calibrate, select, export, rewrite, build (--trt), verify, report. The default command."""
     from nbl_export import api
     from nbl_export.terminal import TerminalListener
 
@@ -172,6 +240,8 @@ def run(
         _verification(decode_steps, contexts, rounds, quality, speed),
         TerminalListener(),
         trust_remote_code,
+        _exporting(precision, kv_cache, bool(trt)),
+        _engines(trt, sm, max_batch, max_seq, max_context) if trt else None,
     )
     _finish(value, output)
 
@@ -215,12 +285,16 @@ def select(
 
 
 @app.command()
-def export(out: OutArg) -> None:
+def export(
+    out: OutArg,
+    precision: PrecisionOpt = None,
+    kv_cache: CacheOpt = None,
+) -> None:
     """Export the unmodified model to OUT/baseline/model.onnx."""
     from nbl_export import api
     from nbl_export.terminal import TerminalListener
 
-    path = api.export(out, TerminalListener())
+    path = api.export(out, _exporting(precision, kv_cache, False), TerminalListener())
     _say(f"Exported {path}. Next: nbl-export rewrite {out}")
 
 
@@ -232,6 +306,26 @@ def rewrite(out: OutArg) -> None:
 
     path = api.rewrite(out, TerminalListener())
     _say(f"Wrote {path}. Next: nbl-export verify {out}")
+
+
+@app.command()
+def build(
+    out: OutArg,
+    trt: TrtOpt = "auto",
+    sm: SmOpt = None,
+    max_batch: BatchOpt = 4,
+    max_seq: MaxSeqOpt = None,
+    max_context: MaxContextOpt = None,
+) -> None:
+    """Build TensorRT engines from both graphs, each with a manifest, into OUT/engine."""
+    from nbl_export import api
+    from nbl_export.report.tables import engines_table
+    from nbl_export.terminal import TerminalListener, show_tables
+
+    settings = _engines(trt, sm, max_batch, max_seq, max_context)
+    engines = api.build(out, settings, TerminalListener())
+    show_tables([engines_table([e.manifest.as_json() for e in engines])])
+    _say(f"Built {out / 'engine'}. Next: nbl-export verify {out}")
 
 
 @app.command()
@@ -262,7 +356,10 @@ def report(out: OutArg) -> None:
 @app.command()
 def inspect(
     path: Annotated[
-        Path, typer.Argument(help="An ONNX file, a plan, moments, or an output folder.", show_default=False)
+        Path,
+        typer.Argument(
+            help="An ONNX file, an engine, a plan, moments, or an output folder.", show_default=False
+        ),
     ],
 ) -> None:
     """Show what a file or an output folder holds, as a table."""
@@ -295,6 +392,23 @@ def _selection(k: int | None, layers: str | None, criterion: str, fit_input: Any
     from nbl_export.settings import SelectSettings
 
     return SelectSettings(k, _layers(layers), criterion, fit_input, ridge)
+
+
+def _exporting(precision: str | None, kv_cache: str | None, engines: bool) -> Any:
+    from nbl_export.settings import ExportSettings
+
+    # What an engine is fastest with, where the user does not say.
+    precision = precision or ("fp16" if engines else "fp32")
+    return ExportSettings(precision, kv_cache or ("static" if engines else "concat"))
+
+
+def _engines(
+    library: str | None, sm: str | None, max_batch: int, max_seq: int | None, max_context: int | None
+) -> Any:
+    from nbl_export.settings import EngineSettings
+
+    targets = tuple(sm.split(",")) if sm else ()
+    return EngineSettings(library or "auto", max_batch, max_seq, max_context, targets)
 
 
 def _verification(steps: int, contexts: str, rounds: int, quality: bool, speed: bool) -> Any:

@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 
 from nbl_export.errors import InputError
-from nbl_export.report.tables import Table, graph_table, layers_table, mebibytes
+from nbl_export.report.tables import Table, engines_table, graph_table, layers_table, mebibytes
 from nbl_export.tensorfile import format_of
+from nbl_export.workspace import ENGINE_SUFFIX as ENGINE
 from nbl_export.workspace import STAGES, Workspace, read_json
 
 
 def inspect_path(path: Path) -> list[Table]:
-    """Tables for an ONNX file, a plan, moments or an output folder; else an :class:`InputError`."""
+    """Tables for an ONNX file, an engine, a plan, moments or an output folder; else an :class:`InputError`."""
     if not path.exists():
         raise InputError(f"{path} does not exist.")
     if path.is_dir():
@@ -23,13 +24,19 @@ def inspect_path(path: Path) -> list[Table]:
         raise InputError(f"{path} is neither an output folder of nbl-export nor a folder with a model.onnx.")
     if path.suffix == ".onnx":
         return _onnx(path)
+    if path.suffix == ENGINE:
+        return _engine(path)
     if path.suffix in (".json", ".safetensors"):
         kind = _kind(path)
+        if kind.startswith("nbl-export/engine"):
+            return _engine(path.with_suffix(ENGINE))
         if kind.startswith("nbl-export/plan"):
             return _plan(path)
         if kind.startswith("nbl-export/moments"):
             return _moments(path)
-    raise InputError(f"{path} is no ONNX file, plan, moments file or output folder that nbl-export knows.")
+    raise InputError(
+        f"{path} is no ONNX file, engine, plan, moments file or output folder that nbl-export knows."
+    )
 
 
 def _kind(path: Path) -> str:
@@ -72,6 +79,43 @@ def _onnx(path: Path) -> list[Table]:
         "Attention regions", ("KV pair or layer", "core", "reads", "writes", "rewritable"), tuple(rows)
     )
     return [Table(str(path), ("", "value"), facts), Table("Ops", ("op", "count"), ops), regions]
+
+
+def _engine(path: Path) -> list[Table]:
+    from nbl_export.engine.gpu import find_gpu
+    from nbl_export.engine.manifest import check_runs, load_manifest
+    from nbl_export.errors import NblError
+
+    manifest = load_manifest(path)
+    try:
+        here = f"yes, on {check_runs(manifest, gpu := find_gpu()) and gpu and gpu.name}"
+    except NblError as reason:
+        here = f"no: {reason}"
+    facts = (
+        ("role", manifest.role),
+        ("linearized layers", ", ".join(map(str, manifest.linear_layers)) or "none"),
+        ("KV pairs are of layers", ", ".join(map(str, manifest.kv_layers)) or "none"),
+        ("built by", f"{manifest.created_by} with {manifest.library} {manifest.library_version}"),
+        ("runs here", here),
+        *((f"SHA-256 of {name}", digest) for name, digest in manifest.hashes.items()),
+    )
+    shapes = tuple(
+        (f"{profile['name']}: {name}", *("×".join(map(str, shape)) for shape in three))
+        for profile in manifest.profiles
+        for name, three in profile["shapes"].items()
+        if not name.startswith("past_key_values.") or name == "past_key_values.0.key"
+    )
+    tensors = tuple(
+        (t["name"], t["dtype"], "×".join("?" if d < 0 else str(d) for d in t["shape"]))
+        for side in ("inputs", "outputs")
+        for t in manifest.network[side]
+    )
+    return [
+        engines_table([manifest.as_json()]),
+        Table(str(path), ("", "value"), facts),
+        Table("Profiles", ("", "least", "optimum", "most"), shapes),
+        Table("Inputs and outputs", ("", "dtype", "shape"), tensors),
+    ]
 
 
 def _plan(path: Path) -> list[Table]:
@@ -126,7 +170,7 @@ def _folder(path: Path) -> list[Table]:
     tables = [
         Table(f"{path}: {info.get('source', '?')}", ("stage", "state", "seconds", "settings"), tuple(rows))
     ]
-    summary = workspace.nbl / "rewrite.json"
+    summary = workspace.rewrite_summary
     if workspace.record("rewrite") and summary.exists():
         graph = read_json(summary, "The record of the rewrite", "run `nbl-export rewrite` again")
         tables.append(graph_table(graph["before"], graph["after"]))

@@ -3,12 +3,11 @@
 Each verb works on an output folder and skips what is already done there with the same settings:
 
     calibrate → select ─┐
-    export ─────────────┴→ rewrite → verify → report
+    export ─────────────┴→ rewrite → (build →) verify → report
 """
 
 from __future__ import annotations
 
-import datetime
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -20,17 +19,35 @@ from nbl_export.calibrate.text import TextSettings
 from nbl_export.errors import InputError
 from nbl_export.linearize.plan import Plan, load_plan
 from nbl_export.progress import Listener
-from nbl_export.report.schema import Check, Report, jsonable, load_report
+from nbl_export.report.schema import Report, jsonable, load_report
 from nbl_export.run import Run
-from nbl_export.settings import CalibrateSettings, SelectSettings, VerifySettings
-from nbl_export.workspace import StageRecord, Workspace, atomic_path, read_json, sha256_of_json, write_json
+from nbl_export.settings import (
+    CalibrateSettings,
+    EngineSettings,
+    ExportSettings,
+    SelectSettings,
+    VerifySettings,
+)
+from nbl_export.workspace import (
+    StageRecord,
+    Workspace,
+    atomic_path,
+    read_json,
+    sha256_of_file,
+    sha256_of_json,
+    write_json,
+)
 
 if TYPE_CHECKING:
     import torch
 
     from nbl_export.calibrate.text import CalibrationText
+    from nbl_export.engine.pair import EngineFile
     from nbl_export.graph.rewrite import RewriteResult
-    from nbl_export.verify.measure import Measurement
+
+
+# Text on which the reach of each tensor is measured for float16: 1,024 tokens take seconds.
+_RANGE_ROWS, _RANGE_TOKENS = 4, 256
 
 
 # calibrate ---------------------------------------------------------------------------------------
@@ -179,24 +196,40 @@ def select(run: Run, settings: SelectSettings) -> Plan:
 # export ------------------------------------------------------------------------------------------
 
 
-def export(run: Run) -> None:
+def export(run: Run, settings: ExportSettings) -> None:
     """Model → ``baseline/model.onnx`` with configuration and tokenizer files beside it."""
-    from nbl_export.export.torch import OPSET, export_torch
+    from nbl_export.calibrate.text import load_text
+    from nbl_export.export.forms import FORMS
+    from nbl_export.export.half import save_in_precision
+    from nbl_export.export.torch import trace
+    from nbl_export.graph.precision import precision_of
     from nbl_export.models.layers import check_served
 
+    settings.check()
     ws = run.workspace
-    settings = {"exporter": "torch", "opset": OPSET, "dtype": "float32"}
-    key = sha256_of_json({"model": run.model.source.fingerprint, "export": settings, "version": __version__})
+    form, precision = FORMS[settings.kv_cache], precision_of(settings.precision)
+    recorded = {"exporter": "torch", "opset": form.opset, **asdict(settings)}
+    base = {"model": run.model.source.fingerprint, "export": recorded, "version": __version__}
+    if precision.name == "fp16":
+        # Which tensors float16 can hold is measured on calibration text.
+        base["calibrate"] = ws.require("calibrate", f"nbl-export calibrate MODEL -o {ws.root}").key
 
     def work(listener: Listener) -> list[Path]:
         check_served(run.model.model)
-        files = export_torch(run.model.model, ws.baseline, listener)
-        return files + _save_configs(run, ws.baseline.parent)
+        graph = trace(run.model.model, form, listener)
+        rows = _range_rows(load_text(ws.text)) if precision.name == "fp16" else []
+        files, kept = save_in_precision(graph, ws.baseline, precision, rows)
+        write_json(ws.export_summary, {"kept_float32": [asdict(k) for k in kept]})
+        return [*files, ws.export_summary, *_save_configs(run, ws.baseline.parent, settings)]
 
-    run.stage("export", key, settings, work)
+    run.stage("export", sha256_of_json(base), recorded, work)
 
 
-def _save_configs(run: Run, folder: Path) -> list[Path]:
+def _range_rows(text: CalibrationText) -> list[Any]:
+    return [text.prompt(row[:_RANGE_TOKENS]) for row in text.calibration[:_RANGE_ROWS]]
+
+
+def _save_configs(run: Run, folder: Path, settings: ExportSettings) -> list[Path]:
     from nbl_export.export.genai_config import NAME as GENAI
     from nbl_export.export.genai_config import genai_config
     from nbl_export.models.layers import layer_count
@@ -212,7 +245,10 @@ def _save_configs(run: Run, folder: Path) -> list[Path]:
         run.model.tokenizer.save_pretrained(folder)
     heads, size = kv_shape(run.model.model)
     layers = layer_count(run.model.model)
-    write_json(folder / GENAI, genai_config(config.get_text_config(), layers, heads, size))
+    if settings.kv_cache == "concat":  # onnxruntime-genai knows no write_indices
+        write_json(folder / GENAI, genai_config(config.get_text_config(), layers, heads, size))
+    else:
+        (folder / GENAI).unlink(missing_ok=True)
     graph = run.workspace.baseline.name
     return sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(graph))
 
@@ -222,6 +258,7 @@ def _save_configs(run: Run, folder: Path) -> list[Path]:
 
 def rewrite(run: Run) -> None:
     """Baseline graph + plan → ``model.onnx``, proven and counted, loadable as it stands."""
+    from nbl_export.export.genai_config import NAME as GENAI
     from nbl_export.graph.prove import proofs_as_json
     from nbl_export.graph.rewrite import rewrite_file
 
@@ -243,9 +280,13 @@ def rewrite(run: Run) -> None:
             "kv_layers": list(plan.kept),
             "proofs": proofs_as_json(result.proofs),
         }
-        write_json(_rewrite_summary(ws), jsonable(summary))
-        beside = [ws.root / name for name in exported.files if not Path(name).name.startswith(ws.model.name)]
-        return [*result.files, _rewrite_summary(ws), *(_copy_config(path, ws.root, plan) for path in beside)]
+        write_json(ws.rewrite_summary, jsonable(summary))
+        folder = ws.baseline.parent
+        beside = [f for name in exported.files if (f := ws.root / name).parent == folder]
+        beside = [f for f in beside if not f.name.startswith(ws.model.name)]
+        if GENAI not in {f.name for f in beside}:  # of an earlier export with another cache
+            (ws.root / GENAI).unlink(missing_ok=True)
+        return [*result.files, ws.rewrite_summary, *(_copy_config(path, ws.root, plan) for path in beside)]
 
     run.stage("rewrite", key, {}, work)
 
@@ -275,8 +316,77 @@ def _copy_config(source: Path, folder: Path, plan: Plan) -> Path:
     return target
 
 
-def _rewrite_summary(ws: Workspace) -> Path:
-    return ws.nbl / "rewrite.json"
+# build -------------------------------------------------------------------------------------------
+
+
+def build(run: Run, settings: EngineSettings) -> list[EngineFile]:
+    """Both graphs → ``engine/``: base and linearized TensorRT engines, each with its manifest."""
+    from nbl_export.engine.gpu import find_gpu
+    from nbl_export.engine.library import check_capabilities, choose_library
+    from nbl_export.engine.manifest import load_manifest
+    from nbl_export.engine.pair import BASE, LINEARIZED, EngineFile, Source, build_pair
+    from nbl_export.engine.profiles import limits
+
+    settings.check()
+    ws = run.workspace
+    gpu = find_gpu()
+    library = choose_library(settings.library, gpu)
+    capabilities = check_capabilities(library, settings.sm)
+    shapes = limits(settings.max_batch, settings.max_seq, settings.max_context, _positions(ws))
+    recorded = {
+        "library": str(library),
+        "compute_capabilities": list(capabilities),
+        "gpu": None if library.ahead_of_time or gpu is None else asdict(gpu),
+        **asdict(shapes),
+    }
+    key = _build_key(_current_rewrite(ws), recorded)
+
+    def work(listener: Listener) -> list[Path]:
+        plan = load_plan(ws.plan)
+        sources = [
+            Source(BASE, ws.baseline, plan.layer_count, ws.base_engine),
+            Source(LINEARIZED, ws.model, len(plan.kept), ws.engine),
+        ]
+        plan_hash = sha256_of_file(ws.plan)
+        _, files = build_pair(library, gpu, sources, plan.chosen, plan_hash, shapes, capabilities, listener)
+        return files
+
+    run.stage("build", key, recorded, work)
+    return [EngineFile(path, load_manifest(path)) for path in (ws.base_engine, ws.engine)]
+
+
+def _positions(ws: Workspace) -> int | None:
+    """The model's number of positions, from the configuration beside the baseline graph."""
+    path = ws.baseline.with_name("config.json")
+    config = read_json(path, "The baseline's configuration", "run `nbl-export export` again")
+    found = config.get("max_position_embeddings") or config.get("n_positions")
+    return int(found) if found else None
+
+
+def _current_rewrite(ws: Workspace) -> StageRecord:
+    """The record of the rewrite, which must be of the plan and the baseline that are there now."""
+    key, _ = _rewrite_inputs(ws)
+    rewritten = ws.require("rewrite", f"nbl-export rewrite {ws.root}")
+    if rewritten.key != key:
+        raise InputError(
+            f"The plan or the baseline changed after `rewrite`: run `nbl-export rewrite {ws.root}` first."
+        )
+    return rewritten
+
+
+def _engines(ws: Workspace) -> tuple[EngineFile, ...]:
+    """The engines of the graphs as they are now, each checked against its manifest; none if there are none."""
+    from nbl_export.engine.manifest import load_manifest
+    from nbl_export.engine.pair import EngineFile
+
+    built = ws.record("build")
+    if built is None or built.key != _build_key(_current_rewrite(ws), built.settings):
+        return ()
+    return tuple(EngineFile(path, load_manifest(path)) for path in (ws.base_engine, ws.engine))
+
+
+def _build_key(rewritten: StageRecord, settings: dict[str, Any]) -> str:
+    return sha256_of_json({"rewrite": rewritten.key, "build": settings})
 
 
 # verify ------------------------------------------------------------------------------------------
@@ -285,68 +395,30 @@ def _rewrite_summary(ws: Workspace) -> Path:
 def verify(run: Run, settings: VerifySettings) -> Report:
     """Parity, method loss and speed → ``report/``; a failed gate is in the report, not an exception."""
     from nbl_export.calibrate.text import load_text
+    from nbl_export.report.assemble import assemble
     from nbl_export.report.render import write_report
     from nbl_export.verify.measure import measure
 
     settings.check()
     ws = run.workspace
-    rewrite_key, _ = _rewrite_inputs(ws)
-    rewritten = ws.require("rewrite", f"nbl-export rewrite {ws.root}")
-    if rewritten.key != rewrite_key:
-        raise InputError(
-            f"The plan or the baseline changed after `rewrite`: run `nbl-export rewrite {ws.root}` first."
-        )
-    key = sha256_of_json({"rewrite": rewritten.key, "verify": asdict(settings)})
+    rewritten = _current_rewrite(ws)
+    engines = _engines(ws)
+    key = sha256_of_json(
+        {
+            "rewrite": rewritten.key,
+            "engines": [e.manifest.hashes["engine"] for e in engines],
+            "verify": asdict(settings),
+        }
+    )
 
     def work(listener: Listener) -> list[Path]:
         plan, text = load_plan(ws.plan), load_text(ws.text)
-        measured = measure(run.model.model, plan, text, ws.baseline, ws.model, settings, listener)
-        return write_report(ws.report, _report(run, plan, settings, measured))
+        measured = measure(run.model.model, plan, text, ws.baseline, ws.model, engines, settings, listener)
+        report = assemble(ws, run.model.source, plan, asdict(settings), measured, engines)
+        return write_report(ws.report, report)
 
     run.stage("verify", key, asdict(settings), work)
     return load_report(ws.report / "report.json")
-
-
-def _report(run: Run, plan: Plan, settings: VerifySettings, measured: Measurement) -> Report:
-    from nbl_export.report.environment import environment
-
-    ws = run.workspace
-    records = {name: r for name in ("calibrate", "select", "export", "rewrite") if (r := ws.record(name))}
-    rewritten = read_json(_rewrite_summary(ws), "The record of the rewrite", "run `nbl-export rewrite` again")
-    scores = read_json(ws.candidates, "The file of the layers' scores", "run `nbl-export select` again")
-    rewriting = Check(
-        "graph rewrite",
-        "passed",
-        f"{len(plan.layers)} attention layers and KV pairs gone, every region proven, ONNX checker passed",
-    )
-    return Report(
-        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        tool_version=__version__,
-        model={k: v for k, v in run.model.source.as_json().items() if k != "path"}
-        | {"hidden_size": plan.hidden_size, "layers": plan.layer_count},
-        environment=environment(),
-        settings={name: dict(r.settings) for name, r in records.items()} | {"verify": asdict(settings)},
-        hashes={
-            "model": run.model.source.fingerprint,
-            **{name: digest for r in records.values() for name, digest in r.files.items()},
-        },
-        stage_seconds={name: r.seconds for name, r in records.items()},
-        selection={
-            "criterion": plan.criterion,
-            "fit_input": plan.fit_input,
-            "ridge": plan.ridge,
-            "calibration_tokens": plan.calibration_tokens,
-            "layers": list(plan.chosen),
-            **scores,
-        },
-        graph=rewritten,
-        parity=measured.parity,
-        divergence=measured.divergence,
-        method_loss=measured.method_loss,
-        speed=measured.speed,
-        checks=[rewriting, *measured.checks],
-        notes=[note for r in records.values() for note in r.notes] + measured.notes,
-    )
 
 
 # report ------------------------------------------------------------------------------------------
@@ -365,7 +437,12 @@ def report(ws: Workspace) -> Report:
 
 
 def run_all(
-    run: Run, calibration: CalibrateSettings, selection: SelectSettings, verification: VerifySettings
+    run: Run,
+    calibration: CalibrateSettings,
+    selection: SelectSettings,
+    exporting: ExportSettings,
+    verification: VerifySettings,
+    engines: EngineSettings | None = None,
 ) -> Report:
     """Every stage in order; what is done already with the same settings is kept."""
     from nbl_export.linearize.select import check_k
@@ -377,6 +454,8 @@ def run_all(
         check_k(selection.k, layer_count(run.model.model))
     calibrate(run, calibration)
     select(run, selection)
-    export(run)
+    export(run, exporting)
     rewrite(run)
+    if engines:
+        build(run, engines)
     return verify(run, verification)

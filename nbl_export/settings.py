@@ -37,6 +37,44 @@ class SelectSettings:
 
 
 @dataclass(frozen=True)
+class ExportSettings:
+    """The graphs' floating-point format, and how they keep their KV cache."""
+
+    precision: str = "fp32"
+    kv_cache: str = "concat"
+
+    def check(self) -> None:
+        from nbl_export.graph.precision import precision_of
+
+        precision_of(self.precision)
+        if self.kv_cache not in ("concat", "static"):
+            raise InputError(f"--kv-cache {self.kv_cache!r} is unknown; choose concat or static.")
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """Which TensorRT builds the engines, for which shapes and which GPUs.
+
+    ``sm`` are compute capabilities to build for ahead of time; none means all that the library knows
+    from 8.0 on. ``max_seq`` and ``max_context`` default to 512 and 2,048 tokens as far as the model goes.
+    """
+
+    library: str = "auto"
+    max_batch: int = 4
+    max_seq: int | None = None
+    max_context: int | None = None
+    sm: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        from nbl_export.engine.gpu import find_gpu
+        from nbl_export.engine.library import check_capabilities, choose_library
+        from nbl_export.engine.profiles import limits
+
+        limits(self.max_batch, self.max_seq, self.max_context, None)
+        check_capabilities(choose_library(self.library, find_gpu()), self.sm)
+
+
+@dataclass(frozen=True)
 class VerifySettings:
     """What to verify: decode steps of the parity run, and the optional quality and speed sections.
 

@@ -23,7 +23,8 @@ from nbl_export.errors import InputError, os_error_in_words
 STATE_VERSION = 1
 # Marks a file or folder as half-written and ours; a leftover may be deleted.
 TEMPORARY = ".nbl.tmp"
-STAGES = ("calibrate", "select", "export", "rewrite", "verify")
+ENGINE_SUFFIX = ".engine"
+STAGES = ("calibrate", "select", "export", "rewrite", "build", "verify")
 
 
 def sha256_of_file(path: Path) -> str:
@@ -144,12 +145,28 @@ class Workspace:
         return self.nbl / "plan.json"
 
     @property
+    def export_summary(self) -> Path:
+        return self.nbl / "export.json"
+
+    @property
+    def rewrite_summary(self) -> Path:
+        return self.nbl / "rewrite.json"
+
+    @property
     def baseline(self) -> Path:
         return self.root / "baseline" / "model.onnx"
 
     @property
     def model(self) -> Path:
         return self.root / "model.onnx"
+
+    @property
+    def engine(self) -> Path:
+        return self.root / "engine" / f"model{ENGINE_SUFFIX}"
+
+    @property
+    def base_engine(self) -> Path:
+        return self.root / "engine" / f"baseline{ENGINE_SUFFIX}"
 
     @property
     def report(self) -> Path:
@@ -206,7 +223,7 @@ class Workspace:
 
     def _remove_leftovers(self) -> None:
         # A killed process cannot clean up; under the lock nobody else owns these.
-        for folder in (self.root, self.nbl, self.baseline.parent, self.report):
+        for folder in (self.root, self.nbl, self.baseline.parent, self.engine.parent, self.report):
             for leftover in folder.glob(f".*{TEMPORARY}"):
                 if leftover.is_dir():
                     shutil.rmtree(leftover, ignore_errors=True)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from nbl_export.calibrate.moments import CALIBRATE_AGAIN
 from nbl_export.errors import InputError
 from nbl_export.models.layers import attention_layers, observed
+from nbl_export.runtime.padding import left_padded
 from nbl_export.tensorfile import load_tensors, save_tensors
 
 if TYPE_CHECKING:
@@ -43,18 +44,6 @@ class Probe:
     h: Mapping[int, F32]
     x: Mapping[int, F32]
     y: Mapping[int, F32]
-
-
-def left_padded(rows: list[NDArray[np.int32]], pad: int = 0) -> tuple[I64, I64, I64]:
-    """``input_ids``, ``attention_mask`` and ``position_ids`` of ragged ``rows``, padded on the left."""
-    width = max(len(row) for row in rows)
-    ids = np.full((len(rows), width), pad, dtype=np.int64)
-    mask = np.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, width - len(row) :] = row
-        mask[i, width - len(row) :] = 1
-    positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
-    return ids, mask, positions
 
 
 def probe_model(model: torch.nn.Module, tokens: NDArray[np.int32]) -> Probe:

@@ -67,6 +67,10 @@ class CalibrationText:
     heldout_document: I32
     start: I32
 
+    def prompt(self, tokens: I32) -> I32:
+        """``tokens`` as a prompt in use: what a prompt begins with comes first."""
+        return np.concatenate([self.start, tokens])
+
 
 @dataclass(frozen=True)
 class TextSettings:

@@ -1,8 +1,8 @@
 """Export a decoder with ``torch.onnx.export(dynamo=True)``: one graph for prefill and decode.
 
-Inputs  input_ids, position_ids [batch, sequence], attention_mask [batch, past + sequence] int64,
-        past_key_values.N.key/.value [batch, kv_heads, past, head_dim]
-Outputs logits [batch, sequence, vocab], present.N.key/.value [batch, kv_heads, past + sequence, head_dim]
+Inputs  input_ids, position_ids [batch, sequence] and what the cache's form asks for (:mod:`.forms`),
+        past_key_values.N.key/.value
+Outputs logits [batch, sequence, vocab] float32, present.N.key/.value
 
 The names are those of optimum and onnxruntime-genai. Three things differ from exporting the model as
 it is: the past length comes from the mask (so no layer's cache is needed for it), grouped-query
@@ -12,7 +12,7 @@ sines, masks) are computed once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,38 +22,16 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes import common as passes
 
-from nbl_export.errors import BuildError
-from nbl_export.graph.cache import SIDES, past_name, present_name
+from nbl_export.errors import BuildError, NblError
+from nbl_export.export.forms import CONCAT, SYMBOLIC_DOMAIN, Form
+from nbl_export.graph.cache import BATCH, SEQUENCE, SIDES, past_name, present_name
 from nbl_export.graph.io import save_graph
 from nbl_export.models.layers import layer_count
 from nbl_export.models.load import quiet
 from nbl_export.progress import Listener, Silent
-from nbl_export.runtime.torch import kv_shape, run_with_past
 
-OPSET = 23
 _ATTENTION = "nbl_export_grouped_sdpa"
 _SCOPES = "pkg.torch.onnx.name_scopes"
-
-
-class _Decoder(torch.nn.Module):
-    """The model as a function of tensors: ids, mask, positions and a flat list of past keys and values."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        position_ids: torch.Tensor,
-        past: list[tuple[torch.Tensor, torch.Tensor]],
-    ) -> Any:
-        length = attention_mask.shape[1] - input_ids.shape[1]
-        for keys, values in past:
-            for side in (keys, values):
-                torch._check(side.shape[2] == length)  # type: ignore[no-untyped-call]
-        return run_with_past(self.model, input_ids, attention_mask, position_ids, past, length)
 
 
 def _grouped_sdpa(
@@ -85,7 +63,7 @@ def _grouped_sdpa(
 
 
 @contextmanager
-def _grouped_attention(model: Any) -> Iterator[None]:
+def _grouped_attention(model: Any, mask: Callable[..., torch.Tensor] | None) -> Iterator[None]:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
@@ -95,7 +73,7 @@ def _grouped_attention(model: Any) -> Iterator[None]:
             "soft-capping or attention sinks; this exporter does not serve it yet."
         )
     AttentionInterface.register(_ATTENTION, _grouped_sdpa)
-    AttentionMaskInterface.register(_ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    AttentionMaskInterface.register(_ATTENTION, mask or ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     before = model.config._attn_implementation
     model.set_attn_implementation(_ATTENTION)
     try:
@@ -104,69 +82,66 @@ def _grouped_attention(model: Any) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-def export_torch(model: torch.nn.Module, path: Path, listener: Listener | None = None) -> list[Path]:
+def export_torch(
+    model: torch.nn.Module, path: Path, listener: Listener | None = None, form: Form = CONCAT
+) -> list[Path]:
     """Export ``model`` (float32, CPU) to ``path`` with external data beside it; returns the files.
 
-    Raises :class:`BuildError` if torch cannot export it or the ONNX checker refuses the result.
+    Raises what :func:`trace` raises, and :class:`BuildError` if the ONNX checker refuses the result.
     """
-    listener = listener or Silent()
-    with listener.task("Exporting ONNX", 4, "steps") as task:
+    return save_graph(trace(model, form, listener), path)
+
+
+def trace(model: torch.nn.Module, form: Form = CONCAT, listener: Listener | None = None) -> ir.Model:
+    """The graph of ``model`` (float32, CPU) with its KV cache in ``form``.
+
+    Raises :class:`BuildError` if torch cannot export it, :class:`InputError` if it cannot have that form.
+    """
+    with (listener or Silent()).task("Exporting ONNX", 3, "steps") as task:
         try:
-            with quiet(), _grouped_attention(model), torch.no_grad():
-                program = _capture(model)
+            decoder = form.module(model)
+            with quiet(), _grouped_attention(model, decoder.mask), torch.no_grad():
+                program = form.capture(decoder)
                 task.advance(1)
-                onnx_program = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False)
-        except BuildError:
+                exported = torch.onnx.export(program, dynamo=True, opset_version=CONCAT.opset, verbose=False)
+        except NblError:
             raise
         except Exception as error:
             first = str(error).strip().splitlines() or [type(error).__name__]
             raise BuildError(
                 f"torch.onnx.export cannot export {type(model).__name__}: {first[0][:300]}"
             ) from error
-        assert onnx_program is not None
+        assert exported is not None
         task.advance(1)
-        graph = tidy(onnx_program.model, layer_count(model))
+        graph = tidy(exported.model, form, layer_count(model))
         task.advance(1)
-        files = save_graph(graph, path)
-        task.advance(1)
-    return files
+    return graph
 
 
-def _capture(model: torch.nn.Module) -> torch.export.ExportedProgram:
-    heads, dim = kv_shape(model)
-    count = layer_count(model)
-    # Example sizes of 0 or 1 would be taken for constants; all differ so that none are confused.
-    batch, sequence, past_length = 2, 3, 5
-    past = [
-        (torch.zeros(batch, heads, past_length, dim), torch.zeros(batch, heads, past_length, dim))
-        for _ in range(count)
-    ]
-    args = (
-        torch.zeros(batch, sequence, dtype=torch.long),
-        torch.ones(batch, past_length + sequence, dtype=torch.long),
-        torch.arange(past_length, past_length + sequence).repeat(batch, 1),
-        past,
-    )
-    free = torch.export.Dim.DYNAMIC
-    tokens, cache = {0: free, 1: free}, {0: free, 2: free}
-    shapes = (tokens, tokens, tokens, [(cache, cache) for _ in range(count)])
-    return torch.export.export(_Decoder(model), args, dynamic_shapes=shapes, strict=False)
-
-
-def tidy(model: ir.Model, layers: int) -> ir.Model:
+def tidy(model: ir.Model, form: Form, layers: int) -> ir.Model:
     """Give the graph its public names and dimensions, share what repeats, drop what only torch needs."""
+    _set_opset(model, form.opset)
     passes.CommonSubexpressionEliminationPass()(model)
     passes.RemoveUnusedNodesPass()(model)
     graph = model.graph
     _share_tied_weights(graph)
     passes.RemoveUnusedNodesPass()(model)
     _name_weights(graph)
-    _name_interface(graph, layers)
+    _name_interface(graph, form, layers)
     passes.ClearMetadataAndDocStringPass()(model)
     _forget_symbols(graph)
     model.producer_name = "nbl-export"
     graph.name = "decoder"
     return model
+
+
+def _set_opset(model: ir.Model, opset: int) -> None:
+    # The exporter's opset 23 is valid opset 24 as it is; what was emitted symbolically exists only there.
+    for node in model.graph:
+        node.domain = "" if node.domain == SYMBOLIC_DOMAIN else node.domain
+        node.version = None
+    model.opset_imports.pop(SYMBOLIC_DOMAIN, None)
+    model.opset_imports[""] = opset
 
 
 def _share_tied_weights(graph: ir.Graph) -> None:
@@ -217,31 +192,24 @@ def _forget_symbols(graph: ir.Graph) -> None:
                 value.shape = ir.Shape([d if isinstance(d, int) else None for d in value.shape])
 
 
-def _name_interface(graph: ir.Graph, layers: int) -> None:
-    batch, sequence, past, total = (
-        "batch_size",
-        "sequence_length",
-        "past_sequence_length",
-        "total_sequence_length",
-    )
+def _name_interface(graph: ir.Graph, form: Form, layers: int) -> None:
     inputs, outputs = list(graph.inputs), list(graph.outputs)
-    if len(inputs) != 3 + 2 * layers or len(outputs) != 1 + 2 * layers:
+    named = len(form.inputs)
+    if len(inputs) != named + 2 * layers or len(outputs) != 1 + 2 * layers:
         raise BuildError(
             f"The exported graph has {len(inputs)} inputs and {len(outputs)} outputs for {layers} layers: "
             "a cache entry was optimized away."
         )
 
-    def rename(value: ir.Value, name: str, dims: dict[int, str]) -> None:
+    def rename(value: ir.Value, name: str, dims: Mapping[int, str]) -> None:
         value.name = name
         assert value.shape is not None
         value.shape = ir.Shape([dims.get(i, d) for i, d in enumerate(value.shape)])
 
-    for value, name, length in zip(
-        inputs, ("input_ids", "attention_mask", "position_ids"), (sequence, total, sequence), strict=False
-    ):
-        rename(value, name, {0: batch, 1: length})
-    rename(outputs[0], "logits", {0: batch, 1: sequence})
+    for value, (name, dims) in zip(inputs, form.inputs.items(), strict=False):
+        rename(value, name, dims)
+    rename(outputs[0], "logits", {0: BATCH, 1: SEQUENCE})
     for layer in range(layers):
         for side, name in enumerate(SIDES):
-            rename(inputs[3 + 2 * layer + side], past_name(layer, name), {0: batch, 2: past})
-            rename(outputs[1 + 2 * layer + side], present_name(layer, name), {0: batch, 2: total})
+            rename(inputs[named + 2 * layer + side], past_name(layer, name), form.past)
+            rename(outputs[1 + 2 * layer + side], present_name(layer, name), form.present)

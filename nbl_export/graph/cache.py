@@ -14,6 +14,15 @@ from nbl_export.errors import BuildError, InputError
 _PAST = re.compile(r"^past_key_values\.(\d+)\.(key|value)$")
 _PRESENT = re.compile(r"^present\.(\d+)\.(key|value)$")
 SIDES = ("key", "value")
+# Symbolic dimensions of a decoder graph. MAX is the length of a static cache.
+BATCH, SEQUENCE, PAST, TOTAL, MAX = (
+    "batch_size",
+    "sequence_length",
+    "past_sequence_length",
+    "total_sequence_length",
+    "max_sequence_length",
+)
+WRITE_INDICES = "write_indices"  # the input that only a static cache has
 
 
 def past_name(index: int, side: str) -> str:

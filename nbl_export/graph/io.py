@@ -120,27 +120,38 @@ def save_graph(model: ir.Model, path: Path, check: Callable[[Path], object] = ch
 
 
 @contextmanager
-def with_outputs(path: Path, names: list[str]) -> Iterator[Path]:
-    """A temporary copy of the graph at ``path`` (sharing its data file) with extra outputs ``names``."""
+def scratch_copy(path: Path, change: Callable[[ir.Model], object]) -> Iterator[Path]:
+    """A temporary, changed copy of the graph at ``path``, beside it and sharing its data file."""
     model = load_graph(path)
-    graph = model.graph
-    values = {v.name: v for node in graph for v in node.outputs if v.name}
-    if missing := [n for n in names if n not in values]:
-        raise InputError(f"{path} has no tensor {missing[0]!r}: it was changed after it was written.")
-    present = {v.name for v in graph.outputs}
-    for name in dict.fromkeys(names):
-        if name not in present:
-            value = values[name]
-            if value.type is None:
-                value.type = ir.TensorType(ir.DataType.FLOAT)
-            graph.outputs.append(value)
-    handle, temporary = tempfile.mkstemp(prefix=".taps.", suffix=TEMPORARY, dir=path.parent)
+    change(model)
+    handle, temporary = tempfile.mkstemp(prefix=".scratch.", suffix=TEMPORARY, dir=path.parent)
     os.close(handle)
     try:
         ir.save(model, temporary, format="protobuf")  # external tensors keep their location
         yield Path(temporary)
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+@contextmanager
+def with_outputs(path: Path, names: list[str]) -> Iterator[Path]:
+    """A temporary copy of the graph at ``path`` with extra outputs ``names``."""
+
+    def add(model: ir.Model) -> None:
+        graph = model.graph
+        values = {v.name: v for node in graph for v in node.outputs if v.name}
+        if missing := [n for n in names if n not in values]:
+            raise InputError(f"{path} has no tensor {missing[0]!r}: it was changed after it was written.")
+        present = {v.name for v in graph.outputs}
+        for name in dict.fromkeys(names):
+            if name not in present:
+                value = values[name]
+                if value.type is None:
+                    value.type = ir.TensorType(ir.DataType.FLOAT)
+                graph.outputs.append(value)
+
+    with scratch_copy(path, add) as copy:
+        yield copy
 
 
 def summarize(model: ir.Model, path: Path) -> GraphSummary:

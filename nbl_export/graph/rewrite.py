@@ -21,12 +21,14 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from nbl_export.errors import BuildError, InputError
 from nbl_export.graph.cache import remove_pairs
 from nbl_export.graph.io import GraphSummary, check_file, load_graph, save_graph, summarize
-from nbl_export.graph.prove import Proof, input_of, prove
+from nbl_export.graph.precision import graph_precision
+from nbl_export.graph.prove import PROOF_TOLERANCE, Proof, input_of, prove
 from nbl_export.graph.regions import AttentionRegion, find_regions
 from nbl_export.linearize.plan import LinearLayer, Plan
 from nbl_export.runtime.ort import KV_LAYERS_KEY
@@ -56,8 +58,9 @@ def rewrite_file(source: Path, plan: Plan, target: Path) -> RewriteResult:
         raise InputError(f"{source} is already rewritten: rewrite the original graph instead.")
     before = summarize(model, source)
     regions = _found(model, plan)
-    proofs = prove(source, regions, plan)
-    proven = [r for r in regions if proofs[r.layer].holds]
+    tolerance = PROOF_TOLERANCE[graph_precision(model).name]
+    proofs = prove(source, regions, plan, tolerance)
+    proven = [r for r in regions if proofs[r.layer].holds(tolerance)]
     replace(model, {r.layer: r for r in proven}, plan)
     _describe(model, proven, plan)
 
@@ -105,24 +108,46 @@ def linear_output_name(layer: int) -> str:
 
 def _insert(model: ir.Model, layer: int, u: ir.Value, y: ir.Value, linear: LinearLayer) -> None:
     prefix = f"layers.{layer}.nbl_linear"
-    weight = _initializer(model, f"{prefix}.weight", np.ascontiguousarray(linear.w.T))
-    bias = _initializer(model, f"{prefix}.bias", linear.b)
-    matmul = ir.node("MatMul", [u, weight], name=f"{prefix}.matmul")
+    dtype = _compute_dtype(u, linear)
+    if u.dtype != dtype:
+        cast = ir.node("Cast", [u], {"to": int(dtype)}, name=f"{prefix}.cast_input")
+        nodes, x = [cast], cast.outputs[0]
+        x.name, x.type, x.shape = f"{prefix}.input", ir.TensorType(dtype), u.shape
+    else:
+        nodes, x = [], u
+    weight = _initializer(model, f"{prefix}.weight", np.ascontiguousarray(linear.w.T), dtype)
+    bias = _initializer(model, f"{prefix}.bias", linear.b, dtype)
+    matmul = ir.node("MatMul", [x, weight], name=f"{prefix}.matmul")
     add = ir.node("Add", [matmul.outputs[0], bias], name=f"{prefix}.add")
-    for node, name in ((matmul, f"{prefix}.product"), (add, linear_output_name(layer))):
-        node.outputs[0].name = name
-        node.outputs[0].type, node.outputs[0].shape = y.type, y.shape
+    nodes += [matmul, add]
+    matmul.outputs[0].name = f"{prefix}.product"
+    for node in (matmul, add):
+        node.outputs[0].type, node.outputs[0].shape = ir.TensorType(dtype), y.shape
+    if y.dtype is not None and y.dtype != dtype:
+        add.outputs[0].name = f"{prefix}.sum"
+        nodes.append(ir.node("Cast", [add.outputs[0]], {"to": int(y.dtype)}, name=f"{prefix}.cast_output"))
+        nodes[-1].outputs[0].type, nodes[-1].outputs[0].shape = ir.TensorType(y.dtype), y.shape
+    output = nodes[-1].outputs[0]
+    output.name = linear_output_name(layer)
     producer = y.producer()
     assert producer is not None
-    producer.append([matmul, add])
-    ir.convenience.replace_all_uses_with(y, add.outputs[0])
+    producer.append(nodes)
+    ir.convenience.replace_all_uses_with(y, output)
 
 
-def _initializer(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:  # type: ignore[type-arg]
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(
-        name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype)
-    )
+def _compute_dtype(u: ir.Value, linear: LinearLayer) -> ir.DataType:
+    """The dtype of what the map reads, or float32 if its numbers do not fit into that."""
+    dtype = u.dtype or ir.DataType.FLOAT
+    if dtype == ir.DataType.FLOAT16:
+        largest = max(float(np.abs(a).max(initial=0)) for a in (linear.w, linear.b))
+        if largest > np.finfo(np.float16).max:
+            return ir.DataType.FLOAT
+    return dtype
+
+
+def _initializer(model: ir.Model, name: str, array: NDArray[np.float32], dtype: ir.DataType) -> ir.Value:
+    tensor = ir.tensor(array.astype(dtype.numpy()), dtype=dtype, name=name)
+    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(dtype))
     model.graph.register_initializer(value)
     return value
 

@@ -91,3 +91,19 @@ def load_tokenizer(source: ModelSource) -> Any:
 def _first_line(error: Exception) -> str:
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0].rstrip(".")[:300]
+
+
+def in_precision(model: torch.nn.Module, dtype: str) -> torch.nn.Module:
+    """A copy of ``model`` with its weights in ``dtype`` (float16 …), as transformers would load it.
+
+    Buffers that are no part of a checkpoint (rotary frequencies) keep their precision.
+    """
+    import copy
+
+    import torch
+
+    converted = copy.deepcopy(model).to(getattr(torch, dtype))
+    for module, original in zip(converted.modules(), model.modules(), strict=True):
+        for name in original._non_persistent_buffers_set:
+            module._buffers[name] = original._buffers[name]
+    return converted

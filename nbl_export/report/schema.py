@@ -31,8 +31,9 @@ class Check:
 class Report:
     """A finished report. Sections that were not run are None; a check says why.
 
-    ``graph`` holds the graph before and after and the proof of each layer, ``selection`` the scores of
-    all layers, ``hashes`` the SHA-256 of model, plan and graphs.
+    ``graph`` holds the graph before and after, the proof of each layer, its precision, the form of its
+    cache and the nodes that stay float32; ``engines`` the manifests of the engines that were built;
+    ``selection`` the scores of all layers; ``hashes`` the SHA-256 of model, plan and graphs.
     """
 
     created: str
@@ -50,6 +51,9 @@ class Report:
     speed: Mapping[str, Any] | None
     checks: Sequence[Check]
     notes: Sequence[str]
+    engines: Sequence[Mapping[str, Any]] | None = None
+    engine_parity: Mapping[str, Any] | None = None
+    engine_speed: Mapping[str, Any] | None = None
 
     @property
     def passed(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -195,6 +196,74 @@ def _spread(timing: Mapping[str, float]) -> str:
     return f"{timing['median_ms']:.1f} ± {(timing['high_ms'] - timing['low_ms']) / 2:.1f}"
 
 
+def engines_table(manifests: Sequence[Mapping[str, Any]]) -> Table:
+    """What was built: one row for each engine."""
+    rows = []
+    for m in manifests:
+        network = m["network"]
+        count, fused = network["attention"], m["attention"]
+        rows.append(
+            (
+                m["role"],
+                mebibytes(m["size"]),
+                f"{count} {fused}" if count else "none",
+                str(network["kv_cache_updates"] or ""),
+                f"{sum(t['name'].startswith('past_key') for t in network['inputs'])}",
+                f"{network['layers']:,}",
+                f"{m['build_seconds']:.1f}",
+            )
+        )
+    first = manifests[0]
+    limits = first["limits"]
+    targets = ", ".join(first["capabilities"])
+    return Table(
+        f"Engines: {first['library']} {first['library_version']}, {first['precision']}, {first['kv_cache']} cache",
+        ("", "size", "attention", "cache updates", "KV inputs", "layers", "seconds"),
+        tuple(rows),
+        f"{'Ahead of time for' if first['ahead_of_time'] else 'For'} {targets}; batch ≤ {limits['max_batch']}, "
+        f"prefill ≤ {limits['max_seq']:,} tokens, context ≤ {limits['max_context']:,}.",
+    )
+
+
+def engine_speed_table(speed: Mapping[str, Any]) -> Table:
+    """Everything timed on the GPU, at each context."""
+    rows = tuple(
+        (
+            f"{x['name']}, {x['context']}",
+            f"{x['prefill_ms']:.2f}",
+            f"{x['prefill_p99_ms']:.2f}",
+            f"{x['decode_ms']:.3f}",
+            f"{x['decode_p99_ms']:.3f}",
+            f"{x['tokens_per_second']:,.0f}",
+            mebibytes(x["memory_bytes"]),
+        )
+        for x in speed["latencies"]
+    )
+    ratios = "; ".join(
+        f"{r['context']:.0f} tokens {r['prefill']:.2f}× prefill, {r['decode']:.2f}× decode"
+        for r in speed["speedups"]
+    )
+    return Table(
+        f"Speed on {speed['gpu']}, batch 1",
+        ("", "prefill, ms", "p99", "decode, ms", "p99", "tokens/s", "memory"),
+        rows,
+        f"Medians of {speed['rounds']} rounds, all in turn. Base over linearized engine: {ratios or 'not both timed'}. "
+        "Memory: cache and work space, without weights.",
+    )
+
+
+def precision_table(graph: Mapping[str, Any]) -> Table:
+    """Which nodes of a half graph stay float32, and why."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for kept in graph["kept_float32"]:
+        reason = re.sub(r"^.* reaches [^ ]+ on", "reaches beyond the format on", kept["reason"])
+        groups.setdefault((kept["op"], reason), []).append(kept["node"])
+    rows = tuple((op, str(len(nodes)), reason, nodes[0]) for (op, reason), nodes in groups.items())
+    return Table(
+        f"What stays fp32 in the {graph['precision']} graph", ("op", "nodes", "why", "the first"), rows
+    )
+
+
 def report_tables(report: Report, brief: bool = False) -> list[Table]:
     """The tables of a report, in reading order; ``brief`` leaves out what a terminal has no room for."""
     tables = [graph_table(report.graph["before"], report.graph["after"])]
@@ -204,6 +273,12 @@ def report_tables(report: Report, brief: bool = False) -> list[Table]:
         tables.append(speed_table(report.speed))
     if report.parity:
         tables.append(parity_table(report.parity, brief))
+    if report.engines:
+        tables.append(engines_table(report.engines))
+    if report.engine_speed:
+        tables.append(engine_speed_table(report.engine_speed))
+    if not brief and report.graph.get("kept_float32"):
+        tables.append(precision_table(report.graph))
     if not brief:
         tables.append(layers_table(report.selection, report.graph["proofs"]))
     return tables

@@ -1,17 +1,22 @@
-"""ONNX Runtime as a :class:`~nbl_export.runtime.decoder.Decoder`."""
+"""ONNX Runtime as a :class:`~nbl_export.runtime.stream.Stream`, for both forms of the cache."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nbl_export.errors import InputError, MissingDependencyError
+from nbl_export.graph.cache import WRITE_INDICES
 from nbl_export.runtime.decoder import F32, I64, KV, DecoderOutput
+from nbl_export.runtime.padding import BOOL, left_padded, prefix_mask, right_padded, rows_of
+from nbl_export.runtime.stream import PastStream, Stream
 
 KV_LAYERS_KEY = "nbl_export.kv_layers"
 
@@ -27,11 +32,15 @@ def require_onnxruntime() -> Any:
     return onnxruntime
 
 
-def session(path: Path, config: Mapping[str, str] | None = None) -> Any:
-    """An inference session of the graph at ``path`` on the CPU provider, all cores.
+CPU = "CPUExecutionProvider"
 
-    ``config`` are onnxruntime's session configuration entries. Raises :class:`InputError` if
-    onnxruntime does not take the file.
+
+def session(path: Path, config: Mapping[str, str] | None = None, provider: str = CPU) -> Any:
+    """An inference session of the graph at ``path`` on one provider; on the CPU with all cores.
+
+    ``config`` are onnxruntime's session configuration entries. A bfloat16 graph, for which the provider
+    has no kernels, is run by its stand-in (:mod:`nbl_export.graph.standin`). Raises :class:`InputError`
+    if onnxruntime does not take the file.
     """
     ort = require_onnxruntime()
     options = ort.SessionOptions()
@@ -39,25 +48,42 @@ def session(path: Path, config: Mapping[str, str] | None = None) -> Any:
     options.intra_op_num_threads = os.cpu_count() or 1
     for key, value in (config or {}).items():
         options.add_session_config_entry(key, value)
-    try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's exceptions have no common base class
-        first = str(error).splitlines()[0]
-        raise InputError(f"onnxruntime does not load {path}: {first}") from None
+    with _runnable(path, provider) as runnable:
+        try:
+            return ort.InferenceSession(
+                str(runnable), options, providers=list(dict.fromkeys((provider, CPU)))
+            )
+        except Exception as error:  # onnxruntime's exceptions have no common base class
+            first = str(error).splitlines()[0]
+            raise InputError(f"onnxruntime does not load {path}: {first}") from None
 
 
-class OrtDecoder:
-    """A decoder graph in ONNX Runtime, its KV cache handed in and out as arrays.
+@contextmanager
+def _runnable(path: Path, provider: str) -> Iterator[Path]:
+    from nbl_export.graph.io import load_graph, scratch_copy
+    from nbl_export.graph.standin import compute_in_float32, needs_standin
 
-    The cache inputs are taken from the session in order; which layer each belongs to is read from
-    the model's metadata, or is its number where there is none.
+    if provider == CPU and needs_standin(load_graph(path)):
+        with scratch_copy(path, compute_in_float32) as copy:
+            yield copy
+    else:
+        yield path
+
+
+_NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+class OrtModel:
+    """A decoder graph in a session: its cache inputs in order, and the layer each belongs to.
+
+    The layers are read from the model's metadata, or are its numbers where there are none.
     """
 
-    def __init__(self, path: Path, config: Mapping[str, str] | None = None) -> None:
-        self.session = session(path, config)
-        names = [i.name for i in self.session.get_inputs()]
-        self.input_names = set(names)
-        self.past_inputs = [i for i in self.session.get_inputs() if i.name.startswith("past_key_values.")]
+    def __init__(self, path: Path, config: Mapping[str, str] | None = None, provider: str = CPU) -> None:
+        self.session = session(path, config, provider)
+        inputs = self.session.get_inputs()
+        self.input_names = {i.name for i in inputs}
+        self.past_inputs = [i for i in inputs if i.name.startswith("past_key_values.")]
         self.past_names = [i.name for i in self.past_inputs]
         self.output_names = ["logits", *(n.replace("past_key_values", "present") for n in self.past_names)]
         known = self.session.get_modelmeta().custom_metadata_map.get(KV_LAYERS_KEY)
@@ -72,19 +98,39 @@ class OrtDecoder:
     def kv_layers(self) -> tuple[int, ...]:
         return self._kv_layers
 
-    def empty_past(self, batch: int) -> list[KV]:
-        shapes = [(batch, i.shape[1], 0, i.shape[3]) for i in self.past_inputs]
-        arrays = [np.zeros(shape, dtype=np.float32) for shape in shapes]
+    @property
+    def static(self) -> bool:
+        """Whether the cache is a buffer of fixed length."""
+        return WRITE_INDICES in self.input_names
+
+    @property
+    def cache_dtype(self) -> np.dtype[Any]:
+        """The dtype of keys and values; float32 for a graph without a cache."""
+        return np.dtype(_NUMPY[self.past_inputs[0].type] if self.past_inputs else np.float32)
+
+    def buffers(self, batch: int, length: int) -> list[KV]:
+        """Keys and values of every cached layer, zeros of ``length`` places."""
+        arrays = [
+            np.zeros((batch, i.shape[1], length, i.shape[3]), dtype=self.cache_dtype)
+            for i in self.past_inputs
+        ]
         return list(zip(arrays[::2], arrays[1::2], strict=True))
 
-    def feeds(self, ids: I64, mask: I64, positions: I64, past: Sequence[KV]) -> dict[str, Any]:
+    def named(self, inputs: Mapping[str, I64], past: Sequence[KV]) -> dict[str, Any]:
         """The session's inputs by name; inputs that the graph does not have are left out."""
-        flat = [array for pair in past for array in pair]
-        feeds: dict[str, Any] = dict(zip(self.past_names, flat, strict=True))
-        for name, value in (("input_ids", ids), ("attention_mask", mask), ("position_ids", positions)):
-            if name in self.input_names:
-                feeds[name] = value
-        return feeds
+        feeds: dict[str, Any] = dict(zip(self.past_names, [a for pair in past for a in pair], strict=True))
+        return feeds | {name: value for name, value in inputs.items() if name in self.input_names}
+
+
+class OrtDecoder(OrtModel):
+    """A decoder graph whose cache grows, handed in and out as arrays."""
+
+    def empty_past(self, batch: int) -> list[KV]:
+        return self.buffers(batch, 0)
+
+    def feeds(self, ids: I64, mask: I64, positions: I64, past: Sequence[KV]) -> dict[str, Any]:
+        """The session's inputs by name."""
+        return self.named({"input_ids": ids, "attention_mask": mask, "position_ids": positions}, past)
 
     def __call__(
         self, input_ids: I64, attention_mask: I64, position_ids: I64, past: Sequence[KV]
@@ -94,15 +140,92 @@ class OrtDecoder:
         return DecoderOutput(logits, tuple(zip(kv[::2], kv[1::2], strict=True)))
 
 
+class OrtStaticStream(OrtModel):
+    """A decoder graph with a static cache of ``capacity`` places, as a stream."""
+
+    def __init__(
+        self, path: Path, capacity: int, config: Mapping[str, str] | None = None, provider: str = CPU
+    ) -> None:
+        super().__init__(path, config, provider)
+        self.capacity = capacity
+        self._past: list[KV] = []
+        self._lengths = np.zeros(0, dtype=np.int64)
+
+    def prefill_feeds(self, rows: Sequence[NDArray[Any]]) -> dict[str, Any]:
+        """The session's inputs for ``rows`` and an empty cache."""
+        ids, positions = right_padded(rows)
+        start = np.zeros(len(rows), dtype=np.int64)
+        inputs = {"input_ids": ids, "position_ids": positions, WRITE_INDICES: start}
+        return self.named(inputs, self.buffers(len(rows), self.capacity))
+
+    def prefill(self, rows: Sequence[NDArray[Any]]) -> F32:
+        self._lengths = np.array([len(row) for row in rows], dtype=np.int64)
+        feeds = self.prefill_feeds(rows)
+        return self._run(feeds)[prefix_mask(self._lengths, feeds["input_ids"].shape[1])]
+
+    def decode(self, tokens: Sequence[int]) -> F32:
+        inputs = {
+            "input_ids": np.array(tokens, dtype=np.int64)[:, None],
+            "position_ids": self._lengths[:, None],
+            WRITE_INDICES: self._lengths,
+        }
+        logits = self._run(self.named(inputs, self._past))
+        self._lengths = self._lengths + 1
+        return logits[:, 0]
+
+    def cache(self) -> tuple[Sequence[KV], BOOL]:
+        return self._past, prefix_mask(self._lengths, self.capacity)
+
+    def _run(self, feeds: Mapping[str, Any]) -> F32:
+        logits, *kv = self.session.run(self.output_names, feeds)
+        self._past = list(zip(kv[::2], kv[1::2], strict=True))
+        return np.asarray(logits)
+
+
+def is_static(path: Path) -> bool:
+    """Whether the decoder graph at ``path`` keeps a static cache."""
+    from nbl_export.graph.io import load_graph
+
+    return any(v.name == WRITE_INDICES for v in load_graph(path).graph.inputs)
+
+
+def ort_stream(path: Path, capacity: int) -> Stream:
+    """The decoder graph at ``path`` as a stream of up to ``capacity`` tokens a row."""
+    return OrtStaticStream(path, capacity) if is_static(path) else PastStream(OrtDecoder(path))
+
+
+def run_outputs(
+    path: Path, rows: Sequence[NDArray[Any]], names: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Outputs ``names`` (all by default) of the decoder graph at ``path`` on a prefill of ``rows``."""
+    if is_static(path):
+        model: OrtModel = (static := OrtStaticStream(path, max(len(row) for row in rows)))
+        feeds = static.prefill_feeds(rows)
+    else:
+        model = growing = OrtDecoder(path)
+        feeds = growing.feeds(*left_padded(rows), growing.empty_past(len(rows)))
+    wanted = list(names or (o.name for o in model.session.get_outputs()))
+    return dict(zip(wanted, model.session.run(wanted, feeds), strict=True))
+
+
 def run_taps(path: Path, names: Sequence[str], inputs: Mapping[str, I64]) -> dict[str, F32]:
-    """Inner tensors ``names`` of the decoder graph at ``path``, run on ``inputs`` with an empty cache."""
+    """Inner tensors ``names`` [batch, sequence, …] of the decoder graph at ``path``, with an empty cache.
+
+    ``inputs`` are left-padded ids and mask, and so is what comes back, whichever way the graph pads.
+    """
     from nbl_export.graph.io import with_outputs
 
     wanted = list(dict.fromkeys(names))
+    mask = inputs["attention_mask"].astype(bool)
     with with_outputs(path, wanted) as tapped:
-        decoder = OrtDecoder(tapped)
-        ids = inputs["input_ids"]
-        feeds = decoder.feeds(
-            ids, inputs["attention_mask"], inputs["position_ids"], decoder.empty_past(len(ids))
-        )
-        return dict(zip(wanted, decoder.session.run(wanted, feeds), strict=True))
+        found = run_outputs(tapped, rows_of(inputs["input_ids"], inputs["attention_mask"]), wanted)
+    if is_static(path):
+        right = prefix_mask(mask.sum(axis=1), mask.shape[1])
+        found = {name: _moved(value, right, mask) for name, value in found.items()}
+    return {name: value.astype(np.float32, copy=False) for name, value in found.items()}
+
+
+def _moved(value: F32, source: BOOL, target: BOOL) -> F32:
+    result = np.zeros_like(value)
+    result[target] = value[source]
+    return result

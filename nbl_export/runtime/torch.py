@@ -117,12 +117,12 @@ class TorchDecoder:
     ) -> DecoderOutput:
         import torch
 
-        device = next(self.model.parameters()).device
+        like = next(self.model.parameters())
         ids, mask, positions = (
-            torch.from_numpy(a).to(device) for a in (input_ids, attention_mask, position_ids)
+            torch.from_numpy(a).to(like.device) for a in (input_ids, attention_mask, position_ids)
         )
         tensors = [
-            tuple(t if isinstance(t, torch.Tensor) else torch.from_numpy(t).to(device) for t in pair)
+            tuple(t if isinstance(t, torch.Tensor) else torch.from_numpy(t).to(like) for t in pair)
             for pair in past
         ]
         with torch.inference_mode():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nbl_export.graph.io import load_graph
+from nbl_export.graph.precision import graph_precision
 from nbl_export.graph.prove import PROOF_TOLERANCE, relative_error
 from nbl_export.graph.rewrite import LAYERS_KEY
 from nbl_export.linearize.plan import Plan
@@ -65,11 +66,13 @@ def first_divergence(model: torch.nn.Module, plan: Plan, path: Path) -> Divergen
         torch.inference_mode(),
     ):
         model(**inputs, use_cache=False)
-    rows = json.loads(load_graph(path).metadata_props[LAYERS_KEY])
+    graph = load_graph(path)
+    tolerance = PROOF_TOLERANCE[graph_precision(graph).name]
+    rows = json.loads(graph.metadata_props[LAYERS_KEY])
     found = run_taps(path, [row[where] for row in rows for where in ("input", "output")], plan.probe)
     for row in rows:
         for where in ("input", "output"):
             error = relative_error(found[row[where]], expected[row["layer"], where], kept)
-            if not error <= PROOF_TOLERANCE:
+            if not error <= tolerance:
                 return Divergence(row["layer"], where, row["kind"], error if np.isfinite(error) else 1e308)
     return Divergence(None, "", "", 0.0)

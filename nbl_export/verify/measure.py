@@ -8,18 +8,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nbl_export.calibrate.text import CalibrationText
+from nbl_export.engine.gpu import find_gpu
+from nbl_export.engine.pair import BASE, LINEARIZED, EngineFile
+from nbl_export.errors import InputError, MissingDependencyError
+from nbl_export.graph.io import load_graph
+from nbl_export.graph.precision import Precision, graph_precision, precision_of
 from nbl_export.linearize.plan import Plan
 from nbl_export.linearize.swap import linearized
+from nbl_export.models.load import in_precision
 from nbl_export.progress import Listener
 from nbl_export.report.schema import Check
-from nbl_export.runtime.ort import OrtDecoder
+from nbl_export.runtime.ort import ort_stream
+from nbl_export.runtime.stream import PastStream
+from nbl_export.runtime.tensorrt import EngineStream, load_engine
 from nbl_export.runtime.torch import TorchDecoder
 from nbl_export.settings import VerifySettings
+from nbl_export.verify.engines import TIMED_STEPS, built_check, gpu_entrants, measure_engine_speed, not_run
 from nbl_export.verify.localize import first_divergence
 from nbl_export.verify.noise import rounding_noise
-from nbl_export.verify.parity import compare_decoders, gates_for
+from nbl_export.verify.parity import Parity, compare_streams, gates_for
 from nbl_export.verify.quality import measure_method_loss
 from nbl_export.verify.speed import measure_speed
 
@@ -38,6 +48,8 @@ class Measurement:
     divergence: str | None = None
     method_loss: dict[str, Any] | None = None
     speed: dict[str, Any] | None = None
+    engine_parity: dict[str, Any] | None = None
+    engine_speed: dict[str, Any] | None = None
     checks: list[Check] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -48,52 +60,67 @@ def measure(
     text: CalibrationText,
     baseline: Path,
     rewritten: Path,
+    engines: Sequence[EngineFile],
     settings: VerifySettings,
     listener: Listener,
 ) -> Measurement:
-    """Measure the graph ``rewritten`` from ``baseline`` by ``plan`` against the original ``model``."""
+    """Measure the graph ``rewritten`` from ``baseline`` by ``plan``, and its engines, against ``model``."""
     result = Measurement()
-    _measure_parity(result, model, plan, text, rewritten, settings.decode_steps, listener)
+    precision = graph_precision(load_graph(rewritten))
+    rows = _rows(text, _PROMPTS, settings.decode_steps)
+    _measure_parity(result, model, plan, rewritten, rows, settings.decode_steps, precision, listener)
     if settings.quality:
         loss = measure_method_loss(model, plan, text.heldout, text.heldout_document, listener)
         result.method_loss = loss.as_json()
     else:
         result.checks.append(Check("method loss", "skipped", "--no-quality"))
-    if settings.speed:
-        contexts = _contexts(result, model, settings.contexts)
-        result.speed = measure_speed(baseline, rewritten, contexts, settings.rounds, listener).as_json()
-    else:
+    contexts = _contexts(result, model, settings.contexts)
+    if not settings.speed:
         result.checks.append(Check("speed", "skipped", "--no-speed"))
+    elif precision.name != "fp32":
+        why = f"onnxruntime's CPU provider has no {precision.gates} kernels: its times would say nothing of a GPU's"
+        result.checks.append(Check("speed", "skipped", why))
+    else:
+        result.speed = measure_speed(baseline, rewritten, contexts, settings.rounds, listener).as_json()
+    if engines:
+        graphs = {BASE: baseline, LINEARIZED: rewritten}
+        _measure_engines(result, model, plan, text, graphs, engines, contexts, settings, listener)
     return result
+
+
+def _rows(text: CalibrationText, prompts: Sequence[int], steps: int) -> list[NDArray[np.int32]]:
+    # Prompts begin with the beginning-of-text token, as in use: without it the attention sinks of a
+    # linearized model settle on chance tokens, which can amplify rounding a hundredfold.
+    ends = np.cumsum([prompt + steps for prompt in prompts])
+    pieces = np.split(np.resize(text.heldout.reshape(-1), ends[-1]), ends[:-1])
+    return [text.prompt(piece) for piece in pieces]
 
 
 def _measure_parity(
     result: Measurement,
     model: torch.nn.Module,
     plan: Plan,
-    text: CalibrationText,
     rewritten: Path,
+    rows: list[NDArray[np.int32]],
     steps: int,
+    precision: Precision,
     listener: Listener,
 ) -> None:
-    # Prompts begin with the beginning-of-text token, as in use: without it the attention sinks of a
-    # linearized model settle on chance tokens, which can amplify rounding a hundredfold.
-    ends = np.cumsum([prompt + steps for prompt in _PROMPTS])
-    rows = [
-        np.concatenate([text.start, row])
-        for row in np.split(np.resize(text.heldout.reshape(-1), ends[-1]), ends[:-1])
-    ]
+    gates = gates_for(precision.gates)
     with linearized(model, plan):
-        reference = TorchDecoder(model, plan.chosen)
-        parity = compare_decoders(
-            reference, OrtDecoder(rewritten), rows, steps, gates_for("float32"), listener
-        )
+        reference = PastStream(TorchDecoder(model, plan.chosen))
+        candidate = ort_stream(rewritten, max(map(len, rows)))
+        parity = compare_streams(reference, candidate, rows, steps, gates, listener)
         noise = rounding_noise(model, rows)
-    result.parity = {**parity.as_json(), "rounding_noise": noise}
+    result.parity = {**parity.as_json(), "precision": precision.name, "rounding_noise": noise}
     failures = parity.failures()
+    if precision.name != "fp32":
+        own = _pytorch_in(precision, model, plan, rows, steps)
+        result.parity["pytorch_in_precision"] = own.as_json()["steps"]
+        failures += parity.failures_against(own)
     if not failures:
         worst = max(s.max_abs for s in parity.steps)
-        detail = f"max |Δlogit| {worst:.2g} over a prefill and {steps} decode steps, within all float32 gates"
+        detail = f"max |Δlogit| {worst:.2g} over a prefill and {steps} decode steps, within all {precision.gates} gates"
         result.checks.append(Check("parity", "passed", detail))
         return
     first = first_divergence(model, plan, rewritten)
@@ -105,6 +132,62 @@ def _measure_parity(
             "try other layers or another criterion"
         )
     result.checks.append(Check("parity", "failed", "; ".join([*failures, result.divergence])))
+
+
+def _pytorch_in(
+    precision: Precision, model: torch.nn.Module, plan: Plan, rows: list[NDArray[np.int32]], steps: int
+) -> Parity:
+    """PyTorch's own run in the graph's precision against its float32: what that precision costs anyone."""
+    half = in_precision(model, precision.gates)
+    with linearized(model, plan), linearized(half, plan):
+        pair = [PastStream(TorchDecoder(m, plan.chosen)) for m in (model, half)]
+        return compare_streams(pair[0], pair[1], rows, steps, gates_for(precision.gates))
+
+
+def _measure_engines(
+    result: Measurement,
+    model: torch.nn.Module,
+    plan: Plan,
+    text: CalibrationText,
+    graphs: dict[str, Path],
+    engines: Sequence[EngineFile],
+    contexts: Sequence[int],
+    settings: VerifySettings,
+    listener: Listener,
+) -> None:
+    """Engine checks: what was built, and on a GPU its parity and its speed; without one, a line that says so."""
+    result.checks.append(built_check(engines))
+    gpu = find_gpu()
+    if gpu is None:
+        result.checks.append(not_run(engines, "no NVIDIA GPU"))
+        return
+    try:
+        streams = {e.manifest.role: EngineStream(load_engine(e.path)) for e in engines}
+    except (MissingDependencyError, InputError) as error:
+        result.checks.append(not_run(engines, str(error)))
+        return
+    manifest = engines[0].manifest
+    gates = gates_for(precision_of(manifest.precision).gates)
+    limits = manifest.limits
+    longest = min(limits["max_seq"], limits["max_context"] - settings.decode_steps) - len(text.start)
+    rows = _rows(text, [min(p, longest) for p in _PROMPTS[: limits["max_batch"]]], settings.decode_steps)
+    with linearized(model, plan):
+        reference = PastStream(TorchDecoder(model, plan.chosen))
+        parity = compare_streams(reference, streams[LINEARIZED], rows, settings.decode_steps, gates, listener)
+    failures = parity.failures()
+    worst = max(s.max_abs for s in parity.steps)
+    detail = (
+        "; ".join(failures)
+        or f"max |Δlogit| {worst:.2g} on {gpu.name}, within all {manifest.precision} gates"
+    )
+    result.checks.append(Check("engine parity", "failed" if failures else "passed", detail))
+    result.engine_parity = parity.as_json()
+    if settings.speed:
+        fitting = [c for c in contexts if c <= limits["max_seq"] and c + TIMED_STEPS <= limits["max_context"]]
+        entrants = gpu_entrants(model, streams, graphs, manifest.precision)
+        speed = measure_engine_speed(gpu, entrants, fitting, settings.rounds, listener)
+        result.engine_speed = speed.as_json()
+        result.notes += [f"Not timed on the GPU: {name}: {why}." for name, why in speed.absent.items()]
 
 
 def _contexts(result: Measurement, model: torch.nn.Module, contexts: Sequence[int]) -> list[int]:

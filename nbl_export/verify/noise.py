@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nbl_export.calibrate.probe import left_padded
+from nbl_export.runtime.padding import left_padded
 
 if TYPE_CHECKING:
     import torch

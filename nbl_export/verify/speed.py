@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 
 from nbl_export.progress import Listener, Silent
-from nbl_export.runtime.ort import OrtDecoder, require_onnxruntime
+from nbl_export.runtime.ort import OrtModel, require_onnxruntime
+from nbl_export.runtime.prompts import OrtPrompt
 from nbl_export.verify.ceiling import GraphCost, graph_cost
 
-_TOKENS = 32  # different tokens in a timed prompt; which ones does not matter, every vocabulary has them
+# Idle threads of one session must not spin on the cores while the other is timed.
+_CONFIG = {"session.force_spinning_stop": "1"}
 _DECODE_STEPS = 8  # tokens per timed decode round, averaged: one token is too short to time
 
 
@@ -72,54 +74,36 @@ def measure_speed(
     The decode cache is really filled, by the prefill that was just timed.
     """
     require_onnxruntime()
-    # Idle threads of one session must not spin on the cores while the other is timed.
-    decoders = [OrtDecoder(path, {"session.force_spinning_stop": "1"}) for path in (base, linearized)]
+    models = [OrtModel(path, _CONFIG) for path in (base, linearized)]
     costs = [graph_cost(path) for path in (base, linearized)]
     cells = []
     with (listener or Silent()).task("Timing", 2 * len(contexts) * (rounds + 1), "rounds") as task:
         for context in contexts:
-            prompts = [_Prompt(d, context) for d in decoders]
-            for phase, run in (("prefill", _Prompt.prefill), ("decode", _Prompt.decode)):
+            prompts = [OrtPrompt(model, context, _DECODE_STEPS) for model in models]
+            for phase, run in (("prefill", _prefill), ("decode", _decode)):
                 times = _interleaved(prompts, run, rounds, task.advance)
                 cells.append(_cell(phase, context, times, _ceiling(phase, context, costs)))
     return Speed("CPUExecutionProvider", os.cpu_count() or 1, rounds, tuple(cells), costs[0], costs[1])
 
 
-class _Prompt:
-    """One graph with a prompt of ``context`` tokens, its inputs and cache held by the runtime."""
+def _prefill(prompt: OrtPrompt) -> float:
+    start = time.perf_counter()
+    prompt.prefill()
+    return time.perf_counter() - start
 
-    def __init__(self, decoder: OrtDecoder, context: int) -> None:
-        self.decoder = decoder
-        ids = np.arange(context, dtype=np.int64)[None] % _TOKENS
-        positions = np.arange(context, dtype=np.int64)[None]
-        self.prefill_feeds = self._values(ids, np.ones_like(ids), positions, decoder.empty_past(1))
-        one = np.ones((1, 1), dtype=np.int64)
-        self._step = (one, np.ones((1, context + 1), dtype=np.int64), one * context)
-        self.decode_feeds: dict[str, Any] = {}
 
-    def _values(self, *inputs: Any) -> dict[str, Any]:
-        ort = require_onnxruntime()
-        feeds = self.decoder.feeds(*inputs)
-        return {k: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(v)) for k, v in feeds.items()}
-
-    def prefill(self) -> float:
-        start = time.perf_counter()
-        outputs = self.decoder.session.run_with_ort_values(self.decoder.output_names, self.prefill_feeds)
-        seconds = time.perf_counter() - start
-        if not self.decode_feeds:
-            heads = self._values(*self._step, self.decoder.empty_past(1))
-            self.decode_feeds = heads | dict(zip(self.decoder.past_names, outputs[1:], strict=True))
-        return seconds
-
-    def decode(self) -> float:
-        start = time.perf_counter()
-        for _ in range(_DECODE_STEPS):
-            self.decoder.session.run_with_ort_values(self.decoder.output_names, self.decode_feeds)
-        return (time.perf_counter() - start) / _DECODE_STEPS
+def _decode(prompt: OrtPrompt) -> float:
+    start = time.perf_counter()
+    for _ in range(_DECODE_STEPS):
+        prompt.step()
+    return (time.perf_counter() - start) / _DECODE_STEPS
 
 
 def _interleaved(
-    prompts: Sequence[_Prompt], run: Callable[[_Prompt], float], rounds: int, advance: Callable[[int], None]
+    prompts: Sequence[OrtPrompt],
+    run: Callable[[OrtPrompt], float],
+    rounds: int,
+    advance: Callable[[int], None],
 ) -> list[list[float]]:
     times: list[list[float]] = [[], []]
     for round_ in range(rounds + 1):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from nbl_export.export.torch import _capture, export_torch, tidy
+from nbl_export.export.forms import CONCAT
+from nbl_export.export.torch import export_torch, tidy
 from nbl_export.graph.io import save_graph
 
 _SIZES = {
@@ -55,7 +56,9 @@ def variant(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         return Variant(kind, model, path, "Attention", "Add" if kind == "llama with biases" else "MatMul")
     model.set_attn_implementation("eager")
     with torch.no_grad():
-        program = torch.onnx.export(_capture(model), dynamo=True, opset_version=18, verbose=False)
+        program = torch.onnx.export(
+            CONCAT.capture(CONCAT.module(model)), dynamo=True, opset_version=18, verbose=False
+        )
     assert program is not None
-    save_graph(tidy(program.model, 2), path)
+    save_graph(tidy(program.model, replace(CONCAT, opset=18), 2), path)
     return Variant(kind, model, path, "MatMul", "MatMul")

@@ -41,7 +41,7 @@ def test_every_layer_of_the_right_model_is_proven(
     for proof in proofs.values():
         # Float32 against float32: not zero, and far below the tolerance.
         assert max(proof.input_error, proof.output_error) < 1e-5
-        assert proof.holds
+        assert proof.holds(PROOF_TOLERANCE["fp32"])
     rows = proofs_as_json(proofs)
     assert [set(r) for r in rows] == [{"layer", "input_error", "output_error"}] * 5
 
@@ -82,8 +82,10 @@ def test_a_layer_that_stays_need_not_be_proven(
     probes = dict(plan.probe_y)
     probes[2] = -probes[2]
     proofs = prove(graph, regions, replace(plan, probe_y=probes))
-    assert not proofs[2].holds and proofs[2].output_error == pytest.approx(2, abs=1e-4)
-    assert all(proofs[i].holds for i in (0, 1, 3, 4))
+    assert not proofs[2].holds(PROOF_TOLERANCE["fp32"]) and proofs[2].output_error == pytest.approx(
+        2, abs=1e-4
+    )
+    assert all(proofs[i].holds(PROOF_TOLERANCE["fp32"]) for i in (0, 1, 3, 4))
 
 
 def test_a_planned_layer_without_a_stream_is_refused(
@@ -118,7 +120,7 @@ def test_relative_error_is_infinite_for_what_is_no_number(bad: float) -> None:
     expected[2, 1] = bad
     assert relative_error(found, REAL, KEPT) == float("inf")
     assert relative_error(FOUND, expected, KEPT) == float("inf")
-    assert not relative_error(found, REAL, KEPT) <= PROOF_TOLERANCE
+    assert not relative_error(found, REAL, KEPT) <= PROOF_TOLERANCE["fp32"]
 
 
 def test_relative_error_ignores_padding_and_refuses_another_shape() -> None:

@@ -20,14 +20,16 @@ from nbl_export.calibrate.text import load_text
 from nbl_export.errors import BuildError, InputError
 from nbl_export.graph import rewrite as rewrite_module
 from nbl_export.graph.io import load_graph, summarize
+from nbl_export.graph.prove import PROOF_TOLERANCE
 from nbl_export.graph.regions import Refusal
 from nbl_export.graph.rewrite import LAYERS_KEY, count, rewrite_file
 from nbl_export.linearize.lmmse import FitInput
 from nbl_export.linearize.plan import LinearLayer, Plan
 from nbl_export.linearize.swap import linearized
 from nbl_export.runtime.ort import KV_LAYERS_KEY, OrtDecoder
+from nbl_export.runtime.stream import PastStream
 from nbl_export.runtime.torch import TorchDecoder
-from nbl_export.verify.parity import compare_decoders, gates_for
+from nbl_export.verify.parity import compare_streams, gates_for
 from nbl_export.workspace import Workspace
 from tests.fixtures_graph import maps_in_place, pad_left, plan_by_hand, ragged_rows
 from tests.graph.conftest import Variant
@@ -124,8 +126,8 @@ def test_stories(
     rows = prompts(stories_out, (40, 27, 12))
     assert_computes_the_plan(path, stories_model, plan, rows, 3)
     with linearized(stories_model, plan):
-        reference = TorchDecoder(stories_model, plan.chosen)
-        parity = compare_decoders(reference, OrtDecoder(path), rows, 4, gates_for("float32"))
+        reference = PastStream(TorchDecoder(stories_model, plan.chosen))
+        parity = compare_streams(reference, PastStream(OrtDecoder(path)), rows, 4, gates_for("float32"))
     assert parity.failures() == []
 
     kept = [i for i in range(LAYERS) if i not in layers]
@@ -134,7 +136,7 @@ def test_stories(
     assert result.before.kv_pairs - result.after.kv_pairs == len(layers)
     assert result.after.ops.get("Attention", 0) == len(kept)
     assert sorted(result.proofs) == list(range(LAYERS))
-    assert all(p.holds for p in result.proofs.values())
+    assert all(p.holds(PROOF_TOLERANCE["fp32"]) for p in result.proofs.values())
     # q and o are d × d, k and v are d × kv; W is d × d, b is d and stays inside the .onnx file.
     saved = 4 * (2 * WIDTH * WIDTH + 2 * WIDTH * KV_WIDTH - WIDTH * WIDTH)
     before, after = (p.with_name("model.onnx.data").stat().st_size for p in (baseline(stories_out), path))

@@ -12,7 +12,8 @@ import pytest
 
 from nbl_export.errors import InputError
 from nbl_export.runtime.decoder import DecoderOutput
-from nbl_export.verify.parity import Gates, Parity, StepParity, compare_decoders, gates_for
+from nbl_export.runtime.stream import PastStream
+from nbl_export.verify.parity import Gates, Parity, StepParity, compare_streams, gates_for
 
 GATES = gates_for("float32")
 VOCAB, HEADS, DIM = 5, 2, 3
@@ -58,12 +59,14 @@ def copied(outputs: Sequence[DecoderOutput]) -> list[DecoderOutput]:
 def compare(
     reference: Sequence[DecoderOutput], candidate: Sequence[DecoderOutput], layers: tuple[int, ...] = (0,)
 ) -> Parity:
-    return compare_decoders(Scripted(reference, layers), Scripted(candidate, layers), ROWS, 1, GATES)
+    return compare_streams(
+        PastStream(Scripted(reference, layers)), PastStream(Scripted(candidate, layers)), ROWS, 1, GATES
+    )
 
 
 def test_both_are_asked_the_same_with_their_own_caches() -> None:
     a, b = Scripted(answers(seed=1)), Scripted(answers(seed=2))
-    parity = compare_decoders(a, b, ROWS, 1, GATES)
+    parity = compare_streams(PastStream(a), PastStream(b), ROWS, 1, GATES)
     assert parity.prompt_lengths == (3, 2)
     for decoder in (a, b):
         prefill, step = decoder.asked
@@ -85,7 +88,7 @@ def test_several_steps_teach_the_rows_own_tokens() -> None:
         decoder.answers = [DecoderOutput(o.logits[:, -1:], ()) for o in decoder.answers]
         decoder.kv_layers = ()
     rows = [np.arange(4, dtype=np.int32), np.arange(10, 14, dtype=np.int32)]
-    parity = compare_decoders(*decoders, rows, 3, GATES)
+    parity = compare_streams(PastStream(decoders[0]), PastStream(decoders[1]), rows, 3, GATES)
     assert [s.step for s in parity.steps] == [0, 1, 2, 3]
     assert [asked[0].tolist() for asked in decoders[0].asked] == [
         [[0], [10]],
@@ -110,7 +113,9 @@ def test_equal_decoders_pass_with_nothing_to_report() -> None:
 def one_token(a: list[float], b: list[float]) -> StepParity:
     outputs = [DecoderOutput(np.array([[logits]], dtype=np.float32), ()) for logits in (a, a, b, b)]
     rows = [np.array([1, 2], dtype=np.int32)]
-    parity = compare_decoders(Scripted(outputs[:2], ()), Scripted(outputs[2:], ()), rows, 1, GATES)
+    parity = compare_streams(
+        PastStream(Scripted(outputs[:2], ())), PastStream(Scripted(outputs[2:], ())), rows, 1, GATES
+    )
     return parity.steps[0]
 
 
@@ -234,7 +239,7 @@ def test_a_cache_of_another_shape_fails_and_is_named() -> None:
 
 def test_caches_of_other_layers_are_refused() -> None:
     with pytest.raises(InputError, match=r"caches layers \(0, 2\), the plan leaves \(0, 1\)"):
-        compare_decoders(Scripted([], (0, 1)), Scripted([], (0, 2)), ROWS, 1, GATES)
+        compare_streams(PastStream(Scripted([], (0, 1))), PastStream(Scripted([], (0, 2))), ROWS, 1, GATES)
 
 
 # gates -------------------------------------------------------------------------------------------

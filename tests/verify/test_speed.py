@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from nbl_export.runtime.ort import OrtDecoder
+from nbl_export.runtime.prompts import OrtPrompt, timed_row
 from nbl_export.verify import speed as speed_module
 from nbl_export.verify.ceiling import graph_cost
-from nbl_export.verify.speed import _cell, _interleaved, _Prompt, measure_speed
+from nbl_export.verify.speed import _cell, _decode, _interleaved, measure_speed
 
 
 def test_structure_of_a_measurement(stories_out: Path) -> None:
@@ -43,28 +44,29 @@ def test_structure_of_a_measurement(stories_out: Path) -> None:
 @pytest.mark.parametrize("context", [2, 8])
 def test_decode_reads_a_really_filled_cache(stories_out: Path, context: int) -> None:
     decoder = OrtDecoder(stories_out / "model.onnx")
-    prompt = _Prompt(decoder, context)
-    assert not prompt.decode_feeds
-    assert prompt.prefill() > 0
-    shapes = {name: tuple(value.shape()) for name, value in prompt.decode_feeds.items()}
-    assert shapes == {
+    prompt = OrtPrompt(decoder, context, 4)
+    assert not prompt.past
+    prompt.prefill()
+    assert {name: tuple(value.shape()) for name, value in prompt.past.items()} == {
+        f"past_key_values.{n}.{s}": (1, 4, context, 8) for n in range(3) for s in ("key", "value")
+    }
+    assert {name: array.shape for name, array in prompt.step_inputs.items()} == {
         "input_ids": (1, 1),
         "attention_mask": (1, context + 1),
         "position_ids": (1, 1),
-        **{f"past_key_values.{n}.{s}": (1, 4, context, 8) for n in range(3) for s in ("key", "value")},
     }
-    assert prompt.decode_feeds["position_ids"].numpy().tolist() == [[context]]
+    assert prompt.step_inputs["position_ids"].tolist() == [[context]]
     # The cache is the one that the timed prompt leaves behind.
-    ids = prompt.prefill_feeds["input_ids"].numpy()
-    assert ids.shape == (1, context)
+    ids = timed_row(context).astype(np.int64)[None]
     positions = np.arange(context)[None]
     expected = decoder(ids, np.ones_like(ids), positions, decoder.empty_past(1)).present
     for n, pair in enumerate(expected):
         for name, tensor in zip(("key", "value"), pair, strict=True):
-            found = prompt.decode_feeds[f"past_key_values.{n}.{name}"].numpy()
+            found = prompt.past[f"past_key_values.{n}.{name}"].numpy()
             np.testing.assert_allclose(found, tensor, rtol=0, atol=1e-6)
             assert np.abs(found).min(axis=(1, 3)).max() > 0
-    assert prompt.decode() > 0
+    assert prompt.cache_bytes == 6 * 4 * context * 8 * 4
+    prompt.step()
 
 
 def test_rounds_alternate_and_the_first_is_thrown_away() -> None:
@@ -100,8 +102,8 @@ def test_a_cell_by_hand() -> None:
 
 
 def test_a_decode_round_times_one_token(monkeypatch: pytest.MonkeyPatch, stories_out: Path) -> None:
-    prompt = _Prompt(OrtDecoder(stories_out / "model.onnx"), 4)
+    prompt = OrtPrompt(OrtDecoder(stories_out / "model.onnx"), 4, 4)
     prompt.prefill()
     clock = iter([100.0, 100.0 + 8.0])
     monkeypatch.setattr(speed_module.time, "perf_counter", lambda: next(clock))
-    assert prompt.decode() == 8.0 / speed_module._DECODE_STEPS
+    assert _decode(prompt) == 8.0 / speed_module._DECODE_STEPS

@@ -1,0 +1,37 @@
+"""The NVIDIA GPU of this machine, asked of the driver itself: no CUDA build of torch is needed for it."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+# CUdevice_attribute, cuda.h
+_MAJOR, _MINOR = 75, 76
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A visible device: its name and its compute capability, as ``8.9``."""
+
+    name: str
+    compute_capability: str
+
+
+def find_gpu() -> Gpu | None:
+    """The first visible NVIDIA GPU, or None where there is no driver or no device."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    count, device, value = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
+        return None
+    if driver.cuDeviceGet(ctypes.byref(device), 0):
+        return None
+    name = ctypes.create_string_buffer(256)
+    driver.cuDeviceGetName(name, len(name), device)
+    numbers = []
+    for attribute in (_MAJOR, _MINOR):
+        driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
+        numbers.append(str(value.value))
+    return Gpu(name.value.decode(errors="replace"), ".".join(numbers))

@@ -1,0 +1,154 @@
+"""The two TensorRT libraries behind one value: which is here, what it can build for, and how it differs.
+
+``tensorrt`` builds on the GPU that will run the engine. ``tensorrt-rtx`` builds ahead of time, on any
+machine, for listed compute capabilities. Their Python API is the same; what differs is data here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nbl_export.engine.gpu import Gpu, find_gpu
+from nbl_export.errors import InputError, MissingDependencyError
+
+CHOICES = ("auto", "tensorrt", "rtx")
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What is to know of one of the two before it is imported."""
+
+    module: str
+    package: str
+    extra: str
+    oldest: tuple[int, int]
+    ahead_of_time: bool
+
+
+_KINDS = {
+    "tensorrt": _Kind("tensorrt", "tensorrt", "trt", (10, 0), ahead_of_time=False),
+    "rtx": _Kind("tensorrt_rtx", "tensorrt-rtx", "rtx", (1, 5), ahead_of_time=True),
+}
+
+
+@dataclass(frozen=True)
+class Library:
+    """An imported TensorRT: ``package`` is its PyPI name, ``ahead_of_time`` whether it builds without a GPU."""
+
+    package: str
+    version: str
+    module: Any
+    ahead_of_time: bool
+    extra: str
+
+    def __str__(self) -> str:
+        return f"{self.package} {self.version}"
+
+    @property
+    def capabilities(self) -> dict[str, Any]:
+        """The compute capabilities it can build for ahead of time, by name: ``{"SM86": …}``; empty if it cannot."""
+        known: dict[str, Any] = self.module.ComputeCapability.__members__ if self.ahead_of_time else {}
+        names = [n for n in known if re.fullmatch(r"SM\d+", n)]
+        return {name: known[name] for name in sorted(names, key=lambda n: int(n[2:]))}
+
+
+def choose_library(choice: str, gpu: Gpu | None) -> Library:
+    """The library that serves ``choice`` (auto, tensorrt or rtx) on a machine with this ``gpu``.
+
+    ``auto`` is tensorrt where it and a GPU are there, else rtx. Raises :class:`MissingDependencyError`
+    with the pip line to type where none serves.
+    """
+    if choice not in CHOICES:
+        raise InputError(f"--trt {choice!r} is unknown; choose {', '.join(CHOICES)}.")
+    if choice == "tensorrt" or (choice == "auto" and gpu is not None and _is_importable("tensorrt")):
+        if gpu is None:
+            raise MissingDependencyError(
+                "tensorrt builds on the GPU that runs the engine, and no NVIDIA GPU is visible: use --trt rtx "
+                f"({_pip('rtx')}) to build ahead of time without one."
+            )
+        return import_library("tensorrt")
+    return import_library("rtx")
+
+
+def import_library(kind: str) -> Library:
+    """Import one of the two; raises :class:`MissingDependencyError` if it is not there or too old."""
+    facts = _KINDS[kind]
+    try:
+        module = importlib.import_module(facts.module)
+        version = str(module.__version__)
+    except (ImportError, AttributeError, OSError) as error:  # OSError: its shared libraries do not load
+        raise MissingDependencyError(
+            f"{facts.package} cannot be imported ({str(error).splitlines()[0]}): {_pip(kind)}."
+        ) from None
+    if tuple(int(n) for n in re.findall(r"\d+", version)[:2]) < facts.oldest:
+        oldest = ".".join(map(str, facts.oldest))
+        raise MissingDependencyError(
+            f"{facts.package} {version} is too old, {oldest} or newer is needed: {_pip(kind)}."
+        )
+    return Library(facts.package, version, module, facts.ahead_of_time, facts.extra)
+
+
+def library_of(package: str) -> Library:
+    """The installed library whose PyPI name is ``package``."""
+    kind = next((k for k, facts in _KINDS.items() if facts.package == package), None)
+    if kind is None:
+        raise InputError(f"The engine was built by {package!r}, which nbl-export does not know.")
+    return import_library(kind)
+
+
+def check_capabilities(library: Library, wanted: Sequence[str]) -> tuple[str, ...]:
+    """Names such as SM86 from what a user wrote (86, 8.6, sm86); none means all from 8.0 on.
+
+    Raises :class:`InputError` for one that the library cannot build for.
+    """
+    known = library.capabilities
+    if not library.ahead_of_time:
+        if wanted:
+            raise InputError(
+                f"--sm is for building ahead of time with --trt rtx; {library} builds for the GPU of this machine."
+            )
+        return ()
+    if not wanted:
+        # Turing has no bfloat16 and no fused attention; who has one asks for it.
+        return tuple(name for name in known if int(name[2:]) >= 80)
+    names = []
+    for text in wanted:
+        digits = text.strip().upper().removeprefix("SM").removeprefix("_").replace(".", "")
+        if f"SM{digits}" not in known:
+            raise InputError(
+                f"--sm {text.strip()!r} is unknown to {library}; it can build for {', '.join(known)}."
+            )
+        names.append(f"SM{digits}")
+    return tuple(dict.fromkeys(names))
+
+
+def runs_here(capabilities: Sequence[str], gpu: Gpu) -> bool:
+    """Whether an engine built ahead of time for ``capabilities`` runs on ``gpu``."""
+    return f"SM{gpu.compute_capability.replace('.', '')}" in capabilities
+
+
+def _is_importable(kind: str) -> bool:
+    try:
+        import_library(kind)
+    except MissingDependencyError:
+        return False
+    return True
+
+
+def _pip(kind: str) -> str:
+    return f"pip install 'nbl-export[{_KINDS[kind].extra}]'"
+
+
+__all__ = [
+    "CHOICES",
+    "Library",
+    "check_capabilities",
+    "choose_library",
+    "find_gpu",
+    "import_library",
+    "library_of",
+]

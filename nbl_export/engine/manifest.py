@@ -1,0 +1,124 @@
+"""The manifest beside each engine: what it is, what it needs, and the hashes that bind the two.
+
+    model.engine   the serialized engine        model.json   its manifest
+
+An engine is tied to the library that built it and to the GPUs it was built for; loading one elsewhere
+fails with a message of the library's, at best. So the manifest is checked first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nbl_export.engine.gpu import Gpu
+from nbl_export.engine.library import Library, library_of, runs_here
+from nbl_export.errors import InputError, MissingDependencyError
+from nbl_export.workspace import read_json, sha256_of_file, sha256_of_json, write_json
+
+FORMAT = "nbl-export/engine/1"
+_REMEDY = "build the engine again (`nbl-export build OUT --trt`)"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is recorded of an engine.
+
+    ``role`` is base or linearized; ``capabilities`` are the targets of an ahead-of-time build, or the
+    one compute capability of the GPU ``gpu`` it was built on; ``profiles`` the shapes; ``hashes`` the
+    SHA-256 of the ONNX files and the plan it came from, and of the engine; ``kv_layers`` the model's
+    layer of each KV pair; ``network`` the counts and dtypes read from the parsed network.
+    """
+
+    role: str
+    library: str
+    library_version: str
+    ahead_of_time: bool
+    capabilities: tuple[str, ...]
+    gpu: str | None
+    precision: str
+    kv_cache: str
+    limits: Mapping[str, int]
+    profiles: tuple[Mapping[str, Any], ...]
+    kv_layers: tuple[int, ...]
+    linear_layers: tuple[int, ...]
+    attention: str
+    network: Mapping[str, Any]
+    hashes: Mapping[str, str]
+    build_seconds: float
+    size: int
+    created_by: str
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def manifest_path(engine: Path) -> Path:
+    return engine.with_suffix(".json")
+
+
+def save_manifest(engine: Path, manifest: Manifest) -> Path:
+    """Write the manifest of an ``engine`` that is already there."""
+    body = {"format": FORMAT, **manifest.as_json()}
+    path = manifest_path(engine)
+    write_json(path, {**body, "sha256": sha256_of_json(body)})
+    return path
+
+
+def load_manifest(engine: Path) -> Manifest:
+    """The manifest of the engine at ``engine``, both checked byte for byte.
+
+    Raises :class:`InputError` if either is missing, changed, cut short, or does not belong to the other.
+    """
+    path = manifest_path(engine)
+    if not engine.is_file():
+        raise InputError(f"The engine {engine} does not exist.")
+    raw = read_json(path, "The engine's manifest", _REMEDY)
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        raise InputError(f"{path} is no engine manifest of nbl-export ({FORMAT}): {_REMEDY}.")
+    digest = raw.pop("sha256", None)
+    if digest != sha256_of_json(raw):
+        raise InputError(f"{path} was changed after it was written: {_REMEDY}.")
+    del raw["format"]
+    try:
+        manifest = Manifest(
+            **{
+                **raw,
+                **{n: tuple(raw[n]) for n in ("capabilities", "profiles", "kv_layers", "linear_layers")},
+            }
+        )
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error}): {_REMEDY}.") from None
+    size = engine.stat().st_size
+    if size != manifest.size:
+        state = "truncated" if size < manifest.size else "not the one its manifest describes"
+        raise InputError(
+            f"{engine} is {state}: {size:,} bytes, the manifest says {manifest.size:,}: {_REMEDY}."
+        )
+    if sha256_of_file(engine) != manifest.hashes["engine"]:
+        raise InputError(f"{engine} was changed after it was built (its SHA-256 differs): {_REMEDY}.")
+    return manifest
+
+
+def check_runs(manifest: Manifest, gpu: Gpu | None) -> Library:
+    """The library that can load the engine on ``gpu``.
+
+    Raises :class:`MissingDependencyError` without a GPU or the library, :class:`InputError` if it is of
+    another version or for other GPUs; each says what does not fit.
+    """
+    if gpu is None:
+        raise MissingDependencyError("no NVIDIA GPU is visible")
+    library = library_of(manifest.library)
+    if library.version != manifest.library_version:
+        raise InputError(
+            f"The engine was built by {manifest.library} {manifest.library_version}, installed is "
+            f"{library.version}: engines run on the version that built them; {_REMEDY}."
+        )
+    if not runs_here(manifest.capabilities, gpu):
+        raise InputError(
+            f"The engine was built for {', '.join(manifest.capabilities)}; {gpu.name} has compute capability "
+            f"{gpu.compute_capability}: {_REMEDY}."
+        )
+    return library

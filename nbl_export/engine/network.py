@@ -1,0 +1,192 @@
+"""An ONNX graph as a TensorRT network: parse it, say what it consists of, and hold it to what it must be."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from nbl_export.engine.library import Library
+from nbl_export.errors import BuildError, InputError
+from nbl_export.graph.precision import Precision
+
+_STANDARD = ("", "ai.onnx")
+
+
+class Messages:
+    """What TensorRT said while it worked: warnings for the record, the first error for the user."""
+
+    def __init__(self, library: Library) -> None:
+        trt = library.module
+        lines: list[str] = []
+
+        base: Any = trt.ILogger
+
+        class _Logger(base):  # type: ignore[misc]
+            def log(self, severity: Any, message: str) -> None:
+                if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                    lines.append(message)
+
+        self.errors = lines
+        self.logger = _Logger()
+
+    def first(self) -> str:
+        """The first error that is not about the missing GPU, which is expected ahead of time."""
+        told = [m for m in self.errors if "cudaError 35" not in m and "CUDA driver" not in m]
+        return " ".join(told[0].split())[:400] if told else "no reason given"
+
+
+@dataclass(frozen=True)
+class NetworkTensor:
+    """An input or output of a network; ``shape`` has -1 for a dynamic dimension."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class NetworkFacts:
+    """What a parsed network consists of. ``weight_bytes`` are its constants' bytes by dtype."""
+
+    layers: int
+    attention: int
+    kv_cache_updates: int
+    inputs: tuple[NetworkTensor, ...]
+    outputs: tuple[NetworkTensor, ...]
+    weight_bytes: Mapping[str, int]
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A network and what keeps it alive."""
+
+    builder: Any
+    network: Any
+    parser: Any
+    messages: Messages
+    facts: NetworkFacts
+
+
+def check_operators(model: ir.Model, path: Path) -> None:
+    """Refuse a graph with operators of onnxruntime's own, naming them and the way around."""
+    foreign = Counter((n.domain, n.op_type) for n in model.graph if n.domain not in _STANDARD)
+    if foreign:
+        (domain, op), count = foreign.most_common(1)[0]
+        more = f" and {len(foreign) - 1} more operators" if len(foreign) > 1 else ""
+        raise InputError(
+            f"{path} uses {domain}.{op} ({count} nodes){more}, which TensorRT does not know: export the model with "
+            "nbl-export's own exporter (`nbl-export export OUT`), whose graphs have standard operators only."
+        )
+
+
+def parse_network(library: Library, path: Path) -> Parsed:
+    """Parse the graph at ``path`` into a strongly typed network; raises :class:`BuildError` naming the operator."""
+    trt = library.module
+    messages = Messages(library)
+    builder = trt.Builder(messages.logger)
+    # TensorRT 11 ignores the flag and types every network strongly.
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, messages.logger)
+    if not parser.parse_from_file(str(path)):
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        if not errors:
+            raise BuildError(f"{library} does not parse {path}: {messages.first()}.")
+        error = errors[0]
+        reason = " ".join(str(error.desc()).split())[:300].rstrip(".")
+        raise BuildError(
+            f"{library} does not take the operator {error.node_operator()} ({error.node_name()}) of {path}: {reason}."
+        )
+    return Parsed(builder, network, parser, messages, network_facts(library, network))
+
+
+def network_facts(library: Library, network: Any) -> NetworkFacts:
+    """Count a network's layers and read its dtypes."""
+    trt = library.module
+    kinds: Counter[str] = Counter()
+    weights: Counter[str] = Counter()
+    for i in range(network.num_layers):
+        layer = network.get_layer(i)
+        kinds[layer.type.name] += 1
+        if layer.type == trt.LayerType.CONSTANT:
+            output = layer.get_output(0)
+            size = 1
+            for dim in output.shape:
+                size *= dim
+            weights[output.dtype.name] += int(size * output.dtype.itemsize)
+    return NetworkFacts(
+        layers=network.num_layers,
+        attention=kinds["ATTENTION_OUTPUT"],
+        kv_cache_updates=kinds["KV_CACHE_UPDATE"],
+        inputs=tuple(_tensor(network.get_input(i)) for i in range(network.num_inputs)),
+        outputs=tuple(_tensor(network.get_output(i)) for i in range(network.num_outputs)),
+        weight_bytes=dict(weights),
+    )
+
+
+def _tensor(tensor: Any) -> NetworkTensor:
+    return NetworkTensor(tensor.name, tensor.dtype.name, tuple(tensor.shape))
+
+
+def let_attention_decompose(library: Library, network: Any) -> None:
+    """Allow every attention layer to be built from its parts where no fused kernel fits."""
+    trt = library.module
+    for i in range(network.num_layers):
+        layer = network.get_layer(i)
+        if layer.type == trt.LayerType.ATTENTION_OUTPUT:
+            layer.__class__ = trt.IAttentionOutputLayer  # the binding hands out the base class
+            layer.attention.decomposable = True
+
+
+# How TensorRT calls the types.
+_DTYPES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}
+# The parser writes scalars and epsilons of its own in float32.
+_PARSER_BYTES = 4096
+
+
+def check_network(
+    facts: NetworkFacts, precision: Precision, attention: int, static: bool, kept_bytes: int
+) -> None:
+    """Hold a network to what was asked for; raises :class:`BuildError` for the first thing that differs.
+
+    1. Exactly ``attention`` attention layers (L - K).
+    2. Two KV inputs and outputs for each, and two native cache updates where the cache is static.
+    3. KV in the precision's dtype, logits in float32, every other input in int64.
+    4. Weights in the precision's dtype, but for ``kept_bytes`` that the graph itself keeps in float32.
+    """
+    wanted = _DTYPES[precision.name]
+    past = [t for t in facts.inputs if t.name.startswith("past_key_values.")]
+    present = [t for t in facts.outputs if t.name.startswith("present.")]
+    counts = {
+        "attention layers": (facts.attention, attention),
+        "KV inputs": (len(past), 2 * attention),
+        "KV outputs": (len(present), 2 * attention),
+    }
+    if static:
+        counts["KV cache updates"] = (facts.kv_cache_updates, 2 * attention)
+    for what, (found, expected) in counts.items():
+        if found != expected:
+            raise BuildError(f"The TensorRT network has {found} {what}, expected {expected}.")
+    for tensor in (*past, *present):
+        if tensor.dtype != wanted:
+            raise BuildError(f"The TensorRT network's {tensor.name} is {tensor.dtype}, expected {wanted}.")
+    for tensor in facts.outputs:
+        if tensor.name == "logits" and tensor.dtype != "FLOAT":
+            raise BuildError(f"The TensorRT network's logits are {tensor.dtype}, expected FLOAT.")
+    for tensor in facts.inputs:
+        if tensor not in past and tensor.dtype != "INT64":
+            raise BuildError(f"The TensorRT network's {tensor.name} is {tensor.dtype}, expected INT64.")
+    other = sum(b for d, b in facts.weight_bytes.items() if d in _DTYPES.values() and d != wanted)
+    total = sum(facts.weight_bytes.values())
+    if other > kept_bytes + _PARSER_BYTES:
+        raise BuildError(
+            f"{other:,} of {total:,} bytes of the TensorRT network's weights are not {wanted}; the graph keeps "
+            f"{kept_bytes:,}."
+        )

@@ -1,0 +1,130 @@
+"""Base and linearized engine from the same settings: what makes the comparison of the two fair."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from nbl_export import __version__
+from nbl_export.engine.build import Built, TimingCache, build_engine
+from nbl_export.engine.gpu import Gpu
+from nbl_export.engine.library import Library
+from nbl_export.engine.manifest import Manifest, save_manifest
+from nbl_export.engine.profiles import Limits
+from nbl_export.errors import BuildError
+from nbl_export.graph.io import DATA_SUFFIX, load_graph
+from nbl_export.graph.precision import graph_precision
+from nbl_export.progress import Listener
+from nbl_export.runtime.ort import KV_LAYERS_KEY, is_static
+from nbl_export.workspace import atomic_path, sha256_of_file
+
+BASE, LINEARIZED = "base", "linearized"
+# Of the bytes of weights removed, the share an engine must shrink by at least, and what two builds of
+# one network may differ by.
+_SHARE, _VARIES_BY = 0.9, 1 << 16
+
+
+@dataclass(frozen=True)
+class Source:
+    """A graph to build: its role, path, how many layers keep attention, and where the engine goes."""
+
+    role: str
+    graph: Path
+    attention: int
+    engine: Path
+
+
+@dataclass(frozen=True)
+class EngineFile:
+    """An engine written, and its manifest."""
+
+    path: Path
+    manifest: Manifest
+
+
+def build_pair(
+    library: Library,
+    gpu: Gpu | None,
+    sources: Sequence[Source],
+    linear_layers: Sequence[int],
+    plan_hash: str,
+    limits: Limits,
+    capabilities: Sequence[str],
+    listener: Listener,
+) -> tuple[list[EngineFile], list[Path]]:
+    """Build every source and hold the pair to each other; returns the engines, and all files written.
+
+    No engine is put in its place before all are built and the linearized one is found to be smaller by
+    what was removed; raises :class:`BuildError` if it is not.
+    """
+    timings = TimingCache(library, sources[0].engine.with_name("timing.cache"))
+    built: list[Built] = []
+    for source in sources:
+        with listener.task(f"Building {source.role} engine", 1000, "‰") as task:
+            built.append(
+                build_engine(library, source.graph, source.attention, limits, capabilities, timings, task)
+            )
+    check_shrinks(dict(zip((s.role for s in sources), built, strict=True)))
+    targets = (
+        tuple(capabilities) or (f"SM{gpu.compute_capability.replace('.', '')}",)
+        if gpu
+        else tuple(capabilities)
+    )
+    engines, files = [], timings.save()
+    for source, result in zip(sources, built, strict=True):
+        with atomic_path(source.engine) as temporary:
+            temporary.write_bytes(memoryview(result.data))
+        linear = tuple(linear_layers) if source.role == LINEARIZED else ()
+        model = load_graph(source.graph)
+        kv_layers = model.metadata_props.get(KV_LAYERS_KEY)
+        manifest = Manifest(
+            role=source.role,
+            library=library.package,
+            library_version=library.version,
+            ahead_of_time=library.ahead_of_time,
+            capabilities=targets,
+            gpu=None if library.ahead_of_time or gpu is None else gpu.name,
+            precision=graph_precision(model).name,
+            kv_cache="static" if is_static(source.graph) else "concat",
+            limits=asdict(limits),
+            profiles=tuple(p.as_json() for p in result.profiles),
+            kv_layers=tuple(json.loads(kv_layers)) if kv_layers else tuple(range(source.attention)),
+            linear_layers=linear,
+            attention="none" if not source.attention else "fused" if result.fused else "decomposed",
+            network=result.facts.as_json(),
+            hashes=_hashes(source, plan_hash if linear else None),
+            build_seconds=round(result.seconds, 3),
+            size=result.size,
+            created_by=f"nbl-export {__version__}",
+        )
+        files += [source.engine, save_manifest(source.engine, manifest)]
+        engines.append(EngineFile(source.engine, manifest))
+    return engines, files
+
+
+def _hashes(source: Source, plan_hash: str | None) -> dict[str, str]:
+    data = source.graph.with_name(source.graph.name + DATA_SUFFIX)
+    hashes = {"engine": sha256_of_file(source.engine), "onnx": sha256_of_file(source.graph)}
+    if data.is_file():
+        hashes["onnx_data"] = sha256_of_file(data)
+    return hashes | ({"plan": plan_hash} if plan_hash else {})
+
+
+def check_shrinks(built: Mapping[str, Built]) -> None:
+    """The linearized engine is smaller than the base by what was removed; else :class:`BuildError`.
+
+    It loses the weights removed and code for them, never more code than the base has.
+    """
+    base, linear = built[BASE], built[LINEARIZED]
+    weights = [sum(b.facts.weight_bytes.values()) for b in (base, linear)]
+    removed, shrunk, code = weights[0] - weights[1], base.size - linear.size, max(0, base.size - weights[0])
+    if not _SHARE * removed - _VARIES_BY <= shrunk <= removed + code + _VARIES_BY:
+        raise BuildError(
+            f"The linearized engine is {shrunk:,} bytes smaller than the base, but {removed:,} bytes of weights "
+            "were removed: the two do not belong together."
+        )
+
+
+__all__ = ["BASE", "LINEARIZED", "EngineFile", "Source", "build_pair", "check_shrinks"]

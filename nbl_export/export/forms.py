@@ -1,0 +1,186 @@
+"""How an exported decoder keeps its KV cache: it grows by concatenation, or is a static buffer.
+
+``concat``  position_ids, attention_mask over past and sequence; past [B, H, past, D] goes in, present
+            [B, H, past + sequence, D] comes out. Padding on the left. ONNX opset 23.
+``static``  past and present are one buffer [B, H, max, D]; a token's keys and values are written at
+            ``write_indices[b] + i`` (`TensorScatter`) and a query sees the places up to its own. Padding
+            on the right, which the next token overwrites. ONNX opset 24, the standard operators only.
+
+A form is data: names and symbolic dimensions of its inputs, and how to trace the model that way.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicCache
+
+from nbl_export.errors import InputError
+from nbl_export.graph.cache import BATCH, MAX, PAST, SEQUENCE, TOTAL
+from nbl_export.models.layers import cache_argument, layer_count
+from nbl_export.runtime.torch import PastLayer, kv_shape, run_with_past
+
+# What `torch.export` cannot express is emitted under a name of our own and renamed afterwards: the
+# exporter would otherwise take the whole graph to opset 24, where it decomposes norms and rotary embeddings.
+SYMBOLIC_DOMAIN = "nbl_export"
+
+
+class CachedDecoder(torch.nn.Module):
+    """A model as a function of tensors: a form's inputs and a list of past keys and values.
+
+    ``mask`` replaces transformers' own making of the attention mask; None keeps it.
+    """
+
+    mask: Callable[..., torch.Tensor] | None = None
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to keep a cache. ``inputs`` are those before the cache, in order, with their dimensions."""
+
+    name: str
+    opset: int
+    inputs: Mapping[str, Mapping[int, str]]
+    past: Mapping[int, str]
+    present: Mapping[int, str]
+    module: Callable[[torch.nn.Module], CachedDecoder]
+
+    def capture(self, decoder: CachedDecoder) -> torch.export.ExportedProgram:
+        """Trace ``decoder``, every dimension named here being dynamic."""
+        heads, dim = kv_shape(decoder.model)
+        # Example sizes of 0 or 1 would be taken for constants; all differ so that none are confused.
+        sizes = {BATCH: 2, SEQUENCE: 3, PAST: 5, TOTAL: 8, MAX: 7}
+        free = torch.export.Dim.DYNAMIC
+        args = [
+            torch.zeros([sizes[d] for d in dims.values()], dtype=torch.long) for dims in self.inputs.values()
+        ]
+        shapes: list[Any] = [dict.fromkeys(dims, free) for dims in self.inputs.values()]
+        side = [sizes[self.past[0]], heads, sizes[self.past[2]], dim]
+        past = [(torch.zeros(side), torch.zeros(side)) for _ in range(layer_count(decoder.model))]
+        cache = dict.fromkeys(self.past, free)
+        return torch.export.export(
+            decoder,
+            (*args, past),
+            dynamic_shapes=(*shapes, [(cache, cache) for _ in past]),
+            strict=False,
+        )
+
+
+# concat ------------------------------------------------------------------------------------------
+
+
+class _Concat(CachedDecoder):
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        past: list[tuple[torch.Tensor, torch.Tensor]],
+    ) -> Any:
+        length = attention_mask.shape[1] - input_ids.shape[1]
+        for keys, values in past:
+            for side in (keys, values):
+                torch._check(side.shape[2] == length)  # type: ignore[no-untyped-call]
+        return run_with_past(self.model, input_ids, attention_mask, position_ids, past, length)
+
+
+# static ------------------------------------------------------------------------------------------
+
+
+class _StaticLayer(PastLayer):
+    """A layer of the cache that writes into its buffer instead of growing."""
+
+    def __init__(self, write_indices: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        super().__init__(0, keys, values)
+        self.write_indices = write_indices
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
+        self.keys = self._write(self.keys, key_states)
+        self.values = self._write(self.values, value_states)
+        return self.keys, self.values
+
+    def _write(self, buffer: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        written: torch.Tensor = torch.onnx.ops.symbolic(
+            f"{SYMBOLIC_DOMAIN}::TensorScatter",
+            [buffer, new, self.write_indices],
+            {"axis": -2, "mode": "linear"},
+            dtype=buffer.dtype,
+            shape=buffer.shape,
+        )
+        return written
+
+    def get_mask_sizes(self, query: Any) -> tuple[Any, int]:
+        return self.keys.shape[2], 0
+
+
+class _Static(CachedDecoder):
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__(model)
+        if "position_ids" not in inspect.signature(model.forward).parameters:
+            raise InputError(
+                f"{type(model).__name__} takes no position_ids, which a static cache needs: use --kv-cache concat."
+            )
+        self._write_indices: torch.Tensor | None = None  # of the pass being traced
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        write_indices: torch.Tensor,
+        past: list[tuple[torch.Tensor, torch.Tensor]],
+    ) -> Any:
+        for keys, values in past:
+            for side in (keys, values):
+                torch._check(side.shape[2] == past[0][0].shape[2])  # type: ignore[no-untyped-call]
+        cache = DynamicCache()
+        cache.layers = [_StaticLayer(write_indices, keys, values) for keys, values in past]
+        self._write_indices = write_indices
+        output = self.model(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            use_cache=True,
+            **{cache_argument(self.model): cache},
+        )
+        return output.logits, [(layer.keys, layer.values) for layer in cache.layers]
+
+    def mask(  # type: ignore[override]
+        self, batch_size: Any, q_length: Any, kv_length: Any, mask_function: Callable[..., Any], **_: Any
+    ) -> torch.Tensor:
+        """[batch, 1, query, max] bool from the family's own rule (causal, sliding window …) of two places.
+
+        ``mask_function(batch, head, query place, key place)`` is elementwise, so places may differ by row.
+        """
+        assert self._write_indices is not None
+        query = (self._write_indices[:, None] + torch.arange(q_length))[:, None, :, None]
+        key = torch.arange(kv_length)[None, None, None, :]
+        rows = torch.arange(batch_size)[:, None, None, None]
+        visible: torch.Tensor = mask_function(rows, torch.zeros(1, 1, 1, 1, dtype=torch.long), query, key)
+        return visible
+
+
+_TOKENS = {0: BATCH, 1: SEQUENCE}
+CONCAT = Form(
+    "concat",
+    23,
+    {"input_ids": _TOKENS, "attention_mask": {0: BATCH, 1: TOTAL}, "position_ids": _TOKENS},
+    past={0: BATCH, 2: PAST},
+    present={0: BATCH, 2: TOTAL},
+    module=_Concat,
+)
+STATIC = Form(
+    "static",
+    24,
+    {"input_ids": _TOKENS, "position_ids": _TOKENS, "write_indices": {0: BATCH}},
+    past={0: BATCH, 2: MAX},
+    present={0: BATCH, 2: MAX},
+    module=_Static,
+)
+FORMS = {form.name: form for form in (CONCAT, STATIC)}

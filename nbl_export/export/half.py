@@ -1,0 +1,39 @@
+"""Write a traced graph in the precision asked for; float16 is decided tensor by tensor on real text."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from nbl_export.graph.io import save_graph
+from nbl_export.graph.precision import Kept, Precision, to_precision
+from nbl_export.graph.ranges import measure_ranges
+from nbl_export.workspace import TEMPORARY
+
+
+def save_in_precision(
+    graph: ir.Model, path: Path, precision: Precision, rows: Sequence[NDArray[Any]]
+) -> tuple[list[Path], list[Kept]]:
+    """Convert the float32 ``graph`` and write it to ``path``: the files, and the nodes left in float32.
+
+    ``rows`` are token ids of real text; a format of float32's range does not need them.
+    """
+    ranges = _ranges(graph, path, rows) if precision.largest < float("inf") else {}
+    kept = to_precision(graph, precision, ranges)
+    return save_graph(graph, path), kept
+
+
+def _ranges(graph: ir.Model, path: Path, rows: Sequence[NDArray[Any]]) -> Mapping[str, float]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=".fp32.", suffix=TEMPORARY, dir=path.parent))
+    try:
+        save_graph(graph, folder / path.name)
+        return measure_ranges(folder / path.name, rows)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,242 @@
+"""Make a float32 decoder graph a half-precision one: the precision is in the graph, not in a builder's flag.
+
+    before                          after
+    x ─► op ─► y   (float32)        x ─► op ─► y                    (half)
+                                    x ─► Cast ─► op ─► Cast ─► y    (an op that stays float32)
+
+1. Every node that computes in float32 is converted: its weights become half, and so does what it writes.
+2. A node stays float32 where half cannot hold it, with a reason: :data:`SENSITIVE` operators and what
+   they are computed from, tensors that reach beyond the format's range on real text, constants that it
+   cannot represent. Its weights stay float32 too.
+3. Casts stand where a converted node reads a float32 tensor and the other way round, one for each tensor.
+4. Logits leave as float32, the KV cache in half. No other float32 input, output or weight remains.
+
+`RMSNormalization`, `LayerNormalization` and `Attention` read and write half but compute their means and
+softmax in float32: for the norms the operator says so (``stash_type``), for attention every runtime does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common as passes
+
+from nbl_export.errors import BuildError, InputError
+
+F32 = ir.DataType.FLOAT
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A floating-point format of a graph. ``largest`` is the magnitude up to which a tensor may be in it.
+
+    float16 ends at 65,504; a quarter of that leaves room for text that is not the text measured.
+    """
+
+    name: str
+    gates: str
+    dtype: ir.DataType
+    numpy: Any
+    largest: float
+
+
+PRECISIONS = {
+    p.name: p
+    for p in (
+        Precision("fp32", "float32", F32, np.float32, float("inf")),
+        Precision("fp16", "float16", ir.DataType.FLOAT16, np.float16, 65504 / 4),
+        Precision("bf16", "bfloat16", ir.DataType.BFLOAT16, ml_dtypes.bfloat16, float("inf")),
+    )
+}
+
+# Operators that lose too much in half: norms taken apart, softmax, and angles of large positions.
+SENSITIVE = frozenset(
+    {"ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2", "Pow", "Sqrt", "Reciprocal"}
+    | {"Softmax", "LogSoftmax", "Exp", "Log", "CumSum", "Cos", "Sin"}
+)
+# What leads up to these is kept too: an angle is position times frequency.
+_WITH_ANCESTORS = ("Cos", "Sin")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A node that stays float32, and why."""
+
+    node: str
+    op: str
+    reason: str
+
+
+def precision_of(name: str) -> Precision:
+    """The precision called ``name``; raises :class:`InputError` for an unknown one."""
+    if name not in PRECISIONS:
+        raise InputError(f"--precision {name!r} is unknown; choose {', '.join(PRECISIONS)}.")
+    return PRECISIONS[name]
+
+
+def graph_precision(model: ir.Model) -> Precision:
+    """The precision of a decoder graph: that of its linear maps' weights."""
+    for node in model.graph:
+        if node.op_type in ("MatMul", "Gemm"):
+            for value in node.inputs:
+                for precision in PRECISIONS.values():
+                    if value is not None and value.dtype == precision.dtype:
+                        return precision
+    return PRECISIONS["fp32"]
+
+
+def to_precision(model: ir.Model, precision: Precision, ranges: Mapping[str, float]) -> list[Kept]:
+    """Convert a float32 graph in place; returns the nodes that stayed float32.
+
+    ``ranges`` are the largest magnitudes of its tensors on real text, by name (a tensor without an entry
+    is taken to fit). Raises :class:`BuildError` for a graph with control flow.
+    """
+    if precision.dtype == F32:
+        return []
+    passes.ShapeInferencePass()(model)
+    graph = model.graph
+    if any(
+        a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for n in graph for a in _attributes(n)
+    ):
+        raise BuildError(f"A graph with control flow cannot be converted to {precision.name}.")
+    kept = _kept(graph, precision, ranges)
+    converter = _Converter(graph, precision)
+    for value in graph.inputs:
+        if value.dtype == F32:
+            value.dtype = precision.dtype
+    for node in list(graph):
+        if node in kept:
+            converter.widen(node)
+        elif any(v is not None and v.dtype in (F32, precision.dtype) for v in node.inputs):
+            converter.narrow(node)
+        # A node without floating-point inputs (a Cast of integers) writes float32, which readers cast.
+    for index, value in enumerate(list(graph.outputs)):
+        wanted = F32 if value.name == "logits" else precision.dtype
+        if value.dtype in (F32, precision.dtype) and value.dtype != wanted:
+            converter.output(index, value, wanted)
+    passes.RemoveUnusedNodesPass()(model)
+    graph.sort()
+    return [Kept(str(n.name), n.op_type, reason) for n, reason in kept.items()]
+
+
+def _attributes(node: ir.Node) -> Sequence[ir.Attr]:
+    return list(node.attributes.values())
+
+
+# 2 -----------------------------------------------------------------------------------------------
+
+
+def _kept(graph: ir.Graph, precision: Precision, ranges: Mapping[str, float]) -> dict[ir.Node, str]:
+    kept: dict[ir.Node, str] = {}
+    for node in graph:
+        values = [v for v in (*node.inputs, *node.outputs) if v is not None and v.dtype == F32]
+        if not values:
+            continue
+        if node.op_type in SENSITIVE:
+            kept[node] = "sensitive to rounding"
+        elif wide := [v for v in values if ranges.get(str(v.name), 0.0) > precision.largest]:
+            kept[node] = f"{wide[0].name} reaches {ranges[str(wide[0].name)]:.3g} on real text"
+        elif bad := [v for v in values if not _representable(v, precision)]:
+            kept[node] = f"{precision.name} cannot hold the constant {bad[0].name}"
+    for node in [n for n in kept if n.op_type in _WITH_ANCESTORS]:
+        _keep_ancestors(node, kept)
+    return kept
+
+
+def _representable(value: ir.Value, precision: Precision) -> bool:
+    """Whether a constant scalar survives; whole weights are held to the format's range only."""
+    if not value.is_initializer() or value.const_value is None:
+        return True
+    array = value.const_value.numpy().astype(np.float64)
+    with np.errstate(over="ignore"):
+        rounded = array.astype(precision.numpy).astype(np.float64)
+    if not np.isfinite(rounded).all():
+        return False
+    return bool(array.size > 1 or np.allclose(rounded, array, rtol=0.01, atol=0))
+
+
+def _keep_ancestors(node: ir.Node, kept: dict[ir.Node, str]) -> None:
+    for value in node.inputs:
+        producer = value.producer() if value is not None else None
+        if value is not None and value.dtype == F32 and producer is not None and producer not in kept:
+            kept[producer] = f"leads to {node.op_type}, which is sensitive to rounding"
+            _keep_ancestors(producer, kept)
+
+
+# 1, 3, 4 -----------------------------------------------------------------------------------------
+
+
+class _Converter:
+    """Casts and converted weights, each made once for each tensor."""
+
+    def __init__(self, graph: ir.Graph, precision: Precision) -> None:
+        self.graph, self.precision = graph, precision
+        self._made: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+
+    def narrow(self, node: ir.Node) -> None:
+        """Let ``node`` compute in half."""
+        for index, value in enumerate(node.inputs):
+            if value is not None and value.dtype == F32:
+                node.replace_input_with(index, self._as(value, self.precision.dtype))
+        for output in node.outputs:
+            # A Cast says itself what it writes.
+            if output.dtype == F32 and node.op_type != "Cast":
+                output.dtype = self.precision.dtype
+
+    def widen(self, node: ir.Node) -> None:
+        """Let ``node`` compute in float32 whatever it reads."""
+        for index, value in enumerate(node.inputs):
+            if value is not None and value.dtype == self.precision.dtype:
+                node.replace_input_with(index, self._as(value, F32))
+
+    def output(self, index: int, value: ir.Value, dtype: ir.DataType) -> None:
+        """Hand output ``index`` out as ``dtype`` under its own name."""
+        name = value.name
+        value.name = f"{name}.{self.precision.name if dtype == F32 else 'fp32'}"
+        cast = self._as(value, dtype)
+        cast.name = name
+        self.graph.outputs[index] = cast
+
+    def _as(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+        key = value, dtype
+        if key not in self._made:
+            weight = value.is_initializer() and value.const_value is not None
+            self._made[key] = self._weight(value, dtype) if weight else self._cast(value, dtype)
+        return self._made[key]
+
+    def _weight(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+        assert value.const_value is not None and value.shape is not None
+        original, numpy = value.const_value, self.precision.numpy
+        name = f"{value.name}.{self.precision.name}"
+        # Converted when it is written: a large model never has all its weights in memory.
+        tensor = ir.LazyTensor(
+            lambda: ir.tensor(original.numpy().astype(numpy), dtype=dtype, name=name),
+            dtype=dtype,
+            shape=value.shape,
+            name=name,
+        )
+        made = ir.Value(
+            name=name,
+            const_value=tensor,
+            shape=value.shape,
+            type=ir.TensorType(dtype),
+        )
+        self.graph.register_initializer(made)
+        return made
+
+    def _cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+        name = f"{value.name}.as_{dtype.name.lower()}"
+        cast = ir.node("Cast", [value], {"to": int(dtype)}, name=name)
+        cast.outputs[0].name, cast.outputs[0].shape = name, value.shape
+        cast.outputs[0].type = ir.TensorType(dtype)
+        producer = value.producer()
+        if producer is not None:
+            producer.append(cast)
+        else:
+            self.graph.insert_before(self.graph[0], cast)
+        return cast.outputs[0]

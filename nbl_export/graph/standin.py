@@ -1,0 +1,71 @@
+"""Run a bfloat16 graph where there are no bfloat16 kernels: compute each node in float32, then round.
+
+    before                   after
+    x ─► op ─► y  (bf16)     x ─► Cast f32 ─► op ─► Cast bf16 ─► y
+
+Every tensor keeps exactly the values a bfloat16 runtime that accumulates in float32 would give it, so
+parity measured on the stand-in is parity of the graph. Its inputs and outputs are float32 arrays, which
+NumPy has and bfloat16 arrays it has not. It is for checking; nothing ships it.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnx_ir.passes import common as passes
+
+BF16, F32 = ir.DataType.BFLOAT16, ir.DataType.FLOAT
+
+
+def needs_standin(model: ir.Model) -> bool:
+    """Whether any input, weight or tensor of the graph is bfloat16."""
+    graph = model.graph
+    values = (*graph.inputs, *graph.initializers.values(), *(v for n in graph for v in n.outputs))
+    return any(v.dtype == BF16 for v in values)
+
+
+def compute_in_float32(model: ir.Model) -> None:
+    """Put the Casts in, in place."""
+    passes.ShapeInferencePass()(model)
+    graph = model.graph
+    wide: dict[ir.Value | None, ir.Value] = {}
+
+    def cast(value: ir.Value, dtype: ir.DataType, name: str) -> ir.Node:
+        node = ir.node("Cast", [value], {"to": int(dtype)}, name=name)
+        node.outputs[0].name, node.outputs[0].type = name, ir.TensorType(dtype)
+        node.outputs[0].shape = value.shape
+        return node
+
+    originals = list(graph)
+    outputs = list(graph.outputs)
+    first = originals[0]
+    for entry in [v for v in graph.inputs if v.dtype == BF16]:
+        entry.dtype = F32
+        # What arrives may have more digits than bfloat16 holds.
+        narrow = cast(entry, BF16, f"{entry.name}.bf16")
+        again = cast(narrow.outputs[0], F32, f"{entry.name}.f32")
+        first.prepend([narrow, again])
+        wide[entry] = again.outputs[0]
+    for node in originals:
+        for index, value in enumerate(node.inputs):
+            if value is not None and value.dtype == BF16 and value not in wide:  # a weight
+                made = cast(value, F32, f"{value.name}.f32")
+                first.prepend(made)
+                wide[value] = made.outputs[0]
+            if value in wide:
+                node.replace_input_with(index, wide[value])
+        for value in [v for v in node.outputs if v.dtype == BF16]:
+            rounded, last = value, node
+            if node.op_type != "Cast":  # which rounds by itself
+                value.dtype = F32
+                last = cast(value, BF16, f"{value.name}.bf16")
+                node.append(last)
+                rounded = last.outputs[0]
+            again = cast(rounded, F32, f"{value.name}.f32")
+            last.append(again)
+            wide[value] = again.outputs[0]
+    for index, value in enumerate(outputs):
+        if value in wide:
+            result = wide[value]
+            result.name, value.name = value.name, f"{value.name}.exact"
+            graph.outputs[index] = result
+    graph.sort()

@@ -1,0 +1,82 @@
+"""One decoder graph with a prompt to time: inputs and cache stay where the runtime has them.
+
+The cache of the timed decode step is really filled, by the prefill. A growing cache is handed back as
+the runtime made it; a static one is bound as past and as present at once, so that it is written in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nbl_export.graph.cache import WRITE_INDICES
+from nbl_export.runtime.ort import OrtModel, require_onnxruntime
+
+_TOKENS = 32  # different tokens in a timed prompt; which ones does not matter, every vocabulary has them
+
+
+def timed_row(context: int) -> NDArray[np.int32]:
+    """A prompt of ``context`` tokens to time."""
+    return (np.arange(context) % _TOKENS).astype(np.int32)
+
+
+class OrtPrompt:
+    """A graph in a session with a prompt of ``context`` tokens, batch 1; a static cache has ``room`` places more."""
+
+    def __init__(self, model: OrtModel, context: int, room: int, device: str = "cpu") -> None:
+        self.model, self.device = model, device
+        one = np.ones((1, 1), dtype=np.int64)
+        ids = timed_row(context).astype(np.int64)[None]
+        prefill = {"input_ids": ids, "position_ids": np.arange(context, dtype=np.int64)[None]}
+        step = {"input_ids": one, "position_ids": one * context}
+        if model.static:
+            prefill[WRITE_INDICES], step[WRITE_INDICES] = one[0] * 0, one[0] * context
+        else:
+            prefill["attention_mask"] = np.ones_like(ids)
+            step["attention_mask"] = np.ones((1, context + 1), dtype=np.int64)
+        self.step_inputs = step
+        empty = model.named({}, model.buffers(1, context + room if model.static else 0))
+        self._prefill = self._bind(prefill, {name: self._place(array) for name, array in empty.items()})
+        self._step: Any = None
+        self.past: dict[str, Any] = {}
+
+    def prefill(self) -> None:
+        """Run the prompt from an empty cache, and keep the cache that it fills."""
+        self._run(self._prefill)
+        if not self.past:
+            outputs = dict(zip(self.model.output_names, self._prefill.get_outputs(), strict=True))
+            self.past = {n: outputs[n.replace("past_key_values", "present")] for n in self.model.past_names}
+            self._step = self._bind(self.step_inputs, self.past)
+
+    def step(self) -> None:
+        """Run one token after the prompt; the cache does not advance, so every step costs the same."""
+        self._run(self._step)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the filled cache."""
+        return sum(int(np.prod(v.shape())) for v in self.past.values()) * self.model.cache_dtype.itemsize
+
+    def _bind(self, inputs: Mapping[str, Any], past: Mapping[str, Any]) -> Any:
+        binding = self.model.session.io_binding()
+        for name, array in inputs.items():
+            if name in self.model.input_names:
+                binding.bind_ortvalue_input(name, self._place(array))
+        for name, value in past.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in self.model.output_names:
+            if self.model.static and name != "logits":
+                binding.bind_ortvalue_output(name, past[name.replace("present", "past_key_values")])
+            else:
+                binding.bind_output(name, self.device)
+        return binding
+
+    def _run(self, binding: Any) -> None:
+        self.model.session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+
+    def _place(self, array: NDArray[Any]) -> Any:
+        return require_onnxruntime().OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self.device, 0)

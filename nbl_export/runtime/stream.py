@@ -1,0 +1,65 @@
+"""A batch of ragged rows fed to a decoder: one prefill, then one token for each row at a time.
+
+The stream owns the cache and hides how the runtime pads and keeps it, so that PyTorch, ONNX Runtime
+and TensorRT, with a growing or a static cache, are asked the same and compared alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nbl_export.runtime.decoder import F32, KV, Decoder
+from nbl_export.runtime.padding import BOOL, left_padded
+
+
+class Stream(Protocol):
+    """What :func:`~nbl_export.verify.parity.compare_streams` compares."""
+
+    @property
+    def kv_layers(self) -> tuple[int, ...]:
+        """Which layer of the model each cache entry belongs to, in cache order."""
+
+    def prefill(self, rows: Sequence[NDArray[Any]]) -> F32:
+        """Begin anew with ``rows`` of token ids: logits [all tokens of all rows, vocab], row after row."""
+
+    def decode(self, tokens: Sequence[int]) -> F32:
+        """One more token for each row: logits [rows, vocab]."""
+
+    def cache(self) -> tuple[Sequence[KV], BOOL]:
+        """Keys and values of each layer, [rows, heads, places, head_dim], and which [rows, places] are real."""
+
+
+class PastStream:
+    """A stream over a stateless :class:`Decoder`: padding on the left, the cache handed back in."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self._past: Any = ()
+
+    @property
+    def kv_layers(self) -> tuple[int, ...]:
+        return self.decoder.kv_layers
+
+    def prefill(self, rows: Sequence[NDArray[Any]]) -> F32:
+        self._past = self.decoder.empty_past(len(rows))
+        ids, self._mask, self._positions = left_padded(rows)
+        logits: F32 = self._run(ids)[self._mask.astype(bool)]
+        return logits
+
+    def decode(self, tokens: Sequence[int]) -> F32:
+        ids = np.array(tokens, dtype=np.int64)[:, None]
+        self._mask = np.concatenate([self._mask, np.ones_like(ids)], axis=1)
+        self._positions = self._positions[:, -1:] + 1
+        return self._run(ids)[:, 0]
+
+    def cache(self) -> tuple[Sequence[KV], BOOL]:
+        return self._past, self._mask.astype(bool)
+
+    def _run(self, ids: NDArray[np.int64]) -> F32:
+        output = self.decoder(ids, self._mask, self._positions, self._past)
+        self._past = output.present
+        return output.logits

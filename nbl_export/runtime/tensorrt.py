@@ -1,0 +1,305 @@
+"""A TensorRT engine as a :class:`~nbl_export.runtime.stream.Stream`: device buffers, bindings, both profiles.
+
+A static cache is one buffer for each layer and side, bound as past and as present, so that nothing is
+ever copied; its decode step keeps every shape and address and is captured into a CUDA graph. A growing
+cache has two buffers that take turns as past and present, large enough for the longest context.
+
+Everything that touches the GPU goes through :class:`Device` (torch) and an execution context, so that
+the rest can be tested with a context that only records, on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nbl_export.engine.gpu import find_gpu
+from nbl_export.engine.manifest import Manifest, check_runs, load_manifest
+from nbl_export.engine.profiles import DECODE, PREFILL
+from nbl_export.errors import BuildError, InputError, MissingDependencyError
+from nbl_export.graph.cache import WRITE_INDICES
+from nbl_export.runtime.decoder import F32, KV
+from nbl_export.runtime.padding import BOOL, left_padded, prefix_mask, right_padded
+
+if TYPE_CHECKING:
+    import torch
+
+_DTYPES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "BF16": "bfloat16",
+    "INT32": "int32",
+    "INT64": "int64",
+    "BOOL": "bool",
+}
+
+
+class Device:
+    """Memory and a stream of the GPU, by torch. ``name`` is a torch device."""
+
+    def __init__(self, name: str = "cuda") -> None:
+        import torch
+
+        if name == "cuda" and not torch.cuda.is_available():
+            raise MissingDependencyError(
+                "Running an engine needs a CUDA build of torch: install torch from its CUDA index."
+            )
+        self.name = name
+        self._stream: Any = torch.cuda.Stream() if name == "cuda" else None  # type: ignore[no-untyped-call]
+
+    @property
+    def stream(self) -> int:
+        """The stream's handle, for a context."""
+        return int(self._stream.cuda_stream) if self._stream else 0
+
+    def zeros(self, shape: Sequence[int], dtype: str) -> torch.Tensor:
+        import torch
+
+        return torch.zeros(tuple(shape), dtype=getattr(torch, dtype), device=self.name)
+
+    def put(self, target: torch.Tensor, array: NDArray[Any]) -> None:
+        """Copy host numbers into ``target``, in the order of the stream."""
+        import torch
+
+        with torch.cuda.stream(self._stream) if self._stream else nullcontext():
+            target.copy_(torch.from_numpy(np.ascontiguousarray(array)), non_blocking=True)
+
+    def get(self, tensor: torch.Tensor) -> Any:
+        """``tensor`` as a host array, once the stream has come to it; half becomes float32."""
+        self.synchronize()
+        return (tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy()
+
+    def synchronize(self) -> None:
+        if self._stream:
+            self._stream.synchronize()
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """``work`` as a CUDA graph to replay; itself where there is no GPU."""
+        if self._stream is None:
+            return work
+        import torch
+
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self._stream):
+            work()
+
+        def replay() -> None:
+            with torch.cuda.stream(self._stream):
+                graph.replay()
+
+        return replay
+
+
+@dataclass(frozen=True)
+class LoadedEngine:
+    """A deserialized engine with one execution context for each profile."""
+
+    manifest: Manifest
+    engine: Any
+    contexts: dict[str, Any]
+    device: Device
+
+
+def load_engine(path: Path, device: Device | None = None) -> LoadedEngine:
+    """Load the engine at ``path`` on this machine's GPU.
+
+    Its manifest is checked first (:mod:`nbl_export.engine.manifest`), then the dtypes that the engine
+    itself reports; raises :class:`InputError`, :class:`MissingDependencyError` or :class:`BuildError`.
+    """
+    manifest = load_manifest(path)
+    library = check_runs(manifest, find_gpu())
+    device = device or Device()
+    trt = library.module
+    engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(path.read_bytes())
+    if engine is None:
+        raise InputError(f"{library} does not load {path}: build the engine again on this machine.")
+    for tensor in (*manifest.network["inputs"], *manifest.network["outputs"]):
+        found = engine.get_tensor_dtype(tensor["name"]).name
+        if found != tensor["dtype"]:
+            raise BuildError(
+                f"{path}: {tensor['name']} is {found}, the network it was built from {tensor['dtype']}."
+            )
+    contexts = {}
+    for index, profile in enumerate(manifest.profiles):
+        context = engine.create_execution_context()
+        if context is None or not context.set_optimization_profile_async(index, device.stream):
+            raise BuildError(
+                f"{path}: no execution context for the {profile['name']} profile; not enough memory?"
+            )
+        contexts[profile["name"]] = context
+    device.synchronize()
+    return LoadedEngine(manifest, engine, contexts, device)
+
+
+class EngineStream:
+    """A loaded engine fed with ragged rows; logits and cache stay on the device until asked for."""
+
+    def __init__(self, loaded: LoadedEngine) -> None:
+        self.manifest, self.device = loaded.manifest, loaded.device
+        self._contexts, self._engine = loaded.contexts, loaded.engine
+        network = loaded.manifest.network
+        self._inputs = {t["name"]: t for t in network["inputs"]}
+        self._outputs = {t["name"]: t for t in network["outputs"]}
+        self._past = [n for n in self._inputs if n.startswith("past_key_values.")]
+        self.static = loaded.manifest.kv_cache == "static"
+        self._vocab = int(self._outputs["logits"]["shape"][-1])
+        self._bound: dict[str, torch.Tensor] = {}
+        self._batch = 0
+        self._replay: Callable[[], None] | None = None
+
+    @property
+    def kv_layers(self) -> tuple[int, ...]:
+        return self.manifest.kv_layers
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the cache's buffers on the device."""
+        buffers = {t.data_ptr(): t for name in self._past for t in self._buffers[name]} if self._batch else {}
+        return sum(t.numel() * t.element_size() for t in buffers.values())
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes of the engine's own scratch memory on the device."""
+        return int(self._engine.device_memory_size_v2)
+
+    # Stream ----------------------------------------------------------------------------------
+    def prefill(self, rows: Sequence[NDArray[Any]]) -> F32:
+        logits: F32 = self.device.get(self.prefill_on_device(rows))
+        lengths = np.array([len(r) for r in rows])
+        mask = prefix_mask(lengths, logits.shape[1]) if self.static else self._mask.astype(bool)
+        real: F32 = logits[mask]
+        return real
+
+    def decode(self, tokens: Sequence[int]) -> F32:
+        logits: F32 = self.device.get(self.decode_on_device(tokens))
+        return logits[:, 0]
+
+    def cache(self) -> tuple[Sequence[KV], BOOL]:
+        width = self.manifest.limits["max_context"] if self.static else self._length
+        sides = [self.device.get(self._view(name, width)) for name in self._past]
+        real = prefix_mask(self._lengths, width) if self.static else self._mask.astype(bool)
+        return list(zip(sides[::2], sides[1::2], strict=True)), real
+
+    # on the device ---------------------------------------------------------------------------
+    def prefill_on_device(self, rows: Sequence[NDArray[Any]]) -> torch.Tensor:
+        """Run ``rows`` from an empty cache: logits [rows, longest, vocab], padding included."""
+        self._check_fits(rows)
+        self._allocate(len(rows))
+        self._lengths = np.array([len(r) for r in rows], dtype=np.int64)
+        if self.static:
+            ids, positions = right_padded(rows)
+            self._feed(
+                {"input_ids": ids, "position_ids": positions, WRITE_INDICES: np.zeros_like(self._lengths)}
+            )
+        else:
+            ids, self._mask, positions = left_padded(rows)
+            self._feed({"input_ids": ids, "attention_mask": self._mask, "position_ids": positions})
+        self._length = 0
+        self._run(PREFILL, ids.shape[1])
+        self._length = ids.shape[1]
+        return self._bound["logits"]
+
+    def decode_on_device(self, tokens: Sequence[int]) -> torch.Tensor:
+        """One more token for each row: logits [rows, 1, vocab]."""
+        if self._length_after_next() > self.manifest.limits["max_context"]:
+            raise InputError(f"The engine's context of {self.manifest.limits['max_context']} tokens is full.")
+        ids = np.array(tokens, dtype=np.int64)[:, None]
+        if self.static:
+            self._feed(
+                {"input_ids": ids, "position_ids": self._lengths[:, None], WRITE_INDICES: self._lengths}
+            )
+        else:
+            self._mask = np.concatenate([self._mask, np.ones_like(ids)], axis=1)
+            positions = self._mask.sum(axis=1, keepdims=True) - 1
+            self._feed({"input_ids": ids, "attention_mask": self._mask, "position_ids": positions})
+        if self._replay is not None:
+            self._replay()
+        else:
+            self._run(DECODE, 1)
+            if self.static:
+                # Shapes and addresses stay from here on; the first step was the warm-up a capture needs.
+                self._replay = self.device.capture(lambda: self._execute(DECODE))
+        self._length += 1
+        self._lengths = self._lengths + 1
+        return self._bound["logits"]
+
+    def _length_after_next(self) -> int:
+        return int(self._lengths.max()) + 1 if self.static else self._length + 1
+
+    def _check_fits(self, rows: Sequence[NDArray[Any]]) -> None:
+        limits, longest = self.manifest.limits, max(len(r) for r in rows)
+        for what, found, most in (("rows", len(rows), "max_batch"), ("tokens in a row", longest, "max_seq")):
+            if found > limits[most]:
+                raise InputError(
+                    f"{found} {what} are more than the engine was built for ({most} {limits[most]})."
+                )
+
+    # buffers and bindings --------------------------------------------------------------------
+    def _allocate(self, batch: int) -> None:
+        self._replay = None
+        if batch == self._batch:
+            for pair in self._buffers.values():
+                for buffer in pair:
+                    buffer.zero_()  # what is masked must still be a number
+            return
+        self._batch, self._turn = batch, 0
+        self._buffers: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        length = self.manifest.limits["max_context"]
+        for name in self._past:
+            _, heads, _, dim = self._inputs[name]["shape"]
+            dtype = _DTYPES[self._inputs[name]["dtype"]]
+            first = self.device.zeros([batch * heads * length * dim], dtype)
+            second = first if self.static else self.device.zeros([batch * heads * length * dim], dtype)
+            self._buffers[name] = (first, second)
+        self._bound = {}
+
+    def _view(self, name: str, length: int) -> torch.Tensor:
+        """The buffer that holds the cache now, as [batch, heads, length, head_dim]."""
+        return self._shaped(self._buffers[name][self._turn], name, length)
+
+    def _shaped(self, buffer: torch.Tensor, name: str, length: int) -> torch.Tensor:
+        _, heads, _, dim = self._inputs[name]["shape"]
+        shape = (self._batch, heads, length, dim)
+        return buffer[: int(np.prod(shape))].view(shape)
+
+    def _feed(self, arrays: dict[str, NDArray[np.int64]]) -> None:
+        for name, array in arrays.items():
+            if name not in self._inputs:
+                continue  # a graph without attention reads no positions
+            if name not in self._bound or self._bound[name].shape != array.shape:
+                self._bound[name] = self.device.zeros(array.shape, _DTYPES[self._inputs[name]["dtype"]])
+            self.device.put(self._bound[name], array)
+
+    def _run(self, profile: str, sequence: int) -> None:
+        """Bind everything for one pass over ``sequence`` tokens and execute it."""
+        context = self._contexts[profile]
+        shape = (self._batch, sequence, self._vocab)
+        if "logits" not in self._bound or self._bound["logits"].shape != shape:
+            self._bound["logits"] = self.device.zeros(shape, _DTYPES[self._outputs["logits"]["dtype"]])
+        capacity = self.manifest.limits["max_context"]
+        before, after = (capacity, capacity) if self.static else (self._length, self._length + sequence)
+        other = 0 if self.static else 1 - self._turn
+        for name in self._past:
+            self._bound[name] = self._view(name, before)
+            present = name.replace("past_key_values", "present")
+            self._bound[present] = self._shaped(self._buffers[name][other], name, after)
+        for name, tensor in self._bound.items():
+            if name in self._inputs and not context.set_input_shape(name, tuple(tensor.shape)):
+                raise InputError(
+                    f"The engine's {profile} profile does not take {name} of shape {tuple(tensor.shape)}."
+                )
+            # An empty tensor has no address of its own; that of its buffer will do.
+            owner = self._buffers[name][self._turn] if name in self._past else tensor
+            context.set_tensor_address(name, owner.data_ptr())
+        self._execute(profile)
+        self._turn = other
+
+    def _execute(self, profile: str) -> None:
+        if not self._contexts[profile].execute_async_v3(self.device.stream):
+            raise BuildError(f"The engine failed to run its {profile} profile.")
