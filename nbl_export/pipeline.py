@@ -325,14 +325,13 @@ def build(run: Run, settings: EngineSettings) -> list[EngineFile]:
     from nbl_export.engine.library import check_capabilities, choose_library
     from nbl_export.engine.manifest import load_manifest
     from nbl_export.engine.pair import BASE, LINEARIZED, EngineFile, Source, build_pair
-    from nbl_export.engine.profiles import limits
 
     settings.check()
     ws = run.workspace
     gpu = find_gpu()
     library = choose_library(settings.library, gpu)
     capabilities = check_capabilities(library, settings.sm)
-    shapes = limits(settings.max_batch, settings.max_seq, settings.max_context, _positions(ws))
+    shapes = settings.limits(_positions(ws))
     recorded = {
         "library": str(library),
         "compute_capabilities": list(capabilities),
@@ -446,12 +445,15 @@ def run_all(
 ) -> Report:
     """Every stage in order; what is done already with the same settings is kept."""
     from nbl_export.linearize.select import check_k
-    from nbl_export.models.layers import layer_count
+    from nbl_export.models.layers import layer_count, positions
     from nbl_export.runtime.ort import require_onnxruntime
 
     require_onnxruntime()  # before the first minute of work, not after it
-    if selection.k is not None and run.workspace.record("calibrate") is None:
-        check_k(selection.k, layer_count(run.model.model))
+    if run.workspace.record("calibrate") is None:
+        if selection.k is not None:
+            check_k(selection.k, layer_count(run.model.model))
+        if engines:
+            engines.limits(positions(run.model.model))
     calibrate(run, calibration)
     select(run, selection)
     export(run, exporting)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from nbl_export.calibrate.text import TextSettings
 from nbl_export.errors import InputError
 from nbl_export.linearize.lmmse import DEFAULT_RIDGE, MAX_RIDGE, FitInput
+
+if TYPE_CHECKING:
+    from nbl_export.engine.profiles import Limits
 
 # Calibration has no settings of its own but what text to take.
 CalibrateSettings = TextSettings
@@ -68,10 +72,15 @@ class EngineSettings:
     def check(self) -> None:
         from nbl_export.engine.gpu import find_gpu
         from nbl_export.engine.library import check_capabilities, choose_library
+
+        self.limits(None)
+        check_capabilities(choose_library(self.library, find_gpu()), self.sm)
+
+    def limits(self, model_context: int | None) -> Limits:
+        """The shapes to build for, held to the model's number of positions where that is known."""
         from nbl_export.engine.profiles import limits
 
-        limits(self.max_batch, self.max_seq, self.max_context, None)
-        check_capabilities(choose_library(self.library, find_gpu()), self.sm)
+        return limits(self.max_batch, self.max_seq, self.max_context, model_context)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
 
-environment .venv-test '.[cpu,genai,text,hub,dev]'
+environment .venv-test '.[cpu,genai,text,hub,rtx,dev]'
+NBL_EXPORT_SMOLLM2=$PWD/$(smollm2)
+export NBL_EXPORT_SMOLLM2
 .venv-test/bin/ruff format --check .
 .venv-test/bin/ruff check .
 .venv-test/bin/mypy

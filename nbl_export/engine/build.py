@@ -28,7 +28,7 @@ from nbl_export.engine.network import (
 )
 from nbl_export.engine.profiles import Limits, Profile, profiles
 from nbl_export.errors import BuildError
-from nbl_export.graph.cache import MAX, WRITE_INDICES
+from nbl_export.graph.cache import MAX, is_static
 from nbl_export.graph.io import load_graph, scratch_copy
 from nbl_export.graph.precision import graph_precision
 from nbl_export.progress import Task
@@ -104,7 +104,7 @@ def build_engine(
     model = load_graph(path)
     check_operators(model, path)
     precision = graph_precision(model)
-    static = any(v.name == WRITE_INDICES for v in model.graph.inputs)
+    static = is_static(model)
     kept = sum(
         v.const_value.nbytes
         for v in model.graph.initializers.values()
@@ -125,7 +125,7 @@ def build_engine(
         let_attention_decompose(library, parsed.network)
     data = _serialize(library, parsed, found, capabilities, timings, progress)
     if data is None and fused and "decomposable" in " ".join(parsed.messages.errors):
-        # No fused kernel for this head size; the report says "decomposed".
+        # No fused kernel for these heads; the report says "decomposed".
         fused = False
         parsed.messages.errors.clear()
         let_attention_decompose(library, parsed.network)

@@ -27,23 +27,28 @@ class _Kind:
     extra: str
     oldest: tuple[int, int]
     ahead_of_time: bool
+    own_cuda_graphs: bool
 
 
 _KINDS = {
-    "tensorrt": _Kind("tensorrt", "tensorrt", "trt", (10, 0), ahead_of_time=False),
-    "rtx": _Kind("tensorrt_rtx", "tensorrt-rtx", "rtx", (1, 5), ahead_of_time=True),
+    "tensorrt": _Kind("tensorrt", "tensorrt", "trt", (10, 0), ahead_of_time=False, own_cuda_graphs=False),
+    "rtx": _Kind("tensorrt_rtx", "tensorrt-rtx", "rtx", (1, 5), ahead_of_time=True, own_cuda_graphs=True),
 }
 
 
 @dataclass(frozen=True)
 class Library:
-    """An imported TensorRT: ``package`` is its PyPI name, ``ahead_of_time`` whether it builds without a GPU."""
+    """An imported TensorRT.
+
+    ``package`` is its PyPI name, ``ahead_of_time`` whether it builds without a GPU, ``own_cuda_graphs``
+    whether it captures CUDA graphs itself (it compiles kernels while running, so nobody else could tell when).
+    """
 
     package: str
     version: str
     module: Any
     ahead_of_time: bool
-    extra: str
+    own_cuda_graphs: bool
 
     def __str__(self) -> str:
         return f"{self.package} {self.version}"
@@ -71,7 +76,13 @@ def choose_library(choice: str, gpu: Gpu | None) -> Library:
                 f"({_pip('rtx')}) to build ahead of time without one."
             )
         return import_library("tensorrt")
-    return import_library("rtx")
+    library = import_library("rtx")
+    if choice == "auto" and gpu is not None and not runs_here(tuple(library.capabilities), gpu):
+        raise MissingDependencyError(
+            f"{library} does not build for this machine's {gpu.name} (compute capability "
+            f"{gpu.compute_capability}): {_pip('tensorrt')}, or say --trt rtx to build for other GPUs."
+        )
+    return library
 
 
 def import_library(kind: str) -> Library:
@@ -89,7 +100,7 @@ def import_library(kind: str) -> Library:
         raise MissingDependencyError(
             f"{facts.package} {version} is too old, {oldest} or newer is needed: {_pip(kind)}."
         )
-    return Library(facts.package, version, module, facts.ahead_of_time, facts.extra)
+    return Library(facts.package, version, module, facts.ahead_of_time, facts.own_cuda_graphs)
 
 
 def library_of(package: str) -> Library:

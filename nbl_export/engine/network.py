@@ -15,6 +15,8 @@ from nbl_export.errors import BuildError, InputError
 from nbl_export.graph.precision import Precision
 
 _STANDARD = ("", "ai.onnx")
+# By name: older releases do not have the type.
+_ATTENTION = "ATTENTION_OUTPUT"
 
 
 class Messages:
@@ -123,7 +125,7 @@ def network_facts(library: Library, network: Any) -> NetworkFacts:
             weights[output.dtype.name] += int(size * output.dtype.itemsize)
     return NetworkFacts(
         layers=network.num_layers,
-        attention=kinds["ATTENTION_OUTPUT"],
+        attention=kinds[_ATTENTION],
         kv_cache_updates=kinds["KV_CACHE_UPDATE"],
         inputs=tuple(_tensor(network.get_input(i)) for i in range(network.num_inputs)),
         outputs=tuple(_tensor(network.get_output(i)) for i in range(network.num_outputs)),
@@ -140,7 +142,7 @@ def let_attention_decompose(library: Library, network: Any) -> None:
     trt = library.module
     for i in range(network.num_layers):
         layer = network.get_layer(i)
-        if layer.type == trt.LayerType.ATTENTION_OUTPUT:
+        if layer.type.name == _ATTENTION:
             layer.__class__ = trt.IAttentionOutputLayer  # the binding hands out the base class
             layer.attention.decomposable = True
 

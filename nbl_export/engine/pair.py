@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,10 +13,10 @@ from nbl_export.engine.library import Library
 from nbl_export.engine.manifest import Manifest, save_manifest
 from nbl_export.engine.profiles import Limits
 from nbl_export.errors import BuildError
+from nbl_export.graph.cache import is_static, kv_layers
 from nbl_export.graph.io import DATA_SUFFIX, load_graph
 from nbl_export.graph.precision import graph_precision
 from nbl_export.progress import Listener
-from nbl_export.runtime.ort import KV_LAYERS_KEY, is_static
 from nbl_export.workspace import atomic_path, sha256_of_file
 
 BASE, LINEARIZED = "base", "linearized"
@@ -78,7 +77,6 @@ def build_pair(
             temporary.write_bytes(memoryview(result.data))
         linear = tuple(linear_layers) if source.role == LINEARIZED else ()
         model = load_graph(source.graph)
-        kv_layers = model.metadata_props.get(KV_LAYERS_KEY)
         manifest = Manifest(
             role=source.role,
             library=library.package,
@@ -87,10 +85,10 @@ def build_pair(
             capabilities=targets,
             gpu=None if library.ahead_of_time or gpu is None else gpu.name,
             precision=graph_precision(model).name,
-            kv_cache="static" if is_static(source.graph) else "concat",
+            kv_cache="static" if is_static(model) else "concat",
             limits=asdict(limits),
             profiles=tuple(p.as_json() for p in result.profiles),
-            kv_layers=tuple(json.loads(kv_layers)) if kv_layers else tuple(range(source.attention)),
+            kv_layers=kv_layers(model),
             linear_layers=linear,
             attention="none" if not source.attention else "fused" if result.fused else "decomposed",
             network=result.facts.as_json(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,18 @@ BATCH, SEQUENCE, PAST, TOTAL, MAX = (
     "max_sequence_length",
 )
 WRITE_INDICES = "write_indices"  # the input that only a static cache has
+KV_LAYERS_KEY = "nbl_export.kv_layers"  # metadata: the model's layer of each KV pair
+
+
+def is_static(model: ir.Model) -> bool:
+    """Whether the decoder keeps its cache in buffers of fixed length."""
+    return any(value.name == WRITE_INDICES for value in model.graph.inputs)
+
+
+def kv_layers(model: ir.Model) -> tuple[int, ...]:
+    """The model's layer of each KV pair: from the metadata, or its number where there are none."""
+    known = model.metadata_props.get(KV_LAYERS_KEY)
+    return tuple(json.loads(known)) if known else tuple(pair.index for pair in kv_pairs(model))
 
 
 def past_name(index: int, side: str) -> str:

@@ -80,14 +80,10 @@ def precision_of(name: str) -> Precision:
 
 
 def graph_precision(model: ir.Model) -> Precision:
-    """The precision of a decoder graph: that of its linear maps' weights."""
-    for node in model.graph:
-        if node.op_type in ("MatMul", "Gemm"):
-            for value in node.inputs:
-                for precision in PRECISIONS.values():
-                    if value is not None and value.dtype == precision.dtype:
-                        return precision
-    return PRECISIONS["fp32"]
+    """The precision of a decoder graph: the one that most of its weights' bytes are in."""
+    weights = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
+    sizes = {p.name: sum(w.nbytes for w in weights if w.dtype == p.dtype) for p in PRECISIONS.values()}
+    return PRECISIONS[max(sizes, key=lambda name: sizes[name])]
 
 
 def to_precision(model: ir.Model, precision: Precision, ranges: Mapping[str, float]) -> list[Kept]:
@@ -120,6 +116,7 @@ def to_precision(model: ir.Model, precision: Precision, ranges: Mapping[str, flo
         if value.dtype in (F32, precision.dtype) and value.dtype != wanted:
             converter.output(index, value, wanted)
     passes.RemoveUnusedNodesPass()(model)
+    converter.give_names_back()
     graph.sort()
     return [Kept(str(n.name), n.op_type, reason) for n, reason in kept.items()]
 
@@ -177,6 +174,7 @@ class _Converter:
     def __init__(self, graph: ir.Graph, precision: Precision) -> None:
         self.graph, self.precision = graph, precision
         self._made: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+        self._weights: dict[ir.Value, ir.Value] = {}
 
     def narrow(self, node: ir.Node) -> None:
         """Let ``node`` compute in half."""
@@ -201,6 +199,12 @@ class _Converter:
         cast = self._as(value, dtype)
         cast.name = name
         self.graph.outputs[index] = cast
+
+    def give_names_back(self) -> None:
+        """A weight that only exists in half now is called what it was called before."""
+        for original, made in self._weights.items():
+            if original.name not in self.graph.initializers:
+                made.name = original.name
 
     def _as(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
         key = value, dtype
@@ -227,6 +231,7 @@ class _Converter:
             type=ir.TensorType(dtype),
         )
         self.graph.register_initializer(made)
+        self._weights[value] = made
         return made
 
     def _cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:

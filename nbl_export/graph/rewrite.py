@@ -25,13 +25,12 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from nbl_export.errors import BuildError, InputError
-from nbl_export.graph.cache import remove_pairs
+from nbl_export.graph.cache import KV_LAYERS_KEY, remove_pairs
 from nbl_export.graph.io import GraphSummary, check_file, load_graph, save_graph, summarize
 from nbl_export.graph.precision import graph_precision
 from nbl_export.graph.prove import PROOF_TOLERANCE, Proof, input_of, prove
 from nbl_export.graph.regions import AttentionRegion, find_regions
 from nbl_export.linearize.plan import LinearLayer, Plan
-from nbl_export.runtime.ort import KV_LAYERS_KEY
 
 LAYERS_KEY = "nbl_export.layers"
 VERSION_KEY = "nbl_export.version"

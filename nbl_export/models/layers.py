@@ -87,6 +87,13 @@ def layer_count(model: torch.nn.Module) -> int:
     return int(config.get_text_config().num_hidden_layers)
 
 
+def positions(model: torch.nn.Module) -> int | None:
+    """The longest context the model has positions for; None if its configuration sets no bound."""
+    config: Any = model.config
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(found) if found else None
+
+
 def cache_argument(model: torch.nn.Module) -> str:
     """The name of the KV-cache argument of ``forward``: it was renamed within transformers 5."""
     parameters = inspect.signature(model.forward).parameters

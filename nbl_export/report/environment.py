@@ -16,6 +16,8 @@ _PACKAGES = (
     "onnxscript",
     "onnxruntime",
     "onnxruntime-gpu",
+    "tensorrt",
+    "tensorrt-rtx",
     "numpy",
     "scipy",
 )

@@ -138,7 +138,7 @@ def parity_table(parity: Mapping[str, Any], brief: bool = False) -> Table:
         tuple(rows),
         f"Gates: max |Δlogit| ≤ {g['max_abs_logit']:g}, cosine ≥ {g['min_cosine']:g}, KL ≤ {g['max_kl']:g}, top-1 "
         f"{g['top1']:.0%} up to near-ties of {g['near_tie']:g}, KV ≤ {g['max_rel_kv']:g}. "
-        f"Prompts of {', '.join(map(str, parity['prompt_lengths']))} tokens, left-padded into one batch; then "
+        f"Prompts of {', '.join(map(str, parity['prompt_lengths']))} tokens, ragged in one batch; then "
         "teacher-forced decode steps with each side's own cache. Changing the embeddings' last bit moves the "
         f"PyTorch model's own logits by {_figure(parity['rounding_noise'])}.",
     )

@@ -13,12 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbl_export.errors import InputError, MissingDependencyError
-from nbl_export.graph.cache import WRITE_INDICES
+from nbl_export.graph.cache import KV_LAYERS_KEY, WRITE_INDICES, is_static
 from nbl_export.runtime.decoder import F32, I64, KV, DecoderOutput
 from nbl_export.runtime.padding import BOOL, left_padded, prefix_mask, right_padded, rows_of
 from nbl_export.runtime.stream import PastStream, Stream
-
-KV_LAYERS_KEY = "nbl_export.kv_layers"
 
 
 def require_onnxruntime() -> Any:
@@ -182,23 +180,22 @@ class OrtStaticStream(OrtModel):
         return np.asarray(logits)
 
 
-def is_static(path: Path) -> bool:
-    """Whether the decoder graph at ``path`` keeps a static cache."""
+def _is_static(path: Path) -> bool:
     from nbl_export.graph.io import load_graph
 
-    return any(v.name == WRITE_INDICES for v in load_graph(path).graph.inputs)
+    return is_static(load_graph(path))
 
 
 def ort_stream(path: Path, capacity: int) -> Stream:
     """The decoder graph at ``path`` as a stream of up to ``capacity`` tokens a row."""
-    return OrtStaticStream(path, capacity) if is_static(path) else PastStream(OrtDecoder(path))
+    return OrtStaticStream(path, capacity) if _is_static(path) else PastStream(OrtDecoder(path))
 
 
 def run_outputs(
     path: Path, rows: Sequence[NDArray[Any]], names: Sequence[str] | None = None
 ) -> dict[str, Any]:
     """Outputs ``names`` (all by default) of the decoder graph at ``path`` on a prefill of ``rows``."""
-    if is_static(path):
+    if _is_static(path):
         model: OrtModel = (static := OrtStaticStream(path, max(len(row) for row in rows)))
         feeds = static.prefill_feeds(rows)
     else:
@@ -219,7 +216,7 @@ def run_taps(path: Path, names: Sequence[str], inputs: Mapping[str, I64]) -> dic
     mask = inputs["attention_mask"].astype(bool)
     with with_outputs(path, wanted) as tapped:
         found = run_outputs(tapped, rows_of(inputs["input_ids"], inputs["attention_mask"]), wanted)
-    if is_static(path):
+    if _is_static(path):
         right = prefix_mask(mask.sum(axis=1), mask.shape[1])
         found = {name: _moved(value, right, mask) for name, value in found.items()}
     return {name: value.astype(np.float32, copy=False) for name, value in found.items()}

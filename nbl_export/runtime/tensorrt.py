@@ -1,7 +1,7 @@
 """A TensorRT engine as a :class:`~nbl_export.runtime.stream.Stream`: device buffers, bindings, both profiles.
 
 A static cache is one buffer for each layer and side, bound as past and as present, so that nothing is
-ever copied; its decode step keeps every shape and address and is captured into a CUDA graph. A growing
+ever copied; its decode step keeps every shape and address and runs as a CUDA graph. A growing
 cache has two buffers that take turns as past and present, large enough for the longest context.
 
 Everything that touches the GPU goes through :class:`Device` (torch) and an execution context, so that
@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbl_export.engine.gpu import find_gpu
+from nbl_export.engine.library import Library
 from nbl_export.engine.manifest import Manifest, check_runs, load_manifest
 from nbl_export.engine.profiles import DECODE, PREFILL
 from nbl_export.errors import BuildError, InputError, MissingDependencyError
@@ -98,12 +99,18 @@ class Device:
 
 @dataclass(frozen=True)
 class LoadedEngine:
-    """A deserialized engine with one execution context for each profile."""
+    """A deserialized engine with one execution context for each profile.
+
+    ``captures`` is whether the decode step is to be captured into a CUDA graph here: not where the
+    library does that itself. ``runtime`` must live as long as the engine.
+    """
 
     manifest: Manifest
     engine: Any
     contexts: dict[str, Any]
     device: Device
+    captures: bool = True
+    runtime: Any = None
 
 
 def load_engine(path: Path, device: Device | None = None) -> LoadedEngine:
@@ -116,7 +123,8 @@ def load_engine(path: Path, device: Device | None = None) -> LoadedEngine:
     library = check_runs(manifest, find_gpu())
     device = device or Device()
     trt = library.module
-    engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(path.read_bytes())
+    runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+    engine = runtime.deserialize_cuda_engine(path.read_bytes())
     if engine is None:
         raise InputError(f"{library} does not load {path}: build the engine again on this machine.")
     for tensor in (*manifest.network["inputs"], *manifest.network["outputs"]):
@@ -127,14 +135,22 @@ def load_engine(path: Path, device: Device | None = None) -> LoadedEngine:
             )
     contexts = {}
     for index, profile in enumerate(manifest.profiles):
-        context = engine.create_execution_context()
+        context = _context(library, engine)
         if context is None or not context.set_optimization_profile_async(index, device.stream):
             raise BuildError(
                 f"{path}: no execution context for the {profile['name']} profile; not enough memory?"
             )
         contexts[profile["name"]] = context
     device.synchronize()
-    return LoadedEngine(manifest, engine, contexts, device)
+    return LoadedEngine(manifest, engine, contexts, device, not library.own_cuda_graphs, runtime)
+
+
+def _context(library: Library, engine: Any) -> Any:
+    if not library.own_cuda_graphs:
+        return engine.create_execution_context()
+    config = engine.create_runtime_config()
+    config.cuda_graph_strategy = library.module.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+    return engine.create_execution_context(config)
 
 
 class EngineStream:
@@ -142,7 +158,7 @@ class EngineStream:
 
     def __init__(self, loaded: LoadedEngine) -> None:
         self.manifest, self.device = loaded.manifest, loaded.device
-        self._contexts, self._engine = loaded.contexts, loaded.engine
+        self._contexts, self._engine, self._captures = loaded.contexts, loaded.engine, loaded.captures
         network = loaded.manifest.network
         self._inputs = {t["name"]: t for t in network["inputs"]}
         self._outputs = {t["name"]: t for t in network["outputs"]}
@@ -222,7 +238,7 @@ class EngineStream:
             self._replay()
         else:
             self._run(DECODE, 1)
-            if self.static:
+            if self.static and self._captures:
                 # Shapes and addresses stay from here on; the first step was the warm-up a capture needs.
                 self._replay = self.device.capture(lambda: self._execute(DECODE))
         self._length += 1

@@ -18,6 +18,7 @@ from nbl_export.graph.io import load_graph
 from nbl_export.graph.precision import Precision, graph_precision, precision_of
 from nbl_export.linearize.plan import Plan
 from nbl_export.linearize.swap import linearized
+from nbl_export.models.layers import positions
 from nbl_export.models.load import in_precision
 from nbl_export.progress import Listener
 from nbl_export.report.schema import Check
@@ -191,8 +192,7 @@ def _measure_engines(
 
 
 def _contexts(result: Measurement, model: torch.nn.Module, contexts: Sequence[int]) -> list[int]:
-    config: Any = model.config
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = positions(model)
     fitting = [c for c in contexts if limit is None or c + 1 <= limit]
     if dropped := sorted(set(contexts) - set(fitting)):
         result.notes.append(
