@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from nbl_export import __version__
 from nbl_export.errors import GATE_FAILED, INTERNAL, INTERRUPTED, NblError, os_error_in_words
@@ -32,17 +32,19 @@ class _DefaultCommandGroup(TyperGroup):
         own = {"--help", "-h", "--version", "--install-completion", "--show-completion"}
         if args and args[0] not in self.commands and args[0] not in own:
             args = [DEFAULT_COMMAND, *args]
-        return super().parse_args(ctx, _with_trt_value(args))
+        return super().parse_args(ctx, args)
 
 
-def _with_trt_value(args: list[str]) -> list[str]:
+class _EngineCommand(TyperCommand):
     """`--trt` alone means `--trt auto`: the parser knows no option whose value may be left out."""
-    done: list[str] = []
-    for argument, following in zip(args, [*args[1:], ""], strict=True):
-        done.append(argument)
-        if argument == "--trt" and following not in TRT_CHOICES:
-            done.append("auto")
-    return done
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given: list[str] = []
+        for argument, following in zip(args, [*args[1:], ""], strict=True):
+            given.append(argument)
+            if argument == "--trt" and following not in TRT_CHOICES:
+                given.append("auto")
+        return super().parse_args(ctx, given)
 
 
 app = typer.Typer(
@@ -199,7 +201,7 @@ def _root(
     pass
 
 
-@app.command(DEFAULT_COMMAND)
+@app.command(DEFAULT_COMMAND, cls=_EngineCommand)
 def run(
     model: ModelArg,
     k: KOpt = None,
@@ -308,7 +310,7 @@ def rewrite(out: OutArg) -> None:
     _say(f"Wrote {path}. Next: nbl-export verify {out}")
 
 
-@app.command()
+@app.command(cls=_EngineCommand)
 def build(
     out: OutArg,
     trt: TrtOpt = "auto",

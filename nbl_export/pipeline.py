@@ -339,9 +339,15 @@ def build(run: Run, settings: EngineSettings) -> list[EngineFile]:
         **asdict(shapes),
     }
     key = _build_key(_current_rewrite(ws), recorded)
+    exported = ws.require("export", f"nbl-export export {ws.root}")
 
     def work(listener: Listener) -> list[Path]:
         plan = load_plan(ws.plan)
+        if exported.settings["precision"] == "fp32":
+            listener.note(
+                "The graphs are fp32, so the engines are too, without fused attention; for half precision: "
+                f"nbl-export export {ws.root} --precision fp16 --kv-cache static, then rewrite and build."
+            )
         sources = [
             Source(BASE, ws.baseline, plan.layer_count, ws.base_engine),
             Source(LINEARIZED, ws.model, len(plan.kept), ws.engine),

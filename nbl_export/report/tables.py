@@ -140,7 +140,20 @@ def parity_table(parity: Mapping[str, Any], brief: bool = False) -> Table:
         f"{g['top1']:.0%} up to near-ties of {g['near_tie']:g}, KV ≤ {g['max_rel_kv']:g}. "
         f"Prompts of {', '.join(map(str, parity['prompt_lengths']))} tokens, ragged in one batch; then "
         "teacher-forced decode steps with each side's own cache. Changing the embeddings' last bit moves the "
-        f"PyTorch model's own logits by {_figure(parity['rounding_noise'])}.",
+        f"PyTorch model's own logits by {_figure(parity['rounding_noise'])}.{_own_loss(parity)}",
+    )
+
+
+def _own_loss(parity: Mapping[str, Any]) -> str:
+    """What PyTorch itself loses in the graph's precision, for a graph in half."""
+    own = parity.get("pytorch_in_precision")
+    if not own:
+        return ""
+    worst, mean = max(s["max_abs"] for s in own), sum(s["mean_abs"] for s in own) / len(own)
+    here = sum(s["mean_abs"] for s in parity["steps"]) / len(parity["steps"])
+    return (
+        f" PyTorch itself in {parity['precision']}, on the same tokens: max |Δlogit| {_figure(worst)}, mean "
+        f"{_figure(mean)}; the graph's mean, {_figure(here)}, may be {parity['gates']['max_vs_pytorch']:g} times that."
     )
 
 

@@ -104,7 +104,12 @@ class OrtModel:
     @property
     def cache_dtype(self) -> np.dtype[Any]:
         """The dtype of keys and values; float32 for a graph without a cache."""
-        return np.dtype(_NUMPY[self.past_inputs[0].type] if self.past_inputs else np.float32)
+        kind = self.past_inputs[0].type if self.past_inputs else "tensor(float)"
+        if kind not in _NUMPY:
+            raise InputError(
+                f"NumPy has no {kind} for a KV cache: run this graph on the CPU provider, or its engine."
+            )
+        return np.dtype(_NUMPY[kind])
 
     def buffers(self, batch: int, length: int) -> list[KV]:
         """Keys and values of every cached layer, zeros of ``length`` places."""

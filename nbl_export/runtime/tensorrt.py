@@ -11,7 +11,7 @@ the rest can be tested with a context that only records, on the CPU.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,19 +62,31 @@ class Device:
     def zeros(self, shape: Sequence[int], dtype: str) -> torch.Tensor:
         import torch
 
-        return torch.zeros(tuple(shape), dtype=getattr(torch, dtype), device=self.name)
+        with self._on_stream():
+            return torch.zeros(tuple(shape), dtype=getattr(torch, dtype), device=self.name)
+
+    def clear(self, tensor: torch.Tensor) -> None:
+        """Set ``tensor`` to zero."""
+        with self._on_stream():
+            tensor.zero_()
 
     def put(self, target: torch.Tensor, array: NDArray[Any]) -> None:
-        """Copy host numbers into ``target``, in the order of the stream."""
+        """Copy host numbers into ``target``."""
         import torch
 
-        with torch.cuda.stream(self._stream) if self._stream else nullcontext():
+        with self._on_stream():
             target.copy_(torch.from_numpy(np.ascontiguousarray(array)), non_blocking=True)
 
     def get(self, tensor: torch.Tensor) -> Any:
-        """``tensor`` as a host array, once the stream has come to it; half becomes float32."""
-        self.synchronize()
-        return (tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy()
+        """``tensor`` as a host array; half becomes float32."""
+        with self._on_stream():
+            return (tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy()
+
+    def _on_stream(self) -> AbstractContextManager[Any]:
+        # Everything happens in the order of one stream, the one the engine runs on.
+        import torch
+
+        return torch.cuda.stream(self._stream) if self._stream else nullcontext()
 
     def synchronize(self) -> None:
         if self._stream:
@@ -91,7 +103,7 @@ class Device:
             work()
 
         def replay() -> None:
-            with torch.cuda.stream(self._stream):
+            with self._on_stream():
                 graph.replay()
 
         return replay
@@ -262,7 +274,7 @@ class EngineStream:
         if batch == self._batch:
             for pair in self._buffers.values():
                 for buffer in pair:
-                    buffer.zero_()  # what is masked must still be a number
+                    self.device.clear(buffer)  # what is masked must still be a number
             return
         self._batch, self._turn = batch, 0
         self._buffers: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}

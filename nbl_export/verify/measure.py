@@ -185,6 +185,7 @@ def _measure_engines(
     result.engine_parity = parity.as_json()
     if settings.speed:
         fitting = [c for c in contexts if c <= limits["max_seq"] and c + TIMED_STEPS <= limits["max_context"]]
+        fitting = fitting or [min(limits["max_seq"], limits["max_context"] - TIMED_STEPS)]
         entrants = gpu_entrants(model, streams, graphs, manifest.precision)
         speed = measure_engine_speed(gpu, entrants, fitting, settings.rounds, listener)
         result.engine_speed = speed.as_json()

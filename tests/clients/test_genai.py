@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nbl_export import api
 from nbl_export.runtime.ort import OrtDecoder
 
 PROMPT = [1, 403, 407, 261, 378]  # "<s> Once upon a time"
@@ -27,11 +28,15 @@ def greedy(path: Path, prompt: list[int], count: int) -> list[int]:
 
 @pytest.mark.client
 @pytest.mark.parametrize("folder", ["", "baseline"])
-def test_genai_generates_what_our_decoder_does(stories_out: Path, folder: str) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_genai_generates_what_our_decoder_does(stories_copy: Path, folder: str, precision: str) -> None:
+    if precision != "fp32":
+        api.export(stories_copy, api.ExportSettings(precision))
+        api.rewrite(stories_copy)
     genai = pytest.importorskip(
         "onnxruntime_genai", reason="needs onnxruntime-genai: pip install 'nbl-export[genai]'"
     )
-    model = genai.Model(str(stories_out / folder))
+    model = genai.Model(str(stories_copy / folder))
     parameters = genai.GeneratorParams(model)
     parameters.set_search_options(max_length=len(PROMPT) + 24, do_sample=False)
     generator = genai.Generator(model, parameters)
@@ -41,4 +46,4 @@ def test_genai_generates_what_our_decoder_does(stories_out: Path, folder: str) -
         generator.generate_next_token()
         tokens.append(int(generator.get_next_tokens()[0]))
     assert len(tokens) == 24
-    assert tokens == greedy(stories_out / folder / "model.onnx", PROMPT, 24)
+    assert tokens == greedy(stories_copy / folder / "model.onnx", PROMPT, 24)
