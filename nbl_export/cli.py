@@ -9,19 +9,48 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from nbl_export import __version__
 from nbl_export.errors import GATE_FAILED, INTERNAL, INTERRUPTED, NblError, os_error_in_words
+from nbl_export.options import (
+    TRT_CHOICES,
+    BatchOpt,
+    CacheOpt,
+    CalibrationOpt,
+    ContextsOpt,
+    CriterionOpt,
+    FieldOpt,
+    FitInputOpt,
+    HeldoutOpt,
+    KOpt,
+    LayersOpt,
+    MaxContextOpt,
+    MaxSeqOpt,
+    ModelArg,
+    OutArg,
+    OutOpt,
+    PrecisionOpt,
+    QualityOpt,
+    RidgeOpt,
+    RoundsOpt,
+    SamplesOpt,
+    SeedOpt,
+    SeqLenOpt,
+    SmOpt,
+    SpeedOpt,
+    StepsOpt,
+    TrtOpt,
+    TrustOpt,
+)
 
 if TYPE_CHECKING:
     from nbl_export.report.schema import Report
 
 DEFAULT_COMMAND = "run"
-TRT_CHOICES = ("auto", "tensorrt", "rtx")
 _INTERRUPTED_TEXT = "Interrupted; run the same command again to go on from what is done."
 
 
@@ -61,129 +90,6 @@ app = typer.Typer(
         "the same OUT and go on from what is there."
     ),
 )
-
-# Options shared by the whole run and its stages; each stands here once.
-_LAYERS, _TEXT, _CHECKS = "Which layers, and how they are fitted", "Calibration text", "Verification"
-_GRAPH, _ENGINE = "The graph", "TensorRT engines"
-
-
-def _option(
-    help_text: str, *names: str, panel: str | None = None, metavar: str | None = None, **more: Any
-) -> Any:
-    return typer.Option(*names, help=help_text, rich_help_panel=panel, metavar=metavar, **more)
-
-
-ModelArg = Annotated[
-    str,
-    typer.Argument(metavar="MODEL", help="A Hugging Face id, a folder, or a .gguf file.", show_default=False),
-]
-OutArg = Annotated[
-    Path, typer.Argument(metavar="OUT", help="The output folder of an earlier command.", show_default=False)
-]
-OutOpt = Annotated[Path, _option("Output folder; made if needed.", "--output", "-o", metavar="OUT")]
-KOpt = Annotated[
-    int | None,
-    _option("How many attention layers to linearize.", "--k", panel=_LAYERS, metavar="K", show_default=False),
-]
-LayersOpt = Annotated[
-    str | None,
-    _option("Exactly these instead: 3,7,12.", "--layers", panel=_LAYERS, metavar="LIST", show_default=False),
-]
-CriterionOpt = Annotated[
-    Literal["cca", "nmse"],
-    _option(
-        "cca: the paper's bound on the residual stream; nmse: the fit's own error.",
-        panel=_LAYERS,
-        metavar="NAME",
-    ),
-]
-FitInputOpt = Annotated[
-    Literal["normed", "residual"],
-    _option("normed or residual: the stream after or before the input norm.", panel=_LAYERS, metavar="NAME"),
-]
-RidgeOpt = Annotated[
-    float,
-    _option("Relative to each channel's variance; grows if Cholesky fails.", panel=_LAYERS, metavar="X"),
-]
-CalibrationOpt = Annotated[
-    list[str] | None,
-    _option(
-        "A .txt, .jsonl or .parquet file (.gz, .zst too), folder, glob or Hub data set; may be repeated. "
-        "Without it, text is sampled from the model itself ('self').",
-        panel=_TEXT,
-        metavar="TEXT",
-        show_default="self",
-    ),
-]
-FieldOpt = Annotated[
-    str,
-    _option("The text field of .jsonl, .parquet or Hub rows.", "--text-field", panel=_TEXT, metavar="NAME"),
-]
-SamplesOpt = Annotated[int, _option("Rows of calibration tokens.", panel=_TEXT, metavar="N")]
-SeqLenOpt = Annotated[int, _option("Tokens per row.", panel=_TEXT, metavar="N")]
-HeldoutOpt = Annotated[int, _option("Rows of held-out tokens, for method loss.", panel=_TEXT, metavar="N")]
-SeedOpt = Annotated[int, _option("Seed of everything random.", panel=_TEXT, metavar="N")]
-PrecisionOpt = Annotated[
-    Literal["fp32", "fp16", "bf16"] | None,
-    _option(
-        "fp32, fp16 or bf16: converts the graph itself; what half cannot hold stays fp32.",
-        "--precision",
-        panel=_GRAPH,
-        metavar="NAME",
-        show_default="fp32; fp16 with --trt",
-    ),
-]
-CacheOpt = Annotated[
-    Literal["concat", "static"] | None,
-    _option(
-        "concat grows the KV cache; static writes it in place (opset 24).",
-        "--kv-cache",
-        panel=_GRAPH,
-        metavar="NAME",
-        show_default="concat; static with --trt",
-    ),
-]
-TrtOpt = Annotated[
-    Literal["auto", "tensorrt", "rtx"] | None,
-    _option(
-        "Build engines, with tensorrt (on this GPU) or rtx (ahead of time, no GPU); auto takes what is there.",
-        "--trt",
-        panel=_ENGINE,
-        metavar="[auto|tensorrt|rtx]",
-        show_default=False,
-    ),
-]
-SmOpt = Annotated[
-    str | None,
-    _option(
-        "Compute capabilities to build for with rtx: 86,89.",
-        "--sm",
-        panel=_ENGINE,
-        metavar="LIST",
-        show_default="all from 80 on",
-    ),
-]
-BatchOpt = Annotated[int, _option("Largest batch.", "--max-batch", panel=_ENGINE, metavar="N")]
-MaxSeqOpt = Annotated[
-    int | None,
-    _option("Most tokens in one prefill.", "--max-seq", panel=_ENGINE, metavar="N", show_default="512"),
-]
-MaxContextOpt = Annotated[
-    int | None,
-    _option("Most tokens of context.", "--max-context", panel=_ENGINE, metavar="N", show_default="2048"),
-]
-TrustOpt = Annotated[bool, _option("Run modelling code that comes with the model.", "--trust-remote-code")]
-StepsOpt = Annotated[
-    int, _option("Teacher-forced decode steps of the parity run.", panel=_CHECKS, metavar="N")
-]
-ContextsOpt = Annotated[str, _option("Context lengths to time.", panel=_CHECKS, metavar="LIST")]
-RoundsOpt = Annotated[
-    int, _option("Timed rounds of base and linearized in turn.", panel=_CHECKS, metavar="N")
-]
-QualityOpt = Annotated[
-    bool, _option("Measure method loss on held-out text.", "--quality/--no-quality", panel=_CHECKS)
-]
-SpeedOpt = Annotated[bool, _option("Time both graphs.", "--speed/--no-speed", panel=_CHECKS)]
 
 
 def _version(value: bool) -> None:

@@ -10,7 +10,12 @@ import pytest
 import typer.main
 
 from nbl_export.cli import DEFAULT_COMMAND, app
-from nbl_export.settings import CalibrateSettings, SelectSettings, VerifySettings
+from nbl_export.engine.library import CHOICES
+from nbl_export.export.forms import FORMS
+from nbl_export.graph.precision import PRECISIONS
+from nbl_export.linearize.select import CRITERIA
+from nbl_export.options import TRT_CHOICES
+from nbl_export.settings import CalibrateSettings, EngineSettings, SelectSettings, VerifySettings
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -103,5 +108,16 @@ def test_defaults_of_the_command_line_are_those_of_the_settings() -> None:
         "contexts": ",".join(map(str, checks.contexts)),
         "quality": checks.quality,
         "speed": checks.speed,
+        "max_batch": EngineSettings().max_batch,
+        "max_seq": None,
+        "max_context": None,
     }
     assert {name: given[name] for name in same} == same
+
+
+def test_choices_of_the_command_line_are_those_of_the_code() -> None:
+    params = {p.name: p for p in COMMANDS[DEFAULT_COMMAND].params}
+    assert list(params["precision"].type.choices) == list(PRECISIONS)
+    assert list(params["kv_cache"].type.choices) == list(FORMS)
+    assert tuple(params["trt"].type.choices) == TRT_CHOICES == CHOICES
+    assert list(params["criterion"].type.choices) == list(CRITERIA)

@@ -1,0 +1,81 @@
+"""Both graphs → TensorRT engines with manifests."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nbl_export.linearize.plan import load_plan
+from nbl_export.progress import Listener
+from nbl_export.run import Run
+from nbl_export.settings import EngineSettings
+from nbl_export.stages.rewrite import current_rewrite
+from nbl_export.workspace import StageRecord, Workspace, read_json, sha256_of_file, sha256_of_json
+
+if TYPE_CHECKING:
+    from nbl_export.engine.pair import EngineFile
+
+
+def build(run: Run, settings: EngineSettings) -> list[EngineFile]:
+    """Both graphs → ``engine/``: base and linearized TensorRT engines, each with its manifest."""
+    from nbl_export.engine.gpu import find_gpu
+    from nbl_export.engine.library import check_capabilities, choose_library
+    from nbl_export.engine.manifest import load_manifest
+    from nbl_export.engine.pair import BASE, LINEARIZED, EngineFile, Source, build_pair
+
+    settings.check()
+    ws = run.workspace
+    gpu = find_gpu()
+    library = choose_library(settings.library, gpu)
+    capabilities = check_capabilities(library, settings.sm)
+    shapes = settings.limits(_positions(ws))
+    recorded = {
+        "library": str(library),
+        "compute_capabilities": list(capabilities),
+        "gpu": None if library.ahead_of_time or gpu is None else asdict(gpu),
+        **asdict(shapes),
+    }
+    key = _build_key(current_rewrite(ws), recorded)
+    exported = ws.require("export", f"nbl-export export {ws.root}")
+
+    def work(listener: Listener) -> list[Path]:
+        plan = load_plan(ws.plan)
+        if exported.settings["precision"] == "fp32":
+            listener.note(
+                "The graphs are fp32, so the engines are too, without fused attention; for half precision: "
+                f"nbl-export export {ws.root} --precision fp16 --kv-cache static, then rewrite and build."
+            )
+        sources = [
+            Source(BASE, ws.baseline, plan.layer_count, ws.base_engine),
+            Source(LINEARIZED, ws.model, len(plan.kept), ws.engine),
+        ]
+        plan_hash = sha256_of_file(ws.plan)
+        _, files = build_pair(library, gpu, sources, plan.chosen, plan_hash, shapes, capabilities, listener)
+        return files
+
+    run.stage("build", key, recorded, work)
+    return [EngineFile(path, load_manifest(path)) for path in (ws.base_engine, ws.engine)]
+
+
+def _positions(ws: Workspace) -> int | None:
+    """The model's number of positions, from the configuration beside the baseline graph."""
+    path = ws.baseline.with_name("config.json")
+    config = read_json(path, "The baseline's configuration", "run `nbl-export export` again")
+    found = config.get("max_position_embeddings") or config.get("n_positions")
+    return int(found) if found else None
+
+
+def current_engines(ws: Workspace) -> tuple[EngineFile, ...]:
+    """The engines of the graphs as they are now, each checked against its manifest; none if there are none."""
+    from nbl_export.engine.manifest import load_manifest
+    from nbl_export.engine.pair import EngineFile
+
+    built = ws.record("build")
+    if built is None or built.key != _build_key(current_rewrite(ws), built.settings):
+        return ()
+    return tuple(EngineFile(path, load_manifest(path)) for path in (ws.base_engine, ws.engine))
+
+
+def _build_key(rewritten: StageRecord, settings: dict[str, Any]) -> str:
+    return sha256_of_json({"rewrite": rewritten.key, "build": settings})

@@ -1,0 +1,53 @@
+"""Graphs and engines → ``report/``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from nbl_export.linearize.plan import load_plan
+from nbl_export.progress import Listener
+from nbl_export.report.schema import Report, load_report
+from nbl_export.run import Run
+from nbl_export.settings import VerifySettings
+from nbl_export.stages.build import current_engines
+from nbl_export.stages.rewrite import current_rewrite
+from nbl_export.workspace import Workspace, sha256_of_json
+
+
+def verify(run: Run, settings: VerifySettings) -> Report:
+    """Parity, method loss and speed → ``report/``; a failed gate is in the report, not an exception."""
+    from nbl_export.calibrate.text import load_text
+    from nbl_export.report.assemble import assemble
+    from nbl_export.report.render import write_report
+    from nbl_export.verify.measure import measure
+
+    settings.check()
+    ws = run.workspace
+    rewritten = current_rewrite(ws)
+    engines = current_engines(ws)
+    key = sha256_of_json(
+        {
+            "rewrite": rewritten.key,
+            "engines": [e.manifest.hashes["engine"] for e in engines],
+            "verify": asdict(settings),
+        }
+    )
+
+    def work(listener: Listener) -> list[Path]:
+        plan, text = load_plan(ws.plan), load_text(ws.text)
+        measured = measure(run.model.model, plan, text, ws.baseline, ws.model, engines, settings, listener)
+        report = assemble(ws, run.model.source, plan, asdict(settings), measured, engines)
+        return write_report(ws.report, report)
+
+    run.stage("verify", key, asdict(settings), work)
+    return load_report(ws.report / "report.json")
+
+
+def report(ws: Workspace) -> Report:
+    """Draw ``report.md`` and ``junit.xml`` anew from ``report.json``; needs no model."""
+    from nbl_export.report.render import write_report
+
+    value = load_report(ws.report / "report.json")
+    write_report(ws.report, value)
+    return value
