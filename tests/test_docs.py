@@ -5,16 +5,17 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import pytest
 import typer.main
 
+from nbl_export import options
 from nbl_export.cli import DEFAULT_COMMAND, app
 from nbl_export.engine.library import CHOICES
 from nbl_export.export.forms import FORMS
 from nbl_export.graph.precision import PRECISIONS
 from nbl_export.linearize.select import CRITERIA
-from nbl_export.options import TRT_CHOICES
 from nbl_export.settings import CalibrateSettings, EngineSettings, SelectSettings, VerifySettings
 
 ROOT = Path(__file__).parent.parent
@@ -116,8 +117,13 @@ def test_defaults_of_the_command_line_are_those_of_the_settings() -> None:
 
 
 def test_choices_of_the_command_line_are_those_of_the_code() -> None:
-    params = {p.name: p for p in COMMANDS[DEFAULT_COMMAND].params}
-    assert list(params["precision"].type.choices) == list(PRECISIONS)
-    assert list(params["kv_cache"].type.choices) == list(FORMS)
-    assert tuple(params["trt"].type.choices) == TRT_CHOICES == CHOICES
-    assert list(params["criterion"].type.choices) == list(CRITERIA)
+    for option, known in (
+        (options.PrecisionOpt, PRECISIONS),
+        (options.CacheOpt, FORMS),
+        (options.TrtOpt, CHOICES),
+        (options.CriterionOpt, CRITERIA),
+    ):
+        kind = get_args(option)[0]
+        literal = kind if get_origin(kind) is Literal else get_args(kind)[0]
+        assert get_args(literal) == tuple(known)
+    assert options.TRT_CHOICES == CHOICES
