@@ -121,6 +121,17 @@ def to_precision(model: ir.Model, precision: Precision, ranges: Mapping[str, flo
     return [Kept(str(n.name), n.op_type, reason) for n, reason in kept.items()]
 
 
+def _check_cache(graph: ir.Graph, precision: Precision, ranges: Mapping[str, float]) -> None:
+    # Any other tensor can stay float32; the cache is what half precision is for.
+    for value in graph.outputs:
+        reach = ranges.get(str(value.name), 0.0)
+        if value.name != "logits" and reach > 4 * precision.largest:
+            raise BuildError(
+                f"{value.name} reaches {reach:.3g} on real text, which {precision.name} cannot hold: "
+                "use --precision bf16."
+            )
+
+
 def _attributes(node: ir.Node) -> Sequence[ir.Attr]:
     return list(node.attributes.values())
 
@@ -134,15 +145,21 @@ def _kept(graph: ir.Graph, precision: Precision, ranges: Mapping[str, float]) ->
         values = [v for v in (*node.inputs, *node.outputs) if v is not None and v.dtype == F32]
         if not values:
             continue
-        if node.op_type in SENSITIVE:
+        if node.op_type in SENSITIVE or _truncates(node):
             kept[node] = "sensitive to rounding"
         elif wide := [v for v in values if ranges.get(str(v.name), 0.0) > precision.largest]:
             kept[node] = f"{wide[0].name} reaches {ranges[str(wide[0].name)]:.3g} on real text"
         elif bad := [v for v in values if not _representable(v, precision)]:
             kept[node] = f"{precision.name} cannot hold the constant {bad[0].name}"
     for node in [n for n in kept if n.op_type in _WITH_ANCESTORS]:
-        _keep_ancestors(node, kept)
+        _keep_ancestors(node, node.op_type, kept, set())
     return kept
+
+
+def _truncates(node: ir.Node) -> bool:
+    """Whether the node makes whole numbers of floating-point ones: half has few of them."""
+    written = node.outputs[0].dtype
+    return node.op_type == "Cast" and written is not None and not written.is_floating_point()
 
 
 def _representable(value: ir.Value, precision: Precision) -> bool:
@@ -157,12 +174,13 @@ def _representable(value: ir.Value, precision: Precision) -> bool:
     return bool(array.size > 1 or np.allclose(rounded, array, rtol=0.01, atol=0))
 
 
-def _keep_ancestors(node: ir.Node, kept: dict[ir.Node, str]) -> None:
+def _keep_ancestors(node: ir.Node, root: str, kept: dict[ir.Node, str], seen: set[ir.Node]) -> None:
     for value in node.inputs:
         producer = value.producer() if value is not None else None
-        if value is not None and value.dtype == F32 and producer is not None and producer not in kept:
-            kept[producer] = f"leads to {node.op_type}, which is sensitive to rounding"
-            _keep_ancestors(producer, kept)
+        if value is not None and value.dtype == F32 and producer is not None and producer not in seen:
+            seen.add(producer)
+            kept.setdefault(producer, f"leads to {root}, which is sensitive to rounding")
+            _keep_ancestors(producer, root, kept, seen)
 
 
 # 1, 3, 4 -----------------------------------------------------------------------------------------

@@ -28,16 +28,19 @@ def measure_ranges(path: Path, rows: Sequence[NDArray[Any]]) -> Mapping[str, flo
         passes.ShapeInferencePass()(model)
         graph = model.graph
         graph.outputs.clear()
+        infinity = ir.Value(name="infinity", const_value=ir.tensor(np.float32(np.inf)))
+        graph.register_initializer(infinity)
         for value in [v for n in graph for v in n.outputs if v.dtype == ir.DataType.FLOAT and v.name]:
+            # onnxruntime's ReduceMax overlooks NaN.
+            bad = ir.node("IsNaN", [value])
             size = ir.node("Abs", [value])
-            largest = ir.node("ReduceMax", [size.outputs[0]], {"keepdims": 0})
+            clean = ir.node("Where", [bad.outputs[0], infinity, size.outputs[0]])
+            largest = ir.node("ReduceMax", [clean.outputs[0]], {"keepdims": 0})
             largest.outputs[0].name = f"{value.name}{_SUFFIX}"
             largest.outputs[0].type, largest.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([])
-            graph.extend([size, largest])
+            graph.extend([bad, size, clean, largest])
             graph.outputs.append(largest.outputs[0])
 
     with scratch_copy(path, reduce_all) as reduced:
         found = run_outputs(reduced, rows)
-    return {
-        name.removesuffix(_SUFFIX): float(np.nan_to_num(value, nan=np.inf)) for name, value in found.items()
-    }
+    return {name.removesuffix(_SUFFIX): float(value) for name, value in found.items()}

@@ -138,10 +138,20 @@ def _output(core: ir.Node) -> tuple[ir.Value, ir.Node]:
     raise _NotFound("an output projection follows the attention", f"{node.op_type} after {_MAX_STEPS} nodes")
 
 
-def _with_bias(value: ir.Value) -> ir.Value:
+def _past_casts(value: ir.Value) -> ir.Value:
+    """What a half graph hands on: ``value`` itself, or as the Cast that alone reads it writes it."""
     readers = _readers(value)
+    while len(readers) == 1 and readers[0].op_type == "Cast":
+        value = readers[0].outputs[0]
+        readers = _readers(value)
+    return value
+
+
+def _with_bias(value: ir.Value) -> ir.Value:
+    summand = _past_casts(value)
+    readers = _readers(summand)
     if len(readers) == 1 and readers[0].op_type == "Add":
-        other = _other(readers[0], value)
+        other = _other(readers[0], summand)
         if _is_constant(other):
             return readers[0].outputs[0]
     return value
@@ -194,6 +204,7 @@ def _input(projection: ir.Node, activations: set[ir.Value]) -> tuple[ir.Value, i
 
 
 def _residual(y: ir.Value) -> ir.Value | None:
+    y = _past_casts(y)
     readers = _readers(y)
     if len(readers) == 1 and readers[0].op_type == "Add":
         return _other(readers[0], y)

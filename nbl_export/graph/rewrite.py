@@ -107,7 +107,7 @@ def linear_output_name(layer: int) -> str:
 
 def _insert(model: ir.Model, layer: int, u: ir.Value, y: ir.Value, linear: LinearLayer) -> None:
     prefix = f"layers.{layer}.nbl_linear"
-    dtype = _compute_dtype(u, linear)
+    dtype = _compute_dtype(u, y, linear)
     if u.dtype != dtype:
         cast = ir.node("Cast", [u], {"to": int(dtype)}, name=f"{prefix}.cast_input")
         nodes, x = [cast], cast.outputs[0]
@@ -134,12 +134,14 @@ def _insert(model: ir.Model, layer: int, u: ir.Value, y: ir.Value, linear: Linea
     ir.convenience.replace_all_uses_with(y, output)
 
 
-def _compute_dtype(u: ir.Value, linear: LinearLayer) -> ir.DataType:
+def _compute_dtype(u: ir.Value, y: ir.Value, linear: LinearLayer) -> ir.DataType:
     """The dtype of what the map reads, or float32 if its numbers do not fit into that."""
     dtype = u.dtype or ir.DataType.FLOAT
+    if y.dtype == ir.DataType.FLOAT:
+        return y.dtype
     if dtype == ir.DataType.FLOAT16:
         largest = max(float(np.abs(a).max(initial=0)) for a in (linear.w, linear.b))
-        if largest > np.finfo(np.float16).max:
+        if largest > float(np.finfo(np.float16).max):
             return ir.DataType.FLOAT
     return dtype
 

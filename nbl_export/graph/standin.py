@@ -1,11 +1,13 @@
-"""Run a bfloat16 graph where there are no bfloat16 kernels: compute each node in float32, then round.
+"""Run a half graph where there are no half kernels: compute each node in float32, then round.
 
-    before                   after
-    x ─► op ─► y  (bf16)     x ─► Cast f32 ─► op ─► Cast bf16 ─► y
+    before                       after
+    x ─► op ─► y  (half)         x ─► Cast f32 ─► op ─► Cast half ─► y
 
-Every tensor keeps exactly the values a bfloat16 runtime that accumulates in float32 would give it, so
-parity measured on the stand-in is parity of the graph. Its inputs and outputs are float32 arrays, which
-NumPy has and bfloat16 arrays it has not. It is for checking; nothing ships it.
+Every tensor keeps exactly the values that a runtime of that precision which accumulates in float32 would
+give it, so parity measured on the stand-in is parity of the graph. onnxruntime's CPU provider has no
+bfloat16 kernels at all, and runs chains of float16 nodes in float32 without rounding in between: what
+it computes is better than what a GPU will. Inputs and outputs are float32 arrays, which NumPy has and
+bfloat16 arrays it has not. It is for checking; nothing ships it.
 """
 
 from __future__ import annotations
@@ -13,14 +15,14 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-BF16, F32 = ir.DataType.BFLOAT16, ir.DataType.FLOAT
+HALF, F32 = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16), ir.DataType.FLOAT
 
 
 def needs_standin(model: ir.Model) -> bool:
-    """Whether any input, weight or tensor of the graph is bfloat16."""
+    """Whether any input, weight or tensor of the graph is float16 or bfloat16."""
     graph = model.graph
     values = (*graph.inputs, *graph.initializers.values(), *(v for n in graph for v in n.outputs))
-    return any(v.dtype == BF16 for v in values)
+    return any(v.dtype in HALF for v in values)
 
 
 def compute_in_float32(model: ir.Model) -> None:
@@ -29,7 +31,8 @@ def compute_in_float32(model: ir.Model) -> None:
     graph = model.graph
     wide: dict[ir.Value | None, ir.Value] = {}
 
-    def cast(value: ir.Value, dtype: ir.DataType, name: str) -> ir.Node:
+    def cast(value: ir.Value, dtype: ir.DataType | None, name: str) -> ir.Node:
+        assert dtype is not None
         node = ir.node("Cast", [value], {"to": int(dtype)}, name=name)
         node.outputs[0].name, node.outputs[0].type = name, ir.TensorType(dtype)
         node.outputs[0].shape = value.shape
@@ -38,26 +41,28 @@ def compute_in_float32(model: ir.Model) -> None:
     originals = list(graph)
     outputs = list(graph.outputs)
     first = originals[0]
-    for entry in [v for v in graph.inputs if v.dtype == BF16]:
+    for entry in [v for v in graph.inputs if v.dtype in HALF]:
+        half = entry.dtype
         entry.dtype = F32
-        # What arrives may have more digits than bfloat16 holds.
-        narrow = cast(entry, BF16, f"{entry.name}.bf16")
+        # What arrives may have more digits than half holds.
+        narrow = cast(entry, half, f"{entry.name}.rounded")
         again = cast(narrow.outputs[0], F32, f"{entry.name}.f32")
         first.prepend([narrow, again])
         wide[entry] = again.outputs[0]
     for node in originals:
         for index, value in enumerate(node.inputs):
-            if value is not None and value.dtype == BF16 and value not in wide:  # a weight
+            if value is not None and value.dtype in HALF and value not in wide:  # a weight
                 made = cast(value, F32, f"{value.name}.f32")
                 first.prepend(made)
                 wide[value] = made.outputs[0]
             if value in wide:
                 node.replace_input_with(index, wide[value])
-        for value in [v for v in node.outputs if v.dtype == BF16]:
+        for value in [v for v in node.outputs if v.dtype in HALF]:
             rounded, last = value, node
             if node.op_type != "Cast":  # which rounds by itself
+                half = value.dtype
                 value.dtype = F32
-                last = cast(value, BF16, f"{value.name}.bf16")
+                last = cast(value, half, f"{value.name}.rounded")
                 node.append(last)
                 rounded = last.outputs[0]
             again = cast(rounded, F32, f"{value.name}.f32")

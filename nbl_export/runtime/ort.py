@@ -33,12 +33,14 @@ def require_onnxruntime() -> Any:
 CPU = "CPUExecutionProvider"
 
 
-def session(path: Path, config: Mapping[str, str] | None = None, provider: str = CPU) -> Any:
+def session(
+    path: Path, config: Mapping[str, str] | None = None, provider: str = CPU, rounded: bool = True
+) -> Any:
     """An inference session of the graph at ``path`` on one provider; on the CPU with all cores.
 
-    ``config`` are onnxruntime's session configuration entries. A bfloat16 graph, for which the provider
-    has no kernels, is run by its stand-in (:mod:`nbl_export.graph.standin`). Raises :class:`InputError`
-    if onnxruntime does not take the file.
+    ``config`` are onnxruntime's session configuration entries. On the CPU a half graph is run by its
+    stand-in (:mod:`nbl_export.graph.standin`), which rounds as the graph says; ``rounded=False`` runs the
+    file itself. Raises :class:`InputError` if onnxruntime does not take it.
     """
     ort = require_onnxruntime()
     options = ort.SessionOptions()
@@ -46,7 +48,7 @@ def session(path: Path, config: Mapping[str, str] | None = None, provider: str =
     options.intra_op_num_threads = os.cpu_count() or 1
     for key, value in (config or {}).items():
         options.add_session_config_entry(key, value)
-    with _runnable(path, provider) as runnable:
+    with _runnable(path, provider == CPU and rounded) as runnable:
         try:
             return ort.InferenceSession(
                 str(runnable), options, providers=list(dict.fromkeys((provider, CPU)))
@@ -57,11 +59,11 @@ def session(path: Path, config: Mapping[str, str] | None = None, provider: str =
 
 
 @contextmanager
-def _runnable(path: Path, provider: str) -> Iterator[Path]:
+def _runnable(path: Path, rounded: bool) -> Iterator[Path]:
     from nbl_export.graph.io import load_graph, scratch_copy
     from nbl_export.graph.standin import compute_in_float32, needs_standin
 
-    if provider == CPU and needs_standin(load_graph(path)):
+    if rounded and needs_standin(load_graph(path)):
         with scratch_copy(path, compute_in_float32) as copy:
             yield copy
     else:
@@ -77,8 +79,11 @@ class OrtModel:
     The layers are read from the model's metadata, or are its numbers where there are none.
     """
 
-    def __init__(self, path: Path, config: Mapping[str, str] | None = None, provider: str = CPU) -> None:
-        self.session = session(path, config, provider)
+    def __init__(
+        self, path: Path, config: Mapping[str, str] | None = None, provider: str = CPU, rounded: bool = True
+    ) -> None:
+        self.path = path
+        self.session = session(path, config, provider, rounded)
         inputs = self.session.get_inputs()
         self.input_names = {i.name for i in inputs}
         self.past_inputs = [i for i in inputs if i.name.startswith("past_key_values.")]
@@ -146,10 +151,8 @@ class OrtDecoder(OrtModel):
 class OrtStaticStream(OrtModel):
     """A decoder graph with a static cache of ``capacity`` places, as a stream."""
 
-    def __init__(
-        self, path: Path, capacity: int, config: Mapping[str, str] | None = None, provider: str = CPU
-    ) -> None:
-        super().__init__(path, config, provider)
+    def __init__(self, path: Path, capacity: int, rounded: bool = True) -> None:
+        super().__init__(path, rounded=rounded)
         self.capacity = capacity
         self._past: list[KV] = []
         self._lengths = np.zeros(0, dtype=np.int64)
@@ -163,10 +166,12 @@ class OrtStaticStream(OrtModel):
 
     def prefill(self, rows: Sequence[NDArray[Any]]) -> F32:
         self._lengths = np.array([len(row) for row in rows], dtype=np.int64)
+        self._check_room(int(self._lengths.max()))
         feeds = self.prefill_feeds(rows)
         return self._run(feeds)[prefix_mask(self._lengths, feeds["input_ids"].shape[1])]
 
     def decode(self, tokens: Sequence[int]) -> F32:
+        self._check_room(int(self._lengths.max()) + 1)
         inputs = {
             "input_ids": np.array(tokens, dtype=np.int64)[:, None],
             "position_ids": self._lengths[:, None],
@@ -178,6 +183,10 @@ class OrtStaticStream(OrtModel):
 
     def cache(self) -> tuple[Sequence[KV], BOOL]:
         return self._past, prefix_mask(self._lengths, self.capacity)
+
+    def _check_room(self, tokens: int) -> None:
+        if tokens > self.capacity:
+            raise InputError(f"{tokens} tokens do not fit into a static cache of {self.capacity} places.")
 
     def _run(self, feeds: Mapping[str, Any]) -> F32:
         logits, *kv = self.session.run(self.output_names, feeds)
@@ -191,9 +200,11 @@ def _is_static(path: Path) -> bool:
     return is_static(load_graph(path))
 
 
-def ort_stream(path: Path, capacity: int) -> Stream:
-    """The decoder graph at ``path`` as a stream of up to ``capacity`` tokens a row."""
-    return OrtStaticStream(path, capacity) if _is_static(path) else PastStream(OrtDecoder(path))
+def ort_stream(path: Path, capacity: int, rounded: bool = True) -> Stream:
+    """The decoder graph at ``path`` as a stream of up to ``capacity`` tokens a row (``rounded``: see `session`)."""
+    if _is_static(path):
+        return OrtStaticStream(path, capacity, rounded)
+    return PastStream(OrtDecoder(path, rounded=rounded))
 
 
 def run_outputs(

@@ -199,7 +199,7 @@ class OrtContender:
         if provider not in require_onnxruntime().get_available_providers():
             raise NblError(f"onnxruntime has no {provider} here")
         self.name = name
-        self._prompt = OrtPrompt(OrtModel(path, provider=provider), context, TIMED_STEPS, _DEVICES[provider])
+        self._prompt = OrtPrompt(OrtModel(path, provider=provider, rounded=False), context, TIMED_STEPS, _DEVICES[provider])
 
     def prefill(self) -> None:
         self._prompt.prefill()

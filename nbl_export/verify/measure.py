@@ -79,7 +79,9 @@ def measure(
     if not settings.speed:
         result.checks.append(Check("speed", "skipped", "--no-speed"))
     elif precision.name != "fp32":
-        why = f"onnxruntime's CPU provider has no {precision.gates} kernels: its times would say nothing of a GPU's"
+        why = (
+            f"onnxruntime's CPU provider does not compute in {precision.gates}: its times would tell nothing"
+        )
         result.checks.append(Check("speed", "skipped", why))
     else:
         result.speed = measure_speed(baseline, rewritten, contexts, settings.rounds, listener).as_json()
@@ -112,9 +114,14 @@ def _measure_parity(
         reference = PastStream(TorchDecoder(model, plan.chosen))
         candidate = ort_stream(rewritten, max(map(len, rows)))
         parity = compare_streams(reference, candidate, rows, steps, gates, listener)
+        failures = parity.failures()
+        if precision.name == "fp16":
+            # The figures are those of the graph rounded as it says; the file itself must run too.
+            itself = ort_stream(rewritten, max(map(len, rows)), rounded=False)
+            unrounded = compare_streams(reference, itself, rows, steps, gates)
+            failures += [f"as onnxruntime runs it, {failure}" for failure in unrounded.failures()]
         noise = rounding_noise(model, rows)
     result.parity = {**parity.as_json(), "precision": precision.name, "rounding_noise": noise}
-    failures = parity.failures()
     if precision.name != "fp32":
         own = _pytorch_in(precision, model, plan, rows, steps)
         result.parity["pytorch_in_precision"] = own.as_json()["steps"]

@@ -74,7 +74,7 @@ def measure_speed(
     The decode cache is really filled, by the prefill that was just timed.
     """
     require_onnxruntime()
-    models = [OrtModel(path, _CONFIG) for path in (base, linearized)]
+    models = [OrtModel(path, _CONFIG, rounded=False) for path in (base, linearized)]
     costs = [graph_cost(path) for path in (base, linearized)]
     cells = []
     with (listener or Silent()).task("Timing", 2 * len(contexts) * (rounds + 1), "rounds") as task:

@@ -14,7 +14,7 @@ PROMPT = [1, 403, 407, 261, 378]  # "<s> Once upon a time"
 
 
 def greedy(path: Path, prompt: list[int], count: int) -> list[int]:
-    decoder = OrtDecoder(path)
+    decoder = OrtDecoder(path, rounded=False)  # as genai runs it
     past, ids = decoder.empty_past(1), np.array([prompt], dtype=np.int64)
     positions, tokens = np.arange(len(prompt))[None], []
     for _ in range(count):

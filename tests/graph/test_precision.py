@@ -1,0 +1,348 @@
+"""Half precision in the graph: what becomes half, what stays float32 and why, and that the numbers are right."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx.reference import ReferenceEvaluator
+
+from nbl_export.errors import BuildError, InputError
+from nbl_export.graph.io import load_graph, save_graph
+from nbl_export.graph.precision import PRECISIONS, graph_precision, precision_of, to_precision
+
+FP16, BF16 = PRECISIONS["fp16"], PRECISIONS["bf16"]
+HALF = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}
+FLOAT = onnx.TensorProto.FLOAT
+
+
+def parsed(text: str, **weights: Any) -> ir.Model:
+    """A graph in ONNX's textual syntax, with ``weights`` for initializers."""
+    proto = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 23]> {text}')
+    proto.graph.initializer.extend(
+        onnx.numpy_helper.from_array(np.asarray(array), name) for name, array in weights.items()
+    )
+    return ir.from_proto(proto)
+
+
+def written(model: ir.Model, folder: Path) -> onnx.ModelProto:
+    """``model`` on disk (checker and strict shape inference pass), read back with onnx alone."""
+    path = folder / "model.onnx"
+    save_graph(model, path)
+    return onnx.load(str(path))
+
+
+def run(model: ir.Model, folder: Path, **feeds: Any) -> list[Any]:
+    """What ONNX's reference gives: NumPy, every tensor in the type that the graph says.
+
+    onnxruntime has few half kernels on a CPU and computes chains of others in float32.
+    """
+    written(model, folder)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return list(ReferenceEvaluator(str(folder / "model.onnx")).run(None, feeds))
+
+
+def casts(proto: onnx.ModelProto) -> Counter[tuple[str, int]]:
+    """How many Casts there are of each tensor to each type."""
+    return Counter((n.input[0], n.attribute[0].i) for n in proto.graph.node if n.op_type == "Cast")
+
+
+def weight_types(proto: onnx.ModelProto) -> dict[str, int]:
+    return {t.name: t.data_type for t in proto.graph.initializer}
+
+
+def interface_types(proto: onnx.ModelProto) -> dict[str, int]:
+    return {v.name: v.type.tensor_type.elem_type for v in (*proto.graph.input, *proto.graph.output)}
+
+
+GENERATOR = np.random.default_rng(0)
+W1 = GENERATOR.standard_normal((8, 16)).astype(np.float32)
+B1 = GENERATOR.standard_normal(16).astype(np.float32)
+W2 = GENERATOR.standard_normal((16, 6)).astype(np.float32)
+X = GENERATOR.standard_normal((5, 8)).astype(np.float16)
+MLP = """mlp (float[n,8] x) => (float[n,6] logits) {
+    p = MatMul(x, w1)
+    h = Add(p, b1)
+    s = Sigmoid(h)
+    g = Mul(h, s)
+    logits = MatMul(g, w2)
+}"""
+
+
+# Numbers -----------------------------------------------------------------------------------------
+
+
+def test_an_mlp_computes_in_float16_and_nothing_else(tmp_path: Path) -> None:
+    model = parsed(MLP, w1=W1, b1=B1, w2=W2)
+    assert to_precision(model, FP16, {}) == []
+    (found,) = run(model, tmp_path, x=X)
+    assert found.dtype == np.float32
+    # Rounded weights, exact arithmetic: the weights' rounding is no error of the run.
+    w1, b1, w2 = (a.astype(np.float16).astype(np.float64) for a in (W1, B1, W2))
+    h = X.astype(np.float64) @ w1 + b1
+    exact = (h / (1 + np.exp(-h))) @ w2
+    scale = np.abs(h / (1 + np.exp(-h))) @ np.abs(w2)
+    assert (np.abs(found - exact) <= 8 * 2.0**-11 * scale + 1e-3).all()
+    # Float16 holds every logit exactly, and the error is float16's, not float32's.
+    assert np.array_equal(found, found.astype(np.float16).astype(np.float32))
+    assert np.abs(found - exact).max() > 1e-5
+    types = weight_types(onnx.load(str(tmp_path / "model.onnx")))
+    assert sorted(types.values()) == [onnx.TensorProto.FLOAT16] * 3
+
+
+OVERFLOW = """overflow (float[n,8] x) => (float[n,4] logits) {
+    h = MatMul(x, up)
+    r = Relu(h)
+    y = MatMul(r, down)
+    z = MatMul(y, head)
+    logits = Add(z, bias)
+}"""
+
+
+def test_a_tensor_out_of_range_is_kept_and_its_numbers_come_out_right(tmp_path: Path) -> None:
+    up, down = np.full((8, 8), 300, np.float32), np.full((8, 4), 2.0**-20, np.float32)
+    head, bias = np.eye(4, dtype=np.float32), np.arange(4, dtype=np.float32)
+    weights = {"up": up, "down": down, "head": head, "bias": bias}
+    x = np.full((2, 8), 300, np.float16)
+    # Each sum is 8 · 300 · 300 = 720,000, more than eleven times what float16 holds.
+    expected = np.full((2, 4), 8 * 720_000 / 2**20) + bias
+
+    blind = parsed(OVERFLOW, **weights)
+    assert to_precision(blind, FP16, {}) == []
+    assert not np.isfinite(run(blind, tmp_path / "blind", x=x)[0]).any()
+
+    model = parsed(OVERFLOW, **weights)
+    kept = to_precision(model, FP16, {"h": 720_000.0, "r": 720_000.0, "y": 5.5, "z": 5.5})
+    assert [(k.op, k.reason[0]) for k in kept] == [("MatMul", "h"), ("Relu", "h"), ("MatMul", "r")]
+    assert all(k.reason[1:] == " reaches 7.2e+05 on real text" for k in kept)
+    (found,) = run(model, tmp_path / "measured", x=x)
+    np.testing.assert_allclose(found, expected, rtol=2e-3)
+    types = weight_types(onnx.load(str(tmp_path / "measured" / "model.onnx")))
+    assert Counter(types.values()) == {FLOAT: 2, onnx.TensorProto.FLOAT16: 2}
+    assert types["up"] == types["down"] == FLOAT
+
+
+def test_the_range_itself_is_the_last_that_fits() -> None:
+    for reach, expected in ((FP16.largest, 0), (np.nextafter(FP16.largest, np.inf), 3), (np.inf, 3)):
+        model = parsed(OVERFLOW, up=W1[:, :8], down=W2[:8, :4], head=np.eye(4, dtype=np.float32), bias=B1[:4])
+        assert len(to_precision(model, FP16, {"h": reach, "r": reach})) == expected, reach
+    # bfloat16 reaches as far as float32.
+    model = parsed(MLP, w1=W1, b1=B1, w2=W2)
+    assert to_precision(model, BF16, {"h": 3e38, "g": 1e20}) == []
+
+
+# What stays float32 ------------------------------------------------------------------------------
+
+ANGLES = """angles (int64[n] position, float[n,4] x) => (float[n,4] logits) {
+    p = Cast<to = 1>(position)
+    column = Unsqueeze(p, axis)
+    angle = Mul(column, frequency)
+    c = Cos(angle)
+    s = Sin(angle)
+    a = Mul(x, c)
+    b = Mul(x, s)
+    logits = Add(a, b)
+}"""
+
+
+@pytest.mark.parametrize("precision", [FP16, BF16], ids=lambda p: p.name)
+def test_angles_are_computed_in_float32(tmp_path: Path, precision: Any) -> None:
+    frequency = np.array([1, 0.3, 0.01, 0.0007], np.float32)
+    model = parsed(ANGLES, axis=np.array([1]), frequency=frequency)
+    kept = to_precision(model, precision, {})
+    assert Counter(k.op for k in kept) == {"Cos": 1, "Sin": 1, "Mul": 1, "Unsqueeze": 1, "Cast": 1}
+    reasons = {k.op: k.reason for k in kept}
+    assert reasons["Cos"] == reasons["Sin"] == "sensitive to rounding"
+    assert reasons["Mul"] == "leads to Cos, which is sensitive to rounding"
+    proto = written(model, tmp_path)
+    assert weight_types(proto)["frequency"] == FLOAT
+    assert casts(proto)["c", HALF[precision.name]] == casts(proto)["s", HALF[precision.name]] == 1
+    if precision is FP16:
+        # Beyond 2,048 float16 has no odd numbers; at 100,001 it has infinity only.
+        position = np.array([7, 2_049, 4_099, 100_001])
+        (found,) = run(model, tmp_path, position=position, x=np.ones((4, 4), np.float16))
+        angle = (position[:, None].astype(np.float32) * frequency).astype(np.float64)
+        np.testing.assert_allclose(found, np.cos(angle) + np.sin(angle), rtol=0, atol=3e-3)
+
+
+# Rotary frequencies made inside the graph: the exponent decides the angle as much as the position does.
+DEEP = """deep (int64[n] position, float[n,4] x) => (float[n,4] logits) {
+    i = Cast<to = 1>(lanes)
+    exponent = Div(i, width)
+    power = Pow(base, exponent)
+    frequency = Reciprocal(power)
+    p = Cast<to = 1>(position)
+    column = Unsqueeze(p, axis)
+    angle = Mul(column, frequency)
+    c = Cos(angle)
+    logits = Mul(x, c)
+}"""
+
+
+def test_what_leads_to_an_angle_is_kept_through_other_kept_nodes(tmp_path: Path) -> None:
+    constants = {"width": np.float32(7), "base": np.float32(10_000)}
+    model = parsed(DEEP, lanes=np.arange(1, 5), axis=np.array([1]), **constants)
+    to_precision(model, FP16, {})
+    position = np.array([3, 500, 2_000])
+    (found,) = run(model, tmp_path, position=position, x=np.ones((3, 4), np.float16))
+    angle = position[:, None] * 10_000.0 ** (-np.arange(1, 5) / 7)
+    np.testing.assert_allclose(found, np.cos(angle), rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        *("Softmax(x)", "LogSoftmax(x)", "Exp(x)", "Log(x)", "Sqrt(x)", "Reciprocal(x)", "Pow(x, two)"),
+        *("ReduceMean(x, axis)", "ReduceSum(x, axis)", "ReduceSumSquare(x, axis)", "ReduceL2(x, axis)"),
+        "CumSum(x, one)",
+    ],
+)
+def test_sensitive_operators_are_kept_between_casts(tmp_path: Path, op: str) -> None:
+    text = f"op (float[n,4] x) => (float[n,m] logits) {{ y = {op}\n logits = Relu(y) }}"
+    weights = {"two": np.float32(2), "axis": np.array([-1]), "one": np.array(1)}
+    model = parsed(text, **{n: a for n, a in weights.items() if n in op})
+    kept = to_precision(model, FP16, {})
+    assert [(k.op, k.reason) for k in kept] == [(op.split("(")[0], "sensitive to rounding")]
+    proto = written(model, tmp_path)
+    half = onnx.TensorProto.FLOAT16
+    assert sorted(to for _, to in casts(proto)) == [FLOAT, FLOAT, half]  # x, the logits; y
+    assert casts(proto)["x", FLOAT] == casts(proto)["y", half] == 1
+
+
+# 1e-6 is a subnormal of float16, 1.3 % off; float32's lowest number rounds to bfloat16's minus infinity.
+LOST = {"fp16": (1e-12, 1e-6, 70_000, -3.4e38, -np.inf), "bf16": (float(np.finfo(np.float32).min), np.inf)}
+HELD = {"fp16": (0, 1e-3, 65_504, -1e4), "bf16": (0, 1e-12, 1e-6, 70_000, -3.3e38)}
+
+
+@pytest.mark.parametrize("name", ["fp16", "bf16"])
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
+def test_constants_that_half_cannot_hold(name: str, shape: tuple[int, ...]) -> None:
+    for constant in (*LOST[name], *HELD[name]):
+        model = parsed(
+            "g (float[n,4] x) => (float[n,4] logits) { y = Add(x, c)\n logits = Relu(y) }",
+            c=np.full(shape, constant, np.float32),
+        )
+        kept = to_precision(model, PRECISIONS[name], {})
+        assert [k.op for k in kept] == ["Add"] * (constant in LOST[name]), constant
+        assert all(k.reason == f"{name} cannot hold the constant c" for k in kept)
+
+
+def test_a_weight_beyond_the_format_keeps_its_node_and_a_small_entry_does_not(tmp_path: Path) -> None:
+    for big, count in ((1e5, 1), (1e-12, 0)):
+        w1 = W1.copy()
+        w1[2, 3] = big
+        model = parsed(MLP, w1=w1, b1=B1, w2=W2)
+        kept = to_precision(model, FP16, {})
+        assert [k.reason for k in kept] == ["fp16 cannot hold the constant w1"] * count
+    # What is in half only keeps its name.
+    stored = {t.name: onnx.numpy_helper.to_array(t) for t in written(model, tmp_path).graph.initializer}
+    assert set(stored) == {"w1", "b1", "w2"}
+    assert np.array_equal(stored["w1"], w1.astype(np.float16))
+
+
+# Casts and weights, once -------------------------------------------------------------------------
+
+SHARED = """shared (float[n,4] x) => (float[n,4] logits, float[n,4] extra) {
+    y = Mul(x, two)
+    a = Pow(y, two)
+    b = Softmax(y)
+    c = Exp(y)
+    d = Add(a, b)
+    e = Add(a, c)
+    f = Mul(d, two)
+    logits = Sub(f, e)
+    extra = Identity(y)
+}"""
+
+
+def test_each_tensor_is_cast_once_and_each_weight_stored_once_in_each_type(tmp_path: Path) -> None:
+    model = parsed(SHARED, two=np.float32(2))
+    kept = to_precision(model, FP16, {})
+    assert sorted(k.op for k in kept) == ["Exp", "Pow", "Softmax"]
+    proto = written(model, tmp_path)
+    assert set(casts(proto).values()) == {1}
+    half = onnx.TensorProto.FLOAT16
+    inner = {k for k in casts(proto) if k[0] in "abcy"}
+    assert inner == {("y", FLOAT), ("a", half), ("b", half), ("c", half)}
+    # Pow reads the weight in float32, both Muls in half.
+    assert sorted(weight_types(proto).values()) == [FLOAT, half]
+    x = np.linspace(-1, 1, 8, dtype=np.float16).reshape(2, 4)
+    found, extra = run(model, tmp_path, x=x)
+    y = 2 * x.astype(np.float64)
+    softmax = np.exp(y) / np.exp(y).sum(-1, keepdims=True)
+    np.testing.assert_allclose(found, 2 * (y**2 + softmax) - (y**2 + np.exp(y)), rtol=0, atol=2e-2)
+    assert extra.dtype == np.float16 and np.array_equal(extra, 2 * x)
+
+
+@pytest.mark.parametrize(
+    ("output", "dtype"), [("logits", FLOAT), ("present.0.key", onnx.TensorProto.FLOAT16)], ids=str
+)
+def test_a_kept_node_may_write_an_output(tmp_path: Path, output: str, dtype: int) -> None:
+    """Which a converted node may read too."""
+    model = parsed(
+        "g (float[n,4] x) => (float[n,4] out, float[n,4] other) { out = Softmax(x)\n other = Relu(out) }"
+    )
+    model.graph.outputs[0].name = output
+    to_precision(model, FP16, {})
+    proto = written(model, tmp_path)
+    half = onnx.TensorProto.FLOAT16
+    assert list(interface_types(proto).items()) == [("x", half), (output, dtype), ("other", half)]
+    assert len(casts(proto)) == sum(casts(proto).values()) == 2  # x up, the softmax down
+    x = np.linspace(-2, 2, 8, dtype=np.float16).reshape(2, 4)
+    found, other = run(model, tmp_path, x=x)
+    exact = np.exp(x.astype(np.float64)) / np.exp(x.astype(np.float64)).sum(-1, keepdims=True)
+    np.testing.assert_allclose(found, exact, rtol=0, atol=1e-6 if dtype == FLOAT else 5e-4)
+    np.testing.assert_allclose(other, exact, rtol=0, atol=5e-4)
+
+
+def test_fp32_changes_nothing(tiny_graph: Path) -> None:
+    model = load_graph(tiny_graph)
+    before = ir.to_proto(model).SerializeToString(deterministic=True)
+    assert to_precision(model, PRECISIONS["fp32"], {"logits": 1e9}) == []
+    assert ir.to_proto(model).SerializeToString(deterministic=True) == before
+
+
+def test_control_flow_is_refused() -> None:
+    branches = "then_branch = t () => (float[n] a) { a = Relu(x) }, else_branch = e () => (float[n] b) { b = Neg(x) }"
+    model = parsed(f"g (bool c, float[n] x) => (float[n] logits) {{ logits = If(c) <{branches}> }}")
+    with pytest.raises(BuildError, match=r"control flow cannot be converted to bf16\.$"):
+        to_precision(model, BF16, {})
+
+
+def test_an_unknown_precision_is_an_input_error() -> None:
+    assert precision_of("bf16") is BF16
+    with pytest.raises(InputError, match="'int8' is unknown; choose fp32, fp16, bf16"):
+        precision_of("int8")
+
+
+# graph_precision ---------------------------------------------------------------------------------
+
+FIRST = """first (float[n,8] x) => (float[n,6] logits) {
+    h = MatMul(x, first)
+    s = Relu(h)
+    u = MatMul(s, up)
+    logits = MatMul(u, down)
+}"""
+
+
+@pytest.mark.parametrize("name", ["fp32", "fp16", "bf16"])
+def test_the_precision_of_a_graph_is_that_of_its_weights(tmp_path: Path, name: str) -> None:
+    """Also where the first linear map had to stay float32, and after a round trip through a file."""
+    # With h out of range the narrow matrix stays float32, the wide ones do not.
+    for ranges in ({}, {"h": 1e6}):
+        model = parsed(FIRST, first=W1[:, :2], up=W1[:2], down=W2)
+        kept = to_precision(model, PRECISIONS[name], ranges)
+        assert bool(kept) == (name == "fp16" and bool(ranges))
+        assert graph_precision(model).name == name
+        save_graph(model, tmp_path / "model.onnx")
+        assert graph_precision(load_graph(tmp_path / "model.onnx")).name == name
+
+
+def test_a_graph_without_weights_is_fp32() -> None:
+    model = parsed("g (int64[n] i) => (int64[n] logits) { logits = Add(i, c) }", c=np.arange(100))
+    assert graph_precision(model).name == "fp32"
