@@ -66,9 +66,14 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def json_text(value: Any) -> str:
+    """The text of a JSON file of ours; non-finite numbers are refused, since JSON has none."""
+    return json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically; non-finite numbers are refused, since JSON has none."""
-    write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    """Write a JSON file atomically."""
+    write_text(path, json_text(value))
 
 
 def read_json(path: Path, what: str, remedy: str) -> Any:

@@ -7,7 +7,9 @@ wants a number. So the cache's length is set to ``max_context`` in a temporary c
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -79,7 +81,7 @@ class TimingCache:
         """Write the timings, if there are any; returns the files written."""
         from nbl_export.workspace import atomic_path
 
-        if not self._data:
+        if self.library.ahead_of_time or not self._data:
             return []
         with atomic_path(self.path) as temporary:
             temporary.write_bytes(self._data)
@@ -111,7 +113,7 @@ def build_engine(
         if v.const_value is not None and v.dtype == ir.DataType.FLOAT
     )
     with _parsable(path, static, limits.max_context) as parsable:
-        parsed = parse_network(library, parsable)
+        parsed = parse_network(library, parsable, path)
     check_network(parsed.facts, precision, attention, static, kept)
     shapes = {
         str(v.name): [d if isinstance(d, int) else str(d.value) for d in v.shape or ()]
@@ -177,13 +179,30 @@ def _serialize(
     timings.attach(config)
     monitor = _monitor(library, progress)
     config.progress_monitor = monitor
-    with native_output_silenced():
+    with native_output_silenced(), _interruptible(monitor):
         data = parsed.builder.build_serialized_network(parsed.network, config)
     if monitor.interrupted:
         raise KeyboardInterrupt
     if data is not None:
         timings.collect()
     return data
+
+
+@contextmanager
+def _interruptible(monitor: Any) -> Iterator[None]:
+    # The library swallows an exception that its callbacks raise: Ctrl-C must be a mark that they see.
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        monitor.interrupted = True
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _monitor(library: Library, progress: Progress) -> Any:

@@ -31,7 +31,7 @@ class _Kind:
 
 
 _KINDS = {
-    "tensorrt": _Kind("tensorrt", "tensorrt", "trt", (10, 0), ahead_of_time=False, own_cuda_graphs=False),
+    "tensorrt": _Kind("tensorrt", "tensorrt", "trt", (10, 15), ahead_of_time=False, own_cuda_graphs=False),
     "rtx": _Kind("tensorrt_rtx", "tensorrt-rtx", "rtx", (1, 5), ahead_of_time=True, own_cuda_graphs=True),
 }
 
@@ -92,9 +92,8 @@ def import_library(kind: str) -> Library:
         module = importlib.import_module(facts.module)
         version = str(module.__version__)
     except (ImportError, AttributeError, OSError) as error:  # OSError: its shared libraries do not load
-        raise MissingDependencyError(
-            f"{facts.package} cannot be imported ({str(error).splitlines()[0]}): {_pip(kind)}."
-        ) from None
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise MissingDependencyError(f"{facts.package} cannot be imported ({why}): {_pip(kind)}.") from None
     if tuple(int(n) for n in re.findall(r"\d+", version)[:2]) < facts.oldest:
         oldest = ".".join(map(str, facts.oldest))
         raise MissingDependencyError(

@@ -16,7 +16,7 @@ from typing import Any
 from nbl_export.engine.gpu import Gpu
 from nbl_export.engine.library import Library, library_of, runs_here
 from nbl_export.errors import InputError, MissingDependencyError
-from nbl_export.workspace import read_json, sha256_of_file, sha256_of_json, write_json
+from nbl_export.workspace import json_text, read_json, sha256_of_file, sha256_of_json, write_text
 
 FORMAT = "nbl-export/engine/1"
 _REMEDY = "build the engine again (`nbl-export build OUT --trt`)"
@@ -59,11 +59,16 @@ def manifest_path(engine: Path) -> Path:
     return engine.with_suffix(".json")
 
 
+def manifest_text(manifest: Manifest) -> str:
+    """What stands in the manifest's file."""
+    body = {"format": FORMAT, **manifest.as_json()}
+    return json_text({**body, "sha256": sha256_of_json(body)})
+
+
 def save_manifest(engine: Path, manifest: Manifest) -> Path:
     """Write the manifest of an ``engine`` that is already there."""
-    body = {"format": FORMAT, **manifest.as_json()}
     path = manifest_path(engine)
-    write_json(path, {**body, "sha256": sha256_of_json(body)})
+    write_text(path, manifest_text(manifest))
     return path
 
 
@@ -78,8 +83,9 @@ def load_manifest(engine: Path) -> Manifest:
     raw = read_json(path, "The engine's manifest", _REMEDY)
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise InputError(f"{path} is no engine manifest of nbl-export ({FORMAT}): {_REMEDY}.")
+    text = json_text(raw)
     digest = raw.pop("sha256", None)
-    if digest != sha256_of_json(raw):
+    if digest != sha256_of_json(raw) or text.encode() != path.read_bytes():
         raise InputError(f"{path} was changed after it was written: {_REMEDY}.")
     del raw["format"]
     try:
@@ -89,6 +95,8 @@ def load_manifest(engine: Path) -> Manifest:
                 **{n: tuple(raw[n]) for n in ("capabilities", "profiles", "kv_layers", "linear_layers")},
             }
         )
+        if type(manifest.size) is not int or type(manifest.hashes["engine"]) is not str:
+            raise TypeError("a field of another type")
     except (KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged ({error}): {_REMEDY}.") from None
     size = engine.stat().st_size

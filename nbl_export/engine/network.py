@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import onnx_ir as ir
@@ -39,7 +40,7 @@ class Messages:
     def first(self) -> str:
         """The first error that is not about the missing GPU, which is expected ahead of time."""
         told = [m for m in self.errors if "cudaError 35" not in m and "CUDA driver" not in m]
-        return " ".join(told[0].split())[:400] if told else "no reason given"
+        return shorten(told[0], 400, placeholder=" …") if told else "no reason given"
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,12 @@ def check_operators(model: ir.Model, path: Path) -> None:
         )
 
 
-def parse_network(library: Library, path: Path) -> Parsed:
-    """Parse the graph at ``path`` into a strongly typed network; raises :class:`BuildError` naming the operator."""
+def parse_network(library: Library, path: Path, shown: Path | None = None) -> Parsed:
+    """Parse the graph at ``path``, called ``shown``, into a strongly typed network.
+
+    Raises :class:`BuildError` naming the operator that is not taken.
+    """
+    name = shown or path
     trt = library.module
     messages = Messages(library)
     builder = trt.Builder(messages.logger)
@@ -100,11 +105,11 @@ def parse_network(library: Library, path: Path) -> Parsed:
     if not parser.parse_from_file(str(path)):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
         if not errors:
-            raise BuildError(f"{library} does not parse {path}: {messages.first()}.")
+            raise BuildError(f"{library} does not parse {name}: {messages.first()}.")
         error = errors[0]
-        reason = " ".join(str(error.desc()).split())[:300].rstrip(".")
+        reason = shorten(str(error.desc()), 300, placeholder=" …").rstrip(".")
         raise BuildError(
-            f"{library} does not take the operator {error.node_operator()} ({error.node_name()}) of {path}: {reason}."
+            f"{library} does not take the operator {error.node_operator()} ({error.node_name()}) of {name}: {reason}."
         )
     return Parsed(builder, network, parser, messages, network_facts(library, network))
 

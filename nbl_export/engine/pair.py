@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from nbl_export import __version__
 from nbl_export.engine.build import Built, TimingCache, build_engine
 from nbl_export.engine.gpu import Gpu
 from nbl_export.engine.library import Library
-from nbl_export.engine.manifest import Manifest, save_manifest
+from nbl_export.engine.manifest import Manifest, manifest_path, manifest_text
 from nbl_export.engine.profiles import Limits
 from nbl_export.errors import BuildError
 from nbl_export.graph.cache import is_static, kv_layers
@@ -72,39 +73,45 @@ def build_pair(
         else tuple(capabilities)
     )
     engines, files = [], timings.save()
-    for source, result in zip(sources, built, strict=True):
-        with atomic_path(source.engine) as temporary:
+    # All temporaries are written before the first takes its place: the disk may be full.
+    with ExitStack() as writing:
+        for source, result in zip(sources, built, strict=True):
+            temporary = writing.enter_context(atomic_path(source.engine))
             temporary.write_bytes(memoryview(result.data))
-        linear = tuple(linear_layers) if source.role == LINEARIZED else ()
-        model = load_graph(source.graph)
-        manifest = Manifest(
-            role=source.role,
-            library=library.package,
-            library_version=library.version,
-            ahead_of_time=library.ahead_of_time,
-            capabilities=targets,
-            gpu=None if library.ahead_of_time or gpu is None else gpu.name,
-            precision=graph_precision(model).name,
-            kv_cache="static" if is_static(model) else "concat",
-            limits=asdict(limits),
-            profiles=tuple(p.as_json() for p in result.profiles),
-            kv_layers=kv_layers(model),
-            linear_layers=linear,
-            attention="none" if not source.attention else "fused" if result.fused else "decomposed",
-            network=result.facts.as_json(),
-            hashes=_hashes(source, plan_hash if linear else None),
-            build_seconds=round(result.seconds, 3),
-            size=result.size,
-            created_by=f"nbl-export {__version__}",
-        )
-        files += [source.engine, save_manifest(source.engine, manifest)]
-        engines.append(EngineFile(source.engine, manifest))
+            linear = tuple(linear_layers) if source.role == LINEARIZED else ()
+            model = load_graph(source.graph)
+            manifest = Manifest(
+                role=source.role,
+                library=library.package,
+                library_version=library.version,
+                ahead_of_time=library.ahead_of_time,
+                capabilities=targets,
+                gpu=None if library.ahead_of_time or gpu is None else gpu.name,
+                precision=graph_precision(model).name,
+                kv_cache="static" if is_static(model) else "concat",
+                limits=asdict(limits),
+                profiles=tuple(p.as_json() for p in result.profiles),
+                kv_layers=kv_layers(model),
+                linear_layers=linear,
+                attention="none" if not source.attention else "fused" if result.fused else "decomposed",
+                network=result.facts.as_json(),
+                hashes=_hashes(source, temporary, plan_hash if linear else None),
+                build_seconds=round(result.seconds, 3),
+                size=result.size,
+                created_by=f"nbl-export {__version__}",
+            )
+            described = manifest_path(source.engine)
+            writing.enter_context(atomic_path(described)).write_text(
+                manifest_text(manifest), encoding="utf-8"
+            )
+            files += [source.engine, described]
+            engines.append(EngineFile(source.engine, manifest))
     return engines, files
 
 
-def _hashes(source: Source, plan_hash: str | None) -> dict[str, str]:
+def _hashes(source: Source, engine: Path, plan_hash: str | None) -> dict[str, str]:
     data = source.graph.with_name(source.graph.name + DATA_SUFFIX)
-    hashes = {"engine": sha256_of_file(source.engine), "onnx": sha256_of_file(source.graph)}
+    hashes = {"engine": sha256_of_file(engine), "onnx": sha256_of_file(source.graph)}
     if data.is_file():
         hashes["onnx_data"] = sha256_of_file(data)
     return hashes | ({"plan": plan_hash} if plan_hash else {})

@@ -177,7 +177,8 @@ class EngineStream:
         self._past = [n for n in self._inputs if n.startswith("past_key_values.")]
         self.static = loaded.manifest.kv_cache == "static"
         self._vocab = int(self._outputs["logits"]["shape"][-1])
-        self._bound: dict[str, torch.Tensor] = {}
+        # By profile: what a decode step is bound to outlasts the next prefill, as its CUDA graph needs.
+        self._bound: dict[str, dict[str, torch.Tensor]] = {PREFILL: {}, DECODE: {}}
         self._batch = 0
         self._replay: Callable[[], None] | None = None
 
@@ -223,15 +224,16 @@ class EngineStream:
         if self.static:
             ids, positions = right_padded(rows)
             self._feed(
-                {"input_ids": ids, "position_ids": positions, WRITE_INDICES: np.zeros_like(self._lengths)}
+                PREFILL,
+                {"input_ids": ids, "position_ids": positions, WRITE_INDICES: np.zeros_like(self._lengths)},
             )
         else:
             ids, self._mask, positions = left_padded(rows)
-            self._feed({"input_ids": ids, "attention_mask": self._mask, "position_ids": positions})
+            self._feed(PREFILL, {"input_ids": ids, "attention_mask": self._mask, "position_ids": positions})
         self._length = 0
         self._run(PREFILL, ids.shape[1])
         self._length = ids.shape[1]
-        return self._bound["logits"]
+        return self._bound[PREFILL]["logits"]
 
     def decode_on_device(self, tokens: Sequence[int]) -> torch.Tensor:
         """One more token for each row: logits [rows, 1, vocab]."""
@@ -240,12 +242,13 @@ class EngineStream:
         ids = np.array(tokens, dtype=np.int64)[:, None]
         if self.static:
             self._feed(
-                {"input_ids": ids, "position_ids": self._lengths[:, None], WRITE_INDICES: self._lengths}
+                DECODE,
+                {"input_ids": ids, "position_ids": self._lengths[:, None], WRITE_INDICES: self._lengths},
             )
         else:
             self._mask = np.concatenate([self._mask, np.ones_like(ids)], axis=1)
             positions = self._mask.sum(axis=1, keepdims=True) - 1
-            self._feed({"input_ids": ids, "attention_mask": self._mask, "position_ids": positions})
+            self._feed(DECODE, {"input_ids": ids, "attention_mask": self._mask, "position_ids": positions})
         if self._replay is not None:
             self._replay()
         else:
@@ -255,7 +258,7 @@ class EngineStream:
                 self._replay = self.device.capture(lambda: self._execute(DECODE))
         self._length += 1
         self._lengths = self._lengths + 1
-        return self._bound["logits"]
+        return self._bound[DECODE]["logits"]
 
     def _length_after_next(self) -> int:
         return int(self._lengths.max()) + 1 if self.static else self._length + 1
@@ -270,13 +273,13 @@ class EngineStream:
 
     # buffers and bindings --------------------------------------------------------------------
     def _allocate(self, batch: int) -> None:
-        self._replay = None
         if batch == self._batch:
             for pair in self._buffers.values():
                 for buffer in pair:
                     self.device.clear(buffer)  # what is masked must still be a number
             return
-        self._batch, self._turn = batch, 0
+        self._batch, self._turn, self._replay = batch, 0, None
+        self._bound = {PREFILL: {}, DECODE: {}}
         self._buffers: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         length = self.manifest.limits["max_context"]
         for name in self._past:
@@ -285,7 +288,6 @@ class EngineStream:
             first = self.device.zeros([batch * heads * length * dim], dtype)
             second = first if self.static else self.device.zeros([batch * heads * length * dim], dtype)
             self._buffers[name] = (first, second)
-        self._bound = {}
 
     def _view(self, name: str, length: int) -> torch.Tensor:
         """The buffer that holds the cache now, as [batch, heads, length, head_dim]."""
@@ -296,28 +298,29 @@ class EngineStream:
         shape = (self._batch, heads, length, dim)
         return buffer[: int(np.prod(shape))].view(shape)
 
-    def _feed(self, arrays: dict[str, NDArray[np.int64]]) -> None:
+    def _feed(self, profile: str, arrays: dict[str, NDArray[np.int64]]) -> None:
+        bound = self._bound[profile]
         for name, array in arrays.items():
             if name not in self._inputs:
                 continue  # a graph without attention reads no positions
-            if name not in self._bound or self._bound[name].shape != array.shape:
-                self._bound[name] = self.device.zeros(array.shape, _DTYPES[self._inputs[name]["dtype"]])
-            self.device.put(self._bound[name], array)
+            if name not in bound or bound[name].shape != array.shape:
+                bound[name] = self.device.zeros(array.shape, _DTYPES[self._inputs[name]["dtype"]])
+            self.device.put(bound[name], array)
 
     def _run(self, profile: str, sequence: int) -> None:
         """Bind everything for one pass over ``sequence`` tokens and execute it."""
-        context = self._contexts[profile]
+        context, bound = self._contexts[profile], self._bound[profile]
         shape = (self._batch, sequence, self._vocab)
-        if "logits" not in self._bound or self._bound["logits"].shape != shape:
-            self._bound["logits"] = self.device.zeros(shape, _DTYPES[self._outputs["logits"]["dtype"]])
+        if "logits" not in bound or bound["logits"].shape != shape:
+            bound["logits"] = self.device.zeros(shape, _DTYPES[self._outputs["logits"]["dtype"]])
         capacity = self.manifest.limits["max_context"]
         before, after = (capacity, capacity) if self.static else (self._length, self._length + sequence)
         other = 0 if self.static else 1 - self._turn
         for name in self._past:
-            self._bound[name] = self._view(name, before)
+            bound[name] = self._view(name, before)
             present = name.replace("past_key_values", "present")
-            self._bound[present] = self._shaped(self._buffers[name][other], name, after)
-        for name, tensor in self._bound.items():
+            bound[present] = self._shaped(self._buffers[name][other], name, after)
+        for name, tensor in bound.items():
             if name in self._inputs and not context.set_input_shape(name, tuple(tensor.shape)):
                 raise InputError(
                     f"The engine's {profile} profile does not take {name} of shape {tuple(tensor.shape)}."

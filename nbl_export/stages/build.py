@@ -29,6 +29,7 @@ def build(run: Run, settings: EngineSettings) -> list[EngineFile]:
     gpu = find_gpu()
     library = choose_library(settings.library, gpu)
     capabilities = check_capabilities(library, settings.sm)
+    rewritten = current_rewrite(ws)
     shapes = settings.limits(_positions(ws))
     recorded = {
         "library": str(library),
@@ -36,7 +37,7 @@ def build(run: Run, settings: EngineSettings) -> list[EngineFile]:
         "gpu": None if library.ahead_of_time or gpu is None else asdict(gpu),
         **asdict(shapes),
     }
-    key = _build_key(current_rewrite(ws), recorded)
+    key = _build_key(rewritten, recorded)
     exported = ws.require("export", f"nbl-export export {ws.root}")
 
     def work(listener: Listener) -> list[Path]:
@@ -62,6 +63,7 @@ def _positions(ws: Workspace) -> int | None:
     """The model's number of positions, from the configuration beside the baseline graph."""
     path = ws.baseline.with_name("config.json")
     config = read_json(path, "The baseline's configuration", "run `nbl-export export` again")
+    config = {**config, **(config.get("text_config") or {})}
     found = config.get("max_position_embeddings") or config.get("n_positions")
     return int(found) if found else None
 
@@ -74,6 +76,7 @@ def current_engines(ws: Workspace) -> tuple[EngineFile, ...]:
     built = ws.record("build")
     if built is None or built.key != _build_key(current_rewrite(ws), built.settings):
         return ()
+    ws.require("build", f"nbl-export build {ws.root}")
     return tuple(EngineFile(path, load_manifest(path)) for path in (ws.base_engine, ws.engine))
 
 

@@ -94,37 +94,55 @@ class Latency:
 
 
 def race(
-    contenders: Sequence[Contender], context: int, rounds: int, advance: Callable[[int], None]
+    contenders: Sequence[Contender],
+    context: int,
+    rounds: int,
+    advance: Callable[[int], None],
+    absent: dict[str, str] | None = None,
 ) -> list[Latency]:
-    """Time all contenders in turn, ``rounds`` times after a warm-up, the order reversed every round."""
+    """Time all contenders in turn, ``rounds`` times after a warm-up, the order reversed every round.
+
+    One that fails on the way (no room for its cache) drops out; its reason goes into ``absent``.
+    """
     prefill: dict[str, list[float]] = {c.name: [] for c in contenders}
     decode: dict[str, list[float]] = {c.name: [] for c in contenders}
+    running = list(contenders)
     for number in range(rounds + 1):
-        for contender in contenders if number % 2 else reversed(contenders):
-            first = _timed(contender.prefill)
-            steps = [_timed(contender.step) for _ in range(TIMED_STEPS)]
+        for contender in list(running if number % 2 else reversed(running)):
+            try:
+                first = _timed(contender.prefill)
+                steps = [_timed(contender.step) for _ in range(TIMED_STEPS)]
+            except Exception as error:  # each runtime has exceptions of its own
+                if absent is None:
+                    raise
+                absent[contender.name] = reason_of(error)
+                running.remove(contender)
+                continue
             if number:  # the first round warms up: kernels are compiled, graphs captured
                 prefill[contender.name].append(first)
                 decode[contender.name] += steps
         advance(1)
-    found = []
-    for contender in contenders:
-        (p50, p99), (d50, d99) = (
-            np.quantile(times[contender.name], (0.5, 0.99)) * 1e3 for times in (prefill, decode)
-        )
-        found.append(
-            Latency(
-                contender.name,
-                context,
-                float(p50),
-                float(p99),
-                float(d50),
-                float(d99),
-                1e3 / float(d50),
-                contender.memory_bytes(),
-            )
-        )
-    return found
+    return [_latency(c, context, prefill[c.name], decode[c.name]) for c in running]
+
+
+def _latency(contender: Contender, context: int, prefill: list[float], decode: list[float]) -> Latency:
+    (p50, p99), (d50, d99) = (np.quantile(times, (0.5, 0.99)) * 1e3 for times in (prefill, decode))
+    return Latency(
+        contender.name,
+        context,
+        float(p50),
+        float(p99),
+        float(d50),
+        float(d99),
+        1e3 / float(d50),
+        contender.memory_bytes(),
+    )
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of an error, or its kind where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _timed(work: Callable[[], None]) -> float:
@@ -199,7 +217,9 @@ class OrtContender:
         if provider not in require_onnxruntime().get_available_providers():
             raise NblError(f"onnxruntime has no {provider} here")
         self.name = name
-        self._prompt = OrtPrompt(OrtModel(path, provider=provider, rounded=False), context, TIMED_STEPS, _DEVICES[provider])
+        self._prompt = OrtPrompt(
+            OrtModel(path, provider=provider, rounded=False), context, TIMED_STEPS, _DEVICES[provider]
+        )
 
     def prefill(self) -> None:
         self._prompt.prefill()
@@ -280,7 +300,7 @@ def measure_engine_speed(
 ) -> EngineSpeed:
     """Race the ``entrants`` (name → how to make one for a context) at each context length.
 
-    One that cannot be made (no CUDA provider, no room) is left out, with its reason.
+    One that cannot be made or run (no CUDA provider, no room) is left out, with its reason.
     """
     latencies: list[Latency] = []
     absent: dict[str, str] = {}
@@ -290,9 +310,9 @@ def measure_engine_speed(
             for name, make in entrants.items():
                 try:
                     contenders.append(make(context))
-                except (NblError, RuntimeError) as error:
-                    absent[name] = str(error).splitlines()[0]
-            latencies += race(contenders, context, rounds, task.advance)
+                except Exception as error:  # each runtime has exceptions of its own
+                    absent[name] = reason_of(error)
+            latencies += race(contenders, context, rounds, task.advance, absent)
     return EngineSpeed(
         gpu.name,
         gpu.compute_capability,

@@ -178,6 +178,13 @@ def _measure_engines(
     gates = gates_for(precision_of(manifest.precision).gates)
     limits = manifest.limits
     longest = min(limits["max_seq"], limits["max_context"] - settings.decode_steps) - len(text.start)
+    if longest < 1:
+        why = (
+            f"a context of {limits['max_context']} and a prefill of {limits['max_seq']} tokens hold no prompt and "
+            f"{settings.decode_steps} decode steps"
+        )
+        result.checks.append(not_run(engines, why))
+        return
     rows = _rows(text, [min(p, longest) for p in _PROMPTS[: limits["max_batch"]]], settings.decode_steps)
     with linearized(model, plan):
         reference = PastStream(TorchDecoder(model, plan.chosen))
@@ -192,7 +199,8 @@ def _measure_engines(
     result.engine_parity = parity.as_json()
     if settings.speed:
         fitting = [c for c in contexts if c <= limits["max_seq"] and c + TIMED_STEPS <= limits["max_context"]]
-        fitting = fitting or [min(limits["max_seq"], limits["max_context"] - TIMED_STEPS)]
+        longest = min(limits["max_seq"], limits["max_context"] - TIMED_STEPS)
+        fitting = fitting or [longest] * (longest > 0)
         entrants = gpu_entrants(model, streams, graphs, manifest.precision)
         speed = measure_engine_speed(gpu, entrants, fitting, settings.rounds, listener)
         result.engine_speed = speed.as_json()

@@ -1,0 +1,148 @@
+"""Graphs in every precision and form of the cache, and engines built from them once."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbl_export import api
+from nbl_export.engine.library import Library, import_library
+from nbl_export.engine.manifest import Manifest
+from nbl_export.export.forms import FORMS
+from nbl_export.export.torch import trace
+from nbl_export.graph.io import load_graph, save_graph
+from nbl_export.graph.precision import precision_of, to_precision
+from nbl_export.graph.rewrite import rewrite_file
+from nbl_export.linearize.plan import load_plan
+from nbl_export.workspace import Workspace
+from tests.fixtures_graph import load, plan_by_hand
+from tests.tiny import build
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """stories260K in one precision and form: all 5 layers, K = 2, and K = 5."""
+
+    base: Path
+    linearized: Path
+    bare: Path
+    static: bool
+
+
+class Counter:
+    """A task that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.amounts: list[int] = []
+
+    def advance(self, amount: int) -> None:
+        self.amounts.append(amount)
+
+
+@pytest.fixture(scope="session")
+def rtx() -> Library:
+    """The real library, which builds ahead of time without a GPU."""
+    pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install 'nbl-export[rtx]'")
+    return import_library("rtx")
+
+
+def converted(source: Path, target: Path, precision: str) -> Path:
+    """The float32 graph at ``source`` in ``precision``; its tensors are small enough for float16."""
+    graph = load_graph(source)
+    to_precision(graph, precision_of(precision), {})
+    save_graph(graph, target)
+    return target
+
+
+@pytest.fixture(scope="session")
+def static_out(stories_out: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The finished run, exported and rewritten again with a static cache; read only."""
+    out = tmp_path_factory.mktemp("static") / "out"
+    shutil.copytree(stories_out, out, copy_function=shutil.copy2)
+    api.export(out, api.ExportSettings("fp32", "static"))
+    api.rewrite(out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def graphs(
+    stories_out: Path, static_out: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str], Graphs]:
+    """Called with a precision and a form of the cache: the graphs, made at the first call; read only."""
+    folder = tmp_path_factory.mktemp("graphs")
+    plans = {"linearized": load_plan(Workspace.open(stories_out).plan)}
+    plans["bare"] = plan_by_hand(stories_out, range(5))
+
+    float32 = {
+        form: out / "baseline" / "model.onnx"
+        for form, out in (("concat", stories_out), ("static", static_out))
+    }
+
+    @cache
+    def made(precision: str, form: str) -> Graphs:
+        place = folder / f"{precision}-{form}"
+        base = converted(float32[form], place / "base" / "model.onnx", precision)
+        rewritten = {name: place / name / "model.onnx" for name in plans}
+        for name, plan in plans.items():
+            rewrite_file(base, plan, rewritten[name])
+        return Graphs(base, static=form == "static", **rewritten)
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def fusible(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float32 graph of one layer for which the library has fused attention: 4 heads of size 64."""
+    folder = tmp_path_factory.mktemp("fusible")
+    changes = {"num_hidden_layers": 1, "head_dim": 64, "num_key_value_heads": 1}
+    model = load(build(folder / "model", **changes))
+    save_graph(trace(model, FORMS["static"]), folder / "model.onnx")
+    return folder / "model.onnx"
+
+
+@pytest.fixture(scope="session")
+def built_out(rtx: Library, stories_out: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The finished run in float16 with a static cache, and its engines; copy it before changing it."""
+    out = tmp_path_factory.mktemp("built") / "out"
+    shutil.copytree(stories_out, out, copy_function=shutil.copy2)
+    api.export(out, api.ExportSettings("fp16", "static"))
+    api.rewrite(out)
+    api.build(out, api.EngineSettings("rtx", max_batch=2, max_seq=64, max_context=256, sm=("89", "86")))
+    return out
+
+
+@pytest.fixture
+def built_copy(built_out: Path, tmp_path: Path) -> Path:
+    """A copy of the run with engines, to be changed or damaged."""
+    return Path(shutil.copytree(built_out, tmp_path / "out", copy_function=shutil.copy2))
+
+
+def manifest_by_hand(**changes: Any) -> Manifest:
+    """A manifest of no real engine."""
+    fields: dict[str, Any] = {
+        "role": "linearized",
+        "library": "tensorrt-rtx",
+        "library_version": "1.7.1.116",
+        "ahead_of_time": True,
+        "capabilities": ("SM86", "SM89"),
+        "gpu": None,
+        "precision": "fp16",
+        "kv_cache": "static",
+        "limits": {"max_batch": 2, "max_seq": 64, "max_context": 256},
+        "profiles": ({"name": "prefill", "shapes": {"input_ids": [[1, 1], [1, 64], [2, 64]]}},),
+        "kv_layers": (0, 1, 4),
+        "linear_layers": (2, 3),
+        "attention": "fused",
+        "network": {"layers": 7, "attention": 3, "kv_cache_updates": 6, "inputs": [], "outputs": []},
+        "hashes": {"engine": "0" * 64, "onnx": "1" * 64},
+        "build_seconds": 1.25,
+        "size": 1000,
+        "created_by": "nbl-export, by hand",
+    }
+    return Manifest(**{**fields, **changes})

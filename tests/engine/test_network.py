@@ -1,0 +1,281 @@
+"""Real graphs as TensorRT networks, counted a second time from the ONNX file; and what is refused."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter as Count
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import pytest
+
+from nbl_export.engine.build import TimingCache, build_engine
+from nbl_export.engine.library import Library
+from nbl_export.engine.network import (
+    NetworkFacts,
+    NetworkTensor,
+    check_network,
+    check_operators,
+    let_attention_decompose,
+    parse_network,
+)
+from nbl_export.engine.profiles import Limits
+from nbl_export.errors import BuildError, InputError
+from nbl_export.graph.io import load_graph, save_graph
+from nbl_export.graph.precision import precision_of
+from tests.engine.conftest import Counter, Graphs
+
+LENGTH = 64
+NAMES = {
+    onnx.TensorProto.FLOAT: "FLOAT",
+    onnx.TensorProto.FLOAT16: "HALF",
+    onnx.TensorProto.BFLOAT16: "BF16",
+    onnx.TensorProto.INT64: "INT64",
+}
+FLOATS = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}
+
+
+def fixed(path: Path) -> Path:
+    """A copy of a graph beside it, whose static cache has LENGTH places."""
+    proto = onnx.load(str(path), load_external_data=False)
+    for value in (*proto.graph.input, *proto.graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param == "max_sequence_length":
+                dim.dim_value = LENGTH
+    target = path.with_name("fixed.onnx")
+    target.write_bytes(proto.SerializeToString())
+    return target
+
+
+def tensors(values: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name → dtype and shape (-1: dynamic) of a graph's inputs or outputs, from the ONNX file."""
+    found = {}
+    for value in values:
+        dims = value.type.tensor_type.shape.dim
+        shape = tuple(d.dim_value if d.HasField("dim_value") else -1 for d in dims)
+        found[value.name] = (NAMES[value.type.tensor_type.elem_type], shape)
+    return found
+
+
+@pytest.mark.parametrize("which", ["base", "linearized", "bare"])
+@pytest.mark.parametrize("form", ["concat", "static"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_a_network_is_what_the_graph_is(
+    rtx: Library, graphs: Callable[[str, str], Graphs], precision: str, form: str, which: str
+) -> None:
+    path = fixed(getattr(graphs(precision, form), which))
+    facts = parse_network(rtx, path).facts
+    proto = onnx.load(str(path))
+    ops = Count(node.op_type for node in proto.graph.node)
+    kept = {"base": 5, "linearized": 3, "bare": 0}[which]
+    assert facts.attention == ops["Attention"] == kept
+    assert facts.kv_cache_updates == ops["TensorScatter"] == (2 * kept if form == "static" else 0)
+    assert facts.layers > sum(ops[op] for op in ("MatMul", "Attention", "Add", "Mul"))
+    assert {t.name: (t.dtype, t.shape) for t in facts.inputs} == tensors(proto.graph.input)
+    outputs = {t.name: (t.dtype, len(t.shape)) for t in facts.outputs}
+    assert outputs == {n: (dtype, len(shape)) for n, (dtype, shape) in tensors(proto.graph.output).items()}
+    stored = Count()
+    for tensor in proto.graph.initializer:
+        stored[NAMES.get(tensor.data_type, "other")] += onnx.numpy_helper.to_array(tensor).nbytes
+    for name in FLOATS.values():
+        # Epsilons and scales are the parser's own.
+        assert stored[name] <= facts.weight_bytes.get(name, 0) <= stored[name] + 1024
+    check_network(facts, precision_of(precision), kept, form == "static", stored["FLOAT"])
+    with pytest.raises(BuildError, match=f"{kept} attention layers, expected {kept + 1}"):
+        check_network(facts, precision_of(precision), kept + 1, form == "static", stored["FLOAT"])
+
+
+def test_facts_are_json_as_they_are(rtx: Library, graphs: Callable[[str, str], Graphs]) -> None:
+    facts = parse_network(rtx, graphs("fp16", "concat").linearized).facts
+    body = facts.as_json()
+    assert body["attention"] == 3 and body["inputs"][0] == {
+        "name": "input_ids",
+        "dtype": "INT64",
+        "shape": (-1, -1),
+    }
+
+
+def test_decomposition_is_allowed_for_attention_layers_only(
+    rtx: Library, graphs: Callable[[str, str], Graphs]
+) -> None:
+    parsed = parse_network(rtx, graphs("fp16", "concat").base)
+
+    def decomposable() -> list[bool]:
+        layers = [parsed.network.get_layer(i) for i in range(parsed.network.num_layers)]
+        found = [x for x in layers if x.type == rtx.module.LayerType.ATTENTION_OUTPUT]
+        for layer in found:
+            layer.__class__ = rtx.module.IAttentionOutputLayer
+        return [layer.attention.decomposable for layer in found]
+
+    assert decomposable() == [False] * 5
+    let_attention_decompose(rtx, parsed.network)
+    assert decomposable() == [True] * 5
+
+
+# operators ---------------------------------------------------------------------------------------
+
+
+def foreign(path: Path, *nodes: tuple[str, str]) -> ir.Model:
+    """A graph of one Relu and ``nodes``, each a domain and an operator."""
+    helper = onnx.helper
+    made = [helper.make_node("Relu", ["x"], ["y0"])]
+    for i, (domain, op) in enumerate(nodes):
+        made.append(helper.make_node(op, [f"y{i}"], [f"y{i + 1}"], domain=domain))
+    ends = [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [1, 4]) for n in ("x", f"y{len(nodes)}")]
+    graph = helper.make_graph(made, "decoder", [ends[0]], [ends[1]])
+    opsets = [helper.make_opsetid(d, 1) for d in {d for d, _ in nodes if d}]
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23), *opsets]), str(path))
+    return load_graph(path)
+
+
+def test_operators_of_onnxruntime_are_named_with_the_way_around(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    model = foreign(
+        path, *[("com.microsoft", "GroupQueryAttention")] * 3, ("com.microsoft", "RotaryEmbedding")
+    )
+    with pytest.raises(InputError) as caught:
+        check_operators(model, path)
+    message = str(caught.value)
+    for words in (str(path), "com.microsoft.GroupQueryAttention", "3 nodes", "1 more", "nbl-export export"):
+        assert words in message
+    assert "\n" not in message and message.endswith(".")
+
+
+def test_standard_operators_are_accepted_under_both_names(tmp_path: Path) -> None:
+    check_operators(foreign(tmp_path / "model.onnx", ("", "Relu"), ("ai.onnx", "Relu")), tmp_path)
+
+
+def with_attention(source: Path, target: Path, attribute: ir.Attr) -> Path:
+    model = load_graph(source)
+    for node in model.graph:
+        if node.op_type == "Attention":
+            node.attributes[attribute.name] = attribute
+    save_graph(model, target, check=lambda _: None)
+    return target
+
+
+@pytest.mark.parametrize("form", ["concat", "static"])
+@pytest.mark.parametrize(
+    "attribute", [ir.AttrInt64("softmax_precision", 1), ir.AttrFloat32("softcap", 30.0)], ids=lambda a: a.name
+)
+def test_what_the_parser_does_not_take_is_named(
+    rtx: Library, graphs: Callable[[str, str], Graphs], tmp_path: Path, form: str, attribute: ir.Attr
+) -> None:
+    """The operator, its node, the file that the user has, and the reason."""
+    path = with_attention(graphs("fp16", form).base, tmp_path / "model.onnx", attribute)
+    timings = TimingCache(rtx, tmp_path / "timing.cache")
+    with pytest.raises(BuildError) as caught:
+        build_engine(rtx, path, 5, Limits(1, 8, 16), ("SM86",), timings, Counter())
+    message = str(caught.value)
+    first = next(n.name for n in load_graph(path).graph if n.op_type == "Attention")
+    for words in (str(rtx), "operator Attention", str(first), str(path), "not supported in TensorRT"):
+        assert words in message, message
+    assert "\n" not in message and message.endswith(".")
+    assert {p.name for p in tmp_path.iterdir()} <= {"model.onnx", "model.onnx.data"}
+
+
+def test_a_cache_of_unknown_length_is_refused_by_its_operator(
+    rtx: Library, graphs: Callable[[str, str], Graphs]
+) -> None:
+    with pytest.raises(
+        BuildError, match=r"does not take the operator TensorScatter .*static sequence length"
+    ):
+        parse_network(rtx, graphs("fp16", "static").base)
+
+
+# check_network -----------------------------------------------------------------------------------
+
+
+def tensor(name: str, dtype: str = "HALF") -> NetworkTensor:
+    return NetworkTensor(name, dtype, (-1, 4, 64, 8))
+
+
+def facts(dtype: str = "HALF") -> NetworkFacts:
+    """A static network of two attention layers in half, whose graph keeps 1,000 bytes in float32."""
+    past = [tensor(f"past_key_values.{i}.{s}", dtype) for i in range(2) for s in ("key", "value")]
+    present = [tensor(f"present.{i}.{s}", dtype) for i in range(2) for s in ("key", "value")]
+    integers = [tensor(n, "INT64") for n in ("input_ids", "position_ids", "write_indices")]
+    weights = Count({dtype: 1_000_000}) + Count({"FLOAT": 1_000, "INT64": 500_000})
+    return NetworkFacts(99, 2, 4, (*integers, *past), (tensor("logits", "FLOAT"), *present), dict(weights))
+
+
+def check(found: NetworkFacts, precision: str = "fp16", static: bool = True) -> None:
+    check_network(found, precision_of(precision), 2, static, 1_000)
+
+
+def swapped(values: tuple[NetworkTensor, ...], name: str, dtype: str) -> tuple[NetworkTensor, ...]:
+    changed = tuple(replace(t, dtype=dtype) if t.name == name else t for t in values)
+    assert changed != values
+    return changed
+
+
+@pytest.mark.parametrize(("precision", "dtype"), FLOATS.items())
+def test_a_network_as_asked_for_is_accepted(precision: str, dtype: str) -> None:
+    check(facts(dtype), precision)
+
+
+@pytest.mark.parametrize(
+    ("counts", "words"),
+    [
+        ({"attention": 3}, "3 attention layers, expected 2"),
+        ({"attention": 1}, "1 attention layers, expected 2"),
+        ({"kv_cache_updates": 3}, "3 KV cache updates, expected 4"),
+        ({"kv_cache_updates": 0}, "0 KV cache updates, expected 4"),
+    ],
+)
+def test_wrong_counts_are_refused(counts: dict[str, int], words: str) -> None:
+    with pytest.raises(BuildError, match=words):
+        check(replace(facts(), **counts))
+
+
+def test_a_growing_cache_needs_no_native_updates() -> None:
+    check(replace(facts(), kv_cache_updates=0), static=False)
+
+
+@pytest.mark.parametrize("side", ["inputs", "outputs"])
+def test_a_cache_that_was_not_removed_is_refused(side: str) -> None:
+    name = {"inputs": "past_key_values.2.key", "outputs": "present.2.key"}[side]
+    more = replace(facts(), **{side: (*getattr(facts(), side), tensor(name))})
+    with pytest.raises(BuildError, match=f"5 KV {side}, expected 4"):
+        check(more)
+
+
+@pytest.mark.parametrize(
+    ("side", "name", "dtype", "expected"),
+    [
+        ("inputs", "past_key_values.1.value", "FLOAT", "HALF"),
+        ("inputs", "past_key_values.0.key", "BF16", "HALF"),
+        ("outputs", "present.1.key", "FLOAT", "HALF"),
+        ("outputs", "logits", "HALF", "FLOAT"),
+        ("inputs", "input_ids", "INT32", "INT64"),
+        ("inputs", "position_ids", "FLOAT", "INT64"),
+        ("inputs", "write_indices", "INT32", "INT64"),
+    ],
+)
+def test_a_wrong_dtype_is_refused_by_name(side: str, name: str, dtype: str, expected: str) -> None:
+    found = replace(facts(), **{side: swapped(getattr(facts(), side), name, dtype)})
+    with pytest.raises(BuildError, match=rf"{re.escape(name)}\b.* {dtype}, expected {expected}\.$"):
+        check(found)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_network_of_float32_weights_is_refused(precision: str) -> None:
+    """As one that a builder took back to float32, or of a conversion that did nothing."""
+    dtype = FLOATS[precision]
+    found = replace(facts(dtype), weight_bytes={dtype: 900_000, "FLOAT": 101_000, "INT64": 500_000})
+    with pytest.raises(BuildError, match=rf"101,000 of 1,501,000 bytes .* not {dtype}; .* keeps 1,000\.$"):
+        check(found, precision)
+
+
+def test_the_other_half_is_not_the_half_asked_for() -> None:
+    found = replace(facts(), weight_bytes={"HALF": 500_000, "BF16": 500_000})
+    with pytest.raises(BuildError, match="500,000 of 1,000,000 bytes"):
+        check(found)
+
+
+def test_integers_are_no_weights_in_the_wrong_precision() -> None:
+    check(replace(facts(), weight_bytes={"HALF": 1_000_000, "INT64": 9_000_000, "BOOL": 9_000_000}))

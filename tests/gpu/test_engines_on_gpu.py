@@ -1,0 +1,252 @@
+"""Engines that really run: built and verified on the GPU of this machine, with each library that is installed."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nbl_export import api
+from nbl_export.engine.gpu import Gpu, find_gpu
+from nbl_export.engine.library import import_library, runs_here
+from nbl_export.engine.manifest import load_manifest, save_manifest
+from nbl_export.errors import InputError, MissingDependencyError
+from nbl_export.linearize.plan import load_plan
+from nbl_export.linearize.swap import linearized
+from nbl_export.runtime.ort import require_onnxruntime
+from nbl_export.runtime.stream import PastStream
+from nbl_export.runtime.tensorrt import EngineStream, LoadedEngine, load_engine
+from nbl_export.runtime.torch import TorchDecoder
+from nbl_export.verify.parity import compare_streams, gates_for
+from nbl_export.workspace import Workspace
+from tests import tiny
+from tests.fixtures_graph import ragged_rows
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1800)]
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+SHAPES = {"max_batch": 3, "max_seq": 72, "max_context": 128}
+VERIFY = api.VerifySettings(decode_steps=8, quality=False, speed=False)
+Build = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Gpu:
+    found = find_gpu()
+    assert found is not None
+    return found
+
+
+@pytest.fixture(scope="module", params=["tensorrt", "rtx"])
+def library(request: pytest.FixtureRequest, gpu: Gpu) -> str:
+    """A library that is installed and builds for this GPU."""
+    try:
+        found = import_library(request.param)
+    except MissingDependencyError as error:
+        pytest.skip(str(error))
+    if found.ahead_of_time and not runs_here(tuple(found.capabilities), gpu):
+        pytest.skip(f"{found} does not build for compute capability {gpu.compute_capability}")
+    return str(request.param)
+
+
+def engine_settings(library: str, gpu: Gpu) -> api.EngineSettings:
+    sm = (gpu.compute_capability,) if library == "rtx" else ()
+    return api.EngineSettings(library, sm=sm, **SHAPES)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def build(stories_out: Path, library: str, gpu: Gpu, tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """A finished run on stories260K with K = 2 with engines of the asked-for kind, built once; read only."""
+
+    @functools.cache
+    def make(form: str, precision: str) -> Path:
+        out = tmp_path_factory.mktemp(f"{library}-{form}-{precision}") / "out"
+        shutil.copytree(stories_out, out, copy_function=shutil.copy2)
+        api.export(out, api.ExportSettings(precision, form))
+        api.rewrite(out)
+        api.build(out, engine_settings(library, gpu))
+        return out
+
+    return make
+
+
+def loaded(out: Path, role: str = "linearized") -> LoadedEngine:
+    workspace = Workspace.open(out)
+    return load_engine(workspace.engine if role == "linearized" else workspace.base_engine)
+
+
+def generate(stream: EngineStream, lengths: tuple[int, ...], steps: int, seed: int = 0) -> list[np.ndarray]:
+    """Logits of a prefill of ``lengths`` and of ``steps`` more tokens."""
+    rows = ragged_rows([n + steps for n in lengths], 500, seed)
+    found = [stream.prefill([row[:n] for row, n in zip(rows, lengths, strict=True)]).copy()]
+    for step in range(steps):
+        found.append(stream.decode([int(r[n + step]) for r, n in zip(rows, lengths, strict=True)]).copy())
+    return found
+
+
+# verify ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("form", ["static", "concat"])
+def test_verify_runs_the_engines_and_passes(build: Build, form: str, precision: str, gpu: Gpu) -> None:
+    report = api.verify(build(form, precision), VERIFY)
+    found = {c.name: c for c in report.checks}
+    assert report.passed, report.checks
+    assert found["engine build"].status == found["engine parity"].status == "passed"
+    assert "engine run" not in found and gpu.name in found["engine parity"].detail
+    assert report.engine_parity is not None and len(report.engine_parity["steps"]) == 9
+    assert len(set(report.engine_parity["prompt_lengths"])) == 3
+    for manifest in report.engines:
+        assert (manifest["kv_cache"], manifest["precision"]) == (form, precision)
+
+
+def test_a_whole_run_with_fused_attention(library: str, gpu: Gpu, stories_text: Path, tmp_path: Path) -> None:
+    """From the model to the report in one call; four heads of 64, for which there are fused kernels."""
+    sizes = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+    report = api.run(
+        tiny.build(tmp_path / "model", **sizes),
+        tmp_path / "out",
+        api.SelectSettings(k=2),
+        api.CalibrateSettings((str(stories_text),), samples=16, seq_len=128, heldout_samples=4),
+        replace(VERIFY, speed=True, contexts=(16, 64), rounds=3),
+        exporting=api.ExportSettings("fp16", "static"),
+        engines=engine_settings(library, gpu),
+    )
+    assert [m["attention"] for m in report.engines] == ["fused", "fused"]
+    assert {c.name: c.status for c in report.checks}["engine parity"] == "passed", report.checks
+    _check_speed(report.engine_speed, gpu)
+    text = (tmp_path / "out" / "report" / "report.md").read_text()
+    assert f"Speed on {gpu.name}" in text and "linearized engine, 64" in text
+
+
+def _check_speed(speed: Any, gpu: Gpu) -> None:
+    assert speed is not None
+    assert (speed["gpu"], speed["compute_capability"]) == (gpu.name, gpu.compute_capability)
+    timed = {(x["name"], x["context"]): x for x in speed["latencies"]}
+    for name in ("base engine", "linearized engine", "PyTorch eager, base"):
+        for context in (16, 64):
+            x = timed[name, context]
+            assert 0 < x["prefill_ms"] <= x["prefill_p99_ms"] and 0 < x["decode_ms"] <= x["decode_p99_ms"]
+            assert x["tokens_per_second"] == pytest.approx(1e3 / x["decode_ms"], rel=1e-6)
+            assert x["memory_bytes"] > 0
+    assert [s["context"] for s in speed["speedups"]] == [16, 64]
+
+
+@pytest.mark.parametrize("form", ["static", "concat"])
+def test_speed_of_everyone_or_the_reason_of_the_absent(build: Build, form: str, gpu: Gpu) -> None:
+    report = api.verify(build(form, "fp16"), replace(VERIFY, speed=True, contexts=(16, 64), rounds=3))
+    _check_speed(report.engine_speed, gpu)
+    assert report.engine_speed is not None
+    has_cuda = "CUDAExecutionProvider" in require_onnxruntime().get_available_providers()
+    timed = {x["name"] for x in report.engine_speed["latencies"]}
+    for role in ("base", "linearized"):
+        name = f"onnxruntime CUDA, {role}"
+        if name in timed:
+            assert has_cuda and name not in report.engine_speed["absent"]
+        else:
+            why = report.engine_speed["absent"][name]
+            assert f"Not timed on the GPU: {name}: {why}." in report.notes
+            assert has_cuda or why == "onnxruntime has no CUDAExecutionProvider here"
+
+
+# the stream --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("form", ["static", "concat"])
+@pytest.mark.parametrize("role", ["base", "linearized"])
+def test_batch_after_batch_to_the_end_of_the_context(
+    build: Build, stories_model: Any, role: str, form: str, precision: str
+) -> None:
+    """Each prefill begins anew, whatever the buffers hold, and a step's inputs are never the last one's."""
+    out = build(form, precision)
+    plan, stream = load_plan(Workspace.open(out).plan), EngineStream(loaded(out, role))
+    if role == "base":
+        plan = replace(plan, layers={})
+    gates = gates_for(DTYPES[precision])
+    with linearized(stories_model, plan):
+        for number, lengths in enumerate(((128, 101, 77), (90,), (128,), (70, 128, 99), (65, 77, 128))):
+            reference = PastStream(TorchDecoder(stories_model, plan.chosen))
+            rows = ragged_rows(lengths, 500, seed=number)
+            parity = compare_streams(reference, stream, rows, 60, gates)
+            assert parity.failures() == [], lengths
+    with pytest.raises(InputError, match="context of 128 tokens is full"):
+        stream.decode([1, 1, 1])
+    assert stream.workspace_bytes >= 0
+
+
+def test_a_decode_step_as_a_cuda_graph_is_the_same_step(build: Build, library: str) -> None:
+    """Ours where the library has none of its own; inputs of every step reach the recorded graph."""
+    out = build("static", "fp32")
+    engine = loaded(out)
+    if library == "tensorrt":
+        assert engine.captures
+        plain = replace(loaded(out), captures=False)
+    else:
+        assert not engine.captures
+        other = loaded(out)
+        contexts = {}
+        for index, name in enumerate(other.contexts):
+            contexts[name] = other.engine.create_execution_context()  # without a graph, as is the default
+            assert contexts[name].set_optimization_profile_async(index, other.device.stream)
+        plain = replace(other, contexts=contexts)
+    recorded, stepwise = EngineStream(engine), EngineStream(plain)
+    for seed, lengths in enumerate(((9, 4, 30), (5, 12, 64), (17,))):
+        a, b = (generate(stream, lengths, 40, seed) for stream in (recorded, stepwise))
+        for x, y in zip(a, b, strict=True):
+            np.testing.assert_allclose(x, y, rtol=0, atol=1e-5)
+        assert not any(np.array_equal(x, y) for x, y in itertools.pairwise(a))
+    assert (recorded._replay is not None) == (library == "tensorrt")
+    assert stepwise._replay is None
+
+
+def test_answers_do_not_depend_on_when_they_are_asked_for(build: Build) -> None:
+    """All work is in one order: what is queued without waiting gives what is waited for at each step."""
+    engine = loaded(build("static", "fp16"))
+    waiting, queued = EngineStream(engine), EngineStream(loaded(build("static", "fp16")))
+    rows = ragged_rows((70, 33, 51), 500)
+    for _ in range(20):
+        waiting.prefill(rows)
+        expected = [waiting.decode([step, 7, 9]) for step in range(5)][-1].copy()
+        queued.prefill_on_device(rows[:1])
+        queued.prefill_on_device(rows)
+        for step in range(5):
+            found = queued.decode_on_device([step, 7, 9])
+        np.testing.assert_allclose(queued.device.get(found)[:, 0], expected, rtol=0, atol=1e-3)
+
+
+# other machines ----------------------------------------------------------------------------------
+
+
+def test_an_engine_for_another_gpu_is_refused_in_one_sentence(
+    build: Build, library: str, gpu: Gpu, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(build("static", "fp16"), tmp_path / "out", copy_function=shutil.copy2))
+    if library == "rtx":
+        own = f"SM{gpu.compute_capability.replace('.', '')}"
+        other = next(n for n in import_library("rtx").capabilities if n != own)
+        api.build(out, api.EngineSettings("rtx", sm=(other,), **SHAPES))  # type: ignore[arg-type]
+    else:
+        other = "SM75" if gpu.compute_capability != "7.5" else "SM80"
+        for path in (Workspace.open(out).engine, Workspace.open(out).base_engine):
+            save_manifest(path, replace(load_manifest(path), capabilities=(other,)))
+    with pytest.raises(InputError) as caught:
+        loaded(out)
+    told = str(caught.value)
+    assert told.startswith(f"The engine was built for {other}; {gpu.name} has compute capability")
+    assert "\n" not in told
+    if library == "rtx":  # the other manifest was changed by hand
+        report = api.verify(out, VERIFY)
+        found = {c.name: c for c in report.checks}
+        assert found["engine run"].status == "skipped" and other in found["engine run"].detail
+        assert "engine parity" not in found
+        junit = (out / "report" / "junit.xml").read_text()
+        assert "skipped" in junit and json.loads((out / "report" / "report.json").read_text())

@@ -1,0 +1,306 @@
+"""Engines fed through the real interface of an execution context, computed on the CPU (fake_tensorrt.py)."""
+
+from __future__ import annotations
+
+import itertools
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nbl_export.errors import BuildError, InputError
+from nbl_export.linearize.swap import linearized
+from nbl_export.runtime.ort import ort_stream
+from nbl_export.runtime.stream import PastStream
+from nbl_export.runtime.tensorrt import EngineStream, LoadedEngine
+from nbl_export.runtime.torch import TorchDecoder
+from nbl_export.verify.parity import compare_streams, gates_for
+from tests.fixtures_graph import plan_by_hand, ragged_rows
+from tests.runtime.fake_tensorrt import (
+    LIMITS,
+    TYPES,
+    FakeDevice,
+    FakeEngine,
+    Graphs,
+    graphs_of,
+    loaded_engine,
+    tensor_at,
+)
+
+ALL = (0, 1, 2, 3, 4)
+FORMS = ("concat", "static")
+HEADS, DIM = 4, 8
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+# Rows to run one after another: to the last place of the context, then other sizes, and one size twice.
+BATCHES = ((16, 11, 8), (9,), (12,), (12, 16, 13), (10, 16, 11))
+STEPS = 7
+
+
+@pytest.fixture(scope="module")
+def graphs(stories_model: Any, stories_out: Path) -> Graphs:
+    return graphs_of(stories_model, stories_out)
+
+
+def device_of(loaded: LoadedEngine) -> FakeDevice:
+    assert isinstance(loaded.device, FakeDevice)
+    return loaded.device
+
+
+def poison(loaded: LoadedEngine) -> None:
+    """Fill whatever the cache's buffers held in the last execution with NaN, to their ends."""
+    launches = [c.launches[-1] for c in loaded.contexts.values() if c.launches]
+    for launch in launches[-1:]:
+        for name, address in launch.addresses.items():
+            if name.startswith(("past_key_values.", "present.")):
+                rows = launch.shapes["input_ids"][0]
+                whole = (rows, HEADS, LIMITS.max_context, DIM)
+                tensor_at(address, whole, TYPES[loaded.engine.types[name]]).fill_(float("nan"))
+
+
+def run(stream: EngineStream, lengths: tuple[int, ...], steps: int, seed: int = 0) -> list[np.ndarray]:
+    """Logits of a prefill of ``lengths`` and of ``steps`` more tokens."""
+    rows = ragged_rows([n + steps for n in lengths], 500, seed)
+    found = [stream.prefill([row[:n] for row, n in zip(rows, lengths, strict=True)]).copy()]
+    for step in range(steps):
+        found.append(stream.decode([int(r[n + step]) for r, n in zip(rows, lengths, strict=True)]).copy())
+    return found
+
+
+# parity ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layers", [(), (0, 3), ALL], ids=str)
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("form", FORMS)
+def test_an_engine_computes_what_pytorch_does_batch_after_batch(
+    graphs: Graphs, form: str, precision: str, layers: tuple[int, ...]
+) -> None:
+    """With graph replay, to the end of the context, and with NaN in the buffers that are used again."""
+    loaded = loaded_engine(graphs(form, precision, layers))
+    stream, gates = EngineStream(loaded), gates_for(DTYPES[precision])
+    assert stream.kv_layers == tuple(i for i in ALL if i not in layers)
+    with linearized(graphs.model, plan_by_hand(graphs.out, layers)):
+        for number, lengths in enumerate(BATCHES):
+            rows = ragged_rows(lengths, 500, seed=number)
+            poison(loaded)
+            reference = PastStream(TorchDecoder(graphs.model, layers))
+            parity = compare_streams(reference, stream, rows, STEPS, gates)
+            assert parity.failures() == [], lengths
+            assert sum(s.tokens for s in parity.steps) == sum(lengths)
+            assert stream.cache()[1].sum(axis=1).tolist() == list(lengths)
+    assert not any(context.errors for context in loaded.contexts.values())
+    assert (device_of(loaded).count("replay") > 0) == (form == "static")
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("form", FORMS)
+def test_half_is_kept_bit_by_bit(graphs: Graphs, form: str, precision: str) -> None:
+    """Gates for half are wide; the same graph in another stream is not."""
+    path = graphs(form, precision, (0, 3))
+    stream, other = EngineStream(loaded_engine(path)), ort_stream(path, LIMITS.max_context)
+    for number, lengths in enumerate(((9, 4, 2), (5, 9, 1), (3,))):
+        for a, b in zip(
+            run(stream, lengths, STEPS, number),
+            run(other, lengths, STEPS, number),  # type: ignore[arg-type]
+            strict=True,
+        ):
+            assert np.array_equal(a, b)
+        (found, real), (expected, _) = stream.cache(), other.cache()
+        for x, y in zip(itertools.chain(*found), itertools.chain(*expected), strict=True):
+            assert np.array_equal(np.moveaxis(x, 1, 2)[real], np.moveaxis(y, 1, 2)[real])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_cache_is_what_transformers_caches(graphs: Graphs, form: str) -> None:
+    stream, lengths = EngineStream(loaded_engine(graphs(form))), (9, 4, 6)
+    run(stream, lengths, 3, seed=5)
+    pairs, real = stream.cache()
+    width = LIMITS.max_context if form == "static" else 12
+    assert len(pairs) == 5 and {side.shape for pair in pairs for side in pair} == {(3, HEADS, width, DIM)}
+    places = np.arange(width)
+    for i, row in enumerate(ragged_rows([n + 3 for n in lengths], 500, seed=5)):
+        assert np.array_equal(real[i], places < len(row) if form == "static" else places >= width - len(row))
+        with torch.inference_mode():
+            cache = graphs.model(torch.from_numpy(row.astype(np.int64))[None]).past_key_values
+        for pair, layer in zip(pairs, cache.layers, strict=True):
+            for side, expected in zip(pair, (layer.keys, layer.values), strict=True):
+                np.testing.assert_allclose(side[i][:, real[i]], expected[0].numpy(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("form", "buffers"), [("static", 1), ("concat", 2)])
+def test_bytes_of_cache_and_workspace(graphs: Graphs, form: str, buffers: int) -> None:
+    for precision, size in (("fp32", 4), ("fp16", 2)):
+        stream = EngineStream(loaded_engine(graphs(form, precision, (0, 3))))
+        assert stream.cache_bytes == 0
+        for rows in (3, 1):
+            run(stream, (4,) * rows, 2)
+            assert stream.cache_bytes == buffers * 3 * 2 * rows * HEADS * LIMITS.max_context * DIM * size
+    none = EngineStream(loaded_engine(graphs(form, "fp32", ALL)))
+    run(none, (4, 2), 1)
+    assert none.cache_bytes == 0 and none.cache()[0] == []
+    assert none.workspace_bytes == FakeEngine.device_memory_size_v2
+
+
+# buffers and bindings ----------------------------------------------------------------------------
+
+
+def test_a_static_cache_stays_where_it_is(graphs: Graphs) -> None:
+    loaded = replace(loaded_engine(graphs("static")), captures=False)
+    stream = EngineStream(loaded)
+    run(stream, (5, 9), STEPS)
+    (prefill,), steps = loaded.contexts["prefill"].launches, loaded.contexts["decode"].launches
+    assert len(steps) == STEPS and all(step == steps[0] for step in steps)
+    for name, address in prefill.addresses.items():
+        if name.startswith("past_key_values."):
+            present = name.replace("past_key_values", "present")
+            assert steps[0].addresses[name] == steps[0].addresses[present] == address
+            assert prefill.shapes[name] == steps[0].shapes[name] == (2, HEADS, LIMITS.max_context, DIM)
+    assert steps[0].shapes["write_indices"] == (2,) and steps[0].shapes["position_ids"] == (2, 1)
+    assert len({steps[0].addresses[n] for n in steps[0].addresses if n.startswith("past")}) == 10
+    # Nothing is allocated once the first step has been made.
+    events = device_of(loaded).events
+    assert events[-STEPS:] == [("run", "decode")] * STEPS
+
+
+def test_a_growing_cache_alternates_between_two_buffers(graphs: Graphs) -> None:
+    loaded = loaded_engine(graphs("concat"))
+    run(EngineStream(loaded), (5, 9), STEPS)
+    launches = [*loaded.contexts["prefill"].launches, *loaded.contexts["decode"].launches]
+    assert len(launches) == 1 + STEPS
+    name = "past_key_values.3.value"
+    pasts = [launch.addresses[name] for launch in launches]
+    presents = [launch.addresses["present.3.value"] for launch in launches]
+    assert presents[:-1] == pasts[1:] and len(set(pasts)) == 2
+    assert all(a != b for a, b in zip(pasts, presents, strict=True))
+    assert [launch.shapes[name][2] for launch in launches] == [0, *range(9, 16)]
+    assert [launch.shapes["attention_mask"] for launch in launches] == [(2, n) for n in range(9, 17)]
+    # A step allocates its longer mask, the first one its own inputs too; never a cache.
+    events = device_of(loaded).events
+    after = events[events.index(("run", "decode")) :]
+    made = [event[1] for event in after if event[0] == "zeros"]
+    assert made == [(2, n) for n in range(11, 17)]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_one_token_is_prefilled_by_the_prefill_profile(graphs: Graphs, form: str) -> None:
+    loaded = replace(loaded_engine(graphs(form)), captures=False)
+    run(EngineStream(loaded), (1,), 2)
+    ran = [event for event in device_of(loaded).events if event[0] == "run"]
+    assert ran == [("run", "prefill"), ("run", "decode"), ("run", "decode")]
+
+
+def test_static_decode_is_recorded_after_its_first_step_and_then_replayed(graphs: Graphs) -> None:
+    loaded = loaded_engine(graphs("static"))
+    stream, device = EngineStream(loaded), device_of(loaded)
+    first = [("run", "prefill"), ("run", "decode"), ("capture", "decode")]
+    for lengths in ((4, 9), (6,), (3, 2, 1)):
+        device.events.clear()
+        found = run(stream, lengths, 5, seed=3)
+        assert [event for event in device.events if event[0] != "zeros"] == [*first, *["replay"] * 4]
+        # A replay that read the inputs of the recorded step would answer alike.
+        assert not any(np.array_equal(a, b) for a, b in itertools.pairwise(found[1:]))
+
+
+@pytest.mark.parametrize(("form", "captures"), [("concat", True), ("concat", False), ("static", False)])
+def test_what_moves_or_captures_by_itself_is_never_recorded(
+    graphs: Graphs, form: str, captures: bool
+) -> None:
+    loaded = replace(loaded_engine(graphs(form)), captures=captures)
+    found = run(EngineStream(loaded), (4, 9), 5)
+    assert device_of(loaded).count("capture") == device_of(loaded).count("replay") == 0
+    expected = run(EngineStream(loaded_engine(graphs("static"))), (4, 9), 5)
+    np.testing.assert_allclose(np.concatenate(found), np.concatenate(expected), rtol=0, atol=1e-4)
+
+
+class InStream(TorchDispatchMode):
+    """Notes every operation on tensors that writes memory, and whether it was put into the stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.outside, self.seen = False, [], []  # type: ignore[var-annotated]
+
+    @contextmanager
+    def stream(self, _stream: Any) -> Iterator[None]:
+        before, self.inside = self.inside, True
+        try:
+            yield
+        finally:
+            self.inside = before
+
+    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ("zeros", "zero_", "fill_", "copy_", "clone", "full", "zeros_like"):
+            self.seen.append(name)
+            if not self.inside:
+                self.outside.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_whatever_writes_on_the_device_goes_through_its_stream(
+    graphs: Graphs, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's streams do not wait for its default stream: zeros from there would come at any time."""
+    loaded = replace(loaded_engine(graphs(form)), captures=False)
+    loaded.device._stream = types.SimpleNamespace(cuda_stream=7, synchronize=lambda: None)
+    stream, mode = EngineStream(loaded), InStream()
+    monkeypatch.setattr(torch.cuda, "stream", mode.stream)
+    monkeypatch.setattr(FakeEngine, "run", lambda _engine, _launch: None)  # only what torch is asked for
+    rows = ragged_rows((4, 2), 500)
+    with mode:
+        for _ in range(2):
+            stream.prefill_on_device(rows)
+            stream.decode_on_device([1, 2])
+    assert {"zeros", "copy_"} <= set(mode.seen)
+    assert mode.outside == []
+    calls = [c for context in loaded.contexts.values() for c in context.calls]
+    assert {c[1] for c in calls if c[0] == "execute"} == {7}
+
+
+# refusals ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_does_not_fit_is_refused_and_changes_nothing(graphs: Graphs, form: str) -> None:
+    loaded, tokens = loaded_engine(graphs(form)), np.arange(3, 13, dtype=np.int32)
+    stream, undisturbed = EngineStream(loaded), EngineStream(loaded_engine(graphs(form)))
+    for each in (stream, undisturbed):
+        each.prefill([tokens[:9], tokens[:4]])
+        each.decode([5, 6])
+    executed = len(device_of(loaded).events)
+    with pytest.raises(InputError, match=r"4 rows are more than the engine was built for \(max_batch 3\)"):
+        stream.prefill([tokens[:2]] * 4)
+    with pytest.raises(InputError, match=r"10 tokens in a row are more .* \(max_seq 9\)"):
+        stream.prefill([tokens[:1], tokens])
+    for step in range(6):
+        a, b = (each.decode([step, step]).copy() for each in (stream, undisturbed))
+        assert np.array_equal(a, b)
+    executed = len(device_of(loaded).events)
+    for _ in range(2):
+        with pytest.raises(InputError, match="context of 16 tokens is full"):
+            stream.decode([1, 1])
+    assert len(device_of(loaded).events) == executed
+    assert stream.prefill([tokens[:2]]).shape == (2, 512)
+
+
+@pytest.mark.parametrize(("form", "name"), [("static", "write_indices"), ("concat", "attention_mask")])
+def test_a_failing_context_is_an_error_of_its_profile(graphs: Graphs, form: str, name: str) -> None:
+    rows = ragged_rows((4, 2), 500)
+    loaded = loaded_engine(graphs(form))
+    loaded.contexts["prefill"].refused.add(name)
+    shape = r"\(2,\)" if form == "static" else r"\(2, 4\)"
+    with pytest.raises(InputError, match=f"prefill profile does not take {name} of shape {shape}"):
+        EngineStream(loaded).prefill(rows)
+    assert not loaded.contexts["prefill"].launches
+    for profile in ("prefill", "decode"):
+        loaded = loaded_engine(graphs(form))
+        loaded.contexts[profile].broken = True
+        with pytest.raises(BuildError, match=f"failed to run its {profile} profile"):
+            run(EngineStream(loaded), (4, 2), 1)

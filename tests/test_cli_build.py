@@ -1,0 +1,324 @@
+"""`--trt` and `build` through the real command line, with the library that needs no GPU."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from nbl_export import api
+from nbl_export.errors import NblError
+from tests.test_cli import (
+    ENVIRONMENT,
+    assert_refused,
+    nbl,
+    no_leftovers,
+)
+
+TEXT = ["--samples", "32", "--seq-len", "128", "--heldout-samples", "8"]
+FAST = ["--decode-steps", "2", "--contexts", "8", "--rounds", "3", "--no-quality"]
+SMALL = ["--max-batch", "1", "--max-seq", "16", "--max-context", "64", "--sm", "86"]
+
+
+@pytest.fixture(scope="session")
+def place(stories_folder: Path, stories_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished run in `out`: K = 2, `--trt` as the last word, no GPU."""
+    pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install 'nbl-export[rtx]'")
+    from nbl_export.engine.gpu import find_gpu
+
+    if find_gpu() is not None:
+        pytest.skip("is about machines without a GPU")
+    folder = tmp_path_factory.mktemp("place")
+    done = nbl(stories_folder, *arguments(stories_text), "--k", 2, "--trt", cwd=folder)
+    assert done.code == 0, done
+    (folder / "first.txt").write_text(done.out)
+    return folder
+
+
+def arguments(text: Path) -> list[object]:
+    return ["-o", "out", "--calibration", text, *TEXT, *FAST]
+
+
+@pytest.fixture
+def out(place: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run, to be changed or damaged."""
+    return Path(shutil.copytree(place / "out", tmp_path / "out", copy_function=shutil.copy2))
+
+
+def engines(out: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in (out / "engine").iterdir()}
+
+
+def manifest(out: Path, name: str = "model") -> Any:
+    return json.loads((out / "engine" / f"{name}.json").read_text())
+
+
+def stage(out: Path, name: str) -> Any:
+    return json.loads((out / "nbl" / "workspace.json").read_text())["stages"].get(name)
+
+
+def checks(out: Path) -> dict[str, tuple[str, str]]:
+    found = json.loads((out / "report" / "report.json").read_text())["checks"]
+    return {c["name"]: (c["status"], c["detail"]) for c in found}
+
+
+# what was asked for ------------------------------------------------------------------------------
+
+
+class Asked(NblError):
+    """Carries what the command line calls the Python API with."""
+
+
+@pytest.mark.parametrize(
+    ("words", "library", "export"),
+    [
+        (["--k", "2", "--trt"], "auto", ("fp16", "static")),
+        (["--trt", "--k", "2"], "auto", ("fp16", "static")),
+        (["--trt", "auto", "--k", "2"], "auto", ("fp16", "static")),
+        (["--trt", "rtx", "--k", "2"], "rtx", ("fp16", "static")),
+        (["--trt=tensorrt", "--k", "2"], "tensorrt", ("fp16", "static")),
+        (["--k", "2", "--trt", "--precision", "bf16"], "auto", ("bf16", "static")),
+        (["--k", "2", "--trt", "--kv-cache", "concat"], "auto", ("fp16", "concat")),
+        (["--k", "2", "--precision", "fp32", "--kv-cache", "concat", "--trt"], "auto", ("fp32", "concat")),
+        (["--k", "2"], None, ("fp32", "concat")),
+        (["--k", "2", "--precision", "fp16"], None, ("fp16", "concat")),
+        (["--k", "2", "--max-batch", "8"], None, ("fp32", "concat")),
+    ],
+)
+@pytest.mark.parametrize("verb", [[], ["run"]])
+def test_trt_may_stand_anywhere_and_decides_what_is_exported(
+    monkeypatch: pytest.MonkeyPatch, verb: list[str], words: list[str], library: str | None, export: Any
+) -> None:
+    from nbl_export import cli
+
+    calls = []
+
+    def run(*given: Any) -> None:
+        calls.append(given)
+        raise Asked
+
+    monkeypatch.setattr(api, "run", run)
+    monkeypatch.setattr(sys, "argv", ["nbl-export", *verb, "rtx-model", *words])
+    with pytest.raises(SystemExit):
+        cli.main()
+    ((model, _, selection, *_, exporting, wanted),) = calls
+    assert (model, selection.k) == ("rtx-model", 2)
+    assert (exporting.precision, exporting.kv_cache) == export
+    assert (wanted.library if wanted else None) == library
+
+
+def test_the_options_of_build_reach_it_with_the_api_s_own_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nbl_export import cli
+
+    asked = []
+
+    def build(out: Path, settings: api.EngineSettings, *_: Any) -> None:
+        asked.append(settings)
+        raise Asked
+
+    monkeypatch.setattr(api, "build", build)
+    options = ["--sm", "86,sm89", "--max-batch", "8", "--max-seq", "128", "--max-context", "1024"]
+    for words in ([], ["--trt"], ["--trt", *options], [*options, "--trt", "rtx"]):
+        monkeypatch.setattr(sys, "argv", ["nbl-export", "build", "out", *words])
+        with pytest.raises(SystemExit):
+            cli.main()
+    default = api.EngineSettings()
+    full = api.EngineSettings("auto", 8, 128, 1024, ("86", "sm89"))
+    assert asked == [default, default, full, api.EngineSettings("rtx", 8, 128, 1024, ("86", "sm89"))]
+
+
+def test_help_shows_every_option_of_build() -> None:
+    done = nbl("build", "--help")
+    assert done.code == 0 and done.err == ""
+    for word in ("--trt", "--sm", "--max-batch", "--max-seq", "--max-context", "auto|tensorrt|rtx"):
+        assert word in done.out, word
+    for default in ("4", "512", "2048", "all from 80 on"):
+        assert re.search(rf"\[default: \(?{default}\)?\]", done.out), default
+    shown = nbl("run", "--help").out
+    for word in (
+        "--trt",
+        "--sm",
+        "--max-batch",
+        "--precision",
+        "--kv-cache",
+        "fp16 with --trt",
+        "static with --trt",
+    ):
+        assert word in shown, word
+
+
+MODULES = """
+import sys
+sys.argv = ["nbl-export", *{arguments!r}]
+from nbl_export import cli
+try:
+    {call}
+except SystemExit as stop:
+    assert not stop.code, stop
+print("LOADED", sorted({{"tensorrt", "tensorrt_rtx", "torch", "onnxruntime"}} & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize("call", ["import nbl_export.cli", "cli.main()"])
+def test_the_command_line_loads_no_engine_library_before_it_is_needed(place: Path, call: str) -> None:
+    """Nor to show an engine, which needs no library where there is no GPU."""
+    code = MODULES.format(arguments=["inspect", str(place / "out" / "engine" / "model.engine")], call=call)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.stdout.endswith("LOADED []\n"), done
+
+
+# a run with --trt --------------------------------------------------------------------------------
+
+
+def test_a_run_with_trt_builds_and_reports(place: Path) -> None:
+    out = place / "out"
+    text = (place / "first.txt").read_text()
+    assert "Engines: tensorrt-rtx" in text and "fp16, static cache" in text
+    assert re.search(r"PASS  2 of 5 attention layers", text)
+    settings = stage(out, "export")["settings"]
+    assert (settings["precision"], settings["kv_cache"], settings["opset"]) == ("fp16", "static", 24)
+    for name, attention in (("baseline", 5), ("model", 3)):
+        found = manifest(out, name)
+        assert found["network"]["attention"] == attention
+        assert (found["precision"], found["kv_cache"]) == ("fp16", "static")
+        assert found["limits"] == {"max_batch": 4, "max_seq": 512, "max_context": 512}  # it has 512 positions
+    recorded = stage(out, "build")
+    assert set(recorded["files"]) == {
+        f"engine/{n}.{k}" for n in ("baseline", "model") for k in ("engine", "json")
+    }
+    # onnxruntime-genai does not know this form of the cache.
+    assert not list(out.rglob("genai_config.json"))
+    no_leftovers(out)
+
+
+def test_the_report_says_what_was_built_and_that_it_was_not_run(place: Path) -> None:
+    out = place / "out"
+    report = json.loads((out / "report" / "report.json").read_text())
+    assert report["verdict"] == "passed"
+    assert checks(out)["engine build"][0] == "passed"
+    assert all(w in checks(out)["engine build"][1] for w in ("tensorrt-rtx", "fp16", "5 ", "3 ", "MiB"))
+    names = ", ".join(f"SM{n}" for n in sorted(int(s[2:]) for s in manifest(out)["capabilities"]))
+    assert "SM86" in names and "SM120" in names
+    line = f"engine built (ahead of time for {names}); not run: no NVIDIA GPU"
+    assert checks(out)["engine run"] == ("skipped", line)
+    assert not any("engine" in name for name in checks(out).keys() - {"engine build", "engine run"})
+    assert report["engine_parity"] is None and report["engine_speed"] is None
+    roles = {m["role"]: m["hashes"] for m in report["engines"]}
+    assert roles == {"base": manifest(out, "baseline")["hashes"], "linearized": manifest(out)["hashes"]}
+    assert report["hashes"]["engine/model.engine"] == roles["linearized"]["engine"]
+    assert report["settings"]["build"] == stage(out, "build")["settings"]
+    text = (out / "report" / "report.md").read_text()
+    assert re.search(r"\| engine run +\| skipped +\| " + re.escape(line), text)
+    assert re.search(r"\| engine build +\| passed ", text) and "Engines: tensorrt-rtx" in text
+    cases = {c.attrib["name"]: c for c in ElementTree.parse(out / "report" / "junit.xml").iter("testcase")}
+    (skipped,) = cases["engine run"].findall("skipped")
+    assert skipped.attrib["message"] == line
+    assert not cases["engine build"].findall("skipped") and not cases["engine build"].findall("failure")
+
+
+def test_the_same_run_again_in_other_words_does_nothing(
+    place: Path, stories_folder: Path, stories_text: Path
+) -> None:
+    before = engines(place / "out")
+    done = nbl(stories_folder, "--trt", "--k", 2, *arguments(stories_text), cwd=place)
+    assert done.code == 0, done
+    kept = re.findall(r"(\w+): done already, kept", done.err)
+    assert kept == ["calibrate", "select", "export", "rewrite", "build", "verify"]
+    assert engines(place / "out") == before
+
+
+# build -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [[], ["--trt"], ["--trt", "rtx"]])
+def test_building_what_is_built_keeps_it(place: Path, words: list[str]) -> None:
+    before = engines(place / "out")
+    done = nbl("build", "out", *words, cwd=place)
+    assert done.code == 0 and "build: done already, kept" in done.err
+    assert "Engines: tensorrt-rtx" in done.out and "Next: nbl-export verify out" in done.out
+    assert engines(place / "out") == before
+
+
+def test_other_shapes_are_another_build_and_a_damaged_one_is_repeated(out: Path) -> None:
+    done = nbl("build", out, *SMALL)
+    assert done.code == 0 and "done already" not in done.err, done
+    found = manifest(out)
+    assert found["limits"] == {"max_batch": 1, "max_seq": 16, "max_context": 64}
+    assert found["capabilities"] == ["SM86"] == manifest(out, "baseline")["capabilities"]
+    (out / "engine" / "model.json").write_text("{}")
+    done = nbl("build", out, *SMALL)
+    assert done.code == 0 and "done already" not in done.err, done
+    assert manifest(out)["role"] == "linearized"
+    no_leftovers(out)
+
+
+REFUSED = {
+    "unknown library": (["--trt", "foo"], 2, ("foo",)),
+    "no GPU for tensorrt": (
+        ["--trt", "tensorrt"],
+        3,
+        ("no NVIDIA GPU", "--trt rtx", "pip install 'nbl-export[rtx]'"),
+    ),
+    "unknown capability": (["--sm", "90"], 2, ("--sm '90'", "SM86")),
+    "empty capability": (["--sm", "86,"], 2, ("--sm ''", "SM86")),
+    "context beyond the model": (["--max-context", "513"], 2, ("--max-context is 513", "512 positions")),
+    "prefill beyond the context": (
+        ["--max-seq", "65", "--max-context", "64"],
+        2,
+        ("--max-seq is 65", "(64)"),
+    ),
+    "no batch": (["--max-batch", "0"], 2, ("--max-batch is 0",)),
+    "context is no number": (["--max-context", "many"], 2, ("--max-context", "--help")),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_builds_are_refused_in_one_sentence(place: Path, name: str) -> None:
+    options, code, words = REFUSED[name]
+    before = engines(place / "out")
+    assert_refused(nbl("build", "out", *options, cwd=place), code, *words)
+    assert engines(place / "out") == before
+
+
+def test_a_run_that_cannot_build_is_refused_before_any_work(
+    place: Path, stories_folder: Path, stories_text: Path, tmp_path: Path
+) -> None:
+    run = [stories_folder, *arguments(stories_text), "--k", 2, "--trt"]
+    assert_refused(nbl(*run, "tensorrt", cwd=tmp_path), 3, "no NVIDIA GPU", "pip install")
+    assert_refused(nbl(*run, "--sm", "90", cwd=tmp_path), 2, "--sm '90'")
+    assert not list(tmp_path.iterdir())
+    done = nbl(*run, "--max-context", "600", cwd=tmp_path)
+    assert_refused(done, 2, "--max-context is 600", "512 positions", quietly=False)
+    assert stage(tmp_path / "out", "calibrate") is None
+
+
+def test_a_build_needs_a_rewrite_of_the_plan_there_is(out: Path) -> None:
+    api.select(out, api.SelectSettings(layers=(0,)))
+    for verb in ("build", "verify"):
+        done = nbl(verb, out)
+        assert_refused(done, 2, "changed after `rewrite`", f"nbl-export rewrite {out}", quietly=False)
+    path = out / "nbl" / "workspace.json"
+    state = json.loads(path.read_text())
+    for gone, words in (("rewrite", ("`rewrite`", "nbl-export rewrite")), ("export", ("nbl-export export",))):
+        del state["stages"][gone]
+        path.write_text(json.dumps(state))
+        if gone == "export":
+            shutil.rmtree(out / "baseline")
+        assert_refused(nbl("build", out), 2, *words, quietly=False)
+
+
+def test_engines_of_an_earlier_plan_are_no_part_of_the_report(out: Path) -> None:
+    api.select(out, api.SelectSettings(layers=(0,)))
+    api.rewrite(out)
+    assert nbl("verify", out, *FAST).code == 0
+    assert not [name for name in checks(out) if "engine" in name]
+    report = json.loads((out / "report" / "report.json").read_text())
+    assert report["engines"] is None and "build" not in report["settings"]
+    assert "Engines:" not in (out / "report" / "report.md").read_text()

@@ -1,0 +1,349 @@
+"""Measuring engines: what passes, what fails, what is skipped and why; and half precision held to PyTorch's own."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import sys
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from nbl_export.calibrate.text import CalibrationText, load_text
+from nbl_export.engine.gpu import Gpu
+from nbl_export.engine.pair import EngineFile
+from nbl_export.engine.profiles import Limits
+from nbl_export.errors import InputError, NblError
+from nbl_export.linearize.plan import Plan
+from nbl_export.models.load import in_precision
+from nbl_export.progress import Silent
+from nbl_export.report.schema import Check
+from nbl_export.runtime import tensorrt as tensorrt_module
+from nbl_export.settings import VerifySettings
+from nbl_export.verify import engines as engines_module
+from nbl_export.verify import measure as module
+from nbl_export.verify.measure import Measurement, measure
+from nbl_export.verify.parity import Gates, Parity, StepParity, gates_for
+from nbl_export.workspace import Workspace
+from tests.fixtures_graph import external_entry, plan_by_hand
+from tests.runtime.fake_tensorrt import Graphs, engine_file, graphs_of, loaded_engine, manifest_of
+
+LAYERS = (0, 3)
+ROOM = Limits(max_batch=3, max_seq=70, max_context=96)
+PARITY = VerifySettings(decode_steps=4, quality=False, speed=False)
+L4 = Gpu("NVIDIA L4", "8.9")
+
+
+@pytest.fixture(scope="module")
+def graphs(stories_model: Any, stories_out: Path) -> Graphs:
+    return graphs_of(stories_model, stories_out)
+
+
+@pytest.fixture(scope="module")
+def text(stories_out: Path) -> CalibrationText:
+    return load_text(Workspace.open(stories_out).text)
+
+
+@pytest.fixture(scope="module")
+def plan(stories_out: Path) -> Plan:
+    return plan_by_hand(stories_out, LAYERS)
+
+
+Measure = Callable[..., Measurement]
+
+
+@pytest.fixture
+def on_gpu(graphs: Graphs, text: CalibrationText, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> Measure:
+    """Measure a pair of engines of the named graphs as if on a GPU; ``engine`` is another linearized one's graph."""
+
+    def run(
+        form: str = "static",
+        precision: str = "fp32",
+        settings: VerifySettings = PARITY,
+        limits: Limits = ROOM,
+        engine: Path | None = None,
+    ) -> Measurement:
+        base, linear = graphs(form, precision), graphs(form, precision, LAYERS)
+        pair = [
+            EngineFile(path, manifest_of(path, limits, role))
+            for path, role in ((base, "base"), (engine or linear, "linearized"))
+        ]
+        monkeypatch.setattr(module, "find_gpu", lambda: L4)
+        monkeypatch.setattr(module, "load_engine", functools.partial(loaded_engine, limits=limits))
+        return measure(graphs.model, plan, text, base, linear, pair, settings, Silent())
+
+    return run
+
+
+def checks(result: Measurement) -> dict[str, Check]:
+    assert len({c.name for c in result.checks}) == len(result.checks)
+    return {c.name: c for c in result.checks}
+
+
+# parity ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("form", "precision"), [("static", "fp32"), ("concat", "fp32"), ("static", "fp16"), ("concat", "bf16")]
+)
+def test_a_right_engine_passes(on_gpu: Measure, form: str, precision: str) -> None:
+    result = on_gpu(form, precision)
+    found = checks(result)
+    assert found["engine build"].status == found["parity"].status == found["engine parity"].status == "passed"
+    assert "on NVIDIA L4, within all" in found["engine parity"].detail and "engine run" not in found
+    assert result.engine_parity is not None and result.engine_speed is None
+    assert [s["step"] for s in result.engine_parity["steps"]] == [0, 1, 2, 3, 4]
+    # Ragged, and as many tokens as that: all but the last four of each row in the prefill.
+    lengths = result.engine_parity["prompt_lengths"]
+    assert lengths == (65, 42, 24) and result.engine_parity["steps"][0]["tokens"] == sum(lengths)
+    worst = max(s["max_abs"] for s in result.engine_parity["steps"])
+    assert (0 < worst < 1e-3) if precision == "fp32" else (1e-3 < worst < 4)
+
+
+@pytest.mark.parametrize(
+    ("limits", "lengths"),
+    [
+        (Limits(1, 70, 96), (65,)),
+        (Limits(2, 50, 96), (50, 42)),
+        (Limits(3, 60, 61), (57, 42, 24)),  # four places are left for decoding
+    ],
+)
+def test_rows_are_as_long_as_the_engine_takes(
+    on_gpu: Measure, limits: Limits, lengths: tuple[int, ...]
+) -> None:
+    result = on_gpu(limits=limits)
+    assert checks(result)["engine parity"].status == "passed"
+    assert result.engine_parity is not None and result.engine_parity["prompt_lengths"] == lengths
+
+
+def changed(path: Path, folder: Path, dtype: str, factor: float) -> Path:
+    """A copy of a graph, one of whose MLP weights is multiplied."""
+    target = Path(shutil.copytree(path.parent, folder / "changed")) / path.name
+    proto = onnx.load(str(path), load_external_data=False)
+    name = min(t.name for t in proto.graph.initializer if sorted(t.dims) == [64, 172])
+    offset, length = external_entry(target, name)
+    data = target.with_name(target.name + ".data")
+    raw = bytearray(data.read_bytes())
+    weight = np.frombuffer(bytes(raw[offset : offset + length]), dtype) * np.dtype(dtype).type(factor)
+    raw[offset : offset + length] = weight.tobytes()
+    data.write_bytes(raw)
+    return target
+
+
+@pytest.mark.parametrize("factor", [1.05, float("nan")])
+def test_an_engine_of_other_weights_fails(
+    on_gpu: Measure, graphs: Graphs, tmp_path: Path, factor: float
+) -> None:
+    wrong = changed(graphs("static", "fp32", LAYERS), tmp_path, "<f4", factor)
+    found = checks(on_gpu(engine=wrong))
+    # The graph itself is right; only what runs on the GPU is not.
+    assert found["parity"].status == "passed"
+    assert found["engine parity"].status == "failed"
+    assert (
+        "max |Δlogit| is" in found["engine parity"].detail
+        and "gate is 0.001" in found["engine parity"].detail
+    )
+
+
+def test_an_engine_of_other_layers_is_refused(on_gpu: Measure, graphs: Graphs) -> None:
+    with pytest.raises(InputError, match="rewritten by another plan"):
+        on_gpu(engine=graphs("static", "fp32", (1, 3)))
+
+
+@pytest.mark.parametrize("limits", [Limits(3, 4, 8), Limits(3, 1, 2)], ids=str)
+def test_an_engine_too_short_for_the_steps_is_no_crash_and_no_pass(on_gpu: Measure, limits: Limits) -> None:
+    """``build --max-context 8`` and ``verify --decode-steps 8`` are both allowed."""
+    try:
+        result = on_gpu(settings=replace(PARITY, decode_steps=8), limits=limits)
+    except NblError as error:
+        assert "context" in str(error)
+        return
+    told = [c for c in result.checks if c.name in ("engine parity", "engine run")]
+    assert told and "passed" not in {c.status for c in told if result.engine_parity is None}
+
+
+# not run -----------------------------------------------------------------------------------------
+
+
+def test_without_a_gpu_nothing_is_run_and_nothing_passes(
+    on_gpu: Measure, monkeypatch: pytest.MonkeyPatch, graphs: Graphs, text: CalibrationText, plan: Plan
+) -> None:
+    monkeypatch.setattr(module, "find_gpu", lambda: None)
+    monkeypatch.setattr(module, "load_engine", lambda path: pytest.fail("loaded"))
+    base, linear = graphs("static", "fp16"), graphs("static", "fp16", LAYERS)
+    ahead = {"ahead_of_time": True, "capabilities": ("SM86", "SM89"), "gpu": None}
+    pair = [
+        EngineFile(p, manifest_of(p, role=r, **ahead)) for p, r in ((base, "base"), (linear, "linearized"))
+    ]
+    settings = replace(PARITY, speed=True)
+    result = measure(graphs.model, plan, text, base, linear, pair, settings, Silent())
+    found = checks(result)
+    assert found["engine build"].status == "passed"
+    assert found["engine run"].status == "skipped"
+    assert found["engine run"].detail == (
+        "engine built (ahead of time for SM86, SM89); not run: no NVIDIA GPU"
+    )
+    assert {n for n in found if n.startswith("engine")} == {"engine build", "engine run"}
+    assert result.engine_parity is None and result.engine_speed is None
+    # Nothing of a GPU can be said from a CPU without its kernels.
+    assert found["speed"].status == "skipped" and "does not compute in float16" in found["speed"].detail
+
+
+@pytest.mark.parametrize(
+    ("library", "gpu", "reason"),
+    [
+        ("10.16.1", L4, "built by tensorrt 10.16.0, installed is 10.16.1"),
+        (None, L4, "pip install 'nbl-export[trt]'"),
+        ("10.16.0", Gpu("NVIDIA H100", "9.0"), "built for SM89; NVIDIA H100 has compute capability 9.0"),
+        ("10.16.0", L4, "needs a CUDA build of torch"),
+    ],
+)
+def test_what_does_not_fit_this_machine_is_skipped_with_the_reason(
+    graphs: Graphs,
+    text: CalibrationText,
+    plan: Plan,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    library: str | None,
+    gpu: Gpu,
+    reason: str,
+) -> None:
+    fake = library and types.ModuleType("tensorrt")
+    if fake:
+        fake.__version__ = library  # type: ignore[union-attr]
+    monkeypatch.setitem(sys.modules, "tensorrt", fake or None)  # type: ignore[arg-type]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for where in (module, tensorrt_module):
+        monkeypatch.setattr(where, "find_gpu", lambda: gpu)
+    base, linear = graphs("static"), graphs("static", "fp32", LAYERS)
+    pair = []
+    for path, role in ((base, "base"), (linear, "linearized")):
+        file = engine_file(path, tmp_path / f"{role}.engine", role=role)
+        pair.append(EngineFile(file, manifest_of(path, role=role)))
+    result = measure(graphs.model, plan, text, base, linear, pair, PARITY, Silent())
+    found = checks(result)
+    assert found["engine run"].status == "skipped" and reason in found["engine run"].detail
+    assert found["engine run"].detail.startswith("engine built (for SM89); not run: ")
+    assert "engine parity" not in found and result.engine_parity is None
+
+
+# speed -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def eager_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def converted(model: torch.nn.Module, dtype: str) -> Any:
+        half = in_precision(model, dtype)
+        half.to = lambda device: half if device == "cuda" else pytest.fail(device)  # type: ignore[method-assign]
+        return half
+
+    monkeypatch.setattr(engines_module, "in_precision", converted)
+
+
+@pytest.mark.usefixtures("eager_on_cpu")
+def test_speed_of_everyone_at_the_contexts_that_the_engines_hold(on_gpu: Measure) -> None:
+    settings = replace(PARITY, speed=True, contexts=(8, 64, 71, 80), rounds=3)
+    result = on_gpu("static", "fp16", settings, limits=Limits(2, 70, 80))
+    assert result.engine_speed is not None
+    ran = [(x["name"], x["context"]) for x in result.engine_speed["latencies"]]
+    names = ["base engine", "linearized engine", "PyTorch eager, base"]
+    assert ran == [(name, context) for context in (8, 64) for name in names]
+    assert [s["context"] for s in result.engine_speed["speedups"]] == [8, 64]
+    assert result.engine_speed["gpu"] == "NVIDIA L4"
+    for graph in ("base", "linearized"):
+        why = "onnxruntime has no CUDAExecutionProvider here"
+        assert result.engine_speed["absent"][f"onnxruntime CUDA, {graph}"] == why
+        assert f"Not timed on the GPU: onnxruntime CUDA, {graph}: {why}." in result.notes
+
+
+@pytest.mark.usefixtures("eager_on_cpu")
+@pytest.mark.parametrize("limits", [Limits(3, 12, 28), Limits(3, 9, 16)], ids=str)
+def test_speed_of_an_engine_too_short_for_every_context(on_gpu: Measure, limits: Limits) -> None:
+    """The timed steps must fit behind the prompt; where even that cannot be, nothing is timed."""
+    settings = replace(PARITY, speed=True, contexts=(128, 512), rounds=3)
+    result = on_gpu("static", "fp16", settings, limits)
+    assert checks(result)["engine parity"].status == "passed"
+    latencies = result.engine_speed["latencies"] if result.engine_speed else []
+    assert all(1 <= x["context"] <= limits.max_context - engines_module.TIMED_STEPS for x in latencies)
+    assert latencies or limits.max_context <= engines_module.TIMED_STEPS
+
+
+# half precision ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_is_held_to_what_pytorch_itself_loses(on_gpu: Measure, precision: str) -> None:
+    result = on_gpu("static", precision)
+    assert result.parity is not None and result.parity["precision"] == precision
+    own = result.parity["pytorch_in_precision"]
+    assert len(own) == len(result.parity["steps"]) == 5
+    for step in own:
+        assert 1e-5 < step["mean_abs"] < (0.02 if precision == "fp16" else 0.2)
+    single = on_gpu("static", "fp32").parity
+    assert single is not None and single.keys() == result.parity.keys() - {"pytorch_in_precision"}
+
+
+def test_a_half_graph_that_loses_more_than_pytorch_fails_within_the_wide_gates(
+    graphs: Graphs, plan: Plan, text: CalibrationText, tmp_path: Path
+) -> None:
+    right = graphs("static", "fp16", LAYERS)
+    wrong = changed(right, tmp_path, "<f2", 1.02)
+    for path, status in ((right, "passed"), (wrong, "failed")):
+        result = measure(graphs.model, plan, text, graphs("static", "fp16"), path, (), PARITY, Silent())
+        check = checks(result)["parity"]
+        assert check.status == status, check.detail
+        assert result.parity is not None
+        assert max(s["max_abs"] for s in result.parity["steps"]) < gates_for("float16").max_abs_logit
+    assert "PyTorch's own in this precision" in check.detail and "1.5 times that" in check.detail
+
+
+def parity_of(means: Sequence[float], limit: float = 1.5) -> Parity:
+    steps = tuple(
+        StepParity(n, 1, 0, mean, *[0.0] * 5, 1, 0, 1, 0, 0, 0, None) for n, mean in enumerate(means)
+    )
+    return Parity((1,), steps, Gates(1, 0, 1, 0, 0, 1, max_vs_pytorch=limit))
+
+
+def test_the_mean_of_all_steps_counts() -> None:
+    own = parity_of([0.02, 0.04], limit=99)
+    assert parity_of([0.045, 0.045]).failures_against(own) == []
+    assert parity_of([0.089, 0.0]).failures_against(own) == []
+    (told,) = parity_of([0.0, 0.092]).failures_against(own)
+    assert told == (
+        "mean |Δlogit| is 0.046, PyTorch's own in this precision 0.03; the gate is 1.5 times that"
+    )
+    assert len(parity_of([float("nan"), 0.0]).failures_against(own)) == 1
+    assert parity_of([0.0, 0.0]).failures_against(parity_of([0.0, 0.0])) == []
+    assert parity_of([0.046, 0.046], limit=2).failures_against(own) == []
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_copy_in_half_is_what_transformers_would_load(
+    stories_folder: Path, stories_model: Any, dtype: str
+) -> None:
+    before = {n: t.clone() for n, t in [*stories_model.named_parameters(), *stories_model.named_buffers()]}
+    half = in_precision(stories_model, dtype)
+    loaded = AutoModelForCausalLM.from_pretrained(stories_folder, dtype=getattr(torch, dtype)).eval()
+    assert {p.dtype for p in half.parameters()} == {getattr(torch, dtype)}
+    frequencies = half.model.rotary_emb.inv_freq  # type: ignore[union-attr]
+    assert frequencies.dtype == loaded.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert half.lm_head.weight is half.model.embed_tokens.weight  # type: ignore[union-attr]
+    stories_model.set_attn_implementation("sdpa")
+    half.set_attn_implementation("sdpa")  # type: ignore[operator]
+    ids = torch.arange(3, 300)[None]  # far out, where halved frequencies would turn by whole radians
+    with torch.inference_mode():
+        assert torch.equal(half(ids).logits, loaded(ids).logits)
+        with torch.no_grad():
+            for parameter in half.parameters():
+                parameter.zero_()
+    after = dict([*stories_model.named_parameters(), *stories_model.named_buffers()])
+    assert before.keys() == after.keys()
+    assert all(t.dtype == after[n].dtype and torch.equal(t, after[n]) for n, t in before.items())
