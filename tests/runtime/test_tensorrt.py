@@ -206,6 +206,10 @@ def test_static_decode_is_recorded_after_its_first_step_and_then_replayed(graphs
         assert [event for event in device.events if event[0] != "zeros"] == [*first, *["replay"] * 4]
         # A replay that read the inputs of the recorded step would answer alike.
         assert not any(np.array_equal(a, b) for a, b in itertools.pairwise(found[1:]))
+    # As many rows again: everything lies where it did.
+    device.events.clear()
+    run(stream, (5, 4, 9), 5)
+    assert [event for event in device.events if event[0] != "zeros"] == [first[0], *["replay"] * 5]
 
 
 @pytest.mark.parametrize(("form", "captures"), [("concat", True), ("concat", False), ("static", False)])

@@ -59,7 +59,7 @@ def test_what_was_built_in_one_line(graphs: Graphs) -> None:
     check = built_check(pair)
     assert (check.name, check.status) == ("engine build", "passed")
     assert check.detail == (
-        "tensorrt 10.13.0, fp16: base 3.0 MiB with 5 fused attention layers; "
+        "tensorrt 10.16.0, fp16: base 3.0 MiB with 5 fused attention layers; "
         "linearized 2.1 MiB with 3 decomposed attention layers"
     )
     nothing = graphs("static", "fp16", ALL)
@@ -87,15 +87,9 @@ class Scripted:
     def __init__(
         self, name: str, clock: list[float], log: list[str], seconds: Callable[[int], float]
     ) -> None:
-        self.name, self._clock, self._log, self._seconds = name, clock, log, seconds
-        self.calls = 0
+        self.name, self._clock, self._log, self._seconds, self.calls = name, clock, log, seconds, 0
         self.times: dict[str, list[float]] = {"prefill": [], "step": []}
-
-    def prefill(self) -> None:
-        self._take("prefill")
-
-    def step(self) -> None:
-        self._take("step")
+        self.prefill, self.step = (functools.partial(self._take, what) for what in self.times)
 
     def _take(self, what: str) -> None:
         self._log.append(f"{self.name} {what}")
@@ -209,19 +203,33 @@ def test_who_cannot_take_part_is_left_out_with_the_reason(clock: list[float], er
     assert len(table.rows) == 4 and "32 tokens 4.00× prefill, 4.00× decode" in str(table.note)
 
 
-def test_who_finds_no_room_while_running_is_left_out_too(clock: list[float]) -> None:
+@pytest.mark.parametrize("at", [0, 1, TIMED_STEPS + 4], ids=["prefill", "step", "later round"])
+def test_who_finds_no_room_while_running_is_left_out_too(clock: list[float], at: int) -> None:
     """An engine allocates its cache in the first prefill, eager PyTorch its activations."""
 
-    def full(_call: int) -> float:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+    def full(call: int) -> float:
+        if call == at:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB")
+        return 0.5
 
+    log: list[str] = []
     entrants: dict[str, Callable[[int], Any]] = {
-        "PyTorch eager, base": lambda _: Scripted("PyTorch eager, base", clock, [], full),
         "base engine": lambda _: Scripted("base engine", clock, [], lambda n: 0.004),
+        "linearized engine": lambda c: Scripted(
+            "linearized engine", clock, [], full if c == 8 else lambda n: 1
+        ),
+        "another": lambda _: Scripted("another", clock, log, lambda n: 0.002),
     }
-    speed = measure_engine_speed(L4, entrants, (8,), 3)
-    assert [x.name for x in speed.latencies] == ["base engine"]
-    assert "out of memory" in speed.absent["PyTorch eager, base"]
+    speed = measure_engine_speed(L4, entrants, (8, 16), 3)
+    found = {(x.name, x.context): x for x in speed.latencies}
+    assert found.keys() == {(name, c) for name in entrants for c in (8, 16)} - {("linearized engine", 8)}
+    assert speed.absent == {"linearized engine": "CUDA out of memory."}
+    assert [s["context"] for s in speed.speedups] == [16] and log.count("another prefill") == 2 * 4
+    for context in (8, 16):
+        assert found["base engine", context].decode_ms == pytest.approx(4)
+        assert found["another", context].prefill_p99_ms == pytest.approx(2)
+    with pytest.raises(torch.OutOfMemoryError):
+        race([entrants["linearized engine"](8)], 8, 3, lambda _: None)
 
 
 def test_a_cache_that_numpy_cannot_hold_leaves_onnxruntime_out(
@@ -263,14 +271,12 @@ def test_an_engine_really_fills_its_cache_and_advances(graphs: Graphs, form: str
             for side, wanted in zip(pair, expected, strict=True):
                 np.testing.assert_allclose(side[0][:, real[0]], wanted, rtol=0, atol=1e-4)
     assert contender.memory_bytes() == stream.cache_bytes + FakeEngine.device_memory_size_v2
-    assert contender.name == "base engine"
 
 
 def test_no_timed_step_records_a_graph(graphs: Graphs) -> None:
     """Recording takes far longer than a step: it belongs to the warm-up, or the 99th percentile is its time."""
     loaded = loaded_engine(graphs("static"), ROOM)
-    contender = EngineContender("base engine", EngineStream(loaded), 12)
-    race([contender], 12, 3, lambda _: None)
+    race([EngineContender("base engine", EngineStream(loaded), 12)], 12, 3, lambda _: None)
     events = loaded.device.events  # type: ignore[attr-defined]
     assert events.count("replay") > 0
     second = [i for i, event in enumerate(events) if event == ("run", "prefill")][1]
