@@ -7,7 +7,7 @@ JSON holds the SHA-256 of both, so neither can be edited or cut without being no
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,10 @@ class Plan:
     def kept(self) -> tuple[int, ...]:
         """The layers that keep their attention, in the order of the rewritten model's KV pairs."""
         return tuple(i for i in range(self.layer_count) if i not in self.layers)
+
+    def without_layers(self) -> Plan:
+        """The plan that linearizes nothing: of the unmodified model."""
+        return replace(self, layers={})
 
 
 def save_plan(path: Path, plan: Plan) -> None:

@@ -105,5 +105,6 @@ def in_precision(model: torch.nn.Module, dtype: str) -> torch.nn.Module:
     converted = copy.deepcopy(model).to(getattr(torch, dtype))
     for module, original in zip(converted.modules(), model.modules(), strict=True):
         for name in original._non_persistent_buffers_set:
-            module._buffers[name] = original._buffers[name]
+            buffer = original._buffers[name]
+            module._buffers[name] = None if buffer is None else buffer.clone()
     return converted

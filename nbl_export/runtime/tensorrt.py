@@ -80,7 +80,7 @@ class Device:
     def get(self, tensor: torch.Tensor) -> Any:
         """``tensor`` as a host array; half becomes float32."""
         with self._on_stream():
-            return (tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy()
+            return (tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy().copy()
 
     def _on_stream(self) -> AbstractContextManager[Any]:
         # Everything happens in the order of one stream, the one the engine runs on.
@@ -194,8 +194,8 @@ class EngineStream:
 
     @property
     def workspace_bytes(self) -> int:
-        """Bytes of the engine's own scratch memory on the device."""
-        return int(self._engine.device_memory_size_v2)
+        """Bytes of the engine's own scratch memory on the device, which each context holds."""
+        return len(self._contexts) * int(self._engine.device_memory_size_v2)
 
     # Stream ----------------------------------------------------------------------------------
     def prefill(self, rows: Sequence[NDArray[Any]]) -> F32:
@@ -237,6 +237,8 @@ class EngineStream:
 
     def decode_on_device(self, tokens: Sequence[int]) -> torch.Tensor:
         """One more token for each row: logits [rows, 1, vocab]."""
+        if len(tokens) != self._batch:
+            raise InputError(f"{len(tokens)} tokens for a batch of {self._batch} rows.")
         if self._length_after_next() > self.manifest.limits["max_context"]:
             raise InputError(f"The engine's context of {self.manifest.limits['max_context']} tokens is full.")
         ids = np.array(tokens, dtype=np.int64)[:, None]

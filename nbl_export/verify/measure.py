@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbl_export.calibrate.text import CalibrationText
-from nbl_export.engine.gpu import find_gpu
+from nbl_export.engine.gpu import Gpu, find_gpu
 from nbl_export.engine.pair import BASE, LINEARIZED, EngineFile
-from nbl_export.errors import InputError, MissingDependencyError
+from nbl_export.errors import BuildError, InputError, MissingDependencyError
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.precision import Precision, graph_precision, precision_of
 from nbl_export.linearize.plan import Plan
@@ -174,9 +174,10 @@ def _measure_engines(
     except (MissingDependencyError, InputError) as error:
         result.checks.append(not_run(engines, str(error)))
         return
-    manifest = engines[0].manifest
-    gates = gates_for(precision_of(manifest.precision).gates)
-    limits = manifest.limits
+    except BuildError as error:
+        result.checks.append(Check("engine run", "failed", str(error)))
+        return
+    limits = engines[0].manifest.limits
     longest = min(limits["max_seq"], limits["max_context"] - settings.decode_steps) - len(text.start)
     if longest < 1:
         why = (
@@ -185,26 +186,77 @@ def _measure_engines(
         )
         result.checks.append(not_run(engines, why))
         return
-    rows = _rows(text, [min(p, longest) for p in _PROMPTS[: limits["max_batch"]]], settings.decode_steps)
-    with linearized(model, plan):
-        reference = PastStream(TorchDecoder(model, plan.chosen))
-        parity = compare_streams(reference, streams[LINEARIZED], rows, settings.decode_steps, gates, listener)
+    # Scaled, not cut: the batch stays ragged.
+    scale = min(1.0, longest / max(_PROMPTS))
+    prompts = [max(1, int(p * scale)) for p in _PROMPTS[: limits["max_batch"]]]
+    rows = _rows(text, prompts, settings.decode_steps)
+    precision = precision_of(engines[0].manifest.precision)
+    for role, layers in ((BASE, plan.without_layers()), (LINEARIZED, plan)):
+        _measure_engine_parity(
+            result, model, layers, role, streams[role], rows, settings, precision, gpu, listener
+        )
+    if settings.speed and not any("engine" in c.name and c.status == "failed" for c in result.checks):
+        _measure_engine_speed(
+            result, model, streams, graphs, contexts, limits, settings, precision, gpu, listener
+        )
+
+
+def _measure_engine_parity(
+    result: Measurement,
+    model: torch.nn.Module,
+    plan: Plan,
+    role: str,
+    stream: EngineStream,
+    rows: list[NDArray[np.int32]],
+    settings: VerifySettings,
+    precision: Precision,
+    gpu: Gpu,
+    listener: Listener,
+) -> None:
+    """One engine against PyTorch with the same plan; the base engine's has no linear layer."""
+    name = "engine parity" if role == LINEARIZED else f"{role} engine parity"
+    gates, steps = gates_for(precision.gates), settings.decode_steps
+    try:
+        with linearized(model, plan):
+            reference = PastStream(TorchDecoder(model, plan.chosen))
+            parity = compare_streams(reference, stream, rows, steps, gates, listener)
+    except BuildError as error:
+        result.checks.append(Check(name, "failed", str(error)))
+        return
     failures = parity.failures()
+    if precision.name != "fp32":
+        failures += parity.failures_against(_pytorch_in(precision, model, plan, rows, steps))
     worst = max(s.max_abs for s in parity.steps)
-    detail = (
-        "; ".join(failures)
-        or f"max |Δlogit| {worst:.2g} on {gpu.name}, within all {manifest.precision} gates"
-    )
-    result.checks.append(Check("engine parity", "failed" if failures else "passed", detail))
-    result.engine_parity = parity.as_json()
-    if settings.speed:
-        fitting = [c for c in contexts if c <= limits["max_seq"] and c + TIMED_STEPS <= limits["max_context"]]
-        longest = min(limits["max_seq"], limits["max_context"] - TIMED_STEPS)
-        fitting = fitting or [longest] * (longest > 0)
-        entrants = gpu_entrants(model, streams, graphs, manifest.precision)
-        speed = measure_engine_speed(gpu, entrants, fitting, settings.rounds, listener)
+    detail = f"max |Δlogit| {worst:.2g} on {gpu.name}, within all {precision.gates} gates"
+    result.checks.append(Check(name, "failed" if failures else "passed", "; ".join(failures) or detail))
+    found = parity.as_json() if role == LINEARIZED else {role: parity.as_json()}
+    result.engine_parity = (result.engine_parity or {}) | found
+
+
+def _measure_engine_speed(
+    result: Measurement,
+    model: torch.nn.Module,
+    streams: dict[str, EngineStream],
+    graphs: dict[str, Path],
+    contexts: Sequence[int],
+    limits: Mapping[str, int],
+    settings: VerifySettings,
+    precision: Precision,
+    gpu: Gpu,
+    listener: Listener,
+) -> None:
+    longest = min(limits["max_seq"], limits["max_context"] - TIMED_STEPS)
+    fitting = [c for c in contexts if c <= longest] or [longest] * (longest > 0)
+    if dropped := sorted(set(contexts) - set(fitting)):
+        result.notes.append(
+            f"The engines are not timed at {', '.join(map(str, dropped))} tokens: they are built for a prefill of "
+            f"{limits['max_seq']:,} and a context of {limits['max_context']:,}."
+        )
+    entrants = gpu_entrants(model, streams, graphs, precision.name)
+    speed = measure_engine_speed(gpu, entrants, fitting, settings.rounds, listener)
+    result.notes += [f"Not timed on the GPU: {name}: {why}." for name, why in speed.absent.items()]
+    if speed.latencies:
         result.engine_speed = speed.as_json()
-        result.notes += [f"Not timed on the GPU: {name}: {why}." for name, why in speed.absent.items()]
 
 
 def _contexts(result: Measurement, model: torch.nn.Module, contexts: Sequence[int]) -> list[int]:

@@ -145,7 +145,7 @@ def test_bytes_of_cache_and_workspace(graphs: Graphs, form: str, buffers: int) -
     none = EngineStream(loaded_engine(graphs(form, "fp32", ALL)))
     run(none, (4, 2), 1)
     assert none.cache_bytes == 0 and none.cache()[0] == []
-    assert none.workspace_bytes == FakeEngine.device_memory_size_v2
+    assert none.workspace_bytes == 2 * FakeEngine.device_memory_size_v2
 
 
 # buffers and bindings ----------------------------------------------------------------------------

@@ -21,12 +21,13 @@ from nbl_export.calibrate.text import CalibrationText, load_text
 from nbl_export.engine.gpu import Gpu
 from nbl_export.engine.pair import EngineFile
 from nbl_export.engine.profiles import Limits
-from nbl_export.errors import InputError, NblError
+from nbl_export.errors import BuildError, InputError, NblError
 from nbl_export.linearize.plan import Plan
 from nbl_export.models.load import in_precision
 from nbl_export.progress import Silent
 from nbl_export.report.schema import Check
 from nbl_export.runtime import tensorrt as tensorrt_module
+from nbl_export.runtime.tensorrt import EngineStream
 from nbl_export.settings import VerifySettings
 from nbl_export.verify import engines as engines_module
 from nbl_export.verify import measure as module
@@ -70,11 +71,12 @@ def on_gpu(graphs: Graphs, text: CalibrationText, plan: Plan, monkeypatch: pytes
         settings: VerifySettings = PARITY,
         limits: Limits = ROOM,
         engine: Path | None = None,
+        base_engine: Path | None = None,
     ) -> Measurement:
         base, linear = graphs(form, precision), graphs(form, precision, LAYERS)
         pair = [
             EngineFile(path, manifest_of(path, limits, role))
-            for path, role in ((base, "base"), (engine or linear, "linearized"))
+            for path, role in ((base_engine or base, "base"), (engine or linear, "linearized"))
         ]
         monkeypatch.setattr(module, "find_gpu", lambda: L4)
         monkeypatch.setattr(module, "load_engine", functools.partial(loaded_engine, limits=limits))
@@ -111,8 +113,8 @@ def test_a_right_engine_passes(on_gpu: Measure, form: str, precision: str) -> No
     ("limits", "lengths"),
     [
         (Limits(1, 70, 96), (65,)),
-        (Limits(2, 50, 96), (50, 42)),
-        (Limits(3, 60, 61), (57, 42, 24)),  # four places are left for decoding
+        (Limits(2, 50, 96), (50, 32)),
+        (Limits(3, 60, 61), (57, 36, 21)),  # shorter and still ragged; four places are left for decoding
     ],
 )
 def test_rows_are_as_long_as_the_engine_takes(
@@ -150,6 +152,32 @@ def test_an_engine_of_other_weights_fails(
         "max |Δlogit| is" in found["engine parity"].detail
         and "gate is 0.001" in found["engine parity"].detail
     )
+
+
+def test_a_base_engine_of_other_weights_fails_and_nothing_is_timed(
+    on_gpu: Measure, graphs: Graphs, tmp_path: Path
+) -> None:
+    wrong = changed(graphs("static", "fp32"), tmp_path, "<f4", 1.05)
+    result = on_gpu(settings=replace(PARITY, speed=True, contexts=(8,), rounds=3), base_engine=wrong)
+    found = checks(result)
+    assert found["engine parity"].status == "passed" and found["base engine parity"].status == "failed"
+    assert result.engine_speed is None
+
+
+def test_an_engine_that_cannot_run_is_a_failed_check_and_not_the_end(
+    on_gpu: Measure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_self: Any, profile: str) -> None:
+        raise BuildError(f"The engine failed to run its {profile} profile.")
+
+    monkeypatch.setattr(EngineStream, "_execute", broken)
+    found = checks(on_gpu())
+    assert found["parity"].status == "passed"
+    for name in ("engine parity", "base engine parity"):
+        assert (found[name].status, found[name].detail) == (
+            "failed",
+            "The engine failed to run its prefill profile.",
+        )
 
 
 def test_an_engine_of_other_layers_is_refused(on_gpu: Measure, graphs: Graphs) -> None:
