@@ -41,7 +41,7 @@ def main() -> None:
             "linearized, MiB",
             "build, s",
             "export + rewrite + build, s",
-            "max |Δlogit|",
+            "largest logit difference",
         )
     )
     print(_line(*["---"] * 7))
