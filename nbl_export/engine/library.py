@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nbl_export.engine.gpu import Gpu, find_gpu
+from nbl_export.engine.gpu import Gpu
 from nbl_export.errors import InputError, MissingDependencyError
 
 CHOICES = ("auto", "tensorrt", "rtx")
@@ -151,14 +151,3 @@ def _is_importable(kind: str) -> bool:
 
 def _pip(kind: str) -> str:
     return f"pip install 'nbl-export[{_KINDS[kind].extra}]'"
-
-
-__all__ = [
-    "CHOICES",
-    "Library",
-    "check_capabilities",
-    "choose_library",
-    "find_gpu",
-    "import_library",
-    "library_of",
-]

@@ -130,6 +130,3 @@ def check_shrinks(built: Mapping[str, Built]) -> None:
             f"The linearized engine is {shrunk:,} bytes smaller than the base, but {removed:,} bytes of weights "
             "were removed: the two do not belong together."
         )
-
-
-__all__ = ["BASE", "LINEARIZED", "EngineFile", "Source", "build_pair", "check_shrinks"]

@@ -82,7 +82,6 @@ class OrtModel:
     def __init__(
         self, path: Path, config: Mapping[str, str] | None = None, provider: str = CPU, rounded: bool = True
     ) -> None:
-        self.path = path
         self.session = session(path, config, provider, rounded)
         inputs = self.session.get_inputs()
         self.input_names = {i.name for i in inputs}

@@ -20,6 +20,7 @@ from nbl_export.errors import NblError
 from nbl_export.graph.precision import precision_of
 from nbl_export.models.load import in_precision
 from nbl_export.progress import Listener, Silent
+from nbl_export.report.schema import Check
 from nbl_export.runtime.ort import CPU, OrtModel, require_onnxruntime
 from nbl_export.runtime.prompts import OrtPrompt, timed_row
 from nbl_export.runtime.tensorrt import EngineStream
@@ -27,16 +28,12 @@ from nbl_export.runtime.tensorrt import EngineStream
 if TYPE_CHECKING:
     import torch
 
-    from nbl_export.report.schema import Check
-
 _DEVICES = {CPU: "cpu", "CUDAExecutionProvider": "cuda"}
 TIMED_STEPS = 16  # decode steps in a timed round; each is timed on its own, for the 99th percentile
 
 
 def built_check(engines: Sequence[EngineFile]) -> Check:
     """What was built, as the report's line; the checks behind it were made while building."""
-    from nbl_export.report.schema import Check
-
     parts = []
     for engine in engines:
         m = engine.manifest
@@ -53,8 +50,6 @@ def built_check(engines: Sequence[EngineFile]) -> Check:
 
 def not_run(engines: Sequence[EngineFile], why: str) -> Check:
     """The line for engines that were built and not run."""
-    from nbl_export.report.schema import Check
-
     manifest = engines[0].manifest
     how = "ahead of time for " if manifest.ahead_of_time else "for "
     return Check(
