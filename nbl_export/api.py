@@ -33,6 +33,7 @@ from nbl_export.workspace import Workspace
 
 if TYPE_CHECKING:
     from nbl_export.engine.pair import EngineFile
+    from nbl_export.graph.rewrite import RewriteResult
 
 __all__ = [
     "CalibrateSettings",
@@ -49,6 +50,7 @@ __all__ = [
     "inspect",
     "report",
     "rewrite",
+    "rewrite_onnx",
     "run",
     "select",
     "verify",
@@ -76,6 +78,7 @@ def run(
     for settings in (selection, calibration, exporting, verification):
         settings.check()
     if engines:
+        exporting.check_tensorrt()
         engines.check()
     work = Run.start(str(model), Path(out), listener, trust_remote_code)
     with work.workspace.lock():
@@ -122,6 +125,19 @@ def rewrite(out: str | Path, listener: Listener | None = None) -> Path:
     with work.workspace.lock():
         pipeline.rewrite(work)
     return work.workspace.model
+
+
+def rewrite_onnx(
+    onnx: str | Path,
+    plan: str | Path,
+    out: str | Path | None = None,
+    in_place: bool = False,
+    listener: Listener | None = None,
+) -> RewriteResult:
+    """Rewrite a decoder that somebody else exported, a file or a folder, by ``plan`` into ``out`` or in place."""
+    from nbl_export.foreign import rewrite_foreign
+
+    return rewrite_foreign(Path(onnx), Path(plan), None if out is None else Path(out), in_place, listener)
 
 
 def build(

@@ -23,16 +23,22 @@ from nbl_export.options import (
     CalibrationOpt,
     ContextsOpt,
     CriterionOpt,
+    ExporterOpt,
+    ExporterPythonOpt,
     FieldOpt,
     FitInputOpt,
     HeldoutOpt,
+    InPlaceOpt,
     KOpt,
     LayersOpt,
     MaxContextOpt,
     MaxSeqOpt,
     ModelArg,
+    OnnxOpt,
+    OptionalOutArg,
     OutArg,
     OutOpt,
+    PlanOpt,
     PrecisionOpt,
     QualityOpt,
     RidgeOpt,
@@ -43,6 +49,7 @@ from nbl_export.options import (
     SmOpt,
     SpeedOpt,
     StepsOpt,
+    ToOpt,
     TrtOpt,
     TrustOpt,
 )
@@ -127,6 +134,8 @@ def run(
     rounds: RoundsOpt = 7,
     quality: QualityOpt = True,
     speed: SpeedOpt = True,
+    exporter: ExporterOpt = "torch",
+    exporter_python: ExporterPythonOpt = None,
     precision: PrecisionOpt = None,
     kv_cache: CacheOpt = None,
     trt: TrtOpt = None,
@@ -148,7 +157,7 @@ def run(
         _verification(decode_steps, contexts, rounds, quality, speed),
         TerminalListener(),
         trust_remote_code,
-        _exporting(precision, kv_cache, bool(trt)),
+        _exporting(exporter, exporter_python, precision, kv_cache, bool(trt)),
         _engines(trt, sm, max_batch, max_seq, max_context) if trt else None,
     )
     _finish(value, output)
@@ -195,6 +204,8 @@ def select(
 @app.command()
 def export(
     out: OutArg,
+    exporter: ExporterOpt = "torch",
+    exporter_python: ExporterPythonOpt = None,
     precision: PrecisionOpt = None,
     kv_cache: CacheOpt = None,
 ) -> None:
@@ -202,18 +213,39 @@ def export(
     from nbl_export import api
     from nbl_export.terminal import TerminalListener
 
-    path = api.export(out, _exporting(precision, kv_cache, False), TerminalListener())
+    path = api.export(
+        out, _exporting(exporter, exporter_python, precision, kv_cache, False), TerminalListener()
+    )
     _say(f"Exported {path}. Next: nbl-export rewrite {out}")
 
 
 @app.command()
-def rewrite(out: OutArg) -> None:
-    """Replace the planned attention in the graph: find, prove, replace, count."""
-    from nbl_export import api
-    from nbl_export.terminal import TerminalListener
+def rewrite(
+    out: OptionalOutArg = None,
+    onnx: OnnxOpt = None,
+    plan: PlanOpt = None,
+    output: ToOpt = None,
+    in_place: InPlaceOpt = False,
+) -> None:
+    """Replace the planned attention in the graph: find, prove, replace, count.
 
-    path = api.rewrite(out, TerminalListener())
-    _say(f"Wrote {path}. Next: nbl-export verify {out}")
+    On OUT of earlier commands, or with --onnx on a graph that somebody else exported.
+    """
+    from nbl_export import api
+    from nbl_export.report.tables import graph_table
+    from nbl_export.terminal import TerminalListener, show_tables
+
+    if onnx is None:
+        if out is None or plan or output or in_place:
+            raise typer.BadParameter("give OUT alone, or --onnx with --plan and --output or --in-place.")
+        path = api.rewrite(out, TerminalListener())
+        _say(f"Wrote {path}. Next: nbl-export verify {out}")
+        return
+    if out is not None or plan is None:
+        raise typer.BadParameter("--onnx needs --plan, and no OUT.")
+    result = api.rewrite_onnx(onnx, plan, output, in_place, TerminalListener())
+    show_tables([graph_table(result.before.as_json(), result.after.as_json())])
+    _say(f"Wrote {result.files[0]}; every replaced layer is proven against the plan's activations.")
 
 
 @app.command(cls=_EngineCommand)
@@ -302,12 +334,18 @@ def _selection(k: int | None, layers: str | None, criterion: str, fit_input: Any
     return SelectSettings(k, _layers(layers), criterion, fit_input, ridge)
 
 
-def _exporting(precision: str | None, kv_cache: str | None, engines: bool) -> Any:
+def _exporting(
+    exporter: str, python: str | None, precision: str | None, kv_cache: str | None, engines: bool
+) -> Any:
+    from nbl_export.export.choices import choices_of
     from nbl_export.settings import ExportSettings
 
+    offered = choices_of(exporter)
     # What an engine is fastest with, where the user does not say.
-    precision = precision or ("fp16" if engines else "fp32")
-    return ExportSettings(precision, kv_cache or ("static" if engines else "concat"))
+    if engines:
+        precision = precision or ("fp16" if "fp16" in offered.precisions else None)
+        kv_cache = kv_cache or ("static" if "static" in offered.caches else None)
+    return ExportSettings(precision or offered.precisions[0], kv_cache or offered.caches[0], exporter, python)
 
 
 def _engines(

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nbl_export.errors import InputError
 from nbl_export.report.tables import Table, engines_table, graph_table, layers_table, mebibytes
 from nbl_export.tensorfile import format_of
 from nbl_export.workspace import ENGINE_SUFFIX as ENGINE
 from nbl_export.workspace import STAGES, Workspace, read_json
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 
 def inspect_path(path: Path) -> list[Table]:
@@ -19,9 +23,9 @@ def inspect_path(path: Path) -> list[Table]:
     if path.is_dir():
         if (path / "nbl" / "workspace.json").exists():
             return _folder(path)
-        if (path / "model.onnx").exists():
-            return _onnx(path / "model.onnx")
-        raise InputError(f"{path} is neither an output folder of nbl-export nor a folder with a model.onnx.")
+        from nbl_export.export.beside import graph_in
+
+        return _onnx(graph_in(path))
     if path.suffix == ".onnx":
         return _onnx(path)
     if path.suffix == ENGINE:
@@ -48,7 +52,6 @@ def _kind(path: Path) -> str:
 
 def _onnx(path: Path) -> list[Table]:
     from nbl_export.graph.io import load_graph, summarize
-    from nbl_export.graph.regions import AttentionRegion, find_regions
     from nbl_export.graph.rewrite import LAYERS_KEY
 
     model = load_graph(path)
@@ -57,28 +60,43 @@ def _onnx(path: Path) -> list[Table]:
         ("size on disk", mebibytes(s.file_bytes)),
         ("parameters", f"{s.parameters:,}"),
         ("opsets", ", ".join(f"{k or 'ai.onnx'} {v}" for k, v in sorted(model.opset_imports.items()))),
-        ("producer", model.producer_name or ""),
+        ("producer", model.producer_name or "not said"),
         ("nodes", f"{s.nodes:,}"),
         ("inputs / outputs", f"{s.inputs} / {s.outputs}"),
         ("KV pairs", str(s.kv_pairs)),
         ("rewritten by nbl-export", "yes" if LAYERS_KEY in model.metadata_props else "no"),
     )
     ops = tuple((op, f"{count:,}") for op, count in s.ops.items())
-    rows: list[tuple[str, ...]] = []
-    if LAYERS_KEY in model.metadata_props:
-        described = json.loads(model.metadata_props[LAYERS_KEY])
-        rows = [(str(r["layer"]), r["kind"], str(r["input"]), r["output"], "") for r in described]
-    else:
-        for region in find_regions(model):
-            if isinstance(region, AttentionRegion):
-                found = (region.core, str(region.x.name), str(region.y.name), f"yes, {region.ops} nodes")
-            else:
-                found = ("", "", "", f"no: {region.check} (found: {region.found})")
-            rows.append((str(region.layer), *found))
-    regions = Table(
-        "Attention regions", ("KV pair or layer", "core", "reads", "writes", "rewritable"), tuple(rows)
-    )
-    return [Table(str(path), ("", "value"), facts), Table("Ops", ("op", "count"), ops), regions]
+    return [Table(str(path), ("", "value"), facts), Table("Ops", ("op", "count"), ops), _regions(model)]
+
+
+def _regions(model: ir.Model) -> Table:
+    """The attention that a graph has, and what of it was linearized."""
+    from nbl_export.graph.cache import kv_layers, kv_pairs
+    from nbl_export.graph.quantize import weight_format
+    from nbl_export.graph.regions import AttentionRegion, find_regions
+    from nbl_export.graph.rewrite import LAYERS_KEY
+
+    described = json.loads(model.metadata_props.get(LAYERS_KEY, "[]"))
+    rows = {
+        r["layer"]: (str(r["layer"]), "linear", "", "none", "done already")
+        for r in described
+        if r["kind"] == "linear"
+    }
+    pairs = {pair.index: pair for pair in kv_pairs(model)}
+    layers = dict(enumerate(kv_layers(model))) if pairs else {}
+    for region in find_regions(model):
+        layer = layers.get(region.layer, region.layer)
+        pair = pairs.get(region.layer)
+        cache = str(pair.past[0].name) if pair else "none"
+        if isinstance(region, AttentionRegion):
+            how, stored = f"{region.style}, {region.ops} nodes", weight_format(region.projection)
+            found = (how, stored, cache, "yes")
+        else:
+            found = ("", "", cache, f"no: {region.check} (found: {region.found})")
+        rows[layer] = (str(layer), *found)
+    header = ("layer", "attention", "weights", "KV cache", "rewritable")
+    return Table("Attention", header, tuple(rows[layer] for layer in sorted(rows)))
 
 
 def _engine(path: Path) -> list[Table]:

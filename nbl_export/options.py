@@ -11,6 +11,7 @@ TRT_CHOICES = ("auto", "tensorrt", "rtx")
 
 _LAYERS, _TEXT, _CHECKS = "Which layers, and how they are fitted", "Calibration text", "Verification"
 _GRAPH, _ENGINE = "The graph", "TensorRT engines"
+_FOREIGN = "A graph that somebody else exported"
 
 
 def _option(
@@ -25,6 +26,10 @@ ModelArg = Annotated[
 ]
 OutArg = Annotated[
     Path, typer.Argument(metavar="OUT", help="The output folder of an earlier command.", show_default=False)
+]
+OptionalOutArg = Annotated[
+    Path | None,
+    typer.Argument(metavar="OUT", help="The output folder of an earlier command.", show_default=False),
 ]
 OutOpt = Annotated[Path, _option("Output folder; made if needed.", "--output", "-o", metavar="OUT")]
 KOpt = Annotated[
@@ -69,10 +74,29 @@ SamplesOpt = Annotated[int, _option("Rows of calibration tokens.", panel=_TEXT, 
 SeqLenOpt = Annotated[int, _option("Tokens per row.", panel=_TEXT, metavar="N")]
 HeldoutOpt = Annotated[int, _option("Rows of held-out tokens, for method loss.", panel=_TEXT, metavar="N")]
 SeedOpt = Annotated[int, _option("Seed of everything random.", panel=_TEXT, metavar="N")]
-PrecisionOpt = Annotated[
-    Literal["fp32", "fp16", "bf16"] | None,
+ExporterOpt = Annotated[
+    Literal["torch", "genai", "optimum"],
     _option(
-        "fp32, fp16 or bf16: converts the graph itself; what half cannot hold stays fp32.",
+        "torch; genai: onnxruntime-genai's builder; optimum: optimum-onnx, in an environment of its own.",
+        "--exporter",
+        panel=_GRAPH,
+        metavar="NAME",
+    ),
+]
+ExporterPythonOpt = Annotated[
+    str | None,
+    _option(
+        "The Python of the environment that has optimum-onnx.",
+        "--exporter-python",
+        panel=_GRAPH,
+        metavar="PATH",
+        show_default="$NBL_EXPORT_OPTIMUM_PYTHON",
+    ),
+]
+PrecisionOpt = Annotated[
+    Literal["fp32", "fp16", "bf16", "int4"] | None,
+    _option(
+        "fp32, fp16, bf16; int4 with genai. The graph itself is in it; what half cannot hold stays fp32.",
         "--precision",
         panel=_GRAPH,
         metavar="NAME",
@@ -117,6 +141,45 @@ MaxSeqOpt = Annotated[
 MaxContextOpt = Annotated[
     int | None,
     _option("Most tokens of context.", "--max-context", panel=_ENGINE, metavar="N", show_default="2048"),
+]
+OnnxOpt = Annotated[
+    Path | None,
+    _option(
+        "Rewrite this graph instead, a file or a folder that somebody else exported.",
+        "--onnx",
+        panel=_FOREIGN,
+        metavar="PATH",
+        show_default=False,
+    ),
+]
+PlanOpt = Annotated[
+    Path | None,
+    _option(
+        "The plan of its model: OUT/nbl/plan.safetensors of an earlier run.",
+        "--plan",
+        panel=_FOREIGN,
+        metavar="PLAN",
+        show_default=False,
+    ),
+]
+ToOpt = Annotated[
+    Path | None,
+    _option(
+        "Folder for the rewritten graph and the files beside it.",
+        "--output",
+        "-o",
+        panel=_FOREIGN,
+        metavar="DIR",
+        show_default=False,
+    ),
+]
+InPlaceOpt = Annotated[
+    bool,
+    _option(
+        "Change the graph where it lies: its data file is kept, the new weights are appended.",
+        "--in-place",
+        panel=_FOREIGN,
+    ),
 ]
 TrustOpt = Annotated[bool, _option("Run modelling code that comes with the model.", "--trust-remote-code")]
 StepsOpt = Annotated[

@@ -42,17 +42,40 @@ class SelectSettings:
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """The graphs' floating-point format, and how they keep their KV cache."""
+    """Who exports the graph, its precision, and how it keeps its KV cache.
+
+    ``python`` runs an exporter that cannot live beside this package (optimum); none is looked for.
+    """
 
     precision: str = "fp32"
     kv_cache: str = "concat"
+    exporter: str = "torch"
+    python: str | None = None
 
     def check(self) -> None:
-        from nbl_export.graph.precision import precision_of
+        from nbl_export.export.choices import check_choice, choices_of
 
-        precision_of(self.precision)
-        if self.kv_cache not in ("concat", "static"):
-            raise InputError(f"--kv-cache {self.kv_cache!r} is unknown; choose concat or static.")
+        choices = choices_of(self.exporter)
+        check_choice(self.exporter, "--precision", self.precision, choices.precisions)
+        check_choice(self.exporter, "--kv-cache", self.kv_cache, choices.caches)
+        if self.exporter == "genai":
+            from nbl_export.export.genai import require_genai
+
+            require_genai()
+        if self.exporter == "optimum":
+            from nbl_export.export.optimum import find_optimum
+
+            find_optimum(self.python)
+
+    def check_tensorrt(self) -> None:
+        """Raise :class:`InputError` if TensorRT does not take this exporter's graphs."""
+        from nbl_export.export.choices import choices_of
+
+        if why := choices_of(self.exporter).tensorrt:
+            raise InputError(
+                f"TensorRT does not take the graphs of --exporter {self.exporter}: {why}. Build engines with "
+                "--exporter torch."
+            )
 
 
 @dataclass(frozen=True)

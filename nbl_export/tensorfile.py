@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,29 @@ def save_tensors(
             raise
 
 
-def load_tensors(path: Path, fmt: str, remedy: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """The tensors and metadata of a file of format ``fmt``.
+class StoredTensors(Mapping[str, Any]):
+    """The arrays of a file by name, each read when it is asked for and not kept: a file may exceed memory."""
+
+    def __init__(self, path: Path, names: Sequence[str]) -> None:
+        self._path, self._names = path, tuple(names)
+
+    def __getitem__(self, name: str) -> Any:
+        from safetensors import safe_open
+
+        if name not in self._names:
+            raise KeyError(name)
+        with safe_open(self._path, framework="numpy") as file:
+            return file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def open_tensors(path: Path, fmt: str, remedy: str) -> tuple[StoredTensors, dict[str, str]]:
+    """The tensors and metadata of a file of format ``fmt``; its content is checked once, tensor by tensor.
 
     Raises :class:`InputError` with the ``remedy`` if the file is missing, damaged or of another format.
     """
@@ -54,15 +75,21 @@ def load_tensors(path: Path, fmt: str, remedy: str) -> tuple[dict[str, Any], dic
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = _metadata(file)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            tensors = StoredTensors(path, sorted(file.keys()))
+        if metadata.get(_FORMAT) != fmt:
+            found = metadata.get(_FORMAT, "no mark of nbl-export")
+            raise InputError(f"{path} is of another format ({found}, expected {fmt}): {remedy}.")
+        if metadata.pop(_DIGEST, None) != _digest(tensors, metadata):
+            raise InputError(f"{path} was changed after it was written: {remedy}.")
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} cannot be read ({error}): {remedy}.") from None
-    if metadata.get(_FORMAT) != fmt:
-        found = metadata.get(_FORMAT, "no mark of nbl-export")
-        raise InputError(f"{path} is of another format ({found}, expected {fmt}): {remedy}.")
-    if metadata.pop(_DIGEST, None) != _digest(tensors, metadata):
-        raise InputError(f"{path} was changed after it was written: {remedy}.")
     return tensors, metadata
+
+
+def load_tensors(path: Path, fmt: str, remedy: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """Like :func:`open_tensors`, with all tensors in memory."""
+    tensors, metadata = open_tensors(path, fmt, remedy)
+    return dict(tensors), metadata
 
 
 def _metadata(file: Any) -> dict[str, str]:

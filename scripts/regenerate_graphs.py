@@ -2,63 +2,129 @@
 
     python scripts/regenerate_graphs.py [FOLDER]
 
-Each is a 2-layer random decoder, exported, with layer 1 linearized. A golden test compares a fresh
-run with what is committed: a change of the exporter or of the rewrite shows here first.
+Each is a 2-layer random decoder by one exporter, with layer 1 linearized. A golden test compares a fresh run
+with what is committed: a change of an exporter or of the rewrite shows here first. Optimum runs in the
+environment that NBL_EXPORT_OPTIMUM_PYTHON names, and its graphs are left alone without one.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from nbl_export.calibrate.probe import probe_model
+from nbl_export.errors import MissingDependencyError
+from nbl_export.export.forms import STATIC
+from nbl_export.export.genai import export_genai
+from nbl_export.export.handoff import CONFIG, TOKENIZER, readable_config, readable_tokenizer_config
+from nbl_export.export.optimum import export_optimum, find_optimum
 from nbl_export.export.torch import export_torch
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.rewrite import rewrite_file
 from nbl_export.linearize.plan import LinearLayer, Plan
+from nbl_export.progress import Silent
+from nbl_export.workspace import read_json, write_json
 
-WIDTH = 16
+WIDTH, VOCAB = 64, 40  # a vocabulary as wide as a projection would be taken for one
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": WIDTH,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+# llama: grouped-query attention, RMSNorm. biases: MHA whose projections all have one. phi3: packed q, k, v.
+# phi: attention and MLP beside each other, LayerNorm, biases, rotary embedding of half a head. (The genai builder
+# writes 1e-6 into every LayerNorm, whatever the model has.)
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2, tie_word_embeddings=True)),
+    "biases": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=True)),
+    "phi3": lambda: Phi3ForCausalLM(
+        Phi3Config(**SIZES, num_key_value_heads=2, original_max_position_embeddings=64)
+    ),
+    "phi": lambda: PhiForCausalLM(PhiConfig(**{**SIZES, "num_attention_heads": 2}, layer_norm_eps=1e-6)),
+}
 
 
-def llama() -> torch.nn.Module:
-    """Grouped-query attention, rotary embedding, RMSNorm, tied embeddings."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=WIDTH,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
-    model: torch.nn.Module = LlamaForCausalLM(config)
-    return model.eval().requires_grad_(False)
+def _handed(model: Any, write: Callable[[Path, Path], object]) -> Callable[[Path], object]:
+    """An exporter that reads a folder: ``write`` it from the saved ``model``."""
+
+    def export(path: Path) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
+            PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
+            write(_readable(Path(folder)), path.parent)
+
+    return export
 
 
-MODELS = {"torch-llama": llama}
+def _readable(folder: Path) -> Path:
+    """The folder as the environment of optimum reads it, which has an older transformers."""
+    for name, adapt in ((CONFIG, readable_config), (TOKENIZER, readable_tokenizer_config)):
+        write_json(folder / name, adapt(read_json(folder / name, "The configuration", "save it again")))
+    return folder
 
 
-def write_graphs(folder: Path) -> list[Path]:
-    """Write before.txt and after.txt of every model below ``folder``; returns the paths."""
+EXPORTERS: dict[str, Callable[[Any], Callable[[Path], object]]] = {
+    "torch": lambda model: lambda path: export_torch(model, path),
+    "torch-static": lambda model: lambda path: export_torch(model, path, form=STATIC),
+    "genai": lambda model: _handed(model, lambda f, out: export_genai(f, out, "fp32", Silent())),
+    "genai-int4": lambda model: _handed(model, lambda f, out: export_genai(f, out, "int4", Silent())),
+    "optimum": lambda model: _handed(model, lambda f, out: export_optimum(f, out, find_optimum(), Silent())),
+}
+# Every exporter with the plain family, and the other families where they look different.
+PAIRS = [
+    *((exporter, "llama") for exporter in EXPORTERS),
+    *(
+        (exporter, family)
+        for family in ("biases", "phi3", "phi")
+        for exporter in ("torch", "genai", "optimum")
+    ),
+]
+
+
+def write_graphs(folder: Path, pairs: Iterable[tuple[str, str]] = PAIRS) -> list[Path]:
+    """Write before.txt and after.txt of every pair below ``folder``; returns the paths.
+
+    Raises :class:`MissingDependencyError` for an exporter that is not installed.
+    """
     written = []
-    for name, make in MODELS.items():
+    for exporter, family in pairs:
+        torch.manual_seed(0)
+        model = MODELS[family]().eval().requires_grad_(False)
+        for weight in model.parameters():
+            if weight.ndim == 1:  # norms and biases as they never are in a trained model: all the same
+                weight.add_(0.1 * torch.randn_like(weight))
         with tempfile.TemporaryDirectory() as temporary:
-            before, after = (
-                Path(temporary) / "before" / "model.onnx",
-                Path(temporary) / "after" / "model.onnx",
-            )
-            model = make()
-            export_torch(model, before)
+            before, after = (Path(temporary) / stage / "model.onnx" for stage in ("before", "after"))
+            EXPORTERS[exporter](model)(before)
             rewrite_file(before, _plan(model), after)
             for stage, path in (("before", before), ("after", after)):
-                target = folder / name / f"{stage}.txt"
+                target = folder / f"{exporter}-{family}" / f"{stage}.txt"
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_text(graph_text(load_graph(path)), encoding="utf-8")
                 written.append(target)
@@ -66,7 +132,7 @@ def write_graphs(folder: Path) -> list[Path]:
 
 
 def _plan(model: torch.nn.Module) -> Plan:
-    rows = np.arange(2 * 24, dtype=np.int32).reshape(2, 24) % 32
+    rows = np.arange(2 * 24, dtype=np.int32).reshape(2, 24) % VOCAB
     probe = probe_model(model, rows)
     w = np.eye(WIDTH, dtype=np.float32)
     return Plan(
@@ -94,12 +160,16 @@ def graph_text(model: ir.Model) -> str:
             return "-"
         if value in names:
             return names[value]
-        if value.is_initializer():
-            tensor = value.const_value
+        maker = value.producer()
+        constant = maker is not None and maker.op_type == "Constant" and "value" in maker.attributes
+        if value.is_initializer() or constant:
+            tensor = maker.attributes["value"].as_tensor() if maker and constant else value.const_value
             assert tensor is not None
-            if tensor.size <= 8 and tensor.dtype != ir.DataType.FLOAT:
+            if tensor.size <= 8 and (constant or tensor.dtype != ir.DataType.FLOAT):
                 return str(tensor.numpy().tolist())
-            return f"{value.name}{list(value.shape or [])}"
+            # Exporters number what they fold; the number says nothing.
+            known = "folded" if re.fullmatch(r"(onnx::\w+|val)_\d+", str(value.name)) else value.name
+            return f"{known}{list(tensor.shape)}"
         names[value] = (
             str(value.name) if value.is_graph_input() or value.is_graph_output() else f"%{len(names)}"
         )
@@ -113,6 +183,8 @@ def graph_text(model: ir.Model) -> str:
     lines += [f"output {typed(v)}" for v in graph.outputs]
     lines.append("")
     for node in graph:
+        if node.op_type == "Constant":
+            continue
         attributes = ", ".join(f"{k}={a.value}" for k, a in sorted(node.attributes.items()))
         inputs = ", ".join(name(v) for v in node.inputs)
         outputs = ", ".join(name(v) for v in node.outputs)
@@ -122,5 +194,8 @@ def graph_text(model: ir.Model) -> str:
 
 if __name__ == "__main__":
     root = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent.parent / "graphs"
-    for path in write_graphs(root):
-        print(path)
+    for pair in PAIRS:
+        try:
+            print(*write_graphs(root, [pair]), sep="\n")
+        except MissingDependencyError as error:
+            print(f"{'-'.join(pair)} is left as it is: {error}", file=sys.stderr)

@@ -8,7 +8,8 @@ cd "$(dirname "$0")/.."
 
 environment .venv-test '.[cpu,genai,text,hub,rtx,dev]'
 NBL_EXPORT_SMOLLM2=$PWD/$(smollm2)
-export NBL_EXPORT_SMOLLM2
+NBL_EXPORT_OPTIMUM_PYTHON=$(optimum_python)
+export NBL_EXPORT_SMOLLM2 NBL_EXPORT_OPTIMUM_PYTHON
 .venv-test/bin/ruff format --check .
 .venv-test/bin/ruff check .
 .venv-test/bin/mypy

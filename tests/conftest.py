@@ -13,7 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Models this small are faster on one thread, and far faster beside another process.
 torch.set_num_threads(1)
 
-pytest_plugins = ["tests.fixtures_graph"]
+pytest_plugins = ["tests.fixtures_graph", "tests.exporters"]
 
 ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("NBL_EXPORT_SHARED", ROOT.parent / "shared")) / "data"

@@ -13,6 +13,7 @@ import typer.main
 from nbl_export import options
 from nbl_export.cli import DEFAULT_COMMAND, app
 from nbl_export.engine.library import CHOICES
+from nbl_export.export.choices import EXPORTERS
 from nbl_export.export.forms import FORMS
 from nbl_export.graph.precision import PRECISIONS
 from nbl_export.linearize.select import CRITERIA
@@ -118,7 +119,8 @@ def test_defaults_of_the_command_line_are_those_of_the_settings() -> None:
 
 def test_choices_of_the_command_line_are_those_of_the_code() -> None:
     for option, known in (
-        (options.PrecisionOpt, PRECISIONS),
+        (options.ExporterOpt, EXPORTERS),
+        (options.PrecisionOpt, dict.fromkeys(p for c in EXPORTERS.values() for p in c.precisions)),
         (options.CacheOpt, FORMS),
         (options.TrtOpt, CHOICES),
         (options.CriterionOpt, CRITERIA),
@@ -127,3 +129,4 @@ def test_choices_of_the_command_line_are_those_of_the_code() -> None:
         literal = kind if get_origin(kind) is Literal else get_args(kind)[0]
         assert get_args(literal) == tuple(known)
     assert options.TRT_CHOICES == CHOICES
+    assert EXPORTERS["torch"].precisions == tuple(PRECISIONS)

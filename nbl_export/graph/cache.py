@@ -1,4 +1,11 @@
-"""The KV cache of a decoder graph: its inputs and outputs, and taking some of them away."""
+"""The KV cache of a decoder graph: its inputs and outputs, and taking some of them away.
+
+    past ─► Concat │ TensorScatter │ fused attention ─► present
+
+Names say which input and output belong together where they follow the usual pattern; where they do
+not, the graph says it: a pair is an input that one of these operators turns into an output. Which of two
+is the key is seen from what it meets: keys are multiplied before the softmax, values after it.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from nbl_export.errors import BuildError, InputError
+from nbl_export.graph.operators import PRODUCTS, VIEWS, fused_op, readers, weight_shape
 
 _PAST = re.compile(r"^past_key_values\.(\d+)\.(key|value)$")
 _PRESENT = re.compile(r"^present\.(\d+)\.(key|value)$")
@@ -23,8 +31,11 @@ BATCH, SEQUENCE, PAST, TOTAL, MAX = (
     "total_sequence_length",
     "max_sequence_length",
 )
+TOKENS, EMBEDDINGS, MASK = "input_ids", "inputs_embeds", "attention_mask"
 WRITE_INDICES = "write_indices"  # the input that only a static cache has
 KV_LAYERS_KEY = "nbl_export.kv_layers"  # metadata: the model's layer of each KV pair
+# Attention weights pass through at most so many nodes between softmax and product with V.
+_SOFTMAX_STEPS = 8
 
 
 def is_static(model: ir.Model) -> bool:
@@ -54,11 +65,45 @@ class KVPair:
     past: tuple[ir.Value, ir.Value]
     present: tuple[ir.Value, ir.Value]
 
+    def geometry(self) -> tuple[int, int]:
+        """Heads and head size of a [batch, heads, length, size] cache, from its shape or its attention."""
+        shape = self.past[0].shape
+        heads, size = (shape[1], shape[3]) if shape is not None and len(shape) == 4 else (None, None)
+        if isinstance(heads, int) and isinstance(size, int):
+            return heads, size
+        for usage in self.past[0].uses():
+            count = usage.node.attributes.get("kv_num_heads")
+            if fused_op(usage.node) and count is not None:
+                return count.as_int(), _head_size(usage.node)
+        raise InputError(
+            f"The graph does not say how many heads of which size {self.past[0].name} has: give that "
+            "input a shape with both."
+        )
+
+
+def _head_size(attention: ir.Node) -> int:
+    """The head size of a GroupQueryAttention: the width of its projections over the number of heads."""
+    queries, keys = (attention.attributes[name].as_int() for name in ("num_heads", "kv_num_heads"))
+    packed = len(attention.inputs) < 2 or attention.inputs[1] is None
+    heads = queries + 2 * keys if packed else queries
+    value = attention.inputs[0]
+    while value is not None:
+        last = value.shape[-1] if value.shape is not None and len(value.shape) else None
+        node = value.producer()
+        if isinstance(last, int):
+            return last // heads
+        if node is not None and (known := weight_shape(node)):
+            return known[1] // heads
+        value = node.inputs[0] if node is not None and node.inputs else None
+    raise InputError(f"The graph does not say how large a head of {attention.name} is: run shape inference.")
+
 
 def kv_pairs(model: ir.Model) -> tuple[KVPair, ...]:
-    """The KV pairs of a graph by index; raises :class:`InputError` for an incomplete one."""
+    """The KV pairs of a graph in the order of its layers; raises :class:`InputError` for an incomplete one."""
     past = _by_index(model.graph.inputs, _PAST)
     present = _by_index(model.graph.outputs, _PRESENT)
+    if not past or not present:
+        return _pairs_by_structure(model)
     pairs = []
     for index in sorted(past.keys() | present.keys()):
         sides = past.get(index, {}), present.get(index, {})
@@ -71,18 +116,6 @@ def kv_pairs(model: ir.Model) -> tuple[KVPair, ...]:
     return tuple(pairs)
 
 
-def kv_bytes_per_token(model: ir.Model) -> int:
-    """Bytes that one more token of context adds to the cache, batch 1."""
-    total = 0
-    for pair in kv_pairs(model):
-        for value in pair.past:
-            assert value.shape is not None and value.dtype is not None
-            heads, dim = value.shape[1], value.shape[3]
-            assert isinstance(heads, int) and isinstance(dim, int)
-            total += int(heads * dim * value.dtype.itemsize)
-    return total
-
-
 def _by_index(values: Sequence[ir.Value], pattern: re.Pattern[str]) -> dict[int, dict[str, ir.Value]]:
     found: dict[int, dict[str, ir.Value]] = {}
     for value in values:
@@ -91,76 +124,195 @@ def _by_index(values: Sequence[ir.Value], pattern: re.Pattern[str]) -> dict[int,
     return found
 
 
-def remove_pairs(model: ir.Model, removed: Sequence[int]) -> None:
+def _pairs_by_structure(model: ir.Model) -> tuple[KVPair, ...]:
+    order = {node: i for i, node in enumerate(model.graph)}
+    sides: tuple[list[tuple[int, ir.Value, ir.Value]], ...] = ([], [])
+    for past in model.graph.inputs:
+        grown = _grown(past)
+        if grown is None:
+            continue
+        node, present, side = grown
+        if side is None:
+            side, node = _side(present)
+        sides[side].append((order[node], past, present))
+    keys, values = (sorted(side, key=lambda entry: entry[0]) for side in sides)
+    if len(keys) != len(values):
+        raise InputError(
+            f"The graph's KV cache has {len(keys)} keys and {len(values)} values: it is incomplete."
+        )
+    return tuple(
+        KVPair(index, (k[1], v[1]), (k[2], v[2]))
+        for index, (k, v) in enumerate(zip(keys, values, strict=True))
+    )
+
+
+def _grown(past: ir.Value) -> tuple[ir.Node, ir.Value, int | None] | None:
+    """The node that grows the cache ``past``, the output it becomes, and its side where the node says it."""
+    stack = [past]
+    while stack:
+        value = stack.pop()
+        for node in readers(value):
+            op = fused_op(node)
+            if op and op.past:
+                for side, (old, new) in enumerate(zip(op.past, op.present, strict=True)):
+                    if len(node.inputs) > old and node.inputs[old] is value and len(node.outputs) > new:
+                        present = _as_output(node.outputs[new])
+                        return (node, present, side) if present is not None else None
+            elif node.op_type in ("Concat", "TensorScatter") and node.inputs[0] is value:
+                present = _as_output(node.outputs[0])
+                if present is not None:
+                    return node, present, None
+            elif _hands_on(node):
+                stack.append(node.outputs[0])
+    return None
+
+
+def _as_output(value: ir.Value) -> ir.Value | None:
+    """``value`` or what views make of it, if that is an output of the graph."""
+    stack = [value]
+    while stack:
+        current = stack.pop()
+        if current.is_graph_output():
+            return current
+        stack.extend(node.outputs[0] for node in readers(current) if _hands_on(node))
+    return None
+
+
+def _hands_on(node: ir.Node) -> bool:
+    return node.op_type in VIEWS or node.op_type == "Transpose"
+
+
+def _side(present: ir.Value) -> tuple[int, ir.Node]:
+    """Whether a grown cache is a key (0) or a value (1), and the node that multiplies by it."""
+    source = present
+    while (node := source.producer()) is not None and (node.op_type in VIEWS or node.op_type == "Transpose"):
+        source = node.inputs[0]  # type: ignore[assignment]
+    stack: list[ir.Value] = [source]
+    seen: set[ir.Node] = set()
+    while stack:
+        value = stack.pop()
+        for node in readers(value):
+            if node in seen:
+                continue
+            seen.add(node)
+            op = fused_op(node)
+            if op:
+                return (1 if value is node.inputs[op.new[1]] else 0), node
+            if node.op_type in PRODUCTS:
+                return (1 if any(after_softmax(v) for v in node.inputs) else 0), node
+            stack.extend(node.outputs)
+    raise InputError(f"The cache {present.name} is multiplied by nothing: it is no KV cache.")
+
+
+def after_softmax(value: ir.Value | None) -> bool:
+    """Whether ``value`` is attention weights: a softmax lies behind it, and no product in between."""
+    level = {value}
+    for _ in range(_SOFTMAX_STEPS + 1):
+        nodes = {node for v in level if v is not None and (node := v.producer()) is not None}
+        if any(node.op_type == "Softmax" for node in nodes):
+            return True
+        level = {v for node in nodes if node.op_type not in PRODUCTS for v in node.inputs}
+    return False
+
+
+def kv_bytes_per_token(model: ir.Model) -> int:
+    """Bytes that one more token of context adds to the cache, batch 1."""
+    total = 0
+    for pair in kv_pairs(model):
+        heads, size = pair.geometry()
+        for value in pair.past:
+            assert value.dtype is not None
+            total += int(heads * size * value.dtype.itemsize)
+    return total
+
+
+def remove_pairs(model: ir.Model, removed: Sequence[int], pairs: Sequence[KVPair]) -> None:
     """Remove KV pairs whose attention is gone already, and renumber the rest contiguously.
 
+    ``pairs`` are all of the graph, found while their attention was still there.
+
     1. ``present`` outputs of removed layers go.
-    2. A removed ``past`` input may still be asked for its shape (exporters read the past length off
-       the first layer): that question is put to a layer that stays, or, if none does, answered from
+    2. A removed cache may still be asked for its shape (exporters read the past length off the first
+       layer): that question is put to a layer that stays, or, if none does, answered from
        ``attention_mask`` and ``input_ids``.
     3. Dead nodes go; a removed input with a reader left is an error.
-    4. The remaining pairs are numbered 0, 1, 2 … in their old order.
+    4. Where the names number the pairs, those left are numbered 0, 1, 2 … in their old order.
     """
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     graph = model.graph
-    pairs = kv_pairs(model)
     gone = [p for p in pairs if p.index in set(removed)]
     kept = [p for p in pairs if p.index not in set(removed)]
+    templates = _templates(pairs)
     for pair in gone:
         for value in pair.present:
             graph.outputs.remove(value)
     RemoveUnusedNodesPass()(model)
     for pair in gone:
-        for side, value in enumerate(pair.past):
-            for usage in list(value.uses()):
-                _reroute_shape(model, usage.node, kept[0].past[side] if kept else None)
+        for side in range(len(SIDES)):
+            for value, twins in ((pair.past[side], "past"), (pair.present[side], "present")):
+                twin = getattr(kept[0], twins)[side] if kept else None
+                for usage in list(value.uses()):
+                    if usage.node.op_type == "Shape":
+                        _reroute_shape(model, usage.node, pair, twin, grown=twins == "present")
     RemoveUnusedNodesPass()(model)
     for pair in gone:
         for value in pair.past:
-            if readers := [f"{u.node.op_type} ({u.node.name})" for u in value.uses()]:
-                raise BuildError(f"{value.name} cannot be removed: a {readers[0]} still reads it.")
+            if left := [f"{u.node.op_type} ({u.node.name})" for u in value.uses()]:
+                raise BuildError(f"{value.name} cannot be removed: a {left[0]} still reads it.")
             graph.inputs.remove(value)
     for new, pair in enumerate(kept):
-        for side, name in enumerate(SIDES):
-            pair.past[side].name = past_name(new, name)
-            pair.present[side].name = present_name(new, name)
+        for template, value in zip(templates, (*pair.past, *pair.present), strict=False):
+            value.name = template.format(new)
 
 
-def _reroute_shape(model: ir.Model, node: ir.Node, twin: ir.Value | None) -> None:
-    if node.op_type != "Shape":
-        return  # counted as an error by the caller
+def _templates(pairs: Sequence[KVPair]) -> list[str]:
+    """The names of past key, past value, present key and present value with {} for a pair's number.
+
+    Empty where the names do not number the pairs 0, 1, 2 … and so cannot be renumbered.
+    """
+    templates = []
+    for names in zip(*([str(v.name) for v in (*p.past, *p.present)] for p in pairs), strict=True):
+        for match in re.finditer(r"\d+", names[0]):
+            template = (names[0][: match.start()] + "\0" + names[0][match.end() :]).replace("{", "{{")
+            template = template.replace("}", "}}").replace("\0", "{}")
+            if all(template.format(pair.index) == name for pair, name in zip(pairs, names, strict=True)):
+                templates.append(template)
+                break
+    return templates if len(templates) == 2 * len(SIDES) else []
+
+
+def _reroute_shape(model: ir.Model, node: ir.Node, pair: KVPair, twin: ir.Value | None, grown: bool) -> None:
+    """Let a ``Shape`` of a removed cache ask ``twin`` instead, or answer it: [batch, heads, length, size]."""
     if twin is not None:
         node.replace_input_with(0, twin)
         return
-    past = node.inputs[0]
-    assert past is not None and past.shape is not None
     inputs = {v.name: v for v in model.graph.inputs}
-    rank = len(past.shape)
-    # [batch, heads, past length, head dim] from the inputs that every decoder has.
-    pieces: list[ir.Value] = []
+    if not {TOKENS, MASK} <= inputs.keys():
+        raise BuildError(
+            f"{node.name} asks for the length of a removed cache, and the graph has no {TOKENS} and {MASK} "
+            "to answer from."
+        )
 
     def emit(op: str, args: list[ir.Value], **attributes: int) -> ir.Value:
         new = ir.node(op, args, attributes)
         node.prepend(new)
         return new.outputs[0]
 
-    for axis, dim in enumerate(past.shape):
-        if isinstance(dim, int):
-            constant = ir.Value(name=f"{past.name}.dim{axis}", const_value=ir.tensor(np.array([dim])))
-            if constant.name not in model.graph.initializers:
-                model.graph.register_initializer(constant)
-            pieces.append(model.graph.initializers[f"{past.name}.dim{axis}"])
-        elif axis == 0:
-            pieces.append(emit("Shape", [inputs["input_ids"]], start=0, end=1))
-        else:
-            total = emit("Shape", [inputs["attention_mask"]], start=1, end=2)
-            new = emit("Shape", [inputs["input_ids"]], start=1, end=2)
-            pieces.append(emit("Sub", [total, new]))
+    def constant(number: int) -> ir.Value:
+        name = f"cache.dim.{number}"
+        if name not in model.graph.initializers:
+            value = ir.Value(name=name, const_value=ir.tensor(np.array([number]), name=name))
+            model.graph.register_initializer(value)
+        return model.graph.initializers[name]
+
+    heads, size = pair.geometry()
+    length = emit("Shape", [inputs[MASK]], start=1, end=2)
+    if not grown:
+        length = emit("Sub", [length, emit("Shape", [inputs[TOKENS]], start=1, end=2)])
+    batch = emit("Shape", [inputs[TOKENS]], start=0, end=1)
+    pieces = [batch, constant(heads), length, constant(size)]
     start = node.attributes["start"].as_int() if "start" in node.attributes else 0
-    stop = node.attributes["end"].as_int() if "end" in node.attributes else rank
-    chosen = pieces[slice(start, stop)]
-    result = chosen[0] if len(chosen) == 1 else emit("Concat", chosen, axis=0)
-    if len(chosen) == 1 and result.producer() is None:
-        result = emit("Identity", [result])
+    stop = node.attributes["end"].as_int() if "end" in node.attributes else len(pieces)
+    result = emit("Concat", pieces[slice(start, stop)], axis=0)
     ir.convenience.replace_all_uses_with(node.outputs[0], result)

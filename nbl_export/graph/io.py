@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -15,11 +16,15 @@ from typing import Any
 import onnx_ir as ir
 
 from nbl_export.errors import BuildError, InputError
+from nbl_export.graph.operators import captured
+from nbl_export.graph.store import append_graph as append
+from nbl_export.graph.store import write_graph
+from nbl_export.graph.tensors import all_tensors, external_files, set_folder, source_file
 from nbl_export.workspace import TEMPORARY
 
 DATA_SUFFIX = ".data"
-# Tensors smaller than this stay inside the .onnx file, so that shape inference sees shape constants.
-_INLINE_BYTES = 1024
+# What it warns of is refused here with a sentence.
+logging.getLogger("onnx_ir").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)
@@ -43,80 +48,123 @@ class GraphSummary:
 def load_graph(path: Path) -> ir.Model:
     """Open an ONNX file; weights stay on disk, memory-mapped.
 
-    Raises :class:`InputError` if the file is no ONNX, or if its external data is missing, too short,
-    or lies outside the file's own folder (a path that leaves the folder is never opened).
+    Raises :class:`InputError` if the file is no ONNX, if its nodes do not make a graph (a name given twice, a
+    cycle, a tensor from nowhere), or if its external data is missing, too short, or lies outside the
+    file's own folder (a path that leaves the folder is never opened).
     """
     if not path.is_file():
         raise InputError(f"The ONNX file {path} does not exist.")
     try:
         model = ir.load(path)
     except Exception as error:  # protobuf, UnicodeDecode, ValueError: whatever a broken file provokes
-        raise InputError(
-            f"{path} is no readable ONNX file ({type(error).__name__}): export it again."
-        ) from None
+        raise InputError(f"{path} is no readable ONNX file ({_cause(error)}): export it again.") from None
     if model.graph.num_nodes() == 0:
         raise InputError(f"{path} is no usable ONNX file: its graph is empty; export it again.")
-    folder = path.parent.resolve()
-    for value in model.graph.initializers.values():
-        if isinstance(value.const_value, ir.ExternalTensor):
-            _check_external(path, folder, value.const_value)
+    _check_graph(path, model)
+    set_folder(model, path.parent)
+    try:
+        for where, tensor in all_tensors(model):
+            if isinstance(tensor, ir.ExternalTensor):
+                source_file(where, tensor)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     return model
 
 
-def _check_external(path: Path, folder: Path, tensor: ir.ExternalTensor) -> None:
-    location = Path(tensor.location)
-    target = (folder / location).resolve()
-    if location.is_absolute() or not target.is_relative_to(folder):
-        raise InputError(
-            f"{path}: the external data of {tensor.name} lies outside its folder ({location}); refused."
-        )
-    if not target.is_file():
-        raise InputError(f"{path}: its external data {location} is missing; put the file beside it.")
-    offset, length = tensor.offset or 0, tensor.nbytes if tensor.length is None else tensor.length
-    if length != tensor.nbytes:
-        raise InputError(f"{path}: {tensor.name} has {tensor.nbytes:,} bytes, its external data {length:,}.")
-    end = offset + length
-    if offset < 0 or end > target.stat().st_size:
-        raise InputError(
-            f"{target} is truncated: {tensor.name} ends at byte {end:,}, the file has "
-            f"{target.stat().st_size:,}; export it again."
-        )
+def _cause(error: BaseException) -> str:
+    """The innermost reason, in one line: parsers wrap it in what they were doing."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    first = (str(error).strip().splitlines() or [""])[0]
+    name = type(error).__name__
+    return f"{name}: {first[:200]}" if first and first.isprintable() else name
 
 
-def check_file(path: Path) -> None:
-    """Run the ONNX checker and strict shape inference on a written file; raises :class:`BuildError`."""
+def _check_graph(path: Path, model: ir.Model) -> None:
+    graph = model.graph
+    try:
+        graph.sort()
+    except ValueError:
+        raise InputError(f"{path} is no usable ONNX file: its nodes form a cycle; export it again.") from None
+    known = {*graph.inputs, *graph.initializers.values(), *(v for node in graph for v in node.outputs)}
+    for node in graph:
+        for value in (*node.inputs, *captured(node)):
+            if value is not None and value not in known:
+                raise InputError(
+                    f"{path} is no usable ONNX file: {node.op_type} ({node.name}) reads {value.name}, which "
+                    "nothing writes; export it again."
+                )
+
+
+def passes_checker(path: Path) -> bool:
+    """Whether ONNX's own checks accept a file; they refuse operators that onnxruntime adds to ONNX's domain."""
+    try:
+        check_file(path)
+    except BuildError:
+        return False
+    return True
+
+
+def check_file(path: Path, strict: bool = True) -> None:
+    """Check a written file; raises :class:`BuildError`.
+
+    Strictly by the ONNX checker and strict shape inference; otherwise by whether onnxruntime loads it, which
+    knows its own operators.
+    """
     import onnx
 
     try:
-        onnx.checker.check_model(str(path))
-        # Shapes need no weights: leave the external data where it is.
-        proto = onnx.load(str(path), load_external_data=False)
-        onnx.shape_inference.infer_shapes(proto, strict_mode=True)
+        if strict:
+            onnx.checker.check_model(str(path))
+            # Shapes need no weights: leave the external data where it is.
+            proto = onnx.load(str(path), load_external_data=False)
+            onnx.shape_inference.infer_shapes(proto, strict_mode=True)
+            return
+        from nbl_export.runtime.ort import loads
+
+        loads(path)
     except Exception as error:
-        raise BuildError(f"{path} does not pass the ONNX checker: {str(error).splitlines()[0]}") from error
+        who = "pass the ONNX checker" if strict else "load in onnxruntime"
+        raise BuildError(f"{path} does not {who}: {str(error).splitlines()[0]}") from error
 
 
 def save_graph(model: ir.Model, path: Path, check: Callable[[Path], object] = check_file) -> list[Path]:
-    """Write ``model`` to ``path`` with one external data file beside it; returns both paths.
+    """Write ``model`` to ``path``, with one external data file beside it; returns the files.
 
-    Both are written to a temporary folder first and moved into place when ``check`` has accepted them
-    there (it raises if not), so a refusal, a full disk or an interrupt leaves what was there.
+    The data file has the name of the model's own, if it has just one. Both are written to a temporary folder
+    first and moved into place when ``check`` has accepted them there (it raises if not), so a refusal, a full
+    disk or an interrupt leaves what was there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = path.with_name(path.name + DATA_SUFFIX)
+    data = path.with_name(_data_name(model, path))
     temporary = Path(tempfile.mkdtemp(prefix=".onnx.", suffix=TEMPORARY, dir=path.parent))
     try:
-        ir.save(model, temporary / path.name, external_data=data.name, size_threshold_bytes=_INLINE_BYTES)
+        written = write_graph(model, temporary / path.name, data.name)
         check(temporary / path.name)
-        written = temporary / data.name
-        if written.exists() and written.stat().st_size:
-            written.replace(data)
+        if len(written) > 1:
+            written[1].replace(data)
         else:
             data.unlink(missing_ok=True)
-        (temporary / path.name).replace(path)
+        written[0].replace(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return [p for p in (path, data) if p.exists()]
+
+
+def _data_name(model: ir.Model, path: Path) -> str:
+    files = external_files(model)
+    return files[0].name if len(files) == 1 and files[0].name != path.name else path.name + DATA_SUFFIX
+
+
+def append_graph(model: ir.Model, path: Path, check: Callable[[Path], object] = check_file) -> list[Path]:
+    """Write ``model``, which was read from ``path``, over it; weights stay in place, new ones are appended.
+
+    Returns the files. ``check`` is as in :func:`save_graph`; until it has accepted the new graph the old one
+    stands.
+    """
+    data = path.with_name((external_files(model) or [path.with_name(path.name + DATA_SUFFIX)])[-1].name)
+    append(model, path, data, check=check)
+    return [path, *external_files(load_graph(path))]
 
 
 @contextmanager
@@ -133,34 +181,13 @@ def scratch_copy(path: Path, change: Callable[[ir.Model], object]) -> Iterator[P
         Path(temporary).unlink(missing_ok=True)
 
 
-@contextmanager
-def with_outputs(path: Path, names: list[str]) -> Iterator[Path]:
-    """A temporary copy of the graph at ``path`` with extra outputs ``names``."""
-
-    def add(model: ir.Model) -> None:
-        graph = model.graph
-        values = {v.name: v for node in graph for v in node.outputs if v.name}
-        if missing := [n for n in names if n not in values]:
-            raise InputError(f"{path} has no tensor {missing[0]!r}: it was changed after it was written.")
-        present = {v.name for v in graph.outputs}
-        for name in dict.fromkeys(names):
-            if name not in present:
-                value = values[name]
-                if value.type is None:
-                    value.type = ir.TensorType(ir.DataType.FLOAT)
-                graph.outputs.append(value)
-
-    with scratch_copy(path, add) as copy:
-        yield copy
-
-
 def summarize(model: ir.Model, path: Path) -> GraphSummary:
     """Counts of ``model`` as stored at ``path``."""
     from nbl_export.graph.cache import kv_bytes_per_token, kv_pairs
 
     graph = model.graph
     ops = Counter(node.op_type for node in graph)
-    files = [path, path.with_name(path.name + DATA_SUFFIX)]
+    files = [path, *external_files(model)]
     return GraphSummary(
         nodes=sum(ops.values()),
         ops=dict(ops.most_common()),

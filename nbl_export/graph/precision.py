@@ -27,6 +27,8 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from nbl_export.errors import BuildError, InputError
+from nbl_export.graph.operators import linear_op
+from nbl_export.graph.quantize import weight_bits
 
 F32 = ir.DataType.FLOAT
 
@@ -43,6 +45,7 @@ class Precision:
     dtype: ir.DataType
     numpy: Any
     largest: float
+    quantized: bool = False
 
 
 PRECISIONS = {
@@ -52,6 +55,11 @@ PRECISIONS = {
         Precision("fp16", "float16", ir.DataType.FLOAT16, np.float16, 65504 / 4),
         Precision("bf16", "bfloat16", ir.DataType.BFLOAT16, ml_dtypes.bfloat16, float("inf")),
     )
+}
+
+# Of graphs whose weights were quantized by whoever exported them; what they compute with is float32 or half.
+QUANTIZED = {
+    name: Precision(name, name, F32, np.float32, float("inf"), quantized=True) for name in ("int4", "int8")
 }
 
 # Operators that lose too much in half: norms taken apart, softmax, and angles of large positions.
@@ -80,7 +88,11 @@ def precision_of(name: str) -> Precision:
 
 
 def graph_precision(model: ir.Model) -> Precision:
-    """The precision of a decoder graph: the one that most of its weights' bytes are in."""
+    """The precision of a decoder graph: what most of its linear maps, or of its weights' bytes, are in."""
+    stored = [weight_bits(node) for node in model.graph if linear_op(node)]
+    quantized = [bits for bits in stored if bits]
+    if 2 * len(quantized) > len(stored):
+        return QUANTIZED["int4" if max(set(quantized), key=quantized.count) <= 4 else "int8"]
     weights = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
     sizes = {p.name: sum(w.nbytes for w in weights if w.dtype == p.dtype) for p in PRECISIONS.values()}
     return PRECISIONS[max(sizes, key=lambda name: sizes[name])]

@@ -27,7 +27,6 @@ def measure_ranges(path: Path, rows: Sequence[NDArray[Any]]) -> Mapping[str, flo
     def reduce_all(model: ir.Model) -> None:
         passes.ShapeInferencePass()(model)
         graph = model.graph
-        graph.outputs.clear()
         infinity = ir.Value(name="infinity", const_value=ir.tensor(np.float32(np.inf)))
         graph.register_initializer(infinity)
         for value in [v for n in graph for v in n.outputs if v.dtype == ir.DataType.FLOAT and v.name]:
@@ -40,7 +39,9 @@ def measure_ranges(path: Path, rows: Sequence[NDArray[Any]]) -> Mapping[str, flo
             largest.outputs[0].type, largest.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([])
             graph.extend([bad, size, clean, largest])
             graph.outputs.append(largest.outputs[0])
+            names.append(str(largest.outputs[0].name))
 
+    names: list[str] = []
     with scratch_copy(path, reduce_all) as reduced:
-        found = run_outputs(reduced, rows)
+        found = run_outputs(reduced, rows, names)
     return {name.removesuffix(_SUFFIX): float(value) for name, value in found.items()}

@@ -4,49 +4,90 @@
                                             ▲│                                       ▲
                               past key/value┘└► present key/value             h ─────┘
 
-1. The core is the first node that the layer's past key and past value both reach and that every path
-   from them to the logits runs through: a fused `Attention`, or the product with V.
-2. y is what the first linear map (a MatMul or Gemm with constant weights) after the core writes, its
-   bias included.
-3. x is the one activation that all linear maps feeding the core read. Positions and masks also reach
-   the core, but carry no activations.
-4. h is the other operand of the addition y goes into.
+1. The core is where tokens meet. With a KV cache it is the first node that the layer's past key and past
+   value both reach and that every path from them to the logits runs through. Without one it is a fused
+   attention, or a product whose one factor comes out of a softmax.
+2. y is what the first linear map (:data:`~.operators.LINEAR`) after the core writes. Its bias may be
+   added by that node, by the next, or inside a fused residual norm; views may lie between. Each of these
+   tensors is a candidate.
+3. x is the one activation that all linear maps feeding the core read, or a view of it. Positions and
+   masks also reach the core, but carry no activations.
+4. h, the stream before the norm, is a summand of an addition that y goes into, or what x is a norm of.
 
 Whatever does not fit is a :class:`Refusal` that says which check failed and on what. Finding is not
-proof: see :mod:`nbl_export.graph.prove`.
+proof: which candidate it is, if any, is decided by numbers (:mod:`nbl_export.graph.prove`).
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from nbl_export.graph.cache import KVPair, kv_pairs
+from nbl_export.errors import InputError
+from nbl_export.graph.cache import EMBEDDINGS, KV_LAYERS_KEY, TOKENS, after_softmax, kv_pairs
+from nbl_export.graph.operators import (
+    PRODUCTS,
+    SKIP_NORMS,
+    VIEWS,
+    fused_op,
+    is_constant,
+    key,
+    linear_op,
+    readers,
+)
 
-_LINEAR = {"MatMul", "Gemm"}
-# These read a tensor's shape, not its numbers: no activation flows through them.
-_SHAPE_ONLY = {"Shape", "Size"}
 _MAX_STEPS = 12
+_MAX_ADDS = 3
+
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor that may be y. ``later`` is a bias that is still to be added to it, by a fused residual norm."""
+
+    value: ir.Value
+    later: ir.Value | None = None
 
 
 @dataclass(frozen=True)
 class AttentionRegion:
-    """One layer's attention in a graph; ``h`` is None where y is not added to a residual stream."""
+    """One layer's attention in a graph: the candidates for x, h and y, likeliest first.
+
+    ``core`` is where tokens meet, ``projection`` the linear map that writes y; ``ops`` counts the nodes from
+    x to y.
+    """
 
     layer: int
-    x: ir.Value
-    y: ir.Value
-    h: ir.Value | None
+    inputs: tuple[ir.Value, ...]
+    streams: tuple[ir.Value, ...]
+    outputs: tuple[Output, ...]
+    projection: ir.Node
     core: str
     ops: int
+
+    @property
+    def style(self) -> str:
+        """How the exporter wrote it: a fused operator's name, or that it is in its parts."""
+        return "decomposed" if self.core in PRODUCTS else self.core
+
+    @property
+    def x(self) -> ir.Value:
+        return self.inputs[0]
+
+    @property
+    def y(self) -> ir.Value:
+        return self.outputs[0].value
+
+    @property
+    def h(self) -> ir.Value | None:
+        """The likeliest stream; None where there is none."""
+        return self.streams[0] if self.streams else None
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why no rewritable attention was found for a layer's KV cache."""
+    """Why no rewritable attention was found for a layer."""
 
     layer: int
     check: str
@@ -62,26 +103,46 @@ class _NotFound(Exception):
 
 
 def find_regions(model: ir.Model) -> list[AttentionRegion | Refusal]:
-    """One entry for each KV pair of the graph, in order."""
+    """One entry for each attention layer of the graph, in order.
+
+    Raises :class:`InputError` for a graph whose layers lie in the branches of an If or the body of a loop.
+    """
     activations = _activations(model)
+    pairs = kv_pairs(model)
+    # The pairs are cores that still have to be looked for; without any, cores are seen directly.
+    cores: list[tuple[int, ir.Node | tuple[ir.Value, ir.Value]]]
+    visible = visible_cores(model)
+    cores = [(p.index, p.past) for p in pairs] or list(enumerate(visible))
+    if not visible and KV_LAYERS_KEY not in model.metadata_props:  # or all are linear already
+        _refuse_control_flow(model)
+    cache = {v for pair in pairs for v in pair.present}
+    logits = next((v.producer() for v in model.graph.outputs if v not in cache), None)
     found: list[AttentionRegion | Refusal] = []
-    for pair in kv_pairs(model):
+    for layer, core in cores:
         try:
-            found.append(_region(model, pair, activations))
+            node = core if isinstance(core, ir.Node) else _core(model, core, logits)
+            found.append(_region(layer, node, activations))
         except _NotFound as reason:
-            found.append(Refusal(pair.index, reason.check, reason.found))
+            found.append(Refusal(layer, reason.check, reason.found))
     return found
 
 
-def _region(model: ir.Model, pair: KVPair, activations: set[ir.Value]) -> AttentionRegion:
-    core = _core(model, pair)
-    y, last = _output(core)
-    x, ops = _input(last, activations)
-    return AttentionRegion(pair.index, x, y, _residual(y), core.op_type, ops)
+def _refuse_control_flow(model: ir.Model) -> None:
+    for node in model.graph:
+        for attribute in node.attributes.values():
+            if not attribute.is_ref() and attribute.type == ir.AttributeType.GRAPH:
+                raise InputError(
+                    f"The graph's layers lie inside a {node.op_type} ({node.name}), as in a merged decoder: "
+                    "rewrite the decoder without branches instead."
+                )
 
 
-def _readers(value: ir.Value) -> list[ir.Node]:
-    return [u.node for u in value.uses() if u.node.op_type not in _SHAPE_ONLY]
+def _region(layer: int, core: ir.Node, activations: set[ir.Value]) -> AttentionRegion:
+    last, outputs = _outputs(core)
+    inputs, ops = _inputs(core, last, activations)
+    return AttentionRegion(
+        layer, inputs, _streams(outputs, inputs, activations), outputs, last, core.op_type, ops
+    )
 
 
 def _reach(values: Iterable[ir.Value], without: ir.Node | None = None) -> set[ir.Node]:
@@ -89,7 +150,7 @@ def _reach(values: Iterable[ir.Value], without: ir.Node | None = None) -> set[ir
     seen: set[ir.Node] = set()
     stack = list(values)
     while stack:
-        for node in _readers(stack.pop()):
+        for node in readers(stack.pop()):
             if node not in seen and node is not without:
                 seen.add(node)
                 stack.extend(node.outputs)
@@ -98,89 +159,88 @@ def _reach(values: Iterable[ir.Value], without: ir.Node | None = None) -> set[ir
 
 def _activations(model: ir.Model) -> set[ir.Value]:
     """Values that carry activations: computed from the token ids (or embeddings) themselves."""
-    tokens = [v for v in model.graph.inputs if v.name in ("input_ids", "inputs_embeds")]
+    tokens = [v for v in model.graph.inputs if v.name in (TOKENS, EMBEDDINGS)]
     return {v for node in _reach(tokens) for v in node.outputs}
 
 
 # 1 -----------------------------------------------------------------------------------------------
 
 
-def _core(model: ir.Model, pair: KVPair) -> ir.Node:
-    logits = model.graph.outputs[0].producer()
-    key, value = (_reach([past]) for past in pair.past)
-    if logits is None or logits not in key or logits not in value:
+def _core(model: ir.Model, pasts: tuple[ir.Value, ir.Value], logits: ir.Node | None) -> ir.Node:
+    reached, value = (_reach([past]) for past in pasts)
+    if logits is None or logits not in reached or logits not in value:
         raise _NotFound("the past key and value reach the first output", "no path")
-    both = key & value
+    both = reached & value
     for node in model.graph:  # topological order
-        if node in both and logits not in _reach(pair.past, without=node):
+        if node in both and logits not in _reach(pasts, without=node):
             return node
     raise _NotFound("one node lies on every path from the cache to the logits", "none")
+
+
+def visible_cores(model: ir.Model) -> list[ir.Node]:
+    """Attention that needs no cache to be seen: fused, or a product one of whose factors is a softmax's."""
+    found = []
+    for node in model.graph:
+        product = node.op_type in PRODUCTS and not any(is_constant(v) for v in node.inputs)
+        if fused_op(node) or (product and any(after_softmax(v) for v in node.inputs)):
+            found.append(node)
+    return found
 
 
 # 2 -----------------------------------------------------------------------------------------------
 
 
-def _output(core: ir.Node) -> tuple[ir.Value, ir.Node]:
+def _outputs(core: ir.Node) -> tuple[ir.Node, tuple[Output, ...]]:
+    """The output projection, and the candidates for y, the last tensor of the chain first."""
     node = core
     for _ in range(_MAX_STEPS):
-        readers = _readers(node.outputs[0])
-        if len(readers) != 1:
+        following = readers(node.outputs[0])
+        if len(following) != 1:
             raise _NotFound(
-                "the attention's result has one reader up to the output projection", f"{len(readers)}"
+                "the attention's result has one reader up to the output projection", f"{len(following)}"
             )
-        node = readers[0]
-        if node.op_type in _LINEAR and _is_constant(node.inputs[1]):
-            return _with_bias(node.outputs[0]), node
-        if node.op_type == "Add" and not any(_is_constant(v) for v in node.inputs):
+        node = following[0]
+        if linear_op(node):
+            return node, _candidates(node.outputs[0])
+        if node.op_type == "Add" and not any(is_constant(v) for v in node.inputs):
             raise _NotFound(
                 "an output projection comes before the residual addition", "an Add of two activations"
             )
     raise _NotFound("an output projection follows the attention", f"{node.op_type} after {_MAX_STEPS} nodes")
 
 
-def _past_casts(value: ir.Value) -> ir.Value:
-    """What a half graph hands on: ``value`` itself, or as the Cast that alone reads it writes it."""
-    readers = _readers(value)
-    while len(readers) == 1 and readers[0].op_type == "Cast":
-        value = readers[0].outputs[0]
-        readers = _readers(value)
-    return value
+def _candidates(value: ir.Value) -> tuple[Output, ...]:
+    found = [Output(value)]
+    while len(following := readers(value)) == 1:
+        node = following[0]
+        bias = _later_bias(node)
+        if bias is not None:
+            found.append(Output(value, bias))
+        adds_constant = node.op_type == "Add" and is_constant(_other(node, value))
+        if not (adds_constant or node.op_type in VIEWS):
+            break
+        value = node.outputs[0]
+        if node.op_type != "Cast":  # a half graph's way to float32 is not the attention's output
+            found.append(Output(value))
+    return tuple(reversed(found))
 
 
-def _with_bias(value: ir.Value) -> ir.Value:
-    summand = _past_casts(value)
-    readers = _readers(summand)
-    if len(readers) == 1 and readers[0].op_type == "Add":
-        other = _other(readers[0], summand)
-        if _is_constant(other):
-            return readers[0].outputs[0]
-    return value
+def _later_bias(node: ir.Node) -> ir.Value | None:
+    index = SKIP_NORMS.get(key(node))
+    return node.inputs[index] if index is not None and len(node.inputs) > index else None
 
 
 def _other(node: ir.Node, value: ir.Value) -> ir.Value | None:
     return node.inputs[1] if node.inputs[0] is value else node.inputs[0]
 
 
-def _is_constant(value: ir.Value | None) -> bool:
-    """A weight: an initializer, or one that only constant nodes lie behind (Transpose, Cast …)."""
-    if value is None:
-        return False
-    if value.is_initializer():
-        return True
-    producer = value.producer()
-    if producer is None or producer.op_type in _SHAPE_ONLY:
-        return False
-    if producer.op_type == "Constant":
-        return True
-    inputs = [v for v in producer.inputs if v is not None]
-    return bool(inputs) and all(_is_constant(v) for v in inputs)
-
-
 # 3 -----------------------------------------------------------------------------------------------
 
 
-def _input(projection: ir.Node, activations: set[ir.Value]) -> tuple[ir.Value, int]:
-    sources: Counter[ir.Value] = Counter()
+def _inputs(
+    core: ir.Node, projection: ir.Node, activations: set[ir.Value]
+) -> tuple[tuple[ir.Value, ...], int]:
+    direct: set[ir.Value] = set()
     seen: set[ir.Node] = {projection}
     stack = [projection.inputs[0]]
     while stack:
@@ -189,23 +249,67 @@ def _input(projection: ir.Node, activations: set[ir.Value]) -> tuple[ir.Value, i
         if value is None or node is None or node in seen or value not in activations:
             continue
         seen.add(node)
-        if node.op_type in _LINEAR and _is_constant(node.inputs[1]):
+        op = fused_op(node) if node is core else None
+        if linear_op(node) or (op and op.weights is not None):
             assert node.inputs[0] is not None
-            sources[node.inputs[0]] += 1
+            direct.add(node.inputs[0])
         else:
             stack.extend(node.inputs)
-    if len(sources) != 1:
-        names = ", ".join(sorted(str(v.name) for v in sources)) or "none"
+    origins = {_origin(v) for v in direct}
+    if len(origins) != 1:
+        names = ", ".join(sorted(str(v.name) for v in direct)) or "none"
         raise _NotFound("all projections of the layer read one tensor", names)
-    return next(iter(sources)), len(seen)
+    candidates = dict.fromkeys([*origins, *(direct if len(direct) == 1 else ())])
+    # A half graph's float32 norm is read through a Cast: what the projections read is in their format.
+    only = next(iter(direct))
+    node = only.producer()
+    if len(direct) == 1 and node is not None and node.op_type == "Cast":
+        candidates = dict.fromkeys([only, *candidates])
+    return tuple(candidates), len(seen)
+
+
+def _origin(value: ir.Value) -> ir.Value:
+    """What ``value`` is a view of."""
+    node = value.producer()
+    while node is not None and node.op_type in VIEWS and node.inputs[0] is not None:
+        value = node.inputs[0]
+        node = value.producer()
+    return value
 
 
 # 4 -----------------------------------------------------------------------------------------------
 
 
-def _residual(y: ir.Value) -> ir.Value | None:
-    y = _past_casts(y)
-    readers = _readers(y)
-    if len(readers) == 1 and readers[0].op_type == "Add":
-        return _other(readers[0], y)
-    return None
+def _streams(
+    outputs: tuple[Output, ...], inputs: tuple[ir.Value, ...], activations: set[ir.Value]
+) -> tuple[ir.Value, ...]:
+    found: dict[ir.Value, None] = {}
+    value: ir.Value | None = outputs[0].value
+    for _ in range(_MAX_ADDS):
+        while value is not None and len(following := readers(value)) == 1 and following[0].op_type in VIEWS:
+            value = following[0].outputs[0]
+        following = readers(value) if value is not None else []
+        adds = [n for n in following if n.op_type == "Add" or key(n) in SKIP_NORMS]
+        if value is None or len(adds) != 1 or len(following) != 1:
+            break
+        other = _other(adds[0], value)
+        if other is not None and other in activations:
+            found[other] = None
+        value = adds[0].outputs[0] if adds[0].op_type == "Add" else None
+    for value in inputs:
+        found |= dict.fromkeys(_before_norm(value, activations))
+    return tuple(found)
+
+
+def _before_norm(x: ir.Value, activations: set[ir.Value]) -> list[ir.Value]:
+    """Activations that x may be a norm of: a few steps back, not past a linear map; x itself last."""
+    found: dict[ir.Value, None] = {}
+    level = [x]
+    for _ in range(_MAX_STEPS):
+        producers = [v.producer() for v in level]
+        nodes = [n for n in producers if n is not None and not linear_op(n)]
+        level = [v for n in nodes for v in n.inputs if v is not None and v in activations and v not in found]
+        found |= dict.fromkeys(level)
+        # A fused residual norm hands the sum on as its last output.
+        found |= dict.fromkeys(n.outputs[-1] for n in nodes if key(n) in SKIP_NORMS and len(n.outputs) > 1)
+    return [*found, x]

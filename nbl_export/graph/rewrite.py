@@ -9,15 +9,17 @@
 2. Prove (:mod:`.prove`) them numerically against PyTorch's activations.
 3. Replace y by MatMul(u, Wᵀ) + b; remove what is dead, the layers' KV pairs included; renumber.
 4. Count: exactly K regions and K KV pairs gone, no dead node or initializer left, the checker and
-   strict shape inference pass. Anything else is an error and nothing is written over.
+   strict shape inference pass, and the written layers compute W u + b. Anything else is an error and
+   nothing is written over.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -25,12 +27,23 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from nbl_export.errors import BuildError, InputError
-from nbl_export.graph.cache import KV_LAYERS_KEY, remove_pairs
-from nbl_export.graph.io import GraphSummary, check_file, load_graph, save_graph, summarize
+from nbl_export.graph.cache import KV_LAYERS_KEY, kv_pairs, remove_pairs
+from nbl_export.graph.io import (
+    GraphSummary,
+    append_graph,
+    check_file,
+    load_graph,
+    passes_checker,
+    save_graph,
+    summarize,
+)
 from nbl_export.graph.precision import graph_precision
-from nbl_export.graph.prove import PROOF_TOLERANCE, Proof, input_of, prove
-from nbl_export.graph.regions import AttentionRegion, find_regions
+from nbl_export.graph.prove import PROOF_TOLERANCE, Proof, confirm, constant_array, proofs_as_json, prove
+from nbl_export.graph.quantize import product, weight_bits
+from nbl_export.graph.regions import AttentionRegion, Output, find_regions
+from nbl_export.graph.types import infer_types
 from nbl_export.linearize.plan import LinearLayer, Plan
+from nbl_export.workspace import jsonable
 
 LAYERS_KEY = "nbl_export.layers"
 VERSION_KEY = "nbl_export.version"
@@ -46,38 +59,55 @@ class RewriteResult:
     files: list[Path]
 
 
-def rewrite_file(source: Path, plan: Plan, target: Path) -> RewriteResult:
+def rewrite_file(source: Path, plan: Plan, target: Path, in_place: bool = False) -> RewriteResult:
     """Rewrite the graph at ``source`` by ``plan`` and write it to ``target``.
 
+    ``in_place`` keeps the data files of ``source``, which ``target`` must be, and appends the new weights.
     Raises :class:`InputError` if ``source`` is unreadable, already rewritten or of another model, and
     :class:`BuildError` if a planned layer is not found, not proven, or the counts do not come out.
     """
     model = load_graph(source)
     if LAYERS_KEY in model.metadata_props:
         raise InputError(f"{source} is already rewritten: rewrite the original graph instead.")
+    checked = passes_checker(source)
     before = summarize(model, source)
     regions = _found(model, plan)
+    proofs = prove(source, model, regions, plan, [r.layer for r in regions])
     tolerance = PROOF_TOLERANCE[graph_precision(model).name]
-    proofs = prove(source, regions, plan, tolerance)
-    proven = [r for r in regions if proofs[r.layer].holds(tolerance)]
-    replace(model, {r.layer: r for r in proven}, plan)
-    _describe(model, proven, plan)
+    proven = [p for p in proofs.values() if p.holds(tolerance)]
+    replace(model, {r.layer: r for r in regions}, proofs, plan)
+    _describe(model, proven, plan, cached=before.kv_pairs > 0)
 
     def check(written: Path) -> None:
-        check_file(written)
+        check_file(written, strict=checked)
         result = load_graph(written)
         count(result, before, summarize(result, written), plan)
+        confirm(written, proofs, plan, {layer: linear_output_name(layer) for layer in plan.chosen})
 
-    files = save_graph(model, target, check)
+    files = append_graph(model, target, check) if in_place else save_graph(model, target, check)
     return RewriteResult(before, summarize(load_graph(target), target), proofs, files)
+
+
+def rewrite_summary(result: RewriteResult, plan: Plan) -> dict[str, Any]:
+    """What was done, for a JSON file."""
+    summary = {
+        "before": result.before.as_json(),
+        "after": result.after.as_json(),
+        "kv_layers": list(plan.kept),
+        "proofs": proofs_as_json(result.proofs),
+    }
+    return dict(jsonable(summary))
 
 
 def _found(model: ir.Model, plan: Plan) -> list[AttentionRegion]:
     found = find_regions(model)
+    if not found:
+        raise InputError(
+            "The graph has no attention that nbl-export knows: it is no decoder, or rewritten already."
+        )
     if len(found) != plan.layer_count:
         raise InputError(
-            f"The graph has {len(found)} attention layers with a KV cache, the plan is for {plan.layer_count}: "
-            "it is of another model."
+            f"The graph has {len(found)} attention layers, the plan is for {plan.layer_count}: it is of another model."
         )
     regions = []
     for entry in found:
@@ -88,15 +118,18 @@ def _found(model: ir.Model, plan: Plan) -> list[AttentionRegion]:
     return regions
 
 
-def replace(model: ir.Model, regions: dict[int, AttentionRegion], plan: Plan) -> None:
+def replace(
+    model: ir.Model, regions: Mapping[int, AttentionRegion], proofs: Mapping[int, Proof], plan: Plan
+) -> None:
     """Step 3, in place: planned layers become MatMul + Add, their KV pairs go."""
+    pairs = kv_pairs(model)
+    infer_types(model)
     for layer in plan.chosen:
-        region = regions[layer]
-        u = region.x if plan.fit_input == "normed" else region.h
-        assert u is not None  # proven regions have their input
-        _insert(model, layer, u, region.y, plan.layers[layer])
+        proof = proofs[layer]
+        assert proof.u is not None and proof.y is not None  # proven layers have both
+        _insert(model, layer, proof.u, proof.y, regions[layer].projection, plan)
     RemoveUnusedNodesPass()(model)
-    remove_pairs(model, plan.chosen)
+    remove_pairs(model, plan.chosen, pairs)
     model.graph.sort()
 
 
@@ -105,39 +138,91 @@ def linear_output_name(layer: int) -> str:
     return f"layers.{layer}.nbl_linear.output"
 
 
-def _insert(model: ir.Model, layer: int, u: ir.Value, y: ir.Value, linear: LinearLayer) -> None:
-    prefix = f"layers.{layer}.nbl_linear"
-    dtype = _compute_dtype(u, y, linear)
+@dataclass(frozen=True)
+class _StoredWeight:
+    """W of one layer of a plan, read when it is called for."""
+
+    plan: Plan
+    layer: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.plan.hidden_size, self.plan.hidden_size
+
+    def __call__(self) -> NDArray[np.float32]:
+        return self.plan.layers[self.layer].w
+
+
+def _insert(model: ir.Model, layer: int, u: ir.Value, output: Output, neighbour: ir.Node, plan: Plan) -> None:
+    prefix, y = f"layers.{layer}.nbl_linear", output.value
+    linear = plan.layers[layer]
+    b = linear.b
+    if output.later is not None:  # what is added after y is not to be added twice
+        later = constant_array(output.later)
+        assert later is not None
+        b = b - later
+    quantized = bool(weight_bits(neighbour))
+    dtype = _compute_dtype(u, y, linear, quantized)
+
+    def initialize(
+        name: str,
+        numbers: NDArray[Any] | Callable[[], NDArray[Any]],
+        dtype: ir.DataType,
+        shape: tuple[int, ...] | None = None,
+    ) -> ir.Value:
+        name = f"{prefix}.{name}"
+        tensor: ir.TensorProtocol
+        if callable(numbers):
+            assert shape is not None
+            tensor = ir.LazyTensor(
+                lambda: ir.tensor(numbers().astype(dtype.numpy()), dtype=dtype),
+                dtype=dtype,
+                shape=ir.Shape(shape),
+                name=name,
+            )
+        else:
+            tensor = ir.tensor(numbers.astype(dtype.numpy()), dtype=dtype, name=name)
+        value = ir.Value(
+            name=name,
+            const_value=tensor,
+            shape=ir.Shape(shape or tensor.numpy().shape),
+            type=ir.TensorType(dtype),
+        )
+        model.graph.register_initializer(value)
+        return value
+
+    def typed(node: ir.Node, name: str, to: ir.DataType) -> ir.Value:
+        value = node.outputs[0]
+        value.name, value.type, value.shape = f"{prefix}.{name}", ir.TensorType(to), y.shape
+        return value
+
+    nodes, x = [], u
     if u.dtype != dtype:
-        cast = ir.node("Cast", [u], {"to": int(dtype)}, name=f"{prefix}.cast_input")
-        nodes, x = [cast], cast.outputs[0]
-        x.name, x.type, x.shape = f"{prefix}.input", ir.TensorType(dtype), u.shape
-    else:
-        nodes, x = [], u
-    weight = _initializer(model, f"{prefix}.weight", np.ascontiguousarray(linear.w.T), dtype)
-    bias = _initializer(model, f"{prefix}.bias", linear.b, dtype)
-    matmul = ir.node("MatMul", [x, weight], name=f"{prefix}.matmul")
-    add = ir.node("Add", [matmul.outputs[0], bias], name=f"{prefix}.add")
-    nodes += [matmul, add]
-    matmul.outputs[0].name = f"{prefix}.product"
-    for node in (matmul, add):
-        node.outputs[0].type, node.outputs[0].shape = ir.TensorType(dtype), y.shape
+        nodes.append(ir.node("Cast", [u], {"to": int(dtype)}, name=f"{prefix}.cast_input"))
+        x = typed(nodes[0], "input", dtype)
+        x.shape = u.shape
+    nodes += product(x, _StoredWeight(plan, layer), dtype, neighbour, initialize)
+    nodes[-1].name = f"{prefix}.matmul"
+    add = ir.node(
+        "Add", [typed(nodes[-1], "product", dtype), initialize("bias", b, dtype)], name=f"{prefix}.add"
+    )
+    nodes.append(add)
+    result = typed(add, "output", dtype)
     if y.dtype is not None and y.dtype != dtype:
-        add.outputs[0].name = f"{prefix}.sum"
-        nodes.append(ir.node("Cast", [add.outputs[0]], {"to": int(y.dtype)}, name=f"{prefix}.cast_output"))
-        nodes[-1].outputs[0].type, nodes[-1].outputs[0].shape = ir.TensorType(y.dtype), y.shape
-    output = nodes[-1].outputs[0]
-    output.name = linear_output_name(layer)
+        result.name = f"{prefix}.sum"
+        nodes.append(ir.node("Cast", [result], {"to": int(y.dtype)}, name=f"{prefix}.cast_output"))
+        result = typed(nodes[-1], "output", y.dtype)
+    assert result.name == linear_output_name(layer)
     producer = y.producer()
     assert producer is not None
     producer.append(nodes)
-    ir.convenience.replace_all_uses_with(y, output)
+    ir.convenience.replace_all_uses_with(y, result)
 
 
-def _compute_dtype(u: ir.Value, y: ir.Value, linear: LinearLayer) -> ir.DataType:
+def _compute_dtype(u: ir.Value, y: ir.Value, linear: LinearLayer, quantized: bool) -> ir.DataType:
     """The dtype of what the map reads, or float32 if its numbers do not fit into that."""
     dtype = u.dtype or ir.DataType.FLOAT
-    if y.dtype == ir.DataType.FLOAT:
+    if y.dtype == ir.DataType.FLOAT and not quantized:
         return y.dtype
     if dtype == ir.DataType.FLOAT16:
         largest = max(float(np.abs(a).max(initial=0)) for a in (linear.w, linear.b))
@@ -146,41 +231,37 @@ def _compute_dtype(u: ir.Value, y: ir.Value, linear: LinearLayer) -> ir.DataType
     return dtype
 
 
-def _initializer(model: ir.Model, name: str, array: NDArray[np.float32], dtype: ir.DataType) -> ir.Value:
-    tensor = ir.tensor(array.astype(dtype.numpy()), dtype=dtype, name=name)
-    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(dtype))
-    model.graph.register_initializer(value)
-    return value
-
-
-def _describe(model: ir.Model, regions: Sequence[AttentionRegion], plan: Plan) -> None:
+def _describe(model: ir.Model, proofs: Sequence[Proof], plan: Plan, cached: bool) -> None:
     from nbl_export import __version__
 
     rows = []
-    for region in regions:
-        linear = region.layer in plan.layers
+    for proof in proofs:
+        assert proof.u is not None and proof.y is not None  # proven layers have both
+        linear = proof.layer in plan.layers
         rows.append(
             {
-                "layer": region.layer,
+                "layer": proof.layer,
                 "kind": "linear" if linear else "attention",
-                "input": input_of(region, plan),
-                "output": linear_output_name(region.layer) if linear else str(region.y.name),
+                "input": str(proof.u.name),
+                "output": linear_output_name(proof.layer) if linear else str(proof.y.value.name),
             }
         )
     model.metadata_props[LAYERS_KEY] = json.dumps(rows)
-    model.metadata_props[KV_LAYERS_KEY] = json.dumps(list(plan.kept))
+    # A graph without a cache has no pairs to name.
+    model.metadata_props[KV_LAYERS_KEY] = json.dumps(list(plan.kept) if cached else [])
     model.metadata_props[VERSION_KEY] = __version__
 
 
 def count(model: ir.Model, before: GraphSummary, after: GraphSummary, plan: Plan) -> None:
     """Step 4: raises :class:`BuildError` unless exactly what was planned has changed."""
     k = len(plan.layers)
+    cached = k if before.kv_pairs else 0
     regions = len(find_regions(model))
     expected = {
         "attention layers": (regions, plan.layer_count - k),
-        "KV pairs": (after.kv_pairs, before.kv_pairs - k),
-        "inputs": (after.inputs, before.inputs - 2 * k),
-        "outputs": (after.outputs, before.outputs - 2 * k),
+        "KV pairs": (after.kv_pairs, before.kv_pairs - cached),
+        "inputs": (after.inputs, before.inputs - 2 * cached),
+        "outputs": (after.outputs, before.outputs - 2 * cached),
         "dead initializers": (sum(not v.uses() for v in model.graph.initializers.values()), 0),
         "dead nodes": (sum(not _is_read(node) for node in model.graph), 0),
     }

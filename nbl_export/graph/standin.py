@@ -13,9 +13,12 @@ bfloat16 arrays it has not. It is for checking; nothing ships it.
 from __future__ import annotations
 
 import onnx_ir as ir
-from onnx_ir.passes import common as passes
+
+from nbl_export.graph.types import infer_types
 
 HALF, F32 = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16), ir.DataType.FLOAT
+# What these write is in the format they are told, whatever their inputs are.
+_TOLD = {"Cast", "Constant", "ConstantOfShape"}
 
 
 def needs_standin(model: ir.Model) -> bool:
@@ -25,9 +28,19 @@ def needs_standin(model: ir.Model) -> bool:
     return any(v.dtype in HALF for v in values)
 
 
+def wide_name(name: str) -> str:
+    """The float32 tensor that holds, rounded, what the half tensor ``name`` holds."""
+    return f"{name}.f32"
+
+
+def _looks_up(node: ir.Node) -> bool:
+    """Rows taken from a table of weights: computing nothing, it would only make the table twice as large."""
+    return node.op_type == "Gather" and node.inputs[0] is not None and node.inputs[0].is_initializer()
+
+
 def compute_in_float32(model: ir.Model) -> None:
     """Put the Casts in, in place."""
-    passes.ShapeInferencePass()(model)
+    infer_types(model)
     graph = model.graph
     wide: dict[ir.Value | None, ir.Value] = {}
 
@@ -46,26 +59,28 @@ def compute_in_float32(model: ir.Model) -> None:
         entry.dtype = F32
         # What arrives may have more digits than half holds.
         narrow = cast(entry, half, f"{entry.name}.rounded")
-        again = cast(narrow.outputs[0], F32, f"{entry.name}.f32")
+        again = cast(narrow.outputs[0], F32, wide_name(str(entry.name)))
         first.prepend([narrow, again])
         wide[entry] = again.outputs[0]
     for node in originals:
         for index, value in enumerate(node.inputs):
+            if index == 0 and _looks_up(node):
+                continue
             if value is not None and value.dtype in HALF and value not in wide:  # a weight
-                made = cast(value, F32, f"{value.name}.f32")
+                made = cast(value, F32, wide_name(str(value.name)))
                 first.prepend(made)
                 wide[value] = made.outputs[0]
             if value in wide:
                 node.replace_input_with(index, wide[value])
         for value in [v for v in node.outputs if v.dtype in HALF]:
             rounded, last = value, node
-            if node.op_type != "Cast":  # which rounds by itself
+            if node.op_type not in _TOLD and not _looks_up(node):
                 half = value.dtype
                 value.dtype = F32
                 last = cast(value, half, f"{value.name}.rounded")
                 node.append(last)
                 rounded = last.outputs[0]
-            again = cast(rounded, F32, f"{value.name}.f32")
+            again = cast(rounded, F32, wide_name(str(value.name)))
             last.append(again)
             wide[value] = again.outputs[0]
     for index, value in enumerate(outputs):

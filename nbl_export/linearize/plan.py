@@ -6,7 +6,7 @@ JSON holds the SHA-256 of both, so neither can be edited or cut without being no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from nbl_export.errors import InputError
 from nbl_export.linearize.lmmse import FitInput
-from nbl_export.tensorfile import load_tensors, save_tensors
+from nbl_export.tensorfile import open_tensors, save_tensors
 from nbl_export.workspace import read_json, sha256_of_file, sha256_of_json, write_json
 
 F32 = NDArray[np.float32]
@@ -67,6 +67,26 @@ class Plan:
         return replace(self, layers={})
 
 
+class _StoredLayers(Mapping[int, LinearLayer]):
+    """The maps of a stored plan, each read when it is asked for: W of an 8B model's layer has 64 MiB."""
+
+    def __init__(self, stored: Mapping[str, Any], indices: Sequence[int]) -> None:
+        self._stored, self._indices = stored, tuple(indices)
+        if missing := {f"layers.{i}.{name}" for i in indices for name in "wb"} - set(stored):
+            raise KeyError(min(missing))
+
+    def __getitem__(self, index: int) -> LinearLayer:
+        if index not in self._indices:
+            raise KeyError(index)
+        return LinearLayer(self._stored[f"layers.{index}.w"], self._stored[f"layers.{index}.b"])
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._indices)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+
 def save_plan(path: Path, plan: Plan) -> None:
     """Write ``plan.safetensors`` and then ``path`` (``plan.json``), each atomically."""
     tensors: dict[str, Any] = {f"probe.{name}": value for name, value in plan.probe.items()}
@@ -106,10 +126,12 @@ def load_plan(path: Path) -> Plan:
     if sha256_of_file(weights) != header.get("weights_sha256"):
         raise InputError(f"{weights} is truncated or edited: it does not match {path.name}: {_REMEDY}.")
     try:
-        groups: dict[str, dict[str, Any]] = {"layers": {}, "probe": {}, "probe_u": {}, "probe_y": {}}
-        for key, value in load_tensors(weights, FORMAT, _REMEDY)[0].items():
+        stored, _ = open_tensors(weights, FORMAT, _REMEDY)
+        groups: dict[str, dict[str, Any]] = {"probe": {}, "probe_u": {}, "probe_y": {}}
+        for key in stored:
             group, _, rest = key.partition(".")
-            groups[group][rest] = value
+            if group != "layers":
+                groups[group][rest] = stored[key]
         plan = Plan(
             model=header["model"],
             hidden_size=header["hidden_size"],
@@ -118,10 +140,7 @@ def load_plan(path: Path) -> Plan:
             criterion=header["criterion"],
             ridge=header["ridge"],
             calibration_tokens=header["calibration_tokens"],
-            layers={
-                int(i): LinearLayer(groups["layers"][f"{i}.w"], groups["layers"][f"{i}.b"])
-                for i in header["layers"]
-            },
+            layers=_StoredLayers(stored, [int(i) for i in header["layers"]]),
             probe=groups["probe"],
             probe_u={int(i): v for i, v in groups["probe_u"].items()},
             probe_y={int(i): v for i, v in groups["probe_y"].items()},

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from nbl_export import __version__
 from nbl_export.report.environment import environment
-from nbl_export.report.schema import Check, Report, jsonable
-from nbl_export.workspace import Workspace, read_json
+from nbl_export.report.schema import Check, Report
+from nbl_export.workspace import Workspace, jsonable, read_json
 
 if TYPE_CHECKING:
     from nbl_export.engine.pair import EngineFile

@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from nbl_export.errors import InputError
-from nbl_export.workspace import read_json
+from nbl_export.workspace import jsonable, read_json
 
 SCHEMA = "nbl-export/report/1"
 Status = Literal["passed", "failed", "skipped"]
@@ -78,14 +77,3 @@ def load_report(path: Path) -> Report:
         return Report(**raw)
     except (KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged ({error}): {remedy}.") from None
-
-
-def jsonable(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become the strings ``"nan"``, ``"inf"``, ``"-inf"``."""
-    if isinstance(value, Mapping):
-        return {str(k): jsonable(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [jsonable(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value

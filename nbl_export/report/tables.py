@@ -131,30 +131,49 @@ def parity_table(parity: Mapping[str, Any], brief: bool = False) -> Table:
         figures = [_figure(s[k] if k != "min_cosine" else _one_minus(s[k])) for k in keys]
         name = "prefill" if s["step"] == 0 else f"step {s['step']}"
         rows.append((name, str(s["tokens"]), *figures, _percent(s["top1"]), _figure(s["kv_max_rel"])))
-    g = parity["gates"]
     return Table(
         "Parity: linearized PyTorch against the rewritten graph",
         ("", "n", *columns, "top-1", "KV rel"),
         tuple(rows),
-        f"Gates: max |Δlogit| ≤ {g['max_abs_logit']:g}, cosine ≥ {g['min_cosine']:g}, KL ≤ {g['max_kl']:g}, top-1 "
-        f"{g['top1']:.0%} up to near-ties of {g['near_tie']:g}, KV ≤ {g['max_rel_kv']:g}. "
-        f"Prompts of {', '.join(map(str, parity['prompt_lengths']))} tokens, ragged in one batch; then "
-        "teacher-forced decode steps with each side's own cache. Changing the embeddings' last bit moves the "
-        f"PyTorch model's own logits by {_figure(parity['rounding_noise'])}.{_own_loss(parity)}",
+        f"{_gates(parity['gates'])}Prompts of {', '.join(map(str, parity['prompt_lengths']))} tokens, ragged in "
+        "one batch; then teacher-forced decode steps with each side's own cache. Changing the embeddings' last bit "
+        f"moves the PyTorch model's own logits by {_figure(parity['rounding_noise'])}.{_own_loss(parity)}",
     )
+
+
+def _gates(gates: Mapping[str, Any]) -> str:
+    """The limits that there are; one without bound is "inf" in a report."""
+    texts = {
+        "max_abs_logit": "max |Δlogit| ≤ {:g}",
+        "min_cosine": "cosine ≥ {:g}",
+        "max_kl": "KL ≤ {:g}",
+        "top1": f"top-1 {{:.0%}} up to near-ties of {gates['near_tie']:g}",
+        "max_rel_kv": "KV ≤ {:g}",
+    }
+    bounds = {name: value for name in texts if math.isfinite(value := float(gates[name]))}
+    held = [texts[name].format(value) for name, value in bounds.items() if (name, value) not in _NO_BOUND]
+    return f"Gates: {', '.join(held)}. " if held else ""
+
+
+_NO_BOUND = {("min_cosine", -1.0), ("top1", 0.0)}
+_OWN = {
+    "pytorch_in_precision": "PyTorch itself in {precision}, on the same tokens",
+    "base_graph": "The unmodified {precision} graph against unmodified PyTorch, on the same tokens",
+}
 
 
 def _own_loss(parity: Mapping[str, Any]) -> str:
-    """What PyTorch itself loses in the graph's precision, for a graph in half."""
-    own = parity.get("pytorch_in_precision")
-    if not own:
-        return ""
-    worst, mean = max(s["max_abs"] for s in own), sum(s["mean_abs"] for s in own) / len(own)
-    here = sum(s["mean_abs"] for s in parity["steps"]) / len(parity["steps"])
-    return (
-        f" PyTorch itself in {parity['precision']}, on the same tokens: max |Δlogit| {_figure(worst)}, mean "
-        f"{_figure(mean)}; the graph's mean, {_figure(here)}, may be {parity['gates']['max_vs_pytorch']:g} times that."
-    )
+    """What is lost in the graph's precision anyway, for a graph that is not float32."""
+    for key, whose in _OWN.items():
+        if own := parity.get(key):
+            worst, mean = max(s["max_abs"] for s in own), sum(s["mean_abs"] for s in own) / len(own)
+            here = sum(s["mean_abs"] for s in parity["steps"]) / len(parity["steps"])
+            return (
+                f" {whose.format(precision=parity['precision'])}: max |Δlogit| {_figure(worst)}, mean "
+                f"{_figure(mean)}; this graph's mean, {_figure(here)}, may be "
+                f"{parity['gates']['max_vs_own']:g} times that."
+            )
+    return ""
 
 
 def method_table(loss: Mapping[str, Any]) -> Table:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
 from nbl_export.errors import InputError, MissingDependencyError
-from nbl_export.graph.cache import KV_LAYERS_KEY, WRITE_INDICES, is_static
+from nbl_export.graph.cache import MASK, TOKENS, WRITE_INDICES
+from nbl_export.graph.interface import POSITIONS, Interface, interface_of
 from nbl_export.runtime.decoder import F32, I64, KV, DecoderOutput
-from nbl_export.runtime.padding import BOOL, left_padded, prefix_mask, right_padded, rows_of
+from nbl_export.runtime.padding import BOOL, left_padded, prefix_mask, right_padded
 from nbl_export.runtime.stream import PastStream, Stream
 
 
@@ -33,6 +33,24 @@ def require_onnxruntime() -> Any:
 CPU = "CPUExecutionProvider"
 
 
+def data_folder(folder: Path | None) -> dict[str, str]:
+    """The session configuration for a graph handed over as bytes whose external data lies in ``folder``."""
+    return {"session.model_external_initializers_file_folder_path": str(folder)} if folder else {}
+
+
+def session_options(config: Mapping[str, str] | None = None) -> Any:
+    """Options of every session: all cores, ``config`` (onnxruntime's configuration entries), and no log.
+
+    Its errors are raised too, and become a sentence here.
+    """
+    options = require_onnxruntime().SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = os.cpu_count() or 1
+    for key, value in (config or {}).items():
+        options.add_session_config_entry(key, value)
+    return options
+
+
 def session(
     path: Path, config: Mapping[str, str] | None = None, provider: str = CPU, rounded: bool = True
 ) -> Any:
@@ -42,73 +60,67 @@ def session(
     stand-in (:mod:`nbl_export.graph.standin`), which rounds as the graph says; ``rounded=False`` runs the
     file itself. Raises :class:`InputError` if onnxruntime does not take it.
     """
-    ort = require_onnxruntime()
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = os.cpu_count() or 1
-    for key, value in (config or {}).items():
-        options.add_session_config_entry(key, value)
-    with _runnable(path, provider == CPU and rounded) as runnable:
-        try:
-            return ort.InferenceSession(
-                str(runnable), options, providers=list(dict.fromkeys((provider, CPU)))
-            )
-        except Exception as error:  # onnxruntime's exceptions have no common base class
-            first = str(error).splitlines()[0]
-            raise InputError(f"onnxruntime does not load {path}: {first}") from None
-
-
-@contextmanager
-def _runnable(path: Path, rounded: bool) -> Iterator[Path]:
-    from nbl_export.graph.io import load_graph, scratch_copy
+    from nbl_export.graph.io import load_graph
     from nbl_export.graph.standin import compute_in_float32, needs_standin
+    from nbl_export.graph.tensors import follow_links
 
-    if rounded and needs_standin(load_graph(path)):
-        with scratch_copy(path, compute_in_float32) as copy:
-            yield copy
-    else:
-        yield path
+    ort = require_onnxruntime()
+    model = load_graph(path)
+    source: str | bytes = str(path)
+    if provider == CPU and rounded and needs_standin(model):
+        config = {**(config or {}), **data_folder(follow_links(model))}
+        compute_in_float32(model)
+        source = ir.to_proto(model).SerializeToString()
+    try:
+        return ort.InferenceSession(
+            source, session_options(config), providers=list(dict.fromkeys((provider, CPU)))
+        )
+    except Exception as error:  # onnxruntime's exceptions have no common base class
+        first = str(error).splitlines()[0]
+        raise InputError(f"onnxruntime does not load {path}: {first}") from None
+
+
+def loads(path: Path) -> None:
+    """Raise :class:`InputError` if onnxruntime does not load the graph at ``path``; weights are not read."""
+    ort = require_onnxruntime()
+    options = session_options({"session.disable_prepacking": "1"})
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        ort.InferenceSession(str(path), options, providers=[CPU])
+    except Exception as error:  # onnxruntime's exceptions have no common base class
+        raise InputError(f"onnxruntime does not load {path}: {str(error).splitlines()[0]}") from None
 
 
 _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 class OrtModel:
-    """A decoder graph in a session: its cache inputs in order, and the layer each belongs to.
-
-    The layers are read from the model's metadata, or are its numbers where there are none.
-    """
+    """A decoder graph in a session, with its :class:`~nbl_export.graph.interface.Interface`."""
 
     def __init__(
         self, path: Path, config: Mapping[str, str] | None = None, provider: str = CPU, rounded: bool = True
     ) -> None:
+        from nbl_export.graph.io import load_graph
+
         self.session = session(path, config, provider, rounded)
-        inputs = self.session.get_inputs()
-        self.input_names = {i.name for i in inputs}
-        self.past_inputs = [i for i in inputs if i.name.startswith("past_key_values.")]
-        self.past_names = [i.name for i in self.past_inputs]
-        self.output_names = ["logits", *(n.replace("past_key_values", "present") for n in self.past_names)]
-        known = self.session.get_modelmeta().custom_metadata_map.get(KV_LAYERS_KEY)
-        pairs = len(self.past_names) // 2
-        self._kv_layers = tuple(json.loads(known)) if known else tuple(range(pairs))
-        if len(self._kv_layers) != pairs:
+        self.interface = interface_of(load_graph(path))
+        self.past_names = self.interface.past_names
+        self.output_names = [self.interface.logits, *self.interface.present_names]
+        if len(self.interface.layers) != len(self.interface.cache):
             raise InputError(
-                f"{path}: its metadata names {len(self._kv_layers)} KV layers, its inputs {pairs}."
+                f"{path}: its metadata names {len(self.interface.layers)} KV layers, its inputs "
+                f"{len(self.interface.cache)}."
             )
 
     @property
     def kv_layers(self) -> tuple[int, ...]:
-        return self._kv_layers
-
-    @property
-    def static(self) -> bool:
-        """Whether the cache is a buffer of fixed length."""
-        return WRITE_INDICES in self.input_names
+        return self.interface.layers
 
     @property
     def cache_dtype(self) -> np.dtype[Any]:
         """The dtype of keys and values; float32 for a graph without a cache."""
-        kind = self.past_inputs[0].type if self.past_inputs else "tensor(float)"
+        kinds = {i.name: i.type for i in self.session.get_inputs()}
+        kind = kinds[self.past_names[0]] if self.past_names else "tensor(float)"
         if kind not in _NUMPY:
             raise InputError(
                 f"NumPy has no {kind} for a KV cache: run this graph on the CPU provider, or its engine."
@@ -117,16 +129,18 @@ class OrtModel:
 
     def buffers(self, batch: int, length: int) -> list[KV]:
         """Keys and values of every cached layer, zeros of ``length`` places."""
-        arrays = [
-            np.zeros((batch, i.shape[1], length, i.shape[3]), dtype=self.cache_dtype)
-            for i in self.past_inputs
-        ]
+        arrays = list(self.interface.empty_cache(batch, length, self.cache_dtype).values())
         return list(zip(arrays[::2], arrays[1::2], strict=True))
 
     def named(self, inputs: Mapping[str, I64], past: Sequence[KV]) -> dict[str, Any]:
         """The session's inputs by name; inputs that the graph does not have are left out."""
         feeds: dict[str, Any] = dict(zip(self.past_names, [a for pair in past for a in pair], strict=True))
-        return feeds | {name: value for name, value in inputs.items() if name in self.input_names}
+        return feeds | self.interface.named(inputs)
+
+    def run(self, feeds: Mapping[str, Any]) -> DecoderOutput:
+        """Logits and grown cache for the session's inputs ``feeds``."""
+        logits, *kv = self.session.run(self.output_names, feeds)
+        return DecoderOutput(np.asarray(logits), tuple(zip(kv[::2], kv[1::2], strict=True)))
 
 
 class OrtDecoder(OrtModel):
@@ -137,14 +151,75 @@ class OrtDecoder(OrtModel):
 
     def feeds(self, ids: I64, mask: I64, positions: I64, past: Sequence[KV]) -> dict[str, Any]:
         """The session's inputs by name."""
-        return self.named({"input_ids": ids, "attention_mask": mask, "position_ids": positions}, past)
+        return self.named({TOKENS: ids, MASK: mask, POSITIONS: positions}, past)
 
     def __call__(
         self, input_ids: I64, attention_mask: I64, position_ids: I64, past: Sequence[KV]
     ) -> DecoderOutput:
-        feeds = self.feeds(input_ids, attention_mask, position_ids, past)
-        logits, *kv = self.session.run(self.output_names, feeds)
-        return DecoderOutput(logits, tuple(zip(kv[::2], kv[1::2], strict=True)))
+        return self.run(self.feeds(input_ids, attention_mask, position_ids, past))
+
+
+class OrtRaggedStream:
+    """A decoder graph that takes each row's length, such as one of GroupQueryAttention, as a stream.
+
+    Rows are padded on the right, and the next token of a row overwrites its padding in the cache.
+    """
+
+    def __init__(self, path: Path, rounded: bool = True) -> None:
+        self.decoder = OrtDecoder(path, rounded=rounded)
+        self._past: Sequence[KV] = ()
+        self._lengths = np.zeros(0, dtype=np.int64)
+        self._places = 0
+
+    @property
+    def kv_layers(self) -> tuple[int, ...]:
+        return self.decoder.kv_layers
+
+    def prefill(self, rows: Sequence[NDArray[Any]]) -> F32:
+        self._lengths = np.array([len(row) for row in rows], dtype=np.int64)
+        self._past, self._places = self.decoder.empty_past(len(rows)), 0
+        ids, positions = right_padded(rows)
+        return self._run(ids, positions)[prefix_mask(self._lengths, ids.shape[1])]
+
+    def decode(self, tokens: Sequence[int]) -> F32:
+        positions, self._lengths = self._lengths[:, None], self._lengths + 1
+        return self._run(np.array(tokens, dtype=np.int64)[:, None], positions)[:, 0]
+
+    def cache(self) -> tuple[Sequence[KV], BOOL]:
+        return self._past, prefix_mask(self._lengths, self._places)
+
+    def _run(self, ids: I64, positions: I64) -> F32:
+        self._places += ids.shape[1]
+        mask = prefix_mask(self._lengths, self._places).astype(np.int64)
+        output = self.decoder(ids, mask, positions, self._past)
+        self._past = output.present
+        return output.logits
+
+
+class OrtWholeStream:
+    """A decoder graph without a KV cache as a stream: every step computes all tokens again."""
+
+    kv_layers = None
+
+    def __init__(self, path: Path, rounded: bool = True) -> None:
+        self.decoder = OrtDecoder(path, rounded=rounded)
+        self._rows: list[NDArray[Any]] = []
+
+    def prefill(self, rows: Sequence[NDArray[Any]]) -> F32:
+        self._rows = list(rows)
+        logits, mask = self._run()
+        return logits[mask]
+
+    def decode(self, tokens: Sequence[int]) -> F32:
+        self._rows = [np.append(row, token) for row, token in zip(self._rows, tokens, strict=True)]
+        return self._run()[0][:, -1]
+
+    def cache(self) -> tuple[Sequence[KV], BOOL]:
+        return (), np.zeros((len(self._rows), 0), dtype=bool)
+
+    def _run(self) -> tuple[F32, BOOL]:
+        ids, mask, positions = left_padded(self._rows)
+        return self.decoder(ids, mask, positions, ()).logits, mask.astype(bool)
 
 
 class OrtStaticStream(OrtModel):
@@ -153,27 +228,27 @@ class OrtStaticStream(OrtModel):
     def __init__(self, path: Path, capacity: int, rounded: bool = True) -> None:
         super().__init__(path, rounded=rounded)
         self.capacity = capacity
-        self._past: list[KV] = []
+        self._past: Sequence[KV] = ()
         self._lengths = np.zeros(0, dtype=np.int64)
 
     def prefill_feeds(self, rows: Sequence[NDArray[Any]]) -> dict[str, Any]:
         """The session's inputs for ``rows`` and an empty cache."""
         ids, positions = right_padded(rows)
         start = np.zeros(len(rows), dtype=np.int64)
-        inputs = {"input_ids": ids, "position_ids": positions, WRITE_INDICES: start}
+        inputs = {TOKENS: ids, POSITIONS: positions, WRITE_INDICES: start}
         return self.named(inputs, self.buffers(len(rows), self.capacity))
 
     def prefill(self, rows: Sequence[NDArray[Any]]) -> F32:
         self._lengths = np.array([len(row) for row in rows], dtype=np.int64)
         self._check_room(int(self._lengths.max()))
         feeds = self.prefill_feeds(rows)
-        return self._run(feeds)[prefix_mask(self._lengths, feeds["input_ids"].shape[1])]
+        return self._run(feeds)[prefix_mask(self._lengths, feeds[TOKENS].shape[1])]
 
     def decode(self, tokens: Sequence[int]) -> F32:
         self._check_room(int(self._lengths.max()) + 1)
         inputs = {
-            "input_ids": np.array(tokens, dtype=np.int64)[:, None],
-            "position_ids": self._lengths[:, None],
+            TOKENS: np.array(tokens, dtype=np.int64)[:, None],
+            POSITIONS: self._lengths[:, None],
             WRITE_INDICES: self._lengths,
         }
         logits = self._run(self.named(inputs, self._past))
@@ -188,21 +263,26 @@ class OrtStaticStream(OrtModel):
             raise InputError(f"{tokens} tokens do not fit into a static cache of {self.capacity} places.")
 
     def _run(self, feeds: Mapping[str, Any]) -> F32:
-        logits, *kv = self.session.run(self.output_names, feeds)
-        self._past = list(zip(kv[::2], kv[1::2], strict=True))
-        return np.asarray(logits)
+        output = self.run(feeds)
+        self._past = output.present
+        return output.logits
 
 
-def _is_static(path: Path) -> bool:
+def _interface(path: Path) -> Interface:
     from nbl_export.graph.io import load_graph
 
-    return is_static(load_graph(path))
+    return interface_of(load_graph(path))
 
 
 def ort_stream(path: Path, capacity: int, rounded: bool = True) -> Stream:
     """The decoder graph at ``path`` as a stream of up to ``capacity`` tokens a row (``rounded``: see `session`)."""
-    if _is_static(path):
+    interface = _interface(path)
+    if interface.static:
         return OrtStaticStream(path, capacity, rounded)
+    if interface.ragged:
+        return OrtRaggedStream(path, rounded)
+    if interface.cacheless:
+        return OrtWholeStream(path, rounded)
     return PastStream(OrtDecoder(path, rounded=rounded))
 
 
@@ -210,7 +290,7 @@ def run_outputs(
     path: Path, rows: Sequence[NDArray[Any]], names: Sequence[str] | None = None
 ) -> dict[str, Any]:
     """Outputs ``names`` (all by default) of the decoder graph at ``path`` on a prefill of ``rows``."""
-    if _is_static(path):
+    if _interface(path).static:
         model: OrtModel = (static := OrtStaticStream(path, max(len(row) for row in rows)))
         feeds = static.prefill_feeds(rows)
     else:
@@ -218,26 +298,3 @@ def run_outputs(
         feeds = growing.feeds(*left_padded(rows), growing.empty_past(len(rows)))
     wanted = list(names or (o.name for o in model.session.get_outputs()))
     return dict(zip(wanted, model.session.run(wanted, feeds), strict=True))
-
-
-def run_taps(path: Path, names: Sequence[str], inputs: Mapping[str, I64]) -> dict[str, F32]:
-    """Inner tensors ``names`` [batch, sequence, …] of the decoder graph at ``path``, with an empty cache.
-
-    ``inputs`` are left-padded ids and mask, and so is what comes back, whichever way the graph pads.
-    """
-    from nbl_export.graph.io import with_outputs
-
-    wanted = list(dict.fromkeys(names))
-    mask = inputs["attention_mask"].astype(bool)
-    with with_outputs(path, wanted) as tapped:
-        found = run_outputs(tapped, rows_of(inputs["input_ids"], inputs["attention_mask"]), wanted)
-    if _is_static(path):
-        right = prefix_mask(mask.sum(axis=1), mask.shape[1])
-        found = {name: _moved(value, right, mask) for name, value in found.items()}
-    return {name: value.astype(np.float32, copy=False) for name, value in found.items()}
-
-
-def _moved(value: F32, source: BOOL, target: BOOL) -> F32:
-    result = np.zeros_like(value)
-    result[target] = value[source]
-    return result

@@ -28,17 +28,19 @@ class OrtPrompt:
 
     def __init__(self, model: OrtModel, context: int, room: int, device: str = "cpu") -> None:
         self.model, self.device = model, device
+        # Which past input a present output becomes.
+        self._pairs = dict(zip(model.interface.present_names, model.past_names, strict=True))
         one = np.ones((1, 1), dtype=np.int64)
         ids = timed_row(context).astype(np.int64)[None]
         prefill = {"input_ids": ids, "position_ids": np.arange(context, dtype=np.int64)[None]}
         step = {"input_ids": one, "position_ids": one * context}
-        if model.static:
+        if model.interface.static:
             prefill[WRITE_INDICES], step[WRITE_INDICES] = one[0] * 0, one[0] * context
         else:
             prefill["attention_mask"] = np.ones_like(ids)
             step["attention_mask"] = np.ones((1, context + 1), dtype=np.int64)
         self.step_inputs = step
-        empty = model.named({}, model.buffers(1, context + room if model.static else 0))
+        empty = model.named({}, model.buffers(1, context + room if model.interface.static else 0))
         self._prefill = self._bind(prefill, {name: self._place(array) for name, array in empty.items()})
         self._step: Any = None
         self.past: dict[str, Any] = {}
@@ -48,7 +50,7 @@ class OrtPrompt:
         self._run(self._prefill)
         if not self.past:
             outputs = dict(zip(self.model.output_names, self._prefill.get_outputs(), strict=True))
-            self.past = {n: outputs[n.replace("past_key_values", "present")] for n in self.model.past_names}
+            self.past = {past: outputs[present] for present, past in self._pairs.items()}
             self._step = self._bind(self.step_inputs, self.past)
 
     def step(self) -> None:
@@ -63,13 +65,13 @@ class OrtPrompt:
     def _bind(self, inputs: Mapping[str, Any], past: Mapping[str, Any]) -> Any:
         binding = self.model.session.io_binding()
         for name, array in inputs.items():
-            if name in self.model.input_names:
+            if name in self.model.interface.inputs:
                 binding.bind_ortvalue_input(name, self._place(array))
         for name, value in past.items():
             binding.bind_ortvalue_input(name, value)
         for name in self.model.output_names:
-            if self.model.static and name != "logits":
-                binding.bind_ortvalue_output(name, past[name.replace("present", "past_key_values")])
+            if self.model.interface.static and name in self._pairs:
+                binding.bind_ortvalue_output(name, past[self._pairs[name]])
             else:
                 binding.bind_output(name, self.device)
         return binding

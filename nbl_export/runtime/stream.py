@@ -20,8 +20,8 @@ class Stream(Protocol):
     """What :func:`~nbl_export.verify.parity.compare_streams` compares."""
 
     @property
-    def kv_layers(self) -> tuple[int, ...]:
-        """Which layer of the model each cache entry belongs to, in cache order."""
+    def kv_layers(self) -> tuple[int, ...] | None:
+        """Which layer of the model each cache entry belongs to, in cache order; None without a cache."""
 
     def prefill(self, rows: Sequence[NDArray[Any]]) -> F32:
         """Begin anew with ``rows`` of token ids: logits [all tokens of all rows, vocab], row after row."""

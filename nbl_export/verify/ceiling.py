@@ -16,6 +16,8 @@ import onnx_ir as ir
 
 from nbl_export.graph.cache import kv_bytes_per_token
 from nbl_export.graph.io import load_graph
+from nbl_export.graph.operators import weight_shape
+from nbl_export.graph.regions import AttentionRegion, find_regions
 
 
 @dataclass(frozen=True)
@@ -43,26 +45,34 @@ class GraphCost:
 def graph_cost(path: Path) -> GraphCost:
     """Count the decoder graph at ``path``."""
     model = load_graph(path)
-    macs = read = attention = 0
+    macs = read = 0
     for node in model.graph:
-        if node.op_type in ("MatMul", "Gemm"):
-            weight = _weight(node.inputs[1])
-            if weight is not None:
-                macs += weight.size
-                read += weight.nbytes
-        elif node.op_type == "Attention":
-            query = node.inputs[0]
-            assert query is not None and query.shape is not None
-            heads, dim = query.shape[1], query.shape[3]
-            if isinstance(heads, int) and isinstance(dim, int):
-                attention += 2 * heads * dim
+        shape = weight_shape(node)
+        if shape is not None:
+            macs += shape[0] * shape[1]
+            read += sum(w.nbytes for w in _weights(node))
+    # Both products of an attention have the width of what its output projection reads.
+    widths = [weight_shape(r.projection) for r in find_regions(model) if isinstance(r, AttentionRegion)]
+    attention = sum(2 * width[0] for width in widths if width is not None)
     return GraphCost(macs, attention, read, kv_bytes_per_token(model))
 
 
-def _weight(value: ir.Value | None) -> ir.TensorProtocol | None:
-    while value is not None and not value.is_initializer():
-        node = value.producer()
-        if node is None or node.op_type not in ("Transpose", "Cast", "Identity"):
-            return None
-        value = node.inputs[0]
-    return value.const_value if value is not None else None
+def _weights(node: ir.Node) -> list[ir.TensorProtocol]:
+    """The stored matrices and vectors that a linear map reads, where it reads them directly or by a view."""
+    found = []
+    for value in node.inputs[1:]:
+        tensors = _stored(value)
+        found += [t for t in tensors if len(t.shape)]
+    return found
+
+
+def _stored(value: ir.Value | None) -> list[ir.TensorProtocol]:
+    if value is None:
+        return []
+    if value.const_value is not None:
+        return [value.const_value]
+    node = value.producer()
+    if node is None:
+        return []
+    inputs = node.inputs if node.op_type == "DequantizeLinear" else node.inputs[:1]
+    return [t for v in inputs for t in _stored(v)]

@@ -16,7 +16,7 @@ from nbl_export.graph.rewrite import LAYERS_KEY
 from nbl_export.linearize.plan import Plan
 from nbl_export.linearize.swap import linearized
 from nbl_export.models.layers import attention_layers, observed
-from nbl_export.runtime.ort import run_taps
+from nbl_export.runtime.pieces import run_taps
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +72,7 @@ def first_divergence(model: torch.nn.Module, plan: Plan, path: Path) -> Divergen
     found = run_taps(path, [row[where] for row in rows for where in ("input", "output")], plan.probe)
     for row in rows:
         for where in ("input", "output"):
-            error = relative_error(found[row[where]], expected[row["layer"], where], kept)
-            if not error <= tolerance:
+            error = relative_error(found[row[where]][kept], expected[row["layer"], where])
+            if not error <= (tolerance.u if where == "input" else tolerance.y):
                 return Divergence(row["layer"], where, row["kind"], error if np.isfinite(error) else 1e308)
     return Divergence(None, "", "", 0.0)

@@ -16,6 +16,7 @@ from nbl_export.engine.pair import BASE, LINEARIZED, EngineFile
 from nbl_export.errors import BuildError, InputError, MissingDependencyError
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.precision import Precision, graph_precision, precision_of
+from nbl_export.graph.standin import needs_standin
 from nbl_export.linearize.plan import Plan
 from nbl_export.linearize.swap import linearized
 from nbl_export.models.layers import positions
@@ -67,9 +68,12 @@ def measure(
 ) -> Measurement:
     """Measure the graph ``rewritten`` from ``baseline`` by ``plan``, and its engines, against ``model``."""
     result = Measurement()
-    precision = graph_precision(load_graph(rewritten))
+    graph = load_graph(rewritten)
+    precision = graph_precision(graph)
     rows = _rows(text, _PROMPTS, settings.decode_steps)
-    _measure_parity(result, model, plan, rewritten, rows, settings.decode_steps, precision, listener)
+    _measure_parity(
+        result, model, plan, baseline, rewritten, rows, settings.decode_steps, precision, listener
+    )
     if settings.quality:
         loss = measure_method_loss(model, plan, text.heldout, text.heldout_document, listener)
         result.method_loss = loss.as_json()
@@ -78,10 +82,8 @@ def measure(
     contexts = _contexts(result, model, settings.contexts)
     if not settings.speed:
         result.checks.append(Check("speed", "skipped", "--no-speed"))
-    elif precision.name != "fp32":
-        why = (
-            f"onnxruntime's CPU provider does not compute in {precision.gates}: its times would tell nothing"
-        )
+    elif needs_standin(graph):
+        why = "onnxruntime's CPU provider does not compute in half precision: its times would tell nothing"
         result.checks.append(Check("speed", "skipped", why))
     else:
         result.speed = measure_speed(baseline, rewritten, contexts, settings.rounds, listener).as_json()
@@ -103,6 +105,7 @@ def _measure_parity(
     result: Measurement,
     model: torch.nn.Module,
     plan: Plan,
+    baseline: Path,
     rewritten: Path,
     rows: list[NDArray[np.int32]],
     steps: int,
@@ -122,10 +125,17 @@ def _measure_parity(
             failures += [f"as onnxruntime runs it, {failure}" for failure in unrounded.failures()]
         noise = rounding_noise(model, rows)
     result.parity = {**parity.as_json(), "precision": precision.name, "rounding_noise": noise}
-    if precision.name != "fp32":
+    if precision.quantized:
+        # What the quantization costs the unmodified model is not the rewrite's to answer for.
+        base = compare_streams(
+            PastStream(TorchDecoder(model)), ort_stream(baseline, max(map(len, rows))), rows, steps, gates
+        )
+        result.parity["base_graph"] = base.as_json()["steps"]
+        failures += parity.failures_against(base, "the unmodified graph's own")
+    elif precision.name != "fp32":
         own = _pytorch_in(precision, model, plan, rows, steps)
         result.parity["pytorch_in_precision"] = own.as_json()["steps"]
-        failures += parity.failures_against(own)
+        failures += parity.failures_against(own, "PyTorch's own in this precision")
     if not failures:
         worst = max(s.max_abs for s in parity.steps)
         detail = f"max |Δlogit| {worst:.2g} over a prefill and {steps} decode steps, within all {precision.gates} gates"
@@ -225,7 +235,8 @@ def _measure_engine_parity(
         return
     failures = parity.failures()
     if precision.name != "fp32":
-        failures += parity.failures_against(_pytorch_in(precision, model, plan, rows, steps))
+        own = _pytorch_in(precision, model, plan, rows, steps)
+        failures += parity.failures_against(own, "PyTorch's own in this precision")
     worst = max(s.max_abs for s in parity.steps)
     detail = f"max |Δlogit| {worst:.2g} on {gpu.name}, within all {precision.gates} gates"
     result.checks.append(Check(name, "failed" if failures else "passed", "; ".join(failures) or detail))

@@ -120,7 +120,7 @@ def test_incomplete_pairs_are_refused(missing: str) -> None:
 @pytest.mark.parametrize("removed", [(), (0,), (11,), (0, 3, 10), (4, 5), tuple(range(12))])
 def test_the_rest_is_renumbered_in_order(removed: tuple[int, ...]) -> None:
     model = cache_graph(12)
-    remove_pairs(model, removed)
+    remove_pairs(model, removed, kv_pairs(model))
     kept = [i for i in range(12) if i not in removed]
     names = [f"past_key_values.{n}.{s}" for n in range(len(kept)) for s in SIDES]
     assert [v.name for v in model.graph.inputs] == ["input_ids", "attention_mask", *names]
@@ -161,7 +161,7 @@ def test_questions_for_the_past_length_are_answered_without_it(removed: tuple[in
     questions = {name: (f"past_key_values.0.{side}", attributes) for name, attributes in QUESTIONS.items()}
     model = cache_graph(2, questions)
     before = run(model, feeds(2))
-    remove_pairs(model, removed)
+    remove_pairs(model, removed, kv_pairs(model))
     assert [v.name for v in model.graph.inputs][2:] == [
         f"past_key_values.0.{s}" for s in SIDES if len(removed) == 1
     ]
@@ -172,7 +172,7 @@ def test_questions_for_the_past_length_are_answered_without_it(removed: tuple[in
 
 def test_an_empty_past_is_answered_too() -> None:
     model = cache_graph(1, {"length": ("past_key_values.0.key", {"start": 2, "end": 3})})
-    remove_pairs(model, (0,))
+    remove_pairs(model, (0,), kv_pairs(model))
     ids = np.ones((BATCH, NEW), dtype=np.int64)
     assert run(model, {"input_ids": ids, "attention_mask": ids})["length"].tolist() == [0]
 
@@ -182,4 +182,4 @@ def test_a_past_that_is_still_read_is_an_error_naming_the_reader() -> None:
     model = cache_graph(2, extra=[reader])
     model.graph.outputs.append(next(v for n in model.graph for v in n.outputs if v.name == "kept"))
     with pytest.raises(BuildError, match=r"past_key_values\.1\.key cannot be removed: a Relu \(the_reader\)"):
-        remove_pairs(model, (1,))
+        remove_pairs(model, (1,), kv_pairs(model))

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.regions import AttentionRegion, Refusal, find_regions
-from nbl_export.runtime.ort import run_taps
+from nbl_export.runtime.pieces import run_taps
 from tests.fixtures_graph import pad_left, ragged_rows
 from tests.graph.conftest import Variant
 
@@ -153,10 +153,10 @@ def test_the_plain_graph_is_found() -> None:
     assert region.h is not None and region.h.name == "h"
 
 
-def test_an_output_that_joins_no_stream_has_no_h() -> None:
+def test_where_y_joins_no_stream_h_is_what_x_is_a_norm_of() -> None:
     (region,) = find_regions(one_layer({"add": ("Tanh", ["y"], ["out"])}))
     assert isinstance(region, AttentionRegion)
-    assert region.h is None and region.y.name == "y"
+    assert region.h is not None and region.h.name == "h" and region.y.name == "y"
 
 
 IDENTITIES: dict[str, Node | None] = {

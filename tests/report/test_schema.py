@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from nbl_export.errors import InputError
-from nbl_export.report.schema import SCHEMA, Check, Report, jsonable, load_report
-from nbl_export.workspace import write_json
+from nbl_export.report.schema import SCHEMA, Check, Report, load_report
+from nbl_export.workspace import jsonable, write_json
 
 
 def strictly(text: str) -> Any:

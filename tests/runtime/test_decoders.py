@@ -15,9 +15,11 @@ import pytest
 import torch
 
 from nbl_export.errors import InputError, MissingDependencyError
+from nbl_export.graph.cache import KV_LAYERS_KEY
 from nbl_export.graph.rewrite import rewrite_file
 from nbl_export.linearize.swap import linearized
-from nbl_export.runtime.ort import KV_LAYERS_KEY, OrtDecoder, require_onnxruntime, run_taps, session
+from nbl_export.runtime.ort import OrtDecoder, require_onnxruntime, session
+from nbl_export.runtime.pieces import run_taps
 from nbl_export.runtime.torch import TorchDecoder, kv_shape
 from tests.fixtures_graph import maps_in_place, pad_left, plan_by_hand, ragged_rows
 
@@ -213,6 +215,8 @@ def test_taps_are_inner_tensors(stories_out: Path, stories_model: Any) -> None:
     found = run_taps(path, [name, "logits", name], inputs)
     assert list(found) == [name, "logits"]
     table = stories_model.get_input_embeddings().weight.numpy()
-    assert np.array_equal(found[name], table[ids])
+    kept = mask.astype(bool)
+    assert np.array_equal(found[name][kept], table[ids][kept])
+    assert not found[name][~kept].any()
     with pytest.raises(InputError, match="has no tensor 'nothing'"):
         run_taps(path, ["nothing"], inputs)

@@ -16,8 +16,9 @@ from nbl_export.errors import InputError
 from nbl_export.graph.cache import is_static
 from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.graph.precision import PRECISIONS, to_precision
-from nbl_export.runtime.ort import OrtDecoder, OrtStaticStream, ort_stream, run_outputs, run_taps, session
+from nbl_export.runtime.ort import OrtDecoder, OrtStaticStream, ort_stream, run_outputs, session
 from nbl_export.runtime.padding import left_padded, prefix_mask, right_padded, rows_of
+from nbl_export.runtime.pieces import run_taps
 from nbl_export.runtime.stream import PastStream
 from nbl_export.runtime.torch import TorchDecoder
 from tests.export.test_forms import static_graph
@@ -221,7 +222,7 @@ def test_caches_have_the_dtype_that_the_session_takes(graphs: Any, form: str) ->
         path = graphs[form, name]
         decoder: Any = OrtStaticStream(path, 8) if form == "static" else OrtDecoder(path)
         (kind,) = {i.type for i in decoder.session.get_inputs() if i.name.startswith("past")}
-        assert decoder.cache_dtype == taken[kind] and decoder.static == (form == "static")
+        assert decoder.cache_dtype == taken[kind] and decoder.interface.static == (form == "static")
         arrays = [a for pair in decoder.buffers(3, 8) for a in pair]
         assert [a.shape for a in arrays] == [(3, HEADS, 8, DIM)] * 2 * LAYERS
         assert {a.dtype.type for a in arrays} == {taken[kind]}

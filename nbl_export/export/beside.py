@@ -1,0 +1,89 @@
+"""The files beside a graph, told what was linearized: a folder that ran before runs again."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from nbl_export.errors import InputError
+from nbl_export.export.genai_config import NAME as GENAI
+from nbl_export.workspace import atomic_path, read_json, write_json
+
+CONFIG = "config.json"
+# Weights that are not the graph's; a rewritten folder does not need them.
+_NOT_COPIED = {".onnx", ".data", ".onnx_data", ".safetensors", ".bin", ".gguf", ".pt", ".pth", ".engine"}
+
+
+def copy_beside(
+    files: Iterable[Path], folder: Path, linear: Iterable[int], kept: Iterable[int]
+) -> list[Path]:
+    """Copy ``files`` into ``folder``; ``linear`` layers are gone from their configurations, ``kept`` cached.
+
+    A file that lies in ``folder`` already is changed there. Returns what was written.
+    """
+    layers, cached = list(linear), list(kept)
+    return [_copy(source, folder, layers, cached) for source in files]
+
+
+def _copy(source: Path, folder: Path, linear: list[int], kept: list[int]) -> Path:
+    target = folder / source.name
+    if source.name in (GENAI, CONFIG):
+        config = read_json(source, "The configuration beside the graph", "export the model again")
+        try:
+            adapted = _genai(config, kept) if source.name == GENAI else _hugging_face(config, linear, kept)
+        except (KeyError, TypeError, IndexError):
+            raise InputError(f"{source} is no {source.name} of a decoder: export the model again.") from None
+        write_json(target, adapted)
+    elif source.resolve() != target.resolve():
+        with atomic_path(target) as temporary:
+            shutil.copyfile(source, temporary)
+    return target
+
+
+def _genai(config: dict[str, Any], kept: list[int]) -> dict[str, Any]:
+    # Releases before 0.13 loop over this number of KV pairs; later ones read the graph.
+    decoder = config["model"]["decoder"]
+    decoder["num_hidden_layers"] = len(kept)
+    window = decoder.get("sliding_window")
+    if window and window.get("layers") is not None:  # named by their KV pair, and those were renumbered
+        window["layers"] = [new for new, old in enumerate(kept) if old in window["layers"]]
+    return config
+
+
+def _hugging_face(config: dict[str, Any], linear: list[int], kept: list[int]) -> dict[str, Any]:
+    return {**config, "nbl_export": {"linearized_layers": linear, "kv_layers": kept}}
+
+
+def others_beside(graph: Path, data: Iterable[Path]) -> list[Path]:
+    """The files in the folder of ``graph`` that belong to it: configurations and tokenizer, no weights."""
+    own = {graph.name, *(path.name for path in data)}
+    files = [p for p in sorted(graph.parent.iterdir()) if p.is_file() and not p.name.startswith(".")]
+    return [p for p in files if p.name not in own and not _NOT_COPIED & set(p.suffixes)]
+
+
+def graph_in(path: Path) -> Path:
+    """The decoder's ONNX file: ``path`` itself, or the one in the folder ``path``.
+
+    Raises :class:`InputError` if there is none, or several and no configuration or usual name says which.
+    """
+    if not path.is_dir():
+        return path
+    if (path / GENAI).is_file():
+        config = read_json(path / GENAI, "The configuration beside the graph", "export the model again")
+        try:
+            name = str(config["model"]["decoder"]["filename"])
+        except (KeyError, TypeError):
+            raise InputError(f"{path / GENAI} names no decoder: give the .onnx file itself.") from None
+        if Path(name).name != name:
+            raise InputError(f"{path / GENAI} names a decoder outside its folder ({name}); refused.")
+        return path / name
+    graphs = sorted(path.glob("*.onnx"))
+    usual = [g for g in graphs if g.name == "model.onnx"]
+    if len(chosen := usual or graphs) != 1:
+        found = ", ".join(g.name for g in graphs) or "none"
+        raise InputError(
+            f"The folder {path} has no single .onnx file (found: {found}): name the file itself."
+        )
+    return chosen[0]

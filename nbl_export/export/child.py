@@ -1,0 +1,160 @@
+"""Another project's exporter as a child process.
+
+1. Its files appear in the target folder when all are there, or not at all; a tokenizer it could not load
+   is among them as it was handed over.
+2. Its failure is one sentence with what it said last; what it prints is not shown.
+3. It neither downloads anything nor outlives an interrupt.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from nbl_export.errors import BuildError, MissingDependencyError
+from nbl_export.export.handoff import CONFIG, TOKENIZER
+from nbl_export.progress import Listener
+from nbl_export.workspace import TEMPORARY, read_json
+
+GRAPH = "model.onnx"
+_TOKENIZER_FILES = ("token*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*")
+# The last line of a traceback, and what Python says of a module that is not there.
+_RAISED = re.compile(r"[\w.]*(?:Error|Exception|Interrupt|Exit): .+")
+_NO_MODULE = re.compile(r"No module named '?([\w.]+)'?")
+
+
+@dataclass(frozen=True)
+class Exporter:
+    """A program run as ``python -m module``; ``remedy`` is the end of a sentence that says how to get it."""
+
+    name: str
+    module: str
+    remedy: str
+
+
+def require(exporter: Exporter, python: str) -> None:
+    """Raise :class:`MissingDependencyError` unless ``python`` runs and has the exporter (it is not started)."""
+    probe = f"import importlib.util as u, sys; sys.exit(u.find_spec({exporter.module!r}) is None)"
+    with tempfile.TemporaryDirectory() as empty:
+        code, output = _run(exporter, [python, "-c", probe], Path(empty))
+    if code:
+        raise _missing(exporter, python, _last_line(output))
+
+
+def export_in_child(
+    exporter: Exporter,
+    python: str,
+    model: Path,
+    target: Path,
+    arguments: Callable[[Path], list[str]],
+    listener: Listener,
+) -> list[Path]:
+    """Export the folder ``model`` into ``target``; returns the files that are new there.
+
+    ``arguments`` are those after the module, for the folder the exporter is to fill. Raises
+    :class:`MissingDependencyError` or :class:`BuildError`; ``target`` is then as it was.
+    """
+    require(exporter, python)
+    with (
+        listener.task(f"Exporting ONNX with {exporter.name}", 1, "graph") as task,
+        _scratch(target) as scratch,  # (1)
+    ):
+        filled = scratch / "filled"
+        filled.mkdir()
+        code, output = _run(exporter, [python, "-m", exporter.module, *arguments(filled)], scratch)
+        if code or not (filled / GRAPH).is_file():
+            raise _failure(exporter, python, model, code, output)
+        if not (filled / TOKENIZER).exists():
+            _copy_tokenizer(model, filled)
+        files = _move(filled, target)
+        task.advance(1)
+    return files
+
+
+@contextmanager
+def _scratch(target: Path) -> Iterator[Path]:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=TEMPORARY, dir=target.parent))
+    try:
+        yield folder.resolve()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _run(exporter: Exporter, command: list[str], folder: Path) -> tuple[int, str]:
+    """Its exit code and all it printed. In an empty ``folder`` it takes no file of the user's for a module."""
+    try:
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},  # (3)
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+        )
+    except OSError as error:
+        raise _missing(exporter, command[0], f"it cannot be run, {error.strerror}") from None
+    try:
+        output, _ = process.communicate()
+        return process.returncode, output
+    finally:
+        if process.poll() is None:
+            process.kill()  # (3)
+            process.wait()
+
+
+def _copy_tokenizer(model: Path, filled: Path) -> None:
+    for path in sorted({p for pattern in _TOKENIZER_FILES for p in model.glob(pattern)}):
+        shutil.copyfile(path, filled / path.name)
+
+
+def _move(filled: Path, target: Path) -> list[Path]:
+    """The graph goes last, and takes the data of an earlier one with it."""
+    target.mkdir(exist_ok=True)
+    names = sorted((p.name for p in filled.iterdir() if p.is_file()), key=lambda n: (n == GRAPH, n))
+    for name in names:
+        (filled / name).replace(target / name)
+    for stale in target.glob(f"{GRAPH}*"):
+        if stale.name not in names:
+            stale.unlink()
+    return sorted(target / name for name in names)
+
+
+def _missing(exporter: Exporter, python: str, said: str) -> MissingDependencyError:
+    found = _NO_MODULE.search(said)
+    why = f"it has no module {found[1]}" if found else said or f"it has no module {exporter.module}"
+    return MissingDependencyError(f"{exporter.name} is not there for {python} ({why}): {exporter.remedy}.")
+
+
+def _failure(
+    exporter: Exporter, python: str, model: Path, code: int, output: str
+) -> BuildError | MissingDependencyError:
+    said = _last_line(output)
+    if code > 0 and _NO_MODULE.search(said):
+        return _missing(exporter, python, said)
+    if code < 0:
+        name = signal.Signals(-code).name
+        said = f"it was killed by {name}" + (", often for want of memory" if name == "SIGKILL" else "")
+    elif not code:
+        said = f"it wrote no {GRAPH}"
+    config = read_json(model / CONFIG, "config.json of the model", "fetch the model again")
+    architecture = (config.get("architectures") or [config.get("model_type")])[0]
+    return BuildError(
+        f"{exporter.name} cannot export {architecture} ({said or f'exit code {code}'}): choose another exporter."
+    )
+
+
+def _last_line(output: str) -> str:  # (2)
+    lines = [line.strip() for line in re.split(r"[\r\n]+", output) if line.strip()]
+    raised = [line for line in lines if _RAISED.fullmatch(line)]
+    return (raised or lines or [""])[-1].rstrip(".")[:300]

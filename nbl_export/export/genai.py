@@ -1,0 +1,51 @@
+"""Export with onnxruntime-genai's model builder: fused operators of onnxruntime, float or 4-bit weights."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from nbl_export.errors import InputError
+from nbl_export.export.child import Exporter, export_in_child, require
+from nbl_export.progress import Listener
+
+# The execution provider to build for: half precision has its fused operators on CUDA only. None needs a GPU.
+PROVIDERS = {"fp32": "cpu", "int4": "cpu", "fp16": "cuda", "bf16": "cuda"}
+
+_BUILDER = Exporter(
+    "onnxruntime-genai",
+    "onnxruntime_genai.models.builder",
+    "install it with `pip install 'nbl-export[genai]'`",
+)
+
+
+def require_genai() -> None:
+    """Raise :class:`MissingDependencyError` unless the builder is installed beside this package."""
+    require(_BUILDER, sys.executable)
+
+
+def export_genai(
+    model: Path, target: Path, precision: str, listener: Listener, trust_remote_code: bool = False
+) -> list[Path]:
+    """Export the Hugging Face folder ``model`` to ``target/model.onnx``; returns the files written.
+
+    Beside the graph stand its data, ``genai_config.json`` and the tokenizer's files. Inputs, outputs and
+    the KV cache are float32 for fp32 and int4, else of the ``precision``. Raises :class:`InputError` for
+    an unknown ``precision``, :class:`MissingDependencyError` or :class:`BuildError`.
+    """
+    if precision not in PROVIDERS:
+        raise InputError(
+            f"onnxruntime-genai is not asked for {precision!r} here; choose {', '.join(PROVIDERS)}."
+        )
+
+    def arguments(folder: Path) -> list[str]:
+        return [
+            *("-i", str(model.resolve())),
+            *("-o", str(folder)),
+            *("-p", precision),
+            *("-e", PROVIDERS[precision]),
+            *("-c", str(folder.parent / "cache")),
+            *("--extra_options", "hf_token=false", f"hf_remote={str(trust_remote_code).lower()}"),
+        ]
+
+    return export_in_child(_BUILDER, sys.executable, model, target, arguments, listener)

@@ -1,0 +1,47 @@
+"""Export with optimum, in whatever environment has it: it cannot share one with this package's transformers."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from nbl_export.export.child import Exporter, export_in_child, require
+from nbl_export.progress import Listener
+
+VARIABLE = "NBL_EXPORT_OPTIMUM_PYTHON"
+
+_OPTIMUM = Exporter(
+    "optimum",
+    "optimum.exporters.onnx",
+    # Without accelerate it stores a tied embedding twice.
+    "optimum-onnx needs transformers < 4.58, so make an environment for it "
+    "(`python -m venv E; E/bin/pip install optimum-onnx onnxruntime onnxscript accelerate`) and name its python, "
+    f"E/bin/python, in {VARIABLE}",
+)
+
+
+def find_optimum(python: str | None = None) -> str:
+    """The Python that runs optimum: ``python``, else the one ``NBL_EXPORT_OPTIMUM_PYTHON`` names, else this one.
+
+    Raises :class:`MissingDependencyError` if optimum's exporter is not there.
+    """
+    found = python or os.environ.get(VARIABLE) or sys.executable
+    require(_OPTIMUM, found)
+    return found
+
+
+def export_optimum(
+    model: Path, target: Path, python: str, listener: Listener, trust_remote_code: bool = False
+) -> list[Path]:
+    """Export the Hugging Face folder ``model`` to ``target/model.onnx`` in float32; returns the files written.
+
+    As ``optimum-cli export onnx`` does it for generation: one graph with a KV cache, tied weights stored
+    once, the result compared with PyTorch. Raises :class:`MissingDependencyError` or :class:`BuildError`.
+    """
+
+    def arguments(folder: Path) -> list[str]:
+        remote = ["--trust-remote-code"] if trust_remote_code else []
+        return ["-m", str(model.resolve()), "--task", "text-generation-with-past", *remote, str(folder)]
+
+    return export_in_child(_OPTIMUM, python, model, target, arguments, listener)

@@ -1,0 +1,61 @@
+"""Rewrite a graph that somebody else exported, by a plan: no model is loaded, no output folder of ours needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nbl_export.errors import InputError, os_error_in_words
+from nbl_export.export.beside import copy_beside, graph_in, others_beside
+from nbl_export.graph.io import load_graph
+from nbl_export.graph.rewrite import rewrite_file, rewrite_summary
+from nbl_export.graph.tensors import external_files
+from nbl_export.linearize.plan import load_plan
+from nbl_export.progress import Listener, Silent
+from nbl_export.workspace import Workspace, write_json
+
+if TYPE_CHECKING:
+    from nbl_export.graph.rewrite import RewriteResult
+
+
+def rewrite_foreign(
+    onnx: Path, plan: Path, out: Path | None, in_place: bool = False, listener: Listener | None = None
+) -> RewriteResult:
+    """Rewrite the decoder ``onnx``, a file or a folder, by ``plan`` into the folder ``out``, or in place.
+
+    Configurations and tokenizer come along, told what changed; ``nbl/rewrite.json`` says what was done.
+    Raises :class:`InputError` or :class:`BuildError`; then nothing was changed.
+    """
+    source = graph_in(onnx)
+    if in_place == (out is not None):
+        raise InputError(
+            "Say where the rewritten graph goes: --output OUT for a new folder, or --in-place; not both, and not "
+            "neither."
+        )
+    folder = source.parent if out is None else out
+    _check_folder(folder, source, in_place)
+    loaded = load_plan(plan)
+    # Named before anything is written: in place, the graph's own data would change under them.
+    beside = others_beside(source, external_files(load_graph(source)))
+    try:
+        with (listener or Silent()).task("Rewriting the graph", 1, "graph") as task:
+            result = rewrite_file(source, loaded, folder / source.name, in_place)
+            task.advance(1)
+        copy_beside(beside, folder, loaded.chosen, loaded.kept)
+        summary = folder / Workspace(folder).rewrite_summary.relative_to(folder)
+        write_json(summary, {"source": source.name, **rewrite_summary(result, loaded)})
+    except OSError as error:
+        raise os_error_in_words(error, "while rewriting") from error
+    return result
+
+
+def _check_folder(folder: Path, source: Path, in_place: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; --output must be a folder.")
+    if not in_place and folder.resolve() == source.parent.resolve():
+        raise InputError(f"{folder} is where the graph lies: choose another --output, or say --in-place.")
+    if (folder / "nbl" / "workspace.json").exists():
+        raise InputError(
+            f"{folder} is an output folder of nbl-export: choose another --output, or run "
+            f"`nbl-export rewrite {folder}`."
+        )

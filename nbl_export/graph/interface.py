@@ -1,0 +1,123 @@
+"""What a decoder graph takes and gives, by role: tokens, mask, positions, KV cache, logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from nbl_export.errors import InputError
+from nbl_export.graph.cache import MASK, TOKENS, WRITE_INDICES, KVPair, kv_layers, kv_pairs
+from nbl_export.graph.operators import fused_op
+from nbl_export.graph.regions import visible_cores
+
+POSITIONS = "position_ids"
+# Scalar inputs that some exporters add, and the value that means "as usual".
+SCALARS = {"num_logits_to_keep": 0}
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """One layer's cache: names of past and present (key, value), number of heads and size of a head."""
+
+    past: tuple[str, str]
+    present: tuple[str, str]
+    heads: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Interface:
+    """The inputs and outputs of a decoder graph.
+
+    ``layers`` says which layer of the model each cache entry belongs to. ``ragged`` graphs take rows that
+    are padded on the right, each with its own length; the others want them padded on the left.
+    ``cacheless`` graphs still have attention but keep nothing: every step computes all tokens again.
+    """
+
+    inputs: frozenset[str]
+    logits: str
+    cache: tuple[CacheEntry, ...]
+    layers: tuple[int, ...]
+    ragged: bool
+    cacheless: bool
+    scalars: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def static(self) -> bool:
+        """Whether the cache is a buffer of fixed length."""
+        return WRITE_INDICES in self.inputs
+
+    @property
+    def past_names(self) -> list[str]:
+        return [name for entry in self.cache for name in entry.past]
+
+    @property
+    def present_names(self) -> list[str]:
+        return [name for entry in self.cache for name in entry.present]
+
+    def named(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """``inputs`` that the graph has, and its scalars."""
+        feeds = {name: value for name, value in inputs.items() if name in self.inputs}
+        return feeds | {name: np.array(value, dtype=np.int64) for name, value in self.scalars.items()}
+
+    def empty_cache(self, batch: int, length: int, dtype: Any) -> dict[str, NDArray[Any]]:
+        """Zeros of ``length`` places for every past input."""
+        return {
+            name: np.zeros((batch, entry.heads, length, entry.size), dtype=dtype)
+            for entry in self.cache
+            for name in entry.past
+        }
+
+    def row(self, tokens: NDArray[Any], dtype: Any) -> dict[str, NDArray[Any]]:
+        """All inputs of a prefill of one row of token ids, from an empty cache."""
+        ids = np.asarray(tokens, dtype=np.int64)[None]
+        inputs = {
+            TOKENS: ids,
+            MASK: np.ones_like(ids),
+            POSITIONS: np.arange(ids.shape[1], dtype=np.int64)[None],
+            WRITE_INDICES: np.zeros(1, dtype=np.int64),
+        }
+        return self.named(inputs) | self.empty_cache(1, ids.shape[1] if self.static else 0, dtype)
+
+
+def interface_of(model: ir.Model) -> Interface:
+    """The interface of a decoder graph.
+
+    Raises :class:`InputError` for an input of unknown meaning: such a graph can be rewritten, but not run.
+    """
+    pairs = kv_pairs(model)
+    known = {TOKENS, MASK, POSITIONS, WRITE_INDICES, *SCALARS, *(str(v.name) for p in pairs for v in p.past)}
+    names = [str(v.name) for v in model.graph.inputs]
+    if unknown := [name for name in names if name not in known]:
+        raise InputError(
+            f"The graph has an input {unknown[0]!r}, and nbl-export does not know what to put there: "
+            f"it knows {TOKENS}, {MASK}, {POSITIONS} and a KV cache."
+        )
+    return Interface(
+        frozenset(names),
+        _logits(model, pairs),
+        tuple(_entry(pair) for pair in pairs),
+        kv_layers(model),
+        any((op := fused_op(node)) and op.ragged for node in model.graph),
+        not pairs and bool(visible_cores(model)),
+        {name: value for name, value in SCALARS.items() if name in names},
+    )
+
+
+def _logits(model: ir.Model, pairs: Sequence[KVPair]) -> str:
+    present = {v for pair in pairs for v in pair.present}
+    names = [str(v.name) for v in model.graph.outputs if v not in present]
+    if not names:
+        raise InputError("The graph has no output but its KV cache: it is no decoder.")
+    return "logits" if "logits" in names else names[0]
+
+
+def _entry(pair: KVPair) -> CacheEntry:
+    heads, size = pair.geometry()
+    past, present = ((str(k.name), str(v.name)) for k, v in (pair.past, pair.present))
+    return CacheEntry(past, present, heads, size)

@@ -1,0 +1,142 @@
+"""Operators as data: what multiplies by weights, what is attention in one node, what only looks at a tensor.
+
+Exporters and optimizers use different operators for the same thing; everything else in this room asks
+these tables and knows no exporter. Input and output numbers are those of the operators' specifications:
+onnx.ai/onnx/operators and onnxruntime's docs/ContribOperators.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+MICROSOFT = "com.microsoft"
+
+
+@dataclass(frozen=True)
+class LinearOp:
+    """y = x · weight (+ bias): x is input 0, ``weight`` and ``bias`` are the numbers of the other inputs."""
+
+    weight: int = 1
+    bias: int | None = None
+
+
+@dataclass(frozen=True)
+class FusedOp:
+    """Attention in one node: the numbers of its past inputs and present outputs, (key, value) each.
+
+    ``new`` are its inputs that carry new keys and values, ``weights`` that of a projection done inside.
+    ``ragged`` operators take each row's length and want padding on the right.
+    """
+
+    past: tuple[int, int] | None = None
+    present: tuple[int, int] = (1, 2)
+    new: tuple[int, int] = (1, 2)
+    weights: int | None = None
+    ragged: bool = False
+
+
+LINEAR = {
+    ("", "MatMul"): LinearOp(),
+    ("", "Gemm"): LinearOp(bias=2),
+    (MICROSOFT, "FusedMatMul"): LinearOp(),
+    (MICROSOFT, "MatMulNBits"): LinearOp(bias=5),
+    (MICROSOFT, "MatMulBnb4"): LinearOp(),
+    (MICROSOFT, "DynamicQuantizeMatMul"): LinearOp(bias=4),
+}
+FUSED = {
+    ("", "Attention"): FusedOp(past=(4, 5)),
+    (MICROSOFT, "GroupQueryAttention"): FusedOp(past=(3, 4), ragged=True),
+    (MICROSOFT, "SparseAttention"): FusedOp(past=(3, 4), ragged=True),
+    (MICROSOFT, "MultiHeadAttention"): FusedOp(past=(6, 7)),
+    (MICROSOFT, "DecoderMaskedMultiHeadAttention"): FusedOp(past=(5, 6)),
+    (MICROSOFT, "Attention"): FusedOp(weights=1),
+}
+# Residual addition and norm in one node: inputs 0 and 1 are the summands; the number is the bias input's.
+SKIP_NORMS = {
+    (MICROSOFT, "SkipSimplifiedLayerNormalization"): 3,
+    (MICROSOFT, "SkipLayerNormalization"): 4,
+}
+# Products of two activations, in attention that is in its parts.
+PRODUCTS = frozenset({"MatMul", "Einsum", "FusedMatMul"})
+# These read a tensor's shape, not its numbers: no activation flows through them.
+SHAPE_ONLY = frozenset({"Shape", "Size"})
+# These hand the same numbers on, in another shape or format.
+VIEWS = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Cast", "Identity", "Dropout", "CastLike"})
+
+
+def key(node: ir.Node) -> tuple[str, str]:
+    """(domain, operator) as the tables have them."""
+    return ("" if node.domain == "ai.onnx" else node.domain, node.op_type)
+
+
+def linear_op(node: ir.Node) -> LinearOp | None:
+    """How ``node`` is a product with a constant weight, or None if it is none."""
+    op = LINEAR.get(key(node))
+    return op if op and len(node.inputs) > op.weight and is_constant(node.inputs[op.weight]) else None
+
+
+def weight_shape(node: ir.Node) -> tuple[int, int] | None:
+    """[inputs, outputs] of the linear map ``node``; None where the graph does not say."""
+    op = linear_op(node)
+    if op is None:
+        return None
+    if "K" in node.attributes and "N" in node.attributes:  # packed weights have another shape
+        return node.attributes["K"].as_int(), node.attributes["N"].as_int()
+    value, turned = node.inputs[op.weight], False
+    while value is not None:
+        shape = value.shape
+        if shape is not None and len(shape) == 2 and all(isinstance(d, int) for d in shape):
+            rows, columns = int(shape[0]), int(shape[1])  # type: ignore[arg-type]
+            flipped = turned != bool("transB" in node.attributes and node.attributes["transB"].as_int())
+            return (columns, rows) if flipped else (rows, columns)
+        producer = value.producer()
+        turned ^= producer is not None and producer.op_type == "Transpose"
+        value = producer.inputs[0] if producer is not None and producer.inputs else None
+    return None
+
+
+def fused_op(node: ir.Node) -> FusedOp | None:
+    """How ``node`` is attention, or None if it is none."""
+    return FUSED.get(key(node))
+
+
+def is_constant(value: ir.Value | None) -> bool:
+    """A weight: an initializer, or one that only constant nodes lie behind (Transpose, DequantizeLinear …)."""
+    stack, seen = [value], set()
+    while stack:
+        current = stack.pop()
+        if current is None:
+            return False
+        if current in seen or current.is_initializer():
+            continue
+        seen.add(current)
+        producer = current.producer()
+        if producer is None or producer.op_type in SHAPE_ONLY:
+            return False
+        inputs = [v for v in producer.inputs if v is not None]
+        if not inputs and producer.op_type != "Constant":
+            return False
+        stack.extend(inputs)
+    return True
+
+
+def readers(value: ir.Value) -> list[ir.Node]:
+    """The nodes that read the numbers of ``value``, in no order; asking for its shape is not reading."""
+    return [u.node for u in value.uses() if u.node.op_type not in SHAPE_ONLY]
+
+
+def captured(node: ir.Node) -> list[ir.Value]:
+    """The outer tensors that the subgraphs of ``node`` (the branches of an If, a Loop's body) read."""
+    found: list[ir.Value] = []
+    for attribute in node.attributes.values():
+        if attribute.is_ref() or attribute.type not in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
+            continue
+        graphs = [attribute.value] if attribute.type == ir.AttributeType.GRAPH else attribute.value
+        for graph in graphs:
+            inner = {v for n in graph for v in n.outputs} | set(graph.inputs)
+            inner |= set(graph.initializers.values())
+            reads = [v for n in graph for v in (*n.inputs, *captured(n)) if v is not None]
+            found += [v for v in (*reads, *graph.outputs) if v not in inner]
+    return found

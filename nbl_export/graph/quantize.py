@@ -1,0 +1,224 @@
+"""Store W the way a graph stores its other weights: plain, in blocks of few bits, or behind a DequantizeLinear.
+
+    neighbour                       linear layer
+    MatMul(x, W)                    MatMul(u, Wᵀ)
+    MatMulNBits(x, B, scales …)     MatMulNBits(u, B, scales …)        same bits, block size, symmetry
+    MatMul(x, DequantizeLinear(q))  MatMul(u, DequantizeLinear(q))     same type, block size or axis, symmetry
+
+A block of n values has one scale, and one zero point unless it is symmetric. Symmetric: the largest
+magnitude becomes the most negative number, as onnxruntime's own quantizer has it, so that it is met
+exactly. Asymmetric: the block's range, with zero in it, is spread over all numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from nbl_export.errors import BuildError
+from nbl_export.graph.operators import MICROSOFT, key
+
+F32 = NDArray[np.float32]
+U8 = NDArray[np.uint8]
+
+
+class Weight(Protocol):
+    """A weight [output, input] that is read when it is needed: those of all layers may exceed memory."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    def __call__(self) -> F32: ...
+
+
+class Initialize(Protocol):
+    """Adds an initializer to the graph: its name's ending, its numbers or what makes them, and their format."""
+
+    def __call__(
+        self,
+        name: str,
+        numbers: NDArray[Any] | Callable[[], NDArray[Any]],
+        dtype: ir.DataType,
+        shape: tuple[int, ...] | None = None,
+    ) -> ir.Value: ...
+
+
+_TYPES = {
+    ir.DataType.INT4: (4, True),
+    ir.DataType.UINT4: (4, False),
+    ir.DataType.INT8: (8, True),
+    ir.DataType.UINT8: (8, False),
+}
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """[rows, blocks, block size] whole numbers from 0 to 2**bits - 1; scales and zero points [rows, blocks]."""
+
+    numbers: U8
+    scales: F32
+    zeros: U8
+
+    def values(self) -> F32:
+        """What the numbers stand for."""
+        whole = self.numbers.astype(np.float32) - self.zeros[..., None]
+        result: F32 = whole * self.scales[..., None]
+        return result
+
+
+def quantize_blocks(w: F32, bits: int, block: int, symmetric: bool) -> Blocks:
+    """Quantize ``w`` [rows, columns] in blocks of ``block`` columns, the last one filled up with zeros."""
+    rows, columns = w.shape
+    count = -(-columns // block)
+    padded = np.zeros((rows, count * block), dtype=np.float32)
+    padded[:, :columns] = w
+    values = padded.reshape(rows, count, block)
+    half, most = 1 << (bits - 1), (1 << bits) - 1
+    if symmetric:
+        at = np.abs(values).argmax(axis=-1)[..., None]
+        scales = np.take_along_axis(values, at, axis=-1)[..., 0] / -half
+        zeros = np.full(scales.shape, half, dtype=np.uint8)
+    else:
+        low, high = (np.minimum(values.min(-1), 0), np.maximum(values.max(-1), 0))
+        scales = (high - low) / most
+        zeros = np.rint(-low / np.where(scales == 0, 1, scales)).astype(np.uint8)
+    safe = np.where(scales == 0, 1, scales)
+    numbers = np.clip(np.rint(values / safe[..., None]) + zeros[..., None], 0, most).astype(np.uint8)
+    return Blocks(numbers, scales.astype(np.float32), zeros)
+
+
+def pack(numbers: U8, bits: int) -> U8:
+    """Whole numbers [..., n] as bytes [..., ⌈n·bits/8⌉], the first in the lowest bits."""
+    if bits not in (2, 4, 8):
+        raise BuildError(f"Weights of {bits} bits are not supported: quantize the graph with 2, 4 or 8.")
+    each = 8 // bits
+    filled = np.zeros((*numbers.shape[:-1], -(-numbers.shape[-1] // each) * each), dtype=np.uint8)
+    filled[..., : numbers.shape[-1]] = numbers
+    parts = filled.reshape(*filled.shape[:-1], -1, each) << (np.arange(each, dtype=np.uint8) * bits)
+    packed: U8 = np.bitwise_or.reduce(parts.astype(np.uint8), axis=-1)
+    return packed
+
+
+def weight_bits(node: ir.Node) -> int:
+    """How many bits each weight of the linear map ``node`` is stored in; 0 if it is not quantized."""
+    if key(node) == (MICROSOFT, "MatMulNBits"):
+        return node.attributes["bits"].as_int() if "bits" in node.attributes else 4
+    if node.op_type == "MatMulBnb4":
+        return 4
+    if node.op_type == "DynamicQuantizeMatMul":
+        return 8
+    dequantize = _dequantize(node)
+    quantized = dequantize.inputs[0] if dequantize is not None else None
+    return quantized.dtype.bitwidth if quantized is not None and quantized.dtype is not None else 0
+
+
+def weight_format(node: ir.Node) -> str:
+    """What the weights of the linear map ``node`` are stored in, for people: ``fp32``, ``int4 in blocks of 32``."""
+    bits = weight_bits(node)
+    if not bits:
+        value = node.inputs[1]
+        while value is not None and value.dtype is None and (made := value.producer()) is not None:
+            value = made.inputs[0] if made.inputs else None
+        return str(value.dtype).lower() if value is not None and value.dtype is not None else "unknown"
+    maker = _dequantize(node) or node
+    block = maker.attributes.get("block_size")
+    return f"int{bits}" + (f" in blocks of {block.as_int()}" if block is not None else "")
+
+
+def product(
+    x: ir.Value, weight: Weight, dtype: ir.DataType, neighbour: ir.Node, initialize: Initialize
+) -> list[ir.Node]:
+    """The nodes of x · weightᵀ, the last of them writing it; the weight is stored like ``neighbour``'s.
+
+    ``neighbour`` is a linear map of the same graph; ``dtype`` is that of x and of the result.
+    """
+    if key(neighbour) == (MICROSOFT, "MatMulNBits"):
+        return [_n_bits(x, weight(), neighbour, initialize)]
+    if weight_bits(neighbour) and _dequantize(neighbour) is None:
+        raise BuildError(
+            f"{neighbour.name} is a {neighbour.op_type}, and weights cannot be quantized like its: "
+            "quantize the graph with MatMulNBits or DequantizeLinear instead."
+        )
+    dequantize = _dequantize(neighbour)
+    if dequantize is not None:
+        return _dequantized(x, weight(), dtype, dequantize, initialize)
+    stored = initialize("weight", lambda: np.ascontiguousarray(weight().T), dtype, weight.shape[::-1])
+    return [ir.node("MatMul", [x, stored])]
+
+
+def _n_bits(x: ir.Value, w: F32, neighbour: ir.Node, initialize: Initialize) -> ir.Node:
+    attributes = dict(neighbour.attributes)
+    bits = attributes["bits"].as_int() if "bits" in attributes else 4
+    block = attributes["block_size"].as_int()
+    inputs = [*neighbour.inputs, None, None]
+    scales, zeros = inputs[2], inputs[3]
+    assert scales is not None
+    if zeros is not None and zeros.dtype not in (None, ir.DataType.UINT8):
+        raise BuildError(
+            f"{neighbour.name} has zero points of {zeros.dtype}: only packed ones (uint8) are supported."
+        )
+    blocks = quantize_blocks(w, bits, block, symmetric=zeros is None)
+    weight = initialize("weight_quant", pack(blocks.numbers, bits), ir.DataType.UINT8)
+    shaped = blocks.scales if _rank(scales) == 2 else blocks.scales.reshape(-1)
+    stored = initialize("weight_scales", shaped, scales.dtype or ir.DataType.FLOAT)
+    args: list[ir.Value | None] = [x, weight, stored]
+    if zeros is not None:
+        packed = pack(blocks.zeros, bits)
+        packed = packed if _rank(zeros) == 2 else packed.reshape(-1)
+        args.append(initialize("weight_zeros", packed, ir.DataType.UINT8))
+    sizes = {"K": w.shape[1], "N": w.shape[0], "bits": bits, "block_size": block}
+    if "accuracy_level" in attributes:
+        sizes["accuracy_level"] = attributes["accuracy_level"].as_int()
+    return ir.node("MatMulNBits", args, sizes, domain=MICROSOFT)
+
+
+def _rank(value: ir.Value) -> int:
+    return len(value.shape) if value.shape is not None else 1
+
+
+def _dequantize(neighbour: ir.Node) -> ir.Node | None:
+    """The DequantizeLinear that makes the neighbour's weight, or None if it is stored as it is read."""
+    value = neighbour.inputs[1]
+    while value is not None and (node := value.producer()) is not None:
+        if node.op_type == "DequantizeLinear":
+            return node
+        value = node.inputs[0] if node.inputs else None
+    return None
+
+
+def _dequantized(
+    x: ir.Value, w: F32, dtype: ir.DataType, neighbour: ir.Node, initialize: Initialize
+) -> list[ir.Node]:
+    """Wᵀ [input, output] behind a DequantizeLinear with the type and granularity of the neighbour's."""
+    quantized, scales = neighbour.inputs[0], neighbour.inputs[1]
+    zeros = neighbour.inputs[2] if len(neighbour.inputs) > 2 else None
+    assert quantized is not None and scales is not None
+    if quantized.dtype not in _TYPES:
+        raise BuildError(
+            f"{neighbour.name} reads weights of {quantized.dtype}: only 4 and 8 bits are supported."
+        )
+    bits, signed = _TYPES[quantized.dtype]
+    block = neighbour.attributes["block_size"].as_int() if "block_size" in neighbour.attributes else 0
+    columns = w.shape[1]
+    each = block or columns  # without blocks one scale for each output
+    blocks = quantize_blocks(w, bits, each, symmetric=zeros is None)
+    shift = (1 << (bits - 1)) if signed else 0
+    numbers = blocks.numbers.reshape(len(w), -1)[:, :columns].T.astype(np.int16) - shift
+    stored = initialize("weight_quant", numbers, quantized.dtype)
+    # Blocks lie along the input, axis 0; without blocks the scales lie along the output, axis 1.
+    shape = blocks.scales.T if block else blocks.scales[:, 0]
+    args: list[ir.Value | None] = [stored, initialize("weight_scales", shape, scales.dtype or dtype)]
+    if zeros is not None or not signed:
+        zero = blocks.zeros.T if block else blocks.zeros[:, 0]
+        args.append(initialize("weight_zeros", zero.astype(np.int16) - shift, quantized.dtype))
+    attributes = {"axis": 0, "block_size": block} if block else {"axis": 1}
+    made = ir.node("DequantizeLinear", args, attributes)
+    made.outputs[0].name = f"{stored.name}.float"
+    made.outputs[0].type = ir.TensorType(scales.dtype or dtype)
+    made.outputs[0].shape = ir.Shape([columns, len(w)])
+    return [made, ir.node("MatMul", [x, made.outputs[0]])]

@@ -1,0 +1,181 @@
+"""Every tensor of a model, wherever it is, and the file it lies in.
+
+Weights hide in more places than the initializers of a graph: in those of its subgraphs, in Constant nodes,
+in function bodies. Whoever checks where a model's external data lies, or moves it, must see them all.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from nbl_export.errors import InputError
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place that holds tensors: an initializer, or an attribute of a node or a function.
+
+    ``where`` names it in messages; ``attribute`` is None for an initializer.
+    """
+
+    where: str
+    owner: ir.Value | ir.Node | ir.Function
+    attribute: ir.Attr | None
+    tensors: tuple[ir.TensorProtocol, ...]
+
+    def put(self, tensors: Sequence[ir.TensorProtocol]) -> None:
+        """Put ``tensors`` in the place of its own, until :meth:`restore`."""
+        if isinstance(self.owner, ir.Value):
+            self.owner.const_value = tensors[0]
+        elif (old := self.attribute) is not None and any(
+            a is not b for a, b in zip(tensors, self.tensors, strict=True)
+        ):
+            value = tensors[0] if old.type == ir.AttributeType.TENSOR else tensors
+            self.owner.attributes[old.name] = ir.Attr(old.name, old.type, value, doc_string=old.doc_string)
+
+    def restore(self) -> None:
+        if isinstance(self.owner, ir.Value):
+            self.owner.const_value = self.tensors[0]
+        elif self.attribute is not None:
+            self.owner.attributes[self.attribute.name] = self.attribute
+
+
+def slots(model: ir.Model) -> Iterator[Slot]:
+    """Every place that holds tensors: of the graph, of its subgraphs and of function bodies."""
+    functions = list(model.functions.values())
+    bodies: list[ir.Graph | ir.Function] = [model.graph, *functions]
+    subgraphs = [graph for body in bodies for graph in body.subgraphs()]
+    for graph in (model.graph, *subgraphs):
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                yield Slot(value.name or "an initializer", value, None, (value.const_value,))
+    for body in bodies:
+        for node in body.all_nodes():
+            yield from _attribute_slots(node, f"node {node.name or node.op_type}")
+    for function in functions:
+        yield from _attribute_slots(function, f"function {function.name}")
+
+
+def _attribute_slots(owner: ir.Node | ir.Function, where: str) -> Iterator[Slot]:
+    for attribute in owner.attributes.values():
+        if attribute.is_ref() or attribute.value is None:
+            continue
+        if attribute.type == ir.AttributeType.TENSOR:
+            tensors: tuple[ir.TensorProtocol, ...] = (attribute.value,)
+        elif attribute.type == ir.AttributeType.TENSORS:
+            tensors = tuple(attribute.value)
+        else:
+            continue
+        yield Slot(f"attribute {attribute.name} of {where}", owner, attribute, tensors)
+
+
+def all_tensors(model: ir.Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
+    """Every tensor of ``model`` with a name for messages.
+
+    Initializers and tensor attributes of the graph, of its subgraphs and of function bodies; a tensor that
+    two of them share comes twice.
+    """
+    for slot in slots(model):
+        for tensor in slot.tensors:
+            yield slot.where, tensor
+
+
+def external_files(model: ir.Model) -> list[Path]:
+    """The data files that ``model`` reads, in the order of first use; they are named, not opened."""
+    external = [t for _, t in all_tensors(model) if isinstance(t, ir.ExternalTensor)]
+    return list(dict.fromkeys(Path(t.path) for t in external))
+
+
+def set_folder(model: ir.Model, folder: Path) -> None:
+    """Read every external tensor from ``folder``, those of function bodies included."""
+    for _, tensor in all_tensors(model):
+        if isinstance(tensor, ir.ExternalTensor):
+            tensor.base_dir = folder
+
+
+def follow_links(model: ir.Model) -> Path | None:
+    """Let every external tensor name its real file, in place; returns the folder that all lie below.
+
+    onnxruntime follows no link out of the folder that it is given. None without external data.
+    """
+    files = {
+        id(t): source_file(where, t) for where, t in all_tensors(model) if isinstance(t, ir.ExternalTensor)
+    }
+    if not files:
+        return None
+    folder = Path(os.path.commonpath([file.parent for file in files.values()]))
+
+    def real(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+        if not isinstance(tensor, ir.ExternalTensor):
+            return tensor
+        location = files[id(tensor)].relative_to(folder)
+        return ir.ExternalTensor(
+            location,
+            tensor.offset,
+            tensor.length,
+            tensor.dtype,
+            shape=tensor.shape,
+            name=tensor.name,
+            base_dir=folder,
+        )
+
+    for slot in list(slots(model)):
+        slot.put([real(tensor) for tensor in slot.tensors])
+    return folder
+
+
+def source_file(where: str, tensor: ir.ExternalTensor) -> Path:
+    """The real path of the file that ``tensor`` lies in.
+
+    Raises :class:`InputError` if it is missing, too short, or outside the tensor's folder: then it is
+    never opened.
+    """
+    location = Path(tensor.location)
+    folder = Path(tensor.base_dir or ".").resolve()
+    try:
+        target = (folder / location).resolve()
+        roots = (folder, *_hub_blobs(folder))
+        inside = not location.is_absolute() and any(target.is_relative_to(root) for root in roots)
+        present = inside and target.is_file()
+    except (OSError, ValueError, RuntimeError):  # a NUL, a name too long, a loop of links
+        raise InputError(
+            f"The external data of {where} has no usable file name ({str(location)!r})."
+        ) from None
+    if not inside:
+        raise InputError(f"The external data of {where} lies outside its folder ({location}); refused.")
+    if not present:
+        raise InputError(f"The external data {location} of {where} is missing: put the file into {folder}.")
+    _check_range(where, tensor, target)
+    return target
+
+
+def _hub_blobs(folder: Path) -> list[Path]:
+    """Where the Hugging Face cache keeps the files of ``folder``, whose entries are links into it.
+
+    models--OWNER--NAME/snapshots/REVISION/… holds links to models--OWNER--NAME/blobs.
+    """
+    for parent in folder.parents:
+        if parent.name == "snapshots" and parent.parent.name.startswith("models--"):
+            return [parent.parent / "blobs"]
+    return []
+
+
+def _check_range(where: str, tensor: ir.ExternalTensor, target: Path) -> None:
+    if tensor.dtype == ir.DataType.STRING:
+        raise InputError(f"{where} has its strings in external data, which ONNX forbids: export it again.")
+    offset, length = tensor.offset or 0, tensor.nbytes if tensor.length is None else tensor.length
+    if length != tensor.nbytes:
+        raise InputError(
+            f"{where} has {tensor.nbytes:,} bytes, its external data {length:,}: export it again."
+        )
+    size = target.stat().st_size
+    if offset < 0 or offset + length > size:
+        raise InputError(
+            f"{target} is truncated: {where} lies at bytes {offset:,} to {offset + length:,}, the file has "
+            f"{size:,}; export it again."
+        )

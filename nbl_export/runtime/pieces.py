@@ -1,0 +1,243 @@
+"""Compute inner tensors of a graph piece by piece, so that a model larger than memory can be looked into.
+
+    feeds ─► piece 1 ─► live tensors ─► piece 2 ─► …        each piece: up to 128 MiB of weights
+
+Only what the wanted tensors are computed from runs, and nothing behind a tensor that is fed. A piece is a
+graph of its own in onnxruntime, which reads its weights from the data files of the whole.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from nbl_export.errors import InputError
+from nbl_export.graph.cache import MASK, TOKENS
+from nbl_export.graph.interface import interface_of
+from nbl_export.graph.io import load_graph
+from nbl_export.graph.operators import captured
+from nbl_export.graph.standin import HALF, compute_in_float32, needs_standin, wide_name
+from nbl_export.graph.tensors import follow_links
+from nbl_export.runtime.ort import CPU, data_folder, require_onnxruntime, session_options
+from nbl_export.runtime.padding import rows_of
+
+Arrays = dict[str, NDArray[Any]]
+PIECE_BYTES = 128 << 20
+
+
+class _Piece:
+    """Nodes that run together, and what they read of each other's pieces and write."""
+
+    def __init__(self) -> None:
+        self.nodes: dict[ir.Node, None] = {}
+        self.weights: dict[str, ir.Value] = {}
+        self.reads: set[str] = set()
+        self.writes: set[str] = set()
+
+    def weight_bytes(self, more: Iterable[ir.Value]) -> int:
+        """Bytes of this piece's weights with ``more`` of them."""
+        weights = {**self.weights, **{str(v.name): v for v in more}}
+        return sum(v.const_value.nbytes for v in weights.values() if v.const_value is not None)
+
+
+def compute(
+    model: ir.Model,
+    wanted: Sequence[str],
+    rows: Sequence[Mapping[str, NDArray[Any]]],
+    piece_bytes: int = PIECE_BYTES,
+) -> list[Arrays]:
+    """The tensors ``wanted`` of ``model`` for each of ``rows``, which name its inputs.
+
+    A row may also give inner tensors; what they are computed from is then not computed. Halves come as
+    float32, computed by their stand-in (:mod:`nbl_export.graph.standin`). ``model`` is changed in place.
+    Raises :class:`InputError` if onnxruntime does not take a piece.
+    """
+    folder = follow_links(model)
+    tapped = {name: name for name in wanted}
+    if needs_standin(model):
+        compute_in_float32(model)
+        made = {v.name for node in model.graph for v in node.outputs}
+        tapped = {name: wide if (wide := wide_name(name)) in made else name for name in wanted}
+    values: list[Arrays] = [dict(row) for row in rows]
+    pieces = list(_pieces(model, set(tapped.values()), set(values[0]), piece_bytes))
+    for index, piece in enumerate(pieces):
+        later = set(tapped.values()).union(*(p.reads for p in pieces[index + 1 :]))
+        outputs = sorted(piece.writes & later)
+        first = values[0]
+        proto = _proto(model, piece, {name: first[name] for name in sorted(piece.reads)}, outputs)
+        session = _session(proto, folder)
+        for row in values:
+            found = _run(session, outputs, {name: row[name] for name in piece.reads})
+            row |= dict(zip(outputs, found, strict=True))
+            for name in [n for n in row if n not in later]:
+                del row[name]
+        # A session is part of a cycle: left to itself, it would outlive the next ones.
+        del session
+        gc.collect()
+    return [{name: row[tap] for name, tap in tapped.items()} for row in values]
+
+
+def _pieces(model: ir.Model, wanted: set[str], fed: set[str], limit: int) -> Iterator[_Piece]:
+    needed = _needed(model, wanted - fed, fed)
+    made = {str(v.name) for node in needed for v in node.outputs if v.name}
+    constant = _constants(model, fed)
+    piece = _Piece()
+    for node in _with_casts(n for n in model.graph if n in needed):
+        if node in constant and not any(v.name in wanted for v in node.outputs):
+            continue  # made in every piece that reads it: a weight in another format is as large as itself
+        group = [*_constants_before(node, constant), node]
+        weights = [v for n in group for v in _reads(n) if v.is_initializer() and v.name not in fed]
+        if piece.nodes and piece.weight_bytes(weights) > limit:
+            yield piece
+            piece = _Piece()
+        for member in group:
+            piece.nodes[member] = None
+            names = {str(v.name) for v in _reads(member) if not v.is_initializer() or v.name in fed}
+            piece.reads |= {n for n in names - piece.writes if n in fed or n in made}
+            piece.writes |= {str(v.name) for v in member.outputs if v.name and v.name not in fed}
+        piece.weights |= {str(v.name): v for v in weights}
+    if piece.nodes:
+        yield piece
+
+
+def _constants(model: ir.Model, fed: set[str]) -> set[ir.Node]:
+    """The nodes that compute with weights alone."""
+    found: set[ir.Node] = set()
+    for node in model.graph:
+        reads = _reads(node)
+        if all(v.name not in fed and (v.is_initializer() or v.producer() in found) for v in reads):
+            found.add(node)
+    return found
+
+
+def _constants_before(node: ir.Node, constant: set[ir.Node]) -> list[ir.Node]:
+    """The constant nodes that ``node`` is computed from, in order."""
+    found: dict[ir.Node, None] = {}
+    stack = [n for v in _reads(node) if (n := v.producer()) in constant and n is not None]
+    while stack:
+        current = stack.pop()
+        found.pop(current, None)
+        found[current] = None  # again, so that it comes before all that read it
+        stack += [n for v in _reads(current) if (n := v.producer()) in constant and n is not None]
+    return list(reversed(found))
+
+
+def _with_casts(nodes: Iterable[ir.Node]) -> Iterator[ir.Node]:
+    """``nodes`` in order, each followed by the Casts of its halves: NumPy could not carry those to a later piece."""
+    order = list(nodes)
+    needed, done = set(order), set()
+    for first in order:
+        stack = [first]
+        while stack:
+            node = stack.pop()
+            if node in done or node not in needed:
+                continue
+            done.add(node)
+            yield node
+            halves = [v for v in node.outputs if v.dtype in HALF]
+            stack.extend(u.node for v in halves for u in v.uses() if u.node.op_type == "Cast")
+
+
+def _reads(node: ir.Node) -> list[ir.Value]:
+    return [v for v in (*node.inputs, *captured(node)) if v is not None]
+
+
+def _needed(model: ir.Model, wanted: set[str], fed: set[str]) -> set[ir.Node]:
+    by_name = {v.name: v for node in model.graph for v in node.outputs}
+    inputs = {v.name for v in model.graph.inputs}
+    if missing := [name for name in wanted if name not in by_name and name not in inputs]:
+        raise InputError(f"The graph has no tensor {missing[0]!r}.")
+    stack = [by_name[name] for name in wanted if name in by_name]
+    needed: set[ir.Node] = set()
+    while stack:
+        value = stack.pop()
+        node = value.producer()
+        if node is None or value.name in fed or node in needed:
+            continue
+        needed.add(node)
+        stack.extend(_reads(node))
+    return needed
+
+
+def _proto(
+    model: ir.Model, piece: _Piece, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str]
+) -> onnx.ModelProto:
+    graph = onnx.GraphProto(name="piece")
+    graph.node.extend(ir.serde.serialize_node(node) for node in piece.nodes)
+    for name, value in piece.weights.items():
+        assert value.const_value is not None
+        tensor = ir.serde.serialize_tensor(value.const_value)
+        tensor.name = name
+        graph.initializer.append(tensor)
+    for name, array in feeds.items():
+        dtype = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+        # Rank but no sizes: rows have different lengths.
+        graph.input.append(onnx.helper.make_tensor_value_info(name, dtype, [None] * array.ndim))
+    graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
+    imports = [onnx.OperatorSetIdProto(domain=k, version=v) for k, v in model.opset_imports.items()]
+    functions = [ir.serde.serialize_function(f) for f in model.functions.values()]
+    return onnx.ModelProto(
+        ir_version=model.ir_version, graph=graph, opset_import=imports, functions=functions
+    )
+
+
+def _session(proto: onnx.ModelProto, folder: Path | None) -> Any:
+    ort = require_onnxruntime()
+    # Prepacking would hold every weight a second time.
+    options = session_options({"session.disable_prepacking": "1", **data_folder(folder)})
+    options.enable_cpu_mem_arena = False  # it would keep what it once had
+    try:
+        return ort.InferenceSession(proto.SerializeToString(), options, providers=[CPU])
+    except Exception as error:  # onnxruntime's exceptions have no common base class
+        raise InputError(f"onnxruntime does not take the graph: {str(error).splitlines()[0]}") from None
+
+
+def _run(session: Any, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+    try:
+        found: list[NDArray[Any]] = session.run(outputs, feeds)
+    except Exception as error:  # onnxruntime's exceptions have no common base class
+        raise InputError(f"onnxruntime does not run the graph: {str(error).splitlines()[0]}") from None
+    return found
+
+
+def run_taps(
+    path: Path, names: Sequence[str], inputs: Mapping[str, NDArray[Any]]
+) -> dict[str, NDArray[np.float32]]:
+    """Inner tensors ``names`` [batch, sequence, …] of the decoder graph at ``path``, with an empty cache.
+
+    ``inputs`` are left-padded ids and mask, and so is what comes back, zero where there is padding.
+    """
+    model = load_graph(path)
+    wanted = list(dict.fromkeys(names))
+    rows = rows_of(inputs[TOKENS], inputs[MASK])
+    found = compute(model, wanted, prefill_rows(model, rows))
+    width = inputs[TOKENS].shape[1]
+    return {
+        name: np.stack([_padded(row[name], len(ids), width) for row, ids in zip(found, rows, strict=True)])
+        for name in wanted
+    }
+
+
+def prefill_rows(model: ir.Model, rows: Sequence[NDArray[Any]]) -> list[Arrays]:
+    """What :func:`compute` is fed for a prefill of each of ``rows``, token ids; batch 1, no padding."""
+    interface = interface_of(model)
+    return [interface.row(row, np.float32) for row in rows]
+
+
+def _padded(value: NDArray[Any], length: int, width: int) -> NDArray[np.float32]:
+    rows = unbatched(value, length)
+    result = np.zeros((width, *rows.shape[1:]), dtype=np.float32)
+    result[width - length :] = rows
+    return result
+
+
+def unbatched(value: NDArray[Any], length: int) -> NDArray[Any]:
+    """The tensor [1, length, …] or [length, …] of one row as [length, …]."""
+    return value[0] if value.ndim > 1 and value.shape[:2] == (1, length) else value

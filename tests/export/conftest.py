@@ -1,0 +1,41 @@
+"""What the tests of foreign exporters share: fake interpreters, the environment that has optimum."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def optimum_python() -> str:
+    """The Python of an environment with optimum; the test is skipped where there is none."""
+    python = os.environ.get("NBL_EXPORT_OPTIMUM_PYTHON")
+    if not python:
+        pytest.skip("needs NBL_EXPORT_OPTIMUM_PYTHON, the python of an environment with optimum-onnx")
+    return python
+
+
+@pytest.fixture
+def fake_python(tmp_path: Path) -> Callable[[str], str]:
+    """An interpreter that has every module and, asked to run one, runs the given shell commands instead."""
+
+    def write(commands: str) -> str:
+        path = tmp_path / "fake-python"
+        path.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exit 0\n{commands}\n')
+        path.chmod(0o755)
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def bare_python(tmp_path: Path) -> str:
+    """This interpreter without any installed package."""
+    path = tmp_path / "bare-python"
+    path.write_text(f'#!/bin/sh\nunset PYTHONPATH\nexec "{sys.executable}" -S "$@"\n')
+    path.chmod(0o755)
+    return str(path)
