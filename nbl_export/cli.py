@@ -7,6 +7,7 @@ Exit codes: 0 pass · 1 a gate failed · 2 bad usage or input · 3 a needed pack
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -408,5 +409,8 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
+    # Names out of a file may be long, and may hold what a terminal obeys.
+    message = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in message)
+    message = re.sub(r"\S{300,}", lambda long: f"{long[0][:100]}…{long[0][-50:]}", message)
     typer.echo(f"error: {message}", err=True)
     sys.exit(code)

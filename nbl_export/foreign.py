@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nbl_export.errors import InputError, os_error_in_words
-from nbl_export.export.beside import copy_beside, graph_in, others_beside
+from nbl_export.export.beside import copy_beside, graph_in, others_beside, told
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.rewrite import rewrite_file, rewrite_summary
 from nbl_export.graph.tensors import external_files
@@ -36,12 +36,13 @@ def rewrite_foreign(
     _check_folder(folder, source, in_place)
     loaded = load_plan(plan)
     # Named before anything is written: in place, the graph's own data would change under them.
-    beside = others_beside(source, external_files(load_graph(source)))
+    files = others_beside(source, external_files(load_graph(source)))
+    beside = told(files, loaded.chosen, loaded.kept)
     try:
         with (listener or Silent()).task("Rewriting the graph", 1, "graph") as task:
             result = rewrite_file(source, loaded, folder / source.name, in_place)
             task.advance(1)
-        copy_beside(beside, folder, loaded.chosen, loaded.kept)
+        copy_beside(beside, folder)
         summary = folder / Workspace(folder).rewrite_summary.relative_to(folder)
         write_json(summary, {"source": source.name, **rewrite_summary(result, loaded)})
     except OSError as error:

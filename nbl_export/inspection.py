@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,12 +71,12 @@ def _onnx(path: Path) -> list[Table]:
 
 def _regions(model: ir.Model) -> Table:
     """The attention that a graph has, and what of it was linearized."""
-    from nbl_export.graph.cache import kv_layers, kv_pairs
+    from nbl_export.graph.cache import kv_layers, kv_pairs, metadata_list
     from nbl_export.graph.quantize import weight_format
     from nbl_export.graph.regions import AttentionRegion, find_regions
     from nbl_export.graph.rewrite import LAYERS_KEY
 
-    described = json.loads(model.metadata_props.get(LAYERS_KEY, "[]"))
+    described = metadata_list(model, LAYERS_KEY)
     rows = {
         r["layer"]: (str(r["layer"]), "linear", "", "none", "done already")
         for r in described

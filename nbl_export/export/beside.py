@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +17,46 @@ CONFIG = "config.json"
 _NOT_COPIED = {".onnx", ".data", ".onnx_data", ".safetensors", ".bin", ".gguf", ".pt", ".pth", ".engine"}
 
 
-def copy_beside(
-    files: Iterable[Path], folder: Path, linear: Iterable[int], kept: Iterable[int]
-) -> list[Path]:
-    """Copy ``files`` into ``folder``; ``linear`` layers are gone from their configurations, ``kept`` cached.
+@dataclass(frozen=True)
+class Beside:
+    """A file that goes beside the rewritten graph: as it is, or with the content of ``config``."""
 
-    A file that lies in ``folder`` already is changed there. Returns what was written.
+    source: Path
+    config: dict[str, Any] | None = None
+
+
+def told(files: Iterable[Path], linear: Iterable[int], kept: Iterable[int]) -> list[Beside]:
+    """``files``, their configurations told: ``linear`` layers are gone, ``kept`` are cached. Writes nothing.
+
+    Raises :class:`InputError` for a configuration that is none.
     """
     layers, cached = list(linear), list(kept)
-    return [_copy(source, folder, layers, cached) for source in files]
+    return [_told(source, layers, cached) for source in files]
 
 
-def _copy(source: Path, folder: Path, linear: list[int], kept: list[int]) -> Path:
-    target = folder / source.name
-    if source.name in (GENAI, CONFIG):
-        config = read_json(source, "The configuration beside the graph", "export the model again")
-        try:
-            adapted = _genai(config, kept) if source.name == GENAI else _hugging_face(config, linear, kept)
-        except (KeyError, TypeError, IndexError):
-            raise InputError(f"{source} is no {source.name} of a decoder: export the model again.") from None
-        write_json(target, adapted)
-    elif source.resolve() != target.resolve():
+def _told(source: Path, linear: list[int], kept: list[int]) -> Beside:
+    if source.name not in (GENAI, CONFIG):
+        return Beside(source)
+    config = read_json(source, "The configuration beside the graph", "export the model again")
+    try:
+        return Beside(
+            source, _genai(config, kept) if source.name == GENAI else _hugging_face(config, linear, kept)
+        )
+    except (AttributeError, KeyError, TypeError, IndexError):
+        raise InputError(f"{source} is no {source.name} of a decoder: export the model again.") from None
+
+
+def copy_beside(files: Iterable[Beside], folder: Path) -> list[Path]:
+    """Write ``files`` into ``folder``; one that lies there already is changed there. Returns what was written."""
+    return [_copy(file, folder / file.source.name) for file in files]
+
+
+def _copy(file: Beside, target: Path) -> Path:
+    if file.config is not None:
+        write_json(target, file.config)
+    elif file.source.resolve() != target.resolve():
         with atomic_path(target) as temporary:
-            shutil.copyfile(source, temporary)
+            shutil.copyfile(file.source, temporary)
     return target
 
 

@@ -22,6 +22,8 @@ CONFIG, TOKENIZER = "config.json", "tokenizer_config.json"
 # What a loader may open; pickled weights are left behind, as everywhere.
 _HANDED_OVER = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py")
 
+_EPSILON_NAMES = ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
+
 # The names by which transformers 4 knows what 5 keeps in rope_parameters; each family reads its own.
 _ROPE_NAMES = {
     "rope_theta": ("rope_theta", "rotary_emb_base"),
@@ -90,6 +92,10 @@ def readable_config(config: Mapping[str, Any]) -> dict[str, Any]:
     }
     if isinstance(config.get("dtype"), str):
         adapted.setdefault("torch_dtype", config["dtype"])
+    # onnxruntime-genai's builder reads this name only, also for a LayerNorm, and takes 1e-6 where it is missing.
+    epsilon = next((config[name] for name in _EPSILON_NAMES if config.get(name) is not None), None)
+    if epsilon is not None:
+        adapted.setdefault("rms_norm_eps", epsilon)
     rope = config.get("rope_parameters")
     for key, value in (_rope_of_4(rope, config) if isinstance(rope, dict) else {}).items():
         if adapted.get(key) is None:

@@ -13,6 +13,8 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, count
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -20,8 +22,8 @@ import onnx_ir as ir
 from nbl_export.errors import BuildError, InputError
 from nbl_export.graph.operators import PRODUCTS, VIEWS, fused_op, readers, weight_shape
 
-_PAST = re.compile(r"^past_key_values\.(\d+)\.(key|value)$")
-_PRESENT = re.compile(r"^present\.(\d+)\.(key|value)$")
+_PAST = re.compile(r"^past_key_values\.(\d{1,6})\.(key|value)$")
+_PRESENT = re.compile(r"^present\.(\d{1,6})\.(key|value)$")
 SIDES = ("key", "value")
 # Symbolic dimensions of a decoder graph. MAX is the length of a static cache.
 BATCH, SEQUENCE, PAST, TOTAL, MAX = (
@@ -46,7 +48,18 @@ def is_static(model: ir.Model) -> bool:
 def kv_layers(model: ir.Model) -> tuple[int, ...]:
     """The model's layer of each KV pair: from the metadata, or its number where there are none."""
     known = model.metadata_props.get(KV_LAYERS_KEY)
-    return tuple(json.loads(known)) if known else tuple(pair.index for pair in kv_pairs(model))
+    return metadata_list(model, KV_LAYERS_KEY) if known else tuple(pair.index for pair in kv_pairs(model))
+
+
+def metadata_list(model: ir.Model, key: str) -> tuple[Any, ...]:
+    """A list that nbl-export wrote into the metadata; empty where there is none."""
+    try:
+        found = json.loads(model.metadata_props.get(key, "[]"))
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, list):
+        raise InputError(f"The graph's metadata {key} was not written by nbl-export: remove it.")
+    return tuple(found)
 
 
 def past_name(index: int, side: str) -> str:
@@ -69,7 +82,7 @@ class KVPair:
         """Heads and head size of a [batch, heads, length, size] cache, from its shape or its attention."""
         shape = self.past[0].shape
         heads, size = (shape[1], shape[3]) if shape is not None and len(shape) == 4 else (None, None)
-        if isinstance(heads, int) and isinstance(size, int):
+        if isinstance(heads, int) and isinstance(size, int) and min(heads, size) >= 0:
             return heads, size
         for usage in self.past[0].uses():
             count = usage.node.attributes.get("kv_num_heads")
@@ -221,7 +234,8 @@ def kv_bytes_per_token(model: ir.Model) -> int:
     for pair in kv_pairs(model):
         heads, size = pair.geometry()
         for value in pair.past:
-            assert value.dtype is not None
+            if value.dtype is None or value.dtype == ir.DataType.STRING:
+                raise InputError(f"The cache {value.name} holds no numbers: export the graph again.")
             total += int(heads * size * value.dtype.itemsize)
     return total
 
@@ -300,17 +314,26 @@ def _reroute_shape(model: ir.Model, node: ir.Node, pair: KVPair, twin: ir.Value 
         return new.outputs[0]
 
     def constant(number: int) -> ir.Value:
-        name = f"cache.dim.{number}"
-        if name not in model.graph.initializers:
-            value = ir.Value(name=name, const_value=ir.tensor(np.array([number]), name=name))
-            model.graph.register_initializer(value)
-        return model.graph.initializers[name]
+        array = np.array([number])
+        for name in (f"cache.dim.{number}{tail}" for tail in chain([""], (f".{i}" for i in count(1)))):
+            known = model.graph.initializers.get(name)
+            if known is None:
+                value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
+                model.graph.register_initializer(value)
+                return value
+            if known.const_value is not None and np.array_equal(known.const_value.numpy(), array):
+                return known
+        raise AssertionError  # there is always another name
+
+    def dimension(value: ir.Value, axis: int) -> ir.Value:
+        # Shape takes a range of dimensions only since opset 15.
+        return emit("Gather", [emit("Shape", [value]), constant(axis)], axis=0)
 
     heads, size = pair.geometry()
-    length = emit("Shape", [inputs[MASK]], start=1, end=2)
+    length = dimension(inputs[MASK], 1)
     if not grown:
-        length = emit("Sub", [length, emit("Shape", [inputs[TOKENS]], start=1, end=2)])
-    batch = emit("Shape", [inputs[TOKENS]], start=0, end=1)
+        length = emit("Sub", [length, dimension(inputs[TOKENS], 1)])
+    batch = dimension(inputs[TOKENS], 0)
     pieces = [batch, constant(heads), length, constant(size)]
     start = node.attributes["start"].as_int() if "start" in node.attributes else 0
     stop = node.attributes["end"].as_int() if "end" in node.attributes else len(pieces)

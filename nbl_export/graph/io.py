@@ -19,7 +19,7 @@ from nbl_export.errors import BuildError, InputError
 from nbl_export.graph.operators import captured
 from nbl_export.graph.store import append_graph as append
 from nbl_export.graph.store import write_graph
-from nbl_export.graph.tensors import all_tensors, external_files, set_folder, source_file
+from nbl_export.graph.tensors import all_tensors, check_shape, external_files, set_folder, source_file
 from nbl_export.workspace import TEMPORARY
 
 DATA_SUFFIX = ".data"
@@ -64,6 +64,7 @@ def load_graph(path: Path) -> ir.Model:
     set_folder(model, path.parent)
     try:
         for where, tensor in all_tensors(model):
+            check_shape(where, tensor)
             if isinstance(tensor, ir.ExternalTensor):
                 source_file(where, tensor)
     except InputError as error:
@@ -87,6 +88,11 @@ def _check_graph(path: Path, model: ir.Model) -> None:
     except ValueError:
         raise InputError(f"{path} is no usable ONNX file: its nodes form a cycle; export it again.") from None
     known = {*graph.inputs, *graph.initializers.values(), *(v for node in graph for v in node.outputs)}
+    for output in graph.outputs:
+        if output not in known:
+            raise InputError(
+                f"{path} is no usable ONNX file: nothing writes its output {output.name}; export it again."
+            )
     for node in graph:
         for value in (*node.inputs, *captured(node)):
             if value is not None and value not in known:

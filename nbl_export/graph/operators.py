@@ -40,11 +40,16 @@ class FusedOp:
 LINEAR = {
     ("", "MatMul"): LinearOp(),
     ("", "Gemm"): LinearOp(bias=2),
+    ("", "MatMulInteger"): LinearOp(),
     (MICROSOFT, "FusedMatMul"): LinearOp(),
     (MICROSOFT, "MatMulNBits"): LinearOp(bias=5),
     (MICROSOFT, "MatMulBnb4"): LinearOp(),
     (MICROSOFT, "DynamicQuantizeMatMul"): LinearOp(bias=4),
 }
+# Products of integers: x is quantized when it is known (DynamicQuantizeLinear), and a Mul scales the result back.
+INTEGER_PRODUCTS = frozenset({"MatMulInteger"})
+# What multiplies integers in other ways; such weights are neither read nor written here.
+OTHER_INTEGER_PRODUCTS = frozenset({"QLinearMatMul", "MatMulIntegerToFloat"})
 FUSED = {
     ("", "Attention"): FusedOp(past=(4, 5)),
     (MICROSOFT, "GroupQueryAttention"): FusedOp(past=(3, 4), ragged=True),
@@ -64,11 +69,18 @@ PRODUCTS = frozenset({"MatMul", "Einsum", "FusedMatMul"})
 SHAPE_ONLY = frozenset({"Shape", "Size"})
 # These hand the same numbers on, in another shape or format.
 VIEWS = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Cast", "Identity", "Dropout", "CastLike"})
+QUANTIZE = "DynamicQuantizeLinear"
 
 
 def key(node: ir.Node) -> tuple[str, str]:
     """(domain, operator) as the tables have them."""
     return ("" if node.domain == "ai.onnx" else node.domain, node.op_type)
+
+
+def int_attribute(node: ir.Node, name: str, default: int = 0) -> int:
+    """An attribute that is a whole number; ``default`` where it is missing or of another type."""
+    attribute = node.attributes.get(name)
+    return attribute.as_int() if attribute is not None and attribute.type == ir.AttributeType.INT else default
 
 
 def linear_op(node: ir.Node) -> LinearOp | None:

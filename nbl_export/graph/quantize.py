@@ -4,10 +4,13 @@
     MatMul(x, W)                    MatMul(u, Wᵀ)
     MatMulNBits(x, B, scales …)     MatMulNBits(u, B, scales …)        same bits, block size, symmetry
     MatMul(x, DequantizeLinear(q))  MatMul(u, DequantizeLinear(q))     same type, block size or axis, symmetry
+    MatMulInteger(Quantize(x), q)   MatMulInteger(Quantize(u), q)      same type, one scale or one for each output
+    DynamicQuantizeMatMul(x, q …)   DynamicQuantizeMatMul(u, q …)      the same in one node
 
 A block of n values has one scale, and one zero point unless it is symmetric. Symmetric: the largest
-magnitude becomes the most negative number, as onnxruntime's own quantizer has it, so that it is met
-exactly. Asymmetric: the block's range, with zero in it, is spread over all numbers.
+magnitude becomes the most negative number of MatMulNBits, as onnxruntime's own quantizer has it; elsewhere,
+where TensorRT wants scales above zero, the largest of that sign. Asymmetric: the block's range, with zero in
+it, is spread over all numbers.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from nbl_export.errors import BuildError
-from nbl_export.graph.operators import MICROSOFT, key
+from nbl_export.graph.operators import MICROSOFT, int_attribute, key
 
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
@@ -48,6 +51,8 @@ class Initialize(Protocol):
     ) -> ir.Value: ...
 
 
+# Linear maps that quantize what they read, and which of their inputs is the weight's zero point.
+_DYNAMIC = {"MatMulInteger": 3, "DynamicQuantizeMatMul": 3}
 _TYPES = {
     ir.DataType.INT4: (4, True),
     ir.DataType.UINT4: (4, False),
@@ -71,8 +76,11 @@ class Blocks:
         return result
 
 
-def quantize_blocks(w: F32, bits: int, block: int, symmetric: bool) -> Blocks:
-    """Quantize ``w`` [rows, columns] in blocks of ``block`` columns, the last one filled up with zeros."""
+def quantize_blocks(w: F32, bits: int, block: int, symmetric: bool, positive: bool = False) -> Blocks:
+    """Quantize ``w`` [rows, columns] in blocks of ``block`` columns, the last one filled up with zeros.
+
+    ``positive`` gives up one of the 2**bits numbers of a symmetric block for scales above zero.
+    """
     rows, columns = w.shape
     count = -(-columns // block)
     padded = np.zeros((rows, count * block), dtype=np.float32)
@@ -81,7 +89,8 @@ def quantize_blocks(w: F32, bits: int, block: int, symmetric: bool) -> Blocks:
     half, most = 1 << (bits - 1), (1 << bits) - 1
     if symmetric:
         at = np.abs(values).argmax(axis=-1)[..., None]
-        scales = np.take_along_axis(values, at, axis=-1)[..., 0] / -half
+        largest = np.take_along_axis(values, at, axis=-1)[..., 0]
+        scales = np.abs(largest) / (half - 1) if positive else largest / -half
         zeros = np.full(scales.shape, half, dtype=np.uint8)
     else:
         low, high = (np.minimum(values.min(-1), 0), np.maximum(values.max(-1), 0))
@@ -107,10 +116,10 @@ def pack(numbers: U8, bits: int) -> U8:
 def weight_bits(node: ir.Node) -> int:
     """How many bits each weight of the linear map ``node`` is stored in; 0 if it is not quantized."""
     if key(node) == (MICROSOFT, "MatMulNBits"):
-        return node.attributes["bits"].as_int() if "bits" in node.attributes else 4
+        return int_attribute(node, "bits", 4)
     if node.op_type == "MatMulBnb4":
         return 4
-    if node.op_type == "DynamicQuantizeMatMul":
+    if node.op_type in _DYNAMIC:
         return 8
     dequantize = _dequantize(node)
     quantized = dequantize.inputs[0] if dequantize is not None else None
@@ -126,8 +135,8 @@ def weight_format(node: ir.Node) -> str:
             value = made.inputs[0] if made.inputs else None
         return str(value.dtype).lower() if value is not None and value.dtype is not None else "unknown"
     maker = _dequantize(node) or node
-    block = maker.attributes.get("block_size")
-    return f"int{bits}" + (f" in blocks of {block.as_int()}" if block is not None else "")
+    block = int_attribute(maker, "block_size")
+    return f"int{bits}" + (f" in blocks of {block}" if block else "")
 
 
 def product(
@@ -139,6 +148,8 @@ def product(
     """
     if key(neighbour) == (MICROSOFT, "MatMulNBits"):
         return [_n_bits(x, weight(), neighbour, initialize)]
+    if neighbour.op_type in _DYNAMIC:
+        return _dynamic(x, weight(), dtype, neighbour, initialize)
     if weight_bits(neighbour) and _dequantize(neighbour) is None:
         raise BuildError(
             f"{neighbour.name} is a {neighbour.op_type}, and weights cannot be quantized like its: "
@@ -206,7 +217,7 @@ def _dequantized(
     block = neighbour.attributes["block_size"].as_int() if "block_size" in neighbour.attributes else 0
     columns = w.shape[1]
     each = block or columns  # without blocks one scale for each output
-    blocks = quantize_blocks(w, bits, each, symmetric=zeros is None)
+    blocks = quantize_blocks(w, bits, each, symmetric=zeros is None, positive=True)
     shift = (1 << (bits - 1)) if signed else 0
     numbers = blocks.numbers.reshape(len(w), -1)[:, :columns].T.astype(np.int16) - shift
     stored = initialize("weight_quant", numbers, quantized.dtype)
@@ -222,3 +233,39 @@ def _dequantized(
     made.outputs[0].type = ir.TensorType(scales.dtype or dtype)
     made.outputs[0].shape = ir.Shape([columns, len(w)])
     return [made, ir.node("MatMul", [x, made.outputs[0]])]
+
+
+def _dynamic(
+    x: ir.Value, w: F32, dtype: ir.DataType, neighbour: ir.Node, initialize: Initialize
+) -> list[ir.Node]:
+    """x and Wᵀ [input, output] as 8-bit numbers; W with one scale, or one for each output, as the neighbour has."""
+    stored = neighbour.inputs[1]
+    assert stored is not None
+    if stored.dtype not in (ir.DataType.INT8, ir.DataType.UINT8):
+        raise BuildError(f"{neighbour.name} reads weights of {stored.dtype}: only 8 bits are supported.")
+    index = _DYNAMIC[neighbour.op_type]
+    zero = neighbour.inputs[index] if len(neighbour.inputs) > index else None
+    each = zero is not None and zero.shape is not None and len(zero.shape) == 1 and zero.shape[0] != 1
+    rows = w if each else w.reshape(1, -1)
+    blocks = quantize_blocks(rows, 8, rows.shape[1], symmetric=True, positive=True)
+    signed = stored.dtype == ir.DataType.INT8
+    shift = 128 if signed else 0
+    numbers = (blocks.numbers.reshape(w.shape).astype(np.int16) - shift).T
+    scales = blocks.scales[:, 0] if each else blocks.scales[0, 0]
+    zeros = np.full(scales.shape, 128 - shift, dtype=np.int16)
+    weight = initialize("weight_quant", np.ascontiguousarray(numbers), stored.dtype)
+    scale = initialize("weight_scale", np.asarray(scales), dtype)
+    point = initialize("weight_zero", zeros, stored.dtype)
+    if neighbour.op_type == "DynamicQuantizeMatMul":
+        return [ir.node("DynamicQuantizeMatMul", [x, weight, scale, point], domain=MICROSOFT)]
+    quantize = ir.node("DynamicQuantizeLinear", [x], num_outputs=3)
+    q, q_scale, q_zero = quantize.outputs
+    product = ir.node("MatMulInteger", [q, weight, q_zero, point])
+    cast = ir.node("Cast", [product.outputs[0]], {"to": int(dtype)})
+    both = ir.node("Mul", [q_scale, scale])
+    result = ir.node("Mul", [cast.outputs[0], both.outputs[0]])
+    nodes = [quantize, product, cast, both, result]
+    for node, name in zip(nodes[:-1], ("quantized", "integer", "cast", "scales"), strict=True):
+        for number, value in enumerate(node.outputs):
+            value.name = f"{weight.name}.{name}{number or ''}"
+    return nodes

@@ -28,7 +28,10 @@ import onnx_ir as ir
 from nbl_export.errors import InputError
 from nbl_export.graph.cache import EMBEDDINGS, KV_LAYERS_KEY, TOKENS, after_softmax, kv_pairs
 from nbl_export.graph.operators import (
+    INTEGER_PRODUCTS,
+    OTHER_INTEGER_PRODUCTS,
     PRODUCTS,
+    QUANTIZE,
     SKIP_NORMS,
     VIEWS,
     fused_op,
@@ -54,8 +57,8 @@ class Output:
 class AttentionRegion:
     """One layer's attention in a graph: the candidates for x, h and y, likeliest first.
 
-    ``core`` is where tokens meet, ``projection`` the linear map that writes y; ``ops`` counts the nodes from
-    x to y.
+    ``core`` is where tokens meet, ``projection`` the linear map that writes y, ``maps`` are all linear maps
+    from x to y; ``ops`` counts the nodes between.
     """
 
     layer: int
@@ -63,6 +66,7 @@ class AttentionRegion:
     streams: tuple[ir.Value, ...]
     outputs: tuple[Output, ...]
     projection: ir.Node
+    maps: tuple[ir.Node, ...]
     core: str
     ops: int
 
@@ -139,10 +143,9 @@ def _refuse_control_flow(model: ir.Model) -> None:
 
 def _region(layer: int, core: ir.Node, activations: set[ir.Value]) -> AttentionRegion:
     last, outputs = _outputs(core)
-    inputs, ops = _inputs(core, last, activations)
-    return AttentionRegion(
-        layer, inputs, _streams(outputs, inputs, activations), outputs, last, core.op_type, ops
-    )
+    inputs, maps, ops = _inputs(core, last, activations)
+    streams = _streams(outputs, inputs, activations)
+    return AttentionRegion(layer, inputs, streams, outputs, last, (*maps, last), core.op_type, ops)
 
 
 def _reach(values: Iterable[ir.Value], without: ir.Node | None = None) -> set[ir.Node]:
@@ -160,6 +163,12 @@ def _reach(values: Iterable[ir.Value], without: ir.Node | None = None) -> set[ir
 def _activations(model: ir.Model) -> set[ir.Value]:
     """Values that carry activations: computed from the token ids (or embeddings) themselves."""
     tokens = [v for v in model.graph.inputs if v.name in (TOKENS, EMBEDDINGS)]
+    if not tokens:
+        names = ", ".join(repr(str(v.name)) for v in model.graph.inputs)
+        raise InputError(
+            f"The graph has no input {TOKENS} that its layers are computed from (its inputs: {names}): rename "
+            "the one that takes token ids."
+        )
     return {v for node in _reach(tokens) for v in node.outputs}
 
 
@@ -201,12 +210,29 @@ def _outputs(core: ir.Node) -> tuple[ir.Node, tuple[Output, ...]]:
             )
         node = following[0]
         if linear_op(node):
-            return node, _candidates(node.outputs[0])
+            return node, _candidates(_scaled(node) if node.op_type in INTEGER_PRODUCTS else node.outputs[0])
+        if node.op_type in OTHER_INTEGER_PRODUCTS:
+            raise _NotFound(
+                "the output projection multiplies floating-point numbers by weights of a known format",
+                f"a {node.op_type}, of dynamic quantization: quantize with MatMulNBits or DequantizeLinear instead",
+            )
         if node.op_type == "Add" and not any(is_constant(v) for v in node.inputs):
             raise _NotFound(
                 "an output projection comes before the residual addition", "an Add of two activations"
             )
     raise _NotFound("an output projection follows the attention", f"{node.op_type} after {_MAX_STEPS} nodes")
+
+
+def _scaled(product: ir.Node) -> ir.Value:
+    """What a product of integers is as a number: it is cast, and multiplied by the scales of both factors."""
+    value = product.outputs[0]
+    for op in ("Cast", "Mul"):
+        following = readers(value)
+        if len(following) != 1 or following[0].op_type != op:
+            found = ", ".join(n.op_type for n in following) or "nothing"
+            raise _NotFound("a product of integers is cast and scaled", found)
+        value = following[0].outputs[0]
+    return value
 
 
 def _candidates(value: ir.Value) -> tuple[Output, ...]:
@@ -239,10 +265,14 @@ def _other(node: ir.Node, value: ir.Value) -> ir.Value | None:
 
 def _inputs(
     core: ir.Node, projection: ir.Node, activations: set[ir.Value]
-) -> tuple[tuple[ir.Value, ...], int]:
+) -> tuple[tuple[ir.Value, ...], list[ir.Node], int]:
+    """The candidates for x, the linear maps that read it, and the number of nodes from them on."""
     direct: set[ir.Value] = set()
+    maps: list[ir.Node] = []
     seen: set[ir.Node] = {projection}
-    stack = [projection.inputs[0]]
+    assert projection.inputs[0] is not None
+    # The projection's own input may be quantized; whoever else quantizes what it reads reads x.
+    stack: list[ir.Value | None] = [_origin(projection.inputs[0])]
     while stack:
         value = stack.pop()
         node = value.producer() if value is not None else None
@@ -250,28 +280,31 @@ def _inputs(
             continue
         seen.add(node)
         op = fused_op(node) if node is core else None
-        if linear_op(node) or (op and op.weights is not None):
+        if linear_op(node) or node.op_type == QUANTIZE or (op and op.weights is not None):
             assert node.inputs[0] is not None
             direct.add(node.inputs[0])
+            maps += [node] if node.op_type != QUANTIZE else []
         else:
             stack.extend(node.inputs)
     origins = {_origin(v) for v in direct}
     if len(origins) != 1:
         names = ", ".join(sorted(str(v.name) for v in direct)) or "none"
         raise _NotFound("all projections of the layer read one tensor", names)
-    candidates = dict.fromkeys([*origins, *(direct if len(direct) == 1 else ())])
+    # Quantized numbers are no activations: what the projections read must be what was quantized.
+    plain = {v for v in direct if (maker := v.producer()) is None or maker.op_type != QUANTIZE}
+    candidates = dict.fromkeys([*origins, *(plain if len(plain) == 1 else ())])
     # A half graph's float32 norm is read through a Cast: what the projections read is in their format.
-    only = next(iter(direct))
+    only = next(iter(plain or origins))
     node = only.producer()
-    if len(direct) == 1 and node is not None and node.op_type == "Cast":
+    if len(plain) == 1 and node is not None and node.op_type == "Cast":
         candidates = dict.fromkeys([only, *candidates])
-    return tuple(candidates), len(seen)
+    return tuple(candidates), maps, len(seen)
 
 
 def _origin(value: ir.Value) -> ir.Value:
-    """What ``value`` is a view of."""
+    """What ``value`` is a view of, or was quantized from."""
     node = value.producer()
-    while node is not None and node.op_type in VIEWS and node.inputs[0] is not None:
+    while node is not None and node.op_type in (*VIEWS, QUANTIZE) and node.inputs[0] is not None:
         value = node.inputs[0]
         node = value.producer()
     return value

@@ -109,8 +109,14 @@ def _found(model: ir.Model, plan: Plan) -> list[AttentionRegion]:
         raise InputError(
             f"The graph has {len(found)} attention layers, the plan is for {plan.layer_count}: it is of another model."
         )
+    _check_names(model, plan)
     regions = []
     for entry in found:
+        if entry.layer >= plan.layer_count:
+            raise InputError(
+                f"The graph's caches are numbered up to {max(e.layer for e in found)}, the plan is for "
+                f"{plan.layer_count} layers: it is of another model."
+            )
         if isinstance(entry, AttentionRegion):
             regions.append(entry)
         elif entry.layer in plan.layers:
@@ -118,11 +124,20 @@ def _found(model: ir.Model, plan: Plan) -> list[AttentionRegion]:
     return regions
 
 
+def _check_names(model: ir.Model, plan: Plan) -> None:
+    ours = tuple(f"{linear_output_name(layer).rpartition('.')[0]}." for layer in plan.chosen)
+    made = (v.name for node in model.graph for v in node.outputs)
+    for name in (*model.graph.initializers, *made):
+        if name and name.startswith(ours):
+            raise InputError(f"The graph has a tensor {name} already, as if it were rewritten: rename it.")
+
+
 def replace(
     model: ir.Model, regions: Mapping[int, AttentionRegion], proofs: Mapping[int, Proof], plan: Plan
 ) -> None:
     """Step 3, in place: planned layers become MatMul + Add, their KV pairs go."""
     pairs = kv_pairs(model)
+    untyped = [v for node in model.graph for v in node.outputs if v.type is None and v.shape is None]
     infer_types(model)
     for layer in plan.chosen:
         proof = proofs[layer]
@@ -130,7 +145,19 @@ def replace(
         _insert(model, layer, proof.u, proof.y, regions[layer].projection, plan)
     RemoveUnusedNodesPass()(model)
     remove_pairs(model, plan.chosen, pairs)
+    for value in untyped:  # what was inferred is not the graph's to keep
+        if not value.is_graph_output():
+            value.type = value.shape = None
     model.graph.sort()
+    for layer in plan.chosen:
+        for node in regions[layer].maps:
+            if node.graph is not None and (
+                left := next((u.node for v in node.outputs for u in v.uses()), None)
+            ):
+                raise BuildError(
+                    f"Layer {layer} cannot be removed: {left.op_type} ({left.name}) still reads what its "
+                    f"{node.op_type} ({node.name}) writes."
+                )
 
 
 def linear_output_name(layer: int) -> str:
@@ -155,6 +182,10 @@ class _StoredWeight:
 
 def _insert(model: ir.Model, layer: int, u: ir.Value, output: Output, neighbour: ir.Node, plan: Plan) -> None:
     prefix, y = f"layers.{layer}.nbl_linear", output.value
+    if y.is_graph_output():
+        raise BuildError(
+            f"Layer {layer} cannot be replaced: {y.name}, what its attention writes, is an output of the graph."
+        )
     linear = plan.layers[layer]
     b = linear.b
     if output.later is not None:  # what is added after y is not to be added twice

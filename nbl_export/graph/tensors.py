@@ -6,6 +6,7 @@ in function bodies. Whoever checks where a model's external data lies, or moves 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -152,6 +153,14 @@ def source_file(where: str, tensor: ir.ExternalTensor) -> Path:
         raise InputError(f"The external data {location} of {where} is missing: put the file into {folder}.")
     _check_range(where, tensor, target)
     return target
+
+
+def check_shape(where: str, tensor: ir.TensorProtocol) -> None:
+    """Raises :class:`InputError` for a shape that no file can hold: a negative size, or 2^62 numbers and more."""
+    sizes = tensor.shape.numpy()
+    if any(size < 0 for size in sizes) or math.prod(sizes) >= 1 << 62:
+        shown = ", ".join(map(str, sizes[:4])) + (", …" if len(sizes) > 4 else "")
+        raise InputError(f"{where} has the shape [{shown}], which no tensor has: export it again.")
 
 
 def _hub_blobs(folder: Path) -> list[Path]:

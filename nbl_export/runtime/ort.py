@@ -91,6 +91,14 @@ def loads(path: Path) -> None:
         raise InputError(f"onnxruntime does not load {path}: {str(error).splitlines()[0]}") from None
 
 
+def run_session(session: Any, outputs: Sequence[str], feeds: Mapping[str, Any]) -> list[Any]:
+    """``outputs`` of a session; raises :class:`InputError` where an operator does not take what it is given."""
+    try:
+        return list(session.run(outputs, feeds))
+    except Exception as error:  # onnxruntime's exceptions have no common base class
+        raise InputError(f"onnxruntime does not run the graph: {str(error).splitlines()[0]}") from None
+
+
 _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -139,7 +147,7 @@ class OrtModel:
 
     def run(self, feeds: Mapping[str, Any]) -> DecoderOutput:
         """Logits and grown cache for the session's inputs ``feeds``."""
-        logits, *kv = self.session.run(self.output_names, feeds)
+        logits, *kv = run_session(self.session, self.output_names, feeds)
         return DecoderOutput(np.asarray(logits), tuple(zip(kv[::2], kv[1::2], strict=True)))
 
 
@@ -297,4 +305,4 @@ def run_outputs(
         model = growing = OrtDecoder(path)
         feeds = growing.feeds(*left_padded(rows), growing.empty_past(len(rows)))
     wanted = list(names or (o.name for o in model.session.get_outputs()))
-    return dict(zip(wanted, model.session.run(wanted, feeds), strict=True))
+    return dict(zip(wanted, run_session(model.session, wanted, feeds), strict=True))

@@ -25,7 +25,7 @@ from nbl_export.graph.io import load_graph
 from nbl_export.graph.operators import captured
 from nbl_export.graph.standin import HALF, compute_in_float32, needs_standin, wide_name
 from nbl_export.graph.tensors import follow_links
-from nbl_export.runtime.ort import CPU, data_folder, require_onnxruntime, session_options
+from nbl_export.runtime.ort import CPU, data_folder, require_onnxruntime, run_session, session_options
 from nbl_export.runtime.padding import rows_of
 
 Arrays = dict[str, NDArray[Any]]
@@ -74,7 +74,7 @@ def compute(
         proto = _proto(model, piece, {name: first[name] for name in sorted(piece.reads)}, outputs)
         session = _session(proto, folder)
         for row in values:
-            found = _run(session, outputs, {name: row[name] for name in piece.reads})
+            found = run_session(session, outputs, {name: row[name] for name in piece.reads})
             row |= dict(zip(outputs, found, strict=True))
             for name in [n for n in row if n not in later]:
                 del row[name]
@@ -120,13 +120,17 @@ def _constants(model: ir.Model, fed: set[str]) -> set[ir.Node]:
 def _constants_before(node: ir.Node, constant: set[ir.Node]) -> list[ir.Node]:
     """The constant nodes that ``node`` is computed from, in order."""
     found: dict[ir.Node, None] = {}
-    stack = [n for v in _reads(node) if (n := v.producer()) in constant and n is not None]
+    stack = [(node, False)]
     while stack:
-        current = stack.pop()
-        found.pop(current, None)
-        found[current] = None  # again, so that it comes before all that read it
-        stack += [n for v in _reads(current) if (n := v.producer()) in constant and n is not None]
-    return list(reversed(found))
+        current, ready = stack.pop()
+        if ready:
+            found[current] = None
+        elif current not in found:
+            if current is not node:
+                stack.append((current, True))  # once all that it reads is there
+            makers = [v.producer() for v in _reads(current)]
+            stack += [(n, False) for n in makers if n is not None and n in constant and n not in found]
+    return list(found)
 
 
 def _with_casts(nodes: Iterable[ir.Node]) -> Iterator[ir.Node]:
@@ -197,14 +201,6 @@ def _session(proto: onnx.ModelProto, folder: Path | None) -> Any:
         return ort.InferenceSession(proto.SerializeToString(), options, providers=[CPU])
     except Exception as error:  # onnxruntime's exceptions have no common base class
         raise InputError(f"onnxruntime does not take the graph: {str(error).splitlines()[0]}") from None
-
-
-def _run(session: Any, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
-    try:
-        found: list[NDArray[Any]] = session.run(outputs, feeds)
-    except Exception as error:  # onnxruntime's exceptions have no common base class
-        raise InputError(f"onnxruntime does not run the graph: {str(error).splitlines()[0]}") from None
-    return found
 
 
 def run_taps(

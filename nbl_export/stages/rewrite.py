@@ -13,7 +13,7 @@ from nbl_export.workspace import StageRecord, Workspace, sha256_of_json, write_j
 
 def rewrite(run: Run) -> None:
     """Baseline graph + plan → ``model.onnx``, proven and counted, loadable as it stands."""
-    from nbl_export.export.beside import copy_beside
+    from nbl_export.export.beside import copy_beside, told
     from nbl_export.graph.rewrite import rewrite_file, rewrite_summary
 
     ws = run.workspace
@@ -25,14 +25,15 @@ def rewrite(run: Run) -> None:
             raise InputError(
                 f"{ws.plan} is the plan of another model: run `nbl-export select {ws.root}` again."
             )
+        graph = ws.baseline.name
+        files = [ws.root / name for name in exported.files]
+        files = [f for f in files if f.parent == ws.baseline.parent and not f.name.startswith(graph)]
+        beside = told(files, plan.chosen, plan.kept)
         with listener.task("Rewriting the graph", 1, "graph") as task:
             result = rewrite_file(ws.baseline, plan, ws.model)
             task.advance(1)
         write_json(ws.rewrite_summary, rewrite_summary(result, plan))
-        graph = ws.baseline.name
-        files = [ws.root / name for name in exported.files]
-        beside = [f for f in files if f.parent == ws.baseline.parent and not f.name.startswith(graph)]
-        return [*result.files, ws.rewrite_summary, *copy_beside(beside, ws.root, plan.chosen, plan.kept)]
+        return [*result.files, ws.rewrite_summary, *copy_beside(beside, ws.root)]
 
     run.stage("rewrite", key, {}, work)
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests import exporters
+
 
 @pytest.fixture(scope="session")
 def optimum_python() -> str:
     """The Python of an environment with optimum; the test is skipped where there is none."""
-    python = os.environ.get("NBL_EXPORT_OPTIMUM_PYTHON")
-    if not python:
-        pytest.skip("needs NBL_EXPORT_OPTIMUM_PYTHON, the python of an environment with optimum-onnx")
-    return python
+    return exporters.optimum_python()
 
 
 @pytest.fixture

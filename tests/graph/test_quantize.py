@@ -254,8 +254,60 @@ def test_a_weight_behind_a_dequantize_linear(dtype: int, block: int | None, zero
     bits = 4 if dtype in (TensorProto.INT4, TensorProto.UINT4) else 8
     near = {4: 0.3, 8: 0.02}[bits]
     assert np.linalg.norm(run(model, x) - x @ w.T) < near * np.linalg.norm(x @ w.T)
-    stands_for = quantize_blocks(w, bits, block or D, not zeros).values().reshape(D, -1)[:, :D]
+    assert (made["weight_scales"].numpy() > 0).all()
+    stands_for = quantize_blocks(w, bits, block or D, not zeros, positive=True).values().reshape(D, -1)[:, :D]
     np.testing.assert_allclose(run(model, x), x @ stands_for.T, rtol=0, atol=1e-4)
+
+
+DYNAMIC = [
+    pytest.param(op, signed, each, id=f"{op}, {'int8' if signed else 'uint8'}, {'each' if each else 'one'}")
+    for op in ("MatMulInteger", "DynamicQuantizeMatMul")
+    for signed in (True, False)
+    for each in (False, True)
+]
+
+
+def dynamic(op: str, signed: bool, each: bool) -> ir.Model:
+    """x ─► quantized when it is known ─► times 8-bit weights ─► y."""
+    kind = np.int8 if signed else np.uint8
+    shape = (D,) if each else ()
+    weights = {
+        "q": np.ones((D, D), kind),
+        "s": np.full(shape, 0.1, np.float32),
+        "z": np.full(shape, 0 if signed else 128, kind),
+    }
+    if op == "DynamicQuantizeMatMul":
+        node = helper.make_node(op, ["x", "q", "s", "z"], ["y"], domain=MS, name="neighbour")
+        return graph([node], weights)
+    nodes = [
+        helper.make_node("DynamicQuantizeLinear", ["x"], ["xq", "xs", "xz"]),
+        helper.make_node(op, ["xq", "q", "xz", "z"], ["i"], name="neighbour"),
+        helper.make_node("Cast", ["i"], ["f"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["xs", "s"], ["both"]),
+        helper.make_node("Mul", ["f", "both"], ["y"]),
+    ]
+    return graph(nodes, weights)
+
+
+@pytest.mark.parametrize(("op", "signed", "each"), DYNAMIC)
+def test_a_product_whose_activations_are_quantized_too(op: str, signed: bool, each: bool) -> None:
+    model, w = dynamic(op, signed, each), matrix()
+    w[3] *= 20  # one output far larger than the others
+    made = replaced(model, w)
+    assert {n: (t.dtype, tuple(t.shape)) for n, t in made.items()} == {
+        "weight_quant": (ir.DataType.INT8 if signed else ir.DataType.UINT8, (D, D)),
+        "weight_scale": (ir.DataType.FLOAT, (D,) if each else ()),
+        "weight_zero": (ir.DataType.INT8 if signed else ir.DataType.UINT8, (D,) if each else ()),
+    }
+    numbers, zeros = (made[n].numpy().astype(np.float32) for n in ("weight_quant", "weight_zero"))
+    stands_for = (numbers - zeros) * made["weight_scale"].numpy()
+    assert np.abs(stands_for - w.T).max() <= made["weight_scale"].numpy().max() * 1.001
+    x = np.random.default_rng(2).standard_normal((7, D)).astype(np.float32)
+    small = [i for i in range(D) if i != 3]
+    found, expected = run(model, x)[:, small], (x @ w.T)[:, small]
+    # With one scale for all the large output costs the small ones their digits.
+    assert np.linalg.norm(found - expected) < (0.03 if each else 0.3) * np.linalg.norm(expected)
+    np.testing.assert_allclose(run(model, x), x @ stands_for, rtol=0, atol=0.02 * np.abs(x @ w.T).max())
 
 
 def test_a_turned_weight_is_found_behind_its_transpose() -> None:
