@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from nbl_export.errors import InputError, os_error_in_words
 from nbl_export.export.beside import copy_beside, graph_in, others_beside, told
 from nbl_export.graph.io import load_graph
-from nbl_export.graph.rewrite import rewrite_file, rewrite_summary
+from nbl_export.graph.rewrite import linearized_layers, rewrite_file, rewrite_summary
 from nbl_export.graph.tensors import external_files
 from nbl_export.linearize.plan import load_plan
 from nbl_export.progress import Listener, Silent
@@ -35,10 +35,12 @@ def rewrite_foreign(
     folder = source.parent if out is None else out
     _check_folder(folder, source, in_place)
     loaded = load_plan(plan)
-    # Named before anything is written: in place, the graph's own data would change under them.
-    files = others_beside(source, external_files(load_graph(source)))
-    beside = told(files, loaded.chosen, loaded.kept)
+    model = load_graph(source)
+    # Named and told before anything is written: in place, the graph's own data would change under them.
+    beside = told(others_beside(source, external_files(model)), loaded.chosen, loaded.kept)
     try:
+        if in_place and linearized_layers(model) == loaded.chosen:
+            copy_beside(beside, folder)  # an interrupt may have come between graph and configurations
         with (listener or Silent()).task("Rewriting the graph", 1, "graph") as task:
             result = rewrite_file(source, loaded, folder / source.name, in_place)
             task.advance(1)

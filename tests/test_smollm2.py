@@ -1,4 +1,4 @@
-"""The product's main job on a real language model, as a user would do it: both caches, both engines."""
+"""The product's main job on a real language model, as a user would do it: caches, engines, exporters."""
 
 from __future__ import annotations
 
@@ -59,6 +59,65 @@ def test_fp16_engines_with_fused_attention(smollm2: Path, text: Path, out: Path,
     run = checks["engine run"]
     if run["status"] == "skipped":
         assert "ahead of time for SM80, SM86, SM89" in run["detail"] and "not run" in run["detail"]
+
+
+@pytest.mark.parametrize(
+    ("exporter", "precision"), [("genai", "fp32"), ("genai", "int4"), ("genai", "fp16"), ("optimum", "fp32")]
+)
+def test_graphs_of_other_exporters(
+    smollm2: Path, text: Path, out: Path, exporter: str, precision: str
+) -> None:
+    """The same calibration and plan; parity within the gates, and the files shrink by what was removed."""
+    if exporter == "optimum" and not os.environ.get("NBL_EXPORT_OPTIMUM_PYTHON"):
+        pytest.skip("needs optimum in an environment of its own: scripts/test.sh makes one")
+    command = [sys.executable, "-m", "nbl_export", str(smollm2), "--k", str(K), "-o", str(out)]
+    command += ["--exporter", exporter, "--precision", precision, "--no-quality", "--no-speed"]
+    command += ["--calibration", str(text), "--samples", "16", "--seq-len", "256", "--heldout-samples", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"NBL_EXPORT_DEBUG": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((out / "report" / "report.json").read_text())
+    checks = {c["name"]: c["status"] for c in report["checks"]}
+    assert report["verdict"] == checks["parity"] == checks["graph rewrite"] == "passed"
+    before, after = report["graph"]["before"], report["graph"]["after"]
+    assert (before["kv_pairs"], after["kv_pairs"]) == (LAYERS, LAYERS - K)
+    # Per layer: q and o [576, 576], k and v [576, 192] go, W [576, 576] comes; int4 with a scale for 32.
+    removed = K * (2 * 576 * 576 + 2 * 576 * 192 - 576 * 576)
+    bytes_each = {"fp32": 4, "fp16": 2, "int4": 0.5 + 4 / 32}[precision]
+    shrunk = before["file_bytes"] - after["file_bytes"]
+    assert shrunk == pytest.approx(removed * bytes_each, rel=0.05)
+    if exporter == "genai":
+        config = json.loads((out / "genai_config.json").read_text())
+        assert config["model"]["decoder"]["num_hidden_layers"] == LAYERS - K
+    if precision != "fp16":  # which onnxruntime's CPU provider does not run as it stands
+        _generates(out, exporter)
+
+
+def _generates(out: Path, exporter: str) -> None:
+    """Text from the folder as it stands: by onnxruntime-genai, or by optimum, where that made it."""
+    prompt = "The capital of France is"
+    if exporter == "optimum":
+        python = os.environ["NBL_EXPORT_OPTIMUM_PYTHON"]
+        code = (
+            "import sys; from optimum.onnxruntime import ORTModelForCausalLM as M; "
+            "from transformers import AutoTokenizer as T; t = T.from_pretrained(sys.argv[1]); "
+            "ids = t(sys.argv[2], return_tensors='pt').input_ids; model = M.from_pretrained(sys.argv[1]); "
+            "print(t.decode(model.generate(ids, max_new_tokens=12, do_sample=False)[0]))"
+        )
+        done = subprocess.run([python, "-c", code, str(out), prompt], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        text = done.stdout.strip()
+    else:
+        genai = pytest.importorskip("onnxruntime_genai", reason="needs onnxruntime-genai")
+        model = genai.Model(str(out))
+        tokenizer = genai.Tokenizer(model)
+        parameters = genai.GeneratorParams(model)
+        parameters.set_search_options(max_length=24, do_sample=False)
+        generator = genai.Generator(model, parameters)
+        generator.append_tokens(tokenizer.encode(prompt))
+        while not generator.is_done():
+            generator.generate_next_token()
+        text = tokenizer.decode(generator.get_sequence(0))
+    assert prompt in text and len(text) > len(prompt) + 10
 
 
 def _check_engine(manifest: dict[str, Any], attention: int, cache: str) -> None:

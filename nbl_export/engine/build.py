@@ -32,6 +32,7 @@ from nbl_export.engine.profiles import Limits, Profile, profiles
 from nbl_export.errors import BuildError
 from nbl_export.graph.cache import MAX, is_static
 from nbl_export.graph.io import load_graph, scratch_copy
+from nbl_export.graph.operators import fused_op
 from nbl_export.graph.precision import graph_precision
 from nbl_export.progress import Task
 
@@ -114,14 +115,15 @@ def build_engine(
     )
     with _parsable(path, static, limits.max_context) as parsable:
         parsed = parse_network(library, parsable, path)
-    check_network(parsed.facts, precision, attention, static, kept)
+    operators = sum(fused_op(node) is not None for node in model.graph)
+    check_network(parsed.facts, precision, attention, static, kept, operators)
     shapes = {
         str(v.name): [d if isinstance(d, int) else str(d.value) for d in v.shape or ()]
         for v in model.graph.inputs
     }
     found = profiles(shapes, limits)
     # Fused attention has no float32 kernel; in half a kernel is insisted on first, so that it is known.
-    fused = precision.name != "fp32" and attention > 0
+    fused = precision.name != "fp32" and operators > 0
     progress = Progress(task)
     if not fused:
         let_attention_decompose(library, parsed.network)

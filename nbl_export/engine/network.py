@@ -159,11 +159,17 @@ _PARSER_BYTES = 4096
 
 
 def check_network(
-    facts: NetworkFacts, precision: Precision, attention: int, static: bool, kept_bytes: int
+    facts: NetworkFacts,
+    precision: Precision,
+    attention: int,
+    static: bool,
+    kept_bytes: int,
+    operators: int | None = None,
 ) -> None:
     """Hold a network to what was asked for; raises :class:`BuildError` for the first thing that differs.
 
-    1. Exactly ``attention`` attention layers (L - K).
+    1. Exactly ``attention`` attention layers (L - K), or as many as the graph has ``operators`` for: some
+       exporters write attention in its parts.
     2. Two KV inputs and outputs for each, and two native cache updates where the cache is static.
     3. KV in the precision's dtype, logits in float32, every other input in int64.
     4. Weights in the precision's dtype, but for ``kept_bytes`` that the graph itself keeps in float32.
@@ -172,7 +178,7 @@ def check_network(
     past = [t for t in facts.inputs if t.name.startswith("past_key_values.")]
     present = [t for t in facts.outputs if t.name.startswith("present.")]
     counts = {
-        "attention layers": (facts.attention, attention),
+        "attention layers": (facts.attention, attention if operators is None else operators),
         "KV inputs": (len(past), 2 * attention),
         "KV outputs": (len(present), 2 * attention),
     }

@@ -84,7 +84,8 @@ def profiles(inputs: Mapping[str, Sequence[int | str]], limits: Limits) -> tuple
     }
     found = []
     for name, table in tables.items():
-        dims = {BATCH: batch, MAX: buffer, **table}
+        # optimum writes the sum where others have a name for it.
+        dims = {BATCH: batch, MAX: buffer, **table, f"{PAST} + {SEQUENCE}": table[TOTAL]}
         found.append(Profile(name, {i: _shapes(i, shape, dims) for i, shape in inputs.items()}))
     return found[0], found[1]
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from nbl_export.errors import InputError
 from nbl_export.export.genai_config import NAME as GENAI
+from nbl_export.graph.tensors import stays_in
 from nbl_export.workspace import atomic_path, read_json, write_json
 
 CONFIG = "config.json"
@@ -61,8 +62,10 @@ def _copy(file: Beside, target: Path) -> Path:
 
 
 def _genai(config: dict[str, Any], kept: list[int]) -> dict[str, Any]:
-    # Releases before 0.13 loop over this number of KV pairs; later ones read the graph.
     decoder = config["model"]["decoder"]
+    if decoder["num_hidden_layers"] == len(kept):
+        return config  # told already
+    # Releases before 0.13 loop over this number of KV pairs; later ones read the graph.
     decoder["num_hidden_layers"] = len(kept)
     window = decoder.get("sliding_window")
     if window and window.get("layers") is not None:  # named by their KV pair, and those were renumbered
@@ -75,10 +78,19 @@ def _hugging_face(config: dict[str, Any], linear: list[int], kept: list[int]) ->
 
 
 def others_beside(graph: Path, data: Iterable[Path]) -> list[Path]:
-    """The files in the folder of ``graph`` that belong to it: configurations and tokenizer, no weights."""
+    """The files in the folder of ``graph`` that belong to it: configurations and tokenizer, no weights.
+
+    Raises :class:`InputError` for a link that leaves the folder: it is not followed.
+    """
     own = {graph.name, *(path.name for path in data)}
     files = [p for p in sorted(graph.parent.iterdir()) if p.is_file() and not p.name.startswith(".")]
-    return [p for p in files if p.name not in own and not _NOT_COPIED & set(p.suffixes)]
+    files = [p for p in files if p.name not in own and not _NOT_COPIED & set(p.suffixes)]
+    for path in files:
+        if not stays_in(graph.parent.resolve(), path.resolve()):
+            raise InputError(
+                f"{path} is a link that leaves its folder; refused. Remove it, or copy the file there."
+            )
+    return files
 
 
 def graph_in(path: Path) -> Path:

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from nbl_export.errors import BuildError, InputError
-from nbl_export.graph.cache import KV_LAYERS_KEY, kv_pairs, remove_pairs
+from nbl_export.graph.cache import KV_LAYERS_KEY, kv_pairs, metadata_list, remove_pairs
 from nbl_export.graph.io import (
     GraphSummary,
     append_graph,
@@ -71,6 +71,7 @@ def rewrite_file(source: Path, plan: Plan, target: Path, in_place: bool = False)
         raise InputError(f"{source} is already rewritten: rewrite the original graph instead.")
     checked = passes_checker(source)
     before = summarize(model, source)
+    RemoveUnusedNodesPass()(model)  # what nobody reads is in nobody's way
     regions = _found(model, plan)
     proofs = prove(source, model, regions, plan, [r.layer for r in regions])
     tolerance = PROOF_TOLERANCE[graph_precision(model).name]
@@ -97,6 +98,12 @@ def rewrite_summary(result: RewriteResult, plan: Plan) -> dict[str, Any]:
         "proofs": proofs_as_json(result.proofs),
     }
     return dict(jsonable(summary))
+
+
+def linearized_layers(model: ir.Model) -> tuple[int, ...]:
+    """The layers that a rewrite made linear, by the graph's metadata; empty for a graph that was not rewritten."""
+    described = metadata_list(model, LAYERS_KEY)
+    return tuple(row["layer"] for row in described if isinstance(row, dict) and row.get("kind") == "linear")
 
 
 def _found(model: ir.Model, plan: Plan) -> list[AttentionRegion]:

@@ -140,8 +140,7 @@ def source_file(where: str, tensor: ir.ExternalTensor) -> Path:
     folder = Path(tensor.base_dir or ".").resolve()
     try:
         target = (folder / location).resolve()
-        roots = (folder, *_hub_blobs(folder))
-        inside = not location.is_absolute() and any(target.is_relative_to(root) for root in roots)
+        inside = not location.is_absolute() and stays_in(folder, target)
         present = inside and target.is_file()
     except (OSError, ValueError, RuntimeError):  # a NUL, a name too long, a loop of links
         raise InputError(
@@ -161,6 +160,11 @@ def check_shape(where: str, tensor: ir.TensorProtocol) -> None:
     if any(size < 0 for size in sizes) or math.prod(sizes) >= 1 << 62:
         shown = ", ".join(map(str, sizes[:4])) + (", …" if len(sizes) > 4 else "")
         raise InputError(f"{where} has the shape [{shown}], which no tensor has: export it again.")
+
+
+def stays_in(folder: Path, target: Path) -> bool:
+    """Whether the real path ``target`` lies in the real ``folder``, or where the Hugging Face cache keeps its files."""
+    return any(target.is_relative_to(root) for root in (folder, *_hub_blobs(folder)))
 
 
 def _hub_blobs(folder: Path) -> list[Path]:

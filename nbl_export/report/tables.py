@@ -238,7 +238,7 @@ def engines_table(manifests: Sequence[Mapping[str, Any]]) -> Table:
             (
                 m["role"],
                 mebibytes(m["size"]),
-                f"{count} {fused}" if count else "none",
+                f"{count} {fused}" if count else "in its parts" if m["kv_layers"] else "none",
                 str(network["kv_cache_updates"] or ""),
                 f"{sum(t['name'].startswith('past_key') for t in network['inputs'])}",
                 f"{network['layers']:,}",

@@ -8,7 +8,6 @@ graph of its own in onnxruntime, which reads its weights from the data files of 
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,9 +77,6 @@ def compute(
             row |= dict(zip(outputs, found, strict=True))
             for name in [n for n in row if n not in later]:
                 del row[name]
-        # A session is part of a cycle: left to itself, it would outlive the next ones.
-        del session
-        gc.collect()
     return [{name: row[tap] for name, tap in tapped.items()} for row in values]
 
 

@@ -93,7 +93,7 @@ def test_attention_without_a_kernel_takes_a_second_attempt_within_the_same_bar(
 def test_a_graph_with_other_counts_than_the_plan_is_not_built(
     rtx: Library, graphs: Callable[[str, str], Graphs], tmp_path: Path
 ) -> None:
-    with pytest.raises(BuildError, match="3 attention layers, expected 2"):
+    with pytest.raises(BuildError, match="6 KV inputs, expected 4"):
         build(rtx, graphs("fp16", "static").linearized, 2, tmp_path)
 
 
