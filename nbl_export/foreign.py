@@ -11,7 +11,7 @@ from nbl_export.graph.io import load_graph
 from nbl_export.graph.rewrite import linearized_layers, rewrite_file, rewrite_summary
 from nbl_export.graph.tensors import external_files
 from nbl_export.linearize.plan import load_plan
-from nbl_export.progress import Listener, Silent
+from nbl_export.progress import Listener
 from nbl_export.workspace import Workspace, write_json
 
 if TYPE_CHECKING:
@@ -41,9 +41,7 @@ def rewrite_foreign(
     try:
         if in_place and linearized_layers(model) == loaded.chosen:
             copy_beside(beside, folder)  # an interrupt may have come between graph and configurations
-        with (listener or Silent()).task("Rewriting the graph", 1, "graph") as task:
-            result = rewrite_file(source, loaded, folder / source.name, in_place)
-            task.advance(1)
+        result = rewrite_file(source, loaded, folder / source.name, in_place, listener)
         copy_beside(beside, folder)
         summary = folder / Workspace(folder).rewrite_summary.relative_to(folder)
         write_json(summary, {"source": source.name, **rewrite_summary(result, loaded)})

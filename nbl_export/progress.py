@@ -28,6 +28,40 @@ class Listener(Protocol):
         """One line worth knowing: a fallback, a resumed checkpoint."""
 
 
+class Mebibytes:
+    """Tells a task of ``total`` bytes in MiB how many more are done; what is left at the end is done too."""
+
+    def __init__(self, task: Task, total: int) -> None:
+        self._task, self._total = task, mebibytes(total)
+        self._bytes = self._told = 0
+
+    def __call__(self, amount: int) -> None:
+        self._bytes += amount
+        self._tell(min(self._bytes >> 20, self._total))
+
+    def finish(self) -> None:
+        self._tell(self._total)
+
+    def _tell(self, done: int) -> None:
+        if done > self._told:
+            self._task.advance(done - self._told)
+            self._told = done
+
+
+def mebibytes(size: int) -> int:
+    """``size`` bytes as the total of a task: in MiB, and never nothing."""
+    return max(1, size >> 20)
+
+
+@contextmanager
+def bytes_task(listener: Listener, title: str, total: int) -> Iterator[Mebibytes]:
+    """A task of ``total`` bytes, shown in MiB."""
+    with listener.task(title, mebibytes(total), "MiB") as task:
+        done = Mebibytes(task, total)
+        yield done
+        done.finish()
+
+
 class _SilentTask:
     def advance(self, amount: int) -> None:
         return None

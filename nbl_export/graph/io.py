@@ -134,18 +134,23 @@ def check_file(path: Path, strict: bool = True) -> None:
         raise BuildError(f"{path} does not {who}: {str(error).splitlines()[0]}") from error
 
 
-def save_graph(model: ir.Model, path: Path, check: Callable[[Path], object] = check_file) -> list[Path]:
+def save_graph(
+    model: ir.Model,
+    path: Path,
+    check: Callable[[Path], object] = check_file,
+    progress: Callable[[int], object] | None = None,
+) -> list[Path]:
     """Write ``model`` to ``path``, with one external data file beside it; returns the files.
 
     The data file has the name of the model's own, if it has just one. Both are written to a temporary folder
     first and moved into place when ``check`` has accepted them there (it raises if not), so a refusal, a full
-    disk or an interrupt leaves what was there.
+    disk or an interrupt leaves what was there. ``progress`` is told the bytes written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     data = path.with_name(_data_name(model, path))
     temporary = Path(tempfile.mkdtemp(prefix=".onnx.", suffix=TEMPORARY, dir=path.parent))
     try:
-        written = write_graph(model, temporary / path.name, data.name)
+        written = write_graph(model, temporary / path.name, data.name, progress=progress)
         check(temporary / path.name)
         if len(written) > 1:
             written[1].replace(data)
@@ -162,14 +167,19 @@ def _data_name(model: ir.Model, path: Path) -> str:
     return files[0].name if len(files) == 1 and files[0].name != path.name else path.name + DATA_SUFFIX
 
 
-def append_graph(model: ir.Model, path: Path, check: Callable[[Path], object] = check_file) -> list[Path]:
+def append_graph(
+    model: ir.Model,
+    path: Path,
+    check: Callable[[Path], object] = check_file,
+    progress: Callable[[int], object] | None = None,
+) -> list[Path]:
     """Write ``model``, which was read from ``path``, over it; weights stay in place, new ones are appended.
 
-    Returns the files. ``check`` is as in :func:`save_graph`; until it has accepted the new graph the old one
-    stands.
+    Returns the files. ``check`` and ``progress`` are as in :func:`save_graph`; until the new graph is
+    accepted the old one stands.
     """
     data = path.with_name((external_files(model) or [path.with_name(path.name + DATA_SUFFIX)])[-1].name)
-    append(model, path, data, check=check)
+    append(model, path, data, progress, check)
     return [path, *external_files(load_graph(path))]
 
 

@@ -10,7 +10,7 @@ be PyTorch's. What reaches u in the graph must still resemble it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,15 +68,22 @@ class Proof:
 
 
 def prove(
-    path: Path, model: ir.Model, regions: Sequence[AttentionRegion], plan: Plan, layers: Sequence[int]
+    path: Path,
+    model: ir.Model,
+    regions: Sequence[AttentionRegion],
+    plan: Plan,
+    layers: Sequence[int],
+    progress: Callable[[int], object] = lambda _bytes: None,
 ) -> dict[int, Proof]:
     """Proofs of ``layers`` of the graph ``model``, read from ``path``, whose ``regions`` were found.
+
+    ``progress`` is told the bytes of weights that were run.
 
     Raises :class:`BuildError` if a layer that is to be replaced is not proven.
     """
     precision = graph_precision(model)
     tolerance = PROOF_TOLERANCE[precision.name]
-    bench = _Bench(path, plan)
+    bench = _Bench(path, plan, progress)
     chosen = [r for r in regions if r.layer in layers]
     names = {str(v.name) for r in chosen for v in (*_inputs(r, plan), *(o.value for o in r.outputs))}
     found = bench.run(sorted(names), {}) if names else []
@@ -134,8 +141,10 @@ def _inputs(region: AttentionRegion, plan: Plan) -> tuple[ir.Value, ...]:
 class _Bench:
     """The graph on the probe: from its tokens on, or from the activations that a layer is given."""
 
-    def __init__(self, path: Path, plan: Plan) -> None:
-        self.path, self.plan = path, plan
+    def __init__(
+        self, path: Path, plan: Plan, progress: Callable[[int], object] = lambda _bytes: None
+    ) -> None:
+        self.path, self.plan, self.progress = path, plan, progress
         self.rows = rows_of(plan.probe[TOKENS], plan.probe[MASK])
 
     def run(self, names: Sequence[str], given: Mapping[str, Sequence[NDArray[Any]]]) -> list[Arrays]:
@@ -145,7 +154,7 @@ class _Bench:
         for name, arrays in given.items():
             for feed, array in zip(feeds, arrays, strict=True):
                 feed[name] = array
-        return compute(model, names, feeds)
+        return compute(model, names, feeds, progress=self.progress)
 
     def split(
         self, activations: NDArray[np.float32], shapes: Sequence[tuple[int, ...]]

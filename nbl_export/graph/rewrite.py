@@ -43,6 +43,7 @@ from nbl_export.graph.quantize import product, weight_bits
 from nbl_export.graph.regions import AttentionRegion, Output, find_regions
 from nbl_export.graph.types import infer_types
 from nbl_export.linearize.plan import LinearLayer, Plan
+from nbl_export.progress import Listener, Silent, bytes_task
 from nbl_export.workspace import jsonable
 
 LAYERS_KEY = "nbl_export.layers"
@@ -59,7 +60,9 @@ class RewriteResult:
     files: list[Path]
 
 
-def rewrite_file(source: Path, plan: Plan, target: Path, in_place: bool = False) -> RewriteResult:
+def rewrite_file(
+    source: Path, plan: Plan, target: Path, in_place: bool = False, listener: Listener | None = None
+) -> RewriteResult:
     """Rewrite the graph at ``source`` by ``plan`` and write it to ``target``.
 
     ``in_place`` keeps the data files of ``source``, which ``target`` must be, and appends the new weights.
@@ -73,7 +76,9 @@ def rewrite_file(source: Path, plan: Plan, target: Path, in_place: bool = False)
     before = summarize(model, source)
     RemoveUnusedNodesPass()(model)  # what nobody reads is in nobody's way
     regions = _found(model, plan)
-    proofs = prove(source, model, regions, plan, [r.layer for r in regions])
+    listener = listener or Silent()
+    with bytes_task(listener, "Proving the regions", before.file_bytes) as done:
+        proofs = prove(source, model, regions, plan, [r.layer for r in regions], done)
     tolerance = PROOF_TOLERANCE[graph_precision(model).name]
     proven = [p for p in proofs.values() if p.holds(tolerance)]
     replace(model, {r.layer: r for r in regions}, proofs, plan)
@@ -85,7 +90,8 @@ def rewrite_file(source: Path, plan: Plan, target: Path, in_place: bool = False)
         count(result, before, summarize(result, written), plan)
         confirm(written, proofs, plan, {layer: linear_output_name(layer) for layer in plan.chosen})
 
-    files = append_graph(model, target, check) if in_place else save_graph(model, target, check)
+    with bytes_task(listener, "Writing the graph", before.file_bytes) as done:
+        files = (append_graph if in_place else save_graph)(model, target, check, done)
     return RewriteResult(before, summarize(load_graph(target), target), proofs, files)
 
 

@@ -8,7 +8,7 @@ graph of its own in onnxruntime, which reads its weights from the data files of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +51,13 @@ def compute(
     wanted: Sequence[str],
     rows: Sequence[Mapping[str, NDArray[Any]]],
     piece_bytes: int = PIECE_BYTES,
+    progress: Callable[[int], object] = lambda _bytes: None,
 ) -> list[Arrays]:
     """The tensors ``wanted`` of ``model`` for each of ``rows``, which name its inputs.
 
     A row may also give inner tensors; what they are computed from is then not computed. Halves come as
     float32, computed by their stand-in (:mod:`nbl_export.graph.standin`). ``model`` is changed in place.
+    ``progress`` is told the bytes of weights of each piece that has run.
     Raises :class:`InputError` if onnxruntime does not take a piece.
     """
     folder = follow_links(model)
@@ -77,6 +79,7 @@ def compute(
             row |= dict(zip(outputs, found, strict=True))
             for name in [n for n in row if n not in later]:
                 del row[name]
+        progress(piece.weight_bytes([]))
     return [{name: row[tap] for name, tap in tapped.items()} for row in values]
 
 

@@ -29,9 +29,7 @@ def rewrite(run: Run) -> None:
         files = [ws.root / name for name in exported.files]
         files = [f for f in files if f.parent == ws.baseline.parent and not f.name.startswith(graph)]
         beside = told(files, plan.chosen, plan.kept)
-        with listener.task("Rewriting the graph", 1, "graph") as task:
-            result = rewrite_file(ws.baseline, plan, ws.model)
-            task.advance(1)
+        result = rewrite_file(ws.baseline, plan, ws.model, listener=listener)
         write_json(ws.rewrite_summary, rewrite_summary(result, plan))
         return [*result.files, ws.rewrite_summary, *copy_beside(beside, ws.root)]
 

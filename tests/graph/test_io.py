@@ -191,7 +191,7 @@ def test_a_failed_save_leaves_the_old_pair(
     before = {n: (graph.parent / n).read_bytes() for n in names(graph.parent)}
     model = load_graph(graph)
 
-    def fail(_model: Any, path: Path, data: str) -> None:
+    def fail(_model: Any, path: Path, data: str, **_options: Any) -> None:
         path.write_bytes(b"half a gra")
         path.with_name(data).write_bytes(b"half the da")
         raise error
