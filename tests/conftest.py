@@ -13,6 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Models this small are faster on one thread, and far faster beside another process.
 torch.set_num_threads(1)
 
+pytest.register_assert_rewrite("tests.graph.matrix")
 pytest_plugins = ["tests.fixtures_graph", "tests.exporters"]
 
 ROOT = Path(__file__).parent.parent

@@ -33,6 +33,12 @@ def build(target: Path, seed: int = 0, **changes: Any) -> Path:
             if weight.ndim == 2:
                 weight.mul_(8 if "self_attn" in name else 4)
     model.save_pretrained(target)
+    save_tokenizer(target)
+    return target
+
+
+def save_tokenizer(target: Path) -> None:
+    """A byte-level tokenizer of 258 tokens in ``target``."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {c: i for i, c in enumerate(alphabet)} | {"<s>": 256, "</s>": 257}
     tokenizer = Tokenizer(BPE(vocab, []))
@@ -41,4 +47,3 @@ def build(target: Path, seed: int = 0, **changes: Any) -> Path:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(
         target
     )
-    return target

@@ -1,29 +1,22 @@
-"""onnxruntime-genai generates from our folder, token for token what our own decode loop gives."""
+"""onnxruntime-genai generates from our folders and from its own, rewritten, what our own decode loop gives."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from nbl_export import api
-from nbl_export.runtime.ort import OrtDecoder
+from nbl_export.foreign import rewrite_foreign
+from nbl_export.linearize.plan import save_plan
+from tests.clients.greedy import greedy
+from tests.exporters import GRAPH, Graphs
+from tests.families import Calibrated
 
+COUNT = 24
 PROMPT = [1, 403, 407, 261, 378]  # "<s> Once upon a time"
-
-
-def greedy(path: Path, prompt: list[int], count: int) -> list[int]:
-    decoder = OrtDecoder(path, rounded=False)  # as genai runs it
-    past, ids = decoder.empty_past(1), np.array([prompt], dtype=np.int64)
-    positions, tokens = np.arange(len(prompt))[None], []
-    for _ in range(count):
-        length = int(positions[0, -1]) + 1
-        output = decoder(ids, np.ones((1, length), dtype=np.int64), positions, past)
-        past = output.present
-        tokens.append(int(output.logits[0, -1].argmax()))
-        ids, positions = np.array([[tokens[-1]]], dtype=np.int64), np.array([[length]])
-    return tokens
 
 
 @pytest.mark.client
@@ -33,17 +26,50 @@ def test_genai_generates_what_our_decoder_does(stories_copy: Path, folder: str, 
     if precision != "fp32":
         api.export(stories_copy, api.ExportSettings(precision))
         api.rewrite(stories_copy)
+    tokens = generated(stories_copy / folder, PROMPT)
+    assert tokens == greedy(stories_copy / folder / GRAPH, PROMPT, COUNT)
+
+
+@pytest.mark.client
+@pytest.mark.parametrize("layers", [(0,), (1, 3)], ids=["one", "half"])
+@pytest.mark.parametrize("in_place", [False, True], ids=["to a new folder", "in place"])
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_genai_generates_from_its_own_folder_rewritten(
+    graphs: Graphs,
+    calibrated_of: Callable[[str], Calibrated],
+    tmp_path: Path,
+    precision: str,
+    in_place: bool,
+    layers: tuple[int, ...],
+) -> None:
+    source = graphs(f"genai-{precision}", "llama-gqa")
+    prompt = list(range(40, 52))
+    save_plan(tmp_path / "plan.json", calibrated_of("llama-gqa").plan(layers))
+    folder = tmp_path / "folder"
+    if in_place:
+        shutil.copytree(source, folder)
+    rewrite_foreign(
+        folder if in_place else source, tmp_path / "plan.json", None if in_place else folder, in_place
+    )
+    tokens = generated(folder, prompt)
+    assert tokens == greedy(folder / GRAPH, prompt, COUNT)
+    assert tokens != greedy(source / GRAPH, prompt, COUNT)
+    assert generated(source, prompt) == greedy(source / GRAPH, prompt, COUNT)
+
+
+def generated(folder: Path, prompt: list[int]) -> list[int]:
+    """What onnxruntime-genai generates from ``folder``, greedily."""
     genai = pytest.importorskip(
         "onnxruntime_genai", reason="needs onnxruntime-genai: pip install 'nbl-export[genai]'"
     )
-    model = genai.Model(str(stories_copy / folder))
+    model = genai.Model(str(folder))
     parameters = genai.GeneratorParams(model)
-    parameters.set_search_options(max_length=len(PROMPT) + 24, do_sample=False)
+    parameters.set_search_options(max_length=len(prompt) + COUNT, do_sample=False)
     generator = genai.Generator(model, parameters)
-    generator.append_tokens(PROMPT)
+    generator.append_tokens(prompt)
     tokens = []
     while not generator.is_done():
         generator.generate_next_token()
         tokens.append(int(generator.get_next_tokens()[0]))
-    assert len(tokens) == 24
-    assert tokens == greedy(stories_copy / folder / "model.onnx", PROMPT, 24)
+    assert len(tokens) == COUNT
+    return tokens
