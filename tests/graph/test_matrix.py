@@ -144,3 +144,23 @@ def operators(path: Path) -> tuple[Counter[str], set[str]]:
     tensors = {name for node in graph.node for name in node.output} | {t.name for t in graph.initializer}
     nodes = {node.name for node in graph.node if node.name}
     return Counter(n.op_type for n in graph.node), (tensors | nodes) - interface
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", [(0,), (0, 2), (0, 1, 2, 3, 4)], ids=["one", "half", "all"])
+@pytest.mark.parametrize(
+    "exporter", ["ours-concat", "dynamo-18-sdpa", "optimum", "optimum+ort", "optimum+slim"]
+)
+def test_a_trained_model(
+    graphs: Graphs,
+    calibrated_of: Callable[[str], Calibrated],
+    tmp_path: Path,
+    exporter: str,
+    layers: tuple[int, ...],
+) -> None:
+    """stories260K, whose attention learned something."""
+    case = calibrated_of("stories260K")
+    plan = case.plan(layers)
+    out, result = rewritten(graphs(exporter, "stories260K"), plan, tmp_path)
+    assert (result.before.kv_pairs, result.after.kv_pairs) == (5, 5 - len(layers))
+    assert parity(case.model, plan, out / GRAPH).failures() == []
