@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -27,6 +27,9 @@ from nbl_export.graph.regions import AttentionRegion, Output
 from nbl_export.linearize.plan import Plan
 from nbl_export.runtime.padding import rows_of
 from nbl_export.runtime.pieces import Arrays, compute, prefill_rows, unbatched
+
+_C = TypeVar("_C")
+_ROUNDING = 1.5
 
 
 @dataclass(frozen=True)
@@ -176,29 +179,27 @@ def _proof(
     layer = region.layer
     tensors = {name: [row[name] for row in found] for name in found[0]}
     ranks = {name: arrays[0].ndim for name, arrays in tensors.items()}
-    errors = {
-        v: bench.error(tensors[str(v.name)], plan.probe_u[layer])
-        for v in _inputs(region, plan)
-        if str(v.name) in tensors
-    }
-    # A tie goes to the likelier candidate: min takes the first.
-    ordered = sorted(errors, key=lambda v: errors[v])
-    best: Proof | None = None
-    for u in ordered:
+    errors = {v: bench.error(tensors[str(v.name)], plan.probe_u[layer]) for v in _inputs(region, plan)}
+    tolerance = PROOF_TOLERANCE[precision.name]
+    for u in _nearest(errors, tolerance.u):
         name = str(u.name)
-        if not np.isfinite(errors[u]) or (best and errors[u] > best.input_error):
-            break
         same_rank = [o for o in region.outputs if ranks[str(o.value.name)] == ranks[name]]
-        computed = tensors
-        if precision.quantized:
-            computed = _given(region, plan, bench, u, tensors[name])
+        computed = _given(region, plan, bench, u, tensors[name]) if precision.quantized else tensors
         outputs = {o: _output_error(o, computed, bench, plan.probe_y[layer]) for o in same_rank}
-        if outputs:
-            y = min(outputs, key=lambda o: outputs[o])
-            proof = Proof(layer, u, y, errors[u], outputs[y], tuple(a.shape for a in tensors[name]))
-            if best is None or proof.output_error < best.output_error:
-                best = proof
-    return best or Proof(layer, None, None, float("inf"), float("inf"))
+        for y in _nearest(outputs, tolerance.y):
+            return Proof(layer, u, y, errors[u], outputs[y], tuple(a.shape for a in tensors[name]))
+    nearest = min(errors.values(), default=float("inf"))
+    return Proof(layer, None, None, nearest, float("inf"))
+
+
+def _nearest(errors: Mapping[_C, float], tolerance: float) -> list[_C]:
+    """The candidates that are as near as the nearest but for rounding, the likeliest first.
+
+    A tensor and its Cast differ by a rounding, which is all that the Cast may be off by.
+    """
+    least = min(errors.values(), default=float("inf"))
+    near = max(_ROUNDING * least, tolerance / 10)
+    return [c for c, error in errors.items() if np.isfinite(error) and error <= near]
 
 
 def _given(
