@@ -75,10 +75,9 @@ def prove(
     model: ir.Model,
     regions: Sequence[AttentionRegion],
     plan: Plan,
-    layers: Sequence[int],
     progress: Callable[[int], object] = lambda _bytes: None,
 ) -> dict[int, Proof]:
-    """Proofs of ``layers`` of the graph ``model``, read from ``path``, whose ``regions`` were found.
+    """Proofs of the ``regions`` that were found in the graph ``model``, read from ``path``.
 
     ``progress`` is told the bytes of weights that were run.
 
@@ -87,12 +86,9 @@ def prove(
     precision = graph_precision(model)
     tolerance = PROOF_TOLERANCE[precision.name]
     bench = _Bench(path, plan, progress)
-    chosen = [r for r in regions if r.layer in layers]
-    names = {str(v.name) for r in chosen for v in (*_inputs(r, plan), *(o.value for o in r.outputs))}
+    names = {str(v.name) for r in regions for v in (*_inputs(r, plan), *(o.value for o in r.outputs))}
     found = bench.run(sorted(names), {}) if names else []
-    proofs = {}
-    for region in chosen:
-        proofs[region.layer] = _proof(region, plan, bench, found, precision)
+    proofs = {region.layer: _proof(region, plan, bench, found, precision) for region in regions}
     for layer in plan.chosen:
         proof = proofs[layer]
         if not proof.holds(tolerance):
@@ -125,11 +121,7 @@ def confirm(path: Path, proofs: Mapping[int, Proof], plan: Plan, outputs: Mappin
         expected = plan.probe_u[layer] @ linear.w.T + linear.b
         y = proofs[layer].y
         assert y is not None  # proven layers have one
-        if y.later is not None:
-            later = constant_array(y.later)
-            assert later is not None  # it was proven with it
-            expected = expected - later
-        error = bench.error([row[name] for row in found], expected)
+        error = bench.error([row[name] for row in found], without_later(y, expected))
         if not error <= tolerance.y:
             raise BuildError(
                 f"The linear layer {layer} of the written graph is off by {error:.1e} from W u + b, more than "
@@ -222,6 +214,15 @@ def _output_error(
             return float("inf")
         arrays = [a + later for a in arrays]
     return bench.error(arrays, y)
+
+
+def without_later(y: Output, values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """``values`` of the attention's output less what is added to the proven tensor ``y`` after it."""
+    if y.later is None:
+        return values
+    later = constant_array(y.later)
+    assert later is not None  # it was proven with it
+    return values - later
 
 
 def constant_array(value: ir.Value) -> NDArray[np.float32] | None:

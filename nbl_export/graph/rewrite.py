@@ -38,7 +38,7 @@ from nbl_export.graph.io import (
     summarize,
 )
 from nbl_export.graph.precision import graph_precision
-from nbl_export.graph.prove import PROOF_TOLERANCE, Proof, confirm, constant_array, proofs_as_json, prove
+from nbl_export.graph.prove import PROOF_TOLERANCE, Proof, confirm, proofs_as_json, prove, without_later
 from nbl_export.graph.quantize import product, weight_bits
 from nbl_export.graph.regions import AttentionRegion, Output, find_regions
 from nbl_export.graph.types import infer_types
@@ -78,7 +78,7 @@ def rewrite_file(
     regions = _found(model, plan)
     listener = listener or Silent()
     with bytes_task(listener, "Proving the regions", before.file_bytes) as done:
-        proofs = prove(source, model, regions, plan, [r.layer for r in regions], done)
+        proofs = prove(source, model, regions, plan, done)
     tolerance = PROOF_TOLERANCE[graph_precision(model).name]
     proven = [p for p in proofs.values() if p.holds(tolerance)]
     replace(model, {r.layer: r for r in regions}, proofs, plan)
@@ -200,11 +200,7 @@ def _insert(model: ir.Model, layer: int, u: ir.Value, output: Output, neighbour:
             f"Layer {layer} cannot be replaced: {y.name}, what its attention writes, is an output of the graph."
         )
     linear = plan.layers[layer]
-    b = linear.b
-    if output.later is not None:  # what is added after y is not to be added twice
-        later = constant_array(output.later)
-        assert later is not None
-        b = b - later
+    b = without_later(output, linear.b)  # what is added after y is not to be added twice
     quantized = bool(weight_bits(neighbour))
     dtype = _compute_dtype(u, y, linear, quantized)
 

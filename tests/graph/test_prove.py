@@ -28,7 +28,7 @@ def regions(graph: Path) -> list[AttentionRegion]:
 
 
 def prove_all(graph: Path, regions: list[AttentionRegion], plan: Plan) -> dict[int, Proof]:
-    return prove(graph, load_graph(graph), regions, plan, range(5))
+    return prove(graph, load_graph(graph), regions, plan)
 
 
 @pytest.fixture
