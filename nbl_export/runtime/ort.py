@@ -52,20 +52,25 @@ def session_options(config: Mapping[str, str] | None = None) -> Any:
 
 
 def session(
-    path: Path, config: Mapping[str, str] | None = None, provider: str = CPU, rounded: bool = True
+    path: Path,
+    config: Mapping[str, str] | None = None,
+    provider: str = CPU,
+    rounded: bool = True,
+    model: ir.Model | None = None,
 ) -> Any:
     """An inference session of the graph at ``path`` on one provider; on the CPU with all cores.
 
     ``config`` are onnxruntime's session configuration entries. On the CPU a half graph is run by its
     stand-in (:mod:`nbl_export.graph.standin`), which rounds as the graph says; ``rounded=False`` runs the
-    file itself. Raises :class:`InputError` if onnxruntime does not take it.
+    file itself. ``model`` is the graph at ``path`` where it was read already; a half one is changed in place.
+    Raises :class:`InputError` if onnxruntime does not take it.
     """
     from nbl_export.graph.io import load_graph
     from nbl_export.graph.standin import compute_in_float32, needs_standin
     from nbl_export.graph.tensors import follow_links
 
     ort = require_onnxruntime()
-    model = load_graph(path)
+    model = load_graph(path) if model is None else model
     source: str | bytes = str(path)
     if provider == CPU and rounded and needs_standin(model):
         config = {**(config or {}), **data_folder(follow_links(model))}
@@ -110,8 +115,10 @@ class OrtModel:
     ) -> None:
         from nbl_export.graph.io import load_graph
 
-        self.session = session(path, config, provider, rounded)
-        self.interface = interface_of(load_graph(path))
+        require_onnxruntime()
+        model = load_graph(path)
+        self.interface = interface_of(model)
+        self.session = session(path, config, provider, rounded, model)
         self.past_names = self.interface.past_names
         self.output_names = [self.interface.logits, *self.interface.present_names]
         if len(self.interface.layers) != len(self.interface.cache):
