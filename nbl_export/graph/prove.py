@@ -173,15 +173,21 @@ def _proof(
     ranks = {name: arrays[0].ndim for name, arrays in tensors.items()}
     errors = {v: bench.error(tensors[str(v.name)], plan.probe_u[layer]) for v in _inputs(region, plan)}
     tolerance = PROOF_TOLERANCE[precision.name]
+    pairs: dict[tuple[ir.Value, Output], float] = {}
     for u in _nearest(errors, tolerance.u):
         name = str(u.name)
-        same_rank = [o for o in region.outputs if ranks[str(o.value.name)] == ranks[name]]
         computed = _given(region, plan, bench, u, tensors[name]) if precision.quantized else tensors
-        outputs = {o: _output_error(o, computed, bench, plan.probe_y[layer]) for o in same_rank}
-        for y in _nearest(outputs, tolerance.y):
-            return Proof(layer, u, y, errors[u], outputs[y], tuple(a.shape for a in tensors[name]))
-    nearest = min(errors.values(), default=float("inf"))
-    return Proof(layer, None, None, nearest, float("inf"))
+        for y in region.outputs:
+            if ranks[str(y.value.name)] == ranks[name]:
+                pairs[u, y] = _output_error(y, computed, bench, plan.probe_y[layer])
+    near = _nearest(pairs, tolerance.y)
+    if not near:
+        return Proof(layer, None, None, min(errors.values(), default=float("inf")), float("inf"))
+    # The product without its bias is not y, even where the numbers are too rough to tell them apart.
+    most = max(y.biases for _, y in near)
+    u, y = next(pair for pair in near if pair[1].biases == most)
+    shapes = tuple(a.shape for a in tensors[str(u.name)])
+    return Proof(layer, u, y, errors[u], pairs[u, y], shapes)
 
 
 def _nearest(errors: Mapping[_C, float], tolerance: float) -> list[_C]:

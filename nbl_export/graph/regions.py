@@ -47,10 +47,14 @@ _MAX_ADDS = 3
 
 @dataclass(frozen=True)
 class Output:
-    """A tensor that may be y. ``later`` is a bias that is still to be added to it, by a fused residual norm."""
+    """A tensor that may be y. ``later`` is a bias that is still to be added to it, by a fused residual norm.
+
+    ``biases`` counts the constants that were added to the linear map's product, ``later`` among them.
+    """
 
     value: ir.Value
     later: ir.Value | None = None
+    biases: int = 0
 
 
 @dataclass(frozen=True)
@@ -237,18 +241,27 @@ def _scaled(product: ir.Node) -> ir.Value:
 
 def _candidates(value: ir.Value) -> tuple[Output, ...]:
     found = [Output(value)]
+    biases = 0
     while len(following := readers(value)) == 1:
         node = following[0]
         bias = _later_bias(node)
         if bias is not None:
-            found.append(Output(value, bias))
-        adds_constant = node.op_type == "Add" and is_constant(_other(node, value))
-        if not (adds_constant or node.op_type in VIEWS):
+            found.append(Output(value, bias, biases + 1))
+        if not (_adds_constant(node, value) or node.op_type in VIEWS):
             break
+        biases += node.op_type not in VIEWS
         value = node.outputs[0]
         if node.op_type != "Cast":  # a half graph's way to float32 is not the attention's output
-            found.append(Output(value))
+            found.append(Output(value, biases=biases))
+    # Without its bias the tensor is not y, and numbers of four bits may be too rough to tell.
+    biased = [n for n in following if len(following) > 1 and (_adds_constant(n, value) or _later_bias(n))]
+    if biased:
+        raise _NotFound("the output projection's bias is added once", f"{len(biased)} x {biased[0].op_type}")
     return tuple(reversed(found))
+
+
+def _adds_constant(node: ir.Node, value: ir.Value) -> bool:
+    return node.op_type == "Add" and is_constant(_other(node, value))
 
 
 def _later_bias(node: ir.Node) -> ir.Value | None:

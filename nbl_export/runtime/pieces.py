@@ -174,6 +174,9 @@ def _proto(
 ) -> onnx.ModelProto:
     graph = onnx.GraphProto(name="piece")
     graph.node.extend(ir.serde.serialize_node(node) for node in piece.nodes)
+    for node in graph.node:
+        # A node runs for one output while another is given.
+        node.output[:] = [f"{n} as computed" if n in feeds else n for n in node.output]
     for name, value in piece.weights.items():
         assert value.const_value is not None
         tensor = ir.serde.serialize_tensor(value.const_value)
