@@ -104,9 +104,9 @@ PrecisionOpt = Annotated[
     ),
 ]
 CacheOpt = Annotated[
-    Literal["concat", "static"] | None,
+    Literal["concat", "static", "none"] | None,
     _option(
-        "concat grows the KV cache; static writes it in place (opset 24).",
+        "concat grows the KV cache; static writes it in place (opset 24); none computes all tokens each time.",
         "--kv-cache",
         panel=_GRAPH,
         metavar="NAME",

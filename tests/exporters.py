@@ -31,9 +31,9 @@ from nbl_export.export.torch import export_torch
 from nbl_export.models.layers import layer_count
 from nbl_export.models.load import quiet
 from nbl_export.models.source import find_model
+from nbl_export.models.trial import cache_shapes
 from nbl_export.progress import Silent
 from nbl_export.run import LoadedModel
-from nbl_export.runtime.torch import kv_shape
 from tests.families import Calibrated, build, calibrated
 from tests.fixtures_graph import load
 
@@ -98,7 +98,8 @@ def dynamo(opset: int, attention: str, names: Names, external: bool = False) -> 
     def export(model: Path, folder: Path) -> None:
         loaded: Any = load(model)
         loaded.set_attn_implementation(attention)
-        heads, size = kv_shape(loaded)
+        shape = cache_shapes(loaded)[0]
+        heads, size = shape.heads, shape.key_size
         entries = [(layer, side) for layer in range(layer_count(loaded)) for side in "kv"]
         past = tuple(torch.randn(2, heads, 5, size) for _ in entries)
         ids = torch.ones(2, 3, dtype=torch.int64)

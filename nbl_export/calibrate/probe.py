@@ -19,6 +19,7 @@ from nbl_export.calibrate.moments import CALIBRATE_AGAIN
 from nbl_export.errors import InputError
 from nbl_export.models.layers import attention_layers, observed
 from nbl_export.runtime.padding import left_padded
+from nbl_export.runtime.torch import whole_logits
 from nbl_export.tensorfile import load_tensors, save_tensors
 
 if TYPE_CHECKING:
@@ -62,10 +63,8 @@ def probe_model(model: torch.nn.Module, tokens: NDArray[np.int32]) -> Probe:
         for store, value in zip((h, x, y), activations, strict=True):
             store[index] = value[kept.to(value.device)].float().cpu().numpy()
 
-    device = next(model.parameters()).device
-    inputs = [torch.from_numpy(a).to(device) for a in (ids, mask, positions)]
-    with observed(model, attention_layers(model), observe), torch.inference_mode():
-        model(input_ids=inputs[0], attention_mask=inputs[1], position_ids=inputs[2], use_cache=False)
+    with observed(model, attention_layers(model), observe):
+        whole_logits(model, ids, mask, positions)
     return Probe(ids, mask, positions, h, x, y)
 
 

@@ -17,7 +17,7 @@ class Choices:
 
 
 EXPORTERS = {
-    "torch": Choices(("fp32", "fp16", "bf16"), ("concat", "static")),
+    "torch": Choices(("fp32", "fp16", "bf16"), ("concat", "static", "none")),
     "genai": Choices(
         ("fp32", "fp16", "bf16", "int4"),
         ("concat",),

@@ -1,7 +1,8 @@
-"""How an exported decoder keeps its KV cache: it grows by concatenation, or is a static buffer.
+"""How an exported decoder keeps its KV cache: it grows by concatenation, is a static buffer, or there is none.
 
 ``concat``  position_ids, attention_mask over past and sequence; past [B, H, past, D] goes in, present
             [B, H, past + sequence, D] comes out. Padding on the left. ONNX opset 23.
+``none``    no cache: the whole text goes in each time. Padding on the left. ONNX opset 23.
 ``static``  past and present are one buffer [B, H, max, D]; a token's keys and values are written at
             ``write_indices[b] + i`` (`TensorScatter`) and a query sees the places up to its own. Padding
             on the right, which the next token overwrites. ONNX opset 24, the standard operators only.
@@ -11,7 +12,6 @@ A form is data: names and symbolic dimensions of its inputs, and how to trace th
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +21,9 @@ from transformers.cache_utils import DynamicCache
 
 from nbl_export.errors import InputError
 from nbl_export.graph.cache import BATCH, MAX, PAST, SEQUENCE, TOTAL
-from nbl_export.models.layers import cache_argument, layer_count
-from nbl_export.runtime.torch import PastLayer, kv_shape, run_with_past
+from nbl_export.models.layers import cache_argument, taken, takes
+from nbl_export.models.trial import cache_shapes
+from nbl_export.runtime.torch import PastLayer, run_with_past
 
 # What `torch.export` cannot express is emitted under a name of our own and renamed afterwards: the
 # exporter would otherwise take the whole graph to opset 24, where it decomposes norms and rotary embeddings.
@@ -55,23 +56,23 @@ class Form:
 
     def capture(self, decoder: CachedDecoder) -> torch.export.ExportedProgram:
         """Trace ``decoder``, every dimension named here being dynamic."""
-        heads, dim = kv_shape(decoder.model)
         # Example sizes of 0 or 1 would be taken for constants; all differ so that none are confused.
         sizes = {BATCH: 2, SEQUENCE: 3, PAST: 5, TOTAL: 8, MAX: 7}
         free = torch.export.Dim.DYNAMIC
-        args = [
+        args: list[Any] = [
             torch.zeros([sizes[d] for d in dims.values()], dtype=torch.long) for dims in self.inputs.values()
         ]
         shapes: list[Any] = [dict.fromkeys(dims, free) for dims in self.inputs.values()]
-        side = [sizes[self.past[0]], heads, sizes[self.past[2]], dim]
-        past = [(torch.zeros(side), torch.zeros(side)) for _ in range(layer_count(decoder.model))]
-        cache = dict.fromkeys(self.past, free)
-        return torch.export.export(
-            decoder,
-            (*args, past),
-            dynamic_shapes=(*shapes, [(cache, cache) for _ in past]),
-            strict=False,
-        )
+        if self.past:
+            batch, length = sizes[self.past[0]], sizes[self.past[2]]
+            args.append(
+                [
+                    tuple(torch.zeros(batch, s.heads, length, size) for size in (s.key_size, s.value_size))
+                    for s in cache_shapes(decoder.model)
+                ]
+            )
+            shapes.append([(dict.fromkeys(self.past, free),) * 2 for _ in args[-1]])
+        return torch.export.export(decoder, tuple(args), dynamic_shapes=tuple(shapes), strict=False)
 
 
 # concat ------------------------------------------------------------------------------------------
@@ -90,6 +91,22 @@ class _Concat(CachedDecoder):
             for side in (keys, values):
                 torch._check(side.shape[2] == length)  # type: ignore[no-untyped-call]
         return run_with_past(self.model, input_ids, attention_mask, position_ids, past, length)
+
+
+# none --------------------------------------------------------------------------------------------
+
+
+class _Whole(CachedDecoder):
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor
+    ) -> torch.Tensor:
+        logits: torch.Tensor = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            use_cache=False,
+            **taken(self.model, position_ids=position_ids),
+        ).logits
+        return logits
 
 
 # static ------------------------------------------------------------------------------------------
@@ -124,7 +141,7 @@ class _StaticLayer(PastLayer):
 class _Static(CachedDecoder):
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__(model)
-        if "position_ids" not in inspect.signature(model.forward).parameters:
+        if not takes(model, "position_ids"):
             raise InputError(
                 f"{type(model).__name__} takes no position_ids, which a static cache needs: use --kv-cache concat."
             )
@@ -175,6 +192,14 @@ CONCAT = Form(
     present={0: BATCH, 2: TOTAL},
     module=_Concat,
 )
+NONE = Form(
+    "none",
+    23,
+    {"input_ids": _TOKENS, "attention_mask": _TOKENS, "position_ids": _TOKENS},
+    past={},
+    present={},
+    module=_Whole,
+)
 STATIC = Form(
     "static",
     24,
@@ -183,4 +208,4 @@ STATIC = Form(
     present={0: BATCH, 2: MAX},
     module=_Static,
 )
-FORMS = {form.name: form for form in (CONCAT, STATIC)}
+FORMS = {form.name: form for form in (CONCAT, STATIC, NONE)}

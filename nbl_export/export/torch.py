@@ -12,10 +12,8 @@ sines, masks) are computed once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -24,62 +22,15 @@ from onnx_ir.passes import common as passes
 
 from nbl_export.errors import BuildError, NblError
 from nbl_export.export.forms import CONCAT, SYMBOLIC_DOMAIN, Form
+from nbl_export.export.functions import exportable
 from nbl_export.graph.cache import BATCH, SEQUENCE, SIDES, past_name, present_name
 from nbl_export.graph.io import save_graph
 from nbl_export.models.layers import layer_count
 from nbl_export.models.load import quiet
+from nbl_export.models.trial import trial
 from nbl_export.progress import Listener, Silent
 
-_ATTENTION = "nbl_export_grouped_sdpa"
 _SCOPES = "pkg.torch.onnx.name_scopes"
-
-
-def _grouped_sdpa(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
-    **_unused: Any,
-) -> tuple[torch.Tensor, None]:
-    # transformers' own sdpa repeats keys and values for grouped queries whenever there is a mask.
-    if attention_mask is None or softcap is not None or s_aux is not None:
-        what = (
-            "no mask"
-            if attention_mask is None
-            else "soft-capping"
-            if softcap is not None
-            else "attention sinks"
-        )
-        raise BuildError(f"{type(module).__name__} uses {what}, which this exporter does not serve yet.")
-    grouped = query.shape[1] != key.shape[1]
-    output = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=grouped
-    )
-    return output.transpose(1, 2).contiguous(), None
-
-
-@contextmanager
-def _grouped_attention(model: Any, mask: Callable[..., torch.Tensor] | None) -> Iterator[None]:
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-
-    if not getattr(model, "_supports_sdpa", True):
-        raise BuildError(
-            f"{type(model).__name__} has an attention that scaled_dot_product_attention cannot express, such as "
-            "soft-capping or attention sinks; this exporter does not serve it yet."
-        )
-    AttentionInterface.register(_ATTENTION, _grouped_sdpa)
-    AttentionMaskInterface.register(_ATTENTION, mask or ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-    before = model.config._attn_implementation
-    model.set_attn_implementation(_ATTENTION)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
 
 
 def export_torch(
@@ -99,8 +50,9 @@ def trace(model: torch.nn.Module, form: Form = CONCAT, listener: Listener | None
     """
     with (listener or Silent()).task("Exporting ONNX", 3, "steps") as task:
         try:
+            trial(model)  # as it is, before its functions are replaced
             decoder = form.module(model)
-            with quiet(), _grouped_attention(model, decoder.mask), torch.no_grad():
+            with quiet(), exportable(model, decoder.mask), torch.no_grad():
                 program = form.capture(decoder)
                 task.advance(1)
                 exported = torch.onnx.export(program, dynamo=True, opset_version=CONCAT.opset, verbose=False)
@@ -113,7 +65,7 @@ def trace(model: torch.nn.Module, form: Form = CONCAT, listener: Listener | None
             ) from error
         assert exported is not None
         task.advance(1)
-        graph = tidy(exported.model, form, layer_count(model))
+        graph = tidy(exported.model, form, layer_count(model) if form.past else 0)
         task.advance(1)
     return graph
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -11,35 +12,59 @@ import torch
 from nbl_export.errors import InputError
 from nbl_export.linearize.lmmse import FitInput
 from nbl_export.linearize.plan import LinearLayer, Plan
-from nbl_export.models.layers import attention_layers, hidden_size, hidden_states
+from nbl_export.models.layers import attention_layers, hidden_size, hidden_states, layer_count
+from nbl_export.models.trial import trial
 
 if TYPE_CHECKING:
     from nbl_export.models.layers import AttentionLayer
 
 
-class LinearAttentionReplacement(torch.nn.Module):
-    """Stands where an attention module stood: returns (W u + b, None) and touches no cache.
+class AttentionReplacement(torch.nn.Module):
+    """Stands where an attention module stood: returns W u + b as that did and touches no cache.
 
     With ``fit_input`` ``"residual"``, u is the block's input, which a pre-hook on the block hands over.
+    ``returns`` is the length of the tuple that the original returned, None for a bare tensor; ``added`` finds
+    among the arguments what the original added to its output.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor
 
-    def __init__(self, layer: LinearLayer, fit_input: FitInput, like: torch.Tensor) -> None:
+    def __init__(
+        self,
+        layer: LinearLayer,
+        fit_input: FitInput,
+        like: torch.Tensor,
+        returns: int | None,
+        added: Callable[..., torch.Tensor] | None,
+        through: str = "",
+    ) -> None:
         super().__init__()
+        # Where an output projection was inside the original, whoever watches it for y finds y.
+        self.through = torch.nn.Identity()
+        parent: torch.nn.Module = self
+        *outer, last = through.split(".")
+        for name in outer:
+            parent.add_module(name, torch.nn.Module())
+            parent = parent.get_submodule(name)
+        if last:
+            parent.add_module(last, self.through)
         self.register_buffer("weight", torch.from_numpy(layer.w).to(like))
         self.register_buffer("bias", torch.from_numpy(layer.b).to(like))
         self.fit_input = fit_input
+        self.returns, self.added = returns, added
         self.residual: torch.Tensor | None = None
 
     def take_residual(self, _block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.residual = hidden_states(args, kwargs)
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         u = hidden_states(args, kwargs) if self.fit_input == "normed" else self.residual
         assert u is not None
-        return torch.nn.functional.linear(u, self.weight, self.bias), None
+        y: torch.Tensor = self.through(torch.nn.functional.linear(u, self.weight, self.bias))
+        if self.added is not None:
+            y = y + self.added(*args, **kwargs)
+        return y if self.returns is None else (y, *[None] * (self.returns - 1))
 
 
 @contextmanager
@@ -48,12 +73,14 @@ def linearized(model: torch.nn.Module, plan: Plan) -> Iterator[torch.nn.Module]:
 
     Raises :class:`InputError` if the plan is of a model of another depth or width.
     """
-    layers = attention_layers(model)
-    if plan.layer_count != len(layers) or plan.hidden_size != hidden_size(model):
+    count = layer_count(model)
+    if plan.layer_count != count or plan.hidden_size != hidden_size(model):
         raise InputError(
             f"The plan is for {plan.layer_count} layers of width {plan.hidden_size}; this model has "
-            f"{len(layers)} of width {hidden_size(model)}: run `nbl-export select` for this model."
+            f"{count} of width {hidden_size(model)}: run `nbl-export select` for this model."
         )
+    layers = {layer.index: layer for layer in attention_layers(model)}
+    trial(model)  # of the original, before anything is swapped
     undo: list[Any] = []
     try:
         for index in plan.chosen:
@@ -65,16 +92,44 @@ def linearized(model: torch.nn.Module, plan: Plan) -> Iterator[torch.nn.Module]:
 
 
 def _swap(model: torch.nn.Module, layer: AttentionLayer, plan: Plan) -> Any:
-    parent = model.get_submodule(layer.block)
-    name = layer.attention.removeprefix(layer.block + ".")
-    original = parent.get_submodule(name)
+    block, original = model.get_submodule(layer.block), model.get_submodule(layer.attention)
     like = next(original.parameters())
-    replacement = LinearAttentionReplacement(plan.layers[layer.index], plan.fit_input, like)
-    hook = parent.register_forward_pre_hook(replacement.take_residual, with_kwargs=True)
-    setattr(parent, name, replacement)
+    returns = trial(model).returns[layer.index]
+    added = _argument(original, layer.adds) if layer.adds else None
+    inside = f"{layer.output}.".startswith(f"{layer.attention}.")
+    linear = AttentionReplacement(
+        plan.layers[layer.index],
+        plan.fit_input,
+        like,
+        returns,
+        added,
+        layer.output[len(layer.attention) + 1 :] if inside else "",
+    )
+    new: dict[str, torch.nn.Module] = {layer.attention: linear}
+    if not inside:
+        # What maps the attention's result to y stands beside it, and there is nothing left to map.
+        new[layer.output] = torch.nn.Identity()
+    old = {path: model.get_submodule(path) for path in new}
+    hook = block.register_forward_pre_hook(linear.take_residual, with_kwargs=True)
+
+    def put(modules: Mapping[str, torch.nn.Module]) -> None:
+        for path, module in modules.items():
+            parent, name = path.rsplit(".", 1)
+            setattr(model.get_submodule(parent), name, module)
 
     def restore() -> None:
         hook.remove()
-        setattr(parent, name, original)
+        put(old)
 
+    put(new)
     return restore
+
+
+def _argument(module: torch.nn.Module, name: str) -> Callable[..., torch.Tensor]:
+    signature = inspect.signature(module.forward)
+
+    def find(*args: Any, **kwargs: Any) -> torch.Tensor:
+        found: torch.Tensor = signature.bind(*args, **kwargs).arguments[name]
+        return found
+
+    return find

@@ -1,106 +1,184 @@
-"""Where the attention layers of a PyTorch decoder are, found from its structure.
+"""Where the attention layers of a PyTorch model are: from its row of data, or from its structure.
 
-A decoder keeps its blocks in one ``ModuleList`` as long as the configuration's layer count; the
-attention of a block is its one direct child whose class is an attention class. That holds for the
-decoder families of transformers, so nothing here is keyed on ``model_type``.
+A model keeps its blocks in one ``ModuleList`` as long as the configuration's layer count; the
+self-attention of a block is its one direct child whose class is an attention class. That holds for most
+families of transformers; ``families.toml`` has a row for each that is built otherwise. What neither the
+configuration nor the modules say is tried out (:mod:`.trial`).
+
+A block may mix tokens in another way, by a convolution, a state-space model, linear attention or attention
+to another text. It is no candidate: :attr:`Structure.others` says what it is.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.errors import InputError
+from nbl_export.models.families import Family, family_of
 
 if TYPE_CHECKING:
     import torch
 
+FULL, SLIDING = "full", "sliding window"
+# What configurations call the layers whose tokens meet in a softmax, and what we call them.
+_SOFTMAX = {
+    "full_attention": FULL,
+    "attention": FULL,
+    "sliding_attention": SLIDING,
+    "chunked_attention": "chunks",
+}
+_NO_SELF_ATTENTION = ("cross", "encoder", "linear", "lightning", "delta", "mamba")
+
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """One self-attention layer: its position in the stack and the dotted paths of its modules."""
+    """One self-attention layer: its position in the stack and the dotted paths of its modules.
+
+    ``output`` is the module that writes y, the attention itself where no row says otherwise; ``adds`` names
+    the argument that the attention adds to y. ``kind`` says what its tokens see.
+    """
 
     index: int
     block: str
     attention: str
+    output: str
+    adds: str | None = None
+    kind: str = FULL
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The self-attention layers of a model, and what each other block is, by its index."""
+
+    layers: tuple[AttentionLayer, ...]
+    others: Mapping[int, str]
 
 
 def attention_layers(model: torch.nn.Module) -> tuple[AttentionLayer, ...]:
-    """Every self-attention layer of ``model`` in order.
+    """Every self-attention layer of ``model`` in order; raises what :func:`structure` raises."""
+    return structure(model).layers
 
-    Raises :class:`InputError` if there is no such stack of blocks, or a block without exactly one
-    attention: such a model is refused before calibration.
+
+def structure(model: torch.nn.Module) -> Structure:
+    """Every block of ``model``, told apart by what mixes its tokens.
+
+    Raises :class:`InputError` if there is no one stack of blocks, or a block whose attention is not found:
+    such a model is refused before calibration.
     """
-    stack_path, stack = _block_stack(model)
-    layers = []
+    family = family_of(model_type(model))
+    stack_path, stack = _block_stack(model, family)
+    layers, others = [], {}
     for index, block in enumerate(stack.children()):
-        names = [
-            name for name, child in block.named_children() if "attention" in type(child).__name__.lower()
-        ]
-        if len(names) != 1:
+        declared = _declared_kind(model, index)
+        found = [family.attention] if family.attention else _self_attention(block)
+        if declared not in _SOFTMAX or not found:
+            others[index] = declared if declared not in _SOFTMAX else _mixer(block)
+            continue
+        if len(found) != 1 or not _has(block, found[0]):
             raise InputError(
-                f"Layer {index} ({type(block).__name__}) has {len(names)} attention modules where one is expected: "
+                f"Layer {index} ({type(block).__name__}) has {len(found)} attention modules where one is expected: "
                 "this architecture is not served yet."
             )
-        if "residual" in inspect.signature(getattr(block, names[0]).forward).parameters:
+        attention = block.get_submodule(found[0])
+        if family.adds is None and "residual" in inspect.signature(attention.forward).parameters:
             raise InputError(
                 f"The attention of layer {index} ({type(block).__name__}) adds the residual itself, so its output is "
                 "not the attention's alone: this architecture is not served yet."
             )
         path = f"{stack_path}.{index}"
-        layers.append(AttentionLayer(index, path, f"{path}.{names[0]}"))
-    return tuple(layers)
-
-
-def check_served(model: torch.nn.Module) -> None:
-    """Refuse, before any work, a model whose structure is not served or that is not causal.
-
-    Causality is tried out: logits must not change when a later token does.
-    """
-    import torch
-
-    attention_layers(model)
-    device = next(model.parameters()).device
-    ids = torch.arange(8, device=device)[None].repeat(2, 1) % 4 + 1
-    ids[1, -1] = 0
-    with torch.inference_mode():
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-    if not torch.allclose(logits[0], logits[1], rtol=1e-3, atol=1e-3):
-        raise InputError(
-            f"{type(model).__name__} is not causal (an earlier token's logits depend on a later token): only "
-            "decoder-only language models are served."
+        output = family.output or found[0]
+        kind = _kind(model, attention, declared)
+        layers.append(
+            AttentionLayer(index, path, f"{path}.{found[0]}", f"{path}.{output}", family.adds, kind)
         )
+    if not layers:
+        kinds = ", ".join(sorted(set(others.values())))
+        raise InputError(
+            f"{type(model).__name__} has no self-attention layer that could be linearized: its layers are {kinds}."
+        )
+    return Structure(tuple(layers), others)
+
+
+def _has(block: torch.nn.Module, path: str) -> bool:
+    return any(name == path for name, _ in block.named_modules())
+
+
+def _self_attention(block: torch.nn.Module) -> list[str]:
+    return [name for name, child in block.named_children() if _is_self_attention(name, child)]
+
+
+def _is_self_attention(name: str, module: torch.nn.Module) -> bool:
+    words = f"{name} {type(module).__name__}".lower()
+    return "attention" in type(module).__name__.lower() and not any(w in words for w in _NO_SELF_ATTENTION)
+
+
+def _mixer(block: torch.nn.Module) -> str:
+    """The class of what a block without self-attention mixes its tokens by: its first child that is no norm."""
+    for child in block.children():
+        if "norm" not in (name := type(child).__name__).lower():
+            return name
+    return type(block).__name__
+
+
+def _declared_kind(model: torch.nn.Module, index: int) -> str:
+    types = getattr(_config(model), "layer_types", None) or []
+    return str(types[index]) if index < len(types) else "full_attention"
+
+
+def _kind(model: torch.nn.Module, attention: torch.nn.Module, declared: str) -> str:
+    config = _config(model)
+    if getattr(config, "layer_types", None):
+        return _SOFTMAX[declared]
+    window = getattr(attention, "sliding_window", None) or getattr(config, "sliding_window", None)
+    return SLIDING if window and getattr(config, "use_sliding_window", True) else FULL
+
+
+def _config(model: torch.nn.Module) -> Any:
+    config: Any = model.config
+    return config.get_text_config()
+
+
+def model_type(model: torch.nn.Module) -> str:
+    """The family's name in the configuration."""
+    return str(getattr(_config(model), "model_type", ""))
 
 
 def hidden_size(model: torch.nn.Module) -> int:
     """Width d of the residual stream."""
-    config: Any = model.config
-    return int(config.get_text_config().hidden_size)
+    return int(_config(model).hidden_size)
 
 
 def layer_count(model: torch.nn.Module) -> int:
-    """Number L of blocks, which is also the number of KV-cache entries of the original model."""
-    config: Any = model.config
-    return int(config.get_text_config().num_hidden_layers)
+    """Number L of blocks."""
+    return int(_config(model).num_hidden_layers)
 
 
 def positions(model: torch.nn.Module) -> int | None:
     """The longest context the model has positions for; None if its configuration sets no bound."""
-    config: Any = model.config
-    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    found = getattr(_config(model), "max_position_embeddings", None)
     return int(found) if found else None
 
 
 def cache_argument(model: torch.nn.Module) -> str:
     """The name of the KV-cache argument of ``forward``: it was renamed within transformers 5."""
-    parameters = inspect.signature(model.forward).parameters
-    return "cache" if "cache" in parameters else "past_key_values"
+    return "cache" if takes(model, "cache") else "past_key_values"
 
 
-def _block_stack(model: torch.nn.Module) -> tuple[str, torch.nn.Module]:
+def takes(model: torch.nn.Module, argument: str) -> bool:
+    """Whether ``model``'s forward has an argument of that name."""
+    return argument in inspect.signature(model.forward).parameters
+
+
+def taken(model: torch.nn.Module, **arguments: Any) -> dict[str, Any]:
+    """Those of ``arguments`` that ``model``'s forward has: not every family takes positions."""
+    return {name: value for name, value in arguments.items() if takes(model, name)}
+
+
+def _block_stack(model: torch.nn.Module, family: Family) -> tuple[str, torch.nn.Module]:
     import torch
 
     count = layer_count(model)
@@ -109,7 +187,7 @@ def _block_stack(model: torch.nn.Module) -> tuple[str, torch.nn.Module]:
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.ModuleList)
         and len(module) == count
-        and any("attention" in type(child).__name__.lower() for child in module[0].children())
+        and (name.endswith(family.layers) if family.layers else _mixes_tokens(module, family))
     ]
     if len(stacks) != 1:
         raise InputError(
@@ -117,6 +195,12 @@ def _block_stack(model: torch.nn.Module) -> tuple[str, torch.nn.Module]:
             "expected: this architecture is not served yet."
         )
     return stacks[0]
+
+
+def _mixes_tokens(stack: torch.nn.Module, family: Family) -> bool:
+    if family.attention:
+        return any(_has(block, family.attention) for block in stack.children())
+    return any(_self_attention(block) for block in stack.children())
 
 
 Observer = Callable[[int, "torch.Tensor", "torch.Tensor", "torch.Tensor"], None]
@@ -151,11 +235,11 @@ def _observe(model: torch.nn.Module, layer: AttentionLayer, observer: Observer) 
         y = output[0] if isinstance(output, tuple) else output
         observer(layer.index, seen.pop("residual"), seen.pop("normed"), y)
 
-    block, attention = model.get_submodule(layer.block), model.get_submodule(layer.attention)
+    block, attention, output = (model.get_submodule(p) for p in (layer.block, layer.attention, layer.output))
     return [
         block.register_forward_pre_hook(block_input, with_kwargs=True),
         attention.register_forward_pre_hook(attention_input, with_kwargs=True),
-        attention.register_forward_hook(attention_output),
+        output.register_forward_hook(attention_output),
     ]
 
 

@@ -16,7 +16,7 @@ from nbl_export.graph.cache import MASK, TOKENS, WRITE_INDICES
 from nbl_export.graph.interface import POSITIONS, Interface, interface_of
 from nbl_export.runtime.decoder import F32, I64, KV, DecoderOutput
 from nbl_export.runtime.padding import BOOL, left_padded, prefix_mask, right_padded
-from nbl_export.runtime.stream import PastStream, Stream
+from nbl_export.runtime.stream import PastStream, Stream, WholeStream
 
 
 def require_onnxruntime() -> Any:
@@ -211,32 +211,6 @@ class OrtRaggedStream:
         return output.logits
 
 
-class OrtWholeStream:
-    """A decoder graph without a KV cache as a stream: every step computes all tokens again."""
-
-    kv_layers = None
-
-    def __init__(self, path: Path, rounded: bool = True) -> None:
-        self.decoder = OrtDecoder(path, rounded=rounded)
-        self._rows: list[NDArray[Any]] = []
-
-    def prefill(self, rows: Sequence[NDArray[Any]]) -> F32:
-        self._rows = list(rows)
-        logits, mask = self._run()
-        return logits[mask]
-
-    def decode(self, tokens: Sequence[int]) -> F32:
-        self._rows = [np.append(row, token) for row, token in zip(self._rows, tokens, strict=True)]
-        return self._run()[0][:, -1]
-
-    def cache(self) -> tuple[Sequence[KV], BOOL]:
-        return (), np.zeros((len(self._rows), 0), dtype=bool)
-
-    def _run(self) -> tuple[F32, BOOL]:
-        ids, mask, positions = left_padded(self._rows)
-        return self.decoder(ids, mask, positions, ()).logits, mask.astype(bool)
-
-
 class OrtStaticStream(OrtModel):
     """A decoder graph with a static cache of ``capacity`` places, as a stream."""
 
@@ -297,7 +271,8 @@ def ort_stream(path: Path, capacity: int, rounded: bool = True) -> Stream:
     if interface.ragged:
         return OrtRaggedStream(path, rounded)
     if interface.cacheless:
-        return OrtWholeStream(path, rounded)
+        whole = OrtDecoder(path, rounded=rounded)
+        return WholeStream(lambda ids, mask, positions: whole(ids, mask, positions, ()).logits)
     return PastStream(OrtDecoder(path, rounded=rounded))
 
 

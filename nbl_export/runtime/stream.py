@@ -6,13 +6,13 @@ and TensorRT, with a growing or a static cache, are asked the same and compared 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nbl_export.runtime.decoder import F32, KV, Decoder
+from nbl_export.runtime.decoder import F32, I64, KV, Decoder
 from nbl_export.runtime.padding import BOOL, left_padded
 
 
@@ -63,3 +63,32 @@ class PastStream:
         output = self.decoder(ids, self._mask, self._positions, self._past)
         self._past = output.present
         return output.logits
+
+
+class WholeStream:
+    """A stream over a model without a KV cache: every step computes all tokens again.
+
+    ``forward`` makes logits [batch, sequence, vocab] of left-padded ids, mask and positions.
+    """
+
+    kv_layers = None
+
+    def __init__(self, forward: Callable[[I64, I64, I64], F32]) -> None:
+        self._forward = forward
+        self._rows: list[NDArray[Any]] = []
+
+    def prefill(self, rows: Sequence[NDArray[Any]]) -> F32:
+        self._rows = list(rows)
+        logits, mask = self._run()
+        return logits[mask]
+
+    def decode(self, tokens: Sequence[int]) -> F32:
+        self._rows = [np.append(row, token) for row, token in zip(self._rows, tokens, strict=True)]
+        return self._run()[0][:, -1]
+
+    def cache(self) -> tuple[Sequence[KV], BOOL]:
+        return (), np.zeros((len(self._rows), 0), dtype=bool)
+
+    def _run(self) -> tuple[F32, BOOL]:
+        ids, mask, positions = left_padded(self._rows)
+        return self._forward(ids, mask, positions), mask.astype(bool)

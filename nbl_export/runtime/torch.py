@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from nbl_export.models.layers import cache_argument, layer_count
-from nbl_export.runtime.decoder import I64, KV, DecoderOutput
+from nbl_export.models.layers import cache_argument, layer_count, taken
+from nbl_export.models.trial import cache_shapes
+from nbl_export.runtime.decoder import F32, I64, KV, DecoderOutput
+from nbl_export.runtime.stream import PastStream, Stream, WholeStream
 
 if TYPE_CHECKING:
     import torch
@@ -54,20 +56,11 @@ def run_with_past(
     output = model(
         input_ids=input_ids,
         attention_mask=attention_mask,
-        position_ids=position_ids,
         use_cache=True,
+        **taken(model, position_ids=position_ids),
         **{cache_argument(model): cache},
     )
     return output.logits, [(layer.keys, layer.values) for layer in cache.layers]
-
-
-def kv_shape(model: torch.nn.Module) -> tuple[int, int]:
-    """KV heads and head dimension of the model's cache, from its configuration."""
-    config: Any = model.config
-    config = config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(heads), int(dim)
 
 
 class TorchDecoder:
@@ -86,12 +79,12 @@ class TorchDecoder:
         return self._kv_layers
 
     def empty_past(self, batch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        import torch
-
-        heads, dim = kv_shape(self.model)
-        weight = next(self.model.parameters())
-        empty = torch.zeros(batch, heads, 0, dim, dtype=weight.dtype, device=weight.device)
-        return [(empty, empty) for _ in self._kv_layers]
+        like = next(self.model.parameters())
+        shapes = cache_shapes(self.model)
+        return [
+            (like.new_zeros(batch, s.heads, 0, s.key_size), like.new_zeros(batch, s.heads, 0, s.value_size))
+            for s in (shapes[i] for i in self._kv_layers)
+        ]
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, past: Any
@@ -131,3 +124,24 @@ class TorchDecoder:
             logits.float().cpu().numpy(),
             tuple((k.float().cpu().numpy(), v.float().cpu().numpy()) for k, v in present),
         )
+
+
+def torch_stream(model: torch.nn.Module, linearized: Sequence[int] = (), cached: bool = True) -> Stream:
+    """The ``model``, original or with the layers ``linearized``, as a stream; with its KV cache or without."""
+    if cached:
+        return PastStream(TorchDecoder(model, linearized))
+    return WholeStream(lambda *inputs: whole_logits(model, *inputs))
+
+
+def whole_logits(model: torch.nn.Module, input_ids: I64, attention_mask: I64, position_ids: I64) -> F32:
+    """Logits [batch, sequence, vocab] of one pass without a cache."""
+    import torch
+
+    device = next(model.parameters()).device
+    ids, mask, positions = (torch.from_numpy(a).to(device) for a in (input_ids, attention_mask, position_ids))
+    with torch.inference_mode():
+        output = model(
+            input_ids=ids, attention_mask=mask, use_cache=False, **taken(model, position_ids=positions)
+        )
+    logits: F32 = output.logits.float().cpu().numpy()
+    return logits

@@ -27,7 +27,7 @@ def calibrate(run: Run, settings: CalibrateSettings) -> None:
     from nbl_export.calibrate.moments import save_moments
     from nbl_export.calibrate.probe import probe_model, save_probe
     from nbl_export.calibrate.text import save_text
-    from nbl_export.models.layers import check_served
+    from nbl_export.models.trial import check_served
 
     settings.check()
     ws, fingerprint = run.workspace, run.model.source.fingerprint

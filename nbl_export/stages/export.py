@@ -24,7 +24,7 @@ _RANGE_ROWS, _RANGE_TOKENS = 4, 256
 def export(run: Run, settings: ExportSettings) -> None:
     """Model → ``baseline/model.onnx`` with configuration and tokenizer files beside it."""
     from nbl_export.export.forms import FORMS
-    from nbl_export.models.layers import check_served
+    from nbl_export.models.trial import check_served
 
     settings.check()
     ws = run.workspace
@@ -37,7 +37,7 @@ def export(run: Run, settings: ExportSettings) -> None:
         base["calibrate"] = ws.require("calibrate", f"nbl-export calibrate MODEL -o {ws.root}").key
 
     def work(listener: Listener) -> list[Path]:
-        check_served(run.model.model)
+        check_served(run.model.model, settings.kv_cache != "none")
         exported = _export_torch if settings.exporter == "torch" else _export_elsewhere
         files, kept = exported(run, settings, listener)
         write_json(ws.export_summary, {"kept_float32": [asdict(k) for k in kept]})
@@ -83,9 +83,8 @@ def _save_configs(run: Run, exported: list[Path], settings: ExportSettings) -> l
     """Whatever configuration or tokenizer file the exporter did not write itself."""
     from nbl_export.export.genai_config import NAME as GENAI
     from nbl_export.export.genai_config import genai_config
-    from nbl_export.models.layers import layer_count
     from nbl_export.models.load import quiet
-    from nbl_export.runtime.torch import kv_shape
+    from nbl_export.models.trial import cache_shapes
 
     graph = run.workspace.baseline
     config: Any = run.model.model.config
@@ -99,9 +98,10 @@ def _save_configs(run: Run, exported: list[Path], settings: ExportSettings) -> l
                 generation.save_pretrained(folder)
             run.model.tokenizer.save_pretrained(folder)
         if settings.exporter == "torch" and settings.kv_cache == "concat":  # genai knows no write_indices
-            heads, size = kv_shape(run.model.model)
-            content = genai_config(config.get_text_config(), layer_count(run.model.model), heads, size)
-            write_json(folder / GENAI, content)
+            shapes = cache_shapes(run.model.model)
+            if len({(s.heads, s.key_size, s.value_size) for s in shapes}) == 1:  # it knows one shape for all
+                heads, size = shapes[0].heads, shapes[0].key_size
+                write_json(folder / GENAI, genai_config(config.get_text_config(), len(shapes), heads, size))
         has_tokenizer = any(name.startswith("tokenizer") for name in names)
         written = []
         for path in sorted(folder.iterdir()):

@@ -17,6 +17,7 @@ from nbl_export.linearize.plan import Plan
 from nbl_export.linearize.swap import linearized
 from nbl_export.models.layers import attention_layers, observed
 from nbl_export.runtime.pieces import run_taps
+from nbl_export.runtime.torch import whole_logits
 
 if TYPE_CHECKING:
     import torch
@@ -50,8 +51,6 @@ class Divergence:
 
 def first_divergence(model: torch.nn.Module, plan: Plan, path: Path) -> Divergence:
     """Compare every layer's u and y of the graph at ``path`` with the linearized ``model``, in order."""
-    import torch
-
     expected: dict[tuple[int, str], Any] = {}
     kept = plan.probe["attention_mask"].astype(bool)
 
@@ -59,13 +58,11 @@ def first_divergence(model: torch.nn.Module, plan: Plan, path: Path) -> Divergen
         u = x if plan.fit_input == "normed" else h
         expected[index, "input"], expected[index, "output"] = u.numpy()[kept], y.numpy()[kept]
 
-    inputs = {name: torch.from_numpy(value) for name, value in plan.probe.items()}
     with (
         linearized(model, plan),
         observed(model, attention_layers(model), observe),
-        torch.inference_mode(),
     ):
-        model(**inputs, use_cache=False)
+        whole_logits(model, **plan.probe)
     graph = load_graph(path)
     tolerance = PROOF_TOLERANCE[graph_precision(graph).name]
     rows = json.loads(graph.metadata_props[LAYERS_KEY])

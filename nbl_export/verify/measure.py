@@ -24,9 +24,8 @@ from nbl_export.models.load import in_precision
 from nbl_export.progress import Listener
 from nbl_export.report.schema import Check
 from nbl_export.runtime.ort import ort_stream
-from nbl_export.runtime.stream import PastStream
 from nbl_export.runtime.tensorrt import EngineStream, load_engine
-from nbl_export.runtime.torch import TorchDecoder
+from nbl_export.runtime.torch import torch_stream
 from nbl_export.settings import VerifySettings
 from nbl_export.verify.engines import TIMED_STEPS, built_check, gpu_entrants, measure_engine_speed, not_run
 from nbl_export.verify.localize import first_divergence
@@ -114,8 +113,9 @@ def _measure_parity(
 ) -> None:
     gates = gates_for(precision.gates)
     with linearized(model, plan):
-        reference = PastStream(TorchDecoder(model, plan.chosen))
         candidate = ort_stream(rewritten, max(map(len, rows)))
+        cached = candidate.kv_layers is not None
+        reference = torch_stream(model, plan.chosen, cached)
         parity = compare_streams(reference, candidate, rows, steps, gates, listener)
         failures = parity.failures()
         if precision.name == "fp16":
@@ -128,12 +128,12 @@ def _measure_parity(
     if precision.quantized:
         # What the quantization costs the unmodified model is not the rewrite's to answer for.
         base = compare_streams(
-            PastStream(TorchDecoder(model)), ort_stream(baseline, max(map(len, rows))), rows, steps, gates
+            torch_stream(model, cached=cached), ort_stream(baseline, max(map(len, rows))), rows, steps, gates
         )
         result.parity["base_graph"] = base.as_json()["steps"]
         failures += parity.failures_against(base, "the unmodified graph's own")
     elif precision.name != "fp32":
-        own = _pytorch_in(precision, model, plan, rows, steps)
+        own = _pytorch_in(precision, model, plan, rows, steps, cached)
         result.parity["pytorch_in_precision"] = own.as_json()["steps"]
         failures += parity.failures_against(own, "PyTorch's own in this precision")
     if not failures:
@@ -153,12 +153,17 @@ def _measure_parity(
 
 
 def _pytorch_in(
-    precision: Precision, model: torch.nn.Module, plan: Plan, rows: list[NDArray[np.int32]], steps: int
+    precision: Precision,
+    model: torch.nn.Module,
+    plan: Plan,
+    rows: list[NDArray[np.int32]],
+    steps: int,
+    cached: bool = True,
 ) -> Parity:
     """PyTorch's own run in the graph's precision against its float32: what that precision costs anyone."""
     half = in_precision(model, precision.gates)
     with linearized(model, plan), linearized(half, plan):
-        pair = [PastStream(TorchDecoder(m, plan.chosen)) for m in (model, half)]
+        pair = [torch_stream(m, plan.chosen, cached) for m in (model, half)]
         return compare_streams(pair[0], pair[1], rows, steps, gates_for(precision.gates))
 
 
@@ -228,7 +233,7 @@ def _measure_engine_parity(
     gates, steps = gates_for(precision.gates), settings.decode_steps
     try:
         with linearized(model, plan):
-            reference = PastStream(TorchDecoder(model, plan.chosen))
+            reference = torch_stream(model, plan.chosen)
             parity = compare_streams(reference, stream, rows, steps, gates, listener)
     except BuildError as error:
         result.checks.append(Check(name, "failed", str(error)))

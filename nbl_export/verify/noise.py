@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbl_export.runtime.padding import left_padded
+from nbl_export.runtime.torch import whole_logits
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +24,8 @@ def rounding_noise(model: torch.nn.Module, rows: Sequence[NDArray[np.int32]], se
     """
     import torch
 
-    ids, mask, positions = (torch.from_numpy(a) for a in left_padded(list(rows)))
+    inputs = left_padded(list(rows))
+    kept = inputs[1].astype(bool)
     generator = torch.Generator().manual_seed(seed)
 
     def disturb(_module: Any, _args: Any, output: torch.Tensor) -> torch.Tensor:
@@ -31,12 +33,10 @@ def rounding_noise(model: torch.nn.Module, rows: Sequence[NDArray[np.int32]], se
         return output * (1 + signs * 2 * _LAST_BIT)
 
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
-    with torch.inference_mode():
-        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": False}
-        exact = model(**inputs).logits[mask.bool()]
-        hook = embeddings.register_forward_hook(disturb)
-        try:
-            disturbed = model(**inputs).logits[mask.bool()]
-        finally:
-            hook.remove()
-    return float((exact - disturbed).abs().max())
+    exact = whole_logits(model, *inputs)[kept]
+    hook = embeddings.register_forward_hook(disturb)
+    try:
+        disturbed = whole_logits(model, *inputs)[kept]
+    finally:
+        hook.remove()
+    return float(np.abs(exact - disturbed).max())

@@ -13,7 +13,6 @@ Keys and values are compared by |a - b| / max(|a|, rms of the head's vector), ov
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,16 +21,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nbl_export.datafile import read_table
 from nbl_export.errors import InputError
 from nbl_export.progress import Listener, Silent
 from nbl_export.runtime.decoder import F32, KV
 from nbl_export.runtime.padding import BOOL
 from nbl_export.runtime.stream import Stream
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 
 @dataclass(frozen=True)
@@ -49,8 +44,7 @@ class Gates:
 
 def gates_for(dtype: str) -> Gates:
     """The gates of a dtype such as ``float32``."""
-    table = tomllib.loads((Path(__file__).parent / "gates.toml").read_text(encoding="utf-8"))
-    return Gates(**table[dtype])
+    return Gates(**read_table(Path(__file__).parent / "gates.toml")[dtype])
 
 
 @dataclass(frozen=True)

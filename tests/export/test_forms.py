@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from nbl_export.errors import InputError
-from nbl_export.export.forms import CONCAT, FORMS, STATIC
+from nbl_export.export.forms import CONCAT, FORMS, NONE, STATIC
 from nbl_export.export.torch import export_torch
 from tests.fixtures_graph import original_logits, ragged_rows
 
@@ -127,8 +127,8 @@ def test_weights_are_those_of_the_other_form(proto: onnx.ModelProto, tiny_graph:
 
 
 def test_forms_by_name() -> None:
-    assert FORMS == {"concat": CONCAT, "static": STATIC}
-    assert (CONCAT.opset, STATIC.opset) == (23, 24)
+    assert FORMS == {"concat": CONCAT, "static": STATIC, "none": NONE}
+    assert (CONCAT.opset, STATIC.opset, NONE.opset) == (23, 24, 23)
 
 
 # Numbers -----------------------------------------------------------------------------------------

@@ -12,14 +12,17 @@ import transformers
 from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM
 
 from nbl_export.errors import InputError
+from nbl_export.models import layers
+from nbl_export.models.families import Family as Row
 from nbl_export.models.layers import (
     attention_layers,
     cache_argument,
-    check_served,
     hidden_size,
     layer_count,
     observed,
+    structure,
 )
+from nbl_export.models.trial import check_served
 
 COUNT, D = 3, 16
 COMMON = {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 1}
@@ -189,17 +192,28 @@ def test_a_model_without_attention() -> None:
 
 
 def test_a_block_with_two_attentions() -> None:
+    model = build("Llama", "ForCausalLM", **FAMILIES["llama"].fields)
+    model.model.layers[1].second = model.model.layers[0].self_attn
+    assert "Layer 1 (LlamaDecoderLayer) has 2 attention modules where one is expected" in refusal(model)
+
+
+def test_cross_attention_is_no_candidate() -> None:
     model = build("GPT2", "LMHeadModel", **FAMILIES["gpt2"].fields, add_cross_attention=True)
-    assert "Layer 0 (GPT2Block) has 2 attention modules where one is expected" in refusal(model)
+    assert [layer.attention.rsplit(".")[-1] for layer in attention_layers(model)] == ["attn"] * COUNT
 
 
-def test_a_hybrid_whose_later_blocks_have_no_attention() -> None:
+@pytest.mark.parametrize("kinds", [["full_attention", "conv"], ["conv", "full_attention"]])
+def test_other_layers_are_no_candidates(kinds: list[str]) -> None:
     fields = {**SIZES, "num_hidden_layers": 2, "num_key_value_heads": 2, "intermediate_size": 32}
-    kinds = ["full_attention", "conv"]
     model = build("Lfm2", "ForCausalLM", **fields, layer_types=kinds)
-    assert "Layer 1 (Lfm2DecoderLayer) has 0 attention modules" in refusal(model)
-    model = build("Lfm2", "ForCausalLM", **fields, layer_types=kinds[::-1])
-    assert "not served yet" in refusal(model)
+    found = structure(model)
+    assert [layer.index for layer in found.layers] == [kinds.index("full_attention")]
+    assert found.others == {kinds.index("conv"): "conv"}
+    check_served(model, cached=False)
+    with pytest.raises(
+        InputError, match=rf"1 layers .* \(layer {kinds.index('conv')}: conv\).*--kv-cache none"
+    ):
+        check_served(model)
 
 
 def test_two_stacks_of_the_same_depth() -> None:
@@ -208,10 +222,13 @@ def test_two_stacks_of_the_same_depth() -> None:
     assert "has 2 stacks of 3 blocks" in refusal(model)
 
 
-def test_an_attention_that_adds_the_residual_itself() -> None:
+def test_an_attention_that_adds_the_residual_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     # BLOOM's attention returns h + y: fitting that as y would be wrong without any sign of it.
     fields = {**COMMON, "hidden_size": D, "n_layer": 2, "n_head": 4}
-    assert "not served yet" in refusal(build("Bloom", "ForCausalLM", **fields))
+    model = build("Bloom", "ForCausalLM", **fields)
+    assert all(layer.adds == "residual" for layer in attention_layers(model))
+    monkeypatch.setattr(layers, "family_of", lambda _: Row())
+    assert "adds the residual itself" in refusal(model)
 
 
 def test_a_model_that_looks_ahead_is_refused() -> None:

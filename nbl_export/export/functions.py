@@ -1,0 +1,162 @@
+"""What a model's own functions are replaced by while it is traced, where those cannot be exported or export badly.
+
+Attention   transformers' own sdpa repeats keys and values for grouped queries; here they stay grouped. Soft-capped
+            scores and attention sinks, which scaled_dot_product_attention cannot express, are written out.
+Experts     transformers' own loops over the experts that were hit, which a graph cannot; here every expert takes
+            the tokens that were sent to it, none or many.
+
+Both go through the interfaces that transformers has for this. A model whose attention does not is traced with its
+own, written out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+_NAME = "nbl_export"
+
+
+def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **_unused: Any,
+) -> tuple[torch.Tensor, None]:
+    """Scaled dot-product attention of ``query`` [batch, heads, sequence, size] to grouped keys and values.
+
+    ``attention_mask`` [batch, 1, sequence, total] is True where a query sees a key. ``softcap`` bounds the
+    scores, ``s_aux`` [heads] are the scores of sinks. Returns [batch, sequence, heads, size].
+    """
+    if softcap is None and s_aux is None:
+        grouped = query.shape[1] != key.shape[1]
+        output = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=grouped
+        )
+    else:
+        output = _written_out(query, key, value, attention_mask, scaling, softcap, s_aux)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _written_out(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    batch, heads, sequence, size = query.shape
+    groups = heads // key.shape[1]
+    # [batch, KV heads, groups, sequence, size]: each key meets the queries of its group.
+    query = query.reshape(batch, key.shape[1], groups, sequence, size)
+    scale = size**-0.5 if scaling is None else scaling
+    scores = query @ key[:, :, None].transpose(-1, -2) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, :, None], torch.finfo(scores.dtype).min)
+    if sinks is not None:
+        sink = sinks.reshape(1, key.shape[1], groups, 1, 1).expand(batch, -1, -1, sequence, 1)
+        scores = torch.cat([scores, sink.to(scores.dtype)], dim=-1)
+    weights = torch.softmax(scores, dim=-1)
+    if sinks is not None:
+        weights = weights[..., :-1]
+    return (weights @ value[:, :, None]).reshape(batch, heads, sequence, value.shape[-1])
+
+
+def experts(
+    module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Σ over the experts each token [tokens, d] was sent to, weighted: ``top_k_index``, ``_weights`` [tokens, k]."""
+    result = torch.zeros_like(hidden_states)
+    up, up_bias = ("gate_up_proj", "gate_up_proj_bias") if module.has_gate else ("up_proj", "up_proj_bias")
+    for expert in range(module.num_experts):
+        token, place = torch.where(top_k_index == expert)
+        inner = _project(module, up, up_bias, expert, hidden_states[token])
+        inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+        output = _project(module, "down_proj", "down_proj_bias", expert, inner)
+        if module.has_post_expert_norm:
+            output = module.post_expert_norm(output)
+        output = output * top_k_weights[token, place, None]
+        result = result.index_add(0, token, output.to(result.dtype))
+    return result
+
+
+def _project(module: Any, name: str, bias: str, expert: int, x: torch.Tensor) -> torch.Tensor:
+    weight: torch.Tensor = getattr(module, name)[expert]
+    y = x @ (weight if module.is_transposed else weight.T)
+    return y + getattr(module, bias)[expert] if module.has_bias else y
+
+
+@contextmanager
+def exportable(model: Any, mask: Callable[..., torch.Tensor] | None) -> Iterator[None]:
+    """``model`` with these functions for the length of the block; ``mask`` replaces transformers' own."""
+    with ExitStack() as undo:
+        _use_attention(model, mask, undo)
+        _use_experts(model, undo)
+        yield
+
+
+def _use_attention(model: Any, mask: Callable[..., torch.Tensor] | None, undo: ExitStack) -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    before = model.config._attn_implementation
+    undo.callback(model.set_attn_implementation, before)
+    if getattr(model, "_supports_attention_backend", False):
+        AttentionInterface.register(_NAME, attention)
+        AttentionMaskInterface.register(_NAME, mask or ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+        model.set_attn_implementation(_NAME)
+        return
+    model.set_attn_implementation("eager")  # some keep theirs all the same
+    undo.enter_context(_broadcasting())
+    if mask is not None:
+        name = model.config._attn_implementation
+        own = ALL_MASK_ATTENTION_FUNCTIONS[name]
+        undo.callback(AttentionMaskInterface.register, name, own)
+        AttentionMaskInterface.register(name, _additive(mask) if name == "eager" else mask)
+
+
+@contextmanager
+def _broadcasting() -> Iterator[None]:
+    """PyTorch's attention takes one key head for all queries as it is; the exporter must be told so."""
+    original = torch.nn.functional.scaled_dot_product_attention
+
+    def told(query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        grouped = query.shape[1] != key.shape[1]
+        output: torch.Tensor = original(query, key, *args, **{"enable_gqa": grouped, **kwargs})
+        return output
+
+    torch.nn.functional.scaled_dot_product_attention = told
+    try:
+        yield
+    finally:
+        torch.nn.functional.scaled_dot_product_attention = original
+
+
+def _additive(mask: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def added(*args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any) -> torch.Tensor:
+        return torch.where(mask(*args, **kwargs), 0.0, torch.finfo(dtype).min).to(dtype)
+
+    return added
+
+
+def _use_experts(model: Any, undo: ExitStack) -> None:
+    try:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    except ImportError:
+        return  # before transformers 5 there is no such interface
+    ALL_EXPERTS_FUNCTIONS.register(_NAME, experts)
+    if getattr(model, "_can_set_experts_implementation", lambda: False)():
+        undo.callback(model.set_experts_implementation, model.config._experts_implementation)
+        model.set_experts_implementation(_NAME)
