@@ -20,14 +20,11 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from nbl_export.errors import InputError
+from nbl_export.export.functions import SYMBOLIC_DOMAIN
 from nbl_export.graph.cache import BATCH, MAX, PAST, SEQUENCE, TOTAL
 from nbl_export.models.layers import cache_argument, taken, takes
 from nbl_export.models.trial import cache_shapes
 from nbl_export.runtime.torch import PastLayer, run_with_past
-
-# What `torch.export` cannot express is emitted under a name of our own and renamed afterwards: the
-# exporter would otherwise take the whole graph to opset 24, where it decomposes norms and rotary embeddings.
-SYMBOLIC_DOMAIN = "nbl_export"
 
 
 class CachedDecoder(torch.nn.Module):
