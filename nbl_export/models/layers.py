@@ -57,6 +57,14 @@ class Structure:
     layers: tuple[AttentionLayer, ...]
     others: Mapping[int, str]
 
+    def as_json(self) -> dict[str, Any]:
+        """How many blocks there are, and what each is, by its index as text."""
+        return {
+            "blocks": len(self.layers) + len(self.others),
+            "kinds": {str(layer.index): layer.kind for layer in self.layers},
+            "others": {str(index): what for index, what in self.others.items()},
+        }
+
 
 def attention_layers(model: torch.nn.Module) -> tuple[AttentionLayer, ...]:
     """Every self-attention layer of ``model`` in order; raises what :func:`structure` raises."""

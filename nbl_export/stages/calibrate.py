@@ -27,6 +27,7 @@ def calibrate(run: Run, settings: CalibrateSettings) -> None:
     from nbl_export.calibrate.moments import save_moments
     from nbl_export.calibrate.probe import probe_model, save_probe
     from nbl_export.calibrate.text import save_text
+    from nbl_export.models.layers import structure
     from nbl_export.models.trial import check_served
 
     settings.check()
@@ -45,7 +46,8 @@ def calibrate(run: Run, settings: CalibrateSettings) -> None:
         tokens = text.calibration
         _check_enough(tokens.size, model)
         moments = collect_moments(model, tokens, fingerprint, Checkpoint(ws.checkpoint), listener)
-        save_moments(ws.moments, moments, {"model": fingerprint, "tokens": int(tokens.size)})
+        described = {"model": fingerprint, "tokens": int(tokens.size), **structure(model).as_json()}
+        save_moments(ws.moments, moments, described)
         save_probe(ws.probe, probe_model(model, tokens))
         ws.checkpoint.unlink(missing_ok=True)
         return [ws.text, ws.moments, ws.probe]
