@@ -21,7 +21,8 @@ from transformers.cache_utils import DynamicCache
 
 from nbl_export.errors import InputError
 from nbl_export.graph.cache import BATCH, MAX, PAST, SEQUENCE, TOTAL
-from nbl_export.models.layers import cache_argument, layer_count
+from nbl_export.models.compat import cache_argument, query_length
+from nbl_export.models.layers import layer_count
 from nbl_export.runtime.torch import PastLayer, kv_shape, run_with_past
 
 # What `torch.export` cannot express is emitted under a name of our own and renamed afterwards: the
@@ -152,14 +153,21 @@ class _Static(CachedDecoder):
         return output.logits, [(layer.keys, layer.values) for layer in cache.layers]
 
     def mask(  # type: ignore[override]
-        self, batch_size: Any, q_length: Any, kv_length: Any, mask_function: Callable[..., Any], **_: Any
+        self,
+        batch_size: Any,
+        kv_length: Any,
+        mask_function: Callable[..., Any],
+        q_length: Any = None,
+        cache_position: Any = None,
+        **_: Any,
     ) -> torch.Tensor:
         """[batch, 1, query, max] bool from the family's own rule (causal, sliding window …) of two places.
 
         ``mask_function(batch, head, query place, key place)`` is elementwise, so places may differ by row.
         """
         assert self._write_indices is not None
-        query = (self._write_indices[:, None] + torch.arange(q_length))[:, None, :, None]
+        count = query_length(q_length if cache_position is None else cache_position)
+        query = (self._write_indices[:, None] + torch.arange(count))[:, None, :, None]
         key = torch.arange(kv_length)[None, None, None, :]
         rows = torch.arange(batch_size)[:, None, None, None]
         visible: torch.Tensor = mask_function(rows, torch.zeros(1, 1, 1, 1, dtype=torch.long), query, key)

@@ -70,6 +70,9 @@ def _swap(model: torch.nn.Module, layer: AttentionLayer, plan: Plan) -> Any:
     original = parent.get_submodule(name)
     like = next(original.parameters())
     replacement = LinearAttentionReplacement(plan.layers[layer.index], plan.fit_input, like)
+    # A block may ask its attention for more than its output: Gemma 3 of transformers 4 reads `is_sliding`.
+    facts = {k: v for k, v in vars(original).items() if not k.startswith("_") and not callable(v)}
+    vars(replacement).update(facts | vars(replacement))
     hook = parent.register_forward_pre_hook(replacement.take_residual, with_kwargs=True)
     setattr(parent, name, replacement)
 

@@ -94,12 +94,6 @@ def positions(model: torch.nn.Module) -> int | None:
     return int(found) if found else None
 
 
-def cache_argument(model: torch.nn.Module) -> str:
-    """The name of the KV-cache argument of ``forward``: it was renamed within transformers 5."""
-    parameters = inspect.signature(model.forward).parameters
-    return "cache" if "cache" in parameters else "past_key_values"
-
-
 def _block_stack(model: torch.nn.Module) -> tuple[str, torch.nn.Module]:
     import torch
 

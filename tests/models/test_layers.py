@@ -12,9 +12,9 @@ import transformers
 from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM
 
 from nbl_export.errors import InputError
+from nbl_export.models.compat import cache_argument
 from nbl_export.models.layers import (
     attention_layers,
-    cache_argument,
     check_served,
     hidden_size,
     layer_count,
