@@ -15,7 +15,8 @@ import torch
 import transformers
 from transformers import AutoTokenizer
 
-from nbl_export.export.handoff import handoff, readable_config, readable_tokenizer_config
+from nbl_export.export.handoff import handoff
+from nbl_export.models.compat import readable_config, readable_tokenizer_config
 from tests.export.exported import BASE, LLAMA3, handed_off, loaded, torch_logits
 from tests.tiny import build
 
