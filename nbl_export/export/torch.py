@@ -26,6 +26,7 @@ from nbl_export.errors import BuildError, NblError
 from nbl_export.export.forms import CONCAT, SYMBOLIC_DOMAIN, Form
 from nbl_export.graph.cache import BATCH, SEQUENCE, SIDES, past_name, present_name
 from nbl_export.graph.io import save_graph
+from nbl_export.models.compat import growing_mask
 from nbl_export.models.layers import layer_count
 from nbl_export.models.load import quiet
 from nbl_export.progress import Listener, Silent
@@ -65,7 +66,6 @@ def _grouped_sdpa(
 @contextmanager
 def _grouped_attention(model: Any, mask: Callable[..., torch.Tensor] | None) -> Iterator[None]:
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
     if not getattr(model, "_supports_sdpa", True):
         raise BuildError(
@@ -73,7 +73,7 @@ def _grouped_attention(model: Any, mask: Callable[..., torch.Tensor] | None) -> 
             "soft-capping or attention sinks; this exporter does not serve it yet."
         )
     AttentionInterface.register(_ATTENTION, _grouped_sdpa)
-    AttentionMaskInterface.register(_ATTENTION, mask or ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    AttentionMaskInterface.register(_ATTENTION, mask or growing_mask())
     before = model.config._attn_implementation
     model.set_attn_implementation(_ATTENTION)
     try:

@@ -11,7 +11,7 @@ folder spells both the old way and the new; 5 reads the same from either.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,32 @@ def cache_argument(model: torch.nn.Module) -> str:
 def query_length(told: Any) -> Any:
     """How many queries a cache or mask function is asked for: transformers 4 and 5.0 tell their places [sequence]."""
     return told.shape[0] if hasattr(told, "shape") else told
+
+
+def growing_mask() -> Callable[..., Any]:
+    """The mask function for a growing cache: transformers' own, unless it is by vmap, which torch 2.9 cannot export."""
+    from transformers.masking_utils import sdpa_mask
+
+    own: Callable[..., Any] = sdpa_mask
+    return own if "use_vmap" in inspect.signature(own).parameters else _broadcast_mask
+
+
+def _broadcast_mask(
+    batch_size: Any,
+    cache_position: torch.Tensor,
+    kv_length: Any,
+    mask_function: Callable[..., Any],
+    attention_mask: torch.Tensor | None = None,
+    **_: Any,
+) -> torch.Tensor:
+    """[batch or 1, 1, query, key] bool: the family's rule of two places, and not the padding."""
+    import torch
+
+    rows = torch.arange(batch_size)[:, None, None, None]
+    head = torch.zeros(1, 1, 1, 1, dtype=torch.long)
+    key = torch.arange(kv_length)[None, None, None, :]
+    visible: torch.Tensor = mask_function(rows, head, cache_position[None, None, :, None], key)
+    return visible if attention_mask is None else visible & attention_mask[:, None, None, :]
 
 
 # files --------------------------------------------------------------------------------------------
