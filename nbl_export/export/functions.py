@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from nbl_export.models.compat import growing_mask
+
 _NAME = "nbl_export"
 # What `torch.export` cannot express is emitted under a name of our own and renamed afterwards: the
 # exporter would otherwise take the whole graph to opset 24, where it decomposes norms and rotary embeddings.
@@ -140,7 +142,7 @@ def _use_attention(model: Any, mask: Callable[..., torch.Tensor] | None, undo: E
     undo.callback(model.set_attn_implementation, before)
     if getattr(model, "_supports_attention_backend", False):
         AttentionInterface.register(_NAME, attention)
-        AttentionMaskInterface.register(_NAME, mask or ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+        AttentionMaskInterface.register(_NAME, mask or growing_mask())
         model.set_attn_implementation(_NAME)
         return
     model.set_attn_implementation("eager")  # some keep theirs all the same

@@ -171,11 +171,6 @@ def positions(model: torch.nn.Module) -> int | None:
     return int(found) if found else None
 
 
-def cache_argument(model: torch.nn.Module) -> str:
-    """The name of the KV-cache argument of ``forward``: it was renamed within transformers 5."""
-    return "cache" if takes(model, "cache") else "past_key_values"
-
-
 def takes(model: torch.nn.Module, argument: str) -> bool:
     """Whether ``model``'s forward has an argument of that name."""
     return argument in inspect.signature(model.forward).parameters

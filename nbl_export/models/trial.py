@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.errors import InputError
-from nbl_export.models.layers import attention_layers, cache_argument, layer_count, structure
+from nbl_export.models.compat import cache_argument
+from nbl_export.models.layers import attention_layers, layer_count, structure
 
 if TYPE_CHECKING:
     import torch
