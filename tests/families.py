@@ -87,13 +87,13 @@ def build(name: str, target: Path, seed: int = 0, **changes: Any) -> Path:
 _WINDOW = {"sliding_window": 8}
 _ALTERNATING = ["sliding_attention", "full_attention"] * (LAYERS // 2)
 _EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
-# Half the head: a factor for each frequency, one set up to 16 tokens and one beyond.
+# Half the head: a factor for each frequency, one set up to 12 tokens and one beyond, by the batch's longest row.
 _LONG_ROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
     "short_factor": [1.0, 1.1, 1.2, 1.3],
     "long_factor": [2.0, 3.0, 4.0, 5.0],
-    "original_max_position_embeddings": 16,
+    "original_max_position_embeddings": 12,
 }
 _LLAMA_ROPE = {
     "rope_type": "llama3",
@@ -134,7 +134,7 @@ DECODERS = {
         {
             "num_key_value_heads": 2,
             "partial_rotary_factor": 0.5,
-            "original_max_position_embeddings": 16,
+            "original_max_position_embeddings": 12,
             "rope_parameters": {**_LONG_ROPE, "partial_rotary_factor": 0.5},
         },
     ),
