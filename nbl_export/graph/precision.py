@@ -24,6 +24,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 from onnx_ir.passes import common as passes
 
 from nbl_export.errors import BuildError, InputError
@@ -179,12 +180,21 @@ def _representable(value: ir.Value, precision: Precision) -> bool:
     """Whether a constant scalar survives; whole weights are held to the format's range only."""
     if not value.is_initializer() or value.const_value is None:
         return True
-    array = value.const_value.numpy().astype(np.float64)
+    array = _within(value.const_value.numpy(), precision).astype(np.float64)
     with np.errstate(over="ignore"):
         rounded = array.astype(precision.numpy).astype(np.float64)
     if not np.isfinite(rounded).all():
         return False
     return bool(array.size > 1 or np.allclose(rounded, array, rtol=0.01, atol=0))
+
+
+def _within(array: NDArray[Any], precision: Precision) -> NDArray[Any]:
+    """``array`` with float32's last numbers, which fill masks, as bfloat16's: rounded they would be infinite."""
+    if precision.largest < float("inf") or not np.isfinite(array).all():
+        return array
+    most = float(ml_dtypes.finfo(precision.numpy).max)
+    within: NDArray[Any] = np.clip(array, -most, most)
+    return within
 
 
 def _keep_ancestors(node: ir.Node, root: str, kept: dict[ir.Node, str], seen: set[ir.Node]) -> None:
@@ -250,7 +260,9 @@ class _Converter:
         name = f"{value.name}.{self.precision.name}"
         # Converted when it is written: a large model never has all its weights in memory.
         tensor = ir.LazyTensor(
-            lambda: ir.tensor(original.numpy().astype(numpy), dtype=dtype, name=name),
+            lambda: ir.tensor(
+                _within(original.numpy(), self.precision).astype(numpy), dtype=dtype, name=name
+            ),
             dtype=dtype,
             shape=value.shape,
             name=name,

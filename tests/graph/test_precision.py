@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -214,9 +215,22 @@ def test_sensitive_operators_are_kept_between_casts(tmp_path: Path, op: str) -> 
     assert casts(proto)["x", FLOAT] == casts(proto)["y", half] == 1
 
 
-# 1e-6 is a subnormal of float16, 1.3 % off; float32's lowest number rounds to bfloat16's minus infinity.
-LOST = {"fp16": (1e-12, 1e-6, 70_000, -3.4e38, -np.inf), "bf16": (float(np.finfo(np.float32).min), np.inf)}
-HELD = {"fp16": (0, 1e-3, 65_504, -1e4), "bf16": (0, 1e-12, 1e-6, 70_000, -3.3e38)}
+# 1e-6 is a subnormal of float16, 1.3 % off; float32's lowest number is taken for bfloat16's, not for infinity.
+LOWEST = float(np.finfo(np.float32).min)
+LOST = {"fp16": (1e-12, 1e-6, 70_000, -3.4e38, -np.inf), "bf16": (np.inf,)}
+HELD = {"fp16": (0, 1e-3, 65_504, -1e4), "bf16": (0, 1e-12, 1e-6, 70_000, -3.3e38, LOWEST)}
+
+
+def test_what_fills_a_mask_stays_finite(tmp_path: Path) -> None:
+    """A row that sees nothing would be NaN after its softmax."""
+    model = parsed(
+        "g (float[n,4] x) => (float[n,4] logits) { y = Add(x, c)\n logits = Relu(y) }",
+        c=np.array([LOWEST, -LOWEST, 1, 0], np.float32),
+    )
+    to_precision(model, PRECISIONS["bf16"], {})
+    (stored,) = written(model, tmp_path).graph.initializer
+    most = float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
+    assert onnx.numpy_helper.to_array(stored).astype(float).tolist() == [-most, most, 1, 0]
 
 
 @pytest.mark.parametrize("name", ["fp16", "bf16"])
