@@ -6,6 +6,7 @@ of what these tests found; what is refused is in :data:`REFUSED`, with the words
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -145,17 +146,45 @@ def test_engine(
     rewrite_file(exported(family, form, "fp16"), plan, graph)
     library = import_library("rtx")
 
-    def build() -> Any:
+    def build() -> tuple[int, bool]:
         timings = TimingCache(library, tmp_path / "timings")
-        return build_engine(
-            library, graph, len(plan.kept), LIMITS, ("SM86",), timings, Silent().task("", 1, "")
-        )
+        with Silent().task("Building", 1000, "steps") as task:
+            built = build_engine(library, graph, len(plan.kept), LIMITS, ("SM86",), timings, task)
+        return built.size, built.fused
 
-    if refused(family, f"engine {form}", build, record_property):
+    def safely() -> tuple[int, bool]:
+        return in_child(build)
+
+    if refused(family, f"engine {form}", safely, record_property):
         return
-    built = build()
-    record_property("fused", built.fused)
-    assert built.size > 0
+    size, fused = safely()
+    record_property("fused", fused)
+    assert size > 0
+
+
+def in_child(act: Callable[[], Any]) -> Any:
+    """What ``act`` returns or raises, computed in a process of its own: the library may crash, not the tests."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def run() -> None:
+        try:
+            sender.send((act(), None))
+        except (InputError, BuildError) as error:
+            sender.send((None, error))
+
+    child = context.Process(target=run)
+    child.start()
+    sender.close()
+    try:
+        result, error = receiver.recv()
+    except EOFError:
+        child.join()
+        raise BuildError(f"The library crashes (signal {-(child.exitcode or 0)}).") from None
+    child.join()
+    if error:
+        raise error
+    return result
 
 
 @pytest.mark.slow
