@@ -59,7 +59,7 @@ class CalibrationText:
 
     ``calibration`` is [samples, seq_len]; ``heldout`` is [rows, seq_len] of documents that
     ``calibration`` has no part of, and ``heldout_document`` says of each of its tokens which
-    document it belongs to; ``start`` [n] is what a prompt begins with. All int32.
+    document it belongs to, -1 of padding; ``start`` [n] is what a prompt begins with. All int32.
     """
 
     calibration: I32
