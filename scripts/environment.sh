@@ -9,15 +9,14 @@ environment() {
   "$dir/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$@"
 }
 
-# optimum_python: print the path of a Python with optimum, which cannot share an environment with transformers 5.
-# Optimum stores a tied embedding twice without accelerate.
+# optimum_python: print the path of a Python with optimum and this package, which both run there with transformers 4.57.
 optimum_python() {
   local dir=$PWD/.venv-optimum
-  if ! "$dir/bin/python" -c 'import optimum.exporters.onnx, accelerate' 2>/dev/null; then
+  if ! "$dir/bin/python" -c 'import optimum.exporters.onnx, importlib.metadata as m; m.version("nbl-export")' \
+    2>/dev/null; then
     echo "Installing optimum into $dir ..." >&2
     "${PYTHON:-python3}" -m venv "$dir" >&2 || return
-    "$dir/bin/python" -m pip install --quiet --disable-pip-version-check \
-      'optimum-onnx>=0.1,<0.2' torch onnxruntime onnxscript accelerate >&2 || return
+    "$dir/bin/python" -m pip install --quiet --disable-pip-version-check --editable '.[cpu,optimum]' >&2 || return
   fi
   echo "$dir/bin/python"
 }

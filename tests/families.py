@@ -7,7 +7,7 @@ weights are scaled up, and biases and norms, which start at zero and one, are dr
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from nbl_export.calibrate.moments import Moments
 from nbl_export.calibrate.probe import Probe, probe_model
 from nbl_export.linearize.lmmse import FitInput, fit_lmmse
 from nbl_export.linearize.plan import LinearLayer, Plan
-from nbl_export.models.layers import hidden_size, layer_count
+from nbl_export.linearize.swap import linearized
+from nbl_export.models.layers import attention_layers, hidden_size, layer_count
 from tests.fixtures_graph import load
 from tests.tiny import save_tokenizer
 
@@ -67,19 +68,105 @@ FAMILIES = {
 
 def build(name: str, target: Path, seed: int = 0, **changes: Any) -> Path:
     """Save the model of the family ``name`` and a tokenizer in ``target``; ``changes`` are configuration fields."""
-    family = FAMILIES[name]
+    family = {**FAMILIES, **DECODERS}[name]
     torch.manual_seed(seed)
     config = AutoConfig.for_model(family.model_type, **{**_SIZES, **family.fields, **changes})
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for path, parameter in model.named_parameters():
-            if parameter.ndim == 2:
+            if parameter.ndim >= 2:
                 parameter.mul_(8 if "attn" in path or "attention" in path else 4)
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     model.save_pretrained(target)
     save_tokenizer(target)
     return target
+
+
+# Every family that is promised to be served, by the features that set it apart: each is active on short text.
+_WINDOW = {"sliding_window": 8}
+_ALTERNATING = ["sliding_attention", "full_attention"] * (LAYERS // 2)
+_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+# Half the head: a factor for each frequency, one set up to 16 tokens and one beyond.
+_LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [2.0, 3.0, 4.0, 5.0],
+    "original_max_position_embeddings": 16,
+}
+_LLAMA_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+_GQA = {"num_key_value_heads": 2, "head_dim": HEAD_SIZE}
+_GPT2 = {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 256}
+DECODERS = {
+    "llama": Family("llama", {**_GQA, "rope_parameters": _LLAMA_ROPE}),
+    "mistral": Family("mistral", {**_GQA, **_WINDOW}),
+    "mixtral": Family("mixtral", {**_GQA, **_EXPERTS, "sliding_window": None}),
+    "qwen2": Family(
+        "qwen2", {"num_key_value_heads": 2, "use_sliding_window": True, "max_window_layers": 2, **_WINDOW}
+    ),
+    "qwen3": Family("qwen3", _GQA),
+    "gemma2": Family(
+        "gemma2",
+        {
+            **_GQA,
+            **_WINDOW,
+            "query_pre_attn_scalar": HEAD_SIZE,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 5.0,
+            "layer_types": _ALTERNATING,
+        },
+    ),
+    "gemma3-text": Family(
+        "gemma3_text",
+        {**_GQA, **_WINDOW, "query_pre_attn_scalar": HEAD_SIZE, "layer_types": _ALTERNATING},
+    ),
+    "phi": Family("phi", {"partial_rotary_factor": 0.5}),
+    "phi3": Family(
+        "phi3",
+        {
+            "num_key_value_heads": 2,
+            "partial_rotary_factor": 0.5,
+            "original_max_position_embeddings": 16,
+            "rope_parameters": {**_LONG_ROPE, "partial_rotary_factor": 0.5},
+        },
+    ),
+    "gpt2": Family("gpt2", _GPT2),
+    "gpt_neox": Family("gpt_neox", {"rotary_pct": 0.5}),
+    "falcon": Family("falcon", {"multi_query": True, "parallel_attn": True, "bias": False}),
+    "falcon-new": Family("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-alibi": Family(
+        "falcon", {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}
+    ),
+    "opt": Family("opt", {"ffn_dim": 96, "word_embed_proj_dim": WIDTH}),
+    "opt-post-norm": Family("opt", {"ffn_dim": 96, "word_embed_proj_dim": 32, "do_layer_norm_before": False}),
+    "olmo2": Family("olmo2", {"num_key_value_heads": 2}),
+    "granite": Family(
+        "granite",
+        {
+            "num_key_value_heads": 2,
+            "embedding_multiplier": 6.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.5,
+            "logits_scaling": 4.0,
+        },
+    ),
+    "smollm3": Family("smollm3", {"num_key_value_heads": 2, "no_rope_layers": [1, 1, 1, 0]}),
+    "stablelm": Family(
+        "stablelm",
+        {"num_key_value_heads": 2, "partial_rotary_factor": 0.25, "qk_layernorm": True, "use_qkv_bias": True},
+    ),
+    "stablelm-parallel": Family("stablelm", {"num_key_value_heads": 2, "use_parallel_residual": True}),
+    "bloom": Family("bloom", {"n_layer": LAYERS, "n_head": HEADS}),
+    "gpt_oss": Family("gpt_oss", {**_GQA, **_EXPERTS, **_WINDOW, "layer_types": _ALTERNATING}),
+}
 
 
 @dataclass(frozen=True)
@@ -106,6 +193,22 @@ class Calibrated:
             probe_u=self.probe.x if fit_input == "normed" else self.probe.h,
             probe_y=self.probe.y,
         )
+
+
+def attention_share(case: Calibrated) -> tuple[float, float]:
+    """How far a model moves without its attention, and with layer 0 fitted: ‖Δlogits‖ / ‖logits‖ on random text."""
+    model = case.model
+    ids = torch.from_numpy(np.random.default_rng(3).integers(3, VOCAB - 10, (1, 20)))
+    zero = LinearLayer(np.zeros((WIDTH, WIDTH), np.float32), np.zeros(WIDTH, np.float32))
+    plan = case.plan((0,))
+    without = replace(plan, layers={layer.index: zero for layer in attention_layers(model)})
+    with torch.inference_mode():
+        whole = model(input_ids=ids).logits
+        found = []
+        for changed in (without, plan):
+            with linearized(model, changed):
+                found.append(float((model(input_ids=ids).logits - whole).norm() / whole.norm()))
+    return found[0], found[1]
 
 
 def calibrated(folder: Path) -> Calibrated:

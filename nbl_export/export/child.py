@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nbl_export.errors import BuildError, MissingDependencyError
-from nbl_export.export.handoff import CONFIG, TOKENIZER
+from nbl_export.models.compat import CONFIG, TOKENIZER
 from nbl_export.progress import Listener
 from nbl_export.workspace import TEMPORARY, read_json
 

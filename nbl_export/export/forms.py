@@ -14,7 +14,8 @@ A form is data: names and symbolic dimensions of its inputs, and how to trace th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,14 +23,12 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from nbl_export.errors import InputError
+from nbl_export.export.functions import SYMBOLIC_DOMAIN
 from nbl_export.graph.cache import BATCH, MAX, PAST, SEQUENCE, TOTAL
-from nbl_export.models.layers import cache_argument, taken, takes
+from nbl_export.models.compat import cache_argument, query_length
+from nbl_export.models.layers import taken, takes
 from nbl_export.models.trial import cache_shapes
 from nbl_export.runtime.torch import PastLayer, run_with_past
-
-# What `torch.export` cannot express is emitted under a name of our own and renamed afterwards: the
-# exporter would otherwise take the whole graph to opset 24, where it decomposes norms and rotary embeddings.
-SYMBOLIC_DOMAIN = "nbl_export"
 
 
 class CachedDecoder(torch.nn.Module):
@@ -158,6 +157,7 @@ class _Static(CachedDecoder):
                 f"{type(model).__name__} takes no position_ids, which a static cache needs: use --kv-cache concat."
             )
         self._write_indices: torch.Tensor | None = None  # of the pass being traced
+        self._mask_made = False
 
     def forward(
         self,
@@ -171,24 +171,47 @@ class _Static(CachedDecoder):
                 torch._check(side.shape[2] == past[0][0].shape[2])  # type: ignore[no-untyped-call]
         cache = DynamicCache()
         cache.layers = [_StaticLayer(write_indices, keys, values) for keys, values in past]
-        self._write_indices = write_indices
-        output = self.model(
-            input_ids=input_ids,
-            position_ids=position_ids,
-            use_cache=True,
-            **{cache_argument(self.model): cache},
-        )
+        self._write_indices, self._mask_made = write_indices, False
+        with self._masked_here():
+            output = self.model(
+                input_ids=input_ids,
+                position_ids=position_ids,
+                use_cache=True,
+                **{cache_argument(self.model): cache},
+            )
         return output.logits, [(layer.keys, layer.values) for layer in cache.layers]
 
+    @contextmanager
+    def _masked_here(self) -> Iterator[None]:
+        # A few families of transformers 4 make the mask themselves, for a cache that grows.
+        reason = (
+            f"{type(self.model).__name__} makes its attention mask itself with this transformers, not for a static "
+            "cache: use --kv-cache concat, or a later transformers."
+        )
+        try:
+            yield
+        except RuntimeError as error:  # of shapes
+            raise error if self._mask_made else InputError(reason) from error
+        if not self._mask_made:
+            raise InputError(reason)
+
     def mask(  # type: ignore[override]
-        self, batch_size: Any, q_length: Any, kv_length: Any, mask_function: Callable[..., Any], **_: Any
+        self,
+        batch_size: Any,
+        kv_length: Any,
+        mask_function: Callable[..., Any],
+        q_length: Any = None,
+        cache_position: Any = None,
+        **_: Any,
     ) -> torch.Tensor:
         """[batch, 1, query, max] bool from the family's own rule (causal, sliding window …) of two places.
 
         ``mask_function(batch, head, query place, key place)`` is elementwise, so places may differ by row.
         """
         assert self._write_indices is not None
-        query = (self._write_indices[:, None] + torch.arange(q_length))[:, None, :, None]
+        self._mask_made = True
+        count = query_length(q_length if cache_position is None else cache_position)
+        query = (self._write_indices[:, None] + torch.arange(count))[:, None, :, None]
         key = torch.arange(kv_length)[None, None, None, :]
         rows = torch.arange(batch_size)[:, None, None, None]
         visible: torch.Tensor = mask_function(rows, torch.zeros(1, 1, 1, 1, dtype=torch.long), query, key)

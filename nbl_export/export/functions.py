@@ -17,7 +17,12 @@ from typing import Any
 
 import torch
 
+from nbl_export.models.compat import growing_mask
+
 _NAME = "nbl_export"
+# What `torch.export` cannot express is emitted under a name of our own and renamed afterwards: the
+# exporter would otherwise take the whole graph to opset 24, where it decomposes norms and rotary embeddings.
+SYMBOLIC_DOMAIN = "nbl_export"
 
 
 def attention(
@@ -80,16 +85,38 @@ def experts(
     """Σ over the experts each token [tokens, d] was sent to, weighted: ``top_k_index``, ``_weights`` [tokens, k]."""
     result = torch.zeros_like(hidden_states)
     up, up_bias = ("gate_up_proj", "gate_up_proj_bias") if module.has_gate else ("up_proj", "up_proj_bias")
+    tokens = hidden_states.shape[0]
     for expert in range(module.num_experts):
-        token, place = torch.where(top_k_index == expert)
-        inner = _project(module, up, up_bias, expert, hidden_states[token])
+        # How many tokens an expert gets is known only when the graph runs. torch.export would reason about every
+        # such number for minutes; told that all may come, it need not, and no shape of it stays in the graph.
+        sent = _onnx("NonZero", [top_k_index == expert], torch.long, (2, tokens))
+        token = _onnx("Gather", [sent, torch.tensor(0)], torch.long, (tokens,), axis=0)
+        places = sent.T
+        inner = _rows(hidden_states, token)
+        inner = _project(module, up, up_bias, expert, inner)
         inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
         output = _project(module, "down_proj", "down_proj_bias", expert, inner)
         if module.has_post_expert_norm:
             output = module.post_expert_norm(output)
-        output = output * top_k_weights[token, place, None]
-        result = result.index_add(0, token, output.to(result.dtype))
+        weight = _onnx("GatherND", [top_k_weights, places], top_k_weights.dtype, (tokens,))
+        output = _rows(result, token) + (output * weight[:, None]).to(result.dtype)
+        # A token goes to an expert at most once, so there is nothing to add up here.
+        result = _onnx("ScatterND", [result, token[:, None], output], result.dtype, result.shape)
     return result
+
+
+def _rows(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return _onnx("Gather", [values, index], values.dtype, values.shape, axis=0)
+
+
+def _onnx(
+    op: str, inputs: list[torch.Tensor], dtype: torch.dtype, shape: Any, **attributes: Any
+) -> torch.Tensor:
+    """A standard ONNX operator as it is; ``shape`` is what torch.export takes its result to be."""
+    made: torch.Tensor = torch.onnx.ops.symbolic(
+        f"{SYMBOLIC_DOMAIN}::{op}", inputs, attributes, dtype=dtype, shape=shape
+    )
+    return made
 
 
 def _project(module: Any, name: str, bias: str, expert: int, x: torch.Tensor) -> torch.Tensor:
@@ -115,7 +142,7 @@ def _use_attention(model: Any, mask: Callable[..., torch.Tensor] | None, undo: E
     undo.callback(model.set_attn_implementation, before)
     if getattr(model, "_supports_attention_backend", False):
         AttentionInterface.register(_NAME, attention)
-        AttentionMaskInterface.register(_NAME, mask or ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+        AttentionMaskInterface.register(_NAME, mask or growing_mask())
         model.set_attn_implementation(_NAME)
         return
     model.set_attn_implementation("eager")  # some keep theirs all the same

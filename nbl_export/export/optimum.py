@@ -1,4 +1,4 @@
-"""Export with optimum, in whatever environment has it: it cannot share one with this package's transformers."""
+"""Export with optimum, in whatever environment has it: it takes transformers 4.57 and not 5."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _OPTIMUM = Exporter(
     "optimum",
     "optimum.exporters.onnx",
     # Without accelerate it stores a tied embedding twice.
-    "optimum-onnx needs transformers < 4.58, so make an environment for it "
-    "(`python -m venv E; E/bin/pip install optimum-onnx onnxruntime onnxscript accelerate`) and name its python, "
-    f"E/bin/python, in {VARIABLE}",
+    "optimum-onnx needs transformers < 4.58, so install it with `pip install 'nbl-export[optimum]'`, or to keep "
+    "transformers 5 here make an environment for it (`python -m venv E; E/bin/pip install optimum-onnx onnxruntime "
+    f"onnxscript accelerate`) and name its python, E/bin/python, in {VARIABLE}",
 )
 
 

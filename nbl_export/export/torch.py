@@ -21,8 +21,8 @@ import torch
 from onnx_ir.passes import common as passes
 
 from nbl_export.errors import BuildError, NblError
-from nbl_export.export.forms import CONCAT, SYMBOLIC_DOMAIN, Form
-from nbl_export.export.functions import exportable
+from nbl_export.export.forms import CONCAT, Form
+from nbl_export.export.functions import SYMBOLIC_DOMAIN, exportable
 from nbl_export.graph.cache import SIDES, past_name, present_name
 from nbl_export.graph.io import save_graph
 from nbl_export.models.layers import layer_count

@@ -64,10 +64,11 @@ QUANTIZED = {
     name: Precision(name, name, F32, np.float32, float("inf"), quantized=True) for name in ("int4", "int8")
 }
 
-# Operators that lose too much in half: norms taken apart, softmax, and angles of large positions.
+# Operators that lose too much in half: norms taken apart, softmax, angles of large positions, and the choice of
+# experts, where what half rounds to a tie sends a token elsewhere.
 SENSITIVE = frozenset(
     {"ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2", "Pow", "Sqrt", "Reciprocal"}
-    | {"Softmax", "LogSoftmax", "Exp", "Log", "CumSum", "Cos", "Sin"}
+    | {"Softmax", "LogSoftmax", "Exp", "Log", "CumSum", "Cos", "Sin", "TopK"}
 )
 # What leads up to these is kept too: an angle is position times frequency.
 _WITH_ANCESTORS = ("Cos", "Sin")

@@ -105,6 +105,9 @@ def _swap(model: torch.nn.Module, layer: AttentionLayer, plan: Plan) -> Any:
         added,
         layer.output[len(layer.attention) + 1 :] if inside else "",
     )
+    # A block may ask its attention for more than its output: Gemma 3 of transformers 4 reads `is_sliding`.
+    facts = {k: v for k, v in vars(original).items() if not k.startswith("_") and not callable(v)}
+    vars(linear).update(facts | vars(linear))
     new: dict[str, torch.nn.Module] = {layer.attention: linear}
     if not inside:
         # What maps the attention's result to y stands beside it, and there is nothing left to map.

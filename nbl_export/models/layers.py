@@ -57,6 +57,14 @@ class Structure:
     layers: tuple[AttentionLayer, ...]
     others: Mapping[int, str]
 
+    def as_json(self) -> dict[str, Any]:
+        """How many blocks there are, and what each is, by its index as text."""
+        return {
+            "blocks": len(self.layers) + len(self.others),
+            "kinds": {str(layer.index): layer.kind for layer in self.layers},
+            "others": {str(index): what for index, what in self.others.items()},
+        }
+
 
 def attention_layers(model: torch.nn.Module) -> tuple[AttentionLayer, ...]:
     """Every self-attention layer of ``model`` in order; raises what :func:`structure` raises."""
@@ -179,11 +187,6 @@ def image_shape(model: torch.nn.Module) -> tuple[int, int, int]:
 def main_input(model: torch.nn.Module) -> str:
     """The name of what the model reads first: input_ids, pixel_values …"""
     return str(getattr(model, "main_input_name", "input_ids"))
-
-
-def cache_argument(model: torch.nn.Module) -> str:
-    """The name of the KV-cache argument of ``forward``: it was renamed within transformers 5."""
-    return "cache" if takes(model, "cache") else "past_key_values"
 
 
 def takes(model: torch.nn.Module, argument: str) -> bool:

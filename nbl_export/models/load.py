@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.errors import InputError, MissingDependencyError
+from nbl_export.models.compat import is_transformers_4, readable_folder
 from nbl_export.models.source import ModelSource, check_config
 from nbl_export.models.tasks import task_named
 
@@ -43,6 +45,16 @@ def quiet() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
+@contextmanager
+def _readable(source: ModelSource) -> Iterator[str]:
+    """The folder of ``source`` in a spelling that the installed transformers reads rightly."""
+    if source.gguf_file or not is_transformers_4():
+        yield source.path
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        yield str(readable_folder(Path(source.path), Path(scratch) / Path(source.path).name))
+
+
 def load_model(source: ModelSource) -> torch.nn.Module:
     """The model with the head of its task in float32, ``eval`` mode, without gradients.
 
@@ -57,10 +69,10 @@ def load_model(source: ModelSource) -> torch.nn.Module:
         options["gguf_file"] = source.gguf_file
     else:
         options["use_safetensors"] = True
-    with quiet():
+    with quiet(), _readable(source) as path:
         try:
             model, info = getattr(transformers, task.loads).from_pretrained(
-                source.path, output_loading_info=True, **options
+                path, output_loading_info=True, **options
             )
         except Exception as error:  # transformers raises almost anything for an unreadable model
             raise InputError(f"transformers cannot load {source.source}: {_first_line(error)}.") from error
@@ -87,9 +99,9 @@ def load_tokenizer(source: ModelSource) -> Any:
     options: dict[str, Any] = {"trust_remote_code": source.trust_remote_code}
     if source.gguf_file:
         options["gguf_file"] = source.gguf_file
-    with quiet():
+    with quiet(), _readable(source) as path:
         try:
-            return AutoTokenizer.from_pretrained(source.path, **options)
+            return AutoTokenizer.from_pretrained(path, **options)
         except Exception as error:
             raise InputError(
                 f"No tokenizer can be loaded from {source.source}: {_first_line(error)}."

@@ -75,7 +75,7 @@ def find_model(source: str, trust_remote_code: bool = False) -> ModelSource:
         raise InputError(f"The folder {source} is no model: it has {found}.")
     if not _HUB_ID.match(source) or source.endswith(".gguf"):
         raise InputError(f"{source} does not exist: MODEL is a folder, a .gguf file, or a Hub id.")
-    return _from_folder(source, _hub_snapshot(source), "hub", trust_remote_code)
+    return _from_folder(source, _hub_snapshot(source, trust_remote_code), "hub", trust_remote_code)
 
 
 def same_model(info: dict[str, Any]) -> ModelSource:
@@ -95,12 +95,12 @@ def _where(info: dict[str, Any]) -> str:
     return info["source"] if info["kind"] == "hub" else str(info["path"])
 
 
-def _hub_snapshot(repo: str) -> Path:
+def _hub_snapshot(repo: str, code: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(repo, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(repo, allow_patterns=[*_HUB_FILES, *(["*.py"] if code else [])]))
     except (RepositoryNotFoundError, HFValidationError):
         raise InputError(
             f"{repo} is neither a local path nor a model on the Hugging Face Hub that you can read: "

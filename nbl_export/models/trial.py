@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.errors import InputError
+from nbl_export.models.compat import cache_argument
 from nbl_export.models.layers import (
     attention_layers,
-    cache_argument,
     image_shape,
     layer_count,
     main_input,

@@ -55,15 +55,18 @@ def layers_table(selection: Mapping[str, Any], proofs: Sequence[Mapping[str, Any
         rows.append(
             (
                 str(c["layer"]),
+                c["kind"],
                 "linear" if c["layer"] in chosen else "attention",
                 number(c["cca"], ".2f"),
                 number(c["nmse"], ".4f"),
                 worse(error["input_error"], error["output_error"]) if error else "",
             )
         )
+    for index, what in selection["others"].items():
+        rows.append((index, what, "no candidate", "", "", ""))
     return Table(
         f"Layers by {selection['criterion']}",
-        ("layer", "now", "CCA bound", "NMSE", "graph vs PyTorch"),
+        ("layer", "attention", "now", "CCA bound", "NMSE", "graph vs PyTorch"),
         tuple(rows),
         "CCA bound: the paper's Σ(1-ρ²) on the residual stream; NMSE: share of the attention output's variance "
         "that W, b leave unexplained (both: lower is more linear); last column: relative difference of the tensors "

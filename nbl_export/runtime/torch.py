@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from nbl_export.graph.interface import Inputs
-from nbl_export.models.layers import cache_argument, layer_count, taken
+from nbl_export.models.compat import cache_argument, query_length
+from nbl_export.models.layers import layer_count, taken
 from nbl_export.models.trial import cache_shapes
 from nbl_export.runtime.decoder import F32, I64, KV, DecoderOutput
 from nbl_export.runtime.stream import PastStream, Stream, WholeStream
@@ -36,8 +37,7 @@ class PastLayer(DynamicLayer):  # type: ignore[misc]
         return self.past_length
 
     def get_mask_sizes(self, query: Any) -> tuple[Any, int]:
-        length = query if not hasattr(query, "shape") else query.shape[0]  # older releases hand a tensor
-        return self.past_length + length, 0
+        return self.past_length + query_length(query), 0
 
 
 def run_with_past(

@@ -25,6 +25,7 @@ def calibrate(run: Run, settings: CalibrateSettings) -> None:
     from nbl_export.calibrate.collect import Checkpoint, collect_moments
     from nbl_export.calibrate.moments import save_moments
     from nbl_export.calibrate.probe import save_probe
+    from nbl_export.models.layers import structure
     from nbl_export.models.trial import check_served
     from nbl_export.stages.material import check_sources, material_of
 
@@ -49,7 +50,8 @@ def calibrate(run: Run, settings: CalibrateSettings) -> None:
         _check_enough(tokens, model, material.unit)
         moments = collect_moments(model, tokens, source.fingerprint, Checkpoint(ws.checkpoint), listener)
         seen = next(iter(moments.layers.values())).n
-        save_moments(ws.moments, moments, {"model": source.fingerprint, "tokens": seen})
+        described = {"model": source.fingerprint, "tokens": seen, **structure(model).as_json()}
+        save_moments(ws.moments, moments, described)
         save_probe(ws.probe, material.probe(run.model, read))
         ws.checkpoint.unlink(missing_ok=True)
         return [kept, ws.moments, ws.probe]

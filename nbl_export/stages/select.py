@@ -18,6 +18,7 @@ def select(run: Run, settings: SelectSettings) -> Plan:
     from nbl_export.calibrate.probe import load_probe
     from nbl_export.linearize.plan import LinearLayer, save_plan
     from nbl_export.linearize.select import choose_layers, fit_layer, score_layers
+    from nbl_export.models.layers import FULL
 
     settings.check()
     ws = run.workspace
@@ -37,7 +38,7 @@ def select(run: Run, settings: SelectSettings) -> Plan:
         plan = Plan(
             model=run.model.source.fingerprint,
             hidden_size=len(next(iter(moments.layers.values())).x),
-            layer_count=len(candidates),
+            layer_count=metadata.get("blocks", len(candidates)),
             fit_input=settings.fit_input,
             criterion=settings.criterion if settings.layers is None else "by hand",
             ridge=settings.ridge,
@@ -48,7 +49,9 @@ def select(run: Run, settings: SelectSettings) -> Plan:
             probe_y=probe.y,
         )
         save_plan(ws.plan, plan)
-        write_json(ws.candidates, {"candidates": [c.as_json() for c in candidates]})
+        kinds = metadata.get("kinds", {})
+        scores = [{**c.as_json(), "kind": kinds.get(str(c.layer), FULL)} for c in candidates]
+        write_json(ws.candidates, {"candidates": scores, "others": metadata.get("others", {})})
         return [ws.plan, ws.plan.with_suffix(".safetensors"), ws.candidates]
 
     run.stage("select", key, asdict(settings), work)

@@ -186,7 +186,7 @@ class TorchContender:
     def _forward(self, ids: torch.Tensor) -> None:
         import torch
 
-        from nbl_export.models.layers import cache_argument
+        from nbl_export.models.compat import cache_argument
 
         with torch.inference_mode():
             argument = {cache_argument(self._model): self._cache} if self._cache is not None else {}

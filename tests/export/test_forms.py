@@ -22,11 +22,13 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from transformers.models.opt import modeling_opt
 
 from nbl_export.errors import InputError
 from nbl_export.export.forms import CONCAT, FORMS, NONE, STATIC
 from nbl_export.export.torch import export_torch
 from tests.fixtures_graph import original_logits, ragged_rows
+from tests.releases import written_for_5
 
 LAYERS, HEADS, DIM, VOCAB = 4, 2, 8, 260
 SIZES: Any = {
@@ -36,6 +38,17 @@ SIZES: Any = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+}
+
+SMALL_OPT: Any = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "ffn_dim": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 40,
+    "word_embed_proj_dim": 32,
+    "pad_token_id": 1,
 }
 
 
@@ -99,6 +112,7 @@ def test_opset_24_and_standard_operators_only(proto: onnx.ModelProto, graph: Pat
     assert all(onnx.defs.get_schema(n.op_type, 24).since_version <= 24 for n in proto.graph.node)
 
 
+@written_for_5
 def test_each_layer_writes_two_buffers_and_attends_once_in_groups(proto: onnx.ModelProto) -> None:
     ops = Counter(n.op_type for n in proto.graph.node)
     assert (ops["TensorScatter"], ops["Attention"]) == (2 * LAYERS, LAYERS)
@@ -118,6 +132,7 @@ def test_each_layer_writes_two_buffers_and_attends_once_in_groups(proto: onnx.Mo
             assert attributes["axis"] == -2 and attributes.get("mode", b"linear") == b"linear"
 
 
+@written_for_5
 def test_weights_are_those_of_the_other_form(proto: onnx.ModelProto, tiny_graph: Path) -> None:
     def weights(model: onnx.ModelProto) -> Counter[tuple[str, tuple[int, ...]]]:
         floats = [t for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT]
@@ -276,21 +291,26 @@ def test_window_in_some_layers_only(tmp_path: Path) -> None:
     assert len(masks) == 2
 
 
+@written_for_5
 def test_learned_positions_go_by_position_and_not_by_place(tmp_path: Path) -> None:
-    config = OPTConfig(
-        vocab_size=50,
-        hidden_size=32,
-        ffn_dim=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=40,
-        word_embed_proj_dim=32,
-        pad_token_id=1,
-    )
-    model = randomized(OPTForCausalLM(config), 3)
+    model = randomized(OPTForCausalLM(OPTConfig(**SMALL_OPT)), 3)
     path, _ = export_torch(model, tmp_path / "model.onnx", form=STATIC)
     rows = ragged_rows((11, 6, 4), 50)
     assert worst(path, rows, [(8, 3, 1), ONE, (2, 2, 2)], model) < 2e-4
+
+
+def test_a_model_that_makes_its_mask_itself_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # So it is with transformers 4; here the mask is as long as the new tokens, or as the buffer.
+    model = randomized(OPTForCausalLM(OPTConfig(**SMALL_OPT)))
+    for length in (3, 7):
+        mask = torch.ones(2, 1, 3, length, dtype=torch.bool)
+        monkeypatch.setattr(modeling_opt, "create_causal_mask", lambda mask=mask, **_: mask, raising=False)
+        with pytest.raises(
+            InputError, match=r"OPTForCausalLM makes its attention mask itself.*--kv-cache concat"
+        ):
+            export_torch(model, tmp_path / "model.onnx", form=STATIC)
 
 
 def test_a_model_without_position_ids_is_refused(tmp_path: Path) -> None:

@@ -60,7 +60,8 @@ def test_tokenizer_that_optimum_cannot_load_is_copied(
 ) -> None:
     python = fake_python("echo graph > filled/model.onnx")
     files = export_optimum(tiny_folder, tmp_path / "out", python, Silent())
-    assert [p.name for p in files] == ["model.onnx", "tokenizer.json", "tokenizer_config.json"]
+    names = [p.name for p in files if p.name != "special_tokens_map.json"]  # which transformers 4 writes too
+    assert names == ["model.onnx", "tokenizer.json", "tokenizer_config.json"]
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tiny_folder / name).read_bytes()
 

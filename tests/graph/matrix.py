@@ -49,7 +49,7 @@ def rewritten(folder: Path, plan: Plan, root: Path) -> tuple[Path, RewriteResult
 
 def parity(model: Any, plan: Plan, path: Path, dtype: str = "float32") -> Parity:
     """The graph at ``path`` against ``model`` with the plan's maps, ragged prefill and decode."""
-    rows = ROWS if dtype == "float32" else MORE_ROWS
+    rows = MORE_ROWS if dtype.startswith("int") else ROWS
     with linearized(model, plan):
         reference = PastStream(TorchDecoder(model, plan.chosen))
         return compare_streams(reference, ort_stream(path, CAPACITY), rows, DECODE, gates_for(dtype))

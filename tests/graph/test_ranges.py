@@ -18,6 +18,7 @@ from nbl_export.graph.ranges import measure_ranges
 from tests.export.test_forms import static_graph
 from tests.fixtures_graph import pad_left, ragged_rows
 from tests.graph.test_precision import parsed
+from tests.releases import written_for_5
 
 VOCAB, BLOCKS = 260, 4
 
@@ -63,6 +64,7 @@ def torch_ranges(model: Any, rows: Sequence[Any], right: bool) -> dict[str, list
     return found
 
 
+@written_for_5
 @pytest.mark.parametrize("lengths", [(24, 24), (17,), (19, 11, 2)], ids=str)
 def test_largest_magnitudes_are_pytorchs(
     graph: Path, tiny_model: torch.nn.Module, lengths: tuple[int, ...]

@@ -13,10 +13,10 @@ from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM
 
 from nbl_export.errors import InputError
 from nbl_export.models import layers
+from nbl_export.models.compat import cache_argument
 from nbl_export.models.families import Family as Row
 from nbl_export.models.layers import (
     attention_layers,
-    cache_argument,
     hidden_size,
     layer_count,
     observed,

@@ -13,7 +13,7 @@ from junitparser import Failure, JUnitXml, Skipped
 
 from nbl_export.report.render import markdown, write_report
 from nbl_export.report.schema import Check, Report, load_report
-from nbl_export.report.tables import checks_table, report_tables
+from nbl_export.report.tables import checks_table, layers_table, report_tables
 
 TITLES = [
     "Checks",
@@ -67,8 +67,19 @@ def test_markdown_figures_are_the_report_s(report: Report) -> None:
     assert loss is not None
     assert drawn[TITLES[2]]["perplexity ratio"][0] == f"{loss['perplexity_ratio']:.4f}"
     assert set(drawn[TITLES[3]]) == {"", "prefill 16", "decode 16"}
-    linear = {layer for layer, row in drawn[TITLES[5]].items() if row[0] == "linear"}
+    linear = {layer for layer, row in drawn[TITLES[5]].items() if row[1] == "linear"}
     assert linear == {"2", "3"}
+    assert {row[0] for row in list(drawn[TITLES[5]].values())[1:]} == {"full"}
+
+
+def test_layers_are_labelled_by_what_they_see(report: Report) -> None:
+    scores = [{**c, "kind": "sliding window"} for c in report.selection["candidates"]]
+    selection = {**report.selection, "candidates": scores, "others": {"5": "conv"}}
+    rows = layers_table(selection, []).rows
+    assert [row[1:3] for row in rows] == [
+        ("sliding window", "linear" if c["layer"] in report.selection["layers"] else "attention")
+        for c in sorted(scores, key=lambda c: (c["cca"], c["layer"]))
+    ] + [("conv", "no candidate")]
 
 
 def test_head_line_is_the_verdict(report: Report) -> None:

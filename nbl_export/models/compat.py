@@ -1,0 +1,165 @@
+"""What transformers 4.57 and the releases of 5 spell differently: arguments, and the files of a model.
+
+Each difference is told apart here, by what is there and not by a version, and nowhere else.
+
+transformers 5 writes configurations that 4 reads without an error and wrongly: the rotary embedding's
+settings moved into ``rope_parameters``, which 4 passes over, so that a model trained with another base
+than 10,000 becomes a different one. Its tokenizers carry a class name that 4 does not know. A readable
+folder spells both the old way and the new; 5 reads the same from either.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nbl_export.workspace import read_json, write_json
+
+if TYPE_CHECKING:
+    import torch
+
+# arguments ----------------------------------------------------------------------------------------
+
+
+def cache_argument(model: torch.nn.Module) -> str:
+    """The name of the KV-cache argument of ``forward``: it was renamed within transformers 5."""
+    parameters = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
+
+
+def query_length(told: Any) -> Any:
+    """How many queries a cache or mask function is asked for: transformers 4 and 5.0 tell their places [sequence]."""
+    return told.shape[0] if hasattr(told, "shape") else told
+
+
+def growing_mask() -> Callable[..., Any]:
+    """The mask function for a growing cache: transformers' own, unless it is by vmap, which torch 2.9 cannot export."""
+    from transformers.masking_utils import sdpa_mask
+
+    own: Callable[..., Any] = sdpa_mask
+    return own if "use_vmap" in inspect.signature(own).parameters else _broadcast_mask
+
+
+def _broadcast_mask(
+    batch_size: Any,
+    cache_position: torch.Tensor,
+    kv_length: Any,
+    mask_function: Callable[..., Any],
+    attention_mask: torch.Tensor | None = None,
+    **_: Any,
+) -> torch.Tensor:
+    """[batch or 1, 1, query, key] bool: the family's rule of two places, and not the padding."""
+    import torch
+
+    rows = torch.arange(batch_size)[:, None, None, None]
+    head = torch.zeros(1, 1, 1, 1, dtype=torch.long)
+    key = torch.arange(kv_length)[None, None, None, :]
+    visible: torch.Tensor = mask_function(rows, head, cache_position[None, None, :, None], key)
+    return visible if attention_mask is None else visible & attention_mask[:, None, None, :]
+
+
+# files --------------------------------------------------------------------------------------------
+
+CONFIG, TOKENIZER = "config.json", "tokenizer_config.json"
+# What a loader may open; pickled weights are left behind, as everywhere.
+_HANDED_OVER = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py")
+
+_EPSILON_NAMES = ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
+
+# The names by which transformers 4 knows what 5 keeps in rope_parameters; each family reads its own.
+_ROPE_NAMES = {
+    "rope_theta": ("rope_theta", "rotary_emb_base"),
+    "partial_rotary_factor": ("partial_rotary_factor", "rotary_pct"),
+}
+# The same for families whose layers of one kind rotate by another base than those of the other.
+_BASE_NAMES = {
+    "full_attention": ("rope_theta", "global_rope_theta"),
+    "sliding_attention": ("rope_local_base_freq", "local_rope_theta"),
+}
+# Phi's long rotary embedding takes its type under the oldest name, and nothing beside its factors.
+_TYPE_NAMES = {"longrope": "type"}
+_TOKENIZER_CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast"}
+
+
+def is_transformers_4() -> bool:
+    """Whether the installed transformers knows only the spelling of 4."""
+    from transformers import modeling_rope_utils
+
+    return not hasattr(modeling_rope_utils, "RopeParameters")
+
+
+def readable_folder(source: Path, folder: Path) -> Path:
+    """The model folder ``source`` itself where both majors read it, else ``folder`` with links to its files."""
+    if not any(_adapted(source).values()):
+        return source
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted({p for pattern in _HANDED_OVER for p in source.glob(pattern)}):
+        (folder / path.name).symlink_to(path.resolve())
+    make_readable(folder)
+    return folder
+
+
+def make_readable(folder: Path) -> None:
+    """Write the configurations in ``folder`` in both spellings; a link is replaced, its target untouched."""
+    for name, content in _adapted(folder).items():
+        if content is not None:
+            (folder / name).unlink()
+            write_json(folder / name, content)
+
+
+def _adapted(folder: Path) -> dict[str, dict[str, Any] | None]:
+    """The two configurations of ``folder`` as both majors read them; None where they are that already."""
+    changed: dict[str, dict[str, Any] | None] = {}
+    for name, adapt in ((CONFIG, readable_config), (TOKENIZER, readable_tokenizer_config)):
+        if (folder / name).is_file():
+            content = read_json(folder / name, f"{name} of the model", "fetch the model again")
+            adapted = adapt(content)
+            changed[name] = None if adapted == content else adapted
+    return changed
+
+
+def readable_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """``config`` (a ``config.json``) with the keys of transformers 4 beside those of 5; what is there stays."""
+    adapted = {
+        key: readable_config(value) if isinstance(value, dict) and key.endswith("_config") else value
+        for key, value in config.items()
+    }
+    if isinstance(config.get("dtype"), str):
+        adapted.setdefault("torch_dtype", config["dtype"])
+    # onnxruntime-genai's builder reads this name only, also for a LayerNorm, and takes 1e-6 where it is missing.
+    epsilon = next((config[name] for name in _EPSILON_NAMES if config.get(name) is not None), None)
+    if epsilon is not None:
+        adapted.setdefault("rms_norm_eps", epsilon)
+    rope = config.get("rope_parameters")
+    for key, value in (_rope_of_4(rope, config) if isinstance(rope, dict) else {}).items():
+        if adapted.get(key) is None:
+            adapted[key] = value
+    return adapted
+
+
+def _rope_of_4(rope: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    by_layer = {kind: rope[kind] for kind in _BASE_NAMES if isinstance(rope.get(kind), dict)}
+    found = {
+        name: rope[key] for key, names in _ROPE_NAMES.items() if rope.get(key) is not None for name in names
+    }
+    for kind, own in by_layer.items():
+        found |= {name: own["rope_theta"] for name in _BASE_NAMES[kind] if "rope_theta" in own}
+    scaled = by_layer.get("full_attention", rope)
+    rope_type = scaled.get("rope_type", scaled.get("type", "default"))
+    # What stands in the configuration itself is read there.
+    extra = {k: v for k, v in scaled.items() if k not in (*_ROPE_NAMES, "rope_type", "type", *config)}
+    named = {_TYPE_NAMES.get(rope_type, "rope_type"): rope_type, **extra}
+    # An explicit null: a few families scale where nothing is said.
+    return {**found, "rope_scaling": None if rope_type == "default" else named}
+
+
+def readable_tokenizer_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """``config`` (a ``tokenizer_config.json``) with a class and special tokens that both majors know."""
+    adapted = dict(config)
+    if (name := str(config.get("tokenizer_class"))) in _TOKENIZER_CLASSES:
+        adapted["tokenizer_class"] = _TOKENIZER_CLASSES[name]
+    if isinstance(config.get("extra_special_tokens"), list):
+        adapted["additional_special_tokens"] = adapted.pop("extra_special_tokens")
+    return adapted

@@ -1,0 +1,115 @@
+"""Make docs/families.md: which family works in which form, as tests/test_families.py finds it.
+
+    python scripts/families_table.py [--from JUNIT.xml]
+
+Without ``--from`` the tests are run first, with the exporters of other projects (about 20 minutes on two cores;
+NBL_EXPORT_OPTIMUM_PYTHON must name a Python with optimum for its column).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+from junitparser import Failure, JUnitXml, Skipped, TestCase
+
+ROOT = Path(__file__).parent.parent
+TESTS, TARGET = "tests/test_families.py", ROOT / "docs" / "families.md"
+# Column → the test and its parameters after the family.
+_GRAPHS = {
+    f"{p} {c}": ("test_graph", f"{c}-{p}") for p in ("fp32", "fp16", "bf16") for c in ("concat", "static")
+}
+_ENGINES = {f"engine {c}": ("test_engine", c) for c in ("concat", "static")}
+_OTHERS = {e.replace("-", " "): ("test_other_exporter", e) for e in ("genai-fp32", "genai-int4", "optimum")}
+COLUMNS = {**_GRAPHS, **_ENGINES, **_OTHERS}
+WORKS, FAILS, NOT_TRIED = "works", "**fails**", "–"
+HEAD = """# Families
+
+Made by `scripts/families_table.py` from the results of `{tests}`, with transformers {transformers}, torch {torch},
+onnxruntime {onnxruntime}, tensorrt-rtx {rtx} and Python {python}. Each row is a tiny random model with the features
+of its family active (windows shorter than the text, rope scaling, soft-capping …) and weights scaled so that
+attention matters; in each cell half of its layers are linear, and the graph says what PyTorch says with the same
+maps, over a ragged prefill and decode steps, within the gates of its precision.
+
+*works* · a number: refused with the sentence below · {not_tried}: not tried.
+An engine is the float16 graph, built ahead of time by TensorRT for RTX and not run here; *decomposed* means that
+it has no fused kernel for these (tiny) heads. Models of other families are found by their structure: try yours, what
+cannot be served is refused before calibration.
+
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--from", dest="results", type=Path, help="a JUnit file of a run of the tests")
+    results = parser.parse_args().results
+    with tempfile.TemporaryDirectory() as folder:
+        cases = read(results or run(Path(folder) / "junit.xml"))
+    TARGET.write_text(table(cases), encoding="utf-8")
+    print(f"{TARGET.relative_to(ROOT)}: {len(cases)} families")
+
+
+def run(path: Path) -> Path:
+    """Run the tests; their results are read whether they pass or not."""
+    command = [sys.executable, "-m", "pytest", "-q", TESTS, f"--junitxml={path}"]
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"NBL_EXPORT_ALL_FAMILIES": "1"}, check=False)
+    return path
+
+
+def read(path: Path) -> Mapping[str, Mapping[tuple[str, str], TestCase]]:
+    """The test cases by family, and by test and its other parameters."""
+    found: dict[str, dict[tuple[str, str], TestCase]] = defaultdict(dict)
+    tests = {test for test, _ in COLUMNS.values()}
+    for suite in JUnitXml.fromfile(str(path)):
+        for case in suite:
+            if (match := re.fullmatch(r"(\w+)\[(.+)\]", case.name)) and match[1] in tests:
+                parameters = next(
+                    p for t, p in COLUMNS.values() if t == match[1] and match[2].endswith(f"-{p}")
+                )
+                found[match[2].removesuffix(f"-{parameters}")][match[1], parameters] = case
+    return found
+
+
+def table(cases: Mapping[str, Mapping[tuple[str, str], TestCase]]) -> str:
+    reasons: dict[str, int] = {}
+    lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for family, results in cases.items():
+        cells = [cell(results.get(key), reasons) for key in COLUMNS.values()]
+        lines.append(f"| {family} | " + " | ".join(cells) + " |")
+    versions = {
+        "transformers": version("transformers"),
+        "torch": version("torch").split("+")[0],
+        "onnxruntime": version("onnxruntime"),
+        "rtx": version("tensorrt-rtx"),
+        "python": platform.python_version(),
+    }
+    head = HEAD.format(tests=TESTS, not_tried=NOT_TRIED, **versions)
+    refusals = [f"{number}. {reason}" for reason, number in reasons.items()]
+    return head + "\n".join(lines) + "\n\n" + "\n".join(refusals) + "\n"
+
+
+def cell(case: TestCase | None, reasons: dict[str, int]) -> str:
+    """What a test found; a sentence of refusal becomes a number of ``reasons``."""
+    if case is None or any(isinstance(r, Skipped) for r in case.result):
+        return NOT_TRIED
+    if any(isinstance(r, Failure) or not isinstance(r, Skipped) for r in case.result):
+        return FAILS
+    told = {p.name: p.value for p in case.properties()}
+    if reason := told.get("refused"):
+        return str(reasons.setdefault(reason, len(reasons) + 1))
+    return "decomposed" if told.get("fused") == "False" else WORKS
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""What differs between releases of transformers, of whichever one is installed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import masking_utils
+
+from nbl_export.models.compat import growing_mask, query_length
+
+
+@pytest.mark.parametrize("told", [3, torch.arange(4, 7)], ids=["number", "places"])
+def test_query_length(told: Any) -> None:
+    assert query_length(told) == 3
+
+
+@pytest.mark.parametrize("window", [None, 2])
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_mask_where_transformers_has_only_one_by_vmap(
+    monkeypatch: pytest.MonkeyPatch, window: int | None, padded: bool
+) -> None:
+    monkeypatch.setattr(masking_utils, "sdpa_mask", lambda batch_size, cache_position: None)
+    past, new = 2, 3
+    real = np.array([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], dtype=bool)
+    rule = (
+        masking_utils.sliding_window_causal_mask_function(window)
+        if window
+        else masking_utils.causal_mask_function
+    )
+    found = growing_mask()(
+        batch_size=2,
+        cache_position=torch.arange(past, past + new),
+        kv_length=past + new,
+        kv_offset=0,
+        mask_function=rule,
+        attention_mask=torch.from_numpy(real) if padded else None,
+        dtype=torch.float32,
+    )
+    query, key = np.arange(past, past + new)[:, None], np.arange(past + new)
+    visible = (key <= query) & (query - key < (window or 99))
+    expected = visible[None, None] & (real[:, None, None, :] if padded else True)
+    np.testing.assert_array_equal(
+        np.broadcast_to(found.numpy(), (2, 1, new, past + new)),
+        np.broadcast_to(expected, (2, 1, new, past + new)),
+    )
+
+
+def test_the_mask_that_transformers_makes_without_vmap_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def own(batch_size: int, use_vmap: bool = False) -> None: ...
+
+    monkeypatch.setattr(masking_utils, "sdpa_mask", own)
+    assert growing_mask() is own

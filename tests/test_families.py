@@ -1,0 +1,178 @@
+"""Every family that is served, in every form: PyTorch with the plan's maps and the graph say the same.
+
+One row of :data:`tests.families.DECODERS` each. ``scripts/families_table.py`` makes the table in docs/families.md
+of what these tests found; what is refused is in :data:`REFUSED`, with the words it is refused by.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbl_export.engine.build import TimingCache, build_engine
+from nbl_export.engine.library import import_library
+from nbl_export.engine.profiles import Limits
+from nbl_export.errors import BuildError, InputError
+from nbl_export.export.forms import FORMS
+from nbl_export.export.half import save_in_precision
+from nbl_export.export.torch import export_torch
+from nbl_export.graph.io import load_graph
+from nbl_export.graph.precision import precision_of
+from nbl_export.graph.rewrite import rewrite_file
+from nbl_export.models.layers import attention_layers
+from nbl_export.models.trial import check_served
+from nbl_export.progress import Silent
+from nbl_export.verify.parity import Parity
+from tests.exporters import GRAPH, Graphs
+from tests.families import DECODERS, Calibrated, attention_share
+from tests.graph.matrix import CHOSEN, ROWS, parity, rewritten
+
+Recorder = Callable[[str, object], None]
+CACHES, PRECISIONS = ("concat", "static"), ("fp32", "fp16", "bf16")
+LIMITS = Limits(2, 16, 64)
+# The exporters of other projects are tried by the script that makes the table: they take minutes.
+OTHERS = ("genai-fp32", "genai-int4", "optimum")
+EVERYTHING = "NBL_EXPORT_ALL_FAMILIES"
+
+_NO_POSITIONS = "takes no position_ids, which a static cache needs: use --kv-cache concat"
+# (family, what) → a part of the sentence it is refused with.
+REFUSED: Mapping[tuple[str, str], str] = {
+    ("bloom", "static"): _NO_POSITIONS,
+}
+
+
+@pytest.fixture(scope="module")
+def exported(
+    calibrated_of: Callable[[str], Calibrated], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str, str], Path]:
+    """The unmodified graph of a family with a cache, in a precision; traced once for all precisions."""
+    root = tmp_path_factory.mktemp("exported")
+
+    @cache
+    def graph(family: str, form: str, precision: str) -> Path:
+        path = root / family / form / precision / GRAPH
+        if precision == "fp32":
+            export_torch(calibrated_of(family).model, path, form=FORMS[form])
+        else:
+            source = load_graph(graph(family, form, "fp32"))
+            save_in_precision(source, path, precision_of(precision), ROWS)
+        return path
+
+    return graph
+
+
+def refused(family: str, what: str, act: Callable[[], object], record_property: Recorder) -> bool:
+    """Whether ``act`` is refused, as the table of refusals says; then with its sentence, which is recorded."""
+    words = REFUSED.get((family, what))
+    if words is None:
+        return False
+    with pytest.raises((InputError, BuildError)) as caught:
+        act()
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+    record_property("refused", str(caught.value))
+    return True
+
+
+def assert_passes(found: Parity) -> None:
+    assert found.failures() == []
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_attention_matters(family: str, calibrated_of: Callable[[str], Calibrated]) -> None:
+    """A graph without its attention, or with the fitted maps in its place, would not pass for the model."""
+    without, linear = attention_share(calibrated_of(family))
+    assert without > 0.3
+    assert linear > 0.01
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_every_layer_is_found(family: str, calibrated_of: Callable[[str], Calibrated]) -> None:
+    model = calibrated_of(family).model
+    check_served(model)
+    fields = DECODERS[family].fields
+    kinds = [layer.kind for layer in attention_layers(model)]
+    types = fields.get("layer_types") or getattr(model.config, "layer_types", None)
+    windows = [t == "sliding_attention" for t in types] if types else [bool(fields.get("sliding_window"))] * 4
+    assert [kind == "sliding window" for kind in kinds] == windows
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("form", CACHES)
+@pytest.mark.parametrize("family", DECODERS)
+def test_graph(
+    family: str,
+    form: str,
+    precision: str,
+    exported: Callable[[str, str, str], Path],
+    calibrated_of: Callable[[str], Calibrated],
+    tmp_path: Path,
+    record_property: Recorder,
+) -> None:
+    """Ragged prefill and decode, one linear layer (float32 only) and half of them."""
+    if refused(family, form, lambda: exported(family, form, precision), record_property):
+        return
+    case, source = calibrated_of(family), exported(family, form, precision)
+    for k in ("one", "half") if precision == "fp32" else ("half",):
+        plan = case.plan(CHOSEN[k])
+        result = rewrite_file(source, plan, tmp_path / k / GRAPH)
+        assert result.before.kv_pairs - result.after.kv_pairs == len(plan.chosen)
+        dtype = precision_of(precision).gates
+        assert_passes(parity(case.model, plan, tmp_path / k / GRAPH, dtype))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", CACHES)
+@pytest.mark.parametrize("family", DECODERS)
+def test_engine(
+    family: str,
+    form: str,
+    exported: Callable[[str, str, str], Path],
+    calibrated_of: Callable[[str], Calibrated],
+    tmp_path: Path,
+    record_property: Recorder,
+) -> None:
+    """A float16 engine of the graph with half its layers linear, built ahead of time."""
+    pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install 'nbl-export[rtx]'")
+    if refused(family, form, lambda: exported(family, form, "fp16"), record_property):
+        return
+    plan = calibrated_of(family).plan(CHOSEN["half"])
+    graph = tmp_path / GRAPH
+    rewrite_file(exported(family, form, "fp16"), plan, graph)
+    library = import_library("rtx")
+
+    def build() -> Any:
+        timings = TimingCache(library, tmp_path / "timings")
+        return build_engine(
+            library, graph, len(plan.kept), LIMITS, ("SM86",), timings, Silent().task("", 1, "")
+        )
+
+    if refused(family, f"engine {form}", build, record_property):
+        return
+    built = build()
+    record_property("fused", built.fused)
+    assert built.size > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(EVERYTHING not in os.environ, reason=f"only with {EVERYTHING}: scripts/families_table.py")
+@pytest.mark.parametrize("exporter", OTHERS)
+@pytest.mark.parametrize("family", DECODERS)
+def test_other_exporter(
+    family: str,
+    exporter: str,
+    graphs: Graphs,
+    calibrated_of: Callable[[str], Calibrated],
+    tmp_path: Path,
+    record_property: Recorder,
+) -> None:
+    if refused(family, exporter, lambda: graphs(exporter, family), record_property):
+        return
+    case = calibrated_of(family)
+    plan = case.plan(CHOSEN["half"])
+    out, _ = rewritten(graphs(exporter, family), plan, tmp_path)
+    assert_passes(parity(case.model, plan, out / GRAPH, "int4" if "int4" in exporter else "float32"))
