@@ -278,6 +278,18 @@ def test_a_graph_of_somebody_else_is_rewritten_by_the_plan(
         np.testing.assert_array_equal(a[output], b[output])
 
 
+def test_python_in_the_docs_runs(
+    outs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "encoders.md").read_text()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "minilm").symlink_to(outs["bert"])
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec(compile(page.split("```python\n")[1].split("```")[0], "docs", "exec"), found)
+    np.testing.assert_allclose(np.linalg.norm(found["embedding"], axis=1), 1, atol=1e-5)
+
+
 # what it is fitted to ----------------------------------------------------------------------------
 
 
@@ -354,9 +366,14 @@ def test_heads(place: Path, tmp_path: Path, name: str, model_class: str, task: s
     ("model_type", "model_class", "fields"),
     [
         ("distilbert", "DistilBertModel", {}),
-        ("mpnet", "MPNetModel", {}),
+        pytest.param("mpnet", "MPNetModel", {}, marks=pytest.mark.slow),
         ("modernbert", "ModernBertModel", {"cls_token_id": CLS, "sep_token_id": SEP}),
-        ("deberta-v2", "DebertaV2Model", {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}),
+        pytest.param(
+            "deberta-v2",
+            "DebertaV2Model",
+            {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+            marks=pytest.mark.slow,
+        ),
         ("dinov2", "Dinov2Model", {}),
         ("siglip_vision_model", "SiglipVisionModel", {}),
     ],
@@ -379,6 +396,7 @@ def test_families(place: Path, tmp_path: Path, model_type: str, model_class: str
         ("canine", "CanineModel", "does not give each row's tokens to its attention as they are"),
         ("llama", "LlamaModel", "is a decoder without its language-model head"),
         ("vit_mae", "ViTMAEModel", "does not give each row's tokens to its attention as they are"),
+        ("convbert", "ConvBertModel", "does more after its output projection"),
     ],
 )
 def test_families_that_are_refused_before_calibration(
@@ -455,6 +473,21 @@ def test_what_an_encoder_cannot_have_is_refused_before_work(
             engines=engines,
         )
     assert "\n" not in str(told.value) and not (tmp_path / "out").exists()
+
+
+def test_an_encoder_that_cannot_be_traced_is_refused_before_its_moments(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nbl_export.models import pooling
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("no rule for this\nand a long story")
+
+    monkeypatch.setattr("nbl_export.export.encoder.pool", fail)
+    assert pooling.pool is not fail
+    with pytest.raises(InputError, match=r"cannot trace BertModel \(no rule for this\): this architecture"):
+        api.calibrate(place / "bert", tmp_path / "out", calibration(place, "bert"))
+    assert not Workspace.open(tmp_path / "out").moments.exists()
 
 
 def test_a_vision_model_without_its_preprocessor(place: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from nbl_export.export.forms import CachedDecoder, Form
+from nbl_export.export.forms import ENCODER, CachedDecoder, Form
 from nbl_export.graph.cache import BATCH, MASK, PIXELS, SEQUENCE, TOKEN_TYPES, TOKENS
 from nbl_export.graph.interface import Inputs
 from nbl_export.models.layers import taken
@@ -85,7 +85,7 @@ def encoder_form(model: torch.nn.Module, task: Task, pooling: Pooling | None, in
         examples[PIXELS] = torch.zeros(2, *inputs[PIXELS].shape[1:])
     outputs = {n: dict(enumerate(dims)) for n, dims in encoder_outputs(model, task, pooling).items()}
     return Form(
-        "encoder",
+        ENCODER,
         23,
         names,
         past={},

@@ -30,6 +30,8 @@ from nbl_export.models.layers import taken, takes
 from nbl_export.models.trial import cache_shapes
 from nbl_export.runtime.torch import PastLayer, run_with_past
 
+ENCODER = "encoder"  # the name of every encoder's form
+
 
 class CachedDecoder(torch.nn.Module):
     """A model as a function of tensors: a form's inputs and a list of past keys and values.

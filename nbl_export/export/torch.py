@@ -20,8 +20,8 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes import common as passes
 
-from nbl_export.errors import BuildError, NblError
-from nbl_export.export.forms import CONCAT, Form
+from nbl_export.errors import BuildError, InputError, NblError
+from nbl_export.export.forms import CONCAT, ENCODER, Form
 from nbl_export.export.functions import SYMBOLIC_DOMAIN, exportable
 from nbl_export.graph.cache import SIDES, past_name, present_name
 from nbl_export.graph.io import save_graph
@@ -70,6 +70,20 @@ def trace(model: torch.nn.Module, form: Form = CONCAT, listener: Listener | None
     return graph
 
 
+def check_traces(model: torch.nn.Module, form: Form) -> None:
+    """Raise :class:`InputError` unless torch can trace ``model`` in ``form``: half of an export's work."""
+    try:
+        decoder = form.module(model)
+        with quiet(), exportable(model, decoder.mask), torch.no_grad():
+            form.capture(decoder)
+    except Exception as error:
+        first = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(
+            f"torch.export cannot trace {type(model).__name__} ({first[0][:200].rstrip('.')}): this architecture is "
+            "not served yet."
+        ) from error
+
+
 def tidy(model: ir.Model, form: Form, layers: int) -> ir.Model:
     """Give the graph its public names and dimensions, share what repeats, drop what only torch needs."""
     _set_opset(model, form.opset)
@@ -83,7 +97,7 @@ def tidy(model: ir.Model, form: Form, layers: int) -> ir.Model:
     passes.ClearMetadataAndDocStringPass()(model)
     _forget_symbols(graph)
     model.producer_name = "nbl-export"
-    graph.name = "decoder" if "logits" in form.outputs and form.past else "model"
+    graph.name = "encoder" if form.name == ENCODER else "decoder"
     return model
 
 

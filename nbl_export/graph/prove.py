@@ -141,9 +141,11 @@ class _Bench:
     ) -> None:
         self.path, self.plan, self.progress = path, plan, progress
         self.rows = rows_of_batch(plan.probe)
-        # An image has as many tokens as the model makes of it.
-        image = len(next(iter(plan.probe_y.values()))) // len(self.rows)
-        self.lengths = [row[TOKENS].shape[1] if TOKENS in row else image for row in self.rows]
+        self.lengths = [row[TOKENS].shape[1] if TOKENS in row else self._image() for row in self.rows]
+
+    def _image(self) -> int:
+        """How many tokens the model makes of an image."""
+        return len(next(iter(self.plan.probe_y.values()))) // len(self.rows)
 
     def run(self, names: Sequence[str], given: Mapping[str, Sequence[NDArray[Any]]]) -> list[Arrays]:
         """Tensors ``names`` for each row; ``given`` inner tensors are taken as they are."""

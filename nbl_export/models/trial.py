@@ -137,14 +137,14 @@ def example_inputs(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """
     import torch
 
-    device = next(model.parameters()).device
+    like = next(model.parameters())
     name = main_input(model)
     if name == PIXELS:
         generator = torch.Generator().manual_seed(0)
-        return {PIXELS: torch.randn(2, *image_shape(model), generator=generator).to(device)}
+        return {PIXELS: torch.randn(2, *image_shape(model), generator=generator).to(like)}
     if name != TOKENS:
         raise InputError(f"{type(model).__name__} reads {name}: only tokens and images are served.")
-    ids = torch.arange(_TOKENS, device=device)[None].repeat(2, 1) % 4 + 1
+    ids = torch.arange(_TOKENS, device=like.device)[None].repeat(2, 1) % 4 + 1
     ids[1, -1] = 0 if getattr(model.config, "pad_token_id", None) != 0 else 5  # type: ignore[union-attr]
     return {TOKENS: ids}
 

@@ -17,6 +17,7 @@ from nbl_export.workspace import Workspace, read_json, sha256_of_json, write_jso
 if TYPE_CHECKING:
     import torch
 
+    from nbl_export.calibrate.probe import Probe
     from nbl_export.stages.material import Material
 
 
@@ -48,15 +49,28 @@ def calibrate(run: Run, settings: CalibrateSettings) -> None:
             write_json(_record(kept), {"key": key})
         tokens = read.calibration
         _check_enough(tokens, model, material.unit)
+        probe = material.probe(run.model, read)
+        if not run.model.task.causal:
+            _check_exports(run, probe)
         moments = collect_moments(model, tokens, source.fingerprint, Checkpoint(ws.checkpoint), listener)
         seen = next(iter(moments.layers.values())).n
         described = {"model": source.fingerprint, "tokens": seen, **structure(model).as_json()}
         save_moments(ws.moments, moments, described)
-        save_probe(ws.probe, material.probe(run.model, read))
+        save_probe(ws.probe, probe)
         ws.checkpoint.unlink(missing_ok=True)
         return [kept, ws.moments, ws.probe]
 
     run.stage("calibrate", key, asdict(settings), work)
+
+
+def _check_exports(run: Run, probe: Probe) -> None:
+    """Refuse an encoder that cannot be exported before the long part of calibration: there are many kinds."""
+    from nbl_export.export.encoder import encoder_form
+    from nbl_export.export.torch import check_traces
+
+    model = run.model
+    form = encoder_form(model.model, model.task, model.pooling, probe.inputs)
+    check_traces(model.model, form)
 
 
 def _record(path: Path) -> Path:

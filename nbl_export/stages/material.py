@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from nbl_export.calibrate.images import image_files, load_images, read_images, save_images
 from nbl_export.calibrate.passages import frame_of, heldout_rows, longest_row, read_passages
 from nbl_export.calibrate.probe import Probe, probe_inputs, probe_lengths, probe_model
+from nbl_export.calibrate.sampling import sample_from_model
 from nbl_export.calibrate.text import (
     SELF,
     TextSettings,
@@ -23,7 +24,6 @@ from nbl_export.calibrate.text import (
     load_text,
     local_files,
     pack,
-    sample_from_model,
     save_text,
 )
 from nbl_export.errors import InputError
@@ -60,7 +60,7 @@ class Material:
     load: Callable[[Path], Any]
     probe: Callable[[LoadedModel, Any], Probe]
     ranges: Callable[[Any, Mapping[str, Any]], Any]
-    heldout: Callable[[Any, Mapping[str, Any]], Rows]
+    heldout: Callable[[Any, Mapping[str, Any]], Rows] = heldout_rows
 
 
 def material_of(source: ModelSource) -> Material:
@@ -152,7 +152,6 @@ _MATERIALS = {
         load_text,
         _probe_decoder,
         _range_rows,
-        lambda text, _names: [{TOKENS: row[None].astype(np.int64)} for row in text.heldout],
     ),
     (False, TOKENS): Material(
         "text",
@@ -163,7 +162,6 @@ _MATERIALS = {
         load_text,
         _probe_text_encoder,
         _range_batch,
-        heldout_rows,
     ),
     (False, PIXELS): Material(
         "images",
