@@ -18,9 +18,10 @@ from nbl_export import pipeline
 from nbl_export.errors import NblError
 from nbl_export.inspection import inspect_path
 from nbl_export.linearize.plan import Plan
+from nbl_export.models.source import ModelSource
 from nbl_export.progress import Listener
+from nbl_export.report.drawing import Table
 from nbl_export.report.schema import Report
-from nbl_export.report.tables import Table
 from nbl_export.run import Run
 from nbl_export.settings import (
     CalibrateSettings,
@@ -80,7 +81,14 @@ def run(
     if engines:
         exporting.check_tensorrt()
         engines.check()
-    work = Run.start(str(model), Path(out), listener, trust_remote_code)
+
+    def check(source: ModelSource) -> None:
+        from nbl_export.stages.material import check_sources
+
+        exporting.for_task(source.task, engines is not None)
+        check_sources(source, calibration)
+
+    work = Run.start(str(model), Path(out), listener, trust_remote_code, check)
     with work.workspace.lock():
         return pipeline.run_all(work, calibration, selection, exporting, verification, engines)
 
@@ -93,11 +101,15 @@ def calibrate(
     trust_remote_code: bool = False,
 ) -> Path:
     """Stream the moments of ``model``'s attention layers; returns the path of the moments file."""
-    settings = settings or CalibrateSettings()
-    settings.check()
-    work = Run.start(str(model), Path(out), listener, trust_remote_code)
+    from nbl_export.stages.material import check_sources
+
+    asked = settings or CalibrateSettings()
+    asked.check()
+    work = Run.start(
+        str(model), Path(out), listener, trust_remote_code, lambda source: check_sources(source, asked)
+    )
     with work.workspace.lock():
-        pipeline.calibrate(work, settings)
+        pipeline.calibrate(work, asked)
     return work.workspace.moments
 
 

@@ -345,8 +345,7 @@ def _exporting(
     # What an engine is fastest with, where the user does not say.
     if engines:
         precision = precision or ("fp16" if "fp16" in offered.precisions else None)
-        kv_cache = kv_cache or ("static" if "static" in offered.caches else None)
-    return ExportSettings(precision or offered.precisions[0], kv_cache or offered.caches[0], exporter, python)
+    return ExportSettings(precision or offered.precisions[0], kv_cache, exporter, python)
 
 
 def _engines(

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nbl_export.errors import InputError
-from nbl_export.report.tables import Table, engines_table, graph_table, layers_table, mebibytes
+from nbl_export.report.drawing import Table, mebibytes
+from nbl_export.report.tables import engines_table, graph_table, layers_table
 from nbl_export.tensorfile import format_of
 from nbl_export.workspace import ENGINE_SUFFIX as ENGINE
 from nbl_export.workspace import STAGES, Workspace, read_json
@@ -83,17 +84,20 @@ def _regions(model: ir.Model) -> Table:
         if r["kind"] == "linear"
     }
     pairs = {pair.index: pair for pair in kv_pairs(model)}
-    layers = dict(enumerate(kv_layers(model))) if pairs else {}
-    for region in find_regions(model):
+    found = find_regions(model)
+    # Without a cache the attention that is left is numbered from 0 on.
+    left = (i for i in range(len(found) + len(rows)) if i not in rows)
+    layers = dict(enumerate(kv_layers(model) if pairs else left))
+    for region in found:
         layer = layers.get(region.layer, region.layer)
         pair = pairs.get(region.layer)
         cache = str(pair.past[0].name) if pair else "none"
         if isinstance(region, AttentionRegion):
             how, stored = f"{region.style}, {region.ops} nodes", weight_format(region.projection)
-            found = (how, stored, cache, "yes")
+            facts = (how, stored, cache, "yes")
         else:
-            found = ("", "", cache, f"no: {region.check} (found: {region.found})")
-        rows[layer] = (str(layer), *found)
+            facts = ("", "", cache, f"no: {region.check} (found: {region.found})")
+        rows[layer] = (str(layer), *facts)
     header = ("layer", "attention", "weights", "KV cache", "rewritable")
     return Table("Attention", header, tuple(rows[layer] for layer in sorted(rows)))
 

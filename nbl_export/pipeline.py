@@ -43,6 +43,7 @@ def run_all(
     from nbl_export.runtime.ort import require_onnxruntime
 
     require_onnxruntime()  # before the first minute of work, not after it
+    exporting = exporting.for_task(run.model.source.task, engines is not None)
     if run.workspace.record("calibrate") is None:
         if selection.k is not None:
             check_k(selection.k, layer_count(run.model.model))

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.errors import InputError, os_error_in_words
+from nbl_export.models.pooling import Pooling, find_pooling
 from nbl_export.models.source import ModelSource, find_model, same_model
+from nbl_export.models.tasks import Task, task_named
 from nbl_export.progress import Listener, Silent
 from nbl_export.workspace import Workspace
 
@@ -18,13 +20,23 @@ if TYPE_CHECKING:
 
 
 class LoadedModel:
-    """A model and its tokenizer, loaded when first asked for and then kept for the run."""
+    """A model and its tokenizer or image processor, loaded when first asked for and then kept for the run."""
 
     def __init__(self, source: ModelSource, listener: Listener) -> None:
         self.source = source
         self._listener = listener
         self._model: torch.nn.Module | None = None
         self._tokenizer: Any = None
+        self._processor: Any = None
+
+    @property
+    def task(self) -> Task:
+        return task_named(self.source.task)
+
+    @property
+    def pooling(self) -> Pooling | None:
+        """How a text encoder's states become one vector; None if its folder does not say."""
+        return None if self.task.causal else find_pooling(Path(self.source.path))
 
     @property
     def model(self) -> torch.nn.Module:
@@ -43,6 +55,14 @@ class LoadedModel:
 
             self._tokenizer = load_tokenizer(self.source)
         return self._tokenizer
+
+    @property
+    def image_processor(self) -> Any:
+        if self._processor is None:
+            from nbl_export.models.load import load_image_processor
+
+            self._processor = load_image_processor(self.source)
+        return self._processor
 
 
 class _Noting:
@@ -68,10 +88,19 @@ class Run:
 
     @classmethod
     def start(
-        cls, model: str, out: Path, listener: Listener | None = None, trust_remote_code: bool = False
+        cls,
+        model: str,
+        out: Path,
+        listener: Listener | None = None,
+        trust_remote_code: bool = False,
+        check: Callable[[ModelSource], object] = lambda _source: None,
     ) -> Run:
-        """Begin with a model: an existing output folder must be of the same one."""
+        """Begin with a model: an existing output folder must be of the same one.
+
+        ``check`` may refuse the model before the folder is made.
+        """
         source = find_model(model, trust_remote_code)
+        check(source)
         workspace = Workspace.create(out)
         workspace.set_model(source.as_json())
         return cls(workspace, LoadedModel(source, listener or Silent()), listener or Silent())

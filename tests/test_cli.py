@@ -254,7 +254,7 @@ USAGE = {
     "too few rounds": Case(("{place}/model", "--k", "1", "--rounds", "1"), ("--rounds is 1",)),
     "no samples": Case(("{place}/model", "--k", "1", "--samples", "0"), ("--samples is 0",)),
     "encoder-decoder": Case(("{tmp}/t5", "--k", "1"), ("encoder-decoder", "t5")),
-    "no language model": Case(("{tmp}/bert", "--k", "1"), ("no causal language model",)),
+    "head not served": Case(("{tmp}/bert", "--k", "1"), ("a task that is not served", "BertForPreTraining")),
     "pickled weights": Case(("{tmp}/pickled", "--k", "1"), (".safetensors",)),
     "output under a file": Case(("{place}/model", "--k", "1", "-o", "{tmp}/file/out"), ("{tmp}/file",)),
     "output is a file": Case(("{place}/model", "--k", "1", "-o", "{tmp}/file"), ("is a file",)),
@@ -273,7 +273,7 @@ def junk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "file").write_text("a file\n")
     configs = {
         "t5": {"model_type": "t5", "is_encoder_decoder": True, "architectures": ["T5ForCausalLM"]},
-        "bert": {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
+        "bert": {"model_type": "bert", "architectures": ["BertForPreTraining"]},
         "pickled": {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
     }
     for name, config in configs.items():

@@ -110,6 +110,7 @@ def test_trt_may_stand_anywhere_and_decides_what_is_exported(
         cli.main()
     ((model, _, selection, *_, exporting, wanted),) = calls
     assert (model, selection.k) == ("rtx-model", 2)
+    exporting = exporting.for_task("text-generation", wanted is not None)
     assert (exporting.precision, exporting.kv_cache) == export
     assert (wanted.library if wanted else None) == library
 

@@ -1,4 +1,4 @@
-"""Run the model over calibration tokens and collect its moments, resumably.
+"""Run the model over calibration tokens or images and collect its moments, resumably.
 
 1. Hooks on the model's own attention modules see h, x and y; nothing of the model is rewritten.
 2. Memory is one batch and the accumulators, whatever the number of tokens.
@@ -24,7 +24,15 @@ from numpy.typing import NDArray
 
 from nbl_export.calibrate.moments import Accumulator, Moments, digest_of_tokens, load_moments, save_moments
 from nbl_export.errors import CalibrationError, InputError
-from nbl_export.models.layers import AttentionLayer, attention_layers, hidden_size, observed
+from nbl_export.models.layers import (
+    AttentionLayer,
+    attention_layers,
+    hidden_size,
+    main_input,
+    observed,
+    taken,
+)
+from nbl_export.models.trial import trial
 from nbl_export.progress import Listener, Silent
 
 if TYPE_CHECKING:
@@ -44,12 +52,14 @@ class Checkpoint:
 
 def collect_moments(
     model: torch.nn.Module,
-    tokens: NDArray[np.int32],
+    tokens: NDArray[np.int32] | NDArray[np.float32],
     fingerprint: str,
     checkpoint: Checkpoint | None = None,
     listener: Listener | None = None,
 ) -> Moments:
-    """The moments of every attention layer of ``model`` over ``tokens`` [samples, seq_len].
+    """The moments of every attention layer of ``model`` over ``tokens`` [samples, seq_len] or images.
+
+    Images are pixels [samples, channels, height, width], and count as the tokens that the model makes of them.
 
     ``fingerprint`` identifies the model; a checkpoint of another model or text is ignored. Raises
     :class:`CalibrationError` naming the layer if an activation is NaN or infinite, and
@@ -63,9 +73,11 @@ def collect_moments(
     accumulators = {layer.index: Accumulator(hidden_size(model), device) for layer in layers}
     identity = {"model": fingerprint, "tokens": digest_of_tokens(tokens)}
     done = _resume(checkpoint, identity, accumulators, listener)
-    rows, length = tokens.shape
+    rows = len(tokens)
+    length = tokens.shape[1] if tokens.ndim == 2 else trial(model).tokens
     step = max(1, _BATCH_TOKENS // length)
     body: Any = _body(model)
+    kind = np.int64 if tokens.ndim == 2 else np.float32
 
     def observe(index: int, h: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
         accumulators[index].add(h, x, y)
@@ -83,11 +95,11 @@ def collect_moments(
         _deferred_interrupt() as stop,
     ):
         while done < rows:
-            batch = torch.from_numpy(tokens[done : done + step].astype(np.int64)).to(device)
-            body(input_ids=batch, use_cache=False)
+            batch = torch.from_numpy(tokens[done : done + step].astype(kind)).to(device)
+            body(**{main_input(model): batch}, **taken(body, use_cache=False))
             _check_finite(accumulators, layers, done)
             done += len(batch)
-            task.advance(batch.numel())
+            task.advance(len(batch) * length)
             if stop.is_set():
                 save()
                 raise KeyboardInterrupt

@@ -154,6 +154,6 @@ def load_moments(path: Path) -> tuple[Moments, dict[str, Any]]:
         raise InputError(f"{path} is damaged ({error}): {CALIBRATE_AGAIN}.") from None
 
 
-def digest_of_tokens(tokens: NDArray[np.int32]) -> str:
-    """SHA-256 of token ids with their shape: what a calibration text is, to the last token."""
+def digest_of_tokens(tokens: NDArray[Any]) -> str:
+    """SHA-256 of token ids or pixels with their shape: what was calibrated on, to the last token."""
     return hashlib.sha256(str(tokens.shape).encode() + np.ascontiguousarray(tokens).tobytes()).hexdigest()

@@ -1,8 +1,8 @@
-"""A small batch of real text with the activations PyTorch had on it: the evidence for the rewrite.
+"""A small batch of real text or images with the activations PyTorch had on it: the evidence for the rewrite.
 
 The graph rewrite must prove, without PyTorch and without the model, that the tensors it found in a
-graph are the ones the fit was made for. So calibration keeps, for one ragged left-padded batch, what
-each attention layer read and wrote.
+graph are the ones the fit was made for. So calibration keeps, for one ragged padded batch or a few images,
+what each attention layer read and wrote.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 
 from nbl_export.calibrate.moments import CALIBRATE_AGAIN
 from nbl_export.errors import InputError
+from nbl_export.graph.cache import MASK, PIXELS, TOKEN_TYPES, TOKENS
+from nbl_export.graph.interface import POSITIONS, Inputs, real_places
 from nbl_export.models.layers import attention_layers, observed
 from nbl_export.runtime.padding import left_padded
-from nbl_export.runtime.torch import whole_logits
+from nbl_export.runtime.torch import run_whole
 from nbl_export.tensorfile import load_tensors, save_tensors
 
 if TYPE_CHECKING:
@@ -29,48 +31,70 @@ F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
 FORMAT = "nbl-export/probe/1"
 _LENGTH = 24
+# The batches there are: of a decoder, of text encoders, of images.
+_KNOWN = ({TOKENS, MASK, POSITIONS}, {TOKENS, MASK}, {TOKENS, MASK, TOKEN_TYPES}, {PIXELS})
 
 
 @dataclass(frozen=True)
 class Probe:
-    """``input_ids``, ``attention_mask``, ``position_ids`` [batch, sequence] int64, and per layer h, x, y.
+    """``inputs``, the batch by input name, and per layer h, x, y.
 
     The activations are float32 rows [tokens, d] of the unpadded tokens, in batch order: h the
     residual stream, x what the attention reads, y what it writes.
     """
 
-    input_ids: I64
-    attention_mask: I64
-    position_ids: I64
+    inputs: Inputs
     h: Mapping[int, F32]
     x: Mapping[int, F32]
     y: Mapping[int, F32]
 
+    @property
+    def input_ids(self) -> I64:
+        return self.inputs[TOKENS]
+
+    @property
+    def attention_mask(self) -> I64:
+        return self.inputs[MASK]
+
+    @property
+    def position_ids(self) -> I64:
+        return self.inputs[POSITIONS]
+
+
+def probe_lengths(width: int) -> tuple[int, int]:
+    """The lengths of the two rows of a text probe that is cut from rows of ``width`` tokens."""
+    longest = min(_LENGTH, width)
+    return longest, max(1, longest * 2 // 3)
+
 
 def probe_model(model: torch.nn.Module, tokens: NDArray[np.int32]) -> Probe:
-    """Run ``model`` over the beginning of two rows of ``tokens`` and keep every layer's h, x and y."""
+    """Run the decoder ``model`` over the beginning of two rows of ``tokens`` and keep every layer's h, x and y."""
+    lengths = probe_lengths(tokens.shape[1])
+    rows = [tokens[i % len(tokens)][:length] for i, length in enumerate(lengths)]
+    return probe_inputs(model, dict(zip((TOKENS, MASK, POSITIONS), left_padded(rows), strict=True)))
+
+
+def probe_inputs(model: torch.nn.Module, inputs: Inputs) -> Probe:
+    """Run ``model`` over one batch and keep every layer's h, x and y where there is no padding."""
     import torch
 
-    longest = min(_LENGTH, tokens.shape[1])
-    rows = [tokens[0][:longest], tokens[1 % len(tokens)][: max(1, longest * 2 // 3)]]
-    ids, mask, positions = left_padded(rows)
-    kept = torch.from_numpy(mask).bool()
     h: dict[int, F32] = {}
     x: dict[int, F32] = {}
     y: dict[int, F32] = {}
 
     def observe(index: int, *activations: torch.Tensor) -> None:
+        kept = torch.from_numpy(real_places(inputs, activations[0].shape[1]))
         for store, value in zip((h, x, y), activations, strict=True):
             store[index] = value[kept.to(value.device)].float().cpu().numpy()
 
     with observed(model, attention_layers(model), observe):
-        whole_logits(model, ids, mask, positions)
-    return Probe(ids, mask, positions, h, x, y)
+        run_whole(model, inputs)
+    return Probe(inputs, h, x, y)
 
 
 def save_probe(path: Path, probe: Probe) -> None:
     """Write a probe, atomically."""
-    tensors = {name: getattr(probe, name) for name in ("input_ids", "attention_mask", "position_ids")}
+    tensors = dict(probe.inputs)
     for name in ("h", "x", "y"):
         tensors.update({f"{name}.{i}": value for i, value in getattr(probe, name).items()})
     save_tensors(path, FORMAT, tensors)
@@ -84,6 +108,8 @@ def load_probe(path: Path) -> Probe:
         for key in [k for k in tensors if "." in k]:
             name, index = key.split(".")
             activations[name][int(index)] = tensors.pop(key)
-        return Probe(**tensors, **activations)
+        if set(tensors) not in _KNOWN:
+            raise KeyError(TOKENS)
+        return Probe(tensors, **activations)
     except (TypeError, ValueError, KeyError) as error:
         raise InputError(f"{path} is damaged ({error}): {CALIBRATE_AGAIN}.") from None

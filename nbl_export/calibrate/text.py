@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,9 +26,6 @@ from nbl_export.calibrate.moments import CALIBRATE_AGAIN
 from nbl_export.errors import InputError, MissingDependencyError
 from nbl_export.progress import Listener
 from nbl_export.tensorfile import load_tensors, save_tensors
-
-if TYPE_CHECKING:
-    import torch
 
 I32 = NDArray[np.int32]
 HELD_OUT_EVERY = 8
@@ -59,7 +56,7 @@ class CalibrationText:
 
     ``calibration`` is [samples, seq_len]; ``heldout`` is [rows, seq_len] of documents that
     ``calibration`` has no part of, and ``heldout_document`` says of each of its tokens which
-    document it belongs to; ``start`` [n] is what a prompt begins with. All int32.
+    document it belongs to, -1 of padding; ``start`` [n] is what a prompt begins with. All int32.
     """
 
     calibration: I32
@@ -332,76 +329,6 @@ def start_tokens(tokenizer: Any) -> I32:
     if not own and tokenizer.bos_token_id is not None:
         own = [tokenizer.bos_token_id]
     return np.array(own, dtype=np.int32)
-
-
-# the model's own text ----------------------------------------------------------------------------
-
-
-def sample_from_model(
-    model: torch.nn.Module, tokenizer: Any, settings: TextSettings, listener: Listener
-) -> CalibrationText:
-    """Text sampled from the model itself by plain ancestral sampling, packed like any other text.
-
-    Temperature 1 without truncation draws from the distribution the model was trained to match, so
-    its activations are those of ordinary text. Deterministic for a seed on one machine.
-    """
-    import torch
-
-    from nbl_export.runtime.torch import TorchDecoder
-
-    decoder = TorchDecoder(model)
-    config: Any = model.config
-    known = (tokenizer.bos_token_id, tokenizer.eos_token_id, config.bos_token_id)
-    start_token = next((t for t in known if t is not None), 0)
-    generator = torch.Generator().manual_seed(settings.seed)
-    length = min(settings.seq_len, _SAMPLE_LENGTH)
-    wanted = [rows * settings.seq_len for rows in (settings.samples, settings.heldout_samples)]
-    counts = [-(-tokens // length) for tokens in wanted]
-    documents: list[I32] = []
-    with listener.task("Sampling from the model", sum(counts) * length, "tokens") as task:
-        for first in range(0, sum(counts), _SAMPLE_BATCH):
-            batch = min(_SAMPLE_BATCH, sum(counts) - first)
-            documents.append(_sample(decoder, batch, length, start_token, generator, task.advance))
-    tokens = np.concatenate(documents)
-    tokens[:, -1] = end_token(tokenizer)
-    owners = np.repeat(np.arange(len(tokens), dtype=np.int32), length)
-    first_held = counts[0] * length  # a document belongs to one part only
-
-    def rows(flat: I32, start: int, part: int) -> I32:
-        return flat[start : start + wanted[part]].reshape(-1, settings.seq_len)
-
-    flat = tokens.reshape(-1)
-    return CalibrationText(
-        rows(flat, 0, 0), rows(flat, first_held, 1), rows(owners, first_held, 1), start_tokens(tokenizer)
-    )
-
-
-# Many short documents at a time: the matrix products are wide and the cache stays small, which
-# together is several times faster than few long ones.
-_SAMPLE_LENGTH = 128
-_SAMPLE_BATCH = 152
-
-
-def _sample(
-    decoder: Any, batch: int, length: int, start: int, generator: torch.Generator, advance: Any
-) -> I32:
-    import torch
-
-    tokens = torch.full((batch, 1), start, dtype=torch.long)
-    rows, past = [], decoder.empty_past(batch)
-    with torch.inference_mode():
-        for step in range(length):
-            mask = torch.ones(batch, step + 1, dtype=torch.long)
-            positions = torch.full((batch, 1), step, dtype=torch.long)
-            logits, past = decoder.forward(tokens, mask, positions, past)
-            # By the inverse of the distribution function: torch.multinomial draws one number for every
-            # entry of the vocabulary, this draws one for each document.
-            distribution = torch.softmax(logits[:, -1].float(), dim=-1).cumsum(dim=-1)
-            draws = torch.rand(batch, 1, generator=generator) * distribution[:, -1:]
-            tokens = torch.searchsorted(distribution, draws).clamp_max(logits.shape[-1] - 1)
-            rows.append(tokens[:, 0].to(torch.int32))
-            advance(batch)
-    return torch.stack(rows, dim=1).numpy()
 
 
 # on disk -----------------------------------------------------------------------------------------

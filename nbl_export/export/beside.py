@@ -20,19 +20,30 @@ _NOT_COPIED = {".onnx", ".data", ".onnx_data", ".safetensors", ".bin", ".gguf", 
 
 @dataclass(frozen=True)
 class Beside:
-    """A file that goes beside the rewritten graph: as it is, or with the content of ``config``."""
+    """A file that goes beside the rewritten graph: as it is, or with the content of ``config``.
+
+    ``under`` is the subfolder that it is in, as the pooling of sentence-transformers.
+    """
 
     source: Path
     config: dict[str, Any] | None = None
+    under: Path = Path()
 
 
-def told(files: Iterable[Path], linear: Iterable[int], kept: Iterable[int]) -> list[Beside]:
+def told(
+    files: Iterable[Path], linear: Iterable[int], kept: Iterable[int], folder: Path | None = None
+) -> list[Beside]:
     """``files``, their configurations told: ``linear`` layers are gone, ``kept`` are cached. Writes nothing.
 
-    Raises :class:`InputError` for a configuration that is none.
+    Those of a subfolder of ``folder`` stay as they are. Raises :class:`InputError` for a configuration that is none.
     """
     layers, cached = list(linear), list(kept)
-    return [_told(source, layers, cached) for source in files]
+    return [
+        _told(source, layers, cached)
+        if folder is None or source.parent == folder
+        else Beside(source, under=source.parent.relative_to(folder))
+        for source in files
+    ]
 
 
 def _told(source: Path, linear: list[int], kept: list[int]) -> Beside:
@@ -49,7 +60,7 @@ def _told(source: Path, linear: list[int], kept: list[int]) -> Beside:
 
 def copy_beside(files: Iterable[Beside], folder: Path) -> list[Path]:
     """Write ``files`` into ``folder``; one that lies there already is changed there. Returns what was written."""
-    return [_copy(file, folder / file.source.name) for file in files]
+    return [_copy(file, folder / file.under / file.source.name) for file in files]
 
 
 def _copy(file: Beside, target: Path) -> Path:

@@ -1,5 +1,7 @@
 """How an exported decoder keeps its KV cache: it grows by concatenation, is a static buffer, or there is none.
 
+An encoder has no cache; its form (:mod:`.encoder`) follows from its task and its inputs.
+
 ``concat``  position_ids, attention_mask over past and sequence; past [B, H, past, D] goes in, present
             [B, H, past + sequence, D] comes out. Padding on the left. ONNX opset 23.
 ``none``    no cache: the whole text goes in each time. Padding on the left. ONNX opset 23.
@@ -14,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +29,8 @@ from nbl_export.models.compat import cache_argument, query_length
 from nbl_export.models.layers import taken, takes
 from nbl_export.models.trial import cache_shapes
 from nbl_export.runtime.torch import PastLayer, run_with_past
+
+ENCODER = "encoder"  # the name of every encoder's form
 
 
 class CachedDecoder(torch.nn.Module):
@@ -44,7 +48,10 @@ class CachedDecoder(torch.nn.Module):
 
 @dataclass(frozen=True)
 class Form:
-    """One way to keep a cache. ``inputs`` are those before the cache, in order, with their dimensions."""
+    """One way to keep a cache. ``inputs`` are those before the cache, in order, with their dimensions.
+
+    ``outputs`` are those before the cache; ``examples`` what to trace with instead of zeros.
+    """
 
     name: str
     opset: int
@@ -52,6 +59,10 @@ class Form:
     past: Mapping[int, str]
     present: Mapping[int, str]
     module: Callable[[torch.nn.Module], CachedDecoder]
+    outputs: Mapping[str, Mapping[int, str]] = field(
+        default_factory=lambda: {"logits": {0: BATCH, 1: SEQUENCE}}
+    )
+    examples: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def capture(self, decoder: CachedDecoder) -> torch.export.ExportedProgram:
         """Trace ``decoder``, every dimension named here being dynamic."""
@@ -59,7 +70,10 @@ class Form:
         sizes = {BATCH: 2, SEQUENCE: 3, PAST: 5, TOTAL: 8, MAX: 7}
         free = torch.export.Dim.DYNAMIC
         args: list[Any] = [
-            torch.zeros([sizes[d] for d in dims.values()], dtype=torch.long) for dims in self.inputs.values()
+            self.examples[name]
+            if name in self.examples
+            else torch.zeros([sizes[d] for d in dims.values()], dtype=torch.long)
+            for name, dims in self.inputs.items()
         ]
         shapes: list[Any] = [dict.fromkeys(dims, free) for dims in self.inputs.values()]
         if self.past:

@@ -11,6 +11,7 @@ from typing import Any
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from nbl_export.graph.interface import Inputs
 from nbl_export.graph.io import save_graph
 from nbl_export.graph.precision import Kept, Precision, to_precision
 from nbl_export.graph.ranges import measure_ranges
@@ -18,18 +19,18 @@ from nbl_export.workspace import TEMPORARY
 
 
 def save_in_precision(
-    graph: ir.Model, path: Path, precision: Precision, rows: Sequence[NDArray[Any]]
+    graph: ir.Model, path: Path, precision: Precision, rows: Sequence[NDArray[Any]] | Inputs
 ) -> tuple[list[Path], list[Kept]]:
     """Convert the float32 ``graph`` and write it to ``path``: the files, and the nodes left in float32.
 
-    ``rows`` are token ids of real text; a format of float32's range does not need them.
+    ``rows`` are token ids of real text, or an encoder's batch; a format of float32's range does not need them.
     """
     ranges = _ranges(graph, path, rows) if precision.largest < float("inf") else {}
     kept = to_precision(graph, precision, ranges)
     return save_graph(graph, path), kept
 
 
-def _ranges(graph: ir.Model, path: Path, rows: Sequence[NDArray[Any]]) -> Mapping[str, float]:
+def _ranges(graph: ir.Model, path: Path, rows: Sequence[NDArray[Any]] | Inputs) -> Mapping[str, float]:
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=".fp32.", suffix=TEMPORARY, dir=path.parent))
     try:

@@ -1,4 +1,4 @@
-"""Export a decoder with ``torch.onnx.export(dynamo=True)``: one graph for prefill and decode.
+"""Export a decoder with ``torch.onnx.export(dynamo=True)``: one graph for prefill and decode; or an encoder.
 
 Inputs  input_ids, position_ids [batch, sequence] and what the cache's form asks for (:mod:`.forms`),
         past_key_values.N.key/.value
@@ -20,10 +20,10 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes import common as passes
 
-from nbl_export.errors import BuildError, NblError
-from nbl_export.export.forms import CONCAT, Form
+from nbl_export.errors import BuildError, InputError, NblError
+from nbl_export.export.forms import CONCAT, ENCODER, Form
 from nbl_export.export.functions import SYMBOLIC_DOMAIN, exportable
-from nbl_export.graph.cache import BATCH, SEQUENCE, SIDES, past_name, present_name
+from nbl_export.graph.cache import SIDES, past_name, present_name
 from nbl_export.graph.io import save_graph
 from nbl_export.models.layers import layer_count
 from nbl_export.models.load import quiet
@@ -70,6 +70,20 @@ def trace(model: torch.nn.Module, form: Form = CONCAT, listener: Listener | None
     return graph
 
 
+def check_traces(model: torch.nn.Module, form: Form) -> None:
+    """Raise :class:`InputError` unless torch can trace ``model`` in ``form``: half of an export's work."""
+    try:
+        decoder = form.module(model)
+        with quiet(), exportable(model, decoder.mask), torch.no_grad():
+            form.capture(decoder)
+    except Exception as error:
+        first = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(
+            f"torch.export cannot trace {type(model).__name__} ({first[0][:200].rstrip('.')}): this architecture is "
+            "not served yet."
+        ) from error
+
+
 def tidy(model: ir.Model, form: Form, layers: int) -> ir.Model:
     """Give the graph its public names and dimensions, share what repeats, drop what only torch needs."""
     _set_opset(model, form.opset)
@@ -83,7 +97,7 @@ def tidy(model: ir.Model, form: Form, layers: int) -> ir.Model:
     passes.ClearMetadataAndDocStringPass()(model)
     _forget_symbols(graph)
     model.producer_name = "nbl-export"
-    graph.name = "decoder"
+    graph.name = "encoder" if form.name == ENCODER else "decoder"
     return model
 
 
@@ -147,7 +161,8 @@ def _forget_symbols(graph: ir.Graph) -> None:
 def _name_interface(graph: ir.Graph, form: Form, layers: int) -> None:
     inputs, outputs = list(graph.inputs), list(graph.outputs)
     named = len(form.inputs)
-    if len(inputs) != named + 2 * layers or len(outputs) != 1 + 2 * layers:
+    given = len(form.outputs)
+    if len(inputs) != named + 2 * layers or len(outputs) != given + 2 * layers:
         raise BuildError(
             f"The exported graph has {len(inputs)} inputs and {len(outputs)} outputs for {layers} layers: "
             "a cache entry was optimized away."
@@ -156,12 +171,16 @@ def _name_interface(graph: ir.Graph, form: Form, layers: int) -> None:
     def rename(value: ir.Value, name: str, dims: Mapping[int, str]) -> None:
         value.name = name
         assert value.shape is not None
-        value.shape = ir.Shape([dims.get(i, d) for i, d in enumerate(value.shape)])
+        # A dimension that turned out to be fixed, as the tokens of an image, has no name.
+        value.shape = ir.Shape(
+            [d if isinstance(d, int) else dims.get(i, d) for i, d in enumerate(value.shape)]
+        )
 
     for value, (name, dims) in zip(inputs, form.inputs.items(), strict=False):
         rename(value, name, dims)
-    rename(outputs[0], "logits", {0: BATCH, 1: SEQUENCE})
+    for value, (name, dims) in zip(outputs, form.outputs.items(), strict=False):
+        rename(value, name, dims)
     for layer in range(layers):
         for side, name in enumerate(SIDES):
             rename(inputs[named + 2 * layer + side], past_name(layer, name), form.past)
-            rename(outputs[1 + 2 * layer + side], present_name(layer, name), form.present)
+            rename(outputs[given + 2 * layer + side], present_name(layer, name), form.present)

@@ -34,6 +34,7 @@ BATCH, SEQUENCE, PAST, TOTAL, MAX = (
     "max_sequence_length",
 )
 TOKENS, EMBEDDINGS, MASK = "input_ids", "inputs_embeds", "attention_mask"
+TOKEN_TYPES, PIXELS = "token_type_ids", "pixel_values"
 WRITE_INDICES = "write_indices"  # the input that only a static cache has
 KV_LAYERS_KEY = "nbl_export.kv_layers"  # metadata: the model's layer of each KV pair
 # Attention weights pass through at most so many nodes between softmax and product with V.

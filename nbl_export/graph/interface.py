@@ -1,4 +1,7 @@
-"""What a decoder graph takes and gives, by role: tokens, mask, positions, KV cache, logits."""
+"""What a graph takes and gives, by role: tokens or pixels, mask, positions, KV cache, logits or states.
+
+This is the one place that knows what each input means, and what to put there for one row without padding.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,59 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from nbl_export.errors import InputError
-from nbl_export.graph.cache import MASK, TOKENS, WRITE_INDICES, KVPair, kv_layers, kv_pairs
+from nbl_export.graph.cache import (
+    MASK,
+    PIXELS,
+    TOKEN_TYPES,
+    TOKENS,
+    WRITE_INDICES,
+    KVPair,
+    kv_layers,
+    kv_pairs,
+)
 from nbl_export.graph.operators import fused_op
 from nbl_export.graph.regions import visible_cores
 
 POSITIONS = "position_ids"
 # Scalar inputs that some exporters add, and the value that means "as usual".
 SCALARS = {"num_logits_to_keep": 0}
+
+# A batch by input name: [batch, sequence] of whole numbers, or pixels [batch, channels, height, width].
+Inputs = Mapping[str, NDArray[Any]]
+
+
+def rows_of_batch(inputs: Inputs) -> list[dict[str, NDArray[Any]]]:
+    """The rows of a batch, each a batch of one without padding: ids (and their types), or an image."""
+    mask = inputs.get(MASK)
+    rows = []
+    for i in range(len(next(iter(inputs.values())))):
+        kept = slice(None) if mask is None else mask[i].astype(bool)
+        # Masks and positions follow from the rest.
+        given = {n: a[i : i + 1] for n, a in inputs.items() if n not in (MASK, POSITIONS)}
+        rows.append({n: a[:, kept] if n in (TOKENS, TOKEN_TYPES) else a for n, a in given.items()})
+    return rows
+
+
+def batch_of_rows(rows: Sequence[Inputs], pad: int = 0, left: bool = False) -> dict[str, NDArray[Any]]:
+    """Rows as :func:`rows_of_batch` gives them in one batch: padded with the token ``pad``, with their mask."""
+    first = rows[0]
+    if TOKENS not in first:
+        return {name: np.concatenate([row[name] for row in rows]) for name in first}
+    lengths = np.array([row[TOKENS].shape[1] for row in rows])
+    places = np.arange(lengths.max())[None]
+    mask = places >= (lengths.max() - lengths)[:, None] if left else places < lengths[:, None]
+    batch = {}
+    for name in first:
+        batch[name] = np.full(mask.shape, pad if name == TOKENS else 0, dtype=np.int64)
+        batch[name][mask] = np.concatenate([row[name][0] for row in rows])
+    return {**batch, MASK: mask.astype(np.int64)}
+
+
+def real_places(inputs: Inputs, length: int) -> NDArray[np.bool_]:
+    """[batch, length]: which of the places that attention sees are no padding."""
+    if MASK in inputs:
+        return inputs[MASK].astype(bool)
+    return np.ones((len(next(iter(inputs.values()))), length), dtype=bool)
 
 
 @dataclass(frozen=True)
@@ -32,7 +81,7 @@ class CacheEntry:
 
 @dataclass(frozen=True)
 class Interface:
-    """The inputs and outputs of a decoder graph.
+    """The inputs and outputs of a decoder or encoder graph; ``logits`` names the first of its ``outputs``.
 
     ``layers`` says which layer of the model each cache entry belongs to. ``ragged`` graphs take rows that
     are padded on the right, each with its own length; the others want them padded on the left.
@@ -46,6 +95,7 @@ class Interface:
     ragged: bool
     cacheless: bool
     scalars: Mapping[str, int] = field(default_factory=dict)
+    outputs: tuple[str, ...] = ()
 
     @property
     def static(self) -> bool:
@@ -73,48 +123,56 @@ class Interface:
             for name in entry.past
         }
 
-    def row(self, tokens: NDArray[Any], dtype: Any) -> dict[str, NDArray[Any]]:
-        """All inputs of a prefill of one row of token ids, from an empty cache."""
-        ids = np.asarray(tokens, dtype=np.int64)[None]
+    def row(self, given: NDArray[Any] | Inputs, dtype: Any) -> dict[str, NDArray[Any]]:
+        """All inputs for one row: its token ids, or named inputs [1, …]; a cache is empty."""
+        if not isinstance(given, Mapping):
+            given = {TOKENS: np.asarray(given, dtype=np.int64)[None]}
+        if TOKENS not in given:
+            return self.named(given)
+        ids = given[TOKENS]
         inputs = {
-            TOKENS: ids,
             MASK: np.ones_like(ids),
             POSITIONS: np.arange(ids.shape[1], dtype=np.int64)[None],
+            TOKEN_TYPES: np.zeros_like(ids),
             WRITE_INDICES: np.zeros(1, dtype=np.int64),
+            **given,
         }
         return self.named(inputs) | self.empty_cache(1, ids.shape[1] if self.static else 0, dtype)
 
 
 def interface_of(model: ir.Model) -> Interface:
-    """The interface of a decoder graph.
+    """The interface of a decoder or encoder graph.
 
     Raises :class:`InputError` for an input of unknown meaning: such a graph can be rewritten, but not run.
     """
     pairs = kv_pairs(model)
-    known = {TOKENS, MASK, POSITIONS, WRITE_INDICES, *SCALARS, *(str(v.name) for p in pairs for v in p.past)}
+    past = (str(v.name) for p in pairs for v in p.past)
+    known = {TOKENS, PIXELS, MASK, POSITIONS, TOKEN_TYPES, WRITE_INDICES, *SCALARS, *past}
     names = [str(v.name) for v in model.graph.inputs]
     if unknown := [name for name in names if name not in known]:
         raise InputError(
             f"The graph has an input {unknown[0]!r}, and nbl-export does not know what to put there: "
-            f"it knows {TOKENS}, {MASK}, {POSITIONS} and a KV cache."
+            f"it knows {TOKENS}, {MASK}, {POSITIONS}, {TOKEN_TYPES}, {PIXELS} and a KV cache."
         )
+    outputs = _outputs(model, pairs)
     return Interface(
         frozenset(names),
-        _logits(model, pairs),
+        "logits" if "logits" in outputs else outputs[0],
         tuple(_entry(pair) for pair in pairs),
         kv_layers(model),
         any((op := fused_op(node)) and op.ragged for node in model.graph),
         not pairs and bool(visible_cores(model)),
         {name: value for name, value in SCALARS.items() if name in names},
+        outputs,
     )
 
 
-def _logits(model: ir.Model, pairs: Sequence[KVPair]) -> str:
+def _outputs(model: ir.Model, pairs: Sequence[KVPair]) -> tuple[str, ...]:
     present = {v for pair in pairs for v in pair.present}
-    names = [str(v.name) for v in model.graph.outputs if v not in present]
+    names = tuple(str(v.name) for v in model.graph.outputs if v not in present)
     if not names:
         raise InputError("The graph has no output but its KV cache: it is no decoder.")
-    return "logits" if "logits" in names else names[0]
+    return names
 
 
 def _entry(pair: KVPair) -> CacheEntry:

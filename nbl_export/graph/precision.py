@@ -1,4 +1,4 @@
-"""Make a float32 decoder graph a half-precision one: the precision is in the graph, not in a builder's flag.
+"""Make a float32 graph a half-precision one: the precision is in the graph, not in a builder's flag.
 
     before                          after
     x ─► op ─► y   (float32)        x ─► op ─► y                    (half)
@@ -9,7 +9,8 @@
    they are computed from, tensors that reach beyond the format's range on real text, constants that it
    cannot represent. Its weights stay float32 too.
 3. Casts stand where a converted node reads a float32 tensor and the other way round, one for each tensor.
-4. Logits leave as float32, the KV cache in half. No other float32 input, output or weight remains.
+4. The KV cache is half. Logits and states leave as float32, and pixels arrive so. No other float32 weight
+   remains.
 
 `RMSNormalization`, `LayerNormalization` and `Attention` read and write half but compute their means and
 softmax in float32: for the norms the operator says so (``stash_type``), for attention every runtime does.
@@ -28,6 +29,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common as passes
 
 from nbl_export.errors import BuildError, InputError
+from nbl_export.graph.cache import kv_pairs
 from nbl_export.graph.operators import linear_op
 from nbl_export.graph.quantize import weight_bits
 
@@ -116,7 +118,8 @@ def to_precision(model: ir.Model, precision: Precision, ranges: Mapping[str, flo
         raise BuildError(f"A graph with control flow cannot be converted to {precision.name}.")
     kept = _kept(graph, precision, ranges)
     converter = _Converter(graph, precision)
-    for value in graph.inputs:
+    pairs = kv_pairs(model)
+    for value in (v for pair in pairs for v in pair.past):
         if value.dtype == F32:
             value.dtype = precision.dtype
     for node in list(graph):
@@ -125,8 +128,9 @@ def to_precision(model: ir.Model, precision: Precision, ranges: Mapping[str, flo
         elif any(v is not None and v.dtype in (F32, precision.dtype) for v in node.inputs):
             converter.narrow(node)
         # A node without floating-point inputs (a Cast of integers) writes float32, which readers cast.
+    cache = {v for pair in pairs for v in pair.present}
     for index, value in enumerate(list(graph.outputs)):
-        wanted = F32 if value.name == "logits" else precision.dtype
+        wanted = precision.dtype if value in cache else F32
         if value.dtype in (F32, precision.dtype) and value.dtype != wanted:
             converter.output(index, value, wanted)
     passes.RemoveUnusedNodesPass()(model)

@@ -20,12 +20,12 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from nbl_export.errors import BuildError
-from nbl_export.graph.cache import MASK, TOKENS
+from nbl_export.graph.cache import TOKENS
+from nbl_export.graph.interface import rows_of_batch
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.precision import Precision, graph_precision
 from nbl_export.graph.regions import AttentionRegion, Output
 from nbl_export.linearize.plan import Plan
-from nbl_export.runtime.padding import rows_of
 from nbl_export.runtime.pieces import Arrays, compute, prefill_rows, unbatched
 
 _C = TypeVar("_C")
@@ -134,13 +134,18 @@ def _inputs(region: AttentionRegion, plan: Plan) -> tuple[ir.Value, ...]:
 
 
 class _Bench:
-    """The graph on the probe: from its tokens on, or from the activations that a layer is given."""
+    """The graph on the probe: from its inputs on, or from the activations that a layer is given."""
 
     def __init__(
         self, path: Path, plan: Plan, progress: Callable[[int], object] = lambda _bytes: None
     ) -> None:
         self.path, self.plan, self.progress = path, plan, progress
-        self.rows = rows_of(plan.probe[TOKENS], plan.probe[MASK])
+        self.rows = rows_of_batch(plan.probe)
+        self.lengths = [row[TOKENS].shape[1] if TOKENS in row else self._image() for row in self.rows]
+
+    def _image(self) -> int:
+        """How many tokens the model makes of an image."""
+        return len(next(iter(self.plan.probe_y.values()))) // len(self.rows)
 
     def run(self, names: Sequence[str], given: Mapping[str, Sequence[NDArray[Any]]]) -> list[Arrays]:
         """Tensors ``names`` for each row; ``given`` inner tensors are taken as they are."""
@@ -155,11 +160,11 @@ class _Bench:
         self, activations: NDArray[np.float32], shapes: Sequence[tuple[int, ...]]
     ) -> list[NDArray[np.float32]]:
         """``activations`` [unpadded tokens, d] row by row, in ``shapes``."""
-        ends = np.cumsum([len(row) for row in self.rows])[:-1]
+        ends = np.cumsum(self.lengths)[:-1]
         return [p.reshape(s) for p, s in zip(np.split(activations, ends), shapes, strict=True)]
 
     def error(self, arrays: Sequence[NDArray[Any]], expected: NDArray[np.float32]) -> float:
-        rows = [unbatched(a, len(row)) for a, row in zip(arrays, self.rows, strict=True)]
+        rows = [unbatched(a, length) for a, length in zip(arrays, self.lengths, strict=True)]
         if any(r.ndim != 2 or r.shape[1] != expected.shape[1] for r in rows):
             return float("inf")
         return relative_error(np.concatenate(rows), expected)

@@ -11,14 +11,17 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common as passes
 
+from nbl_export.graph.interface import Inputs
 from nbl_export.graph.io import scratch_copy
 from nbl_export.runtime.ort import run_outputs
 
 _SUFFIX = ".largest"
 
 
-def measure_ranges(path: Path, rows: Sequence[NDArray[Any]]) -> Mapping[str, float]:
-    """The largest magnitude of every float32 tensor of the decoder at ``path`` over a prefill of ``rows``.
+def measure_ranges(path: Path, rows: Sequence[NDArray[Any]] | Inputs) -> Mapping[str, float]:
+    """The largest magnitude of every float32 tensor of the graph at ``path`` over a prefill of ``rows``.
+
+    An encoder is given a batch by input name instead.
 
     Each tensor is reduced where it arises, so memory stays that of an ordinary run. Padding counts too,
     since it is computed as well; a tensor that is not finite counts as infinite.

@@ -1,4 +1,4 @@
-"""Find the attention of every layer in a decoder graph, by structure alone.
+"""Find the attention of every layer in a decoder or encoder graph, by structure alone.
 
     h ─► norm ─► x ─► MatMul q,k,v ─► … ─► core ─► … ─► MatMul o ─► (+ bias) ─► y ─► Add ─► …
                                             ▲│                                       ▲
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from nbl_export.errors import InputError
-from nbl_export.graph.cache import EMBEDDINGS, KV_LAYERS_KEY, TOKENS, after_softmax, kv_pairs
+from nbl_export.graph.cache import EMBEDDINGS, KV_LAYERS_KEY, PIXELS, TOKENS, after_softmax, kv_pairs
 from nbl_export.graph.operators import (
     INTEGER_PRODUCTS,
     OTHER_INTEGER_PRODUCTS,
@@ -165,8 +165,8 @@ def _reach(values: Iterable[ir.Value], without: ir.Node | None = None) -> set[ir
 
 
 def _activations(model: ir.Model) -> set[ir.Value]:
-    """Values that carry activations: computed from the token ids (or embeddings) themselves."""
-    tokens = [v for v in model.graph.inputs if v.name in (TOKENS, EMBEDDINGS)]
+    """Values that carry activations: computed from the token ids (or embeddings, or pixels) themselves."""
+    tokens = [v for v in model.graph.inputs if v.name in (TOKENS, EMBEDDINGS, PIXELS)]
     if not tokens:
         names = ", ".join(repr(str(v.name)) for v in model.graph.inputs)
         raise InputError(

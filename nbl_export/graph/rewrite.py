@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from nbl_export.errors import BuildError, InputError
-from nbl_export.graph.cache import KV_LAYERS_KEY, kv_pairs, metadata_list, remove_pairs
+from nbl_export.graph.cache import KV_LAYERS_KEY, PIXELS, kv_pairs, metadata_list, remove_pairs
 from nbl_export.graph.io import (
     GraphSummary,
     append_graph,
@@ -75,6 +75,7 @@ def rewrite_file(
     checked = passes_checker(source)
     before = summarize(model, source)
     RemoveUnusedNodesPass()(model)  # what nobody reads is in nobody's way
+    found = len(find_regions(model))
     regions = _found(model, plan)
     listener = listener or Silent()
     with bytes_task(listener, "Proving the regions", before.file_bytes) as done:
@@ -87,7 +88,7 @@ def rewrite_file(
     def check(written: Path) -> None:
         check_file(written, strict=checked)
         result = load_graph(written)
-        count(result, before, summarize(result, written), plan)
+        count(result, before, summarize(result, written), plan, found)
         confirm(written, proofs, plan, {layer: linear_output_name(layer) for layer in plan.chosen})
 
     with bytes_task(listener, "Writing the graph", before.file_bytes) as done:
@@ -114,6 +115,8 @@ def linearized_layers(model: ir.Model) -> tuple[int, ...]:
 
 def _found(model: ir.Model, plan: Plan) -> list[AttentionRegion]:
     found = find_regions(model)
+    if any(value.name == PIXELS for value in model.graph.inputs):
+        found = found[: plan.layer_count]  # an attention after the last layer pools the image
     if not found:
         raise InputError(
             "The graph has no attention that nbl-export knows: it is no decoder, or rewritten already."
@@ -292,24 +295,27 @@ def _describe(model: ir.Model, proofs: Sequence[Proof], plan: Plan, cached: bool
     model.metadata_props[VERSION_KEY] = __version__
 
 
-def count(model: ir.Model, before: GraphSummary, after: GraphSummary, plan: Plan) -> None:
-    """Step 4: raises :class:`BuildError` unless exactly what was planned has changed."""
+def count(
+    model: ir.Model, before: GraphSummary, after: GraphSummary, plan: Plan, found: int | None = None
+) -> None:
+    """Step 4: raises :class:`BuildError` unless exactly what was planned has changed.
+
+    ``found`` are the attention layers that there were before, those of the plan where it is None.
+    """
     k = len(plan.layers)
     cached = k if before.kv_pairs else 0
     regions = len(find_regions(model))
     expected = {
-        "attention layers": (regions, plan.layer_count - k),
+        "attention layers": (regions, (plan.layer_count if found is None else found) - k),
         "KV pairs": (after.kv_pairs, before.kv_pairs - cached),
         "inputs": (after.inputs, before.inputs - 2 * cached),
         "outputs": (after.outputs, before.outputs - 2 * cached),
         "dead initializers": (sum(not v.uses() for v in model.graph.initializers.values()), 0),
         "dead nodes": (sum(not _is_read(node) for node in model.graph), 0),
     }
-    for what, (found, wanted) in expected.items():
-        if found != wanted:
-            raise BuildError(
-                f"The rewritten graph has {found} {what}, expected {wanted}: nothing to rely on."
-            )
+    for what, (has, wanted) in expected.items():
+        if has != wanted:
+            raise BuildError(f"The rewritten graph has {has} {what}, expected {wanted}: nothing to rely on.")
 
 
 def _is_read(node: ir.Node) -> bool:

@@ -36,9 +36,9 @@ class LinearLayer:
 class Plan:
     """K layers and their affine maps, and the evidence the graph rewrite needs.
 
-    ``fit_input`` says what u is. ``probe`` holds a ragged batch (``input_ids``, ``attention_mask``,
-    ``position_ids``, int64 [batch, sequence]); ``probe_u`` and ``probe_y`` are what the original
-    PyTorch model had as u and y there in **every** layer, float32 [unpadded tokens, d].
+    ``fit_input`` says what u is. ``probe`` holds a ragged batch by input name (``input_ids``,
+    ``attention_mask`` …, int64 [batch, sequence]) or images; ``probe_u`` and ``probe_y`` are what the
+    original PyTorch model had as u and y there in **every** layer, float32 [unpadded tokens, d].
     """
 
     model: str
@@ -49,7 +49,7 @@ class Plan:
     ridge: float
     calibration_tokens: int
     layers: Mapping[int, LinearLayer]
-    probe: Mapping[str, NDArray[np.int64]]
+    probe: Mapping[str, NDArray[Any]]
     probe_u: Mapping[int, F32]
     probe_y: Mapping[int, F32]
 

@@ -168,7 +168,25 @@ def layer_count(model: torch.nn.Module) -> int:
 def positions(model: torch.nn.Module) -> int | None:
     """The longest context the model has positions for; None if its configuration sets no bound."""
     found = getattr(_config(model), "max_position_embeddings", None)
-    return int(found) if found else None
+    if not found:
+        return None
+    # Some count positions from after the padding token's on.
+    tables = (m for name, m in model.named_modules() if name.endswith("position_embeddings"))
+    pads = [int(pad) + 1 for m in tables if (pad := getattr(m, "padding_idx", None)) is not None]
+    return int(found) - max(pads, default=0)
+
+
+def image_shape(model: torch.nn.Module) -> tuple[int, int, int]:
+    """Channels, height and width of the images that the configuration speaks of."""
+    config = _config(model)
+    size = getattr(config, "image_size", 224)
+    height, width = (size, size) if isinstance(size, int) else tuple(size)
+    return int(getattr(config, "num_channels", 3)), int(height), int(width)
+
+
+def main_input(model: torch.nn.Module) -> str:
+    """The name of what the model reads first: input_ids, pixel_values …"""
+    return str(getattr(model, "main_input_name", "input_ids"))
 
 
 def takes(model: torch.nn.Module, argument: str) -> bool:

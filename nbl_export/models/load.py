@@ -1,4 +1,4 @@
-"""Load a found model and its tokenizer into PyTorch, quietly, in float32 on the CPU or a GPU."""
+"""Load a found model and its tokenizer or image processor into PyTorch, quietly, in float32 on the CPU or a GPU."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbl_export.errors import InputError
+from nbl_export.errors import InputError, MissingDependencyError
 from nbl_export.models.compat import is_transformers_4, readable_folder
 from nbl_export.models.source import ModelSource, check_config
+from nbl_export.models.tasks import task_named
 
 if TYPE_CHECKING:
     import torch
+
+PREPROCESSOR = "preprocessor_config.json"
 
 
 @contextmanager
@@ -53,13 +56,14 @@ def _readable(source: ModelSource) -> Iterator[str]:
 
 
 def load_model(source: ModelSource) -> torch.nn.Module:
-    """The causal language model in float32, ``eval`` mode, without gradients.
+    """The model with the head of its task in float32, ``eval`` mode, without gradients.
 
     GGUF weights are de-quantized. Raises :class:`InputError` if transformers cannot read it.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
+    task = task_named(source.task)
     options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": source.trust_remote_code}
     if source.gguf_file:
         options["gguf_file"] = source.gguf_file
@@ -67,11 +71,16 @@ def load_model(source: ModelSource) -> torch.nn.Module:
         options["use_safetensors"] = True
     with quiet(), _readable(source) as path:
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+            model, info = getattr(transformers, task.loads).from_pretrained(
+                path, output_loading_info=True, **options
+            )
         except Exception as error:  # transformers raises almost anything for an unreadable model
             raise InputError(f"transformers cannot load {source.source}: {_first_line(error)}.") from error
     check_config(source.source, model.config.to_dict())
-    if missing := sorted(info["missing_keys"]):
+    missing = sorted(info["missing_keys"])
+    if not task.causal and missing and all(key.startswith("pooler.") for key in missing):
+        model.pooler, missing = None, []  # saved without one, as sentence-transformers often does
+    if missing:
         raise InputError(
             f"{source.source} has no weights for {missing[0]} and {len(missing) - 1} more: its files are incomplete."
         )
@@ -96,6 +105,30 @@ def load_tokenizer(source: ModelSource) -> Any:
         except Exception as error:
             raise InputError(
                 f"No tokenizer can be loaded from {source.source}: {_first_line(error)}."
+            ) from error
+
+
+def load_image_processor(source: ModelSource) -> Any:
+    """The model's image processor, or an error saying why there is none."""
+    try:
+        import PIL  # noqa: F401
+    except ImportError:
+        raise MissingDependencyError(
+            "Reading images needs pillow: pip install 'nbl-export[vision]'."
+        ) from None
+    from transformers import AutoImageProcessor
+
+    if not (Path(source.path) / PREPROCESSOR).is_file():
+        raise InputError(
+            f"{source.source} has no {PREPROCESSOR}, which says how its images are scaled: add the one that the "
+            "model was trained with."
+        )
+    with quiet():
+        try:
+            return AutoImageProcessor.from_pretrained(source.path, trust_remote_code=source.trust_remote_code)
+        except Exception as error:
+            raise InputError(
+                f"No image processor can be loaded from {source.source}: {_first_line(error)}."
             ) from error
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nbl_export.errors import InputError
+from nbl_export.models.pooling import find_pooling
+from nbl_export.models.tasks import FEATURES, GENERATION, TOKENS, Task, heads, reads, task_named, task_of
 from nbl_export.workspace import sha256_of_file
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
@@ -28,7 +30,8 @@ class ModelSource:
     """A model that was found, and what identifies it.
 
     ``path`` is the local folder (of a GGUF file: its folder, with ``gguf_file`` its name);
-    ``fingerprint`` is a SHA-256 over the configuration and every weight file.
+    ``fingerprint`` is a SHA-256 over the configuration and every weight file. ``task`` is a row of
+    ``tasks.toml``, ``reads`` its main input.
     """
 
     source: str
@@ -37,6 +40,8 @@ class ModelSource:
     gguf_file: str | None
     fingerprint: str
     trust_remote_code: bool = False
+    task: str = GENERATION
+    reads: str = TOKENS
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -46,7 +51,7 @@ def find_model(source: str, trust_remote_code: bool = False) -> ModelSource:
     """Find ``source`` and fingerprint it.
 
     A path that exists wins over a Hub id of the same spelling. Raises :class:`InputError` for
-    anything that is no causal language model with safetensors or GGUF weights.
+    anything that is no decoder or encoder with safetensors or GGUF weights.
     """
     if not source.strip():
         raise InputError("MODEL is empty: give a folder, a .gguf file, or a Hub id.")
@@ -124,34 +129,40 @@ def _from_folder(source: str, path: Path, kind: Literal["folder", "hub"], trust:
         raise InputError(f"{source}: config.json cannot be read ({error}).") from None
     if not isinstance(config, dict):
         raise InputError(f"{source}: config.json cannot be read (it is no JSON object).")
-    check_config(source, config)
+    task = check_config(source, config)
+    if not task.causal and find_pooling(path):
+        task = task_named(FEATURES)  # what is pooled are the states, whatever head was saved
     weights = sorted(path.glob("*.safetensors"))
     if not weights:
         raise InputError(
             f"{source} has no .safetensors weights: pickled weights (.bin) are not loaded; convert them with "
             "`save_pretrained` of transformers."
         )
-    return ModelSource(source, kind, str(path.resolve()), None, _fingerprint(weights, config), trust)
+    fingerprint = _fingerprint(weights, config)
+    where = str(path.resolve())
+    return ModelSource(source, kind, where, None, fingerprint, trust, task.name, reads(task, config))
 
 
-def check_config(source: str, config: dict[str, Any]) -> None:
-    """Refuse, before any work, a model that this tool cannot serve; the message gives the reason."""
+def check_config(source: str, config: dict[str, Any]) -> Task:
+    """The task of a model; refuses, before any work, one that this tool cannot serve, with the reason."""
     if config.get("is_encoder_decoder"):
         raise InputError(
             f"{source} is an encoder-decoder model ({config.get('model_type')}): only decoder-only language "
-            "models are served."
+            "models and encoders are served."
         )
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
         raise InputError(f"{source}: config.json cannot be read (architectures is {architectures!r}).")
-    if architectures and not any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in architectures):
+    task = task_of(architectures)
+    if task is None:
         raise InputError(
-            f"{source} is no causal language model (architecture {', '.join(architectures)}): only decoder-only "
-            "language models are served."
+            f"{source} is for a task that is not served (architecture {', '.join(architectures)}): served are "
+            f"{heads()}."
         )
     quantization = config.get("quantization_config")
     if isinstance(quantization, dict) and quantization.get("quant_method") not in (None, "gguf"):
         raise InputError(f"{source} is {_QUANTIZED.format(method=quantization['quant_method'])}.")
+    return task
 
 
 def _fingerprint(weights: Iterable[Path], config: dict[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """What neither a model's configuration nor its modules say: tried out, once, by one tiny forward pass.
 
 How many values its attention returns, how many heads of which size its KV cache has in each layer, whether
-it is causal. Configurations spell these in many ways, or not at all; the numbers say it for every family.
+it is causal, what it gives. Configurations spell these in many ways, or not at all; the numbers say it for every
+family.
 """
 
 from __future__ import annotations
@@ -14,7 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from nbl_export.errors import InputError
 from nbl_export.models.compat import cache_argument
-from nbl_export.models.layers import attention_layers, layer_count, structure
+from nbl_export.models.layers import (
+    attention_layers,
+    image_shape,
+    layer_count,
+    main_input,
+    structure,
+    taken,
+)
+from nbl_export.models.tasks import GENERATION, PIXELS, TOKENS, Task, task_named
 
 if TYPE_CHECKING:
     import torch
@@ -35,12 +44,18 @@ class CacheShape:
 class Trial:
     """``returns``: by layer, the length of the tuple that its attention returns; None for a bare tensor.
 
-    ``cache`` has an entry for each block, None for one that keeps no keys and values of its own.
+    ``cache`` has an entry for each block, None for one that keeps no keys and values of its own. ``tokens`` is
+    how many its attention sees of one row, ``outputs`` what it gives. ``mapped`` says whether y is what a linear
+    map writes, so that nothing is added to it inside; ``same`` whether a second pass over images gave the same.
     """
 
     returns: Mapping[int, int | None]
     cache: tuple[CacheShape | None, ...]
     causal: bool
+    tokens: int = _TOKENS
+    outputs: tuple[str, ...] = ()
+    mapped: bool = True
+    same: bool = True
 
 
 _DONE: weakref.WeakKeyDictionary[torch.nn.Module, Trial] = weakref.WeakKeyDictionary()
@@ -67,17 +82,21 @@ def cache_shapes(model: torch.nn.Module) -> tuple[CacheShape, ...]:
     return tuple(shape for shape in shapes if shape is not None)
 
 
-def check_served(model: torch.nn.Module, cached: bool = True) -> None:
-    """Refuse, before any work, a model whose structure is not served, or that is not causal.
+def check_served(model: torch.nn.Module, cached: bool = True, task: Task | None = None) -> None:
+    """Refuse, before any work, a model whose structure is not served, or that is not what its ``task`` says.
 
-    ``cached`` asks for a KV cache that every layer has its part in.
+    ``cached`` asks for a KV cache that every layer of a decoder has its part in.
     """
-    found = structure(model)
-    if not trial(model).causal:
+    found, task = structure(model), task or task_named(GENERATION)
+    tried = trial(model)
+    if task.causal and not tried.causal:
         raise InputError(
-            f"{type(model).__name__} is not causal (an earlier token's logits depend on a later token): only "
-            "decoder-only language models are served."
+            f"{type(model).__name__} is not causal (an earlier token depends on a later token), so it is no decoder: "
+            "if it is an encoder, `architectures` in its config.json must name its encoder class, as BertModel."
         )
+    if not task.causal:
+        _check_encoder(model, tried, task)
+        return
     if cached and found.others:
         index, kind = next(iter(found.others.items()))
         raise InputError(
@@ -88,30 +107,101 @@ def check_served(model: torch.nn.Module, cached: bool = True) -> None:
         cache_shapes(model)
 
 
+def _check_encoder(model: torch.nn.Module, tried: Trial, task: Task) -> None:
+    name = type(model).__name__
+    if tried.causal:
+        raise InputError(
+            f"{name} is a decoder without its language-model head: only decoders with it are served, saved as "
+            f"{name.removesuffix('Model')}ForCausalLM."
+        )
+    if not tried.mapped:
+        raise InputError(
+            f"The attention of {name} does more after its output projection (a sum or a norm), so that its output is "
+            "not the attention's alone: this architecture is not served yet."
+        )
+    if not tried.same or (main_input(model) == TOKENS and tried.tokens != _TOKENS):
+        raise InputError(
+            f"{name} does not give each row's tokens to its attention as they are: this architecture is not served "
+            "yet."
+        )
+    if not set(task.outputs) & set(tried.outputs):
+        raise InputError(
+            f"{name} gives none of {', '.join(task.outputs)}: this architecture is not served yet."
+        )
+
+
+def example_inputs(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Two rows of the model's main input that differ in their last token, or two images.
+
+    Raises :class:`InputError` for a model that reads neither tokens nor pixels.
+    """
+    import torch
+
+    like = next(model.parameters())
+    name = main_input(model)
+    if name == PIXELS:
+        generator = torch.Generator().manual_seed(0)
+        return {PIXELS: torch.randn(2, *image_shape(model), generator=generator).to(like)}
+    if name != TOKENS:
+        raise InputError(f"{type(model).__name__} reads {name}: only tokens and images are served.")
+    ids = torch.arange(_TOKENS, device=like.device)[None].repeat(2, 1) % 4 + 1
+    ids[1, -1] = 0 if getattr(model.config, "pad_token_id", None) != 0 else 5  # type: ignore[union-attr]
+    return {TOKENS: ids}
+
+
 def _try(model: torch.nn.Module) -> Trial:
     import torch
 
     returns: dict[int, int | None] = {}
-    device = next(model.parameters()).device
-    ids = torch.arange(_TOKENS, device=device)[None].repeat(2, 1) % 4 + 1
-    ids[1, -1] = 0
+    last: list[torch.Tensor] = []
+    mapped: list[torch.Tensor] = []
+    inputs = example_inputs(model)
+    layers = attention_layers(model)
     with ExitStack() as hooks, torch.inference_mode():
-        for layer in attention_layers(model):
+        for layer in layers:
 
             def note(_module: Any, _args: Any, output: Any, index: int = layer.index) -> None:
                 returns[index] = len(output) if isinstance(output, tuple) else None
 
-            handle = model.get_submodule(layer.attention).register_forward_hook(note)
-            hooks.callback(handle.remove)
+            hooks.callback(model.get_submodule(layer.attention).register_forward_hook(note).remove)
+
+        def write(_module: Any, _args: Any, output: Any) -> None:
+            last[:] = [output[0] if isinstance(output, tuple) else output]
+
+        def keep(_module: Any, _args: Any, output: Any) -> None:
+            mapped.append(output)
+
+        y = model.get_submodule(layers[-1].output)
+        for module in y.modules():
+            # A matrix, also where a convolution or a transposed map is made of it; a norm has a vector.
+            if getattr(getattr(module, "weight", None), "ndim", 0) >= 2:
+                hooks.callback(module.register_forward_hook(keep).remove)
+        hooks.callback(y.register_forward_hook(write).remove)
         try:
-            output = model(input_ids=ids, use_cache=True)
+            output = model(**inputs, **taken(model, use_cache=True))
+            first = last[0]
+            if PIXELS in inputs:
+                model(**inputs)
         except Exception as error:  # a model's own code may raise anything
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise InputError(f"{type(model).__name__} cannot be run: {first[:300]}.") from error
-    logits = output.logits[:, :-1]
-    causal = torch.allclose(logits[0], logits[1], rtol=1e-3, atol=1e-3)
+            said = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise InputError(f"{type(model).__name__} cannot be run: {said[:300]}.") from error
+    states = last[0]
+    seen = states[:, :-1].float()
+    causal = TOKENS in inputs and bool((seen[0] - seen[1]).norm() <= 1e-3 * seen[0].norm())
     cache = output.get(cache_argument(model))
-    return Trial(returns, _cache(cache, layer_count(model)), causal)
+    return Trial(
+        returns,
+        _cache(cache, layer_count(model)),
+        causal,
+        tokens=states.shape[1],
+        outputs=tuple(name for name, value in output.items() if isinstance(value, torch.Tensor)),
+        mapped=any(isinstance(m, torch.Tensor) and _same(m, states) for m in mapped),
+        same=_same(first, states),
+    )
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.numel() == b.numel() and bool((a.reshape(-1) == b.reshape(-1)).all())
 
 
 def _cache(cache: Any, count: int) -> tuple[CacheShape | None, ...]:

@@ -32,10 +32,11 @@ def assemble(
     rewritten = read_json(ws.rewrite_summary, "The record of the rewrite", "run `nbl-export rewrite` again")
     exported = read_json(ws.export_summary, "The record of the export", "run `nbl-export export` again")
     scores = read_json(ws.candidates, "The file of the layers' scores", "run `nbl-export select` again")
+    cached = rewritten["before"]["kv_pairs"] > 0
     rewriting = Check(
         "graph rewrite",
         "passed",
-        f"{len(plan.layers)} attention layers and KV pairs gone, every region proven, ONNX checker passed",
+        f"{len(plan.layers)} attention layers{' and KV pairs' * cached} gone, every region proven, ONNX checker passed",
     )
     return Report(
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -62,6 +63,7 @@ def assemble(
             **exported,
             "precision": records["export"].settings["precision"],
             "kv_cache": records["export"].settings["kv_cache"],
+            "task": records["export"].settings.get("task"),
         },
         parity=measured.parity,
         divergence=measured.divergence,

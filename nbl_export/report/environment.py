@@ -20,6 +20,7 @@ _PACKAGES = (
     "tensorrt-rtx",
     "numpy",
     "scipy",
+    "pillow",
 )
 
 

@@ -5,50 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from nbl_export.report.drawing import Table, figure, mebibytes, number, one_minus, percent, worse
+from nbl_export.report.encoders import agreement_table, likeness_table
 from nbl_export.report.schema import Report
-
-
-@dataclass(frozen=True)
-class Table:
-    """A title, column headings and rows of text; ``note`` explains what the columns mean."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str = ""
-
-
-def mebibytes(size: float) -> str:
-    return f"{size / 2**20:,.1f} MiB"
-
-
-def _number(value: Any, spec: str) -> str:
-    """``value`` formatted; what is no finite number (nan, inf, also as text) stays itself."""
-    if isinstance(value, (int, float)) and math.isfinite(value):
-        return format(value, spec)
-    return str(value)
-
-
-def _figure(value: Any) -> str:
-    """1.2e-5: two digits, the exponent without its zero."""
-    mantissa, e, exponent = _number(value, ".1e").partition("e")
-    return "0" if value == 0 else f"{mantissa}e{int(exponent)}" if e else mantissa
-
-
-def _percent(value: Any) -> str:
-    return _number(value, ".1%").replace(".0%", "%")
-
-
-def _one_minus(value: Any) -> Any:
-    return 1 - value if isinstance(value, (int, float)) else value
-
-
-def _worse(a: Any, b: Any) -> str:
-    numbers = [float(v) for v in (a, b)]  # the report writes infinity as text
-    return _figure(max(numbers))
 
 
 def checks_table(report: Report) -> Table:
@@ -67,8 +28,9 @@ def graph_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> Table:
 
     row("size on disk", before["file_bytes"], after["file_bytes"], mebibytes)
     row("parameters", before["parameters"], after["parameters"])
-    row("KV pairs (layers with a cache)", before["kv_pairs"], after["kv_pairs"])
-    row("KV cache, bytes per token", before["kv_bytes_per_token"], after["kv_bytes_per_token"])
+    if before["kv_pairs"]:
+        row("KV pairs (layers with a cache)", before["kv_pairs"], after["kv_pairs"])
+        row("KV cache, bytes per token", before["kv_bytes_per_token"], after["kv_bytes_per_token"])
     row("inputs", before["inputs"], after["inputs"])
     row("outputs", before["outputs"], after["outputs"])
     row("nodes", before["nodes"], after["nodes"])
@@ -95,9 +57,9 @@ def layers_table(selection: Mapping[str, Any], proofs: Sequence[Mapping[str, Any
                 str(c["layer"]),
                 c["kind"],
                 "linear" if c["layer"] in chosen else "attention",
-                _number(c["cca"], ".2f"),
-                _number(c["nmse"], ".4f"),
-                _worse(error["input_error"], error["output_error"]) if error else "",
+                number(c["cca"], ".2f"),
+                number(c["nmse"], ".4f"),
+                worse(error["input_error"], error["output_error"]) if error else "",
             )
         )
     for index, what in selection["others"].items():
@@ -131,16 +93,16 @@ def parity_table(parity: Mapping[str, Any], brief: bool = False) -> Table:
     keys = [_PARITY[c] for c in columns]
     rows = []
     for s in parity["steps"]:
-        figures = [_figure(s[k] if k != "min_cosine" else _one_minus(s[k])) for k in keys]
+        figures = [figure(s[k] if k != "min_cosine" else one_minus(s[k])) for k in keys]
         name = "prefill" if s["step"] == 0 else f"step {s['step']}"
-        rows.append((name, str(s["tokens"]), *figures, _percent(s["top1"]), _figure(s["kv_max_rel"])))
+        rows.append((name, str(s["tokens"]), *figures, percent(s["top1"]), figure(s["kv_max_rel"])))
     return Table(
         "Parity: linearized PyTorch against the rewritten graph",
         ("", "n", *columns, "top-1", "KV rel"),
         tuple(rows),
         f"{_gates(parity['gates'])}Prompts of {', '.join(map(str, parity['prompt_lengths']))} tokens, ragged in "
         "one batch; then teacher-forced decode steps with each side's own cache. Changing the embeddings' last bit "
-        f"moves the PyTorch model's own logits by {_figure(parity['rounding_noise'])}.{_own_loss(parity)}",
+        f"moves the PyTorch model's own logits by {figure(parity['rounding_noise'])}.{_own_loss(parity)}",
     )
 
 
@@ -172,8 +134,8 @@ def _own_loss(parity: Mapping[str, Any]) -> str:
             worst, mean = max(s["max_abs"] for s in own), sum(s["mean_abs"] for s in own) / len(own)
             here = sum(s["mean_abs"] for s in parity["steps"]) / len(parity["steps"])
             return (
-                f" {whose.format(precision=parity['precision'])}: max |Δlogit| {_figure(worst)}, mean "
-                f"{_figure(mean)}; this graph's mean, {_figure(here)}, may be "
+                f" {whose.format(precision=parity['precision'])}: max |Δlogit| {figure(worst)}, mean "
+                f"{figure(mean)}; this graph's mean, {figure(here)}, may be "
                 f"{parity['gates']['max_vs_own']:g} times that."
             )
     return ""
@@ -185,17 +147,17 @@ def method_table(loss: Mapping[str, Any]) -> Table:
         "Method loss: original against linearized, held-out text",
         ("", "value", "standard error"),
         (
-            ("perplexity, original", f"{_number(loss['perplexity_original'], '.3f')}", ""),
-            ("perplexity, linearized", f"{_number(loss['perplexity_linearized'], '.3f')}", ""),
+            ("perplexity, original", f"{number(loss['perplexity_original'], '.3f')}", ""),
+            ("perplexity, linearized", f"{number(loss['perplexity_linearized'], '.3f')}", ""),
             (
                 "perplexity ratio",
-                f"{_number(loss['perplexity_ratio'], '.4f')}",
-                f"± {_number(loss['perplexity_ratio_se'], '.4f')}",
+                f"{number(loss['perplexity_ratio'], '.4f')}",
+                f"± {number(loss['perplexity_ratio_se'], '.4f')}",
             ),
             (
                 "KL to the original, nats per token",
-                f"{_number(loss['kl'], '.4f')}",
-                f"± {_number(loss['kl_se'], '.4f')}",
+                f"{number(loss['kl'], '.4f')}",
+                f"± {number(loss['kl_se'], '.4f')}",
             ),
         ),
         f"{loss['tokens']:,} tokens of {loss['documents']:,} documents that calibration did not see; "
@@ -205,6 +167,10 @@ def method_table(loss: Mapping[str, Any]) -> Table:
 
 def speed_table(speed: Mapping[str, Any]) -> Table:
     """Medians of both graphs and their ratio, beside the ceiling."""
+    meaning = "decode: one token after that many"
+    saved = "multiplications saved (prefill) or bytes saved (decode)"
+    if all(c["phase"] == "encode" for c in speed["cells"]):
+        meaning, saved = "encode: one pass over that many tokens", "multiplications saved"
     rows = tuple(
         (
             f"{c['phase']} {c['context']}",
@@ -221,9 +187,8 @@ def speed_table(speed: Mapping[str, Any]) -> Table:
         ("", "base, ms", "linearized, ms", "speedup", "quartiles", "ceiling"),
         rows,
         f"{speed['provider']}, {speed['threads']} threads, {speed['rounds']} rounds of base and linearized in turn; "
-        "medians ± half the interquartile range; decode: one token after that many. Not resolved: the quartiles of "
-        "the speedup straddle 1, the noise exceeds the effect. Ceiling: multiplications saved (prefill) or bytes "
-        "saved (decode), counted from the graphs; more than that is overhead saved.",
+        f"medians ± half the interquartile range; {meaning}. Not resolved: the quartiles of the speedup straddle 1, "
+        f"the noise exceeds the effect. Ceiling: {saved}, counted from the graphs; more than that is overhead saved.",
     )
 
 
@@ -303,11 +268,13 @@ def report_tables(report: Report, brief: bool = False) -> list[Table]:
     """The tables of a report, in reading order; ``brief`` leaves out what a terminal has no room for."""
     tables = [graph_table(report.graph["before"], report.graph["after"])]
     if report.method_loss:
-        tables.append(method_table(report.method_loss))
+        draw = likeness_table if "measures" in report.method_loss else method_table
+        tables.append(draw(report.method_loss))
     if report.speed:
         tables.append(speed_table(report.speed))
     if report.parity:
-        tables.append(parity_table(report.parity, brief))
+        draw_parity = agreement_table if "outputs" in report.parity else parity_table
+        tables.append(draw_parity(report.parity, brief))
     if report.engines:
         tables.append(engines_table(report.engines))
     if report.engine_speed:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from nbl_export.errors import InputError, MissingDependencyError
 from nbl_export.graph.cache import MASK, TOKENS, WRITE_INDICES
-from nbl_export.graph.interface import POSITIONS, Interface, interface_of
+from nbl_export.graph.interface import POSITIONS, Inputs, Interface, interface_of
 from nbl_export.runtime.decoder import F32, I64, KV, DecoderOutput
 from nbl_export.runtime.padding import BOOL, left_padded, prefix_mask, right_padded
 from nbl_export.runtime.stream import PastStream, Stream, WholeStream
@@ -277,11 +277,15 @@ def ort_stream(path: Path, capacity: int, rounded: bool = True) -> Stream:
 
 
 def run_outputs(
-    path: Path, rows: Sequence[NDArray[Any]], names: Sequence[str] | None = None
+    path: Path, rows: Sequence[NDArray[Any]] | Inputs, names: Sequence[str] | None = None
 ) -> dict[str, Any]:
-    """Outputs ``names`` (all by default) of the decoder graph at ``path`` on a prefill of ``rows``."""
-    if _interface(path).static:
-        model: OrtModel = (static := OrtStaticStream(path, max(len(row) for row in rows)))
+    """Outputs ``names`` (all by default) of the graph at ``path`` on a prefill of ``rows``, or an encoder's batch."""
+    feeds: dict[str, Any]
+    if isinstance(rows, Mapping):
+        model: OrtModel = OrtModel(path)
+        feeds = model.interface.named(rows)
+    elif _interface(path).static:
+        model = (static := OrtStaticStream(path, max(len(row) for row in rows)))
         feeds = static.prefill_feeds(rows)
     else:
         model = growing = OrtDecoder(path)

@@ -18,14 +18,12 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from nbl_export.errors import InputError
-from nbl_export.graph.cache import MASK, TOKENS
-from nbl_export.graph.interface import interface_of
+from nbl_export.graph.interface import Inputs, interface_of, real_places, rows_of_batch
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.operators import captured
 from nbl_export.graph.standin import HALF, compute_in_float32, needs_standin, wide_name
 from nbl_export.graph.tensors import follow_links
 from nbl_export.runtime.ort import CPU, data_folder, require_onnxruntime, run_session, session_options
-from nbl_export.runtime.padding import rows_of
 
 Arrays = dict[str, NDArray[Any]]
 PIECE_BYTES = 128 << 20
@@ -205,34 +203,28 @@ def _session(proto: onnx.ModelProto, folder: Path | None) -> Any:
         raise InputError(f"onnxruntime does not take the graph: {str(error).splitlines()[0]}") from None
 
 
-def run_taps(
-    path: Path, names: Sequence[str], inputs: Mapping[str, NDArray[Any]]
-) -> dict[str, NDArray[np.float32]]:
-    """Inner tensors ``names`` [batch, sequence, …] of the decoder graph at ``path``, with an empty cache.
+def run_taps(path: Path, names: Sequence[str], inputs: Inputs) -> dict[str, NDArray[np.float32]]:
+    """Inner tensors ``names`` [batch, sequence, …] of the graph at ``path``, with an empty cache.
 
-    ``inputs`` are left-padded ids and mask, and so is what comes back, zero where there is padding.
+    ``inputs`` are padded ids and their mask, or images; what comes back is padded likewise, with zeros.
     """
     model = load_graph(path)
     wanted = list(dict.fromkeys(names))
-    rows = rows_of(inputs[TOKENS], inputs[MASK])
-    found = compute(model, wanted, prefill_rows(model, rows))
-    width = inputs[TOKENS].shape[1]
-    return {
-        name: np.stack([_padded(row[name], len(ids), width) for row, ids in zip(found, rows, strict=True)])
-        for name in wanted
-    }
+    found = compute(model, wanted, prefill_rows(model, rows_of_batch(inputs)))
+    return {name: _padded([row[name] for row in found], inputs) for name in wanted}
 
 
-def prefill_rows(model: ir.Model, rows: Sequence[NDArray[Any]]) -> list[Arrays]:
-    """What :func:`compute` is fed for a prefill of each of ``rows``, token ids; batch 1, no padding."""
+def prefill_rows(model: ir.Model, rows: Sequence[NDArray[Any] | Inputs]) -> list[Arrays]:
+    """What :func:`compute` is fed for each of ``rows``, token ids or named inputs; batch 1, no padding."""
     interface = interface_of(model)
     return [interface.row(row, np.float32) for row in rows]
 
 
-def _padded(value: NDArray[Any], length: int, width: int) -> NDArray[np.float32]:
-    rows = unbatched(value, length)
-    result = np.zeros((width, *rows.shape[1:]), dtype=np.float32)
-    result[width - length :] = rows
+def _padded(rows: Sequence[NDArray[Any]], inputs: Inputs) -> NDArray[np.float32]:
+    places = real_places(inputs, rows[0].shape[-2])
+    flat = [unbatched(row, int(real.sum())) for row, real in zip(rows, places, strict=True)]
+    result = np.zeros((*places.shape, *flat[0].shape[1:]), dtype=np.float32)
+    result[places] = np.concatenate(flat)
     return result
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from nbl_export.graph.interface import Inputs
 from nbl_export.models.compat import cache_argument, query_length
 from nbl_export.models.layers import layer_count, taken
 from nbl_export.models.trial import cache_shapes
@@ -135,13 +136,20 @@ def torch_stream(model: torch.nn.Module, linearized: Sequence[int] = (), cached:
 
 def whole_logits(model: torch.nn.Module, input_ids: I64, attention_mask: I64, position_ids: I64) -> F32:
     """Logits [batch, sequence, vocab] of one pass without a cache."""
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+    logits: F32 = run_whole(model, inputs).logits.float().cpu().numpy()
+    return logits
+
+
+def run_whole(model: torch.nn.Module, inputs: Inputs) -> Any:
+    """What ``model`` gives for a batch by input name, in one pass without a cache.
+
+    Pixels are rounded to the model's precision; an input that it does not take is left out.
+    """
     import torch
 
-    device = next(model.parameters()).device
-    ids, mask, positions = (torch.from_numpy(a).to(device) for a in (input_ids, attention_mask, position_ids))
+    like = next(model.parameters())
+    tensors = {name: torch.from_numpy(array).to(like.device) for name, array in inputs.items()}
+    tensors = {name: t.to(like.dtype) if t.is_floating_point() else t for name, t in tensors.items()}
     with torch.inference_mode():
-        output = model(
-            input_ids=ids, attention_mask=mask, use_cache=False, **taken(model, position_ids=positions)
-        )
-    logits: F32 = output.logits.float().cpu().numpy()
-    return logits
+        return model(**taken(model, **tensors, use_cache=False))

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nbl_export.errors import InputError
 from nbl_export.linearize.plan import load_plan
 from nbl_export.progress import Listener
 from nbl_export.run import Run
@@ -24,6 +25,11 @@ def build(run: Run, settings: EngineSettings) -> list[EngineFile]:
     from nbl_export.engine.manifest import load_manifest
     from nbl_export.engine.pair import BASE, LINEARIZED, EngineFile, Source, build_pair
 
+    if not run.model.task.causal:
+        raise InputError(
+            f"TensorRT engines are built of decoders only; {run.model.source.source} is an encoder "
+            f"({run.model.task.name})."
+        )
     settings.check()
     ws = run.workspace
     gpu = find_gpu()

@@ -1,14 +1,13 @@
-"""Text → moments and probe."""
+"""Text or images → moments and probe."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from nbl_export.calibrate.text import TextSettings
 from nbl_export.errors import InputError
 from nbl_export.progress import Listener
 from nbl_export.run import Run
@@ -18,86 +17,91 @@ from nbl_export.workspace import Workspace, read_json, sha256_of_json, write_jso
 if TYPE_CHECKING:
     import torch
 
-    from nbl_export.calibrate.text import CalibrationText
+    from nbl_export.calibrate.probe import Probe
+    from nbl_export.stages.material import Material
 
 
 def calibrate(run: Run, settings: CalibrateSettings) -> None:
-    """Text → moments and probe."""
+    """Text or images → moments and probe."""
     from nbl_export.calibrate.collect import Checkpoint, collect_moments
     from nbl_export.calibrate.moments import save_moments
-    from nbl_export.calibrate.probe import probe_model, save_probe
-    from nbl_export.calibrate.text import save_text
+    from nbl_export.calibrate.probe import save_probe
     from nbl_export.models.layers import structure
     from nbl_export.models.trial import check_served
+    from nbl_export.stages.material import check_sources, material_of
 
     settings.check()
-    ws, fingerprint = run.workspace, run.model.source.fingerprint
-    key = sha256_of_json({"model": fingerprint, "text": asdict(settings), "files": _stamps(settings.sources)})
+    ws, source = run.workspace, run.model.source
+    check_sources(source, settings)
+    material = material_of(source)
+    stamps = _stamps(material.files(settings.sources))
+    key = sha256_of_json({"model": source.fingerprint, "text": asdict(settings), "files": stamps})
 
     def work(listener: Listener) -> list[Path]:
         model = run.model.model
-        check_served(model)
+        check_served(model, task=run.model.task)
         _check_room(ws, model)
-        text = _kept_text(ws, key)
-        if text is None:
-            text = _read_text(run, settings, listener)
-            save_text(ws.text, text)
-            write_json(_text_record(ws), {"key": key})
-        tokens = text.calibration
-        _check_enough(tokens.size, model)
-        moments = collect_moments(model, tokens, fingerprint, Checkpoint(ws.checkpoint), listener)
-        described = {"model": fingerprint, "tokens": int(tokens.size), **structure(model).as_json()}
+        kept = material.path(ws)
+        read = _kept(kept, key, material)
+        if read is None:
+            read = material.read(run.model, settings, listener)
+            material.save(kept, read)
+            write_json(_record(kept), {"key": key})
+        tokens = read.calibration
+        _check_enough(tokens, model, material.unit)
+        probe = material.probe(run.model, read)
+        if not run.model.task.causal:
+            _check_exports(run, probe)
+        moments = collect_moments(model, tokens, source.fingerprint, Checkpoint(ws.checkpoint), listener)
+        seen = next(iter(moments.layers.values())).n
+        described = {"model": source.fingerprint, "tokens": seen, **structure(model).as_json()}
         save_moments(ws.moments, moments, described)
-        save_probe(ws.probe, probe_model(model, tokens))
+        save_probe(ws.probe, probe)
         ws.checkpoint.unlink(missing_ok=True)
-        return [ws.text, ws.moments, ws.probe]
+        return [kept, ws.moments, ws.probe]
 
     run.stage("calibrate", key, asdict(settings), work)
 
 
-def _text_record(ws: Workspace) -> Path:
-    return ws.text.with_suffix(".json")
+def _check_exports(run: Run, probe: Probe) -> None:
+    """Refuse an encoder that cannot be exported before the long part of calibration: there are many kinds."""
+    from nbl_export.export.encoder import encoder_form
+    from nbl_export.export.torch import check_traces
+
+    model = run.model
+    form = encoder_form(model.model, model.task, model.pooling, probe.inputs)
+    check_traces(model.model, form)
 
 
-def _kept_text(ws: Workspace, key: str) -> CalibrationText | None:
-    """The text of an interrupted calibration with the same settings; None if there is none, or it is damaged."""
-    from nbl_export.calibrate.text import load_text
+def _record(path: Path) -> Path:
+    return path.with_suffix(".json")
 
+
+def _kept(path: Path, key: str, material: Material) -> Any:
+    """The material of an interrupted calibration with the same settings; None if there is none, or it is damaged."""
     try:
-        record = read_json(_text_record(ws), "The record of the calibration text", "")
-        return load_text(ws.text) if record == {"key": key} else None
+        record = read_json(_record(path), "The record of the calibration material", "")
+        return material.load(path) if record == {"key": key} else None
     except InputError:
         return None
 
 
-def _read_text(run: Run, text: TextSettings, listener: Listener) -> CalibrationText:
-    from nbl_export.calibrate.text import SELF, documents, pack, sample_from_model
-
-    if text.sources == (SELF,):
-        return sample_from_model(run.model.model, run.model.tokenizer, text, listener)
-    return pack(documents(text.sources, text.field), run.model.tokenizer, text, listener)
-
-
-def _stamps(sources: Sequence[str]) -> list[tuple[str, int, int]]:
+def _stamps(files: Iterable[Path]) -> list[tuple[str, int, int]]:
     """Name, size and modification time of the local files named: changed text is another calibration."""
-    from nbl_export.calibrate.text import SELF, local_files
-
-    stamps = []
-    for source in sources:
-        for file in (local_files(source) or []) if source != SELF else []:
-            status = file.stat()
-            stamps.append((str(file), status.st_size, status.st_mtime_ns))
-    return stamps
+    return [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
 
 
-def _check_enough(tokens: int, model: torch.nn.Module) -> None:
+def _check_enough(rows: Any, model: torch.nn.Module, unit: str) -> None:
     from nbl_export.models.layers import hidden_size
+    from nbl_export.models.trial import trial
 
     d = hidden_size(model)
+    tokens = rows.size if rows.ndim == 2 else len(rows) * trial(model).tokens
     if tokens < d + 1:
+        options = "--samples or --seq-len" if rows.ndim == 2 else "--samples"
         raise InputError(
             f"{tokens:,} calibration tokens are too few for a model of width {d}: at least {d + 1:,} are needed, "
-            f"{20 * d:,} or more are advised; give more text, or raise --samples or --seq-len."
+            f"{20 * d:,} or more are advised; give more {unit}, or raise {options}."
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -14,11 +15,8 @@ from nbl_export.settings import ExportSettings
 from nbl_export.workspace import TEMPORARY, sha256_of_json, write_json
 
 if TYPE_CHECKING:
-    from nbl_export.calibrate.text import CalibrationText
+    from nbl_export.export.forms import Form
     from nbl_export.graph.precision import Kept
-
-# Text on which the reach of each tensor is measured for float16: 1,024 tokens take seconds.
-_RANGE_ROWS, _RANGE_TOKENS = 4, 256
 
 
 def export(run: Run, settings: ExportSettings) -> None:
@@ -26,18 +24,22 @@ def export(run: Run, settings: ExportSettings) -> None:
     from nbl_export.export.forms import FORMS
     from nbl_export.models.trial import check_served
 
+    task, pooling = run.model.task, run.model.pooling
+    settings = settings.for_task(task.name)
     settings.check()
     ws = run.workspace
     # Which Python ran the exporter says nothing of the graph.
     recorded = {name: value for name, value in asdict(settings).items() if name != "python"}
-    recorded["opset"] = FORMS[settings.kv_cache].opset if settings.exporter == "torch" else None
+    recorded["opset"] = FORMS[str(settings.kv_cache)].opset if settings.exporter == "torch" else None
+    if not task.causal:
+        recorded |= {"task": task.name, "pooling": pooling.as_json() if pooling else None}
     base = {"model": run.model.source.fingerprint, "export": recorded, "version": __version__}
     measures = settings.exporter == "torch" and settings.precision == "fp16"
-    if measures:  # which tensors float16 can hold, on calibration text
+    if measures or not task.causal:  # which tensors float16 can hold; what an encoder's inputs look like
         base["calibrate"] = ws.require("calibrate", f"nbl-export calibrate MODEL -o {ws.root}").key
 
     def work(listener: Listener) -> list[Path]:
-        check_served(run.model.model, settings.kv_cache != "none")
+        check_served(run.model.model, settings.kv_cache != "none", task)
         exported = _export_torch if settings.exporter == "torch" else _export_elsewhere
         files, kept = exported(run, settings, listener)
         write_json(ws.export_summary, {"kept_float32": [asdict(k) for k in kept]})
@@ -47,16 +49,28 @@ def export(run: Run, settings: ExportSettings) -> None:
 
 
 def _export_torch(run: Run, settings: ExportSettings, listener: Listener) -> tuple[list[Path], list[Kept]]:
-    from nbl_export.calibrate.text import load_text
-    from nbl_export.export.forms import FORMS
     from nbl_export.export.half import save_in_precision
     from nbl_export.export.torch import trace
     from nbl_export.graph.precision import precision_of
+    from nbl_export.stages.material import material_of
 
     ws, precision = run.workspace, precision_of(settings.precision)
-    graph = trace(run.model.model, FORMS[settings.kv_cache], listener)
-    rows = _range_rows(load_text(ws.text)) if precision.name == "fp16" else []
+    form = _form(run, settings)
+    graph = trace(run.model.model, form, listener)
+    material = material_of(run.model.source)
+    rows = material.ranges(material.load(material.path(ws)), form.inputs) if precision.name == "fp16" else []
     return save_in_precision(graph, ws.baseline, precision, rows)
+
+
+def _form(run: Run, settings: ExportSettings) -> Form:
+    from nbl_export.calibrate.probe import load_probe
+    from nbl_export.export.encoder import encoder_form
+    from nbl_export.export.forms import FORMS
+
+    model = run.model
+    if model.task.causal:
+        return FORMS[str(settings.kv_cache)]
+    return encoder_form(model.model, model.task, model.pooling, load_probe(run.workspace.probe).inputs)
 
 
 def _export_elsewhere(
@@ -75,18 +89,16 @@ def _export_elsewhere(
         return export_optimum(model, target, find_optimum(settings.python), listener, trust), []
 
 
-def _range_rows(text: CalibrationText) -> list[Any]:
-    return [text.prompt(row[:_RANGE_TOKENS]) for row in text.calibration[:_RANGE_ROWS]]
-
-
 def _save_configs(run: Run, exported: list[Path], settings: ExportSettings) -> list[Path]:
     """Whatever configuration or tokenizer file the exporter did not write itself."""
     from nbl_export.export.genai_config import NAME as GENAI
     from nbl_export.export.genai_config import genai_config
     from nbl_export.models.load import quiet
+    from nbl_export.models.tasks import TOKENS
     from nbl_export.models.trial import cache_shapes
 
     graph = run.workspace.baseline
+    pooling = run.model.pooling
     config: Any = run.model.model.config
     names = {path.name for path in exported}
     with tempfile.TemporaryDirectory(prefix=".configs.", suffix=TEMPORARY, dir=graph.parent) as temporary:
@@ -96,7 +108,8 @@ def _save_configs(run: Run, exported: list[Path], settings: ExportSettings) -> l
             generation: Any = getattr(run.model.model, "generation_config", None)
             if generation is not None:
                 generation.save_pretrained(folder)
-            run.model.tokenizer.save_pretrained(folder)
+            beside = run.model.tokenizer if run.model.source.reads == TOKENS else run.model.image_processor
+            beside.save_pretrained(folder)
         if settings.exporter == "torch" and settings.kv_cache == "concat":  # genai knows no write_indices
             shapes = cache_shapes(run.model.model)
             if len({(s.heads, s.key_size, s.value_size) for s in shapes}) == 1:  # it knows one shape for all
@@ -108,4 +121,9 @@ def _save_configs(run: Run, exported: list[Path], settings: ExportSettings) -> l
             ours = path.name in ("config.json", "generation_config.json", GENAI) or not has_tokenizer
             if ours and path.name not in names:
                 written.append(path.replace(graph.parent / path.name))
+    for name in pooling.files if pooling else ():
+        target = graph.parent / name
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(Path(run.model.source.path) / name, target)
+        written.append(target)
     return written

@@ -44,7 +44,7 @@ def select(run: Run, settings: SelectSettings) -> Plan:
             ridge=settings.ridge,
             calibration_tokens=metadata["tokens"],
             layers=layers,
-            probe={n: getattr(probe, n) for n in ("input_ids", "attention_mask", "position_ids")},
+            probe=dict(probe.inputs),
             probe_u=u,
             probe_y=probe.y,
         )

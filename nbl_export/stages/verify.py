@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from nbl_export.linearize.plan import load_plan
+from nbl_export.linearize.plan import Plan, load_plan
 from nbl_export.progress import Listener
 from nbl_export.report.schema import Report, load_report
 from nbl_export.run import Run
@@ -14,12 +15,16 @@ from nbl_export.stages.build import current_engines
 from nbl_export.stages.rewrite import current_rewrite
 from nbl_export.workspace import Workspace, sha256_of_json
 
+if TYPE_CHECKING:
+    from nbl_export.verify.encoders import EncoderCase
+
 
 def verify(run: Run, settings: VerifySettings) -> Report:
     """Parity, method loss and speed → ``report/``; a failed gate is in the report, not an exception."""
     from nbl_export.calibrate.text import load_text
     from nbl_export.report.assemble import assemble
     from nbl_export.report.render import write_report
+    from nbl_export.verify.encoders import measure_encoder
     from nbl_export.verify.measure import measure
 
     settings.check()
@@ -35,13 +40,33 @@ def verify(run: Run, settings: VerifySettings) -> Report:
     )
 
     def work(listener: Listener) -> list[Path]:
-        plan, text = load_plan(ws.plan), load_text(ws.text)
-        measured = measure(run.model.model, plan, text, ws.baseline, ws.model, engines, settings, listener)
+        plan = load_plan(ws.plan)
+        if run.model.task.causal:
+            text, model = load_text(ws.text), run.model.model
+            measured = measure(model, plan, text, ws.baseline, ws.model, engines, settings, listener)
+        else:
+            case = _encoder_case(run, plan)
+            measured = measure_encoder(case, plan, ws.baseline, ws.model, settings, listener)
         report = assemble(ws, run.model.source, plan, asdict(settings), measured, engines)
         return write_report(ws.report, report)
 
     run.stage("verify", key, asdict(settings), work)
     return load_report(ws.report / "report.json")
+
+
+def _encoder_case(run: Run, plan: Plan) -> EncoderCase:
+    from nbl_export.calibrate.passages import frame_of
+    from nbl_export.models.tasks import TOKENS
+    from nbl_export.stages.material import material_of
+    from nbl_export.verify.encoders import EncoderCase
+
+    model, material = run.model, material_of(run.model.source)
+    heldout = material.heldout(material.load(material.path(run.workspace)), plan.probe)
+    case = EncoderCase(model.model, model.task, model.pooling, heldout, material.unit)
+    if model.source.reads != TOKENS:
+        return case
+    frame = frame_of(model.tokenizer)
+    return replace(case, unit="documents", pad=frame.pad, left=frame.left)
 
 
 def report(ws: Workspace) -> Report:

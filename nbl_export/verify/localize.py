@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nbl_export.graph.interface import real_places
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.precision import graph_precision
 from nbl_export.graph.prove import PROOF_TOLERANCE, relative_error
@@ -17,7 +18,7 @@ from nbl_export.linearize.plan import Plan
 from nbl_export.linearize.swap import linearized
 from nbl_export.models.layers import attention_layers, observed
 from nbl_export.runtime.pieces import run_taps
-from nbl_export.runtime.torch import whole_logits
+from nbl_export.runtime.torch import run_whole
 
 if TYPE_CHECKING:
     import torch
@@ -52,24 +53,26 @@ class Divergence:
 def first_divergence(model: torch.nn.Module, plan: Plan, path: Path) -> Divergence:
     """Compare every layer's u and y of the graph at ``path`` with the linearized ``model``, in order."""
     expected: dict[tuple[int, str], Any] = {}
-    kept = plan.probe["attention_mask"].astype(bool)
+
+    def kept(activations: Any) -> Any:
+        return activations[real_places(plan.probe, activations.shape[1])]
 
     def observe(index: int, h: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
         u = x if plan.fit_input == "normed" else h
-        expected[index, "input"], expected[index, "output"] = u.numpy()[kept], y.numpy()[kept]
+        expected[index, "input"], expected[index, "output"] = kept(u.numpy()), kept(y.numpy())
 
     with (
         linearized(model, plan),
         observed(model, attention_layers(model), observe),
     ):
-        whole_logits(model, **plan.probe)
+        run_whole(model, plan.probe)
     graph = load_graph(path)
     tolerance = PROOF_TOLERANCE[graph_precision(graph).name]
     rows = json.loads(graph.metadata_props[LAYERS_KEY])
     found = run_taps(path, [row[where] for row in rows for where in ("input", "output")], plan.probe)
     for row in rows:
         for where in ("input", "output"):
-            error = relative_error(found[row[where]][kept], expected[row["layer"], where])
+            error = relative_error(kept(found[row[where]]), expected[row["layer"], where])
             if not error <= (tolerance.u if where == "input" else tolerance.y):
                 return Divergence(row["layer"], where, row["kind"], error if np.isfinite(error) else 1e308)
     return Divergence(None, "", "", 0.0)

@@ -78,7 +78,7 @@ def measure(
         result.method_loss = loss.as_json()
     else:
         result.checks.append(Check("method loss", "skipped", "--no-quality"))
-    contexts = _contexts(result, model, settings.contexts)
+    contexts = fitting_contexts(result, positions(model), settings.contexts, room=1)
     if not settings.speed:
         result.checks.append(Check("speed", "skipped", "--no-speed"))
     elif needs_standin(graph):
@@ -275,9 +275,11 @@ def _measure_engine_speed(
         result.engine_speed = speed.as_json()
 
 
-def _contexts(result: Measurement, model: torch.nn.Module, contexts: Sequence[int]) -> list[int]:
-    limit = positions(model)
-    fitting = [c for c in contexts if limit is None or c + 1 <= limit]
+def fitting_contexts(
+    result: Measurement, limit: int | None, contexts: Sequence[int], room: int = 0
+) -> list[int]:
+    """Those of ``contexts`` that leave ``room`` more of the model's ``limit`` positions; a note names the others."""
+    fitting = [c for c in contexts if limit is None or c + room <= limit]
     if dropped := sorted(set(contexts) - set(fitting)):
         result.notes.append(
             f"Speed at {', '.join(map(str, dropped))} tokens is left out: the model has {limit} positions."

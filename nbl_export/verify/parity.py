@@ -39,6 +39,7 @@ class Gates:
     top1: float = 0.0
     near_tie: float = 0.0
     max_rel_kv: float = float("inf")
+    max_rel_state: float = float("inf")
     max_vs_own: float = float("inf")
 
 
@@ -136,18 +137,26 @@ def compare_streams(
             else:
                 a, b = reference.prefill(prompts), candidate.prefill(prompts)
             kv = _compare_kv(reference.cache(), candidate.cache(), layers or ())
-            steps.append(_compare_logits(step, a, b, gates.near_tie, kv))
+            steps.append(compare_vectors(step, a, b, gates.near_tie, kv))
             task.advance(1)
     return Parity(tuple(len(p) for p in prompts), tuple(steps), gates)
 
 
-def _compare_logits(
-    step: int, a: F32, b: F32, near_tie: float, kv: tuple[float, float, float, int | None]
+_NO_CACHE = (0.0, 0.0, 0.0, None)
+
+
+def compare_vectors(
+    step: int,
+    a: F32,
+    b: F32,
+    near_tie: float,
+    kv: tuple[float, float, float, int | None] = _NO_CACHE,
 ) -> StepParity:
+    """The figures of logits (or other vectors) ``b`` against the reference ``a``, each [vectors, d]."""
     x, y = a.astype(np.float64), b.astype(np.float64)
     difference = np.abs(x - y)
     relative = difference / np.maximum(np.abs(x), _rms(x))
-    log_p, log_q = _log_softmax(x), _log_softmax(y)
+    log_p, log_q = log_softmax(x), log_softmax(y)
     kl = np.sum(np.exp(log_p) * (log_p - log_q), axis=-1)
     cosine = np.sum(x * y, axis=-1) / (np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1))
     best_two = np.partition(x, -2, axis=-1)[:, -2:]
@@ -208,7 +217,8 @@ def _rms(x: NDArray[np.float64]) -> NDArray[np.float64]:
     return rms
 
 
-def _log_softmax(x: NDArray[np.float64]) -> NDArray[np.float64]:
+def log_softmax(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Over the last axis."""
     shifted = x - x.max(axis=-1, keepdims=True)
     result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return result

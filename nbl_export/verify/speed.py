@@ -7,15 +7,17 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from nbl_export.graph.interface import Inputs
 from nbl_export.progress import Listener, Silent
 from nbl_export.runtime.ort import OrtModel, require_onnxruntime
 from nbl_export.runtime.prompts import OrtPrompt
 from nbl_export.verify.ceiling import GraphCost, graph_cost
 
+_T = TypeVar("_T")
 # Idle threads of one session must not spin on the cores while the other is timed.
 _CONFIG = {"session.force_spinning_stop": "1"}
 _DECODE_STEPS = 8  # tokens per timed decode round, averaged: one token is too short to time
@@ -23,7 +25,7 @@ _DECODE_STEPS = 8  # tokens per timed decode round, averaged: one token is too s
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds per prefill, or per decoded token: median and quartiles over the rounds."""
+    """Milliseconds per prefill or encoder pass, or per decoded token: median and quartiles over the rounds."""
 
     median_ms: float
     low_ms: float
@@ -86,6 +88,38 @@ def measure_speed(
     return Speed("CPUExecutionProvider", os.cpu_count() or 1, rounds, tuple(cells), costs[0], costs[1])
 
 
+def measure_encode_speed(
+    base: Path,
+    linearized: Path,
+    batches: Sequence[tuple[int, Inputs]],
+    rounds: int,
+    listener: Listener | None = None,
+) -> Speed:
+    """One pass of both encoder graphs over each of ``batches``, a number of tokens and its inputs, in turn."""
+    require_onnxruntime()
+    models = [OrtModel(path, _CONFIG, rounded=False) for path in (base, linearized)]
+    costs = [graph_cost(path) for path in (base, linearized)]
+    cells = []
+    with (listener or Silent()).task("Timing", len(batches) * (rounds + 1), "rounds") as task:
+        for tokens, inputs in batches:
+            passes = [_Pass(model, inputs) for model in models]
+            times = _interleaved(passes, _Pass.seconds, rounds, task.advance)
+            cells.append(_cell("encode", tokens, times, _ceiling("prefill", tokens, costs)))
+    return Speed("CPUExecutionProvider", os.cpu_count() or 1, rounds, tuple(cells), costs[0], costs[1])
+
+
+class _Pass:
+    """One pass of a graph over one batch."""
+
+    def __init__(self, model: OrtModel, inputs: Inputs) -> None:
+        self.model, self.feeds = model, model.interface.named(inputs)
+
+    def seconds(self) -> float:
+        start = time.perf_counter()
+        self.model.session.run(None, self.feeds)
+        return time.perf_counter() - start
+
+
 def _prefill(prompt: OrtPrompt) -> float:
     start = time.perf_counter()
     prompt.prefill()
@@ -100,8 +134,8 @@ def _decode(prompt: OrtPrompt) -> float:
 
 
 def _interleaved(
-    prompts: Sequence[OrtPrompt],
-    run: Callable[[OrtPrompt], float],
+    prompts: Sequence[_T],
+    run: Callable[[_T], float],
     rounds: int,
     advance: Callable[[int], None],
 ) -> list[list[float]]:

@@ -18,13 +18,13 @@ import pytest
 import torch
 from tokenizers import processors
 
+from nbl_export.calibrate.sampling import sample_from_model
 from nbl_export.calibrate.text import (
     CalibrationText,
     TextSettings,
     documents,
     load_text,
     pack,
-    sample_from_model,
     save_text,
     start_tokens,
 )
@@ -616,7 +616,7 @@ def test_sampling_draws_from_the_model_itself(model: Any, tokenizer: Any) -> Non
 def test_long_rows_hold_several_sampled_documents(
     model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nbl_export.calibrate.text._SAMPLE_LENGTH", 8)
+    monkeypatch.setattr("nbl_export.calibrate.sampling._SAMPLE_LENGTH", 8)
     text = sample_from_model(model, tokenizer, SMALL, Silent())
     # 36 calibration tokens are five documents, the last one cut; the 24 held-out ones are three others.
     documents = drawn(model, 8, 8, 5)

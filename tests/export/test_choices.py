@@ -31,8 +31,8 @@ def test_what_an_exporter_does_not_offer_is_refused(settings: dict[str, Any], sa
 
 
 def test_defaults_are_what_the_exporter_offers_first() -> None:
-    def chosen(*asked: Any) -> tuple[str, str]:
-        settings = _exporting(*asked)
+    def chosen(*asked: Any) -> tuple[str, str | None]:
+        settings = _exporting(*asked).for_task("text-generation", engines=asked[-1])
         return settings.precision, settings.kv_cache
 
     assert chosen("torch", None, None, None, False) == ("fp32", "concat")

@@ -212,13 +212,16 @@ def test_an_encoder_decoder_model(tmp_path: Path) -> None:
     T5Config(d_model=8, num_layers=1, num_heads=1).save_pretrained(tmp_path)
     message = refusal(tmp_path)
     assert "is an encoder-decoder model (t5)" in message
-    assert "only decoder-only language models are served" in message
+    assert "only decoder-only language models and encoders are served" in message
 
 
-@pytest.mark.parametrize("architecture", ["BertForMaskedLM", "LlamaForSequenceClassification", "LlamaModel"])
-def test_a_model_that_is_no_causal_language_model(folder: Path, architecture: str) -> None:
+@pytest.mark.parametrize("architecture", ["BertForPreTraining", "BertForMultipleChoice", "WhisperEncoder"])
+def test_a_head_that_is_not_served(folder: Path, architecture: str) -> None:
     edit_config(folder, architectures=[architecture])
-    assert f"is no causal language model (architecture {architecture})" in refusal(folder)
+    message = refusal(folder)
+    assert (
+        f"is for a task that is not served (architecture {architecture}): served are …ForCausalLM" in message
+    )
 
 
 def test_a_masked_language_model_as_transformers_saves_it(tmp_path: Path) -> None:
@@ -226,7 +229,8 @@ def test_a_masked_language_model_as_transformers_saves_it(tmp_path: Path) -> Non
 
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     BertForMaskedLM(BertConfig(vocab_size=20, **sizes)).save_pretrained(tmp_path)
-    assert "is no causal language model (architecture BertForMaskedLM)" in refusal(tmp_path)
+    found = find_model(str(tmp_path))
+    assert (found.task, found.reads) == ("fill-mask", "input_ids")
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes"])

@@ -247,7 +247,13 @@ def test_caches_of_other_layers_are_refused() -> None:
 
 def test_the_gates_are_these_and_nobody_loosens_them() -> None:
     assert gates_for("float32") == Gates(
-        max_abs_logit=1e-3, min_cosine=0.999999, max_kl=1e-6, top1=1.0, near_tie=2e-3, max_rel_kv=1e-3
+        max_abs_logit=1e-3,
+        min_cosine=0.999999,
+        max_kl=1e-6,
+        top1=1.0,
+        near_tie=2e-3,
+        max_rel_kv=1e-3,
+        max_rel_state=1e-3,
     )
 
 

@@ -1,0 +1,121 @@
+"""Images for calibration and for judging: files, folders and glob patterns, scaled by the model's own processor.
+
+Every eighth image is held out: the fit never sees it.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nbl_export.calibrate.moments import CALIBRATE_AGAIN
+from nbl_export.calibrate.text import HELD_OUT_EVERY, TextSettings
+from nbl_export.errors import InputError
+from nbl_export.graph.cache import PIXELS
+from nbl_export.progress import Listener
+from nbl_export.tensorfile import load_tensors, save_tensors
+
+F32 = NDArray[np.float32]
+FORMAT = "nbl-export/images/1"
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+
+
+@dataclass(frozen=True)
+class CalibrationImages:
+    """``calibration`` and ``heldout``, each [images, channels, height, width] float32 as the model reads them."""
+
+    calibration: F32
+    heldout: F32
+
+
+def image_files(sources: Iterable[str]) -> list[Path]:
+    """The image files that ``sources`` name, in order; raises :class:`InputError` for one that names none."""
+    found: list[Path] = []
+    for source in sources:
+        path = Path(source).expanduser()
+        if path.is_dir():
+            files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in _SUFFIXES)
+        elif any(c in source for c in "*?[") and not path.is_file():
+            # Path.glob takes no absolute patterns.
+            files = sorted(Path(p) for p in glob.glob(str(path)) if Path(p).is_file())  # noqa: PTH207
+        else:
+            files = [path] if path.is_file() else []
+        if not files:
+            raise InputError(
+                f"{source} names no image: give files, folders or patterns of {', '.join(_SUFFIXES)}."
+            )
+        found += files
+    return found
+
+
+def read_images(
+    files: Sequence[Path], processor: Any, settings: TextSettings, listener: Listener
+) -> CalibrationImages:
+    """Read and scale images until both parts are full.
+
+    Raises :class:`InputError` for a file that is no image, for images that the processor leaves of different
+    sizes, and if there is none for one of the parts.
+    """
+    parts: dict[bool, list[F32]] = {False: [], True: []}
+    want = {False: settings.samples, True: settings.heldout_samples}
+    with listener.task("Reading images", min(len(files), sum(want.values())), "images") as task:
+        for number, file in enumerate(files):
+            held = number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+            if len(parts[held]) < want[held]:
+                parts[held].append(_pixels(file, processor))
+                task.advance(1)
+            if all(len(parts[k]) >= want[k] for k in want):
+                break
+    if not all(parts.values()):
+        raise InputError(
+            f"{len(files)} images are too few: at least {HELD_OUT_EVERY} are needed, of which one is held out."
+        )
+    if any(len(parts[k]) < want[k] for k in want):
+        listener.note(
+            f"There are {len(parts[False])} calibration and {len(parts[True])} held-out images of the "
+            f"{want[False]} and {want[True]} asked for; all are used."
+        )
+    shapes = {image.shape for part in parts.values() for image in part}
+    if len(shapes) > 1:
+        one, other = sorted(shapes)[:2]
+        raise InputError(
+            f"The model's image processor leaves images of different sizes ({one} and {other}): a graph takes one "
+            "size, so give images of one shape."
+        )
+    return CalibrationImages(np.stack(parts[False]), np.stack(parts[True]))
+
+
+def _pixels(file: Path, processor: Any) -> F32:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(file) as opened:
+            image = opened.convert("RGB")
+    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError):
+        raise InputError(f"{file} is no image that can be read: remove it, or fetch it again.") from None
+    try:
+        pixels = processor(images=[image], return_tensors="np")[PIXELS][0]
+    except Exception as error:  # a processor's own code may raise anything
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"The model's image processor does not take {file}: {first[:200]}.") from None
+    return np.asarray(pixels, dtype=np.float32)
+
+
+def save_images(path: Path, images: CalibrationImages) -> None:
+    """Write the scaled images, atomically."""
+    save_tensors(path, FORMAT, {"calibration": images.calibration, "heldout": images.heldout})
+
+
+def load_images(path: Path) -> CalibrationImages:
+    """Read what :func:`save_images` wrote; raises :class:`InputError` for anything else."""
+    tensors, _ = load_tensors(path, FORMAT, CALIBRATE_AGAIN)
+    try:
+        return CalibrationImages(**tensors)
+    except TypeError as error:
+        raise InputError(f"{path} is damaged ({error}): {CALIBRATE_AGAIN}.") from None

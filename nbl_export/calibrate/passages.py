@@ -1,0 +1,127 @@
+"""Text for encoders: rows that begin and end as the tokenizer's own do, as [CLS] … [SEP].
+
+Calibration rows are packed: documents joined by the end tokens, cut, and each row framed. A held-out row is
+one document, framed and padded, since an encoder makes one vector of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nbl_export.calibrate.text import HELD_OUT_EVERY, CalibrationText, TextSettings
+from nbl_export.errors import InputError
+from nbl_export.graph.cache import TOKEN_TYPES, TOKENS
+from nbl_export.progress import Listener
+
+I32 = NDArray[np.int32]
+PADDING = -1  # what heldout_document says of a place that is padding
+_SHORTEST = 8  # tokens of a document that a vector can be judged by
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What a tokenizer puts around a text, and how it pads a batch."""
+
+    start: I32
+    end: I32
+    pad: int
+    left: bool
+
+    @property
+    def size(self) -> int:
+        return len(self.start) + len(self.end)
+
+    def around(self, tokens: I32) -> I32:
+        return np.concatenate([self.start, tokens, self.end])
+
+
+def frame_of(tokenizer: Any) -> Frame:
+    """The frame by the tokenizer's own rules, seen from what it makes of a letter."""
+    framed, plain = (
+        tokenizer("a", add_special_tokens=special, verbose=False)["input_ids"] for special in (True, False)
+    )
+    at = next((i for i in range(len(framed)) if framed[i : i + len(plain)] == plain), len(framed))
+    start, end = framed[:at], framed[at + len(plain) :]
+    pad = tokenizer.pad_token_id
+    return Frame(
+        np.array(start, dtype=np.int32),
+        np.array(end, dtype=np.int32),
+        0 if pad is None else int(pad),
+        getattr(tokenizer, "padding_side", "right") == "left",
+    )
+
+
+def longest_row(settings: TextSettings, tokenizer: Any, positions: int | None, listener: Listener) -> int:
+    """``--seq-len``, or what the model has positions for; a note says so. Raises nothing."""
+    told = [n for n in (positions, getattr(tokenizer, "model_max_length", None)) if n is not None]
+    length = int(min([settings.seq_len, *told]))
+    if length < settings.seq_len:
+        listener.note(f"Rows have {length} tokens instead of {settings.seq_len}: the model takes no more.")
+    return length
+
+
+def read_passages(
+    texts: Iterable[str], tokenizer: Any, settings: TextSettings, length: int, listener: Listener
+) -> CalibrationText:
+    """Tokenize, pack and frame until both parts are full; raises :class:`InputError` if that gives too little."""
+    frame = frame_of(tokenizer)
+    inner = length - frame.size
+    if inner < 1:
+        raise InputError(f"--seq-len {length} leaves no room for text beside {frame.size} special tokens.")
+    want = settings.samples * inner
+    packed: list[I32] = []
+    held: list[I32] = []
+    have = 0
+    with listener.task("Reading text", want, "tokens") as task:
+        for number, ids in enumerate(_tokenized(texts, tokenizer)):
+            if number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1:
+                if len(held) < settings.heldout_samples and len(ids) >= _SHORTEST:
+                    held.append(frame.around(ids[:inner]))
+            elif have < want:
+                row = np.concatenate([ids, frame.end])[: want - have]
+                packed.append(row)
+                have += len(row)
+                task.advance(len(row))
+            if have >= want and len(held) >= settings.heldout_samples:
+                break
+    if have < inner or not held:
+        raise InputError(
+            f"The calibration text gives {have:,} calibration tokens and {len(held)} held-out documents, less than "
+            f"one row of {length} and one document: give more text (every {HELD_OUT_EVERY}th document is held out) "
+            "or lower --seq-len."
+        )
+    if have < want or len(held) < settings.heldout_samples:
+        listener.note(
+            f"The text gives {have:,} calibration tokens of {want:,} and {len(held)} held-out documents of "
+            f"{settings.heldout_samples} asked for; all are used."
+        )
+    flat = np.concatenate(packed)
+    rows = flat[: len(flat) // inner * inner].reshape(-1, inner)
+    heldout = np.full((len(held), max(map(len, held))), frame.pad, dtype=np.int32)
+    document = np.full_like(heldout, PADDING)
+    for i, row in enumerate(held):
+        heldout[i, : len(row)], document[i, : len(row)] = row, i
+    return CalibrationText(np.stack([frame.around(r) for r in rows]), heldout, document, frame.start)
+
+
+def _tokenized(texts: Iterable[str], tokenizer: Any) -> Iterator[I32]:
+    for text in texts:
+        if text.strip():
+            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            yield np.array(ids, dtype=np.int32)
+
+
+def heldout_rows(text: CalibrationText, names: Iterable[str]) -> list[dict[str, NDArray[Any]]]:
+    """The held-out documents as batches of one, with the inputs ``names`` that ids alone do not say."""
+    rows = []
+    for ids, document in zip(text.heldout, text.heldout_document, strict=True):
+        row = {TOKENS: ids[document != PADDING].astype(np.int64)[None]}
+        if TOKEN_TYPES in names:
+            row[TOKEN_TYPES] = np.zeros_like(row[TOKENS])
+        rows.append(row)
+    return rows

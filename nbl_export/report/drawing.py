@@ -1,0 +1,47 @@
+"""What every table is made of: its value, and how numbers become text."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, column headings and rows of text; ``note`` explains what the columns mean."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+
+def mebibytes(size: float) -> str:
+    return f"{size / 2**20:,.1f} MiB"
+
+
+def number(value: Any, spec: str) -> str:
+    """``value`` formatted; what is no finite number (nan, inf, also as text) stays itself."""
+    if isinstance(value, (int, float)) and math.isfinite(value):
+        return format(value, spec)
+    return str(value)
+
+
+def figure(value: Any) -> str:
+    """1.2e-5: two digits, the exponent without its zero."""
+    mantissa, e, exponent = number(value, ".1e").partition("e")
+    return "0" if value == 0 else f"{mantissa}e{int(exponent)}" if e else mantissa
+
+
+def percent(value: Any) -> str:
+    return number(value, ".1%").replace(".0%", "%")
+
+
+def one_minus(value: Any) -> Any:
+    return 1 - value if isinstance(value, (int, float)) else value
+
+
+def worse(a: Any, b: Any) -> str:
+    numbers = [float(v) for v in (a, b)]  # the report writes infinity as text
+    return figure(max(numbers))

@@ -1,0 +1,52 @@
+"""An encoder in PyTorch or ONNX Runtime: a function from a batch by input name to its outputs by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from nbl_export.export.encoder import Encoder
+from nbl_export.graph.interface import Inputs
+from nbl_export.runtime.ort import OrtModel, run_session
+
+Outputs = dict[str, NDArray[np.float32]]
+
+
+class RunningEncoder(Protocol):
+    """What parity and method loss compare: outputs [batch, sequence, d] or [batch, d], float32."""
+
+    def __call__(self, inputs: Inputs) -> Outputs: ...
+
+
+class TorchEncoder:
+    """The PyTorch model behind ``encoder``, as it is when it is called."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+
+    def __call__(self, inputs: Inputs) -> Outputs:
+        like = next(self.encoder.parameters())
+        given = [
+            torch.from_numpy(np.ascontiguousarray(inputs[n])).to(like.device) for n in self.encoder.inputs
+        ]
+        given = [t.to(like.dtype) if t.is_floating_point() else t for t in given]
+        with torch.inference_mode():
+            found = self.encoder(*given)
+        return {n: t.float().cpu().numpy() for n, t in zip(self.encoder.outputs, found, strict=True)}
+
+
+class OrtEncoder(OrtModel):
+    """The graph at ``path`` in a session (``rounded``: see :func:`~nbl_export.runtime.ort.session`)."""
+
+    def __init__(self, path: Path, config: Mapping[str, str] | None = None, rounded: bool = True) -> None:
+        super().__init__(path, config, rounded=rounded)
+
+    def __call__(self, inputs: Inputs) -> Outputs:
+        names = self.interface.outputs
+        found = run_session(self.session, names, self.interface.named(inputs))
+        return {name: np.asarray(a, dtype=np.float32) for name, a in zip(names, found, strict=True)}

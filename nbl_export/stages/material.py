@@ -1,0 +1,177 @@
+"""What a model is calibrated and judged on, by its task: text for a decoder, passages or images for an encoder.
+
+One row of :data:`_MATERIALS` each; the stages ask it and know no task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nbl_export.calibrate.images import image_files, load_images, read_images, save_images
+from nbl_export.calibrate.passages import frame_of, heldout_rows, longest_row, read_passages
+from nbl_export.calibrate.probe import Probe, probe_inputs, probe_lengths, probe_model
+from nbl_export.calibrate.sampling import sample_from_model
+from nbl_export.calibrate.text import (
+    SELF,
+    TextSettings,
+    documents,
+    load_text,
+    local_files,
+    pack,
+    save_text,
+)
+from nbl_export.errors import InputError
+from nbl_export.graph.cache import MASK, PIXELS, TOKEN_TYPES, TOKENS
+from nbl_export.graph.interface import batch_of_rows
+from nbl_export.models.layers import positions, takes
+from nbl_export.models.source import ModelSource
+from nbl_export.models.tasks import task_named
+from nbl_export.progress import Listener
+from nbl_export.workspace import Workspace
+
+if TYPE_CHECKING:
+    from nbl_export.run import LoadedModel
+
+Rows = list[dict[str, NDArray[Any]]]
+
+# What is run to measure how far each tensor of a graph reaches: seconds of work.
+_RANGE_ROWS, _RANGE_TOKENS = 4, 256
+
+
+@dataclass(frozen=True)
+class Material:
+    """How one kind of material is found, read and kept; ``path`` is where, in the output folder.
+
+    ``ranges`` makes what float16 is decided on: token rows, or an encoder's batch. ``heldout`` makes the
+    batches of one that an encoder is judged on, from the material and the names of its inputs.
+    """
+
+    unit: str
+    path: Callable[[Workspace], Path]
+    files: Callable[[Sequence[str]], list[Path]]
+    read: Callable[[LoadedModel, TextSettings, Listener], Any]
+    save: Callable[[Path, Any], None]
+    load: Callable[[Path], Any]
+    probe: Callable[[LoadedModel, Any], Probe]
+    ranges: Callable[[Any, Mapping[str, Any]], Any]
+    heldout: Callable[[Any, Mapping[str, Any]], Rows] = heldout_rows
+
+
+def material_of(source: ModelSource) -> Material:
+    """The row for the task and the main input of ``source``."""
+    return _MATERIALS[task_named(source.task).causal, source.reads]
+
+
+def check_sources(source: ModelSource, settings: TextSettings) -> None:
+    """Refuse ``--calibration self`` for a model that generates nothing."""
+    if SELF in settings.sources and not task_named(source.task).causal:
+        material = material_of(source)
+        raise InputError(
+            f"{source.source} is an encoder and cannot write its own calibration {material.unit}: name some with "
+            "--calibration."
+        )
+
+
+# decoders ----------------------------------------------------------------------------------------
+
+
+def _text_files(sources: Sequence[str]) -> list[Path]:
+    return [file for source in sources if source != SELF for file in local_files(source) or []]
+
+
+def _read_text(model: LoadedModel, settings: TextSettings, listener: Listener) -> Any:
+    if settings.sources == (SELF,):
+        return sample_from_model(model.model, model.tokenizer, settings, listener)
+    return pack(documents(settings.sources, settings.field), model.tokenizer, settings, listener)
+
+
+def _probe_decoder(model: LoadedModel, text: Any) -> Probe:
+    return probe_model(model.model, text.calibration)
+
+
+def _range_rows(text: Any, _names: Mapping[str, Any]) -> list[Any]:
+    return [text.prompt(row[:_RANGE_TOKENS]) for row in text.calibration[:_RANGE_ROWS]]
+
+
+# text encoders -----------------------------------------------------------------------------------
+
+
+def _read_passages(model: LoadedModel, settings: TextSettings, listener: Listener) -> Any:
+    length = longest_row(settings, model.tokenizer, positions(model.model), listener)
+    texts = documents(settings.sources, settings.field)
+    return read_passages(texts, model.tokenizer, settings, length, listener)
+
+
+def _probe_text_encoder(model: LoadedModel, text: Any) -> Probe:
+    frame = frame_of(model.tokenizer)
+    own = set(model.tokenizer.model_input_names)
+    # What the tokenizer gives and the model takes: a graph asks for nothing else.
+    names = [n for n in (TOKENS, MASK, TOKEN_TYPES) if n in own | {TOKENS, MASK} and takes(model.model, n)]
+    rows = []
+    for i, length in enumerate(probe_lengths(text.calibration.shape[1])):
+        inner = text.calibration[i % len(text.calibration)][len(frame.start) :]
+        ids = frame.around(inner[: max(1, length - frame.size)]).astype(np.int64)[None]
+        rows.append({name: ids if name == TOKENS else np.zeros_like(ids) for name in names if name != MASK})
+    batch = batch_of_rows(rows, frame.pad, frame.left)
+    return probe_inputs(model.model, {name: batch[name] for name in names})
+
+
+def _range_batch(text: Any, names: Mapping[str, Any]) -> Any:
+    rows = [row[None, :_RANGE_TOKENS].astype(np.int64) for row in text.calibration[:_RANGE_ROWS]]
+    return batch_of_rows([_row(ids, names) for ids in rows])
+
+
+def _row(ids: NDArray[Any], names: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+    return {TOKENS: ids} | ({TOKEN_TYPES: np.zeros_like(ids)} if TOKEN_TYPES in names else {})
+
+
+# vision encoders ---------------------------------------------------------------------------------
+
+
+def _read_images(model: LoadedModel, settings: TextSettings, listener: Listener) -> Any:
+    return read_images(image_files(settings.sources), model.image_processor, settings, listener)
+
+
+def _probe_vision(model: LoadedModel, images: Any) -> Probe:
+    return probe_inputs(model.model, {PIXELS: images.calibration[:2]})
+
+
+_MATERIALS = {
+    (True, TOKENS): Material(
+        "text",
+        lambda ws: ws.text,
+        _text_files,
+        _read_text,
+        save_text,
+        load_text,
+        _probe_decoder,
+        _range_rows,
+    ),
+    (False, TOKENS): Material(
+        "text",
+        lambda ws: ws.text,
+        _text_files,
+        _read_passages,
+        save_text,
+        load_text,
+        _probe_text_encoder,
+        _range_batch,
+    ),
+    (False, PIXELS): Material(
+        "images",
+        lambda ws: ws.images,
+        image_files,
+        _read_images,
+        save_images,
+        load_images,
+        _probe_vision,
+        lambda images, _names: {PIXELS: images.calibration[:_RANGE_ROWS]},
+        lambda images, _names: [{PIXELS: image[None]} for image in images.heldout],
+    ),
+}
