@@ -21,7 +21,7 @@ from nbl_export.settings import (
 )
 from nbl_export.stages.build import build
 from nbl_export.stages.calibrate import calibrate
-from nbl_export.stages.export import export
+from nbl_export.stages.export import check_model, export
 from nbl_export.stages.rewrite import rewrite
 from nbl_export.stages.select import select
 from nbl_export.stages.verify import report, verify
@@ -48,6 +48,8 @@ def run_all(
             check_k(selection.k, layer_count(run.model.model))
         if engines:
             engines.limits(positions(run.model.model))
+        exporting.check()
+        check_model(run, exporting)
     calibrate(run, calibration)
     select(run, selection)
     export(run, exporting)

@@ -27,6 +27,7 @@ def calibrate(run: Run, settings: CalibrateSettings) -> None:
     from nbl_export.calibrate.moments import save_moments
     from nbl_export.calibrate.probe import probe_model, save_probe
     from nbl_export.calibrate.text import save_text
+    from nbl_export.models.layers import layer_count
     from nbl_export.models.trial import check_served
 
     settings.check()
@@ -35,7 +36,7 @@ def calibrate(run: Run, settings: CalibrateSettings) -> None:
 
     def work(listener: Listener) -> list[Path]:
         model = run.model.model
-        check_served(model)
+        check_served(model, cached=False)  # a graph without a cache can be made of it, if no other
         _check_room(ws, model)
         text = _kept_text(ws, key)
         if text is None:
@@ -45,7 +46,8 @@ def calibrate(run: Run, settings: CalibrateSettings) -> None:
         tokens = text.calibration
         _check_enough(tokens.size, model)
         moments = collect_moments(model, tokens, fingerprint, Checkpoint(ws.checkpoint), listener)
-        save_moments(ws.moments, moments, {"model": fingerprint, "tokens": int(tokens.size)})
+        known = {"model": fingerprint, "tokens": int(tokens.size), "blocks": layer_count(model)}
+        save_moments(ws.moments, moments, known)
         save_probe(ws.probe, probe_model(model, tokens))
         ws.checkpoint.unlink(missing_ok=True)
         return [ws.text, ws.moments, ws.probe]

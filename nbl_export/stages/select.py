@@ -37,7 +37,7 @@ def select(run: Run, settings: SelectSettings) -> Plan:
         plan = Plan(
             model=run.model.source.fingerprint,
             hidden_size=len(next(iter(moments.layers.values())).x),
-            layer_count=len(candidates),
+            layer_count=metadata["blocks"],
             fit_input=settings.fit_input,
             criterion=settings.criterion if settings.layers is None else "by hand",
             ridge=settings.ridge,
