@@ -21,7 +21,7 @@ from nbl_export.settings import (
 )
 from nbl_export.stages.build import build
 from nbl_export.stages.calibrate import calibrate
-from nbl_export.stages.export import export
+from nbl_export.stages.export import check_model, export
 from nbl_export.stages.rewrite import rewrite
 from nbl_export.stages.select import select
 from nbl_export.stages.verify import report, verify
@@ -39,16 +39,18 @@ def run_all(
 ) -> Report:
     """Every stage in order; what is done already with the same settings is kept."""
     from nbl_export.linearize.select import check_k
-    from nbl_export.models.layers import layer_count, positions
+    from nbl_export.models.layers import attention_layers, positions
     from nbl_export.runtime.ort import require_onnxruntime
 
     require_onnxruntime()  # before the first minute of work, not after it
     exporting = exporting.for_task(run.model.source.task, engines is not None)
     if run.workspace.record("calibrate") is None:
         if selection.k is not None:
-            check_k(selection.k, layer_count(run.model.model))
+            check_k(selection.k, len(attention_layers(run.model.model)))
         if engines:
             engines.limits(positions(run.model.model))
+        exporting.check()
+        check_model(run, exporting)
     calibrate(run, calibration)
     select(run, selection)
     export(run, exporting)

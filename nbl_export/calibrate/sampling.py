@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbl_export.calibrate.text import CalibrationText, TextSettings, end_token, start_tokens
+from nbl_export.models.compat import cache_argument
+from nbl_export.models.layers import taken
 from nbl_export.progress import Listener
 
 if TYPE_CHECKING:
@@ -26,9 +28,6 @@ def sample_from_model(
     """
     import torch
 
-    from nbl_export.runtime.torch import TorchDecoder
-
-    decoder = TorchDecoder(model)
     config: Any = model.config
     known = (tokenizer.bos_token_id, tokenizer.eos_token_id, config.bos_token_id)
     start_token = next((t for t in known if t is not None), 0)
@@ -40,7 +39,7 @@ def sample_from_model(
     with listener.task("Sampling from the model", sum(counts) * length, "tokens") as task:
         for first in range(0, sum(counts), _SAMPLE_BATCH):
             batch = min(_SAMPLE_BATCH, sum(counts) - first)
-            documents.append(_sample(decoder, batch, length, start_token, generator, task.advance))
+            documents.append(_sample(model, batch, length, start_token, generator, task.advance))
     tokens = np.concatenate(documents)
     tokens[:, -1] = end_token(tokenizer)
     owners = np.repeat(np.arange(len(tokens), dtype=np.int32), length)
@@ -61,23 +60,21 @@ _SAMPLE_LENGTH = 128
 _SAMPLE_BATCH = 152
 
 
-def _sample(
-    decoder: Any, batch: int, length: int, start: int, generator: torch.Generator, advance: Any
-) -> I32:
+def _sample(model: Any, batch: int, length: int, start: int, generator: torch.Generator, advance: Any) -> I32:
     import torch
 
-    tokens = torch.full((batch, 1), start, dtype=torch.long)
-    rows, past = [], decoder.empty_past(batch)
+    seen = torch.full((batch, 1), start, dtype=torch.long)
+    name, cache = cache_argument(model), None  # the model's own: not every state is keys and values
     with torch.inference_mode():
-        for step in range(length):
-            mask = torch.ones(batch, step + 1, dtype=torch.long)
-            positions = torch.full((batch, 1), step, dtype=torch.long)
-            logits, past = decoder.forward(tokens, mask, positions, past)
+        for _ in range(length):
+            ids = seen if cache is None else seen[:, -1:]
+            output = model(input_ids=ids, **taken(model, use_cache=True, **{name: cache}))
+            logits, cache = output.logits, output.get(name)
             # By the inverse of the distribution function: torch.multinomial draws one number for every
             # entry of the vocabulary, this draws one for each document.
             distribution = torch.softmax(logits[:, -1].float(), dim=-1).cumsum(dim=-1)
             draws = torch.rand(batch, 1, generator=generator) * distribution[:, -1:]
             tokens = torch.searchsorted(distribution, draws).clamp_max(logits.shape[-1] - 1)
-            rows.append(tokens[:, 0].to(torch.int32))
+            seen = torch.cat([seen, tokens], dim=1)
             advance(batch)
-    return torch.stack(rows, dim=1).numpy()
+    return seen[:, 1:].to(torch.int32).numpy()

@@ -138,6 +138,9 @@ class _StaticLayer(PastLayer):
         return self.keys, self.values
 
     def _write(self, buffer: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        if not torch.compiler.is_exporting():  # a rehearsal, not a trace
+            places = self.write_indices[:, None] + torch.arange(new.shape[2])
+            return buffer.scatter(2, places[:, None, :, None].expand_as(new), new)
         written: torch.Tensor = torch.onnx.ops.symbolic(
             f"{SYMBOLIC_DOMAIN}::TensorScatter",
             [buffer, new, self.write_indices],

@@ -4,14 +4,16 @@ Attention   transformers' own sdpa repeats keys and values for grouped queries; 
             scores and attention sinks, which scaled_dot_product_attention cannot express, are written out.
 Experts     transformers' own loops over the experts that were hit, which a graph cannot; here every expert takes
             the tokens that were sent to it, none or many.
+Complex     rotary embeddings that multiply complex numbers, of which the exporter knows few operators; here they are
+            pairs of real ones.
 
-Both go through the interfaces that transformers has for this. A model whose attention does not is traced with its
-own, written out.
+The first two go through the interfaces that transformers has for this. A model whose attention does not is traced
+with its own, written out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -105,6 +107,14 @@ def experts(
     return result
 
 
+_EAGER: Mapping[str, Callable[..., torch.Tensor]] = {
+    "NonZero": lambda mask: torch.nonzero(mask).T,
+    "Gather": lambda values, index: values[index],
+    "GatherND": lambda values, places: values[tuple(places.T)],
+    "ScatterND": lambda values, index, new: values.index_put((index[:, 0],), new),
+}
+
+
 def _rows(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return _onnx("Gather", [values, index], values.dtype, values.shape, axis=0)
 
@@ -113,6 +123,8 @@ def _onnx(
     op: str, inputs: list[torch.Tensor], dtype: torch.dtype, shape: Any, **attributes: Any
 ) -> torch.Tensor:
     """A standard ONNX operator as it is; ``shape`` is what torch.export takes its result to be."""
+    if not torch.compiler.is_exporting():  # a rehearsal, not a trace
+        return _EAGER[op](*inputs)
     made: torch.Tensor = torch.onnx.ops.symbolic(
         f"{SYMBOLIC_DOMAIN}::{op}", inputs, attributes, dtype=dtype, shape=shape
     )
@@ -131,6 +143,8 @@ def exportable(model: Any, mask: Callable[..., torch.Tensor] | None) -> Iterator
     with ExitStack() as undo:
         _use_attention(model, mask, undo)
         _use_experts(model, undo)
+        for name, function in _COMPLEX.items():
+            undo.enter_context(_replaced(torch, name, function))
         yield
 
 
@@ -146,7 +160,7 @@ def _use_attention(model: Any, mask: Callable[..., torch.Tensor] | None, undo: E
         model.set_attn_implementation(_NAME)
         return
     model.set_attn_implementation("eager")  # some keep theirs all the same
-    undo.enter_context(_broadcasting())
+    undo.enter_context(_replaced(torch.nn.functional, _SDPA.__name__, _broadcasting))
     if mask is not None:
         name = model.config._attn_implementation
         own = ALL_MASK_ATTENTION_FUNCTIONS[name]
@@ -155,20 +169,48 @@ def _use_attention(model: Any, mask: Callable[..., torch.Tensor] | None, undo: E
 
 
 @contextmanager
-def _broadcasting() -> Iterator[None]:
-    """PyTorch's attention takes one key head for all queries as it is; the exporter must be told so."""
-    original = torch.nn.functional.scaled_dot_product_attention
-
-    def told(query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        grouped = query.shape[1] != key.shape[1]
-        output: torch.Tensor = original(query, key, *args, **{"enable_gqa": grouped, **kwargs})
-        return output
-
-    torch.nn.functional.scaled_dot_product_attention = told
+def _replaced(module: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    original = getattr(module, name)
+    setattr(module, name, function)
     try:
         yield
     finally:
-        torch.nn.functional.scaled_dot_product_attention = original
+        setattr(module, name, original)
+
+
+_SDPA = torch.nn.functional.scaled_dot_product_attention
+
+
+def _broadcasting(query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """PyTorch's attention takes one key head for all queries as it is; the exporter must be told so."""
+    return _SDPA(query, key, *args, **{"enable_gqa": query.shape[1] != key.shape[1], **kwargs})
+
+
+class _Complex:
+    """A tensor of complex numbers as its real and its imaginary part; what reshapes it, reshapes both."""
+
+    def __init__(self, real: torch.Tensor, imag: torch.Tensor) -> None:
+        self.real, self.imag = real, imag
+
+    def __mul__(self, other: Any) -> _Complex:
+        if not isinstance(other, _Complex):
+            return _Complex(self.real * other, self.imag * other)
+        real = self.real * other.real - self.imag * other.imag
+        return _Complex(real, self.real * other.imag + self.imag * other.real)
+
+    def __getitem__(self, index: Any) -> _Complex:
+        return _Complex(self.real[index], self.imag[index])
+
+    def __getattr__(self, name: str) -> Any:
+        real, imag = getattr(self.real, name), getattr(self.imag, name)
+        return (lambda *args: _Complex(real(*args), imag(*args))) if callable(real) else real
+
+
+_COMPLEX: Mapping[str, Callable[..., Any]] = {
+    "polar": lambda length, angle: _Complex(length * torch.cos(angle), length * torch.sin(angle)),
+    "view_as_complex": lambda x: _Complex(x[..., 0], x[..., 1]),
+    "view_as_real": lambda z: torch.stack([z.real, z.imag], dim=-1),
+}
 
 
 def _additive(mask: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

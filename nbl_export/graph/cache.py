@@ -79,9 +79,12 @@ class KVPair:
     past: tuple[ir.Value, ir.Value]
     present: tuple[ir.Value, ir.Value]
 
-    def geometry(self) -> tuple[int, int]:
-        """Heads and head size of a [batch, heads, length, size] cache, from its shape or its attention."""
-        shape = self.past[0].shape
+    def geometry(self, side: int = 0) -> tuple[int, int]:
+        """Heads and head size of a [batch, heads, length, size] cache, from its shape or its attention.
+
+        ``side`` 0 asks for the keys', 1 for the values': the two may differ in size.
+        """
+        shape = self.past[side].shape
         heads, size = (shape[1], shape[3]) if shape is not None and len(shape) == 4 else (None, None)
         if isinstance(heads, int) and isinstance(size, int) and min(heads, size) >= 0:
             return heads, size
@@ -233,8 +236,8 @@ def kv_bytes_per_token(model: ir.Model) -> int:
     """Bytes that one more token of context adds to the cache, batch 1."""
     total = 0
     for pair in kv_pairs(model):
-        heads, size = pair.geometry()
-        for value in pair.past:
+        for side, value in enumerate(pair.past):
+            heads, size = pair.geometry(side)
             if value.dtype is None or value.dtype == ir.DataType.STRING:
                 raise InputError(f"The cache {value.name} holds no numbers: export the graph again.")
             total += int(heads * size * value.dtype.itemsize)
@@ -269,7 +272,7 @@ def remove_pairs(model: ir.Model, removed: Sequence[int], pairs: Sequence[KVPair
                 twin = getattr(kept[0], twins)[side] if kept else None
                 for usage in list(value.uses()):
                     if usage.node.op_type == "Shape":
-                        _reroute_shape(model, usage.node, pair, twin, grown=twins == "present")
+                        _reroute_shape(model, usage.node, pair.geometry(side), twin, grown=twins == "present")
     RemoveUnusedNodesPass()(model)
     for pair in gone:
         for value in pair.past:
@@ -297,7 +300,9 @@ def _templates(pairs: Sequence[KVPair]) -> list[str]:
     return templates if len(templates) == 2 * len(SIDES) else []
 
 
-def _reroute_shape(model: ir.Model, node: ir.Node, pair: KVPair, twin: ir.Value | None, grown: bool) -> None:
+def _reroute_shape(
+    model: ir.Model, node: ir.Node, geometry: tuple[int, int], twin: ir.Value | None, grown: bool
+) -> None:
     """Let a ``Shape`` of a removed cache ask ``twin`` instead, or answer it: [batch, heads, length, size]."""
     if twin is not None:
         node.replace_input_with(0, twin)
@@ -330,7 +335,7 @@ def _reroute_shape(model: ir.Model, node: ir.Node, pair: KVPair, twin: ir.Value 
         # Shape takes a range of dimensions only since opset 15.
         return emit("Gather", [emit("Shape", [value]), constant(axis)], axis=0)
 
-    heads, size = pair.geometry()
+    heads, size = geometry
     length = dimension(inputs[MASK], 1)
     if not grown:
         length = emit("Sub", [length, dimension(inputs[TOKENS], 1)])

@@ -71,12 +71,12 @@ def real_places(inputs: Inputs, length: int) -> NDArray[np.bool_]:
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """One layer's cache: names of past and present (key, value), number of heads and size of a head."""
+    """One layer's cache: names of past and present (key, value), number of heads, sizes of a key and a value."""
 
     past: tuple[str, str]
     present: tuple[str, str]
     heads: int
-    size: int
+    sizes: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -118,9 +118,9 @@ class Interface:
     def empty_cache(self, batch: int, length: int, dtype: Any) -> dict[str, NDArray[Any]]:
         """Zeros of ``length`` places for every past input."""
         return {
-            name: np.zeros((batch, entry.heads, length, entry.size), dtype=dtype)
+            name: np.zeros((batch, entry.heads, length, size), dtype=dtype)
             for entry in self.cache
-            for name in entry.past
+            for name, size in zip(entry.past, entry.sizes, strict=True)
         }
 
     def row(self, given: NDArray[Any] | Inputs, dtype: Any) -> dict[str, NDArray[Any]]:
@@ -176,6 +176,6 @@ def _outputs(model: ir.Model, pairs: Sequence[KVPair]) -> tuple[str, ...]:
 
 
 def _entry(pair: KVPair) -> CacheEntry:
-    heads, size = pair.geometry()
+    (heads, key_size), (_, value_size) = (pair.geometry(side) for side in (0, 1))
     past, present = ((str(k.name), str(v.name)) for k, v in (pair.past, pair.present))
-    return CacheEntry(past, present, heads, size)
+    return CacheEntry(past, present, heads, (key_size, value_size))

@@ -10,8 +10,9 @@
 2. y is what the first linear map (:data:`~.operators.LINEAR`) after the core writes. Its bias may be
    added by that node, by the next, or inside a fused residual norm; views may lie between. Each of these
    tensors is a candidate.
-3. x is the one activation that all linear maps feeding the core read, or a view of it. Positions and
-   masks also reach the core, but carry no activations.
+3. x is the one activation that all linear maps feeding the core read, or a view of it. A projection in
+   stages (queries, keys and values of few numbers, which a second map makes heads of) is followed back to
+   what its first stage reads. Positions and masks also reach the core, but carry no activations.
 4. h, the stream before the norm, is a summand of an addition that y goes into, or what x is a norm of.
 
 Whatever does not fit is a :class:`Refusal` that says which check failed and on what. Finding is not
@@ -43,6 +44,7 @@ from nbl_export.graph.operators import (
 
 _MAX_STEPS = 12
 _MAX_ADDS = 3
+_MAX_STAGES = 6  # queries, keys and values through two maps each, and what the first maps read
 
 
 @dataclass(frozen=True)
@@ -280,28 +282,24 @@ def _inputs(
     core: ir.Node, projection: ir.Node, activations: set[ir.Value]
 ) -> tuple[tuple[ir.Value, ...], list[ir.Node], int]:
     """The candidates for x, the linear maps that read it, and the number of nodes from them on."""
-    direct: set[ir.Value] = set()
-    maps: list[ir.Node] = []
     seen: set[ir.Node] = {projection}
     assert projection.inputs[0] is not None
+    maps: list[ir.Node] = []
     # The projection's own input may be quantized; whoever else quantizes what it reads reads x.
-    stack: list[ir.Value | None] = [_origin(projection.inputs[0])]
-    while stack:
-        value = stack.pop()
-        node = value.producer() if value is not None else None
-        if value is None or node is None or node in seen or value not in activations:
-            continue
-        seen.add(node)
-        op = fused_op(node) if node is core else None
-        if linear_op(node) or node.op_type == QUANTIZE or (op and op.weights is not None):
-            assert node.inputs[0] is not None
-            direct.add(node.inputs[0])
-            maps += [node] if node.op_type != QUANTIZE else []
-        else:
-            stack.extend(node.inputs)
-    origins = {_origin(v) for v in direct}
+    direct = first = _read_by_maps(_origin(projection.inputs[0]), core, activations, seen, maps)
+    for _ in range(_MAX_STAGES):
+        origins = {_origin(v) for v in direct}
+        if len(origins) < 2:
+            break
+        # x comes before whatever is computed from it, so what comes last is not x but a stage on the way.
+        order = {value: i for i, node in enumerate(core.graph or ()) for value in node.outputs}
+        last = max(origins, key=lambda v: order.get(v, -1))
+        before = _read_by_maps(last, core, activations, seen, maps)
+        if not before:
+            break
+        direct = {v for v in direct if _origin(v) is not last} | before
     if len(origins) != 1:
-        names = ", ".join(sorted(str(v.name) for v in direct)) or "none"
+        names = ", ".join(sorted(str(v.name) for v in first)) or "none"
         raise _NotFound("all projections of the layer read one tensor", names)
     # Quantized numbers are no activations: what the projections read must be what was quantized.
     plain = {v for v in direct if (maker := v.producer()) is None or maker.op_type != QUANTIZE}
@@ -312,6 +310,33 @@ def _inputs(
     if len(plain) == 1 and node is not None and node.op_type == "Cast":
         candidates = dict.fromkeys([only, *candidates])
     return tuple(candidates), maps, len(seen)
+
+
+def _read_by_maps(
+    value: ir.Value, core: ir.Node, activations: set[ir.Value], seen: set[ir.Node], maps: list[ir.Node]
+) -> set[ir.Value]:
+    """What the nearest linear maps (and quantizations) that ``value`` is computed from read.
+
+    Nodes on the way are added to ``seen``, maps to ``maps``.
+    """
+    direct: set[ir.Value] = set()
+    passed: set[ir.Node] = set()
+    stack: list[ir.Value | None] = [value]
+    while stack:
+        current = stack.pop()
+        node = current.producer() if current is not None else None
+        if current is None or node is None or node in passed or current not in activations:
+            continue
+        passed.add(node)
+        op = fused_op(node) if node is core else None
+        if linear_op(node) or node.op_type == QUANTIZE or (op and op.weights is not None):
+            assert node.inputs[0] is not None
+            direct.add(node.inputs[0])
+            maps += [node] if node.op_type != QUANTIZE and node not in maps else []
+        else:
+            stack.extend(node.inputs)
+    seen |= passed
+    return direct
 
 
 def _origin(value: ir.Value) -> ir.Value:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Any
 
@@ -121,18 +122,22 @@ def _found(model: ir.Model, plan: Plan) -> list[AttentionRegion]:
         raise InputError(
             "The graph has no attention that nbl-export knows: it is no decoder, or rewritten already."
         )
-    if len(found) != plan.layer_count:
+    layers = plan.candidates
+    if len(found) != len(layers):
         raise InputError(
-            f"The graph has {len(found)} attention layers, the plan is for {plan.layer_count}: it is of another model."
+            f"The graph has {len(found)} attention layers, the plan is for {len(layers)}: it is of another model."
         )
     _check_names(model, plan)
+    # A graph numbers its attention, or all layers of the model, some of which may have none.
+    numbers = tuple(entry.layer for entry in found)
+    if numbers not in (layers, tuple(range(len(layers)))):
+        raise InputError(
+            f"The graph's caches are numbered up to {max(numbers)}, the plan is for {len(layers)} layers: it is of "
+            "another model."
+        )
     regions = []
-    for entry in found:
-        if entry.layer >= plan.layer_count:
-            raise InputError(
-                f"The graph's caches are numbered up to {max(e.layer for e in found)}, the plan is for "
-                f"{plan.layer_count} layers: it is of another model."
-            )
+    for layer, other in zip(layers, found, strict=True):
+        entry = replace_fields(other, layer=layer)
         if isinstance(entry, AttentionRegion):
             regions.append(entry)
         elif entry.layer in plan.layers:
@@ -160,7 +165,9 @@ def replace(
         assert proof.u is not None and proof.y is not None  # proven layers have both
         _insert(model, layer, proof.u, proof.y, regions[layer].projection, plan)
     RemoveUnusedNodesPass()(model)
-    remove_pairs(model, plan.chosen, pairs)
+    # The n-th pair is of the n-th layer that has attention.
+    gone = [p.index for p, layer in zip(pairs, plan.candidates, strict=False) if layer in plan.layers]
+    remove_pairs(model, gone, pairs)
     for value in untyped:  # what was inferred is not the graph's to keep
         if not value.is_graph_output():
             value.type = value.shape = None
@@ -306,7 +313,7 @@ def count(
     cached = k if before.kv_pairs else 0
     regions = len(find_regions(model))
     expected = {
-        "attention layers": (regions, (plan.layer_count if found is None else found) - k),
+        "attention layers": (regions, len(plan.kept) if found is None else found - k),
         "KV pairs": (after.kv_pairs, before.kv_pairs - cached),
         "inputs": (after.inputs, before.inputs - 2 * cached),
         "outputs": (after.outputs, before.outputs - 2 * cached),

@@ -38,7 +38,8 @@ class Plan:
 
     ``fit_input`` says what u is. ``probe`` holds a ragged batch by input name (``input_ids``,
     ``attention_mask`` …, int64 [batch, sequence]) or images; ``probe_u`` and ``probe_y`` are what the
-    original PyTorch model had as u and y there in **every** layer, float32 [unpadded tokens, d].
+    original PyTorch model had as u and y there in **every** attention layer, float32 [unpadded tokens, d].
+    ``layer_count`` counts all blocks, also those that have no attention.
     """
 
     model: str
@@ -58,9 +59,14 @@ class Plan:
         return tuple(sorted(self.layers))
 
     @property
+    def candidates(self) -> tuple[int, ...]:
+        """The attention layers of the original model: all that there is evidence for."""
+        return tuple(sorted(self.probe_y))
+
+    @property
     def kept(self) -> tuple[int, ...]:
         """The layers that keep their attention, in the order of the rewritten model's KV pairs."""
-        return tuple(i for i in range(self.layer_count) if i not in self.layers)
+        return tuple(i for i in self.candidates if i not in self.layers)
 
     def without_layers(self) -> Plan:
         """The plan that linearizes nothing: of the unmodified model."""

@@ -97,6 +97,13 @@ def check_served(model: torch.nn.Module, cached: bool = True, task: Task | None 
     if not task.causal:
         _check_encoder(model, tried, task)
         return
+    keeps = {layer.index: tried.cache[layer.index] is not None for layer in found.layers}
+    if len(set(keeps.values())) > 1:  # none at all is a family without a cache
+        borrower = next(index for index, keeps_own in keeps.items() if not keeps_own)
+        raise InputError(
+            f"Layer {borrower} of {type(model).__name__} attends to keys and values of another layer, which therefore "
+            "cannot be linearized alone: this architecture is not served yet."
+        )
     if cached and found.others:
         index, kind = next(iter(found.others.items()))
         raise InputError(

@@ -54,7 +54,7 @@ def build(run: Run, settings: EngineSettings) -> list[EngineFile]:
                 f"nbl-export export {ws.root} --precision fp16 --kv-cache static, then rewrite and build."
             )
         sources = [
-            Source(BASE, ws.baseline, plan.layer_count, ws.base_engine),
+            Source(BASE, ws.baseline, len(plan.candidates), ws.base_engine),
             Source(LINEARIZED, ws.model, len(plan.kept), ws.engine),
         ]
         plan_hash = sha256_of_file(ws.plan)

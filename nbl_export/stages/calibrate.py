@@ -39,7 +39,9 @@ def calibrate(run: Run, settings: CalibrateSettings) -> None:
 
     def work(listener: Listener) -> list[Path]:
         model = run.model.model
-        check_served(model, task=run.model.task)
+        check_served(
+            model, cached=False, task=run.model.task
+        )  # a graph without a cache can be made, if no other
         _check_room(ws, model)
         kept = material.path(ws)
         read = _kept(kept, key, material)

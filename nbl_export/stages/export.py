@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 def export(run: Run, settings: ExportSettings) -> None:
     """Model → ``baseline/model.onnx`` with configuration and tokenizer files beside it."""
     from nbl_export.export.forms import FORMS
-    from nbl_export.models.trial import check_served
 
     task, pooling = run.model.task, run.model.pooling
     settings = settings.for_task(task.name)
@@ -39,13 +38,26 @@ def export(run: Run, settings: ExportSettings) -> None:
         base["calibrate"] = ws.require("calibrate", f"nbl-export calibrate MODEL -o {ws.root}").key
 
     def work(listener: Listener) -> list[Path]:
-        check_served(run.model.model, settings.kv_cache != "none", task)
+        check_model(run, settings)
         exported = _export_torch if settings.exporter == "torch" else _export_elsewhere
         files, kept = exported(run, settings, listener)
         write_json(ws.export_summary, {"kept_float32": [asdict(k) for k in kept]})
         return [*files, ws.export_summary, *_save_configs(run, files, settings)]
 
     run.stage("export", sha256_of_json(base), recorded, work)
+
+
+def check_model(run: Run, settings: ExportSettings) -> None:
+    """Refuse, before any work, a model that cannot be exported as ``settings`` say."""
+    from nbl_export.export.forms import FORMS
+    from nbl_export.export.rehearsal import check_form
+    from nbl_export.models.trial import check_served
+
+    task = run.model.task
+    if settings.exporter == "torch" and task.causal:
+        check_form(run.model.model, FORMS[str(settings.kv_cache)])
+    else:
+        check_served(run.model.model, task=task)
 
 
 def _export_torch(run: Run, settings: ExportSettings, listener: Listener) -> tuple[list[Path], list[Kept]]:

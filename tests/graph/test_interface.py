@@ -79,7 +79,7 @@ def test_our_own_graph(tiny_graph: Path) -> None:
     found = interface_of(load_graph(tiny_graph))
     assert found.inputs >= {"input_ids", "attention_mask", "position_ids"}
     assert (found.logits, found.static, found.ragged, found.cacheless) == ("logits", False, False, False)
-    assert found.layers == (0, 1, 2, 3) and {(e.heads, e.size) for e in found.cache} == {(2, 8)}
+    assert found.layers == (0, 1, 2, 3) and {(e.heads, e.sizes) for e in found.cache} == {(2, (8, 8))}
     row = found.row(np.array([5, 6, 7]), np.float32)
     assert set(row) == found.inputs
     assert row["position_ids"].tolist() == [[0, 1, 2]] and row["attention_mask"].tolist() == [[1, 1, 1]]
@@ -89,7 +89,7 @@ def test_our_own_graph(tiny_graph: Path) -> None:
 @pytest.mark.parametrize("packed", [True, False])
 def test_the_head_size_of_a_fused_attention_comes_from_its_projections(packed: bool) -> None:
     found = interface_of(grouped(packed=packed))
-    assert [(e.heads, e.size) for e in found.cache] == [(2, 16)]
+    assert [(e.heads, e.sizes) for e in found.cache] == [(2, (16, 16))]
     assert found.ragged and found.logits == "scores"
 
 

@@ -296,7 +296,8 @@ def test_a_plan_of_another_decoder_is_refused(c: Choices, fit_input: FitInput, t
     other = random_plan(c, random_weights(replace(c, seed=1)), (1,), fit_input)
     graph = written(c, weights)
     assert "Layer 1 is not proven" in str(refusal(tmp_path, graph.proto, other))
-    deeper = replace(random_plan(c, weights, (1,), fit_input), layer_count=4)
+    deeper = random_plan(c, weights, (1,), fit_input)
+    deeper = replace(deeper, layer_count=4, probe_y={**deeper.probe_y, 3: deeper.probe_y[0]})
     assert "has 3 attention layers, the plan is for 4" in str(refusal(tmp_path, graph.proto, deeper))
 
 

@@ -226,7 +226,8 @@ def test_a_rewritten_graph_is_refused(stories_out: Path, old: Path) -> None:
 
 
 def test_a_plan_of_another_depth_is_refused(stories_out: Path, old: Path) -> None:
-    plan = replace(plan_by_hand(stories_out, (1,)), layer_count=LAYERS + 1)
+    plan = plan_by_hand(stories_out, (1,))
+    plan = replace(plan, layer_count=LAYERS + 1, probe_y={**plan.probe_y, LAYERS: plan.probe_y[0]})
     with pytest.raises(InputError, match="has 5 attention layers, the plan is for 6"):
         rewrite_file(baseline(stories_out), plan, old)
     assert_untouched(old)

@@ -1,0 +1,57 @@
+"""A form of the cache that a model computes other numbers in is refused before any work, with what to use instead."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from nbl_export.errors import InputError
+from nbl_export.export.forms import CONCAT, FORMS, NONE, STATIC
+from nbl_export.export.rehearsal import check_form
+from tests.tiny_types import tiny_model
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=str)
+@pytest.mark.parametrize("model_type", ["llama", "opt", "gemma2"])
+def test_every_form_is_the_model(model_type: str, form: Any) -> None:
+    check_form(tiny_model(model_type), form)
+
+
+def test_a_window_over_places_is_no_window_over_positions() -> None:
+    # GPT-Neo takes its own local mask by the length of the cache, which a static buffer has from the start.
+    model = tiny_model("gpt_neo")
+    check_form(model, CONCAT)
+    with pytest.raises(
+        InputError, match=r"GPTNeoForCausalLM computes other logits with --kv-cache static.*concat"
+    ):
+        check_form(model, STATIC)
+
+
+@pytest.mark.parametrize("form", [CONCAT, NONE], ids=lambda f: f.name)
+def test_positions_that_count_padding_are_refused(form: Any) -> None:
+    config = AutoConfig.for_model(
+        "bart", vocab_size=60, d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48,
+        encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=48, max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.mul_(8 if parameter.ndim > 1 else 1)
+    with pytest.raises(InputError, match=r"padded rows: this architecture is not served yet\.$"):
+        check_form(model, form)
+
+
+def test_a_state_that_is_no_cache_asks_for_none() -> None:
+    model = tiny_model("lfm2")
+    check_form(model, NONE)
+    for form in (CONCAT, STATIC):
+        with pytest.raises(InputError, match=r"layer 0: conv.*--kv-cache none"):
+            check_form(model, form)
+
+
+def test_borrowed_keys_and_values_are_refused() -> None:
+    with pytest.raises(InputError, match="attends to keys and values of another layer"):
+        check_form(tiny_model("gemma3n_text"), NONE)

@@ -1,0 +1,57 @@
+"""Attention that is built otherwise, from calibration to the rewritten graph: its logits are PyTorch's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nbl_export.calibrate.collect import collect_moments
+from nbl_export.calibrate.probe import probe_model
+from nbl_export.export.forms import FORMS
+from nbl_export.export.torch import export_torch
+from nbl_export.graph.io import load_graph
+from nbl_export.graph.rewrite import linearized_layers, rewrite_file
+from nbl_export.linearize.swap import linearized
+from nbl_export.models.layers import attention_layers
+from nbl_export.runtime.ort import ort_stream
+from nbl_export.runtime.torch import torch_stream
+from tests.families import Calibrated
+from tests.tiny_types import tiny_model
+
+STEPS = 3
+
+
+@pytest.mark.parametrize(
+    ("model_type", "form"),
+    [
+        # Two stages of projections, a cache of what lies between them, complex rotary embeddings.
+        ("deepseek_v2", "concat"),
+        ("deepseek_v3", "static"),
+        # Convolutions in between: the second region of the graph is the fourth layer of the model.
+        ("lfm2", "none"),
+    ],
+)
+def test_from_calibration_to_logits(model_type: str, form: str, tmp_path: Path) -> None:
+    model = tiny_model(model_type)
+    tokens = np.random.default_rng(0).integers(3, 260, (32, 24), dtype=np.int32)
+    calibrated = Calibrated(model, collect_moments(model, tokens, "of a test"), probe_model(model, tokens))
+    plan = calibrated.plan([attention_layers(model)[1].index])
+    export_torch(model, tmp_path / "base" / "model.onnx", form=FORMS[form])
+    rewrite_file(tmp_path / "base" / "model.onnx", plan, tmp_path / "model.onnx")
+    assert linearized_layers(load_graph(tmp_path / "model.onnx")) == plan.chosen
+    rows = [tokens[0][:11], tokens[1][:6]]
+    stream = ort_stream(tmp_path / "model.onnx", 16)
+
+    def logits(stream: object) -> np.ndarray:  # type: ignore[type-arg]
+        steps = [stream.prefill(rows)]  # type: ignore[attr-defined]
+        steps += [stream.decode([int(t[12 + i]) for t in tokens[:2]]) for i in range(STEPS)]  # type: ignore[attr-defined]
+        return np.concatenate(steps)
+
+    with linearized(model, plan):
+        expected = logits(torch_stream(model, plan.chosen, form != "none"))
+    original = logits(torch_stream(model, (), form != "none"))
+    found = logits(stream)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=2e-4)
+    assert np.abs(original - expected).max() > 0.02  # the layer is missed

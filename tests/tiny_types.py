@@ -1,0 +1,73 @@
+"""Tiny random models of any model type of transformers, whose attention matters, for tests that save nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+_COMMON = {
+    "vocab_size": 260,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+    "pad_token_id": 1,
+}
+_LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 12,
+    "q_lora_rank": 20,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 2,
+}
+FIELDS: Mapping[str, Mapping[str, Any]] = {
+    "llama": {"num_key_value_heads": 2},
+    "opt": {"word_embed_proj_dim": 32, "ffn_dim": 48},
+    "gemma2": {"num_key_value_heads": 2, "head_dim": 8},
+    "mixtral": {"num_key_value_heads": 2, "num_local_experts": 4},
+    "deepseek_v2": _LATENT,  # complex rotary embeddings
+    "deepseek_v3": _LATENT,
+    "gpt_neo": {
+        "num_layers": 4,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 2]],
+        "window_size": 8,
+    },
+    "lfm2": {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+    "gemma3n_text": {
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 260,
+        "laurel_rank": 8,
+        "activation_sparsity_pattern": [0.0] * 4,
+        "intermediate_size": [48] * 4,
+    },
+}
+
+
+def tiny_model(model_type: str, **changes: Any) -> Any:
+    """A model of ``model_type`` in float32; ``changes`` are configuration fields."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **{**_COMMON, **FIELDS[model_type], **changes})
+    model = AutoModelForCausalLM.from_config(config).float().eval().requires_grad_(False)
+    for path, parameter in model.named_parameters():
+        if parameter.ndim > 1:  # freshly initialized, attention moves a model too little to be missed
+            parameter.mul_(8 if "attn" in path or "attention" in path else 4)
+        else:
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model
