@@ -28,22 +28,30 @@ _TOLERANCE = 1e-2  # of the logits' spread; a wrong mask or position is off by a
 def check_form(model: torch.nn.Module, form: Form) -> None:
     """Raise :class:`InputError` for a model that is not served, or not with its cache kept in ``form``."""
     check_served(model, cached=form is not NONE)
-    error = _error(model, form)
-    if error <= _TOLERANCE:
-        return
+    try:
+        error = _error(model, form)
+        if error <= _TOLERANCE:
+            return
+        found = (
+            f"computes other logits with --kv-cache {form.name} than by itself (off by {error:.1g} of their spread), "
+            "so its masks or positions do not follow a batch of padded rows"
+        )
+    except _Failed as failed:
+        found = f"cannot be run with --kv-cache {form.name} ({failed})"
     others = [o for o in FORMS.values() if o is not form and _serves(model, o)]
     remedy = f"use --kv-cache {others[0].name}" if others else "this architecture is not served yet"
-    raise InputError(
-        f"{type(model).__name__} computes other logits with --kv-cache {form.name} than by itself (off by "
-        f"{error:.1g} of their spread), so its masks or positions do not follow a batch of padded rows: {remedy}."
-    )
+    raise InputError(f"{type(model).__name__} {found}: {remedy}.")
+
+
+class _Failed(Exception):
+    """The model's own code failed; says how in one line."""
 
 
 def _serves(model: torch.nn.Module, form: Form) -> bool:
     try:
         check_served(model, cached=form is not NONE)
         return _error(model, form) <= _TOLERANCE
-    except NblError:
+    except (NblError, _Failed):
         return False
 
 
@@ -63,9 +71,7 @@ def _error(model: torch.nn.Module, form: Form) -> float:
                 raise
             except Exception as error:  # a model's own code may raise anything
                 first = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise InputError(
-                    f"{type(model).__name__} cannot be run with --kv-cache {form.name}: {first[:300]}."
-                ) from error
+                raise _Failed(first[:300].rstrip(".")) from error
     expected = torch.cat(own)
     off = float((torch.cat(found) - expected).abs().max() / expected.std())
     return off if np.isfinite(off) else float("inf")
