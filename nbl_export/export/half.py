@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,19 @@ from nbl_export.workspace import TEMPORARY
 
 
 def save_in_precision(
-    graph: ir.Model, path: Path, precision: Precision, rows: Sequence[NDArray[Any]] | Inputs
+    graph: ir.Model,
+    path: Path,
+    precision: Precision,
+    rows: Sequence[NDArray[Any]] | Inputs,
+    wide: Collection[str] = ("logits",),
 ) -> tuple[list[Path], list[Kept]]:
     """Convert the float32 ``graph`` and write it to ``path``: the files, and the nodes left in float32.
 
     ``rows`` are token ids of real text, or an encoder's batch; a format of float32's range does not need them.
+    ``wide`` names the inputs and outputs that stay float32.
     """
     ranges = _ranges(graph, path, rows) if precision.largest < float("inf") else {}
-    kept = to_precision(graph, precision, ranges)
+    kept = to_precision(graph, precision, ranges, wide)
     return save_graph(graph, path), kept
 
 

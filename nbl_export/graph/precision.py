@@ -9,8 +9,8 @@
    they are computed from, tensors that reach beyond the format's range on real text, constants that it
    cannot represent. Its weights stay float32 too.
 3. Casts stand where a converted node reads a float32 tensor and the other way round, one for each tensor.
-4. The KV cache is half. Logits and states leave as float32, and pixels arrive so. No other float32 weight
-   remains.
+4. Logits (of an encoder: all outputs) leave as float32, and pixels arrive so; the KV cache is half. No other
+   float32 input, output or weight remains.
 
 `RMSNormalization`, `LayerNormalization` and `Attention` read and write half but compute their means and
 softmax in float32: for the norms the operator says so (``stash_type``), for attention every runtime does.
@@ -18,7 +18,7 @@ softmax in float32: for the norms the operator says so (``stash_type``), for att
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,6 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common as passes
 
 from nbl_export.errors import BuildError, InputError
-from nbl_export.graph.cache import kv_pairs
 from nbl_export.graph.operators import linear_op
 from nbl_export.graph.quantize import weight_bits
 
@@ -102,8 +101,12 @@ def graph_precision(model: ir.Model) -> Precision:
     return PRECISIONS[max(sizes, key=lambda name: sizes[name])]
 
 
-def to_precision(model: ir.Model, precision: Precision, ranges: Mapping[str, float]) -> list[Kept]:
+def to_precision(
+    model: ir.Model, precision: Precision, ranges: Mapping[str, float], wide: Collection[str] = ("logits",)
+) -> list[Kept]:
     """Convert a float32 graph in place; returns the nodes that stayed float32.
+
+    ``wide`` names the inputs and outputs that stay float32.
 
     ``ranges`` are the largest magnitudes of its tensors on real text, by name (a tensor without an entry
     is taken to fit). Raises :class:`BuildError` for a graph with control flow.
@@ -118,9 +121,8 @@ def to_precision(model: ir.Model, precision: Precision, ranges: Mapping[str, flo
         raise BuildError(f"A graph with control flow cannot be converted to {precision.name}.")
     kept = _kept(graph, precision, ranges)
     converter = _Converter(graph, precision)
-    pairs = kv_pairs(model)
-    for value in (v for pair in pairs for v in pair.past):
-        if value.dtype == F32:
+    for value in graph.inputs:
+        if value.dtype == F32 and value.name not in wide:
             value.dtype = precision.dtype
     for node in list(graph):
         if node in kept:
@@ -128,9 +130,8 @@ def to_precision(model: ir.Model, precision: Precision, ranges: Mapping[str, flo
         elif any(v is not None and v.dtype in (F32, precision.dtype) for v in node.inputs):
             converter.narrow(node)
         # A node without floating-point inputs (a Cast of integers) writes float32, which readers cast.
-    cache = {v for pair in pairs for v in pair.present}
     for index, value in enumerate(list(graph.outputs)):
-        wanted = precision.dtype if value in cache else F32
+        wanted = F32 if value.name in wide else precision.dtype
         if value.dtype in (F32, precision.dtype) and value.dtype != wanted:
             converter.output(index, value, wanted)
     passes.RemoveUnusedNodesPass()(model)

@@ -63,6 +63,7 @@ def check_model(run: Run, settings: ExportSettings) -> None:
 def _export_torch(run: Run, settings: ExportSettings, listener: Listener) -> tuple[list[Path], list[Kept]]:
     from nbl_export.export.half import save_in_precision
     from nbl_export.export.torch import trace
+    from nbl_export.graph.cache import PIXELS
     from nbl_export.graph.precision import precision_of
     from nbl_export.stages.material import material_of
 
@@ -71,7 +72,7 @@ def _export_torch(run: Run, settings: ExportSettings, listener: Listener) -> tup
     graph = trace(run.model.model, form, listener)
     material = material_of(run.model.source)
     rows = material.ranges(material.load(material.path(ws)), form.inputs) if precision.name == "fp16" else []
-    return save_in_precision(graph, ws.baseline, precision, rows)
+    return save_in_precision(graph, ws.baseline, precision, rows, {*form.outputs, PIXELS})
 
 
 def _form(run: Run, settings: ExportSettings) -> Form:
