@@ -46,6 +46,13 @@ FIELDS: Mapping[str, Mapping[str, Any]] = {
         "window_size": 8,
     },
     "lfm2": {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+    "jamba": {
+        "num_key_value_heads": 2,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "num_experts": 2,
+        "mamba_dt_rank": 4,
+    },
     "gemma3n_text": {
         "num_key_value_heads": 2,
         "head_dim": 8,

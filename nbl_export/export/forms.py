@@ -113,6 +113,7 @@ class _Whole(CachedDecoder):
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor
     ) -> torch.Tensor:
+        torch._check(attention_mask.shape[1] == input_ids.shape[1])  # type: ignore[no-untyped-call]
         logits: torch.Tensor = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -15,6 +15,7 @@ from nbl_export.errors import InputError, NblError
 from nbl_export.export.forms import FORMS, NONE, STATIC, Form
 from nbl_export.export.functions import exportable
 from nbl_export.models.layers import positions as positions_of
+from nbl_export.models.layers import structure
 from nbl_export.models.load import quiet
 from nbl_export.models.trial import cache_shapes, check_served, trial
 from nbl_export.runtime.padding import left_padded, right_padded
@@ -31,6 +32,7 @@ def check_form(model: torch.nn.Module, form: Form) -> None:
     try:
         error = _error(model, form)
         if error <= _TOLERANCE:
+            _check_trace(model, form)
             return
         found = (
             f"computes other logits with --kv-cache {form.name} than by itself (off by {error:.1g} of their spread), "
@@ -45,6 +47,23 @@ def check_form(model: torch.nn.Module, form: Form) -> None:
 
 class _Failed(Exception):
     """The model's own code failed; says how in one line."""
+
+
+def _check_trace(model: torch.nn.Module, form: Form) -> None:
+    """A layer that is no attention may go through its tokens one by one, which no graph of any length can."""
+    kinds = sorted(set(structure(model).others.values()))
+    if not kinds:
+        return  # tracing costs more than all else here
+    decoder = form.module(model)
+    try:
+        with quiet(), exportable(model, decoder.mask), torch.no_grad():
+            form.capture(decoder)
+    except Exception as error:  # torch's have no common base class
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"{type(model).__name__} is not served: its layers of another kind ({', '.join(kinds)}) cannot be traced "
+            f"for texts of any length ({first[:200]})."
+        ) from error
 
 
 def _serves(model: torch.nn.Module, form: Form) -> bool:

@@ -25,6 +25,7 @@ from nbl_export.export.forms import CONCAT, ENCODER, Form
 from nbl_export.export.functions import SYMBOLIC_DOMAIN, exportable
 from nbl_export.graph.cache import SIDES, past_name, present_name
 from nbl_export.graph.io import save_graph
+from nbl_export.graph.operators import int_attribute
 from nbl_export.models.layers import layer_count
 from nbl_export.models.load import quiet
 from nbl_export.models.trial import trial
@@ -91,6 +92,7 @@ def tidy(model: ir.Model, form: Form, layers: int) -> ir.Model:
     passes.RemoveUnusedNodesPass()(model)
     graph = model.graph
     _share_tied_weights(graph)
+    _unstack_weights(graph)
     passes.RemoveUnusedNodesPass()(model)
     _name_weights(graph)
     _name_interface(graph, form, layers)
@@ -124,6 +126,41 @@ def _share_tied_weights(graph: ir.Graph) -> None:
                 node.prepend(transpose)
                 node.replace_input_with(1, transpose.outputs[0])
                 break
+
+
+def _unstack_weights(graph: ir.Graph) -> None:
+    """Store each expert's matrix, turned as it is multiplied by, instead of taking it out of a stack at run time."""
+    for stack in [v for v in graph.initializers.values() if v.shape is not None and len(v.shape) > 1]:
+        taken = [_place(usage.node, usage.idx) for usage in stack.uses()]
+        if stack.const_value is None or not taken or None in taken:
+            continue
+        weights = stack.const_value.numpy()
+        for usage, place in zip(list(stack.uses()), taken, strict=True):
+            assert place is not None
+            _store(graph, usage.node.outputs[0], weights[place], f"{stack.name}.{place}")
+
+
+def _place(node: ir.Node, argument: int) -> int | None:
+    """Which part of the stack that is its ``argument`` ``node`` takes; None where that is not one known part."""
+    index = node.inputs[1].const_value if node.op_type == "Gather" and node.inputs[1] is not None else None
+    if argument != 0 or int_attribute(node, "axis") != 0 or index is None or len(index.shape):
+        return None
+    return int(index.numpy())
+
+
+def _store(graph: ir.Graph, value: ir.Value, array: np.ndarray, name: str) -> None:  # type: ignore[type-arg]
+    turned = [usage.node for usage in value.uses() if usage.node.op_type == "Transpose"]
+    if turned and len(turned) == len(value.uses()) and array.ndim == 2:
+        array, values = array.T, [node.outputs[0] for node in turned]
+    else:
+        values = [value]
+    tensor = ir.tensor(array, name=name)
+    weight = ir.Value(
+        name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype)
+    )
+    graph.register_initializer(weight)
+    for replaced in values:
+        ir.convenience.replace_all_uses_with(replaced, weight)
 
 
 def _constant(value: ir.Value | None) -> np.ndarray | None:  # type: ignore[type-arg]

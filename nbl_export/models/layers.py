@@ -78,6 +78,8 @@ def structure(model: torch.nn.Module) -> Structure:
     such a model is refused before calibration.
     """
     family = family_of(model_type(model))
+    if family.refused:
+        raise InputError(f"{type(model).__name__} is not served: {family.refused}.")
     stack_path, stack = _block_stack(model, family)
     layers, others = [], {}
     for index, block in enumerate(stack.children()):

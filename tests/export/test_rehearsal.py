@@ -52,6 +52,13 @@ def test_a_state_that_is_no_cache_asks_for_none() -> None:
             check_form(model, form)
 
 
+def test_layers_that_loop_over_tokens_are_refused() -> None:
+    with pytest.raises(
+        InputError, match=r"JambaForCausalLM is not served: .* \(linear_attention\) cannot be traced"
+    ):
+        check_form(tiny_model("jamba"), NONE)
+
+
 def test_borrowed_keys_and_values_are_refused() -> None:
     with pytest.raises(InputError, match="attends to keys and values of another layer"):
         check_form(tiny_model("gemma3n_text"), NONE)

@@ -10,8 +10,9 @@ import pytest
 from nbl_export.calibrate.collect import collect_moments
 from nbl_export.calibrate.probe import probe_model
 from nbl_export.export.forms import FORMS
-from nbl_export.export.torch import export_torch
-from nbl_export.graph.io import load_graph
+from nbl_export.export.torch import export_torch, trace
+from nbl_export.graph.io import load_graph, save_graph
+from nbl_export.graph.operators import readers
 from nbl_export.graph.rewrite import linearized_layers, rewrite_file
 from nbl_export.linearize.swap import linearized
 from nbl_export.models.layers import attention_layers
@@ -31,6 +32,7 @@ STEPS = 3
         ("deepseek_v3", "static"),
         # Convolutions in between: the second region of the graph is the fourth layer of the model.
         ("lfm2", "none"),
+        ("mixtral", "concat"),
     ],
 )
 def test_from_calibration_to_logits(model_type: str, form: str, tmp_path: Path) -> None:
@@ -55,3 +57,19 @@ def test_from_calibration_to_logits(model_type: str, form: str, tmp_path: Path) 
     found = logits(stream)
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=2e-4)
     assert np.abs(original - expected).max() > 0.02  # the layer is missed
+
+
+def test_each_expert_has_its_own_matrices(tmp_path: Path) -> None:
+    model = tiny_model("mixtral")
+    graph = trace(model)
+    stored = {name: value.const_value for name, value in graph.graph.initializers.items()}
+    for layer, block in enumerate(model.model.layers):
+        for expert, weight in enumerate(block.mlp.experts.gate_up_proj.numpy()):
+            # As it is multiplied by: [inputs, outputs], read by a MatMul and by nothing else.
+            name = f"model.layers.{layer}.mlp.experts.gate_up_proj.{expert}"
+            np.testing.assert_array_equal(stored[name].numpy(), weight.T)
+            assert [n.op_type for n in readers(graph.graph.initializers[name])] == ["MatMul"]
+    assert not [n for n, tensor in stored.items() if len(tensor.shape) > 2]
+    save_graph(graph, tmp_path / "model.onnx")
+    parameters = sum(4 * p.numel() for p in model.parameters())
+    assert 0.98 < (tmp_path / "model.onnx.data").stat().st_size / parameters < 1.02

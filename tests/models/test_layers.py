@@ -216,6 +216,13 @@ def test_other_layers_are_no_candidates(kinds: list[str]) -> None:
         check_served(model)
 
 
+def test_a_family_is_refused_for_the_reason_in_its_row() -> None:
+    fields = {**SIZES, "num_key_value_heads": 2, "kv_channels": 8, "intermediate_size": 32}
+    model = build("JetMoe", "ForCausalLM", **fields)
+    with pytest.raises(InputError, match="JetMoeForCausalLM is not served: its attention sends every token"):
+        check_served(model)
+
+
 def test_two_stacks_of_the_same_depth() -> None:
     model = build("Llama", "ForCausalLM", **FAMILIES["llama"].fields)
     model.second = torch.nn.ModuleList(model.model.layers)
