@@ -50,10 +50,10 @@ class _Failed(Exception):
 
 
 def _check_trace(model: torch.nn.Module, form: Form) -> None:
-    """A layer that is no attention may go through its tokens one by one, which no graph of any length can."""
-    kinds = sorted(set(structure(model).others.values()))
-    if not kinds:
-        return  # tracing costs more than all else here
+    """A layer without keys and values may go through its tokens one by one, which no graph of any length can."""
+    if form is not NONE:
+        return  # every layer has a KV cache; tracing costs more than all else here
+    kinds = "".join(f" (with layers of {kind})" for kind in sorted(set(structure(model).others.values())))
     decoder = form.module(model)
     try:
         with quiet(), exportable(model, decoder.mask), torch.no_grad():
@@ -61,8 +61,8 @@ def _check_trace(model: torch.nn.Module, form: Form) -> None:
     except Exception as error:  # torch's have no common base class
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"{type(model).__name__} is not served: its layers of another kind ({', '.join(kinds)}) cannot be traced "
-            f"for texts of any length ({first[:200]})."
+            f"{type(model).__name__}{kinds} is not served: it cannot be traced for texts of any length "
+            f"({first[:200]})."
         ) from error
 
 
