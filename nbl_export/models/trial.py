@@ -114,6 +114,11 @@ def _try(model: torch.nn.Module) -> Trial:
         except Exception as error:  # a model's own code may raise anything
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise InputError(f"{type(model).__name__} cannot be run: {first[:300]}.") from error
+    if silent := [layer.index for layer in attention_layers(model) if layer.index not in returns]:
+        raise InputError(
+            f"{type(model).__name__} does not run the attention of layer {silent[0]} as it stands, but puts another in "
+            "its place: this architecture is not served yet."
+        )
     logits = output.logits[:, :-1]
     causal = torch.allclose(logits[0], logits[1], rtol=1e-3, atol=1e-3)
     cache = output.get(cache_argument(model))
