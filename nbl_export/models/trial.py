@@ -160,7 +160,7 @@ def _try(model: torch.nn.Module) -> Trial:
     import torch
 
     returns: dict[int, int | None] = {}
-    last: list[torch.Tensor] = []
+    written: list[torch.Tensor] = []
     mapped: list[torch.Tensor] = []
     inputs = example_inputs(model)
     layers = attention_layers(model)
@@ -173,7 +173,7 @@ def _try(model: torch.nn.Module) -> Trial:
             hooks.callback(model.get_submodule(layer.attention).register_forward_hook(note).remove)
 
         def write(_module: Any, _args: Any, output: Any) -> None:
-            last[:] = [output[0] if isinstance(output, tuple) else output]
+            written.append(output[0] if isinstance(output, tuple) else output)
 
         def keep(_module: Any, _args: Any, output: Any) -> None:
             mapped.append(output)
@@ -186,13 +186,17 @@ def _try(model: torch.nn.Module) -> Trial:
         hooks.callback(y.register_forward_hook(write).remove)
         try:
             output = model(**inputs, **taken(model, use_cache=True))
-            first = last[0]
             if PIXELS in inputs:
                 model(**inputs)
         except Exception as error:  # a model's own code may raise anything
             said = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise InputError(f"{type(model).__name__} cannot be run: {said[:300]}.") from error
-    states = last[0]
+    if silent := [layer.index for layer in layers if layer.index not in returns]:
+        raise InputError(
+            f"{type(model).__name__} does not run the attention of layer {silent[0]} as it stands, but puts another in "
+            "its place: this architecture is not served yet."
+        )
+    first, states = written[0], written[-1]
     seen = states[:, :-1].float()
     causal = TOKENS in inputs and bool((seen[0] - seen[1]).norm() <= 1e-3 * seen[0].norm())
     cache = output.get(cache_argument(model))

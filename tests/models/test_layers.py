@@ -223,6 +223,13 @@ def test_a_family_is_refused_for_the_reason_in_its_row() -> None:
         check_served(model)
 
 
+def test_an_attention_that_is_not_run_is_refused() -> None:
+    model = build("Llama", "ForCausalLM", **FAMILIES["llama"].fields)
+    model.model.layers[1].forward = lambda hidden_states, **_: hidden_states
+    with pytest.raises(InputError, match="does not run the attention of layer 1 as it stands"):
+        check_served(model)
+
+
 def test_two_stacks_of_the_same_depth() -> None:
     model = build("Llama", "ForCausalLM", **FAMILIES["llama"].fields)
     model.second = torch.nn.ModuleList(model.model.layers)
