@@ -126,8 +126,9 @@ def show_report(report: Report, out: Path) -> None:
     drawn.columns[-1].justify = "left"
     _out.print(drawn)
     verdict = Text("PASS", style="bold green") if report.passed else Text("FAIL", style="bold red")
-    text = f"  {len(layers)} of {report.model['layers']} attention layers of {name} are now linear" + (
-        f": {', '.join(map(str, layers))}" if layers else ""
+    text = (
+        f"  {len(layers)} of {len(report.selection['candidates'])} attention layers of {name} are now linear"
+        + (f": {', '.join(map(str, layers))}" if layers else "")
     )
     _out.print(verdict + Text(text))
     if report.divergence:

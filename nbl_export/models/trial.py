@@ -23,6 +23,7 @@ from nbl_export.models.layers import (
     structure,
     taken,
 )
+from nbl_export.models.load import quiet
 from nbl_export.models.tasks import GENERATION, PIXELS, TOKENS, Task, task_named
 
 if TYPE_CHECKING:
@@ -164,7 +165,7 @@ def _try(model: torch.nn.Module) -> Trial:
     mapped: list[torch.Tensor] = []
     inputs = example_inputs(model)
     layers = attention_layers(model)
-    with ExitStack() as hooks, torch.inference_mode():
+    with ExitStack() as hooks, torch.inference_mode(), quiet():
         for layer in layers:
 
             def note(_module: Any, _args: Any, output: Any, index: int = layer.index) -> None:

@@ -78,11 +78,14 @@ def measure_speed(
     require_onnxruntime()
     models = [OrtModel(path, _CONFIG, rounded=False) for path in (base, linearized)]
     costs = [graph_cost(path) for path in (base, linearized)]
+    # Without a cache a token costs what its whole text costs: there is no decode to time.
+    phases = {"prefill": _prefill} | ({"decode": _decode} if models[0].past_names else {})
     cells = []
-    with (listener or Silent()).task("Timing", 2 * len(contexts) * (rounds + 1), "rounds") as task:
+    total = len(phases) * len(contexts) * (rounds + 1)
+    with (listener or Silent()).task("Timing", total, "rounds") as task:
         for context in contexts:
             prompts = [OrtPrompt(model, context, _DECODE_STEPS) for model in models]
-            for phase, run in (("prefill", _prefill), ("decode", _decode)):
+            for phase, run in phases.items():
                 times = _interleaved(prompts, run, rounds, task.advance)
                 cells.append(_cell(phase, context, times, _ceiling(phase, context, costs)))
     return Speed("CPUExecutionProvider", os.cpu_count() or 1, rounds, tuple(cells), costs[0], costs[1])

@@ -1,0 +1,56 @@
+"""A model some of whose layers are no attention, the whole way: what is no candidate stays as it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nbl_export import api
+from tests.tiny import save_tokenizer
+from tests.tiny_types import tiny_model
+
+TEXT = api.CalibrateSettings(samples=8, seq_len=64, heldout_samples=2)
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Convolutions in layers 0 and 2, attention in 1 and 3."""
+    folder = tmp_path_factory.mktemp("hybrid") / "model"
+    tiny_model("lfm2").save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def test_without_a_cache_attention_is_linearized_and_convolutions_stay(hybrid: Path, tmp_path: Path) -> None:
+    report = api.run(
+        hybrid,
+        tmp_path / "out",
+        api.SelectSettings(k=1),
+        TEXT,
+        api.VerifySettings(decode_steps=3, contexts=(16,), rounds=3),
+        exporting=api.ExportSettings(kv_cache="none"),
+    )
+    assert report.passed and {c.name: c.status for c in report.checks}["parity"] == "passed"
+    assert {c["layer"] for c in report.selection["candidates"]} == {1, 3}
+    assert report.selection["others"] == {"0": "conv", "2": "conv"}
+    assert set(report.selection["layers"]) < {1, 3}
+    before, after = report.graph["before"], report.graph["after"]
+    assert (before["kv_pairs"], after["kv_pairs"]) == (0, 0)
+    assert before["ops"]["Attention"] - after["ops"]["Attention"] == 1
+    assert before["ops"]["Conv"] == after["ops"]["Conv"] == 2
+    # A token without a cache costs what its text costs: only whole texts are timed.
+    assert report.speed is not None and {c["phase"] for c in report.speed["cells"]} == {"prefill"}
+    text = (tmp_path / "out" / "report" / "report.md").read_text()
+    assert "| 0 | conv | no candidate |" in text
+
+
+def test_with_a_cache_it_is_refused_before_any_work(hybrid: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        api.NblError, match=r"2 layers of Lfm2ForCausalLM .* \(layer 0: conv\).*--kv-cache none"
+    ):
+        api.run(hybrid, tmp_path / "out", api.SelectSettings(k=1), TEXT)
+    assert not (tmp_path / "out" / "nbl" / "moments.safetensors").exists()
+    with pytest.raises(api.NblError, match=r"--k is 3; it must be between 0 and 2"):
+        settings = api.ExportSettings(kv_cache="none")
+        api.run(hybrid, tmp_path / "out", api.SelectSettings(k=3), TEXT, exporting=settings)
