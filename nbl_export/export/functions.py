@@ -220,12 +220,25 @@ def _additive(mask: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     return added
 
 
+def is_replaced(model: Any) -> bool:
+    """Whether all of ``model`` that is hard to export goes through the interfaces, so that these functions are traced.
+
+    A model that has its own attention or loops over its own experts is one nobody knows until it is traced.
+    """
+    names = " ".join(type(module).__name__.lower() for module in model.modules())
+    mixture = "experts" in names or "moe" in names
+    return getattr(model, "_supports_attention_backend", False) and (not mixture or _has_experts(model))
+
+
+def _has_experts(model: Any) -> bool:
+    # Before transformers 5 there is no such interface.
+    return bool(getattr(model, "_can_set_experts_implementation", lambda: False)())
+
+
 def _use_experts(model: Any, undo: ExitStack) -> None:
-    try:
+    if _has_experts(model):
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-    except ImportError:
-        return  # before transformers 5 there is no such interface
-    ALL_EXPERTS_FUNCTIONS.register(_NAME, experts)
-    if getattr(model, "_can_set_experts_implementation", lambda: False)():
+
+        ALL_EXPERTS_FUNCTIONS.register(_NAME, experts)
         undo.callback(model.set_experts_implementation, model.config._experts_implementation)
         model.set_experts_implementation(_NAME)

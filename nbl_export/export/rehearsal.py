@@ -13,7 +13,7 @@ import torch
 
 from nbl_export.errors import InputError, NblError
 from nbl_export.export.forms import FORMS, NONE, STATIC, Form
-from nbl_export.export.functions import exportable
+from nbl_export.export.functions import exportable, is_replaced
 from nbl_export.models.layers import positions as positions_of
 from nbl_export.models.layers import structure
 from nbl_export.models.load import quiet
@@ -50,9 +50,9 @@ class _Failed(Exception):
 
 
 def _check_trace(model: torch.nn.Module, form: Form) -> None:
-    """A layer without keys and values may go through its tokens one by one, which no graph of any length can."""
-    if form is not NONE:
-        return  # every layer has a KV cache; tracing costs more than all else here
+    """A layer without keys and values, or code of the model's own, may loop over its tokens, which no graph can."""
+    if form is not NONE and is_replaced(model):
+        return  # tracing costs more than all else here
     kinds = "".join(f" (with layers of {kind})" for kind in sorted(set(structure(model).others.values())))
     decoder = form.module(model)
     try:

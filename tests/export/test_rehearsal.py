@@ -14,7 +14,7 @@ from nbl_export.export.rehearsal import check_form
 from tests.tiny_types import tiny_model
 
 
-@pytest.mark.parametrize("form", FORMS.values(), ids=str)
+@pytest.mark.parametrize("form", FORMS.values(), ids=lambda form: form.name)
 @pytest.mark.parametrize("model_type", ["llama", "opt", "gemma2"])
 def test_every_form_is_the_model(model_type: str, form: Any) -> None:
     check_form(tiny_model(model_type), form)
@@ -62,3 +62,13 @@ def test_layers_that_loop_over_tokens_are_refused() -> None:
 def test_borrowed_keys_and_values_are_refused() -> None:
     with pytest.raises(InputError, match="attends to keys and values of another layer"):
         check_form(tiny_model("gemma3n_text"), NONE)
+
+
+def test_experts_that_loop_over_who_was_hit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    # So it is with transformers 4, which has no interface to replace them by.
+    model = tiny_model("mixtral")
+    check_form(model, CONCAT)
+    monkeypatch.setattr(type(model), "_can_set_experts_implementation", classmethod(lambda _: False))
+    model.config._experts_implementation = "eager"
+    with pytest.raises(InputError, match=r"MixtralForCausalLM is not served: it cannot be traced"):
+        check_form(model, CONCAT)
