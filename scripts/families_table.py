@@ -1,9 +1,9 @@
 """Make docs/families.md: which family works in which form, as tests/test_families.py finds it.
 
-    python scripts/families_table.py [--from JUNIT.xml]
+    python scripts/families_table.py [--from JUNIT.xml ...]
 
 Without ``--from`` the tests are run first, with the exporters of other projects (about 20 minutes on two cores;
-NBL_EXPORT_OPTIMUM_PYTHON must name a Python with optimum for its column).
+NBL_EXPORT_OPTIMUM_PYTHON must name a Python with optimum for its column). Of several files the later counts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -52,26 +52,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--from", dest="results", type=Path, help="a JUnit file of a run of the tests")
+    parser.add_argument(
+        "--from", dest="results", type=Path, nargs="+", help="JUnit files of runs of the tests"
+    )
     results = parser.parse_args().results
     with tempfile.TemporaryDirectory() as folder:
-        cases = read(results or run(Path(folder) / "junit.xml"))
+        cases = read(results or [run(Path(folder) / "junit.xml")])
     TARGET.write_text(table(cases), encoding="utf-8")
     print(f"{TARGET.relative_to(ROOT)}: {len(cases)} families")
 
 
 def run(path: Path) -> Path:
     """Run the tests; their results are read whether they pass or not."""
-    command = [sys.executable, "-m", "pytest", "-q", TESTS, f"--junitxml={path}"]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "auto", TESTS, f"--junitxml={path}"]
     subprocess.run(command, cwd=ROOT, env=os.environ | {"NBL_EXPORT_ALL_FAMILIES": "1"}, check=False)
     return path
 
 
-def read(path: Path) -> Mapping[str, Mapping[tuple[str, str], TestCase]]:
+def read(paths: Sequence[Path]) -> Mapping[str, Mapping[tuple[str, str], TestCase]]:
     """The test cases by family, and by test and its other parameters."""
     found: dict[str, dict[tuple[str, str], TestCase]] = defaultdict(dict)
     tests = {test for test, _ in COLUMNS.values()}
-    for suite in JUnitXml.fromfile(str(path)):
+    for suite in (suite for path in paths for suite in JUnitXml.fromfile(str(path))):
         for case in suite:
             if (match := re.fullmatch(r"(\w+)\[(.+)\]", case.name)) and match[1] in tests:
                 parameters = next(

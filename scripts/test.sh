@@ -15,4 +15,4 @@ export NBL_EXPORT_SMOLLM2 NBL_EXPORT_MINILM NBL_EXPORT_OPTIMUM_PYTHON
 .venv-test/bin/ruff check .
 .venv-test/bin/mypy
 # A file's tests share what they export, so they stay in one process. What runs side by side gets one thread each.
-OMP_NUM_THREADS=1 .venv-test/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"
+OMP_NUM_THREADS=1 .venv-test/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"

@@ -20,6 +20,15 @@ ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("NBL_EXPORT_SHARED", ROOT.parent / "shared")) / "data"
 
 
+# Minutes each: begun last, one of them would run while the other processes have nothing left to do.
+LONGEST = ("test_smollm2.py", "test_random_decoders.py", "test_families.py", "test_matrix.py", "test_minilm.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the longest files first, the others in their order."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of public test data; the test is skipped where it is missing."""
