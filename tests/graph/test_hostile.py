@@ -423,8 +423,8 @@ def huge_number(proto: onnx.ModelProto) -> None:
 
 
 def extra_input(proto: onnx.ModelProto) -> None:
-    proto.graph.input.append(value("pixel_values", 4))
-    proto.graph.node.append(make("Identity", ["pixel_values"], ["unused"]))
+    proto.graph.input.append(value("encoder_states", 4))
+    proto.graph.node.append(make("Identity", ["encoder_states"], ["unused"]))
 
 
 def no_opset(proto: onnx.ModelProto) -> None:
