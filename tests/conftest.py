@@ -21,7 +21,13 @@ SHARED = Path(os.environ.get("NBL_EXPORT_SHARED", ROOT.parent / "shared")) / "da
 
 
 # Minutes each: begun last, one of them would run while the other processes have nothing left to do.
-LONGEST = ("test_smollm2.py", "test_random_decoders.py", "test_families.py", "test_matrix.py", "test_minilm.py")
+LONGEST = (
+    "test_smollm2.py",
+    "test_random_decoders.py",
+    "test_families.py",
+    "test_matrix.py",
+    "test_minilm.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
