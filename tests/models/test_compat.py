@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import masking_utils
+from transformers import Gemma2Config, masking_utils
 
-from nbl_export.models.compat import growing_mask, query_length
+from nbl_export.models.compat import attend_rightly, growing_mask, query_length
 
 
 @pytest.mark.parametrize("told", [3, torch.arange(4, 7)], ids=["number", "places"])
@@ -53,3 +53,21 @@ def test_the_mask_that_transformers_makes_without_vmap_is_its_own(monkeypatch: p
 
     monkeypatch.setattr(masking_utils, "sdpa_mask", own)
     assert growing_mask() is own
+
+
+@pytest.mark.parametrize(("cap", "attention"), [(2.0, "eager"), (None, "sdpa")])
+def test_scores_are_capped_where_the_configuration_says_so(cap: float | None, attention: str) -> None:
+    """transformers 4 loads Gemma 2 with PyTorch's attention, which knows no cap."""
+    config = Gemma2Config(attn_logit_softcapping=cap)
+    config._attn_implementation = "sdpa"
+
+    class Model:
+        def __init__(self) -> None:
+            self.config = config
+
+        def set_attn_implementation(self, name: str) -> None:
+            self.config._attn_implementation = name
+
+    model = Model()
+    attend_rightly(model)
+    assert model.config._attn_implementation == attention
