@@ -42,8 +42,8 @@ maps, over a ragged prefill and decode steps, within the gates of its precision.
 
 *works* · a number: refused with the sentence below · {not_tried}: not tried.
 An engine is the float16 graph, built ahead of time by TensorRT for RTX and not run here; *decomposed* means that its
-attention is not one fused kernel: it is written out in the graph (soft-capping, a family's own code). Models of other families are found by their structure: try yours, what
-cannot be served is refused before calibration.
+attention is not one fused kernel: it is written out in the graph (soft-capping, a family's own code). Models of other
+families are found by their structure: try yours, what cannot be served is refused before calibration.
 
 """
 
