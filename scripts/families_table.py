@@ -40,7 +40,7 @@ of its family active (windows shorter than the text, rope scaling, soft-capping 
 attention matters; in each cell half of its layers are linear, and the graph says what PyTorch says with the same
 maps, over a ragged prefill and decode steps, within the gates of its precision.
 
-*works* · a number: refused with the sentence below · {not_tried}: not tried.
+*works* · a number: refused with the sentence below · **fails**: rewritten, and beyond a gate · {not_tried}: not tried.
 An engine is the float16 graph, built ahead of time by TensorRT for RTX and not run here; *decomposed* means that its
 attention is not one fused kernel: it is written out in the graph (soft-capping, a family's own code). Models of other
 families are found by their structure: try yours, what cannot be served is refused before calibration.
