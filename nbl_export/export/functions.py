@@ -223,8 +223,13 @@ def _additive(mask: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 def is_replaced(model: Any) -> bool:
     """Whether all of ``model`` that is hard to export goes through the interfaces, so that these functions are traced.
 
-    A model that has its own attention or loops over its own experts is one nobody knows until it is traced.
+    A model that has its own attention, loops over its own experts, or rotates by the length of its text is one
+    nobody knows until it is traced.
     """
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_scaling", None) or getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type", rope.get("type")) in ("longrope", "dynamic"):
+        return False
     names = " ".join(type(module).__name__.lower() for module in model.modules())
     mixture = "experts" in names or "moe" in names
     return getattr(model, "_supports_attention_backend", False) and (not mixture or _has_experts(model))
