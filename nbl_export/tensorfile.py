@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from nbl_export.workspace import atomic_path
 _KEY = "nbl_export"
 _FORMAT = "format"
 _DIGEST = "sha256"
+_T = TypeVar("_T")
 
 
 def save_tensors(
@@ -90,6 +91,15 @@ def load_tensors(path: Path, fmt: str, remedy: str) -> tuple[dict[str, Any], dic
     """Like :func:`open_tensors`, with all tensors in memory."""
     tensors, metadata = open_tensors(path, fmt, remedy)
     return dict(tensors), metadata
+
+
+def load_as(kind: type[_T], path: Path, fmt: str, remedy: str) -> _T:
+    """A ``kind`` whose fields are the tensors of the file; raises :class:`InputError` if they are others."""
+    tensors, _ = load_tensors(path, fmt, remedy)
+    try:
+        return kind(**tensors)
+    except TypeError as error:
+        raise InputError(f"{path} is damaged ({error}): {remedy}.") from None
 
 
 def _metadata(file: Any) -> dict[str, str]:

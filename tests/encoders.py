@@ -13,6 +13,8 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
+from tests.tiny_types import scale_up
+
 LAYERS, WIDTH, HEADS, VOCAB, POSITIONS = 4, 48, 4, 264, 96
 PAD, CLS, SEP, MASK = 256, 257, 258, 259
 _TEXT = {"vocab_size": VOCAB, "max_position_embeddings": POSITIONS, "pad_token_id": PAD, "type_vocab_size": 2}
@@ -31,12 +33,7 @@ def build(target: Path, model_type: str, model_class: str, seed: int = 0, **fiel
     }
     config = AutoConfig.for_model(model_type, **{**sizes, **fields})
     model = getattr(transformers, model_class)(config)
-    with torch.no_grad():
-        for path, parameter in model.named_parameters():
-            if parameter.ndim >= 2:
-                parameter.mul_(8 if "attn" in path or "attention" in path else 4)
-            else:
-                parameter.add_(torch.randn_like(parameter) * 0.2)
+    scale_up(model, 0.2)
     model.save_pretrained(target)
     return target
 

@@ -24,6 +24,7 @@ from nbl_export.linearize.swap import linearized
 from nbl_export.models.layers import attention_layers, hidden_size, layer_count
 from tests.fixtures_graph import load
 from tests.tiny import save_tokenizer
+from tests.tiny_types import scale_up
 
 LAYERS, WIDTH, HEADS, HEAD_SIZE, VOCAB = 4, 64, 4, 16, 260
 # onnxruntime's GroupQueryAttention on the CPU takes head sizes, and rotated parts, that are multiples of 16.
@@ -72,12 +73,7 @@ def build(name: str, target: Path, seed: int = 0, **changes: Any) -> Path:
     torch.manual_seed(seed)
     config = AutoConfig.for_model(family.model_type, **{**_SIZES, **family.fields, **changes})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for path, parameter in model.named_parameters():
-            if parameter.ndim >= 2:
-                parameter.mul_(8 if "attn" in path or "attention" in path else 4)
-            else:
-                parameter.add_(torch.randn_like(parameter) * 0.3)
+    scale_up(model)
     model.save_pretrained(target)
     save_tokenizer(target)
     return target

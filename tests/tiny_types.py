@@ -67,14 +67,23 @@ FIELDS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+@torch.no_grad()
+def scale_up(model: torch.nn.Module, spread: float = 0.3) -> None:
+    """Make attention matter: freshly initialized, it moves a model too little to be missed.
+
+    Biases and norms, which start at zero and one, are moved by ``spread`` at random.
+    """
+    for path, parameter in model.named_parameters():
+        if parameter.ndim >= 2:
+            parameter.mul_(8 if "attn" in path or "attention" in path else 4)
+        else:
+            parameter.add_(torch.randn_like(parameter) * spread)
+
+
 def tiny_model(model_type: str, **changes: Any) -> Any:
     """A model of ``model_type`` in float32; ``changes`` are configuration fields."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **{**_COMMON, **FIELDS[model_type], **changes})
     model = AutoModelForCausalLM.from_config(config).float().eval().requires_grad_(False)
-    for path, parameter in model.named_parameters():
-        if parameter.ndim > 1:  # freshly initialized, attention moves a model too little to be missed
-            parameter.mul_(8 if "attn" in path or "attention" in path else 4)
-        else:
-            parameter.add_(torch.randn_like(parameter) * 0.3)
+    scale_up(model)
     return model

@@ -19,7 +19,7 @@ from nbl_export.calibrate.text import HELD_OUT_EVERY, TextSettings
 from nbl_export.errors import InputError
 from nbl_export.graph.cache import PIXELS
 from nbl_export.progress import Listener
-from nbl_export.tensorfile import load_tensors, save_tensors
+from nbl_export.tensorfile import load_as, save_tensors
 
 F32 = NDArray[np.float32]
 FORMAT = "nbl-export/images/1"
@@ -114,8 +114,4 @@ def save_images(path: Path, images: CalibrationImages) -> None:
 
 def load_images(path: Path) -> CalibrationImages:
     """Read what :func:`save_images` wrote; raises :class:`InputError` for anything else."""
-    tensors, _ = load_tensors(path, FORMAT, CALIBRATE_AGAIN)
-    try:
-        return CalibrationImages(**tensors)
-    except TypeError as error:
-        raise InputError(f"{path} is damaged ({error}): {CALIBRATE_AGAIN}.") from None
+    return load_as(CalibrationImages, path, FORMAT, CALIBRATE_AGAIN)

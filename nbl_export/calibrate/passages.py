@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nbl_export.calibrate.text import HELD_OUT_EVERY, CalibrationText, TextSettings
+from nbl_export.calibrate.text import HELD_OUT_EVERY, CalibrationText, TextSettings, frame_tokens
 from nbl_export.errors import InputError
 from nbl_export.graph.cache import TOKEN_TYPES, TOKENS
 from nbl_export.progress import Listener
@@ -41,12 +41,8 @@ class Frame:
 
 
 def frame_of(tokenizer: Any) -> Frame:
-    """The frame by the tokenizer's own rules, seen from what it makes of a letter."""
-    framed, plain = (
-        tokenizer("a", add_special_tokens=special, verbose=False)["input_ids"] for special in (True, False)
-    )
-    at = next((i for i in range(len(framed)) if framed[i : i + len(plain)] == plain), len(framed))
-    start, end = framed[:at], framed[at + len(plain) :]
+    """The frame by the tokenizer's own rules."""
+    start, end = frame_tokens(tokenizer)
     pad = tokenizer.pad_token_id
     return Frame(
         np.array(start, dtype=np.int32),

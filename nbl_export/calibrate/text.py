@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from nbl_export.calibrate.moments import CALIBRATE_AGAIN
 from nbl_export.errors import InputError, MissingDependencyError
 from nbl_export.progress import Listener
-from nbl_export.tensorfile import load_tensors, save_tensors
+from nbl_export.tensorfile import load_as, save_tensors
 
 I32 = NDArray[np.int32]
 HELD_OUT_EVERY = 8
@@ -313,19 +313,21 @@ def end_token(tokenizer: Any) -> int:
     return next((int(t) for t in known if t is not None), 0)
 
 
+def frame_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What a tokenizer puts before a text and after it, by its own rules: seen from what it makes of a letter."""
+    framed, plain = (
+        tokenizer("a", add_special_tokens=special, verbose=False)["input_ids"] for special in (True, False)
+    )
+    at = next((i for i in range(len(framed)) if framed[i : i + len(plain)] == plain), len(framed))
+    return framed[:at], framed[at + len(plain) :]
+
+
 def start_tokens(tokenizer: Any) -> I32:
     """The tokens a prompt begins with: by the tokenizer's own rules, or its beginning-of-text token.
 
     [n] int32; n is 0 for a tokenizer that has neither.
     """
-    with_special, plain = (
-        tokenizer("a", add_special_tokens=special, verbose=False)["input_ids"] for special in (True, False)
-    )
-    # What stands before the text itself; a tokenizer may also put something after it.
-    before = next(
-        (i for i in range(len(with_special)) if with_special[i : i + len(plain)] == plain), len(with_special)
-    )
-    own = with_special[:before]
+    own, _ = frame_tokens(tokenizer)
     if not own and tokenizer.bos_token_id is not None:
         own = [tokenizer.bos_token_id]
     return np.array(own, dtype=np.int32)
@@ -341,8 +343,4 @@ def save_text(path: Path, text: CalibrationText) -> None:
 
 def load_text(path: Path) -> CalibrationText:
     """Read what :func:`save_text` wrote; raises :class:`InputError` for anything else."""
-    tensors, _ = load_tensors(path, FORMAT, CALIBRATE_AGAIN)
-    try:
-        return CalibrationText(**tensors)
-    except TypeError as error:
-        raise InputError(f"{path} is damaged ({error}): {CALIBRATE_AGAIN}.") from None
+    return load_as(CalibrationText, path, FORMAT, CALIBRATE_AGAIN)

@@ -14,6 +14,7 @@ import torch
 from nbl_export.errors import InputError, NblError
 from nbl_export.export.forms import FORMS, NONE, STATIC, Form
 from nbl_export.export.functions import exportable, is_replaced
+from nbl_export.export.torch import check_traces
 from nbl_export.models.layers import positions as positions_of
 from nbl_export.models.layers import structure
 from nbl_export.models.load import quiet
@@ -54,16 +55,11 @@ def _check_trace(model: torch.nn.Module, form: Form) -> None:
     if form is not NONE and is_replaced(model):
         return  # tracing costs more than all else here
     kinds = "".join(f" (with layers of {kind})" for kind in sorted(set(structure(model).others.values())))
-    decoder = form.module(model)
-    try:
-        with quiet(), exportable(model, decoder.mask), torch.no_grad():
-            form.capture(decoder)
-    except Exception as error:  # torch's have no common base class
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(
-            f"{type(model).__name__}{kinds} is not served: it cannot be traced for texts of any length "
-            f"({first[:200]})."
-        ) from error
+    check_traces(
+        model,
+        form,
+        f"{{name}}{kinds} is not served: it cannot be traced for texts of any length ({{reason}}).",
+    )
 
 
 def _serves(model: torch.nn.Module, form: Form) -> bool:

@@ -71,18 +71,23 @@ def trace(model: torch.nn.Module, form: Form = CONCAT, listener: Listener | None
     return graph
 
 
-def check_traces(model: torch.nn.Module, form: Form) -> None:
-    """Raise :class:`InputError` unless torch can trace ``model`` in ``form``: half of an export's work."""
+def check_traces(
+    model: torch.nn.Module,
+    form: Form,
+    refusal: str = "torch.export cannot trace {name} ({reason}): this architecture is not served yet.",
+) -> None:
+    """Raise :class:`InputError` unless torch can trace ``model`` in ``form``: half of an export's work.
+
+    ``refusal`` is its sentence, with places for the model's ``name`` and torch's ``reason``.
+    """
     try:
         decoder = form.module(model)
         with quiet(), exportable(model, decoder.mask), torch.no_grad():
             form.capture(decoder)
     except Exception as error:
         first = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(
-            f"torch.export cannot trace {type(model).__name__} ({first[0][:200].rstrip('.')}): this architecture is "
-            "not served yet."
-        ) from error
+        reason = first[0][:200].rstrip(".")
+        raise InputError(refusal.format(name=type(model).__name__, reason=reason)) from error
 
 
 def tidy(model: ir.Model, form: Form, layers: int) -> ir.Model:

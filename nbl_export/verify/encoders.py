@@ -14,7 +14,6 @@ from nbl_export.graph.cache import PIXELS, TOKENS
 from nbl_export.graph.interface import Inputs, batch_of_rows
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.precision import Precision, graph_precision
-from nbl_export.graph.standin import needs_standin
 from nbl_export.linearize.plan import Plan
 from nbl_export.linearize.swap import linearized
 from nbl_export.models.layers import positions
@@ -29,7 +28,7 @@ from nbl_export.settings import VerifySettings
 from nbl_export.verify.agreement import EncoderParity, compare_outputs
 from nbl_export.verify.likeness import measure_likeness
 from nbl_export.verify.localize import first_divergence
-from nbl_export.verify.measure import Measurement, fitting_contexts
+from nbl_export.verify.measure import Measurement, fitting_contexts, why_not_timed
 from nbl_export.verify.parity import gates_for
 from nbl_export.verify.speed import measure_encode_speed
 
@@ -70,10 +69,7 @@ def measure_encoder(
         result.method_loss = measure_likeness(encoder, plan, case.heldout, case.unit, listener).as_json()
     else:
         result.checks.append(Check("method loss", "skipped", "--no-quality"))
-    if not settings.speed:
-        result.checks.append(Check("speed", "skipped", "--no-speed"))
-    elif needs_standin(graph):
-        why = "onnxruntime's CPU provider does not compute in half precision: its times would tell nothing"
+    if why := why_not_timed(graph, settings):
         result.checks.append(Check("speed", "skipped", why))
     else:
         batches = _timed(result, case, settings)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
 from nbl_export.calibrate.text import CalibrationText
@@ -79,10 +80,7 @@ def measure(
     else:
         result.checks.append(Check("method loss", "skipped", "--no-quality"))
     contexts = fitting_contexts(result, positions(model), settings.contexts, room=1)
-    if not settings.speed:
-        result.checks.append(Check("speed", "skipped", "--no-speed"))
-    elif needs_standin(graph):
-        why = "onnxruntime's CPU provider does not compute in half precision: its times would tell nothing"
+    if why := why_not_timed(graph, settings):
         result.checks.append(Check("speed", "skipped", why))
     else:
         result.speed = measure_speed(baseline, rewritten, contexts, settings.rounds, listener).as_json()
@@ -90,6 +88,15 @@ def measure(
         graphs = {BASE: baseline, LINEARIZED: rewritten}
         _measure_engines(result, model, plan, text, graphs, engines, contexts, settings, listener)
     return result
+
+
+def why_not_timed(graph: ir.Model, settings: VerifySettings) -> str | None:
+    """Why the speed of ``graph`` is not measured; None if it is."""
+    if not settings.speed:
+        return "--no-speed"
+    if needs_standin(graph):
+        return "onnxruntime's CPU provider does not compute in half precision: its times would tell nothing"
+    return None
 
 
 def _rows(text: CalibrationText, prompts: Sequence[int], steps: int) -> list[NDArray[np.int32]]:
