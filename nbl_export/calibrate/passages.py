@@ -53,7 +53,7 @@ def frame_of(tokenizer: Any) -> Frame:
 
 
 def longest_row(settings: TextSettings, tokenizer: Any, positions: int | None, listener: Listener) -> int:
-    """``--seq-len``, or what the model has positions for; a note says so. Raises nothing."""
+    """``--seq-len``, or what the model has positions for; a note says so."""
     told = [n for n in (positions, getattr(tokenizer, "model_max_length", None)) if n is not None]
     length = int(min([settings.seq_len, *told]))
     if length < settings.seq_len:

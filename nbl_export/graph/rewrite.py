@@ -41,7 +41,7 @@ from nbl_export.graph.io import (
 from nbl_export.graph.precision import graph_precision
 from nbl_export.graph.prove import PROOF_TOLERANCE, Proof, confirm, proofs_as_json, prove, without_later
 from nbl_export.graph.quantize import product, weight_bits
-from nbl_export.graph.regions import AttentionRegion, Output, find_regions
+from nbl_export.graph.regions import AttentionRegion, Output, Refusal, find_regions
 from nbl_export.graph.types import infer_types
 from nbl_export.linearize.plan import LinearLayer, Plan
 from nbl_export.progress import Listener, Silent, bytes_task
@@ -76,8 +76,8 @@ def rewrite_file(
     checked = passes_checker(source)
     before = summarize(model, source)
     RemoveUnusedNodesPass()(model)  # what nobody reads is in nobody's way
-    found = len(find_regions(model))
-    regions = _found(model, plan)
+    found = find_regions(model)
+    regions = _planned(model, found, plan)
     listener = listener or Silent()
     with bytes_task(listener, "Proving the regions", before.file_bytes) as done:
         proofs = prove(source, model, regions, plan, done)
@@ -89,7 +89,7 @@ def rewrite_file(
     def check(written: Path) -> None:
         check_file(written, strict=checked)
         result = load_graph(written)
-        count(result, before, summarize(result, written), plan, found)
+        count(result, before, summarize(result, written), plan, len(found))
         confirm(written, proofs, plan, {layer: linear_output_name(layer) for layer in plan.chosen})
 
     with bytes_task(listener, "Writing the graph", before.file_bytes) as done:
@@ -114,8 +114,10 @@ def linearized_layers(model: ir.Model) -> tuple[int, ...]:
     return tuple(row["layer"] for row in described if isinstance(row, dict) and row.get("kind") == "linear")
 
 
-def _found(model: ir.Model, plan: Plan) -> list[AttentionRegion]:
-    found = find_regions(model)
+def _planned(
+    model: ir.Model, found: Sequence[AttentionRegion | Refusal], plan: Plan
+) -> list[AttentionRegion]:
+    """The regions ``found`` in the graph, under the numbers that the plan gives their layers."""
     if any(value.name == PIXELS for value in model.graph.inputs):
         found = found[: plan.layer_count]  # an attention after the last layer pools the image
     if not found:
