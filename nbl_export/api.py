@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from nbl_export import pipeline
 from nbl_export.errors import NblError
 from nbl_export.inspection import inspect_path
+from nbl_export.linearize.budget import Budget
 from nbl_export.linearize.plan import Plan
 from nbl_export.models.source import ModelSource
 from nbl_export.progress import Listener
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from nbl_export.graph.rewrite import RewriteResult
 
 __all__ = [
+    "Budget",
     "CalibrateSettings",
     "EngineSettings",
     "ExportSettings",
@@ -86,6 +88,7 @@ def run(
         from nbl_export.stages.material import check_sources
 
         exporting.for_task(source.task, engines is not None)
+        selection.for_task(source.task)
         check_sources(source, calibration)
 
     work = Run.start(str(model), Path(out), listener, trust_remote_code, check)

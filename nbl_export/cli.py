@@ -28,12 +28,16 @@ from nbl_export.options import (
     ExporterPythonOpt,
     FieldOpt,
     FitInputOpt,
+    FitOpt,
     HeldoutOpt,
     InPlaceOpt,
     KOpt,
     LayersOpt,
     MaxContextOpt,
+    MaxKlOpt,
+    MaxPplOpt,
     MaxSeqOpt,
+    MinSpeedupOpt,
     ModelArg,
     OnnxOpt,
     OptionalOutArg,
@@ -42,10 +46,12 @@ from nbl_export.options import (
     PlanOpt,
     PrecisionOpt,
     QualityOpt,
+    RepairOpt,
     RidgeOpt,
     RoundsOpt,
     SamplesOpt,
     SeedOpt,
+    SelectionOpt,
     SeqLenOpt,
     SmOpt,
     SpeedOpt,
@@ -120,14 +126,20 @@ def run(
     model: ModelArg,
     k: KOpt = None,
     output: OutOpt = Path("nbl-out"),
+    max_ppl_ratio: MaxPplOpt = None,
+    max_kl: MaxKlOpt = None,
+    min_speedup: MinSpeedupOpt = None,
     layers: LayersOpt = None,
-    criterion: CriterionOpt = "cca",
+    criterion: CriterionOpt = None,
+    fit: FitOpt = "lmmse",
+    repair: RepairOpt = 0,
     fit_input: FitInputOpt = "normed",
-    ridge: RidgeOpt = 1e-6,
+    ridge: RidgeOpt = "1e-6",
     calibration: CalibrationOpt = None,
     text_field: FieldOpt = "text",
     samples: SamplesOpt = 128,
     seq_len: SeqLenOpt = 512,
+    selection_samples: SelectionOpt = 8,
     heldout_samples: HeldoutOpt = 24,
     seed: SeedOpt = 0,
     decode_steps: StepsOpt = 8,
@@ -153,8 +165,18 @@ def run(
     value = api.run(
         model,
         output,
-        _selection(k, layers, criterion, fit_input, ridge),
-        _calibration(calibration, text_field, samples, seq_len, heldout_samples, seed),
+        _selection(
+            k,
+            _budget(max_kl, max_ppl_ratio, min_speedup),
+            layers,
+            criterion,
+            fit,
+            repair,
+            fit_input,
+            ridge,
+            seed,
+        ),
+        _calibration(calibration, text_field, samples, seq_len, selection_samples, heldout_samples, seed),
         _verification(decode_steps, contexts, rounds, quality, speed),
         TerminalListener(),
         trust_remote_code,
@@ -172,6 +194,7 @@ def calibrate(
     text_field: FieldOpt = "text",
     samples: SamplesOpt = 128,
     seq_len: SeqLenOpt = 512,
+    selection_samples: SelectionOpt = 8,
     heldout_samples: HeldoutOpt = 24,
     seed: SeedOpt = 0,
     trust_remote_code: TrustOpt = False,
@@ -180,7 +203,9 @@ def calibrate(
     from nbl_export import api
     from nbl_export.terminal import TerminalListener
 
-    settings = _calibration(calibration, text_field, samples, seq_len, heldout_samples, seed)
+    settings = _calibration(
+        calibration, text_field, samples, seq_len, selection_samples, heldout_samples, seed
+    )
     api.calibrate(model, output, settings, TerminalListener(), trust_remote_code)
     _say(f"Calibrated. Next: nbl-export select {output} --k K")
 
@@ -189,16 +214,24 @@ def calibrate(
 def select(
     out: OutArg,
     k: KOpt = None,
+    max_ppl_ratio: MaxPplOpt = None,
+    max_kl: MaxKlOpt = None,
+    min_speedup: MinSpeedupOpt = None,
     layers: LayersOpt = None,
-    criterion: CriterionOpt = "cca",
+    criterion: CriterionOpt = None,
+    fit: FitOpt = "lmmse",
+    repair: RepairOpt = 0,
     fit_input: FitInputOpt = "normed",
-    ridge: RidgeOpt = 1e-6,
+    ridge: RidgeOpt = "1e-6",
+    seed: SeedOpt = 0,
 ) -> None:
     """Score every layer, choose K, and write the plan."""
     from nbl_export import api
     from nbl_export.terminal import TerminalListener
 
-    plan = api.select(out, _selection(k, layers, criterion, fit_input, ridge), TerminalListener())
+    budget = _budget(max_kl, max_ppl_ratio, min_speedup)
+    settings = _selection(k, budget, layers, criterion, fit, repair, fit_input, ridge, seed)
+    plan = api.select(out, settings, TerminalListener())
     _say(f"Plan: layers {', '.join(map(str, plan.chosen)) or 'none'}. Next: nbl-export export {out}")
 
 
@@ -323,16 +356,48 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
         ) from None
 
 
-def _calibration(sources: Any, field: str, samples: int, seq_len: int, heldout: int, seed: int) -> Any:
+def _calibration(
+    sources: Any, field: str, samples: int, seq_len: int, selection: int, heldout: int, seed: int
+) -> Any:
     from nbl_export.settings import CalibrateSettings
 
-    return CalibrateSettings(tuple(sources or ("self",)), samples, seq_len, heldout, field, seed)
+    named = tuple(sources or ("self",))
+    return CalibrateSettings(named, samples, seq_len, heldout, selection, field, seed)
 
 
-def _selection(k: int | None, layers: str | None, criterion: str, fit_input: Any, ridge: float) -> Any:
-    from nbl_export.settings import SelectSettings
+def _selection(
+    k: str | None,
+    budget: Any,
+    layers: str | None,
+    criterion: str | None,
+    fit: Any,
+    repair: int,
+    fit_input: Any,
+    ridge: str,
+    seed: int,
+) -> Any:
+    from nbl_export.settings import SelectSettings, auto_budget
 
-    return SelectSettings(k, _layers(layers), criterion, fit_input, ridge)
+    count = None
+    if k == "auto":
+        budget = auto_budget(budget)
+    elif k is not None:
+        count = _number("--k", k, int, "a whole number or auto")
+    how_far = None if ridge == "auto" else _number("--ridge", ridge, float, "a number or auto")
+    return SelectSettings(count, _layers(layers), criterion, fit_input, how_far, fit, repair, seed, budget)
+
+
+def _budget(max_kl: float | None, max_ppl_ratio: float | None, min_speedup: float | None) -> Any:
+    from nbl_export.linearize.budget import Budget
+
+    return Budget(max_kl, max_ppl_ratio, min_speedup)
+
+
+def _number(option: str, text: str, kind: Any, wanted: str) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        raise typer.BadParameter(f"{option} is {text!r}; give {wanted}.") from None
 
 
 def _exporting(

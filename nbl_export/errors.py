@@ -36,6 +36,14 @@ class BuildError(NblError):
 
 
 GATE_FAILED = 1
+
+
+class BudgetError(NblError):
+    """What the user allows to be lost, or asks to be gained, cannot be had (exit code 1, as of a gate)."""
+
+    exit_code = GATE_FAILED
+
+
 INTERRUPTED = 130
 INTERNAL = 70
 

@@ -33,19 +33,75 @@ OptionalOutArg = Annotated[
 ]
 OutOpt = Annotated[Path, _option("Output folder; made if needed.", "--output", "-o", metavar="OUT")]
 KOpt = Annotated[
-    int | None,
-    _option("How many attention layers to linearize.", "--k", panel=_LAYERS, metavar="K", show_default=False),
+    str | None,
+    _option(
+        "How many attention layers to linearize; auto: --max-ppl-ratio 1.10.",
+        "--k",
+        panel=_LAYERS,
+        metavar="K|auto",
+        show_default=False,
+    ),
+]
+MaxKlOpt = Annotated[
+    float | None,
+    _option(
+        "Instead of --k: the largest K whose KL to the original, in nats, is no more.",
+        "--max-kl",
+        panel=_LAYERS,
+        metavar="X",
+        show_default=False,
+    ),
+]
+MaxPplOpt = Annotated[
+    float | None,
+    _option(
+        "The largest K whose perplexity is no more than this times the original's.",
+        "--max-ppl-ratio",
+        panel=_LAYERS,
+        metavar="X",
+        show_default=False,
+    ),
+]
+MinSpeedupOpt = Annotated[
+    float | None,
+    _option(
+        "The smallest K whose prefill and decode are so many times as fast.",
+        "--min-speedup",
+        panel=_LAYERS,
+        metavar="X",
+        show_default=False,
+    ),
 ]
 LayersOpt = Annotated[
     str | None,
     _option("Exactly these instead: 3,7,12.", "--layers", panel=_LAYERS, metavar="LIST", show_default=False),
 ]
 CriterionOpt = Annotated[
-    Literal["cca", "nmse"],
+    Literal["greedy", "kl", "linearity", "nmse", "cca", "drop"] | None,
     _option(
-        "cca: the paper's bound on the residual stream; nmse: the fit's own error.",
+        "greedy: least KL one after the other; kl: each alone; linearity: error × sensitivity; nmse: the fit's error; "
+        "cca: the paper's bound; drop: KL when left out.",
         panel=_LAYERS,
         metavar="NAME",
+        show_default="greedy; cca for encoders",
+    ),
+]
+FitOpt = Annotated[
+    Literal["lmmse", "weighted", "sequential", "drop"],
+    _option(
+        "lmmse: the paper's; weighted: outlier tokens count less; sequential: behind those before; drop: W, b = 0.",
+        "--fit",
+        panel=_LAYERS,
+        metavar="NAME",
+    ),
+]
+RepairOpt = Annotated[
+    int,
+    _option(
+        "Then distil W and b for so many steps of 1,024 tokens.",
+        "--repair",
+        panel=_LAYERS,
+        metavar="STEPS",
     ),
 ]
 FitInputOpt = Annotated[
@@ -53,8 +109,12 @@ FitInputOpt = Annotated[
     _option("normed or residual: the stream after or before the input norm.", panel=_LAYERS, metavar="NAME"),
 ]
 RidgeOpt = Annotated[
-    float,
-    _option("Relative to each channel's variance; grows if Cholesky fails.", panel=_LAYERS, metavar="X"),
+    str,
+    _option(
+        "Relative to each channel's variance; grows if Cholesky fails. auto: by held-out error.",
+        panel=_LAYERS,
+        metavar="X|auto",
+    ),
 ]
 CalibrationOpt = Annotated[
     list[str] | None,
@@ -72,6 +132,10 @@ FieldOpt = Annotated[
 ]
 SamplesOpt = Annotated[int, _option("Rows of calibration tokens.", panel=_TEXT, metavar="N")]
 SeqLenOpt = Annotated[int, _option("Tokens per row.", panel=_TEXT, metavar="N")]
+SelectionOpt = Annotated[
+    int,
+    _option("Rows of tokens for choosing layers: what replacing them costs there.", panel=_TEXT, metavar="N"),
+]
 HeldoutOpt = Annotated[int, _option("Rows of held-out tokens, for method loss.", panel=_TEXT, metavar="N")]
 SeedOpt = Annotated[int, _option("Seed of everything random.", panel=_TEXT, metavar="N")]
 ExporterOpt = Annotated[

@@ -51,7 +51,10 @@ def run_all(
             engines.limits(positions(run.model.model))
         exporting.check()
         check_model(run, exporting)
+    selection.for_task(run.model.source.task)
     calibrate(run, calibration)
+    if selection.budget:
+        export(run, exporting)  # a budget is weighed with the speed of the graph
     select(run, selection)
     export(run, exporting)
     rewrite(run)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, get_args
 
 from nbl_export.calibrate.text import TextSettings
 from nbl_export.errors import InputError
-from nbl_export.linearize.lmmse import DEFAULT_RIDGE, MAX_RIDGE, FitInput
+from nbl_export.linearize.budget import AUTO_PERPLEXITY_RATIO, NO_BUDGET, Budget
+from nbl_export.linearize.lmmse import DEFAULT_RIDGE, MAX_RIDGE, FitInput, FitName
 
 if TYPE_CHECKING:
     from nbl_export.engine.profiles import Limits
@@ -16,28 +17,97 @@ if TYPE_CHECKING:
 CalibrateSettings = TextSettings
 
 
+def auto_budget(budget: Budget) -> Budget:
+    """``--k auto``: the bounds that the user gave, or the documented default where none bounds the loss."""
+    if budget.bounds_loss:
+        return budget
+    return replace(budget, max_perplexity_ratio=AUTO_PERPLEXITY_RATIO)
+
+
+# What measures best (docs/selection.md); the paper's criterion is cca.
+DECODER_CRITERION, ENCODER_CRITERION = "greedy", "cca"
+
+
 @dataclass(frozen=True)
 class SelectSettings:
-    """Which layers: the ``k`` best by ``criterion``, or exactly ``layers``; and how they are fitted."""
+    """Which layers: the ``k`` best by ``criterion``, as many as ``budget`` allows, or exactly ``layers``; how fitted.
+
+    ``criterion`` None is what suits the task. ``ridge`` None is chosen by held-out error. ``repair`` is the number of
+    steps of distillation, drawn by ``seed``.
+    """
 
     k: int | None = None
     layers: tuple[int, ...] | None = None
-    criterion: str = "cca"
+    criterion: str | None = None
     fit_input: FitInput = "normed"
-    ridge: float = DEFAULT_RIDGE
+    ridge: float | None = DEFAULT_RIDGE
+    fit: FitName = "lmmse"
+    repair: int = 0
+    seed: int = 0
+    budget: Budget = NO_BUDGET
 
     def check(self) -> None:
         from nbl_export.linearize.select import check_criterion, check_k
 
-        if self.k is None and self.layers is None:
-            raise InputError("Say how many layers to linearize: --k K (or name them with --layers).")
+        ways = [self.k is not None, self.layers is not None, bool(self.budget)]
+        if not any(ways):
+            raise InputError(
+                "Say how many layers to linearize: --k K, --k auto, or a budget (--max-ppl-ratio, --max-kl, "
+                "--min-speedup); or name them with --layers."
+            )
+        if self.budget and sum(ways) > 1:
+            raise InputError(
+                "--k and --layers say how many layers to linearize, and so does a budget (--k auto, --max-ppl-ratio, "
+                "--max-kl, --min-speedup): give one of them."
+            )
+        self.budget.check()
         if self.k is not None:
             check_k(self.k, None)
-        check_criterion(self.criterion)
-        if self.fit_input not in ("normed", "residual"):
-            raise InputError(f"--fit-input {self.fit_input!r} is unknown; choose normed or residual.")
-        if not 0 <= self.ridge <= MAX_RIDGE:
-            raise InputError(f"--ridge is {self.ridge:g}; it must be between 0 and {MAX_RIDGE:g}.")
+        if self.criterion is not None:
+            check_criterion(self.criterion)
+        for option, value, known in (
+            ("--fit-input", self.fit_input, get_args(FitInput)),
+            ("--fit", self.fit, get_args(FitName)),
+        ):
+            if value not in known:
+                raise InputError(f"{option} {value!r} is unknown; choose one of {', '.join(known)}.")
+        if self.ridge is not None and not 0 <= self.ridge <= MAX_RIDGE:
+            raise InputError(f"--ridge is {self.ridge:g}; it must be between 0 and {MAX_RIDGE:g}, or auto.")
+        if self.repair < 0:
+            raise InputError(f"--repair is {self.repair}; it must be 0 steps or more.")
+        if self.repair and self.fit == "drop":
+            raise InputError(
+                "--fit drop leaves layers out, and there is nothing to repair: leave --repair out."
+            )
+
+    def for_task(self, task: str) -> SelectSettings:
+        """The settings with the criterion that a model of ``task`` is chosen by.
+
+        Raises :class:`InputError` for what only a decoder can be measured by.
+        """
+        from nbl_export.linearize.select import check_criterion
+        from nbl_export.models.tasks import task_named
+
+        if task_named(task).causal:
+            return replace(self, criterion=self.criterion or DECODER_CRITERION)
+        asked = {
+            f"--criterion {self.criterion}": bool(
+                self.criterion and check_criterion(self.criterion).measured
+            ),
+            f"--fit {self.fit}": self.fit not in ("lmmse", "drop"),
+            "--ridge auto": self.ridge is None,
+            "--repair": self.repair > 0,
+            "A budget for K": bool(self.budget),
+        }
+        if wrong := next((name for name, given in asked.items() if given), None):
+            raise InputError(
+                f"{wrong} is measured by what a decoder predicts; this model is an encoder ({task}): choose layers by "
+                "--k with --criterion cca or nmse, or by --layers."
+            )
+        return replace(self, criterion=self.criterion or ENCODER_CRITERION)
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 @dataclass(frozen=True)

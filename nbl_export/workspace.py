@@ -162,6 +162,10 @@ class Workspace:
         return self.nbl / "candidates.json"
 
     @property
+    def measured(self) -> Path:
+        return self.nbl / "measured.json"
+
+    @property
     def plan(self) -> Path:
         return self.nbl / "plan.json"
 

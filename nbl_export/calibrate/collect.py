@@ -32,6 +32,7 @@ from nbl_export.models.layers import (
     observed,
     taken,
 )
+from nbl_export.models.resume import body
 from nbl_export.models.trial import trial
 from nbl_export.progress import Listener, Silent
 
@@ -76,7 +77,7 @@ def collect_moments(
     rows = len(tokens)
     length = tokens.shape[1] if tokens.ndim == 2 else trial(model).tokens
     step = max(1, _BATCH_TOKENS // length)
-    body: Any = _body(model)
+    run: Any = body(model)
     kind = np.int64 if tokens.ndim == 2 else np.float32
 
     def observe(index: int, h: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
@@ -96,7 +97,7 @@ def collect_moments(
     ):
         while done < rows:
             batch = torch.from_numpy(tokens[done : done + step].astype(kind)).to(device)
-            body(**{main_input(model): batch}, **taken(body, use_cache=False))
+            run(**{main_input(model): batch}, **taken(run, use_cache=False))
             _check_finite(accumulators, layers, done)
             done += len(batch)
             task.advance(len(batch) * length)
@@ -107,11 +108,6 @@ def collect_moments(
                 save()
                 saved_at = time.monotonic()
     return Moments({i: a.result() for i, a in accumulators.items()})
-
-
-def _body(model: torch.nn.Module) -> Any:
-    # The blocks without the language-model head: its logits, a fifth of a small model's work, are not needed.
-    return getattr(model, "base_model", model)
 
 
 def _resume(

@@ -102,7 +102,10 @@ def read_passages(
     document = np.full_like(heldout, PADDING)
     for i, row in enumerate(held):
         heldout[i, : len(row)], document[i, : len(row)] = row, i
-    return CalibrationText(np.stack([frame.around(r) for r in rows]), heldout, document, frame.start)
+    none = np.zeros((0, length), dtype=np.int32)  # layers of an encoder are not chosen by what it predicts
+    return CalibrationText(
+        np.stack([frame.around(r) for r in rows]), none, none, heldout, document, frame.start
+    )
 
 
 def _tokenized(texts: Iterable[str], tokenizer: Any) -> Iterator[I32]:

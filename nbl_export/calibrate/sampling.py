@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nbl_export.calibrate.text import CalibrationText, TextSettings, end_token, start_tokens
+from nbl_export.calibrate.text import (
+    CALIBRATION,
+    HELDOUT,
+    SELECTION,
+    CalibrationText,
+    TextSettings,
+    end_token,
+    rows_by_part,
+    start_tokens,
+)
 from nbl_export.models.compat import cache_argument
 from nbl_export.models.layers import taken
 from nbl_export.progress import Listener
@@ -33,24 +42,32 @@ def sample_from_model(
     start_token = next((t for t in known if t is not None), 0)
     generator = torch.Generator().manual_seed(settings.seed)
     length = min(settings.seq_len, _SAMPLE_LENGTH)
-    wanted = [rows * settings.seq_len for rows in (settings.samples, settings.heldout_samples)]
-    counts = [-(-tokens // length) for tokens in wanted]
+    wanted = {part: rows * settings.seq_len for part, rows in rows_by_part(settings).items()}
+    counts = {part: -(-tokens // length) for part, tokens in wanted.items()}
+    total = sum(counts.values())
     documents: list[I32] = []
-    with listener.task("Sampling from the model", sum(counts) * length, "tokens") as task:
-        for first in range(0, sum(counts), _SAMPLE_BATCH):
-            batch = min(_SAMPLE_BATCH, sum(counts) - first)
+    with listener.task("Sampling from the model", total * length, "tokens") as task:
+        for done in range(0, total, _SAMPLE_BATCH):
+            batch = min(_SAMPLE_BATCH, total - done)
             documents.append(_sample(model, batch, length, start_token, generator, task.advance))
     tokens = np.concatenate(documents)
     tokens[:, -1] = end_token(tokenizer)
     owners = np.repeat(np.arange(len(tokens), dtype=np.int32), length)
-    first_held = counts[0] * length  # a document belongs to one part only
+    # A document belongs to one part only.
+    ends = np.cumsum(list(counts.values())) * length
+    first = dict(zip(counts, [0, *ends[:-1]], strict=True))
 
-    def rows(flat: I32, start: int, part: int) -> I32:
-        return flat[start : start + wanted[part]].reshape(-1, settings.seq_len)
+    def rows(flat: I32, part: str) -> I32:
+        return flat[first[part] : first[part] + wanted[part]].reshape(-1, settings.seq_len)
 
     flat = tokens.reshape(-1)
     return CalibrationText(
-        rows(flat, 0, 0), rows(flat, first_held, 1), rows(owners, first_held, 1), start_tokens(tokenizer)
+        rows(flat, CALIBRATION),
+        rows(flat, SELECTION),
+        rows(owners, SELECTION),
+        rows(flat, HELDOUT),
+        rows(owners, HELDOUT),
+        start_tokens(tokenizer),
     )
 
 

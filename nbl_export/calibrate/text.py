@@ -1,8 +1,9 @@
 """Text for calibration and for judging: files, folders, Hub data sets, or the model itself.
 
-A source is a stream of documents. Every eighth document is held out: the fit never sees it, and the
-method's loss is measured on it. Documents are tokenized, joined with the end-of-text token and cut
-into rows of ``seq_len`` tokens, as the paper's authors do.
+A source is a stream of documents. Of every eight, one is held out: neither the fit nor the choice of layers
+sees it, and the method's loss is measured on it; another is for choosing, what a layer's replacement costs is
+measured on it; six are calibrated on. Documents are tokenized, joined with the end-of-text token and cut into
+rows of ``seq_len`` tokens, as the paper's authors do.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ from nbl_export.tensorfile import load_as, save_tensors
 I32 = NDArray[np.int32]
 HELD_OUT_EVERY = 8
 SELF = "self"
-FORMAT = "nbl-export/text/1"
+FORMAT = "nbl-export/text/2"
+CALIBRATION, SELECTION, HELDOUT = "calibration", "selection", "held-out"
+# Which documents of every HELD_OUT_EVERY are for choosing and for judging; the others are for the fit.
+_PART_AT = {HELD_OUT_EVERY // 2 - 1: SELECTION, HELD_OUT_EVERY - 1: HELDOUT}
 _FORMATS = (".txt", ".jsonl", ".parquet")
 # A plain text file is cut at line ends into documents of about this many characters, so that a part
 # of it can be held out.
@@ -54,12 +58,14 @@ if (_module := _zstd()) is not None:
 class CalibrationText:
     """Token ids, packed.
 
-    ``calibration`` is [samples, seq_len]; ``heldout`` is [rows, seq_len] of documents that
-    ``calibration`` has no part of, and ``heldout_document`` says of each of its tokens which
-    document it belongs to, -1 of padding; ``start`` [n] is what a prompt begins with. All int32.
+    ``calibration`` is [samples, seq_len]; ``selection`` and ``heldout`` are [rows, seq_len] of documents that
+    no other part has anything of, and ``…_document`` says of each of their tokens which document it belongs to,
+    -1 of padding; ``start`` [n] is what a prompt begins with. All int32. An encoder's ``selection`` has no rows.
     """
 
     calibration: I32
+    selection: I32
+    selection_document: I32
     heldout: I32
     heldout_document: I32
     start: I32
@@ -77,12 +83,13 @@ class TextSettings:
     samples: int = 128
     seq_len: int = 512
     heldout_samples: int = 24
+    selection_samples: int = 8
     field: str = "text"
     seed: int = 0
 
     def check(self) -> None:
         """Refuse sizes that make no sense."""
-        for name, least in (("samples", 1), ("seq_len", 8), ("heldout_samples", 1)):
+        for name, least in (("samples", 1), ("seq_len", 8), ("selection_samples", 1), ("heldout_samples", 1)):
             if getattr(self, name) < least:
                 option = "--" + name.replace("_", "-")
                 raise InputError(f"{option} is {getattr(self, name)}; it must be at least {least}.")
@@ -264,47 +271,67 @@ def _needs(package: str, what: str, extra: str) -> str:
 # packing -----------------------------------------------------------------------------------------
 
 
-def pack(texts: Iterable[str], tokenizer: Any, settings: TextSettings, listener: Listener) -> CalibrationText:
-    """Tokenize and pack until both parts are full; raises :class:`InputError` if that gives too little.
+def part_of(number: int) -> str:
+    """Which part the document of that number, counted from 0, is for."""
+    return _PART_AT.get(number % HELD_OUT_EVERY, CALIBRATION)
 
-    Fewer calibration rows than asked for are used with a note, as long as there is one whole row of
-    each part.
+
+def pack(texts: Iterable[str], tokenizer: Any, settings: TextSettings, listener: Listener) -> CalibrationText:
+    """Tokenize and pack until all parts are full; raises :class:`InputError` if that gives too little.
+
+    Fewer rows than asked for are used with a note, as long as there is one whole row of each part.
     """
     end = end_token(tokenizer)
     length = settings.seq_len
-    want = {False: settings.samples * length, True: settings.heldout_samples * length}
-    parts: dict[bool, list[I32]] = {False: [], True: []}
-    owners: list[I32] = []
-    have = {False: 0, True: 0}
+    want = {part: rows * length for part, rows in rows_by_part(settings).items()}
+    tokens: dict[str, list[I32]] = {part: [] for part in want}
+    owners: dict[str, list[I32]] = {part: [] for part in want}
+    have = dict.fromkeys(want, 0)
     with listener.task("Reading text", sum(want.values()), "tokens") as task:
         for number, text in enumerate(t for t in texts if t.strip()):
-            held = number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-            if have[held] < want[held]:
+            part = part_of(number)
+            if have[part] < want[part]:
                 ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-                row = np.array([*ids, end], dtype=np.int32)[: want[held] - have[held]]
-                parts[held].append(row)
-                have[held] += len(row)
-                if held:
-                    owners.append(np.full(len(row), number, dtype=np.int32))
+                row = np.array([*ids, end], dtype=np.int32)[: want[part] - have[part]]
+                tokens[part].append(row)
+                owners[part].append(np.full(len(row), number, dtype=np.int32))
+                have[part] += len(row)
                 task.advance(len(row))
             if all(have[k] >= want[k] for k in want):
                 break
-    for held, name in ((False, "calibration"), (True, "held-out")):
-        if have[held] < length:
+    for part in want:
+        if have[part] < length:
             raise InputError(
-                f"The calibration text gives {have[held]:,} {name} tokens, less than one row of {length}: "
-                f"give more text (every {HELD_OUT_EVERY}th document is held out) or lower --seq-len."
+                f"The calibration text gives {have[part]:,} {part} tokens, less than one row of {length}: give more "
+                f"text (of every {HELD_OUT_EVERY} documents one is held out, and one is for choosing layers) or lower "
+                "--seq-len."
             )
-        if have[held] < want[held]:
+        if have[part] < want[part]:
             listener.note(
-                f"The text gives {have[held]:,} {name} tokens of the {want[held]:,} asked for; all are used."
+                f"The text gives {have[part]:,} {part} tokens of the {want[part]:,} asked for; all are used."
             )
 
     def rows(pieces: list[I32]) -> I32:
         flat = np.concatenate(pieces)
         return flat[: len(flat) // length * length].reshape(-1, length)
 
-    return CalibrationText(rows(parts[False]), rows(parts[True]), rows(owners), start_tokens(tokenizer))
+    return CalibrationText(
+        rows(tokens[CALIBRATION]),
+        rows(tokens[SELECTION]),
+        rows(owners[SELECTION]),
+        rows(tokens[HELDOUT]),
+        rows(owners[HELDOUT]),
+        start_tokens(tokenizer),
+    )
+
+
+def rows_by_part(settings: TextSettings) -> dict[str, int]:
+    """How many rows of each part are asked for."""
+    return {
+        CALIBRATION: settings.samples,
+        SELECTION: settings.selection_samples,
+        HELDOUT: settings.heldout_samples,
+    }
 
 
 def end_token(tokenizer: Any) -> int:

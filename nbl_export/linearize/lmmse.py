@@ -17,7 +17,7 @@ the units of each channel, which differ by orders of magnitude in a residual str
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -27,8 +27,11 @@ import scipy.linalg
 from nbl_export.calibrate.moments import F64, LayerMoments
 
 FitInput = Literal["normed", "residual"]
+FitName = Literal["lmmse", "weighted", "sequential", "drop"]  # nbl_export/linearize/fits.py
 DEFAULT_RIDGE = 1e-6
 MAX_RIDGE = 1e-2
+# What is tried where the ridge is chosen by held-out error.
+RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 T = TypeVar("T")
 
 
@@ -76,11 +79,34 @@ def fit_lmmse(moments: LayerMoments, fit_input: FitInput, ridge: float = DEFAULT
         return scipy.linalg.cho_solve(factor, c.c_vu.T).T, ridge
 
     w, used = _with_growing_ridge(solve, ridge)
-    # C_ee = C_yy - W C_xy - C_yx Wᵀ + W C_xx Wᵀ holds for any W; only its trace is needed.
+    b = c.mean_v - w @ c.mean_u
+    return LinearFit(w, b, error_of_map(w, b, c), used)
+
+
+def error_of_map(w: F64, b: F64, c: Covariances) -> float:
+    """E‖y - W u - b‖² / E‖y - μ_y‖² on the tokens that ``c`` is of, be they those of the fit or others."""
+    # C_ee = C_yy - W C_xy - C_yx Wᵀ + W C_xx Wᵀ holds for any W; only its trace is needed, and the mean's error.
     error = np.trace(c.c_vv) - 2 * np.sum(w * c.c_vu) + np.sum((w @ c.c_uu) * w)
+    error += float(np.sum((c.mean_v - w @ c.mean_u - b) ** 2))
     energy = np.trace(c.c_vv)
-    nmse = float(max(error, 0.0) / energy) if energy > 0 else 0.0
-    return LinearFit(w, c.mean_v - w @ c.mean_u, nmse, used)
+    return float(max(error, 0.0) / energy) if energy > 0 else 0.0
+
+
+def ridge_by_heldout_error(
+    moments: LayerMoments, others: LayerMoments, fit_input: FitInput, ridges: Sequence[float] = RIDGES
+) -> float:
+    """The λ of ``ridges`` whose fit on ``moments`` errs least on ``others``, moments of other text.
+
+    Raises as :func:`fit_lmmse`.
+    """
+    # The other text is only judged by, never solved for: it may be shorter than the input is wide.
+    judged = branch_covariances(others, fit_input, enough=False)
+
+    def error(ridge: float) -> float:
+        fit = fit_lmmse(moments, fit_input, ridge)
+        return error_of_map(fit.w, fit.b, judged)
+
+    return min(ridges, key=error)
 
 
 def cca_bound(moments: LayerMoments, ridge: float = DEFAULT_RIDGE) -> tuple[float, float]:
@@ -102,10 +128,13 @@ def cca_bound(moments: LayerMoments, ridge: float = DEFAULT_RIDGE) -> tuple[floa
     return len(c.mean_u) - rho2, used
 
 
-def branch_covariances(m: LayerMoments, fit_input: FitInput) -> Covariances:
-    """Covariances of the attention branch: its input (normed x or residual h) and its output y."""
+def branch_covariances(m: LayerMoments, fit_input: FitInput, enough: bool = True) -> Covariances:
+    """Covariances of the attention branch: its input (normed x or residual h) and its output y.
+
+    Raises :class:`UnusableMoments` for moments of too few tokens to be solved for, if that is asked for.
+    """
     u, uu, yu = (m.x, m.xx, m.yx) if fit_input == "normed" else (m.h, m.hh, m.yh)
-    return _centred(m.n, u, m.y, uu, yu, m.yy)
+    return _centred(m.n, u, m.y, uu, yu, m.yy, enough)
 
 
 def stream_covariances(m: LayerMoments) -> Covariances:
@@ -118,11 +147,11 @@ def stream_covariances(m: LayerMoments) -> Covariances:
     return Covariances(c.mean_u, mean_v, c.c_uu, c_vu, c_vv, c.power_u, power_v)
 
 
-def _centred(n: int, u: F64, v: F64, uu: F64, vu: F64, vv: F64) -> Covariances:
+def _centred(n: int, u: F64, v: F64, uu: F64, vu: F64, vv: F64, enough: bool = True) -> Covariances:
     d = len(u)
     if not all(np.isfinite(a).all() for a in (u, v, uu, vu, vv)):
         raise UnusableMoments("its moments are NaN or infinite")
-    if n < d + 1:
+    if enough and n < d + 1:
         raise UnusableMoments(
             f"{n:,} calibration tokens cannot determine a map of {d} inputs; at least {d + 1:,} are needed, "
             f"{20 * d:,} or more are advised (raise --samples or --seq-len)"

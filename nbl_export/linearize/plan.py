@@ -39,7 +39,8 @@ class Plan:
     ``fit_input`` says what u is. ``probe`` holds a ragged batch by input name (``input_ids``,
     ``attention_mask`` …, int64 [batch, sequence]) or images; ``probe_u`` and ``probe_y`` are what the
     original PyTorch model had as u and y there in **every** attention layer, float32 [unpadded tokens, d].
-    ``layer_count`` counts all blocks, also those that have no attention.
+    ``layer_count`` counts all blocks, also those that have no attention. ``fit`` names the way W and b were fitted,
+    ``repair`` the steps of distillation after it; ``ridge`` is None where it was chosen layer by layer.
     """
 
     model: str
@@ -47,12 +48,14 @@ class Plan:
     layer_count: int
     fit_input: FitInput
     criterion: str
-    ridge: float
+    ridge: float | None
     calibration_tokens: int
     layers: Mapping[int, LinearLayer]
     probe: Mapping[str, NDArray[Any]]
     probe_u: Mapping[int, F32]
     probe_y: Mapping[int, F32]
+    fit: str = "lmmse"
+    repair: int = 0
 
     @property
     def chosen(self) -> tuple[int, ...]:
@@ -110,7 +113,9 @@ def save_plan(path: Path, plan: Plan) -> None:
         "layers": list(plan.chosen),
         "fit_input": plan.fit_input,
         "criterion": plan.criterion,
+        "fit": plan.fit,
         "ridge": plan.ridge,
+        "repair": plan.repair,
         "calibration_tokens": plan.calibration_tokens,
         "weights": weights.name,
         "weights_sha256": sha256_of_file(weights),
@@ -150,6 +155,8 @@ def load_plan(path: Path) -> Plan:
             probe=groups["probe"],
             probe_u={int(i): v for i, v in groups["probe_u"].items()},
             probe_y={int(i): v for i, v in groups["probe_y"].items()},
+            fit=header.get("fit", "lmmse"),
+            repair=header.get("repair", 0),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} is damaged ({type(error).__name__}: {error}): {_REMEDY}.") from None

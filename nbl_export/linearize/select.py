@@ -1,4 +1,4 @@
-"""Score every layer and choose the K that lose least."""
+"""Score every layer and put the layers in order: the K best are the beginning of it."""
 
 from __future__ import annotations
 
@@ -22,10 +22,12 @@ from nbl_export.progress import Listener, Silent
 
 @dataclass(frozen=True)
 class Candidate:
-    """What is known of one layer before choosing. Both scores: lower is more linear.
+    """What is known of one layer before choosing. All scores: lower is better to replace.
 
     ``nmse`` in [0, 1] is of the fit itself; ``cca`` in [0, d] is the paper's bound. ``ridge`` and
-    ``cca_ridge`` are the λ that the two Cholesky factorizations needed.
+    ``cca_ridge`` are the λ that the two Cholesky factorizations needed. What was measured with the layer alone
+    changed, in nats, is None where the criterion does not ask for it: ``kl`` of its replacement, ``drop`` of leaving
+    it out, ``sensitivity`` to noise, per share of the output, and ``predicted`` = nmse × the excess' sensitivity.
     """
 
     layer: int
@@ -33,15 +35,35 @@ class Candidate:
     cca: float
     ridge: float
     cca_ridge: float
+    kl: float | None = None
+    kl_se: float | None = None
+    drop: float | None = None
+    drop_se: float | None = None
+    sensitivity: float | None = None
+    sensitivity_se: float | None = None
+    predicted: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-# Adding a criterion is adding a row; lower is better.
-CRITERIA: Mapping[str, Callable[[Candidate], float]] = {
-    "cca": lambda c: c.cca,
-    "nmse": lambda c: c.nmse,
+@dataclass(frozen=True)
+class Criterion:
+    """``score`` ranks the layers; ``measured``: the model is run for it; ``searched``: with sets of layers."""
+
+    score: Callable[[Candidate], float | None]
+    measured: bool = False
+    searched: bool = False
+
+
+# Adding a criterion that ranks layers is adding a row; lower is better.
+CRITERIA: Mapping[str, Criterion] = {
+    "cca": Criterion(lambda c: c.cca),
+    "nmse": Criterion(lambda c: c.nmse),
+    "kl": Criterion(lambda c: c.kl, measured=True),
+    "linearity": Criterion(lambda c: c.predicted, measured=True),
+    "drop": Criterion(lambda c: c.drop, measured=True),
+    "greedy": Criterion(lambda c: c.kl, measured=True, searched=True),
 }
 
 
@@ -57,7 +79,7 @@ def score_layers(
     with listener.task("Scoring layers", len(moments.layers), "layers") as task:
         for layer in sorted(moments.layers):
             fit = fit_layer(moments, layer, fit_input, ridge)
-            with _naming(layer):
+            with naming(layer):
                 cca, cca_ridge = cca_bound(moments.layers[layer], ridge)
             candidates.append(Candidate(layer, fit.nmse, cca, fit.ridge, cca_ridge))
             for what, used in (("fit", fit.ridge), ("CCA bound", cca_ridge)):
@@ -71,36 +93,21 @@ def score_layers(
 
 def fit_layer(moments: Moments, layer: int, fit_input: FitInput, ridge: float) -> LinearFit:
     """The LMMSE fit of one layer; raises :class:`CalibrationError` naming it."""
-    with _naming(layer):
+    with naming(layer):
         return fit_lmmse(moments.layers[layer], fit_input, ridge)
 
 
-def choose_layers(
-    candidates: Sequence[Candidate],
-    k: int | None = None,
-    criterion: str = "cca",
-    layers: Sequence[int] | None = None,
-) -> tuple[int, ...]:
-    """The layers to linearize, ascending: the ``k`` best by ``criterion``, or exactly ``layers``.
-
-    Raises :class:`InputError` for a K or a layer that the model does not have.
-    """
-    count = len(candidates)
-    if layers is not None:
-        if k is not None and k != len(layers):
-            raise InputError(
-                f"--k {k} and --layers with {len(layers)} layers contradict each other: give one."
-            )
-        known = {c.layer for c in candidates}
-        if unknown := sorted(set(layers) - known):
-            raise InputError(f"--layers names layer {unknown[0]}; the model has layers 0 to {count - 1}.")
-        if len(set(layers)) != len(layers):
-            raise InputError("--layers names a layer twice.")
-        return tuple(sorted(layers))
-    if k is None:
-        raise InputError("Say how many layers to linearize: --k K (or name them with --layers).")
-    check_k(k, count)
-    return tuple(sorted(c.layer for c in ranking(candidates, criterion)[:k]))
+def check_layers(candidates: Sequence[int], layers: Sequence[int], k: int | None) -> tuple[int, ...]:
+    """``layers`` as the user named them, ascending; raises :class:`InputError` for one that the model does not have."""
+    if k is not None and k != len(layers):
+        raise InputError(f"--k {k} and --layers with {len(layers)} layers contradict each other: give one.")
+    if unknown := sorted(set(layers) - set(candidates)):
+        raise InputError(
+            f"--layers names layer {unknown[0]}; the model has layers 0 to {len(candidates) - 1}."
+        )
+    if len(set(layers)) != len(layers):
+        raise InputError("--layers names a layer twice.")
+    return tuple(sorted(layers))
 
 
 def check_k(k: int, count: int | None) -> None:
@@ -112,21 +119,29 @@ def check_k(k: int, count: int | None) -> None:
         raise InputError(f"--k is {k}; it must be between 0 and {most}.")
 
 
-def check_criterion(criterion: str) -> None:
-    """Refuse a criterion that is not in the table."""
+def check_criterion(criterion: str) -> Criterion:
+    """The criterion of that name; refuses one that is not in the table."""
     if criterion not in CRITERIA:
         raise InputError(f"--criterion {criterion!r} is unknown; choose one of {', '.join(CRITERIA)}.")
+    return CRITERIA[criterion]
 
 
 def ranking(candidates: Sequence[Candidate], criterion: str) -> list[Candidate]:
-    """All candidates, best first; ties go to the lower layer."""
-    check_criterion(criterion)
-    score = CRITERIA[criterion]
-    return sorted(candidates, key=lambda c: (score(c), c.layer))
+    """All candidates, best first; ties go to the lower layer. Raises ``ValueError`` for one that has no such score."""
+    score = check_criterion(criterion).score
+
+    def key(candidate: Candidate) -> tuple[float, int]:
+        value = score(candidate)
+        if value is None:
+            raise ValueError(f"layer {candidate.layer} was not measured for {criterion}")
+        return value, candidate.layer
+
+    return sorted(candidates, key=key)
 
 
 @contextmanager
-def _naming(layer: int) -> Iterator[None]:
+def naming(layer: int) -> Iterator[None]:
+    """Within the block, moments that admit no fit are refused with the number of their ``layer``."""
     # The mathematics knows no layer numbers; the user needs one.
     try:
         yield

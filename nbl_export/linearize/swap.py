@@ -79,27 +79,43 @@ def linearized(model: torch.nn.Module, plan: Plan) -> Iterator[torch.nn.Module]:
             f"The plan is for {plan.layer_count} layers of width {plan.hidden_size}; this model has "
             f"{count} of width {hidden_size(model)}: run `nbl-export select` for this model."
         )
+    with replaced(model, plan.layers, plan.fit_input):
+        yield model
+
+
+@contextmanager
+def replaced(
+    model: torch.nn.Module, maps: Mapping[int, LinearLayer], fit_input: FitInput
+) -> Iterator[dict[int, AttentionReplacement]]:
+    """``model`` with the attention of each layer of ``maps`` replaced, for the length of the block.
+
+    The value is what stands there now, by layer.
+    """
     layers = {layer.index: layer for layer in attention_layers(model)}
     trial(model)  # of the original, before anything is swapped
     undo: list[Any] = []
+    modules: dict[int, AttentionReplacement] = {}
     try:
-        for index in plan.chosen:
-            undo.append(_swap(model, layers[index], plan))
-        yield model
+        for index in sorted(maps):
+            modules[index], restore = _swap(model, layers[index], maps[index], fit_input)
+            undo.append(restore)
+        yield modules
     finally:
         for restore in reversed(undo):
             restore()
 
 
-def _swap(model: torch.nn.Module, layer: AttentionLayer, plan: Plan) -> Any:
+def _swap(
+    model: torch.nn.Module, layer: AttentionLayer, linear_map: LinearLayer, fit_input: FitInput
+) -> tuple[AttentionReplacement, Callable[[], None]]:
     block, original = model.get_submodule(layer.block), model.get_submodule(layer.attention)
     like = next(original.parameters())
     returns = trial(model).returns[layer.index]
     added = _argument(original, layer.adds) if layer.adds else None
     inside = f"{layer.output}.".startswith(f"{layer.attention}.")
     linear = AttentionReplacement(
-        plan.layers[layer.index],
-        plan.fit_input,
+        linear_map,
+        fit_input,
         like,
         returns,
         added,
@@ -125,7 +141,7 @@ def _swap(model: torch.nn.Module, layer: AttentionLayer, plan: Plan) -> Any:
         put(old)
 
     put(new)
-    return restore
+    return linear, restore
 
 
 def _argument(module: torch.nn.Module, name: str) -> Callable[..., torch.Tensor]:

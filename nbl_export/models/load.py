@@ -138,6 +138,18 @@ def _first_line(error: Exception) -> str:
     return text.splitlines()[0].rstrip(".")[:300]
 
 
+def fast_dtype() -> str:
+    """The dtype in which this machine runs a model fastest: bfloat16 where the processor multiplies it, or float32."""
+    import torch
+
+    def supported(private: str) -> bool:
+        return bool(getattr(torch.cpu, private, lambda: False)())
+
+    # torch 2.13 has a public function for it, earlier releases have these alone.
+    bf16 = supported("_is_amx_tile_supported") or supported("_is_avx512_bf16_supported")
+    return "bfloat16" if bf16 else "float32"
+
+
 def in_precision(model: torch.nn.Module, dtype: str) -> torch.nn.Module:
     """A copy of ``model`` with its weights in ``dtype`` (float16 …), as transformers would load it.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.errors import InputError
@@ -44,6 +44,7 @@ class CacheShape:
 @dataclass(frozen=True)
 class Trial:
     """``returns``: by layer, the length of the tuple that its attention returns; None for a bare tensor.
+    ``block_returns``: the same of every block.
 
     ``cache`` has an entry for each block, None for one that keeps no keys and values of its own. ``tokens`` is
     how many its attention sees of one row, ``outputs`` what it gives. ``mapped`` says whether y is what a linear
@@ -57,6 +58,7 @@ class Trial:
     outputs: tuple[str, ...] = ()
     mapped: bool = True
     same: bool = True
+    block_returns: Mapping[int, int | None] = field(default_factory=dict)
 
 
 _DONE: weakref.WeakKeyDictionary[torch.nn.Module, Trial] = weakref.WeakKeyDictionary()
@@ -161,17 +163,27 @@ def _try(model: torch.nn.Module) -> Trial:
     import torch
 
     returns: dict[int, int | None] = {}
+    block_returns: dict[int, int | None] = {}
     written: list[torch.Tensor] = []
     mapped: list[torch.Tensor] = []
     inputs = example_inputs(model)
     layers = attention_layers(model)
     with ExitStack() as hooks, torch.inference_mode(), quiet():
-        for layer in layers:
+        stack = layers[0].block.rpartition(".")[0]
+        watched = [(returns, layer.index, layer.attention) for layer in layers]
+        watched += [(block_returns, i, f"{stack}.{i}") for i in range(layer_count(model))]
+        for store, index, path in watched:
 
-            def note(_module: Any, _args: Any, output: Any, index: int = layer.index) -> None:
-                returns[index] = len(output) if isinstance(output, tuple) else None
+            def note(
+                _module: Any,
+                _args: Any,
+                output: Any,
+                store: dict[int, int | None] = store,
+                index: int = index,
+            ) -> None:
+                store[index] = len(output) if isinstance(output, tuple) else None
 
-            hooks.callback(model.get_submodule(layer.attention).register_forward_hook(note).remove)
+            hooks.callback(model.get_submodule(path).register_forward_hook(note).remove)
 
         def write(_module: Any, _args: Any, output: Any) -> None:
             written.append(output[0] if isinstance(output, tuple) else output)
@@ -209,6 +221,7 @@ def _try(model: torch.nn.Module) -> Trial:
         outputs=tuple(name for name, value in output.items() if isinstance(value, torch.Tensor)),
         mapped=any(isinstance(m, torch.Tensor) and _same(m, states) for m in mapped),
         same=_same(first, states),
+        block_returns=block_returns,
     )
 
 

@@ -2,57 +2,106 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from nbl_export.linearize.plan import Plan, load_plan
+from nbl_export.linearize.plan import LinearLayer, Plan, load_plan
 from nbl_export.progress import Listener
 from nbl_export.run import Run
 from nbl_export.settings import SelectSettings
 from nbl_export.workspace import sha256_of_json, write_json
 
+if TYPE_CHECKING:
+    from nbl_export.stages.choosing import Prefix
+    from nbl_export.stages.fitting import Fitting
+    from nbl_export.stages.measured import Measured
+    from nbl_export.stages.speeding import SpeedMeter
+
 
 def select(run: Run, settings: SelectSettings) -> Plan:
     """Moments → plan: score every layer, choose K, keep their W and b with the proof's evidence."""
     from nbl_export.calibrate.moments import load_moments
-    from nbl_export.calibrate.probe import load_probe
-    from nbl_export.linearize.plan import LinearLayer, save_plan
-    from nbl_export.linearize.select import choose_layers, fit_layer, score_layers
-    from nbl_export.models.layers import FULL
+    from nbl_export.linearize.plan import save_plan
+    from nbl_export.linearize.select import check_layers, score_layers
+    from nbl_export.models.layers import FULL, positions
+    from nbl_export.stages.choosing import Choosing, choose
+    from nbl_export.stages.fitting import Fitting
+    from nbl_export.stages.measured import Measured
+    from nbl_export.stages.speeding import SpeedMeter
 
     settings.check()
+    settings = settings.for_task(run.model.source.task)
     ws = run.workspace
     calibrated = ws.require("calibrate", f"nbl-export calibrate MODEL -o {ws.root}")
-    key = sha256_of_json({"calibrate": calibrated.key, "select": asdict(settings)})
+    depends = {"calibrate": calibrated.key, "select": settings.as_json()}
+    if settings.budget.min_speedup is not None:
+        depends["export"] = ws.require("export", f"nbl-export export {ws.root}").key
 
     def work(listener: Listener) -> list[Path]:
         moments, metadata = load_moments(ws.moments)
-        candidates = score_layers(moments, settings.fit_input, settings.ridge, listener)
-        chosen = choose_layers(candidates, settings.k, settings.criterion, settings.layers)
-        layers = {}
-        for layer in chosen:
-            fit = fit_layer(moments, layer, settings.fit_input, settings.ridge)
-            layers[layer] = LinearLayer(fit.w.astype("float32"), fit.b.astype("float32"))
-        probe = load_probe(ws.probe)
-        u = probe.x if settings.fit_input == "normed" else probe.h
-        plan = Plan(
-            model=run.model.source.fingerprint,
-            hidden_size=len(next(iter(moments.layers.values())).x),
-            layer_count=metadata.get("blocks", len(candidates)),
-            fit_input=settings.fit_input,
-            criterion=settings.criterion if settings.layers is None else "by hand",
-            ridge=settings.ridge,
-            calibration_tokens=metadata["tokens"],
-            layers=layers,
-            probe=dict(probe.inputs),
-            probe_u=u,
-            probe_y=probe.y,
-        )
-        save_plan(ws.plan, plan)
+        measured = Measured(run, calibrated.key, settings.fit_input, listener)
+        fitting = Fitting(moments, measured, settings, listener)
+        candidates = score_layers(moments, settings.fit_input, fitting.scoring_ridge, listener)
+        empty = _plan(run, settings, metadata, {})
+        if settings.layers is not None:
+            chosen = check_layers([c.layer for c in candidates], settings.layers, settings.k)
+            curve: dict[str, Any] | None = None
+        else:
+            choosing = Choosing(settings, measured, fitting, listener)
+            candidates = choosing.scored(candidates)
+
+            def speeds(prefix: Prefix) -> SpeedMeter:
+                maps = fitting.for_choosing
+                limit = positions(run.model.model)
+                return SpeedMeter(ws, empty, lambda k: {i: maps[i] for i in prefix(k)}, limit, listener)
+
+            chosen, curve = choose(choosing, candidates, settings, speeds, listener)
+        maps, result = _maps(chosen, fitting, settings, measured)
+        save_plan(ws.plan, replace(empty, layers=maps))
         kinds = metadata.get("kinds", {})
         scores = [{**c.as_json(), "kind": kinds.get(str(c.layer), FULL)} for c in candidates]
-        write_json(ws.candidates, {"candidates": scores, "others": metadata.get("others", {})})
+        others = metadata.get("others", {})
+        write_json(ws.candidates, {"candidates": scores, "others": others, "curve": curve, "result": result})
         return [ws.plan, ws.plan.with_suffix(".safetensors"), ws.candidates]
 
-    run.stage("select", key, asdict(settings), work)
+    run.stage("select", sha256_of_json(depends), settings.as_json(), work)
     return load_plan(ws.plan)
+
+
+def _maps(
+    chosen: Sequence[int], fitting: Fitting, settings: SelectSettings, measured: Measured
+) -> tuple[dict[int, LinearLayer], dict[str, Any] | None]:
+    """The maps of the layers chosen, and what they cost on the selection text where the model was run for them."""
+    maps = fitting.final(chosen)
+    if not chosen or not (settings.repair or settings.fit == "sequential"):
+        return maps, None
+    if not settings.repair:
+        return maps, {"loss": measured.meter.measure(maps).as_json()}
+    repaired = fitting.repaired(maps)
+    before, after = (measured.meter.measure(m) for m in (maps, repaired))
+    return repaired, {"loss": after.as_json(), "before_repair": before.as_json()}
+
+
+def _plan(
+    run: Run, settings: SelectSettings, metadata: Mapping[str, Any], maps: Mapping[int, LinearLayer]
+) -> Plan:
+    from nbl_export.calibrate.probe import load_probe
+
+    probe = load_probe(run.workspace.probe)
+    return Plan(
+        model=run.model.source.fingerprint,
+        hidden_size=next(iter(probe.y.values())).shape[1],
+        layer_count=metadata.get("blocks", len(probe.y)),
+        fit_input=settings.fit_input,
+        criterion=str(settings.criterion) if settings.layers is None else "by hand",
+        ridge=settings.ridge,
+        calibration_tokens=metadata["tokens"],
+        layers=maps,
+        probe=dict(probe.inputs),
+        probe_u=probe.x if settings.fit_input == "normed" else probe.h,
+        probe_y=probe.y,
+        fit=settings.fit,
+        repair=settings.repair,
+    )

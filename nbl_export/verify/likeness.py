@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbl_export.graph.interface import Inputs, batch_of_rows
+from nbl_export.linearize.loss import mean_over_documents
 from nbl_export.linearize.plan import Plan
 from nbl_export.linearize.swap import linearized
 from nbl_export.progress import Listener, Silent
 from nbl_export.runtime.encoder import TorchEncoder
 from nbl_export.verify.agreement import LOGITS, vectors
 from nbl_export.verify.parity import log_softmax
-from nbl_export.verify.quality import mean_over_documents
 
 F64 = NDArray[np.float64]
 

@@ -1,0 +1,100 @@
+"""What selection measures with the model itself: the losses of layers and of sets of layers on the selection text.
+
+They are kept in ``nbl/measured.json``, by what they depend on, as soon as each is measured: an interrupted selection
+goes on from there, and another K or an earlier setting costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from nbl_export.errors import InputError
+from nbl_export.linearize.loss import LossMeter
+from nbl_export.linearize.search import LossCache, MeasuredSets
+from nbl_export.progress import Listener
+from nbl_export.run import Run
+from nbl_export.workspace import read_json, sha256_of_json, write_json
+
+if TYPE_CHECKING:
+    import torch
+
+    from nbl_export.calibrate.text import CalibrationText
+    from nbl_export.linearize.lmmse import FitInput
+    from nbl_export.linearize.plan import LinearLayer
+
+_FORMAT = "nbl-export/measured/1"
+
+
+class Measured:
+    """The model, in the precision that this machine measures fastest in, and its text; each when first asked for."""
+
+    def __init__(self, run: Run, calibrated: str, fit_input: FitInput, listener: Listener) -> None:
+        self._run, self._calibrated, self._listener = run, calibrated, listener
+        self.fit_input = fit_input
+
+    @cached_property
+    def text(self) -> CalibrationText:
+        from nbl_export.calibrate.text import load_text
+
+        return load_text(self._run.workspace.text)
+
+    @cached_property
+    def dtype(self) -> str:
+        from nbl_export.models.load import fast_dtype
+
+        return fast_dtype()
+
+    @cached_property
+    def model(self) -> torch.nn.Module:
+        from nbl_export.models.load import in_precision
+
+        original = self._run.model.model
+        return original if self.dtype == "float32" else in_precision(original, self.dtype)
+
+    @property
+    def exact_model(self) -> torch.nn.Module:
+        """The model in float32, for what is solved rather than measured."""
+        return self._run.model.model
+
+    @cached_property
+    def meter(self) -> LossMeter:
+        text = self.text
+        with self._listener.task("Running the original", text.selection.size, "tokens") as task:
+            return LossMeter(
+                self.model, text.selection, text.selection_document, self.fit_input, task.advance
+            )
+
+    def sets(self, maps: Mapping[int, LinearLayer], **fitted: Any) -> MeasuredSets:
+        """The sets of layers with ``maps``, which depend on ``fitted`` and the calibration alone."""
+        return MeasuredSets(lambda: self.meter, maps, self.cache(fit_input=self.fit_input, **fitted))
+
+    def cache(self, **depends: Any) -> LossCache:
+        """The losses that depend on ``depends``, on the calibration, and on the precision they are measured in."""
+        path = self._run.workspace.measured
+        key = sha256_of_json({"calibrate": self._calibrated, "dtype": self.dtype, **depends})
+        everything = self._read()
+
+        def record(losses: Mapping[str, Mapping[str, float]]) -> None:
+            # Read again: another cache of this run may have written meanwhile.
+            write_json(path, {"format": _FORMAT, "losses": {**self._read(), key: dict(losses)}})
+
+        return LossCache(everything.get(key, {}), record)
+
+    def _read(self) -> dict[str, Any]:
+        path = self._run.workspace.measured
+        if not path.exists():
+            return {}
+        try:
+            raw = read_json(path, "The file of measured losses", "")
+            if raw["format"] != _FORMAT:
+                return {}
+            losses: dict[str, Any] = raw["losses"]
+            LossCache(
+                {name: value for group in losses.values() for name, value in group.items()}, lambda _: None
+            )
+        except (InputError, KeyError, TypeError, AttributeError):
+            self._listener.note(f"{path.name} is damaged and was ignored.")
+            return {}
+        return losses
