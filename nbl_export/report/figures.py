@@ -129,6 +129,8 @@ def _log_if_wide(panel: Axes, values: Sequence[float | None]) -> bool:
     wide = min(known, default=0) > 0 and max(known) >= _DECADES * min(known)
     if wide:
         panel.set_yscale("log", nonpositive="clip")
+        panel.yaxis.set_major_formatter("{x:g}")  # 0.001: powers would be formulas, which stay off
+        panel.yaxis.set_minor_formatter("")
     return wide
 
 
@@ -193,7 +195,8 @@ def draw_speed(speed: Mapping[str, Any], narrow: bool = False) -> Figure:
         shift = 0.24 * (index - (len(phases) - 1) / 2)
         for cell in (c for c in cells if c["phase"] == phase):
             drawn = _speedup(last, cell, contexts.index(cell["context"]) + shift, colour, marker)
-            entries.setdefault(f"{phase} speedup", drawn)
+            if cell["resolved"] or f"{phase} speedup" not in entries:
+                entries[f"{phase} speedup"] = drawn
             tick = last.plot(
                 contexts.index(cell["context"]) + shift,
                 drawable(cell["ceiling"]),

@@ -78,9 +78,9 @@ def _layers(selection: Mapping[str, Any]) -> Plot:
     name = SCORES.get(key, key)
     return Plot(
         "layers",
-        f"{name} of {len(known)} layers, from {min(known):.3g} to {max(known):.3g}; "
+        f"Scores ({name}) of {len(known)} layers, from {min(known):.3g} to {max(known):.3g}; "
         f"replaced: {spans(selection['layers']) or 'none'}.",
-        f"{name} of each layer; lower is more linear.",
+        f"Score of each layer: {name}. The lower, the better it is replaced.",
         partial(draw_layers, selection),
     )
 

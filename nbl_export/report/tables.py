@@ -65,7 +65,7 @@ def layers_table(selection: Mapping[str, Any], proofs: Sequence[Mapping[str, Any
                 "linear" if c["layer"] in chosen else "attention",
                 number(c["cca"], ".2f"),
                 number(c["nmse"], ".4f"),
-                *("" if c.get(k) is None else number(c[k], ".4f") for k in more),
+                *("" if c.get(k) is None else figure(c[k]) for k in more),
                 worse(error["input_error"], error["output_error"]) if error else "",
             )
         )

@@ -129,6 +129,7 @@ def test_scores_over_decades_are_points_with_their_errors(report: Report) -> Non
     assert axes.get_yscale() == "log" and axes.get_ylabel() == "KL, nats per token"
     assert line(replaced) == ([3], [0.2])
     assert line(kept) == ([0, 1], [1e-4, 3e-3])
+    assert axes.yaxis.get_major_formatter()(1e-3) == "0.001"
     assert near(whiskers(kept), [(9e-5, 1.1e-4), (2.99e-3, 3.01e-3)])
 
 

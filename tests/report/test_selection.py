@@ -66,9 +66,9 @@ def test_measured_scores_have_a_column_and_unmeasured_layers_come_last(report: R
     table = layers_table(selection, report.graph["proofs"])
     assert table.columns[5] == "KL, nats per token"
     assert [(row[0], row[5]) for row in table.rows] == [
-        ("2", "0.2500"),
-        ("0", "0.5000"),
-        ("4", "0.7500"),
+        ("2", "2.5e-1"),
+        ("0", "5.0e-1"),
+        ("4", "7.5e-1"),
         ("1", ""),
         ("3", "inf"),
         ("5", ""),
