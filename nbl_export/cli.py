@@ -321,7 +321,7 @@ def verify(
 
 @app.command()
 def report(out: OutArg) -> None:
-    """Show the report again and redraw report.md and junit.xml from report.json."""
+    """Show the report again and redraw its files from report.json."""
     from nbl_export import api
 
     _finish(api.report(out), out)

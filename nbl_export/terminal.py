@@ -133,4 +133,4 @@ def show_report(report: Report, out: Path) -> None:
     _out.print(verdict + Text(text))
     if report.divergence:
         _out.print(Text(f"      {report.divergence}", style="red"))
-    _out.print(Text(f"      model {out / 'model.onnx'}   report {out / 'report' / 'report.md'}"))
+    _out.print(Text(f"      model {out / 'model.onnx'}   report {out / 'report' / 'report.html'}"))

@@ -248,7 +248,14 @@ class Workspace:
 
     def _remove_leftovers(self) -> None:
         # A killed process cannot clean up; under the lock nobody else owns these.
-        for folder in (self.root, self.nbl, self.baseline.parent, self.engine.parent, self.report):
+        for folder in (
+            self.root,
+            self.nbl,
+            self.baseline.parent,
+            self.engine.parent,
+            self.report,
+            self.report / "plots",
+        ):
             for leftover in folder.glob(f".*{TEMPORARY}"):
                 if leftover.is_dir():
                     shutil.rmtree(leftover, ignore_errors=True)

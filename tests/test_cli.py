@@ -139,6 +139,19 @@ def test_the_verbs_go_on_from_what_is_there(out: Path) -> None:
     assert "skipped" in done.out and "--no-speed" in done.out and "--no-quality" in done.out
 
 
+def test_report_draws_page_and_plots_anew(out: Path) -> None:
+    folder = out / "report"
+    drawn = [folder / name for name in ("report.html", "report.md", "junit.xml", "plots/layers.png")]
+    before = [path.read_bytes() for path in drawn]
+    shutil.rmtree(folder / "plots")
+    for path in drawn[:3]:
+        path.unlink()
+    done = nbl("report", out)
+    assert done.code == 0 and "report.html" in done.out, done
+    assert [path.read_bytes() for path in drawn] == before
+    no_leftovers(out)
+
+
 def test_version() -> None:
     import nbl_export
 
@@ -171,7 +184,7 @@ for arguments in {calls!r}:
         main()
     except SystemExit as stop:
         codes.append(stop.code)
-heavy = {{"torch", "transformers", "onnxruntime", "onnx", "onnx_ir", "scipy", "safetensors", "numpy"}}
+heavy = {{"torch", "transformers", "onnxruntime", "onnx", "onnx_ir", "scipy", "safetensors", "numpy", "matplotlib"}}
 print("LOADED", sorted(heavy & set(sys.modules)), codes)
 """
 

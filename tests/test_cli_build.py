@@ -218,6 +218,8 @@ def test_the_report_says_what_was_built_and_that_it_was_not_run(place: Path) -> 
     text = (out / "report" / "report.md").read_text()
     assert re.search(r"\| engine run +\| skipped +\| " + re.escape(line), text)
     assert re.search(r"\| engine build +\| passed ", text) and "Engines: tensorrt-rtx" in text
+    page = (out / "report" / "report.html").read_text()
+    assert "Engines: tensorrt-rtx" in page and '<span class="status skipped">skipped</span>' in page
     cases = {c.attrib["name"]: c for c in ElementTree.parse(out / "report" / "junit.xml").iter("testcase")}
     (skipped,) = cases["engine run"].findall("skipped")
     assert skipped.attrib["message"] == line

@@ -240,6 +240,9 @@ def test_the_report_speaks_of_an_encoder(outs: dict[str, Path], name: str) -> No
         assert word not in text, word
     assert "cosine of pooler_output" in text and "| encode " in text
     assert "feature-extraction" in text
+    page = (outs[name] / "report" / "report.html").read_text()
+    assert "cosine of pooler_output" in page and ">Encode, ms</text>" in page and "Encode on the CPU" in page
+    assert {p.name for p in (outs[name] / "report" / "plots").iterdir()} == {"layers.png", "speed.png"}
     report = json.loads((outs[name] / "report" / "report.json").read_text())
     unit = "documents" if name == "bert" else "images"
     assert (report["method_loss"]["documents"], report["method_loss"]["unit"]) == (4, unit)

@@ -186,13 +186,41 @@ def test_a_kept_layer_that_cannot_be_proven_is_recorded(
     assert [p["input_error"] for p in report.graph["proofs"] if p["layer"] == 0] == ["inf"]
 
 
+DRAWN = ("report.md", "report.html", "junit.xml", "plots/layers.png", "plots/speed.png")
+
+
 def test_report_is_redrawn_without_the_model(stories_copy: Path, stories_out: Path) -> None:
-    for name in ("report.md", "junit.xml"):
+    for name in DRAWN:
         (stories_copy / "report" / name).unlink()
     assert api.report(stories_copy).passed
-    for name in ("report.json", "report.md", "junit.xml"):
+    for name in ("report.json", *DRAWN):
         same = (stories_copy / "report" / name).read_bytes() == (stories_out / "report" / name).read_bytes()
         assert same, name
+
+
+def test_what_another_version_drew_is_drawn_anew_without_measuring_again(
+    stories_copy: Path, stories_folder: Path, calibration: Any
+) -> None:
+    for name in DRAWN:
+        (stories_copy / "report" / name).write_text("in other words")
+    before = state(stories_copy)
+    api.report(stories_copy)
+    assert state(stories_copy) == before
+    notes = Notes()
+    api.run(stories_folder, stories_copy, api.SelectSettings(k=2), calibration, VERIFY, notes)
+    assert "verify" in notes.kept
+
+
+def test_a_changed_report_is_shown_but_not_taken_for_the_measured_one(
+    stories_copy: Path, stories_folder: Path, calibration: Any
+) -> None:
+    path = stories_copy / "report" / "report.json"
+    path.write_text(path.read_text().replace("within all", "far within all"))
+    assert "far within all" in str(api.report(stories_copy).checks)
+    assert "far within all" in (stories_copy / "report" / "report.html").read_text()
+    notes = Notes()
+    report = api.run(stories_folder, stories_copy, api.SelectSettings(k=2), calibration, VERIFY, notes)
+    assert "verify" not in notes.kept and "far within all" not in str(report.checks)
 
 
 # refusals ----------------------------------------------------------------------------------------

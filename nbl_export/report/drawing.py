@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 
 @dataclass(frozen=True)
 class Table:
-    """A title, column headings and rows of text; ``note`` explains what the columns mean."""
+    """A title, column headings and rows of text; ``note`` explains what the columns mean.
+
+    ``plot`` names the plot of the same figures, where there may be one; ``marked`` are the rows that were chosen.
+    """
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
+    plot: str = ""
+    marked: tuple[int, ...] = ()
 
 
 def mebibytes(size: float) -> str:
@@ -45,3 +51,20 @@ def one_minus(value: Any) -> Any:
 def worse(a: Any, b: Any) -> str:
     numbers = [float(v) for v in (a, b)]  # the report writes infinity as text
     return figure(max(numbers))
+
+
+def finite(value: Any) -> float | None:
+    """``value`` if it is a number that can be drawn; a report writes nan and inf as text."""
+    known = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if known else None
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """0, 7, 24-29: whole numbers in order, runs of three and more drawn together."""
+    runs: list[list[int]] = []
+    for n in sorted(numbers):
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 2 else ", ".join(map(str, r)) for r in runs)

@@ -1,36 +1,67 @@
-"""Draw a report: ``report.json`` as it is, ``report.md`` for people, ``junit.xml`` for CI."""
+"""Draw a report: ``report.json`` as it is, ``report.md`` and ``report.html`` for people, ``junit.xml`` for CI."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
+from nbl_export.report.page import TEMPLATES, page
+from nbl_export.report.plots import PLOTS, Plot, report_plots
 from nbl_export.report.schema import Report
+from nbl_export.report.summary import making
 from nbl_export.report.tables import checks_table, report_tables
 from nbl_export.workspace import atomic_path, write_json, write_text
 
 
 def write_report(folder: Path, report: Report) -> list[Path]:
-    """Write all three files into ``folder``, each atomically; returns their paths."""
-    paths = [folder / name for name in ("report.json", "report.md", "junit.xml")]
-    write_json(paths[0], report.as_json())
-    write_text(paths[1], markdown(report))
-    _write_junit(paths[2], report)
-    return paths
+    """Write every file into ``folder``, each atomically; returns their paths.
+
+    The verdict comes first; a plot of an earlier report that this one has no figures for is removed.
+    """
+    json, junit, markdown_file, html = (
+        folder / name for name in ("report.json", "junit.xml", "report.md", "report.html")
+    )
+    plots = report_plots(report)
+    write_json(json, report.as_json())
+    _write_junit(junit, report)
+    pictures = _write_plots(folder / "plots", plots)
+    write_text(markdown_file, markdown(report, plots))
+    write_text(html, page(report, plots))
+    return [json, markdown_file, html, junit, *pictures]
 
 
-def markdown(report: Report) -> str:
-    """The report as GitHub-flavoured Markdown."""
+def _write_plots(folder: Path, plots: Mapping[str, Plot]) -> list[Path]:
+    for name in PLOTS:
+        path = folder / f"{name}.png"
+        if name not in plots:
+            path.unlink(missing_ok=True)
+            continue
+        picture = plots[name].png()
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(picture)
+    return [folder / f"{name}.png" for name in PLOTS if name in plots]
+
+
+def markdown(report: Report, plots: Mapping[str, Plot] | None = None) -> str:
+    """The report as GitHub-flavoured Markdown, with links to those of its ``plots`` that were drawn."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        loader=FileSystemLoader(TEMPLATES),
         undefined=StrictUndefined,
         keep_trailing_newline=True,
         autoescape=False,
     )
     environment.filters["cell"] = lambda text: str(text).strip().replace("|", "\\|").replace("\n", " ")
+    environment.filters["image_text"] = lambda text: str(text).replace("[", "(").replace("]", ")")
     template = environment.get_template("report.md.j2")
-    return template.render(report=report, checks=checks_table(report), tables=report_tables(report))
+    return template.render(
+        report=report,
+        checks=checks_table(report),
+        tables=report_tables(report),
+        plots=plots or {},
+        making=making(report),
+    )
 
 
 def _write_junit(path: Path, report: Report) -> None:

@@ -1,6 +1,6 @@
 """The report: every figure of a run in one JSON value with a versioned schema.
 
-``report.json`` is the source; ``report.md``, ``junit.xml`` and the terminal summary are drawn from it.
+``report.json`` is the source; every other file of the report and the terminal's summary are drawn from it.
 """
 
 from __future__ import annotations

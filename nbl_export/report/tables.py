@@ -7,9 +7,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nbl_export.report.drawing import Table, figure, mebibytes, number, one_minus, percent, worse
+from nbl_export.report.drawing import Table, figure, finite, mebibytes, number, one_minus, percent, worse
 from nbl_export.report.encoders import agreement_table, likeness_table
 from nbl_export.report.schema import Report
+from nbl_export.report.selection import SCORES, curve_points, curve_table, score_key
 
 
 def checks_table(report: Report) -> Table:
@@ -43,15 +44,20 @@ def graph_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> Table:
 
 def layers_table(selection: Mapping[str, Any], proofs: Sequence[Mapping[str, Any]]) -> Table:
     """Every layer's scores, best first by the criterion, and which were chosen."""
-    chosen = set(selection["layers"])
-    # A choice by hand has no score of its own; the paper's order is shown then.
-    key = (
-        selection["criterion"] if all(selection["criterion"] in c for c in selection["candidates"]) else "cca"
-    )
+    chosen, candidates = set(selection["layers"]), selection["candidates"]
+    key = score_key(selection)
     proof = {p["layer"]: p for p in proofs}
-    rows = []
-    for c in sorted(selection["candidates"], key=lambda c: (c[key], c["layer"])):
+    more = [
+        k
+        for k in SCORES
+        if k not in ("cca", "nmse") and any(finite(c.get(k)) is not None for c in candidates)
+    ]
+    rows: list[tuple[str, ...]] = []
+    marked = []
+    for c in sorted(candidates, key=lambda c: (_rank(c.get(key)), c["layer"])):
         error = proof.get(c["layer"])
+        if c["layer"] in chosen:
+            marked.append(len(rows))
         rows.append(
             (
                 str(c["layer"]),
@@ -59,19 +65,27 @@ def layers_table(selection: Mapping[str, Any], proofs: Sequence[Mapping[str, Any
                 "linear" if c["layer"] in chosen else "attention",
                 number(c["cca"], ".2f"),
                 number(c["nmse"], ".4f"),
+                *("" if c.get(k) is None else figure(c[k]) for k in more),
                 worse(error["input_error"], error["output_error"]) if error else "",
             )
         )
     for index, what in selection["others"].items():
-        rows.append((index, what, "no candidate", "", "", ""))
+        rows.append((index, what, "no candidate", "", "", *("" for _ in more), ""))
     return Table(
         f"Layers by {selection['criterion']}",
-        ("layer", "attention", "now", "CCA bound", "NMSE", "graph vs PyTorch"),
+        ("layer", "attention", "now", "CCA bound", "NMSE", *(SCORES[k] for k in more), "graph vs PyTorch"),
         tuple(rows),
         "CCA bound: the paper's Σ(1-ρ²) on the residual stream; NMSE: share of the attention output's variance "
         "that W, b leave unexplained (both: lower is more linear); last column: relative difference of the tensors "
         "found in the graph to PyTorch's, before replacing.",
+        plot="layers",
+        marked=tuple(marked),
     )
+
+
+def _rank(score: Any) -> float:
+    """A layer that was not scored comes last."""
+    return math.inf if (value := finite(score)) is None else value
 
 
 _PARITY = {
@@ -189,6 +203,7 @@ def speed_table(speed: Mapping[str, Any]) -> Table:
         f"{speed['provider']}, {speed['threads']} threads, {speed['rounds']} rounds of base and linearized in turn; "
         f"medians ± half the interquartile range; {meaning}. Not resolved: the quartiles of the speedup straddle 1, "
         f"the noise exceeds the effect. Ceiling: {saved}, counted from the graphs; more than that is overhead saved.",
+        plot="speed",
     )
 
 
@@ -249,6 +264,7 @@ def engine_speed_table(speed: Mapping[str, Any]) -> Table:
         rows,
         f"Medians of {speed['rounds']} rounds, all in turn. Base over linearized engine: {ratios or 'not both timed'}. "
         "Memory: cache and work space, without weights.",
+        plot="engines",
     )
 
 
@@ -267,6 +283,8 @@ def precision_table(graph: Mapping[str, Any]) -> Table:
 def report_tables(report: Report, brief: bool = False) -> list[Table]:
     """The tables of a report, in reading order; ``brief`` leaves out what a terminal has no room for."""
     tables = [graph_table(report.graph["before"], report.graph["after"])]
+    if curve_points(report.selection):
+        tables.append(curve_table(report.selection["curve"], brief))
     if report.method_loss:
         draw = likeness_table if "measures" in report.method_loss else method_table
         tables.append(draw(report.method_loss))

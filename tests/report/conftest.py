@@ -1,8 +1,10 @@
-"""A real report, for tests that change one thing of it."""
+"""A real report, for tests that change one thing of it, and one with everything that may be plotted."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,3 +14,62 @@ from nbl_export.report.schema import Report, load_report
 @pytest.fixture
 def report(stories_out: Path) -> Report:
     return load_report(stories_out / "report" / "report.json")
+
+
+@pytest.fixture
+def curve() -> dict[str, Any]:
+    """What each K costs, out of order, one decode time missing."""
+    points = [
+        {
+            "k": k,
+            "layers": list(range(5 - k, 5)),
+            "kl": 0.01 * 4**k,
+            "kl_se": 0.001 * k,
+            "perplexity_ratio": 1 + 0.02 * k * k,
+            "perplexity_ratio_se": 0.005 * k,
+            "prefill_speedup": 1 + 0.1 * k,
+            "decode_speedup": None if k == 3 else 1 + 0.05 * k,
+        }
+        for k in (2, 1, 4, 3)
+    ]
+    budget = {"max_kl": 0.5, "max_perplexity_ratio": 1.2, "min_speedup": 1.07}
+    return {
+        "points": points,
+        "chosen": 2,
+        "budget": budget,
+        "context": 512,
+        "tokens": 4096,
+        "documents": 12,
+    }
+
+
+@pytest.fixture
+def engine_speed() -> dict[str, Any]:
+    latencies = [
+        {
+            "name": name,
+            "context": context,
+            "prefill_ms": (prefill := slower * context / 100),
+            "prefill_p99_ms": prefill * 1.1,
+            "decode_ms": slower,
+            "decode_p99_ms": slower * 1.25,
+            "tokens_per_second": 1000 / slower,
+            "memory_bytes": 2**26,
+        }
+        for context in (128, 512)
+        for name, slower in (("base engine", 2.0), ("linearized engine", 1.6), ("PyTorch eager, base", 9.0))
+    ]
+    ratios = [{"context": float(c), "prefill": 1.25, "decode": 1.25} for c in (128, 512)]
+    return {
+        "gpu": "A GPU",
+        "compute_capability": "9.0",
+        "rounds": 30,
+        "latencies": latencies,
+        "speedups": ratios,
+        "absent": {},
+    }
+
+
+@pytest.fixture
+def full(report: Report, curve: dict[str, Any], engine_speed: dict[str, Any]) -> Report:
+    return replace(report, selection={**report.selection, "curve": curve}, engine_speed=engine_speed)

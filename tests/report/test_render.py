@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from junitparser import Failure, JUnitXml, Skipped
 
+from nbl_export.report.page import page
+from nbl_export.report.plots import PLOTS, report_plots
 from nbl_export.report.render import markdown, write_report
 from nbl_export.report.schema import Check, Report, load_report
 from nbl_export.report.tables import checks_table, layers_table, report_tables
@@ -23,6 +25,9 @@ TITLES = [
     "Parity: linearized PyTorch against the rewritten graph",
     "Layers by cca",
 ]
+
+
+FILES = ["report.json", "report.md", "report.html", "junit.xml", "plots/layers.png", "plots/speed.png"]
 
 
 def cells(line: str) -> list[str]:
@@ -135,7 +140,7 @@ def test_figures_that_are_no_numbers_are_drawn(
     write_report(tmp_path, changed)
     again = load_report(tmp_path / "report.json")
     assert list(tables(markdown(again))) == TITLES
-    assert str(bad) in markdown(again)
+    assert str(bad) in markdown(again) and str(bad) in page(again, report_plots(again))
 
 
 def test_a_layer_that_was_not_proven_is_drawn(report: Report, tmp_path: Path) -> None:
@@ -157,9 +162,9 @@ def test_junit_counts(report: Report, tmp_path: Path) -> None:
         Check("left out", "skipped", "--no-speed"),
     ]
     paths = write_report(tmp_path / "report", replace(report, checks=checks))
-    assert [p.name for p in paths] == ["report.json", "report.md", "junit.xml"]
-    assert {p.name for p in (tmp_path / "report").iterdir()} == {p.name for p in paths}
-    xml = JUnitXml.fromfile(str(paths[2]))
+    assert [str(p.relative_to(tmp_path / "report")) for p in paths] == FILES
+    assert sorted(p for p in (tmp_path / "report").rglob("*") if p.is_file()) == sorted(paths)
+    xml = JUnitXml.fromfile(str(tmp_path / "report" / "junit.xml"))
     assert (xml.tests, xml.failures, xml.skipped, xml.errors) == (4, 2, 1, 0)
     (suite,) = list(xml)
     cases = {case.name: case for case in suite}
@@ -173,7 +178,50 @@ def test_junit_counts(report: Report, tmp_path: Path) -> None:
 
 def test_the_written_files_are_the_report(report: Report, stories_out: Path, tmp_path: Path) -> None:
     write_report(tmp_path, report)
-    for name in ("report.json", "report.md", "junit.xml"):
+    for name in FILES:
         assert (tmp_path / name).read_bytes() == (stories_out / "report" / name).read_bytes(), name
     xml = JUnitXml.fromfile(str(tmp_path / "junit.xml"))
     assert (xml.tests, xml.failures, xml.skipped) == (len(report.checks), 0, 0)
+
+
+def test_markdown_shows_the_plots_that_were_drawn(full: Report, tmp_path: Path) -> None:
+    write_report(tmp_path, full)
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    found = re.findall(r"^## (.*)\n\n!\[([^\]]+)\]\((.*)\)\n\n\|", text, re.M)
+    assert [(title.split(":")[0], path) for title, _, path in found] == [
+        ("Loss and speed by K", "plots/k-curve.png"),
+        ("Speed on ONNX Runtime, batch 1", "plots/speed.png"),
+        ("Speed on A GPU, batch 1", "plots/engines.png"),
+        ("Layers by cca", "plots/layers.png"),
+    ]
+    assert all((tmp_path / path).is_file() for _, _, path in found)
+    assert {Path(path).stem for _, _, path in found} == set(PLOTS)
+    assert "![" not in markdown(full)
+    tables(text)
+
+
+def test_a_plot_without_figures_any_more_is_removed(full: Report, report: Report, tmp_path: Path) -> None:
+    write_report(tmp_path, full)
+    (tmp_path / "plots" / "mine.png").write_bytes(b"not ours")
+    paths = write_report(tmp_path, replace(report, speed=None))
+    assert {p.name for p in (tmp_path / "plots").iterdir()} == {"layers.png", "mine.png"}
+    assert [p.name for p in paths if p.suffix == ".png"] == ["layers.png"]
+
+
+def test_drawn_from_json_the_files_are_the_same(full: Report, tmp_path: Path) -> None:
+    first = write_report(tmp_path / "a", full)
+    second = write_report(tmp_path / "b", load_report(tmp_path / "a" / "report.json"))
+    assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
+
+
+def test_the_verdict_is_written_even_if_drawing_fails(
+    report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> bytes:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("nbl_export.report.plots.as_png", fails)
+    with pytest.raises(OSError, match="no space left"):
+        write_report(tmp_path, report)
+    assert {p.name for p in tmp_path.iterdir()} >= {"report.json", "junit.xml"}
+    assert not list(tmp_path.rglob(".*"))

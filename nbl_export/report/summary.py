@@ -1,0 +1,125 @@
+"""A report in a few words: its verdict, its headline figures, and how it was made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import PurePath
+
+from nbl_export.report.drawing import figure, number, spans
+from nbl_export.report.schema import Report
+
+
+@dataclass(frozen=True)
+class Headline:
+    """One figure that a reader looks for first: its name, its value, and what it depends on."""
+
+    name: str
+    value: str
+    detail: str
+
+
+def model_name(report: Report) -> str:
+    """The last part of the model's path or Hub id."""
+    source = str(report.model["source"])
+    return PurePath(source).name or source
+
+
+def verdict_line(report: Report) -> str:
+    """How many checks passed, failed and were skipped; the failed ones by name."""
+    parts = []
+    for status in ("passed", "failed", "skipped"):
+        names = [c.name for c in report.checks if c.status == status]
+        if names:
+            parts.append(f"{len(names)} {status}" + (f" ({', '.join(names)})" if status == "failed" else ""))
+    return f"Checks: {', '.join(parts) or 'none'}."
+
+
+def headlines(report: Report) -> list[Headline]:
+    """What was replaced, what it cost and what it gains; only what was measured."""
+    return [*_size(report), *_loss(report), *_gain(report), *_parity(report)]
+
+
+def _size(report: Report) -> Iterator[Headline]:
+    layers = report.selection["layers"]
+    detail = f"layers {spans(layers)}" if layers else "nothing was replaced"
+    yield Headline("Attention layers replaced", f"{len(layers)} of {report.model['layers']}", detail)
+    before, after = report.graph["before"], report.graph["after"]
+    if before["kv_pairs"]:
+        a, b = before["kv_bytes_per_token"], after["kv_bytes_per_token"]
+        yield Headline("KV cache", f"{(b - a) / a:+.1%}" if a else "", f"{a:,} → {b:,} bytes per token")
+
+
+def _loss(report: Report) -> Iterator[Headline]:
+    loss = report.method_loss
+    if not loss:
+        return
+    if "measures" in loss:
+        for m in loss["measures"][:1]:
+            yield Headline(
+                m["what"], number(m["value"], ".4f"), f"± {number(m['se'], '.4f')}, held-out {loss['unit']}"
+            )
+        return
+    yield Headline(
+        "Perplexity",
+        f"× {number(loss['perplexity_ratio'], '.3f')}",
+        f"± {number(loss['perplexity_ratio_se'], '.3f')}, {loss['tokens']:,} held-out tokens",
+    )
+
+
+def _gain(report: Report) -> Iterator[Headline]:
+    """The speedup of each phase at the longest context; on the GPU too."""
+    cells = report.speed["cells"] if report.speed else []
+    for phase in dict.fromkeys(c["phase"] for c in cells):
+        cell = max((c for c in cells if c["phase"] == phase), key=lambda c: c["context"])
+        noise = "" if cell["resolved"] else ", not resolved"
+        yield Headline(
+            f"{phase.capitalize()} on the CPU",
+            f"{number(cell['speedup'], '.2f')}×",
+            f"at {cell['context']:,} tokens{noise}; ceiling {number(cell['ceiling'], '.2f')}×",
+        )
+    ratios = report.engine_speed["speedups"] if report.engine_speed else []
+    for ratio in sorted(ratios, key=lambda r: r["context"])[-1:]:
+        for phase in ("prefill", "decode"):
+            yield Headline(
+                f"{phase.capitalize()} on the GPU",
+                f"{number(ratio[phase], '.2f')}×",
+                f"at {ratio['context']:,.0f} tokens, engine against engine",
+            )
+
+
+def _parity(report: Report) -> Iterator[Headline]:
+    if not report.parity:
+        return
+    if "outputs" in report.parity:
+        found, of = [o["max_rel"] for o in report.parity["outputs"]], "max relative difference to PyTorch"
+    else:
+        found, of = [s["max_abs"] for s in report.parity["steps"]], "max |Δlogit| to PyTorch"
+    # What is no number is worse than any.
+    worst = max(map(float, found), key=lambda v: (v != v, v))
+    yield Headline("Parity", figure(worst), of)
+
+
+def making(report: Report) -> list[tuple[str, str]]:
+    """How the report was made, as pairs of a word and what it stands for."""
+    chosen, calibrate, environment = report.selection, report.settings["calibrate"], report.environment
+    cache = report.graph.get("task") or f"{report.graph['kv_cache']} KV cache"
+    seconds = (f"{name} {spent:.1f}" for name, spent in report.stage_seconds.items())
+    packages = (f"{name} {version}" for name, version in environment["packages"].items())
+    return [
+        ("Made", f"{report.created} with nbl-export {report.tool_version}"),
+        (
+            "Calibrated on",
+            f"{chosen['calibration_tokens']:,} tokens of {', '.join(calibrate['sources'])} (seed {calibrate['seed']}); "
+            f"fit on the {chosen['fit_input']} input, ridge {chosen['ridge']}",
+        ),
+        ("Graphs", f"{report.graph['precision']}, {cache}, opset {report.settings['export']['opset']}"),
+        ("Stages, seconds", ", ".join(seconds)),
+        (
+            "Measured on",
+            f"{environment['processor']}, {environment['cores']} cores, {environment['memory_gib']} GiB, "
+            f"{environment['system']}, Python {environment['python']}",
+        ),
+        ("Packages", ", ".join(packages)),
+        ("Model fingerprint", report.hashes["model"]),
+    ]

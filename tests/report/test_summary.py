@@ -1,0 +1,70 @@
+"""The headline figures are the report's, and only those that were measured."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from nbl_export.report.schema import Check, Report
+from nbl_export.report.summary import headlines, making, model_name, verdict_line
+
+
+def test_headlines_of_a_whole_report(full: Report) -> None:
+    shown = {h.name: h for h in headlines(full)}
+    assert shown["Attention layers replaced"].value == "2 of 5"
+    assert shown["Attention layers replaced"].detail == "layers 2, 3"
+    assert (shown["KV cache"].value, shown["KV cache"].detail) == ("-40.0%", "1,280 → 768 bytes per token")
+    assert full.method_loss is not None and full.speed is not None and full.parity is not None
+    assert shown["Perplexity"].value == f"× {full.method_loss['perplexity_ratio']:.3f}"
+    prefill = full.speed["cells"][0]
+    assert shown["Prefill on the CPU"].value == f"{prefill['speedup']:.2f}×"
+    assert f"ceiling {prefill['ceiling']:.2f}×" in shown["Prefill on the CPU"].detail
+    assert shown["Decode on the GPU"].value == "1.25×" and "512 tokens" in shown["Decode on the GPU"].detail
+    worst = max(s["max_abs"] for s in full.parity["steps"])
+    assert abs(float(shown["Parity"].value) / worst - 1) < 0.05
+
+
+def test_the_longest_context_counts_and_noise_is_named(full: Report) -> None:
+    assert full.speed is not None
+    cell = full.speed["cells"][0]
+    cells = [
+        {**cell, "context": c, "speedup": s, "resolved": c == 8} for c, s in ((8, 1.5), (64, 1.25), (16, 2.0))
+    ]
+    shown = {h.name: h for h in headlines(replace(full, speed={**full.speed, "cells": cells}))}
+    assert shown["Prefill on the CPU"].value == "1.25×"
+    assert "at 64 tokens, not resolved" in shown["Prefill on the CPU"].detail
+
+
+def test_what_was_not_measured_has_no_headline(report: Report) -> None:
+    bare = replace(report, method_loss=None, speed=None, parity=None)
+    assert [h.name for h in headlines(bare)] == ["Attention layers replaced", "KV cache"]
+    none = replace(bare, selection={**bare.selection, "layers": []})
+    assert headlines(none)[0].value == "0 of 5" and headlines(none)[0].detail == "nothing was replaced"
+
+
+def test_parity_that_is_no_number_is_the_worst(report: Report) -> None:
+    assert report.parity is not None
+    steps = [{**s, "max_abs": v} for s, v in zip(report.parity["steps"], (1e-5, "nan", 2.0), strict=False)]
+    (parity,) = (
+        h for h in headlines(replace(report, parity={**report.parity, "steps": steps})) if h.name == "Parity"
+    )
+    assert parity.value == "nan"
+
+
+def test_verdict_names_what_failed(report: Report) -> None:
+    checks = [Check("a", "failed", ""), Check("b", "passed", ""), Check("c", "failed", "")]
+    assert verdict_line(replace(report, checks=checks)) == "Checks: 1 passed, 2 failed (a, c)."
+    assert verdict_line(replace(report, checks=[])) == "Checks: none."
+
+
+def test_model_name(report: Report) -> None:
+    for source, name in (("a/b/model/", "model"), ("HuggingFaceTB/SmolLM2", "SmolLM2"), ("x.gguf", "x.gguf")):
+        assert model_name(replace(report, model={**report.model, "source": source})) == name
+
+
+def test_how_it_was_made(report: Report) -> None:
+    made = dict(making(report))
+    assert made["Graphs"] == "fp32, concat KV cache, opset 23"
+    assert "(seed 0); fit on the normed input, ridge 1e-06" in made["Calibrated on"]
+    assert made["Model fingerprint"] == report.hashes["model"]
+    encoder = replace(report, graph={**report.graph, "task": "feature-extraction"})
+    assert dict(making(encoder))["Graphs"] == "fp32, feature-extraction, opset 23"
