@@ -22,8 +22,10 @@ from rich.progress import Task as RichTask
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from nbl_export.evaluate.results import Evaluation
 from nbl_export.progress import Task
 from nbl_export.report.drawing import Table
+from nbl_export.report.evaluation import evaluation_tables, verdicts_table
 from nbl_export.report.schema import Report
 from nbl_export.report.tables import checks_table, report_tables
 
@@ -134,3 +136,15 @@ def show_report(report: Report, out: Path) -> None:
     if report.divergence:
         _out.print(Text(f"      {report.divergence}", style="red"))
     _out.print(Text(f"      model {out / 'model.onnx'}   report {out / 'report' / 'report.md'}"))
+
+
+def show_evaluation(value: Evaluation, out: Path) -> None:
+    """The tables of an evaluation, its verdicts, and where to look next."""
+    show_tables(evaluation_tables(value, brief=True))
+    if value.checks:
+        drawn = _drawn(verdicts_table(value.checks))
+        drawn.columns[-1].justify = "left"
+        _out.print(drawn)
+        verdict = Text("PASS", style="bold green") if value.passed else Text("FAIL", style="bold red")
+        _out.print(verdict)
+    _out.print(Text(f"evaluation {out / 'report' / 'eval.md'}"))

@@ -25,7 +25,7 @@ STATE_VERSION = 1
 # Marks a file or folder as half-written and ours; a leftover may be deleted.
 TEMPORARY = ".nbl.tmp"
 ENGINE_SUFFIX = ".engine"
-STAGES = ("calibrate", "select", "export", "rewrite", "build", "verify")
+STAGES = ("calibrate", "select", "export", "rewrite", "build", "verify", "eval")
 
 
 def sha256_of_file(path: Path) -> str:
@@ -193,6 +193,11 @@ class Workspace:
     def report(self) -> Path:
         return self.root / "report"
 
+    @property
+    def evaluations(self) -> Path:
+        """What each graph answered on each task, by key."""
+        return self.nbl / "eval"
+
     # opening ---------------------------------------------------------------------------------
     @classmethod
     def create(cls, root: Path) -> Workspace:
@@ -244,7 +249,8 @@ class Workspace:
 
     def _remove_leftovers(self) -> None:
         # A killed process cannot clean up; under the lock nobody else owns these.
-        for folder in (self.root, self.nbl, self.baseline.parent, self.engine.parent, self.report):
+        ours = (self.root, self.nbl, self.baseline.parent, self.engine.parent, self.report, self.evaluations)
+        for folder in ours:
             for leftover in folder.glob(f".*{TEMPORARY}"):
                 if leftover.is_dir():
                     shutil.rmtree(leftover, ignore_errors=True)
