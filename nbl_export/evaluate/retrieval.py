@@ -58,14 +58,19 @@ def ask(filler: Filler, encode: Encode, context: int, count: int, seed: int) -> 
     The depth of what is asked goes round the :data:`HIDDEN` parts of the context. Raises
     :class:`InputError` for a context that has no room for the sentences and as much text again.
     """
+    if context < (least := _least(filler, encode)):
+        raise InputError(
+            f"--retrieval-contexts has {context} tokens; this model's tokenizer needs {least} at least to hide "
+            f"{HIDDEN} sentences in text."
+        )
     rng = random.Random(f"{seed}:{context}")
     return [_question(filler, encode, context, i % HIDDEN, rng) for i in range(count)]
 
 
-def check_contexts(filler: Filler, encode: Encode, contexts: Sequence[int]) -> None:
-    """Refuse contexts too short for a question, before long work begins."""
-    for context in contexts:
-        ask(filler, encode, context, 1, 0)
+def _least(filler: Filler, encode: Encode) -> int:
+    """The shortest context: what is hidden and asked, by the longest names, and as much text again."""
+    sentence = max(len(encode(f"\n{_asking(door)} {10**_DIGITS - 1}.\n")) for door in _DOORS)
+    return 2 * ((HIDDEN + 1) * sentence + len(filler.start))
 
 
 def _question(filler: Filler, encode: Encode, context: int, gold: int, rng: random.Random) -> Question:
@@ -76,11 +81,6 @@ def _question(filler: Filler, encode: Encode, context: int, gold: int, rng: rand
     answers = tuple(tuple(encode(f"\n{_asking(doors[gold])} {code}")[len(question) :]) for code in codes)
     spoken = sum(map(len, hidden)) + len(question) + max(map(len, answers)) + len(filler.start)
     room = context - spoken
-    if room < spoken:
-        raise InputError(
-            f"--retrieval-contexts has {context} tokens; this model's tokenizer needs {2 * spoken} at least to hide "
-            f"{HIDDEN} sentences in text."
-        )
     begin = rng.randrange(len(filler.text))
     text = np.take(filler.text, np.arange(begin, begin + room), mode="wrap").tolist()
     places = [int((part + rng.random()) / HIDDEN * room) for part in range(HIDDEN)]

@@ -91,7 +91,7 @@ _LEGEND = (
 def _table(
     title: str, rows: list[tuple[str, ...]], mean: Mapping[str, Any] | None, note: str, brief: bool
 ) -> Table:
-    columns = ("", "n", "guess", "base", "linear", "change", "recovery")
+    columns: tuple[str, ...] = ("", "n", "guess", "base", "linear", "change", "recovery")
     if not brief:
         columns = (*columns, "above chance")
     if mean:

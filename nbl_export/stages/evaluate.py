@@ -97,7 +97,7 @@ def _digest(ws: Workspace, graph: Path, record: StageRecord) -> str:
 
 def _questions(run: Run, settings: EvalSettings, positions: int | None) -> list[list[Question]]:
     """The questions of each context length; lengths that the model has no positions for are refused."""
-    from nbl_export.evaluate.retrieval import DEFAULT_CONTEXTS, ask, check_contexts
+    from nbl_export.evaluate.retrieval import DEFAULT_CONTEXTS, ask
 
     filler = _filler(run)
     asked = settings.retrieval_contexts or DEFAULT_CONTEXTS
@@ -115,7 +115,6 @@ def _questions(run: Run, settings: EvalSettings, positions: int | None) -> list[
         raise InputError(
             f"The model has {positions} positions, too few for retrieval: leave it out with --no-retrieval."
         )
-    check_contexts(filler, encode, fitting)
     return [ask(filler, encode, c, settings.retrieval_samples, settings.seed) for c in fitting]
 
 
