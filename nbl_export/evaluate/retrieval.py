@@ -58,7 +58,7 @@ def ask(filler: Filler, encode: Encode, context: int, count: int, seed: int) -> 
     The depth of what is asked goes round the :data:`HIDDEN` parts of the context. Raises
     :class:`InputError` for a context that has no room for the sentences and as much text again.
     """
-    if context < (least := _least(filler, encode)):
+    if context < (least := least_context(filler, encode)):
         raise InputError(
             f"--retrieval-contexts has {context} tokens; this model's tokenizer needs {least} at least to hide "
             f"{HIDDEN} sentences in text."
@@ -67,7 +67,7 @@ def ask(filler: Filler, encode: Encode, context: int, count: int, seed: int) -> 
     return [_question(filler, encode, context, i % HIDDEN, rng) for i in range(count)]
 
 
-def _least(filler: Filler, encode: Encode) -> int:
+def least_context(filler: Filler, encode: Encode) -> int:
     """The shortest context: what is hidden and asked, by the longest names, and as much text again."""
     sentence = max(len(encode(f"\n{_asking(door)} {10**_DIGITS - 1}.\n")) for door in _DOORS)
     return 2 * ((HIDDEN + 1) * sentence + len(filler.start))

@@ -96,26 +96,28 @@ def _digest(ws: Workspace, graph: Path, record: StageRecord) -> str:
 
 
 def _questions(run: Run, settings: EvalSettings, positions: int | None) -> list[list[Question]]:
-    """The questions of each context length; lengths that the model has no positions for are refused."""
-    from nbl_export.evaluate.retrieval import DEFAULT_CONTEXTS, ask
+    """The questions of each context length; lengths asked for that the model cannot have are refused."""
+    from nbl_export.evaluate.retrieval import DEFAULT_CONTEXTS, ask, least_context
 
-    filler = _filler(run)
-    asked = settings.retrieval_contexts or DEFAULT_CONTEXTS
-    fitting = [c for c in asked if positions is None or c <= positions]
-    if settings.retrieval_contexts and (longer := sorted(set(asked) - set(fitting))):
-        raise InputError(
-            f"--retrieval-contexts has {longer[0]:,} tokens, the model {positions:,} positions: ask for less."
-        )
-    tokenizer = run.model.tokenizer
+    filler, tokenizer = _filler(run), run.model.tokenizer
 
     def encode(text: str) -> list[int]:
         return [int(t) for t in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
 
-    if not fitting:
+    least, most = least_context(filler, encode), positions or max(DEFAULT_CONTEXTS)
+    contexts = settings.retrieval_contexts or [c for c in DEFAULT_CONTEXTS if least <= c <= most]
+    if positions and max(contexts, default=0) > positions:
         raise InputError(
-            f"The model has {positions} positions, too few for retrieval: leave it out with --no-retrieval."
+            f"--retrieval-contexts has {max(contexts):,} tokens, the model {positions:,} positions: ask for less."
         )
-    return [ask(filler, encode, c, settings.retrieval_samples, settings.seed) for c in fitting]
+    if not contexts:
+        raise InputError(
+            f"Retrieval needs a context of {least} tokens, the model has {most} positions: leave it out with "
+            "--no-retrieval."
+        )
+    return [
+        ask(filler, encode, c, settings.retrieval_samples, settings.seed) for c in dict.fromkeys(contexts)
+    ]
 
 
 def _filler(run: Run) -> Filler:
@@ -235,20 +237,20 @@ def _assembled(
     settings: EvalSettings,
     answers: Mapping[str, Mapping[str, Any]],
 ) -> Evaluation:
-    from nbl_export.evaluate.results import Evaluation, gate, mean_of
+    from nbl_export.evaluate.results import Evaluation, gate, mean_of, retrieval_entry, task_entry
     from nbl_export.report.environment import environment
 
     base, linearized = (answers[g.role] for g in graphs)
     pairs: dict[str, Paired] = {}
     task_entries, retrieval_entries, choices = [], [], []
     for task in tasks:
-        entry, pair = _task_entry(task, [m[task.name] for m in (base, linearized)])
+        entry, pair = task_entry(task, [m[task.name] for m in (base, linearized)])
         task_entries.append(entry)
         if pair:
             pairs[task.name] = pair
     for asked in questions:
         own = [m[f"retrieval {asked[0].context}"] for m in (base, linearized)]
-        entry, choice = _retrieval_entry(asked, own)
+        entry, choice = retrieval_entry(asked, own)
         retrieval_entries.append(entry)
         choices.append(choice)
     return Evaluation(
@@ -264,63 +266,3 @@ def _assembled(
         checks=gate(settings.min_recovery, pairs, choices),
         notes=[],
     )
-
-
-def _task_entry(task: EvalTask, own: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], Paired | None]:
-    """A task's part of ``eval.json``, and the paired scores whose recovery is stated."""
-    from nbl_export.evaluate.recovery import Paired
-    from nbl_export.evaluate.results import compared
-
-    base, linearized = own
-    pairs = {
-        name: Paired.of(scores, linearized["scores"][name], base["chance"])
-        for name, scores in base["scores"].items()
-    }
-    entry = {
-        "name": task.name,
-        "source": task.source,
-        "digest": task.digest,
-        "documents": base["documents"],
-        "total": task.total,
-        "scored": base["scored"],
-        "metrics": {name: compared(pair) for name, pair in pairs.items()},
-        "figures": {
-            name: {"base": value, "linearized": linearized["metrics"][name]}
-            for name, value in base["metrics"].items()
-        },
-    }
-    return entry, pairs.get(base["scored"])
-
-
-def _retrieval_entry(
-    asked: Sequence[Question], own: Sequence[Mapping[str, Any]]
-) -> tuple[dict[str, Any], Paired]:
-    from nbl_export.evaluate.recovery import Paired
-    from nbl_export.evaluate.results import compared
-    from nbl_export.evaluate.retrieval import HIDDEN
-
-    count = len(asked)
-    choice = Paired.of(own[0]["choice"], own[1]["choice"], [1 / HIDDEN] * count)
-    exact = Paired.of(own[0]["exact"], own[1]["exact"], [0.0] * count)
-    depths = []
-    for part in range(HIDDEN):
-        inside = [
-            i for i, q in enumerate(asked) if q.gold == part
-        ]  # the codes stand in the order of the parts
-        if inside:
-            depths.append(
-                {
-                    "depth": f"{100 * part // HIDDEN} to {100 * (part + 1) // HIDDEN} %",
-                    "questions": len(inside),
-                    "base": float(choice.base[inside].mean()),
-                    "linearized": float(choice.linearized[inside].mean()),
-                }
-            )
-    entry = {
-        "context": asked[0].context,
-        "questions": count,
-        "choice": compared(choice),
-        "exact": compared(exact),
-        "depths": depths,
-    }
-    return entry, choice
