@@ -60,6 +60,8 @@ def evaluate(run: Run, settings: EvalSettings) -> Evaluation:
     require_onnxruntime()
     ws = run.workspace
     graphs = _graphs(ws)
+    if settings.chat_template and not run.model.tokenizer.chat_template:
+        raise InputError("This model's tokenizer has no chat template: leave out --chat-template.")
     positions = model_positions(ws)
     questions = _questions(run, settings, positions) if settings.retrieval else []
     tasks = find_tasks(settings.tasks, settings.of_tasks) if settings.tasks else []

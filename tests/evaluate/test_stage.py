@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer.main
 
 from nbl_export import api
+from nbl_export.cli import app
 from nbl_export.errors import InputError, MissingDependencyError, NblError
 from nbl_export.evaluate import results, tasks
 from nbl_export.evaluate.recovery import Paired
@@ -236,22 +238,27 @@ def test_the_command_needs_no_network_and_leaves_no_cache(
     assert table and " 8 " in table[0]
 
 
-def test_the_gate_is_the_exit_code(
-    stories_copy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """What the base does well and the linearized model cannot: here a text written by the base itself."""
+def test_the_gate_is_the_exit_code(stories_copy: Path, tmp_path: Path) -> None:
+    """One row over and over has no standard error, so the gate is as sharp as the recovery."""
     rows = [{"context": "Once upon a time, there was a little", "target": "girl"}] * 8
     (tmp_path / "girl.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    done = nbl(
-        "eval", stories_copy, "--tasks", tmp_path / "girl.jsonl", "--no-retrieval", "--min-recovery", 100
-    )
-    value = load_evaluation(stories_copy / "report" / "eval.json")
-    base = value.tasks[0]["metrics"]["acc"]["base"]["value"]
-    assert base == 1.0, "the story that every TinyStories model knows"
-    assert done.code == (0 if value.passed else 1)
-    assert ("PASS" if value.passed else "FAIL") in done.out
-    figures = [t["metrics"]["acc"]["recovery"]["value"] for t in value.tasks]
-    assert value.passed == (figures == [1.0])
+    asked = ["eval", stories_copy, "--tasks", tmp_path / "girl.jsonl", "--no-retrieval"]
+    value = api.evaluate(stories_copy, settings(tmp_path / "girl.jsonl"))
+    figures = value.tasks[0]["metrics"]["acc"]
+    assert figures["base"]["value"] == 1.0 and figures["recovery"]["se"] == 0.0
+    percent = 100 * figures["recovery"]["value"]
+    above = nbl(*asked, "--min-recovery", percent + 1)
+    assert above.code == 1 and "FAIL" in above.out and "failed" in above.out
+    below = nbl(*asked, "--min-recovery", max(0, percent - 1))
+    assert below.code == 0 and "PASS" in below.out
+    suite = ElementTree.parse(stories_copy / "report" / "eval-junit.xml").getroot().find("testsuite")
+    assert suite is not None and suite.get("failures") == "0" and suite.get("tests") == "2"
+
+
+def test_defaults_of_the_command_are_those_of_the_settings() -> None:
+    given = {p.name: p.default for p in typer.main.get_command(app).commands["eval"].params}  # type: ignore[attr-defined]
+    defaults = vars(api.EvalSettings()) | {"tasks": None}
+    assert {name: given[name] for name in defaults} == defaults
 
 
 BAD = {
@@ -260,6 +267,7 @@ BAD = {
     "shots": (["--few-shot", "-1"], "--few-shot is -1"),
     "samples": (["--retrieval-samples", "0"], "--retrieval-samples is 0"),
     "nothing": (["--no-retrieval"], "Nothing to evaluate"),
+    "chat": (["--chat-template"], "has no chat template"),
     "gate": (["--min-recovery", "300"], "--min-recovery is 300"),
     "numbers": (["--retrieval-contexts", "a"], "--retrieval-contexts is 'a'"),
     "positions": (["--retrieval-contexts", "400,513"], "513 tokens, the model 512 positions"),
