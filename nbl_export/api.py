@@ -27,6 +27,7 @@ from nbl_export.run import Run
 from nbl_export.settings import (
     CalibrateSettings,
     EngineSettings,
+    EvalSettings,
     ExportSettings,
     SelectSettings,
     VerifySettings,
@@ -35,12 +36,14 @@ from nbl_export.workspace import Workspace
 
 if TYPE_CHECKING:
     from nbl_export.engine.pair import EngineFile
+    from nbl_export.evaluate.results import Evaluation
     from nbl_export.graph.rewrite import RewriteResult
 
 __all__ = [
     "Budget",
     "CalibrateSettings",
     "EngineSettings",
+    "EvalSettings",
     "ExportSettings",
     "NblError",
     "Plan",
@@ -49,6 +52,7 @@ __all__ = [
     "VerifySettings",
     "build",
     "calibrate",
+    "evaluate",
     "export",
     "inspect",
     "report",
@@ -175,6 +179,14 @@ def verify(
     work = Run.resume(Path(out), listener)
     with work.workspace.lock():
         return pipeline.verify(work, settings)
+
+
+def evaluate(out: str | Path, settings: EvalSettings, listener: Listener | None = None) -> Evaluation:
+    """Tasks and retrieval on both graphs. A failed gate is in the value (``passed`` is False), not raised."""
+    settings.check()
+    work = Run.resume(Path(out), listener)
+    with work.workspace.lock():
+        return pipeline.evaluate(work, settings)
 
 
 def report(out: str | Path) -> Report:

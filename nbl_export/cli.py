@@ -22,10 +22,14 @@ from nbl_export.options import (
     BatchOpt,
     CacheOpt,
     CalibrationOpt,
+    ChatTemplateOpt,
     ContextsOpt,
     CriterionOpt,
+    EvalBatchOpt,
+    EvalSeedOpt,
     ExporterOpt,
     ExporterPythonOpt,
+    FewShotOpt,
     FieldOpt,
     FitInputOpt,
     FitOpt,
@@ -33,10 +37,12 @@ from nbl_export.options import (
     InPlaceOpt,
     KOpt,
     LayersOpt,
+    LimitOpt,
     MaxContextOpt,
     MaxKlOpt,
     MaxPplOpt,
     MaxSeqOpt,
+    MinRecoveryOpt,
     MinSpeedupOpt,
     ModelArg,
     OnnxOpt,
@@ -47,6 +53,9 @@ from nbl_export.options import (
     PrecisionOpt,
     QualityOpt,
     RepairOpt,
+    RetrievalContextsOpt,
+    RetrievalOpt,
+    RetrievalSamplesOpt,
     RidgeOpt,
     RoundsOpt,
     SamplesOpt,
@@ -56,6 +65,7 @@ from nbl_export.options import (
     SmOpt,
     SpeedOpt,
     StepsOpt,
+    TasksOpt,
     ToOpt,
     TrtOpt,
     TrustOpt,
@@ -317,6 +327,46 @@ def verify(
 
     settings = _verification(decode_steps, contexts, rounds, quality, speed)
     _finish(api.verify(out, settings, TerminalListener()), out)
+
+
+@app.command("eval")
+def evaluate(
+    out: OutArg,
+    tasks: TasksOpt = None,
+    limit: LimitOpt = None,
+    few_shot: FewShotOpt = None,
+    chat_template: ChatTemplateOpt = False,
+    seed: EvalSeedOpt = 0,
+    batch_size: EvalBatchOpt = 16,
+    min_recovery: MinRecoveryOpt = None,
+    retrieval: RetrievalOpt = True,
+    retrieval_contexts: RetrievalContextsOpt = None,
+    retrieval_samples: RetrievalSamplesOpt = 24,
+) -> None:
+    """Ask tasks and long-context retrieval of both graphs: recovery in percent; exit 1 if its gate fails."""
+    from nbl_export import api
+    from nbl_export.settings import EvalSettings
+    from nbl_export.terminal import TerminalListener, show_evaluation
+
+    contexts = (
+        _numbers("--retrieval-contexts", retrieval_contexts) if retrieval_contexts is not None else None
+    )
+    settings = EvalSettings(
+        tuple(tasks or ()),
+        limit,
+        few_shot,
+        seed,
+        chat_template,
+        batch_size,
+        retrieval,
+        contexts,
+        retrieval_samples,
+        min_recovery,
+    )
+    value = api.evaluate(out, settings, TerminalListener())
+    show_evaluation(value, out)
+    if not value.passed:
+        raise typer.Exit(GATE_FAILED)
 
 
 @app.command()

@@ -12,6 +12,7 @@ TRT_CHOICES = ("auto", "tensorrt", "rtx")
 _LAYERS, _TEXT, _CHECKS = "Which layers, and how they are fitted", "Calibration text", "Verification"
 _GRAPH, _ENGINE = "The graph", "TensorRT engines"
 _FOREIGN = "A graph that somebody else exported"
+_TASKS, _RETRIEVAL = "Tasks", "Long-context retrieval"
 
 
 def _option(
@@ -257,3 +258,63 @@ QualityOpt = Annotated[
     bool, _option("Measure method loss on held-out text.", "--quality/--no-quality", panel=_CHECKS)
 ]
 SpeedOpt = Annotated[bool, _option("Time both graphs.", "--speed/--no-speed", panel=_CHECKS)]
+TasksOpt = Annotated[
+    list[str] | None,
+    _option(
+        "A .jsonl file (.gz, .zst too), a folder of them, or a task of lm-evaluation-harness, whose data comes from "
+        "the Hub; may be repeated.",
+        "--tasks",
+        panel=_TASKS,
+        metavar="NAME|FOLDER|FILE",
+        show_default=False,
+    ),
+]
+LimitOpt = Annotated[
+    int | None,
+    _option(
+        "Rows of each task, sampled with the seed.", "--limit", panel=_TASKS, metavar="N", show_default="all"
+    ),
+]
+FewShotOpt = Annotated[
+    int | None,
+    _option(
+        "Examples before each question.",
+        "--few-shot",
+        panel=_TASKS,
+        metavar="N",
+        show_default="0; of a named task its own",
+    ),
+]
+ChatTemplateOpt = Annotated[
+    bool,
+    _option("Ask in the tokenizer's chat template.", "--chat-template/--no-chat-template", panel=_TASKS),
+]
+EvalSeedOpt = Annotated[int, _option("Seed of everything sampled.", "--seed", panel=_TASKS, metavar="N")]
+EvalBatchOpt = Annotated[int, _option("Most rows at once.", "--batch-size", panel=_TASKS, metavar="N")]
+MinRecoveryOpt = Annotated[
+    float | None,
+    _option(
+        "Exit 1 where less than this is left of the base's scores, by more than the standard error.",
+        "--min-recovery",
+        panel=_TASKS,
+        metavar="PERCENT",
+        show_default=False,
+    ),
+]
+RetrievalOpt = Annotated[
+    bool,
+    _option("Look up codes hidden in held-out text.", "--retrieval/--no-retrieval", panel=_RETRIEVAL),
+]
+RetrievalContextsOpt = Annotated[
+    str | None,
+    _option(
+        "Context lengths.",
+        "--retrieval-contexts",
+        panel=_RETRIEVAL,
+        metavar="LIST",
+        show_default="256,512,1024 as far as the model goes",
+    ),
+]
+RetrievalSamplesOpt = Annotated[
+    int, _option("Questions at each length.", "--retrieval-samples", panel=_RETRIEVAL, metavar="N")
+]

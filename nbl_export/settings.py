@@ -12,6 +12,7 @@ from nbl_export.linearize.lmmse import DEFAULT_RIDGE, MAX_RIDGE, FitInput, FitNa
 
 if TYPE_CHECKING:
     from nbl_export.engine.profiles import Limits
+    from nbl_export.evaluate.tasks import TaskSettings
 
 # Calibration has no settings of its own but what text to take.
 CalibrateSettings = TextSettings
@@ -223,3 +224,44 @@ class VerifySettings:
             raise InputError(f"--rounds is {self.rounds}; at least 3 are needed for a spread.")
         if any(c < 2 for c in self.contexts) or not self.contexts:
             raise InputError("--contexts needs lengths of at least 2 tokens.")
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """Which tasks are asked of both graphs, how many rows of each, and what must be left of the scores.
+
+    ``tasks`` are local .jsonl files, folders of them, or names of lm-evaluation-harness; ``limit`` rows of each
+    are sampled with ``seed``, None for all. ``few_shot`` None is none for local tasks and the task's own for
+    others. ``retrieval_contexts`` None is the usual lengths as far as the model has positions.
+    ``min_recovery``, in percent, is a gate.
+    """
+
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
+    few_shot: int | None = None
+    seed: int = 0
+    chat_template: bool = False
+    batch_size: int = 16
+    retrieval: bool = True
+    retrieval_contexts: tuple[int, ...] | None = None
+    retrieval_samples: int = 24
+    min_recovery: float | None = None
+
+    def check(self) -> None:
+        if not self.tasks and not self.retrieval:
+            raise InputError("Nothing to evaluate: name --tasks, or leave out --no-retrieval.")
+        for name, least in (("limit", 1), ("few_shot", 0), ("batch_size", 1), ("retrieval_samples", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}.")
+        if any(c < 2 for c in self.retrieval_contexts or ()):
+            raise InputError("--retrieval-contexts needs lengths of at least 2 tokens.")
+        if self.min_recovery is not None and not 0 <= self.min_recovery <= 200:
+            raise InputError(f"--min-recovery is {self.min_recovery:g}; give percent, between 0 and 200.")
+
+    @property
+    def of_tasks(self) -> TaskSettings:
+        """What is asked of each task."""
+        from nbl_export.evaluate.tasks import TaskSettings
+
+        return TaskSettings(self.limit, self.few_shot, self.seed, self.chat_template)

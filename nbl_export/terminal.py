@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
@@ -26,6 +27,9 @@ from nbl_export.progress import Task
 from nbl_export.report.drawing import Table
 from nbl_export.report.schema import Report
 from nbl_export.report.tables import checks_table, report_tables
+
+if TYPE_CHECKING:
+    from nbl_export.evaluate.results import Evaluation
 
 # Results go to stdout, progress and notes to stderr, so that output can be piped.
 _out = Console(highlight=False)
@@ -134,3 +138,17 @@ def show_report(report: Report, out: Path) -> None:
     if report.divergence:
         _out.print(Text(f"      {report.divergence}", style="red"))
     _out.print(Text(f"      model {out / 'model.onnx'}   report {out / 'report' / 'report.html'}"))
+
+
+def show_evaluation(value: Evaluation, out: Path) -> None:
+    """The tables of an evaluation, its verdicts, and where to look next."""
+    from nbl_export.report.evaluation import evaluation_tables, verdicts_table
+
+    show_tables(evaluation_tables(value, brief=True))
+    if value.checks:
+        drawn = _drawn(verdicts_table(value.checks))
+        drawn.columns[-1].justify = "left"
+        _out.print(drawn)
+        verdict = Text("PASS", style="bold green") if value.passed else Text("FAIL", style="bold red")
+        _out.print(verdict)
+    _out.print(Text(f"evaluation {out / 'report' / 'eval.md'}"))

@@ -25,7 +25,7 @@ STATE_VERSION = 1
 # Marks a file or folder as half-written and ours; a leftover may be deleted.
 TEMPORARY = ".nbl.tmp"
 ENGINE_SUFFIX = ".engine"
-STAGES = ("calibrate", "select", "export", "rewrite", "build", "verify")
+STAGES = ("calibrate", "select", "export", "rewrite", "build", "verify", "eval")
 
 
 def sha256_of_file(path: Path) -> str:
@@ -197,6 +197,11 @@ class Workspace:
     def report(self) -> Path:
         return self.root / "report"
 
+    @property
+    def evaluations(self) -> Path:
+        """What each graph answered on each task, by key."""
+        return self.nbl / "eval"
+
     # opening ---------------------------------------------------------------------------------
     @classmethod
     def create(cls, root: Path) -> Workspace:
@@ -255,6 +260,7 @@ class Workspace:
             self.engine.parent,
             self.report,
             self.report / "plots",
+            self.evaluations,
         ):
             for leftover in folder.glob(f".*{TEMPORARY}"):
                 if leftover.is_dir():

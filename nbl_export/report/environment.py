@@ -16,6 +16,8 @@ _PACKAGES = (
     "onnxscript",
     "onnxruntime",
     "onnxruntime-gpu",
+    "lm-eval",
+    "datasets",
     "tensorrt",
     "tensorrt-rtx",
     "numpy",

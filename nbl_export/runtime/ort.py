@@ -244,6 +244,17 @@ class OrtStaticStream(OrtModel):
         self._lengths = self._lengths + 1
         return logits[:, 0]
 
+    def extend(self, owners: Sequence[int], rows: Sequence[NDArray[Any]]) -> F32:
+        picked = np.asarray(owners)
+        start, lengths = self._lengths[picked], np.array([len(row) for row in rows], dtype=np.int64)
+        ids, places = right_padded(rows)
+        self._check_room(int(start.max()) + ids.shape[1])
+        inputs = {TOKENS: ids, POSITIONS: start[:, None] + places, WRITE_INDICES: start}
+        past = [(key[picked], value[picked]) for key, value in self._past]
+        logits = self._run(self.named(inputs, past))
+        self._lengths = start + lengths
+        return logits[prefix_mask(lengths, ids.shape[1])]
+
     def cache(self) -> tuple[Sequence[KV], BOOL]:
         return self._past, prefix_mask(self._lengths, self.capacity)
 

@@ -7,13 +7,13 @@ and TensorRT, with a growing or a static cache, are asked the same and compared 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nbl_export.runtime.decoder import F32, I64, KV, Decoder
-from nbl_export.runtime.padding import BOOL, left_padded
+from nbl_export.runtime.padding import BOOL, left_padded, prefix_mask, right_padded
 
 
 class Stream(Protocol):
@@ -31,6 +31,17 @@ class Stream(Protocol):
 
     def cache(self) -> tuple[Sequence[KV], BOOL]:
         """Keys and values of each layer, [rows, heads, places, head_dim], and which [rows, places] are real."""
+
+
+@runtime_checkable
+class Extending(Stream, Protocol):
+    """A stream whose rows can be gone on with by several tokens at once, and from one row in several ways."""
+
+    def extend(self, owners: Sequence[int], rows: Sequence[NDArray[Any]]) -> F32:
+        """New rows, each row ``owners[i]`` of the batch and then ``rows[i]`` (one token at least).
+
+        Logits [all tokens of ``rows``, vocab], row after row; the new rows replace the batch's.
+        """
 
 
 class PastStream:
@@ -55,6 +66,17 @@ class PastStream:
         self._mask = np.concatenate([self._mask, np.ones_like(ids)], axis=1)
         self._positions = self._positions[:, -1:] + 1
         return self._run(ids)[:, 0]
+
+    def extend(self, owners: Sequence[int], rows: Sequence[NDArray[Any]]) -> F32:
+        lengths = np.array([len(row) for row in rows])
+        ids, places = right_padded(rows)
+        real = prefix_mask(lengths, ids.shape[1])
+        picked = np.asarray(owners)
+        self._past = tuple((key[picked], value[picked]) for key, value in self._past)
+        self._mask = np.concatenate([self._mask[picked], real.astype(np.int64)], axis=1)
+        # Padding stands at its row's last position, from which the next token counts on.
+        self._positions = self._positions[picked, -1:] + 1 + np.minimum(places, lengths[:, None] - 1)
+        return self._run(ids)[real]
 
     def cache(self) -> tuple[Sequence[KV], BOOL]:
         return self._past, self._mask.astype(bool)

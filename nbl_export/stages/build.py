@@ -36,7 +36,7 @@ def build(run: Run, settings: EngineSettings) -> list[EngineFile]:
     library = choose_library(settings.library, gpu)
     capabilities = check_capabilities(library, settings.sm)
     rewritten = current_rewrite(ws)
-    shapes = settings.limits(_positions(ws))
+    shapes = settings.limits(model_positions(ws))
     recorded = {
         "library": str(library),
         "compute_capabilities": list(capabilities),
@@ -65,7 +65,7 @@ def build(run: Run, settings: EngineSettings) -> list[EngineFile]:
     return [EngineFile(path, load_manifest(path)) for path in (ws.base_engine, ws.engine)]
 
 
-def _positions(ws: Workspace) -> int | None:
+def model_positions(ws: Workspace) -> int | None:
     """The model's number of positions, from the configuration beside the baseline graph."""
     path = ws.baseline.with_name("config.json")
     config = read_json(path, "The baseline's configuration", "run `nbl-export export` again")

@@ -1,0 +1,143 @@
+"""A decoder stream as a language model of lm-evaluation-harness.
+
+Tokens are cut as the harness's own Hugging Face model cuts them, so that its figures can be compared with
+ours. Importing this module needs the extra ``eval``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lm_eval import utils
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+
+from nbl_export.errors import InputError
+from nbl_export.evaluate.scoring import Limits, Pair, greedy, log_likelihoods
+from nbl_export.progress import Listener
+from nbl_export.runtime.stream import Stream
+
+
+class DecoderLM(TemplateLM):  # type: ignore[misc]
+    """What lm-evaluation-harness asks, answered by a stream.
+
+    ``limits`` are the model's positions and the batches; ``title`` heads the progress that the ``listener``
+    is told.
+    """
+
+    def __init__(
+        self, stream: Stream, tokenizer: Any, limits: Limits, listener: Listener, title: str = ""
+    ) -> None:
+        super().__init__()
+        self.stream, self.tokenizer, self.limits = stream, tokenizer, limits
+        self.listener, self.title = listener, title
+        self.max_gen_toks = min(256, limits.positions // 2)
+
+    # what the base class asks for ----------------------------------------------------------------
+    @property
+    def max_length(self) -> int:
+        return self.limits.positions
+
+    @property
+    def eot_token_id(self) -> int:
+        return int(self.tokenizer.eos_token_id or 0)
+
+    @property
+    def prefix_token_id(self) -> int:
+        first = self.tokenizer.bos_token_id
+        return self.eot_token_id if first is None else int(first)
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_kwargs: Any) -> list[int]:
+        """By the tokenizer's own rules; a text that begins with the first token already gets no second."""
+        if add_special_tokens is None and string.startswith(self.tokenizer.decode(self.prefix_token_id)):
+            add_special_tokens = False
+        special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        return [int(t) for t in self.tokenizer(string, verbose=False, **special)["input_ids"]]
+
+    def tok_decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens))
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """The conversation in the tokenizer's chat template, as text."""
+        return str(
+            self.tokenizer.apply_chat_template(
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+        )
+
+    # requests ------------------------------------------------------------------------------------
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **_kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        pairs = [Pair(tuple(context), tuple(continuation)) for _, context, continuation in requests]
+        with self.listener.task(self.title, len(pairs), "requests") as task:
+            scores = log_likelihoods(self.stream, pairs, self.limits, task.advance)
+        return [(s.log_likelihood, s.greedy) for s in scores]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts, each token predicted once from as much before it as there is room for."""
+        pairs: list[Pair] = []
+        owners: list[int] = []
+        for i, request in enumerate(requests):
+            windows = utils.get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            for window in windows:
+                context, continuation = utils.make_disjoint_window(window)
+                pairs.append(Pair(tuple(context), tuple(continuation)))
+                owners.append(i)
+        totals = [0.0] * len(requests)
+        with self.listener.task(self.title, len(pairs), "windows") as task:
+            scores = log_likelihoods(self.stream, pairs, self.limits, task.advance)
+        for owner, score in zip(owners, scores, strict=True):
+            totals[owner] += score.log_likelihood
+        return totals
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Greedy continuations up to the first stop sequence of each request."""
+        end = self.tok_decode([self.eot_token_id], skip_special_tokens=False)
+        answers = [""] * len(requests)
+        kinds: dict[tuple[int, tuple[str, ...]], list[int]] = {}
+        for i, request in enumerate(requests):
+            kwargs = normalize_gen_kwargs(request.args[1], self.max_gen_toks)
+            if kwargs["do_sample"]:
+                raise InputError("A task samples its answers; nbl-export decodes greedily: leave it out.")
+            stops = tuple(handle_stop_sequences(list(kwargs["until"]), eos=end))
+            kinds.setdefault((self._room(kwargs["max_gen_toks"]), stops), []).append(i)
+        with self.listener.task(self.title, len(requests), "answers") as task:
+            for (most, stops), places in kinds.items():
+                prompts = [tuple(self.tok_encode(requests[i].args[0])) for i in places]
+                written = greedy(
+                    self.stream,
+                    [p or (self.prefix_token_id,) for p in prompts],
+                    most,
+                    lambda _i, tokens, stops=stops: self._stopped(tokens, stops),  # type: ignore[misc]
+                    self.limits,
+                    task.advance,
+                )
+                for i, tokens in zip(places, written, strict=True):
+                    answers[i] = postprocess_generated_text(self.tok_decode(tokens), list(stops), None)
+        return answers
+
+    def _room(self, asked: int) -> int:
+        """How many tokens to write: what is asked, as long as a prompt still fits."""
+        return max(1, min(asked, self.max_length - 1))
+
+    def _stopped(self, tokens: list[int], stops: Sequence[str]) -> bool:
+        if tokens[-1] == self.eot_token_id:
+            return True
+        text = self.tok_decode(tokens)
+        return any(stop and stop in text for stop in stops)

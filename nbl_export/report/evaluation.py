@@ -1,0 +1,195 @@
+"""Draw an evaluation: tables for the terminal and Markdown alike, ``eval.json``, ``eval.md`` and JUnit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nbl_export.evaluate.results import Evaluation
+from nbl_export.report.drawing import Table, number
+from nbl_export.report.schema import Check
+from nbl_export.workspace import atomic_path, write_json, write_text
+
+NAMES = ("eval.json", "eval.md", "eval-junit.xml")
+
+
+def write_evaluation(folder: Path, value: Evaluation) -> list[Path]:
+    """Write the evaluation into ``folder``, each file atomically; JUnit only where there are checks."""
+    paths = [folder / name for name in NAMES[: 3 if value.checks else 2]]
+    write_json(paths[0], value.as_json())
+    write_text(paths[1], markdown(value))
+    for path in paths[2:]:
+        _write_junit(path, value)
+    return paths
+
+
+def evaluation_tables(value: Evaluation, brief: bool = False) -> list[Table]:
+    """The tasks, retrieval by length and by depth; what was not asked has no table.
+
+    ``brief`` keeps what 80 columns hold.
+    """
+    tables = []
+    if value.tasks:
+        tables.append(_tasks_table(value, brief))
+    if value.retrieval:
+        tables += [_retrieval_table(value, brief), _depth_table(value.retrieval)]
+    return tables
+
+
+def verdicts_table(checks: Sequence[Check]) -> Table:
+    return Table("Checks", ("check", "result", "detail"), tuple((c.name, c.status, c.detail) for c in checks))
+
+
+def _tasks_table(value: Evaluation, brief: bool) -> Table:
+    rows = []
+    for task in value.tasks:
+        name, documents, scored = task["name"], str(task["documents"]), task["scored"]
+        if scored:
+            shown = name if brief else f"{name}, {scored}"
+            rows.append((shown, documents, *_figures(task["metrics"][scored], brief)))
+        for figure, both in task["figures"].items():
+            if figure not in task["metrics"]:  # perplexities, of which no recovery can be stated
+                # A task without a score has no row of its own to stand under.
+                shown = f"  {figure}" if brief and scored else f"{name}, {figure}"
+                plain = [number(both[role], ".4g") for role in ("base", "linearized")]
+                rows.append((shown, documents, "", *plain, *[""] * (2 if brief else 3)))
+    metrics: dict[str, list[str]] = {}
+    for task in value.tasks:
+        metrics.setdefault(task["scored"] or "", []).append(task["name"])
+    named = "; ".join(f"{m} of {', '.join(names)}" for m, names in metrics.items() if m)
+    drawn = any(t["documents"] < t["total"] for t in value.tasks)
+    note = f"{_LEGEND} {'The documents are a sample, the same for both. ' if drawn else ''}"
+    return _table(
+        "Tasks: base and linearized graph",
+        rows,
+        value.mean.get("tasks"),
+        note + (f"Scores: {named}." if brief and named else ""),
+        brief,
+    )
+
+
+def _retrieval_table(value: Evaluation, brief: bool) -> Table:
+    rows = [
+        (f"{entry['context']:,} tokens, {name}", str(entry["questions"]), *_figures(entry[name], brief))
+        for name in ("choice", "exact")
+        for entry in value.retrieval
+    ]
+    note = (
+        "Choice: the right code is the most likely of those hidden in the text; exact: greedy decoding writes it. "
+        "The mean is of choice."
+    )
+    return _table("Retrieval: codes hidden in held-out text", rows, value.mean.get("retrieval"), note, brief)
+
+
+_LEGEND = (
+    "Percent ± standard error over the documents, which both models answer; recovery is linearized / base; guess is "
+    "what chance scores."
+)
+
+
+def _table(
+    title: str, rows: list[tuple[str, ...]], mean: Mapping[str, Any] | None, note: str, brief: bool
+) -> Table:
+    columns: tuple[str, ...] = ("", "n", "guess", "base", "linear", "change", "recovery")
+    if not brief:
+        columns = (*columns, "above chance")
+    if mean:
+        last = [] if brief else [_percent(mean["above_chance"], brief)]
+        rows.append(("mean", *[""] * 5, _percent(mean["recovery"], brief), *last))
+        if mean["above_chance"]:
+            count, of = mean["above_chance_tasks"], mean["tasks"]
+            note += (
+                f" With chance taken off both, over the {count} of {of} where the base is two standard errors above "
+                f"it: {_percent(mean['above_chance'], False)} %."
+            )
+        else:
+            note += " The base is nowhere two standard errors above chance, so little can be said of what is left."
+    return Table(title, columns, tuple(rows), note)
+
+
+def _depth_table(retrieval: Sequence[Mapping[str, Any]]) -> Table:
+    depths = [d["depth"] for d in retrieval[0]["depths"]]
+    rows = [
+        (
+            f"{entry['context']:,} tokens",
+            *(f"{100 * d['base']:.0f} → {100 * d['linearized']:.0f}" for d in entry["depths"]),
+        )
+        for entry in retrieval
+    ]
+    return Table(
+        "Retrieval by depth, choice: base → linearized, percent",
+        ("", *depths),
+        tuple(rows),
+        "Depth: where in the text the code stands, from its beginning to its end.",
+    )
+
+
+def _figures(figures: Mapping[str, Any], brief: bool) -> tuple[str, ...]:
+    found = (
+        f"{100 * figures['chance']:.0f}" if figures["chance"] else "",
+        _percent(figures["base"], brief),
+        _percent(figures["linearized"], brief),
+        _percent(figures["difference"], brief, "+"),
+        _percent(figures["recovery"], brief),
+    )
+    return found if brief else (*found, _percent(figures["above_chance"], brief))
+
+
+def _percent(estimate: Mapping[str, float] | None, brief: bool, sign: str = "") -> str:
+    if not estimate:
+        return ""
+    between = "±" if brief else " ± "
+    return f"{100 * estimate['value']:{sign}.1f}{between}{100 * estimate['se']:.1f}"
+
+
+def markdown(value: Evaluation) -> str:
+    """The evaluation as GitHub-flavoured Markdown."""
+    tables = evaluation_tables(value)
+    if value.checks:
+        tables.insert(0, verdicts_table(value.checks))
+    settings = value.settings
+    lines = [
+        f"# nbl-export evaluation: {value.model['source']}",
+        "",
+        *(part for table in tables for part in _markdown(table)),
+        "## How it was made",
+        "",
+        f"- Made {value.created} with nbl-export {value.tool_version}; seed {settings['seed']}, "
+        f"{settings['few_shot'] or 'no'} few-shot examples, "
+        f"{settings['limit'] or 'all'} rows of each task.",
+        f"- {value.environment['processor']}, {value.environment['cores']} cores; "
+        + ", ".join(f"{n} {v}" for n, v in value.environment["packages"].items())
+        + ".",
+        *(f"- {note}" for note in value.notes),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _markdown(table: Table) -> list[str]:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(c.replace("|", "\\|").replace("\n", " ") for c in cells) + " |"
+
+    rule = "|" + " --- |" * len(table.columns)
+    note = [table.note, ""] if table.note else []
+    return [f"## {table.title}", "", line(table.columns), rule, *map(line, table.rows), "", *note]
+
+
+def _write_junit(path: Path, value: Evaluation) -> None:
+    from junitparser import Failure, JUnitXml, Skipped, TestCase, TestSuite
+
+    suite = TestSuite("nbl-export eval")
+    for check in value.checks:
+        case = TestCase(check.name, classname=f"nbl_export.eval.{value.model['source']}")
+        if check.status == "passed":
+            case.system_out = check.detail
+        else:
+            case.result = [(Failure if check.status == "failed" else Skipped)(check.detail)]
+        suite.add_testcase(case)
+    suite.timestamp = value.created
+    xml = JUnitXml()
+    xml.add_testsuite(suite)
+    xml.update_statistics()
+    with atomic_path(path) as temporary:
+        xml.write(str(temporary), pretty=True)

@@ -1,0 +1,270 @@
+"""Both graphs + tasks → ``report/eval.json``: scores, recovery, and what looking up costs."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nbl_export import __version__
+from nbl_export.errors import InputError
+from nbl_export.progress import Listener
+from nbl_export.run import Run
+from nbl_export.settings import EvalSettings
+from nbl_export.stages.build import model_positions
+from nbl_export.stages.rewrite import current_rewrite
+from nbl_export.workspace import StageRecord, Workspace, sha256_of_json, write_json
+
+if TYPE_CHECKING:
+    from nbl_export.evaluate.recovery import Paired
+    from nbl_export.evaluate.results import Evaluation
+    from nbl_export.evaluate.retrieval import Filler, Question
+    from nbl_export.evaluate.tasks import EvalTask
+
+# What a kept answer is worth depends on how it was asked; a change there makes this another number.
+_ASKED = 1
+# A context for a model whose configuration sets no bound: what the longest default question needs, doubled.
+_UNBOUNDED = 2048
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """One of the two graphs: ``digest`` of its files; ``role`` heads its progress."""
+
+    role: str
+    path: Path
+    digest: str
+
+
+def evaluate(run: Run, settings: EvalSettings) -> Evaluation:
+    """Tasks and retrieval on the baseline and on the linearized graph → ``report/``.
+
+    What one graph answered on one task is kept in ``nbl/eval``, so that an interrupted run goes on from
+    there and the baseline is asked once for all plans. A failed gate is in the value, not an exception.
+    """
+    from nbl_export.evaluate.results import load_evaluation
+    from nbl_export.evaluate.tasks import find_tasks
+    from nbl_export.report.evaluation import write_evaluation
+    from nbl_export.runtime.ort import require_onnxruntime
+
+    settings.check()
+    if not run.model.task.causal:
+        raise InputError(
+            f"Tasks and retrieval are asked of decoders; {run.model.source.source} is an encoder "
+            f"({run.model.task.name}): its method loss is in the report of `nbl-export verify`."
+        )
+    require_onnxruntime()
+    ws = run.workspace
+    graphs = _graphs(ws)
+    if settings.chat_template and not run.model.tokenizer.chat_template:
+        raise InputError("This model's tokenizer has no chat template: leave out --chat-template.")
+    positions = model_positions(ws)
+    questions = _questions(run, settings, positions) if settings.retrieval else []
+    tasks = find_tasks(settings.tasks, settings.of_tasks) if settings.tasks else []
+    key = sha256_of_json(
+        {
+            "graphs": [g.digest for g in graphs],
+            "model": run.model.source.fingerprint,
+            "tasks": [t.digest for t in tasks],
+            "eval": asdict(settings) | {"asked": _ASKED, "positions": positions},
+        }
+    )
+
+    def work(listener: Listener) -> list[Path]:
+        answers = _Answers(run, graphs, tasks, questions, settings, positions, listener)
+        return write_evaluation(ws.report, _assembled(run, graphs, tasks, questions, settings, answers()))
+
+    run.stage("eval", key, asdict(settings), work)
+    return load_evaluation(ws.report / "eval.json")
+
+
+def _graphs(ws: Workspace) -> tuple[_Graph, _Graph]:
+    rewritten = current_rewrite(ws)
+    exported = ws.require("export", f"nbl-export export {ws.root}")
+    return (
+        _Graph("base", ws.baseline, _digest(ws, ws.baseline, exported)),
+        _Graph("linearized", ws.model, _digest(ws, ws.model, rewritten)),
+    )
+
+
+def _digest(ws: Workspace, graph: Path, record: StageRecord) -> str:
+    # The graph and its data file; what lies beside them is for consumers.
+    prefix = str(graph.relative_to(ws.root))
+    return sha256_of_json({n: d for n, d in record.files.items() if n.startswith(prefix)})
+
+
+def _questions(run: Run, settings: EvalSettings, positions: int | None) -> list[list[Question]]:
+    """The questions of each context length; lengths asked for that the model cannot have are refused."""
+    from nbl_export.evaluate.retrieval import DEFAULT_CONTEXTS, ask, least_context
+
+    filler, tokenizer = _filler(run), run.model.tokenizer
+
+    def encode(text: str) -> list[int]:
+        return [int(t) for t in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+
+    least, most = least_context(filler, encode), positions or max(DEFAULT_CONTEXTS)
+    contexts = settings.retrieval_contexts or [c for c in DEFAULT_CONTEXTS if least <= c <= most]
+    if positions and max(contexts, default=0) > positions:
+        raise InputError(
+            f"--retrieval-contexts has {max(contexts):,} tokens, the model {positions:,} positions: ask for less."
+        )
+    if not contexts:
+        raise InputError(
+            f"Retrieval needs a context of {least} tokens, the model has {most} positions: leave it out with "
+            "--no-retrieval."
+        )
+    return [
+        ask(filler, encode, c, settings.retrieval_samples, settings.seed) for c in dict.fromkeys(contexts)
+    ]
+
+
+def _filler(run: Run) -> Filler:
+    from nbl_export.calibrate.text import load_text
+    from nbl_export.evaluate.retrieval import Filler
+
+    text = load_text(run.workspace.text)
+    return Filler(text.start, text.heldout.reshape(-1))
+
+
+class _Answers:
+    """Asks both graphs whatever is not kept from before; called, it gives all answers by role and name."""
+
+    def __init__(
+        self,
+        run: Run,
+        graphs: Sequence[_Graph],
+        tasks: Sequence[EvalTask],
+        questions: Sequence[Sequence[Question]],
+        settings: EvalSettings,
+        positions: int | None,
+        listener: Listener,
+    ) -> None:
+        self.run, self.graphs, self.tasks, self.questions = run, graphs, tasks, questions
+        self.settings, self.positions, self.listener = settings, positions, listener
+        self.fingerprint = run.model.source.fingerprint
+        self.stream: Any = None
+
+    def __call__(self) -> dict[str, dict[str, Any]]:
+        kept = 0
+        found: dict[str, dict[str, Any]] = {}
+        for graph in self.graphs:
+            found[graph.role] = {}
+            with self._opened():
+                for name, digest, ask in self._asked(graph):
+                    path = self._path(graph, digest)
+                    value = _read(path)
+                    kept += value is not None
+                    if value is None:
+                        value = ask()
+                        write_json(path, value)
+                    found[graph.role][name] = value
+        if kept:
+            self.listener.note(f"eval: {kept} of {sum(map(len, found.values()))} results kept from before.")
+        return found
+
+    @contextmanager
+    def _opened(self) -> Iterator[None]:
+        # One graph is in memory at a time, and none if nothing is asked of it.
+        try:
+            yield
+        finally:
+            self.stream = None
+
+    def _asked(self, graph: _Graph) -> Iterator[tuple[str, str, Any]]:
+        for task in self.tasks:
+            yield task.name, task.digest, lambda task=task: self._task(graph, task)
+        for questions in self.questions:
+            context = questions[0].context
+            digest = sha256_of_json([asdict(q) for q in questions])
+            yield f"retrieval {context}", digest, lambda q=questions: self._retrieval(graph, q)
+
+    def _path(self, graph: _Graph, digest: str) -> Path:
+        key = sha256_of_json(
+            {
+                "graph": graph.digest,
+                "model": self.fingerprint,
+                "asked": digest,
+                "version": _ASKED,
+                "positions": self.positions,
+            }
+        )
+        return self.run.workspace.evaluations / f"{key[:32]}.json"
+
+    def _task(self, graph: _Graph, task: EvalTask) -> dict[str, Any]:
+        from nbl_export.evaluate.harness import DecoderLM
+        from nbl_export.evaluate.tasks import run_task
+
+        stream, limits = self._open(graph)
+        lm = DecoderLM(stream, self.run.model.tokenizer, limits, self.listener, f"{graph.role}: {task.name}")
+        return run_task(lm, task, self.settings.of_tasks).as_json()
+
+    def _retrieval(self, graph: _Graph, questions: Sequence[Question]) -> dict[str, Any]:
+        from nbl_export.evaluate.retrieval import HIDDEN, answer
+        from nbl_export.evaluate.scoring import log_likelihoods
+
+        stream, limits = self._open(graph)
+        title = f"{graph.role}: {questions[0].context} tokens"
+        with self.listener.task(title, len(questions) * HIDDEN, "answers") as task:
+            found = answer(lambda pairs: log_likelihoods(stream, pairs, limits, task.advance), questions)
+        return {"choice": list(found.choice), "exact": list(found.exact)}
+
+    def _open(self, graph: _Graph) -> tuple[Any, Any]:
+        from nbl_export.evaluate.scoring import Limits
+        from nbl_export.runtime.ort import ort_stream
+
+        positions = self.positions or _UNBOUNDED
+        if self.stream is None:
+            self.stream = ort_stream(graph.path, positions)
+        return self.stream, Limits(positions, len(self.run.model.tokenizer), self.settings.batch_size)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """What was kept; a damaged file is asked anew."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _assembled(
+    run: Run,
+    graphs: Sequence[_Graph],
+    tasks: Sequence[EvalTask],
+    questions: Sequence[Sequence[Question]],
+    settings: EvalSettings,
+    answers: Mapping[str, Mapping[str, Any]],
+) -> Evaluation:
+    from nbl_export.evaluate.results import Evaluation, gate, mean_of, retrieval_entry, task_entry
+    from nbl_export.report.environment import environment
+
+    base, linearized = (answers[g.role] for g in graphs)
+    pairs: dict[str, Paired] = {}
+    task_entries, retrieval_entries, choices = [], [], []
+    for task in tasks:
+        entry, pair = task_entry(task, [m[task.name] for m in (base, linearized)])
+        task_entries.append(entry)
+        if pair:
+            pairs[task.name] = pair
+    for asked in questions:
+        own = [m[f"retrieval {asked[0].context}"] for m in (base, linearized)]
+        entry, choice = retrieval_entry(asked, own)
+        retrieval_entries.append(entry)
+        choices.append(choice)
+    return Evaluation(
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        tool_version=__version__,
+        model={k: v for k, v in run.model.source.as_json().items() if k != "path"},
+        environment=environment(),
+        settings=asdict(settings),
+        hashes={g.role: g.digest for g in graphs},
+        tasks=task_entries,
+        retrieval=retrieval_entries,
+        mean={"tasks": mean_of(list(pairs.values())), "retrieval": mean_of(choices)},
+        checks=gate(settings.min_recovery, pairs, choices),
+        notes=[],
+    )

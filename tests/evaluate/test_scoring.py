@@ -1,0 +1,287 @@
+"""Log-likelihoods and greedy answers of every form of graph are those of PyTorch, however rows are batched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nbl_export.evaluate import scoring
+from nbl_export.evaluate.scoring import Limits, Pair, Scored, greedy, log_likelihoods
+from nbl_export.export.forms import FORMS
+from nbl_export.export.torch import export_torch
+from nbl_export.runtime.ort import OrtRaggedStream, ort_stream
+from nbl_export.runtime.stream import Extending
+from tests.export.exported import graph_logits
+from tests.exporters import GRAPH, Graphs
+from tests.families import HEAD_SIZE
+from tests.fixtures_graph import load
+
+FAMILY, VOCAB = "llama-gqa", 260
+EXTENDING = ("ours-concat", "ours-static")
+FLOAT = (*EXTENDING, "whole", "genai-fp32")
+
+
+@pytest.fixture(scope="module")
+def model(model_of: Callable[[str], Path]) -> Any:
+    loaded: Any = load(model_of(FAMILY))
+    loaded.generation_config.eos_token_id = None  # answers are as long as asked
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def path_of(graphs: Graphs, model: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A tiny Llama in a form of graph; ``whole`` keeps no cache."""
+    whole = tmp_path_factory.mktemp("whole") / GRAPH
+
+    def path(form: str) -> Path:
+        if form != "whole":
+            return graphs(form, FAMILY) / GRAPH
+        if not whole.exists():
+            export_torch(model, whole, form=FORMS["none"])
+        return whole
+
+    return path
+
+
+def random_tokens(rng: np.random.Generator, length: int) -> tuple[int, ...]:
+    return tuple(int(t) for t in rng.integers(3, VOCAB, length))
+
+
+def pairs_of_all_kinds() -> list[Pair]:
+    """Contexts asked once and several times, continuations of one and of many tokens, repeated and empty ones."""
+    rng = np.random.default_rng(0)
+    pairs = []
+    for context_length, lengths in (
+        (1, (3,)),
+        (9, (1, 1, 1, 1)),
+        (30, (4, 1, 9, 2)),
+        (17, (5,)),
+        (31, (2, 2)),
+        (3, (12, 1, 11)),
+        (25, (0, 6)),
+    ):
+        context = random_tokens(rng, context_length)
+        pairs += [Pair(context, random_tokens(rng, n)) for n in lengths]
+    return [*pairs, pairs[6], pairs[3]]
+
+
+def expected(model: Any, pair: Pair) -> Scored:
+    """From PyTorch's logits of the row alone, by a float64 log-softmax."""
+    if not pair.continuation:
+        return Scored(0.0, True)
+    row = torch.tensor([[*pair.context, *pair.continuation]])
+    with torch.inference_mode():
+        logits = model(input_ids=row[:, :-1]).logits[0, len(pair.context) - 1 :].double()
+    targets = torch.tensor(pair.continuation)
+    values = torch.log_softmax(logits, dim=-1).gather(1, targets[:, None])
+    return Scored(float(values.sum()), bool((logits.argmax(-1) == targets).all()))
+
+
+def assert_same(found: Sequence[Scored], wanted: Sequence[Scored], atol: float = 1e-3) -> None:
+    np.testing.assert_allclose(
+        [s.log_likelihood for s in found], [s.log_likelihood for s in wanted], rtol=0, atol=atol
+    )
+    assert [s.greedy for s in found] == [s.greedy for s in wanted]
+
+
+@pytest.mark.parametrize("form", FLOAT)
+@pytest.mark.parametrize("batch", [1, 3, 64])
+def test_log_likelihoods_are_pytorchs(
+    path_of: Callable[[str], Path], model: Any, form: str, batch: int
+) -> None:
+    pairs, done = pairs_of_all_kinds(), []
+    stream = ort_stream(path_of(form), 64)
+    found = log_likelihoods(stream, pairs, Limits(64, VOCAB, batch), done.append)
+    assert_same(found, [expected(model, pair) for pair in pairs])
+    assert sum(done) == len(pairs)
+
+
+@pytest.mark.parametrize("form", FLOAT)
+def test_what_greedy_decoding_would_write_is_told(
+    path_of: Callable[[str], Path], model: Any, form: str
+) -> None:
+    rng = np.random.default_rng(1)
+    prompts = [random_tokens(rng, n) for n in (12, 5, 20)]
+    written = [transformers_greedy(model, p, 6) for p in prompts]
+    wrong = [(*w[:-1], (w[-1] + 1) % VOCAB) for w in written]
+    pairs = [Pair(p, tuple(w)) for many in (written, wrong) for p, w in zip(prompts, many, strict=True)]
+    found = log_likelihoods(ort_stream(path_of(form), 64), pairs, Limits(64, VOCAB))
+    assert [s.greedy for s in found] == [True] * 3 + [False] * 3
+
+
+def test_a_quantized_graph_is_scored_as_it_computes(path_of: Callable[[str], Path]) -> None:
+    """The reference is the graph itself, one row at a time in a bare session."""
+    path = path_of("genai-int4")
+    stream = ort_stream(path, 64)
+    assert isinstance(stream, OrtRaggedStream) and not isinstance(stream, Extending)
+    pairs = [p for p in pairs_of_all_kinds() if p.continuation]
+    wanted = []
+    for pair in pairs:
+        row = [*pair.context, *pair.continuation][:-1]
+        logits = graph_logits(path, row, len(row), HEAD_SIZE)[len(pair.context) - 1 :].astype(np.float64)
+        values = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+        picked = values[np.arange(len(values)), list(pair.continuation)]
+        greedy_row = logits.argmax(-1).tolist() == list(pair.continuation)
+        wanted.append(Scored(float(picked.sum()), greedy_row))
+    found = log_likelihoods(stream, pairs, Limits(64, VOCAB, 4))
+    # int8 activations are rounded by blocks that the batch's shape moves.
+    np.testing.assert_allclose(
+        [s.log_likelihood for s in found], [s.log_likelihood for s in wanted], rtol=0.02, atol=0.05
+    )
+
+
+@pytest.mark.parametrize("form", FLOAT)
+def test_what_is_too_long_loses_its_beginning(path_of: Callable[[str], Path], model: Any, form: str) -> None:
+    rng = np.random.default_rng(2)
+    context, continuation = random_tokens(rng, 40), random_tokens(rng, 8)
+    # 16 positions hold 9 tokens of context and 7 of 8; a continuation of 40 is scored at its end.
+    pairs = [Pair(context, continuation), Pair(continuation, context)]
+    kept = [Pair(context[-9:], continuation), Pair(context[23:24], context[24:])]
+    found = log_likelihoods(ort_stream(path_of(form), 16), pairs, Limits(16, VOCAB))
+    assert_same(found, [expected(model, pair) for pair in kept])
+
+
+@pytest.mark.parametrize("form", EXTENDING)
+def test_a_long_row_is_read_in_parts(
+    path_of: Callable[[str], Path], model: Any, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "LOGITS_BYTES", 1)  # 64 tokens at once, the least
+    rng = np.random.default_rng(3)
+    pairs = [
+        Pair(context, random_tokens(rng, n))
+        for context in (random_tokens(rng, 200), random_tokens(rng, 64))
+        for n in (3, 1)
+    ]
+    stream = Counting(ort_stream(path_of(form), 256))
+    found = log_likelihoods(stream, pairs, Limits(256, VOCAB))
+    assert_same(found, [expected(model, pair) for pair in pairs])
+    assert max(stream.passes) <= 64
+
+
+class Counting:
+    """A stream that notes how many tokens, padding included, each pass reads."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream, self.passes = stream, []
+        self.kv_layers, self.cache = stream.kv_layers, stream.cache
+
+    def _note(self, rows: Sequence[Any]) -> None:
+        self.passes.append(len(rows) * max(map(len, rows)))
+
+    def prefill(self, rows: Sequence[Any]) -> Any:
+        self._note(rows)
+        if hasattr(self.stream, "capacity"):
+            self.stream.capacity = 256
+        return self.stream.prefill(rows)
+
+    def decode(self, tokens: Sequence[int]) -> Any:
+        self.passes.append(len(tokens))
+        return self.stream.decode(tokens)
+
+    def extend(self, owners: Sequence[int], rows: Sequence[Any]) -> Any:
+        self._note(rows)
+        return self.stream.extend(owners, rows)
+
+    def __copy__(self) -> Counting:
+        import copy
+
+        twin = Counting(copy.copy(self.stream))
+        twin.passes = self.passes
+        return twin
+
+
+def test_a_context_is_read_once_for_all_its_continuations(path_of: Callable[[str], Path]) -> None:
+    rng = np.random.default_rng(4)
+    context = random_tokens(rng, 100)
+    stream = Counting(ort_stream(path_of("ours-concat"), 256))
+    log_likelihoods(stream, [Pair(context, random_tokens(rng, 5)) for _ in range(4)], Limits(256, VOCAB))
+    assert stream.passes == [100, 4 * 4]
+    letters = Counting(ort_stream(path_of("ours-concat"), 256))
+    log_likelihoods(letters, [Pair(context, (token,)) for token in range(4, 8)], Limits(256, VOCAB))
+    assert letters.passes == [100]
+
+
+def test_no_batch_is_larger_than_asked(path_of: Callable[[str], Path]) -> None:
+    rng = np.random.default_rng(5)
+    seen: list[int] = []
+
+    class Rows(Counting):
+        def _note(self, rows: Sequence[Any]) -> None:
+            seen.append(len(rows))
+
+    pairs = [Pair(random_tokens(rng, 10), random_tokens(rng, 3)) for _ in range(10)]
+    log_likelihoods(Rows(ort_stream(path_of("ours-concat"), 64)), pairs, Limits(64, VOCAB, 4))
+    assert seen == [4, 4, 2]
+
+
+def test_a_continuation_needs_a_context() -> None:
+    with pytest.raises(ValueError, match="one token at least"):
+        log_likelihoods(Counting.__new__(Counting), [Pair((), (1,))], Limits(8, VOCAB))
+
+
+# Going on from rows ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", EXTENDING)
+def test_rows_go_on_in_several_ways(path_of: Callable[[str], Path], model: Any, form: str) -> None:
+    """Two rows of different length go on in three ways of different length, and are decoded after that."""
+    rng = np.random.default_rng(6)
+    contexts = [np.array(random_tokens(rng, n)) for n in (7, 3)]
+    ways = [np.array(random_tokens(rng, n)) for n in (4, 1, 2)]
+    owners, last = [1, 0, 1], random_tokens(rng, 3)
+    stream: Any = ort_stream(path_of(form), 16)
+    stream.prefill(contexts)
+    logits = np.split(stream.extend(owners, ways), np.cumsum([len(w) for w in ways])[:-1])
+    decoded = stream.decode(list(last))
+    assert stream.cache()[1].sum(axis=1).tolist() == [3 + 4 + 1, 7 + 1 + 1, 3 + 2 + 1]
+    for i, (owner, way) in enumerate(zip(owners, ways, strict=True)):
+        row = np.concatenate([contexts[owner], way, [last[i]]])
+        with torch.inference_mode():
+            whole = model(input_ids=torch.from_numpy(row)[None]).logits[0].numpy()
+        np.testing.assert_allclose(logits[i], whole[-len(way) - 1 : -1], rtol=0, atol=2e-4)
+        np.testing.assert_allclose(decoded[i], whole[-1], rtol=0, atol=2e-4)
+
+
+def transformers_greedy(model: Any, prompt: Sequence[int], most: int) -> list[int]:
+    ids = torch.tensor([list(prompt)])
+    with torch.inference_mode():
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=most, do_sample=False, pad_token_id=0
+        )
+    return [int(t) for t in out[0, len(prompt) :]]
+
+
+@pytest.mark.parametrize("form", FLOAT)
+@pytest.mark.parametrize("batch", [1, 2, 8])
+def test_greedy_answers_are_transformers(
+    path_of: Callable[[str], Path], model: Any, form: str, batch: int
+) -> None:
+    rng = np.random.default_rng(7)
+    prompts = [(1, *random_tokens(rng, n)) for n in (11, 3, 24, 6)]
+    found = greedy(ort_stream(path_of(form), 64), prompts, 12, lambda _i, _t: False, Limits(64, VOCAB, batch))
+    assert found == [transformers_greedy(model, p, 12) for p in prompts]
+
+
+def test_an_answer_ends_where_it_is_finished(path_of: Callable[[str], Path], model: Any) -> None:
+    rng = np.random.default_rng(8)
+    prompts = [(1, *random_tokens(rng, n)) for n in (5, 9, 7)]
+    enough = (2, 5, 1)
+    done: list[int] = []
+    found = greedy(
+        ort_stream(path_of("ours-concat"), 64),
+        prompts,
+        8,
+        lambda i, tokens: len(tokens) == enough[i],
+        Limits(64, VOCAB),
+        done.append,
+    )
+    wanted = [transformers_greedy(model, p, 8)[:n] for p, n in zip(prompts, enough, strict=True)]
+    assert found == wanted and sum(done) == 3
+    long = [tuple(random_tokens(rng, 40))]
+    found = greedy(ort_stream(path_of("ours-concat"), 16), long, 4, lambda *_: False, Limits(16, VOCAB))
+    assert found == [transformers_greedy(model, long[0][-12:], 4)]

@@ -1,0 +1,325 @@
+"""`nbl-export eval` on a finished run: results, what is kept, gates, and everything that is refused."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import typer.main
+
+from nbl_export import api
+from nbl_export.cli import app
+from nbl_export.errors import InputError, MissingDependencyError, NblError
+from nbl_export.evaluate import results, tasks
+from nbl_export.evaluate.recovery import Paired
+from nbl_export.evaluate.results import gate, load_evaluation
+from nbl_export.stages import evaluate as stage
+from nbl_export.workspace import Workspace
+from tests import test_cli
+from tests.encoders import text_encoder
+from tests.test_cli import assert_refused, nbl
+
+pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'nbl-export[eval]'")
+
+NAMES = ["fruit", "words"]
+FRUIT = [
+    {"question": f"Is {n} a number?", "choices": ["yes it is", "no", "it was"], "gold": n % 3}
+    for n in range(12)
+]
+WORDS = [
+    {"context": f"Once upon a {w}, there was a little", "target": "girl"} for w in ("time", "day", "hill")
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two tasks of a few rows."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    for name, rows in zip(NAMES, (FRUIT, WORDS), strict=True):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return folder
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is really asked of a graph, in order."""
+    names: list[str] = []
+    run_task, answer = tasks.run_task, stage._Answers._retrieval
+
+    def noting(lm: Any, task: Any, settings: Any) -> Any:
+        names.append(lm.title)
+        return run_task(lm, task, settings)
+
+    def noting_retrieval(self: Any, graph: Any, questions: Any) -> Any:
+        names.append(f"{graph.role}: {questions[0].context}")
+        return answer(self, graph, questions)
+
+    monkeypatch.setattr(tasks, "run_task", noting)
+    monkeypatch.setattr(stage._Answers, "_retrieval", noting_retrieval)
+    return names
+
+
+def settings(folder: Path, **more: Any) -> api.EvalSettings:
+    return api.EvalSettings((str(folder),), **{"retrieval": False, **more})
+
+
+def test_both_graphs_are_asked_and_compared(stories_copy: Path, folder: Path) -> None:
+    value = api.evaluate(
+        stories_copy, settings(folder, retrieval=True, retrieval_contexts=(400,), retrieval_samples=4)
+    )
+    assert value == load_evaluation(stories_copy / "report" / "eval.json")
+    raw = json.loads((stories_copy / "report" / "eval.json").read_text())
+    assert raw["schema"] == "nbl-export/eval/1" and raw["verdict"] == "passed"
+    fruit, words = value.tasks
+    assert (fruit["name"], fruit["documents"], fruit["scored"]) == ("fruit", 12, "acc_norm")
+    figures = fruit["metrics"]["acc_norm"]
+    assert figures["chance"] == pytest.approx(1 / 3)
+    assert figures["linearized"]["value"] - figures["base"]["value"] == pytest.approx(
+        figures["difference"]["value"]
+    )
+    assert set(words["figures"]) == {"acc", "perplexity"} and set(words["metrics"]) == {"acc"}
+    # The graphs differ, and so do their perplexities.
+    assert words["figures"]["perplexity"]["base"] != words["figures"]["perplexity"]["linearized"]
+    (entry,) = value.retrieval
+    assert entry["context"] == 400 and entry["questions"] == 4 and len(entry["depths"]) == 4
+    text = (stories_copy / "report" / "eval.md").read_text()
+    assert "fruit, acc_norm" in text and "400 tokens, choice" in text and "words, perplexity" in text
+    assert not (stories_copy / "report" / "eval-junit.xml").exists()
+
+
+def test_figures_are_those_of_the_right_graph(stories_copy: Path, folder: Path) -> None:
+    """The perplexity of each graph, from a bare session's logits."""
+    from nbl_export.models.load import load_tokenizer
+    from nbl_export.models.source import find_model
+    from tests.export.exported import graph_logits
+
+    value = api.evaluate(stories_copy, settings(folder / "words.jsonl"))
+    model = Workspace.open(stories_copy).model_info
+    assert model
+    tokenizer = load_tokenizer(find_model(model["path"]))
+    for role, graph in (("base", "baseline/model.onnx"), ("linearized", "model.onnx")):
+        total = 0.0
+        for row in WORDS:
+            context = tokenizer(row["context"])["input_ids"]
+            whole = tokenizer(f"{row['context']} {row['target']}")["input_ids"]
+            logits = graph_logits(stories_copy / graph, whole[:-1], len(whole) - 1).astype(np.float64)
+            values = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+            total += sum(values[i - 1, whole[i]] for i in range(len(context), len(whole)))
+        found = value.tasks[0]["figures"]["perplexity"][role]
+        assert found == pytest.approx(np.exp(-total / len(WORDS)), rel=1e-4)
+
+
+def test_what_is_done_is_kept(stories_copy: Path, folder: Path, asked: list[str]) -> None:
+    first = api.evaluate(stories_copy, settings(folder))
+    assert asked == ["base: fruit", "base: words", "linearized: fruit", "linearized: words"]
+    assert api.evaluate(stories_copy, settings(folder)) == first and len(asked) == 4
+    # A gate or a batch size asks nothing anew; another row does, of its task alone.
+    api.evaluate(stories_copy, settings(folder, min_recovery=1, batch_size=2))
+    assert len(asked) == 4
+    with (folder / "fruit.jsonl").open("a") as file:
+        file.write(json.dumps(FRUIT[0]) + "\n")
+    api.evaluate(stories_copy, settings(folder))
+    assert asked[4:] == ["base: fruit", "linearized: fruit"]
+    api.evaluate(stories_copy, settings(folder, few_shot=1))
+    assert asked[6:] == ["base: fruit", "base: words", "linearized: fruit", "linearized: words"]
+
+
+def test_an_interrupted_run_goes_on(
+    stories_copy: Path, folder: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_task = tasks.run_task
+
+    def interrupted(lm: Any, task: Any, how: Any) -> Any:
+        if lm.title == "linearized: fruit":
+            raise KeyboardInterrupt
+        return run_task(lm, task, how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tasks, "run_task", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            api.evaluate(stories_copy, settings(folder))
+    assert not (stories_copy / "report" / "eval.json").exists()
+    assert asked == ["base: fruit", "base: words"]
+    api.evaluate(stories_copy, settings(folder))
+    assert asked[2:] == ["linearized: fruit", "linearized: words"]
+
+
+def test_a_changed_graph_is_asked_anew_and_the_base_is_not(
+    stories_copy: Path, folder: Path, asked: list[str]
+) -> None:
+    contexts: Any = {"retrieval": True, "retrieval_contexts": (400,), "retrieval_samples": 2}
+    before = api.evaluate(stories_copy, settings(folder, **contexts))
+    api.select(stories_copy, api.SelectSettings(k=3))
+    with pytest.raises(InputError, match="rewrite"):
+        api.evaluate(stories_copy, settings(folder, **contexts))
+    api.rewrite(stories_copy)
+    del asked[:]
+    after = api.evaluate(stories_copy, settings(folder, **contexts))
+    assert asked == ["linearized: fruit", "linearized: words", "linearized: 400"]
+    assert (
+        before.hashes["base"] == after.hashes["base"]
+        and before.hashes["linearized"] != after.hashes["linearized"]
+    )
+    figures = [v.tasks[1]["figures"]["perplexity"] for v in (before, after)]
+    assert figures[0]["base"] == figures[1]["base"] and figures[0]["linearized"] != figures[1]["linearized"]
+
+
+def test_a_damaged_result_is_asked_anew(stories_copy: Path, folder: Path, asked: list[str]) -> None:
+    api.evaluate(stories_copy, settings(folder))
+    for path in (stories_copy / "nbl" / "eval").iterdir():
+        path.write_text("{")
+    (stories_copy / "report" / "eval.json").unlink()
+    api.evaluate(stories_copy, settings(folder))
+    assert len(asked) == 8
+
+
+# The gate ----------------------------------------------------------------------------------------
+
+
+def paired(base: float, linearized: float, count: int = 400, chance: float = 0.0) -> Paired:
+    """Documents of which the first are right, as many as the scores say."""
+    right = np.arange(count) / count
+    return Paired.of((right < base) * 1.0, (right < linearized) * 1.0, np.full(count, chance))
+
+
+def test_the_gate_allows_for_the_standard_error() -> None:
+    lost = {"t": paired(0.8, 0.76)}  # 95 % ± 1.2 %
+    states = {m: [c.status for c in gate(m, lost, [])] for m in (90, 96, 97, 98)}
+    # The mean may be one standard error below, one task of many two.
+    assert states == {
+        90: ["passed", "passed"],
+        96: ["passed", "passed"],
+        97: ["failed", "passed"],
+        98: ["failed", "failed"],
+    }
+    assert gate(None, lost, []) == []
+    (check,) = gate(95, {}, [paired(0.9, 0.3)])
+    assert (check.name, check.status) == ("recovery of retrieval", "failed") and "33.3" in check.detail
+
+
+def test_a_base_that_guesses_has_nothing_to_lose() -> None:
+    checks = gate(99, {"guessing": paired(0.26, 0.1, chance=0.25), "good": paired(0.9, 0.9, chance=0.25)}, [])
+    assert [(c.name, c.status) for c in checks[1:]] == [
+        ("recovery of guessing", "skipped"),
+        ("recovery of good", "passed"),
+    ]
+
+
+def test_a_gate_that_nothing_could_be_judged_by_is_not_passed(stories_copy: Path, folder: Path) -> None:
+    """Skipped is not passed: the tiny model only guesses here."""
+    value = api.evaluate(stories_copy, settings(folder / "fruit.jsonl", min_recovery=50))
+    assert {c.status for c in value.checks} == {"skipped"} and not value.passed
+    suite = ElementTree.parse(stories_copy / "report" / "eval-junit.xml").getroot().find("testsuite")
+    assert suite is not None and suite.get("skipped") == suite.get("tests") == "2"
+    # Without a gate there is no verdict to write, and the old one is gone.
+    assert api.evaluate(stories_copy, settings(folder / "fruit.jsonl")).passed
+    assert not (stories_copy / "report" / "eval-junit.xml").exists()
+
+
+# The command line --------------------------------------------------------------------------------
+
+
+def test_the_command_needs_no_network_and_leaves_no_cache(
+    stories_copy: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "hf"
+    for name in ("HF_HOME", "HF_DATASETS_CACHE"):
+        monkeypatch.setitem(test_cli.ENVIRONMENT, name, str(home))
+    done = nbl("eval", stories_copy, "--tasks", folder, "--limit", 8, "--no-retrieval")
+    assert done.code == 0, done.err
+    assert "fruit" in done.out and "words" in done.out and "recovery" in done.out
+    assert not [p for p in home.rglob("*") if p.is_file()]
+    table = [line for line in done.out.splitlines() if line.startswith("fruit")]
+    assert table and " 8 " in table[0]
+
+
+def test_the_gate_is_the_exit_code(stories_copy: Path, tmp_path: Path) -> None:
+    """One row over and over has no standard error, so the gate is as sharp as the recovery."""
+    rows = [{"context": "Once upon a time, there was a little", "target": "girl"}] * 8
+    (tmp_path / "girl.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    asked = ["eval", stories_copy, "--tasks", tmp_path / "girl.jsonl", "--no-retrieval"]
+    value = api.evaluate(stories_copy, settings(tmp_path / "girl.jsonl"))
+    figures = value.tasks[0]["metrics"]["acc"]
+    assert figures["base"]["value"] == 1.0 and figures["recovery"]["se"] == 0.0
+    percent = 100 * figures["recovery"]["value"]
+    above = nbl(*asked, "--min-recovery", percent + 1)
+    assert above.code == 1 and "FAIL" in above.out and "failed" in above.out
+    below = nbl(*asked, "--min-recovery", max(0, percent - 1))
+    assert below.code == 0 and "PASS" in below.out
+    suite = ElementTree.parse(stories_copy / "report" / "eval-junit.xml").getroot().find("testsuite")
+    assert suite is not None and suite.get("failures") == "0" and suite.get("tests") == "2"
+
+
+def test_defaults_of_the_command_are_those_of_the_settings() -> None:
+    given = {p.name: p.default for p in typer.main.get_command(app).commands["eval"].params}  # type: ignore[attr-defined]
+    defaults = vars(api.EvalSettings()) | {"tasks": None}
+    assert {name: given[name] for name in defaults} == defaults
+
+
+BAD = {
+    "limit": (["--limit", "0"], "--limit is 0"),
+    "batch": (["--batch-size", "0"], "--batch-size is 0"),
+    "shots": (["--few-shot", "-1"], "--few-shot is -1"),
+    "samples": (["--retrieval-samples", "0"], "--retrieval-samples is 0"),
+    "nothing": (["--no-retrieval"], "Nothing to evaluate"),
+    "chat": (["--chat-template"], "has no chat template"),
+    "gate": (["--min-recovery", "300"], "--min-recovery is 300"),
+    "numbers": (["--retrieval-contexts", "a"], "--retrieval-contexts is 'a'"),
+    "positions": (["--retrieval-contexts", "400,513"], "513 tokens, the model 512 positions"),
+    "short": (["--retrieval-contexts", "64"], "--retrieval-contexts has 64 tokens"),
+    "missing": (["--tasks", "./nowhere"], "./nowhere does not exist"),
+    "unknown": (["--tasks", "no_such_task", "--no-retrieval"], "no_such_task is neither"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_usage_is_one_sentence(stories_out: Path, name: str) -> None:
+    arguments, words = BAD[name]
+    assert_refused(nbl("eval", stories_out, *arguments), 2, words)
+    assert not (stories_out / "report" / "eval.json").exists()
+
+
+def test_folders_that_have_nothing_to_evaluate(
+    stories_copy: Path, folder: Path, tmp_path: Path, tiny_folder: Path
+) -> None:
+    with pytest.raises(InputError, match="is not an output folder"):
+        api.evaluate(folder, settings(folder))
+    out = tmp_path / "new"
+    api.calibrate(tiny_folder, out, api.CalibrateSettings(samples=16, seq_len=32, heldout_samples=2))
+    with pytest.raises(InputError, match="no finished `select` yet"):
+        api.evaluate(out, settings(folder))
+
+
+def test_an_encoder_is_refused(tmp_path: Path, folder: Path, shared_data: Path) -> None:
+    encoder = text_encoder(tmp_path / "bert", "bert", "BertModel")
+    out = tmp_path / "out"
+    text = str(shared_data / "text" / "tinystories_exllamav2.jsonl.gz")
+    api.calibrate(encoder, out, api.CalibrateSettings((text,), samples=4, seq_len=32, heldout_samples=2))
+    with pytest.raises(InputError, match="is an encoder"):
+        api.evaluate(out, settings(folder))
+
+
+def test_without_the_harness(stories_copy: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = tasks.importlib.util.find_spec
+    monkeypatch.setattr(
+        tasks.importlib.util, "find_spec", lambda name, *a: None if name == "lm_eval" else find_spec(name, *a)
+    )
+    with pytest.raises(MissingDependencyError, match=r"pip install 'nbl-export\[eval\]'") as missing:
+        api.evaluate(stories_copy, settings(folder))
+    assert missing.value.exit_code == 3 and isinstance(missing.value, NblError)
+    # Retrieval needs no harness.
+    only = api.EvalSettings(retrieval_contexts=(400,), retrieval_samples=2)
+    assert api.evaluate(stories_copy, only).retrieval
+
+
+def test_an_evaluation_of_another_version_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "eval.json"
+    for text in ("{", "[]", '{"schema": "nbl-export/eval/0"}', f'{{"schema": "{results.SCHEMA}"}}'):
+        path.write_text(text)
+        with pytest.raises(InputError, match="run `nbl-export eval` again"):
+            load_evaluation(path)
