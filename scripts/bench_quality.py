@@ -1,0 +1,205 @@
+"""Method loss by criterion, fit and K: what each way of choosing and fitting layers costs on text it has not seen.
+
+    python scripts/bench_quality.py MODEL CALIBRATION --judge NAME=TEXT … [--tasks FOLDER] [--out DIR]
+
+Calibrates once on CALIBRATION, then for each way and K selects as `nbl-export select` does and measures on every
+--judge text (its first --tokens tokens, packed in rows of 512)
+
+excess    ln(perplexity linearized / perplexity original), ± its standard error over documents
+÷ paper   that excess by the one of the paper's way (CCA ranking, plain LMMSE) with the same K on the same text
+KL        of the next token, original to linearized, in nats
+
+and, with --tasks, the mean accuracy over a folder's tasks (--limit rows of each, drawn by a seed), with PyTorch.
+The judged texts decide nothing: layers are chosen on a part of CALIBRATION. What is done is kept in DIR/quality.json
+and not done again; the table is DIR/quality.md. Models are run in bfloat16 where the processor multiplies it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nbl_export import api
+from nbl_export.calibrate.text import documents, end_token
+from nbl_export.evaluate.harness import DecoderLM
+from nbl_export.evaluate.scoring import Limits
+from nbl_export.evaluate.tasks import TaskSettings, find_tasks, run_task
+from nbl_export.linearize.loss import LossMeter
+from nbl_export.linearize.plan import Plan
+from nbl_export.linearize.swap import linearized
+from nbl_export.models.layers import positions
+from nbl_export.models.load import fast_dtype, in_precision, load_model, load_tokenizer
+from nbl_export.models.source import find_model
+from nbl_export.progress import Silent
+from nbl_export.report.environment import environment
+from nbl_export.runtime.torch import torch_stream
+
+SEQ_LEN = 512
+PAPER = "cca, lmmse"
+WAYS: Mapping[str, Mapping[str, Any]] = {
+    PAPER: {"criterion": "cca"},
+    "nmse, lmmse": {"criterion": "nmse"},
+    "linearity, lmmse": {"criterion": "linearity"},
+    "kl, lmmse": {"criterion": "kl"},
+    "greedy, lmmse": {"criterion": "greedy"},
+    "greedy, weighted": {"criterion": "greedy", "fit": "weighted"},
+    "greedy, sequential": {"criterion": "greedy", "fit": "sequential"},
+    "greedy, lmmse, ridge by held-out error": {"criterion": "greedy", "ridge": None},
+    "drop, drop": {"criterion": "drop", "fit": "drop"},
+    "greedy, lmmse, repaired": {"criterion": "greedy", "repair": 200},
+}
+
+
+class Judge:
+    """One text that ways are judged on."""
+
+    def __init__(self, model: torch.nn.Module, tokenizer: Any, text: str, tokens: int) -> None:
+        rows, owners = packed(tokenizer, text, tokens)
+        self.meter = LossMeter(model, rows, owners, "normed")
+
+    def __call__(self, plan: Plan) -> dict[str, float]:
+        return self.meter.measure({i: plan.layers[i] for i in plan.chosen}).as_json()
+
+
+def packed(tokenizer: Any, text: str, tokens: int) -> tuple[Any, Any]:
+    """The first ``tokens`` of a text in rows, and the document that each belongs to."""
+    ids: list[int] = []
+    owners: list[int] = []
+    for number, document in enumerate(t for t in documents((text,), "text") if t.strip()):
+        own = [
+            *tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"],
+            end_token(tokenizer),
+        ]
+        ids += own
+        owners += [number] * len(own)
+        if len(ids) >= tokens:
+            break
+    whole = min(len(ids), tokens) // SEQ_LEN * SEQ_LEN
+    return tuple(np.array(a[:whole], dtype=np.int32).reshape(-1, SEQ_LEN) for a in (ids, owners))  # type: ignore[return-value]
+
+
+def task_accuracy(
+    model: torch.nn.Module, tokenizer: Any, plan: Plan | None, folder: str, limit: int
+) -> dict[str, float]:
+    """The mean over the tasks of their scored metric, and its standard error over documents."""
+    settings = TaskSettings(limit=limit)
+    vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
+    means, variances = [], []
+    for task in find_tasks((folder,), settings):
+        stream = torch_stream(model, plan.chosen if plan else ())
+        lm = DecoderLM(stream, tokenizer, Limits(positions(model) or 2048, vocabulary), Silent())
+        if plan:
+            with linearized(model, plan):
+                outcome = run_task(lm, task, settings)
+        else:
+            outcome = run_task(lm, task, settings)
+        if outcome.scored:
+            scores = np.array(outcome.scores[outcome.scored])
+            means.append(scores.mean())
+            variances.append(scores.var(ddof=1) / len(scores))
+    return {"accuracy": float(np.mean(means)), "accuracy_se": math.sqrt(sum(variances)) / len(means)}
+
+
+def cells(arguments: argparse.Namespace) -> Iterator[tuple[str, int]]:
+    for way in arguments.ways or WAYS:
+        for k in arguments.k:
+            yield way, k
+
+
+def table(results: Mapping[str, Any], judges: list[str]) -> str:
+    """The results as Markdown."""
+    columns = ["way", "K", *(f"{j} {c}" for j in judges for c in ("excess", "÷ paper", "KL"))]
+    columns += ["tasks", "seconds", "layers"]
+    lines = [columns, ["---"] * len(columns)]
+    for key, cell in results.items():
+        if "|" not in key:
+            continue
+        way, k = key.split("|")
+        line = [way, k]
+        for judge in judges:
+            loss = cell["losses"][judge]
+            paper = results.get(f"{PAPER}|{k}", {}).get("losses", {}).get(judge)
+            line += [
+                f"{loss['excess']:.4f} ± {loss['excess_se']:.4f}",
+                f"{loss['excess'] / paper['excess']:.2f}" if paper else "–",
+                f"{loss['kl']:.4f} ± {loss['kl_se']:.4f}",
+            ]
+        accuracy = cell.get("accuracy")
+        line.append(f"{accuracy:.1%} ± {cell['accuracy_se']:.1%}" if accuracy is not None else "–")
+        line += [f"{cell['seconds']:.0f}", " ".join(map(str, cell["layers"]))]
+        lines.append(line)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model")
+    parser.add_argument("calibration", nargs="+")
+    parser.add_argument("--judge", action="append", required=True, metavar="NAME=TEXT")
+    parser.add_argument("--tokens", type=int, default=12288, help="judged tokens of each text")
+    parser.add_argument("--k", type=int, nargs="+", default=[4, 8, 12, 16])
+    parser.add_argument("--ways", nargs="+", choices=WAYS)
+    parser.add_argument(
+        "--samples", type=int, default=256, help="calibration rows of 512 tokens, as far as there are"
+    )
+    parser.add_argument("--selection-samples", type=int, default=16)
+    parser.add_argument("--tasks", help="a folder of .jsonl tasks")
+    parser.add_argument("--limit", type=int, default=40)
+    parser.add_argument("--out", type=Path, default=Path("out/bench-quality"))
+    arguments = parser.parse_args()
+    text = api.CalibrateSettings(
+        tuple(arguments.calibration), arguments.samples, SEQ_LEN, 1, arguments.selection_samples
+    )
+    api.calibrate(arguments.model, arguments.out, text)
+    path = arguments.out / "quality.json"
+    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    source = find_model(arguments.model)
+    tokenizer = load_tokenizer(source)
+    exact: Any = load_model(source)
+    dtype = fast_dtype()
+    model = exact if dtype == "float32" else in_precision(exact, dtype)
+    judges = dict(j.split("=", 1) for j in arguments.judge)
+    opened = {name: Judge(model, tokenizer, text, arguments.tokens) for name, text in judges.items()}
+    if arguments.tasks and "original" not in results:
+        results["original"] = task_accuracy(model, tokenizer, None, arguments.tasks, arguments.limit)
+    for way, k in cells(arguments):
+        if f"{way}|{k}" in results:
+            continue
+        start = time.perf_counter()
+        plan = api.select(arguments.out, api.SelectSettings(k=k, **WAYS[way]))
+        cell: dict[str, Any] = {"seconds": time.perf_counter() - start, "layers": list(plan.chosen)}
+        cell["losses"] = {name: judge(plan) for name, judge in opened.items()}
+        if arguments.tasks:
+            cell |= task_accuracy(model, tokenizer, plan, arguments.tasks, arguments.limit)
+        results[f"{way}|{k}"] = cell
+        path.write_text(json.dumps(results, indent=1))
+        print(f"{way}, K = {k}: {cell}", flush=True)
+    machine = environment()
+    original = results.get("original")
+    said = (
+        f"{arguments.model}, calibrated on {', '.join(arguments.calibration)}; {dtype}. "
+        + (
+            f"Tasks, original: {original['accuracy']:.1%} ± {original['accuracy_se']:.1%}. "
+            if original
+            else ""
+        )
+        + f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB; torch "
+        f"{machine['packages']['torch']}."
+    )
+    written = f"{table(results, list(judges))}\n\n{said}\n"
+    (arguments.out / "quality.md").write_text(written, encoding="utf-8")
+    print(written)
+
+
+if __name__ == "__main__":
+    main()
