@@ -53,6 +53,7 @@ from nbl_export.options import (
     PrecisionOpt,
     QualityOpt,
     RepairOpt,
+    RepairRankOpt,
     RetrievalContextsOpt,
     RetrievalOpt,
     RetrievalSamplesOpt,
@@ -143,6 +144,7 @@ def run(
     criterion: CriterionOpt = None,
     fit: FitOpt = "lmmse",
     repair: RepairOpt = 0,
+    repair_rank: RepairRankOpt = 16,
     fit_input: FitInputOpt = "normed",
     ridge: RidgeOpt = "1e-6",
     calibration: CalibrationOpt = None,
@@ -182,6 +184,7 @@ def run(
             criterion,
             fit,
             repair,
+            repair_rank,
             fit_input,
             ridge,
             seed,
@@ -231,6 +234,7 @@ def select(
     criterion: CriterionOpt = None,
     fit: FitOpt = "lmmse",
     repair: RepairOpt = 0,
+    repair_rank: RepairRankOpt = 16,
     fit_input: FitInputOpt = "normed",
     ridge: RidgeOpt = "1e-6",
     seed: SeedOpt = 0,
@@ -240,7 +244,7 @@ def select(
     from nbl_export.terminal import TerminalListener
 
     budget = _budget(max_kl, max_ppl_ratio, min_speedup)
-    settings = _selection(k, budget, layers, criterion, fit, repair, fit_input, ridge, seed)
+    settings = _selection(k, budget, layers, criterion, fit, repair, repair_rank, fit_input, ridge, seed)
     plan = api.select(out, settings, TerminalListener())
     _say(f"Plan: layers {', '.join(map(str, plan.chosen)) or 'none'}. Next: nbl-export export {out}")
 
@@ -422,6 +426,7 @@ def _selection(
     criterion: str | None,
     fit: Any,
     repair: int,
+    repair_rank: int,
     fit_input: Any,
     ridge: str,
     seed: int,
@@ -434,7 +439,9 @@ def _selection(
     elif k is not None:
         count = _number("--k", k, int, "a whole number or auto")
     how_far = None if ridge == "auto" else _number("--ridge", ridge, float, "a number or auto")
-    return SelectSettings(count, _layers(layers), criterion, fit_input, how_far, fit, repair, seed, budget)
+    return SelectSettings(
+        count, _layers(layers), criterion, fit_input, how_far, fit, repair, repair_rank, seed, budget
+    )
 
 
 def _budget(max_kl: float | None, max_ppl_ratio: float | None, min_speedup: float | None) -> Any:

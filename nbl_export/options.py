@@ -99,7 +99,7 @@ FitOpt = Annotated[
 RepairOpt = Annotated[
     int,
     _option(
-        "Then distil W and b for so many steps of 1,024 tokens.",
+        "Then distil W and b, and the MLPs behind, for so many steps of 1,024 tokens.",
         "--repair",
         panel=_LAYERS,
         metavar="STEPS",
@@ -108,6 +108,15 @@ RepairOpt = Annotated[
 FitInputOpt = Annotated[
     Literal["normed", "residual"],
     _option("normed or residual: the stream after or before the input norm.", panel=_LAYERS, metavar="NAME"),
+]
+RepairRankOpt = Annotated[
+    int,
+    _option(
+        "Rank of what the repair may change in the MLPs behind, merged into their weights; 0: the maps alone.",
+        "--repair-rank",
+        panel=_LAYERS,
+        metavar="R",
+    ),
 ]
 RidgeOpt = Annotated[
     str,

@@ -27,6 +27,7 @@ def auto_budget(budget: Budget) -> Budget:
 
 # What measures best (docs/selection.md); the paper's criterion is cca.
 DECODER_CRITERION, ENCODER_CRITERION = "greedy", "cca"
+REPAIR_RANK = 16
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class SelectSettings:
     """Which layers: the ``k`` best by ``criterion``, as many as ``budget`` allows, or exactly ``layers``; how fitted.
 
     ``criterion`` None is what suits the task. ``ridge`` None is chosen by held-out error. ``repair`` is the number of
-    steps of distillation, drawn by ``seed``.
+    steps of distillation, drawn by ``seed``, and ``repair_rank`` that of the changes it may make to the MLPs.
     """
 
     k: int | None = None
@@ -44,6 +45,7 @@ class SelectSettings:
     ridge: float | None = DEFAULT_RIDGE
     fit: FitName = "lmmse"
     repair: int = 0
+    repair_rank: int = REPAIR_RANK
     seed: int = 0
     budget: Budget = NO_BUDGET
 
@@ -76,6 +78,8 @@ class SelectSettings:
             raise InputError(f"--ridge is {self.ridge:g}; it must be between 0 and {MAX_RIDGE:g}, or auto.")
         if self.repair < 0:
             raise InputError(f"--repair is {self.repair}; it must be 0 steps or more.")
+        if self.repair_rank < 0:
+            raise InputError(f"--repair-rank is {self.repair_rank}; it must be 0 (the maps alone) or more.")
         if self.repair and self.fit == "drop":
             raise InputError(
                 "--fit drop leaves layers out, and there is nothing to repair: leave --repair out."

@@ -32,7 +32,7 @@ from nbl_export.calibrate.text import documents, end_token
 from nbl_export.evaluate.harness import DecoderLM
 from nbl_export.evaluate.scoring import Limits
 from nbl_export.evaluate.tasks import TaskSettings, find_tasks, run_task
-from nbl_export.linearize.loss import LossMeter
+from nbl_export.linearize.loss import LossMeter, loss_of_plan
 from nbl_export.linearize.plan import Plan
 from nbl_export.linearize.swap import linearized
 from nbl_export.models.layers import positions
@@ -66,7 +66,7 @@ class Judge:
         self.meter = LossMeter(model, rows, owners, "normed")
 
     def __call__(self, plan: Plan) -> dict[str, float]:
-        return self.meter.measure({i: plan.layers[i] for i in plan.chosen}).as_json()
+        return loss_of_plan(self.meter, plan).as_json()
 
 
 def packed(tokenizer: Any, text: str, tokens: int) -> tuple[Any, Any]:

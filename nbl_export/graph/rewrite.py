@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from nbl_export.errors import BuildError, InputError
+from nbl_export.graph.adapt import merge_adapters
 from nbl_export.graph.cache import KV_LAYERS_KEY, PIXELS, kv_pairs, metadata_list, remove_pairs
 from nbl_export.graph.io import (
     GraphSummary,
@@ -84,6 +85,7 @@ def rewrite_file(
     tolerance = PROOF_TOLERANCE[graph_precision(model).name]
     proven = [p for p in proofs.values() if p.holds(tolerance)]
     replace(model, {r.layer: r for r in regions}, proofs, plan)
+    merge_adapters(model, plan.adapters)
     _describe(model, proven, plan, cached=before.kv_pairs > 0)
 
     def check(written: Path) -> None:

@@ -22,8 +22,8 @@ import torch
 from numpy.typing import NDArray
 
 from nbl_export.linearize.lmmse import FitInput
-from nbl_export.linearize.plan import LinearLayer
-from nbl_export.linearize.swap import replaced
+from nbl_export.linearize.plan import LinearLayer, Plan
+from nbl_export.linearize.swap import linearized, replaced
 from nbl_export.models.layers import attention_layers
 from nbl_export.models.resume import beginning_at, inputs_kept
 
@@ -202,3 +202,11 @@ class LossMeter:
     def _logits(self, row: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.model(input_ids=row[None], use_cache=False).logits[0]
         return logits
+
+
+def loss_of_plan(meter: LossMeter, plan: Plan) -> Loss:
+    """The loss of the meter's model with ``plan`` applied."""
+    if not plan.layers:
+        return meter.measure({})
+    meter.settle({})
+    return meter.measure_within(linearized(meter.model, plan), min(plan.chosen))

@@ -7,7 +7,7 @@ JSON holds the SHA-256 of both, so neither can be edited or cut without being no
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbl_export.errors import InputError
+from nbl_export.linearize.adapters import Adapter
 from nbl_export.linearize.lmmse import FitInput
 from nbl_export.tensorfile import open_tensors, save_tensors
 from nbl_export.workspace import read_json, sha256_of_file, sha256_of_json, write_json
@@ -40,7 +41,8 @@ class Plan:
     ``attention_mask`` …, int64 [batch, sequence]) or images; ``probe_u`` and ``probe_y`` are what the
     original PyTorch model had as u and y there in **every** attention layer, float32 [unpadded tokens, d].
     ``layer_count`` counts all blocks, also those that have no attention. ``fit`` names the way W and b were fitted,
-    ``repair`` the steps of distillation after it; ``ridge`` is None where it was chosen layer by layer.
+    ``repair`` the steps of distillation after it; ``ridge`` is None where it was chosen layer by layer. ``adapters``
+    are what a repair changes of the weights that stay, by the name of the model's parameter.
     """
 
     model: str
@@ -56,6 +58,7 @@ class Plan:
     probe_y: Mapping[int, F32]
     fit: str = "lmmse"
     repair: int = 0
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)
 
     @property
     def chosen(self) -> tuple[int, ...]:
@@ -73,7 +76,7 @@ class Plan:
 
     def without_layers(self) -> Plan:
         """The plan that linearizes nothing: of the unmodified model."""
-        return replace(self, layers={})
+        return replace(self, layers={}, adapters={})
 
 
 class _StoredLayers(Mapping[int, LinearLayer]):
@@ -103,6 +106,8 @@ def save_plan(path: Path, plan: Plan) -> None:
         tensors[f"layers.{index}.w"], tensors[f"layers.{index}.b"] = layer.w, layer.b
     for index in plan.probe_u:
         tensors[f"probe_u.{index}"], tensors[f"probe_y.{index}"] = plan.probe_u[index], plan.probe_y[index]
+    for name, adapter in plan.adapters.items():
+        tensors[f"adapters.{name}.up"], tensors[f"adapters.{name}.down"] = adapter.up, adapter.down
     weights = path.with_suffix(".safetensors")
     save_tensors(weights, FORMAT, tensors)
     header = {
@@ -116,6 +121,7 @@ def save_plan(path: Path, plan: Plan) -> None:
         "fit": plan.fit,
         "ridge": plan.ridge,
         "repair": plan.repair,
+        "adapters": {name: list(adapter.digests) for name, adapter in plan.adapters.items()},
         "calibration_tokens": plan.calibration_tokens,
         "weights": weights.name,
         "weights_sha256": sha256_of_file(weights),
@@ -141,7 +147,7 @@ def load_plan(path: Path) -> Plan:
         groups: dict[str, dict[str, Any]] = {"probe": {}, "probe_u": {}, "probe_y": {}}
         for key in stored:
             group, _, rest = key.partition(".")
-            if group != "layers":
+            if group not in ("layers", "adapters"):
                 groups[group][rest] = stored[key]
         plan = Plan(
             model=header["model"],
@@ -157,6 +163,10 @@ def load_plan(path: Path) -> Plan:
             probe_y={int(i): v for i, v in groups["probe_y"].items()},
             fit=header.get("fit", "lmmse"),
             repair=header.get("repair", 0),
+            adapters={
+                name: Adapter(stored[f"adapters.{name}.up"], stored[f"adapters.{name}.down"], tuple(digests))
+                for name, digests in header.get("adapters", {}).items()
+            },
         )
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} is damaged ({type(error).__name__}: {error}): {_REMEDY}.") from None
@@ -180,3 +190,7 @@ def _check(path: Path, plan: Plan) -> None:
             )
         if not (np.isfinite(layer.w).all() and np.isfinite(layer.b).all()):
             raise InputError(f"{path}: W or b of layer {index} is NaN or infinite: {_REMEDY}.")
+    for name, adapter in plan.adapters.items():
+        fits = adapter.up.ndim == adapter.down.ndim == 2 and adapter.up.shape[1] == adapter.down.shape[0]
+        if not fits or not (np.isfinite(adapter.up).all() and np.isfinite(adapter.down).all()):
+            raise InputError(f"{path}: the change of {name} is no product of two finite matrices: {_REMEDY}.")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nbl_export.errors import InputError
+from nbl_export.linearize.adapters import adapted
 from nbl_export.linearize.lmmse import FitInput
 from nbl_export.linearize.plan import LinearLayer, Plan
 from nbl_export.models.layers import attention_layers, hidden_size, hidden_states, layer_count
@@ -79,7 +80,7 @@ def linearized(model: torch.nn.Module, plan: Plan) -> Iterator[torch.nn.Module]:
             f"The plan is for {plan.layer_count} layers of width {plan.hidden_size}; this model has "
             f"{count} of width {hidden_size(model)}: run `nbl-export select` for this model."
         )
-    with replaced(model, plan.layers, plan.fit_input):
+    with replaced(model, plan.layers, plan.fit_input), adapted(model, plan.adapters):
         yield model
 
 

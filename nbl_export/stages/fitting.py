@@ -14,6 +14,7 @@ from nbl_export.settings import SelectSettings
 if TYPE_CHECKING:
     from nbl_export.calibrate.moments import LayerMoments, Moments
     from nbl_export.linearize.lmmse import LinearFit
+    from nbl_export.linearize.repair import Repaired
     from nbl_export.stages.measured import Measured
 
 
@@ -87,8 +88,8 @@ class Fitting:
                 measured.exact_model, tokens, chosen, measured.fit_input, self._solve, task.advance
             )
 
-    def repaired(self, maps: Mapping[int, LinearLayer]) -> dict[int, LinearLayer]:
-        """``maps`` after the steps of distillation that the settings ask for."""
+    def repaired(self, maps: Mapping[int, LinearLayer]) -> Repaired:
+        """``maps`` after the steps of distillation that the settings ask for, and what it changed beside them."""
         from nbl_export.linearize.lmmse import branch_covariances
         from nbl_export.linearize.repair import repair
 
@@ -96,9 +97,17 @@ class Fitting:
         covariances = {i: branch_covariances(self._moments.layers[i], settings.fit_input) for i in maps}
         with self._listener.task("Repairing", settings.repair, "steps") as task:
             return repair(
-                measured.model, maps, covariances, settings.fit_input, measured.text.calibration, settings.repair,
-                settings.seed, task.advance,
-            )  # fmt: skip
+                measured.model,
+                maps,
+                covariances,
+                settings.fit_input,
+                measured.text.calibration,
+                settings.repair,
+                settings.seed,
+                settings.repair_rank,
+                measured.exact_model,
+                task.advance,
+            )
 
     def _solve(self, layer: int, moments: LayerMoments) -> LinearFit:
         from nbl_export.linearize.lmmse import fit_lmmse, ridge_by_heldout_error

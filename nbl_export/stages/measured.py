@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.errors import InputError
-from nbl_export.linearize.loss import LossMeter
+from nbl_export.linearize.loss import Loss, LossMeter, loss_of_plan
 from nbl_export.linearize.search import LossCache, MeasuredSets
 from nbl_export.progress import Listener
 from nbl_export.run import Run
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from nbl_export.calibrate.text import CalibrationText
     from nbl_export.linearize.lmmse import FitInput
-    from nbl_export.linearize.plan import LinearLayer
+    from nbl_export.linearize.plan import LinearLayer, Plan
 
 _FORMAT = "nbl-export/measured/1"
 
@@ -65,6 +65,10 @@ class Measured:
             return LossMeter(
                 self.model, text.selection, text.selection_document, self.fit_input, task.advance
             )
+
+    def loss_of(self, plan: Plan) -> Loss:
+        """The loss of the model with ``plan`` applied, on the selection text."""
+        return loss_of_plan(self.meter, plan)
 
     def sets(self, maps: Mapping[int, LinearLayer], **fitted: Any) -> MeasuredSets:
         """The sets of layers with ``maps``, which depend on ``fitted`` and the calibration alone."""

@@ -58,8 +58,8 @@ def select(run: Run, settings: SelectSettings) -> Plan:
                 return SpeedMeter(ws, empty, lambda k: {i: maps[i] for i in prefix(k)}, limit, listener)
 
             chosen, curve = choose(choosing, candidates, settings, speeds, listener)
-        maps, result = _maps(chosen, fitting, settings, measured)
-        save_plan(ws.plan, replace(empty, layers=maps))
+        plan, result = _fitted(empty, chosen, fitting, settings, measured)
+        save_plan(ws.plan, plan)
         kinds = metadata.get("kinds", {})
         scores = [{**c.as_json(), "kind": kinds.get(str(c.layer), FULL)} for c in candidates]
         others = metadata.get("others", {})
@@ -70,18 +70,20 @@ def select(run: Run, settings: SelectSettings) -> Plan:
     return load_plan(ws.plan)
 
 
-def _maps(
-    chosen: Sequence[int], fitting: Fitting, settings: SelectSettings, measured: Measured
-) -> tuple[dict[int, LinearLayer], dict[str, Any] | None]:
-    """The maps of the layers chosen, and what they cost on the selection text where the model was run for them."""
+def _fitted(
+    empty: Plan, chosen: Sequence[int], fitting: Fitting, settings: SelectSettings, measured: Measured
+) -> tuple[Plan, dict[str, Any] | None]:
+    """The plan of the layers chosen, and what it costs on the selection text where the model was run for it."""
     maps = fitting.final(chosen)
+    plan = replace(empty, layers=maps)
     if not chosen or not (settings.repair or settings.fit == "sequential"):
-        return maps, None
+        return plan, None
+    before = measured.loss_of(plan)
     if not settings.repair:
-        return maps, {"loss": measured.meter.measure(maps).as_json()}
+        return plan, {"loss": before.as_json()}
     repaired = fitting.repaired(maps)
-    before, after = (measured.meter.measure(m) for m in (maps, repaired))
-    return repaired, {"loss": after.as_json(), "before_repair": before.as_json()}
+    plan = replace(plan, layers=repaired.maps, adapters=repaired.adapters)
+    return plan, {"loss": measured.loss_of(plan).as_json(), "before_repair": before.as_json()}
 
 
 def _plan(

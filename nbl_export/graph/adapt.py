@@ -1,0 +1,62 @@
+"""Merge a plan's low-rank changes into the weights of a graph.
+
+    before                          after
+    x ─► MatMul(Wᵀ) ─► …            x ─► MatMul((W + up · down)ᵀ) ─► …
+
+1. *Find.* A weight is found by its bytes, in whatever precision and orientation the exporter wrote it.
+2. *Count.* Each must be there exactly once. A quantized graph holds none of them, and is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from nbl_export.errors import BuildError
+from nbl_export.graph.tensors import Slot, slots
+from nbl_export.linearize.adapters import Adapter, digest_of, is_transposed
+
+
+def merge_adapters(model: ir.Model, adapters: Mapping[str, Adapter]) -> None:
+    """Change the weights of ``model`` in place; raises :class:`BuildError` if one is not there exactly once."""
+    if not adapters:
+        return
+    wanted = {digest: (name, a) for name, a in adapters.items() for digest in a.digests}
+    shapes = {shape for a in adapters.values() for shape in _shapes(a)}
+    found: dict[str, list[tuple[Slot, int, str]]] = {name: [] for name in adapters}
+    for slot in slots(model):
+        for position, tensor in enumerate(slot.tensors):
+            if tuple(tensor.shape) in shapes and (digest := digest_of(tensor.numpy())) in wanted:
+                found[wanted[digest][0]].append((slot, position, digest))
+    for name, places in found.items():
+        if len(places) != 1:
+            raise BuildError(
+                f"The plan's repair changes the weight {name}, which the graph holds {len(places)} times as the model "
+                "has it, not once (a quantized graph holds none): select with --repair-rank 0, or export in fp32, fp16 "
+                "or bf16."
+            )
+        slot, position, digest = places[0]
+        tensors = list(slot.tensors)
+        tensors[position] = _merged(tensors[position], adapters[name], digest)
+        slot.put(tensors)
+
+
+def _shapes(adapter: Adapter) -> tuple[tuple[int, int], tuple[int, int]]:
+    m, n = adapter.up.shape[0], adapter.down.shape[1]
+    return (m, n), (n, m)
+
+
+def _merged(tensor: ir.TensorProtocol, adapter: Adapter, digest: str) -> ir.TensorProtocol:
+    """The changed weight, computed when it is written."""
+
+    def compute() -> ir.TensorProtocol:
+        original: NDArray[Any] = tensor.numpy()
+        change = adapter.change()
+        changed = original.astype(np.float32) + (change.T if is_transposed(adapter, digest) else change)
+        return ir.tensor(changed.astype(original.dtype), dtype=tensor.dtype, name=tensor.name)
+
+    return ir.LazyTensor(compute, dtype=tensor.dtype, shape=ir.Shape(tensor.numpy().shape), name=tensor.name)
