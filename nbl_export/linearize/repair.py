@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 # Tokens of a step; rows of text are taken until there are as many.
 _STEP_TOKENS = 1024
-_MAP_RATE, _UP_RATE, _DOWN_RATE = 4e-3, 5e-3, 1e-3
+_MAP_RATE, _UP_RATE, _DOWN_RATE = 12e-3, 16e-3, 3e-3
 _WARM_UP = 10
 _LAST_RATE = 0.05  # of the rates, at the end of the cosine
 _PLACES = 64  # whose distributions are worked on at a time
