@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from nbl_export import __version__
+from nbl_export import __version__, given
 from nbl_export.errors import GATE_FAILED, INTERNAL, INTERRUPTED, NblError, os_error_in_words
 from nbl_export.options import (
     TRT_CHOICES,
@@ -177,9 +177,9 @@ def run(
     value = api.run(
         model,
         output,
-        _selection(
+        given.select_settings(
             k,
-            _budget(max_kl, max_ppl_ratio, min_speedup),
+            given.budget(max_kl, max_ppl_ratio, min_speedup),
             layers,
             criterion,
             fit,
@@ -189,12 +189,14 @@ def run(
             ridge,
             seed,
         ),
-        _calibration(calibration, text_field, samples, seq_len, selection_samples, heldout_samples, seed),
-        _verification(decode_steps, contexts, rounds, quality, speed),
+        given.calibration_settings(
+            calibration, text_field, samples, seq_len, selection_samples, heldout_samples, seed
+        ),
+        given.verify_settings(decode_steps, contexts, rounds, quality, speed),
         TerminalListener(),
         trust_remote_code,
-        _exporting(exporter, exporter_python, precision, kv_cache, bool(trt)),
-        _engines(trt, sm, max_batch, max_seq, max_context) if trt else None,
+        given.export_settings(exporter, exporter_python, precision, kv_cache, bool(trt)),
+        given.engine_settings(trt, sm, max_batch, max_seq, max_context) if trt else None,
     )
     _finish(value, output)
 
@@ -216,7 +218,7 @@ def calibrate(
     from nbl_export import api
     from nbl_export.terminal import TerminalListener
 
-    settings = _calibration(
+    settings = given.calibration_settings(
         calibration, text_field, samples, seq_len, selection_samples, heldout_samples, seed
     )
     api.calibrate(model, output, settings, TerminalListener(), trust_remote_code)
@@ -243,8 +245,10 @@ def select(
     from nbl_export import api
     from nbl_export.terminal import TerminalListener
 
-    budget = _budget(max_kl, max_ppl_ratio, min_speedup)
-    settings = _selection(k, budget, layers, criterion, fit, repair, repair_rank, fit_input, ridge, seed)
+    budget = given.budget(max_kl, max_ppl_ratio, min_speedup)
+    settings = given.select_settings(
+        k, budget, layers, criterion, fit, repair, repair_rank, fit_input, ridge, seed
+    )
     plan = api.select(out, settings, TerminalListener())
     _say(f"Plan: layers {', '.join(map(str, plan.chosen)) or 'none'}. Next: nbl-export export {out}")
 
@@ -262,7 +266,7 @@ def export(
     from nbl_export.terminal import TerminalListener
 
     path = api.export(
-        out, _exporting(exporter, exporter_python, precision, kv_cache, False), TerminalListener()
+        out, given.export_settings(exporter, exporter_python, precision, kv_cache, False), TerminalListener()
     )
     _say(f"Exported {path}. Next: nbl-export rewrite {out}")
 
@@ -310,7 +314,7 @@ def build(
     from nbl_export.report.tables import engines_table
     from nbl_export.terminal import TerminalListener, show_tables
 
-    settings = _engines(trt, sm, max_batch, max_seq, max_context)
+    settings = given.engine_settings(trt, sm, max_batch, max_seq, max_context)
     engines = api.build(out, settings, TerminalListener())
     show_tables([engines_table([e.manifest.as_json() for e in engines])])
     _say(f"Built {out / 'engine'}. Next: nbl-export verify {out}")
@@ -329,7 +333,7 @@ def verify(
     from nbl_export import api
     from nbl_export.terminal import TerminalListener
 
-    settings = _verification(decode_steps, contexts, rounds, quality, speed)
+    settings = given.verify_settings(decode_steps, contexts, rounds, quality, speed)
     _finish(api.verify(out, settings, TerminalListener()), out)
 
 
@@ -353,7 +357,7 @@ def evaluate(
     from nbl_export.terminal import TerminalListener, show_evaluation
 
     contexts = (
-        _numbers("--retrieval-contexts", retrieval_contexts) if retrieval_contexts is not None else None
+        given.numbers("--retrieval-contexts", retrieval_contexts) if retrieval_contexts is not None else None
     )
     settings = EvalSettings(
         tuple(tasks or ()),
@@ -395,94 +399,6 @@ def inspect(
     from nbl_export.terminal import show_tables
 
     show_tables(api.inspect(path))
-
-
-def _layers(text: str | None) -> tuple[int, ...] | None:
-    return None if text is None else _numbers("--layers", text)
-
-
-def _numbers(option: str, text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise typer.BadParameter(
-            f"{option} is {text!r}; give whole numbers with commas, as 3,7,12."
-        ) from None
-
-
-def _calibration(
-    sources: Any, field: str, samples: int, seq_len: int, selection: int, heldout: int, seed: int
-) -> Any:
-    from nbl_export.settings import CalibrateSettings
-
-    named = tuple(sources or ("self",))
-    return CalibrateSettings(named, samples, seq_len, heldout, selection, field, seed)
-
-
-def _selection(
-    k: str | None,
-    budget: Any,
-    layers: str | None,
-    criterion: str | None,
-    fit: Any,
-    repair: int,
-    repair_rank: int,
-    fit_input: Any,
-    ridge: str,
-    seed: int,
-) -> Any:
-    from nbl_export.settings import SelectSettings, auto_budget
-
-    count = None
-    if k == "auto":
-        budget = auto_budget(budget)
-    elif k is not None:
-        count = _number("--k", k, int, "a whole number or auto")
-    how_far = None if ridge == "auto" else _number("--ridge", ridge, float, "a number or auto")
-    return SelectSettings(
-        count, _layers(layers), criterion, fit_input, how_far, fit, repair, repair_rank, seed, budget
-    )
-
-
-def _budget(max_kl: float | None, max_ppl_ratio: float | None, min_speedup: float | None) -> Any:
-    from nbl_export.linearize.budget import Budget
-
-    return Budget(max_kl, max_ppl_ratio, min_speedup)
-
-
-def _number(option: str, text: str, kind: Any, wanted: str) -> Any:
-    try:
-        return kind(text)
-    except ValueError:
-        raise typer.BadParameter(f"{option} is {text!r}; give {wanted}.") from None
-
-
-def _exporting(
-    exporter: str, python: str | None, precision: str | None, kv_cache: str | None, engines: bool
-) -> Any:
-    from nbl_export.export.choices import choices_of
-    from nbl_export.settings import ExportSettings
-
-    offered = choices_of(exporter)
-    # What an engine is fastest with, where the user does not say.
-    if engines:
-        precision = precision or ("fp16" if "fp16" in offered.precisions else None)
-    return ExportSettings(precision or offered.precisions[0], kv_cache, exporter, python)
-
-
-def _engines(
-    library: str | None, sm: str | None, max_batch: int, max_seq: int | None, max_context: int | None
-) -> Any:
-    from nbl_export.settings import EngineSettings
-
-    targets = tuple(sm.split(",")) if sm else ()
-    return EngineSettings(library or "auto", max_batch, max_seq, max_context, targets)
-
-
-def _verification(steps: int, contexts: str, rounds: int, quality: bool, speed: bool) -> Any:
-    from nbl_export.settings import VerifySettings
-
-    return VerifySettings(steps, quality, speed, _numbers("--contexts", contexts), rounds)
 
 
 def _say(text: str) -> None:
