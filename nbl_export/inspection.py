@@ -150,7 +150,9 @@ def _plan(path: Path) -> list[Table]:
         ("linearized", ", ".join(map(str, plan.chosen)) or "none"),
         ("criterion", plan.criterion),
         ("fit input", plan.fit_input),
-        ("ridge", f"{plan.ridge:g}"),
+        ("fit", plan.fit),
+        ("ridge", "by held-out error" if plan.ridge is None else f"{plan.ridge:g}"),
+        ("repair", f"{plan.repair:,} steps" if plan.repair else "none"),
         ("calibration tokens", f"{plan.calibration_tokens:,}"),
     )
     return [Table(str(path), ("", "value"), facts)]
@@ -209,6 +211,9 @@ def _folder(path: Path) -> list[Table]:
 
 def _settings(settings: dict[str, object]) -> str:
     def shown(value: object) -> str:
+        if isinstance(value, dict):
+            return ",".join(f"{k}:{v}" for k, v in value.items() if v is not None)
         return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
-    return " ".join(f"{k}={shown(v)}" for k, v in settings.items() if v is not None)
+    texts = ((k, shown(v)) for k, v in settings.items() if v is not None)
+    return " ".join(f"{k}={text}" for k, text in texts if text)

@@ -78,7 +78,7 @@ def stories_out(stories_folder: Path, stories_text: Path, tmp_path_factory: pyte
     report = api.run(
         stories_folder,
         out,
-        api.SelectSettings(k=2),
+        api.SelectSettings(k=2, criterion="cca"),
         api.CalibrateSettings((str(stories_text),), samples=32, seq_len=128, heldout_samples=8),
         api.VerifySettings(contexts=(16,), rounds=3),
     )

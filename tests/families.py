@@ -69,14 +69,19 @@ FAMILIES = {
 
 def build(name: str, target: Path, seed: int = 0, **changes: Any) -> Path:
     """Save the model of the family ``name`` and a tokenizer in ``target``; ``changes`` are configuration fields."""
+    unsaved(name, seed, **changes).save_pretrained(target)
+    save_tokenizer(target)
+    return target
+
+
+def unsaved(name: str, seed: int = 0, **changes: Any) -> Any:
+    """The model of the family ``name``; ``changes`` are configuration fields."""
     family = {**FAMILIES, **DECODERS}[name]
     torch.manual_seed(seed)
     config = AutoConfig.for_model(family.model_type, **{**_SIZES, **family.fields, **changes})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     scale_up(model)
-    model.save_pretrained(target)
-    save_tokenizer(target)
-    return target
+    return model
 
 
 # Every family that is promised to be served, by the features that set it apart: each is active on short text.

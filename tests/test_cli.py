@@ -236,8 +236,32 @@ def test_inspect_shows_every_kind_without_torch(place: Path) -> None:
     modules, codes, text = loaded([["inspect", str(p)] for p in paths])
     assert codes == [0] * len(paths), text
     assert not {"torch", "transformers", "onnxruntime"} & modules
-    for words in ("KV pairs", "rewritten by nbl-export", "calibration tokens", "energy of x", "linearized"):
+    for words in (
+        "KV pairs",
+        "rewritten by nbl-export",
+        "calibration tokens",
+        "energy of x",
+        "linearized",
+        "repair",
+    ):
         assert words in text
+
+
+def test_the_help_of_select_says_how_k_may_be_found() -> None:
+    text = " ".join(nbl("select", "--help").out.split())
+    for words in (
+        "--k",
+        "K|auto",
+        "--max-ppl-ratio",
+        "--max-kl",
+        "--min-speedup",
+        "--fit",
+        "--repair",
+        "X|auto",
+    ):
+        assert words in text, words
+    for name in ("greedy", "linearity", "sequential", "weighted"):
+        assert name in text, name
 
 
 # refusals ----------------------------------------------------------------------------------------
@@ -258,10 +282,29 @@ USAGE = {
     "file that is no GGUF": Case(("{tmp}/file", "--k", "1"), ("no .gguf",)),
     "no K": Case(("{place}/model",), ("--k", "--layers")),
     "negative K": Case(("{place}/model", "--k", "-1"), ("--k is -1",)),
-    "K is no number": Case(("{place}/model", "--k", "many"), ("--k", "--help")),
+    "K is no number": Case(("{place}/model", "--k", "many"), ("--k is 'many'", "a whole number or auto")),
+    "K is no whole number": Case(("{place}/model", "--k", "1.5"), ("--k is '1.5'",)),
+    "K and a budget": Case(("{place}/model", "--k", "3", "--max-kl", "0.1"), ("--k", "--max-kl", "give one")),
+    "layers and a budget": Case(("{place}/model", "--layers", "1", "--k", "auto"), ("--layers", "--k auto")),
+    "no perplexity so low": Case(
+        ("{place}/model", "--max-ppl-ratio", "0.9"), ("--max-ppl-ratio is 0.9", "1 or more")
+    ),
+    "negative KL": Case(("{place}/model", "--max-kl", "-1"), ("--max-kl is -1", "0 nats or more")),
+    "KL is nan": Case(("{place}/model", "--max-kl", "nan"), ("--max-kl is nan",)),
+    "slower": Case(("{place}/model", "--k", "auto", "--min-speedup", "0.5"), ("--min-speedup is 0.5",)),
+    "unknown fit": Case(("{place}/model", "--k", "1", "--fit", "luck"), ("luck", "sequential")),
+    "negative repair": Case(("{place}/model", "--k", "1", "--repair", "-1"), ("--repair is -1",)),
+    "nothing to repair": Case(
+        ("{place}/model", "--k", "1", "--fit", "drop", "--repair", "5"), ("--fit drop", "--repair")
+    ),
+    "no text to choose by": Case(
+        ("{place}/model", "--k", "1", "--selection-samples", "0"), ("--selection-samples is 0",)
+    ),
     "layers are no numbers": Case(("{place}/model", "--layers", "1;2"), ("--layers", "1;2")),
     "unknown option": Case(("{place}/model", "--k", "1", "--nope"), ("--nope", "--help")),
     "unknown criterion": Case(("{place}/model", "--k", "1", "--criterion", "luck"), ("luck",)),
+    "ridge is no number": Case(("{place}/model", "--k", "1", "--ridge", "x"), ("--ridge is 'x'", "auto")),
+    "ridge is nan": Case(("{place}/model", "--k", "1", "--ridge", "nan"), ("--ridge is nan",)),
     "ridge too large": Case(("{place}/model", "--k", "1", "--ridge", "5"), ("--ridge is 5",)),
     "contexts are no numbers": Case(("{place}/model", "--k", "1", "--contexts", "a"), ("--contexts",)),
     "too few rounds": Case(("{place}/model", "--k", "1", "--rounds", "1"), ("--rounds is 1",)),
@@ -336,7 +379,7 @@ def test_a_model_named_like_a_command_is_reached_by_its_path(place: Path, tmp_pa
     ("name", "content", "words"),
     [
         ("empty.txt", b"", ("0 calibration tokens",)),
-        ("short.txt", b"only a few words\n" * 20, ("held-out tokens", "give more text")),
+        ("short.txt", b"only a few words\n" * 20, ("0 selection tokens", "give more text")),
         ("binary.txt", bytes(range(256)) * 300, ("binary.txt",)),
         ("nul.txt", b"words and\0words\n" * 8000, ("nul.txt", "NUL")),
         ("bad.jsonl", b'{"text": "a"}\nno json\n', ("bad.jsonl", "line 2")),

@@ -16,6 +16,7 @@ from nbl_export.engine.library import CHOICES
 from nbl_export.export.choices import EXPORTERS
 from nbl_export.export.forms import FORMS
 from nbl_export.graph.precision import PRECISIONS
+from nbl_export.linearize.lmmse import FitInput, FitName
 from nbl_export.linearize.select import CRITERIA
 from nbl_export.settings import CalibrateSettings, EngineSettings, SelectSettings, VerifySettings
 
@@ -100,12 +101,18 @@ def test_defaults_of_the_command_line_are_those_of_the_settings() -> None:
     same = {
         "samples": text.samples,
         "seq_len": text.seq_len,
+        "selection_samples": text.selection_samples,
         "heldout_samples": text.heldout_samples,
         "text_field": text.field,
         "seed": text.seed,
         "criterion": selection.criterion,
         "fit_input": selection.fit_input,
-        "ridge": selection.ridge,
+        "fit": selection.fit,
+        "repair": selection.repair,
+        "k": selection.k,
+        "max_kl": selection.budget.max_kl,
+        "max_ppl_ratio": selection.budget.max_perplexity_ratio,
+        "min_speedup": selection.budget.min_speedup,
         "decode_steps": checks.decode_steps,
         "rounds": checks.rounds,
         "contexts": ",".join(map(str, checks.contexts)),
@@ -116,6 +123,7 @@ def test_defaults_of_the_command_line_are_those_of_the_settings() -> None:
         "max_context": None,
     }
     assert {name: given[name] for name in same} == same
+    assert selection.ridge == float(given["ridge"])  # an option of numbers or a word is text
 
 
 def test_choices_of_the_command_line_are_those_of_the_code() -> None:
@@ -129,5 +137,7 @@ def test_choices_of_the_command_line_are_those_of_the_code() -> None:
         kind = get_args(option)[0]
         literal = kind if get_origin(kind) is Literal else get_args(kind)[0]
         assert get_args(literal) == tuple(known)
+    for option, known in ((options.FitOpt, FitName), (options.FitInputOpt, FitInput)):
+        assert get_args(get_args(option)[0]) == get_args(known)
     assert options.TRT_CHOICES == CHOICES
     assert EXPORTERS["torch"].precisions == tuple(PRECISIONS)

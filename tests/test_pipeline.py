@@ -24,6 +24,8 @@ from nbl_export.workspace import Workspace, sha256_of_file
 from tests.tiny import build
 
 VERIFY = api.VerifySettings(contexts=(16,), rounds=3)
+# What the finished run was asked for.
+TWO = api.SelectSettings(k=2, criterion="cca")
 QUICK = api.VerifySettings(quality=False, speed=False)
 
 
@@ -99,7 +101,7 @@ def test_the_output_loads_as_it_stands(stories_out: Path, stories_folder: Path) 
 def test_a_second_run_does_no_work(stories_copy: Path, stories_folder: Path, calibration: Any) -> None:
     before, files = state(stories_copy), times(stories_copy)
     notes = Notes()
-    report = api.run(stories_folder, stories_copy, api.SelectSettings(k=2), calibration, VERIFY, notes)
+    report = api.run(stories_folder, stories_copy, TWO, calibration, VERIFY, notes)
     assert report.passed
     assert notes.kept == ["calibrate", "select", "export", "rewrite", "verify"]
     assert state(stories_copy) == before
@@ -111,7 +113,9 @@ def test_another_k_repeats_what_depends_on_it(
 ) -> None:
     before, files = state(stories_copy), times(stories_copy)
     notes = Notes()
-    report = api.run(stories_folder, stories_copy, api.SelectSettings(k=3), calibration, QUICK, notes)
+    report = api.run(
+        stories_folder, stories_copy, api.SelectSettings(k=3, criterion="cca"), calibration, QUICK, notes
+    )
     assert report.passed and len(report.selection["layers"]) == 3
     assert notes.kept == ["calibrate", "export"]
     after = state(stories_copy)
@@ -133,7 +137,7 @@ def test_separate_verbs_give_the_files_of_one_run(
     assert api.calibrate(stories_folder, out, calibration) == out / "nbl" / "moments.safetensors"
     # The order of selecting and exporting does not matter.
     assert api.export(out) == out / "baseline" / "model.onnx"
-    plan = api.select(out, api.SelectSettings(k=2))
+    plan = api.select(out, TWO)
     assert plan.chosen == load_plan(Workspace.open(stories_out).plan).chosen
     assert api.rewrite(out) == out / "model.onnx"
     assert api.verify(out, QUICK).passed
@@ -207,7 +211,7 @@ def test_what_another_version_drew_is_drawn_anew_without_measuring_again(
     api.report(stories_copy)
     assert state(stories_copy) == before
     notes = Notes()
-    api.run(stories_folder, stories_copy, api.SelectSettings(k=2), calibration, VERIFY, notes)
+    api.run(stories_folder, stories_copy, TWO, calibration, VERIFY, notes)
     assert "verify" in notes.kept
 
 
@@ -219,7 +223,7 @@ def test_a_changed_report_is_shown_but_not_taken_for_the_measured_one(
     assert "far within all" in str(api.report(stories_copy).checks)
     assert "far within all" in (stories_copy / "report" / "report.html").read_text()
     notes = Notes()
-    report = api.run(stories_folder, stories_copy, api.SelectSettings(k=2), calibration, VERIFY, notes)
+    report = api.run(stories_folder, stories_copy, TWO, calibration, VERIFY, notes)
     assert "verify" not in notes.kept and "far within all" not in str(report.checks)
 
 
@@ -242,13 +246,13 @@ def test_a_model_that_changed_is_refused(stories_copy: Path, stories_folder: Pat
     raw = json.loads(record.read_text())
     raw["model"]["path"] = str(moved)
     record.write_text(json.dumps(raw))
-    assert api.select(stories_copy, api.SelectSettings(k=2)).chosen
+    assert api.select(stories_copy, TWO).chosen
     weights = moved / "model.safetensors"
     raw_weights = bytearray(weights.read_bytes())
     raw_weights[-1] ^= 1
     weights.write_bytes(raw_weights)
     with pytest.raises(InputError, match="has changed since"):
-        api.select(stories_copy, api.SelectSettings(k=2))
+        api.select(stories_copy, TWO)
 
 
 @pytest.mark.parametrize(
@@ -308,7 +312,7 @@ def test_changed_files_are_refused_with_the_command_that_makes_them(
     verbs: dict[str, Callable[[], Any]] = {
         "verify": lambda: api.verify(stories_copy, api.VerifySettings(speed=False)),
         "rewrite": lambda: api.rewrite(stories_copy),
-        "select": lambda: api.select(stories_copy, api.SelectSettings(k=2)),
+        "select": lambda: api.select(stories_copy, TWO),
     }
     with pytest.raises(InputError, match=rf"(missing|changed|damaged).*run `nbl-export {command}") as caught:
         verbs[verb]()
@@ -320,7 +324,7 @@ def test_a_run_makes_a_damaged_stage_again(
     stories_copy: Path, stories_out: Path, stories_folder: Path, calibration: Any, file: str
 ) -> None:
     (stories_copy / file).write_bytes(b"damaged")
-    report = api.run(stories_folder, stories_copy, api.SelectSettings(k=2), calibration, VERIFY)
+    report = api.run(stories_folder, stories_copy, TWO, calibration, VERIFY)
     assert report.passed
     assert_same(stories_copy / file, stories_out / file)
 
@@ -335,6 +339,15 @@ def test_settings_are_refused_before_a_folder_is_made(
         api.SelectSettings(k=1, ridge=1.0),
         api.SelectSettings(k=1, criterion="luck"),
         api.SelectSettings(k=1, fit_input="other"),  # type: ignore[arg-type]
+        api.SelectSettings(k=1, fit="other"),  # type: ignore[arg-type]
+        api.SelectSettings(k=1, repair=-1),
+        api.SelectSettings(k=1, fit="drop", repair=5),
+        api.SelectSettings(k=1, budget=api.Budget(max_kl=0.1)),
+        api.SelectSettings(layers=(1,), budget=api.Budget(max_kl=0.1)),
+        api.SelectSettings(budget=api.Budget(max_kl=-0.1)),
+        api.SelectSettings(budget=api.Budget(max_perplexity_ratio=0.9)),
+        api.SelectSettings(budget=api.Budget(min_speedup=0.9)),
+        api.SelectSettings(budget=api.Budget(max_kl=float("nan"))),
     ):
         with pytest.raises(InputError):
             api.run(stories_folder, out, selection, calibration)
@@ -346,7 +359,7 @@ def test_settings_are_refused_before_a_folder_is_made(
     ):
         with pytest.raises(InputError):
             api.run(stories_folder, out, api.SelectSettings(k=1), calibration, verification)
-    for field in ("samples", "seq_len", "heldout_samples"):
+    for field in ("samples", "seq_len", "selection_samples", "heldout_samples"):
         with pytest.raises(InputError, match="--" + field.replace("_", "-")):
             api.run(
                 stories_folder,

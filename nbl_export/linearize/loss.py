@@ -57,8 +57,8 @@ class Loss:
 
 @dataclass(frozen=True)
 class Reference:
-    """The original model's predictions of one row: ``p`` [places, vocab], ``negentropy`` Σ p ln p [places], and
-    ``nll`` [places] of the tokens that came.
+    """The original model's predictions of one row: ``p`` [places, vocab], ``negentropy`` Σ p ln P [places] with P
+    before it was rounded to p, and ``nll`` [places] of the tokens that came.
     """
 
     p: torch.Tensor
@@ -77,10 +77,9 @@ def reference(logits: torch.Tensor, tokens: torch.Tensor, kept_in: torch.dtype =
     for part in _parts(len(p)):
         log_p = torch.log_softmax(logits[part].float(), dim=-1)
         nll[part] = -log_p.gather(1, tokens[1:][part, None])[:, 0]
-        p[part] = log_p.exp_()
-        # Of the rounded distribution, so that its divergence from itself is nil.
-        rounded = p[part].float()
-        negentropy[part] = torch.xlogy(rounded, rounded).sum(-1)
+        p[part] = log_p.exp()
+        # What is rounded only weighs the logarithms, which are exact: a model's divergence from itself is nil.
+        negentropy[part] = torch.linalg.vecdot(p[part].float(), log_p)
     return Reference(p, negentropy, nll)
 
 
@@ -90,10 +89,8 @@ def compare(original: Reference, logits: torch.Tensor, tokens: torch.Tensor) -> 
     for part in _parts(len(original.p)):
         log_q = torch.log_softmax(logits[part].float(), dim=-1)
         p = original.p[part].float()
-        mass = p.sum(-1)
-        kl[part] = (
-            ((original.negentropy[part] - torch.linalg.vecdot(p, log_q)) / mass - mass.log()).cpu().numpy()
-        )
+        gap = original.negentropy[part] - torch.linalg.vecdot(p, log_q)
+        kl[part] = (gap / p.sum(-1)).cpu().numpy()
         nll = -log_q.gather(1, tokens[1:][part, None])[:, 0]
         excess[part] = (nll - original.nll[part]).cpu().numpy()
     return kl, excess

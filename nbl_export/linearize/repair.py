@@ -210,7 +210,9 @@ def _put(module: AttentionReplacement, one: _TrainedMap) -> None:
 
 
 def _rate(step: int, steps: int) -> float:
-    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+    cosine = 0.5 * (
+        1 + math.cos(math.pi * step / max(steps, 1))
+    )  # it is asked once even if nothing is to be done
     return min(1.0, (step + 1) / _WARM_UP) * (_LAST_RATE + (1 - _LAST_RATE) * cosine)
 
 

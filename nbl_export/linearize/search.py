@@ -10,7 +10,8 @@ linearity  the layer's own error times a measured sensitivity (arXiv 2411.17525)
 greedy     one layer after the other, each the one that costs least given those taken
 
 Greedy search is lazy: what a layer adds to the loss mostly grows as others are taken, so a layer's last known
-addition bounds its next one from below, and layers whose bound is above the best addition found need no run.
+addition bounds its next one from below, and layers whose bound is above the best addition found need no run. Ties go to
+the lower layer.
 """
 
 from __future__ import annotations
@@ -40,7 +41,11 @@ class LossCache:
         known: Mapping[str, Mapping[str, float]],
         record: Callable[[Mapping[str, Mapping[str, float]]], None],
     ) -> None:
-        self._known = {name: Loss(**value) for name, value in known.items()}
+        # A loss that is no number is kept as text: JSON has none.
+        self._known = {
+            name: Loss(**{key: float(figure) for key, figure in value.items()})
+            for name, value in known.items()
+        }
         self._record = record
 
     def get(self, name: str, measure: Callable[[], Loss]) -> Loss:
@@ -96,7 +101,7 @@ def greedy_order(sets: MeasuredSets, singles: Mapping[int, Loss], count: int) ->
         sets.settle(chosen)
         totals: dict[int, float] = {}
         for layer in sorted(bounds, key=lambda i: (bounds[i], i)):
-            if totals and (base + bounds[layer] >= min(totals.values()) or len(totals) == GREEDY_TRIES):
+            if totals and (base + bounds[layer] > min(totals.values()) or len(totals) == GREEDY_TRIES):
                 break
             totals[layer] = sets.loss([*chosen, layer]).kl
             bounds[layer] = totals[layer] - base

@@ -58,12 +58,12 @@ class Criterion:
 
 # Adding a criterion that ranks layers is adding a row; lower is better.
 CRITERIA: Mapping[str, Criterion] = {
-    "cca": Criterion(lambda c: c.cca),
-    "nmse": Criterion(lambda c: c.nmse),
+    "greedy": Criterion(lambda c: c.kl, measured=True, searched=True),
     "kl": Criterion(lambda c: c.kl, measured=True),
     "linearity": Criterion(lambda c: c.predicted, measured=True),
+    "nmse": Criterion(lambda c: c.nmse),
+    "cca": Criterion(lambda c: c.cca),
     "drop": Criterion(lambda c: c.drop, measured=True),
-    "greedy": Criterion(lambda c: c.kl, measured=True, searched=True),
 }
 
 

@@ -54,6 +54,8 @@ def assemble(
             "criterion": plan.criterion,
             "fit_input": plan.fit_input,
             "ridge": plan.ridge,
+            "fit": plan.fit,
+            "repair": plan.repair,
             "calibration_tokens": plan.calibration_tokens,
             "layers": list(plan.chosen),
             **scores,

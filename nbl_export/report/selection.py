@@ -1,7 +1,8 @@
-"""What was known when the layers were chosen: which score counts, and what each K would have cost."""
+"""How layers were chosen and fitted: which score counts, what each K would have cost, and what the maps cost."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,16 @@ SCORES = {
     "kl": "KL, nats per token",
     "sensitivity": "sensitivity",
     "predicted": "predicted loss",
+    "drop": "KL when left out",
+}
+# What a criterion goes by, where it is no score of that name; greedy search begins with each layer's KL alone.
+_GOES_BY = {"greedy": "kl", "linearity": "predicted"}
+# How a fit is said, after "W and b are"; nbl_export/linearize/fits.py has them all.
+_FITS = {
+    "lmmse": "the LMMSE fit",
+    "weighted": "the weighted fit (tokens by 1/‖h‖²)",
+    "sequential": "the sequential fit",
+    "drop": "nil (the layers are left out)",
 }
 # One row for each budget: its name in the report, the figure of a point it bounds, and how it is said.
 BUDGETS = (
@@ -26,7 +37,20 @@ BUDGETS = (
 def score_key(selection: Mapping[str, Any]) -> str:
     """The score that the layers are shown by: the criterion's, or the paper's for a choice by hand."""
     criterion = str(selection["criterion"])
-    return criterion if any(finite(c.get(criterion)) is not None for c in selection["candidates"]) else "cca"
+    key = _GOES_BY.get(criterion, criterion)
+    return key if any(finite(c.get(key)) is not None for c in selection["candidates"]) else "cca"
+
+
+def fit_in_words(selection: Mapping[str, Any]) -> str:
+    """How W and b were fitted, and repaired."""
+    fit = str(selection.get("fit", "lmmse"))  # reports of earlier versions know one fit alone
+    words = _FITS.get(fit, fit)
+    if fit != "drop":
+        ridge = selection["ridge"]
+        by = "chosen by held-out error" if ridge is None else f"{number(ridge, 'g')}"
+        words += f" on the {selection['fit_input']} input, ridge {by}"
+    steps = selection.get("repair", 0)
+    return words + (f"; then {steps:,} steps of distillation" if steps else "")
 
 
 def curve_points(selection: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -70,6 +94,37 @@ def curve_table(curve: Mapping[str, Any], brief: bool = False) -> Table:
     )
 
 
+def result_table(selection: Mapping[str, Any]) -> Table:
+    """What the maps that were kept cost, and what the distillation was worth; where that was measured."""
+    result = selection["result"]
+    last = f"after {selection.get('repair', 0):,} steps of distillation"
+    names = {"before_repair": "as fitted", "loss": last if "before_repair" in result else "as fitted"}
+    rows = tuple(
+        (
+            name,
+            _with_error(_as_ratio(result[key]), "perplexity_ratio"),
+            _with_error(result[key], "kl"),
+        )
+        for key, name in names.items()
+        if key in result
+    )
+    return Table(
+        "Loss of the maps that were kept, selection text",
+        ("", "perplexity ratio", "KL, nats per token"),
+        rows,
+        f"W and b are {fit_in_words(selection)}. All chosen layers replaced, on the text that they were chosen by; "
+        "± standard errors over documents. The K curve is of the maps that layers are chosen by.",
+    )
+
+
+def _as_ratio(loss: Mapping[str, Any]) -> dict[str, Any]:
+    excess, error = finite(loss["excess"]), finite(loss["excess_se"])
+    if excess is None:
+        return {"perplexity_ratio": loss["excess"]}
+    ratio = math.exp(min(excess, 700.0))
+    return {"perplexity_ratio": ratio, "perplexity_ratio_se": None if error is None else ratio * error}
+
+
 def _curve_note(curve: Mapping[str, Any], timed: bool) -> str:
     sentences = []
     if curve.get("tokens") and curve.get("documents"):
@@ -79,7 +134,9 @@ def _curve_note(curve: Mapping[str, Any], timed: bool) -> str:
     if timed and curve.get("context"):
         sentences.append(f"Speedup of the linearized graph at {curve['context']:,} tokens.")
     budget = curve.get("budget") or {}
-    bounds = [text.format(bound) for name, _, text in BUDGETS if (bound := finite(budget.get(name)))]
+    bounds = [
+        text.format(bound) for name, _, text in BUDGETS if (bound := finite(budget.get(name))) is not None
+    ]
     if bounds:
         sentences.append(f"Budget: {', '.join(bounds)}.")
     return " ".join(sentences)

@@ -8,6 +8,7 @@ from pathlib import PurePath
 
 from nbl_export.report.drawing import figure, number, spans
 from nbl_export.report.schema import Report
+from nbl_export.report.selection import fit_in_words
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,10 @@ def making(report: Report) -> list[tuple[str, str]]:
         ("Made", f"{report.created} with nbl-export {report.tool_version}"),
         (
             "Calibrated on",
-            f"{chosen['calibration_tokens']:,} tokens of {', '.join(calibrate['sources'])} (seed {calibrate['seed']}); "
-            f"fit on the {chosen['fit_input']} input, ridge {chosen['ridge']}",
+            f"{chosen['calibration_tokens']:,} tokens of {', '.join(calibrate['sources'])} (seed {calibrate['seed']})",
         ),
+        ("Layers chosen by", str(chosen["criterion"])),
+        ("W and b are", fit_in_words(chosen)),
         ("Graphs", f"{report.graph['precision']}, {cache}, opset {report.settings['export']['opset']}"),
         ("Stages, seconds", ", ".join(seconds)),
         (

@@ -10,7 +10,7 @@ from typing import Any
 from nbl_export.report.drawing import Table, figure, finite, mebibytes, number, one_minus, percent, worse
 from nbl_export.report.encoders import agreement_table, likeness_table
 from nbl_export.report.schema import Report
-from nbl_export.report.selection import SCORES, curve_points, curve_table, score_key
+from nbl_export.report.selection import SCORES, curve_points, curve_table, result_table, score_key
 
 
 def checks_table(report: Report) -> Table:
@@ -77,10 +77,19 @@ def layers_table(selection: Mapping[str, Any], proofs: Sequence[Mapping[str, Any
         tuple(rows),
         "CCA bound: the paper's Σ(1-ρ²) on the residual stream; NMSE: share of the attention output's variance "
         "that W, b leave unexplained (both: lower is more linear); last column: relative difference of the tensors "
-        "found in the graph to PyTorch's, before replacing.",
+        "found in the graph to PyTorch's, before replacing." + "".join(f" {_MEANING[k]}" for k in more),
         plot="layers",
         marked=tuple(marked),
     )
+
+
+_MEANING = {
+    "kl": "KL: to the original, with that layer alone replaced; greedy search takes layers one after the other, so "
+    "that its order is another.",
+    "sensitivity": "Sensitivity: increase of the log-likelihood's loss by noise, for each share of the layer's output.",
+    "predicted": "Predicted loss: sensitivity × NMSE.",
+    "drop": "KL when left out: to the original, with that layer's attention writing nothing.",
+}
 
 
 def _rank(score: Any) -> float:
@@ -285,6 +294,8 @@ def report_tables(report: Report, brief: bool = False) -> list[Table]:
     tables = [graph_table(report.graph["before"], report.graph["after"])]
     if curve_points(report.selection):
         tables.append(curve_table(report.selection["curve"], brief))
+    if report.selection.get("result"):
+        tables.append(result_table(report.selection))
     if report.method_loss:
         draw = likeness_table if "measures" in report.method_loss else method_table
         tables.append(draw(report.method_loss))

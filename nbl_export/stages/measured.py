@@ -95,10 +95,9 @@ class Measured:
             if raw["format"] != _FORMAT:
                 return {}
             losses: dict[str, Any] = raw["losses"]
-            LossCache(
-                {name: value for group in losses.values() for name, value in group.items()}, lambda _: None
-            )
-        except (InputError, KeyError, TypeError, AttributeError):
+            for group in losses.values():
+                LossCache(group, lambda _: None)
+        except (InputError, KeyError, TypeError, ValueError, AttributeError):
             self._listener.note(f"{path.name} is damaged and was ignored.")
             return {}
         return losses

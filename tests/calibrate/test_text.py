@@ -32,6 +32,7 @@ from nbl_export.errors import InputError, MissingDependencyError
 from nbl_export.models.load import load_model, load_tokenizer
 from nbl_export.models.source import find_model
 from nbl_export.progress import Silent
+from nbl_export.tensorfile import save_tensors
 
 TEXTS = ["Once upon a time.", "Zwölf Boxkämpfer jagen Viktor", "狐 jumps\nover two lines", "the end"]
 
@@ -416,35 +417,43 @@ def words(tokenizer: Any, tokens: np.ndarray) -> set[str]:
 
 def test_packing_joins_documents_with_the_end_token(tokenizer: Any) -> None:
     texts = marked(64)
-    settings = TextSettings(samples=20, seq_len=32, heldout_samples=6)
+    settings = TextSettings(samples=20, seq_len=32, heldout_samples=6, selection_samples=5)
     listener = Notes()
     text = pack(texts, tokenizer, settings, listener)
     assert text.calibration.shape == (20, 32)
+    assert text.selection.shape == text.selection_document.shape == (5, 32)
     assert text.heldout.shape == text.heldout_document.shape == (6, 32)
-    assert all(
-        a.dtype == np.int32 for a in (text.calibration, text.heldout, text.heldout_document, text.start)
-    )
+    assert all(getattr(text, name).dtype == np.int32 for name in CalibrationText.__annotations__)
     assert listener.notes == []
-    assert listener.total == sum(listener.advanced) == 26 * 32
-    # A byte-level tokenizer gives one token a character; 257 is its end of text.
-    stream = [[*t, None] for i, t in enumerate(texts) if i % 8 != 7]
-    flat = [c for document in stream for c in document][: 20 * 32]
-    ids = text.calibration.reshape(-1)
-    assert [None if i == 257 else tokenizer.decode([i]) for i in ids.tolist()] == flat
+    assert listener.total == sum(listener.advanced) == 31 * 32
+    # A byte-level tokenizer gives one token a character; 257 is its end of text. Of every eight documents, six
+    # are calibrated on, the fourth is for choosing and the eighth for judging.
+    for tokens, kept in (
+        (text.calibration, {0, 1, 2, 4, 5, 6}),
+        (text.selection, {3}),
+        (text.heldout, {7}),
+    ):
+        flat = [c for i, t in enumerate(texts) if i % 8 in kept for c in (*t, None)][: tokens.size]
+        ids = tokens.reshape(-1).tolist()
+        assert [None if i == 257 else tokenizer.decode([i]) for i in ids] == flat
 
 
-def test_held_out_documents_are_never_seen_in_calibration(tokenizer: Any) -> None:
-    text = pack(marked(64), tokenizer, TextSettings(samples=30, seq_len=32, heldout_samples=8), Silent())
-    seen, held = words(tokenizer, text.calibration), words(tokenizer, text.heldout)
-    assert len(seen) > 8
-    assert len(held) > 2
-    assert not seen & held
+def test_a_document_is_in_one_part_only(tokenizer: Any) -> None:
+    settings = TextSettings(samples=30, seq_len=32, heldout_samples=8, selection_samples=8)
+    text = pack(marked(64), tokenizer, settings, Silent())
+    parts = [words(tokenizer, t) for t in (text.calibration, text.selection, text.heldout)]
+    seen, chosen_by, held = parts
+    assert len(seen) > 8 and len(chosen_by) > 2 and len(held) > 2
+    assert sum(map(len, parts)) == len(seen | chosen_by | held)
+    assert {int(w[3:]) % 8 for w in chosen_by} == {3}
     assert {int(w[3:]) % 8 for w in held} == {7}
 
 
-def test_every_held_out_token_knows_its_document(tokenizer: Any) -> None:
-    text = pack(marked(64), tokenizer, TextSettings(samples=4, seq_len=32, heldout_samples=12), Silent())
-    owners, tokens = text.heldout_document.reshape(-1), text.heldout.reshape(-1)
+@pytest.mark.parametrize("part", ["selection", "heldout"])
+def test_every_token_that_is_judged_knows_its_document(tokenizer: Any, part: str) -> None:
+    settings = TextSettings(samples=4, seq_len=32, heldout_samples=12, selection_samples=12)
+    text = pack(marked(64), tokenizer, settings, Silent())
+    owners, tokens = (getattr(text, name).reshape(-1) for name in (f"{part}_document", part))
     assert np.all(np.diff(owners) >= 0)
     assert len(set(owners.tolist())) > 3
     for owner in set(owners.tolist()):
@@ -463,27 +472,38 @@ def test_blank_documents_count_for_nothing(tokenizer: Any) -> None:
 def test_packing_stops_reading_when_it_is_full(tokenizer: Any) -> None:
     def stream() -> Iterator[str]:
         yield from marked(40)
-        pytest.fail("read on although both parts were full")
+        pytest.fail("read on although all parts were full")
 
-    pack(stream(), tokenizer, TextSettings(samples=4, seq_len=32, heldout_samples=4), Silent())
+    pack(
+        stream(),
+        tokenizer,
+        TextSettings(samples=4, seq_len=32, heldout_samples=4, selection_samples=4),
+        Silent(),
+    )
 
 
 def test_a_short_text_is_used_as_far_as_it_goes_with_a_note(tokenizer: Any) -> None:
-    # 14 documents of 84 characters and an end token for calibration, 2 held out.
+    # 12 documents of 84 characters and an end token for calibration, 2 for choosing, 2 held out.
     listener = Notes()
-    text = pack(marked(16), tokenizer, TextSettings(samples=100, seq_len=32, heldout_samples=100), listener)
-    assert text.calibration.shape == (14 * 85 // 32, 32)
-    assert text.heldout.shape == (2 * 85 // 32, 32)
+    settings = TextSettings(samples=100, seq_len=32, heldout_samples=100, selection_samples=100)
+    text = pack(marked(16), tokenizer, settings, listener)
+    assert text.calibration.shape == (12 * 85 // 32, 32)
+    assert text.selection.shape == text.heldout.shape == (2 * 85 // 32, 32)
     assert listener.notes == [
-        "The text gives 1,190 calibration tokens of the 3,200 asked for; all are used.",
+        "The text gives 1,020 calibration tokens of the 3,200 asked for; all are used.",
+        "The text gives 170 selection tokens of the 3,200 asked for; all are used.",
         "The text gives 170 held-out tokens of the 3,200 asked for; all are used.",
     ]
 
 
-@pytest.mark.parametrize(("count", "part"), [(0, "0 calibration"), (3, "0 held-out"), (8, "85 held-out")])
+@pytest.mark.parametrize(
+    ("count", "part"),
+    [(0, "0 calibration"), (3, "0 selection"), (4, "85 selection"), (12, "85 held-out")],
+)
 def test_too_little_text_is_refused(tokenizer: Any, count: int, part: str) -> None:
+    settings = TextSettings(samples=1, seq_len=128, heldout_samples=1, selection_samples=1)
     with pytest.raises(InputError) as caught:
-        pack(marked(count), tokenizer, TextSettings(samples=1, seq_len=128, heldout_samples=1), Silent())
+        pack(marked(count), tokenizer, settings, Silent())
     message = str(caught.value)
     assert f"gives {part} tokens, less than one row of 128" in message
     assert "give more text" in message
@@ -509,6 +529,7 @@ def test_packing_is_deterministic(tokenizer: Any) -> None:
     [
         ({"samples": 0}, "--samples is 0; it must be at least 1"),
         ({"seq_len": 7}, "--seq-len is 7; it must be at least 8"),
+        ({"selection_samples": 0}, "--selection-samples is 0; it must be at least 1"),
         ({"heldout_samples": -1}, "--heldout-samples is -1; it must be at least 1"),
         ({"sources": ("self", "a.txt")}, "--calibration self stands alone"),
     ],
@@ -561,7 +582,8 @@ def test_a_tokenizer_without_special_tokens_starts_with_nothing(tiny_folder: Pat
 
 # the model's own text ----------------------------------------------------------------------------
 
-SMALL = TextSettings(samples=3, seq_len=12, heldout_samples=2, seed=5)
+SMALL = TextSettings(samples=3, seq_len=12, heldout_samples=2, selection_samples=2, seed=5)
+PARTS = ("calibration", "selection", "heldout")
 
 
 @pytest.fixture(scope="module")
@@ -586,12 +608,13 @@ def test_sampled_text_has_the_asked_shape(model: Any, tokenizer: Any) -> None:
     listener = Notes()
     text = sample_from_model(model, tokenizer, SMALL, listener)
     assert text.calibration.shape == (3, 12)
+    assert text.selection.shape == text.selection_document.shape == (2, 12)
     assert text.heldout.shape == text.heldout_document.shape == (2, 12)
-    assert all(a.dtype == np.int32 for a in (text.calibration, text.heldout, text.heldout_document))
+    assert all(getattr(text, name).dtype == np.int32 for name in CalibrationText.__annotations__)
     assert text.start.tolist() == [256]
-    assert listener.total == sum(listener.advanced) >= 5 * 12
-    rows = {tuple(r) for r in np.concatenate([text.calibration, text.heldout]).tolist()}
-    assert len(rows) == 5
+    assert listener.total == sum(listener.advanced) >= 7 * 12
+    rows = {tuple(r) for part in PARTS for r in getattr(text, part).tolist()}
+    assert len(rows) == 7
     assert all(0 <= token < 260 for row in rows for token in row)
 
 
@@ -600,7 +623,7 @@ def test_sampling_follows_the_seed(model: Any, tokenizer: Any) -> None:
     torch.manual_seed(99)  # the global generator plays no part
     again = sample_from_model(model, tokenizer, SMALL, Silent())
     other = sample_from_model(model, tokenizer, replace(SMALL, seed=6), Silent())
-    for name in ("calibration", "heldout"):
+    for name in PARTS:
         np.testing.assert_array_equal(getattr(one, name), getattr(same, name))
         np.testing.assert_array_equal(getattr(one, name), getattr(again, name))
         assert np.mean(getattr(one, name) == getattr(other, name)) < 0.5
@@ -608,9 +631,9 @@ def test_sampling_follows_the_seed(model: Any, tokenizer: Any) -> None:
 
 def test_sampling_draws_from_the_model_itself(model: Any, tokenizer: Any) -> None:
     text = sample_from_model(model, tokenizer, SMALL, Silent())
-    expected = drawn(model, 5, 12, 5)
+    expected = drawn(model, 7, 12, 5)
     expected[:, -1] = tokenizer.eos_token_id  # each document is ended, as in packed text
-    np.testing.assert_array_equal(np.concatenate([text.calibration, text.heldout]), expected)
+    np.testing.assert_array_equal(np.concatenate([getattr(text, part) for part in PARTS]), expected)
 
 
 def test_long_rows_hold_several_sampled_documents(
@@ -618,14 +641,16 @@ def test_long_rows_hold_several_sampled_documents(
 ) -> None:
     monkeypatch.setattr("nbl_export.calibrate.sampling._SAMPLE_LENGTH", 8)
     text = sample_from_model(model, tokenizer, SMALL, Silent())
-    # 36 calibration tokens are five documents, the last one cut; the 24 held-out ones are three others.
-    documents = drawn(model, 8, 8, 5)
+    # 36 calibration tokens are five documents, the last one cut; the 24 of each other part are three others.
+    documents = drawn(model, 11, 8, 5)
     documents[:, -1] = tokenizer.eos_token_id
     np.testing.assert_array_equal(text.calibration.reshape(-1), documents[:5].reshape(-1)[:36])
-    np.testing.assert_array_equal(text.heldout.reshape(-1), documents[5:].reshape(-1))
-    owners = text.heldout_document.reshape(3, 8)
-    assert [set(row.tolist()) for row in owners] == [{owner} for owner in owners[:, 0].tolist()]
-    assert len(set(owners[:, 0].tolist())) == 3
+    np.testing.assert_array_equal(text.selection.reshape(-1), documents[5:8].reshape(-1))
+    np.testing.assert_array_equal(text.heldout.reshape(-1), documents[8:].reshape(-1))
+    for owners in (text.selection_document.reshape(3, 8), text.heldout_document.reshape(3, 8)):
+        assert [set(row.tolist()) for row in owners] == [{owner} for owner in owners[:, 0].tolist()]
+        assert len(set(owners[:, 0].tolist())) == 3
+    assert not set(text.selection_document.reshape(-1)) & set(text.heldout_document.reshape(-1))
 
 
 # on disk -----------------------------------------------------------------------------------------
@@ -640,6 +665,7 @@ def test_packed_text_comes_back(tmp_path: Path, tokenizer: Any) -> None:
         assert getattr(loaded, name).dtype == np.int32
         np.testing.assert_array_equal(getattr(loaded, name), getattr(text, name))
     raw = path.read_bytes()
+    assert b"nbl-export/text/2" in raw
     flipped = raw[:-1] + bytes([raw[-1] ^ 1])
     for content in (raw[:-1], raw[:10], b"", b"no safetensors", flipped):
         path.write_bytes(content)
@@ -648,3 +674,13 @@ def test_packed_text_comes_back(tmp_path: Path, tokenizer: Any) -> None:
     path.unlink()
     with pytest.raises(InputError, match="cannot be read"):
         load_text(path)
+
+
+def test_text_without_a_part_for_choosing_is_of_an_earlier_format(tmp_path: Path, tokenizer: Any) -> None:
+    text = pack(marked(30), tokenizer, TextSettings(samples=5, seq_len=16, heldout_samples=2), Silent())
+    path = tmp_path / "text.safetensors"
+    earlier = {name: getattr(text, name) for name in ("calibration", "heldout", "heldout_document", "start")}
+    for written, stored in (("nbl-export/text/1", earlier), ("nbl-export/text/2", earlier)):
+        save_tensors(path, written, stored)
+        with pytest.raises(InputError, match=r"text\.safetensors .*: run `nbl-export calibrate` again\.$"):
+            load_text(path)

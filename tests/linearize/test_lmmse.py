@@ -13,11 +13,14 @@ from nbl_export.calibrate.moments import LayerMoments
 from nbl_export.linearize.lmmse import (
     DEFAULT_RIDGE,
     MAX_RIDGE,
+    RIDGES,
     FitInput,
     UnusableMoments,
     branch_covariances,
     cca_bound,
+    error_of_map,
     fit_lmmse,
+    ridge_by_heldout_error,
     stream_covariances,
 )
 
@@ -339,3 +342,75 @@ def test_a_fit_is_never_worse_than_the_mean(
     assert residual(u, y, fit.w, fit.b) <= 1 + 1e-9
     bound, _ = cca_bound(m, ridge)
     assert -1e-6 * d <= bound <= d
+
+
+# other text --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fit_input", FIT_INPUTS)
+def test_the_error_of_a_map_on_other_text_is_that_of_its_rows(fit_input: FitInput) -> None:
+    fit = fit_lmmse(moments(*activations(60, seed=1)), fit_input)
+    h, x, y = activations(30, seed=2)
+    judged = branch_covariances(moments(h, x, y), fit_input)
+    u = h if fit_input == "residual" else x
+    # Nothing bounds it: the map was made for text with other means and another relation.
+    assert error_of_map(fit.w, fit.b, judged) == pytest.approx(residual(u, y, fit.w, fit.b), rel=1e-9)
+    w, b = np.random.default_rng(3).normal(size=(7, 7)), np.arange(7.0)
+    assert error_of_map(w, b, judged) == pytest.approx(residual(u, y, w, b), rel=1e-9)
+    assert error_of_map(np.zeros((7, 7)), y.mean(0), judged) == pytest.approx(1.0)
+
+
+def test_an_output_that_never_varies_is_missed_by_nothing() -> None:
+    h, x, y = activations(30)
+    judged = branch_covariances(moments(h, x, np.zeros_like(y)), "normed")
+    assert error_of_map(np.zeros((7, 7)), np.zeros(7), judged) == 0.0
+
+
+def test_too_little_text_is_enough_to_judge_by() -> None:
+    few = moments(*activations(5, seed=2))
+    with pytest.raises(UnusableMoments):
+        branch_covariances(few, "normed")
+    _, x, y = activations(5, seed=2)
+    fit = fit_lmmse(moments(*activations(60, seed=1)), "normed")
+    judged = branch_covariances(few, "normed", enough=False)
+    assert error_of_map(fit.w, fit.b, judged) == pytest.approx(residual(x, y, fit.w, fit.b), rel=1e-8)
+
+
+def related(n: int, seed: int, d: int = 12) -> tuple[F64, F64, F64]:
+    """Text of one kind: the relation is the same in every part of it, the noise is not."""
+    relation = np.random.default_rng(0).normal(size=(d, d)) * 0.3
+    rng = np.random.default_rng(seed)
+    h = rng.normal(size=(n, d)) * np.geomspace(0.01, 10, d)
+    return h, h * 0.5, h @ relation + 2 * rng.normal(size=(n, d))
+
+
+@pytest.mark.parametrize("fit_input", FIT_INPUTS)
+@pytest.mark.parametrize(("n", "ridges"), [(14, (1e-6, 1e-3, 1e-1, 1.0)), (4000, (1e-6, 1e-2, 1.0))])
+def test_the_ridge_is_the_one_that_errs_least_on_other_text(
+    fit_input: FitInput, n: int, ridges: tuple[float, ...]
+) -> None:
+    """By brute force: least squares with a row more for each channel, judged row by row."""
+    (h, x, y), (other_h, other_x, other_y) = related(n, 1), related(300, 2)
+    u, other_u = (h, other_h) if fit_input == "residual" else (x, other_x)
+    errors = {}
+    for ridge in ridges:
+        centred, wanted = u - u.mean(0), y - y.mean(0)
+        more = np.diag(np.sqrt(ridge * (centred**2).sum(0)))
+        w = np.linalg.lstsq(np.vstack([centred, more]), np.vstack([wanted, np.zeros_like(more)]), rcond=None)[
+            0
+        ].T
+        errors[ridge] = residual(other_u, other_y, w, y.mean(0) - w @ u.mean(0))
+    best = min(errors, key=lambda r: errors[r])
+    assert (
+        ridge_by_heldout_error(moments(h, x, y), moments(other_h, other_x, other_y), fit_input, ridges)
+        == best
+    )
+    # Little text wants a ridge, plenty of it hardly one.
+    assert best >= 1e-1 if n == 14 else best < 1.0
+
+
+def test_a_ridge_is_chosen_among_a_few_by_default() -> None:
+    first, other = moments(*related(40, 1)), moments(*related(40, 2))
+    assert ridge_by_heldout_error(first, other, "normed") in RIDGES
+    with pytest.raises(UnusableMoments):
+        ridge_by_heldout_error(moments(*related(12, 1)), other, "normed")

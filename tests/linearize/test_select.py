@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,9 @@ from nbl_export.errors import CalibrationError, InputError
 from nbl_export.linearize.select import (
     CRITERIA,
     Candidate,
+    check_criterion,
     check_k,
-    choose_layers,
+    check_layers,
     fit_layer,
     ranking,
     score_layers,
@@ -33,8 +35,26 @@ def candidate(layer: int, cca: float, nmse: float) -> Candidate:
     return Candidate(layer, nmse=nmse, cca=cca, ridge=1e-6, cca_ridge=1e-6)
 
 
-# By cca: 3, 0, 2, 1. By nmse: 1, 2, 0, 3.
-FOUR = (candidate(0, 2.0, 0.3), candidate(1, 9.0, 0.1), candidate(2, 5.0, 0.2), candidate(3, 1.0, 0.9))
+def measured(layer: int, cca: float, nmse: float, kl: float, drop: float, sensitivity: float) -> Candidate:
+    known = candidate(layer, cca, nmse)
+    return replace(known, kl=kl, drop=drop, sensitivity=sensitivity, predicted=sensitivity * nmse)
+
+
+FOUR = (
+    measured(0, 2.0, 0.3, kl=0.4, drop=0.6, sensitivity=9.0),
+    measured(1, 9.0, 0.1, kl=0.3, drop=0.5, sensitivity=5.0),
+    measured(2, 5.0, 0.2, kl=0.1, drop=0.8, sensitivity=2.0),
+    measured(3, 1.0, 0.9, kl=0.2, drop=0.7, sensitivity=1.0),
+)
+# By hand; linearity goes by sensitivity × nmse: 2.7, 0.5, 0.4, 0.9.
+BEST_FIRST = {
+    "cca": [3, 0, 2, 1],
+    "nmse": [1, 2, 0, 3],
+    "kl": [2, 3, 1, 0],
+    "drop": [1, 0, 3, 2],
+    "linearity": [2, 1, 3, 0],
+    "greedy": [2, 3, 1, 0],
+}
 
 
 def moments(noise: float, d: int = 4, n: int = 200, seed: int = 0) -> LayerMoments:
@@ -48,48 +68,48 @@ def moments(noise: float, d: int = 4, n: int = 200, seed: int = 0) -> LayerMomen
 # choosing ----------------------------------------------------------------------------------------
 
 
-def test_ranking_puts_the_lowest_score_first() -> None:
-    assert [c.layer for c in ranking(FOUR, "cca")] == [3, 0, 2, 1]
-    assert [c.layer for c in ranking(FOUR, "nmse")] == [1, 2, 0, 3]
-    assert set(CRITERIA) == {"cca", "nmse"}
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_ranking_puts_the_lowest_score_first(criterion: str) -> None:
+    assert [c.layer for c in ranking(FOUR, criterion)] == BEST_FIRST[criterion]
+
+
+def test_what_each_criterion_takes() -> None:
+    assert set(CRITERIA) == set(BEST_FIRST)
+    assert {name for name, row in CRITERIA.items() if not row.measured} == {"cca", "nmse"}
+    assert {name for name, row in CRITERIA.items() if row.searched} == {"greedy"}
+
+
+@pytest.mark.parametrize("criterion", [name for name, row in CRITERIA.items() if row.measured])
+def test_a_layer_that_was_not_measured_has_no_place(criterion: str) -> None:
+    with pytest.raises(ValueError, match=f"layer 7 was not measured for {criterion}"):
+        ranking([*FOUR, candidate(7, 0.0, 0.0)], criterion)
 
 
 def test_ties_go_to_the_lower_layer_whatever_the_order() -> None:
     tied = [candidate(i, 1.0, 0.5) for i in (4, 1, 3, 0, 2)]
     assert [c.layer for c in ranking(tied, "cca")] == [0, 1, 2, 3, 4]
-    assert choose_layers(tied, k=2) == (0, 1)
 
 
 def test_an_unknown_criterion_lists_the_known_ones() -> None:
-    with pytest.raises(InputError, match=r"--criterion 'magic' is unknown; choose one of cca, nmse\."):
+    with pytest.raises(
+        InputError, match=rf"--criterion 'magic' is unknown; choose one of {', '.join(CRITERIA)}\."
+    ):
         ranking(FOUR, "magic")
+    with pytest.raises(InputError, match="'magic'"):
+        check_criterion("magic")
+    assert check_criterion("kl") is CRITERIA["kl"]
 
 
-@pytest.mark.parametrize(
-    ("k", "criterion", "chosen"),
-    [
-        (0, "cca", ()),
-        (1, "cca", (3,)),
-        (2, "cca", (0, 3)),
-        (2, "nmse", (1, 2)),
-        (4, "nmse", (0, 1, 2, 3)),
-    ],
-)
-def test_the_k_best_are_chosen_in_ascending_order(k: int, criterion: str, chosen: tuple[int, ...]) -> None:
-    assert choose_layers(FOUR, k=k, criterion=criterion) == chosen
-
-
-def test_named_layers_are_taken_whatever_their_score() -> None:
-    assert choose_layers(FOUR, layers=[2, 1]) == (1, 2)
-    assert choose_layers(FOUR, k=2, layers=[2, 1]) == (1, 2)
-    assert choose_layers(FOUR, layers=[]) == ()
+def test_named_layers_are_taken_in_ascending_order() -> None:
+    assert check_layers(range(4), [2, 1], None) == (1, 2)
+    assert check_layers(range(4), [2, 1], 2) == (1, 2)
+    assert check_layers(range(4), [], None) == ()
+    assert check_layers([1, 3], [3], None) == (3,)
 
 
 @pytest.mark.parametrize("k", [-1, 5, 100])
 def test_a_k_that_the_model_does_not_have(k: int) -> None:
     message = rf"--k is {k}; it must be between 0 and 4 \(the model's attention layers\)\."
-    with pytest.raises(InputError, match=message):
-        choose_layers(FOUR, k=k)
     with pytest.raises(InputError, match=message):
         check_k(k, 4)
 
@@ -113,12 +133,11 @@ def test_a_k_before_the_model_is_known() -> None:
         ({"layers": [1, 2], "k": 1}, r"--k 1 and --layers with 2 layers contradict each other: give one\."),
         ({"layers": [1, 1], "k": 1}, r"contradict each other"),
         ({"layers": [], "k": 2}, r"--k 2 and --layers with 0 layers contradict"),
-        ({}, r"Say how many layers to linearize: --k K \(or name them with --layers\)\."),
     ],
 )
 def test_choices_that_cannot_be_made(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        choose_layers(FOUR, **arguments)
+        check_layers(range(4), arguments["layers"], arguments.get("k"))
 
 
 # scoring -----------------------------------------------------------------------------------------
@@ -128,14 +147,13 @@ def test_more_linear_layers_score_lower_by_either_criterion() -> None:
     noises = {0: 3.0, 1: 0.01, 2: 0.3, 3: 1.0}
     scores = score_layers(Moments({i: moments(noise, seed=i) for i, noise in noises.items()}))
     assert [c.layer for c in scores] == [0, 1, 2, 3]
-    for criterion in CRITERIA:
+    for criterion in ("cca", "nmse"):
         assert [c.layer for c in ranking(scores, criterion)] == [1, 2, 3, 0]
     for c in scores:
         assert 0 <= c.nmse <= 1
         assert 0 <= c.cca <= 4
-        assert c.as_json() == {
-            "layer": c.layer, "nmse": c.nmse, "cca": c.cca, "ridge": 1e-6, "cca_ridge": 1e-6
-        }  # fmt: skip
+        known = {name: value for name, value in c.as_json().items() if value is not None}
+        assert known == {"layer": c.layer, "nmse": c.nmse, "cca": c.cca, "ridge": 1e-6, "cca_ridge": 1e-6}
 
 
 def test_a_layer_that_cannot_be_fitted_is_named() -> None:

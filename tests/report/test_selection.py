@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import exp
 from typing import Any
 
 from nbl_export.report.drawing import finite, spans
 from nbl_export.report.schema import Report
-from nbl_export.report.selection import curve_points, curve_table, score_key
+from nbl_export.report.selection import curve_points, curve_table, fit_in_words, result_table, score_key
 from nbl_export.report.tables import layers_table, report_tables
+
+LOSS = {"kl": 0.25, "kl_se": 0.03, "excess": 0.125, "excess_se": 0.02}
+BEFORE = {"kl": 0.5, "kl_se": 0.04, "excess": 0.25, "excess_se": 0.05}
 
 
 def test_every_k_is_a_row(curve: dict[str, Any]) -> None:
@@ -23,6 +27,51 @@ def test_every_k_is_a_row(curve: dict[str, Any]) -> None:
         "Budget: perplexity ratio ≤ 1.2, KL ≤ 0.5, speedup ≥ 1.07×."
     )
     assert "layers" not in curve_table(curve, brief=True).columns
+
+
+def test_a_bound_of_nought_is_a_bound(curve: dict[str, Any]) -> None:
+    assert curve_table({**curve, "budget": {"max_kl": 0.0}}).note.endswith("Budget: KL ≤ 0.")
+
+
+def test_the_maps_that_were_kept_have_a_table_where_they_were_measured(report: Report) -> None:
+    assert report.selection["result"] is None
+    title = "Loss of the maps that were kept, selection text"
+    assert title not in [t.title for t in report_tables(report)]
+    selection = {**report.selection, "fit": "sequential", "repair": 1500}
+    alone = result_table({**selection, "repair": 0, "result": {"loss": LOSS}})
+    # The standard error of exp(excess), by the delta method.
+    ratio = f"{exp(0.125):.4f} ± {exp(0.125) * 0.02:.4f}"
+    assert alone.rows == (("as fitted", ratio, "0.2500 ± 0.0300"),)
+    assert "the sequential fit on the normed input" in alone.note and "distillation" not in alone.note
+    selection["result"] = {"loss": LOSS, "before_repair": BEFORE}
+    table = result_table(selection)
+    assert table.rows == (
+        ("as fitted", f"{exp(0.25):.4f} ± {exp(0.25) * 0.05:.4f}", "0.5000 ± 0.0400"),
+        ("after 1,500 steps of distillation", ratio, "0.2500 ± 0.0300"),
+    )
+    for brief in (False, True):
+        shown = [t.title for t in report_tables(replace(report, selection=selection), brief)]
+        assert shown.count(title) == 1
+
+
+def test_a_loss_that_is_no_number_is_shown(report: Report) -> None:
+    loss = {"kl": "nan", "kl_se": "nan", "excess": "inf", "excess_se": "nan"}
+    (row,) = result_table({**report.selection, "result": {"loss": loss}}).rows
+    assert row == ("as fitted", "inf", "nan ± nan")
+
+
+def test_fits_in_words() -> None:
+    said = {"fit_input": "residual", "ridge": None, "fit": "weighted", "repair": 200}
+    assert fit_in_words(said) == (
+        "the weighted fit (tokens by 1/‖h‖²) on the residual input, ridge chosen by held-out error; "
+        "then 200 steps of distillation"
+    )
+    assert fit_in_words({**said, "fit": "drop", "repair": 0}) == "nil (the layers are left out)"
+    # What a report of an earlier version says.
+    assert (
+        fit_in_words({"fit_input": "normed", "ridge": 1e-6})
+        == "the LMMSE fit on the normed input, ridge 1e-06"
+    )
 
 
 def test_an_untimed_curve_without_a_budget(curve: dict[str, Any]) -> None:
@@ -45,13 +94,16 @@ def test_a_report_without_a_curve_has_no_such_table(report: Report, curve: dict[
 
 def test_score_by_criterion() -> None:
     candidates = [
-        {"layer": 0, "cca": 1.0, "nmse": 0.1, "kl": None},
-        {"layer": 1, "cca": 2.0, "nmse": 0.2, "kl": 0.3},
+        {"layer": 0, "cca": 1.0, "nmse": 0.1, "kl": None, "predicted": None},
+        {"layer": 1, "cca": 2.0, "nmse": 0.2, "kl": 0.3, "predicted": 0.4, "drop": 0.5},
     ]
     for criterion, key in (
         ("cca", "cca"),
         ("nmse", "nmse"),
         ("kl", "kl"),
+        ("greedy", "kl"),
+        ("linearity", "predicted"),
+        ("drop", "drop"),
         ("manual", "cca"),
         ("layer 1", "cca"),
     ):
@@ -65,6 +117,8 @@ def test_measured_scores_have_a_column_and_unmeasured_layers_come_last(report: R
     selection = {**report.selection, "criterion": "kl", "candidates": candidates, "others": {"5": "conv"}}
     table = layers_table(selection, report.graph["proofs"])
     assert table.columns[5] == "KL, nats per token"
+    assert "KL: to the original, with that layer alone replaced" in table.note
+    assert "alone replaced" not in layers_table(report.selection, report.graph["proofs"]).note
     assert [(row[0], row[5]) for row in table.rows] == [
         ("2", "2.5e-1"),
         ("0", "5.0e-1"),

@@ -64,7 +64,9 @@ def test_model_name(report: Report) -> None:
 def test_how_it_was_made(report: Report) -> None:
     made = dict(making(report))
     assert made["Graphs"] == "fp32, concat KV cache, opset 23"
-    assert "(seed 0); fit on the normed input, ridge 1e-06" in made["Calibrated on"]
+    assert made["Calibrated on"].endswith("(seed 0)")
+    assert made["Layers chosen by"] == "cca"
+    assert made["W and b are"] == "the LMMSE fit on the normed input, ridge 1e-06"
     assert made["Model fingerprint"] == report.hashes["model"]
     encoder = replace(report, graph={**report.graph, "task": "feature-extraction"})
     assert dict(making(encoder))["Graphs"] == "fp32, feature-extraction, opset 23"

@@ -1,0 +1,258 @@
+"""The ways to fit against least squares on rows of activations that hooks of this file wrote down."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nbl_export.calibrate.collect import collect_moments
+from nbl_export.linearize.fits import as_layer, dropped, sequential_fits, weighted_moments
+from nbl_export.linearize.lmmse import FitInput, LinearFit, branch_covariances, fit_lmmse
+from nbl_export.linearize.plan import LinearLayer
+from nbl_export.linearize.swap import replaced
+from nbl_export.models.trial import trial
+from tests.families import unsaved
+from tests.tiny_types import tiny_model
+
+FIT_INPUTS: tuple[FitInput, ...] = ("normed", "residual")
+F64 = np.ndarray[Any, np.dtype[np.float64]]
+D = 32
+# An odd number of rows: the last batch is a short one.
+TOKENS = np.random.default_rng(0).integers(3, 250, (9, 32)).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    model = tiny_model("llama")
+    trial(model)  # whose own run no hook of these tests is to see
+    return model
+
+
+def seen(
+    model: Any, index: int, maps: Mapping[int, LinearLayer] | None = None, fit_input: FitInput = "normed"
+) -> tuple[F64, F64, F64]:
+    """h, x and y of layer ``index``, [tokens, d] each, of the model with ``maps`` before it: whole runs, our hooks."""
+    block = model.model.layers[index]
+    rows: dict[str, list[torch.Tensor]] = {"h": [], "x": [], "y": []}
+
+    def note(name: str) -> Any:
+        return lambda _m, args, output=None: rows[name].append(
+            (args if output is None else (output,))[0].double()
+        )
+
+    hooks = [
+        block.input_layernorm.register_forward_pre_hook(note("h")),
+        block.input_layernorm.register_forward_hook(note("x")),
+        block.self_attn.o_proj.register_forward_hook(note("y")),
+    ]
+    try:
+        with torch.inference_mode(), replaced(model, maps or {}, fit_input):
+            for row in TOKENS:
+                model(input_ids=torch.from_numpy(row.astype(np.int64))[None], use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    h, x, y = (torch.cat(rows[name]).reshape(-1, D).numpy() for name in "hxy")
+    return h, x, y
+
+
+def least_squares(u: F64, y: F64, weight: F64 | None = None) -> tuple[F64, F64]:
+    """W and b by least squares on the rows, each times the root of its weight, with an intercept column."""
+    root = np.sqrt(np.ones(len(u)) if weight is None else weight)[:, None]
+    solution = np.linalg.lstsq(np.column_stack([u, np.ones(len(u))]) * root, y * root, rcond=None)[0]
+    return solution[:-1].T, solution[-1]
+
+
+def assert_fit(found: LinearLayer | LinearFit, want: tuple[F64, F64], tolerance: float = 1e-4) -> None:
+    for value, expected in ((found.w, want[0]), (found.b, want[1])):
+        np.testing.assert_allclose(value, expected, atol=tolerance * np.abs(want[0]).max(), rtol=0)
+
+
+def solve(fit_input: FitInput) -> Any:
+    return lambda _index, moments: fit_lmmse(moments, fit_input, 0.0)
+
+
+# weighted ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fit_input", FIT_INPUTS)
+def test_the_weighted_fit_is_weighted_least_squares(model: Any, fit_input: FitInput) -> None:
+    counted: list[int] = []
+    moments = weighted_moments(model, TOKENS, fit_input, counted.append)
+    assert sorted(moments) == [0, 1, 2, 3] and sum(counted) == TOKENS.size
+    for index in moments:
+        h, x, y = seen(model, index)
+        weight = 1 / (h**2).sum(1)
+        u = x if fit_input == "normed" else h
+        want = least_squares(u, y, weight)
+        fit = fit_lmmse(moments[index], fit_input, 0.0)
+        assert_fit(fit, want)
+        # The weights matter: without them it is another fit.
+        plain = least_squares(u, y)[0]
+        assert np.abs(plain - want[0]).max() > 1e-2 * np.abs(want[0]).max()
+        error = y - u @ want[0].T - want[1]
+        mean = np.average(y, axis=0, weights=weight)
+        missed = np.average((error**2).sum(1), weights=weight)
+        assert fit.nmse == pytest.approx(
+            missed / np.average(((y - mean) ** 2).sum(1), weights=weight), rel=1e-4
+        )
+        assert moments[index].n == TOKENS.size
+
+
+def test_an_outlier_does_not_decide_alone(model: Any) -> None:
+    """Scaling every weight changes nothing: the moments are as if each token had counted once."""
+    moments = weighted_moments(model, TOKENS, "residual", lambda _n: None)[2]
+    h, _, _ = seen(model, 2)
+    weight = 1 / (h**2).sum(1)
+    np.testing.assert_allclose(moments.x / moments.n, np.average(h, axis=0, weights=weight), rtol=1e-5)
+
+
+def test_weights_are_the_streams_also_where_no_norm_is_before_the_attention() -> None:
+    model = unsaved("olmo2").eval().requires_grad_(False)
+    normed, residual = (weighted_moments(model, TOKENS, how, lambda _n: None)[1] for how in FIT_INPUTS)
+    np.testing.assert_allclose(normed.xx, residual.xx)
+    np.testing.assert_allclose(normed.yx, residual.yx)
+
+
+# sequential --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fit_input", FIT_INPUTS)
+@pytest.mark.parametrize("chosen", [(1, 2), (3, 0), (2,), (0, 1, 2, 3)], ids=str)
+def test_each_layer_is_fitted_behind_those_before_it(
+    model: Any, fit_input: FitInput, chosen: tuple[int, ...]
+) -> None:
+    counted: list[int] = []
+    maps = sequential_fits(model, TOKENS, chosen, fit_input, solve(fit_input), counted.append)
+    assert sorted(maps) == sorted(chosen)
+    assert sum(counted) == TOKENS.size * len(chosen)
+    for number, index in enumerate(sorted(chosen)):
+        before = {i: maps[i] for i in sorted(chosen)[:number]}
+        _, _, target = seen(model, index)  # what the original's attention wrote, on the original's states
+        h, x, _ = seen(model, index, before, fit_input)
+        u = x if fit_input == "normed" else h
+        want = least_squares(u, target)
+        assert_fit(maps[index], want, 1e-3)
+        if number:
+            # Neither the one-shot fit nor one on the changed model's own attention.
+            h, x, _ = seen(model, index)
+            plain = least_squares(x if fit_input == "normed" else h, target)[0]
+            assert np.abs(plain - want[0]).max() > 1e-2 * np.abs(want[0]).max()
+
+
+@pytest.mark.parametrize("fit_input", FIT_INPUTS)
+def test_the_first_layer_is_the_plain_fit(model: Any, fit_input: FitInput) -> None:
+    maps = sequential_fits(model, TOKENS, (1, 3), fit_input, solve(fit_input), lambda _n: None)
+    plain = fit_lmmse(collect_moments(model, TOKENS, "").layers[1], fit_input, 0.0)
+    assert_fit(maps[1], (plain.w, plain.b))
+    assert maps[1].w.dtype == maps[1].b.dtype == np.float32
+
+
+def test_moments_of_a_sequential_fit_are_solved_with_the_layer_s_number(model: Any) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def note(index: int, moments: Any) -> LinearFit:
+        asked.append((index, moments.n))
+        return fit_lmmse(moments, "normed", 1e-3)
+
+    sequential_fits(model, TOKENS, (3, 1), "normed", note, lambda _n: None)
+    assert asked == [(1, TOKENS.size), (3, TOKENS.size)]
+
+
+@pytest.mark.parametrize("name", ["falcon", "gpt2", "gemma3-text", "bloom"])
+def test_other_structures_are_fitted_in_sequence_too(name: str) -> None:
+    """With a ridge: a LayerNorm's output has a direction without variance, in which W would be arbitrary."""
+    model, ridge = unsaved(name).eval().requires_grad_(False), 1e-3
+
+    def fitted(_index: int, moments: Any) -> LinearFit:
+        return fit_lmmse(moments, "normed", ridge)
+
+    maps = sequential_fits(model, TOKENS, (1, 3), "normed", fitted, lambda _n: None)
+    for index, before in ((1, {}), (3, {1: maps[1]})):
+        target = _outputs(model, index, TOKENS)
+        with replaced(model, before, "normed"):
+            u = _inputs(model, index, TOKENS)
+        # A ridge is as many rows more: the root of λ times the channel's sum of squares in it, and an output of nil.
+        centred, wanted = u - u.mean(0), target - target.mean(0)
+        more = np.diag(np.sqrt(ridge * (centred**2).sum(0)))
+        rows = np.vstack([centred, more]), np.vstack([wanted, np.zeros((len(more), wanted.shape[1]))])
+        w = np.linalg.lstsq(*rows, rcond=None)[0].T
+        assert_fit(maps[index], (w, target.mean(0) - w @ u.mean(0)), 1e-3)
+
+
+def _inputs(model: Any, index: int, tokens: Any) -> F64:
+    return _observed(model, index, tokens)[0]
+
+
+def _outputs(model: Any, index: int, tokens: Any) -> F64:
+    return _observed(model, index, tokens)[1]
+
+
+def _observed(model: Any, index: int, tokens: Any) -> tuple[F64, F64]:
+    """What an attention module reads and what its output projection writes."""
+    from nbl_export.models.layers import attention_layers, hidden_states
+
+    layer = attention_layers(model)[index]
+    x: list[torch.Tensor] = []
+    y: list[torch.Tensor] = []
+
+    def wrote(_m: Any, _a: Any, output: Any) -> None:
+        y.append((output[0] if isinstance(output, tuple) else output).double())
+
+    hooks = [
+        model.get_submodule(layer.attention).register_forward_pre_hook(
+            lambda _m, a, k: x.append(hidden_states(a, k).double()), with_kwargs=True
+        ),
+        model.get_submodule(layer.output).register_forward_hook(wrote),
+    ]
+    with torch.inference_mode():
+        for row in tokens:
+            model(input_ids=torch.from_numpy(row.astype(np.int64))[None], use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return tuple(torch.cat(rows).reshape(-1, rows[0].shape[-1]).numpy() for rows in (x, y))  # type: ignore[return-value]
+
+
+def test_the_model_is_as_it_was_after_every_fit(model: Any) -> None:
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    modules = {name: id(m) for name, m in model.named_modules()}
+    ids = torch.from_numpy(TOKENS[:2].astype(np.int64))
+    with torch.inference_mode():
+        before = model(input_ids=ids).logits
+    weighted_moments(model, TOKENS, "normed", lambda _n: None)
+    sequential_fits(model, TOKENS, (0, 2), "residual", solve("residual"), lambda _n: None)
+    with pytest.raises(ZeroDivisionError):
+        sequential_fits(model, TOKENS, (0, 2), "normed", lambda *_: 1 / 0, lambda _n: None)  # type: ignore[arg-type, return-value]
+    with torch.inference_mode():
+        assert torch.equal(model(input_ids=ids).logits, before)
+    assert {name: id(m) for name, m in model.named_modules()} == modules
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+# dropped -----------------------------------------------------------------------------------------
+
+
+def test_a_dropped_layer_writes_nothing(model: Any) -> None:
+    ids = torch.from_numpy(TOKENS[:2].astype(np.int64))
+    with torch.inference_mode(), replaced(model, {2: dropped(D)}, "normed"):
+        found = model(input_ids=ids).logits
+    projection = model.model.layers[2].self_attn.o_proj
+    hook = projection.register_forward_hook(lambda _m, _a, y: y * 0)
+    with torch.inference_mode():
+        want = model(input_ids=ids).logits
+    hook.remove()
+    assert torch.equal(found, want)
+
+
+def test_a_fit_becomes_a_layer_in_float32(model: Any) -> None:
+    moments = collect_moments(model, TOKENS, "").layers[0]
+    fit = fit_lmmse(moments, "normed")
+    layer = as_layer(fit)
+    assert layer.w.dtype == layer.b.dtype == np.float32
+    np.testing.assert_allclose(layer.w, fit.w, rtol=1e-6)
+    c = branch_covariances(moments, "normed")
+    np.testing.assert_allclose(layer.w @ c.mean_u + layer.b, c.mean_v, atol=1e-3 * np.abs(c.mean_v).max())

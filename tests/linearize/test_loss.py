@@ -1,0 +1,269 @@
+"""What replacements cost, against NumPy in float64 and whole runs of the model, token by token."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nbl_export.linearize.lmmse import FitInput
+from nbl_export.linearize.loss import Loss, LossMeter, compare, loss_over_documents, reference
+from nbl_export.linearize.plan import LinearLayer
+from nbl_export.linearize.search import NOISE, sensitivity
+from nbl_export.linearize.swap import replaced
+from nbl_export.models.layers import attention_layers
+from tests.tiny_types import tiny_model
+
+F64 = np.ndarray[Any, np.dtype[np.float64]]
+ROWS, LENGTH, D = 3, 40, 32
+
+
+def log_softmax(logits: Any) -> F64:
+    x = np.asarray(logits, dtype=np.float64)
+    x = x - x.max(axis=-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+
+def by_hand(original: Any, changed: Any, tokens: Any) -> tuple[F64, F64]:
+    """KL and increase of the negative log-likelihood at each place but the last, place by place."""
+    log_p, log_q = log_softmax(original), log_softmax(changed)
+    kl = [float(np.sum(np.exp(log_p[t]) * (log_p[t] - log_q[t]))) for t in range(len(tokens) - 1)]
+    excess = [log_p[t, tokens[t + 1]] - log_q[t, tokens[t + 1]] for t in range(len(tokens) - 1)]
+    return np.array(kl), np.array(excess)
+
+
+def ratio_estimate(values: F64, owner: Any) -> tuple[float, float]:
+    """Mean and standard error with documents as the sampling unit, written out."""
+    mean, documents = float(np.mean(values)), sorted(set(owner.tolist()))
+    sums = [sum(v - mean for v, o in zip(values, owner, strict=True) if o == d) for d in documents]
+    n = len(documents)
+    return mean, math.sqrt(n / (n - 1) * sum(s * s for s in sums)) / len(values)
+
+
+def predictions(seed: int, length: int = 150, vocab: int = 97, spread: float = 3.0) -> torch.Tensor:
+    """More places than are worked on at a time, and not a multiple of them."""
+    return torch.randn(length, vocab, generator=torch.Generator().manual_seed(seed)) * spread
+
+
+# one row -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kept_in", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-3)], ids=["float32", "bfloat16"]
+)
+@pytest.mark.parametrize("step", [0.01, 0.3, 3.0])
+def test_a_row_is_compared_as_in_numpy(kept_in: torch.dtype, close: float, step: float) -> None:
+    original, tokens = predictions(0), torch.arange(150) % 97
+    changed = original + predictions(1, spread=step)
+    kl, excess = compare(reference(original, tokens, kept_in), changed, tokens)
+    want_kl, want_excess = by_hand(original.numpy(), changed.numpy(), tokens.numpy())
+    assert kl.dtype == excess.dtype == np.float64
+    assert kl.shape == excess.shape == (149,)
+    # The log-likelihoods are never rounded; the mean divergence evens the rounding of its weights out.
+    np.testing.assert_allclose(excess, want_excess, atol=1e-5)
+    assert kl.mean() == pytest.approx(want_kl.mean(), rel=close, abs=3e-7)
+    if kept_in == torch.float32:
+        np.testing.assert_allclose(kl, want_kl, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("kept_in", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("vocab", [5, 97, 512])
+def test_a_model_costs_nothing_beside_itself(kept_in: torch.dtype, vocab: int) -> None:
+    logits, tokens = predictions(2, vocab=vocab), torch.arange(150) % vocab
+    kl, excess = compare(reference(logits, tokens, kept_in), logits.clone(), tokens)
+    assert np.all(kl == 0) and np.all(excess == 0)
+
+
+def test_what_is_kept_takes_two_bytes_an_entry() -> None:
+    kept = reference(predictions(0), torch.zeros(150, dtype=torch.long), torch.bfloat16)
+    assert kept.p.shape == (149, 97) and kept.p.element_size() == 2
+    assert kept.negentropy.dtype == kept.nll.dtype == torch.float32
+
+
+def test_half_precision_logits_are_compared_in_float32() -> None:
+    original, changed = predictions(0).bfloat16(), predictions(1).bfloat16()
+    tokens = torch.arange(150) % 97
+    kl, excess = compare(reference(original, tokens), changed, tokens)
+    want_kl, want_excess = by_hand(original.float().numpy(), changed.float().numpy(), tokens.numpy())
+    np.testing.assert_allclose(kl, want_kl, rtol=1e-4)
+    np.testing.assert_allclose(excess, want_excess, rtol=1e-4, atol=1e-5)
+
+
+def test_losses_over_documents() -> None:
+    rng = np.random.default_rng(0)
+    kl, excess = rng.random(60), rng.normal(size=60)
+    owner = np.sort(rng.choice([2, 5, 9], 60)).astype(np.int32)
+    loss = loss_over_documents(kl, excess, owner)
+    assert (loss.kl, loss.kl_se) == pytest.approx(ratio_estimate(kl, owner), rel=1e-12)
+    assert (loss.excess, loss.excess_se) == pytest.approx(ratio_estimate(excess, owner), rel=1e-12)
+    assert loss.perplexity_ratio == pytest.approx(math.exp(loss.excess))
+    assert loss.perplexity_ratio_se == pytest.approx(math.exp(loss.excess) * loss.excess_se)
+    assert Loss(**loss.as_json()) == loss
+
+
+# sets of layers ----------------------------------------------------------------------------------
+
+
+def some_maps(d: int = D, layers: tuple[int, ...] = (0, 1, 2, 3)) -> dict[int, LinearLayer]:
+    rng = np.random.default_rng(3)
+    return {
+        i: LinearLayer(rng.normal(size=(d, d)).astype(np.float32) / 4, rng.normal(size=d).astype(np.float32))
+        for i in layers
+    }
+
+
+def text(rows: int = ROWS, length: int = LENGTH) -> tuple[Any, Any]:
+    rng = np.random.default_rng(5)
+    document = np.sort(rng.choice(6, rows * length)).reshape(rows, length).astype(np.int32)
+    return rng.integers(3, 250, (rows, length)).astype(np.int32), document
+
+
+def whole_run(model: Any, rows: Any, document: Any, maps: Mapping[int, LinearLayer], how: FitInput) -> Loss:
+    """The loss by whole runs of both models, in NumPy."""
+
+    def logits() -> list[Any]:
+        with torch.inference_mode():
+            return [
+                model(input_ids=torch.from_numpy(r.astype(np.int64))[None]).logits[0].numpy() for r in rows
+            ]
+
+    original = logits()
+    with replaced(model, maps, how):
+        changed = logits()
+    each = [by_hand(o, c, r) for o, c, r in zip(original, changed, rows, strict=True)]
+    kl, excess = (np.concatenate([e[i] for e in each]) for i in (0, 1))
+    owner = document[:, 1:].reshape(-1)
+    return Loss(*ratio_estimate(kl, owner), *ratio_estimate(excess, owner))
+
+
+def assert_close(found: Loss, want: Loss) -> None:
+    # The original's predictions are kept in bfloat16.
+    assert found.kl == pytest.approx(want.kl, rel=3e-3, abs=1e-6)
+    assert found.kl_se == pytest.approx(want.kl_se, rel=2e-2, abs=1e-6)
+    assert found.excess == pytest.approx(want.excess, rel=1e-4, abs=1e-6)
+    assert found.excess_se == pytest.approx(want.excess_se, rel=1e-3, abs=1e-6)
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma2"])
+def model(request: pytest.FixtureRequest) -> Any:
+    return tiny_model(request.param)
+
+
+@pytest.mark.parametrize("how", ["normed", "residual"])
+def test_every_set_costs_what_whole_runs_say_in_any_order(model: Any, how: FitInput) -> None:
+    maps, (rows, document) = some_maps(), text()
+    meter = LossMeter(model, rows, document, how)
+    assert (meter.tokens, meter.documents) == (ROWS * (LENGTH - 1), len(np.unique(document[:, 1:])))
+    sets = [s for k in range(5) for s in itertools.combinations(range(4), k)]
+    want = {s: whole_run(model, rows, document, {i: maps[i] for i in s}, how) for s in sets}
+    assert len({round(w.kl, 9) for w in want.values()}) == len(sets)
+    np.random.default_rng(7).shuffle(sets)
+    settled = [(), (1,), (0, 2), (), (3,), (0, 1, 2, 3), (2,)]
+    for number, chosen in enumerate(sets):
+        # Settled now and then on sets that the next ones do or do not add to.
+        if number % 2 == 0:
+            meter.settle({i: maps[i] for i in settled[number // 2 % len(settled)]})
+        assert_close(meter.measure({i: maps[i] for i in chosen}), want[chosen])
+
+
+def test_nothing_replaced_costs_nothing_and_another_map_costs_something_else(model: Any) -> None:
+    maps, (rows, document) = some_maps(), text()
+    meter = LossMeter(model, rows, document, "normed")
+    assert meter.measure({}) == Loss(0, 0, 0, 0)
+    first = meter.measure({1: maps[1]})
+    meter.settle({1: maps[1]})
+    # The same layer with another map is no part of what is settled.
+    other = LinearLayer(maps[1].w * 0.5, maps[1].b)
+    assert_close(meter.measure({1: other}), whole_run(model, rows, document, {1: other}, "normed"))
+    assert meter.measure({}) == Loss(0, 0, 0, 0)
+    assert_close(meter.measure({1: maps[1]}), first)
+
+
+def test_only_what_is_new_is_run(model: Any) -> None:
+    maps, (rows, document) = some_maps(), text()
+    advanced: list[int] = []
+    meter = LossMeter(model, rows, document, "normed", advanced.append)
+    assert advanced == [LENGTH] * ROWS
+    ran: list[int] = []
+    hooks = [
+        block.register_forward_hook(lambda *_, i=i: ran.append(i))
+        for i, block in enumerate(model.model.layers)
+    ]
+    try:
+        meter.settle({})
+        assert ran == [], "it is settled there from the beginning"
+        meter.measure({2: maps[2]})
+        assert sorted(set(ran)) == [2, 3] and len(ran) == 2 * ROWS
+        meter.settle({1: maps[1]})
+        ran.clear()
+        meter.settle({1: maps[1]})
+        assert ran == []
+        meter.measure({1: maps[1], 3: maps[3]})
+        assert ran == [3] * ROWS
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+# noise -------------------------------------------------------------------------------------------
+
+
+def test_noise_is_the_same_in_every_run_and_on_the_original() -> None:
+    model, (rows, document) = tiny_model("llama"), text()
+    layer, other = attention_layers(model)[1:3]
+    meter = LossMeter(model, rows, document, "normed")
+    first = sensitivity(meter, layer, 5.0)
+    meter.settle({0: some_maps()[0]})  # it is measured on the original whatever came before
+    assert sensitivity(meter, layer, 5.0) == first
+    assert sensitivity(meter, other, 5.0) != first
+    assert not model.get_submodule(layer.output)._forward_hooks
+    assert meter.measure({}) == Loss(0, 0, 0, 0)
+
+
+def test_noise_against_a_run_with_the_noise_added_by_hand() -> None:
+    model, (rows, document) = tiny_model("llama"), text()
+    layer, energy = attention_layers(model)[2], 7.0
+    meter = LossMeter(model, rows, document, "normed")
+    found = sensitivity(meter, layer, energy)
+    drawn: list[torch.Tensor] = []
+    inner = model.model.layers[2].self_attn.o_proj
+    original = inner.forward
+    generator = torch.Generator().manual_seed(2)
+
+    def noisy(x: torch.Tensor) -> torch.Tensor:
+        noise = torch.randn((*x.shape[:-1], D), generator=generator)
+        drawn.append(noise * math.sqrt(NOISE * energy / D))
+        return original(x) + drawn[-1]
+
+    def logits() -> list[Any]:
+        with torch.inference_mode():
+            return [
+                model(input_ids=torch.from_numpy(r.astype(np.int64))[None]).logits[0].numpy() for r in rows
+            ]
+
+    before = logits()
+    inner.forward = noisy
+    after = logits()
+    del inner.forward
+    each = [by_hand(b, a, r) for b, a, r in zip(before, after, rows, strict=True)]
+    owner = document[:, 1:].reshape(-1)
+    kl, excess = (np.concatenate([e[i] for e in each]) for i in (0, 1))
+    want = [v / NOISE for v in (*ratio_estimate(kl, owner), *ratio_estimate(excess, owner))]
+    assert_close(found, Loss(*want))
+    per_token = torch.cat(drawn).square().sum(-1).mean()
+    assert float(per_token) == pytest.approx(NOISE * energy, rel=0.05)
+
+
+def test_small_noise_costs_in_proportion_to_its_energy() -> None:
+    """The theorem that the criterion rests on: the loss is linear in the share of the output that is missed."""
+    model, (rows, document) = tiny_model("llama"), text(rows=6)
+    layer = attention_layers(model)[1]
+    meter = LossMeter(model, rows, document, "normed")
+    costs = [sensitivity(meter, layer, energy).kl for energy in (1e-2, 2e-2, 4e-2, 8e-2)]
+    assert costs[0] > 0
+    assert [c / costs[0] for c in costs] == pytest.approx([1, 2, 4, 8], rel=0.15)

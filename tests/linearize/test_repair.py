@@ -1,0 +1,228 @@
+"""The distillation of W and b: its gradient, what it may change and what it may not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nbl_export.calibrate.collect import collect_moments
+from nbl_export.linearize import repair as module
+from nbl_export.linearize.fits import as_layer
+from nbl_export.linearize.lmmse import Covariances, FitInput, branch_covariances, fit_lmmse
+from nbl_export.linearize.plan import LinearLayer
+from nbl_export.linearize.repair import repair
+from nbl_export.linearize.swap import replaced
+from tests.families import unsaved
+from tests.tiny_types import tiny_model
+
+TOKENS = np.random.default_rng(0).integers(3, 250, (12, 48)).astype(np.int32)
+Fits = tuple[dict[int, LinearLayer], dict[int, Covariances]]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_model("llama")
+
+
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_STEP_TOKENS", 4 * TOKENS.shape[1])
+
+
+def fits(model: Any, chosen: tuple[int, ...], fit_input: FitInput = "normed") -> Fits:
+    moments = collect_moments(model, TOKENS, "").layers
+    maps = {i: as_layer(fit_lmmse(moments[i], fit_input, 1e-3)) for i in chosen}
+    return maps, {i: branch_covariances(moments[i], fit_input) for i in chosen}
+
+
+def divergence(model: Any, maps: dict[int, LinearLayer], fit_input: FitInput, tokens: Any = TOKENS) -> float:
+    """Mean KL(original ‖ linearized) over every place, in float64."""
+    ids = torch.from_numpy(tokens.astype(np.int64))
+    with torch.inference_mode():
+        log_p = model(input_ids=ids).logits.double().log_softmax(-1)
+        with replaced(model, maps, fit_input):
+            log_q = model(input_ids=ids).logits.double().log_softmax(-1)
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+
+# the loss ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("places", [1, 64, 130])
+def test_the_loss_and_its_gradient_are_those_of_the_plain_formula(places: int) -> None:
+    generator = torch.Generator().manual_seed(places)
+    target = torch.randn(places, 53, generator=generator) * 3
+    logits = torch.randn(places, 53, generator=generator, requires_grad=True)
+    plain = logits.detach().double().requires_grad_()
+    log_p = target.double().log_softmax(-1)
+    want = (log_p.exp() * (log_p - plain.log_softmax(-1))).sum(-1).mean()
+    found = module._Divergence.apply(logits, target)  # type: ignore[no-untyped-call]
+    assert found.item() == pytest.approx(want.item(), rel=1e-5)
+    (3 * found).backward()
+    (3 * want).backward()  # type: ignore[no-untyped-call]
+    assert logits.grad is not None and plain.grad is not None
+    np.testing.assert_allclose(logits.grad.numpy(), plain.grad.numpy(), atol=1e-6)
+
+
+def test_the_gradient_of_bfloat16_logits_is_in_bfloat16() -> None:
+    logits = torch.randn(70, 31, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+    target = torch.zeros(70, 31).bfloat16()
+    module._Divergence.apply(logits, target).backward()  # type: ignore[no-untyped-call]
+    want = (logits.detach().float().softmax(-1) - 1 / 31) / 70
+    assert logits.grad is not None and logits.grad.dtype == torch.bfloat16
+    np.testing.assert_allclose(logits.grad.float().numpy(), want.numpy(), atol=1e-4)
+
+
+# the maps ----------------------------------------------------------------------------------------
+
+
+def test_without_steps_the_maps_come_back_bit_by_bit(model: Any) -> None:
+    maps, covariances = fits(model, (1, 3))
+    found = repair(model, maps, covariances, "normed", TOKENS, 0, 0)
+    assert sorted(found) == [1, 3]
+    for i, layer in found.items():
+        assert layer.w.dtype == layer.b.dtype == np.float32
+        np.testing.assert_array_equal(layer.w, maps[i].w)
+        np.testing.assert_array_equal(layer.b, maps[i].b)
+
+
+@pytest.mark.parametrize("fit_input", ["normed", "residual"])
+@pytest.mark.parametrize("chosen", [(2,), (0, 1, 2, 3)], ids=str)
+def test_steps_lower_the_divergence_on_the_text(
+    model: Any, fit_input: FitInput, chosen: tuple[int, ...]
+) -> None:
+    maps, covariances = fits(model, chosen, fit_input)
+    advanced: list[int] = []
+    found = repair(model, maps, covariances, fit_input, TOKENS, 30, 0, advanced.append)
+    assert advanced == [1] * 30
+    before = divergence(model, maps, fit_input)
+    assert divergence(model, found, fit_input) < 0.9 * before
+    assert all(not np.array_equal(found[i].w, maps[i].w) for i in chosen)
+    assert all(not np.array_equal(found[i].b, maps[i].b) for i in chosen)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bloom", "gemma3-text"])
+def test_other_structures_are_repaired_too(name: str) -> None:
+    model = unsaved(name).eval().requires_grad_(False)
+    maps, covariances = fits(model, (1, 2))
+    found = repair(model, maps, covariances, "normed", TOKENS, 20, 0)
+    assert divergence(model, found, "normed") < divergence(model, maps, "normed")
+
+
+def test_the_first_step_goes_down_the_gradient_in_white_coordinates(model: Any) -> None:
+    """Adam's first step has the size of the rate in every coordinate, against the sign of the gradient there.
+
+    The gradient of V and c is that of the plain formula, worked out by autograd through the map written out.
+    """
+    maps, covariances = fits(model, (1,))
+    c, layer = covariances[1], maps[1]
+    found = repair(model, maps, covariances, "normed", TOKENS, 1, 5)[1]
+    rows = np.random.default_rng(5).permutation(len(TOKENS))[:4]
+    ids = torch.from_numpy(TOKENS[rows].astype(np.int64))
+    ridge = 1e-3 * np.diag(np.diag(c.c_uu))
+    unwhitened = torch.from_numpy(np.linalg.inv(np.linalg.cholesky(c.c_uu + ridge)))
+    scale = float(np.sqrt(np.trace(c.c_vv) / len(layer.b)))
+    v = torch.zeros(32, 32, dtype=torch.float64, requires_grad=True)
+    shift = torch.zeros(32, dtype=torch.float64, requires_grad=True)
+    with torch.no_grad():
+        log_p = model(input_ids=ids).logits.double().log_softmax(-1)
+    with replaced(model, maps, "normed") as modules:
+        change = scale * v @ unwhitened
+        modules[1].weight = (torch.from_numpy(layer.w).double() + change).float()
+        mean = torch.from_numpy(c.mean_u)
+        modules[1].bias = (torch.from_numpy(layer.b).double() + scale * shift - change @ mean).float()
+        log_q = model(input_ids=ids).logits.double().log_softmax(-1)
+    (log_p.exp() * (log_p - log_q)).sum(-1).mean().backward()  # type: ignore[no-untyped-call]
+    assert v.grad is not None and shift.grad is not None
+    # The warm-up's first rate, and the cosine's beginning.
+    rate = 2e-3 / 10
+    want_v, want_c = (-rate * t.grad.sign().numpy() for t in (v, shift))  # type: ignore[union-attr]
+    change_of_w = scale * want_v @ unwhitened.numpy()
+    got_w, got_b = found.w - layer.w.astype(float), found.b - layer.b.astype(float)
+    # A sign is uncertain where the gradient is hardly more than rounding: nearly all of the change is alike.
+    assert np.linalg.norm(got_w - change_of_w) < 0.15 * np.linalg.norm(change_of_w)
+    want_b = scale * want_c - got_w @ c.mean_u
+    assert np.linalg.norm(got_b - want_b) < 0.15 * np.linalg.norm(want_b)
+
+
+def test_the_same_seed_gives_the_same_maps_and_another_one_others(model: Any) -> None:
+    maps, covariances = fits(model, (0, 2))
+    torch.manual_seed(1)
+    one = repair(model, maps, covariances, "normed", TOKENS, 5, 0)
+    torch.manual_seed(2)  # the global generator plays no part
+    same, other = (repair(model, maps, covariances, "normed", TOKENS, 5, seed) for seed in (0, 1))
+    for i in maps:
+        np.testing.assert_array_equal(one[i].w, same[i].w)
+        np.testing.assert_array_equal(one[i].b, same[i].b)
+        assert not np.array_equal(one[i].w, other[i].w)
+
+
+def test_nothing_but_the_maps_is_changed(model: Any) -> None:
+    maps, covariances = fits(model, (0, 2))
+    given = {i: (m.w.copy(), m.b.copy()) for i, m in maps.items()}
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    modules = {name: (id(m), len(m._forward_pre_hooks)) for name, m in model.named_modules()}
+    ids = torch.from_numpy(TOKENS[:2].astype(np.int64))
+    with torch.inference_mode():
+        before = model(input_ids=ids).logits
+    repair(model, maps, covariances, "normed", TOKENS, 3, 0)
+    with torch.inference_mode():
+        assert torch.equal(model(input_ids=ids).logits, before)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert {name: (id(m), len(m._forward_pre_hooks)) for name, m in model.named_modules()} == modules
+    assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
+    for i, (w, b) in given.items():
+        np.testing.assert_array_equal(maps[i].w, w)
+        np.testing.assert_array_equal(maps[i].b, b)
+
+
+def test_an_interrupted_repair_leaves_the_model_as_it_was(model: Any) -> None:
+    maps, covariances = fits(model, (1,))
+    modules = {name: id(m) for name, m in model.named_modules()}
+
+    def stop(_steps: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        repair(model, maps, covariances, "normed", TOKENS, 3, 0, stop)
+    assert {name: id(m) for name, m in model.named_modules()} == modules
+
+
+def test_every_row_is_read_before_any_is_read_again(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    maps, covariances = fits(model, (3,))
+    read: list[tuple[int, ...]] = []
+    forward = type(model).forward
+
+    def noting(self: Any, input_ids: Any = None, **more: Any) -> Any:
+        read.extend(tuple(row) for row in input_ids.tolist())
+        return forward(self, input_ids=input_ids, **more)
+
+    monkeypatch.setattr(type(model), "forward", noting)
+    repair(model, maps, covariances, "normed", TOKENS, 6, 0)
+    # Each step runs the original and the changed model over four of twelve rows.
+    steps = [read[at : at + 4] for at in range(0, len(read), 8)]
+    assert [read[at + 4 : at + 8] for at in range(0, len(read), 8)] == steps
+    everything = sorted(tuple(row) for row in TOKENS.tolist())
+    for epoch in (steps[:3], steps[3:]):
+        assert sorted(row for step in epoch for row in step) == everything
+    assert [row for step in steps[:3] for row in step] != [tuple(row) for row in TOKENS.tolist()]
+
+
+def test_the_rate_warms_up_and_goes_down() -> None:
+    rates = [module._rate(step, 100) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) == rates[9]
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+    assert 0.05 < rates[-1] < 0.06
+
+
+def test_channels_that_never_vary_are_left_alone(model: Any) -> None:
+    maps, covariances = fits(model, (1,))
+    c = covariances[1]
+    quiet = c.c_uu.copy()
+    quiet[3, :] = quiet[:, 3] = 0.0
+    still = Covariances(c.mean_u, c.mean_v, quiet, c.c_vu, np.zeros_like(c.c_vv), c.power_u, c.power_v)
+    found = repair(model, maps, {1: still}, "normed", TOKENS, 2, 0)[1]
+    assert np.isfinite(found.w).all() and np.isfinite(found.b).all()

@@ -1,0 +1,216 @@
+"""The order of layers against an exhaustive search in tables of losses, and losses that are measured once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nbl_export.linearize import search
+from nbl_export.linearize.loss import Loss
+from nbl_export.linearize.plan import LinearLayer
+from nbl_export.linearize.search import LossCache, MeasuredSets, alone, greedy_order
+
+Cost = Callable[[frozenset[int]], float]
+
+
+def of_kl(kl: float) -> Loss:
+    return Loss(kl, 0.0, 0.0, 0.0)
+
+
+class Table:
+    """Stands for a meter: the loss of a set is what ``cost`` says; keeps which sets it was asked for, and settled."""
+
+    def __init__(self, cost: Cost, count: int) -> None:
+        self.cost = cost
+        self.asked: list[frozenset[int]] = []
+        self.settled: list[frozenset[int]] = [frozenset()]
+        self.maps = {
+            i: LinearLayer(np.zeros((1, 1), np.float32), np.zeros(1, np.float32)) for i in range(count)
+        }
+
+    def settle(self, maps: Mapping[int, LinearLayer]) -> None:
+        self.settled.append(frozenset(maps))
+
+    def measure(self, maps: Mapping[int, LinearLayer]) -> Loss:
+        assert all(maps[i] is self.maps[i] for i in maps)
+        assert self.settled[-1] <= frozenset(maps)
+        self.asked.append(frozenset(maps))
+        return of_kl(self.cost(frozenset(maps)))
+
+    def sets(self, cache: LossCache | None = None) -> MeasuredSets:
+        return MeasuredSets(lambda: self, self.maps, cache or LossCache({}, lambda _: None))  # type: ignore[arg-type, return-value]
+
+
+def exhaustive(cost: Cost, count: int, k: int) -> list[int]:
+    """Greedy search that tries everything; ties go to the lower layer."""
+    chosen: list[int] = []
+    while len(chosen) < k:
+        rest = [i for i in range(count) if i not in chosen]
+        chosen.append(min(rest, key=lambda i: (cost(frozenset([*chosen, i])), i)))
+    return chosen
+
+
+def order(table: Table, k: int) -> list[int]:
+    sets = table.sets()
+    return greedy_order(sets, alone(sets), k)
+
+
+# Layers cost what they cost alone, and something more beside each other: additions grow. In whole numbers, which
+# floats add without rounding, so that ties are ties.
+@st.composite
+def growing(draw: st.DrawFn) -> tuple[int, Cost]:
+    count = draw(st.integers(2, 7))
+    own = draw(st.lists(st.integers(0, 6), min_size=count, max_size=count))
+    pairs = {(i, j): draw(st.integers(0, 4)) for i in range(count) for j in range(i + 1, count)}
+
+    def cost(chosen: Iterable[int]) -> float:
+        inside = sorted(chosen)
+        both = [pairs[i, j] for i in inside for j in inside if i < j]
+        return float(sum(own[i] for i in inside) + sum(both))
+
+    return count, cost
+
+
+@settings(max_examples=200, deadline=None)
+@given(growing())
+def test_lazy_search_is_exhaustive_where_additions_grow(problem: tuple[int, Cost]) -> None:
+    count, cost = problem
+    table = Table(cost, count)
+    want = exhaustive(cost, count, count)
+    for k in range(count + 1):
+        assert order(table, k) == want[:k]
+
+
+def test_lazy_search_measures_less_and_each_set_once() -> None:
+    """Layers that hardly touch each other: after the first, one look at the best of the rest is enough."""
+    rng = np.random.default_rng(0)
+    own = rng.permutation(24) + 1.0
+
+    def cost(chosen: Iterable[int]) -> float:
+        return float(sum(own[i] for i in chosen)) * (1 + 0.001 * len(list(chosen)))
+
+    table, count = Table(cost, 24), 24
+    cache = LossCache({}, lambda _: None)
+    sets = table.sets(cache)
+    assert greedy_order(sets, alone(sets), 24) == exhaustive(cost, 24, 24) == np.argsort(own).tolist()
+    assert len(table.asked) == len(set(table.asked))
+    assert len(table.asked) <= count + 2 * count < count * (count + 1) // 2
+    # Fewer layers, and one more, are the beginning of it and cost nothing.
+    asked = len(table.asked)
+    assert greedy_order(sets, alone(sets), 7) == np.argsort(own)[:7].tolist()
+    assert len(table.asked) == asked
+
+
+@pytest.mark.parametrize("tries", [1, 3, 8])
+def test_no_step_tries_more_than_it_may(monkeypatch: pytest.MonkeyPatch, tries: int) -> None:
+    """Every addition costs far more than it did before: nothing can be passed over, but for the cap."""
+    monkeypatch.setattr(search, "GREEDY_TRIES", tries)
+
+    def cost(chosen: Iterable[int]) -> float:
+        inside = sorted(chosen)
+        return float(sum(i + 1 for i in inside) * 10 ** len(inside))
+
+    table = Table(cost, 20)
+    found = order(table, 5)
+    for k in range(2, 6):
+        tried = [s for s in table.asked if len(s) == k]
+        assert len(tried) == tries
+        assert frozenset(found[:k]) == min(tried, key=cost), "of those tried, the best is taken"
+
+
+def test_the_cap_leaves_out_what_was_last_known_to_cost_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "GREEDY_TRIES", 2)
+    # Beside layer 0, layer 3 costs nothing; but it seemed to cost most, and two others are tried before it.
+    own = [1.0, 2.0, 3.0, 9.0]
+
+    def cost(chosen: frozenset[int]) -> float:
+        if chosen >= {0, 3}:
+            return 1.0
+        return sum(own[i] for i in chosen) * 10 ** (len(chosen) - 1)
+
+    assert exhaustive(cost, 4, 2) == [0, 3]
+    assert order(Table(cost, 4), 2) == [0, 1]
+
+
+def test_ties_go_to_the_lower_layer() -> None:
+    table = Table(lambda chosen: float(len(chosen)), 5)
+    assert order(table, 5) == [0, 1, 2, 3, 4]
+    # Layer 0 rises to what layer 1 is known to cost alone, and still costs: 1 must be looked at.
+    costs = {frozenset([2]): 1.0, frozenset([0]): 3.0, frozenset([1]): 3.0}
+    costs |= {frozenset([2, 1]): 4.0, frozenset([2, 0]): 4.0}
+    assert order(Table(lambda s: costs[s], 3), 2) == [2, 0]
+    costs |= {frozenset([2]): 1.0, frozenset([1]): 2.0, frozenset([2, 1]): 4.0, frozenset([2, 0]): 4.0}
+    assert order(Table(lambda s: costs[s], 3), 2) == [2, 0]
+
+
+def test_the_meter_settles_on_what_is_chosen_before_it_tries_more() -> None:
+    table = Table(lambda chosen: float(sum(i + 1 for i in chosen)), 4)
+    order(table, 3)
+    assert table.settled[:1] == [frozenset()]
+    assert frozenset([0]) in table.settled and frozenset([0, 1]) in table.settled
+
+
+def test_a_set_is_the_same_in_any_order_and_a_meter_is_made_only_for_what_is_new() -> None:
+    table = Table(lambda chosen: float(sum(chosen)), 4)
+    sets = table.sets()
+    assert sets.loss([2, 0]) == sets.loss((0, 2)) == sets.loss([0, 2, 2]) == of_kl(2.0)
+    assert table.asked == [frozenset([0, 2])]
+    assert sets.candidates == (0, 1, 2, 3)
+
+    def none() -> Any:
+        pytest.fail("everything is known")
+
+    known = {"0,2": of_kl(9.0).as_json(), "": of_kl(0.0).as_json()}
+    sets = MeasuredSets(none, table.maps, LossCache(known, lambda _: None))
+    assert sets.loss([2, 0]) == of_kl(9.0) and sets.loss([]) == of_kl(0.0)
+
+
+# the cache ---------------------------------------------------------------------------------------
+
+
+def test_losses_are_measured_once_and_recorded_as_soon_as_they_are() -> None:
+    records: list[dict[str, Any]] = []
+    cache = LossCache(
+        {"a": of_kl(1.0).as_json()}, lambda losses: records.append(json.loads(json.dumps(losses)))
+    )
+    count = iter(range(2, 10))
+
+    def measure() -> Loss:
+        return of_kl(float(next(count)))
+
+    assert cache.get("a", measure) == of_kl(1.0) and records == []
+    assert cache.get("b", measure) == cache.get("b", measure) == of_kl(2.0)
+    assert cache.get("c", measure) == of_kl(3.0)
+    assert [sorted(r) for r in records] == [["a", "b"], ["a", "b", "c"]]
+    again = LossCache(records[-1], lambda _: pytest.fail("nothing is new"))
+    for name, kl in (("a", 1.0), ("b", 2.0), ("c", 3.0)):
+        assert again.get(name, measure) == of_kl(kl)
+
+
+def test_a_measurement_that_fails_is_not_kept() -> None:
+    records: list[Any] = []
+    cache = LossCache({}, records.append)
+
+    def fail() -> Loss:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cache.get("a", fail)
+    assert records == []
+    assert cache.get("a", lambda: of_kl(1.0)) == of_kl(1.0)
+
+
+def test_what_is_no_number_comes_back_as_one() -> None:
+    """JSON files keep it as text."""
+    loss = {"kl": "inf", "kl_se": "nan", "excess": 1, "excess_se": 0.0}
+    found = LossCache({"a": loss}, lambda _: None).get("a", lambda: of_kl(0.0))  # type: ignore[dict-item]
+    assert found.kl == float("inf") and found.kl_se != found.kl_se
+    for damaged in ({"kl": 1.0}, {**loss, "kl": "many"}, {**loss, "more": 1.0}, "text", None):
+        with pytest.raises((TypeError, ValueError, AttributeError)):
+            LossCache({"a": damaged}, lambda _: None)  # type: ignore[dict-item]

@@ -1,0 +1,168 @@
+"""A run that begins at a later block ends in the same bits as a whole one, and leaves the model as it was."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from nbl_export.models.layers import attention_layers
+from nbl_export.models.resume import beginning_at, inputs_kept, run_between
+from nbl_export.models.trial import trial
+from tests.families import unsaved
+from tests.tiny_types import tiny_model
+
+# Windows and rope tables that differ by layer, parallel and sequential blocks, alibi, learned positions, factors
+# on the stream, projections around the blocks, experts, convolutions between the attention.
+FAMILIES = (
+    "llama",
+    "qwen2",
+    "gemma2",
+    "gemma3-text",
+    "gpt2",
+    "gpt_neox",
+    "falcon",
+    "falcon-alibi",
+    "bloom",
+    "opt-post-norm",
+    "granite",
+    "gpt_oss",
+    "phi",
+)
+HYBRIDS = ("lfm2", "gpt_neo", "mixtral", "deepseek_v2")
+_MADE: dict[str, Any] = {}
+
+
+def made(name: str) -> Any:
+    if name not in _MADE:
+        model = tiny_model(name) if name in HYBRIDS else unsaved(name)
+        _MADE[name] = model.eval().requires_grad_(False)
+        trial(_MADE[name])  # whose own run is not to be counted
+    return _MADE[name]
+
+
+@pytest.fixture(params=[*FAMILIES, *HYBRIDS])
+def model(request: pytest.FixtureRequest) -> Any:
+    return made(request.param)
+
+
+IDS = torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+def run(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(input_ids=ids, use_cache=False).logits
+
+
+@contextmanager
+def calls(model: Any) -> Iterator[list[int]]:
+    """Within the block, the numbers of the blocks that were run, in order."""
+    found: list[int] = []
+    stack = attention_layers(model)[0].block.rpartition(".")[0]
+    hooks = [
+        block.register_forward_hook(lambda *_, i=i: found.append(i))
+        for i, block in enumerate(model.get_submodule(stack))
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def modules(model: Any) -> dict[str, tuple[int, int, int]]:
+    """Every module by its name, as an object, with the number of its hooks."""
+    return {
+        name: (id(m), len(m._forward_pre_hooks), len(m._forward_hooks)) for name, m in model.named_modules()
+    }
+
+
+def test_a_run_from_any_layer_on_gives_the_same_bits(model: Any) -> None:
+    layers = attention_layers(model)
+    whole, before = run(model), None
+    with inputs_kept(model, layers) as kept:
+        assert torch.equal(run(model), whole)
+    assert sorted(kept) == [layer.index for layer in layers]
+    for index, states in kept.items():
+        with calls(model) as ran, beginning_at(model, index, states):
+            assert torch.equal(run(model), whole), index
+        assert min(ran) == index, "the blocks before it are not run"
+        # The states are what counts, not the tokens before them.
+        with beginning_at(model, index, states * 0.5):
+            other = run(model)
+        assert not torch.allclose(other, whole)
+        assert before is None or not torch.allclose(other, before)
+        before = other
+
+
+def test_the_model_is_as_it_was(model: Any) -> None:
+    layers = attention_layers(model)
+    trial(model)
+    before = modules(model)
+    with inputs_kept(model, layers) as kept:
+        whole = run(model)
+    last = layers[-1].index
+    with beginning_at(model, last, kept[last]):
+        assert modules(model) != before
+    assert modules(model) == before
+    with pytest.raises(RuntimeError, match="stop"), beginning_at(model, last, kept[last]):
+        raise RuntimeError("stop")
+    with pytest.raises(RuntimeError, match="stop"), inputs_kept(model, layers):
+        raise RuntimeError("stop")
+    assert modules(model) == before
+    assert torch.equal(run(model), whole)
+
+
+def test_a_run_that_fails_inside_the_model_leaves_it_as_it_was() -> None:
+    model = made("llama")
+    trial(model)
+    before = modules(model)
+    with pytest.raises(RuntimeError), beginning_at(model, 2, torch.zeros(1, 5, 7)):
+        run(model)  # the states have another width
+    with pytest.raises(IndexError):
+        run_between(model, torch.tensor([[10**6]]), end=2)
+    assert modules(model) == before
+
+
+def test_states_are_those_of_transformers_own_outputs() -> None:
+    for name in ("llama", "gemma3-text", "gpt2", "falcon"):
+        model = made(name)
+        with torch.inference_mode(), inputs_kept(model, attention_layers(model)) as kept:
+            states = model(input_ids=IDS, use_cache=False, output_hidden_states=True).hidden_states
+        for index in kept:
+            assert torch.equal(kept[index], states[index]), (name, index)
+
+
+def test_runs_between_layers_go_from_state_to_state(model: Any) -> None:
+    with inputs_kept(model, attention_layers(model)) as kept:
+        run(model)
+    order = sorted(kept)
+    with torch.inference_mode():
+        for end in order:
+            with calls(model) as ran:
+                found = run_between(model, IDS, end=end)
+            assert found is not None and torch.equal(found, kept[end])
+            assert all(i < end for i in ran), "it ends where it was asked to"
+        for start, end in itertools.pairwise(order):
+            with calls(model) as ran:
+                found = run_between(model, IDS, (start, kept[start]), end)
+            assert found is not None and torch.equal(found, kept[end])
+            assert set(ran) == set(range(start, end))
+            # Where start and end are one layer, its input comes back as it was put in.
+            same = run_between(model, IDS, (start, kept[start]), start)
+            assert same is not None and torch.equal(same, kept[start])
+        with calls(model) as ran:
+            assert run_between(model, IDS, (order[-1], kept[order[-1]])) is None
+        assert min(ran) == order[-1] and max(ran) == len(trial(model).block_returns) - 1
+
+
+def test_what_a_trial_says_of_blocks() -> None:
+    returns = {name: trial(made(name)).block_returns for name in ("llama", "falcon", "bloom", "lfm2")}
+    assert all(sorted(found) == [0, 1, 2, 3] for found in returns.values())
+    # Both kinds are among the models of these tests.
+    assert set(returns["llama"].values()) == {None}
+    assert set(returns["bloom"].values()) == {2}
