@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,15 +11,17 @@ import torch
 
 from nbl_export.calibrate.collect import collect_moments
 from nbl_export.linearize import repair as module
+from nbl_export.linearize.adapters import Adapter, adapted, weight_digests
 from nbl_export.linearize.fits import as_layer
 from nbl_export.linearize.lmmse import Covariances, FitInput, branch_covariances, fit_lmmse
 from nbl_export.linearize.plan import LinearLayer
-from nbl_export.linearize.repair import repair
+from nbl_export.linearize.repair import mlp_maps, repair
 from nbl_export.linearize.swap import replaced
 from tests.families import unsaved
 from tests.tiny_types import tiny_model
 
 TOKENS = np.random.default_rng(0).integers(3, 250, (12, 48)).astype(np.int32)
+NONE: Mapping[str, Adapter] = {}
 Fits = tuple[dict[int, LinearLayer], dict[int, Covariances]]
 
 
@@ -38,12 +41,14 @@ def fits(model: Any, chosen: tuple[int, ...], fit_input: FitInput = "normed") ->
     return maps, {i: branch_covariances(moments[i], fit_input) for i in chosen}
 
 
-def divergence(model: Any, maps: dict[int, LinearLayer], fit_input: FitInput, tokens: Any = TOKENS) -> float:
+def divergence(
+    model: Any, maps: dict[int, LinearLayer], fit_input: FitInput, adapters: Mapping[str, Adapter] = NONE
+) -> float:
     """Mean KL(original ‖ linearized) over every place, in float64."""
-    ids = torch.from_numpy(tokens.astype(np.int64))
+    ids = torch.from_numpy(TOKENS.astype(np.int64))
     with torch.inference_mode():
         log_p = model(input_ids=ids).logits.double().log_softmax(-1)
-        with replaced(model, maps, fit_input):
+        with replaced(model, maps, fit_input), adapted(model, adapters):
             log_q = model(input_ids=ids).logits.double().log_softmax(-1)
     return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
 
@@ -81,7 +86,7 @@ def test_the_gradient_of_bfloat16_logits_is_in_bfloat16() -> None:
 
 def test_without_steps_the_maps_come_back_bit_by_bit(model: Any) -> None:
     maps, covariances = fits(model, (1, 3))
-    found = repair(model, maps, covariances, "normed", TOKENS, 0, 0)
+    found = repair(model, maps, covariances, "normed", TOKENS, 0, 0).maps
     assert sorted(found) == [1, 3]
     for i, layer in found.items():
         assert layer.w.dtype == layer.b.dtype == np.float32
@@ -96,7 +101,7 @@ def test_steps_lower_the_divergence_on_the_text(
 ) -> None:
     maps, covariances = fits(model, chosen, fit_input)
     advanced: list[int] = []
-    found = repair(model, maps, covariances, fit_input, TOKENS, 30, 0, advanced.append)
+    found = repair(model, maps, covariances, fit_input, TOKENS, 30, 0, advance=advanced.append).maps
     assert advanced == [1] * 30
     before = divergence(model, maps, fit_input)
     assert divergence(model, found, fit_input) < 0.9 * before
@@ -108,52 +113,85 @@ def test_steps_lower_the_divergence_on_the_text(
 def test_other_structures_are_repaired_too(name: str) -> None:
     model = unsaved(name).eval().requires_grad_(False)
     maps, covariances = fits(model, (1, 2))
-    found = repair(model, maps, covariances, "normed", TOKENS, 20, 0)
+    found = repair(model, maps, covariances, "normed", TOKENS, 20, 0).maps
     assert divergence(model, found, "normed") < divergence(model, maps, "normed")
 
 
-def test_the_first_step_goes_down_the_gradient_in_white_coordinates(model: Any) -> None:
+def test_the_first_step_goes_down_the_gradient_in_the_layers_own_unit(model: Any) -> None:
     """Adam's first step has the size of the rate in every coordinate, against the sign of the gradient there.
 
     The gradient of V and c is that of the plain formula, worked out by autograd through the map written out.
     """
     maps, covariances = fits(model, (1,))
     c, layer = covariances[1], maps[1]
-    found = repair(model, maps, covariances, "normed", TOKENS, 1, 5)[1]
+    found = repair(model, maps, covariances, "normed", TOKENS, 1, 5).maps[1]
     rows = np.random.default_rng(5).permutation(len(TOKENS))[:4]
     ids = torch.from_numpy(TOKENS[rows].astype(np.int64))
-    ridge = 1e-3 * np.diag(np.diag(c.c_uu))
-    unwhitened = torch.from_numpy(np.linalg.inv(np.linalg.cholesky(c.c_uu + ridge)))
-    scale = float(np.sqrt(np.trace(c.c_vv) / len(layer.b)))
+    unit = float(np.sqrt(np.trace(c.c_vv) / (32 * np.trace(c.c_uu))))
     v = torch.zeros(32, 32, dtype=torch.float64, requires_grad=True)
     shift = torch.zeros(32, dtype=torch.float64, requires_grad=True)
     with torch.no_grad():
         log_p = model(input_ids=ids).logits.double().log_softmax(-1)
     with replaced(model, maps, "normed") as modules:
-        change = scale * v @ unwhitened
-        modules[1].weight = (torch.from_numpy(layer.w).double() + change).float()
-        mean = torch.from_numpy(c.mean_u)
-        modules[1].bias = (torch.from_numpy(layer.b).double() + scale * shift - change @ mean).float()
+        modules[1].weight = (torch.from_numpy(layer.w).double() + unit * v).float()
+        modules[1].bias = (torch.from_numpy(layer.b).double() + unit * shift).float()
         log_q = model(input_ids=ids).logits.double().log_softmax(-1)
     (log_p.exp() * (log_p - log_q)).sum(-1).mean().backward()  # type: ignore[no-untyped-call]
     assert v.grad is not None and shift.grad is not None
     # The warm-up's first rate, and the cosine's beginning.
-    rate = 2e-3 / 10
-    want_v, want_c = (-rate * t.grad.sign().numpy() for t in (v, shift))  # type: ignore[union-attr]
-    change_of_w = scale * want_v @ unwhitened.numpy()
-    got_w, got_b = found.w - layer.w.astype(float), found.b - layer.b.astype(float)
-    # A sign is uncertain where the gradient is hardly more than rounding: nearly all of the change is alike.
-    assert np.linalg.norm(got_w - change_of_w) < 0.15 * np.linalg.norm(change_of_w)
-    want_b = scale * want_c - got_w @ c.mean_u
-    assert np.linalg.norm(got_b - want_b) < 0.15 * np.linalg.norm(want_b)
+    rate = module._MAP_RATE / 10
+    for got, gradient in (
+        (found.w - layer.w.astype(float), v.grad),
+        (found.b - layer.b.astype(float), shift.grad),
+    ):
+        want = -rate * unit * gradient.sign().numpy()
+        # A sign is uncertain where the gradient is hardly more than rounding: nearly all of the change is alike.
+        assert np.linalg.norm(got - want) < 0.15 * np.linalg.norm(want)
+
+
+# the adapters ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_changes_of_the_mlps_lower_the_divergence_further(name: str) -> None:
+    model = tiny_model(name) if name == "llama" else unsaved(name).eval().requires_grad_(False)
+    maps, covariances = fits(model, (1, 2))
+    alone, both = (repair(model, maps, covariances, "normed", TOKENS, 40, 0, rank) for rank in (0, 8))
+    assert alone.adapters == {}
+    assert sorted(both.adapters) == sorted(f"{path}.weight" for path in mlp_maps(model, 1))
+    changed = divergence(model, both.maps, "normed", both.adapters)
+    assert changed < divergence(model, alone.maps, "normed")
+    for path, adapter in both.adapters.items():
+        weight = model.get_parameter(path).numpy()
+        assert adapter.change().shape == weight.shape
+        assert adapter.digests == weight_digests(weight)
+
+
+def test_the_weights_behind_are_as_they_were_after_the_repair(model: Any) -> None:
+    maps, covariances = fits(model, (2,))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    found = repair(model, maps, covariances, "normed", TOKENS, 3, 0, 4)
+    assert {path.split(".")[2] for path in found.adapters} == {"2", "3"}  # none before the first linear layer
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_adapters_are_of_the_exact_model_where_a_rounded_one_is_trained(model: Any) -> None:
+    from nbl_export.models.load import in_precision
+
+    maps, covariances = fits(model, (3,))
+    half = in_precision(model, "bfloat16")
+    found = repair(half, maps, covariances, "normed", TOKENS, 2, 0, 4, model)
+    for path, adapter in found.adapters.items():
+        assert adapter.digests == weight_digests(model.get_parameter(path).numpy())
 
 
 def test_the_same_seed_gives_the_same_maps_and_another_one_others(model: Any) -> None:
     maps, covariances = fits(model, (0, 2))
     torch.manual_seed(1)
-    one = repair(model, maps, covariances, "normed", TOKENS, 5, 0)
+    one = repair(model, maps, covariances, "normed", TOKENS, 5, 0).maps
     torch.manual_seed(2)  # the global generator plays no part
-    same, other = (repair(model, maps, covariances, "normed", TOKENS, 5, seed) for seed in (0, 1))
+    same, other = (repair(model, maps, covariances, "normed", TOKENS, 5, seed).maps for seed in (0, 1))
     for i in maps:
         np.testing.assert_array_equal(one[i].w, same[i].w)
         np.testing.assert_array_equal(one[i].b, same[i].b)
@@ -187,7 +225,7 @@ def test_an_interrupted_repair_leaves_the_model_as_it_was(model: Any) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        repair(model, maps, covariances, "normed", TOKENS, 3, 0, stop)
+        repair(model, maps, covariances, "normed", TOKENS, 3, 0, advance=stop)
     assert {name: id(m) for name, m in model.named_modules()} == modules
 
 
@@ -224,5 +262,5 @@ def test_channels_that_never_vary_are_left_alone(model: Any) -> None:
     quiet = c.c_uu.copy()
     quiet[3, :] = quiet[:, 3] = 0.0
     still = Covariances(c.mean_u, c.mean_v, quiet, c.c_vu, np.zeros_like(c.c_vv), c.power_u, c.power_v)
-    found = repair(model, maps, {1: still}, "normed", TOKENS, 2, 0)[1]
+    found = repair(model, maps, {1: still}, "normed", TOKENS, 2, 0).maps[1]
     assert np.isfinite(found.w).all() and np.isfinite(found.b).all()
