@@ -1,7 +1,7 @@
 """The command line: one function per command; parse, call, render. No logic.
 
-Exit codes: 0 pass · 1 a gate failed · 2 bad usage or input · 3 a needed package or device is missing ·
-4 an export or build failed · 130 interrupted · 70 an error of nbl-export itself.
+Exit codes: 0 pass · 1 a gate failed, or no K keeps the budget · 2 bad usage or input · 3 a needed package or device is
+missing · 4 an export or build failed · 130 interrupted · 70 an error of nbl-export itself.
 """
 
 from __future__ import annotations

@@ -366,6 +366,27 @@ def test_bad_selections_exit_2(place: Path, arguments: tuple[str, ...], words: t
     assert_refused(nbl("select", place / "out", *arguments), 2, *words, quietly=False)
 
 
+def test_a_budget_that_no_k_keeps_exits_1_and_leaves_the_plan(out: Path) -> None:
+    before = (out / "nbl" / "plan.json").read_bytes()
+    done = nbl("select", out, "--max-kl", "1e-12")
+    assert_refused(done, 1, "No K keeps the budget", "K = 1 costs a KL of", quietly=False)
+    assert (out / "nbl" / "plan.json").read_bytes() == before
+    no_leftovers(out)
+
+
+def test_k_auto_bounds_the_perplexity(out: Path) -> None:
+    done = nbl("select", out, "--k", "auto", "--max-ppl-ratio", "1000")
+    assert done.code == 0, done
+    budget = json.loads((out / "nbl" / "candidates.json").read_text())["curve"]["budget"]
+    assert budget == {"max_kl": None, "max_perplexity_ratio": 1000.0, "min_speedup": None}
+    assert "Plan: layers 0, 1, 2, 3." in done.out.replace("\n", " ")
+    settings = json.loads((out / "nbl" / "workspace.json").read_text())["stages"]["select"]["settings"]
+    assert settings["k"] is None and settings["criterion"] == "greedy"
+    # The folder's table has room for what was asked alone.
+    shown = nbl("inspect", out)
+    assert shown.code == 0 and "max_perplexity_ratio" in shown.out and "min_speedup" not in shown.out
+
+
 def test_a_model_named_like_a_command_is_reached_by_its_path(place: Path, tmp_path: Path) -> None:
     """And a K beyond its layers is refused before any calibration."""
     done = nbl("./export", "--k", 5, "-o", tmp_path / "out", cwd=place)

@@ -160,6 +160,15 @@ def test_runs_between_layers_go_from_state_to_state(model: Any) -> None:
         assert min(ran) == order[-1] and max(ran) == len(trial(model).block_returns) - 1
 
 
+def test_many_blocks_that_return_tuples_are_passed_over() -> None:
+    """A block in their place that returned a bare tensor would be taken apart, a dimension each time."""
+    model = unsaved("bloom", n_layer=6, num_hidden_layers=6).eval().requires_grad_(False)
+    with inputs_kept(model, attention_layers(model)) as kept:
+        whole = run(model)
+    with beginning_at(model, 5, kept[5]):
+        assert torch.equal(run(model), whole)
+
+
 def test_what_a_trial_says_of_blocks() -> None:
     returns = {name: trial(made(name)).block_returns for name in ("llama", "falcon", "bloom", "lfm2")}
     assert all(sorted(found) == [0, 1, 2, 3] for found in returns.values())

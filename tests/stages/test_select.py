@@ -164,7 +164,7 @@ def test_every_way_gives_a_plan_that_rewrites(out: Path, settings: api.SelectSet
     assert ("Loss of the maps that were kept" in text) is (known["result"] is not None)
     assert ("Loss and speed by K" in text) is (plan.criterion == "greedy")
     (facts,) = api.inspect(out / "nbl" / "plan.json")
-    said = dict(facts.rows)  # type: ignore[arg-type]
+    said: dict[str, str] = dict(facts.rows)  # type: ignore[arg-type]
     assert said["fit"] == settings.fit
     assert said["repair"] == (f"{settings.repair} steps" if settings.repair else "none")
     assert said["ridge"] == ("by held-out error" if settings.ridge is None else "1e-06")
