@@ -18,6 +18,7 @@ import torch
 from nbl_export import api
 from nbl_export.calibrate.text import load_text
 from nbl_export.errors import BudgetError, InputError
+from nbl_export.linearize.adapters import Adapter, adapted
 from nbl_export.linearize.lmmse import FitName
 from nbl_export.linearize.loss import LossMeter
 from nbl_export.linearize.plan import LinearLayer, load_plan
@@ -112,14 +113,19 @@ def same_plan(a: api.Plan, b: api.Plan) -> bool:
     )
 
 
-def kl_by_hand(out: Path, model: Any, layers: Mapping[int, LinearLayer]) -> float:
+NONE: Mapping[str, Adapter] = {}
+
+
+def kl_by_hand(
+    out: Path, model: Any, layers: Mapping[int, LinearLayer], adapters: Mapping[str, Adapter] = NONE
+) -> float:
     """Mean KL(original ‖ changed) of the selection text in float64, by whole runs with maps put in place by hand."""
     text = load_text(Workspace.open(out).text)
     ids = torch.from_numpy(text.selection.astype(np.int64))
     plan = replace(load_plan(Workspace.open(out).plan), layers=layers)
     with torch.inference_mode():
         log_p = model(input_ids=ids).logits[:, :-1].double().log_softmax(-1)
-        with maps_in_place(model, plan):
+        with maps_in_place(model, plan), adapted(model, adapters):
             log_q = model(input_ids=ids).logits[:, :-1].double().log_softmax(-1)
     return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
 
@@ -197,7 +203,8 @@ def test_what_the_final_maps_cost_is_measured(out: Path, stories_folder: Path) -
     model = load(stories_folder)
     plan = select(out, api.SelectSettings(k=3, fit="sequential", repair=10))
     result = candidates(out)["result"]
-    assert result["loss"]["kl"] == pytest.approx(kl_by_hand(out, model, plan.layers), rel=5e-3)
+    assert result["loss"]["kl"] == pytest.approx(kl_by_hand(out, model, plan.layers, plan.adapters), rel=5e-3)
+    assert len(plan.adapters) == 3 * (5 - min(plan.chosen))  # gate, up and down of the blocks behind
     fitted = select(out, api.SelectSettings(k=3, fit="sequential"))
     assert result["before_repair"]["kl"] == pytest.approx(kl_by_hand(out, model, fitted.layers), rel=5e-3)
     assert candidates(out)["result"]["loss"] == pytest.approx(result["before_repair"])
