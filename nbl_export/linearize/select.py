@@ -139,6 +139,15 @@ def ranking(candidates: Sequence[Candidate], criterion: str) -> list[Candidate]:
     return sorted(candidates, key=key)
 
 
+def predicted_excess(candidates: Sequence[Candidate], chosen: Sequence[int]) -> float | None:
+    """What the linearity theorem predicts the ``chosen`` layers to cost together: the sum of what each costs.
+
+    In nats per token; None where sensitivities were not measured.
+    """
+    parts = [c.predicted for c in candidates if c.layer in chosen]
+    return sum(p for p in parts if p is not None) if parts and None not in parts else None
+
+
 @contextmanager
 def naming(layer: int) -> Iterator[None]:
     """Within the block, moments that admit no fit are refused with the number of their ``layer``."""

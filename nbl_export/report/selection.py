@@ -108,6 +108,8 @@ def result_table(selection: Mapping[str, Any]) -> Table:
         for key, name in names.items()
         if key in result
     )
+    if (predicted := finite(result.get("predicted_excess"))) is not None:
+        rows = (("as predicted, layer by layer", f"{math.exp(min(predicted, 700.0)):.4f}", "–"), *rows)
     return Table(
         "Loss of the maps that were kept, selection text",
         ("", "perplexity ratio", "KL, nats per token"),

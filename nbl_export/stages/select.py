@@ -24,7 +24,7 @@ def select(run: Run, settings: SelectSettings) -> Plan:
     """Moments → plan: score every layer, choose K, keep their W and b with the proof's evidence."""
     from nbl_export.calibrate.moments import load_moments
     from nbl_export.linearize.plan import save_plan
-    from nbl_export.linearize.select import check_layers, score_layers
+    from nbl_export.linearize.select import check_layers, predicted_excess, score_layers
     from nbl_export.models.layers import FULL, positions
     from nbl_export.stages.choosing import Choosing, choose
     from nbl_export.stages.fitting import Fitting
@@ -48,6 +48,7 @@ def select(run: Run, settings: SelectSettings) -> Plan:
         if settings.layers is not None:
             chosen = check_layers([c.layer for c in candidates], settings.layers, settings.k)
             curve: dict[str, Any] | None = None
+            predicted = None
         else:
             choosing = Choosing(settings, measured, fitting, listener)
             candidates = choosing.scored(candidates)
@@ -58,7 +59,8 @@ def select(run: Run, settings: SelectSettings) -> Plan:
                 return SpeedMeter(ws, empty, lambda k: {i: maps[i] for i in prefix(k)}, limit, listener)
 
             chosen, curve = choose(choosing, candidates, settings, speeds, listener)
-        plan, result = _fitted(empty, chosen, fitting, settings, measured)
+            predicted = predicted_excess(candidates, chosen)
+        plan, result = _fitted(empty, chosen, fitting, settings, measured, predicted)
         save_plan(ws.plan, plan)
         kinds = metadata.get("kinds", {})
         scores = [{**c.as_json(), "kind": kinds.get(str(c.layer), FULL)} for c in candidates]
@@ -71,19 +73,28 @@ def select(run: Run, settings: SelectSettings) -> Plan:
 
 
 def _fitted(
-    empty: Plan, chosen: Sequence[int], fitting: Fitting, settings: SelectSettings, measured: Measured
+    empty: Plan,
+    chosen: Sequence[int],
+    fitting: Fitting,
+    settings: SelectSettings,
+    measured: Measured,
+    predicted: float | None,
 ) -> tuple[Plan, dict[str, Any] | None]:
-    """The plan of the layers chosen, and what it costs on the selection text where the model was run for it."""
+    """The plan of the layers chosen, and what it costs on the selection text.
+
+    That is measured where it is not known from choosing, or where it was ``predicted`` (the excess, in nats).
+    """
     maps = fitting.final(chosen)
     plan = replace(empty, layers=maps)
-    if not chosen or not (settings.repair or settings.fit == "sequential"):
+    if not chosen or not (settings.repair or settings.fit == "sequential" or predicted is not None):
         return plan, None
+    result: dict[str, Any] = {} if predicted is None else {"predicted_excess": predicted}
     before = measured.loss_of(plan)
     if not settings.repair:
-        return plan, {"loss": before.as_json()}
+        return plan, result | {"loss": before.as_json()}
     repaired = fitting.repaired(maps)
     plan = replace(plan, layers=repaired.maps, adapters=repaired.adapters)
-    return plan, {"loss": measured.loss_of(plan).as_json(), "before_repair": before.as_json()}
+    return plan, result | {"loss": measured.loss_of(plan).as_json(), "before_repair": before.as_json()}
 
 
 def _plan(

@@ -17,6 +17,7 @@ from nbl_export.linearize.select import (
     check_k,
     check_layers,
     fit_layer,
+    predicted_excess,
     ranking,
     score_layers,
 )
@@ -138,6 +139,13 @@ def test_a_k_before_the_model_is_known() -> None:
 def test_choices_that_cannot_be_made(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         check_layers(range(4), arguments["layers"], arguments.get("k"))
+
+
+def test_what_layers_cost_together_is_predicted_as_the_sum() -> None:
+    known = [replace(c, predicted=0.1 * c.layer) for c in FOUR]
+    assert predicted_excess(known, (1, 3)) == pytest.approx(0.4)
+    assert predicted_excess([replace(c, predicted=None) for c in FOUR], (1, 3)) is None
+    assert predicted_excess(known, ()) is None
 
 
 # scoring -----------------------------------------------------------------------------------------

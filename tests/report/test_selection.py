@@ -49,6 +49,8 @@ def test_the_maps_that_were_kept_have_a_table_where_they_were_measured(report: R
         ("as fitted", f"{exp(0.25):.4f} ± {exp(0.25) * 0.05:.4f}", "0.5000 ± 0.0400"),
         ("after 1,500 steps of distillation", ratio, "0.2500 ± 0.0300"),
     )
+    predicted = result_table({**selection, "result": {"loss": LOSS, "predicted_excess": 0.1}})
+    assert predicted.rows == (("as predicted, layer by layer", f"{exp(0.1):.4f}", "–"), *alone.rows)
     for brief in (False, True):
         shown = [t.title for t in report_tables(replace(report, selection=selection), brief)]
         assert shown.count(title) == 1

@@ -158,7 +158,10 @@ def test_every_way_gives_a_plan_that_rewrites(out: Path, settings: api.SelectSet
     score = {"greedy": "kl", "linearity": "predicted"}.get(plan.criterion, plan.criterion)
     if plan.criterion != "by hand":
         assert all(math.isfinite(c[score]) for c in known["candidates"])
-    assert (known["result"] is not None) is bool(settings.repair or settings.fit == "sequential")
+    told = bool(settings.repair or settings.fit == "sequential" or settings.criterion == "linearity")
+    assert (known["result"] is not None) is told
+    predicted = sum(c["predicted"] or 0.0 for c in known["candidates"] if c["layer"] in plan.chosen)
+    assert (known["result"] or {}).get("predicted_excess", 0.0) == pytest.approx(predicted)
     assert ("before_repair" in (known["result"] or {})) is bool(settings.repair)
     if settings.fit == "drop":
         assert all(not plan.layers[i].w.any() and not plan.layers[i].b.any() for i in plan.chosen)
