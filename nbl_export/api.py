@@ -84,6 +84,7 @@ def run(
     # Whatever can be refused is refused before the output folder is made.
     for settings in (selection, calibration, exporting, verification):
         settings.check()
+    selection.check_precision(exporting.precision)
     if engines:
         exporting.check_tensorrt()
         engines.check()

@@ -111,6 +111,14 @@ class SelectSettings:
             )
         return replace(self, criterion=self.criterion or ENCODER_CRITERION)
 
+    def check_precision(self, precision: str) -> None:
+        """Refuse a repair of the MLPs for a graph whose weights are quantized: it does not hold them as they are."""
+        if self.repair and self.repair_rank and precision == "int4":
+            raise InputError(
+                "--repair changes the MLPs' weights, which an int4 graph does not hold as the model has them: add "
+                "--repair-rank 0, which repairs the linear layers alone."
+            )
+
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 

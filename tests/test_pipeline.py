@@ -329,6 +329,18 @@ def test_a_run_makes_a_damaged_stage_again(
     assert_same(stories_copy / file, stories_out / file)
 
 
+def test_a_repair_of_weights_that_an_int4_graph_does_not_hold_is_refused_first(
+    stories_folder: Path, tmp_path: Path, calibration: Any
+) -> None:
+    selection = api.SelectSettings(k=1, repair=5)
+    exporting = api.ExportSettings(precision="int4", exporter="genai")
+    with pytest.raises(InputError, match=r"--repair changes the MLPs' weights.* add --repair-rank 0"):
+        api.run(stories_folder, tmp_path / "out", selection, calibration, exporting=exporting)
+    assert not (tmp_path / "out").exists()
+    replace(selection, repair_rank=0).check_precision("int4")
+    selection.check_precision("fp16")
+
+
 def test_settings_are_refused_before_a_folder_is_made(
     stories_folder: Path, tmp_path: Path, calibration: Any
 ) -> None:
@@ -341,6 +353,7 @@ def test_settings_are_refused_before_a_folder_is_made(
         api.SelectSettings(k=1, fit_input="other"),  # type: ignore[arg-type]
         api.SelectSettings(k=1, fit="other"),  # type: ignore[arg-type]
         api.SelectSettings(k=1, repair=-1),
+        api.SelectSettings(k=1, repair=5, repair_rank=-1),
         api.SelectSettings(k=1, fit="drop", repair=5),
         api.SelectSettings(k=1, budget=api.Budget(max_kl=0.1)),
         api.SelectSettings(layers=(1,), budget=api.Budget(max_kl=0.1)),
