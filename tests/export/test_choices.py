@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from nbl_export import api
-from nbl_export.cli import _exporting
 from nbl_export.errors import InputError
+from nbl_export.given import export_settings
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_what_an_exporter_does_not_offer_is_refused(settings: dict[str, Any], sa
 
 def test_defaults_are_what_the_exporter_offers_first() -> None:
     def chosen(*asked: Any) -> tuple[str, str | None]:
-        settings = _exporting(*asked).for_task("text-generation", engines=asked[-1])
+        settings = export_settings(*asked).for_task("text-generation", engines=asked[-1])
         return settings.precision, settings.kv_cache
 
     assert chosen("torch", None, None, None, False) == ("fp32", "concat")
