@@ -22,7 +22,7 @@ from nbl_export.calibrate.moments import LayerMoments
 from nbl_export.linearize.lmmse import FitInput, LinearFit
 from nbl_export.linearize.plan import LinearLayer
 from nbl_export.linearize.swap import replaced
-from nbl_export.models.layers import attention_layers, hidden_size, observed
+from nbl_export.models.layers import attention_layer, attention_layers, hidden_size, observed
 from nbl_export.models.resume import Reached, body, run_between
 
 Solve = Callable[[int, LayerMoments], LinearFit]
@@ -107,8 +107,7 @@ def _seen(
         if end in (None, index):
             raise Reached
 
-    layer = next(layer for layer in attention_layers(model) if layer.index == index)
-    with observed(model, (layer,), take):
+    with observed(model, (attention_layer(model, index),), take):
         after = run_between(model, ids, (index, _there(states)), None if end == index else end)
     h, x, y = seen
     return h, x, y, after

@@ -74,7 +74,7 @@ def reference(logits: torch.Tensor, tokens: torch.Tensor, kept_in: torch.dtype =
     p = torch.empty(len(tokens) - 1, logits.shape[-1], dtype=kept_in, device=logits.device)
     negentropy = torch.empty(len(p), device=logits.device)
     nll = torch.empty_like(negentropy)
-    for part in _parts(len(p)):
+    for part in parts(len(p)):
         log_p = torch.log_softmax(logits[part].float(), dim=-1)
         nll[part] = -log_p.gather(1, tokens[1:][part, None])[:, 0]
         p[part] = log_p.exp()
@@ -86,7 +86,7 @@ def reference(logits: torch.Tensor, tokens: torch.Tensor, kept_in: torch.dtype =
 def compare(original: Reference, logits: torch.Tensor, tokens: torch.Tensor) -> tuple[F64, F64]:
     """KL(original ‖ changed) and the increase of the negative log-likelihood, [seq - 1] each, float64."""
     kl, excess = (np.empty(len(original.p)) for _ in range(2))
-    for part in _parts(len(original.p)):
+    for part in parts(len(original.p)):
         log_q = torch.log_softmax(logits[part].float(), dim=-1)
         p = original.p[part].float()
         gap = original.negentropy[part] - torch.linalg.vecdot(p, log_q)
@@ -96,7 +96,8 @@ def compare(original: Reference, logits: torch.Tensor, tokens: torch.Tensor) -> 
     return kl, excess
 
 
-def _parts(places: int) -> Iterator[slice]:
+def parts(places: int) -> Iterator[slice]:
+    """The slices in which ``places`` distributions are worked on."""
     return (slice(at, min(at + _PLACES, places)) for at in range(0, places, _PLACES))
 
 
@@ -118,6 +119,12 @@ def mean_over_documents(values: F64, owner: I32) -> tuple[float, float]:
     if count < 2:
         return mean, 0.0
     return mean, float(math.sqrt(count / (count - 1) * float(np.sum(sums**2))) / len(values))
+
+
+def row_logits(model: torch.nn.Module, row: torch.Tensor) -> torch.Tensor:
+    """Logits [seq, vocab] of one row of tokens [seq] int64."""
+    logits: torch.Tensor = model(input_ids=row[None], use_cache=False).logits[0]
+    return logits
 
 
 class LossMeter:
@@ -172,7 +179,7 @@ class LossMeter:
         with torch.inference_mode(), change:
             for original, states, row in zip(self._references, self._states, self._rows, strict=True):
                 with beginning_at(self.model, first, states[first]):
-                    row_kl, row_excess = compare(original, self._logits(row), row)
+                    row_kl, row_excess = compare(original, row_logits(self.model, row), row)
                 kl.append(row_kl)
                 excess.append(row_excess)
         return loss_over_documents(np.concatenate(kl), np.concatenate(excess), self._owner)
@@ -191,14 +198,10 @@ class LossMeter:
         with torch.inference_mode(), replaced(self.model, maps, self.fit_input):
             for row in self._rows:
                 with inputs_kept(self.model, self._layers) as kept:
-                    logits = self._logits(row)
+                    logits = row_logits(self.model, row)
                 self._states.append(dict(kept))
                 advance(len(row))
                 yield logits
-
-    def _logits(self, row: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.model(input_ids=row[None], use_cache=False).logits[0]
-        return logits
 
 
 def loss_of_plan(meter: LossMeter, plan: Plan) -> Loss:

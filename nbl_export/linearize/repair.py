@@ -27,9 +27,10 @@ import torch
 
 from nbl_export.linearize.adapters import Adapter, weight_digests
 from nbl_export.linearize.lmmse import Covariances, FitInput
+from nbl_export.linearize.loss import parts
 from nbl_export.linearize.plan import LinearLayer
 from nbl_export.linearize.swap import AttentionReplacement, replaced
-from nbl_export.models.layers import attention_layers, layer_count
+from nbl_export.models.layers import attention_layer, attention_layers, layer_count
 from nbl_export.models.resume import beginning_at, inputs_kept
 
 if TYPE_CHECKING:
@@ -40,7 +41,6 @@ _STEP_TOKENS = 1024
 _MAP_RATE, _UP_RATE, _DOWN_RATE = 12e-3, 16e-3, 3e-3
 _WARM_UP = 10
 _LAST_RATE = 0.05  # of the rates, at the end of the cosine
-_PLACES = 64  # whose distributions are worked on at a time
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def repair(
     weights the changes are of, where ``model`` is a rounded copy of it.
     """
     first = min(maps)
-    layer = next(layer for layer in attention_layers(model) if layer.index == first)
+    layer = attention_layer(model, first)
     device = next(model.parameters()).device
     trained = {i: _begin_map(maps[i], covariances[i], device) for i in sorted(maps)}
     adapters = _begin_adapters(model, first, rank, seed)
@@ -226,8 +226,7 @@ class _Divergence(torch.autograd.Function):
     def forward(ctx: Any, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         gradient = torch.empty_like(logits)
         total = torch.zeros((), device=logits.device)
-        for at in range(0, len(logits), _PLACES):
-            part = slice(at, at + _PLACES)
+        for part in parts(len(logits)):
             log_p, log_q = (torch.log_softmax(t[part].float(), dim=-1) for t in (target, logits))
             p = log_p.exp()
             total += (p * (log_p - log_q)).sum()

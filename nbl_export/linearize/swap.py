@@ -13,7 +13,7 @@ from nbl_export.errors import InputError
 from nbl_export.linearize.adapters import adapted
 from nbl_export.linearize.lmmse import FitInput
 from nbl_export.linearize.plan import LinearLayer, Plan
-from nbl_export.models.layers import attention_layers, hidden_size, hidden_states, layer_count
+from nbl_export.models.layers import attention_layers, facts, hidden_size, hidden_states, layer_count
 from nbl_export.models.trial import trial
 
 if TYPE_CHECKING:
@@ -123,8 +123,7 @@ def _swap(
         layer.output[len(layer.attention) + 1 :] if inside else "",
     )
     # A block may ask its attention for more than its output: Gemma 3 of transformers 4 reads `is_sliding`.
-    facts = {k: v for k, v in vars(original).items() if not k.startswith("_") and not callable(v)}
-    vars(linear).update(facts | vars(linear))
+    vars(linear).update(facts(original) | vars(linear))
     new: dict[str, torch.nn.Module] = {layer.attention: linear}
     if not inside:
         # What maps the attention's result to y stands beside it, and there is nothing left to map.

@@ -71,6 +71,16 @@ def attention_layers(model: torch.nn.Module) -> tuple[AttentionLayer, ...]:
     return structure(model).layers
 
 
+def attention_layer(model: torch.nn.Module, index: int) -> AttentionLayer:
+    """The self-attention layer of that ``index``, which must be one."""
+    return next(layer for layer in attention_layers(model) if layer.index == index)
+
+
+def facts(module: torch.nn.Module) -> dict[str, Any]:
+    """What a model may ask a module for beside its output, as `attention_type`: whatever takes its place needs it."""
+    return {k: v for k, v in vars(module).items() if not k.startswith("_") and not callable(v)}
+
+
 def structure(model: torch.nn.Module) -> Structure:
     """Every block of ``model``, told apart by what mixes its tokens.
 

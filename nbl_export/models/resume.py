@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nbl_export.models.layers import attention_layers, hidden_states
+from nbl_export.models.layers import attention_layer, facts, hidden_states
 from nbl_export.models.trial import trial
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class _Passed(torch.nn.Module):
     def __init__(self, block: torch.nn.Module, returns: int | None) -> None:
         super().__init__()
         # Models ask their blocks for facts, as what their tokens see.
-        vars(self).update({k: v for k, v in vars(block).items() if not k.startswith("_") and not callable(v)})
+        vars(self).update(facts(block))
         self.returns = returns
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -57,7 +57,7 @@ def inputs_kept(
 @contextmanager
 def beginning_at(model: torch.nn.Module, index: int, states: torch.Tensor) -> Iterator[None]:
     """Within the block, ``model`` begins at attention layer ``index`` with ``states`` [batch, seq, d] as its input."""
-    layer = next(layer for layer in attention_layers(model) if layer.index == index)
+    layer = attention_layer(model, index)
     returns = trial(model).block_returns
     stack: Any = model.get_submodule(layer.block.rpartition(".")[0])
     before = [stack[i] for i in range(index)]
@@ -104,8 +104,7 @@ def run_between(
         if start is not None:
             stack.enter_context(beginning_at(model, *start))
         if end is not None:
-            layer = next(layer for layer in attention_layers(model) if layer.index == end)
-            block = model.get_submodule(layer.block)
+            block = model.get_submodule(attention_layer(model, end).block)
             stack.callback(block.register_forward_pre_hook(stop, with_kwargs=True).remove)
         with suppress(Reached):
             body(model)(input_ids=ids, use_cache=False)

@@ -8,8 +8,9 @@ from typing import Any
 
 from nbl_export.evaluate.results import Evaluation
 from nbl_export.report.drawing import Table, number
+from nbl_export.report.render import write_junit
 from nbl_export.report.schema import Check
-from nbl_export.workspace import atomic_path, write_json, write_text
+from nbl_export.workspace import write_json, write_text
 
 NAMES = ("eval.json", "eval.md", "eval-junit.xml")
 
@@ -20,7 +21,9 @@ def write_evaluation(folder: Path, value: Evaluation) -> list[Path]:
     write_json(paths[0], value.as_json())
     write_text(paths[1], markdown(value))
     for path in paths[2:]:
-        _write_junit(path, value)
+        write_junit(
+            path, "nbl-export eval", f"nbl_export.eval.{value.model['source']}", value.checks, value.created
+        )
     return paths
 
 
@@ -174,22 +177,3 @@ def _markdown(table: Table) -> list[str]:
     rule = "|" + " --- |" * len(table.columns)
     note = [table.note, ""] if table.note else []
     return [f"## {table.title}", "", line(table.columns), rule, *map(line, table.rows), "", *note]
-
-
-def _write_junit(path: Path, value: Evaluation) -> None:
-    from junitparser import Failure, JUnitXml, Skipped, TestCase, TestSuite
-
-    suite = TestSuite("nbl-export eval")
-    for check in value.checks:
-        case = TestCase(check.name, classname=f"nbl_export.eval.{value.model['source']}")
-        if check.status == "passed":
-            case.system_out = check.detail
-        else:
-            case.result = [(Failure if check.status == "failed" else Skipped)(check.detail)]
-        suite.add_testcase(case)
-    suite.timestamp = value.created
-    xml = JUnitXml()
-    xml.add_testsuite(suite)
-    xml.update_statistics()
-    with atomic_path(path) as temporary:
-        xml.write(str(temporary), pretty=True)

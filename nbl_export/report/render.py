@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nbl_export.report.page import TEMPLATES, page
 from nbl_export.report.plots import PLOTS, Plot, report_plots
-from nbl_export.report.schema import Report
+from nbl_export.report.schema import Check, Report
 from nbl_export.report.summary import making
 from nbl_export.report.tables import checks_table, report_tables
 from nbl_export.workspace import atomic_path, write_json, write_text
@@ -23,7 +23,8 @@ def write_report(folder: Path, report: Report) -> list[Path]:
     )
     plots = report_plots(report)
     write_json(json, report.as_json())
-    _write_junit(junit, report)
+    classname = f"nbl_export.{report.model['source']}"
+    write_junit(junit, "nbl-export", classname, report.checks, report.created)
     pictures = _write_plots(folder / "plots", plots)
     write_text(markdown_file, markdown(report, plots))
     write_text(html, page(report, plots))
@@ -64,12 +65,13 @@ def markdown(report: Report, plots: Mapping[str, Plot] | None = None) -> str:
     )
 
 
-def _write_junit(path: Path, report: Report) -> None:
+def write_junit(path: Path, suite_name: str, classname: str, checks: Sequence[Check], created: str) -> None:
+    """Write ``checks`` as one JUnit suite, atomically."""
     from junitparser import Failure, JUnitXml, Skipped, TestCase, TestSuite
 
-    suite = TestSuite("nbl-export")
-    for check in report.checks:
-        case = TestCase(check.name, classname=f"nbl_export.{report.model['source']}")
+    suite = TestSuite(suite_name)
+    for check in checks:
+        case = TestCase(check.name, classname=classname)
         if check.status == "failed":
             case.result = [Failure(check.detail)]
         elif check.status == "skipped":
@@ -77,7 +79,7 @@ def _write_junit(path: Path, report: Report) -> None:
         else:
             case.system_out = check.detail
         suite.add_testcase(case)
-    suite.timestamp = report.created
+    suite.timestamp = created
     xml = JUnitXml()
     xml.add_testsuite(suite)
     xml.update_statistics()

@@ -84,10 +84,10 @@ class Choosing:
 
     def _linearity(self, candidate: Candidate) -> Candidate:
         from nbl_export.linearize.search import sensitivity
-        from nbl_export.models.layers import attention_layers
+        from nbl_export.models.layers import attention_layer
 
         measured = self._measured
-        layer = next(layer for layer in attention_layers(measured.model) if layer.index == candidate.layer)
+        layer = attention_layer(measured.model, candidate.layer)
         energy = self._fitting.energy(candidate.layer)
         loss = measured.cache(what="noise").get(
             str(candidate.layer), lambda: sensitivity(measured.meter, layer, energy)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nbl_export.linearize.loss import compare, loss_over_documents, reference
+from nbl_export.linearize.loss import compare, loss_over_documents, reference, row_logits
 from nbl_export.linearize.plan import Plan
 from nbl_export.linearize.swap import linearized
 from nbl_export.progress import Listener, Silent
@@ -55,9 +55,9 @@ def measure_method_loss(
     ):
         for row in heldout:
             ids = torch.from_numpy(row.astype(np.int64))
-            original = reference(_logits(model, ids), ids)
+            original = reference(row_logits(model, ids), ids)
             with linearized(model, plan):
-                row_kl, row_excess = compare(original, _logits(model, ids), ids)
+                row_kl, row_excess = compare(original, row_logits(model, ids), ids)
             before.append(original.nll.double().numpy())
             kl.append(row_kl)
             excess.append(row_excess)
@@ -75,8 +75,3 @@ def measure_method_loss(
         kl=loss.kl,
         kl_se=loss.kl_se,
     )
-
-
-def _logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    logits: torch.Tensor = model(input_ids=ids[None], use_cache=False).logits[0]
-    return logits
