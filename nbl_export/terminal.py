@@ -142,11 +142,11 @@ def show_report(report: Report, out: Path) -> None:
 
 def show_evaluation(value: Evaluation, out: Path) -> None:
     """The tables of an evaluation, its verdicts, and where to look next."""
-    from nbl_export.report.evaluation import evaluation_tables, verdicts_table
+    from nbl_export.report.evaluation import evaluation_tables
 
     show_tables(evaluation_tables(value, brief=True))
     if value.checks:
-        drawn = _drawn(verdicts_table(value.checks))
+        drawn = _drawn(checks_table(value))
         drawn.columns[-1].justify = "left"
         _out.print(drawn)
         verdict = Text("PASS", style="bold green") if value.passed else Text("FAIL", style="bold red")

@@ -49,9 +49,9 @@ def _zstd() -> Any:
     return None
 
 
-_BROKEN_ARCHIVE: tuple[type[Exception], ...] = (EOFError, zlib.error, gzip.BadGzipFile)
+BROKEN_ARCHIVE: tuple[type[Exception], ...] = (EOFError, zlib.error, gzip.BadGzipFile)
 if (_module := _zstd()) is not None:
-    _BROKEN_ARCHIVE += (_module.ZstdError,)
+    BROKEN_ARCHIVE += (_module.ZstdError,)
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def _file_documents(path: Path, field: str) -> Iterator[str]:
         if kind == ".parquet":
             yield from _parquet_documents(path, field)
             return
-        with _open(path) as raw:
+        with open_packed(path) as raw:
             lines = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="strict", newline="\n")
             yield from (
                 _jsonl_documents(path, lines, field) if kind == ".jsonl" else _txt_documents(path, lines)
@@ -166,11 +166,11 @@ def _file_documents(path: Path, field: str) -> Iterator[str]:
         raise InputError(
             f"{path} is no UTF-8 text ({error.reason} at byte {error.start} of a block)."
         ) from None
-    except _BROKEN_ARCHIVE as error:
+    except BROKEN_ARCHIVE as error:
         raise InputError(f"{path} cannot be unpacked ({error}): fetch it again.") from None
 
 
-def _open(path: Path) -> Any:
+def open_packed(path: Path) -> Any:
     suffix = path.suffix.lower()
     if suffix == ".gz":
         return gzip.open(path, "rb")

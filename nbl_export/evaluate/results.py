@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nbl_export.errors import InputError
 from nbl_export.evaluate.recovery import Estimate, Paired, mean, recovery
 from nbl_export.evaluate.retrieval import HIDDEN, Question
-from nbl_export.report.schema import Check
-from nbl_export.workspace import jsonable, read_json
+from nbl_export.report.schema import Check, load_judged
+from nbl_export.workspace import jsonable
 
 if TYPE_CHECKING:
     from nbl_export.evaluate.tasks import EvalTask
@@ -63,15 +62,7 @@ class Evaluation:
 
 def load_evaluation(path: Path) -> Evaluation:
     """Read ``eval.json``; raises :class:`InputError` for anything else."""
-    remedy = "run `nbl-export eval` again"
-    raw = read_json(path, "The evaluation", remedy)
-    if not isinstance(raw, dict) or raw.get("schema") != SCHEMA:
-        raise InputError(f"{path} is no evaluation of this version ({SCHEMA}): {remedy}.")
-    raw = {k: v for k, v in raw.items() if k not in ("schema", "verdict")}
-    try:
-        return Evaluation(**{**raw, "checks": [Check(**c) for c in raw["checks"]]})
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({error}): {remedy}.") from None
+    return load_judged(Evaluation, path, "evaluation", SCHEMA, "run `nbl-export eval` again")
 
 
 def compared(pair: Paired) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from nbl_export.calibrate.text import _BROKEN_ARCHIVE, _open
+from nbl_export.calibrate.text import BROKEN_ARCHIVE, open_packed
 from nbl_export.datafile import read_table
 from nbl_export.errors import InputError
 from nbl_export.workspace import sha256_of_json
@@ -119,13 +119,13 @@ def read_rows(path: Path) -> list[tuple[int, Row]]:
     """
     rows: list[tuple[int, Row]] = []
     try:
-        with _open(path) as raw:
+        with open_packed(path) as raw:
             for number, line in enumerate(io.TextIOWrapper(raw, encoding="utf-8-sig", newline="\n"), 1):
                 if line.strip():
                     rows.append((number, _object(line, f"{path}, line {number}")))
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is no UTF-8 text ({error.reason}).") from None
-    except _BROKEN_ARCHIVE as error:
+    except BROKEN_ARCHIVE as error:
         raise InputError(f"{path} cannot be unpacked ({error}): fetch it again.") from None
     if not rows:
         raise InputError(f"{path} has no rows.")

@@ -21,6 +21,10 @@ HALF, F32 = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16), ir.DataType.FLOAT
 _TOLD = {"Cast", "Constant", "ConstantOfShape"}
 
 
+# What is said where such a graph is not timed.
+UNTIMED = "onnxruntime's CPU provider does not compute in half precision: its times would tell nothing"
+
+
 def needs_standin(model: ir.Model) -> bool:
     """Whether any input, weight or tensor of the graph is float16 or bfloat16."""
     graph = model.graph

@@ -9,7 +9,7 @@ from typing import Any
 from nbl_export.evaluate.results import Evaluation
 from nbl_export.report.drawing import Table, number
 from nbl_export.report.render import write_junit
-from nbl_export.report.schema import Check
+from nbl_export.report.tables import checks_table
 from nbl_export.workspace import write_json, write_text
 
 NAMES = ("eval.json", "eval.md", "eval-junit.xml")
@@ -38,10 +38,6 @@ def evaluation_tables(value: Evaluation, brief: bool = False) -> list[Table]:
     if value.retrieval:
         tables += [_retrieval_table(value, brief), _depth_table(value.retrieval)]
     return tables
-
-
-def verdicts_table(checks: Sequence[Check]) -> Table:
-    return Table("Checks", ("check", "result", "detail"), tuple((c.name, c.status, c.detail) for c in checks))
 
 
 def _tasks_table(value: Evaluation, brief: bool) -> Table:
@@ -150,7 +146,7 @@ def markdown(value: Evaluation) -> str:
     """The evaluation as GitHub-flavoured Markdown."""
     tables = evaluation_tables(value)
     if value.checks:
-        tables.insert(0, verdicts_table(value.checks))
+        tables.insert(0, checks_table(value))
     settings = value.settings
     lines = [
         f"# nbl-export evaluation: {value.model['source']}",

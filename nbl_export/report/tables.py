@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nbl_export.report.drawing import Table, figure, finite, mebibytes, number, one_minus, percent, worse
 from nbl_export.report.encoders import agreement_table, likeness_table
 from nbl_export.report.schema import Report
 from nbl_export.report.selection import SCORES, curve_points, curve_table, result_table, score_key
 
+if TYPE_CHECKING:
+    from nbl_export.evaluate.results import Evaluation
 
-def checks_table(report: Report) -> Table:
+
+def checks_table(report: Report | Evaluation) -> Table:
     return Table(
         "Checks", ("check", "result", "detail"), tuple((c.name, c.status, c.detail) for c in report.checks)
     )

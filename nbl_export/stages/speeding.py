@@ -50,12 +50,12 @@ class SpeedMeter:
     def missing(self) -> str | None:
         """Why nothing can be timed; None if it can."""
         from nbl_export.graph.io import load_graph
-        from nbl_export.graph.standin import needs_standin
+        from nbl_export.graph.standin import UNTIMED, needs_standin
 
         if self._ws.record("export") is None:
             return f"the model is not exported yet (nbl-export export {self._ws.root})"
         if needs_standin(load_graph(self._ws.baseline)):
-            return "onnxruntime's CPU provider does not compute in half precision, and its times would tell nothing"
+            return UNTIMED
         return None
 
     def __call__(self, k: int) -> Speedups:

@@ -17,7 +17,7 @@ from nbl_export.engine.pair import BASE, LINEARIZED, EngineFile
 from nbl_export.errors import BuildError, InputError, MissingDependencyError
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.precision import Precision, graph_precision, precision_of
-from nbl_export.graph.standin import needs_standin
+from nbl_export.graph.standin import UNTIMED, needs_standin
 from nbl_export.linearize.plan import Plan
 from nbl_export.linearize.swap import linearized
 from nbl_export.models.layers import positions
@@ -95,7 +95,7 @@ def why_not_timed(graph: ir.Model, settings: VerifySettings) -> str | None:
     if not settings.speed:
         return "--no-speed"
     if needs_standin(graph):
-        return "onnxruntime's CPU provider does not compute in half precision: its times would tell nothing"
+        return UNTIMED
     return None
 
 
