@@ -10,8 +10,9 @@ excess    ln(perplexity linearized / perplexity original), ± its standard error
 KL        of the next token, original to linearized, in nats
 
 and, with --tasks, the mean accuracy over a folder's tasks (--limit rows of each, drawn by a seed), with PyTorch.
-The judged texts decide nothing: layers are chosen on a part of CALIBRATION. What is done is kept in DIR/quality.json
-and not done again; the table is DIR/quality.md. Models are run in bfloat16 where the processor multiplies it.
+The judged texts decide nothing: layers are chosen on a part of CALIBRATION. Seconds are those of selecting, repair
+included; what an earlier cell has measured is not measured again. What is done is kept in DIR/quality.json and not
+done again, so --ways and --k can be added to; the table is DIR/quality.md. Models are run in bfloat16 where the processor multiplies it.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
     "greedy, sequential": {"criterion": "greedy", "fit": "sequential"},
     "greedy, lmmse, ridge by held-out error": {"criterion": "greedy", "ridge": None},
     "drop, drop": {"criterion": "drop", "fit": "drop"},
-    "greedy, lmmse, repaired": {"criterion": "greedy", "repair": 200},
+    "greedy, lmmse, repaired": {"criterion": "greedy", "repair": 400},
 }
 
 
@@ -173,15 +174,16 @@ def main() -> None:
     if arguments.tasks and "original" not in results:
         results["original"] = task_accuracy(model, tokenizer, None, arguments.tasks, arguments.limit)
     for way, k in cells(arguments):
-        if f"{way}|{k}" in results:
+        cell = results.setdefault(f"{way}|{k}", {})
+        if "losses" in cell and ("accuracy" in cell or not arguments.tasks):
             continue
         start = time.perf_counter()
         plan = api.select(arguments.out, api.SelectSettings(k=k, **WAYS[way]))
-        cell: dict[str, Any] = {"seconds": time.perf_counter() - start, "layers": list(plan.chosen)}
-        cell["losses"] = {name: judge(plan) for name, judge in opened.items()}
+        if "losses" not in cell:
+            cell |= {"seconds": time.perf_counter() - start, "layers": list(plan.chosen)}
+            cell["losses"] = {name: judge(plan) for name, judge in opened.items()}
         if arguments.tasks:
             cell |= task_accuracy(model, tokenizer, plan, arguments.tasks, arguments.limit)
-        results[f"{way}|{k}"] = cell
         path.write_text(json.dumps(results, indent=1))
         print(f"{way}, K = {k}: {cell}", flush=True)
     machine = environment()
