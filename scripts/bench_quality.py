@@ -12,7 +12,8 @@ KL        of the next token, original to linearized, in nats
 and, with --tasks, the mean accuracy over a folder's tasks (--limit rows of each, drawn by a seed), with PyTorch.
 The judged texts decide nothing: layers are chosen on a part of CALIBRATION. Seconds are those of selecting, repair
 included; what an earlier cell has measured is not measured again. What is done is kept in DIR/quality.json and not
-done again, so --ways and --k can be added to; the table is DIR/quality.md. Models are run in bfloat16 where the processor multiplies it.
+done again, so --ways and --k can be added to; the table is DIR/quality.md. Models are run in bfloat16 where the
+processor multiplies it.
 """
 
 from __future__ import annotations
@@ -120,10 +121,9 @@ def table(results: Mapping[str, Any], judges: list[str]) -> str:
     columns = ["way", "K", *(f"{j} {c}" for j in judges for c in ("excess", "÷ paper", "KL"))]
     columns += ["tasks", "seconds", "layers"]
     lines = [columns, ["---"] * len(columns)]
-    for key, cell in results.items():
-        if "|" not in key:
-            continue
-        way, k = key.split("|")
+    done = [key.split("|") for key in results if "|" in key]
+    for way, k in sorted(done, key=lambda at: (list(WAYS).index(at[0]), int(at[1]))):
+        cell = results[f"{way}|{k}"]
         line = [way, k]
         for judge in judges:
             loss = cell["losses"][judge]
