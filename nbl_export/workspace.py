@@ -154,6 +154,10 @@ class Workspace:
         return self.nbl / "moments.partial.safetensors"
 
     @property
+    def repair_checkpoint(self) -> Path:
+        return self.nbl / "repair.partial.safetensors"
+
+    @property
     def probe(self) -> Path:
         return self.nbl / "probe.safetensors"
 

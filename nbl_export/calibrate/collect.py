@@ -10,12 +10,6 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbl_export.calibrate.moments import Accumulator, Moments, digest_of_tokens, load_moments, save_moments
+from nbl_export.checkpoint import Checkpoint, kept_in
 from nbl_export.errors import CalibrationError, InputError
 from nbl_export.models.layers import (
     AttentionLayer,
@@ -41,14 +36,6 @@ if TYPE_CHECKING:
 
 # About this many tokens a forward pass: enough for full GEMM rate, small enough for the caches.
 _BATCH_TOKENS = 1024
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """Where to keep unfinished moments, and how often to write them."""
-
-    path: Path
-    every_seconds: float = 60.0
 
 
 def collect_moments(
@@ -83,17 +70,15 @@ def collect_moments(
     def observe(index: int, h: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
         accumulators[index].add(h, x, y)
 
-    def save() -> None:
-        if checkpoint:
-            partial = Moments({i: a.result() for i, a in accumulators.items()})
-            save_moments(checkpoint.path, partial, {**identity, "rows": done})
+    def save(path: Path) -> None:
+        partial = Moments({i: a.result() for i, a in accumulators.items()})
+        save_moments(path, partial, {**identity, "rows": done})
 
-    saved_at = time.monotonic()
     with (
         listener.task("Calibrating", rows * length, "tokens", done * length) as task,
         observed(model, layers, observe),
         torch.inference_mode(),
-        _deferred_interrupt() as stop,
+        kept_in(checkpoint, save) as between,
     ):
         while done < rows:
             batch = torch.from_numpy(tokens[done : done + step].astype(kind)).to(device)
@@ -101,12 +86,7 @@ def collect_moments(
             _check_finite(accumulators, layers, done)
             done += len(batch)
             task.advance(len(batch) * length)
-            if stop.is_set():
-                save()
-                raise KeyboardInterrupt
-            if checkpoint and time.monotonic() - saved_at > checkpoint.every_seconds:
-                save()
-                saved_at = time.monotonic()
+            between()
     return Moments({i: a.result() for i, a in accumulators.items()})
 
 
@@ -140,26 +120,3 @@ def _check_finite(accumulators: dict[int, Accumulator], layers: tuple[AttentionL
                 f"the batch at calibration row {row}: the model or its precision is broken there, and nothing "
                 "can be fitted to it."
             )
-
-
-@contextmanager
-def _deferred_interrupt() -> Iterator[threading.Event]:
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # only the main thread may set signal handlers
-        return
-    previous = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def handler(signum: int, _frame: Any) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    for signum in previous:
-        signal.signal(signum, handler)
-    try:
-        yield stop
-    finally:
-        for signum, old in previous.items():
-            # None is a handler that was not set from Python; the default is the nearest to it.
-            signal.signal(signum, signal.SIG_DFL if old is None else old)

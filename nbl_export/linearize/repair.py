@@ -17,14 +17,17 @@ directions that hardly vary, and of which a step of 1,024 tokens knows little, a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from nbl_export.checkpoint import Checkpoint, kept_in
+from nbl_export.errors import InputError
 from nbl_export.linearize.adapters import Adapter, weight_digests
 from nbl_export.linearize.lmmse import Covariances, FitInput
 from nbl_export.linearize.loss import parts
@@ -32,6 +35,8 @@ from nbl_export.linearize.plan import LinearLayer
 from nbl_export.linearize.swap import AttentionReplacement, replaced
 from nbl_export.models.layers import attention_layer, attention_layers, layer_count
 from nbl_export.models.resume import beginning_at, inputs_kept
+from nbl_export.progress import Listener, Silent
+from nbl_export.tensorfile import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -41,6 +46,8 @@ _STEP_TOKENS = 1024
 _MAP_RATE, _UP_RATE, _DOWN_RATE = 12e-3, 16e-3, 3e-3
 _WARM_UP = 10
 _LAST_RATE = 0.05  # of the rates, at the end of the cosine
+_CHECKPOINT = "nbl-export/repair/1"
+_MOMENTS = ("exp_avg", "exp_avg_sq")  # as Adam names them
 
 
 @dataclass(frozen=True)
@@ -100,51 +107,125 @@ def repair(
     seed: int,
     rank: int = 0,
     exact: torch.nn.Module | None = None,
-    advance: Callable[[int], None] = lambda _steps: None,
+    checkpoint: Checkpoint | None = None,
+    identity: str = "",
+    listener: Listener | None = None,
 ) -> Repaired:
     """``maps`` and MLP changes of ``rank`` after ``steps`` of Adam over ``tokens`` [rows, seq], shuffled by ``seed``.
 
     ``covariances`` are those of each map's input and output on the original model; ``exact`` is the model whose
-    weights the changes are of, where ``model`` is a rounded copy of it.
+    weights the changes are of, where ``model`` is a rounded copy of it. ``identity`` stands for all these in a
+    ``checkpoint``, and one of another identity is ignored; what goes on from one ends bit for bit as if it had never
+    stopped. Raises ``KeyboardInterrupt`` after an interrupt, its work saved.
     """
-    first = min(maps)
-    layer = attention_layer(model, first)
-    device = next(model.parameters()).device
-    trained = {i: _begin_map(maps[i], covariances[i], device) for i in sorted(maps)}
-    adapters = _begin_adapters(model, first, rank, seed)
-    groups = [
-        {"params": [t for one in trained.values() for t in (one.v, one.c)], "lr": _MAP_RATE},
-        {"params": [one.up for one in adapters], "lr": _UP_RATE},
-        {"params": [one.down for one in adapters], "lr": _DOWN_RATE},
-    ]
-    optimizer = torch.optim.Adam([g for g in groups if g["params"]], betas=(0.9, 0.98), eps=1e-12)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
+    listener = listener or Silent()
+    training = _Training(model, maps, covariances, fit_input, rank, seed)
+    done = training.resume(checkpoint, identity, listener)
     rows = max(1, _STEP_TOKENS // tokens.shape[1])
     order = np.random.default_rng(seed).permutation(len(tokens))
-    for step in range(steps):
-        wanted = order[np.arange(step * rows, (step + 1) * rows) % len(order)]
-        ids = torch.from_numpy(tokens[wanted].astype(np.int64)).to(device)
-        with torch.no_grad(), inputs_kept(model, [layer]) as kept:
+
+    def save(path: Path) -> None:
+        training.save(path, {"identity": identity, "steps": str(done)})
+
+    with listener.task("Repairing", steps, "steps", done) as task, kept_in(checkpoint, save) as between:
+        while done < steps:
+            wanted = order[np.arange(done * rows, (done + 1) * rows) % len(order)]
+            training.step(torch.from_numpy(tokens[wanted].astype(np.int64)), _rate(done, steps))
+            done += 1
+            task.advance(1)
+            between()
+    return training.result(exact or model)
+
+
+class _Training:
+    """The changes of maps and MLP weights in training, and their optimizer."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        maps: Mapping[int, LinearLayer],
+        covariances: Mapping[int, Covariances],
+        fit_input: FitInput,
+        rank: int,
+        seed: int,
+    ) -> None:
+        self._model, self._given, self._fit_input = model, maps, fit_input
+        self._first = min(maps)
+        self._layer = attention_layer(model, self._first)
+        self._device = next(model.parameters()).device
+        self._maps = {i: _begin_map(maps[i], covariances[i], self._device) for i in sorted(maps)}
+        self._adapters = _begin_adapters(model, self._first, rank, seed)
+        groups: list[dict[str, Any]] = [
+            {"params": [t for one in self._maps.values() for t in (one.v, one.c)], "rate": _MAP_RATE},
+            {"params": [one.up for one in self._adapters], "rate": _UP_RATE},
+            {"params": [one.down for one in self._adapters], "rate": _DOWN_RATE},
+        ]
+        self._optimizer = torch.optim.Adam([g for g in groups if g["params"]], betas=(0.9, 0.98), eps=1e-12)
+
+    def step(self, ids: torch.Tensor, rate: float) -> None:
+        """One step on tokens [rows, seq] int64, at ``rate`` of the learning rates."""
+        model, first, ids = self._model, self._first, ids.to(self._device)
+        with torch.no_grad(), inputs_kept(model, [self._layer]) as kept:
             target = model(input_ids=ids, use_cache=False).logits
         with ExitStack() as stack:
-            modules = stack.enter_context(replaced(model, maps, fit_input))
+            modules = stack.enter_context(replaced(model, self._given, self._fit_input))
             stack.enter_context(beginning_at(model, first, kept[first]))
-            stack.enter_context(_adding(model, adapters))
-            for index, one in trained.items():
+            stack.enter_context(_adding(model, self._adapters))
+            for index, one in self._maps.items():
                 _put(modules[index], one)
             logits = model(input_ids=ids, use_cache=False).logits
             loss: torch.Tensor = _Divergence.apply(logits.flatten(0, -2), target.flatten(0, -2))  # type: ignore[no-untyped-call]
-        optimizer.zero_grad()
+        self._optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        schedule.step()
-        advance(1)
-    found = {}
-    for adapter in adapters:
-        module = (exact or model).get_submodule(adapter.module)
-        weight = module.get_parameter("weight")
-        found[f"{adapter.module}.weight"] = adapter.adapter(weight, not isinstance(module, torch.nn.Linear))
-    return Repaired({index: one.layer() for index, one in trained.items()}, found)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate * group["rate"]
+        self._optimizer.step()
+
+    def result(self, exact: torch.nn.Module) -> Repaired:
+        """What was learned; the adapters are of the weights of ``exact``."""
+        found = {}
+        for adapter in self._adapters:
+            module = exact.get_submodule(adapter.module)
+            weight = module.get_parameter("weight")
+            transposed = not isinstance(module, torch.nn.Linear)
+            found[f"{adapter.module}.weight"] = adapter.adapter(weight, transposed)
+        return Repaired({index: one.layer() for index, one in self._maps.items()}, found)
+
+    @property
+    def _trained(self) -> list[torch.Tensor]:
+        return [t for group in self._optimizer.param_groups for t in group["params"]]
+
+    def save(self, path: Path, metadata: Mapping[str, str]) -> None:
+        """Write what is trained and Adam's moments of it."""
+        tensors = {}
+        for number, tensor in enumerate(self._trained):
+            moments = self._optimizer.state[tensor]
+            for name, array in {"value": tensor, **{m: moments[m] for m in _MOMENTS}}.items():
+                tensors[f"{number}.{name}"] = array.detach().cpu().numpy()
+        save_tensors(path, _CHECKPOINT, tensors, metadata)
+
+    def resume(self, checkpoint: Checkpoint | None, identity: str, listener: Listener) -> int:
+        """Go on from the ``checkpoint``, if it is there and of that ``identity``; the steps that are done."""
+        if checkpoint is None or not checkpoint.path.exists():
+            return 0
+        try:
+            tensors, metadata = load_tensors(checkpoint.path, _CHECKPOINT, "")
+        except InputError:
+            listener.note(f"The checkpoint {checkpoint.path.name} is damaged and was ignored.")
+            return 0
+        if metadata.get("identity") != identity:
+            return 0
+        steps = int(metadata["steps"])
+        for number, tensor in enumerate(self._trained):
+            value, *moments = (
+                torch.from_numpy(tensors[f"{number}.{name}"]).to(self._device)
+                for name in ("value", *_MOMENTS)
+            )
+            tensor.data.copy_(value)
+            named = dict(zip(_MOMENTS, moments, strict=True))
+            self._optimizer.state[tensor] = {"step": torch.tensor(float(steps)), **named}
+        listener.note(f"The repair goes on from a checkpoint at {steps} steps.")
+        return steps
 
 
 def _begin_map(layer: LinearLayer, c: Covariances, device: torch.device) -> _TrainedMap:
@@ -210,9 +291,7 @@ def _put(module: AttentionReplacement, one: _TrainedMap) -> None:
 
 
 def _rate(step: int, steps: int) -> float:
-    cosine = 0.5 * (
-        1 + math.cos(math.pi * step / max(steps, 1))
-    )  # it is asked once even if nothing is to be done
+    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
     return min(1.0, (step + 1) / _WARM_UP) * (_LAST_RATE + (1 - _LAST_RATE) * cosine)
 
 

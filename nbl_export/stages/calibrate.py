@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 
 def calibrate(run: Run, settings: CalibrateSettings) -> None:
     """Text or images → moments and probe."""
-    from nbl_export.calibrate.collect import Checkpoint, collect_moments
+    from nbl_export.calibrate.collect import collect_moments
     from nbl_export.calibrate.moments import save_moments
     from nbl_export.calibrate.probe import save_probe
+    from nbl_export.checkpoint import Checkpoint
     from nbl_export.models.layers import structure
     from nbl_export.models.trial import check_served
     from nbl_export.stages.material import check_sources, material_of

@@ -95,19 +95,20 @@ class Fitting:
 
         measured, settings = self._measured, self._settings
         covariances = {i: branch_covariances(self._moments.layers[i], settings.fit_input) for i in maps}
-        with self._listener.task("Repairing", settings.repair, "steps") as task:
-            return repair(
-                measured.model,
-                maps,
-                covariances,
-                settings.fit_input,
-                measured.text.calibration,
-                settings.repair,
-                settings.seed,
-                settings.repair_rank,
-                measured.exact_model,
-                task.advance,
-            )
+        return repair(
+            measured.model,
+            maps,
+            covariances,
+            settings.fit_input,
+            measured.text.calibration,
+            settings.repair,
+            settings.seed,
+            settings.repair_rank,
+            measured.exact_model,
+            measured.repair_checkpoint,
+            measured.key(settings=settings.as_json(), layers=sorted(maps)),
+            self._listener,
+        )
 
     def _solve(self, layer: int, moments: LayerMoments) -> LinearFit:
         from nbl_export.linearize.lmmse import fit_lmmse, ridge_by_heldout_error

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from nbl_export.checkpoint import Checkpoint
 from nbl_export.errors import InputError
 from nbl_export.linearize.loss import Loss, LossMeter, loss_of_plan
 from nbl_export.linearize.search import LossCache, MeasuredSets
@@ -74,10 +75,17 @@ class Measured:
         """The sets of layers with ``maps``, which depend on ``fitted`` and the calibration alone."""
         return MeasuredSets(lambda: self.meter, maps, self.cache(fit_input=self.fit_input, **fitted))
 
+    @property
+    def repair_checkpoint(self) -> Checkpoint:
+        return Checkpoint(self._run.workspace.repair_checkpoint)
+
+    def key(self, **depends: Any) -> str:
+        """Stands for ``depends``, for the calibration, and for the precision that the model is run in."""
+        return sha256_of_json({"calibrate": self._calibrated, "dtype": self.dtype, **depends})
+
     def cache(self, **depends: Any) -> LossCache:
         """The losses that depend on ``depends``, on the calibration, and on the precision they are measured in."""
-        path = self._run.workspace.measured
-        key = sha256_of_json({"calibrate": self._calibrated, "dtype": self.dtype, **depends})
+        path, key = self._run.workspace.measured, self.key(**depends)
         everything = self._read()
 
         def record(losses: Mapping[str, Mapping[str, float]]) -> None:

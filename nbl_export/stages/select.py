@@ -62,6 +62,7 @@ def select(run: Run, settings: SelectSettings) -> Plan:
             predicted = predicted_excess(candidates, chosen)
         plan, result = _fitted(empty, chosen, fitting, settings, measured, predicted)
         save_plan(ws.plan, plan)
+        ws.repair_checkpoint.unlink(missing_ok=True)
         kinds = metadata.get("kinds", {})
         scores = [{**c.as_json(), "kind": kinds.get(str(c.layer), FULL)} for c in candidates]
         others = metadata.get("others", {})

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from nbl_export.calibrate.collect import Checkpoint, collect_moments
+from nbl_export.calibrate.collect import collect_moments
 from nbl_export.calibrate.moments import ARRAYS, Accumulator, Moments, load_moments
+from nbl_export.checkpoint import Checkpoint
 from nbl_export.errors import CalibrationError
 from nbl_export.models.load import load_model
 from nbl_export.models.source import find_model
-from nbl_export.progress import Silent
+from tests.interruptions import Recorder, crash, send
 
 LENGTH = 128
 ROWS = 30  # several batches of about a thousand tokens, the last one short
@@ -41,37 +41,6 @@ def tokens() -> np.ndarray:
 def whole(model: Any, tokens: np.ndarray) -> Moments:
     """The moments of an uninterrupted run."""
     return collect_moments(model, tokens, FINGERPRINT)
-
-
-class Recorder(Silent):
-    """A listener that records, and does something at one of its calls."""
-
-    def __init__(self, at: int = -1, action: Callable[[], None] = lambda: None) -> None:
-        self.notes: list[str] = []
-        self.advanced: list[int] = []
-        self.start = (0, 0)
-        self.at, self.action = at, action
-
-    @contextmanager
-    def task(self, title: str, total: int, unit: str, done: int = 0) -> Iterator[Any]:
-        self.start = (total, done)
-        yield self
-
-    def advance(self, amount: int) -> None:
-        self.advanced.append(amount)
-        if len(self.advanced) == self.at:
-            self.action()
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-
-def send(signum: int) -> Callable[[], None]:
-    return lambda: os.kill(os.getpid(), signum)
-
-
-def crash() -> None:
-    raise RuntimeError("the power went")
 
 
 @pytest.fixture(scope="module")

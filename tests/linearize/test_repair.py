@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,14 +12,16 @@ import pytest
 import torch
 
 from nbl_export.calibrate.collect import collect_moments
+from nbl_export.checkpoint import Checkpoint
 from nbl_export.linearize import repair as module
 from nbl_export.linearize.adapters import Adapter, adapted, weight_digests
 from nbl_export.linearize.fits import as_layer
 from nbl_export.linearize.lmmse import Covariances, FitInput, branch_covariances, fit_lmmse
 from nbl_export.linearize.plan import LinearLayer
-from nbl_export.linearize.repair import mlp_maps, repair
+from nbl_export.linearize.repair import Repaired, mlp_maps, repair
 from nbl_export.linearize.swap import replaced
 from tests.families import unsaved
+from tests.interruptions import Recorder, crash, send
 from tests.tiny_types import tiny_model
 
 TOKENS = np.random.default_rng(0).integers(3, 250, (12, 48)).astype(np.int32)
@@ -100,9 +104,9 @@ def test_steps_lower_the_divergence_on_the_text(
     model: Any, fit_input: FitInput, chosen: tuple[int, ...]
 ) -> None:
     maps, covariances = fits(model, chosen, fit_input)
-    advanced: list[int] = []
-    found = repair(model, maps, covariances, fit_input, TOKENS, 30, 0, advance=advanced.append).maps
-    assert advanced == [1] * 30
+    listener = Recorder()
+    found = repair(model, maps, covariances, fit_input, TOKENS, 30, 0, listener=listener).maps
+    assert listener.start == (30, 0) and listener.advanced == [1] * 30
     before = divergence(model, maps, fit_input)
     assert divergence(model, found, fit_input) < 0.9 * before
     assert all(not np.array_equal(found[i].w, maps[i].w) for i in chosen)
@@ -221,11 +225,8 @@ def test_an_interrupted_repair_leaves_the_model_as_it_was(model: Any) -> None:
     maps, covariances = fits(model, (1,))
     modules = {name: id(m) for name, m in model.named_modules()}
 
-    def stop(_steps: int) -> None:
-        raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        repair(model, maps, covariances, "normed", TOKENS, 3, 0, advance=stop)
+        repair(model, maps, covariances, "normed", TOKENS, 3, 0, listener=Recorder(2, send(signal.SIGINT)))
     assert {name: id(m) for name, m in model.named_modules()} == modules
 
 
@@ -264,3 +265,69 @@ def test_channels_that_never_vary_are_left_alone(model: Any) -> None:
     still = Covariances(c.mean_u, c.mean_v, quiet, c.c_vu, np.zeros_like(c.c_vv), c.power_u, c.power_v)
     found = repair(model, maps, {1: still}, "normed", TOKENS, 2, 0).maps[1]
     assert np.isfinite(found.w).all() and np.isfinite(found.b).all()
+
+
+# interruptions -----------------------------------------------------------------------------------
+
+
+def same(one: Repaired, other: Repaired) -> bool:
+    return all(
+        np.array_equal(one.maps[i].w, other.maps[i].w) and np.array_equal(one.maps[i].b, other.maps[i].b)
+        for i in one.maps
+    ) and all(
+        np.array_equal(a.up, other.adapters[name].up) and np.array_equal(a.down, other.adapters[name].down)
+        for name, a in one.adapters.items()
+    )
+
+
+def again(
+    model: Any, fitted: Fits, path: Path, identity: str, listener: Recorder, every_seconds: float = 60.0
+) -> Repaired:
+    checkpoint = Checkpoint(path, every_seconds)
+    return repair(
+        model, *fitted, "normed", TOKENS, 8, 0, 4, checkpoint=checkpoint, identity=identity, listener=listener
+    )
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("after", [1, 5, 8])
+def test_an_interrupted_repair_goes_on_to_the_same_bits(
+    model: Any, tmp_path: Path, signum: int, after: int
+) -> None:
+    fitted = fits(model, (1, 2))
+    whole = repair(model, *fitted, "normed", TOKENS, 8, 0, 4)
+    path = tmp_path / "checkpoint.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        again(model, fitted, path, "one", Recorder(after, send(signum)))
+    listener = Recorder()
+    assert same(again(model, fitted, path, "one", listener), whole)
+    assert listener.start == (8, after)
+    assert listener.notes == [f"The repair goes on from a checkpoint at {after} steps."]
+
+
+def test_a_crash_falls_back_on_the_last_checkpoint(model: Any, tmp_path: Path) -> None:
+    fitted = fits(model, (1, 2))
+    path = tmp_path / "checkpoint.safetensors"
+    with pytest.raises(RuntimeError, match="the power went"):
+        again(model, fitted, path, "one", Recorder(5, crash), every_seconds=0)
+    listener = Recorder()
+    assert same(
+        again(model, fitted, path, "one", listener), repair(model, *fitted, "normed", TOKENS, 8, 0, 4)
+    )
+    assert listener.start == (8, 4)
+
+
+def test_a_checkpoint_of_something_else_or_a_damaged_one_is_not_used(model: Any, tmp_path: Path) -> None:
+    fitted = fits(model, (1, 2))
+    path = tmp_path / "checkpoint.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        again(model, fitted, path, "one", Recorder(5, send(signal.SIGINT)))
+    whole = repair(model, *fitted, "normed", TOKENS, 8, 0, 4)
+    other = Recorder()
+    assert same(again(model, fitted, path, "other", other), whole)
+    assert other.start == (8, 0) and not other.notes
+    path.write_bytes(path.read_bytes()[:-1])
+    damaged = Recorder()
+    assert same(again(model, fitted, path, "one", damaged), whole)
+    assert damaged.start == (8, 0)
+    assert damaged.notes == ["The checkpoint checkpoint.safetensors is damaged and was ignored."]

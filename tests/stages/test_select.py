@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import pairwise
@@ -29,6 +30,7 @@ from nbl_export.stages.speeding import SpeedMeter, Speedups
 from nbl_export.workspace import Workspace
 from tests.encoders import text_encoder
 from tests.fixtures_graph import load, maps_in_place
+from tests.interruptions import Recorder, send
 
 QUICK = api.VerifySettings(quality=False, speed=False)
 
@@ -308,6 +310,38 @@ def test_an_interrupted_selection_goes_on_to_the_same_result(
     assert candidates(out) == candidates(whole)
     one, other = (json.loads((o / "nbl" / "measured.json").read_text()) for o in (out, whole))
     assert one == other
+
+
+class RepairStops(Silent):
+    """Interrupts at the given step of a repair."""
+
+    def __init__(self, at: int) -> None:
+        self.recorder = Recorder(at, send(signal.SIGINT))
+
+    def task(self, title: str, total: int, unit: str, done: int = 0) -> Any:
+        return (self.recorder if title == "Repairing" else super()).task(title, total, unit, done)
+
+
+def test_an_interrupted_repair_goes_on_and_its_checkpoint_is_gone_in_the_end(
+    out: Path, calibrated: Path, tmp_path: Path
+) -> None:
+    settings = api.SelectSettings(k=2, repair=6)
+    whole = Path(shutil.copytree(calibrated, tmp_path / "whole"))
+    expected = select(whole, settings)
+    with pytest.raises(KeyboardInterrupt):
+        select(out, settings, RepairStops(4))
+    checkpoint = Workspace.open(out).repair_checkpoint
+    assert checkpoint.exists() and Workspace.open(out).record("select") is None
+    other = RepairStops(-1)
+    select(out, replace(settings, seed=1), other)
+    assert other.recorder.start == (6, 0), "another seed is another repair"
+    assert not checkpoint.exists()
+    with pytest.raises(KeyboardInterrupt):
+        select(out, settings, RepairStops(4))
+    going_on = RepairStops(-1)
+    assert same_plan(select(out, settings, going_on), expected)
+    assert going_on.recorder.start == (6, 4)
+    assert not checkpoint.exists()
 
 
 DAMAGES: dict[str, Callable[[str], str]] = {
