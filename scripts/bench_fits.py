@@ -1,0 +1,172 @@
+"""What changes of the closed-form fit and of the chosen set cost or gain, without gradients.
+
+    python scripts/bench_fits.py OUT [--k K …]
+
+OUT is a folder that `nbl-export select` (or scripts/bench_quality.py) has worked in. For the greedy order of its
+layers, KL and excess (nats per token) on OUT's selection text of the K best with
+
+share        maps fitted on a share of the calibration rows: what more text would gain
+ridge        another ridge, times the diagonal of the input's covariance
+scale        W scaled about its mean input: LMMSE shrinks, the layers behind may want its variance back, or less
+temperature  the linearized model's logits divided by T
+lag          generalized least squares for residuals with correlation ρ from token to token: u_t - ρ u_(t-1) and
+             y_t - ρ y_(t-1) are fitted, within rows
+swap         the best exchange of one of the K for one that is left, among those cheapest alone
+
+The first line of each K is the plain fit. The table is OUT/fits.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nbl_export.calibrate.collect import collect_moments
+from nbl_export.calibrate.moments import LayerMoments, load_moments
+from nbl_export.calibrate.text import load_text
+from nbl_export.linearize.fits import as_layer
+from nbl_export.linearize.lmmse import branch_covariances, fit_lmmse
+from nbl_export.linearize.loss import Loss, LossMeter
+from nbl_export.linearize.plan import LinearLayer
+from nbl_export.linearize.search import LossCache, MeasuredSets, alone, greedy_order
+from nbl_export.linearize.swap import replaced
+from nbl_export.models.layers import attention_layers, observed
+from nbl_export.models.load import fast_dtype, in_precision, load_model
+from nbl_export.models.source import same_model
+from nbl_export.workspace import Workspace
+
+Maps = Mapping[int, LinearLayer]
+SWAPPED_OUT, SWAPPED_IN = 3, 4  # how many are tried
+
+
+def fitted(moments: Mapping[int, LayerMoments], ridge: float = 1e-6) -> dict[int, LinearLayer]:
+    return {i: as_layer(fit_lmmse(m, "normed", ridge)) for i, m in moments.items()}
+
+
+def scaled(maps: Maps, moments: Mapping[int, LayerMoments], by: float) -> dict[int, LinearLayer]:
+    """W times ``by``, the output at the mean input unchanged."""
+    found = {}
+    for i, m in maps.items():
+        mean = (moments[i].x / moments[i].n).astype(np.float32)
+        found[i] = LinearLayer(by * m.w, m.b + (1 - by) * (m.w @ mean))
+    return found
+
+
+def lagged_moments(model: torch.nn.Module, tokens: Any, rho: float) -> dict[int, LayerMoments]:
+    """Moments of x_t - ρ x_(t-1) and y_t - ρ y_(t-1) within rows, with float64 sums."""
+    layers = attention_layers(model)
+    found: dict[int, LayerMoments] = {}
+
+    def observe(index: int, _h: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
+        dx, dy = ((t[:, 1:] - rho * t[:, :-1]).reshape(-1, t.shape[-1]).float() for t in (x, y))
+        sums = {"x": dx.sum(0), "y": dy.sum(0), "xx": dx.T @ dx, "yx": dy.T @ dx, "yy": dy.T @ dy}
+        new = {name: t.double().numpy() for name, t in sums.items()}
+        before = found.get(index)
+        if before is not None:
+            new = {name: getattr(before, name) + t for name, t in new.items()}
+        n = len(dx) + (before.n if before is not None else 0)
+        found[index] = LayerMoments(n, h=new["x"], hh=new["xx"], yh=new["yx"], **new)
+
+    with observed(model, layers, observe), torch.inference_mode():
+        for row in tokens:
+            model(input_ids=torch.from_numpy(row.astype(np.int64))[None], use_cache=False)
+    return found
+
+
+def with_mean_of(maps: Maps, moments: Mapping[int, LayerMoments]) -> dict[int, LinearLayer]:
+    """The same W, with the b that makes the mean output right."""
+    found = {}
+    for i, m in maps.items():
+        c = branch_covariances(moments[i], "normed")
+        found[i] = LinearLayer(m.w, (c.mean_v - m.w.astype(np.float64) @ c.mean_u).astype(np.float32))
+    return found
+
+
+@contextmanager
+def cooled(model: Any, temperature: float) -> Iterator[None]:
+    hook = model.get_output_embeddings().register_forward_hook(lambda _m, _a, y: y / temperature)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def best_swap(sets: MeasuredSets, chosen: list[int]) -> tuple[str, Loss]:
+    """The loss of the best single exchange, and which it is."""
+    singles = alone(sets)
+    gone = sorted(chosen, key=lambda i: sets.loss(set(chosen) - {i}).kl)[:SWAPPED_OUT]
+    left = sorted((i for i in sets.candidates if i not in chosen), key=lambda i: singles[i].kl)[:SWAPPED_IN]
+    tried: dict[str, Loss] = {}
+    for out in gone:
+        rest = set(chosen) - {out}
+        sets.settle(rest)
+        tried |= {f"{out} for {i}": sets.loss(rest | {i}) for i in left}
+    best = min(tried, key=lambda name: tried[name].kl)
+    return best, tried[best]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--k", type=int, nargs="+", default=[8, 12])
+    arguments = parser.parse_args()
+    workspace = Workspace.open(arguments.out)
+    info = workspace.model_info
+    assert info is not None
+    exact: Any = load_model(same_model(info))
+    dtype = fast_dtype()
+    model = exact if dtype == "float32" else in_precision(exact, dtype)
+    text = load_text(workspace.text)
+    stored, _ = load_moments(workspace.moments)
+    moments = {i: replace(m) for i, m in stored.layers.items()}
+    meter = LossMeter(model, text.selection, text.selection_document, "normed")
+    plain = fitted(moments)
+    sets = MeasuredSets(lambda: meter, plain, LossCache({}, lambda _: None))
+    order = greedy_order(sets, alone(sets), max(arguments.k))
+    wanted = {i: moments[i] for i in order}
+    variants: dict[str, Maps] = {"plain": plain}
+    rows = text.calibration
+    for share in (8, 4, 2):
+        part = collect_moments(exact, rows[: len(rows) // share], "").layers
+        variants[f"share 1/{share}"] = fitted({i: part[i] for i in order})
+    variants |= {f"ridge {ridge:g}": fitted(wanted, ridge) for ridge in (1e-4, 1e-3, 1e-2)}
+    variants |= {
+        f"scale {by}": scaled({i: plain[i] for i in order}, moments, by) for by in (0.8, 0.9, 1.1, 1.2)
+    }
+    for rho in (0.2, 0.5):
+        lagged = lagged_moments(model, rows, rho)
+        variants[f"lag ρ = {rho}"] = with_mean_of(fitted({i: lagged[i] for i in order}), moments)
+    lines = ["| K | change | KL | excess |", "| --- | --- | --- | --- |"]
+
+    def add(k: int, name: str, loss: Loss) -> None:
+        lines.append(f"| {k} | {name} | {loss.kl:.4f} ± {loss.kl_se:.4f} | {loss.excess:.4f} |")
+        print(lines[-1], flush=True)
+
+    def loss_of(maps: Maps, k: int, change: AbstractContextManager[Any]) -> Loss:
+        meter.settle({})
+        with change:
+            chosen = {i: maps[i] for i in order[:k]}
+            return meter.measure_within(replaced(model, chosen, "normed"), min(chosen))
+
+    for k in arguments.k:
+        for name, maps in variants.items():
+            add(k, name, loss_of(maps, k, nullcontext()))
+        for temperature in (0.95, 1.05):
+            add(k, f"temperature {temperature}", loss_of(plain, k, cooled(model, temperature)))
+        swap, loss = best_swap(sets, order[:k])
+        add(k, f"swap {swap}", loss)
+    said = f"{info['source']}, layers {' '.join(map(str, order))}; {dtype}."
+    (arguments.out / "fits.md").write_text("\n".join([*lines, "", said, ""]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
