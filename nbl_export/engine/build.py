@@ -120,6 +120,7 @@ def build_engine(
     shapes = {
         str(v.name): [d if isinstance(d, int) else str(d.value) for d in v.shape or ()]
         for v in model.graph.inputs
+        if v.const_value is None  # TensorRT takes an input with a default for a constant
     }
     found = profiles(shapes, limits)
     # Fused attention has no float32 kernel; in half a kernel is insisted on first, so that it is known.

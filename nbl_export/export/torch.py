@@ -23,7 +23,8 @@ from onnx_ir.passes import common as passes
 from nbl_export.errors import BuildError, InputError, NblError
 from nbl_export.export.forms import CONCAT, ENCODER, Form
 from nbl_export.export.functions import SYMBOLIC_DOMAIN, exportable
-from nbl_export.graph.cache import SIDES, past_name, present_name
+from nbl_export.graph.cache import SIDES, WRITE_INDICES, past_name, present_name
+from nbl_export.graph.head import keep_logits
 from nbl_export.graph.io import save_graph
 from nbl_export.graph.operators import int_attribute
 from nbl_export.models.layers import layer_count
@@ -103,6 +104,9 @@ def tidy(model: ir.Model, form: Form, layers: int) -> ir.Model:
     _name_interface(graph, form, layers)
     passes.ClearMetadataAndDocStringPass()(model)
     _forget_symbols(graph)
+    # Rows of a static cache are padded on the right: their last tokens do not stand together.
+    if "logits" in form.outputs and WRITE_INDICES not in form.inputs:
+        keep_logits(model)
     model.producer_name = "nbl-export"
     graph.name = "encoder" if form.name == ENCODER else "decoder"
     return model

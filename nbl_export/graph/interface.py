@@ -24,12 +24,13 @@ from nbl_export.graph.cache import (
     kv_layers,
     kv_pairs,
 )
+from nbl_export.graph.head import ALL, KEPT
 from nbl_export.graph.operators import fused_op
 from nbl_export.graph.regions import visible_cores
 
 POSITIONS = "position_ids"
 # Scalar inputs that some exporters add, and the value that means "as usual".
-SCALARS = {"num_logits_to_keep": 0}
+SCALARS = {KEPT: ALL}
 
 # A batch by input name: [batch, sequence] of whole numbers, or pixels [batch, channels, height, width].
 Inputs = Mapping[str, NDArray[Any]]

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbl_export.graph.cache import WRITE_INDICES
+from nbl_export.graph.head import KEPT
 from nbl_export.runtime.ort import OrtModel, require_onnxruntime
 
 _TOKENS = 32  # different tokens in a timed prompt; which ones does not matter, every vocabulary has them
@@ -39,8 +40,11 @@ class OrtPrompt:
         else:
             prefill["attention_mask"] = np.ones_like(ids)
             step["attention_mask"] = np.ones((1, context + 1), dtype=np.int64)
+        # Who generates needs the logits of the last position, and of no other.
+        prefill[KEPT] = step[KEPT] = np.array(1, dtype=np.int64)
         self.step_inputs = step
-        empty = model.named({}, model.buffers(1, context + room if model.interface.static else 0))
+        length = context + room if model.interface.static else 0
+        empty = model.interface.empty_cache(1, length, model.cache_dtype)
         self._prefill = self._bind(prefill, {name: self._place(array) for name, array in empty.items()})
         self._step: Any = None
         self.past: dict[str, Any] = {}
@@ -81,4 +85,4 @@ class OrtPrompt:
         binding.synchronize_outputs()
 
     def _place(self, array: NDArray[Any]) -> Any:
-        return require_onnxruntime().OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self.device, 0)
+        return require_onnxruntime().OrtValue.ortvalue_from_numpy(np.asarray(array, order="C"), self.device, 0)

@@ -98,8 +98,21 @@ def _export_elsewhere(
     with tempfile.TemporaryDirectory(prefix=".model.", suffix=TEMPORARY, dir=run.workspace.root) as folder:
         model = handoff(run.model, Path(folder))
         if settings.exporter == "genai":
-            return export_genai(model, target, settings.precision, listener, trust), []
-        return export_optimum(model, target, find_optimum(settings.python), listener, trust), []
+            files = export_genai(model, target, settings.precision, listener, trust)
+        else:
+            files = export_optimum(model, target, find_optimum(settings.python), listener, trust)
+    _keep_logits(run.workspace.baseline)
+    return files, []
+
+
+def _keep_logits(path: Path) -> None:
+    """As in our own graphs: an input says how many positions logits are made of."""
+    from nbl_export.graph.head import keep_logits, kept_head
+    from nbl_export.graph.io import append_graph, check_file, load_graph, passes_checker
+
+    strict, model = passes_checker(path), load_graph(path)
+    if kept_head(model) is None and keep_logits(model):
+        append_graph(model, path, lambda written: check_file(written, strict=strict))
 
 
 def _save_configs(run: Run, exported: list[Path], settings: ExportSettings) -> list[Path]:

@@ -15,6 +15,7 @@ from typing import Any
 import onnx_ir as ir
 
 from nbl_export.graph.cache import kv_bytes_per_token
+from nbl_export.graph.head import kept_head
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.operators import weight_shape
 from nbl_export.graph.regions import AttentionRegion, find_regions
@@ -23,16 +24,19 @@ from nbl_export.graph.regions import AttentionRegion, find_regions
 @dataclass(frozen=True)
 class GraphCost:
     """Per token: multiply-adds with constant weights, multiply-adds of attention per token of context,
-    bytes of weights read, bytes of KV cache per token of context."""
+    bytes of weights read, bytes of KV cache per token of context; and those multiply-adds with weights that
+    only the last token of a prefill needs, since they make its logits."""
 
     weight_macs: int
     attention_macs_per_context: int
     weight_bytes: int
     kv_bytes_per_token: int
+    last_macs: int = 0
 
     def prefill_macs(self, tokens: int) -> int:
         """Multiply-adds of a prefill of ``tokens``: attention over the full square, as runtimes compute it."""
-        return tokens * (self.weight_macs + self.attention_macs_per_context * tokens)
+        every = self.weight_macs - self.last_macs
+        return tokens * (every + self.attention_macs_per_context * tokens) + self.last_macs
 
     def decode_bytes(self, context: int) -> int:
         """Bytes read for one token after ``context`` tokens, batch 1."""
@@ -45,16 +49,18 @@ class GraphCost:
 def graph_cost(path: Path) -> GraphCost:
     """Count the decoder graph at ``path``."""
     model = load_graph(path)
-    macs = read = 0
+    head = kept_head(model)
+    macs = read = last = 0
     for node in model.graph:
         shape = weight_shape(node)
         if shape is not None:
             macs += shape[0] * shape[1]
+            last += shape[0] * shape[1] if node is head else 0
             read += sum(w.nbytes for w in _weights(node))
     # Both products of an attention have the width of what its output projection reads.
     widths = [weight_shape(r.projection) for r in find_regions(model) if isinstance(r, AttentionRegion)]
     attention = sum(2 * width[0] for width in widths if width is not None)
-    return GraphCost(macs, attention, read, kv_bytes_per_token(model))
+    return GraphCost(macs, attention, read, kv_bytes_per_token(model), last)
 
 
 def _weights(node: ir.Node) -> list[ir.TensorProtocol]:

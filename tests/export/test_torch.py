@@ -47,14 +47,16 @@ def test_interface_is_the_documented_one(proto: onnx.ModelProto) -> None:
         ("attention_mask", onnx.TensorProto.INT64, total),
         ("position_ids", onnx.TensorProto.INT64, tokens),
     ]
-    outputs = [("logits", onnx.TensorProto.FLOAT, (*tokens, VOCAB))]
+    outputs = [("logits", onnx.TensorProto.FLOAT, (tokens[0], "num_logits", VOCAB))]
     for layer in range(LAYERS):
         for side in ("key", "value"):
             past = ("batch_size", HEADS, "past_sequence_length", DIM)
             present = ("batch_size", HEADS, "total_sequence_length", DIM)
             inputs.append((f"past_key_values.{layer}.{side}", onnx.TensorProto.FLOAT, past))
             outputs.append((f"present.{layer}.{side}", onnx.TensorProto.FLOAT, present))
+    inputs.append(("num_logits_to_keep", onnx.TensorProto.INT64, ()))
     assert interface(proto.graph.input) == inputs
+    assert [i.name for i in proto.graph.initializer if i.name == inputs[-1][0]], "it has a default"
     assert interface(proto.graph.output) == outputs
 
 

@@ -83,9 +83,11 @@ def manifest_of(path: Path, limits: Limits = LIMITS, role: str = "linearized", *
     """The manifest that an engine of the graph at ``path`` would have."""
     proto = onnx.load(str(path), load_external_data=False)
     metadata = {p.key: p.value for p in proto.metadata_props}
-    inputs, outputs = (_tensors(values, limits) for values in (proto.graph.input, proto.graph.output))
+    constants = {tensor.name for tensor in proto.graph.initializer}
+    given = [value for value in proto.graph.input if value.name not in constants]
+    inputs, outputs = (_tensors(values, limits) for values in (given, proto.graph.output))
     pairs = sum(t["name"].startswith("past_key_values.") for t in inputs) // 2
-    shapes = {v.name: _dims(v) for v in proto.graph.input}
+    shapes = {v.name: _dims(v) for v in given}
     types_found = {t["dtype"] for t in inputs} - {"INT64"} or {"FLOAT"}
     fields: dict[str, Any] = {
         "role": role,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ STORIES = (64, 172, 512, 8, 4, 8, 5)
 TINY = (32, 64, 260, 4, 2, 8, 4)
 
 
-def by_hand(sizes: tuple[int, ...], linear: int = 0) -> GraphCost:
+def by_hand(sizes: tuple[int, ...], linear: int = 0) -> GraphCost:  # of graphs that can leave logits out
     d, mlp, vocab, heads, kv_heads, dim, layers = sizes
     attention = 2 * d * heads * dim + 2 * d * kv_heads * dim
     weights = (layers - linear) * attention + linear * d * d + layers * 3 * d * mlp + vocab * d
@@ -25,6 +26,7 @@ def by_hand(sizes: tuple[int, ...], linear: int = 0) -> GraphCost:
         attention_macs_per_context=(layers - linear) * 2 * heads * dim,
         weight_bytes=4 * weights,
         kv_bytes_per_token=(layers - linear) * 2 * kv_heads * dim * 4,
+        last_macs=vocab * d,
     )
 
 
@@ -47,6 +49,9 @@ def test_prefill_grows_with_the_square_and_decode_with_the_context() -> None:
     cost = GraphCost(weight_macs=100, attention_macs_per_context=3, weight_bytes=400, kv_bytes_per_token=7)
     assert cost.prefill_macs(10) == 10 * 100 + 10 * 10 * 3
     assert cost.prefill_macs(0) == 0
+    last = replace(cost, last_macs=60)
+    assert last.prefill_macs(10) == 10 * 40 + 10 * 10 * 3 + 60
+    assert last.decode_bytes(10) == cost.decode_bytes(10)
     assert cost.decode_bytes(10) == 400 + 70
     assert cost.decode_bytes(0) == 400
     assert cost.as_json() == {
@@ -54,4 +59,5 @@ def test_prefill_grows_with_the_square_and_decode_with_the_context() -> None:
         "attention_macs_per_context": 3,
         "weight_bytes": 400,
         "kv_bytes_per_token": 7,
+        "last_macs": 0,
     }
