@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbl_export.runtime.ort import OrtStaticStream
-from nbl_export.runtime.stream import Extending, Stream
+from nbl_export.runtime.stream import Extending, LastLogits, Stream
 
 T = TypeVar("T")
 Tokens = tuple[int, ...]
@@ -195,6 +195,8 @@ def last_logits(stream: Stream, rows: Sequence[NDArray[Any]], tokens: int) -> ND
         for part in parts[1:]:
             last = stream.extend([0], [part])[-1:].copy()
         return last
+    if isinstance(stream, LastLogits):
+        return stream.prefill_last(rows)
     # A copy: the logits of all tokens need not outlive this call.
     last = stream.prefill(rows)[np.cumsum([len(r) for r in rows]) - 1]
     return last

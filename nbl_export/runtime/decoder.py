@@ -35,6 +35,10 @@ class Decoder(Protocol):
         """The cache before the first token."""
 
     def __call__(
-        self, input_ids: I64, attention_mask: I64, position_ids: I64, past: Sequence[KV]
+        self, input_ids: I64, attention_mask: I64, position_ids: I64, past: Sequence[KV], keep: int = 0
     ) -> DecoderOutput:
-        """Run ``input_ids`` [batch, sequence] after ``past``; the mask covers past and sequence."""
+        """Run ``input_ids`` [batch, sequence] after ``past``; the mask covers past and sequence.
+
+        Logits of the ``keep`` last positions are asked for, 0 for all; where the decoder can make no fewer, there
+        may be more.
+        """

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from nbl_export.errors import InputError, MissingDependencyError
 from nbl_export.graph.cache import MASK, TOKENS, WRITE_INDICES
+from nbl_export.graph.head import ALL, KEPT
 from nbl_export.graph.interface import POSITIONS, Inputs, Interface, interface_of
 from nbl_export.runtime.decoder import F32, I64, KV, DecoderOutput
 from nbl_export.runtime.padding import BOOL, left_padded, prefix_mask, right_padded
@@ -169,9 +170,12 @@ class OrtDecoder(OrtModel):
         return self.named({TOKENS: ids, MASK: mask, POSITIONS: positions}, past)
 
     def __call__(
-        self, input_ids: I64, attention_mask: I64, position_ids: I64, past: Sequence[KV]
+        self, input_ids: I64, attention_mask: I64, position_ids: I64, past: Sequence[KV], keep: int = ALL
     ) -> DecoderOutput:
-        return self.run(self.feeds(input_ids, attention_mask, position_ids, past))
+        feeds = self.feeds(input_ids, attention_mask, position_ids, past)
+        if KEPT in feeds:
+            feeds[KEPT] = np.array(keep, dtype=np.int64)
+        return self.run(feeds)
 
 
 class OrtRaggedStream:

@@ -85,4 +85,6 @@ class OrtPrompt:
         binding.synchronize_outputs()
 
     def _place(self, array: NDArray[Any]) -> Any:
-        return require_onnxruntime().OrtValue.ortvalue_from_numpy(np.asarray(array, order="C"), self.device, 0)
+        return require_onnxruntime().OrtValue.ortvalue_from_numpy(
+            np.asarray(array, order="C"), self.device, 0
+        )

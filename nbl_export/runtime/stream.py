@@ -44,6 +44,14 @@ class Extending(Stream, Protocol):
         """
 
 
+@runtime_checkable
+class LastLogits(Stream, Protocol):
+    """A stream that need not make all logits of a prefill."""
+
+    def prefill_last(self, rows: Sequence[NDArray[Any]]) -> F32:
+        """As :meth:`prefill`, but the logits [rows, vocab] of each row's last token alone."""
+
+
 class PastStream:
     """A stream over a stateless :class:`Decoder`: padding on the left, the cache handed back in."""
 
@@ -56,10 +64,16 @@ class PastStream:
         return self.decoder.kv_layers
 
     def prefill(self, rows: Sequence[NDArray[Any]]) -> F32:
+        logits: F32 = self._run(self._begin(rows))[self._mask.astype(bool)]
+        return logits
+
+    def prefill_last(self, rows: Sequence[NDArray[Any]]) -> F32:
+        return self._run(self._begin(rows), keep=1)[:, -1]
+
+    def _begin(self, rows: Sequence[NDArray[Any]]) -> I64:
         self._past = self.decoder.empty_past(len(rows))
         ids, self._mask, self._positions = left_padded(rows)
-        logits: F32 = self._run(ids)[self._mask.astype(bool)]
-        return logits
+        return ids
 
     def decode(self, tokens: Sequence[int]) -> F32:
         ids = np.array(tokens, dtype=np.int64)[:, None]
@@ -81,8 +95,8 @@ class PastStream:
     def cache(self) -> tuple[Sequence[KV], BOOL]:
         return self._past, self._mask.astype(bool)
 
-    def _run(self, ids: NDArray[np.int64]) -> F32:
-        output = self.decoder(ids, self._mask, self._positions, self._past)
+    def _run(self, ids: I64, keep: int = 0) -> F32:
+        output = self.decoder(ids, self._mask, self._positions, self._past, keep)
         self._past = output.present
         return output.logits
 

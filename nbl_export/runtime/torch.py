@@ -47,8 +47,11 @@ def run_with_past(
     position_ids: torch.Tensor,
     past: Sequence[tuple[torch.Tensor, torch.Tensor]],
     past_length: Any,
+    keep: int = 0,
 ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
     """One forward pass with an explicit cache of all layers: logits, and the cache afterwards.
+
+    Logits are of the ``keep`` last positions where the model can make fewer than all.
 
     A linearized layer leaves its entry as it was.
     """
@@ -58,7 +61,7 @@ def run_with_past(
         input_ids=input_ids,
         attention_mask=attention_mask,
         use_cache=True,
-        **taken(model, position_ids=position_ids),
+        **taken(model, position_ids=position_ids, **({"logits_to_keep": keep} if keep else {})),
         **{cache_argument(model): cache},
     )
     return output.logits, [(layer.keys, layer.values) for layer in cache.layers]
@@ -88,12 +91,19 @@ class TorchDecoder:
         ]
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, past: Any
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        past: Any,
+        keep: int = 0,
     ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
         """Tensors in, tensors out; ``past`` has one entry for each of ``kv_layers``."""
         length = attention_mask.shape[1] - input_ids.shape[1]
         every = self._spread(past, input_ids.shape[0])
-        logits, present = run_with_past(self.model, input_ids, attention_mask, position_ids, every, length)
+        logits, present = run_with_past(
+            self.model, input_ids, attention_mask, position_ids, every, length, keep
+        )
         return logits, [present[i] for i in self._kv_layers]
 
     def _spread(self, past: Any, batch: int) -> list[Any]:
@@ -107,7 +117,7 @@ class TorchDecoder:
         return entries
 
     def __call__(
-        self, input_ids: I64, attention_mask: I64, position_ids: I64, past: Sequence[KV]
+        self, input_ids: I64, attention_mask: I64, position_ids: I64, past: Sequence[KV], keep: int = 0
     ) -> DecoderOutput:
         import torch
 
@@ -120,7 +130,7 @@ class TorchDecoder:
             for pair in past
         ]
         with torch.inference_mode():
-            logits, present = self.forward(ids, mask, positions, tensors)
+            logits, present = self.forward(ids, mask, positions, tensors, keep)
         return DecoderOutput(
             logits.float().cpu().numpy(),
             tuple((k.float().cpu().numpy(), v.float().cpu().numpy()) for k, v in present),

@@ -19,7 +19,7 @@ from nbl_export.graph.precision import PRECISIONS, to_precision
 from nbl_export.runtime.ort import OrtDecoder, OrtStaticStream, ort_stream, run_outputs, session
 from nbl_export.runtime.padding import left_padded, prefix_mask, right_padded, rows_of
 from nbl_export.runtime.pieces import run_taps
-from nbl_export.runtime.stream import PastStream
+from nbl_export.runtime.stream import LastLogits, PastStream
 from nbl_export.runtime.torch import TorchDecoder
 from tests.export.test_forms import static_graph
 from tests.fixtures_graph import original_logits, pad_left, ragged_rows
@@ -96,6 +96,30 @@ def test_every_row_is_the_row_alone(graphs: Any, form: str, rows: list[Any], tin
 def test_pytorchs_stream_is_the_same(rows: list[Any], tiny_model: Any) -> None:
     for row, found in zip(rows, teacher_forced(PastStream(TorchDecoder(tiny_model)), rows), strict=True):
         np.testing.assert_allclose(found, original_logits(tiny_model, row), rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("of", ["onnxruntime", "pytorch"])
+def test_a_prefill_need_not_make_all_logits(
+    graphs: Any, rows: list[Any], tiny_model: Any, of: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last logits are the row's, no others are made, and decoding goes on from there."""
+    decoder = OrtDecoder(graphs["concat", "fp32"]) if of == "onnxruntime" else TorchDecoder(tiny_model)
+    made: list[tuple[int, ...]] = []
+    plain = type(decoder).__call__
+
+    def counted(self: Any, *given: Any) -> Any:
+        output = plain(self, *given)
+        made.append(output.logits.shape)
+        return output
+
+    monkeypatch.setattr(type(decoder), "__call__", counted)
+    stream = PastStream(decoder)
+    assert isinstance(stream, LastLogits)
+    last = stream.prefill_last([row[:-1] for row in rows])
+    following = stream.decode([int(row[-1]) for row in rows])
+    assert made == [(len(rows), 1, VOCAB)] * 2
+    for row, *found in zip(rows, last, following, strict=True):
+        np.testing.assert_allclose(found, original_logits(tiny_model, row)[-2:], rtol=0, atol=2e-4)
 
 
 def test_a_prefill_begins_anew(graphs: Any, form: str, tiny_model: Any) -> None:
