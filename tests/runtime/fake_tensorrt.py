@@ -287,6 +287,8 @@ class FakeEngine:
                     return f"{value.name} has {found} for {dim}, another input {sizes[str(dim)]}"
         if sizes.get("total_sequence_length", math.inf) < sizes["sequence_length"]:
             return "the mask is shorter than the sequence"
+        # The input that says how many has a default, which is a constant here: all.
+        sizes["num_logits"] = sizes["sequence_length"]
         shapes = dict(launch.shapes)
         shapes |= {o.name: tuple(sizes[d] if isinstance(d, str) else d for d in o.shape) for o in outputs}
         spans = {}
