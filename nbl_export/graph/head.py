@@ -11,9 +11,12 @@ onnxruntime takes an input that is an initializer too as one that may be overrid
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx_ir as ir
 
+from nbl_export.graph.io import append_graph, check_file, load_graph, passes_checker
 from nbl_export.graph.operators import is_constant, linear_op
 
 KEPT = "num_logits_to_keep"
@@ -55,6 +58,13 @@ def keep_logits(model: ir.Model, default: int = ALL) -> bool:
             value.shape = ir.Shape([value.shape[0], _DIMENSION, value.shape[2]])
     graph.register_initializer(count)
     return True
+
+
+def keep_logits_of_file(path: Path) -> None:
+    """:func:`keep_logits` of the graph at ``path``, whose weights stay where they are."""
+    strict, model = passes_checker(path), load_graph(path)
+    if kept_head(model) is None and keep_logits(model):
+        append_graph(model, path, lambda written: check_file(written, strict=strict))
 
 
 def kept_head(model: ir.Model) -> ir.Node | None:

@@ -93,6 +93,7 @@ def _export_elsewhere(
     from nbl_export.export.genai import export_genai
     from nbl_export.export.handoff import handoff
     from nbl_export.export.optimum import export_optimum, find_optimum
+    from nbl_export.graph.head import keep_logits_of_file
 
     target, trust = run.workspace.baseline.parent, run.model.source.trust_remote_code
     with tempfile.TemporaryDirectory(prefix=".model.", suffix=TEMPORARY, dir=run.workspace.root) as folder:
@@ -101,18 +102,8 @@ def _export_elsewhere(
             files = export_genai(model, target, settings.precision, listener, trust)
         else:
             files = export_optimum(model, target, find_optimum(settings.python), listener, trust)
-    _keep_logits(run.workspace.baseline)
+    keep_logits_of_file(run.workspace.baseline)
     return files, []
-
-
-def _keep_logits(path: Path) -> None:
-    """As in our own graphs: an input says how many positions logits are made of."""
-    from nbl_export.graph.head import keep_logits, kept_head
-    from nbl_export.graph.io import append_graph, check_file, load_graph, passes_checker
-
-    strict, model = passes_checker(path), load_graph(path)
-    if kept_head(model) is None and keep_logits(model):
-        append_graph(model, path, lambda written: check_file(written, strict=strict))
 
 
 def _save_configs(run: Run, exported: list[Path], settings: ExportSettings) -> list[Path]:

@@ -6,11 +6,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from nbl_export import api
 from nbl_export.foreign import rewrite_foreign
+from nbl_export.graph.head import keep_logits_of_file
 from nbl_export.linearize.plan import save_plan
+from nbl_export.runtime.ort import OrtDecoder
 from tests.clients.greedy import greedy
 from tests.exporters import GRAPH, Graphs
 from tests.families import Calibrated
@@ -55,6 +58,22 @@ def test_genai_generates_from_its_own_folder_rewritten(
     assert tokens == greedy(folder / GRAPH, prompt, COUNT)
     assert tokens != greedy(source / GRAPH, prompt, COUNT)
     assert generated(source, prompt) == greedy(source / GRAPH, prompt, COUNT)
+
+
+@pytest.mark.client
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_its_own_graphs_take_the_optional_input_and_generate_all_the_same(
+    graphs: Graphs, tmp_path: Path, precision: str
+) -> None:
+    source, prompt = graphs(f"genai-{precision}", "llama-gqa"), list(range(40, 52))
+    folder = Path(shutil.copytree(source, tmp_path / "folder"))
+    keep_logits_of_file(folder / GRAPH)
+    assert generated(folder, prompt) == generated(source, prompt) == greedy(folder / GRAPH, prompt, COUNT)
+    decoder, ids = OrtDecoder(folder / GRAPH), np.array([prompt])
+    given = (ids, np.ones_like(ids), np.arange(len(prompt))[None], decoder.empty_past(1))
+    whole, last = decoder(*given).logits, decoder(*given, keep=1).logits
+    assert (whole.shape[1], last.shape[1]) == (len(prompt), 1)
+    np.testing.assert_allclose(last, whole[:, -1:], rtol=0, atol=1e-4)
 
 
 def generated(folder: Path, prompt: list[int]) -> list[int]:
