@@ -54,6 +54,7 @@ def test_decode_reads_a_really_filled_cache(stories_out: Path, context: int) -> 
         "input_ids": (1, 1),
         "attention_mask": (1, context + 1),
         "position_ids": (1, 1),
+        "num_logits_to_keep": (),
     }
     assert prompt.step_inputs["position_ids"].tolist() == [[context]]
     # The cache is the one that the timed prompt leaves behind.
