@@ -38,7 +38,7 @@ def keep_logits(model: ir.Model, default: int = ALL) -> bool:
     logits = next((v for v in graph.outputs if v.name == "logits"), None)
     head = _head(logits)
     states = head.inputs[0] if head is not None else None
-    if logits is None or head is None or states is None or states.shape is None or len(states.shape) != 3:
+    if logits is None or head is None or states is None or logits.shape is None or len(logits.shape) != 3:
         return False
     count = ir.Value(name=KEPT, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]))
     count.const_value = ir.tensor(np.array(default, dtype=np.int64), name=KEPT)
@@ -50,7 +50,9 @@ def keep_logits(model: ir.Model, default: int = ALL) -> bool:
     kept = ir.node("Slice", [states, start.outputs[0], end, axis], name="last_states")
     kept.outputs[0].name = f"{states.name}.kept"
     kept.outputs[0].type = states.type
-    kept.outputs[0].shape = ir.Shape([states.shape[0], _DIMENSION, states.shape[2]])
+    # A graph need not say; the product and what follows keep the number of dimensions.
+    if states.shape is not None:
+        kept.outputs[0].shape = ir.Shape([states.shape[0], _DIMENSION, states.shape[2]])
     graph.insert_before(head, [negative, start, kept])
     head.replace_input_with(0, kept.outputs[0])
     for value in _behind(logits, head):
