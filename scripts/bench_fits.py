@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +125,7 @@ def main() -> None:
     dtype = fast_dtype()
     model = exact if dtype == "float32" else in_precision(exact, dtype)
     text = load_text(workspace.text)
-    stored, _ = load_moments(workspace.moments)
-    moments = {i: replace(m) for i, m in stored.layers.items()}
+    moments = load_moments(workspace.moments)[0].layers
     meter = LossMeter(model, text.selection, text.selection_document, "normed")
     plain = fitted(moments)
     sets = MeasuredSets(lambda: meter, plain, LossCache({}, lambda _: None))

@@ -26,7 +26,7 @@ _DIMENSION = "num_logits"
 _ELEMENTWISE = frozenset({"Cast", "Identity", "Add", "Sub", "Mul", "Div", "Tanh", "Clip"})
 
 
-def keep_logits(model: ir.Model, default: int = ALL) -> bool:
+def keep_logits(model: ir.Model) -> bool:
     """Give the decoder graph the optional input :data:`KEPT`; whether it has one now.
 
     It has none, and is left as it is, where the logits are not made by one product of states [batch, sequence, d]
@@ -41,7 +41,7 @@ def keep_logits(model: ir.Model, default: int = ALL) -> bool:
     if logits is None or head is None or states is None or logits.shape is None or len(logits.shape) != 3:
         return False
     count = ir.Value(name=KEPT, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]))
-    count.const_value = ir.tensor(np.array(default, dtype=np.int64), name=KEPT)
+    count.const_value = ir.tensor(np.array(ALL, dtype=np.int64), name=KEPT)
     graph.inputs.append(count)
     flat, axis, end = (_number(graph, name, n) for name, n in _NUMBERS.items())
     # -0 is 0: the slice that begins there is the whole.
