@@ -31,7 +31,10 @@ def _blocks(page: Path, language: str) -> list[str]:
 
 def _shell_lines() -> list[tuple[str, str]]:
     lines = [
-        (page.name, line) for page in PAGES for block in _blocks(page, "bash") for line in block.splitlines()
+        (page.name, line)
+        for page in PAGES
+        for block in _blocks(page, "bash")
+        for line in block.replace("\\\n", " ").splitlines()
     ]
     return [(page, line) for page, line in lines if line.strip()]
 

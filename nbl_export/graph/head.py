@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from nbl_export.graph.io import append_graph, check_file, load_graph, passes_checker
 from nbl_export.graph.operators import is_constant, linear_op
+from nbl_export.graph.tensors import external_files
 
 KEPT = "num_logits_to_keep"
 ALL = 0
@@ -62,11 +63,15 @@ def keep_logits(model: ir.Model) -> bool:
     return True
 
 
-def keep_logits_of_file(path: Path) -> None:
-    """:func:`keep_logits` of the graph at ``path``, whose weights stay where they are."""
+def keep_logits_of_file(path: Path) -> list[Path]:
+    """:func:`keep_logits` of the graph at ``path``; returns the graph and its data files.
+
+    External weights stay where they are; those inside the graph go to a data file beside it.
+    """
     strict, model = passes_checker(path), load_graph(path)
     if kept_head(model) is None and keep_logits(model):
-        append_graph(model, path, lambda written: check_file(written, strict=strict))
+        return append_graph(model, path, lambda written: check_file(written, strict=strict))
+    return [path, *external_files(model)]
 
 
 def kept_head(model: ir.Model) -> ir.Node | None:

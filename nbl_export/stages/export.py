@@ -102,8 +102,7 @@ def _export_elsewhere(
             files = export_genai(model, target, settings.precision, listener, trust)
         else:
             files = export_optimum(model, target, find_optimum(settings.python), listener, trust)
-    keep_logits_of_file(run.workspace.baseline)
-    return files, []
+    return sorted({*files, *keep_logits_of_file(run.workspace.baseline)}), []
 
 
 def _save_configs(run: Run, exported: list[Path], settings: ExportSettings) -> list[Path]:

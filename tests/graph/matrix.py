@@ -12,6 +12,7 @@ from onnx import numpy_helper
 
 from nbl_export.foreign import rewrite_foreign
 from nbl_export.graph.cache import KV_LAYERS_KEY
+from nbl_export.graph.head import KEPT
 from nbl_export.graph.io import check_file, passes_checker
 from nbl_export.graph.rewrite import RewriteResult
 from nbl_export.linearize.plan import Plan, save_plan
@@ -36,7 +37,7 @@ EVERY = tuple(FAMILIES)
 BUILDER = tuple(name for name, family in FAMILIES.items() if family.model_type != "gpt_neox")
 # What attention comes down to in each exporter's graph: one of these a layer.
 CORES = ("Softmax", "Attention", "GroupQueryAttention")
-TOLD = ("input_ids", "attention_mask", "position_ids", "write_indices")
+TOLD = ("input_ids", "attention_mask", "position_ids", "write_indices", KEPT)
 
 
 def rewritten(folder: Path, plan: Plan, root: Path) -> tuple[Path, RewriteResult]:
