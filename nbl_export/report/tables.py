@@ -194,9 +194,8 @@ def method_table(loss: Mapping[str, Any]) -> Table:
 def speed_table(speed: Mapping[str, Any]) -> Table:
     """Medians of both graphs and their ratio, beside the ceiling."""
     meaning = "decode: one token after that many"
-    saved = "multiplications saved (prefill) or bytes saved (decode)"
     if all(c["phase"] == "encode" for c in speed["cells"]):
-        meaning, saved = "encode: one pass over that many tokens", "multiplications saved"
+        meaning = "encode: one pass over that many tokens"
     rows = tuple(
         (
             f"{c['phase']} {c['context']}",
@@ -212,10 +211,21 @@ def speed_table(speed: Mapping[str, Any]) -> Table:
         "Speed on ONNX Runtime, batch 1",
         ("", "base, ms", "linearized, ms", "speedup", "quartiles", "ceiling"),
         rows,
-        f"{speed['provider']}, {speed['threads']} threads, {speed['rounds']} rounds of base and linearized in turn; "
-        f"medians ± half the interquartile range; {meaning}. Not resolved: the quartiles of the speedup straddle 1, "
-        f"the noise exceeds the effect. Ceiling: {saved}, counted from the graphs; more than that is overhead saved.",
+        f"{speed['provider']}, {speed['threads']} threads, {speed['rounds']} rounds of base and linearized in turn, "
+        f"more where needed; medians ± half the interquartile range; {meaning}. Not resolved: the noise exceeds the "
+        "effect, by a 95 % interval of the median. Ceiling: what multiplications and bytes, counted from the graphs, "
+        f"allow on {roofline_in_words(speed.get('roofline'))}; more than that is overhead saved.",
         plot="speed",
+    )
+
+
+def roofline_in_words(roofline: Mapping[str, Any] | None) -> str:
+    """The measured machine; a report of an earlier version has none."""
+    if roofline is None:
+        return "any machine"
+    return (
+        f"a machine that does {2e-9 * roofline['macs_per_second']:,.0f} GFLOP/s and reads "
+        f"{1e-9 * roofline['bytes_per_second']:,.1f} GB/s, as measured in the same run"
     )
 
 

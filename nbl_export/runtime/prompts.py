@@ -25,26 +25,26 @@ def timed_row(context: int) -> NDArray[np.int32]:
 
 
 class OrtPrompt:
-    """A graph in a session with a prompt of ``context`` tokens, batch 1; a static cache has ``room`` places more."""
+    """A graph in a session with ``batch`` prompts of ``context`` tokens; a static cache has ``room`` places more."""
 
-    def __init__(self, model: OrtModel, context: int, room: int, device: str = "cpu") -> None:
+    def __init__(self, model: OrtModel, context: int, room: int, device: str = "cpu", batch: int = 1) -> None:
         self.model, self.device = model, device
         # Which past input a present output becomes.
         self._pairs = dict(zip(model.interface.present_names, model.past_names, strict=True))
-        one = np.ones((1, 1), dtype=np.int64)
-        ids = timed_row(context).astype(np.int64)[None]
-        prefill = {"input_ids": ids, "position_ids": np.arange(context, dtype=np.int64)[None]}
+        one = np.ones((batch, 1), dtype=np.int64)
+        ids = one * timed_row(context).astype(np.int64)
+        prefill = {"input_ids": ids, "position_ids": one * np.arange(context, dtype=np.int64)}
         step = {"input_ids": one, "position_ids": one * context}
         if model.interface.static:
-            prefill[WRITE_INDICES], step[WRITE_INDICES] = one[0] * 0, one[0] * context
+            prefill[WRITE_INDICES], step[WRITE_INDICES] = one[:, 0] * 0, one[:, 0] * context
         else:
             prefill["attention_mask"] = np.ones_like(ids)
-            step["attention_mask"] = np.ones((1, context + 1), dtype=np.int64)
+            step["attention_mask"] = np.ones((batch, context + 1), dtype=np.int64)
         # Who generates needs the logits of the last position, and of no other.
         prefill[KEPT] = step[KEPT] = np.array(1, dtype=np.int64)
         self.step_inputs = step
         length = context + room if model.interface.static else 0
-        empty = model.interface.empty_cache(1, length, model.cache_dtype)
+        empty = model.interface.empty_cache(batch, length, model.cache_dtype)
         self._prefill = self._bind(prefill, {name: self._place(array) for name, array in empty.items()})
         self._step: Any = None
         self.past: dict[str, Any] = {}
@@ -57,12 +57,14 @@ class OrtPrompt:
             self.past = {past: outputs[present] for present, past in self._pairs.items()}
             self._step = self._bind(self.step_inputs, self.past)
 
+    def rewind(self) -> None:
+        """Have the cache as the prompt alone fills it: steps leave it so."""
+
     def step(self) -> None:
         """Run one token after the prompt; the cache does not advance, so every step costs the same."""
         self._run(self._step)
 
-    @property
-    def cache_bytes(self) -> int:
+    def memory_bytes(self) -> int:
         """Bytes of the filled cache."""
         return sum(int(np.prod(v.shape())) for v in self.past.values()) * self.model.cache_dtype.itemsize
 

@@ -1,9 +1,10 @@
 """How fast the rewritten graph can be at best: arithmetic and bytes, counted from the graphs.
 
-Prefill is bound by multiplications: every constant weight matrix once a token, and attention's two
-products over the whole context. Decode is bound by memory: every weight and the whole KV cache are
-read once a token. The ceiling is the ratio base/linearized of that count; a measured speedup above
-it means fewer kernels and less overhead, or a broken benchmark.
+A pass multiplies every constant weight matrix once a token, and makes attention's two products over the whole
+context; it reads every weight once, and the KV cache of every row. On a machine's measured roofline
+(:mod:`.roofline`) that is a least time: large prefills are bound by multiplications, decode by memory. The ceiling is
+the ratio base/linearized of those times; a measured speedup above it means fewer kernels and less overhead, or a
+broken benchmark.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from nbl_export.graph.head import kept_head
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.operators import weight_shape
 from nbl_export.graph.regions import AttentionRegion, find_regions
+from nbl_export.verify.roofline import Roofline, Work
 
 
 @dataclass(frozen=True)
 class GraphCost:
     """Per token: multiply-adds with constant weights, multiply-adds of attention per token of context,
-    bytes of weights read, bytes of KV cache per token of context; and those multiply-adds with weights that
+    bytes of weights read, bytes of KV cache per token of context; and those multiply-adds and bytes of weights that
     only the last token of a prefill needs, since they make its logits."""
 
     weight_macs: int
@@ -32,35 +34,59 @@ class GraphCost:
     weight_bytes: int
     kv_bytes_per_token: int
     last_macs: int = 0
+    last_bytes: int = 0
 
-    def prefill_macs(self, tokens: int) -> int:
-        """Multiply-adds of a prefill of ``tokens``: attention over the full square, as runtimes compute it."""
+    def prefill(self, tokens: int, batch: int = 1) -> list[Work]:
+        """A prefill of ``batch`` rows of ``tokens``: attention over the full square, as runtimes compute it."""
         every = self.weight_macs - self.last_macs
-        return tokens * (every + self.attention_macs_per_context * tokens) + self.last_macs
+        rows = batch * tokens
+        return [
+            Work(rows * every, self.weight_bytes - self.last_bytes),
+            Work(batch * self.last_macs, self.last_bytes),
+            Work(rows * tokens * self.attention_macs_per_context, rows * self.kv_bytes_per_token),
+        ]
 
-    def decode_bytes(self, context: int) -> int:
-        """Bytes read for one token after ``context`` tokens, batch 1."""
-        return self.weight_bytes + self.kv_bytes_per_token * context
+    def decode(self, context: int, batch: int = 1) -> list[Work]:
+        """One token for each of ``batch`` rows after ``context`` tokens."""
+        cache = batch * context
+        return [
+            Work(batch * self.weight_macs, self.weight_bytes),
+            Work(cache * self.attention_macs_per_context, cache * self.kv_bytes_per_token),
+        ]
+
+    def work(self, phase: str, context: int, batch: int = 1) -> list[Work]:
+        """Of one cell; an encoder's pass is like a prefill."""
+        return self.decode(context, batch) if phase == "decode" else self.prefill(context, batch)
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def ceiling(
+    base: GraphCost, other: GraphCost, roofline: Roofline, phase: str, context: int, batch: int = 1
+) -> float:
+    """How many times as fast as ``base`` the graph ``other`` can be at best."""
+    times = [roofline.seconds(cost.work(phase, context, batch)) for cost in (base, other)]
+    return times[0] / times[1]
 
 
 def graph_cost(path: Path) -> GraphCost:
     """Count the decoder graph at ``path``."""
     model = load_graph(path)
     head = kept_head(model)
-    macs = read = last = 0
+    macs = read = last_macs = last_bytes = 0
     for node in model.graph:
         shape = weight_shape(node)
         if shape is not None:
+            size = sum(w.nbytes for w in _weights(node))
             macs += shape[0] * shape[1]
-            last += shape[0] * shape[1] if node is head else 0
-            read += sum(w.nbytes for w in _weights(node))
+            read += size
+            if node is head:
+                last_macs, last_bytes = shape[0] * shape[1], size
     # Both products of an attention have the width of what its output projection reads.
     widths = [weight_shape(r.projection) for r in find_regions(model) if isinstance(r, AttentionRegion)]
     attention = sum(2 * width[0] for width in widths if width is not None)
-    return GraphCost(macs, attention, read, kv_bytes_per_token(model), last)
+    return GraphCost(macs, attention, read, kv_bytes_per_token(model), last_macs, last_bytes)
 
 
 def _weights(node: ir.Node) -> list[ir.TensorProtocol]:

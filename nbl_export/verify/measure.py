@@ -28,7 +28,8 @@ from nbl_export.runtime.ort import ort_stream
 from nbl_export.runtime.tensorrt import EngineStream, load_engine
 from nbl_export.runtime.torch import torch_stream
 from nbl_export.settings import VerifySettings
-from nbl_export.verify.engines import TIMED_STEPS, built_check, gpu_entrants, measure_engine_speed, not_run
+from nbl_export.verify.contenders import TIMED_STEPS
+from nbl_export.verify.engines import built_check, gpu_entrants, measure_engine_speed, not_run
 from nbl_export.verify.localize import first_divergence
 from nbl_export.verify.noise import rounding_noise
 from nbl_export.verify.parity import Parity, compare_streams, gates_for

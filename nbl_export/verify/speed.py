@@ -1,35 +1,25 @@
-"""Speed: base and linearized graph, interleaved in one process, next to the analytic ceiling."""
+"""Speed: base and linearized graph, interleaved in one process, next to what the machine allows."""
 
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
-
+from nbl_export.engine.pair import BASE, LINEARIZED
 from nbl_export.graph.interface import Inputs
 from nbl_export.progress import Listener, Silent
-from nbl_export.runtime.ort import OrtModel, require_onnxruntime
-from nbl_export.runtime.prompts import OrtPrompt
-from nbl_export.verify.ceiling import GraphCost, graph_cost
+from nbl_export.runtime.ort import CPU, require_onnxruntime
+from nbl_export.verify.ceiling import GraphCost, ceiling, graph_cost
+from nbl_export.verify.contenders import OrtEntrant, decode_seconds, prefill_seconds
+from nbl_export.verify.race import Rounds, Timing, race, ratio, timed, timing
+from nbl_export.verify.roofline import Roofline, measure_roofline
 
-_T = TypeVar("_T")
-# Idle threads of one session must not spin on the cores while the other is timed.
-_CONFIG = {"session.force_spinning_stop": "1"}
-_DECODE_STEPS = 8  # tokens per timed decode round, averaged: one token is too short to time
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Milliseconds per prefill or encoder pass, or per decoded token: median and quartiles over the rounds."""
-
-    median_ms: float
-    low_ms: float
-    high_ms: float
+# How far rounds are added where the noise hides the effect.
+_MORE = 3
+_Measure = Callable[[Any], float]
 
 
 @dataclass(frozen=True)
@@ -37,8 +27,8 @@ class SpeedCell:
     """One phase at one context, batch 1.
 
     ``speedup`` is the median over rounds of base/linearized, each pair timed back to back;
-    ``speedup_low``/``speedup_high`` are its quartiles. ``resolved`` is False where they straddle 1:
-    the noise is then larger than the effect.
+    ``speedup_low``/``speedup_high`` are its quartiles, ``speedup_least``/``speedup_most`` a 95 % interval of it.
+    ``resolved`` is False where the noise is larger than the effect (:class:`~nbl_export.verify.race.Ratio`).
     """
 
     phase: str
@@ -48,13 +38,16 @@ class SpeedCell:
     speedup: float
     speedup_low: float
     speedup_high: float
+    speedup_least: float
+    speedup_most: float
     resolved: bool
     ceiling: float
+    rounds: int
 
 
 @dataclass(frozen=True)
 class Speed:
-    """All cells, the settings they were measured with, and what the KV cache costs."""
+    """All cells, the least number of rounds, what both graphs cost, and the machine's roofline."""
 
     provider: str
     threads: int
@@ -62,6 +55,7 @@ class Speed:
     cells: tuple[SpeedCell, ...]
     base_cost: GraphCost
     linearized_cost: GraphCost
+    roofline: Roofline
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -70,25 +64,21 @@ class Speed:
 def measure_speed(
     base: Path, linearized: Path, contexts: Sequence[int], rounds: int, listener: Listener | None = None
 ) -> Speed:
-    """Prefill and decode of both graphs at each context length, ``rounds`` times in turn.
+    """Prefill and decode of both graphs at each context length, ``rounds`` times in turn and more where needed.
 
-    One round runs base then linearized; the order flips every round so that drift favours neither.
     The decode cache is really filled, by the prefill that was just timed.
     """
-    require_onnxruntime()
-    models = [OrtModel(path, _CONFIG, rounded=False) for path in (base, linearized)]
-    costs = [graph_cost(path) for path in (base, linearized)]
+    pair = _Pair(base, linearized, rounds)
+    entrants = {BASE: OrtEntrant(base), LINEARIZED: OrtEntrant(linearized)}
     # Without a cache a token costs what its whole text costs: there is no decode to time.
-    phases = {"prefill": _prefill} | ({"decode": _decode} if models[0].past_names else {})
-    cells = []
-    total = len(phases) * len(contexts) * (rounds + 1)
-    with (listener or Silent()).task("Timing", total, "rounds") as task:
+    cached = bool(entrants[BASE].model.past_names)
+    phases = {"prefill": prefill_seconds} | ({"decode": decode_seconds} if cached else {})
+    with (listener or Silent()).task("Timing", len(phases) * len(contexts) * (rounds + 1), "rounds") as task:
         for context in contexts:
-            prompts = [OrtPrompt(model, context, _DECODE_STEPS) for model in models]
-            for phase, run in phases.items():
-                times = _interleaved(prompts, run, rounds, task.advance)
-                cells.append(_cell(phase, context, times, _ceiling(phase, context, costs)))
-    return Speed("CPUExecutionProvider", os.cpu_count() or 1, rounds, tuple(cells), costs[0], costs[1])
+            prompts = {name: entrant(context) for name, entrant in entrants.items()}
+            for phase, measure in phases.items():
+                pair.measure(phase, context, prompts, measure, task.advance)
+    return pair.speed()
 
 
 def measure_encode_speed(
@@ -99,70 +89,64 @@ def measure_encode_speed(
     listener: Listener | None = None,
 ) -> Speed:
     """One pass of both encoder graphs over each of ``batches``, a number of tokens and its inputs, in turn."""
-    require_onnxruntime()
-    models = [OrtModel(path, _CONFIG, rounded=False) for path in (base, linearized)]
-    costs = [graph_cost(path) for path in (base, linearized)]
-    cells = []
+    pair = _Pair(base, linearized, rounds)
+    models = {BASE: OrtEntrant(base).model, LINEARIZED: OrtEntrant(linearized).model}
     with (listener or Silent()).task("Timing", len(batches) * (rounds + 1), "rounds") as task:
         for tokens, inputs in batches:
-            passes = [_Pass(model, inputs) for model in models]
-            times = _interleaved(passes, _Pass.seconds, rounds, task.advance)
-            cells.append(_cell("encode", tokens, times, _ceiling("prefill", tokens, costs)))
-    return Speed("CPUExecutionProvider", os.cpu_count() or 1, rounds, tuple(cells), costs[0], costs[1])
+            passes = {name: (model.session, model.interface.named(inputs)) for name, model in models.items()}
+            pair.measure("encode", tokens, passes, _encode_seconds, task.advance)
+    return pair.speed()
 
 
-class _Pass:
-    """One pass of a graph over one batch."""
-
-    def __init__(self, model: OrtModel, inputs: Inputs) -> None:
-        self.model, self.feeds = model, model.interface.named(inputs)
-
-    def seconds(self) -> float:
-        start = time.perf_counter()
-        self.model.session.run(None, self.feeds)
-        return time.perf_counter() - start
+def _encode_seconds(one: tuple[Any, Mapping[str, Any]]) -> float:
+    session, feeds = one
+    return timed(lambda: session.run(None, feeds))
 
 
-def _prefill(prompt: OrtPrompt) -> float:
-    start = time.perf_counter()
-    prompt.prefill()
-    return time.perf_counter() - start
+class _Pair:
+    """The cells of two graphs, as they are measured."""
+
+    def __init__(self, base: Path, linearized: Path, rounds: int) -> None:
+        require_onnxruntime()
+        self._rounds = Rounds(rounds, _MORE * rounds)
+        self._costs = graph_cost(base), graph_cost(linearized)
+        self._roofline = measure_roofline()
+        self._cells: list[SpeedCell] = []
+
+    def measure(
+        self,
+        phase: str,
+        context: int,
+        both: Mapping[str, Any],
+        measure: _Measure,
+        advance: Callable[[int], None],
+    ) -> None:
+        times = race(both, measure, self._rounds, advance, lambda t: ratio(t[BASE], t[LINEARIZED]).resolved)
+        limit = ceiling(*self._costs, self._roofline, phase, context)
+        self._cells.append(cell(phase, context, times[BASE], times[LINEARIZED], limit))
+
+    def speed(self) -> Speed:
+        return Speed(
+            CPU, os.cpu_count() or 1, self._rounds.least, tuple(self._cells), *self._costs, self._roofline
+        )
 
 
-def _decode(prompt: OrtPrompt) -> float:
-    start = time.perf_counter()
-    for _ in range(_DECODE_STEPS):
-        prompt.step()
-    return (time.perf_counter() - start) / _DECODE_STEPS
-
-
-def _interleaved(
-    prompts: Sequence[_T],
-    run: Callable[[_T], float],
-    rounds: int,
-    advance: Callable[[int], None],
-) -> list[list[float]]:
-    times: list[list[float]] = [[], []]
-    for round_ in range(rounds + 1):
-        for which in (0, 1) if round_ % 2 else (1, 0):
-            seconds = run(prompts[which])
-            if round_:  # the first round warms up
-                times[which].append(seconds)
-        advance(1)
-    return times
-
-
-def _cell(phase: str, context: int, times: list[list[float]], ceiling: float) -> SpeedCell:
-    ratio_low, ratio, ratio_high = np.quantile(np.array(times[0]) / np.array(times[1]), (0.25, 0.5, 0.75))
-    base, linear = (
-        Timing(*(round(float(q) * 1e3, 4) for q in np.quantile(t, (0.5, 0.25, 0.75)))) for t in times
-    )
-    resolved = bool(ratio_low > 1 or ratio_high < 1)
+def cell(
+    phase: str, context: int, base: Sequence[float], linearized: Sequence[float], limit: float
+) -> SpeedCell:
+    """From the seconds of each round."""
+    found = ratio(base, linearized)
     return SpeedCell(
-        phase, context, base, linear, float(ratio), float(ratio_low), float(ratio_high), resolved, ceiling
+        phase,
+        context,
+        timing(base),
+        timing(linearized),
+        found.value,
+        found.low,
+        found.high,
+        found.least,
+        found.most,
+        found.resolved,
+        limit,
+        len(base),
     )
-
-
-def _ceiling(phase: str, context: int, costs: Sequence[GraphCost]) -> float:
-    base, linear = (c.prefill_macs(context) if phase == "prefill" else c.decode_bytes(context) for c in costs)
-    return base / linear

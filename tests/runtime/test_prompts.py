@@ -125,11 +125,11 @@ def test_bytes_are_those_of_the_filled_cache(
 ) -> None:
     for layers in ((), (0, 3), ALL):
         prompt = prompt_of(graphs(form, precision, layers))
-        assert prompt.cache_bytes == 0
+        assert prompt.memory_bytes() == 0
         prompt.prefill()
-        assert prompt.cache_bytes == 2 * (5 - len(layers)) * 4 * places * 8 * size
+        assert prompt.memory_bytes() == 2 * (5 - len(layers)) * 4 * places * 8 * size
         prompt.step()
-        assert prompt.cache_bytes == 2 * (5 - len(layers)) * 4 * places * 8 * size
+        assert prompt.memory_bytes() == 2 * (5 - len(layers)) * 4 * places * 8 * size
 
 
 @pytest.mark.parametrize("context", [1, 64])

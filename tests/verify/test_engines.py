@@ -21,23 +21,21 @@ from nbl_export.report.tables import engine_speed_table
 from nbl_export.runtime import ort as ort_module
 from nbl_export.runtime.tensorrt import EngineStream
 from nbl_export.verify import engines as module
+from nbl_export.verify import race as race_module
+from nbl_export.verify.contenders import CUDA, TIMED_STEPS, EngineContender, OrtEntrant, TorchContender
 from nbl_export.verify.engines import (
-    TIMED_STEPS,
-    EngineContender,
     Latency,
-    OrtContender,
-    TorchContender,
     built_check,
     gpu_entrants,
+    laps,
     measure_engine_speed,
     not_run,
-    race,
     speedups,
 )
+from nbl_export.verify.race import Rounds, race
 from tests.runtime.fake_tensorrt import FakeEngine, Graphs, graphs_of, loaded_engine, manifest_of
 
 L4 = Gpu("NVIDIA L4", "8.9")
-CPU = "CPUExecutionProvider"
 ALL = (0, 1, 2, 3, 4)
 ROOM = Limits(max_batch=2, max_seq=12, max_context=12 + TIMED_STEPS)
 
@@ -105,7 +103,8 @@ class Scripted:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [100.0]
-    monkeypatch.setattr(module, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    fake = types.SimpleNamespace(perf_counter=lambda: now[0], sleep=lambda _: None)
+    monkeypatch.setattr(race_module, "time", fake)
     return now
 
 
@@ -124,14 +123,12 @@ def test_a_race_by_hand(clock: list[float]) -> None:
     seconds = [
         lambda n, o=o: float(numbers[n + o]) * (1000 if n <= TIMED_STEPS else 1) for o in (0, 300, 600)
     ]
-    contenders = [Scripted(name, clock, log, s) for name, s in zip("abc", seconds, strict=True)]
-    done: list[int] = []
-    found = race(contenders, 64, 4, done.append)
-    assert done == [1] * 5
-    turns = "cbaabccbaabccba"
-    assert log == [line for t in turns for line in (f"{t} prefill", *[f"{t} step"] * TIMED_STEPS)]
+    contenders = {n: Scripted(n, clock, log, s) for n, s in zip("abc", seconds, strict=True)}
+    speed = measure_engine_speed(L4, {n: lambda *_, c=c: c for n, c in contenders.items()}, (64,), 4)
+    assert log == [line for t in "abc" * 5 for line in (f"{t} prefill", *[f"{t} step"] * TIMED_STEPS)]
+    found = speed.latencies
     assert [x.name for x in found] == ["a", "b", "c"] and {x.context for x in found} == {64}
-    for contender, latency in zip(contenders, found, strict=True):
+    for contender, latency in zip(contenders.values(), found, strict=True):
         prefill, step = contender.times["prefill"][1:], contender.times["step"][TIMED_STEPS:]
         assert len(prefill) == 4 and len(step) == 4 * TIMED_STEPS
         assert latency.prefill_ms == pytest.approx(1e3 * (sorted(prefill)[1] + sorted(prefill)[2]) / 2)
@@ -165,8 +162,8 @@ def test_speedups_by_hand() -> None:
     )
 
 
-def raising(error: Exception) -> Callable[[int], Any]:
-    def make(_context: int) -> Any:
+def raising(error: Exception) -> Callable[[int, int], Any]:
+    def make(_context: int, _batch: int) -> Any:
         raise error
 
     return make
@@ -184,10 +181,10 @@ def raising(error: Exception) -> Callable[[int], Any]:
 )
 def test_who_cannot_take_part_is_left_out_with_the_reason(clock: list[float], error: Exception) -> None:
     log: list[str] = []
-    entrants: dict[str, Callable[[int], Any]] = {
+    entrants: dict[str, Callable[[int, int], Any]] = {
         "onnxruntime CUDA, base": raising(error),
-        "base engine": lambda _: Scripted("base engine", clock, log, lambda n: 0.004),
-        "linearized engine": lambda _: Scripted("linearized engine", clock, log, lambda n: 0.001),
+        "base engine": lambda *_: Scripted("base engine", clock, log, lambda n: 0.004),
+        "linearized engine": lambda *_: Scripted("linearized engine", clock, log, lambda n: 0.001),
     }
     speed = measure_engine_speed(L4, entrants, (8, 32), 3)
     assert list(speed.absent) == ["onnxruntime CUDA, base"]
@@ -213,12 +210,12 @@ def test_who_finds_no_room_while_running_is_left_out_too(clock: list[float], at:
         return 0.5
 
     log: list[str] = []
-    entrants: dict[str, Callable[[int], Any]] = {
-        "base engine": lambda _: Scripted("base engine", clock, [], lambda n: 0.004),
-        "linearized engine": lambda c: Scripted(
+    entrants: dict[str, Callable[[int, int], Any]] = {
+        "base engine": lambda *_: Scripted("base engine", clock, [], lambda n: 0.004),
+        "linearized engine": lambda c, _: Scripted(
             "linearized engine", clock, [], full if c == 8 else lambda n: 1
         ),
-        "another": lambda _: Scripted("another", clock, log, lambda n: 0.002),
+        "another": lambda *_: Scripted("another", clock, log, lambda n: 0.002),
     }
     speed = measure_engine_speed(L4, entrants, (8, 16), 3)
     found = {(x.name, x.context): x for x in speed.latencies}
@@ -229,7 +226,7 @@ def test_who_finds_no_room_while_running_is_left_out_too(clock: list[float], at:
         assert found["base engine", context].decode_ms == pytest.approx(4)
         assert found["another", context].prefill_p99_ms == pytest.approx(2)
     with pytest.raises(torch.OutOfMemoryError):
-        race([entrants["linearized engine"](8)], 8, 3, lambda _: None)
+        race({"linearized engine": entrants["linearized engine"](8, 1)}, laps, Rounds(3, 3), lambda _: None)
 
 
 def test_a_cache_that_numpy_cannot_hold_leaves_onnxruntime_out(
@@ -242,8 +239,7 @@ def test_a_cache_that_numpy_cannot_hold_leaves_onnxruntime_out(
         value.type = value.type.replace("float", "bfloat16")
     fake = types.SimpleNamespace(get_inputs=lambda: bf16, get_modelmeta=real.get_modelmeta)
     monkeypatch.setattr(ort_module, "session", lambda *_, **__: fake)
-    entrant = functools.partial(OrtContender, "ort", graphs("static"), provider=CPU)
-    speed = measure_engine_speed(L4, {"ort": entrant}, (8,), 3)
+    speed = measure_engine_speed(L4, {"ort": OrtEntrant(graphs("static"))}, (8,), 3)
     assert not speed.latencies and "bfloat16" in speed.absent["ort"]
 
 
@@ -260,7 +256,7 @@ def cached(model: Any, tokens: Sequence[int]) -> list[tuple[np.ndarray, np.ndarr
 @pytest.mark.parametrize("form", ["static", "concat"])
 def test_an_engine_really_fills_its_cache_and_advances(graphs: Graphs, form: str) -> None:
     stream = EngineStream(loaded_engine(graphs(form), ROOM))
-    contender = EngineContender("base engine", stream, 12)
+    contender = EngineContender(stream, 12)
     for steps in (TIMED_STEPS, 3):  # to the end of the context, and anew from an empty cache
         contender.prefill()
         for _ in range(steps):
@@ -276,7 +272,7 @@ def test_an_engine_really_fills_its_cache_and_advances(graphs: Graphs, form: str
 def test_no_timed_step_records_a_graph(graphs: Graphs) -> None:
     """Recording takes far longer than a step: it belongs to the warm-up, or the 99th percentile is its time."""
     loaded = loaded_engine(graphs("static"), ROOM)
-    race([EngineContender("base engine", EngineStream(loaded), 12)], 12, 3, lambda _: None)
+    race({"base engine": EngineContender(EngineStream(loaded), 12)}, laps, Rounds(3, 3), lambda _: None)
     events = loaded.device.events  # type: ignore[attr-defined]
     assert events.count("replay") > 0
     second = [i for i, event in enumerate(events) if event == ("run", "prefill")][1]
@@ -286,7 +282,7 @@ def test_no_timed_step_records_a_graph(graphs: Graphs) -> None:
 
 def test_pytorch_begins_anew_and_advances(stories_model: Any) -> None:
     stories_model.set_attn_implementation("sdpa")
-    contender = TorchContender("PyTorch eager, base", stories_model, 12)
+    contender = TorchContender(stories_model, 12)
     for steps in (5, 2):
         contender.prefill()
         for _ in range(steps):
@@ -301,20 +297,20 @@ def test_pytorch_begins_anew_and_advances(stories_model: Any) -> None:
 @pytest.mark.parametrize("form", ["static", "concat"])
 @pytest.mark.parametrize(("precision", "size"), [("fp32", 4), ("fp16", 2)])
 def test_onnxruntime_fills_its_cache(graphs: Graphs, form: str, precision: str, size: int) -> None:
-    contender = OrtContender("ort", graphs(form, precision, (0, 3)), 12, CPU)
+    contender = OrtEntrant(graphs(form, precision, (0, 3)))(12)
     contender.prefill()
     for _ in range(3):
         contender.step()
     places = 12 + TIMED_STEPS if form == "static" else 12
     assert contender.memory_bytes() == 2 * 3 * 4 * places * 8 * size
-    filled = contender._prompt.past["past_key_values.2.key"].numpy()
+    filled = contender.past["past_key_values.2.key"].numpy()
     assert filled.shape == (1, 4, places, 8) and filled.dtype.itemsize == size
     assert np.abs(filled[0, :, :12]).min(axis=(0, 2)).max() > 0
 
 
 def test_a_missing_provider_is_named(graphs: Graphs) -> None:
     with pytest.raises(NblError, match=r"^onnxruntime has no CUDAExecutionProvider here$"):
-        OrtContender("ort", graphs("static"), 12)
+        OrtEntrant(graphs("static"), CUDA)(12)
 
 
 def test_who_takes_part_on_a_gpu(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,7 +336,6 @@ def test_who_takes_part_on_a_gpu(graphs: Graphs, monkeypatch: pytest.MonkeyPatch
     assert copies == [("float16", "cuda")] and all(isinstance(m, TorchContender) for m in made)
     for role, stream in streams.items():
         contender = entrants[f"{role} engine"](8)
-        assert contender.name == f"{role} engine"
         contender.prefill()
         assert stream.cache()[1].sum() == 8
     # Whoever is made says the name it was entered under; the speedups go by it.

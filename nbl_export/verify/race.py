@@ -1,0 +1,155 @@
+"""Timing several contenders fairly: all in one process, in turn, and a verdict only where the noise allows one.
+
+Every round runs each contender once, A B C A B C, so that what the machine does meanwhile meets all of them. The
+first round warms up and is thrown away. What is compared is paired: the ratio of two contenders in the same round,
+its median over the rounds, and an interval for that median that needs no assumption on the noise. While a verdict
+is not possible, rounds are added up to a bound; after that it is "not resolved".
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import comb
+from typing import TypeVar
+
+import numpy as np
+
+C = TypeVar("C")
+T = TypeVar("T")
+_CONFIDENCE = 0.95
+# Threads of whoever ran before spin for a while before they sleep; that is not the next one's time.
+_SETTLE = 0.02
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """At least ``least`` rounds after the warm-up; while a verdict is missing, up to ``most`` or ``seconds``.
+
+    ``seconds`` bounds the first ``least`` too, of which three are always run.
+    """
+
+    least: int
+    most: int
+    seconds: float = float("inf")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds per prefill or encoder pass, or per decoded token: median and quartiles over the rounds."""
+
+    median_ms: float
+    low_ms: float
+    high_ms: float
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times as fast one contender is as another: the median over rounds, each round a pair.
+
+    ``low``/``high`` are its quartiles, ``least``/``most`` a 95 % interval of the median. ``resolved`` is False
+    where that interval holds 1, or the base's own median is known less well than the effect is large.
+    """
+
+    value: float
+    low: float
+    high: float
+    least: float
+    most: float
+    resolved: bool
+
+
+def race(
+    contenders: Mapping[str, C],
+    run: Callable[[C], T],
+    rounds: Rounds,
+    advance: Callable[[int], None],
+    enough: Callable[[Mapping[str, list[T]]], bool] = lambda _: True,
+    absent: dict[str, str] | None = None,
+) -> dict[str, list[T]]:
+    """What ``run`` gives for each contender, by name, one value a round.
+
+    ``enough`` looks at the values so far; while it says no, rounds are added within ``rounds``. ``advance`` is told
+    each of the first ``rounds.least + 1``. One that fails on the way (no room for its cache) drops out, with its
+    reason in ``absent``; without such a dictionary the error is raised.
+    """
+    running, start, number = dict(contenders), time.perf_counter(), 0
+    values: dict[str, list[T]] = {name: [] for name in contenders}
+    while running and not _done(number - 1, rounds, time.perf_counter() - start, values, enough):
+        for name, contender in list(running.items()):
+            time.sleep(_SETTLE)
+            try:
+                value = run(contender)
+            except Exception as error:  # each runtime has exceptions of its own
+                if absent is None:
+                    raise
+                absent[name] = reason_of(error)
+                del running[name]
+                continue
+            if number:
+                values[name].append(value)
+        if number <= rounds.least:
+            advance(1)
+        number += 1
+    advance(max(0, rounds.least + 1 - number))
+    return {name: values[name] for name in running}
+
+
+def _done(
+    timed: int,
+    rounds: Rounds,
+    seconds: float,
+    values: Mapping[str, list[T]],
+    enough: Callable[[Mapping[str, list[T]]], bool],
+) -> bool:
+    if timed < min(3, rounds.least):
+        return False
+    if timed >= rounds.most or seconds > rounds.seconds:
+        return True
+    return timed >= rounds.least and enough(values)
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds that ``work`` takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of an error, or its kind where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def timing(seconds: Sequence[float]) -> Timing:
+    return Timing(*(round(float(q) * 1e3, 4) for q in np.quantile(seconds, (0.5, 0.25, 0.75))))
+
+
+def ratio(base: Sequence[float], other: Sequence[float]) -> Ratio:
+    """base/other of each round, as :class:`Ratio`: above 1, the other is faster."""
+    pairs = np.array(base) / np.array(other)
+    low, value, high = (float(q) for q in np.quantile(pairs, (0.25, 0.5, 0.75)))
+    least, most = median_interval(pairs.tolist())
+    own = median_interval(base)
+    spread = (own[1] - own[0]) / 2 / float(np.median(base))
+    outside = least > 1 or most < 1
+    return Ratio(value, low, high, least, most, outside and spread < abs(1 - 1 / value))
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """An interval that holds the median of what ``values`` are drawn from with 95 % confidence.
+
+    Between two order statistics, whatever the distribution (the number of draws below its median is binomial). Fewer
+    than six values allow no such interval: then their range, which holds it with 75 % (three) to 94 % (five).
+    """
+    ordered, n = sorted(values), len(values)
+    tail, skipped = 0.0, 0
+    while skipped < n // 2:
+        tail += 2 * comb(n, skipped) / 2**n
+        if tail > 1 - _CONFIDENCE:
+            break
+        skipped += 1
+    first = max(0, skipped - 1)
+    return ordered[first], ordered[n - 1 - first]

@@ -1,0 +1,128 @@
+"""The race and its verdicts, on times that the test makes up."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nbl_export.verify import race as module
+from nbl_export.verify.race import Rounds, median_interval, race, ratio, timed, timing
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [100.0]
+    fake = types.SimpleNamespace(perf_counter=lambda: now[0], sleep=lambda _: None)
+    monkeypatch.setattr(module, "time", fake)
+    return now
+
+
+def numbered(*names: str) -> dict[str, Iterator[str]]:
+    return {name: map(f"{name}{{}}".format, range(100)) for name in names}
+
+
+def test_everyone_runs_once_a_round_and_the_first_is_thrown_away() -> None:
+    order: list[str] = []
+    told: list[int] = []
+
+    def run(contender: Iterator[str]) -> str:
+        order.append(next(contender))
+        return order[-1]
+
+    found = race(numbered("a", "b", "c"), run, Rounds(3, 9), told.append)
+    assert order == ["a0", "b0", "c0", "a1", "b1", "c1", "a2", "b2", "c2", "a3", "b3", "c3"]
+    assert found == {name: [f"{name}{n}" for n in (1, 2, 3)] for name in "abc"}
+    assert sum(told) == 4
+
+
+@pytest.mark.parametrize(("enough_at", "rounds"), [(0, 3), (3, 3), (5, 5), (100, 8)])
+def test_rounds_are_added_until_it_is_enough(enough_at: int, rounds: int) -> None:
+    told: list[int] = []
+
+    def enough(values: Mapping[str, list[str]]) -> bool:
+        return len(values["a"]) >= enough_at
+
+    found = race(numbered("a", "b"), next, Rounds(3, 8), told.append, enough)
+    assert len(found["a"]) == len(found["b"]) == rounds
+    assert sum(told) == 4
+
+
+@pytest.mark.parametrize(("bound", "rounds"), [(1, 3), (100, 3), (1000, 5), (1e9, 7)])
+def test_time_bounds_the_rounds_but_three_are_run(clock: list[float], bound: float, rounds: int) -> None:
+    told: list[int] = []
+
+    def run(contender: Iterator[str]) -> str:
+        clock[0] += 90.0
+        return next(contender)
+
+    found = race(numbered("a", "b"), run, Rounds(7, 7, bound), told.append)
+    assert len(found["a"]) == rounds
+    assert sum(told) == 8
+
+
+def test_who_fails_drops_out_with_the_reason() -> None:
+    def run(contender: Iterator[str]) -> str:
+        value = next(contender)
+        if value == "b2":
+            raise MemoryError("no room\nfor it")
+        return value
+
+    absent: dict[str, str] = {}
+    found = race(numbered("a", "b"), run, Rounds(3, 3), lambda _: None, absent=absent)
+    assert found == {"a": ["a1", "a2", "a3"]} and absent == {"b": "no room"}
+    with pytest.raises(MemoryError):
+        race(numbered("b"), run, Rounds(3, 3), lambda _: None)
+    assert race({}, run, Rounds(3, 3), lambda _: None) == {}
+
+
+def test_a_timing_by_hand(clock: list[float]) -> None:
+    found = timing([0.004, 0.006, 0.008])
+    assert (found.median_ms, found.low_ms, found.high_ms) == (6, 5, 7)
+
+    def work() -> None:
+        clock[0] += 2.5
+
+    assert timed(work) == 2.5
+
+
+def test_a_ratio_by_hand() -> None:
+    found = ratio([0.004, 0.006, 0.008], [0.002, 0.002, 0.002])
+    assert (found.low, found.value, found.high) == pytest.approx((2.5, 3, 3.5))
+    assert (found.least, found.most) == pytest.approx((2, 4)) and found.resolved
+    slower = ratio([0.001] * 3, [0.002] * 3)
+    assert slower.value == pytest.approx(0.5) and slower.resolved
+    straddling = ratio([0.001, 0.002, 0.003], [0.002] * 3)
+    assert straddling.value == pytest.approx(1) and not straddling.resolved
+
+
+def test_a_base_that_moves_more_than_the_effect_resolves_nothing() -> None:
+    """Each pair says 1.05, but the base itself is anywhere between 1 and 2."""
+    base = np.array([1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 1.1])
+    assert not ratio(base.tolist(), (base / 1.05).tolist()).resolved
+    assert ratio((1 + base / 1000).tolist(), ((1 + base / 1000) / 1.05).tolist()).resolved
+
+
+@pytest.mark.parametrize(
+    ("count", "first"), [(1, 0), (3, 0), (5, 0), (6, 0), (8, 0), (9, 1), (12, 2), (21, 5), (30, 9)]
+)
+def test_the_interval_lies_between_order_statistics(count: int, first: int) -> None:
+    """The ranks are those of any table of the sign test's intervals, 95 %."""
+    values = np.random.default_rng(0).permutation(count).astype(float)
+    assert median_interval(values.tolist()) == (first, count - 1 - first)
+
+
+def test_the_interval_holds_the_median_as_often_as_it_says() -> None:
+    draws = np.random.default_rng(1).lognormal(0.0, 1.0, (4000, 9))
+    held = np.mean([low <= 1.0 <= high for low, high in map(median_interval, draws.tolist())])
+    assert 0.95 <= held < 0.98  # exactly 1 - 20/512
+
+
+@given(st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=40))
+def test_the_interval_holds_the_sample_median(values: list[float]) -> None:
+    low, high = median_interval(values)
+    assert min(values) <= low <= np.median(values) <= high <= max(values)
