@@ -25,6 +25,7 @@ from nbl_export.report.drawing import Table
 from nbl_export.report.schema import Report
 from nbl_export.run import Run
 from nbl_export.settings import (
+    BenchSettings,
     CalibrateSettings,
     EngineSettings,
     EvalSettings,
@@ -38,8 +39,10 @@ if TYPE_CHECKING:
     from nbl_export.engine.pair import EngineFile
     from nbl_export.evaluate.results import Evaluation
     from nbl_export.graph.rewrite import RewriteResult
+    from nbl_export.report.bench import BenchReport
 
 __all__ = [
+    "BenchSettings",
     "Budget",
     "CalibrateSettings",
     "EngineSettings",
@@ -50,6 +53,7 @@ __all__ = [
     "Report",
     "SelectSettings",
     "VerifySettings",
+    "bench",
     "build",
     "calibrate",
     "evaluate",
@@ -188,6 +192,17 @@ def evaluate(out: str | Path, settings: EvalSettings, listener: Listener | None 
     work = Run.resume(Path(out), listener)
     with work.workspace.lock():
         return pipeline.evaluate(work, settings)
+
+
+def bench(
+    out: str | Path, settings: BenchSettings | None = None, listener: Listener | None = None
+) -> BenchReport:
+    """Time both graphs and others in turn. A suspect or slower cell is in the value (``passed``), not raised."""
+    settings = settings or BenchSettings()
+    settings.check()
+    work = Run.resume(Path(out), listener)
+    with work.workspace.lock():
+        return pipeline.bench(work, settings)
 
 
 def report(out: str | Path) -> Report:

@@ -15,21 +15,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from nbl_export import __version__, given
+from nbl_export import __version__, given, measuring
 from nbl_export.errors import GATE_FAILED, INTERNAL, INTERRUPTED, NblError, os_error_in_words
 from nbl_export.options import (
     TRT_CHOICES,
     BatchOpt,
     CacheOpt,
     CalibrationOpt,
-    ChatTemplateOpt,
     ContextsOpt,
     CriterionOpt,
-    EvalBatchOpt,
-    EvalSeedOpt,
     ExporterOpt,
     ExporterPythonOpt,
-    FewShotOpt,
     FieldOpt,
     FitInputOpt,
     FitOpt,
@@ -37,12 +33,10 @@ from nbl_export.options import (
     InPlaceOpt,
     KOpt,
     LayersOpt,
-    LimitOpt,
     MaxContextOpt,
     MaxKlOpt,
     MaxPplOpt,
     MaxSeqOpt,
-    MinRecoveryOpt,
     MinSpeedupOpt,
     ModelArg,
     OnnxOpt,
@@ -54,9 +48,6 @@ from nbl_export.options import (
     QualityOpt,
     RepairOpt,
     RepairRankOpt,
-    RetrievalContextsOpt,
-    RetrievalOpt,
-    RetrievalSamplesOpt,
     RidgeOpt,
     RoundsOpt,
     SamplesOpt,
@@ -66,7 +57,6 @@ from nbl_export.options import (
     SmOpt,
     SpeedOpt,
     StepsOpt,
-    TasksOpt,
     ToOpt,
     TrtOpt,
     TrustOpt,
@@ -337,44 +327,8 @@ def verify(
     _finish(api.verify(out, settings, TerminalListener()), out)
 
 
-@app.command("eval")
-def evaluate(
-    out: OutArg,
-    tasks: TasksOpt = None,
-    limit: LimitOpt = None,
-    few_shot: FewShotOpt = None,
-    chat_template: ChatTemplateOpt = False,
-    seed: EvalSeedOpt = 0,
-    batch_size: EvalBatchOpt = 16,
-    min_recovery: MinRecoveryOpt = None,
-    retrieval: RetrievalOpt = True,
-    retrieval_contexts: RetrievalContextsOpt = None,
-    retrieval_samples: RetrievalSamplesOpt = 24,
-) -> None:
-    """Ask tasks and long-context retrieval of both graphs: recovery in percent; exit 1 if its gate fails."""
-    from nbl_export import api
-    from nbl_export.settings import EvalSettings
-    from nbl_export.terminal import TerminalListener, show_evaluation
-
-    contexts = (
-        given.numbers("--retrieval-contexts", retrieval_contexts) if retrieval_contexts is not None else None
-    )
-    settings = EvalSettings(
-        tuple(tasks or ()),
-        limit,
-        few_shot,
-        seed,
-        chat_template,
-        batch_size,
-        retrieval,
-        contexts,
-        retrieval_samples,
-        min_recovery,
-    )
-    value = api.evaluate(out, settings, TerminalListener())
-    show_evaluation(value, out)
-    if not value.passed:
-        raise typer.Exit(GATE_FAILED)
+app.command("eval")(measuring.evaluate)
+app.command()(measuring.bench)
 
 
 @app.command()

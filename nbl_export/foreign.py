@@ -12,7 +12,7 @@ from nbl_export.graph.rewrite import linearized_layers, rewrite_file, rewrite_su
 from nbl_export.graph.tensors import external_files
 from nbl_export.linearize.plan import load_plan
 from nbl_export.progress import Listener
-from nbl_export.workspace import Workspace, write_json
+from nbl_export.workspace import Workspace, is_workspace, write_json
 
 if TYPE_CHECKING:
     from nbl_export.graph.rewrite import RewriteResult
@@ -55,7 +55,7 @@ def _check_folder(folder: Path, source: Path, in_place: bool) -> None:
         raise InputError(f"{folder} is a file; --output must be a folder.")
     if not in_place and folder.resolve() == source.parent.resolve():
         raise InputError(f"{folder} is where the graph lies: choose another --output, or say --in-place.")
-    if (folder / "nbl" / "workspace.json").exists():
+    if is_workspace(folder):
         raise InputError(
             f"{folder} is an output folder of nbl-export: choose another --output, or run "
             f"`nbl-export rewrite {folder}`."

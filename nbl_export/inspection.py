@@ -10,7 +10,7 @@ from nbl_export.report.drawing import Table, mebibytes
 from nbl_export.report.tables import engines_table, graph_table, layers_table
 from nbl_export.tensorfile import format_of
 from nbl_export.workspace import ENGINE_SUFFIX as ENGINE
-from nbl_export.workspace import STAGES, Workspace, read_json
+from nbl_export.workspace import STAGES, Workspace, is_workspace, read_json
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -21,7 +21,7 @@ def inspect_path(path: Path) -> list[Table]:
     if not path.exists():
         raise InputError(f"{path} does not exist.")
     if path.is_dir():
-        if (path / "nbl" / "workspace.json").exists():
+        if is_workspace(path):
             return _folder(path)
         from nbl_export.export.beside import graph_in
 

@@ -12,6 +12,7 @@ TRT_CHOICES = ("auto", "tensorrt", "rtx")
 _LAYERS, _TEXT, _CHECKS = "Which layers, and how they are fitted", "Calibration text", "Verification"
 _GRAPH, _ENGINE = "The graph", "TensorRT engines"
 _FOREIGN = "A graph that somebody else exported"
+_BENCH, _WHO = "What is timed", "Who takes part"
 _TASKS, _RETRIEVAL = "Tasks", "Long-context retrieval"
 
 
@@ -326,4 +327,51 @@ RetrievalContextsOpt = Annotated[
 ]
 RetrievalSamplesOpt = Annotated[
     int, _option("Questions at each length.", "--retrieval-samples", panel=_RETRIEVAL, metavar="N")
+]
+AgainstOpt = Annotated[
+    list[str] | None,
+    _option(
+        "Another graph: a folder with a decoder, or an output folder, whose base and linearized graph both take part; "
+        "may be repeated.",
+        "--against",
+        panel=_WHO,
+        metavar="[NAME=]DIR",
+        show_default=False,
+    ),
+]
+PeerOpt = Annotated[
+    list[str] | None,
+    _option(
+        "PyTorch eager or by torch.compile, or the graph with the same layers left out; may be repeated.",
+        "--peer",
+        panel=_WHO,
+        metavar="eager|compile|dropped",
+        show_default=False,
+    ),
+]
+BatchesOpt = Annotated[str, _option("Rows at once.", "--batches", panel=_BENCH, metavar="LIST")]
+BenchContextsOpt = Annotated[
+    str, _option("Tokens in each row, as far as the model goes.", "--contexts", panel=_BENCH, metavar="LIST")
+]
+BenchRoundsOpt = Annotated[
+    int,
+    _option(
+        "Timed rounds of everybody in turn; up to three times as many where the noise hides the effect.",
+        "--rounds",
+        panel=_BENCH,
+        metavar="N",
+    ),
+]
+SecondsOpt = Annotated[
+    float,
+    _option(
+        "Bound for each cell and phase; three rounds are always run.", "--seconds", panel=_BENCH, metavar="S"
+    ),
+]
+DeviceOpt = Annotated[str, _option("Where to run.", "--device", panel=_BENCH, metavar="cpu|cuda")]
+MemoryOpt = Annotated[
+    bool,
+    _option(
+        "Measure peak memory first, each graph in a process of its own.", "--memory/--no-memory", panel=_BENCH
+    ),
 ]

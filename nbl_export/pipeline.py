@@ -5,6 +5,7 @@ Each verb works on an output folder and skips what is already done there with th
     calibrate → select ─┐
     export ─────────────┴→ rewrite → (build →) verify → report
                                    → evaluate
+                                   → bench
 
 Each is a module of :mod:`nbl_export.stages`, which records it in the workspace when it is done.
 """
@@ -20,6 +21,7 @@ from nbl_export.settings import (
     SelectSettings,
     VerifySettings,
 )
+from nbl_export.stages.bench import bench
 from nbl_export.stages.build import build
 from nbl_export.stages.calibrate import calibrate
 from nbl_export.stages.evaluate import evaluate
@@ -28,7 +30,18 @@ from nbl_export.stages.rewrite import rewrite
 from nbl_export.stages.select import select
 from nbl_export.stages.verify import report, verify
 
-__all__ = ["build", "calibrate", "evaluate", "export", "report", "rewrite", "run_all", "select", "verify"]
+__all__ = [
+    "bench",
+    "build",
+    "calibrate",
+    "evaluate",
+    "export",
+    "report",
+    "rewrite",
+    "run_all",
+    "select",
+    "verify",
+]
 
 
 def run_all(

@@ -238,6 +238,43 @@ class VerifySettings:
             raise InputError("--contexts needs lengths of at least 2 tokens.")
 
 
+PEERS = ("eager", "compile", "dropped")
+DEVICES = ("cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """What is timed beside base and linearized graph, in which cells, and for how long.
+
+    ``against`` are folders, [NAME=]DIR; ``peers`` of :data:`PEERS` are made from the model itself. At least ``rounds``
+    rounds a cell and phase, up to ``most`` times as many where the noise hides the effect, within ``seconds`` (three
+    rounds are always run). ``memory``: also measure peak memory, each graph in a process of its own.
+    """
+
+    against: tuple[str, ...] = ()
+    peers: tuple[str, ...] = ()
+    batches: tuple[int, ...] = (1, 4)
+    contexts: tuple[int, ...] = (128, 512, 2048, 8192)
+    rounds: int = 7
+    most: int = 3
+    seconds: float = 120.0
+    device: str = "cpu"
+    memory: bool = True
+
+    def check(self) -> None:
+        for option, given, known in (("--peer", self.peers, PEERS), ("--device", (self.device,), DEVICES)):
+            if unknown := [name for name in given if name not in known]:
+                raise InputError(f"{option} {unknown[0]!r} is unknown; choose one of {', '.join(known)}.")
+        if self.rounds < 3:
+            raise InputError(f"--rounds is {self.rounds}; at least 3 are needed for a spread.")
+        if any(c < 2 for c in self.contexts) or not self.contexts:
+            raise InputError("--contexts needs lengths of at least 2 tokens.")
+        if any(b < 1 for b in self.batches) or not self.batches:
+            raise InputError("--batches needs numbers of rows, at least 1.")
+        if not self.seconds > 0:
+            raise InputError(f"--seconds is {self.seconds:g}; it must be more than 0.")
+
+
 @dataclass(frozen=True)
 class EvalSettings:
     """Which tasks are asked of both graphs, how many rows of each, and what must be left of the scores.

@@ -30,6 +30,7 @@ from nbl_export.report.tables import checks_table, report_tables
 
 if TYPE_CHECKING:
     from nbl_export.evaluate.results import Evaluation
+    from nbl_export.report.bench import BenchReport
 
 # Results go to stdout, progress and notes to stderr, so that output can be piped.
 _out = Console(highlight=False)
@@ -129,12 +130,11 @@ def show_report(report: Report, out: Path) -> None:
     drawn = _drawn(checks)
     drawn.columns[-1].justify = "left"
     _out.print(drawn)
-    verdict = Text("PASS", style="bold green") if report.passed else Text("FAIL", style="bold red")
     text = (
         f"  {len(layers)} of {len(report.selection['candidates'])} attention layers of {name} are now linear"
         + (f": {', '.join(map(str, layers))}" if layers else "")
     )
-    _out.print(verdict + Text(text))
+    _out.print(_verdict(report.passed) + Text(text))
     if report.divergence:
         _out.print(Text(f"      {report.divergence}", style="red"))
     _out.print(Text(f"      model {out / 'model.onnx'}   report {out / 'report' / 'report.html'}"))
@@ -144,11 +144,28 @@ def show_evaluation(value: Evaluation, out: Path) -> None:
     """The tables of an evaluation, its verdicts, and where to look next."""
     from nbl_export.report.evaluation import evaluation_tables
 
-    show_tables(evaluation_tables(value, brief=True))
+    _show_judged(value, evaluation_tables(value, brief=True))
+    _out.print(Text(f"evaluation {out / 'report' / 'eval.md'}"))
+
+
+def show_bench(value: BenchReport, out: Path) -> None:
+    """The table of a bench, its verdicts, and where to look next."""
+    from nbl_export.report.bench import bench_tables
+
+    _show_judged(value, bench_tables(value, brief=True))
+    for note in value.notes:
+        _out.print(Text(note))
+    _out.print(Text(f"bench {out / 'report' / 'bench.md'}"))
+
+
+def _show_judged(value: Evaluation | BenchReport, tables: list[Table]) -> None:
+    show_tables(tables)
     if value.checks:
         drawn = _drawn(checks_table(value))
         drawn.columns[-1].justify = "left"
         _out.print(drawn)
-        verdict = Text("PASS", style="bold green") if value.passed else Text("FAIL", style="bold red")
-        _out.print(verdict)
-    _out.print(Text(f"evaluation {out / 'report' / 'eval.md'}"))
+        _out.print(_verdict(value.passed))
+
+
+def _verdict(passed: bool) -> Text:
+    return Text("PASS", style="bold green") if passed else Text("FAIL", style="bold red")

@@ -25,7 +25,7 @@ STATE_VERSION = 1
 # Marks a file or folder as half-written and ours; a leftover may be deleted.
 TEMPORARY = ".nbl.tmp"
 ENGINE_SUFFIX = ".engine"
-STAGES = ("calibrate", "select", "export", "rewrite", "build", "verify", "eval")
+STAGES = ("calibrate", "select", "export", "rewrite", "build", "verify", "eval", "bench")
 
 
 def sha256_of_file(path: Path) -> str:
@@ -112,6 +112,11 @@ class StageRecord:
     files: dict[str, str]
     seconds: float
     notes: tuple[str, ...] = ()
+
+
+def is_workspace(root: Path) -> bool:
+    """Whether ``root`` is an output folder of nbl-export."""
+    return (root / "nbl" / "workspace.json").exists()
 
 
 class Workspace:
@@ -229,7 +234,7 @@ class Workspace:
                 f"{root} is no folder: name the output folder of an earlier nbl-export run, "
                 f"or start with `nbl-export calibrate MODEL -o {root}`."
             )
-        if not (root / "nbl" / "workspace.json").exists():
+        if not is_workspace(root):
             raise InputError(
                 f"{root} is not an output folder of nbl-export (no nbl/workspace.json): "
                 f"start with `nbl-export calibrate MODEL -o {root}`."

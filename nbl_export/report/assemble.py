@@ -74,6 +74,18 @@ def assemble(
         engines=[jsonable(e.manifest.as_json()) for e in engines] or None,
         engine_parity=measured.engine_parity,
         engine_speed=measured.engine_speed,
+        bench=_bench_of(ws, records["rewrite"].key),
         checks=[rewriting, *measured.checks],
         notes=[note for r in records.values() for note in r.notes] + measured.notes,
     )
+
+
+def _bench_of(ws: Workspace, rewrite: str) -> dict[str, Any] | None:
+    """A bench of these graphs, if there is one."""
+    from nbl_export.report.bench import load_bench
+
+    record = ws.record("bench")
+    if record is None or not ws.is_done("bench", record.key):
+        return None
+    value = load_bench(ws.report / "bench.json")
+    return value.body() if value.hashes["rewrite"] == rewrite else None

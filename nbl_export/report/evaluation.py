@@ -8,7 +8,8 @@ from typing import Any
 
 from nbl_export.evaluate.results import Evaluation
 from nbl_export.report.drawing import Table, number
-from nbl_export.report.render import write_junit
+from nbl_export.report.render import markdown_page, write_junit
+from nbl_export.report.summary import measured_on
 from nbl_export.report.tables import checks_table
 from nbl_export.workspace import write_json, write_text
 
@@ -148,28 +149,9 @@ def markdown(value: Evaluation) -> str:
     if value.checks:
         tables.insert(0, checks_table(value))
     settings = value.settings
-    lines = [
-        f"# nbl-export evaluation: {value.model['source']}",
-        "",
-        *(part for table in tables for part in _markdown(table)),
-        "## How it was made",
-        "",
-        f"- Made {value.created} with nbl-export {value.tool_version}; seed {settings['seed']}, "
-        f"{settings['few_shot'] or 'no'} few-shot examples, "
-        f"{settings['limit'] or 'all'} rows of each task.",
-        f"- {value.environment['processor']}, {value.environment['cores']} cores; "
-        + ", ".join(f"{n} {v}" for n, v in value.environment["packages"].items())
-        + ".",
-        *(f"- {note}" for note in value.notes),
-        "",
+    making = [
+        f"Made {value.created} with nbl-export {value.tool_version}; seed {settings['seed']}, "
+        f"{settings['few_shot'] or 'no'} few-shot examples, {settings['limit'] or 'all'} rows of each task.",
+        measured_on(value.environment),
     ]
-    return "\n".join(lines)
-
-
-def _markdown(table: Table) -> list[str]:
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(c.replace("|", "\\|").replace("\n", " ") for c in cells) + " |"
-
-    rule = "|" + " --- |" * len(table.columns)
-    note = [table.note, ""] if table.note else []
-    return [f"## {table.title}", "", line(table.columns), rule, *map(line, table.rows), "", *note]
+    return markdown_page(f"nbl-export evaluation: {value.model['source']}", tables, making, value.notes)

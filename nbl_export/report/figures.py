@@ -256,6 +256,53 @@ def _contexts(panel: Axes, contexts: Sequence[int]) -> None:
     panel.set_xlim(-0.6, len(contexts) - 0.4)
 
 
+# bench -------------------------------------------------------------------------------------------
+
+_MARKERS = ("s", "^", "v", "D", "P", "X", "*", "<", ">", "p", "h")
+
+
+def draw_bench(cells: Sequence[Mapping[str, Any]], narrow: bool = False) -> Figure:
+    """How many times as fast as the base graph everybody is, by batch and context, a panel for each phase."""
+    phases = list(dict.fromkeys(c["phase"] for c in cells))
+    names = list(dict.fromkeys(lap["name"] for c in cells for lap in c["laps"]))
+    rivals = [name for name in names if name not in ("base", "linearized")]
+    figure, axes = panels(max(1, len(phases)), narrow)
+    entries: dict[str, Any] = {}
+    for panel, phase in zip(axes, phases, strict=False):
+        group = [c for c in cells if c["phase"] == phase]
+        panel.set_title(f"{phase.capitalize()}, times as fast as the base graph")
+        _times_axis(panel)
+        panel.axhline(1, color=MUTED, linewidth=0.8)
+        for x, cell in enumerate(group):
+            laps = {lap["name"]: lap for lap in cell["laps"]}
+            if (own := laps.get("linearized")) and own["over_base"]:
+                found = own["over_base"]
+                at = {"speedup": found["value"], "speedup_low": found["least"], "speedup_high": found["most"]}
+                drawn = _speedup(panel, at | {"resolved": found["resolved"]}, x, LINEAR, "o")
+                entries.setdefault("linearized", drawn)
+                limit = drawable(own["ceiling"])
+                tick = panel.plot(x, limit, color=INK, marker="_", markersize=15, markeredgewidth=1.8)
+                entries.setdefault("its ceiling", tick[0])
+            for i, name in enumerate(rivals):
+                if name in laps and "base" in laps:
+                    times = laps["base"]["timing"]["median_ms"] / laps[name]["timing"]["median_ms"]
+                    side = 0.12 + 0.06 * i
+                    point = panel.plot(
+                        x + (side if i % 2 else -side),
+                        drawable(times),
+                        color=DECODE if "linearized" in name else BASE,
+                        marker=_MARKERS[i % len(_MARKERS)],
+                        linestyle="none",
+                    )
+                    entries.setdefault(name, point[0])
+        ticks = [f"{c['batch']} × {c['context']:,}" if c["batch"] > 1 else f"{c['context']:,}" for c in group]
+        panel.set_xticks(range(len(group)), ticks)
+        panel.set_xlim(-0.6, len(group) - 0.4)
+        panel.set_xlabel("rows × tokens")
+    legend(figure, entries)
+    return figure
+
+
 # engines -----------------------------------------------------------------------------------------
 
 

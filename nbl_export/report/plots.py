@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Every name a plot may have; what is not drawn any more is removed by it.
-PLOTS = ("k-curve", "layers", "speed", "engines")
+PLOTS = ("k-curve", "layers", "speed", "engines", "bench")
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,10 @@ def report_plots(report: Report) -> dict[str, Plot]:
         plots.append(_speed(report.speed))
     if report.engine_speed and report.engine_speed["latencies"]:
         plots.append(_engines(report.engine_speed))
+    if report.bench and report.bench["cells"]:
+        from nbl_export.report.bench import bench_of, bench_plot
+
+        plots.append(bench_plot(bench_of(report.bench)))
     return {plot.name: plot for plot in plots}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from nbl_export.report.drawing import Table
 from nbl_export.report.page import TEMPLATES, page
 from nbl_export.report.plots import PLOTS, Plot, report_plots
 from nbl_export.report.schema import Check, Report
@@ -45,6 +46,28 @@ def _write_plots(folder: Path, plots: Mapping[str, Plot]) -> list[Path]:
 
 def markdown(report: Report, plots: Mapping[str, Plot] | None = None) -> str:
     """The report as GitHub-flavoured Markdown, with links to those of its ``plots`` that were drawn."""
+    return _filled(
+        "report.md.j2",
+        report=report,
+        checks=checks_table(report),
+        tables=report_tables(report),
+        plots=plots or {},
+        making=making(report),
+    )
+
+
+def markdown_page(
+    title: str,
+    tables: Sequence[Table],
+    making: Sequence[str],
+    notes: Sequence[str] = (),
+    plots: Mapping[str, Plot] | None = None,
+) -> str:
+    """Tables as GitHub-flavoured Markdown, with links to those of their ``plots`` that were drawn."""
+    return _filled("page.md.j2", title=title, tables=tables, making=making, notes=notes, plots=plots or {})
+
+
+def _filled(template: str, **values: object) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -55,14 +78,7 @@ def markdown(report: Report, plots: Mapping[str, Plot] | None = None) -> str:
     )
     environment.filters["cell"] = lambda text: str(text).strip().replace("|", "\\|").replace("\n", " ")
     environment.filters["image_text"] = lambda text: str(text).replace("[", "(").replace("]", ")")
-    template = environment.get_template("report.md.j2")
-    return template.render(
-        report=report,
-        checks=checks_table(report),
-        tables=report_tables(report),
-        plots=plots or {},
-        making=making(report),
-    )
+    return environment.get_template(template).render(**values)
 
 
 def write_junit(path: Path, suite_name: str, classname: str, checks: Sequence[Check], created: str) -> None:

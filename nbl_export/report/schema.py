@@ -33,7 +33,8 @@ class Report:
 
     ``graph`` holds the graph before and after, the proof of each layer, its precision, the form of its
     cache and the nodes that stay float32; ``engines`` the manifests of the engines that were built;
-    ``selection`` the scores of all layers; ``hashes`` the SHA-256 of model, plan and graphs.
+    ``bench`` what `nbl-export bench` measured on the same graphs; ``selection`` the scores of all layers;
+    ``hashes`` the SHA-256 of model, plan and graphs.
     """
 
     created: str
@@ -54,6 +55,7 @@ class Report:
     engines: Sequence[Mapping[str, Any]] | None = None
     engine_parity: Mapping[str, Any] | None = None
     engine_speed: Mapping[str, Any] | None = None
+    bench: Mapping[str, Any] | None = None
 
     @property
     def passed(self) -> bool:

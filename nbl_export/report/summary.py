@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
+from typing import Any
 
 from nbl_export.report.drawing import figure, number, spans
 from nbl_export.report.schema import Report
@@ -99,6 +100,15 @@ def _parity(report: Report) -> Iterator[Headline]:
     # What is no number is worse than any.
     worst = max(map(float, found), key=lambda v: (v != v, v))
     yield Headline("Parity", figure(worst), of)
+
+
+def measured_on(environment: Mapping[str, Any]) -> str:
+    """The machine and the packages in one line."""
+    packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
+    return (
+        f"{environment['processor']}, {environment['cores']} cores, {environment['memory_gib']} GiB, "
+        f"{environment['system']}, Python {environment['python']}; {packages}."
+    )
 
 
 def making(report: Report) -> list[tuple[str, str]]:

@@ -14,9 +14,10 @@ from nbl_export.report.selection import SCORES, curve_points, curve_table, resul
 
 if TYPE_CHECKING:
     from nbl_export.evaluate.results import Evaluation
+    from nbl_export.report.bench import BenchReport
 
 
-def checks_table(report: Report | Evaluation) -> Table:
+def checks_table(report: Report | Evaluation | BenchReport) -> Table:
     return Table(
         "Checks", ("check", "result", "detail"), tuple((c.name, c.status, c.detail) for c in report.checks)
     )
@@ -314,6 +315,10 @@ def report_tables(report: Report, brief: bool = False) -> list[Table]:
         tables.append(draw(report.method_loss))
     if report.speed:
         tables.append(speed_table(report.speed))
+    if report.bench:
+        from nbl_export.report.bench import bench_of, bench_tables
+
+        tables += bench_tables(bench_of(report.bench), brief)
     if report.parity:
         draw_parity = agreement_table if "outputs" in report.parity else parity_table
         tables.append(draw_parity(report.parity, brief))

@@ -58,12 +58,14 @@ def session(
     provider: str = CPU,
     rounded: bool = True,
     model: ir.Model | None = None,
+    profile: Path | None = None,
 ) -> Any:
     """An inference session of the graph at ``path`` on one provider; on the CPU with all cores.
 
     ``config`` are onnxruntime's session configuration entries. On the CPU a half graph is run by its
     stand-in (:mod:`nbl_export.graph.standin`), which rounds as the graph says; ``rounded=False`` runs the
     file itself. ``model`` is the graph at ``path`` where it was read already; a half one is changed in place.
+    ``profile`` is what the name of a profile begins with, if one is to be written.
     Raises :class:`InputError` if onnxruntime does not take it.
     """
     from nbl_export.graph.io import load_graph
@@ -77,10 +79,11 @@ def session(
         config = {**(config or {}), **data_folder(follow_links(model))}
         compute_in_float32(model)
         source = ir.to_proto(model).SerializeToString()
+    options = session_options(config)
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     try:
-        return ort.InferenceSession(
-            source, session_options(config), providers=list(dict.fromkeys((provider, CPU)))
-        )
+        return ort.InferenceSession(source, options, providers=list(dict.fromkeys((provider, CPU))))
     except Exception as error:  # onnxruntime's exceptions have no common base class
         first = str(error).splitlines()[0]
         raise InputError(f"onnxruntime does not load {path}: {first}") from None
@@ -112,14 +115,19 @@ class OrtModel:
     """A decoder graph in a session, with its :class:`~nbl_export.graph.interface.Interface`."""
 
     def __init__(
-        self, path: Path, config: Mapping[str, str] | None = None, provider: str = CPU, rounded: bool = True
+        self,
+        path: Path,
+        config: Mapping[str, str] | None = None,
+        provider: str = CPU,
+        rounded: bool = True,
+        profile: Path | None = None,
     ) -> None:
         from nbl_export.graph.io import load_graph
 
         require_onnxruntime()
         model = load_graph(path)
         self.interface = interface_of(model)
-        self.session = session(path, config, provider, rounded, model)
+        self.session = session(path, config, provider, rounded, model, profile)
         self.past_names = self.interface.past_names
         self.output_names = [self.interface.logits, *self.interface.present_names]
         if len(self.interface.layers) != len(self.interface.cache):

@@ -132,23 +132,27 @@ class TorchContender:
 
         from nbl_export.models.layers import taken
 
-        self._model, self._forward = model, forward or model
+        self._model, self._forward = model, model if forward is None else forward
         self._device = next(model.parameters()).device
         row = torch.from_numpy(timed_row(context).astype(np.int64))
         self._rows = row.repeat(batch, 1).to(self._device)
         self._one = self._rows[:, :1]
         self._last = taken(model, logits_to_keep=1)
         self._cache: Any = None
+        self._steps = 0
 
     def prefill(self) -> None:
-        self._cache = None
+        self._cache, self._steps = None, 0
         self._run(self._rows)
 
     def rewind(self) -> None:
-        self._cache.crop(self._rows.shape[1])
+        if self._steps:
+            self._cache.crop(-self._steps)  # the last tokens go
+        self._steps = 0
 
     def step(self) -> None:
         self._run(self._one)
+        self._steps += 1
 
     def _run(self, ids: torch.Tensor) -> None:
         import torch

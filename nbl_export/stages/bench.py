@@ -1,0 +1,239 @@
+"""Both graphs and whatever else one might run, in one race → ``report/bench.json``."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nbl_export import __version__
+from nbl_export.engine.pair import BASE, LINEARIZED
+from nbl_export.errors import InputError, MissingDependencyError
+from nbl_export.progress import Listener
+from nbl_export.report.schema import load_report
+from nbl_export.run import Run
+from nbl_export.settings import BenchSettings
+from nbl_export.stages.build import current_engines, model_positions
+from nbl_export.stages.rewrite import current_rewrite
+from nbl_export.stages.verify import redrawn
+from nbl_export.workspace import Workspace, is_workspace, sha256_of_file, sha256_of_json
+
+if TYPE_CHECKING:
+    from nbl_export.report.bench import BenchReport
+    from nbl_export.verify.bench import Competitor, Memory
+    from nbl_export.verify.contenders import Contender
+
+DROPPED, EAGER, COMPILED = "dropped", "PyTorch eager", "torch.compile"
+
+
+@dataclass(frozen=True)
+class _Rival:
+    """A graph from elsewhere: its name, the name of its own base, and where it lies."""
+
+    name: str
+    base: str | None
+    graph: Path
+
+
+def bench(run: Run, settings: BenchSettings) -> BenchReport:
+    """Time everything in turn → ``report/bench.json``, ``bench.md``, a plot, and a part of the report if there is one.
+
+    A cell that is suspect, or in which the linearized graph is slower than its base, is a failed check in the value,
+    not an exception.
+    """
+    from nbl_export.report.bench import load_bench
+
+    settings.check()
+    if not run.model.task.causal:
+        raise InputError(
+            f"A bench times prefill and decode; {run.model.source.source} is an encoder ({run.model.task.name}): its "
+            "speed is in the report of `nbl-export verify`."
+        )
+    ws = run.workspace
+    rewritten, rivals = current_rewrite(ws), list(_rivals(settings.against))
+    key = sha256_of_json(
+        {
+            "rewrite": rewritten.key,
+            "against": [[r.name, r.base, sha256_of_file(r.graph)] for r in rivals],
+            "bench": asdict(settings),
+        }
+    )
+
+    def work(listener: Listener) -> list[Path]:
+        return _measured(run, rivals, settings, listener)
+
+    run.stage("bench", key, asdict(settings), work)
+    value = load_bench(ws.report / "bench.json")
+    if ws.record("verify") and ws.is_done("verify", ws.record("verify").key):  # type: ignore[union-attr]
+        redrawn(ws, replace(load_report(ws.report / "report.json"), bench=value.body()))
+    return value
+
+
+def _rivals(against: Sequence[str]) -> Iterator[_Rival]:
+    """What ``--against`` names: [NAME=]DIR, an output folder (both its graphs) or any folder with a graph."""
+    from nbl_export.export.beside import graph_in
+
+    taken = {BASE, LINEARIZED, DROPPED, EAGER, COMPILED}
+    for given in against:
+        name, found, folder = given.rpartition("=")
+        path = Path(folder)
+        name = name if found else path.resolve().name
+        if not path.exists():
+            raise InputError(f"--against {given}: there is no {folder}.")
+        if is_workspace(path):
+            other = Workspace.open(path)
+            current_rewrite(other)
+            base = f"{name}, {BASE}"
+            named = [_Rival(base, None, other.baseline), _Rival(f"{name}, {LINEARIZED}", base, other.model)]
+        else:
+            named = [_Rival(name, None, graph_in(path))]
+        for rival in named:
+            if rival.name in taken:
+                raise InputError(f"--against names {rival.name!r} twice: say NAME=DIR to tell them apart.")
+            taken.add(rival.name)
+            yield rival
+
+
+def _measured(run: Run, rivals: Sequence[_Rival], settings: BenchSettings, listener: Listener) -> list[Path]:
+    from nbl_export.report.bench import BenchReport, bench_checks, write_bench
+    from nbl_export.report.environment import environment
+    from nbl_export.verify.bench import Bench
+    from nbl_export.verify.race import Rounds
+    from nbl_export.verify.roofline import measure_roofline
+
+    ws = run.workspace
+    most = model_positions(ws)
+    contexts = [c for c in settings.contexts if most is None or c <= most]
+    notes = []
+    if left := sorted(set(settings.contexts) - set(contexts)):
+        notes.append(
+            f"{', '.join(f'{c:,}' for c in left)} tokens are left out: the model has {most:,} positions."
+        )
+    if not contexts:
+        raise InputError(
+            f"--contexts asks for {min(left):,} tokens and more, the model has {most:,} positions."
+        )
+    cells = [(batch, context) for batch in settings.batches for context in contexts]
+    with ExitStack() as stack:
+        competitors = _competitors(run, rivals, settings, stack)
+        memory = _memory(competitors, cells, settings, listener)
+        rounds = Rounds(settings.rounds, settings.most * settings.rounds, settings.seconds)
+        roofline = measure_roofline(settings.device, _dtype(settings, ws))
+        found = Bench(competitors, LINEARIZED, rounds, roofline, memory, most).run(cells, listener)
+    value = BenchReport(
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        tool_version=__version__,
+        model={k: v for k, v in run.model.source.as_json().items() if k != "path"},
+        environment=environment(),
+        settings=asdict(settings),
+        roofline=roofline.as_json(),
+        hashes={"rewrite": current_rewrite(ws).key},
+        competitors=[
+            {"name": c.name, "base": c.base, "cost": c.cost.as_json() if c.cost else None}
+            for c in competitors
+        ],
+        cells=[cell.as_json() for cell in found],
+        checks=bench_checks(found),
+        notes=notes,
+    )
+    return write_bench(ws.report, value)
+
+
+def _dtype(settings: BenchSettings, ws: Workspace) -> str:
+    """What products are made in: half graphs run as they are on a GPU only."""
+    from nbl_export.graph.io import load_graph
+    from nbl_export.graph.precision import graph_precision
+
+    if settings.device == "cpu":
+        return "float32"
+    gates = graph_precision(load_graph(ws.baseline)).gates
+    return gates if gates in ("float16", "bfloat16") else "float32"
+
+
+def _competitors(
+    run: Run, rivals: Sequence[_Rival], settings: BenchSettings, stack: ExitStack
+) -> list[Competitor]:
+    """Base and linearized graph first, then the peers that were asked for, then those of --against."""
+    from nbl_export.graph.drop import drop_layers
+    from nbl_export.graph.io import load_graph, scratch_copy
+    from nbl_export.graph.standin import UNTIMED, needs_standin
+    from nbl_export.runtime.ort import CPU, require_onnxruntime
+    from nbl_export.verify.bench import Competitor
+    from nbl_export.verify.ceiling import graph_cost
+    from nbl_export.verify.contenders import CUDA, EngineContender, OrtEntrant
+
+    ws, provider = run.workspace, CPU
+    if settings.device == "cuda":
+        provider = CUDA
+        if CUDA not in require_onnxruntime().get_available_providers():
+            raise MissingDependencyError(
+                "--device cuda needs onnxruntime with CUDA and an NVIDIA GPU: pip install 'nbl-export[gpu]' in an "
+                "environment without [cpu], or leave --device out."
+            )
+    elif needs_standin(load_graph(ws.baseline)):
+        raise InputError(
+            f"These graphs are not timed on the CPU: {UNTIMED}. Say --device cuda where there is a GPU."
+        )
+
+    def graph(name: str, base: str | None, path: Path) -> Competitor:
+        return Competitor(name, OrtEntrant(path, provider), base, path, graph_cost(path))
+
+    found = [graph(BASE, None, ws.baseline), graph(LINEARIZED, BASE, ws.model)]
+    if settings.device == "cuda":
+        from nbl_export.runtime.tensorrt import EngineStream, load_engine
+
+        for engine in current_engines(ws):
+            role = engine.manifest.role
+            entrant = partial(EngineContender, EngineStream(load_engine(engine.path)))
+            own = found[0 if role == BASE else 1].cost
+            found.append(
+                Competitor(f"{role} engine", entrant, None if role == BASE else f"{BASE} engine", None, own)
+            )
+    if "dropped" in settings.peers:
+        found.append(graph(DROPPED, BASE, stack.enter_context(scratch_copy(ws.model, drop_layers))))
+    if "eager" in settings.peers:
+        found.append(Competitor(EAGER, partial(_pytorch, run, settings.device, False)))
+    if "compile" in settings.peers:
+        found.append(Competitor(COMPILED, partial(_pytorch, run, settings.device, True)))
+    return found + [graph(r.name, r.base, r.graph) for r in rivals]
+
+
+def _pytorch(run: Run, device: str, compiled: bool, context: int, batch: int) -> Contender:
+    import torch
+
+    from nbl_export.verify.contenders import TorchContender
+
+    model = run.model.model.to(device)
+    if not compiled:
+        return TorchContender(model, context, batch)
+    contender = TorchContender(model, context, batch, torch.compile(model, dynamic=True))
+    for _ in range(2):  # compiling is no part of the time, and a first step may compile anew
+        contender.prefill()
+        contender.step()
+    return contender
+
+
+def _memory(
+    competitors: Sequence[Competitor],
+    cells: Sequence[tuple[int, int]],
+    settings: BenchSettings,
+    listener: Listener,
+) -> Memory:
+    """Peaks of the graphs on the CPU, each in a process of its own, before anything is timed."""
+    import psutil
+
+    from nbl_export.verify.bench import Memory, ordered
+    from nbl_export.verify.peak import peak_bytes
+
+    peaks = {}
+    if settings.memory and settings.device == "cpu":
+        graphs = [c for c in competitors if c.graph is not None]
+        with listener.task("Measuring peak memory", len(graphs), "graphs") as task:
+            for one in graphs:
+                peaks[one.name] = peak_bytes(one.graph, ordered(cells))  # type: ignore[arg-type]
+                task.advance(1)
+    return Memory(peaks, psutil.virtual_memory().available)

@@ -1,0 +1,201 @@
+"""Everything that a user might run instead, timed in one race: prefill and decode over batch × context.
+
+Each contender is compared with its own base (the graph it was made from), beside the ceiling that both graphs' work
+allows on the machine's measured roofline, and the output folder's linearized graph with every other. A speedup over
+its ceiling is looked into (:mod:`.profile`): it is explained by operators that are gone, or the cell is suspect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nbl_export.progress import Listener, Silent
+from nbl_export.verify.ceiling import GraphCost, ceiling
+from nbl_export.verify.contenders import Entrant, decode_seconds, made, prefill_seconds
+from nbl_export.verify.profile import Explanation, explain
+from nbl_export.verify.race import Ratio, Rounds, Timing, race, ratio, timing
+from nbl_export.verify.roofline import Roofline
+
+PHASES: Mapping[str, Callable[[Any], float]] = {"prefill": prefill_seconds, "decode": decode_seconds}
+# Of a machine's free memory; the rest is for what nobody counts.
+_USABLE = 0.9
+# Passes that are profiled: fewer where one takes long.
+_PROFILED, _SLOW_MS = 15, 1000.0
+
+
+def ordered(cells: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Cells (batch, context) by what attention's scores take in them, each once."""
+    return sorted(set(cells), key=lambda cell: (cell[0] * cell[1] ** 2, cell))
+
+
+@dataclass(frozen=True)
+class Competitor:
+    """Who takes part: its name, how it is made, the name of its own base, its graph and what that costs."""
+
+    name: str
+    entrant: Entrant
+    base: str | None = None
+    graph: Path | None = None
+    cost: GraphCost | None = None
+
+
+@dataclass(frozen=True)
+class Lap:
+    """One competitor in one cell. Bytes of the filled cache; ``peak_bytes`` of a process that does only this.
+
+    ``over_base`` compares with its own base and stands beside ``ceiling``; ``of_roofline`` is the share of its time
+    that the machine's roofline needs at least; ``beaten`` says how many times as fast the folder's linearized graph is.
+    """
+
+    name: str
+    timing: Timing
+    rounds: int
+    tokens_per_second: float
+    cache_bytes: int
+    peak_bytes: int | None = None
+    of_roofline: float | None = None
+    over_base: Ratio | None = None
+    ceiling: float | None = None
+    beaten: Ratio | None = None
+
+
+@dataclass(frozen=True)
+class BenchCell:
+    """All competitors in one phase with ``batch`` rows of ``context`` tokens; who was ``absent``, and why."""
+
+    phase: str
+    batch: int
+    context: int
+    laps: tuple[Lap, ...]
+    absent: Mapping[str, str] = field(default_factory=dict)
+    explanations: Mapping[str, Explanation] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peak bytes of each competitor by (batch, context), None where its process found no room; and what is free."""
+
+    peaks: Mapping[str, Mapping[tuple[int, int], int | None]]
+    free: int
+
+    def fitting(
+        self, competitors: Sequence[Competitor], batch: int, context: int, absent: dict[str, str]
+    ) -> list[Competitor]:
+        """Those that fit into memory beside each other, the first before the last; reasons go into ``absent``."""
+        found, left = [], self.free * _USABLE
+        for one in competitors:
+            peak = self.peaks.get(one.name, {}).get((batch, context), 0)
+            if peak is None:
+                absent[one.name] = "it finds no room in memory"
+            elif peak > left:
+                absent[one.name] = f"no room beside the others: it needs {peak / 2**30:.1f} GiB"
+            else:
+                left -= peak
+                found.append(one)
+        return found
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Who takes part, on which machine, and how long; ``linearized`` is the one that ``beaten`` is about.
+
+    ``positions`` are those of the model: after the last of them there is no token to decode.
+    """
+
+    competitors: Sequence[Competitor]
+    linearized: str
+    rounds: Rounds
+    roofline: Roofline
+    memory: Memory
+    positions: int | None = None
+
+    def run(self, cells: Sequence[tuple[int, int]], listener: Listener | None = None) -> list[BenchCell]:
+        """Race in every cell (batch, context), prefill and then decode.
+
+        From the smallest cell to the largest, since runtimes keep the memory that they once took.
+        """
+        found: list[BenchCell] = []
+        total = len(PHASES) * len(set(cells)) * (self.rounds.least + 1)
+        with (listener or Silent()).task("Timing", total, "rounds") as task:
+            for batch, context in ordered(cells):
+                found += self._both(batch, context, task.advance)
+        return found
+
+    def _both(self, batch: int, context: int, advance: Callable[[int], None]) -> Iterator[BenchCell]:
+        absent: dict[str, str] = {}
+        taking = self.memory.fitting(self.competitors, batch, context, absent)
+        prompts = made({c.name: c.entrant for c in taking}, context, batch, absent)
+        for phase, measure in PHASES.items():
+            if phase == "decode" and context == self.positions:
+                advance(self.rounds.least + 1)
+                continue
+            times = race(prompts, measure, self.rounds, advance, self._resolved, absent)
+            prompts = {name: prompts[name] for name in times}
+            laps = tuple(
+                self._lap(c, phase, batch, context, times, prompts[c.name].memory_bytes())
+                for c in taking
+                if c.name in times
+            )
+            yield BenchCell(
+                phase, batch, context, laps, dict(absent), self._explained(phase, batch, context, laps)
+            )
+
+    def _resolved(self, times: Mapping[str, list[float]]) -> bool:
+        pairs = ((str(c.base), c.name) for c in self.competitors)
+        return all(ratio(times[b], times[n]).resolved for b, n in pairs if times.get(b) and times.get(n))
+
+    def _lap(
+        self,
+        competitor: Competitor,
+        phase: str,
+        batch: int,
+        context: int,
+        times: Mapping[str, list[float]],
+        cache: int,
+    ) -> Lap:
+        name, own, cost = competitor.name, times[competitor.name], competitor.cost
+        shown = timing(own)
+        base, champion = times.get(str(competitor.base)), times.get(self.linearized)
+        base_cost = next((c.cost for c in self.competitors if c.name == competitor.base), None)
+        least = self.roofline.seconds(cost.work(phase, context, batch)) if cost else None
+        limit = ceiling(base_cost, cost, self.roofline, phase, context, batch) if base_cost and cost else None
+        return Lap(
+            name,
+            shown,
+            len(own),
+            1e3 * batch * (1 if phase == "decode" else context) / shown.median_ms,
+            cache,
+            self.memory.peaks.get(name, {}).get((batch, context)),
+            None if least is None else 1e3 * least / shown.median_ms,
+            ratio(base, own) if base else None,
+            limit,
+            ratio(own, champion) if champion and name != self.linearized else None,
+        )
+
+    def _explained(self, phase: str, batch: int, context: int, laps: Sequence[Lap]) -> dict[str, Explanation]:
+        """Where a speedup over its own base passes its ceiling by more than the noise, why."""
+        by_name, times = (
+            {c.name: c for c in self.competitors},
+            {lap.name: lap.timing.median_ms for lap in laps},
+        )
+        found = {}
+        for lap in laps:
+            own = by_name[lap.name]
+            base = by_name.get(str(own.base))
+            if not (lap.over_base and lap.ceiling and base and base.graph and own.graph):
+                continue
+            if lap.over_base.least > lap.ceiling:
+                runs = _PROFILED if times[base.name] < _SLOW_MS else 3
+                saved = times[base.name] - times[lap.name]
+                excess = times[base.name] / lap.ceiling - times[lap.name]
+                graphs = base.graph, own.graph
+                found[lap.name] = explain(
+                    graphs, phase, batch, context, runs, times[base.name], saved, excess
+                )
+        return found

@@ -1,0 +1,66 @@
+"""Peak memory of a graph, cell by cell, each graph in a process of its own.
+
+    python -m nbl_export.verify.peak GRAPH '[[1, 512], [4, 2048]]'
+
+prints one JSON value: for each batch and context the resident bytes at their highest, the process's Python and runtime
+included, or null where memory did not suffice. Cells are run in the order given, which must ascend: a runtime keeps the
+memory that it once took.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+from nbl_export.errors import BuildError
+
+
+def peak_bytes(path: Path, cells: Sequence[tuple[int, int]]) -> dict[tuple[int, int], int | None]:
+    """Peaks of the graph at ``path`` in each of ``cells`` (batch, context); None where memory does not suffice.
+
+    Raises :class:`BuildError` if the process cannot do its work for another reason.
+    """
+    command = [sys.executable, "-m", "nbl_export.verify.peak", str(path.resolve()), json.dumps(list(cells))]
+    # In an empty folder Python takes no file of the user's for a module.
+    with tempfile.TemporaryDirectory(prefix="nbl-peak.") as folder:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode > 0:
+        said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise BuildError(
+            f"The peak memory of {path} cannot be measured ({said}): leave it out with --no-memory."
+        )
+    # A process that is killed wanted more than there is.
+    found = dict(zip(cells, [] if done.returncode else json.loads(done.stdout), strict=False))
+    return {cell: found.get(cell) for cell in cells}
+
+
+def _measure(path: Path, cells: Sequence[tuple[int, int]]) -> list[int | None]:
+    from nbl_export.verify.contenders import OrtEntrant
+
+    # Beyond this an allocation fails, which one can catch; the kernel's way with too little memory is to kill.
+    free = psutil.virtual_memory().available
+    resource.setrlimit(resource.RLIMIT_DATA, (free, free))
+    entrant = OrtEntrant(path)
+    assert entrant.model  # a graph that does not load is not one without room
+    found: list[int | None] = []
+    for batch, context in cells:
+        try:
+            prompt = entrant(context, batch)
+            prompt.prefill()
+            prompt.step()
+        except Exception:  # the runtime's own kind of out-of-memory
+            break
+        found.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        del prompt
+    return [*found, *[None] * (len(cells) - len(found))]
+
+
+if __name__ == "__main__":
+    print(json.dumps(_measure(Path(sys.argv[1]), [tuple(c) for c in json.loads(sys.argv[2])])))

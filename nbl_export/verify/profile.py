@@ -1,0 +1,114 @@
+"""Where the time of two graphs goes, node by node, by ONNX Runtime's own profiler: why one is faster than it could be.
+
+The ceiling knows multiplications and bytes. What a graph saves beyond them is the time of nodes that it no longer has:
+transposes, masks, softmax, copies of the cache, and starting each of them. Nodes that both graphs have do the same work
+in both. If what was saved is not seen in the nodes that are gone, then it was not the graph that was measured but the
+machine, and the cell is suspect.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from nbl_export.runtime.ort import OrtModel
+from nbl_export.runtime.prompts import OrtPrompt
+
+_SHOWN = 4
+# Of the excess, what need not be seen in the nodes that are gone; and how far a profile of few passes is off.
+_SUSPECT, _PROFILE_ERROR = 0.5, 0.1
+_SUFFIX = "_kernel_time"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Of a speedup above its ceiling: nodes run by both graphs, milliseconds saved by operator, most first.
+
+    ``saved_ms`` is what the race saved, ``excess_ms`` the part of it beyond the ceiling, ``gone_ms`` what the profiler
+    saw saved in nodes that only one of the graphs has, in the race's time. ``suspect``: more than half the excess, and
+    more than a profile is good to, is not seen there.
+    """
+
+    base_nodes: int
+    linearized_nodes: int
+    by_operator_ms: Mapping[str, float]
+    saved_ms: float
+    excess_ms: float
+    gone_ms: float
+
+    @property
+    def suspect(self) -> bool:
+        return self.saved_ms - self.gone_ms > max(_SUSPECT * self.excess_ms, _PROFILE_ERROR * self.saved_ms)
+
+
+@dataclass(frozen=True)
+class NodeTimes:
+    """Milliseconds of each node of one pass, by the node's name, and its operator."""
+
+    ms: Mapping[str, float]
+    ops: Mapping[str, str]
+
+
+def explain(
+    graphs: tuple[Path, Path],
+    phase: str,
+    batch: int,
+    context: int,
+    runs: int,
+    base_ms: float,
+    saved_ms: float,
+    excess_ms: float,
+) -> Explanation:
+    """Profile ``runs`` passes of base and linearized graph in one cell, in turn, and compare them node by node.
+
+    ``base_ms`` is what a pass of the base graph took in the race, of which ``saved_ms`` and ``excess_ms`` are parts.
+    """
+    with tempfile.TemporaryDirectory(prefix="nbl-profile.") as folder:
+        models = [
+            OrtModel(path, rounded=False, profile=Path(folder) / name)
+            for path, name in zip(graphs, "ab", strict=True)
+        ]
+        prompts = [OrtPrompt(model, context, runs + 1, batch=batch) for model in models]
+        for _ in range(runs + 1 if phase == "prefill" else 1):
+            for prompt in prompts:
+                prompt.prefill()
+        for _ in range(runs if phase == "decode" else 0):
+            for prompt in prompts:
+                prompt.step()
+        a, b = (_node_times(Path(model.session.end_profiling()), runs) for model in models)
+    return compared(a, b, base_ms, saved_ms, excess_ms)
+
+
+def compared(a: NodeTimes, b: NodeTimes, base_ms: float, saved_ms: float, excess_ms: float) -> Explanation:
+    """What the graph ``b`` saves of ``a``, by operator, on the scale of a race in which ``a`` took ``base_ms``."""
+    # Profiling costs time itself, and another minute of the machine may be another speed.
+    scale = base_ms / sum(a.ms.values())
+    saved: Counter[str] = Counter()
+    for times, sign in ((a, 1), (b, -1)):
+        for name, ms in times.ms.items():
+            saved[times.ops[name]] += sign * ms  # type: ignore[assignment]
+    shared = a.ms.keys() & b.ms.keys()
+    gone = sum(
+        sum(ms for name, ms in x.ms.items() if name not in shared) * sign for x, sign in ((a, 1), (b, -1))
+    )
+    most = {op: scale * ms for op, ms in saved.most_common(_SHOWN) if ms > 0}
+    return Explanation(len(a.ms), len(b.ms), most, saved_ms, excess_ms, scale * gone)
+
+
+def _node_times(profile: Path, runs: int) -> NodeTimes:
+    """Medians over the last ``runs`` passes."""
+    import numpy as np
+
+    found: dict[str, list[float]] = {}
+    ops: dict[str, str] = {}
+    for event in json.loads(profile.read_text(encoding="utf-8")):
+        name, args = str(event.get("name", "")), event.get("args")
+        if event.get("cat") == "Node" and name.endswith(_SUFFIX) and isinstance(args, dict):
+            node = name.removesuffix(_SUFFIX)
+            found.setdefault(node, []).append(float(str(event["dur"])) / 1e3)
+            ops[node] = str(args.get("op_name"))
+    return NodeTimes({n: float(np.median(ms[-runs:])) for n, ms in found.items()}, ops)

@@ -1,0 +1,143 @@
+"""Speed of the linearized graph beside everything that one might run instead, on one machine in one run.
+
+    python scripts/bench_speed.py MODEL CALIBRATION [--k 8 12] [--out DIR]
+
+Calibrates once, chooses K layers for each --k, and rewrites the graphs of this package's exporter in fp32 and of
+onnxruntime-genai's builder in fp32 and int4 by the same plans. Then `nbl-export bench` times in every cell, in turn:
+base and linearized graph, the same layers left out, PyTorch (eager and compiled), the genai pairs, the graph that
+optimum exports (with NBL_EXPORT_OPTIMUM_PYTHON set), and the graph with the other K. What is made is kept in DIR; the
+table is DIR/speed.md, the plot DIR/speed.png, all figures DIR/kK/report/bench.json, the last K's report has them too.
+
+On a machine with an NVIDIA GPU the same is run on it afterwards, with TensorRT engines and the CUDA provider; elsewhere
+the reason for leaving that out is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+
+from nbl_export import api
+from nbl_export.engine.gpu import find_gpu
+from nbl_export.export.optimum import VARIABLE
+from nbl_export.report.bench import BenchReport
+from nbl_export.terminal import TerminalListener
+
+FORMS = {"torch": ("torch", "fp32"), "genai fp32": ("genai", "fp32"), "genai int4": ("genai", "int4")}
+PEERS = ("dropped", "eager", "compile")
+
+
+def prepared(arguments: argparse.Namespace, k: int) -> dict[str, Path]:
+    """Output folders of every form with K layers, rewritten; what is there already is kept."""
+    start = arguments.out / "calibrated"
+    text = api.CalibrateSettings(tuple(arguments.calibration), arguments.samples, 512, 1, 16)
+    api.calibrate(arguments.model, start, text, TerminalListener())
+    folders: dict[str, Path] = {}
+    for name, (exporter, precision) in FORMS.items():
+        folder = arguments.out / (f"k{k}" if name == "torch" else f"k{k}-{name.replace(' ', '-')}")
+        if not folder.exists():
+            shutil.copytree(folders.get("torch", start), folder, ignore=_only_plan)
+        if name == "torch":
+            api.select(folder, api.SelectSettings(k=k, criterion=arguments.criterion), TerminalListener())
+        api.export(folder, api.ExportSettings(precision=precision, exporter=exporter), TerminalListener())
+        api.rewrite(folder, TerminalListener())
+        folders[name] = folder
+    return folders
+
+
+def _only_plan(folder: str, names: list[str]) -> set[str]:
+    """Of a finished folder, what another exporter's begins with: what lies in nbl."""
+    path = Path(folder)
+    return set(names) - {"nbl"} if (path / "nbl").exists() else set()
+
+
+def optimum(arguments: argparse.Namespace) -> Path | None:
+    """The folder that optimum exports, None where it is not installed."""
+    if not os.environ.get(VARIABLE):
+        print(f"optimum is left out: {VARIABLE} names no Python that has it.")
+        return None
+    folder: Path = arguments.out / "optimum"
+    if not folder.exists():
+        shutil.copytree(arguments.out / "calibrated", folder)
+    return api.export(folder, api.ExportSettings(exporter="optimum"), TerminalListener()).parent
+
+
+def judged(value: BenchReport, bounds: list[str]) -> str:
+    """Each ``who/phase context/least`` that was asked for, beside what was measured."""
+    lines = ["| who | cell | asked | measured | ceiling |", "| --- | --- | --- | --- | --- |"]
+    for bound in bounds:
+        who, cell, least = bound.split("/")
+        phase, context = cell.split()
+        for found in value.cells:
+            if (found["phase"], found["batch"], found["context"]) != (phase, 1, int(context)):
+                continue
+            for lap in found["laps"]:
+                ratio = lap["beaten"] if who == "optimum" else lap["over_base"]
+                if lap["name"] == who and ratio:
+                    noise = "" if ratio["resolved"] else " (not resolved)"
+                    limit = f"{lap['ceiling']:.2f}" if lap["ceiling"] else "–"
+                    lines.append(f"| {who} | {cell} | {least} | {ratio['value']:.3f}{noise} | {limit} |")
+    return "\n".join(lines)
+
+
+ASKED = [
+    "linearized/prefill 512/1.12",
+    "linearized/prefill 2048/1.20",
+    "linearized/prefill 8192/1.38",
+    "linearized/decode 4096/1.10",
+    "genai int4, linearized/decode 4096/1.30",
+    "optimum/prefill 512/1.35",
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model")
+    parser.add_argument("calibration", nargs="+")
+    parser.add_argument("--k", type=int, nargs="+", default=[8, 12])
+    parser.add_argument("--criterion", default="greedy")
+    parser.add_argument("--samples", type=int, default=256, help="calibration rows of 512 tokens")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--contexts", type=int, nargs="+", default=[128, 512, 2048, 4096, 8192])
+    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=300.0)
+    parser.add_argument("--out", type=Path, default=Path("out/bench-speed"))
+    arguments = parser.parse_args()
+    made = {k: prepared(arguments, k) for k in arguments.k}
+    most = max(arguments.k)
+    against = [f"{name}={folder}" for name, folder in made[most].items() if name != "torch"]
+    against += [f"K = {k}={made[k]['torch']}" for k in arguments.k if k != most]
+    if folder := optimum(arguments):
+        against.append(f"optimum={folder}")
+    gpu = find_gpu()
+    for device in ("cpu", "cuda"):
+        if device == "cuda" and gpu is None:
+            print("The CUDA provider and TensorRT engines are left out: there is no NVIDIA GPU.")
+            continue
+        if device == "cuda":
+            api.build(made[most]["torch"], listener=TerminalListener())
+        settings = api.BenchSettings(
+            tuple(against),
+            tuple(arguments.peers),
+            tuple(arguments.batches),
+            tuple(arguments.contexts),
+            arguments.rounds,
+            seconds=arguments.seconds,
+            device=device,
+        )
+        value = api.bench(made[most]["torch"], settings, TerminalListener())
+        report = made[most]["torch"] / "report"
+        name = "speed" if device == "cpu" else "speed-gpu"
+        text = f"{(report / 'bench.md').read_text()}\n## Asked for, K = {most}\n\n{judged(value, ASKED)}\n"
+        (arguments.out / f"{name}.md").write_text(text, encoding="utf-8")
+        shutil.copyfile(report / "plots" / "bench.png", arguments.out / f"{name}.png")
+        print(text)
+
+
+if __name__ == "__main__":
+    main()

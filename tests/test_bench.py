@@ -1,0 +1,159 @@
+"""`nbl-export bench` on real graphs and folders: processes, profiles, files. No time is asserted."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from nbl_export import api
+from nbl_export.errors import BuildError, InputError
+from nbl_export.graph.drop import drop_layers
+from nbl_export.graph.io import load_graph, save_graph
+from nbl_export.report.bench import bench_tables, load_bench
+from nbl_export.report.schema import load_report
+from nbl_export.runtime.ort import OrtDecoder
+from nbl_export.verify.peak import peak_bytes
+from nbl_export.verify.profile import explain
+
+
+def test_layers_left_out_write_nothing(stories_out: Path, tmp_path: Path) -> None:
+    """The graph equals the linearized one whose W and b are zero."""
+    dropped, nothing = load_graph(stories_out / "model.onnx"), load_graph(stories_out / "model.onnx")
+    drop_layers(dropped)
+    assert len(list(dropped.graph)) < len(list(nothing.graph))
+    assert not any("nbl_linear" in str(v.name) for node in dropped.graph for v in node.outputs)
+    for node in nothing.graph:
+        if any("nbl_linear" in str(v.name) for v in node.outputs):
+            for value in node.inputs:
+                if value is not None and value.const_value is not None:
+                    zeros = np.zeros(value.const_value.shape.numpy(), np.float32)
+                    value.const_value = ir.tensor(zeros, name=value.name)
+    ids = np.arange(12)[None]
+    inputs = ids, np.ones_like(ids), ids
+    logits = []
+    for name, graph in (("dropped", dropped), ("nothing", nothing)):
+        path = tmp_path / name / "model.onnx"
+        save_graph(graph, path)
+        decoder = OrtDecoder(path)
+        logits.append(decoder(*inputs, decoder.empty_past(1)).logits)
+    np.testing.assert_allclose(logits[0], logits[1], rtol=0, atol=1e-5)
+    with pytest.raises(InputError, match="not simply added"):
+        twice = load_graph(stories_out / "model.onnx")
+        output = next(v for n in twice.graph for v in n.outputs if "nbl_linear.output" in str(v.name))
+        twice.graph.outputs.append(output)
+        next(iter(output.uses())).node.op_type = "Sub"
+        drop_layers(twice)
+
+
+def test_a_real_pair_is_profiled(stories_out: Path) -> None:
+    graphs = stories_out / "baseline" / "model.onnx", stories_out / "model.onnx"
+    for phase in ("prefill", "decode"):
+        found = explain(graphs, phase, 2, 64, 3, 1.0, 1.0, 0.5)
+        assert found.base_nodes > found.linearized_nodes > 50
+        # The profiler sees only the saved layers' nodes go: attention is among them.
+        assert found.gone_ms > 0 and found.by_operator_ms
+
+
+def test_peaks_are_those_of_processes_of_their_own(
+    stories_out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = [(1, 8), (2, 400)]
+    found = peak_bytes(stories_out / "model.onnx", cells)
+    small, large = (found[cell] for cell in cells)
+    assert small and large and (20 << 20) < small <= large < (2 << 30)
+    with pytest.raises(BuildError, match=r"no-such.onnx cannot be measured \(.*does not exist"):
+        peak_bytes(stories_out / "no-such.onnx", cells)
+
+
+# the stage ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(stories_out: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(stories_out, tmp_path / "own"))
+
+
+QUICK = api.BenchSettings(batches=(1, 2), contexts=(8, 16), rounds=3, most=1, memory=False)
+
+
+@pytest.mark.usefixtures("stories_model")
+def test_a_bench_of_a_real_folder(own: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(own, tmp_path / "other"))
+    settings = api.BenchSettings(
+        (f"rival={other}", str(other / "baseline")), ("eager", "dropped"), (1, 2), (8, 16), 3, 1, memory=True
+    )
+    value = api.bench(own, settings)
+    names = ["base", "linearized", "dropped", "PyTorch eager", "rival, base", "rival, linearized", "baseline"]
+    assert [c["name"] for c in value.competitors] == names
+    assert [(c["phase"], c["batch"], c["context"]) for c in value.cells] == [
+        (phase, batch, context)
+        for batch, context in ((1, 8), (2, 8), (1, 16), (2, 16))
+        for phase in ("prefill", "decode")
+    ]
+    for cell in value.cells:
+        assert [lap["name"] for lap in cell["laps"]] == names and not cell["absent"]
+        pairs = [lap["name"] for lap in cell["laps"] if lap["over_base"]]
+        assert pairs == ["linearized", "dropped", "rival, linearized"]
+        assert [lap["name"] for lap in cell["laps"] if not lap["peak_bytes"]] == ["PyTorch eager"]
+        caches = {lap["name"]: lap["cache_bytes"] for lap in cell["laps"]}
+        rows = cell["batch"] * cell["context"]
+        assert caches["base"] == 5 * 2 * 4 * rows * 8 * 4 and caches["linearized"] == 3 * 2 * 4 * rows * 8 * 4
+    assert value == load_bench(own / "report" / "bench.json")
+    text = (own / "report" / "bench.md").read_text()
+    assert all(name in text for name in names) and "plots/bench.png" in text
+    assert (own / "report" / "plots" / "bench.png").read_bytes()[:4] == b"\x89PNG"
+    # The report has it too, and the verification stays done.
+    report = load_report(own / "report" / "report.json")
+    assert report.bench == value.body()
+    assert "rival, linearized" in (own / "report" / "report.html").read_text()
+    before = (own / "report" / "report.json").stat().st_mtime_ns
+    api.verify(own, api.VerifySettings(contexts=(16,), rounds=3))
+    assert (own / "report" / "report.json").stat().st_mtime_ns == before
+    # Another verification of the same graphs keeps it.
+    assert api.verify(own, api.VerifySettings(contexts=(8,), rounds=3)).bench == value.body()
+
+
+def test_what_was_measured_is_kept(own: Path) -> None:
+    first = api.bench(own, QUICK)
+    assert api.bench(own, QUICK).created == first.created
+    assert not first.notes
+    longer = api.bench(own, api.BenchSettings((), (), (1,), (8, 4096), 3, 1, memory=False))
+    assert {c["context"] for c in longer.cells} == {8}
+    assert longer.notes == ["4,096 tokens are left out: the model has 512 positions."]
+    for table in bench_tables(longer):
+        assert all(len(row) == len(table.columns) for row in table.rows)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (api.BenchSettings(against=("nowhere",)), "there is no nowhere"),
+        (api.BenchSettings(peers=("jax",)), "--peer 'jax' is unknown; choose one of eager, compile, dropped"),
+        (api.BenchSettings(device="tpu"), "--device 'tpu' is unknown; choose one of cpu, cuda"),
+        (api.BenchSettings(rounds=2), "--rounds is 2"),
+        (api.BenchSettings(contexts=(1,)), "at least 2 tokens"),
+        (api.BenchSettings(batches=(0,)), "at least 1"),
+        (api.BenchSettings(seconds=0), "--seconds is 0"),
+        (api.BenchSettings(contexts=(4096,)), "asks for 4,096 tokens and more, the model has 512 positions"),
+    ],
+)
+def test_bad_settings_are_refused_in_one_sentence(own: Path, settings: api.BenchSettings, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        api.bench(own, settings)
+    assert not (own / "report" / "bench.json").exists()
+
+
+def test_a_name_given_twice_is_refused(own: Path) -> None:
+    with pytest.raises(InputError, match="names 'baseline' twice: say NAME=DIR"):
+        api.bench(own, api.BenchSettings(against=(str(own / "baseline"),) * 2))
+    with pytest.raises(InputError, match="names 'base' twice"):
+        api.bench(own, api.BenchSettings(against=(f"base={own / 'baseline'}",)))
+
+
+def test_a_gpu_that_is_not_there(own: Path) -> None:
+    with pytest.raises(api.NblError, match="--device cuda needs onnxruntime with CUDA"):
+        api.bench(own, api.BenchSettings(device="cuda"))

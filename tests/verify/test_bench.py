@@ -1,0 +1,184 @@
+"""The bench: who meets whom, what stands beside each figure, and which speedups are believed. No time is asserted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nbl_export.report.bench import bench_checks
+from nbl_export.verify import bench as module
+from nbl_export.verify.bench import Bench, Competitor, Memory, ordered
+from nbl_export.verify.ceiling import GraphCost, ceiling
+from nbl_export.verify.profile import Explanation, NodeTimes, compared
+from nbl_export.verify.race import Rounds
+from nbl_export.verify.roofline import Roofline
+
+ROOFLINE = Roofline("cpu", "float32", 2, 1e9, 1e9)
+COST = GraphCost(1000, 10, 4000, 40, 200, 800)
+HALF = GraphCost(800, 5, 3200, 20, 200, 800)
+EMPTY = Memory({}, 1 << 40)
+
+
+class Timed:
+    """A contender that says how long it takes."""
+
+    def __init__(self, prefill: float, step: float, cache: int = 100) -> None:
+        self.seconds, self.cache = {"prefill": prefill, "decode": step}, cache
+
+    def prefill(self) -> None: ...
+
+    def rewind(self) -> None: ...
+
+    def step(self) -> None: ...
+
+    def memory_bytes(self) -> int:
+        return self.cache
+
+
+@pytest.fixture(autouse=True)
+def told(monkeypatch: pytest.MonkeyPatch) -> None:
+    phases = {name: lambda c, name=name: c.seconds[name] for name in ("prefill", "decode")}
+    monkeypatch.setattr(module, "PHASES", phases)
+    monkeypatch.setattr("nbl_export.verify.race._SETTLE", 0)
+
+
+def entrant(*seconds: float) -> Callable[[int, int], Any]:
+    return lambda context, batch: Timed(*seconds)
+
+
+PAIR = [
+    Competitor("base", entrant(2.0, 0.2), cost=COST),
+    Competitor("linearized", entrant(1.6, 0.1), "base", cost=HALF),
+    Competitor("other", entrant(4.0, 0.05)),
+]
+
+
+def bench(
+    competitors: list[Competitor] = PAIR, memory: Memory = EMPTY, positions: int | None = None
+) -> Bench:
+    return Bench(competitors, "linearized", Rounds(3, 9), ROOFLINE, memory, positions)
+
+
+def test_every_figure_of_a_cell_by_hand() -> None:
+    prefill, decode = bench().run([(2, 10)])
+    assert (prefill.phase, prefill.batch, prefill.context) == ("prefill", 2, 10)
+    assert decode.phase == "decode" and not prefill.absent and not prefill.explanations
+    base, linear, other = prefill.laps
+    assert [lap.name for lap in prefill.laps] == ["base", "linearized", "other"]
+    assert base.timing.median_ms == 2000 and base.rounds == 3 and base.cache_bytes == 100
+    assert base.tokens_per_second == 20 / 2 and decode.laps[0].tokens_per_second == 2 / 0.2
+    assert base.over_base is base.ceiling is None and base.of_roofline
+    assert linear.over_base and linear.over_base.value == 1.25 and linear.over_base.resolved
+    assert linear.ceiling == ceiling(COST, HALF, ROOFLINE, "prefill", 10, 2)
+    assert linear.of_roofline == pytest.approx(ROOFLINE.seconds(HALF.prefill(10, 2)) / 1.6)
+    # How many times as fast the linearized graph is as each of the others.
+    assert [lap.beaten and lap.beaten.value for lap in prefill.laps] == [1.25, None, 2.5]
+    assert decode.laps[2].beaten and decode.laps[2].beaten.value == 0.5
+    assert other.over_base is other.ceiling is other.of_roofline is other.peak_bytes is None
+
+
+def test_cells_ascend_and_the_last_position_decodes_nothing() -> None:
+    cells = [(4, 8), (1, 32), (1, 8), (4, 16), (1, 8)]
+    assert ordered(cells) == [(1, 8), (4, 8), (1, 32), (4, 16)]
+    found = bench(positions=16).run([(1, 16), (1, 8)])
+    assert [(c.phase, c.context) for c in found] == [("prefill", 8), ("decode", 8), ("prefill", 16)]
+
+
+def test_who_does_not_fit_beside_the_others_is_left_out() -> None:
+    gib = 1 << 30
+    peaks = {
+        "base": {(1, 8): gib, (1, 16): 3 * gib},
+        "linearized": {(1, 8): gib, (1, 16): 3 * gib},
+        "other": {(1, 8): gib, (1, 16): None},
+    }
+    small, large = (
+        [c for c in bench(memory=Memory(peaks, free)).run([(1, 8), (1, 16)]) if c.phase == "prefill"]
+        for free in (4 * gib, 40 * gib)
+    )
+    assert [[lap.name for lap in cell.laps] for cell in small] == [["base", "linearized", "other"], ["base"]]
+    assert small[1].absent == {
+        "linearized": "no room beside the others: it needs 3.0 GiB",
+        "other": "it finds no room in memory",
+    }
+    assert [[lap.name for lap in cell.laps] for cell in large][1] == ["base", "linearized"]
+    assert large[1].laps[0].peak_bytes == 3 * gib
+
+
+def test_who_cannot_be_made_or_fails_is_left_out_with_the_reason() -> None:
+    def none(_context: int, _batch: int) -> Any:
+        raise RuntimeError("no such thing\nat all")
+
+    class Failing(Timed):
+        @property
+        def seconds(self) -> Any:
+            raise torch.OutOfMemoryError("no room")
+
+        @seconds.setter
+        def seconds(self, _value: Any) -> None: ...
+
+    more = [Competitor("none", none), Competitor("failing", lambda *_: Failing(1, 1))]
+    prefill, decode = bench([*PAIR, *more]).run([(1, 8)])
+    for cell in (prefill, decode):
+        assert cell.absent == {"none": "no such thing", "failing": "no room"}
+        assert len(cell.laps) == 3
+
+
+def test_only_a_speedup_above_its_ceiling_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(module, "explain", lambda *given: asked.append(given) or "why")
+    graphs = [Path("a"), Path("b")]
+    pair = [
+        Competitor(c.name, entrant(1.0, 1.0 if c.base is None else 0.9), c.base, g, c.cost)
+        for c, g in zip(PAIR, graphs, strict=False)
+    ]
+    fast = [pair[0], Competitor("linearized", entrant(0.5, 0.9), "base", graphs[1], HALF)]
+    assert not any(c.explanations for c in bench(pair).run([(1, 8)]))
+    prefill, decode = bench(fast).run([(1, 8)])
+    assert prefill.explanations == {"linearized": "why"} and not decode.explanations
+    ((paths, phase, batch, context, _runs, base_ms, saved, excess),) = asked
+    assert (paths, phase, batch, context) == (tuple(graphs), "prefill", 1, 8)
+    assert (base_ms, saved) == pytest.approx((1000, 500))
+    assert excess == pytest.approx(1000 / ceiling(COST, HALF, ROOFLINE, "prefill", 8) - 500)
+
+
+def test_an_explanation_by_hand() -> None:
+    a = NodeTimes(
+        {"x": 5.0, "y": 3.0, "gone": 4.0, "gone too": 1.0},
+        {"x": "MatMul", "y": "Add", "gone": "Softmax", "gone too": "Add"},
+    )
+    b = NodeTimes({"x": 5.0, "y": 3.0, "new": 2.0}, {"x": "MatMul", "y": "Add", "new": "MatMul"})
+    found = compared(a, b, 13.0, 3.0, 1.0)
+    assert (found.base_nodes, found.linearized_nodes, found.gone_ms) == (4, 3, 3.0)
+    assert found.by_operator_ms == {"Softmax": 4.0, "Add": 1.0} and not found.suspect
+    # In a race that took twice as long as the profile.
+    assert compared(a, b, 26.0, 6.0, 2.0).gone_ms == 6.0
+    # The same three milliseconds, saved in a node that both graphs have.
+    slow = NodeTimes({**a.ms, "x": 8.0, "gone": 1.0}, a.ops)
+    assert compared(slow, b, 13.0, 3.0, 1.0).suspect
+    # And where the profiler does not see them at all.
+    assert compared(a, b, 13.0, 12.0, 10.0).suspect
+
+
+def test_verdicts() -> None:
+    good = Explanation(9, 8, {"Add": 1.0}, 3.0, 1.0, 3.0)
+    bad = Explanation(9, 8, {"Add": 1.0}, 3.0, 1.0, 1.0)
+    cells = bench().run([(1, 8)])
+    assert [c.status for c in bench_checks(cells)] == ["passed", "passed"]
+    object.__setattr__(cells[0], "explanations", {"linearized": good})
+    assert [c.status for c in bench_checks(cells)] == ["passed", "passed"]
+    object.__setattr__(cells[0], "explanations", {"linearized": bad})
+    ceilings, slower = bench_checks(cells)
+    assert (ceilings.status, slower.status) == ("failed", "passed")
+    assert (
+        "prefill 8, linearized: 3.00 ms saved, 1.00 of them beyond the ceiling, but 1.00 in nodes"
+        in ceilings.detail
+    )
+    slow = [PAIR[0], Competitor("linearized", entrant(2.5, 0.1), "base", cost=HALF)]
+    slower = bench_checks(bench(slow).run([(1, 8)]))[1]
+    assert slower.status == "failed" and slower.detail == "prefill 8, linearized: 0.80×"
+    same = [PAIR[0], Competitor("linearized", entrant(2.0, 0.2), "base", cost=HALF)]
+    assert bench_checks(bench(same).run([(1, 8)]))[1].status == "skipped"
