@@ -22,8 +22,8 @@ from nbl_export.verify.roofline import Roofline
 PHASES: Mapping[str, Callable[[Any], float]] = {"prefill": prefill_seconds, "decode": decode_seconds}
 # Of a machine's free memory; the rest is for what nobody counts.
 _USABLE = 0.9
-# Passes that are profiled: fewer where one takes long.
-_PROFILED, _SLOW_MS = 15, 1000.0
+# At most so many passes of a graph are profiled, fewer where one takes long.
+_PROFILED, _PROFILED_MS = 15, 5000.0
 
 
 def ordered(cells: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -191,7 +191,7 @@ class Bench:
             if not (lap.over_base and lap.ceiling and base and base.graph and own.graph):
                 continue
             if lap.over_base.least > lap.ceiling:
-                runs = _PROFILED if times[base.name] < _SLOW_MS else 3
+                runs = max(1, min(_PROFILED, round(_PROFILED_MS / times[base.name])))
                 saved = times[base.name] - times[lap.name]
                 excess = times[base.name] / lap.ceiling - times[lap.name]
                 graphs = base.graph, own.graph

@@ -73,7 +73,8 @@ def explain(
             for path, name in zip(graphs, "ab", strict=True)
         ]
         prompts = [OrtPrompt(model, context, runs + 1, batch=batch) for model in models]
-        for _ in range(runs + 1 if phase == "prefill" else 1):
+        # A pass of many seconds is as long without another to warm up.
+        for _ in range(runs + (runs > 1) if phase == "prefill" else 1):
             for prompt in prompts:
                 prompt.prefill()
         for _ in range(runs if phase == "decode" else 0):
