@@ -128,6 +128,17 @@ def test_what_was_measured_is_kept(own: Path) -> None:
         assert all(len(row) == len(table.columns) for row in table.rows)
 
 
+def test_a_report_of_other_graphs_gets_no_bench(own: Path) -> None:
+    api.select(own, api.SelectSettings(k=1, criterion="cca"))
+    api.rewrite(own)
+    api.bench(own, QUICK)
+    assert load_report(own / "report" / "report.json").bench is None
+    # Nor does a report get the bench of other graphs.
+    api.select(own, api.SelectSettings(k=3, criterion="cca"))
+    api.rewrite(own)
+    assert api.verify(own, api.VerifySettings(contexts=(8,), rounds=3)).bench is None
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

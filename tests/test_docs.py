@@ -18,7 +18,13 @@ from nbl_export.export.forms import FORMS
 from nbl_export.graph.precision import PRECISIONS
 from nbl_export.linearize.lmmse import FitInput, FitName
 from nbl_export.linearize.select import CRITERIA
-from nbl_export.settings import CalibrateSettings, EngineSettings, SelectSettings, VerifySettings
+from nbl_export.settings import (
+    BenchSettings,
+    CalibrateSettings,
+    EngineSettings,
+    SelectSettings,
+    VerifySettings,
+)
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -127,6 +133,16 @@ def test_defaults_of_the_command_line_are_those_of_the_settings() -> None:
     }
     assert {name: given[name] for name in same} == same
     assert selection.ridge == float(given["ridge"])  # an option of numbers or a word is text
+    given, bench = {p.name: p.default for p in COMMANDS["bench"].params}, BenchSettings()
+    same = {
+        "batches": ",".join(map(str, bench.batches)),
+        "contexts": ",".join(map(str, bench.contexts)),
+        "rounds": bench.rounds,
+        "seconds": bench.seconds,
+        "device": bench.device,
+        "memory": bench.memory,
+    }
+    assert {name: given[name] for name in same} == same
 
 
 def test_choices_of_the_command_line_are_those_of_the_code() -> None:

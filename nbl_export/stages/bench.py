@@ -20,7 +20,7 @@ from nbl_export.settings import BenchSettings
 from nbl_export.stages.build import current_engines, model_positions
 from nbl_export.stages.rewrite import current_rewrite
 from nbl_export.stages.verify import redrawn
-from nbl_export.workspace import Workspace, is_workspace, sha256_of_file, sha256_of_json
+from nbl_export.workspace import StageRecord, Workspace, is_workspace, sha256_of_file, sha256_of_json
 
 if TYPE_CHECKING:
     from nbl_export.report.bench import BenchReport
@@ -68,9 +68,18 @@ def bench(run: Run, settings: BenchSettings) -> BenchReport:
 
     run.stage("bench", key, asdict(settings), work)
     value = load_bench(ws.report / "bench.json")
-    if ws.record("verify") and ws.is_done("verify", ws.record("verify").key):  # type: ignore[union-attr]
-        redrawn(ws, replace(load_report(ws.report / "report.json"), bench=value.body()))
+    _add_to_report(ws, rewritten, value)
     return value
+
+
+def _add_to_report(ws: Workspace, rewritten: StageRecord, value: BenchReport) -> None:
+    """Give the report of the same graphs the bench, if there is one."""
+    verified = ws.record("verify")
+    if verified is None or not ws.is_done("verify", verified.key):
+        return
+    report, name = load_report(ws.report / "report.json"), str(ws.model.relative_to(ws.root))
+    if report.hashes.get(name) == rewritten.files[name]:
+        redrawn(ws, replace(report, bench=value.body()))
 
 
 def _rivals(against: Sequence[str]) -> Iterator[_Rival]:
@@ -224,8 +233,6 @@ def _memory(
     listener: Listener,
 ) -> Memory:
     """Peaks of the graphs on the CPU, each in a process of its own, before anything is timed."""
-    import psutil
-
     from nbl_export.verify.bench import Memory, ordered
     from nbl_export.verify.peak import peak_bytes
 
@@ -236,4 +243,4 @@ def _memory(
             for one in graphs:
                 peaks[one.name] = peak_bytes(one.graph, ordered(cells))  # type: ignore[arg-type]
                 task.advance(1)
-    return Memory(peaks, psutil.virtual_memory().available)
+    return Memory(peaks)

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from nbl_export.progress import Listener, Silent
 from nbl_export.verify.ceiling import GraphCost, ceiling
 from nbl_export.verify.contenders import Entrant, decode_seconds, made, prefill_seconds
@@ -79,24 +81,40 @@ class BenchCell:
 
 @dataclass(frozen=True)
 class Memory:
-    """Peak bytes of each competitor by (batch, context), None where its process found no room; and what is free."""
+    """Peak bytes of each competitor by (batch, context), None where its process found no room.
 
-    peaks: Mapping[str, Mapping[tuple[int, int], int | None]]
-    free: int
+    ``free`` says how many bytes there are to be had. Without peaks everything fits.
+    """
+
+    peaks: Mapping[str, Mapping[tuple[int, int], int | None]] = field(default_factory=dict)
+    free: Callable[[], int] = lambda: psutil.virtual_memory().available
 
     def fitting(
-        self, competitors: Sequence[Competitor], batch: int, context: int, absent: dict[str, str]
+        self,
+        competitors: Sequence[Competitor],
+        cell: tuple[int, int],
+        held: dict[str, int],
+        absent: dict[str, str],
     ) -> list[Competitor]:
-        """Those that fit into memory beside each other, the first before the last; reasons go into ``absent``."""
-        found, left = [], self.free * _USABLE
+        """Those that fit beside each other, the first before the last; reasons go into ``absent``.
+
+        ``held`` is what each has taken in earlier cells and keeps; it is told what they take in this one. There is
+        room left for a profile of two graphs.
+        """
+        known = [peak for peaks in self.peaks.values() if (peak := peaks.get(cell))]
+        largest = max(known, default=0)
+        found, left = [], self.free() * _USABLE - 2 * largest
         for one in competitors:
-            peak = self.peaks.get(one.name, {}).get((batch, context), 0)
+            # PyTorch, which has no process of its own, is taken for as large as the largest.
+            peak = self.peaks.get(one.name, {}).get(cell, largest)
+            more = 0 if peak is None else max(0, peak - held.get(one.name, 0))
             if peak is None:
                 absent[one.name] = "it finds no room in memory"
-            elif peak > left:
+            elif more > left:
                 absent[one.name] = f"no room beside the others: it needs {peak / 2**30:.1f} GiB"
             else:
-                left -= peak
+                left -= more
+                held[one.name] = max(peak, held.get(one.name, 0))
                 found.append(one)
         return found
 
@@ -121,15 +139,18 @@ class Bench:
         From the smallest cell to the largest, since runtimes keep the memory that they once took.
         """
         found: list[BenchCell] = []
+        held: dict[str, int] = {}
         total = len(PHASES) * len(set(cells)) * (self.rounds.least + 1)
         with (listener or Silent()).task("Timing", total, "rounds") as task:
             for batch, context in ordered(cells):
-                found += self._both(batch, context, task.advance)
+                found += self._both(batch, context, held, task.advance)
         return found
 
-    def _both(self, batch: int, context: int, advance: Callable[[int], None]) -> Iterator[BenchCell]:
+    def _both(
+        self, batch: int, context: int, held: dict[str, int], advance: Callable[[int], None]
+    ) -> Iterator[BenchCell]:
         absent: dict[str, str] = {}
-        taking = self.memory.fitting(self.competitors, batch, context, absent)
+        taking = self.memory.fitting(self.competitors, (batch, context), held, absent)
         prompts = made({c.name: c.entrant for c in taking}, context, batch, absent)
         for phase, measure in PHASES.items():
             if phase == "decode" and context == self.positions:
