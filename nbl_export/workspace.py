@@ -207,6 +207,11 @@ class Workspace:
         return self.root / "report"
 
     @property
+    def bench_cells(self) -> Path:
+        """What an interrupted bench has measured."""
+        return self.nbl / "bench.partial.json"
+
+    @property
     def evaluations(self) -> Path:
         """What each graph answered on each task, by key."""
         return self.nbl / "eval"

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -16,6 +20,7 @@ from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.report.bench import bench_tables, load_bench
 from nbl_export.report.schema import load_report
 from nbl_export.runtime.ort import OrtDecoder
+from nbl_export.verify.bench import Bench, BenchCell
 from nbl_export.verify.peak import peak_bytes
 from nbl_export.verify.profile import explain
 
@@ -126,6 +131,37 @@ def test_what_was_measured_is_kept(own: Path) -> None:
     assert longer.notes == ["4,096 tokens are left out: the model has 512 positions."]
     for table in bench_tables(longer):
         assert all(len(row) == len(table.columns) for row in table.rows)
+
+
+def test_an_interrupted_bench_goes_on(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, made = Bench.run, []
+
+    def interrupted(self: Bench, cells: Any, listener: Any = None) -> Iterator[list[BenchCell]]:
+        for both in real(self, cells, listener):
+            made.append((both[0].batch, both[0].context))
+            yield both
+            if len(made) == 2:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(Bench, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        api.bench(own, QUICK)
+    assert made == [(1, 8), (2, 8)] and not (own / "report" / "bench.json").exists()
+    partial = own / "nbl" / "bench.partial.json"
+    first = json.loads(partial.read_text())["cells"]
+    # Other settings are another bench.
+    other = api.BenchSettings(batches=(1,), contexts=(8,), rounds=3, most=1, memory=False)
+    kept = partial.read_bytes()
+    assert [c["phase"] for c in api.bench(own, other).cells] == ["prefill", "decode"]
+    partial.write_bytes(kept)
+    value = api.bench(own, QUICK)
+    assert made[3:] == [(1, 16), (2, 16)] and len(value.cells) == 8
+    assert list(value.cells[:4]) == first
+    assert value.notes == ["4 cells are those of a run that was interrupted, on its own roofline."]
+    assert not partial.exists()
+    # A damaged one is as if there were none.
+    partial.write_text("{")
+    assert len(api.bench(own, api.BenchSettings(**{**asdict(QUICK), "rounds": 4})).cells) == 8
 
 
 def test_a_report_of_other_graphs_gets_no_bench(own: Path) -> None:

@@ -15,7 +15,6 @@ from nbl_export.workspace import atomic_path, jsonable, write_json, write_text
 
 if TYPE_CHECKING:
     from nbl_export.report.plots import Plot
-    from nbl_export.verify.bench import BenchCell
 
 SCHEMA = "nbl-export/bench/1"
 REMEDY = "run `nbl-export bench` again"
@@ -59,22 +58,22 @@ def bench_of(raw: Mapping[str, Any]) -> BenchReport:
     return BenchReport(**{**raw, "checks": [Check(**c) for c in raw["checks"]]})
 
 
-def bench_checks(cells: Sequence[BenchCell]) -> list[Check]:
-    """The two verdicts: whether the figures can be believed, and whether anything got slower."""
-    suspect = [
-        f"{cell_name(cell.phase, cell.batch, cell.context)}, {name}: {e.saved_ms:.2f} ms saved, "
-        f"{e.excess_ms:.2f} of them beyond the ceiling, but {e.gone_ms:.2f} in nodes that are gone"
-        for cell in cells
-        for name, e in cell.explanations.items()
-        if e.suspect
-    ]
-    slower = [
-        f"{cell_name(cell.phase, cell.batch, cell.context)}, {lap.name}: {lap.over_base.value:.2f}×"
-        for cell in cells
-        for lap in cell.laps
-        if lap.over_base and lap.over_base.resolved and lap.over_base.value < 1
-    ]
-    resolved = [lap.over_base.resolved for cell in cells for lap in cell.laps if lap.over_base]
+def bench_checks(cells: Sequence[Mapping[str, Any]]) -> list[Check]:
+    """The two verdicts on cells as JSON: whether the figures can be believed, and whether anything got slower."""
+    suspect, slower, resolved = [], [], []
+    for cell in cells:
+        title = cell_name(cell["phase"], cell["batch"], cell["context"])
+        suspect += [
+            f"{title}, {name}: {e['saved_ms']:.2f} ms saved, {e['excess_ms']:.2f} of them beyond the ceiling, but "
+            f"{e['gone_ms']:.2f} in nodes that are gone"
+            for name, e in cell["explanations"].items()
+            if e["suspect"]
+        ]
+        for lap in cell["laps"]:
+            if found := lap["over_base"]:
+                resolved.append(found["resolved"])
+                if found["resolved"] and found["value"] < 1:
+                    slower.append(f"{title}, {lap['name']}: {found['value']:.2f}×")
     return [
         Check(
             "ceilings",

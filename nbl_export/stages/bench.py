@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nbl_export import __version__
 from nbl_export.engine.pair import BASE, LINEARIZED
@@ -20,7 +21,14 @@ from nbl_export.settings import BenchSettings
 from nbl_export.stages.build import current_engines, model_positions
 from nbl_export.stages.rewrite import current_rewrite
 from nbl_export.stages.verify import redrawn
-from nbl_export.workspace import StageRecord, Workspace, is_workspace, sha256_of_file, sha256_of_json
+from nbl_export.workspace import (
+    StageRecord,
+    Workspace,
+    is_workspace,
+    sha256_of_file,
+    sha256_of_json,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from nbl_export.report.bench import BenchReport
@@ -64,7 +72,7 @@ def bench(run: Run, settings: BenchSettings) -> BenchReport:
     )
 
     def work(listener: Listener) -> list[Path]:
-        return _measured(run, rivals, settings, listener)
+        return _measured(run, key, rivals, settings, listener)
 
     run.stage("bench", key, asdict(settings), work)
     value = load_bench(ws.report / "bench.json")
@@ -107,7 +115,9 @@ def _rivals(against: Sequence[str]) -> Iterator[_Rival]:
             yield rival
 
 
-def _measured(run: Run, rivals: Sequence[_Rival], settings: BenchSettings, listener: Listener) -> list[Path]:
+def _measured(
+    run: Run, key: str, rivals: Sequence[_Rival], settings: BenchSettings, listener: Listener
+) -> list[Path]:
     from nbl_export.report.bench import BenchReport, bench_checks, write_bench
     from nbl_export.report.environment import environment
     from nbl_export.verify.bench import Bench
@@ -126,13 +136,18 @@ def _measured(run: Run, rivals: Sequence[_Rival], settings: BenchSettings, liste
         raise InputError(
             f"--contexts asks for {min(left):,} tokens and more, the model has {most:,} positions."
         )
-    cells = [(batch, context) for batch in settings.batches for context in contexts]
+    kept = _Kept(ws, key)
+    cells = [(b, c) for b in settings.batches for c in contexts if (b, c) not in kept.done]
+    if kept.cells:
+        notes.append(f"{len(kept.cells)} cells are those of a run that was interrupted, on its own roofline.")
+        listener.note(f"bench: {len(kept.cells)} cells kept from before.")
     with ExitStack() as stack:
         competitors = _competitors(run, rivals, settings, stack)
         memory = _memory(competitors, cells, settings, listener)
         rounds = Rounds(settings.rounds, settings.most * settings.rounds, settings.seconds)
         roofline = measure_roofline(settings.device, _dtype(settings, ws))
-        found = Bench(competitors, LINEARIZED, rounds, roofline, memory, most).run(cells, listener)
+        for both in Bench(competitors, LINEARIZED, rounds, roofline, memory, most).run(cells, listener):
+            kept.add([cell.as_json() for cell in both])
     value = BenchReport(
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         tool_version=__version__,
@@ -145,11 +160,35 @@ def _measured(run: Run, rivals: Sequence[_Rival], settings: BenchSettings, liste
             {"name": c.name, "base": c.base, "cost": c.cost.as_json() if c.cost else None}
             for c in competitors
         ],
-        cells=[cell.as_json() for cell in found],
-        checks=bench_checks(found),
+        cells=kept.cells,
+        checks=bench_checks(kept.cells),
         notes=notes,
     )
-    return write_bench(ws.report, value)
+    files = write_bench(ws.report, value)
+    ws.bench_cells.unlink(missing_ok=True)
+    return files
+
+
+class _Kept:
+    """The cells measured so far, on disk when each is done: an interrupted bench goes on from there."""
+
+    def __init__(self, ws: Workspace, key: str) -> None:
+        self._path, self._key = ws.bench_cells, key
+        self.cells: list[dict[str, Any]] = []
+        try:
+            value = json.loads(self._path.read_text(encoding="utf-8"))
+            if value["key"] == key:
+                self.cells = list(value["cells"])
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # there are none, or they are damaged and measured anew
+
+    @property
+    def done(self) -> set[tuple[int, int]]:
+        return {(cell["batch"], cell["context"]) for cell in self.cells}
+
+    def add(self, cells: Sequence[dict[str, Any]]) -> None:
+        self.cells += cells
+        write_json(self._path, {"key": self._key, "cells": self.cells})
 
 
 def _dtype(settings: BenchSettings, ws: Workspace) -> str:

@@ -133,18 +133,18 @@ class Bench:
     memory: Memory
     positions: int | None = None
 
-    def run(self, cells: Sequence[tuple[int, int]], listener: Listener | None = None) -> list[BenchCell]:
-        """Race in every cell (batch, context), prefill and then decode.
+    def run(
+        self, cells: Sequence[tuple[int, int]], listener: Listener | None = None
+    ) -> Iterator[list[BenchCell]]:
+        """Race in every cell (batch, context), prefill and then decode; both are given when they are done.
 
         From the smallest cell to the largest, since runtimes keep the memory that they once took.
         """
-        found: list[BenchCell] = []
         held: dict[str, int] = {}
         total = len(PHASES) * len(set(cells)) * (self.rounds.least + 1)
         with (listener or Silent()).task("Timing", total, "rounds") as task:
             for batch, context in ordered(cells):
-                found += self._both(batch, context, held, task.advance)
-        return found
+                yield list(self._both(batch, context, held, task.advance))
 
     def _both(
         self, batch: int, context: int, held: dict[str, int], advance: Callable[[int], None]

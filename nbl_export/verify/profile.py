@@ -39,10 +39,7 @@ class Explanation:
     saved_ms: float
     excess_ms: float
     gone_ms: float
-
-    @property
-    def suspect(self) -> bool:
-        return self.saved_ms - self.gone_ms > max(_SUSPECT * self.excess_ms, _PROFILE_ERROR * self.saved_ms)
+    suspect: bool
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,8 @@ def compared(a: NodeTimes, b: NodeTimes, base_ms: float, saved_ms: float, excess
         sum(ms for name, ms in x.ms.items() if name not in shared) * sign for x, sign in ((a, 1), (b, -1))
     )
     most = {op: scale * ms for op, ms in saved.most_common(_SHOWN) if ms > 0}
-    return Explanation(len(a.ms), len(b.ms), most, saved_ms, excess_ms, scale * gone)
+    suspect = saved_ms - scale * gone > max(_SUSPECT * excess_ms, _PROFILE_ERROR * saved_ms)
+    return Explanation(len(a.ms), len(b.ms), most, saved_ms, excess_ms, scale * gone, suspect)
 
 
 def _node_times(profile: Path, runs: int) -> NodeTimes:

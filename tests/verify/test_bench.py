@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nbl_export.report.bench import bench_checks
+from nbl_export.report.schema import Check
 from nbl_export.verify import bench as module
 from nbl_export.verify.bench import Bench, BenchCell, Competitor, Memory, ordered
 from nbl_export.verify.ceiling import GraphCost, ceiling
@@ -57,14 +58,22 @@ PAIR = [
 ]
 
 
-def bench(
-    competitors: list[Competitor] = PAIR, memory: Memory = EMPTY, positions: int | None = None
-) -> Bench:
-    return Bench(competitors, "linearized", Rounds(3, 9), ROOFLINE, memory, positions)
+def ran(
+    cells: list[tuple[int, int]],
+    competitors: list[Competitor] = PAIR,
+    memory: Memory = EMPTY,
+    positions: int | None = None,
+) -> list[BenchCell]:
+    bench = Bench(competitors, "linearized", Rounds(3, 9), ROOFLINE, memory, positions)
+    return [cell for both in bench.run(cells) for cell in both]
+
+
+def verdicts(cells: list[BenchCell]) -> list[Check]:
+    return bench_checks([cell.as_json() for cell in cells])
 
 
 def test_every_figure_of_a_cell_by_hand() -> None:
-    prefill, decode = bench().run([(2, 10)])
+    prefill, decode = ran([(2, 10)])
     assert (prefill.phase, prefill.batch, prefill.context) == ("prefill", 2, 10)
     assert decode.phase == "decode" and not prefill.absent and not prefill.explanations
     base, linear, other = prefill.laps
@@ -84,7 +93,7 @@ def test_every_figure_of_a_cell_by_hand() -> None:
 def test_cells_ascend_and_the_last_position_decodes_nothing() -> None:
     cells = [(4, 8), (1, 32), (1, 8), (4, 16), (1, 8)]
     assert ordered(cells) == [(1, 8), (4, 8), (1, 32), (4, 16)]
-    found = bench(positions=16).run([(1, 16), (1, 8)])
+    found = ran([(1, 16), (1, 8)], positions=16)
     assert [(c.phase, c.context) for c in found] == [("prefill", 8), ("decode", 8), ("prefill", 16)]
 
 
@@ -98,7 +107,7 @@ def test_who_does_not_fit_beside_the_others_is_left_out() -> None:
 
     def prefills(*free: int) -> list[BenchCell]:
         left = iter(free)
-        found = bench(memory=Memory(peaks, lambda: next(left))).run([(1, 8), (1, 16)])
+        found = ran([(1, 8), (1, 16)], memory=Memory(peaks, lambda: next(left)))
         return [cell for cell in found if cell.phase == "prefill"]
 
     # Both times there must be room to profile two graphs; what the small cell took need not be there again.
@@ -125,7 +134,7 @@ def test_who_cannot_be_made_or_fails_is_left_out_with_the_reason() -> None:
         def seconds(self, _value: Any) -> None: ...
 
     more = [Competitor("none", none), Competitor("failing", lambda *_: Failing(1, 1))]
-    prefill, decode = bench([*PAIR, *more]).run([(1, 8)])
+    prefill, decode = ran([(1, 8)], [*PAIR, *more])
     for cell in (prefill, decode):
         assert cell.absent == {"none": "no such thing", "failing": "no room"}
         assert len(cell.laps) == 3
@@ -140,8 +149,8 @@ def test_only_a_speedup_above_its_ceiling_is_explained(monkeypatch: pytest.Monke
         for c, g in zip(PAIR, graphs, strict=False)
     ]
     fast = [pair[0], Competitor("linearized", entrant(0.5, 0.9), "base", graphs[1], HALF)]
-    assert not any(c.explanations for c in bench(pair).run([(1, 8)]))
-    prefill, decode = bench(fast).run([(1, 8)])
+    assert not any(c.explanations for c in ran([(1, 8)], pair))
+    prefill, decode = ran([(1, 8)], fast)
     assert prefill.explanations == {"linearized": "why"} and not decode.explanations
     ((paths, phase, batch, context, _runs, base_ms, saved, excess),) = asked
     assert (paths, phase, batch, context) == (tuple(graphs), "prefill", 1, 8)
@@ -168,21 +177,21 @@ def test_an_explanation_by_hand() -> None:
 
 
 def test_verdicts() -> None:
-    good = Explanation(9, 8, {"Add": 1.0}, 3.0, 1.0, 3.0)
-    bad = Explanation(9, 8, {"Add": 1.0}, 3.0, 1.0, 1.0)
-    cells = bench().run([(1, 8)])
-    assert [c.status for c in bench_checks(cells)] == ["passed", "passed"]
+    good = Explanation(9, 8, {"Add": 1.0}, 3.0, 1.0, 3.0, False)
+    bad = Explanation(9, 8, {"Add": 1.0}, 3.0, 1.0, 1.0, True)
+    cells = ran([(1, 8)])
+    assert [c.status for c in verdicts(cells)] == ["passed", "passed"]
     object.__setattr__(cells[0], "explanations", {"linearized": good})
-    assert [c.status for c in bench_checks(cells)] == ["passed", "passed"]
+    assert [c.status for c in verdicts(cells)] == ["passed", "passed"]
     object.__setattr__(cells[0], "explanations", {"linearized": bad})
-    ceilings, slower = bench_checks(cells)
+    ceilings, slower = verdicts(cells)
     assert (ceilings.status, slower.status) == ("failed", "passed")
     assert (
         "prefill 8, linearized: 3.00 ms saved, 1.00 of them beyond the ceiling, but 1.00 in nodes"
         in ceilings.detail
     )
     slow = [PAIR[0], Competitor("linearized", entrant(2.5, 0.1), "base", cost=HALF)]
-    slower = bench_checks(bench(slow).run([(1, 8)]))[1]
+    slower = verdicts(ran([(1, 8)], slow))[1]
     assert slower.status == "failed" and slower.detail == "prefill 8, linearized: 0.80×"
     same = [PAIR[0], Competitor("linearized", entrant(2.0, 0.2), "base", cost=HALF)]
-    assert bench_checks(bench(same).run([(1, 8)]))[1].status == "skipped"
+    assert verdicts(ran([(1, 8)], same))[1].status == "skipped"
