@@ -6,6 +6,7 @@ drawn for a page or, with ``narrow``, for a phone, its panels below each other.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -286,9 +287,9 @@ def draw_bench(cells: Sequence[Mapping[str, Any]], narrow: bool = False) -> Figu
             for i, name in enumerate(rivals):
                 if name in laps and "base" in laps:
                     times = laps["base"]["timing"]["median_ms"] / laps[name]["timing"]["median_ms"]
-                    side = 0.12 + 0.06 * i
+                    place = i - (len(rivals) - 1) / 2  # to both sides of the linearized graph in the middle
                     point = panel.plot(
-                        x + (side if i % 2 else -side),
+                        x + 0.06 * math.copysign(1, place) + 0.68 * place / max(1, len(rivals)),
                         drawable(times),
                         color=DECODE if "linearized" in name else BASE,
                         marker=_MARKERS[i % len(_MARKERS)],
