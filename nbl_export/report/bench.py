@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from nbl_export.report.drawing import Table, number
 from nbl_export.report.schema import Check, load_judged
-from nbl_export.report.tables import checks_table, roofline_in_words
-from nbl_export.workspace import atomic_path, jsonable, write_json, write_text
+from nbl_export.report.tables import checks_table, roofline_in_words, spread
+from nbl_export.workspace import jsonable, write_json, write_text
 
 if TYPE_CHECKING:
     from nbl_export.report.plots import Plot
@@ -101,11 +101,11 @@ def bench_table(value: BenchReport, brief: bool = False) -> Table:
     for cell in value.cells:
         title = cell_name(cell["phase"], cell["batch"], cell["context"])
         for i, lap in enumerate(cell["laps"]):
-            t, over, limit = lap["timing"], lap["over_base"], lap["ceiling"]
+            over, limit = lap["over_base"], lap["ceiling"]
             row = [
                 title if i == 0 or not brief else "",
                 lap["name"],
-                f"{t['median_ms']:.1f} ± {(t['high_ms'] - t['low_ms']) / 2:.1f}",
+                spread(lap["timing"]),
                 f"{lap['tokens_per_second']:,.0f}",
                 _ratio(over),
                 number(limit, ".2f") if limit else "",
@@ -208,7 +208,7 @@ def bench_plot(value: BenchReport) -> Plot:
 
 def write_bench(folder: Path, value: BenchReport) -> list[Path]:
     """Write ``bench.json``, ``bench.md`` and ``plots/bench.png`` into ``folder``, each atomically."""
-    from nbl_export.report.render import markdown_page
+    from nbl_export.report.render import markdown_page, write_plot
     from nbl_export.report.summary import measured_on
 
     paths = [folder / "bench.json", folder / "bench.md", folder / "plots" / "bench.png"]
@@ -218,7 +218,5 @@ def write_bench(folder: Path, value: BenchReport) -> list[Path]:
     title, tables = f"nbl-export bench: {value.model['source']}", [checks_table(value), *bench_tables(value)]
     page = markdown_page(title, tables, [made, measured_on(value.environment)], value.notes, {"bench": plot})
     write_text(paths[1], page)
-    picture = plot.png()
-    with atomic_path(paths[2]) as temporary:
-        temporary.write_bytes(picture)
+    write_plot(paths[2], plot)
     return paths

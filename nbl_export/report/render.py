@@ -38,10 +38,15 @@ def _write_plots(folder: Path, plots: Mapping[str, Plot]) -> list[Path]:
         if name not in plots:
             path.unlink(missing_ok=True)
             continue
-        picture = plots[name].png()
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(picture)
+        write_plot(path, plots[name])
     return [folder / f"{name}.png" for name in PLOTS if name in plots]
+
+
+def write_plot(path: Path, plot: Plot) -> None:
+    """Draw ``plot`` and write it as PNG, atomically."""
+    picture = plot.png()
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(picture)
 
 
 def markdown(report: Report, plots: Mapping[str, Plot] | None = None) -> str:

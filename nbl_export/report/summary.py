@@ -104,11 +104,18 @@ def _parity(report: Report) -> Iterator[Headline]:
 
 def measured_on(environment: Mapping[str, Any]) -> str:
     """The machine and the packages in one line."""
-    packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
+    return f"{_machine(environment)}; {_packages(environment)}."
+
+
+def _machine(environment: Mapping[str, Any]) -> str:
     return (
         f"{environment['processor']}, {environment['cores']} cores, {environment['memory_gib']} GiB, "
-        f"{environment['system']}, Python {environment['python']}; {packages}."
+        f"{environment['system']}, Python {environment['python']}"
     )
+
+
+def _packages(environment: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
 
 
 def making(report: Report) -> list[tuple[str, str]]:
@@ -116,7 +123,6 @@ def making(report: Report) -> list[tuple[str, str]]:
     chosen, calibrate, environment = report.selection, report.settings["calibrate"], report.environment
     cache = report.graph.get("task") or f"{report.graph['kv_cache']} KV cache"
     seconds = (f"{name} {spent:.1f}" for name, spent in report.stage_seconds.items())
-    packages = (f"{name} {version}" for name, version in environment["packages"].items())
     return [
         ("Made", f"{report.created} with nbl-export {report.tool_version}"),
         (
@@ -127,11 +133,7 @@ def making(report: Report) -> list[tuple[str, str]]:
         ("W and b are", fit_in_words(chosen)),
         ("Graphs", f"{report.graph['precision']}, {cache}, opset {report.settings['export']['opset']}"),
         ("Stages, seconds", ", ".join(seconds)),
-        (
-            "Measured on",
-            f"{environment['processor']}, {environment['cores']} cores, {environment['memory_gib']} GiB, "
-            f"{environment['system']}, Python {environment['python']}",
-        ),
-        ("Packages", ", ".join(packages)),
+        ("Measured on", _machine(environment)),
+        ("Packages", _packages(environment)),
         ("Model fingerprint", report.hashes["model"]),
     ]

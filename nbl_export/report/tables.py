@@ -200,8 +200,8 @@ def speed_table(speed: Mapping[str, Any]) -> Table:
     rows = tuple(
         (
             f"{c['phase']} {c['context']}",
-            _spread(c["base"]),
-            _spread(c["linearized"]),
+            spread(c["base"]),
+            spread(c["linearized"]),
             f"{c['speedup']:.2f}×",
             f"{c['speedup_low']:.2f}–{c['speedup_high']:.2f}" + ("" if c["resolved"] else " not resolved"),
             f"{c['ceiling']:.2f}×",
@@ -230,7 +230,8 @@ def roofline_in_words(roofline: Mapping[str, Any] | None) -> str:
     )
 
 
-def _spread(timing: Mapping[str, float]) -> str:
+def spread(timing: Mapping[str, float]) -> str:
+    """The median and half the interquartile range, in milliseconds."""
     return f"{timing['median_ms']:.1f} ± {(timing['high_ms'] - timing['low_ms']) / 2:.1f}"
 
 

@@ -72,7 +72,7 @@ def bench(run: Run, settings: BenchSettings) -> BenchReport:
     )
 
     def work(listener: Listener) -> list[Path]:
-        return _measured(run, key, rivals, settings, listener)
+        return _measured(run, key, rewritten.key, rivals, settings, listener)
 
     run.stage("bench", key, asdict(settings), work)
     value = load_bench(ws.report / "bench.json")
@@ -86,8 +86,9 @@ def _add_to_report(ws: Workspace, rewritten: StageRecord, value: BenchReport) ->
     if verified is None or not ws.is_done("verify", verified.key):
         return
     report, name = load_report(ws.report / "report.json"), str(ws.model.relative_to(ws.root))
-    if report.hashes.get(name) == rewritten.files[name]:
-        redrawn(ws, replace(report, bench=value.body()))
+    bench = value.body()
+    if report.hashes.get(name) == rewritten.files[name] and report.bench != bench:
+        redrawn(ws, replace(report, bench=bench))
 
 
 def _rivals(against: Sequence[str]) -> Iterator[_Rival]:
@@ -116,7 +117,12 @@ def _rivals(against: Sequence[str]) -> Iterator[_Rival]:
 
 
 def _measured(
-    run: Run, key: str, rivals: Sequence[_Rival], settings: BenchSettings, listener: Listener
+    run: Run,
+    key: str,
+    rewrite: str,
+    rivals: Sequence[_Rival],
+    settings: BenchSettings,
+    listener: Listener,
 ) -> list[Path]:
     from nbl_export.report.bench import BenchReport, bench_checks, write_bench
     from nbl_export.report.environment import environment
@@ -155,7 +161,7 @@ def _measured(
         environment=environment(),
         settings=asdict(settings),
         roofline=roofline.as_json(),
-        hashes={"rewrite": current_rewrite(ws).key},
+        hashes={"rewrite": rewrite},
         competitors=[
             {"name": c.name, "base": c.base, "cost": c.cost.as_json() if c.cost else None}
             for c in competitors
