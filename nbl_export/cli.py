@@ -21,6 +21,7 @@ from nbl_export.options import (
     TRT_CHOICES,
     BatchOpt,
     CacheOpt,
+    CalibrationDtypeOpt,
     CalibrationOpt,
     ContextsOpt,
     CriterionOpt,
@@ -143,6 +144,7 @@ def run(
     seq_len: SeqLenOpt = 512,
     selection_samples: SelectionOpt = 8,
     heldout_samples: HeldoutOpt = 24,
+    calibration_dtype: CalibrationDtypeOpt = "auto",
     seed: SeedOpt = 0,
     decode_steps: StepsOpt = 8,
     contexts: ContextsOpt = "128,512,1024",
@@ -180,7 +182,14 @@ def run(
             seed,
         ),
         given.calibration_settings(
-            calibration, text_field, samples, seq_len, selection_samples, heldout_samples, seed
+            calibration,
+            text_field,
+            samples,
+            seq_len,
+            selection_samples,
+            heldout_samples,
+            seed,
+            calibration_dtype,
         ),
         given.verify_settings(decode_steps, contexts, rounds, quality, speed),
         TerminalListener(),
@@ -201,6 +210,7 @@ def calibrate(
     seq_len: SeqLenOpt = 512,
     selection_samples: SelectionOpt = 8,
     heldout_samples: HeldoutOpt = 24,
+    calibration_dtype: CalibrationDtypeOpt = "auto",
     seed: SeedOpt = 0,
     trust_remote_code: TrustOpt = False,
 ) -> None:
@@ -209,7 +219,7 @@ def calibrate(
     from nbl_export.terminal import TerminalListener
 
     settings = given.calibration_settings(
-        calibration, text_field, samples, seq_len, selection_samples, heldout_samples, seed
+        calibration, text_field, samples, seq_len, selection_samples, heldout_samples, seed, calibration_dtype
     )
     api.calibrate(model, output, settings, TerminalListener(), trust_remote_code)
     _say(f"Calibrated. Next: nbl-export select {output} --k K")

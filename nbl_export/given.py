@@ -24,12 +24,12 @@ def numbers(option: str, text: str) -> tuple[int, ...]:
 
 
 def calibration_settings(
-    sources: Any, field: str, samples: int, seq_len: int, selection: int, heldout: int, seed: int
+    sources: Any, field: str, samples: int, seq_len: int, selection: int, heldout: int, seed: int, dtype: Any
 ) -> Any:
     from nbl_export.settings import CalibrateSettings
 
     named = tuple(sources or ("self",))
-    return CalibrateSettings(named, samples, seq_len, heldout, selection, field, seed)
+    return CalibrateSettings(named, samples, seq_len, heldout, selection, field, seed, dtype)
 
 
 def select_settings(

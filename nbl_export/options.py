@@ -148,6 +148,14 @@ SelectionOpt = Annotated[
     _option("Rows of tokens for choosing layers: what replacing them costs there.", panel=_TEXT, metavar="N"),
 ]
 HeldoutOpt = Annotated[int, _option("Rows of held-out tokens, for method loss.", panel=_TEXT, metavar="N")]
+CalibrationDtypeOpt = Annotated[
+    Literal["auto", "float32", "bfloat16"],
+    _option(
+        "What the model reads the text in. auto: bfloat16 where the processor multiplies it.",
+        panel=_TEXT,
+        metavar="DTYPE",
+    ),
+]
 SeedOpt = Annotated[int, _option("Seed of everything random.", panel=_TEXT, metavar="N")]
 ExporterOpt = Annotated[
     Literal["torch", "genai", "optimum"],

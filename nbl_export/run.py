@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 from nbl_export.errors import InputError, os_error_in_words
 from nbl_export.models.pooling import Pooling, find_pooling
@@ -26,6 +27,8 @@ class LoadedModel:
         self.source = source
         self._listener = listener
         self._model: torch.nn.Module | None = None
+        # A copy lives as long as somebody works with it: later stages need the room.
+        self._copies: WeakValueDictionary[str, torch.nn.Module] = WeakValueDictionary()
         self._tokenizer: Any = None
         self._processor: Any = None
 
@@ -47,6 +50,18 @@ class LoadedModel:
                 self._model = load_model(self.source)
                 task.advance(1)
         return self._model
+
+    def in_dtype(self, dtype: str) -> torch.nn.Module:
+        """The model in ``dtype``, a copy unless that is float32; ``auto`` is what this machine runs fastest."""
+        from nbl_export.models.load import fast_dtype, in_precision
+
+        dtype = fast_dtype() if dtype == "auto" else dtype
+        if dtype == "float32":
+            return self.model
+        copy = self._copies.get(dtype)
+        if copy is None:
+            copy = self._copies[dtype] = in_precision(self.model, dtype)
+        return copy
 
     @property
     def tokenizer(self) -> Any:

@@ -33,13 +33,14 @@ from nbl_export.calibrate.moments import Accumulator
 from nbl_export.calibrate.text import TextSettings, documents, pack
 from nbl_export.linearize.lmmse import cca_bound, fit_lmmse
 from nbl_export.models.layers import attention_layers, hidden_size, observed
-from nbl_export.models.load import load_model, load_tokenizer
+from nbl_export.models.load import in_precision, load_model, load_tokenizer
 from nbl_export.models.source import find_model
 from nbl_export.progress import Silent
 from nbl_export.report.environment import environment
 
 SEQ_LEN = 512
 BATCH = 2
+HALF = "ours, the model in bfloat16"
 
 
 def tokens_of(model: str, text: str, count: int) -> Any:
@@ -122,28 +123,30 @@ def in_process_of_its_own(way: str, model: str, text: str, count: int) -> dict[s
 
 
 def interleaved(model_name: str, text: str, rounds: int) -> dict[str, list[float]]:
-    """Seconds of forward, forward without the head, and our pass, batch by batch in turn."""
+    """Seconds of forward, forward without the head, and our pass in float32 and bfloat16, batch by batch in turn."""
     model: Any = load_model(find_model(model_name))
+    half: Any = in_precision(model, "bfloat16")
     tokens = tokens_of(model_name, text, BATCH * SEQ_LEN)
     ids = torch.from_numpy(tokens.astype(np.int64))
     layers = attention_layers(model)
     sums = {layer.index: Accumulator(hidden_size(model)) for layer in layers}
-    times: dict[str, list[float]] = {"forward": [], "forward without head": [], "ours": []}
+    times: dict[str, list[float]] = {"forward": [], "forward without head": [], "ours": [], HALF: []}
 
     def timed(name: str, work: Any) -> None:
         start = time.perf_counter()
         work()
         times[name].append(time.perf_counter() - start)
 
-    def our_pass() -> None:
-        with observed(model, layers, lambda i, h, x, y: sums[i].add(h, x, y)):
-            model.base_model(input_ids=ids, use_cache=False)
+    def our_pass(read: Any) -> None:
+        with observed(read, layers, lambda i, h, x, y: sums[i].add(h, x, y)):
+            read.base_model(input_ids=ids, use_cache=False)
 
     with torch.inference_mode():
         for _ in range(rounds + 1):
             timed("forward", lambda: model(input_ids=ids, use_cache=False))
             timed("forward without head", lambda: model.base_model(input_ids=ids, use_cache=False))
-            timed("ours", our_pass)
+            timed("ours", lambda: our_pass(model))
+            timed(HALF, lambda: our_pass(half))
     return {name: values[1:] for name, values in times.items()}  # the first round warms up
 
 
@@ -177,7 +180,7 @@ def main() -> None:
     times = interleaved(arguments.model, arguments.text, arguments.rounds)
     medians = {name: statistics.median(values) for name, values in times.items()}
     ratios = [["our pass against", "median ratio", "quartiles"]]
-    for name in ("forward", "forward without head"):
+    for name in ("forward", "forward without head", HALF):
         pairs = [a / b for a, b in zip(times["ours"], times[name], strict=True)]
         low, _, high = statistics.quantiles(pairs, n=4)
         ratios.append(

@@ -36,9 +36,10 @@ from nbl_export.linearize.loss import Loss, LossMeter
 from nbl_export.linearize.plan import LinearLayer
 from nbl_export.linearize.search import LossCache, MeasuredSets, alone, greedy_order
 from nbl_export.linearize.swap import replaced
-from nbl_export.models.layers import attention_layers, observed
-from nbl_export.models.load import fast_dtype, in_precision, load_model
+from nbl_export.models.layers import attention_layers, dtype_of, observed
 from nbl_export.models.source import same_model
+from nbl_export.progress import Silent
+from nbl_export.run import LoadedModel
 from nbl_export.workspace import Workspace
 
 Maps = Mapping[int, LinearLayer]
@@ -121,9 +122,7 @@ def main() -> None:
     workspace = Workspace.open(arguments.out)
     info = workspace.model_info
     assert info is not None
-    exact: Any = load_model(same_model(info))
-    dtype = fast_dtype()
-    model = exact if dtype == "float32" else in_precision(exact, dtype)
+    model = LoadedModel(same_model(info), Silent()).in_dtype("auto")
     text = load_text(workspace.text)
     moments = load_moments(workspace.moments)[0].layers
     meter = LossMeter(model, text.selection, text.selection_document, "normed")
@@ -134,7 +133,7 @@ def main() -> None:
     variants: dict[str, Maps] = {"plain": plain}
     rows = text.calibration
     for share in (8, 4, 2):
-        part = collect_moments(exact, rows[: len(rows) // share], "").layers
+        part = collect_moments(model, rows[: len(rows) // share], "").layers
         variants[f"share 1/{share}"] = fitted({i: part[i] for i in order})
     variants |= {f"ridge {ridge:g}": fitted(wanted, ridge) for ridge in (1e-4, 1e-3, 1e-2)}
     variants |= {
@@ -162,7 +161,7 @@ def main() -> None:
             add(k, f"temperature {temperature}", loss_of(plain, k, cooled(model, temperature)))
         swap, loss = best_swap(sets, order[:k])
         add(k, f"swap {swap}", loss)
-    said = f"{info['source']}, layers {' '.join(map(str, order))}; {dtype}."
+    said = f"{info['source']}, layers {' '.join(map(str, order))}; {dtype_of(model)}."
     (arguments.out / "fits.md").write_text("\n".join([*lines, "", said, ""]), encoding="utf-8")
 
 

@@ -37,11 +37,12 @@ from nbl_export.evaluate.tasks import TaskSettings, find_tasks, run_task
 from nbl_export.linearize.loss import LossMeter, loss_of_plan
 from nbl_export.linearize.plan import Plan
 from nbl_export.linearize.swap import linearized
-from nbl_export.models.layers import positions
-from nbl_export.models.load import fast_dtype, in_precision, load_model, load_tokenizer
+from nbl_export.models.layers import dtype_of, positions
+from nbl_export.models.load import load_tokenizer
 from nbl_export.models.source import find_model
 from nbl_export.progress import Silent
 from nbl_export.report.environment import environment
+from nbl_export.run import LoadedModel
 from nbl_export.runtime.torch import torch_stream
 
 SEQ_LEN = 512
@@ -166,9 +167,7 @@ def main() -> None:
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     source = find_model(arguments.model)
     tokenizer = load_tokenizer(source)
-    exact: Any = load_model(source)
-    dtype = fast_dtype()
-    model = exact if dtype == "float32" else in_precision(exact, dtype)
+    model = LoadedModel(source, Silent()).in_dtype("auto")
     judges = dict(j.split("=", 1) for j in arguments.judge)
     opened = {name: Judge(model, tokenizer, text, arguments.tokens) for name, text in judges.items()}
     if arguments.tasks and "original" not in results:
@@ -189,7 +188,7 @@ def main() -> None:
     machine = environment()
     original = results.get("original")
     said = (
-        f"{arguments.model}, calibrated on {', '.join(arguments.calibration)}; {dtype}. "
+        f"{arguments.model}, calibrated on {', '.join(arguments.calibration)}; {dtype_of(model)}. "
         + (
             f"Tasks, original: {original['accuracy']:.1%} ± {original['accuracy_se']:.1%}. "
             if original

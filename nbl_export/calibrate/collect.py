@@ -22,6 +22,7 @@ from nbl_export.errors import CalibrationError, InputError
 from nbl_export.models.layers import (
     AttentionLayer,
     attention_layers,
+    dtype_of,
     hidden_size,
     main_input,
     observed,
@@ -49,7 +50,7 @@ def collect_moments(
 
     Images are pixels [samples, channels, height, width], and count as the tokens that the model makes of them.
 
-    ``fingerprint`` identifies the model; a checkpoint of another model or text is ignored. Raises
+    ``fingerprint`` identifies the model; a checkpoint of another model, dtype or text is ignored. Raises
     :class:`CalibrationError` naming the layer if an activation is NaN or infinite, and
     ``KeyboardInterrupt`` after an interrupt, its work saved.
     """
@@ -59,7 +60,7 @@ def collect_moments(
     layers = attention_layers(model)
     device = next(model.parameters()).device
     accumulators = {layer.index: Accumulator(hidden_size(model), device) for layer in layers}
-    identity = {"model": fingerprint, "tokens": digest_of_tokens(tokens)}
+    identity = {"model": fingerprint, "dtype": dtype_of(model), "tokens": digest_of_tokens(tokens)}
     done = _resume(checkpoint, identity, accumulators, listener)
     rows = len(tokens)
     length = tokens.shape[1] if tokens.ndim == 2 else trial(model).tokens

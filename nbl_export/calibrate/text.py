@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,9 +75,15 @@ class CalibrationText:
         return np.concatenate([self.start, tokens])
 
 
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+
 @dataclass(frozen=True)
 class TextSettings:
-    """What text to take: ``sources`` as the user named them, and how much of it."""
+    """What text to take: ``sources`` as the user named them, how much of it, and the ``dtype`` the model reads it in.
+
+    ``auto`` is the one that this machine runs a model fastest in; moments are float64 in any case.
+    """
 
     sources: tuple[str, ...] = (SELF,)
     samples: int = 128
@@ -86,13 +92,17 @@ class TextSettings:
     selection_samples: int = 8
     field: str = "text"
     seed: int = 0
+    dtype: Dtype = "auto"
 
     def check(self) -> None:
-        """Refuse sizes that make no sense."""
+        """Refuse sizes that make no sense, and a dtype that is none of those known."""
         for name, least in (("samples", 1), ("seq_len", 8), ("selection_samples", 1), ("heldout_samples", 1)):
             if getattr(self, name) < least:
                 option = "--" + name.replace("_", "-")
                 raise InputError(f"{option} is {getattr(self, name)}; it must be at least {least}.")
+        if self.dtype not in get_args(Dtype):
+            known = ", ".join(get_args(Dtype))
+            raise InputError(f"--calibration-dtype is {self.dtype!r}; it must be one of {known}.")
         if SELF in self.sources and len(self.sources) > 1:
             raise InputError("--calibration self stands alone: it cannot be mixed with files.")
 

@@ -167,6 +167,11 @@ def model_type(model: torch.nn.Module) -> str:
     return str(getattr(_config(model), "model_type", ""))
 
 
+def dtype_of(model: torch.nn.Module) -> str:
+    """The dtype of the model's weights by its name, as ``bfloat16``."""
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
+
+
 def hidden_size(model: torch.nn.Module) -> int:
     """Width d of the residual stream."""
     return int(_config(model).hidden_size)

@@ -27,7 +27,7 @@ def calibrate(run: Run, settings: CalibrateSettings) -> None:
     from nbl_export.calibrate.moments import save_moments
     from nbl_export.calibrate.probe import save_probe
     from nbl_export.checkpoint import Checkpoint
-    from nbl_export.models.layers import structure
+    from nbl_export.models.layers import dtype_of, structure
     from nbl_export.models.trial import check_served
     from nbl_export.stages.material import check_sources, material_of
 
@@ -44,6 +44,7 @@ def calibrate(run: Run, settings: CalibrateSettings) -> None:
             model, cached=False, task=run.model.task
         )  # a graph without a cache can be made, if no other
         _check_room(ws, model)
+        reading = run.model.in_dtype(settings.dtype)
         kept = material.path(ws)
         read = _kept(kept, key, material)
         if read is None:
@@ -55,9 +56,14 @@ def calibrate(run: Run, settings: CalibrateSettings) -> None:
         probe = material.probe(run.model, read)
         if not run.model.task.causal:
             _check_exports(run, probe)
-        moments = collect_moments(model, tokens, source.fingerprint, Checkpoint(ws.checkpoint), listener)
+        moments = collect_moments(reading, tokens, source.fingerprint, Checkpoint(ws.checkpoint), listener)
         seen = next(iter(moments.layers.values())).n
-        described = {"model": source.fingerprint, "tokens": seen, **structure(model).as_json()}
+        described = {
+            "model": source.fingerprint,
+            "tokens": seen,
+            "dtype": dtype_of(reading),
+            **structure(model).as_json(),
+        }
         save_moments(ws.moments, moments, described)
         save_probe(ws.probe, probe)
         ws.checkpoint.unlink(missing_ok=True)

@@ -12,6 +12,8 @@ from nbl_export.progress import Listener
 from nbl_export.settings import SelectSettings
 
 if TYPE_CHECKING:
+    import torch
+
     from nbl_export.calibrate.moments import LayerMoments, Moments
     from nbl_export.linearize.lmmse import LinearFit
     from nbl_export.linearize.repair import Repaired
@@ -40,12 +42,20 @@ class _Lazily(Mapping[int, LinearLayer]):
 
 
 class Fitting:
-    """Fits from ``moments``; where a fit reads the text again, with the model and the text of ``measured``."""
+    """Fits from ``moments``; where a fit reads the text of ``measured`` again, with the model that ``reading`` makes:
+    in the dtype that the moments were collected in.
+    """
 
     def __init__(
-        self, moments: Moments, measured: Measured, settings: SelectSettings, listener: Listener
+        self,
+        moments: Moments,
+        measured: Measured,
+        settings: SelectSettings,
+        listener: Listener,
+        reading: Callable[[], torch.nn.Module],
     ) -> None:
         self._moments, self._measured, self._settings, self._listener = moments, measured, settings, listener
+        self._reading = reading
 
     @cached_property
     def for_choosing(self) -> Mapping[int, LinearLayer]:
@@ -85,7 +95,7 @@ class Fitting:
         measured, tokens = self._measured, self._measured.text.calibration
         with self._listener.task("Fitting in sequence", tokens.size * len(chosen), "tokens") as task:
             return sequential_fits(
-                measured.exact_model, tokens, chosen, measured.fit_input, self._solve, task.advance
+                self._reading(), tokens, chosen, measured.fit_input, self._solve, task.advance
             )
 
     def repaired(self, maps: Mapping[int, LinearLayer]) -> Repaired:
@@ -130,8 +140,7 @@ class Fitting:
         # Moments of the text that is for choosing, to judge a ridge by.
         from nbl_export.calibrate.collect import collect_moments
 
-        measured = self._measured
-        return collect_moments(measured.exact_model, measured.text.selection, "", listener=self._listener)
+        return collect_moments(self._reading(), self._measured.text.selection, "", listener=self._listener)
 
     @cached_property
     def _weighted(self) -> dict[int, LayerMoments]:
@@ -139,4 +148,4 @@ class Fitting:
 
         measured, tokens = self._measured, self._measured.text.calibration
         with self._listener.task("Weighing tokens", tokens.size, "tokens") as task:
-            return weighted_moments(measured.exact_model, tokens, measured.fit_input, task.advance)
+            return weighted_moments(self._reading(), tokens, measured.fit_input, task.advance)

@@ -87,7 +87,7 @@ def _text_files(sources: Sequence[str]) -> list[Path]:
 
 def _read_text(model: LoadedModel, settings: TextSettings, listener: Listener) -> Any:
     if settings.sources == (SELF,):
-        return sample_from_model(model.model, model.tokenizer, settings, listener)
+        return sample_from_model(model.in_dtype(settings.dtype), model.tokenizer, settings, listener)
     return pack(documents(settings.sources, settings.field), model.tokenizer, settings, listener)
 
 

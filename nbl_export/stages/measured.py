@@ -49,14 +49,11 @@ class Measured:
 
     @cached_property
     def model(self) -> torch.nn.Module:
-        from nbl_export.models.load import in_precision
-
-        original = self._run.model.model
-        return original if self.dtype == "float32" else in_precision(original, self.dtype)
+        return self._run.model.in_dtype(self.dtype)
 
     @property
     def exact_model(self) -> torch.nn.Module:
-        """The model in float32, for what is solved rather than measured."""
+        """The model in float32, whose weights a repair changes."""
         return self._run.model.model
 
     @cached_property

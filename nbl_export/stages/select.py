@@ -42,7 +42,8 @@ def select(run: Run, settings: SelectSettings) -> Plan:
     def work(listener: Listener) -> list[Path]:
         moments, metadata = load_moments(ws.moments)
         measured = Measured(run, calibrated.key, settings.fit_input, listener)
-        fitting = Fitting(moments, measured, settings, listener)
+        dtype = metadata.get("dtype", "float32")
+        fitting = Fitting(moments, measured, settings, listener, lambda: run.model.in_dtype(dtype))
         candidates = score_layers(moments, settings.fit_input, fitting.scoring_ridge, listener)
         empty = _plan(run, settings, metadata, {})
         if settings.layers is not None:

@@ -18,7 +18,7 @@ from nbl_export.calibrate.collect import collect_moments
 from nbl_export.calibrate.moments import ARRAYS, Accumulator, Moments, load_moments
 from nbl_export.checkpoint import Checkpoint
 from nbl_export.errors import CalibrationError
-from nbl_export.models.load import load_model
+from nbl_export.models.load import in_precision, load_model
 from nbl_export.models.source import find_model
 from tests.interruptions import Recorder, crash, send
 
@@ -249,6 +249,29 @@ def test_a_checkpoint_of_other_tokens_is_ignored(
     moments = collect_moments(model, other, FINGERPRINT, interrupted, listener)
     assert listener.start == (ROWS * LENGTH, 0)
     assert_same(moments, collect_moments(model, other, FINGERPRINT))
+
+
+def test_a_checkpoint_in_another_dtype_is_ignored(
+    model: Any, tokens: np.ndarray, interrupted: Checkpoint
+) -> None:
+    listener = Recorder()
+    half = in_precision(model, "bfloat16")
+    moments = collect_moments(half, tokens, FINGERPRINT, interrupted, listener)
+    assert listener.start == (ROWS * LENGTH, 0)
+    assert_same(moments, collect_moments(half, tokens, FINGERPRINT))
+
+
+def test_moments_of_a_model_in_bfloat16_are_near_those_in_float32(
+    model: Any, tokens: np.ndarray, whole: Moments
+) -> None:
+    moments = collect_moments(in_precision(model, "bfloat16"), tokens, FINGERPRINT)
+    for index, layer in moments.layers.items():
+        for name in ("xx", "yx", "yy", "hh", "yh"):
+            want, have = getattr(whole.layers[index], name), getattr(layer, name)
+            assert have.dtype == np.float64
+            scale = np.linalg.norm(want)
+            # Rounding is there, and small: 8 bits of each activation, some of which evens out.
+            assert 1e-6 * scale < np.linalg.norm(have - want) < 1e-2 * scale, (index, name)
 
 
 def test_a_checkpoint_of_another_model_is_ignored(
