@@ -47,6 +47,7 @@ from nbl_export.options import (
     PlanOpt,
     PrecisionOpt,
     QualityOpt,
+    RankOpt,
     RepairOpt,
     RepairRankOpt,
     RidgeOpt,
@@ -136,6 +137,7 @@ def run(
     fit: FitOpt = "lmmse",
     repair: RepairOpt = 0,
     repair_rank: RepairRankOpt = 16,
+    rank: RankOpt = None,
     fit_input: FitInputOpt = "normed",
     ridge: RidgeOpt = "1e-6",
     calibration: CalibrationOpt = None,
@@ -177,6 +179,7 @@ def run(
             fit,
             repair,
             repair_rank,
+            rank,
             fit_input,
             ridge,
             seed,
@@ -237,6 +240,7 @@ def select(
     fit: FitOpt = "lmmse",
     repair: RepairOpt = 0,
     repair_rank: RepairRankOpt = 16,
+    rank: RankOpt = None,
     fit_input: FitInputOpt = "normed",
     ridge: RidgeOpt = "1e-6",
     seed: SeedOpt = 0,
@@ -247,7 +251,7 @@ def select(
 
     budget = given.budget(max_kl, max_ppl_ratio, min_speedup)
     settings = given.select_settings(
-        k, budget, layers, criterion, fit, repair, repair_rank, fit_input, ridge, seed
+        k, budget, layers, criterion, fit, repair, repair_rank, rank, fit_input, ridge, seed
     )
     plan = api.select(out, settings, TerminalListener())
     _say(f"Plan: layers {', '.join(map(str, plan.chosen)) or 'none'}. Next: nbl-export export {out}")

@@ -40,6 +40,7 @@ def select_settings(
     fit: Any,
     repair: int,
     repair_rank: int,
+    rank: int | None,
     fit_input: Any,
     ridge: str,
     seed: int,
@@ -53,7 +54,7 @@ def select_settings(
         count = number("--k", k, int, "a whole number or auto")
     how_far = None if ridge == "auto" else number("--ridge", ridge, float, "a number or auto")
     return SelectSettings(
-        count, layers_of(layers), criterion, fit_input, how_far, fit, repair, repair_rank, seed, budget
+        count, layers_of(layers), criterion, fit_input, how_far, fit, repair, repair_rank, rank, seed, budget
     )
 
 

@@ -153,6 +153,7 @@ def _plan(path: Path) -> list[Table]:
         ("fit", plan.fit),
         ("ridge", "by held-out error" if plan.ridge is None else f"{plan.ridge:g}"),
         ("repair", f"{plan.repair:,} steps" if plan.repair else "none"),
+        ("rank", "whole" if plan.rank is None else str(plan.rank)),
         ("calibration tokens", f"{plan.calibration_tokens:,}"),
     )
     return [Table(str(path), ("", "value"), facts)]

@@ -119,6 +119,16 @@ RepairRankOpt = Annotated[
         metavar="R",
     ),
 ]
+RankOpt = Annotated[
+    int | None,
+    _option(
+        "W of that rank, as two smaller factors; less than half the model's width.",
+        "--rank",
+        panel=_LAYERS,
+        metavar="R",
+        show_default=False,
+    ),
+]
 RidgeOpt = Annotated[
     str,
     _option(

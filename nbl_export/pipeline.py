@@ -53,8 +53,8 @@ def run_all(
     engines: EngineSettings | None = None,
 ) -> Report:
     """Every stage in order; what is done already with the same settings is kept."""
-    from nbl_export.linearize.select import check_k
-    from nbl_export.models.layers import attention_layers, positions
+    from nbl_export.linearize.select import check_k, check_rank
+    from nbl_export.models.layers import attention_layers, hidden_size, positions
     from nbl_export.runtime.ort import require_onnxruntime
 
     require_onnxruntime()  # before the first minute of work, not after it
@@ -62,6 +62,8 @@ def run_all(
     if run.workspace.record("calibrate") is None:
         if selection.k is not None:
             check_k(selection.k, len(attention_layers(run.model.model)))
+        if selection.rank is not None:
+            check_rank(selection.rank, hidden_size(run.model.model))
         if engines:
             engines.limits(positions(run.model.model))
         exporting.check()

@@ -36,6 +36,7 @@ class SelectSettings:
 
     ``criterion`` None is what suits the task. ``ridge`` None is chosen by held-out error. ``repair`` is the number of
     steps of distillation, drawn by ``seed``, and ``repair_rank`` that of the changes it may make to the MLPs.
+    ``rank`` is that of the maps, in the end, None for whole ones.
     """
 
     k: int | None = None
@@ -46,11 +47,12 @@ class SelectSettings:
     fit: FitName = "lmmse"
     repair: int = 0
     repair_rank: int = REPAIR_RANK
+    rank: int | None = None
     seed: int = 0
     budget: Budget = NO_BUDGET
 
     def check(self) -> None:
-        from nbl_export.linearize.select import check_criterion, check_k
+        from nbl_export.linearize.select import check_criterion, check_k, check_rank
 
         ways = [self.k is not None, self.layers is not None, bool(self.budget)]
         if not any(ways):
@@ -80,6 +82,8 @@ class SelectSettings:
             raise InputError(f"--repair is {self.repair}; it must be 0 steps or more.")
         if self.repair_rank < 0:
             raise InputError(f"--repair-rank is {self.repair_rank}; it must be 0 (the maps alone) or more.")
+        if self.rank is not None:
+            check_rank(self.rank, None)
         if self.repair and self.fit == "drop":
             raise InputError(
                 "--fit drop leaves layers out, and there is nothing to repair: leave --repair out."

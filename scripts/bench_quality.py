@@ -56,6 +56,7 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
     "greedy, weighted": {"criterion": "greedy", "fit": "weighted"},
     "greedy, sequential": {"criterion": "greedy", "fit": "sequential"},
     "greedy, lmmse, ridge by held-out error": {"criterion": "greedy", "ridge": None},
+    **{f"greedy, lmmse, rank {r}": {"criterion": "greedy", "rank": r} for r in (192, 128, 64)},
     "drop, drop": {"criterion": "drop", "fit": "drop"},
     "greedy, lmmse, repaired": {"criterion": "greedy", "repair": 400},
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -153,3 +154,12 @@ def rerecord(out: Path, stage: str) -> None:
     assert record is not None
     files = [out / name for name in record.files]
     workspace.finish(stage, record.key, record.settings, files, record.seconds, list(record.notes))
+
+
+def low_rank(plan: Plan, rank: int) -> Plan:
+    """``plan`` with maps of ``rank``: the first singular vectors of each W, be they the best or not."""
+    layers = {}
+    for index, layer in plan.layers.items():
+        u, s, v = np.linalg.svd(layer.w)
+        layers[index] = LinearLayer.of_rank(u[:, :rank] * s[:rank], v[:rank], layer.b)
+    return replace(plan, layers=layers, rank=rank)

@@ -7,7 +7,8 @@
 
 1. Find (:mod:`.regions`) every layer's u and y; a planned layer without a region is an error.
 2. Prove (:mod:`.prove`) them numerically against PyTorch's activations.
-3. Replace y by MatMul(u, Wᵀ) + b; remove what is dead, the layers' KV pairs included; renumber.
+3. Replace y by MatMul(u, Wᵀ) + b, with a MatMul for each factor of a W of low rank; remove what is dead, the
+   layers' KV pairs included; renumber.
 4. Count: exactly K regions and K KV pairs gone, no dead node or initializer left, the checker and
    strict shape inference pass, and the written layers compute W u + b. Anything else is an error and
    nothing is written over.
@@ -19,6 +20,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as replace_fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -194,17 +196,28 @@ def linear_output_name(layer: int) -> str:
 
 @dataclass(frozen=True)
 class _StoredWeight:
-    """W of one layer of a plan, read when it is called for."""
+    """W of one layer of a plan, or a factor of it, read when it is called for; ``part`` begins what is named for it."""
 
     plan: Plan
     layer: int
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.plan.hidden_size, self.plan.hidden_size
+    name: str
+    shape: tuple[int, int]
+    part: str = ""
 
     def __call__(self) -> NDArray[np.float32]:
-        return self.plan.layers[self.layer].w
+        weight: NDArray[np.float32] = getattr(self.plan.layers[self.layer], self.name)
+        return weight
+
+
+def _factors(plan: Plan, layer: int) -> list[_StoredWeight]:
+    """What u is multiplied by, one after the other: W, or the factors of a W of low rank."""
+    d, rank = plan.hidden_size, plan.rank
+    if rank is None:
+        return [_StoredWeight(plan, layer, "w", (d, d))]
+    return [
+        _StoredWeight(plan, layer, "down", (rank, d), "down_"),
+        _StoredWeight(plan, layer, "up", (d, rank)),
+    ]
 
 
 def _insert(model: ir.Model, layer: int, u: ir.Value, output: Output, neighbour: ir.Node, plan: Plan) -> None:
@@ -223,8 +236,9 @@ def _insert(model: ir.Model, layer: int, u: ir.Value, output: Output, neighbour:
         numbers: NDArray[Any] | Callable[[], NDArray[Any]],
         dtype: ir.DataType,
         shape: tuple[int, ...] | None = None,
+        part: str = "",
     ) -> ir.Value:
-        name = f"{prefix}.{name}"
+        name = f"{prefix}.{part}{name}"
         tensor: ir.TensorProtocol
         if callable(numbers):
             assert shape is not None
@@ -255,11 +269,13 @@ def _insert(model: ir.Model, layer: int, u: ir.Value, output: Output, neighbour:
         nodes.append(ir.node("Cast", [u], {"to": int(dtype)}, name=f"{prefix}.cast_input"))
         x = typed(nodes[0], "input", dtype)
         x.shape = u.shape
-    nodes += product(x, _StoredWeight(plan, layer), dtype, neighbour, initialize)
-    nodes[-1].name = f"{prefix}.matmul"
-    add = ir.node(
-        "Add", [typed(nodes[-1], "product", dtype), initialize("bias", b, dtype)], name=f"{prefix}.add"
-    )
+    for factor in _factors(plan, layer):
+        nodes += product(x, factor, dtype, neighbour, partial(initialize, part=factor.part))
+        nodes[-1].name = f"{prefix}.{factor.part}matmul"
+        x = typed(nodes[-1], f"{factor.part}product", dtype)
+        if y.shape is not None:
+            x.shape = ir.Shape([*y.shape[:-1], factor.shape[0]])
+    add = ir.node("Add", [x, initialize("bias", b, dtype)], name=f"{prefix}.add")
     nodes.append(add)
     result = typed(add, "output", dtype)
     if y.dtype is not None and y.dtype != dtype:
@@ -279,7 +295,8 @@ def _compute_dtype(u: ir.Value, y: ir.Value, linear: LinearLayer, quantized: boo
     if y.dtype == ir.DataType.FLOAT and not quantized:
         return y.dtype
     if dtype == ir.DataType.FLOAT16:
-        largest = max(float(np.abs(a).max(initial=0)) for a in (linear.w, linear.b))
+        read = (linear.w, linear.b) if linear.down is None else (linear.down, linear.up, linear.b)
+        largest = max(float(np.abs(a).max(initial=0)) for a in read if a is not None)
         if largest > float(np.finfo(np.float16).max):
             return ir.DataType.FLOAT
     return dtype

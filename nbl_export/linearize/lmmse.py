@@ -83,6 +83,35 @@ def fit_lmmse(moments: LayerMoments, fit_input: FitInput, ridge: float = DEFAULT
     return LinearFit(w, b, error_of_map(w, b, c), used)
 
 
+@dataclass(frozen=True)
+class Truncated:
+    """A map of rank r as ``up`` [d, r] · ``down`` [r, d], and its b [d], float64.
+
+    ``lost`` is E‖ŷ - ŷ_r‖² / E‖y - μ_y‖²: what the truncation adds to the error of the LMMSE fit.
+    """
+
+    up: F64
+    down: F64
+    b: F64
+    lost: float
+
+
+def truncate(w: F64, b: F64, c: Covariances, rank: int) -> Truncated:
+    """The map of ``rank`` whose outputs err least from those of W u + b on the tokens that ``c`` is of.
+
+    With U the first ``rank`` eigenvectors of W C_uu Wᵀ, the covariance of what the map writes, it is U Uᵀ W: the
+    truncated singular value decomposition of W C_uu^½, which weighs each input direction by how much it varies. The
+    mean output stays what it was.
+    """
+    written = w @ c.c_uu @ w.T
+    values, vectors = np.linalg.eigh(0.5 * (written + written.T))
+    up = vectors[:, ::-1][:, :rank]
+    down = up.T @ w
+    energy = float(np.trace(c.c_vv))
+    rest = float(np.clip(values[: len(values) - rank], 0, None).sum())
+    return Truncated(up, down, b + (w - up @ down) @ c.mean_u, rest / energy if energy > 0 else 0.0)
+
+
 def error_of_map(w: F64, b: F64, c: Covariances) -> float:
     """E‖y - W u - b‖² / E‖y - μ_y‖² on the tokens that ``c`` is of, be they those of the fit or others."""
     # C_ee = C_yy - W C_xy - C_yx Wᵀ + W C_xx Wᵀ holds for any W; only its trace is needed, and the mean's error.

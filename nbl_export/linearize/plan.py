@@ -27,10 +27,20 @@ _REMEDY = "run `nbl-export select` again"
 
 @dataclass(frozen=True)
 class LinearLayer:
-    """ŷ = W u + b for one layer: ``w`` [d, d] (output × input) and ``b`` [d], float32."""
+    """ŷ = W u + b for one layer: ``w`` [d, d] (output × input) and ``b`` [d], float32.
+
+    Of a map of low rank ``up`` [d, r] and ``down`` [r, d] are kept too, whose product W is.
+    """
 
     w: F32
     b: F32
+    up: F32 | None = None
+    down: F32 | None = None
+
+    @classmethod
+    def of_rank(cls, up: F32, down: F32, b: F32) -> LinearLayer:
+        """The map up · down u + b."""
+        return cls(up @ down, b, up, down)
 
 
 @dataclass(frozen=True)
@@ -41,8 +51,9 @@ class Plan:
     ``attention_mask`` …, int64 [batch, sequence]) or images; ``probe_u`` and ``probe_y`` are what the
     original PyTorch model had as u and y there in **every** attention layer, float32 [unpadded tokens, d].
     ``layer_count`` counts all blocks, also those that have no attention. ``fit`` names the way W and b were fitted,
-    ``repair`` the steps of distillation after it; ``ridge`` is None where it was chosen layer by layer. ``adapters``
-    are what a repair changes of the weights that stay, by the name of the model's parameter.
+    ``repair`` the steps of distillation after it, ``rank`` that of every map if they were truncated; ``ridge`` is
+    None where it was chosen layer by layer. ``adapters`` are what a repair changes of the weights that stay, by the
+    name of the model's parameter.
     """
 
     model: str
@@ -59,6 +70,7 @@ class Plan:
     fit: str = "lmmse"
     repair: int = 0
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
+    rank: int | None = None
 
     @property
     def chosen(self) -> tuple[int, ...]:
@@ -82,15 +94,21 @@ class Plan:
 class _StoredLayers(Mapping[int, LinearLayer]):
     """The maps of a stored plan, each read when it is asked for: W of an 8B model's layer has 64 MiB."""
 
-    def __init__(self, stored: Mapping[str, Any], indices: Sequence[int]) -> None:
+    def __init__(self, stored: Mapping[str, Any], indices: Sequence[int], rank: int | None) -> None:
         self._stored, self._indices = stored, tuple(indices)
-        if missing := {f"layers.{i}.{name}" for i in indices for name in "wb"} - set(stored):
+        self._names = ("w", "b") if rank is None else ("up", "down", "b")
+        if missing := {f"layers.{i}.{name}" for i in indices for name in self._names} - set(stored):
             raise KeyError(min(missing))
+        for i in indices if rank is not None else ():
+            up, down = (stored[f"layers.{i}.{name}"].shape for name in ("up", "down"))
+            if len(up) != 2 or len(down) != 2 or up[1] != rank or down[0] != rank:
+                raise ValueError(f"the factors of layer {i} have the shapes {up} and {down}, not rank {rank}")
 
     def __getitem__(self, index: int) -> LinearLayer:
         if index not in self._indices:
             raise KeyError(index)
-        return LinearLayer(self._stored[f"layers.{index}.w"], self._stored[f"layers.{index}.b"])
+        arrays = {name: self._stored[f"layers.{index}.{name}"] for name in self._names}
+        return LinearLayer(**arrays) if "w" in arrays else LinearLayer.of_rank(**arrays)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._indices)
@@ -103,7 +121,8 @@ def save_plan(path: Path, plan: Plan) -> None:
     """Write ``plan.safetensors`` and then ``path`` (``plan.json``), each atomically."""
     tensors: dict[str, Any] = {f"probe.{name}": value for name, value in plan.probe.items()}
     for index, layer in plan.layers.items():
-        tensors[f"layers.{index}.w"], tensors[f"layers.{index}.b"] = layer.w, layer.b
+        names = ("w", "b") if plan.rank is None else ("up", "down", "b")
+        tensors |= {f"layers.{index}.{name}": getattr(layer, name) for name in names}
     for index in plan.probe_u:
         tensors[f"probe_u.{index}"], tensors[f"probe_y.{index}"] = plan.probe_u[index], plan.probe_y[index]
     for name, adapter in plan.adapters.items():
@@ -121,6 +140,7 @@ def save_plan(path: Path, plan: Plan) -> None:
         "fit": plan.fit,
         "ridge": plan.ridge,
         "repair": plan.repair,
+        "rank": plan.rank,
         "adapters": {name: list(adapter.digests) for name, adapter in plan.adapters.items()},
         "calibration_tokens": plan.calibration_tokens,
         "weights": weights.name,
@@ -157,12 +177,13 @@ def load_plan(path: Path) -> Plan:
             criterion=header["criterion"],
             ridge=header["ridge"],
             calibration_tokens=header["calibration_tokens"],
-            layers=_StoredLayers(stored, [int(i) for i in header["layers"]]),
+            layers=_StoredLayers(stored, [int(i) for i in header["layers"]], header.get("rank")),
             probe=groups["probe"],
             probe_u={int(i): v for i, v in groups["probe_u"].items()},
             probe_y={int(i): v for i, v in groups["probe_y"].items()},
             fit=header.get("fit", "lmmse"),
             repair=header.get("repair", 0),
+            rank=header.get("rank"),
             adapters={
                 name: Adapter(stored[f"adapters.{name}.up"], stored[f"adapters.{name}.down"], tuple(digests))
                 for name, digests in header.get("adapters", {}).items()

@@ -110,6 +110,20 @@ def check_layers(candidates: Sequence[int], layers: Sequence[int], k: int | None
     return tuple(sorted(layers))
 
 
+def check_rank(rank: int, d: int | None) -> None:
+    """Refuse a rank of maps that would make them no smaller in a model of width ``d``, None if that is not known yet.
+
+    Raises :class:`InputError`.
+    """
+    if rank < 1:
+        raise InputError(f"--rank is {rank}; it must be 1 or more.")
+    if d is not None and 2 * rank >= d:
+        raise InputError(
+            f"--rank is {rank}; two factors of that rank are no smaller than W of a model of width {d}: give less "
+            f"than {-(-d // 2)}, or leave --rank out."
+        )
+
+
 def check_k(k: int, count: int | None) -> None:
     """Refuse a K that the model of ``count`` attention layers does not have (None: not known yet)."""
     if k < 0 or (count is not None and k > count):

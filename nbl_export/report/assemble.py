@@ -56,6 +56,7 @@ def assemble(
             "ridge": plan.ridge,
             "fit": plan.fit,
             "repair": plan.repair,
+            "rank": plan.rank,
             "calibration_tokens": plan.calibration_tokens,
             "layers": list(plan.chosen),
             **scores,

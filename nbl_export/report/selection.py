@@ -50,7 +50,12 @@ def fit_in_words(selection: Mapping[str, Any]) -> str:
         by = "chosen by held-out error" if ridge is None else f"{number(ridge, 'g')}"
         words += f" on the {selection['fit_input']} input, ridge {by}"
     steps = selection.get("repair", 0)
-    return words + (f"; then {steps:,} steps of distillation" if steps else "")
+    words += f"; then {steps:,} steps of distillation" if steps else ""
+    if rank := selection.get("rank"):
+        lost = list(((selection.get("result") or {}).get("rank_lost") or {}).values())
+        words += f"; W of rank {rank}"
+        words += f", which loses at most {max(lost):.2%} of the variance of a layer's output" if lost else ""
+    return words
 
 
 def curve_points(selection: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -97,8 +102,12 @@ def curve_table(curve: Mapping[str, Any], brief: bool = False) -> Table:
 def result_table(selection: Mapping[str, Any]) -> Table:
     """What the maps that were kept cost, and what the distillation was worth; where that was measured."""
     result = selection["result"]
-    last = f"after {selection.get('repair', 0):,} steps of distillation"
-    names = {"before_repair": "as fitted", "loss": last if "before_repair" in result else "as fitted"}
+    # Each is what the one before became of.
+    names = {"before_repair": "as fitted", "before_rank": "as fitted", "loss": "as fitted"}
+    if "before_repair" in result:
+        names["before_rank"] = names["loss"] = f"after {selection.get('repair', 0):,} steps of distillation"
+    if "before_rank" in result:
+        names["loss"] = f"of rank {selection['rank']}"
     rows = tuple(
         (
             name,

@@ -309,7 +309,7 @@ def report_tables(report: Report, brief: bool = False) -> list[Table]:
     tables = [graph_table(report.graph["before"], report.graph["after"])]
     if curve_points(report.selection):
         tables.append(curve_table(report.selection["curve"], brief))
-    if report.selection.get("result"):
+    if "loss" in (report.selection.get("result") or {}):
         tables.append(result_table(report.selection))
     if report.method_loss:
         draw = likeness_table if "measures" in report.method_loss else method_table

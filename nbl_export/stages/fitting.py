@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from nbl_export.linearize.lmmse import DEFAULT_RIDGE
 from nbl_export.linearize.plan import LinearLayer
 from nbl_export.progress import Listener
@@ -119,6 +121,20 @@ class Fitting:
             measured.key(settings=settings.as_json(), layers=sorted(maps)),
             self._listener,
         )
+
+    def truncated(
+        self, maps: Mapping[int, LinearLayer], rank: int
+    ) -> tuple[dict[int, LinearLayer], dict[int, float]]:
+        """``maps`` of ``rank``, and by layer the share of the output's variance that the rest had written."""
+        from nbl_export.linearize.lmmse import branch_covariances, truncate
+
+        found, lost = {}, {}
+        for index, layer in maps.items():
+            c = branch_covariances(self._moments.layers[index], self._settings.fit_input)
+            low = truncate(layer.w.astype(np.float64), layer.b.astype(np.float64), c, rank)
+            found[index] = LinearLayer.of_rank(*(a.astype(np.float32) for a in (low.up, low.down, low.b)))
+            lost[index] = low.lost
+        return found, lost
 
     def _solve(self, layer: int, moments: LayerMoments) -> LinearFit:
         from nbl_export.linearize.lmmse import fit_lmmse, ridge_by_heldout_error

@@ -24,7 +24,7 @@ def select(run: Run, settings: SelectSettings) -> Plan:
     """Moments → plan: score every layer, choose K, keep their W and b with the proof's evidence."""
     from nbl_export.calibrate.moments import load_moments
     from nbl_export.linearize.plan import save_plan
-    from nbl_export.linearize.select import check_layers, predicted_excess, score_layers
+    from nbl_export.linearize.select import check_layers, check_rank, predicted_excess, score_layers
     from nbl_export.models.layers import FULL, positions
     from nbl_export.stages.choosing import Choosing, choose
     from nbl_export.stages.fitting import Fitting
@@ -41,6 +41,8 @@ def select(run: Run, settings: SelectSettings) -> Plan:
 
     def work(listener: Listener) -> list[Path]:
         moments, metadata = load_moments(ws.moments)
+        if settings.rank is not None:
+            check_rank(settings.rank, len(next(iter(moments.layers.values())).x))
         measured = Measured(run, calibrated.key, settings.fit_input, listener)
         dtype = metadata.get("dtype", "float32")
         fitting = Fitting(moments, measured, settings, listener, lambda: run.model.in_dtype(dtype))
@@ -61,7 +63,7 @@ def select(run: Run, settings: SelectSettings) -> Plan:
 
             chosen, curve = choose(choosing, candidates, settings, speeds, listener)
             predicted = predicted_excess(candidates, chosen)
-        plan, result = _fitted(empty, chosen, fitting, settings, measured, predicted)
+        plan, result = _fitted(empty, chosen, fitting, settings, measured, predicted, run.model.task.causal)
         save_plan(ws.plan, plan)
         ws.repair_checkpoint.unlink(missing_ok=True)
         kinds = metadata.get("kinds", {})
@@ -81,22 +83,31 @@ def _fitted(
     settings: SelectSettings,
     measured: Measured,
     predicted: float | None,
+    decoder: bool,
 ) -> tuple[Plan, dict[str, Any] | None]:
     """The plan of the layers chosen, and what it costs on the selection text.
 
-    That is measured where it is not known from choosing, or where it was ``predicted`` (the excess, in nats).
+    That is measured of a ``decoder`` where it is not known from choosing, or where it was ``predicted`` (the excess,
+    in nats).
     """
     maps = fitting.final(chosen)
     plan = replace(empty, layers=maps)
-    if not chosen or not (settings.repair or settings.fit == "sequential" or predicted is not None):
+    if not chosen:
         return plan, None
     result: dict[str, Any] = {} if predicted is None else {"predicted_excess": predicted}
-    before = measured.loss_of(plan)
-    if not settings.repair:
-        return plan, result | {"loss": before.as_json()}
-    repaired = fitting.repaired(maps)
-    plan = replace(plan, layers=repaired.maps, adapters=repaired.adapters)
-    return plan, result | {"loss": measured.loss_of(plan).as_json(), "before_repair": before.as_json()}
+    if settings.repair:
+        result["before_repair"] = measured.loss_of(plan).as_json()
+        repaired = fitting.repaired(maps)
+        plan = replace(plan, layers=repaired.maps, adapters=repaired.adapters)
+    if settings.rank is not None:
+        if decoder:
+            result["before_rank"] = measured.loss_of(plan).as_json()
+        maps, lost = fitting.truncated(plan.layers, settings.rank)
+        plan = replace(plan, layers=maps)
+        result["rank_lost"] = {str(layer): share for layer, share in lost.items()}
+    if decoder and (result or settings.fit == "sequential"):
+        result["loss"] = measured.loss_of(plan).as_json()
+    return plan, result or None
 
 
 def _plan(
@@ -119,4 +130,5 @@ def _plan(
         probe_y=probe.y,
         fit=settings.fit,
         repair=settings.repair,
+        rank=settings.rank,
     )

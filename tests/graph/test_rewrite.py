@@ -32,7 +32,7 @@ from nbl_export.runtime.stream import PastStream
 from nbl_export.runtime.torch import TorchDecoder
 from nbl_export.verify.parity import compare_streams, gates_for
 from nbl_export.workspace import Workspace
-from tests.fixtures_graph import maps_in_place, pad_left, plan_by_hand, ragged_rows
+from tests.fixtures_graph import low_rank, maps_in_place, pad_left, plan_by_hand, ragged_rows
 from tests.graph.conftest import Variant
 
 LAYERS, WIDTH, KV_WIDTH = 5, 64, 32  # stories260K
@@ -289,3 +289,25 @@ def test_count_refuses_what_was_not_planned(stories_out: Path, tmp_path: Path) -
     model = load_graph(path)
     with pytest.raises(BuildError, match="1 dead initializers, expected 0"):
         count(model, result.before, summarize(model, path), plan_by_hand(stories_out, (1,)))
+
+
+# rank --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fit_input", ["normed", "residual"])
+def test_maps_of_low_rank_are_written_as_two_factors(
+    stories_out: Path, stories_model: Any, tmp_path: Path, fit_input: FitInput
+) -> None:
+    plan = low_rank(plan_by_hand(stories_out, (1, 3), fit_input), 8)
+    path = tmp_path / "model.onnx"
+    rewrite_file(baseline(stories_out), plan, path)
+    assert_computes_the_plan(path, stories_model, plan, prompts(stories_out, (40, 27, 12)), 3)
+    assert_clean(path, [0, 2, 4], LAYERS)
+    arrays = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(str(path)).graph.initializer}
+    for layer, linear in plan.layers.items():
+        assert linear.up is not None and linear.down is not None
+        np.testing.assert_array_equal(arrays[f"layers.{layer}.nbl_linear.down_weight"], linear.down.T)
+        np.testing.assert_array_equal(arrays[f"layers.{layer}.nbl_linear.weight"], linear.up.T)
+    before, after = (p.with_name("model.onnx.data").stat().st_size for p in (baseline(stories_out), path))
+    saved = 4 * (2 * WIDTH * WIDTH + 2 * WIDTH * KV_WIDTH - 2 * 8 * WIDTH)
+    assert abs(before - after - 2 * saved) <= 8192

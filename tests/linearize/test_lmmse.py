@@ -22,6 +22,7 @@ from nbl_export.linearize.lmmse import (
     fit_lmmse,
     ridge_by_heldout_error,
     stream_covariances,
+    truncate,
 )
 
 FIT_INPUTS: tuple[FitInput, ...] = ("normed", "residual")
@@ -414,3 +415,39 @@ def test_a_ridge_is_chosen_among_a_few_by_default() -> None:
     assert ridge_by_heldout_error(first, other, "normed") in RIDGES
     with pytest.raises(UnusableMoments):
         ridge_by_heldout_error(moments(*related(12, 1)), other, "normed")
+
+
+# rank --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [1, 3, 6])
+def test_a_truncated_map_errs_least_of_its_rank(rank: int) -> None:
+    h, x, y = activations()
+    fit, c = fit_lmmse(moments(h, x, y), "normed"), branch_covariances(moments(h, x, y), "normed")
+    low = truncate(fit.w, fit.b, c, rank)
+    assert low.up.shape == (7, rank) and low.down.shape == (rank, 7)
+    # What is lost is what the rows lose, and adds to the error of the fit.
+    written, kept = x @ fit.w.T + fit.b, x @ (low.up @ low.down).T + low.b
+    energy = ((y - y.mean(0)) ** 2).sum()
+    assert low.lost == pytest.approx(((written - kept) ** 2).sum() / energy, rel=1e-6)
+    assert error_of_map(low.up @ low.down, low.b, c) == pytest.approx(fit.nmse + low.lost, rel=1e-4)
+    np.testing.assert_allclose(kept.mean(0), y.mean(0), atol=1e-10)
+    # By the singular values of the outputs themselves: nothing of that rank loses less.
+    values = np.linalg.svd(written - written.mean(0), compute_uv=False)
+    assert low.lost == pytest.approx((values[rank:] ** 2).sum() / energy, rel=1e-6)
+    # The plain singular value decomposition of W does not know which inputs vary.
+    u, s, v = np.linalg.svd(fit.w)
+    plain = (u[:, :rank] * s[:rank]) @ v[:rank]
+    centred = (x - x.mean(0)) @ (fit.w - plain).T
+    assert low.lost < (centred**2).sum() / energy
+
+
+def test_a_map_of_full_rank_and_one_of_nothing_lose_nothing() -> None:
+    h, x, y = activations()
+    fit, c = fit_lmmse(moments(h, x, y), "residual"), branch_covariances(moments(h, x, y), "residual")
+    whole = truncate(fit.w, fit.b, c, 7)
+    np.testing.assert_allclose(whole.up @ whole.down, fit.w, atol=1e-10)
+    assert whole.lost == 0
+    nothing = truncate(np.zeros((7, 7)), fit.b, c, 2)
+    assert not (nothing.up @ nothing.down).any() and nothing.lost == 0
+    np.testing.assert_array_equal(nothing.b, fit.b)

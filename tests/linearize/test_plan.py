@@ -266,3 +266,36 @@ def test_a_save_that_fails_half_way_leaves_no_mixture(path: Path) -> None:
     with pytest.raises(ValueError):
         save_plan(path, replace(make_plan(seed=1), ridge=float("nan")))
     assert "does not match plan.json" in refusal(path)
+
+
+# rank --------------------------------------------------------------------------------------------
+
+
+def of_rank(rank: int) -> Plan:
+    plan = make_plan()
+    layers = {
+        i: LinearLayer.of_rank(np.ascontiguousarray(m.w[:, :rank]), np.ascontiguousarray(m.w[:rank]), m.b)
+        for i, m in plan.layers.items()
+    }
+    return replace(plan, layers=layers, rank=rank)
+
+
+def test_a_plan_of_low_rank_keeps_the_factors_alone(tmp_path: Path) -> None:
+    plan, path = of_rank(2), tmp_path / "plan.json"
+    save_plan(path, plan)
+    stored = load_file(path.with_suffix(".safetensors"))
+    assert {n for n in stored if n.startswith("layers.1.")} == {f"layers.1.{n}" for n in ("up", "down", "b")}
+    loaded = load_plan(path)
+    assert loaded.rank == 2
+    for index, layer in plan.layers.items():
+        for name in ("w", "b", "up", "down"):
+            np.testing.assert_array_equal(getattr(loaded.layers[index], name), getattr(layer, name))
+
+
+def test_factors_of_another_rank_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    save_plan(path, of_rank(2))
+    edit_json(path, rank=3)
+    assert "the factors of layer 1 have the shapes (6, 2) and (2, 6), not rank 3" in refusal(path)
+    edit_json(path, rank=None)
+    assert "layers.1.w" in refusal(path)

@@ -49,6 +49,14 @@ def test_the_maps_that_were_kept_have_a_table_where_they_were_measured(report: R
         ("as fitted", f"{exp(0.25):.4f} ± {exp(0.25) * 0.05:.4f}", "0.5000 ± 0.0400"),
         ("after 1,500 steps of distillation", ratio, "0.2500 ± 0.0300"),
     )
+    ranked = {**selection, "rank": 96, "result": {"loss": LOSS, "before_rank": BEFORE}}
+    assert [row[0] for row in result_table(ranked).rows] == ["as fitted", "of rank 96"]
+    ranked["result"] = {"loss": LOSS, "before_rank": LOSS, "before_repair": BEFORE}
+    assert [row[0] for row in result_table(ranked).rows] == [
+        "as fitted",
+        "after 1,500 steps of distillation",
+        "of rank 96",
+    ]
     predicted = result_table({**selection, "result": {"loss": LOSS, "predicted_excess": 0.1}})
     assert predicted.rows == (("as predicted, layer by layer", f"{exp(0.1):.4f}", "–"), *alone.rows)
     for brief in (False, True):
@@ -67,6 +75,10 @@ def test_fits_in_words() -> None:
     assert fit_in_words(said) == (
         "the weighted fit (tokens by 1/‖h‖²) on the residual input, ridge chosen by held-out error; "
         "then 200 steps of distillation"
+    )
+    ranked = {**said, "rank": 96, "result": {"rank_lost": {"3": 0.001, "7": 0.0123}}}
+    assert fit_in_words(ranked).endswith(
+        "distillation; W of rank 96, which loses at most 1.23% of the variance of a layer's output"
     )
     assert fit_in_words({**said, "fit": "drop", "repair": 0}) == "nil (the layers are left out)"
     # What a report of an earlier version says.

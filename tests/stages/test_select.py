@@ -19,6 +19,7 @@ import torch
 from nbl_export import api
 from nbl_export.calibrate.text import load_text
 from nbl_export.errors import BudgetError, InputError
+from nbl_export.graph.io import load_graph
 from nbl_export.linearize.adapters import Adapter, adapted
 from nbl_export.linearize.lmmse import FitName
 from nbl_export.linearize.loss import LossMeter
@@ -615,3 +616,49 @@ def test_what_suits_each_task() -> None:
         api.SelectSettings(layers=(1,)),
     ):
         allowed.for_task("feature-extraction")
+
+
+# rank --------------------------------------------------------------------------------------------
+
+
+def test_maps_of_a_rank_are_two_products_in_the_graph_and_their_cost_is_told(
+    out: Path, stories_folder: Path
+) -> None:
+    whole = select(out, api.SelectSettings(k=2, repair=5))
+    plan = select(out, api.SelectSettings(k=2, repair=5, rank=12))
+    assert plan.chosen == whole.chosen and plan.rank == 12 and set(plan.adapters) == set(whole.adapters)
+    result = candidates(out)["result"]
+    for index, layer in plan.layers.items():
+        assert np.linalg.matrix_rank(layer.w) == 12 < np.linalg.matrix_rank(whole.layers[index].w)
+        assert 0 < result["rank_lost"][str(index)] < 0.5
+    model = load(stories_folder)
+    for name, maps in (("before_rank", whole.layers), ("loss", plan.layers)):
+        by_hand = kl_by_hand(out, model, maps, plan.adapters)
+        assert result[name]["kl"] == pytest.approx(by_hand, rel=5e-3)
+    assert result["loss"]["kl"] != result["before_rank"]["kl"]
+    api.rewrite(out)
+    report = api.verify(out, QUICK)
+    assert report.passed, report.checks
+    graph = load_graph(out / "model.onnx")
+    weights = {n: v.shape for n, v in graph.graph.initializers.items() if "nbl_linear" in n}
+    for index in plan.chosen:
+        assert weights[f"layers.{index}.nbl_linear.down_weight"] == (64, 12)
+        assert weights[f"layers.{index}.nbl_linear.weight"] == (12, 64)
+    text = (out / "report" / "report.md").read_text()
+    assert "W of rank 12, which loses at most" in text and "| of rank 12 |" in text
+    (facts,) = api.inspect(out / "nbl" / "plan.json")
+    assert dict(facts.rows)["rank"] == "12"  # type: ignore[arg-type]
+
+
+def test_a_rank_that_makes_nothing_smaller_is_refused(out: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--rank is 32; .* of a model of width 64: give less than 32"):
+        select(out, api.SelectSettings(k=2, rank=32))
+    for rank in (0, -3):
+        with pytest.raises(InputError, match=f"--rank is {rank}; it must be 1 or more"):
+            api.SelectSettings(k=2, rank=rank).check()
+
+
+def test_a_rank_is_refused_before_calibration(stories_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--rank is 40"):
+        api.run(stories_folder, tmp_path / "out", api.SelectSettings(k=1, rank=40))
+    assert not (tmp_path / "out" / "nbl" / "moments.safetensors").exists()
