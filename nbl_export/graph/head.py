@@ -7,6 +7,9 @@ times wider than a model. Only who scores a text needs them all, so which are ma
 
 by the name that other tools use for it. It has a default, so a program that does not know it need not give it:
 onnxruntime takes an input that is an initializer too as one that may be overridden, and TensorRT as a constant.
+
+That default is all. onnxruntime-genai, which can give no such input, pads a batch on the right and takes each row's
+last logits itself: from a graph that makes those of the last position only it generates after the padding.
 """
 
 from __future__ import annotations

@@ -76,6 +76,30 @@ def test_its_own_graphs_take_the_optional_input_and_generate_all_the_same(
     np.testing.assert_allclose(last, whole[:, -1:], rtol=0, atol=1e-4)
 
 
+@pytest.mark.client
+def test_a_ragged_batch_gives_each_prompt_what_it_gives_alone(stories_copy: Path) -> None:
+    """It pads on the right and reads every row's last logits: what a graph of the last position would not have."""
+    genai = pytest.importorskip(
+        "onnxruntime_genai", reason="needs onnxruntime-genai: pip install 'nbl-export[genai]'"
+    )
+    model = genai.Model(str(stories_copy))
+    tokenizer = genai.Tokenizer(model)
+
+    def tokens(prompts: list[str]) -> list[list[int]]:
+        parameters = genai.GeneratorParams(model)
+        parameters.set_search_options(max_length=64, do_sample=False, batch_size=len(prompts))
+        generator = genai.Generator(model, parameters)
+        generator.append_tokens(tokenizer.encode_batch(prompts))
+        for _ in range(12):
+            generator.generate_next_token()
+        return [[int(t) for t in generator.get_sequence(i)[-12:]] for i in range(len(prompts))]
+
+    prompts = ["Once upon a time", "One day a little girl named Lily found a big"]
+    alone = [tokens([prompt])[0] for prompt in prompts]
+    assert alone[0] != alone[1]
+    assert tokens(prompts) == alone
+
+
 def generated(folder: Path, prompt: list[int]) -> list[int]:
     """What onnxruntime-genai generates from ``folder``, greedily."""
     genai = pytest.importorskip(
