@@ -6,7 +6,8 @@ kl         KL of the model with that layer alone replaced
 drop       the same with the layer left out (W = 0, b = 0): the baseline that users know as layer dropping
 linearity  the layer's own error times a measured sensitivity (arXiv 2411.17525): the perplexity's increase is
            predicted as Σ α_l t_l², with t_l² the share of layer l's output that the fit misses (its NMSE) and α_l
-           measured by noise of a known share
+           the KL by noise of a known share: what ln perplexity rises by on text of the model's own, without the
+           chance of which words came
 greedy     one layer after the other, each the one that costs least given those taken
 
 Greedy search is lazy: what a layer adds to the loss mostly grows as others are taken, so a layer's last known
@@ -26,9 +27,9 @@ from nbl_export.linearize.loss import Loss, LossMeter
 from nbl_export.linearize.plan import LinearLayer
 from nbl_export.models.layers import AttentionLayer
 
-# The share of a layer's output that is replaced by noise to measure its sensitivity. The theorem is about small
-# errors; smaller ones drown in the rounding of bfloat16.
-NOISE = 0.05
+# The share of a layer's output that is noise when its sensitivity is measured: about what fits miss. The theorem is
+# about small errors, but a twentieth of the output drowned in the rounding of bfloat16, and ranked layers by chance.
+NOISE = 0.5
 # Additions measured for each layer that greedy search takes, at most.
 GREEDY_TRIES = 8
 

@@ -27,7 +27,7 @@ class Candidate:
     ``nmse`` in [0, 1] is of the fit itself; ``cca`` in [0, d] is the paper's bound. ``ridge`` and
     ``cca_ridge`` are the λ that the two Cholesky factorizations needed. What was measured with the layer alone
     changed, in nats, is None where the criterion does not ask for it: ``kl`` of its replacement, ``drop`` of leaving
-    it out, ``sensitivity`` to noise, per share of the output, and ``predicted`` = nmse × the excess' sensitivity.
+    it out, ``sensitivity``: the KL by noise, per share of the output, and ``predicted`` = nmse × sensitivity.
     """
 
     layer: int

@@ -90,7 +90,7 @@ def layers_table(selection: Mapping[str, Any], proofs: Sequence[Mapping[str, Any
 _MEANING = {
     "kl": "KL: to the original, with that layer alone replaced; greedy search takes layers one after the other, so "
     "that its order is another.",
-    "sensitivity": "Sensitivity: increase of the log-likelihood's loss by noise, for each share of the layer's output.",
+    "sensitivity": "Sensitivity: KL by noise in the layer's output, for each share of its variance.",
     "predicted": "Predicted loss: sensitivity × NMSE.",
     "drop": "KL when left out: to the original, with that layer's attention writing nothing.",
 }

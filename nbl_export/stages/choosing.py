@@ -83,20 +83,20 @@ class Choosing:
         return replace(candidate, drop=loss.kl, drop_se=loss.kl_se)
 
     def _linearity(self, candidate: Candidate) -> Candidate:
-        from nbl_export.linearize.search import sensitivity
+        from nbl_export.linearize.search import NOISE, sensitivity
         from nbl_export.models.layers import attention_layer
 
         measured = self._measured
         layer = attention_layer(measured.model, candidate.layer)
         energy = self._fitting.energy(candidate.layer)
-        loss = measured.cache(what="noise").get(
+        loss = measured.cache(what="noise", share=NOISE).get(
             str(candidate.layer), lambda: sensitivity(measured.meter, layer, energy)
         )
         return replace(
             candidate,
-            sensitivity=loss.excess,
-            sensitivity_se=loss.excess_se,
-            predicted=loss.excess * candidate.nmse,
+            sensitivity=loss.kl,
+            sensitivity_se=loss.kl_se,
+            predicted=loss.kl * candidate.nmse,
         )
 
     def prefix(self, candidates: Sequence[Candidate]) -> Prefix:

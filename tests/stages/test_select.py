@@ -271,6 +271,10 @@ def test_what_a_loss_depends_on_is_measured_anew(out: Path, measured: list[int])
         assert len(measured) == (2 if "repair" in change else 1), "the final maps alone"
     measured.clear()
     select(out, api.SelectSettings(k=1, criterion="linearity"))
+    for c in candidates(out)["candidates"]:
+        # A divergence, which chance cannot make negative as it can the likelihood of so little text.
+        assert c["sensitivity"] > 0 and c["sensitivity_se"] > 0
+        assert c["predicted"] == pytest.approx(c["sensitivity"] * c["nmse"])
     select(out, api.SelectSettings(k=2, criterion="linearity", fit="weighted"))
     assert len(measured) == 5 + 2, (
         "sensitivities depend on no fit; what was predicted of each plan is measured"
