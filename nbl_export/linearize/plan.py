@@ -91,12 +91,17 @@ class Plan:
         return replace(self, layers={}, adapters={})
 
 
+def _stored_names(rank: int | None) -> tuple[str, ...]:
+    """The arrays that are stored of each map: W itself, or its factors."""
+    return ("w", "b") if rank is None else ("up", "down", "b")
+
+
 class _StoredLayers(Mapping[int, LinearLayer]):
     """The maps of a stored plan, each read when it is asked for: W of an 8B model's layer has 64 MiB."""
 
     def __init__(self, stored: Mapping[str, Any], indices: Sequence[int], rank: int | None) -> None:
         self._stored, self._indices = stored, tuple(indices)
-        self._names = ("w", "b") if rank is None else ("up", "down", "b")
+        self._names = _stored_names(rank)
         if missing := {f"layers.{i}.{name}" for i in indices for name in self._names} - set(stored):
             raise KeyError(min(missing))
         for i in indices if rank is not None else ():
@@ -121,8 +126,7 @@ def save_plan(path: Path, plan: Plan) -> None:
     """Write ``plan.safetensors`` and then ``path`` (``plan.json``), each atomically."""
     tensors: dict[str, Any] = {f"probe.{name}": value for name, value in plan.probe.items()}
     for index, layer in plan.layers.items():
-        names = ("w", "b") if plan.rank is None else ("up", "down", "b")
-        tensors |= {f"layers.{index}.{name}": getattr(layer, name) for name in names}
+        tensors |= {f"layers.{index}.{name}": getattr(layer, name) for name in _stored_names(plan.rank)}
     for index in plan.probe_u:
         tensors[f"probe_u.{index}"], tensors[f"probe_y.{index}"] = plan.probe_u[index], plan.probe_y[index]
     for name, adapter in plan.adapters.items():

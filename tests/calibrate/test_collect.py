@@ -240,25 +240,29 @@ def interrupted(model: Any, tokens: np.ndarray, tmp_path: Path) -> Checkpoint:
     return checkpoint
 
 
+def begun_anew(
+    model: Any, tokens: np.ndarray, checkpoint: Checkpoint, fingerprint: str = FINGERPRINT
+) -> Moments:
+    """The moments of a run that finds a ``checkpoint`` of something else, and takes nothing from it."""
+    listener = Recorder()
+    moments = collect_moments(model, tokens, fingerprint, checkpoint, listener)
+    assert listener.start == (ROWS * LENGTH, 0)
+    return moments
+
+
 def test_a_checkpoint_of_other_tokens_is_ignored(
     model: Any, tokens: np.ndarray, interrupted: Checkpoint
 ) -> None:
     other = tokens.copy()
     other[-1, -1] = (other[-1, -1] + 1) % 256
-    listener = Recorder()
-    moments = collect_moments(model, other, FINGERPRINT, interrupted, listener)
-    assert listener.start == (ROWS * LENGTH, 0)
-    assert_same(moments, collect_moments(model, other, FINGERPRINT))
+    assert_same(begun_anew(model, other, interrupted), collect_moments(model, other, FINGERPRINT))
 
 
 def test_a_checkpoint_in_another_dtype_is_ignored(
     model: Any, tokens: np.ndarray, interrupted: Checkpoint
 ) -> None:
-    listener = Recorder()
     half = in_precision(model, "bfloat16")
-    moments = collect_moments(half, tokens, FINGERPRINT, interrupted, listener)
-    assert listener.start == (ROWS * LENGTH, 0)
-    assert_same(moments, collect_moments(half, tokens, FINGERPRINT))
+    assert_same(begun_anew(half, tokens, interrupted), collect_moments(half, tokens, FINGERPRINT))
 
 
 def test_moments_of_a_model_in_bfloat16_are_near_those_in_float32(
@@ -277,10 +281,7 @@ def test_moments_of_a_model_in_bfloat16_are_near_those_in_float32(
 def test_a_checkpoint_of_another_model_is_ignored(
     model: Any, tokens: np.ndarray, whole: Moments, interrupted: Checkpoint
 ) -> None:
-    listener = Recorder()
-    moments = collect_moments(model, tokens, "0" * 64, interrupted, listener)
-    assert listener.start == (ROWS * LENGTH, 0)
-    assert_same(moments, whole)
+    assert_same(begun_anew(model, tokens, interrupted, "0" * 64), whole)
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "foreign", "one bit"])

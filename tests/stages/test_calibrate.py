@@ -58,7 +58,7 @@ def test_auto_is_what_the_machine_is_fastest_in(
         np.testing.assert_array_equal(probes[0].y[index], probes[1].y[index])
 
 
-def test_an_interrupted_calibration_is_not_gone_on_with_in_another_dtype_of_the_settings(
+def test_another_dtype_is_another_calibration(
     stories_folder: Path, tmp_path: Path, settings: api.CalibrateSettings
 ) -> None:
     calibrated(stories_folder, tmp_path / "out", replace(settings, dtype="float32"))
