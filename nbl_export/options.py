@@ -197,9 +197,10 @@ PrecisionOpt = Annotated[
     ),
 ]
 CacheOpt = Annotated[
-    Literal["concat", "static", "none"] | None,
+    Literal["concat", "shared", "static", "none"] | None,
     _option(
-        "concat grows the KV cache; static writes it in place (opset 24); none computes all tokens each time.",
+        "concat grows the KV cache; shared is for ONNX Runtime alone, and fastest there; static writes it in place "
+        "(opset 24); none computes all tokens each time.",
         "--kv-cache",
         panel=_GRAPH,
         metavar="NAME",

@@ -182,13 +182,17 @@ class ExportSettings:
         return replace(self, kv_cache="none")
 
     def check_tensorrt(self) -> None:
-        """Raise :class:`InputError` if TensorRT does not take this exporter's graphs."""
+        """Raise :class:`InputError` if TensorRT does not take the graphs that these settings make."""
         from nbl_export.export.choices import choices_of
 
-        if why := choices_of(self.exporter).tensorrt:
+        choices = choices_of(self.exporter)
+        if (self.kv_cache or choices.caches[0]) in choices.fused:
+            whose = (
+                f"--exporter {self.exporter}" if self.exporter != "torch" else f"--kv-cache {self.kv_cache}"
+            )
             raise InputError(
-                f"TensorRT does not take the graphs of --exporter {self.exporter}: {why}. Build engines with "
-                "--exporter torch."
+                f"TensorRT does not take the graphs of {whose}: their operators, such as GroupQueryAttention, are "
+                "onnxruntime's own. Build engines with --exporter torch and --kv-cache static or concat."
             )
 
 

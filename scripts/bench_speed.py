@@ -2,11 +2,12 @@
 
     python scripts/bench_speed.py MODEL CALIBRATION [--k 8 12] [--out DIR]
 
-Calibrates once, chooses K layers for each --k, and rewrites the graphs of this package's exporter in fp32 and of
-onnxruntime-genai's builder in fp32 and int4 by the same plans. Then `nbl-export bench` times in every cell, in turn:
-base and linearized graph, the same layers left out, PyTorch (eager and compiled), the genai pairs, the graph that
-optimum exports (with NBL_EXPORT_OPTIMUM_PYTHON set), and the graph with the other K. What is made is kept in DIR; the
-table is DIR/speed.md, the plot DIR/speed.png, all figures DIR/kK/report/bench.json, the last K's report has them too.
+Calibrates once, chooses K layers for each --k, and rewrites the graphs of this package's exporter in fp32, its cache
+growing or shared, and of onnxruntime-genai's builder in fp32 and int4 by the same plans. Then `nbl-export bench` times
+in every cell, in turn: base and linearized graph, the same layers left out, PyTorch (eager and compiled), the shared and
+the genai pairs, the graph that optimum exports (with NBL_EXPORT_OPTIMUM_PYTHON set), and the graph with the other K.
+What is made is kept in DIR; the table is DIR/speed.md, the plot DIR/speed.png, all figures DIR/kK/report/bench.json, the
+last K's report has them too.
 
 On a machine with an NVIDIA GPU the same is run on it afterwards, with TensorRT engines and the CUDA provider; elsewhere
 the reason for leaving that out is printed.
@@ -25,7 +26,12 @@ from nbl_export.export.optimum import VARIABLE
 from nbl_export.report.bench import BenchReport
 from nbl_export.terminal import TerminalListener
 
-FORMS = {"torch": ("torch", "fp32"), "genai fp32": ("genai", "fp32"), "genai int4": ("genai", "int4")}
+FORMS = {
+    "torch": api.ExportSettings(),
+    "shared": api.ExportSettings(kv_cache="shared"),
+    "genai fp32": api.ExportSettings(exporter="genai"),
+    "genai int4": api.ExportSettings("int4", exporter="genai"),
+}
 PEERS = ("dropped", "eager", "compile")
 
 
@@ -35,13 +41,13 @@ def prepared(arguments: argparse.Namespace, k: int) -> dict[str, Path]:
     text = api.CalibrateSettings(tuple(arguments.calibration), arguments.samples, 512, 1, 16)
     api.calibrate(arguments.model, start, text, TerminalListener())
     folders: dict[str, Path] = {}
-    for name, (exporter, precision) in FORMS.items():
+    for name, form in FORMS.items():
         folder = arguments.out / (f"k{k}" if name == "torch" else f"k{k}-{name.replace(' ', '-')}")
         if not folder.exists():
             shutil.copytree(folders.get("torch", start), folder, ignore=_only_plan)
         if name == "torch":
             api.select(folder, api.SelectSettings(k=k, criterion=arguments.criterion), TerminalListener())
-        api.export(folder, api.ExportSettings(precision=precision, exporter=exporter), TerminalListener())
+        api.export(folder, form, TerminalListener())
         api.rewrite(folder, TerminalListener())
         folders[name] = folder
     return folders
@@ -87,6 +93,10 @@ ASKED = [
     "linearized/prefill 2048/1.20",
     "linearized/prefill 8192/1.38",
     "linearized/decode 4096/1.10",
+    "shared, linearized/prefill 512/1.12",
+    "shared, linearized/prefill 2048/1.20",
+    "shared, linearized/prefill 8192/1.38",
+    "shared, linearized/decode 4096/1.10",
     "genai int4, linearized/decode 4096/1.30",
     "optimum/prefill 512/1.35",
 ]

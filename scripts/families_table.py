@@ -28,6 +28,7 @@ TESTS, TARGET = "tests/test_families.py", ROOT / "docs" / "families.md"
 _GRAPHS = {
     f"{p} {c}": ("test_graph", f"{c}-{p}") for p in ("fp32", "fp16", "bf16") for c in ("concat", "static")
 }
+_GRAPHS["fp32 shared"] = ("test_graph", "shared-fp32")
 _ENGINES = {f"engine {c}": ("test_engine", c) for c in ("concat", "static")}
 _OTHERS = {e.replace("-", " "): ("test_other_exporter", e) for e in ("genai-fp32", "genai-int4", "optimum")}
 COLUMNS = {**_GRAPHS, **_ENGINES, **_OTHERS}

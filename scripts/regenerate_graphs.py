@@ -33,7 +33,7 @@ from transformers import (
 
 from nbl_export.calibrate.probe import probe_model
 from nbl_export.errors import MissingDependencyError
-from nbl_export.export.forms import STATIC
+from nbl_export.export.forms import SHARED, STATIC
 from nbl_export.export.genai import export_genai
 from nbl_export.export.optimum import export_optimum, find_optimum
 from nbl_export.export.torch import export_torch
@@ -91,6 +91,7 @@ def _readable(folder: Path) -> Path:
 
 EXPORTERS: dict[str, Callable[[Any], Callable[[Path], object]]] = {
     "torch": lambda model: lambda path: export_torch(model, path),
+    "torch-shared": lambda model: lambda path: export_torch(model, path, form=SHARED),
     "torch-static": lambda model: lambda path: export_torch(model, path, form=STATIC),
     "genai": lambda model: _handed(model, lambda f, out: export_genai(f, out, "fp32", Silent())),
     "genai-int4": lambda model: _handed(model, lambda f, out: export_genai(f, out, "int4", Silent())),

@@ -9,20 +9,20 @@ from nbl_export.errors import InputError
 
 @dataclass(frozen=True)
 class Choices:
-    """An exporter's precisions and forms of the KV cache, the default first, and whether TensorRT takes its graphs."""
+    """An exporter's precisions and forms of the KV cache, the default first.
+
+    ``fused`` are the caches with which its graphs have operators of onnxruntime's own, such as GroupQueryAttention,
+    that TensorRT does not take.
+    """
 
     precisions: tuple[str, ...]
     caches: tuple[str, ...]
-    tensorrt: str | None = None  # why not
+    fused: frozenset[str] = frozenset()
 
 
 EXPORTERS = {
-    "torch": Choices(("fp32", "fp16", "bf16"), ("concat", "static", "none")),
-    "genai": Choices(
-        ("fp32", "fp16", "bf16", "int4"),
-        ("concat",),
-        "its operators, such as GroupQueryAttention, are onnxruntime's own",
-    ),
+    "torch": Choices(("fp32", "fp16", "bf16"), ("concat", "shared", "static", "none"), frozenset({"shared"})),
+    "genai": Choices(("fp32", "fp16", "bf16", "int4"), ("concat",), frozenset({"concat"})),
     "optimum": Choices(("fp32",), ("concat",)),
 }
 

@@ -1,9 +1,11 @@
-"""How an exported decoder keeps its KV cache: it grows by concatenation, is a static buffer, or there is none.
+"""How an exported decoder keeps its KV cache: it grows, by concatenation or in place, is a static buffer, or is none.
 
 An encoder has no cache; its form (:mod:`.encoder`) follows from its task and its inputs.
 
 ``concat``  position_ids, attention_mask over past and sequence; past [B, H, past, D] goes in, present
             [B, H, past + sequence, D] comes out. Padding on the left. ONNX opset 23.
+``shared``  as concat, but one buffer may be past and present at once, and each row has its own length, which its
+            mask counts: padding on the right. GroupQueryAttention, which only onnxruntime has.
 ``none``    no cache: the whole text goes in each time. Padding on the left. ONNX opset 23.
 ``static``  past and present are one buffer [B, H, max, D]; a token's keys and values are written at
             ``write_indices[b] + i`` (`TensorScatter`) and a query sees the places up to its own. Padding
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -50,7 +52,8 @@ class CachedDecoder(torch.nn.Module):
 class Form:
     """One way to keep a cache. ``inputs`` are those before the cache, in order, with their dimensions.
 
-    ``outputs`` are those before the cache; ``examples`` what to trace with instead of zeros.
+    ``outputs`` are those before the cache; ``examples`` what to trace with instead of zeros. ``grouped`` graphs have
+    onnxruntime's GroupQueryAttention in place of the standard operators.
     """
 
     name: str
@@ -63,6 +66,7 @@ class Form:
         default_factory=lambda: {"logits": {0: BATCH, 1: SEQUENCE}}
     )
     examples: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    grouped: bool = False
 
     def capture(self, decoder: CachedDecoder) -> torch.export.ExportedProgram:
         """Trace ``decoder``, every dimension named here being dynamic."""
@@ -233,6 +237,7 @@ CONCAT = Form(
     present={0: BATCH, 2: TOTAL},
     module=_Concat,
 )
+SHARED = replace(CONCAT, name="shared", grouped=True)
 NONE = Form(
     "none",
     23,
@@ -249,4 +254,4 @@ STATIC = Form(
     present={0: BATCH, 2: MAX},
     module=_Static,
 )
-FORMS = {form.name: form for form in (CONCAT, STATIC, NONE)}
+FORMS = {form.name: form for form in (CONCAT, SHARED, STATIC, NONE)}

@@ -138,24 +138,31 @@ def _project(module: Any, name: str, bias: str, expert: int, x: torch.Tensor) ->
 
 
 @contextmanager
-def exportable(model: Any, mask: Callable[..., torch.Tensor] | None) -> Iterator[None]:
-    """``model`` with these functions for the length of the block; ``mask`` replaces transformers' own."""
+def exportable(
+    model: Any, mask: Callable[..., torch.Tensor] | None, attend: Callable[..., Any] = attention
+) -> Iterator[None]:
+    """``model`` with these functions for the length of the block; ``mask`` replaces transformers' own.
+
+    ``attend`` takes the place of :func:`attention`.
+    """
     with ExitStack() as undo:
-        _use_attention(model, mask, undo)
+        _use_attention(model, mask, attend, undo)
         _use_experts(model, undo)
         for name, function in _COMPLEX.items():
             undo.enter_context(_replaced(torch, name, function))
         yield
 
 
-def _use_attention(model: Any, mask: Callable[..., torch.Tensor] | None, undo: ExitStack) -> None:
+def _use_attention(
+    model: Any, mask: Callable[..., torch.Tensor] | None, attend: Callable[..., Any], undo: ExitStack
+) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
     before = model.config._attn_implementation
     undo.callback(model.set_attn_implementation, before)
     if getattr(model, "_supports_attention_backend", False):
-        AttentionInterface.register(_NAME, attention)
+        AttentionInterface.register(_NAME, attend)
         AttentionMaskInterface.register(_NAME, mask or growing_mask())
         model.set_attn_implementation(_NAME)
         return

@@ -11,10 +11,12 @@ from typing import Any
 NAME = "genai_config.json"
 
 
-def genai_config(config: Any, kv_pairs: int, kv_heads: int, head_size: int) -> dict[str, Any]:
+def genai_config(
+    config: Any, kv_pairs: int, kv_heads: int, head_size: int, shared: bool = False
+) -> dict[str, Any]:
     """The configuration for a decoder graph with the standard names and ``kv_pairs`` cached layers.
 
-    ``config`` is the model's own (text) configuration object.
+    ``config`` is the model's own (text) configuration object; ``shared`` says that past and present may be one buffer.
     """
     end = getattr(config, "eos_token_id", None)
     first_end = end[0] if isinstance(end, list) and end else end
@@ -51,7 +53,7 @@ def genai_config(config: Any, kv_pairs: int, kv_heads: int, head_size: int) -> d
             "type": config.model_type,
             "vocab_size": config.vocab_size,
         },
-        "search": {"do_sample": False, "max_length": length, "past_present_share_buffer": False},
+        "search": {"do_sample": False, "max_length": length, "past_present_share_buffer": shared},
     }
 
 

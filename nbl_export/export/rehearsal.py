@@ -13,8 +13,9 @@ import torch
 
 from nbl_export.errors import InputError, NblError
 from nbl_export.export.forms import FORMS, NONE, STATIC, Form
-from nbl_export.export.functions import exportable, is_replaced
-from nbl_export.export.torch import check_traces
+from nbl_export.export.functions import attention, exportable, is_replaced
+from nbl_export.export.torch import check_traces, trace
+from nbl_export.graph.grouped import check_sizes, ungrouped
 from nbl_export.models.layers import positions as positions_of
 from nbl_export.models.layers import structure
 from nbl_export.models.load import quiet
@@ -54,6 +55,9 @@ def _check_trace(model: torch.nn.Module, form: Form) -> None:
     """A layer without keys and values, or code of the model's own, may loop over its tokens, which no graph can."""
     if form is not NONE and is_replaced(model):
         return  # tracing costs more than all else here
+    if form.grouped:
+        trace(model, form)  # whose masks are seen in the graph alone
+        return
     kinds = "".join(f" (with layers of {kind})" for kind in sorted(set(structure(model).others.values())))
     check_traces(
         model,
@@ -79,7 +83,7 @@ def _error(model: torch.nn.Module, form: Form) -> float:
     with quiet(), torch.inference_mode():
         own = [model(input_ids=torch.from_numpy(text)[None]).logits[0] for text in texts]
         decoder = form.module(model)
-        with exportable(model, decoder.mask):
+        with exportable(model, decoder.mask, _grouped if form.grouped else attention):
             try:
                 found = _run(decoder, form, texts)
             except NblError:
@@ -90,6 +94,16 @@ def _error(model: torch.nn.Module, form: Form) -> float:
     expected = torch.cat(own)
     off = float((torch.cat(found) - expected).abs().max() / expected.std())
     return off if np.isfinite(off) else float("inf")
+
+
+def _grouped(module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+    """:func:`attention`, of a kind that GroupQueryAttention computes."""
+    who = type(module).__name__
+    check_sizes(who, key.shape[-1], value.shape[-1])
+    for name, found in (("softcap", "caps its scores"), ("s_aux", "has attention sinks")):
+        if kwargs.get(name) is not None:
+            raise ungrouped(who, found)
+    return attention(module, query, key, value, *args, **kwargs)
 
 
 def _run(decoder: Any, form: Form, texts: list[np.ndarray[Any, Any]]) -> list[torch.Tensor]:

@@ -24,14 +24,17 @@ from nbl_export.errors import BuildError, InputError, NblError
 from nbl_export.export.forms import CONCAT, ENCODER, Form
 from nbl_export.export.functions import SYMBOLIC_DOMAIN, exportable
 from nbl_export.graph.cache import SIDES, WRITE_INDICES, past_name, present_name
+from nbl_export.graph.grouped import group_queries
 from nbl_export.graph.head import keep_logits
 from nbl_export.graph.io import save_graph
 from nbl_export.graph.operators import int_attribute
-from nbl_export.models.layers import layer_count
+from nbl_export.models.layers import layer_count, positions
 from nbl_export.models.load import quiet
 from nbl_export.models.trial import trial
 from nbl_export.progress import Listener, Silent
 
+# Tokens of the longest text of a model that does not say how many it takes.
+_LONGEST = 4096
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
@@ -68,6 +71,8 @@ def trace(model: torch.nn.Module, form: Form = CONCAT, listener: Listener | None
         assert exported is not None
         task.advance(1)
         graph = tidy(exported.model, form, layer_count(model) if form.past else 0)
+        if form.grouped:
+            group_queries(graph, positions(model) or _LONGEST)
         task.advance(1)
     return graph
 

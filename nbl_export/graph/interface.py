@@ -104,6 +104,11 @@ class Interface:
         return WRITE_INDICES in self.inputs
 
     @property
+    def in_place(self) -> bool:
+        """Whether one buffer may be bound as past and present at once, longer than what is in it."""
+        return self.static or self.ragged
+
+    @property
     def past_names(self) -> list[str]:
         return [name for entry in self.cache for name in entry.past]
 

@@ -16,7 +16,7 @@ from nbl_export.graph.cache import MASK, TOKENS, WRITE_INDICES
 from nbl_export.graph.head import ALL, KEPT
 from nbl_export.graph.interface import POSITIONS, Inputs, Interface, interface_of
 from nbl_export.runtime.decoder import F32, I64, KV, DecoderOutput
-from nbl_export.runtime.padding import BOOL, left_padded, prefix_mask, right_padded
+from nbl_export.runtime.padding import BOOL, left_padded, prefix_mask, prefix_padded, right_padded
 from nbl_export.runtime.stream import PastStream, Stream, WholeStream
 
 
@@ -312,6 +312,7 @@ def run_outputs(
         feeds = static.prefill_feeds(rows)
     else:
         model = growing = OrtDecoder(path)
-        feeds = growing.feeds(*left_padded(rows), growing.empty_past(len(rows)))
+        padded = prefix_padded(rows) if growing.interface.ragged else left_padded(rows)
+        feeds = growing.feeds(*padded, growing.empty_past(len(rows)))
     wanted = list(names or (o.name for o in model.session.get_outputs()))
     return dict(zip(wanted, run_session(model.session, wanted, feeds), strict=True))

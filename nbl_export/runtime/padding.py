@@ -38,6 +38,12 @@ def right_padded(rows: Sequence[NDArray[Any]], pad: int = 0) -> tuple[I64, I64]:
     return ids, np.tile(np.arange(width, dtype=np.int64), (len(rows), 1))
 
 
+def prefix_padded(rows: Sequence[NDArray[Any]], pad: int = 0) -> tuple[I64, I64, I64]:
+    """``input_ids``, ``attention_mask`` and ``position_ids`` of ragged ``rows``, padded on the right."""
+    ids, positions = right_padded(rows, pad)
+    return ids, prefix_mask([len(row) for row in rows], ids.shape[1]).astype(np.int64), positions
+
+
 def prefix_mask(lengths: Sequence[int] | I64, width: int) -> BOOL:
     """[rows, width]: True for the first ``lengths[i]`` places of row i."""
     mask: BOOL = np.arange(width)[None] < np.asarray(lengths)[:, None]

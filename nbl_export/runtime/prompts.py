@@ -1,7 +1,7 @@
 """One decoder graph with a prompt to time: inputs and cache stay where the runtime has them.
 
 The cache of the timed decode step is really filled, by the prefill. A growing cache is handed back as
-the runtime made it; a static one is bound as past and as present at once, so that it is written in place.
+the runtime made it; where the graph can write it in place, one buffer is bound as past and as present at once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def timed_row(context: int) -> NDArray[np.int32]:
 
 
 class OrtPrompt:
-    """A graph in a session with ``batch`` prompts of ``context`` tokens; a static cache has ``room`` places more."""
+    """A graph in a session with ``batch`` prompts of ``context`` tokens; a cache in place has ``room`` places more."""
 
     def __init__(self, model: OrtModel, context: int, room: int, device: str = "cpu", batch: int = 1) -> None:
         self.model, self.device = model, device
@@ -43,7 +43,7 @@ class OrtPrompt:
         # Who generates needs the logits of the last position, and of no other.
         prefill[KEPT] = step[KEPT] = np.array(1, dtype=np.int64)
         self.step_inputs = step
-        length = context + room if model.interface.static else 0
+        length = context + room if model.interface.in_place else 0
         empty = model.interface.empty_cache(batch, length, model.cache_dtype)
         self._prefill = self._bind(prefill, {name: self._place(array) for name, array in empty.items()})
         self._step: Any = None
@@ -76,7 +76,7 @@ class OrtPrompt:
         for name, value in past.items():
             binding.bind_ortvalue_input(name, value)
         for name in self.model.output_names:
-            if self.model.interface.static and name in self._pairs:
+            if self.model.interface.in_place and name in self._pairs:
                 binding.bind_ortvalue_output(name, past[self._pairs[name]])
             else:
                 binding.bind_output(name, self.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -24,11 +25,17 @@ PROMPT = [1, 403, 407, 261, 378]  # "<s> Once upon a time"
 
 @pytest.mark.client
 @pytest.mark.parametrize("folder", ["", "baseline"])
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_genai_generates_what_our_decoder_does(stories_copy: Path, folder: str, precision: str) -> None:
-    if precision != "fp32":
-        api.export(stories_copy, api.ExportSettings(precision))
+@pytest.mark.parametrize(
+    ("precision", "cache"), [("fp32", "concat"), ("fp16", "concat"), ("fp32", "shared"), ("fp16", "shared")]
+)
+def test_genai_generates_what_our_decoder_does(
+    stories_copy: Path, folder: str, precision: str, cache: str
+) -> None:
+    if (precision, cache) != ("fp32", "concat"):
+        api.export(stories_copy, api.ExportSettings(precision, cache))
         api.rewrite(stories_copy)
+    told = json.loads((stories_copy / folder / "genai_config.json").read_text())
+    assert told["search"]["past_present_share_buffer"] is (cache == "shared")
     tokens = generated(stories_copy / folder, PROMPT)
     assert tokens == greedy(stories_copy / folder / GRAPH, PROMPT, COUNT)
 
@@ -77,11 +84,15 @@ def test_its_own_graphs_take_the_optional_input_and_generate_all_the_same(
 
 
 @pytest.mark.client
-def test_a_ragged_batch_gives_each_prompt_what_it_gives_alone(stories_copy: Path) -> None:
+@pytest.mark.parametrize("cache", ["concat", "shared"])
+def test_a_ragged_batch_gives_each_prompt_what_it_gives_alone(stories_copy: Path, cache: str) -> None:
     """It pads on the right and reads every row's last logits: what a graph of the last position would not have."""
     genai = pytest.importorskip(
         "onnxruntime_genai", reason="needs onnxruntime-genai: pip install 'nbl-export[genai]'"
     )
+    if cache != "concat":
+        api.export(stories_copy, api.ExportSettings(kv_cache=cache))
+        api.rewrite(stories_copy)
     model = genai.Model(str(stories_copy))
     tokenizer = genai.Tokenizer(model)
 

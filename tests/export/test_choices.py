@@ -41,15 +41,21 @@ def test_defaults_are_what_the_exporter_offers_first() -> None:
     assert chosen("genai", None, "int4", None, False) == ("int4", "concat")
 
 
-def test_engines_of_graphs_that_tensorrt_does_not_take(tmp_path: Any, tiny_folder: Any) -> None:
+@pytest.mark.parametrize(
+    ("settings", "whose"),
+    [({"exporter": "genai"}, "--exporter genai"), ({"kv_cache": "shared"}, "--kv-cache shared")],
+)
+def test_engines_of_graphs_that_tensorrt_does_not_take(
+    tmp_path: Any, tiny_folder: Any, settings: dict[str, str], whose: str
+) -> None:
     with pytest.raises(
-        InputError, match=r"TensorRT does not take the graphs of --exporter genai: .*GroupQuery"
+        InputError, match=rf"TensorRT does not take the graphs of {whose}: .*GroupQuery.*static or concat\.$"
     ):
         api.run(
             tiny_folder,
             tmp_path / "out",
             api.SelectSettings(k=1),
-            exporting=api.ExportSettings(exporter="genai"),
+            exporting=api.ExportSettings(**settings),
             engines=api.EngineSettings("rtx"),
         )
     assert not (tmp_path / "out").exists()

@@ -9,15 +9,34 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nbl_export.errors import InputError
-from nbl_export.export.forms import CONCAT, FORMS, NONE, STATIC
+from nbl_export.export.forms import CONCAT, FORMS, NONE, SHARED, STATIC
 from nbl_export.export.rehearsal import check_form
+from tests.families import unsaved
 from tests.tiny_types import tiny_model
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=lambda form: form.name)
 @pytest.mark.parametrize("model_type", ["llama", "opt", "gemma2"])
 def test_every_form_is_the_model(model_type: str, form: Any) -> None:
+    if (model_type, form) == ("gemma2", SHARED):
+        with pytest.raises(
+            InputError, match=r"^Gemma2Attention caps its scores, which .*: use --kv-cache concat\.$"
+        ):
+            check_form(tiny_model(model_type), form)
+        return
     check_form(tiny_model(model_type), form)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "found"),
+    [
+        ("gpt_oss", "GptOssAttention has attention sinks"),
+        ("bloom", "Layer 0 has attention that is not one Attention"),
+    ],
+)
+def test_other_attention_than_the_operators_is_refused_before_any_work(model_type: str, found: str) -> None:
+    with pytest.raises(InputError, match=f"^{found}.* does not compute: use --kv-cache concat"):
+        check_form(unsaved(model_type), SHARED)
 
 
 def test_a_window_over_places_is_no_window_over_positions() -> None:

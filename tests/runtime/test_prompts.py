@@ -18,7 +18,8 @@ from tests.runtime.fake_tensorrt import Graphs, graphs_of
 
 CONTEXT, ROOM = 11, 3
 ALL = (0, 1, 2, 3, 4)
-FORMS = ("static", "concat")
+IN_PLACE = ("static", "shared")
+FORMS = (*IN_PLACE, "concat")
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def test_prefill_and_step_compute_what_pytorch_does(
     for _ in range(3):
         prompt.prefill()
         made = logits(prompt._prefill)[0]
-        assert len(made) == (1 if form == "concat" else CONTEXT)  # no logits that nobody reads
+        assert len(made) == (CONTEXT if form == "static" else 1)  # no logits that nobody reads
         np.testing.assert_allclose(made, wanted[:-1][-len(made) :], rtol=0, atol=2e-4)
         for _ in range(ROOM + 2):  # the step does not advance, so there is always room
             prompt.step()
@@ -78,8 +79,9 @@ def test_prefill_and_step_compute_what_pytorch_does(
             np.testing.assert_allclose(filled, value[:, :, :CONTEXT], rtol=0, atol=2e-4)
 
 
-def test_a_static_cache_is_written_where_it_lies(graphs: Graphs) -> None:
-    prompt = prompt_of(graphs("static"))
+@pytest.mark.parametrize("form", IN_PLACE)
+def test_one_buffer_is_written_where_it_lies(graphs: Graphs, form: str) -> None:
+    prompt = prompt_of(graphs(form))
     prompt.prefill()
     places = {name: value.data_ptr() for name, value in prompt.past.items()}
     before = contents(prompt)
@@ -118,7 +120,9 @@ def test_a_growing_cache_is_handed_back_and_not_written(graphs: Graphs) -> None:
             assert np.array_equal(grown.numpy()[:, :, :CONTEXT], value)
 
 
-@pytest.mark.parametrize(("form", "places"), [("static", CONTEXT + ROOM), ("concat", CONTEXT)])
+@pytest.mark.parametrize(
+    ("form", "places"), [("static", CONTEXT + ROOM), ("shared", CONTEXT + ROOM), ("concat", CONTEXT)]
+)
 @pytest.mark.parametrize(("precision", "size"), [("fp32", 4), ("fp16", 2)])
 def test_bytes_are_those_of_the_filled_cache(
     graphs: Graphs, form: str, places: int, precision: str, size: int

@@ -1,0 +1,166 @@
+"""--kv-cache shared: one GroupQueryAttention a layer, that computes what the model does."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from nbl_export.errors import InputError
+from nbl_export.export.forms import CONCAT, SHARED
+from nbl_export.export.torch import export_torch, trace
+from nbl_export.graph.grouped import group_queries
+from nbl_export.graph.interface import interface_of
+from nbl_export.runtime.ort import ort_stream
+from tests.families import HEADS, LAYERS, unsaved
+from tests.fixtures_graph import ragged_rows
+
+LONGEST = 256
+FAMILY = "llama"
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return unsaved(FAMILY).eval()
+
+
+@pytest.fixture(scope="module")
+def path(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("shared") / "model.onnx"
+    export_torch(model, target, form=SHARED)
+    return target
+
+
+def operators(graph: ir.Model) -> Counter[str]:
+    return Counter(node.op_type for node in graph.graph)
+
+
+def windows(graph: ir.Model) -> list[int | None]:
+    nodes = [n for n in graph.graph if n.op_type == "GroupQueryAttention"]
+    sizes = [n.attributes.get("local_window_size") for n in nodes]
+    return [None if size is None else size.as_int() for size in sizes]
+
+
+def test_projections_reach_the_operator_as_they_are(model: Any) -> None:
+    ops = operators(trace(model, SHARED))
+    assert ops["GroupQueryAttention"] == LAYERS and ops["RotaryEmbedding"] == 2 * LAYERS
+    # No cache is copied, no mask is made, and nothing is turned; one Reshape is that of the last states.
+    assert not ops.keys() & {"Attention", "Concat", "Transpose", "And", "LessOrEqual", "GatherND", "Where"}
+    assert ops["Reshape"] == 1
+
+
+def test_the_interface_is_that_of_a_growing_cache_padded_on_the_right(model: Any) -> None:
+    shared, growing = (interface_of(trace(model, form)) for form in (SHARED, CONCAT))
+    assert (shared.inputs, shared.cache, shared.outputs) == (growing.inputs, growing.cache, growing.outputs)
+    assert (shared.ragged, shared.in_place) == (True, True)
+    assert (growing.ragged, growing.in_place) == (False, False)
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("llama", [None] * LAYERS),
+        ("mistral", [8] * LAYERS),
+        ("qwen2", [None, None, 8, 8]),
+        ("gemma3-text", [8, None] * (LAYERS // 2)),
+    ],
+)
+def test_windows_are_found_by_what_the_masks_are(family: str, expected: list[int | None]) -> None:
+    assert windows(trace(unsaved(family), SHARED)) == expected
+
+
+def test_a_window_as_long_as_the_text_is_none() -> None:
+    graph = trace(unsaved("mistral", sliding_window=LONGEST), SHARED)
+    assert windows(graph) == [None] * LAYERS
+
+
+def test_groups_and_scale_are_the_models() -> None:
+    graph = trace(unsaved("granite"), SHARED)
+    for node in (n for n in graph.graph if n.op_type == "GroupQueryAttention"):
+        assert (node.attributes["num_heads"].as_int(), node.attributes["kv_num_heads"].as_int()) == (HEADS, 2)
+        assert node.attributes["scale"].as_float() == pytest.approx(0.2)
+
+
+# Refusals ----------------------------------------------------------------------------------------
+
+
+def refusal(graph: ir.Model) -> str:
+    with pytest.raises(InputError) as caught:
+        group_queries(graph, LONGEST)
+    sentence = str(caught.value)
+    assert sentence.endswith(
+        "which onnxruntime's GroupQueryAttention does not compute: use --kv-cache concat."
+    )
+    return sentence.split(",")[0]
+
+
+def mask_of(graph: ir.Model, layer: int) -> tuple[ir.Node, ir.Value]:
+    node = [n for n in graph.graph if n.op_type == "Attention"][layer]
+    mask = node.inputs[3]
+    assert mask is not None
+    return node, mask
+
+
+def test_a_mask_that_is_neither_causal_nor_a_window_is_refused(model: Any) -> None:
+    graph = trace(model, CONCAT)
+    node, mask = mask_of(graph, 2)
+    seen = ir.node("Not", [mask])
+    seen.outputs[0].name = "upside.down"
+    node.prepend(seen)
+    node.replace_input_with(3, seen.outputs[0])
+    assert refusal(graph) == "Layer 2 has a mask that is neither causal nor a sliding window"
+
+
+def test_a_mask_that_sees_the_next_token_only_in_a_prompt_is_refused(model: Any) -> None:
+    """One step sees what a causal mask sees."""
+    graph = trace(model, CONCAT)
+    node, mask = mask_of(graph, 1)
+    true = ir.Value(name="true", const_value=ir.tensor(np.array(True)), shape=ir.Shape([]))
+    true.type = ir.TensorType(ir.DataType.BOOL)
+    graph.graph.register_initializer(true)
+    seen = ir.node("Or", [mask, true])
+    seen.outputs[0].name = "all"
+    node.prepend(seen)
+    node.replace_input_with(3, seen.outputs[0])
+    assert refusal(graph) == "Layer 1 has a mask that is neither causal nor a sliding window"
+
+
+def test_numbers_added_to_scores_are_refused(model: Any) -> None:
+    graph = trace(model, CONCAT)
+    node, mask = mask_of(graph, 3)
+    added = ir.node("Cast", [mask], {"to": int(ir.DataType.FLOAT)})
+    added.outputs[0].name = "added"
+    node.prepend(added)
+    node.replace_input_with(3, added.outputs[0])
+    assert refusal(graph) == "Layer 3 adds numbers to its scores"
+
+
+def test_attention_in_its_parts_is_refused() -> None:
+    assert (
+        refusal(trace(unsaved("gemma2"), CONCAT))
+        == "Layer 0 has attention that is not one Attention of its cache"
+    )
+
+
+def test_heads_that_the_operator_does_not_take_are_refused() -> None:
+    graph = trace(unsaved(FAMILY, head_dim=12), CONCAT)
+    assert refusal(graph) == "Layer 0 has keys of 12 and values of 12 numbers a head"
+
+
+# Rows ------------------------------------------------------------------------------------------
+
+
+def test_ragged_rows_are_what_each_is_alone(path: Path) -> None:
+    rows = ragged_rows((20, 13, 7), 200, seed=3)
+    together = ort_stream(path, 64)
+    logits = np.split(together.prefill(rows), np.cumsum([len(r) for r in rows])[:-1])
+    steps = [together.decode([5, 6, 7]), together.decode([8, 9, 10])]
+    for i, row in enumerate(rows):
+        alone = ort_stream(path, 64)
+        np.testing.assert_allclose(logits[i], alone.prefill([row]), rtol=0, atol=1e-5)
+        np.testing.assert_allclose(steps[0][i], alone.decode([5 + i])[0], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(steps[1][i], alone.decode([8 + i])[0], rtol=0, atol=1e-5)
