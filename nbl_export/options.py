@@ -187,9 +187,9 @@ ExporterPythonOpt = Annotated[
     ),
 ]
 PrecisionOpt = Annotated[
-    Literal["fp32", "fp16", "bf16", "int4"] | None,
+    Literal["fp32", "fp16", "bf16", "int4", "int8"] | None,
     _option(
-        "fp32, fp16, bf16; int4 with genai. The graph itself is in it; what half cannot hold stays fp32.",
+        "fp32, fp16, bf16; int4, int8 with genai. The graph itself is in it; what half cannot hold stays fp32.",
         "--precision",
         panel=_GRAPH,
         metavar="NAME",

@@ -117,10 +117,12 @@ class SelectSettings:
 
     def check_precision(self, precision: str) -> None:
         """Refuse a repair of the MLPs for a graph whose weights are quantized: it does not hold them as they are."""
-        if self.repair and self.repair_rank and precision == "int4":
+        from nbl_export.graph.precision import QUANTIZED
+
+        if self.repair and self.repair_rank and precision in QUANTIZED:
             raise InputError(
-                "--repair changes the MLPs' weights, which an int4 graph does not hold as the model has them: add "
-                "--repair-rank 0, which repairs the linear layers alone."
+                f"--repair changes the MLPs' weights, which an {precision} graph does not hold as the model has them: "
+                "add --repair-rank 0, which repairs the linear layers alone."
             )
 
     def as_json(self) -> dict[str, Any]:

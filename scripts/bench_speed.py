@@ -4,10 +4,10 @@
 
 Calibrates once, chooses K layers for each --k, and rewrites the graphs of this package's exporter in fp32, its cache
 growing or shared, and of onnxruntime-genai's builder in fp32 and int4 by the same plans. Then `nbl-export bench` times
-in every cell, in turn: base and linearized graph, the same layers left out, PyTorch (eager and compiled), the shared and
-the genai pairs, the graph that optimum exports (with NBL_EXPORT_OPTIMUM_PYTHON set), and the graph with the other K.
-What is made is kept in DIR; the table is DIR/speed.md, the plot DIR/speed.png, all figures DIR/kK/report/bench.json, the
-last K's report has them too.
+in every cell, in turn: base and linearized graph, the same layers left out, PyTorch (eager and compiled), the shared
+and the genai pairs, the graph that optimum exports (with NBL_EXPORT_OPTIMUM_PYTHON set), and the graph with the other
+K. What is made is kept in DIR; the table is DIR/speed.md, the plot DIR/speed.png, all figures
+DIR/kK/report/bench.json, and the last K's report has them too.
 
 On a machine with an NVIDIA GPU the same is run on it afterwards, with TensorRT engines and the CUDA provider; elsewhere
 the reason for leaving that out is printed.

@@ -276,6 +276,7 @@ EXPORTERS: Mapping[str, Export] = {
     "dynamo-23-sdpa": dynamo(23, "sdpa", FLAT, external=True),
     "genai-fp32": genai("fp32"),
     "genai-int4": genai("int4"),
+    "genai-int8": genai("int8"),
     "optimum": optimum,
     "optimum-whole": optimum_whole,
 }

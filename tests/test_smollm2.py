@@ -62,7 +62,8 @@ def test_fp16_engines_with_fused_attention(smollm2: Path, text: Path, out: Path,
 
 
 @pytest.mark.parametrize(
-    ("exporter", "precision"), [("genai", "fp32"), ("genai", "int4"), ("genai", "fp16"), ("optimum", "fp32")]
+    ("exporter", "precision"),
+    [("genai", "fp32"), ("genai", "int4"), ("genai", "int8"), ("genai", "fp16"), ("optimum", "fp32")],
 )
 def test_graphs_of_other_exporters(
     smollm2: Path, text: Path, out: Path, exporter: str, precision: str
@@ -80,9 +81,9 @@ def test_graphs_of_other_exporters(
     assert report["verdict"] == checks["parity"] == checks["graph rewrite"] == "passed"
     before, after = report["graph"]["before"], report["graph"]["after"]
     assert (before["kv_pairs"], after["kv_pairs"]) == (LAYERS, LAYERS - K)
-    # Per layer: q and o [576, 576], k and v [576, 192] go, W [576, 576] comes; int4 with a scale for 32.
+    # Per layer: q and o [576, 576], k and v [576, 192] go, W [576, 576] comes; few bits with a scale for 32.
     removed = K * (2 * 576 * 576 + 2 * 576 * 192 - 576 * 576)
-    bytes_each = {"fp32": 4, "fp16": 2, "int4": 0.5 + 4 / 32}[precision]
+    bytes_each = {"fp32": 4, "fp16": 2, "int4": 0.5 + 4 / 32, "int8": 1 + 4 / 32}[precision]
     shrunk = before["file_bytes"] - after["file_bytes"]
     assert shrunk == pytest.approx(removed * bytes_each, rel=0.05)
     if exporter == "genai":

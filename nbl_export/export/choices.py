@@ -22,7 +22,7 @@ class Choices:
 
 EXPORTERS = {
     "torch": Choices(("fp32", "fp16", "bf16"), ("concat", "shared", "static", "none"), frozenset({"shared"})),
-    "genai": Choices(("fp32", "fp16", "bf16", "int4"), ("concat",), frozenset({"concat"})),
+    "genai": Choices(("fp32", "fp16", "bf16", "int4", "int8"), ("concat",), frozenset({"concat"})),
     "optimum": Choices(("fp32",), ("concat",)),
 }
 

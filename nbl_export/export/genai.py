@@ -10,7 +10,7 @@ from nbl_export.export.child import Exporter, export_in_child, require
 from nbl_export.progress import Listener
 
 # The execution provider to build for: half precision has its fused operators on CUDA only. None needs a GPU.
-PROVIDERS = {"fp32": "cpu", "int4": "cpu", "fp16": "cuda", "bf16": "cuda"}
+PROVIDERS = {"fp32": "cpu", "int4": "cpu", "int8": "cpu", "fp16": "cuda", "bf16": "cuda"}
 
 _BUILDER = Exporter(
     "onnxruntime-genai",
@@ -30,7 +30,7 @@ def export_genai(
     """Export the Hugging Face folder ``model`` to ``target/model.onnx``; returns the files written.
 
     Beside the graph stand its data, ``genai_config.json`` and the tokenizer's files. Inputs, outputs and
-    the KV cache are float32 for fp32 and int4, else of the ``precision``. Raises :class:`InputError` for
+    the KV cache are float32 for fp32, int4 and int8, else of the ``precision``. Raises :class:`InputError` for
     an unknown ``precision``, :class:`MissingDependencyError` or :class:`BuildError`.
     """
     if precision not in PROVIDERS:

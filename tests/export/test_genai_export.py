@@ -95,7 +95,7 @@ def test_half_precision_is_built_without_a_gpu(tmp_path: Path, precision: str, d
 
 
 def test_unknown_precision_is_refused_before_any_work(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="choose fp32, int4, fp16, bf16"):
+    with pytest.raises(InputError, match="choose fp32, int4, int8, fp16, bf16"):
         export_genai(tmp_path, tmp_path / "out", "fp8", Silent())
     assert not (tmp_path / "out").exists()
 

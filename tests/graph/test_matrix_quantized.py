@@ -34,28 +34,32 @@ ROWS_AT_ONCE = 4  # divides every projection of every family
 
 
 @pytest.mark.parametrize(
-    ("family", "k"),
+    ("bits", "family", "k"),
     [
-        pytest.param(f, k, id=f"{f}-{k}", marks=() if f == "llama-gqa" else pytest.mark.slow)
-        for f in BUILDER
-        for k in (CHOSEN if f == "llama-gqa" else ["half"])
+        *(
+            pytest.param(4, f, k, id=f"int4-{f}-{k}", marks=() if f == "llama-gqa" else pytest.mark.slow)
+            for f in BUILDER
+            for k in (CHOSEN if f == "llama-gqa" else ["half"])
+        ),
+        pytest.param(8, "llama-gqa", "half", id="int8-llama-gqa-half"),
     ],
 )
-def test_int4(
-    graphs: Graphs, calibrated_of: Callable[[str], Calibrated], tmp_path: Path, family: str, k: str
+def test_few_bits(
+    graphs: Graphs, calibrated_of: Callable[[str], Calibrated], tmp_path: Path, bits: int, family: str, k: str
 ) -> None:
-    source, case = graphs("genai-int4", family), calibrated_of(family)
+    exporter = f"genai-int{bits}"
+    source, case = graphs(exporter, family), calibrated_of(family)
     plan = case.plan(CHOSEN[k])
     out, _ = rewritten(source, plan, tmp_path)
-    assert_exactly_the_plan_is_gone("genai-int4", source, out, plan)
+    assert_exactly_the_plan_is_gone(exporter, source, out, plan)
     assert_folder_is_told(source, out, plan)
     assert file_bytes(out) < file_bytes(source)
-    assert_loses_no_more(case.model, plan, source, out)
+    assert_loses_no_more(case.model, plan, source, out, f"int{bits}")
     # What the numbers stand for, put into PyTorch: the same to the last digits.
     matrices = dequantized(out / GRAPH)
     stored = {i: matrices.pop(f"layers.{i}.nbl_linear.matmul") for i in plan.chosen}
     for layer, linear in plan.layers.items():
-        assert 0 < relative(stored[layer], linear.w) < 0.15
+        assert 0 < relative(stored[layer], linear.w) < 0.15 / 2 ** (bits - 4)
     meant = replace(plan, layers={i: LinearLayer(w, plan.layers[i].b) for i, w in stored.items()})
     computed_in_float32(out / GRAPH, tmp_path / GRAPH)
     with weights_of(case.model, list(matrices.values()), plan):
@@ -111,7 +115,7 @@ def test_quantized_by_onnxruntime(
 
 
 def dequantized(path: Path) -> dict[str, NDArray[np.float32]]:
-    """The weights [outputs, inputs] of every MatMulNBits, by the node's name: (number - 8) · scale."""
+    """The weights [outputs, inputs] of every MatMulNBits, by the node's name: (number - half) · scale."""
     graph = onnx.load(str(path)).graph
     arrays = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
     found = {}
@@ -120,8 +124,10 @@ def dequantized(path: Path) -> dict[str, NDArray[np.float32]]:
             columns = next(a.i for a in node.attribute if a.name == "K")
             packed, scales = arrays[node.input[1]], arrays[node.input[2]]
             assert all(arrays[name].dtype != np.uint8 for name in node.input[3:] if name in arrays)
-            numbers = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:2], -1)
-            values = (numbers.astype(np.float32) - 8) * scales.reshape(*packed.shape[:2], 1)
+            bits = next(a.i for a in node.attribute if a.name == "bits")
+            halves = [packed & 15, packed >> 4] if bits == 4 else [packed]
+            numbers = np.stack(halves, axis=-1).reshape(*packed.shape[:2], -1)
+            values = (numbers.astype(np.float32) - 2 ** (bits - 1)) * scales.reshape(*packed.shape[:2], 1)
             found[node.name] = values.reshape(len(packed), -1)[:, :columns]
     return found
 
