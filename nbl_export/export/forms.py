@@ -52,8 +52,8 @@ class CachedDecoder(torch.nn.Module):
 class Form:
     """One way to keep a cache. ``inputs`` are those before the cache, in order, with their dimensions.
 
-    ``outputs`` are those before the cache; ``examples`` what to trace with instead of zeros. ``grouped`` graphs have
-    onnxruntime's GroupQueryAttention in place of the standard operators.
+    ``outputs`` are those before the cache; ``examples`` what to trace with instead of zeros. ``fused`` graphs have
+    onnxruntime's own operators for attention, and for a norm of a sum.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Form:
         default_factory=lambda: {"logits": {0: BATCH, 1: SEQUENCE}}
     )
     examples: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    grouped: bool = False
+    fused: bool = False
 
     def capture(self, decoder: CachedDecoder) -> torch.export.ExportedProgram:
         """Trace ``decoder``, every dimension named here being dynamic."""
@@ -237,7 +237,7 @@ CONCAT = Form(
     present={0: BATCH, 2: TOTAL},
     module=_Concat,
 )
-SHARED = replace(CONCAT, name="shared", grouped=True)
+SHARED = replace(CONCAT, name="shared", fused=True)
 NONE = Form(
     "none",
     23,

@@ -55,7 +55,7 @@ def _check_trace(model: torch.nn.Module, form: Form) -> None:
     """A layer without keys and values, or code of the model's own, may loop over its tokens, which no graph can."""
     if form is not NONE and is_replaced(model):
         return  # tracing costs more than all else here
-    if form.grouped:
+    if form.fused:
         trace(model, form)  # whose masks are seen in the graph alone
         return
     kinds = "".join(f" (with layers of {kind})" for kind in sorted(set(structure(model).others.values())))
@@ -83,7 +83,7 @@ def _error(model: torch.nn.Module, form: Form) -> float:
     with quiet(), torch.inference_mode():
         own = [model(input_ids=torch.from_numpy(text)[None]).logits[0] for text in texts]
         decoder = form.module(model)
-        with exportable(model, decoder.mask, _grouped if form.grouped else attention):
+        with exportable(model, decoder.mask, _grouped if form.fused else attention):
             try:
                 found = _run(decoder, form, texts)
             except NblError:

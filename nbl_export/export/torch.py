@@ -28,6 +28,7 @@ from nbl_export.graph.grouped import group_queries
 from nbl_export.graph.head import keep_logits
 from nbl_export.graph.io import save_graph
 from nbl_export.graph.operators import int_attribute
+from nbl_export.graph.skip_norms import fuse_norms
 from nbl_export.models.layers import layer_count, positions
 from nbl_export.models.load import quiet
 from nbl_export.models.trial import trial
@@ -71,8 +72,9 @@ def trace(model: torch.nn.Module, form: Form = CONCAT, listener: Listener | None
         assert exported is not None
         task.advance(1)
         graph = tidy(exported.model, form, layer_count(model) if form.past else 0)
-        if form.grouped:
+        if form.fused:
             group_queries(graph, positions(model) or _LONGEST)
+            fuse_norms(graph)
         task.advance(1)
     return graph
 

@@ -12,9 +12,10 @@ import pytest
 
 from nbl_export.errors import InputError
 from nbl_export.export.forms import CONCAT, SHARED
-from nbl_export.export.torch import export_torch, trace
+from nbl_export.export.torch import trace
 from nbl_export.graph.grouped import group_queries
 from nbl_export.graph.interface import interface_of
+from nbl_export.graph.io import save_graph
 from nbl_export.runtime.ort import ort_stream
 from tests.families import HEADS, LAYERS, unsaved
 from tests.fixtures_graph import ragged_rows
@@ -29,9 +30,25 @@ def model() -> Any:
 
 
 @pytest.fixture(scope="module")
-def path(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def traced(model: Any) -> Any:
+    return ir.to_proto(trace(model, CONCAT))
+
+
+@pytest.fixture
+def growing(traced: Any) -> ir.Model:
+    """The model's graph with a growing cache, for a test to change."""
+    return ir.from_proto(traced)
+
+
+@pytest.fixture(scope="module")
+def shared(model: Any) -> ir.Model:
+    return trace(model, SHARED)
+
+
+@pytest.fixture(scope="module")
+def path(shared: ir.Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("shared") / "model.onnx"
-    export_torch(model, target, form=SHARED)
+    save_graph(shared, target)
     return target
 
 
@@ -45,25 +62,32 @@ def windows(graph: ir.Model) -> list[int | None]:
     return [None if size is None else size.as_int() for size in sizes]
 
 
-def test_projections_reach_the_operator_as_they_are(model: Any) -> None:
-    ops = operators(trace(model, SHARED))
+def test_projections_reach_the_operator_as_they_are(shared: ir.Model) -> None:
+    ops = operators(shared)
     assert ops["GroupQueryAttention"] == LAYERS and ops["RotaryEmbedding"] == 2 * LAYERS
     # No cache is copied, no mask is made, and nothing is turned; one Reshape is that of the last states.
     assert not ops.keys() & {"Attention", "Concat", "Transpose", "And", "LessOrEqual", "GatherND", "Where"}
     assert ops["Reshape"] == 1
+    # Every sum of the residual stream is made where it is normalized; the first norm is of no sum.
+    assert (ops["SkipSimplifiedLayerNormalization"], ops["RMSNormalization"], ops["Add"]) == (
+        2 * LAYERS,
+        1,
+        0,
+    )
 
 
-def test_the_interface_is_that_of_a_growing_cache_padded_on_the_right(model: Any) -> None:
-    shared, growing = (interface_of(trace(model, form)) for form in (SHARED, CONCAT))
-    assert (shared.inputs, shared.cache, shared.outputs) == (growing.inputs, growing.cache, growing.outputs)
-    assert (shared.ragged, shared.in_place) == (True, True)
-    assert (growing.ragged, growing.in_place) == (False, False)
+def test_the_interface_is_that_of_a_growing_cache_padded_on_the_right(
+    shared: ir.Model, growing: ir.Model
+) -> None:
+    ours, theirs = interface_of(shared), interface_of(growing)
+    assert (ours.inputs, ours.cache, ours.outputs) == (theirs.inputs, theirs.cache, theirs.outputs)
+    assert (ours.ragged, ours.in_place) == (True, True)
+    assert (theirs.ragged, theirs.in_place) == (False, False)
 
 
 @pytest.mark.parametrize(
     ("family", "expected"),
     [
-        ("llama", [None] * LAYERS),
         ("mistral", [8] * LAYERS),
         ("qwen2", [None, None, 8, 8]),
         ("gemma3-text", [8, None] * (LAYERS // 2)),
@@ -76,6 +100,10 @@ def test_windows_are_found_by_what_the_masks_are(family: str, expected: list[int
 def test_a_window_as_long_as_the_text_is_none() -> None:
     graph = trace(unsaved("mistral", sliding_window=LONGEST), SHARED)
     assert windows(graph) == [None] * LAYERS
+
+
+def test_no_window_is_none(shared: ir.Model) -> None:
+    assert windows(shared) == [None] * LAYERS
 
 
 def test_groups_and_scale_are_the_models() -> None:
@@ -105,38 +133,35 @@ def mask_of(graph: ir.Model, layer: int) -> tuple[ir.Node, ir.Value]:
     return node, mask
 
 
-def test_a_mask_that_is_neither_causal_nor_a_window_is_refused(model: Any) -> None:
-    graph = trace(model, CONCAT)
-    node, mask = mask_of(graph, 2)
+def test_a_mask_that_is_neither_causal_nor_a_window_is_refused(growing: ir.Model) -> None:
+    node, mask = mask_of(growing, 2)
     seen = ir.node("Not", [mask])
     seen.outputs[0].name = "upside.down"
     node.prepend(seen)
     node.replace_input_with(3, seen.outputs[0])
-    assert refusal(graph) == "Layer 2 has a mask that is neither causal nor a sliding window"
+    assert refusal(growing) == "Layer 2 has a mask that is neither causal nor a sliding window"
 
 
-def test_a_mask_that_sees_the_next_token_only_in_a_prompt_is_refused(model: Any) -> None:
+def test_a_mask_that_sees_the_next_token_only_in_a_prompt_is_refused(growing: ir.Model) -> None:
     """One step sees what a causal mask sees."""
-    graph = trace(model, CONCAT)
-    node, mask = mask_of(graph, 1)
+    node, mask = mask_of(growing, 1)
     true = ir.Value(name="true", const_value=ir.tensor(np.array(True)), shape=ir.Shape([]))
     true.type = ir.TensorType(ir.DataType.BOOL)
-    graph.graph.register_initializer(true)
+    growing.graph.register_initializer(true)
     seen = ir.node("Or", [mask, true])
     seen.outputs[0].name = "all"
     node.prepend(seen)
     node.replace_input_with(3, seen.outputs[0])
-    assert refusal(graph) == "Layer 1 has a mask that is neither causal nor a sliding window"
+    assert refusal(growing) == "Layer 1 has a mask that is neither causal nor a sliding window"
 
 
-def test_numbers_added_to_scores_are_refused(model: Any) -> None:
-    graph = trace(model, CONCAT)
-    node, mask = mask_of(graph, 3)
+def test_numbers_added_to_scores_are_refused(growing: ir.Model) -> None:
+    node, mask = mask_of(growing, 3)
     added = ir.node("Cast", [mask], {"to": int(ir.DataType.FLOAT)})
     added.outputs[0].name = "added"
     node.prepend(added)
     node.replace_input_with(3, added.outputs[0])
-    assert refusal(graph) == "Layer 3 adds numbers to its scores"
+    assert refusal(growing) == "Layer 3 adds numbers to its scores"
 
 
 def test_attention_in_its_parts_is_refused() -> None:
