@@ -163,7 +163,7 @@ def graph_text(model: ir.Model) -> str:
             return names[value]
         maker = value.producer()
         constant = maker is not None and maker.op_type == "Constant" and "value" in maker.attributes
-        if value.is_initializer() or constant:
+        if (value.is_initializer() and not value.is_graph_input()) or constant:
             tensor = maker.attributes["value"].as_tensor() if maker and constant else value.const_value
             assert tensor is not None
             if tensor.size <= 8 and (constant or tensor.dtype != ir.DataType.FLOAT):

@@ -62,17 +62,22 @@ def test_fp16_engines_with_fused_attention(smollm2: Path, text: Path, out: Path,
 
 
 @pytest.mark.parametrize(
-    ("exporter", "precision"),
-    [("genai", "fp32"), ("genai", "int4"), ("genai", "int8"), ("genai", "fp16"), ("optimum", "fp32")],
+    ("exporter", "precision", "cache"),
+    [
+        ("torch", "fp32", "shared"),
+        *(("genai", precision, "concat") for precision in ("fp32", "int4", "int8", "fp16")),
+        ("optimum", "fp32", "concat"),
+    ],
 )
-def test_graphs_of_other_exporters(
-    smollm2: Path, text: Path, out: Path, exporter: str, precision: str
+def test_graphs_of_other_operators(
+    smollm2: Path, text: Path, out: Path, exporter: str, precision: str, cache: str
 ) -> None:
     """The same calibration and plan; parity within the gates, and the files shrink by what was removed."""
     if exporter == "optimum" and not os.environ.get("NBL_EXPORT_OPTIMUM_PYTHON"):
         pytest.skip("needs optimum in an environment of its own: scripts/test.sh makes one")
     command = [sys.executable, "-m", "nbl_export", str(smollm2), "--k", str(K), "-o", str(out)]
-    command += ["--exporter", exporter, "--precision", precision, "--no-quality", "--no-speed"]
+    command += ["--exporter", exporter, "--precision", precision, "--kv-cache", cache]
+    command += ["--no-quality", "--no-speed"]
     command += ["--calibration", str(text), "--samples", "16", "--seq-len", "256", "--heldout-samples", "2"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"NBL_EXPORT_DEBUG": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
@@ -86,7 +91,7 @@ def test_graphs_of_other_exporters(
     bytes_each = {"fp32": 4, "fp16": 2, "int4": 0.5 + 4 / 32, "int8": 1 + 4 / 32}[precision]
     shrunk = before["file_bytes"] - after["file_bytes"]
     assert shrunk == pytest.approx(removed * bytes_each, rel=0.05)
-    if exporter == "genai":
+    if exporter != "optimum":
         config = json.loads((out / "genai_config.json").read_text())
         assert config["model"]["decoder"]["num_hidden_layers"] == LAYERS - K
     if precision != "fp16":  # which onnxruntime's CPU provider does not run as it stands
