@@ -106,6 +106,7 @@ def _attention(pair: KVPair) -> _Attention:
         or len(grown) != len(nodes)
         or tuple(node.inputs[1:3]) != pair.present
         or len([v for v in node.inputs if v is not None]) != 4
+        or ("softcap" in node.attributes and node.attributes["softcap"].as_float())
     ):
         raise _refuse(pair, "has attention that is not one Attention of its cache")
     new = tuple(n.inputs[1] for n in grown)
@@ -122,7 +123,7 @@ def _windows(model: ir.Model, found: list[_Attention], longest: int) -> Mapping[
 
     def seen(past: int, tokens: int) -> dict[str, NDArray[np.bool_]]:
         """[tokens, past + tokens] of each mask, for one row."""
-        return {name: value[0, 0] for name, value in _compute(model, list(masks), past, tokens).items()}
+        return {name: value[0, 0] for name, value in _compute(model, masks, past, tokens).items()}
 
     step = seen(longest - 1, 1)
     windows = {name: int(mask.sum()) for name, mask in step.items()}
@@ -135,28 +136,25 @@ def _windows(model: ir.Model, found: list[_Attention], longest: int) -> Mapping[
     return {name: None if window >= longest else window for name, window in windows.items()}
 
 
-def _compute(model: ir.Model, names: list[str], past: int, tokens: int) -> dict[str, NDArray[np.bool_]]:
+def _compute(
+    model: ir.Model, masks: Mapping[str, KVPair], past: int, tokens: int
+) -> dict[str, NDArray[np.bool_]]:
+    """The ``masks`` [1, 1, tokens, past + tokens] for one row of ``tokens`` after so many."""
     from nbl_export.runtime.pieces import compute
 
-    positions = past + np.arange(tokens, dtype=np.int64)[None]
     row: dict[str, NDArray[Any]] = {
         TOKENS: np.zeros((1, tokens), dtype=np.int64),
-        POSITIONS: positions,
+        POSITIONS: past + np.arange(tokens, dtype=np.int64)[None],
         MASK: np.ones((1, past + tokens), dtype=np.int64),
     }
     # A mask asks how long the cache is, and for nothing in it.
-    row |= {str(v.name): np.zeros((1, 1, past, 1), np.float32) for p in kv_pairs(model) for v in p.past}
-    (found,) = compute(model, names, [row])
+    cache = np.zeros((1, 1, past, 1), dtype=np.float32)
+    row |= {str(value.name): cache for pair in kv_pairs(model) for value in pair.past}
+    (found,) = compute(model, list(masks), [row])
     for name, mask in found.items():
         if mask.dtype != np.bool_ or mask.shape != (1, 1, tokens, past + tokens):
-            pair = next(p for p in kv_pairs(model) if name in _mask_names(p))
-            raise _refuse(pair, "adds numbers to its scores")
+            raise _refuse(masks[name], "adds numbers to its scores")
     return found
-
-
-def _mask_names(pair: KVPair) -> set[str]:
-    nodes = [u.node for u in pair.present[0].uses() if u.node.op_type == "Attention"]
-    return {str(v.name) for n in nodes for v in n.inputs[3:4] if v is not None}
 
 
 # 3 -----------------------------------------------------------------------------------------------
