@@ -25,7 +25,7 @@ from transformers import (
 from transformers.models.opt import modeling_opt
 
 from nbl_export.errors import InputError
-from nbl_export.export.forms import CONCAT, FORMS, NONE, STATIC
+from nbl_export.export.forms import CONCAT, FORMS, NONE, SHARED, STATIC
 from nbl_export.export.torch import export_torch
 from nbl_export.models.trial import check_served
 from tests.fixtures_graph import original_logits, ragged_rows
@@ -143,8 +143,8 @@ def test_weights_are_those_of_the_other_form(proto: onnx.ModelProto, tiny_graph:
 
 
 def test_forms_by_name() -> None:
-    assert FORMS == {"concat": CONCAT, "static": STATIC, "none": NONE}
-    assert (CONCAT.opset, STATIC.opset, NONE.opset) == (23, 24, 23)
+    assert FORMS == {"concat": CONCAT, "shared": SHARED, "static": STATIC, "none": NONE}
+    assert (CONCAT.opset, SHARED.opset, STATIC.opset, NONE.opset) == (23, 23, 24, 23)
 
 
 # Numbers -----------------------------------------------------------------------------------------
