@@ -126,14 +126,12 @@ def _save_configs(run: Run, exported: list[Path], settings: ExportSettings) -> l
                 generation.save_pretrained(folder)
             beside = run.model.tokenizer if run.model.source.reads == TOKENS else run.model.image_processor
             beside.save_pretrained(folder)
-        if settings.exporter == "torch" and settings.kv_cache in (
-            "concat",
-            "shared",
-        ):  # it knows no write_indices
+        shared = settings.kv_cache == "shared"
+        # genai knows no write_indices.
+        if settings.exporter == "torch" and (shared or settings.kv_cache == "concat"):
             shapes = cache_shapes(run.model.model)
             if len({(s.heads, s.key_size, s.value_size) for s in shapes}) == 1:  # it knows one shape for all
                 heads, size = shapes[0].heads, shapes[0].key_size
-                shared = settings.kv_cache == "shared"
                 known = genai_config(config.get_text_config(), len(shapes), heads, size, shared)
                 write_json(folder / GENAI, known)
         has_tokenizer = any(name.startswith("tokenizer") for name in names)

@@ -126,41 +126,31 @@ def refusal(graph: ir.Model) -> str:
     return sentence.split(",")[0]
 
 
-def mask_of(graph: ir.Model, layer: int) -> tuple[ir.Node, ir.Value]:
+def change_mask(graph: ir.Model, layer: int, op: str, *others: ir.Value, **attributes: int) -> None:
+    """Let the layer's attention see what ``op`` makes of its mask and ``others``."""
     node = [n for n in graph.graph if n.op_type == "Attention"][layer]
-    mask = node.inputs[3]
-    assert mask is not None
-    return node, mask
+    changed = ir.node(op, [node.inputs[3], *others], attributes)
+    changed.outputs[0].name = "changed.mask"
+    node.prepend(changed)
+    node.replace_input_with(3, changed.outputs[0])
 
 
 def test_a_mask_that_is_neither_causal_nor_a_window_is_refused(growing: ir.Model) -> None:
-    node, mask = mask_of(growing, 2)
-    seen = ir.node("Not", [mask])
-    seen.outputs[0].name = "upside.down"
-    node.prepend(seen)
-    node.replace_input_with(3, seen.outputs[0])
+    change_mask(growing, 2, "Not")
     assert refusal(growing) == "Layer 2 has a mask that is neither causal nor a sliding window"
 
 
 def test_a_mask_that_sees_the_next_token_only_in_a_prompt_is_refused(growing: ir.Model) -> None:
     """One step sees what a causal mask sees."""
-    node, mask = mask_of(growing, 1)
     true = ir.Value(name="true", const_value=ir.tensor(np.array(True)), shape=ir.Shape([]))
     true.type = ir.TensorType(ir.DataType.BOOL)
     growing.graph.register_initializer(true)
-    seen = ir.node("Or", [mask, true])
-    seen.outputs[0].name = "all"
-    node.prepend(seen)
-    node.replace_input_with(3, seen.outputs[0])
+    change_mask(growing, 1, "Or", true)
     assert refusal(growing) == "Layer 1 has a mask that is neither causal nor a sliding window"
 
 
 def test_numbers_added_to_scores_are_refused(growing: ir.Model) -> None:
-    node, mask = mask_of(growing, 3)
-    added = ir.node("Cast", [mask], {"to": int(ir.DataType.FLOAT)})
-    added.outputs[0].name = "added"
-    node.prepend(added)
-    node.replace_input_with(3, added.outputs[0])
+    change_mask(growing, 3, "Cast", to=int(ir.DataType.FLOAT))
     assert refusal(growing) == "Layer 3 adds numbers to its scores"
 
 
