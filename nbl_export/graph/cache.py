@@ -13,14 +13,13 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain, count
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from nbl_export.errors import BuildError, InputError
 from nbl_export.graph.operators import PRODUCTS, VIEWS, fused_op, readers, weight_shape
+from nbl_export.graph.tensors import whole_numbers
 
 _PAST = re.compile(r"^past_key_values\.(\d{1,6})\.(key|value)$")
 _PRESENT = re.compile(r"^present\.(\d{1,6})\.(key|value)$")
@@ -320,16 +319,7 @@ def _reroute_shape(
         return new.outputs[0]
 
     def constant(number: int) -> ir.Value:
-        array = np.array([number])
-        for name in (f"cache.dim.{number}{tail}" for tail in chain([""], (f".{i}" for i in count(1)))):
-            known = model.graph.initializers.get(name)
-            if known is None:
-                value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
-                model.graph.register_initializer(value)
-                return value
-            if known.const_value is not None and np.array_equal(known.const_value.numpy(), array):
-                return known
-        raise AssertionError  # there is always another name
+        return whole_numbers(model.graph, f"cache.dim.{number}", [number])
 
     def dimension(value: ir.Value, axis: int) -> ir.Value:
         # Shape takes a range of dimensions only since opset 15.

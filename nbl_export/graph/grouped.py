@@ -31,6 +31,7 @@ from nbl_export.errors import InputError
 from nbl_export.graph.cache import MASK, TOKENS, KVPair, kv_pairs
 from nbl_export.graph.interface import POSITIONS
 from nbl_export.graph.operators import MICROSOFT
+from nbl_export.graph.tensors import whole_numbers
 
 _I32, _I64 = ir.DataType.INT32, ir.DataType.INT64
 _HEADS_FIRST = (
@@ -164,8 +165,8 @@ def _lengths(model: ir.Model) -> tuple[ir.Value, ir.Value]:
     """Of each row the place of its last token [batch], and the length of all [], int32, as the operator wants them."""
     graph = model.graph
     mask = next(v for v in graph.inputs if v.name == MASK)
-    one = _constant(graph, "lengths.one", 1)
-    ones = _constant(graph, "lengths.axis", [1])
+    one = whole_numbers(graph, "lengths.one", 1)
+    ones = whole_numbers(graph, "lengths.axis", [1])
 
     def emit(op: str, inputs: list[ir.Value], dtype: ir.DataType, shape: list[Any], **more: Any) -> ir.Value:
         node = ir.node(op, inputs, more)
@@ -241,7 +242,7 @@ def _flat(graph: ir.Graph, value: ir.Value, heads: int, size: int) -> ir.Value:
         turn = ir.node("Transpose", [value], {"perm": _HEADS_FIRST})
         node.append(turn)
         rows, node = _typed(turn.outputs[0], value.dtype, [None, None, heads, size]), turn
-    reshape = ir.node("Reshape", [rows, _constant(graph, f"rows.{heads * size}", [0, 0, heads * size])])
+    reshape = ir.node("Reshape", [rows, whole_numbers(graph, f"rows.{heads * size}", [0, 0, heads * size])])
     node.append(reshape)
     return _typed(reshape.outputs[0], value.dtype, [None, None, heads * size])
 
@@ -256,7 +257,7 @@ def _hand_on(graph: ir.Graph, before: ir.Value, y: ir.Value, heads: int, size: i
         return
     made = y.producer()
     assert made is not None
-    reshape = ir.node("Reshape", [y, _constant(graph, f"heads.{heads}.{size}", [0, 0, heads, size])])
+    reshape = ir.node("Reshape", [y, whole_numbers(graph, f"heads.{heads}.{size}", [0, 0, heads, size])])
     turn = ir.node(
         "Transpose", [_typed(reshape.outputs[0], y.dtype, [None, None, heads, size])], {"perm": _HEADS_FIRST}
     )
@@ -272,17 +273,6 @@ def _turns(node: ir.Node) -> bool:
 def _flattens(node: ir.Node, width: int) -> bool:
     shape = node.outputs[0].shape
     return node.op_type == "Reshape" and shape is not None and len(shape) == 3 and shape[2] == width
-
-
-def _constant(graph: ir.Graph, name: str, numbers: Any) -> ir.Value:
-    known = graph.initializers.get(name)
-    if known is not None:
-        return known
-    array = np.array(numbers, dtype=np.int64)
-    value = ir.Value(name=name, const_value=ir.tensor(array, name=name), shape=ir.Shape(array.shape))
-    _typed(value, _I64, list(array.shape))
-    graph.register_initializer(value)
-    return value
 
 
 def _typed(value: ir.Value, dtype: ir.DataType | None, shape: list[Any]) -> ir.Value:

@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from nbl_export.graph.io import append_graph, check_file, load_graph, passes_checker
 from nbl_export.graph.operators import is_constant, linear_op
-from nbl_export.graph.tensors import external_files
+from nbl_export.graph.tensors import external_files, whole_numbers
 
 KEPT = "num_logits_to_keep"
 ALL = 0
@@ -47,7 +47,7 @@ def keep_logits(model: ir.Model) -> bool:
     count = ir.Value(name=KEPT, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]))
     count.const_value = ir.tensor(np.array(ALL, dtype=np.int64), name=KEPT)
     graph.inputs.append(count)
-    flat, axis, end = (_number(graph, name, n) for name, n in _NUMBERS.items())
+    flat, axis, end = (whole_numbers(graph, name, [n]) for name, n in _NUMBERS.items())
     # -0 is 0: the slice that begins there is the whole.
     negative = ir.node("Neg", [count])
     start = ir.node("Reshape", [negative.outputs[0], flat])
@@ -85,13 +85,6 @@ def kept_head(model: ir.Model) -> ir.Node | None:
 
 
 _NUMBERS = {"num_logits.flat": -1, "num_logits.axis": 1, "num_logits.end": np.iinfo(np.int64).max}
-
-
-def _number(graph: ir.Graph, name: str, number: int) -> ir.Value:
-    tensor = ir.tensor(np.array([number], dtype=np.int64), name=name)
-    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape([1]), type=ir.TensorType(tensor.dtype))
-    graph.register_initializer(value)
-    return value
 
 
 def _head(logits: ir.Value | None) -> ir.Node | None:

@@ -10,8 +10,10 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from nbl_export.errors import InputError
@@ -192,3 +194,23 @@ def _check_range(where: str, tensor: ir.ExternalTensor, target: Path) -> None:
             f"{target} is truncated: {where} lies at bytes {offset:,} to {offset + length:,}, the file has "
             f"{size:,}; export it again."
         )
+
+
+def whole_numbers(graph: ir.Graph, name: str, numbers: int | Sequence[int]) -> ir.Value:
+    """An int64 initializer [] or [n] of ``graph``, the same for the same numbers.
+
+    It is called ``name`` or, where that is another's, ``name``.1, .2 and so on.
+    """
+    array = np.array(numbers, dtype=np.int64)
+    for free in chain([name], (f"{name}.{i}" for i in count(1))):
+        known = graph.initializers.get(free)
+        if known is None:
+            tensor = ir.tensor(array, name=free)
+            value = ir.Value(
+                name=free, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype)
+            )
+            graph.register_initializer(value)
+            return value
+        if known.const_value is not None and np.array_equal(known.const_value.numpy(), array):
+            return known
+    raise AssertionError  # there is always another name
