@@ -270,6 +270,7 @@ OPTIMIZERS: Mapping[str, Export] = {
 EXPORTERS: Mapping[str, Export] = {
     "ours-concat": ours("concat"),
     "ours-static": ours("static"),
+    "ours-shared": ours("shared"),
     "dynamo-18-eager": dynamo(18, "eager", FLAT),
     "dynamo-18-sdpa": dynamo(18, "sdpa", NUMBERED),
     "dynamo-23-eager": dynamo(23, "eager", NUMBERED, external=True),

@@ -203,22 +203,55 @@ class OrtRaggedStream:
         return self.decoder.kv_layers
 
     def prefill(self, rows: Sequence[NDArray[Any]]) -> F32:
-        self._lengths = np.array([len(row) for row in rows], dtype=np.int64)
-        self._past, self._places = self.decoder.empty_past(len(rows)), 0
-        ids, positions = right_padded(rows)
-        return self._run(ids, positions)[prefix_mask(self._lengths, ids.shape[1])]
+        logits = self._begin(rows)
+        return logits[prefix_mask(self._lengths, logits.shape[1])]
+
+    def prefill_last(self, rows: Sequence[NDArray[Any]]) -> F32:
+        lengths = [len(row) for row in rows]
+        logits = self._begin(rows, keep=max(lengths) - min(lengths) + 1)
+        return logits[np.arange(len(rows)), self._lengths - max(lengths) - 1]
 
     def decode(self, tokens: Sequence[int]) -> F32:
         positions, self._lengths = self._lengths[:, None], self._lengths + 1
         return self._run(np.array(tokens, dtype=np.int64)[:, None], positions)[:, 0]
 
+    def extend(self, owners: Sequence[int], rows: Sequence[NDArray[Any]]) -> F32:
+        # Row by row: onnxruntime's operator goes on by several tokens in a batch of one only.
+        starts = self._lengths[np.asarray(owners)]
+        found = [
+            self._one(owner, int(start), row) for owner, start, row in zip(owners, starts, rows, strict=True)
+        ]
+        self._lengths = starts + np.array([len(row) for row in rows])
+        self._places = int(self._lengths.max())
+        caches = zip(*(output.present for output in found), strict=True)
+        self._past = [(self._stacked([k for k, _ in c]), self._stacked([v for _, v in c])) for c in caches]
+        return np.concatenate([output.logits[0] for output in found])
+
+    def _one(self, owner: int, start: int, row: NDArray[Any]) -> DecoderOutput:
+        own = slice(owner, owner + 1)
+        past = [(key[own, :, :start], value[own, :, :start]) for key, value in self._past]
+        ids, mask = row[None].astype(np.int64), np.ones((1, start + len(row)), dtype=np.int64)
+        return self.decoder(ids, mask, start + np.arange(len(row))[None], past)
+
+    def _stacked(self, arrays: Sequence[F32]) -> F32:
+        _, heads, _, size = arrays[0].shape
+        whole = np.zeros((len(arrays), heads, self._places, size), dtype=arrays[0].dtype)
+        for i, array in enumerate(arrays):
+            whole[i, :, : array.shape[2]] = array[0]
+        return whole
+
     def cache(self) -> tuple[Sequence[KV], BOOL]:
         return self._past, prefix_mask(self._lengths, self._places)
 
-    def _run(self, ids: I64, positions: I64) -> F32:
+    def _begin(self, rows: Sequence[NDArray[Any]], keep: int = ALL) -> F32:
+        self._lengths = np.array([len(row) for row in rows], dtype=np.int64)
+        self._past, self._places = self.decoder.empty_past(len(rows)), 0
+        return self._run(*right_padded(rows), keep)
+
+    def _run(self, ids: I64, positions: I64, keep: int = ALL) -> F32:
         self._places += ids.shape[1]
         mask = prefix_mask(self._lengths, self._places).astype(np.int64)
-        output = self.decoder(ids, mask, positions, self._past)
+        output = self.decoder(ids, mask, positions, self._past, keep)
         self._past = output.present
         return output.logits
 

@@ -14,16 +14,17 @@ from nbl_export.evaluate import scoring
 from nbl_export.evaluate.scoring import Limits, Pair, Scored, greedy, log_likelihoods
 from nbl_export.export.forms import FORMS
 from nbl_export.export.torch import export_torch
-from nbl_export.runtime.ort import OrtRaggedStream, ort_stream
-from nbl_export.runtime.stream import Extending
+from nbl_export.runtime.ort import OrtDecoder, OrtRaggedStream, ort_stream
+from nbl_export.runtime.stream import LastLogits
 from tests.export.exported import graph_logits
 from tests.exporters import GRAPH, Graphs
 from tests.families import HEAD_SIZE
 from tests.fixtures_graph import load
 
 FAMILY, VOCAB = "llama-gqa", 260
-EXTENDING = ("ours-concat", "ours-static")
-FLOAT = (*EXTENDING, "whole", "genai-fp32")
+RAGGED = ("ours-shared", "genai-fp32")
+EXTENDING = ("ours-concat", "ours-static", *RAGGED)
+FLOAT = (*EXTENDING, "whole")
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +119,7 @@ def test_a_quantized_graph_is_scored_as_it_computes(path_of: Callable[[str], Pat
     """The reference is the graph itself, one row at a time in a bare session."""
     path = path_of("genai-int4")
     stream = ort_stream(path, 64)
-    assert isinstance(stream, OrtRaggedStream) and not isinstance(stream, Extending)
+    assert isinstance(stream, OrtRaggedStream)
     pairs = [p for p in pairs_of_all_kinds() if p.continuation]
     wanted = []
     for pair in pairs:
@@ -245,6 +246,33 @@ def test_rows_go_on_in_several_ways(path_of: Callable[[str], Path], model: Any, 
             whole = model(input_ids=torch.from_numpy(row)[None]).logits[0].numpy()
         np.testing.assert_allclose(logits[i], whole[-len(way) - 1 : -1], rtol=0, atol=2e-4)
         np.testing.assert_allclose(decoded[i], whole[-1], rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize(("form", "logits"), [("ours-shared", 3), ("genai-fp32", 8)])
+def test_a_ragged_prefill_makes_the_last_logits_of_the_shortest_row_on(
+    path_of: Callable[[str], Path], model: Any, form: str, logits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the graph can be asked for fewer than all, as one that the builder left alone cannot."""
+    rng = np.random.default_rng(7)
+    rows = [np.array(random_tokens(rng, n)) for n in (9, 7, 8)]
+    made: list[int] = []
+    plain = OrtDecoder.__call__
+
+    def counted(self: Any, *given: Any) -> Any:
+        output = plain(self, *given)
+        made.append(output.logits.shape[1])
+        return output
+
+    monkeypatch.setattr(OrtDecoder, "__call__", counted)
+    stream = ort_stream(path_of(form), 16)
+    assert isinstance(stream, LastLogits)
+    last = stream.prefill_last([row[:-1] for row in rows])
+    following = stream.decode([int(row[-1]) for row in rows])
+    assert made == [logits, 1]
+    for row, *found in zip(rows, last, following, strict=True):
+        with torch.inference_mode():
+            whole = model(input_ids=torch.from_numpy(row)[None]).logits[0].numpy()
+        np.testing.assert_allclose(found, whole[-2:], rtol=0, atol=2e-4)
 
 
 def transformers_greedy(model: Any, prompt: Sequence[int], most: int) -> list[int]:
