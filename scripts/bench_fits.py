@@ -11,6 +11,8 @@ scale        W scaled about its mean input: LMMSE shrinks, the layers behind may
 temperature  the linearized model's logits divided by T
 lag          generalized least squares for residuals with correlation ρ from token to token: u_t - ρ u_(t-1) and
              y_t - ρ y_(t-1) are fitted, within rows
+fisher       tokens weighted by a power of ‖g‖², g the gradient, at the attention's output, of the likelihood of tokens
+             that the model draws itself: what an error there does to the predictions, to second order
 swap         the best exchange of one of the K for one that is left, among those cheapest alone
 
 The first line of each K is the plain fit. The table is OUT/fits.md.
@@ -19,7 +21,7 @@ The first line of each K is the plain fit. The table is OUT/fits.md.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,7 @@ from nbl_export.workspace import Workspace
 
 Maps = Mapping[int, LinearLayer]
 SWAPPED_OUT, SWAPPED_IN = 3, 4  # how many are tried
+FISHER_MOST = 30
 
 
 def fitted(moments: Mapping[int, LayerMoments], ridge: float = 1e-6) -> dict[int, LinearLayer]:
@@ -78,6 +81,64 @@ def lagged_moments(model: torch.nn.Module, tokens: Any, rho: float) -> dict[int,
         for row in tokens:
             model(input_ids=torch.from_numpy(row.astype(np.int64))[None], use_cache=False)
     return found
+
+
+def fisher_moments(
+    model: Any, tokens: Any, powers: Sequence[float], wanted: Sequence[int]
+) -> dict[float, dict[int, LayerMoments]]:
+    """Moments of x and y in which each token counts as ‖g‖² to each of the powers, its weights' mean being 1.
+
+    A token's ‖g‖² comes from one draw, so it is cut off at FISHER_MOST medians of its row.
+    """
+    layers = tuple(layer for layer in attention_layers(model) if layer.index in wanted)
+    sums: dict[float, dict[int, dict[str, Any]]] = {power: {} for power in powers}
+    generator = torch.Generator().manual_seed(0)
+    seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def observe(index: int, _h: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
+        y.retain_grad()
+        seen[index] = x, y
+
+    def count(index: int, power: float, weight: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
+        wx, wy = weight[:, None] * x, weight[:, None] * y
+        new = {"x": wx.sum(0), "y": wy.sum(0), "xx": wx.T @ x, "yx": wy.T @ x, "yy": wy.T @ y}
+        found = sums[power].setdefault(index, {"n": 0, "weight": 0.0, **dict.fromkeys(new, 0.0)})
+        found["n"] += len(x)
+        found["weight"] += float(weight.sum())
+        for name, value in new.items():
+            found[name] += value.double().numpy()
+
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    embedded = model.get_input_embeddings().register_forward_hook(
+        lambda _m, _a, y: y.detach().requires_grad_(True)
+    )
+    try:
+        for row in tokens:
+            with observed(model, layers, observe):
+                ids = torch.from_numpy(row.astype(np.int64))[None]
+                logits = model(input_ids=ids, use_cache=False).logits[0]
+            gradient = torch.softmax(logits.detach().float(), dim=-1)
+            drawn = torch.multinomial(gradient, 1, generator=generator)
+            gradient.scatter_add_(1, drawn, torch.full_like(drawn, -1, dtype=gradient.dtype))
+            logits.backward(gradient.to(logits.dtype))
+            for index, (x, y) in seen.items():
+                assert y.grad is not None
+                size = y.grad[0].float().square().sum(-1)
+                size = size.clamp(max=FISHER_MOST * float(size.median()))
+                for power in powers:
+                    count(index, power, size**power, x[0].detach().float(), y[0].detach().float())
+    finally:
+        embedded.remove()
+    return {
+        power: {index: _of_mean_weight_one(**one) for index, one in found.items()}
+        for power, found in sums.items()
+    }
+
+
+def _of_mean_weight_one(n: int, weight: float, **sums: Any) -> LayerMoments:
+    new = {name: value * (n / weight) for name, value in sums.items()}
+    return LayerMoments(n, h=new["x"], hh=new["xx"], yh=new["yx"], **new)
 
 
 def with_mean_of(maps: Maps, moments: Mapping[int, LayerMoments]) -> dict[int, LinearLayer]:
@@ -142,6 +203,8 @@ def main() -> None:
     for rho in (0.2, 0.5):
         lagged = lagged_moments(model, rows, rho)
         variants[f"lag ρ = {rho}"] = with_mean_of(fitted({i: lagged[i] for i in order}), moments)
+    weighted = fisher_moments(model, rows, (0.5, 1.0), order)
+    variants |= {f"fisher^{power:g}": fitted(found) for power, found in weighted.items()}
     lines = ["| K | change | KL | excess |", "| --- | --- | --- | --- |"]
 
     def add(k: int, name: str, loss: Loss) -> None:
