@@ -12,7 +12,7 @@ from nbl_export.errors import InputError
 from nbl_export.progress import Listener
 from nbl_export.run import Run
 from nbl_export.settings import CalibrateSettings
-from nbl_export.workspace import Workspace, read_json, sha256_of_json, write_json
+from nbl_export.workspace import Workspace, read_json, sha256_of_file, sha256_of_json, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -95,9 +95,9 @@ def _kept(path: Path, key: str, material: Material) -> Any:
         return None
 
 
-def _stamps(files: Iterable[Path]) -> list[tuple[str, int, int]]:
-    """Name, size and modification time of the local files named: changed text is another calibration."""
-    return [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+def _stamps(files: Iterable[Path]) -> list[tuple[str, str]]:
+    """Name and content of the local files named: changed text is another calibration, a fresh checkout is not."""
+    return [(str(f), sha256_of_file(f)) for f in files]
 
 
 def _check_enough(rows: Any, model: torch.nn.Module, unit: str) -> None:
