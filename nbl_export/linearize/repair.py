@@ -33,7 +33,7 @@ from nbl_export.linearize.lmmse import Covariances, FitInput
 from nbl_export.linearize.loss import parts
 from nbl_export.linearize.plan import LinearLayer
 from nbl_export.linearize.swap import AttentionReplacement, replaced
-from nbl_export.models.layers import attention_layer, attention_layers, layer_count
+from nbl_export.models.layers import attention_layer, attention_layers, hidden_size, layer_count
 from nbl_export.models.resume import beginning_at, inputs_kept
 from nbl_export.progress import Listener, Silent
 from nbl_export.tensorfile import load_tensors, save_tensors
@@ -46,7 +46,9 @@ _STEP_TOKENS = 1024
 _MAP_RATE, _UP_RATE, _DOWN_RATE = 12e-3, 16e-3, 3e-3
 _WARM_UP = 10
 _LAST_RATE = 0.05  # of the rates, at the end of the cosine
-_CHECKPOINT = "nbl-export/repair/1"
+# What the original computes up to the first and the last layer is kept from epoch to epoch, within this memory.
+_KEPT_BYTES = 4 * 2**30
+_CHECKPOINT = "nbl-export/repair/2"
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # as Adam names them
 
 
@@ -123,18 +125,54 @@ def repair(
     done = training.resume(checkpoint, identity, listener)
     rows = max(1, _STEP_TOKENS // tokens.shape[1])
     order = np.random.default_rng(seed).permutation(len(tokens))
+    # The same batches in every epoch: what is kept of one is what it would compute again, to the bit.
+    batches = [
+        torch.from_numpy(tokens[order[at : at + rows]].astype(np.int64)) for at in range(0, len(order), rows)
+    ]
+    original = _Original(model, training.first, keeping=steps - done > len(batches), tokens=tokens.size)
 
     def save(path: Path) -> None:
         training.save(path, {"identity": identity, "steps": str(done)})
 
     with listener.task("Repairing", steps, "steps", done) as task, kept_in(checkpoint, save) as between:
         while done < steps:
-            wanted = order[np.arange(done * rows, (done + 1) * rows) % len(order)]
-            training.step(torch.from_numpy(tokens[wanted].astype(np.int64)), _rate(done, steps))
+            number = done % len(batches)
+            ids = batches[number].to(training.device)
+            training.step(ids, *original(number, ids), _rate(done, steps))
             done += 1
             task.advance(1)
             between()
     return training.result(exact or model)
+
+
+class _Original:
+    """What ``model`` computes of the batches as it is: the states at the input of layer ``first``, and the logits.
+
+    If ``keeping``, and there is room for the states of all ``tokens``, a batch asked for again is begun at the last
+    layer.
+    """
+
+    def __init__(self, model: torch.nn.Module, first: int, keeping: bool, tokens: int) -> None:
+        self._model, self._first = model, attention_layer(model, first)
+        self._last = attention_layers(model)[-1]
+        weight = next(model.parameters())
+        self._keeping = keeping and 2 * tokens * hidden_size(model) * weight.element_size() <= _KEPT_BYTES
+        self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __call__(self, number: int, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """States [rows, seq, d] and logits [rows, seq, vocab] of batch ``number``, the tokens ``ids`` [rows, seq]."""
+        with torch.no_grad():
+            if number in self._kept:
+                first, last = self._kept[number]
+                with beginning_at(self._model, self._last.index, last.to(ids.device)):
+                    logits = self._model(input_ids=ids, use_cache=False).logits
+                return first.to(ids.device), logits
+            with inputs_kept(self._model, [self._first, self._last]) as states:
+                logits = self._model(input_ids=ids, use_cache=False).logits
+            first, last = (states[layer.index] for layer in (self._first, self._last))
+            if self._keeping:
+                self._kept[number] = first.cpu(), last.cpu()
+            return first, logits
 
 
 class _Training:
@@ -150,11 +188,10 @@ class _Training:
         seed: int,
     ) -> None:
         self._model, self._given, self._fit_input = model, maps, fit_input
-        self._first = min(maps)
-        self._layer = attention_layer(model, self._first)
-        self._device = next(model.parameters()).device
-        self._maps = {i: _begin_map(maps[i], covariances[i], self._device) for i in sorted(maps)}
-        self._adapters = _begin_adapters(model, self._first, rank, seed)
+        self.first = min(maps)
+        self.device = next(model.parameters()).device
+        self._maps = {i: _begin_map(maps[i], covariances[i], self.device) for i in sorted(maps)}
+        self._adapters = _begin_adapters(model, self.first, rank, seed)
         groups: list[dict[str, Any]] = [
             {"params": [t for one in self._maps.values() for t in (one.v, one.c)], "rate": _MAP_RATE},
             {"params": [one.up for one in self._adapters], "rate": _UP_RATE},
@@ -162,14 +199,15 @@ class _Training:
         ]
         self._optimizer = torch.optim.Adam([g for g in groups if g["params"]], betas=(0.9, 0.98), eps=1e-12)
 
-    def step(self, ids: torch.Tensor, rate: float) -> None:
-        """One step on tokens [rows, seq] int64, at ``rate`` of the learning rates."""
-        model, first, ids = self._model, self._first, ids.to(self._device)
-        with torch.no_grad(), inputs_kept(model, [self._layer]) as kept:
-            target = model(input_ids=ids, use_cache=False).logits
+    def step(self, ids: torch.Tensor, states: torch.Tensor, target: torch.Tensor, rate: float) -> None:
+        """One step on tokens [rows, seq] int64, at ``rate`` of the learning rates.
+
+        ``states`` and ``target`` are the original's of these tokens: the input of the first layer, and the logits.
+        """
+        model = self._model
         with ExitStack() as stack:
             modules = stack.enter_context(replaced(model, self._given, self._fit_input))
-            stack.enter_context(beginning_at(model, first, kept[first]))
+            stack.enter_context(beginning_at(model, self.first, states))
             stack.enter_context(_adding(model, self._adapters))
             for index, one in self._maps.items():
                 _put(modules[index], one)
@@ -218,8 +256,7 @@ class _Training:
         steps = int(metadata["steps"])
         for number, tensor in enumerate(self._trained):
             value, *moments = (
-                torch.from_numpy(tensors[f"{number}.{name}"]).to(self._device)
-                for name in ("value", *_MOMENTS)
+                torch.from_numpy(tensors[f"{number}.{name}"]).to(self.device) for name in ("value", *_MOMENTS)
             )
             tensor.data.copy_(value)
             named = dict(zip(_MOMENTS, moments, strict=True))

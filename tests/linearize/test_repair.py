@@ -20,6 +20,8 @@ from nbl_export.linearize.lmmse import Covariances, FitInput, branch_covariances
 from nbl_export.linearize.plan import LinearLayer
 from nbl_export.linearize.repair import Repaired, mlp_maps, repair
 from nbl_export.linearize.swap import replaced
+from nbl_export.models.layers import attention_layer
+from nbl_export.models.trial import trial
 from tests.families import unsaved
 from tests.interruptions import Recorder, crash, send
 from tests.tiny_types import tiny_model
@@ -250,6 +252,28 @@ def test_every_row_is_read_before_any_is_read_again(model: Any, monkeypatch: pyt
     assert [row for step in steps[:3] for row in step] != [tuple(row) for row in TOKENS.tolist()]
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3-text"])
+def test_what_the_original_computes_is_computed_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eleven rows are batches of four, four and three, in every epoch; the maps are the same to the bit."""
+    model = unsaved(name).eval().requires_grad_(False)
+    maps, covariances = fits(model, (1, 2))
+    trial(model)  # which runs the model once itself
+    calls: list[int] = []
+    block = model.get_submodule(attention_layer(model, 1).block)
+    block.register_forward_hook(lambda *_: calls.append(1))
+
+    def repaired(steps: int) -> tuple[Repaired, int]:
+        calls.clear()
+        return repair(model, maps, covariances, "normed", TOKENS[:11], steps, 0, 4), len(calls)
+
+    kept, count = repaired(7)
+    assert count == 7 + 3
+    monkeypatch.setattr(module, "_KEPT_BYTES", 0)
+    computed, count = repaired(7)
+    assert count == 2 * 7
+    assert same(kept, computed)
+
+
 def test_the_rate_warms_up_and_goes_down() -> None:
     rates = [module._rate(step, 100) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and max(rates) == rates[9]
@@ -290,7 +314,7 @@ def again(
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("after", [1, 5, 8])
+@pytest.mark.parametrize("after", [1, 5, 8])  # of epochs of three steps
 def test_an_interrupted_repair_goes_on_to_the_same_bits(
     model: Any, tmp_path: Path, signum: int, after: int
 ) -> None:
