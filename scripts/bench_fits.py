@@ -32,13 +32,13 @@ import torch
 from nbl_export.calibrate.collect import collect_moments
 from nbl_export.calibrate.moments import LayerMoments, load_moments
 from nbl_export.calibrate.text import load_text
-from nbl_export.linearize.fits import as_layer
+from nbl_export.linearize.fits import WeightedSums, as_layer
 from nbl_export.linearize.lmmse import branch_covariances, fit_lmmse
 from nbl_export.linearize.loss import Loss, LossMeter
 from nbl_export.linearize.plan import LinearLayer
 from nbl_export.linearize.search import LossCache, MeasuredSets, alone, greedy_order
 from nbl_export.linearize.swap import replaced
-from nbl_export.models.layers import attention_layers, dtype_of, observed
+from nbl_export.models.layers import attention_layers, dtype_of, hidden_size, observed
 from nbl_export.models.source import same_model
 from nbl_export.progress import Silent
 from nbl_export.run import LoadedModel
@@ -91,22 +91,13 @@ def fisher_moments(
     A token's ‖g‖² comes from one draw, so it is cut off at FISHER_MOST medians of its row.
     """
     layers = tuple(layer for layer in attention_layers(model) if layer.index in wanted)
-    sums: dict[float, dict[int, dict[str, Any]]] = {power: {} for power in powers}
+    sums = {(power, index): WeightedSums(hidden_size(model), model) for power in powers for index in wanted}
     generator = torch.Generator().manual_seed(0)
     seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def observe(index: int, _h: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
         y.retain_grad()
         seen[index] = x, y
-
-    def count(index: int, power: float, weight: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
-        wx, wy = weight[:, None] * x, weight[:, None] * y
-        new = {"x": wx.sum(0), "y": wy.sum(0), "xx": wx.T @ x, "yx": wy.T @ x, "yy": wy.T @ y}
-        found = sums[power].setdefault(index, {"n": 0, "weight": 0.0, **dict.fromkeys(new, 0.0)})
-        found["n"] += len(x)
-        found["weight"] += float(weight.sum())
-        for name, value in new.items():
-            found[name] += value.double().numpy()
 
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -127,18 +118,10 @@ def fisher_moments(
                 size = y.grad[0].float().square().sum(-1)
                 size = size.clamp(max=FISHER_MOST * float(size.median()))
                 for power in powers:
-                    count(index, power, size**power, x[0].detach().float(), y[0].detach().float())
+                    sums[power, index].add(x[0].detach(), y[0].detach(), size.double() ** power)
     finally:
         embedded.remove()
-    return {
-        power: {index: _of_mean_weight_one(**one) for index, one in found.items()}
-        for power, found in sums.items()
-    }
-
-
-def _of_mean_weight_one(n: int, weight: float, **sums: Any) -> LayerMoments:
-    new = {name: value * (n / weight) for name, value in sums.items()}
-    return LayerMoments(n, h=new["x"], hh=new["xx"], yh=new["yx"], **new)
+    return {power: {index: sums[power, index].result() for index in wanted} for power in powers}
 
 
 def with_mean_of(maps: Maps, moments: Mapping[int, LayerMoments]) -> dict[int, LinearLayer]:

@@ -45,7 +45,7 @@ def weighted_moments(
 ) -> dict[int, LayerMoments]:
     """The moments of every attention layer over ``tokens`` [rows, seq], each token weighted by 1 / ‖h‖²."""
     layers = attention_layers(model)
-    sums = {layer.index: _WeightedSums(hidden_size(model), model) for layer in layers}
+    sums = {layer.index: WeightedSums(hidden_size(model), model) for layer in layers}
 
     def observe(index: int, h: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
         weight = h.double().square().sum(-1).clamp_min(torch.finfo(torch.float64).tiny).reciprocal()
@@ -77,7 +77,7 @@ def sequential_fits(
         original = [run_between(model, batch, end=order[0]) for batch in ids]
         changed = list(original)
         for index, following in zip(order, [*order[1:], None], strict=True):
-            sums = _WeightedSums(hidden_size(model), model)
+            sums = WeightedSums(hidden_size(model), model)
             for number, batch in enumerate(ids):
                 _, _, y, original[number] = _seen(model, batch, index, original[number], following)
                 h, x, _, _ = _seen(model, batch, index, changed[number], index)
@@ -118,7 +118,7 @@ def _there(states: torch.Tensor | None) -> torch.Tensor:
     return states
 
 
-class _WeightedSums:
+class WeightedSums:
     """Sums of u, y and their products, a weight for each token, float64; symmetric products whole."""
 
     def __init__(self, d: int, model: torch.nn.Module) -> None:
