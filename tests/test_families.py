@@ -107,8 +107,9 @@ def refused(family: str, what: str, act: Callable[[], object], record_property: 
 
 
 def said(error: Exception) -> str:
-    """The sentence without where the graph lay, and what a library says after it."""
-    return re.sub(r"( of)? /\S+.*", "", str(error)).rstrip(".:") + "."
+    """The sentence without where the model or the graph lay, and what a library says after the latter."""
+    sentence = re.sub(r"The /\S+ model", "The model", str(error))
+    return re.sub(r"( of)? /\S+.*", "", sentence).rstrip(".:") + "."
 
 
 def assert_passes(found: Parity) -> None:

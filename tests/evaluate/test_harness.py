@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +135,68 @@ def test_outcomes_pair_by_document(stories: tuple[Any, Any], shared_data: Path) 
     assert outcome.documents == len(outcome.chance) == len(outcome.scores["acc"]) == 20
     assert set(outcome.scores["acc"]) <= {0.0, 1.0} and set(outcome.chance) <= {1 / 3, 1 / 4, 1 / 5}
     assert outcome.metrics["acc"] == pytest.approx(np.mean(outcome.scores["acc"]))
+
+
+def _arc(row: Mapping[str, Any]) -> dict[str, Any]:
+    labels = list("ABCDE"[: len(row["choices"])])
+    return {
+        "question": row["question"],
+        "choices": {"text": row["choices"], "label": labels},
+        "answerKey": labels[row["gold"]],
+    }
+
+
+def _piqa(row: Mapping[str, Any]) -> dict[str, Any]:
+    first, second = row["choices"]
+    return {"goal": row["question"], "sol1": first, "sol2": second, "label": row["gold"]}
+
+
+def _winogrande(row: Mapping[str, Any]) -> dict[str, Any]:
+    first, second = row["choices"]
+    return {
+        "sentence": row["sentence"],
+        "option1": first,
+        "option2": second,
+        "answer": str(row["gold"] + 1),
+    }
+
+
+# The harness's task → its data on the Hub, the split it asks, our file of such rows, and a row as it is on the Hub.
+ON_THE_HUB: Mapping[str, tuple[str, str, str, Callable[[Mapping[str, Any]], dict[str, Any]]]] = {
+    "arc_easy": ("allenai/ai2_arc", "test", "arc_easy_train", _arc),
+    "piqa": ("baber/piqa", "validation", "piqa_valid", _piqa),
+    "winogrande": ("allenai/winogrande", "validation", "winogrande_xl_valid", _winogrande),
+    "lambada_openai": (
+        "EleutherAI/lambada_openai",
+        "test",
+        "lambada_openai_test",
+        lambda row: {"text": f"{row['context']} {row['target']}"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ON_THE_HUB)
+def test_a_task_of_the_hub_is_asked_as_its_rows_in_a_file_are(
+    stories: tuple[Any, Any], shared_data: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The harness's own task by its name, its data handed over where the Hub's client would fetch them."""
+    import datasets
+
+    path, split, file, on_the_hub = ON_THE_HUB[name]
+    settings = TaskSettings(limit=12)
+    (local,) = find_tasks([str(shared_data / "eval" / f"{file}.jsonl.gz")], settings)
+    rows = [on_the_hub(row) for row in local.build().eval_docs]
+    served: list[str] = []
+
+    def load_dataset(path: str, **_: Any) -> Any:
+        served.append(path)
+        return datasets.DatasetDict({s: datasets.Dataset.from_list(rows) for s in ("train", split)})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    (named,) = find_tasks([name], settings)
+    assert served == [path] and named.total == 12
+    found, expected = (run_task(stories[0], task, settings) for task in (named, local))
+    assert found == expected
 
 
 def test_perplexities_have_no_recovery(stories: tuple[Any, Any], shared_data: Path) -> None:
