@@ -6,8 +6,9 @@ Calibrates once, chooses K layers for each --k, and rewrites the graphs of this 
 growing or shared, and of onnxruntime-genai's builder in fp32 and int4 by the same plans. Then `nbl-export bench` times
 in every cell, in turn: base and linearized graph, the same layers left out, PyTorch (eager and compiled), the shared
 and the genai pairs, the graph that optimum exports (with NBL_EXPORT_OPTIMUM_PYTHON set), and the graph with the other
-K. What is made is kept in DIR; the table is DIR/speed.md, the plot DIR/speed.png, all figures
-DIR/kK/report/bench.json, and the last K's report has them too.
+K. At the contexts of --long there is no room for all of them: there the four pairs of graphs are timed, in a run of
+their own. What is made is kept in DIR; the tables are DIR/speed.md and DIR/speed-long.md, the plots and all figures
+beside them in .png and .json, and the last K's report has those of the first run too.
 
 On a machine with an NVIDIA GPU the same is run on it afterwards, with TensorRT engines and the CUDA provider; elsewhere
 the reason for leaving that out is printed.
@@ -18,7 +19,9 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from nbl_export import api
 from nbl_export.engine.gpu import find_gpu
@@ -70,13 +73,13 @@ def optimum(arguments: argparse.Namespace) -> Path | None:
     return api.export(folder, api.ExportSettings(exporter="optimum"), TerminalListener()).parent
 
 
-def judged(value: BenchReport, bounds: list[str]) -> str:
+def judged(cells: Sequence[Mapping[str, Any]], bounds: Sequence[str]) -> str:
     """Each ``who/phase context/least`` that was asked for, beside what was measured."""
     lines = ["| who | cell | asked | measured | ceiling |", "| --- | --- | --- | --- | --- |"]
     for bound in bounds:
         who, cell, least = bound.split("/")
         phase, context = cell.split()
-        for found in value.cells:
+        for found in cells:
             if (found["phase"], found["batch"], found["context"]) != (phase, 1, int(context)):
                 continue
             for lap in found["laps"]:
@@ -86,6 +89,34 @@ def judged(value: BenchReport, bounds: list[str]) -> str:
                     limit = f"{lap['ceiling']:.2f}" if lap["ceiling"] else "–"
                     lines.append(f"| {who} | {cell} | {least} | {ratio['value']:.3f}{noise} | {limit} |")
     return "\n".join(lines)
+
+
+def raced(
+    arguments: argparse.Namespace,
+    folder: Path,
+    against: Sequence[str],
+    peers: Sequence[str],
+    batches: Sequence[int],
+    contexts: Sequence[int],
+    device: str,
+    name: str,
+) -> BenchReport:
+    """One bench; its table, plot and figures are kept as ``name``."""
+    settings = api.BenchSettings(
+        tuple(against),
+        tuple(peers),
+        tuple(batches),
+        tuple(contexts),
+        arguments.rounds,
+        seconds=arguments.seconds,
+        device=device,
+    )
+    value = api.bench(folder, settings, TerminalListener())
+    report = folder / "report"
+    for found in (report / "bench.md", report / "bench.json", report / "plots" / "bench.png"):
+        shutil.copyfile(found, arguments.out / f"{name}{found.suffix}")
+    print((arguments.out / f"{name}.md").read_text(encoding="utf-8"))
+    return value
 
 
 ASKED = [
@@ -112,7 +143,8 @@ def main() -> None:
     parser.add_argument("--criterion", default="greedy")
     parser.add_argument("--samples", type=int, default=256, help="calibration rows of 512 tokens")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--contexts", type=int, nargs="+", default=[128, 512, 2048, 4096, 8192])
+    parser.add_argument("--contexts", type=int, nargs="+", default=[128, 512, 2048])
+    parser.add_argument("--long", type=int, nargs="*", default=[4096, 8192], help="contexts for graphs alone")
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=300.0)
@@ -120,33 +152,29 @@ def main() -> None:
     arguments = parser.parse_args()
     made = {k: prepared(arguments, k) for k in arguments.k}
     most = max(arguments.k)
-    against = [f"{name}={folder}" for name, folder in made[most].items() if name != "torch"]
-    against += [f"K = {k}={made[k]['torch']}" for k in arguments.k if k != most]
-    if folder := optimum(arguments):
-        against.append(f"optimum={folder}")
-    gpu = find_gpu()
+    folder = made[most]["torch"]
+    pairs = [f"{name}={path}" for name, path in made[most].items() if name != "torch"]
+    others = [f"K = {k}={made[k]['torch']}" for k in arguments.k if k != most]
+    if exported := optimum(arguments):
+        others.append(f"optimum={exported}")
     for device in ("cpu", "cuda"):
-        if device == "cuda" and gpu is None:
+        if device == "cuda" and find_gpu() is None:
             print("The CUDA provider and TensorRT engines are left out: there is no NVIDIA GPU.")
             continue
         if device == "cuda":
-            api.build(made[most]["torch"], listener=TerminalListener())
-        settings = api.BenchSettings(
-            tuple(against),
-            tuple(arguments.peers),
-            tuple(arguments.batches),
-            tuple(arguments.contexts),
-            arguments.rounds,
-            seconds=arguments.seconds,
-            device=device,
-        )
-        value = api.bench(made[most]["torch"], settings, TerminalListener())
-        report = made[most]["torch"] / "report"
+            api.build(folder, listener=TerminalListener())
         name = "speed" if device == "cpu" else "speed-gpu"
-        text = f"{(report / 'bench.md').read_text()}\n## Asked for, K = {most}\n\n{judged(value, ASKED)}\n"
-        (arguments.out / f"{name}.md").write_text(text, encoding="utf-8")
-        shutil.copyfile(report / "plots" / "bench.png", arguments.out / f"{name}.png")
-        print(text)
+        cells: list[Mapping[str, Any]] = []
+        if arguments.long:
+            cells += raced(arguments, folder, pairs, (), [1], arguments.long, device, f"{name}-long").cells
+        everybody, peers = [*pairs, *others], tuple(arguments.peers)
+        cells += raced(
+            arguments, folder, everybody, peers, arguments.batches, arguments.contexts, device, name
+        ).cells
+        asked = f"\n## Asked for, K = {most}\n\n{judged(cells, ASKED)}\n"
+        with (arguments.out / f"{name}.md").open("a", encoding="utf-8") as table:
+            table.write(asked)
+        print(asked)
 
 
 if __name__ == "__main__":

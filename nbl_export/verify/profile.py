@@ -28,9 +28,9 @@ _SUFFIX = "_kernel_time"
 class Explanation:
     """Of a speedup above its ceiling: nodes run by both graphs, milliseconds saved by operator, most first.
 
-    ``saved_ms`` is what the race saved, ``excess_ms`` the part of it beyond the ceiling, ``gone_ms`` what the profiler
-    saw saved in nodes that only one of the graphs has, in the race's time. ``suspect``: more than half the excess, and
-    more than a profile is good to, is not seen there.
+    ``saved_ms`` is what the race saved at least, ``excess_ms`` the part of it beyond the ceiling, ``gone_ms`` what the
+    profiler saw saved in nodes that only one of the graphs has, in the race's time. ``suspect``: more than half the
+    excess, and more than a profile is good to, is not seen there.
     """
 
     base_nodes: int
@@ -70,8 +70,7 @@ def explain(
             for path, name in zip(graphs, "ab", strict=True)
         ]
         prompts = [OrtPrompt(model, context, runs + 1, batch=batch) for model in models]
-        # A pass of many seconds is as long without another to warm up.
-        for _ in range(runs + (runs > 1) if phase == "prefill" else 1):
+        for _ in range(runs + 1 if phase == "prefill" else 1):  # one to warm up, or to fill the cache
             for prompt in prompts:
                 prompt.prefill()
         for _ in range(runs if phase == "decode" else 0):

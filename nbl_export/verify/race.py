@@ -27,7 +27,8 @@ _SETTLE = 0.02
 class Rounds:
     """At least ``least`` rounds after the warm-up; while a verdict is missing, up to ``most`` or ``seconds``.
 
-    ``seconds`` bounds the first ``least`` too, of which three are always run.
+    ``seconds`` bounds the first ``least`` too, of which three are always run. The warm-up, in which one may compile
+    for minutes, does not count.
     """
 
     least: int
@@ -89,6 +90,8 @@ def race(
                 continue
             if number:
                 values[name].append(value)
+        if not number:
+            start = time.perf_counter()
         if number <= rounds.least:
             advance(1)
         number += 1
