@@ -69,8 +69,12 @@ def test_peaks_are_those_of_processes_of_their_own(stories_out: Path) -> None:
     found = peak_bytes(stories_out / "model.onnx", cells)
     del held
     small, large = (found[cell] for cell in cells)
+    assert isinstance(small, int) and isinstance(large, int)
     # Not of this process, which a process that it starts begins as.
-    assert small and large and (20 << 20) < small <= large < (1 << 30)
+    assert (20 << 20) < small <= large < (1 << 30)
+    # What does not run is no want of memory.
+    found = peak_bytes(stories_out / "model.onnx", [(1, 8), (-1, 8), (1, 16)])
+    assert list(map(type, found.values())) == [int, str, str] and "negative" in str(found[1, 16])
     with pytest.raises(BuildError, match=r"no-such.onnx cannot be measured \(.*does not exist"):
         peak_bytes(stories_out / "no-such.onnx", cells)
 

@@ -149,7 +149,7 @@ def _measured(
         listener.note(f"bench: {len(kept.cells)} cells kept from before.")
     with ExitStack() as stack:
         competitors = _competitors(run, rivals, settings, stack)
-        memory = _memory(competitors, cells, settings, listener)
+        memory = _memory(competitors, cells, settings, most, listener)
         rounds = Rounds(settings.rounds, settings.most * settings.rounds, settings.seconds)
         roofline = measure_roofline(settings.device, _dtype(settings, ws))
         for both in Bench(competitors, LINEARIZED, rounds, roofline, memory, most).run(cells, listener):
@@ -275,6 +275,7 @@ def _memory(
     competitors: Sequence[Competitor],
     cells: Sequence[tuple[int, int]],
     settings: BenchSettings,
+    positions: int | None,
     listener: Listener,
 ) -> Memory:
     """Peaks of the graphs on the CPU, each in a process of its own, before anything is timed."""
@@ -286,6 +287,6 @@ def _memory(
         graphs = [c for c in competitors if c.graph is not None]
         with listener.task("Measuring peak memory", len(graphs), "graphs") as task:
             for one in graphs:
-                peaks[one.name] = peak_bytes(one.graph, ordered(cells))  # type: ignore[arg-type]
+                peaks[one.name] = peak_bytes(one.graph, ordered(cells), positions)  # type: ignore[arg-type]
                 task.advance(1)
     return Memory(peaks)

@@ -81,13 +81,18 @@ class BenchCell:
 
 @dataclass(frozen=True)
 class Memory:
-    """Peak bytes of each competitor by (batch, context), None where its process found no room.
+    """Peak bytes of each competitor by (batch, context), or why its process did not run that cell.
 
     ``free`` says how many bytes there are to be had. Without peaks everything fits.
     """
 
-    peaks: Mapping[str, Mapping[tuple[int, int], int | None]] = field(default_factory=dict)
+    peaks: Mapping[str, Mapping[tuple[int, int], int | str]] = field(default_factory=dict)
     free: Callable[[], int] = lambda: psutil.virtual_memory().available
+
+    def peak(self, name: str, cell: tuple[int, int]) -> int | None:
+        """The peak bytes of one that runs the cell, as far as they were measured."""
+        found = self.peaks.get(name, {}).get(cell)
+        return found if isinstance(found, int) else None
 
     def fitting(
         self,
@@ -101,16 +106,16 @@ class Memory:
         ``held`` is what each has taken in earlier cells and keeps; it is told what they take in this one. There is
         room left for a profile of two graphs.
         """
-        known = [peak for peaks in self.peaks.values() if (peak := peaks.get(cell))]
-        largest = max(known, default=0)
+        largest = max((self.peak(name, cell) or 0 for name in self.peaks), default=0)
         found, left = [], self.free() * _USABLE - 2 * largest
         for one in competitors:
             # PyTorch, which has no process of its own, is taken for as large as the largest.
             peak = self.peaks.get(one.name, {}).get(cell, largest)
-            more = 0 if peak is None else max(0, peak - held.get(one.name, 0))
-            if peak is None:
-                absent[one.name] = "it finds no room in memory"
-            elif more > left:
+            if isinstance(peak, str):
+                absent[one.name] = peak
+                continue
+            more = max(0, peak - held.get(one.name, 0))
+            if more > left:
                 absent[one.name] = f"no room beside the others: it needs {peak / 2**30:.1f} GiB"
             else:
                 left -= more
@@ -192,7 +197,7 @@ class Bench:
             len(own),
             1e3 * batch * (1 if phase == "decode" else context) / shown.median_ms,
             cache,
-            self.memory.peaks.get(name, {}).get((batch, context)),
+            self.memory.peak(name, (batch, context)),
             None if least is None else 1e3 * least / shown.median_ms,
             ratio(base, own) if base else None,
             limit,

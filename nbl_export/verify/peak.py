@@ -1,10 +1,10 @@
 """Peak memory of a graph, cell by cell, each graph in a process of its own.
 
-    python -m nbl_export.verify.peak GRAPH '[[1, 512], [4, 2048]]'
+    python -m nbl_export.verify.peak GRAPH '[[1, 512], [4, 2048]]' [POSITIONS]
 
 prints one JSON value: for each batch and context the resident bytes at their highest, the process's Python and runtime
-included, or null where memory did not suffice. Cells are run in the order given, which must ascend: a runtime keeps the
-memory that it once took.
+included, or the reason why the graph did not run. After the last of POSITIONS there is no token to decode. Cells are
+run in the order given, which must ascend: a runtime keeps the memory that it once took.
 """
 
 from __future__ import annotations
@@ -21,13 +21,19 @@ import psutil
 
 from nbl_export.errors import BuildError
 
+NO_ROOM = "it finds no room in memory"
 
-def peak_bytes(path: Path, cells: Sequence[tuple[int, int]]) -> dict[tuple[int, int], int | None]:
-    """Peaks of the graph at ``path`` in each of ``cells`` (batch, context); None where memory does not suffice.
 
-    Raises :class:`BuildError` if the process cannot do its work for another reason.
+def peak_bytes(
+    path: Path, cells: Sequence[tuple[int, int]], positions: int | None = None
+) -> dict[tuple[int, int], int | str]:
+    """Peaks of the graph at ``path`` in each of ``cells`` (batch, context), or why it has none there.
+
+    ``positions`` are those of the model: after the last of them there is no token to decode. Raises
+    :class:`BuildError` if the process cannot do its work for another reason.
     """
     command = [sys.executable, "-m", "nbl_export.verify.peak", str(path.resolve()), json.dumps(list(cells))]
+    command += [] if positions is None else [str(positions)]
     # In an empty folder Python takes no file of the user's for a module.
     with tempfile.TemporaryDirectory(prefix="nbl-peak.") as folder:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
@@ -38,28 +44,32 @@ def peak_bytes(path: Path, cells: Sequence[tuple[int, int]]) -> dict[tuple[int, 
         )
     # A process that is killed wanted more than there is.
     found = dict(zip(cells, [] if done.returncode else json.loads(done.stdout), strict=False))
-    return {cell: found.get(cell) for cell in cells}
+    return {cell: found.get(cell, NO_ROOM) for cell in cells}
 
 
-def _measure(path: Path, cells: Sequence[tuple[int, int]]) -> list[int | None]:
+def _measure(path: Path, cells: Sequence[tuple[int, int]], positions: int | None) -> list[int | str]:
     from nbl_export.verify.contenders import OrtEntrant
+    from nbl_export.verify.race import reason_of
 
     # Beyond this an allocation fails, which one can catch; the kernel's way with too little memory is to kill.
     free = psutil.virtual_memory().available
     resource.setrlimit(resource.RLIMIT_DATA, (free, free))
     entrant = OrtEntrant(path)
     assert entrant.model  # a graph that does not load is not one without room
-    found: list[int | None] = []
+    found: list[int | str] = []
     for batch, context in cells:
         try:
             prompt = entrant(context, batch)
             prompt.prefill()
-            prompt.step()
-        except Exception:  # the runtime's own kind of out-of-memory
+            if context != positions:
+                prompt.step()
+        except Exception as error:  # the runtime's own kind of out-of-memory, or what it does not run
+            reason = reason_of(error)
+            found += [NO_ROOM if "allocate memory" in reason else reason] * (len(cells) - len(found))
             break
         found.append(_highest())
         del prompt
-    return [*found, *[None] * (len(cells) - len(found))]
+    return found
 
 
 def _highest() -> int:
@@ -72,4 +82,5 @@ def _highest() -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_measure(Path(sys.argv[1]), [tuple(c) for c in json.loads(sys.argv[2])])))
+    asked = [tuple(c) for c in json.loads(sys.argv[2])]
+    print(json.dumps(_measure(Path(sys.argv[1]), asked, int(sys.argv[3]) if sys.argv[3:] else None)))
