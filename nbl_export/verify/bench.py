@@ -24,7 +24,7 @@ from nbl_export.verify.roofline import Roofline
 PHASES: Mapping[str, Callable[[Any], float]] = {"prefill": prefill_seconds, "decode": decode_seconds}
 # Of a machine's free memory; the rest is for what nobody counts.
 _USABLE = 0.9
-# At most so many passes of a graph are profiled, fewer where one takes long.
+# So many passes of a graph are profiled, at least and at most: between them as many as take this time.
 _LEAST_PROFILED, _MOST_PROFILED, _PROFILED_MS = 3, 15, 5000.0
 
 

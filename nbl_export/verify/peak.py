@@ -22,6 +22,8 @@ import psutil
 from nbl_export.errors import BuildError
 
 NO_ROOM = "it finds no room in memory"
+# What the runtime, numpy and C++ say of it.
+_ALLOCATION = ("allocate", "bad_alloc")
 
 
 def peak_bytes(
@@ -65,7 +67,9 @@ def _measure(path: Path, cells: Sequence[tuple[int, int]], positions: int | None
                 prompt.step()
         except Exception as error:  # the runtime's own kind of out-of-memory, or what it does not run
             reason = reason_of(error)
-            found += [NO_ROOM if "allocate memory" in reason else reason] * (len(cells) - len(found))
+            if any(word in reason for word in _ALLOCATION):
+                reason = NO_ROOM
+            found += [reason] * (len(cells) - len(found))
             break
         found.append(_highest())
         del prompt
