@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ from nbl_export.errors import BuildError, InputError
 from nbl_export.graph.drop import drop_layers
 from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.report.bench import bench_tables, load_bench
+from nbl_export.report.render import write_report
 from nbl_export.report.schema import load_report
 from nbl_export.runtime.ort import OrtDecoder
 from nbl_export.verify.bench import Bench, BenchCell
+from nbl_export.verify.contenders import profiled
 from nbl_export.verify.peak import peak_bytes
 from nbl_export.verify.profile import explain
 
@@ -57,7 +59,10 @@ def test_layers_left_out_write_nothing(stories_out: Path, tmp_path: Path) -> Non
 def test_a_real_pair_is_profiled(stories_out: Path) -> None:
     graphs = stories_out / "baseline" / "model.onnx", stories_out / "model.onnx"
     for phase in ("prefill", "decode"):
-        found = explain(graphs, phase, 2, 64, 3, 1.0, 1.0, 0.5)
+        # Two thirds of 1.5 s are saved for sure, a half at the ceiling.
+        found = explain(graphs, phase, profiled(64, 2), 1500.0, 3.0, 2.0)
+        assert found is not None and found.saved_ms == pytest.approx(1000)
+        assert found.excess_ms == pytest.approx(250)
         assert found.base_nodes > found.linearized_nodes > 50
         # The profiler sees only the saved layers' nodes go: attention is among them.
         assert found.gone_ms > 0 and found.by_operator_ms
@@ -121,6 +126,10 @@ def test_a_bench_of_a_real_folder(own: Path, tmp_path: Path) -> None:
     assert report.bench == value.body()
     assert "rival, linearized" in (own / "report" / "report.html").read_text()
     assert "](plots/bench.png)" in (own / "report" / "report.md").read_text()
+    # It is the bench's own: a report without it leaves it.
+    write_report(own / "report", replace(report, bench=None))
+    assert (own / "report" / "plots" / "bench.png").is_file()
+    write_report(own / "report", report)
     before = (own / "report" / "report.json").stat().st_mtime_ns
     api.verify(own, api.VerifySettings(contexts=(16,), rounds=3))
     assert (own / "report" / "report.json").stat().st_mtime_ns == before

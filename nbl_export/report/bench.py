@@ -1,20 +1,23 @@
-"""A bench as one JSON value with a versioned schema, and what is drawn from it: table, plot, Markdown, verdicts."""
+"""A bench as one JSON value with a versioned schema, and what is drawn from it: tables and verdicts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nbl_export.report.drawing import Table, number
 from nbl_export.report.schema import Check, load_judged
-from nbl_export.report.tables import checks_table, roofline_in_words, spread
-from nbl_export.workspace import jsonable, write_json, write_text
-
-if TYPE_CHECKING:
-    from nbl_export.report.plots import Plot
+from nbl_export.report.speed import (
+    ABOVE,
+    Explained,
+    ceilings_check,
+    explanations_tables,
+    roofline_in_words,
+    spread,
+)
+from nbl_export.workspace import jsonable
 
 SCHEMA = "nbl-export/bench/1"
 REMEDY = "run `nbl-export bench` again"
@@ -60,27 +63,15 @@ def bench_of(raw: Mapping[str, Any]) -> BenchReport:
 
 def bench_checks(cells: Sequence[Mapping[str, Any]]) -> list[Check]:
     """The two verdicts on cells as JSON: whether the figures can be believed, and whether anything got slower."""
-    suspect, slower, resolved = [], [], []
+    slower, resolved = [], []
     for cell in cells:
-        title = cell_name(cell["phase"], cell["batch"], cell["context"])
-        suspect += [
-            f"{title}, {name}: {e['saved_ms']:.2f} ms saved at least, {e['excess_ms']:.2f} of them beyond the ceiling, "
-            f"but {e['gone_ms']:.2f} in nodes that are gone"
-            for name, e in cell["explanations"].items()
-            if e["suspect"]
-        ]
         for lap in cell["laps"]:
             if found := lap["over_base"]:
                 resolved.append(found["resolved"])
                 if found["resolved"] and found["value"] < 1:
-                    slower.append(f"{title}, {lap['name']}: {found['value']:.2f}×")
+                    slower.append(f"{_title(cell)}, {lap['name']}: {found['value']:.2f}×")
     return [
-        Check(
-            "ceilings",
-            "failed" if suspect else "passed",
-            "; ".join(suspect)
-            or "no speedup above its ceiling, or what it comes from is gone from the graph",
-        ),
+        ceilings_check("ceilings", _explained(cells), "failed"),
         Check(
             "nowhere slower",
             "failed" if slower else "passed" if any(resolved) else "skipped",
@@ -88,6 +79,14 @@ def bench_checks(cells: Sequence[Mapping[str, Any]]) -> list[Check]:
             or f"{sum(resolved)} of {len(resolved)} comparisons with the own base are resolved",
         ),
     ]
+
+
+def _explained(cells: Sequence[Mapping[str, Any]]) -> list[Explained]:
+    return [(_title(cell), name, reason) for cell in cells for name, reason in cell["explanations"].items()]
+
+
+def _title(cell: Mapping[str, Any]) -> str:
+    return cell_name(cell["phase"], cell["batch"], cell["context"])
 
 
 def cell_name(phase: str, batch: int, context: int) -> str:
@@ -99,7 +98,7 @@ def bench_table(value: BenchReport, brief: bool = False) -> Table:
     """A row for every competitor in every cell; ``brief`` keeps what 80 columns hold."""
     rows: list[tuple[str, ...]] = []
     for cell in value.cells:
-        title = cell_name(cell["phase"], cell["batch"], cell["context"])
+        title = _title(cell)
         for i, lap in enumerate(cell["laps"]):
             over, limit = lap["over_base"], lap["ceiling"]
             row = [
@@ -131,7 +130,7 @@ def _absent(value: BenchReport) -> str:
     where: dict[tuple[str, str], list[str]] = {}
     for cell in value.cells:
         for name, why in cell["absent"].items():
-            where.setdefault((name, why), []).append(cell_name(cell["phase"], cell["batch"], cell["context"]))
+            where.setdefault((name, why), []).append(_title(cell))
     return "".join(
         f" Not timed: {name} in {', '.join(cells)} ({why})." for (name, why), cells in where.items()
     )
@@ -154,78 +153,6 @@ def _ratio(found: Mapping[str, Any] | None) -> str:
     return f"{number(found['value'], '.2f')}×" + ("" if found["resolved"] else " ~")
 
 
-def explanations_table(value: BenchReport) -> Table | None:
-    """Where speedups above their ceilings come from; None if there are none."""
-    rows = tuple(
-        (
-            cell_name(cell["phase"], cell["batch"], cell["context"]),
-            name,
-            f"{e['base_nodes']:,} → {e['linearized_nodes']:,}",
-            ", ".join(f"{op} {number(ms, '.2f')}" for op, ms in e["by_operator_ms"].items()),
-            number(e["saved_ms"], ".2f"),
-            number(e["excess_ms"], ".2f"),
-            number(e["gone_ms"], ".2f"),
-        )
-        for cell in value.cells
-        for name, e in cell["explanations"].items()
-    )
-    if not rows:
-        return None
-    return Table(
-        "Speedups above their ceilings",
-        (
-            "",
-            "who",
-            "nodes run",
-            "saved by operator, ms",
-            "saved at least, ms",
-            "beyond the ceiling",
-            "in nodes gone",
-        ),
-        rows,
-        "What the race saved at least, by its 95 % interval, and where ONNX Runtime's profiler sees it. A cell is "
-        "suspect where more than half of what was saved beyond the ceiling, and a tenth of all that was saved, is not "
-        "in nodes that are gone.",
-    )
-
-
 def bench_tables(value: BenchReport, brief: bool = False) -> list[Table]:
-    found = [bench_table(value, brief)]
-    explained = None if brief else explanations_table(value)
-    return [*found, *([explained] if explained else [])]
-
-
-def bench_plot(value: BenchReport) -> Plot:
-    """Speedups over the base graph of everybody, by cell."""
-    from nbl_export.report.figures import draw_bench
-    from nbl_export.report.plots import Plot
-
-    told = []
-    for cell in value.cells:
-        own = next((x for x in cell["laps"] if x["name"] == "linearized" and x["over_base"]), None)
-        if own:
-            name = cell_name(cell["phase"], cell["batch"], cell["context"])
-            told.append(f"{name} {number(own['over_base']['value'], '.2f')}×")
-    return Plot(
-        "bench",
-        f"Linearized over base: {', '.join(told) or 'nowhere timed'}.",
-        "How many times as fast as the base graph; higher is faster. Whiskers: 95 % intervals. Hollow: not resolved "
-        "from noise. Dash: the ceiling of the linearized graph.",
-        partial(draw_bench, value.cells),
-    )
-
-
-def write_bench(folder: Path, value: BenchReport) -> list[Path]:
-    """Write ``bench.json``, ``bench.md`` and ``plots/bench.png`` into ``folder``, each atomically."""
-    from nbl_export.report.render import markdown_page, write_plot
-    from nbl_export.report.summary import measured_on
-
-    paths = [folder / "bench.json", folder / "bench.md", folder / "plots" / "bench.png"]
-    plot = bench_plot(value)
-    write_json(paths[0], value.as_json())
-    made = f"Made {value.created} with nbl-export {value.tool_version}."
-    title, tables = f"nbl-export bench: {value.model['source']}", [checks_table(value), *bench_tables(value)]
-    page = markdown_page(title, tables, [made, measured_on(value.environment)], value.notes, {"bench": plot})
-    write_text(paths[1], page)
-    write_plot(paths[2], plot)
-    return paths
+    above = [] if brief else explanations_tables(_explained(value.cells), f"Bench: {ABOVE.lower()}")
+    return [bench_table(value, brief), *above]

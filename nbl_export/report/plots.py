@@ -10,17 +10,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from nbl_export.report.bench import BenchReport, bench_of, cell_name
 from nbl_export.report.canvas import as_png, as_svg
 from nbl_export.report.drawing import finite, number, spans
-from nbl_export.report.figures import draw_curve, draw_engines, draw_layers, draw_speed
+from nbl_export.report.figures import draw_bench, draw_curve, draw_engines, draw_layers, draw_speed
 from nbl_export.report.schema import Report
 from nbl_export.report.selection import SCORES, curve_points, score_key
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Every name a plot may have; what is not drawn any more is removed by it.
-PLOTS = ("k-curve", "layers", "speed", "engines", "bench")
+# The plots of a verification; what is not drawn any more is removed by its name. That of a bench is the bench's own.
+PLOTS = ("k-curve", "layers", "speed", "engines")
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,6 @@ def report_plots(report: Report) -> dict[str, Plot]:
     if report.engine_speed and report.engine_speed["latencies"]:
         plots.append(_engines(report.engine_speed))
     if report.bench and report.bench["cells"]:
-        from nbl_export.report.bench import bench_of, bench_plot
-
         plots.append(bench_plot(bench_of(report.bench)))
     return {plot.name: plot for plot in plots}
 
@@ -110,4 +109,21 @@ def _engines(speed: Mapping[str, Any]) -> Plot:
         f"Times of everything run on the GPU. Base over linearized engine: {each or 'not both timed'}.",
         "Points: medians; whiskers: up to the 99th percentile. Blue: linearized; grey: base.",
         partial(draw_engines, speed),
+    )
+
+
+def bench_plot(value: BenchReport) -> Plot:
+    """Speedups over the base graph of everybody, by cell."""
+    told = []
+    for cell in value.cells:
+        own = next((x for x in cell["laps"] if x["name"] == "linearized" and x["over_base"]), None)
+        if own:
+            name = cell_name(cell["phase"], cell["batch"], cell["context"])
+            told.append(f"{name} {number(own['over_base']['value'], '.2f')}×")
+    return Plot(
+        "bench",
+        f"Linearized over base: {', '.join(told) or 'nowhere timed'}.",
+        "How many times as fast as the base graph; higher is faster. Whiskers: 95 % intervals. Hollow: not resolved "
+        "from noise. Dash: the ceiling of the linearized graph.",
+        partial(draw_bench, value.cells),
     )

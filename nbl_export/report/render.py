@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from nbl_export.report.bench import BenchReport, bench_tables
 from nbl_export.report.drawing import Table
 from nbl_export.report.page import TEMPLATES, page
-from nbl_export.report.plots import PLOTS, Plot, report_plots
+from nbl_export.report.plots import PLOTS, Plot, bench_plot, report_plots
 from nbl_export.report.schema import Check, Report
-from nbl_export.report.summary import making
+from nbl_export.report.summary import making, measured_on
 from nbl_export.report.tables import checks_table, report_tables
 from nbl_export.workspace import atomic_path, write_json, write_text
 
@@ -32,14 +33,26 @@ def write_report(folder: Path, report: Report) -> list[Path]:
     return [json, markdown_file, html, junit, *pictures]
 
 
+def write_bench(folder: Path, value: BenchReport) -> list[Path]:
+    """Write ``bench.json``, ``bench.md`` and ``plots/bench.png`` into ``folder``, each atomically."""
+    paths = [folder / "bench.json", folder / "bench.md", folder / "plots" / "bench.png"]
+    plot = bench_plot(value)
+    write_json(paths[0], value.as_json())
+    made = f"Made {value.created} with nbl-export {value.tool_version}."
+    title, tables = f"nbl-export bench: {value.model['source']}", [checks_table(value), *bench_tables(value)]
+    page = markdown_page(title, tables, [made, measured_on(value.environment)], value.notes, {"bench": plot})
+    write_text(paths[1], page)
+    write_plot(paths[2], plot)
+    return paths
+
+
 def _write_plots(folder: Path, plots: Mapping[str, Plot]) -> list[Path]:
-    for name in PLOTS:
-        path = folder / f"{name}.png"
-        if name not in plots:
-            path.unlink(missing_ok=True)
-            continue
-        write_plot(path, plots[name])
-    return [folder / f"{name}.png" for name in PLOTS if name in plots]
+    for name in set(PLOTS) - set(plots):
+        (folder / f"{name}.png").unlink(missing_ok=True)
+    paths = {folder / f"{name}.png": plot for name, plot in plots.items()}
+    for path, plot in paths.items():
+        write_plot(path, plot)
+    return list(paths)
 
 
 def write_plot(path: Path, plot: Plot) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from nbl_export.report.drawing import figure, number, spans
 from nbl_export.report.schema import Report
 from nbl_export.report.selection import fit_in_words
+from nbl_export.report.speed import suspect
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def _gain(report: Report) -> Iterator[Headline]:
     cells = report.speed["cells"] if report.speed else []
     for phase in dict.fromkeys(c["phase"] for c in cells):
         cell = max((c for c in cells if c["phase"] == phase), key=lambda c: c["context"])
-        noise = "" if cell["resolved"] else ", not resolved"
+        noise = ", suspect" if suspect(cell) else "" if cell["resolved"] else ", not resolved"
         yield Headline(
             f"{phase.capitalize()} on the CPU",
             f"{number(cell['speedup'], '.2f')}×",
@@ -122,12 +123,14 @@ def making(report: Report) -> list[tuple[str, str]]:
     """How the report was made, as pairs of a word and what it stands for."""
     chosen, calibrate, environment = report.selection, report.settings["calibrate"], report.environment
     cache = report.graph.get("task") or f"{report.graph['kv_cache']} KV cache"
+    dtype = chosen.get("calibration_dtype")
     seconds = (f"{name} {spent:.1f}" for name, spent in report.stage_seconds.items())
     return [
         ("Made", f"{report.created} with nbl-export {report.tool_version}"),
         (
             "Calibrated on",
-            f"{chosen['calibration_tokens']:,} tokens of {', '.join(calibrate['sources'])} (seed {calibrate['seed']})",
+            f"{chosen['calibration_tokens']:,} tokens of {', '.join(calibrate['sources'])} (seed {calibrate['seed']}"
+            f"{f', read in {dtype}' if dtype else ''})",
         ),
         ("Layers chosen by", str(chosen["criterion"])),
         ("W and b are", fit_in_words(chosen)),

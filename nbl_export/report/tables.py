@@ -7,14 +7,15 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from nbl_export.report.bench import BenchReport, bench_of, bench_tables
 from nbl_export.report.drawing import Table, figure, finite, mebibytes, number, one_minus, percent, worse
 from nbl_export.report.encoders import agreement_table, likeness_table
 from nbl_export.report.schema import Report
 from nbl_export.report.selection import SCORES, curve_points, curve_table, result_table, score_key
+from nbl_export.report.speed import speed_tables
 
 if TYPE_CHECKING:
     from nbl_export.evaluate.results import Evaluation
-    from nbl_export.report.bench import BenchReport
 
 
 def checks_table(report: Report | Evaluation | BenchReport) -> Table:
@@ -192,49 +193,6 @@ def method_table(loss: Mapping[str, Any]) -> Table:
     )
 
 
-def speed_table(speed: Mapping[str, Any]) -> Table:
-    """Medians of both graphs and their ratio, beside the ceiling."""
-    meaning = "decode: one token after that many"
-    if all(c["phase"] == "encode" for c in speed["cells"]):
-        meaning = "encode: one pass over that many tokens"
-    rows = tuple(
-        (
-            f"{c['phase']} {c['context']}",
-            spread(c["base"]),
-            spread(c["linearized"]),
-            f"{c['speedup']:.2f}×",
-            f"{c['speedup_low']:.2f}–{c['speedup_high']:.2f}" + ("" if c["resolved"] else " not resolved"),
-            f"{c['ceiling']:.2f}×",
-        )
-        for c in speed["cells"]
-    )
-    return Table(
-        "Speed on ONNX Runtime, batch 1",
-        ("", "base, ms", "linearized, ms", "speedup", "quartiles", "ceiling"),
-        rows,
-        f"{speed['provider']}, {speed['threads']} threads, {speed['rounds']} rounds of base and linearized in turn, "
-        f"more where needed; medians ± half the interquartile range; {meaning}. Not resolved: the noise exceeds the "
-        "effect, by a 95 % interval of the median. Ceiling: what multiplications and bytes, counted from the graphs, "
-        f"allow on {roofline_in_words(speed.get('roofline'))}; more than that is overhead saved.",
-        plot="speed",
-    )
-
-
-def roofline_in_words(roofline: Mapping[str, Any] | None) -> str:
-    """The measured machine; a report of an earlier version has none."""
-    if roofline is None:
-        return "any machine"
-    return (
-        f"a machine that does {2e-9 * roofline['macs_per_second']:,.0f} GFLOP/s and reads "
-        f"{1e-9 * roofline['bytes_per_second']:,.1f} GB/s, as measured in the same run"
-    )
-
-
-def spread(timing: Mapping[str, float]) -> str:
-    """The median and half the interquartile range, in milliseconds."""
-    return f"{timing['median_ms']:.1f} ± {(timing['high_ms'] - timing['low_ms']) / 2:.1f}"
-
-
 def engines_table(manifests: Sequence[Mapping[str, Any]]) -> Table:
     """What was built: one row for each engine."""
     rows = []
@@ -315,10 +273,8 @@ def report_tables(report: Report, brief: bool = False) -> list[Table]:
         draw = likeness_table if "measures" in report.method_loss else method_table
         tables.append(draw(report.method_loss))
     if report.speed:
-        tables.append(speed_table(report.speed))
+        tables += speed_tables(report.speed, brief)
     if report.bench:
-        from nbl_export.report.bench import bench_of, bench_tables
-
         tables += bench_tables(bench_of(report.bench), brief)
     if report.parity:
         draw_parity = agreement_table if "outputs" in report.parity else parity_table

@@ -124,8 +124,9 @@ def _measured(
     settings: BenchSettings,
     listener: Listener,
 ) -> list[Path]:
-    from nbl_export.report.bench import BenchReport, bench_checks, write_bench
+    from nbl_export.report.bench import BenchReport, bench_checks
     from nbl_export.report.environment import environment
+    from nbl_export.report.render import write_bench
     from nbl_export.verify.bench import Bench
     from nbl_export.verify.race import Rounds
     from nbl_export.verify.roofline import measure_roofline

@@ -69,7 +69,10 @@ def select(run: Run, settings: SelectSettings) -> Plan:
         kinds = metadata.get("kinds", {})
         scores = [{**c.as_json(), "kind": kinds.get(str(c.layer), FULL)} for c in candidates]
         others = metadata.get("others", {})
-        write_json(ws.candidates, {"candidates": scores, "others": others, "curve": curve, "result": result})
+        read = {"calibration_dtype": metadata.get("dtype")}
+        write_json(
+            ws.candidates, {"candidates": scores, "others": others, "curve": curve, "result": result, **read}
+        )
         return [ws.plan, ws.plan.with_suffix(".safetensors"), ws.candidates]
 
     run.stage("select", sha256_of_json(depends), settings.as_json(), work)

@@ -16,7 +16,7 @@ import psutil
 
 from nbl_export.progress import Listener, Silent
 from nbl_export.verify.ceiling import GraphCost, ceiling
-from nbl_export.verify.contenders import Entrant, decode_seconds, made, prefill_seconds
+from nbl_export.verify.contenders import Entrant, decode_seconds, made, prefill_seconds, profiled
 from nbl_export.verify.profile import Explanation, explain
 from nbl_export.verify.race import Ratio, Rounds, Timing, race, ratio, timing
 from nbl_export.verify.roofline import Roofline
@@ -24,8 +24,6 @@ from nbl_export.verify.roofline import Roofline
 PHASES: Mapping[str, Callable[[Any], float]] = {"prefill": prefill_seconds, "decode": decode_seconds}
 # Of a machine's free memory; the rest is for what nobody counts.
 _USABLE = 0.9
-# So many passes of a graph are profiled, at least and at most: between them as many as take this time.
-_LEAST_PROFILED, _MOST_PROFILED, _PROFILED_MS = 3, 15, 5000.0
 
 
 def ordered(cells: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -205,7 +203,7 @@ class Bench:
         )
 
     def _explained(self, phase: str, batch: int, context: int, laps: Sequence[Lap]) -> dict[str, Explanation]:
-        """Where a speedup over its own base passes its ceiling by more than the noise, why."""
+        """The reason of each speedup over an own base that is surely above its ceiling."""
         by_name, times = (
             {c.name: c for c in self.competitors},
             {lap.name: lap.timing.median_ms for lap in laps},
@@ -216,12 +214,8 @@ class Bench:
             base = by_name.get(str(own.base))
             if not (lap.over_base and lap.ceiling and base and base.graph and own.graph):
                 continue
-            if lap.over_base.least > lap.ceiling:
-                ms = times[base.name]
-                runs = max(_LEAST_PROFILED, min(_MOST_PROFILED, round(_PROFILED_MS / ms)))
-                # What is sure to have been saved wants an explanation, not the noise on it.
-                saved = ms - ms / lap.over_base.least
-                excess = ms / lap.ceiling - ms / lap.over_base.least
-                graphs = base.graph, own.graph
-                found[lap.name] = explain(graphs, phase, batch, context, runs, ms, saved, excess)
+            ms, graphs = times[base.name], (base.graph, own.graph)
+            reason = explain(graphs, phase, profiled(context, batch), ms, lap.over_base.least, lap.ceiling)
+            if reason:
+                found[lap.name] = reason
         return found

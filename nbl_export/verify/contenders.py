@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from nbl_export.errors import NblError
+from nbl_export.graph.interface import Inputs
 from nbl_export.runtime.ort import CPU, OrtModel, require_onnxruntime
 from nbl_export.runtime.prompts import OrtPrompt, timed_row
 from nbl_export.verify.race import reason_of, timed
@@ -96,6 +97,29 @@ class OrtEntrant:
 
     def __call__(self, context: int, batch: int = 1) -> OrtPrompt:
         return OrtPrompt(self.model, context, TIMED_STEPS, _DEVICES[self._provider], batch)
+
+
+def profiled(context: int, batch: int = 1) -> Callable[[OrtModel], OrtPrompt]:
+    """What runs a cell of a graph in a session of its own, on the CPU."""
+    return lambda model: OrtPrompt(model, context, TIMED_STEPS, batch=batch)
+
+
+class EncoderPass:
+    """An encoder graph with a batch to time."""
+
+    def __init__(self, model: OrtModel, inputs: Inputs) -> None:
+        self._session, self._feeds = model.session, model.interface.named(inputs)
+
+    def prefill(self) -> None:
+        self._session.run(None, self._feeds)
+
+    def rewind(self) -> None: ...
+
+    def step(self) -> None:
+        """There is no token after the batch."""
+
+    def memory_bytes(self) -> int:
+        return 0
 
 
 class EngineContender:

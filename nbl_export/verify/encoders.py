@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,13 +24,15 @@ from nbl_export.models.trial import trial
 from nbl_export.progress import Listener
 from nbl_export.report.schema import Check
 from nbl_export.runtime.encoder import OrtEncoder, TorchEncoder
+from nbl_export.runtime.ort import OrtModel
 from nbl_export.settings import VerifySettings
 from nbl_export.verify.agreement import EncoderParity, compare_outputs
+from nbl_export.verify.contenders import EncoderPass
 from nbl_export.verify.likeness import measure_likeness
 from nbl_export.verify.localize import first_divergence
 from nbl_export.verify.measure import Measurement, fitting_contexts, why_not_timed
 from nbl_export.verify.parity import gates_for
-from nbl_export.verify.speed import measure_encode_speed
+from nbl_export.verify.speed import explained, measure_encode_speed
 
 if TYPE_CHECKING:
     import torch
@@ -74,7 +76,12 @@ def measure_encoder(
     else:
         batches = _timed(result, case, settings)
         speed = measure_encode_speed(baseline, rewritten, batches, settings.rounds, listener)
-        result.speed = speed.as_json()
+        by_tokens = dict(batches)
+
+        def made(tokens: int) -> Callable[[OrtModel], EncoderPass]:
+            return lambda model: EncoderPass(model, by_tokens[tokens])
+
+        result.timed(explained(speed, baseline, rewritten, listener, made))
     return result
 
 

@@ -24,6 +24,7 @@ from nbl_export.models.layers import positions
 from nbl_export.models.load import in_precision
 from nbl_export.progress import Listener
 from nbl_export.report.schema import Check
+from nbl_export.report.speed import speed_check
 from nbl_export.runtime.ort import ort_stream
 from nbl_export.runtime.tensorrt import EngineStream, load_engine
 from nbl_export.runtime.torch import torch_stream
@@ -34,7 +35,7 @@ from nbl_export.verify.localize import first_divergence
 from nbl_export.verify.noise import rounding_noise
 from nbl_export.verify.parity import Parity, compare_streams, gates_for
 from nbl_export.verify.quality import measure_method_loss
-from nbl_export.verify.speed import measure_speed
+from nbl_export.verify.speed import Speed, explained, measure_speed
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +56,11 @@ class Measurement:
     engine_speed: dict[str, Any] | None = None
     checks: list[Check] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def timed(self, speed: Speed) -> None:
+        """Take what was timed, and say whether it can be believed."""
+        self.speed = speed.as_json()
+        self.checks.append(speed_check(self.speed))
 
 
 def measure(
@@ -84,7 +90,8 @@ def measure(
     if why := why_not_timed(graph, settings):
         result.checks.append(Check("speed", "skipped", why))
     else:
-        result.speed = measure_speed(baseline, rewritten, contexts, settings.rounds, listener).as_json()
+        speed = measure_speed(baseline, rewritten, contexts, settings.rounds, listener)
+        result.timed(explained(speed, baseline, rewritten, listener))
     if engines:
         graphs = {BASE: baseline, LINEARIZED: rewritten}
         _measure_engines(result, model, plan, text, graphs, engines, contexts, settings, listener)

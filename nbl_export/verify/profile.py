@@ -11,14 +11,16 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from nbl_export.runtime.ort import OrtModel
-from nbl_export.runtime.prompts import OrtPrompt
+from nbl_export.verify.contenders import Contender
 
 _SHOWN = 4
+# So many passes of a graph, at least and at most: between them as many as take this time.
+_LEAST_PASSES, _MOST_PASSES, _PASSES_MS = 3, 15, 5000.0
 # Of the excess, what need not be seen in the nodes that are gone; and how far a profile of few passes is off.
 _SUSPECT, _PROFILE_ERROR = 0.5, 0.1
 _SUFFIX = "_kernel_time"
@@ -53,37 +55,39 @@ class NodeTimes:
 def explain(
     graphs: tuple[Path, Path],
     phase: str,
-    batch: int,
-    context: int,
-    runs: int,
+    made: Callable[[OrtModel], Contender],
     base_ms: float,
-    saved_ms: float,
-    excess_ms: float,
-) -> Explanation:
-    """Profile ``runs`` passes of base and linearized graph in one cell and compare them node by node.
+    speedup: float,
+    ceiling: float,
+) -> Explanation | None:
+    """Profile base and linearized graph in one cell and compare them node by node.
 
-    Prefills are run in turn, decode steps ``runs`` in a row and then again, as the race has them: a graph that follows
-    itself finds a part of its weights in the caches.
-
-    ``base_ms`` is what a pass of the base graph took in the race, of which ``saved_ms`` and ``excess_ms`` are parts.
+    ``speedup`` is what its 95 % interval is sure of, since noise has no reason; None where that is not above its
+    ``ceiling``. ``base_ms`` is what a pass of the base graph took in the race; ``made`` gives what runs the cell.
+    Prefills are run in turn, decode steps in a row and then again, as the race has them: a graph that follows itself
+    finds a part of its weights in the caches.
     """
+    if speedup <= ceiling:
+        return None
+    runs = max(_LEAST_PASSES, min(_MOST_PASSES, round(_PASSES_MS / base_ms)))
     with tempfile.TemporaryDirectory(prefix="nbl-profile.") as folder:
         models = [
             OrtModel(path, rounded=False, profile=Path(folder) / name)
             for path, name in zip(graphs, "ab", strict=True)
         ]
-        prompts = [OrtPrompt(model, context, runs + 1, batch=batch) for model in models]
-        for _ in range(runs + 1 if phase == "prefill" else 1):  # one to warm up, or to fill the cache
+        prompts = [made(model) for model in models]
+        turns = 2 if phase == "decode" else 0
+        for _ in range(1 if turns else runs + 1):  # one to warm up, or to fill the cache
             for prompt in prompts:
                 prompt.prefill()
-        turns = 2 if phase == "decode" else 0
         for _ in range(turns):
             for prompt in prompts:
                 for _ in range(runs):
                     prompt.step()
         passes = runs * max(1, turns)
         a, b = (_node_times(Path(model.session.end_profiling()), passes) for model in models)
-    return compared(a, b, base_ms, saved_ms, excess_ms)
+    saved, at_ceiling = (base_ms - base_ms / times for times in (speedup, ceiling))
+    return compared(a, b, base_ms, saved, saved - at_ceiling)
 
 
 def compared(a: NodeTimes, b: NodeTimes, base_ms: float, saved_ms: float, excess_ms: float) -> Explanation:

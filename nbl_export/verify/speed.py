@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nbl_export.engine.pair import BASE, LINEARIZED
 from nbl_export.graph.interface import Inputs
 from nbl_export.progress import Listener, Silent
-from nbl_export.runtime.ort import CPU, require_onnxruntime
+from nbl_export.runtime.ort import CPU, OrtModel, require_onnxruntime
 from nbl_export.verify.ceiling import GraphCost, ceiling, graph_cost
-from nbl_export.verify.contenders import OrtEntrant, decode_seconds, prefill_seconds
-from nbl_export.verify.race import Rounds, Timing, race, ratio, timed, timing
+from nbl_export.verify.contenders import (
+    Contender,
+    EncoderPass,
+    OrtEntrant,
+    decode_seconds,
+    prefill_seconds,
+    profiled,
+)
+from nbl_export.verify.profile import Explanation, explain
+from nbl_export.verify.race import Rounds, Timing, race, ratio, timing
 from nbl_export.verify.roofline import Roofline, measure_roofline
 
 # How far rounds are added where the noise hides the effect.
@@ -29,6 +37,7 @@ class SpeedCell:
     ``speedup`` is the median over rounds of base/linearized, each pair timed back to back;
     ``speedup_low``/``speedup_high`` are its quartiles, ``speedup_least``/``speedup_most`` a 95 % interval of it.
     ``resolved`` is False where the noise is larger than the effect (:class:`~nbl_export.verify.race.Ratio`).
+    ``explanation`` says where a speedup comes from that is surely above its ceiling.
     """
 
     phase: str
@@ -43,6 +52,7 @@ class SpeedCell:
     resolved: bool
     ceiling: float
     rounds: int
+    explanation: Explanation | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,10 @@ class Speed:
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+# What runs a cell of so many tokens in a session.
+_Maker = Callable[[int], Callable[[OrtModel], Contender]]
 
 
 def measure_speed(
@@ -93,14 +107,29 @@ def measure_encode_speed(
     models = {BASE: OrtEntrant(base).model, LINEARIZED: OrtEntrant(linearized).model}
     with (listener or Silent()).task("Timing", len(batches) * (rounds + 1), "rounds") as task:
         for tokens, inputs in batches:
-            passes = {name: (model.session, model.interface.named(inputs)) for name, model in models.items()}
-            pair.measure("encode", tokens, passes, _encode_seconds, task.advance)
+            passes = {name: EncoderPass(model, inputs) for name, model in models.items()}
+            pair.measure("encode", tokens, passes, prefill_seconds, task.advance)
     return pair.speed()
 
 
-def _encode_seconds(one: tuple[Any, Mapping[str, Any]]) -> float:
-    session, feeds = one
-    return timed(lambda: session.run(None, feeds))
+def explained(
+    speed: Speed, base: Path, linearized: Path, listener: Listener | None = None, made: _Maker = profiled
+) -> Speed:
+    """``speed`` with the reason of each speedup that is surely above its ceiling, by a profile of both graphs.
+
+    ``made`` gives what runs a cell of so many tokens in a session.
+    """
+    above = [one for one in speed.cells if one.speedup_least > one.ceiling]
+    if not above:
+        return speed
+    cells = list(speed.cells)
+    with (listener or Silent()).task("Profiling", len(above), "cells") as task:
+        for one in above:
+            run, ms = made(one.context), one.base.median_ms
+            reason = explain((base, linearized), one.phase, run, ms, one.speedup_least, one.ceiling)
+            cells[cells.index(one)] = replace(one, explanation=reason)
+            task.advance(1)
+    return replace(speed, cells=tuple(cells))
 
 
 class _Pair:

@@ -196,7 +196,7 @@ def test_markdown_shows_the_plots_that_were_drawn(full: Report, tmp_path: Path) 
     ]
     assert all((tmp_path / path).is_file() for _, _, path in found)
     # That of a bench is drawn in tests/test_bench.py, from one that was run.
-    assert {Path(path).stem for _, _, path in found} == set(PLOTS) - {"bench"}
+    assert {Path(path).stem for _, _, path in found} == set(PLOTS)
     assert "![" not in markdown(full)
     tables(text)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 from nbl_export.report.schema import Check, Report
@@ -32,6 +33,9 @@ def test_the_longest_context_counts_and_noise_is_named(full: Report) -> None:
     shown = {h.name: h for h in headlines(replace(full, speed={**full.speed, "cells": cells}))}
     assert shown["Prefill on the CPU"].value == "1.25×"
     assert "at 64 tokens, not resolved" in shown["Prefill on the CPU"].detail
+    cells[1]["explanation"] = {"suspect": True}
+    shown = {h.name: h for h in headlines(replace(full, speed={**full.speed, "cells": cells}))}
+    assert "at 64 tokens, suspect" in shown["Prefill on the CPU"].detail
 
 
 def test_what_was_not_measured_has_no_headline(report: Report) -> None:
@@ -64,7 +68,7 @@ def test_model_name(report: Report) -> None:
 def test_how_it_was_made(report: Report) -> None:
     made = dict(making(report))
     assert made["Graphs"] == "fp32, concat KV cache, opset 23"
-    assert made["Calibrated on"].endswith("(seed 0)")
+    assert re.search(r"\(seed 0, read in b?float(16|32)\)$", made["Calibrated on"])
     assert made["Layers chosen by"] == "cca"
     assert made["W and b are"] == "the LMMSE fit on the normed input, ridge 1e-06"
     assert made["Model fingerprint"] == report.hashes["model"]

@@ -14,7 +14,7 @@ from nbl_export.report.schema import Check
 from nbl_export.verify import bench as module
 from nbl_export.verify.bench import Bench, BenchCell, Competitor, Memory, ordered
 from nbl_export.verify.ceiling import GraphCost, ceiling
-from nbl_export.verify.profile import Explanation, NodeTimes, compared
+from nbl_export.verify.profile import Explanation, NodeTimes, compared, explain
 from nbl_export.verify.race import Rounds
 from nbl_export.verify.roofline import Roofline
 
@@ -140,38 +140,44 @@ def test_who_cannot_be_made_or_fails_is_left_out_with_the_reason() -> None:
         assert len(cell.laps) == 3
 
 
-def test_only_a_speedup_above_its_ceiling_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speedups_are_explained_by_what_their_interval_is_sure_of(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(module, "explain", lambda *given: asked.append(given) or "why")
-    graphs = [Path("a"), Path("b")]
-    pair = [
-        Competitor(c.name, entrant(1.0, 1.0 if c.base is None else 0.9), c.base, g, c.cost)
-        for c, g in zip(PAIR, graphs, strict=False)
-    ]
-    fast = [pair[0], Competitor("linearized", entrant(0.5, 0.9), "base", graphs[1], HALF)]
-    assert not any(c.explanations for c in ran([(1, 8)], pair))
-    prefill, decode = ran([(1, 8)], fast)
-    assert prefill.explanations == {"linearized": "why"} and not decode.explanations
-    ((paths, phase, batch, context, _runs, base_ms, saved, excess),) = asked
-    assert (paths, phase, batch, context) == (tuple(graphs), "prefill", 1, 8)
-    assert (base_ms, saved) == pytest.approx((1000, 500))
-    assert excess == pytest.approx(1000 / ceiling(COST, HALF, ROOFLINE, "prefill", 8) - 500)
 
+    def reason(
+        graphs: Any, phase: str, _made: Any, base_ms: float, speedup: float, limit: float
+    ) -> str | None:
+        asked.append((graphs, phase, base_ms, speedup, limit))
+        return "why" if phase == "prefill" else None
 
-def test_what_is_explained_is_what_was_saved_at_least(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
-    monkeypatch.setattr(module, "explain", lambda *given: asked.append(given) or "why")
+    monkeypatch.setattr(module, "explain", reason)
     passes = iter([0.5, 0.5, 0.6, 0.5])
-    monkeypatch.setattr(module, "PHASES", {"prefill": lambda c: c.seconds["prefill"] or next(passes)})
+    phases = {
+        "prefill": lambda c: c.seconds["prefill"] or next(passes),
+        "decode": lambda c: c.seconds["decode"],
+    }
+    monkeypatch.setattr(module, "PHASES", phases)
+    graphs = Path("a"), Path("b")
     pair = [
-        Competitor("base", entrant(1.0, 1.0), graph=Path("a"), cost=COST),
-        Competitor("linearized", entrant(0.0, 1.0), "base", Path("b"), HALF),
+        Competitor("base", entrant(1.0, 1.0), graph=graphs[0], cost=COST),
+        Competitor("linearized", entrant(0.0, 0.9), "base", graphs[1], HALF),
     ]
-    (prefill,) = ran([(1, 8)], pair)
+    prefill, decode = ran([(1, 8)], pair)
     assert prefill.laps[1].timing.median_ms == 500
-    ((*_, saved, excess),) = asked
-    assert saved == pytest.approx(400)
-    assert excess == pytest.approx(1000 / ceiling(COST, HALF, ROOFLINE, "prefill", 8) - 600)
+    limits = [ceiling(COST, HALF, ROOFLINE, phase, 8) for phase in ("prefill", "decode")]
+    assert asked == [
+        (graphs, "prefill", 1000, pytest.approx(1 / 0.6), limits[0]),
+        (graphs, "decode", 1000, pytest.approx(1 / 0.9), limits[1]),
+    ]
+    assert prefill.explanations == {"linearized": "why"} and not decode.explanations
+
+
+def test_only_a_speedup_above_its_ceiling_is_explained() -> None:
+    def made(_model: Any) -> Any:
+        raise AssertionError
+
+    # Graphs that do not exist are not profiled.
+    for speedup in (1.1, 1.2):
+        assert explain((Path("a"), Path("b")), "prefill", made, 1.0, speedup, 1.2) is None
 
 
 def test_an_explanation_by_hand() -> None:

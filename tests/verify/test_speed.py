@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from nbl_export.report.page import numeric_columns
+from nbl_export.report.speed import speed_check, speed_tables
 from nbl_export.runtime.ort import OrtDecoder
 from nbl_export.runtime.prompts import OrtPrompt, timed_row
 from nbl_export.verify import speed as speed_module
 from nbl_export.verify.ceiling import graph_cost
-from nbl_export.verify.speed import measure_speed
+from nbl_export.verify.profile import Explanation
+from nbl_export.verify.speed import explained, measure_speed
 
 
 def test_structure_of_a_measurement(stories_out: Path) -> None:
@@ -92,3 +96,41 @@ def test_rounds_are_added_where_nothing_can_be_said(
     prefill, decode = measure_speed(base, linear, (8,), 3).cells
     assert (prefill.rounds, prefill.resolved) == (9, False)
     assert (decode.rounds, decode.resolved, decode.speedup) == (3, True, 1.5)
+
+
+def test_what_is_above_its_ceiling_for_sure_is_explained(
+    monkeypatch: pytest.MonkeyPatch, stories_out: Path
+) -> None:
+    base, linear = stories_out / "baseline" / "model.onnx", stories_out / "model.onnx"
+    monkeypatch.setattr(speed_module, "prefill_seconds", lambda _: 1.0)
+    monkeypatch.setattr(speed_module, "decode_seconds", lambda c: 2.0 if len(c.model.past_names) > 6 else 0.1)
+    speed = measure_speed(base, linear, (8,), 3)
+    prefill, decode = explained(speed, base, linear).cells
+    assert prefill == speed.cells[0] and prefill.explanation is None
+    found = decode.explanation
+    assert found and found.base_nodes > found.linearized_nodes and found.by_operator_ms
+    assert (found.saved_ms, decode.base.median_ms) == (pytest.approx(1900), 2000)
+    assert found.excess_ms == pytest.approx(2000 / decode.ceiling - 100)
+
+
+def test_a_suspect_cell_leaves_the_check_open(stories_out: Path) -> None:
+    base, linear = stories_out / "baseline" / "model.onnx", stories_out / "model.onnx"
+    speed = measure_speed(base, linear, (8,), 3)
+    good = Explanation(9, 8, {"Add": 1.0}, 3.0, 1.0, 3.0, False)
+    raw = {**speed.as_json(), "cells": [asdict(replace(c, explanation=good)) for c in speed.cells]}
+    assert speed_check(raw).status == "passed"
+    table, why = speed_tables(raw)
+    assert not any("suspect" in row[-1] for row in table.rows) and len(why.rows) == 2
+    bad = replace(good, gone_ms=1.0, suspect=True)
+    raw["cells"] = [asdict(replace(c, explanation=bad if c.phase == "decode" else None)) for c in speed.cells]
+    check = speed_check(raw)
+    assert check.status == "skipped" and check.detail.startswith(
+        "decode 8, linearized: 3.00 ms saved at least"
+    )
+    (table,) = speed_tables(raw, brief=True)
+    assert [row[-1].endswith("× suspect") for row in table.rows] == [False, True]
+    assert numeric_columns(table) >= {5}
+    # A report of an earlier version knows of no reasons.
+    for cell in raw["cells"]:
+        del cell["explanation"]
+    assert speed_check(raw).status == "passed" and len(speed_tables(raw)) == 1
