@@ -21,6 +21,7 @@ from nbl_export.report.bench import bench_tables, load_bench
 from nbl_export.report.render import write_report
 from nbl_export.report.schema import load_report
 from nbl_export.runtime.ort import OrtDecoder
+from nbl_export.verify import bench as bench_module
 from nbl_export.verify.bench import Bench, BenchCell
 from nbl_export.verify.contenders import profiled
 from nbl_export.verify.peak import peak_bytes
@@ -103,6 +104,7 @@ def test_a_bench_of_a_real_folder(own: Path, tmp_path: Path) -> None:
     )
     value = api.bench(own, settings)
     names = ["base", "linearized", "dropped", "PyTorch eager", "rival, base", "rival, linearized", "baseline"]
+    names.append("base again")
     assert [c["name"] for c in value.competitors] == names
     assert [(c["phase"], c["batch"], c["context"]) for c in value.cells] == [
         (phase, batch, context)
@@ -171,12 +173,34 @@ def test_an_interrupted_bench_goes_on(own: Path, monkeypatch: pytest.MonkeyPatch
     partial.write_bytes(kept)
     value = api.bench(own, QUICK)
     assert made[3:] == [(1, 16), (2, 16)] and len(value.cells) == 8
-    assert list(value.cells[:4]) == first
+    # They are looked into when the race is over.
+    assert all(cell["explanations"] is not None for cell in value.cells)
+    assert [{**cell, "explanations": value.cells[i]["explanations"]} for i, cell in enumerate(first)] == list(
+        value.cells[:4]
+    )
     assert value.notes == ["4 cells are those of a run that was interrupted, on its own roofline."]
     assert not partial.exists()
     # A damaged one is as if there were none.
     partial.write_text("{")
     assert len(api.bench(own, api.BenchSettings(**{**asdict(QUICK), "rounds": 4})).cells) == 8
+
+
+def test_what_was_looked_into_is_kept(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, int, int]] = []
+
+    def interrupted(cell: dict[str, Any], pairs: Any, _provider: str) -> dict[str, Any]:
+        assert set(pairs) == {"linearized"} and "explanations" not in cell
+        seen.append((cell["phase"], cell["batch"], cell["context"]))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return {}
+
+    monkeypatch.setattr(bench_module, "explained", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        api.bench(own, QUICK)
+    value = api.bench(own, QUICK)
+    assert len(value.cells) == 8 and len(seen) == 9 and seen[2] == seen[3]
+    assert all(cell["explanations"] == {} for cell in value.cells)
 
 
 def test_a_report_of_other_graphs_gets_no_bench(own: Path) -> None:

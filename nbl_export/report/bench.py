@@ -20,6 +20,10 @@ from nbl_export.report.speed import (
 from nbl_export.workspace import jsonable
 
 SCHEMA = "nbl-export/bench/1"
+# The base graph in a second session: who times it, and the tables.
+CONTROL = "base again"
+# Of the speedup measured, what may be the luck of a session: where it lies in memory.
+_UNLIKE = 0.5
 REMEDY = "run `nbl-export bench` again"
 
 
@@ -62,7 +66,7 @@ def bench_of(raw: Mapping[str, Any]) -> BenchReport:
 
 
 def bench_checks(cells: Sequence[Mapping[str, Any]]) -> list[Check]:
-    """The two verdicts on cells as JSON: whether the figures can be believed, and whether anything got slower."""
+    """Verdicts on cells as JSON: whether the figures can be believed, and whether anything got slower."""
     slower, resolved = [], []
     for cell in cells:
         for lap in cell["laps"]:
@@ -78,7 +82,30 @@ def bench_checks(cells: Sequence[Mapping[str, Any]]) -> list[Check]:
             "; ".join(slower)
             or f"{sum(resolved)} of {len(resolved)} comparisons with the own base are resolved",
         ),
+        _control_check(cells),
     ]
+
+
+def _control_check(cells: Sequence[Mapping[str, Any]]) -> Check:
+    """Whether the base graph, in the race twice, is as fast both times, as far as the effect measured goes."""
+    unlike, compared = [], 0
+    for cell in cells:
+        over = {lap["name"]: lap["beaten"] for lap in cell["laps"]}
+        first, again = over.get("base"), over.get(CONTROL)
+        if not (first and again):
+            continue
+        compared += 1
+        apart = first["least"] > again["most"] or again["least"] > first["most"]
+        if apart and abs(first["value"] - again["value"]) > _UNLIKE * abs(first["value"] - 1):
+            unlike.append(
+                f"{_title(cell)}: linearized is {first['value']:.2f}× as fast as the base graph, {again['value']:.2f}× "
+                "as fast as the same graph in another session"
+            )
+    return Check(
+        "same graph twice",
+        "failed" if unlike else "passed" if compared else "skipped",
+        "; ".join(unlike) or f"the base graph is as fast in a second session, in {compared} cells",
+    )
 
 
 def _explained(cells: Sequence[Mapping[str, Any]]) -> list[Explained]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -15,6 +15,7 @@ from nbl_export import __version__
 from nbl_export.engine.pair import BASE, LINEARIZED
 from nbl_export.errors import InputError, MissingDependencyError
 from nbl_export.progress import Listener
+from nbl_export.report.bench import CONTROL
 from nbl_export.report.schema import load_report
 from nbl_export.run import Run
 from nbl_export.settings import BenchSettings
@@ -32,8 +33,9 @@ from nbl_export.workspace import (
 
 if TYPE_CHECKING:
     from nbl_export.report.bench import BenchReport
-    from nbl_export.verify.bench import Competitor, Memory
+    from nbl_export.verify.bench import Competitor, Memory, Pair
     from nbl_export.verify.contenders import Contender
+    from nbl_export.verify.roofline import Roofline
 
 DROPPED, EAGER, COMPILED = "dropped", "PyTorch eager", "torch.compile"
 
@@ -95,7 +97,7 @@ def _rivals(against: Sequence[str]) -> Iterator[_Rival]:
     """What ``--against`` names: [NAME=]DIR, an output folder (both its graphs) or any folder with a graph."""
     from nbl_export.export.beside import graph_in
 
-    taken = {BASE, LINEARIZED, DROPPED, EAGER, COMPILED}
+    taken = {BASE, LINEARIZED, CONTROL, DROPPED, EAGER, COMPILED}
     for given in against:
         name, found, folder = given.rpartition("=")
         path = Path(folder)
@@ -127,9 +129,7 @@ def _measured(
     from nbl_export.report.bench import BenchReport, bench_checks
     from nbl_export.report.environment import environment
     from nbl_export.report.render import write_bench
-    from nbl_export.verify.bench import Bench
-    from nbl_export.verify.race import Rounds
-    from nbl_export.verify.roofline import measure_roofline
+    from nbl_export.verify.bench import explained
 
     ws = run.workspace
     most = model_positions(ws)
@@ -149,12 +149,9 @@ def _measured(
         notes.append(f"{len(kept.cells)} cells are those of a run that was interrupted, on its own roofline.")
         listener.note(f"bench: {len(kept.cells)} cells kept from before.")
     with ExitStack() as stack:
-        competitors = _competitors(run, rivals, settings, stack)
-        memory = _memory(competitors, cells, settings, most, listener)
-        rounds = Rounds(settings.rounds, settings.most * settings.rounds, settings.seconds)
-        roofline = measure_roofline(settings.device, _dtype(settings, ws))
-        for both in Bench(competitors, LINEARIZED, rounds, roofline, memory, most).run(cells, listener):
-            kept.add([cell.as_json() for cell in both])
+        roofline, described, pairs = _raced(run, rivals, settings, cells, most, kept, stack, listener)
+        # The sessions of the race are gone, and what memory they had.
+        kept.explain(lambda cell: explained(cell, pairs, _provider(settings)), listener)
     value = BenchReport(
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         tool_version=__version__,
@@ -163,10 +160,7 @@ def _measured(
         settings=asdict(settings),
         roofline=roofline.as_json(),
         hashes={"rewrite": rewrite},
-        competitors=[
-            {"name": c.name, "base": c.base, "cost": c.cost.as_json() if c.cost else None}
-            for c in competitors
-        ],
+        competitors=described,
         cells=kept.cells,
         checks=bench_checks(kept.cells),
         notes=notes,
@@ -174,6 +168,33 @@ def _measured(
     files = write_bench(ws.report, value)
     ws.bench_cells.unlink(missing_ok=True)
     return files
+
+
+def _raced(
+    run: Run,
+    rivals: Sequence[_Rival],
+    settings: BenchSettings,
+    cells: Sequence[tuple[int, int]],
+    positions: int | None,
+    kept: _Kept,
+    stack: ExitStack,
+    listener: Listener,
+) -> tuple[Roofline, list[dict[str, Any]], dict[str, Pair]]:
+    """Race in ``cells``, which ``kept`` is given; the machine, who took part, and whose graphs belong together."""
+    from nbl_export.verify.bench import Bench, pairs_of
+    from nbl_export.verify.race import Rounds
+    from nbl_export.verify.roofline import measure_roofline
+
+    competitors = _competitors(run, rivals, settings, stack)
+    memory = _memory(competitors, cells, settings, positions, listener)
+    rounds = Rounds(settings.rounds, settings.most * settings.rounds, settings.seconds)
+    roofline = measure_roofline(settings.device, _dtype(settings, run.workspace))
+    for both in Bench(competitors, LINEARIZED, rounds, roofline, memory, positions).run(cells, listener):
+        kept.add([cell.as_json() for cell in both])
+    described = [
+        {"name": c.name, "base": c.base, "cost": c.cost.as_json() if c.cost else None} for c in competitors
+    ]
+    return roofline, described, pairs_of(competitors)
 
 
 class _Kept:
@@ -195,7 +216,26 @@ class _Kept:
 
     def add(self, cells: Sequence[dict[str, Any]]) -> None:
         self.cells += cells
+        self._save()
+
+    def explain(self, reasons: Callable[[dict[str, Any]], dict[str, Any]], listener: Listener) -> None:
+        """Give each cell that has none yet its ``explanations``."""
+        left = [cell for cell in self.cells if "explanations" not in cell]
+        with listener.task("Looking into speedups", len(left), "cells") as task:
+            for cell in left:
+                cell["explanations"] = reasons(cell)
+                self._save()
+                task.advance(1)
+
+    def _save(self) -> None:
         write_json(self._path, {"key": self._key, "cells": self.cells})
+
+
+def _provider(settings: BenchSettings) -> str:
+    from nbl_export.runtime.ort import CPU
+    from nbl_export.verify.contenders import CUDA
+
+    return CUDA if settings.device == "cuda" else CPU
 
 
 def _dtype(settings: BenchSettings, ws: Workspace) -> str:
@@ -212,18 +252,20 @@ def _dtype(settings: BenchSettings, ws: Workspace) -> str:
 def _competitors(
     run: Run, rivals: Sequence[_Rival], settings: BenchSettings, stack: ExitStack
 ) -> list[Competitor]:
-    """Base and linearized graph first, then the peers that were asked for, then those of --against."""
+    """Base and linearized graph, the peers that were asked for, those of --against, and the base graph once more.
+
+    The last says what a session's place in memory does to its time.
+    """
     from nbl_export.graph.drop import drop_layers
     from nbl_export.graph.io import load_graph, scratch_copy
     from nbl_export.graph.standin import UNTIMED, needs_standin
-    from nbl_export.runtime.ort import CPU, require_onnxruntime
+    from nbl_export.runtime.ort import require_onnxruntime
     from nbl_export.verify.bench import Competitor
     from nbl_export.verify.ceiling import graph_cost
     from nbl_export.verify.contenders import CUDA, EngineContender, OrtEntrant
 
-    ws, provider = run.workspace, CPU
-    if settings.device == "cuda":
-        provider = CUDA
+    ws, provider = run.workspace, _provider(settings)
+    if provider == CUDA:
         if CUDA not in require_onnxruntime().get_available_providers():
             raise MissingDependencyError(
                 "--device cuda needs onnxruntime with CUDA and an NVIDIA GPU: pip install 'nbl-export[gpu]' in an "
@@ -254,7 +296,8 @@ def _competitors(
         found.append(Competitor(EAGER, partial(_pytorch, run, settings.device, False)))
     if "compile" in settings.peers:
         found.append(Competitor(COMPILED, partial(_pytorch, run, settings.device, True)))
-    return found + [graph(r.name, r.base, r.graph) for r in rivals]
+    found += [graph(r.name, r.base, r.graph) for r in rivals]
+    return [*found, graph(CONTROL, None, ws.baseline)]
 
 
 def _pytorch(run: Run, device: str, compiled: bool, context: int, batch: int) -> Contender:
@@ -284,10 +327,11 @@ def _memory(
     from nbl_export.verify.peak import peak_bytes
 
     peaks = {}
-    if settings.memory and settings.device == "cpu":
-        graphs = [c for c in competitors if c.graph is not None]
+    if cells and settings.memory and settings.device == "cpu":
+        graphs = list(dict.fromkeys(c.graph for c in competitors if c.graph is not None))
         with listener.task("Measuring peak memory", len(graphs), "graphs") as task:
-            for one in graphs:
-                peaks[one.name] = peak_bytes(one.graph, ordered(cells), positions)  # type: ignore[arg-type]
+            for graph in graphs:
+                found = peak_bytes(graph, ordered(cells), positions)
+                peaks.update({c.name: found for c in competitors if c.graph == graph})
                 task.advance(1)
     return Memory(peaks)

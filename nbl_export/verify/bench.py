@@ -15,9 +15,10 @@ from typing import Any
 import psutil
 
 from nbl_export.progress import Listener, Silent
+from nbl_export.runtime.ort import CPU
 from nbl_export.verify.ceiling import GraphCost, ceiling
 from nbl_export.verify.contenders import Entrant, decode_seconds, made, prefill_seconds, profiled
-from nbl_export.verify.profile import Explanation, explain
+from nbl_export.verify.profile import explain
 from nbl_export.verify.race import Ratio, Rounds, Timing, race, ratio, timing
 from nbl_export.verify.roofline import Roofline
 
@@ -71,7 +72,6 @@ class BenchCell:
     context: int
     laps: tuple[Lap, ...]
     absent: Mapping[str, str] = field(default_factory=dict)
-    explanations: Mapping[str, Explanation] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -101,11 +101,10 @@ class Memory:
     ) -> list[Competitor]:
         """Those that fit beside each other, the first before the last; reasons go into ``absent``.
 
-        ``held`` is what each has taken in earlier cells and keeps; it is told what they take in this one. There is
-        room left for a profile of two graphs.
+        ``held`` is what each has taken in earlier cells and keeps; it is told what they take in this one.
         """
         largest = max((self.peak(name, cell) or 0 for name in self.peaks), default=0)
-        found, left = [], self.free() * _USABLE - 2 * largest
+        found, left = [], self.free() * _USABLE
         for one in competitors:
             # PyTorch, which has no process of its own, is taken for as large as the largest.
             peak = self.peaks.get(one.name, {}).get(cell, largest)
@@ -154,7 +153,10 @@ class Bench:
     ) -> Iterator[BenchCell]:
         absent: dict[str, str] = {}
         taking = self.memory.fitting(self.competitors, (batch, context), held, absent)
-        prompts = made({c.name: c.entrant for c in taking}, context, batch, absent)
+        # Whose session is made first may get the worst memory: that is never to favour the linearized graph.
+        order = sorted(taking, key=lambda c: c.name != self.linearized)
+        ready = made({c.name: c.entrant for c in order}, context, batch, absent)
+        prompts = {c.name: ready[c.name] for c in taking if c.name in ready}
         for phase, measure in PHASES.items():
             if phase == "decode" and context == self.positions:
                 advance(self.rounds.least + 1)
@@ -166,9 +168,7 @@ class Bench:
                 for c in taking
                 if c.name in times
             )
-            yield BenchCell(
-                phase, batch, context, laps, dict(absent), self._explained(phase, batch, context, laps)
-            )
+            yield BenchCell(phase, batch, context, laps, dict(absent))
 
     def _resolved(self, times: Mapping[str, list[float]]) -> bool:
         pairs = ((str(c.base), c.name) for c in self.competitors)
@@ -202,20 +202,41 @@ class Bench:
             ratio(own, champion) if champion and name != self.linearized else None,
         )
 
-    def _explained(self, phase: str, batch: int, context: int, laps: Sequence[Lap]) -> dict[str, Explanation]:
-        """The reason of each speedup over an own base that is surely above its ceiling."""
-        by_name, times = (
-            {c.name: c for c in self.competitors},
-            {lap.name: lap.timing.median_ms for lap in laps},
-        )
-        found = {}
-        for lap in laps:
-            own = by_name[lap.name]
-            base = by_name.get(str(own.base))
-            if not (lap.over_base and lap.ceiling and base and base.graph and own.graph):
-                continue
-            ms, graphs = times[base.name], (base.graph, own.graph)
-            reason = explain(graphs, phase, profiled(context, batch), ms, lap.over_base.least, lap.ceiling)
-            if reason:
-                found[lap.name] = reason
-        return found
+
+@dataclass(frozen=True)
+class Pair:
+    """A graph and the one that it was made from, for a profile; ``base`` is that one's name in the race."""
+
+    base: str
+    graphs: tuple[Path, Path]
+
+
+def pairs_of(competitors: Sequence[Competitor]) -> dict[str, Pair]:
+    """Each competitor with a base, by name, where both are graphs."""
+    graphs = {c.name: c.graph for c in competitors}
+    return {
+        c.name: Pair(c.base, (base, c.graph))
+        for c in competitors
+        if c.base is not None and c.graph is not None and (base := graphs.get(c.base)) is not None
+    }
+
+
+def explained(
+    cell: Mapping[str, Any], pairs: Mapping[str, Pair], provider: str = CPU
+) -> dict[str, dict[str, Any]]:
+    """The reason of each speedup in a ``cell`` (:meth:`BenchCell.as_json`) that is surely above its ceiling.
+
+    To be called when the race is over: what raced has taken the memory that a profile needs.
+    """
+    ms = {lap["name"]: lap["timing"]["median_ms"] for lap in cell["laps"]}
+    run = profiled(cell["context"], cell["batch"], provider)
+    found = {}
+    for lap in cell["laps"]:
+        name, over, limit = lap["name"], lap["over_base"], lap["ceiling"]
+        if not (over and limit and name in pairs):
+            continue
+        pair = pairs[name]
+        reason = explain(pair.graphs, cell["phase"], run, ms[pair.base], over["least"], limit, provider)
+        if reason:
+            found[name] = asdict(reason)
+    return found

@@ -99,9 +99,9 @@ class OrtEntrant:
         return OrtPrompt(self.model, context, TIMED_STEPS, _DEVICES[self._provider], batch)
 
 
-def profiled(context: int, batch: int = 1) -> Callable[[OrtModel], OrtPrompt]:
-    """What runs a cell of a graph in a session of its own, on the CPU."""
-    return lambda model: OrtPrompt(model, context, TIMED_STEPS, batch=batch)
+def profiled(context: int, batch: int = 1, provider: str = CPU) -> Callable[[OrtModel], OrtPrompt]:
+    """What runs a cell of a graph in a session of its own."""
+    return lambda model: OrtPrompt(model, context, TIMED_STEPS, _DEVICES[provider], batch)
 
 
 class EncoderPass:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from nbl_export.runtime.ort import OrtModel
+from nbl_export.runtime.ort import CPU, OrtModel
 from nbl_export.verify.contenders import Contender
 
 _SHOWN = 4
@@ -59,6 +59,7 @@ def explain(
     base_ms: float,
     speedup: float,
     ceiling: float,
+    provider: str = CPU,
 ) -> Explanation | None:
     """Profile base and linearized graph in one cell and compare them node by node.
 
@@ -72,7 +73,7 @@ def explain(
     runs = max(_LEAST_PASSES, min(_MOST_PASSES, round(_PASSES_MS / base_ms)))
     with tempfile.TemporaryDirectory(prefix="nbl-profile.") as folder:
         models = [
-            OrtModel(path, rounded=False, profile=Path(folder) / name)
+            OrtModel(path, provider=provider, rounded=False, profile=Path(folder) / name)
             for path, name in zip(graphs, "ab", strict=True)
         ]
         prompts = [made(model) for model in models]
