@@ -109,8 +109,8 @@ def pack(numbers: U8, bits: int) -> U8:
     filled = np.zeros((*numbers.shape[:-1], -(-numbers.shape[-1] // each) * each), dtype=np.uint8)
     filled[..., : numbers.shape[-1]] = numbers
     parts = filled.reshape(*filled.shape[:-1], -1, each) << (np.arange(each, dtype=np.uint8) * bits)
-    packed: U8 = np.bitwise_or.reduce(parts.astype(np.uint8), axis=-1)
-    return packed
+    # No two of them have a bit in common.
+    return np.sum(parts.astype(np.uint8), axis=-1, dtype=np.uint8)
 
 
 def weight_bits(node: ir.Node) -> int:

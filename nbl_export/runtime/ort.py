@@ -222,7 +222,7 @@ class OrtRaggedStream:
             self._one(owner, int(start), row) for owner, start, row in zip(owners, starts, rows, strict=True)
         ]
         self._lengths = starts + np.array([len(row) for row in rows])
-        self._places = int(self._lengths.max())
+        self._places = int(np.max(self._lengths))
         caches = zip(*(output.present for output in found), strict=True)
         self._past = [(self._stacked([k for k, _ in c]), self._stacked([v for _, v in c])) for c in caches]
         return np.concatenate([output.logits[0] for output in found])
@@ -274,12 +274,12 @@ class OrtStaticStream(OrtModel):
 
     def prefill(self, rows: Sequence[NDArray[Any]]) -> F32:
         self._lengths = np.array([len(row) for row in rows], dtype=np.int64)
-        self._check_room(int(self._lengths.max()))
+        self._check_room(int(np.max(self._lengths)))
         feeds = self.prefill_feeds(rows)
         return self._run(feeds)[prefix_mask(self._lengths, feeds[TOKENS].shape[1])]
 
     def decode(self, tokens: Sequence[int]) -> F32:
-        self._check_room(int(self._lengths.max()) + 1)
+        self._check_room(int(np.max(self._lengths)) + 1)
         inputs = {
             TOKENS: np.array(tokens, dtype=np.int64)[:, None],
             POSITIONS: self._lengths[:, None],

@@ -263,7 +263,7 @@ class EngineStream:
         return self._bound[DECODE]["logits"]
 
     def _length_after_next(self) -> int:
-        return int(self._lengths.max()) + 1 if self.static else self._length + 1
+        return int(np.max(self._lengths)) + 1 if self.static else self._length + 1
 
     def _check_fits(self, rows: Sequence[NDArray[Any]]) -> None:
         limits, longest = self.manifest.limits, max(len(r) for r in rows)

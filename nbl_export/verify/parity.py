@@ -168,10 +168,10 @@ def compare_vectors(
         max_abs=float(difference.max()),
         mean_abs=float(difference.mean()),
         p99_abs=float(np.quantile(difference, 0.99)),
-        max_rel=float(relative.max()),
+        max_rel=float(np.max(relative)),
         mean_rel=float(relative.mean()),
         p99_rel=float(np.quantile(relative, 0.99)),
-        min_cosine=float(cosine.min()),
+        min_cosine=float(np.min(cosine)),
         # Rounding can make a vanishing KL negative.
         max_kl=float(np.maximum(kl, 0).max()),
         top1=float((same | tie).mean()),
@@ -197,7 +197,7 @@ def _compare_kv(
             difference = np.abs(u - v)
             relative = difference / np.maximum(np.maximum(np.abs(u), _rms(u)), 1e-12)
             # NaN compares with nothing; as infinity it is the worst there is.
-            largest, largest_rel = (float(np.nan_to_num(d.max(), nan=np.inf)) for d in (difference, relative))
+            largest, largest_rel = (float(np.nan_to_num(np.max(d), nan=np.inf)) for d in (difference, relative))
             means.append(float(relative.mean()))
             worst_abs = max(worst_abs, largest)
             if largest_rel > worst_rel:
