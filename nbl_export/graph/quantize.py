@@ -110,7 +110,8 @@ def pack(numbers: U8, bits: int) -> U8:
     filled[..., : numbers.shape[-1]] = numbers
     parts = filled.reshape(*filled.shape[:-1], -1, each) << (np.arange(each, dtype=np.uint8) * bits)
     # No two of them have a bit in common.
-    return np.sum(parts.astype(np.uint8), axis=-1, dtype=np.uint8)
+    packed: U8 = np.sum(parts.astype(np.uint8), axis=-1, dtype=np.uint8)
+    return packed
 
 
 def weight_bits(node: ir.Node) -> int:

@@ -197,7 +197,9 @@ def _compare_kv(
             difference = np.abs(u - v)
             relative = difference / np.maximum(np.maximum(np.abs(u), _rms(u)), 1e-12)
             # NaN compares with nothing; as infinity it is the worst there is.
-            largest, largest_rel = (float(np.nan_to_num(np.max(d), nan=np.inf)) for d in (difference, relative))
+            largest, largest_rel = (
+                float(np.nan_to_num(np.max(d), nan=np.inf)) for d in (difference, relative)
+            )
             means.append(float(relative.mean()))
             worst_abs = max(worst_abs, largest)
             if largest_rel > worst_rel:
