@@ -78,7 +78,10 @@ def assert_same(found: Path, expected: Path) -> None:
 def test_the_run_passes_and_exactly_two_kv_pairs_are_gone(stories_out: Path) -> None:
     report = api.report(stories_out)
     assert report.passed
-    assert [(c.name, c.status) for c in report.checks] == [("graph rewrite", "passed"), ("parity", "passed")]
+    checks = {c.name: c.status for c in report.checks}
+    # Whether a speed is believed depends on the machine; it never fails.
+    assert list(checks) == ["graph rewrite", "parity", "speed"] and checks.pop("speed") != "failed"
+    assert set(checks.values()) == {"passed"}
     assert report.parity is not None
     assert max(s["max_abs"] for s in report.parity["steps"]) < 1e-3
     assert len(pasts(stories_out / "baseline" / "model.onnx")) == 10
