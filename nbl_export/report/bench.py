@@ -73,7 +73,7 @@ def bench_checks(cells: Sequence[Mapping[str, Any]]) -> list[Check]:
             if found := lap["over_base"]:
                 resolved.append(found["resolved"])
                 if found["resolved"] and found["value"] < 1:
-                    slower.append(f"{_title(cell)}, {lap['name']}: {found['value']:.2f}×")
+                    slower.append(f"{cell_name(cell)}, {lap['name']}: {found['value']:.2f}×")
     return [
         ceilings_check("ceilings", _explained(cells), "failed"),
         Check(
@@ -98,8 +98,8 @@ def _control_check(cells: Sequence[Mapping[str, Any]]) -> Check:
         apart = first["least"] > again["most"] or again["least"] > first["most"]
         if apart and abs(first["value"] - again["value"]) > _UNLIKE * abs(first["value"] - 1):
             unlike.append(
-                f"{_title(cell)}: linearized is {first['value']:.2f}× as fast as the base graph, {again['value']:.2f}× "
-                "as fast as the same graph in another session"
+                f"{cell_name(cell)}: linearized is {first['value']:.2f}× as fast as the base graph, "
+                f"{again['value']:.2f}× as fast as the same graph in another session"
             )
     return Check(
         "same graph twice",
@@ -109,23 +109,21 @@ def _control_check(cells: Sequence[Mapping[str, Any]]) -> Check:
 
 
 def _explained(cells: Sequence[Mapping[str, Any]]) -> list[Explained]:
-    return [(_title(cell), name, reason) for cell in cells for name, reason in cell["explanations"].items()]
+    return [
+        (cell_name(cell), name, reason) for cell in cells for name, reason in cell["explanations"].items()
+    ]
 
 
-def _title(cell: Mapping[str, Any]) -> str:
-    return cell_name(cell["phase"], cell["batch"], cell["context"])
-
-
-def cell_name(phase: str, batch: int, context: int) -> str:
-    rows = f"{batch} × " if batch > 1 else ""
-    return f"{phase} {rows}{context:,}"
+def cell_name(cell: Mapping[str, Any]) -> str:
+    rows = f"{cell['batch']} × " if cell["batch"] > 1 else ""
+    return f"{cell['phase']} {rows}{cell['context']:,}"
 
 
 def bench_table(value: BenchReport, brief: bool = False) -> Table:
     """A row for every competitor in every cell; ``brief`` keeps what 80 columns hold."""
     rows: list[tuple[str, ...]] = []
     for cell in value.cells:
-        title = _title(cell)
+        title = cell_name(cell)
         for i, lap in enumerate(cell["laps"]):
             over, limit = lap["over_base"], lap["ceiling"]
             row = [
@@ -157,7 +155,7 @@ def _absent(value: BenchReport) -> str:
     where: dict[tuple[str, str], list[str]] = {}
     for cell in value.cells:
         for name, why in cell["absent"].items():
-            where.setdefault((name, why), []).append(_title(cell))
+            where.setdefault((name, why), []).append(cell_name(cell))
     return "".join(
         f" Not timed: {name} in {', '.join(cells)} ({why})." for (name, why), cells in where.items()
     )

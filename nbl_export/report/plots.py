@@ -118,8 +118,7 @@ def bench_plot(value: BenchReport) -> Plot:
     for cell in value.cells:
         own = next((x for x in cell["laps"] if x["name"] == "linearized" and x["over_base"]), None)
         if own:
-            name = cell_name(cell["phase"], cell["batch"], cell["context"])
-            told.append(f"{name} {number(own['over_base']['value'], '.2f')}×")
+            told.append(f"{cell_name(cell)} {number(own['over_base']['value'], '.2f')}×")
     return Plot(
         "bench",
         f"Linearized over base: {', '.join(told) or 'nowhere timed'}.",
