@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -100,6 +100,25 @@ def original_logits(
     ids = torch.from_numpy(row.astype(np.int64))[None]
     with torch.inference_mode():
         return model(input_ids=ids, use_cache=False).logits[0].numpy()
+
+
+@pytest.fixture
+def logits_made(monkeypatch: pytest.MonkeyPatch) -> Callable[[type], list[tuple[int, ...]]]:
+    """Called with a class of decoders: the shapes of the logits that any of them makes from then on."""
+
+    def watch(decoder: type) -> list[tuple[int, ...]]:
+        shapes: list[tuple[int, ...]] = []
+        plain = decoder.__call__
+
+        def counted(self: Any, *given: Any) -> Any:
+            output = plain(self, *given)
+            shapes.append(tuple(output.logits.shape))
+            return output
+
+        monkeypatch.setattr(decoder, "__call__", counted)
+        return shapes
+
+    return watch
 
 
 @contextmanager

@@ -250,25 +250,17 @@ def test_rows_go_on_in_several_ways(path_of: Callable[[str], Path], model: Any, 
 
 @pytest.mark.parametrize(("form", "logits"), [("ours-shared", 3), ("genai-fp32", 8)])
 def test_a_ragged_prefill_makes_the_last_logits_of_the_shortest_row_on(
-    path_of: Callable[[str], Path], model: Any, form: str, logits: int, monkeypatch: pytest.MonkeyPatch
+    path_of: Callable[[str], Path], model: Any, form: str, logits: int, logits_made: Any
 ) -> None:
     """Where the graph can be asked for fewer than all, as one that the builder left alone cannot."""
     rng = np.random.default_rng(7)
     rows = [np.array(random_tokens(rng, n)) for n in (9, 7, 8)]
-    made: list[int] = []
-    plain = OrtDecoder.__call__
-
-    def counted(self: Any, *given: Any) -> Any:
-        output = plain(self, *given)
-        made.append(output.logits.shape[1])
-        return output
-
-    monkeypatch.setattr(OrtDecoder, "__call__", counted)
+    made = logits_made(OrtDecoder)
     stream = ort_stream(path_of(form), 16)
     assert isinstance(stream, LastLogits)
     last = stream.prefill_last([row[:-1] for row in rows])
     following = stream.decode([int(row[-1]) for row in rows])
-    assert made == [logits, 1]
+    assert [shape[1] for shape in made] == [logits, 1]
     for row, *found in zip(rows, last, following, strict=True):
         with torch.inference_mode():
             whole = model(input_ids=torch.from_numpy(row)[None]).logits[0].numpy()

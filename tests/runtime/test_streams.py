@@ -100,19 +100,11 @@ def test_pytorchs_stream_is_the_same(rows: list[Any], tiny_model: Any) -> None:
 
 @pytest.mark.parametrize("of", ["onnxruntime", "pytorch"])
 def test_a_prefill_need_not_make_all_logits(
-    graphs: Any, rows: list[Any], tiny_model: Any, of: str, monkeypatch: pytest.MonkeyPatch
+    graphs: Any, rows: list[Any], tiny_model: Any, of: str, logits_made: Any
 ) -> None:
     """The last logits are the row's, no others are made, and decoding goes on from there."""
     decoder = OrtDecoder(graphs["concat", "fp32"]) if of == "onnxruntime" else TorchDecoder(tiny_model)
-    made: list[tuple[int, ...]] = []
-    plain = type(decoder).__call__
-
-    def counted(self: Any, *given: Any) -> Any:
-        output = plain(self, *given)
-        made.append(output.logits.shape)
-        return output
-
-    monkeypatch.setattr(type(decoder), "__call__", counted)
+    made = logits_made(type(decoder))
     stream = PastStream(decoder)
     assert isinstance(stream, LastLogits)
     last = stream.prefill_last([row[:-1] for row in rows])
