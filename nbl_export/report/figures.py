@@ -267,6 +267,8 @@ def draw_bench(cells: Sequence[Mapping[str, Any]], narrow: bool = False) -> Figu
     phases = list(dict.fromkeys(c["phase"] for c in cells))
     names = list(dict.fromkeys(lap["name"] for c in cells for lap in c["laps"]))
     rivals = [name for name in names if name not in ("base", "linearized")]
+    # Base and linearized graph of one exporter have one shape, and colours of their own.
+    pairs = list(dict.fromkeys(_pair(name) for name in rivals))
     figure, axes = panels(max(1, len(phases)), narrow)
     entries: dict[str, Any] = {}
     for panel, phase in zip(axes, phases, strict=False):
@@ -292,7 +294,7 @@ def draw_bench(cells: Sequence[Mapping[str, Any]], narrow: bool = False) -> Figu
                         x + 0.06 * math.copysign(1, place) + 0.68 * place / max(1, len(rivals)),
                         drawable(times),
                         color=DECODE if "linearized" in name else BASE,
-                        marker=_MARKERS[i % len(_MARKERS)],
+                        marker=_MARKERS[pairs.index(_pair(name)) % len(_MARKERS)],
                         linestyle="none",
                     )
                     entries.setdefault(name, point[0])
@@ -302,6 +304,10 @@ def draw_bench(cells: Sequence[Mapping[str, Any]], narrow: bool = False) -> Figu
         panel.set_xlabel("rows × tokens")
     legend(figure, entries)
     return figure
+
+
+def _pair(name: str) -> str:
+    return name.removesuffix(", base").removesuffix(", linearized")
 
 
 # engines -----------------------------------------------------------------------------------------

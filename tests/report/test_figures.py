@@ -11,9 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.container import BarContainer, ErrorbarContainer
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from nbl_export.report.canvas import BASE, DECODE, LINEAR, style
-from nbl_export.report.figures import draw_curve, draw_engines, draw_layers, draw_speed
+from nbl_export.report.figures import draw_bench, draw_curve, draw_engines, draw_layers, draw_speed
 from nbl_export.report.schema import Report
 
 
@@ -198,6 +199,45 @@ def test_an_encoder_has_one_phase() -> None:
     assert list(panels(figure)) == ["Encode, ms", "Speedup"]
     words = [t.get_text() for t in figure.legends[0].get_texts()]
     assert words == ["base", "linearized", "encode speedup", "ceiling"]
+
+
+@pytest.mark.parametrize("narrow", [False, True], ids=["page", "phone"])
+def test_a_bench_draws_everybody_over_the_base_graph(narrow: bool) -> None:
+    """Both graphs of an exporter have one shape, two exporters never the same."""
+    others = [
+        f"{name}{side}" for name in ("shared", "genai fp32", "K = 8") for side in (", base", ", linearized")
+    ]
+    rivals = ["dropped", "eager", "compiled", *others, "optimum", "base again"]
+    over = {"value": 1.3, "least": 1.2, "most": 1.5, "resolved": False}
+    laps = [
+        {"name": name, "timing": {"median_ms": ms}, "over_base": None, "ceiling": None}
+        for ms, name in enumerate(["base", *rivals], start=10)
+    ]
+    laps.append({"name": "linearized", "timing": {"median_ms": 8}, "over_base": over, "ceiling": 1.1})
+    cells = [
+        {"phase": p, "batch": b, "context": 512, "laps": laps} for p in ("prefill", "decode") for b in (1, 4)
+    ]
+    figure = draw_bench(cells, narrow)
+    drawn = [t.get_text() for t in figure.legends[0].get_texts()]
+    assert drawn == ["linearized", "its ceiling", *rivals]
+    for axes in figure.axes:
+        assert [t.get_text() for t in axes.get_xticklabels()] == ["512", "4 × 512"]
+        own = axes.containers[0]
+        assert line(own)[1] == [1.3] and near(whiskers(own), [(1.2, 1.5)])
+        assert own.lines[0].get_markerfacecolor() != own.lines[0].get_color()
+    shapes: dict[str, Any] = {}
+    of_pairs: dict[str, set[Any]] = {}
+    for name, point in zip(drawn, figure.legends[0].legend_handles, strict=True):
+        if name not in rivals:
+            continue
+        assert isinstance(point, Line2D)
+        assert to_hex(point.get_color()) == (DECODE if "linearized" in name else BASE)
+        shapes[name] = point.get_marker()
+        of_pairs.setdefault(name.split(", ")[0], set()).add(shapes[name])
+    assert all(len(found) == 1 for found in of_pairs.values())
+    assert len(set(shapes.values())) == len(of_pairs) == 8
+    heights = [float(ln.get_ydata()[0]) for ln in figure.axes[0].lines if ln.get_marker() in shapes.values()]
+    assert heights == [10 / lap["timing"]["median_ms"] for lap in laps if lap["name"] in rivals] * 2
 
 
 @pytest.mark.parametrize("narrow", [False, True], ids=["page", "phone"])
