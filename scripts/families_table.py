@@ -24,12 +24,12 @@ from junitparser import Failure, JUnitXml, Properties, Skipped, TestCase
 
 ROOT = Path(__file__).parent.parent
 TESTS, TARGET = "tests/test_families.py", ROOT / "docs" / "families.md"
-# Column → the test and its parameters after the family.
 _CACHES = {
     "fp32": ("concat", "static", "shared"),
     "fp16": ("concat", "static"),
     "bf16": ("concat", "static"),
 }
+# Column → the test and its parameters after the family.
 _GRAPHS = {f"{p} {c}": ("test_graph", f"{c}-{p}") for p, caches in _CACHES.items() for c in caches}
 _ENGINES = {f"engine {c}": ("test_engine", c) for c in ("concat", "static")}
 _OTHERS = {e.replace("-", " "): ("test_other_exporter", e) for e in ("genai-fp32", "genai-int4", "optimum")}

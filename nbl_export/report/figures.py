@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.report.canvas import BASE, DECODE, INK, LINEAR, MUTED, PAPER, drawable, legend, panels
@@ -262,13 +263,17 @@ def _contexts(panel: Axes, contexts: Sequence[int]) -> None:
 _MARKERS = ("s", "^", "v", "D", "P", "X", "*", "<", ">", "p", "h")
 
 
-def draw_bench(cells: Sequence[Mapping[str, Any]], narrow: bool = False) -> Figure:
+def draw_bench(
+    cells: Sequence[Mapping[str, Any]], competitors: Sequence[Mapping[str, Any]], narrow: bool = False
+) -> Figure:
     """How many times as fast as the base graph everybody is, by batch and context, a panel for each phase."""
     phases = list(dict.fromkeys(c["phase"] for c in cells))
     names = list(dict.fromkeys(lap["name"] for c in cells for lap in c["laps"]))
     rivals = [name for name in names if name not in ("base", "linearized")]
-    # Base and linearized graph of one exporter have one shape, and colours of their own.
-    pairs = list(dict.fromkeys(_pair(name) for name in rivals))
+    # Another exporter's linearized graph has the shape of its own base graph, in a colour of its own.
+    own_base = {c["name"]: c["base"] for c in competitors if c["base"] in rivals}
+    pairs = dict.fromkeys(own_base.get(name, name) for name in rivals)
+    shapes = dict(zip(pairs, cycle(_MARKERS), strict=False))
     figure, axes = panels(max(1, len(phases)), narrow)
     entries: dict[str, Any] = {}
     for panel, phase in zip(axes, phases, strict=False):
@@ -294,7 +299,7 @@ def draw_bench(cells: Sequence[Mapping[str, Any]], narrow: bool = False) -> Figu
                         x + 0.06 * math.copysign(1, place) + 0.68 * place / max(1, len(rivals)),
                         drawable(times),
                         color=DECODE if "linearized" in name else BASE,
-                        marker=_MARKERS[pairs.index(_pair(name)) % len(_MARKERS)],
+                        marker=shapes[own_base.get(name, name)],
                         linestyle="none",
                     )
                     entries.setdefault(name, point[0])
@@ -304,10 +309,6 @@ def draw_bench(cells: Sequence[Mapping[str, Any]], narrow: bool = False) -> Figu
         panel.set_xlabel("rows × tokens")
     legend(figure, entries)
     return figure
-
-
-def _pair(name: str) -> str:
-    return name.removesuffix(", base").removesuffix(", linearized")
 
 
 # engines -----------------------------------------------------------------------------------------

@@ -124,5 +124,5 @@ def bench_plot(value: BenchReport) -> Plot:
         f"Linearized over base: {', '.join(told) or 'nowhere timed'}.",
         "How many times as fast as the base graph; higher is faster. Whiskers: 95 % intervals. Hollow: not resolved "
         "from noise. Dash: the ceiling of the linearized graph.",
-        partial(draw_bench, value.cells),
+        partial(draw_bench, value.cells, value.competitors),
     )

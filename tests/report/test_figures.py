@@ -217,7 +217,10 @@ def test_a_bench_draws_everybody_over_the_base_graph(narrow: bool) -> None:
     cells = [
         {"phase": p, "batch": b, "context": 512, "laps": laps} for p in ("prefill", "decode") for b in (1, 4)
     ]
-    figure = draw_bench(cells, narrow)
+    bases = {name: name.replace("linearized", "base") for name in rivals if "linearized" in name}
+    bases |= dict.fromkeys(("linearized", "dropped"), "base")
+    competitors = [{"name": lap["name"], "base": bases.get(str(lap["name"]))} for lap in laps]
+    figure = draw_bench(cells, competitors, narrow)
     drawn = [t.get_text() for t in figure.legends[0].get_texts()]
     assert drawn == ["linearized", "its ceiling", *rivals]
     for axes in figure.axes:
