@@ -16,14 +16,12 @@ from typing import TYPE_CHECKING
 
 from nbl_export import pipeline
 from nbl_export.errors import NblError
-from nbl_export.inspection import inspect_path
 from nbl_export.linearize.budget import Budget
 from nbl_export.linearize.plan import Plan
 from nbl_export.models.source import ModelSource
 from nbl_export.progress import Listener
 from nbl_export.report.drawing import Table
 from nbl_export.report.schema import Report
-from nbl_export.run import Run
 from nbl_export.settings import (
     BenchSettings,
     CalibrateSettings,
@@ -33,13 +31,15 @@ from nbl_export.settings import (
     SelectSettings,
     VerifySettings,
 )
+from nbl_export.stages.inspection import inspect_path
+from nbl_export.stages.run import Run
 from nbl_export.workspace import Workspace
 
 if TYPE_CHECKING:
     from nbl_export.engine.pair import EngineFile
     from nbl_export.evaluate.results import Evaluation
-    from nbl_export.graph.rewrite import RewriteResult
     from nbl_export.report.bench import BenchReport
+    from nbl_export.rewrite.replace import RewriteResult
 
 __all__ = [
     "BenchSettings",
@@ -159,7 +159,7 @@ def rewrite_onnx(
     listener: Listener | None = None,
 ) -> RewriteResult:
     """Rewrite a decoder that somebody else exported, a file or a folder, by ``plan`` into ``out`` or in place."""
-    from nbl_export.foreign import rewrite_foreign
+    from nbl_export.rewrite.foreign import rewrite_foreign
 
     return rewrite_foreign(Path(onnx), Path(plan), None if out is None else Path(out), in_place, listener)
 

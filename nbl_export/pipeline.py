@@ -13,7 +13,6 @@ Each is a module of :mod:`nbl_export.stages`, which records it in the workspace 
 from __future__ import annotations
 
 from nbl_export.report.schema import Report
-from nbl_export.run import Run
 from nbl_export.settings import (
     CalibrateSettings,
     EngineSettings,
@@ -27,7 +26,8 @@ from nbl_export.stages.calibrate import calibrate
 from nbl_export.stages.evaluate import evaluate
 from nbl_export.stages.export import check_model, export
 from nbl_export.stages.rewrite import rewrite
-from nbl_export.stages.select import select
+from nbl_export.stages.run import Run
+from nbl_export.stages.select.stage import select
 from nbl_export.stages.verify import report, verify
 
 __all__ = [
@@ -53,9 +53,9 @@ def run_all(
     engines: EngineSettings | None = None,
 ) -> Report:
     """Every stage in order; what is done already with the same settings is kept."""
-    from nbl_export.linearize.select import check_k, check_rank
+    from nbl_export.linearize.scores import check_k, check_rank
     from nbl_export.models.layers import attention_layers, hidden_size, positions
-    from nbl_export.runtime.ort import require_onnxruntime
+    from nbl_export.runtime.session import require_onnxruntime
 
     require_onnxruntime()  # before the first minute of work, not after it
     exporting = exporting.for_task(run.model.source.task, engines is not None)

@@ -52,7 +52,7 @@ class SelectSettings:
     budget: Budget = NO_BUDGET
 
     def check(self) -> None:
-        from nbl_export.linearize.select import check_criterion, check_k, check_rank
+        from nbl_export.linearize.scores import check_criterion, check_k, check_rank
 
         ways = [self.k is not None, self.layers is not None, bool(self.budget)]
         if not any(ways):
@@ -94,7 +94,7 @@ class SelectSettings:
 
         Raises :class:`InputError` for what only a decoder can be measured by.
         """
-        from nbl_export.linearize.select import check_criterion
+        from nbl_export.linearize.scores import check_criterion
         from nbl_export.models.tasks import task_named
 
         if task_named(task).causal:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from nbl_export.errors import InputError
-from nbl_export.workspace import atomic_path
+from nbl_export.files import atomic_path
 
 _KEY = "nbl_export"
 _FORMAT = "format"

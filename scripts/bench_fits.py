@@ -39,9 +39,9 @@ from nbl_export.linearize.plan import LinearLayer
 from nbl_export.linearize.search import LossCache, MeasuredSets, alone, greedy_order
 from nbl_export.linearize.swap import replaced
 from nbl_export.models.layers import attention_layers, dtype_of, hidden_size, observed
+from nbl_export.models.loaded import LoadedModel
 from nbl_export.models.source import same_model
 from nbl_export.progress import Silent
-from nbl_export.run import LoadedModel
 from nbl_export.workspace import Workspace
 
 Maps = Mapping[int, LinearLayer]

@@ -37,12 +37,12 @@ from nbl_export.export.forms import SHARED, STATIC
 from nbl_export.export.genai import export_genai
 from nbl_export.export.optimum import export_optimum, find_optimum
 from nbl_export.export.torch import export_torch
+from nbl_export.files import read_json, write_json
 from nbl_export.graph.io import load_graph
-from nbl_export.graph.rewrite import rewrite_file
 from nbl_export.linearize.plan import LinearLayer, Plan
 from nbl_export.models.compat import CONFIG, TOKENIZER, readable_config, readable_tokenizer_config
 from nbl_export.progress import Silent
-from nbl_export.workspace import read_json, write_json
+from nbl_export.rewrite.replace import rewrite_file
 
 WIDTH, VOCAB = 64, 40  # a vocabulary as wide as a projection would be taken for one
 SIZES = {

@@ -30,10 +30,10 @@ from nbl_export.export.optimum import VARIABLE, export_optimum
 from nbl_export.export.torch import export_torch
 from nbl_export.models.layers import layer_count
 from nbl_export.models.load import quiet
+from nbl_export.models.loaded import LoadedModel
 from nbl_export.models.source import find_model
 from nbl_export.models.trial import cache_shapes
 from nbl_export.progress import Silent
-from nbl_export.run import LoadedModel
 from tests.families import Calibrated, build, calibrated
 from tests.fixtures_graph import load
 

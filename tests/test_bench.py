@@ -15,17 +15,17 @@ import pytest
 
 from nbl_export import api
 from nbl_export.errors import BuildError, InputError
-from nbl_export.graph.drop import drop_layers
 from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.report.bench import bench_tables, load_bench
 from nbl_export.report.render import write_report
 from nbl_export.report.schema import load_report
+from nbl_export.rewrite.drop import drop_layers
 from nbl_export.runtime.ort import OrtDecoder
-from nbl_export.verify import bench as bench_module
-from nbl_export.verify.bench import Bench, BenchCell
-from nbl_export.verify.contenders import profiled
-from nbl_export.verify.peak import peak_bytes
-from nbl_export.verify.profile import explain
+from nbl_export.verify.speed import bench as bench_module
+from nbl_export.verify.speed.bench import Bench, BenchCell
+from nbl_export.verify.speed.candidates import profiled
+from nbl_export.verify.speed.peak import peak_bytes
+from nbl_export.verify.speed.profile import explain
 
 
 def test_layers_left_out_write_nothing(stories_out: Path, tmp_path: Path) -> None:

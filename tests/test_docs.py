@@ -17,7 +17,7 @@ from nbl_export.export.choices import EXPORTERS
 from nbl_export.export.forms import FORMS
 from nbl_export.graph.precision import PRECISIONS
 from nbl_export.linearize.lmmse import FitInput, FitName
-from nbl_export.linearize.select import CRITERIA
+from nbl_export.linearize.scores import CRITERIA
 from nbl_export.settings import (
     BenchSettings,
     CalibrateSettings,

@@ -29,7 +29,7 @@ from nbl_export.models.source import find_model
 from nbl_export.models.tasks import task_named
 from nbl_export.models.trial import check_served
 from nbl_export.report.schema import Report
-from nbl_export.verify import speed as speed_module
+from nbl_export.verify.speed import pair as speed_module
 from nbl_export.workspace import Workspace
 from tests.encoders import (
     CLS,

@@ -20,16 +20,16 @@ from nbl_export.engine.build import TimingCache, build_engine
 from nbl_export.engine.library import import_library
 from nbl_export.engine.profiles import Limits
 from nbl_export.errors import BuildError, InputError
+from nbl_export.export.form_check import check_form
 from nbl_export.export.forms import FORMS
 from nbl_export.export.half import save_in_precision
-from nbl_export.export.rehearsal import check_form
 from nbl_export.export.torch import export_torch
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.precision import precision_of
-from nbl_export.graph.rewrite import rewrite_file
 from nbl_export.models.layers import attention_layers
 from nbl_export.progress import Silent
-from nbl_export.verify.parity import Parity
+from nbl_export.rewrite.replace import rewrite_file
+from nbl_export.verify.parity.decoder import Parity
 from tests.exporters import GRAPH, Graphs
 from tests.families import DECODERS, Calibrated, attention_share
 from tests.graph.matrix import CHOSEN, ROWS, parity, rewritten

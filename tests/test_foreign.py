@@ -19,11 +19,11 @@ import onnx
 import onnxruntime
 import pytest
 
-from nbl_export import foreign
 from nbl_export.errors import BuildError, InputError
-from nbl_export.foreign import rewrite_foreign
-from nbl_export.graph import rewrite as rewrite_module
 from nbl_export.linearize.plan import Plan, load_plan, save_plan
+from nbl_export.rewrite import foreign
+from nbl_export.rewrite import replace as rewrite_module
+from nbl_export.rewrite.foreign import rewrite_foreign
 from tests.graph.external_data import places
 from tests.graph.random_decoder_graphs import written
 from tests.graph.random_decoders import Choices, random_plan, random_weights
@@ -388,7 +388,7 @@ def test_another_graph_may_share_the_data(source: Source) -> None:
 
 
 FAILURES = {
-    "check": (rewrite_module, "check_file"),
+    "check": (rewrite_module, "check_like"),
     "count": (rewrite_module, "count"),
     "prove": (rewrite_module, "prove"),
 }
@@ -405,9 +405,8 @@ def test_a_failure_leaves_everything(
     def fail(*_args: Any, **_options: Any) -> None:
         raise error
 
-    # The source itself is checked before it is known how strictly.
-    monkeypatch.setattr(rewrite_module, "passes_checker", lambda _path: True)
-    monkeypatch.setattr(*FAILURES[step], fail)
+    # What is made from the source is checked, when it is written; the source itself is not.
+    monkeypatch.setattr(*FAILURES[step], (lambda _source: fail) if step == "check" else fail)
     before = contents(source.folder)
     with pytest.raises((BuildError, InputError, KeyboardInterrupt)):
         rewrite_foreign(source.folder, source.plan, None if in_place else source.out, in_place)
@@ -443,7 +442,7 @@ def test_an_interrupt_between_graph_and_configuration_can_be_repeated(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(foreign, "copy_beside", fail)
+        patch.setattr(foreign, "copy_sidecars", fail)
         rewrite_foreign(source.folder, source.plan, None, in_place=True)
     # The graph is done and says so; what was missing is made up for.
     with pytest.raises(InputError, match="already rewritten"):

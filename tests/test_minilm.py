@@ -14,9 +14,9 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from nbl_export.export.encoder import encoder_of
 from nbl_export.linearize.plan import load_plan
 from nbl_export.linearize.swap import linearized
+from nbl_export.models.encoder import encoder_of
 from nbl_export.models.pooling import find_pooling
 from nbl_export.models.tasks import task_named
 from nbl_export.report.schema import load_report

@@ -18,10 +18,11 @@ from safetensors.numpy import load_file
 
 from nbl_export import api
 from nbl_export.errors import InputError
-from nbl_export.graph import rewrite as rewrite_module
+from nbl_export.files import sha256_of_file
 from nbl_export.linearize.plan import load_plan
 from nbl_export.progress import Silent
-from nbl_export.workspace import Workspace, sha256_of_file
+from nbl_export.rewrite import replace as rewrite_module
+from nbl_export.workspace import Workspace
 from tests.tiny import build
 
 VERIFY = api.VerifySettings(contexts=(16,), rounds=3)

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from nbl_export.errors import InputError
-from nbl_export.workspace import Workspace, atomic_path, read_json, sha256_of_file, sha256_of_json, write_json
+from nbl_export.files import atomic_path, read_json, sha256_of_file, sha256_of_json, write_json
+from nbl_export.workspace import Workspace
 
 MODEL = {"source": "some/model", "kind": "hub", "fingerprint": "a" * 64}
 

@@ -12,16 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from nbl_export.batch.arrays import F32
+from nbl_export.batch.names import PIXELS
 from nbl_export.calibrate.moments import CALIBRATE_AGAIN
 from nbl_export.calibrate.text import HELD_OUT_EVERY, TextSettings
 from nbl_export.errors import InputError
-from nbl_export.graph.cache import PIXELS
 from nbl_export.progress import Listener
 from nbl_export.tensorfile import load_as, save_tensors
 
-F32 = NDArray[np.float32]
 FORMAT = "nbl-export/images/1"
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 

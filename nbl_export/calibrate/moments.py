@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nbl_export.batch.arrays import F64
 from nbl_export.errors import InputError
 from nbl_export.tensorfile import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     import torch
 
-F64 = NDArray[np.float64]
 FORMAT = "nbl-export/moments/1"
 CALIBRATE_AGAIN = "run `nbl-export calibrate` again"
 

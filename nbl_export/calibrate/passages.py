@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nbl_export.batch.names import TOKEN_TYPES, TOKENS
 from nbl_export.calibrate.text import HELD_OUT_EVERY, CalibrationText, TextSettings, frame_tokens
 from nbl_export.errors import InputError
-from nbl_export.graph.cache import TOKEN_TYPES, TOKENS
 from nbl_export.progress import Listener
 
 I32 = NDArray[np.int32]

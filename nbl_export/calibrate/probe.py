@@ -15,20 +15,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nbl_export.batch.arrays import F32, I64
+from nbl_export.batch.names import MASK, PIXELS, POSITIONS, TOKEN_TYPES, TOKENS
+from nbl_export.batch.padding import left_padded
+from nbl_export.batch.rows import Inputs, real_positions
 from nbl_export.calibrate.moments import CALIBRATE_AGAIN
 from nbl_export.errors import InputError
-from nbl_export.graph.cache import MASK, PIXELS, TOKEN_TYPES, TOKENS
-from nbl_export.graph.interface import POSITIONS, Inputs, real_places
+from nbl_export.models.forward import run_whole
 from nbl_export.models.layers import attention_layers, observed
-from nbl_export.runtime.padding import left_padded
-from nbl_export.runtime.torch import run_whole
 from nbl_export.tensorfile import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     import torch
 
-F32 = NDArray[np.float32]
-I64 = NDArray[np.int64]
 FORMAT = "nbl-export/probe/1"
 _LENGTH = 24
 # The batches there are: of a decoder, of text encoders, of images.
@@ -83,7 +82,7 @@ def probe_inputs(model: torch.nn.Module, inputs: Inputs) -> Probe:
     y: dict[int, F32] = {}
 
     def observe(index: int, *activations: torch.Tensor) -> None:
-        kept = torch.from_numpy(real_places(inputs, activations[0].shape[1]))
+        kept = torch.from_numpy(real_positions(inputs, activations[0].shape[1]))
         for store, value in zip((h, x, y), activations, strict=True):
             store[index] = value[kept.to(value.device)].float().cpu().numpy()
 

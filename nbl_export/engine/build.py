@@ -19,6 +19,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from nbl_export.batch.names import MAX
 from nbl_export.engine.library import Library
 from nbl_export.engine.network import (
     NetworkFacts,
@@ -30,7 +31,7 @@ from nbl_export.engine.network import (
 )
 from nbl_export.engine.profiles import Limits, Profile, profiles
 from nbl_export.errors import BuildError
-from nbl_export.graph.cache import MAX, is_static
+from nbl_export.graph.cache import is_static
 from nbl_export.graph.io import load_graph, scratch_copy
 from nbl_export.graph.operators import fused_op
 from nbl_export.graph.precision import graph_precision
@@ -80,7 +81,7 @@ class TimingCache:
 
     def save(self) -> list[Path]:
         """Write the timings, if there are any; returns the files written."""
-        from nbl_export.workspace import atomic_path
+        from nbl_export.files import atomic_path
 
         if self.library.ahead_of_time or not self._data:
             return []

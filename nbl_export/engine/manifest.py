@@ -16,7 +16,7 @@ from typing import Any
 from nbl_export.engine.gpu import Gpu
 from nbl_export.engine.library import Library, library_of, runs_here
 from nbl_export.errors import InputError, MissingDependencyError
-from nbl_export.workspace import json_text, read_json, sha256_of_file, sha256_of_json, write_text
+from nbl_export.files import json_text, read_json, sha256_of_file, sha256_of_json, write_text
 
 FORMAT = "nbl-export/engine/1"
 _REMEDY = "build the engine again (`nbl-export build OUT --trt`)"

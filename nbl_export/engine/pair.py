@@ -8,19 +8,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nbl_export import __version__
+from nbl_export.batch.names import BASE, LINEARIZED
 from nbl_export.engine.build import Built, TimingCache, build_engine
 from nbl_export.engine.gpu import Gpu
 from nbl_export.engine.library import Library
 from nbl_export.engine.manifest import Manifest, manifest_path, manifest_text
 from nbl_export.engine.profiles import Limits
 from nbl_export.errors import BuildError
+from nbl_export.files import atomic_path, sha256_of_file
 from nbl_export.graph.cache import is_static, kv_layers
 from nbl_export.graph.io import DATA_SUFFIX, load_graph
 from nbl_export.graph.precision import graph_precision
 from nbl_export.progress import Listener
-from nbl_export.workspace import atomic_path, sha256_of_file
 
-BASE, LINEARIZED = "base", "linearized"
 # Of the bytes of weights removed, the share an engine must shrink by at least, and what two builds of
 # one network may differ by.
 _SHARE, _VARIES_BY = 0.9, 1 << 16

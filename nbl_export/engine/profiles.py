@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nbl_export.batch.names import BATCH, MAX, PAST, SEQUENCE, TOTAL
 from nbl_export.errors import BuildError, InputError
-from nbl_export.graph.cache import BATCH, MAX, PAST, SEQUENCE, TOTAL
 
 Shape = tuple[int, ...]
 Range = tuple[int, int, int]

@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-F64 = NDArray[np.float64]
+from nbl_export.batch.arrays import F64
+
 # A base score that guessing reaches within this many standard errors says nothing about what is left.
 _CLEAR = 2.0
 

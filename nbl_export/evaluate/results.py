@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nbl_export.checks import Check, load_judged
 from nbl_export.evaluate.recovery import Estimate, Paired, mean, recovery
 from nbl_export.evaluate.retrieval import HIDDEN, Question
-from nbl_export.report.schema import Check, load_judged
-from nbl_export.workspace import jsonable
+from nbl_export.files import jsonable
 
 if TYPE_CHECKING:
     from nbl_export.evaluate.tasks import EvalTask

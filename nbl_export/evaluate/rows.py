@@ -14,7 +14,7 @@ from typing import Any
 from nbl_export.calibrate.text import BROKEN_ARCHIVE, open_packed
 from nbl_export.datafile import read_table
 from nbl_export.errors import InputError
-from nbl_export.workspace import sha256_of_json
+from nbl_export.files import sha256_of_json
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 _LETTERS = 26

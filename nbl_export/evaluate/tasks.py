@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from nbl_export.errors import InputError, MissingDependencyError, NblError
 from nbl_export.evaluate.rows import LocalTask, local_tasks, sample
+from nbl_export.files import jsonable, sha256_of_json
 from nbl_export.models.load import quiet
-from nbl_export.workspace import jsonable, sha256_of_json
 
 if TYPE_CHECKING:
     from nbl_export.evaluate.harness import DecoderLM

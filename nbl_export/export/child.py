@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nbl_export.errors import BuildError, MissingDependencyError
+from nbl_export.files import TEMPORARY, read_json
 from nbl_export.models.compat import CONFIG, TOKENIZER
 from nbl_export.progress import Listener
-from nbl_export.workspace import TEMPORARY, read_json
 
 GRAPH = "model.onnx"
 _TOKENIZER_FILES = ("token*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*")

@@ -24,28 +24,15 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache
 
+from nbl_export.batch.names import BATCH, MAX, PAST, SEQUENCE, TOTAL
 from nbl_export.errors import InputError
 from nbl_export.export.functions import SYMBOLIC_DOMAIN
-from nbl_export.graph.cache import BATCH, MAX, PAST, SEQUENCE, TOTAL
 from nbl_export.models.compat import cache_argument, query_length
+from nbl_export.models.forward import CachedDecoder, PastLayer, run_with_past
 from nbl_export.models.layers import taken, takes
 from nbl_export.models.trial import cache_shapes
-from nbl_export.runtime.torch import PastLayer, run_with_past
 
 ENCODER = "encoder"  # the name of every encoder's form
-
-
-class CachedDecoder(torch.nn.Module):
-    """A model as a function of tensors: a form's inputs and a list of past keys and values.
-
-    ``mask`` replaces transformers' own making of the attention mask; None keeps it.
-    """
-
-    mask: Callable[..., torch.Tensor] | None = None
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()
-        self.model = model
 
 
 @dataclass(frozen=True)

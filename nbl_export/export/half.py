@@ -11,11 +11,11 @@ from typing import Any
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from nbl_export.graph.interface import Inputs
+from nbl_export.batch.rows import Inputs
+from nbl_export.export.ranges import measure_ranges
+from nbl_export.files import TEMPORARY
 from nbl_export.graph.io import save_graph
 from nbl_export.graph.precision import Kept, Precision, to_precision
-from nbl_export.graph.ranges import measure_ranges
-from nbl_export.workspace import TEMPORARY
 
 
 def save_in_precision(

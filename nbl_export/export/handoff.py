@@ -12,7 +12,7 @@ from nbl_export.models.compat import make_readable, readable_folder
 from nbl_export.models.load import quiet
 
 if TYPE_CHECKING:
-    from nbl_export.run import LoadedModel
+    from nbl_export.models.loaded import LoadedModel
 
 
 def handoff(model: LoadedModel, folder: Path) -> Path:

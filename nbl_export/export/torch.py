@@ -20,15 +20,15 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes import common as passes
 
+from nbl_export.batch.names import SIDES, WRITE_INDICES, past_name, present_name
 from nbl_export.errors import BuildError, InputError, NblError
 from nbl_export.export.forms import CONCAT, ENCODER, Form
 from nbl_export.export.functions import SYMBOLIC_DOMAIN, exportable
-from nbl_export.graph.cache import SIDES, WRITE_INDICES, past_name, present_name
-from nbl_export.graph.grouped import group_queries
-from nbl_export.graph.head import keep_logits
+from nbl_export.export.grouped import group_queries
+from nbl_export.export.lm_head import keep_logits
+from nbl_export.export.skip_norms import fuse_norms
 from nbl_export.graph.io import save_graph
 from nbl_export.graph.operators import int_attribute
-from nbl_export.graph.skip_norms import fuse_norms
 from nbl_export.models.layers import layer_count, positions
 from nbl_export.models.load import quiet
 from nbl_export.models.trial import trial

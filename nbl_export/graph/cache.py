@@ -17,24 +17,13 @@ from typing import Any
 
 import onnx_ir as ir
 
+from nbl_export.batch.names import MASK, SIDES, TOKENS, WRITE_INDICES
 from nbl_export.errors import BuildError, InputError
 from nbl_export.graph.operators import PRODUCTS, VIEWS, fused_op, readers, weight_shape
 from nbl_export.graph.tensors import whole_numbers
 
 _PAST = re.compile(r"^past_key_values\.(\d{1,6})\.(key|value)$")
 _PRESENT = re.compile(r"^present\.(\d{1,6})\.(key|value)$")
-SIDES = ("key", "value")
-# Symbolic dimensions of a decoder graph. MAX is the length of a static cache.
-BATCH, SEQUENCE, PAST, TOTAL, MAX = (
-    "batch_size",
-    "sequence_length",
-    "past_sequence_length",
-    "total_sequence_length",
-    "max_sequence_length",
-)
-TOKENS, EMBEDDINGS, MASK = "input_ids", "inputs_embeds", "attention_mask"
-TOKEN_TYPES, PIXELS = "token_type_ids", "pixel_values"
-WRITE_INDICES = "write_indices"  # the input that only a static cache has
 KV_LAYERS_KEY = "nbl_export.kv_layers"  # metadata: the model's layer of each KV pair
 # Attention weights pass through at most so many nodes between softmax and product with V.
 _SOFTMAX_STEPS = 8
@@ -60,14 +49,6 @@ def metadata_list(model: ir.Model, key: str) -> tuple[Any, ...]:
     if not isinstance(found, list):
         raise InputError(f"The graph's metadata {key} was not written by nbl-export: remove it.")
     return tuple(found)
-
-
-def past_name(index: int, side: str) -> str:
-    return f"past_key_values.{index}.{side}"
-
-
-def present_name(index: int, side: str) -> str:
-    return f"present.{index}.{side}"
 
 
 @dataclass(frozen=True)

@@ -13,61 +13,24 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from nbl_export.errors import InputError
-from nbl_export.graph.cache import (
+from nbl_export.batch.names import (
+    ALL_LOGITS,
     MASK,
+    NUM_LOGITS_TO_KEEP,
     PIXELS,
+    POSITIONS,
     TOKEN_TYPES,
     TOKENS,
     WRITE_INDICES,
-    KVPair,
-    kv_layers,
-    kv_pairs,
 )
-from nbl_export.graph.head import ALL, KEPT
+from nbl_export.batch.rows import Inputs
+from nbl_export.errors import InputError
+from nbl_export.graph.cache import KVPair, kv_layers, kv_pairs
 from nbl_export.graph.operators import fused_op
 from nbl_export.graph.regions import visible_cores
 
-POSITIONS = "position_ids"
 # Scalar inputs that some exporters add, and the value that means "as usual".
-SCALARS = {KEPT: ALL}
-
-# A batch by input name: [batch, sequence] of whole numbers, or pixels [batch, channels, height, width].
-Inputs = Mapping[str, NDArray[Any]]
-
-
-def rows_of_batch(inputs: Inputs) -> list[dict[str, NDArray[Any]]]:
-    """The rows of a batch, each a batch of one without padding: ids (and their types), or an image."""
-    mask = inputs.get(MASK)
-    rows = []
-    for i in range(len(next(iter(inputs.values())))):
-        kept = slice(None) if mask is None else mask[i].astype(bool)
-        # Masks and positions follow from the rest.
-        given = {n: a[i : i + 1] for n, a in inputs.items() if n not in (MASK, POSITIONS)}
-        rows.append({n: a[:, kept] if n in (TOKENS, TOKEN_TYPES) else a for n, a in given.items()})
-    return rows
-
-
-def batch_of_rows(rows: Sequence[Inputs], pad: int = 0, left: bool = False) -> dict[str, NDArray[Any]]:
-    """Rows as :func:`rows_of_batch` gives them in one batch: padded with the token ``pad``, with their mask."""
-    first = rows[0]
-    if TOKENS not in first:
-        return {name: np.concatenate([row[name] for row in rows]) for name in first}
-    lengths = np.array([row[TOKENS].shape[1] for row in rows])
-    places = np.arange(lengths.max())[None]
-    mask = places >= (lengths.max() - lengths)[:, None] if left else places < lengths[:, None]
-    batch = {}
-    for name in first:
-        batch[name] = np.full(mask.shape, pad if name == TOKENS else 0, dtype=np.int64)
-        batch[name][mask] = np.concatenate([row[name][0] for row in rows])
-    return {**batch, MASK: mask.astype(np.int64)}
-
-
-def real_places(inputs: Inputs, length: int) -> NDArray[np.bool_]:
-    """[batch, length]: which of the places that attention sees are no padding."""
-    if MASK in inputs:
-        return inputs[MASK].astype(bool)
-    return np.ones((len(next(iter(inputs.values()))), length), dtype=bool)
+SCALARS = {NUM_LOGITS_TO_KEEP: ALL_LOGITS}
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from typing import Any
 import onnx_ir as ir
 
 from nbl_export.errors import BuildError, InputError
+from nbl_export.files import TEMPORARY
 from nbl_export.graph.operators import captured
 from nbl_export.graph.store import append_graph as append
 from nbl_export.graph.store import write_graph
 from nbl_export.graph.tensors import all_tensors, check_shape, external_files, set_folder, source_file
-from nbl_export.workspace import TEMPORARY
 
 DATA_SUFFIX = ".data"
 # What it warns of is refused here with a sentence.
@@ -111,27 +111,17 @@ def passes_checker(path: Path) -> bool:
     return True
 
 
-def check_file(path: Path, strict: bool = True) -> None:
-    """Check a written file; raises :class:`BuildError`.
-
-    Strictly by the ONNX checker and strict shape inference; otherwise by whether onnxruntime loads it, which
-    knows its own operators.
-    """
+def check_file(path: Path) -> None:
+    """Check a written file with the ONNX checker and strict shape inference; raises :class:`BuildError`."""
     import onnx
 
     try:
-        if strict:
-            onnx.checker.check_model(str(path))
-            # Shapes need no weights: leave the external data where it is.
-            proto = onnx.load(str(path), load_external_data=False)
-            onnx.shape_inference.infer_shapes(proto, strict_mode=True)
-            return
-        from nbl_export.runtime.ort import loads
-
-        loads(path)
+        onnx.checker.check_model(str(path))
+        # Shapes need no weights: leave the external data where it is.
+        proto = onnx.load(str(path), load_external_data=False)
+        onnx.shape_inference.infer_shapes(proto, strict_mode=True)
     except Exception as error:
-        who = "pass the ONNX checker" if strict else "load in onnxruntime"
-        raise BuildError(f"{path} does not {who}: {str(error).splitlines()[0]}") from error
+        raise BuildError(f"{path} does not pass the ONNX checker: {str(error).splitlines()[0]}") from error
 
 
 def save_graph(

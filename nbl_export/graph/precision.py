@@ -30,7 +30,7 @@ from onnx_ir.passes import common as passes
 
 from nbl_export.errors import BuildError, InputError
 from nbl_export.graph.operators import linear_op
-from nbl_export.graph.quantize import weight_bits
+from nbl_export.graph.weights import weight_bits
 
 F32 = ir.DataType.FLOAT
 

@@ -16,7 +16,7 @@
 4. h, the stream before the norm, is a summand of an addition that y goes into, or what x is a norm of.
 
 Whatever does not fit is a :class:`Refusal` that says which check failed and on what. Finding is not
-proof: which candidate it is, if any, is decided by numbers (:mod:`nbl_export.graph.prove`).
+proof: which candidate it is, if any, is decided by numbers (:mod:`nbl_export.rewrite.prove`).
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from nbl_export.batch.names import EMBEDDINGS, PIXELS, TOKENS
 from nbl_export.errors import InputError
-from nbl_export.graph.cache import EMBEDDINGS, KV_LAYERS_KEY, PIXELS, TOKENS, after_softmax, kv_pairs
+from nbl_export.graph.cache import KV_LAYERS_KEY, after_softmax, kv_pairs
 from nbl_export.graph.operators import (
     INTEGER_PRODUCTS,
     OTHER_INTEGER_PRODUCTS,

@@ -23,8 +23,8 @@ from pathlib import Path
 import onnx_ir as ir
 
 from nbl_export.errors import BuildError, InputError, NblError
+from nbl_export.files import atomic_path
 from nbl_export.graph.tensors import Slot, all_tensors, external_files, set_folder, slots, source_file
-from nbl_export.workspace import atomic_path
 
 __all__ = [
     "INLINE_BYTES",

@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from nbl_export.errors import InputError
+from nbl_export.files import stays_in
 
 
 @dataclass(frozen=True)
@@ -162,22 +163,6 @@ def check_shape(where: str, tensor: ir.TensorProtocol) -> None:
     if any(size < 0 for size in sizes) or math.prod(sizes) >= 1 << 62:
         shown = ", ".join(map(str, sizes[:4])) + (", …" if len(sizes) > 4 else "")
         raise InputError(f"{where} has the shape [{shown}], which no tensor has: export it again.")
-
-
-def stays_in(folder: Path, target: Path) -> bool:
-    """Whether the real path ``target`` lies in the real ``folder``, or where the Hugging Face cache keeps its files."""
-    return any(target.is_relative_to(root) for root in (folder, *_hub_blobs(folder)))
-
-
-def _hub_blobs(folder: Path) -> list[Path]:
-    """Where the Hugging Face cache keeps the files of ``folder``, whose entries are links into it.
-
-    models--OWNER--NAME/snapshots/REVISION/… holds links to models--OWNER--NAME/blobs.
-    """
-    for parent in folder.parents:
-        if parent.name == "snapshots" and parent.parent.name.startswith("models--"):
-            return [parent.parent / "blobs"]
-    return []
 
 
 def _check_range(where: str, tensor: ir.ExternalTensor, target: Path) -> None:

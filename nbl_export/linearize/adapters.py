@@ -17,10 +17,11 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from nbl_export.batch.arrays import F32
+
 if TYPE_CHECKING:
     import torch
 
-F32 = NDArray[np.float32]
 _DTYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 
 

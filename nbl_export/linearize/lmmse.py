@@ -24,7 +24,8 @@ from typing import Literal, TypeVar
 import numpy as np
 import scipy.linalg
 
-from nbl_export.calibrate.moments import F64, LayerMoments
+from nbl_export.batch.arrays import F64
+from nbl_export.calibrate.moments import LayerMoments
 
 FitInput = Literal["normed", "residual"]
 FitName = Literal["lmmse", "weighted", "sequential", "drop"]  # nbl_export/linearize/fits.py

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nbl_export.batch.arrays import F32
 from nbl_export.errors import InputError
+from nbl_export.files import read_json, sha256_of_file, sha256_of_json, write_json
 from nbl_export.linearize.adapters import Adapter
 from nbl_export.linearize.lmmse import FitInput
 from nbl_export.tensorfile import open_tensors, save_tensors
-from nbl_export.workspace import read_json, sha256_of_file, sha256_of_json, write_json
 
-F32 = NDArray[np.float32]
 FORMAT = "nbl-export/plan/1"
 _REMEDY = "run `nbl-export select` again"
 

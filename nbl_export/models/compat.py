@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbl_export.workspace import read_json, write_json
+from nbl_export.files import read_json, write_json
 
 if TYPE_CHECKING:
     import torch

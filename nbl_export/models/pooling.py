@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.errors import InputError
-from nbl_export.workspace import read_json
+from nbl_export.files import read_json
 
 if TYPE_CHECKING:
     import torch

@@ -14,10 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from nbl_export.batch.names import TOKENS
 from nbl_export.errors import InputError
+from nbl_export.files import sha256_of_file
 from nbl_export.models.pooling import find_pooling
-from nbl_export.models.tasks import FEATURES, GENERATION, TOKENS, Task, heads, reads, task_named, task_of
-from nbl_export.workspace import sha256_of_file
+from nbl_export.models.tasks import FEATURES, GENERATION, Task, heads, reads, task_named, task_of
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]

@@ -8,9 +8,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from nbl_export.batch.names import PIXELS, TOKENS
 from nbl_export.datafile import read_table
 
-TOKENS, PIXELS = "input_ids", "pixel_values"
 # A configuration that has one of these is of a model that sees.
 _OF_IMAGES = ("image_size", "num_channels")
 

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from nbl_export.batch.names import PIXELS, TOKENS
 from nbl_export.errors import InputError
 from nbl_export.models.compat import cache_argument
 from nbl_export.models.layers import (
@@ -24,7 +25,7 @@ from nbl_export.models.layers import (
     taken,
 )
 from nbl_export.models.load import quiet
-from nbl_export.models.tasks import GENERATION, PIXELS, TOKENS, Task, task_named
+from nbl_export.models.tasks import GENERATION, Task, task_named
 
 if TYPE_CHECKING:
     import torch

@@ -7,15 +7,17 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nbl_export import __version__
+from nbl_export.checks import Check
+from nbl_export.files import jsonable, read_json
 from nbl_export.report.environment import environment
-from nbl_export.report.schema import Check, Report
-from nbl_export.workspace import Workspace, jsonable, read_json
+from nbl_export.report.schema import Report
+from nbl_export.workspace import Workspace
 
 if TYPE_CHECKING:
     from nbl_export.engine.pair import EngineFile
     from nbl_export.linearize.plan import Plan
     from nbl_export.models.source import ModelSource
-    from nbl_export.verify.measure import Measurement
+    from nbl_export.verify.decoder import Measurement
 
 
 def assemble(

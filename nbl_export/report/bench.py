@@ -7,17 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from nbl_export.checks import Check, load_judged
+from nbl_export.files import jsonable
 from nbl_export.report.drawing import Table, number
-from nbl_export.report.schema import Check, load_judged
-from nbl_export.report.speed import (
-    ABOVE,
-    Explained,
-    ceilings_check,
-    explanations_tables,
-    roofline_in_words,
-    spread,
-)
-from nbl_export.workspace import jsonable
+from nbl_export.report.speed import ABOVE, explanations_tables, roofline_in_words, spread
+from nbl_export.verify.speed.checks import Explained, ceilings_check
 
 SCHEMA = "nbl-export/bench/1"
 # The base graph in a second session: who times it, and the tables.

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.evaluate.results import Evaluation
+from nbl_export.files import write_json, write_text
 from nbl_export.report.drawing import Table, number
 from nbl_export.report.render import markdown_page, write_junit
 from nbl_export.report.summary import measured_on
 from nbl_export.report.tables import checks_table
-from nbl_export.workspace import write_json, write_text
 
 NAMES = ("eval.json", "eval.md", "eval-junit.xml")
 

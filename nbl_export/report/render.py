@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from nbl_export.checks import Check
+from nbl_export.files import atomic_path, write_json, write_text
 from nbl_export.report.bench import BenchReport, bench_tables
 from nbl_export.report.drawing import Table
 from nbl_export.report.page import TEMPLATES, page
 from nbl_export.report.plots import PLOTS, Plot, bench_plot, report_plots
-from nbl_export.report.schema import Check, Report
+from nbl_export.report.schema import Report
 from nbl_export.report.summary import making, measured_on
 from nbl_export.report.tables import checks_table, report_tables
-from nbl_export.workspace import atomic_path, write_json, write_text
 
 
 def write_report(folder: Path, report: Report) -> list[Path]:

@@ -8,23 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
-from nbl_export.errors import InputError
-from nbl_export.workspace import jsonable, read_json
+from nbl_export.checks import Check, load_judged
+from nbl_export.files import jsonable
 
 SCHEMA = "nbl-export/report/1"
-T = TypeVar("T")
-Status = Literal["passed", "failed", "skipped"]
-
-
-@dataclass(frozen=True)
-class Check:
-    """One verdict: ``detail`` says what was measured, or why it was skipped."""
-
-    name: str
-    status: Status
-    detail: str
 
 
 @dataclass(frozen=True)
@@ -71,16 +60,3 @@ class Report:
 def load_report(path: Path) -> Report:
     """Read ``report.json``; raises :class:`InputError` for anything else."""
     return load_judged(Report, path, "report", SCHEMA, "run `nbl-export verify` again")
-
-
-def load_judged(kind: type[T], path: Path, what: str, schema: str, remedy: str) -> T:
-    """Read a value with checks from JSON of its ``schema``; :class:`InputError` calls it ``what``."""
-    raw = read_json(path, f"The {what}", remedy)
-    if not isinstance(raw, dict) or raw.get("schema") != schema:
-        raise InputError(f"{path} is no {what} of this version ({schema}): {remedy}.")
-    raw = {k: v for k, v in raw.items() if k not in ("schema", "verdict")}
-    try:
-        raw["checks"] = [Check(**c) for c in raw["checks"]]
-        return kind(**raw)
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({error}): {remedy}.") from None

@@ -10,7 +10,7 @@ from typing import Any
 from nbl_export.report.drawing import figure, number, spans
 from nbl_export.report.schema import Report
 from nbl_export.report.selection import fit_in_words
-from nbl_export.report.speed import suspect
+from nbl_export.verify.speed.checks import suspect
 
 
 @dataclass(frozen=True)

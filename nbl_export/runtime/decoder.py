@@ -6,11 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
+from nbl_export.batch.arrays import F32, I64
 
-F32 = NDArray[np.float32]
-I64 = NDArray[np.int64]
 KV = tuple[F32, F32]
 
 

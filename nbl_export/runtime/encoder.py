@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nbl_export.export.encoder import Encoder
-from nbl_export.graph.interface import Inputs
-from nbl_export.runtime.ort import OrtModel, run_session
+from nbl_export.batch.rows import Inputs
+from nbl_export.models.encoder import Encoder
+from nbl_export.runtime.ort import OrtModel
+from nbl_export.runtime.session import run_session
 
 Outputs = dict[str, NDArray[np.float32]]
 
@@ -41,7 +42,7 @@ class TorchEncoder:
 
 
 class OrtEncoder(OrtModel):
-    """The graph at ``path`` in a session (``rounded``: see :func:`~nbl_export.runtime.ort.session`)."""
+    """The graph at ``path`` in a session (``rounded``: see :func:`~nbl_export.runtime.session.session`)."""
 
     def __init__(self, path: Path, config: Mapping[str, str] | None = None, rounded: bool = True) -> None:
         super().__init__(path, config, rounded=rounded)

@@ -2,111 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 from numpy.typing import NDArray
 
-from nbl_export.errors import InputError, MissingDependencyError
-from nbl_export.graph.cache import MASK, TOKENS, WRITE_INDICES
-from nbl_export.graph.head import ALL, KEPT
-from nbl_export.graph.interface import POSITIONS, Inputs, Interface, interface_of
-from nbl_export.runtime.decoder import F32, I64, KV, DecoderOutput
-from nbl_export.runtime.padding import BOOL, left_padded, prefix_mask, prefix_padded, right_padded
+from nbl_export.batch.arrays import BOOL, F32, I64
+from nbl_export.batch.names import ALL_LOGITS, MASK, NUM_LOGITS_TO_KEEP, POSITIONS, TOKENS, WRITE_INDICES
+from nbl_export.batch.padding import left_padded, prefix_mask, prefix_padded, right_padded
+from nbl_export.batch.rows import Inputs
+from nbl_export.errors import InputError
+from nbl_export.graph.interface import Interface, interface_of
+from nbl_export.runtime.decoder import KV, DecoderOutput
+from nbl_export.runtime.session import CPU, require_onnxruntime, run_session, session
 from nbl_export.runtime.stream import PastStream, Stream, WholeStream
-
-
-def require_onnxruntime() -> Any:
-    """The onnxruntime module, or an error with the pip line to type."""
-    try:
-        import onnxruntime
-    except ImportError:
-        raise MissingDependencyError(
-            "onnxruntime is not installed: pip install 'nbl-export[cpu]' (or 'nbl-export[gpu]' for CUDA; never both)."
-        ) from None
-    return onnxruntime
-
-
-CPU = "CPUExecutionProvider"
-
-
-def data_folder(folder: Path | None) -> dict[str, str]:
-    """The session configuration for a graph handed over as bytes whose external data lies in ``folder``."""
-    return {"session.model_external_initializers_file_folder_path": str(folder)} if folder else {}
-
-
-def session_options(config: Mapping[str, str] | None = None) -> Any:
-    """Options of every session: all cores, ``config`` (onnxruntime's configuration entries), and no log.
-
-    Its errors are raised too, and become a sentence here.
-    """
-    options = require_onnxruntime().SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = os.cpu_count() or 1
-    for key, value in (config or {}).items():
-        options.add_session_config_entry(key, value)
-    return options
-
-
-def session(
-    path: Path,
-    config: Mapping[str, str] | None = None,
-    provider: str = CPU,
-    rounded: bool = True,
-    model: ir.Model | None = None,
-    profile: Path | None = None,
-) -> Any:
-    """An inference session of the graph at ``path`` on one provider; on the CPU with all cores.
-
-    ``config`` are onnxruntime's session configuration entries. On the CPU a half graph is run by its
-    stand-in (:mod:`nbl_export.graph.standin`), which rounds as the graph says; ``rounded=False`` runs the
-    file itself. ``model`` is the graph at ``path`` where it was read already; a half one is changed in place.
-    ``profile`` is what the name of a profile begins with, if one is to be written.
-    Raises :class:`InputError` if onnxruntime does not take it.
-    """
-    from nbl_export.graph.io import load_graph
-    from nbl_export.graph.standin import compute_in_float32, needs_standin
-    from nbl_export.graph.tensors import follow_links
-
-    ort = require_onnxruntime()
-    model = load_graph(path) if model is None else model
-    source: str | bytes = str(path)
-    if provider == CPU and rounded and needs_standin(model):
-        config = {**(config or {}), **data_folder(follow_links(model))}
-        compute_in_float32(model)
-        source = ir.to_proto(model).SerializeToString()
-    options = session_options(config)
-    if profile is not None:
-        options.enable_profiling, options.profile_file_prefix = True, str(profile)
-    try:
-        return ort.InferenceSession(source, options, providers=list(dict.fromkeys((provider, CPU))))
-    except Exception as error:  # onnxruntime's exceptions have no common base class
-        first = str(error).splitlines()[0]
-        raise InputError(f"onnxruntime does not load {path}: {first}") from None
-
-
-def loads(path: Path) -> None:
-    """Raise :class:`InputError` if onnxruntime does not load the graph at ``path``; weights are not read."""
-    ort = require_onnxruntime()
-    options = session_options({"session.disable_prepacking": "1"})
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    try:
-        ort.InferenceSession(str(path), options, providers=[CPU])
-    except Exception as error:  # onnxruntime's exceptions have no common base class
-        raise InputError(f"onnxruntime does not load {path}: {str(error).splitlines()[0]}") from None
-
-
-def run_session(session: Any, outputs: Sequence[str], feeds: Mapping[str, Any]) -> list[Any]:
-    """``outputs`` of a session; raises :class:`InputError` where an operator does not take what it is given."""
-    try:
-        return list(session.run(outputs, feeds))
-    except Exception as error:  # onnxruntime's exceptions have no common base class
-        raise InputError(f"onnxruntime does not run the graph: {str(error).splitlines()[0]}") from None
-
 
 _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
@@ -178,11 +89,16 @@ class OrtDecoder(OrtModel):
         return self.named({TOKENS: ids, MASK: mask, POSITIONS: positions}, past)
 
     def __call__(
-        self, input_ids: I64, attention_mask: I64, position_ids: I64, past: Sequence[KV], keep: int = ALL
+        self,
+        input_ids: I64,
+        attention_mask: I64,
+        position_ids: I64,
+        past: Sequence[KV],
+        keep: int = ALL_LOGITS,
     ) -> DecoderOutput:
         feeds = self.feeds(input_ids, attention_mask, position_ids, past)
-        if KEPT in feeds:
-            feeds[KEPT] = np.array(keep, dtype=np.int64)
+        if NUM_LOGITS_TO_KEEP in feeds:
+            feeds[NUM_LOGITS_TO_KEEP] = np.array(keep, dtype=np.int64)
         return self.run(feeds)
 
 
@@ -243,12 +159,12 @@ class OrtRaggedStream:
     def cache(self) -> tuple[Sequence[KV], BOOL]:
         return self._past, prefix_mask(self._lengths, self._places)
 
-    def _begin(self, rows: Sequence[NDArray[Any]], keep: int = ALL) -> F32:
+    def _begin(self, rows: Sequence[NDArray[Any]], keep: int = ALL_LOGITS) -> F32:
         self._lengths = np.array([len(row) for row in rows], dtype=np.int64)
         self._past, self._places = self.decoder.empty_past(len(rows)), 0
         return self._run(*right_padded(rows), keep)
 
-    def _run(self, ids: I64, positions: I64, keep: int = ALL) -> F32:
+    def _run(self, ids: I64, positions: I64, keep: int = ALL_LOGITS) -> F32:
         self._places += ids.shape[1]
         mask = prefix_mask(self._lengths, self._places).astype(np.int64)
         output = self.decoder(ids, mask, positions, self._past, keep)

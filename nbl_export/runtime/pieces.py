@@ -17,13 +17,14 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from nbl_export.batch.rows import Inputs, real_positions, rows_of_batch
 from nbl_export.errors import InputError
-from nbl_export.graph.interface import Inputs, interface_of, real_places, rows_of_batch
+from nbl_export.graph.half_emulation import HALF, compute_in_float32, needs_emulation, wide_name
+from nbl_export.graph.interface import interface_of
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.operators import captured
-from nbl_export.graph.standin import HALF, compute_in_float32, needs_standin, wide_name
 from nbl_export.graph.tensors import follow_links
-from nbl_export.runtime.ort import CPU, data_folder, require_onnxruntime, run_session, session_options
+from nbl_export.runtime.session import CPU, data_folder, require_onnxruntime, run_session, session_options
 
 Arrays = dict[str, NDArray[Any]]
 PIECE_BYTES = 128 << 20
@@ -54,13 +55,13 @@ def compute(
     """The tensors ``wanted`` of ``model`` for each of ``rows``, which name its inputs.
 
     A row may also give inner tensors; what they are computed from is then not computed. Halves come as
-    float32, computed by their stand-in (:mod:`nbl_export.graph.standin`). ``model`` is changed in place.
+    float32, computed by their stand-in (:mod:`nbl_export.graph.half_emulation`). ``model`` is changed in place.
     ``progress`` is told the bytes of weights of each piece that has run.
     Raises :class:`InputError` if onnxruntime does not take a piece.
     """
     folder = follow_links(model)
     tapped = {name: name for name in wanted}
-    if needs_standin(model):
+    if needs_emulation(model):
         compute_in_float32(model)
         made = {v.name for node in model.graph for v in node.outputs}
         tapped = {name: wide if (wide := wide_name(name)) in made else name for name in wanted}
@@ -221,7 +222,7 @@ def prefill_rows(model: ir.Model, rows: Sequence[NDArray[Any] | Inputs]) -> list
 
 
 def _padded(rows: Sequence[NDArray[Any]], inputs: Inputs) -> NDArray[np.float32]:
-    places = real_places(inputs, rows[0].shape[-2])
+    places = real_positions(inputs, rows[0].shape[-2])
     flat = [unbatched(row, int(real.sum())) for row, real in zip(rows, places, strict=True)]
     result = np.zeros((*places.shape, *flat[0].shape[1:]), dtype=np.float32)
     result[places] = np.concatenate(flat)

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nbl_export.graph.cache import WRITE_INDICES
-from nbl_export.graph.head import KEPT
-from nbl_export.runtime.ort import OrtModel, require_onnxruntime
+from nbl_export.batch.names import NUM_LOGITS_TO_KEEP, WRITE_INDICES
+from nbl_export.runtime.ort import OrtModel
+from nbl_export.runtime.session import require_onnxruntime
 
 _TOKENS = 32  # different tokens in a timed prompt; which ones does not matter, every vocabulary has them
 
@@ -41,7 +41,7 @@ class OrtPrompt:
             prefill["attention_mask"] = np.ones_like(ids)
             step["attention_mask"] = np.ones((batch, context + 1), dtype=np.int64)
         # Who generates needs the logits of the last position, and of no other.
-        prefill[KEPT] = step[KEPT] = np.array(1, dtype=np.int64)
+        prefill[NUM_LOGITS_TO_KEEP] = step[NUM_LOGITS_TO_KEEP] = np.array(1, dtype=np.int64)
         self.step_inputs = step
         length = context + room if model.interface.in_place else 0
         empty = model.interface.empty_cache(batch, length, model.cache_dtype)

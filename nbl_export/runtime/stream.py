@@ -12,12 +12,13 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from nbl_export.runtime.decoder import F32, I64, KV, Decoder
-from nbl_export.runtime.padding import BOOL, left_padded, prefix_mask, right_padded
+from nbl_export.batch.arrays import BOOL, F32, I64
+from nbl_export.batch.padding import left_padded, prefix_mask, right_padded
+from nbl_export.runtime.decoder import KV, Decoder
 
 
 class Stream(Protocol):
-    """What :func:`~nbl_export.verify.parity.compare_streams` compares."""
+    """What :func:`~nbl_export.verify.parity.decoder.compare_streams` compares."""
 
     @property
     def kv_layers(self) -> tuple[int, ...] | None:

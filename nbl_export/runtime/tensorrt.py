@@ -19,14 +19,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nbl_export.batch.arrays import BOOL, F32
+from nbl_export.batch.names import WRITE_INDICES
+from nbl_export.batch.padding import left_padded, prefix_mask, right_padded
 from nbl_export.engine.gpu import find_gpu
 from nbl_export.engine.library import Library
 from nbl_export.engine.manifest import Manifest, check_runs, load_manifest
 from nbl_export.engine.profiles import DECODE, PREFILL
 from nbl_export.errors import BuildError, InputError, MissingDependencyError
-from nbl_export.graph.cache import WRITE_INDICES
-from nbl_export.runtime.decoder import F32, KV
-from nbl_export.runtime.padding import BOOL, left_padded, prefix_mask, right_padded
+from nbl_export.runtime.decoder import KV
 
 if TYPE_CHECKING:
     import torch

@@ -5,66 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from transformers.cache_utils import DynamicCache, DynamicLayer
-
-from nbl_export.graph.interface import Inputs
-from nbl_export.models.compat import cache_argument, query_length
-from nbl_export.models.layers import layer_count, taken
+from nbl_export.batch.arrays import F32, I64
+from nbl_export.models.forward import run_whole, run_with_past
+from nbl_export.models.layers import layer_count
 from nbl_export.models.trial import cache_shapes
-from nbl_export.runtime.decoder import F32, I64, KV, DecoderOutput
+from nbl_export.runtime.decoder import KV, DecoderOutput
 from nbl_export.runtime.stream import PastStream, Stream, WholeStream
 
 if TYPE_CHECKING:
     import torch
-
-
-class PastLayer(DynamicLayer):  # type: ignore[misc]
-    """A layer of the cache whose past length is told, not read off its keys.
-
-    transformers asks the first layer how long the past is; a linearized layer has no keys, so the
-    length must come from elsewhere. Full length is kept in every layer, also where the model's own
-    cache would slide: the mask does the window.
-    """
-
-    def __init__(self, past_length: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
-        super().__init__()
-        self.past_length = past_length
-        self.keys, self.values = keys, values
-        self.dtype, self.device = keys.dtype, keys.device
-        self.is_initialized = True
-
-    def get_seq_length(self, *_args: Any) -> Any:
-        return self.past_length
-
-    def get_mask_sizes(self, query: Any) -> tuple[Any, int]:
-        return self.past_length + query_length(query), 0
-
-
-def run_with_past(
-    model: torch.nn.Module,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    position_ids: torch.Tensor,
-    past: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    past_length: Any,
-    keep: int = 0,
-) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
-    """One forward pass with an explicit cache of all layers: logits, and the cache afterwards.
-
-    Logits are of the ``keep`` last positions where the model can make fewer than all.
-
-    A linearized layer leaves its entry as it was.
-    """
-    cache = DynamicCache()
-    cache.layers = [PastLayer(past_length, keys, values) for keys, values in past]
-    output = model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        use_cache=True,
-        **taken(model, position_ids=position_ids, **({"logits_to_keep": keep} if keep else {})),
-        **{cache_argument(model): cache},
-    )
-    return output.logits, [(layer.keys, layer.values) for layer in cache.layers]
 
 
 class TorchDecoder:
@@ -149,17 +98,3 @@ def whole_logits(model: torch.nn.Module, input_ids: I64, attention_mask: I64, po
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
     logits: F32 = run_whole(model, inputs).logits.float().cpu().numpy()
     return logits
-
-
-def run_whole(model: torch.nn.Module, inputs: Inputs) -> Any:
-    """What ``model`` gives for a batch by input name, in one pass without a cache.
-
-    Pixels are rounded to the model's precision; an input that it does not take is left out.
-    """
-    import torch
-
-    like = next(model.parameters())
-    tensors = {name: torch.from_numpy(array).to(like.device) for name, array in inputs.items()}
-    tensors = {name: t.to(like.dtype) if t.is_floating_point() else t for name, t in tensors.items()}
-    with torch.inference_mode():
-        return model(**taken(model, **tensors, use_cache=False))

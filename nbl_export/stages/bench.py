@@ -12,30 +12,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbl_export import __version__
-from nbl_export.engine.pair import BASE, LINEARIZED
+from nbl_export.batch.names import BASE, LINEARIZED
 from nbl_export.errors import InputError, MissingDependencyError
+from nbl_export.files import sha256_of_file, sha256_of_json, write_json
 from nbl_export.progress import Listener
 from nbl_export.report.bench import CONTROL
 from nbl_export.report.schema import load_report
-from nbl_export.run import Run
 from nbl_export.settings import BenchSettings
 from nbl_export.stages.build import current_engines, model_positions
 from nbl_export.stages.rewrite import current_rewrite
+from nbl_export.stages.run import Run
 from nbl_export.stages.verify import redrawn
-from nbl_export.workspace import (
-    StageRecord,
-    Workspace,
-    is_workspace,
-    sha256_of_file,
-    sha256_of_json,
-    write_json,
-)
+from nbl_export.workspace import StageRecord, Workspace, is_workspace
 
 if TYPE_CHECKING:
     from nbl_export.report.bench import BenchReport
-    from nbl_export.verify.bench import Competitor, Memory, Pair
-    from nbl_export.verify.contenders import Contender
-    from nbl_export.verify.roofline import Roofline
+    from nbl_export.verify.speed.bench import Competitor, Memory, Pair
+    from nbl_export.verify.speed.candidates import Contender
+    from nbl_export.verify.speed.roofline import Roofline
 
 DROPPED, EAGER, COMPILED = "dropped", "PyTorch eager", "torch.compile"
 
@@ -95,7 +89,7 @@ def _add_to_report(ws: Workspace, rewritten: StageRecord, value: BenchReport) ->
 
 def _rivals(against: Sequence[str]) -> Iterator[_Rival]:
     """What ``--against`` names: [NAME=]DIR, an output folder (both its graphs) or any folder with a graph."""
-    from nbl_export.export.beside import graph_in
+    from nbl_export.export.sidecars import graph_in
 
     taken = {BASE, LINEARIZED, CONTROL, DROPPED, EAGER, COMPILED}
     for given in against:
@@ -129,7 +123,7 @@ def _measured(
     from nbl_export.report.bench import BenchReport, bench_checks
     from nbl_export.report.environment import environment
     from nbl_export.report.render import write_bench
-    from nbl_export.verify.bench import explained
+    from nbl_export.verify.speed.bench import explained
 
     ws = run.workspace
     most = model_positions(ws)
@@ -181,9 +175,9 @@ def _raced(
     listener: Listener,
 ) -> tuple[Roofline, list[dict[str, Any]], dict[str, Pair]]:
     """Race in ``cells``, which ``kept`` is given; the machine, who took part, and whose graphs belong together."""
-    from nbl_export.verify.bench import Bench, pairs_of
-    from nbl_export.verify.race import Rounds
-    from nbl_export.verify.roofline import measure_roofline
+    from nbl_export.verify.speed.bench import Bench, pairs_of
+    from nbl_export.verify.speed.race import Rounds
+    from nbl_export.verify.speed.roofline import measure_roofline
 
     competitors = _competitors(run, rivals, settings, stack)
     memory = _memory(competitors, cells, settings, positions, listener)
@@ -232,8 +226,8 @@ class _Kept:
 
 
 def _provider(settings: BenchSettings) -> str:
-    from nbl_export.runtime.ort import CPU
-    from nbl_export.verify.contenders import CUDA
+    from nbl_export.runtime.session import CPU
+    from nbl_export.verify.speed.candidates import CUDA
 
     return CUDA if settings.device == "cuda" else CPU
 
@@ -256,13 +250,13 @@ def _competitors(
 
     The last says what a session's place in memory does to its time.
     """
-    from nbl_export.graph.drop import drop_layers
+    from nbl_export.graph.half_emulation import UNTIMED, needs_emulation
     from nbl_export.graph.io import load_graph, scratch_copy
-    from nbl_export.graph.standin import UNTIMED, needs_standin
-    from nbl_export.runtime.ort import require_onnxruntime
-    from nbl_export.verify.bench import Competitor
-    from nbl_export.verify.ceiling import graph_cost
-    from nbl_export.verify.contenders import CUDA, EngineContender, OrtEntrant
+    from nbl_export.rewrite.drop import drop_layers
+    from nbl_export.runtime.session import require_onnxruntime
+    from nbl_export.verify.speed.bench import Competitor
+    from nbl_export.verify.speed.candidates import CUDA, EngineContender, OrtEntrant
+    from nbl_export.verify.speed.ceiling import graph_cost
 
     ws, provider = run.workspace, _provider(settings)
     if provider == CUDA:
@@ -271,7 +265,7 @@ def _competitors(
                 "--device cuda needs onnxruntime with CUDA and an NVIDIA GPU: pip install 'nbl-export[gpu]' in an "
                 "environment without [cpu], or leave --device out."
             )
-    elif needs_standin(load_graph(ws.baseline)):
+    elif needs_emulation(load_graph(ws.baseline)):
         raise InputError(
             f"These graphs are not timed on the CPU: {UNTIMED}. Say --device cuda where there is a GPU."
         )
@@ -303,7 +297,7 @@ def _competitors(
 def _pytorch(run: Run, device: str, compiled: bool, context: int, batch: int) -> Contender:
     import torch
 
-    from nbl_export.verify.contenders import TorchContender
+    from nbl_export.verify.speed.candidates import TorchContender
 
     model = run.model.model.to(device)
     if not compiled:
@@ -323,8 +317,8 @@ def _memory(
     listener: Listener,
 ) -> Memory:
     """Peaks of the graphs on the CPU, each in a process of its own, before anything is timed."""
-    from nbl_export.verify.bench import Memory, ordered
-    from nbl_export.verify.peak import peak_bytes
+    from nbl_export.verify.speed.bench import Memory, ordered
+    from nbl_export.verify.speed.peak import peak_bytes
 
     peaks = {}
     if cells and settings.memory and settings.device == "cpu":

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.errors import InputError
+from nbl_export.files import read_json, sha256_of_file, sha256_of_json
 from nbl_export.linearize.plan import load_plan
 from nbl_export.progress import Listener
-from nbl_export.run import Run
 from nbl_export.settings import EngineSettings
 from nbl_export.stages.rewrite import current_rewrite
-from nbl_export.workspace import StageRecord, Workspace, read_json, sha256_of_file, sha256_of_json
+from nbl_export.stages.run import Run
+from nbl_export.workspace import StageRecord, Workspace
 
 if TYPE_CHECKING:
     from nbl_export.engine.pair import EngineFile
@@ -20,10 +21,11 @@ if TYPE_CHECKING:
 
 def build(run: Run, settings: EngineSettings) -> list[EngineFile]:
     """Both graphs → ``engine/``: base and linearized TensorRT engines, each with its manifest."""
+    from nbl_export.batch.names import BASE, LINEARIZED
     from nbl_export.engine.gpu import find_gpu
     from nbl_export.engine.library import check_capabilities, choose_library
     from nbl_export.engine.manifest import load_manifest
-    from nbl_export.engine.pair import BASE, LINEARIZED, EngineFile, Source, build_pair
+    from nbl_export.engine.pair import EngineFile, Source, build_pair
 
     if not run.model.task.causal:
         raise InputError(

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.errors import InputError
+from nbl_export.files import read_json, sha256_of_file, sha256_of_json, write_json
 from nbl_export.progress import Listener
-from nbl_export.run import Run
 from nbl_export.settings import CalibrateSettings
-from nbl_export.workspace import Workspace, read_json, sha256_of_file, sha256_of_json, write_json
+from nbl_export.stages.run import Run
+from nbl_export.workspace import Workspace
 
 if TYPE_CHECKING:
     import torch

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from nbl_export import __version__
 from nbl_export.errors import InputError
+from nbl_export.files import sha256_of_json, write_json
 from nbl_export.progress import Listener
-from nbl_export.run import Run
 from nbl_export.settings import EvalSettings
 from nbl_export.stages.build import model_positions
 from nbl_export.stages.rewrite import current_rewrite
-from nbl_export.workspace import StageRecord, Workspace, sha256_of_json, write_json
+from nbl_export.stages.run import Run
+from nbl_export.workspace import StageRecord, Workspace
 
 if TYPE_CHECKING:
     from nbl_export.evaluate.recovery import Paired
@@ -49,7 +50,7 @@ def evaluate(run: Run, settings: EvalSettings) -> Evaluation:
     from nbl_export.evaluate.results import load_evaluation
     from nbl_export.evaluate.tasks import find_tasks
     from nbl_export.report.evaluation import write_evaluation
-    from nbl_export.runtime.ort import require_onnxruntime
+    from nbl_export.runtime.session import require_onnxruntime
 
     settings.check()
     if not run.model.task.causal:

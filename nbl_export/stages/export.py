@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbl_export import __version__
+from nbl_export.files import TEMPORARY, sha256_of_json, write_json
 from nbl_export.progress import Listener
-from nbl_export.run import Run
 from nbl_export.settings import ExportSettings
-from nbl_export.workspace import TEMPORARY, sha256_of_json, write_json
+from nbl_export.stages.run import Run
 
 if TYPE_CHECKING:
     from nbl_export.export.forms import Form
@@ -49,8 +49,8 @@ def export(run: Run, settings: ExportSettings) -> None:
 
 def check_model(run: Run, settings: ExportSettings) -> None:
     """Refuse, before any work, a model that cannot be exported as ``settings`` say."""
+    from nbl_export.export.form_check import check_form
     from nbl_export.export.forms import FORMS
-    from nbl_export.export.rehearsal import check_form
     from nbl_export.models.trial import check_served
 
     task = run.model.task
@@ -61,9 +61,9 @@ def check_model(run: Run, settings: ExportSettings) -> None:
 
 
 def _export_torch(run: Run, settings: ExportSettings, listener: Listener) -> tuple[list[Path], list[Kept]]:
+    from nbl_export.batch.names import PIXELS
     from nbl_export.export.half import save_in_precision
     from nbl_export.export.torch import trace
-    from nbl_export.graph.cache import PIXELS
     from nbl_export.graph.precision import precision_of
     from nbl_export.stages.material import material_of
 
@@ -92,8 +92,8 @@ def _export_elsewhere(
     """By a program of another project, which is handed the model as a Hugging Face folder."""
     from nbl_export.export.genai import export_genai
     from nbl_export.export.handoff import handoff
+    from nbl_export.export.lm_head import keep_logits_of_file
     from nbl_export.export.optimum import export_optimum, find_optimum
-    from nbl_export.graph.head import keep_logits_of_file
 
     target, trust = run.workspace.baseline.parent, run.model.source.trust_remote_code
     with tempfile.TemporaryDirectory(prefix=".model.", suffix=TEMPORARY, dir=run.workspace.root) as folder:
@@ -107,10 +107,10 @@ def _export_elsewhere(
 
 def _save_configs(run: Run, exported: list[Path], settings: ExportSettings) -> list[Path]:
     """Whatever configuration or tokenizer file the exporter did not write itself."""
+    from nbl_export.batch.names import TOKENS
     from nbl_export.export.genai_config import NAME as GENAI
     from nbl_export.export.genai_config import genai_config
     from nbl_export.models.load import quiet
-    from nbl_export.models.tasks import TOKENS
     from nbl_export.models.trial import cache_shapes
 
     graph = run.workspace.baseline

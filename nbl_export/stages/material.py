@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nbl_export.batch.names import MASK, PIXELS, TOKEN_TYPES, TOKENS
+from nbl_export.batch.rows import batch_of_rows
 from nbl_export.calibrate.images import image_files, load_images, read_images, save_images
 from nbl_export.calibrate.passages import frame_of, heldout_rows, longest_row, read_passages
 from nbl_export.calibrate.probe import Probe, probe_inputs, probe_lengths, probe_model
@@ -27,8 +29,6 @@ from nbl_export.calibrate.text import (
     save_text,
 )
 from nbl_export.errors import InputError
-from nbl_export.graph.cache import MASK, PIXELS, TOKEN_TYPES, TOKENS
-from nbl_export.graph.interface import batch_of_rows
 from nbl_export.models.layers import positions, takes
 from nbl_export.models.source import ModelSource
 from nbl_export.models.tasks import task_named
@@ -36,7 +36,7 @@ from nbl_export.progress import Listener
 from nbl_export.workspace import Workspace
 
 if TYPE_CHECKING:
-    from nbl_export.run import LoadedModel
+    from nbl_export.models.loaded import LoadedModel
 
 Rows = list[dict[str, NDArray[Any]]]
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from nbl_export.errors import InputError
+from nbl_export.files import sha256_of_json, write_json
 from nbl_export.linearize.plan import load_plan
 from nbl_export.progress import Listener
-from nbl_export.run import Run
-from nbl_export.workspace import StageRecord, Workspace, sha256_of_json, write_json
+from nbl_export.stages.run import Run
+from nbl_export.workspace import StageRecord, Workspace
 
 
 def rewrite(run: Run) -> None:
     """Baseline graph + plan → ``model.onnx``, proven and counted, loadable as it stands."""
-    from nbl_export.export.beside import copy_beside, told
-    from nbl_export.graph.rewrite import rewrite_file, rewrite_summary
+    from nbl_export.export.sidecars import copy_sidecars, updated_configs
+    from nbl_export.rewrite.replace import rewrite_file, rewrite_summary
 
     ws = run.workspace
     key, exported = _rewrite_inputs(ws)
@@ -28,10 +29,10 @@ def rewrite(run: Run) -> None:
         graph = ws.baseline.name
         files = [ws.root / name for name in exported.files]
         files = [f for f in files if ws.baseline.parent in f.parents and not f.name.startswith(graph)]
-        beside = told(files, plan.chosen, plan.kept, ws.baseline.parent)
+        beside = updated_configs(files, plan.chosen, plan.kept, ws.baseline.parent)
         result = rewrite_file(ws.baseline, plan, ws.model, listener=listener)
         write_json(ws.rewrite_summary, rewrite_summary(result, plan))
-        return [*result.files, ws.rewrite_summary, *copy_beside(beside, ws.root)]
+        return [*result.files, ws.rewrite_summary, *copy_sidecars(beside, ws.root)]
 
     run.stage("rewrite", key, {}, work)
 

@@ -6,17 +6,18 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nbl_export.files import sha256_of_file, sha256_of_json
 from nbl_export.linearize.plan import Plan, load_plan
 from nbl_export.progress import Listener
 from nbl_export.report.schema import Report, load_report
-from nbl_export.run import Run
 from nbl_export.settings import VerifySettings
 from nbl_export.stages.build import current_engines
 from nbl_export.stages.rewrite import current_rewrite
-from nbl_export.workspace import Workspace, sha256_of_file, sha256_of_json
+from nbl_export.stages.run import Run
+from nbl_export.workspace import Workspace
 
 if TYPE_CHECKING:
-    from nbl_export.verify.encoders import EncoderCase
+    from nbl_export.verify.encoder import EncoderCase
 
 
 def verify(run: Run, settings: VerifySettings) -> Report:
@@ -24,8 +25,8 @@ def verify(run: Run, settings: VerifySettings) -> Report:
     from nbl_export.calibrate.text import load_text
     from nbl_export.report.assemble import assemble
     from nbl_export.report.render import write_report
-    from nbl_export.verify.encoders import measure_encoder
-    from nbl_export.verify.measure import measure
+    from nbl_export.verify.decoder import measure_decoder
+    from nbl_export.verify.encoder import measure_encoder
 
     settings.check()
     ws = run.workspace
@@ -43,7 +44,7 @@ def verify(run: Run, settings: VerifySettings) -> Report:
         plan = load_plan(ws.plan)
         if run.model.task.causal:
             text, model = load_text(ws.text), run.model.model
-            measured = measure(model, plan, text, ws.baseline, ws.model, engines, settings, listener)
+            measured = measure_decoder(model, plan, text, ws.baseline, ws.model, engines, settings, listener)
         else:
             case = _encoder_case(run, plan)
             measured = measure_encoder(case, plan, ws.baseline, ws.model, settings, listener)
@@ -55,10 +56,10 @@ def verify(run: Run, settings: VerifySettings) -> Report:
 
 
 def _encoder_case(run: Run, plan: Plan) -> EncoderCase:
+    from nbl_export.batch.names import TOKENS
     from nbl_export.calibrate.passages import frame_of
-    from nbl_export.models.tasks import TOKENS
     from nbl_export.stages.material import material_of
-    from nbl_export.verify.encoders import EncoderCase
+    from nbl_export.verify.encoder import EncoderCase
 
     model, material = run.model, material_of(run.model.source)
     heldout = material.heldout(material.load(material.path(run.workspace)), plan.probe)

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nbl_export.checks import Check
 from nbl_export.engine.gpu import Gpu
 from nbl_export.engine.pair import EngineFile
 from nbl_export.graph.precision import precision_of
 from nbl_export.models.load import in_precision
 from nbl_export.progress import Listener, Silent
-from nbl_export.report.schema import Check
 from nbl_export.runtime.tensorrt import EngineStream
-from nbl_export.verify.contenders import (
+from nbl_export.verify.speed.candidates import (
     CUDA,
     TIMED_STEPS,
     Contender,
@@ -30,7 +30,7 @@ from nbl_export.verify.contenders import (
     TorchContender,
     made,
 )
-from nbl_export.verify.race import Rounds, race, timed
+from nbl_export.verify.speed.race import Rounds, race, timed
 
 if TYPE_CHECKING:
     import torch

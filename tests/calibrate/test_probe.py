@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from nbl_export.batch.padding import left_padded
 from nbl_export.calibrate.probe import FORMAT, Probe, load_probe, probe_model, save_probe
 from nbl_export.errors import InputError
 from nbl_export.models.load import load_model
 from nbl_export.models.source import find_model
-from nbl_export.runtime.padding import left_padded
 from nbl_export.tensorfile import save_tensors
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from nbl_export import api
-from nbl_export.foreign import rewrite_foreign
-from nbl_export.graph.head import keep_logits_of_file
+from nbl_export.export.lm_head import keep_logits_of_file
 from nbl_export.linearize.plan import save_plan
+from nbl_export.rewrite.foreign import rewrite_foreign
 from nbl_export.runtime.ort import OrtDecoder
 from tests.clients.greedy import greedy
 from tests.exporters import GRAPH, Graphs

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from nbl_export.foreign import rewrite_foreign
-from nbl_export.graph.head import keep_logits_of_file, kept_head
+from nbl_export.export.lm_head import keep_logits_of_file, kept_head
 from nbl_export.graph.io import load_graph
 from nbl_export.linearize.plan import save_plan
+from nbl_export.rewrite.foreign import rewrite_foreign
 from tests.clients.greedy import greedy
 from tests.exporters import GRAPH, Graphs, optimum_python
 from tests.families import Calibrated

@@ -18,8 +18,8 @@ from nbl_export.export.forms import FORMS
 from nbl_export.export.torch import trace
 from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.graph.precision import precision_of, to_precision
-from nbl_export.graph.rewrite import rewrite_file
 from nbl_export.linearize.plan import load_plan
+from nbl_export.rewrite.replace import rewrite_file
 from nbl_export.workspace import Workspace
 from tests.fixtures_graph import load, plan_by_hand
 from tests.tiny import build

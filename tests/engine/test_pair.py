@@ -15,12 +15,13 @@ import onnx
 import pytest
 
 from nbl_export import api
+from nbl_export.batch.names import BASE, LINEARIZED
 from nbl_export.engine import pair as module
 from nbl_export.engine.build import Built
 from nbl_export.engine.library import Library
 from nbl_export.engine.manifest import Manifest, load_manifest, save_manifest
 from nbl_export.engine.network import NetworkFacts
-from nbl_export.engine.pair import BASE, LINEARIZED, check_shrinks
+from nbl_export.engine.pair import check_shrinks
 from nbl_export.errors import BuildError, InputError
 from nbl_export.progress import Silent, Task
 from tests.engine.conftest import Counter

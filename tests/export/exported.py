@@ -12,10 +12,10 @@ import onnxruntime
 import torch
 
 from nbl_export.export.handoff import handoff
+from nbl_export.files import TEMPORARY
+from nbl_export.models.loaded import LoadedModel
 from nbl_export.models.source import find_model
 from nbl_export.progress import Silent
-from nbl_export.run import LoadedModel
-from nbl_export.workspace import TEMPORARY
 from tests.fixtures_graph import load
 
 BASE = {"rope_type": "default", "rope_theta": 500.0}

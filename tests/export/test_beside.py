@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nbl_export.errors import InputError
-from nbl_export.export.beside import copy_beside, graph_in, others_beside, told
+from nbl_export.export.sidecars import copy_sidecars, graph_in, sidecars_of, updated_configs
 
 
 def write(folder: Path, name: str, content: object = "") -> Path:
@@ -27,7 +27,7 @@ def test_configurations_are_told_and_the_rest_is_copied(tmp_path: Path) -> None:
         write(source, "config.json", {"num_hidden_layers": 4}),
         write(source, "tokenizer.json", '{"as": "it is"}  '),
     ]
-    written = copy_beside(told(files, linear=[1, 2], kept=[0, 3]), target)
+    written = copy_sidecars(updated_configs(files, linear=[1, 2], kept=[0, 3]), target)
     assert [p.name for p in written] == [p.name for p in files]
     genai, config, tokenizer = (json.loads(p.read_text()) for p in written)
     assert genai["model"]["decoder"] == {"num_hidden_layers": 2, "filename": "model.onnx"}
@@ -45,7 +45,7 @@ def test_sliding_layers_are_named_by_their_new_number(tmp_path: Path) -> None:
         "genai_config.json",
         {"model": {"decoder": {"sliding_window": window, "num_hidden_layers": 6}}},
     )
-    copy_beside(told([source], linear=[1, 2], kept=[0, 3, 4, 5]), tmp_path)  # in place
+    copy_sidecars(updated_configs([source], linear=[1, 2], kept=[0, 3, 4, 5]), tmp_path)  # in place
     found = json.loads(source.read_text())["model"]["decoder"]
     assert found == {"sliding_window": {"window_size": 8, "layers": [0, 2]}, "num_hidden_layers": 4}
 
@@ -54,7 +54,7 @@ def test_sliding_layers_are_named_by_their_new_number(tmp_path: Path) -> None:
 def test_a_broken_configuration_is_an_input_error(tmp_path: Path, content: str) -> None:
     source = write(tmp_path, "genai_config.json", content)
     with pytest.raises(InputError, match=r"genai_config\.json") as caught:
-        told([source], [0], [1])
+        updated_configs([source], [0], [1])
     assert "\n" not in str(caught.value)
 
 
@@ -71,7 +71,7 @@ def test_weights_and_other_graphs_do_not_belong_to_it(tmp_path: Path) -> None:
         write(tmp_path, name)
     (tmp_path / "folder").mkdir()
     kept = [write(tmp_path, name) for name in ("chat_template.jinja", "config.json", "tokenizer.json")]
-    assert others_beside(graph, [data]) == kept
+    assert sidecars_of(graph, [data]) == kept
 
 
 def test_the_decoder_of_a_folder(tmp_path: Path) -> None:

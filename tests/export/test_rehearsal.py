@@ -9,8 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nbl_export.errors import InputError
+from nbl_export.export.form_check import check_form
 from nbl_export.export.forms import CONCAT, FORMS, NONE, SHARED, STATIC
-from nbl_export.export.rehearsal import check_form
 from tests.families import unsaved
 from tests.tiny_types import tiny_model
 

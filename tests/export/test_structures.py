@@ -13,9 +13,9 @@ from nbl_export.export.forms import FORMS
 from nbl_export.export.torch import export_torch, trace
 from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.graph.operators import readers
-from nbl_export.graph.rewrite import linearized_layers, rewrite_file
 from nbl_export.linearize.swap import linearized
 from nbl_export.models.layers import attention_layers
+from nbl_export.rewrite.replace import linearized_layers, rewrite_file
 from nbl_export.runtime.ort import ort_stream
 from nbl_export.runtime.torch import torch_stream
 from tests.families import Calibrated

@@ -21,11 +21,11 @@ from nbl_export.engine.manifest import load_manifest, save_manifest
 from nbl_export.errors import InputError, MissingDependencyError
 from nbl_export.linearize.plan import load_plan
 from nbl_export.linearize.swap import linearized
-from nbl_export.runtime.ort import require_onnxruntime
+from nbl_export.runtime.session import require_onnxruntime
 from nbl_export.runtime.stream import PastStream
 from nbl_export.runtime.tensorrt import EngineStream, LoadedEngine, load_engine
 from nbl_export.runtime.torch import TorchDecoder
-from nbl_export.verify.parity import compare_streams, gates_for
+from nbl_export.verify.parity.decoder import compare_streams, gates_for
 from nbl_export.workspace import Workspace
 from tests import tiny
 from tests.fixtures_graph import ragged_rows

@@ -10,8 +10,8 @@ import onnx_ir as ir
 import pytest
 
 from nbl_export.errors import BuildError
-from nbl_export.graph.adapt import merge_adapters
 from nbl_export.linearize.adapters import Adapter
+from nbl_export.rewrite.adapt import merge_adapters
 from tests.linearize.test_adapters import adapter_for
 
 RNG = np.random.default_rng(0)

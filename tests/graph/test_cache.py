@@ -11,8 +11,9 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from nbl_export.batch.names import past_name, present_name
 from nbl_export.errors import BuildError, InputError
-from nbl_export.graph.cache import kv_pairs, past_name, present_name, remove_pairs
+from nbl_export.graph.cache import kv_pairs, remove_pairs
 
 SIDES = ("key", "value")
 HEADS, DIM = 3, 2

@@ -12,13 +12,14 @@ import onnxruntime
 import pytest
 import torch
 
+from nbl_export.batch.names import NUM_LOGITS_TO_KEEP
 from nbl_export.export.forms import FORMS
 from nbl_export.export.half import save_in_precision
+from nbl_export.export.lm_head import keep_logits, kept_head
 from nbl_export.export.torch import trace
-from nbl_export.graph.head import KEPT, keep_logits, kept_head
 from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.graph.precision import precision_of
-from nbl_export.graph.rewrite import rewrite_file
+from nbl_export.rewrite.replace import rewrite_file
 from nbl_export.runtime.ort import OrtDecoder, ort_stream
 from tests.families import unsaved
 from tests.fixtures_graph import pad_left, plan_by_hand, ragged_rows
@@ -32,9 +33,9 @@ def logits(path: Path, keep: int | None) -> np.ndarray:
     decoder = OrtDecoder(path)
     ids, mask, positions = pad_left(ROWS)
     feeds = decoder.feeds(ids, mask, positions, decoder.empty_past(len(ROWS)))
-    del feeds[KEPT]
+    del feeds[NUM_LOGITS_TO_KEEP]
     if keep is not None:
-        feeds[KEPT] = np.array(keep, dtype=np.int64)
+        feeds[NUM_LOGITS_TO_KEEP] = np.array(keep, dtype=np.int64)
     return decoder.run(feeds).logits
 
 
@@ -48,14 +49,14 @@ def test_the_last_logits_are_those_of_the_whole(tiny_graph: Path, keep: int) -> 
 
 def test_a_program_need_not_know_the_input(tiny_graph: Path) -> None:
     session = onnxruntime.InferenceSession(str(tiny_graph))
-    assert KEPT not in {i.name for i in session.get_inputs()}
-    assert [i.name for i in session.get_overridable_initializers()] == [KEPT]
+    assert NUM_LOGITS_TO_KEEP not in {i.name for i in session.get_inputs()}
+    assert [i.name for i in session.get_overridable_initializers()] == [NUM_LOGITS_TO_KEEP]
 
 
 def test_another_default_is_what_such_a_program_gets(tiny_graph: Path, tmp_path: Path) -> None:
     model = load_graph(tiny_graph)
-    for value in [v for v in model.graph.inputs if v.name == KEPT]:
-        value.const_value = ir.tensor(np.array(1, dtype=np.int64), name=KEPT)
+    for value in [v for v in model.graph.inputs if v.name == NUM_LOGITS_TO_KEEP]:
+        value.const_value = ir.tensor(np.array(1, dtype=np.int64), name=NUM_LOGITS_TO_KEEP)
     save_graph(model, tmp_path / "model.onnx")
     np.testing.assert_allclose(
         logits(tmp_path / "model.onnx", None), logits(tiny_graph, 1), rtol=0, atol=1e-5
@@ -101,13 +102,13 @@ def test_the_product_is_found_again_and_nothing_is_added_twice(tiny_graph: Path)
 
 def test_a_static_cache_pads_on_the_right_and_makes_all_logits(tiny_model: Any) -> None:
     model = trace(tiny_model, FORMS["static"])
-    assert KEPT not in {v.name for v in model.graph.inputs} and kept_head(model) is None
+    assert NUM_LOGITS_TO_KEEP not in {v.name for v in model.graph.inputs} and kept_head(model) is None
 
 
 def reshaped(model: ir.Model) -> None:
     head = kept_head(model)
     assert head is not None
-    model.graph.inputs.remove(next(v for v in model.graph.inputs if v.name == KEPT))
+    model.graph.inputs.remove(next(v for v in model.graph.inputs if v.name == NUM_LOGITS_TO_KEEP))
     logits = next(v for v in model.graph.outputs if v.name == "logits")
     view = ir.node("Flatten", [head.outputs[0]], {"axis": 2})
     head.outputs[0].name, view.outputs[0].name = "flat", "logits"
@@ -117,7 +118,7 @@ def reshaped(model: ir.Model) -> None:
 
 
 def by_two(model: ir.Model) -> None:
-    model.graph.inputs.remove(next(v for v in model.graph.inputs if v.name == KEPT))
+    model.graph.inputs.remove(next(v for v in model.graph.inputs if v.name == NUM_LOGITS_TO_KEEP))
     logits = next(v for v in model.graph.outputs if v.name == "logits")
     total = ir.node("Add", [logits, logits])
     logits.name, total.outputs[0].name = "half", "logits"
@@ -135,7 +136,7 @@ def test_a_head_that_is_not_understood_is_left_alone(
     nodes = [node.op_type for node in model.graph]
     assert not keep_logits(model)
     assert [node.op_type for node in model.graph] == nodes
-    assert KEPT not in {v.name for v in model.graph.inputs}
+    assert NUM_LOGITS_TO_KEEP not in {v.name for v in model.graph.inputs}
 
 
 def test_our_own_streams_get_all_logits(tiny_graph: Path) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import onnx
 import pytest
 
-from nbl_export.graph.prove import PROOF_TOLERANCE
 from nbl_export.linearize.lmmse import FitInput
+from nbl_export.rewrite.prove import PROOF_TOLERANCE
 from tests.exporters import GRAPH, Graphs
 from tests.families import FAMILIES, WIDTH, Calibrated, attention_share
 from tests.graph.matrix import (

@@ -11,9 +11,9 @@ import pytest
 
 from nbl_export.errors import BuildError
 from nbl_export.graph.io import load_graph
-from nbl_export.graph.prove import PROOF_TOLERANCE, Proof, proofs_as_json, prove, relative_error
 from nbl_export.graph.regions import AttentionRegion, find_regions
 from nbl_export.linearize.plan import Plan
+from nbl_export.rewrite.prove import PROOF_TOLERANCE, Proof, proofs_as_json, prove, relative_error
 from tests.fixtures_graph import plan_by_hand
 
 

@@ -12,13 +12,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from nbl_export.errors import BuildError
-from nbl_export.graph.quantize import (
-    pack,
-    product,
-    quantize_blocks,
-    weight_bits,
-    weight_format,
-)
+from nbl_export.graph.weights import weight_bits, weight_format
+from nbl_export.rewrite.quantize import pack, product, quantize_blocks
 
 D = 48
 MS = "com.microsoft"

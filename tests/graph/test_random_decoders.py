@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 
 from nbl_export.errors import BuildError, InputError
-from nbl_export.graph.rewrite import RewriteResult, rewrite_file
 from nbl_export.linearize.lmmse import FitInput
 from nbl_export.linearize.plan import Plan
+from nbl_export.rewrite.replace import RewriteResult, rewrite_file
 from tests.fixtures_graph import pad_left, ragged_rows
 from tests.graph.disguises import DISGUISES
 from tests.graph.random_decoder_graphs import Pair, Written, written

@@ -12,9 +12,9 @@ import onnx
 import pytest
 import torch
 
-from nbl_export.graph import ranges as ranges_module
+from nbl_export.export import ranges as ranges_module
+from nbl_export.export.ranges import measure_ranges
 from nbl_export.graph.io import save_graph
-from nbl_export.graph.ranges import measure_ranges
 from tests.export.test_forms import static_graph
 from tests.fixtures_graph import pad_left, ragged_rows
 from tests.graph.test_precision import parsed

@@ -20,16 +20,16 @@ from nbl_export.export.torch import export_torch
 from nbl_export.graph.cache import KV_LAYERS_KEY
 from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.graph.precision import PRECISIONS, to_precision
-from nbl_export.graph.prove import PROOF_TOLERANCE
 from nbl_export.graph.regions import find_regions
-from nbl_export.graph.rewrite import rewrite_file
 from nbl_export.linearize.plan import LinearLayer, Plan
 from nbl_export.linearize.swap import linearized
+from nbl_export.rewrite.prove import PROOF_TOLERANCE
+from nbl_export.rewrite.replace import rewrite_file
 from nbl_export.runtime.ort import ort_stream
 from nbl_export.runtime.pieces import run_taps
 from nbl_export.runtime.stream import PastStream
 from nbl_export.runtime.torch import TorchDecoder
-from nbl_export.verify.parity import compare_streams, gates_for
+from nbl_export.verify.parity.decoder import compare_streams, gates_for
 from tests.fixtures_graph import external_entry, maps_in_place, plan_by_hand
 from tests.graph.test_rewrite import assert_clean, baseline, prompts
 

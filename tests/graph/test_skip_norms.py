@@ -10,8 +10,8 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from nbl_export.export.skip_norms import fuse_norms
 from nbl_export.graph.operators import SKIP_NORMS
-from nbl_export.graph.skip_norms import fuse_norms
 
 D = 16
 RNG = np.random.default_rng(0)

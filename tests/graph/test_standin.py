@@ -14,10 +14,10 @@ import onnxruntime
 import pytest
 import torch
 
+from nbl_export.graph.half_emulation import compute_in_float32, needs_emulation
 from nbl_export.graph.io import load_graph, save_graph, scratch_copy
 from nbl_export.graph.precision import PRECISIONS, to_precision
-from nbl_export.graph.standin import compute_in_float32, needs_standin
-from nbl_export.runtime.ort import session
+from nbl_export.runtime.session import session
 from tests.fixtures_graph import ragged_rows
 from tests.graph.test_precision import parsed
 
@@ -201,7 +201,7 @@ def test_a_stand_in_is_needed_for_any_bfloat16(
     tmp_path: Path, text: str, weight: Any, expected: bool
 ) -> None:
     model = parsed(text, w=np.array(3, weight))
-    assert needs_standin(model) == expected
+    assert needs_emulation(model) == expected
     if expected:
         x = np.array([1.5, -2], np.float32)
         (found,) = run(model, tmp_path, x=x).values()

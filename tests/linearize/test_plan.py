@@ -13,9 +13,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from nbl_export.errors import InputError
+from nbl_export.files import sha256_of_file
 from nbl_export.linearize.plan import FORMAT, LinearLayer, Plan, load_plan, save_plan
 from nbl_export.tensorfile import save_tensors
-from nbl_export.workspace import sha256_of_file
 
 D, COUNT = 6, 5
 

@@ -10,7 +10,7 @@ import pytest
 
 from nbl_export.calibrate.moments import LayerMoments, Moments
 from nbl_export.errors import CalibrationError, InputError
-from nbl_export.linearize.select import (
+from nbl_export.linearize.scores import (
     CRITERIA,
     Candidate,
     check_criterion,

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
+from nbl_export.checks import Check
 from nbl_export.report.drawing import Table
 from nbl_export.report.page import anchor, numeric_columns, page
 from nbl_export.report.plots import report_plots
-from nbl_export.report.schema import Check, Report
+from nbl_export.report.schema import Report
 from nbl_export.report.tables import checks_table, report_tables
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from junitparser import Failure, JUnitXml, Skipped
 
+from nbl_export.checks import Check
 from nbl_export.report.page import page
 from nbl_export.report.plots import PLOTS, report_plots
 from nbl_export.report.render import markdown, write_report
-from nbl_export.report.schema import Check, Report, load_report
+from nbl_export.report.schema import Report, load_report
 from nbl_export.report.tables import checks_table, layers_table, report_tables
 
 TITLES = [

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from nbl_export.checks import Check
 from nbl_export.errors import InputError
-from nbl_export.report.schema import SCHEMA, Check, Report, load_report
-from nbl_export.workspace import jsonable, write_json
+from nbl_export.files import jsonable, write_json
+from nbl_export.report.schema import SCHEMA, Report, load_report
 
 
 def strictly(text: str) -> Any:

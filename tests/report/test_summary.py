@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from nbl_export.report.schema import Check, Report
+from nbl_export.checks import Check
+from nbl_export.report.schema import Report
 from nbl_export.report.summary import headlines, making, model_name, verdict_line
 
 

@@ -27,12 +27,12 @@ from nbl_export.engine.profiles import Limits, profiles
 from nbl_export.export.forms import FORMS
 from nbl_export.export.half import save_in_precision
 from nbl_export.export.torch import trace
+from nbl_export.files import sha256_of_file
 from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.graph.precision import precision_of
-from nbl_export.graph.rewrite import rewrite_file
-from nbl_export.runtime.ort import session
+from nbl_export.rewrite.replace import rewrite_file
+from nbl_export.runtime.session import session
 from nbl_export.runtime.tensorrt import Device, LoadedEngine
-from nbl_export.workspace import sha256_of_file
 from tests.fixtures_graph import plan_by_hand, ragged_rows
 
 TYPES = {"FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16, "INT64": torch.int64}

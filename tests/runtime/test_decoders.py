@@ -14,13 +14,14 @@ import onnx
 import pytest
 import torch
 
+from nbl_export.batch.names import ALL_LOGITS, NUM_LOGITS_TO_KEEP
 from nbl_export.errors import InputError, MissingDependencyError
 from nbl_export.graph.cache import KV_LAYERS_KEY
-from nbl_export.graph.head import ALL, KEPT
-from nbl_export.graph.rewrite import rewrite_file
 from nbl_export.linearize.swap import linearized
-from nbl_export.runtime.ort import OrtDecoder, require_onnxruntime, session
+from nbl_export.rewrite.replace import rewrite_file
+from nbl_export.runtime.ort import OrtDecoder
 from nbl_export.runtime.pieces import run_taps
+from nbl_export.runtime.session import require_onnxruntime, session
 from nbl_export.runtime.torch import TorchDecoder
 from tests.fixtures_graph import maps_in_place, pad_left, plan_by_hand, ragged_rows
 
@@ -105,8 +106,8 @@ def test_ort_feeds_by_name(rewritten: Path) -> None:
         tuple(np.full((1, 4, 3, 8), 10 * n + side, dtype=np.float32) for side in (0, 1)) for n in range(3)
     ]
     feeds = decoder.feeds(ids, mask, positions, past)  # type: ignore[arg-type]
-    assert set(feeds) == {i.name for i in decoder.session.get_inputs()} | {KEPT}
-    assert feeds[KEPT] == ALL
+    assert set(feeds) == {i.name for i in decoder.session.get_inputs()} | {NUM_LOGITS_TO_KEEP}
+    assert feeds[NUM_LOGITS_TO_KEEP] == ALL_LOGITS
     assert feeds["input_ids"] is ids and feeds["attention_mask"] is mask
     assert feeds["position_ids"] is positions
     for n in range(3):
@@ -130,7 +131,7 @@ def test_ort_leaves_out_inputs_that_the_graph_does_not_have(stories_out: Path, t
     decoder = OrtDecoder(path)
     ids = np.array([[1, 5, 9]], dtype=np.int64)
     feeds = decoder.feeds(ids, np.ones_like(ids), np.arange(3)[None], decoder.empty_past(1))
-    assert list(feeds) == ["input_ids", KEPT]
+    assert list(feeds) == ["input_ids", NUM_LOGITS_TO_KEEP]
     result = decoder(ids, np.ones_like(ids), np.arange(3)[None], [])
     assert result.logits.shape == (1, 3, 512) and result.present == ()
 

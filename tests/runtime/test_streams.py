@@ -12,13 +12,14 @@ import onnx
 import pytest
 import torch
 
+from nbl_export.batch.padding import left_padded, prefix_mask, right_padded, rows_of
 from nbl_export.errors import InputError
 from nbl_export.graph.cache import is_static
 from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.graph.precision import PRECISIONS, to_precision
-from nbl_export.runtime.ort import OrtDecoder, OrtStaticStream, ort_stream, run_outputs, session
-from nbl_export.runtime.padding import left_padded, prefix_mask, right_padded, rows_of
+from nbl_export.runtime.ort import OrtDecoder, OrtStaticStream, ort_stream, run_outputs
 from nbl_export.runtime.pieces import run_taps
+from nbl_export.runtime.session import session
 from nbl_export.runtime.stream import LastLogits, PastStream
 from nbl_export.runtime.torch import TorchDecoder
 from tests.export.test_forms import static_graph

@@ -24,10 +24,10 @@ from nbl_export.linearize.adapters import Adapter, adapted
 from nbl_export.linearize.lmmse import FitName
 from nbl_export.linearize.loss import LossMeter
 from nbl_export.linearize.plan import LinearLayer, load_plan
-from nbl_export.linearize.select import CRITERIA
+from nbl_export.linearize.scores import CRITERIA
 from nbl_export.progress import Silent
-from nbl_export.stages import speeding
-from nbl_export.stages.speeding import SpeedMeter, Speedups
+from nbl_export.stages.select import frontier
+from nbl_export.stages.select.frontier import SpeedMeter, Speedups
 from nbl_export.workspace import Workspace
 from tests.encoders import text_encoder
 from tests.fixtures_graph import load, maps_in_place
@@ -517,24 +517,24 @@ def test_a_speed_without_a_graph_names_the_command(out: Path) -> None:
 
 
 def test_graphs_are_really_timed(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speeding, "CONTEXT", 16)
-    monkeypatch.setattr(speeding, "ROUNDS", 3)
+    monkeypatch.setattr(frontier, "CONTEXT", 16)
+    monkeypatch.setattr(frontier, "ROUNDS", 3)
     before = (out / "baseline" / "model.onnx").read_bytes()
     plan = select(out, api.SelectSettings(criterion="nmse", budget=api.Budget(max_kl=100.0)))
     assert len(plan.chosen) == 5
     said = candidates(out)["curve"]
     speeds = {p["k"]: p["prefill_speedup"] for p in said["points"]}
     assert said["context"] == 16
-    assert {k for k, v in speeds.items() if v is not None} == set(speeding.points_of(5, 5))
+    assert {k for k, v in speeds.items() if v is not None} == set(frontier.points_of(5, 5))
     assert all(v > 0 for v in speeds.values() if v is not None)
     assert (out / "baseline" / "model.onnx").read_bytes() == before
     assert not [p for p in (out / "nbl").iterdir() if p.is_dir() or p.name.endswith(".tmp")]
 
 
 def test_points_that_are_timed() -> None:
-    assert list(speeding.points_of(1, 1)) == [1]
-    assert list(speeding.points_of(3, 0)) == [1, 2, 3]
-    assert list(speeding.points_of(32, 9)) == [8, 9, 16, 24, 32]
+    assert list(frontier.points_of(1, 1)) == [1]
+    assert list(frontier.points_of(3, 0)) == [1, 2, 3]
+    assert list(frontier.points_of(32, 9)) == [8, 9, 16, 24, 32]
 
 
 def test_a_whole_run_by_a_budget(

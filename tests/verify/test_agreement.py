@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nbl_export.verify.agreement import compare_outputs
-from nbl_export.verify.parity import Gates, gates_for
+from nbl_export.verify.parity.decoder import Gates, gates_for
+from nbl_export.verify.parity.encoder import compare_outputs
 
 GATES = gates_for("float32")
 INPUTS = {

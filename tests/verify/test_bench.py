@@ -10,14 +10,23 @@ from typing import Any
 import pytest
 import torch
 
+from nbl_export.checks import Check
 from nbl_export.report.bench import CONTROL, bench_checks
-from nbl_export.report.schema import Check
-from nbl_export.verify import bench as module
-from nbl_export.verify.bench import Bench, BenchCell, Competitor, Memory, Pair, explained, ordered, pairs_of
-from nbl_export.verify.ceiling import GraphCost, ceiling
-from nbl_export.verify.profile import Explanation, NodeTimes, compared, explain
-from nbl_export.verify.race import Rounds
-from nbl_export.verify.roofline import Roofline
+from nbl_export.verify.speed import bench as module
+from nbl_export.verify.speed.bench import (
+    Bench,
+    BenchCell,
+    Competitor,
+    Memory,
+    Pair,
+    explained,
+    ordered,
+    pairs_of,
+)
+from nbl_export.verify.speed.ceiling import GraphCost, ceiling
+from nbl_export.verify.speed.profile import Explanation, NodeTimes, compared, explain
+from nbl_export.verify.speed.race import Rounds
+from nbl_export.verify.speed.roofline import Roofline
 
 ROOFLINE = Roofline("cpu", "float32", 2, 1e9, 1e9)
 COST = GraphCost(1000, 10, 4000, 40, 200, 800)
@@ -46,7 +55,7 @@ class Timed:
 def told(monkeypatch: pytest.MonkeyPatch) -> None:
     phases = {name: lambda c, name=name: c.seconds[name] for name in ("prefill", "decode")}
     monkeypatch.setattr(module, "PHASES", phases)
-    monkeypatch.setattr("nbl_export.verify.race._SETTLE", 0)
+    monkeypatch.setattr("nbl_export.verify.speed.race._SETTLE", 0)
 
 
 def entrant(*seconds: float) -> Callable[[int, int], Any]:

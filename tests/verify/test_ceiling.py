@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from nbl_export.graph.rewrite import rewrite_file
-from nbl_export.verify.ceiling import GraphCost, ceiling, graph_cost
-from nbl_export.verify.roofline import Roofline, Work, measure_roofline
+from nbl_export.rewrite.replace import rewrite_file
+from nbl_export.verify.speed.ceiling import GraphCost, ceiling, graph_cost
+from nbl_export.verify.speed.roofline import Roofline, Work, measure_roofline
 from tests.fixtures_graph import plan_by_hand
 
 # width, MLP width, vocabulary, query heads, KV heads, head size, layers

@@ -21,8 +21,6 @@ from nbl_export.report.tables import engine_speed_table
 from nbl_export.runtime import ort as ort_module
 from nbl_export.runtime.tensorrt import EngineStream
 from nbl_export.verify import engines as module
-from nbl_export.verify import race as race_module
-from nbl_export.verify.contenders import CUDA, TIMED_STEPS, EngineContender, OrtEntrant, TorchContender
 from nbl_export.verify.engines import (
     Latency,
     built_check,
@@ -32,7 +30,9 @@ from nbl_export.verify.engines import (
     not_run,
     speedups,
 )
-from nbl_export.verify.race import Rounds, race
+from nbl_export.verify.speed import race as race_module
+from nbl_export.verify.speed.candidates import CUDA, TIMED_STEPS, EngineContender, OrtEntrant, TorchContender
+from nbl_export.verify.speed.race import Rounds, race
 from tests.runtime.fake_tensorrt import FakeEngine, Graphs, graphs_of, loaded_engine, manifest_of
 
 L4 = Gpu("NVIDIA L4", "8.9")

@@ -12,9 +12,9 @@ import pytest
 from junitparser import JUnitXml
 
 from nbl_export import api
-from nbl_export.graph.rewrite import rewrite_file
 from nbl_export.linearize.plan import load_plan
-from nbl_export.verify.localize import Divergence, first_divergence
+from nbl_export.rewrite.replace import rewrite_file
+from nbl_export.verify.parity.localize import Divergence, first_divergence
 from nbl_export.workspace import Workspace
 from tests.fixtures_graph import perturb, plan_by_hand, rerecord
 

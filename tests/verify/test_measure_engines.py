@@ -18,6 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from nbl_export.calibrate.text import CalibrationText, load_text
+from nbl_export.checks import Check
 from nbl_export.engine.gpu import Gpu
 from nbl_export.engine.pair import EngineFile
 from nbl_export.engine.profiles import Limits
@@ -25,14 +26,13 @@ from nbl_export.errors import BuildError, InputError, NblError
 from nbl_export.linearize.plan import Plan
 from nbl_export.models.load import in_precision
 from nbl_export.progress import Silent
-from nbl_export.report.schema import Check
 from nbl_export.runtime import tensorrt as tensorrt_module
 from nbl_export.runtime.tensorrt import EngineStream
 from nbl_export.settings import VerifySettings
+from nbl_export.verify import decoder as module
 from nbl_export.verify import engines as engines_module
-from nbl_export.verify import measure as module
-from nbl_export.verify.measure import Measurement, measure
-from nbl_export.verify.parity import Gates, Parity, StepParity, gates_for
+from nbl_export.verify.decoder import Measurement, measure_decoder
+from nbl_export.verify.parity.decoder import Gates, Parity, StepParity, gates_for
 from nbl_export.workspace import Workspace
 from tests.fixtures_graph import external_entry, plan_by_hand
 from tests.runtime.fake_tensorrt import Graphs, engine_file, graphs_of, loaded_engine, manifest_of
@@ -80,7 +80,7 @@ def on_gpu(graphs: Graphs, text: CalibrationText, plan: Plan, monkeypatch: pytes
         ]
         monkeypatch.setattr(module, "find_gpu", lambda: L4)
         monkeypatch.setattr(module, "load_engine", functools.partial(loaded_engine, limits=limits))
-        return measure(graphs.model, plan, text, base, linear, pair, settings, Silent())
+        return measure_decoder(graphs.model, plan, text, base, linear, pair, settings, Silent())
 
     return run
 
@@ -211,7 +211,7 @@ def test_without_a_gpu_nothing_is_run_and_nothing_passes(
         EngineFile(p, manifest_of(p, role=r, **ahead)) for p, r in ((base, "base"), (linear, "linearized"))
     ]
     settings = replace(PARITY, speed=True)
-    result = measure(graphs.model, plan, text, base, linear, pair, settings, Silent())
+    result = measure_decoder(graphs.model, plan, text, base, linear, pair, settings, Silent())
     found = checks(result)
     assert found["engine build"].status == "passed"
     assert found["engine run"].status == "skipped"
@@ -257,7 +257,7 @@ def test_what_does_not_fit_this_machine_is_skipped_with_the_reason(
     for path, role in ((base, "base"), (linear, "linearized")):
         file = engine_file(path, tmp_path / f"{role}.engine", role=role)
         pair.append(EngineFile(file, manifest_of(path, role=role)))
-    result = measure(graphs.model, plan, text, base, linear, pair, PARITY, Silent())
+    result = measure_decoder(graphs.model, plan, text, base, linear, pair, PARITY, Silent())
     found = checks(result)
     assert found["engine run"].status == "skipped" and reason in found["engine run"].detail
     assert found["engine run"].detail.startswith("engine built (for SM89); not run: ")
@@ -327,7 +327,9 @@ def test_a_half_graph_that_loses_more_than_pytorch_fails_within_the_wide_gates(
     right = graphs("static", "fp16", LAYERS)
     wrong = changed(right, tmp_path, "<f2", 1.02)
     for path, status in ((right, "passed"), (wrong, "failed")):
-        result = measure(graphs.model, plan, text, graphs("static", "fp16"), path, (), PARITY, Silent())
+        result = measure_decoder(
+            graphs.model, plan, text, graphs("static", "fp16"), path, (), PARITY, Silent()
+        )
         check = checks(result)["parity"]
         assert check.status == status, check.detail
         assert result.parity is not None

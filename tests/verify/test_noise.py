@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from nbl_export.verify.noise import rounding_noise
+from nbl_export.verify.parity.noise import rounding_noise
 from tests.fixtures_graph import ragged_rows
 
 ROWS = ragged_rows((20, 13, 5), 500)

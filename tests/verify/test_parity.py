@@ -13,7 +13,7 @@ import pytest
 from nbl_export.errors import InputError
 from nbl_export.runtime.decoder import DecoderOutput
 from nbl_export.runtime.stream import PastStream
-from nbl_export.verify.parity import Gates, Parity, StepParity, compare_streams, gates_for
+from nbl_export.verify.parity.decoder import Gates, Parity, StepParity, compare_streams, gates_for
 
 GATES = gates_for("float32")
 VOCAB, HEADS, DIM = 5, 2, 3

@@ -12,7 +12,7 @@ import torch
 
 from nbl_export.calibrate.text import load_text
 from nbl_export.linearize.loss import mean_over_documents
-from nbl_export.verify.quality import measure_method_loss
+from nbl_export.verify.loss.decoder import measure_method_loss
 from nbl_export.workspace import Workspace
 from tests.fixtures_graph import maps_in_place, plan_by_hand
 

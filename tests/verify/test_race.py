@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbl_export.verify import race as module
-from nbl_export.verify.race import Rounds, median_interval, race, ratio, timed, timing
+from nbl_export.verify.speed import race as module
+from nbl_export.verify.speed.race import Rounds, median_interval, race, ratio, timed, timing
 
 
 @pytest.fixture(autouse=True)

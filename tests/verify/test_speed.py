@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from nbl_export.report.page import numeric_columns
-from nbl_export.report.speed import speed_check, speed_tables
+from nbl_export.report.speed import speed_tables
 from nbl_export.runtime.ort import OrtDecoder
 from nbl_export.runtime.prompts import OrtPrompt, timed_row
-from nbl_export.verify import speed as speed_module
-from nbl_export.verify.ceiling import graph_cost
-from nbl_export.verify.profile import Explanation
-from nbl_export.verify.speed import explained, measure_speed
+from nbl_export.verify.speed import pair as speed_module
+from nbl_export.verify.speed.ceiling import graph_cost
+from nbl_export.verify.speed.checks import speed_check
+from nbl_export.verify.speed.pair import explained, measure_speed
+from nbl_export.verify.speed.profile import Explanation
 
 
 def test_structure_of_a_measurement(stories_out: Path) -> None:

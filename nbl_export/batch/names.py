@@ -1,0 +1,32 @@
+"""Names that every room uses: of a graph's inputs and dimensions, and of the two graphs that are compared."""
+
+from __future__ import annotations
+
+# The graph of the unmodified model, and the rewritten one.
+BASE, LINEARIZED = "base", "linearized"
+# Inputs of a graph.
+TOKENS, EMBEDDINGS, MASK, POSITIONS = "input_ids", "inputs_embeds", "attention_mask", "position_ids"
+TOKEN_TYPES, PIXELS = "token_type_ids", "pixel_values"
+WRITE_INDICES = "write_indices"  # the input that only a static cache has
+# How many last positions logits are made of, and its value for all of them.
+NUM_LOGITS_TO_KEEP = "num_logits_to_keep"
+ALL_LOGITS = 0
+# Symbolic dimensions of a decoder graph. MAX is the length of a static cache.
+BATCH, SEQUENCE, PAST, TOTAL, MAX = (
+    "batch_size",
+    "sequence_length",
+    "past_sequence_length",
+    "total_sequence_length",
+    "max_sequence_length",
+)
+SIDES = ("key", "value")  # of a KV pair
+
+
+def past_name(index: int, side: str) -> str:
+    """The input of a KV pair's past keys or values."""
+    return f"past_key_values.{index}.{side}"
+
+
+def present_name(index: int, side: str) -> str:
+    """The output of a KV pair's present keys or values."""
+    return f"present.{index}.{side}"

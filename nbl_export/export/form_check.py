@@ -1,0 +1,130 @@
+"""A form of the cache tried in PyTorch on a few tokens, before any work: does the model compute the same in it?
+
+A model's own code may count places instead of positions, make its own mask from the length of the cache, or let
+padding into a convolution. None of that is written in a configuration; numbers show it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from nbl_export.batch.padding import left_padded, right_padded
+from nbl_export.errors import InputError, NblError
+from nbl_export.export.forms import FORMS, NONE, STATIC, Form
+from nbl_export.export.functions import attention, exportable, is_replaced
+from nbl_export.export.grouped import check_sizes, ungrouped
+from nbl_export.export.torch import check_traces, trace
+from nbl_export.models.layers import positions as positions_of
+from nbl_export.models.layers import structure
+from nbl_export.models.load import quiet
+from nbl_export.models.trial import cache_shapes, check_served, trial
+
+# Two rows of different length, so that one is padded, and what they go on with.
+_LENGTHS, _NEXT = (7, 4), 1
+_PLACES = 512  # of a static buffer: longer than the window of a model that makes its own
+_TOLERANCE = 1e-2  # of the logits' spread; a wrong mask or position is off by about that spread
+
+
+def check_form(model: torch.nn.Module, form: Form) -> None:
+    """Raise :class:`InputError` for a model that is not served, or not with its cache kept in ``form``."""
+    check_served(model, cached=form is not NONE)
+    try:
+        error = _error(model, form)
+        if error <= _TOLERANCE:
+            _check_trace(model, form)
+            return
+        found = (
+            f"computes other logits with --kv-cache {form.name} than by itself (off by {error:.1g} of their spread), "
+            "so its masks or positions do not follow a batch of padded rows"
+        )
+    except _Failed as failed:
+        found = f"cannot be run with --kv-cache {form.name} ({failed})"
+    others = [o for o in FORMS.values() if o is not form and _serves(model, o)]
+    remedy = f"use --kv-cache {others[0].name}" if others else "this architecture is not served yet"
+    raise InputError(f"{type(model).__name__} {found}: {remedy}.")
+
+
+class _Failed(Exception):
+    """The model's own code failed; says how in one line."""
+
+
+def _check_trace(model: torch.nn.Module, form: Form) -> None:
+    """A layer without keys and values, or code of the model's own, may loop over its tokens, which no graph can."""
+    if form is not NONE and is_replaced(model):
+        return  # tracing costs more than all else here
+    if form.fused:
+        trace(model, form)  # whose masks are seen in the graph alone
+        return
+    kinds = "".join(f" (with layers of {kind})" for kind in sorted(set(structure(model).others.values())))
+    check_traces(
+        model,
+        form,
+        f"{{name}}{kinds} is not served: it cannot be traced for texts of any length ({{reason}}).",
+    )
+
+
+def _serves(model: torch.nn.Module, form: Form) -> bool:
+    try:
+        check_served(model, cached=form is not NONE)
+        return _error(model, form) <= _TOLERANCE
+    except (NblError, _Failed):
+        return False
+
+
+def _error(model: torch.nn.Module, form: Form) -> float:
+    """The largest difference from the model's own logits, in their standard deviation; infinite for NaN."""
+    trial(model)  # as it is, before its functions are replaced
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator, union-attr]
+    ids = (np.arange(sum(_LENGTHS) + 2 * _NEXT) * 7 + vocabulary // 3) % vocabulary
+    texts = np.split(ids, [_LENGTHS[0] + _NEXT])
+    with quiet(), torch.inference_mode():
+        own = [model(input_ids=torch.from_numpy(text)[None]).logits[0] for text in texts]
+        decoder = form.module(model)
+        with exportable(model, decoder.mask, _grouped if form.fused else attention):
+            try:
+                found = _run(decoder, form, texts)
+            except NblError:
+                raise
+            except Exception as error:  # a model's own code may raise anything
+                first = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise _Failed(first[:300].rstrip(".")) from error
+    expected = torch.cat(own)
+    off = float((torch.cat(found) - expected).abs().max() / expected.std())
+    return off if np.isfinite(off) else float("inf")
+
+
+def _grouped(module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+    """:func:`attention`, of a kind that GroupQueryAttention computes."""
+    who = type(module).__name__
+    check_sizes(who, key.shape[-1], value.shape[-1])
+    for name, found in (("softcap", "caps its scores"), ("s_aux", "has attention sinks")):
+        if kwargs.get(name) is not None:
+            raise ungrouped(who, found)
+    return attention(module, query, key, value, *args, **kwargs)
+
+
+def _run(decoder: Any, form: Form, texts: list[np.ndarray[Any, Any]]) -> list[torch.Tensor]:
+    """Logits of every token of each of ``texts``: in one batch, the last token after the others if there is a cache."""
+    if not form.past:
+        ids, mask, positions = (torch.from_numpy(a) for a in left_padded(texts))
+        return [row[-len(text) :] for row, text in zip(decoder(ids, mask, positions), texts, strict=True)]
+    static = form is STATIC
+    before, after = [t[:-_NEXT] for t in texts], torch.from_numpy(np.stack([t[-_NEXT:] for t in texts]))
+    lengths = torch.tensor([len(t) for t in before])
+    places = min(_PLACES, positions_of(decoder.model) or _PLACES) if static else 0
+    past = [
+        tuple(torch.zeros(len(texts), s.heads, places, size) for size in (s.key_size, s.value_size))
+        for s in cache_shapes(decoder.model)
+    ]
+    if static:
+        ids, positions = (torch.from_numpy(a) for a in right_padded(before))
+        first, past = decoder(ids, positions, torch.zeros_like(lengths), past)
+        second, _ = decoder(after, lengths[:, None], lengths, past)
+        return [torch.cat([f[:n], s]) for f, s, n in zip(first, second, lengths, strict=True)]
+    ids, mask, positions = (torch.from_numpy(a) for a in left_padded(before))
+    first, past = decoder(ids, mask, positions, past)
+    second, _ = decoder(after, torch.cat([mask, torch.ones_like(after)], dim=1), positions[:, -1:] + 1, past)
+    return [torch.cat([f[-n:], s]) for f, s, n in zip(first, second, lengths, strict=True)]

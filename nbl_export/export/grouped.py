@@ -1,0 +1,281 @@
+"""Attention as onnxruntime's GroupQueryAttention: causal rows of their own length, past and present in one buffer.
+
+    before                                                 after
+    q, k ─► Reshape ─► Transpose ─► RotaryEmbedding ─┐     q, k ─► RotaryEmbedding ─┐
+    v ────► Reshape ─► Transpose ────────────────────┤     v, past, lengths of rows ┤
+    past ─► Concat ─► present ────────► Attention(mask)    GroupQueryAttention ─► y, present
+
+That operator leaves out what lies behind the diagonal, writes new keys and values into a cache that is bound as past
+and present at once, and reads queries as the projections write them. It knows no mask but its own: rows are padded on
+the right, and a query sees the keys up to its own, or the last so many of them.
+
+1. *Find.* The attention of each KV pair, which must be in one `Attention` node.
+2. *Prove.* Its mask is computed, on prompts, later parts and one step after the longest text, and must be that one.
+3. *Replace.* Masks, transposes and copies that nobody reads any more go.
+
+GroupQueryAttention: onnxruntime's docs/ContribOperators.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx_ir.passes import common as passes
+
+from nbl_export.batch.names import MASK, POSITIONS, TOKENS
+from nbl_export.errors import InputError
+from nbl_export.graph.cache import KVPair, kv_pairs
+from nbl_export.graph.operators import MICROSOFT
+from nbl_export.graph.tensors import whole_numbers
+
+_I32, _I64 = ir.DataType.INT32, ir.DataType.INT64
+_HEADS_FIRST = (
+    0,
+    2,
+    1,
+    3,
+)  # [batch, tokens, heads, size] and [batch, heads, tokens, size], each from the other
+_SIZES = 8  # the operator takes heads of a multiple of this
+_EDGE = 6  # tokens of the parts that a mask is tried on
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """One layer's attention before: its node, its cache, and what is new of keys and values (4 dimensions each)."""
+
+    node: ir.Node
+    pair: KVPair
+    new: tuple[ir.Value, ir.Value]
+
+    @property
+    def mask(self) -> str:
+        value = self.node.inputs[3]
+        assert value is not None  # it was found with one
+        return str(value.name)
+
+
+def group_queries(model: ir.Model, longest: int) -> None:
+    """Make every attention of the decoder graph a GroupQueryAttention, in place.
+
+    Its cache grows by concatenation. ``longest`` is how many tokens a text has at most. Raises :class:`InputError` for
+    attention that this operator cannot compute; the graph is of no use then.
+    """
+    found = [_attention(pair) for pair in kv_pairs(model)]
+    windows = _windows(model, found, longest)
+    lengths = _lengths(model)
+    for attention in found:
+        _replace(model.graph, attention, windows[attention.mask], lengths)
+    model.opset_imports[MICROSOFT] = 1
+    model.graph.sort()
+    passes.RemoveUnusedNodesPass()(model)
+
+
+def ungrouped(who: str, why: str) -> InputError:
+    """The refusal of attention that is not GroupQueryAttention's."""
+    return InputError(
+        f"{who} {why}, which onnxruntime's GroupQueryAttention does not compute: use --kv-cache concat."
+    )
+
+
+def check_sizes(who: str, key: int, value: int) -> None:
+    """Raise :class:`InputError` for heads of ``key`` and ``value`` numbers that the operator does not take."""
+    if key != value or key % _SIZES:
+        raise ungrouped(who, f"has keys of {key} and values of {value} numbers a head")
+
+
+def _refuse(pair: KVPair, why: str) -> InputError:
+    return ungrouped(f"Layer {pair.index}", why)
+
+
+# 1 -----------------------------------------------------------------------------------------------
+
+
+def _attention(pair: KVPair) -> _Attention:
+    check_sizes(f"Layer {pair.index}", pair.geometry(0)[1], pair.geometry(1)[1])
+    nodes = [present.producer() for present in pair.present]
+    grown = [n for n in nodes if n is not None and n.op_type == "Concat" and len(n.inputs) == 2]
+    readers = {u.node for u in pair.present[0].uses() if u.node.op_type == "Attention"}
+    node = next(iter(readers), None)
+    if (
+        node is None
+        or len(readers) != 1
+        or len(grown) != len(nodes)
+        or tuple(node.inputs[1:3]) != pair.present
+        or len([v for v in node.inputs if v is not None]) != 4
+        or ("softcap" in node.attributes and node.attributes["softcap"].as_float())
+    ):
+        raise _refuse(pair, "has attention that is not one Attention of its cache")
+    new = tuple(n.inputs[1] for n in grown)
+    assert new[0] is not None and new[1] is not None
+    return _Attention(node, pair, (new[0], new[1]))
+
+
+# 2 -----------------------------------------------------------------------------------------------
+
+
+def _windows(model: ir.Model, found: list[_Attention], longest: int) -> Mapping[str, int | None]:
+    """By the name of a mask, how many keys a query sees, its own among them; None for all up to it."""
+    masks = {attention.mask: attention.pair for attention in found}
+
+    def seen(past: int, tokens: int) -> dict[str, NDArray[np.bool_]]:
+        """[tokens, past + tokens] of each mask, for one row."""
+        return {name: value[0, 0] for name, value in _compute(model, masks, past, tokens).items()}
+
+    step = seen(longest - 1, 1)
+    windows = {name: int(mask.sum()) for name, mask in step.items()}
+    edges = {0, _EDGE, *(max(0, w - _EDGE // 2) for w in windows.values())}
+    for past, tokens in [(longest - 1, 1), *((past, _EDGE) for past in edges if past + _EDGE <= longest)]:
+        query, key = past + np.arange(tokens)[:, None], np.arange(past + tokens)[None]
+        for name, mask in seen(past, tokens).items():
+            if not np.array_equal(mask, (key <= query) & (key > query - windows[name])):
+                raise _refuse(masks[name], "has a mask that is neither causal nor a sliding window")
+    return {name: None if window >= longest else window for name, window in windows.items()}
+
+
+def _compute(
+    model: ir.Model, masks: Mapping[str, KVPair], past: int, tokens: int
+) -> dict[str, NDArray[np.bool_]]:
+    """The ``masks`` [1, 1, tokens, past + tokens] for one row of ``tokens`` after so many."""
+    from nbl_export.runtime.pieces import compute
+
+    row: dict[str, NDArray[Any]] = {
+        TOKENS: np.zeros((1, tokens), dtype=np.int64),
+        POSITIONS: past + np.arange(tokens, dtype=np.int64)[None],
+        MASK: np.ones((1, past + tokens), dtype=np.int64),
+    }
+    # A mask asks how long the cache is, and for nothing in it.
+    cache = np.zeros((1, 1, past, 1), dtype=np.float32)
+    row |= {str(value.name): cache for pair in kv_pairs(model) for value in pair.past}
+    (found,) = compute(model, list(masks), [row])
+    for name, mask in found.items():
+        if mask.dtype != np.bool_ or mask.shape != (1, 1, tokens, past + tokens):
+            raise _refuse(masks[name], "adds numbers to its scores")
+    return found
+
+
+# 3 -----------------------------------------------------------------------------------------------
+
+
+def _lengths(model: ir.Model) -> tuple[ir.Value, ir.Value]:
+    """Of each row the place of its last token [batch], and the length of all [], int32, as the operator wants them."""
+    graph = model.graph
+    mask = next(v for v in graph.inputs if v.name == MASK)
+    one = whole_numbers(graph, "lengths.one", 1)
+    ones = whole_numbers(graph, "lengths.axis", [1])
+
+    def emit(op: str, inputs: list[ir.Value], dtype: ir.DataType, shape: list[Any], **more: Any) -> ir.Value:
+        node = ir.node(op, inputs, more)
+        graph.append(node)
+        return _typed(node.outputs[0], dtype, shape)
+
+    batch = mask.shape[0] if mask.shape is not None else None
+    counted = emit("ReduceSum", [mask, ones], _I64, [batch], keepdims=0)
+    last = emit("Cast", [emit("Sub", [counted, one], _I64, [batch])], _I32, [batch], to=int(_I32))
+    whole = emit("Gather", [emit("Shape", [mask], _I64, [2]), one], _I64, [], axis=0)
+    return last, emit("Cast", [whole], _I32, [], to=int(_I32))
+
+
+def _replace(
+    graph: ir.Graph, attention: _Attention, window: int | None, lengths: tuple[ir.Value, ir.Value]
+) -> None:
+    node, pair = attention.node, attention.pair
+    kv_heads, size = pair.geometry()
+    query = node.inputs[0]
+    assert query is not None and query.shape is not None
+    heads = query.shape[1]
+    if not isinstance(heads, int) or heads % kv_heads:
+        raise _refuse(pair, f"has {heads} heads of queries for {kv_heads} of keys")
+    flat = [
+        _flat(graph, v, n, size)
+        for v, n in zip((query, *attention.new), (heads, kv_heads, kv_heads), strict=True)
+    ]
+    settings: dict[str, Any] = {"num_heads": heads, "kv_num_heads": kv_heads}
+    if "scale" in node.attributes:
+        settings["scale"] = node.attributes["scale"].as_float()
+    if window is not None:
+        settings["local_window_size"] = window
+    new = ir.node(
+        "GroupQueryAttention",
+        [*flat, *pair.past, *lengths],
+        settings,
+        domain=MICROSOFT,
+        num_outputs=3,
+        name=node.name,
+    )
+    node.prepend(new)
+    y, *present = new.outputs
+    _typed(y, query.dtype, [None, None, heads * size])
+    for old, made in zip(pair.present, present, strict=True):
+        made.name, made.type, made.shape = old.name, old.type, old.shape
+        old.name = f"{old.name}.grown"
+        ir.convenience.replace_all_uses_with(old, made, replace_graph_outputs=True)
+    _hand_on(graph, node.outputs[0], y, heads, size)
+
+
+def _flat(graph: ir.Graph, value: ir.Value, heads: int, size: int) -> ir.Value:
+    """``value`` [batch, heads, tokens, size] as [batch, tokens, heads · size], from before it was turned if it was."""
+    node = value.producer()
+    assert node is not None
+    if node.op_type == "RotaryEmbedding" and node.inputs[0] is not None:
+        inputs = [_flat(graph, node.inputs[0], heads, size), *node.inputs[1:]]
+        attributes = {n: a for n, a in node.attributes.items() if n != "num_heads"}
+        turned = ir.node("RotaryEmbedding", inputs, {**attributes, "num_heads": heads})
+        node.prepend(turned)
+        return _typed(turned.outputs[0], value.dtype, [None, None, heads * size])
+    if _turns(node) and node.inputs[0] is not None:
+        rows = node.inputs[0]
+        made = rows.producer()
+        source = made.inputs[0] if made is not None and made.op_type == "Reshape" else None
+        if (
+            source is not None
+            and source.shape is not None
+            and len(source.shape) == 3
+            and source.shape[2] == heads * size
+        ):
+            return source
+    else:
+        turn = ir.node("Transpose", [value], {"perm": _HEADS_FIRST})
+        node.append(turn)
+        rows, node = _typed(turn.outputs[0], value.dtype, [None, None, heads, size]), turn
+    reshape = ir.node("Reshape", [rows, whole_numbers(graph, f"rows.{heads * size}", [0, 0, heads * size])])
+    node.append(reshape)
+    return _typed(reshape.outputs[0], value.dtype, [None, None, heads * size])
+
+
+def _hand_on(graph: ir.Graph, before: ir.Value, y: ir.Value, heads: int, size: int) -> None:
+    """Give ``y`` [batch, tokens, heads · size] to the readers of ``before`` [batch, heads, tokens, size]."""
+    turns = [u.node for u in before.uses()]
+    flattened = [u.node for turn in turns if _turns(turn) for u in turn.outputs[0].uses()]
+    if len(flattened) == len(turns) and all(_flattens(n, heads * size) for n in flattened):
+        for node in flattened:
+            ir.convenience.replace_all_uses_with(node.outputs[0], y)
+        return
+    made = y.producer()
+    assert made is not None
+    reshape = ir.node("Reshape", [y, whole_numbers(graph, f"heads.{heads}.{size}", [0, 0, heads, size])])
+    turn = ir.node(
+        "Transpose", [_typed(reshape.outputs[0], y.dtype, [None, None, heads, size])], {"perm": _HEADS_FIRST}
+    )
+    made.append([reshape, turn])
+    _typed(turn.outputs[0], y.dtype, [None, heads, None, size])
+    ir.convenience.replace_all_uses_with(before, turn.outputs[0])
+
+
+def _turns(node: ir.Node) -> bool:
+    return node.op_type == "Transpose" and tuple(node.attributes["perm"].as_ints()) == _HEADS_FIRST
+
+
+def _flattens(node: ir.Node, width: int) -> bool:
+    shape = node.outputs[0].shape
+    return node.op_type == "Reshape" and shape is not None and len(shape) == 3 and shape[2] == width
+
+
+def _typed(value: ir.Value, dtype: ir.DataType | None, shape: list[Any]) -> ir.Value:
+    value.type = ir.TensorType(dtype) if dtype is not None else None
+    value.shape = ir.Shape(shape)
+    return value

@@ -1,0 +1,107 @@
+"""Logits of the last positions only.
+
+Who generates reads no other, and in a prefill the others are a large share of all multiplications: a vocabulary is many
+times wider than a model. Only who scores a text needs them all, so which are made is an input of the graph,
+
+    num_logits_to_keep  int64 []   logits of that many last positions of the padded batch; 0 for all
+
+by the name that other tools use for it. It has a default, so a program that does not know it need not give it:
+onnxruntime takes an input that is an initializer too as one that may be overridden, and TensorRT as a constant.
+
+That default is all. onnxruntime-genai, which can give no such input, pads a batch on the right and takes each row's
+last logits itself: from a graph that makes those of the last position only it generates after the padding.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from nbl_export.batch.names import ALL_LOGITS, NUM_LOGITS_TO_KEEP
+from nbl_export.graph.io import append_graph, load_graph
+from nbl_export.graph.operators import is_constant, linear_op
+from nbl_export.graph.tensors import external_files, whole_numbers
+from nbl_export.runtime.session import check_like
+
+_DIMENSION = "num_logits"
+# What may stand between the last product and the logits: it works on each number alone.
+_ELEMENTWISE = frozenset({"Cast", "Identity", "Add", "Sub", "Mul", "Div", "Tanh", "Clip"})
+
+
+def keep_logits(model: ir.Model) -> bool:
+    """Give the decoder graph the optional input :data:`NUM_LOGITS_TO_KEEP`; whether it has one now.
+
+    It has none, and is left as it is, where the logits are not made by one product of states [batch, sequence, d]
+    with a constant weight.
+    """
+    graph = model.graph
+    if any(value.name == NUM_LOGITS_TO_KEEP for value in graph.inputs):
+        return True
+    logits = next((v for v in graph.outputs if v.name == "logits"), None)
+    head = _head(logits)
+    states = head.inputs[0] if head is not None else None
+    if logits is None or head is None or states is None or logits.shape is None or len(logits.shape) != 3:
+        return False
+    count = ir.Value(name=NUM_LOGITS_TO_KEEP, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]))
+    count.const_value = ir.tensor(np.array(ALL_LOGITS, dtype=np.int64), name=NUM_LOGITS_TO_KEEP)
+    graph.inputs.append(count)
+    flat, axis, end = (whole_numbers(graph, name, [n]) for name, n in _NUMBERS.items())
+    # -0 is 0: the slice that begins there is the whole.
+    negative = ir.node("Neg", [count])
+    start = ir.node("Reshape", [negative.outputs[0], flat])
+    kept = ir.node("Slice", [states, start.outputs[0], end, axis], name="last_states")
+    kept.outputs[0].name = f"{states.name}.kept"
+    kept.outputs[0].type = states.type
+    # A graph need not say; the product and what follows keep the number of dimensions.
+    if states.shape is not None:
+        kept.outputs[0].shape = ir.Shape([states.shape[0], _DIMENSION, states.shape[2]])
+    graph.insert_before(head, [negative, start, kept])
+    head.replace_input_with(0, kept.outputs[0])
+    for value in _behind(logits, head):
+        if value.shape is not None and len(value.shape) == 3:
+            value.shape = ir.Shape([value.shape[0], _DIMENSION, value.shape[2]])
+    graph.register_initializer(count)
+    return True
+
+
+def keep_logits_of_file(path: Path) -> list[Path]:
+    """:func:`keep_logits` of the graph at ``path``; returns the graph and its data files.
+
+    External weights stay where they are; those inside the graph go to a data file beside it.
+    """
+    check, model = check_like(path), load_graph(path)
+    if kept_head(model) is None and keep_logits(model):
+        return append_graph(model, path, check)
+    return [path, *external_files(model)]
+
+
+def kept_head(model: ir.Model) -> ir.Node | None:
+    """The product that makes the logits of a graph with the input :data:`NUM_LOGITS_TO_KEEP`, or None."""
+    if not any(value.name == NUM_LOGITS_TO_KEEP for value in model.graph.inputs):
+        return None
+    return _head(next((v for v in model.graph.outputs if v.name == "logits"), None))
+
+
+_NUMBERS = {"num_logits.flat": -1, "num_logits.axis": 1, "num_logits.end": np.iinfo(np.int64).max}
+
+
+def _head(logits: ir.Value | None) -> ir.Node | None:
+    chain = _behind(logits, None)
+    node = chain[-1].producer() if chain else None
+    return node if node is not None and linear_op(node) is not None else None
+
+
+def _behind(logits: ir.Value | None, head: ir.Node | None) -> list[ir.Value]:
+    """The logits and what they are made from number by number, back to the output of the last other operator."""
+    found: list[ir.Value] = []
+    value = logits
+    while value is not None:
+        found.append(value)
+        node = value.producer()
+        if node is None or node is head or node.op_type not in _ELEMENTWISE:
+            break
+        moving = [v for v in node.inputs if v is not None and not is_constant(v)]
+        value = moving[0] if len(moving) == 1 else None
+    return found

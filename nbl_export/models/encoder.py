@@ -1,0 +1,68 @@
+"""An encoder as a function of its inputs, by position, to the outputs of its task."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from nbl_export.batch.names import BATCH, MASK, PIXELS, TOKEN_TYPES, TOKENS
+from nbl_export.batch.rows import Inputs
+from nbl_export.models.forward import CachedDecoder
+from nbl_export.models.layers import taken
+from nbl_export.models.pooling import SENTENCE, Pooling, pool
+from nbl_export.models.tasks import Task
+from nbl_export.models.trial import trial
+
+_STATES = "last_hidden_state"
+INPUT_ORDER = (TOKENS, MASK, TOKEN_TYPES, PIXELS)
+
+
+class Encoder(CachedDecoder):
+    """A model as a function of its ``inputs``, by position, to its ``outputs``."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        inputs: tuple[str, ...],
+        outputs: tuple[str, ...],
+        pooling: Pooling | None,
+    ) -> None:
+        super().__init__(model)
+        self.inputs, self.outputs, self.pooling = inputs, outputs, pooling
+
+    # torch.export wants its arguments named; no encoder has more.
+    def forward(
+        self, first: torch.Tensor, second: torch.Tensor | None = None, third: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        given = dict(zip(self.inputs, (first, second, third), strict=False))
+        output: Any = self.model(**given, **self._positions(first))
+        found = {name: output[name] for name in self.outputs if name != SENTENCE}
+        if self.pooling is not None:
+            mask = given[MASK]
+            assert mask is not None  # only text is pooled
+            found[SENTENCE] = pool(self.pooling, output[_STATES], mask)
+        return tuple(found[name] for name in self.outputs)
+
+    def _positions(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Positions of every row: left to itself a rotary model makes one row, which RotaryEmbedding does not take."""
+        rotary = any("rotary" in type(m).__name__.lower() for m in self.model.modules())
+        if not rotary or PIXELS in self.inputs:
+            return {}
+        places = torch.arange(ids.shape[1], device=ids.device)[None].expand(ids.shape)
+        return taken(self.model, position_ids=places)
+
+
+def encoder_outputs(
+    model: torch.nn.Module, task: Task, pooling: Pooling | None
+) -> dict[str, tuple[str, ...]]:
+    """What a graph of ``model`` gives, with the dimensions that vary."""
+    given = set(trial(model).outputs)
+    found = {name: dims for name, dims in task.outputs.items() if name in given}
+    return found | ({SENTENCE: (BATCH,)} if pooling else {})
+
+
+def encoder_of(model: torch.nn.Module, task: Task, pooling: Pooling | None, inputs: Inputs) -> Encoder:
+    """``model`` as a function of the inputs that the batch ``inputs`` names."""
+    names = tuple(name for name in INPUT_ORDER if name in inputs)
+    return Encoder(model, names, tuple(encoder_outputs(model, task, pooling)), pooling)

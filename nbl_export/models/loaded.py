@@ -1,0 +1,74 @@
+"""A model and what reads its inputs, loaded when first asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+
+from nbl_export.models.pooling import Pooling, find_pooling
+from nbl_export.models.source import ModelSource
+from nbl_export.models.tasks import Task, task_named
+from nbl_export.progress import Listener
+
+
+class LoadedModel:
+    """A model and its tokenizer or image processor, loaded when first asked for and then kept for the run."""
+
+    def __init__(self, source: ModelSource, listener: Listener) -> None:
+        self.source = source
+        self._listener = listener
+        self._model: torch.nn.Module | None = None
+        # A copy lives as long as somebody works with it: later stages need the room.
+        self._copies: WeakValueDictionary[str, torch.nn.Module] = WeakValueDictionary()
+        self._tokenizer: Any = None
+        self._processor: Any = None
+
+    @property
+    def task(self) -> Task:
+        return task_named(self.source.task)
+
+    @property
+    def pooling(self) -> Pooling | None:
+        """How a text encoder's states become one vector; None if its folder does not say."""
+        return None if self.task.causal else find_pooling(Path(self.source.path))
+
+    @property
+    def model(self) -> torch.nn.Module:
+        if self._model is None:
+            from nbl_export.models.load import load_model
+
+            with self._listener.task(f"Loading {Path(self.source.source).name}", 1, "model") as task:
+                self._model = load_model(self.source)
+                task.advance(1)
+        return self._model
+
+    def in_dtype(self, dtype: str) -> torch.nn.Module:
+        """The model in ``dtype``, a copy unless that is float32; ``auto`` is what this machine runs fastest."""
+        from nbl_export.models.load import fast_dtype, in_precision
+
+        dtype = fast_dtype() if dtype == "auto" else dtype
+        if dtype == "float32":
+            return self.model
+        copy = self._copies.get(dtype)
+        if copy is None:
+            copy = self._copies[dtype] = in_precision(self.model, dtype)
+        return copy
+
+    @property
+    def tokenizer(self) -> Any:
+        if self._tokenizer is None:
+            from nbl_export.models.load import load_tokenizer
+
+            self._tokenizer = load_tokenizer(self.source)
+        return self._tokenizer
+
+    @property
+    def image_processor(self) -> Any:
+        if self._processor is None:
+            from nbl_export.models.load import load_image_processor
+
+            self._processor = load_image_processor(self.source)
+        return self._processor

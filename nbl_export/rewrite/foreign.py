@@ -1,0 +1,63 @@
+"""Rewrite a graph that somebody else exported, by a plan: no model is loaded, no output folder of ours needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nbl_export.errors import InputError, os_error_in_words
+from nbl_export.export.sidecars import copy_sidecars, graph_in, sidecars_of, updated_configs
+from nbl_export.files import write_json
+from nbl_export.graph.io import load_graph
+from nbl_export.graph.tensors import external_files
+from nbl_export.linearize.plan import load_plan
+from nbl_export.progress import Listener
+from nbl_export.rewrite.replace import linearized_layers, rewrite_file, rewrite_summary
+from nbl_export.workspace import Workspace, is_workspace
+
+if TYPE_CHECKING:
+    from nbl_export.rewrite.replace import RewriteResult
+
+
+def rewrite_foreign(
+    onnx: Path, plan: Path, out: Path | None, in_place: bool = False, listener: Listener | None = None
+) -> RewriteResult:
+    """Rewrite the decoder ``onnx``, a file or a folder, by ``plan`` into the folder ``out``, or in place.
+
+    Configurations and tokenizer come along, told what changed; ``nbl/rewrite.json`` says what was done.
+    Raises :class:`InputError` or :class:`BuildError`; then nothing was changed.
+    """
+    source = graph_in(onnx)
+    if in_place == (out is not None):
+        raise InputError(
+            "Say where the rewritten graph goes: --output OUT for a new folder, or --in-place; not both, and not "
+            "neither."
+        )
+    folder = source.parent if out is None else out
+    _check_folder(folder, source, in_place)
+    loaded = load_plan(plan)
+    model = load_graph(source)
+    # Named and told before anything is written: in place, the graph's own data would change under them.
+    beside = updated_configs(sidecars_of(source, external_files(model)), loaded.chosen, loaded.kept)
+    try:
+        if in_place and linearized_layers(model) == loaded.chosen:
+            copy_sidecars(beside, folder)  # an interrupt may have come between graph and configurations
+        result = rewrite_file(source, loaded, folder / source.name, in_place, listener)
+        copy_sidecars(beside, folder)
+        summary = folder / Workspace(folder).rewrite_summary.relative_to(folder)
+        write_json(summary, {"source": source.name, **rewrite_summary(result, loaded)})
+    except OSError as error:
+        raise os_error_in_words(error, "while rewriting") from error
+    return result
+
+
+def _check_folder(folder: Path, source: Path, in_place: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; --output must be a folder.")
+    if not in_place and folder.resolve() == source.parent.resolve():
+        raise InputError(f"{folder} is where the graph lies: choose another --output, or say --in-place.")
+    if is_workspace(folder):
+        raise InputError(
+            f"{folder} is an output folder of nbl-export: choose another --output, or run "
+            f"`nbl-export rewrite {folder}`."
+        )

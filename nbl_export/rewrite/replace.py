@@ -1,0 +1,351 @@
+"""Replace planned attention by MatMul + Add in the graph: find, prove, replace, count.
+
+    before                                        after
+    h ─► norm ─► q,k,v ─► rope ─► core ─► o ─►+   h ─► norm ─► MatMul(Wᵀ) ─► Add(b) ─►+
+    │              past/present K,V           │   │                                   │
+    └─────────────────────────────────────────┘   └───────────────────────────────────┘
+
+1. Find (:mod:`.regions`) every layer's u and y; a planned layer without a region is an error.
+2. Prove (:mod:`.prove`) them numerically against PyTorch's activations.
+3. Replace y by MatMul(u, Wᵀ) + b, with a MatMul for each factor of a W of low rank; remove what is dead, the
+   layers' KV pairs included; renumber.
+4. Count: exactly K regions and K KV pairs gone, no dead node or initializer left, the checker and
+   strict shape inference pass, and the written layers compute W u + b. Anything else is an error and
+   nothing is written over.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from dataclasses import replace as replace_fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from nbl_export.batch.names import PIXELS
+from nbl_export.errors import BuildError, InputError
+from nbl_export.files import jsonable
+from nbl_export.graph.cache import KV_LAYERS_KEY, kv_pairs, metadata_list, remove_pairs
+from nbl_export.graph.io import (
+    GraphSummary,
+    append_graph,
+    load_graph,
+    save_graph,
+    summarize,
+)
+from nbl_export.graph.precision import graph_precision
+from nbl_export.graph.regions import AttentionRegion, Output, Refusal, find_regions
+from nbl_export.graph.types import infer_types
+from nbl_export.graph.weights import weight_bits
+from nbl_export.linearize.plan import LinearLayer, Plan
+from nbl_export.progress import Listener, Silent, bytes_task
+from nbl_export.rewrite.adapt import merge_adapters
+from nbl_export.rewrite.prove import PROOF_TOLERANCE, Proof, confirm, proofs_as_json, prove, without_later
+from nbl_export.rewrite.quantize import product
+from nbl_export.runtime.session import check_like
+
+LAYERS_KEY = "nbl_export.layers"
+VERSION_KEY = "nbl_export.version"
+
+
+@dataclass(frozen=True)
+class RewriteResult:
+    """What was done: the graph before and after, the proof of each layer, and the files written."""
+
+    before: GraphSummary
+    after: GraphSummary
+    proofs: dict[int, Proof]
+    files: list[Path]
+
+
+def rewrite_file(
+    source: Path, plan: Plan, target: Path, in_place: bool = False, listener: Listener | None = None
+) -> RewriteResult:
+    """Rewrite the graph at ``source`` by ``plan`` and write it to ``target``.
+
+    ``in_place`` keeps the data files of ``source``, which ``target`` must be, and appends the new weights.
+    Raises :class:`InputError` if ``source`` is unreadable, already rewritten or of another model, and
+    :class:`BuildError` if a planned layer is not found, not proven, or the counts do not come out.
+    """
+    model = load_graph(source)
+    if LAYERS_KEY in model.metadata_props:
+        raise InputError(f"{source} is already rewritten: rewrite the original graph instead.")
+    check_file = check_like(source)
+    before = summarize(model, source)
+    RemoveUnusedNodesPass()(model)  # what nobody reads is in nobody's way
+    found = find_regions(model)
+    regions = _planned(model, found, plan)
+    listener = listener or Silent()
+    with bytes_task(listener, "Proving the regions", before.file_bytes) as done:
+        proofs = prove(source, model, regions, plan, done)
+    tolerance = PROOF_TOLERANCE[graph_precision(model).name]
+    proven = [p for p in proofs.values() if p.holds(tolerance)]
+    replace(model, {r.layer: r for r in regions}, proofs, plan)
+    merge_adapters(model, plan.adapters)
+    _describe(model, proven, plan, cached=before.kv_pairs > 0)
+
+    def check(written: Path) -> None:
+        check_file(written)
+        result = load_graph(written)
+        count(result, before, summarize(result, written), plan, len(found))
+        confirm(written, proofs, plan, {layer: linear_output_name(layer) for layer in plan.chosen})
+
+    with bytes_task(listener, "Writing the graph", before.file_bytes) as done:
+        files = (append_graph if in_place else save_graph)(model, target, check, done)
+    return RewriteResult(before, summarize(load_graph(target), target), proofs, files)
+
+
+def rewrite_summary(result: RewriteResult, plan: Plan) -> dict[str, Any]:
+    """What was done, for a JSON file."""
+    summary = {
+        "before": result.before.as_json(),
+        "after": result.after.as_json(),
+        "kv_layers": list(plan.kept),
+        "proofs": proofs_as_json(result.proofs),
+    }
+    return dict(jsonable(summary))
+
+
+def linearized_layers(model: ir.Model) -> tuple[int, ...]:
+    """The layers that a rewrite made linear, by the graph's metadata; empty for a graph that was not rewritten."""
+    described = metadata_list(model, LAYERS_KEY)
+    return tuple(row["layer"] for row in described if isinstance(row, dict) and row.get("kind") == "linear")
+
+
+def _planned(
+    model: ir.Model, found: Sequence[AttentionRegion | Refusal], plan: Plan
+) -> list[AttentionRegion]:
+    """The regions ``found`` in the graph, under the numbers that the plan gives their layers."""
+    if any(value.name == PIXELS for value in model.graph.inputs):
+        found = found[: plan.layer_count]  # an attention after the last layer pools the image
+    if not found:
+        raise InputError(
+            "The graph has no attention that nbl-export knows: it is no decoder, or rewritten already."
+        )
+    layers = plan.candidates
+    if len(found) != len(layers):
+        raise InputError(
+            f"The graph has {len(found)} attention layers, the plan is for {len(layers)}: it is of another model."
+        )
+    _check_names(model, plan)
+    # A graph numbers its attention, or all layers of the model, some of which may have none.
+    numbers = tuple(entry.layer for entry in found)
+    if numbers not in (layers, tuple(range(len(layers)))):
+        raise InputError(
+            f"The graph's caches are numbered up to {max(numbers)}, the plan is for {len(layers)} layers: it is of "
+            "another model."
+        )
+    regions = []
+    for layer, other in zip(layers, found, strict=True):
+        entry = replace_fields(other, layer=layer)
+        if isinstance(entry, AttentionRegion):
+            regions.append(entry)
+        elif entry.layer in plan.layers:
+            raise BuildError(f"The graph cannot be rewritten: {entry}.")
+    return regions
+
+
+def _check_names(model: ir.Model, plan: Plan) -> None:
+    ours = tuple(f"{linear_output_name(layer).rpartition('.')[0]}." for layer in plan.chosen)
+    made = (v.name for node in model.graph for v in node.outputs)
+    for name in (*model.graph.initializers, *made):
+        if name and name.startswith(ours):
+            raise InputError(f"The graph has a tensor {name} already, as if it were rewritten: rename it.")
+
+
+def replace(
+    model: ir.Model, regions: Mapping[int, AttentionRegion], proofs: Mapping[int, Proof], plan: Plan
+) -> None:
+    """Step 3, in place: planned layers become MatMul + Add, their KV pairs go."""
+    pairs = kv_pairs(model)
+    untyped = [v for node in model.graph for v in node.outputs if v.type is None and v.shape is None]
+    infer_types(model)
+    for layer in plan.chosen:
+        proof = proofs[layer]
+        assert proof.u is not None and proof.y is not None  # proven layers have both
+        _insert(model, layer, proof.u, proof.y, regions[layer].projection, plan)
+    RemoveUnusedNodesPass()(model)
+    # The n-th pair is of the n-th layer that has attention.
+    gone = [p.index for p, layer in zip(pairs, plan.candidates, strict=False) if layer in plan.layers]
+    remove_pairs(model, gone, pairs)
+    for value in untyped:  # what was inferred is not the graph's to keep
+        if not value.is_graph_output():
+            value.type = value.shape = None
+    model.graph.sort()
+    for layer in plan.chosen:
+        for node in regions[layer].maps:
+            if node.graph is not None and (
+                left := next((u.node for v in node.outputs for u in v.uses()), None)
+            ):
+                raise BuildError(
+                    f"Layer {layer} cannot be removed: {left.op_type} ({left.name}) still reads what its "
+                    f"{node.op_type} ({node.name}) writes."
+                )
+
+
+def linear_output_name(layer: int) -> str:
+    """The tensor that a linearized layer writes."""
+    return f"layers.{layer}.nbl_linear.output"
+
+
+@dataclass(frozen=True)
+class _StoredWeight:
+    """W of one layer of a plan, or a factor of it, read when it is called for; ``part`` begins what is named for it."""
+
+    plan: Plan
+    layer: int
+    name: str
+    shape: tuple[int, int]
+    part: str = ""
+
+    def __call__(self) -> NDArray[np.float32]:
+        weight: NDArray[np.float32] = getattr(self.plan.layers[self.layer], self.name)
+        return weight
+
+
+def _factors(plan: Plan, layer: int) -> list[_StoredWeight]:
+    """What u is multiplied by, one after the other: W, or the factors of a W of low rank."""
+    d, rank = plan.hidden_size, plan.rank
+    if rank is None:
+        return [_StoredWeight(plan, layer, "w", (d, d))]
+    return [
+        _StoredWeight(plan, layer, "down", (rank, d), "down_"),
+        _StoredWeight(plan, layer, "up", (d, rank)),
+    ]
+
+
+def _insert(model: ir.Model, layer: int, u: ir.Value, output: Output, neighbour: ir.Node, plan: Plan) -> None:
+    prefix, y = f"layers.{layer}.nbl_linear", output.value
+    if y.is_graph_output():
+        raise BuildError(
+            f"Layer {layer} cannot be replaced: {y.name}, what its attention writes, is an output of the graph."
+        )
+    linear = plan.layers[layer]
+    b = without_later(output, linear.b)  # what is added after y is not to be added twice
+    quantized = bool(weight_bits(neighbour))
+    dtype = _compute_dtype(u, y, linear, quantized)
+
+    def initialize(
+        name: str,
+        numbers: NDArray[Any] | Callable[[], NDArray[Any]],
+        dtype: ir.DataType,
+        shape: tuple[int, ...] | None = None,
+        part: str = "",
+    ) -> ir.Value:
+        name = f"{prefix}.{part}{name}"
+        tensor: ir.TensorProtocol
+        if callable(numbers):
+            assert shape is not None
+            tensor = ir.LazyTensor(
+                lambda: ir.tensor(numbers().astype(dtype.numpy()), dtype=dtype),
+                dtype=dtype,
+                shape=ir.Shape(shape),
+                name=name,
+            )
+        else:
+            tensor = ir.tensor(numbers.astype(dtype.numpy()), dtype=dtype, name=name)
+        value = ir.Value(
+            name=name,
+            const_value=tensor,
+            shape=ir.Shape(shape or tensor.numpy().shape),
+            type=ir.TensorType(dtype),
+        )
+        model.graph.register_initializer(value)
+        return value
+
+    def typed(node: ir.Node, name: str, to: ir.DataType) -> ir.Value:
+        value = node.outputs[0]
+        value.name, value.type, value.shape = f"{prefix}.{name}", ir.TensorType(to), y.shape
+        return value
+
+    nodes, x = [], u
+    if u.dtype != dtype:
+        nodes.append(ir.node("Cast", [u], {"to": int(dtype)}, name=f"{prefix}.cast_input"))
+        x = typed(nodes[0], "input", dtype)
+        x.shape = u.shape
+    for factor in _factors(plan, layer):
+        nodes += product(x, factor, dtype, neighbour, partial(initialize, part=factor.part))
+        nodes[-1].name = f"{prefix}.{factor.part}matmul"
+        x = typed(nodes[-1], f"{factor.part}product", dtype)
+        if y.shape is not None:
+            x.shape = ir.Shape([*y.shape[:-1], factor.shape[0]])
+    add = ir.node("Add", [x, initialize("bias", b, dtype)], name=f"{prefix}.add")
+    nodes.append(add)
+    result = typed(add, "output", dtype)
+    if y.dtype is not None and y.dtype != dtype:
+        result.name = f"{prefix}.sum"
+        nodes.append(ir.node("Cast", [result], {"to": int(y.dtype)}, name=f"{prefix}.cast_output"))
+        result = typed(nodes[-1], "output", y.dtype)
+    assert result.name == linear_output_name(layer)
+    producer = y.producer()
+    assert producer is not None
+    producer.append(nodes)
+    ir.convenience.replace_all_uses_with(y, result)
+
+
+def _compute_dtype(u: ir.Value, y: ir.Value, linear: LinearLayer, quantized: bool) -> ir.DataType:
+    """The dtype of what the map reads, or float32 if its numbers do not fit into that."""
+    dtype = u.dtype or ir.DataType.FLOAT
+    if y.dtype == ir.DataType.FLOAT and not quantized:
+        return y.dtype
+    if dtype == ir.DataType.FLOAT16:
+        read = (linear.w, linear.b) if linear.down is None else (linear.down, linear.up, linear.b)
+        largest = max(float(np.abs(a).max(initial=0)) for a in read if a is not None)
+        if largest > float(np.finfo(np.float16).max):
+            return ir.DataType.FLOAT
+    return dtype
+
+
+def _describe(model: ir.Model, proofs: Sequence[Proof], plan: Plan, cached: bool) -> None:
+    from nbl_export import __version__
+
+    rows = []
+    for proof in proofs:
+        assert proof.u is not None and proof.y is not None  # proven layers have both
+        linear = proof.layer in plan.layers
+        rows.append(
+            {
+                "layer": proof.layer,
+                "kind": "linear" if linear else "attention",
+                "input": str(proof.u.name),
+                "output": linear_output_name(proof.layer) if linear else str(proof.y.value.name),
+            }
+        )
+    model.metadata_props[LAYERS_KEY] = json.dumps(rows)
+    # A graph without a cache has no pairs to name.
+    model.metadata_props[KV_LAYERS_KEY] = json.dumps(list(plan.kept) if cached else [])
+    model.metadata_props[VERSION_KEY] = __version__
+
+
+def count(
+    model: ir.Model, before: GraphSummary, after: GraphSummary, plan: Plan, found: int | None = None
+) -> None:
+    """Step 4: raises :class:`BuildError` unless exactly what was planned has changed.
+
+    ``found`` are the attention layers that there were before, those of the plan where it is None.
+    """
+    k = len(plan.layers)
+    cached = k if before.kv_pairs else 0
+    regions = len(find_regions(model))
+    expected = {
+        "attention layers": (regions, len(plan.kept) if found is None else found - k),
+        "KV pairs": (after.kv_pairs, before.kv_pairs - cached),
+        "inputs": (after.inputs, before.inputs - 2 * cached),
+        "outputs": (after.outputs, before.outputs - 2 * cached),
+        "dead initializers": (sum(not v.uses() for v in model.graph.initializers.values()), 0),
+        "dead nodes": (sum(not _is_read(node) for node in model.graph), 0),
+    }
+    for what, (has, wanted) in expected.items():
+        if has != wanted:
+            raise BuildError(f"The rewritten graph has {has} {what}, expected {wanted}: nothing to rely on.")
+
+
+def _is_read(node: ir.Node) -> bool:
+    return any(v.uses() or v.is_graph_output() for v in node.outputs)

@@ -1,0 +1,110 @@
+"""Sessions of ONNX Runtime, and its errors as sentences."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from nbl_export.errors import BuildError, InputError, MissingDependencyError
+from nbl_export.graph.io import check_file, passes_checker
+
+
+def require_onnxruntime() -> Any:
+    """The onnxruntime module, or an error with the pip line to type."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise MissingDependencyError(
+            "onnxruntime is not installed: pip install 'nbl-export[cpu]' (or 'nbl-export[gpu]' for CUDA; never both)."
+        ) from None
+    return onnxruntime
+
+
+CPU = "CPUExecutionProvider"
+
+
+def data_folder(folder: Path | None) -> dict[str, str]:
+    """The session configuration for a graph handed over as bytes whose external data lies in ``folder``."""
+    return {"session.model_external_initializers_file_folder_path": str(folder)} if folder else {}
+
+
+def session_options(config: Mapping[str, str] | None = None) -> Any:
+    """Options of every session: all cores, ``config`` (onnxruntime's configuration entries), and no log.
+
+    Its errors are raised too, and become a sentence here.
+    """
+    options = require_onnxruntime().SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = os.cpu_count() or 1
+    for key, value in (config or {}).items():
+        options.add_session_config_entry(key, value)
+    return options
+
+
+def session(
+    path: Path,
+    config: Mapping[str, str] | None = None,
+    provider: str = CPU,
+    rounded: bool = True,
+    model: ir.Model | None = None,
+    profile: Path | None = None,
+) -> Any:
+    """An inference session of the graph at ``path`` on one provider; on the CPU with all cores.
+
+    ``config`` are onnxruntime's session configuration entries. On the CPU a half graph is run by its
+    stand-in (:mod:`nbl_export.graph.half_emulation`), which rounds as the graph says; ``rounded=False`` runs the
+    file itself. ``model`` is the graph at ``path`` where it was read already; a half one is changed in place.
+    ``profile`` is what the name of a profile begins with, if one is to be written.
+    Raises :class:`InputError` if onnxruntime does not take it.
+    """
+    from nbl_export.graph.half_emulation import compute_in_float32, needs_emulation
+    from nbl_export.graph.io import load_graph
+    from nbl_export.graph.tensors import follow_links
+
+    ort = require_onnxruntime()
+    model = load_graph(path) if model is None else model
+    source: str | bytes = str(path)
+    if provider == CPU and rounded and needs_emulation(model):
+        config = {**(config or {}), **data_folder(follow_links(model))}
+        compute_in_float32(model)
+        source = ir.to_proto(model).SerializeToString()
+    options = session_options(config)
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
+    try:
+        return ort.InferenceSession(source, options, providers=list(dict.fromkeys((provider, CPU))))
+    except Exception as error:  # onnxruntime's exceptions have no common base class
+        first = str(error).splitlines()[0]
+        raise InputError(f"onnxruntime does not load {path}: {first}") from None
+
+
+def check_loads(path: Path) -> None:
+    """Raise :class:`BuildError` if onnxruntime does not load the graph at ``path``; weights are not read."""
+    ort = require_onnxruntime()
+    options = session_options({"session.disable_prepacking": "1"})
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        ort.InferenceSession(str(path), options, providers=[CPU])
+    except Exception as error:  # onnxruntime's exceptions have no common base class
+        raise BuildError(f"{path} does not load in onnxruntime: {str(error).splitlines()[0]}") from error
+
+
+def check_like(source: Path) -> Callable[[Path], None]:
+    """The check of a file that is made from the graph at ``source``; it raises :class:`BuildError`.
+
+    ONNX's own where ``source`` passes it. It refuses operators that onnxruntime adds to ONNX's domain: then
+    onnxruntime, which knows its own, must load the file.
+    """
+    return check_file if passes_checker(source) else check_loads
+
+
+def run_session(session: Any, outputs: Sequence[str], feeds: Mapping[str, Any]) -> list[Any]:
+    """``outputs`` of a session; raises :class:`InputError` where an operator does not take what it is given."""
+    try:
+        return list(session.run(outputs, feeds))
+    except Exception as error:  # onnxruntime's exceptions have no common base class
+        raise InputError(f"onnxruntime does not run the graph: {str(error).splitlines()[0]}") from None

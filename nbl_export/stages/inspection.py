@@ -1,0 +1,221 @@
+"""`nbl-export inspect`: what a file or an output folder holds, as tables. Loads no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nbl_export.errors import InputError
+from nbl_export.files import read_json
+from nbl_export.report.drawing import Table, mebibytes
+from nbl_export.report.tables import engines_table, graph_table, layers_table
+from nbl_export.tensorfile import format_of
+from nbl_export.workspace import ENGINE_SUFFIX as ENGINE
+from nbl_export.workspace import STAGES, Workspace, is_workspace
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+def inspect_path(path: Path) -> list[Table]:
+    """Tables for an ONNX file, an engine, a plan, moments or an output folder; else an :class:`InputError`."""
+    if not path.exists():
+        raise InputError(f"{path} does not exist.")
+    if path.is_dir():
+        if is_workspace(path):
+            return _folder(path)
+        from nbl_export.export.sidecars import graph_in
+
+        return _onnx(graph_in(path))
+    if path.suffix == ".onnx":
+        return _onnx(path)
+    if path.suffix == ENGINE:
+        return _engine(path)
+    if path.suffix in (".json", ".safetensors"):
+        kind = _kind(path)
+        if kind.startswith("nbl-export/engine"):
+            return _engine(path.with_suffix(ENGINE))
+        if kind.startswith("nbl-export/plan"):
+            return _plan(path)
+        if kind.startswith("nbl-export/moments"):
+            return _moments(path)
+    raise InputError(
+        f"{path} is no ONNX file, engine, plan, moments file or output folder that nbl-export knows."
+    )
+
+
+def _kind(path: Path) -> str:
+    if path.suffix == ".json":
+        header = read_json(path, "The file", "check its path")
+        return str(header.get("format", "")) if isinstance(header, dict) else ""
+    return format_of(path)
+
+
+def _onnx(path: Path) -> list[Table]:
+    from nbl_export.graph.io import load_graph, summarize
+    from nbl_export.rewrite.replace import LAYERS_KEY
+
+    model = load_graph(path)
+    s = summarize(model, path)
+    facts = (
+        ("size on disk", mebibytes(s.file_bytes)),
+        ("parameters", f"{s.parameters:,}"),
+        ("opsets", ", ".join(f"{k or 'ai.onnx'} {v}" for k, v in sorted(model.opset_imports.items()))),
+        ("producer", model.producer_name or "not said"),
+        ("nodes", f"{s.nodes:,}"),
+        ("inputs / outputs", f"{s.inputs} / {s.outputs}"),
+        ("KV pairs", str(s.kv_pairs)),
+        ("rewritten by nbl-export", "yes" if LAYERS_KEY in model.metadata_props else "no"),
+    )
+    ops = tuple((op, f"{count:,}") for op, count in s.ops.items())
+    return [Table(str(path), ("", "value"), facts), Table("Ops", ("op", "count"), ops), _regions(model)]
+
+
+def _regions(model: ir.Model) -> Table:
+    """The attention that a graph has, and what of it was linearized."""
+    from nbl_export.graph.cache import kv_layers, kv_pairs, metadata_list
+    from nbl_export.graph.regions import AttentionRegion, find_regions
+    from nbl_export.graph.weights import weight_format
+    from nbl_export.rewrite.replace import LAYERS_KEY
+
+    described = metadata_list(model, LAYERS_KEY)
+    rows = {
+        r["layer"]: (str(r["layer"]), "linear", "", "none", "done already")
+        for r in described
+        if r["kind"] == "linear"
+    }
+    pairs = {pair.index: pair for pair in kv_pairs(model)}
+    found = find_regions(model)
+    # Without a cache the attention that is left is numbered from 0 on.
+    left = (i for i in range(len(found) + len(rows)) if i not in rows)
+    layers = dict(enumerate(kv_layers(model) if pairs else left))
+    for region in found:
+        layer = layers.get(region.layer, region.layer)
+        pair = pairs.get(region.layer)
+        cache = str(pair.past[0].name) if pair else "none"
+        if isinstance(region, AttentionRegion):
+            how, stored = f"{region.style}, {region.ops} nodes", weight_format(region.projection)
+            facts = (how, stored, cache, "yes")
+        else:
+            facts = ("", "", cache, f"no: {region.check} (found: {region.found})")
+        rows[layer] = (str(layer), *facts)
+    header = ("layer", "attention", "weights", "KV cache", "rewritable")
+    return Table("Attention", header, tuple(rows[layer] for layer in sorted(rows)))
+
+
+def _engine(path: Path) -> list[Table]:
+    from nbl_export.engine.gpu import find_gpu
+    from nbl_export.engine.manifest import check_runs, load_manifest
+    from nbl_export.errors import NblError
+
+    manifest = load_manifest(path)
+    try:
+        here = f"yes, on {check_runs(manifest, gpu := find_gpu()) and gpu and gpu.name}"
+    except NblError as reason:
+        here = f"no: {reason}"
+    facts = (
+        ("role", manifest.role),
+        ("linearized layers", ", ".join(map(str, manifest.linear_layers)) or "none"),
+        ("KV pairs are of layers", ", ".join(map(str, manifest.kv_layers)) or "none"),
+        ("built by", f"{manifest.created_by} with {manifest.library} {manifest.library_version}"),
+        ("runs here", here),
+        *((f"SHA-256 of {name}", digest) for name, digest in manifest.hashes.items()),
+    )
+    shapes = tuple(
+        (f"{profile['name']}: {name}", *("×".join(map(str, shape)) for shape in three))
+        for profile in manifest.profiles
+        for name, three in profile["shapes"].items()
+        if not name.startswith("past_key_values.") or name == "past_key_values.0.key"
+    )
+    tensors = tuple(
+        (t["name"], t["dtype"], "×".join("?" if d < 0 else str(d) for d in t["shape"]))
+        for side in ("inputs", "outputs")
+        for t in manifest.network[side]
+    )
+    return [
+        engines_table([manifest.as_json()]),
+        Table(str(path), ("", "value"), facts),
+        Table("Profiles", ("", "least", "optimum", "most"), shapes),
+        Table("Inputs and outputs", ("", "dtype", "shape"), tensors),
+    ]
+
+
+def _plan(path: Path) -> list[Table]:
+    from nbl_export.linearize.plan import load_plan
+
+    plan = load_plan(path)
+    facts = (
+        ("model fingerprint", plan.model[:16]),
+        ("layers", str(plan.layer_count)),
+        ("hidden size", str(plan.hidden_size)),
+        ("linearized", ", ".join(map(str, plan.chosen)) or "none"),
+        ("criterion", plan.criterion),
+        ("fit input", plan.fit_input),
+        ("fit", plan.fit),
+        ("ridge", "by held-out error" if plan.ridge is None else f"{plan.ridge:g}"),
+        ("repair", f"{plan.repair:,} steps" if plan.repair else "none"),
+        ("rank", "whole" if plan.rank is None else str(plan.rank)),
+        ("calibration tokens", f"{plan.calibration_tokens:,}"),
+    )
+    return [Table(str(path), ("", "value"), facts)]
+
+
+def _moments(path: Path) -> list[Table]:
+    from nbl_export.calibrate.moments import load_moments
+
+    moments, metadata = load_moments(path)
+    rows = tuple(
+        (
+            str(i),
+            f"{m.n:,}",
+            f"{m.xx.trace() / m.n:.4g}",
+            f"{m.hh.trace() / m.n:.4g}",
+            f"{m.yy.trace() / m.n:.4g}",
+        )
+        for i, m in moments.layers.items()
+    )
+    note = f"Of the model {metadata['model'][:16]}. Energies are mean squared norms per token."
+    columns = ("layer", "tokens", "energy of x (normed)", "energy of h (stream)", "energy of y (output)")
+    return [Table(str(path), columns, rows, note)]
+
+
+def _folder(path: Path) -> list[Table]:
+    workspace = Workspace.open(path)
+    info = workspace.model_info or {}
+    rows = []
+    for stage in STAGES:
+        record = workspace.record(stage)
+        if record is None:
+            rows.append((stage, "not yet", "", ""))
+        else:
+            damaged = workspace.damaged_file(record)
+            state = f"damaged: {damaged}" if damaged else "done"
+            rows.append((stage, state, f"{record.seconds:.1f}", _settings(record.settings)))
+    proofs: list[dict[str, float]] = []
+    tables = [
+        Table(f"{path}: {info.get('source', '?')}", ("stage", "state", "seconds", "settings"), tuple(rows))
+    ]
+    summary = workspace.rewrite_summary
+    if workspace.record("rewrite") and summary.exists():
+        graph = read_json(summary, "The record of the rewrite", "run `nbl-export rewrite` again")
+        tables.append(graph_table(graph["before"], graph["after"]))
+        proofs = graph["proofs"]
+    if workspace.record("select"):
+        from nbl_export.linearize.plan import load_plan
+
+        scores = read_json(
+            workspace.candidates, "The file of the layers' scores", "run `nbl-export select` again"
+        )
+        plan = load_plan(workspace.plan)
+        tables.append(layers_table({"layers": plan.chosen, "criterion": plan.criterion, **scores}, proofs))
+    return tables
+
+
+def _settings(settings: dict[str, object]) -> str:
+    def shown(value: object) -> str:
+        if isinstance(value, dict):
+            return ",".join(f"{k}:{v}" for k, v in value.items() if v is not None)
+        return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+    texts = ((k, shown(v)) for k, v in settings.items() if v is not None)
+    return " ".join(f"{k}={text}" for k, text in texts if text)

@@ -1,0 +1,94 @@
+"""How fast the graph is with K linear layers: the baseline rewritten for a few K, each timed against it in turn."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nbl_export.errors import BudgetError
+from nbl_export.progress import Listener
+
+if TYPE_CHECKING:
+    from nbl_export.linearize.plan import LinearLayer, Plan
+    from nbl_export.workspace import Workspace
+
+# The prompt that K curves are timed with, and the rounds of base and linearized in turn.
+CONTEXT, ROUNDS = 512, 5
+
+
+@dataclass(frozen=True)
+class Speedups:
+    """Of the graph with K linear layers over the unmodified one; ``decode`` is None without a KV cache."""
+
+    prefill: float
+    decode: float | None
+
+    @property
+    def least(self) -> float:
+        return self.prefill if self.decode is None else min(self.prefill, self.decode)
+
+
+class SpeedMeter:
+    """Measures K by K, each once; ``plan`` is one without layers, ``layers(k)`` are the maps of K."""
+
+    def __init__(
+        self,
+        ws: Workspace,
+        plan: Plan,
+        layers: Callable[[int], Mapping[int, LinearLayer]],
+        positions: int | None,
+        listener: Listener,
+    ) -> None:
+        self._ws, self._plan, self._layers, self._listener = ws, plan, layers, listener
+        self.context = min(CONTEXT, (positions or CONTEXT + 1) - 1)
+        self.found: dict[int, Speedups] = {}
+
+    @property
+    def missing(self) -> str | None:
+        """Why nothing can be timed; None if it can."""
+        from nbl_export.graph.half_emulation import UNTIMED, needs_emulation
+        from nbl_export.graph.io import load_graph
+
+        if self._ws.record("export") is None:
+            return f"the model is not exported yet (nbl-export export {self._ws.root})"
+        if needs_emulation(load_graph(self._ws.baseline)):
+            return UNTIMED
+        return None
+
+    def __call__(self, k: int) -> Speedups:
+        from nbl_export.rewrite.replace import rewrite_file
+        from nbl_export.verify.speed.pair import measure_speed
+
+        if k not in self.found:
+            plan = replace(self._plan, layers=self._layers(k))
+            with tempfile.TemporaryDirectory(dir=self._ws.nbl, prefix=f".k{k}.", suffix=".nbl.tmp") as folder:
+                graph = Path(folder) / self._ws.model.name
+                rewrite_file(self._ws.baseline, plan, graph, listener=self._listener)
+                speed = measure_speed(self._ws.baseline, graph, [self.context], ROUNDS, self._listener)
+            by_phase = {cell.phase: cell.speedup for cell in speed.cells}
+            self.found[k] = Speedups(by_phase["prefill"], by_phase.get("decode"))
+        return self.found[k]
+
+    def least_k(self, wanted: float, most: int) -> int:
+        """The smallest K up to ``most`` whose prefill and decode are ``wanted`` times as fast, by bisection.
+
+        What K layers save grows with K. Raises :class:`BudgetError` if not even ``most`` are enough.
+        """
+        if (best := self(most).least) < wanted:
+            raise BudgetError(
+                f"--min-speedup {wanted:g} is out of reach at {self.context} tokens: {most} linear layers are "
+                f"{best:.2f} times as fast as none: ask for less, or allow more loss."
+            )
+        low, high = 0, most
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self(middle).least >= wanted else (middle, high)
+        return high
+
+
+def points_of(most: int, chosen: int) -> Sequence[int]:
+    """The K's of a curve up to ``most`` that are timed: a few, evenly, and the one that was chosen."""
+    return sorted({max(1, round(most * part / 4)) for part in range(1, 5)} | ({chosen} if chosen else set()))

@@ -1,0 +1,167 @@
+"""The maps of layers, by the way that the settings name: for choosing among all layers, and for those chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nbl_export.linearize.lmmse import DEFAULT_RIDGE
+from nbl_export.linearize.plan import LinearLayer
+from nbl_export.progress import Listener
+from nbl_export.settings import SelectSettings
+
+if TYPE_CHECKING:
+    import torch
+
+    from nbl_export.calibrate.moments import LayerMoments, Moments
+    from nbl_export.linearize.lmmse import LinearFit
+    from nbl_export.linearize.repair import Repaired
+    from nbl_export.stages.select.measured import Measured
+
+
+class _Lazily(Mapping[int, LinearLayer]):
+    """A map for each of ``indices``, made by ``make`` at its first use and then the same object."""
+
+    def __init__(self, indices: Sequence[int], make: Callable[[int], LinearLayer]) -> None:
+        self._indices, self._make = tuple(indices), make
+        self._made: dict[int, LinearLayer] = {}
+
+    def __getitem__(self, index: int) -> LinearLayer:
+        if index not in self._indices:
+            raise KeyError(index)
+        if index not in self._made:
+            self._made[index] = self._make(index)
+        return self._made[index]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._indices)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+
+class Fitting:
+    """Fits from ``moments``; where a fit reads the text of ``measured`` again, with the model that ``reading`` makes:
+    in the dtype that the moments were collected in.
+    """
+
+    def __init__(
+        self,
+        moments: Moments,
+        measured: Measured,
+        settings: SelectSettings,
+        listener: Listener,
+        reading: Callable[[], torch.nn.Module],
+    ) -> None:
+        self._moments, self._measured, self._settings, self._listener = moments, measured, settings, listener
+        self._reading = reading
+
+    @cached_property
+    def for_choosing(self) -> Mapping[int, LinearLayer]:
+        """A map for every layer, fitted when asked for.
+
+        A sequential fit depends on the layers chosen, so they are chosen by one-shot fits.
+        """
+        if self._settings.fit == "drop":
+            return self.dropped
+        return _Lazily(sorted(self._moments.layers), self._one_shot)
+
+    def _one_shot(self, layer: int) -> LinearLayer:
+        from nbl_export.linearize.fits import as_layer
+
+        moments = self._weighted if self._settings.fit == "weighted" else self._moments.layers
+        return as_layer(self._solve(layer, moments[layer]))
+
+    @cached_property
+    def dropped(self) -> dict[int, LinearLayer]:
+        """For every layer the map that leaves it out."""
+        from nbl_export.linearize.fits import dropped
+
+        return {i: dropped(len(m.x)) for i, m in self._moments.layers.items()}
+
+    def energy(self, layer: int) -> float:
+        """E‖y - μ_y‖² of a layer's output."""
+        from nbl_export.linearize.lmmse import branch_covariances
+
+        return float(branch_covariances(self._moments.layers[layer], "normed").c_vv.trace())
+
+    def final(self, chosen: Sequence[int]) -> dict[int, LinearLayer]:
+        """The maps of the layers ``chosen`` before any repair."""
+        from nbl_export.linearize.fits import sequential_fits
+
+        if self._settings.fit != "sequential" or not chosen:
+            return {i: self.for_choosing[i] for i in chosen}
+        measured, tokens = self._measured, self._measured.text.calibration
+        with self._listener.task("Fitting in sequence", tokens.size * len(chosen), "tokens") as task:
+            return sequential_fits(
+                self._reading(), tokens, chosen, measured.fit_input, self._solve, task.advance
+            )
+
+    def repaired(self, maps: Mapping[int, LinearLayer]) -> Repaired:
+        """``maps`` after the steps of distillation that the settings ask for, and what it changed beside them."""
+        from nbl_export.linearize.lmmse import branch_covariances
+        from nbl_export.linearize.repair import repair
+
+        measured, settings = self._measured, self._settings
+        covariances = {i: branch_covariances(self._moments.layers[i], settings.fit_input) for i in maps}
+        return repair(
+            measured.model,
+            maps,
+            covariances,
+            settings.fit_input,
+            measured.text.calibration,
+            settings.repair,
+            settings.seed,
+            settings.repair_rank,
+            measured.exact_model,
+            measured.repair_checkpoint,
+            measured.key(settings=settings.as_json(), layers=sorted(maps)),
+            self._listener,
+        )
+
+    def truncated(
+        self, maps: Mapping[int, LinearLayer], rank: int
+    ) -> tuple[dict[int, LinearLayer], dict[int, float]]:
+        """``maps`` of ``rank``, and by layer the share of the output's variance that the rest had written."""
+        from nbl_export.linearize.lmmse import branch_covariances, truncate
+
+        found, lost = {}, {}
+        for index, layer in maps.items():
+            c = branch_covariances(self._moments.layers[index], self._settings.fit_input)
+            low = truncate(layer.w.astype(np.float64), layer.b.astype(np.float64), c, rank)
+            found[index] = LinearLayer.of_rank(*(a.astype(np.float32) for a in (low.up, low.down, low.b)))
+            lost[index] = low.lost
+        return found, lost
+
+    def _solve(self, layer: int, moments: LayerMoments) -> LinearFit:
+        from nbl_export.linearize.lmmse import fit_lmmse, ridge_by_heldout_error
+        from nbl_export.linearize.scores import naming
+
+        ridge, fit_input = self._settings.ridge, self._settings.fit_input
+        with naming(layer):
+            if ridge is None:
+                ridge = ridge_by_heldout_error(moments, self._others.layers[layer], fit_input)
+            return fit_lmmse(moments, fit_input, ridge)
+
+    @property
+    def scoring_ridge(self) -> float:
+        """The ridge of the scores that need no held-out text."""
+        return DEFAULT_RIDGE if self._settings.ridge is None else self._settings.ridge
+
+    @cached_property
+    def _others(self) -> Moments:
+        # Moments of the text that is for choosing, to judge a ridge by.
+        from nbl_export.calibrate.collect import collect_moments
+
+        return collect_moments(self._reading(), self._measured.text.selection, "", listener=self._listener)
+
+    @cached_property
+    def _weighted(self) -> dict[int, LayerMoments]:
+        from nbl_export.linearize.fits import weighted_moments
+
+        measured, tokens = self._measured, self._measured.text.calibration
+        with self._listener.task("Weighing tokens", tokens.size, "tokens") as task:
+            return weighted_moments(self._reading(), tokens, measured.fit_input, task.advance)

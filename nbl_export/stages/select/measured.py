@@ -1,0 +1,108 @@
+"""What selection measures with the model itself: the losses of layers and of sets of layers on the selection text.
+
+They are kept in ``nbl/measured.json``, by what they depend on, as soon as each is measured: an interrupted selection
+goes on from there, and another K or an earlier setting costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from nbl_export.checkpoint import Checkpoint
+from nbl_export.errors import InputError
+from nbl_export.files import read_json, sha256_of_json, write_json
+from nbl_export.linearize.loss import Loss, LossMeter, loss_of_plan
+from nbl_export.linearize.search import LossCache, MeasuredSets
+from nbl_export.progress import Listener
+from nbl_export.stages.run import Run
+
+if TYPE_CHECKING:
+    import torch
+
+    from nbl_export.calibrate.text import CalibrationText
+    from nbl_export.linearize.lmmse import FitInput
+    from nbl_export.linearize.plan import LinearLayer, Plan
+
+_FORMAT = "nbl-export/measured/1"
+
+
+class Measured:
+    """The model, in the precision that this machine measures fastest in, and its text; each when first asked for."""
+
+    def __init__(self, run: Run, calibrated: str, fit_input: FitInput, listener: Listener) -> None:
+        self._run, self._calibrated, self._listener = run, calibrated, listener
+        self.fit_input = fit_input
+
+    @cached_property
+    def text(self) -> CalibrationText:
+        from nbl_export.calibrate.text import load_text
+
+        return load_text(self._run.workspace.text)
+
+    @cached_property
+    def dtype(self) -> str:
+        from nbl_export.models.load import fast_dtype
+
+        return fast_dtype()
+
+    @cached_property
+    def model(self) -> torch.nn.Module:
+        return self._run.model.in_dtype(self.dtype)
+
+    @property
+    def exact_model(self) -> torch.nn.Module:
+        """The model in float32, whose weights a repair changes."""
+        return self._run.model.model
+
+    @cached_property
+    def meter(self) -> LossMeter:
+        text = self.text
+        with self._listener.task("Running the original", text.selection.size, "tokens") as task:
+            return LossMeter(
+                self.model, text.selection, text.selection_document, self.fit_input, task.advance
+            )
+
+    def loss_of(self, plan: Plan) -> Loss:
+        """The loss of the model with ``plan`` applied, on the selection text."""
+        return loss_of_plan(self.meter, plan)
+
+    def sets(self, maps: Mapping[int, LinearLayer], **fitted: Any) -> MeasuredSets:
+        """The sets of layers with ``maps``, which depend on ``fitted`` and the calibration alone."""
+        return MeasuredSets(lambda: self.meter, maps, self.cache(fit_input=self.fit_input, **fitted))
+
+    @property
+    def repair_checkpoint(self) -> Checkpoint:
+        return Checkpoint(self._run.workspace.repair_checkpoint)
+
+    def key(self, **depends: Any) -> str:
+        """Stands for ``depends``, for the calibration, and for the precision that the model is run in."""
+        return sha256_of_json({"calibrate": self._calibrated, "dtype": self.dtype, **depends})
+
+    def cache(self, **depends: Any) -> LossCache:
+        """The losses that depend on ``depends``, on the calibration, and on the precision they are measured in."""
+        path, key = self._run.workspace.measured, self.key(**depends)
+        everything = self._read()
+
+        def record(losses: Mapping[str, Mapping[str, float]]) -> None:
+            # Read again: another cache of this run may have written meanwhile.
+            write_json(path, {"format": _FORMAT, "losses": {**self._read(), key: dict(losses)}})
+
+        return LossCache(everything.get(key, {}), record)
+
+    def _read(self) -> dict[str, Any]:
+        path = self._run.workspace.measured
+        if not path.exists():
+            return {}
+        try:
+            raw = read_json(path, "The file of measured losses", "")
+            if raw["format"] != _FORMAT:
+                return {}
+            losses: dict[str, Any] = raw["losses"]
+            for group in losses.values():
+                LossCache(group, lambda _: None)
+        except (InputError, KeyError, TypeError, ValueError, AttributeError):
+            self._listener.note(f"{path.name} is damaged and was ignored.")
+            return {}
+        return losses

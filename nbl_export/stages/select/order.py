@@ -1,0 +1,196 @@
+"""Which layers: measured alone where the criterion asks for it, put in order, and K of them taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nbl_export.errors import BudgetError, InputError
+from nbl_export.linearize.budget import Budget, CurvePoint, largest_within, loss_curve
+from nbl_export.linearize.scores import CRITERIA, Candidate, check_k, ranking
+from nbl_export.progress import Listener
+from nbl_export.settings import SelectSettings
+from nbl_export.stages.select.frontier import points_of
+
+if TYPE_CHECKING:
+    from nbl_export.linearize.loss import Loss
+    from nbl_export.linearize.search import MeasuredSets
+    from nbl_export.stages.select.frontier import SpeedMeter
+    from nbl_export.stages.select.maps import Fitting
+    from nbl_export.stages.select.measured import Measured
+
+# The K best layers, best first, for any K.
+Prefix = Callable[[int], Sequence[int]]
+
+
+class Choosing:
+    """The layers of one model in the order of one criterion."""
+
+    def __init__(
+        self, settings: SelectSettings, measured: Measured, fitting: Fitting, listener: Listener
+    ) -> None:
+        assert settings.criterion is not None
+        self._settings, self._listener = settings, listener
+        self._measured, self._fitting = measured, fitting
+        self._criterion = CRITERIA[settings.criterion]
+
+    @cached_property
+    def sets(self) -> MeasuredSets:
+        """The losses of sets of layers, with the maps that layers are chosen by."""
+        # A sequential fit depends on the set; layers are chosen by the fits that it begins with.
+        fit = "lmmse" if self._settings.fit == "sequential" else self._settings.fit
+        ridge = None if fit == "drop" else self._settings.ridge
+        return self._measured.sets(self._fitting.for_choosing, fit=fit, ridge=ridge)
+
+    def scored(self, candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
+        """``candidates`` with what the criterion measures of each of them alone."""
+        if not self._criterion.measured:
+            return tuple(candidates)
+        measure = {"drop": self._drop, "linearity": self._linearity}.get(
+            self._settings.criterion or "", self._kl
+        )
+        found = []
+        with self._listener.task("Measuring layers", len(candidates), "layers") as task:
+            for candidate in candidates:
+                found.append(measure(candidate))
+                task.advance(1)
+        return tuple(found)
+
+    @property
+    def searched(self) -> bool:
+        """Whether sets of layers are measured to find the order, so that the K curve is known with it."""
+        return self._criterion.searched
+
+    @property
+    def described(self) -> dict[str, int]:
+        """The text that losses are measured on: its predictions, and its documents."""
+        text = self._measured.text
+        return {
+            "tokens": int(text.selection.shape[0] * (text.selection.shape[1] - 1)),
+            "documents": len(np.unique(text.selection_document[:, 1:])),
+        }
+
+    def _kl(self, candidate: Candidate) -> Candidate:
+        loss = self.sets.loss([candidate.layer])
+        return replace(candidate, kl=loss.kl, kl_se=loss.kl_se)
+
+    def _drop(self, candidate: Candidate) -> Candidate:
+        loss = self._measured.sets(self._fitting.dropped, fit="drop", ridge=None).loss([candidate.layer])
+        return replace(candidate, drop=loss.kl, drop_se=loss.kl_se)
+
+    def _linearity(self, candidate: Candidate) -> Candidate:
+        from nbl_export.linearize.search import NOISE, sensitivity
+        from nbl_export.models.layers import attention_layer
+
+        measured = self._measured
+        layer = attention_layer(measured.model, candidate.layer)
+        energy = self._fitting.energy(candidate.layer)
+        loss = measured.cache(what="noise", share=NOISE).get(
+            str(candidate.layer), lambda: sensitivity(measured.meter, layer, energy)
+        )
+        return replace(
+            candidate,
+            sensitivity=loss.kl,
+            sensitivity_se=loss.kl_se,
+            predicted=loss.kl * candidate.nmse,
+        )
+
+    def prefix(self, candidates: Sequence[Candidate]) -> Prefix:
+        """The best of the ``candidates``, which are scored."""
+        if not self._criterion.searched:
+            assert self._settings.criterion is not None
+            order = [c.layer for c in ranking(candidates, self._settings.criterion)]
+            return lambda k: order[:k]
+
+        from nbl_export.linearize.search import alone, greedy_order
+
+        return lambda k: greedy_order(self.sets, alone(self.sets), k)
+
+    def curve(self, prefix: Prefix, most: int) -> list[CurvePoint]:
+        """The losses of K = 1, 2 …, to ``most`` or as far as the budget goes."""
+        with self._listener.task("Measuring the K curve", most, "layers") as task:
+
+            def loss(layers: Sequence[int]) -> Loss:
+                found = self.sets.loss(layers)
+                task.advance(1)
+                return found
+
+            return loss_curve(prefix, loss, most, self._settings.budget)
+
+
+def choose(
+    choosing: Choosing,
+    candidates: Sequence[Candidate],
+    settings: SelectSettings,
+    speeds: Callable[[Prefix], SpeedMeter],
+    listener: Listener,
+) -> tuple[tuple[int, ...], dict[str, Any] | None]:
+    """The layers to linearize, ascending, and the K curve, as the report has it, where one was measured.
+
+    Raises :class:`InputError` for a K that the model does not have, and :class:`BudgetError` for a budget that no K
+    keeps.
+    """
+    prefix, count = choosing.prefix(candidates), len(candidates)
+    if settings.k is not None:
+        check_k(settings.k, count)
+        points = choosing.curve(prefix, settings.k) if choosing.searched else []
+        return tuple(sorted(prefix(settings.k))), _curve(choosing, points, settings, settings.k, None)
+    budget, meter = settings.budget, speeds(prefix)
+    why = meter.missing
+    least = 0
+    if budget.min_speedup is not None:
+        if why:
+            raise InputError(f"--min-speedup cannot be measured: {why}.")
+        least = meter.least_k(budget.min_speedup, count)
+    points = choosing.curve(prefix, count if budget.bounds_loss else least)
+    k = largest_within(points, budget) if budget.bounds_loss else least
+    if k < max(least, 1):
+        raise BudgetError(_not_kept(points, budget, k, least))
+    if why:
+        listener.note(f"The K curve has no speeds: {why}.")
+    else:
+        for at in points_of(points[-1].k, k):
+            meter(at)
+        points = [
+            replace(p, prefill_speedup=s.prefill, decode_speedup=s.decode)
+            if (s := meter.found.get(p.k))
+            else p
+            for p in points
+        ]
+    return tuple(sorted(prefix(k))), _curve(choosing, points, settings, k, None if why else meter.context)
+
+
+def _not_kept(points: Sequence[CurvePoint], budget: Budget, k: int, least: int) -> str:
+    first = points[0].loss
+    cost = (
+        f"K = {points[0].k} costs a KL of {first.kl:.3g} and a perplexity ratio of {first.perplexity_ratio:.3f} on the "
+        "selection text"
+    )
+    if least > 1:
+        return (
+            f"No K keeps the budget: --min-speedup {budget.min_speedup:g} needs {least} linear layers, and the loss "
+            f"allows {k} ({cost}): allow more loss, or ask for less speed."
+        )
+    return f"No K keeps the budget: {cost}: allow more loss, or give --k."
+
+
+def _curve(
+    choosing: Choosing,
+    points: Sequence[CurvePoint],
+    settings: SelectSettings,
+    chosen: int,
+    context: int | None,
+) -> dict[str, Any] | None:
+    if not points:
+        return None
+    return {
+        "points": [p.as_json() for p in points],
+        "chosen": chosen,
+        "budget": settings.budget.as_json(),
+        "context": context,
+        **choosing.described,
+    }

@@ -1,0 +1,137 @@
+"""Moments → plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nbl_export.files import sha256_of_json, write_json
+from nbl_export.linearize.plan import LinearLayer, Plan, load_plan
+from nbl_export.progress import Listener
+from nbl_export.settings import SelectSettings
+from nbl_export.stages.run import Run
+
+if TYPE_CHECKING:
+    from nbl_export.stages.select.frontier import SpeedMeter
+    from nbl_export.stages.select.maps import Fitting
+    from nbl_export.stages.select.measured import Measured
+    from nbl_export.stages.select.order import Prefix
+
+
+def select(run: Run, settings: SelectSettings) -> Plan:
+    """Moments → plan: score every layer, choose K, keep their W and b with the proof's evidence."""
+    from nbl_export.calibrate.moments import load_moments
+    from nbl_export.linearize.plan import save_plan
+    from nbl_export.linearize.scores import check_layers, check_rank, predicted_excess, score_layers
+    from nbl_export.models.layers import FULL, positions
+    from nbl_export.stages.select.frontier import SpeedMeter
+    from nbl_export.stages.select.maps import Fitting
+    from nbl_export.stages.select.measured import Measured
+    from nbl_export.stages.select.order import Choosing, choose
+
+    settings.check()
+    settings = settings.for_task(run.model.source.task)
+    ws = run.workspace
+    calibrated = ws.require("calibrate", f"nbl-export calibrate MODEL -o {ws.root}")
+    depends = {"calibrate": calibrated.key, "select": settings.as_json()}
+    if settings.budget.min_speedup is not None:
+        depends["export"] = ws.require("export", f"nbl-export export {ws.root}").key
+
+    def work(listener: Listener) -> list[Path]:
+        moments, metadata = load_moments(ws.moments)
+        if settings.rank is not None:
+            check_rank(settings.rank, len(next(iter(moments.layers.values())).x))
+        measured = Measured(run, calibrated.key, settings.fit_input, listener)
+        dtype = metadata.get("dtype", "float32")
+        fitting = Fitting(moments, measured, settings, listener, lambda: run.model.in_dtype(dtype))
+        candidates = score_layers(moments, settings.fit_input, fitting.scoring_ridge, listener)
+        empty = _plan(run, settings, metadata, {})
+        if settings.layers is not None:
+            chosen = check_layers([c.layer for c in candidates], settings.layers, settings.k)
+            curve: dict[str, Any] | None = None
+            predicted = None
+        else:
+            choosing = Choosing(settings, measured, fitting, listener)
+            candidates = choosing.scored(candidates)
+
+            def speeds(prefix: Prefix) -> SpeedMeter:
+                maps = fitting.for_choosing
+                limit = positions(run.model.model)
+                return SpeedMeter(ws, empty, lambda k: {i: maps[i] for i in prefix(k)}, limit, listener)
+
+            chosen, curve = choose(choosing, candidates, settings, speeds, listener)
+            predicted = predicted_excess(candidates, chosen)
+        plan, result = _fitted(empty, chosen, fitting, settings, measured, predicted, run.model.task.causal)
+        save_plan(ws.plan, plan)
+        ws.repair_checkpoint.unlink(missing_ok=True)
+        kinds = metadata.get("kinds", {})
+        scores = [{**c.as_json(), "kind": kinds.get(str(c.layer), FULL)} for c in candidates]
+        others = metadata.get("others", {})
+        read = {"calibration_dtype": metadata.get("dtype")}
+        write_json(
+            ws.candidates, {"candidates": scores, "others": others, "curve": curve, "result": result, **read}
+        )
+        return [ws.plan, ws.plan.with_suffix(".safetensors"), ws.candidates]
+
+    run.stage("select", sha256_of_json(depends), settings.as_json(), work)
+    return load_plan(ws.plan)
+
+
+def _fitted(
+    empty: Plan,
+    chosen: Sequence[int],
+    fitting: Fitting,
+    settings: SelectSettings,
+    measured: Measured,
+    predicted: float | None,
+    decoder: bool,
+) -> tuple[Plan, dict[str, Any] | None]:
+    """The plan of the layers chosen, and what it costs on the selection text.
+
+    That is measured of a ``decoder`` where it is not known from choosing, or where it was ``predicted`` (the excess,
+    in nats).
+    """
+    maps = fitting.final(chosen)
+    plan = replace(empty, layers=maps)
+    if not chosen:
+        return plan, None
+    result: dict[str, Any] = {} if predicted is None else {"predicted_excess": predicted}
+    if settings.repair:
+        result["before_repair"] = measured.loss_of(plan).as_json()
+        repaired = fitting.repaired(maps)
+        plan = replace(plan, layers=repaired.maps, adapters=repaired.adapters)
+    if settings.rank is not None:
+        if decoder:
+            result["before_rank"] = measured.loss_of(plan).as_json()
+        maps, lost = fitting.truncated(plan.layers, settings.rank)
+        plan = replace(plan, layers=maps)
+        result["rank_lost"] = {str(layer): share for layer, share in lost.items()}
+    if decoder and (result or settings.fit == "sequential"):
+        result["loss"] = measured.loss_of(plan).as_json()
+    return plan, result or None
+
+
+def _plan(
+    run: Run, settings: SelectSettings, metadata: Mapping[str, Any], maps: Mapping[int, LinearLayer]
+) -> Plan:
+    from nbl_export.calibrate.probe import load_probe
+
+    probe = load_probe(run.workspace.probe)
+    return Plan(
+        model=run.model.source.fingerprint,
+        hidden_size=next(iter(probe.y.values())).shape[1],
+        layer_count=metadata.get("blocks", len(probe.y)),
+        fit_input=settings.fit_input,
+        criterion=str(settings.criterion) if settings.layers is None else "by hand",
+        ridge=settings.ridge,
+        calibration_tokens=metadata["tokens"],
+        layers=maps,
+        probe=dict(probe.inputs),
+        probe_u=probe.x if settings.fit_input == "normed" else probe.h,
+        probe_y=probe.y,
+        fit=settings.fit,
+        repair=settings.repair,
+        rank=settings.rank,
+    )

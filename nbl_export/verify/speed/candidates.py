@@ -1,0 +1,201 @@
+"""Who can be timed: a graph in ONNX Runtime, a TensorRT engine, a model in PyTorch; all by the same few calls.
+
+A contender is made for one cell, a number of rows and of tokens in each. What it needs beyond that (a session, a copy
+of the model) is made by its entrant when it is first asked for, and kept from cell to cell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from nbl_export.batch.rows import Inputs
+from nbl_export.errors import NblError
+from nbl_export.runtime.ort import OrtModel
+from nbl_export.runtime.prompts import OrtPrompt, timed_row
+from nbl_export.runtime.session import CPU, require_onnxruntime
+from nbl_export.verify.speed.race import reason_of, timed
+
+if TYPE_CHECKING:
+    import torch
+
+    from nbl_export.runtime.tensorrt import EngineStream
+
+CUDA = "CUDAExecutionProvider"
+_DEVICES = {CPU: "cpu", CUDA: "cuda"}
+TIMED_STEPS = 16  # the most decode steps between two prefills: a static cache has that much room
+_DECODE_STEPS = 8  # steps per timed decode round, averaged: one token is too short to time
+# Idle threads of one session must not spin on the cores while another is timed.
+_CONFIG = {"session.force_spinning_stop": "1"}
+
+
+class Contender(Protocol):
+    """Something to time: a prefill from an empty cache, then steps of one token, each finished on return."""
+
+    def prefill(self) -> None: ...
+
+    def rewind(self) -> None:
+        """Have the cache as the prompt alone fills it."""
+
+    def step(self) -> None: ...
+
+    def memory_bytes(self) -> int:
+        """Bytes of cache and work space, as far as the runtime tells."""
+
+
+# How a contender is made for a context and a batch; raises what its runtime raises where it cannot be.
+Entrant = Callable[[int, int], Contender]
+
+
+def made(
+    entrants: Mapping[str, Entrant], context: int, batch: int, absent: dict[str, str]
+) -> dict[str, Contender]:
+    """The contenders of one cell; the reason of one that cannot be made goes into ``absent``."""
+    found: dict[str, Contender] = {}
+    for name, make in entrants.items():
+        try:
+            found[name] = make(context, batch)
+        except Exception as error:  # each runtime has exceptions of its own
+            absent[name] = reason_of(error)
+    return found
+
+
+def prefill_seconds(contender: Contender) -> float:
+    """Seconds of one prefill: the time to the first token."""
+    return timed(contender.prefill)
+
+
+def decode_seconds(contender: Contender) -> float:
+    """Seconds of one decode step after the prompt, the mean of a few in a row."""
+
+    def steps() -> None:
+        for _ in range(_DECODE_STEPS):
+            contender.step()
+
+    contender.rewind()
+    contender.step()  # what whoever ran before left in the caches is not this one's time
+    return timed(steps) / _DECODE_STEPS
+
+
+class OrtEntrant:
+    """The graph at ``path`` in ONNX Runtime, its cache kept on the device.
+
+    Called, it raises :class:`NblError` if this machine has no such ``provider``.
+    """
+
+    def __init__(self, path: Path, provider: str = CPU) -> None:
+        self._path, self._provider = path, provider
+
+    @cached_property
+    def model(self) -> OrtModel:
+        if self._provider not in require_onnxruntime().get_available_providers():
+            raise NblError(f"onnxruntime has no {self._provider} here")
+        return OrtModel(self._path, _CONFIG, self._provider, rounded=False)
+
+    def __call__(self, context: int, batch: int = 1) -> OrtPrompt:
+        return OrtPrompt(self.model, context, TIMED_STEPS, _DEVICES[self._provider], batch)
+
+
+def profiled(context: int, batch: int = 1, provider: str = CPU) -> Callable[[OrtModel], OrtPrompt]:
+    """What runs a cell of a graph in a session of its own."""
+    return lambda model: OrtPrompt(model, context, TIMED_STEPS, _DEVICES[provider], batch)
+
+
+class EncoderPass:
+    """An encoder graph with a batch to time."""
+
+    def __init__(self, model: OrtModel, inputs: Inputs) -> None:
+        self._session, self._feeds = model.session, model.interface.named(inputs)
+
+    def prefill(self) -> None:
+        self._session.run(None, self._feeds)
+
+    def rewind(self) -> None: ...
+
+    def step(self) -> None:
+        """There is no token after the batch."""
+
+    def memory_bytes(self) -> int:
+        return 0
+
+
+class EngineContender:
+    """An engine; its logits stay on the device, as they would in use."""
+
+    def __init__(self, stream: EngineStream, context: int, batch: int = 1) -> None:
+        self._stream, self._rows = stream, [timed_row(context)] * batch
+
+    def prefill(self) -> None:
+        self._stream.prefill_on_device(self._rows)
+        self._stream.device.synchronize()
+
+    def rewind(self) -> None:
+        self.prefill()
+
+    def step(self) -> None:
+        self._stream.decode_on_device([1] * len(self._rows))
+        self._stream.device.synchronize()
+
+    def memory_bytes(self) -> int:
+        return self._stream.cache_bytes + self._stream.workspace_bytes
+
+
+class TorchContender:
+    """PyTorch with transformers' own cache; ``forward`` is the model, or a compiled form of it."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        context: int,
+        batch: int = 1,
+        forward: Callable[..., Any] | None = None,
+    ) -> None:
+        import torch
+
+        from nbl_export.models.layers import taken
+
+        self._model, self._forward = model, model if forward is None else forward
+        self._device = next(model.parameters()).device
+        row = torch.from_numpy(timed_row(context).astype(np.int64))
+        self._rows = row.repeat(batch, 1).to(self._device)
+        self._one = self._rows[:, :1]
+        self._last = taken(model, logits_to_keep=1)
+        self._cache: Any = None
+        self._steps = 0
+
+    def prefill(self) -> None:
+        self._cache, self._steps = None, 0
+        self._run(self._rows)
+
+    def rewind(self) -> None:
+        if self._steps:
+            self._cache.crop(-self._steps)  # the last tokens go
+        self._steps = 0
+
+    def step(self) -> None:
+        self._run(self._one)
+        self._steps += 1
+
+    def _run(self, ids: torch.Tensor) -> None:
+        import torch
+
+        from nbl_export.models.compat import cache_argument
+
+        with torch.inference_mode():
+            argument = {cache_argument(self._model): self._cache} if self._cache is not None else {}
+            output = self._forward(input_ids=ids, use_cache=True, **argument, **self._last)
+        self._cache = output[cache_argument(self._model)]
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def memory_bytes(self) -> int:
+        return sum(
+            t.numel() * t.element_size()
+            for layer in self._cache.layers
+            for t in (layer.keys, layer.values)
+            if t is not None
+        )

@@ -1,0 +1,110 @@
+"""How fast the rewritten graph can be at best: arithmetic and bytes, counted from the graphs.
+
+A pass multiplies every constant weight matrix once a token, and makes attention's two products over the whole
+context; it reads every weight once, and the KV cache of every row. On a machine's measured roofline
+(:mod:`.roofline`) that is a least time: large prefills are bound by multiplications, decode by memory. The ceiling is
+the ratio base/linearized of those times; a measured speedup above it means fewer kernels and less overhead, or a
+broken benchmark.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from nbl_export.export.lm_head import kept_head
+from nbl_export.graph.cache import kv_bytes_per_token
+from nbl_export.graph.io import load_graph
+from nbl_export.graph.operators import weight_shape
+from nbl_export.graph.regions import AttentionRegion, find_regions
+from nbl_export.verify.speed.roofline import Roofline, Work
+
+
+@dataclass(frozen=True)
+class GraphCost:
+    """Per token: multiply-adds with constant weights, multiply-adds of attention per token of context,
+    bytes of weights read, bytes of KV cache per token of context; and those multiply-adds and bytes of weights that
+    only the last token of a prefill needs, since they make its logits."""
+
+    weight_macs: int
+    attention_macs_per_context: int
+    weight_bytes: int
+    kv_bytes_per_token: int
+    last_macs: int = 0
+    last_bytes: int = 0
+
+    def prefill(self, tokens: int, batch: int = 1) -> list[Work]:
+        """A prefill of ``batch`` rows of ``tokens``: attention over the full square, as runtimes compute it."""
+        every = self.weight_macs - self.last_macs
+        rows = batch * tokens
+        return [
+            Work(rows * every, self.weight_bytes - self.last_bytes),
+            Work(batch * self.last_macs, self.last_bytes),
+            Work(rows * tokens * self.attention_macs_per_context, rows * self.kv_bytes_per_token),
+        ]
+
+    def decode(self, context: int, batch: int = 1) -> list[Work]:
+        """One token for each of ``batch`` rows after ``context`` tokens."""
+        cache = batch * context
+        return [
+            Work(batch * self.weight_macs, self.weight_bytes),
+            Work(cache * self.attention_macs_per_context, cache * self.kv_bytes_per_token),
+        ]
+
+    def work(self, phase: str, context: int, batch: int = 1) -> list[Work]:
+        """Of one cell; an encoder's pass is like a prefill."""
+        return self.decode(context, batch) if phase == "decode" else self.prefill(context, batch)
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def ceiling(
+    base: GraphCost, other: GraphCost, roofline: Roofline, phase: str, context: int, batch: int = 1
+) -> float:
+    """How many times as fast as ``base`` the graph ``other`` can be at best."""
+    times = [roofline.seconds(cost.work(phase, context, batch)) for cost in (base, other)]
+    return times[0] / times[1]
+
+
+def graph_cost(path: Path) -> GraphCost:
+    """Count the decoder graph at ``path``."""
+    model = load_graph(path)
+    head = kept_head(model)
+    macs = read = last_macs = last_bytes = 0
+    for node in model.graph:
+        shape = weight_shape(node)
+        if shape is not None:
+            size = sum(w.nbytes for w in _weights(node))
+            macs += shape[0] * shape[1]
+            read += size
+            if node is head:
+                last_macs, last_bytes = shape[0] * shape[1], size
+    # Both products of an attention have the width of what its output projection reads.
+    widths = [weight_shape(r.projection) for r in find_regions(model) if isinstance(r, AttentionRegion)]
+    attention = sum(2 * width[0] for width in widths if width is not None)
+    return GraphCost(macs, attention, read, kv_bytes_per_token(model), last_macs, last_bytes)
+
+
+def _weights(node: ir.Node) -> list[ir.TensorProtocol]:
+    """The stored matrices and vectors that a linear map reads, where it reads them directly or by a view."""
+    found = []
+    for value in node.inputs[1:]:
+        tensors = _stored(value)
+        found += [t for t in tensors if len(t.shape)]
+    return found
+
+
+def _stored(value: ir.Value | None) -> list[ir.TensorProtocol]:
+    if value is None:
+        return []
+    if value.const_value is not None:
+        return [value.const_value]
+    node = value.producer()
+    if node is None:
+        return []
+    inputs = node.inputs if node.op_type == "DequantizeLinear" else node.inputs[:1]
+    return [t for v in inputs for t in _stored(v)]

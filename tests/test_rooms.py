@@ -1,0 +1,152 @@
+"""Imports go down the list of rooms, never up: also those inside functions, and those for types only."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import nbl_export
+
+PACKAGE = Path(nbl_export.__file__).parent
+# From the top of the house to its ground floor; a room imports from those below it and from itself.
+ROOMS = (
+    "__main__",
+    "cli",
+    "api",
+    "pipeline",
+    "stages",
+    "report",
+    "evaluate",
+    "verify",
+    "rewrite",
+    "export",
+    "runtime",
+    "engine",
+    "linearize",
+    "calibrate",
+    "graph",
+    "models",
+    "settings",
+    "workspace",
+    "batch",
+    "checks",
+    "checkpoint",
+    "tensorfile",
+    "datafile",
+    "files",
+    "progress",
+    "errors",
+)
+LONGEST = 400  # lines of a file; beyond that it holds more than one idea
+
+
+def modules(package: Path = PACKAGE) -> dict[str, Path]:
+    """Every module of ``package`` by its dotted name."""
+    found = {}
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package.parent).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(source: str, known: dict[str, Path]) -> Iterator[tuple[str, int]]:
+    """Each module of ``known`` that ``source`` imports, wherever the import stands, and its line."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names if alias.name in known)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports name their module in full"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                if inner in known or node.module in known:
+                    yield (inner if inner in known else str(node.module)), node.lineno
+
+
+def room(module: str) -> str | None:
+    """The room of a module; None for the package itself, which holds the version alone."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else None
+
+
+def upward(known: dict[str, Path]) -> list[str]:
+    """One sentence for each import that goes up."""
+    found = []
+    for module, path in known.items():
+        for target, line in imports(path.read_text(encoding="utf-8"), known):
+            here, there = room(module), room(target)
+            if here is None or there is None or here == there:
+                continue
+            if ROOMS.index(there) < ROOMS.index(here):
+                found.append(f"{path}:{line} ({here}) imports {known[target]} ({there}), which is above it")
+    return found
+
+
+def cycles(known: dict[str, Path]) -> list[list[str]]:
+    """The circles of files that import each other, wherever the imports stand."""
+    edges = {
+        module: {t for t, _ in imports(path.read_text(encoding="utf-8"), known) if t != module}
+        for module, path in known.items()
+    }
+    reached: dict[str, set[str]] = {}
+    for start in edges:
+        seen: set[str] = set()
+        stack = list(edges[start])
+        while stack:
+            module = stack.pop()
+            if module not in seen:
+                seen.add(module)
+                stack.extend(edges[module])
+        reached[start] = seen
+    circles = {frozenset(m for m in reached[start] if start in reached[m]) for start in edges}
+    return [sorted(circle) for circle in circles if circle]
+
+
+def test_every_module_is_in_a_room() -> None:
+    assert {r for module in modules() if (r := room(module))} == set(ROOMS)
+
+
+def test_imports_go_down() -> None:
+    assert upward(modules()) == []
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    assert cycles(modules()) == []
+
+
+def test_no_file_is_too_long() -> None:
+    lines = {str(path): path.read_text(encoding="utf-8").count("\n") for path in modules().values()}
+    assert {path: count for path, count in lines.items() if count > LONGEST} == {}
+
+
+UP = {
+    "at the top": "from nbl_export.cli import main\n",
+    "in a function": "def f():\n    from nbl_export.cli import main\n",
+    "for types only": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from nbl_export import cli\n",
+    "by its name": "import nbl_export.cli\n",
+}
+
+
+@pytest.mark.parametrize("how", UP)
+def test_an_import_that_goes_up_is_named(tmp_path: Path, how: str) -> None:
+    package = tmp_path / "nbl_export"
+    package.mkdir()
+    for name, text in {"__init__": "", "cli": "def main(): ...\n", "errors": UP[how]}.items():
+        (package / f"{name}.py").write_text(text, encoding="utf-8")
+    (sentence,) = upward(modules(package))
+    assert str(package / "errors.py") in sentence and str(package / "cli.py") in sentence
+
+
+def test_a_circle_is_found(tmp_path: Path) -> None:
+    package = tmp_path / "nbl_export"
+    package.mkdir()
+    texts = {
+        "__init__": "",
+        "files": "from nbl_export import errors\n",
+        "errors": "def f():\n    from nbl_export.files import g\n",
+    }
+    for name, text in texts.items():
+        (package / f"{name}.py").write_text(text, encoding="utf-8")
+    assert cycles(modules(package)) == [["nbl_export.errors", "nbl_export.files"]]
