@@ -35,6 +35,7 @@ ROOMS = (
     "checks",
     "checkpoint",
     "tensorfile",
+    "records",
     "datafile",
     "files",
     "progress",

@@ -1,0 +1,63 @@
+"""Frozen dataclasses as JSON and back: what reports and other files of ours hold.
+
+JSON has no NaN and no infinity: they are the strings ``"nan"``, ``"inf"`` and ``"-inf"`` there, and numbers here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from nbl_export.errors import InputError
+from nbl_export.files import jsonable
+
+if TYPE_CHECKING:
+    from cattrs import Converter
+
+T = TypeVar("T")
+
+
+def to_json(value: Any) -> dict[str, Any]:
+    """A dataclass as a JSON object: its fields, and those of the dataclasses in it."""
+    return dict(jsonable(asdict(value)))
+
+
+def from_json(kind: type[T], raw: Any, what: str, remedy: str) -> T:
+    """The dataclass ``kind`` from a JSON object; fields that are missing take their defaults.
+
+    Raises :class:`InputError`, which calls it ``what`` and says the ``remedy``, for a field that is unknown, is missing
+    without a default, or has another type.
+    """
+    from cattrs import transform_error
+    from cattrs.errors import BaseValidationError
+
+    try:
+        return _converter().structure(raw, kind)
+    except (BaseValidationError, TypeError, ValueError, KeyError, AttributeError) as error:
+        first = transform_error(error)[0] if isinstance(error, BaseValidationError) else str(error)
+        raise InputError(f"{what} is damaged ({first}): {remedy}.") from None
+
+
+@cache
+def _converter() -> Converter:
+    from cattrs import Converter
+
+    converter = Converter(forbid_extra_keys=True)
+    for kind in (str, bool, int):
+        converter.register_structure_hook(kind, _exactly)
+    converter.register_structure_hook(float, _number)
+    return converter
+
+
+def _exactly(value: Any, kind: type[Any]) -> Any:
+    # True is an int in Python, and no count.
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise TypeError(f"{value!r} is not of type {kind.__name__}")
+    return value
+
+
+def _number(value: Any, _kind: type[Any]) -> float:
+    if isinstance(value, bool) or not (isinstance(value, (int, float)) or value in ("nan", "inf", "-inf")):
+        raise TypeError(f"{value!r} is not a number")
+    return float(value)
