@@ -12,15 +12,13 @@ Where it cannot, every continuation is a row of its own. Rows of like length sha
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nbl_export.runtime.ort import OrtStaticStream
 from nbl_export.runtime.stream import Extending, LastLogits, Stream
 
 T = TypeVar("T")
@@ -100,7 +98,7 @@ def log_likelihoods(
         else:
             advance(1)
     groups = [_Group(context, list(continuations)) for context, continuations in asked.items()]
-    extending = isinstance(stream, Extending)
+    extending = stream if isinstance(stream, Extending) else None
     shared = [g for g in groups if extending and _worth_sharing(g, limits)]
     kept = {id(g) for g in shared}
     rows = [part for g in groups if id(g) not in kept for part in _rows_of(g)]
@@ -114,7 +112,8 @@ def log_likelihoods(
                 advance(len(places))
 
     for batch in _batches(shared, lambda g: len(g.context), limits):
-        keep(batch, _score_shared(stream, batch, limits))
+        assert extending is not None  # nothing is shared without
+        keep(batch, _score_shared(extending, batch, limits))
     for batch in _batches(rows, lambda g: len(g.row), limits):
         keep(batch, _score_rows(stream, batch))
     return scores
@@ -162,7 +161,7 @@ def _batches(items: Sequence[T], length: Callable[[T], int], limits: Limits) -> 
 
 def _score_rows(stream: Stream, groups: Sequence[_Group]) -> list[list[Scored]]:
     rows = [_row(g.row) for g in groups]
-    _reserve(stream, max(map(len, rows)))
+    stream.reserve(max(map(len, rows)))
     logits = np.split(stream.prefill(rows), np.cumsum([len(r) for r in rows])[:-1])
     return [
         [_scored(part[len(g.context) - 1 :], c) for c in g.continuations]
@@ -170,15 +169,14 @@ def _score_rows(stream: Stream, groups: Sequence[_Group]) -> list[list[Scored]]:
     ]
 
 
-def _score_shared(stream: Stream, groups: Sequence[_Group], limits: Limits) -> list[list[Scored]]:
+def _score_shared(stream: Extending, groups: Sequence[_Group], limits: Limits) -> list[list[Scored]]:
     contexts = [_row(g.context) for g in groups]
     branches = [(i, c) for i, g in enumerate(groups) for c in g.continuations if len(c) > 1]
-    _reserve(stream, max(map(len, contexts)) + max((len(c) for _, c in branches), default=0))
+    stream.reserve(max(map(len, contexts)) + max((len(c) for _, c in branches), default=0))
     last = last_logits(stream, contexts, limits.tokens)
     found = {(i, c): last[i][None] for i, g in enumerate(groups) for c in g.continuations}
     for batch in _batches(branches, lambda branch: len(branch[1]), limits):
-        # What is prefilled is never written over, so a copy that shares it can go its own way.
-        fork = cast(Extending, copy.copy(stream))
+        fork = stream.fork()
         rows = [_row(c[:-1]) for _, c in batch]
         logits = np.split(fork.extend([i for i, _ in batch], rows), np.cumsum([len(r) for r in rows])[:-1])
         for (i, c), part in zip(batch, logits, strict=True):
@@ -232,7 +230,7 @@ def greedy(
     for batch in _batches(fitted, lambda g: len(g.context), limits):
         owners = [g.continuations[0][0] for g in batch]
         rows = [_row(g.context) for g in batch]
-        _reserve(stream, max(map(len, rows)) + most)
+        stream.reserve(max(map(len, rows)) + most)
         tokens = last_logits(stream, rows, limits.tokens).argmax(axis=-1)
         going = dict.fromkeys(owners)
         for step in range(most):
@@ -250,9 +248,3 @@ def greedy(
 
 def _row(tokens: Tokens) -> NDArray[np.int64]:
     return np.array(tokens, dtype=np.int64)
-
-
-def _reserve(stream: Stream, tokens: int) -> None:
-    # A static cache is made for each prefill; the batch at hand needs no more places than its rows.
-    if isinstance(stream, OrtStaticStream):
-        stream.capacity = tokens

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,12 +15,6 @@ from nbl_export.runtime.ort import OrtModel
 from nbl_export.runtime.session import run_session
 
 Outputs = dict[str, NDArray[np.float32]]
-
-
-class RunningEncoder(Protocol):
-    """What parity and method loss compare: outputs [batch, sequence, d] or [batch, d], float32."""
-
-    def __call__(self, inputs: Inputs) -> Outputs: ...
 
 
 class TorchEncoder:

@@ -17,7 +17,7 @@ from nbl_export.errors import InputError
 from nbl_export.graph.interface import Interface, interface_of
 from nbl_export.runtime.decoder import KV, DecoderOutput
 from nbl_export.runtime.session import CPU, require_onnxruntime, run_session, session
-from nbl_export.runtime.stream import PastStream, Stream, WholeStream
+from nbl_export.runtime.stream import Forking, PastStream, Stream, WholeStream
 
 _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
@@ -102,7 +102,7 @@ class OrtDecoder(OrtModel):
         return self.run(feeds)
 
 
-class OrtRaggedStream:
+class OrtRaggedStream(Forking):
     """A decoder graph that takes each row's length, such as one of GroupQueryAttention, as a stream.
 
     Rows are padded on the right, and the next token of a row overwrites its padding in the cache.
@@ -172,7 +172,7 @@ class OrtRaggedStream:
         return output.logits
 
 
-class OrtStaticStream(OrtModel):
+class OrtStaticStream(Forking, OrtModel):
     """A decoder graph with a static cache of ``capacity`` places, as a stream."""
 
     def __init__(self, path: Path, capacity: int, rounded: bool = True) -> None:
@@ -218,6 +218,10 @@ class OrtStaticStream(OrtModel):
 
     def cache(self) -> tuple[Sequence[KV], BOOL]:
         return self._past, prefix_mask(self._lengths, self.capacity)
+
+    def reserve(self, tokens: int) -> None:
+        # The cache is made for each prefill; the batch at hand needs no more slots than its rows.
+        self.capacity = tokens
 
     def _check_room(self, tokens: int) -> None:
         if tokens > self.capacity:

@@ -6,8 +6,9 @@ and TensorRT, with a growing or a static cache, are asked the same and compared 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,9 @@ from numpy.typing import NDArray
 from nbl_export.batch.arrays import BOOL, F32, I64
 from nbl_export.batch.padding import left_padded, prefix_mask, right_padded
 from nbl_export.runtime.decoder import KV, Decoder
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Stream(Protocol):
@@ -31,7 +35,10 @@ class Stream(Protocol):
         """One more token for each row: logits [rows, vocab]."""
 
     def cache(self) -> tuple[Sequence[KV], BOOL]:
-        """Keys and values of each layer, [rows, heads, places, head_dim], and which [rows, places] are real."""
+        """Keys and values of each layer, [rows, heads, slots, head_dim], and which [rows, slots] are not padding."""
+
+    def reserve(self, tokens: int) -> None:
+        """From the next prefill on, no row will be longer than ``tokens``; a cache that grows has nothing to do."""
 
 
 @runtime_checkable
@@ -44,6 +51,9 @@ class Extending(Stream, Protocol):
         Logits [all tokens of ``rows``, vocab], row after row; the new rows replace the batch's.
         """
 
+    def fork(self) -> Self:
+        """A stream that goes on from the same rows, while this one stays where it is; what is cached is shared."""
+
 
 @runtime_checkable
 class LastLogits(Stream, Protocol):
@@ -53,7 +63,17 @@ class LastLogits(Stream, Protocol):
         """As :meth:`prefill`, but the logits [rows, vocab] of each row's last token alone."""
 
 
-class PastStream:
+class Forking:
+    """A stream whose steps replace its cache and never write over it: a shallow copy can go its own way."""
+
+    def fork(self) -> Self:
+        return copy.copy(self)
+
+    def reserve(self, tokens: int) -> None:
+        return None
+
+
+class PastStream(Forking):
     """A stream over a stateless :class:`Decoder`: padding on the left, the cache handed back in."""
 
     def __init__(self, decoder: Decoder) -> None:
@@ -125,6 +145,9 @@ class WholeStream:
 
     def cache(self) -> tuple[Sequence[KV], BOOL]:
         return (), np.zeros((len(self._rows), 0), dtype=bool)
+
+    def reserve(self, tokens: int) -> None:
+        return None
 
     def _run(self) -> tuple[F32, BOOL]:
         ids, mask, positions = left_padded(self._rows)

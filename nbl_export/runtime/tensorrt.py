@@ -217,6 +217,9 @@ class EngineStream:
         return list(zip(sides[::2], sides[1::2], strict=True)), real
 
     # on the device ---------------------------------------------------------------------------
+    def reserve(self, tokens: int) -> None:
+        return None  # the engine's profiles say how long a row may be
+
     def prefill_on_device(self, rows: Sequence[NDArray[Any]]) -> torch.Tensor:
         """Run ``rows`` from an empty cache: logits [rows, longest, vocab], padding included."""
         self._check_fits(rows)

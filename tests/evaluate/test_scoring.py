@@ -176,9 +176,10 @@ class Counting:
 
     def prefill(self, rows: Sequence[Any]) -> Any:
         self._note(rows)
-        if hasattr(self.stream, "capacity"):
-            self.stream.capacity = 256
         return self.stream.prefill(rows)
+
+    def reserve(self, tokens: int) -> None:
+        self.stream.reserve(tokens)
 
     def decode(self, tokens: Sequence[int]) -> Any:
         self.passes.append(len(tokens))
@@ -188,10 +189,8 @@ class Counting:
         self._note(rows)
         return self.stream.extend(owners, rows)
 
-    def __copy__(self) -> Counting:
-        import copy
-
-        twin = Counting(copy.copy(self.stream))
+    def fork(self) -> Counting:
+        twin = Counting(self.stream.fork())
         twin.passes = self.passes
         return twin
 
