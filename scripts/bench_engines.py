@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export import api
+from nbl_export.cli.terminal import TerminalListener
 from nbl_export.engine.pair import BASE, LINEARIZED, EngineFile
-from nbl_export.terminal import TerminalListener
 from nbl_export.workspace import Workspace
 
 

@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nbl_export.linearize.lmmse import FitInput
 from nbl_export.linearize.plan import LinearLayer, Plan
 from nbl_export.linearize.swap import linearized, replaced
 from nbl_export.models.layers import attention_layers
 from nbl_export.models.resume import beginning_at, inputs_kept
+from nbl_export.settings.choices import FitInput
 
 F64 = NDArray[np.float64]
 I32 = NDArray[np.int32]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from nbl_export.errors import InputError
 from nbl_export.linearize.adapters import Adapter
-from nbl_export.linearize.lmmse import FitInput
+from nbl_export.settings.choices import FitInput
 from nbl_export.tensorfile import open_tensors, save_tensors
 from nbl_export.workspace import read_json, sha256_of_file, sha256_of_json, write_json
 

@@ -31,7 +31,6 @@ def calibrate(run: Run, settings: CalibrateSettings) -> None:
     from nbl_export.models.trial import check_served
     from nbl_export.stages.material import check_sources, material_of
 
-    settings.check()
     ws, source = run.workspace, run.model.source
     check_sources(source, settings)
     material = material_of(source)

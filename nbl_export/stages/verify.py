@@ -27,7 +27,6 @@ def verify(run: Run, settings: VerifySettings) -> Report:
     from nbl_export.verify.encoders import measure_encoder
     from nbl_export.verify.measure import measure
 
-    settings.check()
     ws = run.workspace
     rewritten = current_rewrite(ws)
     engines = current_engines(ws)
