@@ -60,7 +60,7 @@ def run(
     trust: Trust = False,
     config: Config = None,
 ) -> int:
-    """Everything: calibrate, select, export, rewrite, build, verify. The default command."""
+    """Everything from calibrate to verify; the command if none is named."""
     api, terminal = _loaded()
     listener, built = terminal.TerminalListener(), engines.asked
     value = api.run(model, output, selection, calibration, verification, listener, trust, exporting, built)
@@ -77,7 +77,7 @@ def calibrate(
     trust: Trust = False,
     config: Config = None,
 ) -> None:
-    """Stream the second moments of the activations into OUT; resumes if interrupted."""
+    """Stream the moments of the activations into OUT; resumes if interrupted."""
     api, terminal = _loaded()
     api.calibrate(model, output, settings, terminal.TerminalListener(), trust)
     terminal.say(f"Calibrated. Next: nbl-export select {output} --k K")

@@ -6,6 +6,7 @@ missing · 4 an export or build failed · 130 interrupted · 70 an error of nbl-
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -20,7 +21,7 @@ from nbl_export.cli import commands
 from nbl_export.cli.help import ScreenHelp
 from nbl_export.errors import INTERNAL, INTERRUPTED, NblError, os_error_in_words
 from nbl_export.settings.choices import LIBRARIES
-from nbl_export.settings.definition import UsageError
+from nbl_export.settings.definition import FILE, UsageError
 from nbl_export.settings.file import NAME, TABLES, read_settings
 
 DEFAULT_COMMAND = "run"
@@ -45,9 +46,7 @@ def from_file(_app: App, names: tuple[str, ...], arguments: Any) -> None:
     if config is None or ("--config" not in given and not path.is_file()):
         return
     if "--config" not in given:
-        from nbl_export.cli.terminal import TerminalListener
-
-        TerminalListener().note(f"Settings of {path}.")
+        print(f"· Settings of {path}.", file=sys.stderr)
     values, place = read_settings(path), None
     for argument in arguments:
         if argument.name == "*":
@@ -58,7 +57,9 @@ def from_file(_app: App, names: tuple[str, ...], arguments: Any) -> None:
             and argument.name not in given
             and not (argument.name in _HOW_MANY and _HOW_MANY & set(given))
         ):
-            argument.append(Token(keyword=argument.name, source=str(path), implicit_value=values[key]))
+            value = values[key]
+            flag = {"implicit_value": value} if isinstance(value, bool) else {"value": json.dumps(value)}
+            argument.append(Token(keyword=argument.name, source=FILE, **flag))
 
 
 app = App(
@@ -83,7 +84,7 @@ def words_of(arguments: Sequence[str]) -> list[str]:
     words = list(arguments)
     if words and words[0] not in COMMANDS and words[0] not in {"--help", "-h", "--help-all", "--version"}:
         words.insert(0, DEFAULT_COMMAND)
-    following = [*words[1:], ""]
+    following = [*words, ""][1:]
     return [
         new
         for word, after in zip(words, following, strict=True)

@@ -17,7 +17,8 @@ from cyclopts import Group, Parameter
 
 from nbl_export.errors import InputError
 
-AUTO = "auto"
+# The word for a value that is found out, and the source of values that a configuration file gives as JSON.
+AUTO, FILE = "auto", "file"
 # The panels in the order of their keys: what most users never need comes last.
 LAYERS, TEXT = Group("Which layers", sort_key=2), Group("Calibration text", sort_key=3)
 GRAPH, CHECKS = Group("Graph and engines", sort_key=4), Group("What is measured", sort_key=5)
@@ -88,12 +89,8 @@ class Setting:
         metavar = self.metavar or ("LIST" if self.many else _METAVARS[self.kind]) + "|auto" * self.auto
         more: dict[str, Any] = {"metavar": metavar} if _HAS_METAVAR else {}
         if self.kind is not bool:
-            more |= {
-                "converter": self._from_words,
-                "n_tokens": 1,
-                "negative_iterable": (),
-                "allow_repeating": True,
-            }
+            more |= {"converter": self._from_words, "n_tokens": 1, "json_list": False}
+            more |= {"allow_repeating": True, "negative_iterable": ()}
         name, show = f"--{self.key}", self._default
         return Parameter(name=name, help=self.help, group=self.panel, show_default=show, **more)
 
@@ -121,6 +118,8 @@ class Setting:
 
     def _from_words(self, tokens: Sequence[Any]) -> Any:
         option, text = tokens[-1].keyword, tokens[-1].value
+        if tokens[-1].source == FILE:
+            return tuple(json.loads(text)) if self.many else json.loads(text)
         if self.repeated:
             return tuple(token.value for token in tokens)
         if self.auto and text == AUTO:
