@@ -24,6 +24,7 @@ from nbl_export.settings import (
     VerifySettings,
     choices,
 )
+from nbl_export.settings.file import read_settings
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -43,7 +44,9 @@ def _shell_lines() -> list[tuple[str, str]]:
     return [(page, line) for page, line in lines if line.strip()]
 
 
-def test_every_command_in_the_docs_parses() -> None:
+def test_every_command_in_the_docs_parses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nightly.toml").touch()
     checked = 0
     for page, line in _shell_lines():
         words = shlex.split(line, comments=True)
@@ -55,6 +58,16 @@ def test_every_command_in_the_docs_parses() -> None:
             pytest.fail(f"{page}: {line}: {error}")
         checked += 1
     assert checked >= 15
+
+
+def test_every_file_of_settings_in_the_docs_is_taken(tmp_path: Path) -> None:
+    blocks = [
+        b for page in PAGES for b in _blocks(page, "toml") if re.search(r"^\[(select|calibrate)\]", b, re.M)
+    ]
+    assert blocks
+    for block in blocks:
+        (tmp_path / "nbl-export.toml").write_text(block)
+        assert len(read_settings(tmp_path / "nbl-export.toml")) >= 3
 
 
 def test_every_script_in_the_docs_exists() -> None:

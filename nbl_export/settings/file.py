@@ -35,6 +35,8 @@ def read_settings(path: Path) -> dict[tuple[str, str], Any]:
     """
     try:
         raw = read_table(path)
+    except FileNotFoundError:
+        raise InputError(f"--config {path}: there is no such file.") from None
     except OSError as error:
         raise os_error_in_words(error, "reading the settings") from None
     except (TomlError, UnicodeDecodeError) as error:

@@ -171,7 +171,7 @@ def test_bytes_that_are_no_text(tmp_path: Path, raw: bytes) -> None:
 
 def test_a_file_that_is_not_there(asked: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert asked("select", "out", "--k", "1", "--config", "no.toml") == ()
-    assert capsys.readouterr().err == "error: No such file or directory reading the settings (no.toml).\n"
+    assert capsys.readouterr().err == "error: --config no.toml: there is no such file.\n"
 
 
 def test_a_refused_file_stops_before_anything(asked: Any, tmp_path: Path) -> None:
