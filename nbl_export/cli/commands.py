@@ -7,8 +7,16 @@ from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
 
-from nbl_export import settings as ask
 from nbl_export.errors import GATE_FAILED
+from nbl_export.settings import (
+    BenchSettings,
+    CalibrateSettings,
+    EngineSettings,
+    EvalSettings,
+    ExportSettings,
+    SelectSettings,
+    VerifySettings,
+)
 from nbl_export.settings.definition import UsageError
 from nbl_export.settings.file import NAME
 from nbl_export.settings.making import OptionalEngines
@@ -52,10 +60,10 @@ def run(
     /,
     *,
     output: Output = _NBL_OUT,
-    selection: ask.SelectSettings = ask.SelectSettings(),
-    calibration: ask.CalibrateSettings = ask.CalibrateSettings(),
-    verification: ask.VerifySettings = ask.VerifySettings(),
-    exporting: ask.ExportSettings = ask.ExportSettings(),
+    selection: SelectSettings = SelectSettings(),
+    calibration: CalibrateSettings = CalibrateSettings(),
+    verification: VerifySettings = VerifySettings(),
+    exporting: ExportSettings = ExportSettings(),
     engines: OptionalEngines = OptionalEngines(),
     trust: Trust = False,
     config: Config = None,
@@ -73,7 +81,7 @@ def calibrate(
     /,
     *,
     output: Output = _NBL_OUT,
-    settings: ask.CalibrateSettings = ask.CalibrateSettings(),
+    settings: CalibrateSettings = CalibrateSettings(),
     trust: Trust = False,
     config: Config = None,
 ) -> None:
@@ -83,9 +91,7 @@ def calibrate(
     terminal.say(f"Calibrated. Next: nbl-export select {output} --k K")
 
 
-def select(
-    out: Out, /, *, settings: ask.SelectSettings = ask.SelectSettings(), config: Config = None
-) -> None:
+def select(out: Out, /, *, settings: SelectSettings = SelectSettings(), config: Config = None) -> None:
     """Score every layer, choose K, and write the plan."""
     api, terminal = _loaded()
     plan = api.select(out, settings, terminal.TerminalListener())
@@ -93,9 +99,7 @@ def select(
     terminal.say(f"Plan: layers {layers}. Next: nbl-export export {out}")
 
 
-def export(
-    out: Out, /, *, settings: ask.ExportSettings = ask.ExportSettings(), config: Config = None
-) -> None:
+def export(out: Out, /, *, settings: ExportSettings = ExportSettings(), config: Config = None) -> None:
     """Export the unmodified model to OUT/baseline/model.onnx."""
     api, terminal = _loaded()
     path = api.export(out, settings, terminal.TerminalListener())
@@ -118,7 +122,7 @@ def rewrite(
     api, terminal = _loaded()
     if onnx is None:
         if out is None or plan or output or in_place:
-            raise UsageError("Give OUT alone, or --onnx with --plan and --output or --in-place.")
+            raise UsageError("give OUT alone, or --onnx with --plan and --output or --in-place.")
         path = api.rewrite(out, terminal.TerminalListener())
         terminal.say(f"Wrote {path}. Next: nbl-export verify {out}")
         return
@@ -129,14 +133,14 @@ def rewrite(
     terminal.say(f"Wrote {result.files[0]}; every replaced layer is proven against the plan's activations.")
 
 
-def build(out: Out, /, *, settings: ask.EngineSettings = ask.EngineSettings(), config: Config = None) -> None:
+def build(out: Out, /, *, settings: EngineSettings = EngineSettings(), config: Config = None) -> None:
     """Build TensorRT engines of both graphs into OUT/engine."""
     api, terminal = _loaded()
     terminal.show_engines(api.build(out, settings, terminal.TerminalListener()))
     terminal.say(f"Built {out / 'engine'}. Next: nbl-export verify {out}")
 
 
-def verify(out: Out, /, *, settings: ask.VerifySettings = ask.VerifySettings(), config: Config = None) -> int:
+def verify(out: Out, /, *, settings: VerifySettings = VerifySettings(), config: Config = None) -> int:
     """Check parity, measure method loss and speed; exit 1 if a gate fails."""
     api, terminal = _loaded()
     value = api.verify(out, settings, terminal.TerminalListener())
@@ -144,7 +148,7 @@ def verify(out: Out, /, *, settings: ask.VerifySettings = ask.VerifySettings(), 
     return 0 if value.passed else GATE_FAILED
 
 
-def eval_(out: Out, /, *, settings: ask.EvalSettings = ask.EvalSettings(), config: Config = None) -> int:
+def eval_(out: Out, /, *, settings: EvalSettings = EvalSettings(), config: Config = None) -> int:
     """Score both graphs on tasks and retrieval; exit 1 if a gate fails."""
     api, terminal = _loaded()
     value = api.evaluate(out, settings, terminal.TerminalListener())
@@ -152,7 +156,7 @@ def eval_(out: Out, /, *, settings: ask.EvalSettings = ask.EvalSettings(), confi
     return 0 if value.passed else GATE_FAILED
 
 
-def bench(out: Out, /, *, settings: ask.BenchSettings = ask.BenchSettings(), config: Config = None) -> int:
+def bench(out: Out, /, *, settings: BenchSettings = BenchSettings(), config: Config = None) -> int:
     """Time both graphs and others in turn; exit 1 if suspect or slower."""
     api, terminal = _loaded()
     value = api.bench(out, settings, terminal.TerminalListener())

@@ -77,12 +77,16 @@ app = App(
 COMMANDS = {function.__name__.rstrip("_"): function for function in commands.IN_ORDER}
 for number, (name, function) in enumerate(COMMANDS.items()):
     app.command(function, name=name, sort_key=number)
+app.register_install_completion_command("--install-completion", help="Install completion for this shell.")
+app.command(
+    lambda: print(app.generate_completion()), name="--show-completion", help="Show completion for this shell."
+)
 
 
 def words_of(arguments: Sequence[str]) -> list[str]:
     """What is no command is a model, as `run` has one; `--trt` alone means `--trt auto`."""
     words = list(arguments)
-    if words and words[0] not in COMMANDS and words[0] not in {"--help", "-h", "--help-all", "--version"}:
+    if words and words[0] not in app.resolved_commands():
         words.insert(0, DEFAULT_COMMAND)
     following = [*words, ""][1:]
     return [
