@@ -66,18 +66,19 @@ def one_of(known: Iterable[str], words: str = "choose one of") -> Must:
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting: ``key`` is its option without the dashes, ``path`` leads to its field.
+    """One setting: ``key`` is its option without the dashes, ``shown`` its default in words where the field's own does
+    not say it; ``auto``: that word is a value, too; ``repeated``: a list by repetition, where others have commas.
 
-    ``kind`` is the type of one value; ``many``: there may be several; ``auto``: that word is a value, too.
+    ``path`` leads to the field; ``kind`` is the type of one value, of which there may be ``many``.
     """
 
     panel: Group
     musts: tuple[Must, ...]
-    metavar: str
-    key: str
-    shown: str | None
-    auto: bool
-    repeated: bool
+    metavar: str = ""
+    key: str = ""
+    shown: str | None = None
+    auto: bool = False
+    repeated: bool = False
     path: tuple[str, ...] = ()
     help: str = ""
     kind: type = str
@@ -106,12 +107,10 @@ class Setting:
         """A value of a TOML file as the field has it; raises :class:`InputError` for one that is refused."""
         if self.auto and value == AUTO:
             return value
-        allowed = (int, float) if self.kind is float else self.kind
-        for one in value if self.many and isinstance(value, list) else [value]:
-            if not isinstance(one, allowed) or isinstance(one, bool) != (self.kind is bool):
-                raise InputError(f"{name} is {json.dumps(value, default=str)}; give {self._wanted}.")
-        if self.many and not isinstance(value, list):
-            raise InputError(f"{name} is {json.dumps(value)}; give {self._wanted}.")
+        is_list = isinstance(value, list)
+        types = {type(one) for one in (value if is_list else [value])}
+        if is_list != self.many or not types <= ({int, float} if self.kind is float else {self.kind}):
+            raise InputError(f"{name} is {json.dumps(value, default=str)}; give {self._wanted}.")
         found = tuple(map(self.kind, value)) if self.many else self.kind(value)
         self.check(found, name, of_file=True)
         return found
@@ -143,22 +142,9 @@ class Setting:
         return ",".join(map(str, value)) or None if isinstance(value, tuple) else str(value)
 
 
-def setting(
-    default: Any,
-    panel: Group,
-    *musts: Must,
-    metavar: str = "",
-    key: str = "",
-    shown: str | None = None,
-    auto: bool = False,
-    repeated: bool = False,
-) -> Any:
-    """A field with its option; ``shown`` is the default in words where the field's own does not say it.
-
-    ``repeated``: the option may be given several times; other lists are written with commas.
-    """
-    found = Setting(panel, musts, metavar, key, shown, auto, repeated)
-    return field(default=default, metadata={"setting": found})
+def setting(default: Any, panel: Group, *musts: Must, **how: Any) -> Any:
+    """A field with its option; ``how`` are fields of :class:`Setting`, from ``metavar`` to ``repeated``."""
+    return field(default=default, metadata={"setting": Setting(panel, musts, **how)})
 
 
 def options(cls: C) -> C:

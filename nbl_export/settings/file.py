@@ -45,15 +45,16 @@ def read_settings(path: Path) -> dict[tuple[str, str], Any]:
     for table, values in raw.items():
         if not isinstance(values, dict):
             _refuse_code(path, table)
-            raise InputError(f"{path}: {table} stands in no table: write it below one of {_tables(TABLES)}.")
+            known = ", ".join(f"[{name}]" for name in TABLES)
+            raise InputError(f"{path}: {table} stands in no table: write it below one of {known}.")
         if table not in TABLES:
             raise InputError(f"{path}: the table [{table}] is unknown{_near(table, TABLES)}.")
-        known = {one.key: one for one in settings_of(TABLES[table])}
+        settings = {one.key: one for one in settings_of(TABLES[table])}
         for key, value in values.items():
-            if key not in known:
+            if key not in settings:
                 _refuse_code(path, key)
-                raise InputError(f"{path}: [{table}] {key} is unknown{_near(key, known)}.")
-            found[table, key] = known[key].from_file(value, f"{path}: [{table}] {key}")
+                raise InputError(f"{path}: [{table}] {key} is unknown{_near(key, settings)}.")
+            found[table, key] = settings[key].from_file(value, f"{path}: [{table}] {key}")
     return found
 
 
@@ -65,9 +66,4 @@ def _refuse_code(path: Path, key: str) -> None:
 
 
 def _near(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name.lower(), known, 1, 0)
-    return f"; the nearest known one is {close[0]}"
-
-
-def _tables(names: Iterable[str]) -> str:
-    return ", ".join(f"[{name}]" for name in names)
+    return f"; the nearest known one is {difflib.get_close_matches(name.lower(), known, 1, 0)[0]}"
