@@ -61,7 +61,9 @@ def at_least(least: float, words: str = "") -> Must:
 
 
 def one_of(known: Iterable[str], words: str = "choose one of") -> Must:
-    return Must(lambda value: value in known, f"{{value!r}} is unknown; {words} {', '.join(known)}")
+    """Refuses any other value; ``words`` are those before the list, or the sentence if they begin with "is"."""
+    said = words if words.startswith("is ") else f"{{value!r}} is unknown; {words}"
+    return Must(lambda value: value in known, f"{said} {', '.join(known)}")
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ def settings_of(cls: type) -> Iterator[Setting]:
             kind = next(part for part in parts if part is not type(None))
             many, musts = get_origin(kind) is tuple, one.musts
             if get_origin(kind) is Literal:
-                kind, musts = str, (one_of(get_args(kind)), *musts)
+                kind, musts = str, (*musts, one_of(get_args(kind)))
             elif many:
                 kind = get_args(kind)[0]
             key, text = one.key or each.name.replace("_", "-"), " ".join(helps[each.name].split())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 from nbl_export.errors import InputError
 from nbl_export.settings import choices
@@ -27,6 +27,7 @@ from nbl_export.settings.definition import (
 _RIDGES = Must(
     lambda x: 0 <= x <= MAX_RIDGE, f"is {{value}}; it must be between 0 and {MAX_RIDGE:g}, or auto"
 )
+_DTYPES = one_of(get_args(Dtype), "is {value!r}; it must be one of")
 _NO_PROGRAM = Must(lambda _: False, "names a program to run: say it on the command line", of_file=True)
 
 
@@ -55,7 +56,7 @@ class CalibrateSettings(Settings):
     selection_samples: int = setting(8, MORE, at_least(1))
     field: str = setting("text", MORE, key="text-field")
     seed: int = setting(0, MORE)
-    dtype: Dtype = setting("auto", MORE, metavar="DTYPE", key="calibration-dtype")
+    dtype: Dtype = setting(AUTO, MORE, _DTYPES, metavar="DTYPE", key="calibration-dtype")
 
     def check(self) -> None:
         super().check()
