@@ -11,24 +11,29 @@ can put right. ``listener`` receives progress (:mod:`nbl_export.progress`); none
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from nbl_export import pipeline
 from nbl_export.errors import NblError
-from nbl_export.linearize.budget import Budget
 from nbl_export.linearize.plan import Plan
-from nbl_export.models.source import ModelSource
+from nbl_export.models.source import find_model
+from nbl_export.models.tasks import task_named
 from nbl_export.progress import Listener
 from nbl_export.report.drawing import Table
 from nbl_export.report.schema import Report
 from nbl_export.settings import (
     BenchSettings,
+    Budget,
     CalibrateSettings,
     EngineSettings,
     EvalSettings,
     ExportSettings,
+    RunSettings,
     SelectSettings,
+    Settings,
     VerifySettings,
 )
 from nbl_export.stages.inspection import inspect_path
@@ -40,6 +45,8 @@ if TYPE_CHECKING:
     from nbl_export.evaluate.results import Evaluation
     from nbl_export.report.bench import BenchReport
     from nbl_export.rewrite.replace import RewriteResult
+
+S = TypeVar("S", bound=Settings)
 
 __all__ = [
     "BenchSettings",
@@ -83,26 +90,34 @@ def run(
 
     Without ``engines`` no TensorRT engine is built.
     """
-    calibration, verification = calibration or CalibrateSettings(), verification or VerifySettings()
-    exporting = exporting or ExportSettings()
+    from nbl_export.stages.material import check_sources
+
+    asked = RunSettings(
+        selection,
+        calibration or CalibrateSettings(),
+        verification or VerifySettings(),
+        exporting or ExportSettings(),
+        engines,
+    )
     # Whatever can be refused is refused before the output folder is made.
-    for settings in (selection, calibration, exporting, verification):
-        settings.check()
-    selection.check_precision(exporting.precision)
-    if engines:
-        exporting.check_tensorrt()
-        engines.check()
-
-    def check(source: ModelSource) -> None:
-        from nbl_export.stages.material import check_sources
-
-        exporting.for_task(source.task, engines is not None)
-        selection.for_task(source.task)
-        check_sources(source, calibration)
-
-    work = Run.start(str(model), Path(out), listener, trust_remote_code, check)
+    asked.check()
+    pipeline.check_machine(asked.exporting, asked.engines)
+    source = find_model(str(model), trust_remote_code)
+    resolved = asked.resolve(task_named(source.task))
+    check_sources(source, asked.calibration)
+    work = Run.start(source, Path(out), listener)
     with work.workspace.lock():
-        return pipeline.run_all(work, calibration, selection, exporting, verification, engines)
+        return pipeline.run_all(work, resolved)
+
+
+@contextmanager
+def _resumed(out: str | Path, asked: S, listener: Listener | None) -> Iterator[tuple[Run, S]]:
+    """Go on in ``out`` with its lock held, and with what was asked checked and resolved for its model."""
+    asked.check()
+    pipeline.check_machine(asked)
+    work = Run.resume(Path(out), listener)
+    with work.workspace.lock():
+        yield work, asked.resolve(work.model.task)
 
 
 def calibrate(
@@ -117,9 +132,9 @@ def calibrate(
 
     asked = settings or CalibrateSettings()
     asked.check()
-    work = Run.start(
-        str(model), Path(out), listener, trust_remote_code, lambda source: check_sources(source, asked)
-    )
+    source = find_model(str(model), trust_remote_code)
+    check_sources(source, asked)
+    work = Run.start(source, Path(out), listener)
     with work.workspace.lock():
         pipeline.calibrate(work, asked)
     return work.workspace.moments
@@ -127,19 +142,14 @@ def calibrate(
 
 def select(out: str | Path, settings: SelectSettings, listener: Listener | None = None) -> Plan:
     """Score every layer and choose K of them; returns the plan."""
-    settings.check()
-    work = Run.resume(Path(out), listener)
-    with work.workspace.lock():
-        return pipeline.select(work, settings)
+    with _resumed(out, settings, listener) as (work, resolved):
+        return pipeline.select(work, resolved)
 
 
 def export(out: str | Path, settings: ExportSettings | None = None, listener: Listener | None = None) -> Path:
     """Export the unmodified model; returns the path of the baseline graph."""
-    settings = settings or ExportSettings()
-    settings.check()
-    work = Run.resume(Path(out), listener)
-    with work.workspace.lock():
-        pipeline.export(work, settings)
+    with _resumed(out, settings or ExportSettings(), listener) as (work, resolved):
+        pipeline.export(work, resolved)
     return work.workspace.baseline
 
 
@@ -168,41 +178,30 @@ def build(
     out: str | Path, settings: EngineSettings | None = None, listener: Listener | None = None
 ) -> list[EngineFile]:
     """Build the base and the linearized TensorRT engine; returns them with their manifests."""
-    settings = settings or EngineSettings()
-    settings.check()
-    work = Run.resume(Path(out), listener)
-    with work.workspace.lock():
-        return pipeline.build(work, settings)
+    with _resumed(out, settings or EngineSettings(), listener) as (work, resolved):
+        return pipeline.build(work, resolved)
 
 
 def verify(
     out: str | Path, settings: VerifySettings | None = None, listener: Listener | None = None
 ) -> Report:
     """Parity, method loss and speed. A failed gate is in the report (``passed`` is False), not raised."""
-    settings = settings or VerifySettings()
-    settings.check()
-    work = Run.resume(Path(out), listener)
-    with work.workspace.lock():
-        return pipeline.verify(work, settings)
+    with _resumed(out, settings or VerifySettings(), listener) as (work, resolved):
+        return pipeline.verify(work, resolved)
 
 
 def evaluate(out: str | Path, settings: EvalSettings, listener: Listener | None = None) -> Evaluation:
     """Tasks and retrieval on both graphs. A failed gate is in the value (``passed`` is False), not raised."""
-    settings.check()
-    work = Run.resume(Path(out), listener)
-    with work.workspace.lock():
-        return pipeline.evaluate(work, settings)
+    with _resumed(out, settings, listener) as (work, resolved):
+        return pipeline.evaluate(work, resolved)
 
 
 def bench(
     out: str | Path, settings: BenchSettings | None = None, listener: Listener | None = None
 ) -> BenchReport:
     """Time both graphs and others in turn. A suspect or slower cell is in the value (``passed``), not raised."""
-    settings = settings or BenchSettings()
-    settings.check()
-    work = Run.resume(Path(out), listener)
-    with work.workspace.lock():
-        return pipeline.bench(work, settings)
+    with _resumed(out, settings or BenchSettings(), listener) as (work, resolved):
+        return pipeline.bench(work, resolved)
 
 
 def report(out: str | Path) -> Report:

@@ -1,4 +1,4 @@
-"""Tables that are shipped with the package, as TOML."""
+"""Tables in TOML: those that are shipped with the package, and a user's settings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+TomlError = tomllib.TOMLDecodeError
+
 
 def read_table(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file of ours."""
+    """The tables of a TOML file; raises :data:`TomlError` for one that is not TOML."""
     return tomllib.loads(path.read_text(encoding="utf-8"))

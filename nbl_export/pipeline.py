@@ -14,17 +14,16 @@ from __future__ import annotations
 
 from nbl_export.report.schema import Report
 from nbl_export.settings import (
-    CalibrateSettings,
     EngineSettings,
     ExportSettings,
-    SelectSettings,
-    VerifySettings,
+    RunSettings,
+    Settings,
 )
 from nbl_export.stages.bench import bench
-from nbl_export.stages.build import build
+from nbl_export.stages.build import build, check_engines, check_limits
 from nbl_export.stages.calibrate import calibrate
 from nbl_export.stages.evaluate import evaluate
-from nbl_export.stages.export import check_model, export
+from nbl_export.stages.export import check_exporter, check_model, export
 from nbl_export.stages.rewrite import rewrite
 from nbl_export.stages.run import Run
 from nbl_export.stages.select.stage import select
@@ -34,6 +33,7 @@ __all__ = [
     "bench",
     "build",
     "calibrate",
+    "check_machine",
     "evaluate",
     "export",
     "report",
@@ -44,37 +44,40 @@ __all__ = [
 ]
 
 
-def run_all(
-    run: Run,
-    calibration: CalibrateSettings,
-    selection: SelectSettings,
-    exporting: ExportSettings,
-    verification: VerifySettings,
-    engines: EngineSettings | None = None,
-) -> Report:
-    """Every stage in order; what is done already with the same settings is kept."""
+def check_machine(*asked: Settings | None) -> None:
+    """Refuse, before a model is looked for, what this machine has no package or device for.
+
+    Raises :class:`MissingDependencyError`, or :class:`InputError` for what the library here cannot build.
+    """
+    for settings in asked:
+        if isinstance(settings, ExportSettings):
+            check_exporter(settings)
+        if isinstance(settings, EngineSettings):
+            check_engines(settings)
+
+
+def run_all(run: Run, asked: RunSettings) -> Report:
+    """Every stage in order, as ``asked`` and resolved; what is done already with the same settings is kept."""
     from nbl_export.linearize.scores import check_k, check_rank
     from nbl_export.models.layers import attention_layers, hidden_size, positions
     from nbl_export.runtime.session import require_onnxruntime
 
     require_onnxruntime()  # before the first minute of work, not after it
-    exporting = exporting.for_task(run.model.source.task, engines is not None)
+    selection = asked.selection
     if run.workspace.record("calibrate") is None:
         if selection.k is not None:
             check_k(selection.k, len(attention_layers(run.model.model)))
         if selection.rank is not None:
             check_rank(selection.rank, hidden_size(run.model.model))
-        if engines:
-            engines.limits(positions(run.model.model))
-        exporting.check()
-        check_model(run, exporting)
-    selection.for_task(run.model.source.task)
-    calibrate(run, calibration)
+        if asked.engines:
+            check_limits(asked.engines, positions(run.model.model))
+        check_model(run, asked.exporting)
+    calibrate(run, asked.calibration)
     if selection.budget:
-        export(run, exporting)  # a budget is weighed with the speed of the graph
+        export(run, asked.exporting)  # a budget is weighed with the speed of the graph
     select(run, selection)
-    export(run, exporting)
+    export(run, asked.exporting)
     rewrite(run)
-    if engines:
-        build(run, engines)
-    return verify(run, verification)
+    if asked.engines:
+        build(run, asked.engines)
+    return verify(run, asked.verification)

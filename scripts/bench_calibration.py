@@ -30,13 +30,14 @@ import torch
 
 from nbl_export.calibrate.collect import collect_moments
 from nbl_export.calibrate.moments import Accumulator
-from nbl_export.calibrate.text import TextSettings, documents, pack
+from nbl_export.calibrate.text import documents, pack
 from nbl_export.linearize.lmmse import cca_bound, fit_lmmse
 from nbl_export.models.layers import attention_layers, hidden_size, observed
 from nbl_export.models.load import in_precision, load_model, load_tokenizer
 from nbl_export.models.source import find_model
 from nbl_export.progress import Silent
 from nbl_export.report.environment import environment
+from nbl_export.settings import CalibrateSettings
 
 SEQ_LEN = 512
 BATCH = 2
@@ -45,7 +46,7 @@ HALF = "ours, the model in bfloat16"
 
 def tokens_of(model: str, text: str, count: int) -> Any:
     """``count`` tokens of ``text`` packed into rows of SEQ_LEN."""
-    settings = TextSettings((text,), samples=count // SEQ_LEN, seq_len=SEQ_LEN, heldout_samples=1)
+    settings = CalibrateSettings((text,), samples=count // SEQ_LEN, seq_len=SEQ_LEN, heldout_samples=1)
     packed = pack(
         documents(settings.sources, settings.field), load_tokenizer(find_model(model)), settings, Silent()
     )

@@ -15,8 +15,8 @@ from typing import Any
 
 from nbl_export import api
 from nbl_export.batch.names import BASE, LINEARIZED
+from nbl_export.cli.terminal import TerminalListener
 from nbl_export.engine.pair import EngineFile
-from nbl_export.terminal import TerminalListener
 from nbl_export.workspace import Workspace
 
 

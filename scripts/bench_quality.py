@@ -33,7 +33,7 @@ from nbl_export import api
 from nbl_export.calibrate.text import documents, end_token
 from nbl_export.evaluate.harness import DecoderLM
 from nbl_export.evaluate.scoring import Limits
-from nbl_export.evaluate.tasks import TaskSettings, find_tasks, run_task
+from nbl_export.evaluate.tasks import find_tasks, run_task
 from nbl_export.linearize.loss import LossMeter, loss_of_plan
 from nbl_export.linearize.plan import Plan
 from nbl_export.linearize.swap import linearized
@@ -94,7 +94,7 @@ def task_accuracy(
     model: torch.nn.Module, tokenizer: Any, plan: Plan | None, folder: str, limit: int
 ) -> dict[str, float]:
     """The mean over the tasks of their scored metric, and its standard error over documents."""
-    settings = TaskSettings(limit=limit)
+    settings = api.EvalSettings(limit=limit)
     vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
     means, variances = [], []
     for task in find_tasks((folder,), settings):

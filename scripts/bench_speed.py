@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export import api
+from nbl_export.cli.terminal import TerminalListener
 from nbl_export.engine.gpu import find_gpu
 from nbl_export.export.optimum import VARIABLE
 from nbl_export.report.bench import BenchReport
-from nbl_export.terminal import TerminalListener
 
 FORMS = {
     "torch": api.ExportSettings(),

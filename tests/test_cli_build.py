@@ -15,6 +15,7 @@ import pytest
 
 from nbl_export import api
 from nbl_export.errors import NblError
+from nbl_export.models.tasks import task_named
 from tests.test_cli import (
     ENVIRONMENT,
     assert_refused,
@@ -111,7 +112,7 @@ def test_trt_may_stand_anywhere_and_decides_what_is_exported(
         cli.main()
     ((model, _, selection, *_, exporting, wanted),) = calls
     assert (model, selection.k) == ("rtx-model", 2)
-    exporting = exporting.for_task("text-generation", wanted is not None)
+    exporting = exporting.resolve(task_named("text-generation"), wanted is not None)
     assert (exporting.precision, exporting.kv_cache) == export
     assert (wanted.library if wanted else None) == library
 
@@ -143,7 +144,7 @@ def test_help_shows_every_option_of_build() -> None:
         assert word in done.out, word
     for default in ("4", "512", "2048", "all from 80 on"):
         assert re.search(rf"\[default: \(?{default}\)?\]", done.out), default
-    shown = nbl("run", "--help").out
+    shown = re.sub(r"[│\s]+", " ", nbl("run", "--help").out)
     for word in (
         "--trt",
         "--sm",

@@ -4,31 +4,30 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal, get_args, get_origin
 
 import pytest
-import typer.main
 
-from nbl_export import options
 from nbl_export.cli import DEFAULT_COMMAND, app
-from nbl_export.engine.library import CHOICES
-from nbl_export.export.choices import EXPORTERS
+from nbl_export.cli.main import COMMANDS, words_of
+from nbl_export.engine.library import _KINDS
 from nbl_export.export.forms import FORMS
 from nbl_export.graph.precision import PRECISIONS
-from nbl_export.linearize.lmmse import FitInput, FitName
 from nbl_export.linearize.scores import CRITERIA
 from nbl_export.settings import (
     BenchSettings,
     CalibrateSettings,
     EngineSettings,
+    ExportSettings,
     SelectSettings,
     VerifySettings,
+    choices,
 )
+from nbl_export.settings.file import read_settings
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 
 def _blocks(page: Path, language: str) -> list[str]:
@@ -45,21 +44,30 @@ def _shell_lines() -> list[tuple[str, str]]:
     return [(page, line) for page, line in lines if line.strip()]
 
 
-def test_every_command_in_the_docs_parses() -> None:
+def test_every_command_in_the_docs_parses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nightly.toml").touch()
     checked = 0
     for page, line in _shell_lines():
         words = shlex.split(line, comments=True)
         if words[0] != "nbl-export":
             continue
-        name = words[1] if words[1] in COMMANDS else DEFAULT_COMMAND
-        rest = words[2:] if words[1] in COMMANDS else words[1:]
-        command = COMMANDS[name]
         try:
-            command.make_context(name, rest)
+            app.parse_args(words_of(words[1:]), exit_on_error=False, print_error=False)
         except Exception as error:
             pytest.fail(f"{page}: {line}: {error}")
         checked += 1
     assert checked >= 15
+
+
+def test_every_file_of_settings_in_the_docs_is_taken(tmp_path: Path) -> None:
+    blocks = [
+        b for page in PAGES for b in _blocks(page, "toml") if re.search(r"^\[(select|calibrate)\]", b, re.M)
+    ]
+    assert blocks
+    for block in blocks:
+        (tmp_path / "nbl-export.toml").write_text(block)
+        assert len(read_settings(tmp_path / "nbl-export.toml")) >= 3
 
 
 def test_every_script_in_the_docs_exists() -> None:
@@ -104,59 +112,69 @@ def test_python_in_the_docs_runs(tiny_folder: Path, tmp_path: Path, monkeypatch:
 
 
 def test_defaults_of_the_command_line_are_those_of_the_settings() -> None:
-    # The command line spells its defaults itself, so that --help need not import NumPy.
-    given = {p.name: p.default for p in COMMANDS[DEFAULT_COMMAND].params}
-    text, selection, checks = CalibrateSettings(), SelectSettings(), VerifySettings()
-    same = {
-        "samples": text.samples,
-        "seq_len": text.seq_len,
-        "selection_samples": text.selection_samples,
-        "heldout_samples": text.heldout_samples,
-        "text_field": text.field,
-        "seed": text.seed,
-        "criterion": selection.criterion,
-        "fit_input": selection.fit_input,
-        "fit": selection.fit,
-        "repair": selection.repair,
-        "k": selection.k,
-        "max_kl": selection.budget.max_kl,
-        "max_ppl_ratio": selection.budget.max_perplexity_ratio,
-        "min_speedup": selection.budget.min_speedup,
-        "decode_steps": checks.decode_steps,
-        "rounds": checks.rounds,
-        "contexts": ",".join(map(str, checks.contexts)),
-        "quality": checks.quality,
-        "speed": checks.speed,
-        "max_batch": EngineSettings().max_batch,
+    """The command line, the Python API and what is written here, which nothing else says."""
+    text, checks = CalibrateSettings(), VerifySettings()
+    for command, expected in (
+        (["run", "model"], {"selection": SelectSettings(), "calibration": text, "verification": checks}),
+        (["run", "model"], {"exporting": ExportSettings()}),
+        (["calibrate", "model"], {"settings": text}),
+        (["select", "out"], {"settings": SelectSettings()}),
+        (["export", "out"], {"settings": ExportSettings()}),
+        (["build", "out"], {"settings": EngineSettings()}),
+        (["verify", "out"], {"settings": checks}),
+        (["bench", "out"], {"settings": BenchSettings()}),
+    ):
+        _, bound, _ = app.parse_args(command, exit_on_error=False, print_error=False)
+        bound.apply_defaults()
+        assert {name: bound.arguments[name] for name in expected} == expected
+    assert asdict(text) == {
+        "sources": ("self",),
+        "samples": 128,
+        "seq_len": 512,
+        "heldout_samples": 24,
+        "selection_samples": 8,
+        "field": "text",
+        "seed": 0,
+        "dtype": "auto",
+    }
+    budget = {"max_kl": None, "max_perplexity_ratio": None, "min_speedup": None}
+    assert asdict(SelectSettings()) == {
+        "k": None,
+        "layers": None,
+        "criterion": None,
+        "fit_input": "normed",
+        "ridge": 1e-6,
+        "fit": "lmmse",
+        "repair": 0,
+        "repair_rank": 16,
+        "rank": None,
+        "seed": 0,
+        "budget": budget,
+    }
+    assert asdict(checks) == {
+        "decode_steps": 8,
+        "quality": True,
+        "speed": True,
+        "contexts": (128, 512, 1024),
+        "rounds": 7,
+    }
+    assert asdict(EngineSettings()) == {
+        "library": "auto",
+        "max_batch": 4,
         "max_seq": None,
         "max_context": None,
+        "sm": (),
     }
-    assert {name: given[name] for name in same} == same
-    assert selection.ridge == float(given["ridge"])  # an option of numbers or a word is text
-    given, bench = {p.name: p.default for p in COMMANDS["bench"].params}, BenchSettings()
-    same = {
-        "batches": ",".join(map(str, bench.batches)),
-        "contexts": ",".join(map(str, bench.contexts)),
-        "rounds": bench.rounds,
-        "seconds": bench.seconds,
-        "device": bench.device,
-        "memory": bench.memory,
-    }
-    assert {name: given[name] for name in same} == same
+    bench = BenchSettings()
+    assert (bench.batches, bench.contexts, bench.rounds) == ((1, 4), (128, 512, 2048, 8192), 7)
+    assert (bench.seconds, bench.device, bench.memory, bench.most) == (120.0, "cpu", True, 3)
 
 
-def test_choices_of_the_command_line_are_those_of_the_code() -> None:
-    for option, known in (
-        (options.ExporterOpt, EXPORTERS),
-        (options.PrecisionOpt, dict.fromkeys(p for c in EXPORTERS.values() for p in c.precisions)),
-        (options.CacheOpt, FORMS),
-        (options.TrtOpt, CHOICES),
-        (options.CriterionOpt, CRITERIA),
-    ):
-        kind = get_args(option)[0]
-        literal = kind if get_origin(kind) is Literal else get_args(kind)[0]
-        assert get_args(literal) == tuple(known)
-    for option, known in ((options.FitOpt, FitName), (options.FitInputOpt, FitInput)):
-        assert get_args(get_args(option)[0]) == get_args(known)
-    assert options.TRT_CHOICES == CHOICES
-    assert EXPORTERS["torch"].precisions == tuple(PRECISIONS)
+def test_choices_of_the_settings_are_those_of_the_code() -> None:
+    precisions = dict.fromkeys(p for c in choices.EXPORTERS.values() for p in c.precisions)
+    assert tuple(precisions) == (*PRECISIONS, *choices.QUANTIZED)
+    assert choices.EXPORTERS["torch"].precisions == tuple(PRECISIONS)
+    assert choices.EXPORTERS["torch"].caches == tuple(FORMS)
+    assert ("auto", *_KINDS) == choices.LIBRARIES
+    assert {name: c.measured for name, c in CRITERIA.items()} == choices.CRITERIA
+    assert list(CRITERIA) == list(choices.CRITERIA)

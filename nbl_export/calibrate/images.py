@@ -16,9 +16,10 @@ import numpy as np
 from nbl_export.batch.arrays import F32
 from nbl_export.batch.names import PIXELS
 from nbl_export.calibrate.moments import CALIBRATE_AGAIN
-from nbl_export.calibrate.text import HELD_OUT_EVERY, TextSettings
+from nbl_export.calibrate.text import HELD_OUT_EVERY
 from nbl_export.errors import InputError
 from nbl_export.progress import Listener
+from nbl_export.settings import CalibrateSettings
 from nbl_export.tensorfile import load_as, save_tensors
 
 FORMAT = "nbl-export/images/1"
@@ -54,7 +55,7 @@ def image_files(sources: Iterable[str]) -> list[Path]:
 
 
 def read_images(
-    files: Sequence[Path], processor: Any, settings: TextSettings, listener: Listener
+    files: Sequence[Path], processor: Any, settings: CalibrateSettings, listener: Listener
 ) -> CalibrationImages:
     """Read and scale images until both parts are full.
 

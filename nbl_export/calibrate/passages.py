@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbl_export.batch.names import TOKEN_TYPES, TOKENS
-from nbl_export.calibrate.text import HELD_OUT_EVERY, CalibrationText, TextSettings, frame_tokens
+from nbl_export.calibrate.text import HELD_OUT_EVERY, CalibrationText, frame_tokens
 from nbl_export.errors import InputError
 from nbl_export.progress import Listener
+from nbl_export.settings import CalibrateSettings
 
 I32 = NDArray[np.int32]
 PADDING = -1  # what heldout_document says of a place that is padding
@@ -52,7 +53,9 @@ def frame_of(tokenizer: Any) -> Frame:
     )
 
 
-def longest_row(settings: TextSettings, tokenizer: Any, positions: int | None, listener: Listener) -> int:
+def longest_row(
+    settings: CalibrateSettings, tokenizer: Any, positions: int | None, listener: Listener
+) -> int:
     """``--seq-len``, or what the model has positions for; a note says so."""
     told = [n for n in (positions, getattr(tokenizer, "model_max_length", None)) if n is not None]
     length = int(min([settings.seq_len, *told]))
@@ -62,7 +65,7 @@ def longest_row(settings: TextSettings, tokenizer: Any, positions: int | None, l
 
 
 def read_passages(
-    texts: Iterable[str], tokenizer: Any, settings: TextSettings, length: int, listener: Listener
+    texts: Iterable[str], tokenizer: Any, settings: CalibrateSettings, length: int, listener: Listener
 ) -> CalibrationText:
     """Tokenize, pack and frame until both parts are full; raises :class:`InputError` if that gives too little."""
     frame = frame_of(tokenizer)

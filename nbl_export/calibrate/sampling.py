@@ -12,7 +12,6 @@ from nbl_export.calibrate.text import (
     HELDOUT,
     SELECTION,
     CalibrationText,
-    TextSettings,
     end_token,
     rows_by_part,
     start_tokens,
@@ -20,6 +19,7 @@ from nbl_export.calibrate.text import (
 from nbl_export.models.compat import cache_argument
 from nbl_export.models.layers import taken
 from nbl_export.progress import Listener
+from nbl_export.settings import CalibrateSettings
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +28,7 @@ I32 = NDArray[np.int32]
 
 
 def sample_from_model(
-    model: torch.nn.Module, tokenizer: Any, settings: TextSettings, listener: Listener
+    model: torch.nn.Module, tokenizer: Any, settings: CalibrateSettings, listener: Listener
 ) -> CalibrationText:
     """Text sampled from the model itself by plain ancestral sampling, packed like any other text.
 

@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,11 +26,11 @@ from numpy.typing import NDArray
 from nbl_export.calibrate.moments import CALIBRATE_AGAIN
 from nbl_export.errors import InputError, MissingDependencyError
 from nbl_export.progress import Listener
+from nbl_export.settings import CalibrateSettings
 from nbl_export.tensorfile import load_as, save_tensors
 
 I32 = NDArray[np.int32]
 HELD_OUT_EVERY = 8
-SELF = "self"
 FORMAT = "nbl-export/text/2"
 CALIBRATION, SELECTION, HELDOUT = "calibration", "selection", "held-out"
 # Which documents of every HELD_OUT_EVERY are for choosing and for judging; the others are for the fit.
@@ -73,38 +73,6 @@ class CalibrationText:
     def prompt(self, tokens: I32) -> I32:
         """``tokens`` as a prompt in use: what a prompt begins with comes first."""
         return np.concatenate([self.start, tokens])
-
-
-Dtype = Literal["auto", "float32", "bfloat16"]
-
-
-@dataclass(frozen=True)
-class TextSettings:
-    """What text to take: ``sources`` as the user named them, how much of it, and the ``dtype`` the model reads it in.
-
-    ``auto`` is the one that this machine runs a model fastest in; moments are float64 in any case.
-    """
-
-    sources: tuple[str, ...] = (SELF,)
-    samples: int = 128
-    seq_len: int = 512
-    heldout_samples: int = 24
-    selection_samples: int = 8
-    field: str = "text"
-    seed: int = 0
-    dtype: Dtype = "auto"
-
-    def check(self) -> None:
-        """Refuse sizes that make no sense, and a dtype that is none of those known."""
-        for name, least in (("samples", 1), ("seq_len", 8), ("selection_samples", 1), ("heldout_samples", 1)):
-            if getattr(self, name) < least:
-                option = "--" + name.replace("_", "-")
-                raise InputError(f"{option} is {getattr(self, name)}; it must be at least {least}.")
-        if self.dtype not in get_args(Dtype):
-            known = ", ".join(get_args(Dtype))
-            raise InputError(f"--calibration-dtype is {self.dtype!r}; it must be one of {known}.")
-        if SELF in self.sources and len(self.sources) > 1:
-            raise InputError("--calibration self stands alone: it cannot be mixed with files.")
 
 
 # documents ---------------------------------------------------------------------------------------
@@ -286,7 +254,9 @@ def part_of(number: int) -> str:
     return _PART_AT.get(number % HELD_OUT_EVERY, CALIBRATION)
 
 
-def pack(texts: Iterable[str], tokenizer: Any, settings: TextSettings, listener: Listener) -> CalibrationText:
+def pack(
+    texts: Iterable[str], tokenizer: Any, settings: CalibrateSettings, listener: Listener
+) -> CalibrationText:
     """Tokenize and pack until all parts are full; raises :class:`InputError` if that gives too little.
 
     Fewer rows than asked for are used with a note, as long as there is one whole row of each part.
@@ -335,7 +305,7 @@ def pack(texts: Iterable[str], tokenizer: Any, settings: TextSettings, listener:
     )
 
 
-def rows_by_part(settings: TextSettings) -> dict[str, int]:
+def rows_by_part(settings: CalibrateSettings) -> dict[str, int]:
     """How many rows of each part are asked for."""
     return {
         CALIBRATION: settings.samples,

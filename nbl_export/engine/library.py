@@ -14,8 +14,7 @@ from typing import Any
 
 from nbl_export.engine.gpu import Gpu
 from nbl_export.errors import InputError, MissingDependencyError
-
-CHOICES = ("auto", "tensorrt", "rtx")
+from nbl_export.settings.choices import LIBRARIES
 
 
 @dataclass(frozen=True)
@@ -67,8 +66,8 @@ def choose_library(choice: str, gpu: Gpu | None) -> Library:
     ``auto`` is tensorrt where it and a GPU are there, else rtx. Raises :class:`MissingDependencyError`
     with the pip line to type where none serves.
     """
-    if choice not in CHOICES:
-        raise InputError(f"--trt {choice!r} is unknown; choose {', '.join(CHOICES)}.")
+    if choice not in LIBRARIES:
+        raise InputError(f"--trt {choice!r} is unknown; choose {', '.join(LIBRARIES)}.")
     if choice == "tensorrt" or (choice == "auto" and gpu is not None and _is_importable("tensorrt")):
         if gpu is None:
             raise MissingDependencyError(

@@ -18,6 +18,7 @@ from typing import Any
 
 from nbl_export.batch.names import BATCH, MAX, PAST, SEQUENCE, TOTAL
 from nbl_export.errors import BuildError, InputError
+from nbl_export.settings.choices import MAX_CONTEXT, MAX_SEQ
 
 Shape = tuple[int, ...]
 Range = tuple[int, int, int]
@@ -54,8 +55,8 @@ def limits(max_batch: int, max_seq: int | None, max_context: int | None, model_c
     :class:`InputError` for a limit beyond it, or limits that contradict each other.
     """
     bound = model_context or 1 << 31
-    context = min(2048, bound) if max_context is None else max_context
-    sequence = min(512, context) if max_seq is None else max_seq
+    context = min(MAX_CONTEXT, bound) if max_context is None else max_context
+    sequence = min(MAX_SEQ, context) if max_seq is None else max_seq
     if context > bound:
         raise InputError(f"--max-context is {context:,}; the model has {bound:,} positions.")
     if sequence > context:

@@ -23,7 +23,6 @@ from nbl_export.errors import InputError
 from nbl_export.evaluate.scoring import Pair, Scored, Tokens
 
 HIDDEN = 4
-DEFAULT_CONTEXTS = (256, 512, 1024)
 _DOORS = ("red", "blue", "green", "white", "black", "brown", "yellow", "purple")
 _DIGITS = 4
 

@@ -18,6 +18,7 @@ from nbl_export.errors import InputError, MissingDependencyError, NblError
 from nbl_export.evaluate.rows import LocalTask, local_tasks, sample
 from nbl_export.files import jsonable, sha256_of_json
 from nbl_export.models.load import quiet
+from nbl_export.settings import EvalSettings
 
 if TYPE_CHECKING:
     from nbl_export.evaluate.harness import DecoderLM
@@ -75,17 +76,7 @@ class EvalTask:
     guessed: bool = True
 
 
-@dataclass(frozen=True)
-class TaskSettings:
-    """What is asked of each task: see :class:`~nbl_export.settings.EvalSettings`."""
-
-    limit: int | None = None
-    few_shot: int | None = None
-    seed: int = 0
-    chat_template: bool = False
-
-
-def find_tasks(sources: Sequence[str], settings: TaskSettings) -> list[EvalTask]:
+def find_tasks(sources: Sequence[str], settings: EvalSettings) -> list[EvalTask]:
     """The tasks that ``sources`` name: local files and folders, the harness's own names, its .yaml files.
 
     Everything that can be refused is refused here. Raises :class:`InputError`, and
@@ -108,7 +99,7 @@ def find_tasks(sources: Sequence[str], settings: TaskSettings) -> list[EvalTask]
     return found
 
 
-def _from_rows(task: LocalTask, settings: TaskSettings) -> EvalTask:
+def _from_rows(task: LocalTask, settings: EvalSettings) -> EvalTask:
     digest = sha256_of_json([task.digest, _asked(settings)])
     return EvalTask(
         task.name,
@@ -121,7 +112,7 @@ def _from_rows(task: LocalTask, settings: TaskSettings) -> EvalTask:
     )
 
 
-def _asked(settings: TaskSettings) -> dict[str, Any]:
+def _asked(settings: EvalSettings) -> dict[str, Any]:
     from importlib.metadata import version
 
     return {
@@ -151,7 +142,7 @@ def task_of_rows(task: LocalTask, few_shot: int) -> Any:
         return ConfigurableTask(config=config)
 
 
-def _named(names: Sequence[str], settings: TaskSettings) -> list[EvalTask]:
+def _named(names: Sequence[str], settings: EvalSettings) -> list[EvalTask]:
     if not names:
         return []
     from lm_eval.tasks import TaskManager
@@ -169,7 +160,7 @@ def _named(names: Sequence[str], settings: TaskSettings) -> list[EvalTask]:
     return [task for name in names for task in _loaded(manager, name, settings)]
 
 
-def _loaded(manager: Any, name: str, settings: TaskSettings) -> list[EvalTask]:
+def _loaded(manager: Any, name: str, settings: EvalSettings) -> list[EvalTask]:
     """The tasks of a name, which may be a group's; their documents are fetched."""
     try:
         with quiet():
@@ -184,7 +175,7 @@ def _loaded(manager: Any, name: str, settings: TaskSettings) -> list[EvalTask]:
         ) from None
 
 
-def _from_harness(own: str, task: Any, source: str, settings: TaskSettings) -> EvalTask:
+def _from_harness(own: str, task: Any, source: str, settings: EvalSettings) -> EvalTask:
     if getattr(task, "MULTIMODAL", False) or getattr(task, "UNSAFE_CODE", False):
         kind = "images or sound" if getattr(task, "MULTIMODAL", False) else "generated code that it runs"
         raise InputError(f"The task {own} needs {kind}, which nbl-export does not do: leave it out.")
@@ -210,7 +201,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or "no reason given").splitlines()[0].rstrip(".")[:200]
 
 
-def run_task(lm: DecoderLM, task: EvalTask, settings: TaskSettings) -> Outcome:
+def run_task(lm: DecoderLM, task: EvalTask, settings: EvalSettings) -> Outcome:
     """Ask ``task`` of the model behind ``lm``; raises :class:`InputError` where the harness cannot."""
     from lm_eval.evaluator import evaluate
 

@@ -31,6 +31,7 @@ from onnx_ir.passes import common as passes
 from nbl_export.errors import BuildError, InputError
 from nbl_export.graph.operators import linear_op
 from nbl_export.graph.weights import weight_bits
+from nbl_export.settings import choices
 
 F32 = ir.DataType.FLOAT
 
@@ -61,7 +62,7 @@ PRECISIONS = {
 
 # Of graphs whose weights were quantized by whoever exported them; what they compute with is float32 or half.
 QUANTIZED = {
-    name: Precision(name, name, F32, np.float32, float("inf"), quantized=True) for name in ("int4", "int8")
+    name: Precision(name, name, F32, np.float32, float("inf"), quantized=True) for name in choices.QUANTIZED
 }
 
 # Operators that lose too much in half: norms taken apart, softmax, angles of large positions, and the choice of

@@ -19,11 +19,12 @@ import numpy as np
 import torch
 
 from nbl_export.calibrate.moments import LayerMoments
-from nbl_export.linearize.lmmse import FitInput, LinearFit
+from nbl_export.linearize.lmmse import LinearFit
 from nbl_export.linearize.plan import LinearLayer
 from nbl_export.linearize.swap import replaced
 from nbl_export.models.layers import attention_layer, attention_layers, hidden_size, observed
 from nbl_export.models.resume import Reached, body, run_between
+from nbl_export.settings.choices import FitInput
 
 Solve = Callable[[int, LayerMoments], LinearFit]
 Advance = Callable[[int], None]

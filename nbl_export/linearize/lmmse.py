@@ -19,18 +19,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import scipy.linalg
 
 from nbl_export.batch.arrays import F64
 from nbl_export.calibrate.moments import LayerMoments
+from nbl_export.settings.choices import DEFAULT_RIDGE, MAX_RIDGE, FitInput
 
-FitInput = Literal["normed", "residual"]
-FitName = Literal["lmmse", "weighted", "sequential", "drop"]  # nbl_export/linearize/fits.py
-DEFAULT_RIDGE = 1e-6
-MAX_RIDGE = 1e-2
 # What is tried where the ridge is chosen by held-out error.
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 T = TypeVar("T")

@@ -22,11 +22,11 @@ import torch
 from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import F64
-from nbl_export.linearize.lmmse import FitInput
 from nbl_export.linearize.plan import LinearLayer, Plan
 from nbl_export.linearize.swap import linearized, replaced
 from nbl_export.models.layers import attention_layers
 from nbl_export.models.resume import beginning_at, inputs_kept
+from nbl_export.settings.choices import FitInput
 
 I32 = NDArray[np.int32]
 # Places of a row whose distributions are worked on at a time: a whole row's, over a large vocabulary, would leave

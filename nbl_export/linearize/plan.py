@@ -18,7 +18,7 @@ from nbl_export.batch.arrays import F32
 from nbl_export.errors import InputError
 from nbl_export.files import read_json, sha256_of_file, sha256_of_json, write_json
 from nbl_export.linearize.adapters import Adapter
-from nbl_export.linearize.lmmse import FitInput
+from nbl_export.settings.choices import FitInput
 from nbl_export.tensorfile import open_tensors, save_tensors
 
 FORMAT = "nbl-export/plan/1"

@@ -29,13 +29,14 @@ import torch
 from nbl_export.checkpoint import Checkpoint, kept_in
 from nbl_export.errors import InputError
 from nbl_export.linearize.adapters import Adapter, weight_digests
-from nbl_export.linearize.lmmse import Covariances, FitInput
+from nbl_export.linearize.lmmse import Covariances
 from nbl_export.linearize.loss import parts
 from nbl_export.linearize.plan import LinearLayer
 from nbl_export.linearize.swap import AttentionReplacement, replaced
 from nbl_export.models.layers import attention_layer, attention_layers, hidden_size, layer_count
 from nbl_export.models.resume import beginning_at, inputs_kept
 from nbl_export.progress import Listener, Silent
+from nbl_export.settings.choices import FitInput
 from nbl_export.tensorfile import load_tensors, save_tensors
 
 if TYPE_CHECKING:

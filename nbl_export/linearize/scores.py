@@ -10,14 +10,13 @@ from typing import Any
 from nbl_export.calibrate.moments import Moments
 from nbl_export.errors import CalibrationError, InputError
 from nbl_export.linearize.lmmse import (
-    DEFAULT_RIDGE,
-    FitInput,
     LinearFit,
     UnusableMoments,
     cca_bound,
     fit_lmmse,
 )
 from nbl_export.progress import Listener, Silent
+from nbl_export.settings.choices import DEFAULT_RIDGE, FitInput
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ import torch
 
 from nbl_export.errors import InputError
 from nbl_export.linearize.adapters import adapted
-from nbl_export.linearize.lmmse import FitInput
 from nbl_export.linearize.plan import LinearLayer, Plan
 from nbl_export.models.layers import attention_layers, facts, hidden_size, hidden_states, layer_count
 from nbl_export.models.trial import trial
+from nbl_export.settings.choices import FitInput
 
 if TYPE_CHECKING:
     from nbl_export.models.layers import AttentionLayer

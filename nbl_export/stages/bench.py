@@ -51,7 +51,6 @@ def bench(run: Run, settings: BenchSettings) -> BenchReport:
     """
     from nbl_export.report.bench import load_bench
 
-    settings.check()
     if not run.model.task.causal:
         raise InputError(
             f"A bench times prefill and decode; {run.model.source.source} is an encoder ({run.model.task.name}): its "

@@ -17,6 +17,7 @@ from nbl_export.workspace import StageRecord, Workspace
 
 if TYPE_CHECKING:
     from nbl_export.engine.pair import EngineFile
+    from nbl_export.engine.profiles import Limits
 
 
 def build(run: Run, settings: EngineSettings) -> list[EngineFile]:
@@ -32,13 +33,12 @@ def build(run: Run, settings: EngineSettings) -> list[EngineFile]:
             f"TensorRT engines are built of decoders only; {run.model.source.source} is an encoder "
             f"({run.model.task.name})."
         )
-    settings.check()
     ws = run.workspace
     gpu = find_gpu()
     library = choose_library(settings.library, gpu)
     capabilities = check_capabilities(library, settings.sm)
     rewritten = current_rewrite(ws)
-    shapes = settings.limits(model_positions(ws))
+    shapes = check_limits(settings, model_positions(ws))
     recorded = {
         "library": str(library),
         "compute_capabilities": list(capabilities),
@@ -65,6 +65,25 @@ def build(run: Run, settings: EngineSettings) -> list[EngineFile]:
 
     run.stage("build", key, recorded, work)
     return [EngineFile(path, load_manifest(path)) for path in (ws.base_engine, ws.engine)]
+
+
+def check_engines(settings: EngineSettings) -> None:
+    """Refuse, before any work, shapes that contradict each other, and a library that is not here.
+
+    Raises :class:`InputError` or :class:`MissingDependencyError`.
+    """
+    from nbl_export.engine.gpu import find_gpu
+    from nbl_export.engine.library import check_capabilities, choose_library
+
+    check_limits(settings, None)
+    check_capabilities(choose_library(settings.library, find_gpu()), settings.sm)
+
+
+def check_limits(settings: EngineSettings, positions: int | None) -> Limits:
+    """The shapes to build for, held to the model's number of positions where that is known."""
+    from nbl_export.engine.profiles import limits
+
+    return limits(settings.max_batch, settings.max_seq, settings.max_context, positions)
 
 
 def model_positions(ws: Workspace) -> int | None:

@@ -30,11 +30,9 @@ def calibrate(run: Run, settings: CalibrateSettings) -> None:
     from nbl_export.checkpoint import Checkpoint
     from nbl_export.models.layers import dtype_of, structure
     from nbl_export.models.trial import check_served
-    from nbl_export.stages.material import check_sources, material_of
+    from nbl_export.stages.material import material_of
 
-    settings.check()
     ws, source = run.workspace, run.model.source
-    check_sources(source, settings)
     material = material_of(source)
     stamps = _stamps(material.files(settings.sources))
     key = sha256_of_json({"model": source.fingerprint, "text": asdict(settings), "files": stamps})

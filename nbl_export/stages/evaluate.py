@@ -15,6 +15,7 @@ from nbl_export.errors import InputError
 from nbl_export.files import sha256_of_json, write_json
 from nbl_export.progress import Listener
 from nbl_export.settings import EvalSettings
+from nbl_export.settings.choices import RETRIEVAL_CONTEXTS
 from nbl_export.stages.build import model_positions
 from nbl_export.stages.rewrite import current_rewrite
 from nbl_export.stages.run import Run
@@ -52,7 +53,6 @@ def evaluate(run: Run, settings: EvalSettings) -> Evaluation:
     from nbl_export.report.evaluation import write_evaluation
     from nbl_export.runtime.session import require_onnxruntime
 
-    settings.check()
     if not run.model.task.causal:
         raise InputError(
             f"Tasks and retrieval are asked of decoders; {run.model.source.source} is an encoder "
@@ -65,7 +65,7 @@ def evaluate(run: Run, settings: EvalSettings) -> Evaluation:
         raise InputError("This model's tokenizer has no chat template: leave out --chat-template.")
     positions = model_positions(ws)
     questions = _questions(run, settings, positions) if settings.retrieval else []
-    tasks = find_tasks(settings.tasks, settings.of_tasks) if settings.tasks else []
+    tasks = find_tasks(settings.tasks, settings) if settings.tasks else []
     key = sha256_of_json(
         {
             "graphs": [g.digest for g in graphs],
@@ -100,15 +100,15 @@ def _digest(ws: Workspace, graph: Path, record: StageRecord) -> str:
 
 def _questions(run: Run, settings: EvalSettings, positions: int | None) -> list[list[Question]]:
     """The questions of each context length; lengths asked for that the model cannot have are refused."""
-    from nbl_export.evaluate.retrieval import DEFAULT_CONTEXTS, ask, least_context
+    from nbl_export.evaluate.retrieval import ask, least_context
 
     filler, tokenizer = _filler(run), run.model.tokenizer
 
     def encode(text: str) -> list[int]:
         return [int(t) for t in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
 
-    least, most = least_context(filler, encode), positions or max(DEFAULT_CONTEXTS)
-    contexts = settings.retrieval_contexts or [c for c in DEFAULT_CONTEXTS if least <= c <= most]
+    least, most = least_context(filler, encode), positions or max(RETRIEVAL_CONTEXTS)
+    contexts = settings.retrieval_contexts or [c for c in RETRIEVAL_CONTEXTS if least <= c <= most]
     if positions and max(contexts, default=0) > positions:
         raise InputError(
             f"--retrieval-contexts has {max(contexts):,} tokens, the model {positions:,} positions: ask for less."
@@ -201,7 +201,7 @@ class _Answers:
 
         stream, limits = self._open(graph)
         lm = DecoderLM(stream, self.run.model.tokenizer, limits, self.listener, f"{graph.role}: {task.name}")
-        return run_task(lm, task, self.settings.of_tasks).as_json()
+        return run_task(lm, task, self.settings).as_json()
 
     def _retrieval(self, graph: _Graph, questions: Sequence[Question]) -> dict[str, Any]:
         from nbl_export.evaluate.retrieval import HIDDEN, answer

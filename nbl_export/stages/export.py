@@ -24,8 +24,6 @@ def export(run: Run, settings: ExportSettings) -> None:
     from nbl_export.export.forms import FORMS
 
     task, pooling = run.model.task, run.model.pooling
-    settings = settings.for_task(task.name)
-    settings.check()
     ws = run.workspace
     # Which Python ran the exporter says nothing of the graph.
     recorded = {name: value for name, value in asdict(settings).items() if name != "python"}
@@ -45,6 +43,17 @@ def export(run: Run, settings: ExportSettings) -> None:
         return [*files, ws.export_summary, *_save_configs(run, files, settings)]
 
     run.stage("export", sha256_of_json(base), recorded, work)
+
+
+def check_exporter(settings: ExportSettings) -> None:
+    """Raise :class:`MissingDependencyError` if this machine does not have the exporter that was asked for."""
+    from nbl_export.export.genai import require_genai
+    from nbl_export.export.optimum import find_optimum
+
+    if settings.exporter == "genai":
+        require_genai()
+    if settings.exporter == "optimum":
+        find_optimum(settings.python)
 
 
 def check_model(run: Run, settings: ExportSettings) -> None:
@@ -67,7 +76,7 @@ def _export_torch(run: Run, settings: ExportSettings, listener: Listener) -> tup
     from nbl_export.graph.precision import precision_of
     from nbl_export.stages.material import material_of
 
-    ws, precision = run.workspace, precision_of(settings.precision)
+    ws, precision = run.workspace, precision_of(str(settings.precision))
     form = _form(run, settings)
     graph = trace(run.model.model, form, listener)
     material = material_of(run.model.source)
@@ -99,7 +108,7 @@ def _export_elsewhere(
     with tempfile.TemporaryDirectory(prefix=".model.", suffix=TEMPORARY, dir=run.workspace.root) as folder:
         model = handoff(run.model, Path(folder))
         if settings.exporter == "genai":
-            files = export_genai(model, target, settings.precision, listener, trust)
+            files = export_genai(model, target, str(settings.precision), listener, trust)
         else:
             files = export_optimum(model, target, find_optimum(settings.python), listener, trust)
     return sorted({*files, *keep_logits_of_file(run.workspace.baseline)}), []

@@ -20,8 +20,6 @@ from nbl_export.calibrate.passages import frame_of, heldout_rows, longest_row, r
 from nbl_export.calibrate.probe import Probe, probe_inputs, probe_lengths, probe_model
 from nbl_export.calibrate.sampling import sample_from_model
 from nbl_export.calibrate.text import (
-    SELF,
-    TextSettings,
     documents,
     load_text,
     local_files,
@@ -33,6 +31,8 @@ from nbl_export.models.layers import positions, takes
 from nbl_export.models.source import ModelSource
 from nbl_export.models.tasks import task_named
 from nbl_export.progress import Listener
+from nbl_export.settings import CalibrateSettings
+from nbl_export.settings.choices import SELF
 from nbl_export.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Material:
     unit: str
     path: Callable[[Workspace], Path]
     files: Callable[[Sequence[str]], list[Path]]
-    read: Callable[[LoadedModel, TextSettings, Listener], Any]
+    read: Callable[[LoadedModel, CalibrateSettings, Listener], Any]
     save: Callable[[Path, Any], None]
     load: Callable[[Path], Any]
     probe: Callable[[LoadedModel, Any], Probe]
@@ -68,7 +68,7 @@ def material_of(source: ModelSource) -> Material:
     return _MATERIALS[task_named(source.task).causal, source.reads]
 
 
-def check_sources(source: ModelSource, settings: TextSettings) -> None:
+def check_sources(source: ModelSource, settings: CalibrateSettings) -> None:
     """Refuse ``--calibration self`` for a model that generates nothing."""
     if SELF in settings.sources and not task_named(source.task).causal:
         material = material_of(source)
@@ -85,7 +85,7 @@ def _text_files(sources: Sequence[str]) -> list[Path]:
     return [file for source in sources if source != SELF for file in local_files(source) or []]
 
 
-def _read_text(model: LoadedModel, settings: TextSettings, listener: Listener) -> Any:
+def _read_text(model: LoadedModel, settings: CalibrateSettings, listener: Listener) -> Any:
     if settings.sources == (SELF,):
         return sample_from_model(model.in_dtype(settings.dtype), model.tokenizer, settings, listener)
     return pack(documents(settings.sources, settings.field), model.tokenizer, settings, listener)
@@ -102,7 +102,7 @@ def _range_rows(text: Any, _names: Mapping[str, Any]) -> list[Any]:
 # text encoders -----------------------------------------------------------------------------------
 
 
-def _read_passages(model: LoadedModel, settings: TextSettings, listener: Listener) -> Any:
+def _read_passages(model: LoadedModel, settings: CalibrateSettings, listener: Listener) -> Any:
     length = longest_row(settings, model.tokenizer, positions(model.model), listener)
     texts = documents(settings.sources, settings.field)
     return read_passages(texts, model.tokenizer, settings, length, listener)
@@ -134,7 +134,7 @@ def _row(ids: NDArray[Any], names: Mapping[str, Any]) -> dict[str, NDArray[Any]]
 # vision encoders ---------------------------------------------------------------------------------
 
 
-def _read_images(model: LoadedModel, settings: TextSettings, listener: Listener) -> Any:
+def _read_images(model: LoadedModel, settings: CalibrateSettings, listener: Listener) -> Any:
     return read_images(image_files(settings.sources), model.image_processor, settings, listener)
 
 

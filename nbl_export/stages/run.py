@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from nbl_export.errors import InputError, os_error_in_words
 from nbl_export.models.loaded import LoadedModel
-from nbl_export.models.source import ModelSource, find_model, same_model
+from nbl_export.models.source import ModelSource, same_model
 from nbl_export.progress import Listener, Silent
 from nbl_export.workspace import Workspace
 
@@ -42,18 +42,11 @@ class Run:
     @classmethod
     def start(
         cls,
-        model: str,
+        source: ModelSource,
         out: Path,
         listener: Listener | None = None,
-        trust_remote_code: bool = False,
-        check: Callable[[ModelSource], object] = lambda _source: None,
     ) -> Run:
-        """Begin with a model: an existing output folder must be of the same one.
-
-        ``check`` may refuse the model before the folder is made.
-        """
-        source = find_model(model, trust_remote_code)
-        check(source)
+        """Begin with a model: an existing output folder must be of the same one."""
         workspace = Workspace.create(out)
         workspace.set_model(source.as_json())
         return cls(workspace, LoadedModel(source, listener or Silent()), listener or Silent())

@@ -28,7 +28,6 @@ def verify(run: Run, settings: VerifySettings) -> Report:
     from nbl_export.verify.decoder import measure_decoder
     from nbl_export.verify.encoder import measure_encoder
 
-    settings.check()
     ws = run.workspace
     rewritten = current_rewrite(ws)
     engines = current_engines(ws)

@@ -10,9 +10,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from nbl_export.calibrate.passages import PADDING, frame_of, heldout_rows, longest_row, read_passages
-from nbl_export.calibrate.text import TextSettings
 from nbl_export.errors import InputError
 from nbl_export.progress import Silent
+from nbl_export.settings import CalibrateSettings
 from tests.encoders import CLS, PAD, SEP, save_tokenizer
 
 
@@ -35,7 +35,7 @@ DOCUMENTS = [f"document number {i:02}" for i in range(24)]  # every eighth is he
 
 
 def test_rows_hold_the_documents_in_order(tokenizer: Any) -> None:
-    settings, notes = TextSettings(("x",), samples=3, heldout_samples=2), Notes()
+    settings, notes = CalibrateSettings(("x",), samples=3, heldout_samples=2), Notes()
     text = read_passages(DOCUMENTS, tokenizer, settings, 32, notes)
     assert text.calibration.shape == (3, 32) and not notes.notes
     assert (text.calibration[:, 0] == CLS).all() and (text.calibration[:, -1] == SEP).all()
@@ -53,7 +53,7 @@ def test_rows_hold_the_documents_in_order(tokenizer: Any) -> None:
 
 
 def test_a_long_document_keeps_its_end_token(tokenizer: Any) -> None:
-    settings = TextSettings(("x",), samples=1, heldout_samples=1)
+    settings = CalibrateSettings(("x",), samples=1, heldout_samples=1)
     text = read_passages(["word " * 40] * 8, tokenizer, settings, 16, Silent())
     assert text.heldout.shape == (1, 16) and (text.heldout[0, 0], text.heldout[0, -1]) == (CLS, SEP)
     (row,) = heldout_rows(text, ["input_ids", "token_type_ids"])
@@ -62,7 +62,7 @@ def test_a_long_document_keeps_its_end_token(tokenizer: Any) -> None:
 
 
 def test_too_little_text(tokenizer: Any) -> None:
-    settings = TextSettings(("x",), samples=1, heldout_samples=1)
+    settings = CalibrateSettings(("x",), samples=1, heldout_samples=1)
     with pytest.raises(
         InputError, match=r"and 0 held-out documents, less than one row of 16 and one document"
     ):
@@ -70,7 +70,7 @@ def test_too_little_text(tokenizer: Any) -> None:
     with pytest.raises(InputError, match="leaves no room for text beside 2 special tokens"):
         read_passages(DOCUMENTS, tokenizer, settings, 2, Silent())
     notes = Notes()
-    read_passages(DOCUMENTS, tokenizer, TextSettings(("x",), samples=99, heldout_samples=9), 16, notes)
+    read_passages(DOCUMENTS, tokenizer, CalibrateSettings(("x",), samples=99, heldout_samples=9), 16, notes)
     assert len(notes.notes) == 1 and "all are used" in notes.notes[0]
 
 
@@ -84,6 +84,6 @@ def test_rows_are_as_long_as_model_and_tokenizer_allow(
     tokenizer: Any, positions: int | None, expected: int, tmp_path: Path
 ) -> None:
     notes = Notes()
-    assert longest_row(TextSettings(("x",), seq_len=512), tokenizer, positions, notes) == expected
+    assert longest_row(CalibrateSettings(("x",), seq_len=512), tokenizer, positions, notes) == expected
     assert len(notes.notes) == 1
-    assert longest_row(TextSettings(("x",), seq_len=24), tokenizer, positions, notes) == 24
+    assert longest_row(CalibrateSettings(("x",), seq_len=24), tokenizer, positions, notes) == 24

@@ -21,7 +21,6 @@ from tokenizers import processors
 from nbl_export.calibrate.sampling import sample_from_model
 from nbl_export.calibrate.text import (
     CalibrationText,
-    TextSettings,
     documents,
     load_text,
     pack,
@@ -32,6 +31,7 @@ from nbl_export.errors import InputError, MissingDependencyError
 from nbl_export.models.load import load_model, load_tokenizer
 from nbl_export.models.source import find_model
 from nbl_export.progress import Silent
+from nbl_export.settings import CalibrateSettings
 from nbl_export.tensorfile import save_tensors
 
 TEXTS = ["Once upon a time.", "Zwölf Boxkämpfer jagen Viktor", "狐 jumps\nover two lines", "the end"]
@@ -417,7 +417,7 @@ def words(tokenizer: Any, tokens: np.ndarray) -> set[str]:
 
 def test_packing_joins_documents_with_the_end_token(tokenizer: Any) -> None:
     texts = marked(64)
-    settings = TextSettings(samples=20, seq_len=32, heldout_samples=6, selection_samples=5)
+    settings = CalibrateSettings(samples=20, seq_len=32, heldout_samples=6, selection_samples=5)
     listener = Notes()
     text = pack(texts, tokenizer, settings, listener)
     assert text.calibration.shape == (20, 32)
@@ -439,7 +439,7 @@ def test_packing_joins_documents_with_the_end_token(tokenizer: Any) -> None:
 
 
 def test_a_document_is_in_one_part_only(tokenizer: Any) -> None:
-    settings = TextSettings(samples=30, seq_len=32, heldout_samples=8, selection_samples=8)
+    settings = CalibrateSettings(samples=30, seq_len=32, heldout_samples=8, selection_samples=8)
     text = pack(marked(64), tokenizer, settings, Silent())
     parts = [words(tokenizer, t) for t in (text.calibration, text.selection, text.heldout)]
     seen, chosen_by, held = parts
@@ -451,7 +451,7 @@ def test_a_document_is_in_one_part_only(tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("part", ["selection", "heldout"])
 def test_every_token_that_is_judged_knows_its_document(tokenizer: Any, part: str) -> None:
-    settings = TextSettings(samples=4, seq_len=32, heldout_samples=12, selection_samples=12)
+    settings = CalibrateSettings(samples=4, seq_len=32, heldout_samples=12, selection_samples=12)
     text = pack(marked(64), tokenizer, settings, Silent())
     owners, tokens = (getattr(text, name).reshape(-1) for name in (f"{part}_document", part))
     assert np.all(np.diff(owners) >= 0)
@@ -462,7 +462,7 @@ def test_every_token_that_is_judged_knows_its_document(tokenizer: Any, part: str
 
 
 def test_blank_documents_count_for_nothing(tokenizer: Any) -> None:
-    settings = TextSettings(samples=4, seq_len=32, heldout_samples=4)
+    settings = CalibrateSettings(samples=4, seq_len=32, heldout_samples=4)
     with_blanks = [t for text in marked(40) for t in ("", text, " \n\t")]
     one, other = (pack(t, tokenizer, settings, Silent()) for t in (marked(40), with_blanks))
     for name in CalibrationText.__annotations__:
@@ -477,7 +477,7 @@ def test_packing_stops_reading_when_it_is_full(tokenizer: Any) -> None:
     pack(
         stream(),
         tokenizer,
-        TextSettings(samples=4, seq_len=32, heldout_samples=4, selection_samples=4),
+        CalibrateSettings(samples=4, seq_len=32, heldout_samples=4, selection_samples=4),
         Silent(),
     )
 
@@ -485,7 +485,7 @@ def test_packing_stops_reading_when_it_is_full(tokenizer: Any) -> None:
 def test_a_short_text_is_used_as_far_as_it_goes_with_a_note(tokenizer: Any) -> None:
     # 12 documents of 84 characters and an end token for calibration, 2 for choosing, 2 held out.
     listener = Notes()
-    settings = TextSettings(samples=100, seq_len=32, heldout_samples=100, selection_samples=100)
+    settings = CalibrateSettings(samples=100, seq_len=32, heldout_samples=100, selection_samples=100)
     text = pack(marked(16), tokenizer, settings, listener)
     assert text.calibration.shape == (12 * 85 // 32, 32)
     assert text.selection.shape == text.heldout.shape == (2 * 85 // 32, 32)
@@ -501,7 +501,7 @@ def test_a_short_text_is_used_as_far_as_it_goes_with_a_note(tokenizer: Any) -> N
     [(0, "0 calibration"), (3, "0 selection"), (4, "85 selection"), (12, "85 held-out")],
 )
 def test_too_little_text_is_refused(tokenizer: Any, count: int, part: str) -> None:
-    settings = TextSettings(samples=1, seq_len=128, heldout_samples=1, selection_samples=1)
+    settings = CalibrateSettings(samples=1, seq_len=128, heldout_samples=1, selection_samples=1)
     with pytest.raises(InputError) as caught:
         pack(marked(count), tokenizer, settings, Silent())
     message = str(caught.value)
@@ -514,11 +514,11 @@ def test_an_empty_file_is_too_little_text(tmp_path: Path, tokenizer: Any) -> Non
     for name, content in (("a.txt", b""), ("b.jsonl", b"\n"), ("c.txt.gz", gzip.compress(b""))):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(InputError, match="gives 0 calibration tokens"):
-            pack(documents([str(tmp_path / name)], "text"), tokenizer, TextSettings(), Silent())
+            pack(documents([str(tmp_path / name)], "text"), tokenizer, CalibrateSettings(), Silent())
 
 
 def test_packing_is_deterministic(tokenizer: Any) -> None:
-    settings = TextSettings(samples=5, seq_len=16, heldout_samples=2)
+    settings = CalibrateSettings(samples=5, seq_len=16, heldout_samples=2)
     one, other = (pack(marked(30), tokenizer, settings, Silent()) for _ in range(2))
     for name in CalibrationText.__annotations__:
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
@@ -535,9 +535,9 @@ def test_packing_is_deterministic(tokenizer: Any) -> None:
     ],
 )
 def test_settings_that_make_no_sense(changes: dict[str, Any], option: str) -> None:
-    TextSettings().check()
+    CalibrateSettings().check()
     with pytest.raises(InputError, match=option):
-        TextSettings(**changes).check()
+        CalibrateSettings(**changes).check()
 
 
 # start tokens ------------------------------------------------------------------------------------
@@ -582,7 +582,7 @@ def test_a_tokenizer_without_special_tokens_starts_with_nothing(tiny_folder: Pat
 
 # the model's own text ----------------------------------------------------------------------------
 
-SMALL = TextSettings(samples=3, seq_len=12, heldout_samples=2, selection_samples=2, seed=5)
+SMALL = CalibrateSettings(samples=3, seq_len=12, heldout_samples=2, selection_samples=2, seed=5)
 PARTS = ("calibration", "selection", "heldout")
 
 
@@ -657,7 +657,7 @@ def test_long_rows_hold_several_sampled_documents(
 
 
 def test_packed_text_comes_back(tmp_path: Path, tokenizer: Any) -> None:
-    text = pack(marked(30), tokenizer, TextSettings(samples=5, seq_len=16, heldout_samples=2), Silent())
+    text = pack(marked(30), tokenizer, CalibrateSettings(samples=5, seq_len=16, heldout_samples=2), Silent())
     path = tmp_path / "text.safetensors"
     save_text(path, text)
     loaded = load_text(path)
@@ -677,7 +677,7 @@ def test_packed_text_comes_back(tmp_path: Path, tokenizer: Any) -> None:
 
 
 def test_text_without_a_part_for_choosing_is_of_an_earlier_format(tmp_path: Path, tokenizer: Any) -> None:
-    text = pack(marked(30), tokenizer, TextSettings(samples=5, seq_len=16, heldout_samples=2), Silent())
+    text = pack(marked(30), tokenizer, CalibrateSettings(samples=5, seq_len=16, heldout_samples=2), Silent())
     path = tmp_path / "text.safetensors"
     earlier = {name: getattr(text, name) for name in ("calibration", "heldout", "heldout_document", "start")}
     for written, stored in (("nbl-export/text/1", earlier), ("nbl-export/text/2", earlier)):

@@ -14,7 +14,6 @@ import pytest
 
 from nbl_export.engine.gpu import Gpu
 from nbl_export.engine.library import (
-    CHOICES,
     Library,
     check_capabilities,
     choose_library,
@@ -23,6 +22,7 @@ from nbl_export.engine.library import (
     runs_here,
 )
 from nbl_export.errors import InputError, MissingDependencyError, NblError
+from nbl_export.settings.choices import LIBRARIES
 
 ADA = Gpu("NVIDIA Test", "8.9")
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
@@ -88,7 +88,7 @@ STATES = ("here", "old", "absent", "broken")
 @pytest.mark.parametrize("rtx", STATES)
 @pytest.mark.parametrize("tensorrt", STATES)
 @pytest.mark.parametrize("gpu", [ADA, None], ids=["gpu", "no gpu"])
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("choice", LIBRARIES)
 def test_every_choice_on_every_machine(
     install: Callable[[str, str], None], choice: str, gpu: Gpu | None, tensorrt: str, rtx: str
 ) -> None:

@@ -13,12 +13,13 @@ import pytest
 
 from nbl_export.errors import InputError
 from nbl_export.evaluate.scoring import Limits
-from nbl_export.evaluate.tasks import EvalTask, TaskSettings, find_tasks, run_task
+from nbl_export.evaluate.tasks import EvalTask, find_tasks, run_task
 from nbl_export.export.torch import export_torch
 from nbl_export.models.load import load_model, load_tokenizer, quiet
 from nbl_export.models.source import find_model
 from nbl_export.progress import Silent
 from nbl_export.runtime.ort import ort_stream
+from nbl_export.settings import EvalSettings
 
 pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'nbl-export[eval]'")
 
@@ -92,13 +93,13 @@ NAMES = (
 @pytest.mark.parametrize("name", NAMES)
 def test_tasks_come_out_as_with_transformers(stories: tuple[Any, Any], shared_data: Path, name: str) -> None:
     """Some of the passages are longer than the model's 512 positions, and lose their beginning."""
-    (task,) = find_tasks([str(shared_data / "eval" / f"{name}.jsonl.gz")], TaskSettings(limit=20))
+    (task,) = find_tasks([str(shared_data / "eval" / f"{name}.jsonl.gz")], EvalSettings(limit=20))
     assert_same_answers(*stories, task)
 
 
 def test_few_shot_tasks_come_out_as_with_transformers(stories: tuple[Any, Any], shared_data: Path) -> None:
     file = shared_data / "eval" / "piqa_valid.jsonl.gz"
-    (task,) = find_tasks([str(file)], TaskSettings(limit=10, few_shot=2))
+    (task,) = find_tasks([str(file)], EvalSettings(limit=10, few_shot=2))
     _, (sample, *_) = answers(stories[0], task)
     assert sample["arguments"][0][0].count("Question:") == 3
     assert_same_answers(*stories, task)
@@ -110,7 +111,7 @@ def test_perplexity_of_long_texts_comes_out_as_with_transformers(
     words = "Once upon a time there was a little girl named Lily. She liked to play in the park. "
     texts = [words * 12, words, "A", words * 30]
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    (task,) = find_tasks([str(tmp_path)], TaskSettings())
+    (task,) = find_tasks([str(tmp_path)], EvalSettings())
     lm, reference = stories
     assert len(lm.tok_encode(texts[-1])) > POSITIONS
     assert_same_answers(lm, reference, task)
@@ -122,15 +123,15 @@ def test_generated_answers_come_out_as_with_transformers(stories: tuple[Any, Any
         for q in ("Lily saw a cat.", "Once upon a time", "The dog was sad because it had no", "Tom")
     ]
     (tmp_path / "free.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (task,) = find_tasks([str(tmp_path)], TaskSettings())
+    (task,) = find_tasks([str(tmp_path)], EvalSettings())
     _, samples = answers(stories[0], task)
     assert len({s["resps"][0][0] for s in samples}) > 1  # there is something to compare
     assert_same_answers(*stories, task)
 
 
 def test_outcomes_pair_by_document(stories: tuple[Any, Any], shared_data: Path) -> None:
-    (task,) = find_tasks([str(shared_data / "eval" / "arc_easy_train.jsonl.gz")], TaskSettings(limit=20))
-    outcome = run_task(stories[0], task, TaskSettings(limit=20))
+    (task,) = find_tasks([str(shared_data / "eval" / "arc_easy_train.jsonl.gz")], EvalSettings(limit=20))
+    outcome = run_task(stories[0], task, EvalSettings(limit=20))
     assert outcome.scored == "acc_norm" and set(outcome.scores) == {"acc", "acc_norm"}
     assert outcome.documents == len(outcome.chance) == len(outcome.scores["acc"]) == 20
     assert set(outcome.scores["acc"]) <= {0.0, 1.0} and set(outcome.chance) <= {1 / 3, 1 / 4, 1 / 5}
@@ -183,7 +184,7 @@ def test_a_task_of_the_hub_is_asked_as_its_rows_in_a_file_are(
     import datasets
 
     path, split, file, on_the_hub = ON_THE_HUB[name]
-    settings = TaskSettings(limit=12)
+    settings = EvalSettings(limit=12)
     (local,) = find_tasks([str(shared_data / "eval" / f"{file}.jsonl.gz")], settings)
     rows = [on_the_hub(row) for row in local.build().eval_docs]
     served: list[str] = []
@@ -200,8 +201,8 @@ def test_a_task_of_the_hub_is_asked_as_its_rows_in_a_file_are(
 
 
 def test_perplexities_have_no_recovery(stories: tuple[Any, Any], shared_data: Path) -> None:
-    (task,) = find_tasks([str(shared_data / "eval" / "lambada_openai_test.jsonl.gz")], TaskSettings(limit=5))
-    outcome = run_task(stories[0], task, TaskSettings(limit=5))
+    (task,) = find_tasks([str(shared_data / "eval" / "lambada_openai_test.jsonl.gz")], EvalSettings(limit=5))
+    outcome = run_task(stories[0], task, EvalSettings(limit=5))
     assert set(outcome.metrics) == {"acc", "perplexity"} and set(outcome.scores) == {"acc"}
     assert outcome.chance == [0.0] * 5 and outcome.scored == "acc"
 
@@ -236,5 +237,5 @@ def test_smollm2_comes_out_as_with_transformers(shared_data: Path, tmp_path: Pat
     export_torch(model, tmp_path / "model.onnx")
     lm, reference = ours(tmp_path / "model.onnx", tokenizer, 2048), theirs(model, tokenizer)
     for name, limit in (("arc_easy_train", 12), ("winogrande_xl_valid", 8)):
-        (task,) = find_tasks([str(shared_data / "eval" / f"{name}.jsonl.gz")], TaskSettings(limit=limit))
+        (task,) = find_tasks([str(shared_data / "eval" / f"{name}.jsonl.gz")], EvalSettings(limit=limit))
         assert_same_answers(lm, reference, task)

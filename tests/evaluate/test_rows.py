@@ -12,7 +12,8 @@ import pytest
 
 from nbl_export.errors import InputError
 from nbl_export.evaluate.rows import local_tasks, sample, shapes
-from nbl_export.evaluate.tasks import TaskSettings, find_tasks, task_of_rows
+from nbl_export.evaluate.tasks import find_tasks, task_of_rows
+from nbl_export.settings import EvalSettings
 
 QUESTION = {"question": "What is wet?", "choices": ["water", "sand"], "gold": 0, "id": "1"}
 
@@ -211,15 +212,15 @@ def test_too_few_rows_for_examples(tmp_path: Path) -> None:
 
 def test_names_of_the_harness(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"hellaswagg is neither .*near: .*hellaswag"):
-        find_tasks(["hellaswagg"], TaskSettings())
+        find_tasks(["hellaswagg"], EvalSettings())
     written(tmp_path / "rows.jsonl", [QUESTION])
     with pytest.raises(InputError, match="Two tasks are called rows"):
-        find_tasks([str(tmp_path), str(tmp_path / "rows.jsonl")], TaskSettings())
+        find_tasks([str(tmp_path), str(tmp_path / "rows.jsonl")], EvalSettings())
 
 
 def test_a_task_that_the_hub_does_not_give_is_named() -> None:
     with pytest.raises(InputError, match=r"The task arc_easy cannot be loaded \(.*check the network"):
-        find_tasks(["arc_easy"], TaskSettings(limit=2))
+        find_tasks(["arc_easy"], EvalSettings(limit=2))
 
 
 def test_a_task_file_of_the_harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,10 +232,10 @@ def test_a_task_file_of_the_harness(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "test_split: test\noutput_type: multiple_choice\ndoc_to_text: question\ndoc_to_target: gold\n"
         "doc_to_choice: choices\nmetric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
     )
-    (task,) = find_tasks([str(tmp_path / "mine.yaml")], TaskSettings(limit=8))
+    (task,) = find_tasks([str(tmp_path / "mine.yaml")], EvalSettings(limit=8))
     assert task.name == "mine" and task.total == 40
     assert task.indices is not None and len(task.indices) == 8 and list(task.indices) == sorted(task.indices)
     assert list(task.indices) != list(range(8))
-    (again,) = find_tasks([str(tmp_path / "mine.yaml")], TaskSettings(limit=8))
-    (other,) = find_tasks([str(tmp_path / "mine.yaml")], TaskSettings(limit=8, seed=1))
+    (again,) = find_tasks([str(tmp_path / "mine.yaml")], EvalSettings(limit=8))
+    (other,) = find_tasks([str(tmp_path / "mine.yaml")], EvalSettings(limit=8, seed=1))
     assert again.digest == task.digest != other.digest

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import typer.main
 
 from nbl_export import api
 from nbl_export.cli import app
@@ -17,6 +16,7 @@ from nbl_export.errors import InputError, MissingDependencyError, NblError
 from nbl_export.evaluate import results, tasks
 from nbl_export.evaluate.recovery import Paired
 from nbl_export.evaluate.results import gate, load_evaluation
+from nbl_export.settings.definition import settings_of
 from nbl_export.stages import evaluate as stage
 from nbl_export.workspace import Workspace
 from tests import test_cli
@@ -256,9 +256,12 @@ def test_the_gate_is_the_exit_code(stories_copy: Path, tmp_path: Path) -> None:
 
 
 def test_defaults_of_the_command_are_those_of_the_settings() -> None:
-    given = {p.name: p.default for p in typer.main.get_command(app).commands["eval"].params}  # type: ignore[attr-defined]
-    defaults = vars(api.EvalSettings()) | {"tasks": None}
-    assert {name: given[name] for name in defaults} == defaults
+    _, bound, _ = app.parse_args(["eval", "out"], exit_on_error=False, print_error=False)
+    bound.apply_defaults()
+    assert bound.arguments["settings"] == api.EvalSettings()
+    asked = [f"--{one.key}" for one in settings_of(api.EvalSettings)]
+    names = {name for argument in app["eval"].assemble_argument_collection() for name in argument.names}
+    assert len(asked) == 10 and set(asked) <= names
 
 
 BAD = {

@@ -8,7 +8,7 @@ import pytest
 
 from nbl_export import api
 from nbl_export.errors import InputError
-from nbl_export.given import export_settings
+from nbl_export.models.tasks import task_named
 
 
 @pytest.mark.parametrize(
@@ -31,14 +31,14 @@ def test_what_an_exporter_does_not_offer_is_refused(settings: dict[str, Any], sa
 
 
 def test_defaults_are_what_the_exporter_offers_first() -> None:
-    def chosen(*asked: Any) -> tuple[str, str | None]:
-        settings = export_settings(*asked).for_task("text-generation", engines=asked[-1])
+    def chosen(engines: bool, **asked: Any) -> tuple[str | None, str | None]:
+        settings = api.ExportSettings(**asked).resolve(task_named("text-generation"), engines)
         return settings.precision, settings.kv_cache
 
-    assert chosen("torch", None, None, None, False) == ("fp32", "concat")
-    assert chosen("torch", None, None, None, True) == ("fp16", "static")
-    assert chosen("optimum", None, None, None, True) == ("fp32", "concat")
-    assert chosen("genai", None, "int4", None, False) == ("int4", "concat")
+    assert chosen(False, exporter="torch") == ("fp32", "concat")
+    assert chosen(True, exporter="torch") == ("fp16", "static")
+    assert chosen(True, exporter="optimum") == ("fp32", "concat")
+    assert chosen(False, exporter="genai", precision="int4") == ("int4", "concat")
 
 
 @pytest.mark.parametrize(

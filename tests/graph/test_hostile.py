@@ -22,7 +22,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 
-from nbl_export import cli, terminal
+from nbl_export import cli
+from nbl_export.cli import terminal
 from nbl_export.errors import InputError
 from nbl_export.graph.io import load_graph
 from nbl_export.linearize.plan import save_plan

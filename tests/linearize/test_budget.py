@@ -9,15 +9,14 @@ import pytest
 
 from nbl_export.errors import BudgetError, InputError
 from nbl_export.linearize.budget import (
-    AUTO_PERPLEXITY_RATIO,
-    NO_BUDGET,
-    Budget,
     CurvePoint,
+    keeps,
     largest_within,
     loss_curve,
 )
 from nbl_export.linearize.loss import Loss
-from nbl_export.settings import SelectSettings, auto_budget
+from nbl_export.settings import NO_BUDGET, Budget, SelectSettings, auto_budget
+from nbl_export.settings.choices import AUTO_PERPLEXITY_RATIO
 
 
 def loss(kl: float = 0.0, ratio: float = 1.0) -> Loss:
@@ -73,7 +72,7 @@ def test_bounds_that_make_sense() -> None:
     ],
 )
 def test_a_loss_is_kept_or_not(budget: Budget, found: Loss, kept: bool) -> None:
-    assert budget.keeps(found) is kept
+    assert keeps(budget, found) is kept
 
 
 def test_auto_is_a_tenth_of_perplexity_where_nothing_else_bounds_the_loss() -> None:

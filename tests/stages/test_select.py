@@ -21,11 +21,12 @@ from nbl_export.calibrate.text import load_text
 from nbl_export.errors import BudgetError, InputError
 from nbl_export.graph.io import load_graph
 from nbl_export.linearize.adapters import Adapter, adapted
-from nbl_export.linearize.lmmse import FitName
 from nbl_export.linearize.loss import LossMeter
 from nbl_export.linearize.plan import LinearLayer, load_plan
 from nbl_export.linearize.scores import CRITERIA
+from nbl_export.models.tasks import task_named
 from nbl_export.progress import Silent
+from nbl_export.settings.choices import FitName
 from nbl_export.stages.select import frontier
 from nbl_export.stages.select.frontier import SpeedMeter, Speedups
 from nbl_export.workspace import Workspace
@@ -611,15 +612,15 @@ def test_an_encoder_is_refused_what_only_a_decoder_predicts(
 
 
 def test_what_suits_each_task() -> None:
-    assert api.SelectSettings(k=1).for_task("text-generation").criterion == "greedy"
-    assert api.SelectSettings(k=1, criterion="cca").for_task("text-generation").criterion == "cca"
-    assert api.SelectSettings(k=1).for_task("feature-extraction").criterion == "cca"
+    assert api.SelectSettings(k=1).resolve(task_named("text-generation")).criterion == "greedy"
+    assert api.SelectSettings(k=1, criterion="cca").resolve(task_named("text-generation")).criterion == "cca"
+    assert api.SelectSettings(k=1).resolve(task_named("feature-extraction")).criterion == "cca"
     for allowed in (
         api.SelectSettings(k=1, criterion="nmse"),
         api.SelectSettings(k=1, fit="drop"),
         api.SelectSettings(layers=(1,)),
     ):
-        allowed.for_task("feature-extraction")
+        allowed.resolve(task_named("feature-extraction"))
 
 
 # rank --------------------------------------------------------------------------------------------

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nbl_export.linearize.lmmse import DEFAULT_RIDGE
 from nbl_export.linearize.plan import LinearLayer
 from nbl_export.progress import Listener
 from nbl_export.settings import SelectSettings
+from nbl_export.settings.choices import DEFAULT_RIDGE
 
 if TYPE_CHECKING:
     import torch

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import torch
 
     from nbl_export.calibrate.text import CalibrationText
-    from nbl_export.linearize.lmmse import FitInput
     from nbl_export.linearize.plan import LinearLayer, Plan
+    from nbl_export.settings.choices import FitInput
 
 _FORMAT = "nbl-export/measured/1"
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nbl_export.errors import BudgetError, InputError
-from nbl_export.linearize.budget import Budget, CurvePoint, largest_within, loss_curve
+from nbl_export.linearize.budget import CurvePoint, largest_within, loss_curve
 from nbl_export.linearize.scores import CRITERIA, Candidate, check_k, ranking
 from nbl_export.progress import Listener
-from nbl_export.settings import SelectSettings
+from nbl_export.settings import Budget, SelectSettings
 from nbl_export.stages.select.frontier import points_of
 
 if TYPE_CHECKING:

@@ -31,8 +31,6 @@ def select(run: Run, settings: SelectSettings) -> Plan:
     from nbl_export.stages.select.measured import Measured
     from nbl_export.stages.select.order import Choosing, choose
 
-    settings.check()
-    settings = settings.for_task(run.model.source.task)
     ws = run.workspace
     calibrated = ws.require("calibrate", f"nbl-export calibrate MODEL -o {ws.root}")
     depends = {"calibrate": calibrated.key, "select": settings.as_json()}

@@ -26,11 +26,13 @@ from rich.text import Text
 from nbl_export.progress import Task
 from nbl_export.report.drawing import Table
 from nbl_export.report.schema import Report
-from nbl_export.report.tables import checks_table, report_tables
+from nbl_export.report.tables import checks_table, engines_table, graph_table, report_tables
 
 if TYPE_CHECKING:
+    from nbl_export.engine.pair import EngineFile
     from nbl_export.evaluate.results import Evaluation
     from nbl_export.report.bench import BenchReport
+    from nbl_export.rewrite.replace import RewriteResult
 
 # Results go to stdout, progress and notes to stderr, so that output can be piped.
 _out = Console(highlight=False)
@@ -102,6 +104,16 @@ def show_tables(tables: list[Table]) -> None:
         if table.note:
             _out.print(Text(table.note, style="dim"))
         _out.print()
+
+
+def show_rewrite(result: RewriteResult) -> None:
+    """The graph before and after."""
+    show_tables([graph_table(result.before.as_json(), result.after.as_json())])
+
+
+def show_engines(engines: list[EngineFile]) -> None:
+    """What was built, from the manifests."""
+    show_tables([engines_table([engine.manifest.as_json() for engine in engines])])
 
 
 def _drawn(table: Table) -> RichTable:

@@ -1,0 +1,181 @@
+"""The commands: each parses, calls the Python API and draws. No logic."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Group, Parameter
+
+from nbl_export.errors import GATE_FAILED
+from nbl_export.settings import (
+    BenchSettings,
+    CalibrateSettings,
+    EngineSettings,
+    EvalSettings,
+    ExportSettings,
+    SelectSettings,
+    VerifySettings,
+)
+from nbl_export.settings.definition import UsageError
+from nbl_export.settings.file import NAME
+from nbl_export.settings.making import OptionalEngines
+
+_GENERAL, _FOREIGN = Group("Options", sort_key=1), Group("A graph that somebody else exported", sort_key=2)
+_NBL_OUT = Path("nbl-out")
+
+
+def _option(text: str, *names: str, panel: Group = _GENERAL, shown: str | None = None) -> Parameter:
+    return Parameter(name=names, help=text, group=panel, show_default=lambda _: shown, negative=())
+
+
+Model = Annotated[str, Parameter(name="MODEL", help="A Hugging Face id, a folder, or a .gguf file.")]
+Out = Annotated[Path, Parameter(name="OUT", help="The output folder of an earlier command.")]
+Shown = Annotated[Path, Parameter(name="PATH", help="An ONNX file, an engine, a plan, moments, or OUT.")]
+Output = Annotated[Path, _option("Output folder; made if needed.", "--output", "-o", shown=str(_NBL_OUT))]
+Trust = Annotated[bool, _option("Run modelling code that comes with the model.", "--trust-remote-code")]
+Config = Annotated[Path | None, _option("Settings in a file.", "--config", shown=f"{NAME} if there is one")]
+Onnx = Annotated[Path | None, _option("Rewrite this graph, a file or a folder.", "--onnx", panel=_FOREIGN)]
+PlanFile = Annotated[
+    Path | None, _option("Plan of its model: OUT/nbl/plan.safetensors.", "--plan", panel=_FOREIGN)
+]
+To = Annotated[
+    Path | None, _option("Folder for the graph and the files beside it.", "--output", "-o", panel=_FOREIGN)
+]
+InPlace = Annotated[
+    bool, _option("Change the graph where it lies; new weights are appended.", "--in-place", panel=_FOREIGN)
+]
+
+
+def _loaded() -> tuple[Any, Any]:
+    """The Python API and what draws, which are imported when a command runs: --help needs neither."""
+    from nbl_export import api
+    from nbl_export.cli import terminal
+
+    return api, terminal
+
+
+def run(
+    model: Model,
+    /,
+    *,
+    output: Output = _NBL_OUT,
+    selection: SelectSettings = SelectSettings(),
+    calibration: CalibrateSettings = CalibrateSettings(),
+    verification: VerifySettings = VerifySettings(),
+    exporting: ExportSettings = ExportSettings(),
+    engines: OptionalEngines = OptionalEngines(),
+    trust: Trust = False,
+    config: Config = None,
+) -> int:
+    """Everything from calibrate to verify; the command if none is named."""
+    api, terminal = _loaded()
+    listener, built = terminal.TerminalListener(), engines.asked
+    value = api.run(model, output, selection, calibration, verification, listener, trust, exporting, built)
+    terminal.show_report(value, output)
+    return 0 if value.passed else GATE_FAILED
+
+
+def calibrate(
+    model: Model,
+    /,
+    *,
+    output: Output = _NBL_OUT,
+    settings: CalibrateSettings = CalibrateSettings(),
+    trust: Trust = False,
+    config: Config = None,
+) -> None:
+    """Stream the moments of the activations into OUT; resumes if interrupted."""
+    api, terminal = _loaded()
+    api.calibrate(model, output, settings, terminal.TerminalListener(), trust)
+    terminal.say(f"Calibrated. Next: nbl-export select {output} --k K")
+
+
+def select(out: Out, /, *, settings: SelectSettings = SelectSettings(), config: Config = None) -> None:
+    """Score every layer, choose K, and write the plan."""
+    api, terminal = _loaded()
+    plan = api.select(out, settings, terminal.TerminalListener())
+    layers = ", ".join(map(str, plan.chosen)) or "none"
+    terminal.say(f"Plan: layers {layers}. Next: nbl-export export {out}")
+
+
+def export(out: Out, /, *, settings: ExportSettings = ExportSettings(), config: Config = None) -> None:
+    """Export the unmodified model to OUT/baseline/model.onnx."""
+    api, terminal = _loaded()
+    path = api.export(out, settings, terminal.TerminalListener())
+    terminal.say(f"Exported {path}. Next: nbl-export rewrite {out}")
+
+
+def rewrite(
+    out: Out | None = None,
+    /,
+    *,
+    onnx: Onnx = None,
+    plan: PlanFile = None,
+    output: To = None,
+    in_place: InPlace = False,
+) -> None:
+    """Replace the planned attention in the graph, prove it, and count.
+
+    On OUT of earlier commands, or with --onnx on a graph that somebody else exported.
+    """
+    api, terminal = _loaded()
+    if onnx is None:
+        if out is None or plan or output or in_place:
+            raise UsageError("give OUT alone, or --onnx with --plan and --output or --in-place.")
+        path = api.rewrite(out, terminal.TerminalListener())
+        terminal.say(f"Wrote {path}. Next: nbl-export verify {out}")
+        return
+    if out is not None or plan is None:
+        raise UsageError("--onnx needs --plan, and no OUT.")
+    result = api.rewrite_onnx(onnx, plan, output, in_place, terminal.TerminalListener())
+    terminal.show_rewrite(result)
+    terminal.say(f"Wrote {result.files[0]}; every replaced layer is proven against the plan's activations.")
+
+
+def build(out: Out, /, *, settings: EngineSettings = EngineSettings(), config: Config = None) -> None:
+    """Build TensorRT engines of both graphs into OUT/engine."""
+    api, terminal = _loaded()
+    terminal.show_engines(api.build(out, settings, terminal.TerminalListener()))
+    terminal.say(f"Built {out / 'engine'}. Next: nbl-export verify {out}")
+
+
+def verify(out: Out, /, *, settings: VerifySettings = VerifySettings(), config: Config = None) -> int:
+    """Check parity, measure method loss and speed; exit 1 if a gate fails."""
+    api, terminal = _loaded()
+    value = api.verify(out, settings, terminal.TerminalListener())
+    terminal.show_report(value, out)
+    return 0 if value.passed else GATE_FAILED
+
+
+def eval_(out: Out, /, *, settings: EvalSettings = EvalSettings(), config: Config = None) -> int:
+    """Score both graphs on tasks and retrieval; exit 1 if a gate fails."""
+    api, terminal = _loaded()
+    value = api.evaluate(out, settings, terminal.TerminalListener())
+    terminal.show_evaluation(value, out)
+    return 0 if value.passed else GATE_FAILED
+
+
+def bench(out: Out, /, *, settings: BenchSettings = BenchSettings(), config: Config = None) -> int:
+    """Time both graphs and others in turn; exit 1 if suspect or slower."""
+    api, terminal = _loaded()
+    value = api.bench(out, settings, terminal.TerminalListener())
+    terminal.show_bench(value, out)
+    return 0 if value.passed else GATE_FAILED
+
+
+def report(out: Out, /) -> int:
+    """Show the report again and redraw its files from report.json."""
+    api, terminal = _loaded()
+    value = api.report(out)
+    terminal.show_report(value, out)
+    return 0 if value.passed else GATE_FAILED
+
+
+def inspect(path: Shown, /) -> None:
+    """Show what a file or an output folder holds, as a table."""
+    api, terminal = _loaded()
+    terminal.show_tables(api.inspect(path))
+
+
+IN_ORDER = (run, calibrate, select, export, rewrite, build, verify, eval_, bench, report, inspect)

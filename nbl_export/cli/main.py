@@ -1,0 +1,140 @@
+"""The command line: which command, what a file says, errors in one sentence.
+
+Exit codes: 0 pass · 1 a gate failed, or no K keeps the budget · 2 bad usage or input · 3 a needed package or device is
+missing · 4 an export or build failed · 130 interrupted · 70 an error of nbl-export itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from cyclopts import App, CycloptsError, MissingArgumentError, Parameter, Token, UnusedCliTokensError
+
+from nbl_export import __version__
+from nbl_export.cli import commands
+from nbl_export.cli.help import ScreenHelp
+from nbl_export.errors import INTERNAL, INTERRUPTED, NblError, os_error_in_words
+from nbl_export.settings.choices import LIBRARIES
+from nbl_export.settings.definition import FILE, UsageError
+from nbl_export.settings.file import NAME, TABLES, read_settings
+
+DEFAULT_COMMAND = "run"
+_HELP = """Replace a transformer's most linear attention layers by one affine map each (Neural Block Linearization), \
+in the ONNX graph, and prove the result.
+
+nbl-export MODEL --k 8 -o OUT does everything. The other commands do one stage each on the same OUT and go on from \
+what is there. Each has a --help of its own."""
+# The command line says how many layers in one of these ways; what a file says of the others is then left out.
+_HOW_MANY = {"--k", "--layers", "--max-kl", "--max-ppl-ratio", "--min-speedup"}
+
+
+def from_file(_app: App, names: tuple[str, ...], arguments: Any) -> None:
+    """Fill in what the configuration file says and the command line does not."""
+    options = [a for a in arguments if a.name.startswith("--")]
+    given = {a.name: list(a.tokens) for a in options if a.tokens}
+    for argument in options:  # an option of two stages, as --seed, stands there twice and is read once
+        for token in given.get(argument.name, []) if not argument.tokens else []:
+            argument.append(token)
+    config = next((a for a in options if a.name == "--config"), None)
+    path = Path(given["--config"][-1].value) if "--config" in given else Path(NAME)
+    if config is None or ("--config" not in given and not path.is_file()):
+        return
+    if "--config" not in given:
+        print(f"· Settings of {path}.", file=sys.stderr)
+    values, place = read_settings(path), None
+    for argument in arguments:
+        if argument.name == "*":
+            place = next((t for t, kind in TABLES.items() if issubclass(argument.hint, kind)), place)
+        key = (place, argument.name.removeprefix("--"))
+        if (
+            key in values
+            and argument.name not in given
+            and not (argument.name in _HOW_MANY and _HOW_MANY & set(given))
+        ):
+            value = values[key]
+            flag = {"implicit_value": value} if isinstance(value, bool) else {"value": json.dumps(value)}
+            argument.append(Token(keyword=argument.name, source=FILE, **flag))
+
+
+app = App(
+    name="nbl-export",
+    help=_HELP,
+    help_format="plaintext",
+    help_formatter=ScreenHelp(),
+    help_flags=["--help", "-h", "--help-all"],
+    version=f"nbl-export {__version__}",
+    default_parameter=Parameter(show_choices=False),
+    config=from_file,
+    suppress_keyboard_interrupt=False,
+    result_action="return_value",
+)
+COMMANDS = {function.__name__.rstrip("_"): function for function in commands.IN_ORDER}
+for number, (name, function) in enumerate(COMMANDS.items()):
+    app.command(function, name=name, sort_key=number)
+app.register_install_completion_command("--install-completion", help="Install completion for this shell.")
+app.command(
+    lambda: print(app.generate_completion()), name="--show-completion", help="Show completion for this shell."
+)
+
+
+def words_of(arguments: Sequence[str]) -> list[str]:
+    """What is no command is a model, as `run` has one; `--trt` alone means `--trt auto`."""
+    words = list(arguments)
+    if words and words[0] not in app.resolved_commands():
+        words.insert(0, DEFAULT_COMMAND)
+    following = [*words, ""][1:]
+    return [
+        new
+        for word, after in zip(words, following, strict=True)
+        for new in ([word, "auto"] if word == "--trt" and after not in LIBRARIES else [word])
+    ]
+
+
+def main() -> None:
+    """Entry point: errors become one sentence on stderr and an exit code; never a traceback."""
+    try:
+        code = app(words_of(sys.argv[1:]), exit_on_error=False, print_error=False)
+    except (CycloptsError, UsageError) as error:
+        _fail(f"{_sentence(error)}. See nbl-export --help.", 2)
+    except NblError as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("Interrupted; run the same command again to go on from what is done.", INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(INTERRUPTED)
+    except OSError as error:
+        translated = os_error_in_words(error, "while working")
+        _fail(str(translated), translated.exit_code)
+    except Exception as error:
+        if os.environ.get("NBL_EXPORT_DEBUG"):
+            raise
+        what = f"{type(error).__name__}: {error}"
+        _fail(
+            f"Internal error, please report it: {what} (set NBL_EXPORT_DEBUG=1 for the traceback).", INTERNAL
+        )
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _sentence(error: Exception) -> str:
+    """What the parser found, without its full stop."""
+    name = getattr(getattr(error, "argument", None), "name", "")
+    if isinstance(error, MissingArgumentError) and name:
+        return f"{name} needs a value" if name.startswith("-") else f"{name} is missing"
+    if isinstance(error, UnusedCliTokensError):
+        return f"{' '.join(error.unused_tokens or ())} is more than this command takes"
+    return re.sub(r"\.? Did you mean (.*)\?$", r"; did you mean \1", str(error).strip().rstrip("."))
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    # Names out of a file may be long, and may hold what a terminal obeys.
+    message = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in message)
+    message = re.sub(r"\S{300,}", lambda long: f"{long[0][:100]}…{long[0][-50:]}", message)
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)

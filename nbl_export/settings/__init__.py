@@ -1,0 +1,50 @@
+"""What a user can ask, each setting once: on the command line, in a configuration file, or of the Python API."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from nbl_export.settings.budget import NO_BUDGET, Budget, auto_budget
+from nbl_export.settings.definition import Settings, Task
+from nbl_export.settings.making import CalibrateSettings, EngineSettings, ExportSettings, SelectSettings
+from nbl_export.settings.measuring import BenchSettings, EvalSettings, VerifySettings
+
+__all__ = [
+    "NO_BUDGET",
+    "BenchSettings",
+    "Budget",
+    "CalibrateSettings",
+    "EngineSettings",
+    "EvalSettings",
+    "ExportSettings",
+    "RunSettings",
+    "SelectSettings",
+    "Settings",
+    "VerifySettings",
+    "auto_budget",
+]
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """All that a run is asked for; without ``engines`` no TensorRT engine is built."""
+
+    selection: SelectSettings
+    calibration: CalibrateSettings = field(default_factory=CalibrateSettings)
+    verification: VerifySettings = field(default_factory=VerifySettings)
+    exporting: ExportSettings = field(default_factory=ExportSettings)
+    engines: EngineSettings | None = None
+
+    def check(self) -> None:
+        """Raise :class:`InputError` for what is refused of any model."""
+        parts = (self.selection, self.calibration, self.exporting, self.verification, self.engines)
+        for settings in filter(None, parts):
+            settings.check()
+        self.selection.check_precision(self.exporting.precision)
+        if self.engines:
+            self.exporting.check_tensorrt()
+
+    def resolve(self, task: Task) -> RunSettings:
+        """With all that depends on the task filled in; raises :class:`InputError` for what it cannot be asked."""
+        exporting = self.exporting.resolve(task, self.engines is not None)
+        return replace(self, exporting=exporting, selection=self.selection.resolve(task))

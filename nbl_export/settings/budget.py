@@ -1,0 +1,40 @@
+"""How much may be lost, or must be gained: bounds on K."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+
+from nbl_export.settings.choices import AUTO_PERPLEXITY_RATIO
+from nbl_export.settings.definition import LAYERS, Settings, at_least, options, setting
+
+
+@options
+@dataclass(frozen=True)
+class Budget(Settings):
+    """Bounds that K must keep: each None where the user gave none. Speedups are those of prefill and of decode.
+
+    max_kl: Largest K with a KL to the original of at most X nats.
+    max_perplexity_ratio: Largest K with a perplexity of at most X times the original's.
+    min_speedup: Smallest K with prefill and decode X times as fast.
+    """
+
+    max_kl: float | None = setting(None, LAYERS, at_least(0, "0 nats or more"))
+    max_perplexity_ratio: float | None = setting(
+        None, LAYERS, at_least(1, "1 or more (1.05 allows 5 % more)"), key="max-ppl-ratio"
+    )
+    min_speedup: float | None = setting(None, LAYERS, at_least(1, "1 or more (1.2 is a fifth faster)"))
+
+    def __bool__(self) -> bool:
+        return any(v is not None for v in asdict(self).values())
+
+    @property
+    def bounds_loss(self) -> bool:
+        return self.max_kl is not None or self.max_perplexity_ratio is not None
+
+
+NO_BUDGET = Budget()
+
+
+def auto_budget(budget: Budget) -> Budget:
+    """``--k auto``: the bounds that the user gave, or the documented default where none bounds the loss."""
+    return budget if budget.bounds_loss else replace(budget, max_perplexity_ratio=AUTO_PERPLEXITY_RATIO)

@@ -1,0 +1,56 @@
+"""What can be chosen, as data: exporters and what each offers, criteria, fits, libraries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from nbl_export.errors import InputError
+
+FitInput = Literal["normed", "residual"]
+FitName = Literal["lmmse", "weighted", "sequential", "drop"]
+Dtype = Literal["auto", "float32", "bfloat16"]
+# The ridge of a fit that Cholesky starts with, and where it gives up.
+DEFAULT_RIDGE, MAX_RIDGE = 1e-6, 1e-2
+# Each criterion, and whether the model is run for it. What measures best (docs/selection.md) comes first.
+CRITERIA = {"greedy": True, "kl": True, "linearity": True, "nmse": False, "cca": False, "drop": True}
+DECODER_CRITERION, ENCODER_CRITERION = "greedy", "cca"
+# What `--k auto` means: the largest K whose perplexity on the selection text stays within a tenth of the original's.
+AUTO_PERPLEXITY_RATIO = 1.10
+SELF = "self"
+QUANTIZED = ("int4", "int8")
+LIBRARIES = ("auto", "tensorrt", "rtx")
+# Tokens in one prefill and of context that an engine is built for, as far as the model goes.
+MAX_SEQ, MAX_CONTEXT = 512, 2048
+RETRIEVAL_CONTEXTS = (256, 512, 1024)
+PEERS, DEVICES = ("eager", "compile", "dropped"), ("cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class Choices:
+    """An exporter's precisions and forms of the KV cache, the default first.
+
+    ``fused`` are the caches with which its graphs have operators of onnxruntime's own, such as GroupQueryAttention,
+    that TensorRT does not take.
+    """
+
+    precisions: tuple[str, ...]
+    caches: tuple[str, ...]
+    fused: frozenset[str] = frozenset()
+
+
+EXPORTERS = {
+    "torch": Choices(("fp32", "fp16", "bf16"), ("concat", "shared", "static", "none"), frozenset({"shared"})),
+    "genai": Choices(("fp32", "fp16", "bf16", *QUANTIZED), ("concat",), frozenset({"concat"})),
+    "optimum": Choices(("fp32",), ("concat",)),
+}
+
+
+def check_offered(exporter: str, option: str, value: str | None, offered: tuple[str, ...]) -> None:
+    """Raise :class:`InputError` unless the exporter offers ``value`` for ``option``, or None is asked for."""
+    if value is not None and value not in offered:
+        able = [name for name, c in EXPORTERS.items() if value in c.precisions + c.caches]
+        other = f"; {value} is for --exporter {' or '.join(able)}" if able else ""
+        raise InputError(
+            f"{option} {value!r} is not offered by --exporter {exporter}: choose {', '.join(offered)}{other}."
+        )

@@ -1,0 +1,197 @@
+"""What a setting is. Each is defined once: a field of a frozen dataclass, and its help, a line of the docstring.
+
+samples: int = setting(128, TEXT, at_least(1))      # the field, the option --samples, the file's key samples
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from types import UnionType
+from typing import Annotated, Any, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from cyclopts import Group, Parameter
+
+from nbl_export.errors import InputError
+
+# The word for a value that is found out, and the source of values that a configuration file gives as JSON.
+AUTO, FILE = "auto", "file"
+# The panels in the order of their keys: what most users never need comes last.
+LAYERS, TEXT = Group("Which layers", sort_key=2), Group("Calibration text", sort_key=3)
+GRAPH, CHECKS = Group("Graph and engines", sort_key=4), Group("What is measured", sort_key=5)
+MORE = Group("Advanced", sort_key=9)
+_WANTED = {int: "a whole number", float: "a number", str: "text in quotes", bool: "true or false"}
+_METAVARS = {int: "N", float: "X", str: "NAME", bool: ""}
+# Older versions of the library show no placeholder for a value.
+_HAS_METAVAR = "metavar" in inspect.signature(Parameter).parameters
+S = TypeVar("S", bound="Settings")
+C = TypeVar("C", bound=type)
+
+
+class UsageError(InputError):
+    """Words on the command line that cannot be read (exit code 2)."""
+
+
+class Task(Protocol):
+    """What a model is for, as far as settings depend on it: a row of :mod:`nbl_export.models.tasks`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def causal(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Must:
+    """Refuses values for which ``holds`` is false: the option's name, then ``words`` with {value} filled in.
+
+    ``of_file``: only values of a configuration file, which is data and must not make code run.
+    """
+
+    holds: Callable[[Any], bool]
+    words: str
+    of_file: bool = False
+
+
+def at_least(least: float, words: str = "") -> Must:
+    return Must(lambda value: value >= least, f"is {{value}}; it must be {words or f'at least {least}'}")
+
+
+def one_of(known: Iterable[str], words: str = "choose one of") -> Must:
+    """Refuses any other value; ``words`` are those before the list, or the sentence if they begin with "is"."""
+    said = words if words.startswith("is ") else f"{{value!r}} is unknown; {words}"
+    return Must(lambda value: value in known, f"{said} {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting: ``key`` is its option without the dashes, ``shown`` its default in words where the field's own does
+    not say it; ``auto``: that word is a value, too; ``repeated``: a list by repetition, where others have commas.
+
+    ``path`` leads to the field; ``kind`` is the type of one value, of which there may be ``many``.
+    """
+
+    panel: Group
+    musts: tuple[Must, ...]
+    metavar: str = ""
+    key: str = ""
+    shown: str | None = None
+    auto: bool = False
+    repeated: bool = False
+    path: tuple[str, ...] = ()
+    help: str = ""
+    kind: type = str
+    many: bool = False
+
+    @property
+    def parameter(self) -> Parameter:
+        """The option, for the library that reads the command line."""
+        metavar = self.metavar or ("LIST" if self.many else _METAVARS[self.kind]) + "|auto" * self.auto
+        more: dict[str, Any] = {"metavar": metavar} if _HAS_METAVAR else {}
+        if self.kind is not bool:
+            more |= {"converter": self._from_words, "n_tokens": 1, "json_list": False}
+            more |= {"allow_repeating": True, "negative_iterable": ()}
+        name, show = f"--{self.key}", self._default
+        return Parameter(name=name, help=self.help, group=self.panel, show_default=show, **more)
+
+    def check(self, value: Any, name: str, of_file: bool = False) -> None:
+        """Raise :class:`InputError`, beginning with ``name``, for a value that is refused; None is no value."""
+        for must in self.musts if value is not None else ():
+            for one in value if self.repeated else (value,):
+                if must.of_file <= of_file and not must.holds(one):
+                    shown = f"{one:g}" if isinstance(one, float) else one
+                    raise InputError(f"{name} {must.words.format(value=shown)}.")
+
+    def from_file(self, value: Any, name: str) -> Any:
+        """A value of a TOML file as the field has it; raises :class:`InputError` for one that is refused."""
+        if self.auto and value == AUTO:
+            return value
+        is_list = isinstance(value, list)
+        types = {type(one) for one in (value if is_list else [value])}
+        if is_list != self.many or not types <= ({int, float} if self.kind is float else {self.kind}):
+            raise InputError(f"{name} is {json.dumps(value, default=str)}; give {self._wanted}.")
+        found = tuple(map(self.kind, value)) if self.many else self.kind(value)
+        self.check(found, name, of_file=True)
+        return found
+
+    def _from_words(self, tokens: Sequence[Any]) -> Any:
+        option, text = tokens[-1].keyword, tokens[-1].value
+        if tokens[-1].source == FILE:
+            return tuple(json.loads(text)) if self.many else json.loads(text)
+        if self.repeated:
+            return tuple(token.value for token in tokens)
+        if self.auto and text == AUTO:
+            return AUTO
+        try:
+            return tuple(map(self.kind, text.split(","))) if self.many else self.kind(text)
+        except ValueError:
+            wanted = "whole numbers with commas, as 3,7,12" if self.many else self._wanted
+            raise UsageError(f"{option} is {text!r}; give {wanted}.") from None
+
+    @property
+    def _wanted(self) -> str:
+        wanted = _WANTED[self.kind] + " or auto" * self.auto
+        return f"a list in brackets, each {wanted}" if self.many else wanted
+
+    def _default(self, value: Any) -> str | None:
+        if self.shown or value is None or isinstance(value, bool):
+            return self.shown or (None if value is None else "yes" if value else "no")
+        if isinstance(value, float):
+            return f"{value:g}".replace("e-0", "e-")
+        return ",".join(map(str, value)) or None if isinstance(value, tuple) else str(value)
+
+
+def setting(default: Any, panel: Group, *musts: Must, **how: Any) -> Any:
+    """A field with its option; ``how`` are fields of :class:`Setting`, from ``metavar`` to ``repeated``."""
+    return field(default=default, metadata={"setting": Setting(panel, musts, **how)})
+
+
+def options(cls: C) -> C:
+    """A dataclass whose settings are options, too: each annotation gets what the command line needs to know."""
+    hints = get_type_hints(cls)
+    for one in settings_of(cls):
+        if len(one.path) == 1:
+            cls.__annotations__[one.path[0]] = Annotated[hints[one.path[0]], one.parameter]
+    return Parameter(name="*")(cls)
+
+
+def settings_of(cls: type) -> Iterator[Setting]:
+    """Every setting of a class, those of a nested one included."""
+    hints = get_type_hints(cls)
+    helps = dict(re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", cls.__doc__ or "", re.M))
+    for each in fields(cls):
+        hint, one = hints[each.name], each.metadata.get("setting")
+        if isinstance(hint, type) and issubclass(hint, Settings):
+            yield from (replace(inner, path=(each.name, *inner.path)) for inner in settings_of(hint))
+        elif one:
+            parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+            kind = next(part for part in parts if part is not type(None))
+            many, musts = get_origin(kind) is tuple, one.musts
+            if get_origin(kind) is Literal:
+                kind, musts = str, (*musts, one_of(get_args(kind)))
+            elif many:
+                kind = get_args(kind)[0]
+            key, text = one.key or each.name.replace("_", "-"), " ".join(helps[each.name].split())
+            yield replace(one, key=key, path=(each.name,), kind=kind, many=many, musts=musts, help=text)
+
+
+class Settings:
+    """What a stage can be asked: a frozen dataclass of settings."""
+
+    def check(self) -> None:
+        """Raise :class:`InputError` for the first value that is refused; needs no model and no package."""
+        for one in settings_of(type(self)):
+            value: Any = self
+            for name in one.path:
+                value = getattr(value, name)
+            one.check(value, f"--{one.key}")
+
+    def resolve(self: S, _task: Task) -> S:
+        """With what depends on the model's task filled in; raises :class:`InputError` for what it cannot be asked."""
+        return self
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)  # type: ignore[call-overload, no-any-return]

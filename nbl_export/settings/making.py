@@ -1,0 +1,255 @@
+"""What can be asked of the stages that make something: calibrate, select, export, build."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, get_args
+
+from nbl_export.errors import InputError
+from nbl_export.settings import choices
+from nbl_export.settings.budget import NO_BUDGET, Budget, auto_budget
+from nbl_export.settings.choices import MAX_RIDGE, Dtype, FitInput, FitName
+from nbl_export.settings.definition import (
+    AUTO,
+    GRAPH,
+    LAYERS,
+    MORE,
+    TEXT,
+    Must,
+    Settings,
+    Task,
+    at_least,
+    one_of,
+    options,
+    setting,
+)
+
+_RIDGES = Must(
+    lambda x: 0 <= x <= MAX_RIDGE, f"is {{value}}; it must be between 0 and {MAX_RIDGE:g}, or auto"
+)
+_DTYPES = one_of(get_args(Dtype), "is {value!r}; it must be one of")
+_NO_PROGRAM = Must(lambda _: False, "names a program to run: say it on the command line", of_file=True)
+
+
+@options
+@dataclass(frozen=True)
+class CalibrateSettings(Settings):
+    """What text to take, how much of it, and what the model reads it in; moments are float64 in any case.
+
+    sources: A .txt, .jsonl or .parquet file, a folder, a glob, or a Hub data set. Repeatable. self: text that the
+        model writes.
+    samples: Rows of calibration tokens.
+    seq_len: Tokens per row.
+    heldout_samples: Rows of held-out tokens, to measure the method loss on.
+    selection_samples: Rows of tokens to choose layers on.
+    field: Text field of .jsonl, .parquet or Hub rows.
+    seed: Seed of everything random.
+    dtype: Precision of the model while it reads the text. auto: bfloat16 where the processor multiplies it.
+    """
+
+    sources: tuple[str, ...] = setting(
+        (choices.SELF,), TEXT, metavar="TEXT", key="calibration", repeated=True
+    )
+    samples: int = setting(128, TEXT, at_least(1))
+    seq_len: int = setting(512, TEXT, at_least(8))
+    heldout_samples: int = setting(24, MORE, at_least(1))
+    selection_samples: int = setting(8, MORE, at_least(1))
+    field: str = setting("text", MORE, key="text-field")
+    seed: int = setting(0, MORE)
+    dtype: Dtype = setting(AUTO, MORE, _DTYPES, metavar="DTYPE", key="calibration-dtype")
+
+    def check(self) -> None:
+        super().check()
+        if choices.SELF in self.sources and len(self.sources) > 1:
+            raise InputError("--calibration self stands alone: it cannot be mixed with files.")
+
+
+@options
+@dataclass(frozen=True)
+class SelectSettings(Settings):
+    """Which layers, the ``k`` best by a criterion, as many as ``budget`` allows, or exactly ``layers``; how fitted.
+
+    ``criterion`` None is what suits the task, ``ridge`` None is chosen by held-out error. The word ``auto`` makes a
+    budget of ``k``, and None of ``ridge``.
+
+    k: Layers to linearize. auto: as --max-ppl-ratio 1.10.
+    layers: Exactly these layers: 3,7,12.
+    criterion: Rank layers by: greedy (KL, one after the other), kl (each alone), linearity (error × sensitivity),
+        nmse (fit error), cca (the paper's bound), drop (KL when left out).
+    fit_input: Fit on the residual stream after (normed) or before (residual) the input norm.
+    ridge: Ridge relative to each channel's variance; grows if Cholesky fails. auto: by held-out error.
+    fit: lmmse (the paper's), weighted (outlier tokens count less), sequential (each after those before it),
+        drop (W, b = 0).
+    repair: Distil W, b and the subsequent MLPs for so many steps of 1,024 tokens.
+    repair_rank: Rank of the repair's change to the MLPs, merged into their weights. 0: W and b only.
+    rank: Store each W as two factors of that rank, less than half the model's width.
+    seed: Seed of everything random.
+    """
+
+    k: int | None = setting(
+        None, LAYERS, at_least(0, "between 0 and the model's attention layers"), metavar="K|auto", auto=True
+    )
+    layers: tuple[int, ...] | None = setting(None, LAYERS)
+    criterion: str | None = setting(
+        None,
+        MORE,
+        one_of(choices.CRITERIA),
+        shown=f"{choices.DECODER_CRITERION}; {choices.ENCODER_CRITERION} for encoders",
+    )
+    fit_input: FitInput = setting("normed", MORE)
+    ridge: float | None = setting(choices.DEFAULT_RIDGE, MORE, _RIDGES, auto=True)
+    fit: FitName = setting("lmmse", MORE)
+    repair: int = setting(0, MORE, at_least(0, "0 steps or more"), metavar="STEPS")
+    repair_rank: int = setting(16, MORE, at_least(0, "0 (the maps alone) or more"), metavar="R")
+    rank: int | None = setting(None, MORE, at_least(1, "1 or more"), metavar="R")
+    seed: int = setting(0, MORE)
+    budget: Budget = NO_BUDGET
+
+    def __post_init__(self) -> None:
+        k: Any = self.k
+        ridge: Any = self.ridge
+        if k == AUTO:
+            object.__setattr__(self, "k", None)
+            object.__setattr__(self, "budget", auto_budget(self.budget))
+        if ridge == AUTO:
+            object.__setattr__(self, "ridge", None)
+
+    def check(self) -> None:
+        super().check()
+        ways = [self.k is not None, self.layers is not None, bool(self.budget)]
+        if not any(ways):
+            raise InputError(
+                "Say how many layers to linearize: --k K, --k auto, or a budget (--max-ppl-ratio, --max-kl, "
+                "--min-speedup); or name them with --layers."
+            )
+        if self.budget and sum(ways) > 1:
+            raise InputError(
+                "--k and --layers say how many layers to linearize, and so does a budget (--k auto, --max-ppl-ratio, "
+                "--max-kl, --min-speedup): give one of them."
+            )
+        if self.repair and self.fit == "drop":
+            raise InputError(
+                "--fit drop leaves layers out, and there is nothing to repair: leave --repair out."
+            )
+
+    def resolve(self, task: Task) -> SelectSettings:
+        if task.causal:
+            return replace(self, criterion=self.criterion or choices.DECODER_CRITERION)
+        asked = {
+            f"--criterion {self.criterion}": choices.CRITERIA.get(self.criterion or "", False),
+            f"--fit {self.fit}": self.fit not in ("lmmse", "drop"),
+            "--ridge auto": self.ridge is None,
+            "--repair": self.repair > 0,
+            "A budget for K": bool(self.budget),
+        }
+        if wrong := next((name for name, given in asked.items() if given), None):
+            raise InputError(
+                f"{wrong} is measured by what a decoder predicts; this model is an encoder ({task.name}): choose "
+                "layers by --k with --criterion cca or nmse, or by --layers."
+            )
+        return replace(self, criterion=self.criterion or choices.ENCODER_CRITERION)
+
+    def check_precision(self, precision: str | None) -> None:
+        """Refuse a repair of the MLPs for a graph whose weights are quantized: it does not hold them as they are."""
+        if self.repair and self.repair_rank and precision in choices.QUANTIZED:
+            raise InputError(
+                f"--repair changes the MLPs' weights, which an {precision} graph does not hold as the model has them: "
+                "add --repair-rank 0, which repairs the linear layers alone."
+            )
+
+
+@options
+@dataclass(frozen=True)
+class ExportSettings(Settings):
+    """Who exports the graph, its precision, and how it keeps its KV cache; None is what suits the task and engines.
+
+    precision: fp32, fp16 or bf16; with --exporter genai int4 and int8, too.
+    kv_cache: concat, shared (fastest on ONNX Runtime, for it alone), static (written in place, opset 24), none.
+    exporter: torch, genai (onnxruntime-genai's builder) or optimum.
+    python: Python of the environment that has optimum-onnx.
+    """
+
+    precision: str | None = setting(None, GRAPH, shown="fp32; fp16 with --trt")
+    kv_cache: str | None = setting(None, GRAPH, shown="concat; static with --trt")
+    exporter: str = setting("torch", GRAPH, one_of(choices.EXPORTERS, "choose"))
+    python: str | None = setting(
+        None, MORE, _NO_PROGRAM, metavar="PATH", key="exporter-python", shown="$NBL_EXPORT_OPTIMUM_PYTHON"
+    )
+
+    @property
+    def offered(self) -> choices.Choices:
+        return choices.EXPORTERS[self.exporter]
+
+    def check(self) -> None:
+        super().check()
+        choices.check_offered(self.exporter, "--precision", self.precision, self.offered.precisions)
+        choices.check_offered(self.exporter, "--kv-cache", self.kv_cache, self.offered.caches)
+
+    def resolve(self, task: Task, engines: bool = False) -> ExportSettings:
+        """With precision and cache for ``task``; ``engines`` are fastest in fp16 with a static cache."""
+        precisions, caches = self.offered.precisions, self.offered.caches
+        half = "fp16" if engines and "fp16" in precisions else precisions[0]
+        static = "static" if engines and "static" in caches else caches[0]
+        resolved = replace(self, precision=self.precision or half, kv_cache=self.kv_cache or static)
+        if task.causal:
+            return resolved
+        if self.exporter != "torch":
+            raise InputError(
+                f"--exporter {self.exporter} is for decoders here; this model is an encoder ({task.name}): leave it "
+                "out."
+            )
+        if self.kv_cache not in (None, "none"):
+            raise InputError(
+                f"An encoder ({task.name}) has no KV cache, so --kv-cache {self.kv_cache} means nothing: leave it out."
+            )
+        if engines:
+            raise InputError(
+                f"TensorRT engines are built of decoders only; this model is an encoder ({task.name}): leave --trt out."
+            )
+        return replace(resolved, kv_cache="none")
+
+    def check_tensorrt(self) -> None:
+        """Raise :class:`InputError` if TensorRT does not take the graphs that these settings make."""
+        if (self.kv_cache or self.offered.caches[0]) in self.offered.fused:
+            whose = (
+                f"--exporter {self.exporter}" if self.exporter != "torch" else f"--kv-cache {self.kv_cache}"
+            )
+            raise InputError(
+                f"TensorRT does not take the graphs of {whose}: their operators, such as GroupQueryAttention, are "
+                "onnxruntime's own. Build engines with --exporter torch and --kv-cache static or concat."
+            )
+
+
+def _library(default: str | None) -> Any:
+    known = choices.LIBRARIES
+    return setting(default, GRAPH, one_of(known, "choose"), metavar="|".join(known), key="trt")
+
+
+@options
+@dataclass(frozen=True)
+class EngineSettings(Settings):
+    """Which TensorRT builds the engines, for which shapes and which GPUs; None and () are the usual ones.
+
+    library: Build TensorRT engines: tensorrt (on this GPU), rtx (no GPU needed), auto (what is there).
+    max_batch: Largest batch of the engines.
+    max_seq: Most tokens in one prefill of the engines, as far as the model goes.
+    max_context: Most tokens of context of the engines, as far as the model goes.
+    sm: Compute capabilities to build for with rtx: 86,89.
+    """
+
+    library: str = _library(AUTO)
+    max_batch: int = setting(4, MORE)
+    max_seq: int | None = setting(None, MORE, shown=str(choices.MAX_SEQ))
+    max_context: int | None = setting(None, MORE, shown=str(choices.MAX_CONTEXT))
+    sm: tuple[str, ...] = setting((), MORE, shown="all from 80 on")
+
+
+@options
+@dataclass(frozen=True)
+class OptionalEngines(EngineSettings):
+    __doc__ = EngineSettings.__doc__  # the same, but only where a library is named
+    library: str | None = _library(None)  # type: ignore[assignment]
+
+    @property
+    def asked(self) -> EngineSettings | None:
+        return EngineSettings(**asdict(self)) if self.library else None

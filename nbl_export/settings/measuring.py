@@ -1,0 +1,109 @@
+"""What can be asked of the stages that measure: verify, eval, bench."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from nbl_export.errors import InputError
+from nbl_export.settings.choices import DEVICES, PEERS, RETRIEVAL_CONTEXTS
+from nbl_export.settings.definition import CHECKS, MORE, Must, Settings, at_least, one_of, options, setting
+
+_LENGTHS = Must(lambda c: c and min(c) >= 2, "needs lengths of at least 2 tokens")
+_ROWS = Must(lambda b: b and min(b) >= 1, "needs numbers of rows, at least 1")
+_ROUNDS = Must(lambda n: n >= 3, "is {value}; at least 3 are needed for a spread")
+_PERCENT = Must(lambda p: 0 <= p <= 200, "is {value}; give percent, between 0 and 200")
+_POSITIVE = Must(lambda seconds: seconds > 0, "is {value}; it must be more than 0")
+_NO_CODE = Must(
+    lambda task: not task.lower().endswith((".yaml", ".yml")),
+    "names {value}, which may run code: say it on the command line",
+    of_file=True,
+)
+
+
+@options
+@dataclass(frozen=True)
+class VerifySettings(Settings):
+    """What to verify. Contexts longer than the model's positions are left out, with a note.
+
+    decode_steps: Teacher-forced decode steps of the parity run.
+    quality: Measure the method loss on held-out text.
+    speed: Time both graphs.
+    contexts: Context lengths to time, in tokens.
+    rounds: Timed rounds of base and linearized in turn.
+    """
+
+    decode_steps: int = setting(8, MORE, at_least(1))
+    quality: bool = setting(True, CHECKS)
+    speed: bool = setting(True, CHECKS)
+    contexts: tuple[int, ...] = setting((128, 512, 1024), MORE, _LENGTHS)
+    rounds: int = setting(7, MORE, _ROUNDS)
+
+
+@options
+@dataclass(frozen=True)
+class EvalSettings(Settings):
+    """Which tasks are asked of both graphs, how many rows of each, and which recovery of the scores is a gate.
+
+    tasks: A .jsonl file, a folder of them, or a task of lm-evaluation-harness, whose data comes from the Hub.
+        Repeatable.
+    limit: Rows of each task, sampled with the seed.
+    few_shot: Examples before each question.
+    seed: Seed of everything sampled.
+    chat_template: Ask in the tokenizer's chat template.
+    batch_size: Most rows at once.
+    retrieval: Look up codes hidden in held-out text.
+    retrieval_contexts: Context lengths of retrieval, in tokens.
+    retrieval_samples: Questions at each length.
+    min_recovery: Exit 1 where the mean recovery of the scores is below it by more than the standard error.
+    """
+
+    tasks: tuple[str, ...] = setting((), CHECKS, _NO_CODE, metavar="NAME|FOLDER|FILE", repeated=True)
+    limit: int | None = setting(None, CHECKS, at_least(1), shown="all")
+    few_shot: int | None = setting(None, MORE, at_least(0), shown="0; of a named task its own")
+    seed: int = setting(0, MORE)
+    chat_template: bool = setting(False, MORE)
+    batch_size: int = setting(16, MORE, at_least(1))
+    retrieval: bool = setting(True, CHECKS)
+    retrieval_contexts: tuple[int, ...] | None = setting(
+        None, MORE, _LENGTHS, shown=f"{','.join(map(str, RETRIEVAL_CONTEXTS))} as far as the model goes"
+    )
+    retrieval_samples: int = setting(24, MORE, at_least(1))
+    min_recovery: float | None = setting(None, CHECKS, _PERCENT, metavar="PERCENT")
+
+    def check(self) -> None:
+        if not self.tasks and not self.retrieval:
+            raise InputError("Nothing to evaluate: name --tasks, or leave out --no-retrieval.")
+        super().check()
+
+
+@options
+@dataclass(frozen=True)
+class BenchSettings(Settings):
+    """What is timed beside base and linearized graph, in which cells, and for how long.
+
+    ``most`` times the rounds are run where the noise hides the effect.
+
+    against: Another graph: a folder with a decoder, or an output folder for both its graphs. Repeatable.
+    peers: PyTorch eager, torch.compile, or the graph with the same layers dropped. Repeatable.
+    batches: Rows at once.
+    contexts: Tokens in each row, as far as the model goes.
+    rounds: Timed rounds of everybody in turn; up to three times as many where the noise hides the effect.
+    seconds: Bound of each cell and phase. Three rounds are always run.
+    device: Where to run.
+    memory: Measure peak memory first, each graph in a process of its own.
+    """
+
+    against: tuple[str, ...] = setting((), CHECKS, metavar="[NAME=]DIR", repeated=True)
+    peers: tuple[str, ...] = setting(
+        (), CHECKS, one_of(PEERS), metavar="|".join(PEERS), key="peer", repeated=True
+    )
+    batches: tuple[int, ...] = setting((1, 4), CHECKS, _ROWS)
+    contexts: tuple[int, ...] = setting((128, 512, 2048, 8192), CHECKS, _LENGTHS)
+    rounds: int = setting(7, MORE, _ROUNDS)
+    most: Annotated[int, Parameter(parse=False)] = 3
+    seconds: float = setting(120.0, MORE, _POSITIVE, metavar="S")
+    device: str = setting("cpu", CHECKS, one_of(DEVICES), metavar="|".join(DEVICES))
+    memory: bool = setting(True, MORE)

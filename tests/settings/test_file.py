@@ -1,0 +1,180 @@
+"""`nbl-export.toml`: what it sets, what it may not set, and that the command line wins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbl_export import api
+from nbl_export.cli import main
+from nbl_export.errors import InputError, NblError
+from nbl_export.settings.file import read_settings
+
+FILE = """
+[calibrate]
+calibration = ["a.txt", "b.txt"]
+samples = 64
+seed = 3
+
+[select]
+k = 4
+ridge = 1e-5
+max-ppl-ratio = 2
+criterion = "cca"
+
+[export]
+kv-cache = "static"
+
+[build]
+trt = "rtx"
+sm = ["86", "89"]
+
+[verify]
+speed = false
+contexts = [64, 256]
+
+[eval]
+tasks = ["arc_easy"]
+min-recovery = 97
+
+[bench]
+peer = ["eager"]
+"""
+
+
+class Asked(NblError):
+    """Carries what the command line calls the Python API with."""
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Runs a command line in a folder, and gives what the Python API was called with."""
+    monkeypatch.chdir(tmp_path)
+    calls: list[tuple[Any, ...]] = []
+
+    def call(*given: Any) -> None:
+        calls.append(given)
+        raise Asked
+
+    for verb in ("run", "calibrate", "select", "export", "build", "verify", "evaluate", "bench"):
+        monkeypatch.setattr(api, verb, call)
+
+    def run(*words: str) -> tuple[Any, ...]:
+        monkeypatch.setattr("sys.argv", ["nbl-export", *words])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == 2
+        return calls.pop() if calls else ()
+
+    return run
+
+
+def test_a_file_here_is_taken_and_said(asked: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("nbl-export.toml").write_text(FILE.replace("max-ppl-ratio = 2\n", ""))
+    model, _, selection, calibration, checks, _, trust, exporting, engines = asked("model")
+    assert (model, trust) == ("model", False)
+    assert selection == api.SelectSettings(k=4, ridge=1e-5, criterion="cca")
+    assert calibration == api.CalibrateSettings(("a.txt", "b.txt"), samples=64, seed=3)
+    assert checks == api.VerifySettings(speed=False, contexts=(64, 256))
+    assert exporting == api.ExportSettings(kv_cache="static")
+    assert engines == api.EngineSettings("rtx", sm=("86", "89"))
+    assert "Settings of nbl-export.toml." in capsys.readouterr().err
+    # Each command reads its own table, and nothing of the others.
+    assert asked("eval", "out")[1] == api.EvalSettings(("arc_easy",), min_recovery=97.0)
+    assert asked("bench", "out")[1] == api.BenchSettings(peers=("eager",))
+    assert asked("build", "out")[1] == engines
+    assert asked("select", "out")[1] == selection
+
+
+def test_the_command_line_wins(asked: Any) -> None:
+    Path("other.toml").write_text(FILE)
+    given = ["--config", "other.toml", "--samples", "8", "--layers", "1", "--speed", "--calibration", "c.txt"]
+    _, _, selection, calibration, checks, *_ = asked("model", *given, "--seed", "9", "--contexts", "32")
+    # One way of saying how many takes the place of all that the file says of it.
+    assert selection == api.SelectSettings(layers=(1,), ridge=1e-5, criterion="cca", seed=9)
+    assert calibration == api.CalibrateSettings(("c.txt",), samples=8, seed=9)
+    assert checks == api.VerifySettings(speed=True, contexts=(32,))
+    assert asked("select", "out", "--k", "auto", "--config", "other.toml")[1].budget == api.Budget(None, 1.10)
+
+
+def test_only_a_file_that_is_named_or_here_counts(asked: Any, tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "nbl-export.toml").write_text(FILE)
+    assert asked("select", "out", "--k", "1")[1] == api.SelectSettings(k=1)
+    assert asked("select", "out", "--k", "1", "--config", "below/nbl-export.toml")[1].criterion == "cca"
+
+
+def test_words_for_auto(asked: Any) -> None:
+    Path("nbl-export.toml").write_text('[select]\nk = "auto"\nridge = "auto"\n')
+    found = asked("select", "out")[1]
+    assert (found.k, found.ridge, found.budget) == (None, None, api.Budget(max_perplexity_ratio=1.10))
+
+
+REFUSED = {
+    "unknown table": (
+        "[selection]\nk = 1",
+        "the table [selection] is unknown; the nearest known one is select",
+    ),
+    "unknown key": ("[select]\nkay = 1", "[select] kay is unknown; the nearest known one is k"),
+    "underscores": (
+        "[calibrate]\nseq_len = 9",
+        "[calibrate] seq_len is unknown; the nearest known one is seq-len",
+    ),
+    "key of another stage": ("[select]\nsamples = 1", "[select] samples is unknown"),
+    "key without a table": ("k = 8", "k stands in no table: write it below one of [calibrate], [select]"),
+    "text for a number": ('[select]\nk = "many"', '[select] k is "many"; give a whole number or auto.'),
+    "number for text": ("[select]\nfit = 3", "[select] fit is 3; give text in quotes."),
+    "fraction": ("[calibrate]\nsamples = 1.5", "samples is 1.5; give a whole number."),
+    "truth for a number": ("[calibrate]\nsamples = true", "samples is true; give a whole number."),
+    "number for truth": ("[verify]\nspeed = 1", "speed is 1; give true or false."),
+    "no list": ("[verify]\ncontexts = 128", "contexts is 128; give a list in brackets, each a whole number."),
+    "list for one": ("[calibrate]\nsamples = [1]", "samples is [1]; give a whole number."),
+    "wrong in a list": ('[verify]\ncontexts = [8, "a"]', 'contexts is [8, "a"]; give a list'),
+    "empty list": ("[verify]\ncontexts = []", "[verify] contexts needs lengths of at least 2 tokens."),
+    "table for one": ("[select.k]\na = 1", '[select] k is {"a": 1}; give a whole number or auto.'),
+    "refused value": ("[calibrate]\nsamples = 0", "[calibrate] samples is 0; it must be at least 1."),
+    "unknown choice": ('[select]\nfit = "luck"', "[select] fit 'luck' is unknown; choose one of lmmse"),
+    "another command's": ("[bench]\nrounds = 1", "[bench] rounds is 1; at least 3 are needed"),
+    "not TOML": ("[select\n", "is not a TOML file"),
+    "remote code": ("trust-remote-code = true", "trust-remote-code would let a file run code: say"),
+    "remote code in a table": ("[calibrate]\ntrust_remote_code = true", "would let a file run code: say"),
+    "a program": (
+        '[export]\nexporter-python = "./p"',
+        "exporter-python names a program to run: say it on the",
+    ),
+    "a task's code": (
+        '[eval]\ntasks = ["a", "b.YAML"]',
+        "tasks names b.YAML, which may run code: say it on the",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_file_may_not_say(tmp_path: Path, name: str) -> None:
+    text, said = REFUSED[name]
+    (tmp_path / "s.toml").write_text(text)
+    with pytest.raises(InputError) as caught:
+        read_settings(tmp_path / "s.toml")
+    message = str(caught.value)
+    assert said in message and message.startswith(str(tmp_path / "s.toml")) and message.endswith(".")
+    assert caught.value.exit_code == 2 and "\n" not in message
+
+
+@pytest.mark.parametrize("raw", [b"\xff\xfe", b"k = '\x00'"])
+def test_bytes_that_are_no_text(tmp_path: Path, raw: bytes) -> None:
+    (tmp_path / "s.toml").write_bytes(raw)
+    with pytest.raises(InputError, match="is not a TOML file"):
+        read_settings(tmp_path / "s.toml")
+
+
+def test_a_file_that_is_not_there(asked: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert asked("select", "out", "--k", "1", "--config", "no.toml") == ()
+    assert capsys.readouterr().err == "error: --config no.toml: there is no such file.\n"
+
+
+def test_a_refused_file_stops_before_anything(asked: Any, tmp_path: Path) -> None:
+    Path("nbl-export.toml").write_text("[select]\nkay = 1\n")
+    assert asked("model", "--k", "1") == ()
+    assert [p.name for p in tmp_path.iterdir()] == ["nbl-export.toml"]
