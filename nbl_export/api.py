@@ -94,7 +94,7 @@ def run(
         engines.check()
 
     def check(source: ModelSource) -> None:
-        from nbl_export.stages.material import check_sources
+        from nbl_export.stages.calibration_data import check_sources
 
         exporting.for_task(source.task, engines is not None)
         selection.for_task(source.task)
@@ -113,7 +113,7 @@ def calibrate(
     trust_remote_code: bool = False,
 ) -> Path:
     """Stream the moments of ``model``'s attention layers; returns the path of the moments file."""
-    from nbl_export.stages.material import check_sources
+    from nbl_export.stages.calibration_data import check_sources
 
     asked = settings or CalibrateSettings()
     asked.check()

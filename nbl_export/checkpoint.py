@@ -21,7 +21,7 @@ class Checkpoint:
 
 
 @contextmanager
-def kept_in(checkpoint: Checkpoint | None, save: Callable[[Path], None]) -> Iterator[Callable[[], None]]:
+def saving_to(checkpoint: Checkpoint | None, save: Callable[[Path], None]) -> Iterator[Callable[[], None]]:
     """Yields what is to be called between two steps: it calls ``save`` when it is time, and after an interrupt.
 
     The first Ctrl-C (or SIGTERM) is held back until then, saves and raises ``KeyboardInterrupt``; the second stops at

@@ -36,7 +36,7 @@ from nbl_export.linearize.fits import WeightedSums, as_layer
 from nbl_export.linearize.lmmse import branch_covariances, fit_lmmse
 from nbl_export.linearize.loss import Loss, LossMeter
 from nbl_export.linearize.plan import LinearLayer
-from nbl_export.linearize.search import LossCache, MeasuredSets, alone, greedy_order
+from nbl_export.linearize.search import LossCache, MeasuredSets, greedy_order, single_layer_losses
 from nbl_export.linearize.swap import replaced
 from nbl_export.models.layers import attention_layers, dtype_of, hidden_size, observed
 from nbl_export.models.loaded import LoadedModel
@@ -144,7 +144,7 @@ def cooled(model: Any, temperature: float) -> Iterator[None]:
 
 def best_swap(sets: MeasuredSets, chosen: list[int]) -> tuple[str, Loss]:
     """The loss of the best single exchange, and which it is."""
-    singles = alone(sets)
+    singles = single_layer_losses(sets)
     gone = sorted(chosen, key=lambda i: sets.loss(set(chosen) - {i}).kl)[:SWAPPED_OUT]
     left = sorted((i for i in sets.candidates if i not in chosen), key=lambda i: singles[i].kl)[:SWAPPED_IN]
     tried: dict[str, Loss] = {}
@@ -172,7 +172,7 @@ def main() -> None:
     meter = LossMeter(model, text.selection, text.selection_document, "normed")
     plain = fitted(moments)
     sets = MeasuredSets(lambda: meter, plain, LossCache({}, lambda _: None))
-    order = greedy_order(sets, alone(sets), max(arguments.k))
+    order = greedy_order(sets, single_layer_losses(sets), max(arguments.k))
     wanted = {i: moments[i] for i in order}
     variants: dict[str, Maps] = {"plain": plain}
     rows = text.calibration

@@ -24,7 +24,7 @@ from synthetic_llama import write_synthetic_llama
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.regions import AttentionRegion, find_regions
 from nbl_export.linearize.plan import LinearLayer, Plan, save_plan
-from nbl_export.runtime.pieces import compute, prefill_rows
+from nbl_export.runtime.intermediates import compute_tensors, prefill_rows
 
 GB = 10**9
 # The command line, and then the peak that Linux kept of its memory.
@@ -97,7 +97,7 @@ def write_plan(graph: Path, path: Path, layers: int, k: int) -> None:
     names = [str(v.name) for r in regions for v in (r.x, r.y)]
     generator = np.random.default_rng(0)
     rows = [generator.integers(3, 1000, length) for length in (24, 16)]
-    found = compute(model, names, prefill_rows(model, rows))
+    found = compute_tensors(model, names, prefill_rows(model, rows))
     taps = {name: np.concatenate([row[name][0] for row in found]) for name in names}
     width = taps[names[0]].shape[-1]
     mask = np.ones((2, 24), dtype=np.int64)

@@ -24,10 +24,10 @@ from nbl_export.calibrate.text import load_text
 from nbl_export.errors import InputError, MissingDependencyError
 from nbl_export.graph.io import load_graph
 from nbl_export.linearize.plan import load_plan
+from nbl_export.models.dummy_run import check_served
 from nbl_export.models.load import load_model
 from nbl_export.models.source import find_model
 from nbl_export.models.tasks import task_named
-from nbl_export.models.trial import check_served
 from nbl_export.report.schema import Report
 from nbl_export.verify.speed import pair as speed_module
 from nbl_export.workspace import Workspace

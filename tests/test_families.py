@@ -180,7 +180,7 @@ def test_engine(
     def build() -> tuple[int, bool]:
         timings = TimingCache(library, tmp_path / "timings")
         with Silent().task("Building", 1000, "steps") as task:
-            built = build_engine(library, graph, len(plan.kept), LIMITS, ("SM86",), timings, task)
+            built = build_engine(library, graph, len(plan.attention_layers), LIMITS, ("SM86",), timings, task)
         return built.size, built.fused
 
     def safely() -> tuple[int, bool]:

@@ -90,7 +90,9 @@ def test_the_run_passes_and_exactly_two_kv_pairs_are_gone(stories_out: Path) -> 
         f"past_key_values.{n}.{s}" for n in range(3) for s in ("key", "value")
     ]
     plan = load_plan(Workspace.open(stories_out).plan)
-    assert len(plan.chosen) == 2 and plan.kept == tuple(i for i in range(5) if i not in plan.chosen)
+    assert len(plan.chosen) == 2 and plan.attention_layers == tuple(
+        i for i in range(5) if i not in plan.chosen
+    )
 
 
 def test_the_output_loads_as_it_stands(stories_out: Path, stories_folder: Path) -> None:

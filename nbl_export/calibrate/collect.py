@@ -17,19 +17,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbl_export.calibrate.moments import Accumulator, Moments, digest_of_tokens, load_moments, save_moments
-from nbl_export.checkpoint import Checkpoint, kept_in
+from nbl_export.checkpoint import Checkpoint, saving_to
 from nbl_export.errors import CalibrationError, InputError
+from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.layers import (
     AttentionLayer,
+    accepted_arguments,
     attention_layers,
     dtype_of,
     hidden_size,
     main_input,
     observed,
-    taken,
 )
-from nbl_export.models.resume import body
-from nbl_export.models.trial import trial
+from nbl_export.models.partial_forward import backbone
 from nbl_export.progress import Listener, Silent
 
 if TYPE_CHECKING:
@@ -63,9 +63,9 @@ def collect_moments(
     identity = {"model": fingerprint, "dtype": dtype_of(model), "tokens": digest_of_tokens(tokens)}
     done = _resume(checkpoint, identity, accumulators, listener)
     rows = len(tokens)
-    length = tokens.shape[1] if tokens.ndim == 2 else trial(model).tokens
+    length = tokens.shape[1] if tokens.ndim == 2 else dummy_run(model).tokens
     step = max(1, _BATCH_TOKENS // length)
-    run: Any = body(model)
+    run: Any = backbone(model)
     kind = np.int64 if tokens.ndim == 2 else np.float32
 
     def observe(index: int, h: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
@@ -79,11 +79,11 @@ def collect_moments(
         listener.task("Calibrating", rows * length, "tokens", done * length) as task,
         observed(model, layers, observe),
         torch.inference_mode(),
-        kept_in(checkpoint, save) as between,
+        saving_to(checkpoint, save) as between,
     ):
         while done < rows:
             batch = torch.from_numpy(tokens[done : done + step].astype(kind)).to(device)
-            run(**{main_input(model): batch}, **taken(run, use_cache=False))
+            run(**{main_input(model): batch}, **accepted_arguments(run, use_cache=False))
             _check_finite(accumulators, layers, done)
             done += len(batch)
             task.advance(len(batch) * length)

@@ -21,7 +21,7 @@ from nbl_export.batch.padding import left_padded
 from nbl_export.batch.rows import Inputs, real_positions
 from nbl_export.calibrate.moments import CALIBRATE_AGAIN
 from nbl_export.errors import InputError
-from nbl_export.models.forward import run_whole
+from nbl_export.models.forward import run_uncached
 from nbl_export.models.layers import attention_layers, observed
 from nbl_export.tensorfile import load_tensors, save_tensors
 
@@ -87,7 +87,7 @@ def probe_inputs(model: torch.nn.Module, inputs: Inputs) -> Probe:
             store[index] = value[kept.to(value.device)].float().cpu().numpy()
 
     with observed(model, attention_layers(model), observe):
-        run_whole(model, inputs)
+        run_uncached(model, inputs)
     return Probe(inputs, h, x, y)
 
 

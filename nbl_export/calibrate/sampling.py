@@ -14,11 +14,11 @@ from nbl_export.calibrate.text import (
     CalibrationText,
     TextSettings,
     end_token,
-    rows_by_part,
+    rows_by_split,
     start_tokens,
 )
 from nbl_export.models.compat import cache_argument
-from nbl_export.models.layers import taken
+from nbl_export.models.layers import accepted_arguments
 from nbl_export.progress import Listener
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def sample_from_model(
     start_token = next((t for t in known if t is not None), 0)
     generator = torch.Generator().manual_seed(settings.seed)
     length = min(settings.seq_len, _SAMPLE_LENGTH)
-    wanted = {part: rows * settings.seq_len for part, rows in rows_by_part(settings).items()}
+    wanted = {part: rows * settings.seq_len for part, rows in rows_by_split(settings).items()}
     counts = {part: -(-tokens // length) for part, tokens in wanted.items()}
     total = sum(counts.values())
     documents: list[I32] = []
@@ -85,7 +85,7 @@ def _sample(model: Any, batch: int, length: int, start: int, generator: torch.Ge
     with torch.inference_mode():
         for _ in range(length):
             ids = seen if cache is None else seen[:, -1:]
-            output = model(input_ids=ids, **taken(model, use_cache=True, **{name: cache}))
+            output = model(input_ids=ids, **accepted_arguments(model, use_cache=True, **{name: cache}))
             logits, cache = output.logits, output.get(name)
             # By the inverse of the distribution function: torch.multinomial draws one number for every
             # entry of the vocabulary, this draws one for each document.

@@ -34,7 +34,7 @@ SELF = "self"
 FORMAT = "nbl-export/text/2"
 CALIBRATION, SELECTION, HELDOUT = "calibration", "selection", "held-out"
 # Which documents of every HELD_OUT_EVERY are for choosing and for judging; the others are for the fit.
-_PART_AT = {HELD_OUT_EVERY // 2 - 1: SELECTION, HELD_OUT_EVERY - 1: HELDOUT}
+_SPLIT_AT = {HELD_OUT_EVERY // 2 - 1: SELECTION, HELD_OUT_EVERY - 1: HELDOUT}
 _FORMATS = (".txt", ".jsonl", ".parquet")
 # A plain text file is cut at line ends into documents of about this many characters, so that a part
 # of it can be held out.
@@ -281,9 +281,9 @@ def _needs(package: str, what: str, extra: str) -> str:
 # packing -----------------------------------------------------------------------------------------
 
 
-def part_of(number: int) -> str:
+def split_of(number: int) -> str:
     """Which part the document of that number, counted from 0, is for."""
-    return _PART_AT.get(number % HELD_OUT_EVERY, CALIBRATION)
+    return _SPLIT_AT.get(number % HELD_OUT_EVERY, CALIBRATION)
 
 
 def pack(texts: Iterable[str], tokenizer: Any, settings: TextSettings, listener: Listener) -> CalibrationText:
@@ -293,13 +293,13 @@ def pack(texts: Iterable[str], tokenizer: Any, settings: TextSettings, listener:
     """
     end = end_token(tokenizer)
     length = settings.seq_len
-    want = {part: rows * length for part, rows in rows_by_part(settings).items()}
+    want = {part: rows * length for part, rows in rows_by_split(settings).items()}
     tokens: dict[str, list[I32]] = {part: [] for part in want}
     owners: dict[str, list[I32]] = {part: [] for part in want}
     have = dict.fromkeys(want, 0)
     with listener.task("Reading text", sum(want.values()), "tokens") as task:
         for number, text in enumerate(t for t in texts if t.strip()):
-            part = part_of(number)
+            part = split_of(number)
             if have[part] < want[part]:
                 ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
                 row = np.array([*ids, end], dtype=np.int32)[: want[part] - have[part]]
@@ -335,7 +335,7 @@ def pack(texts: Iterable[str], tokenizer: Any, settings: TextSettings, listener:
     )
 
 
-def rows_by_part(settings: TextSettings) -> dict[str, int]:
+def rows_by_split(settings: TextSettings) -> dict[str, int]:
     """How many rows of each part are asked for."""
     return {
         CALIBRATION: settings.samples,

@@ -163,7 +163,7 @@ def check_network(
     precision: Precision,
     attention: int,
     static: bool,
-    kept_bytes: int,
+    float32_bytes: int,
     operators: int | None = None,
 ) -> None:
     """Hold a network to what was asked for; raises :class:`BuildError` for the first thing that differs.
@@ -172,7 +172,7 @@ def check_network(
        exporters write attention in its parts.
     2. Two KV inputs and outputs for each, and two native cache updates where the cache is static.
     3. KV in the precision's dtype, logits in float32, every other input in int64.
-    4. Weights in the precision's dtype, but for ``kept_bytes`` that the graph itself keeps in float32.
+    4. Weights in the precision's dtype, but for ``float32_bytes`` that the graph itself keeps in float32.
     """
     wanted = _DTYPES[precision.name]
     past = [t for t in facts.inputs if t.name.startswith("past_key_values.")]
@@ -198,8 +198,8 @@ def check_network(
             raise BuildError(f"The TensorRT network's {tensor.name} is {tensor.dtype}, expected INT64.")
     other = sum(b for d, b in facts.weight_bytes.items() if d in _DTYPES.values() and d != wanted)
     total = sum(facts.weight_bytes.values())
-    if other > kept_bytes + _PARSER_BYTES:
+    if other > float32_bytes + _PARSER_BYTES:
         raise BuildError(
             f"{other:,} of {total:,} bytes of the TensorRT network's weights are not {wanted}; the graph keeps "
-            f"{kept_bytes:,}."
+            f"{float32_bytes:,}."
         )

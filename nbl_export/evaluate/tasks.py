@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.errors import InputError, MissingDependencyError, NblError
-from nbl_export.evaluate.rows import LocalTask, local_tasks, sample
+from nbl_export.evaluate.local_tasks import LocalTask, local_tasks, sample
 from nbl_export.files import jsonable, sha256_of_json
 from nbl_export.models.load import quiet
 

@@ -15,12 +15,12 @@ from nbl_export.batch.padding import left_padded, right_padded
 from nbl_export.errors import InputError, NblError
 from nbl_export.export.forms import FORMS, NONE, STATIC, Form
 from nbl_export.export.functions import attention, exportable, is_replaced
-from nbl_export.export.grouped import check_sizes, ungrouped
+from nbl_export.export.grouped import check_sizes, unsupported_by_gqa
 from nbl_export.export.torch import check_traces, trace
+from nbl_export.models.dummy_run import cache_shapes, check_served, dummy_run
 from nbl_export.models.layers import positions as positions_of
 from nbl_export.models.layers import structure
 from nbl_export.models.load import quiet
-from nbl_export.models.trial import cache_shapes, check_served, trial
 
 # Two rows of different length, so that one is padded, and what they go on with.
 _LENGTHS, _NEXT = (7, 4), 1
@@ -76,7 +76,7 @@ def _serves(model: torch.nn.Module, form: Form) -> bool:
 
 def _error(model: torch.nn.Module, form: Form) -> float:
     """The largest difference from the model's own logits, in their standard deviation; infinite for NaN."""
-    trial(model)  # as it is, before its functions are replaced
+    dummy_run(model)  # as it is, before its functions are replaced
     vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator, union-attr]
     ids = (np.arange(sum(_LENGTHS) + 2 * _NEXT) * 7 + vocabulary // 3) % vocabulary
     texts = np.split(ids, [_LENGTHS[0] + _NEXT])
@@ -102,7 +102,7 @@ def _grouped(module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs
     check_sizes(who, key.shape[-1], value.shape[-1])
     for name, found in (("softcap", "caps its scores"), ("s_aux", "has attention sinks")):
         if kwargs.get(name) is not None:
-            raise ungrouped(who, found)
+            raise unsupported_by_gqa(who, found)
     return attention(module, query, key, value, *args, **kwargs)
 
 

@@ -28,9 +28,9 @@ from nbl_export.batch.names import BATCH, MAX, PAST, SEQUENCE, TOTAL
 from nbl_export.errors import InputError
 from nbl_export.export.functions import SYMBOLIC_DOMAIN
 from nbl_export.models.compat import cache_argument, query_length
+from nbl_export.models.dummy_run import cache_shapes
 from nbl_export.models.forward import CachedDecoder, PastLayer, run_with_past
-from nbl_export.models.layers import taken, takes
-from nbl_export.models.trial import cache_shapes
+from nbl_export.models.layers import accepted_arguments, accepts
 
 ENCODER = "encoder"  # the name of every encoder's form
 
@@ -100,7 +100,7 @@ class _Concat(CachedDecoder):
 # none --------------------------------------------------------------------------------------------
 
 
-class _Whole(CachedDecoder):
+class _Uncached(CachedDecoder):
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor
     ) -> torch.Tensor:
@@ -109,7 +109,7 @@ class _Whole(CachedDecoder):
             input_ids=input_ids,
             attention_mask=attention_mask,
             use_cache=False,
-            **taken(self.model, position_ids=position_ids),
+            **accepted_arguments(self.model, position_ids=position_ids),
         ).logits
         return logits
 
@@ -149,7 +149,7 @@ class _StaticLayer(PastLayer):
 class _Static(CachedDecoder):
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__(model)
-        if not takes(model, "position_ids"):
+        if not accepts(model, "position_ids"):
             raise InputError(
                 f"{type(model).__name__} takes no position_ids, which a static cache needs: use --kv-cache concat."
             )
@@ -231,7 +231,7 @@ NONE = Form(
     {"input_ids": _TOKENS, "attention_mask": _TOKENS, "position_ids": _TOKENS},
     past={},
     present={},
-    module=_Whole,
+    module=_Uncached,
 )
 STATIC = Form(
     "static",

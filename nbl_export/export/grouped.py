@@ -31,7 +31,7 @@ from nbl_export.batch.names import MASK, POSITIONS, TOKENS
 from nbl_export.errors import InputError
 from nbl_export.graph.cache import KVPair, kv_pairs
 from nbl_export.graph.operators import MICROSOFT
-from nbl_export.graph.tensors import whole_numbers
+from nbl_export.graph.tensors import int64_initializer
 
 _I32, _I64 = ir.DataType.INT32, ir.DataType.INT64
 _HEADS_FIRST = (
@@ -75,7 +75,7 @@ def group_queries(model: ir.Model, longest: int) -> None:
     passes.RemoveUnusedNodesPass()(model)
 
 
-def ungrouped(who: str, why: str) -> InputError:
+def unsupported_by_gqa(who: str, why: str) -> InputError:
     """The refusal of attention that is not GroupQueryAttention's."""
     return InputError(
         f"{who} {why}, which onnxruntime's GroupQueryAttention does not compute: use --kv-cache concat."
@@ -85,11 +85,11 @@ def ungrouped(who: str, why: str) -> InputError:
 def check_sizes(who: str, key: int, value: int) -> None:
     """Raise :class:`InputError` for heads of ``key`` and ``value`` numbers that the operator does not take."""
     if key != value or key % _SIZES:
-        raise ungrouped(who, f"has keys of {key} and values of {value} numbers a head")
+        raise unsupported_by_gqa(who, f"has keys of {key} and values of {value} numbers a head")
 
 
 def _refuse(pair: KVPair, why: str) -> InputError:
-    return ungrouped(f"Layer {pair.index}", why)
+    return unsupported_by_gqa(f"Layer {pair.index}", why)
 
 
 # 1 -----------------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ def _compute(
     model: ir.Model, masks: Mapping[str, KVPair], past: int, tokens: int
 ) -> dict[str, NDArray[np.bool_]]:
     """The ``masks`` [1, 1, tokens, past + tokens] for one row of ``tokens`` after so many."""
-    from nbl_export.runtime.pieces import compute
+    from nbl_export.runtime.intermediates import compute_tensors
 
     row: dict[str, NDArray[Any]] = {
         TOKENS: np.zeros((1, tokens), dtype=np.int64),
@@ -151,7 +151,7 @@ def _compute(
     # A mask asks how long the cache is, and for nothing in it.
     cache = np.zeros((1, 1, past, 1), dtype=np.float32)
     row |= {str(value.name): cache for pair in kv_pairs(model) for value in pair.past}
-    (found,) = compute(model, list(masks), [row])
+    (found,) = compute_tensors(model, list(masks), [row])
     for name, mask in found.items():
         if mask.dtype != np.bool_ or mask.shape != (1, 1, tokens, past + tokens):
             raise _refuse(masks[name], "adds numbers to its scores")
@@ -165,8 +165,8 @@ def _lengths(model: ir.Model) -> tuple[ir.Value, ir.Value]:
     """Of each row the place of its last token [batch], and the length of all [], int32, as the operator wants them."""
     graph = model.graph
     mask = next(v for v in graph.inputs if v.name == MASK)
-    one = whole_numbers(graph, "lengths.one", 1)
-    ones = whole_numbers(graph, "lengths.axis", [1])
+    one = int64_initializer(graph, "lengths.one", 1)
+    ones = int64_initializer(graph, "lengths.axis", [1])
 
     def emit(op: str, inputs: list[ir.Value], dtype: ir.DataType, shape: list[Any], **more: Any) -> ir.Value:
         node = ir.node(op, inputs, more)
@@ -242,7 +242,9 @@ def _flat(graph: ir.Graph, value: ir.Value, heads: int, size: int) -> ir.Value:
         turn = ir.node("Transpose", [value], {"perm": _HEADS_FIRST})
         node.append(turn)
         rows, node = _typed(turn.outputs[0], value.dtype, [None, None, heads, size]), turn
-    reshape = ir.node("Reshape", [rows, whole_numbers(graph, f"rows.{heads * size}", [0, 0, heads * size])])
+    reshape = ir.node(
+        "Reshape", [rows, int64_initializer(graph, f"rows.{heads * size}", [0, 0, heads * size])]
+    )
     node.append(reshape)
     return _typed(reshape.outputs[0], value.dtype, [None, None, heads * size])
 
@@ -257,7 +259,7 @@ def _hand_on(graph: ir.Graph, before: ir.Value, y: ir.Value, heads: int, size: i
         return
     made = y.producer()
     assert made is not None
-    reshape = ir.node("Reshape", [y, whole_numbers(graph, f"heads.{heads}.{size}", [0, 0, heads, size])])
+    reshape = ir.node("Reshape", [y, int64_initializer(graph, f"heads.{heads}.{size}", [0, 0, heads, size])])
     turn = ir.node(
         "Transpose", [_typed(reshape.outputs[0], y.dtype, [None, None, heads, size])], {"perm": _HEADS_FIRST}
     )

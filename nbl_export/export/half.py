@@ -15,7 +15,7 @@ from nbl_export.batch.rows import Inputs
 from nbl_export.export.ranges import measure_ranges
 from nbl_export.files import TEMPORARY
 from nbl_export.graph.io import save_graph
-from nbl_export.graph.precision import Kept, Precision, to_precision
+from nbl_export.graph.precision import Float32Node, Precision, to_precision
 
 
 def save_in_precision(
@@ -24,7 +24,7 @@ def save_in_precision(
     precision: Precision,
     rows: Sequence[NDArray[Any]] | Inputs,
     wide: Collection[str] = ("logits",),
-) -> tuple[list[Path], list[Kept]]:
+) -> tuple[list[Path], list[Float32Node]]:
     """Convert the float32 ``graph`` and write it to ``path``: the files, and the nodes left in float32.
 
     ``rows`` are token ids of real text, or an encoder's batch; a format of float32's range does not need them.

@@ -22,7 +22,7 @@ import onnx_ir as ir
 from nbl_export.batch.names import ALL_LOGITS, NUM_LOGITS_TO_KEEP
 from nbl_export.graph.io import append_graph, load_graph
 from nbl_export.graph.operators import is_constant, linear_op
-from nbl_export.graph.tensors import external_files, whole_numbers
+from nbl_export.graph.tensors import external_files, int64_initializer
 from nbl_export.runtime.session import check_like
 
 _DIMENSION = "num_logits"
@@ -30,7 +30,7 @@ _DIMENSION = "num_logits"
 _ELEMENTWISE = frozenset({"Cast", "Identity", "Add", "Sub", "Mul", "Div", "Tanh", "Clip"})
 
 
-def keep_logits(model: ir.Model) -> bool:
+def add_num_logits_input(model: ir.Model) -> bool:
     """Give the decoder graph the optional input :data:`NUM_LOGITS_TO_KEEP`; whether it has one now.
 
     It has none, and is left as it is, where the logits are not made by one product of states [batch, sequence, d]
@@ -47,7 +47,7 @@ def keep_logits(model: ir.Model) -> bool:
     count = ir.Value(name=NUM_LOGITS_TO_KEEP, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]))
     count.const_value = ir.tensor(np.array(ALL_LOGITS, dtype=np.int64), name=NUM_LOGITS_TO_KEEP)
     graph.inputs.append(count)
-    flat, axis, end = (whole_numbers(graph, name, [n]) for name, n in _NUMBERS.items())
+    flat, axis, end = (int64_initializer(graph, name, [n]) for name, n in _NUMBERS.items())
     # -0 is 0: the slice that begins there is the whole.
     negative = ir.node("Neg", [count])
     start = ir.node("Reshape", [negative.outputs[0], flat])
@@ -59,25 +59,25 @@ def keep_logits(model: ir.Model) -> bool:
         kept.outputs[0].shape = ir.Shape([states.shape[0], _DIMENSION, states.shape[2]])
     graph.insert_before(head, [negative, start, kept])
     head.replace_input_with(0, kept.outputs[0])
-    for value in _behind(logits, head):
+    for value in _elementwise_chain(logits, head):
         if value.shape is not None and len(value.shape) == 3:
             value.shape = ir.Shape([value.shape[0], _DIMENSION, value.shape[2]])
     graph.register_initializer(count)
     return True
 
 
-def keep_logits_of_file(path: Path) -> list[Path]:
-    """:func:`keep_logits` of the graph at ``path``; returns the graph and its data files.
+def add_num_logits_input_to_file(path: Path) -> list[Path]:
+    """:func:`add_num_logits_input` of the graph at ``path``; returns the graph and its data files.
 
     External weights stay where they are; those inside the graph go to a data file beside it.
     """
     check, model = check_like(path), load_graph(path)
-    if kept_head(model) is None and keep_logits(model):
+    if sliced_lm_head(model) is None and add_num_logits_input(model):
         return append_graph(model, path, check)
     return [path, *external_files(model)]
 
 
-def kept_head(model: ir.Model) -> ir.Node | None:
+def sliced_lm_head(model: ir.Model) -> ir.Node | None:
     """The product that makes the logits of a graph with the input :data:`NUM_LOGITS_TO_KEEP`, or None."""
     if not any(value.name == NUM_LOGITS_TO_KEEP for value in model.graph.inputs):
         return None
@@ -88,12 +88,12 @@ _NUMBERS = {"num_logits.flat": -1, "num_logits.axis": 1, "num_logits.end": np.ii
 
 
 def _head(logits: ir.Value | None) -> ir.Node | None:
-    chain = _behind(logits, None)
+    chain = _elementwise_chain(logits, None)
     node = chain[-1].producer() if chain else None
     return node if node is not None and linear_op(node) is not None else None
 
 
-def _behind(logits: ir.Value | None, head: ir.Node | None) -> list[ir.Value]:
+def _elementwise_chain(logits: ir.Value | None, head: ir.Node | None) -> list[ir.Value]:
     """The logits and what they are made from number by number, back to the output of the last other operator."""
     found: list[ir.Value] = []
     value = logits

@@ -25,13 +25,13 @@ from nbl_export.errors import BuildError, InputError, NblError
 from nbl_export.export.forms import CONCAT, ENCODER, Form
 from nbl_export.export.functions import SYMBOLIC_DOMAIN, exportable
 from nbl_export.export.grouped import group_queries
-from nbl_export.export.lm_head import keep_logits
+from nbl_export.export.lm_head import add_num_logits_input
 from nbl_export.export.skip_norms import fuse_norms
 from nbl_export.graph.io import save_graph
 from nbl_export.graph.operators import int_attribute
+from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.layers import layer_count, positions
 from nbl_export.models.load import quiet
-from nbl_export.models.trial import trial
 from nbl_export.progress import Listener, Silent
 
 # Tokens of the longest text of a model that does not say how many it takes.
@@ -56,7 +56,7 @@ def trace(model: torch.nn.Module, form: Form = CONCAT, listener: Listener | None
     """
     with (listener or Silent()).task("Exporting ONNX", 3, "steps") as task:
         try:
-            trial(model)  # as it is, before its functions are replaced
+            dummy_run(model)  # as it is, before its functions are replaced
             decoder = form.module(model)
             with quiet(), exportable(model, decoder.mask), torch.no_grad():
                 program = form.capture(decoder)
@@ -113,7 +113,7 @@ def tidy(model: ir.Model, form: Form, layers: int) -> ir.Model:
     _forget_symbols(graph)
     # Rows of a static cache are padded on the right: their last tokens do not stand together.
     if "logits" in form.outputs and WRITE_INDICES not in form.inputs:
-        keep_logits(model)
+        add_num_logits_input(model)
     model.producer_name = "nbl-export"
     graph.name = "encoder" if form.name == ENCODER else "decoder"
     return model

@@ -20,7 +20,7 @@ import onnx_ir as ir
 from nbl_export.batch.names import MASK, SIDES, TOKENS, WRITE_INDICES
 from nbl_export.errors import BuildError, InputError
 from nbl_export.graph.operators import PRODUCTS, VIEWS, fused_op, readers, weight_shape
-from nbl_export.graph.tensors import whole_numbers
+from nbl_export.graph.tensors import int64_initializer
 
 _PAST = re.compile(r"^past_key_values\.(\d{1,6})\.(key|value)$")
 _PRESENT = re.compile(r"^present\.(\d{1,6})\.(key|value)$")
@@ -300,7 +300,7 @@ def _reroute_shape(
         return new.outputs[0]
 
     def constant(number: int) -> ir.Value:
-        return whole_numbers(model.graph, f"cache.dim.{number}", [number])
+        return int64_initializer(model.graph, f"cache.dim.{number}", [number])
 
     def dimension(value: ir.Value, axis: int) -> ir.Value:
         # Shape takes a range of dimensions only since opset 15.

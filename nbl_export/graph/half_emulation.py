@@ -32,7 +32,7 @@ def needs_emulation(model: ir.Model) -> bool:
     return any(v.dtype in HALF for v in values)
 
 
-def wide_name(name: str) -> str:
+def float32_name(name: str) -> str:
     """The float32 tensor that holds, rounded, what the half tensor ``name`` holds."""
     return f"{name}.f32"
 
@@ -63,7 +63,7 @@ def compute_in_float32(model: ir.Model) -> None:
         entry.dtype = F32
         # What arrives may have more digits than half holds.
         narrow = cast(entry, half, f"{entry.name}.rounded")
-        again = cast(narrow.outputs[0], F32, wide_name(str(entry.name)))
+        again = cast(narrow.outputs[0], F32, float32_name(str(entry.name)))
         first.prepend([narrow, again])
         wide[entry] = again.outputs[0]
     for node in originals:
@@ -71,7 +71,7 @@ def compute_in_float32(model: ir.Model) -> None:
             if index == 0 and _looks_up(node):
                 continue
             if value is not None and value.dtype in HALF and value not in wide:  # a weight
-                made = cast(value, F32, wide_name(str(value.name)))
+                made = cast(value, F32, float32_name(str(value.name)))
                 first.prepend(made)
                 wide[value] = made.outputs[0]
             if value in wide:
@@ -84,7 +84,7 @@ def compute_in_float32(model: ir.Model) -> None:
                 last = cast(value, half, f"{value.name}.rounded")
                 node.append(last)
                 rounded = last.outputs[0]
-            again = cast(rounded, F32, wide_name(str(value.name)))
+            again = cast(rounded, F32, float32_name(str(value.name)))
             last.append(again)
             wide[value] = again.outputs[0]
     for index, value in enumerate(outputs):

@@ -17,9 +17,9 @@ import onnx_ir as ir
 
 from nbl_export.errors import BuildError, InputError
 from nbl_export.files import TEMPORARY
+from nbl_export.graph.external_data import append_graph as append
+from nbl_export.graph.external_data import write_graph
 from nbl_export.graph.operators import captured
-from nbl_export.graph.store import append_graph as append
-from nbl_export.graph.store import write_graph
 from nbl_export.graph.tensors import all_tensors, check_shape, external_files, set_folder, source_file
 
 DATA_SUFFIX = ".data"

@@ -75,7 +75,7 @@ _WITH_ANCESTORS = ("Cos", "Sin")
 
 
 @dataclass(frozen=True)
-class Kept:
+class Float32Node:
     """A node that stays float32, and why."""
 
     node: str
@@ -103,7 +103,7 @@ def graph_precision(model: ir.Model) -> Precision:
 
 def to_precision(
     model: ir.Model, precision: Precision, ranges: Mapping[str, float], wide: Collection[str] = ("logits",)
-) -> list[Kept]:
+) -> list[Float32Node]:
     """Convert a float32 graph in place; returns the nodes that stayed float32.
 
     ``wide`` names the inputs and outputs that stay float32.
@@ -137,7 +137,7 @@ def to_precision(
     passes.RemoveUnusedNodesPass()(model)
     converter.give_names_back()
     graph.sort()
-    return [Kept(str(n.name), n.op_type, reason) for n, reason in kept.items()]
+    return [Float32Node(str(n.name), n.op_type, reason) for n, reason in kept.items()]
 
 
 def _check_cache(graph: ir.Graph, precision: Precision, ranges: Mapping[str, float]) -> None:

@@ -181,7 +181,7 @@ def _check_range(where: str, tensor: ir.ExternalTensor, target: Path) -> None:
         )
 
 
-def whole_numbers(graph: ir.Graph, name: str, numbers: int | Sequence[int]) -> ir.Value:
+def int64_initializer(graph: ir.Graph, name: str, numbers: int | Sequence[int]) -> ir.Value:
     """An int64 initializer [] or [n] of ``graph``, the same for the same numbers.
 
     It is called ``name`` or, where that is another's, ``name``.1, .2 and so on.

@@ -23,7 +23,7 @@ from nbl_export.linearize.lmmse import FitInput, LinearFit
 from nbl_export.linearize.plan import LinearLayer
 from nbl_export.linearize.swap import replaced
 from nbl_export.models.layers import attention_layer, attention_layers, hidden_size, observed
-from nbl_export.models.resume import Reached, body, run_between
+from nbl_export.models.partial_forward import Reached, backbone, run_between
 
 Solve = Callable[[int, LayerMoments], LinearFit]
 Advance = Callable[[int], None]
@@ -53,7 +53,7 @@ def weighted_moments(
 
     with observed(model, layers, observe), torch.inference_mode():
         for ids in _batches(model, tokens):
-            body(model)(input_ids=ids, use_cache=False)
+            backbone(model)(input_ids=ids, use_cache=False)
             advance(ids.numel())
     return {index: total.result() for index, total in sums.items()}
 

@@ -26,7 +26,7 @@ from nbl_export.linearize.lmmse import FitInput
 from nbl_export.linearize.plan import LinearLayer, Plan
 from nbl_export.linearize.swap import linearized, replaced
 from nbl_export.models.layers import attention_layers
-from nbl_export.models.resume import beginning_at, inputs_kept
+from nbl_export.models.partial_forward import recording_inputs, starting_at
 
 I32 = NDArray[np.int32]
 # Places of a row whose distributions are worked on at a time: a whole row's, over a large vocabulary, would leave
@@ -66,15 +66,15 @@ class Reference:
     nll: torch.Tensor
 
 
-def reference(logits: torch.Tensor, tokens: torch.Tensor, kept_in: torch.dtype = torch.float32) -> Reference:
-    """The predictions, in ``kept_in``, that ``logits`` [seq, vocab] make of each next token of ``tokens`` [seq] int64.
+def reference(logits: torch.Tensor, tokens: torch.Tensor, dtype: torch.dtype = torch.float32) -> Reference:
+    """The predictions, in ``dtype``, that ``logits`` [seq, vocab] make of each next token of ``tokens`` [seq] int64.
 
     In bfloat16 the mean KL is right to about a thousandth of itself: the rounding of many entries evens out.
     """
-    p = torch.empty(len(tokens) - 1, logits.shape[-1], dtype=kept_in, device=logits.device)
+    p = torch.empty(len(tokens) - 1, logits.shape[-1], dtype=dtype, device=logits.device)
     negentropy = torch.empty(len(p), device=logits.device)
     nll = torch.empty_like(negentropy)
-    for part in parts(len(p)):
+    for part in chunks(len(p)):
         log_p = torch.log_softmax(logits[part].float(), dim=-1)
         nll[part] = -log_p.gather(1, tokens[1:][part, None])[:, 0]
         p[part] = log_p.exp()
@@ -86,7 +86,7 @@ def reference(logits: torch.Tensor, tokens: torch.Tensor, kept_in: torch.dtype =
 def compare(original: Reference, logits: torch.Tensor, tokens: torch.Tensor) -> tuple[F64, F64]:
     """KL(original ‖ changed) and the increase of the negative log-likelihood, [seq - 1] each, float64."""
     kl, excess = (np.empty(len(original.p)) for _ in range(2))
-    for part in parts(len(original.p)):
+    for part in chunks(len(original.p)):
         log_q = torch.log_softmax(logits[part].float(), dim=-1)
         p = original.p[part].float()
         gap = original.negentropy[part] - torch.linalg.vecdot(p, log_q)
@@ -96,7 +96,7 @@ def compare(original: Reference, logits: torch.Tensor, tokens: torch.Tensor) -> 
     return kl, excess
 
 
-def parts(places: int) -> Iterator[slice]:
+def chunks(places: int) -> Iterator[slice]:
     """The slices in which ``places`` distributions are worked on."""
     return (slice(at, min(at + _PLACES, places)) for at in range(0, places, _PLACES))
 
@@ -178,7 +178,7 @@ class LossMeter:
         kl, excess = [], []
         with torch.inference_mode(), change:
             for original, states, row in zip(self._references, self._states, self._rows, strict=True):
-                with beginning_at(self.model, first, states[first]):
+                with starting_at(self.model, first, states[first]):
                     row_kl, row_excess = compare(original, row_logits(self.model, row), row)
                 kl.append(row_kl)
                 excess.append(row_excess)
@@ -197,7 +197,7 @@ class LossMeter:
         self._maps, self._states = maps, []
         with torch.inference_mode(), replaced(self.model, maps, self.fit_input):
             for row in self._rows:
-                with inputs_kept(self.model, self._layers) as kept:
+                with recording_inputs(self.model, self._layers) as kept:
                     logits = row_logits(self.model, row)
                 self._states.append(dict(kept))
                 advance(len(row))

@@ -82,7 +82,7 @@ class Plan:
         return tuple(sorted(self.probe_y))
 
     @property
-    def kept(self) -> tuple[int, ...]:
+    def attention_layers(self) -> tuple[int, ...]:
         """The layers that keep their attention, in the order of the rewritten model's KV pairs."""
         return tuple(i for i in self.candidates if i not in self.layers)
 

@@ -88,7 +88,7 @@ class MeasuredSets:
         return meter.measure({i: self._maps[i] for i in layers})
 
 
-def alone(sets: MeasuredSets) -> dict[int, Loss]:
+def single_layer_losses(sets: MeasuredSets) -> dict[int, Loss]:
     """The loss of each layer replaced alone."""
     return {layer: sets.loss([layer]) for layer in sets.candidates}
 

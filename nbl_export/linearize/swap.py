@@ -13,8 +13,14 @@ from nbl_export.errors import InputError
 from nbl_export.linearize.adapters import adapted
 from nbl_export.linearize.lmmse import FitInput
 from nbl_export.linearize.plan import LinearLayer, Plan
-from nbl_export.models.layers import attention_layers, facts, hidden_size, hidden_states, layer_count
-from nbl_export.models.trial import trial
+from nbl_export.models.dummy_run import dummy_run
+from nbl_export.models.layers import (
+    attention_layers,
+    hidden_size,
+    hidden_states,
+    layer_count,
+    plain_attributes,
+)
 
 if TYPE_CHECKING:
     from nbl_export.models.layers import AttentionLayer
@@ -93,7 +99,7 @@ def replaced(
     The value is what stands there now, by layer.
     """
     layers = {layer.index: layer for layer in attention_layers(model)}
-    trial(model)  # of the original, before anything is swapped
+    dummy_run(model)  # of the original, before anything is swapped
     undo: list[Any] = []
     modules: dict[int, AttentionReplacement] = {}
     try:
@@ -111,7 +117,7 @@ def _swap(
 ) -> tuple[AttentionReplacement, Callable[[], None]]:
     block, original = model.get_submodule(layer.block), model.get_submodule(layer.attention)
     like = next(original.parameters())
-    returns = trial(model).returns[layer.index]
+    returns = dummy_run(model).returns[layer.index]
     added = _argument(original, layer.adds) if layer.adds else None
     inside = f"{layer.output}.".startswith(f"{layer.attention}.")
     linear = AttentionReplacement(
@@ -123,7 +129,7 @@ def _swap(
         layer.output[len(layer.attention) + 1 :] if inside else "",
     )
     # A block may ask its attention for more than its output: Gemma 3 of transformers 4 reads `is_sliding`.
-    vars(linear).update(facts(original) | vars(linear))
+    vars(linear).update(plain_attributes(original) | vars(linear))
     new: dict[str, torch.nn.Module] = {layer.attention: linear}
     if not inside:
         # What maps the attention's result to y stands beside it, and there is nothing left to map.

@@ -34,7 +34,7 @@ def query_length(told: Any) -> Any:
     return told.shape[0] if hasattr(told, "shape") else told
 
 
-def attend_rightly(model: Any) -> None:
+def enable_softcapping(model: Any) -> None:
     """Let a model that caps its scores do so: transformers 4 loads it with an attention that leaves the cap out."""
     config = model.config.get_text_config()
     if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":

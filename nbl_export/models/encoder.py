@@ -8,11 +8,11 @@ import torch
 
 from nbl_export.batch.names import BATCH, MASK, PIXELS, TOKEN_TYPES, TOKENS
 from nbl_export.batch.rows import Inputs
+from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.forward import CachedDecoder
-from nbl_export.models.layers import taken
+from nbl_export.models.layers import accepted_arguments
 from nbl_export.models.pooling import SENTENCE, Pooling, pool
 from nbl_export.models.tasks import Task
-from nbl_export.models.trial import trial
 
 _STATES = "last_hidden_state"
 INPUT_ORDER = (TOKENS, MASK, TOKEN_TYPES, PIXELS)
@@ -50,14 +50,14 @@ class Encoder(CachedDecoder):
         if not rotary or PIXELS in self.inputs:
             return {}
         places = torch.arange(ids.shape[1], device=ids.device)[None].expand(ids.shape)
-        return taken(self.model, position_ids=places)
+        return accepted_arguments(self.model, position_ids=places)
 
 
 def encoder_outputs(
     model: torch.nn.Module, task: Task, pooling: Pooling | None
 ) -> dict[str, tuple[str, ...]]:
     """What a graph of ``model`` gives, with the dimensions that vary."""
-    given = set(trial(model).outputs)
+    given = set(dummy_run(model).outputs)
     found = {name: dims for name, dims in task.outputs.items() if name in given}
     return found | ({SENTENCE: (BATCH,)} if pooling else {})
 

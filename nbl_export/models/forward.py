@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from nbl_export.batch.rows import Inputs
 from nbl_export.models.compat import cache_argument, query_length
-from nbl_export.models.layers import taken
+from nbl_export.models.layers import accepted_arguments
 
 
 class CachedDecoder(torch.nn.Module):
@@ -69,13 +69,13 @@ def run_with_past(
         input_ids=input_ids,
         attention_mask=attention_mask,
         use_cache=True,
-        **taken(model, position_ids=position_ids, **({"logits_to_keep": keep} if keep else {})),
+        **accepted_arguments(model, position_ids=position_ids, **({"logits_to_keep": keep} if keep else {})),
         **{cache_argument(model): cache},
     )
     return output.logits, [(layer.keys, layer.values) for layer in cache.layers]
 
 
-def run_whole(model: torch.nn.Module, inputs: Inputs) -> Any:
+def run_uncached(model: torch.nn.Module, inputs: Inputs) -> Any:
     """What ``model`` gives for a batch by input name, in one pass without a cache.
 
     Pixels are rounded to the model's precision; an input that it does not take is left out.
@@ -86,4 +86,4 @@ def run_whole(model: torch.nn.Module, inputs: Inputs) -> Any:
     tensors = {name: torch.from_numpy(array).to(like.device) for name, array in inputs.items()}
     tensors = {name: t.to(like.dtype) if t.is_floating_point() else t for name, t in tensors.items()}
     with torch.inference_mode():
-        return model(**taken(model, **tensors, use_cache=False))
+        return model(**accepted_arguments(model, **tensors, use_cache=False))

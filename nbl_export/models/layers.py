@@ -3,7 +3,7 @@
 A model keeps its blocks in one ``ModuleList`` as long as the configuration's layer count; the
 self-attention of a block is its one direct child whose class is an attention class. That holds for most
 families of transformers; ``families.toml`` has a row for each that is built otherwise. What neither the
-configuration nor the modules say is tried out (:mod:`.trial`).
+configuration nor the modules say is tried out (:mod:`.dummy_run`).
 
 A block may mix tokens in another way, by a convolution, a state-space model, linear attention or attention
 to another text. It is no candidate: :attr:`Structure.others` says what it is.
@@ -76,7 +76,7 @@ def attention_layer(model: torch.nn.Module, index: int) -> AttentionLayer:
     return next(layer for layer in attention_layers(model) if layer.index == index)
 
 
-def facts(module: torch.nn.Module) -> dict[str, Any]:
+def plain_attributes(module: torch.nn.Module) -> dict[str, Any]:
     """What a model may ask a module for beside its output, as `attention_type`: whatever takes its place needs it."""
     return {k: v for k, v in vars(module).items() if not k.startswith("_") and not callable(v)}
 
@@ -206,14 +206,14 @@ def main_input(model: torch.nn.Module) -> str:
     return str(getattr(model, "main_input_name", "input_ids"))
 
 
-def takes(model: torch.nn.Module, argument: str) -> bool:
+def accepts(model: torch.nn.Module, argument: str) -> bool:
     """Whether ``model``'s forward has an argument of that name."""
     return argument in inspect.signature(model.forward).parameters
 
 
-def taken(model: torch.nn.Module, **arguments: Any) -> dict[str, Any]:
+def accepted_arguments(model: torch.nn.Module, **arguments: Any) -> dict[str, Any]:
     """Those of ``arguments`` that ``model``'s forward has: not every family takes positions."""
-    return {name: value for name, value in arguments.items() if takes(model, name)}
+    return {name: value for name, value in arguments.items() if accepts(model, name)}
 
 
 def _block_stack(model: torch.nn.Module, family: Family) -> tuple[str, torch.nn.Module]:

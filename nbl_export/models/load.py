@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.errors import InputError, MissingDependencyError
-from nbl_export.models.compat import attend_rightly, is_transformers_4, readable_folder
+from nbl_export.models.compat import enable_softcapping, is_transformers_4, readable_folder
 from nbl_export.models.source import ModelSource, check_config
 from nbl_export.models.tasks import task_named
 
@@ -88,7 +88,7 @@ def load_model(source: ModelSource) -> torch.nn.Module:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
         model.hf_quantizer = None
-    attend_rightly(model)
+    enable_softcapping(model)
     loaded: torch.nn.Module = model.eval().requires_grad_(False)
     return loaded
 

@@ -38,7 +38,9 @@ def rewrite_foreign(
     loaded = load_plan(plan)
     model = load_graph(source)
     # Named and told before anything is written: in place, the graph's own data would change under them.
-    beside = updated_configs(sidecars_of(source, external_files(model)), loaded.chosen, loaded.kept)
+    beside = updated_configs(
+        sidecars_of(source, external_files(model)), loaded.chosen, loaded.attention_layers
+    )
     try:
         if in_place and linearized_layers(model) == loaded.chosen:
             copy_sidecars(beside, folder)  # an interrupt may have come between graph and configurations

@@ -26,7 +26,7 @@ from nbl_export.graph.io import load_graph
 from nbl_export.graph.precision import Precision, graph_precision
 from nbl_export.graph.regions import AttentionRegion, Output
 from nbl_export.linearize.plan import Plan
-from nbl_export.runtime.pieces import Arrays, compute, prefill_rows, unbatched
+from nbl_export.runtime.intermediates import Arrays, compute_tensors, prefill_rows, unbatched
 
 _C = TypeVar("_C")
 _ROUNDING = 1.5
@@ -154,7 +154,7 @@ class _Bench:
         for name, arrays in given.items():
             for feed, array in zip(feeds, arrays, strict=True):
                 feed[name] = array
-        return compute(model, names, feeds, progress=self.progress)
+        return compute_tensors(model, names, feeds, progress=self.progress)
 
     def split(
         self, activations: NDArray[np.float32], shapes: Sequence[tuple[int, ...]]

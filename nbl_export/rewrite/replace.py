@@ -107,7 +107,7 @@ def rewrite_summary(result: RewriteResult, plan: Plan) -> dict[str, Any]:
     summary = {
         "before": result.before.as_json(),
         "after": result.after.as_json(),
-        "kv_layers": list(plan.kept),
+        "kv_layers": list(plan.attention_layers),
         "proofs": proofs_as_json(result.proofs),
     }
     return dict(jsonable(summary))
@@ -320,7 +320,7 @@ def _describe(model: ir.Model, proofs: Sequence[Proof], plan: Plan, cached: bool
         )
     model.metadata_props[LAYERS_KEY] = json.dumps(rows)
     # A graph without a cache has no pairs to name.
-    model.metadata_props[KV_LAYERS_KEY] = json.dumps(list(plan.kept) if cached else [])
+    model.metadata_props[KV_LAYERS_KEY] = json.dumps(list(plan.attention_layers) if cached else [])
     model.metadata_props[VERSION_KEY] = __version__
 
 
@@ -335,7 +335,7 @@ def count(
     cached = k if before.kv_pairs else 0
     regions = len(find_regions(model))
     expected = {
-        "attention layers": (regions, len(plan.kept) if found is None else found - k),
+        "attention layers": (regions, len(plan.attention_layers) if found is None else found - k),
         "KV pairs": (after.kv_pairs, before.kv_pairs - cached),
         "inputs": (after.inputs, before.inputs - 2 * cached),
         "outputs": (after.outputs, before.outputs - 2 * cached),

@@ -17,7 +17,7 @@ from nbl_export.errors import InputError
 from nbl_export.graph.interface import Interface, interface_of
 from nbl_export.runtime.decoder import KV, DecoderOutput
 from nbl_export.runtime.session import CPU, require_onnxruntime, run_session, session
-from nbl_export.runtime.stream import Forking, PastStream, Stream, WholeStream
+from nbl_export.runtime.stream import Forking, PastStream, Stream, UncachedStream
 
 _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
@@ -248,7 +248,7 @@ def ort_stream(path: Path, capacity: int, rounded: bool = True) -> Stream:
         return OrtRaggedStream(path, rounded)
     if interface.cacheless:
         whole = OrtDecoder(path, rounded=rounded)
-        return WholeStream(lambda ids, mask, positions: whole(ids, mask, positions, ()).logits)
+        return UncachedStream(lambda ids, mask, positions: whole(ids, mask, positions, ()).logits)
     return PastStream(OrtDecoder(path, rounded=rounded))
 
 

@@ -122,7 +122,7 @@ class PastStream(Forking):
         return output.logits
 
 
-class WholeStream:
+class UncachedStream:
     """A stream over a model without a KV cache: every step computes all tokens again.
 
     ``forward`` makes logits [batch, sequence, vocab] of left-padded ids, mask and positions.

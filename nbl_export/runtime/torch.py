@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.batch.arrays import F32, I64
-from nbl_export.models.forward import run_whole, run_with_past
+from nbl_export.models.dummy_run import cache_shapes
+from nbl_export.models.forward import run_uncached, run_with_past
 from nbl_export.models.layers import layer_count
-from nbl_export.models.trial import cache_shapes
 from nbl_export.runtime.decoder import KV, DecoderOutput
-from nbl_export.runtime.stream import PastStream, Stream, WholeStream
+from nbl_export.runtime.stream import PastStream, Stream, UncachedStream
 
 if TYPE_CHECKING:
     import torch
@@ -90,11 +90,11 @@ def torch_stream(model: torch.nn.Module, linearized: Sequence[int] = (), cached:
     """The ``model``, original or with the layers ``linearized``, as a stream; with its KV cache or without."""
     if cached:
         return PastStream(TorchDecoder(model, linearized))
-    return WholeStream(lambda *inputs: whole_logits(model, *inputs))
+    return UncachedStream(lambda *inputs: uncached_logits(model, *inputs))
 
 
-def whole_logits(model: torch.nn.Module, input_ids: I64, attention_mask: I64, position_ids: I64) -> F32:
+def uncached_logits(model: torch.nn.Module, input_ids: I64, attention_mask: I64, position_ids: I64) -> F32:
     """Logits [batch, sequence, vocab] of one pass without a cache."""
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-    logits: F32 = run_whole(model, inputs).logits.float().cpu().numpy()
+    logits: F32 = run_uncached(model, inputs).logits.float().cpu().numpy()
     return logits

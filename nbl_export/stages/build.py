@@ -57,7 +57,7 @@ def build(run: Run, settings: EngineSettings) -> list[EngineFile]:
             )
         sources = [
             Source(BASE, ws.baseline, len(plan.candidates), ws.base_engine),
-            Source(LINEARIZED, ws.model, len(plan.kept), ws.engine),
+            Source(LINEARIZED, ws.model, len(plan.attention_layers), ws.engine),
         ]
         plan_hash = sha256_of_file(ws.plan)
         _, files = build_pair(library, gpu, sources, plan.chosen, plan_hash, shapes, capabilities, listener)

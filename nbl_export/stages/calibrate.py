@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from nbl_export.calibrate.probe import Probe
-    from nbl_export.stages.material import Material
+    from nbl_export.stages.calibration_data import CalibrationLoader
 
 
 def calibrate(run: Run, settings: CalibrateSettings) -> None:
@@ -28,14 +28,14 @@ def calibrate(run: Run, settings: CalibrateSettings) -> None:
     from nbl_export.calibrate.moments import save_moments
     from nbl_export.calibrate.probe import save_probe
     from nbl_export.checkpoint import Checkpoint
+    from nbl_export.models.dummy_run import check_served
     from nbl_export.models.layers import dtype_of, structure
-    from nbl_export.models.trial import check_served
-    from nbl_export.stages.material import check_sources, material_of
+    from nbl_export.stages.calibration_data import check_sources, loader_for
 
     settings.check()
     ws, source = run.workspace, run.model.source
     check_sources(source, settings)
-    material = material_of(source)
+    material = loader_for(source)
     stamps = _stamps(material.files(settings.sources))
     key = sha256_of_json({"model": source.fingerprint, "text": asdict(settings), "files": stamps})
 
@@ -87,7 +87,7 @@ def _record(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
-def _kept(path: Path, key: str, material: Material) -> Any:
+def _kept(path: Path, key: str, material: CalibrationLoader) -> Any:
     """The material of an interrupted calibration with the same settings; None if there is none, or it is damaged."""
     try:
         record = read_json(_record(path), "The record of the calibration material", "")
@@ -102,11 +102,11 @@ def _stamps(files: Iterable[Path]) -> list[tuple[str, str]]:
 
 
 def _check_enough(rows: Any, model: torch.nn.Module, unit: str) -> None:
+    from nbl_export.models.dummy_run import dummy_run
     from nbl_export.models.layers import hidden_size
-    from nbl_export.models.trial import trial
 
     d = hidden_size(model)
-    tokens = rows.size if rows.ndim == 2 else len(rows) * trial(model).tokens
+    tokens = rows.size if rows.ndim == 2 else len(rows) * dummy_run(model).tokens
     if tokens < d + 1:
         options = "--samples or --seq-len" if rows.ndim == 2 else "--samples"
         raise InputError(

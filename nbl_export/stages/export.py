@@ -16,7 +16,7 @@ from nbl_export.stages.run import Run
 
 if TYPE_CHECKING:
     from nbl_export.export.forms import Form
-    from nbl_export.graph.precision import Kept
+    from nbl_export.graph.precision import Float32Node
 
 
 def export(run: Run, settings: ExportSettings) -> None:
@@ -51,7 +51,7 @@ def check_model(run: Run, settings: ExportSettings) -> None:
     """Refuse, before any work, a model that cannot be exported as ``settings`` say."""
     from nbl_export.export.form_check import check_form
     from nbl_export.export.forms import FORMS
-    from nbl_export.models.trial import check_served
+    from nbl_export.models.dummy_run import check_served
 
     task = run.model.task
     if settings.exporter == "torch" and task.causal:
@@ -60,17 +60,19 @@ def check_model(run: Run, settings: ExportSettings) -> None:
         check_served(run.model.model, task=task)
 
 
-def _export_torch(run: Run, settings: ExportSettings, listener: Listener) -> tuple[list[Path], list[Kept]]:
+def _export_torch(
+    run: Run, settings: ExportSettings, listener: Listener
+) -> tuple[list[Path], list[Float32Node]]:
     from nbl_export.batch.names import PIXELS
     from nbl_export.export.half import save_in_precision
     from nbl_export.export.torch import trace
     from nbl_export.graph.precision import precision_of
-    from nbl_export.stages.material import material_of
+    from nbl_export.stages.calibration_data import loader_for
 
     ws, precision = run.workspace, precision_of(settings.precision)
     form = _form(run, settings)
     graph = trace(run.model.model, form, listener)
-    material = material_of(run.model.source)
+    material = loader_for(run.model.source)
     rows = material.ranges(material.load(material.path(ws)), form.inputs) if precision.name == "fp16" else []
     return save_in_precision(graph, ws.baseline, precision, rows, {*form.outputs, PIXELS})
 
@@ -88,21 +90,21 @@ def _form(run: Run, settings: ExportSettings) -> Form:
 
 def _export_elsewhere(
     run: Run, settings: ExportSettings, listener: Listener
-) -> tuple[list[Path], list[Kept]]:
+) -> tuple[list[Path], list[Float32Node]]:
     """By a program of another project, which is handed the model as a Hugging Face folder."""
     from nbl_export.export.genai import export_genai
-    from nbl_export.export.handoff import handoff
-    from nbl_export.export.lm_head import keep_logits_of_file
+    from nbl_export.export.hf_folder import as_hf_folder
+    from nbl_export.export.lm_head import add_num_logits_input_to_file
     from nbl_export.export.optimum import export_optimum, find_optimum
 
     target, trust = run.workspace.baseline.parent, run.model.source.trust_remote_code
     with tempfile.TemporaryDirectory(prefix=".model.", suffix=TEMPORARY, dir=run.workspace.root) as folder:
-        model = handoff(run.model, Path(folder))
+        model = as_hf_folder(run.model, Path(folder))
         if settings.exporter == "genai":
             files = export_genai(model, target, settings.precision, listener, trust)
         else:
             files = export_optimum(model, target, find_optimum(settings.python), listener, trust)
-    return sorted({*files, *keep_logits_of_file(run.workspace.baseline)}), []
+    return sorted({*files, *add_num_logits_input_to_file(run.workspace.baseline)}), []
 
 
 def _save_configs(run: Run, exported: list[Path], settings: ExportSettings) -> list[Path]:
@@ -110,8 +112,8 @@ def _save_configs(run: Run, exported: list[Path], settings: ExportSettings) -> l
     from nbl_export.batch.names import TOKENS
     from nbl_export.export.genai_config import NAME as GENAI
     from nbl_export.export.genai_config import genai_config
+    from nbl_export.models.dummy_run import cache_shapes
     from nbl_export.models.load import quiet
-    from nbl_export.models.trial import cache_shapes
 
     graph = run.workspace.baseline
     pooling = run.model.pooling

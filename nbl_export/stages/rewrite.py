@@ -29,7 +29,7 @@ def rewrite(run: Run) -> None:
         graph = ws.baseline.name
         files = [ws.root / name for name in exported.files]
         files = [f for f in files if ws.baseline.parent in f.parents and not f.name.startswith(graph)]
-        beside = updated_configs(files, plan.chosen, plan.kept, ws.baseline.parent)
+        beside = updated_configs(files, plan.chosen, plan.attention_layers, ws.baseline.parent)
         result = rewrite_file(ws.baseline, plan, ws.model, listener=listener)
         write_json(ws.rewrite_summary, rewrite_summary(result, plan))
         return [*result.files, ws.rewrite_summary, *copy_sidecars(beside, ws.root)]

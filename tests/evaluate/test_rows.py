@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from nbl_export.errors import InputError
-from nbl_export.evaluate.rows import local_tasks, sample, shapes
+from nbl_export.evaluate.local_tasks import local_tasks, sample, shapes
 from nbl_export.evaluate.tasks import TaskSettings, find_tasks, task_of_rows
 
 QUESTION = {"question": "What is wet?", "choices": ["water", "sand"], "gold": 0, "id": "1"}

@@ -27,7 +27,7 @@ from transformers.models.opt import modeling_opt
 from nbl_export.errors import InputError
 from nbl_export.export.forms import CONCAT, FORMS, NONE, SHARED, STATIC
 from nbl_export.export.torch import export_torch
-from nbl_export.models.trial import check_served
+from nbl_export.models.dummy_run import check_served
 from tests.fixtures_graph import original_logits, ragged_rows
 from tests.releases import written_for_5
 

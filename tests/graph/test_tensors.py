@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto
 
 from nbl_export.errors import BuildError, InputError
-from nbl_export.graph.store import append_graph, write_graph
+from nbl_export.graph.external_data import append_graph, write_graph
 from nbl_export.graph.tensors import all_tensors, external_files, source_file
 from tests.graph.external_data import (
     DATA,

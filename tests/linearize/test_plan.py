@@ -127,10 +127,10 @@ def test_chosen_and_kept_layers_part_the_model(
 ) -> None:
     plan = make_plan(layers=layers)
     assert plan.chosen == tuple(sorted(layers))
-    assert plan.kept == kept
+    assert plan.attention_layers == kept
     save_plan(tmp_path / "plan.json", plan)
     loaded = load_plan(tmp_path / "plan.json")
-    assert (loaded.chosen, loaded.kept) == (plan.chosen, plan.kept)
+    assert (loaded.chosen, loaded.attention_layers) == (plan.chosen, plan.attention_layers)
 
 
 def test_saving_over_an_old_plan_replaces_both_files(path: Path) -> None:

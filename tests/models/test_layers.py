@@ -14,6 +14,7 @@ from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM
 from nbl_export.errors import InputError
 from nbl_export.models import layers
 from nbl_export.models.compat import cache_argument
+from nbl_export.models.dummy_run import check_served
 from nbl_export.models.families import Family as Row
 from nbl_export.models.layers import (
     attention_layers,
@@ -22,7 +23,6 @@ from nbl_export.models.layers import (
     observed,
     structure,
 )
-from nbl_export.models.trial import check_served
 
 COUNT, D = 3, 16
 COMMON = {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 1}

@@ -17,8 +17,8 @@ from nbl_export.errors import InputError
 from nbl_export.graph.cache import is_static
 from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.graph.precision import PRECISIONS, to_precision
+from nbl_export.runtime.intermediates import intermediate_tensors
 from nbl_export.runtime.ort import OrtDecoder, OrtStaticStream, ort_stream, run_outputs
-from nbl_export.runtime.pieces import run_taps
 from nbl_export.runtime.session import session
 from nbl_export.runtime.stream import LastLogits, PastStream
 from nbl_export.runtime.torch import TorchDecoder
@@ -160,7 +160,7 @@ def test_taps_are_left_padded_in_both_forms(graphs: Any, form: str, tiny_model: 
     names = [norms[2].output[0], "logits", norms[0].input[0], "logits"]
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
     before = sorted(p.name for p in path.parent.iterdir())
-    found = run_taps(path, names, inputs)
+    found = intermediate_tensors(path, names, inputs)
     assert list(found) == [names[0], "logits", names[2]]
     assert sorted(p.name for p in path.parent.iterdir()) == before
     seen: dict[str, Any] = {}
@@ -196,7 +196,7 @@ def test_outputs_of_a_prefill(graphs: Any, form: str, tiny_model: Any) -> None:
     )
     assert list(run_outputs(graphs[form, "fp32"], rows, ["present.1.key"])) == ["present.1.key"]
     with pytest.raises(InputError, match="has no tensor 'nothing'"):
-        run_taps(
+        intermediate_tensors(
             graphs[form, "fp32"],
             ["nothing"],
             dict(zip(("input_ids", "attention_mask"), pad_left(rows)[:2], strict=True)),

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from nbl_export.linearize.loss import Loss
     from nbl_export.linearize.search import MeasuredSets
     from nbl_export.stages.select.frontier import SpeedMeter
-    from nbl_export.stages.select.maps import Fitting
+    from nbl_export.stages.select.linear_layers import Fitting
     from nbl_export.stages.select.measured import Measured
 
 # The K best layers, best first, for any K.
@@ -106,9 +106,9 @@ class Choosing:
             order = [c.layer for c in ranking(candidates, self._settings.criterion)]
             return lambda k: order[:k]
 
-        from nbl_export.linearize.search import alone, greedy_order
+        from nbl_export.linearize.search import greedy_order, single_layer_losses
 
-        return lambda k: greedy_order(self.sets, alone(self.sets), k)
+        return lambda k: greedy_order(self.sets, single_layer_losses(self.sets), k)
 
     def curve(self, prefix: Prefix, most: int) -> list[CurvePoint]:
         """The losses of K = 1, 2 …, to ``most`` or as far as the budget goes."""

@@ -15,7 +15,7 @@ from nbl_export.stages.run import Run
 
 if TYPE_CHECKING:
     from nbl_export.stages.select.frontier import SpeedMeter
-    from nbl_export.stages.select.maps import Fitting
+    from nbl_export.stages.select.linear_layers import Fitting
     from nbl_export.stages.select.measured import Measured
     from nbl_export.stages.select.order import Prefix
 
@@ -27,7 +27,7 @@ def select(run: Run, settings: SelectSettings) -> Plan:
     from nbl_export.linearize.scores import check_layers, check_rank, predicted_excess, score_layers
     from nbl_export.models.layers import FULL, positions
     from nbl_export.stages.select.frontier import SpeedMeter
-    from nbl_export.stages.select.maps import Fitting
+    from nbl_export.stages.select.linear_layers import Fitting
     from nbl_export.stages.select.measured import Measured
     from nbl_export.stages.select.order import Choosing, choose
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from nbl_export.models.loaded import LoadedModel
 
 
-def handoff(model: LoadedModel, folder: Path) -> Path:
+def as_hf_folder(model: LoadedModel, folder: Path) -> Path:
     """``model`` as a folder for both majors of transformers: its own where that will do, else ``folder``.
 
     ``folder`` (new or empty, the caller's to delete) gets links to the weights, or the de-quantized

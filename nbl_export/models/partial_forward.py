@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nbl_export.models.layers import attention_layer, facts, hidden_states
-from nbl_export.models.trial import trial
+from nbl_export.models.dummy_run import dummy_run
+from nbl_export.models.layers import attention_layer, hidden_states, plain_attributes
 
 if TYPE_CHECKING:
     from nbl_export.models.layers import AttentionLayer
@@ -28,8 +28,8 @@ class _Passed(torch.nn.Module):
 
     def __init__(self, block: torch.nn.Module, returns: int | None) -> None:
         super().__init__()
-        # Models ask their blocks for facts, as what their tokens see.
-        vars(self).update(facts(block))
+        # Models ask their blocks for plain_attributes, as what their tokens see.
+        vars(self).update(plain_attributes(block))
         self.returns = returns
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -38,7 +38,7 @@ class _Passed(torch.nn.Module):
 
 
 @contextmanager
-def inputs_kept(
+def recording_inputs(
     model: torch.nn.Module, layers: Sequence[AttentionLayer]
 ) -> Iterator[dict[int, torch.Tensor]]:
     """Within the block, every forward pass fills the dictionary with each layer's block input [batch, seq, d]."""
@@ -55,10 +55,10 @@ def inputs_kept(
 
 
 @contextmanager
-def beginning_at(model: torch.nn.Module, index: int, states: torch.Tensor) -> Iterator[None]:
+def starting_at(model: torch.nn.Module, index: int, states: torch.Tensor) -> Iterator[None]:
     """Within the block, ``model`` begins at attention layer ``index`` with ``states`` [batch, seq, d] as its input."""
     layer = attention_layer(model, index)
-    returns = trial(model).block_returns
+    returns = dummy_run(model).block_returns
     stack: Any = model.get_submodule(layer.block.rpartition(".")[0])
     before = [stack[i] for i in range(index)]
 
@@ -93,7 +93,7 @@ def run_between(
     ``start`` is an attention layer and its input there, to begin at. With ``end`` None the run goes on to the last
     block, and None is returned.
     """
-    trial(model)  # before any hook is set that would see it
+    dummy_run(model)  # before any hook is set that would see it
     found: list[torch.Tensor] = []
 
     def stop(_block: Any, args: Any, kwargs: Any) -> None:
@@ -102,15 +102,15 @@ def run_between(
 
     with ExitStack() as stack:
         if start is not None:
-            stack.enter_context(beginning_at(model, *start))
+            stack.enter_context(starting_at(model, *start))
         if end is not None:
             block = model.get_submodule(attention_layer(model, end).block)
             stack.callback(block.register_forward_pre_hook(stop, with_kwargs=True).remove)
         with suppress(Reached):
-            body(model)(input_ids=ids, use_cache=False)
+            backbone(model)(input_ids=ids, use_cache=False)
     return found[0] if found else None
 
 
-def body(model: torch.nn.Module) -> Any:
+def backbone(model: torch.nn.Module) -> Any:
     """The blocks without the language-model head: its logits, a fifth of a small model's work, are often not needed."""
     return getattr(model, "base_model", model)

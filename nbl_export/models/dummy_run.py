@@ -17,12 +17,12 @@ from nbl_export.batch.names import PIXELS, TOKENS
 from nbl_export.errors import InputError
 from nbl_export.models.compat import cache_argument
 from nbl_export.models.layers import (
+    accepted_arguments,
     attention_layers,
     image_shape,
     layer_count,
     main_input,
     structure,
-    taken,
 )
 from nbl_export.models.load import quiet
 from nbl_export.models.tasks import GENERATION, Task, task_named
@@ -43,7 +43,7 @@ class CacheShape:
 
 
 @dataclass(frozen=True)
-class Trial:
+class DummyRun:
     """``returns``: by layer, the length of the tuple that its attention returns; None for a bare tensor.
     ``block_returns``: the same of every block.
 
@@ -62,10 +62,10 @@ class Trial:
     block_returns: Mapping[int, int | None] = field(default_factory=dict)
 
 
-_DONE: weakref.WeakKeyDictionary[torch.nn.Module, Trial] = weakref.WeakKeyDictionary()
+_DONE: weakref.WeakKeyDictionary[torch.nn.Module, DummyRun] = weakref.WeakKeyDictionary()
 
 
-def trial(model: torch.nn.Module) -> Trial:
+def dummy_run(model: torch.nn.Module) -> DummyRun:
     """What one forward pass of the *original* ``model`` showed; the first call makes it.
 
     Raises :class:`InputError` if the model cannot be run.
@@ -77,7 +77,7 @@ def trial(model: torch.nn.Module) -> Trial:
 
 def cache_shapes(model: torch.nn.Module) -> tuple[CacheShape, ...]:
     """The cache of every block; raises :class:`InputError` for a model with a block that has none."""
-    shapes = trial(model).cache
+    shapes = dummy_run(model).cache
     if without := [i for i, shape in enumerate(shapes) if shape is None]:
         raise InputError(
             f"Layer {without[0]} of {type(model).__name__} keeps no keys and values of its own in the cache: a graph "
@@ -92,7 +92,7 @@ def check_served(model: torch.nn.Module, cached: bool = True, task: Task | None 
     ``cached`` asks for a KV cache that every layer of a decoder has its part in.
     """
     found, task = structure(model), task or task_named(GENERATION)
-    tried = trial(model)
+    tried = dummy_run(model)
     if task.causal and not tried.causal:
         raise InputError(
             f"{type(model).__name__} is not causal (an earlier token depends on a later token), so it is no decoder: "
@@ -118,7 +118,7 @@ def check_served(model: torch.nn.Module, cached: bool = True, task: Task | None 
         cache_shapes(model)
 
 
-def _check_encoder(model: torch.nn.Module, tried: Trial, task: Task) -> None:
+def _check_encoder(model: torch.nn.Module, tried: DummyRun, task: Task) -> None:
     name = type(model).__name__
     if tried.causal:
         raise InputError(
@@ -160,7 +160,7 @@ def example_inputs(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {TOKENS: ids}
 
 
-def _try(model: torch.nn.Module) -> Trial:
+def _try(model: torch.nn.Module) -> DummyRun:
     import torch
 
     returns: dict[int, int | None] = {}
@@ -199,7 +199,7 @@ def _try(model: torch.nn.Module) -> Trial:
                 hooks.callback(module.register_forward_hook(keep).remove)
         hooks.callback(y.register_forward_hook(write).remove)
         try:
-            output = model(**inputs, **taken(model, use_cache=True))
+            output = model(**inputs, **accepted_arguments(model, use_cache=True))
             if PIXELS in inputs:
                 model(**inputs)
         except Exception as error:  # a model's own code may raise anything
@@ -214,7 +214,7 @@ def _try(model: torch.nn.Module) -> Trial:
     seen = states[:, :-1].float()
     causal = TOKENS in inputs and bool((seen[0] - seen[1]).norm() <= 1e-3 * seen[0].norm())
     cache = output.get(cache_argument(model))
-    return Trial(
+    return DummyRun(
         returns,
         _cache(cache, layer_count(model)),
         causal,
