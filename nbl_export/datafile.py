@@ -1,4 +1,4 @@
-"""Tables that are shipped with the package, as TOML."""
+"""TOML tables shipped with the package."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ else:
 
 
 def read_table(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file of ours."""
+    """The tables of one of the package's TOML files."""
     return tomllib.loads(path.read_text(encoding="utf-8"))

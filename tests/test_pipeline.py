@@ -401,7 +401,7 @@ def test_a_k_beyond_the_model_is_refused_before_calibration(
 def test_two_processes_do_not_share_a_folder(stories_copy: Path) -> None:
     with (
         Workspace.open(stories_copy).lock(),
-        pytest.raises(InputError, match="Another nbl-export is at work"),
+        pytest.raises(InputError, match="Another nbl-export is running"),
     ):
         api.select(stories_copy, api.SelectSettings(k=1))
 
