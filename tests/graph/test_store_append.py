@@ -135,7 +135,7 @@ def test_weights_of_a_folder_below_are_copied_too(two_files: Path, tmp_path: Pat
 
 def test_data_elsewhere_is_refused(own: Path, tmp_path: Path) -> None:
     (tmp_path / DATA).write_bytes(b"x")
-    with pytest.raises(BuildError, match="does not lie beside"):
+    with pytest.raises(BuildError, match="is not in the folder of"):
         append_graph(changed(own), own, tmp_path / DATA)
     assert (tmp_path / DATA).read_bytes() == b"x"
 
