@@ -78,7 +78,7 @@ def test_its_own_graphs_take_the_optional_input_and_generate_all_the_same(
     assert generated(folder, prompt) == generated(source, prompt) == greedy(folder / GRAPH, prompt, COUNT)
     decoder, ids = OrtDecoder(folder / GRAPH), np.array([prompt])
     given = (ids, np.ones_like(ids), np.arange(len(prompt))[None], decoder.empty_past(1))
-    whole, last = decoder(*given).logits, decoder(*given, keep=1).logits
+    whole, last = decoder(*given).logits, decoder(*given, num_logits=1).logits
     assert (whole.shape[1], last.shape[1]) == (len(prompt), 1)
     np.testing.assert_allclose(last, whole[:, -1:], rtol=0, atol=1e-4)
 

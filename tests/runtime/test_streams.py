@@ -131,7 +131,7 @@ def test_a_static_stream_serves_its_whole_capacity_and_no_more(graphs: Any, tiny
     for row, found in zip(rows, teacher_forced(stream, rows, 2), strict=True):
         np.testing.assert_allclose(found, original_logits(tiny_model, row), rtol=0, atol=2e-4)
     assert stream.cache()[1].tolist() == [[True] * 9, [True] * 5 + [False] * 4]
-    with pytest.raises(InputError, match="10 tokens do not fit into a static cache of 9 places"):
+    with pytest.raises(InputError, match="10 tokens do not fit into a static cache of 9 slots"):
         stream.decode([1, 1])
     with pytest.raises(InputError, match="10 tokens do not fit"):
         stream.prefill(ragged_rows((10,), VOCAB))
