@@ -1,11 +1,11 @@
-"""Run the model over calibration tokens or images and collect its moments, resumably.
+"""Run the model over calibration tokens or images and collect its moments, with checkpoints.
 
-1. Hooks on the model's own attention modules see h, x and y; nothing of the model is rewritten.
-2. Memory is one batch and the accumulators, whatever the number of tokens.
-3. A checkpoint is taken between batches only, so that every layer has seen the same tokens. Batches
-   and their order depend on the tokens alone: a resumed run gives the same sums, bit for bit.
-4. The first Ctrl-C (or SIGTERM) finishes the batch, writes a checkpoint and stops; the second stops
-   at once and falls back on the last checkpoint.
+1. Forward hooks on the model's attention modules read h, x and y; the model is not changed.
+2. Memory is one batch and the accumulators, for any number of tokens.
+3. A checkpoint is written only between batches, so that every layer has seen the same tokens. Batches and
+   their order depend only on the tokens: a resumed run gives the same sums, bit for bit.
+4. The first Ctrl-C (or SIGTERM) finishes the batch, writes a checkpoint and stops; the second stops at once,
+   and the last checkpoint remains.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from nbl_export.progress import Listener, Silent
 if TYPE_CHECKING:
     import torch
 
-# About this many tokens a forward pass: enough for full GEMM rate, small enough for the caches.
+# About this many tokens per forward pass: enough for the full GEMM rate, small enough for the CPU caches.
 _BATCH_TOKENS = 1024
 
 
@@ -48,11 +48,11 @@ def collect_moments(
 ) -> Moments:
     """The moments of every attention layer of ``model`` over ``tokens`` [samples, seq_len] or images.
 
-    Images are pixels [samples, channels, height, width], and count as the tokens that the model makes of them.
+    Images are pixels [samples, channels, height, width]; each counts as the number of tokens the model makes of it.
 
     ``fingerprint`` identifies the model; a checkpoint of another model, dtype or text is ignored. Raises
-    :class:`CalibrationError` naming the layer if an activation is NaN or infinite, and
-    ``KeyboardInterrupt`` after an interrupt, its work saved.
+    :class:`CalibrationError` naming the layer if an activation is NaN or infinite, and ``KeyboardInterrupt`` after
+    an interrupt, with its work saved.
     """
     import torch
 
@@ -118,6 +118,6 @@ def _check_finite(accumulators: dict[int, Accumulator], layers: tuple[AttentionL
         if not accumulators[layer.index].is_finite():
             raise CalibrationError(
                 f"The activations of layer {layer.index} ({layer.attention}) are NaN or infinite, first seen in "
-                f"the batch at calibration row {row}: the model or its precision is broken there, and nothing "
-                "can be fitted to it."
+                f"the batch at calibration row {row}, so nothing can be fitted to them: check the model's weights, or "
+                "use --calibration-dtype float32."
             )
