@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def build(run: Run, settings: EngineSettings) -> list[EngineFile]:
-    """Both graphs → ``engine/``: base and linearized TensorRT engines, each with its manifest."""
+    """Both graphs → ``engine/``: base and linearized TensorRT engines, each with a manifest."""
     from nbl_export.batch.names import BASE, LINEARIZED
     from nbl_export.engine.gpu import find_gpu
     from nbl_export.engine.library import check_capabilities, choose_library
@@ -30,7 +30,7 @@ def build(run: Run, settings: EngineSettings) -> list[EngineFile]:
     if not run.model.task.causal:
         raise InputError(
             f"TensorRT engines are built of decoders only; {run.model.source.source} is an encoder "
-            f"({run.model.task.name})."
+            f"({run.model.task.name}): use its ONNX graph."
         )
     settings.check()
     ws = run.workspace
@@ -68,7 +68,7 @@ def build(run: Run, settings: EngineSettings) -> list[EngineFile]:
 
 
 def model_positions(ws: Workspace) -> int | None:
-    """The model's number of positions, from the configuration beside the baseline graph."""
+    """The model's number of positions, from the configuration of the baseline graph."""
     path = ws.baseline.with_name("config.json")
     config = read_json(path, "The baseline's configuration", "run `nbl-export export` again")
     config = {**config, **(config.get("text_config") or {})}
@@ -77,7 +77,7 @@ def model_positions(ws: Workspace) -> int | None:
 
 
 def current_engines(ws: Workspace) -> tuple[EngineFile, ...]:
-    """The engines of the graphs as they are now, each checked against its manifest; none if there are none."""
+    """The engines of the current graphs, each checked against its manifest; empty if there are none."""
     from nbl_export.engine.manifest import load_manifest
     from nbl_export.engine.pair import EngineFile
 
