@@ -90,7 +90,7 @@ def run(
 
     Without ``engines`` no TensorRT engine is built.
     """
-    from nbl_export.stages.material import check_sources
+    from nbl_export.stages.calibration_data import check_sources
 
     asked = RunSettings(
         selection,
@@ -128,7 +128,7 @@ def calibrate(
     trust_remote_code: bool = False,
 ) -> Path:
     """Stream the moments of ``model``'s attention layers; returns the path of the moments file."""
-    from nbl_export.stages.material import check_sources
+    from nbl_export.stages.calibration_data import check_sources
 
     asked = settings or CalibrateSettings()
     asked.check()

@@ -1,4 +1,4 @@
-"""Long work that can be interrupted: where its unfinished state is kept, and how it is stopped between two steps."""
+"""Checkpoints of long work: where its state is saved, and how it stops between two steps after an interrupt."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where to keep unfinished work, and how often to write it."""
+    """Where to save unfinished work, and how often."""
 
     path: Path
     every_seconds: float = 60.0
 
 
 @contextmanager
-def kept_in(checkpoint: Checkpoint | None, save: Callable[[Path], None]) -> Iterator[Callable[[], None]]:
-    """Yields what is to be called between two steps: it calls ``save`` when it is time, and after an interrupt.
+def saving_to(checkpoint: Checkpoint | None, save: Callable[[Path], None]) -> Iterator[Callable[[], None]]:
+    """Yields a function to call between two steps: it calls ``save`` when a save is due, and after an interrupt.
 
-    The first Ctrl-C (or SIGTERM) is held back until then, saves and raises ``KeyboardInterrupt``; the second stops at
-    once, and falls back on what was saved before.
+    The first Ctrl-C (or SIGTERM) is deferred until that call, which saves and raises ``KeyboardInterrupt``. The
+    second one stops at once; the last checkpoint remains.
     """
     saved_at = time.monotonic()
 
@@ -61,5 +61,5 @@ def _deferred_interrupt() -> Iterator[threading.Event]:
         yield stop
     finally:
         for signum, old in previous.items():
-            # None is a handler that was not set from Python; the default is the nearest to it.
+            # None means that the handler was not set from Python; the default is the closest substitute.
             signal.signal(signum, signal.SIG_DFL if old is None else old)

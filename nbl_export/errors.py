@@ -1,7 +1,7 @@
-"""The few errors a user can meet, each with its exit code (see DESIGN: exit codes).
+"""The user-facing errors, each with its exit code (see DESIGN: exit codes).
 
-Everything raised on purpose is an :class:`NblError`. Its message is one sentence that says what is
-wrong, where, and what to do; the command line prints it and nothing else.
+Everything raised on purpose is an :class:`NblError`. Its message is one sentence: what is wrong, where, and
+what to do. The command line prints that sentence and nothing else.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class CalibrationError(InputError):
 
 
 class MissingDependencyError(NblError):
-    """A package or a device that this job needs is not there (exit code 3)."""
+    """A required package or device is missing (exit code 3)."""
 
     exit_code = 3
 
@@ -39,7 +39,7 @@ GATE_FAILED = 1
 
 
 class BudgetError(NblError):
-    """What the user allows to be lost, or asks to be gained, cannot be had (exit code 1, as of a gate)."""
+    """The loss budget or the requested speedup cannot be met (exit code 1, like a failed gate)."""
 
     exit_code = GATE_FAILED
 
@@ -47,13 +47,13 @@ class BudgetError(NblError):
 INTERRUPTED = 130
 INTERNAL = 70
 
-# What the operating system says when there is no room; EFBIG is a file-size limit (ulimit -f).
+# What the operating system reports when the disk is full; EFBIG is a file-size limit (ulimit -f).
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 def os_error_in_words(error: OSError, doing: str) -> InputError:
-    """One sentence for an ``OSError`` met ``doing`` something (``"in stage `export`"``)."""
+    """One sentence for an ``OSError`` that occurred ``doing`` something (``"in stage `export`"``)."""
     where = f" ({error.filename})" if error.filename else ""
     # NumPy reports a short write without an error number.
     short_write = error.errno is None and ("writing" in str(error) or "written" in str(error))

@@ -1,4 +1,4 @@
-"""Files on disk: atomic writes, hashes, JSON, and names that stay inside their folder."""
+"""Files on disk: atomic writes, hashes, JSON, and checks that a path stays inside its folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from nbl_export.errors import InputError
 
-# Marks a file or folder as half-written and ours; a leftover may be deleted.
+# Marks an unfinished file or folder of nbl-export; a leftover may be deleted.
 TEMPORARY = ".nbl.tmp"
 
 
@@ -40,7 +40,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMPORARY, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
-    # mkstemp makes private files; these are ordinary outputs and follow the umask.
+    # mkstemp creates private files; these are ordinary outputs and follow the umask.
     umask = os.umask(0)
     os.umask(umask)
     try:
@@ -58,12 +58,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def json_text(value: Any) -> str:
-    """The text of a JSON file of ours; non-finite numbers are refused, since JSON has none."""
+    """The text of a JSON file; NaN and infinity are refused because JSON cannot represent them."""
     return json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def jsonable(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become the strings ``"nan"``, ``"inf"``, ``"-inf"``."""
+    """``value`` with NaN and infinity, which JSON cannot represent, as ``"nan"``, ``"inf"``, ``"-inf"``."""
     if isinstance(value, Mapping):
         return {str(k): jsonable(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -89,14 +89,14 @@ def read_json(path: Path, what: str, remedy: str) -> Any:
 
 
 def stays_in(folder: Path, target: Path) -> bool:
-    """Whether the real path ``target`` lies in the real ``folder``, or where the Hugging Face cache keeps its files."""
+    """Whether the resolved path ``target`` is inside the resolved ``folder`` or its Hugging Face cache blobs."""
     return any(target.is_relative_to(root) for root in (folder, *_hub_blobs(folder)))
 
 
 def _hub_blobs(folder: Path) -> list[Path]:
-    """Where the Hugging Face cache keeps the files of ``folder``, whose entries are links into it.
+    """The folder to which the Hugging Face cache links the entries of ``folder``.
 
-    models--OWNER--NAME/snapshots/REVISION/… holds links to models--OWNER--NAME/blobs.
+    models--OWNER--NAME/snapshots/REVISION/… contains links to models--OWNER--NAME/blobs.
     """
     for parent in folder.parents:
         if parent.name == "snapshots" and parent.parent.name.startswith("models--"):

@@ -1,7 +1,7 @@
-"""How a stage tells its caller how far it is, without knowing who listens.
+"""Progress reporting: a stage reports to a listener and does not know what the listener does with it.
 
-Stages never print. They are handed a :class:`Listener`; the command line's draws bars, the default
-is silent, a test's records.
+Stages never print. They are given a :class:`Listener`: the one of the command line draws progress bars, the
+default is silent, and tests use one that records.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Protocol
 
 
 class Task(Protocol):
-    """One running piece of work with a known total."""
+    """A running task with a known total."""
 
     def advance(self, amount: int) -> None:
         """``amount`` more units are done."""
 
 
 class Listener(Protocol):
-    """Receives what a stage does."""
+    """Receives the progress and the notes of a stage."""
 
     def task(self, title: str, total: int, unit: str, done: int = 0) -> AbstractContextManager[Task]:
         """A context whose value is a :class:`Task`: ``total`` units, ``done`` of them from an earlier run."""
@@ -29,33 +29,33 @@ class Listener(Protocol):
 
 
 class Mebibytes:
-    """Tells a task of ``total`` bytes in MiB how many more are done; what is left at the end is done too."""
+    """Counts bytes and reports them in MiB to a task of ``total`` bytes; :meth:`finish` reports the rest."""
 
     def __init__(self, task: Task, total: int) -> None:
         self._task, self._total = task, mebibytes(total)
-        self._bytes = self._told = 0
+        self._bytes = self._reported = 0
 
     def __call__(self, amount: int) -> None:
         self._bytes += amount
-        self._tell(min(self._bytes >> 20, self._total))
+        self._report(min(self._bytes >> 20, self._total))
 
     def finish(self) -> None:
-        self._tell(self._total)
+        self._report(self._total)
 
-    def _tell(self, done: int) -> None:
-        if done > self._told:
-            self._task.advance(done - self._told)
-            self._told = done
+    def _report(self, done: int) -> None:
+        if done > self._reported:
+            self._task.advance(done - self._reported)
+            self._reported = done
 
 
 def mebibytes(size: int) -> int:
-    """``size`` bytes as the total of a task: in MiB, and never nothing."""
+    """``size`` bytes in MiB as the total of a task, at least 1."""
     return max(1, size >> 20)
 
 
 @contextmanager
 def bytes_task(listener: Listener, title: str, total: int) -> Iterator[Mebibytes]:
-    """A task of ``total`` bytes, shown in MiB."""
+    """A task of ``total`` bytes, reported in MiB."""
     with listener.task(title, mebibytes(total), "MiB") as task:
         done = Mebibytes(task, total)
         yield done
@@ -68,7 +68,7 @@ class _SilentTask:
 
 
 class Silent:
-    """A listener that drops everything: the default of the Python API."""
+    """A listener that discards everything: the default of the Python API."""
 
     @contextmanager
     def task(self, title: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:

@@ -1,6 +1,6 @@
-"""Named arrays on disk: safetensors files, written atomically, read without trust.
+"""Named arrays on disk: safetensors files, written atomically and verified when read.
 
-Each carries a SHA-256 of its content, so that a changed bit is an error and not a wrong result.
+Each file carries a SHA-256 of its content, so that a changed bit is an error and not a wrong result.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _T = TypeVar("_T")
 def save_tensors(
     path: Path, fmt: str, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write ``tensors`` with the format mark ``fmt``; raises ``OSError`` where the disk refuses."""
+    """Write ``tensors`` as a file of format ``fmt``; raises ``OSError`` if the file cannot be written."""
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
@@ -36,7 +36,7 @@ def save_tensors(
         try:
             marked = {**(metadata or {}), _FORMAT: fmt}
             marked[_DIGEST] = _digest(contiguous, marked)
-            # One key: the library writes several in random order, and equal content should be equal bytes.
+            # One key: the library writes several keys in random order, and equal content should give equal bytes.
             save_file(contiguous, temporary, {_KEY: json.dumps(marked, sort_keys=True)})
         except SafetensorError as error:
             # The library wraps the operating system's error in text; callers need the error itself.
@@ -46,7 +46,7 @@ def save_tensors(
 
 
 class StoredTensors(Mapping[str, Any]):
-    """The arrays of a file by name, each read when it is asked for and not kept: a file may exceed memory."""
+    """The arrays of a file by name. Each access reads from disk and caches nothing: a file may exceed memory."""
 
     def __init__(self, path: Path, names: Sequence[str]) -> None:
         self._path, self._names = path, tuple(names)
@@ -67,9 +67,9 @@ class StoredTensors(Mapping[str, Any]):
 
 
 def open_tensors(path: Path, fmt: str, remedy: str) -> tuple[StoredTensors, dict[str, str]]:
-    """The tensors and metadata of a file of format ``fmt``; its content is checked once, tensor by tensor.
+    """The tensors and metadata of a file of format ``fmt``; its SHA-256 is checked once, tensor by tensor.
 
-    Raises :class:`InputError` with the ``remedy`` if the file is missing, damaged or of another format.
+    Raises :class:`InputError` with the ``remedy`` if the file is missing, damaged or has another format.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -94,7 +94,7 @@ def load_tensors(path: Path, fmt: str, remedy: str) -> tuple[dict[str, Any], dic
 
 
 def load_as(kind: type[_T], path: Path, fmt: str, remedy: str) -> _T:
-    """A ``kind`` whose fields are the tensors of the file; raises :class:`InputError` if they are others."""
+    """A ``kind`` whose fields are the tensors of the file; raises :class:`InputError` if the names differ."""
     tensors, _ = load_tensors(path, fmt, remedy)
     try:
         return kind(**tensors)
@@ -120,11 +120,11 @@ def _digest(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
 
 
 def format_of(path: Path) -> str:
-    """The format mark of a safetensors file, empty if it has none; :class:`InputError` if unreadable."""
+    """The format of a safetensors file, "" if it was not written by nbl-export; :class:`InputError` if unreadable."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="numpy") as file:
             return _metadata(file).get(_FORMAT, "")
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is no readable safetensors file ({error}).") from None
+        raise InputError(f"{path} is not a readable safetensors file ({error}).") from None

@@ -1,8 +1,8 @@
-"""The output folder: its names, atomic writes, hashes, and which stages are already done.
+"""The output folder: its file names, its lock, and the record of finished stages.
 
-A stage is done when ``nbl/workspace.json`` has a record of it whose key equals the key asked for and
-whose files are still there, byte for byte. The key is a hash of the stage's settings and of the keys
-it builds on, so changing ``--k`` repeats selection and what follows, never calibration.
+A stage is done when ``nbl/workspace.json`` has a record of it with the requested key and its files are
+unchanged, byte for byte. The key is a hash of the stage's settings and of the keys of the stages it depends
+on, so changing ``--k`` repeats selection and the stages after it, never calibration.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ STAGES = ("calibrate", "select", "export", "rewrite", "build", "verify", "eval",
 
 @dataclass(frozen=True)
 class StageRecord:
-    """What is known of a finished stage.
+    """The record of a finished stage.
 
-    ``key`` identifies its settings and everything before it; ``files`` maps paths relative to the
-    output folder to their SHA-256; ``seconds`` is the wall time it took; ``notes`` are the lines the
-    user was told (fallbacks, shortages), kept for the report.
+    ``key`` identifies its settings and everything it depends on; ``files`` maps paths relative to the
+    output folder to their SHA-256; ``seconds`` is its wall time; ``notes`` are the lines shown to the user
+    (fallbacks, shortages), recorded for the report.
     """
 
     key: str
@@ -46,8 +46,8 @@ def is_workspace(root: Path) -> bool:
 class Workspace:
     """The output folder of one model.
 
-    Paths are properties so that no other module spells a file name. All writing goes through the
-    atomic helpers of this module; ``lock`` keeps a second process out while one is at work.
+    Paths are properties, so that no other module spells a file name. All writes are atomic; ``lock`` keeps
+    a second process out while one is running.
     """
 
     def __init__(self, root: Path) -> None:
@@ -132,18 +132,18 @@ class Workspace:
 
     @property
     def bench_cells(self) -> Path:
-        """What an interrupted bench has measured."""
+        """The cells that an interrupted bench has measured."""
         return self.nbl / "bench.partial.json"
 
     @property
     def evaluations(self) -> Path:
-        """What each graph answered on each task, by key."""
+        """The answers of each graph on each task, by key."""
         return self.nbl / "eval"
 
     # opening ---------------------------------------------------------------------------------
     @classmethod
     def create(cls, root: Path) -> Workspace:
-        """Open ``root``, making it if needed; refuses a path that is no folder or cannot be written."""
+        """Open ``root``, creating it if needed; refuses a path that is not a folder or cannot be written."""
         try:
             if root.exists() and not root.is_dir():
                 raise InputError(f"{root} is a file; --output must be a folder.")
@@ -160,7 +160,7 @@ class Workspace:
         """Open an existing output folder; anything else is an :class:`InputError`."""
         if not root.is_dir():
             raise InputError(
-                f"{root} is no folder: name the output folder of an earlier nbl-export run, "
+                f"{root} is not a folder: name the output folder of an earlier nbl-export run, "
                 f"or start with `nbl-export calibrate MODEL -o {root}`."
             )
         if not is_workspace(root):
@@ -172,7 +172,7 @@ class Workspace:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other nbl-export processes out of this folder for the length of the block."""
+        """Keep other nbl-export processes out of this folder within the block."""
         import fcntl
 
         path = self.nbl / ".lock"
@@ -181,16 +181,16 @@ class Workspace:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise InputError(
-                    f"Another nbl-export is at work in {self.root}: wait for it or choose another --output."
+                    f"Another nbl-export is running in {self.root}: wait for it or choose another --output."
                 ) from None
             self._remove_leftovers()
-            # Another process may have finished stages between our opening the folder and our holding it.
+            # Another process may have finished stages between opening the folder and taking the lock.
             if self.state_path.exists():
                 self._state = self._read_state()
             yield
 
     def _remove_leftovers(self) -> None:
-        # A killed process cannot clean up; under the lock nobody else owns these.
+        # A killed process cannot clean up. Under the lock no other process uses these files.
         for folder in (
             self.root,
             self.nbl,
@@ -224,12 +224,12 @@ class Workspace:
 
     @property
     def model_info(self) -> dict[str, Any] | None:
-        """What is recorded of the model: source, kind, fingerprint; None for a new folder."""
+        """The recorded model: source, kind, fingerprint; None for a new folder."""
         info = self._state.get("model")
         return dict(info) if info else None
 
     def set_model(self, info: Mapping[str, Any]) -> None:
-        """Bind the folder to a model; another model than the recorded one is an :class:`InputError`."""
+        """Bind the folder to a model; raises :class:`InputError` if another model is recorded."""
         known = self.model_info
         if known and known.get("fingerprint") != info["fingerprint"]:
             raise InputError(
@@ -238,7 +238,7 @@ class Workspace:
                 "choose another --output or delete that folder."
             )
         if known == dict(info):
-            return  # nothing to write, and the folder may be in another process's hands
+            return  # nothing to write, and another process may hold the lock
         self._state["model"] = dict(info)
         self._state.setdefault("stages", {})
         self._write_state()
@@ -259,7 +259,7 @@ class Workspace:
         return record
 
     def require(self, stage: str, command: str) -> StageRecord:
-        """The record of a stage that must be done and intact, else an error naming the ``command``."""
+        """The record of a stage that must be done and intact; raises an error naming the ``command`` otherwise."""
         record = self.record(stage)
         if record is None:
             raise InputError(f"{self.root} has no finished `{stage}` yet: run `{command}` first.")
@@ -271,7 +271,7 @@ class Workspace:
         return record
 
     def damaged_file(self, record: StageRecord) -> str | None:
-        """The first file of a record that is missing or differs from what was written, or None."""
+        """The first file of a record that is missing or was changed, or None."""
         for name, digest in record.files.items():
             path = self.root / name
             if not path.is_file() or self._digest(path) != digest:
@@ -279,7 +279,7 @@ class Workspace:
         return None
 
     def _digest(self, path: Path) -> str:
-        # A run asks for the same large files at every stage; an unchanged one is read once.
+        # Every stage checks the same large files; an unchanged file is hashed once per run.
         status = path.stat()
         identity = (path, status.st_size, status.st_mtime_ns)
         if identity not in self._digests:
@@ -287,7 +287,7 @@ class Workspace:
         return self._digests[identity]
 
     def is_done(self, stage: str, key: str) -> bool:
-        """Whether ``stage`` was finished with exactly this ``key`` and its files are intact."""
+        """Whether ``stage`` was finished with this ``key`` and its files are intact."""
         record = self.record(stage)
         return record is not None and record.key == key and self.damaged_file(record) is None
 
@@ -300,7 +300,7 @@ class Workspace:
         seconds: float,
         notes: list[str],
     ) -> None:
-        """Record that ``stage`` is done; what an earlier run of it wrote and this one did not is removed."""
+        """Record that ``stage`` is done; files that only an earlier run of it wrote are deleted."""
         before = self.record(stage)
         written = {str(p.relative_to(self.root)): self._digest(p) for p in files}
         for stale in (before.files.keys() - written.keys()) if before else ():

@@ -1,16 +1,16 @@
-"""Calibration against the paper authors' way, and against the bare forward pass: time and peak memory.
+"""Calibration against the paper authors' method, and against the plain forward pass: time and peak memory.
 
     python scripts/bench_calibration.py MODEL TEXT [--tokens 4096 8192 16384 32768] [--out FILE.md]
 
-Three ways to the same numbers, each in a process of its own so that its peak memory is its own:
+Three ways to compute the same values, each in a separate process to measure its own peak memory:
 
 forward   the model's forward pass over the tokens, nothing else
 ours      `collect_moments` (streamed float64 moments, no logits) and every layer's fit and CCA bound
-authors'  as arXiv 2505.21077's code does it: keep every activation, then per layer in float64 the
+authors'  as in the code of arXiv 2505.21077: store every activation, then per layer in float64 the
           centred covariances, an explicit inverse, W, b, and the CCA bound through matrix square roots
 
-The second table times the forward pass and our pass batch by batch in one process, in turn, so that
-the ratio does not depend on what else the machine does.
+The second table times the forward pass and our pass batch by batch in one process, interleaved, so that the ratio does
+not depend on other load on the machine.
 """
 
 from __future__ import annotations
@@ -69,15 +69,15 @@ def ours(model: Any, tokens: Any) -> None:
 
 
 def authors(model: Any, tokens: Any) -> None:
-    kept: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    stored: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
-    def keep(index: int, h: torch.Tensor, _x: torch.Tensor, y: torch.Tensor) -> None:
-        kept.setdefault(index, []).append((h.flatten(0, 1).clone(), y.flatten(0, 1).clone()))
+    def store(index: int, h: torch.Tensor, _x: torch.Tensor, y: torch.Tensor) -> None:
+        stored.setdefault(index, []).append((h.flatten(0, 1).clone(), y.flatten(0, 1).clone()))
 
-    with observed(model, attention_layers(model), keep):
+    with observed(model, attention_layers(model), store):
         forward(model, tokens)
-    for index in sorted(kept):
-        pairs = kept.pop(index)
+    for index in sorted(stored):
+        pairs = stored.pop(index)
         h, y = (torch.cat([p[i] for p in pairs]).double() for i in range(2))
         _fit_with_inverse(h, y)
 
@@ -104,7 +104,7 @@ WAYS = {"forward": forward, "ours": ours, "authors": authors}
 
 
 def measure(way: str, model_name: str, text: str, count: int) -> dict[str, float]:
-    """One way in this process: seconds, and peak memory above what the loaded model needs, MiB."""
+    """One way in this process: seconds, and peak memory above that of the loaded model, MiB."""
     tokens = tokens_of(model_name, text, count)
     model = load_model(find_model(model_name))
     forward(model, tokens[:BATCH])
@@ -116,7 +116,7 @@ def measure(way: str, model_name: str, text: str, count: int) -> dict[str, float
     return {"seconds": seconds, "mib": (peak - before) / 1024}
 
 
-def in_process_of_its_own(way: str, model: str, text: str, count: int) -> dict[str, float]:
+def in_separate_process(way: str, model: str, text: str, count: int) -> dict[str, float]:
     command = [sys.executable, __file__, model, text, "--one", way, "--tokens", str(count)]
     result = subprocess.run(command, check=True, capture_output=True, text=True)
     value: dict[str, float] = json.loads(result.stdout.splitlines()[-1])
@@ -124,7 +124,7 @@ def in_process_of_its_own(way: str, model: str, text: str, count: int) -> dict[s
 
 
 def interleaved(model_name: str, text: str, rounds: int) -> dict[str, list[float]]:
-    """Seconds of forward, forward without the head, and our pass in float32 and bfloat16, batch by batch in turn."""
+    """Seconds of forward, forward without the head, and our pass in float32 and bfloat16, interleaved by batch."""
     model: Any = load_model(find_model(model_name))
     half: Any = in_precision(model, "bfloat16")
     tokens = tokens_of(model_name, text, BATCH * SEQ_LEN)
@@ -173,7 +173,7 @@ def main() -> None:
         return
     rows = [["tokens", "forward, s", "ours, s", "authors', s", "ours, MiB", "authors', MiB"]]
     for count in arguments.tokens:
-        got = {way: in_process_of_its_own(way, arguments.model, arguments.text, count) for way in WAYS}
+        got = {way: in_separate_process(way, arguments.model, arguments.text, count) for way in WAYS}
         seconds = [f"{got[way]['seconds']:.1f}" for way in WAYS]
         memory = [f"{got[way]['mib']:,.0f}" for way in ("ours", "authors")]
         rows.append([f"{count:,}", *seconds, *memory])

@@ -2,9 +2,8 @@
 
     scripts/bench_engines.py MODEL OUT --k 12 [--calibration TEXT]
 
-Prints a Markdown table (docs/engines.md has one) and the parity of each graph in ONNX Runtime against
-float32 PyTorch. Needs no GPU: tensorrt-rtx builds ahead of time. OUT is calibrated once and then
-exported, rewritten and built anew for each row.
+Prints a Markdown table (docs/engines.md has one) and the parity of each graph in ONNX Runtime against float32 PyTorch.
+Needs no GPU: tensorrt-rtx builds ahead of time. OUT is calibrated once, and exported, rewritten and built for each row.
 """
 
 from __future__ import annotations

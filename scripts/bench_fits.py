@@ -1,19 +1,19 @@
-"""What changes of the closed-form fit and of the chosen set cost or gain, without gradients.
+"""The effect of changes of the closed-form fit and of the chosen layers on the loss, without gradients.
 
     python scripts/bench_fits.py OUT [--k K …]
 
-OUT is a folder that `nbl-export select` (or scripts/bench_quality.py) has worked in. For the greedy order of its
-layers, KL and excess (nats per token) on OUT's selection text of the K best with
+OUT is an output folder of `nbl-export select` (or scripts/bench_quality.py). For the greedy order of its layers, the
+script measures KL and excess (nats per token) on OUT's selection text of the K best with
 
-share        maps fitted on a share of the calibration rows: what more text would gain
+share        linear layers fitted on a share of the calibration rows: shows the gain of more text
 ridge        another ridge, times the diagonal of the input's covariance
-scale        W scaled about its mean input: LMMSE shrinks, the layers behind may want its variance back, or less
+scale        W scaled about its mean input: LMMSE shrinks the variance; subsequent layers may need more, or less
 temperature  the linearized model's logits divided by T
 lag          generalized least squares for residuals with correlation ρ from token to token: u_t - ρ u_(t-1) and
              y_t - ρ y_(t-1) are fitted, within rows
-fisher       tokens weighted by a power of ‖g‖², g the gradient, at the attention's output, of the likelihood of tokens
-             that the model draws itself: what an error there does to the predictions, to second order
-swap         the best exchange of one of the K for one that is left, among those cheapest alone
+fisher       tokens weighted by a power of ‖g‖², with g the gradient at the attention's output of the likelihood of
+             tokens sampled from the model: the second-order effect of an error there on the predictions
+swap         the best exchange of one of the K layers for another one with a low single-layer loss
 
 The first line of each K is the plain fit. The table is OUT/fits.md.
 """
@@ -36,7 +36,7 @@ from nbl_export.linearize.fits import WeightedSums, as_layer
 from nbl_export.linearize.lmmse import branch_covariances, fit_lmmse
 from nbl_export.linearize.loss import Loss, LossMeter
 from nbl_export.linearize.plan import LinearLayer
-from nbl_export.linearize.search import LossCache, MeasuredSets, alone, greedy_order
+from nbl_export.linearize.search import LossCache, MeasuredSets, greedy_order, single_layer_losses
 from nbl_export.linearize.swap import replaced
 from nbl_export.models.layers import attention_layers, dtype_of, hidden_size, observed
 from nbl_export.models.loaded import LoadedModel
@@ -44,8 +44,8 @@ from nbl_export.models.source import same_model
 from nbl_export.progress import Silent
 from nbl_export.workspace import Workspace
 
-Maps = Mapping[int, LinearLayer]
-SWAPPED_OUT, SWAPPED_IN = 3, 4  # how many are tried
+Layers = Mapping[int, LinearLayer]
+SWAPPED_OUT, SWAPPED_IN = 3, 4  # number of candidates
 FISHER_MOST = 30
 
 
@@ -53,10 +53,10 @@ def fitted(moments: Mapping[int, LayerMoments], ridge: float = 1e-6) -> dict[int
     return {i: as_layer(fit_lmmse(m, "normed", ridge)) for i, m in moments.items()}
 
 
-def scaled(maps: Maps, moments: Mapping[int, LayerMoments], by: float) -> dict[int, LinearLayer]:
-    """W times ``by``, the output at the mean input unchanged."""
+def scaled(linear: Layers, moments: Mapping[int, LayerMoments], by: float) -> dict[int, LinearLayer]:
+    """W times ``by``, with the output at the mean input unchanged."""
     found = {}
-    for i, m in maps.items():
+    for i, m in linear.items():
         mean = (moments[i].x / moments[i].n).astype(np.float32)
         found[i] = LinearLayer(by * m.w, m.b + (1 - by) * (m.w @ mean))
     return found
@@ -86,9 +86,9 @@ def lagged_moments(model: torch.nn.Module, tokens: Any, rho: float) -> dict[int,
 def fisher_moments(
     model: Any, tokens: Any, powers: Sequence[float], wanted: Sequence[int]
 ) -> dict[float, dict[int, LayerMoments]]:
-    """Moments of x and y in which each token counts as ‖g‖² to each of the powers, its weights' mean being 1.
+    """Moments of x and y with each token weighted by ‖g‖² to each of the powers, scaled to a mean weight of 1.
 
-    A token's ‖g‖² comes from one draw, so it is cut off at FISHER_MOST medians of its row.
+    A token's ‖g‖² comes from one sample, so it is clipped at FISHER_MOST medians of its row.
     """
     layers = tuple(layer for layer in attention_layers(model) if layer.index in wanted)
     sums = {(power, index): WeightedSums(hidden_size(model), model) for power in powers for index in wanted}
@@ -124,10 +124,10 @@ def fisher_moments(
     return {power: {index: sums[power, index].result() for index in wanted} for power in powers}
 
 
-def with_mean_of(maps: Maps, moments: Mapping[int, LayerMoments]) -> dict[int, LinearLayer]:
-    """The same W, with the b that makes the mean output right."""
+def with_mean_of(linear: Layers, moments: Mapping[int, LayerMoments]) -> dict[int, LinearLayer]:
+    """The same W, with the b that gives the correct mean output."""
     found = {}
-    for i, m in maps.items():
+    for i, m in linear.items():
         c = branch_covariances(moments[i], "normed")
         found[i] = LinearLayer(m.w, (c.mean_v - m.w.astype(np.float64) @ c.mean_u).astype(np.float32))
     return found
@@ -143,8 +143,8 @@ def cooled(model: Any, temperature: float) -> Iterator[None]:
 
 
 def best_swap(sets: MeasuredSets, chosen: list[int]) -> tuple[str, Loss]:
-    """The loss of the best single exchange, and which it is."""
-    singles = alone(sets)
+    """The best single exchange, and its loss."""
+    singles = single_layer_losses(sets)
     gone = sorted(chosen, key=lambda i: sets.loss(set(chosen) - {i}).kl)[:SWAPPED_OUT]
     left = sorted((i for i in sets.candidates if i not in chosen), key=lambda i: singles[i].kl)[:SWAPPED_IN]
     tried: dict[str, Loss] = {}
@@ -172,13 +172,13 @@ def main() -> None:
     meter = LossMeter(model, text.selection, text.selection_document, "normed")
     plain = fitted(moments)
     sets = MeasuredSets(lambda: meter, plain, LossCache({}, lambda _: None))
-    order = greedy_order(sets, alone(sets), max(arguments.k))
+    order = greedy_order(sets, single_layer_losses(sets), max(arguments.k))
     wanted = {i: moments[i] for i in order}
-    variants: dict[str, Maps] = {"plain": plain}
+    variants: dict[str, Layers] = {"plain": plain}
     rows = text.calibration
     for share in (8, 4, 2):
-        part = collect_moments(model, rows[: len(rows) // share], "").layers
-        variants[f"share 1/{share}"] = fitted({i: part[i] for i in order})
+        fewer = collect_moments(model, rows[: len(rows) // share], "").layers
+        variants[f"share 1/{share}"] = fitted({i: fewer[i] for i in order})
     variants |= {f"ridge {ridge:g}": fitted(wanted, ridge) for ridge in (1e-4, 1e-3, 1e-2)}
     variants |= {
         f"scale {by}": scaled({i: plain[i] for i in order}, moments, by) for by in (0.8, 0.9, 1.1, 1.2)
@@ -194,21 +194,21 @@ def main() -> None:
         lines.append(f"| {k} | {name} | {loss.kl:.4f} ± {loss.kl_se:.4f} | {loss.excess:.4f} |")
         print(lines[-1], flush=True)
 
-    def loss_of(maps: Maps, k: int, change: AbstractContextManager[Any]) -> Loss:
+    def loss_of(linear: Layers, k: int, change: AbstractContextManager[Any]) -> Loss:
         meter.settle({})
         with change:
-            chosen = {i: maps[i] for i in order[:k]}
+            chosen = {i: linear[i] for i in order[:k]}
             return meter.measure_within(replaced(model, chosen, "normed"), min(chosen))
 
     for k in arguments.k:
-        for name, maps in variants.items():
-            add(k, name, loss_of(maps, k, nullcontext()))
+        for name, linear in variants.items():
+            add(k, name, loss_of(linear, k, nullcontext()))
         for temperature in (0.95, 1.05):
             add(k, f"temperature {temperature}", loss_of(plain, k, cooled(model, temperature)))
         swap, loss = best_swap(sets, order[:k])
         add(k, f"swap {swap}", loss)
-    said = f"{info['source']}, layers {' '.join(map(str, order))}; {dtype_of(model)}."
-    (arguments.out / "fits.md").write_text("\n".join([*lines, "", said, ""]), encoding="utf-8")
+    caption = f"{info['source']}, layers {' '.join(map(str, order))}; {dtype_of(model)}."
+    (arguments.out / "fits.md").write_text("\n".join([*lines, "", caption, ""]), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
-"""Method loss by criterion, fit and K: what each way of choosing and fitting layers costs on text it has not seen.
+"""Method loss by criterion, fit and K: the loss of each way to choose and fit layers on held-out text.
 
     python scripts/bench_quality.py MODEL CALIBRATION --judge NAME=TEXT … [--tasks FOLDER] [--out DIR]
 
-Calibrates once on CALIBRATION, then for each way and K selects as `nbl-export select` does and measures on every
+Calibrates once on CALIBRATION. Then for each way and K it selects like `nbl-export select` and measures on every
 --judge text (its first --tokens tokens, packed in rows of 512)
 
 excess    ln(perplexity linearized / perplexity original), ± its standard error over documents
-÷ paper   that excess by the one of the paper's way (CCA ranking, plain LMMSE) with the same K on the same text
+÷ paper   that excess divided by that of the paper's method (CCA ranking, plain LMMSE) with the same K and text
 KL        of the next token, original to linearized, in nats
 
-and, with --tasks, the mean accuracy over a folder's tasks (--limit rows of each, drawn by a seed), with PyTorch.
-The judged texts decide nothing: layers are chosen on a part of CALIBRATION. Seconds are those of selecting, repair
-included; what an earlier cell has measured is not measured again. What is done is kept in DIR/quality.json and not
-done again, so --ways and --k can be added to; the table is DIR/quality.md. Models are run in bfloat16 where the
-processor multiplies it.
+and, with --tasks, the mean accuracy over a folder's tasks (--limit rows of each, sampled by a seed), with PyTorch.
+The --judge texts are used for evaluation only: layers are chosen on a split of CALIBRATION. Seconds are those of the
+selection, including repair; measurements of earlier cells are reused. Results are saved in DIR/quality.json and
+reused, so --ways and --k can be extended; the table is DIR/quality.md. Models are run in bfloat16 if the processor
+supports it.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
 
 
 class Judge:
-    """One text that ways are judged on."""
+    """A held-out text to measure plans on."""
 
     def __init__(self, model: torch.nn.Module, tokenizer: Any, text: str, tokens: int) -> None:
         rows, owners = packed(tokenizer, text, tokens)
@@ -74,7 +74,7 @@ class Judge:
 
 
 def packed(tokenizer: Any, text: str, tokens: int) -> tuple[Any, Any]:
-    """The first ``tokens`` of a text in rows, and the document that each belongs to."""
+    """The first ``tokens`` of a text in rows, and the document number of each token."""
     ids: list[int] = []
     owners: list[int] = []
     for number, document in enumerate(t for t in documents((text,), "text") if t.strip()):
@@ -86,8 +86,8 @@ def packed(tokenizer: Any, text: str, tokens: int) -> tuple[Any, Any]:
         owners += [number] * len(own)
         if len(ids) >= tokens:
             break
-    whole = min(len(ids), tokens) // SEQ_LEN * SEQ_LEN
-    return tuple(np.array(a[:whole], dtype=np.int32).reshape(-1, SEQ_LEN) for a in (ids, owners))  # type: ignore[return-value]
+    length = min(len(ids), tokens) // SEQ_LEN * SEQ_LEN
+    return tuple(np.array(a[:length], dtype=np.int32).reshape(-1, SEQ_LEN) for a in (ids, owners))  # type: ignore[return-value]
 
 
 def task_accuracy(
@@ -149,12 +149,10 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("calibration", nargs="+")
     parser.add_argument("--judge", action="append", required=True, metavar="NAME=TEXT")
-    parser.add_argument("--tokens", type=int, default=12288, help="judged tokens of each text")
+    parser.add_argument("--tokens", type=int, default=12288, help="held-out tokens of each text")
     parser.add_argument("--k", type=int, nargs="+", default=[4, 8, 12, 16])
     parser.add_argument("--ways", nargs="+", choices=WAYS)
-    parser.add_argument(
-        "--samples", type=int, default=256, help="calibration rows of 512 tokens, as far as there are"
-    )
+    parser.add_argument("--samples", type=int, default=256, help="calibration rows of 512 tokens, at most")
     parser.add_argument("--selection-samples", type=int, default=16)
     parser.add_argument("--tasks", help="a folder of .jsonl tasks")
     parser.add_argument("--limit", type=int, default=40)
@@ -188,7 +186,7 @@ def main() -> None:
         print(f"{way}, K = {k}: {cell}", flush=True)
     machine = environment()
     original = results.get("original")
-    said = (
+    caption = (
         f"{arguments.model}, calibrated on {', '.join(arguments.calibration)}; {dtype_of(model)}. "
         + (
             f"Tasks, original: {original['accuracy']:.1%} ± {original['accuracy_se']:.1%}. "
@@ -198,7 +196,7 @@ def main() -> None:
         + f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB; torch "
         f"{machine['packages']['torch']}."
     )
-    written = f"{table(results, list(judges))}\n\n{said}\n"
+    written = f"{table(results, list(judges))}\n\n{caption}\n"
     (arguments.out / "quality.md").write_text(written, encoding="utf-8")
     print(written)
 

@@ -1,11 +1,11 @@
-"""Rewrite an 8B-shaped decoder at K = 12: time, bytes written and peak memory, beside a plain copy of its data.
+"""Rewrite an 8B-shaped decoder at K = 12: time, bytes written and peak memory, compared with a copy of its data.
 
     scripts/bench_rewrite.py FOLDER [--layers 32] [--k 12] [--split 6] [--keep]
 
 FOLDER needs 50 GB. The decoder has the shape of Llama 3.1 8B and the operators of onnxruntime-genai's
-builder, in fp16 with random weights (scripts/synthetic_llama.py). No PyTorch model of it exists, so the
-plan's activations are taken from the graph itself: the proof runs as it does on a real model, and proves
-nothing here. Each rewrite is a process of its own, as on the command line. Prints a Markdown table.
+builder, in fp16 with random weights (scripts/synthetic_llama.py). There is no PyTorch model of it, so the plan's
+activations are taken from the graph itself: the proof runs as on a real model but proves nothing. Each rewrite is a
+separate process, as on the command line. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from synthetic_llama import write_synthetic_llama
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.regions import AttentionRegion, find_regions
 from nbl_export.linearize.plan import LinearLayer, Plan, save_plan
-from nbl_export.runtime.pieces import compute, prefill_rows
+from nbl_export.runtime.intermediates import compute_tensors, prefill_rows
 
 GB = 10**9
-# The command line, and then the peak that Linux kept of its memory.
+# The command line, and then the peak of its resident memory as recorded by Linux.
 _RUN = (
     "import re, sys\n"
     "from nbl_export.cli import main\n"
@@ -40,7 +40,7 @@ _RUN = (
 
 @dataclass(frozen=True)
 class Run:
-    """One measured command: seconds, peak resident memory and bytes of files it wrote."""
+    """One measured command: seconds, peak resident memory and bytes of written files."""
 
     name: str
     seconds: float
@@ -91,13 +91,13 @@ def main() -> None:
 
 
 def write_plan(graph: Path, path: Path, layers: int, k: int) -> None:
-    """A plan of random maps for ``k`` layers, with the graph's own activations as the probe."""
+    """A plan of ``k`` random linear layers, with the graph's own activations as the probe."""
     model = load_graph(graph)
     regions = [r for r in find_regions(model) if isinstance(r, AttentionRegion)]
     names = [str(v.name) for r in regions for v in (r.x, r.y)]
     generator = np.random.default_rng(0)
     rows = [generator.integers(3, 1000, length) for length in (24, 16)]
-    found = compute(model, names, prefill_rows(model, rows))
+    found = compute_tensors(model, names, prefill_rows(model, rows))
     taps = {name: np.concatenate([row[name][0] for row in found]) for name in names}
     width = taps[names[0]].shape[-1]
     mask = np.ones((2, 24), dtype=np.int64)
@@ -130,7 +130,7 @@ def write_plan(graph: Path, path: Path, layers: int, k: int) -> None:
 
 
 def copied(source: Path, target: Path) -> Run:
-    """What the disk can do: the same files copied by ``cp``."""
+    """The speed of the disk: the same files copied by ``cp``."""
     start = time.perf_counter()
     subprocess.run(["cp", "--reflink=never", "-r", str(source), str(target)], check=True)
     seconds = time.perf_counter() - start

@@ -1,17 +1,17 @@
-"""Speed of the linearized graph beside everything that one might run instead, on one machine in one run.
+"""Speed of the linearized graph compared with its alternatives, on one machine in one run.
 
     python scripts/bench_speed.py MODEL CALIBRATION [--k 8 12] [--out DIR]
 
-Calibrates once, chooses K layers for each --k, and rewrites the graphs of this package's exporter in fp32, its cache
-growing or shared, and of onnxruntime-genai's builder in fp32 and int4 by the same plans. Then `nbl-export bench` times
-in every cell, in turn: base and linearized graph, the same layers left out, PyTorch (eager and compiled), the shared
-and the genai pairs, the graph that optimum exports (with NBL_EXPORT_OPTIMUM_PYTHON set), and the graph with the other
-K. At the contexts of --long there is no room for all of them: there the four pairs of graphs are timed, in a run of
-their own. What is made is kept in DIR; the tables are DIR/speed.md and DIR/speed-long.md, the plots and all figures
-beside them in .png and .json, and the last K's report has those of the first run too.
+Calibrates once, chooses K layers for each --k, and rewrites by the same plans the graphs of this package's exporter in
+fp32, with a growing and a shared cache, and of onnxruntime-genai's builder in fp32 and int4. Then `nbl-export bench`
+times in every cell, interleaved: base and linearized graph, the same layers dropped, PyTorch (eager and compiled), the
+shared and the genai pairs, optimum's graph (if NBL_EXPORT_OPTIMUM_PYTHON is set), and the graph with the other K. At
+the contexts of --long there is not enough memory for all of them: there only the four pairs of graphs are timed, in a
+separate run. All results are saved in DIR: the tables are DIR/speed.md and DIR/speed-long.md, next to the plots (.png)
+and all figures (.json). The last K's report has those of the first run too.
 
-On a machine with an NVIDIA GPU the same is run on it afterwards, with TensorRT engines and the CUDA provider; elsewhere
-the reason for leaving that out is printed.
+On a machine with an NVIDIA GPU the same is then run on the GPU, with TensorRT engines and the CUDA provider; otherwise
+the reason for skipping it is printed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PEERS = ("dropped", "eager", "compile")
 
 
 def prepared(arguments: argparse.Namespace, k: int) -> dict[str, Path]:
-    """Output folders of every form with K layers, rewritten; what is there already is kept."""
+    """Rewritten output folders of every form with K layers; existing ones are reused."""
     start = arguments.out / "calibrated"
     text = api.CalibrateSettings(tuple(arguments.calibration), arguments.samples, 512, 1, 16)
     api.calibrate(arguments.model, start, text, TerminalListener())
@@ -57,13 +57,13 @@ def prepared(arguments: argparse.Namespace, k: int) -> dict[str, Path]:
 
 
 def _only_plan(folder: str, names: list[str]) -> set[str]:
-    """Of a finished folder, what another exporter's begins with: what lies in nbl."""
+    """The entries of a finished folder not to copy for another exporter: everything but the folder nbl."""
     path = Path(folder)
     return set(names) - {"nbl"} if (path / "nbl").exists() else set()
 
 
 def optimum(arguments: argparse.Namespace) -> Path | None:
-    """The folder that optimum exports, None where it is not installed."""
+    """The folder with optimum's export, None if optimum is not installed."""
     if not os.environ.get(VARIABLE):
         print(f"optimum is left out: {VARIABLE} names no Python that has it.")
         return None
@@ -74,7 +74,7 @@ def optimum(arguments: argparse.Namespace) -> Path | None:
 
 
 def judged(cells: Sequence[Mapping[str, Any]], bounds: Sequence[str]) -> str:
-    """Each ``who/phase context/least`` that was asked for, beside what was measured."""
+    """Each requested ``who/phase context/least`` next to the measured value."""
     lines = ["| who | cell | asked | measured | ceiling |", "| --- | --- | --- | --- | --- |"]
     for bound in bounds:
         who, cell, least = bound.split("/")
@@ -101,7 +101,7 @@ def raced(
     device: str,
     name: str,
 ) -> BenchReport:
-    """One bench; its table, plot and figures are kept as ``name``."""
+    """One bench; its table, plot and figures are saved as ``name``."""
     settings = api.BenchSettings(
         tuple(against),
         tuple(peers),

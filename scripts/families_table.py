@@ -1,9 +1,9 @@
-"""Make docs/families.md: which family works in which form, as tests/test_families.py finds it.
+"""Write docs/families.md: which family works in which form, from the results of tests/test_families.py.
 
     python scripts/families_table.py [--from JUNIT.xml ...]
 
 Without ``--from`` the tests are run first, with the exporters of other projects (about 20 minutes on two cores;
-NBL_EXPORT_OPTIMUM_PYTHON must name a Python with optimum for its column). Of several files the later counts.
+NBL_EXPORT_OPTIMUM_PYTHON must name a Python with optimum for its column). Later files override earlier ones.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ def main() -> None:
 
 
 def run(path: Path) -> Path:
-    """Run the tests; their results are read whether they pass or not."""
+    """Run the tests; their results are read even if they fail."""
     command = [sys.executable, "-m", "pytest", "-q", "-n", "auto", TESTS, f"--junitxml={path}"]
-    command += ["-o", "junit_family=xunit1"]  # which takes what the tests record
+    command += ["-o", "junit_family=xunit1"]  # needed for the properties that the tests record
     subprocess.run(command, cwd=ROOT, env=os.environ | {"NBL_EXPORT_ALL_FAMILIES": "1"}, check=False)
     return path
 
@@ -106,15 +106,15 @@ def table(cases: Mapping[str, Mapping[tuple[str, str], TestCase]]) -> str:
 
 
 def cell(case: TestCase | None, reasons: dict[str, int]) -> str:
-    """What a test found; a sentence of refusal becomes a number of ``reasons``."""
+    """The result of a test; the message of a refusal becomes a number in ``reasons``."""
     if case is None or any(isinstance(r, Skipped) for r in case.result):
         return NOT_TRIED
     if any(isinstance(r, Failure) or not isinstance(r, Skipped) for r in case.result):
         return FAILS
-    told = {p.name: p.value for p in case.child(Properties) or ()}
-    if reason := told.get("refused"):
+    recorded = {p.name: p.value for p in case.child(Properties) or ()}
+    if reason := recorded.get("refused"):
         return str(reasons.setdefault(reason, len(reasons) + 1))
-    return "decomposed" if told.get("fused") == "False" else WORKS
+    return "decomposed" if recorded.get("fused") == "False" else WORKS
 
 
 if __name__ == "__main__":

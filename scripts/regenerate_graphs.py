@@ -2,9 +2,9 @@
 
     python scripts/regenerate_graphs.py [FOLDER]
 
-Each is a 2-layer random decoder by one exporter, with layer 1 linearized. A golden test compares a fresh run
-with what is committed: a change of an exporter or of the rewrite shows here first. Optimum runs in the
-environment that NBL_EXPORT_OPTIMUM_PYTHON names, and its graphs are left alone without one.
+Each is a 2-layer random decoder of one exporter, with layer 1 linearized. A golden test compares a new run with the
+committed files, which shows any change of an exporter or of the rewrite. Optimum runs in the environment named by
+NBL_EXPORT_OPTIMUM_PYTHON; without it its graphs are not changed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from nbl_export.models.compat import CONFIG, TOKENIZER, readable_config, readabl
 from nbl_export.progress import Silent
 from nbl_export.rewrite.replace import rewrite_file
 
-WIDTH, VOCAB = 64, 40  # a vocabulary as wide as a projection would be taken for one
+WIDTH, VOCAB = 64, 40  # a vocabulary as wide as a projection would be mistaken for one
 SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": WIDTH,
@@ -56,8 +56,8 @@ SIZES = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-# llama: grouped-query attention, RMSNorm. biases: MHA whose projections all have one. phi3: packed q, k, v.
-# phi: attention and MLP beside each other, LayerNorm, biases, rotary embedding of half a head. (The genai builder
+# llama: grouped-query attention, RMSNorm. biases: MHA with a bias in every projection. phi3: packed q, k, v.
+# phi: attention and MLP in parallel, LayerNorm, biases, rotary embedding of half the head_dim. (The genai builder
 # writes 1e-6 into every LayerNorm, whatever the model has.)
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2, tie_word_embeddings=True)),
@@ -69,7 +69,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 }
 
 
-def _handed(model: Any, write: Callable[[Path, Path], object]) -> Callable[[Path], object]:
+def _from_folder(model: Any, write: Callable[[Path, Path], object]) -> Callable[[Path], object]:
     """An exporter that reads a folder: ``write`` it from the saved ``model``."""
 
     def export(path: Path) -> None:
@@ -83,7 +83,7 @@ def _handed(model: Any, write: Callable[[Path, Path], object]) -> Callable[[Path
 
 
 def _readable(folder: Path) -> Path:
-    """The folder as the environment of optimum reads it, which has an older transformers."""
+    """The folder with configurations that the older transformers in optimum's environment reads."""
     for name, adapt in ((CONFIG, readable_config), (TOKENIZER, readable_tokenizer_config)):
         write_json(folder / name, adapt(read_json(folder / name, "The configuration", "save it again")))
     return folder
@@ -93,11 +93,13 @@ EXPORTERS: dict[str, Callable[[Any], Callable[[Path], object]]] = {
     "torch": lambda model: lambda path: export_torch(model, path),
     "torch-shared": lambda model: lambda path: export_torch(model, path, form=SHARED),
     "torch-static": lambda model: lambda path: export_torch(model, path, form=STATIC),
-    "genai": lambda model: _handed(model, lambda f, out: export_genai(f, out, "fp32", Silent())),
-    "genai-int4": lambda model: _handed(model, lambda f, out: export_genai(f, out, "int4", Silent())),
-    "optimum": lambda model: _handed(model, lambda f, out: export_optimum(f, out, find_optimum(), Silent())),
+    "genai": lambda model: _from_folder(model, lambda f, out: export_genai(f, out, "fp32", Silent())),
+    "genai-int4": lambda model: _from_folder(model, lambda f, out: export_genai(f, out, "int4", Silent())),
+    "optimum": lambda model: _from_folder(
+        model, lambda f, out: export_optimum(f, out, find_optimum(), Silent())
+    ),
 }
-# Every exporter with the plain family, and the other families where they look different.
+# Every exporter with the first family, and the other families where their graphs differ.
 PAIRS = [
     *((exporter, "llama") for exporter in EXPORTERS),
     *(
@@ -109,7 +111,7 @@ PAIRS = [
 
 
 def write_graphs(folder: Path, pairs: Iterable[tuple[str, str]] = PAIRS) -> list[Path]:
-    """Write before.txt and after.txt of every pair below ``folder``; returns the paths.
+    """Write before.txt and after.txt of every pair in ``folder``; returns the paths.
 
     Raises :class:`MissingDependencyError` for an exporter that is not installed.
     """
@@ -118,7 +120,9 @@ def write_graphs(folder: Path, pairs: Iterable[tuple[str, str]] = PAIRS) -> list
         torch.manual_seed(0)
         model = MODELS[family]().eval().requires_grad_(False)
         for weight in model.parameters():
-            if weight.ndim == 1:  # norms and biases as they never are in a trained model: all the same
+            if (
+                weight.ndim == 1
+            ):  # the values of new norms and biases are all the same, unlike in a trained model
                 weight.add_(0.1 * torch.randn_like(weight))
         with tempfile.TemporaryDirectory() as temporary:
             before, after = (Path(temporary) / stage / "model.onnx" for stage in ("before", "after"))
@@ -152,7 +156,7 @@ def _plan(model: torch.nn.Module) -> Plan:
 
 
 def graph_text(model: ir.Model) -> str:
-    """One line for each input, output, weight and node; inner values are numbered, so names do not matter."""
+    """One line for each input, output, weight and node; intermediate tensors are numbered, so names do not matter."""
     graph = model.graph
     names: dict[ir.Value, str] = {}
 
@@ -168,7 +172,7 @@ def graph_text(model: ir.Model) -> str:
             assert tensor is not None
             if tensor.size <= 8 and (constant or tensor.dtype != ir.DataType.FLOAT):
                 return str(tensor.numpy().tolist())
-            # Exporters number what they fold; the number says nothing.
+            # Exporters number folded constants; the number has no meaning.
             known = "folded" if re.fullmatch(r"(onnx::\w+|val)_\d+", str(value.name)) else value.name
             return f"{known}{list(tensor.shape)}"
         names[value] = (
@@ -199,4 +203,4 @@ if __name__ == "__main__":
         try:
             print(*write_graphs(root, [pair]), sep="\n")
         except MissingDependencyError as error:
-            print(f"{'-'.join(pair)} is left as it is: {error}", file=sys.stderr)
+            print(f"{'-'.join(pair)} is not changed: {error}", file=sys.stderr)

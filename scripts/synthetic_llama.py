@@ -2,9 +2,9 @@
 
     scripts/synthetic_llama.py FOLDER [--layers 32] [--dtype fp16] [--sparse] [--split GB]
 
-The defaults have the shape of Llama 3.1 8B: 16 GB of fp16 weights in external data. They are streamed
-from one block of a few dozen MiB of seeded normal numbers, repeated at a different shift for each tensor, so
-writing takes little memory, and no two layers are equal. Names, operators and types are the builder's.
+The defaults have the shape of Llama 3.1 8B: 16 GB of fp16 weights in external data. The weights are streamed from one
+block of a few dozen MiB of seeded random normal values, repeated at a different offset for each tensor, so writing
+needs little memory, and no two layers are equal. Names, operators and types are those of the builder.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _EPSILON = 1e-5
 
 @dataclass(frozen=True)
 class _Weight:
-    """An initializer to be written: normal numbers ``mean + std * z``, or the given ``values``."""
+    """An initializer to be written: random normal values ``mean + std * z``, or the given ``values``."""
 
     name: str
     shape: tuple[int, ...]
@@ -102,9 +102,8 @@ def write_synthetic_llama(
 ) -> Path:
     """Write ``folder/model.onnx`` and its data; returns its path.
 
-    All weights are in ``model.onnx.data`` or, with ``split_bytes``, in files of at most that many bytes
-    (a larger tensor has its own). ``sparse`` leaves holes where the random numbers would be: they read
-    as zeros and take no room on the disk.
+    All weights are in ``model.onnx.data`` or, with ``split_bytes``, in files of at most that many bytes (a larger
+    tensor has its own file). ``sparse`` leaves holes instead of random values: they read as zeros and use no space.
     """
     head = hidden // heads
     decoder = _Decoder(dtype)
@@ -177,7 +176,7 @@ def _add_lengths(decoder: _Decoder) -> list[str]:
 def _add_norm(
     decoder: _Decoder, name: str, skip: str, block: str, shape: list[int | str], final: bool = False
 ) -> tuple[str, str]:
-    """RMSNorm of ``skip + block``; returns it and the sum, the residual that goes on."""
+    """RMSNorm of ``skip + block``; returns it and the sum, the new residual."""
     weight = decoder.norm(name.strip("/").replace("/", ".") + ".weight", int(shape[-1]))
     normed = f"{name}/output_0"
     if not block:
@@ -247,7 +246,7 @@ def _write_weights(
     normal = np.random.default_rng(seed).standard_normal(_BLOCK_ELEMENTS, dtype=np.float32)
     blocks: dict[tuple[float, float], npt.NDArray[Any]] = {}
     kind = _NUMPY[decoder.dtype]
-    placed = _places(decoder, split_bytes)
+    placed = _layout(decoder, split_bytes)
     for number, (weight, name, offset, length) in enumerate(placed):
         with (folder / name).open("wb" if offset == 0 else "r+b") as file:
             file.seek(offset)
@@ -264,8 +263,8 @@ def _write_weights(
     return [_external(w, _ONNX[decoder.dtype], name, at, size) for w, name, at, size in placed]
 
 
-def _places(decoder: _Decoder, split_bytes: int | None) -> list[tuple[_Weight, str, int, int]]:
-    """File, offset and length of each weight, packed as the builder packs them."""
+def _layout(decoder: _Decoder, split_bytes: int | None) -> list[tuple[_Weight, str, int, int]]:
+    """File, offset and length of each weight, packed as by the builder."""
     placed, file, end = [], 0, 0
     for weight in decoder.weights:
         length = int(np.prod(weight.shape)) * _NUMPY[decoder.dtype]().itemsize
@@ -277,7 +276,7 @@ def _places(decoder: _Decoder, split_bytes: int | None) -> list[tuple[_Weight, s
 
 
 def _repeated(block: npt.NDArray[Any], shift: int, count: int) -> Iterator[npt.NDArray[Any]]:
-    """``count`` numbers of the endlessly repeated ``block``, beginning ``shift`` into it."""
+    """``count`` values of the endlessly repeated ``block``, starting at offset ``shift``."""
     at = shift % len(block)
     while count:
         piece = block[at : at + count]
@@ -299,7 +298,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--dtype", choices=["fp16", "fp32"], default="fp16")
-    parser.add_argument("--sparse", action="store_true", help="zero weights that take no room on the disk")
+    parser.add_argument("--sparse", action="store_true", help="zero weights that use no disk space")
     parser.add_argument("--split", type=float, metavar="GB", help="largest data file, in 10⁹ bytes")
     given = parser.parse_args()
     split = None if given.split is None else int(given.split * 1e9)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All checks: format, lint, types, tests. Installs what it needs into .venv-test first.
+# All checks: format, lint, types, tests. Installs their dependencies into .venv-test first.
 #
 #   scripts/test.sh [PYTEST ARGUMENTS]       for example: scripts/test.sh -m 'not slow' tests/graph
 set -euo pipefail
@@ -14,5 +14,5 @@ export NBL_EXPORT_SMOLLM2 NBL_EXPORT_MINILM NBL_EXPORT_OPTIMUM_PYTHON
 .venv-test/bin/ruff format --check .
 .venv-test/bin/ruff check .
 .venv-test/bin/mypy
-# A file's tests share what they export, so they stay in one process. What runs side by side gets one thread each.
+# The tests of a file share their exports, so they stay in one process. Parallel processes use one thread each.
 OMP_NUM_THREADS=1 .venv-test/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"

@@ -25,14 +25,14 @@ from transformers import DynamicCache
 
 from nbl_export.export.forms import FORMS
 from nbl_export.export.genai import export_genai
-from nbl_export.export.handoff import handoff
+from nbl_export.export.hf_folder import as_hf_folder
 from nbl_export.export.optimum import VARIABLE, export_optimum
 from nbl_export.export.torch import export_torch
+from nbl_export.models.dummy_run import cache_shapes
 from nbl_export.models.layers import layer_count
 from nbl_export.models.load import quiet
 from nbl_export.models.loaded import LoadedModel
 from nbl_export.models.source import find_model
-from nbl_export.models.trial import cache_shapes
 from nbl_export.progress import Silent
 from tests.families import Calibrated, build, calibrated
 from tests.fixtures_graph import load
@@ -164,7 +164,9 @@ def optimum_python() -> str:
 
 
 def handed_over(model: Path, folder: Path) -> Path:
-    return handoff(LoadedModel(find_model(str(model)), Silent()), folder.with_name(f"{folder.name}.handed"))
+    return as_hf_folder(
+        LoadedModel(find_model(str(model)), Silent()), folder.with_name(f"{folder.name}.handed")
+    )
 
 
 # optimizers of graphs ----------------------------------------------------------------------------

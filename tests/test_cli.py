@@ -279,7 +279,7 @@ USAGE = {
     "unknown model": Case(("no/such-model", "--k", "1"), ("no/such-model",)),
     "unknown path": Case(("./no-such-folder", "--k", "1"), ("./no-such-folder does not exist",)),
     "folder without a model": Case(("{tmp}", "--k", "1"), ("no model", "config.json")),
-    "file that is no GGUF": Case(("{tmp}/file", "--k", "1"), ("no .gguf",)),
+    "file that is no GGUF": Case(("{tmp}/file", "--k", "1"), ("not a .gguf file",)),
     "no K": Case(("{place}/model",), ("--k", "--layers")),
     "negative K": Case(("{place}/model", "--k", "-1"), ("--k is -1",)),
     "K is no number": Case(("{place}/model", "--k", "many"), ("--k is 'many'", "a whole number or auto")),
@@ -310,7 +310,9 @@ USAGE = {
     "too few rounds": Case(("{place}/model", "--k", "1", "--rounds", "1"), ("--rounds is 1",)),
     "no samples": Case(("{place}/model", "--k", "1", "--samples", "0"), ("--samples is 0",)),
     "encoder-decoder": Case(("{tmp}/t5", "--k", "1"), ("encoder-decoder", "t5")),
-    "head not served": Case(("{tmp}/bert", "--k", "1"), ("a task that is not served", "BertForPreTraining")),
+    "head not supported": Case(
+        ("{tmp}/bert", "--k", "1"), ("a task that is not supported", "BertForPreTraining")
+    ),
     "pickled weights": Case(("{tmp}/pickled", "--k", "1"), (".safetensors",)),
     "output under a file": Case(("{place}/model", "--k", "1", "-o", "{tmp}/file/out"), ("{tmp}/file",)),
     "output is a file": Case(("{place}/model", "--k", "1", "-o", "{tmp}/file"), ("is a file",)),
@@ -369,7 +371,7 @@ def test_bad_selections_exit_2(place: Path, arguments: tuple[str, ...], words: t
 def test_a_budget_that_no_k_keeps_exits_1_and_leaves_the_plan(out: Path) -> None:
     before = (out / "nbl" / "plan.json").read_bytes()
     done = nbl("select", out, "--max-kl", "1e-12")
-    assert_refused(done, 1, "No K keeps the budget", "K = 1 costs a KL of", quietly=False)
+    assert_refused(done, 1, "No K meets the budget", "K = 1 costs a KL of", quietly=False)
     assert (out / "nbl" / "plan.json").read_bytes() == before
     no_leftovers(out)
 
@@ -483,7 +485,7 @@ def test_another_process_at_work_exits_2(out: Path) -> None:
 
     with (out / "nbl" / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        assert_refused(nbl("report", out), 2, "Another nbl-export is at work")
+        assert_refused(nbl("report", out), 2, "Another nbl-export is running")
 
 
 # no room -----------------------------------------------------------------------------------------

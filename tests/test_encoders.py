@@ -24,10 +24,10 @@ from nbl_export.calibrate.text import load_text
 from nbl_export.errors import InputError, MissingDependencyError
 from nbl_export.graph.io import load_graph
 from nbl_export.linearize.plan import load_plan
+from nbl_export.models.dummy_run import check_supported
 from nbl_export.models.load import load_model
 from nbl_export.models.source import find_model
 from nbl_export.models.tasks import task_named
-from nbl_export.models.trial import check_served
 from nbl_export.report.schema import Report
 from nbl_export.verify.speed import pair as speed_module
 from nbl_export.workspace import Workspace
@@ -396,7 +396,7 @@ def test_families(place: Path, tmp_path: Path, model_type: str, model_class: str
 @pytest.mark.parametrize(
     ("model_type", "model_class", "said"),
     [
-        ("albert", "AlbertModel", "this architecture is not served yet"),
+        ("albert", "AlbertModel", "this architecture is not supported yet"),
         ("mobilebert", "MobileBertModel", "does more after its output projection"),
         ("canine", "CanineModel", "does not give each row's tokens to its attention as they are"),
         ("llama", "LlamaModel", "is a decoder without its language-model head"),
@@ -412,7 +412,7 @@ def test_families_that_are_refused_before_calibration(
     build(tmp_path / "model", model_type, model_class, **fields)
     with pytest.raises(InputError, match=said) as told:
         source = find_model(str(tmp_path / "model"))
-        check_served(load_model(source), task=task_named(source.task))
+        check_supported(load_model(source), task=task_named(source.task))
     assert "\n" not in str(told.value)
 
 
@@ -445,7 +445,7 @@ def last_token(folder: Path) -> None:
         ("vit", {}, {"kv_cache": "static"}, "has no KV cache, so --kv-cache static means nothing"),
         ("bert", {}, {"exporter": "optimum"}, "--exporter optimum is for decoders"),
         ("bert", {}, {"engines": True}, "TensorRT engines are built of decoders only"),
-        ("bert", {"change": change_modules}, {}, "has the module Dense: served are a Transformer"),
+        ("bert", {"change": change_modules}, {}, "has the module Dense: supported are a Transformer"),
         ("bert", {"change": last_token}, {}, "asks for the pooling pooling_mode_lasttoken"),
     ],
 )
@@ -502,7 +502,7 @@ def test_a_vision_model_without_its_preprocessor(place: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [("not an image", r"00\.png is no image that can be read"), (None, "names no image")],
+    [("not an image", r"00\.png is not a readable image"), (None, "names no image")],
 )
 def test_calibration_images_that_are_none(
     place: Path, tmp_path: Path, content: str | None, said: str

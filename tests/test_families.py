@@ -1,4 +1,4 @@
-"""Every family that is served, in every form: PyTorch with the plan's maps and the graph say the same.
+"""Every family that is supported, in every form: PyTorch with the plan's maps and the graph say the same.
 
 One row of :data:`tests.families.DECODERS` each. ``scripts/families_table.py`` makes the table in docs/families.md
 of what these tests found; what is refused is in :data:`REFUSED`, with the words it is refused by.
@@ -180,7 +180,7 @@ def test_engine(
     def build() -> tuple[int, bool]:
         timings = TimingCache(library, tmp_path / "timings")
         with Silent().task("Building", 1000, "steps") as task:
-            built = build_engine(library, graph, len(plan.kept), LIMITS, ("SM86",), timings, task)
+            built = build_engine(library, graph, len(plan.attention_layers), LIMITS, ("SM86",), timings, task)
         return built.size, built.fused
 
     def safely() -> tuple[int, bool]:

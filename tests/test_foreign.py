@@ -312,9 +312,12 @@ def below_a_file(source: Source) -> Path:
 
 
 TARGETS: dict[str, tuple[Callable[[Source], Path], str]] = {
-    "the source": (lambda s: s.folder, "is where the graph lies"),
-    "the source, spelled otherwise": (lambda s: s.folder / ".." / "source", "is where the graph lies"),
-    "a link to the source": (a_link_to_the_source, "is where the graph lies"),
+    "the source": (lambda s: s.folder, "is the folder of the graph itself"),
+    "the source, spelled otherwise": (
+        lambda s: s.folder / ".." / "source",
+        "is the folder of the graph itself",
+    ),
+    "a link to the source": (a_link_to_the_source, "is the folder of the graph itself"),
     "a file": (a_file, "is a file"),
     "below a file": (below_a_file, "Not a directory"),
     "an output folder of nbl-export": (an_output_folder, "is an output folder of nbl-export"),
@@ -482,7 +485,9 @@ cli.main()
 """
 
 
-@pytest.mark.parametrize("step", ["rewrite.prove", "rewrite.replace", "rewrite.count", "store._serialize"])
+@pytest.mark.parametrize(
+    "step", ["rewrite.prove", "rewrite.replace", "rewrite.count", "external_data._serialize"]
+)
 @pytest.mark.parametrize("in_place", [True, False])
 def test_ctrl_c_leaves_everything(source: Source, step: str, in_place: bool) -> None:
     before = contents(source.folder)

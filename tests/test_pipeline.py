@@ -90,7 +90,9 @@ def test_the_run_passes_and_exactly_two_kv_pairs_are_gone(stories_out: Path) -> 
         f"past_key_values.{n}.{s}" for n in range(3) for s in ("key", "value")
     ]
     plan = load_plan(Workspace.open(stories_out).plan)
-    assert len(plan.chosen) == 2 and plan.kept == tuple(i for i in range(5) if i not in plan.chosen)
+    assert len(plan.chosen) == 2 and plan.attention_layers == tuple(
+        i for i in range(5) if i not in plan.chosen
+    )
 
 
 def test_the_output_loads_as_it_stands(stories_out: Path, stories_folder: Path) -> None:
@@ -399,7 +401,7 @@ def test_a_k_beyond_the_model_is_refused_before_calibration(
 def test_two_processes_do_not_share_a_folder(stories_copy: Path) -> None:
     with (
         Workspace.open(stories_copy).lock(),
-        pytest.raises(InputError, match="Another nbl-export is at work"),
+        pytest.raises(InputError, match="Another nbl-export is running"),
     ):
         api.select(stories_copy, api.SelectSettings(k=1))
 

@@ -56,7 +56,7 @@ def test_what_is_no_safetensors_file(path: Path, content: bytes) -> None:
     path.write_bytes(content)
     with pytest.raises(InputError, match="cannot be read"):
         load_tensors(path, "kind/1", "do it again")
-    with pytest.raises(InputError, match="no readable safetensors"):
+    with pytest.raises(InputError, match="not a readable safetensors"):
         format_of(path)
 
 

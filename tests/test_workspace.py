@@ -197,7 +197,7 @@ def test_the_same_model_under_another_name_is_accepted_and_keeps_the_stages(work
 
 def test_a_second_holder_is_kept_out_until_the_first_is_done(workspace: Workspace) -> None:
     second = Workspace.open(workspace.root)
-    busy = pytest.raises(InputError, match=r"Another nbl-export is at work in .*--output")
+    busy = pytest.raises(InputError, match=r"Another nbl-export is running in .*--output")
     with workspace.lock(), busy, second.lock():
         pytest.fail("the second holder got in")
     with second.lock():
@@ -340,7 +340,7 @@ def test_create_leaves_other_files_alone_and_no_trace_of_its_write_test(tmp_path
 
 def test_open_refuses_what_is_no_output_folder(tmp_path: Path) -> None:
     command = r"start with `nbl-export calibrate MODEL -o .*`\.$"
-    with pytest.raises(InputError, match=r"is no folder: .*" + command):
+    with pytest.raises(InputError, match=r"is not a folder: .*" + command):
         Workspace.open(tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"is not an output folder of nbl-export .*" + command):
         Workspace.open(tmp_path)

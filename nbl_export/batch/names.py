@@ -1,4 +1,4 @@
-"""Names that every room uses: of a graph's inputs and dimensions, and of the two graphs that are compared."""
+"""Names that every package uses: of a graph's inputs and dimensions, and of the two graphs that are compared."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ BASE, LINEARIZED = "base", "linearized"
 TOKENS, EMBEDDINGS, MASK, POSITIONS = "input_ids", "inputs_embeds", "attention_mask", "position_ids"
 TOKEN_TYPES, PIXELS = "token_type_ids", "pixel_values"
 WRITE_INDICES = "write_indices"  # the input that only a static cache has
-# How many last positions logits are made of, and its value for all of them.
+# For how many last positions logits are computed, and the value that means all of them.
 NUM_LOGITS_TO_KEEP = "num_logits_to_keep"
 ALL_LOGITS = 0
 # Symbolic dimensions of a decoder graph. MAX is the length of a static cache.

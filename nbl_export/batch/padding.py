@@ -1,8 +1,8 @@
-"""Ragged rows of tokens as one rectangular batch: padded on the left, or on the right.
+"""Ragged rows of tokens as one rectangular batch, padded on the left or on the right.
 
-A cache that grows by concatenation wants the rows to end together, so padding goes on the left and a
-mask hides it. A static cache is written at an index of each row's own, so padding goes on the right,
-where the next token overwrites it.
+A cache that grows by concatenation needs rows that end together, so padding goes on the left and a mask
+hides it. A static cache is written at one index per row, so padding goes on the right, where the next
+token overwrites it.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ def prefix_padded(rows: Sequence[NDArray[Any]], pad: int = 0) -> tuple[I64, I64,
 
 
 def prefix_mask(lengths: Sequence[int] | I64, width: int) -> BOOL:
-    """[rows, width]: True for the first ``lengths[i]`` places of row i."""
+    """[rows, width]: True for the first ``lengths[i]`` positions of row i."""
     mask: BOOL = np.arange(width)[None] < np.asarray(lengths)[:, None]
     return mask
 
 
 def rows_of(ids: I64, mask: I64) -> list[I64]:
-    """The ragged rows that a padded batch holds."""
-    return [row[kept.astype(bool)] for row, kept in zip(ids, mask, strict=True)]
+    """The ragged rows of a padded batch."""
+    return [row[real.astype(bool)] for row, real in zip(ids, mask, strict=True)]

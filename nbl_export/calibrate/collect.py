@@ -1,11 +1,11 @@
-"""Run the model over calibration tokens or images and collect its moments, resumably.
+"""Run the model over calibration tokens or images and collect its moments, with checkpoints.
 
-1. Hooks on the model's own attention modules see h, x and y; nothing of the model is rewritten.
-2. Memory is one batch and the accumulators, whatever the number of tokens.
-3. A checkpoint is taken between batches only, so that every layer has seen the same tokens. Batches
-   and their order depend on the tokens alone: a resumed run gives the same sums, bit for bit.
-4. The first Ctrl-C (or SIGTERM) finishes the batch, writes a checkpoint and stops; the second stops
-   at once and falls back on the last checkpoint.
+1. Forward hooks on the model's attention modules read h, x and y; the model is not changed.
+2. Memory is one batch and the accumulators, for any number of tokens.
+3. A checkpoint is written only between batches, so that every layer has seen the same tokens. Batches and
+   their order depend only on the tokens: a resumed run gives the same sums, bit for bit.
+4. The first Ctrl-C (or SIGTERM) finishes the batch, writes a checkpoint and stops; the second stops at once,
+   and the last checkpoint remains.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbl_export.calibrate.moments import Accumulator, Moments, digest_of_tokens, load_moments, save_moments
-from nbl_export.checkpoint import Checkpoint, kept_in
+from nbl_export.checkpoint import Checkpoint, saving_to
 from nbl_export.errors import CalibrationError, InputError
+from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.layers import (
     AttentionLayer,
+    accepted_arguments,
     attention_layers,
     dtype_of,
     hidden_size,
     main_input,
     observed,
-    taken,
 )
-from nbl_export.models.resume import body
-from nbl_export.models.trial import trial
+from nbl_export.models.partial_forward import backbone
 from nbl_export.progress import Listener, Silent
 
 if TYPE_CHECKING:
     import torch
 
-# About this many tokens a forward pass: enough for full GEMM rate, small enough for the caches.
+# About this many tokens per forward pass: enough for the full GEMM rate, small enough for the CPU caches.
 _BATCH_TOKENS = 1024
 
 
@@ -48,11 +48,11 @@ def collect_moments(
 ) -> Moments:
     """The moments of every attention layer of ``model`` over ``tokens`` [samples, seq_len] or images.
 
-    Images are pixels [samples, channels, height, width], and count as the tokens that the model makes of them.
+    Images are pixels [samples, channels, height, width]; each counts as the number of tokens the model makes of it.
 
     ``fingerprint`` identifies the model; a checkpoint of another model, dtype or text is ignored. Raises
-    :class:`CalibrationError` naming the layer if an activation is NaN or infinite, and
-    ``KeyboardInterrupt`` after an interrupt, its work saved.
+    :class:`CalibrationError` naming the layer if an activation is NaN or infinite, and ``KeyboardInterrupt`` after
+    an interrupt, with its work saved.
     """
     import torch
 
@@ -63,9 +63,9 @@ def collect_moments(
     identity = {"model": fingerprint, "dtype": dtype_of(model), "tokens": digest_of_tokens(tokens)}
     done = _resume(checkpoint, identity, accumulators, listener)
     rows = len(tokens)
-    length = tokens.shape[1] if tokens.ndim == 2 else trial(model).tokens
+    length = tokens.shape[1] if tokens.ndim == 2 else dummy_run(model).tokens
     step = max(1, _BATCH_TOKENS // length)
-    run: Any = body(model)
+    run: Any = backbone(model)
     kind = np.int64 if tokens.ndim == 2 else np.float32
 
     def observe(index: int, h: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
@@ -79,11 +79,11 @@ def collect_moments(
         listener.task("Calibrating", rows * length, "tokens", done * length) as task,
         observed(model, layers, observe),
         torch.inference_mode(),
-        kept_in(checkpoint, save) as between,
+        saving_to(checkpoint, save) as between,
     ):
         while done < rows:
             batch = torch.from_numpy(tokens[done : done + step].astype(kind)).to(device)
-            run(**{main_input(model): batch}, **taken(run, use_cache=False))
+            run(**{main_input(model): batch}, **accepted_arguments(run, use_cache=False))
             _check_finite(accumulators, layers, done)
             done += len(batch)
             task.advance(len(batch) * length)
@@ -118,6 +118,6 @@ def _check_finite(accumulators: dict[int, Accumulator], layers: tuple[AttentionL
         if not accumulators[layer.index].is_finite():
             raise CalibrationError(
                 f"The activations of layer {layer.index} ({layer.attention}) are NaN or infinite, first seen in "
-                f"the batch at calibration row {row}: the model or its precision is broken there, and nothing "
-                "can be fitted to it."
+                f"the batch at calibration row {row}, so nothing can be fitted to them: check the model's weights, or "
+                "use --calibration-dtype float32."
             )

@@ -1,6 +1,6 @@
-"""Images for calibration and for judging: files, folders and glob patterns, scaled by the model's own processor.
+"""Images for calibration and held-out evaluation: files, folders and glob patterns, scaled by the model's processor.
 
-Every eighth image is held out: the fit never sees it.
+Every eighth image is held out from the fit.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", 
 
 @dataclass(frozen=True)
 class CalibrationImages:
-    """``calibration`` and ``heldout``, each [images, channels, height, width] float32 as the model reads them."""
+    """``calibration`` and ``heldout``, each [images, channels, height, width] float32, as the model reads them."""
 
     calibration: F32
     heldout: F32
 
 
 def image_files(sources: Iterable[str]) -> list[Path]:
-    """The image files that ``sources`` name, in order; raises :class:`InputError` for one that names none."""
+    """The image files that ``sources`` name, in order; raises :class:`InputError` for a source without images."""
     found: list[Path] = []
     for source in sources:
         path = Path(source).expanduser()
@@ -57,38 +57,38 @@ def image_files(sources: Iterable[str]) -> list[Path]:
 def read_images(
     files: Sequence[Path], processor: Any, settings: CalibrateSettings, listener: Listener
 ) -> CalibrationImages:
-    """Read and scale images until both parts are full.
+    """Read and scale images until both splits are full.
 
-    Raises :class:`InputError` for a file that is no image, for images that the processor leaves of different
-    sizes, and if there is none for one of the parts.
+    Raises :class:`InputError` for a file that is not an image, for images that have different sizes after the
+    processor, and if a split is empty.
     """
-    parts: dict[bool, list[F32]] = {False: [], True: []}
+    splits: dict[bool, list[F32]] = {False: [], True: []}
     want = {False: settings.samples, True: settings.heldout_samples}
     with listener.task("Reading images", min(len(files), sum(want.values())), "images") as task:
         for number, file in enumerate(files):
             held = number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-            if len(parts[held]) < want[held]:
-                parts[held].append(_pixels(file, processor))
+            if len(splits[held]) < want[held]:
+                splits[held].append(_pixels(file, processor))
                 task.advance(1)
-            if all(len(parts[k]) >= want[k] for k in want):
+            if all(len(splits[k]) >= want[k] for k in want):
                 break
-    if not all(parts.values()):
+    if not all(splits.values()):
         raise InputError(
             f"{len(files)} images are too few: at least {HELD_OUT_EVERY} are needed, of which one is held out."
         )
-    if any(len(parts[k]) < want[k] for k in want):
+    if any(len(splits[k]) < want[k] for k in want):
         listener.note(
-            f"There are {len(parts[False])} calibration and {len(parts[True])} held-out images of the "
+            f"There are {len(splits[False])} calibration and {len(splits[True])} held-out images of the "
             f"{want[False]} and {want[True]} asked for; all are used."
         )
-    shapes = {image.shape for part in parts.values() for image in part}
+    shapes = {image.shape for split in splits.values() for image in split}
     if len(shapes) > 1:
         one, other = sorted(shapes)[:2]
         raise InputError(
-            f"The model's image processor leaves images of different sizes ({one} and {other}): a graph takes one "
-            "size, so give images of one shape."
+            f"The model's image processor gives images of different sizes ({one} and {other}), and a graph takes one "
+            "size: give images of one shape."
         )
-    return CalibrationImages(np.stack(parts[False]), np.stack(parts[True]))
+    return CalibrationImages(np.stack(splits[False]), np.stack(splits[True]))
 
 
 def _pixels(file: Path, processor: Any) -> F32:
@@ -98,12 +98,14 @@ def _pixels(file: Path, processor: Any) -> F32:
         with Image.open(file) as opened:
             image = opened.convert("RGB")
     except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError):
-        raise InputError(f"{file} is no image that can be read: remove it, or fetch it again.") from None
+        raise InputError(f"{file} is not a readable image: remove it, or download it again.") from None
     try:
         pixels = processor(images=[image], return_tensors="np")[PIXELS][0]
     except Exception as error:  # a processor's own code may raise anything
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"The model's image processor does not take {file}: {first[:200]}.") from None
+        raise InputError(
+            f"The model's image processor does not accept {file} ({first[:200]}): remove it."
+        ) from None
     return np.asarray(pixels, dtype=np.float32)
 
 

@@ -1,9 +1,8 @@
-"""Second moments of the activations around each attention layer: all that the fit needs.
+"""Second moments of the activations around each attention layer, from which the fit is computed.
 
-With h the residual stream at the block's input, x what the attention reads (h after the input norm)
-and y what it writes, each a row of d numbers per token, a layer keeps n, Σx, Σh, Σy, Σxxᵀ, Σyxᵀ,
-Σyyᵀ, Σhhᵀ and Σyhᵀ in float64. That is 5 d² numbers, however many tokens are seen. Two sets of
-moments of disjoint tokens add.
+Let h be the residual stream at the block's input, x the input of the attention (h after the input norm) and y its
+output, each a vector of d values per token. A layer has n, Σx, Σh, Σy, Σxxᵀ, Σyxᵀ, Σyyᵀ, Σhhᵀ and Σyhᵀ in float64:
+5 d² values, for any number of tokens. The moments of disjoint tokens can be added.
 """
 
 from __future__ import annotations
@@ -66,10 +65,10 @@ class Moments:
 
 
 class Accumulator:
-    """Collects the moments of one layer in place, as float64 torch tensors on ``device``.
+    """Accumulates the moments of one layer in place, as float64 torch tensors on ``device``.
 
-    The products run in float64 too: float32 products would lose the small directions of a residual
-    stream whose outlier tokens carry 10⁴ times the median energy.
+    The products are computed in float64 too: float32 products would lose the small directions of a residual
+    stream whose outlier tokens have 10⁴ times the median energy.
     """
 
     def __init__(self, d: int, device: torch.device | str = "cpu") -> None:
@@ -101,7 +100,7 @@ class Accumulator:
         return all(bool(torch.isfinite(self.sums[name]).all()) for name in ("h", "x", "y"))
 
     def result(self) -> LayerMoments:
-        """The moments so far, as NumPy arrays; symmetric matrices are completed from their lower half."""
+        """The moments so far, as NumPy arrays; symmetric matrices are completed from their lower triangle."""
         arrays: dict[str, Any] = {name: value.cpu().numpy().copy() for name, value in self.sums.items()}
         for name in ("xx", "yy", "hh"):
             lower = np.tril(arrays[name])
@@ -109,7 +108,7 @@ class Accumulator:
         return LayerMoments(n=self.n, **arrays)
 
     def restore(self, moments: LayerMoments) -> None:
-        """Go on from earlier moments, bit for bit."""
+        """Continue from earlier moments, bit for bit."""
         import torch
 
         self.n = moments.n
@@ -117,8 +116,8 @@ class Accumulator:
             self.sums[name].copy_(torch.from_numpy(getattr(moments, name)))
 
 
-# A symmetric product needs only its lower triangle. torch has no syrk; row blocks of the lower half
-# save three eighths of the multiplications and stay large enough for the GEMM to run at full rate.
+# A symmetric product needs only its lower triangle. torch has no syrk; row blocks of the lower triangle save three
+# eighths of the multiplications and are large enough for the full GEMM rate.
 _GRAM_BLOCKS = 4
 _GRAM_MIN = 96
 
@@ -155,5 +154,5 @@ def load_moments(path: Path) -> tuple[Moments, dict[str, Any]]:
 
 
 def digest_of_tokens(tokens: NDArray[Any]) -> str:
-    """SHA-256 of token ids or pixels with their shape: what was calibrated on, to the last token."""
+    """SHA-256 of token ids or pixels with their shape, which identifies the calibration data."""
     return hashlib.sha256(str(tokens.shape).encode() + np.ascontiguousarray(tokens).tobytes()).hexdigest()

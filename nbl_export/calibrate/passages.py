@@ -1,7 +1,7 @@
-"""Text for encoders: rows that begin and end as the tokenizer's own do, as [CLS] … [SEP].
+"""Text for encoders: rows with the special tokens of the tokenizer, such as [CLS] … [SEP].
 
-Calibration rows are packed: documents joined by the end tokens, cut, and each row framed. A held-out row is
-one document, framed and padded, since an encoder makes one vector of it.
+Calibration rows are packed: documents are joined by the end tokens and cut, and special tokens are added to each
+row. A held-out row is one document with special tokens and padding, since an encoder computes one vector of it.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from nbl_export.progress import Listener
 from nbl_export.settings import CalibrateSettings
 
 I32 = NDArray[np.int32]
-PADDING = -1  # what heldout_document says of a place that is padding
-_SHORTEST = 8  # tokens of a document that a vector can be judged by
+PADDING = -1  # the value of heldout_document at padding positions
+_SHORTEST = 8  # the minimum number of tokens of a held-out document
 
 
 @dataclass(frozen=True)
 class Frame:
-    """What a tokenizer puts around a text, and how it pads a batch."""
+    """The special tokens around a text, and the padding of a batch."""
 
     start: I32
     end: I32
@@ -42,7 +42,7 @@ class Frame:
 
 
 def frame_of(tokenizer: Any) -> Frame:
-    """The frame by the tokenizer's own rules."""
+    """The frame of a tokenizer, by its own rules."""
     start, end = frame_tokens(tokenizer)
     pad = tokenizer.pad_token_id
     return Frame(
@@ -56,9 +56,9 @@ def frame_of(tokenizer: Any) -> Frame:
 def longest_row(
     settings: CalibrateSettings, tokenizer: Any, positions: int | None, listener: Listener
 ) -> int:
-    """``--seq-len``, or what the model has positions for; a note says so."""
-    told = [n for n in (positions, getattr(tokenizer, "model_max_length", None)) if n is not None]
-    length = int(min([settings.seq_len, *told]))
+    """``--seq-len``, or the model's maximum length if that is smaller, with a note."""
+    known = [n for n in (positions, getattr(tokenizer, "model_max_length", None)) if n is not None]
+    length = int(min([settings.seq_len, *known]))
     if length < settings.seq_len:
         listener.note(f"Rows have {length} tokens instead of {settings.seq_len}: the model takes no more.")
     return length
@@ -67,11 +67,13 @@ def longest_row(
 def read_passages(
     texts: Iterable[str], tokenizer: Any, settings: CalibrateSettings, length: int, listener: Listener
 ) -> CalibrationText:
-    """Tokenize, pack and frame until both parts are full; raises :class:`InputError` if that gives too little."""
+    """Tokenize, pack and frame until both splits are full; raises :class:`InputError` if there is too little text."""
     frame = frame_of(tokenizer)
     inner = length - frame.size
     if inner < 1:
-        raise InputError(f"--seq-len {length} leaves no room for text beside {frame.size} special tokens.")
+        raise InputError(
+            f"--seq-len {length} leaves no room for text next to {frame.size} special tokens: raise it."
+        )
     want = settings.samples * inner
     packed: list[I32] = []
     held: list[I32] = []
@@ -105,7 +107,9 @@ def read_passages(
     document = np.full_like(heldout, PADDING)
     for i, row in enumerate(held):
         heldout[i, : len(row)], document[i, : len(row)] = row, i
-    none = np.zeros((0, length), dtype=np.int32)  # layers of an encoder are not chosen by what it predicts
+    none = np.zeros(
+        (0, length), dtype=np.int32
+    )  # an encoder predicts no tokens, so there is no selection text
     return CalibrationText(
         np.stack([frame.around(r) for r in rows]), none, none, heldout, document, frame.start
     )
@@ -119,7 +123,7 @@ def _tokenized(texts: Iterable[str], tokenizer: Any) -> Iterator[I32]:
 
 
 def heldout_rows(text: CalibrationText, names: Iterable[str]) -> list[dict[str, NDArray[Any]]]:
-    """The held-out documents as batches of one, with the inputs ``names`` that ids alone do not say."""
+    """The held-out documents as batches of one, with token types if they are among the inputs ``names``."""
     rows = []
     for ids, document in zip(text.heldout, text.heldout_document, strict=True):
         row = {TOKENS: ids[document != PADDING].astype(np.int64)[None]}

@@ -1,8 +1,8 @@
-"""A small batch of real text or images with the activations PyTorch had on it: the evidence for the rewrite.
+"""The probe: a small batch of real text or images with PyTorch's activations on it, for the proof of the rewrite.
 
-The graph rewrite must prove, without PyTorch and without the model, that the tensors it found in a
-graph are the ones the fit was made for. So calibration keeps, for one ragged padded batch or a few images,
-what each attention layer read and wrote.
+The graph rewrite must prove, without PyTorch and without the model, that the tensors it found in a graph are those
+that the linear layers were fitted on. So calibration saves the inputs and outputs of each attention layer for one
+ragged padded batch or a few images.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from nbl_export.batch.padding import left_padded
 from nbl_export.batch.rows import Inputs, real_positions
 from nbl_export.calibrate.moments import CALIBRATE_AGAIN
 from nbl_export.errors import InputError
-from nbl_export.models.forward import run_whole
+from nbl_export.models.forward import run_uncached
 from nbl_export.models.layers import attention_layers, observed
 from nbl_export.tensorfile import load_tensors, save_tensors
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 FORMAT = "nbl-export/probe/1"
 _LENGTH = 24
-# The batches there are: of a decoder, of text encoders, of images.
+# The known batches: of decoders, of text encoders, of images.
 _KNOWN = ({TOKENS, MASK, POSITIONS}, {TOKENS, MASK}, {TOKENS, MASK, TOKEN_TYPES}, {PIXELS})
 
 
@@ -38,8 +38,8 @@ _KNOWN = ({TOKENS, MASK, POSITIONS}, {TOKENS, MASK}, {TOKENS, MASK, TOKEN_TYPES}
 class Probe:
     """``inputs``, the batch by input name, and per layer h, x, y.
 
-    The activations are float32 rows [tokens, d] of the unpadded tokens, in batch order: h the
-    residual stream, x what the attention reads, y what it writes.
+    The activations are float32 [tokens, d] of the unpadded tokens, in batch order: h is the residual stream, x the
+    input of the attention, y its output.
     """
 
     inputs: Inputs
@@ -61,20 +61,20 @@ class Probe:
 
 
 def probe_lengths(width: int) -> tuple[int, int]:
-    """The lengths of the two rows of a text probe that is cut from rows of ``width`` tokens."""
+    """The lengths of the two rows of a text probe, cut from rows of ``width`` tokens."""
     longest = min(_LENGTH, width)
     return longest, max(1, longest * 2 // 3)
 
 
 def probe_model(model: torch.nn.Module, tokens: NDArray[np.int32]) -> Probe:
-    """Run the decoder ``model`` over the beginning of two rows of ``tokens`` and keep every layer's h, x and y."""
+    """Run the decoder ``model`` over the beginning of two rows of ``tokens`` and record every layer's h, x and y."""
     lengths = probe_lengths(tokens.shape[1])
     rows = [tokens[i % len(tokens)][:length] for i, length in enumerate(lengths)]
     return probe_inputs(model, dict(zip((TOKENS, MASK, POSITIONS), left_padded(rows), strict=True)))
 
 
 def probe_inputs(model: torch.nn.Module, inputs: Inputs) -> Probe:
-    """Run ``model`` over one batch and keep every layer's h, x and y where there is no padding."""
+    """Run ``model`` over one batch and record every layer's h, x and y at positions without padding."""
     import torch
 
     h: dict[int, F32] = {}
@@ -82,12 +82,12 @@ def probe_inputs(model: torch.nn.Module, inputs: Inputs) -> Probe:
     y: dict[int, F32] = {}
 
     def observe(index: int, *activations: torch.Tensor) -> None:
-        kept = torch.from_numpy(real_positions(inputs, activations[0].shape[1]))
+        real = torch.from_numpy(real_positions(inputs, activations[0].shape[1]))
         for store, value in zip((h, x, y), activations, strict=True):
-            store[index] = value[kept.to(value.device)].float().cpu().numpy()
+            store[index] = value[real.to(value.device)].float().cpu().numpy()
 
     with observed(model, attention_layers(model), observe):
-        run_whole(model, inputs)
+        run_uncached(model, inputs)
     return Probe(inputs, h, x, y)
 
 

@@ -1,4 +1,4 @@
-"""Calibration text without any text: sampled from the model itself."""
+"""Calibration text sampled from the model itself."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from nbl_export.calibrate.text import (
     SELECTION,
     CalibrationText,
     end_token,
-    rows_by_part,
+    rows_by_split,
     start_tokens,
 )
 from nbl_export.models.compat import cache_argument
-from nbl_export.models.layers import taken
+from nbl_export.models.layers import accepted_arguments
 from nbl_export.progress import Listener
 from nbl_export.settings import CalibrateSettings
 
@@ -30,10 +30,10 @@ I32 = NDArray[np.int32]
 def sample_from_model(
     model: torch.nn.Module, tokenizer: Any, settings: CalibrateSettings, listener: Listener
 ) -> CalibrationText:
-    """Text sampled from the model itself by plain ancestral sampling, packed like any other text.
+    """Text sampled from the model by ancestral sampling, packed like any other text.
 
-    Temperature 1 without truncation draws from the distribution the model was trained to match, so
-    its activations are those of ordinary text. Deterministic for a seed on one machine.
+    Temperature 1 without truncation draws from the distribution the model was trained on, so the activations are
+    those of ordinary text. The result is deterministic for a seed on one machine.
     """
     import torch
 
@@ -42,8 +42,8 @@ def sample_from_model(
     start_token = next((t for t in known if t is not None), 0)
     generator = torch.Generator().manual_seed(settings.seed)
     length = min(settings.seq_len, _SAMPLE_LENGTH)
-    wanted = {part: rows * settings.seq_len for part, rows in rows_by_part(settings).items()}
-    counts = {part: -(-tokens // length) for part, tokens in wanted.items()}
+    wanted = {split: rows * settings.seq_len for split, rows in rows_by_split(settings).items()}
+    counts = {split: -(-tokens // length) for split, tokens in wanted.items()}
     total = sum(counts.values())
     documents: list[I32] = []
     with listener.task("Sampling from the model", total * length, "tokens") as task:
@@ -53,12 +53,12 @@ def sample_from_model(
     tokens = np.concatenate(documents)
     tokens[:, -1] = end_token(tokenizer)
     owners = np.repeat(np.arange(len(tokens), dtype=np.int32), length)
-    # A document belongs to one part only.
+    # A document belongs to one split only.
     ends = np.cumsum(list(counts.values())) * length
     first = dict(zip(counts, [0, *ends[:-1]], strict=True))
 
-    def rows(flat: I32, part: str) -> I32:
-        return flat[first[part] : first[part] + wanted[part]].reshape(-1, settings.seq_len)
+    def rows(flat: I32, split: str) -> I32:
+        return flat[first[split] : first[split] + wanted[split]].reshape(-1, settings.seq_len)
 
     flat = tokens.reshape(-1)
     return CalibrationText(
@@ -71,8 +71,8 @@ def sample_from_model(
     )
 
 
-# Many short documents at a time: the matrix products are wide and the cache stays small, which
-# together is several times faster than few long ones.
+# Many short documents per batch: the matrix products are wide and the KV cache stays small, which is several times
+# faster than few long documents.
 _SAMPLE_LENGTH = 128
 _SAMPLE_BATCH = 152
 
@@ -81,14 +81,17 @@ def _sample(model: Any, batch: int, length: int, start: int, generator: torch.Ge
     import torch
 
     seen = torch.full((batch, 1), start, dtype=torch.long)
-    name, cache = cache_argument(model), None  # the model's own: not every state is keys and values
+    name, cache = (
+        cache_argument(model),
+        None,
+    )  # the model's own cache: not every state consists of keys and values
     with torch.inference_mode():
         for _ in range(length):
             ids = seen if cache is None else seen[:, -1:]
-            output = model(input_ids=ids, **taken(model, use_cache=True, **{name: cache}))
+            output = model(input_ids=ids, **accepted_arguments(model, use_cache=True, **{name: cache}))
             logits, cache = output.logits, output.get(name)
-            # By the inverse of the distribution function: torch.multinomial draws one number for every
-            # entry of the vocabulary, this draws one for each document.
+            # Inverse transform sampling: torch.multinomial draws one random number per vocabulary entry, this draws
+            # one per document.
             distribution = torch.softmax(logits[:, -1].float(), dim=-1).cumsum(dim=-1)
             draws = torch.rand(batch, 1, generator=generator) * distribution[:, -1:]
             tokens = torch.searchsorted(distribution, draws).clamp_max(logits.shape[-1] - 1)

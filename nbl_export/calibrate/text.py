@@ -1,9 +1,9 @@
-"""Text for calibration and for judging: files, folders, Hub data sets, or the model itself.
+"""Text for calibration, selection and held-out evaluation: files, folders, Hub data sets, or the model itself.
 
-A source is a stream of documents. Of every eight, one is held out: neither the fit nor the choice of layers
-sees it, and the method's loss is measured on it; another is for choosing, what a layer's replacement costs is
-measured on it; six are calibrated on. Documents are tokenized, joined with the end-of-text token and cut into
-rows of ``seq_len`` tokens, as the paper's authors do.
+A source is a stream of documents. Of every eight documents, one is held out to measure the method's loss: neither
+the fit nor the choice of layers uses it. One is for selection: the cost of replacing layers is measured on it. Six are
+for calibration. Documents are tokenized, joined with the end-of-text token and cut into rows of ``seq_len`` tokens,
+as in the paper's code.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ I32 = NDArray[np.int32]
 HELD_OUT_EVERY = 8
 FORMAT = "nbl-export/text/2"
 CALIBRATION, SELECTION, HELDOUT = "calibration", "selection", "held-out"
-# Which documents of every HELD_OUT_EVERY are for choosing and for judging; the others are for the fit.
-_PART_AT = {HELD_OUT_EVERY // 2 - 1: SELECTION, HELD_OUT_EVERY - 1: HELDOUT}
+# The selection and held-out documents of every HELD_OUT_EVERY; the others are for calibration.
+_SPLIT_AT = {HELD_OUT_EVERY // 2 - 1: SELECTION, HELD_OUT_EVERY - 1: HELDOUT}
 _FORMATS = (".txt", ".jsonl", ".parquet")
-# A plain text file is cut at line ends into documents of about this many characters, so that a part
-# of it can be held out.
+# A plain text file is cut at line ends into documents of about this many characters, so that some of them can be
+# held out.
 _TXT_DOCUMENT = 8192
 
 
 def _zstd() -> Any:
-    # The standard library's module (Python 3.14), or its backport: both notice a truncated file.
+    # The standard library's module (Python 3.14), or its backport: both detect a truncated file.
     for name in ("compression.zstd", "backports.zstd"):
         with contextlib.suppress(ImportError):
             return importlib.import_module(name)
@@ -58,9 +58,9 @@ if (_module := _zstd()) is not None:
 class CalibrationText:
     """Token ids, packed.
 
-    ``calibration`` is [samples, seq_len]; ``selection`` and ``heldout`` are [rows, seq_len] of documents that
-    no other part has anything of, and ``…_document`` says of each of their tokens which document it belongs to,
-    -1 of padding; ``start`` [n] is what a prompt begins with. All int32. An encoder's ``selection`` has no rows.
+    ``calibration`` is [samples, seq_len]; ``selection`` and ``heldout`` are [rows, seq_len] of documents that are in
+    no other split. ``…_document`` is the document number of each of their tokens, -1 for padding. ``start`` [n] are
+    the tokens at the start of a prompt. All are int32. An encoder's ``selection`` has no rows.
     """
 
     calibration: I32
@@ -71,7 +71,7 @@ class CalibrationText:
     start: I32
 
     def prompt(self, tokens: I32) -> I32:
-        """``tokens`` as a prompt in use: what a prompt begins with comes first."""
+        """``tokens`` as a prompt, with the start tokens first."""
         return np.concatenate([self.start, tokens])
 
 
@@ -81,7 +81,7 @@ class CalibrationText:
 def documents(sources: Iterable[str], field: str) -> Iterator[str]:
     """The documents of all ``sources`` in order: files, folders, glob patterns or Hub data-set ids.
 
-    Raises :class:`InputError` for an unknown format, text that is no text, or a missing field.
+    Raises :class:`InputError` for an unknown format, a file that is not text, or a missing field.
     """
     for source in sources:
         files = local_files(source)
@@ -92,9 +92,9 @@ def documents(sources: Iterable[str], field: str) -> Iterator[str]:
 
 
 def local_files(source: str) -> list[Path] | None:
-    """The files that a source on this machine names, in order; None for one that must be a Hub data set.
+    """The files of a local source, in order; None for a source that must be a Hub data set.
 
-    Raises :class:`InputError` for a path, folder or pattern that names nothing.
+    Raises :class:`InputError` for a path, folder or pattern without files.
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -108,10 +108,10 @@ def local_files(source: str) -> list[Path] | None:
         # Path.glob takes no absolute patterns.
         matches = sorted(Path(p) for p in glob.glob(str(path)) if Path(p).is_file())  # noqa: PTH207
         if not matches:
-            raise InputError(f"No file matches the calibration text {source}.")
+            raise InputError(f"No file matches the calibration text {source}: check the pattern.")
         return matches
     if source.count("/") > 1 or source.startswith((".", "/", "~")) or _format(path) is not None:
-        raise InputError(f"The calibration text {source} does not exist.")
+        raise InputError(f"The calibration text {source} does not exist: check the path.")
     return None
 
 
@@ -119,7 +119,7 @@ def _format(path: Path) -> str | None:
     name = path.name.lower()
     plain = name.removesuffix(".gz").removesuffix(".zst")
     found = next((suffix for suffix in _FORMATS if plain.endswith(suffix)), None)
-    # Parquet is compressed inside; packed once more it cannot be read in parts.
+    # Parquet is compressed internally; a compressed Parquet file cannot be read in chunks.
     return None if found == ".parquet" and plain != name else found
 
 
@@ -130,7 +130,7 @@ def _listed() -> str:
 def _file_documents(path: Path, field: str) -> Iterator[str]:
     kind = _format(path)
     if kind is None:
-        raise InputError(f"{path} is no calibration text: give a {_listed()} file.")
+        raise InputError(f"{path} is not a calibration text: give a {_listed()} file.")
     try:
         if kind == ".parquet":
             yield from _parquet_documents(path, field)
@@ -142,10 +142,10 @@ def _file_documents(path: Path, field: str) -> Iterator[str]:
             )
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{path} is no UTF-8 text ({error.reason} at byte {error.start} of a block)."
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start} of a block): convert it."
         ) from None
     except BROKEN_ARCHIVE as error:
-        raise InputError(f"{path} cannot be unpacked ({error}): fetch it again.") from None
+        raise InputError(f"{path} cannot be unpacked ({error}): download it again.") from None
 
 
 def open_packed(path: Path) -> Any:
@@ -161,21 +161,21 @@ def open_packed(path: Path) -> Any:
 
 
 def _txt_documents(path: Path, lines: Iterable[str]) -> Iterator[str]:
-    part: list[str] = []
+    document: list[str] = []
     size = 0
     for line in lines:
         if "\0" in line:
-            raise InputError(f"{path} is no text: it has NUL bytes.")
-        # A text without line ends is cut where it must be.
+            raise InputError(f"{path} is not text: it has NUL bytes; give another file.")
+        # A text without line ends is cut at any character.
         for start in range(0, len(line), _TXT_DOCUMENT):
             piece = line[start : start + _TXT_DOCUMENT]
-            part.append(piece)
+            document.append(piece)
             size += len(piece)
             if size >= _TXT_DOCUMENT:
-                yield "".join(part)
-                part, size = [], 0
-    if part:
-        yield "".join(part)
+                yield "".join(document)
+                document, size = [], 0
+    if document:
+        yield "".join(document)
 
 
 def _jsonl_documents(path: Path, lines: Iterable[str], field: str) -> Iterator[str]:
@@ -187,7 +187,7 @@ def _jsonl_documents(path: Path, lines: Iterable[str], field: str) -> Iterator[s
         except (json.JSONDecodeError, RecursionError) as error:
             reason = getattr(error, "msg", "nested too deeply")
             raise InputError(
-                f"{path}, line {number}: no JSON ({reason}); a .jsonl file has one object a line."
+                f"{path}, line {number}: not JSON ({reason}); a .jsonl file needs one object per line."
             ) from None
         yield _field(row, field, f"{path}, line {number}")
 
@@ -206,7 +206,9 @@ def _parquet_documents(path: Path, field: str) -> Iterator[str]:
                 for value in batch.column(0).to_pylist():
                     yield _field({field: value}, field, str(path))
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path} is no parquet file ({str(error).splitlines()[0]}).") from None
+        raise InputError(
+            f"{path} is not a parquet file ({str(error).splitlines()[0]}): download it again."
+        ) from None
 
 
 def _hub_documents(name: str, field: str) -> Iterator[str]:
@@ -214,7 +216,7 @@ def _hub_documents(name: str, field: str) -> Iterator[str]:
         import datasets
     except ImportError:
         raise MissingDependencyError(
-            f"{name} is no local file; to read it from the Hub: "
+            f"{name} is not a local file; to read it from the Hub: "
             + _needs("datasets", "A Hub data set", "hub")
         ) from None
     try:
@@ -225,14 +227,14 @@ def _hub_documents(name: str, field: str) -> Iterator[str]:
         raise
     except Exception as error:  # the Hub client raises its own, httpx's and OS errors
         raise InputError(
-            f"The calibration text {name} is neither a local file or folder nor a data set that the Hub "
-            f"would give ({type(error).__name__}): check the spelling and the network."
+            f"The calibration text {name} is neither a local file or folder nor a data set that can be read from "
+            f"the Hub ({type(error).__name__}): check the spelling and the network."
         ) from None
 
 
 def _field(row: Any, field: str, where: str) -> str:
     if isinstance(row, dict) and isinstance(row.get(field, 0), str | None):
-        return row[field] or ""  # an empty cell is a document without text, which packing passes over
+        return row[field] or ""  # an empty cell is a document without text, which packing skips
     names = [k for k, v in row.items() if isinstance(v, str)] if isinstance(row, dict) else []
     raise InputError(_no_field(field, names, where))
 
@@ -249,50 +251,50 @@ def _needs(package: str, what: str, extra: str) -> str:
 # packing -----------------------------------------------------------------------------------------
 
 
-def part_of(number: int) -> str:
-    """Which part the document of that number, counted from 0, is for."""
-    return _PART_AT.get(number % HELD_OUT_EVERY, CALIBRATION)
+def split_of(number: int) -> str:
+    """The split of the document with that number, counted from 0."""
+    return _SPLIT_AT.get(number % HELD_OUT_EVERY, CALIBRATION)
 
 
 def pack(
     texts: Iterable[str], tokenizer: Any, settings: CalibrateSettings, listener: Listener
 ) -> CalibrationText:
-    """Tokenize and pack until all parts are full; raises :class:`InputError` if that gives too little.
+    """Tokenize and pack until all splits are full; raises :class:`InputError` if there is too little text.
 
-    Fewer rows than asked for are used with a note, as long as there is one whole row of each part.
+    Fewer rows than requested are used, with a note, if there is at least one full row for each split.
     """
     end = end_token(tokenizer)
     length = settings.seq_len
-    want = {part: rows * length for part, rows in rows_by_part(settings).items()}
-    tokens: dict[str, list[I32]] = {part: [] for part in want}
-    owners: dict[str, list[I32]] = {part: [] for part in want}
+    want = {split: rows * length for split, rows in rows_by_split(settings).items()}
+    tokens: dict[str, list[I32]] = {split: [] for split in want}
+    owners: dict[str, list[I32]] = {split: [] for split in want}
     have = dict.fromkeys(want, 0)
     with listener.task("Reading text", sum(want.values()), "tokens") as task:
         for number, text in enumerate(t for t in texts if t.strip()):
-            part = part_of(number)
-            if have[part] < want[part]:
+            split = split_of(number)
+            if have[split] < want[split]:
                 ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-                row = np.array([*ids, end], dtype=np.int32)[: want[part] - have[part]]
-                tokens[part].append(row)
-                owners[part].append(np.full(len(row), number, dtype=np.int32))
-                have[part] += len(row)
+                row = np.array([*ids, end], dtype=np.int32)[: want[split] - have[split]]
+                tokens[split].append(row)
+                owners[split].append(np.full(len(row), number, dtype=np.int32))
+                have[split] += len(row)
                 task.advance(len(row))
             if all(have[k] >= want[k] for k in want):
                 break
-    for part in want:
-        if have[part] < length:
+    for split in want:
+        if have[split] < length:
             raise InputError(
-                f"The calibration text gives {have[part]:,} {part} tokens, less than one row of {length}: give more "
+                f"The calibration text gives {have[split]:,} {split} tokens, less than one row of {length}: give more "
                 f"text (of every {HELD_OUT_EVERY} documents one is held out, and one is for choosing layers) or lower "
                 "--seq-len."
             )
-        if have[part] < want[part]:
+        if have[split] < want[split]:
             listener.note(
-                f"The text gives {have[part]:,} {part} tokens of the {want[part]:,} asked for; all are used."
+                f"The text gives {have[split]:,} {split} tokens of the {want[split]:,} asked for; all are used."
             )
 
-    def rows(pieces: list[I32]) -> I32:
-        flat = np.concatenate(pieces)
+    def rows(documents: list[I32]) -> I32:
+        flat = np.concatenate(documents)
         return flat[: len(flat) // length * length].reshape(-1, length)
 
     return CalibrationText(
@@ -305,8 +307,8 @@ def pack(
     )
 
 
-def rows_by_part(settings: CalibrateSettings) -> dict[str, int]:
-    """How many rows of each part are asked for."""
+def rows_by_split(settings: CalibrateSettings) -> dict[str, int]:
+    """The requested number of rows of each split."""
     return {
         CALIBRATION: settings.samples,
         SELECTION: settings.selection_samples,
@@ -315,13 +317,13 @@ def rows_by_part(settings: CalibrateSettings) -> dict[str, int]:
 
 
 def end_token(tokenizer: Any) -> int:
-    """The token that separates packed documents: end of text, or padding, or 0."""
+    """The token that separates packed documents: end of text, else padding, else 0."""
     known = (tokenizer.eos_token_id, tokenizer.pad_token_id)
     return next((int(t) for t in known if t is not None), 0)
 
 
 def frame_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """What a tokenizer puts before a text and after it, by its own rules: seen from what it makes of a letter."""
+    """The special tokens that a tokenizer adds before and after a text, found by tokenizing one letter."""
     framed, plain = (
         tokenizer("a", add_special_tokens=special, verbose=False)["input_ids"] for special in (True, False)
     )
@@ -330,9 +332,9 @@ def frame_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def start_tokens(tokenizer: Any) -> I32:
-    """The tokens a prompt begins with: by the tokenizer's own rules, or its beginning-of-text token.
+    """The tokens at the start of a prompt: by the tokenizer's own rules, else its beginning-of-text token.
 
-    [n] int32; n is 0 for a tokenizer that has neither.
+    [n] int32; n is 0 for a tokenizer with neither.
     """
     own, _ = frame_tokens(tokenizer)
     if not own and tokenizer.bos_token_id is not None:

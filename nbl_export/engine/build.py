@@ -1,7 +1,7 @@
-"""Graph → engine: parse, check, build, and read back what was built.
+"""Graph → engine: parse, check and build.
 
-One graph with a static cache serves every length; its network does not, since a native cache update
-wants a number. So the cache's length is set to ``max_context`` in a temporary copy that is parsed.
+A graph with a static cache has a symbolic cache length, but a native cache update of TensorRT needs a fixed one.
+So a temporary copy is parsed in which the length is ``max_context``.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from nbl_export.progress import Task
 
 @dataclass(frozen=True)
 class Built:
-    """A serialized engine and what is known of it. ``fused`` is False where attention was decomposed."""
+    """A serialized engine and its facts. ``fused`` is False if attention was decomposed."""
 
     data: Any
     facts: NetworkFacts
@@ -56,7 +56,7 @@ class Built:
 class TimingCache:
     """Kernel timings shared between the builds of one library on one GPU, kept in a file.
 
-    A library that builds ahead of time measures nothing: it has none.
+    A library that builds ahead of time has no timing cache.
     """
 
     def __init__(self, library: Library, path: Path) -> None:
@@ -65,17 +65,17 @@ class TimingCache:
         self._cache: Any = None
 
     def attach(self, config: Any) -> None:
-        """Let a build read the timings there are and add its own."""
+        """Make a build read the existing timings and add its own."""
         if self.library.ahead_of_time:
             return
         self._cache = config.create_timing_cache(self._data)
-        # A cache of another GPU or version is not accepted: begin an empty one.
+        # A cache of another GPU or version is not accepted: start with an empty one.
         if self._cache is None or not config.set_timing_cache(self._cache, False):
             self._cache = config.create_timing_cache(b"")
             config.set_timing_cache(self._cache, False)
 
     def collect(self) -> None:
-        """Take over what a build has measured."""
+        """Store the timings that a build has measured."""
         if self._cache is not None:
             self._data = bytes(self._cache.serialize())
 
@@ -101,15 +101,15 @@ def build_engine(
 ) -> Built:
     """Build the engine of the decoder graph at ``path``, which has ``attention`` attention layers.
 
-    ``task`` is advanced to 1000. Raises :class:`InputError` for a graph with foreign operators and
-    :class:`BuildError` if the graph is not parsed, is not what it should be, or is not built.
+    ``task`` is advanced to 1000. Raises :class:`InputError` for a graph with non-standard operators and
+    :class:`BuildError` if parsing, the check of the network or the build fails.
     """
     start = time.perf_counter()
     model = load_graph(path)
     check_operators(model, path)
     precision = graph_precision(model)
     static = is_static(model)
-    kept = sum(
+    float32_bytes = sum(
         v.const_value.nbytes
         for v in model.graph.initializers.values()
         if v.const_value is not None and v.dtype == ir.DataType.FLOAT
@@ -117,21 +117,21 @@ def build_engine(
     with _parsable(path, static, limits.max_context) as parsable:
         parsed = parse_network(library, parsable, path)
     operators = sum(fused_op(node) is not None for node in model.graph)
-    check_network(parsed.facts, precision, attention, static, kept, operators)
+    check_network(parsed.facts, precision, attention, static, float32_bytes, operators)
     shapes = {
         str(v.name): [d if isinstance(d, int) else str(d.value) for d in v.shape or ()]
         for v in model.graph.inputs
-        if v.const_value is None  # TensorRT takes an input with a default for a constant
+        if v.const_value is None  # for TensorRT an input with a default is a constant
     }
     found = profiles(shapes, limits)
-    # Fused attention has no float32 kernel; in half a kernel is insisted on first, so that it is known.
+    # Fused attention has no float32 kernel. In half precision a fused kernel is required first, to see if there is one.
     fused = precision.name != "fp32" and operators > 0
     progress = Progress(task)
     if not fused:
         let_attention_decompose(library, parsed.network)
     data = _serialize(library, parsed, found, capabilities, timings, progress)
     if data is None and fused and "decomposable" in " ".join(parsed.messages.errors):
-        # No fused kernel for these heads; the report says "decomposed".
+        # There is no fused kernel for this head_dim; the manifest says "decomposed".
         fused = False
         parsed.messages.errors.clear()
         let_attention_decompose(library, parsed.network)
@@ -178,7 +178,7 @@ def _serialize(
         config.num_compute_capabilities = len(capabilities)
         for index, name in enumerate(capabilities):
             config.set_compute_capability(library.capabilities[name], index)
-    # The engine must be able to tell what it consists of.
+    # Needed to inspect the layers of the engine.
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     timings.attach(config)
     monitor = _monitor(library, progress)
@@ -194,7 +194,7 @@ def _serialize(
 
 @contextmanager
 def _interruptible(monitor: Any) -> Iterator[None]:
-    # The library swallows an exception that its callbacks raise: Ctrl-C must be a mark that they see.
+    # The library swallows exceptions raised in callbacks, so Ctrl-C sets a flag that the callbacks check.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -213,7 +213,7 @@ def _monitor(library: Library, progress: Progress) -> Any:
     base: Any = library.module.IProgressMonitor
 
     class _Monitor(base):  # type: ignore[misc]
-        """Nested phases as one bar, and Ctrl-C as a request to stop."""
+        """Reports nested phases as one progress bar and turns Ctrl-C into a request to stop."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -230,7 +230,7 @@ def _monitor(library: Library, progress: Progress) -> Any:
             self._guarded(lambda: progress.end(name))
 
         def _guarded(self, work: Callable[[], None]) -> None:
-            # An exception must not travel through the library's own frames.
+            # An exception must not propagate through the frames of the library.
             try:
                 work()
             except KeyboardInterrupt:
@@ -241,33 +241,33 @@ def _monitor(library: Library, progress: Progress) -> Any:
 
 @contextmanager
 def native_output_silenced() -> Iterator[None]:
-    """Keep what a native library prints past its own logger off the standard error, for the block.
+    """Suppress output that a native library writes directly to the standard error, within the block.
 
-    Python's own standard error goes on reaching the terminal.
+    Python's own standard error still reaches the terminal.
     """
     before = sys.stderr
     before.flush()
-    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    original, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
-        with os.fdopen(os.dup(kept), "w", encoding="utf-8", errors="replace") as terminal:
+        with os.fdopen(os.dup(original), "w", encoding="utf-8", errors="replace") as terminal:
             sys.stderr = terminal
             os.dup2(nothing, 2)
             yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(original, 2)
+        os.close(original)
         os.close(nothing)
         sys.stderr = before
 
 
 class Progress:
-    """Nested phases of known length → how many thousandths of the whole are done.
+    """Nested phases of known length → the progress of the build in thousandths.
 
-    A phase inside another is one step of it; phases of one name may follow each other.
+    A nested phase is one step of its parent; phases with the same name may follow each other.
     """
 
     def __init__(self, task: Task) -> None:
-        self._task, self._told = task, 0
+        self._task, self._reported = task, 0
         self._phases: dict[str, tuple[str | None, int, int]] = {}  # name: parent, steps, done
 
     def start(self, name: str, parent: str | None, steps: int) -> None:
@@ -277,23 +277,23 @@ class Progress:
         if name in self._phases:
             parent, steps, _ = self._phases[name]
             self._phases[name] = (parent, steps, min(steps, step + 1))
-            self._tell()
+            self._report()
 
     def end(self, name: str) -> None:
         self._phases.pop(name, None)
 
     def finish(self) -> None:
-        """Everything is done."""
-        self._task.advance(1000 - self._told)
-        self._told = 1000
+        """Report that everything is done."""
+        self._task.advance(1000 - self._reported)
+        self._reported = 1000
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         done = int(
             1000 * max((self._done(name) for name, p in self._phases.items() if p[0] is None), default=0)
         )
-        if done > self._told:
-            self._task.advance(done - self._told)
-            self._told = done
+        if done > self._reported:
+            self._task.advance(done - self._reported)
+            self._reported = done
 
     def _done(self, name: str) -> float:
         _, steps, done = self._phases[name]

@@ -1,4 +1,4 @@
-"""The NVIDIA GPU of this machine, asked of the driver itself: no CUDA build of torch is needed for it."""
+"""The NVIDIA GPU of this machine, found through the driver: no CUDA build of torch is needed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Gpu:
 
 
 def find_gpu() -> Gpu | None:
-    """The first visible NVIDIA GPU, or None where there is no driver or no device."""
+    """The first visible NVIDIA GPU, or None without a driver or a device."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -30,8 +30,8 @@ def find_gpu() -> Gpu | None:
         return None
     name = ctypes.create_string_buffer(256)
     driver.cuDeviceGetName(name, len(name), device)
-    numbers = []
+    version = []
     for attribute in (_MAJOR, _MINOR):
         driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
-        numbers.append(str(value.value))
-    return Gpu(name.value.decode(errors="replace"), ".".join(numbers))
+        version.append(str(value.value))
+    return Gpu(name.value.decode(errors="replace"), ".".join(version))

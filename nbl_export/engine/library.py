@@ -1,7 +1,7 @@
-"""The two TensorRT libraries behind one value: which is here, what it can build for, and how it differs.
+"""The two TensorRT libraries: which is installed, what it can build for, and how they differ.
 
-``tensorrt`` builds on the GPU that will run the engine. ``tensorrt-rtx`` builds ahead of time, on any
-machine, for listed compute capabilities. Their Python API is the same; what differs is data here.
+``tensorrt`` builds on the GPU that will run the engine. ``tensorrt-rtx`` builds ahead of time, on any machine, for
+the listed compute capabilities. Their Python API is the same; the differences are data in this module.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nbl_export.settings.choices import LIBRARIES
 
 @dataclass(frozen=True)
 class _Kind:
-    """What is to know of one of the two before it is imported."""
+    """The facts about one of the two libraries that are known before it is imported."""
 
     module: str
     package: str
@@ -37,10 +37,10 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Library:
-    """An imported TensorRT.
+    """An imported TensorRT library.
 
-    ``package`` is its PyPI name, ``ahead_of_time`` whether it builds without a GPU, ``own_cuda_graphs``
-    whether it captures CUDA graphs itself (it compiles kernels while running, so nobody else could tell when).
+    ``package`` is its PyPI name, ``ahead_of_time`` whether it builds without a GPU, ``own_cuda_graphs`` whether it
+    captures CUDA graphs itself (it compiles kernels at run time, so the caller cannot know when to capture).
     """
 
     package: str
@@ -54,17 +54,17 @@ class Library:
 
     @property
     def capabilities(self) -> dict[str, Any]:
-        """The compute capabilities it can build for ahead of time, by name: ``{"SM86": …}``; empty if it cannot."""
+        """The compute capabilities for ahead-of-time builds by name, ``{"SM86": …}``; empty if not supported."""
         known: dict[str, Any] = self.module.ComputeCapability.__members__ if self.ahead_of_time else {}
         names = [n for n in known if re.fullmatch(r"SM\d+", n)]
         return {name: known[name] for name in sorted(names, key=lambda n: int(n[2:]))}
 
 
 def choose_library(choice: str, gpu: Gpu | None) -> Library:
-    """The library that serves ``choice`` (auto, tensorrt or rtx) on a machine with this ``gpu``.
+    """The library for ``choice`` (auto, tensorrt or rtx) on a machine with this ``gpu``.
 
-    ``auto`` is tensorrt where it and a GPU are there, else rtx. Raises :class:`MissingDependencyError`
-    with the pip line to type where none serves.
+    ``auto`` is tensorrt if it is installed and there is a GPU, else rtx. Raises :class:`MissingDependencyError`
+    with the pip command to run if no library can be used.
     """
     if choice not in LIBRARIES:
         raise InputError(f"--trt {choice!r} is unknown; choose {', '.join(LIBRARIES)}.")
@@ -79,13 +79,13 @@ def choose_library(choice: str, gpu: Gpu | None) -> Library:
     if choice == "auto" and gpu is not None and not runs_here(tuple(library.capabilities), gpu):
         raise MissingDependencyError(
             f"{library} does not build for this machine's {gpu.name} (compute capability "
-            f"{gpu.compute_capability}): {_pip('tensorrt')}, or say --trt rtx to build for other GPUs."
+            f"{gpu.compute_capability}): {_pip('tensorrt')}, or use --trt rtx to build for other GPUs."
         )
     return library
 
 
 def import_library(kind: str) -> Library:
-    """Import one of the two; raises :class:`MissingDependencyError` if it is not there or too old."""
+    """Import one of the two; raises :class:`MissingDependencyError` if it is missing or too old."""
     facts = _KINDS[kind]
     try:
         module = importlib.import_module(facts.module)
@@ -105,14 +105,16 @@ def library_of(package: str) -> Library:
     """The installed library whose PyPI name is ``package``."""
     kind = next((k for k, facts in _KINDS.items() if facts.package == package), None)
     if kind is None:
-        raise InputError(f"The engine was built by {package!r}, which nbl-export does not know.")
+        raise InputError(
+            f"The engine was built by {package!r}, which nbl-export does not know: build it again."
+        )
     return import_library(kind)
 
 
 def check_capabilities(library: Library, wanted: Sequence[str]) -> tuple[str, ...]:
-    """Names such as SM86 from what a user wrote (86, 8.6, sm86); none means all from 8.0 on.
+    """Names such as SM86 from user input (86, 8.6, sm86); an empty list means all from 8.0 on.
 
-    Raises :class:`InputError` for one that the library cannot build for.
+    Raises :class:`InputError` for a name that the library cannot build for.
     """
     known = library.capabilities
     if not library.ahead_of_time:
@@ -122,7 +124,7 @@ def check_capabilities(library: Library, wanted: Sequence[str]) -> tuple[str, ..
             )
         return ()
     if not wanted:
-        # Turing has no bfloat16 and no fused attention; who has one asks for it.
+        # Turing has no bfloat16 and no fused attention, so it must be requested.
         return tuple(name for name in known if int(name[2:]) >= 80)
     names = []
     for text in wanted:

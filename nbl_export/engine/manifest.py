@@ -1,9 +1,9 @@
-"""The manifest beside each engine: what it is, what it needs, and the hashes that bind the two.
+"""The manifest of an engine: what it is, what it needs, and hashes of both files.
 
     model.engine   the serialized engine        model.json   its manifest
 
-An engine is tied to the library that built it and to the GPUs it was built for; loading one elsewhere
-fails with a message of the library's, at best. So the manifest is checked first.
+An engine works only with the library that built it and on the GPUs it was built for. Loading it elsewhere fails,
+at best with a message of the library, so the manifest is checked first.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _REMEDY = "build the engine again (`nbl-export build OUT --trt`)"
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is recorded of an engine.
+    """The recorded facts about an engine.
 
-    ``role`` is base or linearized; ``capabilities`` are the targets of an ahead-of-time build, or the
-    one compute capability of the GPU ``gpu`` it was built on; ``profiles`` the shapes; ``hashes`` the
-    SHA-256 of the ONNX files and the plan it came from, and of the engine; ``kv_layers`` the model's
-    layer of each KV pair; ``network`` the counts and dtypes read from the parsed network.
+    ``role`` is base or linearized; ``capabilities`` are the targets of an ahead-of-time build, or the compute
+    capability of the GPU ``gpu`` it was built on; ``profiles`` are the shapes; ``hashes`` are the SHA-256 of the
+    ONNX files and the plan it was built from, and of the engine; ``kv_layers`` is the model's layer index of each
+    KV pair; ``network`` has the counts and dtypes of the parsed network.
     """
 
     role: str
@@ -60,29 +60,29 @@ def manifest_path(engine: Path) -> Path:
 
 
 def manifest_text(manifest: Manifest) -> str:
-    """What stands in the manifest's file."""
+    """The content of the manifest file."""
     body = {"format": FORMAT, **manifest.as_json()}
     return json_text({**body, "sha256": sha256_of_json(body)})
 
 
 def save_manifest(engine: Path, manifest: Manifest) -> Path:
-    """Write the manifest of an ``engine`` that is already there."""
+    """Write the manifest of an existing ``engine``."""
     path = manifest_path(engine)
     write_text(path, manifest_text(manifest))
     return path
 
 
 def load_manifest(engine: Path) -> Manifest:
-    """The manifest of the engine at ``engine``, both checked byte for byte.
+    """The manifest of the engine at ``engine``; the bytes of both files are checked.
 
-    Raises :class:`InputError` if either is missing, changed, cut short, or does not belong to the other.
+    Raises :class:`InputError` if either is missing, changed or truncated, or if they do not match.
     """
     path = manifest_path(engine)
     if not engine.is_file():
-        raise InputError(f"The engine {engine} does not exist.")
+        raise InputError(f"The engine {engine} does not exist: {_REMEDY}.")
     raw = read_json(path, "The engine's manifest", _REMEDY)
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-        raise InputError(f"{path} is no engine manifest of nbl-export ({FORMAT}): {_REMEDY}.")
+        raise InputError(f"{path} is not an engine manifest of nbl-export ({FORMAT}): {_REMEDY}.")
     text = json_text(raw)
     digest = raw.pop("sha256", None)
     if digest != sha256_of_json(raw) or text.encode() != path.read_bytes():
@@ -113,8 +113,8 @@ def load_manifest(engine: Path) -> Manifest:
 def check_runs(manifest: Manifest, gpu: Gpu | None) -> Library:
     """The library that can load the engine on ``gpu``.
 
-    Raises :class:`MissingDependencyError` without a GPU or the library, :class:`InputError` if it is of
-    another version or for other GPUs; each says what does not fit.
+    Raises :class:`MissingDependencyError` without a GPU or the library, and :class:`InputError` if the library has
+    another version or the engine is for other GPUs.
     """
     if gpu is None:
         raise MissingDependencyError("no NVIDIA GPU is visible")

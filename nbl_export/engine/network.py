@@ -1,4 +1,4 @@
-"""An ONNX graph as a TensorRT network: parse it, say what it consists of, and hold it to what it must be."""
+"""An ONNX graph as a TensorRT network: parse it, count its layers, and check them against the plan."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ATTENTION = "ATTENTION_OUTPUT"
 
 
 class Messages:
-    """What TensorRT said while it worked: warnings for the record, the first error for the user."""
+    """The error messages of TensorRT, of which the user sees the first."""
 
     def __init__(self, library: Library) -> None:
         trt = library.module
@@ -38,9 +38,9 @@ class Messages:
         self.logger = _Logger()
 
     def first(self) -> str:
-        """The first error that is not about the missing GPU, which is expected ahead of time."""
-        told = [m for m in self.errors if "cudaError 35" not in m and "CUDA driver" not in m]
-        return shorten(told[0], 400, placeholder=" …") if told else "no reason given"
+        """The first error that is not about a missing GPU, which is expected in ahead-of-time builds."""
+        real = [m for m in self.errors if "cudaError 35" not in m and "CUDA driver" not in m]
+        return shorten(real[0], 400, placeholder=" …") if real else "no reason given"
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class NetworkTensor:
 
 @dataclass(frozen=True)
 class NetworkFacts:
-    """What a parsed network consists of. ``weight_bytes`` are its constants' bytes by dtype."""
+    """Counts of a parsed network. ``weight_bytes`` are the bytes of its constants by dtype."""
 
     layers: int
     attention: int
@@ -69,7 +69,7 @@ class NetworkFacts:
 
 @dataclass(frozen=True)
 class Parsed:
-    """A network and what keeps it alive."""
+    """A network with the objects that must live as long as it does."""
 
     builder: Any
     network: Any
@@ -79,7 +79,7 @@ class Parsed:
 
 
 def check_operators(model: ir.Model, path: Path) -> None:
-    """Refuse a graph with operators of onnxruntime's own, naming them and the way around."""
+    """Refuse a graph with non-standard operators, such as those of onnxruntime."""
     foreign = Counter((n.domain, n.op_type) for n in model.graph if n.domain not in _STANDARD)
     if foreign:
         (domain, op), count = foreign.most_common(1)[0]
@@ -91,9 +91,9 @@ def check_operators(model: ir.Model, path: Path) -> None:
 
 
 def parse_network(library: Library, path: Path, shown: Path | None = None) -> Parsed:
-    """Parse the graph at ``path``, called ``shown``, into a strongly typed network.
+    """Parse the graph at ``path``, called ``shown`` in messages, into a strongly typed network.
 
-    Raises :class:`BuildError` naming the operator that is not taken.
+    Raises :class:`BuildError` naming the operator that is not supported.
     """
     name = shown or path
     trt = library.module
@@ -143,18 +143,18 @@ def _tensor(tensor: Any) -> NetworkTensor:
 
 
 def let_attention_decompose(library: Library, network: Any) -> None:
-    """Allow every attention layer to be built from its parts where no fused kernel fits."""
+    """Allow TensorRT to decompose every attention layer for which it has no fused kernel."""
     trt = library.module
     for i in range(network.num_layers):
         layer = network.get_layer(i)
         if layer.type.name == _ATTENTION:
-            layer.__class__ = trt.IAttentionOutputLayer  # the binding hands out the base class
+            layer.__class__ = trt.IAttentionOutputLayer  # the binding returns the base class
             layer.attention.decomposable = True
 
 
-# How TensorRT calls the types.
+# TensorRT's names of the dtypes.
 _DTYPES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}
-# The parser writes scalars and epsilons of its own in float32.
+# The parser adds scalars such as epsilons in float32.
 _PARSER_BYTES = 4096
 
 
@@ -163,16 +163,16 @@ def check_network(
     precision: Precision,
     attention: int,
     static: bool,
-    kept_bytes: int,
+    float32_bytes: int,
     operators: int | None = None,
 ) -> None:
-    """Hold a network to what was asked for; raises :class:`BuildError` for the first thing that differs.
+    """Check a network against the plan; raises :class:`BuildError` for the first difference.
 
-    1. Exactly ``attention`` attention layers (L - K), or as many as the graph has ``operators`` for: some
-       exporters write attention in its parts.
-    2. Two KV inputs and outputs for each, and two native cache updates where the cache is static.
+    1. Exactly ``attention`` attention layers (L - K), or the number of attention ``operators`` in the graph, since
+       some exporters decompose attention.
+    2. Two KV inputs and two KV outputs for each, and two native cache updates if the cache is static.
     3. KV in the precision's dtype, logits in float32, every other input in int64.
-    4. Weights in the precision's dtype, but for ``kept_bytes`` that the graph itself keeps in float32.
+    4. Weights in the precision's dtype, except ``float32_bytes`` that are float32 in the graph itself.
     """
     wanted = _DTYPES[precision.name]
     past = [t for t in facts.inputs if t.name.startswith("past_key_values.")]
@@ -198,8 +198,8 @@ def check_network(
             raise BuildError(f"The TensorRT network's {tensor.name} is {tensor.dtype}, expected INT64.")
     other = sum(b for d, b in facts.weight_bytes.items() if d in _DTYPES.values() and d != wanted)
     total = sum(facts.weight_bytes.values())
-    if other > kept_bytes + _PARSER_BYTES:
+    if other > float32_bytes + _PARSER_BYTES:
         raise BuildError(
             f"{other:,} of {total:,} bytes of the TensorRT network's weights are not {wanted}; the graph keeps "
-            f"{kept_bytes:,}."
+            f"{float32_bytes:,}."
         )

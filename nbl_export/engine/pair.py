@@ -1,4 +1,4 @@
-"""Base and linearized engine from the same settings: what makes the comparison of the two fair."""
+"""Base and linearized engine built with the same settings, so that their comparison is fair."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from nbl_export.graph.io import DATA_SUFFIX, load_graph
 from nbl_export.graph.precision import graph_precision
 from nbl_export.progress import Listener
 
-# Of the bytes of weights removed, the share an engine must shrink by at least, and what two builds of
-# one network may differ by.
+# The minimum share of the removed weight bytes by which an engine must shrink, and the size difference allowed
+# between two builds of one network.
 _SHARE, _VARIES_BY = 0.9, 1 << 16
 
 
 @dataclass(frozen=True)
 class Source:
-    """A graph to build: its role, path, how many layers keep attention, and where the engine goes."""
+    """A graph to build: its role, its path, its number of attention layers, and the path of the engine."""
 
     role: str
     graph: Path
@@ -38,7 +38,7 @@ class Source:
 
 @dataclass(frozen=True)
 class EngineFile:
-    """An engine written, and its manifest."""
+    """A written engine and its manifest."""
 
     path: Path
     manifest: Manifest
@@ -54,10 +54,10 @@ def build_pair(
     capabilities: Sequence[str],
     listener: Listener,
 ) -> tuple[list[EngineFile], list[Path]]:
-    """Build every source and hold the pair to each other; returns the engines, and all files written.
+    """Build every source and compare the pair; returns the engines and all written files.
 
-    No engine is put in its place before all are built and the linearized one is found to be smaller by
-    what was removed; raises :class:`BuildError` if it is not.
+    The engines are moved into place only after all are built and the linearized one is found to be smaller by the
+    removed weights; raises :class:`BuildError` if it is not.
     """
     timings = TimingCache(library, sources[0].engine.with_name("timing.cache"))
     built: list[Built] = []
@@ -73,7 +73,7 @@ def build_pair(
         else tuple(capabilities)
     )
     engines, files = [], timings.save()
-    # All temporaries are written before the first takes its place: the disk may be full.
+    # All temporary files are written before the first is moved into place: the disk may be full.
     with ExitStack() as writing:
         for source, result in zip(sources, built, strict=True):
             temporary = writing.enter_context(atomic_path(source.engine))
@@ -118,9 +118,9 @@ def _hashes(source: Source, engine: Path, plan_hash: str | None) -> dict[str, st
 
 
 def check_shrinks(built: Mapping[str, Built]) -> None:
-    """The linearized engine is smaller than the base by what was removed; else :class:`BuildError`.
+    """Raise :class:`BuildError` unless the linearized engine is smaller than the base by the removed weights.
 
-    It loses the weights removed and code for them, never more code than the base has.
+    It loses the removed weights and their code, which cannot be more than all code of the base.
     """
     base, linear = built[BASE], built[LINEARIZED]
     weights = [sum(b.facts.weight_bytes.values()) for b in (base, linear)]
@@ -128,5 +128,5 @@ def check_shrinks(built: Mapping[str, Built]) -> None:
     if not _SHARE * removed - _VARIES_BY <= shrunk <= removed + code + _VARIES_BY:
         raise BuildError(
             f"The linearized engine is {shrunk:,} bytes smaller than the base, but {removed:,} bytes of weights "
-            "were removed: the two do not belong together."
+            "were removed, so the two do not belong together: build both again."
         )

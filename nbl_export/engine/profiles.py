@@ -1,13 +1,13 @@
-"""Optimization profiles: the shapes an engine is built for, prefill and decode, the same for every input.
+"""Optimization profiles: the shapes an engine is built for, in prefill and in decode.
 
-A profile gives each symbolic dimension a minimum, an optimum and a maximum, and every input takes its
-shape from them, so ids, mask, positions and cache cannot contradict each other.
+A profile gives each symbolic dimension a minimum, an optimum and a maximum. The shapes of all inputs are derived
+from these, so ids, mask, positions and cache are consistent.
 
             batch        sequence      past                          total = past + sequence
 prefill     1 … B        1 … S         0 … C - S (chunked prefill)   1 … C
 decode      1 … B        1             1 … C - 1                     2 … C
 
-B, S, C are ``max_batch``, ``max_seq`` and ``max_context``. A static cache is C places long throughout.
+B, S, C are ``max_batch``, ``max_seq`` and ``max_context``. A static cache always has C slots.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Profile:
 
 @dataclass(frozen=True)
 class Limits:
-    """The largest batch, tokens in one pass, and tokens of context an engine is built for."""
+    """The maximum batch size, tokens per pass, and tokens of context of an engine."""
 
     max_batch: int
     max_seq: int
@@ -49,10 +49,10 @@ class Limits:
 
 
 def limits(max_batch: int, max_seq: int | None, max_context: int | None, model_context: int | None) -> Limits:
-    """What was asked for, or 2,048 tokens of context and 512 at once as far as the model goes.
+    """The requested limits; the defaults are 2,048 tokens of context and 512 per pass, or less if the model has less.
 
-    ``model_context`` is the model's number of positions, None if it has no bound. Raises
-    :class:`InputError` for a limit beyond it, or limits that contradict each other.
+    ``model_context`` is the model's number of positions, None if unlimited. Raises :class:`InputError` for a limit
+    beyond it, or for limits that contradict each other.
     """
     bound = model_context or 1 << 31
     context = min(MAX_CONTEXT, bound) if max_context is None else max_context
@@ -68,9 +68,9 @@ def limits(max_batch: int, max_seq: int | None, max_context: int | None, model_c
 
 
 def profiles(inputs: Mapping[str, Sequence[int | str]], limits: Limits) -> tuple[Profile, Profile]:
-    """The prefill and the decode profile for a graph's ``inputs``, each a shape of numbers and dimension names.
+    """The prefill and the decode profile for a graph's ``inputs``, shapes of integers and dimension names.
 
-    Raises :class:`BuildError` for a dimension that is not of a decoder (:mod:`nbl_export.graph.cache`).
+    Raises :class:`BuildError` for an unknown dimension name.
     """
     b, s, c = limits.max_batch, limits.max_seq, limits.max_context
     batch, buffer = (1, 1, b), (c, c, c)
@@ -85,7 +85,7 @@ def profiles(inputs: Mapping[str, Sequence[int | str]], limits: Limits) -> tuple
     }
     found = []
     for name, table in tables.items():
-        # optimum writes the sum where others have a name for it.
+        # optimum writes the sum where others use a name.
         dims = {BATCH: batch, MAX: buffer, **table, f"{PAST} + {SEQUENCE}": table[TOTAL]}
         found.append(Profile(name, {i: _shapes(i, shape, dims) for i, shape in inputs.items()}))
     return found[0], found[1]
@@ -94,7 +94,9 @@ def profiles(inputs: Mapping[str, Sequence[int | str]], limits: Limits) -> tuple
 def _shapes(name: str, shape: Sequence[int | str], dims: Mapping[str, Range]) -> tuple[Shape, Shape, Shape]:
     for dim in shape:
         if not isinstance(dim, int) and dim not in dims:
-            raise BuildError(f"The graph's input {name} has the dimension {dim!r}, which no profile knows.")
+            raise BuildError(
+                f"The graph's input {name} has the dimension {dim!r}, for which no profile has a range."
+            )
     low, opt, high = (
         tuple(dim if isinstance(dim, int) else dims[dim][which] for dim in shape) for which in range(3)
     )

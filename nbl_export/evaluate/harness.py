@@ -1,7 +1,7 @@
 """A decoder stream as a language model of lm-evaluation-harness.
 
-Tokens are cut as the harness's own Hugging Face model cuts them, so that its figures can be compared with
-ours. Importing this module needs the extra ``eval``.
+Tokenization is the same as in the harness's own Hugging Face model, so that the scores are comparable. Importing this
+module needs the extra ``eval``.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from nbl_export.runtime.stream import Stream
 
 
 class DecoderLM(TemplateLM):  # type: ignore[misc]
-    """What lm-evaluation-harness asks, answered by a stream.
+    """The language-model interface of lm-evaluation-harness over a stream.
 
-    ``limits`` are the model's positions and the batches; ``title`` heads the progress that the ``listener``
-    is told.
+    ``limits`` are the model's positions and the batch size; ``title`` is the title of the progress reported to the
+    ``listener``.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class DecoderLM(TemplateLM):  # type: ignore[misc]
         self.listener, self.title = listener, title
         self.max_gen_toks = min(256, limits.positions // 2)
 
-    # what the base class asks for ----------------------------------------------------------------
+    # interface of the base class -----------------------------------------------------------------
     @property
     def max_length(self) -> int:
         return self.limits.positions
@@ -53,7 +53,7 @@ class DecoderLM(TemplateLM):  # type: ignore[misc]
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_kwargs: Any) -> list[int]:
-        """By the tokenizer's own rules; a text that begins with the first token already gets no second."""
+        """Tokenize by the tokenizer's own rules; a text that starts with the prefix token gets no second one."""
         if add_special_tokens is None and string.startswith(self.tokenizer.decode(self.prefix_token_id)):
             add_special_tokens = False
         special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
@@ -85,7 +85,7 @@ class DecoderLM(TemplateLM):  # type: ignore[misc]
         return [(s.log_likelihood, s.greedy) for s in scores]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, each token predicted once from as much before it as there is room for."""
+        """Log-likelihood of full texts: each token is predicted once, from as much context as fits."""
         pairs: list[Pair] = []
         owners: list[int] = []
         for i, request in enumerate(requests):
@@ -114,12 +114,14 @@ class DecoderLM(TemplateLM):  # type: ignore[misc]
         for i, request in enumerate(requests):
             kwargs = normalize_gen_kwargs(request.args[1], self.max_gen_toks)
             if kwargs["do_sample"]:
-                raise InputError("A task samples its answers; nbl-export decodes greedily: leave it out.")
+                raise InputError(
+                    "A task samples its answers, but nbl-export decodes greedily: leave that task out."
+                )
             stops = tuple(handle_stop_sequences(list(kwargs["until"]), eos=end))
-            kinds.setdefault((self._room(kwargs["max_gen_toks"]), stops), []).append(i)
+            kinds.setdefault((self._max_tokens(kwargs["max_gen_toks"]), stops), []).append(i)
         with self.listener.task(self.title, len(requests), "answers") as task:
-            for (most, stops), places in kinds.items():
-                prompts = [tuple(self.tok_encode(requests[i].args[0])) for i in places]
+            for (most, stops), indices in kinds.items():
+                prompts = [tuple(self.tok_encode(requests[i].args[0])) for i in indices]
                 written = greedy(
                     self.stream,
                     [p or (self.prefix_token_id,) for p in prompts],
@@ -128,12 +130,12 @@ class DecoderLM(TemplateLM):  # type: ignore[misc]
                     self.limits,
                     task.advance,
                 )
-                for i, tokens in zip(places, written, strict=True):
+                for i, tokens in zip(indices, written, strict=True):
                     answers[i] = postprocess_generated_text(self.tok_decode(tokens), list(stops), None)
         return answers
 
-    def _room(self, asked: int) -> int:
-        """How many tokens to write: what is asked, as long as a prompt still fits."""
+    def _max_tokens(self, asked: int) -> int:
+        """The number of tokens to generate: as requested, but a prompt must still fit."""
         return max(1, min(asked, self.max_length - 1))
 
     def _stopped(self, tokens: list[int], stops: Sequence[str]) -> bool:

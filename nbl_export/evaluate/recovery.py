@@ -1,13 +1,12 @@
-"""What is left of a score: recovery = linearized / base, with its standard error.
+"""Score recovery = linearized / base, with its standard error.
 
-Both models answer the same documents, so the two scores are paired: a document that both answer tells
-nothing about their difference. With b_i and l_i the scores of document i and R = Σ l / Σ b, the delta
-method gives
+Both models answer the same documents, so the scores are paired: a document with equal scores says nothing about their
+difference. With b_i and l_i the scores of document i and R = Σ l / Σ b, the delta method gives
 
     se(R) = sd(l − R b) / (√n · mean b)
 
-For several tasks R is the ratio of the means of the tasks' scores (each task counts once, whatever its
-size), and the variances of the tasks add. Above chance, what guessing scores is taken off both first.
+For several tasks R is the ratio of the mean scores of the tasks (each task counts once, whatever its size), and the
+variances of the tasks add. Recovery above chance subtracts the chance score from both first.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ import numpy as np
 
 from nbl_export.batch.arrays import F64
 
-# A base score that guessing reaches within this many standard errors says nothing about what is left.
+# A base score within this many standard errors of chance gives no meaningful recovery.
 _CLEAR = 2.0
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and its standard error; 0 where one document alone gives nothing to estimate it from."""
+    """A value and its standard error, which is 0 for a single document."""
 
     value: float
     se: float
@@ -38,7 +37,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Paired:
-    """Scores of the same documents, [n] each, by the base and the linearized model; ``chance`` [n] by guessing."""
+    """Scores of the same documents, [n] each, by the base and the linearized model, and of random guessing."""
 
     base: F64
     linearized: F64
@@ -46,7 +45,7 @@ class Paired:
 
     @classmethod
     def of(cls, base: Sequence[Any], linearized: Sequence[Any], chance: Sequence[Any]) -> Paired:
-        """From lists; a ``ValueError`` where they are not of the same documents."""
+        """From lists; raises ``ValueError`` if they are not of the same documents."""
         values = [np.asarray(v, dtype=np.float64) for v in (base, linearized, chance)]
         if len({v.shape for v in values}) != 1 or values[0].ndim != 1 or not len(values[0]):
             raise ValueError(f"paired scores of different documents: {[v.shape for v in values]}")
@@ -59,7 +58,7 @@ class Paired:
 
     @property
     def clear(self) -> bool:
-        """Whether the base model is better than guessing by two standard errors."""
+        """Whether the base model is better than chance by two standard errors."""
         over = mean(self.base - self.chance)
         return over.value > 0 and over.value >= _CLEAR * over.se
 
@@ -72,9 +71,9 @@ def mean(values: F64) -> Estimate:
 
 
 def recovery(tasks: Sequence[Paired], above_chance: bool = False) -> Estimate | None:
-    """Ratio of the linearized tasks' mean score to the base's; None where there is nothing to divide by.
+    """Ratio of the linearized model's mean score to the base's; None if the base's is 0.
 
-    ``above_chance`` takes chance off both scores first, and is None where the base is not clearly above it.
+    ``above_chance`` subtracts chance from both scores first; it gives None if the base is not clearly above chance.
     """
     if not tasks or (above_chance and not all(t.clear for t in tasks)):
         return None

@@ -1,13 +1,12 @@
-"""Long-context retrieval: sentences hidden in held-out text, one of which must be looked up at the end.
+"""Long-context retrieval: sentences hidden in held-out text, one of which is asked for at the end.
 
     start │ text … The code of the red door is 4821. … text … The code of the blue door is 1093. … text
           │ … The code of the red door is  ──►  4821 ?
 
-A linearized layer mixes no tokens, so looking up is what it may cost. Several codes are hidden, at depths
-spread evenly over the context, and the wrong answers are the other codes that stand in it: whoever only
-copies some code is right one time in :data:`HIDDEN`. Two scores are taken of each question: *choice*, the
-right code is the most likely of those hidden; *exact*, greedy decoding writes the right code. Both models
-are asked the same questions, which depend on the seed alone.
+A linearized layer does not mix tokens, so it may reduce retrieval accuracy. Several codes are hidden, at depths spread
+evenly over the context, and the wrong answers are the other hidden codes, so copying a random one is right once in
+:data:`HIDDEN`. Each question has two scores: *choice*, the right code is the most likely of the hidden ones; *exact*,
+greedy decoding generates the right code. Both models get the same questions, which depend only on the seed.
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ Encode = Callable[[str], list[int]]
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, the codes hidden in it as continuations, and which of them is right.
+    """A prompt, the hidden codes as continuations, and the index of the right one.
 
-    ``depth`` is where the right one stands: 0 at the beginning of the text, 1 at its end.
+    ``depth`` is the position of the right one: 0 at the start of the text, 1 at its end.
     """
 
     context: int
@@ -45,17 +44,17 @@ class Question:
 
 @dataclass(frozen=True)
 class Filler:
-    """What codes are hidden in: ``start`` [n], which a prompt begins with, and ``text`` [tokens]."""
+    """The text around the codes: ``start`` [n], the first tokens of a prompt, and ``text`` [tokens]."""
 
     start: NDArray[np.int32]
     text: NDArray[np.int32]
 
 
 def ask(filler: Filler, encode: Encode, context: int, count: int, seed: int) -> list[Question]:
-    """``count`` questions of exactly ``context`` tokens, the longest answer included.
+    """``count`` questions of exactly ``context`` tokens, including the longest answer.
 
-    The depth of what is asked goes round the :data:`HIDDEN` parts of the context. Raises
-    :class:`InputError` for a context that has no room for the sentences and as much text again.
+    The depth of the right code cycles through the :data:`HIDDEN` sections of the context. Raises :class:`InputError`
+    for a context that is too short for the sentences and as much text.
     """
     if context < (least := least_context(filler, encode)):
         raise InputError(
@@ -67,7 +66,7 @@ def ask(filler: Filler, encode: Encode, context: int, count: int, seed: int) -> 
 
 
 def least_context(filler: Filler, encode: Encode) -> int:
-    """The shortest context: what is hidden and asked, by the longest names, and as much text again."""
+    """The minimum context: the hidden sentences and the question, with the longest names, and as much text."""
     sentence = max(len(encode(f"\n{_asking(door)} {10**_DIGITS - 1}.\n")) for door in _DOORS)
     return 2 * ((HIDDEN + 1) * sentence + len(filler.start))
 
@@ -78,16 +77,16 @@ def _question(filler: Filler, encode: Encode, context: int, gold: int, rng: rand
     hidden = [encode(f"\n{_asking(door)} {code}.\n") for door, code in zip(doors, codes, strict=True)]
     question = encode(f"\n{_asking(doors[gold])}")
     answers = tuple(tuple(encode(f"\n{_asking(doors[gold])} {code}")[len(question) :]) for code in codes)
-    spoken = sum(map(len, hidden)) + len(question) + max(map(len, answers)) + len(filler.start)
-    room = context - spoken
+    fixed = sum(map(len, hidden)) + len(question) + max(map(len, answers)) + len(filler.start)
+    room = context - fixed
     begin = rng.randrange(len(filler.text))
     text = np.take(filler.text, np.arange(begin, begin + room), mode="wrap").tolist()
-    places = [int((part + rng.random()) / HIDDEN * room) for part in range(HIDDEN)]
+    offsets = [int((section + rng.random()) / HIDDEN * room) for section in range(HIDDEN)]
     prompt = filler.start.tolist()
-    for before, after, sentence in zip([0, *places], places, hidden, strict=False):
+    for before, after, sentence in zip([0, *offsets], offsets, hidden, strict=False):
         prompt += text[before:after] + sentence
-    prompt += text[places[-1] :] + question
-    return Question(context, places[gold] / room, tuple(prompt), answers, gold)
+    prompt += text[offsets[-1] :] + question
+    return Question(context, offsets[gold] / room, tuple(prompt), answers, gold)
 
 
 def _asking(door: str) -> str:
@@ -96,16 +95,16 @@ def _asking(door: str) -> str:
 
 @dataclass(frozen=True)
 class Answers:
-    """Of each question: whether the right code is the most likely of those hidden, and whether greedy writes it."""
+    """For each question: whether the right code is the most likely one, and whether greedy decoding generates it."""
 
     choice: tuple[float, ...]
     exact: tuple[float, ...]
 
 
 def answer(score: Callable[[Sequence[Pair]], Sequence[Scored]], questions: Sequence[Question]) -> Answers:
-    """Ask ``score``, which is :func:`~nbl_export.evaluate.scoring.log_likelihoods` of a model.
+    """Answer the questions with ``score``, :func:`~nbl_export.evaluate.scoring.log_likelihoods` of a model.
 
-    Greedy decoding writes a code exactly if each of its tokens is the most likely one after those before.
+    Greedy decoding generates a code if each of its tokens is the most likely one after the previous tokens.
     """
     pairs = [Pair(q.prompt, a) for q in questions for a in q.answers]
     scores = list(score(pairs))

@@ -1,13 +1,13 @@
-"""Log-likelihoods and greedy continuations of token rows, asked of any stream.
+"""Log-likelihoods and greedy continuations of token rows, with any stream.
 
-Continuations of one context share its prefill where the stream can go on from one row in several ways
+Continuations of one context share its prefill if the stream can extend a row by several continuations
 (:class:`~nbl_export.runtime.stream.Extending`):
 
     context ─► prefill, once ─► last logits ─► first token of every continuation
                      │
-                     └─ cache, a copy for each continuation ─► extend ─► the tokens after the first
+                     └─ KV cache, forked for the continuations ─► extend ─► the tokens after the first
 
-Where it cannot, every continuation is a row of its own. Rows of like length share a batch.
+Otherwise every continuation is a separate row. Rows of similar length share a batch.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from nbl_export.runtime.stream import Extending, LastLogits, Stream
 
 T = TypeVar("T")
 Tokens = tuple[int, ...]
-# Rows of a batch are cut off where their logits, which the runtime makes for every token, would pass this.
+# The size of a batch is limited by its logits, which the runtime computes for every token.
 LOGITS_BYTES = 256 * 2**20
-# A prefill shared by continuations costs a second pass; fewer tokens saved than this are not worth it.
+# A shared prefill costs a second pass, which is not worth it if fewer tokens than this are saved.
 _WORTH_SHARING = 16
-# Reading the weights for one more pass costs about as much as this many tokens of padding.
+# One more pass over the weights costs about as much as this many tokens of padding.
 _PASS = 64
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A continuation to be scored after a context of one token at least."""
+    """A continuation to be scored after a context of at least one token."""
 
     context: Tokens
     continuation: Tokens
@@ -41,7 +41,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Scored:
-    """Natural-log likelihood of a continuation, and whether greedy decoding would write exactly it."""
+    """Log-likelihood (natural logarithm) of a continuation, and whether greedy decoding would generate it."""
 
     log_likelihood: float
     greedy: bool
@@ -49,7 +49,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class Limits:
-    """``positions``: the most tokens of a row; ``vocab``: the width of the logits; ``batch``: the most rows at once."""
+    """``positions``: maximum tokens per row; ``vocab``: width of the logits; ``batch``: maximum rows per batch."""
 
     positions: int
     vocab: int
@@ -57,13 +57,13 @@ class Limits:
 
     @property
     def tokens(self) -> int:
-        """The most padded tokens in one pass."""
+        """The maximum number of tokens in one pass, including padding."""
         return max(64, LOGITS_BYTES // (4 * self.vocab))
 
 
 @dataclass
 class _Group:
-    """One context and the different continuations asked of it."""
+    """One context and its distinct continuations."""
 
     context: Tokens
     continuations: list[Tokens] = field(default_factory=list)
@@ -74,7 +74,7 @@ class _Group:
 
     @property
     def branches(self) -> list[Tokens]:
-        """What must be run after the context; the last token of a continuation predicts nothing asked for."""
+        """The tokens to run after the context: continuations without their last token, whose logits are not needed."""
         return [c[:-1] for c in self.continuations if len(c) > 1]
 
 
@@ -84,10 +84,10 @@ def log_likelihoods(
     limits: Limits,
     advance: Callable[[int], None] = lambda _done: None,
 ) -> list[Scored]:
-    """Score every pair; ``advance`` is told how many more are done.
+    """Score every pair; ``advance`` receives the number of newly finished pairs.
 
-    Contexts too long for the model's positions lose their beginning; of a continuation that is itself too
-    long only the end is scored. An empty continuation has log-likelihood 0.
+    Contexts too long for the model's positions are truncated at the start; of a continuation that is itself too long,
+    only the end is scored. An empty continuation has log-likelihood 0.
     """
     fitted = [_fit(pair, limits.positions) for pair in pairs]
     asked: dict[Tokens, dict[Tokens, list[int]]] = {}
@@ -100,50 +100,50 @@ def log_likelihoods(
     groups = [_Group(context, list(continuations)) for context, continuations in asked.items()]
     extending = stream if isinstance(stream, Extending) else None
     shared = [g for g in groups if extending and _worth_sharing(g, limits)]
-    kept = {id(g) for g in shared}
-    rows = [part for g in groups if id(g) not in kept for part in _rows_of(g)]
+    is_shared = {id(g) for g in shared}
+    rows = [row for g in groups if id(g) not in is_shared for row in _rows_of(g)]
 
-    def keep(batch: Sequence[_Group], found: Sequence[Sequence[Scored]]) -> None:
+    def store(batch: Sequence[_Group], found: Sequence[Sequence[Scored]]) -> None:
         for group, own in zip(batch, found, strict=True):
             for continuation, score in zip(group.continuations, own, strict=True):
-                places = asked[group.context][continuation]
-                for i in places:
+                indices = asked[group.context][continuation]
+                for i in indices:
                     scores[i] = score
-                advance(len(places))
+                advance(len(indices))
 
     for batch in _batches(shared, lambda g: len(g.context), limits):
-        assert extending is not None  # nothing is shared without
-        keep(batch, _score_shared(extending, batch, limits))
+        assert extending is not None  # otherwise nothing is shared
+        store(batch, _score_shared(extending, batch, limits))
     for batch in _batches(rows, lambda g: len(g.row), limits):
-        keep(batch, _score_rows(stream, batch))
+        store(batch, _score_rows(stream, batch))
     return scores
 
 
 def _fit(pair: Pair, positions: int) -> Pair:
     if not pair.context:
         raise ValueError("a continuation is scored after one token at least")
-    # The last token is predicted, not read, so a row holds one more than the positions.
+    # The last token is predicted, not read, so a row may have one more token than positions.
     continuation = pair.continuation[-positions:]
     room = positions + 1 - len(continuation)
     return Pair((pair.context + pair.continuation[: -len(continuation) or None])[-room:], continuation)
 
 
 def _worth_sharing(group: _Group, limits: Limits) -> bool:
-    # A long row is read in parts, so that its logits fit; that too goes on from what is cached.
+    # A long row is read in chunks, so that its logits fit into memory; this also uses the cache.
     long = len(group.row) > limits.tokens
     saved = (len(group.continuations) - 1) * len(group.context)
     return long or (bool(group.branches) and saved >= _WORTH_SHARING)
 
 
 def _rows_of(group: _Group) -> list[_Group]:
-    """Rows without anything shared; continuations of one token all read the context's last logits."""
+    """Rows without a shared prefill; all continuations of one token use the context's last logits."""
     single: list[Tokens] = [c for c in group.continuations if len(c) == 1]
     longer = [_Group(group.context, [c]) for c in group.continuations if len(c) > 1]
     return longer + ([_Group(group.context, single)] if single else [])
 
 
 def _batches(items: Sequence[T], length: Callable[[T], int], limits: Limits) -> Iterator[list[T]]:
-    """Items of like length together, the longest first, so that what does not fit fails at once."""
+    """Items of similar length together, longest first, so that a batch that does not fit fails at once."""
     batch: list[T] = []
     width = padding = 0
     for item in sorted(items, key=length, reverse=True):
@@ -164,8 +164,8 @@ def _score_rows(stream: Stream, groups: Sequence[_Group]) -> list[list[Scored]]:
     stream.reserve(max(map(len, rows)))
     logits = np.split(stream.prefill(rows), np.cumsum([len(r) for r in rows])[:-1])
     return [
-        [_scored(part[len(g.context) - 1 :], c) for c in g.continuations]
-        for g, part in zip(groups, logits, strict=True)
+        [_scored(row[len(g.context) - 1 :], c) for c in g.continuations]
+        for g, row in zip(groups, logits, strict=True)
     ]
 
 
@@ -179,29 +179,29 @@ def _score_shared(stream: Extending, groups: Sequence[_Group], limits: Limits) -
         fork = stream.fork()
         rows = [_row(c[:-1]) for _, c in batch]
         logits = np.split(fork.extend([i for i, _ in batch], rows), np.cumsum([len(r) for r in rows])[:-1])
-        for (i, c), part in zip(batch, logits, strict=True):
-            found[i, c] = np.concatenate([last[i][None], part])
+        for (i, c), row in zip(batch, logits, strict=True):
+            found[i, c] = np.concatenate([last[i][None], row])
     return [[_scored(found[i, c], c) for c in group.continuations] for i, group in enumerate(groups)]
 
 
 def last_logits(stream: Stream, rows: Sequence[NDArray[Any]], tokens: int) -> NDArray[Any]:
-    """Logits [rows, vocab] after each row of a prefill; a row longer than ``tokens`` is read in parts."""
+    """Logits [rows, vocab] after each row of a prefill; a row longer than ``tokens`` is read in chunks."""
     last: NDArray[Any]
     if len(rows) == 1 and len(rows[0]) > tokens and isinstance(stream, Extending):
-        parts = [rows[0][at : at + tokens] for at in range(0, len(rows[0]), tokens)]
-        last = stream.prefill(parts[:1])[-1:].copy()
-        for part in parts[1:]:
-            last = stream.extend([0], [part])[-1:].copy()
+        chunks = [rows[0][at : at + tokens] for at in range(0, len(rows[0]), tokens)]
+        last = stream.prefill(chunks[:1])[-1:].copy()
+        for chunk in chunks[1:]:
+            last = stream.extend([0], [chunk])[-1:].copy()
         return last
     if isinstance(stream, LastLogits):
         return stream.prefill_last(rows)
-    # A copy: the logits of all tokens need not outlive this call.
+    # A copy, so that the logits of all tokens are freed after this call.
     last = stream.prefill(rows)[np.cumsum([len(r) for r in rows]) - 1]
     return last
 
 
 def _scored(logits: NDArray[Any], continuation: Tokens) -> Scored:
-    """``logits[j]`` predicts token j of the continuation; in float64, as a sum of many would round."""
+    """``logits[j]`` predicts token j of the continuation; float64 avoids rounding in long sums."""
     values = logits[: len(continuation)].astype(np.float64)
     targets = np.array(continuation)
     best = values.max(axis=-1)
@@ -220,8 +220,8 @@ def greedy(
 ) -> list[list[int]]:
     """Up to ``most`` tokens for each prompt by greedy decoding.
 
-    ``finished(i, tokens)`` says whether what was written for prompt i is enough. Prompts that leave no room
-    for ``most`` tokens lose their beginning.
+    ``finished(i, tokens)`` says whether prompt i is finished after the generated ``tokens``. Prompts too long for
+    ``most`` more tokens are truncated at the start.
     """
     if most >= limits.positions:
         raise ValueError("no room for a prompt")

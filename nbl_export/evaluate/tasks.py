@@ -1,7 +1,7 @@
 """Tasks of EleutherAI's lm-evaluation-harness: from local rows in memory, or by name from the Hub.
 
-The harness builds the prompts and scores the answers; our decode loop (:mod:`nbl_export.evaluate.harness`)
-answers. It is an optional extra and imported only here and there.
+The harness builds the prompts and scores the answers; nbl-export's decode loop (:mod:`nbl_export.evaluate.harness`)
+generates them. The harness is an optional dependency, imported only in these two modules.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.errors import InputError, MissingDependencyError, NblError
-from nbl_export.evaluate.rows import LocalTask, local_tasks, sample
+from nbl_export.evaluate.local_tasks import LocalTask, local_tasks, sample
 from nbl_export.files import jsonable, sha256_of_json
 from nbl_export.models.load import quiet
 from nbl_export.settings import EvalSettings
@@ -23,12 +23,12 @@ from nbl_export.settings import EvalSettings
 if TYPE_CHECKING:
     from nbl_export.evaluate.harness import DecoderLM
 
-# Which metric's recovery is stated, for a task that does not say: the first of these it has.
+# The metric whose recovery is reported, for a task that does not define one: the first of these it has.
 _HEADLINES = ("acc_norm", "acc", "exact_match", "f1")
 
 
 def require_lm_eval() -> None:
-    """Raise :class:`MissingDependencyError` with the pip line if the harness is not installed."""
+    """Raise :class:`MissingDependencyError` with the pip command if the harness is not installed."""
     for name in ("lm_eval", "datasets"):
         if importlib.util.find_spec(name) is None:
             raise MissingDependencyError(f"Tasks need {name}: pip install 'nbl-export[eval]'.")
@@ -38,9 +38,9 @@ def require_lm_eval() -> None:
 class Outcome:
     """One model's result on one task.
 
-    ``metrics`` are the harness's figures by name; ``scores`` [documents] those of each document, for metrics
-    that are means of them and better when higher; ``chance`` [documents] is what guessing scores; ``scored``
-    names the metric whose recovery is stated, None if there is none.
+    ``metrics`` are the harness's results by name; ``scores`` [documents] are those of each document, for metrics that
+    are means of them and higher is better; ``chance`` [documents] are the scores of random guessing; ``scored`` names
+    the metric whose recovery is reported, None if there is none.
     """
 
     metrics: Mapping[str, float]
@@ -61,9 +61,9 @@ class Outcome:
 
 @dataclass(frozen=True)
 class EvalTask:
-    """One task to be asked: ``digest`` identifies what is asked; ``build`` makes the harness's task of it.
+    """One task: ``digest`` identifies its content; ``build`` creates the harness's task.
 
-    ``indices`` are the documents to ask, None for all; ``total`` how many there are.
+    ``indices`` are the documents to ask, None for all; ``total`` is their number.
     """
 
     name: str
@@ -77,10 +77,10 @@ class EvalTask:
 
 
 def find_tasks(sources: Sequence[str], settings: EvalSettings) -> list[EvalTask]:
-    """The tasks that ``sources`` name: local files and folders, the harness's own names, its .yaml files.
+    """The tasks named by ``sources``: local files and folders, names of the harness's tasks, its .yaml files.
 
-    Everything that can be refused is refused here. Raises :class:`InputError`, and
-    :class:`MissingDependencyError` without the harness.
+    All checks are done here, before any work. Raises :class:`InputError`, and :class:`MissingDependencyError` without
+    the harness.
     """
     found: list[EvalTask] = []
     named: list[str] = []
@@ -94,7 +94,9 @@ def find_tasks(sources: Sequence[str], settings: EvalSettings) -> list[EvalTask]
     seen: dict[str, str] = {}
     for task in found:
         if task.name in seen:
-            raise InputError(f"Two tasks are called {task.name}: {seen[task.name]} and {task.source}.")
+            raise InputError(
+                f"Two tasks are called {task.name}: {seen[task.name]} and {task.source}; rename one of them."
+            )
         seen[task.name] = task.source
     return found
 
@@ -124,7 +126,7 @@ def _asked(settings: EvalSettings) -> dict[str, Any]:
 
 
 def task_of_rows(task: LocalTask, few_shot: int) -> Any:
-    """The harness's task for local rows; they are handed over in memory, nothing is written or fetched."""
+    """The harness's task for local rows, which are passed in memory; nothing is written or downloaded."""
     import datasets
     from lm_eval.api.task import ConfigurableTask
 
@@ -161,7 +163,7 @@ def _named(names: Sequence[str], settings: EvalSettings) -> list[EvalTask]:
 
 
 def _loaded(manager: Any, name: str, settings: EvalSettings) -> list[EvalTask]:
-    """The tasks of a name, which may be a group's; their documents are fetched."""
+    """The tasks with that name, which may be a group; their documents are downloaded."""
     try:
         with quiet():
             tasks = manager.load(name)["tasks"]
@@ -178,10 +180,12 @@ def _loaded(manager: Any, name: str, settings: EvalSettings) -> list[EvalTask]:
 def _from_harness(own: str, task: Any, source: str, settings: EvalSettings) -> EvalTask:
     if getattr(task, "MULTIMODAL", False) or getattr(task, "UNSAFE_CODE", False):
         kind = "images or sound" if getattr(task, "MULTIMODAL", False) else "generated code that it runs"
-        raise InputError(f"The task {own} needs {kind}, which nbl-export does not do: leave it out.")
+        raise InputError(f"The task {own} needs {kind}, which nbl-export does not support: leave it out.")
     kwargs = getattr(task.config, "generation_kwargs", None) or {}
     if kwargs.get("do_sample") or float(kwargs.get("temperature") or 0) > 0:
-        raise InputError(f"The task {own} samples its answers; nbl-export decodes greedily: leave it out.")
+        raise InputError(
+            f"The task {own} samples its answers, but nbl-export decodes greedily: leave it out."
+        )
     if settings.few_shot is not None:
         task.set_config("num_fewshot", settings.few_shot)
     total = len(task.eval_docs)
@@ -189,7 +193,7 @@ def _from_harness(own: str, task: Any, source: str, settings: EvalSettings) -> E
     digest = sha256_of_json(
         {
             "documents": [jsonable(dict(task.eval_docs[i])) for i in indices],
-            # A function without source is told by its address, which is another one in every run.
+            # A function without source code is shown with its address, which changes in every run.
             "config": re.sub(r" at 0x[0-9a-fA-F]+", "", str(sorted(task.dump_config().items()))),
             "asked": _asked(settings),
         }
@@ -202,7 +206,7 @@ def _first_line(error: Exception) -> str:
 
 
 def run_task(lm: DecoderLM, task: EvalTask, settings: EvalSettings) -> Outcome:
-    """Ask ``task`` of the model behind ``lm``; raises :class:`InputError` where the harness cannot."""
+    """Run ``task`` with the model ``lm``; raises :class:`InputError` if the harness cannot."""
     from lm_eval.evaluator import evaluate
 
     built = task.build()
@@ -221,15 +225,16 @@ def run_task(lm: DecoderLM, task: EvalTask, settings: EvalSettings) -> Outcome:
         raise
     except Exception as error:
         raise InputError(
-            f"lm-evaluation-harness does not run the task {task.name} ({type(error).__name__}: {_first_line(error)})."
+            f"lm-evaluation-harness does not run the task {task.name} ({type(error).__name__}: {_first_line(error)}): "
+            "leave it out."
         ) from error
     return _outcome(task, built, found["results"][task.name], found["samples"][task.name])
 
 
 def _outcome(task: EvalTask, built: Any, results: Mapping[str, Any], samples: Sequence[Any]) -> Outcome:
-    # A task may filter answers in several ways; the first is the one that is not told apart in print.
+    # A task may have several filters of the answers; the first one is used.
     filters = list(dict.fromkeys(s["filter"] for s in samples))
-    kept = [s for s in samples if s["filter"] == filters[0]]
+    filtered = [s for s in samples if s["filter"] == filters[0]]
     metrics = {
         name: float(value)
         for key, value in results.items()
@@ -239,18 +244,18 @@ def _outcome(task: EvalTask, built: Any, results: Mapping[str, Any], samples: Se
     }
     better = built.higher_is_better()
     scores = {
-        name: [float(s[name]) for s in kept]
+        name: [float(s[name]) for s in filtered]
         for name in metrics
-        if better.get(name) and all(isinstance(s.get(name), (int, float)) for s in kept)
+        if better.get(name) and all(isinstance(s.get(name), (int, float)) for s in filtered)
     }
-    # Of a metric that is no mean of its documents' scores no recovery can be stated.
+    # Recovery is only defined for a metric that is the mean of its documents' scores.
     scores = {n: v for n, v in scores.items() if abs(sum(v) / len(v) - metrics[n]) < 1e-9}
     scored = task.scored if task.scored in scores else next((n for n in _HEADLINES if n in scores), None)
-    return Outcome(metrics, scores, [_chance(task, built, s) for s in kept], scored, len(kept))
+    return Outcome(metrics, scores, [_chance(task, built, s) for s in filtered], scored, len(filtered))
 
 
 def _chance(task: EvalTask, built: Any, sample: Mapping[str, Any]) -> float:
-    """What guessing scores on a document: one in the number of choices."""
+    """The expected score of random guessing on a document: one over the number of choices."""
     if not task.guessed or built.OUTPUT_TYPE != "multiple_choice":
         return 0.0
     return 1.0 / len(built.doc_to_choice(sample["doc"]))

@@ -1,9 +1,9 @@
-"""Another project's exporter as a child process.
+"""Run another project's exporter as a child process.
 
-1. Its files appear in the target folder when all are there, or not at all; a tokenizer it could not load
-   is among them as it was handed over.
-2. Its failure is one sentence with what it said last; what it prints is not shown.
-3. It neither downloads anything nor outlives an interrupt.
+1. Its files are moved into the target folder when all are complete, or not at all. A tokenizer that it could
+   not load is copied from the model folder.
+2. A failure is one sentence with the last line of its output; the output itself is not shown.
+3. It downloads nothing, and it is killed after an interrupt.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from nbl_export.progress import Listener
 
 GRAPH = "model.onnx"
 _TOKENIZER_FILES = ("token*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*")
-# The last line of a traceback, and what Python says of a module that is not there.
+# The last line of a traceback, and Python's message for a missing module.
 _RAISED = re.compile(r"[\w.]*(?:Error|Exception|Interrupt|Exit): .+")
 _NO_MODULE = re.compile(r"No module named '?([\w.]+)'?")
 
 
 @dataclass(frozen=True)
 class Exporter:
-    """A program run as ``python -m module``; ``remedy`` is the end of a sentence that says how to get it."""
+    """A program run as ``python -m module``; ``remedy`` is the end of a sentence that says how to install it."""
 
     name: str
     module: str
@@ -41,7 +41,7 @@ class Exporter:
 
 
 def require(exporter: Exporter, python: str) -> None:
-    """Raise :class:`MissingDependencyError` unless ``python`` runs and has the exporter (it is not started)."""
+    """Raise :class:`MissingDependencyError` unless ``python`` runs and has the exporter, which is not started."""
     probe = f"import importlib.util as u, sys; sys.exit(u.find_spec({exporter.module!r}) is None)"
     with tempfile.TemporaryDirectory() as empty:
         code, output = _run(exporter, [python, "-c", probe], Path(empty))
@@ -57,10 +57,10 @@ def export_in_child(
     arguments: Callable[[Path], list[str]],
     listener: Listener,
 ) -> list[Path]:
-    """Export the folder ``model`` into ``target``; returns the files that are new there.
+    """Export the folder ``model`` into ``target``; returns the new files.
 
-    ``arguments`` are those after the module, for the folder the exporter is to fill. Raises
-    :class:`MissingDependencyError` or :class:`BuildError`; ``target`` is then as it was.
+    ``arguments`` returns the command line after the module for a given output folder. Raises
+    :class:`MissingDependencyError` or :class:`BuildError`; ``target`` is then unchanged.
     """
     require(exporter, python)
     with (
@@ -90,7 +90,7 @@ def _scratch(target: Path) -> Iterator[Path]:
 
 
 def _run(exporter: Exporter, command: list[str], folder: Path) -> tuple[int, str]:
-    """Its exit code and all it printed. In an empty ``folder`` it takes no file of the user's for a module."""
+    """Exit code and output. In an empty ``folder`` Python cannot import a user's file instead of a module."""
     try:
         process = subprocess.Popen(
             command,
@@ -119,7 +119,7 @@ def _copy_tokenizer(model: Path, filled: Path) -> None:
 
 
 def _move(filled: Path, target: Path) -> list[Path]:
-    """The graph goes last, and takes the data of an earlier one with it."""
+    """Move the files into ``target``, the graph last; data files of an earlier graph are deleted."""
     target.mkdir(exist_ok=True)
     names = sorted((p.name for p in filled.iterdir() if p.is_file()), key=lambda n: (n == GRAPH, n))
     for name in names:
@@ -133,7 +133,9 @@ def _move(filled: Path, target: Path) -> list[Path]:
 def _missing(exporter: Exporter, python: str, said: str) -> MissingDependencyError:
     found = _NO_MODULE.search(said)
     why = f"it has no module {found[1]}" if found else said or f"it has no module {exporter.module}"
-    return MissingDependencyError(f"{exporter.name} is not there for {python} ({why}): {exporter.remedy}.")
+    return MissingDependencyError(
+        f"{exporter.name} is not installed for {python} ({why}): {exporter.remedy}."
+    )
 
 
 def _failure(
@@ -144,7 +146,7 @@ def _failure(
         return _missing(exporter, python, said)
     if code < 0:
         name = signal.Signals(-code).name
-        said = f"it was killed by {name}" + (", often for want of memory" if name == "SIGKILL" else "")
+        said = f"it was killed by {name}" + (", often because memory ran out" if name == "SIGKILL" else "")
     elif not code:
         said = f"it wrote no {GRAPH}"
     config = read_json(model / CONFIG, "config.json of the model", "fetch the model again")

@@ -1,8 +1,8 @@
-"""The form of an encoder's graph: no cache, the whole text or image in, the outputs of its task out.
+"""The form of an encoder's graph: no cache, the full text or image as input, the outputs of its task.
 
-Inputs  input_ids, attention_mask and perhaps token_type_ids [batch_size, sequence_length], or
+Inputs  input_ids, attention_mask and optionally token_type_ids [batch_size, sequence_length], or
         pixel_values [batch_size, channels, height, width] of one size
-Outputs those of the task that the model has (:mod:`nbl_export.models.tasks`), float32; of a
+Outputs the outputs of the task that the model has (:mod:`nbl_export.models.tasks`), float32; for a
         sentence-transformers folder also sentence_embedding [batch_size, d]
 
 The names are those of optimum. ONNX opset 23.
@@ -23,7 +23,7 @@ from nbl_export.models.tasks import Task
 
 
 def encoder_form(model: torch.nn.Module, task: Task, pooling: Pooling | None, inputs: Inputs) -> Form:
-    """The form of ``model``, whose batches look as ``inputs`` do."""
+    """The form of ``model``, whose batches have the names and shapes of ``inputs``."""
     names = {name: _dims(name) for name in INPUT_ORDER if name in inputs}
     examples = {MASK: torch.ones(2, 3, dtype=torch.long)}
     if PIXELS in inputs:

@@ -1,7 +1,7 @@
-"""A form of the cache tried in PyTorch on a few tokens, before any work: does the model compute the same in it?
+"""Check a form of the KV cache in PyTorch before the export: a short eager run must give the same logits.
 
-A model's own code may count places instead of positions, make its own mask from the length of the cache, or let
-padding into a convolution. None of that is written in a configuration; numbers show it.
+A model's own code may use cache slots instead of positions, build its own mask from the length of the cache, or let
+padding into a convolution. The configuration does not show this; the logits do.
 """
 
 from __future__ import annotations
@@ -15,68 +15,70 @@ from nbl_export.batch.padding import left_padded, right_padded
 from nbl_export.errors import InputError, NblError
 from nbl_export.export.forms import FORMS, NONE, STATIC, Form
 from nbl_export.export.functions import attention, exportable, is_replaced
-from nbl_export.export.grouped import check_sizes, ungrouped
+from nbl_export.export.grouped import check_sizes, unsupported_by_gqa
 from nbl_export.export.torch import check_traces, trace
+from nbl_export.models.dummy_run import cache_shapes, check_supported, dummy_run
 from nbl_export.models.layers import positions as positions_of
 from nbl_export.models.layers import structure
 from nbl_export.models.load import quiet
-from nbl_export.models.trial import cache_shapes, check_served, trial
 
-# Two rows of different length, so that one is padded, and what they go on with.
+# Two rows of different length, so that one is padded, and the number of tokens decoded after them.
 _LENGTHS, _NEXT = (7, 4), 1
-_PLACES = 512  # of a static buffer: longer than the window of a model that makes its own
-_TOLERANCE = 1e-2  # of the logits' spread; a wrong mask or position is off by about that spread
+_SLOTS = 512  # of a static cache: longer than the window of a model that builds its own mask
+_TOLERANCE = 1e-2  # of the logits' standard deviation; a wrong mask or position causes an error of about one
 
 
 def check_form(model: torch.nn.Module, form: Form) -> None:
-    """Raise :class:`InputError` for a model that is not served, or not with its cache kept in ``form``."""
-    check_served(model, cached=form is not NONE)
+    """Raise :class:`InputError` for a model that is not supported, or not with a cache of this ``form``."""
+    check_supported(model, cached=form is not NONE)
     try:
         error = _error(model, form)
         if error <= _TOLERANCE:
             _check_trace(model, form)
             return
         found = (
-            f"computes other logits with --kv-cache {form.name} than by itself (off by {error:.1g} of their spread), "
-            "so its masks or positions do not follow a batch of padded rows"
+            f"computes other logits with --kv-cache {form.name} than without (error {error:.1g} of their standard "
+            "deviation), so its masks or positions do not support a batch of padded rows"
         )
     except _Failed as failed:
         found = f"cannot be run with --kv-cache {form.name} ({failed})"
     others = [o for o in FORMS.values() if o is not form and _serves(model, o)]
-    remedy = f"use --kv-cache {others[0].name}" if others else "this architecture is not served yet"
+    remedy = f"use --kv-cache {others[0].name}" if others else "this architecture is not supported yet"
     raise InputError(f"{type(model).__name__} {found}: {remedy}.")
 
 
 class _Failed(Exception):
-    """The model's own code failed; says how in one line."""
+    """The model's own code failed; the message is its error in one line."""
 
 
 def _check_trace(model: torch.nn.Module, form: Form) -> None:
-    """A layer without keys and values, or code of the model's own, may loop over its tokens, which no graph can."""
+    """Refuse a model that loops over its tokens (a layer without keys and values, or its own code): it cannot be
+    traced.
+    """
     if form is not NONE and is_replaced(model):
-        return  # tracing costs more than all else here
+        return  # tracing takes longer than all other checks
     if form.fused:
-        trace(model, form)  # whose masks are seen in the graph alone
+        trace(model, form)  # the masks can only be checked in the graph
         return
     kinds = "".join(f" (with layers of {kind})" for kind in sorted(set(structure(model).others.values())))
     check_traces(
         model,
         form,
-        f"{{name}}{kinds} is not served: it cannot be traced for texts of any length ({{reason}}).",
+        f"{{name}}{kinds} is not supported: it cannot be traced for texts of any length ({{reason}}).",
     )
 
 
 def _serves(model: torch.nn.Module, form: Form) -> bool:
     try:
-        check_served(model, cached=form is not NONE)
+        check_supported(model, cached=form is not NONE)
         return _error(model, form) <= _TOLERANCE
     except (NblError, _Failed):
         return False
 
 
 def _error(model: torch.nn.Module, form: Form) -> float:
-    """The largest difference from the model's own logits, in their standard deviation; infinite for NaN."""
-    trial(model)  # as it is, before its functions are replaced
+    """The largest difference from the model's own logits, in standard deviations of these; infinite for NaN."""
+    dummy_run(model)  # of the original model, before its functions are replaced
     vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator, union-attr]
     ids = (np.arange(sum(_LENGTHS) + 2 * _NEXT) * 7 + vocabulary // 3) % vocabulary
     texts = np.split(ids, [_LENGTHS[0] + _NEXT])
@@ -97,26 +99,26 @@ def _error(model: torch.nn.Module, form: Form) -> float:
 
 
 def _grouped(module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
-    """:func:`attention`, of a kind that GroupQueryAttention computes."""
+    """:func:`attention`, limited to what GroupQueryAttention computes."""
     who = type(module).__name__
     check_sizes(who, key.shape[-1], value.shape[-1])
     for name, found in (("softcap", "caps its scores"), ("s_aux", "has attention sinks")):
         if kwargs.get(name) is not None:
-            raise ungrouped(who, found)
+            raise unsupported_by_gqa(who, found)
     return attention(module, query, key, value, *args, **kwargs)
 
 
 def _run(decoder: Any, form: Form, texts: list[np.ndarray[Any, Any]]) -> list[torch.Tensor]:
-    """Logits of every token of each of ``texts``: in one batch, the last token after the others if there is a cache."""
+    """Logits of every token of ``texts``, as one batch: a prefill and, with a cache, one decode step."""
     if not form.past:
         ids, mask, positions = (torch.from_numpy(a) for a in left_padded(texts))
         return [row[-len(text) :] for row, text in zip(decoder(ids, mask, positions), texts, strict=True)]
     static = form is STATIC
     before, after = [t[:-_NEXT] for t in texts], torch.from_numpy(np.stack([t[-_NEXT:] for t in texts]))
     lengths = torch.tensor([len(t) for t in before])
-    places = min(_PLACES, positions_of(decoder.model) or _PLACES) if static else 0
+    slots = min(_SLOTS, positions_of(decoder.model) or _SLOTS) if static else 0
     past = [
-        tuple(torch.zeros(len(texts), s.heads, places, size) for size in (s.key_size, s.value_size))
+        tuple(torch.zeros(len(texts), s.heads, slots, size) for size in (s.key_size, s.value_size))
         for s in cache_shapes(decoder.model)
     ]
     if static:

@@ -1,17 +1,17 @@
-"""How an exported decoder keeps its KV cache: it grows, by concatenation or in place, is a static buffer, or is none.
+"""The form of an exported decoder's KV cache: it grows by concatenation or in place, is static, or does not exist.
 
-An encoder has no cache; its form (:mod:`.encoder`) follows from its task and its inputs.
+An encoder has no cache; its form (:mod:`.encoder`) depends on its task and its inputs.
 
-``concat``  position_ids, attention_mask over past and sequence; past [B, H, past, D] goes in, present
-            [B, H, past + sequence, D] comes out. Padding on the left. ONNX opset 23.
-``shared``  as concat, but one buffer may be past and present at once, and each row has its own length, which its
-            mask counts: padding on the right. GroupQueryAttention, which only onnxruntime has.
-``none``    no cache: the whole text goes in each time. Padding on the left. ONNX opset 23.
-``static``  past and present are one buffer [B, H, max, D]; a token's keys and values are written at
-            ``write_indices[b] + i`` (`TensorScatter`) and a query sees the places up to its own. Padding
-            on the right, which the next token overwrites. ONNX opset 24, the standard operators only.
+``concat``  position_ids, attention_mask over past and sequence; input past [B, H, past, D], output present
+            [B, H, past + sequence, D]. Padding on the left. ONNX opset 23.
+``shared``  like concat, but past and present may share one buffer, and each row has its own length, the sum of its
+            mask: padding on the right. GroupQueryAttention, which only onnxruntime has.
+``none``    no cache: the full text is the input of every step. Padding on the left. ONNX opset 23.
+``static``  past and present share one buffer [B, H, max, D]; the keys and values of token i are written to slot
+            ``write_indices[b] + i`` (`TensorScatter`), and a query sees the slots up to its own. Padding on the
+            right, which the next token overwrites. ONNX opset 24, standard operators only.
 
-A form is data: names and symbolic dimensions of its inputs, and how to trace the model that way.
+A form is data: names and symbolic dimensions of its inputs, and a module that traces the model in this form.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from nbl_export.batch.names import BATCH, MAX, PAST, SEQUENCE, TOTAL
 from nbl_export.errors import InputError
 from nbl_export.export.functions import SYMBOLIC_DOMAIN
 from nbl_export.models.compat import cache_argument, query_length
+from nbl_export.models.dummy_run import cache_shapes
 from nbl_export.models.forward import CachedDecoder, PastLayer, run_with_past
-from nbl_export.models.layers import taken, takes
-from nbl_export.models.trial import cache_shapes
+from nbl_export.models.layers import accepted_arguments, accepts
 
 ENCODER = "encoder"  # the name of every encoder's form
 
 
 @dataclass(frozen=True)
 class Form:
-    """One way to keep a cache. ``inputs`` are those before the cache, in order, with their dimensions.
+    """One form of the cache. ``inputs`` are those before the cache, in order, with their dimensions.
 
-    ``outputs`` are those before the cache; ``examples`` what to trace with instead of zeros. ``fused`` graphs have
-    onnxruntime's own operators for attention, and for a norm of a sum.
+    ``outputs`` are those before the cache; ``examples`` are traced with instead of zeros. ``fused`` graphs use
+    onnxruntime's own operators for attention and for residual norms.
     """
 
     name: str
@@ -56,8 +56,8 @@ class Form:
     fused: bool = False
 
     def capture(self, decoder: CachedDecoder) -> torch.export.ExportedProgram:
-        """Trace ``decoder``, every dimension named here being dynamic."""
-        # Example sizes of 0 or 1 would be taken for constants; all differ so that none are confused.
+        """Trace ``decoder``; every dimension named here is dynamic."""
+        # Sizes of 0 or 1 would become constants, and equal sizes could be unified, so all differ.
         sizes = {BATCH: 2, SEQUENCE: 3, PAST: 5, TOTAL: 8, MAX: 7}
         free = torch.export.Dim.DYNAMIC
         args: list[Any] = [
@@ -100,7 +100,7 @@ class _Concat(CachedDecoder):
 # none --------------------------------------------------------------------------------------------
 
 
-class _Whole(CachedDecoder):
+class _Uncached(CachedDecoder):
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor
     ) -> torch.Tensor:
@@ -109,7 +109,7 @@ class _Whole(CachedDecoder):
             input_ids=input_ids,
             attention_mask=attention_mask,
             use_cache=False,
-            **taken(self.model, position_ids=position_ids),
+            **accepted_arguments(self.model, position_ids=position_ids),
         ).logits
         return logits
 
@@ -118,7 +118,7 @@ class _Whole(CachedDecoder):
 
 
 class _StaticLayer(PastLayer):
-    """A layer of the cache that writes into its buffer instead of growing."""
+    """A cache layer that writes into its buffer instead of growing."""
 
     def __init__(self, write_indices: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         super().__init__(0, keys, values)
@@ -130,9 +130,9 @@ class _StaticLayer(PastLayer):
         return self.keys, self.values
 
     def _write(self, buffer: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        if not torch.compiler.is_exporting():  # a rehearsal, not a trace
-            places = self.write_indices[:, None] + torch.arange(new.shape[2])
-            return buffer.scatter(2, places[:, None, :, None].expand_as(new), new)
+        if not torch.compiler.is_exporting():  # an eager run
+            slots = self.write_indices[:, None] + torch.arange(new.shape[2])
+            return buffer.scatter(2, slots[:, None, :, None].expand_as(new), new)
         written: torch.Tensor = torch.onnx.ops.symbolic(
             f"{SYMBOLIC_DOMAIN}::TensorScatter",
             [buffer, new, self.write_indices],
@@ -149,11 +149,11 @@ class _StaticLayer(PastLayer):
 class _Static(CachedDecoder):
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__(model)
-        if not takes(model, "position_ids"):
+        if not accepts(model, "position_ids"):
             raise InputError(
                 f"{type(model).__name__} takes no position_ids, which a static cache needs: use --kv-cache concat."
             )
-        self._write_indices: torch.Tensor | None = None  # of the pass being traced
+        self._write_indices: torch.Tensor | None = None  # of the current forward pass
         self._mask_made = False
 
     def forward(
@@ -180,10 +180,10 @@ class _Static(CachedDecoder):
 
     @contextmanager
     def _masked_here(self) -> Iterator[None]:
-        # A few families of transformers 4 make the mask themselves, for a cache that grows.
+        # With transformers 4 a few families build the mask themselves, for a growing cache.
         reason = (
-            f"{type(self.model).__name__} makes its attention mask itself with this transformers, not for a static "
-            "cache: use --kv-cache concat, or a later transformers."
+            f"With this version of transformers {type(self.model).__name__} makes its attention mask itself, and not "
+            "for a static cache: use --kv-cache concat, or a later transformers."
         )
         try:
             yield
@@ -201,9 +201,9 @@ class _Static(CachedDecoder):
         cache_position: Any = None,
         **_: Any,
     ) -> torch.Tensor:
-        """[batch, 1, query, max] bool from the family's own rule (causal, sliding window …) of two places.
+        """[batch, 1, query, max] bool from the family's own mask function (causal, sliding window …) of two slots.
 
-        ``mask_function(batch, head, query place, key place)`` is elementwise, so places may differ by row.
+        ``mask_function(batch, head, query slot, key slot)`` is elementwise, so slots may differ between rows.
         """
         assert self._write_indices is not None
         self._mask_made = True
@@ -231,7 +231,7 @@ NONE = Form(
     {"input_ids": _TOKENS, "attention_mask": _TOKENS, "position_ids": _TOKENS},
     past={},
     present={},
-    module=_Whole,
+    module=_Uncached,
 )
 STATIC = Form(
     "static",

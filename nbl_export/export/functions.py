@@ -1,14 +1,14 @@
-"""What a model's own functions are replaced by while it is traced, where those cannot be exported or export badly.
+"""Replacements for functions of a model while it is traced, where the originals cannot be exported or export badly.
 
-Attention   transformers' own sdpa repeats keys and values for grouped queries; here they stay grouped. Soft-capped
-            scores and attention sinks, which scaled_dot_product_attention cannot express, are written out.
-Experts     transformers' own loops over the experts that were hit, which a graph cannot; here every expert takes
-            the tokens that were sent to it, none or many.
-Complex     rotary embeddings that multiply complex numbers, of which the exporter knows few operators; here they are
-            pairs of real ones.
+Attention   transformers' sdpa repeats keys and values for grouped queries; here they stay grouped. Soft-capped
+            scores and attention sinks, which scaled_dot_product_attention does not support, are decomposed.
+Experts     transformers loops over the experts that received tokens, which a graph cannot do; here every expert
+            processes the tokens routed to it, none or many.
+Complex     rotary embeddings that multiply complex numbers, for which the exporter has few operators; here they are
+            pairs of real numbers.
 
-The first two go through the interfaces that transformers has for this. A model whose attention does not is traced
-with its own, written out.
+The first two use the interfaces of transformers for this purpose. A model whose attention does not use them is
+traced with its own, decomposed.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import torch
 from nbl_export.models.compat import growing_mask
 
 _NAME = "nbl_export"
-# What `torch.export` cannot express is emitted under a name of our own and renamed afterwards: the
-# exporter would otherwise take the whole graph to opset 24, where it decomposes norms and rotary embeddings.
+# Operators that `torch.export` cannot express are emitted in a private domain and renamed afterwards. Otherwise the
+# exporter would use opset 24 for the full graph, where it decomposes norms and rotary embeddings.
 SYMBOLIC_DOMAIN = "nbl_export"
 
 
@@ -38,10 +38,10 @@ def attention(
     s_aux: torch.Tensor | None = None,
     **_unused: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Scaled dot-product attention of ``query`` [batch, heads, sequence, size] to grouped keys and values.
+    """Scaled dot-product attention of ``query`` [batch, heads, sequence, head_dim] to grouped keys and values.
 
     ``attention_mask`` [batch, 1, sequence, total] is True where a query sees a key. ``softcap`` bounds the
-    scores, ``s_aux`` [heads] are the scores of sinks. Returns [batch, sequence, heads, size].
+    scores, ``s_aux`` [heads] are the scores of the sinks. Returns [batch, sequence, heads, head_dim].
     """
     if softcap is None and s_aux is None:
         grouped = query.shape[1] != key.shape[1]
@@ -49,11 +49,11 @@ def attention(
             query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=grouped
         )
     else:
-        output = _written_out(query, key, value, attention_mask, scaling, softcap, s_aux)
+        output = _decomposed(query, key, value, attention_mask, scaling, softcap, s_aux)
     return output.transpose(1, 2).contiguous(), None
 
 
-def _written_out(
+def _decomposed(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -64,7 +64,7 @@ def _written_out(
 ) -> torch.Tensor:
     batch, heads, sequence, size = query.shape
     groups = heads // key.shape[1]
-    # [batch, KV heads, groups, sequence, size]: each key meets the queries of its group.
+    # [batch, KV heads, groups, sequence, head_dim]: each key is multiplied by the queries of its group.
     query = query.reshape(batch, key.shape[1], groups, sequence, size)
     scale = size**-0.5 if scaling is None else scaling
     scores = query @ key[:, :, None].transpose(-1, -2) * scale
@@ -84,25 +84,25 @@ def _written_out(
 def experts(
     module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """Σ over the experts each token [tokens, d] was sent to, weighted: ``top_k_index``, ``_weights`` [tokens, k]."""
+    """Weighted sum over the experts that each token [tokens, d] is routed to: ``top_k_*`` are [tokens, k]."""
     result = torch.zeros_like(hidden_states)
     up, up_bias = ("gate_up_proj", "gate_up_proj_bias") if module.has_gate else ("up_proj", "up_proj_bias")
     tokens = hidden_states.shape[0]
     for expert in range(module.num_experts):
-        # How many tokens an expert gets is known only when the graph runs. torch.export would reason about every
-        # such number for minutes; told that all may come, it need not, and no shape of it stays in the graph.
+        # The number of tokens per expert is known only at run time. torch.export would need minutes to reason about
+        # these numbers; with the maximum as the declared shape it need not, and no such shape stays in the graph.
         sent = _onnx("NonZero", [top_k_index == expert], torch.long, (2, tokens))
         token = _onnx("Gather", [sent, torch.tensor(0)], torch.long, (tokens,), axis=0)
-        places = sent.T
+        indices = sent.T
         inner = _rows(hidden_states, token)
         inner = _project(module, up, up_bias, expert, inner)
         inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
         output = _project(module, "down_proj", "down_proj_bias", expert, inner)
         if module.has_post_expert_norm:
             output = module.post_expert_norm(output)
-        weight = _onnx("GatherND", [top_k_weights, places], top_k_weights.dtype, (tokens,))
+        weight = _onnx("GatherND", [top_k_weights, indices], top_k_weights.dtype, (tokens,))
         output = _rows(result, token) + (output * weight[:, None]).to(result.dtype)
-        # A token goes to an expert at most once, so there is nothing to add up here.
+        # A token is routed to an expert at most once, so ScatterND needs no reduction.
         result = _onnx("ScatterND", [result, token[:, None], output], result.dtype, result.shape)
     return result
 
@@ -110,7 +110,7 @@ def experts(
 _EAGER: Mapping[str, Callable[..., torch.Tensor]] = {
     "NonZero": lambda mask: torch.nonzero(mask).T,
     "Gather": lambda values, index: values[index],
-    "GatherND": lambda values, places: values[tuple(places.T)],
+    "GatherND": lambda values, indices: values[tuple(indices.T)],
     "ScatterND": lambda values, index, new: values.index_put((index[:, 0],), new),
 }
 
@@ -122,8 +122,8 @@ def _rows(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 def _onnx(
     op: str, inputs: list[torch.Tensor], dtype: torch.dtype, shape: Any, **attributes: Any
 ) -> torch.Tensor:
-    """A standard ONNX operator as it is; ``shape`` is what torch.export takes its result to be."""
-    if not torch.compiler.is_exporting():  # a rehearsal, not a trace
+    """A standard ONNX operator; ``shape`` is the shape that torch.export assumes for its result."""
+    if not torch.compiler.is_exporting():  # an eager run
         return _EAGER[op](*inputs)
     made: torch.Tensor = torch.onnx.ops.symbolic(
         f"{SYMBOLIC_DOMAIN}::{op}", inputs, attributes, dtype=dtype, shape=shape
@@ -141,9 +141,9 @@ def _project(module: Any, name: str, bias: str, expert: int, x: torch.Tensor) ->
 def exportable(
     model: Any, mask: Callable[..., torch.Tensor] | None, attend: Callable[..., Any] = attention
 ) -> Iterator[None]:
-    """``model`` with these functions for the length of the block; ``mask`` replaces transformers' own.
+    """``model`` with these functions within the block; ``mask`` replaces transformers' mask function.
 
-    ``attend`` takes the place of :func:`attention`.
+    ``attend`` is used instead of :func:`attention`.
     """
     with ExitStack() as undo:
         _use_attention(model, mask, attend, undo)
@@ -166,7 +166,7 @@ def _use_attention(
         AttentionMaskInterface.register(_NAME, mask or growing_mask())
         model.set_attn_implementation(_NAME)
         return
-    model.set_attn_implementation("eager")  # some keep theirs all the same
+    model.set_attn_implementation("eager")  # some models ignore this
     undo.enter_context(_replaced(torch.nn.functional, _SDPA.__name__, _broadcasting))
     if mask is not None:
         name = model.config._attn_implementation
@@ -189,12 +189,12 @@ _SDPA = torch.nn.functional.scaled_dot_product_attention
 
 
 def _broadcasting(query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """PyTorch's attention takes one key head for all queries as it is; the exporter must be told so."""
+    """PyTorch's attention broadcasts one key head to all queries; for the exporter this must be explicit."""
     return _SDPA(query, key, *args, **{"enable_gqa": query.shape[1] != key.shape[1], **kwargs})
 
 
 class _Complex:
-    """A tensor of complex numbers as its real and its imaginary part; what reshapes it, reshapes both."""
+    """A complex tensor as its real and its imaginary part; reshaping methods apply to both."""
 
     def __init__(self, real: torch.Tensor, imag: torch.Tensor) -> None:
         self.real, self.imag = real, imag
@@ -228,10 +228,10 @@ def _additive(mask: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 
 
 def is_replaced(model: Any) -> bool:
-    """Whether all of ``model`` that is hard to export goes through the interfaces, so that these functions are traced.
+    """Whether everything in ``model`` that is hard to export uses the interfaces, so that these functions are traced.
 
-    A model that has its own attention, loops over its own experts, or rotates by the length of its text is one
-    nobody knows until it is traced.
+    A model with its own attention or its own loop over experts, or whose rotary embedding depends on the length of
+    the text, must be traced to find out.
     """
     config = model.config.get_text_config()
     rope = getattr(config, "rope_scaling", None) or getattr(config, "rope_parameters", None) or {}

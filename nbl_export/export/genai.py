@@ -1,4 +1,4 @@
-"""Export with onnxruntime-genai's model builder: fused operators of onnxruntime, float or 4-bit weights."""
+"""Export with onnxruntime-genai's model builder: fused operators of onnxruntime, float or quantized weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nbl_export.errors import InputError
 from nbl_export.export.child import Exporter, export_in_child, require
 from nbl_export.progress import Listener
 
-# The execution provider to build for: half precision has its fused operators on CUDA only. None needs a GPU.
+# The execution provider to build for: fused half-precision operators exist on CUDA only. No build needs a GPU.
 PROVIDERS = {"fp32": "cpu", "int4": "cpu", "int8": "cpu", "fp16": "cuda", "bf16": "cuda"}
 
 _BUILDER = Exporter(
@@ -20,7 +20,7 @@ _BUILDER = Exporter(
 
 
 def require_genai() -> None:
-    """Raise :class:`MissingDependencyError` unless the builder is installed beside this package."""
+    """Raise :class:`MissingDependencyError` unless the builder is installed in this environment."""
     require(_BUILDER, sys.executable)
 
 
@@ -29,13 +29,13 @@ def export_genai(
 ) -> list[Path]:
     """Export the Hugging Face folder ``model`` to ``target/model.onnx``; returns the files written.
 
-    Beside the graph stand its data, ``genai_config.json`` and the tokenizer's files. Inputs, outputs and
-    the KV cache are float32 for fp32, int4 and int8, else of the ``precision``. Raises :class:`InputError` for
-    an unknown ``precision``, :class:`MissingDependencyError` or :class:`BuildError`.
+    The files are the graph, its data, ``genai_config.json`` and the tokenizer. Inputs, outputs and the KV cache
+    are float32 for fp32, int4 and int8, otherwise of the ``precision``. Raises :class:`InputError` for an unknown
+    ``precision``, :class:`MissingDependencyError` or :class:`BuildError`.
     """
     if precision not in PROVIDERS:
         raise InputError(
-            f"onnxruntime-genai is not asked for {precision!r} here; choose {', '.join(PROVIDERS)}."
+            f"--precision {precision!r} is not supported by --exporter genai; choose {', '.join(PROVIDERS)}."
         )
 
     def arguments(folder: Path) -> list[str]:

@@ -1,7 +1,7 @@
-"""``genai_config.json``: what onnxruntime-genai needs beside a graph to generate text from it.
+"""``genai_config.json``: the configuration that onnxruntime-genai needs to generate text with a graph.
 
-Only keys that onnxruntime-genai knows: it rejects others. ``num_hidden_layers`` is the number of KV
-pairs, which are numbered contiguously: releases before 0.13 loop over it, later ones read the graph.
+It has only keys that onnxruntime-genai knows, since unknown keys are rejected. ``num_hidden_layers`` is the
+number of KV pairs, which are numbered contiguously: releases before 0.13 loop over it, later ones read the graph.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def genai_config(
 ) -> dict[str, Any]:
     """The configuration for a decoder graph with the standard names and ``kv_pairs`` cached layers.
 
-    ``config`` is the model's own (text) configuration object; ``shared`` says that past and present may be one buffer.
+    ``config`` is the model's (text) configuration; ``shared`` means that past and present may share one buffer.
     """
     end = getattr(config, "eos_token_id", None)
     first_end = end[0] if isinstance(end, list) and end else end

@@ -1,17 +1,17 @@
-"""Attention as onnxruntime's GroupQueryAttention: causal rows of their own length, past and present in one buffer.
+"""Attention as onnxruntime's GroupQueryAttention: causal, a length per row, past and present in one buffer.
 
     before                                                 after
     q, k ─► Reshape ─► Transpose ─► RotaryEmbedding ─┐     q, k ─► RotaryEmbedding ─┐
     v ────► Reshape ─► Transpose ────────────────────┤     v, past, lengths of rows ┤
     past ─► Concat ─► present ────────► Attention(mask)    GroupQueryAttention ─► y, present
 
-That operator leaves out what lies behind the diagonal, writes new keys and values into a cache that is bound as past
-and present at once, and reads queries as the projections write them. It knows no mask but its own: rows are padded on
-the right, and a query sees the keys up to its own, or the last so many of them.
+That operator skips masked future positions, writes new keys and values into a cache that is bound as past and
+present at once, and reads queries in the layout of the projections. It takes no mask: rows are padded on the right,
+and a query sees the keys up to its own position, or a sliding window of them.
 
-1. *Find.* The attention of each KV pair, which must be in one `Attention` node.
-2. *Prove.* Its mask is computed, on prompts, later parts and one step after the longest text, and must be that one.
-3. *Replace.* Masks, transposes and copies that nobody reads any more go.
+1. *Find.* The attention of each KV pair, which must be one `Attention` node.
+2. *Prove.* Its mask is computed for prompts, later chunks and a step at the maximum length, and must be that mask.
+3. *Replace.* Masks, transposes and copies that are no longer read are removed.
 
 GroupQueryAttention: onnxruntime's docs/ContribOperators.md.
 """
@@ -31,7 +31,7 @@ from nbl_export.batch.names import MASK, POSITIONS, TOKENS
 from nbl_export.errors import InputError
 from nbl_export.graph.cache import KVPair, kv_pairs
 from nbl_export.graph.operators import MICROSOFT
-from nbl_export.graph.tensors import whole_numbers
+from nbl_export.graph.tensors import int64_initializer
 
 _I32, _I64 = ir.DataType.INT32, ir.DataType.INT64
 _HEADS_FIRST = (
@@ -39,14 +39,14 @@ _HEADS_FIRST = (
     2,
     1,
     3,
-)  # [batch, tokens, heads, size] and [batch, heads, tokens, size], each from the other
-_SIZES = 8  # the operator takes heads of a multiple of this
-_EDGE = 6  # tokens of the parts that a mask is tried on
+)  # [batch, tokens, heads, head_dim] to [batch, heads, tokens, head_dim] and back
+_SIZES = 8  # the operator needs a head_dim that is a multiple of this
+_EDGE = 6  # tokens of the chunks that a mask is checked on
 
 
 @dataclass(frozen=True)
 class _Attention:
-    """One layer's attention before: its node, its cache, and what is new of keys and values (4 dimensions each)."""
+    """One layer's original attention: its node, its cache, and the new keys and values (4 dimensions each)."""
 
     node: ir.Node
     pair: KVPair
@@ -55,15 +55,15 @@ class _Attention:
     @property
     def mask(self) -> str:
         value = self.node.inputs[3]
-        assert value is not None  # it was found with one
+        assert value is not None  # checked when it was found
         return str(value.name)
 
 
 def group_queries(model: ir.Model, longest: int) -> None:
-    """Make every attention of the decoder graph a GroupQueryAttention, in place.
+    """Replace every attention of the decoder graph by a GroupQueryAttention, in place.
 
-    Its cache grows by concatenation. ``longest`` is how many tokens a text has at most. Raises :class:`InputError` for
-    attention that this operator cannot compute; the graph is of no use then.
+    The cache of the given graph grows by concatenation. ``longest`` is the maximum number of tokens. Raises
+    :class:`InputError` for attention that this operator cannot compute; the graph is then unusable.
     """
     found = [_attention(pair) for pair in kv_pairs(model)]
     windows = _windows(model, found, longest)
@@ -75,21 +75,21 @@ def group_queries(model: ir.Model, longest: int) -> None:
     passes.RemoveUnusedNodesPass()(model)
 
 
-def ungrouped(who: str, why: str) -> InputError:
-    """The refusal of attention that is not GroupQueryAttention's."""
+def unsupported_by_gqa(who: str, why: str) -> InputError:
+    """The error for attention that GroupQueryAttention cannot compute."""
     return InputError(
         f"{who} {why}, which onnxruntime's GroupQueryAttention does not compute: use --kv-cache concat."
     )
 
 
 def check_sizes(who: str, key: int, value: int) -> None:
-    """Raise :class:`InputError` for heads of ``key`` and ``value`` numbers that the operator does not take."""
+    """Raise :class:`InputError` for a head_dim of keys and values that the operator does not support."""
     if key != value or key % _SIZES:
-        raise ungrouped(who, f"has keys of {key} and values of {value} numbers a head")
+        raise unsupported_by_gqa(who, f"has head_dim {key} for keys and {value} for values")
 
 
 def _refuse(pair: KVPair, why: str) -> InputError:
-    return ungrouped(f"Layer {pair.index}", why)
+    return unsupported_by_gqa(f"Layer {pair.index}", why)
 
 
 # 1 -----------------------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ def _attention(pair: KVPair) -> _Attention:
         or len([v for v in node.inputs if v is not None]) != 4
         or ("softcap" in node.attributes and node.attributes["softcap"].as_float())
     ):
-        raise _refuse(pair, "has attention that is not one Attention of its cache")
+        raise _refuse(pair, "has attention that is not one Attention node on its cache")
     new = tuple(n.inputs[1] for n in grown)
     assert new[0] is not None and new[1] is not None
     return _Attention(node, pair, (new[0], new[1]))
@@ -119,7 +119,7 @@ def _attention(pair: KVPair) -> _Attention:
 
 
 def _windows(model: ir.Model, found: list[_Attention], longest: int) -> Mapping[str, int | None]:
-    """By the name of a mask, how many keys a query sees, its own among them; None for all up to it."""
+    """By mask name, the number of keys that a query sees including its own; None for all up to its own."""
     masks = {attention.mask: attention.pair for attention in found}
 
     def seen(past: int, tokens: int) -> dict[str, NDArray[np.bool_]]:
@@ -140,21 +140,21 @@ def _windows(model: ir.Model, found: list[_Attention], longest: int) -> Mapping[
 def _compute(
     model: ir.Model, masks: Mapping[str, KVPair], past: int, tokens: int
 ) -> dict[str, NDArray[np.bool_]]:
-    """The ``masks`` [1, 1, tokens, past + tokens] for one row of ``tokens`` after so many."""
-    from nbl_export.runtime.pieces import compute
+    """The ``masks`` [1, 1, tokens, past + tokens] for one row of ``tokens`` after ``past``."""
+    from nbl_export.runtime.intermediates import compute_tensors
 
     row: dict[str, NDArray[Any]] = {
         TOKENS: np.zeros((1, tokens), dtype=np.int64),
         POSITIONS: past + np.arange(tokens, dtype=np.int64)[None],
         MASK: np.ones((1, past + tokens), dtype=np.int64),
     }
-    # A mask asks how long the cache is, and for nothing in it.
+    # A mask depends on the length of the cache, not on its values.
     cache = np.zeros((1, 1, past, 1), dtype=np.float32)
     row |= {str(value.name): cache for pair in kv_pairs(model) for value in pair.past}
-    (found,) = compute(model, list(masks), [row])
+    (found,) = compute_tensors(model, list(masks), [row])
     for name, mask in found.items():
         if mask.dtype != np.bool_ or mask.shape != (1, 1, tokens, past + tokens):
-            raise _refuse(masks[name], "adds numbers to its scores")
+            raise _refuse(masks[name], "adds values to its scores")
     return found
 
 
@@ -162,11 +162,11 @@ def _compute(
 
 
 def _lengths(model: ir.Model) -> tuple[ir.Value, ir.Value]:
-    """Of each row the place of its last token [batch], and the length of all [], int32, as the operator wants them."""
+    """The index of each row's last token [batch] and the padded length [], both int32 as the operator needs them."""
     graph = model.graph
     mask = next(v for v in graph.inputs if v.name == MASK)
-    one = whole_numbers(graph, "lengths.one", 1)
-    ones = whole_numbers(graph, "lengths.axis", [1])
+    one = int64_initializer(graph, "lengths.one", 1)
+    ones = int64_initializer(graph, "lengths.axis", [1])
 
     def emit(op: str, inputs: list[ir.Value], dtype: ir.DataType, shape: list[Any], **more: Any) -> ir.Value:
         node = ir.node(op, inputs, more)
@@ -176,8 +176,8 @@ def _lengths(model: ir.Model) -> tuple[ir.Value, ir.Value]:
     batch = mask.shape[0] if mask.shape is not None else None
     counted = emit("ReduceSum", [mask, ones], _I64, [batch], keepdims=0)
     last = emit("Cast", [emit("Sub", [counted, one], _I64, [batch])], _I32, [batch], to=int(_I32))
-    whole = emit("Gather", [emit("Shape", [mask], _I64, [2]), one], _I64, [], axis=0)
-    return last, emit("Cast", [whole], _I32, [], to=int(_I32))
+    total = emit("Gather", [emit("Shape", [mask], _I64, [2]), one], _I64, [], axis=0)
+    return last, emit("Cast", [total], _I32, [], to=int(_I32))
 
 
 def _replace(
@@ -189,7 +189,7 @@ def _replace(
     assert query is not None and query.shape is not None
     heads = query.shape[1]
     if not isinstance(heads, int) or heads % kv_heads:
-        raise _refuse(pair, f"has {heads} heads of queries for {kv_heads} of keys")
+        raise _refuse(pair, f"has {heads} query heads for {kv_heads} key heads")
     flat = [
         _flat(graph, v, n, size)
         for v, n in zip((query, *attention.new), (heads, kv_heads, kv_heads), strict=True)
@@ -214,20 +214,20 @@ def _replace(
         made.name, made.type, made.shape = old.name, old.type, old.shape
         old.name = f"{old.name}.grown"
         ir.convenience.replace_all_uses_with(old, made, replace_graph_outputs=True)
-    _hand_on(graph, node.outputs[0], y, heads, size)
+    _reconnect(graph, node.outputs[0], y, heads, size)
 
 
 def _flat(graph: ir.Graph, value: ir.Value, heads: int, size: int) -> ir.Value:
-    """``value`` [batch, heads, tokens, size] as [batch, tokens, heads · size], from before it was turned if it was."""
+    """``value`` [batch, heads, tokens, size] as [batch, tokens, heads · size], without its Transpose if it has one."""
     node = value.producer()
     assert node is not None
     if node.op_type == "RotaryEmbedding" and node.inputs[0] is not None:
         inputs = [_flat(graph, node.inputs[0], heads, size), *node.inputs[1:]]
         attributes = {n: a for n, a in node.attributes.items() if n != "num_heads"}
-        turned = ir.node("RotaryEmbedding", inputs, {**attributes, "num_heads": heads})
-        node.prepend(turned)
-        return _typed(turned.outputs[0], value.dtype, [None, None, heads * size])
-    if _turns(node) and node.inputs[0] is not None:
+        rotated = ir.node("RotaryEmbedding", inputs, {**attributes, "num_heads": heads})
+        node.prepend(rotated)
+        return _typed(rotated.outputs[0], value.dtype, [None, None, heads * size])
+    if _is_transpose(node) and node.inputs[0] is not None:
         rows = node.inputs[0]
         made = rows.producer()
         source = made.inputs[0] if made is not None and made.op_type == "Reshape" else None
@@ -242,22 +242,24 @@ def _flat(graph: ir.Graph, value: ir.Value, heads: int, size: int) -> ir.Value:
         turn = ir.node("Transpose", [value], {"perm": _HEADS_FIRST})
         node.append(turn)
         rows, node = _typed(turn.outputs[0], value.dtype, [None, None, heads, size]), turn
-    reshape = ir.node("Reshape", [rows, whole_numbers(graph, f"rows.{heads * size}", [0, 0, heads * size])])
+    reshape = ir.node(
+        "Reshape", [rows, int64_initializer(graph, f"rows.{heads * size}", [0, 0, heads * size])]
+    )
     node.append(reshape)
     return _typed(reshape.outputs[0], value.dtype, [None, None, heads * size])
 
 
-def _hand_on(graph: ir.Graph, before: ir.Value, y: ir.Value, heads: int, size: int) -> None:
-    """Give ``y`` [batch, tokens, heads · size] to the readers of ``before`` [batch, heads, tokens, size]."""
+def _reconnect(graph: ir.Graph, before: ir.Value, y: ir.Value, heads: int, size: int) -> None:
+    """Connect ``y`` [batch, tokens, heads · size] to the readers of ``before`` [batch, heads, tokens, size]."""
     turns = [u.node for u in before.uses()]
-    flattened = [u.node for turn in turns if _turns(turn) for u in turn.outputs[0].uses()]
+    flattened = [u.node for turn in turns if _is_transpose(turn) for u in turn.outputs[0].uses()]
     if len(flattened) == len(turns) and all(_flattens(n, heads * size) for n in flattened):
         for node in flattened:
             ir.convenience.replace_all_uses_with(node.outputs[0], y)
         return
     made = y.producer()
     assert made is not None
-    reshape = ir.node("Reshape", [y, whole_numbers(graph, f"heads.{heads}.{size}", [0, 0, heads, size])])
+    reshape = ir.node("Reshape", [y, int64_initializer(graph, f"heads.{heads}.{size}", [0, 0, heads, size])])
     turn = ir.node(
         "Transpose", [_typed(reshape.outputs[0], y.dtype, [None, None, heads, size])], {"perm": _HEADS_FIRST}
     )
@@ -266,7 +268,7 @@ def _hand_on(graph: ir.Graph, before: ir.Value, y: ir.Value, heads: int, size: i
     ir.convenience.replace_all_uses_with(before, turn.outputs[0])
 
 
-def _turns(node: ir.Node) -> bool:
+def _is_transpose(node: ir.Node) -> bool:
     return node.op_type == "Transpose" and tuple(node.attributes["perm"].as_ints()) == _HEADS_FIRST
 
 

@@ -1,4 +1,4 @@
-"""Write a traced graph in the precision asked for; float16 is decided tensor by tensor on real text."""
+"""Write a traced graph in the requested precision; for float16 the range of every tensor is measured on real text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nbl_export.batch.rows import Inputs
 from nbl_export.export.ranges import measure_ranges
 from nbl_export.files import TEMPORARY
 from nbl_export.graph.io import save_graph
-from nbl_export.graph.precision import Kept, Precision, to_precision
+from nbl_export.graph.precision import Float32Node, Precision, to_precision
 
 
 def save_in_precision(
@@ -24,15 +24,15 @@ def save_in_precision(
     precision: Precision,
     rows: Sequence[NDArray[Any]] | Inputs,
     wide: Collection[str] = ("logits",),
-) -> tuple[list[Path], list[Kept]]:
-    """Convert the float32 ``graph`` and write it to ``path``: the files, and the nodes left in float32.
+) -> tuple[list[Path], list[Float32Node]]:
+    """Convert the float32 ``graph`` and write it to ``path``; returns the files and the nodes that stayed float32.
 
-    ``rows`` are token ids of real text, or an encoder's batch; a format of float32's range does not need them.
+    ``rows`` are token ids of real text, or an encoder's batch; a format with the range of float32 does not need them.
     ``wide`` names the inputs and outputs that stay float32.
     """
     ranges = _ranges(graph, path, rows) if precision.largest < float("inf") else {}
-    kept = to_precision(graph, precision, ranges, wide)
-    return save_graph(graph, path), kept
+    float32 = to_precision(graph, precision, ranges, wide)
+    return save_graph(graph, path), float32
 
 
 def _ranges(graph: ir.Model, path: Path, rows: Sequence[NDArray[Any]] | Inputs) -> Mapping[str, float]:

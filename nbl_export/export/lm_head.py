@@ -1,15 +1,15 @@
 """Logits of the last positions only.
 
-Who generates reads no other, and in a prefill the others are a large share of all multiplications: a vocabulary is many
-times wider than a model. Only who scores a text needs them all, so which are made is an input of the graph,
+Generation needs no other logits, and in a prefill the others are a large share of the FLOPs: a vocabulary is many
+times wider than a model. Only scoring a text needs them all, so their number is an input of the graph:
 
     num_logits_to_keep  int64 []   logits of that many last positions of the padded batch; 0 for all
 
-by the name that other tools use for it. It has a default, so a program that does not know it need not give it:
-onnxruntime takes an input that is an initializer too as one that may be overridden, and TensorRT as a constant.
+Other tools use the same name. The input has a default, so a program that does not know it can leave it out:
+for onnxruntime an input that is also an initializer is optional, for TensorRT it is a constant.
 
-That default is all. onnxruntime-genai, which can give no such input, pads a batch on the right and takes each row's
-last logits itself: from a graph that makes those of the last position only it generates after the padding.
+The default is all positions. onnxruntime-genai cannot set this input; it pads a batch on the right and selects the
+last logits of each row itself. With the last position only, it would continue after the padding.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ import onnx_ir as ir
 from nbl_export.batch.names import ALL_LOGITS, NUM_LOGITS_TO_KEEP
 from nbl_export.graph.io import append_graph, load_graph
 from nbl_export.graph.operators import is_constant, linear_op
-from nbl_export.graph.tensors import external_files, whole_numbers
+from nbl_export.graph.tensors import external_files, int64_initializer
 from nbl_export.runtime.session import check_like
 
 _DIMENSION = "num_logits"
-# What may stand between the last product and the logits: it works on each number alone.
+# Elementwise operators that may follow the last product.
 _ELEMENTWISE = frozenset({"Cast", "Identity", "Add", "Sub", "Mul", "Div", "Tanh", "Clip"})
 
 
-def keep_logits(model: ir.Model) -> bool:
-    """Give the decoder graph the optional input :data:`NUM_LOGITS_TO_KEEP`; whether it has one now.
+def add_num_logits_input(model: ir.Model) -> bool:
+    """Add the optional input :data:`NUM_LOGITS_TO_KEEP` to the decoder graph; returns whether it has it now.
 
-    It has none, and is left as it is, where the logits are not made by one product of states [batch, sequence, d]
-    with a constant weight.
+    The graph stays unchanged if the logits are not one product of states [batch, sequence, d] with a constant
+    weight.
     """
     graph = model.graph
     if any(value.name == NUM_LOGITS_TO_KEEP for value in graph.inputs):
@@ -47,38 +47,38 @@ def keep_logits(model: ir.Model) -> bool:
     count = ir.Value(name=NUM_LOGITS_TO_KEEP, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]))
     count.const_value = ir.tensor(np.array(ALL_LOGITS, dtype=np.int64), name=NUM_LOGITS_TO_KEEP)
     graph.inputs.append(count)
-    flat, axis, end = (whole_numbers(graph, name, [n]) for name, n in _NUMBERS.items())
-    # -0 is 0: the slice that begins there is the whole.
+    flat, axis, end = (int64_initializer(graph, name, [n]) for name, n in _NUMBERS.items())
+    # -0 is 0: a slice that starts there keeps all positions.
     negative = ir.node("Neg", [count])
     start = ir.node("Reshape", [negative.outputs[0], flat])
-    kept = ir.node("Slice", [states, start.outputs[0], end, axis], name="last_states")
-    kept.outputs[0].name = f"{states.name}.kept"
-    kept.outputs[0].type = states.type
-    # A graph need not say; the product and what follows keep the number of dimensions.
+    last = ir.node("Slice", [states, start.outputs[0], end, axis], name="last_states")
+    last.outputs[0].name = f"{states.name}.kept"
+    last.outputs[0].type = states.type
+    # The shape may be unknown; the product and the elementwise operators keep the rank.
     if states.shape is not None:
-        kept.outputs[0].shape = ir.Shape([states.shape[0], _DIMENSION, states.shape[2]])
-    graph.insert_before(head, [negative, start, kept])
-    head.replace_input_with(0, kept.outputs[0])
-    for value in _behind(logits, head):
+        last.outputs[0].shape = ir.Shape([states.shape[0], _DIMENSION, states.shape[2]])
+    graph.insert_before(head, [negative, start, last])
+    head.replace_input_with(0, last.outputs[0])
+    for value in _elementwise_chain(logits, head):
         if value.shape is not None and len(value.shape) == 3:
             value.shape = ir.Shape([value.shape[0], _DIMENSION, value.shape[2]])
     graph.register_initializer(count)
     return True
 
 
-def keep_logits_of_file(path: Path) -> list[Path]:
-    """:func:`keep_logits` of the graph at ``path``; returns the graph and its data files.
+def add_num_logits_input_to_file(path: Path) -> list[Path]:
+    """:func:`add_num_logits_input` for the graph at ``path``; returns the graph and its data files.
 
-    External weights stay where they are; those inside the graph go to a data file beside it.
+    External weights stay where they are; those in the graph are moved to a data file next to it.
     """
     check, model = check_like(path), load_graph(path)
-    if kept_head(model) is None and keep_logits(model):
+    if sliced_lm_head(model) is None and add_num_logits_input(model):
         return append_graph(model, path, check)
     return [path, *external_files(model)]
 
 
-def kept_head(model: ir.Model) -> ir.Node | None:
-    """The product that makes the logits of a graph with the input :data:`NUM_LOGITS_TO_KEEP`, or None."""
+def sliced_lm_head(model: ir.Model) -> ir.Node | None:
+    """The product that computes the logits of a graph with the input :data:`NUM_LOGITS_TO_KEEP`, or None."""
     if not any(value.name == NUM_LOGITS_TO_KEEP for value in model.graph.inputs):
         return None
     return _head(next((v for v in model.graph.outputs if v.name == "logits"), None))
@@ -88,13 +88,13 @@ _NUMBERS = {"num_logits.flat": -1, "num_logits.axis": 1, "num_logits.end": np.ii
 
 
 def _head(logits: ir.Value | None) -> ir.Node | None:
-    chain = _behind(logits, None)
+    chain = _elementwise_chain(logits, None)
     node = chain[-1].producer() if chain else None
     return node if node is not None and linear_op(node) is not None else None
 
 
-def _behind(logits: ir.Value | None, head: ir.Node | None) -> list[ir.Value]:
-    """The logits and what they are made from number by number, back to the output of the last other operator."""
+def _elementwise_chain(logits: ir.Value | None, head: ir.Node | None) -> list[ir.Value]:
+    """The logits and the elementwise chain before them, back to the output of the last other operator."""
     found: list[ir.Value] = []
     value = logits
     while value is not None:

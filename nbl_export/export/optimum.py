@@ -1,4 +1,4 @@
-"""Export with optimum, in whatever environment has it: it takes transformers 4.57 and not 5."""
+"""Export with optimum in the Python environment that has it: it needs transformers 4.57, not 5."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _OPTIMUM = Exporter(
 
 
 def find_optimum(python: str | None = None) -> str:
-    """The Python that runs optimum: ``python``, else the one ``NBL_EXPORT_OPTIMUM_PYTHON`` names, else this one.
+    """The Python that runs optimum: ``python``, else the one named by ``NBL_EXPORT_OPTIMUM_PYTHON``, else this one.
 
-    Raises :class:`MissingDependencyError` if optimum's exporter is not there.
+    Raises :class:`MissingDependencyError` if optimum's exporter is not installed.
     """
     found = python or os.environ.get(VARIABLE) or sys.executable
     require(_OPTIMUM, found)
@@ -36,8 +36,8 @@ def export_optimum(
 ) -> list[Path]:
     """Export the Hugging Face folder ``model`` to ``target/model.onnx`` in float32; returns the files written.
 
-    As ``optimum-cli export onnx`` does it for generation: one graph with a KV cache, tied weights stored
-    once, the result compared with PyTorch. Raises :class:`MissingDependencyError` or :class:`BuildError`.
+    Like ``optimum-cli export onnx`` for generation: one graph with a KV cache, tied weights stored once, the
+    result compared with PyTorch. Raises :class:`MissingDependencyError` or :class:`BuildError`.
     """
 
     def arguments(folder: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""How large the tensors of a float32 graph get on real text: what decides if half precision can hold them."""
+"""The ranges of a float32 graph's tensors on real text, which decide whether half precision can hold them."""
 
 from __future__ import annotations
 
@@ -21,10 +21,8 @@ _SUFFIX = ".largest"
 def measure_ranges(path: Path, rows: Sequence[NDArray[Any]] | Inputs) -> Mapping[str, float]:
     """The largest magnitude of every float32 tensor of the graph at ``path`` over a prefill of ``rows``.
 
-    An encoder is given a batch by input name instead.
-
-    Each tensor is reduced where it arises, so memory stays that of an ordinary run. Padding counts too,
-    since it is computed as well; a tensor that is not finite counts as infinite.
+    For an encoder ``rows`` is a batch by input name. Each tensor is reduced inside the graph, so memory is that of
+    an ordinary run. Padding is included because it is computed too; a tensor with NaN counts as infinite.
     """
 
     def reduce_all(model: ir.Model) -> None:
@@ -33,7 +31,7 @@ def measure_ranges(path: Path, rows: Sequence[NDArray[Any]] | Inputs) -> Mapping
         infinity = ir.Value(name="infinity", const_value=ir.tensor(np.float32(np.inf)))
         graph.register_initializer(infinity)
         for value in [v for n in graph for v in n.outputs if v.dtype == ir.DataType.FLOAT and v.name]:
-            # onnxruntime's ReduceMax overlooks NaN.
+            # onnxruntime's ReduceMax ignores NaN.
             bad = ir.node("IsNaN", [value])
             size = ir.node("Abs", [value])
             clean = ir.node("Where", [bad.outputs[0], infinity, size.outputs[0]])

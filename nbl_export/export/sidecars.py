@@ -1,4 +1,4 @@
-"""The files beside a graph, such as its configuration and tokenizer, updated for what the rewrite changed."""
+"""The files next to a graph, such as its configuration and tokenizer, updated after the rewrite."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from nbl_export.export.genai_config import NAME as GENAI
 from nbl_export.files import atomic_path, read_json, stays_in, write_json
 
 CONFIG = "config.json"
-# Weights that are not the graph's; a rewritten folder does not need them.
+# Weights of other formats; a rewritten folder does not need them.
 _NOT_COPIED = {".onnx", ".data", ".onnx_data", ".safetensors", ".bin", ".gguf", ".pt", ".pth", ".engine"}
 
 
 @dataclass(frozen=True)
 class Sidecar:
-    """A file that goes beside the rewritten graph: as it is, or with the content of ``config``.
+    """A file for the folder of the rewritten graph: a copy of ``source``, or the content of ``config``.
 
-    ``under`` is the subfolder that it is in, as the pooling of sentence-transformers.
+    ``under`` is its subfolder, as for the pooling of sentence-transformers.
     """
 
     source: Path
@@ -30,35 +30,38 @@ class Sidecar:
 
 
 def updated_configs(
-    files: Iterable[Path], linear: Iterable[int], kept: Iterable[int], folder: Path | None = None
+    files: Iterable[Path], linear: Iterable[int], cached: Iterable[int], folder: Path | None = None
 ) -> list[Sidecar]:
-    """``files``, their configurations updated: ``linear`` layers are gone, ``kept`` are cached. Writes nothing.
+    """``files`` with updated configurations: ``linear`` layers have no KV cache, ``cached`` layers do.
 
-    Those of a subfolder of ``folder`` stay as they are. Raises :class:`InputError` for a configuration that is none.
+    Nothing is written. Files in a subfolder of ``folder`` stay unchanged. Raises :class:`InputError` for an invalid
+    configuration.
     """
-    layers, cached = list(linear), list(kept)
+    linear_layers, kv_layers = list(linear), list(cached)
     return [
-        _updated(source, layers, cached)
+        _updated(source, linear_layers, kv_layers)
         if folder is None or source.parent == folder
         else Sidecar(source, under=source.parent.relative_to(folder))
         for source in files
     ]
 
 
-def _updated(source: Path, linear: list[int], kept: list[int]) -> Sidecar:
+def _updated(source: Path, linear: list[int], cached: list[int]) -> Sidecar:
     if source.name not in (GENAI, CONFIG):
         return Sidecar(source)
-    config = read_json(source, "The configuration beside the graph", "export the model again")
+    config = read_json(source, "The configuration of the graph", "export the model again")
     try:
         return Sidecar(
-            source, _genai(config, kept) if source.name == GENAI else _hugging_face(config, linear, kept)
+            source, _genai(config, cached) if source.name == GENAI else _hugging_face(config, linear, cached)
         )
     except (AttributeError, KeyError, TypeError, IndexError):
-        raise InputError(f"{source} is no {source.name} of a decoder: export the model again.") from None
+        raise InputError(
+            f"{source} is not a valid {source.name} of a decoder: export the model again."
+        ) from None
 
 
 def copy_sidecars(files: Iterable[Sidecar], folder: Path) -> list[Path]:
-    """Write ``files`` into ``folder``; one that lies there already is changed there. Returns what was written."""
+    """Write ``files`` into ``folder``, updating those that are already there; returns the written files."""
     return [_copy(file, folder / file.under / file.source.name) for file in files]
 
 
@@ -71,26 +74,26 @@ def _copy(file: Sidecar, target: Path) -> Path:
     return target
 
 
-def _genai(config: dict[str, Any], kept: list[int]) -> dict[str, Any]:
+def _genai(config: dict[str, Any], cached: list[int]) -> dict[str, Any]:
     decoder = config["model"]["decoder"]
-    if decoder["num_hidden_layers"] == len(kept):
-        return config  # updated already
+    if decoder["num_hidden_layers"] == len(cached):
+        return config  # already updated
     # Releases before 0.13 loop over this number of KV pairs; later ones read the graph.
-    decoder["num_hidden_layers"] = len(kept)
+    decoder["num_hidden_layers"] = len(cached)
     window = decoder.get("sliding_window")
-    if window and window.get("layers") is not None:  # named by their KV pair, and those were renumbered
-        window["layers"] = [new for new, old in enumerate(kept) if old in window["layers"]]
+    if window and window.get("layers") is not None:  # layers are KV pair numbers, which have changed
+        window["layers"] = [new for new, old in enumerate(cached) if old in window["layers"]]
     return config
 
 
-def _hugging_face(config: dict[str, Any], linear: list[int], kept: list[int]) -> dict[str, Any]:
-    return {**config, "nbl_export": {"linearized_layers": linear, "kv_layers": kept}}
+def _hugging_face(config: dict[str, Any], linear: list[int], cached: list[int]) -> dict[str, Any]:
+    return {**config, "nbl_export": {"linearized_layers": linear, "kv_layers": cached}}
 
 
 def sidecars_of(graph: Path, data: Iterable[Path]) -> list[Path]:
     """The files in the folder of ``graph`` that belong to it: configurations and tokenizer, no weights.
 
-    Raises :class:`InputError` for a link that leaves the folder: it is not followed.
+    Raises :class:`InputError` for a link that points outside the folder; it is not followed.
     """
     own = {graph.name, *(path.name for path in data)}
     files = [p for p in sorted(graph.parent.iterdir()) if p.is_file() and not p.name.startswith(".")]
@@ -98,7 +101,7 @@ def sidecars_of(graph: Path, data: Iterable[Path]) -> list[Path]:
     for path in files:
         if not stays_in(graph.parent.resolve(), path.resolve()):
             raise InputError(
-                f"{path} is a link that leaves its folder; refused. Remove it, or copy the file there."
+                f"{path} is a link that leaves its folder, so it is not followed: remove it, or copy the file there."
             )
     return files
 
@@ -106,18 +109,22 @@ def sidecars_of(graph: Path, data: Iterable[Path]) -> list[Path]:
 def graph_in(path: Path) -> Path:
     """The decoder's ONNX file: ``path`` itself, or the one in the folder ``path``.
 
-    Raises :class:`InputError` if there is none, or several and no configuration or usual name says which.
+    Raises :class:`InputError` if there is none, or if there are several and neither the configuration nor the usual
+    file name decides.
     """
     if not path.is_dir():
         return path
     if (path / GENAI).is_file():
-        config = read_json(path / GENAI, "The configuration beside the graph", "export the model again")
+        config = read_json(path / GENAI, "The configuration of the graph", "export the model again")
         try:
             name = str(config["model"]["decoder"]["filename"])
         except (KeyError, TypeError):
             raise InputError(f"{path / GENAI} names no decoder: give the .onnx file itself.") from None
         if Path(name).name != name:
-            raise InputError(f"{path / GENAI} names a decoder outside its folder ({name}); refused.")
+            raise InputError(
+                f"{path / GENAI} names a decoder outside its folder ({name}), which is not read: give the .onnx "
+                "file itself."
+            )
         return path / name
     graphs = sorted(path.glob("*.onnx"))
     usual = [g for g in graphs if g.name == "model.onnx"]

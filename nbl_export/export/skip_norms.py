@@ -1,10 +1,10 @@
-"""Residual addition and norm as onnxruntime's one operator: the sum is written and normalized in one pass.
+"""Residual addition and norm as one operator of onnxruntime: the sum is written and normalized in one pass.
 
     before                                  after
     h, y ─► Add ─► h' ─► RMSNormalization   h, y ─► SkipSimplifiedLayerNormalization ─► norm, h'
 
-LayerNormalization becomes SkipLayerNormalization. Both compute the same numbers; onnxruntime's own optimizer makes them
-of older graphs, but does not know RMSNormalization. docs/ContribOperators.md of onnxruntime has them.
+LayerNormalization becomes SkipLayerNormalization. The results are the same. onnxruntime's own optimizer fuses these
+in older graphs but does not know RMSNormalization. The operators are in onnxruntime's docs/ContribOperators.md.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ _FUSED = {
     "RMSNormalization": "SkipSimplifiedLayerNormalization",
     "LayerNormalization": "SkipLayerNormalization",
 }
-_SUM = 3  # the operators' output that is the sum
+_SUM = 3  # the index of the output that is the sum
 
 
 def fuse_norms(model: ir.Model) -> int:
-    """Fuse every norm of a sum of two activations [batch, tokens, d], in place; returns how many there were."""
+    """Fuse every norm of a sum of two activations [batch, tokens, d], in place; returns the number of fused norms."""
     count = 0
     for node in list(model.graph):
         added = _added(node)
@@ -62,7 +62,7 @@ def _added(norm: ir.Node) -> ir.Node | None:
     shapes = [None if v is None or v.shape is None else v.shape for v in node.inputs]
     if any(s is None or len(s) != 3 or s[2] != shapes[0][2] for s in shapes):  # type: ignore[index]
         return None
-    # Numbers of every row may be added to by those of one (learned positions); a bias is one vector.
+    # Shapes must be equal: learned positions are broadcast over rows, and a bias is one vector.
     if any(is_constant(v) for v in node.inputs) or shapes[0] != shapes[1]:
         return None
     return node

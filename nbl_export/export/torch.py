@@ -1,13 +1,12 @@
 """Export a decoder with ``torch.onnx.export(dynamo=True)``: one graph for prefill and decode; or an encoder.
 
-Inputs  input_ids, position_ids [batch, sequence] and what the cache's form asks for (:mod:`.forms`),
+Inputs  input_ids, position_ids [batch, sequence], the inputs of the cache's form (:mod:`.forms`), and
         past_key_values.N.key/.value
 Outputs logits [batch, sequence, vocab] float32, present.N.key/.value
 
-The names are those of optimum and onnxruntime-genai. Three things differ from exporting the model as
-it is: the past length comes from the mask (so no layer's cache is needed for it), grouped-query
-attention stays grouped instead of repeating keys and values, and repeated sub-expressions (cosines,
-sines, masks) are computed once.
+The names are those of optimum and onnxruntime-genai. Three things differ from a plain export: the past length
+comes from the mask (so it needs no layer's cache), grouped-query attention stays grouped instead of repeating
+keys and values, and common subexpressions (cosines, sines, masks) are computed once.
 """
 
 from __future__ import annotations
@@ -25,16 +24,16 @@ from nbl_export.errors import BuildError, InputError, NblError
 from nbl_export.export.forms import CONCAT, ENCODER, Form
 from nbl_export.export.functions import SYMBOLIC_DOMAIN, exportable
 from nbl_export.export.grouped import group_queries
-from nbl_export.export.lm_head import keep_logits
+from nbl_export.export.lm_head import add_num_logits_input
 from nbl_export.export.skip_norms import fuse_norms
 from nbl_export.graph.io import save_graph
 from nbl_export.graph.operators import int_attribute
+from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.layers import layer_count, positions
 from nbl_export.models.load import quiet
-from nbl_export.models.trial import trial
 from nbl_export.progress import Listener, Silent
 
-# Tokens of the longest text of a model that does not say how many it takes.
+# The maximum number of tokens for a model whose configuration has no limit.
 _LONGEST = 4096
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
@@ -42,21 +41,21 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 def export_torch(
     model: torch.nn.Module, path: Path, listener: Listener | None = None, form: Form = CONCAT
 ) -> list[Path]:
-    """Export ``model`` (float32, CPU) to ``path`` with external data beside it; returns the files.
+    """Export ``model`` (float32, CPU) to ``path`` with external data; returns the files.
 
-    Raises what :func:`trace` raises, and :class:`BuildError` if the ONNX checker refuses the result.
+    Raises the errors of :func:`trace`, and :class:`BuildError` if the ONNX checker refuses the result.
     """
     return save_graph(trace(model, form, listener), path)
 
 
 def trace(model: torch.nn.Module, form: Form = CONCAT, listener: Listener | None = None) -> ir.Model:
-    """The graph of ``model`` (float32, CPU) with its KV cache in ``form``.
+    """The graph of ``model`` (float32, CPU) with a KV cache of this ``form``.
 
     Raises :class:`BuildError` if torch cannot export it, :class:`InputError` if it cannot have that form.
     """
     with (listener or Silent()).task("Exporting ONNX", 3, "steps") as task:
         try:
-            trial(model)  # as it is, before its functions are replaced
+            dummy_run(model)  # of the original model, before its functions are replaced
             decoder = form.module(model)
             with quiet(), exportable(model, decoder.mask), torch.no_grad():
                 program = form.capture(decoder)
@@ -67,7 +66,7 @@ def trace(model: torch.nn.Module, form: Form = CONCAT, listener: Listener | None
         except Exception as error:
             first = str(error).strip().splitlines() or [type(error).__name__]
             raise BuildError(
-                f"torch.onnx.export cannot export {type(model).__name__}: {first[0][:300]}"
+                f"torch.onnx.export cannot export {type(model).__name__} ({first[0][:300]}): choose another --exporter."
             ) from error
         assert exported is not None
         task.advance(1)
@@ -82,11 +81,11 @@ def trace(model: torch.nn.Module, form: Form = CONCAT, listener: Listener | None
 def check_traces(
     model: torch.nn.Module,
     form: Form,
-    refusal: str = "torch.export cannot trace {name} ({reason}): this architecture is not served yet.",
+    refusal: str = "torch.export cannot trace {name} ({reason}): this architecture is not supported yet.",
 ) -> None:
-    """Raise :class:`InputError` unless torch can trace ``model`` in ``form``: half of an export's work.
+    """Raise :class:`InputError` unless torch can trace ``model`` in ``form``; this takes half the time of an export.
 
-    ``refusal`` is its sentence, with places for the model's ``name`` and torch's ``reason``.
+    ``refusal`` is the message, a template with the model's ``name`` and torch's ``reason``.
     """
     try:
         decoder = form.module(model)
@@ -99,7 +98,7 @@ def check_traces(
 
 
 def tidy(model: ir.Model, form: Form, layers: int) -> ir.Model:
-    """Give the graph its public names and dimensions, share what repeats, drop what only torch needs."""
+    """Set public names and dimensions, share common subexpressions, and remove torch's own metadata."""
     _set_opset(model, form.opset)
     passes.CommonSubexpressionEliminationPass()(model)
     passes.RemoveUnusedNodesPass()(model)
@@ -111,16 +110,16 @@ def tidy(model: ir.Model, form: Form, layers: int) -> ir.Model:
     _name_interface(graph, form, layers)
     passes.ClearMetadataAndDocStringPass()(model)
     _forget_symbols(graph)
-    # Rows of a static cache are padded on the right: their last tokens do not stand together.
+    # Rows of a static cache are padded on the right, so their last tokens are not at the same position.
     if "logits" in form.outputs and WRITE_INDICES not in form.inputs:
-        keep_logits(model)
+        add_num_logits_input(model)
     model.producer_name = "nbl-export"
     graph.name = "encoder" if form.name == ENCODER else "decoder"
     return model
 
 
 def _set_opset(model: ir.Model, opset: int) -> None:
-    # The exporter's opset 23 is valid opset 24 as it is; what was emitted symbolically exists only there.
+    # The exporter's opset 23 graph is also valid in opset 24; some symbolic operators exist only there.
     for node in model.graph:
         node.domain = "" if node.domain == SYMBOLIC_DOMAIN else node.domain
         node.version = None
@@ -129,7 +128,7 @@ def _set_opset(model: ir.Model, opset: int) -> None:
 
 
 def _share_tied_weights(graph: ir.Graph) -> None:
-    """Store a tied embedding once: a head that was folded into a transposed copy reads it transposed again."""
+    """Store a tied embedding once: a head that was folded into a transposed copy reads a Transpose of it."""
     embeddings = [n.inputs[0] for n in graph if n.op_type == "Gather"]
     for node in [n for n in graph if n.op_type == "MatMul"]:
         head = _constant(node.inputs[1])
@@ -145,19 +144,19 @@ def _share_tied_weights(graph: ir.Graph) -> None:
 
 
 def _unstack_weights(graph: ir.Graph) -> None:
-    """Store each expert's matrix, turned as it is multiplied by, instead of taking it out of a stack at run time."""
+    """Store each expert's matrix, transposed if needed, instead of slicing it from a stack at run time."""
     for stack in [v for v in graph.initializers.values() if v.shape is not None and len(v.shape) > 1]:
-        taken = [_place(usage.node, usage.idx) for usage in stack.uses()]
+        taken = [_stack_index(usage.node, usage.idx) for usage in stack.uses()]
         if stack.const_value is None or not taken or None in taken:
             continue
         weights = stack.const_value.numpy()
-        for usage, place in zip(list(stack.uses()), taken, strict=True):
-            assert place is not None
-            _store(graph, usage.node.outputs[0], weights[place], f"{stack.name}.{place}")
+        for usage, index in zip(list(stack.uses()), taken, strict=True):
+            assert index is not None
+            _store(graph, usage.node.outputs[0], weights[index], f"{stack.name}.{index}")
 
 
-def _place(node: ir.Node, argument: int) -> int | None:
-    """Which part of the stack that is its ``argument`` ``node`` takes; None where that is not one known part."""
+def _stack_index(node: ir.Node, argument: int) -> int | None:
+    """The constant index with which ``node`` slices the stack, its input ``argument``; None for any other node."""
     index = node.inputs[1].const_value if node.op_type == "Gather" and node.inputs[1] is not None else None
     if argument != 0 or int_attribute(node, "axis") != 0 or index is None or len(index.shape):
         return None
@@ -165,9 +164,9 @@ def _place(node: ir.Node, argument: int) -> int | None:
 
 
 def _store(graph: ir.Graph, value: ir.Value, array: np.ndarray, name: str) -> None:  # type: ignore[type-arg]
-    turned = [usage.node for usage in value.uses() if usage.node.op_type == "Transpose"]
-    if turned and len(turned) == len(value.uses()) and array.ndim == 2:
-        array, values = array.T, [node.outputs[0] for node in turned]
+    transposes = [usage.node for usage in value.uses() if usage.node.op_type == "Transpose"]
+    if transposes and len(transposes) == len(value.uses()) and array.ndim == 2:
+        array, values = array.T, [node.outputs[0] for node in transposes]
     else:
         values = [value]
     tensor = ir.tensor(array, name=name)
@@ -187,7 +186,7 @@ def _constant(value: ir.Value | None) -> np.ndarray | None:  # type: ignore[type
 
 
 def _name_weights(graph: ir.Graph) -> None:
-    """Folded constants are called val_17; call them after the module whose MatMul reads them."""
+    """Rename folded constants such as val_17 after the module whose MatMul reads them."""
     for node in graph:
         weight = node.inputs[1] if node.op_type == "MatMul" else None
         scopes = node.metadata_props.get(_SCOPES)
@@ -202,12 +201,12 @@ def _name_weights(graph: ir.Graph) -> None:
 
 
 def _forget_symbols(graph: ir.Graph) -> None:
-    """Inner tensors of a known interface carry torch's symbols (s26); shape inference finds them again."""
+    """Remove torch's symbols (s26) from the shapes of intermediate tensors; shape inference computes them again."""
     interface = {*graph.inputs, *graph.outputs}
     for node in graph:
         for value in node.outputs:
             if value not in interface and value.shape is not None:
-                # An unnamed dimension is unknown, which is true; a stale name would be wrong.
+                # An unnamed dimension is unknown, which is correct; an old name would be wrong.
                 value.shape = ir.Shape([d if isinstance(d, int) else None for d in value.shape])
 
 
@@ -217,14 +216,14 @@ def _name_interface(graph: ir.Graph, form: Form, layers: int) -> None:
     given = len(form.outputs)
     if len(inputs) != named + 2 * layers or len(outputs) != given + 2 * layers:
         raise BuildError(
-            f"The exported graph has {len(inputs)} inputs and {len(outputs)} outputs for {layers} layers: "
-            "a cache entry was optimized away."
+            f"The exported graph has {len(inputs)} inputs and {len(outputs)} outputs for {layers} layers, "
+            "so a cache entry was optimized away: choose another --exporter."
         )
 
     def rename(value: ir.Value, name: str, dims: Mapping[int, str]) -> None:
         value.name = name
         assert value.shape is not None
-        # A dimension that turned out to be fixed, as the tokens of an image, has no name.
+        # A dimension that is fixed, as the number of tokens of an image, has no name.
         value.shape = ir.Shape(
             [d if isinstance(d, int) else dims.get(i, d) for i, d in enumerate(value.shape)]
         )

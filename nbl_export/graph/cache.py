@@ -1,10 +1,10 @@
-"""The KV cache of a decoder graph: its inputs and outputs, and taking some of them away.
+"""The KV cache of a decoder graph: its inputs and outputs, and how some of them are removed.
 
     past ─► Concat │ TensorScatter │ fused attention ─► present
 
-Names say which input and output belong together where they follow the usual pattern; where they do
-not, the graph says it: a pair is an input that one of these operators turns into an output. Which of two
-is the key is seen from what it meets: keys are multiplied before the softmax, values after it.
+Inputs and outputs are paired by name where the names follow the usual pattern. Otherwise they are paired by
+structure: a pair is an input that one of these operators turns into an output. Keys and values are told apart
+by the softmax: keys are multiplied before it, values after it.
 """
 
 from __future__ import annotations
@@ -20,49 +20,49 @@ import onnx_ir as ir
 from nbl_export.batch.names import MASK, SIDES, TOKENS, WRITE_INDICES
 from nbl_export.errors import BuildError, InputError
 from nbl_export.graph.operators import PRODUCTS, VIEWS, fused_op, readers, weight_shape
-from nbl_export.graph.tensors import whole_numbers
+from nbl_export.graph.tensors import int64_initializer
 
 _PAST = re.compile(r"^past_key_values\.(\d{1,6})\.(key|value)$")
 _PRESENT = re.compile(r"^present\.(\d{1,6})\.(key|value)$")
-KV_LAYERS_KEY = "nbl_export.kv_layers"  # metadata: the model's layer of each KV pair
-# Attention weights pass through at most so many nodes between softmax and product with V.
+KV_LAYERS_KEY = "nbl_export.kv_layers"  # metadata: the model's layer index of each KV pair
+# The maximum number of nodes between the softmax and the product with V.
 _SOFTMAX_STEPS = 8
 
 
 def is_static(model: ir.Model) -> bool:
-    """Whether the decoder keeps its cache in buffers of fixed length."""
+    """Whether the decoder has a static cache: buffers of fixed length."""
     return any(value.name == WRITE_INDICES for value in model.graph.inputs)
 
 
 def kv_layers(model: ir.Model) -> tuple[int, ...]:
-    """The model's layer of each KV pair: from the metadata, or its number where there are none."""
+    """The model's layer index of each KV pair: from the metadata, or the pair's own index without metadata."""
     known = model.metadata_props.get(KV_LAYERS_KEY)
     return metadata_list(model, KV_LAYERS_KEY) if known else tuple(pair.index for pair in kv_pairs(model))
 
 
 def metadata_list(model: ir.Model, key: str) -> tuple[Any, ...]:
-    """A list that nbl-export wrote into the metadata; empty where there is none."""
+    """A list that nbl-export wrote into the metadata; empty if there is none."""
     try:
         found = json.loads(model.metadata_props.get(key, "[]"))
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, list):
-        raise InputError(f"The graph's metadata {key} was not written by nbl-export: remove it.")
+        raise InputError(f"The graph's metadata {key} was not written by nbl-export: remove that entry.")
     return tuple(found)
 
 
 @dataclass(frozen=True)
 class KVPair:
-    """The cache of one attention layer: past (graph inputs) and present (outputs), each (key, value)."""
+    """The cache of one attention layer: past (graph inputs) and present (graph outputs), each (key, value)."""
 
     index: int
     past: tuple[ir.Value, ir.Value]
     present: tuple[ir.Value, ir.Value]
 
     def geometry(self, side: int = 0) -> tuple[int, int]:
-        """Heads and head size of a [batch, heads, length, size] cache, from its shape or its attention.
+        """Number of heads and head_dim of a [batch, heads, length, head_dim] cache, from its shape or its attention.
 
-        ``side`` 0 asks for the keys', 1 for the values': the two may differ in size.
+        ``side`` is 0 for keys and 1 for values; their head_dim may differ.
         """
         shape = self.past[side].shape
         heads, size = (shape[1], shape[3]) if shape is not None and len(shape) == 4 else (None, None)
@@ -73,13 +73,13 @@ class KVPair:
             if fused_op(usage.node) and count is not None:
                 return count.as_int(), _head_size(usage.node)
         raise InputError(
-            f"The graph does not say how many heads of which size {self.past[0].name} has: give that "
-            "input a shape with both."
+            f"The number of heads and the head_dim of {self.past[0].name} are unknown: give that graph input a "
+            "shape with both."
         )
 
 
 def _head_size(attention: ir.Node) -> int:
-    """The head size of a GroupQueryAttention: the width of its projections over the number of heads."""
+    """The head_dim of a GroupQueryAttention: the width of its projections divided by the number of heads."""
     queries, keys = (attention.attributes[name].as_int() for name in ("num_heads", "kv_num_heads"))
     packed = len(attention.inputs) < 2 or attention.inputs[1] is None
     heads = queries + 2 * keys if packed else queries
@@ -92,11 +92,11 @@ def _head_size(attention: ir.Node) -> int:
         if node is not None and (known := weight_shape(node)):
             return known[1] // heads
         value = node.inputs[0] if node is not None and node.inputs else None
-    raise InputError(f"The graph does not say how large a head of {attention.name} is: run shape inference.")
+    raise InputError(f"The head_dim of {attention.name} is unknown: run shape inference on the graph.")
 
 
 def kv_pairs(model: ir.Model) -> tuple[KVPair, ...]:
-    """The KV pairs of a graph in the order of its layers; raises :class:`InputError` for an incomplete one."""
+    """The KV pairs of a graph in layer order; raises :class:`InputError` for an incomplete pair."""
     past = _by_index(model.graph.inputs, _PAST)
     present = _by_index(model.graph.outputs, _PRESENT)
     if not past or not present:
@@ -106,7 +106,8 @@ def kv_pairs(model: ir.Model) -> tuple[KVPair, ...]:
         sides = past.get(index, {}), present.get(index, {})
         if any(set(s) != set(SIDES) for s in sides):
             raise InputError(
-                f"The graph's KV cache {index} is incomplete: it has no full past/present key and value."
+                f"The graph's KV cache {index} is incomplete: past and present key and value are needed; export the "
+                "model again."
             )
         (pk, pv), (qk, qv) = ([s[side] for side in SIDES] for s in sides)
         pairs.append(KVPair(index, (pk, pv), (qk, qv)))
@@ -135,7 +136,8 @@ def _pairs_by_structure(model: ir.Model) -> tuple[KVPair, ...]:
     keys, values = (sorted(side, key=lambda entry: entry[0]) for side in sides)
     if len(keys) != len(values):
         raise InputError(
-            f"The graph's KV cache has {len(keys)} keys and {len(values)} values: it is incomplete."
+            f"The graph's KV cache has {len(keys)} keys and {len(values)} values, so it is incomplete: export the "
+            "model again."
         )
     return tuple(
         KVPair(index, (k[1], v[1]), (k[2], v[2]))
@@ -144,7 +146,7 @@ def _pairs_by_structure(model: ir.Model) -> tuple[KVPair, ...]:
 
 
 def _grown(past: ir.Value) -> tuple[ir.Node, ir.Value, int | None] | None:
-    """The node that grows the cache ``past``, the output it becomes, and its side where the node says it."""
+    """The node that extends the cache ``past``, the graph output, and its side if the node defines it."""
     stack = [past]
     while stack:
         value = stack.pop()
@@ -159,28 +161,28 @@ def _grown(past: ir.Value) -> tuple[ir.Node, ir.Value, int | None] | None:
                 present = _as_output(node.outputs[0])
                 if present is not None:
                     return node, present, None
-            elif _hands_on(node):
+            elif _is_view_or_transpose(node):
                 stack.append(node.outputs[0])
     return None
 
 
 def _as_output(value: ir.Value) -> ir.Value | None:
-    """``value`` or what views make of it, if that is an output of the graph."""
+    """``value`` or a view of it, if that is a graph output."""
     stack = [value]
     while stack:
         current = stack.pop()
         if current.is_graph_output():
             return current
-        stack.extend(node.outputs[0] for node in readers(current) if _hands_on(node))
+        stack.extend(node.outputs[0] for node in readers(current) if _is_view_or_transpose(node))
     return None
 
 
-def _hands_on(node: ir.Node) -> bool:
+def _is_view_or_transpose(node: ir.Node) -> bool:
     return node.op_type in VIEWS or node.op_type == "Transpose"
 
 
 def _side(present: ir.Value) -> tuple[int, ir.Node]:
-    """Whether a grown cache is a key (0) or a value (1), and the node that multiplies by it."""
+    """Whether an extended cache is a key (0) or a value (1), and the node that multiplies by it."""
     source = present
     while (node := source.producer()) is not None and (node.op_type in VIEWS or node.op_type == "Transpose"):
         source = node.inputs[0]  # type: ignore[assignment]
@@ -198,11 +200,11 @@ def _side(present: ir.Value) -> tuple[int, ir.Node]:
             if node.op_type in PRODUCTS:
                 return (1 if any(after_softmax(v) for v in node.inputs) else 0), node
             stack.extend(node.outputs)
-    raise InputError(f"The cache {present.name} is multiplied by nothing: it is no KV cache.")
+    raise InputError(f"{present.name} is not a KV cache: no product reads it; rename this output.")
 
 
 def after_softmax(value: ir.Value | None) -> bool:
-    """Whether ``value`` is attention weights: a softmax lies behind it, and no product in between."""
+    """Whether ``value`` is attention weights: computed from a softmax, without a product in between."""
     level = {value}
     for _ in range(_SOFTMAX_STEPS + 1):
         nodes = {node for v in level if v is not None and (node := v.producer()) is not None}
@@ -213,34 +215,34 @@ def after_softmax(value: ir.Value | None) -> bool:
 
 
 def kv_bytes_per_token(model: ir.Model) -> int:
-    """Bytes that one more token of context adds to the cache, batch 1."""
+    """Bytes that one more token of context adds to the KV cache at batch size 1."""
     total = 0
     for pair in kv_pairs(model):
         for side, value in enumerate(pair.past):
             heads, size = pair.geometry(side)
             if value.dtype is None or value.dtype == ir.DataType.STRING:
-                raise InputError(f"The cache {value.name} holds no numbers: export the graph again.")
+                raise InputError(f"The cache {value.name} is not a numeric tensor: export the model again.")
             total += int(heads * size * value.dtype.itemsize)
     return total
 
 
 def remove_pairs(model: ir.Model, removed: Sequence[int], pairs: Sequence[KVPair]) -> None:
-    """Remove KV pairs whose attention is gone already, and renumber the rest contiguously.
+    """Remove the KV pairs of layers whose attention was removed, and renumber the rest contiguously.
 
-    ``pairs`` are all of the graph, found while their attention was still there.
+    ``pairs`` are all pairs of the graph, found before the attention was removed.
 
-    1. ``present`` outputs of removed layers go.
-    2. A removed cache may still be asked for its shape (exporters read the past length off the first
-       layer): that question is put to a layer that stays, or, if none does, answered from
+    1. Remove the ``present`` outputs of removed layers.
+    2. A removed cache may still be read by a ``Shape`` (exporters take the past length from the first
+       layer). Such a ``Shape`` reads a retained layer instead or, if there is none, is computed from
        ``attention_mask`` and ``input_ids``.
-    3. Dead nodes go; a removed input with a reader left is an error.
-    4. Where the names number the pairs, those left are numbered 0, 1, 2 … in their old order.
+    3. Remove dead nodes and the past inputs; an input that is still read is an error.
+    4. If the names contain the pair's number, the retained pairs are numbered 0, 1, 2 … in their old order.
     """
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     graph = model.graph
     gone = [p for p in pairs if p.index in set(removed)]
-    kept = [p for p in pairs if p.index not in set(removed)]
+    retained = [p for p in pairs if p.index not in set(removed)]
     templates = _templates(pairs)
     for pair in gone:
         for value in pair.present:
@@ -249,7 +251,7 @@ def remove_pairs(model: ir.Model, removed: Sequence[int], pairs: Sequence[KVPair
     for pair in gone:
         for side in range(len(SIDES)):
             for value, twins in ((pair.past[side], "past"), (pair.present[side], "present")):
-                twin = getattr(kept[0], twins)[side] if kept else None
+                twin = getattr(retained[0], twins)[side] if retained else None
                 for usage in list(value.uses()):
                     if usage.node.op_type == "Shape":
                         _reroute_shape(model, usage.node, pair.geometry(side), twin, grown=twins == "present")
@@ -259,15 +261,15 @@ def remove_pairs(model: ir.Model, removed: Sequence[int], pairs: Sequence[KVPair
             if left := [f"{u.node.op_type} ({u.node.name})" for u in value.uses()]:
                 raise BuildError(f"{value.name} cannot be removed: a {left[0]} still reads it.")
             graph.inputs.remove(value)
-    for new, pair in enumerate(kept):
+    for new, pair in enumerate(retained):
         for template, value in zip(templates, (*pair.past, *pair.present), strict=False):
             value.name = template.format(new)
 
 
 def _templates(pairs: Sequence[KVPair]) -> list[str]:
-    """The names of past key, past value, present key and present value with {} for a pair's number.
+    """The names of past key, past value, present key and present value with {} for the pair's number.
 
-    Empty where the names do not number the pairs 0, 1, 2 … and so cannot be renumbered.
+    Empty if the names do not contain the numbers 0, 1, 2 …: such pairs cannot be renumbered.
     """
     templates = []
     for names in zip(*([str(v.name) for v in (*p.past, *p.present)] for p in pairs), strict=True):
@@ -283,15 +285,15 @@ def _templates(pairs: Sequence[KVPair]) -> list[str]:
 def _reroute_shape(
     model: ir.Model, node: ir.Node, geometry: tuple[int, int], twin: ir.Value | None, grown: bool
 ) -> None:
-    """Let a ``Shape`` of a removed cache ask ``twin`` instead, or answer it: [batch, heads, length, size]."""
+    """Let a ``Shape`` of a removed cache read ``twin``, or compute it: [batch, heads, length, head_dim]."""
     if twin is not None:
         node.replace_input_with(0, twin)
         return
     inputs = {v.name: v for v in model.graph.inputs}
     if not {TOKENS, MASK} <= inputs.keys():
         raise BuildError(
-            f"{node.name} asks for the length of a removed cache, and the graph has no {TOKENS} and {MASK} "
-            "to answer from."
+            f"{node.name} reads the length of a removed cache, and the graph has no {TOKENS} and {MASK} to compute "
+            "it from: export the model with both inputs."
         )
 
     def emit(op: str, args: list[ir.Value], **attributes: int) -> ir.Value:
@@ -300,10 +302,10 @@ def _reroute_shape(
         return new.outputs[0]
 
     def constant(number: int) -> ir.Value:
-        return whole_numbers(model.graph, f"cache.dim.{number}", [number])
+        return int64_initializer(model.graph, f"cache.dim.{number}", [number])
 
     def dimension(value: ir.Value, axis: int) -> ir.Value:
-        # Shape takes a range of dimensions only since opset 15.
+        # Shape has start and end only since opset 15.
         return emit("Gather", [emit("Shape", [value]), constant(axis)], axis=0)
 
     heads, size = geometry
@@ -311,8 +313,8 @@ def _reroute_shape(
     if not grown:
         length = emit("Sub", [length, dimension(inputs[TOKENS], 1)])
     batch = dimension(inputs[TOKENS], 0)
-    pieces = [batch, constant(heads), length, constant(size)]
+    dimensions = [batch, constant(heads), length, constant(size)]
     start = node.attributes["start"].as_int() if "start" in node.attributes else 0
-    stop = node.attributes["end"].as_int() if "end" in node.attributes else len(pieces)
-    result = emit("Concat", pieces[slice(start, stop)], axis=0)
+    stop = node.attributes["end"].as_int() if "end" in node.attributes else len(dimensions)
+    result = emit("Concat", dimensions[slice(start, stop)], axis=0)
     ir.convenience.replace_all_uses_with(node.outputs[0], result)

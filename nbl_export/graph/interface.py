@@ -1,6 +1,6 @@
-"""What a graph takes and gives, by role: tokens or pixels, mask, positions, KV cache, logits or states.
+"""The inputs and outputs of a graph by role: tokens or pixels, mask, positions, KV cache, logits or states.
 
-This is the one place that knows what each input means, and what to put there for one row without padding.
+Only this module knows what each input means, and its value for one row without padding.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from nbl_export.graph.cache import KVPair, kv_layers, kv_pairs
 from nbl_export.graph.operators import fused_op
 from nbl_export.graph.regions import visible_cores
 
-# Scalar inputs that some exporters add, and the value that means "as usual".
+# Scalar inputs that some exporters add, and their default value.
 SCALARS = {NUM_LOGITS_TO_KEEP: ALL_LOGITS}
 
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """One layer's cache: names of past and present (key, value), number of heads, sizes of a key and a value."""
+    """One layer's cache: names of past and present (key, value), number of heads, head_dim of keys and of values."""
 
     past: tuple[str, str]
     present: tuple[str, str]
@@ -47,9 +47,9 @@ class CacheEntry:
 class Interface:
     """The inputs and outputs of a decoder or encoder graph; ``logits`` names the first of its ``outputs``.
 
-    ``layers`` says which layer of the model each cache entry belongs to. ``ragged`` graphs take rows that
-    are padded on the right, each with its own length; the others want them padded on the left.
-    ``cacheless`` graphs still have attention but keep nothing: every step computes all tokens again.
+    ``layers`` is the model's layer index of each cache entry. ``ragged`` graphs take rows padded on the right,
+    each with its own length; the others take rows padded on the left. ``cacheless`` graphs have attention but
+    no KV cache: every step computes all tokens again.
     """
 
     inputs: frozenset[str]
@@ -63,12 +63,12 @@ class Interface:
 
     @property
     def static(self) -> bool:
-        """Whether the cache is a buffer of fixed length."""
+        """Whether the cache is static: a buffer of fixed length."""
         return WRITE_INDICES in self.inputs
 
     @property
     def in_place(self) -> bool:
-        """Whether one buffer may be bound as past and present at once, longer than what is in it."""
+        """Whether one buffer, longer than its content, may be bound as past and present at once."""
         return self.static or self.ragged
 
     @property
@@ -80,12 +80,12 @@ class Interface:
         return [name for entry in self.cache for name in entry.present]
 
     def named(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """``inputs`` that the graph has, and its scalars."""
+        """Those of ``inputs`` that the graph has, and its scalars."""
         feeds = {name: value for name, value in inputs.items() if name in self.inputs}
         return feeds | {name: np.array(value, dtype=np.int64) for name, value in self.scalars.items()}
 
     def empty_cache(self, batch: int, length: int, dtype: Any) -> dict[str, NDArray[Any]]:
-        """Zeros of ``length`` places for every past input."""
+        """Zeros with ``length`` slots for every past input."""
         return {
             name: np.zeros((batch, entry.heads, length, size), dtype=dtype)
             for entry in self.cache
@@ -93,7 +93,7 @@ class Interface:
         }
 
     def row(self, given: NDArray[Any] | Inputs, dtype: Any) -> dict[str, NDArray[Any]]:
-        """All inputs for one row: its token ids, or named inputs [1, …]; a cache is empty."""
+        """All graph inputs for one row, given as token ids or as named inputs [1, …]; the cache is empty."""
         if not isinstance(given, Mapping):
             given = {TOKENS: np.asarray(given, dtype=np.int64)[None]}
         if TOKENS not in given:
@@ -112,7 +112,7 @@ class Interface:
 def interface_of(model: ir.Model) -> Interface:
     """The interface of a decoder or encoder graph.
 
-    Raises :class:`InputError` for an input of unknown meaning: such a graph can be rewritten, but not run.
+    Raises :class:`InputError` for an unknown input: such a graph can be rewritten but not run.
     """
     pairs = kv_pairs(model)
     past = (str(v.name) for p in pairs for v in p.past)
@@ -120,8 +120,8 @@ def interface_of(model: ir.Model) -> Interface:
     names = [str(v.name) for v in model.graph.inputs]
     if unknown := [name for name in names if name not in known]:
         raise InputError(
-            f"The graph has an input {unknown[0]!r}, and nbl-export does not know what to put there: "
-            f"it knows {TOKENS}, {MASK}, {POSITIONS}, {TOKEN_TYPES}, {PIXELS} and a KV cache."
+            f"The graph has an input {unknown[0]!r} that nbl-export does not know: export the model with "
+            f"{TOKENS}, {MASK}, {POSITIONS}, {TOKEN_TYPES}, {PIXELS} and a KV cache only."
         )
     outputs = _outputs(model, pairs)
     return Interface(
@@ -140,7 +140,9 @@ def _outputs(model: ir.Model, pairs: Sequence[KVPair]) -> tuple[str, ...]:
     present = {v for pair in pairs for v in pair.present}
     names = tuple(str(v.name) for v in model.graph.outputs if v not in present)
     if not names:
-        raise InputError("The graph has no output but its KV cache: it is no decoder.")
+        raise InputError(
+            "The graph is not a decoder: it has no output but its KV cache; export it with logits."
+        )
     return names
 
 

@@ -17,19 +17,19 @@ import onnx_ir as ir
 
 from nbl_export.errors import BuildError, InputError
 from nbl_export.files import TEMPORARY
+from nbl_export.graph.external_data import append_graph as append
+from nbl_export.graph.external_data import write_graph
 from nbl_export.graph.operators import captured
-from nbl_export.graph.store import append_graph as append
-from nbl_export.graph.store import write_graph
 from nbl_export.graph.tensors import all_tensors, check_shape, external_files, set_folder, source_file
 
 DATA_SUFFIX = ".data"
-# What it warns of is refused here with a sentence.
+# onnx_ir's warnings are errors with a message here.
 logging.getLogger("onnx_ir").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)
 class GraphSummary:
-    """What a before/after table shows: counts, and bytes on disk of graph and external data."""
+    """The figures of a before/after table: counts, and bytes on disk of the graph and its external data."""
 
     nodes: int
     ops: dict[str, int]
@@ -48,18 +48,18 @@ class GraphSummary:
 def load_graph(path: Path) -> ir.Model:
     """Open an ONNX file; weights stay on disk, memory-mapped.
 
-    Raises :class:`InputError` if the file is no ONNX, if its nodes do not make a graph (a name given twice, a
-    cycle, a tensor from nowhere), or if its external data is missing, too short, or lies outside the
-    file's own folder (a path that leaves the folder is never opened).
+    Raises :class:`InputError` if the file is not an ONNX file, if its graph is invalid (a duplicate name, a
+    cycle, a tensor without a producer), or if its external data is missing, too short, or outside the
+    file's own folder (a path outside the folder is never opened).
     """
     if not path.is_file():
         raise InputError(f"The ONNX file {path} does not exist.")
     try:
         model = ir.load(path)
     except Exception as error:  # protobuf, UnicodeDecode, ValueError: whatever a broken file provokes
-        raise InputError(f"{path} is no readable ONNX file ({_cause(error)}): export it again.") from None
+        raise InputError(f"{path} is not a readable ONNX file ({_cause(error)}): export it again.") from None
     if model.graph.num_nodes() == 0:
-        raise InputError(f"{path} is no usable ONNX file: its graph is empty; export it again.")
+        raise InputError(f"{path} is not a usable ONNX file: its graph is empty; export it again.")
     _check_graph(path, model)
     set_folder(model, path.parent)
     try:
@@ -73,7 +73,7 @@ def load_graph(path: Path) -> ir.Model:
 
 
 def _cause(error: BaseException) -> str:
-    """The innermost reason, in one line: parsers wrap it in what they were doing."""
+    """The innermost exception in one line: parsers wrap it several times."""
     while error.__cause__ is not None:
         error = error.__cause__
     first = (str(error).strip().splitlines() or [""])[0]
@@ -86,24 +86,26 @@ def _check_graph(path: Path, model: ir.Model) -> None:
     try:
         graph.sort()
     except ValueError:
-        raise InputError(f"{path} is no usable ONNX file: its nodes form a cycle; export it again.") from None
+        raise InputError(
+            f"{path} is not a usable ONNX file: its nodes form a cycle; export it again."
+        ) from None
     known = {*graph.inputs, *graph.initializers.values(), *(v for node in graph for v in node.outputs)}
     for output in graph.outputs:
         if output not in known:
             raise InputError(
-                f"{path} is no usable ONNX file: nothing writes its output {output.name}; export it again."
+                f"{path} is not a usable ONNX file: no node writes its output {output.name}; export it again."
             )
     for node in graph:
         for value in (*node.inputs, *captured(node)):
             if value is not None and value not in known:
                 raise InputError(
-                    f"{path} is no usable ONNX file: {node.op_type} ({node.name}) reads {value.name}, which "
-                    "nothing writes; export it again."
+                    f"{path} is not a usable ONNX file: {node.op_type} ({node.name}) reads {value.name}, which no "
+                    "node writes; export it again."
                 )
 
 
 def passes_checker(path: Path) -> bool:
-    """Whether ONNX's own checks accept a file; they refuse operators that onnxruntime adds to ONNX's domain."""
+    """Whether the ONNX checker accepts a file; it refuses operators that onnxruntime adds to ONNX's domain."""
     try:
         check_file(path)
     except BuildError:
@@ -117,7 +119,7 @@ def check_file(path: Path) -> None:
 
     try:
         onnx.checker.check_model(str(path))
-        # Shapes need no weights: leave the external data where it is.
+        # Shape inference needs no weights, so the external data is not loaded.
         proto = onnx.load(str(path), load_external_data=False)
         onnx.shape_inference.infer_shapes(proto, strict_mode=True)
     except Exception as error:
@@ -130,11 +132,11 @@ def save_graph(
     check: Callable[[Path], object] = check_file,
     progress: Callable[[int], object] | None = None,
 ) -> list[Path]:
-    """Write ``model`` to ``path``, with one external data file beside it; returns the files.
+    """Write ``model`` to ``path``, with one external data file next to it; returns the files.
 
-    The data file has the name of the model's own, if it has just one. Both are written to a temporary folder
-    first and moved into place when ``check`` has accepted them there (it raises if not), so a refusal, a full
-    disk or an interrupt leaves what was there. ``progress`` is told the bytes written.
+    The data file keeps its name if the model has exactly one. Both files are written to a temporary folder and
+    moved into place after ``check`` has accepted them there (it raises otherwise), so a failed check, a full
+    disk or an interrupt leaves the old files. ``progress`` receives the bytes written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     data = path.with_name(_data_name(model, path))
@@ -163,10 +165,10 @@ def append_graph(
     check: Callable[[Path], object] = check_file,
     progress: Callable[[int], object] | None = None,
 ) -> list[Path]:
-    """Write ``model``, which was read from ``path``, over it; weights stay in place, new ones are appended.
+    """Overwrite ``path`` with ``model``, which was read from it; weights stay in place, new ones are appended.
 
-    Returns the files. ``check`` and ``progress`` are as in :func:`save_graph`; until the new graph is
-    accepted the old one stands.
+    Returns the files. ``check`` and ``progress`` are as in :func:`save_graph`; the old graph is replaced only
+    after the new one is accepted.
     """
     data = path.with_name((external_files(model) or [path.with_name(path.name + DATA_SUFFIX)])[-1].name)
     append(model, path, data, progress, check)
@@ -175,7 +177,7 @@ def append_graph(
 
 @contextmanager
 def scratch_copy(path: Path, change: Callable[[ir.Model], object]) -> Iterator[Path]:
-    """A temporary, changed copy of the graph at ``path``, beside it and sharing its data file."""
+    """A temporary, changed copy of the graph at ``path``, next to it and sharing its data file."""
     model = load_graph(path)
     change(model)
     handle, temporary = tempfile.mkstemp(prefix=".scratch.", suffix=TEMPORARY, dir=path.parent)

@@ -1,7 +1,7 @@
-"""Operators as data: what multiplies by weights, what is attention in one node, what only looks at a tensor.
+"""Operators as data: linear operators, fused attention, and operators that read only a tensor's shape.
 
-Exporters and optimizers use different operators for the same thing; everything else in this room asks
-these tables and knows no exporter. Input and output numbers are those of the operators' specifications:
+Exporters and optimizers use different operators for the same thing. The rest of this package uses these tables
+and knows no exporter. Input and output indices are those of the operator specifications:
 onnx.ai/onnx/operators and onnxruntime's docs/ContribOperators.md.
 """
 
@@ -16,7 +16,7 @@ MICROSOFT = "com.microsoft"
 
 @dataclass(frozen=True)
 class LinearOp:
-    """y = x · weight (+ bias): x is input 0, ``weight`` and ``bias`` are the numbers of the other inputs."""
+    """y = x · weight (+ bias): x is input 0, ``weight`` and ``bias`` are the indices of the other inputs."""
 
     weight: int = 1
     bias: int | None = None
@@ -24,10 +24,10 @@ class LinearOp:
 
 @dataclass(frozen=True)
 class FusedOp:
-    """Attention in one node: the numbers of its past inputs and present outputs, (key, value) each.
+    """Attention in one node: the indices of its past inputs and present outputs, (key, value) each.
 
-    ``new`` are its inputs that carry new keys and values, ``weights`` that of a projection done inside.
-    ``ragged`` operators take each row's length and want padding on the right.
+    ``new`` are the inputs with new keys and values, ``weights`` is the input with the weights of a fused
+    projection. ``ragged`` operators take the length of each row and need padding on the right.
     """
 
     past: tuple[int, int] | None = None
@@ -46,9 +46,9 @@ LINEAR = {
     (MICROSOFT, "MatMulBnb4"): LinearOp(),
     (MICROSOFT, "DynamicQuantizeMatMul"): LinearOp(bias=4),
 }
-# Products of integers: x is quantized when it is known (DynamicQuantizeLinear), and a Mul scales the result back.
+# Integer matrix products: x is quantized at run time (DynamicQuantizeLinear), and a Mul rescales the result.
 INTEGER_PRODUCTS = frozenset({"MatMulInteger"})
-# What multiplies integers in other ways; such weights are neither read nor written here.
+# Other integer matrix products; their weights are neither read nor written.
 OTHER_INTEGER_PRODUCTS = frozenset({"QLinearMatMul", "MatMulIntegerToFloat"})
 FUSED = {
     ("", "Attention"): FusedOp(past=(4, 5)),
@@ -58,39 +58,39 @@ FUSED = {
     (MICROSOFT, "DecoderMaskedMultiHeadAttention"): FusedOp(past=(5, 6)),
     (MICROSOFT, "Attention"): FusedOp(weights=1),
 }
-# Residual addition and norm in one node: inputs 0 and 1 are the summands; the number is the bias input's.
+# Residual addition and norm in one node: inputs 0 and 1 are added; the value is the index of the bias input.
 SKIP_NORMS = {
     (MICROSOFT, "SkipSimplifiedLayerNormalization"): 3,
     (MICROSOFT, "SkipLayerNormalization"): 4,
 }
-# Products of two activations, in attention that is in its parts.
+# Products of two activations in decomposed attention.
 PRODUCTS = frozenset({"MatMul", "Einsum", "FusedMatMul"})
-# These read a tensor's shape, not its numbers: no activation flows through them.
+# These read a tensor's shape, not its values: no activation flows through them.
 SHAPE_ONLY = frozenset({"Shape", "Size"})
-# These hand the same numbers on, in another shape or format.
+# These return the same values with another shape or dtype.
 VIEWS = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Cast", "Identity", "Dropout", "CastLike"})
 QUANTIZE = "DynamicQuantizeLinear"
 
 
 def key(node: ir.Node) -> tuple[str, str]:
-    """(domain, operator) as the tables have them."""
+    """(domain, operator) as used in the tables."""
     return ("" if node.domain == "ai.onnx" else node.domain, node.op_type)
 
 
 def int_attribute(node: ir.Node, name: str, default: int = 0) -> int:
-    """An attribute that is a whole number; ``default`` where it is missing or of another type."""
+    """An integer attribute; ``default`` if it is missing or has another type."""
     attribute = node.attributes.get(name)
     return attribute.as_int() if attribute is not None and attribute.type == ir.AttributeType.INT else default
 
 
 def linear_op(node: ir.Node) -> LinearOp | None:
-    """How ``node`` is a product with a constant weight, or None if it is none."""
+    """The table entry of a product with a constant weight; None for any other node."""
     op = LINEAR.get(key(node))
     return op if op and len(node.inputs) > op.weight and is_constant(node.inputs[op.weight]) else None
 
 
 def weight_shape(node: ir.Node) -> tuple[int, int] | None:
-    """[inputs, outputs] of the linear map ``node``; None where the graph does not say."""
+    """[inputs, outputs] of the linear operator ``node``; None if it is unknown."""
     op = linear_op(node)
     if op is None:
         return None
@@ -110,12 +110,12 @@ def weight_shape(node: ir.Node) -> tuple[int, int] | None:
 
 
 def fused_op(node: ir.Node) -> FusedOp | None:
-    """How ``node`` is attention, or None if it is none."""
+    """The table entry of a fused attention; None for any other node."""
     return FUSED.get(key(node))
 
 
 def is_constant(value: ir.Value | None) -> bool:
-    """A weight: an initializer, or one that only constant nodes lie behind (Transpose, DequantizeLinear …)."""
+    """Whether ``value`` is a weight: an initializer, or computed from initializers and constants only."""
     stack, seen = [value], set()
     while stack:
         current = stack.pop()
@@ -135,12 +135,12 @@ def is_constant(value: ir.Value | None) -> bool:
 
 
 def readers(value: ir.Value) -> list[ir.Node]:
-    """The nodes that read the numbers of ``value``, in no order; asking for its shape is not reading."""
+    """The nodes that read the values of ``value``, in no order; nodes that read only its shape do not count."""
     return [u.node for u in value.uses() if u.node.op_type not in SHAPE_ONLY]
 
 
 def captured(node: ir.Node) -> list[ir.Value]:
-    """The outer tensors that the subgraphs of ``node`` (the branches of an If, a Loop's body) read."""
+    """The outer-scope tensors that the subgraphs of ``node`` (the branches of an If, the body of a Loop) read."""
     found: list[ir.Value] = []
     for attribute in node.attributes.values():
         if attribute.is_ref() or attribute.type not in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):

@@ -1,19 +1,19 @@
-"""Make a float32 graph a half-precision one: the precision is in the graph, not in a builder's flag.
+"""Convert a float32 graph to half precision: the graph is strongly typed, no builder flag is needed.
 
     before                          after
-    x ─► op ─► y   (float32)        x ─► op ─► y                    (half)
+    x ─► op ─► y   (float32)        x ─► op ─► y                    (fp16 or bf16)
                                     x ─► Cast ─► op ─► Cast ─► y    (an op that stays float32)
 
-1. Every node that computes in float32 is converted: its weights become half, and so does what it writes.
-2. A node stays float32 where half cannot hold it, with a reason: :data:`SENSITIVE` operators and what
-   they are computed from, tensors that reach beyond the format's range on real text, constants that it
-   cannot represent. Its weights stay float32 too.
-3. Casts stand where a converted node reads a float32 tensor and the other way round, one for each tensor.
-4. Logits (of an encoder: all outputs) leave as float32, and pixels arrive so; the KV cache is half. No other
-   float32 input, output or weight remains.
+1. Every node that computes in float32 is converted: its weights and its outputs become half precision.
+2. A node stays float32 if half precision is not enough, with a reason: :data:`SENSITIVE` operators, tensors
+   outside the format's range on real text, constants that the format cannot represent, and the nodes that
+   lead to cosines and sines. Its weights stay float32 too.
+3. A Cast is inserted where a converted node reads a float32 tensor and vice versa, one for each tensor.
+4. Logits (all outputs of an encoder) and pixels are float32; the KV cache is half precision. No other float32
+   input, output or weight remains.
 
-`RMSNormalization`, `LayerNormalization` and `Attention` read and write half but compute their means and
-softmax in float32: for the norms the operator says so (``stash_type``), for attention every runtime does.
+`RMSNormalization`, `LayerNormalization` and `Attention` read and write half precision but compute means and
+softmax in float32: for the norms by ``stash_type``, for attention in every runtime.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ F32 = ir.DataType.FLOAT
 
 @dataclass(frozen=True)
 class Precision:
-    """A floating-point format of a graph. ``largest`` is the magnitude up to which a tensor may be in it.
+    """A floating-point format of a graph. ``largest`` is the largest magnitude a tensor may have in it.
 
-    float16 ends at 65,504; a quarter of that leaves room for text that is not the text measured.
+    The maximum of float16 is 65,504; a quarter of it leaves a margin for text other than the measured text.
     """
 
     name: str
@@ -60,24 +60,24 @@ PRECISIONS = {
     )
 }
 
-# Of graphs whose weights were quantized by whoever exported them; what they compute with is float32 or half.
+# Graphs whose weights were quantized by the exporter; they compute in float32 or half precision.
 QUANTIZED = {
     name: Precision(name, name, F32, np.float32, float("inf"), quantized=True) for name in choices.QUANTIZED
 }
 
-# Operators that lose too much in half: norms taken apart, softmax, angles of large positions, and the choice of
-# experts, where what half rounds to a tie sends a token elsewhere.
+# Operators that lose too much in half precision: decomposed norms, softmax, angles of large positions, and the
+# choice of experts, where rounding to a tie routes a token to another expert.
 SENSITIVE = frozenset(
     {"ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2", "Pow", "Sqrt", "Reciprocal"}
     | {"Softmax", "LogSoftmax", "Exp", "Log", "CumSum", "Cos", "Sin", "TopK"}
 )
-# What leads up to these is kept too: an angle is position times frequency.
+# The nodes that lead to these stay float32 too: an angle is position times frequency.
 _WITH_ANCESTORS = ("Cos", "Sin")
 
 
 @dataclass(frozen=True)
-class Kept:
-    """A node that stays float32, and why."""
+class Float32Node:
+    """A node that stays float32, and the reason."""
 
     node: str
     op: str
@@ -92,7 +92,7 @@ def precision_of(name: str) -> Precision:
 
 
 def graph_precision(model: ir.Model) -> Precision:
-    """The precision of a decoder graph: what most of its linear maps, or of its weights' bytes, are in."""
+    """The precision of a decoder graph: that of most of its linear operators, or of most bytes of its weights."""
     stored = [weight_bits(node) for node in model.graph if linear_op(node)]
     quantized = [bits for bits in stored if bits]
     if 2 * len(quantized) > len(stored):
@@ -104,13 +104,12 @@ def graph_precision(model: ir.Model) -> Precision:
 
 def to_precision(
     model: ir.Model, precision: Precision, ranges: Mapping[str, float], wide: Collection[str] = ("logits",)
-) -> list[Kept]:
+) -> list[Float32Node]:
     """Convert a float32 graph in place; returns the nodes that stayed float32.
 
-    ``wide`` names the inputs and outputs that stay float32.
-
-    ``ranges`` are the largest magnitudes of its tensors on real text, by name (a tensor without an entry
-    is taken to fit). Raises :class:`BuildError` for a graph with control flow.
+    ``wide`` names the inputs and outputs that stay float32. ``ranges`` are the largest magnitudes of the
+    tensors on real text, by name (a tensor without an entry is assumed to fit). Raises :class:`BuildError`
+    for a graph with control flow.
     """
     if precision.dtype == F32:
         return []
@@ -119,30 +118,32 @@ def to_precision(
     if any(
         a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for n in graph for a in _attributes(n)
     ):
-        raise BuildError(f"A graph with control flow cannot be converted to {precision.name}.")
-    kept = _kept(graph, precision, ranges)
+        raise BuildError(
+            f"A graph with control flow cannot be converted to {precision.name}: export it without, or in fp32."
+        )
+    float32 = _float32_nodes(graph, precision, ranges)
     converter = _Converter(graph, precision)
     for value in graph.inputs:
         if value.dtype == F32 and value.name not in wide:
             value.dtype = precision.dtype
     for node in list(graph):
-        if node in kept:
+        if node in float32:
             converter.widen(node)
         elif any(v is not None and v.dtype in (F32, precision.dtype) for v in node.inputs):
             converter.narrow(node)
-        # A node without floating-point inputs (a Cast of integers) writes float32, which readers cast.
+        # A node without floating-point inputs (a Cast of integers) writes float32, which its readers cast.
     for index, value in enumerate(list(graph.outputs)):
         wanted = F32 if value.name in wide else precision.dtype
         if value.dtype in (F32, precision.dtype) and value.dtype != wanted:
             converter.output(index, value, wanted)
     passes.RemoveUnusedNodesPass()(model)
-    converter.give_names_back()
+    converter.restore_names()
     graph.sort()
-    return [Kept(str(n.name), n.op_type, reason) for n, reason in kept.items()]
+    return [Float32Node(str(n.name), n.op_type, reason) for n, reason in float32.items()]
 
 
 def _check_cache(graph: ir.Graph, precision: Precision, ranges: Mapping[str, float]) -> None:
-    # Any other tensor can stay float32; the cache is what half precision is for.
+    # Any other tensor can stay float32; the cache must not.
     for value in graph.outputs:
         reach = ranges.get(str(value.name), 0.0)
         if value.name != "logits" and reach > 4 * precision.largest:
@@ -159,31 +160,31 @@ def _attributes(node: ir.Node) -> Sequence[ir.Attr]:
 # 2 -----------------------------------------------------------------------------------------------
 
 
-def _kept(graph: ir.Graph, precision: Precision, ranges: Mapping[str, float]) -> dict[ir.Node, str]:
-    kept: dict[ir.Node, str] = {}
+def _float32_nodes(graph: ir.Graph, precision: Precision, ranges: Mapping[str, float]) -> dict[ir.Node, str]:
+    found: dict[ir.Node, str] = {}
     for node in graph:
         values = [v for v in (*node.inputs, *node.outputs) if v is not None and v.dtype == F32]
         if not values:
             continue
         if node.op_type in SENSITIVE or _truncates(node):
-            kept[node] = "sensitive to rounding"
+            found[node] = "sensitive to rounding"
         elif wide := [v for v in values if ranges.get(str(v.name), 0.0) > precision.largest]:
-            kept[node] = f"{wide[0].name} reaches {ranges[str(wide[0].name)]:.3g} on real text"
+            found[node] = f"{wide[0].name} reaches {ranges[str(wide[0].name)]:.3g} on real text"
         elif bad := [v for v in values if not _representable(v, precision)]:
-            kept[node] = f"{precision.name} cannot hold the constant {bad[0].name}"
-    for node in [n for n in kept if n.op_type in _WITH_ANCESTORS]:
-        _keep_ancestors(node, node.op_type, kept, set())
-    return kept
+            found[node] = f"{precision.name} cannot hold the constant {bad[0].name}"
+    for node in [n for n in found if n.op_type in _WITH_ANCESTORS]:
+        _add_ancestors(node, node.op_type, found, set())
+    return found
 
 
 def _truncates(node: ir.Node) -> bool:
-    """Whether the node makes whole numbers of floating-point ones: half has few of them."""
+    """Whether the node casts floating-point values to integers, of which half precision represents few."""
     written = node.outputs[0].dtype
     return node.op_type == "Cast" and written is not None and not written.is_floating_point()
 
 
 def _representable(value: ir.Value, precision: Precision) -> bool:
-    """Whether a constant scalar survives; whole weights are held to the format's range only."""
+    """Whether the format can represent a constant: a scalar within 1 %, a larger weight within the range."""
     if not value.is_initializer() or value.const_value is None:
         return True
     array = _within(value.const_value.numpy(), precision).astype(np.float64)
@@ -195,7 +196,7 @@ def _representable(value: ir.Value, precision: Precision) -> bool:
 
 
 def _within(array: NDArray[Any], precision: Precision) -> NDArray[Any]:
-    """``array`` with float32's last numbers, which fill masks, as bfloat16's: rounded they would be infinite."""
+    """``array`` clipped to bfloat16's range: float32's extreme values, used in masks, would round to infinity."""
     if precision.largest < float("inf") or not np.isfinite(array).all():
         return array
     most = float(ml_dtypes.finfo(precision.numpy).max)
@@ -203,20 +204,20 @@ def _within(array: NDArray[Any], precision: Precision) -> NDArray[Any]:
     return within
 
 
-def _keep_ancestors(node: ir.Node, root: str, kept: dict[ir.Node, str], seen: set[ir.Node]) -> None:
+def _add_ancestors(node: ir.Node, root: str, found: dict[ir.Node, str], seen: set[ir.Node]) -> None:
     for value in node.inputs:
         producer = value.producer() if value is not None else None
         if value is not None and value.dtype == F32 and producer is not None and producer not in seen:
             seen.add(producer)
-            kept.setdefault(producer, f"leads to {root}, which is sensitive to rounding")
-            _keep_ancestors(producer, root, kept, seen)
+            found.setdefault(producer, f"leads to {root}, which is sensitive to rounding")
+            _add_ancestors(producer, root, found, seen)
 
 
 # 1, 3, 4 -----------------------------------------------------------------------------------------
 
 
 class _Converter:
-    """Casts and converted weights, each made once for each tensor."""
+    """Casts and converted weights, created once for each tensor."""
 
     def __init__(self, graph: ir.Graph, precision: Precision) -> None:
         self.graph, self.precision = graph, precision
@@ -224,31 +225,31 @@ class _Converter:
         self._weights: dict[ir.Value, ir.Value] = {}
 
     def narrow(self, node: ir.Node) -> None:
-        """Let ``node`` compute in half."""
+        """Make ``node`` compute in half precision."""
         for index, value in enumerate(node.inputs):
             if value is not None and value.dtype == F32:
                 node.replace_input_with(index, self._as(value, self.precision.dtype))
         for output in node.outputs:
-            # A Cast says itself what it writes.
+            # The output dtype of a Cast is its attribute.
             if output.dtype == F32 and node.op_type != "Cast":
                 output.dtype = self.precision.dtype
 
     def widen(self, node: ir.Node) -> None:
-        """Let ``node`` compute in float32 whatever it reads."""
+        """Make ``node`` compute in float32, whatever it reads."""
         for index, value in enumerate(node.inputs):
             if value is not None and value.dtype == self.precision.dtype:
                 node.replace_input_with(index, self._as(value, F32))
 
     def output(self, index: int, value: ir.Value, dtype: ir.DataType) -> None:
-        """Hand output ``index`` out as ``dtype`` under its own name."""
+        """Convert output ``index`` to ``dtype`` under its own name."""
         name = value.name
         value.name = f"{name}.{self.precision.name if dtype == F32 else 'fp32'}"
         cast = self._as(value, dtype)
         cast.name = name
         self.graph.outputs[index] = cast
 
-    def give_names_back(self) -> None:
-        """A weight that only exists in half now is called what it was called before."""
+    def restore_names(self) -> None:
+        """Restore the original name of each weight that is only stored in half precision now."""
         for original, made in self._weights.items():
             if original.name not in self.graph.initializers:
                 made.name = original.name
@@ -264,7 +265,7 @@ class _Converter:
         assert value.const_value is not None and value.shape is not None
         original, numpy = value.const_value, self.precision.numpy
         name = f"{value.name}.{self.precision.name}"
-        # Converted when it is written: a large model never has all its weights in memory.
+        # Converted when it is written, so that not all weights of a large model are in memory.
         tensor = ir.LazyTensor(
             lambda: ir.tensor(
                 _within(original.numpy(), self.precision).astype(numpy), dtype=dtype, name=name

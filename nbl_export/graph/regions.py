@@ -4,19 +4,19 @@
                                             ▲│                                       ▲
                               past key/value┘└► present key/value             h ─────┘
 
-1. The core is where tokens meet. With a KV cache it is the first node that the layer's past key and past
-   value both reach and that every path from them to the logits runs through. Without one it is a fused
-   attention, or a product whose one factor comes out of a softmax.
-2. y is what the first linear map (:data:`~.operators.LINEAR`) after the core writes. Its bias may be
-   added by that node, by the next, or inside a fused residual norm; views may lie between. Each of these
+1. The core is the node where tokens are mixed. With a KV cache it is the first node on every path from the
+   layer's past key and past value to the logits. Without one it is a fused attention, or a product with a
+   softmax.
+2. y is the output of the first linear operator (:data:`~.operators.LINEAR`) after the core. Its bias may be
+   added by that node, by the next, or inside a fused residual norm, with views in between. Each of these
    tensors is a candidate.
-3. x is the one activation that all linear maps feeding the core read, or a view of it. A projection in
-   stages (queries, keys and values of few numbers, which a second map makes heads of) is followed back to
-   what its first stage reads. Positions and masks also reach the core, but carry no activations.
-4. h, the stream before the norm, is a summand of an addition that y goes into, or what x is a norm of.
+3. x is the one activation that all linear operators before the core read, or a view of it. A low-rank
+   projection (queries, keys and values are compressed, and a second projection expands them to heads) is
+   followed back to the input of the first. Positions and masks also reach the core but are not activations.
+4. h, the residual stream before the norm, is the other input of the addition of y, or the input of the norm.
 
-Whatever does not fit is a :class:`Refusal` that says which check failed and on what. Finding is not
-proof: which candidate it is, if any, is decided by numbers (:mod:`nbl_export.rewrite.prove`).
+A layer that does not match becomes a :class:`Refusal` with the failed check and what was found. Which
+candidate is the right one, if any, is then proven numerically (:mod:`nbl_export.rewrite.prove`).
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ from nbl_export.graph.operators import (
 
 _MAX_STEPS = 12
 _MAX_ADDS = 3
-_MAX_STAGES = 6  # queries, keys and values through two maps each, and what the first maps read
+_MAX_STAGES = 6  # queries, keys and values through two projections each
 
 
 @dataclass(frozen=True)
 class Output:
-    """A tensor that may be y. ``later`` is a bias that is still to be added to it, by a fused residual norm.
+    """A tensor that may be y. ``later`` is a bias that a fused residual norm adds to it afterwards.
 
-    ``biases`` counts the constants that were added to the linear map's product, ``later`` among them.
+    ``biases`` counts the constants added to the product of the projection, including ``later``.
     """
 
     value: ir.Value
@@ -62,10 +62,10 @@ class Output:
 
 @dataclass(frozen=True)
 class AttentionRegion:
-    """One layer's attention in a graph: the candidates for x, h and y, likeliest first.
+    """One layer's attention in a graph: the candidates for x, h and y, most likely first.
 
-    ``core`` is where tokens meet, ``projection`` the linear map that writes y, ``maps`` are all linear maps
-    from x to y; ``ops`` counts the nodes between.
+    ``core`` is the operator that mixes tokens, ``projection`` the output projection, which writes y;
+    ``linear_nodes`` are all linear operators from x to y; ``ops`` counts the nodes in between.
     """
 
     layer: int
@@ -73,13 +73,13 @@ class AttentionRegion:
     streams: tuple[ir.Value, ...]
     outputs: tuple[Output, ...]
     projection: ir.Node
-    maps: tuple[ir.Node, ...]
+    linear_nodes: tuple[ir.Node, ...]
     core: str
     ops: int
 
     @property
     def style(self) -> str:
-        """How the exporter wrote it: a fused operator's name, or that it is in its parts."""
+        """How the exporter wrote it: the name of a fused operator, or "decomposed"."""
         return "decomposed" if self.core in PRODUCTS else self.core
 
     @property
@@ -92,7 +92,7 @@ class AttentionRegion:
 
     @property
     def h(self) -> ir.Value | None:
-        """The likeliest stream; None where there is none."""
+        """The most likely residual stream; None if there is none."""
         return self.streams[0] if self.streams else None
 
 
@@ -120,11 +120,11 @@ def find_regions(model: ir.Model) -> list[AttentionRegion | Refusal]:
     """
     activations = _activations(model)
     pairs = kv_pairs(model)
-    # The pairs are cores that still have to be looked for; without any, cores are seen directly.
+    # With KV pairs the cores are found from them; without, attention is recognized directly.
     cores: list[tuple[int, ir.Node | tuple[ir.Value, ir.Value]]]
     visible = visible_cores(model)
     cores = [(p.index, p.past) for p in pairs] or list(enumerate(visible))
-    if not visible and KV_LAYERS_KEY not in model.metadata_props:  # or all are linear already
+    if not visible and KV_LAYERS_KEY not in model.metadata_props:  # otherwise all layers are linear already
         _refuse_control_flow(model)
     cache = {v for pair in pairs for v in pair.present}
     logits = next((v.producer() for v in model.graph.outputs if v not in cache), None)
@@ -143,20 +143,20 @@ def _refuse_control_flow(model: ir.Model) -> None:
         for attribute in node.attributes.values():
             if not attribute.is_ref() and attribute.type == ir.AttributeType.GRAPH:
                 raise InputError(
-                    f"The graph's layers lie inside a {node.op_type} ({node.name}), as in a merged decoder: "
+                    f"The graph's layers are inside a {node.op_type} ({node.name}), as in a merged decoder: "
                     "rewrite the decoder without branches instead."
                 )
 
 
 def _region(layer: int, core: ir.Node, activations: set[ir.Value]) -> AttentionRegion:
     last, outputs = _outputs(core)
-    inputs, maps, ops = _inputs(core, last, activations)
+    inputs, linear_nodes, ops = _inputs(core, last, activations)
     streams = _streams(outputs, inputs, activations)
-    return AttentionRegion(layer, inputs, streams, outputs, last, (*maps, last), core.op_type, ops)
+    return AttentionRegion(layer, inputs, streams, outputs, last, (*linear_nodes, last), core.op_type, ops)
 
 
 def _reach(values: Iterable[ir.Value], without: ir.Node | None = None) -> set[ir.Node]:
-    """All nodes that numbers of ``values`` flow into, not passing through ``without``."""
+    """All nodes that ``values`` flow into, without passing through ``without``."""
     seen: set[ir.Node] = set()
     stack = list(values)
     while stack:
@@ -168,13 +168,13 @@ def _reach(values: Iterable[ir.Value], without: ir.Node | None = None) -> set[ir
 
 
 def _activations(model: ir.Model) -> set[ir.Value]:
-    """Values that carry activations: computed from the token ids (or embeddings, or pixels) themselves."""
+    """The activations: values computed from the token ids (or embeddings, or pixels)."""
     tokens = [v for v in model.graph.inputs if v.name in (TOKENS, EMBEDDINGS, PIXELS)]
     if not tokens:
         names = ", ".join(repr(str(v.name)) for v in model.graph.inputs)
         raise InputError(
-            f"The graph has no input {TOKENS} that its layers are computed from (its inputs: {names}): rename "
-            "the one that takes token ids."
+            f"The graph has no input {TOKENS} that its layers are computed from (its inputs: {names}): rename the "
+            "input that takes token ids."
         )
     return {v for node in _reach(tokens) for v in node.outputs}
 
@@ -194,7 +194,7 @@ def _core(model: ir.Model, pasts: tuple[ir.Value, ir.Value], logits: ir.Node | N
 
 
 def visible_cores(model: ir.Model) -> list[ir.Node]:
-    """Attention that needs no cache to be seen: fused, or a product one of whose factors is a softmax's."""
+    """Attention that is recognized without a cache: a fused operator, or a product with a softmax."""
     found = []
     for node in model.graph:
         product = node.op_type in PRODUCTS and not any(is_constant(v) for v in node.inputs)
@@ -207,7 +207,7 @@ def visible_cores(model: ir.Model) -> list[ir.Node]:
 
 
 def _outputs(core: ir.Node) -> tuple[ir.Node, tuple[Output, ...]]:
-    """The output projection, and the candidates for y, the last tensor of the chain first."""
+    """The output projection, and the candidates for y, last tensor of the chain first."""
     node = core
     for _ in range(_MAX_STEPS):
         following = readers(node.outputs[0])
@@ -220,7 +220,7 @@ def _outputs(core: ir.Node) -> tuple[ir.Node, tuple[Output, ...]]:
             return node, _candidates(_scaled(node) if node.op_type in INTEGER_PRODUCTS else node.outputs[0])
         if node.op_type in OTHER_INTEGER_PRODUCTS:
             raise _NotFound(
-                "the output projection multiplies floating-point numbers by weights of a known format",
+                "the output projection multiplies floating-point values by weights of a known format",
                 f"a {node.op_type}, of dynamic quantization: quantize with MatMulNBits or DequantizeLinear instead",
             )
         if node.op_type == "Add" and not any(is_constant(v) for v in node.inputs):
@@ -231,13 +231,13 @@ def _outputs(core: ir.Node) -> tuple[ir.Node, tuple[Output, ...]]:
 
 
 def _scaled(product: ir.Node) -> ir.Value:
-    """What a product of integers is as a number: it is cast, and multiplied by the scales of both factors."""
+    """The dequantized result of an integer product: cast, and multiplied by the scales of both factors."""
     value = product.outputs[0]
     for op in ("Cast", "Mul"):
         following = readers(value)
         if len(following) != 1 or following[0].op_type != op:
             found = ", ".join(n.op_type for n in following) or "nothing"
-            raise _NotFound("a product of integers is cast and scaled", found)
+            raise _NotFound("an integer product is cast and scaled", found)
         value = following[0].outputs[0]
     return value
 
@@ -254,9 +254,11 @@ def _candidates(value: ir.Value) -> tuple[Output, ...]:
             break
         biases += node.op_type not in VIEWS
         value = node.outputs[0]
-        if node.op_type != "Cast":  # a half graph's way to float32 is not the attention's output
+        if (
+            node.op_type != "Cast"
+        ):  # the Cast to float32 of a half-precision graph is not the attention's output
             found.append(Output(value, biases=biases))
-    # Without its bias the tensor is not y, and numbers of four bits may be too rough to tell.
+    # Without its bias the tensor is not y, and 4-bit weights may be too inaccurate to show it.
     biased = [n for n in following if len(following) > 1 and (_adds_constant(n, value) or _later_bias(n))]
     if biased:
         raise _NotFound("the output projection's bias is added once", f"{len(biased)} x {biased[0].op_type}")
@@ -282,43 +284,47 @@ def _other(node: ir.Node, value: ir.Value) -> ir.Value | None:
 def _inputs(
     core: ir.Node, projection: ir.Node, activations: set[ir.Value]
 ) -> tuple[tuple[ir.Value, ...], list[ir.Node], int]:
-    """The candidates for x, the linear maps that read it, and the number of nodes from them on."""
+    """The candidates for x, the linear operators that read it, and the number of nodes from there on."""
     seen: set[ir.Node] = {projection}
     assert projection.inputs[0] is not None
-    maps: list[ir.Node] = []
-    # The projection's own input may be quantized; whoever else quantizes what it reads reads x.
-    direct = first = _read_by_maps(_origin(projection.inputs[0]), core, activations, seen, maps)
+    linear_nodes: list[ir.Node] = []
+    # The projection's own input may be quantized; any other quantization node reads x.
+    direct = first = _projection_inputs(_origin(projection.inputs[0]), core, activations, seen, linear_nodes)
     for _ in range(_MAX_STAGES):
         origins = {_origin(v) for v in direct}
         if len(origins) < 2:
             break
-        # x comes before whatever is computed from it, so what comes last is not x but a stage on the way.
+        # x precedes everything computed from it, so the last of them is not x but an intermediate projection.
         order = {value: i for i, node in enumerate(core.graph or ()) for value in node.outputs}
         last = max(origins, key=lambda v: order.get(v, -1))
-        before = _read_by_maps(last, core, activations, seen, maps)
+        before = _projection_inputs(last, core, activations, seen, linear_nodes)
         if not before:
             break
         direct = {v for v in direct if _origin(v) is not last} | before
     if len(origins) != 1:
         names = ", ".join(sorted(str(v.name) for v in first)) or "none"
         raise _NotFound("all projections of the layer read one tensor", names)
-    # Quantized numbers are no activations: what the projections read must be what was quantized.
+    # Quantized values are not activations: a candidate is the tensor before quantization.
     plain = {v for v in direct if (maker := v.producer()) is None or maker.op_type != QUANTIZE}
     candidates = dict.fromkeys([*origins, *(plain if len(plain) == 1 else ())])
-    # A half graph's float32 norm is read through a Cast: what the projections read is in their format.
+    # In a half-precision graph a float32 norm is read through a Cast, whose output has the projections' dtype.
     only = next(iter(plain or origins))
     node = only.producer()
     if len(plain) == 1 and node is not None and node.op_type == "Cast":
         candidates = dict.fromkeys([only, *candidates])
-    return tuple(candidates), maps, len(seen)
+    return tuple(candidates), linear_nodes, len(seen)
 
 
-def _read_by_maps(
-    value: ir.Value, core: ir.Node, activations: set[ir.Value], seen: set[ir.Node], maps: list[ir.Node]
+def _projection_inputs(
+    value: ir.Value,
+    core: ir.Node,
+    activations: set[ir.Value],
+    seen: set[ir.Node],
+    linear_nodes: list[ir.Node],
 ) -> set[ir.Value]:
-    """What the nearest linear maps (and quantizations) that ``value`` is computed from read.
+    """The inputs of the nearest linear operators (and quantizations) that ``value`` is computed from.
 
-    Nodes on the way are added to ``seen``, maps to ``maps``.
+    All visited nodes are added to ``seen``, linear operators also to ``linear_nodes``.
     """
     direct: set[ir.Value] = set()
     passed: set[ir.Node] = set()
@@ -333,7 +339,7 @@ def _read_by_maps(
         if linear_op(node) or node.op_type == QUANTIZE or (op and op.weights is not None):
             assert node.inputs[0] is not None
             direct.add(node.inputs[0])
-            maps += [node] if node.op_type != QUANTIZE and node not in maps else []
+            linear_nodes += [node] if node.op_type != QUANTIZE and node not in linear_nodes else []
         else:
             stack.extend(node.inputs)
     seen |= passed
@@ -341,7 +347,7 @@ def _read_by_maps(
 
 
 def _origin(value: ir.Value) -> ir.Value:
-    """What ``value`` is a view of, or was quantized from."""
+    """The tensor that ``value`` is a view of, or was quantized from."""
     node = value.producer()
     while node is not None and node.op_type in (*VIEWS, QUANTIZE) and node.inputs[0] is not None:
         value = node.inputs[0]
@@ -374,7 +380,7 @@ def _streams(
 
 
 def _before_norm(x: ir.Value, activations: set[ir.Value]) -> list[ir.Value]:
-    """Activations that x may be a norm of: a few steps back, not past a linear map; x itself last."""
+    """Possible inputs of the norm that writes x: a few steps back, not past a linear operator; x itself last."""
     found: dict[ir.Value, None] = {}
     level = [x]
     for _ in range(_MAX_STEPS):
@@ -382,6 +388,6 @@ def _before_norm(x: ir.Value, activations: set[ir.Value]) -> list[ir.Value]:
         nodes = [n for n in producers if n is not None and not linear_op(n)]
         level = [v for n in nodes for v in n.inputs if v is not None and v in activations and v not in found]
         found |= dict.fromkeys(level)
-        # A fused residual norm hands the sum on as its last output.
+        # A fused residual norm returns the sum as its last output.
         found |= dict.fromkeys(n.outputs[-1] for n in nodes if key(n) in SKIP_NORMS and len(n.outputs) > 1)
     return [*found, x]

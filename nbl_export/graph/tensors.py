@@ -1,7 +1,7 @@
-"""Every tensor of a model, wherever it is, and the file it lies in.
+"""All tensors of a model, wherever they are, and the file that stores each.
 
-Weights hide in more places than the initializers of a graph: in those of its subgraphs, in Constant nodes,
-in function bodies. Whoever checks where a model's external data lies, or moves it, must see them all.
+Weights are not only initializers of the graph. They are also in subgraphs, Constant nodes and function
+bodies. Code that checks or moves a model's external data must see them all.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from nbl_export.files import stays_in
 
 @dataclass(frozen=True)
 class Slot:
-    """A place that holds tensors: an initializer, or an attribute of a node or a function.
+    """A slot for tensors: an initializer, or an attribute of a node or a function.
 
     ``where`` names it in messages; ``attribute`` is None for an initializer.
     """
@@ -33,7 +33,7 @@ class Slot:
     tensors: tuple[ir.TensorProtocol, ...]
 
     def put(self, tensors: Sequence[ir.TensorProtocol]) -> None:
-        """Put ``tensors`` in the place of its own, until :meth:`restore`."""
+        """Replace the slot's tensors by ``tensors``, until :meth:`restore`."""
         if isinstance(self.owner, ir.Value):
             self.owner.const_value = tensors[0]
         elif (old := self.attribute) is not None and any(
@@ -50,7 +50,7 @@ class Slot:
 
 
 def slots(model: ir.Model) -> Iterator[Slot]:
-    """Every place that holds tensors: of the graph, of its subgraphs and of function bodies."""
+    """Every slot for tensors of the graph, its subgraphs and function bodies."""
     functions = list(model.functions.values())
     bodies: list[ir.Graph | ir.Function] = [model.graph, *functions]
     subgraphs = [graph for body in bodies for graph in body.subgraphs()]
@@ -81,8 +81,8 @@ def _attribute_slots(owner: ir.Node | ir.Function, where: str) -> Iterator[Slot]
 def all_tensors(model: ir.Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
     """Every tensor of ``model`` with a name for messages.
 
-    Initializers and tensor attributes of the graph, of its subgraphs and of function bodies; a tensor that
-    two of them share comes twice.
+    Initializers and tensor attributes of the graph, its subgraphs and function bodies; a shared tensor is
+    listed for each use.
     """
     for slot in slots(model):
         for tensor in slot.tensors:
@@ -90,22 +90,22 @@ def all_tensors(model: ir.Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
 
 
 def external_files(model: ir.Model) -> list[Path]:
-    """The data files that ``model`` reads, in the order of first use; they are named, not opened."""
+    """The data files that ``model`` reads, in order of first use; they are not opened."""
     external = [t for _, t in all_tensors(model) if isinstance(t, ir.ExternalTensor)]
     return list(dict.fromkeys(Path(t.path) for t in external))
 
 
 def set_folder(model: ir.Model, folder: Path) -> None:
-    """Read every external tensor from ``folder``, those of function bodies included."""
+    """Read every external tensor from ``folder``, including those of function bodies."""
     for _, tensor in all_tensors(model):
         if isinstance(tensor, ir.ExternalTensor):
             tensor.base_dir = folder
 
 
 def follow_links(model: ir.Model) -> Path | None:
-    """Let every external tensor name its real file, in place; returns the folder that all lie below.
+    """Resolve the links of all external tensors, in place; returns the common parent folder of their files.
 
-    onnxruntime follows no link out of the folder that it is given. None without external data.
+    onnxruntime does not follow a link out of its folder. Returns None without external data.
     """
     files = {
         id(t): source_file(where, t) for where, t in all_tensors(model) if isinstance(t, ir.ExternalTensor)
@@ -134,9 +134,9 @@ def follow_links(model: ir.Model) -> Path | None:
 
 
 def source_file(where: str, tensor: ir.ExternalTensor) -> Path:
-    """The real path of the file that ``tensor`` lies in.
+    """The resolved path of the file that stores ``tensor``.
 
-    Raises :class:`InputError` if it is missing, too short, or outside the tensor's folder: then it is
+    Raises :class:`InputError` if it is missing, too short, or outside the tensor's folder; such a file is
     never opened.
     """
     location = Path(tensor.location)
@@ -147,10 +147,12 @@ def source_file(where: str, tensor: ir.ExternalTensor) -> Path:
         present = inside and target.is_file()
     except (OSError, ValueError, RuntimeError):  # a NUL, a name too long, a loop of links
         raise InputError(
-            f"The external data of {where} has no usable file name ({str(location)!r})."
+            f"The external data of {where} has an invalid file name ({str(location)!r}): export the model again."
         ) from None
     if not inside:
-        raise InputError(f"The external data of {where} lies outside its folder ({location}); refused.")
+        raise InputError(
+            f"The external data of {where} lies outside its folder ({location}) and is not read: move it there."
+        )
     if not present:
         raise InputError(f"The external data {location} of {where} is missing: put the file into {folder}.")
     _check_range(where, tensor, target)
@@ -158,33 +160,35 @@ def source_file(where: str, tensor: ir.ExternalTensor) -> Path:
 
 
 def check_shape(where: str, tensor: ir.TensorProtocol) -> None:
-    """Raises :class:`InputError` for a shape that no file can hold: a negative size, or 2^62 numbers and more."""
+    """Raises :class:`InputError` for an impossible shape: a negative size, or 2^62 elements or more."""
     sizes = tensor.shape.numpy()
     if any(size < 0 for size in sizes) or math.prod(sizes) >= 1 << 62:
         shown = ", ".join(map(str, sizes[:4])) + (", …" if len(sizes) > 4 else "")
-        raise InputError(f"{where} has the shape [{shown}], which no tensor has: export it again.")
+        raise InputError(f"{where} has the impossible shape [{shown}]: export the model again.")
 
 
 def _check_range(where: str, tensor: ir.ExternalTensor, target: Path) -> None:
     if tensor.dtype == ir.DataType.STRING:
-        raise InputError(f"{where} has its strings in external data, which ONNX forbids: export it again.")
+        raise InputError(
+            f"{where} has its strings in external data, which ONNX forbids: export the model again."
+        )
     offset, length = tensor.offset or 0, tensor.nbytes if tensor.length is None else tensor.length
     if length != tensor.nbytes:
         raise InputError(
-            f"{where} has {tensor.nbytes:,} bytes, its external data {length:,}: export it again."
+            f"{where} has {tensor.nbytes:,} bytes, its external data {length:,}: export the model again."
         )
     size = target.stat().st_size
     if offset < 0 or offset + length > size:
         raise InputError(
-            f"{target} is truncated: {where} lies at bytes {offset:,} to {offset + length:,}, the file has "
-            f"{size:,}; export it again."
+            f"{target} is truncated: {where} is at bytes {offset:,} to {offset + length:,}, the file has {size:,}; "
+            "export the model again."
         )
 
 
-def whole_numbers(graph: ir.Graph, name: str, numbers: int | Sequence[int]) -> ir.Value:
-    """An int64 initializer [] or [n] of ``graph``, the same for the same numbers.
+def int64_initializer(graph: ir.Graph, name: str, numbers: int | Sequence[int]) -> ir.Value:
+    """An int64 initializer [] or [n] of ``graph``; equal values share one initializer.
 
-    It is called ``name`` or, where that is another's, ``name``.1, .2 and so on.
+    It is called ``name`` or, if that name is used for other values, ``name``.1, .2 and so on.
     """
     array = np.array(numbers, dtype=np.int64)
     for free in chain([name], (f"{name}.{i}" for i in count(1))):

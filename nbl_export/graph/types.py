@@ -1,7 +1,7 @@
-"""The dtype of every tensor of a graph, also of those that ONNX's own inference does not know.
+"""The dtype of every tensor of a graph, including those that ONNX's own inference does not know.
 
-onnx's inference stops at operators of other domains, and everything behind them is unknown. A dtype is
-simpler than a shape: most operators write what they read, and the others say it.
+ONNX's inference stops at operators of other domains, and everything downstream is unknown. A dtype is simpler
+than a shape: most operators write the dtype they read, and the others define it.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ _BOOLEAN = frozenset(
     {"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "And", "Or", "Not", "Xor", "IsNaN", "IsInf"}
 )
 _INTEGER = frozenset({"Shape", "Size", "ArgMax", "ArgMin", "NonZero"})
-# Operators whose output has the dtype of another input than the first, and which.
+# Operators whose output has the dtype of another input than the first, and its index.
 _LIKE = {"Where": 1, "DequantizeLinear": 1, "GatherBlockQuantized": 2, "CastLike": 1}
-# Statistics that fused norms write beside their result, always in float32.
+# Statistics that fused norms write as additional outputs, always in float32.
 _FLOAT_OUTPUTS = {"SkipSimplifiedLayerNormalization": (1, 2), "SkipLayerNormalization": (1, 2)}
 
 
 def infer_types(model: ir.Model) -> None:
-    """Give every tensor its dtype (and shape, where ONNX knows it), in place; what cannot be told stays None."""
+    """Set the dtype (and the shape, if ONNX infers it) of every tensor in place; an unknown dtype stays None."""
     passes.ShapeInferencePass()(model)
     for node in model.graph:
         for index, value in enumerate(node.outputs):

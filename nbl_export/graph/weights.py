@@ -1,4 +1,4 @@
-"""How a graph stores the weights of its linear maps."""
+"""How a graph stores the weights of its linear operators."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import onnx_ir as ir
 
 from nbl_export.graph.operators import MICROSOFT, int_attribute, key
 
-# Linear maps that quantize what they read, and which of their inputs is the weight's zero point.
+# Linear operators with dynamic quantization, and the index of the input that is the weight's zero point.
 DYNAMIC = {"MatMulInteger": 3, "DynamicQuantizeMatMul": 3}
 
 
 def weight_bits(node: ir.Node) -> int:
-    """How many bits each weight of the linear map ``node`` is stored in; 0 if it is not quantized."""
+    """Bits per weight of the linear operator ``node``; 0 if it is not quantized."""
     if key(node) == (MICROSOFT, "MatMulNBits"):
         return int_attribute(node, "bits", 4)
     if node.op_type == "MatMulBnb4":
@@ -24,7 +24,7 @@ def weight_bits(node: ir.Node) -> int:
 
 
 def weight_format(node: ir.Node) -> str:
-    """What the weights of the linear map ``node`` are stored in, for people: ``fp32``, ``int4 in blocks of 32``."""
+    """The weight format of the linear operator ``node``, for display: ``fp32``, ``int4 in blocks of 32``."""
     bits = weight_bits(node)
     if not bits:
         value = node.inputs[1]
@@ -37,7 +37,7 @@ def weight_format(node: ir.Node) -> str:
 
 
 def dequantizer(neighbour: ir.Node) -> ir.Node | None:
-    """The DequantizeLinear that makes the neighbour's weight, or None if it is stored as it is read."""
+    """The DequantizeLinear that produces the neighbour's weight, or None if there is none."""
     value = neighbour.inputs[1]
     while value is not None and (node := value.producer()) is not None:
         if node.op_type == "DequantizeLinear":

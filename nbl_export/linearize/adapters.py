@@ -1,8 +1,8 @@
-"""Low-rank changes of weights that stay: what repair may do to the MLPs beside the linear layers.
+"""Low-rank adapters of retained weights: how a repair changes the subsequent MLPs.
 
-A change W + up · down is merged into W, in PyTorch and in the graph, so it costs nothing at run time. The graph's
-weight is found by what it is: the plan carries SHA-256 digests of the original W in every precision and orientation
-in which an exporter may write it.
+The change W + up · down is merged into W, in PyTorch and in the graph, so it has no cost at run time. The weight is
+found in the graph by its content: the plan has SHA-256 digests of the original W in every precision and orientation
+that an exporter may use.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _DTYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat
 class Adapter:
     """The change of one weight [m, n]: ``up`` [m, r] · ``down`` [r, n], float32; ``digests`` identify the original.
 
-    They are those of :func:`weight_digests`.
+    The digests are those of :func:`weight_digests`.
     """
 
     up: F32
@@ -43,10 +43,10 @@ class Adapter:
 
 def weight_digests(weight: NDArray[Any]) -> tuple[str, ...]:
     """SHA-256 of ``weight`` [m, n] and of its transpose, each in float32, float16 and bfloat16."""
-    with np.errstate(over="ignore"):  # what float16 cannot hold is in no float16 graph
+    with np.errstate(over="ignore"):  # a weight outside the range of float16 is in no float16 graph
         return tuple(
-            digest_of(np.ascontiguousarray(turned).astype(dtype))
-            for turned in (weight, weight.T)
+            digest_of(np.ascontiguousarray(oriented).astype(dtype))
+            for oriented in (weight, weight.T)
             for dtype in _DTYPES
         )
 
@@ -57,13 +57,13 @@ def digest_of(array: NDArray[Any]) -> str:
 
 
 def is_transposed(adapter: Adapter, digest: str) -> bool:
-    """Whether the weight of that ``digest``, one of the adapter's, is the transpose of the model's."""
+    """Whether the weight with this ``digest`` of the adapter is the transpose of the model's weight."""
     return adapter.digests.index(digest) >= len(_DTYPES)
 
 
 @contextmanager
 def adapted(model: torch.nn.Module, adapters: Mapping[str, Adapter]) -> Iterator[None]:
-    """``model`` with the ``adapters``, by parameter, merged into its weights, for the length of the block."""
+    """``model`` with the ``adapters``, by parameter name, merged into its weights, within the block."""
     import torch
 
     originals: dict[str, torch.Tensor] = {}

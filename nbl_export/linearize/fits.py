@@ -1,13 +1,13 @@
-"""The ways to fit W and b, by name.
+"""The methods to fit W and b, by name.
 
-lmmse       the linear minimum mean squared error fit on the original model's activations (the paper's)
-weighted    the same with each token weighted by 1 / ‖h‖² of its residual stream, so that outlier tokens, which carry
-            up to 10⁴ times the median energy there, do not decide alone
-sequential  layer after layer, each on what it reads behind the linearized ones before it; its target is what the
-            original's attention wrote
-drop        W = 0 and b = 0: the layer is left out; no fit, but the baseline of all fits
+lmmse       the linear minimum mean squared error fit on the original model's activations (the paper's method)
+weighted    the same with each token weighted by 1 / ‖h‖² of its residual stream, so that outlier tokens, which have
+            up to 10⁴ times the median energy, do not dominate
+sequential  layer by layer: the input is that of the model with the previous layers linearized, the target is the
+            output of the original attention
+drop        W = 0 and b = 0: the layer is dropped; no fit, but the baseline of all fits
 
-The first needs the moments alone, the second and the third one more pass over the calibration text.
+The first needs only the moments; the second and the third need another pass over the calibration text.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from nbl_export.linearize.lmmse import LinearFit
 from nbl_export.linearize.plan import LinearLayer
 from nbl_export.linearize.swap import replaced
 from nbl_export.models.layers import attention_layer, attention_layers, hidden_size, observed
-from nbl_export.models.resume import Reached, body, run_between
+from nbl_export.models.partial_forward import Reached, backbone, run_between
 from nbl_export.settings.choices import FitInput
 
 Solve = Callable[[int, LayerMoments], LinearFit]
@@ -32,12 +32,12 @@ _BATCH_ROWS = 2
 
 
 def as_layer(fit: LinearFit) -> LinearLayer:
-    """A fit in the precision that plans and graphs have."""
+    """A fit as float32, the precision of plans."""
     return LinearLayer(fit.w.astype(np.float32), fit.b.astype(np.float32))
 
 
 def dropped(d: int) -> LinearLayer:
-    """The map of a layer that is left out."""
+    """W and b of a dropped layer: zeros."""
     return LinearLayer(np.zeros((d, d), np.float32), np.zeros(d, np.float32))
 
 
@@ -54,7 +54,7 @@ def weighted_moments(
 
     with observed(model, layers, observe), torch.inference_mode():
         for ids in _batches(model, tokens):
-            body(model)(input_ids=ids, use_cache=False)
+            backbone(model)(input_ids=ids, use_cache=False)
             advance(ids.numel())
     return {index: total.result() for index, total in sums.items()}
 
@@ -67,12 +67,12 @@ def sequential_fits(
     solve: Solve,
     advance: Advance,
 ) -> dict[int, LinearLayer]:
-    """The maps of ``chosen``, each fitted behind those before it, over ``tokens`` [rows, seq].
+    """The linear layers of ``chosen``, each fitted after the previous ones are linearized, over ``tokens`` [rows, seq].
 
-    Both models go through the text together, layer by layer; their states take 2 × tokens × d numbers.
+    Both models process the text together, layer by layer; their states take 2 × tokens × d values.
     """
     order = sorted(chosen)
-    maps: dict[int, LinearLayer] = {}
+    fitted: dict[int, LinearLayer] = {}
     ids = list(_batches(model, tokens))
     with torch.inference_mode():
         original = [run_between(model, batch, end=order[0]) for batch in ids]
@@ -84,22 +84,22 @@ def sequential_fits(
                 h, x, _, _ = _seen(model, batch, index, changed[number], index)
                 u = x if fit_input == "normed" else h
                 sums.add(u, y, torch.ones(u.shape[:-1], dtype=torch.float64, device=u.device))
-            maps[index] = as_layer(solve(index, sums.result()))
-            with replaced(model, {index: maps[index]}, fit_input):
+            fitted[index] = as_layer(solve(index, sums.result()))
+            with replaced(model, {index: fitted[index]}, fit_input):
                 for number, batch in enumerate(ids):
                     if following is not None:
-                        start = (index, _there(changed[number]))
+                        start = (index, _not_none(changed[number]))
                         changed[number] = run_between(model, batch, start, following)
                     advance(batch.numel())
-    return maps
+    return fitted
 
 
 def _seen(
     model: torch.nn.Module, ids: torch.Tensor, index: int, states: torch.Tensor | None, end: int | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """h, x and y of layer ``index``, whose input is ``states``, and the input of layer ``end`` after it.
+    """h, x and y of layer ``index`` with input ``states``, and the input of the later layer ``end``.
 
-    Where both are the same layer, or nothing comes after, the run ends when y is written.
+    If both are the same layer, or ``end`` is None, the run ends when y is computed.
     """
     seen: list[torch.Tensor] = []
 
@@ -109,18 +109,18 @@ def _seen(
             raise Reached
 
     with observed(model, (attention_layer(model, index),), take):
-        after = run_between(model, ids, (index, _there(states)), None if end == index else end)
+        after = run_between(model, ids, (index, _not_none(states)), None if end == index else end)
     h, x, y = seen
     return h, x, y, after
 
 
-def _there(states: torch.Tensor | None) -> torch.Tensor:
-    assert states is not None  # only the last layer's run reaches no other layer
+def _not_none(states: torch.Tensor | None) -> torch.Tensor:
+    assert states is not None  # it is None only after the last layer
     return states
 
 
 class WeightedSums:
-    """Sums of u, y and their products, a weight for each token, float64; symmetric products whole."""
+    """Weighted sums of u, y and their products, in float64; symmetric products are full matrices."""
 
     def __init__(self, d: int, model: torch.nn.Module) -> None:
         self.tokens, self.mass = 0, 0.0
@@ -135,17 +135,17 @@ class WeightedSums:
         """Add tokens: ``u``, ``y`` [..., d] and ``weight`` [...]."""
         u, y = (t.reshape(-1, t.shape[-1]).double() for t in (u, y))
         weight = weight.reshape(-1, 1)
-        heavy_u, heavy_y = u * weight, y * weight
+        weighted_u, weighted_y = u * weight, y * weight
         self.tokens += len(u)
         self.mass += float(weight.sum())
-        self.u += heavy_u.sum(0)
-        self.y += heavy_y.sum(0)
-        self.uu.addmm_(heavy_u.T, u)
-        self.yu.addmm_(heavy_y.T, u)
-        self.yy.addmm_(heavy_y.T, y)
+        self.u += weighted_u.sum(0)
+        self.y += weighted_y.sum(0)
+        self.uu.addmm_(weighted_u.T, u)
+        self.yu.addmm_(weighted_y.T, u)
+        self.yy.addmm_(weighted_y.T, y)
 
     def result(self) -> LayerMoments:
-        """As if each token had counted once: the weights scaled to a mean of 1; u stands for both inputs."""
+        """The moments with the weights scaled to a mean of 1; u is stored as both x and h."""
         scale = self.tokens / self.mass
         u, y, uu, yu, yy = ((scale * t).cpu().numpy() for t in (self.u, self.y, self.uu, self.yu, self.yy))
         return LayerMoments(self.tokens, x=u, h=u, y=y, xx=uu, yx=yu, yy=yy, hh=uu, yh=yu)

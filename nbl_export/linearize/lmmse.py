@@ -1,18 +1,18 @@
-"""The linear minimum mean squared error fit of a layer, and how good it can be. Pure mathematics.
+"""The linear minimum mean squared error fit of a layer and its error bound. Pure mathematics.
 
 With x the layer's input, y its output, μ their means and C their covariances (arXiv 2505.21077):
 
     W = C_yx C_xx⁻¹        b = μ_y - W μ_x                                     (Proposition 3.1)
     Σρ² = tr(C_yy⁻¹ C_yx C_xx⁻¹ C_xy)   bound = Σ (1 - ρ²) = d - Σρ²           (Theorem 3.2, trace form)
 
-where ρ are the canonical correlations. The paper's ranking takes them between the residual stream h
-and y + h; its covariances follow from those of h and y, so no second pass is needed:
+where ρ are the canonical correlations. The paper's ranking uses those between the residual stream h and y + h;
+their covariances follow from those of h and y, so no second pass is needed:
 
     C_(y+h)h = C_yh + C_hh        C_(y+h)(y+h) = C_yy + C_yh + C_yhᵀ + C_hh
 
-Ridge. C_xx is replaced by C_xx + λ diag(C_xx): scaling by the diagonal makes the fit independent of
-the units of each channel, which differ by orders of magnitude in a residual stream. λ starts at
-``ridge`` and is multiplied by 10 when Cholesky fails, up to 1e-2; the λ used is part of the result.
+Ridge. C_xx is replaced by C_xx + λ diag(C_xx). Scaling by the diagonal makes the fit independent of the scale of
+each channel, which differs by orders of magnitude in a residual stream. λ starts at ``ridge`` and is multiplied by 10
+when Cholesky fails, up to 1e-2; the λ used is part of the result.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from nbl_export.batch.arrays import F64
 from nbl_export.calibrate.moments import LayerMoments
 from nbl_export.settings.choices import DEFAULT_RIDGE, MAX_RIDGE, FitInput
 
-# What is tried where the ridge is chosen by held-out error.
+# The candidates when the ridge is chosen by held-out error.
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 T = TypeVar("T")
 
 
 class UnusableMoments(ValueError):
-    """The moments of a layer admit no fit; the message says why."""
+    """The moments of a layer cannot be fitted; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Covariances:
 
 @dataclass(frozen=True)
 class LinearFit:
-    """ŷ = W x + b: ``w`` [d, d] (output × input), ``b`` [d], float64, and the λ that was needed.
+    """ŷ = W x + b: ``w`` [d, d] (output × input), ``b`` [d], float64, and the λ used.
 
     ``nmse`` is E‖y - ŷ‖² / E‖y - μ_y‖² on the calibration tokens, between 0 and 1.
     """
@@ -66,9 +66,9 @@ class LinearFit:
 def fit_lmmse(moments: LayerMoments, fit_input: FitInput, ridge: float = DEFAULT_RIDGE) -> LinearFit:
     """The LMMSE fit of a layer's output on its input.
 
-    ``fit_input`` ``"normed"`` fits on what the attention reads, ``"residual"`` on the stream before
-    the input norm. Raises :class:`UnusableMoments` if there are fewer tokens than needed, if a
-    moment is NaN or infinite, or if no ridge up to ``MAX_RIDGE`` makes C_xx positive definite.
+    ``fit_input`` ``"normed"`` fits on the input of the attention, ``"residual"`` on the residual stream before the
+    input norm. Raises :class:`UnusableMoments` if there are too few tokens, if a moment is NaN or infinite, or if no
+    ridge up to ``MAX_RIDGE`` makes C_xx positive definite.
     """
     c = branch_covariances(moments, fit_input)
 
@@ -83,9 +83,9 @@ def fit_lmmse(moments: LayerMoments, fit_input: FitInput, ridge: float = DEFAULT
 
 @dataclass(frozen=True)
 class Truncated:
-    """A map of rank r as ``up`` [d, r] · ``down`` [r, d], and its b [d], float64.
+    """A linear layer of rank r: ``up`` [d, r] · ``down`` [r, d], and b [d], float64.
 
-    ``lost`` is E‖ŷ - ŷ_r‖² / E‖y - μ_y‖²: what the truncation adds to the error of the LMMSE fit.
+    ``lost`` is E‖ŷ - ŷ_r‖² / E‖y - μ_y‖²: the error that the truncation adds to that of the LMMSE fit.
     """
 
     up: F64
@@ -95,14 +95,14 @@ class Truncated:
 
 
 def truncate(w: F64, b: F64, c: Covariances, rank: int) -> Truncated:
-    """The map of ``rank`` whose outputs err least from those of W u + b on the tokens that ``c`` is of.
+    """The linear layer of ``rank`` whose output is closest to W u + b on the tokens of the covariances ``c``.
 
-    With U the first ``rank`` eigenvectors of W C_uu Wᵀ, the covariance of what the map writes, it is U Uᵀ W: the
-    truncated singular value decomposition of W C_uu^½, which weighs each input direction by how much it varies. The
-    mean output stays what it was.
+    With U the first ``rank`` eigenvectors of W C_uu Wᵀ, the covariance of the output, its weight is U Uᵀ W. That is
+    the truncated singular value decomposition of W C_uu^½, which weights each input direction by its variance. The
+    mean output is unchanged.
     """
-    written = w @ c.c_uu @ w.T
-    values, vectors = np.linalg.eigh(0.5 * (written + written.T))
+    c_output = w @ c.c_uu @ w.T
+    values, vectors = np.linalg.eigh(0.5 * (c_output + c_output.T))
     up = vectors[:, ::-1][:, :rank]
     down = up.T @ w
     energy = float(np.trace(c.c_vv))
@@ -111,8 +111,8 @@ def truncate(w: F64, b: F64, c: Covariances, rank: int) -> Truncated:
 
 
 def error_of_map(w: F64, b: F64, c: Covariances) -> float:
-    """E‖y - W u - b‖² / E‖y - μ_y‖² on the tokens that ``c`` is of, be they those of the fit or others."""
-    # C_ee = C_yy - W C_xy - C_yx Wᵀ + W C_xx Wᵀ holds for any W; only its trace is needed, and the mean's error.
+    """E‖y - W u - b‖² / E‖y - μ_y‖² on the tokens of the covariances ``c``, which may differ from those of the fit."""
+    # C_ee = C_yy - W C_xy - C_yx Wᵀ + W C_xx Wᵀ holds for any W; only its trace and the error of the mean are needed.
     error = np.trace(c.c_vv) - 2 * np.sum(w * c.c_vu) + np.sum((w @ c.c_uu) * w)
     error += float(np.sum((c.mean_v - w @ c.mean_u - b) ** 2))
     energy = np.trace(c.c_vv)
@@ -122,25 +122,25 @@ def error_of_map(w: F64, b: F64, c: Covariances) -> float:
 def ridge_by_heldout_error(
     moments: LayerMoments, others: LayerMoments, fit_input: FitInput, ridges: Sequence[float] = RIDGES
 ) -> float:
-    """The λ of ``ridges`` whose fit on ``moments`` errs least on ``others``, moments of other text.
+    """The λ of ``ridges`` whose fit on ``moments`` has the smallest error on ``others``, the moments of other text.
 
-    Raises as :func:`fit_lmmse`.
+    Raises the errors of :func:`fit_lmmse`.
     """
-    # The other text is only judged by, never solved for: it may be shorter than the input is wide.
-    judged = branch_covariances(others, fit_input, enough=False)
+    # Nothing is fitted on the other text, so it may have fewer tokens than the input has channels.
+    heldout = branch_covariances(others, fit_input, enough=False)
 
     def error(ridge: float) -> float:
         fit = fit_lmmse(moments, fit_input, ridge)
-        return error_of_map(fit.w, fit.b, judged)
+        return error_of_map(fit.w, fit.b, heldout)
 
     return min(ridges, key=error)
 
 
 def cca_bound(moments: LayerMoments, ridge: float = DEFAULT_RIDGE) -> tuple[float, float]:
-    """The paper's bound Σ (1 - ρ²) between h and y + h, and the λ that was needed.
+    """The paper's bound Σ (1 - ρ²) between h and y + h, and the λ used.
 
     Two triangular solves and a Frobenius norm: with Cholesky factors C_hh = L Lᵀ and
-    C_(y+h)(y+h) = M Mᵀ, Σρ² = ‖M⁻¹ C_(y+h)h L⁻ᵀ‖². Raises as :func:`fit_lmmse`.
+    C_(y+h)(y+h) = M Mᵀ, Σρ² = ‖M⁻¹ C_(y+h)h L⁻ᵀ‖². Raises the errors of :func:`fit_lmmse`.
     """
     c = stream_covariances(moments)
 
@@ -158,7 +158,7 @@ def cca_bound(moments: LayerMoments, ridge: float = DEFAULT_RIDGE) -> tuple[floa
 def branch_covariances(m: LayerMoments, fit_input: FitInput, enough: bool = True) -> Covariances:
     """Covariances of the attention branch: its input (normed x or residual h) and its output y.
 
-    Raises :class:`UnusableMoments` for moments of too few tokens to be solved for, if that is asked for.
+    With ``enough``, raises :class:`UnusableMoments` if there are too few tokens for a fit.
     """
     u, uu, yu = (m.x, m.xx, m.yx) if fit_input == "normed" else (m.h, m.hh, m.yh)
     return _centred(m.n, u, m.y, uu, yu, m.yy, enough)
@@ -180,7 +180,7 @@ def _centred(n: int, u: F64, v: F64, uu: F64, vu: F64, vv: F64, enough: bool = T
         raise UnusableMoments("its moments are NaN or infinite")
     if enough and n < d + 1:
         raise UnusableMoments(
-            f"{n:,} calibration tokens cannot determine a map of {d} inputs; at least {d + 1:,} are needed, "
+            f"{n:,} calibration tokens cannot determine a linear layer of {d} inputs; at least {d + 1:,} are needed, "
             f"{20 * d:,} or more are advised (raise --samples or --seq-len)"
         )
     mean_u, mean_v = u / n, v / n
@@ -195,22 +195,22 @@ def _centred(n: int, u: F64, v: F64, uu: F64, vu: F64, vv: F64, enough: bool = T
     )
 
 
-# A channel whose variance is below this share of its mean square never varies: what is left of its
-# variance is rounding, of the size of float64's precision.
+# A channel whose variance is below this share of its mean square is constant: the rest of its variance is float64
+# rounding.
 _DEAD = 1e-12
 
 
 def _regularized(c: F64, power: F64, ridge: float) -> F64:
     variance = np.diagonal(c)
     dead = variance <= _DEAD * power
-    # A dead channel gets a variance of its own mean square, so that its coefficient is nil.
-    stand_in = np.where(power > 0, power, 1.0)
-    regularized: F64 = c + np.diag(np.where(dead, stand_in, ridge * variance))
+    # A constant channel gets its mean square as variance, so that its coefficient is zero.
+    substitute = np.where(power > 0, power, 1.0)
+    regularized: F64 = c + np.diag(np.where(dead, substitute, ridge * variance))
     return regularized
 
 
 def _with_growing_ridge(solve: Callable[[float], tuple[T, float]], ridge: float) -> tuple[T, float]:
-    # A ridge of 0 is allowed as a start: it fails cleanly on a singular matrix.
+    # A ridge of 0 is allowed as the start value: Cholesky then fails on a singular matrix.
     while True:
         try:
             return solve(ridge)

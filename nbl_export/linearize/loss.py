@@ -1,11 +1,11 @@
-"""What replacing layers costs a decoder's predictions: original against changed model, on one text.
+"""The loss caused by replacing layers of a decoder: original against changed model, on one text.
 
-Per token the negative log-likelihood of both models and KL(original ‖ changed) are taken; with n_i tokens and a
+Per token, the negative log-likelihood of both models and KL(original ‖ changed) are computed. With n_i tokens and a
 summed difference D_i in document i,
 
     excess = Σ D_i / Σ n_i        perplexity ratio = exp(excess)
 
-and the standard error over documents is that of a ratio estimator (documents are the sampling unit, tokens of
+and the standard error over documents is that of a ratio estimator (documents are the sampling unit, since tokens of
 one document are not independent).
 """
 
@@ -25,13 +25,13 @@ from nbl_export.batch.arrays import F64
 from nbl_export.linearize.plan import LinearLayer, Plan
 from nbl_export.linearize.swap import linearized, replaced
 from nbl_export.models.layers import attention_layers
-from nbl_export.models.resume import beginning_at, inputs_kept
+from nbl_export.models.partial_forward import recording_inputs, starting_at
 from nbl_export.settings.choices import FitInput
 
 I32 = NDArray[np.int32]
-# Places of a row whose distributions are worked on at a time: a whole row's, over a large vocabulary, would leave
-# the caches and be paged in anew each time.
-_PLACES = 64
+# Positions of a row that are processed at a time: the distributions of a full row, over a large vocabulary, would not
+# fit into the CPU caches.
+_CHUNK = 64
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class Loss:
 
 @dataclass(frozen=True)
 class Reference:
-    """The original model's predictions of one row: ``p`` [places, vocab], ``negentropy`` Σ p ln P [places] with P
-    before it was rounded to p, and ``nll`` [places] of the tokens that came.
+    """The original model's predictions of one row: ``p`` [positions, vocab], ``negentropy`` Σ p ln P [positions] with
+    P the value before rounding to p, and ``nll`` [positions] of the actual next tokens.
     """
 
     p: torch.Tensor
@@ -66,51 +66,51 @@ class Reference:
     nll: torch.Tensor
 
 
-def reference(logits: torch.Tensor, tokens: torch.Tensor, kept_in: torch.dtype = torch.float32) -> Reference:
-    """The predictions, in ``kept_in``, that ``logits`` [seq, vocab] make of each next token of ``tokens`` [seq] int64.
+def reference(logits: torch.Tensor, tokens: torch.Tensor, dtype: torch.dtype = torch.float32) -> Reference:
+    """The predictions of ``logits`` [seq, vocab] for each next token of ``tokens`` [seq] int64; ``p`` is in ``dtype``.
 
-    In bfloat16 the mean KL is right to about a thousandth of itself: the rounding of many entries evens out.
+    In bfloat16 the mean KL is accurate to about 0.1 %: the rounding errors of many entries average out.
     """
-    p = torch.empty(len(tokens) - 1, logits.shape[-1], dtype=kept_in, device=logits.device)
+    p = torch.empty(len(tokens) - 1, logits.shape[-1], dtype=dtype, device=logits.device)
     negentropy = torch.empty(len(p), device=logits.device)
     nll = torch.empty_like(negentropy)
-    for part in parts(len(p)):
-        log_p = torch.log_softmax(logits[part].float(), dim=-1)
-        nll[part] = -log_p.gather(1, tokens[1:][part, None])[:, 0]
-        p[part] = log_p.exp()
-        # What is rounded only weighs the logarithms, which are exact: a model's divergence from itself is nil.
-        negentropy[part] = torch.linalg.vecdot(p[part].float(), log_p)
+    for chunk in chunks(len(p)):
+        log_p = torch.log_softmax(logits[chunk].float(), dim=-1)
+        nll[chunk] = -log_p.gather(1, tokens[1:][chunk, None])[:, 0]
+        p[chunk] = log_p.exp()
+        # The rounded p only weights the logarithms, which are exact, so the divergence of a model from itself is 0.
+        negentropy[chunk] = torch.linalg.vecdot(p[chunk].float(), log_p)
     return Reference(p, negentropy, nll)
 
 
 def compare(original: Reference, logits: torch.Tensor, tokens: torch.Tensor) -> tuple[F64, F64]:
     """KL(original ‖ changed) and the increase of the negative log-likelihood, [seq - 1] each, float64."""
     kl, excess = (np.empty(len(original.p)) for _ in range(2))
-    for part in parts(len(original.p)):
-        log_q = torch.log_softmax(logits[part].float(), dim=-1)
-        p = original.p[part].float()
-        gap = original.negentropy[part] - torch.linalg.vecdot(p, log_q)
-        kl[part] = (gap / p.sum(-1)).cpu().numpy()
-        nll = -log_q.gather(1, tokens[1:][part, None])[:, 0]
-        excess[part] = (nll - original.nll[part]).cpu().numpy()
+    for chunk in chunks(len(original.p)):
+        log_q = torch.log_softmax(logits[chunk].float(), dim=-1)
+        p = original.p[chunk].float()
+        gap = original.negentropy[chunk] - torch.linalg.vecdot(p, log_q)
+        kl[chunk] = (gap / p.sum(-1)).cpu().numpy()
+        nll = -log_q.gather(1, tokens[1:][chunk, None])[:, 0]
+        excess[chunk] = (nll - original.nll[chunk]).cpu().numpy()
     return kl, excess
 
 
-def parts(places: int) -> Iterator[slice]:
-    """The slices in which ``places`` distributions are worked on."""
-    return (slice(at, min(at + _PLACES, places)) for at in range(0, places, _PLACES))
+def chunks(positions: int) -> Iterator[slice]:
+    """The slices in which the distributions of ``positions`` are processed."""
+    return (slice(at, min(at + _CHUNK, positions)) for at in range(0, positions, _CHUNK))
 
 
 def loss_over_documents(kl: F64, excess: F64, owner: I32) -> Loss:
-    """The means of per-token ``kl`` and ``excess``, whose tokens belong to the documents ``owner``."""
+    """The means of per-token ``kl`` and ``excess``; ``owner`` is the document of each token."""
     return Loss(*mean_over_documents(kl, owner), *mean_over_documents(excess, owner))
 
 
 def mean_over_documents(values: F64, owner: I32) -> tuple[float, float]:
     """Mean of per-token ``values`` and its standard error with documents as the sampling unit.
 
-    se² = D/(D-1) Σ_i (Σ_{t in i} (v_t - mean))² / n² for D documents and n tokens; 0 for one document,
-    where there is nothing to estimate it from.
+    se² = D/(D-1) Σ_i (Σ_{t in i} (v_t - mean))² / n² for D documents and n tokens; 0 for one document, from which it
+    cannot be estimated.
     """
     mean = float(values.mean())
     _, index = np.unique(owner, return_inverse=True)
@@ -128,10 +128,10 @@ def row_logits(model: torch.nn.Module, row: torch.Tensor) -> torch.Tensor:
 
 
 class LossMeter:
-    """Measures what sets of replacements cost ``model`` on ``rows`` [rows, seq], whose tokens belong to ``document``.
+    """Measures the loss of sets of linear layers in ``model`` on ``rows`` [rows, seq] with their ``document`` numbers.
 
-    It keeps the original's predictions (2 bytes for each token and entry of the vocabulary) and, for one set at a
-    time, the states at each layer's input: a set that adds layers to it is run from the first of them on.
+    It stores the original's predictions (2 bytes per token and vocabulary entry) and, for one set at a time, the
+    states at each layer's input. A set that adds layers to that set is run from the first added layer on.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class LossMeter:
         self._rows = [torch.from_numpy(row.astype(np.int64)).to(device) for row in rows]
         self._owner = document[:, 1:].reshape(-1)
         self._layers = attention_layers(model)
-        self._maps: dict[int, LinearLayer] = {}
+        self._linear: dict[int, LinearLayer] = {}
         self._references: list[Reference] = []
         self._states: list[dict[int, torch.Tensor]] = []
         for row, logits in zip(self._rows, self._settled({}, advance), strict=True):
@@ -155,51 +155,51 @@ class LossMeter:
 
     @property
     def tokens(self) -> int:
-        """How many predictions are compared."""
+        """Number of compared predictions."""
         return len(self._owner)
 
     @property
     def documents(self) -> int:
         return len(np.unique(self._owner))
 
-    def settle(self, maps: Mapping[int, LinearLayer]) -> None:
-        """Keep the states of the model with ``maps``, from which sets that add to it are measured faster."""
-        if {i: id(m) for i, m in self._maps.items()} == {i: id(m) for i, m in maps.items()}:
+    def settle(self, layers: Mapping[int, LinearLayer]) -> None:
+        """Store the states of the model with the linear ``layers``; sets that add to it are then measured faster."""
+        if {i: id(m) for i, m in self._linear.items()} == {i: id(m) for i, m in layers.items()}:
             return
-        for _ in self._settled(dict(maps), lambda _tokens: None):
+        for _ in self._settled(dict(layers), lambda _tokens: None):
             pass
 
-    def measure(self, maps: Mapping[int, LinearLayer]) -> Loss:
-        """The loss of the model with exactly ``maps``."""
-        return self.measure_within(replaced(self.model, maps, self.fit_input), self._first_new(maps))
+    def measure(self, layers: Mapping[int, LinearLayer]) -> Loss:
+        """The loss of the model with exactly the linear ``layers``."""
+        return self.measure_within(replaced(self.model, layers, self.fit_input), self._first_new(layers))
 
     def measure_within(self, change: AbstractContextManager[Any], first: int) -> Loss:
-        """The loss of the settled model within ``change``, which touches layer ``first`` and later ones only."""
+        """The loss of the settled model within ``change``, which affects only layer ``first`` and subsequent layers."""
         kl, excess = [], []
         with torch.inference_mode(), change:
             for original, states, row in zip(self._references, self._states, self._rows, strict=True):
-                with beginning_at(self.model, first, states[first]):
+                with starting_at(self.model, first, states[first]):
                     row_kl, row_excess = compare(original, row_logits(self.model, row), row)
                 kl.append(row_kl)
                 excess.append(row_excess)
         return loss_over_documents(np.concatenate(kl), np.concatenate(excess), self._owner)
 
-    def _first_new(self, maps: Mapping[int, LinearLayer]) -> int:
-        # The first layer where this set and the settled one differ; the last layer if nowhere.
+    def _first_new(self, layers: Mapping[int, LinearLayer]) -> int:
+        # The first layer where this set and the settled one differ; the last layer if they are equal.
         indices = [layer.index for layer in self._layers]
-        differs = [i for i in indices if maps.get(i) is not self._maps.get(i)]
+        differs = [i for i in indices if layers.get(i) is not self._linear.get(i)]
         return differs[0] if differs else indices[-1]
 
     def _settled(
-        self, maps: dict[int, LinearLayer], advance: Callable[[int], None]
+        self, layers: dict[int, LinearLayer], advance: Callable[[int], None]
     ) -> Iterator[torch.Tensor]:
-        # A generator: the logits of one row at a time are all that there is room for.
-        self._maps, self._states = maps, []
-        with torch.inference_mode(), replaced(self.model, maps, self.fit_input):
+        # A generator, so that the logits of only one row are in memory.
+        self._linear, self._states = layers, []
+        with torch.inference_mode(), replaced(self.model, layers, self.fit_input):
             for row in self._rows:
-                with inputs_kept(self.model, self._layers) as kept:
+                with recording_inputs(self.model, self._layers) as states:
                     logits = row_logits(self.model, row)
-                self._states.append(dict(kept))
+                self._states.append(dict(states))
                 advance(len(row))
                 yield logits
 

@@ -1,7 +1,7 @@
-"""The plan: which layers become linear, with which W and b, fitted how, to which model.
+"""The plan: which layers become linear, with which W and b, how they were fitted, and for which model.
 
-On disk it is two files: ``plan.json`` for people and settings, ``plan.safetensors`` for numbers. The
-JSON holds the SHA-256 of both, so neither can be edited or cut without being noticed.
+On disk it is two files: ``plan.json`` with the settings, ``plan.safetensors`` with the tensors. The JSON has the
+SHA-256 of both, so that an edit or a truncation of either is detected.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _REMEDY = "run `nbl-export select` again"
 class LinearLayer:
     """ŷ = W u + b for one layer: ``w`` [d, d] (output × input) and ``b`` [d], float32.
 
-    Of a map of low rank ``up`` [d, r] and ``down`` [r, d] are kept too, whose product W is.
+    A low-rank layer also has its factors ``up`` [d, r] and ``down`` [r, d], whose product is W.
     """
 
     w: F32
@@ -39,21 +39,20 @@ class LinearLayer:
 
     @classmethod
     def of_rank(cls, up: F32, down: F32, b: F32) -> LinearLayer:
-        """The map up · down u + b."""
+        """The linear layer ŷ = up · down · u + b."""
         return cls(up @ down, b, up, down)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """K layers and their affine maps, and the evidence the graph rewrite needs.
+    """K linear layers, and the evidence that the graph rewrite needs.
 
-    ``fit_input`` says what u is. ``probe`` holds a ragged batch by input name (``input_ids``,
-    ``attention_mask`` …, int64 [batch, sequence]) or images; ``probe_u`` and ``probe_y`` are what the
-    original PyTorch model had as u and y there in **every** attention layer, float32 [unpadded tokens, d].
-    ``layer_count`` counts all blocks, also those that have no attention. ``fit`` names the way W and b were fitted,
-    ``repair`` the steps of distillation after it, ``rank`` that of every map if they were truncated; ``ridge`` is
-    None where it was chosen layer by layer. ``adapters`` are what a repair changes of the weights that stay, by the
-    name of the model's parameter.
+    ``fit_input`` says what u is. ``probe`` is a ragged batch by input name (``input_ids``, ``attention_mask`` …,
+    int64 [batch, sequence]) or images; ``probe_u`` and ``probe_y`` are u and y of the original PyTorch model on it,
+    for **every** attention layer, float32 [unpadded tokens, d]. ``layer_count`` counts all blocks, including those
+    without attention. ``fit`` is the name of the fit, ``repair`` the number of distillation steps after it, ``rank``
+    the rank of every W if they were truncated; ``ridge`` is None if it was chosen per layer. ``adapters`` are the
+    changes that a repair made to retained weights, by the name of the model's parameter.
     """
 
     model: str
@@ -78,26 +77,26 @@ class Plan:
 
     @property
     def candidates(self) -> tuple[int, ...]:
-        """The attention layers of the original model: all that there is evidence for."""
+        """The attention layers of the original model, all of which are in the probe."""
         return tuple(sorted(self.probe_y))
 
     @property
-    def kept(self) -> tuple[int, ...]:
-        """The layers that keep their attention, in the order of the rewritten model's KV pairs."""
+    def attention_layers(self) -> tuple[int, ...]:
+        """The layers that retain their attention, in the order of the rewritten model's KV pairs."""
         return tuple(i for i in self.candidates if i not in self.layers)
 
     def without_layers(self) -> Plan:
-        """The plan that linearizes nothing: of the unmodified model."""
+        """The plan without linear layers, for the unmodified model."""
         return replace(self, layers={}, adapters={})
 
 
 def _stored_names(rank: int | None) -> tuple[str, ...]:
-    """The arrays that are stored of each map: W itself, or its factors."""
+    """The stored arrays of each linear layer: W and b, or the factors of W and b."""
     return ("w", "b") if rank is None else ("up", "down", "b")
 
 
 class _StoredLayers(Mapping[int, LinearLayer]):
-    """The maps of a stored plan, each read when it is asked for: W of an 8B model's layer has 64 MiB."""
+    """The linear layers of a stored plan, each loaded on access: W of an 8B model's layer has 64 MiB."""
 
     def __init__(self, stored: Mapping[str, Any], indices: Sequence[int], rank: int | None) -> None:
         self._stored, self._indices = stored, tuple(indices)
@@ -161,9 +160,9 @@ def load_plan(path: Path) -> Plan:
     path, weights = path.with_suffix(".json"), path.with_suffix(".safetensors")
     header = read_json(path, "The plan", _REMEDY)
     if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise InputError(f"{path} is no plan of nbl-export: {_REMEDY}.")
+        raise InputError(f"{path} is not a plan of nbl-export: {_REMEDY}.")
     if not weights.is_file():
-        raise InputError(f"The plan's numbers are missing ({weights}): {_REMEDY}.")
+        raise InputError(f"The plan's tensors are missing ({weights}): {_REMEDY}.")
     if sha256_of_file(weights) != header.get("weights_sha256"):
         raise InputError(f"{weights} is truncated or edited: it does not match {path.name}: {_REMEDY}.")
     try:
@@ -218,4 +217,6 @@ def _check(path: Path, plan: Plan) -> None:
     for name, adapter in plan.adapters.items():
         fits = adapter.up.ndim == adapter.down.ndim == 2 and adapter.up.shape[1] == adapter.down.shape[0]
         if not fits or not (np.isfinite(adapter.up).all() and np.isfinite(adapter.down).all()):
-            raise InputError(f"{path}: the change of {name} is no product of two finite matrices: {_REMEDY}.")
+            raise InputError(
+                f"{path}: the change of {name} is not a product of two finite matrices: {_REMEDY}."
+            )

@@ -26,15 +26,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from nbl_export.checkpoint import Checkpoint, kept_in
+from nbl_export.checkpoint import Checkpoint, saving_to
 from nbl_export.errors import InputError
 from nbl_export.linearize.adapters import Adapter, weight_digests
 from nbl_export.linearize.lmmse import Covariances
-from nbl_export.linearize.loss import parts
+from nbl_export.linearize.loss import chunks
 from nbl_export.linearize.plan import LinearLayer
 from nbl_export.linearize.swap import AttentionReplacement, replaced
 from nbl_export.models.layers import attention_layer, attention_layers, hidden_size, layer_count
-from nbl_export.models.resume import beginning_at, inputs_kept
+from nbl_export.models.partial_forward import recording_inputs, starting_at
 from nbl_export.progress import Listener, Silent
 from nbl_export.settings.choices import FitInput
 from nbl_export.tensorfile import load_tensors, save_tensors
@@ -135,7 +135,7 @@ def repair(
     def save(path: Path) -> None:
         training.save(path, {"identity": identity, "steps": str(done)})
 
-    with listener.task("Repairing", steps, "steps", done) as task, kept_in(checkpoint, save) as between:
+    with listener.task("Repairing", steps, "steps", done) as task, saving_to(checkpoint, save) as between:
         while done < steps:
             number = done % len(batches)
             ids = batches[number].to(training.device)
@@ -165,10 +165,10 @@ class _Original:
         with torch.no_grad():
             if number in self._kept:
                 first, last = self._kept[number]
-                with beginning_at(self._model, self._last.index, last.to(ids.device)):
+                with starting_at(self._model, self._last.index, last.to(ids.device)):
                     logits = self._model(input_ids=ids, use_cache=False).logits
                 return first.to(ids.device), logits
-            with inputs_kept(self._model, [self._first, self._last]) as states:
+            with recording_inputs(self._model, [self._first, self._last]) as states:
                 logits = self._model(input_ids=ids, use_cache=False).logits
             first, last = (states[layer.index] for layer in (self._first, self._last))
             if self._keeping:
@@ -208,7 +208,7 @@ class _Training:
         model = self._model
         with ExitStack() as stack:
             modules = stack.enter_context(replaced(model, self._given, self._fit_input))
-            stack.enter_context(beginning_at(model, self.first, states))
+            stack.enter_context(starting_at(model, self.first, states))
             stack.enter_context(_adding(model, self._adapters))
             for index, one in self._maps.items():
                 _put(modules[index], one)
@@ -343,7 +343,7 @@ class _Divergence(torch.autograd.Function):
     def forward(ctx: Any, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         gradient = torch.empty_like(logits)
         total = torch.zeros((), device=logits.device)
-        for part in parts(len(logits)):
+        for part in chunks(len(logits)):
             log_p, log_q = (torch.log_softmax(t[part].float(), dim=-1) for t in (target, logits))
             p = log_p.exp()
             total += (p * (log_p - log_q)).sum()

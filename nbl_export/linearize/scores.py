@@ -1,4 +1,4 @@
-"""Score every layer and put the layers in order: the K best are the beginning of it."""
+"""Score and rank the layers: the K best are the first K."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from nbl_export.settings.choices import DEFAULT_RIDGE, FitInput
 
 @dataclass(frozen=True)
 class Candidate:
-    """What is known of one layer before choosing. All scores: lower is better to replace.
+    """The scores of one layer. For all of them, a lower value means a better layer to replace.
 
-    ``nmse`` in [0, 1] is of the fit itself; ``cca`` in [0, d] is the paper's bound. ``ridge`` and
-    ``cca_ridge`` are the λ that the two Cholesky factorizations needed. What was measured with the layer alone
-    changed, in nats, is None where the criterion does not ask for it: ``kl`` of its replacement, ``drop`` of leaving
-    it out, ``sensitivity``: the KL by noise, per share of the output, and ``predicted`` = nmse × sensitivity.
+    ``nmse`` in [0, 1] is that of the fit; ``cca`` in [0, d] is the paper's bound. ``ridge`` and ``cca_ridge`` are
+    the λ used by the two Cholesky factorizations. The others are measured with only this layer changed, in nats, and
+    None if the criterion does not need them: ``kl`` of its replacement, ``drop`` of dropping it, ``sensitivity``: the
+    KL caused by noise, per share of the output, and ``predicted`` = nmse × sensitivity.
     """
 
     layer: int
@@ -48,14 +48,14 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Criterion:
-    """``score`` ranks the layers; ``measured``: the model is run for it; ``searched``: with sets of layers."""
+    """``score`` ranks the layers; ``measured``: it needs runs of the model; ``searched``: with sets of layers."""
 
     score: Callable[[Candidate], float | None]
     measured: bool = False
     searched: bool = False
 
 
-# Adding a criterion that ranks layers is adding a row; lower is better.
+# To add a criterion that ranks layers, add a row; lower is better.
 CRITERIA: Mapping[str, Criterion] = {
     "greedy": Criterion(lambda c: c.kl, measured=True, searched=True),
     "kl": Criterion(lambda c: c.kl, measured=True),
@@ -97,7 +97,7 @@ def fit_layer(moments: Moments, layer: int, fit_input: FitInput, ridge: float) -
 
 
 def check_layers(candidates: Sequence[int], layers: Sequence[int], k: int | None) -> tuple[int, ...]:
-    """``layers`` as the user named them, ascending; raises :class:`InputError` for one that the model does not have."""
+    """The ``layers`` named by the user, ascending; raises :class:`InputError` for one that the model does not have."""
     if k is not None and k != len(layers):
         raise InputError(f"--k {k} and --layers with {len(layers)} layers contradict each other: give one.")
     if unknown := sorted(set(layers) - set(candidates)):
@@ -105,12 +105,12 @@ def check_layers(candidates: Sequence[int], layers: Sequence[int], k: int | None
             f"--layers names layer {unknown[0]}; the model has layers 0 to {len(candidates) - 1}."
         )
     if len(set(layers)) != len(layers):
-        raise InputError("--layers names a layer twice.")
+        raise InputError("--layers names a layer twice: name each layer once.")
     return tuple(sorted(layers))
 
 
 def check_rank(rank: int, d: int | None) -> None:
-    """Refuse a rank of maps that would make them no smaller in a model of width ``d``, None if that is not known yet.
+    """Refuse a rank whose factors are not smaller than W in a model of width ``d`` (None: not known yet).
 
     Raises :class:`InputError`.
     """
@@ -118,13 +118,13 @@ def check_rank(rank: int, d: int | None) -> None:
         raise InputError(f"--rank is {rank}; it must be 1 or more.")
     if d is not None and 2 * rank >= d:
         raise InputError(
-            f"--rank is {rank}; two factors of that rank are no smaller than W of a model of width {d}: give less "
+            f"--rank is {rank}; two factors of that rank are not smaller than W of a model of width {d}: give less "
             f"than {-(-d // 2)}, or leave --rank out."
         )
 
 
 def check_k(k: int, count: int | None) -> None:
-    """Refuse a K that the model of ``count`` attention layers does not have (None: not known yet)."""
+    """Refuse a K larger than the model's ``count`` of attention layers (None: not known yet)."""
     if k < 0 or (count is not None and k > count):
         most = (
             f"{count} (the model's attention layers)" if count is not None else "the model's attention layers"
@@ -133,14 +133,14 @@ def check_k(k: int, count: int | None) -> None:
 
 
 def check_criterion(criterion: str) -> Criterion:
-    """The criterion of that name; refuses one that is not in the table."""
+    """The criterion with that name; refuses an unknown one."""
     if criterion not in CRITERIA:
         raise InputError(f"--criterion {criterion!r} is unknown; choose one of {', '.join(CRITERIA)}.")
     return CRITERIA[criterion]
 
 
 def ranking(candidates: Sequence[Candidate], criterion: str) -> list[Candidate]:
-    """All candidates, best first; ties go to the lower layer. Raises ``ValueError`` for one that has no such score."""
+    """All candidates, best first; ties go to the lower layer. Raises ``ValueError`` if one has no such score."""
     score = check_criterion(criterion).score
 
     def key(candidate: Candidate) -> tuple[float, int]:
@@ -153,18 +153,17 @@ def ranking(candidates: Sequence[Candidate], criterion: str) -> list[Candidate]:
 
 
 def predicted_excess(candidates: Sequence[Candidate], chosen: Sequence[int]) -> float | None:
-    """What the linearity theorem predicts the ``chosen`` layers to cost together: the sum of what each costs.
+    """The excess of the ``chosen`` layers predicted by the linearity theorem: the sum of their ``predicted`` scores.
 
-    In nats per token; None where sensitivities were not measured.
+    In nats per token; None if sensitivities were not measured.
     """
-    parts = [c.predicted for c in candidates if c.layer in chosen]
-    return sum(p for p in parts if p is not None) if parts and None not in parts else None
+    scores = [c.predicted for c in candidates if c.layer in chosen]
+    return sum(p for p in scores if p is not None) if scores and None not in scores else None
 
 
 @contextmanager
 def naming(layer: int) -> Iterator[None]:
-    """Within the block, moments that admit no fit are refused with the number of their ``layer``."""
-    # The mathematics knows no layer numbers; the user needs one.
+    """Within the block, add the number of the ``layer`` to the error for moments that cannot be fitted."""
     try:
         yield
     except UnusableMoments as error:

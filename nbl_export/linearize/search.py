@@ -1,18 +1,17 @@
-"""Which layers to linearize, by what replacing them was measured to cost.
+"""Choose the layers to linearize by the measured loss of their replacement.
 
-Every criterion gives an order, best layer first; the K best are its beginning, so one order serves every K.
+Every criterion gives an order, best layer first. The K best are the first K, so one order is enough for every K.
 
-kl         KL of the model with that layer alone replaced
-drop       the same with the layer left out (W = 0, b = 0): the baseline that users know as layer dropping
-linearity  the layer's own error times a measured sensitivity (arXiv 2411.17525): the perplexity's increase is
+kl         KL of the model with only that layer replaced
+drop       KL of the model with only that layer dropped (W = 0, b = 0): the layer dropping baseline
+linearity  the layer's NMSE times a measured sensitivity (arXiv 2411.17525): the increase of ln perplexity is
            predicted as Σ α_l t_l², with t_l² the share of layer l's output that the fit misses (its NMSE) and α_l
-           the KL by noise of a known share: what ln perplexity rises by on text of the model's own, without the
-           chance of which words came
-greedy     one layer after the other, each the one that costs least given those taken
+           the KL caused by noise of a known share, which is the expected increase of ln perplexity on text sampled
+           from the model
+greedy     one layer after the other, each the one with the smallest added loss given those already chosen
 
-Greedy search is lazy: what a layer adds to the loss mostly grows as others are taken, so a layer's last known
-addition bounds its next one from below, and layers whose bound is above the best addition found need no run. Ties go to
-the lower layer.
+Greedy search is lazy: the loss added by a layer mostly grows as others are chosen, so its last known value is a lower
+bound of the next one, and layers whose bound is above the best value found are not run. Ties go to the lower layer.
 """
 
 from __future__ import annotations
@@ -27,22 +26,22 @@ from nbl_export.linearize.loss import Loss, LossMeter
 from nbl_export.linearize.plan import LinearLayer
 from nbl_export.models.layers import AttentionLayer
 
-# The share of a layer's output that is noise when its sensitivity is measured: about what fits miss. The theorem is
-# about small errors, but a twentieth of the output drowned in the rounding of bfloat16, and ranked layers by chance.
+# The share of a layer's output that is noise when its sensitivity is measured: about the error of the fits. The theorem
+# is about small errors, but with a share of 5 % bfloat16 rounding dominated, and the ranking was random.
 NOISE = 0.5
-# Additions measured for each layer that greedy search takes, at most.
+# The maximum number of candidates measured for each layer that greedy search chooses.
 GREEDY_TRIES = 8
 
 
 class LossCache:
-    """Losses by name, each measured once, ever: ``record`` keeps them, ``known`` gives them back."""
+    """Losses by name, each measured only once: ``known`` are the stored ones, ``record`` stores them all."""
 
     def __init__(
         self,
         known: Mapping[str, Mapping[str, float]],
         record: Callable[[Mapping[str, Mapping[str, float]]], None],
     ) -> None:
-        # A loss that is no number is kept as text: JSON has none.
+        # JSON has no NaN or infinity, so such a loss is stored as text.
         self._known = {
             name: Loss(**{key: float(figure) for key, figure in value.items()})
             for name, value in known.items()
@@ -57,20 +56,20 @@ class LossCache:
 
 
 class MeasuredSets:
-    """The losses of sets of layers, all replaced by their ``maps``, from a cache or measured.
+    """The losses of sets of linear layers, from a cache or measured.
 
-    The ``meter`` is made when something is measured for the first time.
+    ``linear`` has W and b of every layer. The ``meter`` is created at the first measurement.
     """
 
     def __init__(
-        self, meter: Callable[[], LossMeter], maps: Mapping[int, LinearLayer], cache: LossCache
+        self, meter: Callable[[], LossMeter], linear: Mapping[int, LinearLayer], cache: LossCache
     ) -> None:
-        self._meter, self._maps, self._cache = meter, maps, cache
+        self._meter, self._linear, self._cache = meter, linear, cache
         self._wanted: frozenset[int] = frozenset()
 
     @property
     def candidates(self) -> tuple[int, ...]:
-        return tuple(sorted(self._maps))
+        return tuple(sorted(self._linear))
 
     def loss(self, layers: Iterable[int]) -> Loss:
         """The loss with exactly ``layers`` replaced."""
@@ -78,23 +77,23 @@ class MeasuredSets:
         return self._cache.get(",".join(map(str, wanted)), lambda: self._measure(wanted))
 
     def settle(self, layers: Iterable[int]) -> None:
-        """Sets that add to ``layers`` come next: the first that is not known yet makes the meter settle there."""
+        """Announce sets that add to ``layers``: the first unknown one makes the meter settle on ``layers``."""
         self._wanted = frozenset(layers)
 
     def _measure(self, layers: Sequence[int]) -> Loss:
         meter = self._meter()
         if self._wanted <= set(layers):
-            meter.settle({i: self._maps[i] for i in self._wanted})
-        return meter.measure({i: self._maps[i] for i in layers})
+            meter.settle({i: self._linear[i] for i in self._wanted})
+        return meter.measure({i: self._linear[i] for i in layers})
 
 
-def alone(sets: MeasuredSets) -> dict[int, Loss]:
-    """The loss of each layer replaced alone."""
+def single_layer_losses(sets: MeasuredSets) -> dict[int, Loss]:
+    """The loss of each layer with only that layer replaced."""
     return {layer: sets.loss([layer]) for layer in sets.candidates}
 
 
 def greedy_order(sets: MeasuredSets, singles: Mapping[int, Loss], count: int) -> list[int]:
-    """The first ``count`` layers, each the one whose addition costs least KL given those before it."""
+    """The first ``count`` layers, each the one with the smallest added KL given those before it."""
     bounds = {layer: loss.kl for layer, loss in singles.items()}
     chosen: list[int] = []
     base = 0.0
@@ -114,7 +113,8 @@ def greedy_order(sets: MeasuredSets, singles: Mapping[int, Loss], count: int) ->
 
 
 def sensitivity(meter: LossMeter, layer: AttentionLayer, energy: float) -> Loss:
-    """The loss for noise of the share :data:`NOISE` of the layer's variance ``energy`` = E‖y - μ_y‖², by that share.
+    """The loss caused by noise with a share :data:`NOISE` of the layer's variance ``energy`` = E‖y - μ_y‖², divided by
+    that share.
 
     The noise is white and the same in every run.
     """

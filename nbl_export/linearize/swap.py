@@ -1,4 +1,4 @@
-"""The PyTorch reference: the original model with the planned attention modules swapped for W and b."""
+"""The PyTorch reference: the original model with the planned attention modules replaced by W and b."""
 
 from __future__ import annotations
 
@@ -12,8 +12,14 @@ import torch
 from nbl_export.errors import InputError
 from nbl_export.linearize.adapters import adapted
 from nbl_export.linearize.plan import LinearLayer, Plan
-from nbl_export.models.layers import attention_layers, facts, hidden_size, hidden_states, layer_count
-from nbl_export.models.trial import trial
+from nbl_export.models.dummy_run import dummy_run
+from nbl_export.models.layers import (
+    attention_layers,
+    hidden_size,
+    hidden_states,
+    layer_count,
+    plain_attributes,
+)
 from nbl_export.settings.choices import FitInput
 
 if TYPE_CHECKING:
@@ -21,11 +27,11 @@ if TYPE_CHECKING:
 
 
 class AttentionReplacement(torch.nn.Module):
-    """Stands where an attention module stood: returns W u + b as that did and touches no cache.
+    """Replaces an attention module: returns W u + b in the same form, and uses no KV cache.
 
-    With ``fit_input`` ``"residual"``, u is the block's input, which a pre-hook on the block hands over.
-    ``returns`` is the length of the tuple that the original returned, None for a bare tensor; ``added`` finds
-    among the arguments what the original added to its output.
+    With ``fit_input`` ``"residual"``, u is the block's input, which a forward pre-hook of the block provides.
+    ``returns`` is the length of the tuple returned by the original, None for a bare tensor; ``added`` returns the
+    argument that the original added to its output.
     """
 
     weight: torch.Tensor
@@ -41,7 +47,7 @@ class AttentionReplacement(torch.nn.Module):
         through: str = "",
     ) -> None:
         super().__init__()
-        # Where an output projection was inside the original, whoever watches it for y finds y.
+        # If the output projection was inside the original, hooks on its path still see y.
         self.through = torch.nn.Identity()
         parent: torch.nn.Module = self
         *outer, last = through.split(".")
@@ -70,9 +76,9 @@ class AttentionReplacement(torch.nn.Module):
 
 @contextmanager
 def linearized(model: torch.nn.Module, plan: Plan) -> Iterator[torch.nn.Module]:
-    """``model`` with ``plan`` applied, for the length of the block; the original modules come back after.
+    """``model`` with ``plan`` applied, within the block; the original modules are restored afterwards.
 
-    Raises :class:`InputError` if the plan is of a model of another depth or width.
+    Raises :class:`InputError` if the plan is for a model of another depth or width.
     """
     count = layer_count(model)
     if plan.layer_count != count or plan.hidden_size != hidden_size(model):
@@ -86,19 +92,19 @@ def linearized(model: torch.nn.Module, plan: Plan) -> Iterator[torch.nn.Module]:
 
 @contextmanager
 def replaced(
-    model: torch.nn.Module, maps: Mapping[int, LinearLayer], fit_input: FitInput
+    model: torch.nn.Module, linear: Mapping[int, LinearLayer], fit_input: FitInput
 ) -> Iterator[dict[int, AttentionReplacement]]:
-    """``model`` with the attention of each layer of ``maps`` replaced, for the length of the block.
+    """``model`` with the attention of each layer of ``linear`` replaced, within the block.
 
-    The value is what stands there now, by layer.
+    The value is the replacement modules by layer.
     """
     layers = {layer.index: layer for layer in attention_layers(model)}
-    trial(model)  # of the original, before anything is swapped
+    dummy_run(model)  # of the original, before anything is replaced
     undo: list[Any] = []
     modules: dict[int, AttentionReplacement] = {}
     try:
-        for index in sorted(maps):
-            modules[index], restore = _swap(model, layers[index], maps[index], fit_input)
+        for index in sorted(linear):
+            modules[index], restore = _swap(model, layers[index], linear[index], fit_input)
             undo.append(restore)
         yield modules
     finally:
@@ -107,26 +113,26 @@ def replaced(
 
 
 def _swap(
-    model: torch.nn.Module, layer: AttentionLayer, linear_map: LinearLayer, fit_input: FitInput
+    model: torch.nn.Module, layer: AttentionLayer, weights: LinearLayer, fit_input: FitInput
 ) -> tuple[AttentionReplacement, Callable[[], None]]:
     block, original = model.get_submodule(layer.block), model.get_submodule(layer.attention)
     like = next(original.parameters())
-    returns = trial(model).returns[layer.index]
+    returns = dummy_run(model).returns[layer.index]
     added = _argument(original, layer.adds) if layer.adds else None
     inside = f"{layer.output}.".startswith(f"{layer.attention}.")
     linear = AttentionReplacement(
-        linear_map,
+        weights,
         fit_input,
         like,
         returns,
         added,
         layer.output[len(layer.attention) + 1 :] if inside else "",
     )
-    # A block may ask its attention for more than its output: Gemma 3 of transformers 4 reads `is_sliding`.
-    vars(linear).update(facts(original) | vars(linear))
+    # A block may read attributes of its attention: Gemma 3 of transformers 4 reads `is_sliding`.
+    vars(linear).update(plain_attributes(original) | vars(linear))
     new: dict[str, torch.nn.Module] = {layer.attention: linear}
     if not inside:
-        # What maps the attention's result to y stands beside it, and there is nothing left to map.
+        # The output projection is a separate module of the block, and is no longer needed.
         new[layer.output] = torch.nn.Identity()
     old = {path: model.get_submodule(path) for path in new}
     hook = block.register_forward_pre_hook(linear.take_residual, with_kwargs=True)

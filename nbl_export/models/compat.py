@@ -1,11 +1,10 @@
-"""What transformers 4.57 and the releases of 5 spell differently: arguments, and the files of a model.
+"""Differences between transformers 4.57 and 5: arguments, and the files of a model.
 
-Each difference is told apart here, by what is there and not by a version, and nowhere else.
+All differences are handled in this module. They are detected by features, not by version numbers.
 
-transformers 5 writes configurations that 4 reads without an error and wrongly: the rotary embedding's
-settings moved into ``rope_parameters``, which 4 passes over, so that a model trained with another base
-than 10,000 becomes a different one. Its tokenizers carry a class name that 4 does not know. A readable
-folder spells both the old way and the new; 5 reads the same from either.
+transformers 5 writes configurations that 4 reads wrongly without an error: the settings of the rotary embedding are
+in ``rope_parameters``, which 4 ignores, so a model trained with another base than 10,000 becomes a different one. Its
+tokenizers have a class name that 4 does not know. A readable folder has both the old and the new keys.
 """
 
 from __future__ import annotations
@@ -24,25 +23,25 @@ if TYPE_CHECKING:
 
 
 def cache_argument(model: torch.nn.Module) -> str:
-    """The name of the KV-cache argument of ``forward``: it was renamed within transformers 5."""
+    """The name of the KV cache argument of ``forward``: it was renamed within transformers 5."""
     parameters = inspect.signature(model.forward).parameters
     return "cache" if "cache" in parameters else "past_key_values"
 
 
-def query_length(told: Any) -> Any:
-    """How many queries a cache or mask function is asked for: transformers 4 and 5.0 tell their places [sequence]."""
-    return told.shape[0] if hasattr(told, "shape") else told
+def query_length(query: Any) -> Any:
+    """The number of queries given to a cache or mask function; transformers 4 and 5.0 pass their slots [sequence]."""
+    return query.shape[0] if hasattr(query, "shape") else query
 
 
-def attend_rightly(model: Any) -> None:
-    """Let a model that caps its scores do so: transformers 4 loads it with an attention that leaves the cap out."""
+def enable_softcapping(model: Any) -> None:
+    """Use eager attention for a model with soft-capped scores: sdpa, the default of transformers 4, ignores them."""
     config = model.config.get_text_config()
     if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":
         model.set_attn_implementation("eager")
 
 
 def growing_mask() -> Callable[..., Any]:
-    """The mask function for a growing cache: transformers' own, unless it is by vmap, which torch 2.9 cannot export."""
+    """The mask function for a growing cache: transformers' own, unless it uses vmap, which torch 2.9 cannot export."""
     from transformers.masking_utils import sdpa_mask
 
     own: Callable[..., Any] = sdpa_mask
@@ -57,7 +56,7 @@ def _broadcast_mask(
     attention_mask: torch.Tensor | None = None,
     **_: Any,
 ) -> torch.Tensor:
-    """[batch or 1, 1, query, key] bool: the family's rule of two places, and not the padding."""
+    """[batch or 1, 1, query, key] bool: the family's mask function of two slots, without padding."""
     import torch
 
     rows = torch.arange(batch_size)[:, None, None, None]
@@ -70,35 +69,35 @@ def _broadcast_mask(
 # files --------------------------------------------------------------------------------------------
 
 CONFIG, TOKENIZER = "config.json", "tokenizer_config.json"
-# What a loader may open; pickled weights are left behind, as everywhere.
+# The files that a loader may open; pickled weights are never used.
 _HANDED_OVER = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py")
 
 _EPSILON_NAMES = ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
 
-# The names by which transformers 4 knows what 5 keeps in rope_parameters; each family reads its own.
+# The transformers 4 names of the entries of rope_parameters; each family reads its own.
 _ROPE_NAMES = {
     "rope_theta": ("rope_theta", "rotary_emb_base"),
     "partial_rotary_factor": ("partial_rotary_factor", "rotary_pct"),
 }
-# The same for families whose layers of one kind rotate by another base than those of the other.
+# The same for families with a different base for each kind of layer.
 _BASE_NAMES = {
     "full_attention": ("rope_theta", "global_rope_theta"),
     "sliding_attention": ("rope_local_base_freq", "local_rope_theta"),
 }
-# Phi's long rotary embedding takes its type under the oldest name, and nothing beside its factors.
+# Phi's long rotary embedding has its type under the oldest name, and no other keys than its factors.
 _TYPE_NAMES = {"longrope": "type"}
 _TOKENIZER_CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast"}
 
 
 def is_transformers_4() -> bool:
-    """Whether the installed transformers knows only the spelling of 4."""
+    """Whether the installed transformers knows only the keys of version 4."""
     from transformers import modeling_rope_utils
 
     return not hasattr(modeling_rope_utils, "RopeParameters")
 
 
 def readable_folder(source: Path, folder: Path) -> Path:
-    """The model folder ``source`` itself where both majors read it, else ``folder`` with links to its files."""
+    """The model folder ``source`` if both major versions read it, else ``folder`` with links to its files."""
     if not any(_adapted(source).values()):
         return source
     folder.mkdir(parents=True, exist_ok=True)
@@ -109,7 +108,7 @@ def readable_folder(source: Path, folder: Path) -> Path:
 
 
 def make_readable(folder: Path) -> None:
-    """Write the configurations in ``folder`` in both spellings; a link is replaced, its target untouched."""
+    """Write the configurations in ``folder`` with both sets of keys; a link is replaced, its target unchanged."""
     for name, content in _adapted(folder).items():
         if content is not None:
             (folder / name).unlink()
@@ -117,25 +116,25 @@ def make_readable(folder: Path) -> None:
 
 
 def _adapted(folder: Path) -> dict[str, dict[str, Any] | None]:
-    """The two configurations of ``folder`` as both majors read them; None where they are that already."""
+    """The two configurations of ``folder`` for both major versions; None if no change is needed."""
     changed: dict[str, dict[str, Any] | None] = {}
     for name, adapt in ((CONFIG, readable_config), (TOKENIZER, readable_tokenizer_config)):
         if (folder / name).is_file():
-            content = read_json(folder / name, f"{name} of the model", "fetch the model again")
+            content = read_json(folder / name, f"{name} of the model", "download the model again")
             adapted = adapt(content)
             changed[name] = None if adapted == content else adapted
     return changed
 
 
 def readable_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """``config`` (a ``config.json``) with the keys of transformers 4 beside those of 5; what is there stays."""
+    """``config`` (a ``config.json``) with the missing keys of transformers 4 added to those of 5."""
     adapted = {
         key: readable_config(value) if isinstance(value, dict) and key.endswith("_config") else value
         for key, value in config.items()
     }
     if isinstance(config.get("dtype"), str):
         adapted.setdefault("torch_dtype", config["dtype"])
-    # onnxruntime-genai's builder reads this name only, also for a LayerNorm, and takes 1e-6 where it is missing.
+    # onnxruntime-genai's builder reads only this name, also for a LayerNorm, and uses 1e-6 if it is missing.
     epsilon = next((config[name] for name in _EPSILON_NAMES if config.get(name) is not None), None)
     if epsilon is not None:
         adapted.setdefault("rms_norm_eps", epsilon)
@@ -155,15 +154,15 @@ def _rope_of_4(rope: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, 
         found |= {name: own["rope_theta"] for name in _BASE_NAMES[kind] if "rope_theta" in own}
     scaled = by_layer.get("full_attention", rope)
     rope_type = scaled.get("rope_type", scaled.get("type", "default"))
-    # What stands in the configuration itself is read there.
+    # Keys in the configuration itself are read from there.
     extra = {k: v for k, v in scaled.items() if k not in (*_ROPE_NAMES, "rope_type", "type", *config)}
     named = {_TYPE_NAMES.get(rope_type, "rope_type"): rope_type, **extra}
-    # An explicit null: a few families scale where nothing is said.
+    # An explicit null, because a few families scale if the key is missing.
     return {**found, "rope_scaling": None if rope_type == "default" else named}
 
 
 def readable_tokenizer_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """``config`` (a ``tokenizer_config.json``) with a class and special tokens that both majors know."""
+    """``config`` (a ``tokenizer_config.json``) with a class and special tokens that both major versions know."""
     adapted = dict(config)
     if (name := str(config.get("tokenizer_class"))) in _TOKENIZER_CLASSES:
         adapted["tokenizer_class"] = _TOKENIZER_CLASSES[name]

@@ -1,4 +1,4 @@
-"""An encoder as a function of its inputs, by position, to the outputs of its task."""
+"""An encoder as a function from its positional inputs to the outputs of its task."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import torch
 
 from nbl_export.batch.names import BATCH, MASK, PIXELS, TOKEN_TYPES, TOKENS
 from nbl_export.batch.rows import Inputs
+from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.forward import CachedDecoder
-from nbl_export.models.layers import taken
+from nbl_export.models.layers import accepted_arguments
 from nbl_export.models.pooling import SENTENCE, Pooling, pool
 from nbl_export.models.tasks import Task
-from nbl_export.models.trial import trial
 
 _STATES = "last_hidden_state"
 INPUT_ORDER = (TOKENS, MASK, TOKEN_TYPES, PIXELS)
 
 
 class Encoder(CachedDecoder):
-    """A model as a function of its ``inputs``, by position, to its ``outputs``."""
+    """A model as a function from its positional ``inputs`` to its ``outputs``."""
 
     def __init__(
         self,
@@ -31,7 +31,7 @@ class Encoder(CachedDecoder):
         super().__init__(model)
         self.inputs, self.outputs, self.pooling = inputs, outputs, pooling
 
-    # torch.export wants its arguments named; no encoder has more.
+    # torch.export needs named arguments; no encoder has more than three.
     def forward(
         self, first: torch.Tensor, second: torch.Tensor | None = None, third: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, ...]:
@@ -45,24 +45,24 @@ class Encoder(CachedDecoder):
         return tuple(found[name] for name in self.outputs)
 
     def _positions(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Positions of every row: left to itself a rotary model makes one row, which RotaryEmbedding does not take."""
+        """Positions for every row: by default a rotary model uses one row, which RotaryEmbedding does not accept."""
         rotary = any("rotary" in type(m).__name__.lower() for m in self.model.modules())
         if not rotary or PIXELS in self.inputs:
             return {}
-        places = torch.arange(ids.shape[1], device=ids.device)[None].expand(ids.shape)
-        return taken(self.model, position_ids=places)
+        positions = torch.arange(ids.shape[1], device=ids.device)[None].expand(ids.shape)
+        return accepted_arguments(self.model, position_ids=positions)
 
 
 def encoder_outputs(
     model: torch.nn.Module, task: Task, pooling: Pooling | None
 ) -> dict[str, tuple[str, ...]]:
-    """What a graph of ``model`` gives, with the dimensions that vary."""
-    given = set(trial(model).outputs)
+    """The outputs of a graph of ``model``, with their dynamic dimensions."""
+    given = set(dummy_run(model).outputs)
     found = {name: dims for name, dims in task.outputs.items() if name in given}
     return found | ({SENTENCE: (BATCH,)} if pooling else {})
 
 
 def encoder_of(model: torch.nn.Module, task: Task, pooling: Pooling | None, inputs: Inputs) -> Encoder:
-    """``model`` as a function of the inputs that the batch ``inputs`` names."""
+    """``model`` as a function of the inputs named in the batch ``inputs``."""
     names = tuple(name for name in INPUT_ORDER if name in inputs)
     return Encoder(model, names, tuple(encoder_outputs(model, task, pooling)), pooling)

@@ -1,4 +1,4 @@
-"""Families whose attention is not where generic discovery looks: rows of ``families.toml``."""
+"""Families whose attention is not found by the generic search: rows of ``families.toml``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nbl_export.datafile import read_table
 
 @dataclass(frozen=True)
 class Family:
-    """Where the attention of a family is; None is the common place. The fields are those of the file."""
+    """Where the attention of a family is; None means the common structure. The fields are those of the file."""
 
     models: tuple[str, ...] = ()
     layers: str | None = None

@@ -1,4 +1,4 @@
-"""Forward passes of a model as functions of tensors: with an explicit cache, or in one pass."""
+"""Forward passes of a model as functions of tensors: with an explicit KV cache, or without a cache."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from nbl_export.batch.rows import Inputs
 from nbl_export.models.compat import cache_argument, query_length
-from nbl_export.models.layers import taken
+from nbl_export.models.layers import accepted_arguments
 
 
 class CachedDecoder(torch.nn.Module):
     """A model as a function of tensors: a form's inputs and a list of past keys and values.
 
-    ``mask`` replaces transformers' own making of the attention mask; None keeps it.
+    ``mask`` replaces transformers' attention mask function; None means the original function.
     """
 
     mask: Callable[..., torch.Tensor] | None = None
@@ -27,11 +27,11 @@ class CachedDecoder(torch.nn.Module):
 
 
 class PastLayer(DynamicLayer):  # type: ignore[misc]
-    """A layer of the cache whose past length is told, not read off its keys.
+    """A cache layer whose past length is given, not read from the shape of its keys.
 
-    transformers asks the first layer how long the past is; a linearized layer has no keys, so the
-    length must come from elsewhere. Full length is kept in every layer, also where the model's own
-    cache would slide: the mask does the window.
+    transformers takes the past length from the first layer. A linearized layer has no keys, so the length must be
+    given. Every layer has the full length, also if the model's own cache would be a sliding window: the window is
+    applied by the mask.
     """
 
     def __init__(self, past_length: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -55,13 +55,12 @@ def run_with_past(
     position_ids: torch.Tensor,
     past: Sequence[tuple[torch.Tensor, torch.Tensor]],
     past_length: Any,
-    keep: int = 0,
+    num_logits: int = 0,
 ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
-    """One forward pass with an explicit cache of all layers: logits, and the cache afterwards.
+    """One forward pass with an explicit cache of all layers: logits, and the updated cache.
 
-    Logits are of the ``keep`` last positions where the model can make fewer than all.
-
-    A linearized layer leaves its entry as it was.
+    Logits are those of the last ``num_logits`` positions if the model supports it, else of all. The entry of a
+    linearized layer is unchanged.
     """
     cache = DynamicCache()
     cache.layers = [PastLayer(past_length, keys, values) for keys, values in past]
@@ -69,16 +68,18 @@ def run_with_past(
         input_ids=input_ids,
         attention_mask=attention_mask,
         use_cache=True,
-        **taken(model, position_ids=position_ids, **({"logits_to_keep": keep} if keep else {})),
+        **accepted_arguments(
+            model, position_ids=position_ids, **({"logits_to_keep": num_logits} if num_logits else {})
+        ),
         **{cache_argument(model): cache},
     )
     return output.logits, [(layer.keys, layer.values) for layer in cache.layers]
 
 
-def run_whole(model: torch.nn.Module, inputs: Inputs) -> Any:
-    """What ``model`` gives for a batch by input name, in one pass without a cache.
+def run_uncached(model: torch.nn.Module, inputs: Inputs) -> Any:
+    """The output of ``model`` for a batch by input name, in one forward pass without a cache.
 
-    Pixels are rounded to the model's precision; an input that it does not take is left out.
+    Pixels are rounded to the model's precision; an input that the model does not accept is left out.
     """
     import torch
 
@@ -86,4 +87,4 @@ def run_whole(model: torch.nn.Module, inputs: Inputs) -> Any:
     tensors = {name: torch.from_numpy(array).to(like.device) for name, array in inputs.items()}
     tensors = {name: t.to(like.dtype) if t.is_floating_point() else t for name, t in tensors.items()}
     with torch.inference_mode():
-        return model(**taken(model, **tensors, use_cache=False))
+        return model(**accepted_arguments(model, **tensors, use_cache=False))

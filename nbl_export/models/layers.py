@@ -1,12 +1,12 @@
-"""Where the attention layers of a PyTorch model are: from its row of data, or from its structure.
+"""Find the attention layers of a PyTorch model, by its row in a table or by its structure.
 
-A model keeps its blocks in one ``ModuleList`` as long as the configuration's layer count; the
-self-attention of a block is its one direct child whose class is an attention class. That holds for most
-families of transformers; ``families.toml`` has a row for each that is built otherwise. What neither the
-configuration nor the modules say is tried out (:mod:`.trial`).
+The blocks of a model are one ``ModuleList`` with as many entries as the configuration has layers. The self-attention
+of a block is its only direct child with an attention class. This is true for most families of transformers;
+``families.toml`` has a row for each of the others. Facts that neither the configuration nor the modules give are
+found by a forward pass (:mod:`.dummy_run`).
 
-A block may mix tokens in another way, by a convolution, a state-space model, linear attention or attention
-to another text. It is no candidate: :attr:`Structure.others` says what it is.
+A block may mix tokens in another way: by a convolution, a state-space model, linear attention or cross-attention.
+Such a block is not a candidate; :attr:`Structure.others` names its kind.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 FULL, SLIDING = "full", "sliding window"
-# What configurations call the layers whose tokens meet in a softmax, and what we call them.
+# The names of softmax attention layers in configurations, and their display names.
 _SOFTMAX = {
     "full_attention": FULL,
     "attention": FULL,
@@ -38,8 +38,8 @@ _NO_SELF_ATTENTION = ("cross", "encoder", "linear", "lightning", "delta", "mamba
 class AttentionLayer:
     """One self-attention layer: its position in the stack and the dotted paths of its modules.
 
-    ``output`` is the module that writes y, the attention itself where no row says otherwise; ``adds`` names
-    the argument that the attention adds to y. ``kind`` says what its tokens see.
+    ``output`` is the module that writes y, the attention itself by default; ``adds`` names the argument that the
+    attention adds to y. ``kind`` is full or the kind of its window.
     """
 
     index: int
@@ -52,13 +52,13 @@ class AttentionLayer:
 
 @dataclass(frozen=True)
 class Structure:
-    """The self-attention layers of a model, and what each other block is, by its index."""
+    """The self-attention layers of a model, and the kind of each other block by index."""
 
     layers: tuple[AttentionLayer, ...]
     others: Mapping[int, str]
 
     def as_json(self) -> dict[str, Any]:
-        """How many blocks there are, and what each is, by its index as text."""
+        """The number of blocks, and the kind of each by its index as text."""
         return {
             "blocks": len(self.layers) + len(self.others),
             "kinds": {str(layer.index): layer.kind for layer in self.layers},
@@ -67,29 +67,29 @@ class Structure:
 
 
 def attention_layers(model: torch.nn.Module) -> tuple[AttentionLayer, ...]:
-    """Every self-attention layer of ``model`` in order; raises what :func:`structure` raises."""
+    """Every self-attention layer of ``model`` in order; raises the errors of :func:`structure`."""
     return structure(model).layers
 
 
 def attention_layer(model: torch.nn.Module, index: int) -> AttentionLayer:
-    """The self-attention layer of that ``index``, which must be one."""
+    """The self-attention layer with that ``index``, which must exist."""
     return next(layer for layer in attention_layers(model) if layer.index == index)
 
 
-def facts(module: torch.nn.Module) -> dict[str, Any]:
-    """What a model may ask a module for beside its output, as `attention_type`: whatever takes its place needs it."""
+def plain_attributes(module: torch.nn.Module) -> dict[str, Any]:
+    """The plain attributes of a module that a model may read, as `attention_type`; a replacement needs them too."""
     return {k: v for k, v in vars(module).items() if not k.startswith("_") and not callable(v)}
 
 
 def structure(model: torch.nn.Module) -> Structure:
-    """Every block of ``model``, told apart by what mixes its tokens.
+    """Every block of ``model``, classified by how it mixes tokens.
 
-    Raises :class:`InputError` if there is no one stack of blocks, or a block whose attention is not found:
-    such a model is refused before calibration.
+    Raises :class:`InputError` if there is not exactly one stack of blocks, or if the attention of a block is not
+    found: such a model is refused before calibration.
     """
     family = family_of(model_type(model))
     if family.refused:
-        raise InputError(f"{type(model).__name__} is not served: {family.refused}.")
+        raise InputError(f"{type(model).__name__} is not supported: {family.refused}.")
     stack_path, stack = _block_stack(model, family)
     layers, others = [], {}
     for index, block in enumerate(stack.children()):
@@ -101,13 +101,13 @@ def structure(model: torch.nn.Module) -> Structure:
         if len(found) != 1 or not _has(block, found[0]):
             raise InputError(
                 f"Layer {index} ({type(block).__name__}) has {len(found)} attention modules where one is expected: "
-                "this architecture is not served yet."
+                "this architecture is not supported yet."
             )
         attention = block.get_submodule(found[0])
         if family.adds is None and "residual" in inspect.signature(attention.forward).parameters:
             raise InputError(
                 f"The attention of layer {index} ({type(block).__name__}) adds the residual itself, so its output is "
-                "not the attention's alone: this architecture is not served yet."
+                "not the attention's alone: this architecture is not supported yet."
             )
         path = f"{stack_path}.{index}"
         output = family.output or found[0]
@@ -137,7 +137,7 @@ def _is_self_attention(name: str, module: torch.nn.Module) -> bool:
 
 
 def _mixer(block: torch.nn.Module) -> str:
-    """The class of what a block without self-attention mixes its tokens by: its first child that is no norm."""
+    """The class of the token mixer of a block without self-attention: its first child that is not a norm."""
     for child in block.children():
         if "norm" not in (name := type(child).__name__).lower():
             return name
@@ -168,7 +168,7 @@ def model_type(model: torch.nn.Module) -> str:
 
 
 def dtype_of(model: torch.nn.Module) -> str:
-    """The dtype of the model's weights by its name, as ``bfloat16``."""
+    """The name of the dtype of the model's weights, as ``bfloat16``."""
     return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
@@ -183,18 +183,18 @@ def layer_count(model: torch.nn.Module) -> int:
 
 
 def positions(model: torch.nn.Module) -> int | None:
-    """The longest context the model has positions for; None if its configuration sets no bound."""
+    """The model's number of positions; None if its configuration has no limit."""
     found = getattr(_config(model), "max_position_embeddings", None)
     if not found:
         return None
-    # Some count positions from after the padding token's on.
+    # Some models start to count positions after the index of the padding token.
     tables = (m for name, m in model.named_modules() if name.endswith("position_embeddings"))
     pads = [int(pad) + 1 for m in tables if (pad := getattr(m, "padding_idx", None)) is not None]
     return int(found) - max(pads, default=0)
 
 
 def image_shape(model: torch.nn.Module) -> tuple[int, int, int]:
-    """Channels, height and width of the images that the configuration speaks of."""
+    """Channels, height and width of the images, from the configuration."""
     config = _config(model)
     size = getattr(config, "image_size", 224)
     height, width = (size, size) if isinstance(size, int) else tuple(size)
@@ -202,18 +202,18 @@ def image_shape(model: torch.nn.Module) -> tuple[int, int, int]:
 
 
 def main_input(model: torch.nn.Module) -> str:
-    """The name of what the model reads first: input_ids, pixel_values …"""
+    """The name of the model's main input: input_ids, pixel_values …"""
     return str(getattr(model, "main_input_name", "input_ids"))
 
 
-def takes(model: torch.nn.Module, argument: str) -> bool:
-    """Whether ``model``'s forward has an argument of that name."""
+def accepts(model: torch.nn.Module, argument: str) -> bool:
+    """Whether the forward function of ``model`` has an argument with that name."""
     return argument in inspect.signature(model.forward).parameters
 
 
-def taken(model: torch.nn.Module, **arguments: Any) -> dict[str, Any]:
-    """Those of ``arguments`` that ``model``'s forward has: not every family takes positions."""
-    return {name: value for name, value in arguments.items() if takes(model, name)}
+def accepted_arguments(model: torch.nn.Module, **arguments: Any) -> dict[str, Any]:
+    """Those of ``arguments`` that the forward function of ``model`` has: not every family takes positions."""
+    return {name: value for name, value in arguments.items() if accepts(model, name)}
 
 
 def _block_stack(model: torch.nn.Module, family: Family) -> tuple[str, torch.nn.Module]:
@@ -230,7 +230,7 @@ def _block_stack(model: torch.nn.Module, family: Family) -> tuple[str, torch.nn.
     if len(stacks) != 1:
         raise InputError(
             f"{type(model).__name__} has {len(stacks)} stacks of {count} blocks with attention where one is "
-            "expected: this architecture is not served yet."
+            "expected: this architecture is not supported yet."
         )
     return stacks[0]
 
@@ -248,10 +248,10 @@ Observer = Callable[[int, "torch.Tensor", "torch.Tensor", "torch.Tensor"], None]
 def observed(
     model: torch.nn.Module, layers: tuple[AttentionLayer, ...], observer: Observer
 ) -> Iterator[None]:
-    """Call ``observer(index, residual, normed, output)`` for each attention layer of each forward pass.
+    """Call ``observer(index, residual, normed, output)`` for each attention layer in each forward pass.
 
-    ``residual`` is the block's input h, ``normed`` what the attention reads, ``output`` what it
-    writes, before the residual addition; each [batch, sequence, d], views of the live activations.
+    ``residual`` is the block's input h, ``normed`` the input of the attention, ``output`` its output before the
+    residual addition; each is [batch, sequence, d], a view of the live activations.
     """
     with ExitStack() as hooks:
         for layer in layers:
@@ -282,6 +282,6 @@ def _observe(model: torch.nn.Module, layer: AttentionLayer, observer: Observer) 
 
 
 def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    """The activations argument of a block's or an attention's ``forward``."""
+    """The hidden states in the arguments of the ``forward`` of a block or an attention."""
     value: torch.Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     return value

@@ -1,4 +1,4 @@
-"""Load a found model and its tokenizer or image processor into PyTorch, quietly, in float32 on the CPU or a GPU."""
+"""Load a model and its tokenizer or image processor into PyTorch, in float32 and without console output."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.errors import InputError, MissingDependencyError
-from nbl_export.models.compat import attend_rightly, is_transformers_4, readable_folder
+from nbl_export.models.compat import enable_softcapping, is_transformers_4, readable_folder
 from nbl_export.models.source import ModelSource, check_config
 from nbl_export.models.tasks import task_named
 
@@ -25,7 +25,7 @@ PREPROCESSOR = "preprocessor_config.json"
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the libraries' own bars, warnings and log lines off the terminal for the block."""
+    """Suppress progress bars, warnings and log lines of the libraries within the block."""
     from transformers.utils import logging as hf_logging
 
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
@@ -34,7 +34,7 @@ def quiet() -> Iterator[None]:
     disabled = logging.root.manager.disable
     logging.disable(max(disabled, logging.WARNING))
     try:
-        # Some bars know no switch; they draw on sys.stderr.
+        # Some progress bars cannot be disabled; they write to sys.stderr.
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
@@ -47,7 +47,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def _readable(source: ModelSource) -> Iterator[str]:
-    """The folder of ``source`` in a spelling that the installed transformers reads rightly."""
+    """The folder of ``source`` with configurations that the installed transformers reads correctly."""
     if source.gguf_file or not is_transformers_4():
         yield source.path
         return
@@ -58,7 +58,7 @@ def _readable(source: ModelSource) -> Iterator[str]:
 def load_model(source: ModelSource) -> torch.nn.Module:
     """The model with the head of its task in float32, ``eval`` mode, without gradients.
 
-    GGUF weights are de-quantized. Raises :class:`InputError` if transformers cannot read it.
+    GGUF weights are dequantized. Raises :class:`InputError` if transformers cannot read the model.
     """
     import torch
     import transformers
@@ -82,19 +82,19 @@ def load_model(source: ModelSource) -> torch.nn.Module:
         model.pooler, missing = None, []  # saved without one, as sentence-transformers often does
     if missing:
         raise InputError(
-            f"{source.source} has no weights for {missing[0]} and {len(missing) - 1} more: its files are incomplete."
+            f"{source.source} has no weights for {missing[0]} and {len(missing) - 1} more: download the model again."
         )
-    # A de-quantized model is an ordinary one; this mark would make it refuse to be saved.
+    # A dequantized model is an ordinary model, but this attribute would prevent saving it.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
         model.hf_quantizer = None
-    attend_rightly(model)
+    enable_softcapping(model)
     loaded: torch.nn.Module = model.eval().requires_grad_(False)
     return loaded
 
 
 def load_tokenizer(source: ModelSource) -> Any:
-    """The model's tokenizer, or an :class:`InputError` saying why there is none."""
+    """The model's tokenizer, or an :class:`InputError` with the reason why it cannot be loaded."""
     from transformers import AutoTokenizer
 
     options: dict[str, Any] = {"trust_remote_code": source.trust_remote_code}
@@ -110,7 +110,7 @@ def load_tokenizer(source: ModelSource) -> Any:
 
 
 def load_image_processor(source: ModelSource) -> Any:
-    """The model's image processor, or an error saying why there is none."""
+    """The model's image processor, or an error with the reason why it cannot be loaded."""
     try:
         import PIL  # noqa: F401
     except ImportError:
@@ -139,13 +139,13 @@ def _first_line(error: Exception) -> str:
 
 
 def fast_dtype() -> str:
-    """The dtype in which this machine runs a model fastest: bfloat16 where the processor multiplies it, or float32."""
+    """The dtype in which this machine runs a model fastest: bfloat16 if the processor supports it, else float32."""
     import torch
 
     def supported(private: str) -> bool:
         return bool(getattr(torch.cpu, private, lambda: False)())
 
-    # torch 2.13 has a public function for it, earlier releases have these alone.
+    # torch 2.13 has a public function for this; earlier releases have only these.
     bf16 = supported("_is_amx_tile_supported") or supported("_is_avx512_bf16_supported")
     return "bfloat16" if bf16 else "float32"
 
@@ -153,7 +153,7 @@ def fast_dtype() -> str:
 def in_precision(model: torch.nn.Module, dtype: str) -> torch.nn.Module:
     """A copy of ``model`` with its weights in ``dtype`` (float16 …), as transformers would load it.
 
-    Buffers that are no part of a checkpoint (rotary frequencies) keep their precision.
+    Buffers that are not part of a checkpoint (rotary frequencies) stay in their precision.
     """
     import copy
 

@@ -1,4 +1,4 @@
-"""A model and what reads its inputs, loaded when first asked for."""
+"""A model with its tokenizer or image processor, loaded on first use."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from nbl_export.progress import Listener
 
 
 class LoadedModel:
-    """A model and its tokenizer or image processor, loaded when first asked for and then kept for the run."""
+    """A model and its tokenizer or image processor, loaded on first use and cached for the run."""
 
     def __init__(self, source: ModelSource, listener: Listener) -> None:
         self.source = source
         self._listener = listener
         self._model: torch.nn.Module | None = None
-        # A copy lives as long as somebody works with it: later stages need the room.
+        # A copy lives only as long as it is used: later stages need the memory.
         self._copies: WeakValueDictionary[str, torch.nn.Module] = WeakValueDictionary()
         self._tokenizer: Any = None
         self._processor: Any = None
@@ -32,7 +32,7 @@ class LoadedModel:
 
     @property
     def pooling(self) -> Pooling | None:
-        """How a text encoder's states become one vector; None if its folder does not say."""
+        """The pooling of a text encoder; None if its folder does not define one."""
         return None if self.task.causal else find_pooling(Path(self.source.path))
 
     @property
@@ -46,7 +46,7 @@ class LoadedModel:
         return self._model
 
     def in_dtype(self, dtype: str) -> torch.nn.Module:
-        """The model in ``dtype``, a copy unless that is float32; ``auto`` is what this machine runs fastest."""
+        """The model in ``dtype``, a copy unless that is float32; ``auto`` is the fastest dtype on this machine."""
         from nbl_export.models.load import fast_dtype, in_precision
 
         dtype = fast_dtype() if dtype == "auto" else dtype

@@ -1,7 +1,7 @@
-"""How a sentence-transformers folder makes one vector of a text: read from its JSON files, without that package.
+"""The pooling of a sentence-transformers folder, read from its JSON files without that package.
 
-modules.json          Transformer, Pooling, perhaps Normalize, in this order
-1_Pooling/config.json which pooling: mean, cls or max over the tokens that are no padding
+modules.json          Transformer, Pooling, optionally Normalize, in this order
+1_Pooling/config.json the mode: mean, cls or max over the tokens that are not padding
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 
 MODULES = "modules.json"
 SENTENCE = "sentence_embedding"
-# What sentence-transformers calls them in its two formats, and what we do.
+# The names of the modes in the two formats of sentence-transformers, and ours.
 _MODES = {
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
 }
-_REMEDY = "fetch the model again"
+_REMEDY = "download the model again"
 
 
 @dataclass(frozen=True)
 class Pooling:
-    """``mode`` is mean, cls or max; ``normalize`` makes every vector one of length 1.
+    """``mode`` is mean, cls or max; ``normalize`` scales every vector to length 1.
 
-    ``files`` are the folder's own files that say so, relative to it.
+    ``files`` are the files that define this, relative to the folder.
     """
 
     mode: str
@@ -45,7 +45,7 @@ class Pooling:
 def find_pooling(folder: Path) -> Pooling | None:
     """The pooling of a sentence-transformers ``folder``; None for a folder without ``modules.json``.
 
-    Raises :class:`InputError` for a module or a mode that is not served.
+    Raises :class:`InputError` for a module or a mode that is not supported.
     """
     if not (folder / MODULES).is_file():
         return None
@@ -53,14 +53,14 @@ def find_pooling(folder: Path) -> Pooling | None:
     try:
         named = [(str(m["type"]).rpartition(".")[2], str(m["path"])) for m in modules]
     except (TypeError, KeyError):
-        raise InputError(f"{folder / MODULES} is no list of modules: {_REMEDY}.") from None
+        raise InputError(f"{folder / MODULES} is not a list of modules: {_REMEDY}.") from None
     kinds = [kind for kind, _ in named]
     expected = ["Transformer", "Pooling", "Normalize"]
     if kinds != expected[: len(kinds)] or len(kinds) < 2:
         odd = next((k for k in kinds if k not in expected), None)
         found = f"the module {odd}" if odd else f"the modules {', '.join(kinds) or 'none'}"
         raise InputError(
-            f"{folder / MODULES} has {found}: served are a Transformer, its Pooling, and Normalize, in this order."
+            f"{folder / MODULES} has {found}: supported are a Transformer, its Pooling, and Normalize, in this order."
         )
     path = folder / named[1][1] / "config.json"
     mode = _mode(path, read_json(path, "The pooling's configuration", _REMEDY))
@@ -72,13 +72,13 @@ def find_pooling(folder: Path) -> Pooling | None:
 
 def _mode(path: Path, config: Any) -> str:
     if not isinstance(config, dict):
-        raise InputError(f"{path} is no JSON object: {_REMEDY}.")
+        raise InputError(f"{path} is not a JSON object: {_REMEDY}.")
     named = [str(config["pooling_mode"])] if "pooling_mode" in config else []
     asked = named or [key for key, on in config.items() if key.startswith("pooling_mode_") and on is True]
     modes = [_MODES.get(key, key) for key in asked]
     if len(modes) != 1 or modes[0] not in _MODES.values():
         found = ", ".join(modes) or "none"
-        raise InputError(f"{path} asks for the pooling {found}: served is one of mean, cls and max.")
+        raise InputError(f"{path} asks for the pooling {found}: supported is one of mean, cls and max.")
     return modes[0]
 
 
@@ -90,7 +90,7 @@ def pool(pooling: Pooling, states: torch.Tensor, mask: torch.Tensor) -> torch.Te
     import torch
 
     if pooling.mode == "cls":
-        # The first token that is none of padding, which may lie on the left.
+        # The first token that is not padding, since padding may be on the left.
         first = mask.argmax(dim=1)[:, None, None].expand(-1, 1, states.shape[-1])
         vector = states.gather(1, first)[:, 0]
     elif pooling.mode == "max":

@@ -1,7 +1,7 @@
 """Where a model comes from: a local folder, a GGUF file, or the Hugging Face Hub.
 
-Resolving looks at files only; no weights are loaded. Pickled weights are never read, remote code
-never runs unless asked for, and nothing is downloaded unless the user named a Hub id.
+Resolving reads files only; no weights are loaded. Pickled weights are never read, remote code runs only on request,
+and nothing is downloaded unless the user gives a Hub id.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from nbl_export.models.tasks import FEATURES, GENERATION, Task, heads, reads, ta
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
-# Weight formats that transformers can load but that we do not linearize as they are.
-_QUANTIZED = "a quantized checkpoint ({method}): de-quantize it first, or use the original or a GGUF file"
+# Weight formats that transformers can load but that cannot be linearized directly.
+_QUANTIZED = "a quantized checkpoint ({method}): dequantize it first, or use the original or a GGUF file"
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model that was found, and what identifies it.
+    """A model that was found, and its identity.
 
-    ``path`` is the local folder (of a GGUF file: its folder, with ``gguf_file`` its name);
-    ``fingerprint`` is a SHA-256 over the configuration and every weight file. ``task`` is a row of
-    ``tasks.toml``, ``reads`` its main input.
+    ``path`` is the local folder (for a GGUF file its folder, with the file name in ``gguf_file``); ``fingerprint`` is
+    a SHA-256 of the configuration and every weight file. ``task`` is a row of ``tasks.toml``, ``reads`` the name of
+    the main input.
     """
 
     source: str
@@ -49,10 +49,10 @@ class ModelSource:
 
 
 def find_model(source: str, trust_remote_code: bool = False) -> ModelSource:
-    """Find ``source`` and fingerprint it.
+    """Find ``source`` and compute its fingerprint.
 
-    A path that exists wins over a Hub id of the same spelling. Raises :class:`InputError` for
-    anything that is no decoder or encoder with safetensors or GGUF weights.
+    An existing path has priority over a Hub id with the same name. Raises :class:`InputError` for anything that is
+    not a decoder or encoder with safetensors or GGUF weights.
     """
     if not source.strip():
         raise InputError("MODEL is empty: give a folder, a .gguf file, or a Hub id.")
@@ -60,7 +60,7 @@ def find_model(source: str, trust_remote_code: bool = False) -> ModelSource:
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise InputError(
-                f"{source} is a file but no .gguf: MODEL is a folder with config.json and safetensors, "
+                f"{source} is not a .gguf file: MODEL is a folder with config.json and safetensors, "
                 "a .gguf file, or a Hub id."
             )
         return _from_gguf(source, path)
@@ -73,14 +73,14 @@ def find_model(source: str, trust_remote_code: bool = False) -> ModelSource:
         found = (
             f"{len(ggufs)} .gguf files, name one of them" if ggufs else "neither config.json nor a .gguf file"
         )
-        raise InputError(f"The folder {source} is no model: it has {found}.")
+        raise InputError(f"The folder {source} is not a model: it has {found}.")
     if not _HUB_ID.match(source) or source.endswith(".gguf"):
         raise InputError(f"{source} does not exist: MODEL is a folder, a .gguf file, or a Hub id.")
     return _from_folder(source, _hub_snapshot(source, trust_remote_code), "hub", trust_remote_code)
 
 
 def same_model(info: dict[str, Any]) -> ModelSource:
-    """Find again the model that an output folder recorded; refuse it if its bytes changed."""
+    """Find the model recorded in an output folder; refuse it if its bytes changed."""
     found = find_model(_where(info), bool(info.get("trust_remote_code")))
     if found.fingerprint != info["fingerprint"]:
         raise InputError(
@@ -109,7 +109,7 @@ def _hub_snapshot(repo: str, code: bool) -> Path:
         ) from None
     except (LocalEntryNotFoundError, OSError) as error:
         raise InputError(
-            f"{repo} is no local path, and the Hugging Face Hub could not be asked for it "
+            f"{repo} is not a local path, and the Hugging Face Hub cannot be reached "
             f"({type(error).__name__}): check the spelling and the network, or give a folder or a .gguf file."
         ) from None
 
@@ -118,7 +118,7 @@ def _from_gguf(source: str, path: Path) -> ModelSource:
     with path.open("rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":
-        raise InputError(f"{path} is no GGUF file (it starts with {magic!r}): fetch it again.")
+        raise InputError(f"{path} is not a GGUF file (it starts with {magic!r}): download it again.")
     fingerprint = _fingerprint([path], {"gguf": path.name})
     return ModelSource(source, "gguf", str(path.parent.resolve()), path.name, fingerprint)
 
@@ -127,12 +127,16 @@ def _from_folder(source: str, path: Path, kind: Literal["folder", "hub"], trust:
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{source}: config.json cannot be read ({error}).") from None
+        raise InputError(
+            f"{source}: config.json cannot be read ({error}): download the model again."
+        ) from None
     if not isinstance(config, dict):
-        raise InputError(f"{source}: config.json cannot be read (it is no JSON object).")
+        raise InputError(
+            f"{source}: config.json cannot be read (it is not a JSON object): download the model again."
+        )
     task = check_config(source, config)
     if not task.causal and find_pooling(path):
-        task = task_named(FEATURES)  # what is pooled are the states, whatever head was saved
+        task = task_named(FEATURES)  # pooling uses the hidden states, whatever head was saved
     weights = sorted(path.glob("*.safetensors"))
     if not weights:
         raise InputError(
@@ -145,19 +149,21 @@ def _from_folder(source: str, path: Path, kind: Literal["folder", "hub"], trust:
 
 
 def check_config(source: str, config: dict[str, Any]) -> Task:
-    """The task of a model; refuses, before any work, one that this tool cannot serve, with the reason."""
+    """The task of a model; refuses, before any work, a model that is not supported, with the reason."""
     if config.get("is_encoder_decoder"):
         raise InputError(
             f"{source} is an encoder-decoder model ({config.get('model_type')}): only decoder-only language "
-            "models and encoders are served."
+            "models and encoders are supported."
         )
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
-        raise InputError(f"{source}: config.json cannot be read (architectures is {architectures!r}).")
+        raise InputError(
+            f"{source}: config.json cannot be read (architectures is {architectures!r}): download the model again."
+        )
     task = task_of(architectures)
     if task is None:
         raise InputError(
-            f"{source} is for a task that is not served (architecture {', '.join(architectures)}): served are "
+            f"{source} is for a task that is not supported (architecture {', '.join(architectures)}): supported are "
             f"{heads()}."
         )
     quantization = config.get("quantization_config")

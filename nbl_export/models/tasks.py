@@ -1,4 +1,4 @@
-"""What a model is for, by its head: rows of ``tasks.toml``."""
+"""The task of a model, by its head: rows of ``tasks.toml``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from nbl_export.batch.names import PIXELS, TOKENS
 from nbl_export.datafile import read_table
 
-# A configuration that has one of these is of a model that sees.
+# A configuration with one of these keys is of a vision model.
 _OF_IMAGES = ("image_size", "num_channels")
 
 
@@ -36,9 +36,9 @@ def task_named(name: str) -> Task:
 
 
 def task_of(architectures: Sequence[str]) -> Task | None:
-    """The task of the classes that a configuration names; None for a head that is not in the table.
+    """The task of the class names in a configuration; None for a head that is not in the table.
 
-    A configuration that names none is taken for a decoder's.
+    A configuration without class names is assumed to be a decoder's.
     """
     if not architectures:
         return task_named(GENERATION)
@@ -60,7 +60,7 @@ def reads(task: Task, config: Mapping[str, Any]) -> str:
 
 
 def heads() -> str:
-    """The endings of all class names that are served, for a sentence."""
+    """The endings of all supported class names, for a message."""
     return ", ".join(f"…{ending}" for task in _rows().values() for ending in task.architectures)
 
 

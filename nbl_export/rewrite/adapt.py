@@ -1,10 +1,10 @@
-"""Merge a plan's low-rank changes into the weights of a graph.
+"""Merge a plan's low-rank adapters into the weights of a graph.
 
     before                          after
     x ─► MatMul(Wᵀ) ─► …            x ─► MatMul((W + up · down)ᵀ) ─► …
 
-1. *Find.* A weight is found by its bytes, in whatever precision and orientation the exporter wrote it.
-2. *Count.* Each must be there exactly once. A quantized graph holds none of them, and is refused.
+1. *Find.* A weight is found by its bytes, in any precision and orientation the exporter may have used.
+2. *Count.* Each must be found exactly once. A quantized graph contains none of them and is refused.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from nbl_export.linearize.adapters import Adapter, digest_of, is_transposed
 
 
 def merge_adapters(model: ir.Model, adapters: Mapping[str, Adapter]) -> None:
-    """Change the weights of ``model`` in place; raises :class:`BuildError` if one is not there exactly once."""
+    """Change the weights of ``model`` in place; raises :class:`BuildError` if one is not found exactly once."""
     if not adapters:
         return
     wanted = {digest: (name, a) for name, a in adapters.items() for digest in a.digests}
@@ -32,14 +32,14 @@ def merge_adapters(model: ir.Model, adapters: Mapping[str, Adapter]) -> None:
         for position, tensor in enumerate(slot.tensors):
             if tuple(tensor.shape) in shapes and (digest := digest_of(tensor.numpy())) in wanted:
                 found[wanted[digest][0]].append((slot, position, digest))
-    for name, places in found.items():
-        if len(places) != 1:
+    for name, matches in found.items():
+        if len(matches) != 1:
             raise BuildError(
-                f"The plan's repair changes the weight {name}, which the graph holds {len(places)} times as the model "
-                "has it, not once (a quantized graph holds none): select with --repair-rank 0, or export in fp32, fp16 "
-                "or bf16."
+                f"The plan's repair changes the weight {name}, which the graph contains {len(matches)} times instead "
+                "of once (a quantized graph contains none): select with --repair-rank 0, or export in fp32, fp16 or "
+                "bf16."
             )
-        slot, position, digest = places[0]
+        slot, position, digest = matches[0]
         tensors = list(slot.tensors)
         tensors[position] = _merged(tensors[position], adapters[name], digest)
         slot.put(tensors)

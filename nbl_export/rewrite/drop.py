@@ -1,4 +1,4 @@
-"""The same layers left out altogether: what a linearized graph is measured against."""
+"""The linearized layers dropped from the graph: the baseline that a linearized graph is measured against."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nbl_export.rewrite.replace import linear_output_name, linearized_layers
 
 
 def drop_layers(model: ir.Model) -> None:
-    """Take the linear layers out of a rewritten graph, in place: their residual additions pass the stream on.
+    """Drop the linear layers of a rewritten graph, in place: the residual stream bypasses them.
 
     Raises :class:`InputError` for a graph in which a layer's output is not simply added to the residual stream.
     """
@@ -20,6 +20,8 @@ def drop_layers(model: ir.Model) -> None:
         adds = [use.node for use in y.uses()] if y is not None else []
         others = [v for node in adds if node.op_type == "Add" for v in node.inputs if v is not y]
         if y is None or len(adds) != 1 or len(others) != 1 or others[0] is None:
-            raise InputError(f"layer {layer}'s output is not simply added to the residual stream")
+            raise InputError(
+                f"layer {layer}'s output is not simply added to the residual stream, so it is not dropped"
+            )
         adds[0].outputs[0].replace_all_uses_with(others[0], replace_graph_outputs=True)
     RemoveUnusedNodesPass()(model)

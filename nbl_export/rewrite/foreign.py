@@ -1,4 +1,4 @@
-"""Rewrite a graph that somebody else exported, by a plan: no model is loaded, no output folder of ours needed."""
+"""Rewrite a graph exported by another tool, by a plan: no model and no output folder of nbl-export is needed."""
 
 from __future__ import annotations
 
@@ -24,26 +24,29 @@ def rewrite_foreign(
 ) -> RewriteResult:
     """Rewrite the decoder ``onnx``, a file or a folder, by ``plan`` into the folder ``out``, or in place.
 
-    Configurations and tokenizer come along, told what changed; ``nbl/rewrite.json`` says what was done.
-    Raises :class:`InputError` or :class:`BuildError`; then nothing was changed.
+    Updated configurations and the tokenizer are copied too; ``nbl/rewrite.json`` records what was done.
+    If :class:`InputError` or :class:`BuildError` is raised, nothing was changed.
     """
     source = graph_in(onnx)
     if in_place == (out is not None):
         raise InputError(
-            "Say where the rewritten graph goes: --output OUT for a new folder, or --in-place; not both, and not "
-            "neither."
+            "The target of the rewrite is not clear: give --output OUT for a new folder, or --in-place, not both."
         )
     folder = source.parent if out is None else out
     _check_folder(folder, source, in_place)
     loaded = load_plan(plan)
     model = load_graph(source)
-    # Named and told before anything is written: in place, the graph's own data would change under them.
-    beside = updated_configs(sidecars_of(source, external_files(model)), loaded.chosen, loaded.kept)
+    # Collected before anything is written: in place, the graph's own data files change.
+    sidecars = updated_configs(
+        sidecars_of(source, external_files(model)), loaded.chosen, loaded.attention_layers
+    )
     try:
         if in_place and linearized_layers(model) == loaded.chosen:
-            copy_sidecars(beside, folder)  # an interrupt may have come between graph and configurations
+            copy_sidecars(
+                sidecars, folder
+            )  # an earlier run may have stopped between graph and configurations
         result = rewrite_file(source, loaded, folder / source.name, in_place, listener)
-        copy_sidecars(beside, folder)
+        copy_sidecars(sidecars, folder)
         summary = folder / Workspace(folder).rewrite_summary.relative_to(folder)
         write_json(summary, {"source": source.name, **rewrite_summary(result, loaded)})
     except OSError as error:
@@ -55,7 +58,9 @@ def _check_folder(folder: Path, source: Path, in_place: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; --output must be a folder.")
     if not in_place and folder.resolve() == source.parent.resolve():
-        raise InputError(f"{folder} is where the graph lies: choose another --output, or say --in-place.")
+        raise InputError(
+            f"{folder} is the folder of the graph itself: choose another --output, or use --in-place."
+        )
     if is_workspace(folder):
         raise InputError(
             f"{folder} is an output folder of nbl-export: choose another --output, or run "

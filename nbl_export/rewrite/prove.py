@@ -1,11 +1,11 @@
-"""Prove that the tensors found in a graph are the activations the fit was made for.
+"""Prove that the tensors found in a graph are the activations that the linear layers were fitted on.
 
-A graph of floating-point weights is run on the plan's probe from the tokens on: of each layer's
-candidates the one nearest to PyTorch's activations is taken, and it must be near.
+A graph with floating-point weights is run on the plan's probe. Of each layer's candidates the one closest to
+PyTorch's activations is used, and its error must be within the tolerance.
 
-A graph of quantized weights has left PyTorch's activations after a few layers, though it is the same
-model. There each layer is proven by itself: u is given PyTorch's activations, and y computed from them must
-be PyTorch's. What reaches u in the graph must still resemble it.
+The activations of a graph with quantized weights differ from PyTorch's after a few layers, although it is the
+same model. There each layer is proven by itself: PyTorch's activations are fed at u, and the y computed from
+them must match PyTorch's. The graph's own u must still be similar.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from nbl_export.graph.io import load_graph
 from nbl_export.graph.precision import Precision, graph_precision
 from nbl_export.graph.regions import AttentionRegion, Output
 from nbl_export.linearize.plan import Plan
-from nbl_export.runtime.pieces import Arrays, compute, prefill_rows, unbatched
+from nbl_export.runtime.intermediates import Arrays, compute_tensors, prefill_rows, unbatched
 
 _C = TypeVar("_C")
 _ROUNDING = 1.5
@@ -40,9 +40,9 @@ class Tolerance:
     y: float
 
 
-# By the graph's precision. Rounding makes 1e-6 (fp32), 3e-3 (fp16) and 2e-2 (bf16) of it in a deep model, a
-# wrong tensor 1 or more. Quantized: y is what one layer makes of the right u; a model of 135M parameters in
-# blocks of 4 bits is off by 0.07 to 0.51 there, the nearest wrong layer by 1.01.
+# By the graph's precision. Rounding causes errors of 1e-6 (fp32), 3e-3 (fp16) and 2e-2 (bf16) in a deep model;
+# a wrong tensor has an error of 1 or more. Quantized: y is computed by one layer from the right u. In a model
+# of 135M parameters with 4-bit blocks its error is 0.07 to 0.51, and that of the closest wrong layer 1.01.
 PROOF_TOLERANCE = {
     "fp32": Tolerance(1e-3, 1e-3),
     "fp16": Tolerance(3e-2, 3e-2),
@@ -54,7 +54,7 @@ PROOF_TOLERANCE = {
 
 @dataclass(frozen=True)
 class Proof:
-    """One layer's tensors u and y (None if it has none), and their relative errors against PyTorch.
+    """One layer's tensors u and y (None if not found), and their relative errors against PyTorch.
 
     ``shapes`` are those of u on the rows of the probe.
     """
@@ -77,26 +77,25 @@ def prove(
     plan: Plan,
     progress: Callable[[int], object] = lambda _bytes: None,
 ) -> dict[int, Proof]:
-    """Proofs of the ``regions`` that were found in the graph ``model``, read from ``path``.
+    """Proofs of the ``regions`` found in the graph ``model``, which was read from ``path``.
 
-    ``progress`` is told the bytes of weights that were run.
-
-    Raises :class:`BuildError` if a layer that is to be replaced is not proven.
+    ``progress`` receives the bytes of the weights that were run. Raises :class:`BuildError` if a layer that is
+    to be replaced is not proven.
     """
     precision = graph_precision(model)
     tolerance = PROOF_TOLERANCE[precision.name]
-    bench = _Bench(path, plan, progress)
+    runner = _ProbeRunner(path, plan, progress)
     names = {str(v.name) for r in regions for v in (*_inputs(r, plan), *(o.value for o in r.outputs))}
-    found = bench.run(sorted(names), {}) if names else []
-    proofs = {region.layer: _proof(region, plan, bench, found, precision) for region in regions}
+    found = runner.run(sorted(names), {}) if names else []
+    proofs = {region.layer: _proof(region, plan, runner, found, precision) for region in regions}
     for layer in plan.chosen:
         proof = proofs[layer]
         if not proof.holds(tolerance):
             raise BuildError(
                 f"Layer {layer} is not proven: the graph's tensors differ from PyTorch's by "
                 f"{proof.input_error:.1e} (input) and {proof.output_error:.1e} (output), more than "
-                f"{tolerance.u:g} and {tolerance.y:g} relative; this graph is not of the model the plan was "
-                "made for."
+                f"{tolerance.u:g} and {tolerance.y:g} relative; this graph is not of the model the plan was made for: "
+                "export that model."
             )
     return proofs
 
@@ -109,23 +108,23 @@ def confirm(path: Path, proofs: Mapping[int, Proof], plan: Plan, outputs: Mappin
     if not outputs:
         return
     tolerance = PROOF_TOLERANCE[graph_precision(load_graph(path)).name]
-    bench = _Bench(path, plan)
+    runner = _ProbeRunner(path, plan)
     given = {}
     for layer in outputs:
         proof = proofs[layer]
         assert proof.u is not None  # proven layers have one
-        given[str(proof.u.name)] = bench.split(plan.probe_u[layer], proof.shapes)
-    found = bench.run(list(outputs.values()), given)
+        given[str(proof.u.name)] = runner.split(plan.probe_u[layer], proof.shapes)
+    found = runner.run(list(outputs.values()), given)
     for layer, name in outputs.items():
         linear = plan.layers[layer]
         expected = plan.probe_u[layer] @ linear.w.T + linear.b
         y = proofs[layer].y
         assert y is not None  # proven layers have one
-        error = bench.error([row[name] for row in found], without_later(y, expected))
+        error = runner.error([row[name] for row in found], without_later(y, expected))
         if not error <= tolerance.y:
             raise BuildError(
-                f"The linear layer {layer} of the written graph is off by {error:.1e} from W u + b, more than "
-                f"{tolerance.y:g} relative: nothing to rely on."
+                f"The linear layer {layer} of the written graph differs by {error:.1e} from W u + b, more than "
+                f"{tolerance.y:g} relative, so the graph is discarded: this is a bug of nbl-export, report it."
             )
 
 
@@ -133,8 +132,8 @@ def _inputs(region: AttentionRegion, plan: Plan) -> tuple[ir.Value, ...]:
     return region.inputs if plan.fit_input == "normed" else region.streams
 
 
-class _Bench:
-    """The graph on the probe: from its inputs on, or from the activations that a layer is given."""
+class _ProbeRunner:
+    """Runs the graph on the probe: from its inputs, or from activations that are fed to a layer."""
 
     def __init__(
         self, path: Path, plan: Plan, progress: Callable[[int], object] = lambda _bytes: None
@@ -144,17 +143,17 @@ class _Bench:
         self.lengths = [row[TOKENS].shape[1] if TOKENS in row else self._image() for row in self.rows]
 
     def _image(self) -> int:
-        """How many tokens the model makes of an image."""
+        """Number of tokens per image."""
         return len(next(iter(self.plan.probe_y.values()))) // len(self.rows)
 
     def run(self, names: Sequence[str], given: Mapping[str, Sequence[NDArray[Any]]]) -> list[Arrays]:
-        """Tensors ``names`` for each row; ``given`` inner tensors are taken as they are."""
+        """Tensors ``names`` for each row; the intermediate tensors ``given`` are fed instead of computed."""
         model = load_graph(self.path)
         feeds: list[Arrays] = prefill_rows(model, self.rows)
         for name, arrays in given.items():
             for feed, array in zip(feeds, arrays, strict=True):
                 feed[name] = array
-        return compute(model, names, feeds, progress=self.progress)
+        return compute_tensors(model, names, feeds, progress=self.progress)
 
     def split(
         self, activations: NDArray[np.float32], shapes: Sequence[tuple[int, ...]]
@@ -171,24 +170,24 @@ class _Bench:
 
 
 def _proof(
-    region: AttentionRegion, plan: Plan, bench: _Bench, found: Sequence[Arrays], precision: Precision
+    region: AttentionRegion, plan: Plan, runner: _ProbeRunner, found: Sequence[Arrays], precision: Precision
 ) -> Proof:
     layer = region.layer
     tensors = {name: [row[name] for row in found] for name in found[0]}
     ranks = {name: arrays[0].ndim for name, arrays in tensors.items()}
-    errors = {v: bench.error(tensors[str(v.name)], plan.probe_u[layer]) for v in _inputs(region, plan)}
+    errors = {v: runner.error(tensors[str(v.name)], plan.probe_u[layer]) for v in _inputs(region, plan)}
     tolerance = PROOF_TOLERANCE[precision.name]
     pairs: dict[tuple[ir.Value, Output], float] = {}
     for u in _nearest(errors, tolerance.u):
         name = str(u.name)
-        computed = _given(region, plan, bench, u, tensors[name]) if precision.quantized else tensors
+        computed = _given(region, plan, runner, u, tensors[name]) if precision.quantized else tensors
         for y in region.outputs:
             if ranks[str(y.value.name)] == ranks[name]:
-                pairs[u, y] = _output_error(y, computed, bench, plan.probe_y[layer])
+                pairs[u, y] = _output_error(y, computed, runner, plan.probe_y[layer])
     near = _nearest(pairs, tolerance.y)
     if not near:
         return Proof(layer, None, None, min(errors.values(), default=float("inf")), float("inf"))
-    # The product without its bias is not y, even where the numbers are too rough to tell them apart.
+    # The product without its bias is not y, even if the values are too inaccurate to show it.
     most = max(y.biases for _, y in near)
     u, y = next(pair for pair in near if pair[1].biases == most)
     shapes = tuple(a.shape for a in tensors[str(u.name)])
@@ -196,9 +195,9 @@ def _proof(
 
 
 def _nearest(errors: Mapping[_C, float], tolerance: float) -> list[_C]:
-    """The candidates that are as near as the nearest but for rounding, the likeliest first.
+    """The candidates that are as close as the closest one up to rounding, most likely first.
 
-    A tensor and its Cast differ by a rounding, which is all that the Cast may be off by.
+    A tensor and its Cast differ by rounding only, and that may be the whole error of the Cast.
     """
     least = min(errors.values(), default=float("inf"))
     near = max(_ROUNDING * least, tolerance / 10)
@@ -206,17 +205,20 @@ def _nearest(errors: Mapping[_C, float], tolerance: float) -> list[_C]:
 
 
 def _given(
-    region: AttentionRegion, plan: Plan, bench: _Bench, u: ir.Value, like: Sequence[NDArray[Any]]
+    region: AttentionRegion, plan: Plan, runner: _ProbeRunner, u: ir.Value, like: Sequence[NDArray[Any]]
 ) -> dict[str, list[NDArray[Any]]]:
-    """The candidates for y, computed from PyTorch's activations at ``u``."""
+    """The candidates for y, computed from PyTorch's activations fed at ``u``."""
     names = sorted({str(o.value.name) for o in region.outputs})
     shapes = [a.shape for a in like]
-    rows = bench.run(names, {str(u.name): bench.split(plan.probe_u[region.layer], shapes)})
+    rows = runner.run(names, {str(u.name): runner.split(plan.probe_u[region.layer], shapes)})
     return {name: [row[name] for row in rows] for name in names}
 
 
 def _output_error(
-    output: Output, computed: Mapping[str, Sequence[NDArray[Any]]], bench: _Bench, y: NDArray[np.float32]
+    output: Output,
+    computed: Mapping[str, Sequence[NDArray[Any]]],
+    runner: _ProbeRunner,
+    y: NDArray[np.float32],
 ) -> float:
     arrays = computed[str(output.value.name)]
     if output.later is not None:
@@ -224,11 +226,11 @@ def _output_error(
         if later is None:
             return float("inf")
         arrays = [a + later for a in arrays]
-    return bench.error(arrays, y)
+    return runner.error(arrays, y)
 
 
 def without_later(y: Output, values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """``values`` of the attention's output less what is added to the proven tensor ``y`` after it."""
+    """``values`` of the attention's output minus the bias that is added after the proven tensor ``y``."""
     if y.later is None:
         return values
     later = constant_array(y.later)
@@ -237,7 +239,7 @@ def without_later(y: Output, values: NDArray[np.float32]) -> NDArray[np.float32]
 
 
 def constant_array(value: ir.Value) -> NDArray[np.float32] | None:
-    """The numbers of a constant, or None where they are computed."""
+    """The values of a constant, or None if they are computed."""
     tensor = value.const_value
     producer = value.producer()
     if tensor is None and producer is not None and producer.op_type == "Constant":
@@ -250,7 +252,7 @@ def constant_array(value: ir.Value) -> NDArray[np.float32] | None:
 
 
 def relative_error(found: NDArray[Any], expected: NDArray[np.float32]) -> float:
-    """‖found - expected‖ / ‖expected‖ of [tokens, d] each; infinite for NaN or another shape."""
+    """‖found - expected‖ / ‖expected‖, both [tokens, d]; infinite for NaN or another shape."""
     if found.shape != expected.shape:
         return float("inf")
     norm = float(np.linalg.norm(expected)) or 1.0

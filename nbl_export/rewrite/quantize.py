@@ -1,4 +1,4 @@
-"""Store W the way a graph stores its other weights: plain, in blocks of few bits, or behind a DequantizeLinear.
+"""Store W in the format of the graph's other weights: plain, block-quantized, or with a DequantizeLinear.
 
     neighbour                       linear layer
     MatMul(x, W)                    MatMul(u, Wᵀ)
@@ -7,10 +7,10 @@
     MatMulInteger(Quantize(x), q)   MatMulInteger(Quantize(u), q)      same type, one scale or one for each output
     DynamicQuantizeMatMul(x, q …)   DynamicQuantizeMatMul(u, q …)      the same in one node
 
-A block of n values has one scale, and one zero point unless it is symmetric. Symmetric: the largest
-magnitude becomes the most negative number of MatMulNBits, as onnxruntime's own quantizer has it; elsewhere,
-where TensorRT wants scales above zero, the largest of that sign. Asymmetric: the block's range, with zero in
-it, is spread over all numbers.
+A block of n values has one scale, and one zero point unless it is symmetric. Symmetric: the value of largest
+magnitude becomes the most negative integer for MatMulNBits, as in onnxruntime's own quantizer; for the other
+operators, where TensorRT needs positive scales, the largest integer of its sign. Asymmetric: the range of the
+block, including zero, is mapped to all integers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ U8 = NDArray[np.uint8]
 
 
 class Weight(Protocol):
-    """A weight [output, input] that is read when it is needed: those of all layers may exceed memory."""
+    """A weight [output, input] that is loaded when it is needed: all layers together may exceed memory."""
 
     @property
     def shape(self) -> tuple[int, int]: ...
@@ -41,7 +41,7 @@ class Weight(Protocol):
 
 
 class Initialize(Protocol):
-    """Adds an initializer to the graph: its name's ending, its numbers or what makes them, and their format."""
+    """Adds an initializer to the graph: the suffix of its name, its values or a function of them, and the dtype."""
 
     def __call__(
         self,
@@ -62,23 +62,23 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Blocks:
-    """[rows, blocks, block size] whole numbers from 0 to 2**bits - 1; scales and zero points [rows, blocks]."""
+    """Integers [rows, blocks, block size] from 0 to 2**bits - 1; scales and zero points [rows, blocks]."""
 
     numbers: U8
     scales: F32
     zeros: U8
 
     def values(self) -> F32:
-        """What the numbers stand for."""
-        whole = self.numbers.astype(np.float32) - self.zeros[..., None]
-        result: F32 = whole * self.scales[..., None]
+        """The dequantized values."""
+        shifted = self.numbers.astype(np.float32) - self.zeros[..., None]
+        result: F32 = shifted * self.scales[..., None]
         return result
 
 
 def quantize_blocks(w: F32, bits: int, block: int, symmetric: bool, positive: bool = False) -> Blocks:
-    """Quantize ``w`` [rows, columns] in blocks of ``block`` columns, the last one filled up with zeros.
+    """Quantize ``w`` [rows, columns] in blocks of ``block`` columns, the last one padded with zeros.
 
-    ``positive`` gives up one of the 2**bits numbers of a symmetric block for scales above zero.
+    ``positive`` makes the scales of symmetric blocks positive; one of the 2**bits integers is then unused.
     """
     rows, columns = w.shape
     count = -(-columns // block)
@@ -101,24 +101,24 @@ def quantize_blocks(w: F32, bits: int, block: int, symmetric: bool, positive: bo
 
 
 def pack(numbers: U8, bits: int) -> U8:
-    """Whole numbers [..., n] as bytes [..., ⌈n·bits/8⌉], the first in the lowest bits."""
+    """Integers [..., n] packed into bytes [..., ⌈n·bits/8⌉], the first in the lowest bits."""
     if bits not in (2, 4, 8):
         raise BuildError(f"Weights of {bits} bits are not supported: quantize the graph with 2, 4 or 8.")
     each = 8 // bits
     filled = np.zeros((*numbers.shape[:-1], -(-numbers.shape[-1] // each) * each), dtype=np.uint8)
     filled[..., : numbers.shape[-1]] = numbers
-    parts = filled.reshape(*filled.shape[:-1], -1, each) << (np.arange(each, dtype=np.uint8) * bits)
+    shifted = filled.reshape(*filled.shape[:-1], -1, each) << (np.arange(each, dtype=np.uint8) * bits)
     # No two of them have a bit in common.
-    packed: U8 = np.sum(parts.astype(np.uint8), axis=-1, dtype=np.uint8)
+    packed: U8 = np.sum(shifted.astype(np.uint8), axis=-1, dtype=np.uint8)
     return packed
 
 
 def product(
     x: ir.Value, weight: Weight, dtype: ir.DataType, neighbour: ir.Node, initialize: Initialize
 ) -> list[ir.Node]:
-    """The nodes of x · weightᵀ, the last of them writing it; the weight is stored like ``neighbour``'s.
+    """The nodes of x · weightᵀ, the last of which writes it; the weight is stored like ``neighbour``'s.
 
-    ``neighbour`` is a linear map of the same graph; ``dtype`` is that of x and of the result.
+    ``neighbour`` is a linear operator of the same graph; ``dtype`` is that of x and of the result.
     """
     if key(neighbour) == (MICROSOFT, "MatMulNBits"):
         return [_n_bits(x, weight(), neighbour, initialize)]
@@ -126,7 +126,7 @@ def product(
         return _dynamic(x, weight(), dtype, neighbour, initialize)
     if weight_bits(neighbour) and dequantizer(neighbour) is None:
         raise BuildError(
-            f"{neighbour.name} is a {neighbour.op_type}, and weights cannot be quantized like its: "
+            f"{neighbour.name} is a {neighbour.op_type}, and nbl-export cannot quantize weights in its format: "
             "quantize the graph with MatMulNBits or DequantizeLinear instead."
         )
     dequantize = dequantizer(neighbour)
@@ -145,7 +145,7 @@ def _n_bits(x: ir.Value, w: F32, neighbour: ir.Node, initialize: Initialize) -> 
     assert scales is not None
     if zeros is not None and zeros.dtype not in (None, ir.DataType.UINT8):
         raise BuildError(
-            f"{neighbour.name} has zero points of {zeros.dtype}: only packed ones (uint8) are supported."
+            f"{neighbour.name} has zero points of {zeros.dtype}: quantize the graph with packed zero points (uint8)."
         )
     blocks = quantize_blocks(w, bits, block, symmetric=zeros is None)
     weight = initialize("weight_quant", pack(blocks.numbers, bits), ir.DataType.UINT8)
@@ -169,23 +169,23 @@ def _rank(value: ir.Value) -> int:
 def _dequantized(
     x: ir.Value, w: F32, dtype: ir.DataType, neighbour: ir.Node, initialize: Initialize
 ) -> list[ir.Node]:
-    """Wᵀ [input, output] behind a DequantizeLinear with the type and granularity of the neighbour's."""
+    """Wᵀ [input, output] with a DequantizeLinear that has the type and granularity of the neighbour's."""
     quantized, scales = neighbour.inputs[0], neighbour.inputs[1]
     zeros = neighbour.inputs[2] if len(neighbour.inputs) > 2 else None
     assert quantized is not None and scales is not None
     if quantized.dtype not in _TYPES:
         raise BuildError(
-            f"{neighbour.name} reads weights of {quantized.dtype}: only 4 and 8 bits are supported."
+            f"{neighbour.name} reads weights of {quantized.dtype}: quantize the graph with 4 or 8 bits."
         )
     bits, signed = _TYPES[quantized.dtype]
     block = neighbour.attributes["block_size"].as_int() if "block_size" in neighbour.attributes else 0
     columns = w.shape[1]
-    each = block or columns  # without blocks one scale for each output
+    each = block or columns  # without blocks: one scale per output channel
     blocks = quantize_blocks(w, bits, each, symmetric=zeros is None, positive=True)
     shift = (1 << (bits - 1)) if signed else 0
     numbers = blocks.numbers.reshape(len(w), -1)[:, :columns].T.astype(np.int16) - shift
     stored = initialize("weight_quant", numbers, quantized.dtype)
-    # Blocks lie along the input, axis 0; without blocks the scales lie along the output, axis 1.
+    # Blocks run along the input, axis 0; without blocks the scales run along the output, axis 1.
     shape = blocks.scales.T if block else blocks.scales[:, 0]
     args: list[ir.Value | None] = [stored, initialize("weight_scales", shape, scales.dtype or dtype)]
     if zeros is not None or not signed:
@@ -202,11 +202,11 @@ def _dequantized(
 def _dynamic(
     x: ir.Value, w: F32, dtype: ir.DataType, neighbour: ir.Node, initialize: Initialize
 ) -> list[ir.Node]:
-    """x and Wᵀ [input, output] as 8-bit numbers; W with one scale, or one for each output, as the neighbour has."""
+    """x and Wᵀ [input, output] as 8-bit integers; W with one scale or one per output channel, like the neighbour."""
     stored = neighbour.inputs[1]
     assert stored is not None
     if stored.dtype not in (ir.DataType.INT8, ir.DataType.UINT8):
-        raise BuildError(f"{neighbour.name} reads weights of {stored.dtype}: only 8 bits are supported.")
+        raise BuildError(f"{neighbour.name} reads weights of {stored.dtype}: quantize the graph with 8 bits.")
     index = DYNAMIC[neighbour.op_type]
     zero = neighbour.inputs[index] if len(neighbour.inputs) > index else None
     each = zero is not None and zero.shape is not None and len(zero.shape) == 1 and zero.shape[0] != 1

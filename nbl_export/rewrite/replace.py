@@ -5,13 +5,13 @@
     │              past/present K,V           │   │                                   │
     └─────────────────────────────────────────┘   └───────────────────────────────────┘
 
-1. Find (:mod:`.regions`) every layer's u and y; a planned layer without a region is an error.
-2. Prove (:mod:`.prove`) them numerically against PyTorch's activations.
-3. Replace y by MatMul(u, Wᵀ) + b, with a MatMul for each factor of a W of low rank; remove what is dead, the
-   layers' KV pairs included; renumber.
-4. Count: exactly K regions and K KV pairs gone, no dead node or initializer left, the checker and
-   strict shape inference pass, and the written layers compute W u + b. Anything else is an error and
-   nothing is written over.
+1. Find every layer's u and y (:mod:`nbl_export.graph.regions`); a planned layer without a region is an error.
+2. Prove them numerically against PyTorch's activations (:mod:`.prove`).
+3. Replace y by MatMul(u, Wᵀ) + b, with one MatMul per factor of a low-rank W; remove dead nodes, dead
+   initializers and the layers' KV pairs; renumber the retained pairs.
+4. Count: exactly K regions and K KV pairs are removed, no dead node or initializer is left, the checker and
+   strict shape inference pass, and the written layers compute W u + b. Anything else is an error, and no
+   file is overwritten.
 """
 
 from __future__ import annotations
@@ -70,16 +70,16 @@ def rewrite_file(
 ) -> RewriteResult:
     """Rewrite the graph at ``source`` by ``plan`` and write it to ``target``.
 
-    ``in_place`` keeps the data files of ``source``, which ``target`` must be, and appends the new weights.
+    ``in_place`` keeps the data files of ``source``, which must be ``target`` too, and appends the new weights.
     Raises :class:`InputError` if ``source`` is unreadable, already rewritten or of another model, and
-    :class:`BuildError` if a planned layer is not found, not proven, or the counts do not come out.
+    :class:`BuildError` if a planned layer is not found, not proven, or the counts are wrong.
     """
     model = load_graph(source)
     if LAYERS_KEY in model.metadata_props:
         raise InputError(f"{source} is already rewritten: rewrite the original graph instead.")
     check_file = check_like(source)
     before = summarize(model, source)
-    RemoveUnusedNodesPass()(model)  # what nobody reads is in nobody's way
+    RemoveUnusedNodesPass()(model)  # dead nodes of the exporter would disturb the search
     found = find_regions(model)
     regions = _planned(model, found, plan)
     listener = listener or Silent()
@@ -103,18 +103,18 @@ def rewrite_file(
 
 
 def rewrite_summary(result: RewriteResult, plan: Plan) -> dict[str, Any]:
-    """What was done, for a JSON file."""
+    """The result for a JSON file."""
     summary = {
         "before": result.before.as_json(),
         "after": result.after.as_json(),
-        "kv_layers": list(plan.kept),
+        "kv_layers": list(plan.attention_layers),
         "proofs": proofs_as_json(result.proofs),
     }
     return dict(jsonable(summary))
 
 
 def linearized_layers(model: ir.Model) -> tuple[int, ...]:
-    """The layers that a rewrite made linear, by the graph's metadata; empty for a graph that was not rewritten."""
+    """The linearized layers, from the graph's metadata; empty for a graph that was not rewritten."""
     described = metadata_list(model, LAYERS_KEY)
     return tuple(row["layer"] for row in described if isinstance(row, dict) and row.get("kind") == "linear")
 
@@ -122,25 +122,27 @@ def linearized_layers(model: ir.Model) -> tuple[int, ...]:
 def _planned(
     model: ir.Model, found: Sequence[AttentionRegion | Refusal], plan: Plan
 ) -> list[AttentionRegion]:
-    """The regions ``found`` in the graph, under the numbers that the plan gives their layers."""
+    """The regions ``found`` in the graph, with the layer indices of the plan."""
     if any(value.name == PIXELS for value in model.graph.inputs):
         found = found[: plan.layer_count]  # an attention after the last layer pools the image
     if not found:
         raise InputError(
-            "The graph has no attention that nbl-export knows: it is no decoder, or rewritten already."
+            "No attention was found in the graph: it is not a decoder or encoder, or is already rewritten; give the "
+            "original graph."
         )
     layers = plan.candidates
     if len(found) != len(layers):
         raise InputError(
-            f"The graph has {len(found)} attention layers, the plan is for {len(layers)}: it is of another model."
+            f"The graph has {len(found)} attention layers, the plan is for {len(layers)}: use the graph of the "
+            "plan's model."
         )
     _check_names(model, plan)
-    # A graph numbers its attention, or all layers of the model, some of which may have none.
+    # A graph numbers its attention layers only, or all layers of the model, some of which have no attention.
     numbers = tuple(entry.layer for entry in found)
     if numbers not in (layers, tuple(range(len(layers)))):
         raise InputError(
-            f"The graph's caches are numbered up to {max(numbers)}, the plan is for {len(layers)} layers: it is of "
-            "another model."
+            f"The graph's KV caches are numbered up to {max(numbers)}, the plan is for {len(layers)} layers: use the "
+            "graph of the plan's model."
         )
     regions = []
     for layer, other in zip(layers, found, strict=True):
@@ -157,13 +159,15 @@ def _check_names(model: ir.Model, plan: Plan) -> None:
     made = (v.name for node in model.graph for v in node.outputs)
     for name in (*model.graph.initializers, *made):
         if name and name.startswith(ours):
-            raise InputError(f"The graph has a tensor {name} already, as if it were rewritten: rename it.")
+            raise InputError(
+                f"The graph already has a tensor {name}, a name that the rewrite needs: rename it."
+            )
 
 
 def replace(
     model: ir.Model, regions: Mapping[int, AttentionRegion], proofs: Mapping[int, Proof], plan: Plan
 ) -> None:
-    """Step 3, in place: planned layers become MatMul + Add, their KV pairs go."""
+    """Step 3, in place: planned layers become MatMul + Add, and their KV pairs are removed."""
     pairs = kv_pairs(model)
     untyped = [v for node in model.graph for v in node.outputs if v.type is None and v.shape is None]
     infer_types(model)
@@ -172,38 +176,38 @@ def replace(
         assert proof.u is not None and proof.y is not None  # proven layers have both
         _insert(model, layer, proof.u, proof.y, regions[layer].projection, plan)
     RemoveUnusedNodesPass()(model)
-    # The n-th pair is of the n-th layer that has attention.
+    # The n-th pair belongs to the n-th layer that has attention.
     gone = [p.index for p, layer in zip(pairs, plan.candidates, strict=False) if layer in plan.layers]
     remove_pairs(model, gone, pairs)
-    for value in untyped:  # what was inferred is not the graph's to keep
+    for value in untyped:  # inferred types are not written to the graph
         if not value.is_graph_output():
             value.type = value.shape = None
     model.graph.sort()
     for layer in plan.chosen:
-        for node in regions[layer].maps:
+        for node in regions[layer].linear_nodes:
             if node.graph is not None and (
                 left := next((u.node for v in node.outputs for u in v.uses()), None)
             ):
                 raise BuildError(
-                    f"Layer {layer} cannot be removed: {left.op_type} ({left.name}) still reads what its "
-                    f"{node.op_type} ({node.name}) writes."
+                    f"Layer {layer} cannot be removed: {left.op_type} ({left.name}) still reads the output of its "
+                    f"{node.op_type} ({node.name}); leave the layer out of the plan."
                 )
 
 
 def linear_output_name(layer: int) -> str:
-    """The tensor that a linearized layer writes."""
+    """The name of a linearized layer's output."""
     return f"layers.{layer}.nbl_linear.output"
 
 
 @dataclass(frozen=True)
 class _StoredWeight:
-    """W of one layer of a plan, or a factor of it, read when it is called for; ``part`` begins what is named for it."""
+    """W of one layer of a plan, or a factor of it, loaded when called; ``prefix`` is for the names of a factor."""
 
     plan: Plan
     layer: int
     name: str
     shape: tuple[int, int]
-    part: str = ""
+    prefix: str = ""
 
     def __call__(self) -> NDArray[np.float32]:
         weight: NDArray[np.float32] = getattr(self.plan.layers[self.layer], self.name)
@@ -211,7 +215,7 @@ class _StoredWeight:
 
 
 def _factors(plan: Plan, layer: int) -> list[_StoredWeight]:
-    """What u is multiplied by, one after the other: W, or the factors of a W of low rank."""
+    """The matrices that u is multiplied by, in order: W, or the two factors of a low-rank W."""
     d, rank = plan.hidden_size, plan.rank
     if rank is None:
         return [_StoredWeight(plan, layer, "w", (d, d))]
@@ -225,10 +229,11 @@ def _insert(model: ir.Model, layer: int, u: ir.Value, output: Output, neighbour:
     prefix, y = f"layers.{layer}.nbl_linear", output.value
     if y.is_graph_output():
         raise BuildError(
-            f"Layer {layer} cannot be replaced: {y.name}, what its attention writes, is an output of the graph."
+            f"Layer {layer} cannot be replaced: the output of its attention, {y.name}, is a graph output; leave the "
+            "layer out of the plan."
         )
     linear = plan.layers[layer]
-    b = without_later(output, linear.b)  # what is added after y is not to be added twice
+    b = without_later(output, linear.b)  # a bias that is added after y must not be added twice
     quantized = bool(weight_bits(neighbour))
     dtype = _compute_dtype(u, y, linear, quantized)
 
@@ -237,9 +242,9 @@ def _insert(model: ir.Model, layer: int, u: ir.Value, output: Output, neighbour:
         numbers: NDArray[Any] | Callable[[], NDArray[Any]],
         dtype: ir.DataType,
         shape: tuple[int, ...] | None = None,
-        part: str = "",
+        factor_prefix: str = "",
     ) -> ir.Value:
-        name = f"{prefix}.{part}{name}"
+        name = f"{prefix}.{factor_prefix}{name}"
         tensor: ir.TensorProtocol
         if callable(numbers):
             assert shape is not None
@@ -271,9 +276,9 @@ def _insert(model: ir.Model, layer: int, u: ir.Value, output: Output, neighbour:
         x = typed(nodes[0], "input", dtype)
         x.shape = u.shape
     for factor in _factors(plan, layer):
-        nodes += product(x, factor, dtype, neighbour, partial(initialize, part=factor.part))
-        nodes[-1].name = f"{prefix}.{factor.part}matmul"
-        x = typed(nodes[-1], f"{factor.part}product", dtype)
+        nodes += product(x, factor, dtype, neighbour, partial(initialize, factor_prefix=factor.prefix))
+        nodes[-1].name = f"{prefix}.{factor.prefix}matmul"
+        x = typed(nodes[-1], f"{factor.prefix}product", dtype)
         if y.shape is not None:
             x.shape = ir.Shape([*y.shape[:-1], factor.shape[0]])
     add = ir.node("Add", [x, initialize("bias", b, dtype)], name=f"{prefix}.add")
@@ -291,7 +296,7 @@ def _insert(model: ir.Model, layer: int, u: ir.Value, output: Output, neighbour:
 
 
 def _compute_dtype(u: ir.Value, y: ir.Value, linear: LinearLayer, quantized: bool) -> ir.DataType:
-    """The dtype of what the map reads, or float32 if its numbers do not fit into that."""
+    """The dtype of the linear layer's input, or float32 if W or b do not fit into it."""
     dtype = u.dtype or ir.DataType.FLOAT
     if y.dtype == ir.DataType.FLOAT and not quantized:
         return y.dtype
@@ -319,23 +324,23 @@ def _describe(model: ir.Model, proofs: Sequence[Proof], plan: Plan, cached: bool
             }
         )
     model.metadata_props[LAYERS_KEY] = json.dumps(rows)
-    # A graph without a cache has no pairs to name.
-    model.metadata_props[KV_LAYERS_KEY] = json.dumps(list(plan.kept) if cached else [])
+    # A graph without a cache has no KV pairs.
+    model.metadata_props[KV_LAYERS_KEY] = json.dumps(list(plan.attention_layers) if cached else [])
     model.metadata_props[VERSION_KEY] = __version__
 
 
 def count(
     model: ir.Model, before: GraphSummary, after: GraphSummary, plan: Plan, found: int | None = None
 ) -> None:
-    """Step 4: raises :class:`BuildError` unless exactly what was planned has changed.
+    """Step 4: raises :class:`BuildError` unless exactly the planned changes were made.
 
-    ``found`` are the attention layers that there were before, those of the plan where it is None.
+    ``found`` is the number of attention layers before the rewrite; None means the candidates of the plan.
     """
     k = len(plan.layers)
     cached = k if before.kv_pairs else 0
     regions = len(find_regions(model))
     expected = {
-        "attention layers": (regions, len(plan.kept) if found is None else found - k),
+        "attention layers": (regions, len(plan.attention_layers) if found is None else found - k),
         "KV pairs": (after.kv_pairs, before.kv_pairs - cached),
         "inputs": (after.inputs, before.inputs - 2 * cached),
         "outputs": (after.outputs, before.outputs - 2 * cached),
@@ -344,7 +349,10 @@ def count(
     }
     for what, (has, wanted) in expected.items():
         if has != wanted:
-            raise BuildError(f"The rewritten graph has {has} {what}, expected {wanted}: nothing to rely on.")
+            raise BuildError(
+                f"The rewritten graph has {has} {what}, expected {wanted}, so it is discarded: report this bug of "
+                "nbl-export."
+            )
 
 
 def _is_read(node: ir.Node) -> bool:

@@ -1,4 +1,4 @@
-"""What every runtime looks like to the rest: one function from tokens and cache to logits and cache."""
+"""The decoder interface of every runtime: a function from tokens and KV cache to logits and KV cache."""
 
 from __future__ import annotations
 
@@ -22,20 +22,19 @@ class DecoderOutput:
 class Decoder(Protocol):
     """A decoder with an explicit KV cache.
 
-    ``kv_layers`` says which layer of the model each cache entry belongs to, in cache order.
+    ``kv_layers`` are the model's layer indices of the cache entries, in cache order.
     """
 
     @property
     def kv_layers(self) -> tuple[int, ...]: ...
 
     def empty_past(self, batch: int) -> Any:
-        """The cache before the first token."""
+        """An empty cache."""
 
     def __call__(
-        self, input_ids: I64, attention_mask: I64, position_ids: I64, past: Sequence[KV], keep: int = 0
+        self, input_ids: I64, attention_mask: I64, position_ids: I64, past: Sequence[KV], num_logits: int = 0
     ) -> DecoderOutput:
         """Run ``input_ids`` [batch, sequence] after ``past``; the mask covers past and sequence.
 
-        Logits of the ``keep`` last positions are asked for, 0 for all; where the decoder can make no fewer, there
-        may be more.
+        Returns logits of the last ``num_logits`` positions, 0 for all. A decoder without this option returns all.
         """

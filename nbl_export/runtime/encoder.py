@@ -18,7 +18,7 @@ Outputs = dict[str, NDArray[np.float32]]
 
 
 class TorchEncoder:
-    """The PyTorch model behind ``encoder``, as it is when it is called."""
+    """The PyTorch model of ``encoder``, in its state at the time of the call."""
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder

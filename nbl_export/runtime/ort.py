@@ -1,4 +1,4 @@
-"""ONNX Runtime as a :class:`~nbl_export.runtime.stream.Stream`, for both forms of the cache."""
+"""ONNX Runtime as a :class:`~nbl_export.runtime.stream.Stream`, for every form of the KV cache."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from nbl_export.errors import InputError
 from nbl_export.graph.interface import Interface, interface_of
 from nbl_export.runtime.decoder import KV, DecoderOutput
 from nbl_export.runtime.session import CPU, require_onnxruntime, run_session, session
-from nbl_export.runtime.stream import Forking, PastStream, Stream, WholeStream
+from nbl_export.runtime.stream import Forking, PastStream, Stream, UncachedStream
 
 _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 class OrtModel:
-    """A decoder graph in a session, with its :class:`~nbl_export.graph.interface.Interface`."""
+    """A graph in a session, with its :class:`~nbl_export.graph.interface.Interface`."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class OrtModel:
         if len(self.interface.layers) != len(self.interface.cache):
             raise InputError(
                 f"{path}: its metadata names {len(self.interface.layers)} KV layers, its inputs "
-                f"{len(self.interface.cache)}."
+                f"{len(self.interface.cache)}: export the model again."
             )
 
     @property
@@ -58,12 +58,12 @@ class OrtModel:
         kind = kinds[self.past_names[0]] if self.past_names else "tensor(float)"
         if kind not in _NUMPY:
             raise InputError(
-                f"NumPy has no {kind} for a KV cache: run this graph on the CPU provider, or its engine."
+                f"NumPy has no {kind} for a KV cache: run this graph on the CPU provider, or run its engine."
             )
         return np.dtype(_NUMPY[kind])
 
     def buffers(self, batch: int, length: int) -> list[KV]:
-        """Keys and values of every cached layer, zeros of ``length`` places."""
+        """Keys and values of every cached layer: zeros with ``length`` slots."""
         arrays = list(self.interface.empty_cache(batch, length, self.cache_dtype).values())
         return list(zip(arrays[::2], arrays[1::2], strict=True))
 
@@ -73,13 +73,13 @@ class OrtModel:
         return feeds | self.interface.named(inputs)
 
     def run(self, feeds: Mapping[str, Any]) -> DecoderOutput:
-        """Logits and grown cache for the session's inputs ``feeds``."""
+        """Logits and the extended cache for the session's inputs ``feeds``."""
         logits, *kv = run_session(self.session, self.output_names, feeds)
         return DecoderOutput(np.asarray(logits), tuple(zip(kv[::2], kv[1::2], strict=True)))
 
 
 class OrtDecoder(OrtModel):
-    """A decoder graph whose cache grows, handed in and out as arrays."""
+    """A decoder graph with a growing cache, passed in and out as arrays."""
 
     def empty_past(self, batch: int) -> list[KV]:
         return self.buffers(batch, 0)
@@ -94,16 +94,16 @@ class OrtDecoder(OrtModel):
         attention_mask: I64,
         position_ids: I64,
         past: Sequence[KV],
-        keep: int = ALL_LOGITS,
+        num_logits: int = ALL_LOGITS,
     ) -> DecoderOutput:
         feeds = self.feeds(input_ids, attention_mask, position_ids, past)
         if NUM_LOGITS_TO_KEEP in feeds:
-            feeds[NUM_LOGITS_TO_KEEP] = np.array(keep, dtype=np.int64)
+            feeds[NUM_LOGITS_TO_KEEP] = np.array(num_logits, dtype=np.int64)
         return self.run(feeds)
 
 
 class OrtRaggedStream(Forking):
-    """A decoder graph that takes each row's length, such as one of GroupQueryAttention, as a stream.
+    """A decoder graph that takes the length of each row, such as one with GroupQueryAttention, as a stream.
 
     Rows are padded on the right, and the next token of a row overwrites its padding in the cache.
     """
@@ -112,7 +112,7 @@ class OrtRaggedStream(Forking):
         self.decoder = OrtDecoder(path, rounded=rounded)
         self._past: Sequence[KV] = ()
         self._lengths = np.zeros(0, dtype=np.int64)
-        self._places = 0
+        self._slots = 0
 
     @property
     def kv_layers(self) -> tuple[int, ...]:
@@ -124,7 +124,7 @@ class OrtRaggedStream(Forking):
 
     def prefill_last(self, rows: Sequence[NDArray[Any]]) -> F32:
         lengths = [len(row) for row in rows]
-        logits = self._begin(rows, keep=max(lengths) - min(lengths) + 1)
+        logits = self._begin(rows, num_logits=max(lengths) - min(lengths) + 1)
         return logits[np.arange(len(rows)), self._lengths - max(lengths) - 1]
 
     def decode(self, tokens: Sequence[int]) -> F32:
@@ -132,13 +132,13 @@ class OrtRaggedStream(Forking):
         return self._run(np.array(tokens, dtype=np.int64)[:, None], positions)[:, 0]
 
     def extend(self, owners: Sequence[int], rows: Sequence[NDArray[Any]]) -> F32:
-        # Row by row: onnxruntime's operator goes on by several tokens in a batch of one only.
+        # Row by row: onnxruntime's operator can append several tokens only at batch size 1.
         starts = self._lengths[np.asarray(owners)]
         found = [
             self._one(owner, int(start), row) for owner, start, row in zip(owners, starts, rows, strict=True)
         ]
         self._lengths = starts + np.array([len(row) for row in rows])
-        self._places = int(np.max(self._lengths))
+        self._slots = int(np.max(self._lengths))
         caches = zip(*(output.present for output in found), strict=True)
         self._past = [(self._stacked([k for k, _ in c]), self._stacked([v for _, v in c])) for c in caches]
         return np.concatenate([output.logits[0] for output in found])
@@ -151,29 +151,29 @@ class OrtRaggedStream(Forking):
 
     def _stacked(self, arrays: Sequence[F32]) -> F32:
         _, heads, _, size = arrays[0].shape
-        whole = np.zeros((len(arrays), heads, self._places, size), dtype=arrays[0].dtype)
+        stacked = np.zeros((len(arrays), heads, self._slots, size), dtype=arrays[0].dtype)
         for i, array in enumerate(arrays):
-            whole[i, :, : array.shape[2]] = array[0]
-        return whole
+            stacked[i, :, : array.shape[2]] = array[0]
+        return stacked
 
     def cache(self) -> tuple[Sequence[KV], BOOL]:
-        return self._past, prefix_mask(self._lengths, self._places)
+        return self._past, prefix_mask(self._lengths, self._slots)
 
-    def _begin(self, rows: Sequence[NDArray[Any]], keep: int = ALL_LOGITS) -> F32:
+    def _begin(self, rows: Sequence[NDArray[Any]], num_logits: int = ALL_LOGITS) -> F32:
         self._lengths = np.array([len(row) for row in rows], dtype=np.int64)
-        self._past, self._places = self.decoder.empty_past(len(rows)), 0
-        return self._run(*right_padded(rows), keep)
+        self._past, self._slots = self.decoder.empty_past(len(rows)), 0
+        return self._run(*right_padded(rows), num_logits)
 
-    def _run(self, ids: I64, positions: I64, keep: int = ALL_LOGITS) -> F32:
-        self._places += ids.shape[1]
-        mask = prefix_mask(self._lengths, self._places).astype(np.int64)
-        output = self.decoder(ids, mask, positions, self._past, keep)
+    def _run(self, ids: I64, positions: I64, num_logits: int = ALL_LOGITS) -> F32:
+        self._slots += ids.shape[1]
+        mask = prefix_mask(self._lengths, self._slots).astype(np.int64)
+        output = self.decoder(ids, mask, positions, self._past, num_logits)
         self._past = output.present
         return output.logits
 
 
 class OrtStaticStream(Forking, OrtModel):
-    """A decoder graph with a static cache of ``capacity`` places, as a stream."""
+    """A decoder graph with a static cache of ``capacity`` slots, as a stream."""
 
     def __init__(self, path: Path, capacity: int, rounded: bool = True) -> None:
         super().__init__(path, rounded=rounded)
@@ -190,12 +190,12 @@ class OrtStaticStream(Forking, OrtModel):
 
     def prefill(self, rows: Sequence[NDArray[Any]]) -> F32:
         self._lengths = np.array([len(row) for row in rows], dtype=np.int64)
-        self._check_room(int(np.max(self._lengths)))
+        self._check_capacity(int(np.max(self._lengths)))
         feeds = self.prefill_feeds(rows)
         return self._run(feeds)[prefix_mask(self._lengths, feeds[TOKENS].shape[1])]
 
     def decode(self, tokens: Sequence[int]) -> F32:
-        self._check_room(int(np.max(self._lengths)) + 1)
+        self._check_capacity(int(np.max(self._lengths)) + 1)
         inputs = {
             TOKENS: np.array(tokens, dtype=np.int64)[:, None],
             POSITIONS: self._lengths[:, None],
@@ -208,9 +208,9 @@ class OrtStaticStream(Forking, OrtModel):
     def extend(self, owners: Sequence[int], rows: Sequence[NDArray[Any]]) -> F32:
         picked = np.asarray(owners)
         start, lengths = self._lengths[picked], np.array([len(row) for row in rows], dtype=np.int64)
-        ids, places = right_padded(rows)
-        self._check_room(int(start.max()) + ids.shape[1])
-        inputs = {TOKENS: ids, POSITIONS: start[:, None] + places, WRITE_INDICES: start}
+        ids, offsets = right_padded(rows)
+        self._check_capacity(int(start.max()) + ids.shape[1])
+        inputs = {TOKENS: ids, POSITIONS: start[:, None] + offsets, WRITE_INDICES: start}
         past = [(key[picked], value[picked]) for key, value in self._past]
         logits = self._run(self.named(inputs, past))
         self._lengths = start + lengths
@@ -220,12 +220,14 @@ class OrtStaticStream(Forking, OrtModel):
         return self._past, prefix_mask(self._lengths, self.capacity)
 
     def reserve(self, tokens: int) -> None:
-        # The cache is made for each prefill; the batch at hand needs no more slots than its rows.
+        # The cache is allocated for each prefill; the current batch needs no more slots than its rows.
         self.capacity = tokens
 
-    def _check_room(self, tokens: int) -> None:
+    def _check_capacity(self, tokens: int) -> None:
         if tokens > self.capacity:
-            raise InputError(f"{tokens} tokens do not fit into a static cache of {self.capacity} places.")
+            raise InputError(
+                f"{tokens} tokens do not fit into a static cache of {self.capacity} slots: use shorter rows."
+            )
 
     def _run(self, feeds: Mapping[str, Any]) -> F32:
         output = self.run(feeds)
@@ -247,15 +249,15 @@ def ort_stream(path: Path, capacity: int, rounded: bool = True) -> Stream:
     if interface.ragged:
         return OrtRaggedStream(path, rounded)
     if interface.cacheless:
-        whole = OrtDecoder(path, rounded=rounded)
-        return WholeStream(lambda ids, mask, positions: whole(ids, mask, positions, ()).logits)
+        uncached = OrtDecoder(path, rounded=rounded)
+        return UncachedStream(lambda ids, mask, positions: uncached(ids, mask, positions, ()).logits)
     return PastStream(OrtDecoder(path, rounded=rounded))
 
 
 def run_outputs(
     path: Path, rows: Sequence[NDArray[Any]] | Inputs, names: Sequence[str] | None = None
 ) -> dict[str, Any]:
-    """Outputs ``names`` (all by default) of the graph at ``path`` on a prefill of ``rows``, or an encoder's batch."""
+    """Outputs ``names`` (default: all) of the graph at ``path`` on a prefill of ``rows``, or an encoder's batch."""
     feeds: dict[str, Any]
     if isinstance(rows, Mapping):
         model: OrtModel = OrtModel(path)

@@ -1,7 +1,7 @@
-"""One decoder graph with a prompt to time: inputs and cache stay where the runtime has them.
+"""A decoder graph with a prompt to time: inputs and KV cache stay bound on the device (I/O binding).
 
-The cache of the timed decode step is really filled, by the prefill. A growing cache is handed back as
-the runtime made it; where the graph can write it in place, one buffer is bound as past and as present at once.
+The cache of the timed decode step is filled by a real prefill. A growing cache is bound as the runtime returned
+it; if the graph can write it in place, one buffer is bound as past and as present at once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from nbl_export.batch.names import NUM_LOGITS_TO_KEEP, WRITE_INDICES
 from nbl_export.runtime.ort import OrtModel
 from nbl_export.runtime.session import require_onnxruntime
 
-_TOKENS = 32  # different tokens in a timed prompt; which ones does not matter, every vocabulary has them
+_TOKENS = 32  # distinct tokens in a timed prompt; every vocabulary has these ids
 
 
 def timed_row(context: int) -> NDArray[np.int32]:
@@ -25,11 +25,11 @@ def timed_row(context: int) -> NDArray[np.int32]:
 
 
 class OrtPrompt:
-    """A graph in a session with ``batch`` prompts of ``context`` tokens; a cache in place has ``room`` places more."""
+    """A graph in a session with ``batch`` prompts of ``context`` tokens; an in-place cache has ``room`` more slots."""
 
     def __init__(self, model: OrtModel, context: int, room: int, device: str = "cpu", batch: int = 1) -> None:
         self.model, self.device = model, device
-        # Which past input a present output becomes.
+        # The past input for each present output.
         self._pairs = dict(zip(model.interface.present_names, model.past_names, strict=True))
         one = np.ones((batch, 1), dtype=np.int64)
         ids = one * timed_row(context).astype(np.int64)
@@ -40,17 +40,17 @@ class OrtPrompt:
         else:
             prefill["attention_mask"] = np.ones_like(ids)
             step["attention_mask"] = np.ones((batch, context + 1), dtype=np.int64)
-        # Who generates needs the logits of the last position, and of no other.
+        # Generation needs the logits of the last position only.
         prefill[NUM_LOGITS_TO_KEEP] = step[NUM_LOGITS_TO_KEEP] = np.array(1, dtype=np.int64)
         self.step_inputs = step
         length = context + room if model.interface.in_place else 0
         empty = model.interface.empty_cache(batch, length, model.cache_dtype)
-        self._prefill = self._bind(prefill, {name: self._place(array) for name, array in empty.items()})
+        self._prefill = self._bind(prefill, {name: self._on_device(array) for name, array in empty.items()})
         self._step: Any = None
         self.past: dict[str, Any] = {}
 
     def prefill(self) -> None:
-        """Run the prompt from an empty cache, and keep the cache that it fills."""
+        """Run the prompt from an empty cache, and bind the cache that it fills."""
         self._run(self._prefill)
         if not self.past:
             outputs = dict(zip(self.model.output_names, self._prefill.get_outputs(), strict=True))
@@ -58,7 +58,7 @@ class OrtPrompt:
             self._step = self._bind(self.step_inputs, self.past)
 
     def rewind(self) -> None:
-        """Have the cache as the prompt alone fills it: steps leave it so."""
+        """Restore the cache as filled by the prompt; nothing to do, since steps do not advance it."""
 
     def step(self) -> None:
         """Run one token after the prompt; the cache does not advance, so every step costs the same."""
@@ -72,7 +72,7 @@ class OrtPrompt:
         binding = self.model.session.io_binding()
         for name, array in inputs.items():
             if name in self.model.interface.inputs:
-                binding.bind_ortvalue_input(name, self._place(array))
+                binding.bind_ortvalue_input(name, self._on_device(array))
         for name, value in past.items():
             binding.bind_ortvalue_input(name, value)
         for name in self.model.output_names:
@@ -86,7 +86,7 @@ class OrtPrompt:
         self.model.session.run_with_iobinding(binding)
         binding.synchronize_outputs()
 
-    def _place(self, array: NDArray[Any]) -> Any:
+    def _on_device(self, array: NDArray[Any]) -> Any:
         return require_onnxruntime().OrtValue.ortvalue_from_numpy(
             np.asarray(array, order="C"), self.device, 0
         )

@@ -1,4 +1,4 @@
-"""Sessions of ONNX Runtime, and its errors as sentences."""
+"""Sessions of ONNX Runtime, with its errors as user-facing messages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nbl_export.graph.io import check_file, passes_checker
 
 
 def require_onnxruntime() -> Any:
-    """The onnxruntime module, or an error with the pip line to type."""
+    """The onnxruntime module, or an error with the pip command to run."""
     try:
         import onnxruntime
     except ImportError:
@@ -28,14 +28,14 @@ CPU = "CPUExecutionProvider"
 
 
 def data_folder(folder: Path | None) -> dict[str, str]:
-    """The session configuration for a graph handed over as bytes whose external data lies in ``folder``."""
+    """The session configuration for a graph passed as bytes whose external data is in ``folder``."""
     return {"session.model_external_initializers_file_folder_path": str(folder)} if folder else {}
 
 
 def session_options(config: Mapping[str, str] | None = None) -> Any:
-    """Options of every session: all cores, ``config`` (onnxruntime's configuration entries), and no log.
+    """Options of every session: all cores, ``config`` (session configuration entries), and no log.
 
-    Its errors are raised too, and become a sentence here.
+    Errors are also raised as exceptions, so the log is not needed.
     """
     options = require_onnxruntime().SessionOptions()
     options.log_severity_level = 4
@@ -55,11 +55,11 @@ def session(
 ) -> Any:
     """An inference session of the graph at ``path`` on one provider; on the CPU with all cores.
 
-    ``config`` are onnxruntime's session configuration entries. On the CPU a half graph is run by its
-    stand-in (:mod:`nbl_export.graph.half_emulation`), which rounds as the graph says; ``rounded=False`` runs the
-    file itself. ``model`` is the graph at ``path`` where it was read already; a half one is changed in place.
-    ``profile`` is what the name of a profile begins with, if one is to be written.
-    Raises :class:`InputError` if onnxruntime does not take it.
+    ``config`` are onnxruntime's session configuration entries. On the CPU a half-precision graph is run by
+    emulation (:mod:`nbl_export.graph.half_emulation`), which rounds every tensor; ``rounded=False`` runs the file
+    itself. ``model`` is the graph at ``path`` if it is already loaded; a half-precision one is changed in place.
+    ``profile`` is the file name prefix of a profile to write. Raises :class:`InputError` if onnxruntime does not
+    load the graph.
     """
     from nbl_export.graph.half_emulation import compute_in_float32, needs_emulation
     from nbl_export.graph.io import load_graph
@@ -94,16 +94,16 @@ def check_loads(path: Path) -> None:
 
 
 def check_like(source: Path) -> Callable[[Path], None]:
-    """The check of a file that is made from the graph at ``source``; it raises :class:`BuildError`.
+    """The check for a file derived from the graph at ``source``; it raises :class:`BuildError`.
 
-    ONNX's own where ``source`` passes it. It refuses operators that onnxruntime adds to ONNX's domain: then
-    onnxruntime, which knows its own, must load the file.
+    The ONNX checker, if ``source`` passes it. It refuses operators that onnxruntime adds to ONNX's domain; for such
+    a ``source`` the check is that onnxruntime loads the file.
     """
     return check_file if passes_checker(source) else check_loads
 
 
 def run_session(session: Any, outputs: Sequence[str], feeds: Mapping[str, Any]) -> list[Any]:
-    """``outputs`` of a session; raises :class:`InputError` where an operator does not take what it is given."""
+    """``outputs`` of a session; raises :class:`InputError` if an operator refuses its inputs."""
     try:
         return list(session.run(outputs, feeds))
     except Exception as error:  # onnxruntime's exceptions have no common base class

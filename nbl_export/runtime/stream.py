@@ -1,7 +1,7 @@
-"""A batch of ragged rows fed to a decoder: one prefill, then one token for each row at a time.
+"""A batch of ragged rows in a decoder: one prefill, then decode steps with one token per row.
 
-The stream owns the cache and hides how the runtime pads and keeps it, so that PyTorch, ONNX Runtime
-and TensorRT, with a growing or a static cache, are asked the same and compared alike.
+The stream owns the KV cache and hides how the runtime pads and stores it, so that PyTorch, ONNX Runtime and
+TensorRT, with a growing or a static cache, have one interface and are compared in the same way.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 
 class Stream(Protocol):
-    """What :func:`~nbl_export.verify.parity.decoder.compare_streams` compares."""
+    """The interface that :func:`~nbl_export.verify.parity.decoder.compare_streams` compares."""
 
     @property
     def kv_layers(self) -> tuple[int, ...] | None:
-        """Which layer of the model each cache entry belongs to, in cache order; None without a cache."""
+        """The model's layer indices of the cache entries, in cache order; None without a cache."""
 
     def prefill(self, rows: Sequence[NDArray[Any]]) -> F32:
-        """Begin anew with ``rows`` of token ids: logits [all tokens of all rows, vocab], row after row."""
+        """Start a new batch with ``rows`` of token ids: logits [all tokens of all rows, vocab], row after row."""
 
     def decode(self, tokens: Sequence[int]) -> F32:
         """One more token for each row: logits [rows, vocab]."""
@@ -38,33 +38,33 @@ class Stream(Protocol):
         """Keys and values of each layer, [rows, heads, slots, head_dim], and which [rows, slots] are not padding."""
 
     def reserve(self, tokens: int) -> None:
-        """From the next prefill on, no row will be longer than ``tokens``; a cache that grows has nothing to do."""
+        """From the next prefill on, no row is longer than ``tokens``; a growing cache has nothing to do."""
 
 
 @runtime_checkable
 class Extending(Stream, Protocol):
-    """A stream whose rows can be gone on with by several tokens at once, and from one row in several ways."""
+    """A stream whose rows can be extended by several tokens at once, and one row by several continuations."""
 
     def extend(self, owners: Sequence[int], rows: Sequence[NDArray[Any]]) -> F32:
-        """New rows, each row ``owners[i]`` of the batch and then ``rows[i]`` (one token at least).
+        """Replace the batch by new rows: row ``owners[i]`` of the batch followed by ``rows[i]`` (at least one token).
 
-        Logits [all tokens of ``rows``, vocab], row after row; the new rows replace the batch's.
+        Returns logits [all tokens of ``rows``, vocab], row after row.
         """
 
     def fork(self) -> Self:
-        """A stream that goes on from the same rows, while this one stays where it is; what is cached is shared."""
+        """A stream with the same rows and the same cache, which can be extended without changing this one."""
 
 
 @runtime_checkable
 class LastLogits(Stream, Protocol):
-    """A stream that need not make all logits of a prefill."""
+    """A stream that can compute only the last logits of a prefill."""
 
     def prefill_last(self, rows: Sequence[NDArray[Any]]) -> F32:
-        """As :meth:`prefill`, but the logits [rows, vocab] of each row's last token alone."""
+        """Like :meth:`prefill`, but only the logits [rows, vocab] of each row's last token."""
 
 
 class Forking:
-    """A stream whose steps replace its cache and never write over it: a shallow copy can go its own way."""
+    """A stream whose steps replace its cache and never overwrite it, so a shallow copy is an independent fork."""
 
     def fork(self) -> Self:
         return copy.copy(self)
@@ -74,7 +74,7 @@ class Forking:
 
 
 class PastStream(Forking):
-    """A stream over a stateless :class:`Decoder`: padding on the left, the cache handed back in."""
+    """A stream over a stateless :class:`Decoder`: padding on the left, the returned cache is the next input."""
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
@@ -89,7 +89,7 @@ class PastStream(Forking):
         return logits
 
     def prefill_last(self, rows: Sequence[NDArray[Any]]) -> F32:
-        return self._run(self._begin(rows), keep=1)[:, -1]
+        return self._run(self._begin(rows), num_logits=1)[:, -1]
 
     def _begin(self, rows: Sequence[NDArray[Any]]) -> I64:
         self._past = self.decoder.empty_past(len(rows))
@@ -104,28 +104,28 @@ class PastStream(Forking):
 
     def extend(self, owners: Sequence[int], rows: Sequence[NDArray[Any]]) -> F32:
         lengths = np.array([len(row) for row in rows])
-        ids, places = right_padded(rows)
+        ids, offsets = right_padded(rows)
         real = prefix_mask(lengths, ids.shape[1])
         picked = np.asarray(owners)
         self._past = tuple((key[picked], value[picked]) for key, value in self._past)
         self._mask = np.concatenate([self._mask[picked], real.astype(np.int64)], axis=1)
-        # Padding stands at its row's last position, from which the next token counts on.
-        self._positions = self._positions[picked, -1:] + 1 + np.minimum(places, lengths[:, None] - 1)
+        # Padding gets the row's last position, so that the next token's position follows from it.
+        self._positions = self._positions[picked, -1:] + 1 + np.minimum(offsets, lengths[:, None] - 1)
         return self._run(ids)[real]
 
     def cache(self) -> tuple[Sequence[KV], BOOL]:
         return self._past, self._mask.astype(bool)
 
-    def _run(self, ids: I64, keep: int = 0) -> F32:
-        output = self.decoder(ids, self._mask, self._positions, self._past, keep)
+    def _run(self, ids: I64, num_logits: int = 0) -> F32:
+        output = self.decoder(ids, self._mask, self._positions, self._past, num_logits)
         self._past = output.present
         return output.logits
 
 
-class WholeStream:
+class UncachedStream:
     """A stream over a model without a KV cache: every step computes all tokens again.
 
-    ``forward`` makes logits [batch, sequence, vocab] of left-padded ids, mask and positions.
+    ``forward`` computes logits [batch, sequence, vocab] from left-padded ids, mask and positions.
     """
 
     kv_layers = None

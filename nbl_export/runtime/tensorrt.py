@@ -1,11 +1,11 @@
 """A TensorRT engine as a :class:`~nbl_export.runtime.stream.Stream`: device buffers, bindings, both profiles.
 
-A static cache is one buffer for each layer and side, bound as past and as present, so that nothing is
-ever copied; its decode step keeps every shape and address and runs as a CUDA graph. A growing
-cache has two buffers that take turns as past and present, large enough for the longest context.
+A static cache is one buffer per layer and side, bound as past and as present, so that nothing is copied. Its
+decode step keeps every shape and address and runs as a CUDA graph. A growing cache has two buffers, which
+alternate as past and present and are large enough for the longest context.
 
-Everything that touches the GPU goes through :class:`Device` (torch) and an execution context, so that
-the rest can be tested with a context that only records, on the CPU.
+Everything that uses the GPU goes through :class:`Device` (torch) and an execution context, so that the rest can
+be tested on the CPU with a recording context.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _DTYPES = {
 
 
 class Device:
-    """Memory and a stream of the GPU, by torch. ``name`` is a torch device."""
+    """GPU memory and a CUDA stream, through torch. ``name`` is a torch device."""
 
     def __init__(self, name: str = "cuda") -> None:
         import torch
@@ -57,7 +57,7 @@ class Device:
 
     @property
     def stream(self) -> int:
-        """The stream's handle, for a context."""
+        """The handle of the stream for an execution context."""
         return int(self._stream.cuda_stream) if self._stream else 0
 
     def zeros(self, shape: Sequence[int], dtype: str) -> torch.Tensor:
@@ -72,19 +72,19 @@ class Device:
             tensor.zero_()
 
     def put(self, target: torch.Tensor, array: NDArray[Any]) -> None:
-        """Copy host numbers into ``target``."""
+        """Copy a host array into ``target``."""
         import torch
 
         with self._on_stream():
             target.copy_(torch.from_numpy(np.ascontiguousarray(array)), non_blocking=True)
 
     def get(self, tensor: torch.Tensor) -> Any:
-        """``tensor`` as a host array; half becomes float32."""
+        """``tensor`` as a host array; half precision becomes float32."""
         with self._on_stream():
             return (tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy().copy()
 
     def _on_stream(self) -> AbstractContextManager[Any]:
-        # Everything happens in the order of one stream, the one the engine runs on.
+        # All work is ordered on one stream, the one the engine runs on.
         import torch
 
         return torch.cuda.stream(self._stream) if self._stream else nullcontext()
@@ -94,7 +94,7 @@ class Device:
             self._stream.synchronize()
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """``work`` as a CUDA graph to replay; itself where there is no GPU."""
+        """``work`` captured as a CUDA graph to replay; ``work`` itself without a GPU."""
         if self._stream is None:
             return work
         import torch
@@ -114,8 +114,8 @@ class Device:
 class LoadedEngine:
     """A deserialized engine with one execution context for each profile.
 
-    ``captures`` is whether the decode step is to be captured into a CUDA graph here: not where the
-    library does that itself. ``runtime`` must live as long as the engine.
+    ``captures`` says whether the decode step is captured into a CUDA graph here; it is False if the library does
+    that itself. ``runtime`` must live as long as the engine.
     """
 
     manifest: Manifest
@@ -129,8 +129,8 @@ class LoadedEngine:
 def load_engine(path: Path, device: Device | None = None) -> LoadedEngine:
     """Load the engine at ``path`` on this machine's GPU.
 
-    Its manifest is checked first (:mod:`nbl_export.engine.manifest`), then the dtypes that the engine
-    itself reports; raises :class:`InputError`, :class:`MissingDependencyError` or :class:`BuildError`.
+    Its manifest is checked first (:mod:`nbl_export.engine.manifest`), then the dtypes reported by the engine.
+    Raises :class:`InputError`, :class:`MissingDependencyError` or :class:`BuildError`.
     """
     manifest = load_manifest(path)
     library = check_runs(manifest, find_gpu())
@@ -144,14 +144,16 @@ def load_engine(path: Path, device: Device | None = None) -> LoadedEngine:
         found = engine.get_tensor_dtype(tensor["name"]).name
         if found != tensor["dtype"]:
             raise BuildError(
-                f"{path}: {tensor['name']} is {found}, the network it was built from {tensor['dtype']}."
+                f"{path}: {tensor['name']} is {found}, the network it was built from {tensor['dtype']}: build the "
+                "engine again."
             )
     contexts = {}
     for index, profile in enumerate(manifest.profiles):
         context = _context(library, engine)
         if context is None or not context.set_optimization_profile_async(index, device.stream):
             raise BuildError(
-                f"{path}: no execution context for the {profile['name']} profile; not enough memory?"
+                f"{path}: no execution context for the {profile['name']} profile: free GPU memory, or build for a "
+                "shorter --max-context."
             )
         contexts[profile["name"]] = context
     device.synchronize()
@@ -167,7 +169,7 @@ def _context(library: Library, engine: Any) -> Any:
 
 
 class EngineStream:
-    """A loaded engine fed with ragged rows; logits and cache stay on the device until asked for."""
+    """A loaded engine as a stream of ragged rows; logits and cache stay on the device until requested."""
 
     def __init__(self, loaded: LoadedEngine) -> None:
         self.manifest, self.device = loaded.manifest, loaded.device
@@ -178,7 +180,7 @@ class EngineStream:
         self._past = [n for n in self._inputs if n.startswith("past_key_values.")]
         self.static = loaded.manifest.kv_cache == "static"
         self._vocab = int(self._outputs["logits"]["shape"][-1])
-        # By profile: what a decode step is bound to outlasts the next prefill, as its CUDA graph needs.
+        # By profile: the tensors bound to a decode step outlive the next prefill, as its CUDA graph needs.
         self._bound: dict[str, dict[str, torch.Tensor]] = {PREFILL: {}, DECODE: {}}
         self._batch = 0
         self._replay: Callable[[], None] | None = None
@@ -195,7 +197,7 @@ class EngineStream:
 
     @property
     def workspace_bytes(self) -> int:
-        """Bytes of the engine's own scratch memory on the device, which each context holds."""
+        """Bytes of the engine's scratch memory on the device, which every context allocates."""
         return len(self._contexts) * int(self._engine.device_memory_size_v2)
 
     # Stream ----------------------------------------------------------------------------------
@@ -218,10 +220,10 @@ class EngineStream:
 
     # on the device ---------------------------------------------------------------------------
     def reserve(self, tokens: int) -> None:
-        return None  # the engine's profiles say how long a row may be
+        return None  # the engine's profiles limit the length of a row
 
     def prefill_on_device(self, rows: Sequence[NDArray[Any]]) -> torch.Tensor:
-        """Run ``rows`` from an empty cache: logits [rows, longest, vocab], padding included."""
+        """Run ``rows`` from an empty cache: logits [rows, longest, vocab], including padding."""
         self._check_fits(rows)
         self._allocate(len(rows))
         self._lengths = np.array([len(r) for r in rows], dtype=np.int64)
@@ -244,7 +246,9 @@ class EngineStream:
         if len(tokens) != self._batch:
             raise InputError(f"{len(tokens)} tokens for a batch of {self._batch} rows.")
         if self._length_after_next() > self.manifest.limits["max_context"]:
-            raise InputError(f"The engine's context of {self.manifest.limits['max_context']} tokens is full.")
+            raise InputError(
+                f"The engine's context of {self.manifest.limits['max_context']} tokens is full: build it for more."
+            )
         ids = np.array(tokens, dtype=np.int64)[:, None]
         if self.static:
             self._feed(
@@ -260,7 +264,7 @@ class EngineStream:
         else:
             self._run(DECODE, 1)
             if self.static and self._captures:
-                # Shapes and addresses stay from here on; the first step was the warm-up a capture needs.
+                # Shapes and addresses stay the same from now on; the first step was the warm-up for the capture.
                 self._replay = self.device.capture(lambda: self._execute(DECODE))
         self._length += 1
         self._lengths = self._lengths + 1
@@ -274,7 +278,7 @@ class EngineStream:
         for what, found, most in (("rows", len(rows), "max_batch"), ("tokens in a row", longest, "max_seq")):
             if found > limits[most]:
                 raise InputError(
-                    f"{found} {what} are more than the engine was built for ({most} {limits[most]})."
+                    f"{found} {what} are more than the engine was built for ({most} {limits[most]}): build it for more."
                 )
 
     # buffers and bindings --------------------------------------------------------------------
@@ -282,7 +286,7 @@ class EngineStream:
         if batch == self._batch:
             for pair in self._buffers.values():
                 for buffer in pair:
-                    self.device.clear(buffer)  # what is masked must still be a number
+                    self.device.clear(buffer)  # masked values must be finite
             return
         self._batch, self._turn, self._replay = batch, 0, None
         self._bound = {PREFILL: {}, DECODE: {}}
@@ -296,7 +300,7 @@ class EngineStream:
             self._buffers[name] = (first, second)
 
     def _view(self, name: str, length: int) -> torch.Tensor:
-        """The buffer that holds the cache now, as [batch, heads, length, head_dim]."""
+        """The buffer with the current cache, as [batch, heads, length, head_dim]."""
         return self._shaped(self._buffers[name][self._turn], name, length)
 
     def _shaped(self, buffer: torch.Tensor, name: str, length: int) -> torch.Tensor:
@@ -308,13 +312,13 @@ class EngineStream:
         bound = self._bound[profile]
         for name, array in arrays.items():
             if name not in self._inputs:
-                continue  # a graph without attention reads no positions
+                continue  # a graph without attention has no position input
             if name not in bound or bound[name].shape != array.shape:
                 bound[name] = self.device.zeros(array.shape, _DTYPES[self._inputs[name]["dtype"]])
             self.device.put(bound[name], array)
 
     def _run(self, profile: str, sequence: int) -> None:
-        """Bind everything for one pass over ``sequence`` tokens and execute it."""
+        """Bind all tensors for a pass over ``sequence`` tokens and execute it."""
         context, bound = self._contexts[profile], self._bound[profile]
         shape = (self._batch, sequence, self._vocab)
         if "logits" not in bound or bound["logits"].shape != shape:
@@ -331,7 +335,7 @@ class EngineStream:
                 raise InputError(
                     f"The engine's {profile} profile does not take {name} of shape {tuple(tensor.shape)}."
                 )
-            # An empty tensor has no address of its own; that of its buffer will do.
+            # An empty tensor has no address; the address of its buffer is used.
             owner = self._buffers[name][self._turn] if name in self._past else tensor
             context.set_tensor_address(name, owner.data_ptr())
         self._execute(profile)
@@ -339,4 +343,4 @@ class EngineStream:
 
     def _execute(self, profile: str) -> None:
         if not self._contexts[profile].execute_async_v3(self.device.stream):
-            raise BuildError(f"The engine failed to run its {profile} profile.")
+            raise BuildError(f"The engine failed to run its {profile} profile: build the engine again.")

@@ -1,4 +1,4 @@
-"""PyTorch as a :class:`~nbl_export.runtime.decoder.Decoder`: the reference of every comparison."""
+"""PyTorch as a :class:`~nbl_export.runtime.decoder.Decoder`: the reference for every comparison."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.batch.arrays import F32, I64
-from nbl_export.models.forward import run_whole, run_with_past
+from nbl_export.models.dummy_run import cache_shapes
+from nbl_export.models.forward import run_uncached, run_with_past
 from nbl_export.models.layers import layer_count
-from nbl_export.models.trial import cache_shapes
 from nbl_export.runtime.decoder import KV, DecoderOutput
-from nbl_export.runtime.stream import PastStream, Stream, WholeStream
+from nbl_export.runtime.stream import PastStream, Stream, UncachedStream
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class TorchDecoder:
     """A causal language model of transformers, original or linearized, with an explicit cache.
 
-    ``linearized`` names the layers that have no cache: their entries are left out.
+    ``linearized`` are the layers without a cache; they have no cache entries.
     """
 
     def __init__(self, model: torch.nn.Module, linearized: Sequence[int] = ()) -> None:
@@ -45,13 +45,13 @@ class TorchDecoder:
         attention_mask: torch.Tensor,
         position_ids: torch.Tensor,
         past: Any,
-        keep: int = 0,
+        num_logits: int = 0,
     ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
         """Tensors in, tensors out; ``past`` has one entry for each of ``kv_layers``."""
         length = attention_mask.shape[1] - input_ids.shape[1]
         every = self._spread(past, input_ids.shape[0])
         logits, present = run_with_past(
-            self.model, input_ids, attention_mask, position_ids, every, length, keep
+            self.model, input_ids, attention_mask, position_ids, every, length, num_logits
         )
         return logits, [present[i] for i in self._kv_layers]
 
@@ -66,7 +66,7 @@ class TorchDecoder:
         return entries
 
     def __call__(
-        self, input_ids: I64, attention_mask: I64, position_ids: I64, past: Sequence[KV], keep: int = 0
+        self, input_ids: I64, attention_mask: I64, position_ids: I64, past: Sequence[KV], num_logits: int = 0
     ) -> DecoderOutput:
         import torch
 
@@ -79,7 +79,7 @@ class TorchDecoder:
             for pair in past
         ]
         with torch.inference_mode():
-            logits, present = self.forward(ids, mask, positions, tensors, keep)
+            logits, present = self.forward(ids, mask, positions, tensors, num_logits)
         return DecoderOutput(
             logits.float().cpu().numpy(),
             tuple((k.float().cpu().numpy(), v.float().cpu().numpy()) for k, v in present),
@@ -87,14 +87,14 @@ class TorchDecoder:
 
 
 def torch_stream(model: torch.nn.Module, linearized: Sequence[int] = (), cached: bool = True) -> Stream:
-    """The ``model``, original or with the layers ``linearized``, as a stream; with its KV cache or without."""
+    """The ``model``, original or with the layers ``linearized``, as a stream with or without a KV cache."""
     if cached:
         return PastStream(TorchDecoder(model, linearized))
-    return WholeStream(lambda *inputs: whole_logits(model, *inputs))
+    return UncachedStream(lambda *inputs: uncached_logits(model, *inputs))
 
 
-def whole_logits(model: torch.nn.Module, input_ids: I64, attention_mask: I64, position_ids: I64) -> F32:
-    """Logits [batch, sequence, vocab] of one pass without a cache."""
+def uncached_logits(model: torch.nn.Module, input_ids: I64, attention_mask: I64, position_ids: I64) -> F32:
+    """Logits [batch, sequence, vocab] of one forward pass without a cache."""
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-    logits: F32 = run_whole(model, inputs).logits.float().cpu().numpy()
+    logits: F32 = run_uncached(model, inputs).logits.float().cpu().numpy()
     return logits

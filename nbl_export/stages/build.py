@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def build(run: Run, settings: EngineSettings) -> list[EngineFile]:
-    """Both graphs → ``engine/``: base and linearized TensorRT engines, each with its manifest."""
+    """Both graphs → ``engine/``: base and linearized TensorRT engines, each with a manifest."""
     from nbl_export.batch.names import BASE, LINEARIZED
     from nbl_export.engine.gpu import find_gpu
     from nbl_export.engine.library import check_capabilities, choose_library
@@ -31,7 +31,7 @@ def build(run: Run, settings: EngineSettings) -> list[EngineFile]:
     if not run.model.task.causal:
         raise InputError(
             f"TensorRT engines are built of decoders only; {run.model.source.source} is an encoder "
-            f"({run.model.task.name})."
+            f"({run.model.task.name}): use its ONNX graph."
         )
     ws = run.workspace
     gpu = find_gpu()
@@ -57,7 +57,7 @@ def build(run: Run, settings: EngineSettings) -> list[EngineFile]:
             )
         sources = [
             Source(BASE, ws.baseline, len(plan.candidates), ws.base_engine),
-            Source(LINEARIZED, ws.model, len(plan.kept), ws.engine),
+            Source(LINEARIZED, ws.model, len(plan.attention_layers), ws.engine),
         ]
         plan_hash = sha256_of_file(ws.plan)
         _, files = build_pair(library, gpu, sources, plan.chosen, plan_hash, shapes, capabilities, listener)
@@ -87,7 +87,7 @@ def check_limits(settings: EngineSettings, positions: int | None) -> Limits:
 
 
 def model_positions(ws: Workspace) -> int | None:
-    """The model's number of positions, from the configuration beside the baseline graph."""
+    """The model's number of positions, from the configuration of the baseline graph."""
     path = ws.baseline.with_name("config.json")
     config = read_json(path, "The baseline's configuration", "run `nbl-export export` again")
     config = {**config, **(config.get("text_config") or {})}
@@ -96,7 +96,7 @@ def model_positions(ws: Workspace) -> int | None:
 
 
 def current_engines(ws: Workspace) -> tuple[EngineFile, ...]:
-    """The engines of the graphs as they are now, each checked against its manifest; none if there are none."""
+    """The engines of the current graphs, each checked against its manifest; empty if there are none."""
     from nbl_export.engine.manifest import load_manifest
     from nbl_export.engine.pair import EngineFile
 

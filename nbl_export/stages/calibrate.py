@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from nbl_export.calibrate.probe import Probe
-    from nbl_export.stages.material import Material
+    from nbl_export.stages.calibration_data import CalibrationLoader
 
 
 def calibrate(run: Run, settings: CalibrateSettings) -> None:
@@ -28,51 +28,50 @@ def calibrate(run: Run, settings: CalibrateSettings) -> None:
     from nbl_export.calibrate.moments import save_moments
     from nbl_export.calibrate.probe import save_probe
     from nbl_export.checkpoint import Checkpoint
+    from nbl_export.models.dummy_run import check_supported
     from nbl_export.models.layers import dtype_of, structure
-    from nbl_export.models.trial import check_served
-    from nbl_export.stages.material import material_of
+    from nbl_export.stages.calibration_data import loader_for
 
     ws, source = run.workspace, run.model.source
-    material = material_of(source)
-    stamps = _stamps(material.files(settings.sources))
+    loader = loader_for(source)
+    stamps = _stamps(loader.files(settings.sources))
     key = sha256_of_json({"model": source.fingerprint, "text": asdict(settings), "files": stamps})
 
     def work(listener: Listener) -> list[Path]:
         model = run.model.model
-        check_served(
-            model, cached=False, task=run.model.task
-        )  # a graph without a cache can be made, if no other
-        _check_room(ws, model)
-        reading = run.model.in_dtype(settings.dtype)
-        kept = material.path(ws)
-        read = _kept(kept, key, material)
-        if read is None:
-            read = material.read(run.model, settings, listener)
-            material.save(kept, read)
-            write_json(_record(kept), {"key": key})
-        tokens = read.calibration
-        _check_enough(tokens, model, material.unit)
-        probe = material.probe(run.model, read)
+        # A graph without a cache can be exported, even if one with a cache cannot.
+        check_supported(model, cached=False, task=run.model.task)
+        _check_disk_space(ws, model)
+        in_dtype = run.model.in_dtype(settings.dtype)
+        path = loader.path(ws)
+        data = _load_saved(path, key, loader)
+        if data is None:
+            data = loader.read(run.model, settings, listener)
+            loader.save(path, data)
+            write_json(_record(path), {"key": key})
+        tokens = data.calibration
+        _check_enough(tokens, model, loader.unit)
+        probe = loader.probe(run.model, data)
         if not run.model.task.causal:
             _check_exports(run, probe)
-        moments = collect_moments(reading, tokens, source.fingerprint, Checkpoint(ws.checkpoint), listener)
+        moments = collect_moments(in_dtype, tokens, source.fingerprint, Checkpoint(ws.checkpoint), listener)
         seen = next(iter(moments.layers.values())).n
         described = {
             "model": source.fingerprint,
             "tokens": seen,
-            "dtype": dtype_of(reading),
+            "dtype": dtype_of(in_dtype),
             **structure(model).as_json(),
         }
         save_moments(ws.moments, moments, described)
         save_probe(ws.probe, probe)
         ws.checkpoint.unlink(missing_ok=True)
-        return [kept, ws.moments, ws.probe]
+        return [path, ws.moments, ws.probe]
 
     run.stage("calibrate", key, asdict(settings), work)
 
 
 def _check_exports(run: Run, probe: Probe) -> None:
-    """Refuse an encoder that cannot be exported before the long part of calibration: there are many kinds."""
+    """Refuse an encoder that cannot be exported before the long work of calibration: there are many kinds."""
     from nbl_export.export.encoder import encoder_form
     from nbl_export.export.torch import check_traces
 
@@ -85,26 +84,26 @@ def _record(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
-def _kept(path: Path, key: str, material: Material) -> Any:
-    """The material of an interrupted calibration with the same settings; None if there is none, or it is damaged."""
+def _load_saved(path: Path, key: str, loader: CalibrationLoader) -> Any:
+    """The data of an interrupted calibration with the same settings; None if there is none, or if it is damaged."""
     try:
-        record = read_json(_record(path), "The record of the calibration material", "")
-        return material.load(path) if record == {"key": key} else None
+        record = read_json(_record(path), "The record of the calibration data", "")
+        return loader.load(path) if record == {"key": key} else None
     except InputError:
         return None
 
 
 def _stamps(files: Iterable[Path]) -> list[tuple[str, str]]:
-    """Name and content of the local files named: changed text is another calibration, a fresh checkout is not."""
+    """Name and content hash of the local files: a changed text changes the key, a new modification time does not."""
     return [(str(f), sha256_of_file(f)) for f in files]
 
 
 def _check_enough(rows: Any, model: torch.nn.Module, unit: str) -> None:
+    from nbl_export.models.dummy_run import dummy_run
     from nbl_export.models.layers import hidden_size
-    from nbl_export.models.trial import trial
 
     d = hidden_size(model)
-    tokens = rows.size if rows.ndim == 2 else len(rows) * trial(model).tokens
+    tokens = rows.size if rows.ndim == 2 else len(rows) * dummy_run(model).tokens
     if tokens < d + 1:
         options = "--samples or --seq-len" if rows.ndim == 2 else "--samples"
         raise InputError(
@@ -113,8 +112,8 @@ def _check_enough(rows: Any, model: torch.nn.Module, unit: str) -> None:
         )
 
 
-def _check_room(ws: Workspace, model: torch.nn.Module) -> None:
-    """Refuse early what the disk cannot hold: two float32 graphs, the moments and one checkpoint."""
+def _check_disk_space(ws: Workspace, model: torch.nn.Module) -> None:
+    """Refuse early if the disk space is not enough: two float32 graphs, the moments and one checkpoint."""
     from nbl_export.models.layers import hidden_size, layer_count
 
     weights = 4 * sum(p.numel() for p in model.parameters())

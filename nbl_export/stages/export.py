@@ -1,4 +1,4 @@
-"""Model → ``baseline/model.onnx`` with configuration and tokenizer files beside it."""
+"""Model → ``baseline/model.onnx`` with its configuration and tokenizer files."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from nbl_export.stages.run import Run
 
 if TYPE_CHECKING:
     from nbl_export.export.forms import Form
-    from nbl_export.graph.precision import Kept
+    from nbl_export.graph.precision import Float32Node
 
 
 def export(run: Run, settings: ExportSettings) -> None:
-    """Model → ``baseline/model.onnx`` with configuration and tokenizer files beside it."""
+    """Model → ``baseline/model.onnx`` with its configuration and tokenizer files."""
     from nbl_export.export.forms import FORMS
 
     task, pooling = run.model.task, run.model.pooling
     ws = run.workspace
-    # Which Python ran the exporter says nothing of the graph.
+    # The Python that runs the exporter does not affect the graph.
     recorded = {name: value for name, value in asdict(settings).items() if name != "python"}
     recorded["opset"] = FORMS[str(settings.kv_cache)].opset if settings.exporter == "torch" else None
     if not task.causal:
         recorded |= {"task": task.name, "pooling": pooling.as_json() if pooling else None}
     base = {"model": run.model.source.fingerprint, "export": recorded, "version": __version__}
     measures = settings.exporter == "torch" and settings.precision == "fp16"
-    if measures or not task.causal:  # which tensors float16 can hold; what an encoder's inputs look like
+    if measures or not task.causal:  # calibration gives the ranges for float16, and the inputs of an encoder
         base["calibrate"] = ws.require("calibrate", f"nbl-export calibrate MODEL -o {ws.root}").key
 
     def work(listener: Listener) -> list[Path]:
         check_model(run, settings)
         exported = _export_torch if settings.exporter == "torch" else _export_elsewhere
-        files, kept = exported(run, settings, listener)
-        write_json(ws.export_summary, {"kept_float32": [asdict(k) for k in kept]})
+        files, float32 = exported(run, settings, listener)
+        write_json(ws.export_summary, {"kept_float32": [asdict(node) for node in float32]})
         return [*files, ws.export_summary, *_save_configs(run, files, settings)]
 
     run.stage("export", sha256_of_json(base), recorded, work)
@@ -57,30 +57,32 @@ def check_exporter(settings: ExportSettings) -> None:
 
 
 def check_model(run: Run, settings: ExportSettings) -> None:
-    """Refuse, before any work, a model that cannot be exported as ``settings`` say."""
+    """Refuse, before any work, a model that cannot be exported with these ``settings``."""
     from nbl_export.export.form_check import check_form
     from nbl_export.export.forms import FORMS
-    from nbl_export.models.trial import check_served
+    from nbl_export.models.dummy_run import check_supported
 
     task = run.model.task
     if settings.exporter == "torch" and task.causal:
         check_form(run.model.model, FORMS[str(settings.kv_cache)])
     else:
-        check_served(run.model.model, task=task)
+        check_supported(run.model.model, task=task)
 
 
-def _export_torch(run: Run, settings: ExportSettings, listener: Listener) -> tuple[list[Path], list[Kept]]:
+def _export_torch(
+    run: Run, settings: ExportSettings, listener: Listener
+) -> tuple[list[Path], list[Float32Node]]:
     from nbl_export.batch.names import PIXELS
     from nbl_export.export.half import save_in_precision
     from nbl_export.export.torch import trace
     from nbl_export.graph.precision import precision_of
-    from nbl_export.stages.material import material_of
+    from nbl_export.stages.calibration_data import loader_for
 
     ws, precision = run.workspace, precision_of(str(settings.precision))
     form = _form(run, settings)
     graph = trace(run.model.model, form, listener)
-    material = material_of(run.model.source)
-    rows = material.ranges(material.load(material.path(ws)), form.inputs) if precision.name == "fp16" else []
+    loader = loader_for(run.model.source)
+    rows = loader.ranges(loader.load(loader.path(ws)), form.inputs) if precision.name == "fp16" else []
     return save_in_precision(graph, ws.baseline, precision, rows, {*form.outputs, PIXELS})
 
 
@@ -97,30 +99,30 @@ def _form(run: Run, settings: ExportSettings) -> Form:
 
 def _export_elsewhere(
     run: Run, settings: ExportSettings, listener: Listener
-) -> tuple[list[Path], list[Kept]]:
-    """By a program of another project, which is handed the model as a Hugging Face folder."""
+) -> tuple[list[Path], list[Float32Node]]:
+    """Export with another project's exporter, which reads the model from a Hugging Face folder."""
     from nbl_export.export.genai import export_genai
-    from nbl_export.export.handoff import handoff
-    from nbl_export.export.lm_head import keep_logits_of_file
+    from nbl_export.export.hf_folder import as_hf_folder
+    from nbl_export.export.lm_head import add_num_logits_input_to_file
     from nbl_export.export.optimum import export_optimum, find_optimum
 
     target, trust = run.workspace.baseline.parent, run.model.source.trust_remote_code
     with tempfile.TemporaryDirectory(prefix=".model.", suffix=TEMPORARY, dir=run.workspace.root) as folder:
-        model = handoff(run.model, Path(folder))
+        model = as_hf_folder(run.model, Path(folder))
         if settings.exporter == "genai":
             files = export_genai(model, target, str(settings.precision), listener, trust)
         else:
             files = export_optimum(model, target, find_optimum(settings.python), listener, trust)
-    return sorted({*files, *keep_logits_of_file(run.workspace.baseline)}), []
+    return sorted({*files, *add_num_logits_input_to_file(run.workspace.baseline)}), []
 
 
 def _save_configs(run: Run, exported: list[Path], settings: ExportSettings) -> list[Path]:
-    """Whatever configuration or tokenizer file the exporter did not write itself."""
+    """Write the configuration and tokenizer files that the exporter did not write itself."""
     from nbl_export.batch.names import TOKENS
     from nbl_export.export.genai_config import NAME as GENAI
     from nbl_export.export.genai_config import genai_config
+    from nbl_export.models.dummy_run import cache_shapes
     from nbl_export.models.load import quiet
-    from nbl_export.models.trial import cache_shapes
 
     graph = run.workspace.baseline
     pooling = run.model.pooling
@@ -133,13 +135,15 @@ def _save_configs(run: Run, exported: list[Path], settings: ExportSettings) -> l
             generation: Any = getattr(run.model.model, "generation_config", None)
             if generation is not None:
                 generation.save_pretrained(folder)
-            beside = run.model.tokenizer if run.model.source.reads == TOKENS else run.model.image_processor
-            beside.save_pretrained(folder)
+            processor = run.model.tokenizer if run.model.source.reads == TOKENS else run.model.image_processor
+            processor.save_pretrained(folder)
         shared = settings.kv_cache == "shared"
-        # genai knows no write_indices.
+        # genai does not know write_indices.
         if settings.exporter == "torch" and (shared or settings.kv_cache == "concat"):
             shapes = cache_shapes(run.model.model)
-            if len({(s.heads, s.key_size, s.value_size) for s in shapes}) == 1:  # it knows one shape for all
+            if (
+                len({(s.heads, s.key_size, s.value_size) for s in shapes}) == 1
+            ):  # genai needs the same shape for all layers
                 heads, size = shapes[0].heads, shapes[0].key_size
                 known = genai_config(config.get_text_config(), len(shapes), heads, size, shared)
                 write_json(folder / GENAI, known)

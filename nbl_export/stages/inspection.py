@@ -1,4 +1,4 @@
-"""`nbl-export inspect`: what a file or an output folder holds, as tables. Loads no torch."""
+"""`nbl-export inspect`: the content of a file or an output folder, as tables. Does not import torch."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 def inspect_path(path: Path) -> list[Table]:
-    """Tables for an ONNX file, an engine, a plan, moments or an output folder; else an :class:`InputError`."""
+    """Tables for an ONNX file, an engine, a plan, moments or an output folder; else raises :class:`InputError`."""
     if not path.exists():
-        raise InputError(f"{path} does not exist.")
+        raise InputError(f"{path} does not exist: check the path.")
     if path.is_dir():
         if is_workspace(path):
             return _folder(path)
@@ -40,7 +40,7 @@ def inspect_path(path: Path) -> list[Table]:
         if kind.startswith("nbl-export/moments"):
             return _moments(path)
     raise InputError(
-        f"{path} is no ONNX file, engine, plan, moments file or output folder that nbl-export knows."
+        f"{path} is not an ONNX file, engine, plan, moments file or output folder of nbl-export: check the path."
     )
 
 
@@ -72,7 +72,7 @@ def _onnx(path: Path) -> list[Table]:
 
 
 def _regions(model: ir.Model) -> Table:
-    """The attention that a graph has, and what of it was linearized."""
+    """The attention layers of a graph, and those that were linearized."""
     from nbl_export.graph.cache import kv_layers, kv_pairs, metadata_list
     from nbl_export.graph.regions import AttentionRegion, find_regions
     from nbl_export.graph.weights import weight_format
@@ -86,7 +86,7 @@ def _regions(model: ir.Model) -> Table:
     }
     pairs = {pair.index: pair for pair in kv_pairs(model)}
     found = find_regions(model)
-    # Without a cache the attention that is left is numbered from 0 on.
+    # Without a cache the retained attention layers are numbered from 0.
     left = (i for i in range(len(found) + len(rows)) if i not in rows)
     layers = dict(enumerate(kv_layers(model) if pairs else left))
     for region in found:
@@ -154,7 +154,7 @@ def _plan(path: Path) -> list[Table]:
         ("fit", plan.fit),
         ("ridge", "by held-out error" if plan.ridge is None else f"{plan.ridge:g}"),
         ("repair", f"{plan.repair:,} steps" if plan.repair else "none"),
-        ("rank", "whole" if plan.rank is None else str(plan.rank)),
+        ("rank", "full" if plan.rank is None else str(plan.rank)),
         ("calibration tokens", f"{plan.calibration_tokens:,}"),
     )
     return [Table(str(path), ("", "value"), facts)]

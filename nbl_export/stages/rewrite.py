@@ -29,23 +29,23 @@ def rewrite(run: Run) -> None:
         graph = ws.baseline.name
         files = [ws.root / name for name in exported.files]
         files = [f for f in files if ws.baseline.parent in f.parents and not f.name.startswith(graph)]
-        beside = updated_configs(files, plan.chosen, plan.kept, ws.baseline.parent)
+        sidecars = updated_configs(files, plan.chosen, plan.attention_layers, ws.baseline.parent)
         result = rewrite_file(ws.baseline, plan, ws.model, listener=listener)
         write_json(ws.rewrite_summary, rewrite_summary(result, plan))
-        return [*result.files, ws.rewrite_summary, *copy_sidecars(beside, ws.root)]
+        return [*result.files, ws.rewrite_summary, *copy_sidecars(sidecars, ws.root)]
 
     run.stage("rewrite", key, {}, work)
 
 
 def _rewrite_inputs(ws: Workspace) -> tuple[str, StageRecord]:
-    """The key that a rewrite of what is there now has, and the export it starts from; both must be done."""
+    """The key of a rewrite of the current plan and baseline, and the record of the export; both must be done."""
     selected = ws.require("select", f"nbl-export select {ws.root} --k K")
     exported = ws.require("export", f"nbl-export export {ws.root}")
     return sha256_of_json({"select": selected.key, "export": exported.key}), exported
 
 
 def current_rewrite(ws: Workspace) -> StageRecord:
-    """The record of the rewrite, which must be of the plan and the baseline that are there now."""
+    """The record of the rewrite, which must be of the current plan and baseline."""
     key, _ = _rewrite_inputs(ws)
     rewritten = ws.require("rewrite", f"nbl-export rewrite {ws.root}")
     if rewritten.key != key:

@@ -1,4 +1,4 @@
-"""One invocation on one output folder: the workspace, the model, who listens, and what is done already."""
+"""One invocation on one output folder: the workspace, the model, the listener, and which stages are already done."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class _Noting:
-    """Passes everything on to a listener and keeps the notes, for the stage's record."""
+    """Forwards everything to a listener and collects the notes for the stage's record."""
 
     def __init__(self, listener: Listener) -> None:
         self._listener = listener
@@ -33,7 +33,7 @@ class _Noting:
 
 @dataclass
 class Run:
-    """One invocation on one output folder: the workspace, the model, and who listens."""
+    """One invocation on one output folder: the workspace, the model, and the listener."""
 
     workspace: Workspace
     model: LoadedModel
@@ -46,14 +46,14 @@ class Run:
         out: Path,
         listener: Listener | None = None,
     ) -> Run:
-        """Begin with a model: an existing output folder must be of the same one."""
+        """Start with a model; an existing output folder must be of the same model."""
         workspace = Workspace.create(out)
         workspace.set_model(source.as_json())
         return cls(workspace, LoadedModel(source, listener or Silent()), listener or Silent())
 
     @classmethod
     def resume(cls, out: Path, listener: Listener | None = None) -> Run:
-        """Go on in an existing output folder with the model recorded there."""
+        """Continue in an existing output folder with its recorded model."""
         workspace = Workspace.open(out)
         info = workspace.model_info
         if info is None:
@@ -64,7 +64,7 @@ class Run:
     def stage(
         self, name: str, key: str, settings: dict[str, Any], work: Callable[[Listener], list[Path]]
     ) -> None:
-        """Do ``work`` unless it is done; its files and notes are recorded when it succeeds."""
+        """Do ``work`` unless it is already done; its files and notes are recorded when it succeeds."""
         if self.workspace.is_done(name, key):
             self.listener.note(f"{name}: done already, kept.")
             return

@@ -57,10 +57,10 @@ def verify(run: Run, settings: VerifySettings) -> Report:
 def _encoder_case(run: Run, plan: Plan) -> EncoderCase:
     from nbl_export.batch.names import TOKENS
     from nbl_export.calibrate.passages import frame_of
-    from nbl_export.stages.material import material_of
+    from nbl_export.stages.calibration_data import loader_for
     from nbl_export.verify.encoder import EncoderCase
 
-    model, material = run.model, material_of(run.model.source)
+    model, material = run.model, loader_for(run.model.source)
     heldout = material.heldout(material.load(material.path(run.workspace)), plan.probe)
     case = EncoderCase(model.model, model.task, model.pooling, heldout, material.unit)
     if model.source.reads != TOKENS:

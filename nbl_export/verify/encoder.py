@@ -16,12 +16,12 @@ from nbl_export.graph.io import load_graph
 from nbl_export.graph.precision import Precision, graph_precision
 from nbl_export.linearize.plan import Plan
 from nbl_export.linearize.swap import linearized
+from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.encoder import encoder_of
 from nbl_export.models.layers import positions
 from nbl_export.models.load import in_precision
 from nbl_export.models.pooling import Pooling
 from nbl_export.models.tasks import Task
-from nbl_export.models.trial import trial
 from nbl_export.progress import Listener
 from nbl_export.runtime.encoder import OrtEncoder, TorchEncoder
 from nbl_export.runtime.ort import OrtModel
@@ -134,7 +134,7 @@ def _pytorch_in(
     precision: Precision, case: EncoderCase, plan: Plan, reference: dict[str, np.ndarray], inputs: Inputs
 ) -> EncoderParity:
     """PyTorch's own run in the graph's precision against its float32: what that precision costs anyone."""
-    trial(case.model)
+    dummy_run(case.model)
     half = in_precision(case.model, precision.gates)
     encoder = TorchEncoder(encoder_of(case.model, case.task, case.pooling, plan.probe))
     encoder.encoder.model = half
@@ -146,7 +146,7 @@ def _timed(result: Measurement, case: EncoderCase, settings: VerifySettings) -> 
     """What is timed: text of each context length, or one image, with its number of tokens."""
     first = case.heldout[0]
     if PIXELS in first:
-        return [(trial(case.model).tokens, first)]
+        return [(dummy_run(case.model).tokens, first)]
     tokens = np.concatenate([row[TOKENS][0] for row in case.heldout])
     contexts = fitting_contexts(result, positions(case.model), settings.contexts)
     rows = [{n: np.resize(tokens if n == TOKENS else 0, (1, c)) for n in first} for c in contexts]

@@ -368,7 +368,7 @@ def test_the_batch_where_it_broke_is_named_and_nothing_is_saved_of_it(
     checkpoint = Checkpoint(tmp_path / "partial.safetensors", every_seconds=0.0)
     with pytest.raises(CalibrationError) as caught:
         collect_moments(model, broken, FINGERPRINT, checkpoint)
-    row = re.search(r"layer 0 .* calibration row (\d+):", str(caught.value))
+    row = re.search(r"layer 0 .* calibration row (\d+),", str(caught.value))
     assert row
     partial, metadata = load_moments(checkpoint.path)
     assert 0 < metadata["rows"] == int(row[1]) <= 17

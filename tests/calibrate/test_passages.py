@@ -67,7 +67,7 @@ def test_too_little_text(tokenizer: Any) -> None:
         InputError, match=r"and 0 held-out documents, less than one row of 16 and one document"
     ):
         read_passages(DOCUMENTS[:7], tokenizer, settings, 16, Silent())
-    with pytest.raises(InputError, match="leaves no room for text beside 2 special tokens"):
+    with pytest.raises(InputError, match="leaves no room for text next to 2 special tokens"):
         read_passages(DOCUMENTS, tokenizer, settings, 2, Silent())
     notes = Notes()
     read_passages(DOCUMENTS, tokenizer, CalibrateSettings(("x",), samples=99, heldout_samples=9), 16, notes)

@@ -190,7 +190,7 @@ def test_documents_are_read_only_as_far_as_they_are_wanted(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", ["missing.txt", "a/b/missing", "./missing", "/missing", "~/missing"])
 def test_a_path_that_is_not_there(name: str) -> None:
-    assert refusal(name) == f"The calibration text {name} does not exist."
+    assert refusal(name) == f"The calibration text {name} does not exist: check the path."
 
 
 def test_a_file_of_another_kind_lists_the_kinds_there_are(tmp_path: Path) -> None:
@@ -214,19 +214,22 @@ def test_bytes_that_are_no_utf8(tmp_path: Path, name: str) -> None:
         (tmp_path / name).write_bytes(content if name.endswith("txt") else b'{"text":"' + content + b'"}')
         message = refusal(tmp_path / name)
         assert str(tmp_path / name) in message
-        assert "UTF-8" in message or "no JSON" in message
+        assert "UTF-8" in message or "not JSON" in message
 
 
 def test_binary_bytes_that_happen_to_be_utf8(tmp_path: Path) -> None:
     (tmp_path / "data.txt").write_bytes(b"\x7fELF\x02\x01\x01\x00\x00\x00\n" * 10)
-    assert refusal(tmp_path / "data.txt") == f"{tmp_path / 'data.txt'} is no text: it has NUL bytes."
+    assert (
+        refusal(tmp_path / "data.txt")
+        == f"{tmp_path / 'data.txt'} is not text: it has NUL bytes; give another file."
+    )
 
 
 def test_a_bad_json_line_is_named(tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_bytes(jsonl(["a", "b"]) + b"\n" + b'{"text": "cut off\n')
     message = refusal(tmp_path / "data.jsonl")
-    assert f"{tmp_path / 'data.jsonl'}, line 4: no JSON" in message
-    assert "one object a line" in message
+    assert f"{tmp_path / 'data.jsonl'}, line 4: not JSON" in message
+    assert "one object per line" in message
 
 
 def test_a_missing_field_lists_the_fields_there_are(tmp_path: Path) -> None:
@@ -295,7 +298,7 @@ def test_a_broken_archive(tmp_path: Path, kind: str, packing: str, damage: Calla
     assert str(path) in message
     if damage is not damaged_middle:  # there, garbage may come out before the checksum is reached
         assert "unpacked" in message
-        assert "fetch it again" in message
+        assert "download it again" in message
 
 
 @pytest.mark.parametrize("packing", [".gz", ".zst"])

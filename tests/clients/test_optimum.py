@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nbl_export.export.lm_head import keep_logits_of_file, kept_head
+from nbl_export.export.lm_head import add_num_logits_input_to_file, sliced_lm_head
 from nbl_export.graph.io import load_graph
 from nbl_export.linearize.plan import save_plan
 from nbl_export.rewrite.foreign import rewrite_foreign
@@ -58,8 +58,8 @@ def test_optimum_generates_what_our_decoder_does(
     source = graphs("optimum", family)
     save_plan(tmp_path / "plan.json", calibrated_of(family).plan(layers))
     rewrite_foreign(source, tmp_path / "plan.json", tmp_path / "out")
-    keep_logits_of_file(tmp_path / "out" / GRAPH)  # as a run with its exporter does
-    assert kept_head(load_graph(tmp_path / "out" / GRAPH)) is not None
+    add_num_logits_input_to_file(tmp_path / "out" / GRAPH)  # as a run with its exporter does
+    assert sliced_lm_head(load_graph(tmp_path / "out" / GRAPH)) is not None
     tokens = generated(tmp_path / "out")
     assert len(tokens) == COUNT
     assert tokens == greedy(tmp_path / "out" / GRAPH, PROMPT, COUNT)

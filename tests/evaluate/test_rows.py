@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from nbl_export.errors import InputError
-from nbl_export.evaluate.rows import local_tasks, sample, shapes
+from nbl_export.evaluate.local_tasks import local_tasks, sample, shapes
 from nbl_export.evaluate.tasks import find_tasks, task_of_rows
 from nbl_export.settings import EvalSettings
 
@@ -140,8 +140,8 @@ def test_compressed_files_are_the_same_tasks(tmp_path: Path) -> None:
 
 
 BAD = {
-    "broken": (["{broken"], "line 2: no JSON"),
-    "list": (["[1]"], "line 2: no JSON object"),
+    "broken": (["{broken"], "line 2: not JSON"),
+    "list": (["[1]"], "line 2: not a JSON object"),
     "high gold": (
         [{**QUESTION, "gold": 2}],
         "line 2: 'gold' is 2; it must be the number of one of the 2 choices",
@@ -151,7 +151,7 @@ BAD = {
     "true gold": ([{**QUESTION, "gold": True}], "line 2: 'gold' is True"),
     "one choice": ([{**QUESTION, "choices": ["a"]}], "line 2: 'choices' must be a list of two or more"),
     "empty choice": ([{**QUESTION, "choices": ["a", ""]}], "line 2: 'choices' must be a list"),
-    "number": ([{**QUESTION, "question": 3}], "line 2: 'question' is no text"),
+    "number": ([{**QUESTION, "question": 3}], "line 2: 'question' is not text"),
     "other": ([{"ctx": "a", "choices": ["a", "b"], "gold": 0}], "line 2: no field 'question'"),
 }
 
@@ -190,13 +190,13 @@ def test_paths_that_name_nothing(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="does not exist"):
             local_tasks(missing)
     (tmp_path / "rows.csv").write_text("a,b\n")
-    with pytest.raises(InputError, match="is no task"):
+    with pytest.raises(InputError, match="is not a task"):
         local_tasks(str(tmp_path / "rows.csv"))
     (tmp_path / "rows.jsonl").write_text("\n")
     with pytest.raises(InputError, match="has no rows"):
         local_tasks(str(tmp_path))
     (tmp_path / "rows.jsonl").write_bytes(b'{"text": "\xff"}\n')
-    with pytest.raises(InputError, match="no UTF-8 text"):
+    with pytest.raises(InputError, match="not UTF-8 text"):
         local_tasks(str(tmp_path))
     (tmp_path / "rows.jsonl").unlink()
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(b"{}\n" * 99)[:20])

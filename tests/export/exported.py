@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime
 import torch
 
-from nbl_export.export.handoff import handoff
+from nbl_export.export.hf_folder import as_hf_folder
 from nbl_export.files import TEMPORARY
 from nbl_export.models.loaded import LoadedModel
 from nbl_export.models.source import find_model
@@ -36,7 +36,7 @@ def loaded(source: Path) -> LoadedModel:
 
 
 def handed_off(source: Path, folder: Path) -> Path:
-    return handoff(loaded(source), folder)
+    return as_hf_folder(loaded(source), folder)
 
 
 def torch_logits(folder: Path, ids: Sequence[int]) -> np.ndarray[Any, Any]:

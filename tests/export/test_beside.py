@@ -27,7 +27,7 @@ def test_configurations_are_told_and_the_rest_is_copied(tmp_path: Path) -> None:
         write(source, "config.json", {"num_hidden_layers": 4}),
         write(source, "tokenizer.json", '{"as": "it is"}  '),
     ]
-    written = copy_sidecars(updated_configs(files, linear=[1, 2], kept=[0, 3]), target)
+    written = copy_sidecars(updated_configs(files, linear=[1, 2], cached=[0, 3]), target)
     assert [p.name for p in written] == [p.name for p in files]
     genai, config, tokenizer = (json.loads(p.read_text()) for p in written)
     assert genai["model"]["decoder"] == {"num_hidden_layers": 2, "filename": "model.onnx"}
@@ -45,7 +45,7 @@ def test_sliding_layers_are_named_by_their_new_number(tmp_path: Path) -> None:
         "genai_config.json",
         {"model": {"decoder": {"sliding_window": window, "num_hidden_layers": 6}}},
     )
-    copy_sidecars(updated_configs([source], linear=[1, 2], kept=[0, 3, 4, 5]), tmp_path)  # in place
+    copy_sidecars(updated_configs([source], linear=[1, 2], cached=[0, 3, 4, 5]), tmp_path)  # in place
     found = json.loads(source.read_text())["model"]["decoder"]
     assert found == {"sliding_window": {"window_size": 8, "layers": [0, 2]}, "num_hidden_layers": 4}
 

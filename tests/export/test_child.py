@@ -80,7 +80,10 @@ def test_it_is_told_to_stay_offline(fake_python: FakePython, target: Path, tiny_
         ("echo 'a.b.OddError: odd'; echo 'leaked semaphores' >&2; exit 1", "a.b.OddError: odd"),
         (r"printf '10%%\r20%%\rout of room'; exit 3", "out of room"),
         ("exit 5", "exit code 5"),
-        ("echo half > filled/model.onnx; kill -9 $$", "it was killed by SIGKILL, often for want of memory"),
+        (
+            "echo half > filled/model.onnx; kill -9 $$",
+            "it was killed by SIGKILL, often because memory ran out",
+        ),
         ("echo half > filled/model.onnx; kill -SEGV $$", "it was killed by SIGSEGV"),
         ("echo bye", "it wrote no model.onnx"),
     ],
@@ -100,7 +103,7 @@ def test_missing_module_is_named_with_the_remedy(bare_python: str, target: Path,
     with pytest.raises(MissingDependencyError) as caught:
         export(bare_python, target, tiny_folder)
     assert str(caught.value) == (
-        f"frobnicator is not there for {bare_python} (it has no module frob): install frob."
+        f"frobnicator is not installed for {bare_python} (it has no module frob): install frob."
     )
     assert as_it_was(target)
 

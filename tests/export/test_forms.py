@@ -27,7 +27,7 @@ from transformers.models.opt import modeling_opt
 from nbl_export.errors import InputError
 from nbl_export.export.forms import CONCAT, FORMS, NONE, SHARED, STATIC
 from nbl_export.export.torch import export_torch
-from nbl_export.models.trial import check_served
+from nbl_export.models.dummy_run import check_supported
 from tests.fixtures_graph import original_logits, ragged_rows
 from tests.releases import written_for_5
 
@@ -305,7 +305,7 @@ def test_a_model_that_makes_its_mask_itself_is_refused(
 ) -> None:
     # So it is with transformers 4; here the mask is as long as the new tokens, or as the buffer.
     model = randomized(OPTForCausalLM(OPTConfig(**SMALL_OPT)))
-    check_served(model)  # as it is
+    check_supported(model)  # as it is
     for length in (3, 7):
         mask = torch.ones(2, 1, 3, length, dtype=torch.bool)
         monkeypatch.setattr(modeling_opt, "create_causal_mask", lambda mask=mask, **_: mask, raising=False)

@@ -15,7 +15,7 @@ import torch
 import transformers
 from transformers import AutoTokenizer
 
-from nbl_export.export.handoff import handoff
+from nbl_export.export.hf_folder import as_hf_folder
 from nbl_export.models.compat import readable_config, readable_tokenizer_config
 from tests.export.exported import BASE, LLAMA3, handed_off, loaded, torch_logits
 from tests.releases import written_for_5
@@ -225,7 +225,7 @@ def test_gguf_is_saved_from_the_loaded_model(tmp_path: Path) -> None:
     model = loaded(Path(path))
     config: Any = model.model.config
     before = config.to_dict()
-    handed = handoff(model, tmp_path / "handed")
+    handed = as_hf_folder(model, tmp_path / "handed")
     assert config.to_dict() == before
     saved = json.loads((handed / "config.json").read_text())
     assert (saved["rope_theta"], saved["torch_dtype"]) == (100000.0, "float32")

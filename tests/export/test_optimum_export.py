@@ -101,6 +101,6 @@ def test_where_optimum_is_looked_for(
         find_optimum(bare_python)
     monkeypatch.delenv("NBL_EXPORT_OPTIMUM_PYTHON")
     monkeypatch.setattr(sys, "executable", bare_python)
-    with pytest.raises(MissingDependencyError, match=f"not there for {bare_python}"):
+    with pytest.raises(MissingDependencyError, match=f"not installed for {bare_python}"):
         find_optimum()
     assert find_optimum(python) == python

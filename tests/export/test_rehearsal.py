@@ -59,7 +59,7 @@ def test_positions_that_count_padding_are_refused(form: Any) -> None:
     model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter.mul_(8 if parameter.ndim > 1 else 1)
-    with pytest.raises(InputError, match=r"padded rows: this architecture is not served yet\.$"):
+    with pytest.raises(InputError, match=r"padded rows: this architecture is not supported yet\.$"):
         check_form(model, form)
 
 
@@ -73,7 +73,7 @@ def test_a_state_that_is_no_cache_asks_for_none() -> None:
 
 def test_layers_that_loop_over_tokens_are_refused() -> None:
     with pytest.raises(
-        InputError, match=r"JambaForCausalLM \(with layers of linear_attention\) is not served"
+        InputError, match=r"JambaForCausalLM \(with layers of linear_attention\) is not supported"
     ):
         check_form(tiny_model("jamba"), NONE)
 
@@ -89,5 +89,5 @@ def test_experts_that_loop_over_who_was_hit_are_refused(monkeypatch: pytest.Monk
     check_form(model, CONCAT)
     monkeypatch.setattr(type(model), "_can_set_experts_implementation", classmethod(lambda _: False))
     model.config._experts_implementation = "eager"
-    with pytest.raises(InputError, match=r"MixtralForCausalLM is not served: it cannot be traced"):
+    with pytest.raises(InputError, match=r"MixtralForCausalLM is not supported: it cannot be traced"):
         check_form(model, CONCAT)

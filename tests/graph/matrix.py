@@ -74,24 +74,26 @@ def assert_exactly_the_plan_is_gone(exporter: str, source: Path, out: Path, plan
         check_file(out / GRAPH)
     before, after = (onnx.load(str(f / GRAPH), load_external_data=False) for f in (source, out))
     layers = [sum(n.op_type in CORES for n in p.graph.node) for p in (before, after)]
-    assert layers == [LAYERS, len(plan.kept)]
+    assert layers == [LAYERS, len(plan.attention_layers)]
 
     names = [[i.name for i in p.graph.input] for p in (before, after)]
     told = [[i for i in p.graph.input if i.name in TOLD] for p in (before, after)]
     assert told[0] == told[1]  # also those that nothing reads any more, with their shapes
-    cache = cache_names(exporter, names[0], plan.kept)
+    cache = cache_names(exporter, names[0], plan.attention_layers)
     assert set(names[1]) == {i.name for i in told[0]} | cache
     assert len(after.graph.output) == 1 + len(cache)
     if "new_k0" in [o.name for o in before.graph.output]:
-        new = [f"new_{side}{i}" for i in range(len(plan.kept)) for side in "kv"]
+        new = [f"new_{side}{i}" for i in range(len(plan.attention_layers)) for side in "kv"]
         assert [o.name for o in after.graph.output] == ["logits", *new]
     if "present.0.key" in [o.name for o in before.graph.output]:
-        new = [f"present.{i}.{side}" for i in range(len(plan.kept)) for side in ("key", "value")]
+        new = [f"present.{i}.{side}" for i in range(len(plan.attention_layers)) for side in ("key", "value")]
         assert {o.name for o in after.graph.output} == {"logits", *new}
 
     metadata = {p.key: p.value for p in after.metadata_props}
     assert metadata[METADATA[0]] == METADATA[1]
-    assert json.loads(metadata[KV_LAYERS_KEY]) == (list(plan.kept) if cache or not plan.kept else [])
+    assert json.loads(metadata[KV_LAYERS_KEY]) == (
+        list(plan.attention_layers) if cache or not plan.attention_layers else []
+    )
     read = {name for node in after.graph.node for name in node.input} | {o.name for o in after.graph.output}
     assert {t.name for t in after.graph.initializer} <= read
     assert all(any(name in read for name in node.output) for node in after.graph.node)
@@ -103,7 +105,7 @@ def assert_folder_is_told(source: Path, out: Path, plan: Plan) -> None:
     if "genai_config.json" in others:
         old, new = (json.loads((f / "genai_config.json").read_text()) for f in (source, out))
         assert old["model"]["decoder"].pop("num_hidden_layers") == LAYERS
-        assert new["model"]["decoder"].pop("num_hidden_layers") == len(plan.kept)
+        assert new["model"]["decoder"].pop("num_hidden_layers") == len(plan.attention_layers)
         assert old == new
     if "config.json" in others:
         config = json.loads((out / "config.json").read_text())

@@ -61,7 +61,7 @@ def test_a_weight_in_a_constant_node_is_found() -> None:
 def test_a_weight_that_is_not_there_once_is_refused(times: int) -> None:
     model = graph(**{f"w{i}": WEIGHT for i in range(times)}, near=WEIGHT + 1e-3)
     with pytest.raises(
-        BuildError, match=rf"mlp\.weight, which the graph holds {times} times.*--repair-rank 0"
+        BuildError, match=rf"mlp\.weight, which the graph contains {times} times.*--repair-rank 0"
     ):
         merge_adapters(model, {"mlp.weight": adapter_for(WEIGHT)})
 

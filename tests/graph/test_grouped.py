@@ -163,7 +163,7 @@ def test_attention_in_its_parts_is_refused() -> None:
 
 def test_heads_that_the_operator_does_not_take_are_refused() -> None:
     graph = trace(unsaved(FAMILY, head_dim=12), CONCAT)
-    assert refusal(graph) == "Layer 0 has keys of 12 and values of 12 numbers a head"
+    assert refusal(graph) == "Layer 0 has head_dim 12 for keys and 12 for values"
 
 
 # Rows ------------------------------------------------------------------------------------------

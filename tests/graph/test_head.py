@@ -15,7 +15,7 @@ import torch
 from nbl_export.batch.names import NUM_LOGITS_TO_KEEP
 from nbl_export.export.forms import FORMS
 from nbl_export.export.half import save_in_precision
-from nbl_export.export.lm_head import keep_logits, kept_head
+from nbl_export.export.lm_head import add_num_logits_input, sliced_lm_head
 from nbl_export.export.torch import trace
 from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.graph.precision import precision_of
@@ -95,18 +95,18 @@ def test_a_rewritten_graph_keeps_the_input(stories_out: Path, tmp_path: Path) ->
 def test_the_product_is_found_again_and_nothing_is_added_twice(tiny_graph: Path) -> None:
     model = load_graph(tiny_graph)
     nodes = model.graph.num_nodes()
-    head = kept_head(model)
+    head = sliced_lm_head(model)
     assert head is not None and head.op_type == "MatMul" and "logits" in {v.name for v in head.outputs}
-    assert keep_logits(model) and model.graph.num_nodes() == nodes
+    assert add_num_logits_input(model) and model.graph.num_nodes() == nodes
 
 
 def test_a_static_cache_pads_on_the_right_and_makes_all_logits(tiny_model: Any) -> None:
     model = trace(tiny_model, FORMS["static"])
-    assert NUM_LOGITS_TO_KEEP not in {v.name for v in model.graph.inputs} and kept_head(model) is None
+    assert NUM_LOGITS_TO_KEEP not in {v.name for v in model.graph.inputs} and sliced_lm_head(model) is None
 
 
 def reshaped(model: ir.Model) -> None:
-    head = kept_head(model)
+    head = sliced_lm_head(model)
     assert head is not None
     model.graph.inputs.remove(next(v for v in model.graph.inputs if v.name == NUM_LOGITS_TO_KEEP))
     logits = next(v for v in model.graph.outputs if v.name == "logits")
@@ -134,7 +134,7 @@ def test_a_head_that_is_not_understood_is_left_alone(
     model = load_graph(tiny_graph)
     change(model)
     nodes = [node.op_type for node in model.graph]
-    assert not keep_logits(model)
+    assert not add_num_logits_input(model)
     assert [node.op_type for node in model.graph] == nodes
     assert NUM_LOGITS_TO_KEEP not in {v.name for v in model.graph.inputs}
 

@@ -204,7 +204,7 @@ def test_external_data_outside_the_folder(place: Place, home: str, where: str) -
     PLACES[home](proto, external("secret", TensorProto.FLOAT, [4], (location, 0, 16)))
     place.save(proto)
     sentence = place.refused(unreadable=True)
-    assert any(words in sentence for words in ("outside its folder", "no usable file name", "missing"))
+    assert any(words in sentence for words in ("outside its folder", "an invalid file name", "missing"))
 
 
 RANGES: dict[str, dict[str, str]] = {

@@ -69,7 +69,7 @@ def test_missing_file_is_refused(tmp_path: Path) -> None:
 def test_truncated_file_is_refused(graph: Path, share: float) -> None:
     raw = graph.read_bytes()
     graph.write_bytes(raw[: int(len(raw) * share)])
-    with pytest.raises(InputError, match=r"no (readable|usable) ONNX") as caught:
+    with pytest.raises(InputError, match=r"not a (readable|usable) ONNX") as caught:
         load_graph(graph)
     assert "\n" not in str(caught.value) and str(graph) in str(caught.value)
 
@@ -82,7 +82,7 @@ def test_truncated_file_is_refused(graph: Path, share: float) -> None:
 def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(content)
-    with pytest.raises(InputError, match=r"no (readable|usable) ONNX"):
+    with pytest.raises(InputError, match=r"not a (readable|usable) ONNX"):
         load_graph(path)
 
 

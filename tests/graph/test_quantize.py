@@ -361,7 +361,7 @@ def test_what_cannot_be_imitated_is_refused() -> None:
     )
     weights = {"w": np.zeros(D * D // 2, np.uint8), "a": np.ones(D * D // 16, np.float32)}
     with pytest.raises(
-        BuildError, match="neighbour is a MatMulBnb4, and weights cannot be quantized like its"
+        BuildError, match="neighbour is a MatMulBnb4, and nbl-export cannot quantize weights in its format"
     ):
         replaced(graph([node], weights), matrix())
     model = n_bits(4, 16, True, 1, None)

@@ -126,7 +126,7 @@ def names_after(c: Choices, graph: Written, kept: Sequence[int]) -> tuple[Sequen
 def assert_computes(path: Path, c: Choices, weights: Weights, graph: Written, plan: Plan | None) -> None:
     """The graph at ``path`` gives the oracle's logits and caches, in a prefill and in decode steps."""
     runner = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    kept = range(c.layers) if plan is None else plan.kept
+    kept = range(c.layers) if plan is None else plan.attention_layers
     past_names, present_names = names_after(c, graph, kept)
     inputs, outputs = ([v.name for v in values] for values in (runner.get_inputs(), runner.get_outputs()))
     ordinary = {"input_ids", "attention_mask", "position_ids"}

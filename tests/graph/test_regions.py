@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.regions import AttentionRegion, Refusal, find_regions
-from nbl_export.runtime.pieces import run_taps
+from nbl_export.runtime.intermediates import intermediate_tensors
 from tests.fixtures_graph import pad_left, ragged_rows
 from tests.graph.conftest import Variant
 
@@ -56,7 +56,7 @@ def assert_regions_are_the_attention(path: Path, model: Any, layers: int, core: 
         assert region.h is not None
         names = {"h": str(region.h.name), "x": str(region.x.name), "y": str(region.y.name)}
         assert len(set(names.values())) == 3
-        found = run_taps(path, list(names.values()), inputs)
+        found = intermediate_tensors(path, list(names.values()), inputs)
         for what, name in names.items():
             got = found[name][mask.astype(bool)]
             np.testing.assert_allclose(got, wanted[what], rtol=2e-4, atol=2e-4, err_msg=f"{what} of {region}")

@@ -25,8 +25,8 @@ from nbl_export.linearize.plan import LinearLayer, Plan
 from nbl_export.linearize.swap import linearized
 from nbl_export.rewrite.prove import PROOF_TOLERANCE
 from nbl_export.rewrite.replace import rewrite_file
+from nbl_export.runtime.intermediates import intermediate_tensors
 from nbl_export.runtime.ort import ort_stream
-from nbl_export.runtime.pieces import run_taps
 from nbl_export.runtime.stream import PastStream
 from nbl_export.runtime.torch import TorchDecoder
 from nbl_export.verify.parity.decoder import compare_streams, gates_for
@@ -162,7 +162,7 @@ def test_a_map_beyond_float16_is_computed_in_float32(
     writer = {n.output[0]: n for n in proto.graph.node}[described["output"]]
     assert writer.op_type == ("Cast" if name == "fp16" else "Add")
     # Its numbers: W u + b in float64 of the u that the graph has.
-    found = run_taps(path, [described["input"], described["output"], "logits"], plan.probe)
+    found = intermediate_tensors(path, [described["input"], described["output"], "logits"], plan.probe)
     u, y, _ = (v.astype(np.float64) for v in found.values())
     linear = plan.layers[0]
     real = plan.probe["attention_mask"].astype(bool)
@@ -220,7 +220,9 @@ def test_a_map_whose_result_is_kept_in_float32_is_computed_in_float32(
     writers = {n.output[0]: n for n in proto.graph.node}
     described = json.loads(next(p.value for p in proto.metadata_props if p.key == "nbl_export.layers"))[1]
     assert writers[described["output"]].op_type == "Add"
-    u, y = run_taps(tmp_path / "model.onnx", [described["input"], described["output"]], plan.probe).values()
+    u, y = intermediate_tensors(
+        tmp_path / "model.onnx", [described["input"], described["output"]], plan.probe
+    ).values()
     real = plan.probe["attention_mask"].astype(bool)
     expected = u[real].astype(np.float64) @ linear.w.T + linear.b
     assert np.abs(expected).max() > 65_504

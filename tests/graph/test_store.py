@@ -23,8 +23,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from nbl_export.errors import BuildError, InputError
-from nbl_export.graph import store
-from nbl_export.graph.store import append_graph, write_graph
+from nbl_export.graph import external_data as store
+from nbl_export.graph.external_data import append_graph, write_graph
 from nbl_export.graph.tensors import all_tensors
 from tests.graph.external_data import (
     DATA,
@@ -523,7 +523,7 @@ _MEASURED = """
     import sys, time
     from pathlib import Path
     import onnx_ir as ir
-    from nbl_export.graph.store import append_graph, write_graph
+    from nbl_export.graph.external_data import append_graph, write_graph
     source, target, how = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     if how == "blocks":
         import os

@@ -20,8 +20,8 @@ import pytest
 from onnx import TensorProto
 
 from nbl_export.errors import BuildError
-from nbl_export.graph import store
-from nbl_export.graph.store import append_graph
+from nbl_export.graph import external_data as store
+from nbl_export.graph.external_data import append_graph
 from tests.graph.external_data import (
     DATA,
     external,
@@ -135,7 +135,7 @@ def test_weights_of_a_folder_below_are_copied_too(two_files: Path, tmp_path: Pat
 
 def test_data_elsewhere_is_refused(own: Path, tmp_path: Path) -> None:
     (tmp_path / DATA).write_bytes(b"x")
-    with pytest.raises(BuildError, match="does not lie beside"):
+    with pytest.raises(BuildError, match="is not in the folder of"):
         append_graph(changed(own), own, tmp_path / DATA)
     assert (tmp_path / DATA).read_bytes() == b"x"
 
@@ -269,7 +269,7 @@ _CRASH = """
     import os, sys
     from pathlib import Path
     import numpy as np, onnx_ir as ir
-    from nbl_export.graph import store
+    from nbl_export.graph import external_data as store
     path, point, call = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     owner = Path if point == "replace" else os
     real, count = getattr(owner, point), 0
@@ -313,7 +313,7 @@ _LIMITED = """
     import errno, resource, sys
     from pathlib import Path
     import numpy as np, onnx_ir as ir
-    from nbl_export.graph.store import append_graph, write_graph
+    from nbl_export.graph.external_data import append_graph, write_graph
     path, how = Path(sys.argv[1]), sys.argv[2]
     model = ir.load(path)
     resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))

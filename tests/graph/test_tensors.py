@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto
 
 from nbl_export.errors import BuildError, InputError
-from nbl_export.graph.store import append_graph, write_graph
+from nbl_export.graph.external_data import append_graph, write_graph
 from nbl_export.graph.tensors import all_tensors, external_files, source_file
 from tests.graph.external_data import (
     DATA,
@@ -82,7 +82,7 @@ _UNUSABLE = ["NUL", "long"]
 def test_hostile_locations_are_refused(nested: Path, two_files: Path, name: str, where: str) -> None:
     path = two_files if where == "initializer" else nested
     location = hostile(path.parent)[name]
-    reason = "outside" if name in _OUTSIDE else "missing" if name in _ABSENT else "no usable file name"
+    reason = "outside" if name in _OUTSIDE else "missing" if name in _ABSENT else "an invalid file name"
     model = opened(path)
     wanted = {"initializer": "small", "subgraph": "w1", "constant": "w3", "function": "w4"}[where]
     for _, tensor in all_tensors(model):
@@ -163,9 +163,9 @@ def test_links_and_folders_are_not_written_through(two_files: Path, tmp_path: Pa
         "pipe.bin": os.mkfifo,
     }.items():
         make(folder / name)
-        with pytest.raises(BuildError, match="link or no file"):
+        with pytest.raises(BuildError, match="link or not a file"):
             write_graph(ir.load(two_files), folder / "model.onnx", name)
-        with pytest.raises(BuildError, match="link or no file"):
+        with pytest.raises(BuildError, match="link or not a file"):
             append_graph(ir.load(two_files), folder / "model.onnx", folder / name)
     assert victim.read_bytes() == b"precious" and not (tmp_path / "new.bin").exists()
     # A graph that is a link is replaced, not written through.

@@ -14,7 +14,7 @@ from nbl_export.linearize.fits import as_layer, dropped, sequential_fits, weight
 from nbl_export.linearize.lmmse import FitInput, LinearFit, branch_covariances, fit_lmmse
 from nbl_export.linearize.plan import LinearLayer
 from nbl_export.linearize.swap import replaced
-from nbl_export.models.trial import trial
+from nbl_export.models.dummy_run import dummy_run
 from tests.families import unsaved
 from tests.tiny_types import tiny_model
 
@@ -28,7 +28,7 @@ TOKENS = np.random.default_rng(0).integers(3, 250, (9, 32)).astype(np.int32)
 @pytest.fixture(scope="module")
 def model() -> Any:
     model = tiny_model("llama")
-    trial(model)  # whose own run no hook of these tests is to see
+    dummy_run(model)  # whose own run no hook of these tests is to see
     return model
 
 

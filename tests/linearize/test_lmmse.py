@@ -228,7 +228,7 @@ def test_too_few_tokens_say_how_many_are_needed() -> None:
         with pytest.raises(UnusableMoments) as caught:
             fit()
         message = str(caught.value)
-        assert message.startswith("7 calibration tokens cannot determine a map of 7 inputs")
+        assert message.startswith("7 calibration tokens cannot determine a linear layer of 7 inputs")
         assert "at least 8 are needed, 140 or more are advised" in message
         assert "--samples" in message
     h, x, y = activations(n=8)

@@ -127,10 +127,10 @@ def test_chosen_and_kept_layers_part_the_model(
 ) -> None:
     plan = make_plan(layers=layers)
     assert plan.chosen == tuple(sorted(layers))
-    assert plan.kept == kept
+    assert plan.attention_layers == kept
     save_plan(tmp_path / "plan.json", plan)
     loaded = load_plan(tmp_path / "plan.json")
-    assert (loaded.chosen, loaded.kept) == (plan.chosen, plan.kept)
+    assert (loaded.chosen, loaded.attention_layers) == (plan.chosen, plan.attention_layers)
 
 
 def test_saving_over_an_old_plan_replaces_both_files(path: Path) -> None:
@@ -147,7 +147,7 @@ def test_saving_over_an_old_plan_replaces_both_files(path: Path) -> None:
 def test_missing_files(path: Path) -> None:
     raw = path.with_suffix(".safetensors").read_bytes()
     path.with_suffix(".safetensors").unlink()
-    assert "numbers are missing" in refusal(path)
+    assert "tensors are missing" in refusal(path)
     path.with_suffix(".safetensors").write_bytes(raw)
     path.unlink()
     assert "The plan is missing" in refusal(path)
@@ -183,7 +183,7 @@ def test_a_cut_json(path: Path, content: str) -> None:
 @pytest.mark.parametrize("content", ["[]", "null", "{}", '{"format": "nbl-export/plan/2"}'])
 def test_json_that_is_no_plan(path: Path, content: str) -> None:
     path.write_text(content)
-    assert "is no plan of nbl-export" in refusal(path)
+    assert "is not a plan of nbl-export" in refusal(path)
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ from nbl_export.linearize.lmmse import Covariances, FitInput, branch_covariances
 from nbl_export.linearize.plan import LinearLayer
 from nbl_export.linearize.repair import Repaired, mlp_maps, repair
 from nbl_export.linearize.swap import replaced
+from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.layers import attention_layer
-from nbl_export.models.trial import trial
 from tests.families import unsaved
 from tests.interruptions import Recorder, crash, send
 from tests.tiny_types import tiny_model
@@ -257,7 +257,7 @@ def test_what_the_original_computes_is_computed_once(name: str, monkeypatch: pyt
     """Eleven rows are batches of four, four and three, in every epoch; the maps are the same to the bit."""
     model = unsaved(name).eval().requires_grad_(False)
     maps, covariances = fits(model, (1, 2))
-    trial(model)  # which runs the model once itself
+    dummy_run(model)  # which runs the model once itself
     calls: list[int] = []
     block = model.get_submodule(attention_layer(model, 1).block)
     block.register_forward_hook(lambda *_: calls.append(1))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from nbl_export.linearize import search
 from nbl_export.linearize.loss import Loss
 from nbl_export.linearize.plan import LinearLayer
-from nbl_export.linearize.search import LossCache, MeasuredSets, alone, greedy_order
+from nbl_export.linearize.search import LossCache, MeasuredSets, greedy_order, single_layer_losses
 
 Cost = Callable[[frozenset[int]], float]
 
@@ -58,7 +58,7 @@ def exhaustive(cost: Cost, count: int, k: int) -> list[int]:
 
 def order(table: Table, k: int) -> list[int]:
     sets = table.sets()
-    return greedy_order(sets, alone(sets), k)
+    return greedy_order(sets, single_layer_losses(sets), k)
 
 
 # Layers cost what they cost alone, and something more beside each other: additions grow. In whole numbers, which
@@ -98,12 +98,16 @@ def test_lazy_search_measures_less_and_each_set_once() -> None:
     table, count = Table(cost, 24), 24
     cache = LossCache({}, lambda _: None)
     sets = table.sets(cache)
-    assert greedy_order(sets, alone(sets), 24) == exhaustive(cost, 24, 24) == np.argsort(own).tolist()
+    assert (
+        greedy_order(sets, single_layer_losses(sets), 24)
+        == exhaustive(cost, 24, 24)
+        == np.argsort(own).tolist()
+    )
     assert len(table.asked) == len(set(table.asked))
     assert len(table.asked) <= count + 2 * count < count * (count + 1) // 2
     # Fewer layers, and one more, are the beginning of it and cost nothing.
     asked = len(table.asked)
-    assert greedy_order(sets, alone(sets), 7) == np.argsort(own)[:7].tolist()
+    assert greedy_order(sets, single_layer_losses(sets), 7) == np.argsort(own)[:7].tolist()
     assert len(table.asked) == asked
 
 

@@ -130,7 +130,7 @@ def test_a_k_before_the_model_is_known() -> None:
     [
         ({"layers": [1, 4]}, r"--layers names layer 4; the model has layers 0 to 3\."),
         ({"layers": [-1]}, r"--layers names layer -1; the model has layers 0 to 3\."),
-        ({"layers": [1, 2, 1]}, r"--layers names a layer twice\."),
+        ({"layers": [1, 2, 1]}, r"--layers names a layer twice: name each layer once\."),
         ({"layers": [1, 2], "k": 1}, r"--k 1 and --layers with 2 layers contradict each other: give one\."),
         ({"layers": [1, 1], "k": 1}, r"contradict each other"),
         ({"layers": [], "k": 2}, r"--k 2 and --layers with 0 layers contradict"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import Gemma2Config, masking_utils
 
-from nbl_export.models.compat import attend_rightly, growing_mask, query_length
+from nbl_export.models.compat import enable_softcapping, growing_mask, query_length
 
 
 @pytest.mark.parametrize("told", [3, torch.arange(4, 7)], ids=["number", "places"])
@@ -69,5 +69,5 @@ def test_scores_are_capped_where_the_configuration_says_so(cap: float | None, at
             self.config._attn_implementation = name
 
     model = Model()
-    attend_rightly(model)
+    enable_softcapping(model)
     assert model.config._attn_implementation == attention

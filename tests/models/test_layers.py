@@ -14,6 +14,7 @@ from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM
 from nbl_export.errors import InputError
 from nbl_export.models import layers
 from nbl_export.models.compat import cache_argument
+from nbl_export.models.dummy_run import check_supported
 from nbl_export.models.families import Family as Row
 from nbl_export.models.layers import (
     attention_layers,
@@ -22,7 +23,6 @@ from nbl_export.models.layers import (
     observed,
     structure,
 )
-from nbl_export.models.trial import check_served
 
 COUNT, D = 3, 16
 COMMON = {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 1}
@@ -182,7 +182,7 @@ def refusal(model: Any) -> str:
     with pytest.raises(InputError) as caught:
         attention_layers(model)
     message = str(caught.value)
-    assert message.endswith("this architecture is not served yet.")
+    assert message.endswith("this architecture is not supported yet.")
     return message
 
 
@@ -209,25 +209,27 @@ def test_other_layers_are_no_candidates(kinds: list[str]) -> None:
     found = structure(model)
     assert [layer.index for layer in found.layers] == [kinds.index("full_attention")]
     assert found.others == {kinds.index("conv"): "conv"}
-    check_served(model, cached=False)
+    check_supported(model, cached=False)
     with pytest.raises(
         InputError, match=rf"1 layers .* \(layer {kinds.index('conv')}: conv\).*--kv-cache none"
     ):
-        check_served(model)
+        check_supported(model)
 
 
 def test_a_family_is_refused_for_the_reason_in_its_row() -> None:
     fields = {**SIZES, "num_key_value_heads": 2, "kv_channels": 8, "intermediate_size": 32}
     model = build("JetMoe", "ForCausalLM", **fields)
-    with pytest.raises(InputError, match="JetMoeForCausalLM is not served: its attention sends every token"):
-        check_served(model)
+    with pytest.raises(
+        InputError, match="JetMoeForCausalLM is not supported: its attention sends every token"
+    ):
+        check_supported(model)
 
 
 def test_an_attention_that_is_not_run_is_refused() -> None:
     model = build("Llama", "ForCausalLM", **FAMILIES["llama"].fields)
     model.model.layers[1].forward = lambda hidden_states, **_: hidden_states
-    with pytest.raises(InputError, match="does not run the attention of layer 1 as it stands"):
-        check_served(model)
+    with pytest.raises(InputError, match="does not run the attention of layer 1 as it is"):
+        check_supported(model)
 
 
 def test_two_stacks_of_the_same_depth() -> None:
@@ -256,8 +258,8 @@ def test_a_model_that_looks_ahead_is_refused() -> None:
         for weight in model.parameters():
             weight.mul_(8)
     with pytest.raises(InputError, match="is not causal"):
-        check_served(model)
+        check_supported(model)
 
 
 def test_a_causal_model_is_served(tiny_folder: Path) -> None:
-    check_served(LlamaForCausalLM.from_pretrained(tiny_folder).eval())
+    check_supported(LlamaForCausalLM.from_pretrained(tiny_folder).eval())

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.layers import attention_layers
-from nbl_export.models.resume import beginning_at, inputs_kept, run_between
-from nbl_export.models.trial import trial
+from nbl_export.models.partial_forward import recording_inputs, run_between, starting_at
 from tests.families import unsaved
 from tests.tiny_types import tiny_model
 
@@ -41,7 +41,7 @@ def made(name: str) -> Any:
     if name not in _MADE:
         model = tiny_model(name) if name in HYBRIDS else unsaved(name)
         _MADE[name] = model.eval().requires_grad_(False)
-        trial(_MADE[name])  # whose own run is not to be counted
+        dummy_run(_MADE[name])  # whose own run is not to be counted
     return _MADE[name]
 
 
@@ -84,15 +84,15 @@ def modules(model: Any) -> dict[str, tuple[int, int, int]]:
 def test_a_run_from_any_layer_on_gives_the_same_bits(model: Any) -> None:
     layers = attention_layers(model)
     whole, before = run(model), None
-    with inputs_kept(model, layers) as kept:
+    with recording_inputs(model, layers) as kept:
         assert torch.equal(run(model), whole)
     assert sorted(kept) == [layer.index for layer in layers]
     for index, states in kept.items():
-        with calls(model) as ran, beginning_at(model, index, states):
+        with calls(model) as ran, starting_at(model, index, states):
             assert torch.equal(run(model), whole), index
         assert min(ran) == index, "the blocks before it are not run"
         # The states are what counts, not the tokens before them.
-        with beginning_at(model, index, states * 0.5):
+        with starting_at(model, index, states * 0.5):
             other = run(model)
         assert not torch.allclose(other, whole)
         assert before is None or not torch.allclose(other, before)
@@ -101,17 +101,17 @@ def test_a_run_from_any_layer_on_gives_the_same_bits(model: Any) -> None:
 
 def test_the_model_is_as_it_was(model: Any) -> None:
     layers = attention_layers(model)
-    trial(model)
+    dummy_run(model)
     before = modules(model)
-    with inputs_kept(model, layers) as kept:
+    with recording_inputs(model, layers) as kept:
         whole = run(model)
     last = layers[-1].index
-    with beginning_at(model, last, kept[last]):
+    with starting_at(model, last, kept[last]):
         assert modules(model) != before
     assert modules(model) == before
-    with pytest.raises(RuntimeError, match="stop"), beginning_at(model, last, kept[last]):
+    with pytest.raises(RuntimeError, match="stop"), starting_at(model, last, kept[last]):
         raise RuntimeError("stop")
-    with pytest.raises(RuntimeError, match="stop"), inputs_kept(model, layers):
+    with pytest.raises(RuntimeError, match="stop"), recording_inputs(model, layers):
         raise RuntimeError("stop")
     assert modules(model) == before
     assert torch.equal(run(model), whole)
@@ -119,9 +119,9 @@ def test_the_model_is_as_it_was(model: Any) -> None:
 
 def test_a_run_that_fails_inside_the_model_leaves_it_as_it_was() -> None:
     model = made("llama")
-    trial(model)
+    dummy_run(model)
     before = modules(model)
-    with pytest.raises(RuntimeError), beginning_at(model, 2, torch.zeros(1, 5, 7)):
+    with pytest.raises(RuntimeError), starting_at(model, 2, torch.zeros(1, 5, 7)):
         run(model)  # the states have another width
     with pytest.raises(IndexError):
         run_between(model, torch.tensor([[10**6]]), end=2)
@@ -131,14 +131,14 @@ def test_a_run_that_fails_inside_the_model_leaves_it_as_it_was() -> None:
 def test_states_are_those_of_transformers_own_outputs() -> None:
     for name in ("llama", "gemma3-text", "gpt2", "falcon"):
         model = made(name)
-        with torch.inference_mode(), inputs_kept(model, attention_layers(model)) as kept:
+        with torch.inference_mode(), recording_inputs(model, attention_layers(model)) as kept:
             states = model(input_ids=IDS, use_cache=False, output_hidden_states=True).hidden_states
         for index in kept:
             assert torch.equal(kept[index], states[index]), (name, index)
 
 
 def test_runs_between_layers_go_from_state_to_state(model: Any) -> None:
-    with inputs_kept(model, attention_layers(model)) as kept:
+    with recording_inputs(model, attention_layers(model)) as kept:
         run(model)
     order = sorted(kept)
     with torch.inference_mode():
@@ -157,20 +157,20 @@ def test_runs_between_layers_go_from_state_to_state(model: Any) -> None:
             assert same is not None and torch.equal(same, kept[start])
         with calls(model) as ran:
             assert run_between(model, IDS, (order[-1], kept[order[-1]])) is None
-        assert min(ran) == order[-1] and max(ran) == len(trial(model).block_returns) - 1
+        assert min(ran) == order[-1] and max(ran) == len(dummy_run(model).block_returns) - 1
 
 
 def test_many_blocks_that_return_tuples_are_passed_over() -> None:
     """A block in their place that returned a bare tensor would be taken apart, a dimension each time."""
     model = unsaved("bloom", n_layer=6, num_hidden_layers=6).eval().requires_grad_(False)
-    with inputs_kept(model, attention_layers(model)) as kept:
+    with recording_inputs(model, attention_layers(model)) as kept:
         whole = run(model)
-    with beginning_at(model, 5, kept[5]):
+    with starting_at(model, 5, kept[5]):
         assert torch.equal(run(model), whole)
 
 
 def test_what_a_trial_says_of_blocks() -> None:
-    returns = {name: trial(made(name)).block_returns for name in ("llama", "falcon", "bloom", "lfm2")}
+    returns = {name: dummy_run(made(name)).block_returns for name in ("llama", "falcon", "bloom", "lfm2")}
     assert all(sorted(found) == [0, 1, 2, 3] for found in returns.values())
     # Both kinds are among the models of these tests.
     assert set(returns["llama"].values()) == {None}

@@ -169,7 +169,7 @@ def test_a_path_that_is_not_there(source: str) -> None:
 
 def test_a_file_that_is_no_gguf(tiny_folder: Path) -> None:
     message = refusal(tiny_folder / "model.safetensors")
-    assert "is a file but no .gguf" in message
+    assert "is not a .gguf file" in message
     assert "a folder with config.json" in message
 
 
@@ -178,7 +178,7 @@ def test_a_gguf_file_without_the_magic(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "fake.gguf").write_bytes(content)
     message = refusal(tmp_path / "fake.gguf")
     assert f"it starts with {content[:4]!r}" in message
-    assert "fetch it again" in message
+    assert "download it again" in message
 
 
 def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def test_an_encoder_decoder_model(tmp_path: Path) -> None:
     T5Config(d_model=8, num_layers=1, num_heads=1).save_pretrained(tmp_path)
     message = refusal(tmp_path)
     assert "is an encoder-decoder model (t5)" in message
-    assert "only decoder-only language models and encoders are served" in message
+    assert "only decoder-only language models and encoders are supported" in message
 
 
 @pytest.mark.parametrize("architecture", ["BertForPreTraining", "BertForMultipleChoice", "WhisperEncoder"])
@@ -220,7 +220,8 @@ def test_a_head_that_is_not_served(folder: Path, architecture: str) -> None:
     edit_config(folder, architectures=[architecture])
     message = refusal(folder)
     assert (
-        f"is for a task that is not served (architecture {architecture}): served are …ForCausalLM" in message
+        f"is for a task that is not supported (architecture {architecture}): supported are …ForCausalLM"
+        in message
     )
 
 
@@ -238,14 +239,14 @@ def test_a_quantized_checkpoint(folder: Path, method: str) -> None:
     edit_config(folder, quantization_config={"quant_method": method, "bits": 4})
     message = refusal(folder)
     assert f"is a quantized checkpoint ({method})" in message
-    assert "de-quantize it first" in message
+    assert "dequantize it first" in message
 
 
 @pytest.mark.parametrize("source", ["someone/no-such-model", "no-such-model"])
 def test_a_hub_id_without_a_network(source: str) -> None:
     message = refusal(source)
-    assert message.startswith(f"{source} is no local path")
-    assert "Hub could not be asked" in message
+    assert message.startswith(f"{source} is not a local path")
+    assert "Hub cannot be reached" in message
     assert "spelling and the network" in message
 
 

@@ -19,8 +19,8 @@ from nbl_export.errors import InputError, MissingDependencyError
 from nbl_export.graph.cache import KV_LAYERS_KEY
 from nbl_export.linearize.swap import linearized
 from nbl_export.rewrite.replace import rewrite_file
+from nbl_export.runtime.intermediates import intermediate_tensors
 from nbl_export.runtime.ort import OrtDecoder
-from nbl_export.runtime.pieces import run_taps
 from nbl_export.runtime.session import require_onnxruntime, session
 from nbl_export.runtime.torch import TorchDecoder
 from tests.fixtures_graph import maps_in_place, pad_left, plan_by_hand, ragged_rows
@@ -215,11 +215,11 @@ def test_taps_are_inner_tensors(stories_out: Path, stories_model: Any) -> None:
         n for n in onnx.load(str(path), load_external_data=False).graph.node if n.op_type == "Gather"
     )
     name = gather.output[0]
-    found = run_taps(path, [name, "logits", name], inputs)
+    found = intermediate_tensors(path, [name, "logits", name], inputs)
     assert list(found) == [name, "logits"]
     table = stories_model.get_input_embeddings().weight.numpy()
     kept = mask.astype(bool)
     assert np.array_equal(found[name][kept], table[ids][kept])
     assert not found[name][~kept].any()
     with pytest.raises(InputError, match="has no tensor 'nothing'"):
-        run_taps(path, ["nothing"], inputs)
+        intermediate_tensors(path, ["nothing"], inputs)

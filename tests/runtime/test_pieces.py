@@ -14,8 +14,8 @@ from onnx import TensorProto, helper, numpy_helper
 from nbl_export.errors import InputError
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.regions import AttentionRegion, find_regions
-from nbl_export.runtime import pieces as pieces_module
-from nbl_export.runtime.pieces import compute, prefill_rows
+from nbl_export.runtime import intermediates as pieces_module
+from nbl_export.runtime.intermediates import compute_tensors, prefill_rows
 from tests.fixtures_graph import ragged_rows
 
 
@@ -53,7 +53,7 @@ def test_any_cut_gives_the_same_tensors(tiny_graph: Path, sizes: list[list[str]]
     regions = [r for r in find_regions(model) if isinstance(r, AttentionRegion)]
     names = [str(v.name) for r in regions for v in (r.x, r.y)] + ["logits", "present.3.value"]
     rows = prefill_rows(model, ragged_rows((9, 4), 260))
-    found = compute(load_graph(tiny_graph), names, rows, limit)
+    found = compute_tensors(load_graph(tiny_graph), names, rows, limit)
     for row, tensors in zip(rows, found, strict=True):
         for name, expected in zip(names, whole(tiny_graph, names, row), strict=True):
             np.testing.assert_allclose(tensors[name], expected, rtol=1e-5, atol=1e-5, err_msg=name)
@@ -67,7 +67,7 @@ def test_only_what_is_needed_runs(tiny_graph: Path, sizes: list[list[str]]) -> N
     model = load_graph(tiny_graph)
     region = find_regions(model)[1]
     assert isinstance(region, AttentionRegion)
-    compute(load_graph(tiny_graph), [str(region.x.name)], prefill_rows(model, ragged_rows((5,), 260)))
+    compute_tensors(load_graph(tiny_graph), [str(region.x.name)], prefill_rows(model, ragged_rows((5,), 260)))
     weights = {name for piece in sizes for name in piece}
     assert any("layers.0." in name for name in weights)
     assert not any("layers.2." in name or "layers.1.mlp" in name for name in weights)
@@ -79,10 +79,14 @@ def test_a_tensor_that_is_given_cuts_what_lies_before_it(tiny_graph: Path, sizes
     assert isinstance(region, AttentionRegion)
     rows = prefill_rows(model, ragged_rows((6,), 260))
     x = np.random.default_rng(0).standard_normal((1, 6, 32)).astype(np.float32)
-    (found,) = compute(load_graph(tiny_graph), [str(region.y.name)], [{**rows[0], str(region.x.name): x}])
+    (found,) = compute_tensors(
+        load_graph(tiny_graph), [str(region.y.name)], [{**rows[0], str(region.x.name): x}]
+    )
     weights = {name for piece in sizes for name in piece}
     assert weights and all("layers.2.self_attn" in n or "layers" not in n for n in weights)
-    (other,) = compute(load_graph(tiny_graph), [str(region.y.name)], [{**rows[0], str(region.x.name): 2 * x}])
+    (other,) = compute_tensors(
+        load_graph(tiny_graph), [str(region.y.name)], [{**rows[0], str(region.x.name): 2 * x}]
+    )
     assert found[str(region.y.name)].shape == (1, 6, 32)
     assert not np.allclose(found[str(region.y.name)], other[str(region.y.name)])
 
@@ -90,17 +94,17 @@ def test_a_tensor_that_is_given_cuts_what_lies_before_it(tiny_graph: Path, sizes
 def test_a_given_tensor_can_be_asked_for(tiny_graph: Path) -> None:
     model = load_graph(tiny_graph)
     rows = prefill_rows(model, ragged_rows((3,), 260))
-    (found,) = compute(model, ["input_ids"], rows)
+    (found,) = compute_tensors(model, ["input_ids"], rows)
     assert np.array_equal(found["input_ids"], rows[0]["input_ids"])
 
 
 def test_unknown_tensors_and_graphs_that_do_not_run_are_refused(tiny_graph: Path) -> None:
     rows = prefill_rows(load_graph(tiny_graph), ragged_rows((3,), 260))
     with pytest.raises(InputError, match="has no tensor 'nothing'"):
-        compute(load_graph(tiny_graph), ["nothing"], rows)
+        compute_tensors(load_graph(tiny_graph), ["nothing"], rows)
     wrong = [{**rows[0], "input_ids": np.full((1, 3), 9999)}]  # no such token
     with pytest.raises(InputError, match="onnxruntime does not run the graph") as caught:
-        compute(load_graph(tiny_graph), ["logits"], wrong)
+        compute_tensors(load_graph(tiny_graph), ["logits"], wrong)
     assert "\n" not in str(caught.value)
 
 
@@ -133,7 +137,7 @@ def test_computed_weights_are_made_where_they_are_read_and_not_carried(sizes: li
     ]
     a, b = np.array([1, 2, 3], dtype=np.int32), np.array([4, 5, 6], dtype=np.int32)
     x = np.array([0.5, 1, 2], dtype=np.float32)
-    (found,) = compute(by_hand(nodes, {"a": a, "b": b}), ["y"], [{"x": x}], piece_bytes=12)
+    (found,) = compute_tensors(by_hand(nodes, {"a": a, "b": b}), ["y"], [{"x": x}], partition_bytes=12)
     assert found["y"].tolist() == ((x + a) * b - a).tolist()
     assert sizes == [["a"], ["b"], ["a"]]
 
@@ -154,6 +158,6 @@ def test_branches_read_tensors_from_outside(sizes: list[list[str]]) -> None:
     weights = {"w": np.array([10], dtype=np.float32), "limit": np.float32(5)}
     for x, expected in (([1.0, -2.0], [10.0, 20.0]), ([9.0, -2.0], [19.0, 12.0])):
         feeds = {"x": np.array(x, dtype=np.float32)}
-        (found,) = compute(by_hand(nodes, weights), ["y"], [feeds], piece_bytes=1)
+        (found,) = compute_tensors(by_hand(nodes, weights), ["y"], [feeds], partition_bytes=1)
         assert found["y"].tolist() == expected
     assert len(sizes) > 2

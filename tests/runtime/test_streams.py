@@ -17,8 +17,8 @@ from nbl_export.errors import InputError
 from nbl_export.graph.cache import is_static
 from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.graph.precision import PRECISIONS, to_precision
+from nbl_export.runtime.intermediates import intermediate_tensors
 from nbl_export.runtime.ort import OrtDecoder, OrtStaticStream, ort_stream, run_outputs
-from nbl_export.runtime.pieces import run_taps
 from nbl_export.runtime.session import session
 from nbl_export.runtime.stream import LastLogits, PastStream
 from nbl_export.runtime.torch import TorchDecoder
@@ -131,7 +131,7 @@ def test_a_static_stream_serves_its_whole_capacity_and_no_more(graphs: Any, tiny
     for row, found in zip(rows, teacher_forced(stream, rows, 2), strict=True):
         np.testing.assert_allclose(found, original_logits(tiny_model, row), rtol=0, atol=2e-4)
     assert stream.cache()[1].tolist() == [[True] * 9, [True] * 5 + [False] * 4]
-    with pytest.raises(InputError, match="10 tokens do not fit into a static cache of 9 places"):
+    with pytest.raises(InputError, match="10 tokens do not fit into a static cache of 9 slots"):
         stream.decode([1, 1])
     with pytest.raises(InputError, match="10 tokens do not fit"):
         stream.prefill(ragged_rows((10,), VOCAB))
@@ -160,7 +160,7 @@ def test_taps_are_left_padded_in_both_forms(graphs: Any, form: str, tiny_model: 
     names = [norms[2].output[0], "logits", norms[0].input[0], "logits"]
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
     before = sorted(p.name for p in path.parent.iterdir())
-    found = run_taps(path, names, inputs)
+    found = intermediate_tensors(path, names, inputs)
     assert list(found) == [names[0], "logits", names[2]]
     assert sorted(p.name for p in path.parent.iterdir()) == before
     seen: dict[str, Any] = {}
@@ -196,7 +196,7 @@ def test_outputs_of_a_prefill(graphs: Any, form: str, tiny_model: Any) -> None:
     )
     assert list(run_outputs(graphs[form, "fp32"], rows, ["present.1.key"])) == ["present.1.key"]
     with pytest.raises(InputError, match="has no tensor 'nothing'"):
-        run_taps(
+        intermediate_tensors(
             graphs[form, "fp32"],
             ["nothing"],
             dict(zip(("input_ids", "attention_mask"), pad_left(rows)[:2], strict=True)),

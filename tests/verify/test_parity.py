@@ -31,7 +31,7 @@ class Scripted:
         return f"nothing for {batch}"
 
     def __call__(
-        self, input_ids: Any, attention_mask: Any, position_ids: Any, past: Any, keep: int = 0
+        self, input_ids: Any, attention_mask: Any, position_ids: Any, past: Any, num_logits: int = 0
     ) -> DecoderOutput:
         self.asked.append((input_ids, attention_mask, position_ids, past))
         return self.answers[len(self.asked) - 1]

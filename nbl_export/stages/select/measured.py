@@ -1,7 +1,7 @@
-"""What selection measures with the model itself: the losses of layers and of sets of layers on the selection text.
+"""The measurements of selection with the model: the losses of layers and of sets of layers on the selection text.
 
-They are kept in ``nbl/measured.json``, by what they depend on, as soon as each is measured: an interrupted selection
-goes on from there, and another K or an earlier setting costs nothing.
+Each loss is saved in ``nbl/measured.json`` as soon as it is measured, under a key of everything it depends on. An
+interrupted selection continues from there, and another K or an earlier setting needs no new measurement.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _FORMAT = "nbl-export/measured/1"
 
 
 class Measured:
-    """The model, in the precision that this machine measures fastest in, and its text; each when first asked for."""
+    """The model, in the fastest precision on this machine, and its text; each is loaded on first use."""
 
     def __init__(self, run: Run, calibrated: str, fit_input: FitInput, listener: Listener) -> None:
         self._run, self._calibrated, self._listener = run, calibrated, listener
@@ -53,7 +53,7 @@ class Measured:
 
     @property
     def exact_model(self) -> torch.nn.Module:
-        """The model in float32, whose weights a repair changes."""
+        """The model in float32, whose weights are changed by a repair."""
         return self._run.model.model
 
     @cached_property
@@ -68,25 +68,25 @@ class Measured:
         """The loss of the model with ``plan`` applied, on the selection text."""
         return loss_of_plan(self.meter, plan)
 
-    def sets(self, maps: Mapping[int, LinearLayer], **fitted: Any) -> MeasuredSets:
-        """The sets of layers with ``maps``, which depend on ``fitted`` and the calibration alone."""
-        return MeasuredSets(lambda: self.meter, maps, self.cache(fit_input=self.fit_input, **fitted))
+    def sets(self, linear: Mapping[int, LinearLayer], **fitted: Any) -> MeasuredSets:
+        """The sets of ``linear`` layers, which depend only on ``fitted`` and the calibration."""
+        return MeasuredSets(lambda: self.meter, linear, self.cache(fit_input=self.fit_input, **fitted))
 
     @property
     def repair_checkpoint(self) -> Checkpoint:
         return Checkpoint(self._run.workspace.repair_checkpoint)
 
     def key(self, **depends: Any) -> str:
-        """Stands for ``depends``, for the calibration, and for the precision that the model is run in."""
+        """A key of ``depends``, the calibration, and the precision in which the model is run."""
         return sha256_of_json({"calibrate": self._calibrated, "dtype": self.dtype, **depends})
 
     def cache(self, **depends: Any) -> LossCache:
-        """The losses that depend on ``depends``, on the calibration, and on the precision they are measured in."""
+        """The losses that depend on ``depends``, the calibration, and the precision in which they are measured."""
         path, key = self._run.workspace.measured, self.key(**depends)
         everything = self._read()
 
         def record(losses: Mapping[str, Mapping[str, float]]) -> None:
-            # Read again: another cache of this run may have written meanwhile.
+            # Read again, since another cache of this run may have written to the file.
             write_json(path, {"format": _FORMAT, "losses": {**self._read(), key: dict(losses)}})
 
         return LossCache(everything.get(key, {}), record)

@@ -1,4 +1,4 @@
-"""Which layers: measured alone where the criterion asks for it, put in order, and K of them taken."""
+"""Choose the layers: measure each of them if the criterion needs it, rank them, and take K."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from nbl_export.linearize.loss import Loss
     from nbl_export.linearize.search import MeasuredSets
     from nbl_export.stages.select.frontier import SpeedMeter
-    from nbl_export.stages.select.maps import Fitting
+    from nbl_export.stages.select.linear_layers import Fitting
     from nbl_export.stages.select.measured import Measured
 
-# The K best layers, best first, for any K.
+# A function that returns the K best layers, best first, for any K.
 Prefix = Callable[[int], Sequence[int]]
 
 
 class Choosing:
-    """The layers of one model in the order of one criterion."""
+    """Ranks the layers of a model by a criterion."""
 
     def __init__(
         self, settings: SelectSettings, measured: Measured, fitting: Fitting, listener: Listener
@@ -40,14 +40,14 @@ class Choosing:
 
     @cached_property
     def sets(self) -> MeasuredSets:
-        """The losses of sets of layers, with the maps that layers are chosen by."""
-        # A sequential fit depends on the set; layers are chosen by the fits that it begins with.
+        """The losses of sets of layers, with the fits that layers are chosen by."""
+        # A sequential fit depends on the set, so layers are chosen by the LMMSE fit.
         fit = "lmmse" if self._settings.fit == "sequential" else self._settings.fit
         ridge = None if fit == "drop" else self._settings.ridge
         return self._measured.sets(self._fitting.for_choosing, fit=fit, ridge=ridge)
 
     def scored(self, candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
-        """``candidates`` with what the criterion measures of each of them alone."""
+        """``candidates`` with the scores that the criterion measures for each single layer."""
         if not self._criterion.measured:
             return tuple(candidates)
         measure = {"drop": self._drop, "linearity": self._linearity}.get(
@@ -62,12 +62,12 @@ class Choosing:
 
     @property
     def searched(self) -> bool:
-        """Whether sets of layers are measured to find the order, so that the K curve is known with it."""
+        """Whether the order is found by measuring sets of layers, which also gives the K curve."""
         return self._criterion.searched
 
     @property
     def described(self) -> dict[str, int]:
-        """The text that losses are measured on: its predictions, and its documents."""
+        """The size of the text that losses are measured on: its predictions and its documents."""
         text = self._measured.text
         return {
             "tokens": int(text.selection.shape[0] * (text.selection.shape[1] - 1)),
@@ -100,18 +100,18 @@ class Choosing:
         )
 
     def prefix(self, candidates: Sequence[Candidate]) -> Prefix:
-        """The best of the ``candidates``, which are scored."""
+        """The best of the scored ``candidates``."""
         if not self._criterion.searched:
             assert self._settings.criterion is not None
             order = [c.layer for c in ranking(candidates, self._settings.criterion)]
             return lambda k: order[:k]
 
-        from nbl_export.linearize.search import alone, greedy_order
+        from nbl_export.linearize.search import greedy_order, single_layer_losses
 
-        return lambda k: greedy_order(self.sets, alone(self.sets), k)
+        return lambda k: greedy_order(self.sets, single_layer_losses(self.sets), k)
 
     def curve(self, prefix: Prefix, most: int) -> list[CurvePoint]:
-        """The losses of K = 1, 2 …, to ``most`` or as far as the budget goes."""
+        """The losses of K = 1, 2 …, up to ``most`` or until the budget is exceeded."""
         with self._listener.task("Measuring the K curve", most, "layers") as task:
 
             def loss(layers: Sequence[int]) -> Loss:
@@ -129,10 +129,10 @@ def choose(
     speeds: Callable[[Prefix], SpeedMeter],
     listener: Listener,
 ) -> tuple[tuple[int, ...], dict[str, Any] | None]:
-    """The layers to linearize, ascending, and the K curve, as the report has it, where one was measured.
+    """The layers to linearize, ascending, and the K curve for the report, if one was measured.
 
-    Raises :class:`InputError` for a K that the model does not have, and :class:`BudgetError` for a budget that no K
-    keeps.
+    Raises :class:`InputError` for a K larger than the number of attention layers, and :class:`BudgetError` for a budget
+    that no K meets.
     """
     prefix, count = choosing.prefix(candidates), len(candidates)
     if settings.k is not None:
@@ -149,7 +149,7 @@ def choose(
     points = choosing.curve(prefix, count if budget.bounds_loss else least)
     k = largest_within(points, budget) if budget.bounds_loss else least
     if k < max(least, 1):
-        raise BudgetError(_not_kept(points, budget, k, least))
+        raise BudgetError(_budget_error(points, budget, k, least))
     if why:
         listener.note(f"The K curve has no speeds: {why}.")
     else:
@@ -164,7 +164,7 @@ def choose(
     return tuple(sorted(prefix(k))), _curve(choosing, points, settings, k, None if why else meter.context)
 
 
-def _not_kept(points: Sequence[CurvePoint], budget: Budget, k: int, least: int) -> str:
+def _budget_error(points: Sequence[CurvePoint], budget: Budget, k: int, least: int) -> str:
     first = points[0].loss
     cost = (
         f"K = {points[0].k} costs a KL of {first.kl:.3g} and a perplexity ratio of {first.perplexity_ratio:.3f} on the "
@@ -172,10 +172,10 @@ def _not_kept(points: Sequence[CurvePoint], budget: Budget, k: int, least: int) 
     )
     if least > 1:
         return (
-            f"No K keeps the budget: --min-speedup {budget.min_speedup:g} needs {least} linear layers, and the loss "
+            f"No K meets the budget: --min-speedup {budget.min_speedup:g} needs {least} linear layers, and the loss "
             f"allows {k} ({cost}): allow more loss, or ask for less speed."
         )
-    return f"No K keeps the budget: {cost}: allow more loss, or give --k."
+    return f"No K meets the budget, since {cost}: allow more loss, or give --k."
 
 
 def _curve(

@@ -15,19 +15,19 @@ from nbl_export.stages.run import Run
 
 if TYPE_CHECKING:
     from nbl_export.stages.select.frontier import SpeedMeter
-    from nbl_export.stages.select.maps import Fitting
+    from nbl_export.stages.select.linear_layers import Fitting
     from nbl_export.stages.select.measured import Measured
     from nbl_export.stages.select.order import Prefix
 
 
 def select(run: Run, settings: SelectSettings) -> Plan:
-    """Moments → plan: score every layer, choose K, keep their W and b with the proof's evidence."""
+    """Moments → plan: score every layer, choose K, and save their W and b with the evidence for the proof."""
     from nbl_export.calibrate.moments import load_moments
     from nbl_export.linearize.plan import save_plan
     from nbl_export.linearize.scores import check_layers, check_rank, predicted_excess, score_layers
     from nbl_export.models.layers import FULL, positions
     from nbl_export.stages.select.frontier import SpeedMeter
-    from nbl_export.stages.select.maps import Fitting
+    from nbl_export.stages.select.linear_layers import Fitting
     from nbl_export.stages.select.measured import Measured
     from nbl_export.stages.select.order import Choosing, choose
 
@@ -55,9 +55,9 @@ def select(run: Run, settings: SelectSettings) -> Plan:
             candidates = choosing.scored(candidates)
 
             def speeds(prefix: Prefix) -> SpeedMeter:
-                maps = fitting.for_choosing
+                linear = fitting.for_choosing
                 limit = positions(run.model.model)
-                return SpeedMeter(ws, empty, lambda k: {i: maps[i] for i in prefix(k)}, limit, listener)
+                return SpeedMeter(ws, empty, lambda k: {i: linear[i] for i in prefix(k)}, limit, listener)
 
             chosen, curve = choose(choosing, candidates, settings, speeds, listener)
             predicted = predicted_excess(candidates, chosen)
@@ -86,25 +86,25 @@ def _fitted(
     predicted: float | None,
     decoder: bool,
 ) -> tuple[Plan, dict[str, Any] | None]:
-    """The plan of the layers chosen, and what it costs on the selection text.
+    """The plan of the chosen layers, and its loss on the selection text.
 
-    That is measured of a ``decoder`` where it is not known from choosing, or where it was ``predicted`` (the excess,
-    in nats).
+    The loss is measured for a ``decoder`` if it is not known from the choice of layers, or if it was only ``predicted``
+    (the excess, in nats).
     """
-    maps = fitting.final(chosen)
-    plan = replace(empty, layers=maps)
+    layers = fitting.final(chosen)
+    plan = replace(empty, layers=layers)
     if not chosen:
         return plan, None
     result: dict[str, Any] = {} if predicted is None else {"predicted_excess": predicted}
     if settings.repair:
         result["before_repair"] = measured.loss_of(plan).as_json()
-        repaired = fitting.repaired(maps)
+        repaired = fitting.repaired(layers)
         plan = replace(plan, layers=repaired.maps, adapters=repaired.adapters)
     if settings.rank is not None:
         if decoder:
             result["before_rank"] = measured.loss_of(plan).as_json()
-        maps, lost = fitting.truncated(plan.layers, settings.rank)
-        plan = replace(plan, layers=maps)
+        layers, lost = fitting.truncated(plan.layers, settings.rank)
+        plan = replace(plan, layers=layers)
         result["rank_lost"] = {str(layer): share for layer, share in lost.items()}
     if decoder and (result or settings.fit == "sequential"):
         result["loss"] = measured.loss_of(plan).as_json()
@@ -112,7 +112,7 @@ def _fitted(
 
 
 def _plan(
-    run: Run, settings: SelectSettings, metadata: Mapping[str, Any], maps: Mapping[int, LinearLayer]
+    run: Run, settings: SelectSettings, metadata: Mapping[str, Any], layers: Mapping[int, LinearLayer]
 ) -> Plan:
     from nbl_export.calibrate.probe import load_probe
 
@@ -125,7 +125,7 @@ def _plan(
         criterion=str(settings.criterion) if settings.layers is None else "by hand",
         ridge=settings.ridge,
         calibration_tokens=metadata["tokens"],
-        layers=maps,
+        layers=layers,
         probe=dict(probe.inputs),
         probe_u=probe.x if settings.fit_input == "normed" else probe.h,
         probe_y=probe.y,

@@ -14,11 +14,11 @@ from nbl_export.graph.io import load_graph
 from nbl_export.graph.precision import graph_precision
 from nbl_export.linearize.plan import Plan
 from nbl_export.linearize.swap import linearized
-from nbl_export.models.forward import run_whole
+from nbl_export.models.forward import run_uncached
 from nbl_export.models.layers import attention_layers, observed
 from nbl_export.rewrite.prove import PROOF_TOLERANCE, relative_error
 from nbl_export.rewrite.replace import LAYERS_KEY
-from nbl_export.runtime.pieces import run_taps
+from nbl_export.runtime.intermediates import intermediate_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -65,11 +65,13 @@ def first_divergence(model: torch.nn.Module, plan: Plan, path: Path) -> Divergen
         linearized(model, plan),
         observed(model, attention_layers(model), observe),
     ):
-        run_whole(model, plan.probe)
+        run_uncached(model, plan.probe)
     graph = load_graph(path)
     tolerance = PROOF_TOLERANCE[graph_precision(graph).name]
     rows = json.loads(graph.metadata_props[LAYERS_KEY])
-    found = run_taps(path, [row[where] for row in rows for where in ("input", "output")], plan.probe)
+    found = intermediate_tensors(
+        path, [row[where] for row in rows for where in ("input", "output")], plan.probe
+    )
     for row in rows:
         for where in ("input", "output"):
             error = relative_error(kept(found[row[where]]), expected[row["layer"], where])

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbl_export.batch.padding import left_padded
-from nbl_export.runtime.torch import whole_logits
+from nbl_export.runtime.torch import uncached_logits
 
 if TYPE_CHECKING:
     import torch
@@ -33,10 +33,10 @@ def rounding_noise(model: torch.nn.Module, rows: Sequence[NDArray[np.int32]], se
         return output * (1 + signs * 2 * _LAST_BIT)
 
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
-    exact = whole_logits(model, *inputs)[kept]
+    exact = uncached_logits(model, *inputs)[kept]
     hook = embeddings.register_forward_hook(disturb)
     try:
-        disturbed = whole_logits(model, *inputs)[kept]
+        disturbed = uncached_logits(model, *inputs)[kept]
     finally:
         hook.remove()
     return float(np.abs(exact - disturbed).max())

@@ -156,14 +156,14 @@ class TorchContender:
     ) -> None:
         import torch
 
-        from nbl_export.models.layers import taken
+        from nbl_export.models.layers import accepted_arguments
 
         self._model, self._forward = model, model if forward is None else forward
         self._device = next(model.parameters()).device
         row = torch.from_numpy(timed_row(context).astype(np.int64))
         self._rows = row.repeat(batch, 1).to(self._device)
         self._one = self._rows[:, :1]
-        self._last = taken(model, logits_to_keep=1)
+        self._last = accepted_arguments(model, logits_to_keep=1)
         self._cache: Any = None
         self._steps = 0
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from nbl_export.export.lm_head import kept_head
+from nbl_export.export.lm_head import sliced_lm_head
 from nbl_export.graph.cache import kv_bytes_per_token
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.operators import weight_shape
@@ -73,7 +73,7 @@ def ceiling(
 def graph_cost(path: Path) -> GraphCost:
     """Count the decoder graph at ``path``."""
     model = load_graph(path)
-    head = kept_head(model)
+    head = sliced_lm_head(model)
     macs = read = last_macs = last_bytes = 0
     for node in model.graph:
         shape = weight_shape(node)

@@ -1,11 +1,11 @@
-"""Run a model from one of its blocks on: what comes before is not computed again.
+"""Run a model from one of its blocks on, without computing the blocks before it.
 
-Measuring many replacements on one text runs the same first blocks over and over. The states at each block's
-input are kept, and a run begins at the first block that is new:
+Measuring many replacements on one text would run the same first blocks many times. Instead the states at each block's
+input are recorded, and a run starts at the first block that differs:
 
-    tokens ─► embedding ─► passed over … ─► states put in ─► block i ─► … ─► logits
+    tokens ─► embedding ─► skipped blocks … ─► recorded states ─► block i ─► … ─► logits
 
-The embedding, the masks and the rotary tables are computed as always; they cost little.
+The embedding, the masks and the rotary tables are computed as usual; their cost is small.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nbl_export.models.layers import attention_layer, facts, hidden_states
-from nbl_export.models.trial import trial
+from nbl_export.models.dummy_run import dummy_run
+from nbl_export.models.layers import attention_layer, hidden_states, plain_attributes
 
 if TYPE_CHECKING:
     from nbl_export.models.layers import AttentionLayer
 
 
-class _Passed(torch.nn.Module):
-    """Stands where a block stood and returns its input as that returned its output."""
+class _SkippedBlock(torch.nn.Module):
+    """Replaces a block and returns its input in the form of the block's output."""
 
     def __init__(self, block: torch.nn.Module, returns: int | None) -> None:
         super().__init__()
-        # Models ask their blocks for facts, as what their tokens see.
-        vars(self).update(facts(block))
+        # Models read attributes of their blocks, such as the kind of attention.
+        vars(self).update(plain_attributes(block))
         self.returns = returns
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -38,27 +38,27 @@ class _Passed(torch.nn.Module):
 
 
 @contextmanager
-def inputs_kept(
+def recording_inputs(
     model: torch.nn.Module, layers: Sequence[AttentionLayer]
 ) -> Iterator[dict[int, torch.Tensor]]:
-    """Within the block, every forward pass fills the dictionary with each layer's block input [batch, seq, d]."""
-    kept: dict[int, torch.Tensor] = {}
+    """Within the block, every forward pass records each layer's block input [batch, seq, d] in the dictionary."""
+    recorded: dict[int, torch.Tensor] = {}
     with ExitStack() as hooks:
         for layer in layers:
 
-            def keep(_block: Any, args: Any, kwargs: Any, index: int = layer.index) -> None:
-                kept[index] = hidden_states(args, kwargs)
+            def record(_block: Any, args: Any, kwargs: Any, index: int = layer.index) -> None:
+                recorded[index] = hidden_states(args, kwargs)
 
             block = model.get_submodule(layer.block)
-            hooks.callback(block.register_forward_pre_hook(keep, with_kwargs=True).remove)
-        yield kept
+            hooks.callback(block.register_forward_pre_hook(record, with_kwargs=True).remove)
+        yield recorded
 
 
 @contextmanager
-def beginning_at(model: torch.nn.Module, index: int, states: torch.Tensor) -> Iterator[None]:
-    """Within the block, ``model`` begins at attention layer ``index`` with ``states`` [batch, seq, d] as its input."""
+def starting_at(model: torch.nn.Module, index: int, states: torch.Tensor) -> Iterator[None]:
+    """Within the block, ``model`` starts at attention layer ``index`` with ``states`` [batch, seq, d] as its input."""
     layer = attention_layer(model, index)
-    returns = trial(model).block_returns
+    returns = dummy_run(model).block_returns
     stack: Any = model.get_submodule(layer.block.rpartition(".")[0])
     before = [stack[i] for i in range(index)]
 
@@ -70,7 +70,7 @@ def beginning_at(model: torch.nn.Module, index: int, states: torch.Tensor) -> It
     hook = stack[index].register_forward_pre_hook(put_in, with_kwargs=True, prepend=True)
     try:
         for i, block in enumerate(before):
-            stack[i] = _Passed(block, returns[i])
+            stack[i] = _SkippedBlock(block, returns[i])
         yield
     finally:
         for i, block in enumerate(before):
@@ -79,7 +79,7 @@ def beginning_at(model: torch.nn.Module, index: int, states: torch.Tensor) -> It
 
 
 class Reached(Exception):
-    """Raised by a hook to end a run of :func:`run_between` where it is."""
+    """Raised by a hook to stop a run of :func:`run_between`."""
 
 
 def run_between(
@@ -90,10 +90,10 @@ def run_between(
 ) -> torch.Tensor | None:
     """Run ``model`` over ``ids`` [batch, seq] and return the input [batch, seq, d] of attention layer ``end``.
 
-    ``start`` is an attention layer and its input there, to begin at. With ``end`` None the run goes on to the last
-    block, and None is returned.
+    ``start`` is the attention layer to start at, and its input. With ``end`` None the run continues to the last block
+    and returns None.
     """
-    trial(model)  # before any hook is set that would see it
+    dummy_run(model)  # before any hook is registered, since its own run would trigger them
     found: list[torch.Tensor] = []
 
     def stop(_block: Any, args: Any, kwargs: Any) -> None:
@@ -102,15 +102,15 @@ def run_between(
 
     with ExitStack() as stack:
         if start is not None:
-            stack.enter_context(beginning_at(model, *start))
+            stack.enter_context(starting_at(model, *start))
         if end is not None:
             block = model.get_submodule(attention_layer(model, end).block)
             stack.callback(block.register_forward_pre_hook(stop, with_kwargs=True).remove)
         with suppress(Reached):
-            body(model)(input_ids=ids, use_cache=False)
+            backbone(model)(input_ids=ids, use_cache=False)
     return found[0] if found else None
 
 
-def body(model: torch.nn.Module) -> Any:
-    """The blocks without the language-model head: its logits, a fifth of a small model's work, are often not needed."""
+def backbone(model: torch.nn.Module) -> Any:
+    """The model without its language-model head, which takes a fifth of a small model's time."""
     return getattr(model, "base_model", model)

@@ -1,6 +1,6 @@
-"""What a model is calibrated and judged on, by its task: text for a decoder, passages or images for an encoder.
+"""Calibration and held-out data by task: text for a decoder, passages or images for an encoder.
 
-One row of :data:`_MATERIALS` each; the stages ask it and know no task.
+Each kind of data is a row of :data:`_LOADERS`; the stages use it and do not depend on the task.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from nbl_export.calibrate.text import (
     save_text,
 )
 from nbl_export.errors import InputError
-from nbl_export.models.layers import positions, takes
+from nbl_export.models.layers import accepts, positions
 from nbl_export.models.source import ModelSource
 from nbl_export.models.tasks import task_named
 from nbl_export.progress import Listener
@@ -40,16 +40,16 @@ if TYPE_CHECKING:
 
 Rows = list[dict[str, NDArray[Any]]]
 
-# What is run to measure how far each tensor of a graph reaches: seconds of work.
+# The data for measuring the range of each tensor of a graph; this takes seconds.
 _RANGE_ROWS, _RANGE_TOKENS = 4, 256
 
 
 @dataclass(frozen=True)
-class Material:
-    """How one kind of material is found, read and kept; ``path`` is where, in the output folder.
+class CalibrationLoader:
+    """How one kind of calibration data is found, read and saved; ``path`` is its file in the output folder.
 
-    ``ranges`` makes what float16 is decided on: token rows, or an encoder's batch. ``heldout`` makes the
-    batches of one that an encoder is judged on, from the material and the names of its inputs.
+    ``ranges`` gives the data for the tensor ranges of float16: token rows, or an encoder's batch. ``heldout`` gives the
+    held-out data of an encoder as batches of one, from the data and the names of its inputs.
     """
 
     unit: str
@@ -63,17 +63,17 @@ class Material:
     heldout: Callable[[Any, Mapping[str, Any]], Rows] = heldout_rows
 
 
-def material_of(source: ModelSource) -> Material:
+def loader_for(source: ModelSource) -> CalibrationLoader:
     """The row for the task and the main input of ``source``."""
-    return _MATERIALS[task_named(source.task).causal, source.reads]
+    return _LOADERS[task_named(source.task).causal, source.reads]
 
 
 def check_sources(source: ModelSource, settings: CalibrateSettings) -> None:
-    """Refuse ``--calibration self`` for a model that generates nothing."""
+    """Refuse ``--calibration self`` for a model that does not generate."""
     if SELF in settings.sources and not task_named(source.task).causal:
-        material = material_of(source)
+        loader = loader_for(source)
         raise InputError(
-            f"{source.source} is an encoder and cannot write its own calibration {material.unit}: name some with "
+            f"{source.source} is an encoder and cannot generate its own calibration {loader.unit}: name some with "
             "--calibration."
         )
 
@@ -111,8 +111,8 @@ def _read_passages(model: LoadedModel, settings: CalibrateSettings, listener: Li
 def _probe_text_encoder(model: LoadedModel, text: Any) -> Probe:
     frame = frame_of(model.tokenizer)
     own = set(model.tokenizer.model_input_names)
-    # What the tokenizer gives and the model takes: a graph asks for nothing else.
-    names = [n for n in (TOKENS, MASK, TOKEN_TYPES) if n in own | {TOKENS, MASK} and takes(model.model, n)]
+    # The inputs that the tokenizer gives and the model accepts; the graph has no others.
+    names = [n for n in (TOKENS, MASK, TOKEN_TYPES) if n in own | {TOKENS, MASK} and accepts(model.model, n)]
     rows = []
     for i, length in enumerate(probe_lengths(text.calibration.shape[1])):
         inner = text.calibration[i % len(text.calibration)][len(frame.start) :]
@@ -142,8 +142,8 @@ def _probe_vision(model: LoadedModel, images: Any) -> Probe:
     return probe_inputs(model.model, {PIXELS: images.calibration[:2]})
 
 
-_MATERIALS = {
-    (True, TOKENS): Material(
+_LOADERS = {
+    (True, TOKENS): CalibrationLoader(
         "text",
         lambda ws: ws.text,
         _text_files,
@@ -153,7 +153,7 @@ _MATERIALS = {
         _probe_decoder,
         _range_rows,
     ),
-    (False, TOKENS): Material(
+    (False, TOKENS): CalibrationLoader(
         "text",
         lambda ws: ws.text,
         _text_files,
@@ -163,7 +163,7 @@ _MATERIALS = {
         _probe_text_encoder,
         _range_batch,
     ),
-    (False, PIXELS): Material(
+    (False, PIXELS): CalibrationLoader(
         "images",
         lambda ws: ws.images,
         image_files,

@@ -1,6 +1,6 @@
-"""A model as a Hugging Face folder that another process, with transformers 4 or 5, loads as the same model.
+"""A model as a Hugging Face folder that another process loads as the same model with transformers 4 or 5.
 
-What the two spell differently is in :mod:`nbl_export.models.compat`.
+The differences between the two are handled in :mod:`nbl_export.models.compat`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from nbl_export.models.loaded import LoadedModel
 
 
-def handoff(model: LoadedModel, folder: Path) -> Path:
-    """``model`` as a folder for both majors of transformers: its own where that will do, else ``folder``.
+def as_hf_folder(model: LoadedModel, folder: Path) -> Path:
+    """``model`` as a folder for both major versions of transformers: its own folder if possible, else ``folder``.
 
-    ``folder`` (new or empty, the caller's to delete) gets links to the weights, or the de-quantized
-    weights of a GGUF file in float32. The source is never written to, the loaded model never changed.
+    ``folder`` (new or empty, deleted by the caller) gets links to the weights, or the dequantized weights of a
+    GGUF file in float32. The source folder and the loaded model are not changed.
     """
     if model.source.gguf_file is None:
         return readable_folder(Path(model.source.path), folder)
@@ -34,7 +34,7 @@ def _save(model: LoadedModel, folder: Path) -> None:
     before = dict(vars(loaded.config))
     try:
         with quiet():
-            loaded.save_pretrained(folder)  # writes down in the configuration what it saved
+            loaded.save_pretrained(folder)  # this changes the configuration
             model.tokenizer.save_pretrained(folder)
     finally:
         vars(loaded.config).clear()

@@ -1,9 +1,9 @@
-"""Compute inner tensors of a graph piece by piece, so that a model larger than memory can be looked into.
+"""Compute intermediate tensors of a graph, one partition after the other, also if the model exceeds memory.
 
-    feeds ─► piece 1 ─► live tensors ─► piece 2 ─► …        each piece: up to 128 MiB of weights
+    feeds ─► partition 1 ─► live tensors ─► partition 2 ─► …        each partition: up to 128 MiB of weights
 
-Only what the wanted tensors are computed from runs, and nothing behind a tensor that is fed. A piece is a
-graph of its own in onnxruntime, which reads its weights from the data files of the whole.
+Only the nodes that the wanted tensors depend on are run, and none upstream of a tensor that is fed. Each partition
+is a separate onnxruntime session, which reads its weights from the data files of the full graph.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from nbl_export.batch.rows import Inputs, real_positions, rows_of_batch
 from nbl_export.errors import InputError
-from nbl_export.graph.half_emulation import HALF, compute_in_float32, needs_emulation, wide_name
+from nbl_export.graph.half_emulation import HALF, compute_in_float32, float32_name, needs_emulation
 from nbl_export.graph.interface import interface_of
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.operators import captured
@@ -27,11 +27,11 @@ from nbl_export.graph.tensors import follow_links
 from nbl_export.runtime.session import CPU, data_folder, require_onnxruntime, run_session, session_options
 
 Arrays = dict[str, NDArray[Any]]
-PIECE_BYTES = 128 << 20
+PARTITION_BYTES = 128 << 20
 
 
-class _Piece:
-    """Nodes that run together, and what they read of each other's pieces and write."""
+class _Partition:
+    """Nodes that run in one session, the tensors they read from other partitions, and those they write."""
 
     def __init__(self) -> None:
         self.nodes: dict[ir.Node, None] = {}
@@ -40,73 +40,73 @@ class _Piece:
         self.writes: set[str] = set()
 
     def weight_bytes(self, more: Iterable[ir.Value]) -> int:
-        """Bytes of this piece's weights with ``more`` of them."""
+        """Bytes of this partition's weights plus ``more``."""
         weights = {**self.weights, **{str(v.name): v for v in more}}
         return sum(v.const_value.nbytes for v in weights.values() if v.const_value is not None)
 
 
-def compute(
+def compute_tensors(
     model: ir.Model,
     wanted: Sequence[str],
     rows: Sequence[Mapping[str, NDArray[Any]]],
-    piece_bytes: int = PIECE_BYTES,
+    partition_bytes: int = PARTITION_BYTES,
     progress: Callable[[int], object] = lambda _bytes: None,
 ) -> list[Arrays]:
     """The tensors ``wanted`` of ``model`` for each of ``rows``, which name its inputs.
 
-    A row may also give inner tensors; what they are computed from is then not computed. Halves come as
-    float32, computed by their stand-in (:mod:`nbl_export.graph.half_emulation`). ``model`` is changed in place.
-    ``progress`` is told the bytes of weights of each piece that has run.
-    Raises :class:`InputError` if onnxruntime does not take a piece.
+    A row may also feed intermediate tensors; the nodes they depend on are then not run. Half-precision tensors are
+    returned as float32, computed by emulation (:mod:`nbl_export.graph.half_emulation`). ``model`` is changed in
+    place. ``progress`` receives the bytes of the weights of each partition that has run. Raises
+    :class:`InputError` if onnxruntime does not load a partition.
     """
     folder = follow_links(model)
     tapped = {name: name for name in wanted}
     if needs_emulation(model):
         compute_in_float32(model)
         made = {v.name for node in model.graph for v in node.outputs}
-        tapped = {name: wide if (wide := wide_name(name)) in made else name for name in wanted}
+        tapped = {name: wide if (wide := float32_name(name)) in made else name for name in wanted}
     values: list[Arrays] = [dict(row) for row in rows]
-    pieces = list(_pieces(model, set(tapped.values()), set(values[0]), piece_bytes))
-    for index, piece in enumerate(pieces):
-        later = set(tapped.values()).union(*(p.reads for p in pieces[index + 1 :]))
-        outputs = sorted(piece.writes & later)
+    partitions = list(_partitions(model, set(tapped.values()), set(values[0]), partition_bytes))
+    for index, partition in enumerate(partitions):
+        later = set(tapped.values()).union(*(p.reads for p in partitions[index + 1 :]))
+        outputs = sorted(partition.writes & later)
         first = values[0]
-        proto = _proto(model, piece, {name: first[name] for name in sorted(piece.reads)}, outputs)
+        proto = _proto(model, partition, {name: first[name] for name in sorted(partition.reads)}, outputs)
         session = _session(proto, folder)
         for row in values:
-            found = run_session(session, outputs, {name: row[name] for name in piece.reads})
+            found = run_session(session, outputs, {name: row[name] for name in partition.reads})
             row |= dict(zip(outputs, found, strict=True))
             for name in [n for n in row if n not in later]:
                 del row[name]
-        progress(piece.weight_bytes([]))
+        progress(partition.weight_bytes([]))
     return [{name: row[tap] for name, tap in tapped.items()} for row in values]
 
 
-def _pieces(model: ir.Model, wanted: set[str], fed: set[str], limit: int) -> Iterator[_Piece]:
+def _partitions(model: ir.Model, wanted: set[str], fed: set[str], limit: int) -> Iterator[_Partition]:
     needed = _needed(model, wanted - fed, fed)
     made = {str(v.name) for node in needed for v in node.outputs if v.name}
     constant = _constants(model, fed)
-    piece = _Piece()
+    partition = _Partition()
     for node in _with_casts(n for n in model.graph if n in needed):
         if node in constant and not any(v.name in wanted for v in node.outputs):
-            continue  # made in every piece that reads it: a weight in another format is as large as itself
+            continue  # repeated in every partition that reads it: passing on converted weights would cost memory
         group = [*_constants_before(node, constant), node]
         weights = [v for n in group for v in _reads(n) if v.is_initializer() and v.name not in fed]
-        if piece.nodes and piece.weight_bytes(weights) > limit:
-            yield piece
-            piece = _Piece()
+        if partition.nodes and partition.weight_bytes(weights) > limit:
+            yield partition
+            partition = _Partition()
         for member in group:
-            piece.nodes[member] = None
+            partition.nodes[member] = None
             names = {str(v.name) for v in _reads(member) if not v.is_initializer() or v.name in fed}
-            piece.reads |= {n for n in names - piece.writes if n in fed or n in made}
-            piece.writes |= {str(v.name) for v in member.outputs if v.name and v.name not in fed}
-        piece.weights |= {str(v.name): v for v in weights}
-    if piece.nodes:
-        yield piece
+            partition.reads |= {n for n in names - partition.writes if n in fed or n in made}
+            partition.writes |= {str(v.name) for v in member.outputs if v.name and v.name not in fed}
+        partition.weights |= {str(v.name): v for v in weights}
+    if partition.nodes:
+        yield partition
 
 
 def _constants(model: ir.Model, fed: set[str]) -> set[ir.Node]:
-    """The nodes that compute with weights alone."""
+    """The nodes that depend on weights only."""
     found: set[ir.Node] = set()
     for node in model.graph:
         reads = _reads(node)
@@ -116,7 +116,7 @@ def _constants(model: ir.Model, fed: set[str]) -> set[ir.Node]:
 
 
 def _constants_before(node: ir.Node, constant: set[ir.Node]) -> list[ir.Node]:
-    """The constant nodes that ``node`` is computed from, in order."""
+    """The constant nodes that ``node`` depends on, in order."""
     found: dict[ir.Node, None] = {}
     stack = [(node, False)]
     while stack:
@@ -125,14 +125,14 @@ def _constants_before(node: ir.Node, constant: set[ir.Node]) -> list[ir.Node]:
             found[current] = None
         elif current not in found:
             if current is not node:
-                stack.append((current, True))  # once all that it reads is there
+                stack.append((current, True))  # after everything it reads
             makers = [v.producer() for v in _reads(current)]
             stack += [(n, False) for n in makers if n is not None and n in constant and n not in found]
     return list(found)
 
 
 def _with_casts(nodes: Iterable[ir.Node]) -> Iterator[ir.Node]:
-    """``nodes`` in order, each followed by the Casts of its halves: NumPy could not carry those to a later piece."""
+    """``nodes`` in order, each followed by the Casts of its half-precision outputs, which NumPy cannot pass on."""
     order = list(nodes)
     needed, done = set(order), set()
     for first in order:
@@ -155,7 +155,7 @@ def _needed(model: ir.Model, wanted: set[str], fed: set[str]) -> set[ir.Node]:
     by_name = {v.name: v for node in model.graph for v in node.outputs}
     inputs = {v.name for v in model.graph.inputs}
     if missing := [name for name in wanted if name not in by_name and name not in inputs]:
-        raise InputError(f"The graph has no tensor {missing[0]!r}.")
+        raise InputError(f"The graph has no tensor {missing[0]!r}: check its name.")
     stack = [by_name[name] for name in wanted if name in by_name]
     needed: set[ir.Node] = set()
     while stack:
@@ -169,21 +169,21 @@ def _needed(model: ir.Model, wanted: set[str], fed: set[str]) -> set[ir.Node]:
 
 
 def _proto(
-    model: ir.Model, piece: _Piece, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str]
+    model: ir.Model, partition: _Partition, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str]
 ) -> onnx.ModelProto:
-    graph = onnx.GraphProto(name="piece")
-    graph.node.extend(ir.serde.serialize_node(node) for node in piece.nodes)
+    graph = onnx.GraphProto(name="partition")
+    graph.node.extend(ir.serde.serialize_node(node) for node in partition.nodes)
     for node in graph.node:
-        # A node runs for one output while another is given.
+        # A node may run for one output while another of its outputs is fed.
         node.output[:] = [f"{n} as computed" if n in feeds else n for n in node.output]
-    for name, value in piece.weights.items():
+    for name, value in partition.weights.items():
         assert value.const_value is not None
         tensor = ir.serde.serialize_tensor(value.const_value)
         tensor.name = name
         graph.initializer.append(tensor)
     for name, array in feeds.items():
         dtype = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
-        # Rank but no sizes: rows have different lengths.
+        # Only the rank is fixed: rows have different lengths.
         graph.input.append(onnx.helper.make_tensor_value_info(name, dtype, [None] * array.ndim))
     graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
     imports = [onnx.OperatorSetIdProto(domain=k, version=v) for k, v in model.opset_imports.items()]
@@ -195,37 +195,37 @@ def _proto(
 
 def _session(proto: onnx.ModelProto, folder: Path | None) -> Any:
     ort = require_onnxruntime()
-    # Prepacking would hold every weight a second time.
+    # Prepacking would store a second copy of every weight.
     options = session_options({"session.disable_prepacking": "1", **data_folder(folder)})
-    options.enable_cpu_mem_arena = False  # it would keep what it once had
+    options.enable_cpu_mem_arena = False  # the arena does not return memory
     try:
         return ort.InferenceSession(proto.SerializeToString(), options, providers=[CPU])
     except Exception as error:  # onnxruntime's exceptions have no common base class
-        raise InputError(f"onnxruntime does not take the graph: {str(error).splitlines()[0]}") from None
+        raise InputError(f"onnxruntime does not load the graph: {str(error).splitlines()[0]}") from None
 
 
-def run_taps(path: Path, names: Sequence[str], inputs: Inputs) -> dict[str, NDArray[np.float32]]:
-    """Inner tensors ``names`` [batch, sequence, …] of the graph at ``path``, with an empty cache.
+def intermediate_tensors(path: Path, names: Sequence[str], inputs: Inputs) -> dict[str, NDArray[np.float32]]:
+    """Intermediate tensors ``names`` [batch, sequence, …] of the graph at ``path``, with an empty cache.
 
-    ``inputs`` are padded ids and their mask, or images; what comes back is padded likewise, with zeros.
+    ``inputs`` are padded ids and their mask, or images; the results are padded in the same way, with zeros.
     """
     model = load_graph(path)
     wanted = list(dict.fromkeys(names))
-    found = compute(model, wanted, prefill_rows(model, rows_of_batch(inputs)))
+    found = compute_tensors(model, wanted, prefill_rows(model, rows_of_batch(inputs)))
     return {name: _padded([row[name] for row in found], inputs) for name in wanted}
 
 
 def prefill_rows(model: ir.Model, rows: Sequence[NDArray[Any] | Inputs]) -> list[Arrays]:
-    """What :func:`compute` is fed for each of ``rows``, token ids or named inputs; batch 1, no padding."""
+    """The feeds of :func:`compute_tensors` for each of ``rows``, token ids or named inputs; batch 1, no padding."""
     interface = interface_of(model)
     return [interface.row(row, np.float32) for row in rows]
 
 
 def _padded(rows: Sequence[NDArray[Any]], inputs: Inputs) -> NDArray[np.float32]:
-    places = real_positions(inputs, rows[0].shape[-2])
-    flat = [unbatched(row, int(real.sum())) for row, real in zip(rows, places, strict=True)]
-    result = np.zeros((*places.shape, *flat[0].shape[1:]), dtype=np.float32)
-    result[places] = np.concatenate(flat)
+    real = real_positions(inputs, rows[0].shape[-2])
+    flat = [unbatched(row, int(own.sum())) for row, own in zip(rows, real, strict=True)]
+    result = np.zeros((*real.shape, *flat[0].shape[1:]), dtype=np.float32)
+    result[real] = np.concatenate(flat)
     return result
 
 

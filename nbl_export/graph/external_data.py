@@ -1,14 +1,14 @@
-"""Write a model's weights from file to file, without ever holding them in memory.
+"""Write a model with external data, copying its weights from file to file without loading them into memory.
 
-A tensor that lies in an external data file is copied from byte range to byte range by the kernel, never
-through a memory map: mapped pages count as resident, and an 8B model has 16 GB of them. Tensors in memory
-are written one after another. Two ways to store a model:
+A tensor in an external data file is copied by the kernel, byte range to byte range, never through a memory
+map: mapped pages count as resident memory, and an 8B model has 16 GB of them. Tensors in memory are written
+one after another. There are two ways to store a model:
 
     write_graph    a new .onnx file and one new data file with every weight
-    append_graph   a new .onnx file over the old one; weights stay where they are, new ones are appended
+    append_graph   a new .onnx file replaces the old one; weights stay where they are, new ones are appended
 
-Both leave the model object as it was: while the protobuf is made, its tensors are replaced by references
-to the new file, then put back.
+Both leave the model object unchanged: its tensors are replaced by references to the new file while the
+protobuf is serialized, and restored afterwards.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ Progress = Callable[[int], object]
 
 # Tensors smaller than this stay inside the .onnx file, so that shape inference sees shape constants.
 INLINE_BYTES = 1024
-# The ONNX specification recommends page-aligned offsets, so that a reader can map a tensor by itself.
+# The ONNX specification recommends page-aligned offsets, so that a reader can map a single tensor.
 _PAGE, _PAGE_FROM, _ALIGNED = 4096, 64 << 10, 64
-# Small enough for an interrupt and a progress bar, large enough for full speed.
+# Small enough for interrupts and progress updates, large enough for full speed.
 _KERNEL_BLOCK, _BLOCK = 64 << 20, 8 << 20
-# What says that these two files cannot be copied inside the kernel, not that the copy failed.
+# Errors which mean that the kernel cannot copy between these two files, not that the copy failed.
 _NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
-# protobuf stops at 2 GiB; the slack is for the nodes and names around the tensors.
+# The limit of protobuf is 2 GiB; the margin is for nodes and names.
 PROTOBUF_BYTES = (1 << 31) - (64 << 20)
 
 
-class _Home(Enum):
-    """Where a tensor goes: into the .onnx file, into the data file, or nowhere since it lies there."""
+class _Destination(Enum):
+    """Where a tensor is stored: in the .onnx file, moved to the data file, or left where it is."""
 
     INLINE = auto()
     MOVES = auto()
@@ -65,33 +65,36 @@ def write_graph(
     inline_below: int = INLINE_BYTES,
     progress: Progress | None = None,
 ) -> list[Path]:
-    """Write ``model`` to ``path`` and its weights to the file ``data_name`` beside it; returns both paths.
+    """Write ``model`` to ``path`` and its weights to the file ``data_name`` next to it; returns both paths.
 
-    Initializers of at least ``inline_below`` bytes, and attributes of that size that are external already,
-    go to the data file; a byte range that several tensors share is stored once. With ``data_name`` None, or
-    if every tensor is smaller, all are inside ``path``, and no data file is made. ``progress`` is told the
+    Initializers of at least ``inline_below`` bytes, and attributes of that size that are already external, are
+    stored in the data file; a byte range shared by several tensors is stored once. If ``data_name`` is None or
+    every tensor is smaller, all are stored in ``path`` and there is no data file. ``progress`` receives the
     bytes written by each step.
 
-    Raises :class:`InputError` for a source that :func:`source_file` refuses, and :class:`BuildError` if
-    the tensors inside ``path`` pass protobuf's 2 GiB or if the data file is one of the sources. Both files
-    are complete before either is put in place, so an error leaves what was there.
+    Raises :class:`InputError` for a source that :func:`source_file` refuses, and :class:`BuildError` if the
+    tensors in ``path`` exceed protobuf's 2 GiB or if the data file is one of the sources. Both files are
+    complete before either is moved into place, so an error leaves the old files.
     """
-    places = list(slots(model))
-    homes = [
-        [_home(s, t, None if data_name is None else inline_below, None) for t in s.tensors] for s in places
+    tensor_slots = list(slots(model))
+    destinations = [
+        [_destination(s, t, None if data_name is None else inline_below, None) for t in s.tensors]
+        for s in tensor_slots
     ]
-    _check_inline(path, places, homes)
-    if data_name is None or not any(home is _Home.MOVES for row in homes for home in row):
+    _check_inline(path, tensor_slots, destinations)
+    if data_name is None or not any(home is _Destination.MOVES for row in destinations for home in row):
         with atomic_path(path) as temporary:
-            temporary.write_bytes(_serialize(model, places, _placed(places, homes, None)))
+            temporary.write_bytes(_serialize(model, tensor_slots, _placed(tensor_slots, destinations, None)))
         return [path]
-    data = _beside(path, data_name)
+    data = _data_path(path, data_name)
     if data.exists() and any(data.samefile(source) for source in external_files(model)):
-        raise BuildError(f"{data} cannot be overwritten, the model reads its weights there: write elsewhere.")
+        raise BuildError(
+            f"{data} cannot be overwritten because the model reads its weights from it: choose another file."
+        )
     with atomic_path(path) as temporary, atomic_path(data) as temporary_data:
         with temporary_data.open("r+b", buffering=0) as file:
-            placed = _placed(places, homes, _DataFile(file.fileno(), data, progress))
-        temporary.write_bytes(_serialize(model, places, placed))
+            placed = _placed(tensor_slots, destinations, _DataFile(file.fileno(), data, progress))
+        temporary.write_bytes(_serialize(model, tensor_slots, placed))
     return [path, data]
 
 
@@ -102,28 +105,30 @@ def append_graph(
     progress: Progress | None = None,
     check: Callable[[Path], object] | None = None,
 ) -> int:
-    """Write ``model`` to ``path``, appending its new weights to ``data`` beside it; returns the bytes appended.
+    """Write ``model`` to ``path``, appending its new weights to ``data`` next to it; returns the bytes appended.
 
-    External tensors of a model that was loaded from that folder stay where they are; all others of at least
-    ``INLINE_BYTES`` are appended. The data file is on disk before the new ``path`` replaces the old one, so
-    a crash at any moment leaves a valid graph (bytes behind the last tensor do no harm), and an error
-    gives the data file its old length. ``check`` is given the complete new graph, beside its data under a
-    temporary name, and raises to refuse it.
+    External tensors of a model loaded from that folder stay where they are; all others of at least
+    ``INLINE_BYTES`` are appended. The data file is on disk before the new ``path`` replaces the old one, so a
+    crash at any moment leaves a valid graph (bytes after the last tensor are harmless). An error restores the
+    old length of the data file. ``check`` receives the complete new graph, next to its data under a temporary
+    name, and raises to refuse it.
 
     Raises :class:`InputError` for a source that :func:`source_file` refuses, and :class:`BuildError` if
-    ``data`` is a link or no file, lies elsewhere or is being appended to by another process, or if
-    ``path`` would pass protobuf's 2 GiB.
+    ``data`` is a link or not a file, is in another folder or locked by another process, or if ``path`` would
+    exceed protobuf's 2 GiB.
     """
     folder = path.parent.resolve()
     if data.parent.resolve() != folder:
-        raise BuildError(f"{data} does not lie beside {path}, where a graph has its data: name a file there.")
-    places = list(slots(model))
-    homes = [[_home(s, t, INLINE_BYTES, folder) for t in s.tensors] for s in places]
-    _check_inline(path, places, homes)
-    with _appending(path, _beside(path, data.name)) as target, atomic_path(path) as temporary:
+        raise BuildError(
+            f"{data} is not in the folder of {path}, where external data belongs: name a file there."
+        )
+    tensor_slots = list(slots(model))
+    destinations = [[_destination(s, t, INLINE_BYTES, folder) for t in s.tensors] for s in tensor_slots]
+    _check_inline(path, tensor_slots, destinations)
+    with _appending(path, _data_path(path, data.name)) as target, atomic_path(path) as temporary:
         out = _DataFile(target, data, progress)
         before = out.end
-        blob = _serialize(model, places, _placed(places, homes, out))
+        blob = _serialize(model, tensor_slots, _placed(tensor_slots, destinations, out))
         os.fsync(target)
         _sync_folder(folder)
         with temporary.open("wb") as file:
@@ -136,34 +141,36 @@ def append_graph(
     return out.end - before
 
 
-def _home(slot: Slot, tensor: ir.TensorProtocol, least: int | None, folder: Path | None) -> _Home:
-    # A tensor below ``least`` bytes goes inside, with None any; one that lies in ``folder`` stays.
+def _destination(
+    slot: Slot, tensor: ir.TensorProtocol, least: int | None, folder: Path | None
+) -> _Destination:
+    # A tensor below ``least`` bytes is stored inline (with None: any tensor); one in ``folder`` stays there.
     external = isinstance(tensor, ir.ExternalTensor)
     if isinstance(tensor, ir.ExternalTensor):
         source_file(slot.where, tensor)
         if folder is not None and Path(tensor.base_dir or ".").resolve() == folder:
-            return _Home.STAYS
+            return _Destination.STAYS
     if least is None or tensor.dtype == ir.DataType.STRING or tensor.nbytes < max(least, 1):
-        return _Home.INLINE
-    # An attribute in memory came from inside a protobuf and fits there again.
-    return _Home.MOVES if external or slot.attribute is None else _Home.INLINE
+        return _Destination.INLINE
+    # An attribute in memory was read from a protobuf, so it fits into one.
+    return _Destination.MOVES if external or slot.attribute is None else _Destination.INLINE
 
 
 def _placed(
-    places: list[Slot], homes: list[list[_Home]], out: _DataFile | None
+    tensor_slots: list[Slot], destinations: list[list[_Destination]], out: _DataFile | None
 ) -> list[list[ir.TensorProtocol]]:
-    """What stands for each tensor in the new .onnx file; those that move are written to ``out``."""
+    """The tensors of the new .onnx file; those that are moved are written to ``out``."""
 
-    def place(slot: Slot, tensor: ir.TensorProtocol, home: _Home) -> ir.TensorProtocol:
-        if out is not None and home is _Home.MOVES:
+    def place(slot: Slot, tensor: ir.TensorProtocol, home: _Destination) -> ir.TensorProtocol:
+        if out is not None and home is _Destination.MOVES:
             return out.add(slot.where, tensor)
-        if home is _Home.STAYS or not isinstance(tensor, ir.ExternalTensor):
+        if home is _Destination.STAYS or not isinstance(tensor, ir.ExternalTensor):
             return tensor
         return _inlined(slot.where, tensor)
 
     return [
         [place(s, t, home) for t, home in zip(s.tensors, row, strict=True)]
-        for s, row in zip(places, homes, strict=True)
+        for s, row in zip(tensor_slots, destinations, strict=True)
     ]
 
 
@@ -182,7 +189,7 @@ def _reference(tensor: ir.TensorProtocol, folder: Path, location: str, offset: i
 
 
 def _inlined(where: str, tensor: ir.ExternalTensor) -> ir.LazyTensor:
-    """``tensor`` as one that is read when the protobuf is made, and then forgotten."""
+    """``tensor`` as a lazy tensor that is read when the protobuf is serialized, and not cached."""
 
     def read() -> ir.TensorProtocol:
         import onnx
@@ -201,33 +208,33 @@ def _inlined(where: str, tensor: ir.ExternalTensor) -> ir.LazyTensor:
     )
 
 
-def _check_inline(path: Path, places: list[Slot], homes: list[list[_Home]]) -> None:
+def _check_inline(path: Path, tensor_slots: list[Slot], destinations: list[list[_Destination]]) -> None:
     total = sum(
         tensor.nbytes
-        for slot, row in zip(places, homes, strict=True)
+        for slot, row in zip(tensor_slots, destinations, strict=True)
         for tensor, home in zip(slot.tensors, row, strict=True)
-        if home is _Home.INLINE
+        if home is _Destination.INLINE
     )
     if total > PROTOBUF_BYTES:
         raise BuildError(
-            f"{path} would hold {total:,} bytes of weights, where a protobuf takes {PROTOBUF_BYTES:,}: "
+            f"{path} would contain {total:,} bytes of weights, more than the {PROTOBUF_BYTES:,} of a protobuf: "
             "write them to an external data file."
         )
 
 
-def _serialize(model: ir.Model, places: list[Slot], placed: list[list[ir.TensorProtocol]]) -> bytes:
-    # Serializing also gives each initializer's tensor the initializer's name.
-    names = [(tensor, tensor.name) for slot in places for tensor in slot.tensors]
+def _serialize(model: ir.Model, tensor_slots: list[Slot], placed: list[list[ir.TensorProtocol]]) -> bytes:
+    # Serialization also renames each initializer's tensor to the initializer's name.
+    names = [(tensor, tensor.name) for slot in tensor_slots for tensor in slot.tensors]
     try:
-        for slot, tensors in zip(places, placed, strict=True):
+        for slot, tensors in zip(tensor_slots, placed, strict=True):
             slot.put(tensors)
         blob: bytes = ir.serde.serialize_model(model).SerializeToString()
         return blob
     except ir.serde.SerdeError as error:
-        # A tensor that is read on the way may fail on its own account.
+        # Reading a lazy tensor may have failed; raise that error itself.
         raise _first_cause(error) from None
     finally:
-        for slot in places:
+        for slot in tensor_slots:
             slot.restore()
         for tensor, name in names:
             if tensor.name != name:
@@ -247,7 +254,7 @@ def _first_cause(error: Exception) -> Exception:
 
 
 class _DataFile:
-    """The data file being written: tensors are added at its end, each distinct byte range once."""
+    """The data file being written: tensors are appended, each distinct byte range once."""
 
     def __init__(self, descriptor: int, path: Path, progress: Progress | None) -> None:
         self._descriptor, self._path, self._progress = descriptor, path, progress
@@ -255,7 +262,7 @@ class _DataFile:
         self.end = os.fstat(descriptor).st_size
 
     def add(self, where: str, tensor: ir.TensorProtocol) -> ir.ExternalTensor:
-        """Write ``tensor`` unless its bytes are there already; returns the reference to them."""
+        """Write ``tensor`` unless its bytes are already written; returns the reference to them."""
         key: tuple[object, ...] = (id(tensor),)
         if isinstance(tensor, ir.ExternalTensor):
             key = (source_file(where, tensor), tensor.offset or 0, tensor.nbytes)
@@ -285,7 +292,7 @@ class _DataFile:
         if len(raw) != tensor.nbytes:
             raise BuildError(
                 f"{where} gives {len(raw):,} bytes, its type and shape say {tensor.nbytes:,}: "
-                "correct what builds this tensor."
+                "correct the code that creates this tensor."
             )
         while raw:
             written = os.pwrite(self._descriptor, raw[:_BLOCK], self.end)
@@ -299,7 +306,7 @@ class _DataFile:
 
 
 def _copy_some(source: int, start: int, target: int, at: int, most: int) -> int:
-    """Copy up to ``most`` bytes between two files; returns how many, 0 only at the end of ``source``."""
+    """Copy up to ``most`` bytes between two files; returns the number copied, 0 only at the end of ``source``."""
     if hasattr(os, "copy_file_range"):
         try:
             if copied := os.copy_file_range(source, target, min(most, _KERNEL_BLOCK), start, at):
@@ -323,7 +330,9 @@ def _read(where: str, tensor: ir.ExternalTensor) -> bytes:
 
 
 def _shrunk(where: str, tensor: ir.ExternalTensor) -> InputError:
-    return InputError(f"{tensor.path} became shorter while {where} was read: let nothing else write to it.")
+    return InputError(
+        f"{tensor.path} became shorter while {where} was read: stop other programs that write to it."
+    )
 
 
 @contextmanager
@@ -335,19 +344,19 @@ def _opened(where: str, tensor: ir.ExternalTensor) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _beside(path: Path, name: str) -> Path:
-    """The data file ``name`` beside ``path``; what is there already must be a file of its own, no link."""
+def _data_path(path: Path, name: str) -> Path:
+    """The path of the data file ``name`` next to ``path``; an existing one must be a regular file, not a link."""
     if name in {"", "..", path.name} or Path(name).name != name:
         raise BuildError(f"{name!r} cannot be the data file of {path}: it must be another plain file name.")
     data = path.with_name(name)
     if data.is_symlink() or (data.exists() and not data.is_file()):
-        raise BuildError(f"{data} is a link or no file, so nothing is written to it: remove it first.")
+        raise BuildError(f"{data} is a link or not a file, so nothing is written to it: remove it first.")
     return data
 
 
 @contextmanager
 def _appending(path: Path, data: Path) -> Iterator[int]:
-    """``data`` opened to append to; an error before ``path`` is replaced gives it its old length."""
+    """``data`` opened for appending; an error before ``path`` is replaced restores its old length."""
     import fcntl
 
     replaced_from, new = _identity(path), not data.exists()
@@ -363,7 +372,7 @@ def _appending(path: Path, data: Path) -> Iterator[int]:
         try:
             yield target
         except BaseException:
-            # An interrupt can arrive after the replacement: then the new graph needs these bytes.
+            # After an interrupt that arrives after the replacement, the new graph needs these bytes.
             if _identity(path) == replaced_from:
                 with suppress(OSError):
                     os.ftruncate(target, old_size)
@@ -383,7 +392,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make renames in ``folder`` survive a power cut, where the file system can."""
+    """Flush renames in ``folder`` to disk, if the file system supports it."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
         with suppress(OSError):

@@ -1,7 +1,7 @@
-"""What neither a model's configuration nor its modules say: tried out, once, by one tiny forward pass.
+"""Facts about a model that its configuration and modules do not give, found by a tiny forward pass.
 
-How many values its attention returns, how many heads of which size its KV cache has in each layer, whether
-it is causal, what it gives. Configurations spell these in many ways, or not at all; the numbers say it for every
+These are the number of values its attention returns, the heads and head_dim of its KV cache in each layer, whether it
+is causal, and its outputs. Configurations have different keys for these, or none; a forward pass works for every
 family.
 """
 
@@ -17,12 +17,12 @@ from nbl_export.batch.names import PIXELS, TOKENS
 from nbl_export.errors import InputError
 from nbl_export.models.compat import cache_argument
 from nbl_export.models.layers import (
+    accepted_arguments,
     attention_layers,
     image_shape,
     layer_count,
     main_input,
     structure,
-    taken,
 )
 from nbl_export.models.load import quiet
 from nbl_export.models.tasks import GENERATION, Task, task_named
@@ -43,13 +43,14 @@ class CacheShape:
 
 
 @dataclass(frozen=True)
-class Trial:
+class DummyRun:
     """``returns``: by layer, the length of the tuple that its attention returns; None for a bare tensor.
-    ``block_returns``: the same of every block.
+    ``block_returns``: the same for every block.
 
-    ``cache`` has an entry for each block, None for one that keeps no keys and values of its own. ``tokens`` is
-    how many its attention sees of one row, ``outputs`` what it gives. ``mapped`` says whether y is what a linear
-    map writes, so that nothing is added to it inside; ``same`` whether a second pass over images gave the same.
+    ``cache`` has an entry for each block, None for a block without its own keys and values. ``tokens`` is the number
+    of tokens that attention sees per row, ``outputs`` are the names of the outputs. ``linear_output`` says whether y
+    is the output of a linear layer, so that nothing is added to it inside the attention; ``repeatable`` whether a
+    second pass over images gave the same result.
     """
 
     returns: Mapping[int, int | None]
@@ -57,94 +58,94 @@ class Trial:
     causal: bool
     tokens: int = _TOKENS
     outputs: tuple[str, ...] = ()
-    mapped: bool = True
-    same: bool = True
+    linear_output: bool = True
+    repeatable: bool = True
     block_returns: Mapping[int, int | None] = field(default_factory=dict)
 
 
-_DONE: weakref.WeakKeyDictionary[torch.nn.Module, Trial] = weakref.WeakKeyDictionary()
+_DONE: weakref.WeakKeyDictionary[torch.nn.Module, DummyRun] = weakref.WeakKeyDictionary()
 
 
-def trial(model: torch.nn.Module) -> Trial:
-    """What one forward pass of the *original* ``model`` showed; the first call makes it.
+def dummy_run(model: torch.nn.Module) -> DummyRun:
+    """The facts found by a forward pass of the *original* ``model``, which is run at the first call.
 
     Raises :class:`InputError` if the model cannot be run.
     """
     if model not in _DONE:
-        _DONE[model] = _try(model)
+        _DONE[model] = _run(model)
     return _DONE[model]
 
 
 def cache_shapes(model: torch.nn.Module) -> tuple[CacheShape, ...]:
-    """The cache of every block; raises :class:`InputError` for a model with a block that has none."""
-    shapes = trial(model).cache
+    """The cache shape of every block; raises :class:`InputError` if a block has no cache."""
+    shapes = dummy_run(model).cache
     if without := [i for i, shape in enumerate(shapes) if shape is None]:
         raise InputError(
-            f"Layer {without[0]} of {type(model).__name__} keeps no keys and values of its own in the cache: a graph "
-            "with a KV cache cannot be made of it yet; use --kv-cache none."
+            f"Layer {without[0]} of {type(model).__name__} has no keys and values of its own in the KV cache, so a "
+            "graph with a cache is not supported yet: use --kv-cache none."
         )
     return tuple(shape for shape in shapes if shape is not None)
 
 
-def check_served(model: torch.nn.Module, cached: bool = True, task: Task | None = None) -> None:
-    """Refuse, before any work, a model whose structure is not served, or that is not what its ``task`` says.
+def check_supported(model: torch.nn.Module, cached: bool = True, task: Task | None = None) -> None:
+    """Refuse, before any work, a model whose structure is not supported or does not match its ``task``.
 
-    ``cached`` asks for a KV cache that every layer of a decoder has its part in.
+    ``cached`` requires that every layer of a decoder has a KV cache.
     """
     found, task = structure(model), task or task_named(GENERATION)
-    tried = trial(model)
-    if task.causal and not tried.causal:
+    facts = dummy_run(model)
+    if task.causal and not facts.causal:
         raise InputError(
-            f"{type(model).__name__} is not causal (an earlier token depends on a later token), so it is no decoder: "
-            "if it is an encoder, `architectures` in its config.json must name its encoder class, as BertModel."
+            f"{type(model).__name__} is not causal (an earlier token depends on a later token), so it is not a "
+            "decoder: if it is an encoder, name its encoder class, as BertModel, in `architectures` in its config.json."
         )
     if not task.causal:
-        _check_encoder(model, tried, task)
+        _check_encoder(model, facts, task)
         return
-    keeps = {layer.index: tried.cache[layer.index] is not None for layer in found.layers}
-    if len(set(keeps.values())) > 1:  # none at all is a family without a cache
-        borrower = next(index for index, keeps_own in keeps.items() if not keeps_own)
+    has_cache = {layer.index: facts.cache[layer.index] is not None for layer in found.layers}
+    if len(set(has_cache.values())) > 1:  # a family without any cache is allowed
+        borrower = next(index for index, own in has_cache.items() if not own)
         raise InputError(
             f"Layer {borrower} of {type(model).__name__} attends to keys and values of another layer, which therefore "
-            "cannot be linearized alone: this architecture is not served yet."
+            "cannot be linearized alone: this architecture is not supported yet."
         )
     if cached and found.others:
         index, kind = next(iter(found.others.items()))
         raise InputError(
-            f"{len(found.others)} layers of {type(model).__name__} are no self-attention (layer {index}: {kind}), and "
-            "their state is no KV cache: use --kv-cache none."
+            f"{len(found.others)} layers of {type(model).__name__} are not self-attention (layer {index}: {kind}), "
+            "and their state is not a KV cache: use --kv-cache none."
         )
     if cached:
         cache_shapes(model)
 
 
-def _check_encoder(model: torch.nn.Module, tried: Trial, task: Task) -> None:
+def _check_encoder(model: torch.nn.Module, facts: DummyRun, task: Task) -> None:
     name = type(model).__name__
-    if tried.causal:
+    if facts.causal:
         raise InputError(
-            f"{name} is a decoder without its language-model head: only decoders with it are served, saved as "
+            f"{name} is a decoder without its language-model head: only decoders with it are supported, saved as "
             f"{name.removesuffix('Model')}ForCausalLM."
         )
-    if not tried.mapped:
+    if not facts.linear_output:
         raise InputError(
-            f"The attention of {name} does more after its output projection (a sum or a norm), so that its output is "
-            "not the attention's alone: this architecture is not served yet."
+            f"The attention of {name} has a sum or a norm after its output projection, so its output is not that of "
+            "the attention alone: this architecture is not supported yet."
         )
-    if not tried.same or (main_input(model) == TOKENS and tried.tokens != _TOKENS):
+    if not facts.repeatable or (main_input(model) == TOKENS and facts.tokens != _TOKENS):
         raise InputError(
-            f"{name} does not give each row's tokens to its attention as they are: this architecture is not served "
+            f"{name} does not pass each row's tokens to its attention unchanged: this architecture is not supported "
             "yet."
         )
-    if not set(task.outputs) & set(tried.outputs):
+    if not set(task.outputs) & set(facts.outputs):
         raise InputError(
-            f"{name} gives none of {', '.join(task.outputs)}: this architecture is not served yet."
+            f"{name} has none of the outputs {', '.join(task.outputs)}: this architecture is not supported yet."
         )
 
 
 def example_inputs(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Two rows of the model's main input that differ in their last token, or two images.
+    """Two rows of the model's main input that differ only in their last token, or two images.
 
-    Raises :class:`InputError` for a model that reads neither tokens nor pixels.
+    Raises :class:`InputError` for a model whose main input is neither tokens nor pixels.
     """
     import torch
 
@@ -154,19 +155,19 @@ def example_inputs(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(0)
         return {PIXELS: torch.randn(2, *image_shape(model), generator=generator).to(like)}
     if name != TOKENS:
-        raise InputError(f"{type(model).__name__} reads {name}: only tokens and images are served.")
+        raise InputError(f"{type(model).__name__} reads {name}: only tokens and images are supported.")
     ids = torch.arange(_TOKENS, device=like.device)[None].repeat(2, 1) % 4 + 1
     ids[1, -1] = 0 if getattr(model.config, "pad_token_id", None) != 0 else 5  # type: ignore[union-attr]
     return {TOKENS: ids}
 
 
-def _try(model: torch.nn.Module) -> Trial:
+def _run(model: torch.nn.Module) -> DummyRun:
     import torch
 
     returns: dict[int, int | None] = {}
     block_returns: dict[int, int | None] = {}
     written: list[torch.Tensor] = []
-    mapped: list[torch.Tensor] = []
+    linear_outputs: list[torch.Tensor] = []
     inputs = example_inputs(model)
     layers = attention_layers(model)
     with ExitStack() as hooks, torch.inference_mode(), quiet():
@@ -190,38 +191,38 @@ def _try(model: torch.nn.Module) -> Trial:
             written.append(output[0] if isinstance(output, tuple) else output)
 
         def keep(_module: Any, _args: Any, output: Any) -> None:
-            mapped.append(output)
+            linear_outputs.append(output)
 
         y = model.get_submodule(layers[-1].output)
         for module in y.modules():
-            # A matrix, also where a convolution or a transposed map is made of it; a norm has a vector.
+            # A matrix, also of a convolution or a transposed layer; the weight of a norm is a vector.
             if getattr(getattr(module, "weight", None), "ndim", 0) >= 2:
                 hooks.callback(module.register_forward_hook(keep).remove)
         hooks.callback(y.register_forward_hook(write).remove)
         try:
-            output = model(**inputs, **taken(model, use_cache=True))
+            output = model(**inputs, **accepted_arguments(model, use_cache=True))
             if PIXELS in inputs:
                 model(**inputs)
         except Exception as error:  # a model's own code may raise anything
-            said = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise InputError(f"{type(model).__name__} cannot be run: {said[:300]}.") from error
+            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise InputError(f"{type(model).__name__} cannot be run: {first_line[:300]}.") from error
     if silent := [layer.index for layer in layers if layer.index not in returns]:
         raise InputError(
-            f"{type(model).__name__} does not run the attention of layer {silent[0]} as it stands, but puts another in "
-            "its place: this architecture is not served yet."
+            f"{type(model).__name__} does not run the attention of layer {silent[0]} as it is, but replaces it at run "
+            "time: this architecture is not supported yet."
         )
     first, states = written[0], written[-1]
     seen = states[:, :-1].float()
     causal = TOKENS in inputs and bool((seen[0] - seen[1]).norm() <= 1e-3 * seen[0].norm())
     cache = output.get(cache_argument(model))
-    return Trial(
+    return DummyRun(
         returns,
         _cache(cache, layer_count(model)),
         causal,
         tokens=states.shape[1],
         outputs=tuple(name for name, value in output.items() if isinstance(value, torch.Tensor)),
-        mapped=any(isinstance(m, torch.Tensor) and _same(m, states) for m in mapped),
-        same=_same(first, states),
+        linear_output=any(isinstance(m, torch.Tensor) and _same(m, states) for m in linear_outputs),
+        repeatable=_same(first, states),
         block_returns=block_returns,
     )
 

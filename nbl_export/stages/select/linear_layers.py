@@ -1,4 +1,4 @@
-"""The maps of layers, by the way that the settings name: for choosing among all layers, and for those chosen."""
+"""Fit the linear layers (W and b) as the settings say: of all layers to choose from, and of the chosen ones."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from nbl_export.stages.select.measured import Measured
 
 
-class _Lazily(Mapping[int, LinearLayer]):
-    """A map for each of ``indices``, made by ``make`` at its first use and then the same object."""
+class _LazyLayers(Mapping[int, LinearLayer]):
+    """A linear layer for each of ``indices``, fitted by ``make`` at its first use and then cached."""
 
     def __init__(self, indices: Sequence[int], make: Callable[[int], LinearLayer]) -> None:
         self._indices, self._make = tuple(indices), make
@@ -44,8 +44,8 @@ class _Lazily(Mapping[int, LinearLayer]):
 
 
 class Fitting:
-    """Fits from ``moments``; where a fit reads the text of ``measured`` again, with the model that ``reading`` makes:
-    in the dtype that the moments were collected in.
+    """Fits from ``moments``. A fit that reads the text of ``measured`` again uses the model returned by ``reading``,
+    in the dtype in which the moments were collected.
     """
 
     def __init__(
@@ -61,13 +61,13 @@ class Fitting:
 
     @cached_property
     def for_choosing(self) -> Mapping[int, LinearLayer]:
-        """A map for every layer, fitted when asked for.
+        """A linear layer for every attention layer, fitted on first use.
 
-        A sequential fit depends on the layers chosen, so they are chosen by one-shot fits.
+        A sequential fit depends on the chosen layers, so they are chosen by one-shot fits.
         """
         if self._settings.fit == "drop":
             return self.dropped
-        return _Lazily(sorted(self._moments.layers), self._one_shot)
+        return _LazyLayers(sorted(self._moments.layers), self._one_shot)
 
     def _one_shot(self, layer: int) -> LinearLayer:
         from nbl_export.linearize.fits import as_layer
@@ -77,7 +77,7 @@ class Fitting:
 
     @cached_property
     def dropped(self) -> dict[int, LinearLayer]:
-        """For every layer the map that leaves it out."""
+        """For every layer W = 0 and b = 0, which drops it."""
         from nbl_export.linearize.fits import dropped
 
         return {i: dropped(len(m.x)) for i, m in self._moments.layers.items()}
@@ -89,7 +89,7 @@ class Fitting:
         return float(branch_covariances(self._moments.layers[layer], "normed").c_vv.trace())
 
     def final(self, chosen: Sequence[int]) -> dict[int, LinearLayer]:
-        """The maps of the layers ``chosen`` before any repair."""
+        """The linear layers of ``chosen`` before any repair."""
         from nbl_export.linearize.fits import sequential_fits
 
         if self._settings.fit != "sequential" or not chosen:
@@ -100,16 +100,16 @@ class Fitting:
                 self._reading(), tokens, chosen, measured.fit_input, self._solve, task.advance
             )
 
-    def repaired(self, maps: Mapping[int, LinearLayer]) -> Repaired:
-        """``maps`` after the steps of distillation that the settings ask for, and what it changed beside them."""
+    def repaired(self, layers: Mapping[int, LinearLayer]) -> Repaired:
+        """``layers`` after the distillation steps of the settings, and the adapters of other weights."""
         from nbl_export.linearize.lmmse import branch_covariances
         from nbl_export.linearize.repair import repair
 
         measured, settings = self._measured, self._settings
-        covariances = {i: branch_covariances(self._moments.layers[i], settings.fit_input) for i in maps}
+        covariances = {i: branch_covariances(self._moments.layers[i], settings.fit_input) for i in layers}
         return repair(
             measured.model,
-            maps,
+            layers,
             covariances,
             settings.fit_input,
             measured.text.calibration,
@@ -118,18 +118,18 @@ class Fitting:
             settings.repair_rank,
             measured.exact_model,
             measured.repair_checkpoint,
-            measured.key(settings=settings.as_json(), layers=sorted(maps)),
+            measured.key(settings=settings.as_json(), layers=sorted(layers)),
             self._listener,
         )
 
     def truncated(
-        self, maps: Mapping[int, LinearLayer], rank: int
+        self, layers: Mapping[int, LinearLayer], rank: int
     ) -> tuple[dict[int, LinearLayer], dict[int, float]]:
-        """``maps`` of ``rank``, and by layer the share of the output's variance that the rest had written."""
+        """``layers`` truncated to ``rank``, and by layer the lost share of the output's variance."""
         from nbl_export.linearize.lmmse import branch_covariances, truncate
 
         found, lost = {}, {}
-        for index, layer in maps.items():
+        for index, layer in layers.items():
             c = branch_covariances(self._moments.layers[index], self._settings.fit_input)
             low = truncate(layer.w.astype(np.float64), layer.b.astype(np.float64), c, rank)
             found[index] = LinearLayer.of_rank(*(a.astype(np.float32) for a in (low.up, low.down, low.b)))
@@ -148,12 +148,12 @@ class Fitting:
 
     @property
     def scoring_ridge(self) -> float:
-        """The ridge of the scores that need no held-out text."""
+        """The ridge of the scores that do not need held-out text."""
         return DEFAULT_RIDGE if self._settings.ridge is None else self._settings.ridge
 
     @cached_property
     def _others(self) -> Moments:
-        # Moments of the text that is for choosing, to judge a ridge by.
+        # Moments of the selection text, for the held-out error of a ridge.
         from nbl_export.calibrate.collect import collect_moments
 
         return collect_moments(self._reading(), self._measured.text.selection, "", listener=self._listener)

@@ -1,4 +1,4 @@
-"""Local tasks: .jsonl files of rows, checked row by row, sampled, and told by their fields how to be asked."""
+"""Local tasks: .jsonl files whose rows are checked and sampled, and whose fields decide how the rows are asked."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nbl_export.files import sha256_of_json
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 _LETTERS = 26
-# Examples are drawn from this many rows that are not asked; more would only fill the cache's key.
+# Few-shot examples are drawn from this many rows that are not asked; more would only enlarge the digest.
 _POOL = 64
 
 Row = Mapping[str, Any]
@@ -26,7 +26,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Shape:
-    """One table of shapes.toml: which fields a row has, how it is asked, and which metric's recovery is stated."""
+    """One table of shapes.toml: the fields of a row, how it is asked, and the metric whose recovery is reported."""
 
     name: str
     fields: tuple[str, ...]
@@ -38,7 +38,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class LocalTask:
-    """Rows of one file: those to ask, those to draw few-shot examples from, and how many the file has."""
+    """Rows of one file: those to ask, those for few-shot examples, and the total number."""
 
     name: str
     path: Path
@@ -49,7 +49,7 @@ class LocalTask:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what is asked: rows, examples and form."""
+        """SHA-256 of the rows, the examples and the format of the task."""
         return sha256_of_json(
             {"rows": self.rows, "pool": self.pool, "task": self.shape.task, "scored": self.shape.scored}
         )
@@ -57,7 +57,7 @@ class LocalTask:
 
 @cache
 def shapes() -> tuple[Shape, ...]:
-    """The shapes of shapes.toml, the more special first."""
+    """The shapes of shapes.toml, more specific ones first."""
     table = read_table(Path(__file__).with_name("shapes.toml"))
     return tuple(Shape(name, **{**row, "fields": tuple(row["fields"])}) for name, row in table.items())
 
@@ -65,15 +65,15 @@ def shapes() -> tuple[Shape, ...]:
 def local_tasks(
     source: str, limit: int | None = None, few_shot: int = 0, seed: int = 0
 ) -> list[LocalTask] | None:
-    """The tasks of a local file or folder; None for a ``source`` that is no path and must be a task's name.
+    """The tasks of a local file or folder; None for a ``source`` that is not a path, so must be the name of a task.
 
-    ``limit`` rows of each are sampled, the same ones for the same ``seed``. Raises :class:`InputError` for a
-    path that names nothing and for rows that cannot be asked, with file and line.
+    ``limit`` rows of each are sampled, the same ones for the same ``seed``. Raises :class:`InputError` for a path that
+    does not exist, and for invalid rows, with file and line.
     """
     path = Path(source).expanduser()
     if path.is_file() and not path.name.endswith((".yaml", ".yml")):
         if not path.name.lower().endswith(SUFFIXES):
-            raise InputError(f"{source} is no task: give a {', '.join(SUFFIXES)} file.")
+            raise InputError(f"{source} is not a task: give a {', '.join(SUFFIXES)} file.")
         return [_task(path, limit, few_shot, seed)]
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.is_file() and p.name.lower().endswith(SUFFIXES))
@@ -84,7 +84,7 @@ def local_tasks(
         (*SUFFIXES, ".json", ".gz", ".zst")
     )
     if like_a_path and not path.exists():
-        raise InputError(f"The task {source} does not exist.")
+        raise InputError(f"The task {source} does not exist: check the path.")
     return None
 
 
@@ -102,12 +102,14 @@ def _task(path: Path, limit: int | None, few_shot: int, seed: int) -> LocalTask:
 def sample(
     total: int, limit: int | None, few_shot: int, seed: str, where: str
 ) -> tuple[list[int], list[int]]:
-    """Which of ``total`` rows are asked, in order, and which give few-shot examples: no row does both."""
+    """The indices of the rows that are asked, in order, and of those for few-shot examples, which are disjoint."""
     order = list(range(total))
     random.Random(seed).shuffle(order)
     spare = min(_POOL, max(few_shot, total - (limit or total))) if few_shot else 0
     if total - spare < 1:
-        raise InputError(f"{where} has {total} rows: too few for --few-shot {few_shot} and a row to ask.")
+        raise InputError(
+            f"{where} has {total} rows: too few for --few-shot {few_shot} and a row to ask; lower it."
+        )
     asked = order[: min(limit or total, total - spare)]
     return sorted(asked), sorted(order[len(asked) : len(asked) + spare])
 
@@ -115,7 +117,7 @@ def sample(
 def read_rows(path: Path) -> list[tuple[int, Row]]:
     """The objects of a .jsonl file (.gz and .zst too) with their line numbers.
 
-    Raises :class:`InputError` for a line that is no object, text that is no UTF-8, or an empty file.
+    Raises :class:`InputError` for a line that is not an object, text that is not UTF-8, or an empty file.
     """
     rows: list[tuple[int, Row]] = []
     try:
@@ -124,11 +126,11 @@ def read_rows(path: Path) -> list[tuple[int, Row]]:
                 if line.strip():
                     rows.append((number, _object(line, f"{path}, line {number}")))
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is no UTF-8 text ({error.reason}).") from None
+        raise InputError(f"{path} is not UTF-8 text ({error.reason}): convert it.") from None
     except BROKEN_ARCHIVE as error:
-        raise InputError(f"{path} cannot be unpacked ({error}): fetch it again.") from None
+        raise InputError(f"{path} cannot be unpacked ({error}): download it again.") from None
     if not rows:
-        raise InputError(f"{path} has no rows.")
+        raise InputError(f"{path} has no rows: give another file.")
     return rows
 
 
@@ -137,9 +139,9 @@ def _object(line: str, where: str) -> Row:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         reason = getattr(error, "msg", "nested too deeply")
-        raise InputError(f"{where}: no JSON ({reason}); a .jsonl file has one object a line.") from None
+        raise InputError(f"{where}: not JSON ({reason}); a .jsonl file needs one object per line.") from None
     if not isinstance(row, dict):
-        raise InputError(f"{where}: no JSON object; a .jsonl file has one a line.")
+        raise InputError(f"{where}: not a JSON object; a .jsonl file needs one per line.")
     return row
 
 
@@ -149,28 +151,28 @@ def _shape(path: Path, rows: Sequence[tuple[int, Row]]) -> Shape:
     if shape is None:
         known = "; ".join(", ".join(s.fields) for s in shapes())
         raise InputError(
-            f"{path}, line {number}: no task has rows with the fields {', '.join(first) or 'none'}; "
-            f"known are rows with: {known}."
+            f"{path}, line {number}: no task has rows with the fields {', '.join(first) or 'none'}: use one of these "
+            f"sets of fields: {known}."
         )
     return shape
 
 
 def _checked(row: Row, shape: Shape, where: str) -> dict[str, Any]:
-    """The fields that ``shape`` asks for, each of its kind."""
+    """The fields of ``shape``, with their types checked."""
     if missing := [name for name in shape.fields if name not in row]:
         raise InputError(
-            f"{where}: no field {missing[0]!r}, which the rows before it have; a file's rows have one shape."
+            f"{where}: no field {missing[0]!r}, unlike the rows before it; all rows of a file need the same fields."
         )
     for name in shape.fields:
         if name not in ("choices", "gold") and not isinstance(row[name], str):
-            raise InputError(f"{where}: {name!r} is no text.")
+            raise InputError(f"{where}: {name!r} is not text; give a string.")
     if "choices" in shape.fields:
         _check_choices(row["choices"], row["gold"], shape, where)
     if shape.blank and "_" not in row[shape.blank]:
-        raise InputError(f"{where}: {shape.blank!r} has no blank (_) for the choices.")
+        raise InputError(f"{where}: {shape.blank!r} has no blank (_) for the choices; add one.")
     for name in ("target", "answer"):
         if name in shape.fields and not row[name].strip():
-            raise InputError(f"{where}: {name!r} is empty.")
+            raise InputError(f"{where}: {name!r} is empty; give some text.")
     return {name: row[name] for name in shape.fields}
 
 
