@@ -12,7 +12,7 @@ import pytest
 from nbl_export.errors import MissingDependencyError
 from tests.releases import written_for_5
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def _script() -> Any:

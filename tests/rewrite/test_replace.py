@@ -33,7 +33,7 @@ from nbl_export.runtime.torch import TorchDecoder
 from nbl_export.verify.parity.decoder import compare_streams, gates_for
 from nbl_export.workspace import Workspace
 from tests.fixtures_graph import low_rank, maps_in_place, pad_left, plan_by_hand, ragged_rows
-from tests.graph.conftest import Variant
+from tests.variants import Variant
 
 LAYERS, WIDTH, KV_WIDTH = 5, 64, 32  # stories260K
 CHOICES = [(), (0,), (4,), (1, 2), (0, 1, 2, 3, 4)]

@@ -286,7 +286,7 @@ def test_a_graph_of_somebody_else_is_rewritten_by_the_plan(
 def test_python_in_the_docs_runs(
     outs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = (Path(__file__).parent.parent / "docs" / "encoders.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "encoders.md").read_text()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "minilm").symlink_to(outs["bert"])
     monkeypatch.chdir(tmp_path)

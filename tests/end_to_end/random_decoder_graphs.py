@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from tests.graph.random_decoders import BLOCK, EPSILON, Choices, Weights
+from tests.end_to_end.random_decoders import BLOCK, EPSILON, Choices, Weights
 
 MICROSOFT = "com.microsoft"
 Pair = tuple[str, str]

@@ -1,6 +1,6 @@
 """Random small decoders, written in many ways and disguised, are rewritten right or refused with a reason.
 
-What the rewritten graph must compute comes from the float64 oracle of :mod:`tests.graph.random_decoders`.
+What the rewritten graph must compute comes from the float64 oracle of :mod:`tests.end_to_end.random_decoders`.
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ from nbl_export.errors import BuildError, InputError
 from nbl_export.linearize.lmmse import FitInput
 from nbl_export.linearize.plan import Plan
 from nbl_export.rewrite.replace import RewriteResult, rewrite_file
-from tests.fixtures_graph import pad_left, ragged_rows
-from tests.graph.disguises import DISGUISES
-from tests.graph.random_decoder_graphs import Pair, Written, written
-from tests.graph.random_decoders import (
+from tests.end_to_end.disguises import DISGUISES
+from tests.end_to_end.random_decoder_graphs import Pair, Written, written
+from tests.end_to_end.random_decoders import (
     ATTENTIONS,
     BLOCKS,
     CACHES,
@@ -46,6 +45,7 @@ from tests.graph.random_decoders import (
     random_plan,
     random_weights,
 )
+from tests.fixtures_graph import pad_left, ragged_rows
 
 STEPS = 2
 # Set, it draws examples that no run drew before: for looking for faults. Whether a change is good must not

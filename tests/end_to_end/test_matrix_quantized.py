@@ -17,10 +17,7 @@ from onnx import numpy_helper
 
 from nbl_export.linearize.plan import LinearLayer, Plan
 from nbl_export.models.layers import attention_layers
-from tests.exporters import GRAPH, Graphs
-from tests.families import Calibrated
-from tests.fixtures_graph import low_rank
-from tests.graph.matrix import (
+from tests.end_to_end.matrix import (
     BUILDER,
     CHOSEN,
     assert_exactly_the_plan_is_gone,
@@ -29,6 +26,9 @@ from tests.graph.matrix import (
     parity,
     rewritten,
 )
+from tests.exporters import GRAPH, Graphs
+from tests.families import Calibrated
+from tests.fixtures_graph import low_rank
 
 ROWS_AT_ONCE = 4  # divides every projection of every family
 

@@ -1,7 +1,7 @@
 """Small random decoders: how they are written as a graph, and what they compute in float64 NumPy.
 
 A decoder is a set of :class:`Choices` and :class:`Weights`. :func:`forward` here is the oracle: it is
-written from the architectures' papers and knows no graph. :mod:`tests.graph.random_decoder_graphs` writes
+written from the architectures' papers and knows no graph. :mod:`tests.end_to_end.random_decoder_graphs` writes
 the same decoder as ONNX.
 """
 

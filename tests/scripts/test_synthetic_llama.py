@@ -14,7 +14,7 @@ import onnx
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "synthetic_llama.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "synthetic_llama.py"
 SMALL: dict[str, Any] = {
     "hidden": 64,
     "layers": 2,

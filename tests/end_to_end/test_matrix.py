@@ -12,9 +12,7 @@ import pytest
 
 from nbl_export.linearize.lmmse import FitInput
 from nbl_export.rewrite.prove import PROOF_TOLERANCE
-from tests.exporters import GRAPH, Graphs
-from tests.families import FAMILIES, WIDTH, Calibrated, attention_share
-from tests.graph.matrix import (
+from tests.end_to_end.matrix import (
     BUILDER,
     CHOSEN,
     EVERY,
@@ -24,6 +22,8 @@ from tests.graph.matrix import (
     rewritten,
     weight_bytes,
 )
+from tests.exporters import GRAPH, Graphs
+from tests.families import FAMILIES, WIDTH, Calibrated, attention_share
 
 MATRIX = {
     "ours-concat": ("llama-gqa",),

@@ -26,9 +26,9 @@ from nbl_export import cli, terminal
 from nbl_export.errors import InputError
 from nbl_export.graph.io import load_graph
 from nbl_export.linearize.plan import save_plan
+from tests.end_to_end.random_decoder_graphs import written
+from tests.end_to_end.random_decoders import Choices, random_plan, random_weights
 from tests.graph.external_data import external
-from tests.graph.random_decoder_graphs import written
-from tests.graph.random_decoders import Choices, random_plan, random_weights
 
 SECONDS = 60
 ADDRESS_SPACE = 6 << 30

@@ -11,9 +11,9 @@ import pytest
 
 from nbl_export.errors import BuildError, InputError
 from nbl_export.runtime.ort import ort_stream
+from tests.end_to_end.matrix import CAPACITY, CHOSEN, ROWS, parity, rewritten
 from tests.exporters import GRAPH, Graphs, genai
 from tests.families import Calibrated, build, calibrated
-from tests.graph.matrix import CAPACITY, CHOSEN, ROWS, parity, rewritten
 
 
 def test_a_graph_that_onnxruntime_does_not_run_is_refused(
