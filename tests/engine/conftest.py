@@ -34,16 +34,6 @@ class Graphs:
     static: bool
 
 
-class Counter:
-    """A task that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.amounts: list[int] = []
-
-    def advance(self, amount: int) -> None:
-        self.amounts.append(amount)
-
-
 def converted(source: Path, target: Path, precision: str) -> Path:
     """The float32 graph at ``source`` in ``precision``; its tensors are small enough for float16."""
     graph = load_graph(source)

@@ -21,15 +21,7 @@ from nbl_export.linearize.scores import (
     ranking,
     score_layers,
 )
-from nbl_export.progress import Silent
-
-
-class Notes(Silent):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
+from tests.listening import Notes
 
 
 def candidate(layer: int, cca: float, nmse: float) -> Candidate:

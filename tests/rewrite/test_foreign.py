@@ -469,7 +469,7 @@ def test_no_room_leaves_everything(source: Source, in_place: bool) -> None:
 INTERRUPTING = """
 import os, signal, sys
 from nbl_export import cli
-from nbl_export.graph import {module} as module
+from nbl_export.{room} import {module} as module
 
 real = module.{name}
 
@@ -482,13 +482,16 @@ cli.main()
 """
 
 
-@pytest.mark.parametrize("step", ["rewrite.prove", "rewrite.replace", "rewrite.count", "store._serialize"])
+@pytest.mark.parametrize(
+    "step",
+    ["rewrite.replace.prove", "rewrite.replace.replace", "rewrite.replace.count", "graph.store._serialize"],
+)
 @pytest.mark.parametrize("in_place", [True, False])
 def test_ctrl_c_leaves_everything(source: Source, step: str, in_place: bool) -> None:
     before = contents(source.folder)
-    module, name = step.split(".")
+    room, module, name = step.split(".")
     more = ["--in-place"] if in_place else ["-o", source.out]
-    command = [sys.executable, "-c", INTERRUPTING.format(module=module, name=name)]
+    command = [sys.executable, "-c", INTERRUPTING.format(room=room, module=module, name=name)]
     command += [str(a) for a in source.arguments(*more)]
     ran = subprocess.run(
         command,

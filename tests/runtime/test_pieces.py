@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
@@ -15,8 +16,8 @@ from nbl_export.errors import InputError
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.regions import AttentionRegion, find_regions
 from nbl_export.runtime import pieces as pieces_module
-from nbl_export.runtime.pieces import compute, prefill_rows
-from tests.fixtures_graph import ragged_rows
+from nbl_export.runtime.pieces import compute, prefill_rows, run_taps
+from tests.fixtures_graph import pad_left, ragged_rows
 
 
 @pytest.fixture
@@ -157,3 +158,21 @@ def test_branches_read_tensors_from_outside(sizes: list[list[str]]) -> None:
         (found,) = compute(by_hand(nodes, weights), ["y"], [feeds], piece_bytes=1)
         assert found["y"].tolist() == expected
     assert len(sizes) > 2
+
+
+def test_taps_are_inner_tensors(stories_out: Path, stories_model: Any) -> None:
+    ids, mask, positions = pad_left(ragged_rows((7, 4), 500))
+    path = stories_out / "baseline" / "model.onnx"
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    gather = next(
+        n for n in onnx.load(str(path), load_external_data=False).graph.node if n.op_type == "Gather"
+    )
+    name = gather.output[0]
+    found = run_taps(path, [name, "logits", name], inputs)
+    assert list(found) == [name, "logits"]
+    table = stories_model.get_input_embeddings().weight.numpy()
+    kept = mask.astype(bool)
+    assert np.array_equal(found[name][kept], table[ids][kept])
+    assert not found[name][~kept].any()
+    with pytest.raises(InputError, match="has no tensor 'nothing'"):
+        run_taps(path, ["nothing"], inputs)
