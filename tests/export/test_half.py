@@ -18,7 +18,7 @@ from nbl_export.graph.io import load_graph
 from nbl_export.graph.precision import PRECISIONS
 from tests.export.test_forms import static_graph
 from tests.fixtures_graph import ragged_rows
-from tests.graph.test_precision import casts, interface_types, parsed, weight_types
+from tests.graph.parsed import casts, interface_types, parsed, weight_types
 from tests.releases import written_for_5
 
 LAYERS, VOCAB = 4, 260

@@ -17,7 +17,7 @@ from nbl_export.export.ranges import measure_ranges
 from nbl_export.graph.io import save_graph
 from tests.export.test_forms import static_graph
 from tests.fixtures_graph import pad_left, ragged_rows
-from tests.graph.test_precision import parsed
+from tests.graph.parsed import parsed
 from tests.releases import written_for_5
 
 VOCAB, BLOCKS = 260, 4

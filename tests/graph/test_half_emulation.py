@@ -19,7 +19,7 @@ from nbl_export.graph.io import load_graph, save_graph, scratch_copy
 from nbl_export.graph.precision import PRECISIONS, to_precision
 from nbl_export.runtime.session import session
 from tests.fixtures_graph import ragged_rows
-from tests.graph.test_precision import parsed
+from tests.graph.parsed import parsed
 
 BF16 = ml_dtypes.bfloat16
 FLOAT, BFLOAT16 = onnx.TensorProto.FLOAT, onnx.TensorProto.BFLOAT16

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
+import sys
+import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from nbl_export.errors import InputError
-from nbl_export.models.load import load_model, load_tokenizer
+from nbl_export.models.load import fast_dtype, in_precision, load_model, load_tokenizer, quiet
 from nbl_export.models.source import find_model
 from tests.models.spoiled import edit_config, one_sentence
 
@@ -78,3 +84,55 @@ def test_a_half_precision_model_is_loaded_in_float32(folder: Path) -> None:
     name = "model.layers.1.self_attn.q_proj.weight"
     assert model.state_dict()[name].dtype == torch.float32
     assert torch.equal(model.state_dict()[name], weights[name].float())
+
+
+# quietly -----------------------------------------------------------------------------------------
+
+
+def test_libraries_stay_quiet_for_a_block_and_speak_again(capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers.utils import logging as theirs
+
+    level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    logger = logging.getLogger("of.a.library")
+    for error in (None, ZeroDivisionError):
+        with suppress(ZeroDivisionError), quiet():
+            assert theirs.get_verbosity() == theirs.ERROR and not theirs.is_progress_bar_enabled()
+            assert not logger.isEnabledFor(logging.WARNING) and logger.isEnabledFor(logging.ERROR)
+            print("a bar that knows no switch", file=sys.stderr)
+            warnings.warn("a warning", stacklevel=1)
+            if error:
+                raise error
+        assert (theirs.get_verbosity(), theirs.is_progress_bar_enabled()) == (level, bars)
+        assert logger.isEnabledFor(logging.WARNING)
+    assert capsys.readouterr().err == ""
+    with pytest.warns(UserWarning, match="a warning"):
+        warnings.warn("a warning", stacklevel=1)
+
+
+# precision ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_copy_in_half_keeps_what_no_checkpoint_holds(tiny_folder: Path, dtype: str) -> None:
+    model: Any = load_model(find_model(str(tiny_folder)))
+    frequencies = model.model.rotary_emb.inv_freq.clone()
+    half: Any = in_precision(model, dtype)
+    kind = getattr(torch, dtype)
+    assert {p.dtype for p in half.parameters()} == {kind}
+    for name, weight in model.state_dict().items():
+        assert weight.dtype == torch.float32 and torch.equal(half.state_dict()[name], weight.to(kind)), name
+    found = half.model.rotary_emb.inv_freq
+    assert found.dtype == torch.float32 and torch.equal(found, frequencies)
+    assert found.data_ptr() != model.model.rotary_emb.inv_freq.data_ptr()
+    # As transformers loads it.
+    theirs = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=kind).eval()
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.inference_mode():
+        assert torch.equal(half(input_ids=ids).logits, theirs(input_ids=ids).logits)
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="needs the processor's flags of /proc/cpuinfo")
+def test_half_is_fast_where_the_processor_has_an_instruction_for_it() -> None:
+    flags = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text()))
+    has = bool(flags & {"amx_tile", "avx512_bf16"})
+    assert fast_dtype() == ("bfloat16" if has else "float32")

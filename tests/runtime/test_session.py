@@ -14,7 +14,7 @@ from nbl_export.graph.io import save_graph
 from nbl_export.graph.precision import PRECISIONS, to_precision
 from nbl_export.runtime.session import require_onnxruntime, session
 from tests.folders import copied
-from tests.graph.test_precision import parsed
+from tests.graph.parsed import parsed
 
 
 @pytest.mark.parametrize("name", ["fp16", "bf16"])

@@ -22,7 +22,7 @@ from nbl_export.runtime.stream import LastLogits, PastStream
 from nbl_export.runtime.torch import TorchDecoder
 from tests.export.test_forms import static_graph
 from tests.fixtures_graph import original_logits, pad_left, ragged_rows
-from tests.graph.test_precision import parsed
+from tests.graph.parsed import parsed
 
 LAYERS, HEADS, DIM, VOCAB = 4, 2, 8, 260
 LENGTHS, STEPS = (11, 6, 1), 4
