@@ -20,6 +20,7 @@ UNTESTED = {
     "__init__.py": "holds the version alone",
     "__main__.py": "calls cli.main; tests of the command line run it as a process",
     "batch/arrays.py": "names types and computes nothing",
+    "runtime/decoder.py": "a protocol and a value, that test_torch.py, test_ort.py and test_stream.py fill",
 }
 THEMES = {
     "end_to_end": "several rooms at once",
