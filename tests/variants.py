@@ -14,7 +14,7 @@ from nbl_export.export.forms import CONCAT
 from nbl_export.export.torch import export_torch, tidy
 from nbl_export.graph.io import save_graph
 
-_SIZES = {
+SIZES = {
     "vocab_size": 50,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -41,9 +41,9 @@ def variant(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     torch.manual_seed(0)
     model: Any
     if kind == "qwen2":
-        model = Qwen2ForCausalLM(Qwen2Config(**_SIZES))
+        model = Qwen2ForCausalLM(Qwen2Config(**SIZES))
     else:
-        model = LlamaForCausalLM(LlamaConfig(**_SIZES, attention_bias=kind == "llama with biases"))
+        model = LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=kind == "llama with biases"))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         # Biases start at zero and norms at one; neither would be missed.

@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from nbl_export.linearize.lmmse import FitInput
 from nbl_export.linearize.plan import LinearLayer, Plan
 from tests.fixtures_graph import pad_left, ragged_rows
 
-Array = np.ndarray[Any, Any]
+Array = NDArray[Any]
 VOCAB, POSITIONS, EPSILON = 24, 32, 1e-5
 BLOCK = 16  # of quantized weights
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from safetensors.numpy import load_file
@@ -47,6 +46,7 @@ from tests.encoders import (
     write_images,
     write_text,
 )
+from tests.sessions import run_graph
 
 pytest.importorskip("PIL", reason="needs pillow")
 
@@ -101,13 +101,6 @@ def ragged(place: Path, extra: int = 0) -> dict[str, np.ndarray]:
     }
 
 
-def infer(graph: Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """With onnxruntime alone, as a consumer does."""
-    session = onnxruntime.InferenceSession(str(graph))
-    names = [o.name for o in session.get_outputs()]
-    return dict(zip(names, session.run(names, inputs), strict=True))
-
-
 def by_hand(folder: Path, inputs: dict[str, np.ndarray], plan: Any, keep: float = 1.0) -> Any:
     """transformers' own model, the attention of the plan's layers written over with ``keep`` · (W u + b)."""
     model = AutoModel.from_pretrained(folder).eval()
@@ -153,7 +146,7 @@ def test_the_graph_is_pytorch_with_k_linear_layers(
     assert report.passed, report.checks
     plan, inputs = load_plan(out / "nbl" / "plan.json"), inputs_of(place, name)
     assert len(plan.chosen) == k
-    expected, found = by_hand(place / name, inputs, plan), infer(out / "model.onnx", inputs)
+    expected, found = by_hand(place / name, inputs, plan), run_graph(out / "model.onnx", inputs)
     real = inputs.get("attention_mask", np.ones((4, IMAGE_TOKENS))).astype(bool)
     states = found["last_hidden_state"]
     np.testing.assert_allclose(states[real], expected.last_hidden_state.numpy()[real], atol=2e-4, rtol=1e-4)
@@ -170,7 +163,7 @@ def test_the_graph_is_pytorch_with_k_linear_layers(
 def test_the_baseline_is_the_original(place: Path, outs: dict[str, Path], name: str) -> None:
     inputs = inputs_of(place, name)
     expected = by_hand(place / name, inputs, None)
-    found = infer(outs[name] / "baseline" / "model.onnx", inputs)
+    found = run_graph(outs[name] / "baseline" / "model.onnx", inputs)
     np.testing.assert_allclose(found["pooler_output"], expected.pooler_output.numpy(), atol=2e-4)
 
 
@@ -190,16 +183,16 @@ def test_half_precision(
     if precision == "fp16":
         inputs = inputs_of(place, name)
         expected = by_hand(place / name, inputs, load_plan(out / "nbl" / "plan.json"))
-        found = infer(out / "model.onnx", inputs)["pooler_output"]
+        found = run_graph(out / "model.onnx", inputs)["pooler_output"]
         np.testing.assert_allclose(found, expected.pooler_output.numpy(), atol=0.02)
 
 
 @pytest.mark.parametrize("graph", ["model.onnx", "baseline/model.onnx"])
 def test_padding_changes_nothing(place: Path, outs: dict[str, Path], graph: str) -> None:
     batch = ragged(place)
-    padded = infer(outs["bert"] / graph, ragged(place, extra=7))
+    padded = run_graph(outs["bert"] / graph, ragged(place, extra=7))
     for i, length in enumerate(batch["attention_mask"].sum(axis=1)):
-        alone = infer(outs["bert"] / graph, {n: a[i : i + 1, :length] for n, a in batch.items()})
+        alone = run_graph(outs["bert"] / graph, {n: a[i : i + 1, :length] for n, a in batch.items()})
         for name, value in alone.items():
             other = padded[name][i : i + 1]
             other = other[:, :length] if name == "last_hidden_state" else other
@@ -208,8 +201,8 @@ def test_padding_changes_nothing(place: Path, outs: dict[str, Path], graph: str)
 
 def test_token_types_reach_the_graph(place: Path, outs: dict[str, Path]) -> None:
     inputs = ragged(place)
-    one = infer(outs["bert"] / "model.onnx", inputs)["sentence_embedding"]
-    other = infer(outs["bert"] / "model.onnx", {**inputs, "token_type_ids": inputs["attention_mask"]})
+    one = run_graph(outs["bert"] / "model.onnx", inputs)["sentence_embedding"]
+    other = run_graph(outs["bert"] / "model.onnx", {**inputs, "token_type_ids": inputs["attention_mask"]})
     assert np.abs(other["sentence_embedding"] - one).max() > 1e-3
 
 
@@ -278,7 +271,7 @@ def test_a_graph_of_somebody_else_is_rewritten_by_the_plan(
         outs[name] / "baseline" / "model.onnx", outs[name] / "nbl" / "plan.json", tmp_path / "new"
     )
     inputs = inputs_of(place, name)
-    a, b = (infer(p / "model.onnx", inputs) for p in (tmp_path / "new", outs[name]))
+    a, b = (run_graph(p / "model.onnx", inputs) for p in (tmp_path / "new", outs[name]))
     for output in a:
         np.testing.assert_array_equal(a[output], b[output])
 

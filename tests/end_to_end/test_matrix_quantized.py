@@ -12,9 +12,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from nbl_export.batch.arrays import F32
 from nbl_export.linearize.plan import LinearLayer, Plan
 from nbl_export.models.layers import attention_layers
 from tests.end_to_end.matrix import (
@@ -114,7 +114,7 @@ def test_quantized_by_onnxruntime(
     assert kind[exporter.split("+")[1]] in readers and "MatMul" not in readers
 
 
-def dequantized(path: Path) -> dict[str, NDArray[np.float32]]:
+def dequantized(path: Path) -> dict[str, F32]:
     """The weights [outputs, inputs] of every MatMulNBits, by the node's name: (number - half) · scale."""
     graph = onnx.load(str(path)).graph
     arrays = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
@@ -143,7 +143,7 @@ def computed_in_float32(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def weights_of(model: Any, matrices: Sequence[NDArray[np.float32]], plan: Plan) -> Iterator[None]:
+def weights_of(model: Any, matrices: Sequence[F32], plan: Plan) -> Iterator[None]:
     """``model`` with every few rows of its weights replaced by the nearest ones of ``matrices``.
 
     Exporters join projections, or split them; rows they leave alone.
@@ -164,9 +164,7 @@ def weights_of(model: Any, matrices: Sequence[NDArray[np.float32]], plan: Plan) 
             module.weight.data = before[name]
 
 
-def nearest(
-    weight: NDArray[np.float32], matrices: Sequence[NDArray[np.float32]]
-) -> tuple[NDArray[np.float32], float]:
+def nearest(weight: F32, matrices: Sequence[F32]) -> tuple[F32, float]:
     """``weight`` with every few rows replaced by the nearest ones of ``matrices``, and the worst error of any."""
     columns = weight.shape[1]
     there = np.concatenate([m.reshape(-1, ROWS_AT_ONCE * columns) for m in matrices if m.shape[1] == columns])
@@ -179,5 +177,5 @@ def linear_modules(model: Any) -> dict[str, torch.nn.Linear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
 
 
-def relative(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+def relative(found: F32, expected: F32) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))

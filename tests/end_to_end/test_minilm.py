@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
@@ -21,6 +20,7 @@ from nbl_export.models.pooling import find_pooling
 from nbl_export.models.tasks import task_named
 from nbl_export.report.schema import load_report
 from nbl_export.runtime.encoder import TorchEncoder
+from tests.sessions import cpu_session
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -75,7 +75,7 @@ def batch(minilm: Path) -> dict[str, Any]:
 
 
 def embed(graph: Path, batch: dict[str, Any]) -> np.ndarray:
-    session = onnxruntime.InferenceSession(str(graph))
+    session = cpu_session(graph)
     found: np.ndarray = session.run(["sentence_embedding"], batch)[0]
     return found
 

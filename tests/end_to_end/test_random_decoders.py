@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -27,7 +26,8 @@ from nbl_export.linearize.lmmse import FitInput
 from nbl_export.linearize.plan import Plan
 from nbl_export.rewrite.replace import RewriteResult, rewrite_file
 from tests.end_to_end.disguises import DISGUISES
-from tests.end_to_end.random_decoder_graphs import Pair, Written, written
+from tests.end_to_end.oracle import assert_computes
+from tests.end_to_end.random_decoder_graphs import Written, written
 from tests.end_to_end.random_decoders import (
     ATTENTIONS,
     BLOCKS,
@@ -36,18 +36,14 @@ from tests.end_to_end.random_decoders import (
     LINEARS,
     NORMS,
     O_BIASES,
-    VOCAB,
     Choices,
     Weights,
     choices,
-    forward,
     possible,
     random_plan,
     random_weights,
 )
-from tests.fixtures_graph import pad_left, ragged_rows
 
-STEPS = 2
 # Set, it draws examples that no run drew before: for looking for faults. Whether a change is good must not
 # depend on the draw.
 EXPLORE = "NBL_EXPORT_EXPLORE"
@@ -114,54 +110,6 @@ def rewritten(
     target = folder / "rewritten" / "model.onnx"
     result = rewrite_file(saved(folder, graph.proto), plan, target)
     return target, plan, result
-
-
-def names_after(c: Choices, graph: Written, kept: Sequence[int]) -> tuple[Sequence[Pair], Sequence[Pair]]:
-    """Names of the caches that are left: numbers are given anew, other names stay."""
-    if c.cache in ("usual", "numbered"):
-        return graph.past[: len(kept)], graph.present[: len(kept)]
-    return [graph.past[i] for i in kept if graph.past], [graph.present[i] for i in kept if graph.present]
-
-
-def assert_computes(path: Path, c: Choices, weights: Weights, graph: Written, plan: Plan | None) -> None:
-    """The graph at ``path`` gives the oracle's logits and caches, in a prefill and in decode steps."""
-    runner = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    kept = range(c.layers) if plan is None else plan.kept
-    past_names, present_names = names_after(c, graph, kept)
-    inputs, outputs = ([v.name for v in values] for values in (runner.get_inputs(), runner.get_outputs()))
-    ordinary = {"input_ids", "attention_mask", "position_ids"}
-    assert set(inputs) - ordinary == {name for pair in past_names for name in pair}
-    assert set(outputs) == {"logits", *(name for pair in present_names for name in pair)}
-    # Padding on the left moves positions that are counted; GroupQueryAttention has it on the right.
-    ragged = c.positions == "input" and c.attention != "GroupQueryAttention"
-    rows = ragged_rows((9, 6, 11) if ragged else (9, 9), VOCAB, seed=3)
-    traces = [forward(c, weights.stored(), row, plan) for row in rows]
-    ids, mask, positions = pad_left([row[: len(row) - STEPS] for row in rows])
-    empty = np.zeros((len(rows), c.kv_heads, 0, c.head_size), dtype=np.float32)
-    past = {name: empty for pair in past_names for name in pair}
-    for step in range(STEPS + 1 if c.cache != "none" else 1):
-        if step:
-            ids = np.array([[row[len(row) - STEPS + step - 1]] for row in rows], dtype=np.int64)
-            mask, positions = np.c_[mask, np.ones_like(ids)], positions[:, -1:] + 1
-        feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **past}
-        found = dict(zip(outputs, runner.run(None, {n: feeds[n] for n in inputs}), strict=True))
-        past = {
-            old: found[new]
-            for before, after in zip(past_names, present_names, strict=True)
-            for old, new in zip(before, after, strict=True)
-        }
-        for number, (row, trace) in enumerate(zip(rows, traces, strict=True)):
-            stop = len(row) - STEPS + step
-            start = stop - 1 if step else 0
-            assert_near(found["logits"][number, start - stop :], trace.logits[start:stop])
-            for layer, pair in zip(kept, present_names, strict=False):
-                for name, expected in zip(pair, (trace.keys[layer], trace.values[layer]), strict=True):
-                    assert expected is not None
-                    assert_near(found[name][number][:, -stop:], expected[:, :stop])
-
-
-def assert_near(found: Any, expected: Any) -> None:
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)
 
 
 def assert_reason(error: Exception, reason: re.Pattern[str] = REASON) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from transformers import AutoModel
@@ -19,6 +18,7 @@ from nbl_export.models.pooling import SENTENCE, Pooling
 from nbl_export.models.source import find_model
 from nbl_export.models.tasks import task_named
 from tests.encoders import IMAGE_TOKENS, PAD, WIDTH, text_encoder, vision_encoder
+from tests.sessions import run_graph
 
 FEATURES = task_named("feature-extraction")
 IDS = np.array([[257, 20, 30, 40, 258], [257, 50, 258, PAD, PAD]])
@@ -40,12 +40,6 @@ def dims(values: Any) -> dict[str, tuple[str | int, ...]]:
     return {v.name: tuple(d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim) for v in values}
 
 
-def run(path: Path, inputs: Any) -> dict[str, Any]:
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    names = [o.name for o in session.get_outputs()]
-    return dict(zip(names, session.run(names, inputs), strict=True))
-
-
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return text_encoder(tmp_path_factory.mktemp("encoder") / "bert")
@@ -65,13 +59,13 @@ def test_text_goes_in_by_three_names_and_comes_out_as_states_and_a_sentence(
     with torch.inference_mode():
         states = AutoModel.from_pretrained(bert)(**{n: torch.from_numpy(a) for n, a in TEXT.items()})
     expected, mask = states.last_hidden_state.double().numpy(), TEXT["attention_mask"].astype(bool)
-    outputs = run(path, TEXT)
+    outputs = run_graph(path, TEXT)
     np.testing.assert_allclose(outputs["last_hidden_state"][mask], expected[mask], rtol=0, atol=1e-4)
     means = np.array([expected[i][mask[i]].mean(0) for i in range(2)])
     np.testing.assert_allclose(outputs[SENTENCE], means, rtol=0, atol=1e-4)
     # One row, longer than any that was traced.
     one = {n: np.concatenate([a[:1], a[:1]], axis=1) for n, a in TEXT.items()}
-    assert run(path, one)["last_hidden_state"].shape == (1, 10, WIDTH)
+    assert run_graph(path, one)["last_hidden_state"].shape == (1, 10, WIDTH)
 
 
 def test_an_input_that_the_batches_have_not_is_not_asked_for(bert: Path, tmp_path: Path) -> None:
@@ -87,7 +81,7 @@ def test_images_are_of_one_size_and_of_any_number(tmp_path: Path) -> None:
     assert dims(proto.graph.input) == {"pixel_values": ("batch_size", 3, 32, 32)}
     with torch.inference_mode():
         states = AutoModel.from_pretrained(folder)(torch.from_numpy(PIXELS["pixel_values"])).last_hidden_state
-    found = run(path, PIXELS)["last_hidden_state"]
+    found = run_graph(path, PIXELS)["last_hidden_state"]
     np.testing.assert_allclose(found, states.numpy(), rtol=0, atol=1e-4)
     three = {"pixel_values": np.concatenate([PIXELS["pixel_values"]] * 2)[:3]}
-    assert run(path, three)["last_hidden_state"].shape == (3, IMAGE_TOKENS, WIDTH)
+    assert run_graph(path, three)["last_hidden_state"].shape == (3, IMAGE_TOKENS, WIDTH)

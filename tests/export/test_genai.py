@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
+from numpy.typing import NDArray
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from nbl_export.errors import BuildError, InputError, MissingDependencyError
@@ -26,6 +26,7 @@ from tests.export.exported import (
     torch_logits,
 )
 from tests.fixtures_graph import load
+from tests.sessions import cpu_session
 from tests.tiny import build
 
 pytest.importorskip("onnxruntime_genai", reason="needs onnxruntime-genai: pip install 'nbl-export[genai]'")
@@ -39,7 +40,7 @@ def export(source: Path, folder: Path, precision: str = "fp32") -> list[Path]:
     return export_genai(handed_off(source, folder / "handed"), folder / "out", precision, Silent())
 
 
-def logits(folder: Path) -> np.ndarray[Any, Any]:
+def logits(folder: Path) -> NDArray[Any]:
     return graph_logits(folder / "out" / "model.onnx", PROMPT, cut=70, head_size=16)
 
 
@@ -56,7 +57,7 @@ def test_graph_comes_with_all_files(stories_folder: Path, tmp_path: Path) -> Non
     assert [p.name for p in files] == names
     assert {p.name for p in (tmp_path / "out").iterdir()} == set(names)
     assert nothing_left_over(tmp_path)
-    onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"), providers=["CPUExecutionProvider"])
+    cpu_session(tmp_path / "out" / "model.onnx")
 
 
 def test_int4_is_quantized_with_float32_around_it(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime
 import pytest
 import torch
 
@@ -23,6 +22,7 @@ from nbl_export.rewrite.replace import rewrite_file
 from nbl_export.runtime.ort import OrtDecoder, ort_stream
 from tests.families import unsaved
 from tests.fixtures_graph import pad_left, plan_by_hand, ragged_rows
+from tests.sessions import cpu_session
 from tests.tiny_types import tiny_model
 
 ROWS = ragged_rows((9, 4, 7), 250)
@@ -48,7 +48,7 @@ def test_the_last_logits_are_those_of_the_whole(tiny_graph: Path, keep: int) -> 
 
 
 def test_a_program_need_not_know_the_input(tiny_graph: Path) -> None:
-    session = onnxruntime.InferenceSession(str(tiny_graph))
+    session = cpu_session(tiny_graph)
     assert NUM_LOGITS_TO_KEEP not in {i.name for i in session.get_inputs()}
     assert [i.name for i in session.get_overridable_initializers()] == [NUM_LOGITS_TO_KEEP]
 

@@ -15,7 +15,6 @@ import torch
 from nbl_export.export import ranges as ranges_module
 from nbl_export.export.ranges import measure_ranges
 from nbl_export.graph.io import save_graph
-from tests.export.test_forms import static_graph
 from tests.fixtures_graph import pad_left, ragged_rows
 from tests.graph.parsed import parsed
 from tests.releases import written_for_5
@@ -24,8 +23,8 @@ VOCAB, BLOCKS = 260, 4
 
 
 @pytest.fixture(scope="module", params=["concat", "static"])
-def graph(request: pytest.FixtureRequest, tiny_graph: Path, tiny_model: Any, tmp_path_factory: Any) -> Path:
-    return tiny_graph if request.param == "concat" else static_graph(tiny_model, tmp_path_factory)
+def graph(request: pytest.FixtureRequest, tiny_graph: Path, static_graph: Path) -> Path:
+    return tiny_graph if request.param == "concat" else static_graph
 
 
 def is_static(path: Path) -> bool:

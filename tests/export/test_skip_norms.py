@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from nbl_export.export.skip_norms import fuse_norms
 from nbl_export.graph.operators import SKIP_NORMS
+from tests.sessions import cpu_session
 
 D = 16
 RNG = np.random.default_rng(0)
@@ -45,7 +45,7 @@ def model(
 
 
 def run(graph: ir.Model) -> list[Any]:
-    session = onnxruntime.InferenceSession(ir.to_proto(graph).SerializeToString())
+    session = cpu_session(graph)
     return list(session.run(["normed", "sum"], {v.name: GIVEN[v.name] for v in graph.graph.inputs}))
 
 

@@ -10,7 +10,6 @@ import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 import pytest
 import torch
 
@@ -20,6 +19,7 @@ from nbl_export.graph.precision import PRECISIONS, to_precision
 from nbl_export.runtime.session import session
 from tests.fixtures_graph import ragged_rows
 from tests.graph.parsed import parsed
+from tests.sessions import cpu_session
 
 BF16 = ml_dtypes.bfloat16
 FLOAT, BFLOAT16 = onnx.TensorProto.FLOAT, onnx.TensorProto.BFLOAT16
@@ -41,7 +41,7 @@ def run(model: ir.Model, folder: Path, **feeds: Any) -> dict[str, Any]:
     compute_in_float32(model)
     path = folder / "standin.onnx"
     save_graph(model, path)
-    runner = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    runner = cpu_session(path)
     assert {v.type for v in (*runner.get_inputs(), *runner.get_outputs())} <= {
         "tensor(float)",
         "tensor(int64)",

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
@@ -27,6 +26,7 @@ from nbl_export.graph.operators import (
 )
 from tests.graph.parsed import parsed
 from tests.graph.quantized import D, dequantized, dynamic, n_bits
+from tests.sessions import cpu_session
 
 ROWS, COLUMNS = 5, 3
 W = np.random.default_rng(0).standard_normal((ROWS, COLUMNS)).astype(np.float32)
@@ -54,9 +54,7 @@ PRODUCTS = {
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_a_weights_shape_is_that_of_the_map(name: str) -> None:
     model = PRODUCTS[name]
-    runner = onnxruntime.InferenceSession(
-        ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"]
-    )
+    runner = cpu_session(model)
     x = np.eye(ROWS, dtype=np.float32)  # so that y is the matrix itself
     (y,) = runner.run(["y"], {"x": x})
     node = next(n for n in model.graph if n.op_type in ("MatMul", "Gemm"))

@@ -30,7 +30,6 @@ from tests.graph.external_data import (
     DATA,
     external,
     graph_of,
-    nested_graph,
     opened,
     places,
     random_bytes,
@@ -38,19 +37,8 @@ from tests.graph.external_data import (
     resolved,
     save,
     snapshot,
-    two_file_graph,
 )
-
-
-@pytest.fixture
-def two_files(tmp_path: Path) -> Path:
-    return two_file_graph(tmp_path / "source")
-
-
-@pytest.fixture
-def nested(tmp_path: Path) -> Path:
-    return nested_graph(tmp_path / "nested")
-
+from tests.sessions import cpu_session
 
 # write_graph --------------------------------------------------------------------------------------
 
@@ -358,8 +346,7 @@ def test_a_lazy_tensor_that_lies_about_its_shape_is_refused(tmp_path: Path) -> N
 
 
 def outputs(path: Path) -> list[np.ndarray]:
-    ort = pytest.importorskip("onnxruntime")
-    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = cpu_session(path)
     x = np.ones(4096, np.float32)
     return [session.run(None, {"x": x, "flag": np.array(flag)})[0] for flag in (True, False)]
 

@@ -32,13 +32,7 @@ from tests.graph.external_data import (
     resolved,
     save,
     snapshot,
-    two_file_graph,
 )
-
-
-@pytest.fixture
-def two_files(tmp_path: Path) -> Path:
-    return two_file_graph(tmp_path / "source")
 
 
 @pytest.fixture

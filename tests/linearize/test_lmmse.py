@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nbl_export.batch.arrays import F64
 from nbl_export.calibrate.moments import LayerMoments
 from nbl_export.linearize.lmmse import (
     DEFAULT_RIDGE,
@@ -26,7 +27,6 @@ from nbl_export.linearize.lmmse import (
 )
 
 FIT_INPUTS: tuple[FitInput, ...] = ("normed", "residual")
-F64 = np.ndarray[Any, np.dtype[np.float64]]
 
 
 def activations(n: int = 400, d: int = 7, seed: int = 0, noise: float = 0.5) -> tuple[F64, F64, F64]:

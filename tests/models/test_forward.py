@@ -13,7 +13,7 @@ from transformers import AutoModel
 from nbl_export.models.forward import PastLayer, run_whole, run_with_past
 from nbl_export.models.load import load_model
 from nbl_export.models.source import find_model
-from tests.encoders import text_encoder, vision_encoder
+from tests.encoders import text_encoder
 from tests.fixtures_graph import original_logits, pad_left, ragged_rows
 from tests.tiny_types import tiny_model as random_model
 
@@ -141,11 +141,27 @@ def test_a_batch_in_one_pass_leaves_out_what_the_model_does_not_take(tmp_path: P
     torch.testing.assert_close(found.last_hidden_state, theirs.last_hidden_state, rtol=0, atol=1e-5)
 
 
-def test_pixels_are_rounded_to_the_models_precision(tmp_path: Path) -> None:
-    model = load_model(find_model(str(vision_encoder(tmp_path / "vit")))).to(torch.bfloat16)
-    pixels = np.random.default_rng(0).standard_normal((1, 3, 32, 32)).astype(np.float32)
-    found = run_whole(model, {"pixel_values": pixels}).last_hidden_state
-    assert found.dtype == torch.bfloat16
-    rounded = torch.from_numpy(pixels).to(torch.bfloat16).float().numpy()
-    assert (rounded != pixels).any()
-    assert torch.equal(found, run_whole(model, {"pixel_values": rounded}).last_hidden_state)
+class Patches(torch.nn.Module):
+    """Takes images in its own precision alone, as a convolution does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = torch.nn.Conv2d(3, 4, 2, 2)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.project(pixel_values)
+
+
+def test_pixels_are_rounded_to_the_models_precision() -> None:
+    torch.manual_seed(0)
+    model = Patches().to(torch.bfloat16)
+    pixels = np.random.default_rng(0).standard_normal((1, 3, 4, 4)).astype(np.float32)
+    found = run_whole(model, {"pixel_values": pixels})
+    rounded = torch.from_numpy(pixels).to(torch.bfloat16)
+    with torch.inference_mode():
+        assert torch.equal(found, model(rounded)) and found.dtype == torch.bfloat16
+    # Ids are whole numbers and stay so.
+    ids = np.array([[300, 7]])
+    embedding = torch.nn.Embedding(301, 2).to(torch.bfloat16)
+    embedding.forward = lambda input_ids: torch.nn.functional.embedding(input_ids, embedding.weight)  # type: ignore[method-assign]
+    assert torch.equal(run_whole(embedding, {"input_ids": ids})[0, 0], embedding.weight[300])

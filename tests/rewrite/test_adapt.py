@@ -12,7 +12,7 @@ import pytest
 from nbl_export.errors import BuildError
 from nbl_export.linearize.adapters import Adapter
 from nbl_export.rewrite.adapt import merge_adapters
-from tests.linearize.test_adapters import adapter_for
+from tests.linearize.made import adapter_for
 
 RNG = np.random.default_rng(0)
 WEIGHT, OTHER = (RNG.normal(size=(6, 4)).astype(np.float32) for _ in range(2))

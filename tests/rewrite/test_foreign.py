@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 
 from nbl_export.errors import BuildError, InputError
@@ -24,10 +23,11 @@ from nbl_export.linearize.plan import Plan, load_plan, save_plan
 from nbl_export.rewrite import foreign
 from nbl_export.rewrite import replace as rewrite_module
 from nbl_export.rewrite.foreign import rewrite_foreign
+from tests.end_to_end.oracle import assert_computes
 from tests.end_to_end.random_decoder_graphs import written
 from tests.end_to_end.random_decoders import Choices, random_plan, random_weights
-from tests.end_to_end.test_random_decoders import assert_computes
 from tests.graph.external_data import places
+from tests.sessions import cpu_session
 from tests.test_cli import ENVIRONMENT, Done, assert_refused, nbl
 
 C = Choices(layers=3, width=16, heads=4, qkv_bias=True, o_bias="Add")
@@ -379,7 +379,7 @@ def test_another_graph_may_share_the_data(source: Source) -> None:
     }
 
     def run() -> list[Any]:
-        return onnxruntime.InferenceSession(str(other)).run(None, feeds)  # type: ignore[no-any-return]
+        return cpu_session(other).run(None, feeds)  # type: ignore[no-any-return]
 
     before = run()
     rewrite_foreign(source.graph, source.plan, None, in_place=True)

@@ -14,6 +14,7 @@ from onnx import TensorProto, helper
 from nbl_export.errors import BuildError
 from nbl_export.rewrite.quantize import pack, product, quantize_blocks
 from tests.graph.quantized import DYNAMIC, MS, D, dequantized, dynamic, graph, matrix, n_bits
+from tests.sessions import cpu_session
 
 # Blocks ------------------------------------------------------------------------------------------
 
@@ -129,7 +130,7 @@ def run(model: ir.Model, x: Any) -> Any:
     # Its optimizer would round the activations behind a DequantizeLinear to 8 bits.
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    runner = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options)
+    runner = cpu_session(model, options)
     return runner.run(["result"], {"x": x})[0]
 
 

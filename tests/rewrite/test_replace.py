@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +10,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 
 from nbl_export.calibrate.probe import probe_model
 from nbl_export.calibrate.text import load_text
 from nbl_export.errors import BuildError, InputError
-from nbl_export.graph.cache import KV_LAYERS_KEY
 from nbl_export.graph.io import load_graph, summarize
 from nbl_export.graph.regions import Refusal
 from nbl_export.linearize.lmmse import FitInput
@@ -26,42 +23,25 @@ from nbl_export.linearize.plan import LinearLayer, Plan
 from nbl_export.linearize.swap import linearized
 from nbl_export.rewrite import replace as rewrite_module
 from nbl_export.rewrite.prove import PROOF_TOLERANCE
-from nbl_export.rewrite.replace import LAYERS_KEY, count, rewrite_file
+from nbl_export.rewrite.replace import count, rewrite_file
 from nbl_export.runtime.ort import OrtDecoder
 from nbl_export.runtime.stream import PastStream
 from nbl_export.runtime.torch import TorchDecoder
 from nbl_export.verify.parity.decoder import compare_streams, gates_for
 from nbl_export.workspace import Workspace
 from tests.fixtures_graph import low_rank, maps_in_place, pad_left, plan_by_hand, ragged_rows
+from tests.rewrite.by_hand import assert_clean, baseline, prompts
+from tests.sessions import cpu_session, empty_past
 from tests.variants import Variant
 
 LAYERS, WIDTH, KV_WIDTH = 5, 64, 32  # stories260K
 CHOICES = [(), (0,), (4,), (1, 2), (0, 1, 2, 3, 4)]
 
 
-def baseline(out: Path) -> Path:
-    return out / "baseline" / "model.onnx"
-
-
-def prompts(out: Path, lengths: Sequence[int]) -> list[Any]:
-    """Held-out stories of ``lengths`` tokens, each after the beginning-of-text token."""
-    text = load_text(Workspace.open(out).text)
-    return [
-        np.r_[text.start, text.heldout[i, : n - len(text.start)]].astype(np.int32)
-        for i, n in enumerate(lengths)
-    ]
-
-
-def session(path: Path) -> Any:
-    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-
-
 def decode(runner: Any, rows: Sequence[Any], steps: int) -> list[Any]:
     """All outputs of a ragged prefill and ``steps`` decode steps, straight from onnxruntime."""
     names = [i.name for i in runner.get_inputs()]
-    past_names = [n for n in names if n.startswith("past")]
-    shapes = {i.name: (len(rows), i.shape[1], 0, i.shape[3]) for i in runner.get_inputs() if "past" in i.name}
-    past = {n: np.zeros(shapes[n], dtype=np.float32) for n in past_names}
+    past = empty_past(runner, len(rows))
     ids, mask, positions = pad_left([r[: len(r) - steps] for r in rows])
     outputs = []
     for step in range(steps + 1):
@@ -71,7 +51,7 @@ def decode(runner: Any, rows: Sequence[Any], steps: int) -> list[Any]:
             positions = positions[:, -1:] + 1
         feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **past}
         outputs.append(runner.run(None, {k: v for k, v in feeds.items() if k in names}))
-        past = dict(zip(past_names, outputs[-1][1:], strict=True))
+        past = dict(zip(past, outputs[-1][1:], strict=True))
     return outputs
 
 
@@ -84,7 +64,7 @@ def full_recompute(model: Any, plan: Plan, row: Any) -> Any:
 
 
 def assert_computes_the_plan(path: Path, model: Any, plan: Plan, rows: Sequence[Any], steps: int) -> None:
-    outputs = decode(session(path), rows, steps)
+    outputs = decode(cpu_session(path), rows, steps)
     for number, row in enumerate(rows):
         expected = full_recompute(model, plan, row)
         prefill = len(row) - steps
@@ -93,27 +73,6 @@ def assert_computes_the_plan(path: Path, model: Any, plan: Plan, rows: Sequence[
             np.testing.assert_allclose(
                 outputs[1 + step][0][number, 0], expected[prefill + step], rtol=0, atol=1e-3
             )
-
-
-def assert_clean(path: Path, kept: Sequence[int], layers: int) -> None:
-    """Interface, metadata and liveness of a rewritten graph, read with onnx alone."""
-    proto = onnx.load(str(path), load_external_data=False)
-    onnx.checker.check_model(str(path), full_check=True)
-    pairs = [f"{n}.{side}" for n in range(len(kept)) for side in ("key", "value")]
-    inputs = [i.name for i in proto.graph.input]
-    assert [i for i in inputs if i.startswith("past")] == [f"past_key_values.{p}" for p in pairs]
-    assert [o.name for o in proto.graph.output] == ["logits", *(f"present.{p}" for p in pairs)]
-    metadata = {p.key: p.value for p in proto.metadata_props}
-    assert json.loads(metadata[KV_LAYERS_KEY]) == list(kept)
-    described = json.loads(metadata[LAYERS_KEY])
-    assert [(r["layer"], r["kind"]) for r in described] == [
-        (i, "attention" if i in kept else "linear") for i in range(layers)
-    ]
-    written = {name for node in proto.graph.node for name in node.output}
-    assert all(r["input"] in written and r["output"] in written for r in described)
-    read = {name for node in proto.graph.node for name in node.input} | {o.name for o in proto.graph.output}
-    assert {t.name for t in proto.graph.initializer} <= read
-    assert all(any(name in read for name in node.output) for node in proto.graph.node)
 
 
 @pytest.mark.parametrize("fit_input", ["normed", "residual"])
@@ -159,7 +118,9 @@ def test_the_maps_are_stored_as_planned(stories_out: Path, tmp_path: Path) -> No
 def test_k_0_leaves_the_numbers_bit_equal(stories_out: Path, tmp_path: Path) -> None:
     rewrite_file(baseline(stories_out), plan_by_hand(stories_out, ()), tmp_path / "model.onnx")
     rows = prompts(stories_out, (30, 17))
-    before, after = (decode(session(p), rows, 3) for p in (baseline(stories_out), tmp_path / "model.onnx"))
+    before, after = (
+        decode(cpu_session(p), rows, 3) for p in (baseline(stories_out), tmp_path / "model.onnx")
+    )
     for old, new in zip(before, after, strict=True):
         assert len(old) == len(new) == 1 + 2 * LAYERS
         assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(old, new, strict=True))

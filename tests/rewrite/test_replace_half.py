@@ -31,7 +31,7 @@ from nbl_export.runtime.stream import PastStream
 from nbl_export.runtime.torch import TorchDecoder
 from nbl_export.verify.parity.decoder import compare_streams, gates_for
 from tests.fixtures_graph import external_entry, maps_in_place, plan_by_hand
-from tests.rewrite.test_replace import assert_clean, baseline, prompts
+from tests.rewrite.by_hand import assert_clean, baseline, prompts
 
 LAYERS, WIDTH = 5, 64  # stories260K
 TORCH = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -18,6 +18,7 @@ from nbl_export.graph.regions import AttentionRegion, find_regions
 from nbl_export.runtime import pieces as pieces_module
 from nbl_export.runtime.pieces import compute, prefill_rows, run_taps
 from tests.fixtures_graph import pad_left, ragged_rows
+from tests.sessions import cpu_session
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def whole(path: Path, names: list[str], feeds: dict[str, Any]) -> list[Any]:
             model.graph.outputs.append(values[name])
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
-    runner = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options)
+    runner = cpu_session(model, options)
     return runner.run(names, feeds)  # type: ignore[no-any-return]
 
 

@@ -20,7 +20,6 @@ from nbl_export.runtime.ort import OrtDecoder, OrtStaticStream, ort_stream, run_
 from nbl_export.runtime.pieces import run_taps
 from nbl_export.runtime.stream import LastLogits, PastStream
 from nbl_export.runtime.torch import TorchDecoder
-from tests.export.test_forms import static_graph
 from tests.fixtures_graph import original_logits, pad_left, ragged_rows
 from tests.graph.parsed import parsed
 
@@ -29,11 +28,10 @@ LENGTHS, STEPS = (11, 6, 1), 4
 
 
 @pytest.fixture(scope="module")
-def graphs(tiny_graph: Path, tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Path]:
+def graphs(tiny_graph: Path, static_graph: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Path]:
     """The tiny Llama by form and precision."""
     folder = tmp_path_factory.mktemp("streams")
-    static = static_graph(tiny_model, tmp_path_factory)
-    found = {("concat", "fp32"): tiny_graph, ("static", "fp32"): static}
+    found = {("concat", "fp32"): tiny_graph, ("static", "fp32"): static_graph}
     for form in ("concat", "static"):
         for name in ("fp16", "bf16"):
             graph = load_graph(found[form, "fp32"])

@@ -14,6 +14,8 @@ import onnx
 import pytest
 import torch
 
+from tests.sessions import cpu_session
+
 SCRIPT = Path(__file__).parents[2] / "scripts" / "synthetic_llama.py"
 SMALL: dict[str, Any] = {
     "hidden": 64,
@@ -43,8 +45,7 @@ def weights(path: Path) -> dict[str, np.ndarray]:
 
 def run(path: Path, ids: np.ndarray, past: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Logits of ``ids`` after ``past``, and the new cache under the names of the inputs."""
-    ort = pytest.importorskip("onnxruntime")
-    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = cpu_session(path)
     seen = next(iter(past.values())).shape[2]
     mask = np.ones((1, seen + ids.shape[1]), np.int64)
     names = [o.name for o in session.get_outputs()]

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -20,6 +18,7 @@ from nbl_export.stages.export import export
 from nbl_export.stages.run import Run
 from nbl_export.workspace import Workspace
 from tests.listening import Notes
+from tests.sessions import cpu_session, empty_past
 from tests.tiny import save_tokenizer
 from tests.tiny_types import tiny_model as random_model
 
@@ -36,14 +35,10 @@ def out(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_graph_computes_the_model(out: Path, tiny_folder: Path) -> None:
     graph = Workspace.open(out).baseline
-    session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
+    session = cpu_session(graph)
     ids = np.array([[5, 9, 200, 31]])
-    feeds: dict[str, Any] = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-    feeds["position_ids"] = np.arange(4)[None]
-    for value in session.get_inputs():
-        if value.name.startswith("past"):
-            feeds[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
-    (found,) = session.run(["logits"], feeds)
+    tokens = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(4)[None]}
+    (found,) = session.run(["logits"], {**tokens, **empty_past(session, 1)})
     with torch.inference_mode():
         expected = AutoModelForCausalLM.from_pretrained(tiny_folder)(torch.from_numpy(ids)).logits
     np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=2e-4)

@@ -10,9 +10,7 @@ import pytest
 
 from nbl_export.linearize.loss import LossMeter
 from nbl_export.stages.select.frontier import SpeedMeter, Speedups
-from tests.stages.select.by_hand import (
-    forget,
-)
+from tests.stages.select.by_hand import forget
 
 
 @pytest.fixture(autouse=True)

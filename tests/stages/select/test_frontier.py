@@ -12,12 +12,7 @@ from nbl_export.errors import BudgetError, InputError
 from nbl_export.stages.select import frontier
 from nbl_export.stages.select.frontier import SpeedMeter, Speedups
 from tests.listening import Notes
-from tests.stages.select.by_hand import (
-    candidates,
-    curve,
-    forget,
-    select,
-)
+from tests.stages.select.by_hand import candidates, curve, forget, select
 
 
 @pytest.mark.parametrize(("wanted", "k"), [(1.0, 1), (1.05, 1), (1.25, 3), (1.3, 3), (1.45, 5), (1.5, 5)])

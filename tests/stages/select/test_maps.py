@@ -18,13 +18,7 @@ from nbl_export.progress import Silent
 from nbl_export.workspace import Workspace
 from tests.fixtures_graph import load
 from tests.interruptions import Recorder, send
-from tests.stages.select.by_hand import (
-    QUICK,
-    candidates,
-    kl_by_hand,
-    same_plan,
-    select,
-)
+from tests.stages.select.by_hand import QUICK, candidates, kl_by_hand, same_plan, select
 
 
 def test_what_the_final_maps_cost_is_measured(out: Path, stories_folder: Path) -> None:

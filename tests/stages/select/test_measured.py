@@ -16,12 +16,7 @@ from nbl_export import api
 from nbl_export.linearize.loss import LossMeter
 from nbl_export.workspace import Workspace
 from tests.listening import Notes
-from tests.stages.select.by_hand import (
-    candidates,
-    forget,
-    same_plan,
-    select,
-)
+from tests.stages.select.by_hand import candidates, forget, same_plan, select
 
 
 def test_selection_in_bfloat16_leaves_the_model_and_what_is_solved_in_float32(

@@ -16,14 +16,7 @@ from nbl_export.linearize.scores import CRITERIA
 from nbl_export.workspace import Workspace
 from tests.fixtures_graph import load
 from tests.listening import Notes
-from tests.stages.select.by_hand import (
-    candidates,
-    curve,
-    files,
-    kl_by_hand,
-    same_plan,
-    select,
-)
+from tests.stages.select.by_hand import candidates, curve, files, kl_by_hand, same_plan, select
 
 
 def test_scores_and_the_curve_are_those_of_whole_runs(out: Path, stories_folder: Path) -> None:

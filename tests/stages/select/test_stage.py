@@ -17,11 +17,7 @@ from nbl_export.linearize.scores import CRITERIA
 from nbl_export.workspace import Workspace
 from tests.encoders import text_encoder
 from tests.listening import Notes
-from tests.stages.select.by_hand import (
-    QUICK,
-    candidates,
-    select,
-)
+from tests.stages.select.by_hand import QUICK, candidates, select
 
 # every way ---------------------------------------------------------------------------------------
 
