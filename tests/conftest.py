@@ -13,8 +13,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Models this small are faster on one thread, and far faster beside another process.
 torch.set_num_threads(1)
 
-pytest.register_assert_rewrite("tests.graph.matrix")
-pytest_plugins = ["tests.fixtures_graph", "tests.exporters"]
+# Helpers whose assertions say what differs, as those of test files do.
+pytest.register_assert_rewrite("tests.end_to_end.matrix", "tests.end_to_end.oracle", "tests.rewrite.by_hand")
+pytest_plugins = ["tests.fixtures_graph", "tests.fixtures_engine", "tests.exporters", "tests.variants"]
 
 ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("NBL_EXPORT_SHARED", ROOT.parent / "shared")) / "data"

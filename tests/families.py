@@ -18,10 +18,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from nbl_export.calibrate.collect import collect_moments
 from nbl_export.calibrate.moments import Moments
 from nbl_export.calibrate.probe import Probe, probe_model
-from nbl_export.linearize.lmmse import FitInput, fit_lmmse
+from nbl_export.linearize.lmmse import fit_lmmse
 from nbl_export.linearize.plan import LinearLayer, Plan
 from nbl_export.linearize.swap import linearized
 from nbl_export.models.layers import attention_layers, hidden_size, layer_count
+from nbl_export.settings.choices import FitInput
 from tests.fixtures_graph import load
 from tests.tiny import save_tokenizer
 from tests.tiny_types import scale_up

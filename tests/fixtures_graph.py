@@ -13,14 +13,17 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from nbl_export.calibrate.moments import load_moments
 from nbl_export.calibrate.probe import load_probe
+from nbl_export.export.forms import STATIC
 from nbl_export.export.torch import export_torch
-from nbl_export.linearize.lmmse import FitInput, fit_lmmse
+from nbl_export.linearize.lmmse import fit_lmmse
 from nbl_export.linearize.plan import LinearLayer, Plan, load_plan
 from nbl_export.models.load import load_model
 from nbl_export.models.source import find_model
+from nbl_export.settings.choices import FitInput
 from nbl_export.workspace import Workspace
 
 
@@ -39,6 +42,14 @@ def tiny_graph(tiny_model: torch.nn.Module, tmp_path_factory: pytest.TempPathFac
     """The tiny model, exported; read only."""
     path = tmp_path_factory.mktemp("tiny-graph") / "model.onnx"
     export_torch(tiny_model, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def static_graph(tiny_model: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a static cache; read only."""
+    path = tmp_path_factory.mktemp("tiny-static") / "model.onnx"
+    export_torch(tiny_model, path, form=STATIC)
     return path
 
 
@@ -75,15 +86,15 @@ def plan_by_hand(out: Path, layers: Sequence[int], fit_input: FitInput = "normed
     )
 
 
-def ragged_rows(lengths: Sequence[int], vocab: int, seed: int = 0) -> list[np.ndarray[Any, Any]]:
+def ragged_rows(lengths: Sequence[int], vocab: int, seed: int = 0) -> list[NDArray[Any]]:
     """Random token ids of the given lengths."""
     generator = np.random.default_rng(seed)
     return [generator.integers(3, vocab, length, dtype=np.int32) for length in lengths]
 
 
 def pad_left(
-    rows: Sequence[np.ndarray[Any, Any]],
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    rows: Sequence[NDArray[Any]],
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """Ids, mask and positions of ragged rows, padded on the left with zeros (positions: 0 too)."""
     width = max(map(len, rows))
     ids = np.stack([np.r_[np.zeros(width - len(r), np.int64), r.astype(np.int64)] for r in rows])
@@ -92,9 +103,7 @@ def pad_left(
     return ids, mask, positions
 
 
-def original_logits(
-    model: torch.nn.Module, row: np.ndarray[Any, Any], implementation: str = "sdpa"
-) -> np.ndarray[Any, Any]:
+def original_logits(model: torch.nn.Module, row: NDArray[Any], implementation: str = "sdpa") -> NDArray[Any]:
     """Logits [sequence, vocab] of one unpadded row, no cache, by transformers' own attention."""
     model.set_attn_implementation(implementation)  # type: ignore[operator]
     ids = torch.from_numpy(row.astype(np.int64))[None]

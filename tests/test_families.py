@@ -30,9 +30,9 @@ from nbl_export.models.layers import attention_layers
 from nbl_export.progress import Silent
 from nbl_export.rewrite.replace import rewrite_file
 from nbl_export.verify.parity.decoder import Parity
+from tests.end_to_end.matrix import CHOSEN, ROWS, parity, rewritten
 from tests.exporters import GRAPH, Graphs
 from tests.families import DECODERS, Calibrated, attention_share
-from tests.graph.matrix import CHOSEN, ROWS, parity, rewritten
 
 Recorder = Callable[[str, object], None]
 CACHES, PRECISIONS = ("concat", "static"), ("fp32", "fp16", "bf16")

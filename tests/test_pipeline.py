@@ -20,9 +20,9 @@ from nbl_export import api
 from nbl_export.errors import InputError
 from nbl_export.files import sha256_of_file
 from nbl_export.linearize.plan import load_plan
-from nbl_export.progress import Silent
 from nbl_export.rewrite import replace as rewrite_module
 from nbl_export.workspace import Workspace
+from tests.listening import Notes
 from tests.tiny import build
 
 VERIFY = api.VerifySettings(contexts=(16,), rounds=3)
@@ -35,20 +35,6 @@ QUICK = api.VerifySettings(quality=False, speed=False)
 def calibration(stories_text: Path) -> Any:
     """The settings of the finished run."""
     return api.CalibrateSettings((str(stories_text),), samples=32, seq_len=128, heldout_samples=8)
-
-
-class Notes(Silent):
-    """Keeps what a stage would tell the user."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    @property
-    def kept(self) -> list[str]:
-        return [n.split(":")[0] for n in self.notes if n.endswith("done already, kept.")]
 
 
 def state(out: Path) -> Any:

@@ -1,4 +1,4 @@
-"""The output folder: atomic writes, what counts as done, who may work in it, and refusals in words."""
+"""The output folder: what counts as done, who may work in it, and refusals in words."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from nbl_export.errors import InputError
-from nbl_export.files import atomic_path, read_json, sha256_of_file, sha256_of_json, write_json
 from nbl_export.workspace import Workspace
+from tests.folders import files_in
 
 MODEL = {"source": "some/model", "kind": "hub", "fingerprint": "a" * 64}
 
@@ -30,79 +30,9 @@ def workspace(tmp_path: Path) -> Workspace:
     return work
 
 
-def files_in(folder: Path) -> set[str]:
-    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
-
-
 def edit_state(work: Workspace, **changes: Any) -> None:
     state = json.loads(work.state_path.read_text())
     work.state_path.write_text(json.dumps({**state, **changes}))
-
-
-# atomic writes -----------------------------------------------------------------------------------
-
-
-def test_atomic_path_replaces_the_file_when_the_block_succeeds(tmp_path: Path) -> None:
-    target = tmp_path / "new" / "folder" / "file.json"
-    with atomic_path(target) as temporary:
-        temporary.write_text("one")
-        assert temporary.parent == target.parent  # a rename across file systems would not be atomic
-        assert not target.exists()
-    with atomic_path(target) as temporary:
-        temporary.write_text("two")
-        assert target.read_text() == "one"
-    assert target.read_text() == "two"
-    assert files_in(tmp_path) == {"new/folder/file.json"}
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError])
-def test_atomic_path_keeps_the_old_file_and_no_temporary_when_the_block_fails(
-    tmp_path: Path, error: type[BaseException]
-) -> None:
-    target = tmp_path / "file.json"
-    target.write_text("old")
-    with pytest.raises(error), atomic_path(target) as temporary:
-        temporary.write_text("half of the new")
-        raise error
-    assert target.read_text() == "old"
-    assert files_in(tmp_path) == {"file.json"}
-
-
-@pytest.mark.parametrize("umask", [0o022, 0o077])
-def test_atomic_path_follows_the_umask(tmp_path: Path, umask: int) -> None:
-    before = os.umask(umask)
-    try:
-        with atomic_path(tmp_path / "file") as temporary:
-            temporary.write_text("x")
-        assert (tmp_path / "file").stat().st_mode & 0o777 == 0o666 & ~umask
-        assert os.umask(umask) == umask
-    finally:
-        os.umask(before)
-
-
-def test_write_json_refuses_numbers_that_json_has_not_and_keeps_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "x.json"
-    write_json(path, {"a": 1, "name": "é"})
-    with pytest.raises(ValueError):
-        write_json(path, {"a": float("nan")})
-    assert json.loads(path.read_text(encoding="utf-8")) == {"a": 1, "name": "é"}
-
-
-def test_read_json_says_what_is_wrong_and_what_to_do(tmp_path: Path) -> None:
-    path = tmp_path / "x.json"
-    with pytest.raises(InputError, match=r"The thing is missing .*x\.json.*: do that\.$"):
-        read_json(path, "The thing", "do that")
-    for content in (b'{"a": ', b"\xff\xfe\x00", b""):
-        path.write_bytes(content)
-        with pytest.raises(InputError, match=r"The thing is damaged .*x\.json.*: do that\.$"):
-            read_json(path, "The thing", "do that")
-
-
-def test_hashes(tmp_path: Path) -> None:
-    data = os.urandom(5 << 20)  # more than one block
-    (tmp_path / "x").write_bytes(data)
-    assert sha256_of_file(tmp_path / "x") == hashlib.sha256(data).hexdigest()
-    assert sha256_of_json({"b": [1, 2], "a": None}) == hashlib.sha256(b'{"a":null,"b":[1,2]}').hexdigest()
 
 
 # what is done ------------------------------------------------------------------------------------

@@ -2,13 +2,11 @@
 
 A tensor in an external data file is copied by the kernel, byte range to byte range, never through a memory
 map: mapped pages count as resident memory, and an 8B model has 16 GB of them. Tensors in memory are written
-one after another. There are two ways to store a model:
-
+one after another. Two ways to store a model:
     write_graph    a new .onnx file and one new data file with every weight
     append_graph   a new .onnx file replaces the old one; weights stay where they are, new ones are appended
 
-Both leave the model object unchanged: its tensors are replaced by references to the new file while the
-protobuf is serialized, and restored afterwards.
+Both leave the model unchanged: its tensors are references to the new file only while the protobuf is serialized.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from nbl_export.errors import InputError
 from nbl_export.progress import Silent
 from nbl_export.settings import CalibrateSettings
 from tests.encoders import CLS, PAD, SEP, save_tokenizer
+from tests.listening import Notes
 
 
 @pytest.fixture(scope="module")
@@ -21,14 +22,6 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("tokenizer")
     save_tokenizer(folder)
     return AutoTokenizer.from_pretrained(folder)
-
-
-class Notes(Silent):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 DOCUMENTS = [f"document number {i:02}" for i in range(24)]  # every eighth is held out: 07, 15 and 23

@@ -8,17 +8,14 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from tokenizers import processors
 
-from nbl_export.calibrate.sampling import sample_from_model
 from nbl_export.calibrate.text import (
     CalibrationText,
     documents,
@@ -28,38 +25,14 @@ from nbl_export.calibrate.text import (
     start_tokens,
 )
 from nbl_export.errors import InputError, MissingDependencyError
-from nbl_export.models.load import load_model, load_tokenizer
+from nbl_export.models.load import load_tokenizer
 from nbl_export.models.source import find_model
 from nbl_export.progress import Silent
 from nbl_export.settings import CalibrateSettings
 from nbl_export.tensorfile import save_tensors
+from tests.listening import Notes
 
 TEXTS = ["Once upon a time.", "Zwölf Boxkämpfer jagen Viktor", "狐 jumps\nover two lines", "the end"]
-
-
-class Notes(Silent):
-    """A listener that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.advanced: list[int] = []
-        self.total = 0
-
-    @contextmanager
-    def task(self, title: str, total: int, unit: str, done: int = 0) -> Iterator[Any]:
-        self.total = total
-        yield self
-
-    def advance(self, amount: int) -> None:
-        self.advanced.append(amount)
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_folder: Path) -> Any:
-    return load_tokenizer(find_model(str(tiny_folder)))
 
 
 def zstd(data: bytes) -> bytes:
@@ -428,7 +401,7 @@ def test_packing_joins_documents_with_the_end_token(tokenizer: Any) -> None:
     assert text.heldout.shape == text.heldout_document.shape == (6, 32)
     assert all(getattr(text, name).dtype == np.int32 for name in CalibrationText.__annotations__)
     assert listener.notes == []
-    assert listener.total == sum(listener.advanced) == 31 * 32
+    assert listener.start[0] == sum(listener.advanced) == 31 * 32
     # A byte-level tokenizer gives one token a character; 257 is its end of text. Of every eight documents, six
     # are calibrated on, the fourth is for choosing and the eighth for judging.
     for tokens, kept in (
@@ -581,79 +554,6 @@ def test_a_tokenizer_without_special_tokens_starts_with_nothing(tiny_folder: Pat
     start = start_tokens(tokenizer)
     assert start.dtype == np.int32
     assert start.shape == (0,)
-
-
-# the model's own text ----------------------------------------------------------------------------
-
-SMALL = CalibrateSettings(samples=3, seq_len=12, heldout_samples=2, selection_samples=2, seed=5)
-PARTS = ("calibration", "selection", "heldout")
-
-
-@pytest.fixture(scope="module")
-def model(tiny_folder: Path) -> Any:
-    return load_model(find_model(str(tiny_folder)))
-
-
-def drawn(model: Any, count: int, length: int, seed: int) -> np.ndarray:
-    """The same draws without a cache: all of a document so far goes through the model at every step."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.full((count, 1), 256)
-    with torch.inference_mode():
-        for _ in range(length):
-            probabilities = torch.softmax(model(input_ids=rows).logits[:, -1], -1).double().numpy()
-            draws = torch.rand(count, 1, generator=generator).double().numpy()
-            token = (probabilities.cumsum(-1) < draws * probabilities.sum(-1, keepdims=True)).sum(-1)
-            rows = torch.cat([rows, torch.from_numpy(token)[:, None]], 1)
-    return rows[:, 1:].numpy()
-
-
-def test_sampled_text_has_the_asked_shape(model: Any, tokenizer: Any) -> None:
-    listener = Notes()
-    text = sample_from_model(model, tokenizer, SMALL, listener)
-    assert text.calibration.shape == (3, 12)
-    assert text.selection.shape == text.selection_document.shape == (2, 12)
-    assert text.heldout.shape == text.heldout_document.shape == (2, 12)
-    assert all(getattr(text, name).dtype == np.int32 for name in CalibrationText.__annotations__)
-    assert text.start.tolist() == [256]
-    assert listener.total == sum(listener.advanced) >= 7 * 12
-    rows = {tuple(r) for part in PARTS for r in getattr(text, part).tolist()}
-    assert len(rows) == 7
-    assert all(0 <= token < 260 for row in rows for token in row)
-
-
-def test_sampling_follows_the_seed(model: Any, tokenizer: Any) -> None:
-    one, same = (sample_from_model(model, tokenizer, SMALL, Silent()) for _ in range(2))
-    torch.manual_seed(99)  # the global generator plays no part
-    again = sample_from_model(model, tokenizer, SMALL, Silent())
-    other = sample_from_model(model, tokenizer, replace(SMALL, seed=6), Silent())
-    for name in PARTS:
-        np.testing.assert_array_equal(getattr(one, name), getattr(same, name))
-        np.testing.assert_array_equal(getattr(one, name), getattr(again, name))
-        assert np.mean(getattr(one, name) == getattr(other, name)) < 0.5
-
-
-def test_sampling_draws_from_the_model_itself(model: Any, tokenizer: Any) -> None:
-    text = sample_from_model(model, tokenizer, SMALL, Silent())
-    expected = drawn(model, 7, 12, 5)
-    expected[:, -1] = tokenizer.eos_token_id  # each document is ended, as in packed text
-    np.testing.assert_array_equal(np.concatenate([getattr(text, part) for part in PARTS]), expected)
-
-
-def test_long_rows_hold_several_sampled_documents(
-    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("nbl_export.calibrate.sampling._SAMPLE_LENGTH", 8)
-    text = sample_from_model(model, tokenizer, SMALL, Silent())
-    # 36 calibration tokens are five documents, the last one cut; the 24 of each other part are three others.
-    documents = drawn(model, 11, 8, 5)
-    documents[:, -1] = tokenizer.eos_token_id
-    np.testing.assert_array_equal(text.calibration.reshape(-1), documents[:5].reshape(-1)[:36])
-    np.testing.assert_array_equal(text.selection.reshape(-1), documents[5:8].reshape(-1))
-    np.testing.assert_array_equal(text.heldout.reshape(-1), documents[8:].reshape(-1))
-    for owners in (text.selection_document.reshape(3, 8), text.heldout_document.reshape(3, 8)):
-        assert [set(row.tolist()) for row in owners] == [{owner} for owner in owners[:, 0].tolist()]
-        assert len(set(owners[:, 0].tolist())) == 3
-    assert not set(text.selection_document.reshape(-1)) & set(text.heldout_document.reshape(-1))
 
 
 # on disk -----------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from nbl_export import api
-from nbl_export.engine.library import Library, import_library
 from nbl_export.engine.manifest import Manifest
 from nbl_export.export.forms import FORMS
 from nbl_export.export.torch import trace
@@ -33,23 +32,6 @@ class Graphs:
     linearized: Path
     bare: Path
     static: bool
-
-
-class Counter:
-    """A task that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.amounts: list[int] = []
-
-    def advance(self, amount: int) -> None:
-        self.amounts.append(amount)
-
-
-@pytest.fixture(scope="session")
-def rtx() -> Library:
-    """The real library, which builds ahead of time without a GPU."""
-    pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install 'nbl-export[rtx]'")
-    return import_library("rtx")
 
 
 def converted(source: Path, target: Path, precision: str) -> Path:
@@ -104,23 +86,6 @@ def fusible(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = load(build(folder / "model", **changes))
     save_graph(trace(model, FORMS["static"]), folder / "model.onnx")
     return folder / "model.onnx"
-
-
-@pytest.fixture(scope="session")
-def built_out(rtx: Library, stories_out: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The finished run in float16 with a static cache, and its engines; copy it before changing it."""
-    out = tmp_path_factory.mktemp("built") / "out"
-    shutil.copytree(stories_out, out, copy_function=shutil.copy2)
-    api.export(out, api.ExportSettings("fp16", "static"))
-    api.rewrite(out)
-    api.build(out, api.EngineSettings("rtx", max_batch=2, max_seq=64, max_context=256, sm=("89", "86")))
-    return out
-
-
-@pytest.fixture
-def built_copy(built_out: Path, tmp_path: Path) -> Path:
-    """A copy of the run with engines, to be changed or damaged."""
-    return Path(shutil.copytree(built_out, tmp_path / "out", copy_function=shutil.copy2))
 
 
 def manifest_by_hand(**changes: Any) -> Manifest:

@@ -18,14 +18,15 @@ from nbl_export.engine.build import Built, Progress, TimingCache, build_engine, 
 from nbl_export.engine.library import Library
 from nbl_export.engine.profiles import Limits
 from nbl_export.errors import BuildError
-from tests.engine.conftest import Counter, Graphs, converted
+from tests.engine.conftest import Graphs, converted
+from tests.listening import Notes
 
 LIMITS = Limits(2, 32, 64)
 
 
 def build(library: Library, path: Path, attention: int, folder: Path, task: Any = None) -> Built:
     timings = TimingCache(library, folder / "timing.cache")
-    return build_engine(library, path, attention, LIMITS, ("SM86",), timings, task or Counter())
+    return build_engine(library, path, attention, LIMITS, ("SM86",), timings, task or Notes())
 
 
 # what is built -----------------------------------------------------------------------------------
@@ -36,14 +37,14 @@ def build(library: Library, path: Path, attention: int, folder: Path, task: Any 
 def test_every_precision_and_cache_is_built(
     rtx: Library, graphs: Callable[[str, str], Graphs], tmp_path: Path, precision: str, form: str
 ) -> None:
-    task = Counter()
+    task = Notes()
     path = graphs(precision, form).linearized
     before = {p.name for p in path.parent.iterdir()}
     built = build(rtx, path, 3, tmp_path, task)
     assert not built.fused  # heads of size 8 have no fused kernel, and float32 has none at all
     assert built.facts.attention == 3
     assert bytes(memoryview(built.data)[:4]) != bytes(4) and built.size == len(memoryview(built.data))
-    assert sum(task.amounts) == 1000
+    assert sum(task.advanced) == 1000
     assert [p.name for p in built.profiles] == ["prefill", "decode"]
     assert {p.name for p in path.parent.iterdir()} == before
     assert not list(tmp_path.iterdir())
@@ -65,9 +66,9 @@ def test_attention_is_fused_where_there_is_a_kernel(
     rtx: Library, fusible: Path, tmp_path: Path, precision: str, fused: bool
 ) -> None:
     path = converted(fusible, tmp_path / "model.onnx", precision)
-    task = Counter()
+    task = Notes()
     assert build(rtx, path, 1, tmp_path, task).fused is fused
-    assert sum(task.amounts) == 1000
+    assert sum(task.advanced) == 1000
 
 
 def test_attention_without_a_kernel_takes_a_second_attempt_within_the_same_bar(
@@ -83,11 +84,11 @@ def test_attention_without_a_kernel_takes_a_second_attempt_within_the_same_bar(
         return attempts[-1]
 
     monkeypatch.setattr(module, "_serialize", counted)
-    task = Counter()
+    task = Notes()
     built = build(rtx, graphs("fp16", "static").base, 5, tmp_path, task)
     assert [a is None for a in attempts] == [True, False]
     assert not built.fused
-    assert sum(task.amounts) == 1000 and all(a >= 0 for a in task.amounts)
+    assert sum(task.advanced) == 1000 and all(a >= 0 for a in task.advanced)
 
 
 def test_a_graph_with_other_counts_than_the_plan_is_not_built(
@@ -117,7 +118,7 @@ def test_what_the_library_does_not_build_is_told_with_its_reason(
     before = {p.name for p in path.parent.iterdir()}
     timings = TimingCache(rtx, tmp_path / "timing.cache")
     with pytest.raises(BuildError) as caught:
-        build_engine(rtx, path, 3, limits, ("SM86",), timings, Counter())
+        build_engine(rtx, path, 3, limits, ("SM86",), timings, Notes())
     message = str(caught.value)
     for word in (str(rtx), *words):
         assert word.format(path=path) in message, message
@@ -128,7 +129,7 @@ def test_what_the_library_does_not_build_is_told_with_its_reason(
 # Ctrl-C ------------------------------------------------------------------------------------------
 
 
-class Interrupting(Counter):
+class Interrupting(Notes):
     """Ctrl-C at the given piece of progress."""
 
     def __init__(self, at: int) -> None:
@@ -137,7 +138,7 @@ class Interrupting(Counter):
 
     def advance(self, amount: int) -> None:
         super().advance(amount)
-        if len(self.amounts) >= self.at:
+        if len(self.advanced) >= self.at:
             raise KeyboardInterrupt
 
 
@@ -150,8 +151,8 @@ def test_ctrl_c_in_a_step_stops_the_build(
     before = sys.stderr
     with pytest.raises(KeyboardInterrupt):
         build(rtx, path, 5, tmp_path, task)
-    assert at <= len(task.amounts) <= at + 2, "it went on after Ctrl-C"
-    assert sum(task.amounts) < 1000
+    assert at <= len(task.advanced) <= at + 2, "it went on after Ctrl-C"
+    assert sum(task.advanced) < 1000
     assert sys.stderr is before
     assert not list(tmp_path.iterdir()) and not list(path.parent.glob(".*"))
 
@@ -161,13 +162,13 @@ def test_ctrl_c_in_a_step_stops_the_build(
 
 def told(*calls: tuple[Any, ...]) -> list[int]:
     """The thousandths done after each call, a name of a method and its arguments."""
-    task = Counter()
+    task = Notes()
     progress = Progress(task)
     states = []
     for name, *arguments in calls:
         getattr(progress, name)(*arguments)
-        states.append(sum(task.amounts))
-    assert all(a >= 0 for a in task.amounts), "time does not run backwards"
+        states.append(sum(task.advanced))
+    assert all(a >= 0 for a in task.advanced), "time does not run backwards"
     return states
 
 

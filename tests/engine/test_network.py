@@ -27,7 +27,8 @@ from nbl_export.engine.profiles import Limits
 from nbl_export.errors import BuildError, InputError
 from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.graph.precision import precision_of
-from tests.engine.conftest import Counter, Graphs
+from tests.engine.conftest import Graphs
+from tests.listening import Notes
 
 LENGTH = 64
 NAMES = {
@@ -171,7 +172,7 @@ def test_what_the_parser_does_not_take_is_named(
     path = with_attention(graphs("fp16", form).base, tmp_path / "model.onnx", attribute)
     timings = TimingCache(rtx, tmp_path / "timing.cache")
     with pytest.raises(BuildError) as caught:
-        build_engine(rtx, path, 5, Limits(1, 8, 16), ("SM86",), timings, Counter())
+        build_engine(rtx, path, 5, Limits(1, 8, 16), ("SM86",), timings, Notes())
     message = str(caught.value)
     first = next(n.name for n in load_graph(path).graph if n.op_type == "Attention")
     for words in (str(rtx), "operator Attention", str(first), str(path), "not supported in TensorRT"):

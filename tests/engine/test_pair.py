@@ -24,7 +24,7 @@ from nbl_export.engine.network import NetworkFacts
 from nbl_export.engine.pair import check_shrinks
 from nbl_export.errors import BuildError, InputError
 from nbl_export.progress import Silent, Task
-from tests.engine.conftest import Counter
+from tests.listening import Notes
 
 OTHER = api.EngineSettings("rtx", max_batch=1, max_seq=8, max_context=32, sm=("86",))
 QUICK = api.VerifySettings(quality=False, speed=False)
@@ -192,7 +192,7 @@ class Interrupting(Silent):
 
     @contextmanager
     def task(self, title: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
-        task = Counter()
+        task = Notes()
         if self.word in title:
 
             def advance(amount: int) -> None:

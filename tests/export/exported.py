@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import torch
+from numpy.typing import NDArray
 
 from nbl_export.export.hf_folder import as_hf_folder
 from nbl_export.files import TEMPORARY
@@ -17,6 +17,7 @@ from nbl_export.models.loaded import LoadedModel
 from nbl_export.models.source import find_model
 from nbl_export.progress import Silent
 from tests.fixtures_graph import load
+from tests.sessions import cpu_session, empty_past
 
 BASE = {"rope_type": "default", "rope_theta": 500.0}
 LLAMA3 = {
@@ -39,21 +40,17 @@ def handed_off(source: Path, folder: Path) -> Path:
     return as_hf_folder(loaded(source), folder)
 
 
-def torch_logits(folder: Path, ids: Sequence[int]) -> np.ndarray[Any, Any]:
+def torch_logits(folder: Path, ids: Sequence[int]) -> NDArray[Any]:
     """PyTorch's logits of the model in ``folder`` as the tool loads it: [tokens, vocab]."""
     with torch.no_grad():
         return load(folder)(input_ids=torch.tensor([list(ids)])).logits[0].numpy()
 
 
-def graph_logits(graph: Path, ids: Sequence[int], cut: int, head_size: int = 8) -> np.ndarray[Any, Any]:
+def graph_logits(graph: Path, ids: Sequence[int], cut: int, head_size: int = 8) -> NDArray[Any]:
     """Logits of ``ids`` from the graph: ``cut`` tokens in one prefill, the others one decode step each."""
-    session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
+    session = cpu_session(graph)
     names = [o.name for o in session.get_outputs()]
-    feeds: dict[str, Any] = {
-        i.name: np.zeros((1, i.shape[1], 0, head_size), np.float32)
-        for i in session.get_inputs()
-        if i.name.startswith("past_key_values.")
-    }
+    feeds = empty_past(session, 1, head_size)
     asked = {i.name for i in session.get_inputs()}
     rows, done = [], 0
     for step in [list(ids[:cut]), *([token] for token in ids[cut:])]:

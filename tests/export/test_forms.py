@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from transformers import (
@@ -30,17 +29,10 @@ from nbl_export.export.torch import export_torch
 from nbl_export.models.dummy_run import check_supported
 from tests.fixtures_graph import original_logits, ragged_rows
 from tests.releases import written_for_5
+from tests.sessions import cpu_session
+from tests.variants import SIZES
 
 LAYERS, HEADS, DIM, VOCAB = 4, 2, 8, 260
-SIZES: Any = {
-    "vocab_size": 50,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-
 SMALL_OPT: Any = {
     "vocab_size": 50,
     "hidden_size": 32,
@@ -53,22 +45,9 @@ SMALL_OPT: Any = {
 }
 
 
-def static_graph(model: torch.nn.Module, temporary: pytest.TempPathFactory) -> Path:
-    """The tiny model with a static cache, exported once however many modules ask; read only."""
-    path = temporary.getbasetemp() / "tiny-static" / "model.onnx"
-    if not path.exists():
-        export_torch(model, path, form=STATIC)
-    return path
-
-
 @pytest.fixture(scope="module")
-def graph(tiny_model: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return static_graph(tiny_model, tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def proto(graph: Path) -> onnx.ModelProto:
-    return onnx.load(str(graph), load_external_data=False)
+def proto(static_graph: Path) -> onnx.ModelProto:
+    return onnx.load(str(static_graph), load_external_data=False)
 
 
 def randomized(model: Any, scale: float = 6) -> Any:
@@ -106,8 +85,8 @@ def test_interface_is_the_documented_one(proto: onnx.ModelProto) -> None:
     ]
 
 
-def test_opset_24_and_standard_operators_only(proto: onnx.ModelProto, graph: Path) -> None:
-    onnx.checker.check_model(str(graph), full_check=True)
+def test_opset_24_and_standard_operators_only(proto: onnx.ModelProto, static_graph: Path) -> None:
+    onnx.checker.check_model(str(static_graph), full_check=True)
     assert [(o.domain, o.version) for o in proto.opset_import] == [("", 24)]
     assert {node.domain for node in proto.graph.node} == {""} and not proto.functions
     assert all(onnx.defs.get_schema(n.op_type, 24).since_version <= 24 for n in proto.graph.node)
@@ -154,7 +133,7 @@ class Buffers:
     """The graph's cache, kept by the test: ``capacity`` places, all of them ``garbage`` at first."""
 
     def __init__(self, path: Path, batch: int, capacity: int, garbage: float = 0.0) -> None:
-        self.session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        self.session = cpu_session(path)
         shapes = {i.name: i.shape for i in self.session.get_inputs() if i.name.startswith("past")}
         generator = np.random.default_rng(9)
         self.past = {
@@ -211,44 +190,46 @@ ONE = (1, 1, 1)
         pytest.param([(1,), (1,)], id="batch 1 from one token"),
     ],
 )
-def test_logits_equal_transformers(graph: Path, tiny_model: Any, chunks: list[tuple[int, ...]]) -> None:
+def test_logits_equal_transformers(
+    static_graph: Path, tiny_model: Any, chunks: list[tuple[int, ...]]
+) -> None:
     rows = ragged_rows(np.sum(chunks, axis=0).tolist(), VOCAB, seed=1)
-    assert worst(graph, rows, chunks, tiny_model) < 2e-4
+    assert worst(static_graph, rows, chunks, tiny_model) < 2e-4
 
 
 @pytest.mark.parametrize("extra", [0, 1, 50])
 def test_the_last_place_of_the_buffer_serves_and_free_places_do_not_matter(
-    graph: Path, tiny_model: Any, extra: int
+    static_graph: Path, tiny_model: Any, extra: int
 ) -> None:
     """The longest row fills the buffer to its end."""
     rows = ragged_rows((12, 7, 5), VOCAB, seed=2)
     chunks = [(10, 5, 3), ONE, ONE]
-    assert worst(graph, rows, chunks, tiny_model, capacity=12 + extra) < 2e-4
+    assert worst(static_graph, rows, chunks, tiny_model, capacity=12 + extra) < 2e-4
 
 
 @pytest.mark.parametrize("garbage", [1.0, 1e4])
 @pytest.mark.parametrize("pad", [0, 259])
 def test_what_lies_in_free_places_and_in_padding_is_not_seen(
-    graph: Path, tiny_model: Any, garbage: float, pad: int
+    static_graph: Path, tiny_model: Any, garbage: float, pad: int
 ) -> None:
     rows = ragged_rows((13, 8, 3), VOCAB, seed=3)
     chunks = [(9, 5, 1), (2, 1, 1), ONE, (1, 1, 0)]
-    assert worst(graph, rows, chunks, tiny_model, garbage=garbage, pad=pad) < 2e-4
+    assert worst(static_graph, rows, chunks, tiny_model, garbage=garbage, pad=pad) < 2e-4
 
 
-def test_garbage_makes_no_bit_of_difference(graph: Path) -> None:
+def test_garbage_makes_no_bit_of_difference(static_graph: Path) -> None:
     rows = ragged_rows((9, 4), VOCAB, seed=4)
     runs = []
     for garbage, pad in ((0.0, 0), (3e5, 77)):
-        buffers = Buffers(graph, 2, 12, garbage)
+        buffers = Buffers(static_graph, 2, 12, garbage)
         runs.append([buffers([r[:-2] for r in rows], (0, 0), pad), buffers([r[-2:-1] for r in rows], (7, 2))])
     for clean, dirty in zip(*runs, strict=True):
         assert all(np.array_equal(a, b) for a, b in zip(clean, dirty, strict=True))
 
 
-def test_the_cache_holds_transformers_keys_and_values(graph: Path, tiny_model: Any) -> None:
+def test_the_cache_holds_transformers_keys_and_values(static_graph: Path, tiny_model: Any) -> None:
     rows = ragged_rows((9, 6), VOCAB, seed=5)
-    buffers = Buffers(graph, 2, 14, garbage=5.0)
+    buffers = Buffers(static_graph, 2, 14, garbage=5.0)
     untouched = {n: a.copy() for n, a in buffers.past.items()}
     buffers([r[:-1] for r in rows], (0, 0))
     buffers([r[-1:] for r in rows], (8, 5))

@@ -16,9 +16,8 @@ from nbl_export.export import half as half_module
 from nbl_export.export.half import save_in_precision
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.precision import PRECISIONS
-from tests.export.test_forms import static_graph
 from tests.fixtures_graph import ragged_rows
-from tests.graph.test_precision import casts, interface_types, parsed, weight_types
+from tests.graph.parsed import casts, interface_types, parsed, weight_types
 from tests.releases import written_for_5
 
 LAYERS, VOCAB = 4, 260
@@ -27,9 +26,9 @@ HALF = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}
 
 
 @pytest.fixture(scope="module", params=["concat", "static"])
-def full(request: pytest.FixtureRequest, tiny_graph: Path, tiny_model: Any, tmp_path_factory: Any) -> Path:
+def full(request: pytest.FixtureRequest, tiny_graph: Path, static_graph: Path) -> Path:
     """The tiny Llama in float32."""
-    return tiny_graph if request.param == "concat" else static_graph(tiny_model, tmp_path_factory)
+    return tiny_graph if request.param == "concat" else static_graph
 
 
 @pytest.fixture(scope="module", params=["fp16", "bf16"])

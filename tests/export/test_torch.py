@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
@@ -18,6 +17,7 @@ from nbl_export.export.torch import export_torch
 from tests.conftest import ROOT
 from tests.fixtures_graph import load, original_logits, pad_left, ragged_rows
 from tests.releases import written_for_5
+from tests.sessions import cpu_session, empty_past
 from tests.tiny import build
 
 LAYERS, HEADS, DIM, VOCAB, WIDTH = 4, 2, 8, 260, 32
@@ -141,12 +141,11 @@ def compare_with_transformers(
     Every real token's logits are held against transformers' own sdpa on the whole row, without
     padding and without a cache. Returns the largest difference; asserts that something was compared.
     """
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = cpu_session(path)
     rows = ragged_rows([n + sum(chunks) for n in lengths], vocab)
     expected = [original_logits(model, row) for row in rows]
     ids, mask, positions = pad_left([row[:n] for row, n in zip(rows, lengths, strict=True)])
-    shapes = [i.shape for i in session.get_inputs()[3:]]
-    past = [np.zeros((len(rows), s[1], 0, s[3]), dtype=np.float32) for s in shapes]
+    past = [*empty_past(session, len(rows)).values()]
     worst = 0.0
     done = list(lengths)
     logits, past = run(session, ids, mask, positions, past)

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from nbl_export.batch.names import past_name, present_name
 from nbl_export.errors import BuildError, InputError
 from nbl_export.graph.cache import kv_pairs, remove_pairs
+from tests.sessions import cpu_session
 
 SIDES = ("key", "value")
 HEADS, DIM = 3, 2
@@ -67,7 +67,7 @@ def cache_graph(
 def run(model: ir.Model, feeds: dict[str, Any]) -> dict[str, Any]:
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto)
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = cpu_session(proto)
     names = [i.name for i in session.get_inputs()]
     assert set(names) <= set(feeds)
     wanted = [o.name for o in session.get_outputs()]

@@ -16,26 +16,11 @@ from onnx.reference import ReferenceEvaluator
 from nbl_export.errors import BuildError, InputError
 from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.graph.precision import PRECISIONS, graph_precision, precision_of, to_precision
+from tests.graph.parsed import casts, interface_types, parsed, weight_types, written
 
 FP16, BF16 = PRECISIONS["fp16"], PRECISIONS["bf16"]
 HALF = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}
 FLOAT = onnx.TensorProto.FLOAT
-
-
-def parsed(text: str, **weights: Any) -> ir.Model:
-    """A graph in ONNX's textual syntax, with ``weights`` for initializers."""
-    proto = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 23]> {text}')
-    proto.graph.initializer.extend(
-        onnx.numpy_helper.from_array(np.asarray(array), name) for name, array in weights.items()
-    )
-    return ir.from_proto(proto)
-
-
-def written(model: ir.Model, folder: Path) -> onnx.ModelProto:
-    """``model`` on disk (checker and strict shape inference pass), read back with onnx alone."""
-    path = folder / "model.onnx"
-    save_graph(model, path)
-    return onnx.load(str(path))
 
 
 def run(model: ir.Model, folder: Path, **feeds: Any) -> list[Any]:
@@ -46,19 +31,6 @@ def run(model: ir.Model, folder: Path, **feeds: Any) -> list[Any]:
     written(model, folder)
     with np.errstate(over="ignore", invalid="ignore"):
         return list(ReferenceEvaluator(str(folder / "model.onnx")).run(None, feeds))
-
-
-def casts(proto: onnx.ModelProto) -> Counter[tuple[str, int]]:
-    """How many Casts there are of each tensor to each type."""
-    return Counter((n.input[0], n.attribute[0].i) for n in proto.graph.node if n.op_type == "Cast")
-
-
-def weight_types(proto: onnx.ModelProto) -> dict[str, int]:
-    return {t.name: t.data_type for t in proto.graph.initializer}
-
-
-def interface_types(proto: onnx.ModelProto) -> dict[str, int]:
-    return {v.name: v.type.tensor_type.elem_type for v in (*proto.graph.input, *proto.graph.output)}
 
 
 GENERATOR = np.random.default_rng(0)

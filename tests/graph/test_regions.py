@@ -16,7 +16,7 @@ from nbl_export.graph.io import load_graph
 from nbl_export.graph.regions import AttentionRegion, Refusal, find_regions
 from nbl_export.runtime.intermediates import intermediate_tensors
 from tests.fixtures_graph import pad_left, ragged_rows
-from tests.graph.conftest import Variant
+from tests.variants import Variant
 
 
 def activations(model: Any, inputs: dict[str, Any]) -> list[dict[str, Any]]:

@@ -12,26 +12,7 @@ from onnx import TensorProto
 from nbl_export.errors import BuildError, InputError
 from nbl_export.graph.external_data import append_graph, write_graph
 from nbl_export.graph.tensors import all_tensors, external_files, source_file
-from tests.graph.external_data import (
-    DATA,
-    external,
-    graph_of,
-    nested_graph,
-    opened,
-    random_bytes,
-    save,
-    two_file_graph,
-)
-
-
-@pytest.fixture
-def two_files(tmp_path: Path) -> Path:
-    return two_file_graph(tmp_path / "source")
-
-
-@pytest.fixture
-def nested(tmp_path: Path) -> Path:
-    return nested_graph(tmp_path / "nested")
+from tests.graph.external_data import DATA, external, graph_of, opened, random_bytes, save
 
 
 def test_all_tensors_reaches_subgraphs_attributes_and_functions(nested: Path) -> None:

@@ -12,21 +12,14 @@ import pytest
 import torch
 
 from nbl_export.errors import InputError
-from nbl_export.linearize.adapters import Adapter, adapted, digest_of, is_transposed, weight_digests
+from nbl_export.linearize.adapters import adapted, digest_of, is_transposed, weight_digests
 from nbl_export.linearize.plan import load_plan, save_plan
 from nbl_export.linearize.repair import mlp_maps
 from tests.fixtures_graph import load
-from tests.linearize.test_plan import make_plan
+from tests.linearize.made import adapter_for, make_plan
 from tests.tiny_types import tiny_model
 
 NAME = "model.layers.2.mlp.down_proj.weight"
-
-
-def adapter_for(weight: np.ndarray[Any, Any], rank: int = 3, seed: int = 0) -> Adapter:
-    rng = np.random.default_rng(seed)
-    m, n = weight.shape
-    up, down = (rng.normal(size=shape).astype(np.float32) for shape in ((m, rank), (rank, n)))
-    return Adapter(up, down, weight_digests(weight))
 
 
 def test_digests_tell_every_spelling_of_a_weight_apart() -> None:

@@ -9,17 +9,18 @@ import numpy as np
 import pytest
 import torch
 
+from nbl_export.batch.arrays import F64
 from nbl_export.calibrate.collect import collect_moments
 from nbl_export.linearize.fits import as_layer, dropped, sequential_fits, weighted_moments
-from nbl_export.linearize.lmmse import FitInput, LinearFit, branch_covariances, fit_lmmse
+from nbl_export.linearize.lmmse import LinearFit, branch_covariances, fit_lmmse
 from nbl_export.linearize.plan import LinearLayer
 from nbl_export.linearize.swap import replaced
 from nbl_export.models.dummy_run import dummy_run
+from nbl_export.settings.choices import FitInput
 from tests.families import unsaved
 from tests.tiny_types import tiny_model
 
 FIT_INPUTS: tuple[FitInput, ...] = ("normed", "residual")
-F64 = np.ndarray[Any, np.dtype[np.float64]]
 D = 32
 # An odd number of rows: the last batch is a short one.
 TOKENS = np.random.default_rng(0).integers(3, 250, (9, 32)).astype(np.int32)

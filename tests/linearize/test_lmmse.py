@@ -9,12 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nbl_export.batch.arrays import F64
 from nbl_export.calibrate.moments import LayerMoments
 from nbl_export.linearize.lmmse import (
-    DEFAULT_RIDGE,
-    MAX_RIDGE,
     RIDGES,
-    FitInput,
     UnusableMoments,
     branch_covariances,
     cca_bound,
@@ -24,9 +22,9 @@ from nbl_export.linearize.lmmse import (
     stream_covariances,
     truncate,
 )
+from nbl_export.settings.choices import DEFAULT_RIDGE, MAX_RIDGE, FitInput
 
 FIT_INPUTS: tuple[FitInput, ...] = ("normed", "residual")
-F64 = np.ndarray[Any, np.dtype[np.float64]]
 
 
 def activations(n: int = 400, d: int = 7, seed: int = 0, noise: float = 0.5) -> tuple[F64, F64, F64]:

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from nbl_export.linearize.lmmse import FitInput
+from nbl_export.batch.arrays import F64
 from nbl_export.linearize.loss import Loss, LossMeter, compare, loss_over_documents, reference
 from nbl_export.linearize.plan import LinearLayer
 from nbl_export.linearize.search import NOISE, sensitivity
 from nbl_export.linearize.swap import replaced
 from nbl_export.models.layers import attention_layers
+from nbl_export.settings.choices import FitInput
 from tests.tiny_types import tiny_model
 
-F64 = np.ndarray[Any, np.dtype[np.float64]]
 ROWS, LENGTH, D = 3, 40, 32
 
 

@@ -16,33 +16,7 @@ from nbl_export.errors import InputError
 from nbl_export.files import sha256_of_file
 from nbl_export.linearize.plan import FORMAT, LinearLayer, Plan, load_plan, save_plan
 from nbl_export.tensorfile import save_tensors
-
-D, COUNT = 6, 5
-
-
-def make_plan(seed: int = 0, layers: tuple[int, ...] = (1, 4)) -> Plan:
-    rng = np.random.default_rng(seed)
-
-    def real(*shape: int) -> np.ndarray:
-        return rng.normal(size=shape).astype(np.float32)
-
-    return Plan(
-        model="a" * 64,
-        hidden_size=D,
-        layer_count=COUNT,
-        fit_input="normed",
-        criterion="cca",
-        ridge=1e-6,
-        calibration_tokens=1234,
-        layers={i: LinearLayer(real(D, D), real(D)) for i in layers},
-        probe={
-            "input_ids": rng.integers(0, 50, (2, 4)),
-            "attention_mask": np.array([[1, 1, 1, 1], [0, 1, 1, 1]]),
-            "position_ids": np.array([[0, 1, 2, 3], [0, 0, 1, 2]]),
-        },
-        probe_u={i: real(7, D) for i in range(COUNT)},
-        probe_y={i: real(7, D) for i in range(COUNT)},
-    )
+from tests.linearize.made import COUNT, D, make_plan
 
 
 @pytest.fixture

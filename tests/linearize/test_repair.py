@@ -16,12 +16,13 @@ from nbl_export.checkpoint import Checkpoint
 from nbl_export.linearize import repair as module
 from nbl_export.linearize.adapters import Adapter, adapted, weight_digests
 from nbl_export.linearize.fits import as_layer
-from nbl_export.linearize.lmmse import Covariances, FitInput, branch_covariances, fit_lmmse
+from nbl_export.linearize.lmmse import Covariances, branch_covariances, fit_lmmse
 from nbl_export.linearize.plan import LinearLayer
 from nbl_export.linearize.repair import Repaired, mlp_maps, repair
 from nbl_export.linearize.swap import replaced
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.layers import attention_layer
+from nbl_export.settings.choices import FitInput
 from tests.families import unsaved
 from tests.interruptions import Recorder, crash, send
 from tests.tiny_types import tiny_model

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from nbl_export.errors import InputError
-from nbl_export.linearize.lmmse import FitInput
 from nbl_export.linearize.plan import LinearLayer, Plan
 from nbl_export.linearize.swap import linearized
 from nbl_export.models.load import load_model
 from nbl_export.models.source import find_model
+from nbl_export.settings.choices import FitInput
 
 D = 32
 FIT_INPUTS: tuple[FitInput, ...] = ("normed", "residual")

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM
 
 from nbl_export.errors import InputError
 from nbl_export.models import layers
@@ -23,55 +20,7 @@ from nbl_export.models.layers import (
     observed,
     structure,
 )
-
-COUNT, D = 3, 16
-COMMON = {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 1}
-SIZES = {**COMMON, "hidden_size": D, "num_hidden_layers": COUNT, "num_attention_heads": 4}
-
-
-@dataclass(frozen=True)
-class Family:
-    """A family's classes and tiny sizes, and where its modules are, by a reading of its source."""
-
-    name: str
-    fields: dict[str, Any]
-    attention: str
-    norm: str
-    output: str
-
-
-FAMILIES = {
-    "llama": Family(
-        "Llama", {**SIZES, "num_key_value_heads": 2, "intermediate_size": 32},
-        "model.layers.{}.self_attn", "model.layers.{}.input_layernorm", "o_proj",
-    ),
-    "qwen3": Family(
-        "Qwen3", {**SIZES, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 32},
-        "model.layers.{}.self_attn", "model.layers.{}.input_layernorm", "o_proj",
-    ),
-    "gpt2": Family(
-        "GPT2", {**COMMON, "n_embd": D, "n_layer": COUNT, "n_head": 4, "n_positions": 32},
-        "transformer.h.{}.attn", "transformer.h.{}.ln_1", "c_proj",
-    ),
-    "gpt_neox": Family(
-        "GPTNeoX", {**SIZES, "intermediate_size": 32},
-        "gpt_neox.layers.{}.attention", "gpt_neox.layers.{}.input_layernorm", "dense",
-    ),
-    "phi": Family(
-        "Phi", {**SIZES, "intermediate_size": 32},
-        "model.layers.{}.self_attn", "model.layers.{}.input_layernorm", "dense",
-    ),
-    "opt": Family(
-        "OPT", {**SIZES, "ffn_dim": 32, "word_embed_proj_dim": D, "max_position_embeddings": 32},
-        "model.decoder.layers.{}.self_attn", "model.decoder.layers.{}.self_attn_layer_norm", "out_proj",
-    ),
-}  # fmt: skip
-
-
-def build(name: str, kind: str, **fields: Any) -> Any:
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**fields)
-    return getattr(transformers, f"{name}{kind}")(config).eval()
+from tests.models.architectures import COMMON, COUNT, FAMILIES, SIZES, D, Family, build
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -225,13 +174,6 @@ def test_a_family_is_refused_for_the_reason_in_its_row() -> None:
         check_supported(model)
 
 
-def test_an_attention_that_is_not_run_is_refused() -> None:
-    model = build("Llama", "ForCausalLM", **FAMILIES["llama"].fields)
-    model.model.layers[1].forward = lambda hidden_states, **_: hidden_states
-    with pytest.raises(InputError, match="does not run the attention of layer 1 as it is"):
-        check_supported(model)
-
-
 def test_two_stacks_of_the_same_depth() -> None:
     model = build("Llama", "ForCausalLM", **FAMILIES["llama"].fields)
     model.second = torch.nn.ModuleList(model.model.layers)
@@ -245,21 +187,3 @@ def test_an_attention_that_adds_the_residual_itself(monkeypatch: pytest.MonkeyPa
     assert all(layer.adds == "residual" for layer in attention_layers(model))
     monkeypatch.setattr(layers, "family_of", lambda _: Row())
     assert "adds the residual itself" in refusal(model)
-
-
-def test_a_model_that_looks_ahead_is_refused() -> None:
-    # A BERT saved as a language model without is_decoder has the name of one, but sees what comes later.
-    config = BertConfig(
-        vocab_size=64, hidden_size=D, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4
-    )
-    torch.manual_seed(0)
-    model = BertLMHeadModel(config).eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.mul_(8)
-    with pytest.raises(InputError, match="is not causal"):
-        check_supported(model)
-
-
-def test_a_causal_model_is_served(tiny_folder: Path) -> None:
-    check_supported(LlamaForCausalLM.from_pretrained(tiny_folder).eval())

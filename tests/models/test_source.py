@@ -3,56 +3,23 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from nbl_export.errors import InputError
 from nbl_export.models.load import load_model, load_tokenizer
 from nbl_export.models.source import find_model, same_model
-
-
-@pytest.fixture
-def folder(tiny_folder: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny model that a test may spoil."""
-    return Path(shutil.copytree(tiny_folder, tmp_path / "model"))
-
-
-def edit_config(folder: Path, **changes: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def flip_last_byte(path: Path) -> None:
-    raw = path.read_bytes()
-    path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
-
-
-def one_sentence(error: pytest.ExceptionInfo[InputError]) -> str:
-    message = str(error.value)
-    assert "\n" not in message
-    assert message.endswith(".")
-    assert not message.endswith("..")
-    assert "()" not in message
-    return message
+from tests.models.spoiled import edit_config, flip_last_byte, one_sentence
 
 
 def refusal(source: Path | str) -> str:
     """The sentence with which ``source`` is refused before any weights are loaded."""
     with pytest.raises(InputError) as caught:
         find_model(str(source))
-    return one_sentence(caught)
-
-
-def load_refusal(source: Path | str) -> str:
-    """The sentence with which a model that looks right is refused while loading."""
-    found = find_model(str(source))
-    with pytest.raises(InputError) as caught:
-        load_model(found)
     return one_sentence(caught)
 
 
@@ -73,15 +40,6 @@ def test_a_folder_is_found_and_loads(tiny_folder: Path) -> None:
     assert all(p.dtype == torch.float32 and not p.requires_grad for p in model.parameters())
     assert not model.training
     assert load_tokenizer(found)("ab")["input_ids"]
-
-
-def test_a_half_precision_model_is_loaded_in_float32(folder: Path) -> None:
-    weights = {k: v.to(torch.bfloat16) for k, v in load_file(folder / "model.safetensors").items()}
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    model: Any = load_model(find_model(str(folder)))
-    name = "model.layers.1.self_attn.q_proj.weight"
-    assert model.state_dict()[name].dtype == torch.float32
-    assert torch.equal(model.state_dict()[name], weights[name].float())
 
 
 def test_the_source_may_be_relative_or_in_the_home_folder(
@@ -248,53 +206,3 @@ def test_a_hub_id_without_a_network(source: str) -> None:
     assert message.startswith(f"{source} is not a local path")
     assert "Hub cannot be reached" in message
     assert "spelling and the network" in message
-
-
-# refused while loading ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("keep", [0, 100, -100])
-def test_truncated_weights(folder: Path, keep: int) -> None:
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:keep])
-    assert f"transformers cannot load {folder}" in load_refusal(folder)
-
-
-def test_a_gguf_file_that_is_only_magic(tmp_path: Path) -> None:
-    (tmp_path / "fake.gguf").write_bytes(b"GGUF" + bytes(100))
-    assert "transformers cannot load" in load_refusal(tmp_path / "fake.gguf")
-
-
-def test_a_missing_shard(folder: Path) -> None:
-    weights = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
-    shards = [f"model-0000{1 + i % 2}-of-00002.safetensors" for i in range(len(weights))]
-    index = {"metadata": {}, "weight_map": dict(zip(weights, shards, strict=True))}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "model-00002-of-00002.safetensors" in load_refusal(folder)
-
-
-def test_weights_that_are_missing_are_not_made_up(folder: Path) -> None:
-    weights = load_file(folder / "model.safetensors")
-    name = "model.layers.1.self_attn.o_proj.weight"
-    del weights[name]
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    assert name in load_refusal(folder)
-
-
-def test_weights_of_another_shape(folder: Path) -> None:
-    edit_config(folder, hidden_size=64)
-    assert f"transformers cannot load {folder}" in load_refusal(folder)
-
-
-def test_an_architecture_that_transformers_does_not_know(folder: Path) -> None:
-    edit_config(folder, model_type="nonsense")
-    assert "nonsense" in load_refusal(folder)
-
-
-def test_a_folder_without_a_tokenizer(folder: Path) -> None:
-    for path in folder.glob("*token*"):
-        path.unlink()
-    with pytest.raises(InputError) as caught:
-        load_tokenizer(find_model(str(folder)))
-    assert f"No tokenizer can be loaded from {folder}" in one_sentence(caught)

@@ -17,9 +17,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
+from numpy.typing import NDArray
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from nbl_export.engine.manifest import Manifest, save_manifest
@@ -325,7 +325,7 @@ class FakeEngine:
                 assert apart or start == end, f"{output} overlaps {name}"
 
 
-def _array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+def _array(tensor: torch.Tensor) -> NDArray[Any]:
     # The session's stand-in for a half graph takes float32.
     return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
 

@@ -1,0 +1,564 @@
+"""Encoders end to end: text and images in, an ONNX graph with K linear layers out, masks and pooling kept."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from transformers import AutoModel, AutoTokenizer
+
+from nbl_export import api, pipeline
+from nbl_export.calibrate.images import load_images
+from nbl_export.calibrate.moments import load_moments
+from nbl_export.calibrate.text import load_text
+from nbl_export.errors import InputError, MissingDependencyError
+from nbl_export.graph.io import load_graph
+from nbl_export.linearize.plan import load_plan
+from nbl_export.models.dummy_run import check_supported
+from nbl_export.models.load import load_model
+from nbl_export.models.source import find_model
+from nbl_export.models.tasks import task_named
+from nbl_export.report.schema import Report
+from nbl_export.verify.speed import pair as speed_module
+from nbl_export.workspace import Workspace
+from tests.encoders import (
+    CLS,
+    IMAGE_TOKENS,
+    LAYERS,
+    PAD,
+    POSITIONS,
+    SEP,
+    WIDTH,
+    as_sentence_transformer,
+    build,
+    save_tokenizer,
+    text_encoder,
+    vision_encoder,
+    write_images,
+    write_text,
+)
+from tests.sessions import run_graph
+
+pytest.importorskip("PIL", reason="needs pillow")
+
+CHECKS = api.VerifySettings(contexts=(16,), rounds=3)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """bert (a sentence-transformers folder) and vit, with text.jsonl and images to calibrate them on."""
+    folder = tmp_path_factory.mktemp("encoders")
+    as_sentence_transformer(text_encoder(folder / "bert"))
+    vision_encoder(folder / "vit")
+    write_text(folder / "text.jsonl")
+    write_images(folder / "images")
+    return folder
+
+
+def calibration(place: Path, name: str) -> api.CalibrateSettings:
+    source = place / ("images" if name.startswith("vit") else "text.jsonl")
+    return api.CalibrateSettings((str(source),), samples=24, seq_len=48, heldout_samples=4, dtype="float32")
+
+
+def run(
+    place: Path, name: str, out: Path, k: int = 2, precision: str = "fp32", quick: bool = False
+) -> Report:
+    checks = replace(CHECKS, quality=False, speed=False) if quick else CHECKS
+    exporting = api.ExportSettings(precision)
+    return api.run(
+        place / name, out, api.SelectSettings(k=k), calibration(place, name), checks, exporting=exporting
+    )
+
+
+@pytest.fixture(scope="module")
+def outs(place: Path) -> dict[str, Path]:
+    """A finished run of each with K = 2 of 4; copy it before changing it."""
+    found = {}
+    for name in ("bert", "vit"):
+        report = run(place, name, place / "out" / name)
+        assert report.passed, report.checks
+        found[name] = place / "out" / name
+    return found
+
+
+def ragged(place: Path, extra: int = 0) -> dict[str, np.ndarray]:
+    """Three texts of different lengths as the tokenizer pads them, with ``extra`` more places of padding."""
+    tokenizer = AutoTokenizer.from_pretrained(place / "bert")
+    texts = ["a short one", "one that is a good deal longer than that", "x"]
+    batch = tokenizer(texts, padding=True, return_tensors="np")
+    pads = {"input_ids": PAD, "token_type_ids": 0, "attention_mask": 0}
+    return {
+        n: np.pad(a, ((0, 0), (0, extra)), constant_values=pads[n]).astype(np.int64) for n, a in batch.items()
+    }
+
+
+def by_hand(folder: Path, inputs: dict[str, np.ndarray], plan: Any, keep: float = 1.0) -> Any:
+    """transformers' own model, the attention of the plan's layers written over with ``keep`` · (W u + b)."""
+    model = AutoModel.from_pretrained(folder).eval()
+    blocks = model.layers if hasattr(model, "layers") else model.encoder.layer
+    for index, layer in plan.layers.items() if plan else ():
+        w, b = (torch.from_numpy(a) * keep for a in (layer.w, layer.b))
+
+        def replaced(_m: Any, args: Any, kwargs: Any, _out: Any, w: Any = w, b: Any = b) -> Any:
+            u = args[0] if args else kwargs["hidden_states"]
+            return torch.nn.functional.linear(u, w, b), None
+
+        block = blocks[index].attention
+        attention = block.self if hasattr(block, "self") else block
+        attention.register_forward_hook(replaced, with_kwargs=True)
+        if attention is not block:
+            block.output.dense = torch.nn.Identity()
+    with torch.inference_mode():
+        return model(**{n: torch.from_numpy(a) for n, a in inputs.items()})
+
+
+def mean_pooled(states: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    kept = mask[..., None].astype(np.float64)
+    mean = (states * kept).sum(1) / kept.sum(1)
+    return mean / np.linalg.norm(mean, axis=1, keepdims=True)
+
+
+def inputs_of(place: Path, name: str) -> dict[str, np.ndarray]:
+    if name == "bert":
+        return ragged(place)
+    return {"pixel_values": load_images(Workspace.open(place / "out" / "vit").images).heldout}
+
+
+# what it computes --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [1, LAYERS // 2, LAYERS])
+@pytest.mark.parametrize("name", ["bert", "vit"])
+def test_the_graph_is_pytorch_with_k_linear_layers(
+    place: Path, outs: dict[str, Path], tmp_path: Path, name: str, k: int
+) -> None:
+    out = Path(shutil.copytree(outs[name], tmp_path / "out", copy_function=shutil.copy2))
+    report = run(place, name, out, k, quick=k != LAYERS)
+    assert report.passed, report.checks
+    plan, inputs = load_plan(out / "nbl" / "plan.json"), inputs_of(place, name)
+    assert len(plan.chosen) == k
+    expected, found = by_hand(place / name, inputs, plan), run_graph(out / "model.onnx", inputs)
+    real = inputs.get("attention_mask", np.ones((4, IMAGE_TOKENS))).astype(bool)
+    states = found["last_hidden_state"]
+    np.testing.assert_allclose(states[real], expected.last_hidden_state.numpy()[real], atol=2e-4, rtol=1e-4)
+    np.testing.assert_allclose(found["pooler_output"], expected.pooler_output.numpy(), atol=2e-4)
+    if name == "bert":
+        pooled = mean_pooled(expected.last_hidden_state.numpy(), inputs["attention_mask"])
+        np.testing.assert_allclose(found["sentence_embedding"], pooled, atol=1e-5)
+    # The attention that was fitted matters: without its W u + b the numbers are others.
+    without = by_hand(place / name, inputs, plan, keep=0.0).last_hidden_state.numpy()
+    assert np.abs(without - states)[real].mean() > 0.02 * np.abs(states[real]).mean()
+
+
+@pytest.mark.parametrize("name", ["bert", "vit"])
+def test_the_baseline_is_the_original(place: Path, outs: dict[str, Path], name: str) -> None:
+    inputs = inputs_of(place, name)
+    expected = by_hand(place / name, inputs, None)
+    found = run_graph(outs[name] / "baseline" / "model.onnx", inputs)
+    np.testing.assert_allclose(found["pooler_output"], expected.pooler_output.numpy(), atol=2e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("name", ["bert", "vit"])
+def test_half_precision(
+    place: Path, outs: dict[str, Path], tmp_path: Path, name: str, precision: str
+) -> None:
+    out = Path(shutil.copytree(outs[name], tmp_path / "out", copy_function=shutil.copy2))
+    report = run(place, name, out, 2, precision, quick=True)
+    assert report.passed, report.checks
+    graph = load_graph(out / "model.onnx")
+    weights = [v.const_value for v in graph.graph.initializers.values() if v.const_value is not None]
+    half = sum(w.size for w in weights if w.dtype.name in ("FLOAT16", "BFLOAT16"))
+    assert half > 0.95 * sum(w.size for w in weights if w.dtype.is_floating_point())
+    assert {v.dtype.name for v in graph.graph.outputs} == {"FLOAT"}
+    if precision == "fp16":
+        inputs = inputs_of(place, name)
+        expected = by_hand(place / name, inputs, load_plan(out / "nbl" / "plan.json"))
+        found = run_graph(out / "model.onnx", inputs)["pooler_output"]
+        np.testing.assert_allclose(found, expected.pooler_output.numpy(), atol=0.02)
+
+
+@pytest.mark.parametrize("graph", ["model.onnx", "baseline/model.onnx"])
+def test_padding_changes_nothing(place: Path, outs: dict[str, Path], graph: str) -> None:
+    batch = ragged(place)
+    padded = run_graph(outs["bert"] / graph, ragged(place, extra=7))
+    for i, length in enumerate(batch["attention_mask"].sum(axis=1)):
+        alone = run_graph(outs["bert"] / graph, {n: a[i : i + 1, :length] for n, a in batch.items()})
+        for name, value in alone.items():
+            other = padded[name][i : i + 1]
+            other = other[:, :length] if name == "last_hidden_state" else other
+            np.testing.assert_allclose(other, value, atol=1e-5, err_msg=name)
+
+
+def test_token_types_reach_the_graph(place: Path, outs: dict[str, Path]) -> None:
+    inputs = ragged(place)
+    one = run_graph(outs["bert"] / "model.onnx", inputs)["sentence_embedding"]
+    other = run_graph(outs["bert"] / "model.onnx", {**inputs, "token_type_ids": inputs["attention_mask"]})
+    assert np.abs(other["sentence_embedding"] - one).max() > 1e-3
+
+
+# what it says ------------------------------------------------------------------------------------
+
+
+def test_the_interface_has_the_names_of_optimum(outs: dict[str, Path]) -> None:
+    def named(out: Path) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+        graph = load_graph(out / "model.onnx").graph
+        inputs, outputs = (
+            {str(v.name): [str(d) for d in v.shape] for v in side} for side in (graph.inputs, graph.outputs)
+        )
+        return inputs, outputs
+
+    text, batch = ["batch_size", "sequence_length"], ["batch_size", str(WIDTH)]
+    assert named(outs["bert"]) == (
+        {"input_ids": text, "attention_mask": text, "token_type_ids": text},
+        {"last_hidden_state": [*text, str(WIDTH)], "pooler_output": batch, "sentence_embedding": batch},
+    )
+    assert named(outs["vit"]) == (
+        {"pixel_values": ["batch_size", "3", "32", "32"]},
+        {"last_hidden_state": ["batch_size", str(IMAGE_TOKENS), str(WIDTH)], "pooler_output": batch},
+    )
+
+
+@pytest.mark.parametrize("name", ["bert", "vit"])
+def test_the_report_speaks_of_an_encoder(outs: dict[str, Path], name: str) -> None:
+    text = (outs[name] / "report" / "report.md").read_text()
+    for word in ("perplexity", "KV", "decode", "prefill", "top-1"):
+        assert word not in text, word
+    assert "cosine of pooler_output" in text and "| encode " in text
+    assert "feature-extraction" in text
+    page = (outs[name] / "report" / "report.html").read_text()
+    assert "cosine of pooler_output" in page and ">Encode, ms</text>" in page and "Encode on the CPU" in page
+    assert {p.name for p in (outs[name] / "report" / "plots").iterdir()} == {"layers.png", "speed.png"}
+    report = json.loads((outs[name] / "report" / "report.json").read_text())
+    unit = "documents" if name == "bert" else "images"
+    assert (report["method_loss"]["documents"], report["method_loss"]["unit"]) == (4, unit)
+    values = {m["what"]: m["value"] for m in report["method_loss"]["measures"]}
+    assert all(0.3 < v <= 1 for v in values.values()) and len(values) == (3 if name == "bert" else 2)
+    assert min(values.values()) < 0.99999  # two layers are gone, and that is seen
+
+
+def test_the_folder_holds_what_consumers_need(outs: dict[str, Path]) -> None:
+    for folder in (outs["bert"], outs["bert"] / "baseline"):
+        names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+        assert {"config.json", "tokenizer.json", "modules.json", "1_Pooling/config.json"} <= names
+        assert "genai_config.json" not in names
+        assert "nbl_export" not in json.loads((folder / "1_Pooling" / "config.json").read_text())
+    assert (outs["vit"] / "preprocessor_config.json").is_file()
+    assert json.loads((outs["vit"] / "config.json").read_text())["nbl_export"]
+
+
+@pytest.mark.parametrize("name", ["bert", "vit"])
+def test_inspect_lists_the_attention(outs: dict[str, Path], name: str) -> None:
+    (*_, regions) = api.inspect(outs[name] / "model.onnx")
+    assert [row[1].split(",")[0] for row in regions.rows].count("linear") == 2
+    assert len(regions.rows) == LAYERS and all(row[-1] in ("yes", "done already") for row in regions.rows)
+
+
+@pytest.mark.parametrize("name", ["bert", "vit"])
+def test_a_graph_of_somebody_else_is_rewritten_by_the_plan(
+    place: Path, outs: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    api.rewrite_onnx(
+        outs[name] / "baseline" / "model.onnx", outs[name] / "nbl" / "plan.json", tmp_path / "new"
+    )
+    inputs = inputs_of(place, name)
+    a, b = (run_graph(p / "model.onnx", inputs) for p in (tmp_path / "new", outs[name]))
+    for output in a:
+        np.testing.assert_array_equal(a[output], b[output])
+
+
+def test_python_in_the_docs_runs(
+    outs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "encoders.md").read_text()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "minilm").symlink_to(outs["bert"])
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec(compile(page.split("```python\n")[1].split("```")[0], "docs", "exec"), found)
+    np.testing.assert_allclose(np.linalg.norm(found["embedding"], axis=1), 1, atol=1e-5)
+
+
+# what it is fitted to ----------------------------------------------------------------------------
+
+
+def test_calibration_rows_are_framed_and_never_padded(outs: dict[str, Path]) -> None:
+    ws = Workspace.open(outs["bert"])
+    text = load_text(ws.text)
+    rows = text.calibration
+    assert rows.shape == (24, 48) and not (rows == PAD).any()
+    assert (rows[:, 0] == CLS).all() and (rows[:, -1] == SEP).all() and not (rows[:, 1:] == CLS).any()
+    moments, metadata = load_moments(ws.moments)
+    assert {m.n for m in moments.layers.values()} == {rows.size} and metadata["tokens"] == rows.size
+    for row, document in zip(text.heldout, text.heldout_document, strict=True):
+        length = int((document >= 0).sum())
+        assert row[0] == CLS and row[length - 1] == SEP and (row[length:] == PAD).all()
+        assert not (row[:length] == PAD).any()
+
+
+def test_an_image_counts_as_its_tokens(place: Path, outs: dict[str, Path]) -> None:
+    ws = Workspace.open(outs["vit"])
+    images = load_images(ws.images)
+    assert images.calibration.shape == (24, 3, 32, 32) and images.heldout.shape == (4, 3, 32, 32)
+    moments, _ = load_moments(ws.moments)
+    assert {m.n for m in moments.layers.values()} == {24 * IMAGE_TOKENS}
+    model = AutoModel.from_pretrained(place / "vit").eval()
+    seen: list[torch.Tensor] = []
+    model.layers[1].attention.o_proj.register_forward_hook(lambda _m, _a, y: seen.append(y))
+    with torch.inference_mode():
+        model(torch.from_numpy(images.calibration))
+    y = torch.cat(seen).reshape(-1, WIDTH).double().numpy()
+    np.testing.assert_allclose(moments.layers[1].yy, y.T @ y, rtol=1e-4, atol=1e-3)
+
+
+def test_a_plan_written_before_encoders_still_loads(outs: dict[str, Path]) -> None:
+    stored = load_file(outs["bert"] / "nbl" / "plan.safetensors")
+    assert {n for n in stored if n.startswith("probe.")} == {
+        "probe.input_ids",
+        "probe.attention_mask",
+        "probe.token_type_ids",
+    }
+
+
+# heads and families ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "model_class", "task"),
+    [
+        ("bert-classes", "BertForSequenceClassification", "text-classification"),
+        ("bert-tokens", "BertForTokenClassification", "token-classification"),
+        ("bert-mask", "BertForMaskedLM", "fill-mask"),
+        ("vit-classes", "ViTForImageClassification", "image-classification"),
+    ],
+)
+def test_heads(place: Path, tmp_path: Path, name: str, model_class: str, task: str) -> None:
+    kind = name.partition("-")[0]
+    make = vision_encoder if kind == "vit" else text_encoder
+    folder = make(tmp_path / name, kind, model_class, num_labels=5)
+    report = api.run(
+        folder,
+        tmp_path / "out",
+        api.SelectSettings(k=2),
+        calibration(place, name),
+        replace(CHECKS, speed=False),
+    )
+    assert report.passed and report.graph["task"] == task
+    (output,) = report.parity["outputs"] if report.parity else ()
+    assert (output["output"], output["top1"]) == ("logits", 1.0)
+    measures = {m["what"]: m["value"] for m in report.method_loss["measures"]} if report.method_loss else {}
+    assert 0 < measures["top-1 agreement"] <= 1 and measures["KL to the original, nats"] > 0
+    assert "top-1 agreement" in (tmp_path / "out" / "report" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "model_class", "fields"),
+    [
+        ("distilbert", "DistilBertModel", {}),
+        pytest.param("mpnet", "MPNetModel", {}, marks=pytest.mark.slow),
+        ("modernbert", "ModernBertModel", {"cls_token_id": CLS, "sep_token_id": SEP}),
+        pytest.param(
+            "deberta-v2",
+            "DebertaV2Model",
+            {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+            marks=pytest.mark.slow,
+        ),
+        ("dinov2", "Dinov2Model", {}),
+        ("siglip_vision_model", "SiglipVisionModel", {}),
+    ],
+)
+def test_families(place: Path, tmp_path: Path, model_type: str, model_class: str, fields: Any) -> None:
+    vision = model_type in ("dinov2", "siglip_vision_model")
+    make = vision_encoder if vision else text_encoder
+    make(tmp_path / "model", model_type, model_class, **fields)
+    settings = calibration(place, "vit" if vision else "bert")
+    checks = replace(CHECKS, quality=False, speed=False)
+    report = api.run(tmp_path / "model", tmp_path / "out", api.SelectSettings(k=2), settings, checks)
+    assert report.passed, report.checks
+
+
+@pytest.mark.parametrize(
+    ("model_type", "model_class", "said"),
+    [
+        ("albert", "AlbertModel", "this architecture is not supported yet"),
+        ("mobilebert", "MobileBertModel", "does more after its output projection"),
+        ("canine", "CanineModel", "does not give each row's tokens to its attention as they are"),
+        ("llama", "LlamaModel", "is a decoder without its language-model head"),
+        ("vit_mae", "ViTMAEModel", "does not give each row's tokens to its attention as they are"),
+        ("convbert", "ConvBertModel", "does more after its output projection"),
+    ],
+)
+def test_families_that_are_refused_before_calibration(
+    tmp_path: Path, model_type: str, model_class: str, said: str
+) -> None:
+    text = {"vocab_size": 300, "max_position_embeddings": 64, "pad_token_id": 0}
+    fields = {"image_size": 32, "patch_size": 8} if model_type == "vit_mae" else text
+    build(tmp_path / "model", model_type, model_class, **fields)
+    with pytest.raises(InputError, match=said) as told:
+        source = find_model(str(tmp_path / "model"))
+        check_supported(load_model(source), task=task_named(source.task))
+    assert "\n" not in str(told.value)
+
+
+# refusals ----------------------------------------------------------------------------------------
+
+
+def change_modules(folder: Path) -> None:
+    modules = json.loads((folder / "modules.json").read_text())
+    modules.insert(
+        2, {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"}
+    )
+    (folder / "modules.json").write_text(json.dumps(modules))
+
+
+def last_token(folder: Path) -> None:
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_lasttoken": true}')
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "exporting", "said"),
+    [
+        (
+            "bert",
+            {"sources": ("self",)},
+            {},
+            "cannot write its own calibration text: name some with --calibration",
+        ),
+        ("vit", {"sources": ("self",)}, {}, "cannot write its own calibration images"),
+        ("bert", {}, {"kv_cache": "concat"}, "has no KV cache, so --kv-cache concat means nothing"),
+        ("vit", {}, {"kv_cache": "static"}, "has no KV cache, so --kv-cache static means nothing"),
+        ("bert", {}, {"exporter": "optimum"}, "--exporter optimum is for decoders"),
+        ("bert", {}, {"engines": True}, "TensorRT engines are built of decoders only"),
+        ("bert", {"change": change_modules}, {}, "has the module Dense: supported are a Transformer"),
+        ("bert", {"change": last_token}, {}, "asks for the pooling pooling_mode_lasttoken"),
+    ],
+)
+def test_what_an_encoder_cannot_have_is_refused_before_work(
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    changes: dict[str, Any],
+    exporting: dict[str, Any],
+    said: str,
+) -> None:
+    monkeypatch.setattr(pipeline, "check_machine", lambda *_: None)
+    model = Path(shutil.copytree(place / name, tmp_path / name))
+    change: Callable[[Path], None] | None = changes.pop("change", None)
+    if change:
+        change(model)
+    engines = api.EngineSettings("rtx") if exporting.pop("engines", False) else None
+    with pytest.raises(InputError, match=said) as told:
+        api.run(
+            model,
+            tmp_path / "out",
+            api.SelectSettings(k=1),
+            replace(calibration(place, name), **changes),
+            exporting=api.ExportSettings(**exporting),
+            engines=engines,
+        )
+    assert "\n" not in str(told.value) and not (tmp_path / "out").exists()
+
+
+def test_an_encoder_that_cannot_be_traced_is_refused_before_its_moments(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nbl_export.models import pooling
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("no rule for this\nand a long story")
+
+    monkeypatch.setattr("nbl_export.models.encoder.pool", fail)
+    assert pooling.pool is not fail
+    with pytest.raises(InputError, match=r"cannot trace BertModel \(no rule for this\): this architecture"):
+        api.calibrate(place / "bert", tmp_path / "out", calibration(place, "bert"))
+    assert not Workspace.open(tmp_path / "out").moments.exists()
+
+
+def test_a_vision_model_without_its_preprocessor(place: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(place / "vit", tmp_path / "vit"))
+    (model / "preprocessor_config.json").unlink()
+    with pytest.raises(
+        InputError, match=r"has no preprocessor_config\.json, which says how its images are scaled"
+    ):
+        api.calibrate(model, tmp_path / "out", calibration(place, "vit"))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [("not an image", r"00\.png is not a readable image"), (None, "names no image")],
+)
+def test_calibration_images_that_are_none(
+    place: Path, tmp_path: Path, content: str | None, said: str
+) -> None:
+    (tmp_path / "images").mkdir()
+    if content:
+        (tmp_path / "images" / "00.png").write_text(content)
+    settings = replace(calibration(place, "vit"), sources=(str(tmp_path / "images"),))
+    with pytest.raises(InputError, match=said):
+        api.calibrate(place / "vit", tmp_path / "out", settings)
+
+
+def test_too_few_images(place: Path, tmp_path: Path) -> None:
+    write_images(tmp_path / "images", 5)
+    settings = replace(calibration(place, "vit"), sources=(str(tmp_path / "images"),))
+    with pytest.raises(InputError, match="5 images are too few: at least 8"):
+        api.calibrate(place / "vit", tmp_path / "out", settings)
+
+
+def test_without_pillow(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(MissingDependencyError, match=r"needs pillow: pip install 'nbl-export\[vision\]'"):
+        api.calibrate(place / "vit", tmp_path / "out", calibration(place, "vit"))
+
+
+def test_rows_are_no_longer_than_the_model_s_positions(place: Path, tmp_path: Path) -> None:
+    settings = replace(calibration(place, "bert"), seq_len=512)
+    api.calibrate(place / "bert", tmp_path / "out", settings)
+    ws = Workspace.open(tmp_path / "out")
+    assert load_text(ws.text).calibration.shape[1] == POSITIONS
+    record = ws.record("calibrate")
+    assert record and any(f"Rows have {POSITIONS} tokens instead of 512" in note for note in record.notes)
+
+
+def test_a_masked_model_that_is_pooled_is_loaded_without_its_head(tmp_path: Path) -> None:
+    folder = text_encoder(tmp_path / "model", "bert", "BertForMaskedLM")
+    as_sentence_transformer(folder, "cls_token", normalize=False)
+    save_tokenizer(folder)
+    source = find_model(str(folder))
+    assert source.task == "feature-extraction"
+    model = load_model(source)
+    assert type(model).__name__ == "BertModel" and model.pooler is None
+
+
+@pytest.mark.parametrize("name", ["bert", "vit"])
+def test_a_speedup_above_its_ceiling_is_explained(
+    outs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    out = Path(shutil.copytree(outs[name], tmp_path / "out"))
+    calls = itertools.count()
+    monkeypatch.setattr(speed_module, "prefill_seconds", lambda _: 0.1 if next(calls) % 2 else 1.0)
+    report = api.verify(out, api.VerifySettings(contexts=(16,), rounds=3, quality=False))
+    assert report.speed is not None
+    (cell,) = report.speed["cells"]
+    reason = cell["explanation"]
+    assert reason["saved_ms"] == pytest.approx(900) and reason["by_operator_ms"]
+    assert reason["base_nodes"] > reason["linearized_nodes"] > 10
+    # So much cannot be in the nodes of two small layers.
+    check = next(c for c in report.checks if c.name == "speed")
+    assert (
+        reason["suspect"]
+        and check.status == "skipped"
+        and check.detail.startswith(f"encode {cell['context']}")
+    )

@@ -1,0 +1,150 @@
+"""Every exporter's graph of every family is rewritten and computes what PyTorch computes with the same maps."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from nbl_export.rewrite.prove import PROOF_TOLERANCE
+from nbl_export.settings.choices import FitInput
+from tests.end_to_end.matrix import (
+    BUILDER,
+    CHOSEN,
+    EVERY,
+    assert_exactly_the_plan_is_gone,
+    assert_folder_is_told,
+    parity,
+    rewritten,
+    weight_bytes,
+)
+from tests.exporters import GRAPH, Graphs
+from tests.families import FAMILIES, WIDTH, Calibrated, attention_share
+
+MATRIX = {
+    "ours-concat": ("llama-gqa",),
+    "ours-static": ("llama-gqa",),
+    "dynamo-18-eager": ("parallel-fused",),
+    "dynamo-18-sdpa": ("llama-gqa", "fused-qkv", "parallel-residual", "sequential-biases"),
+    "dynamo-23-eager": ("mha-biases",),
+    "dynamo-23-sdpa": ("llama-gqa",),
+    "genai-fp32": BUILDER,
+    "optimum": EVERY,
+    "optimum-whole": ("llama-gqa",),
+}
+OPTIMIZED = {
+    "dynamo-18-sdpa+ort": ("llama-gqa", "fused-qkv", "parallel-residual"),
+    "dynamo-18-sdpa+transformers": ("llama-gqa", "fused-qkv", "sequential-biases"),
+    "dynamo-18-sdpa+slim": ("llama-gqa", "parallel-residual"),
+    "dynamo-18-eager+renamed": ("parallel-fused",),
+    "optimum+ort": ("llama-gqa", "parallel-fused"),
+    "optimum+transformers": EVERY,
+    "optimum+slim": ("llama-gqa", "mha-biases", "sequential-biases"),
+    "optimum+renamed": ("llama-gqa",),
+    "optimum-whole+ort": ("llama-gqa",),
+    "optimum-whole+transformers": ("llama-gqa",),
+}
+# These lose one layer, half of them and all; the others half and all.
+THOROUGH = ("llama-gqa", "parallel-residual")
+QUICK = {("llama-gqa", e) for e in ("ours-concat", "dynamo-18-sdpa", "genai-fp32", "optimum")}
+RESIDUAL = {("llama-gqa", "genai-fp32"), ("parallel-residual", "dynamo-18-sdpa"), ("fused-qkv", "optimum")}
+
+
+def cases() -> Iterator[Any]:
+    for exporter, families in MATRIX.items():
+        for family in families:
+            for k, layers in CHOSEN.items():
+                if k == "one" and family not in THOROUGH:
+                    continue
+                fits: list[FitInput] = ["normed"]
+                if k == "half" and (family, exporter) in RESIDUAL:
+                    fits.append("residual")
+                for fit in fits:
+                    name = f"{exporter}-{family}-{k}" + ("-residual" if fit == "residual" else "")
+                    marks = () if (family, exporter) in QUICK else pytest.mark.slow
+                    yield pytest.param(exporter, family, layers, fit, id=name, marks=marks)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_matters_in_every_family(family: str, calibrated_of: Callable[[str], Calibrated]) -> None:
+    """Without attention, or with the fitted maps, the model says something else: neither goes unnoticed."""
+    without, linear = attention_share(calibrated_of(family))
+    assert without > 0.5
+    assert linear > 0.1
+    model = calibrated_of(family).model
+    biases = [p for name, p in model.named_parameters() if name.endswith("bias")]
+    assert all(bias.abs().max() > 0.1 for bias in biases)
+
+
+@pytest.mark.parametrize(("exporter", "family", "layers", "fit_input"), cases())
+def test_float32(
+    graphs: Graphs,
+    calibrated_of: Callable[[str], Calibrated],
+    tmp_path: Path,
+    exporter: str,
+    family: str,
+    layers: tuple[int, ...],
+    fit_input: FitInput,
+) -> None:
+    source, case = graphs(exporter, family), calibrated_of(family)
+    plan = case.plan(layers, fit_input)
+    out, result = rewritten(source, plan, tmp_path)
+    assert parity(case.model, plan, out / GRAPH).failures() == []
+    assert_exactly_the_plan_is_gone(exporter, source, out, plan)
+    assert_folder_is_told(source, out, plan)
+    assert all(p.holds(PROOF_TOLERANCE["fp32"]) for p in result.proofs.values())
+    # q, k, v and o have at least 3 d² weights, W and b have d² + d.
+    assert weight_bytes(source) - weight_bytes(out) >= len(layers) * 4 * (2 * WIDTH * WIDTH - WIDTH)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("exporter", "family"),
+    [pytest.param(e, f, id=f"{e}-{f}") for e, families in OPTIMIZED.items() for f in families],
+)
+def test_optimized(
+    graphs: Graphs, calibrated_of: Callable[[str], Calibrated], tmp_path: Path, exporter: str, family: str
+) -> None:
+    source, case = graphs(exporter, family), calibrated_of(family)
+    base = graphs(exporter.split("+")[0], family)
+    ops, names = zip(*(operators(folder / GRAPH) for folder in (base, source)), strict=True)
+    assert (ops[0] == ops[1], bool(names[0] & names[1])) == (
+        (True, False) if "renamed" in exporter else (False, True)
+    )
+    plan = case.plan(CHOSEN["half"])
+    out, _ = rewritten(source, plan, tmp_path)
+    assert parity(case.model, plan, out / GRAPH).failures() == []
+    assert_exactly_the_plan_is_gone(exporter, source, out, plan)
+
+
+def operators(path: Path) -> tuple[Counter[str], set[str]]:
+    """Its operators, and the names of its nodes, weights and inner tensors."""
+    graph = onnx.load(str(path), load_external_data=False).graph
+    interface = {v.name for v in (*graph.input, *graph.output)}
+    tensors = {name for node in graph.node for name in node.output} | {t.name for t in graph.initializer}
+    nodes = {node.name for node in graph.node if node.name}
+    return Counter(n.op_type for n in graph.node), (tensors | nodes) - interface
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", [(0,), (0, 2), (0, 1, 2, 3, 4)], ids=["one", "half", "all"])
+@pytest.mark.parametrize(
+    "exporter", ["ours-concat", "dynamo-18-sdpa", "optimum", "optimum+ort", "optimum+slim"]
+)
+def test_a_trained_model(
+    graphs: Graphs,
+    calibrated_of: Callable[[str], Calibrated],
+    tmp_path: Path,
+    exporter: str,
+    layers: tuple[int, ...],
+) -> None:
+    """stories260K, whose attention learned something."""
+    case = calibrated_of("stories260K")
+    plan = case.plan(layers)
+    out, result = rewritten(graphs(exporter, "stories260K"), plan, tmp_path)
+    assert (result.before.kv_pairs, result.after.kv_pairs) == (5, 5 - len(layers))
+    assert parity(case.model, plan, out / GRAPH).failures() == []

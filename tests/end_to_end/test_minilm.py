@@ -1,0 +1,116 @@
+"""A real sentence encoder from the PyPI package to an ONNX graph with two linear layers, as a user would do it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+from nbl_export.linearize.plan import load_plan
+from nbl_export.linearize.swap import linearized
+from nbl_export.models.encoder import encoder_of
+from nbl_export.models.pooling import find_pooling
+from nbl_export.models.tasks import task_named
+from nbl_export.report.schema import load_report
+from nbl_export.runtime.encoder import TorchEncoder
+from tests.sessions import cpu_session
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+TEXTS = [
+    "A man is eating food.",
+    "Someone has a meal.",
+    "The new movie is awesome, and its director has promised to make another one next year.",
+    "x",
+]
+
+
+@pytest.fixture(scope="module")
+def minilm() -> Path:
+    """all-MiniLM-L6-v2 as scripts/test.sh fetches it."""
+    path = Path(os.environ.get("NBL_EXPORT_MINILM", ""))
+    if not (path / "model.safetensors").is_file():
+        pytest.skip("needs all-MiniLM-L6-v2: scripts/test.sh fetches it and sets NBL_EXPORT_MINILM")
+    return path
+
+
+@pytest.fixture(scope="module")
+def out(minilm: Path, shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with K = 2."""
+    folder = tmp_path_factory.mktemp("minilm") / "out"
+    text = shared_data / "text" / "c4_demo_300.jsonl.gz"
+    options = ["--samples", "96", "--seq-len", "128", "--contexts", "128", "--rounds", "3"]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "nbl_export",
+            minilm,
+            "--k",
+            "2",
+            "-o",
+            folder,
+            "--calibration",
+            text,
+            *options,
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "PASS" in done.stdout
+    return folder
+
+
+@pytest.fixture(scope="module")
+def batch(minilm: Path) -> dict[str, Any]:
+    return dict(AutoTokenizer.from_pretrained(minilm)(TEXTS, padding=True, return_tensors="np"))
+
+
+def embed(graph: Path, batch: dict[str, Any]) -> np.ndarray:
+    session = cpu_session(graph)
+    found: np.ndarray = session.run(["sentence_embedding"], batch)[0]
+    return found
+
+
+def test_the_baseline_pools_as_sentence_transformers_does(
+    minilm: Path, out: Path, batch: dict[str, Any]
+) -> None:
+    model = AutoModel.from_pretrained(minilm).eval()
+    with torch.inference_mode():
+        states = (
+            model(**{n: torch.from_numpy(a) for n, a in batch.items()}).last_hidden_state.double().numpy()
+        )
+    kept = batch["attention_mask"][..., None]
+    mean = (states * kept).sum(1) / kept.sum(1)
+    expected = mean / np.linalg.norm(mean, axis=1, keepdims=True)
+    found = embed(out / "baseline" / "model.onnx", batch)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    likeness = found @ found.T
+    assert likeness[0, 1] > likeness[0, 2] + 0.2  # the model understands what it reads
+
+
+def test_the_linear_graph_is_linear_pytorch(minilm: Path, out: Path, batch: dict[str, Any]) -> None:
+    model = AutoModel.from_pretrained(minilm).eval()
+    plan = load_plan(out / "nbl" / "plan.json")
+    encoder = TorchEncoder(encoder_of(model, task_named("feature-extraction"), find_pooling(minilm), batch))
+    with linearized(model, plan):
+        expected = encoder(batch)["sentence_embedding"]
+    found = embed(out / "model.onnx", batch)
+    assert (found * expected).sum(axis=1).min() > 0.99999
+    assert (found * encoder(batch)["sentence_embedding"]).sum(axis=1).max() < 0.9999  # it is not the original
+
+
+def test_the_report_has_the_method_s_loss(out: Path) -> None:
+    report = load_report(out / "report" / "report.json")
+    assert report.passed and len(report.selection["layers"]) == 2
+    assert report.method_loss and report.speed
+    cosines = {m["what"]: m["value"] for m in report.method_loss["measures"]}
+    assert 0.85 < cosines["cosine of sentence_embedding"] < 0.9999

@@ -1,0 +1,172 @@
+"""What a model is traced with computes what NumPy says in float64, and is gone when the block ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+from nbl_export.batch.arrays import BOOL, F64
+from nbl_export.export import functions
+from nbl_export.export.functions import attention, exportable, is_replaced
+from nbl_export.models.compat import is_transformers_4
+from tests.tiny_types import tiny_model
+
+HEADS, KV_HEADS, NEW, TOTAL, SIZE = 4, 2, 3, 5, 8
+
+
+def drawn(*shape: int, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
+    """Numbers large enough for a cap or a sink to be missed."""
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape) * scale).float()
+
+
+def by_hand(q: F64, k: F64, v: F64, mask: BOOL, scale: float, cap: float | None, sinks: F64 | None) -> F64:
+    """[batch, new, heads, size], one query at a time: softmax over the keys it sees (and its head's sink)."""
+    out = np.zeros((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
+    for b, h, i in np.ndindex(q.shape[0], q.shape[1], q.shape[2]):
+        group = h // (q.shape[1] // k.shape[1])
+        scores = scale * k[b, group] @ q[b, h, i]
+        if cap is not None:
+            scores = cap * np.tanh(scores / cap)
+        seen = mask[b, 0, i]
+        weights = np.exp(scores[seen])
+        total = weights.sum() + (np.exp(sinks[h]) if sinks is not None else 0.0)
+        out[b, i, h] = weights / total @ v[b, group][seen]
+    return out
+
+
+@pytest.mark.parametrize("cap", [None, 2.0], ids=["no cap", "capped"])
+@pytest.mark.parametrize("sinks", [False, True], ids=["no sinks", "sinks"])
+@pytest.mark.parametrize("kv_heads", [KV_HEADS, HEADS], ids=["grouped", "each its own"])
+@pytest.mark.parametrize("scaling", [None, 0.5], ids=["usual scale", "scaled"])
+def test_attention_is_the_textbooks(
+    cap: float | None, sinks: bool, kv_heads: int, scaling: float | None
+) -> None:
+    q = drawn(2, HEADS, NEW, SIZE)
+    k, v = drawn(2, kv_heads, TOTAL, SIZE, seed=1), drawn(2, kv_heads, TOTAL, SIZE, seed=2)
+    # Causal, and the first key of row 1 is padding.
+    mask = np.tril(np.ones((NEW, TOTAL), bool), TOTAL - NEW)[None, None].repeat(2, 0)
+    mask[1, :, :, 0] = False
+    s_aux = drawn(HEADS, seed=3) if sinks else None
+    found, weights = attention(torch.nn.Module(), q, k, v, torch.from_numpy(mask), scaling, cap, s_aux)
+    expected = by_hand(
+        *(t.double().numpy() for t in (q, k, v)),
+        mask,
+        SIZE**-0.5 if scaling is None else scaling,
+        cap,
+        s_aux.double().numpy() if s_aux is not None else None,
+    )
+    assert weights is None and found.shape == (2, NEW, HEADS, SIZE) and found.is_contiguous()
+    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-5)
+
+
+def test_caps_and_sinks_are_seen_in_the_numbers_above() -> None:
+    """Otherwise the test before this one would say nothing of them."""
+    q, k, v = (drawn(1, HEADS, 1, SIZE, seed=i).double().numpy() for i in range(3))
+    mask = np.ones((1, 1, 1, 1), bool)
+    k2, v2 = np.concatenate([k, -k], 2), np.concatenate([v, 2 * v], 2)
+    plain = by_hand(q, k2, v2, mask.repeat(2, 3), 1.0, None, None)
+    assert np.abs(by_hand(q, k2, v2, mask.repeat(2, 3), 1.0, 0.5, None) - plain).max() > 0.1
+    assert np.abs(by_hand(q, k, v, mask, 1.0, None, np.ones(HEADS)) - v.transpose(0, 2, 1, 3)).max() > 0.1
+
+
+# experts -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(is_transformers_4(), reason="needs transformers 5, which has an interface for experts")
+def test_experts_take_the_tokens_that_were_sent_to_them_none_or_many() -> None:
+    model: Any = tiny_model("mixtral", num_experts_per_tok=2, num_local_experts=4)
+    block = next(m for m in model.modules() if isinstance(m, MixtralSparseMoeBlock)).experts
+    states, weights = drawn(6, 32, seed=1, scale=1.0), drawn(6, 2, seed=2, scale=1.0).abs()
+    # Expert 3 gets no token, expert 1 one of every.
+    chosen = torch.tensor([[0, 1], [1, 2], [2, 1], [1, 0], [0, 1], [1, 2]])
+    up, down = block.gate_up_proj.double().numpy(), block.down_proj.double().numpy()
+    expected = np.zeros((6, 32))
+    for token, slot in np.ndindex(6, 2):
+        expert = int(chosen[token, slot])
+        gate, inner = np.split(up[expert] @ states[token].double().numpy(), 2)
+        inner = gate / (1 + np.exp(-gate)) * inner
+        expected[token] += float(weights[token, slot]) * (down[expert] @ inner)
+    with torch.inference_mode():
+        found = functions.experts(block, states, chosen, weights)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+
+# complex numbers ---------------------------------------------------------------------------------
+
+
+def test_pairs_of_real_numbers_are_complex_numbers() -> None:
+    x, length, angle = drawn(2, 3, 4, 2), drawn(3, 4, seed=1), drawn(3, 4, seed=2)
+    turn = torch.polar(length.abs(), angle)
+    expected = torch.view_as_real(torch.view_as_complex(x) * turn).flatten(-2)
+    with exportable(tiny_model("llama"), None):
+        pairs = torch.view_as_complex(x)
+        assert not isinstance(pairs, torch.Tensor) and pairs.shape == (2, 3, 4)
+        found = torch.view_as_real(pairs * torch.polar(length.abs(), angle)).flatten(-2)
+        # What reshapes or scales one part does so with both.
+        row = torch.view_as_real((pairs.unsqueeze(1) * 2.0)[:, 0])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(row, 2 * x)
+
+
+# in a model --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt_neo", "opt", "deepseek_v2"])
+@pytest.mark.parametrize("ends", ["well", "badly"])
+def test_a_model_computes_the_same_with_them_and_is_as_before_after_them(model_type: str, ends: str) -> None:
+    fields = {"attn_logit_softcapping": 1.0} if model_type == "gemma2" else {}
+    model: Any = tiny_model(model_type, **fields)
+    model.set_attn_implementation("eager")
+    # Padding in front of the second row: without any, transformers makes no mask at all.
+    ids = torch.tensor([[5, 9, 3, 44, 7, 8, 2], [0, 0, 2, 31, 30, 1, 6]])
+    mask = torch.tensor([[1] * 7, [0] * 2 + [1] * 5])
+    before = model.config._attn_implementation
+    originals = (torch.polar, torch.view_as_complex, torch.nn.functional.scaled_dot_product_attention)
+    with torch.inference_mode():
+        expected = model(input_ids=ids, attention_mask=mask).logits
+        try:
+            with exportable(model, None):
+                found = model(input_ids=ids, attention_mask=mask).logits
+                assert torch.polar is not originals[0]
+                if ends == "badly":
+                    raise ZeroDivisionError
+        except ZeroDivisionError:
+            pass
+        assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, expected)
+    real = mask.bool()
+    torch.testing.assert_close(found[real], expected[real], rtol=0, atol=2e-4)
+    assert model.config._attn_implementation == before
+    now = (torch.polar, torch.view_as_complex, torch.nn.functional.scaled_dot_product_attention)
+    assert all(a is b for a, b in zip(now, originals, strict=True))
+
+
+def test_attention_is_handed_the_mask_that_was_asked_for() -> None:
+    """A mask that sees its own token alone: every output is that token's value, whatever the text."""
+    model: Any = tiny_model("llama")
+
+    def alone(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.eye(4, dtype=torch.bool)[None, None]
+
+    ids = torch.tensor([[5, 9, 3, 44]])
+    with torch.inference_mode(), exportable(model, alone):
+        together = model(input_ids=ids).logits
+    with torch.inference_mode():
+        # Positions turn queries and keys, which do not matter where one key is seen.
+        each = [model(input_ids=ids[:, i : i + 1]).logits for i in range(4)]
+    torch.testing.assert_close(together, torch.cat(each, dim=1), rtol=0, atol=1e-4)
+
+
+def test_what_is_traced_instead_of_the_models_own_is_known() -> None:
+    long = {
+        "rope_type": "dynamic",
+        "rope_theta": 10000.0,
+        "factor": 2.0,
+        "original_max_position_embeddings": 32,
+    }
+    assert is_replaced(tiny_model("llama"))
+    assert not is_replaced(tiny_model("llama", rope_parameters=long))
+    assert is_replaced(tiny_model("mixtral")) is not is_transformers_4()

@@ -1,0 +1,64 @@
+"""``genai_config.json``: what onnxruntime-genai reads from it, and what it says of models that say little."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from nbl_export.export.genai_config import NAME, genai_config
+
+
+def model(**fields: Any) -> Any:
+    sizes = {"hidden_size": 64, "num_attention_heads": 8, "vocab_size": 512, "model_type": "llama"}
+    return SimpleNamespace(**{**sizes, "max_position_embeddings": 128, **fields})
+
+
+def test_sizes_are_those_of_the_graph_not_of_the_model() -> None:
+    """Three layers are linear: their pairs are gone, and the others are numbered anew."""
+    found = genai_config(model(num_hidden_layers=8), kv_pairs=5, kv_heads=2, head_size=16)["model"]
+    decoder = found["decoder"]
+    assert (decoder["num_hidden_layers"], decoder["num_key_value_heads"], decoder["head_size"]) == (5, 2, 16)
+    assert (decoder["num_attention_heads"], decoder["hidden_size"], found["vocab_size"]) == (8, 64, 512)
+    assert found["type"] == "llama" and found["context_length"] == 128
+
+
+@pytest.mark.parametrize(
+    ("fields", "bos", "eos", "pad"),
+    [
+        ({}, 0, 0, 0),
+        ({"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}, 1, 2, 3),
+        ({"bos_token_id": None, "eos_token_id": 2, "pad_token_id": None}, 2, 2, 2),
+        # Several ends: the first stands where one is wanted.
+        ({"eos_token_id": [7, 8]}, 7, [7, 8], 7),
+        ({"bos_token_id": 0, "eos_token_id": 5, "pad_token_id": 0}, 0, 5, 0),
+    ],
+)
+def test_special_tokens(fields: dict[str, Any], bos: Any, eos: Any, pad: Any) -> None:
+    found = genai_config(model(**fields), 1, 1, 8)["model"]
+    assert (found["bos_token_id"], found["eos_token_id"], found["pad_token_id"]) == (bos, eos, pad)
+
+
+@pytest.mark.parametrize("positions", [None, 0])
+def test_a_model_that_says_no_length(positions: int | None) -> None:
+    found = genai_config(model(max_position_embeddings=positions), 1, 1, 8)
+    assert found["model"]["context_length"] == found["search"]["max_length"] == 2048
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_onnxruntime_genai_takes_it(tmp_path: Path, shared: bool) -> None:
+    """It refuses keys that it does not know."""
+    genai = pytest.importorskip(
+        "onnxruntime_genai", reason="needs onnxruntime-genai: pip install 'nbl-export[genai]'"
+    )
+    known = genai_config(model(bos_token_id=1, eos_token_id=[2, 3]), 2, 2, 16, shared)
+    (tmp_path / NAME).write_text(json.dumps(known))
+    genai.Config(str(tmp_path))
+    known["model"]["decoder"]["of_nobody"] = 1
+    (tmp_path / NAME).write_text(json.dumps(known))
+    with pytest.raises(Exception, match="of_nobody"):
+        genai.Config(str(tmp_path))
+    assert known["search"]["past_present_share_buffer"] is shared

@@ -1,0 +1,223 @@
+"""Operators as data: shapes of weights against the product that onnxruntime computes, and what counts as constant."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import TensorProto, helper
+
+from nbl_export.graph.operators import (
+    FUSED,
+    LINEAR,
+    MICROSOFT,
+    SKIP_NORMS,
+    captured,
+    fused_op,
+    int_attribute,
+    is_constant,
+    key,
+    linear_op,
+    readers,
+    weight_shape,
+)
+from tests.graph.parsed import parsed
+from tests.graph.quantized import D, dequantized, dynamic, n_bits
+from tests.sessions import cpu_session
+
+ROWS, COLUMNS = 5, 3
+W = np.random.default_rng(0).standard_normal((ROWS, COLUMNS)).astype(np.float32)
+
+
+def node_of(model: ir.Model, op: str) -> ir.Node:
+    return next(n for n in model.graph if n.op_type == op)
+
+
+def product(text: str, **weights: Any) -> ir.Model:
+    return parsed(f"g (float[n,{ROWS}] x) => (float[n,{COLUMNS}] y) {{ {text} }}", **weights)
+
+
+# Each computes y [n, 3] from x [n, 5].
+PRODUCTS = {
+    "as it is": product("y = MatMul(x, w)", w=W),
+    "turned by a node": product("t = Transpose(w) y = MatMul(x, t)", w=W.T.copy()),
+    "turned twice": product("t = Transpose(w) u = Transpose(t) y = MatMul(x, u)", w=W),
+    "turned by an attribute": product("y = Gemm <transB = 1> (x, w)", w=W.T.copy()),
+    "turned by both": product("t = Transpose(w) y = Gemm <transB = 1> (x, t)", w=W),
+    "with a bias": product("y = Gemm(x, w, b)", w=W, b=np.zeros(COLUMNS, np.float32)),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_a_weights_shape_is_that_of_the_map(name: str) -> None:
+    model = PRODUCTS[name]
+    runner = cpu_session(model)
+    x = np.eye(ROWS, dtype=np.float32)  # so that y is the matrix itself
+    (y,) = runner.run(["y"], {"x": x})
+    node = next(n for n in model.graph if n.op_type in ("MatMul", "Gemm"))
+    assert weight_shape(node) == y.shape == (ROWS, COLUMNS)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        n_bits(4, 16, True, 2, None),
+        dequantized(TensorProto.INT8, None, False, turned=True),
+        dynamic("MatMulInteger", True, False),
+        dynamic("DynamicQuantizeMatMul", False, True),
+    ],
+    ids=["n bits", "dequantized", "integers", "quantized when it is known"],
+)
+def test_packed_weights_have_the_shape_of_their_map_too(model: ir.Model) -> None:
+    node = next(n for n in model.graph if n.name == "neighbour")
+    assert linear_op(node) == LINEAR[key(node)]
+    assert weight_shape(node) == (D, D)
+
+
+def test_a_product_of_two_activations_is_no_linear_map() -> None:
+    model = parsed("g (float[n,4] a, float[4,n] b) => (float[n,n] y) { y = MatMul(a, b) }")
+    node = node_of(model, "MatMul")
+    assert linear_op(node) is None and weight_shape(node) is None
+    assert linear_op(node_of(PRODUCTS["turned by a node"], "Transpose")) is None
+
+
+def test_a_shape_that_the_graph_does_not_say() -> None:
+    model = PRODUCTS["as it is"].clone()
+    model.graph.initializers["w"].shape = None
+    model.graph.initializers["w"].const_value = None
+    assert weight_shape(node_of(model, "MatMul")) is None
+
+
+# constants ---------------------------------------------------------------------------------------
+
+
+def test_what_only_constant_nodes_lie_behind_is_a_weight() -> None:
+    model = parsed(
+        """g (float[n,2] x) => (float[n,2] y) {
+            c = Constant <value = float[2,2] {1, 2, 3, 4}> ()
+            both = Mul(c, w)
+            turned = Transpose(both)
+            z = MatMul(x, turned)
+            shape = Shape(w)
+            size = Shape(x)
+            mixed = Add(both, x)
+            y = Add(z, mixed)
+        }""",
+        w=np.eye(2, dtype=np.float32),
+    )
+    values = {v.name: v for node in model.graph for v in node.outputs}
+    constant = {name for name, value in values.items() if is_constant(value)}
+    # A shape is no weight, be it of one.
+    assert constant == {"c", "both", "turned"}
+    assert is_constant(model.graph.initializers["w"])
+    assert not is_constant(model.graph.inputs[0]) and not is_constant(None)
+
+
+def test_asking_for_a_shape_is_not_reading() -> None:
+    model = parsed(
+        """g (float[n,2] x) => (float[n,2] y, int64[2] s, int64 z) {
+            s = Shape(x)
+            z = Size(x)
+            a = Relu(x)
+            y = Add(a, x)
+        }"""
+    )
+    assert sorted(n.op_type for n in readers(model.graph.inputs[0])) == ["Add", "Relu"]
+
+
+def test_what_a_branch_reads_of_the_graph_around_it() -> None:
+    proto = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["" : 23]>
+        g (bool go, float[2] a, float[2] b, float[2] unread) => (float[2] y) {
+            h = Relu(a)
+            y = If (go) <
+                then_branch = one () => (float[2] t) { i = Neg(h) t = Add(i, b) },
+                else_branch = other () => (float[2] e) {
+                    e = If (go) <
+                        then_branch = deep () => (float[2] p) { p = Identity(a) },
+                        else_branch = deeper () => (float[2] q) { q = Neg(b) }
+                    >
+                }
+            >
+        }"""
+    )
+    node = node_of(ir.from_proto(proto), "If")
+    # Outer tensors alone, from every depth; what a branch makes itself is not among them.
+    assert {v.name for v in captured(node)} == {"h", "b", "a", "go"}
+    assert captured(node_of(PRODUCTS["as it is"], "MatMul")) == []
+
+
+def test_attributes_that_are_whole_numbers() -> None:
+    node = ir.from_proto(
+        onnx.helper.make_model(
+            helper.make_graph(
+                [helper.make_node("Op", ["x"], ["y"], domain="d", count=3, share=0.5)],
+                "g",
+                [helper.make_tensor_value_info("x", 1, [1])],
+                [helper.make_tensor_value_info("y", 1, [1])],
+            )
+        )
+    ).graph[0]
+    assert int_attribute(node, "count") == 3
+    assert int_attribute(node, "share", 7) == int_attribute(node, "missing", 7) == 7
+
+
+# the tables --------------------------------------------------------------------------------------
+
+
+def test_the_standard_domain_has_two_names() -> None:
+    model = PRODUCTS["as it is"].clone()
+    node = node_of(model, "MatMul")
+    node.domain = "ai.onnx"
+    assert key(node) == ("", "MatMul") and linear_op(node) == LINEAR["", "MatMul"]
+
+
+@pytest.mark.parametrize("name", sorted(name for domain, name in (*LINEAR, *FUSED) if domain == ""))
+def test_numbers_of_inputs_and_outputs_are_those_of_onnx(name: str) -> None:
+    schema = onnx.defs.get_schema(name, 23)
+    inputs, outputs = [i.name for i in schema.inputs], [o.name for o in schema.outputs]
+    if ("", name) in LINEAR:
+        op = LINEAR["", name]
+        assert inputs[op.weight] in ("B", "b")
+        assert op.bias is None or inputs[op.bias] in ("C", "c")
+    if ("", name) in FUSED:
+        fused = FUSED["", name]
+        assert fused.past is not None
+        assert [inputs[i] for i in fused.past] == ["past_key", "past_value"]
+        assert [outputs[i] for i in fused.present] == ["present_key", "present_value"]
+        assert [inputs[i] for i in fused.new] == ["K", "V"]
+
+
+def test_numbers_of_onnxruntimes_operators_are_its_own() -> None:
+    native: Any = pytest.importorskip("onnxruntime.capi.onnxruntime_pybind11_state")
+    schemas = {s.name: s for s in native.get_all_operator_schema() if s.domain == MICROSOFT}
+    for (domain, name), op in FUSED.items():
+        if domain == MICROSOFT and op.past:
+            names = [i.name for i in schemas[name].inputs]
+            assert ["key" in names[op.past[0]], "value" in names[op.past[1]]] == [True, True], name
+            assert all("past" in names[i] for i in op.past), name
+            given = [o.name for o in schemas[name].outputs]
+            assert all("present" in given[i] for i in op.present), name
+    for (domain, name), op in LINEAR.items():
+        if domain == MICROSOFT and op.bias is not None:
+            assert schemas[name].inputs[op.bias].name == "bias"
+    for (_, name), bias in SKIP_NORMS.items():
+        names = [i.name for i in schemas[name].inputs]
+        assert names[:2] == ["input", "skip"] and names[bias] == "bias"
+
+
+def test_attention_in_one_node_is_known() -> None:
+    model = parsed(
+        """g (float[b,h,s,d] q, float[b,h,s,d] k, float[b,h,s,d] v) => (float[b,h,s,d] y) {
+            y = Attention(q, k, v)
+        }"""
+    )
+    node = node_of(model, "Attention")
+    assert fused_op(node) == FUSED["", "Attention"]
+    node.domain = MICROSOFT
+    assert fused_op(node) == FUSED[MICROSOFT, "Attention"] != FUSED["", "Attention"]
+    node.domain = "of.somebody"
+    assert fused_op(node) is None

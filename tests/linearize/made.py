@@ -1,0 +1,46 @@
+"""Plans and changes of weights made of random numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nbl_export.linearize.adapters import Adapter, weight_digests
+from nbl_export.linearize.plan import LinearLayer, Plan
+
+D, COUNT = 6, 5
+
+
+def make_plan(seed: int = 0, layers: tuple[int, ...] = (1, 4)) -> Plan:
+    """A plan of no real model: ``layers`` of COUNT, of width D."""
+    rng = np.random.default_rng(seed)
+
+    def real(*shape: int) -> np.ndarray:
+        return rng.normal(size=shape).astype(np.float32)
+
+    return Plan(
+        model="a" * 64,
+        hidden_size=D,
+        layer_count=COUNT,
+        fit_input="normed",
+        criterion="cca",
+        ridge=1e-6,
+        calibration_tokens=1234,
+        layers={i: LinearLayer(real(D, D), real(D)) for i in layers},
+        probe={
+            "input_ids": rng.integers(0, 50, (2, 4)),
+            "attention_mask": np.array([[1, 1, 1, 1], [0, 1, 1, 1]]),
+            "position_ids": np.array([[0, 1, 2, 3], [0, 0, 1, 2]]),
+        },
+        probe_u={i: real(7, D) for i in range(COUNT)},
+        probe_y={i: real(7, D) for i in range(COUNT)},
+    )
+
+
+def adapter_for(weight: NDArray[Any], rank: int = 3, seed: int = 0) -> Adapter:
+    rng = np.random.default_rng(seed)
+    m, n = weight.shape
+    up, down = (rng.normal(size=shape).astype(np.float32) for shape in ((m, rank), (rank, n)))
+    return Adapter(up, down, weight_digests(weight))

@@ -1,0 +1,200 @@
+"""Scores, their ranking, and the choice of layers or the refusal of one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nbl_export.calibrate.moments import LayerMoments, Moments
+from nbl_export.errors import CalibrationError, InputError
+from nbl_export.linearize.scores import (
+    CRITERIA,
+    Candidate,
+    check_criterion,
+    check_k,
+    check_layers,
+    fit_layer,
+    predicted_excess,
+    ranking,
+    score_layers,
+)
+from tests.listening import Notes
+
+
+def candidate(layer: int, cca: float, nmse: float) -> Candidate:
+    return Candidate(layer, nmse=nmse, cca=cca, ridge=1e-6, cca_ridge=1e-6)
+
+
+def measured(layer: int, cca: float, nmse: float, kl: float, drop: float, sensitivity: float) -> Candidate:
+    known = candidate(layer, cca, nmse)
+    return replace(known, kl=kl, drop=drop, sensitivity=sensitivity, predicted=sensitivity * nmse)
+
+
+FOUR = (
+    measured(0, 2.0, 0.3, kl=0.4, drop=0.6, sensitivity=9.0),
+    measured(1, 9.0, 0.1, kl=0.3, drop=0.5, sensitivity=5.0),
+    measured(2, 5.0, 0.2, kl=0.1, drop=0.8, sensitivity=2.0),
+    measured(3, 1.0, 0.9, kl=0.2, drop=0.7, sensitivity=1.0),
+)
+# By hand; linearity goes by sensitivity × nmse: 2.7, 0.5, 0.4, 0.9.
+BEST_FIRST = {
+    "cca": [3, 0, 2, 1],
+    "nmse": [1, 2, 0, 3],
+    "kl": [2, 3, 1, 0],
+    "drop": [1, 0, 3, 2],
+    "linearity": [2, 1, 3, 0],
+    "greedy": [2, 3, 1, 0],
+}
+
+
+def moments(noise: float, d: int = 4, n: int = 200, seed: int = 0) -> LayerMoments:
+    rng = np.random.default_rng(seed)
+    h = rng.normal(size=(n, d))
+    y = h @ rng.normal(size=(d, d)) + noise * rng.normal(size=(n, d))
+    gram: dict[str, Any] = {"xx": h.T @ h, "yx": y.T @ h, "yy": y.T @ y, "hh": h.T @ h, "yh": y.T @ h}
+    return LayerMoments(n=n, x=h.sum(0), h=h.sum(0), y=y.sum(0), **gram)
+
+
+# choosing ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_ranking_puts_the_lowest_score_first(criterion: str) -> None:
+    assert [c.layer for c in ranking(FOUR, criterion)] == BEST_FIRST[criterion]
+
+
+def test_what_each_criterion_takes() -> None:
+    assert set(CRITERIA) == set(BEST_FIRST)
+    assert {name for name, row in CRITERIA.items() if not row.measured} == {"cca", "nmse"}
+    assert {name for name, row in CRITERIA.items() if row.searched} == {"greedy"}
+
+
+@pytest.mark.parametrize("criterion", [name for name, row in CRITERIA.items() if row.measured])
+def test_a_layer_that_was_not_measured_has_no_place(criterion: str) -> None:
+    with pytest.raises(ValueError, match=f"layer 7 was not measured for {criterion}"):
+        ranking([*FOUR, candidate(7, 0.0, 0.0)], criterion)
+
+
+def test_ties_go_to_the_lower_layer_whatever_the_order() -> None:
+    tied = [candidate(i, 1.0, 0.5) for i in (4, 1, 3, 0, 2)]
+    assert [c.layer for c in ranking(tied, "cca")] == [0, 1, 2, 3, 4]
+
+
+def test_an_unknown_criterion_lists_the_known_ones() -> None:
+    with pytest.raises(
+        InputError, match=rf"--criterion 'magic' is unknown; choose one of {', '.join(CRITERIA)}\."
+    ):
+        ranking(FOUR, "magic")
+    with pytest.raises(InputError, match="'magic'"):
+        check_criterion("magic")
+    assert check_criterion("kl") is CRITERIA["kl"]
+
+
+def test_named_layers_are_taken_in_ascending_order() -> None:
+    assert check_layers(range(4), [2, 1], None) == (1, 2)
+    assert check_layers(range(4), [2, 1], 2) == (1, 2)
+    assert check_layers(range(4), [], None) == ()
+    assert check_layers([1, 3], [3], None) == (3,)
+
+
+@pytest.mark.parametrize("k", [-1, 5, 100])
+def test_a_k_that_the_model_does_not_have(k: int) -> None:
+    message = rf"--k is {k}; it must be between 0 and 4 \(the model's attention layers\)\."
+    with pytest.raises(InputError, match=message):
+        check_k(k, 4)
+
+
+def test_a_k_before_the_model_is_known() -> None:
+    with pytest.raises(
+        InputError, match=r"--k is -1; it must be between 0 and the model's attention layers\."
+    ):
+        check_k(-1, None)
+    check_k(1000, None)
+    check_k(0, 4)
+    check_k(4, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"layers": [1, 4]}, r"--layers names layer 4; the model has layers 0 to 3\."),
+        ({"layers": [-1]}, r"--layers names layer -1; the model has layers 0 to 3\."),
+        ({"layers": [1, 2, 1]}, r"--layers names a layer twice: name each layer once\."),
+        ({"layers": [1, 2], "k": 1}, r"--k 1 and --layers with 2 layers contradict each other: give one\."),
+        ({"layers": [1, 1], "k": 1}, r"contradict each other"),
+        ({"layers": [], "k": 2}, r"--k 2 and --layers with 0 layers contradict"),
+    ],
+)
+def test_choices_that_cannot_be_made(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        check_layers(range(4), arguments["layers"], arguments.get("k"))
+
+
+def test_what_layers_cost_together_is_predicted_as_the_sum() -> None:
+    known = [replace(c, predicted=0.1 * c.layer) for c in FOUR]
+    assert predicted_excess(known, (1, 3)) == pytest.approx(0.4)
+    assert predicted_excess([replace(c, predicted=None) for c in FOUR], (1, 3)) is None
+    assert predicted_excess(known, ()) is None
+
+
+# scoring -----------------------------------------------------------------------------------------
+
+
+def test_more_linear_layers_score_lower_by_either_criterion() -> None:
+    noises = {0: 3.0, 1: 0.01, 2: 0.3, 3: 1.0}
+    scores = score_layers(Moments({i: moments(noise, seed=i) for i, noise in noises.items()}))
+    assert [c.layer for c in scores] == [0, 1, 2, 3]
+    for criterion in ("cca", "nmse"):
+        assert [c.layer for c in ranking(scores, criterion)] == [1, 2, 3, 0]
+    for c in scores:
+        assert 0 <= c.nmse <= 1
+        assert 0 <= c.cca <= 4
+        known = {name: value for name, value in c.as_json().items() if value is not None}
+        assert known == {"layer": c.layer, "nmse": c.nmse, "cca": c.cca, "ridge": 1e-6, "cca_ridge": 1e-6}
+
+
+def test_a_layer_that_cannot_be_fitted_is_named() -> None:
+    good, few = moments(0.1), moments(0.1, n=3)
+    broken = moments(0.1)
+    broken.yy[1, 1] = np.nan
+    with pytest.raises(CalibrationError, match=r"^Layer 7 cannot be linearized: 3 calibration tokens .*\.$"):
+        score_layers(Moments({2: good, 7: few}))
+    with pytest.raises(CalibrationError, match=r"^Layer 2 cannot be linearized: .* NaN or infinite\.$"):
+        score_layers(Moments({2: broken, 7: good}))
+    with pytest.raises(CalibrationError, match=r"^Layer 7 cannot be linearized"):
+        fit_layer(Moments({7: few}), 7, "normed", 1e-6)
+
+
+def test_a_layer_whose_stream_alone_is_broken_is_named() -> None:
+    broken = moments(0.1)
+    broken.hh[0, 0] = np.inf
+    with pytest.raises(CalibrationError, match=r"^Layer 3 cannot be linearized: .*NaN or infinite"):
+        score_layers(Moments({3: broken}))
+
+
+def singular(stream: str) -> LayerMoments:
+    """Moments of a layer whose ``stream``, x or h, has one direction repeated in every channel."""
+    m = moments(0.1)
+    getattr(m, stream * 2)[:] = 200.0
+    getattr(m, stream)[:] = 0.0
+    cross = getattr(m, f"y{stream}")
+    cross[:] = cross[:, :1]
+    return m
+
+
+def test_a_ridge_that_had_to_grow_is_noted() -> None:
+    listener = Notes()
+    score_layers(Moments({0: moments(0.1), 1: moments(0.1)}), listener=listener)
+    assert listener.notes == []
+    layers = {0: moments(0.1), 5: singular("x"), 7: singular("h")}
+    good, fit, bound = score_layers(Moments(layers), ridge=0.0, listener=listener)
+    assert good.ridge == good.cca_ridge == fit.cca_ridge == bound.ridge == 0.0
+    assert fit.ridge > 0
+    assert bound.cca_ridge > 0
+    assert listener.notes == [
+        f"Layer 5: the fit needed a ridge of {fit.ridge:g} instead of 0.",
+        f"Layer 7: the CCA bound needed a ridge of {bound.cca_ridge:g} instead of 0.",
+    ]

@@ -1,0 +1,139 @@
+"""What one tiny forward pass says of a model, and which are refused by it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM, LlamaModel
+
+from nbl_export.errors import InputError
+from nbl_export.models.dummy_run import CacheShape, cache_shapes, check_supported, dummy_run, example_inputs
+from nbl_export.models.load import load_model
+from nbl_export.models.source import find_model
+from nbl_export.models.tasks import task_named
+from tests.encoders import IMAGE_TOKENS, text_encoder, vision_encoder
+from tests.models.architectures import FAMILIES, D, build
+from tests.tiny_types import tiny_model as random_model
+
+
+def test_an_attention_that_is_not_run_is_refused() -> None:
+    model = build("Llama", "ForCausalLM", **FAMILIES["llama"].fields)
+    model.model.layers[1].forward = lambda hidden_states, **_: hidden_states
+    with pytest.raises(InputError, match="does not run the attention of layer 1 as it stands"):
+        check_supported(model)
+
+
+def test_a_model_that_looks_ahead_is_refused() -> None:
+    # A BERT saved as a language model without is_decoder has the name of one, but sees what comes later.
+    config = BertConfig(
+        vocab_size=64, hidden_size=D, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4
+    )
+    torch.manual_seed(0)
+    model = BertLMHeadModel(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(8)
+    with pytest.raises(InputError, match="is not causal"):
+        check_supported(model)
+
+
+def test_a_causal_model_is_served(tiny_folder: Path) -> None:
+    check_supported(LlamaForCausalLM.from_pretrained(tiny_folder).eval())
+
+
+# what is seen ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", ["llama", "opt", "deepseek_v2", "gpt_neo", "mixtral"])
+def test_the_cache_has_the_shape_that_transformers_fills(model_type: str) -> None:
+    model: Any = random_model(model_type)
+    ids = torch.tensor([[5, 6, 7, 8, 9], [9, 8, 7, 6, 5], [1, 2, 3, 4, 5]])
+    with torch.inference_mode():
+        layers = model(input_ids=ids, use_cache=True).past_key_values.layers
+    expected = [
+        CacheShape(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in layers
+    ]
+    assert list(cache_shapes(model)) == expected and len(expected) == 4
+    if model_type == "deepseek_v2":  # keys are longer than values
+        assert expected[0].key_size != expected[0].value_size
+
+
+def test_blocks_without_keys_and_values_have_no_shape() -> None:
+    model = random_model("lfm2")
+    assert [shape is None for shape in dummy_run(model).cache] == [True, False, True, False]
+    with pytest.raises(InputError, match=r"Layer 0 of Lfm2ForCausalLM keeps no keys .*--kv-cache none"):
+        cache_shapes(model)
+
+
+def test_a_model_is_tried_once() -> None:
+    model: Any = random_model("llama")
+    runs: list[Any] = []
+    hook = model.register_forward_hook(lambda *_: runs.append(1))
+    assert dummy_run(model) is dummy_run(model)
+    hook.remove()
+    assert len(runs) == 1
+    # Nothing of the trial is left on it.
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_what_attention_and_blocks_return_is_what_they_return() -> None:
+    model: Any = random_model("llama")
+    found = dummy_run(model)
+    seen: dict[str, Any] = {}
+    block = model.model.layers[2]
+    hooks = [
+        module.register_forward_hook(lambda _m, _a, output, name=name: seen.update({name: output}))
+        for name, module in (("attention", block.self_attn), ("block", block))
+    ]
+    with torch.inference_mode():
+        model(input_ids=torch.tensor([[3, 4]]))
+    for hook in hooks:
+        hook.remove()
+    for name, told in (("attention", found.returns[2]), ("block", found.block_returns[2])):
+        assert told == (len(seen[name]) if isinstance(seen[name], tuple) else None)
+    assert set(found.returns) == set(found.block_returns) == {0, 1, 2, 3}
+    assert found.causal and found.outputs == ("logits",)
+
+
+def test_examples_differ_in_the_last_token_alone(tmp_path: Path) -> None:
+    """Whether a model is causal shows in what the earlier tokens make of it."""
+    for pad in (None, 0, 1):
+        model = random_model("llama", pad_token_id=pad)
+        ids = example_inputs(model)["input_ids"]
+        assert (ids[0, :-1] == ids[1, :-1]).all() and ids[0, -1] != ids[1, -1]
+        assert pad is None or not (ids == pad)[:, -1:].all()
+
+
+def test_an_encoder_sees_both_ways_and_all_its_tokens(tmp_path: Path) -> None:
+    features = task_named("feature-extraction")
+    text = load_model(find_model(str(text_encoder(tmp_path / "bert"))))
+    found = dummy_run(text)
+    assert not found.causal and found.tokens == 8 and found.linear_output and found.cache == (None,) * 4
+    assert set(found.outputs) == {"last_hidden_state", "pooler_output"}
+    check_supported(text, task=features)
+    with pytest.raises(InputError, match="BertModel is not causal"):
+        check_supported(text)
+    images = load_model(find_model(str(vision_encoder(tmp_path / "vit"))))
+    # Patches and one more: not what is read, but what attention sees.
+    assert dummy_run(images).tokens == IMAGE_TOKENS and dummy_run(images).repeatable
+    check_supported(images, task=features)
+
+
+def test_a_decoder_without_its_head_is_no_encoder() -> None:
+    config = random_model("llama").config
+    with pytest.raises(InputError, match=r"decoder without its language-model head: .* LlamaForCausalLM"):
+        check_supported(LlamaModel(config).eval(), task=task_named("feature-extraction"))
+
+
+def test_a_model_that_cannot_be_run_says_so_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = random_model("llama")
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no such kernel\nand a long story")
+
+    model.model.layers[3].mlp.forward = broken
+    with pytest.raises(InputError, match=r"^LlamaForCausalLM cannot be run: no such kernel\.$"):
+        dummy_run(model)

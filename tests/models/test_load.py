@@ -1,0 +1,138 @@
+"""Loading: what is refused although it looked right, in which precision a model comes, and who stays quiet."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+import warnings
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from nbl_export.errors import InputError
+from nbl_export.models.load import fast_dtype, in_precision, load_model, load_tokenizer, quiet
+from nbl_export.models.source import find_model
+from tests.models.spoiled import edit_config, one_sentence
+
+
+def load_refusal(source: Path | str) -> str:
+    """The sentence with which a model that looks right is refused while loading."""
+    found = find_model(str(source))
+    with pytest.raises(InputError) as caught:
+        load_model(found)
+    return one_sentence(caught)
+
+
+@pytest.mark.parametrize("keep", [0, 100, -100])
+def test_truncated_weights(folder: Path, keep: int) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    assert f"transformers cannot load {folder}" in load_refusal(folder)
+
+
+def test_a_gguf_file_that_is_only_magic(tmp_path: Path) -> None:
+    (tmp_path / "fake.gguf").write_bytes(b"GGUF" + bytes(100))
+    assert "transformers cannot load" in load_refusal(tmp_path / "fake.gguf")
+
+
+def test_a_missing_shard(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    shards = [f"model-0000{1 + i % 2}-of-00002.safetensors" for i in range(len(weights))]
+    index = {"metadata": {}, "weight_map": dict(zip(weights, shards, strict=True))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "model-00002-of-00002.safetensors" in load_refusal(folder)
+
+
+def test_weights_that_are_missing_are_not_made_up(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.1.self_attn.o_proj.weight"
+    del weights[name]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert name in load_refusal(folder)
+
+
+def test_weights_of_another_shape(folder: Path) -> None:
+    edit_config(folder, hidden_size=64)
+    assert f"transformers cannot load {folder}" in load_refusal(folder)
+
+
+def test_an_architecture_that_transformers_does_not_know(folder: Path) -> None:
+    edit_config(folder, model_type="nonsense")
+    assert "nonsense" in load_refusal(folder)
+
+
+def test_a_folder_without_a_tokenizer(folder: Path) -> None:
+    for path in folder.glob("*token*"):
+        path.unlink()
+    with pytest.raises(InputError) as caught:
+        load_tokenizer(find_model(str(folder)))
+    assert f"No tokenizer can be loaded from {folder}" in one_sentence(caught)
+
+
+def test_a_half_precision_model_is_loaded_in_float32(folder: Path) -> None:
+    weights = {k: v.to(torch.bfloat16) for k, v in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    model: Any = load_model(find_model(str(folder)))
+    name = "model.layers.1.self_attn.q_proj.weight"
+    assert model.state_dict()[name].dtype == torch.float32
+    assert torch.equal(model.state_dict()[name], weights[name].float())
+
+
+# quietly -----------------------------------------------------------------------------------------
+
+
+def test_libraries_stay_quiet_for_a_block_and_speak_again(capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers.utils import logging as theirs
+
+    level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    logger = logging.getLogger("of.a.library")
+    for error in (None, ZeroDivisionError):
+        with suppress(ZeroDivisionError), quiet():
+            assert theirs.get_verbosity() == theirs.ERROR and not theirs.is_progress_bar_enabled()
+            assert not logger.isEnabledFor(logging.WARNING) and logger.isEnabledFor(logging.ERROR)
+            print("a bar that knows no switch", file=sys.stderr)
+            warnings.warn("a warning", stacklevel=1)
+            if error:
+                raise error
+        assert (theirs.get_verbosity(), theirs.is_progress_bar_enabled()) == (level, bars)
+        assert logger.isEnabledFor(logging.WARNING)
+    assert capsys.readouterr().err == ""
+    with pytest.warns(UserWarning, match="a warning"):
+        warnings.warn("a warning", stacklevel=1)
+
+
+# precision ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_copy_in_half_keeps_what_no_checkpoint_holds(tiny_folder: Path, dtype: str) -> None:
+    model: Any = load_model(find_model(str(tiny_folder)))
+    frequencies = model.model.rotary_emb.inv_freq.clone()
+    half: Any = in_precision(model, dtype)
+    kind = getattr(torch, dtype)
+    assert {p.dtype for p in half.parameters()} == {kind}
+    for name, weight in model.state_dict().items():
+        assert weight.dtype == torch.float32 and torch.equal(half.state_dict()[name], weight.to(kind)), name
+    found = half.model.rotary_emb.inv_freq
+    assert found.dtype == torch.float32 and torch.equal(found, frequencies)
+    assert found.data_ptr() != model.model.rotary_emb.inv_freq.data_ptr()
+    # As transformers loads it.
+    theirs = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=kind).eval()
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.inference_mode():
+        assert torch.equal(half(input_ids=ids).logits, theirs(input_ids=ids).logits)
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="needs the processor's flags of /proc/cpuinfo")
+def test_half_is_fast_where_the_processor_has_an_instruction_for_it() -> None:
+    flags = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text()))
+    has = bool(flags & {"amx_tile", "avx512_bf16"})
+    assert fast_dtype() == ("bfloat16" if has else "float32")

@@ -1,0 +1,87 @@
+"""A loaded model: each of its parts is loaded once, when it is asked for, and copies in other dtypes go when unused."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nbl_export.errors import InputError
+from nbl_export.models import load
+from nbl_export.models.loaded import LoadedModel
+from nbl_export.models.pooling import Pooling
+from nbl_export.models.source import find_model
+from nbl_export.progress import Silent
+from tests.encoders import as_sentence_transformer, text_encoder, vision_encoder
+from tests.listening import Notes
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows by the name of every function of loading that runs."""
+    ran: list[str] = []
+    for name in ("load_model", "load_tokenizer", "load_image_processor", "in_precision"):
+        plain = getattr(load, name)
+
+        def counting(*args: Any, name: str = name, plain: Any = plain) -> Any:
+            ran.append(name)
+            return plain(*args)
+
+        monkeypatch.setattr(load, name, counting)
+    return ran
+
+
+def test_nothing_is_loaded_before_it_is_asked_for_and_then_once(
+    tiny_folder: Path, counted: list[str]
+) -> None:
+    listener = Notes()
+    model = LoadedModel(find_model(str(tiny_folder)), listener)
+    assert model.task.name == "text-generation" and model.pooling is None
+    assert counted == [] and listener.tasks == []
+    assert model.model is model.model and model.tokenizer is model.tokenizer
+    assert counted == ["load_model", "load_tokenizer"]
+    assert listener.tasks == [(f"Loading {tiny_folder.name}", 1, "model", 0)] and listener.advanced == [1]
+
+
+def test_a_copy_is_shared_while_somebody_has_it(tiny_folder: Path, counted: list[str]) -> None:
+    model = LoadedModel(find_model(str(tiny_folder)), Silent())
+    assert model.in_dtype("float32") is model.model
+    half = model.in_dtype("bfloat16")
+    assert half is model.in_dtype("bfloat16") and half is not model.model
+    assert counted.count("in_precision") == 1
+    weights = [p.dtype for p in half.parameters()]
+    assert set(weights) == {torch.bfloat16} and {p.dtype for p in model.model.parameters()} == {torch.float32}
+    del half
+    gc.collect()
+    again = model.in_dtype("bfloat16")
+    assert counted.count("in_precision") == 2, "the first copy was not kept for nobody"
+    original = next(model.model.parameters()).detach().numpy()
+    rounded = next(again.parameters()).detach().float().numpy()
+    # bfloat16 keeps eight binary digits.
+    np.testing.assert_allclose(rounded, original, rtol=2**-8, atol=0)
+
+
+@pytest.mark.parametrize("fastest", ["float32", "bfloat16"])
+def test_auto_is_what_the_machine_is_fastest_in(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, fastest: str
+) -> None:
+    monkeypatch.setattr(load, "fast_dtype", lambda: fastest)
+    found = LoadedModel(find_model(str(tiny_folder)), Silent()).in_dtype("auto")
+    assert str(next(found.parameters()).dtype) == f"torch.{fastest}"
+
+
+def test_encoders_have_what_reads_their_inputs(tmp_path: Path, counted: list[str]) -> None:
+    text = LoadedModel(find_model(str(as_sentence_transformer(text_encoder(tmp_path / "bert")))), Silent())
+    assert text.pooling == Pooling("mean", True, ("modules.json", "1_Pooling/config.json"))
+    assert text.tokenizer("ab")["input_ids"] == [257, *text.tokenizer.convert_tokens_to_ids(["a", "b"]), 258]
+    pytest.importorskip("PIL", reason="needs pillow: pip install 'nbl-export[vision]'")
+    images = LoadedModel(find_model(str(vision_encoder(tmp_path / "vit"))), Silent())
+    assert images.image_processor is images.image_processor
+    assert counted == ["load_tokenizer", "load_image_processor"]
+    (tmp_path / "vit" / "preprocessor_config.json").unlink()
+    with pytest.raises(InputError, match=r"has no preprocessor_config\.json"):
+        LoadedModel(find_model(str(tmp_path / "vit")), Silent()).image_processor  # noqa: B018

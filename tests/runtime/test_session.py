@@ -1,0 +1,89 @@
+"""Sessions of ONNX Runtime: what is refused in words, and that half graphs round on the CPU as they say."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nbl_export.errors import InputError, MissingDependencyError
+from nbl_export.graph.io import save_graph
+from nbl_export.graph.precision import PRECISIONS, to_precision
+from nbl_export.runtime.session import require_onnxruntime, session
+from tests.folders import copied
+from tests.graph.parsed import parsed
+
+
+@pytest.mark.parametrize("name", ["fp16", "bf16"])
+def test_a_half_graph_rounds_and_overflows_on_the_cpu_as_it_says(tmp_path: Path, name: str) -> None:
+    """Parity measured on the CPU must be that of the graph, not of a float32 run of it."""
+    half = PRECISIONS[name]
+    weights = {"table": [[300, 1], [1, 1 / 3]], "up": [[300, 0], [0, 3]], "down": [[2**-10, 0], [0, 1]]}
+    model = parsed(
+        """g (int64[b,s] input_ids) => (float[b,s,2] logits) {
+            e = Gather(table, input_ids)
+            h = MatMul(e, up)
+            logits = MatMul(h, down)
+        }""",
+        **{n: np.array(w, np.float32) for n, w in weights.items()},
+    )
+    to_precision(model, half, {})
+    save_graph(model, tmp_path / "model.onnx")
+    (found,) = session(tmp_path / "model.onnx").run(["logits"], {"input_ids": np.array([[0, 1]])})
+    with np.errstate(over="ignore", invalid="ignore"):
+        e, up, down = (
+            np.array(w, np.float64).astype(half.numpy).astype(np.float64) for w in weights.values()
+        )
+        h = (e @ up).astype(half.numpy)
+        expected = (h.astype(np.float64) @ down).astype(half.numpy).astype(np.float32)
+    # 300 · 300 is beyond float16; three times a rounded third is 1 again.
+    assert np.isinf(expected[0, 0]) == (name == "fp16") and expected[1, 1] == 1
+    assert np.array_equal(found[0], expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("damage", ["text", "truncated graph", "no data", "truncated data"])
+def test_a_broken_file_is_an_input_error(rewritten: Path, tmp_path: Path, damage: str) -> None:
+    path = copied(rewritten, tmp_path)
+    data = tmp_path / "model.onnx.data"
+    if damage == "text":
+        path.write_text("no graph\n" * 100)
+    elif damage == "truncated graph":
+        path.write_bytes(path.read_bytes()[:5000])
+    elif damage == "no data":
+        data.unlink()
+    else:
+        data.write_bytes(data.read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"model\.onnx") as caught:
+        session(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_onnxruntime_is_named_with_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'nbl-export\[cpu\]'") as caught:
+        require_onnxruntime()
+    assert caught.value.exit_code == 3
+    with pytest.raises(MissingDependencyError):
+        session(Path("any.onnx"))
+
+
+@pytest.mark.parametrize("command", ["run", "verify", "rewrite"])
+def test_commands_without_onnxruntime_exit_3(stories_copy: Path, stories_folder: Path, command: str) -> None:
+    """Before the first minute of work, in one sentence."""
+    arguments = [str(stories_folder), "--k", "2", "-o", str(stories_copy)]
+    if command != "run":
+        arguments = [command, str(stories_copy)]
+        # What is done is not looked at again; let there be something to do.
+        (stories_copy / ("report/report.json" if command == "verify" else "model.onnx")).unlink()
+    code = (
+        "import sys; sys.modules['onnxruntime'] = None; sys.argv = ['nbl-export', *sys.argv[1:]]; "
+        "from nbl_export.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 3, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "pip install 'nbl-export[cpu]'" in errors[0]
+    assert "Traceback" not in done.stderr

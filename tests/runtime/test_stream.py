@@ -1,0 +1,241 @@
+"""Streams: whatever the runtime pads and however it keeps the cache, each row is the row run alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from nbl_export.errors import InputError
+from nbl_export.graph.cache import is_static
+from nbl_export.graph.io import load_graph, save_graph
+from nbl_export.graph.precision import PRECISIONS, to_precision
+from nbl_export.runtime.intermediates import intermediate_tensors
+from nbl_export.runtime.ort import OrtDecoder, OrtStaticStream, ort_stream, run_outputs
+from nbl_export.runtime.stream import LastLogits, PastStream
+from nbl_export.runtime.torch import TorchDecoder
+from tests.fixtures_graph import original_logits, pad_left, ragged_rows
+from tests.graph.parsed import parsed
+
+LAYERS, HEADS, DIM, VOCAB = 4, 2, 8, 260
+LENGTHS, STEPS = (11, 6, 1), 4
+
+
+@pytest.fixture(scope="module")
+def graphs(tiny_graph: Path, static_graph: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Path]:
+    """The tiny Llama by form and precision."""
+    folder = tmp_path_factory.mktemp("streams")
+    found = {("concat", "fp32"): tiny_graph, ("static", "fp32"): static_graph}
+    for form in ("concat", "static"):
+        for name in ("fp16", "bf16"):
+            graph = load_graph(found[form, "fp32"])
+            to_precision(graph, PRECISIONS[name], {})
+            found[form, name] = folder / f"{form}-{name}" / "model.onnx"
+            save_graph(graph, found[form, name])
+    return found
+
+
+@pytest.fixture(params=["concat", "static"])
+def form(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Any]:
+    return ragged_rows([n + STEPS for n in LENGTHS], VOCAB, seed=1)
+
+
+def teacher_forced(stream: Any, rows: Sequence[Any], steps: int = STEPS) -> list[Any]:
+    """Logits of every token of each row: all but the last ``steps`` prefilled, the rest decoded."""
+    lengths = [len(r) - steps for r in rows]
+    logits = stream.prefill([r[:n] for r, n in zip(rows, lengths, strict=True)])
+    assert logits.shape == (sum(lengths), VOCAB) and logits.dtype == np.float32
+    found = [list(part) for part in np.split(logits, np.cumsum(lengths)[:-1])]
+    for step in range(steps):
+        logits = stream.decode([int(r[n + step]) for r, n in zip(rows, lengths, strict=True)])
+        assert logits.shape == (len(rows), VOCAB)
+        for row, token in zip(found, logits, strict=True):
+            row.append(token)
+    return [np.stack(row) for row in found]
+
+
+def torch_cache(model: Any, row: Any) -> list[Any]:
+    with torch.inference_mode():
+        cache = model(input_ids=torch.from_numpy(row.astype(np.int64))[None], use_cache=True).past_key_values
+    return [(layer.keys[0].numpy(), layer.values[0].numpy()) for layer in cache.layers]
+
+
+# float32 -----------------------------------------------------------------------------------------
+
+
+def test_every_row_is_the_row_alone(graphs: Any, form: str, rows: list[Any], tiny_model: Any) -> None:
+    stream = ort_stream(graphs[form, "fp32"], 20)
+    assert isinstance(stream, OrtStaticStream if form == "static" else PastStream)
+    assert stream.kv_layers == (0, 1, 2, 3)
+    for row, found in zip(rows, teacher_forced(stream, rows), strict=True):
+        np.testing.assert_allclose(found, original_logits(tiny_model, row), rtol=0, atol=2e-4)
+    pairs, real = stream.cache()
+    assert len(pairs) == LAYERS and real.dtype == bool
+    for number, row in enumerate(rows):
+        assert real[number].sum() == len(row)
+        for found_pair, expected_pair in zip(pairs, torch_cache(tiny_model, row), strict=True):
+            for found, expected in zip(found_pair, expected_pair, strict=True):
+                assert found.shape == (len(rows), HEADS, real.shape[1], DIM)
+                np.testing.assert_allclose(found[number][:, real[number]], expected, rtol=0, atol=1e-4)
+
+
+def test_pytorchs_stream_is_the_same(rows: list[Any], tiny_model: Any) -> None:
+    for row, found in zip(rows, teacher_forced(PastStream(TorchDecoder(tiny_model)), rows), strict=True):
+        np.testing.assert_allclose(found, original_logits(tiny_model, row), rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("of", ["onnxruntime", "pytorch"])
+def test_a_prefill_need_not_make_all_logits(
+    graphs: Any, rows: list[Any], tiny_model: Any, of: str, logits_made: Any
+) -> None:
+    """The last logits are the row's, no others are made, and decoding goes on from there."""
+    decoder = OrtDecoder(graphs["concat", "fp32"]) if of == "onnxruntime" else TorchDecoder(tiny_model)
+    made = logits_made(type(decoder))
+    stream = PastStream(decoder)
+    assert isinstance(stream, LastLogits)
+    last = stream.prefill_last([row[:-1] for row in rows])
+    following = stream.decode([int(row[-1]) for row in rows])
+    assert made == [(len(rows), 1, VOCAB)] * 2
+    for row, *found in zip(rows, last, following, strict=True):
+        np.testing.assert_allclose(found, original_logits(tiny_model, row)[-2:], rtol=0, atol=2e-4)
+
+
+def test_a_prefill_begins_anew(graphs: Any, form: str, tiny_model: Any) -> None:
+    """Longer, shorter and other batches after one another on one stream."""
+    stream = ort_stream(graphs[form, "fp32"], 16)
+    for seed, lengths in enumerate([(15, 9), (4,), (3, 7, 12), (2, 2)]):
+        rows = ragged_rows(lengths, VOCAB, seed=10 + seed)
+        for row, found in zip(rows, teacher_forced(stream, rows, 1), strict=True):
+            np.testing.assert_allclose(found, original_logits(tiny_model, row), rtol=0, atol=2e-4)
+        assert stream.cache()[1].sum(axis=1).tolist() == list(lengths)
+
+
+def test_a_static_stream_serves_its_whole_capacity_and_no_more(graphs: Any, tiny_model: Any) -> None:
+    stream = ort_stream(graphs["static", "fp32"], 9)
+    rows = ragged_rows((9, 5), VOCAB)
+    for row, found in zip(rows, teacher_forced(stream, rows, 2), strict=True):
+        np.testing.assert_allclose(found, original_logits(tiny_model, row), rtol=0, atol=2e-4)
+    assert stream.cache()[1].tolist() == [[True] * 9, [True] * 5 + [False] * 4]
+    with pytest.raises(InputError, match="10 tokens do not fit into a static cache of 9 slots"):
+        stream.decode([1, 1])
+    with pytest.raises(InputError, match="10 tokens do not fit"):
+        stream.prefill(ragged_rows((10,), VOCAB))
+
+
+def test_which_graphs_are_static(graphs: Any, tmp_path: Path) -> None:
+    assert {key: is_static(load_graph(path)) for key, path in graphs.items()} == {
+        key: key[0] == "static" for key in graphs
+    }
+    model = parsed("g (int64[b,s] input_ids) => (int64[b,s] logits) { logits = Identity(input_ids) }")
+    assert not is_static(model)
+
+
+# Taps --------------------------------------------------------------------------------------------
+
+
+def test_taps_are_left_padded_in_both_forms(graphs: Any, form: str, tiny_model: Any) -> None:
+    rows = ragged_rows((9, 4, 1), VOCAB, seed=2)
+    ids, mask, positions = pad_left(rows)
+    path = graphs[form, "fp32"]
+    norms = [
+        n
+        for n in onnx.load(str(path), load_external_data=False).graph.node
+        if n.op_type == "RMSNormalization"
+    ]
+    names = [norms[2].output[0], "logits", norms[0].input[0], "logits"]
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    before = sorted(p.name for p in path.parent.iterdir())
+    found = intermediate_tensors(path, names, inputs)
+    assert list(found) == [names[0], "logits", names[2]]
+    assert sorted(p.name for p in path.parent.iterdir()) == before
+    seen: dict[str, Any] = {}
+    hooks = [
+        tiny_model.model.layers[1].input_layernorm.register_forward_hook(
+            lambda _m, _a, output: seen.update({names[0]: output[0].numpy()})
+        ),
+        tiny_model.model.embed_tokens.register_forward_hook(
+            lambda _m, _a, output: seen.update({names[2]: output[0].numpy()})
+        ),
+    ]
+    try:
+        for number, row in enumerate(rows):
+            seen["logits"] = original_logits(tiny_model, row)
+            for name, expected in seen.items():
+                assert found[name].shape[:2] == ids.shape and found[name].dtype == np.float32
+                np.testing.assert_allclose(found[name][number, -len(row) :], expected, rtol=0, atol=2e-4)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def test_outputs_of_a_prefill(graphs: Any, form: str, tiny_model: Any) -> None:
+    rows = ragged_rows((7, 3), VOCAB, seed=3)
+    found = run_outputs(graphs[form, "fp32"], rows)
+    pairs = [f"present.{i}.{side}" for i in range(LAYERS) for side in ("key", "value")]
+    assert list(found) == ["logits", *pairs]
+    assert found["logits"].shape == (2, 7, VOCAB) and found[pairs[-1]].shape == (2, HEADS, 7, DIM)
+    # Padding is where the form wants it.
+    side = slice(0, 3) if form == "static" else slice(4, 7)
+    np.testing.assert_allclose(
+        found["logits"][1, side], original_logits(tiny_model, rows[1]), rtol=0, atol=2e-4
+    )
+    assert list(run_outputs(graphs[form, "fp32"], rows, ["present.1.key"])) == ["present.1.key"]
+    with pytest.raises(InputError, match="has no tensor 'nothing'"):
+        intermediate_tensors(
+            graphs[form, "fp32"],
+            ["nothing"],
+            dict(zip(("input_ids", "attention_mask"), pad_left(rows)[:2], strict=True)),
+        )
+
+
+# Half precision ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["fp16", "bf16"])
+def test_half_graphs_err_no_more_than_pytorchs_half(
+    graphs: Any, form: str, rows: list[Any], tiny_model: Any, name: str
+) -> None:
+    half = copy.deepcopy(tiny_model).to(torch.float16 if name == "fp16" else torch.bfloat16)
+    # Transformers, too, keeps its rotary frequencies in float32.
+    half.model.rotary_emb.inv_freq = tiny_model.model.rotary_emb.inv_freq
+    stream = ort_stream(graphs[form, name], 16)
+    found = np.concatenate(teacher_forced(stream, rows))
+    exact = np.concatenate([original_logits(tiny_model, row) for row in rows])
+    with torch.inference_mode():
+        theirs = np.concatenate(
+            [
+                half(input_ids=torch.from_numpy(r.astype(np.int64))[None]).logits[0].float().numpy()
+                for r in rows
+            ]
+        )
+    own, mine = (np.abs(logits - exact) for logits in (theirs, found))
+    assert 0 < mine.mean() <= 1.5 * own.mean() and mine.max() <= 3 * own.max()
+    pairs, real = stream.cache()
+    for number, row in enumerate(rows):
+        for pair, expected_pair in zip(pairs, torch_cache(tiny_model, row), strict=True):
+            for keys, expected in zip(pair, expected_pair, strict=True):
+                kept = keys[number][:, real[number]].astype(np.float32)
+                assert np.linalg.norm(kept - expected) < 5e-2 * np.linalg.norm(expected)
+
+
+def test_caches_have_the_dtype_that_the_session_takes(graphs: Any, form: str) -> None:
+    taken = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+    for name in ("fp32", "fp16", "bf16"):
+        path = graphs[form, name]
+        decoder: Any = OrtStaticStream(path, 8) if form == "static" else OrtDecoder(path)
+        (kind,) = {i.type for i in decoder.session.get_inputs() if i.name.startswith("past")}
+        assert decoder.cache_dtype == taken[kind] and decoder.interface.static == (form == "static")
+        arrays = [a for pair in decoder.buffers(3, 8) for a in pair]
+        assert [a.shape for a in arrays] == [(3, HEADS, 8, DIM)] * 2 * LAYERS
+        assert {a.dtype.type for a in arrays} == {taken[kind]}

@@ -1,0 +1,67 @@
+"""A calibrated and exported run to select from, and what is counted while that goes on."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbl_export.linearize.loss import LossMeter
+from nbl_export.stages.select.frontier import SpeedMeter, Speedups
+from tests.stages.select.by_hand import forget
+
+
+@pytest.fixture(autouse=True)
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses are measured in float32, whatever the processor is fastest in."""
+    monkeypatch.setattr("nbl_export.models.load.fast_dtype", lambda: "float32")
+
+
+@pytest.fixture(scope="session")
+def calibrated(stories_out: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on little text that was calibrated and exported: the finished one without what came after."""
+    out = Path(shutil.copytree(stories_out, tmp_path_factory.mktemp("stages") / "out"))
+    forget(out, "select", "rewrite", "verify")
+    for path in (
+        out / "nbl" / "plan.json",
+        out / "nbl" / "plan.safetensors",
+        out / "nbl" / "candidates.json",
+    ):
+        path.unlink()
+    return out
+
+
+@pytest.fixture
+def out(calibrated: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(calibrated, tmp_path / "out", copy_function=shutil.copy2))
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one with every measurement of a loss."""
+    found: list[int] = []
+    plain = LossMeter.measure_within
+
+    def counted(self: LossMeter, change: Any, first: int) -> Any:
+        found.append(first)
+        return plain(self, change, first)
+
+    monkeypatch.setattr(LossMeter, "measure_within", counted)
+    return found
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """K layers are 1 + K/10 times as fast; grows by each K that is timed."""
+    found: list[int] = []
+
+    def call(self: SpeedMeter, k: int) -> Speedups:
+        if k not in self.found:
+            found.append(k)
+            self.found[k] = Speedups(1 + k / 10, 1 + k / 8)
+        return self.found[k]
+
+    monkeypatch.setattr(SpeedMeter, "__call__", call)
+    return found

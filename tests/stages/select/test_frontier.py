@@ -1,0 +1,89 @@
+"""How many layers a wanted speed takes: by bisection, with times that are made up and with real ones."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from nbl_export import api
+from nbl_export.errors import BudgetError, InputError
+from nbl_export.stages.select import frontier
+from nbl_export.stages.select.frontier import SpeedMeter, Speedups
+from tests.listening import Notes
+from tests.stages.select.by_hand import candidates, curve, forget, select
+
+
+@pytest.mark.parametrize(("wanted", "k"), [(1.0, 1), (1.05, 1), (1.25, 3), (1.3, 3), (1.45, 5), (1.5, 5)])
+def test_the_smallest_k_that_is_fast_enough_by_bisection(
+    out: Path, timed: list[int], wanted: float, k: int
+) -> None:
+    plan = select(out, api.SelectSettings(budget=api.Budget(min_speedup=wanted)))
+    assert len(plan.chosen) == k
+    assert plan.chosen == select(out, api.SelectSettings(k=k)).chosen
+    assert timed[0] == 5, "whether it can be had at all comes first"
+
+
+def test_bisection_times_few() -> None:
+    for most in (1, 2, 7, 30, 64):
+        for least in range(1, most + 1):
+            asked: list[int] = []
+
+            class Faked(SpeedMeter):
+                def __init__(self, least: int, asked: list[int]) -> None:
+                    self.context, self.least, self.asked = 511, least, asked
+
+                def __call__(self, k: int) -> Speedups:
+                    self.asked.append(k)
+                    return Speedups(2.0, None) if k >= self.least else Speedups(1.0, 9.0)
+
+            assert Faked(least, asked).least_k(1.5, most) == least
+            assert len(asked) <= 1 + math.ceil(math.log2(most)) if most > 1 else len(asked) == 1
+
+
+def test_a_speed_out_of_reach_and_one_that_costs_too_much(out: Path, timed: list[int]) -> None:
+    with pytest.raises(BudgetError, match=r"--min-speedup 1\.6 is out of reach at 511 tokens: 5 .* 1\.50"):
+        select(out, api.SelectSettings(budget=api.Budget(min_speedup=1.6)))
+    points = curve(out)
+    between = (points[1]["kl"] + points[2]["kl"]) / 2
+    assert points[1]["kl"] < between < points[2]["kl"] < points[3]["kl"]
+    with pytest.raises(
+        BudgetError, match=r"--min-speedup 1\.35 needs 4 linear layers, and the loss allows 2 \(K = 1 costs"
+    ):
+        select(out, api.SelectSettings(budget=api.Budget(max_kl=between, min_speedup=1.35)))
+    plan = select(out, api.SelectSettings(budget=api.Budget(max_kl=between, min_speedup=1.05)))
+    assert len(plan.chosen) == 2, "as many as the loss allows"
+
+
+def test_a_speed_without_a_graph_names_the_command(out: Path) -> None:
+    forget(out, "export")
+    with pytest.raises(InputError, match=rf"no finished `export` yet: run `nbl-export export {out}` first"):
+        select(out, api.SelectSettings(budget=api.Budget(min_speedup=1.1)))
+    # A budget of loss alone is kept without: the curve then has no speeds, and a note says why.
+    notes = Notes()
+    select(out, api.SelectSettings(budget=api.Budget(max_kl=100.0)), notes)
+    assert any(n.startswith("The K curve has no speeds: the model is not exported yet") for n in notes.notes)
+    said = candidates(out)["curve"]
+    assert said["context"] is None and all(p["prefill_speedup"] is None for p in said["points"])
+
+
+def test_graphs_are_really_timed(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frontier, "CONTEXT", 16)
+    monkeypatch.setattr(frontier, "ROUNDS", 3)
+    before = (out / "baseline" / "model.onnx").read_bytes()
+    plan = select(out, api.SelectSettings(criterion="nmse", budget=api.Budget(max_kl=100.0)))
+    assert len(plan.chosen) == 5
+    said = candidates(out)["curve"]
+    speeds = {p["k"]: p["prefill_speedup"] for p in said["points"]}
+    assert said["context"] == 16
+    assert {k for k, v in speeds.items() if v is not None} == set(frontier.points_of(5, 5))
+    assert all(v > 0 for v in speeds.values() if v is not None)
+    assert (out / "baseline" / "model.onnx").read_bytes() == before
+    assert not [p for p in (out / "nbl").iterdir() if p.is_dir() or p.name.endswith(".tmp")]
+
+
+def test_points_that_are_timed() -> None:
+    assert list(frontier.points_of(1, 1)) == [1]
+    assert list(frontier.points_of(3, 0)) == [1, 2, 3]
+    assert list(frontier.points_of(32, 9)) == [8, 9, 16, 24, 32]

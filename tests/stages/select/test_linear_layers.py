@@ -1,0 +1,105 @@
+"""The maps of the layers chosen: fitted in sequence, repaired, of a rank, and what they cost by hand."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nbl_export import api
+from nbl_export.errors import InputError
+from nbl_export.graph.io import load_graph
+from nbl_export.progress import Silent
+from nbl_export.workspace import Workspace
+from tests.fixtures_graph import load
+from tests.interruptions import Recorder, send
+from tests.stages.select.by_hand import QUICK, candidates, kl_by_hand, same_plan, select
+
+
+def test_what_the_final_maps_cost_is_measured(out: Path, stories_folder: Path) -> None:
+    model = load(stories_folder)
+    plan = select(out, api.SelectSettings(k=3, fit="sequential", repair=10))
+    result = candidates(out)["result"]
+    assert result["loss"]["kl"] == pytest.approx(kl_by_hand(out, model, plan.layers, plan.adapters), rel=5e-3)
+    assert len(plan.adapters) == 3 * (5 - min(plan.chosen))  # gate, up and down of the blocks behind
+    fitted = select(out, api.SelectSettings(k=3, fit="sequential"))
+    assert result["before_repair"]["kl"] == pytest.approx(kl_by_hand(out, model, fitted.layers), rel=5e-3)
+    assert candidates(out)["result"]["loss"] == pytest.approx(result["before_repair"])
+    assert not same_plan(plan, fitted)
+    # The seed decides what the distillation reads.
+    assert same_plan(plan, select(out, api.SelectSettings(k=3, fit="sequential", repair=10)))
+    assert not same_plan(plan, select(out, api.SelectSettings(k=3, fit="sequential", repair=10, seed=1)))
+
+
+class RepairStops(Silent):
+    """Interrupts at the given step of a repair."""
+
+    def __init__(self, at: int) -> None:
+        self.recorder = Recorder(at, send(signal.SIGINT))
+
+    def task(self, title: str, total: int, unit: str, done: int = 0) -> Any:
+        return (self.recorder if title == "Repairing" else super()).task(title, total, unit, done)
+
+
+def test_an_interrupted_repair_goes_on_and_its_checkpoint_is_gone_in_the_end(
+    out: Path, calibrated: Path, tmp_path: Path
+) -> None:
+    settings = api.SelectSettings(k=2, repair=6)
+    whole = Path(shutil.copytree(calibrated, tmp_path / "whole"))
+    expected = select(whole, settings)
+    with pytest.raises(KeyboardInterrupt):
+        select(out, settings, RepairStops(4))
+    checkpoint = Workspace.open(out).repair_checkpoint
+    assert checkpoint.exists() and Workspace.open(out).record("select") is None
+    other = RepairStops(-1)
+    select(out, replace(settings, seed=1), other)
+    assert other.recorder.start == (6, 0), "another seed is another repair"
+    assert not checkpoint.exists()
+    with pytest.raises(KeyboardInterrupt):
+        select(out, settings, RepairStops(4))
+    going_on = RepairStops(-1)
+    assert same_plan(select(out, settings, going_on), expected)
+    assert going_on.recorder.start == (6, 4)
+    assert not checkpoint.exists()
+
+
+def test_maps_of_a_rank_are_two_products_in_the_graph_and_their_cost_is_told(
+    out: Path, stories_folder: Path
+) -> None:
+    whole = select(out, api.SelectSettings(k=2, repair=5))
+    plan = select(out, api.SelectSettings(k=2, repair=5, rank=12))
+    assert plan.chosen == whole.chosen and plan.rank == 12 and set(plan.adapters) == set(whole.adapters)
+    result = candidates(out)["result"]
+    for index, layer in plan.layers.items():
+        assert np.linalg.matrix_rank(layer.w) == 12 < np.linalg.matrix_rank(whole.layers[index].w)
+        assert 0 < result["rank_lost"][str(index)] < 0.5
+    model = load(stories_folder)
+    for name, maps in (("before_rank", whole.layers), ("loss", plan.layers)):
+        by_hand = kl_by_hand(out, model, maps, plan.adapters)
+        assert result[name]["kl"] == pytest.approx(by_hand, rel=5e-3)
+    assert result["loss"]["kl"] != result["before_rank"]["kl"]
+    api.rewrite(out)
+    report = api.verify(out, QUICK)
+    assert report.passed, report.checks
+    graph = load_graph(out / "model.onnx")
+    weights = {n: v.shape for n, v in graph.graph.initializers.items() if "nbl_linear" in n}
+    for index in plan.chosen:
+        assert weights[f"layers.{index}.nbl_linear.down_weight"] == (64, 12)
+        assert weights[f"layers.{index}.nbl_linear.weight"] == (12, 64)
+    text = (out / "report" / "report.md").read_text()
+    assert "W of rank 12, which loses at most" in text and "| of rank 12 |" in text
+    (facts,) = api.inspect(out / "nbl" / "plan.json")
+    assert dict(facts.rows)["rank"] == "12"  # type: ignore[arg-type]
+
+
+def test_a_rank_that_makes_nothing_smaller_is_refused(out: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--rank is 32; .* of a model of width 64: give less than 32"):
+        select(out, api.SelectSettings(k=2, rank=32))
+    for rank in (0, -3):
+        with pytest.raises(InputError, match=f"--rank is {rank}; it must be 1 or more"):
+            api.SelectSettings(k=2, rank=rank).check()

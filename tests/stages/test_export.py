@@ -1,0 +1,108 @@
+"""The stage that exports: what is kept, what is made again, and the files that consumers find beside the graph."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from nbl_export import api
+from nbl_export.errors import InputError
+from nbl_export.models.source import find_model
+from nbl_export.stages.export import export
+from nbl_export.stages.run import Run
+from nbl_export.workspace import Workspace
+from tests.listening import Notes
+from tests.sessions import cpu_session, empty_past
+from tests.tiny import save_tokenizer
+from tests.tiny_types import tiny_model as random_model
+
+CONCAT = api.ExportSettings("fp32", "concat")
+
+
+@pytest.fixture(scope="module")
+def out(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the tiny model was exported; read only."""
+    folder = tmp_path_factory.mktemp("exported") / "out"
+    export(Run.start(find_model(str(tiny_folder)), folder), CONCAT)
+    return folder
+
+
+def test_the_graph_computes_the_model(out: Path, tiny_folder: Path) -> None:
+    graph = Workspace.open(out).baseline
+    session = cpu_session(graph)
+    ids = np.array([[5, 9, 200, 31]])
+    tokens = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(4)[None]}
+    (found,) = session.run(["logits"], {**tokens, **empty_past(session, 1)})
+    with torch.inference_mode():
+        expected = AutoModelForCausalLM.from_pretrained(tiny_folder)(torch.from_numpy(ids)).logits
+    np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=2e-4)
+
+
+def test_consumers_find_the_model_and_its_tokenizer_beside_it(out: Path, tiny_folder: Path) -> None:
+    beside = out / "baseline"
+    ours, theirs = AutoConfig.from_pretrained(beside), AutoConfig.from_pretrained(tiny_folder)
+    assert ours.model_type == "llama" and ours.num_hidden_layers == theirs.num_hidden_layers
+    words = "Once upon a time, ünusual words"
+    tokens = [AutoTokenizer.from_pretrained(f)(words)["input_ids"] for f in (beside, tiny_folder)]
+    assert tokens[0] == tokens[1]
+    decoder = json.loads((beside / "genai_config.json").read_text())["model"]["decoder"]
+    assert (decoder["num_hidden_layers"], decoder["num_key_value_heads"], decoder["head_size"]) == (4, 2, 8)
+    record = Workspace.open(out).record("export")
+    assert record is not None
+    written = {f"baseline/{p.name}" for p in beside.iterdir()}
+    assert set(record.files) == {*written, "nbl/export.json"}, "all of it is recorded, nothing is left over"
+    assert json.loads((out / "nbl" / "export.json").read_text()) == {"kept_float32": []}
+
+
+def test_an_export_is_kept_whoever_would_run_the_exporter(out: Path) -> None:
+    listener = Notes()
+    export(Run.resume(out, listener), CONCAT)
+    export(
+        Run.resume(out, listener), api.ExportSettings("fp32", "concat", python="/usr/bin/python-of-another")
+    )
+    # Without a form, it is the one that suits a decoder.
+    export(Run.resume(out, listener), api.ExportSettings())
+    assert listener.kept == ["export"] * 3 and listener.tasks == []
+
+
+def test_another_form_replaces_it_and_what_it_does_not_have_is_gone(out: Path, tmp_path: Path) -> None:
+    out, listener = Path(shutil.copytree(out, tmp_path / "out")), Notes()
+    assert (out / "baseline" / "genai_config.json").exists()
+    export(Run.resume(out, listener), api.ExportSettings("bf16", "static"))
+    assert listener.kept == []
+    # onnxruntime-genai cannot run a static cache; a configuration for it would be of the graph before.
+    assert not (out / "baseline" / "genai_config.json").exists()
+    proto = onnx.load(str(out / "baseline" / "model.onnx"), load_external_data=False)
+    kinds = {i.name: i.type.tensor_type.elem_type for i in proto.graph.input}
+    assert kinds["write_indices"] == onnx.TensorProto.INT64
+    assert kinds["past_key_values.0.key"] == onnx.TensorProto.BFLOAT16
+    record = Workspace.open(out).record("export")
+    assert record is not None and (record.settings["precision"], record.settings["kv_cache"]) == (
+        "bf16",
+        "static",
+    )
+    assert "python" not in record.settings
+
+
+def test_float16_needs_to_know_how_far_the_text_reaches(tiny_folder: Path, tmp_path: Path) -> None:
+    run = Run.start(find_model(str(tiny_folder)), tmp_path / "out")
+    with pytest.raises(InputError, match=r"no finished `calibrate` yet: run `nbl-export calibrate MODEL"):
+        export(run, api.ExportSettings("fp16"))
+    assert not run.workspace.baseline.exists()
+
+
+def test_a_model_that_the_form_does_not_suit_is_refused_before_work(tmp_path: Path) -> None:
+    folder = tmp_path / "lfm2"
+    random_model("lfm2").save_pretrained(folder)
+    save_tokenizer(folder)
+    run = Run.start(find_model(str(folder)), tmp_path / "out")
+    with pytest.raises(InputError, match="--kv-cache none"):
+        export(run, CONCAT)
+    assert not list(run.workspace.baseline.parent.glob("*.onnx*"))

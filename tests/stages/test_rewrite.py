@@ -1,0 +1,105 @@
+"""The stage that rewrites: what it begins from, what it records, and the files that go beside the graph."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from nbl_export.errors import InputError
+from nbl_export.linearize.plan import load_plan, save_plan
+from nbl_export.rewrite.replace import rewrite_file
+from nbl_export.stages.rewrite import current_rewrite, rewrite
+from nbl_export.stages.run import Run
+from nbl_export.workspace import Workspace
+from tests.fixtures_graph import plan_by_hand, rerecord
+from tests.listening import Notes
+
+
+def replan(out: Path, layers: tuple[int, ...], **changes: Any) -> None:
+    """Take a plan of ``layers`` for what selection wrote, under another key."""
+    ws = Workspace.open(out)
+    save_plan(ws.plan, replace(plan_by_hand(out, layers), **changes))
+    record = ws.record("select")
+    assert record is not None
+    files = [out / name for name in record.files]
+    ws.finish("select", f"{record.key}{layers}{changes}", record.settings, files, 0.0, [])
+
+
+def test_the_graph_is_the_baseline_rewritten_by_the_plan(stories_copy: Path, tmp_path: Path) -> None:
+    replan(stories_copy, (1, 3, 4))
+    listener = Notes()
+    rewrite(Run.resume(stories_copy, listener))
+    assert listener.kept == []
+    ws = Workspace.open(stories_copy)
+    # The same by the function alone, to the bit.
+    rewrite_file(ws.baseline, load_plan(ws.plan), tmp_path / "model.onnx")
+    for name in ("model.onnx", "model.onnx.data"):
+        assert (stories_copy / name).read_bytes() == (tmp_path / name).read_bytes()
+    proto = onnx.load(str(ws.model), load_external_data=False)
+    assert sum(i.name.startswith("past_key_values.") for i in proto.graph.input) == 2 * 2
+    summary = json.loads(ws.rewrite_summary.read_text())
+    # Every layer is proven, also those that stay: the regions found are the model's.
+    assert [proof["layer"] for proof in summary["proofs"]] == [0, 1, 2, 3, 4]
+    record = ws.record("rewrite")
+    assert record is not None and {"model.onnx", "model.onnx.data", "nbl/rewrite.json"} <= set(record.files)
+    again = Notes()
+    rewrite(Run.resume(stories_copy, again))
+    assert again.kept == ["rewrite"]
+
+
+def test_files_beside_the_graph_follow_the_plan(stories_copy: Path) -> None:
+    replan(stories_copy, (0, 2))
+    rewrite(Run.resume(stories_copy))
+    beside = {p.name for p in (stories_copy / "baseline").iterdir() if not p.name.startswith("model.onnx")}
+    assert beside <= {p.name for p in stories_copy.iterdir()}
+    found = json.loads((stories_copy / "genai_config.json").read_text())["model"]["decoder"]
+    before = json.loads((stories_copy / "baseline" / "genai_config.json").read_text())["model"]["decoder"]
+    assert (before.pop("num_hidden_layers"), found.pop("num_hidden_layers")) == (5, 3)
+    assert found == before
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (stories_copy / name).read_bytes() == (stories_copy / "baseline" / name).read_bytes()
+
+
+def test_a_plan_of_another_model_is_refused_and_the_old_graph_stays(stories_copy: Path) -> None:
+    before = (stories_copy / "model.onnx").read_bytes()
+    replan(stories_copy, (1, 2), model="f" * 64)
+    with pytest.raises(
+        InputError, match=rf"is the plan of another model: run `nbl-export select {stories_copy}`"
+    ):
+        rewrite(Run.resume(stories_copy))
+    assert (stories_copy / "model.onnx").read_bytes() == before
+
+
+def test_a_rewrite_is_current_only_for_the_plan_that_is_there(stories_copy: Path) -> None:
+    assert current_rewrite(Workspace.open(stories_copy)).key
+    replan(stories_copy, (4,))
+    with pytest.raises(
+        InputError, match=r"The plan or the baseline changed after `rewrite`: run `nbl-export rew"
+    ):
+        current_rewrite(Workspace.open(stories_copy))
+    rewrite(Run.resume(stories_copy))
+    assert current_rewrite(Workspace.open(stories_copy)).key
+
+
+@pytest.mark.parametrize(
+    ("damaged", "command"), [("nbl/plan.json", "select"), ("baseline/model.onnx", "export")]
+)
+def test_what_it_begins_from_must_be_whole(stories_copy: Path, damaged: str, command: str) -> None:
+    (stories_copy / damaged).write_text("damaged")
+    with pytest.raises(
+        InputError, match=rf"{damaged} is missing or was changed .* run `nbl-export {command} "
+    ):
+        rewrite(Run.resume(stories_copy))
+    # Taken for what the stage wrote, it is still found out.
+    rerecord(stories_copy, command)
+    ws = Workspace.open(stories_copy)
+    assert ws.record(command) is not None
+    ws.model.unlink()
+    with pytest.raises(InputError):
+        rewrite(Run.resume(stories_copy))
+    assert not ws.model.exists()

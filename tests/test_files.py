@@ -1,0 +1,133 @@
+"""Files: all or nothing, hashes, JSON, and names that stay inside their folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from nbl_export.errors import InputError
+from nbl_export.files import (
+    TEMPORARY,
+    atomic_path,
+    json_text,
+    jsonable,
+    read_json,
+    sha256_of_file,
+    sha256_of_json,
+    stays_in,
+    write_json,
+    write_text,
+)
+from tests.folders import files_in
+
+
+def test_atomic_path_replaces_the_file_when_the_block_succeeds(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "folder" / "file.json"
+    with atomic_path(target) as temporary:
+        temporary.write_text("one")
+        assert temporary.parent == target.parent  # a rename across file systems would not be atomic
+        assert not target.exists()
+    with atomic_path(target) as temporary:
+        temporary.write_text("two")
+        assert target.read_text() == "one"
+    assert target.read_text() == "two"
+    assert files_in(tmp_path) == {"new/folder/file.json"}
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError])
+def test_atomic_path_keeps_the_old_file_and_no_temporary_when_the_block_fails(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
+    target = tmp_path / "file.json"
+    target.write_text("old")
+    with pytest.raises(error), atomic_path(target) as temporary:
+        temporary.write_text("half of the new")
+        raise error
+    assert target.read_text() == "old"
+    assert files_in(tmp_path) == {"file.json"}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_atomic_path_follows_the_umask(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        with atomic_path(tmp_path / "file") as temporary:
+            temporary.write_text("x")
+        assert (tmp_path / "file").stat().st_mode & 0o777 == 0o666 & ~umask
+        assert os.umask(umask) == umask
+    finally:
+        os.umask(before)
+
+
+def test_write_json_refuses_numbers_that_json_has_not_and_keeps_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    write_json(path, {"a": 1, "name": "é"})
+    with pytest.raises(ValueError):
+        write_json(path, {"a": float("nan")})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"a": 1, "name": "é"}
+
+
+def test_read_json_says_what_is_wrong_and_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    with pytest.raises(InputError, match=r"The thing is missing .*x\.json.*: do that\.$"):
+        read_json(path, "The thing", "do that")
+    for content in (b'{"a": ', b"\xff\xfe\x00", b""):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"The thing is damaged .*x\.json.*: do that\.$"):
+            read_json(path, "The thing", "do that")
+
+
+def test_hashes(tmp_path: Path) -> None:
+    data = os.urandom(5 << 20)  # more than one block
+    (tmp_path / "x").write_bytes(data)
+    assert sha256_of_file(tmp_path / "x") == hashlib.sha256(data).hexdigest()
+    assert sha256_of_json({"b": [1, 2], "a": None}) == hashlib.sha256(b'{"a":null,"b":[1,2]}').hexdigest()
+
+
+def test_a_half_written_file_is_marked_as_ours(tmp_path: Path) -> None:
+    with atomic_path(tmp_path / "file.json") as temporary:
+        assert temporary.name.startswith(".file.json.") and temporary.name.endswith(TEMPORARY)
+
+
+def test_text_is_utf8_whatever_the_locale_says(tmp_path: Path) -> None:
+    path = tmp_path / "x.txt"
+    write_text(path, "é狐\n")
+    assert path.read_bytes() == b"\xc3\xa9\xe7\x8b\x90\n"
+    write_json(path, {"name": "é"})
+    assert path.read_bytes() == b'{\n  "name": "\xc3\xa9"\n}\n'
+
+
+def test_numbers_that_json_has_not_become_words_at_any_depth() -> None:
+    value = {"a": [1.5, float("nan")], 3: ({"b": float("inf")}, -float("inf")), "c": None, "d": "nan", "e": 2}
+    found = jsonable(value)
+    assert found == {"a": [1.5, "nan"], "3": [{"b": "inf"}, "-inf"], "c": None, "d": "nan", "e": 2}
+    assert json.loads(json_text(found)) == found
+
+
+def test_names_that_lead_out_of_their_folder(tmp_path: Path) -> None:
+    folder = (tmp_path / "model").resolve()
+    (folder / "deep").mkdir(parents=True)
+    (folder / "out").symlink_to(tmp_path)
+    assert stays_in(folder, folder / "weights") and stays_in(folder, folder / "deep" / "weights")
+    assert not stays_in(folder, tmp_path / "weights")
+    assert not stays_in(folder, (folder / "out" / "weights").resolve())
+    # A name that only begins alike is another folder.
+    assert not stays_in(folder, folder.with_name("model-of-others") / "weights")
+
+
+def test_the_hub_keeps_the_files_of_a_snapshot_elsewhere(tmp_path: Path) -> None:
+    repository = (tmp_path / "models--somebody--model").resolve()
+    snapshot = repository / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    assert stays_in(snapshot, repository / "blobs" / "123")
+    assert stays_in(snapshot / "onnx", repository / "blobs" / "123")
+    assert not stays_in(snapshot, repository / "refs" / "main")
+    assert not stays_in(snapshot, tmp_path / "models--other--model" / "blobs" / "123")
+    # A folder that is only called so is no cache.
+    plain = tmp_path / "snapshots" / "abc"
+    assert not stays_in(plain, tmp_path / "blobs" / "123")
