@@ -390,11 +390,11 @@ def test_families(place: Path, tmp_path: Path, model_type: str, model_class: str
     ("model_type", "model_class", "said"),
     [
         ("albert", "AlbertModel", "this architecture is not supported yet"),
-        ("mobilebert", "MobileBertModel", "does more after its output projection"),
-        ("canine", "CanineModel", "does not give each row's tokens to its attention as they are"),
+        ("mobilebert", "MobileBertModel", "has a sum or a norm after its output projection"),
+        ("canine", "CanineModel", "does not pass each row's tokens to its attention unchanged"),
         ("llama", "LlamaModel", "is a decoder without its language-model head"),
-        ("vit_mae", "ViTMAEModel", "does not give each row's tokens to its attention as they are"),
-        ("convbert", "ConvBertModel", "does more after its output projection"),
+        ("vit_mae", "ViTMAEModel", "does not pass each row's tokens to its attention unchanged"),
+        ("convbert", "ConvBertModel", "has a sum or a norm after its output projection"),
     ],
 )
 def test_families_that_are_refused_before_calibration(
@@ -431,9 +431,9 @@ def last_token(folder: Path) -> None:
             "bert",
             {"sources": ("self",)},
             {},
-            "cannot write its own calibration text: name some with --calibration",
+            "cannot generate its own calibration text: name some with --calibration",
         ),
-        ("vit", {"sources": ("self",)}, {}, "cannot write its own calibration images"),
+        ("vit", {"sources": ("self",)}, {}, "cannot generate its own calibration images"),
         ("bert", {}, {"kv_cache": "concat"}, "has no KV cache, so --kv-cache concat means nothing"),
         ("vit", {}, {"kv_cache": "static"}, "has no KV cache, so --kv-cache static means nothing"),
         ("bert", {}, {"exporter": "optimum"}, "--exporter optimum is for decoders"),

@@ -217,8 +217,8 @@ def test_the_signature_is_the_digest_of_the_content(made: Pair) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda m: m.update(format="nbl-export/engine/2"), "no engine manifest of nbl-export"),
-        (lambda m: m.pop("format"), "no engine manifest of nbl-export"),
+        (lambda m: m.update(format="nbl-export/engine/2"), "not an engine manifest of nbl-export"),
+        (lambda m: m.pop("format"), "not an engine manifest of nbl-export"),
         (lambda m: m.pop("profiles"), "damaged"),
         (lambda m: m.pop("attention"), "damaged"),
         (lambda m: m.update(note="of a later release"), "damaged"),
@@ -238,7 +238,7 @@ def test_a_manifest_with_other_fields_is_refused(
 @pytest.mark.parametrize("content", ["[]", "null", "{}", '"nbl-export/engine/1"', "12"])
 def test_other_json_is_no_manifest(made: Pair, content: str) -> None:
     made.file.write_text(content)
-    refused(made.engine, str(made.file), "no engine manifest")
+    refused(made.engine, str(made.file), "not an engine manifest")
 
 
 # where it runs -----------------------------------------------------------------------------------

@@ -151,13 +151,13 @@ def test_a_mask_that_sees_the_next_token_only_in_a_prompt_is_refused(growing: ir
 
 def test_numbers_added_to_scores_are_refused(growing: ir.Model) -> None:
     change_mask(growing, 3, "Cast", to=int(ir.DataType.FLOAT))
-    assert refusal(growing) == "Layer 3 adds numbers to its scores"
+    assert refusal(growing) == "Layer 3 adds values to its scores"
 
 
 def test_attention_in_its_parts_is_refused() -> None:
     assert (
         refusal(trace(unsaved("gemma2"), CONCAT))
-        == "Layer 0 has attention that is not one Attention of its cache"
+        == "Layer 0 has attention that is not one Attention node on its cache"
     )
 
 

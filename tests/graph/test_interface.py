@@ -107,7 +107,7 @@ def test_scalars_that_exporters_add_have_a_meaning() -> None:
 
 def test_an_input_of_unknown_meaning_is_named() -> None:
     with pytest.raises(
-        InputError, match=r"has an input 'input_features', and nbl-export does not know"
+        InputError, match=r"has an input 'input_features' that nbl-export does not know"
     ) as told:
         interface_of(grouped(inputs=("input_features",)))
     assert "\n" not in str(told.value)
