@@ -18,7 +18,7 @@ from nbl_export.linearize.adapters import Adapter, adapted, weight_digests
 from nbl_export.linearize.fits import as_layer
 from nbl_export.linearize.lmmse import Covariances, FitInput, branch_covariances, fit_lmmse
 from nbl_export.linearize.plan import LinearLayer
-from nbl_export.linearize.repair import Repaired, mlp_maps, repair
+from nbl_export.linearize.repair import Distillation, Repaired, mlp_maps
 from nbl_export.linearize.swap import replaced
 from nbl_export.models.layers import attention_layer
 from nbl_export.models.trial import trial
@@ -45,6 +45,13 @@ def fits(model: Any, chosen: tuple[int, ...], fit_input: FitInput = "normed") ->
     moments = collect_moments(model, TOKENS, "").layers
     maps = {i: as_layer(fit_lmmse(moments[i], fit_input, 1e-3)) for i in chosen}
     return maps, {i: branch_covariances(moments[i], fit_input) for i in chosen}
+
+
+def repair(
+    *task: Any, checkpoint: Checkpoint | None = None, identity: str = "", listener: Any = None
+) -> Repaired:
+    """The distillation of the ``task``: model, maps, covariances, fit input, tokens, steps, seed, rank, exact model."""
+    return module.repair(Distillation(*task, identity=identity), checkpoint, listener)
 
 
 def divergence(
