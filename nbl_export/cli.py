@@ -300,7 +300,7 @@ def rewrite(
     if out is not None or plan is None:
         raise typer.BadParameter("--onnx needs --plan, and no OUT.")
     result = api.rewrite_onnx(onnx, plan, output, in_place, TerminalListener())
-    show_tables([graph_table(result.before.as_json(), result.after.as_json())])
+    show_tables([graph_table(result.before, result.after)])
     _say(f"Wrote {result.files[0]}; every replaced layer is proven against the plan's activations.")
 
 
@@ -320,7 +320,7 @@ def build(
 
     settings = given.engine_settings(trt, sm, max_batch, max_seq, max_context)
     engines = api.build(out, settings, TerminalListener())
-    show_tables([engines_table([e.manifest.as_json() for e in engines])])
+    show_tables([engines_table([e.manifest for e in engines])])
     _say(f"Built {out / 'engine'}. Next: nbl-export verify {out}")
 
 

@@ -29,8 +29,8 @@ from nbl_export.report.schema import Report
 from nbl_export.report.tables import checks_table, report_tables
 
 if TYPE_CHECKING:
-    from nbl_export.evaluate.results import Evaluation
     from nbl_export.report.bench import BenchReport
+    from nbl_export.report.evaluation import Evaluation
 
 # Results go to stdout, progress and notes to stderr, so that output can be piped.
 _out = Console(highlight=False)
@@ -124,14 +124,14 @@ def _drawn(table: Table) -> RichTable:
 
 def show_report(report: Report, out: Path) -> None:
     """The summary of a run: tables, then checks, then the verdict and where to look next."""
-    layers, name = report.selection["layers"], Path(report.model["source"]).name
+    layers, name = report.selection.layers, Path(report.model.source).name
     show_tables(report_tables(report, brief=True))
     checks = checks_table(report)
     drawn = _drawn(checks)
     drawn.columns[-1].justify = "left"
     _out.print(drawn)
     text = (
-        f"  {len(layers)} of {len(report.selection['candidates'])} attention layers of {name} are now linear"
+        f"  {len(layers)} of {len(report.selection.candidates)} attention layers of {name} are now linear"
         + (f": {', '.join(map(str, layers))}" if layers else "")
     )
     _out.print(_verdict(report.passed) + Text(text))

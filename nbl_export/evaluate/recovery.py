@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,9 +31,6 @@ class Estimate:
 
     value: float
     se: float
-
-    def as_json(self) -> dict[str, float]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)

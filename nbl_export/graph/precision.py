@@ -30,6 +30,7 @@ from onnx_ir.passes import common as passes
 
 from nbl_export.errors import BuildError, InputError
 from nbl_export.graph.operators import linear_op
+from nbl_export.graph.summary import Kept
 from nbl_export.graph.weights import weight_bits
 
 F32 = ir.DataType.FLOAT
@@ -72,15 +73,6 @@ SENSITIVE = frozenset(
 )
 # What leads up to these is kept too: an angle is position times frequency.
 _WITH_ANCESTORS = ("Cos", "Sin")
-
-
-@dataclass(frozen=True)
-class Kept:
-    """A node that stays float32, and why."""
-
-    node: str
-    op: str
-    reason: str
 
 
 def precision_of(name: str) -> Precision:

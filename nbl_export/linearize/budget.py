@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
 
 from nbl_export.errors import InputError
-
-if TYPE_CHECKING:
-    from nbl_export.linearize.loss import Loss
+from nbl_export.linearize.figures import Loss
 
 # What `--k auto` means: the largest K whose perplexity on the selection text stays within a tenth of the original's.
 AUTO_PERPLEXITY_RATIO = 1.10
@@ -49,15 +46,12 @@ class Budget:
                 f"--min-speedup is {self.min_speedup:g}; it must be 1 or more (1.2 is a fifth faster)."
             )
 
-    def keeps(self, loss: Loss) -> bool:
+    def keeps(self, loss: Loss | CurvePoint) -> bool:
         """Whether ``loss`` is within the bounds of loss."""
         within_kl = self.max_kl is None or loss.kl <= self.max_kl
         return within_kl and (
             self.max_perplexity_ratio is None or loss.perplexity_ratio <= self.max_perplexity_ratio
         )
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 NO_BUDGET = Budget()
@@ -65,25 +59,25 @@ NO_BUDGET = Budget()
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """What K layers cost, and what they gain where it was measured: speedups over the unmodified graph."""
+    """What K ``layers`` (ascending) cost, and what they gain where it was measured: speedups over the unmodified graph.
+
+    ``kl`` in nats per token; standard errors over documents.
+    """
 
     k: int
     layers: tuple[int, ...]
-    loss: Loss
+    kl: float
+    kl_se: float | None
+    perplexity_ratio: float
+    perplexity_ratio_se: float | None
     prefill_speedup: float | None = None
     decode_speedup: float | None = None
 
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "k": self.k,
-            "layers": sorted(self.layers),
-            "kl": self.loss.kl,
-            "kl_se": self.loss.kl_se,
-            "perplexity_ratio": self.loss.perplexity_ratio,
-            "perplexity_ratio_se": self.loss.perplexity_ratio_se,
-            "prefill_speedup": self.prefill_speedup,
-            "decode_speedup": self.decode_speedup,
-        }
+    @classmethod
+    def of(cls, k: int, layers: Sequence[int], loss: Loss) -> CurvePoint:
+        """The point of the ``k`` ``layers``, which were measured to cost ``loss``."""
+        ratio, ratio_se = loss.perplexity_ratio, loss.perplexity_ratio_se
+        return cls(k, tuple(sorted(layers)), loss.kl, loss.kl_se, ratio, ratio_se)
 
 
 def loss_curve(
@@ -93,9 +87,9 @@ def loss_curve(
     points: list[CurvePoint] = []
     beyond = 0
     for k in range(1, count + 1):
-        layers = tuple(prefix(k))
-        points.append(CurvePoint(k, layers, loss(layers)))
-        beyond = 0 if budget.keeps(points[-1].loss) else beyond + 1
+        layers = prefix(k)
+        points.append(CurvePoint.of(k, layers, loss(layers)))
+        beyond = 0 if budget.keeps(points[-1]) else beyond + 1
         if beyond > _BEYOND:
             break
     return points
@@ -103,4 +97,4 @@ def loss_curve(
 
 def largest_within(points: Sequence[CurvePoint], budget: Budget) -> int:
     """The largest K of the curve that keeps the bounds of loss; 0 if none does."""
-    return max((p.k for p in points if budget.keeps(p.loss)), default=0)
+    return max((p.k for p in points if budget.keeps(p)), default=0)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from nbl_export.calibrate.moments import Moments
 from nbl_export.errors import CalibrationError, InputError
+from nbl_export.linearize.figures import Candidate
 from nbl_export.linearize.lmmse import (
     DEFAULT_RIDGE,
     FitInput,
@@ -18,33 +18,6 @@ from nbl_export.linearize.lmmse import (
     fit_lmmse,
 )
 from nbl_export.progress import Listener, Silent
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """What is known of one layer before choosing. All scores: lower is better to replace.
-
-    ``nmse`` in [0, 1] is of the fit itself; ``cca`` in [0, d] is the paper's bound. ``ridge`` and
-    ``cca_ridge`` are the λ that the two Cholesky factorizations needed. What was measured with the layer alone
-    changed, in nats, is None where the criterion does not ask for it: ``kl`` of its replacement, ``drop`` of leaving
-    it out, ``sensitivity``: the KL by noise, per share of the output, and ``predicted`` = nmse × sensitivity.
-    """
-
-    layer: int
-    nmse: float
-    cca: float
-    ridge: float
-    cca_ridge: float
-    kl: float | None = None
-    kl_se: float | None = None
-    drop: float | None = None
-    drop_se: float | None = None
-    sensitivity: float | None = None
-    sensitivity_se: float | None = None
-    predicted: float | None = None
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
