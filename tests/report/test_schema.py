@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,14 @@ def test_a_real_report_says_what_was_done(report: Report, stories_out: Path) -> 
     # Nothing in it names the machine's folders: the model by its source, files relative to the output.
     assert "path" not in report.as_json()["model"]
     assert not any(name.startswith("/") for name in report.hashes)
+
+
+def test_reading_a_report_imports_nothing_heavy() -> None:
+    """Sections are values of the rooms that measure them, whose libraries a reader does not need."""
+    heavy = ("torch", "numpy", "scipy", "onnx_ir", "onnxruntime", "transformers", "matplotlib")
+    code = f"import sys, nbl_export.report.schema; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 PASSED, FAILED, SKIPPED = (Check(s, s, "") for s in ("passed", "failed", "skipped"))  # type: ignore[arg-type]
