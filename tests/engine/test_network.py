@@ -98,7 +98,7 @@ def test_facts_are_json_as_they_are(rtx: Library, graphs: Callable[[str, str], G
     assert body["attention"] == 3 and body["inputs"][0] == {
         "name": "input_ids",
         "dtype": "INT64",
-        "shape": (-1, -1),
+        "shape": [-1, -1],
     }
 
 
