@@ -42,8 +42,8 @@ from nbl_export.workspace import Workspace
 
 if TYPE_CHECKING:
     from nbl_export.engine.pair import EngineFile
-    from nbl_export.evaluate.results import Evaluation
     from nbl_export.report.bench import BenchReport
+    from nbl_export.report.evaluation import Evaluation
     from nbl_export.rewrite.replace import RewriteResult
 
 S = TypeVar("S", bound=Settings)

@@ -195,8 +195,8 @@ def main() -> None:
     text = (
         f"Time to all layers' W, b and scores, and peak memory above the loaded model.\n\n{table(rows)}\n\n"
         f"One batch of {BATCH} × {SEQ_LEN} tokens, in turn, {arguments.rounds} rounds.\n\n{table(ratios)}\n\n"
-        f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB; "
-        f"torch {machine['packages']['torch']}.\n"
+        f"{machine.processor}, {machine.cores} cores, {machine.memory_gib} GiB; "
+        f"torch {machine.packages['torch']}.\n"
     )
     print(text)
     if arguments.out:

@@ -51,13 +51,13 @@ def main() -> None:
             api.rewrite(given.out, listener)
             engines = {e.manifest.role: e for e in api.build(given.out, api.EngineSettings("rtx"), listener)}
             report = api.verify(given.out, api.VerifySettings(quality=False, speed=False), listener)
-            print(_row(precision, cache, engines, report.parity or {}, given.out), flush=True)
+            print(_row(precision, cache, engines, report.parity, given.out), flush=True)
 
 
 def _row(precision: str, cache: str, engines: dict[str, EngineFile], parity: Any, out: Path) -> str:
     base, linear = engines[BASE].manifest, engines[LINEARIZED].manifest
-    counts = f"{base.network['attention']} → {linear.network['attention']} {linear.attention}"
-    worst = max(step["max_abs"] for step in parity["steps"])
+    counts = f"{base.network.attention} → {linear.network.attention} {linear.attention}"
+    worst = parity.worst
     records = [Workspace.open(out).record(stage) for stage in ("export", "rewrite", "build")]
     return _line(
         f"{precision}, {cache}",

@@ -32,9 +32,10 @@ import torch
 from nbl_export.calibrate.collect import collect_moments
 from nbl_export.calibrate.moments import LayerMoments, load_moments
 from nbl_export.calibrate.text import load_text
+from nbl_export.linearize.figures import Loss
 from nbl_export.linearize.fits import WeightedSums, as_layer
 from nbl_export.linearize.lmmse import branch_covariances, fit_lmmse
-from nbl_export.linearize.loss import Loss, LossMeter
+from nbl_export.linearize.loss import LossMeter
 from nbl_export.linearize.plan import LinearLayer
 from nbl_export.linearize.search import LossCache, MeasuredSets, greedy_order, single_layer_losses
 from nbl_export.linearize.swap import replaced

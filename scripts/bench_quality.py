@@ -193,8 +193,8 @@ def main() -> None:
             if original
             else ""
         )
-        + f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB; torch "
-        f"{machine['packages']['torch']}."
+        + f"{machine.processor}, {machine.cores} cores, {machine.memory_gib} GiB; torch "
+        f"{machine.packages['torch']}."
     )
     written = f"{table(results, list(judges))}\n\n{caption}\n"
     (arguments.out / "quality.md").write_text(written, encoding="utf-8")

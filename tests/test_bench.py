@@ -145,7 +145,7 @@ def test_what_was_measured_is_kept(own: Path) -> None:
     assert not first.notes
     longer = api.bench(own, api.BenchSettings((), (), (1,), (8, 4096), 3, 1, memory=False))
     assert {c["context"] for c in longer.cells} == {8}
-    assert longer.notes == ["4,096 tokens are left out: the model has 512 positions."]
+    assert longer.notes == ("4,096 tokens are left out: the model has 512 positions.",)
     for table in bench_tables(longer):
         assert all(len(row) == len(table.columns) for row in table.rows)
 
@@ -178,7 +178,7 @@ def test_an_interrupted_bench_goes_on(own: Path, monkeypatch: pytest.MonkeyPatch
     assert [{**cell, "explanations": value.cells[i]["explanations"]} for i, cell in enumerate(first)] == list(
         value.cells[:4]
     )
-    assert value.notes == ["4 cells are those of a run that was interrupted, on its own roofline."]
+    assert value.notes == ("4 cells are those of a run that was interrupted, on its own roofline.",)
     assert not partial.exists()
     # A damaged one is as if there were none.
     partial.write_text("{")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from nbl_export.errors import InputError
 from nbl_export.files import sha256_of_file
 from nbl_export.linearize.plan import load_plan
 from nbl_export.rewrite import replace as rewrite_module
+from nbl_export.verify.loss.figures import MethodLoss
+from nbl_export.verify.parity.figures import DecoderParity
 from nbl_export.workspace import Workspace
 from tests.listening import Notes
 from tests.tiny import build
@@ -69,8 +72,8 @@ def test_the_run_passes_and_exactly_two_kv_pairs_are_gone(stories_out: Path) -> 
     # Whether a speed is believed depends on the machine; it never fails.
     assert list(checks) == ["graph rewrite", "parity", "speed"] and checks.pop("speed") != "failed"
     assert set(checks.values()) == {"passed"}
-    assert report.parity is not None
-    assert max(s["max_abs"] for s in report.parity["steps"]) < 1e-3
+    assert isinstance(report.parity, DecoderParity)
+    assert max(s.max_abs for s in report.parity.steps) < 1e-3
     assert len(pasts(stories_out / "baseline" / "model.onnx")) == 10
     assert pasts(stories_out / "model.onnx") == [
         f"past_key_values.{n}.{s}" for n in range(3) for s in ("key", "value")
@@ -109,7 +112,7 @@ def test_another_k_repeats_what_depends_on_it(
     report = api.run(
         stories_folder, stories_copy, api.SelectSettings(k=3, criterion="cca"), calibration, QUICK, notes
     )
-    assert report.passed and len(report.selection["layers"]) == 3
+    assert report.passed and len(report.selection.layers) == 3
     assert notes.kept == ["calibrate", "export"]
     after = state(stories_copy)
     for stage in ("calibrate", "export"):
@@ -159,10 +162,10 @@ def test_other_selections_pass_parity(stories_copy: Path, selection: Any, layers
     api.rewrite(stories_copy)
     report = api.verify(stories_copy, api.VerifySettings(contexts=(16,), rounds=3))
     assert report.passed, report.checks
-    assert report.selection["layers"] == layers
-    assert report.graph["after"]["kv_pairs"] == 5 - len(layers)
+    assert report.selection.layers == tuple(layers)
+    assert report.graph.after.kv_pairs == 5 - len(layers)
     if not layers:
-        assert report.method_loss is not None and report.method_loss["perplexity_ratio"] == 1
+        assert isinstance(report.method_loss, MethodLoss) and report.method_loss.perplexity_ratio == 1
 
 
 def test_a_kept_layer_that_cannot_be_proven_is_recorded(
@@ -180,7 +183,7 @@ def test_a_kept_layer_that_cannot_be_proven_is_recorded(
     api.rewrite(stories_copy)
     report = api.verify(stories_copy, QUICK)
     assert report.passed
-    assert [p["input_error"] for p in report.graph["proofs"] if p["layer"] == 0] == ["inf"]
+    assert [p.input_error for p in report.graph.proofs if p.layer == 0] == [math.inf]
 
 
 DRAWN = ("report.md", "report.html", "junit.xml", "plots/layers.png", "plots/speed.png")

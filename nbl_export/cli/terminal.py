@@ -30,8 +30,8 @@ from nbl_export.report.tables import checks_table, engines_table, graph_table, r
 
 if TYPE_CHECKING:
     from nbl_export.engine.pair import EngineFile
-    from nbl_export.evaluate.results import Evaluation
     from nbl_export.report.bench import BenchReport
+    from nbl_export.report.evaluation import Evaluation
     from nbl_export.rewrite.replace import RewriteResult
 
 # Results go to stdout, progress and notes to stderr, so that output can be piped.
@@ -108,12 +108,12 @@ def show_tables(tables: list[Table]) -> None:
 
 def show_rewrite(result: RewriteResult) -> None:
     """The graph before and after."""
-    show_tables([graph_table(result.before.as_json(), result.after.as_json())])
+    show_tables([graph_table(result.before, result.after)])
 
 
 def show_engines(engines: list[EngineFile]) -> None:
     """What was built, from the manifests."""
-    show_tables([engines_table([engine.manifest.as_json() for engine in engines])])
+    show_tables([engines_table([engine.manifest for engine in engines])])
 
 
 def _drawn(table: Table) -> RichTable:
@@ -136,14 +136,14 @@ def _drawn(table: Table) -> RichTable:
 
 def show_report(report: Report, out: Path) -> None:
     """The summary of a run: tables, then checks, then the verdict and where to look next."""
-    layers, name = report.selection["layers"], Path(report.model["source"]).name
+    layers, name = report.selection.layers, Path(report.model.source).name
     show_tables(report_tables(report, brief=True))
     checks = checks_table(report)
     drawn = _drawn(checks)
     drawn.columns[-1].justify = "left"
     _out.print(drawn)
     text = (
-        f"  {len(layers)} of {len(report.selection['candidates'])} attention layers of {name} are now linear"
+        f"  {len(layers)} of {len(report.selection.candidates)} attention layers of {name} are now linear"
         + (f": {', '.join(map(str, layers))}" if layers else "")
     )
     _out.print(_verdict(report.passed) + Text(text))

@@ -9,14 +9,16 @@ at best with a message of the library, so the manifest is checked first.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from nbl_export.engine.gpu import Gpu
 from nbl_export.engine.library import Library, library_of, runs_here
+from nbl_export.engine.network import NetworkFacts
+from nbl_export.engine.profiles import Limits, Profile
 from nbl_export.errors import InputError, MissingDependencyError
 from nbl_export.files import json_text, read_json, sha256_of_file, sha256_of_json, write_text
+from nbl_export.records import from_json, to_json
 
 FORMAT = "nbl-export/engine/1"
 _REMEDY = "build the engine again (`nbl-export build OUT --trt`)"
@@ -40,19 +42,16 @@ class Manifest:
     gpu: str | None
     precision: str
     kv_cache: str
-    limits: Mapping[str, int]
-    profiles: tuple[Mapping[str, Any], ...]
+    limits: Limits
+    profiles: tuple[Profile, ...]
     kv_layers: tuple[int, ...]
     linear_layers: tuple[int, ...]
     attention: str
-    network: Mapping[str, Any]
+    network: NetworkFacts
     hashes: Mapping[str, str]
     build_seconds: float
     size: int
     created_by: str
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def manifest_path(engine: Path) -> Path:
@@ -61,7 +60,7 @@ def manifest_path(engine: Path) -> Path:
 
 def manifest_text(manifest: Manifest) -> str:
     """The content of the manifest file."""
-    body = {"format": FORMAT, **manifest.as_json()}
+    body = {"format": FORMAT, **to_json(manifest)}
     return json_text({**body, "sha256": sha256_of_json(body)})
 
 
@@ -88,17 +87,9 @@ def load_manifest(engine: Path) -> Manifest:
     if digest != sha256_of_json(raw) or text.encode() != path.read_bytes():
         raise InputError(f"{path} was changed after it was written: {_REMEDY}.")
     del raw["format"]
-    try:
-        manifest = Manifest(
-            **{
-                **raw,
-                **{n: tuple(raw[n]) for n in ("capabilities", "profiles", "kv_layers", "linear_layers")},
-            }
-        )
-        if type(manifest.size) is not int or type(manifest.hashes["engine"]) is not str:
-            raise TypeError("a field of another type")
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({error}): {_REMEDY}.") from None
+    manifest = from_json(Manifest, raw, str(path), _REMEDY)
+    if "engine" not in manifest.hashes:
+        raise InputError(f"{path} is damaged (no SHA-256 of the engine): {_REMEDY}.")
     size = engine.stat().st_size
     if size != manifest.size:
         state = "truncated" if size < manifest.size else "not the one its manifest describes"

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
-
-import onnx_ir as ir
+from typing import TYPE_CHECKING, Any
 
 from nbl_export.engine.library import Library
 from nbl_export.errors import BuildError, InputError
-from nbl_export.graph.precision import Precision
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from nbl_export.graph.precision import Precision
 
 _STANDARD = ("", "ai.onnx")
 # By name: older releases do not have the type.
@@ -62,9 +64,6 @@ class NetworkFacts:
     inputs: tuple[NetworkTensor, ...]
     outputs: tuple[NetworkTensor, ...]
     weight_bytes: Mapping[str, int]
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)

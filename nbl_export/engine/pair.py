@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from nbl_export import __version__
@@ -89,12 +89,12 @@ def build_pair(
                 gpu=None if library.ahead_of_time or gpu is None else gpu.name,
                 precision=graph_precision(model).name,
                 kv_cache="static" if is_static(model) else "concat",
-                limits=asdict(limits),
-                profiles=tuple(p.as_json() for p in result.profiles),
+                limits=limits,
+                profiles=result.profiles,
                 kv_layers=kv_layers(model),
                 linear_layers=linear,
                 attention="none" if not source.attention else "fused" if result.fused else "decomposed",
-                network=result.facts.as_json(),
+                network=result.facts,
                 hashes=_hashes(source, temporary, plan_hash if linear else None),
                 build_seconds=round(result.seconds, 3),
                 size=result.size,

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from nbl_export.batch.names import BATCH, MAX, PAST, SEQUENCE, TOTAL
 from nbl_export.errors import BuildError, InputError
@@ -31,12 +30,6 @@ class Profile:
 
     name: str
     shapes: Mapping[str, tuple[Shape, Shape, Shape]]
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "shapes": {n: [list(s) for s in three] for n, three in self.shapes.items()},
-        }
 
 
 @dataclass(frozen=True)

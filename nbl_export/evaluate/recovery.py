@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,9 +30,6 @@ class Estimate:
 
     value: float
     se: float
-
-    def as_json(self) -> dict[str, float]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -1,155 +1,177 @@
-"""Both models' answers → scores, recovery and verdict, as one JSON value with a versioned schema.
+"""Both models' answers → scores, recovery and verdicts.
 
-``eval.json`` is the source; ``eval.md``, the terminal's tables and ``eval-junit.xml`` are drawn from it.
+``eval.json`` has them as they stand here (:mod:`nbl_export.report.evaluation`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nbl_export.checks import Check, load_judged
+from nbl_export.checks import Check
 from nbl_export.evaluate.recovery import Estimate, Paired, mean, recovery
-from nbl_export.evaluate.retrieval import HIDDEN, Question
-from nbl_export.files import jsonable
+from nbl_export.evaluate.retrieval import HIDDEN, Answers, Question
 
 if TYPE_CHECKING:
-    from nbl_export.evaluate.tasks import EvalTask
+    from nbl_export.evaluate.tasks import EvalTask, Outcome
 
-SCHEMA = "nbl-export/eval/1"
 # A gate fails where a recovery is below it by more standard errors than these: one for the mean, two for one
 # of many tasks, as some task is always unlucky.
 MEAN_ERRORS, TASK_ERRORS = 1.0, 2.0
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """Everything that ``nbl-export eval`` found.
+class Compared:
+    """Scores of one metric, their difference and the recovery, each with its standard error.
 
-    ``tasks`` and ``retrieval`` have one entry for each task and context length; ``mean`` is the recovery over
-    all tasks and over all contexts, None where there are none.
+    ``chance`` is what guessing scores; ``agreement`` the share of documents on which both score the same. A recovery is
+    None where there is nothing to divide by, or where the base is not clearly above chance (``base_above_chance``).
     """
 
-    created: str
-    tool_version: str
-    model: Mapping[str, Any]
-    environment: Mapping[str, Any]
-    settings: Mapping[str, Any]
-    hashes: Mapping[str, str]
-    tasks: Sequence[Mapping[str, Any]]
-    retrieval: Sequence[Mapping[str, Any]]
-    mean: Mapping[str, Any]
-    checks: Sequence[Check]
-    notes: Sequence[str]
+    chance: float
+    base: Estimate
+    linearized: Estimate
+    difference: Estimate
+    agreement: float
+    recovery: Estimate | None
+    above_chance: Estimate | None
+    base_above_chance: bool
+
+    @classmethod
+    def of(cls, pair: Paired) -> Compared:
+        return cls(
+            chance=float(pair.chance.mean()),
+            base=mean(pair.base),
+            linearized=mean(pair.linearized),
+            difference=pair.difference,
+            agreement=float(np.mean(pair.base == pair.linearized)),
+            recovery=recovery([pair]),
+            above_chance=recovery([pair], above_chance=True),
+            base_above_chance=pair.clear,
+        )
+
+
+@dataclass(frozen=True)
+class Both:
+    """One figure of both graphs."""
+
+    base: float
+    linearized: float
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One task: ``documents`` of ``total`` were asked; ``metrics`` by name those of which a recovery can be stated.
+
+    ``scored`` names the one whose recovery counts, None if there is none; ``figures`` are the harness's own.
+    """
+
+    name: str
+    source: str
+    digest: str
+    documents: int
+    total: int
+    scored: str | None
+    metrics: Mapping[str, Compared]
+    figures: Mapping[str, Both]
 
     @property
-    def passed(self) -> bool:
-        """No gate failed, and where there is one, something could be judged by it."""
-        states = [c.status for c in self.checks]
-        return not states or ("failed" not in states and "passed" in states)
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "schema": SCHEMA,
-            "verdict": "passed" if self.passed else "failed",
-            **jsonable(asdict(self)),
-        }
+    def headline(self) -> Compared | None:
+        """The metric whose recovery counts."""
+        return self.metrics[self.scored] if self.scored else None
 
 
-def load_evaluation(path: Path) -> Evaluation:
-    """Read ``eval.json``; raises :class:`InputError` for anything else."""
-    return load_judged(Evaluation, path, "evaluation", SCHEMA, "run `nbl-export eval` again")
+@dataclass(frozen=True)
+class Depth:
+    """The questions whose code stands at one ``depth`` of the text, and the share that each graph chose right."""
+
+    depth: str
+    questions: int
+    base: float
+    linearized: float
 
 
-def compared(pair: Paired) -> dict[str, Any]:
-    """Scores, their difference and the recovery of one metric, each with its standard error."""
-    return {
-        "chance": float(pair.chance.mean()),
-        "base": mean(pair.base).as_json(),
-        "linearized": mean(pair.linearized).as_json(),
-        "difference": pair.difference.as_json(),
-        "agreement": float(np.mean(pair.base == pair.linearized)),
-        "recovery": _json(recovery([pair])),
-        "above_chance": _json(recovery([pair], above_chance=True)),
-        "base_above_chance": pair.clear,
-    }
+@dataclass(frozen=True)
+class RetrievalResult:
+    """Retrieval at one context length: by choice among the hidden codes, and by greedy decoding (``exact``)."""
+
+    context: int
+    questions: int
+    choice: Compared
+    exact: Compared
+    depths: tuple[Depth, ...]
 
 
-def mean_of(pairs: Sequence[Paired]) -> dict[str, Any] | None:
-    """Recovery of the mean over tasks; above chance over those whose base is clearly above it."""
+@dataclass(frozen=True)
+class MeanRecovery:
+    """Recovery of the mean over ``tasks``; above chance over the ``above_chance_tasks`` whose base is clearly so."""
+
+    tasks: int
+    recovery: Estimate | None
+    above_chance: Estimate | None
+    above_chance_tasks: int
+
+
+@dataclass(frozen=True)
+class Means:
+    """Over all tasks and over all context lengths; None where there are none."""
+
+    tasks: MeanRecovery | None = None
+    retrieval: MeanRecovery | None = None
+
+
+def mean_of(pairs: Sequence[Paired]) -> MeanRecovery | None:
+    """Recovery of the mean over tasks; None where there are none."""
+    if not pairs:
+        return None
     clear = [p for p in pairs if p.clear]
-    return (
-        {
-            "tasks": len(pairs),
-            "recovery": _json(recovery(pairs)),
-            "above_chance": _json(recovery(clear, above_chance=True)),
-            "above_chance_tasks": len(clear),
-        }
-        if pairs
-        else None
-    )
+    return MeanRecovery(len(pairs), recovery(pairs), recovery(clear, above_chance=True), len(clear))
 
 
-def task_entry(task: EvalTask, own: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], Paired | None]:
-    """A task's part of ``eval.json``, and the paired scores whose recovery is stated."""
-    base, linearized = own
+def task_result(task: EvalTask, base: Outcome, linearized: Outcome) -> tuple[TaskResult, Paired | None]:
+    """What both graphs answered to a task, and the paired scores whose recovery counts."""
     pairs = {
-        name: Paired.of(scores, linearized["scores"][name], base["chance"])
-        for name, scores in base["scores"].items()
+        name: Paired.of(scores, linearized.scores[name], base.chance) for name, scores in base.scores.items()
     }
-    entry = {
-        "name": task.name,
-        "source": task.source,
-        "digest": task.digest,
-        "documents": base["documents"],
-        "total": task.total,
-        "scored": base["scored"],
-        "metrics": {name: compared(pair) for name, pair in pairs.items()},
-        "figures": {
-            name: {"base": value, "linearized": linearized["metrics"][name]}
-            for name, value in base["metrics"].items()
-        },
-    }
-    return entry, pairs.get(base["scored"])
+    result = TaskResult(
+        name=task.name,
+        source=task.source,
+        digest=task.digest,
+        documents=base.documents,
+        total=task.total,
+        scored=base.scored,
+        metrics={name: Compared.of(pair) for name, pair in pairs.items()},
+        figures={name: Both(value, linearized.metrics[name]) for name, value in base.metrics.items()},
+    )
+    return result, pairs.get(base.scored or "")
 
 
-def retrieval_entry(
-    asked: Sequence[Question], own: Sequence[Mapping[str, Any]]
-) -> tuple[dict[str, Any], Paired]:
-    """A context length's part of ``eval.json``, and the paired choices whose recovery is stated."""
+def retrieval_result(
+    asked: Sequence[Question], base: Answers, linearized: Answers
+) -> tuple[RetrievalResult, Paired]:
+    """What both graphs answered at a context length, and the paired choices whose recovery counts."""
     count = len(asked)
-    choice = Paired.of(own[0]["choice"], own[1]["choice"], [1 / HIDDEN] * count)
-    exact = Paired.of(own[0]["exact"], own[1]["exact"], [0.0] * count)
+    choice = Paired.of(base.choice, linearized.choice, [1 / HIDDEN] * count)
+    exact = Paired.of(base.exact, linearized.exact, [0.0] * count)
     depths = []
     for part in range(HIDDEN):
-        inside = [
-            i for i, q in enumerate(asked) if q.gold == part
-        ]  # the codes stand in the order of the parts
+        # The codes stand in the order of the parts.
+        inside = [i for i, q in enumerate(asked) if q.gold == part]
         if inside:
             depths.append(
-                {
-                    "depth": f"{100 * part // HIDDEN} to {100 * (part + 1) // HIDDEN} %",
-                    "questions": len(inside),
-                    "base": float(choice.base[inside].mean()),
-                    "linearized": float(choice.linearized[inside].mean()),
-                }
+                Depth(
+                    f"{100 * part // HIDDEN} to {100 * (part + 1) // HIDDEN} %",
+                    len(inside),
+                    float(choice.base[inside].mean()),
+                    float(choice.linearized[inside].mean()),
+                )
             )
-    entry = {
-        "context": asked[0].context,
-        "questions": count,
-        "choice": compared(choice),
-        "exact": compared(exact),
-        "depths": depths,
-    }
-    return entry, choice
-
-
-def _json(estimate: Estimate | None) -> dict[str, float] | None:
-    return estimate.as_json() if estimate else None
+    context = asked[0].context
+    result = RetrievalResult(context, count, Compared.of(choice), Compared.of(exact), tuple(depths))
+    return result, choice
 
 
 def gate(

@@ -49,15 +49,6 @@ class Outcome:
     scored: str | None
     documents: int
 
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "metrics": jsonable(self.metrics),
-            "scores": dict(self.scores),
-            "chance": list(self.chance),
-            "scored": self.scored,
-            "documents": self.documents,
-        }
-
 
 @dataclass(frozen=True)
 class EvalTask:

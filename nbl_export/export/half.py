@@ -15,7 +15,8 @@ from nbl_export.batch.rows import Inputs
 from nbl_export.export.ranges import measure_ranges
 from nbl_export.files import TEMPORARY
 from nbl_export.graph.io import save_graph
-from nbl_export.graph.precision import Float32Node, Precision, to_precision
+from nbl_export.graph.precision import Precision, to_precision
+from nbl_export.graph.summary import Float32Node
 
 
 def save_in_precision(

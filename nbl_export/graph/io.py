@@ -9,9 +9,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 
@@ -20,29 +18,12 @@ from nbl_export.files import TEMPORARY
 from nbl_export.graph.external_data import append_graph as append
 from nbl_export.graph.external_data import write_graph
 from nbl_export.graph.operators import captured
+from nbl_export.graph.summary import GraphSummary
 from nbl_export.graph.tensors import all_tensors, check_shape, external_files, set_folder, source_file
 
 DATA_SUFFIX = ".data"
 # onnx_ir's warnings are errors with a message here.
 logging.getLogger("onnx_ir").setLevel(logging.ERROR)
-
-
-@dataclass(frozen=True)
-class GraphSummary:
-    """The figures of a before/after table: counts, and bytes on disk of the graph and its external data."""
-
-    nodes: int
-    ops: dict[str, int]
-    inputs: int
-    outputs: int
-    kv_pairs: int
-    kv_bytes_per_token: int
-    initializers: int
-    parameters: int
-    file_bytes: int
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def load_graph(path: Path) -> ir.Model:

@@ -30,6 +30,7 @@ from onnx_ir.passes import common as passes
 
 from nbl_export.errors import BuildError, InputError
 from nbl_export.graph.operators import linear_op
+from nbl_export.graph.summary import Float32Node
 from nbl_export.graph.weights import weight_bits
 from nbl_export.settings import choices
 
@@ -73,15 +74,6 @@ SENSITIVE = frozenset(
 )
 # The nodes that lead to these stay float32 too: an angle is position times frequency.
 _WITH_ANCESTORS = ("Cos", "Sin")
-
-
-@dataclass(frozen=True)
-class Float32Node:
-    """A node that stays float32, and the reason."""
-
-    node: str
-    op: str
-    reason: str
 
 
 def precision_of(name: str) -> Precision:

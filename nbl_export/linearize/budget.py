@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
+from nbl_export.linearize.figures import Loss
 from nbl_export.settings import Budget
-
-if TYPE_CHECKING:
-    from nbl_export.linearize.loss import Loss
 
 # The curve is followed this many points beyond its budget: it is not strictly rising.
 _BEYOND = 2
 
 
-def keeps(budget: Budget, loss: Loss) -> bool:
+def keeps(budget: Budget, loss: Loss | CurvePoint) -> bool:
     """Whether ``loss`` is within the bounds of loss."""
     within_kl = budget.max_kl is None or loss.kl <= budget.max_kl
     ratio = budget.max_perplexity_ratio
@@ -24,25 +21,25 @@ def keeps(budget: Budget, loss: Loss) -> bool:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """What K layers cost, and what they gain where it was measured: speedups over the unmodified graph."""
+    """What K ``layers`` (ascending) cost, and what they gain where it was measured: speedups over the unmodified graph.
+
+    ``kl`` in nats per token; standard errors over documents.
+    """
 
     k: int
     layers: tuple[int, ...]
-    loss: Loss
+    kl: float
+    kl_se: float | None
+    perplexity_ratio: float
+    perplexity_ratio_se: float | None
     prefill_speedup: float | None = None
     decode_speedup: float | None = None
 
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "k": self.k,
-            "layers": sorted(self.layers),
-            "kl": self.loss.kl,
-            "kl_se": self.loss.kl_se,
-            "perplexity_ratio": self.loss.perplexity_ratio,
-            "perplexity_ratio_se": self.loss.perplexity_ratio_se,
-            "prefill_speedup": self.prefill_speedup,
-            "decode_speedup": self.decode_speedup,
-        }
+    @classmethod
+    def of(cls, k: int, layers: Sequence[int], loss: Loss) -> CurvePoint:
+        """The point of the ``k`` ``layers``, which were measured to cost ``loss``."""
+        ratio, ratio_se = loss.perplexity_ratio, loss.perplexity_ratio_se
+        return cls(k, tuple(sorted(layers)), loss.kl, loss.kl_se, ratio, ratio_se)
 
 
 def loss_curve(
@@ -53,8 +50,8 @@ def loss_curve(
     beyond = 0
     for k in range(1, count + 1):
         layers = tuple(prefix(k))
-        points.append(CurvePoint(k, layers, loss(layers)))
-        beyond = 0 if keeps(budget, points[-1].loss) else beyond + 1
+        points.append(CurvePoint.of(k, layers, loss(layers)))
+        beyond = 0 if keeps(budget, points[-1]) else beyond + 1
         if beyond > _BEYOND:
             break
     return points
@@ -62,4 +59,4 @@ def loss_curve(
 
 def largest_within(points: Sequence[CurvePoint], budget: Budget) -> int:
     """The largest K of the curve that keeps the bounds of loss; 0 if none does."""
-    return max((p.k for p in points if keeps(budget, p.loss)), default=0)
+    return max((p.k for p in points if keeps(budget, p)), default=0)

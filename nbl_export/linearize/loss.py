@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import F64
+from nbl_export.linearize.figures import Loss
 from nbl_export.linearize.plan import LinearLayer, Plan
 from nbl_export.linearize.swap import linearized, replaced
 from nbl_export.models.layers import attention_layers
@@ -32,27 +33,6 @@ I32 = NDArray[np.int32]
 # Positions of a row that are processed at a time: the distributions of a full row, over a large vocabulary, would not
 # fit into the CPU caches.
 _CHUNK = 64
-
-
-@dataclass(frozen=True)
-class Loss:
-    """Mean KL in nats and excess (of the log-likelihood) in nats per token, with standard errors over documents."""
-
-    kl: float
-    kl_se: float
-    excess: float
-    excess_se: float
-
-    @property
-    def perplexity_ratio(self) -> float:
-        return math.exp(self.excess)
-
-    @property
-    def perplexity_ratio_se(self) -> float:
-        return math.exp(self.excess) * self.excess_se
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,8 +58,42 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")  # as Adam names them
 class Repaired:
     """The maps and the adapters, by parameter, after a repair."""
 
-    maps: dict[int, LinearLayer]
+    layers: dict[int, LinearLayer]
     adapters: dict[str, Adapter]
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What is repaired and how: ``layers`` of ``model``'s layers that read ``fit_input``, on ``tokens`` [rows, seq].
+
+    ``covariances`` are those of each map's input and output on the original model. ``steps`` of Adam over the rows,
+    shuffled by ``seed``, which may also change the MLPs by ``rank``; ``exact`` is the model whose weights those
+    changes are of, where ``model`` is a rounded copy of it. ``identity`` stands for all these in a checkpoint.
+    """
+
+    model: torch.nn.Module
+    layers: Mapping[int, LinearLayer]
+    covariances: Mapping[int, Covariances]
+    fit_input: FitInput
+    tokens: NDArray[np.int32]
+    steps: int
+    seed: int
+    rank: int = 0
+    exact: torch.nn.Module | None = None
+    identity: str = ""
+
+    @cached_property
+    def batches(self) -> list[torch.Tensor]:
+        """Token rows [rows, seq] int64 of a step each, the same in every epoch.
+
+        What is kept of one is what it would compute again, to the bit.
+        """
+        rows = max(1, _STEP_TOKENS // self.tokens.shape[1])
+        order = np.random.default_rng(self.seed).permutation(len(self.tokens))
+        return [
+            torch.from_numpy(self.tokens[order[at : at + rows]].astype(np.int64))
+            for at in range(0, len(order), rows)
+        ]
 
 
 @dataclass
@@ -101,49 +136,32 @@ class _TrainedAdapter:
 
 
 def repair(
-    model: torch.nn.Module,
-    maps: Mapping[int, LinearLayer],
-    covariances: Mapping[int, Covariances],
-    fit_input: FitInput,
-    tokens: NDArray[np.int32],
-    steps: int,
-    seed: int,
-    rank: int = 0,
-    exact: torch.nn.Module | None = None,
-    checkpoint: Checkpoint | None = None,
-    identity: str = "",
-    listener: Listener | None = None,
+    task: Distillation, checkpoint: Checkpoint | None = None, listener: Listener | None = None
 ) -> Repaired:
-    """``maps`` and MLP changes of ``rank`` after ``steps`` of Adam over ``tokens`` [rows, seq], shuffled by ``seed``.
+    """The maps and the changes of the MLPs after the ``task``.
 
-    ``covariances`` are those of each map's input and output on the original model; ``exact`` is the model whose
-    weights the changes are of, where ``model`` is a rounded copy of it. ``identity`` stands for all these in a
-    ``checkpoint``, and one of another identity is ignored; what goes on from one ends bit for bit as if it had never
+    A ``checkpoint`` of another identity is ignored; what goes on from one ends bit for bit as if it had never
     stopped. Raises ``KeyboardInterrupt`` after an interrupt, its work saved.
     """
     listener = listener or Silent()
-    training = _Training(model, maps, covariances, fit_input, rank, seed)
-    done = training.resume(checkpoint, identity, listener)
-    rows = max(1, _STEP_TOKENS // tokens.shape[1])
-    order = np.random.default_rng(seed).permutation(len(tokens))
-    # The same batches in every epoch: what is kept of one is what it would compute again, to the bit.
-    batches = [
-        torch.from_numpy(tokens[order[at : at + rows]].astype(np.int64)) for at in range(0, len(order), rows)
-    ]
-    original = _Original(model, training.first, keeping=steps - done > len(batches), tokens=tokens.size)
+    training = _Training(task)
+    done = training.resume(checkpoint, listener)
+    batches, steps = task.batches, task.steps
+    keeping = steps - done > len(batches)
+    original = _Original(task.model, training.first, keeping, tokens=task.tokens.size)
 
     def save(path: Path) -> None:
-        training.save(path, {"identity": identity, "steps": str(done)})
+        training.save(path, done)
 
-    with listener.task("Repairing", steps, "steps", done) as task, saving_to(checkpoint, save) as between:
+    with listener.task("Repairing", steps, "steps", done) as shown, saving_to(checkpoint, save) as between:
         while done < steps:
             number = done % len(batches)
             ids = batches[number].to(training.device)
             training.step(ids, *original(number, ids), _rate(done, steps))
             done += 1
-            task.advance(1)
+            shown.advance(1)
             between()
-    return training.result(exact or model)
+    return training.result()
 
 
 class _Original:
@@ -179,20 +197,14 @@ class _Original:
 class _Training:
     """The changes of maps and MLP weights in training, and their optimizer."""
 
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        maps: Mapping[int, LinearLayer],
-        covariances: Mapping[int, Covariances],
-        fit_input: FitInput,
-        rank: int,
-        seed: int,
-    ) -> None:
-        self._model, self._given, self._fit_input = model, maps, fit_input
-        self.first = min(maps)
-        self.device = next(model.parameters()).device
-        self._maps = {i: _begin_map(maps[i], covariances[i], self.device) for i in sorted(maps)}
-        self._adapters = _begin_adapters(model, self.first, rank, seed)
+    def __init__(self, task: Distillation) -> None:
+        self._task = task
+        self.first = min(task.layers)
+        self.device = next(task.model.parameters()).device
+        self._maps = {
+            i: _begin_map(task.layers[i], task.covariances[i], self.device) for i in sorted(task.layers)
+        }
+        self._adapters = _begin_adapters(task.model, self.first, task.rank, task.seed)
         groups: list[dict[str, Any]] = [
             {"params": [t for one in self._maps.values() for t in (one.v, one.c)], "rate": _MAP_RATE},
             {"params": [one.up for one in self._adapters], "rate": _UP_RATE},
@@ -205,9 +217,9 @@ class _Training:
 
         ``states`` and ``target`` are the original's of these tokens: the input of the first layer, and the logits.
         """
-        model = self._model
+        model = self._task.model
         with ExitStack() as stack:
-            modules = stack.enter_context(replaced(model, self._given, self._fit_input))
+            modules = stack.enter_context(replaced(model, self._task.layers, self._task.fit_input))
             stack.enter_context(starting_at(model, self.first, states))
             stack.enter_context(_adding(model, self._adapters))
             for index, one in self._maps.items():
@@ -220,8 +232,9 @@ class _Training:
             group["lr"] = rate * group["rate"]
         self._optimizer.step()
 
-    def result(self, exact: torch.nn.Module) -> Repaired:
-        """What was learned; the adapters are of the weights of ``exact``."""
+    def result(self) -> Repaired:
+        """What was learned; the adapters are of the exact model's weights."""
+        exact = self._task.exact or self._task.model
         found = {}
         for adapter in self._adapters:
             module = exact.get_submodule(adapter.module)
@@ -234,17 +247,18 @@ class _Training:
     def _trained(self) -> list[torch.Tensor]:
         return [t for group in self._optimizer.param_groups for t in group["params"]]
 
-    def save(self, path: Path, metadata: Mapping[str, str]) -> None:
-        """Write what is trained and Adam's moments of it."""
+    def save(self, path: Path, done: int) -> None:
+        """Write what is trained, and Adam's moments of it, after ``done`` steps."""
         tensors = {}
         for number, tensor in enumerate(self._trained):
             moments = self._optimizer.state[tensor]
             for name, array in {"value": tensor, **{m: moments[m] for m in _MOMENTS}}.items():
                 tensors[f"{number}.{name}"] = array.detach().cpu().numpy()
+        metadata = {"identity": self._task.identity, "steps": str(done)}
         save_tensors(path, _CHECKPOINT, tensors, metadata)
 
-    def resume(self, checkpoint: Checkpoint | None, identity: str, listener: Listener) -> int:
-        """Go on from the ``checkpoint``, if it is there and of that ``identity``; the steps that are done."""
+    def resume(self, checkpoint: Checkpoint | None, listener: Listener) -> int:
+        """Go on from the ``checkpoint``, if it is there and of this task; the steps that are done."""
         if checkpoint is None or not checkpoint.path.exists():
             return 0
         try:
@@ -252,7 +266,7 @@ class _Training:
         except InputError:
             listener.note(f"The checkpoint {checkpoint.path.name} is damaged and was ignored.")
             return 0
-        if metadata.get("identity") != identity:
+        if metadata.get("identity") != self._task.identity:
             return 0
         steps = int(metadata["steps"])
         for number, tensor in enumerate(self._trained):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from nbl_export.calibrate.moments import Moments
 from nbl_export.errors import CalibrationError, InputError
+from nbl_export.linearize.figures import Candidate
 from nbl_export.linearize.lmmse import (
     LinearFit,
     UnusableMoments,
@@ -17,33 +17,6 @@ from nbl_export.linearize.lmmse import (
 )
 from nbl_export.progress import Listener, Silent
 from nbl_export.settings.choices import DEFAULT_RIDGE, FitInput
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """The scores of one layer. For all of them, a lower value means a better layer to replace.
-
-    ``nmse`` in [0, 1] is that of the fit; ``cca`` in [0, d] is the paper's bound. ``ridge`` and ``cca_ridge`` are
-    the λ used by the two Cholesky factorizations. The others are measured with only this layer changed, in nats, and
-    None if the criterion does not need them: ``kl`` of its replacement, ``drop`` of dropping it, ``sensitivity``: the
-    KL caused by noise, per share of the output, and ``predicted`` = nmse × sensitivity.
-    """
-
-    layer: int
-    nmse: float
-    cca: float
-    ridge: float
-    cca_ridge: float
-    kl: float | None = None
-    kl_se: float | None = None
-    drop: float | None = None
-    drop_se: float | None = None
-    sensitivity: float | None = None
-    sensitivity_se: float | None = None
-    predicted: float | None = None
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-from nbl_export.linearize.loss import Loss, LossMeter
+from nbl_export.linearize.figures import Loss
+from nbl_export.linearize.loss import LossMeter
 from nbl_export.linearize.plan import LinearLayer
 from nbl_export.models.layers import AttentionLayer
 

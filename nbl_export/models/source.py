@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,22 +27,32 @@ _QUANTIZED = "a quantized checkpoint ({method}): dequantize it first, or use the
 
 
 @dataclass(frozen=True)
-class ModelSource:
-    """A model that was found, and its identity.
+class ModelIdentity:
+    """What identifies a model, wherever it lies.
 
-    ``path`` is the local folder (for a GGUF file its folder, with the file name in ``gguf_file``); ``fingerprint`` is
-    a SHA-256 of the configuration and every weight file. ``task`` is a row of ``tasks.toml``, ``reads`` the name of
-    the main input.
+    ``gguf_file`` is the name of a GGUF file; ``fingerprint`` a SHA-256 over the configuration and every weight
+    file. ``task`` is a row of ``tasks.toml``, ``reads`` its main input.
     """
 
     source: str
     kind: Literal["folder", "gguf", "hub"]
-    path: str
     gguf_file: str | None
     fingerprint: str
     trust_remote_code: bool = False
     task: str = GENERATION
     reads: str = TOKENS
+
+
+@dataclass(frozen=True)
+class ModelSource(ModelIdentity):
+    """A model that was found; ``path`` is the local folder (of a GGUF file: its folder)."""
+
+    path: str = field(kw_only=True)
+
+    @property
+    def identity(self) -> ModelIdentity:
+        """The model without its place on this machine."""
+        return ModelIdentity(**{f.name: getattr(self, f.name) for f in fields(ModelIdentity)})
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -120,7 +130,7 @@ def _from_gguf(source: str, path: Path) -> ModelSource:
     if magic != b"GGUF":
         raise InputError(f"{path} is not a GGUF file (it starts with {magic!r}): download it again.")
     fingerprint = _fingerprint([path], {"gguf": path.name})
-    return ModelSource(source, "gguf", str(path.parent.resolve()), path.name, fingerprint)
+    return ModelSource(source, "gguf", path.name, fingerprint, path=str(path.parent.resolve()))
 
 
 def _from_folder(source: str, path: Path, kind: Literal["folder", "hub"], trust: bool) -> ModelSource:
@@ -145,7 +155,7 @@ def _from_folder(source: str, path: Path, kind: Literal["folder", "hub"], trust:
         )
     fingerprint = _fingerprint(weights, config)
     where = str(path.resolve())
-    return ModelSource(source, kind, where, None, fingerprint, trust, task.name, reads(task, config))
+    return ModelSource(source, kind, None, fingerprint, trust, task.name, reads(task, config), path=where)
 
 
 def check_config(source: str, config: dict[str, Any]) -> Task:

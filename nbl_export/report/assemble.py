@@ -8,16 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 from nbl_export import __version__
 from nbl_export.checks import Check
-from nbl_export.files import jsonable, read_json
+from nbl_export.files import read_json
+from nbl_export.graph.summary import ExportSummary
+from nbl_export.linearize.selection import Scores
+from nbl_export.records import from_json
 from nbl_export.report.environment import environment
-from nbl_export.report.schema import Report
-from nbl_export.workspace import Workspace
+from nbl_export.report.schema import Graph, Model, Report, Selection
+from nbl_export.rewrite.summary import RewriteSummary
+from nbl_export.workspace import StageRecord, Workspace
 
 if TYPE_CHECKING:
     from nbl_export.engine.pair import EngineFile
     from nbl_export.linearize.plan import Plan
     from nbl_export.models.source import ModelSource
-    from nbl_export.verify.decoder import Measurement
+    from nbl_export.verify.measurement import Measurement
 
 
 def assemble(
@@ -31,20 +35,17 @@ def assemble(
     """The report of the run in ``ws``; ``settings`` are those of the verification."""
     stages = ("calibrate", "select", "export", "rewrite", *(["build"] if engines else []))
     records = {name: r for name in stages if (r := ws.record(name))}
-    rewritten = read_json(ws.rewrite_summary, "The record of the rewrite", "run `nbl-export rewrite` again")
-    exported = read_json(ws.export_summary, "The record of the export", "run `nbl-export export` again")
-    scores = read_json(ws.candidates, "The file of the layers' scores", "run `nbl-export select` again")
-    cached = rewritten["before"]["kv_pairs"] > 0
+    rewritten = rewrite_of(ws)
+    cached = rewritten.before.kv_pairs > 0
     rewriting = Check(
         "graph rewrite",
         "passed",
         f"{len(plan.layers)} attention layers{' and KV pairs' * cached} gone, every region proven, ONNX checker passed",
     )
     return Report(
-        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        created=created(),
         tool_version=__version__,
-        model={k: v for k, v in source.as_json().items() if k != "path"}
-        | {"hidden_size": plan.hidden_size, "layers": plan.layer_count},
+        model=Model(**vars(source.identity), hidden_size=plan.hidden_size, layers=plan.layer_count),
         environment=environment(),
         settings={name: dict(r.settings) for name, r in records.items()} | {"verify": dict(settings)},
         hashes={
@@ -52,34 +53,64 @@ def assemble(
             **{name: digest for r in records.values() for name, digest in r.files.items()},
         },
         stage_seconds={name: r.seconds for name, r in records.items()},
-        selection={
-            "criterion": plan.criterion,
-            "fit_input": plan.fit_input,
-            "ridge": plan.ridge,
-            "fit": plan.fit,
-            "repair": plan.repair,
-            "rank": plan.rank,
-            "calibration_tokens": plan.calibration_tokens,
-            "layers": list(plan.chosen),
-            **scores,
-        },
-        graph={
-            **rewritten,
-            **exported,
-            "precision": records["export"].settings["precision"],
-            "kv_cache": records["export"].settings["kv_cache"],
-            "task": records["export"].settings.get("task"),
-        },
+        selection=selection_of(ws, plan),
+        graph=_graph(ws, rewritten, records["export"]),
         parity=measured.parity,
         divergence=measured.divergence,
         method_loss=measured.method_loss,
         speed=measured.speed,
-        engines=[jsonable(e.manifest.as_json()) for e in engines] or None,
+        engines=tuple(e.manifest for e in engines) or None,
         engine_parity=measured.engine_parity,
         engine_speed=measured.engine_speed,
         bench=_bench_of(ws, records["rewrite"].key),
-        checks=[rewriting, *measured.checks],
-        notes=[note for r in records.values() for note in r.notes] + measured.notes,
+        checks=(rewriting, *measured.checks),
+        notes=(*(note for r in records.values() for note in r.notes), *measured.notes),
+    )
+
+
+def created() -> str:
+    """Now, as reports say it."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def rewrite_of(ws: Workspace) -> RewriteSummary:
+    """What was recorded of the rewrite."""
+    what, remedy = "The record of the rewrite", "run `nbl-export rewrite` again"
+    return from_json(RewriteSummary, read_json(ws.rewrite_summary, what, remedy), what, remedy)
+
+
+def selection_of(ws: Workspace, plan: Plan) -> Selection:
+    """How the layers of ``plan`` were chosen, by what the output folder keeps."""
+    what, remedy = "The file of the layers' scores", "run `nbl-export select` again"
+    scores = from_json(Scores, read_json(ws.candidates, what, remedy), what, remedy)
+    calibrated = ws.record("calibrate")
+    asked = calibrated.settings if calibrated else {}
+    return Selection(
+        **vars(scores),
+        criterion=plan.criterion,
+        fit_input=plan.fit_input,
+        ridge=plan.ridge,
+        fit=plan.fit,
+        repair=plan.repair,
+        rank=plan.rank,
+        calibration_tokens=plan.calibration_tokens,
+        layers=plan.chosen,
+        sources=tuple(asked.get("sources", ())),
+        seed=asked.get("seed", 0),
+    )
+
+
+def _graph(ws: Workspace, rewritten: RewriteSummary, record: StageRecord) -> Graph:
+    what, remedy = "The record of the export", "run `nbl-export export` again"
+    exported = from_json(ExportSummary, read_json(ws.export_summary, what, remedy), what, remedy)
+    asked = record.settings
+    return Graph(
+        **vars(rewritten),
+        **vars(exported),
+        precision=asked["precision"],
+        kv_cache=asked["kv_cache"],
+        opset=asked.get("opset"),
+        task=asked.get("task"),
     )
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from nbl_export.checks import Check, load_judged
-from nbl_export.files import jsonable
+from nbl_export.checks import Check
+from nbl_export.records import from_json, to_json
 from nbl_export.report.drawing import Table, number
+from nbl_export.report.header import Header, load_judged
 from nbl_export.report.speed import ABOVE, explanations_tables, roofline_in_words, spread
 from nbl_export.verify.speed.checks import Explained, ceilings_check
 
-SCHEMA = "nbl-export/bench/1"
 # The base graph in a second session: who times it, and the tables.
 CONTROL = "base again"
 # Of the speedup measured, what may be the luck of a session: where it lies in memory.
@@ -22,41 +22,29 @@ REMEDY = "run `nbl-export bench` again"
 
 
 @dataclass(frozen=True)
-class BenchReport:
+class BenchReport(Header):
     """Everything that ``nbl-export bench`` measured: one entry of ``cells`` for each phase, batch and context."""
 
-    created: str
-    tool_version: str
-    model: Mapping[str, Any]
-    environment: Mapping[str, Any]
+    SCHEMA: ClassVar[str] = "nbl-export/bench/1"
+
     settings: Mapping[str, Any]
-    hashes: Mapping[str, str]
     roofline: Mapping[str, Any]
     competitors: Sequence[Mapping[str, Any]]
     cells: Sequence[Mapping[str, Any]]
-    checks: Sequence[Check]
-    notes: Sequence[str]
-
-    @property
-    def passed(self) -> bool:
-        return all(c.status != "failed" for c in self.checks)
 
     def body(self) -> dict[str, Any]:
         """As it stands in a report."""
-        return dict(jsonable(asdict(self)))
-
-    def as_json(self) -> dict[str, Any]:
-        return {"schema": SCHEMA, "verdict": "passed" if self.passed else "failed", **self.body()}
+        return to_json(self)
 
 
 def load_bench(path: Path) -> BenchReport:
     """Read ``bench.json``; raises :class:`InputError` for anything else."""
-    return load_judged(BenchReport, path, "bench", SCHEMA, REMEDY)
+    return load_judged(BenchReport, path, "bench", REMEDY)
 
 
 def bench_of(raw: Mapping[str, Any]) -> BenchReport:
     """A bench as it stands in a report."""
-    return BenchReport(**{**raw, "checks": [Check(**c) for c in raw["checks"]]})
+    return from_json(BenchReport, raw, "The report's bench", REMEDY)
 
 
 def bench_checks(cells: Sequence[Mapping[str, Any]]) -> list[Check]:

@@ -44,15 +44,6 @@ def percent(value: Any) -> str:
     return number(value, ".1%").replace(".0%", "%")
 
 
-def one_minus(value: Any) -> Any:
-    return 1 - value if isinstance(value, (int, float)) else value
-
-
-def worse(a: Any, b: Any) -> str:
-    numbers = [float(v) for v in (a, b)]  # the report writes infinity as text
-    return figure(max(numbers))
-
-
 def finite(value: Any) -> float | None:
     """``value`` if it is a number that can be drawn; a report writes nan and inf as text."""
     known = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 _PACKAGES = (
     "torch",
@@ -26,18 +27,30 @@ _PACKAGES = (
 )
 
 
-def environment() -> dict[str, Any]:
+@dataclass(frozen=True)
+class Environment:
     """Python, operating system, processor, memory and package versions; nothing that names the machine."""
+
+    python: str
+    system: str
+    processor: str
+    cores: int | None
+    memory_gib: float
+    packages: Mapping[str, str]
+
+
+def environment() -> Environment:
+    """This machine."""
     import psutil
 
-    return {
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "packages": {name: found for name in _PACKAGES if (found := _version(name))},
-    }
+    return Environment(
+        python=platform.python_version(),
+        system=f"{platform.system()} {platform.machine()}",
+        processor=_processor(),
+        cores=os.cpu_count(),
+        memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
+        packages={name: found for name in _PACKAGES if (found := _version(name))},
+    )
 
 
 def _version(name: str) -> str | None:

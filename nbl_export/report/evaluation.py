@@ -1,17 +1,50 @@
-"""Draw an evaluation: tables for the terminal and Markdown alike, ``eval.json``, ``eval.md`` and JUnit."""
+"""An evaluation as one JSON value with a versioned schema, and what is drawn from it.
+
+``eval.json`` is the source; ``eval.md``, the terminal's tables and ``eval-junit.xml`` are drawn from it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
-from nbl_export.evaluate.results import Evaluation
+from nbl_export.evaluate.recovery import Estimate
+from nbl_export.evaluate.results import Compared, MeanRecovery, Means, RetrievalResult, TaskResult
 from nbl_export.files import write_json, write_text
 from nbl_export.report.drawing import Table, number
+from nbl_export.report.header import Header, load_judged
 from nbl_export.report.render import markdown_page, write_junit
 from nbl_export.report.summary import measured_on
 from nbl_export.report.tables import checks_table
+from nbl_export.settings import EvalSettings
+
+
+@dataclass(frozen=True)
+class Evaluation(Header):
+    """Everything that ``nbl-export eval`` found: an entry for each task and context length, and their means.
+
+    Checks are there only where a recovery was asked for, and without any an evaluation passes.
+    """
+
+    SCHEMA: ClassVar[str] = "nbl-export/eval/1"
+
+    settings: EvalSettings
+    tasks: tuple[TaskResult, ...]
+    retrieval: tuple[RetrievalResult, ...]
+    mean: Means
+
+    @property
+    def passed(self) -> bool:
+        """No gate failed, and where there is one, something could be judged by it."""
+        return not self.checks or super().passed
+
+
+def load_evaluation(path: Path) -> Evaluation:
+    """Read ``eval.json``; raises :class:`InputError` for anything else."""
+    return load_judged(Evaluation, path, "evaluation", "run `nbl-export eval` again")
+
 
 NAMES = ("eval.json", "eval.md", "eval-junit.xml")
 
@@ -23,7 +56,7 @@ def write_evaluation(folder: Path, value: Evaluation) -> list[Path]:
     write_text(paths[1], markdown(value))
     for path in paths[2:]:
         write_junit(
-            path, "nbl-export eval", f"nbl_export.eval.{value.model['source']}", value.checks, value.created
+            path, "nbl-export eval", f"nbl_export.eval.{value.model.source}", value.checks, value.created
         )
     return paths
 
@@ -44,26 +77,26 @@ def evaluation_tables(value: Evaluation, brief: bool = False) -> list[Table]:
 def _tasks_table(value: Evaluation, brief: bool) -> Table:
     rows = []
     for task in value.tasks:
-        name, documents, scored = task["name"], str(task["documents"]), task["scored"]
-        if scored:
+        name, documents, scored = task.name, str(task.documents), task.scored
+        if task.headline:
             shown = name if brief else f"{name}, {scored}"
-            rows.append((shown, documents, *_figures(task["metrics"][scored], brief)))
-        for figure, both in task["figures"].items():
-            if figure not in task["metrics"]:  # perplexities, of which no recovery can be stated
+            rows.append((shown, documents, *_figures(task.headline, brief)))
+        for figure, both in task.figures.items():
+            if figure not in task.metrics:  # perplexities, of which no recovery can be stated
                 # A task without a score has no row of its own to stand under.
                 shown = f"  {figure}" if brief and scored else f"{name}, {figure}"
-                plain = [number(both[role], ".4g") for role in ("base", "linearized")]
+                plain = [number(v, ".4g") for v in (both.base, both.linearized)]
                 rows.append((shown, documents, "", *plain, *[""] * (2 if brief else 3)))
     metrics: dict[str, list[str]] = {}
     for task in value.tasks:
-        metrics.setdefault(task["scored"] or "", []).append(task["name"])
+        metrics.setdefault(task.scored or "", []).append(task.name)
     named = "; ".join(f"{m} of {', '.join(names)}" for m, names in metrics.items() if m)
-    drawn = any(t["documents"] < t["total"] for t in value.tasks)
+    drawn = any(t.documents < t.total for t in value.tasks)
     note = f"{_LEGEND} {'The documents are a sample, the same for both. ' if drawn else ''}"
     return _table(
         "Tasks: base and linearized graph",
         rows,
-        value.mean.get("tasks"),
+        value.mean.tasks,
         note + (f"Scores: {named}." if brief and named else ""),
         brief,
     )
@@ -71,17 +104,22 @@ def _tasks_table(value: Evaluation, brief: bool) -> Table:
 
 def _retrieval_table(value: Evaluation, brief: bool) -> Table:
     rows = [
-        (f"{entry['context']:,} tokens, {name}", str(entry["questions"]), *_figures(entry[name], brief))
-        for name in ("choice", "exact")
+        (f"{entry.context:,} tokens, {name}", str(entry.questions), *_figures(figures, brief))
+        for name, of in _WAYS.items()
         for entry in value.retrieval
+        for figures in [of(entry)]
     ]
     note = (
         "Choice: the right code is the most likely of those hidden in the text; exact: greedy decoding writes it. "
         "The mean is of choice."
     )
-    return _table("Retrieval: codes hidden in held-out text", rows, value.mean.get("retrieval"), note, brief)
+    return _table("Retrieval: codes hidden in held-out text", rows, value.mean.retrieval, note, brief)
 
 
+_WAYS: Mapping[str, Callable[[RetrievalResult], Compared]] = {
+    "choice": lambda r: r.choice,
+    "exact": lambda r: r.exact,
+}
 _LEGEND = (
     "Percent ± standard error over the documents, which both models answer; recovery is linearized / base; guess is "
     "what chance scores."
@@ -89,31 +127,31 @@ _LEGEND = (
 
 
 def _table(
-    title: str, rows: list[tuple[str, ...]], mean: Mapping[str, Any] | None, note: str, brief: bool
+    title: str, rows: list[tuple[str, ...]], mean: MeanRecovery | None, note: str, brief: bool
 ) -> Table:
     columns: tuple[str, ...] = ("", "n", "guess", "base", "linear", "change", "recovery")
     if not brief:
         columns = (*columns, "above chance")
     if mean:
-        last = [] if brief else [_percent(mean["above_chance"], brief)]
-        rows.append(("mean", *[""] * 5, _percent(mean["recovery"], brief), *last))
-        if mean["above_chance"]:
-            count, of = mean["above_chance_tasks"], mean["tasks"]
+        last = [] if brief else [_percent(mean.above_chance, brief)]
+        rows.append(("mean", *[""] * 5, _percent(mean.recovery, brief), *last))
+        if mean.above_chance:
+            count, of = mean.above_chance_tasks, mean.tasks
             note += (
                 f" With chance taken off both, over the {count} of {of} where the base is two standard errors above "
-                f"it: {_percent(mean['above_chance'], False)} %."
+                f"it: {_percent(mean.above_chance, False)} %."
             )
         else:
             note += " The base is nowhere two standard errors above chance, so little can be said of what is left."
     return Table(title, columns, tuple(rows), note)
 
 
-def _depth_table(retrieval: Sequence[Mapping[str, Any]]) -> Table:
-    depths = [d["depth"] for d in retrieval[0]["depths"]]
+def _depth_table(retrieval: Sequence[RetrievalResult]) -> Table:
+    depths = [d.depth for d in retrieval[0].depths]
     rows = [
         (
-            f"{entry['context']:,} tokens",
-            *(f"{100 * d['base']:.0f} → {100 * d['linearized']:.0f}" for d in entry["depths"]),
+            f"{entry.context:,} tokens",
+            *(f"{100 * d.base:.0f} → {100 * d.linearized:.0f}" for d in entry.depths),
         )
         for entry in retrieval
     ]
@@ -125,22 +163,22 @@ def _depth_table(retrieval: Sequence[Mapping[str, Any]]) -> Table:
     )
 
 
-def _figures(figures: Mapping[str, Any], brief: bool) -> tuple[str, ...]:
+def _figures(figures: Compared, brief: bool) -> tuple[str, ...]:
     found = (
-        f"{100 * figures['chance']:.0f}" if figures["chance"] else "",
-        _percent(figures["base"], brief),
-        _percent(figures["linearized"], brief),
-        _percent(figures["difference"], brief, "+"),
-        _percent(figures["recovery"], brief),
+        f"{100 * figures.chance:.0f}" if figures.chance else "",
+        _percent(figures.base, brief),
+        _percent(figures.linearized, brief),
+        _percent(figures.difference, brief, "+"),
+        _percent(figures.recovery, brief),
     )
-    return found if brief else (*found, _percent(figures["above_chance"], brief))
+    return found if brief else (*found, _percent(figures.above_chance, brief))
 
 
-def _percent(estimate: Mapping[str, float] | None, brief: bool, sign: str = "") -> str:
+def _percent(estimate: Estimate | None, brief: bool, sign: str = "") -> str:
     if not estimate:
         return ""
     between = "±" if brief else " ± "
-    return f"{100 * estimate['value']:{sign}.1f}{between}{100 * estimate['se']:.1f}"
+    return f"{100 * estimate.value:{sign}.1f}{between}{100 * estimate.se:.1f}"
 
 
 def markdown(value: Evaluation) -> str:
@@ -150,8 +188,8 @@ def markdown(value: Evaluation) -> str:
         tables.insert(0, checks_table(value))
     settings = value.settings
     making = [
-        f"Made {value.created} with nbl-export {value.tool_version}; seed {settings['seed']}, "
-        f"{settings['few_shot'] or 'no'} few-shot examples, {settings['limit'] or 'all'} rows of each task.",
+        f"Made {value.created} with nbl-export {value.tool_version}; seed {settings.seed}, "
+        f"{settings.few_shot or 'no'} few-shot examples, {settings.limit or 'all'} rows of each task.",
         measured_on(value.environment),
     ]
-    return markdown_page(f"nbl-export evaluation: {value.model['source']}", tables, making, value.notes)
+    return markdown_page(f"nbl-export evaluation: {value.model.source}", tables, making, value.notes)

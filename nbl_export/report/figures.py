@@ -7,13 +7,17 @@ drawn for a page or, with ``narrow``, for a phone, its panels below each other.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
+from nbl_export.linearize.budget import CurvePoint
+from nbl_export.linearize.selection import Curve
 from nbl_export.report.canvas import BASE, DECODE, INK, LINEAR, MUTED, PAPER, drawable, legend, panels
 from nbl_export.report.drawing import finite
-from nbl_export.report.selection import BUDGETS, SCORES, curve_points, score_key
+from nbl_export.report.schema import Selection
+from nbl_export.report.selection import BUDGETS, scored_by
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,55 +32,71 @@ _RUNTIMES = {"onnxruntime": ("s", "--"), "PyTorch": ("^", ":")}
 # the K curve -------------------------------------------------------------------------------------
 
 
-def draw_curve(curve: Mapping[str, Any], narrow: bool = False) -> Figure:
+@dataclass(frozen=True)
+class _Series:
+    """A line of the K curve: its figure and standard error, how it is drawn, and which K is marked, by name or not."""
+
+    of: Callable[[CurvePoint], float | None]
+    se: Callable[[CurvePoint], float | None] = lambda _: None
+    colour: str = LINEAR
+    marker: str = "o"
+    named: bool = False
+
+
+_RATIO = _Series(lambda p: p.perplexity_ratio, lambda p: p.perplexity_ratio_se, named=True)
+_KL = _Series(lambda p: p.kl, lambda p: p.kl_se, named=True)
+_SPEEDUPS = {
+    "prefill": _Series(
+        lambda p: p.prefill_speedup, colour=_PHASES["prefill"][0], marker=_PHASES["prefill"][1]
+    ),
+    "decode": _Series(lambda p: p.decode_speedup, colour=_PHASES["decode"][0], marker=_PHASES["decode"][1]),
+}
+
+
+def draw_curve(curve: Curve, narrow: bool = False) -> Figure:
     """Perplexity ratio, KL and speedup against K: standard errors, the budget, and the chosen K."""
-    points = curve_points({"curve": curve})
-    phases = [p for p in ("prefill", "decode") if any(finite(x.get(f"{p}_speedup")) for x in points)]
+    points = curve.by_k
+    phases = {name: s for name, s in _SPEEDUPS.items() if any(finite(s.of(p)) for p in points)}
     figure, axes = panels(3 if phases else 2, narrow)
     shown = {"perplexity_ratio": axes[0], "kl": axes[1]}
     axes[0].set_title("Perplexity ratio")
     axes[1].set_title("KL to the original, nats per token")
-    for key, panel in shown.items():
-        _series(panel, points, key, LINEAR, "o", curve.get("chosen"))
-    _log_if_wide(axes[1], [finite(p.get("kl")) for p in points])
+    for panel, series in zip(axes, (_RATIO, _KL), strict=False):
+        _draw_series(panel, points, series, curve.chosen)
+    _log_if_wide(axes[1], [finite(p.kl) for p in points])
     if phases:
         shown["speedup"] = axes[2]
-        context = finite(curve.get("context"))
-        axes[2].set_title("Speedup" + (f" at {context:,.0f} tokens" if context else ""))
-        lines = {
-            p: _series(axes[2], points, f"{p}_speedup", *_PHASES[p], curve.get("chosen")) for p in phases
-        }
+        axes[2].set_title("Speedup" + (f" at {curve.context:,} tokens" if curve.context else ""))
+        lines = {name: _draw_series(axes[2], points, series, curve.chosen) for name, series in phases.items()}
         _times_axis(axes[2])
         axes[2].legend(list(lines.values()), list(lines), loc="best")
-    for name, key, _ in BUDGETS:
-        bound = finite((curve.get("budget") or {}).get(name))
-        if bound is not None and key in shown:
-            _budget(shown[key], bound, "at least" if key == "speedup" else "at most")
+    for bound in BUDGETS:
+        limit = finite(bound.of(curve.budget))
+        if limit is not None and bound.figure in shown:
+            _budget(shown[bound.figure], limit, "at least" if bound.figure == "speedup" else "at most")
     for panel in axes:
-        _k_axis(panel, [p["k"] for p in points])
+        _k_axis(panel, [p.k for p in points])
     return figure
 
 
-def _series(
-    panel: Axes, points: Sequence[Mapping[str, Any]], key: str, colour: str, marker: str, chosen: int | None
-) -> Any:
-    """A line with error bars through the points that have ``key``; the chosen one filled, the others hollow."""
-    known = [p for p in points if finite(p.get(key)) is not None]
-    k, y = [p["k"] for p in known], [drawable(p[key]) for p in known]
-    errors = [finite(p.get(f"{key}_se")) or 0.0 for p in known]
+def _draw_series(panel: Axes, points: Sequence[CurvePoint], series: _Series, chosen: int | None) -> Any:
+    """A line with error bars through the points that have the figure; the chosen one filled, the others hollow."""
+    known = [p for p in points if finite(series.of(p)) is not None]
+    k, y = [p.k for p in known], [drawable(series.of(p)) for p in known]
+    errors = [finite(series.se(p)) or 0.0 for p in known]
     line = panel.errorbar(
         k,
         y,
         yerr=errors,
-        color=colour,
-        marker=marker,
+        color=series.colour,
+        marker=series.marker,
         markerfacecolor=PAPER,
         markeredgewidth=1.4,
         elinewidth=1.2,
     )
     here = [(a, b) for a, b in zip(k, y, strict=True) if a == chosen]
     if here:
-        if key in ("perplexity_ratio", "kl"):
+        if series.named:
             panel.annotate(
                 f"K = {chosen}",
                 (here[0][0], 1),
@@ -87,7 +107,14 @@ def _series(
                 color=MUTED,
             )
         panel.axvline(here[0][0], color=MUTED, linewidth=0.8, linestyle=(0, (1, 2)), zorder=0.5)
-        panel.plot(*here[0], color=colour, marker=marker, markersize=8, zorder=4, linestyle="none")
+        panel.plot(
+            *here[0],
+            color=series.colour,
+            marker=series.marker,
+            markersize=8,
+            zorder=4,
+            linestyle="none",
+        )
     return line
 
 
@@ -139,24 +166,24 @@ def _log_if_wide(panel: Axes, values: Sequence[float | None]) -> bool:
 # layers ------------------------------------------------------------------------------------------
 
 
-def draw_layers(selection: Mapping[str, Any], narrow: bool = False) -> Figure:
+def draw_layers(selection: Selection, narrow: bool = False) -> Figure:
     """Each layer's score by the criterion, chosen layers in colour; points instead of bars on a log axis."""
     from matplotlib.ticker import MaxNLocator
 
-    key = score_key(selection)
-    scored = [c for c in selection["candidates"] if finite(c.get(key)) is not None]
-    chosen = set(selection["layers"])
+    score = scored_by(selection.criterion, selection.candidates)
+    scored = [c for c in selection.candidates if finite(score.of(c)) is not None]
+    chosen = set(selection.layers)
     figure, (panel,) = panels(1, narrow)
-    dots = _log_if_wide(panel, [finite(c[key]) for c in scored])
+    dots = _log_if_wide(panel, [finite(score.of(c)) for c in scored])
     entries: dict[str, Any] = {}
     for name, colour, marker, group in (
-        ("replaced", LINEAR, "o", [c for c in scored if c["layer"] in chosen]),
-        ("kept", BASE, "D", [c for c in scored if c["layer"] not in chosen]),
+        ("replaced", LINEAR, "o", [c for c in scored if c.layer in chosen]),
+        ("kept", BASE, "D", [c for c in scored if c.layer not in chosen]),
     ):
         if not group:
             continue
-        x, y = [c["layer"] for c in group], [drawable(c[key]) for c in group]
-        errors = [finite(c.get(f"{key}_se")) or 0.0 for c in group]
+        x, y = [c.layer for c in group], [drawable(score.of(c)) for c in group]
+        errors = [finite(score.se(c)) or 0.0 for c in group]
         bars: dict[str, Any] = {"yerr": errors, "ecolor": INK} if any(errors) else {}
         if dots:
             entries[name] = panel.errorbar(x, y, linestyle="none", marker=marker, color=colour, **bars)
@@ -164,7 +191,7 @@ def draw_layers(selection: Mapping[str, Any], narrow: bool = False) -> Figure:
             bars |= {"error_kw": {"elinewidth": 1.0}} if bars else {}
             entries[name] = panel.bar(x, y, width=0.72, color=colour, **bars)
     panel.set_xlabel("layer")
-    panel.set_ylabel(SCORES.get(key, key))
+    panel.set_ylabel(score.name)
     panel.xaxis.set_major_locator(MaxNLocator(8 if narrow else 20, integer=True, min_n_ticks=1))
     panel.margins(x=0.02)
     legend(figure, entries)

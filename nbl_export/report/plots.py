@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from nbl_export.linearize.selection import Curve
 from nbl_export.report.bench import BenchReport, bench_of, cell_name
 from nbl_export.report.canvas import as_png, as_svg
 from nbl_export.report.drawing import finite, number, spans
 from nbl_export.report.figures import draw_bench, draw_curve, draw_engines, draw_layers, draw_speed
-from nbl_export.report.schema import Report
-from nbl_export.report.selection import SCORES, curve_points, score_key
+from nbl_export.report.schema import Report, Selection
+from nbl_export.report.selection import Score, scored_by
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,10 +46,12 @@ class Plot:
 def report_plots(report: Report) -> dict[str, Plot]:
     """The plots that there are figures for, by name."""
     plots = []
-    if curve_points(report.selection):
-        plots.append(_curve(report.selection["curve"]))
-    if any(finite(c.get(score_key(report.selection))) is not None for c in report.selection["candidates"]):
-        plots.append(_layers(report.selection))
+    selection = report.selection
+    if selection.curve and selection.curve.points:
+        plots.append(_curve(selection.curve))
+    score = scored_by(selection.criterion, selection.candidates)
+    if any(finite(score.of(c)) is not None for c in selection.candidates):
+        plots.append(_layers(selection, score))
     if report.speed and report.speed["cells"]:
         plots.append(_speed(report.speed))
     if report.engine_speed and report.engine_speed["latencies"]:
@@ -58,14 +61,14 @@ def report_plots(report: Report) -> dict[str, Plot]:
     return {plot.name: plot for plot in plots}
 
 
-def _curve(curve: Mapping[str, Any]) -> Plot:
-    points = curve_points({"curve": curve})
-    text = f"Perplexity ratio and KL for {len(points)} values of K from {points[0]['k']} to {points[-1]['k']}"
+def _curve(curve: Curve) -> Plot:
+    points = curve.by_k
+    text = f"Perplexity ratio and KL for {len(points)} values of K from {points[0].k} to {points[-1].k}"
     for p in points:
-        if p["k"] == curve.get("chosen"):
+        if p.k == curve.chosen:
             text += (
-                f"; chosen: K = {p['k']}, perplexity ratio {number(p.get('perplexity_ratio'), '.3f')}, "
-                f"KL {number(p.get('kl'), '.3f')}"
+                f"; chosen: K = {p.k}, perplexity ratio {number(p.perplexity_ratio, '.3f')}, "
+                f"KL {number(p.kl, '.3f')}"
             )
     return Plot(
         "k-curve",
@@ -75,15 +78,13 @@ def _curve(curve: Mapping[str, Any]) -> Plot:
     )
 
 
-def _layers(selection: Mapping[str, Any]) -> Plot:
-    key = score_key(selection)
-    known = [v for c in selection["candidates"] if (v := finite(c.get(key))) is not None]
-    name = SCORES.get(key, key)
+def _layers(selection: Selection, score: Score) -> Plot:
+    known = [v for c in selection.candidates if (v := finite(score.of(c))) is not None]
     return Plot(
         "layers",
-        f"Scores ({name}) of {len(known)} layers, from {min(known):.3g} to {max(known):.3g}; "
-        f"replaced: {spans(selection['layers']) or 'none'}.",
-        f"Score of each layer: {name}. The lower, the better it is replaced.",
+        f"Scores ({score.name}) of {len(known)} layers, from {min(known):.3g} to {max(known):.3g}; "
+        f"replaced: {spans(selection.layers) or 'none'}.",
+        f"Score of each layer: {score.name}. The lower, the better it is replaced.",
         partial(draw_layers, selection),
     )
 

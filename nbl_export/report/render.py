@@ -26,7 +26,7 @@ def write_report(folder: Path, report: Report) -> list[Path]:
     )
     plots = report_plots(report)
     write_json(json, report.as_json())
-    classname = f"nbl_export.{report.model['source']}"
+    classname = f"nbl_export.{report.model.source}"
     write_junit(junit, "nbl-export", classname, report.checks, report.created)
     pictures = _write_plots(folder / "plots", plots)
     write_text(markdown_file, markdown(report, plots))
@@ -40,7 +40,7 @@ def write_bench(folder: Path, value: BenchReport) -> list[Path]:
     plot = bench_plot(value)
     write_json(paths[0], value.as_json())
     made = f"Made {value.created} with nbl-export {value.tool_version}."
-    title, tables = f"nbl-export bench: {value.model['source']}", [checks_table(value), *bench_tables(value)]
+    title, tables = f"nbl-export bench: {value.model.source}", [checks_table(value), *bench_tables(value)]
     page = markdown_page(title, tables, [made, measured_on(value.environment)], value.notes, {"bench": plot})
     write_text(paths[1], page)
     write_plot(paths[2], plot)

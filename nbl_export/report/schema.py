@@ -1,62 +1,96 @@
 """The report: every figure of a run in one JSON value with a versioned schema.
 
-``report.json`` is the source; every other file of the report and the terminal's summary are drawn from it.
+``report.json`` is the source; every other file of the report and the terminal's summary are drawn from it. A section is
+the value that the room which measures it makes; :mod:`nbl_export.records` writes and reads them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from nbl_export.checks import Check, load_judged
-from nbl_export.files import jsonable
-
-SCHEMA = "nbl-export/report/1"
+from nbl_export.engine.manifest import Manifest
+from nbl_export.graph.summary import Float32Node
+from nbl_export.linearize.selection import Scores
+from nbl_export.models.source import ModelIdentity
+from nbl_export.report.header import Header, load_judged
+from nbl_export.report.legacy import SCHEMA_1, from_version_1
+from nbl_export.rewrite.summary import RewriteSummary
+from nbl_export.verify.loss.figures import Likeness, MethodLoss
+from nbl_export.verify.parity.figures import DecoderParity, EncoderParity, EngineParity
 
 
 @dataclass(frozen=True)
-class Report:
-    """A finished report. Sections that were not run are None; a check says why.
+class Model(ModelIdentity):
+    """The model, its width and its number of layers."""
 
-    ``graph`` holds the graph before and after, the proof of each layer, its precision, the form of its
-    cache and the nodes that stay float32; ``engines`` the manifests of the engines that were built;
-    ``bench`` what `nbl-export bench` measured on the same graphs; ``selection`` the scores of all layers;
-    ``hashes`` the SHA-256 of model, plan and graphs.
+    hidden_size: int = field(kw_only=True)
+    layers: int = field(kw_only=True)
+
+
+@dataclass(frozen=True)
+class Selection(Scores):
+    """How layers were chosen and fitted, which (``layers``, ascending), and everything known when they were.
+
+    ``ridge`` None was chosen by held-out error; ``repair`` steps of distillation; ``rank`` of the maps, None for whole
+    ones. Calibrated on ``calibration_tokens`` tokens of ``sources``, drawn by ``seed``.
     """
 
-    created: str
-    tool_version: str
-    model: Mapping[str, Any]
-    environment: Mapping[str, Any]
-    settings: Mapping[str, Any]
-    hashes: Mapping[str, str]
+    criterion: str = field(kw_only=True)
+    fit_input: str = field(kw_only=True)
+    ridge: float | None = field(kw_only=True)
+    calibration_tokens: int = field(kw_only=True)
+    layers: tuple[int, ...] = field(kw_only=True)
+    sources: tuple[str, ...] = field(kw_only=True)
+    seed: int = field(kw_only=True)
+    fit: str = field(default="lmmse", kw_only=True)
+    repair: int = field(default=0, kw_only=True)
+    rank: int | None = field(default=None, kw_only=True)
+
+
+@dataclass(frozen=True)
+class Graph(RewriteSummary):
+    """The graph before and after, the proofs, and how it was exported.
+
+    ``task`` is an encoder's, None for a decoder; ``opset`` None where the exporter chose it.
+    """
+
+    precision: str
+    kv_cache: str
+    opset: int | None = None
+    task: str | None = None
+    kept_float32: tuple[Float32Node, ...] = ()
+
+
+@dataclass(frozen=True)
+class Report(Header):
+    """A finished report. Sections that were not run are None; a check says why.
+
+    ``settings`` are what was asked of each stage, as recorded; ``engines`` the manifests of those that were built;
+    ``bench`` is what `nbl-export bench` measured on the same graphs.
+    """
+
+    SCHEMA: ClassVar[str] = "nbl-export/report/2"
+
+    model: Model
+    settings: Mapping[str, Mapping[str, Any]]
     stage_seconds: Mapping[str, float]
-    selection: Mapping[str, Any]
-    graph: Mapping[str, Any]
-    parity: Mapping[str, Any] | None
+    selection: Selection
+    graph: Graph
+    parity: DecoderParity | EncoderParity | None
     divergence: str | None
-    method_loss: Mapping[str, Any] | None
+    method_loss: MethodLoss | Likeness | None
     speed: Mapping[str, Any] | None
-    checks: Sequence[Check]
-    notes: Sequence[str]
-    engines: Sequence[Mapping[str, Any]] | None = None
-    engine_parity: Mapping[str, Any] | None = None
+    engines: tuple[Manifest, ...] | None = None
+    engine_parity: EngineParity | None = None
     engine_speed: Mapping[str, Any] | None = None
     bench: Mapping[str, Any] | None = None
 
-    @property
-    def passed(self) -> bool:
-        """No check failed, and at least one that decides was run and passed."""
-        states = [c.status for c in self.checks]
-        return "failed" not in states and "passed" in states
-
-    def as_json(self) -> dict[str, Any]:
-        body = jsonable(asdict(self))
-        return {"schema": SCHEMA, "verdict": "passed" if self.passed else "failed", **body}
-
 
 def load_report(path: Path) -> Report:
-    """Read ``report.json``; raises :class:`InputError` for anything else."""
-    return load_judged(Report, path, "report", SCHEMA, "run `nbl-export verify` again")
+    """Read ``report.json``, also of version 1; raises :class:`InputError` for anything else."""
+    return load_judged(
+        Report, path, "report", "run `nbl-export verify` again", older={SCHEMA_1: from_version_1}
+    )

@@ -3,19 +3,51 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
+from nbl_export.linearize.figures import Candidate, Loss
+from nbl_export.linearize.selection import Curve, PlanLoss
 from nbl_export.report.drawing import Table, finite, number, spans
+from nbl_export.report.schema import Selection
+from nbl_export.settings import Budget
 
-# The scores a layer may have, as a reader knows them.
-SCORES = {
-    "cca": "CCA bound",
-    "nmse": "NMSE",
-    "kl": "KL, nats per token",
-    "sensitivity": "sensitivity",
-    "predicted": "predicted loss",
-    "drop": "KL when left out",
+
+@dataclass(frozen=True)
+class Score:
+    """A score that a layer may have: as a reader knows it, its value and standard error, and what it means."""
+
+    name: str
+    of: Callable[[Candidate], float | None]
+    se: Callable[[Candidate], float | None] = lambda _: None
+    meaning: str = ""
+
+
+SCORES: Mapping[str, Score] = {
+    "cca": Score("CCA bound", lambda c: c.cca),
+    "nmse": Score("NMSE", lambda c: c.nmse),
+    "kl": Score(
+        "KL, nats per token",
+        lambda c: c.kl,
+        lambda c: c.kl_se,
+        "KL: to the original, with that layer alone replaced; greedy search takes layers one after the other, so "
+        "that its order is another.",
+    ),
+    "sensitivity": Score(
+        "sensitivity",
+        lambda c: c.sensitivity,
+        lambda c: c.sensitivity_se,
+        "Sensitivity: KL by noise in the layer's output, for each share of its variance.",
+    ),
+    "predicted": Score(
+        "predicted loss", lambda c: c.predicted, meaning="Predicted loss: sensitivity × NMSE."
+    ),
+    "drop": Score(
+        "KL when left out",
+        lambda c: c.drop,
+        lambda c: c.drop_se,
+        "KL when left out: to the original, with that layer's attention writing nothing.",
+    ),
 }
 # What a criterion goes by, where it is no score of that name; greedy search begins with each layer's KL alone.
 _GOES_BY = {"greedy": "kl", "linearity": "predicted"}
@@ -26,61 +58,63 @@ _FITS = {
     "sequential": "the sequential fit",
     "drop": "nil (the layers are left out)",
 }
-# One row for each budget: its name in the report, the figure of a point it bounds, and how it is said.
+
+
+@dataclass(frozen=True)
+class Bound:
+    """One bound of a budget: how it is said, its value, and the name of the figure that it bounds."""
+
+    text: str
+    of: Callable[[Budget], float | None]
+    figure: str
+
+
 BUDGETS = (
-    ("max_perplexity_ratio", "perplexity_ratio", "perplexity ratio ≤ {:g}"),
-    ("max_kl", "kl", "KL ≤ {:g}"),
-    ("min_speedup", "speedup", "speedup ≥ {:g}×"),
+    Bound("perplexity ratio ≤ {:g}", lambda b: b.max_perplexity_ratio, "perplexity_ratio"),
+    Bound("KL ≤ {:g}", lambda b: b.max_kl, "kl"),
+    Bound("speedup ≥ {:g}×", lambda b: b.min_speedup, "speedup"),
 )
 
 
-def score_key(selection: Mapping[str, Any]) -> str:
+def scored_by(criterion: str, candidates: Sequence[Candidate]) -> Score:
     """The score that the layers are shown by: the criterion's, or the paper's for a choice by hand."""
-    criterion = str(selection["criterion"])
-    key = _GOES_BY.get(criterion, criterion)
-    return key if any(finite(c.get(key)) is not None for c in selection["candidates"]) else "cca"
+    score = SCORES.get(_GOES_BY.get(criterion, criterion))
+    return score if score and any(finite(score.of(c)) is not None for c in candidates) else SCORES["cca"]
 
 
-def fit_in_words(selection: Mapping[str, Any]) -> str:
+def fit_in_words(selection: Selection) -> str:
     """How W and b were fitted, and repaired."""
-    fit = str(selection.get("fit", "lmmse"))  # reports of earlier versions know one fit alone
-    words = _FITS.get(fit, fit)
-    if fit != "drop":
-        ridge = selection["ridge"]
+    words = _FITS.get(selection.fit, selection.fit)
+    if selection.fit != "drop":
+        ridge = selection.ridge
         by = "chosen by held-out error" if ridge is None else f"{number(ridge, 'g')}"
-        words += f" on the {selection['fit_input']} input, ridge {by}"
-    steps = selection.get("repair", 0)
+        words += f" on the {selection.fit_input} input, ridge {by}"
+    steps = selection.repair
     words += f"; then {steps:,} steps of distillation" if steps else ""
-    if rank := selection.get("rank"):
-        lost = list(((selection.get("result") or {}).get("rank_lost") or {}).values())
+    if rank := selection.rank:
+        lost = list(((selection.result and selection.result.rank_lost) or {}).values())
         words += f"; W of rank {rank}"
         words += f", which loses at most {max(lost):.2%} of the variance of a layer's output" if lost else ""
     return words
 
 
-def curve_points(selection: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The points of the K curve by K; none where it was not measured."""
-    curve = selection.get("curve") or {}
-    return sorted(curve.get("points") or (), key=lambda p: p["k"])
-
-
-def curve_table(curve: Mapping[str, Any], brief: bool = False) -> Table:
+def curve_table(curve: Curve, brief: bool = False) -> Table:
     """Loss and speed of every K that was measured; ``brief`` leaves out which layers go."""
-    points = curve_points({"curve": curve})
-    timed = any(p.get(f"{phase}_speedup") is not None for p in points for phase in ("prefill", "decode"))
+    points = curve.by_k
+    timed = any(p.prefill_speedup is not None or p.decode_speedup is not None for p in points)
     rows: list[tuple[str, ...]] = []
     marked = []
     for p in points:
-        chosen = p["k"] == curve.get("chosen")
+        chosen = p.k == curve.chosen
         if chosen:
             marked.append(len(rows))
         rows.append(
             (
-                f"{p['k']}{', chosen' * chosen}",
-                _with_error(p, "perplexity_ratio"),
-                _with_error(p, "kl"),
-                *((_times(p.get("prefill_speedup")), _times(p.get("decode_speedup"))) if timed else ()),
-                *(() if brief else (spans(p.get("layers") or ()),)),
+                f"{p.k}{', chosen' * chosen}",
+                _with_error(p.perplexity_ratio, p.perplexity_ratio_se),
+                _with_error(p.kl, p.kl_se),
+                *((_times(p.prefill_speedup), _times(p.decode_speedup)) if timed else ()),
+                *(() if brief else (spans(p.layers),)),
             )
         )
     return Table(
@@ -99,26 +133,18 @@ def curve_table(curve: Mapping[str, Any], brief: bool = False) -> Table:
     )
 
 
-def result_table(selection: Mapping[str, Any]) -> Table:
+def result_table(selection: Selection, result: PlanLoss) -> Table:
     """What the maps that were kept cost, and what the distillation was worth; where that was measured."""
-    result = selection["result"]
     # Each is what the one before became of.
-    names = {"before_repair": "as fitted", "before_rank": "as fitted", "loss": "as fitted"}
-    if "before_repair" in result:
-        names["before_rank"] = names["loss"] = f"after {selection.get('repair', 0):,} steps of distillation"
-    if "before_rank" in result:
-        names["loss"] = f"of rank {selection['rank']}"
-    rows = tuple(
-        (
-            name,
-            _with_error(_as_ratio(result[key]), "perplexity_ratio"),
-            _with_error(result[key], "kl"),
-        )
-        for key, name in names.items()
-        if key in result
-    )
-    if (predicted := finite(result.get("predicted_excess"))) is not None:
-        rows = (("as predicted, layer by layer", f"{math.exp(min(predicted, 700.0)):.4f}", "–"), *rows)
+    before_rank = loss = "as fitted"
+    if result.before_repair:
+        before_rank = loss = f"after {selection.repair:,} steps of distillation"
+    if result.before_rank:
+        loss = f"of rank {selection.rank}"
+    measured = (("as fitted", result.before_repair), (before_rank, result.before_rank), (loss, result.loss))
+    rows = tuple((name, _ratio(cost), _with_error(cost.kl, cost.kl_se)) for name, cost in measured if cost)
+    if (predicted := finite(result.predicted_excess)) is not None:
+        rows = (("as predicted, layer by layer", f"{_exp(predicted):.4f}", "–"), *rows)
     return Table(
         "Loss of the maps that were kept, selection text",
         ("", "perplexity ratio", "KL, nats per token"),
@@ -128,37 +154,36 @@ def result_table(selection: Mapping[str, Any]) -> Table:
     )
 
 
-def _as_ratio(loss: Mapping[str, Any]) -> dict[str, Any]:
-    excess, error = finite(loss["excess"]), finite(loss["excess_se"])
+def _exp(excess: float) -> float:
+    """A perplexity ratio; one beyond the largest number is that."""
+    return math.exp(min(excess, 700.0))
+
+
+def _ratio(loss: Loss) -> str:
+    excess, error = finite(loss.excess), finite(loss.excess_se)
     if excess is None:
-        return {"perplexity_ratio": loss["excess"]}
-    ratio = math.exp(min(excess, 700.0))
-    return {"perplexity_ratio": ratio, "perplexity_ratio_se": None if error is None else ratio * error}
+        return _with_error(loss.excess, None)
+    ratio = _exp(excess)
+    return _with_error(ratio, None if error is None else ratio * error)
 
 
-def _curve_note(curve: Mapping[str, Any], timed: bool) -> str:
+def _curve_note(curve: Curve, timed: bool) -> str:
     sentences = []
-    if curve.get("tokens") and curve.get("documents"):
+    if curve.tokens and curve.documents:
         sentences.append(
-            f"Loss on {curve['tokens']:,} tokens of {curve['documents']:,} documents, ± standard errors over documents."
+            f"Loss on {curve.tokens:,} tokens of {curve.documents:,} documents, ± standard errors over documents."
         )
-    if timed and curve.get("context"):
-        sentences.append(f"Speedup of the linearized graph at {curve['context']:,} tokens.")
-    budget = curve.get("budget") or {}
-    bounds = [
-        text.format(bound) for name, _, text in BUDGETS if (bound := finite(budget.get(name))) is not None
-    ]
+    if timed and curve.context:
+        sentences.append(f"Speedup of the linearized graph at {curve.context:,} tokens.")
+    bounds = [b.text.format(limit) for b in BUDGETS if (limit := finite(b.of(curve.budget))) is not None]
     if bounds:
         sentences.append(f"Budget: {', '.join(bounds)}.")
     return " ".join(sentences)
 
 
-def _with_error(point: Mapping[str, Any], key: str) -> str:
-    value, error = point.get(key), point.get(f"{key}_se")
-    if value is None:
-        return ""
+def _with_error(value: float, error: float | None) -> str:
     return number(value, ".4f") + (f" ± {number(error, '.4f')}" if error is not None else "")
 
 
-def _times(speedup: Any) -> str:
+def _times(speedup: float | None) -> str:
     return "" if speedup is None else f"{number(speedup, '.2f')}×"

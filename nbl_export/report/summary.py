@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any
 
 from nbl_export.report.drawing import figure, number, spans
+from nbl_export.report.environment import Environment
 from nbl_export.report.schema import Report
 from nbl_export.report.selection import fit_in_words
+from nbl_export.verify.loss.figures import Likeness
+from nbl_export.verify.parity.figures import EncoderParity
 from nbl_export.verify.speed.checks import suspect
 
 
@@ -24,7 +26,7 @@ class Headline:
 
 def model_name(report: Report) -> str:
     """The last part of the model's path or Hub id."""
-    source = str(report.model["source"])
+    source = report.model.source
     return PurePath(source).name or source
 
 
@@ -44,12 +46,12 @@ def headlines(report: Report) -> list[Headline]:
 
 
 def _size(report: Report) -> Iterator[Headline]:
-    layers = report.selection["layers"]
+    layers = report.selection.layers
     detail = f"layers {spans(layers)}" if layers else "nothing was replaced"
-    yield Headline("Attention layers replaced", f"{len(layers)} of {report.model['layers']}", detail)
-    before, after = report.graph["before"], report.graph["after"]
-    if before["kv_pairs"]:
-        a, b = before["kv_bytes_per_token"], after["kv_bytes_per_token"]
+    yield Headline("Attention layers replaced", f"{len(layers)} of {report.model.layers}", detail)
+    before, after = report.graph.before, report.graph.after
+    if before.kv_pairs:
+        a, b = before.kv_bytes_per_token, after.kv_bytes_per_token
         yield Headline("KV cache", f"{(b - a) / a:+.1%}" if a else "", f"{a:,} → {b:,} bytes per token")
 
 
@@ -57,16 +59,14 @@ def _loss(report: Report) -> Iterator[Headline]:
     loss = report.method_loss
     if not loss:
         return
-    if "measures" in loss:
-        for m in loss["measures"][:1]:
-            yield Headline(
-                m["what"], number(m["value"], ".4f"), f"± {number(m['se'], '.4f')}, held-out {loss['unit']}"
-            )
+    if isinstance(loss, Likeness):
+        for m in loss.measures[:1]:
+            yield Headline(m.what, number(m.value, ".4f"), f"± {number(m.se, '.4f')}, held-out {loss.unit}")
         return
     yield Headline(
         "Perplexity",
-        f"× {number(loss['perplexity_ratio'], '.3f')}",
-        f"± {number(loss['perplexity_ratio_se'], '.3f')}, {loss['tokens']:,} held-out tokens",
+        f"× {number(loss.perplexity_ratio, '.3f')}",
+        f"± {number(loss.perplexity_ratio_se, '.3f')}, {loss.tokens:,} held-out tokens",
     )
 
 
@@ -94,49 +94,49 @@ def _gain(report: Report) -> Iterator[Headline]:
 def _parity(report: Report) -> Iterator[Headline]:
     if not report.parity:
         return
-    if "outputs" in report.parity:
-        found, of = [o["max_rel"] for o in report.parity["outputs"]], "max relative difference to PyTorch"
+    if isinstance(report.parity, EncoderParity):
+        found, of = [o.max_rel for o in report.parity.outputs], "max relative difference to PyTorch"
     else:
-        found, of = [s["max_abs"] for s in report.parity["steps"]], "max |Δlogit| to PyTorch"
+        found, of = [s.max_abs for s in report.parity.steps], "max |Δlogit| to PyTorch"
     # What is no number is worse than any.
-    worst = max(map(float, found), key=lambda v: (v != v, v))
+    worst = max(found, key=lambda v: (v != v, v))
     yield Headline("Parity", figure(worst), of)
 
 
-def measured_on(environment: Mapping[str, Any]) -> str:
+def measured_on(environment: Environment) -> str:
     """The machine and the packages in one line."""
     return f"{_machine(environment)}; {_packages(environment)}."
 
 
-def _machine(environment: Mapping[str, Any]) -> str:
+def _machine(environment: Environment) -> str:
     return (
-        f"{environment['processor']}, {environment['cores']} cores, {environment['memory_gib']} GiB, "
-        f"{environment['system']}, Python {environment['python']}"
+        f"{environment.processor}, {environment.cores} cores, {environment.memory_gib} GiB, "
+        f"{environment.system}, Python {environment.python}"
     )
 
 
-def _packages(environment: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
+def _packages(environment: Environment) -> str:
+    return ", ".join(f"{name} {version}" for name, version in environment.packages.items())
 
 
 def making(report: Report) -> list[tuple[str, str]]:
     """How the report was made, as pairs of a word and what it stands for."""
-    chosen, calibrate, environment = report.selection, report.settings["calibrate"], report.environment
-    cache = report.graph.get("task") or f"{report.graph['kv_cache']} KV cache"
-    dtype = chosen.get("calibration_dtype")
+    chosen, graph, environment = report.selection, report.graph, report.environment
+    cache = graph.task or f"{graph.kv_cache} KV cache"
+    dtype = chosen.calibration_dtype
     seconds = (f"{name} {spent:.1f}" for name, spent in report.stage_seconds.items())
     return [
         ("Made", f"{report.created} with nbl-export {report.tool_version}"),
         (
             "Calibrated on",
-            f"{chosen['calibration_tokens']:,} tokens of {', '.join(calibrate['sources'])} (seed {calibrate['seed']}"
+            f"{chosen.calibration_tokens:,} tokens of {', '.join(chosen.sources)} (seed {chosen.seed}"
             f"{f', read in {dtype}' if dtype else ''})",
         ),
-        ("Layers chosen by", str(chosen["criterion"])),
+        ("Layers chosen by", chosen.criterion),
         ("W and b are", fit_in_words(chosen)),
-        ("Graphs", f"{report.graph['precision']}, {cache}, opset {report.settings['export']['opset']}"),
+        ("Graphs", f"{graph.precision}, {cache}, opset {graph.opset}"),
         ("Stages, seconds", ", ".join(seconds)),
         ("Measured on", _machine(environment)),
         ("Packages", _packages(environment)),
-        ("Model fingerprint", report.hashes["model"]),
+        ("Model fingerprint", report.model.fingerprint),
     ]

@@ -12,11 +12,13 @@ from nbl_export.graph.io import load_graph
 from nbl_export.graph.tensors import external_files
 from nbl_export.linearize.plan import load_plan
 from nbl_export.progress import Listener
+from nbl_export.records import to_json
 from nbl_export.rewrite.replace import linearized_layers, rewrite_file, rewrite_summary
 from nbl_export.workspace import Workspace, is_workspace
 
 if TYPE_CHECKING:
-    from nbl_export.rewrite.replace import RewriteResult
+    from nbl_export.records import to_json
+from nbl_export.rewrite.replace import RewriteResult
 
 
 def rewrite_foreign(
@@ -48,7 +50,7 @@ def rewrite_foreign(
         result = rewrite_file(source, loaded, folder / source.name, in_place, listener)
         copy_sidecars(sidecars, folder)
         summary = folder / Workspace(folder).rewrite_summary.relative_to(folder)
-        write_json(summary, {"source": source.name, **rewrite_summary(result, loaded)})
+        write_json(summary, {"source": source.name, **to_json(rewrite_summary(result, loaded))})
     except OSError as error:
         raise os_error_in_words(error, "while rewriting") from error
     return result

@@ -26,6 +26,7 @@ from nbl_export.graph.io import load_graph
 from nbl_export.graph.precision import Precision, graph_precision
 from nbl_export.graph.regions import AttentionRegion, Output
 from nbl_export.linearize.plan import Plan
+from nbl_export.rewrite.summary import ProofErrors
 from nbl_export.runtime.intermediates import Arrays, compute_tensors, prefill_rows, unbatched
 
 _C = TypeVar("_C")
@@ -65,6 +66,11 @@ class Proof:
     input_error: float
     output_error: float
     shapes: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def errors(self) -> ProofErrors:
+        """What a record keeps of it."""
+        return ProofErrors(self.layer, self.input_error, self.output_error)
 
     def holds(self, tolerance: Tolerance) -> bool:
         return self.input_error <= tolerance.u and self.output_error <= tolerance.y
@@ -259,10 +265,3 @@ def relative_error(found: NDArray[Any], expected: NDArray[np.float32]) -> float:
     with np.errstate(invalid="ignore"):  # infinity minus infinity, which counts as infinite below
         error = float(np.linalg.norm(found.astype(np.float64) - expected) / norm)
     return error if np.isfinite(error) else float("inf")
-
-
-def proofs_as_json(proofs: Mapping[int, Proof]) -> list[dict[str, float | int]]:
-    return [
-        {"layer": p.layer, "input_error": p.input_error, "output_error": p.output_error}
-        for p in proofs.values()
-    ]

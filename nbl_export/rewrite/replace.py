@@ -31,24 +31,19 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from nbl_export.batch.names import PIXELS
 from nbl_export.errors import BuildError, InputError
-from nbl_export.files import jsonable
 from nbl_export.graph.cache import KV_LAYERS_KEY, kv_pairs, metadata_list, remove_pairs
-from nbl_export.graph.io import (
-    GraphSummary,
-    append_graph,
-    load_graph,
-    save_graph,
-    summarize,
-)
+from nbl_export.graph.io import append_graph, load_graph, save_graph, summarize
 from nbl_export.graph.precision import graph_precision
 from nbl_export.graph.regions import AttentionRegion, Output, Refusal, find_regions
+from nbl_export.graph.summary import GraphSummary
 from nbl_export.graph.types import infer_types
 from nbl_export.graph.weights import weight_bits
 from nbl_export.linearize.plan import LinearLayer, Plan
 from nbl_export.progress import Listener, Silent, bytes_task
 from nbl_export.rewrite.adapt import merge_adapters
-from nbl_export.rewrite.prove import PROOF_TOLERANCE, Proof, confirm, proofs_as_json, prove, without_later
+from nbl_export.rewrite.prove import PROOF_TOLERANCE, Proof, confirm, prove, without_later
 from nbl_export.rewrite.quantize import product
+from nbl_export.rewrite.summary import RewriteSummary
 from nbl_export.runtime.session import check_like
 
 LAYERS_KEY = "nbl_export.layers"
@@ -102,15 +97,10 @@ def rewrite_file(
     return RewriteResult(before, summarize(load_graph(target), target), proofs, files)
 
 
-def rewrite_summary(result: RewriteResult, plan: Plan) -> dict[str, Any]:
-    """The result for a JSON file."""
-    summary = {
-        "before": result.before.as_json(),
-        "after": result.after.as_json(),
-        "kv_layers": list(plan.attention_layers),
-        "proofs": proofs_as_json(result.proofs),
-    }
-    return dict(jsonable(summary))
+def rewrite_summary(result: RewriteResult, plan: Plan) -> RewriteSummary:
+    """The result, for a JSON file."""
+    proofs = tuple(p.errors for p in result.proofs.values())
+    return RewriteSummary(result.before, result.after, plan.attention_layers, proofs)
 
 
 def linearized_layers(model: ir.Model) -> tuple[int, ...]:

@@ -140,11 +140,11 @@ def load_engine(path: Path, device: Device | None = None) -> LoadedEngine:
     engine = runtime.deserialize_cuda_engine(path.read_bytes())
     if engine is None:
         raise InputError(f"{library} does not load {path}: build the engine again on this machine.")
-    for tensor in (*manifest.network["inputs"], *manifest.network["outputs"]):
-        found = engine.get_tensor_dtype(tensor["name"]).name
-        if found != tensor["dtype"]:
+    for tensor in (*manifest.network.inputs, *manifest.network.outputs):
+        found = engine.get_tensor_dtype(tensor.name).name
+        if found != tensor.dtype:
             raise BuildError(
-                f"{path}: {tensor['name']} is {found}, the network it was built from {tensor['dtype']}: build the "
+                f"{path}: {tensor.name} is {found}, the network it was built from {tensor.dtype}: build the "
                 "engine again."
             )
     contexts = {}
@@ -152,10 +152,10 @@ def load_engine(path: Path, device: Device | None = None) -> LoadedEngine:
         context = _context(library, engine)
         if context is None or not context.set_optimization_profile_async(index, device.stream):
             raise BuildError(
-                f"{path}: no execution context for the {profile['name']} profile: free GPU memory, or build for a "
+                f"{path}: no execution context for the {profile.name} profile: free GPU memory, or build for a "
                 "shorter --max-context."
             )
-        contexts[profile["name"]] = context
+        contexts[profile.name] = context
     device.synchronize()
     return LoadedEngine(manifest, engine, contexts, device, not library.own_cuda_graphs, runtime)
 
@@ -175,11 +175,11 @@ class EngineStream:
         self.manifest, self.device = loaded.manifest, loaded.device
         self._contexts, self._engine, self._captures = loaded.contexts, loaded.engine, loaded.captures
         network = loaded.manifest.network
-        self._inputs = {t["name"]: t for t in network["inputs"]}
-        self._outputs = {t["name"]: t for t in network["outputs"]}
+        self._inputs = {t.name: t for t in network.inputs}
+        self._outputs = {t.name: t for t in network.outputs}
         self._past = [n for n in self._inputs if n.startswith("past_key_values.")]
         self.static = loaded.manifest.kv_cache == "static"
-        self._vocab = int(self._outputs["logits"]["shape"][-1])
+        self._vocab = self._outputs["logits"].shape[-1]
         # By profile: the tensors bound to a decode step outlive the next prefill, as its CUDA graph needs.
         self._bound: dict[str, dict[str, torch.Tensor]] = {PREFILL: {}, DECODE: {}}
         self._batch = 0
@@ -213,7 +213,7 @@ class EngineStream:
         return logits[:, 0]
 
     def cache(self) -> tuple[Sequence[KV], BOOL]:
-        width = self.manifest.limits["max_context"] if self.static else self._length
+        width = self.manifest.limits.max_context if self.static else self._length
         sides = [self.device.get(self._view(name, width)) for name in self._past]
         real = prefix_mask(self._lengths, width) if self.static else self._mask.astype(bool)
         return list(zip(sides[::2], sides[1::2], strict=True)), real
@@ -245,9 +245,9 @@ class EngineStream:
         """One more token for each row: logits [rows, 1, vocab]."""
         if len(tokens) != self._batch:
             raise InputError(f"{len(tokens)} tokens for a batch of {self._batch} rows.")
-        if self._length_after_next() > self.manifest.limits["max_context"]:
+        if self._length_after_next() > self.manifest.limits.max_context:
             raise InputError(
-                f"The engine's context of {self.manifest.limits['max_context']} tokens is full: build it for more."
+                f"The engine's context of {self.manifest.limits.max_context} tokens is full: build it for more."
             )
         ids = np.array(tokens, dtype=np.int64)[:, None]
         if self.static:
@@ -275,10 +275,13 @@ class EngineStream:
 
     def _check_fits(self, rows: Sequence[NDArray[Any]]) -> None:
         limits, longest = self.manifest.limits, max(len(r) for r in rows)
-        for what, found, most in (("rows", len(rows), "max_batch"), ("tokens in a row", longest, "max_seq")):
-            if found > limits[most]:
+        for what, found, name, most in (
+            ("rows", len(rows), "max_batch", limits.max_batch),
+            ("tokens in a row", longest, "max_seq", limits.max_seq),
+        ):
+            if found > most:
                 raise InputError(
-                    f"{found} {what} are more than the engine was built for ({most} {limits[most]}): build it for more."
+                    f"{found} {what} are more than the engine was built for ({name} {most}): build it for more."
                 )
 
     # buffers and bindings --------------------------------------------------------------------
@@ -291,10 +294,10 @@ class EngineStream:
         self._batch, self._turn, self._replay = batch, 0, None
         self._bound = {PREFILL: {}, DECODE: {}}
         self._buffers: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        length = self.manifest.limits["max_context"]
+        length = self.manifest.limits.max_context
         for name in self._past:
-            _, heads, _, dim = self._inputs[name]["shape"]
-            dtype = _DTYPES[self._inputs[name]["dtype"]]
+            _, heads, _, dim = self._inputs[name].shape
+            dtype = _DTYPES[self._inputs[name].dtype]
             first = self.device.zeros([batch * heads * length * dim], dtype)
             second = first if self.static else self.device.zeros([batch * heads * length * dim], dtype)
             self._buffers[name] = (first, second)
@@ -304,7 +307,7 @@ class EngineStream:
         return self._shaped(self._buffers[name][self._turn], name, length)
 
     def _shaped(self, buffer: torch.Tensor, name: str, length: int) -> torch.Tensor:
-        _, heads, _, dim = self._inputs[name]["shape"]
+        _, heads, _, dim = self._inputs[name].shape
         shape = (self._batch, heads, length, dim)
         return buffer[: int(np.prod(shape))].view(shape)
 
@@ -314,7 +317,7 @@ class EngineStream:
             if name not in self._inputs:
                 continue  # a graph without attention has no position input
             if name not in bound or bound[name].shape != array.shape:
-                bound[name] = self.device.zeros(array.shape, _DTYPES[self._inputs[name]["dtype"]])
+                bound[name] = self.device.zeros(array.shape, _DTYPES[self._inputs[name].dtype])
             self.device.put(bound[name], array)
 
     def _run(self, profile: str, sequence: int) -> None:
@@ -322,8 +325,8 @@ class EngineStream:
         context, bound = self._contexts[profile], self._bound[profile]
         shape = (self._batch, sequence, self._vocab)
         if "logits" not in bound or bound["logits"].shape != shape:
-            bound["logits"] = self.device.zeros(shape, _DTYPES[self._outputs["logits"]["dtype"]])
-        capacity = self.manifest.limits["max_context"]
+            bound["logits"] = self.device.zeros(shape, _DTYPES[self._outputs["logits"].dtype])
+        capacity = self.manifest.limits.max_context
         before, after = (capacity, capacity) if self.static else (self._length, self._length + sequence)
         other = 0 if self.static else 1 - self._turn
         for name in self._past:

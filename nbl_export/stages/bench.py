@@ -148,15 +148,15 @@ def _measured(
     value = BenchReport(
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         tool_version=__version__,
-        model={k: v for k, v in run.model.source.as_json().items() if k != "path"},
+        model=run.model.source.identity,
         environment=environment(),
         settings=asdict(settings),
         roofline=roofline.as_json(),
         hashes={"rewrite": rewrite},
         competitors=described,
         cells=kept.cells,
-        checks=bench_checks(kept.cells),
-        notes=notes,
+        checks=tuple(bench_checks(kept.cells)),
+        notes=tuple(notes),
     )
     files = write_bench(ws.report, value)
     ws.bench_cells.unlink(missing_ok=True)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import datetime
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from nbl_export import __version__
 from nbl_export.errors import InputError
-from nbl_export.files import sha256_of_json, write_json
+from nbl_export.files import read_json, sha256_of_json, write_json
 from nbl_export.progress import Listener
+from nbl_export.records import from_json, to_json
 from nbl_export.settings import EvalSettings
 from nbl_export.settings.choices import RETRIEVAL_CONTEXTS
 from nbl_export.stages.build import model_positions
@@ -23,9 +23,11 @@ from nbl_export.workspace import StageRecord, Workspace
 
 if TYPE_CHECKING:
     from nbl_export.evaluate.recovery import Paired
-    from nbl_export.evaluate.results import Evaluation
-    from nbl_export.evaluate.retrieval import Filler, Question
-    from nbl_export.evaluate.tasks import EvalTask
+    from nbl_export.evaluate.retrieval import Answers, Filler, Question
+    from nbl_export.evaluate.tasks import EvalTask, Outcome
+    from nbl_export.report.evaluation import Evaluation
+
+T = TypeVar("T")
 
 # What a kept answer is worth depends on how it was asked; a change there makes this another number.
 _ASKED = 1
@@ -42,15 +44,22 @@ class _Graph:
     digest: str
 
 
+@dataclass(frozen=True)
+class _Answered:
+    """What one graph answered: to the tasks by name, to the questions by their context."""
+
+    tasks: dict[str, Outcome] = field(default_factory=dict)
+    retrieval: dict[int, Answers] = field(default_factory=dict)
+
+
 def evaluate(run: Run, settings: EvalSettings) -> Evaluation:
     """Tasks and retrieval on the baseline and on the linearized graph → ``report/``.
 
     What one graph answered on one task is kept in ``nbl/eval``, so that an interrupted run goes on from
     there and the baseline is asked once for all plans. A failed gate is in the value, not an exception.
     """
-    from nbl_export.evaluate.results import load_evaluation
     from nbl_export.evaluate.tasks import find_tasks
-    from nbl_export.report.evaluation import write_evaluation
+    from nbl_export.report.evaluation import load_evaluation, write_evaluation
     from nbl_export.runtime.session import require_onnxruntime
 
     if not run.model.task.causal:
@@ -148,24 +157,42 @@ class _Answers:
         self.settings, self.positions, self.listener = settings, positions, listener
         self.fingerprint = run.model.source.fingerprint
         self.stream: Any = None
+        self.kept = 0
 
-    def __call__(self) -> dict[str, dict[str, Any]]:
-        kept = 0
-        found: dict[str, dict[str, Any]] = {}
+    def __call__(self) -> dict[str, _Answered]:
+        from nbl_export.evaluate.retrieval import Answers
+        from nbl_export.evaluate.tasks import Outcome
+
+        self.kept = asked = 0
+        found: dict[str, _Answered] = {}
         for graph in self.graphs:
-            found[graph.role] = {}
+            answered = found[graph.role] = _Answered()
             with self._opened():
-                for name, digest, ask in self._asked(graph):
-                    path = self._path(graph, digest)
-                    value = _read(path)
-                    kept += value is not None
-                    if value is None:
-                        value = ask()
-                        write_json(path, value)
-                    found[graph.role][name] = value
-        if kept:
-            self.listener.note(f"eval: {kept} of {sum(map(len, found.values()))} results kept from before.")
+                for task in self.tasks:
+                    answered.tasks[task.name] = self._ask(
+                        Outcome, graph, task.digest, partial(self._task, graph, task)
+                    )
+                for questions in self.questions:
+                    answered.retrieval[questions[0].context] = self._ask(
+                        Answers,
+                        graph,
+                        sha256_of_json([asdict(q) for q in questions]),
+                        partial(self._retrieval, graph, questions),
+                    )
+            asked += len(self.tasks) + len(self.questions)
+        if self.kept:
+            self.listener.note(f"eval: {self.kept} of {asked} results kept from before.")
         return found
+
+    def _ask(self, kind: type[T], graph: _Graph, digest: str, ask: Callable[[], T]) -> T:
+        """What is kept of what ``graph`` answered; if nothing is, it is asked, and kept."""
+        path = self._path(graph, digest)
+        value = _read(kind, path)
+        self.kept += value is not None
+        if value is None:
+            value = ask()
+            write_json(path, to_json(value))
+        return value
 
     @contextmanager
     def _opened(self) -> Iterator[None]:
@@ -174,14 +201,6 @@ class _Answers:
             yield
         finally:
             self.stream = None
-
-    def _asked(self, graph: _Graph) -> Iterator[tuple[str, str, Any]]:
-        for task in self.tasks:
-            yield task.name, task.digest, lambda task=task: self._task(graph, task)
-        for questions in self.questions:
-            context = questions[0].context
-            digest = sha256_of_json([asdict(q) for q in questions])
-            yield f"retrieval {context}", digest, lambda q=questions: self._retrieval(graph, q)
 
     def _path(self, graph: _Graph, digest: str) -> Path:
         key = sha256_of_json(
@@ -195,23 +214,22 @@ class _Answers:
         )
         return self.run.workspace.evaluations / f"{key[:32]}.json"
 
-    def _task(self, graph: _Graph, task: EvalTask) -> dict[str, Any]:
+    def _task(self, graph: _Graph, task: EvalTask) -> Outcome:
         from nbl_export.evaluate.harness import DecoderLM
         from nbl_export.evaluate.tasks import run_task
 
         stream, limits = self._open(graph)
         lm = DecoderLM(stream, self.run.model.tokenizer, limits, self.listener, f"{graph.role}: {task.name}")
-        return run_task(lm, task, self.settings).as_json()
+        return run_task(lm, task, self.settings)
 
-    def _retrieval(self, graph: _Graph, questions: Sequence[Question]) -> dict[str, Any]:
+    def _retrieval(self, graph: _Graph, questions: Sequence[Question]) -> Answers:
         from nbl_export.evaluate.retrieval import HIDDEN, answer
         from nbl_export.evaluate.scoring import log_likelihoods
 
         stream, limits = self._open(graph)
         title = f"{graph.role}: {questions[0].context} tokens"
         with self.listener.task(title, len(questions) * HIDDEN, "answers") as task:
-            found = answer(lambda pairs: log_likelihoods(stream, pairs, limits, task.advance), questions)
-        return {"choice": list(found.choice), "exact": list(found.exact)}
+            return answer(lambda pairs: log_likelihoods(stream, pairs, limits, task.advance), questions)
 
     def _open(self, graph: _Graph) -> tuple[Any, Any]:
         from nbl_export.evaluate.scoring import Limits
@@ -223,13 +241,12 @@ class _Answers:
         return self.stream, Limits(positions, len(self.run.model.tokenizer), self.settings.batch_size)
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read(kind: type[T], path: Path) -> T | None:
     """What was kept; a damaged file is asked anew."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return from_json(kind, read_json(path, "", ""), "", "")
+    except InputError:
         return None
-    return value if isinstance(value, dict) else None
 
 
 def _assembled(
@@ -238,34 +255,36 @@ def _assembled(
     tasks: Sequence[EvalTask],
     questions: Sequence[Sequence[Question]],
     settings: EvalSettings,
-    answers: Mapping[str, Mapping[str, Any]],
+    answers: Mapping[str, _Answered],
 ) -> Evaluation:
-    from nbl_export.evaluate.results import Evaluation, gate, mean_of, retrieval_entry, task_entry
+    from nbl_export.evaluate.results import Means, gate, mean_of, retrieval_result, task_result
+    from nbl_export.report.assemble import created
     from nbl_export.report.environment import environment
+    from nbl_export.report.evaluation import Evaluation
 
     base, linearized = (answers[g.role] for g in graphs)
     pairs: dict[str, Paired] = {}
-    task_entries, retrieval_entries, choices = [], [], []
+    task_results, retrieval_results, choices = [], [], []
     for task in tasks:
-        entry, pair = task_entry(task, [m[task.name] for m in (base, linearized)])
-        task_entries.append(entry)
+        result, pair = task_result(task, base.tasks[task.name], linearized.tasks[task.name])
+        task_results.append(result)
         if pair:
             pairs[task.name] = pair
     for asked in questions:
-        own = [m[f"retrieval {asked[0].context}"] for m in (base, linearized)]
-        entry, choice = retrieval_entry(asked, own)
-        retrieval_entries.append(entry)
+        own = (side.retrieval[asked[0].context] for side in (base, linearized))
+        found, choice = retrieval_result(asked, *own)
+        retrieval_results.append(found)
         choices.append(choice)
     return Evaluation(
-        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        created=created(),
         tool_version=__version__,
-        model={k: v for k, v in run.model.source.as_json().items() if k != "path"},
+        model=run.model.source.identity,
         environment=environment(),
-        settings=asdict(settings),
+        settings=settings,
         hashes={g.role: g.digest for g in graphs},
-        tasks=task_entries,
-        retrieval=retrieval_entries,
-        mean={"tasks": mean_of(list(pairs.values())), "retrieval": mean_of(choices)},
-        checks=gate(settings.min_recovery, pairs, choices),
-        notes=[],
+        tasks=tuple(task_results),
+        retrieval=tuple(retrieval_results),
+        mean=Means(mean_of(list(pairs.values())), mean_of(choices)),
+        checks=tuple(gate(settings.min_recovery, pairs, choices)),
+        notes=(),
     )

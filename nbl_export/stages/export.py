@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from nbl_export import __version__
 from nbl_export.files import TEMPORARY, sha256_of_json, write_json
+from nbl_export.graph.summary import ExportSummary
 from nbl_export.progress import Listener
+from nbl_export.records import to_json
 from nbl_export.settings import ExportSettings
 from nbl_export.stages.run import Run
 
 if TYPE_CHECKING:
     from nbl_export.export.forms import Form
-    from nbl_export.graph.precision import Float32Node
+    from nbl_export.graph.summary import Float32Node
 
 
 def export(run: Run, settings: ExportSettings) -> None:
@@ -39,7 +41,7 @@ def export(run: Run, settings: ExportSettings) -> None:
         check_model(run, settings)
         exported = _export_torch if settings.exporter == "torch" else _export_elsewhere
         files, float32 = exported(run, settings, listener)
-        write_json(ws.export_summary, {"kept_float32": [asdict(node) for node in float32]})
+        write_json(ws.export_summary, to_json(ExportSummary(tuple(float32))))
         return [*files, ws.export_summary, *_save_configs(run, files, settings)]
 
     run.stage("export", sha256_of_json(base), recorded, work)

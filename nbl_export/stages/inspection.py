@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 from nbl_export.errors import InputError
 from nbl_export.files import read_json
+from nbl_export.report.assemble import rewrite_of, selection_of
 from nbl_export.report.drawing import Table, mebibytes
 from nbl_export.report.tables import engines_table, graph_table, layers_table
+from nbl_export.rewrite.summary import ProofErrors
 from nbl_export.tensorfile import format_of
 from nbl_export.workspace import ENGINE_SUFFIX as ENGINE
 from nbl_export.workspace import STAGES, Workspace, is_workspace
@@ -122,18 +124,17 @@ def _engine(path: Path) -> list[Table]:
         *((f"SHA-256 of {name}", digest) for name, digest in manifest.hashes.items()),
     )
     shapes = tuple(
-        (f"{profile['name']}: {name}", *("×".join(map(str, shape)) for shape in three))
+        (f"{profile.name}: {name}", *("×".join(map(str, shape)) for shape in three))
         for profile in manifest.profiles
-        for name, three in profile["shapes"].items()
+        for name, three in profile.shapes.items()
         if not name.startswith("past_key_values.") or name == "past_key_values.0.key"
     )
     tensors = tuple(
-        (t["name"], t["dtype"], "×".join("?" if d < 0 else str(d) for d in t["shape"]))
-        for side in ("inputs", "outputs")
-        for t in manifest.network[side]
+        (t.name, t.dtype, "×".join("?" if d < 0 else str(d) for d in t.shape))
+        for t in (*manifest.network.inputs, *manifest.network.outputs)
     )
     return [
-        engines_table([manifest.as_json()]),
+        engines_table([manifest]),
         Table(str(path), ("", "value"), facts),
         Table("Profiles", ("", "least", "optimum", "most"), shapes),
         Table("Inputs and outputs", ("", "dtype", "shape"), tensors),
@@ -191,23 +192,18 @@ def _folder(path: Path) -> list[Table]:
             damaged = workspace.damaged_file(record)
             state = f"damaged: {damaged}" if damaged else "done"
             rows.append((stage, state, f"{record.seconds:.1f}", _settings(record.settings)))
-    proofs: list[dict[str, float]] = []
+    proofs: tuple[ProofErrors, ...] = ()
     tables = [
         Table(f"{path}: {info.get('source', '?')}", ("stage", "state", "seconds", "settings"), tuple(rows))
     ]
-    summary = workspace.rewrite_summary
-    if workspace.record("rewrite") and summary.exists():
-        graph = read_json(summary, "The record of the rewrite", "run `nbl-export rewrite` again")
-        tables.append(graph_table(graph["before"], graph["after"]))
-        proofs = graph["proofs"]
+    if workspace.record("rewrite") and workspace.rewrite_summary.exists():
+        rewritten = rewrite_of(workspace)
+        tables.append(graph_table(rewritten.before, rewritten.after))
+        proofs = rewritten.proofs
     if workspace.record("select"):
         from nbl_export.linearize.plan import load_plan
 
-        scores = read_json(
-            workspace.candidates, "The file of the layers' scores", "run `nbl-export select` again"
-        )
-        plan = load_plan(workspace.plan)
-        tables.append(layers_table({"layers": plan.chosen, "criterion": plan.criterion, **scores}, proofs))
+        tables.append(layers_table(selection_of(workspace, load_plan(workspace.plan)), proofs))
     return tables
 
 

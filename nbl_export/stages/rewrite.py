@@ -8,6 +8,7 @@ from nbl_export.errors import InputError
 from nbl_export.files import sha256_of_json, write_json
 from nbl_export.linearize.plan import load_plan
 from nbl_export.progress import Listener
+from nbl_export.records import to_json
 from nbl_export.stages.run import Run
 from nbl_export.workspace import StageRecord, Workspace
 
@@ -31,7 +32,7 @@ def rewrite(run: Run) -> None:
         files = [f for f in files if ws.baseline.parent in f.parents and not f.name.startswith(graph)]
         sidecars = updated_configs(files, plan.chosen, plan.attention_layers, ws.baseline.parent)
         result = rewrite_file(ws.baseline, plan, ws.model, listener=listener)
-        write_json(ws.rewrite_summary, rewrite_summary(result, plan))
+        write_json(ws.rewrite_summary, to_json(rewrite_summary(result, plan)))
         return [*result.files, ws.rewrite_summary, *copy_sidecars(sidecars, ws.root)]
 
     run.stage("rewrite", key, {}, work)

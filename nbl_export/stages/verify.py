@@ -17,7 +17,7 @@ from nbl_export.stages.run import Run
 from nbl_export.workspace import Workspace
 
 if TYPE_CHECKING:
-    from nbl_export.verify.encoder import EncoderCase
+    from nbl_export.verify.case import EncoderCase
 
 
 def verify(run: Run, settings: VerifySettings) -> Report:
@@ -25,6 +25,7 @@ def verify(run: Run, settings: VerifySettings) -> Report:
     from nbl_export.calibrate.text import load_text
     from nbl_export.report.assemble import assemble
     from nbl_export.report.render import write_report
+    from nbl_export.verify.case import DecoderCase
     from nbl_export.verify.decoder import measure_decoder
     from nbl_export.verify.encoder import measure_encoder
 
@@ -43,10 +44,11 @@ def verify(run: Run, settings: VerifySettings) -> Report:
         plan = load_plan(ws.plan)
         if run.model.task.causal:
             text, model = load_text(ws.text), run.model.model
-            measured = measure_decoder(model, plan, text, ws.baseline, ws.model, engines, settings, listener)
+            measured = measure_decoder(
+                DecoderCase(model, plan, ws.baseline, ws.model, settings, listener, text, engines)
+            )
         else:
-            case = _encoder_case(run, plan)
-            measured = measure_encoder(case, plan, ws.baseline, ws.model, settings, listener)
+            measured = measure_encoder(_encoder_case(run, plan, settings, listener))
         report = assemble(ws, run.model.source, plan, asdict(settings), measured, engines)
         return write_report(ws.report, report)
 
@@ -54,15 +56,26 @@ def verify(run: Run, settings: VerifySettings) -> Report:
     return load_report(ws.report / "report.json")
 
 
-def _encoder_case(run: Run, plan: Plan) -> EncoderCase:
+def _encoder_case(run: Run, plan: Plan, settings: VerifySettings, listener: Listener) -> EncoderCase:
     from nbl_export.batch.names import TOKENS
     from nbl_export.calibrate.passages import frame_of
     from nbl_export.stages.calibration_data import loader_for
-    from nbl_export.verify.encoder import EncoderCase
+    from nbl_export.verify.case import EncoderCase
 
-    model, material = run.model, loader_for(run.model.source)
-    heldout = material.heldout(material.load(material.path(run.workspace)), plan.probe)
-    case = EncoderCase(model.model, model.task, model.pooling, heldout, material.unit)
+    ws, model, material = run.workspace, run.model, loader_for(run.model.source)
+    heldout = material.heldout(material.load(material.path(ws)), plan.probe)
+    case = EncoderCase(
+        model.model,
+        plan,
+        ws.baseline,
+        ws.model,
+        settings,
+        listener,
+        model.task,
+        model.pooling,
+        heldout,
+        material.unit,
+    )
     if model.source.reads != TOKENS:
         return case
     frame = frame_of(model.tokenizer)

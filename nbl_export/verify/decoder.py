@@ -1,303 +1,109 @@
-"""All measurements of a rewritten graph in order: parity, method loss, speed."""
+"""All measurements of a rewritten decoder in order: parity, method loss, speed, engines."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-import onnx_ir as ir
-from numpy.typing import NDArray
-
-from nbl_export.batch.names import BASE, LINEARIZED
-from nbl_export.calibrate.text import CalibrationText
-from nbl_export.checks import Check
-from nbl_export.engine.gpu import Gpu, find_gpu
-from nbl_export.engine.pair import EngineFile
-from nbl_export.errors import BuildError, InputError, MissingDependencyError
-from nbl_export.graph.half_emulation import UNTIMED, needs_emulation
-from nbl_export.graph.io import load_graph
-from nbl_export.graph.precision import Precision, graph_precision, precision_of
-from nbl_export.linearize.plan import Plan
 from nbl_export.linearize.swap import linearized
 from nbl_export.models.layers import positions
-from nbl_export.models.load import in_precision
-from nbl_export.progress import Listener
 from nbl_export.runtime.ort import ort_stream
-from nbl_export.runtime.tensorrt import EngineStream, load_engine
 from nbl_export.runtime.torch import torch_stream
-from nbl_export.settings import VerifySettings
-from nbl_export.verify.engines import built_check, gpu_entrants, measure_engine_speed, not_run
+from nbl_export.verify.case import DecoderCase
+from nbl_export.verify.engines import PROMPTS, measure_engines
 from nbl_export.verify.loss.decoder import measure_method_loss
-from nbl_export.verify.parity.decoder import Parity, compare_streams, gates_for
+from nbl_export.verify.loss.figures import MethodLoss
+from nbl_export.verify.measurement import (
+    Found,
+    FoundParity,
+    Measurement,
+    fitting_contexts,
+    judged,
+    method_loss,
+    put_together,
+    timed,
+)
+from nbl_export.verify.parity.decoder import compare_streams
+from nbl_export.verify.parity.figures import DecoderParity, Parity, gates_for
 from nbl_export.verify.parity.localize import first_divergence
 from nbl_export.verify.parity.noise import rounding_noise
-from nbl_export.verify.speed.candidates import TIMED_STEPS
-from nbl_export.verify.speed.checks import speed_check
+from nbl_export.verify.parity.own import OWN, pytorch_in_precision
 from nbl_export.verify.speed.pair import Speed, explained, measure_speed
 
-if TYPE_CHECKING:
-    import torch
 
-# Ragged on purpose: the batch must be padded on the left, by different amounts.
-_PROMPTS = (64, 41, 23)
-
-
-@dataclass
-class Measurement:
-    """What was measured, as the report's sections; a section that was not run is None and a check says why."""
-
-    parity: dict[str, Any] | None = None
-    divergence: str | None = None
-    method_loss: dict[str, Any] | None = None
-    speed: dict[str, Any] | None = None
-    engine_parity: dict[str, Any] | None = None
-    engine_speed: dict[str, Any] | None = None
-    checks: list[Check] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def timed(self, speed: Speed) -> None:
-        """Take what was timed, and say whether it can be believed."""
-        self.speed = speed.as_json()
-        self.checks.append(speed_check(self.speed))
-
-
-def measure_decoder(
-    model: torch.nn.Module,
-    plan: Plan,
-    text: CalibrationText,
-    baseline: Path,
-    rewritten: Path,
-    engines: Sequence[EngineFile],
-    settings: VerifySettings,
-    listener: Listener,
-) -> Measurement:
-    """Measure the graph ``rewritten`` from ``baseline`` by ``plan``, and its engines, against ``model``."""
-    result = Measurement()
-    graph = load_graph(rewritten)
-    precision = graph_precision(graph)
-    rows = _rows(text, _PROMPTS, settings.decode_steps)
-    _measure_parity(
-        result, model, plan, baseline, rewritten, rows, settings.decode_steps, precision, listener
+def measure_decoder(case: DecoderCase) -> Measurement:
+    """Everything that is asked of a rewritten decoder, and of its engines if there are any."""
+    contexts, notes = fitting_contexts(positions(case.model), case.settings.contexts, room=1)
+    return put_together(
+        measure_parity(case),
+        _loss(case),
+        _speed(case, contexts, notes),
+        *(measure_engines(case, contexts) if case.engines else ()),
     )
-    if settings.quality:
-        loss = measure_method_loss(model, plan, text.heldout, text.heldout_document, listener)
-        result.method_loss = loss.as_json()
-    else:
-        result.checks.append(Check("method loss", "skipped", "--no-quality"))
-    contexts = fitting_contexts(result, positions(model), settings.contexts, room=1)
-    if why := why_not_timed(graph, settings):
-        result.checks.append(Check("speed", "skipped", why))
-    else:
-        speed = measure_speed(baseline, rewritten, contexts, settings.rounds, listener)
-        result.timed(explained(speed, baseline, rewritten, listener))
-    if engines:
-        graphs = {BASE: baseline, LINEARIZED: rewritten}
-        _measure_engines(result, model, plan, text, graphs, engines, contexts, settings, listener)
-    return result
 
 
-def why_not_timed(graph: ir.Model, settings: VerifySettings) -> str | None:
-    """Why the speed of ``graph`` is not measured; None if it is."""
-    if not settings.speed:
-        return "--no-speed"
-    if needs_emulation(graph):
-        return UNTIMED
-    return None
-
-
-def _rows(text: CalibrationText, prompts: Sequence[int], steps: int) -> list[NDArray[np.int32]]:
-    # Prompts begin with the beginning-of-text token, as in use: without it the attention sinks of a
-    # linearized model settle on chance tokens, which can amplify rounding a hundredfold.
-    ends = np.cumsum([prompt + steps for prompt in prompts])
-    pieces = np.split(np.resize(text.heldout.reshape(-1), ends[-1]), ends[:-1])
-    return [text.prompt(piece) for piece in pieces]
-
-
-def _measure_parity(
-    result: Measurement,
-    model: torch.nn.Module,
-    plan: Plan,
-    baseline: Path,
-    rewritten: Path,
-    rows: list[NDArray[np.int32]],
-    steps: int,
-    precision: Precision,
-    listener: Listener,
-) -> None:
-    gates = gates_for(precision.gates)
-    with linearized(model, plan):
-        candidate = ort_stream(rewritten, max(map(len, rows)))
+def measure_parity(case: DecoderCase) -> FoundParity[DecoderParity]:
+    """The graph in onnxruntime against PyTorch with the plan in place, by the gates of the graph's precision."""
+    precision, steps = case.precision, case.settings.decode_steps
+    gates, rows = gates_for(precision.gates), case.rows(PROMPTS)
+    longest = max(map(len, rows))
+    with linearized(case.model, case.plan):
+        candidate = ort_stream(case.rewritten, longest)
         cached = candidate.kv_layers is not None
-        reference = torch_stream(model, plan.chosen, cached)
-        parity = compare_streams(reference, candidate, rows, steps, gates, listener)
+        reference = torch_stream(case.model, case.plan.chosen, cached)
+        parity = compare_streams(reference, candidate, rows, steps, gates, case.listener)
         failures = parity.failures()
         if precision.name == "fp16":
             # The figures are those of the graph rounded as it says; the file itself must run too.
-            itself = ort_stream(rewritten, max(map(len, rows)), rounded=False)
+            itself = ort_stream(case.rewritten, longest, rounded=False)
             unrounded = compare_streams(reference, itself, rows, steps, gates)
             failures += [f"as onnxruntime runs it, {failure}" for failure in unrounded.failures()]
-        noise = rounding_noise(model, rows)
-    result.parity = {**parity.as_json(), "precision": precision.name, "rounding_noise": noise}
+        noise = rounding_noise(case.model, rows)
+    base = own = None
     if precision.quantized:
         # What the quantization costs the unmodified model is not the rewrite's to answer for.
-        base = compare_streams(
-            torch_stream(model, cached=cached), ort_stream(baseline, max(map(len, rows))), rows, steps, gates
-        )
-        result.parity["base_graph"] = base.as_json()["steps"]
+        original, unmodified = torch_stream(case.model, cached=cached), ort_stream(case.baseline, longest)
+        base = compare_streams(original, unmodified, rows, steps, gates)
         failures += parity.failures_against(base, "the unmodified graph's own")
     elif precision.name != "fp32":
-        own = _pytorch_in(precision, model, plan, rows, steps, cached)
-        result.parity["pytorch_in_precision"] = own.as_json()["steps"]
-        failures += parity.failures_against(own, "PyTorch's own in this precision")
-    if not failures:
-        worst = max(s.max_abs for s in parity.steps)
-        detail = f"max |Δlogit| {worst:.2g} over a prefill and {steps} decode steps, within all {precision.gates} gates"
-        result.checks.append(Check("parity", "passed", detail))
-        return
-    first = first_divergence(model, plan, rewritten)
-    result.divergence = str(first)
+        own = pytorch_in_precision(precision, case.model, case.plan, rows, steps, cached)
+        failures += parity.failures_against(own, OWN)
+    section = DecoderParity(
+        **vars(parity),
+        precision=precision.name,
+        rounding_noise=noise,
+        base_graph=base.steps if base else None,
+        pytorch_in_precision=own.steps if own else None,
+    )
+    over = f"a prefill and {steps} decode steps"
+    within = f"max |Δlogit| {parity.worst:.2g} over {over}, within all {precision.gates} gates"
+    return judged(section, failures, within, lambda: _where_lost(case, parity, noise))
+
+
+def _where_lost(case: DecoderCase, parity: Parity, noise: float) -> str:
+    first = first_divergence(case.model, case.plan, case.rewritten)
     if first.layer is None and noise > parity.gates.max_abs_logit / 4:
-        result.divergence = (
+        return (
             "every attention layer agrees, but the linearized PyTorch model's own logits move by "
             f"{noise:.1e} when its embeddings change in the last bit: this plan amplifies rounding; "
             "try other layers or another criterion"
         )
-    result.checks.append(Check("parity", "failed", "; ".join([*failures, result.divergence])))
+    return str(first)
 
 
-def _pytorch_in(
-    precision: Precision,
-    model: torch.nn.Module,
-    plan: Plan,
-    rows: list[NDArray[np.int32]],
-    steps: int,
-    cached: bool = True,
-) -> Parity:
-    """PyTorch's own run in the graph's precision against its float32: what that precision costs anyone."""
-    half = in_precision(model, precision.gates)
-    with linearized(model, plan), linearized(half, plan):
-        pair = [torch_stream(m, plan.chosen, cached) for m in (model, half)]
-        return compare_streams(pair[0], pair[1], rows, steps, gates_for(precision.gates))
+def _loss(case: DecoderCase) -> Found[MethodLoss]:
+    text = case.text
+    return method_loss(
+        case,
+        lambda: measure_method_loss(
+            case.model, case.plan, text.heldout, text.heldout_document, case.listener
+        ),
+    )
 
 
-def _measure_engines(
-    result: Measurement,
-    model: torch.nn.Module,
-    plan: Plan,
-    text: CalibrationText,
-    graphs: dict[str, Path],
-    engines: Sequence[EngineFile],
-    contexts: Sequence[int],
-    settings: VerifySettings,
-    listener: Listener,
-) -> None:
-    """Engine checks: what was built, and on a GPU its parity and its speed; without one, a line that says so."""
-    result.checks.append(built_check(engines))
-    gpu = find_gpu()
-    if gpu is None:
-        result.checks.append(not_run(engines, "no NVIDIA GPU"))
-        return
-    try:
-        streams = {e.manifest.role: EngineStream(load_engine(e.path)) for e in engines}
-    except (MissingDependencyError, InputError) as error:
-        result.checks.append(not_run(engines, str(error)))
-        return
-    except BuildError as error:
-        result.checks.append(Check("engine run", "failed", str(error)))
-        return
-    limits = engines[0].manifest.limits
-    longest = min(limits["max_seq"], limits["max_context"] - settings.decode_steps) - len(text.start)
-    if longest < 1:
-        why = (
-            f"a context of {limits['max_context']} and a prefill of {limits['max_seq']} tokens hold no prompt and "
-            f"{settings.decode_steps} decode steps"
-        )
-        result.checks.append(not_run(engines, why))
-        return
-    # Scaled, not cut: the batch stays ragged.
-    scale = min(1.0, longest / max(_PROMPTS))
-    prompts = [max(1, int(p * scale)) for p in _PROMPTS[: limits["max_batch"]]]
-    rows = _rows(text, prompts, settings.decode_steps)
-    precision = precision_of(engines[0].manifest.precision)
-    for role, layers in ((BASE, plan.without_layers()), (LINEARIZED, plan)):
-        _measure_engine_parity(
-            result, model, layers, role, streams[role], rows, settings, precision, gpu, listener
-        )
-    if settings.speed and not any("engine" in c.name and c.status == "failed" for c in result.checks):
-        _measure_engine_speed(
-            result, model, streams, graphs, contexts, limits, settings, precision, gpu, listener
-        )
+def _speed(case: DecoderCase, contexts: Sequence[int], notes: tuple[str, ...]) -> Found[Mapping[str, Any]]:
+    def measure() -> Speed:
+        speed = measure_speed(case.baseline, case.rewritten, contexts, case.settings.rounds, case.listener)
+        return explained(speed, case.baseline, case.rewritten, case.listener)
 
-
-def _measure_engine_parity(
-    result: Measurement,
-    model: torch.nn.Module,
-    plan: Plan,
-    role: str,
-    stream: EngineStream,
-    rows: list[NDArray[np.int32]],
-    settings: VerifySettings,
-    precision: Precision,
-    gpu: Gpu,
-    listener: Listener,
-) -> None:
-    """One engine against PyTorch with the same plan; the base engine's has no linear layer."""
-    name = "engine parity" if role == LINEARIZED else f"{role} engine parity"
-    gates, steps = gates_for(precision.gates), settings.decode_steps
-    try:
-        with linearized(model, plan):
-            reference = torch_stream(model, plan.chosen)
-            parity = compare_streams(reference, stream, rows, steps, gates, listener)
-    except BuildError as error:
-        result.checks.append(Check(name, "failed", str(error)))
-        return
-    failures = parity.failures()
-    if precision.name != "fp32":
-        own = _pytorch_in(precision, model, plan, rows, steps)
-        failures += parity.failures_against(own, "PyTorch's own in this precision")
-    worst = max(s.max_abs for s in parity.steps)
-    detail = f"max |Δlogit| {worst:.2g} on {gpu.name}, within all {precision.gates} gates"
-    result.checks.append(Check(name, "failed" if failures else "passed", "; ".join(failures) or detail))
-    found = parity.as_json() if role == LINEARIZED else {role: parity.as_json()}
-    result.engine_parity = (result.engine_parity or {}) | found
-
-
-def _measure_engine_speed(
-    result: Measurement,
-    model: torch.nn.Module,
-    streams: dict[str, EngineStream],
-    graphs: dict[str, Path],
-    contexts: Sequence[int],
-    limits: Mapping[str, int],
-    settings: VerifySettings,
-    precision: Precision,
-    gpu: Gpu,
-    listener: Listener,
-) -> None:
-    longest = min(limits["max_seq"], limits["max_context"] - TIMED_STEPS)
-    fitting = [c for c in contexts if c <= longest] or [longest] * (longest > 0)
-    if dropped := sorted(set(contexts) - set(fitting)):
-        result.notes.append(
-            f"The engines are not timed at {', '.join(map(str, dropped))} tokens: they are built for a prefill of "
-            f"{limits['max_seq']:,} and a context of {limits['max_context']:,}."
-        )
-    entrants = gpu_entrants(model, streams, graphs, precision.name)
-    speed = measure_engine_speed(gpu, entrants, fitting, settings.rounds, listener)
-    result.notes += [f"Not timed on the GPU: {name}: {why}." for name, why in speed.absent.items()]
-    if speed.latencies:
-        result.engine_speed = speed.as_json()
-
-
-def fitting_contexts(
-    result: Measurement, limit: int | None, contexts: Sequence[int], room: int = 0
-) -> list[int]:
-    """Those of ``contexts`` that leave ``room`` more of the model's ``limit`` positions; a note names the others."""
-    fitting = [c for c in contexts if limit is None or c + room <= limit]
-    if dropped := sorted(set(contexts) - set(fitting)):
-        result.notes.append(
-            f"Speed at {', '.join(map(str, dropped))} tokens is left out: the model has {limit} positions."
-        )
-    return fitting or [max(2, (limit or 16) // 2)]
+    return timed(case, notes, measure)

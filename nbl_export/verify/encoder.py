@@ -2,87 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
 from nbl_export.batch.names import PIXELS, TOKENS
 from nbl_export.batch.rows import Inputs, batch_of_rows
-from nbl_export.checks import Check
-from nbl_export.graph.io import load_graph
-from nbl_export.graph.precision import Precision, graph_precision
-from nbl_export.linearize.plan import Plan
 from nbl_export.linearize.swap import linearized
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.encoder import encoder_of
 from nbl_export.models.layers import positions
 from nbl_export.models.load import in_precision
-from nbl_export.models.pooling import Pooling
-from nbl_export.models.tasks import Task
-from nbl_export.progress import Listener
-from nbl_export.runtime.encoder import OrtEncoder, TorchEncoder
+from nbl_export.runtime.encoder import OrtEncoder, Outputs, TorchEncoder
 from nbl_export.runtime.ort import OrtModel
-from nbl_export.settings import VerifySettings
-from nbl_export.verify.decoder import Measurement, fitting_contexts, why_not_timed
+from nbl_export.verify.case import EncoderCase
 from nbl_export.verify.loss.encoder import measure_likeness
-from nbl_export.verify.parity.decoder import gates_for
-from nbl_export.verify.parity.encoder import EncoderParity, compare_outputs
+from nbl_export.verify.measurement import (
+    Found,
+    FoundParity,
+    Measurement,
+    fitting_contexts,
+    judged,
+    method_loss,
+    put_together,
+    timed,
+)
+from nbl_export.verify.parity.encoder import compare_outputs
+from nbl_export.verify.parity.figures import EncoderParity, OutputsParity, gates_for
 from nbl_export.verify.parity.localize import first_divergence
+from nbl_export.verify.parity.own import OWN
 from nbl_export.verify.speed.candidates import EncoderPass
-from nbl_export.verify.speed.pair import explained, measure_encode_speed
-
-if TYPE_CHECKING:
-    import torch
+from nbl_export.verify.speed.pair import Speed, explained, measure_encode_speed
 
 # Ragged on purpose, and few enough that their padding is seen to be hidden.
 _LENGTHS = (64, 41, 23, 9)
 
 
-@dataclass(frozen=True)
-class EncoderCase:
-    """A model and how it is judged: ``heldout`` are batches of one, padded together with the token ``pad``."""
-
-    model: torch.nn.Module
-    task: Task
-    pooling: Pooling | None
-    heldout: Sequence[Inputs]
-    unit: str
-    pad: int = 0
-    left: bool = False
+def measure_encoder(case: EncoderCase) -> Measurement:
+    """Everything that is asked of a rewritten encoder."""
+    encoder = _reference(case)
+    plan, heldout, unit = case.plan, case.heldout, case.unit
+    return put_together(
+        measure_parity(case, encoder),
+        method_loss(case, lambda: measure_likeness(encoder, plan, heldout, unit, case.listener)),
+        _speed(case),
+    )
 
 
-def measure_encoder(
-    case: EncoderCase,
-    plan: Plan,
-    baseline: Path,
-    rewritten: Path,
-    settings: VerifySettings,
-    listener: Listener,
-) -> Measurement:
-    """Measure the graph ``rewritten`` from ``baseline`` by ``plan`` against ``case.model``."""
-    result = Measurement()
-    graph = load_graph(rewritten)
-    encoder = TorchEncoder(encoder_of(case.model, case.task, case.pooling, plan.probe))
-    _measure_parity(result, case, encoder, plan, rewritten, graph_precision(graph), listener)
-    if settings.quality:
-        result.method_loss = measure_likeness(encoder, plan, case.heldout, case.unit, listener).as_json()
-    else:
-        result.checks.append(Check("method loss", "skipped", "--no-quality"))
-    if why := why_not_timed(graph, settings):
-        result.checks.append(Check("speed", "skipped", why))
-    else:
-        batches = _timed(result, case, settings)
-        speed = measure_encode_speed(baseline, rewritten, batches, settings.rounds, listener)
-        by_tokens = dict(batches)
+def _reference(case: EncoderCase) -> TorchEncoder:
+    return TorchEncoder(encoder_of(case.model, case.task, case.pooling, case.plan.probe))
 
-        def made(tokens: int) -> Callable[[OrtModel], EncoderPass]:
-            return lambda model: EncoderPass(model, by_tokens[tokens])
 
-        result.timed(explained(speed, baseline, rewritten, listener, made))
-    return result
+def measure_parity(case: EncoderCase, encoder: TorchEncoder) -> FoundParity[EncoderParity]:
+    """The graph in onnxruntime against PyTorch with the plan in place, by the gates of the graph's precision."""
+    precision, inputs = case.precision, _batch(case)
+    gates = gates_for(precision.gates)
+    with case.listener.task("Comparing with PyTorch", 1, "batch") as task:
+        with linearized(case.model, case.plan):
+            reference = encoder(inputs)
+        parity = compare_outputs(reference, OrtEncoder(case.rewritten)(inputs), inputs, gates)
+        task.advance(1)
+    failures = parity.failures()
+    own = None
+    if precision.name == "fp16":
+        # The figures are those of the graph rounded as it says; the file itself must run too, where it can.
+        itself = compare_outputs(reference, OrtEncoder(case.rewritten, rounded=False)(inputs), inputs, gates)
+        failures += [f"as onnxruntime runs it, {failure}" for failure in itself.failures()]
+    if precision.name != "fp32":
+        own = _pytorch_in_precision(case, reference, inputs)
+        failures += parity.failures_against(own, OWN)
+    section = EncoderParity(
+        **vars(parity), precision=precision.name, pytorch_in_precision=own.outputs if own else None
+    )
+    names = ", ".join(o.output for o in parity.outputs)
+    within = f"max relative difference {parity.worst:.2g} in {names}, within all {precision.gates} gates"
+    return judged(
+        section, failures, within, lambda: str(first_divergence(case.model, case.plan, case.rewritten))
+    )
 
 
 def _batch(case: EncoderCase) -> Inputs:
@@ -96,58 +93,38 @@ def _batch(case: EncoderCase) -> Inputs:
     return batch_of_rows(rows, case.pad, case.left)
 
 
-def _measure_parity(
-    result: Measurement,
-    case: EncoderCase,
-    encoder: TorchEncoder,
-    plan: Plan,
-    rewritten: Path,
-    precision: Precision,
-    listener: Listener,
-) -> None:
-    gates, inputs = gates_for(precision.gates), _batch(case)
-    with listener.task("Comparing with PyTorch", 1, "batch") as task:
-        with linearized(case.model, plan):
-            reference = encoder(inputs)
-        parity = compare_outputs(reference, OrtEncoder(rewritten)(inputs), inputs, gates)
-        task.advance(1)
-    failures = parity.failures()
-    result.parity = {**parity.as_json(), "precision": precision.name}
-    if precision.name != "fp32":
-        # The figures are those of the graph rounded as it says; the file itself must run too, where it can.
-        if precision.name == "fp16":
-            itself = compare_outputs(reference, OrtEncoder(rewritten, rounded=False)(inputs), inputs, gates)
-            failures += [f"as onnxruntime runs it, {failure}" for failure in itself.failures()]
-        own = _pytorch_in(precision, case, plan, reference, inputs)
-        result.parity["pytorch_in_precision"] = own.as_json()["outputs"]
-        failures += parity.failures_against(own, "PyTorch's own in this precision")
-    if not failures:
-        names = ", ".join(o.output for o in parity.outputs)
-        detail = f"max relative difference {parity.worst:.2g} in {names}, within all {precision.gates} gates"
-        result.checks.append(Check("parity", "passed", detail))
-        return
-    result.divergence = str(first_divergence(case.model, plan, rewritten))
-    result.checks.append(Check("parity", "failed", "; ".join([*failures, result.divergence])))
-
-
-def _pytorch_in(
-    precision: Precision, case: EncoderCase, plan: Plan, reference: dict[str, np.ndarray], inputs: Inputs
-) -> EncoderParity:
+def _pytorch_in_precision(case: EncoderCase, reference: Outputs, inputs: Inputs) -> OutputsParity:
     """PyTorch's own run in the graph's precision against its float32: what that precision costs anyone."""
     dummy_run(case.model)
-    half = in_precision(case.model, precision.gates)
-    encoder = TorchEncoder(encoder_of(case.model, case.task, case.pooling, plan.probe))
+    gates = case.precision.gates
+    half = in_precision(case.model, gates)
+    encoder = _reference(case)
     encoder.encoder.model = half
-    with linearized(half, plan):
-        return compare_outputs(reference, encoder(inputs), inputs, gates_for(precision.gates))
+    with linearized(half, case.plan):
+        return compare_outputs(reference, encoder(inputs), inputs, gates_for(gates))
 
 
-def _timed(result: Measurement, case: EncoderCase, settings: VerifySettings) -> list[tuple[int, Inputs]]:
-    """What is timed: text of each context length, or one image, with its number of tokens."""
+def _speed(case: EncoderCase) -> Found[Mapping[str, Any]]:
+    batches, notes = _timed(case) if case.why_not_timed is None else ([], ())
+    by_tokens = dict(batches)
+
+    def made(tokens: int) -> Callable[[OrtModel], EncoderPass]:
+        return lambda model: EncoderPass(model, by_tokens[tokens])
+
+    def measure() -> Speed:
+        base, rewritten = case.baseline, case.rewritten
+        speed = measure_encode_speed(base, rewritten, batches, case.settings.rounds, case.listener)
+        return explained(speed, base, rewritten, case.listener, made)
+
+    return timed(case, notes, measure)
+
+
+def _timed(case: EncoderCase) -> tuple[list[tuple[int, Inputs]], tuple[str, ...]]:
+    """What is timed: text of each context length, or one image, with its number of tokens; and what is left out."""
     first = case.heldout[0]
     if PIXELS in first:
-        return [(dummy_run(case.model).tokens, first)]
+        return [(dummy_run(case.model).tokens, first)], ()
     tokens = np.concatenate([row[TOKENS][0] for row in case.heldout])
-    contexts = fitting_contexts(result, positions(case.model), settings.contexts)
+    contexts, notes = fitting_contexts(positions(case.model), case.settings.contexts)
     rows = [{n: np.resize(tokens if n == TOKENS else 0, (1, c)) for n in first} for c in contexts]
-    return [(c, batch_of_rows([row])) for c, row in zip(contexts, rows, strict=True)]
+    return [(c, batch_of_rows([row])) for c, row in zip(contexts, rows, strict=True)], notes

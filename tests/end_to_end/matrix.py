@@ -20,7 +20,8 @@ from nbl_export.rewrite.replace import RewriteResult
 from nbl_export.runtime.ort import ort_stream
 from nbl_export.runtime.stream import PastStream
 from nbl_export.runtime.torch import TorchDecoder
-from nbl_export.verify.parity.decoder import Parity, compare_streams, gates_for
+from nbl_export.verify.parity.decoder import compare_streams
+from nbl_export.verify.parity.figures import Parity, gates_for
 from tests.exporters import GRAPH, METADATA
 from tests.families import FAMILIES, LAYERS, VOCAB
 from tests.fixtures_graph import ragged_rows

@@ -28,6 +28,7 @@ from nbl_export.models.load import load_model
 from nbl_export.models.source import find_model
 from nbl_export.models.tasks import task_named
 from nbl_export.report.schema import Report
+from nbl_export.verify.parity.figures import EncoderParity
 from nbl_export.verify.speed import pair as speed_module
 from nbl_export.workspace import Workspace
 from tests.encoders import (
@@ -352,10 +353,10 @@ def test_heads(place: Path, tmp_path: Path, name: str, model_class: str, task: s
         calibration(place, name),
         replace(CHECKS, speed=False),
     )
-    assert report.passed and report.graph["task"] == task
-    (output,) = report.parity["outputs"] if report.parity else ()
-    assert (output["output"], output["top1"]) == ("logits", 1.0)
-    measures = {m["what"]: m["value"] for m in report.method_loss["measures"]} if report.method_loss else {}
+    assert report.passed and report.graph.task == task
+    (output,) = report.parity.outputs if isinstance(report.parity, EncoderParity) else ()
+    assert (output.output, output.top1) == ("logits", 1.0)
+    measures = {m.what: m.value for m in report.method_loss.measures} if report.method_loss else {}
     assert 0 < measures["top-1 agreement"] <= 1 and measures["KL to the original, nats"] > 0
     assert "top-1 agreement" in (tmp_path / "out" / "report" / "report.md").read_text()
 

@@ -32,13 +32,13 @@ def test_without_a_cache_attention_is_linearized_and_convolutions_stay(hybrid: P
         exporting=api.ExportSettings(kv_cache="none"),
     )
     assert report.passed and {c.name: c.status for c in report.checks}["parity"] == "passed"
-    assert {c["layer"] for c in report.selection["candidates"]} == {1, 3}
-    assert report.selection["others"] == {"0": "conv", "2": "conv"}
-    assert set(report.selection["layers"]) < {1, 3}
-    before, after = report.graph["before"], report.graph["after"]
-    assert (before["kv_pairs"], after["kv_pairs"]) == (0, 0)
-    assert before["ops"]["Attention"] - after["ops"]["Attention"] == 1
-    assert before["ops"]["Conv"] == after["ops"]["Conv"] == 2
+    assert {c.layer for c in report.selection.candidates} == {1, 3}
+    assert report.selection.others == {"0": "conv", "2": "conv"}
+    assert set(report.selection.layers) < {1, 3}
+    before, after = report.graph.before, report.graph.after
+    assert (before.kv_pairs, after.kv_pairs) == (0, 0)
+    assert before.ops["Attention"] - after.ops["Attention"] == 1
+    assert before.ops["Conv"] == after.ops["Conv"] == 2
     # A token without a cache costs what its text costs: only whole texts are timed.
     assert report.speed is not None and {c["phase"] for c in report.speed["cells"]} == {"prefill"}
     text = (tmp_path / "out" / "report" / "report.md").read_text()

@@ -110,7 +110,7 @@ def test_the_linear_graph_is_linear_pytorch(minilm: Path, out: Path, batch: dict
 
 def test_the_report_has_the_method_s_loss(out: Path) -> None:
     report = load_report(out / "report" / "report.json")
-    assert report.passed and len(report.selection["layers"]) == 2
+    assert report.passed and len(report.selection.layers) == 2
     assert report.method_loss and report.speed
-    cosines = {m["what"]: m["value"] for m in report.method_loss["measures"]}
+    cosines = {m.what: m.value for m in report.method_loss.measures}
     assert 0.85 < cosines["cosine of sentence_embedding"] < 0.9999

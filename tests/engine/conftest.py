@@ -13,6 +13,8 @@ import pytest
 
 from nbl_export import api
 from nbl_export.engine.manifest import Manifest
+from nbl_export.engine.network import NetworkFacts
+from nbl_export.engine.profiles import Limits, Profile
 from nbl_export.export.forms import FORMS
 from nbl_export.export.torch import trace
 from nbl_export.graph.io import load_graph, save_graph
@@ -99,12 +101,12 @@ def manifest_by_hand(**changes: Any) -> Manifest:
         "gpu": None,
         "precision": "fp16",
         "kv_cache": "static",
-        "limits": {"max_batch": 2, "max_seq": 64, "max_context": 256},
-        "profiles": ({"name": "prefill", "shapes": {"input_ids": [[1, 1], [1, 64], [2, 64]]}},),
+        "limits": Limits(max_batch=2, max_seq=64, max_context=256),
+        "profiles": (Profile("prefill", {"input_ids": ((1, 1), (1, 64), (2, 64))}),),
         "kv_layers": (0, 1, 4),
         "linear_layers": (2, 3),
         "attention": "fused",
-        "network": {"layers": 7, "attention": 3, "kv_cache_updates": 6, "inputs": [], "outputs": []},
+        "network": NetworkFacts(7, 3, 6, (), (), {}),
         "hashes": {"engine": "0" * 64, "onnx": "1" * 64},
         "build_seconds": 1.25,
         "size": 1000,

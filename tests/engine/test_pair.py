@@ -22,6 +22,7 @@ from nbl_export.engine.library import Library
 from nbl_export.engine.manifest import Manifest, load_manifest, save_manifest
 from nbl_export.engine.network import NetworkFacts
 from nbl_export.engine.pair import check_shrinks
+from nbl_export.engine.profiles import Limits
 from nbl_export.errors import BuildError, InputError
 from nbl_export.progress import Silent, Task
 from tests.listening import Notes
@@ -50,19 +51,19 @@ def test_both_are_built_from_the_same_settings(built_out: Path, rtx: Library) ->
     base, linearized = manifests(built_out)
     assert (base.role, linearized.role) == ("base", "linearized")
     for m in (base, linearized):
-        assert m.limits == {"max_batch": 2, "max_seq": 64, "max_context": 256}
+        assert m.limits == Limits(max_batch=2, max_seq=64, max_context=256)
         assert m.capabilities == ("SM89", "SM86")
         assert (m.library, m.library_version) == ("tensorrt-rtx", rtx.module.__version__)
         assert m.ahead_of_time and m.gpu is None
         assert (m.precision, m.kv_cache, m.attention) == ("fp16", "static", "decomposed")
-        assert [p["name"] for p in m.profiles] == ["prefill", "decode"]
+        assert [p.name for p in m.profiles] == ["prefill", "decode"]
     for of_base, of_linearized in zip(base.profiles, linearized.profiles, strict=True):
-        shapes = of_linearized["shapes"]
+        shapes = of_linearized.shapes
         # Two pairs of keys and values are gone; whatever both have has the same shapes.
-        assert of_base["shapes"].keys() - shapes.keys() == {
+        assert of_base.shapes.keys() - shapes.keys() == {
             f"past_key_values.{i}.{side}" for i in (3, 4) for side in ("key", "value")
         }
-        assert {name: of_base["shapes"][name] for name in shapes} == shapes
+        assert {name: of_base.shapes[name] for name in shapes} == shapes
 
 
 def test_the_manifests_describe_the_files(built_out: Path) -> None:
@@ -85,9 +86,9 @@ def test_the_manifests_describe_the_files(built_out: Path) -> None:
         assert manifest.kv_layers == tuple(kept)
         assert manifest.linear_layers == tuple(chosen if name == "model" else ())
         graph = onnx.load(str(folder / "model.onnx"), load_external_data=False).graph
-        assert manifest.network["attention"] == len(kept)
-        assert manifest.network["kv_cache_updates"] == 2 * len(kept)
-        assert [t["name"] for t in manifest.network["inputs"]] == [i.name for i in graph.input]
+        assert manifest.network.attention == len(kept)
+        assert manifest.network.kv_cache_updates == 2 * len(kept)
+        assert [t.name for t in manifest.network.inputs] == [i.name for i in graph.input]
         assert manifest.build_seconds > 0
     assert {p.name for p in (built_out / "engine").iterdir()} == {
         f"{name}.{kind}" for name in ("baseline", "model") for kind in ("engine", "json")

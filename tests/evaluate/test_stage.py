@@ -13,9 +13,10 @@ import pytest
 from nbl_export import api
 from nbl_export.cli import app
 from nbl_export.errors import InputError, MissingDependencyError, NblError
-from nbl_export.evaluate import results, tasks
+from nbl_export.evaluate import tasks
 from nbl_export.evaluate.recovery import Paired
-from nbl_export.evaluate.results import gate, load_evaluation
+from nbl_export.evaluate.results import gate
+from nbl_export.report.evaluation import Evaluation, load_evaluation
 from nbl_export.settings.definition import settings_of
 from nbl_export.stages import evaluate as stage
 from nbl_export.workspace import Workspace
@@ -76,17 +77,15 @@ def test_both_graphs_are_asked_and_compared(stories_copy: Path, folder: Path) ->
     raw = json.loads((stories_copy / "report" / "eval.json").read_text())
     assert raw["schema"] == "nbl-export/eval/1" and raw["verdict"] == "passed"
     fruit, words = value.tasks
-    assert (fruit["name"], fruit["documents"], fruit["scored"]) == ("fruit", 12, "acc_norm")
-    figures = fruit["metrics"]["acc_norm"]
-    assert figures["chance"] == pytest.approx(1 / 3)
-    assert figures["linearized"]["value"] - figures["base"]["value"] == pytest.approx(
-        figures["difference"]["value"]
-    )
-    assert set(words["figures"]) == {"acc", "perplexity"} and set(words["metrics"]) == {"acc"}
+    assert (fruit.name, fruit.documents, fruit.scored) == ("fruit", 12, "acc_norm")
+    figures = fruit.metrics["acc_norm"]
+    assert figures.chance == pytest.approx(1 / 3)
+    assert figures.linearized.value - figures.base.value == pytest.approx(figures.difference.value)
+    assert set(words.figures) == {"acc", "perplexity"} and set(words.metrics) == {"acc"}
     # The graphs differ, and so do their perplexities.
-    assert words["figures"]["perplexity"]["base"] != words["figures"]["perplexity"]["linearized"]
+    assert words.figures["perplexity"].base != words.figures["perplexity"].linearized
     (entry,) = value.retrieval
-    assert entry["context"] == 400 and entry["questions"] == 4 and len(entry["depths"]) == 4
+    assert entry.context == 400 and entry.questions == 4 and len(entry.depths) == 4
     text = (stories_copy / "report" / "eval.md").read_text()
     assert "fruit, acc_norm" in text and "400 tokens, choice" in text and "words, perplexity" in text
     assert not (stories_copy / "report" / "eval-junit.xml").exists()
@@ -110,7 +109,7 @@ def test_figures_are_those_of_the_right_graph(stories_copy: Path, folder: Path) 
             logits = graph_logits(stories_copy / graph, whole[:-1], len(whole) - 1).astype(np.float64)
             values = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
             total += sum(values[i - 1, whole[i]] for i in range(len(context), len(whole)))
-        found = value.tasks[0]["figures"]["perplexity"][role]
+        found = getattr(value.tasks[0].figures["perplexity"], role)
         assert found == pytest.approx(np.exp(-total / len(WORDS)), rel=1e-4)
 
 
@@ -165,8 +164,8 @@ def test_a_changed_graph_is_asked_anew_and_the_base_is_not(
         before.hashes["base"] == after.hashes["base"]
         and before.hashes["linearized"] != after.hashes["linearized"]
     )
-    figures = [v.tasks[1]["figures"]["perplexity"] for v in (before, after)]
-    assert figures[0]["base"] == figures[1]["base"] and figures[0]["linearized"] != figures[1]["linearized"]
+    figures = [v.tasks[1].figures["perplexity"] for v in (before, after)]
+    assert figures[0].base == figures[1].base and figures[0].linearized != figures[1].linearized
 
 
 def test_a_damaged_result_is_asked_anew(stories_copy: Path, folder: Path, asked: list[str]) -> None:
@@ -244,9 +243,9 @@ def test_the_gate_is_the_exit_code(stories_copy: Path, tmp_path: Path) -> None:
     (tmp_path / "girl.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     asked = ["eval", stories_copy, "--tasks", tmp_path / "girl.jsonl", "--no-retrieval"]
     value = api.evaluate(stories_copy, settings(tmp_path / "girl.jsonl"))
-    figures = value.tasks[0]["metrics"]["acc"]
-    assert figures["base"]["value"] == 1.0 and figures["recovery"]["se"] == 0.0
-    percent = 100 * figures["recovery"]["value"]
+    figures = value.tasks[0].metrics["acc"]
+    assert figures.base.value == 1.0 and figures.recovery is not None and figures.recovery.se == 0.0
+    percent = 100 * figures.recovery.value
     above = nbl(*asked, "--min-recovery", percent + 1)
     assert above.code == 1 and "FAIL" in above.out and "failed" in above.out
     below = nbl(*asked, "--min-recovery", max(0, percent - 1))
@@ -322,7 +321,7 @@ def test_without_the_harness(stories_copy: Path, folder: Path, monkeypatch: pyte
 
 def test_an_evaluation_of_another_version_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "eval.json"
-    for text in ("{", "[]", '{"schema": "nbl-export/eval/0"}', f'{{"schema": "{results.SCHEMA}"}}'):
+    for text in ("{", "[]", '{"schema": "nbl-export/eval/0"}', f'{{"schema": "{Evaluation.SCHEMA}"}}'):
         path.write_text(text)
         with pytest.raises(InputError, match="run `nbl-export eval` again"):
             load_evaluation(path)

@@ -25,7 +25,8 @@ from nbl_export.runtime.session import require_onnxruntime
 from nbl_export.runtime.stream import PastStream
 from nbl_export.runtime.tensorrt import EngineStream, LoadedEngine, load_engine
 from nbl_export.runtime.torch import TorchDecoder
-from nbl_export.verify.parity.decoder import compare_streams, gates_for
+from nbl_export.verify.parity.decoder import compare_streams
+from nbl_export.verify.parity.figures import gates_for
 from nbl_export.workspace import Workspace
 from tests import tiny
 from tests.fixtures_graph import ragged_rows
@@ -102,10 +103,10 @@ def test_verify_runs_the_engines_and_passes(build: Build, form: str, precision: 
     assert report.passed, report.checks
     assert found["engine build"].status == found["engine parity"].status == "passed"
     assert "engine run" not in found and gpu.name in found["engine parity"].detail
-    assert report.engine_parity is not None and len(report.engine_parity["steps"]) == 9
-    assert len(set(report.engine_parity["prompt_lengths"])) == 3
+    assert report.engine_parity is not None and len(report.engine_parity.linearized.steps) == 9
+    assert len(set(report.engine_parity.linearized.prompt_lengths)) == 3
     for manifest in report.engines:
-        assert (manifest["kv_cache"], manifest["precision"]) == (form, precision)
+        assert (manifest.kv_cache, manifest.precision) == (form, precision)
 
 
 def test_a_whole_run_with_fused_attention(library: str, gpu: Gpu, stories_text: Path, tmp_path: Path) -> None:
@@ -120,7 +121,7 @@ def test_a_whole_run_with_fused_attention(library: str, gpu: Gpu, stories_text: 
         exporting=api.ExportSettings("fp16", "static"),
         engines=engine_settings(library, gpu),
     )
-    assert [m["attention"] for m in report.engines] == ["fused", "fused"]
+    assert [m.attention for m in report.engines] == ["fused", "fused"]
     assert {c.name: c.status for c in report.checks}["engine parity"] == "passed", report.checks
     _check_speed(report.engine_speed, gpu)
     text = (tmp_path / "out" / "report" / "report.md").read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -14,7 +15,8 @@ from nbl_export.linearize.budget import (
     largest_within,
     loss_curve,
 )
-from nbl_export.linearize.loss import Loss
+from nbl_export.linearize.figures import Loss
+from nbl_export.records import to_json
 from nbl_export.settings import NO_BUDGET, Budget, SelectSettings, auto_budget
 from nbl_export.settings.choices import AUTO_PERPLEXITY_RATIO
 
@@ -24,7 +26,7 @@ def loss(kl: float = 0.0, ratio: float = 1.0) -> Loss:
 
 
 def points(kls: Sequence[float]) -> list[CurvePoint]:
-    return [CurvePoint(k, tuple(range(k)), loss(kl)) for k, kl in enumerate(kls, 1)]
+    return [CurvePoint.of(k, range(k), loss(kl)) for k, kl in enumerate(kls, 1)]
 
 
 @pytest.mark.parametrize(
@@ -140,7 +142,7 @@ def test_a_curve_is_followed_a_little_beyond_its_budget(kls: list[float], length
     found = followed(kls, Budget(max_kl=0.2))
     assert [p.k for p in found] == list(range(1, length + 1))
     assert [p.layers for p in found] == [tuple(range(k)) for k in range(1, length + 1)]
-    assert [p.loss.kl for p in found] == kls[:length]
+    assert [p.kl for p in found] == kls[:length]
 
 
 def test_a_curve_without_a_bound_goes_to_its_end() -> None:
@@ -161,7 +163,7 @@ def test_nothing_beyond_the_end_of_a_curve_is_measured() -> None:
 
 
 def test_a_point_in_the_report() -> None:
-    said = CurvePoint(2, (7, 3), loss(0.5, 1.25), 1.5, None).as_json()
+    said = to_json(replace(CurvePoint.of(2, (7, 3), loss(0.5, 1.25)), prefill_speedup=1.5))
     assert said["layers"] == [3, 7] and said["k"] == 2
     assert (said["kl"], said["kl_se"]) == (0.5, 0.05)
     assert said["perplexity_ratio"] == pytest.approx(1.25)

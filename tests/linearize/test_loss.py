@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from nbl_export.batch.arrays import F64
-from nbl_export.linearize.loss import Loss, LossMeter, compare, loss_over_documents, reference
+from nbl_export.linearize.figures import Loss
+from nbl_export.linearize.loss import LossMeter, compare, loss_over_documents, reference
 from nbl_export.linearize.plan import LinearLayer
 from nbl_export.linearize.search import NOISE, sensitivity
 from nbl_export.linearize.swap import replaced

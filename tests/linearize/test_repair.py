@@ -18,7 +18,7 @@ from nbl_export.linearize.adapters import Adapter, adapted, weight_digests
 from nbl_export.linearize.fits import as_layer
 from nbl_export.linearize.lmmse import Covariances, branch_covariances, fit_lmmse
 from nbl_export.linearize.plan import LinearLayer
-from nbl_export.linearize.repair import Repaired, mlp_maps, repair
+from nbl_export.linearize.repair import Distillation, Repaired, mlp_maps
 from nbl_export.linearize.swap import replaced
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.layers import attention_layer
@@ -46,6 +46,13 @@ def fits(model: Any, chosen: tuple[int, ...], fit_input: FitInput = "normed") ->
     moments = collect_moments(model, TOKENS, "").layers
     maps = {i: as_layer(fit_lmmse(moments[i], fit_input, 1e-3)) for i in chosen}
     return maps, {i: branch_covariances(moments[i], fit_input) for i in chosen}
+
+
+def repair(
+    *task: Any, checkpoint: Checkpoint | None = None, identity: str = "", listener: Any = None
+) -> Repaired:
+    """The distillation of the ``task``: model, maps, covariances, fit input, tokens, steps, seed, rank, exact model."""
+    return module.repair(Distillation(*task, identity=identity), checkpoint, listener)
 
 
 def divergence(
@@ -93,7 +100,7 @@ def test_the_gradient_of_bfloat16_logits_is_in_bfloat16() -> None:
 
 def test_without_steps_the_maps_come_back_bit_by_bit(model: Any) -> None:
     maps, covariances = fits(model, (1, 3))
-    found = repair(model, maps, covariances, "normed", TOKENS, 0, 0).maps
+    found = repair(model, maps, covariances, "normed", TOKENS, 0, 0).layers
     assert sorted(found) == [1, 3]
     for i, layer in found.items():
         assert layer.w.dtype == layer.b.dtype == np.float32
@@ -108,7 +115,7 @@ def test_steps_lower_the_divergence_on_the_text(
 ) -> None:
     maps, covariances = fits(model, chosen, fit_input)
     listener = Recorder()
-    found = repair(model, maps, covariances, fit_input, TOKENS, 30, 0, listener=listener).maps
+    found = repair(model, maps, covariances, fit_input, TOKENS, 30, 0, listener=listener).layers
     assert listener.start == (30, 0) and listener.advanced == [1] * 30
     before = divergence(model, maps, fit_input)
     assert divergence(model, found, fit_input) < 0.9 * before
@@ -120,7 +127,7 @@ def test_steps_lower_the_divergence_on_the_text(
 def test_other_structures_are_repaired_too(name: str) -> None:
     model = unsaved(name).eval().requires_grad_(False)
     maps, covariances = fits(model, (1, 2))
-    found = repair(model, maps, covariances, "normed", TOKENS, 20, 0).maps
+    found = repair(model, maps, covariances, "normed", TOKENS, 20, 0).layers
     assert divergence(model, found, "normed") < divergence(model, maps, "normed")
 
 
@@ -131,7 +138,7 @@ def test_the_first_step_goes_down_the_gradient_in_the_layers_own_unit(model: Any
     """
     maps, covariances = fits(model, (1,))
     c, layer = covariances[1], maps[1]
-    found = repair(model, maps, covariances, "normed", TOKENS, 1, 5).maps[1]
+    found = repair(model, maps, covariances, "normed", TOKENS, 1, 5).layers[1]
     rows = np.random.default_rng(5).permutation(len(TOKENS))[:4]
     ids = torch.from_numpy(TOKENS[rows].astype(np.int64))
     unit = float(np.sqrt(np.trace(c.c_vv) / (32 * np.trace(c.c_uu))))
@@ -166,8 +173,8 @@ def test_changes_of_the_mlps_lower_the_divergence_further(name: str) -> None:
     alone, both = (repair(model, maps, covariances, "normed", TOKENS, 40, 0, rank) for rank in (0, 8))
     assert alone.adapters == {}
     assert sorted(both.adapters) == sorted(f"{path}.weight" for path in mlp_maps(model, 1))
-    changed = divergence(model, both.maps, "normed", both.adapters)
-    assert changed < divergence(model, alone.maps, "normed")
+    changed = divergence(model, both.layers, "normed", both.adapters)
+    assert changed < divergence(model, alone.layers, "normed")
     for path, adapter in both.adapters.items():
         weight = model.get_parameter(path).numpy()
         assert adapter.change().shape == weight.shape

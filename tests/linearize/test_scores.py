@@ -152,7 +152,7 @@ def test_more_linear_layers_score_lower_by_either_criterion() -> None:
     for c in scores:
         assert 0 <= c.nmse <= 1
         assert 0 <= c.cca <= 4
-        known = {name: value for name, value in c.as_json().items() if value is not None}
+        known = {name: value for name, value in vars(c).items() if value is not None}
         assert known == {"layer": c.layer, "nmse": c.nmse, "cca": c.cca, "ridge": 1e-6, "cca_ridge": 1e-6}
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbl_export.linearize import search
-from nbl_export.linearize.loss import Loss
+from nbl_export.linearize.figures import Loss
 from nbl_export.linearize.plan import LinearLayer
 from nbl_export.linearize.search import LossCache, MeasuredSets, greedy_order, single_layer_losses
 

@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
+from nbl_export.linearize.budget import CurvePoint
+from nbl_export.linearize.selection import Curve
 from nbl_export.report.schema import Report, load_report
+from nbl_export.settings import Budget
 
 
 @pytest.fixture
@@ -17,35 +20,28 @@ def report(stories_out: Path) -> Report:
     value = load_report(stories_out / "report" / "report.json")
     assert value.speed is not None
     cells = [{**cell, "explanation": None} for cell in value.speed["cells"]]
-    checks = [replace(c, status="passed") if c.name == "speed" else c for c in value.checks]
+    checks = tuple(replace(c, status="passed") if c.name == "speed" else c for c in value.checks)
     return replace(value, speed={**value.speed, "cells": cells}, checks=checks)
 
 
 @pytest.fixture
-def curve() -> dict[str, Any]:
+def curve() -> Curve:
     """What each K costs, out of order, one decode time missing."""
     points = [
-        {
-            "k": k,
-            "layers": list(range(5 - k, 5)),
-            "kl": 0.01 * 4**k,
-            "kl_se": 0.001 * k,
-            "perplexity_ratio": 1 + 0.02 * k * k,
-            "perplexity_ratio_se": 0.005 * k,
-            "prefill_speedup": 1 + 0.1 * k,
-            "decode_speedup": None if k == 3 else 1 + 0.05 * k,
-        }
+        CurvePoint(
+            k=k,
+            layers=tuple(range(5 - k, 5)),
+            kl=0.01 * 4**k,
+            kl_se=0.001 * k,
+            perplexity_ratio=1 + 0.02 * k * k,
+            perplexity_ratio_se=0.005 * k,
+            prefill_speedup=1 + 0.1 * k,
+            decode_speedup=None if k == 3 else 1 + 0.05 * k,
+        )
         for k in (2, 1, 4, 3)
     ]
-    budget = {"max_kl": 0.5, "max_perplexity_ratio": 1.2, "min_speedup": 1.07}
-    return {
-        "points": points,
-        "chosen": 2,
-        "budget": budget,
-        "context": 512,
-        "tokens": 4096,
-        "documents": 12,
-    }
+    budget = Budget(max_kl=0.5, max_perplexity_ratio=1.2, min_speedup=1.07)
+    return Curve(tuple(points), chosen=2, budget=budget, context=512, tokens=4096, documents=12)
 
 
 @pytest.fixture
@@ -76,5 +72,5 @@ def engine_speed() -> dict[str, Any]:
 
 
 @pytest.fixture
-def full(report: Report, curve: dict[str, Any], engine_speed: dict[str, Any]) -> Report:
-    return replace(report, selection={**report.selection, "curve": curve}, engine_speed=engine_speed)
+def full(report: Report, curve: Curve, engine_speed: dict[str, Any]) -> Report:
+    return replace(report, selection=replace(report.selection, curve=curve), engine_speed=engine_speed)

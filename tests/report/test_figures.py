@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,9 +15,11 @@ from matplotlib.container import BarContainer, ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from nbl_export.linearize.selection import Curve
 from nbl_export.report.canvas import BASE, DECODE, LINEAR, style
 from nbl_export.report.figures import draw_bench, draw_curve, draw_engines, draw_layers, draw_speed
 from nbl_export.report.schema import Report
+from nbl_export.settings.budget import NO_BUDGET
 
 
 @pytest.fixture(autouse=True)
@@ -46,59 +50,58 @@ def near(a: Any, b: Any) -> bool:
 
 
 @pytest.mark.parametrize("narrow", [False, True], ids=["page", "phone"])
-def test_the_curve_is_the_report_s(curve: dict[str, Any], narrow: bool) -> None:
-    by_k = sorted(curve["points"], key=lambda p: p["k"])
+def test_the_curve_is_the_report_s(curve: Curve, narrow: bool) -> None:
+    by_k = sorted(curve.points, key=lambda p: p.k)
     shown = panels(draw_curve(curve, narrow))
     assert list(shown) == ["Perplexity ratio", "KL to the original, nats per token", "Speedup at 512 tokens"]
     for key, axes in zip(("perplexity_ratio", "kl"), shown.values(), strict=False):
         (drawn,) = axes.containers
         x, y = line(drawn)
-        assert x == [1, 2, 3, 4] and y == [p[key] for p in by_k]
-        ends = [(p[key] - p[f"{key}_se"], p[key] + p[f"{key}_se"]) for p in by_k]
+        assert x == [1, 2, 3, 4] and y == [getattr(p, key) for p in by_k]
+        spread = [(getattr(p, key), getattr(p, f"{key}_se")) for p in by_k]
+        ends = [(value - se, value + se) for value, se in spread]
         assert near(whiskers(drawn), ends)
         assert list(axes.get_xticks()) == [1, 2, 3, 4]
     prefill, decode = shown["Speedup at 512 tokens"].containers
-    assert line(prefill) == ([1, 2, 3, 4], [p["prefill_speedup"] for p in by_k])
+    assert line(prefill) == ([1, 2, 3, 4], [p.prefill_speedup for p in by_k])
     # The one that was not measured is left out, not drawn as 0.
     assert line(decode) == ([1, 2, 4], [1.05, 1.1, 1.2])
 
 
-def test_budget_and_choice_are_marked(curve: dict[str, Any]) -> None:
+def test_budget_and_choice_are_marked(curve: Curve) -> None:
     bounds = {"perplexity_ratio": 1.2, "kl": 0.5, "prefill_speedup": 1.07}
     for (key, bound), axes in zip(bounds.items(), draw_curve(curve).axes, strict=True):
         level = [ln for ln in axes.lines if list(ln.get_ydata()) == [bound, bound]]
         upright = [ln for ln in axes.lines if list(ln.get_xdata()) == [2, 2]]
         assert len(level) == 1 and upright
         marked = [ln.get_ydata()[0] for ln in axes.lines if list(ln.get_xdata()) == [2]]
-        (point,) = (p for p in curve["points"] if p["k"] == 2)
-        assert point[key] in marked
+        (point,) = (p for p in curve.points if p.k == 2)
+        assert getattr(point, key) in marked
         words = [t.get_text() for t in axes.texts]
         assert f"budget: {'at least' if 'speedup' in key else 'at most'} {bound:g}" in words
-    none = draw_curve({**curve, "budget": dict.fromkeys(curve["budget"]), "chosen": None})
+    none = draw_curve(replace(curve, budget=NO_BUDGET, chosen=None))
     assert not any(t.get_text() for axes in none.axes for t in axes.texts)
-    assert draw_curve(
-        {"points": curve["points"][:1], "chosen": 2}
-    ).axes  # an older report has no budget at all
+    assert draw_curve(Curve(curve.points[:1], 2)).axes  # an older report has no budget at all
 
 
-def test_untimed_curves_have_no_panel_of_speed(curve: dict[str, Any]) -> None:
-    points = [{**p, "prefill_speedup": None, "decode_speedup": None} for p in curve["points"]]
-    assert len(draw_curve({**curve, "points": points, "context": None}).axes) == 2
-    only = [{**p, "decode_speedup": None} for p in curve["points"]]
-    speedup = draw_curve({**curve, "points": only}).axes[2]
+def test_untimed_curves_have_no_panel_of_speed(curve: Curve) -> None:
+    points = tuple(replace(p, prefill_speedup=None, decode_speedup=None) for p in curve.points)
+    assert len(draw_curve(replace(curve, points=points, context=None)).axes) == 2
+    only = tuple(replace(p, decode_speedup=None) for p in curve.points)
+    speedup = draw_curve(replace(curve, points=only)).axes[2]
     assert [t.get_text() for t in speedup.get_legend().get_texts()] == ["prefill"]  # type: ignore[union-attr]
 
 
-def test_what_is_no_number_leaves_a_gap(curve: dict[str, Any]) -> None:
-    points = [{**p, "kl": "inf" if p["k"] == 4 else p["kl"], "kl_se": "nan"} for p in curve["points"]]
-    (drawn,) = draw_curve({**curve, "points": points}).axes[1].containers
+def test_what_is_no_number_leaves_a_gap(curve: Curve) -> None:
+    points = tuple(replace(p, kl=math.inf if p.k == 4 else p.kl, kl_se=math.nan) for p in curve.points)
+    (drawn,) = draw_curve(replace(curve, points=points)).axes[1].containers
     assert line(drawn)[0] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(("wide", "scale"), [(9.9, "linear"), (100.0, "log")], ids=["one decade", "two"])
-def test_kl_over_decades_has_a_logarithmic_axis(curve: dict[str, Any], wide: float, scale: str) -> None:
-    points = [{**p, "kl": 0.01 if p["k"] < 4 else 0.01 * wide} for p in curve["points"]]
-    assert draw_curve({**curve, "points": points}).axes[1].get_yscale() == scale
+def test_kl_over_decades_has_a_logarithmic_axis(curve: Curve, wide: float, scale: str) -> None:
+    points = tuple(replace(p, kl=0.01 if p.k < 4 else 0.01 * wide) for p in curve.points)
+    assert draw_curve(replace(curve, points=points)).axes[1].get_yscale() == scale
 
 
 def bars(container: BarContainer) -> dict[int, float]:
@@ -107,10 +110,10 @@ def bars(container: BarContainer) -> dict[int, float]:
 
 def test_layers_are_the_report_s(report: Report) -> None:
     for key in ("cca", "nmse"):
-        selection = {**report.selection, "criterion": key}
+        selection = replace(report.selection, criterion=key)
         (axes,) = draw_layers(selection).axes
         replaced, kept = (c for c in axes.containers if isinstance(c, BarContainer))
-        scores = {c["layer"]: c[key] for c in selection["candidates"]}
+        scores = {c.layer: getattr(c, key) for c in selection.candidates}
         assert bars(replaced) == {i: scores[i] for i in (2, 3)}
         assert bars(kept) == {i: scores[i] for i in (0, 1, 4)}
         assert {to_hex(b.get_facecolor()) for b in replaced} == {LINEAR}
@@ -120,12 +123,12 @@ def test_layers_are_the_report_s(report: Report) -> None:
 
 
 def test_scores_over_decades_are_points_with_their_errors(report: Report) -> None:
-    scores = [1e-4, 3e-3, None, 0.2, "nan"]
-    candidates = [
-        {**c, "kl": s, "kl_se": None if s is None else 1e-5}
-        for c, s in zip(report.selection["candidates"], scores, strict=True)
-    ]
-    (axes,) = draw_layers({**report.selection, "criterion": "kl", "candidates": candidates}).axes
+    scores = [1e-4, 3e-3, None, 0.2, math.nan]
+    candidates = tuple(
+        replace(c, kl=s, kl_se=None if s is None else 1e-5)
+        for c, s in zip(report.selection.candidates, scores, strict=True)
+    )
+    (axes,) = draw_layers(replace(report.selection, criterion="kl", candidates=candidates)).axes
     replaced, kept = axes.containers
     assert axes.get_yscale() == "log" and axes.get_ylabel() == "KL, nats per token"
     assert line(replaced) == ([3], [0.2])
@@ -135,13 +138,13 @@ def test_scores_over_decades_are_points_with_their_errors(report: Report) -> Non
 
 
 def test_layers_chosen_by_hand_are_shown_by_the_paper_s_score(report: Report) -> None:
-    (axes,) = draw_layers({**report.selection, "criterion": "manual"}).axes
+    (axes,) = draw_layers(replace(report.selection, criterion="manual")).axes
     assert axes.get_ylabel() == "CCA bound"
 
 
-@pytest.mark.parametrize("layers", [[], [0, 1, 2, 3, 4]], ids=["none", "all"])
-def test_none_or_all_layers_replaced(report: Report, layers: list[int]) -> None:
-    figure = draw_layers({**report.selection, "layers": layers})
+@pytest.mark.parametrize("layers", [(), (0, 1, 2, 3, 4)], ids=["none", "all"])
+def test_none_or_all_layers_replaced(report: Report, layers: tuple[int, ...]) -> None:
+    figure = draw_layers(replace(report.selection, layers=layers))
     assert [t.get_text() for t in figure.legends[0].get_texts()] == (["replaced"] if layers else ["kept"])
 
 
@@ -267,7 +270,7 @@ def test_the_real_report_s_figures_fit(full: Report) -> None:
     """Nothing is drawn outside the figure, on a page or a phone."""
     for narrow in (False, True):
         for draw, section in (
-            (draw_curve, full.selection["curve"]),
+            (draw_curve, full.selection.curve),
             (draw_layers, full.selection),
             (draw_speed, full.speed),
             (draw_engines, full.engine_speed),

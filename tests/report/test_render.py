@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from nbl_export.report.plots import PLOTS, report_plots
 from nbl_export.report.render import markdown, write_report
 from nbl_export.report.schema import Report, load_report
 from nbl_export.report.tables import checks_table, layers_table, report_tables
+from nbl_export.verify.loss.figures import MethodLoss
 
 TITLES = [
     "Checks",
@@ -64,14 +64,14 @@ def test_markdown_has_every_table_in_full(report: Report) -> None:
 
 def test_markdown_figures_are_the_report_s(report: Report) -> None:
     drawn = {title: {row[0]: row[1:] for row in rows} for title, rows in tables(markdown(report)).items()}
-    before, after = report.graph["before"], report.graph["after"]
+    before, after = report.graph.before, report.graph.after
     assert drawn["Graph"]["KV pairs (layers with a cache)"] == ["5", "3", "-40.0%"]
-    assert drawn["Graph"]["parameters"][:2] == [f"{before['parameters']:,}", f"{after['parameters']:,}"]
+    assert drawn["Graph"]["parameters"][:2] == [f"{before.parameters:,}", f"{after.parameters:,}"]
     # 4 KV heads of 8 float32, keys and values.
     assert drawn["Graph"]["KV cache, bytes per token"][:2] == ["1,280", "768"]
     loss = report.method_loss
-    assert loss is not None
-    assert drawn[TITLES[2]]["perplexity ratio"][0] == f"{loss['perplexity_ratio']:.4f}"
+    assert isinstance(loss, MethodLoss)
+    assert drawn[TITLES[2]]["perplexity ratio"][0] == f"{loss.perplexity_ratio:.4f}"
     assert set(drawn[TITLES[3]]) == {"", "prefill 16", "decode 16"}
     linear = {layer for layer, row in drawn[TITLES[5]].items() if row[1] == "linear"}
     assert linear == {"2", "3"}
@@ -79,12 +79,11 @@ def test_markdown_figures_are_the_report_s(report: Report) -> None:
 
 
 def test_layers_are_labelled_by_what_they_see(report: Report) -> None:
-    scores = [{**c, "kind": "sliding window"} for c in report.selection["candidates"]]
-    selection = {**report.selection, "candidates": scores, "others": {"5": "conv"}}
-    rows = layers_table(selection, []).rows
+    scores = tuple(replace(c, kind="sliding window") for c in report.selection.candidates)
+    rows = layers_table(replace(report.selection, candidates=scores, others={"5": "conv"}), []).rows
     assert [row[1:3] for row in rows] == [
-        ("sliding window", "linear" if c["layer"] in report.selection["layers"] else "attention")
-        for c in sorted(scores, key=lambda c: (c["cca"], c["layer"]))
+        ("sliding window", "linear" if c.layer in report.selection.layers else "attention")
+        for c in sorted(scores, key=lambda c: (c.cca, c.layer))
     ] + [("conv", "no candidate")]
 
 
@@ -101,8 +100,8 @@ def test_head_line_is_the_verdict(report: Report) -> None:
 @pytest.mark.parametrize("nasty", ["a | b", "||", "two\nlines", "| starts", "ends |", "max |Δlogit| | x"])
 def test_pipes_and_line_ends_do_not_break_a_table(report: Report, nasty: str) -> None:
     checks = [Check(f"name {nasty}", "failed", f"detail {nasty}"), Check("last", "passed", "fine")]
-    graph = json.loads(json.dumps(dict(report.graph)))
-    graph["before"]["ops"][nasty] = 3
+    before = replace(report.graph.before, ops={**report.graph.before.ops, nasty: 3})
+    graph = replace(report.graph, before=before)
     drawn = tables(markdown(replace(report, checks=checks, graph=graph)))
     one_line = nasty.replace("\n", " ")
     assert drawn["Checks"][1:] == [
@@ -130,14 +129,16 @@ def test_figures_that_are_no_numbers_are_drawn(
 ) -> None:
     """A broken model gives such figures; the report of it must still be written, read and drawn."""
 
-    def broken(value: Any, inside: bool = False) -> Any:
-        if isinstance(value, dict):
-            return {k: broken(v, True) if k not in ("gates", "step") else v for k, v in value.items()}
-        if isinstance(value, list):
-            return [broken(v, True) for v in value]
+    def broken(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(broken(v) for v in value)
+        if is_dataclass(value) and not isinstance(value, type):
+            return replace(value, **{f.name: broken(getattr(value, f.name)) for f in fields(value)})
         return bad if isinstance(value, float) else value
 
-    changed = replace(report, **{section: broken(dict(getattr(report, section)))})
+    found = getattr(report, section)
+    gates = {"gates": found.gates} if section == "parity" else {}
+    changed = replace(report, **{section: replace(broken(found), **gates)})
     write_report(tmp_path, changed)
     again = load_report(tmp_path / "report.json")
     assert list(tables(markdown(again))) == TITLES
@@ -145,9 +146,9 @@ def test_figures_that_are_no_numbers_are_drawn(
 
 
 def test_a_layer_that_was_not_proven_is_drawn(report: Report, tmp_path: Path) -> None:
-    graph = json.loads(json.dumps(dict(report.graph)))
-    graph["proofs"][0]["input_error"] = float("inf")
-    write_report(tmp_path, replace(report, graph=graph))
+    first, *others = report.graph.proofs
+    proofs = (replace(first, input_error=float("inf")), *others)
+    write_report(tmp_path, replace(report, graph=replace(report.graph, proofs=proofs)))
     rows = tables(markdown(load_report(tmp_path / "report.json")))["Layers by cca"]
     assert [row[-1] for row in rows if row[0] == "0"] == ["inf"]
 

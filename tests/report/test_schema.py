@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import subprocess
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,8 @@ import pytest
 from nbl_export.checks import Check
 from nbl_export.errors import InputError
 from nbl_export.files import jsonable, write_json
-from nbl_export.report.schema import SCHEMA, Report, load_report
+from nbl_export.report.schema import Report, load_report
+from nbl_export.verify.parity.figures import DecoderParity
 
 
 def strictly(text: str) -> Any:
@@ -30,21 +34,30 @@ def test_round_trip(report: Report, tmp_path: Path) -> None:
     assert again == report
     assert all(isinstance(c, Check) for c in again.checks)
     raw = strictly((tmp_path / "report.json").read_text())
-    assert raw["schema"] == SCHEMA == "nbl-export/report/1"
+    assert raw["schema"] == Report.SCHEMA == "nbl-export/report/2"
     assert set(raw) == {"schema", "verdict", *(f.name for f in fields(Report))}
 
 
 def test_a_real_report_says_what_was_done(report: Report, stories_out: Path) -> None:
     assert report.passed and report.divergence is None
-    assert report.selection["layers"] == [2, 3] and len(report.selection["candidates"]) == 5
-    assert report.graph["before"]["kv_pairs"] - report.graph["after"]["kv_pairs"] == 2
-    assert report.graph["kv_layers"] == [0, 1, 4]
-    assert [s["step"] for s in report.parity["steps"]] == list(range(9))  # type: ignore[index]
+    assert report.selection.layers == (2, 3) and len(report.selection.candidates) == 5
+    assert report.graph.before.kv_pairs - report.graph.after.kv_pairs == 2
+    assert report.graph.kv_layers == (0, 1, 4)
+    assert isinstance(report.parity, DecoderParity)
+    assert [s.step for s in report.parity.steps] == list(range(9))
     assert set(report.stage_seconds) == {"calibrate", "select", "export", "rewrite"}
     assert {"model", "model.onnx", "baseline/model.onnx", "nbl/plan.json"} <= set(report.hashes)
     # Nothing in it names the machine's folders: the model by its source, files relative to the output.
-    assert "path" not in report.model
+    assert "path" not in report.as_json()["model"]
     assert not any(name.startswith("/") for name in report.hashes)
+
+
+def test_reading_a_report_imports_nothing_heavy() -> None:
+    """Sections are values of the rooms that measure them, whose libraries a reader does not need."""
+    heavy = ("torch", "numpy", "scipy", "onnx_ir", "onnxruntime", "transformers", "matplotlib")
+    code = f"import sys, nbl_export.report.schema; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 PASSED, FAILED, SKIPPED = (Check(s, s, "") for s in ("passed", "failed", "skipped"))  # type: ignore[arg-type]
@@ -96,12 +109,16 @@ def test_jsonable_turns_what_json_lacks_into_words() -> None:
 
 
 def test_a_report_with_nan_and_inf_is_strict_json(report: Report, tmp_path: Path) -> None:
-    steps = [dict(s) for s in report.parity["steps"]]  # type: ignore[index]
-    steps[2] |= {"max_abs": float("nan"), "kv_max_rel": float("inf")}
-    broken = replace(report, parity={**report.parity, "steps": steps})  # type: ignore[dict-item]
+    assert isinstance(report.parity, DecoderParity)
+    steps = list(report.parity.steps)
+    steps[2] = replace(steps[2], max_abs=float("nan"), kv_max_rel=float("inf"))
+    broken = replace(report, parity=replace(report.parity, steps=tuple(steps)))
     write_json(tmp_path / "report.json", broken.as_json())
     raw = strictly((tmp_path / "report.json").read_text())
     assert (raw["parity"]["steps"][2]["max_abs"], raw["parity"]["steps"][2]["kv_max_rel"]) == ("nan", "inf")
+    again = load_report(tmp_path / "report.json").parity
+    assert isinstance(again, DecoderParity)
+    assert math.isnan(again.steps[2].max_abs) and again.steps[2].kv_max_rel == math.inf
 
 
 # refusals ----------------------------------------------------------------------------------------

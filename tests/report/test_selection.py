@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from math import exp
+from math import exp, inf, nan
 from typing import Any
 
-from nbl_export.report.drawing import finite, spans
-from nbl_export.report.schema import Report
-from nbl_export.report.selection import curve_points, curve_table, fit_in_words, result_table, score_key
+from nbl_export.linearize.figures import Candidate, Loss
+from nbl_export.linearize.selection import Curve, PlanLoss
+from nbl_export.records import from_json, to_json
+from nbl_export.report.drawing import Table, finite, spans
+from nbl_export.report.schema import Report, Selection
+from nbl_export.report.selection import SCORES, curve_table, fit_in_words, result_table, scored_by
 from nbl_export.report.tables import layers_table, report_tables
+from nbl_export.settings import Budget
 
-LOSS = {"kl": 0.25, "kl_se": 0.03, "excess": 0.125, "excess_se": 0.02}
-BEFORE = {"kl": 0.5, "kl_se": 0.04, "excess": 0.25, "excess_se": 0.05}
+LOSS = Loss(kl=0.25, kl_se=0.03, excess=0.125, excess_se=0.02)
+BEFORE = Loss(kl=0.5, kl_se=0.04, excess=0.25, excess_se=0.05)
 
 
-def test_every_k_is_a_row(curve: dict[str, Any]) -> None:
+def table_of(selection: Selection, **measured: Any) -> Table:
+    """The table of what was ``measured`` of the maps."""
+    result = PlanLoss(**measured)
+    return result_table(replace(selection, result=result), result)
+
+
+def test_every_k_is_a_row(curve: Curve) -> None:
     table = curve_table(curve)
     assert table.columns == ("K", "perplexity ratio", "KL, nats per token", "prefill", "decode", "layers")
     assert table.rows[0] == ("1", "1.0200 ± 0.0050", "0.0400 ± 0.0010", "1.10×", "1.05×", "4")
@@ -29,87 +39,94 @@ def test_every_k_is_a_row(curve: dict[str, Any]) -> None:
     assert "layers" not in curve_table(curve, brief=True).columns
 
 
-def test_a_bound_of_nought_is_a_bound(curve: dict[str, Any]) -> None:
-    assert curve_table({**curve, "budget": {"max_kl": 0.0}}).note.endswith("Budget: KL ≤ 0.")
+def test_a_bound_of_nought_is_a_bound(curve: Curve) -> None:
+    assert curve_table(replace(curve, budget=Budget(max_kl=0.0))).note.endswith("Budget: KL ≤ 0.")
 
 
 def test_the_maps_that_were_kept_have_a_table_where_they_were_measured(report: Report) -> None:
-    assert report.selection["result"] is None
+    assert report.selection.result is None
     title = "Loss of the maps that were kept, selection text"
     assert title not in [t.title for t in report_tables(report)]
-    selection = {**report.selection, "fit": "sequential", "repair": 1500}
-    alone = result_table({**selection, "repair": 0, "result": {"loss": LOSS}})
+    selection = replace(report.selection, fit="sequential", repair=1500)
+    alone = table_of(replace(selection, repair=0), loss=LOSS)
     # The standard error of exp(excess), by the delta method.
     ratio = f"{exp(0.125):.4f} ± {exp(0.125) * 0.02:.4f}"
     assert alone.rows == (("as fitted", ratio, "0.2500 ± 0.0300"),)
     assert "the sequential fit on the normed input" in alone.note and "distillation" not in alone.note
-    selection["result"] = {"loss": LOSS, "before_repair": BEFORE}
-    table = result_table(selection)
+    table = table_of(selection, loss=LOSS, before_repair=BEFORE)
     assert table.rows == (
         ("as fitted", f"{exp(0.25):.4f} ± {exp(0.25) * 0.05:.4f}", "0.5000 ± 0.0400"),
         ("after 1,500 steps of distillation", ratio, "0.2500 ± 0.0300"),
     )
-    ranked = {**selection, "rank": 96, "result": {"loss": LOSS, "before_rank": BEFORE}}
-    assert [row[0] for row in result_table(ranked).rows] == ["as fitted", "of rank 96"]
-    ranked["result"] = {"loss": LOSS, "before_rank": LOSS, "before_repair": BEFORE}
-    assert [row[0] for row in result_table(ranked).rows] == [
+    ranked = replace(selection, rank=96)
+    rows = table_of(ranked, loss=LOSS, before_rank=BEFORE).rows
+    assert [row[0] for row in rows] == ["as fitted", "of rank 96"]
+    rows = table_of(ranked, loss=LOSS, before_rank=LOSS, before_repair=BEFORE).rows
+    assert [row[0] for row in rows] == [
         "as fitted",
         "after 1,500 steps of distillation",
         "of rank 96",
     ]
-    predicted = result_table({**selection, "result": {"loss": LOSS, "predicted_excess": 0.1}})
-    assert predicted.rows == (("as predicted, layer by layer", f"{exp(0.1):.4f}", "–"), *alone.rows)
+    predicted = table_of(selection, loss=LOSS, predicted_excess=0.1)
+    assert predicted.rows == (
+        ("as predicted, layer by layer", f"{exp(0.1):.4f}", "–"),
+        ("as fitted", *alone.rows[0][1:]),
+    )
+    selection = replace(selection, result=PlanLoss(loss=LOSS, before_repair=BEFORE))
     for brief in (False, True):
         shown = [t.title for t in report_tables(replace(report, selection=selection), brief)]
         assert shown.count(title) == 1
 
 
 def test_a_loss_that_is_no_number_is_shown(report: Report) -> None:
-    loss = {"kl": "nan", "kl_se": "nan", "excess": "inf", "excess_se": "nan"}
-    (row,) = result_table({**report.selection, "result": {"loss": loss}}).rows
+    loss = Loss(kl=nan, kl_se=nan, excess=inf, excess_se=nan)
+    (row,) = table_of(report.selection, loss=loss).rows
     assert row == ("as fitted", "inf", "nan ± nan")
 
 
-def test_fits_in_words() -> None:
-    said = {"fit_input": "residual", "ridge": None, "fit": "weighted", "repair": 200}
+def test_fits_in_words(report: Report) -> None:
+    said = replace(report.selection, fit_input="residual", ridge=None, fit="weighted", repair=200)
     assert fit_in_words(said) == (
         "the weighted fit (tokens by 1/‖h‖²) on the residual input, ridge chosen by held-out error; "
         "then 200 steps of distillation"
     )
-    ranked = {**said, "rank": 96, "result": {"rank_lost": {"3": 0.001, "7": 0.0123}}}
+    ranked = replace(said, rank=96, result=PlanLoss(rank_lost={"3": 0.001, "7": 0.0123}))
     assert fit_in_words(ranked).endswith(
         "distillation; W of rank 96, which loses at most 1.23% of the variance of a layer's output"
     )
-    assert fit_in_words({**said, "fit": "drop", "repair": 0}) == "nil (the layers are left out)"
-    # What a report of an earlier version says.
-    assert (
-        fit_in_words({"fit_input": "normed", "ridge": 1e-6})
-        == "the LMMSE fit on the normed input, ridge 1e-06"
+    assert fit_in_words(replace(said, fit="drop", repair=0)) == "nil (the layers are left out)"
+    # What a report of an earlier version says, which knows one fit alone.
+    earlier = to_json(replace(report.selection, fit_input="normed", ridge=1e-6))
+    for name in ("fit", "repair", "rank", "result"):
+        del earlier[name]
+    again = from_json(Selection, earlier, "The report", "make it again")
+    assert fit_in_words(again) == "the LMMSE fit on the normed input, ridge 1e-06"
+
+
+def test_an_untimed_curve_without_a_budget(curve: Curve) -> None:
+    bare: dict[str, Any] = dict.fromkeys(
+        ("kl_se", "perplexity_ratio_se", "prefill_speedup", "decode_speedup")
     )
-
-
-def test_an_untimed_curve_without_a_budget(curve: dict[str, Any]) -> None:
-    points = [{k: p[k] for k in ("k", "layers", "kl", "perplexity_ratio")} for p in curve["points"]]
-    table = curve_table({"points": points, "chosen": None})
+    table = curve_table(Curve(tuple(replace(p, **bare) for p in curve.points)))
     assert table.columns == ("K", "perplexity ratio", "KL, nats per token", "layers")
     assert table.rows[0] == ("1", "1.0200", "0.0400", "4")
     assert (table.note, table.marked) == ("", ())
 
 
-def test_a_report_without_a_curve_has_no_such_table(report: Report, curve: dict[str, Any]) -> None:
+def test_a_report_without_a_curve_has_no_such_table(report: Report, curve: Curve) -> None:
     title = "Loss and speed by K"
-    for missing in ({}, {"curve": None}, {"curve": {"points": []}}):
-        changed = replace(report, selection={**report.selection, **missing})
+    assert report.selection.curve is None
+    for missing in (None, Curve(())):
+        changed = replace(report, selection=replace(report.selection, curve=missing))
         assert title not in [t.title for t in report_tables(changed)]
-        assert curve_points(changed.selection) == []
-    changed = replace(report, selection={**report.selection, "curve": curve})
+    changed = replace(report, selection=replace(report.selection, curve=curve))
     assert [t.title for t in report_tables(changed, brief=True)].count(title) == 1
 
 
 def test_score_by_criterion() -> None:
     candidates = [
-        {"layer": 0, "cca": 1.0, "nmse": 0.1, "kl": None, "predicted": None},
-        {"layer": 1, "cca": 2.0, "nmse": 0.2, "kl": 0.3, "predicted": 0.4, "drop": 0.5},
+        Candidate(0, 0.1, 1.0, 0.0, 0.0),
+        Candidate(1, 0.2, 2.0, 0.0, 0.0, kl=0.3, predicted=0.4, drop=0.5),
     ]
     for criterion, key in (
         ("cca", "cca"),
@@ -121,18 +138,19 @@ def test_score_by_criterion() -> None:
         ("manual", "cca"),
         ("layer 1", "cca"),
     ):
-        assert score_key({"criterion": criterion, "candidates": candidates}) == key
-    assert score_key({"criterion": "kl", "candidates": candidates[:1]}) == "cca"
+        assert scored_by(criterion, candidates) is SCORES[key]
+    assert scored_by("kl", candidates[:1]) is SCORES["cca"]
 
 
 def test_measured_scores_have_a_column_and_unmeasured_layers_come_last(report: Report) -> None:
-    scores = [0.5, None, 0.25, "inf", 0.75]
-    candidates = [{**c, "kl": s} for c, s in zip(report.selection["candidates"], scores, strict=True)]
-    selection = {**report.selection, "criterion": "kl", "candidates": candidates, "others": {"5": "conv"}}
-    table = layers_table(selection, report.graph["proofs"])
+    scores = [0.5, None, 0.25, inf, 0.75]
+    pairs = zip(report.selection.candidates, scores, strict=True)
+    candidates = tuple(replace(c, kl=s) for c, s in pairs)
+    selection = replace(report.selection, criterion="kl", candidates=candidates, others={"5": "conv"})
+    table = layers_table(selection, report.graph.proofs)
     assert table.columns[5] == "KL, nats per token"
     assert "KL: to the original, with that layer alone replaced" in table.note
-    assert "alone replaced" not in layers_table(report.selection, report.graph["proofs"]).note
+    assert "alone replaced" not in layers_table(report.selection, report.graph.proofs).note
     assert [(row[0], row[5]) for row in table.rows] == [
         ("2", "2.5e-1"),
         ("0", "5.0e-1"),

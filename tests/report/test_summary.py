@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 
 from nbl_export.checks import Check
 from nbl_export.report.schema import Report
 from nbl_export.report.summary import headlines, making, model_name, verdict_line
+from nbl_export.verify.loss.figures import MethodLoss
+from nbl_export.verify.parity.figures import DecoderParity
 
 
 def test_headlines_of_a_whole_report(full: Report) -> None:
@@ -15,13 +18,14 @@ def test_headlines_of_a_whole_report(full: Report) -> None:
     assert shown["Attention layers replaced"].value == "2 of 5"
     assert shown["Attention layers replaced"].detail == "layers 2, 3"
     assert (shown["KV cache"].value, shown["KV cache"].detail) == ("-40.0%", "1,280 → 768 bytes per token")
-    assert full.method_loss is not None and full.speed is not None and full.parity is not None
-    assert shown["Perplexity"].value == f"× {full.method_loss['perplexity_ratio']:.3f}"
+    assert isinstance(full.method_loss, MethodLoss) and isinstance(full.parity, DecoderParity)
+    assert full.speed is not None
+    assert shown["Perplexity"].value == f"× {full.method_loss.perplexity_ratio:.3f}"
     prefill = full.speed["cells"][0]
     assert shown["Prefill on the CPU"].value == f"{prefill['speedup']:.2f}×"
     assert f"ceiling {prefill['ceiling']:.2f}×" in shown["Prefill on the CPU"].detail
     assert shown["Decode on the GPU"].value == "1.25×" and "512 tokens" in shown["Decode on the GPU"].detail
-    worst = max(s["max_abs"] for s in full.parity["steps"])
+    worst = max(s.max_abs for s in full.parity.steps)
     assert abs(float(shown["Parity"].value) / worst - 1) < 0.05
 
 
@@ -42,16 +46,16 @@ def test_the_longest_context_counts_and_noise_is_named(full: Report) -> None:
 def test_what_was_not_measured_has_no_headline(report: Report) -> None:
     bare = replace(report, method_loss=None, speed=None, parity=None)
     assert [h.name for h in headlines(bare)] == ["Attention layers replaced", "KV cache"]
-    none = replace(bare, selection={**bare.selection, "layers": []})
+    none = replace(bare, selection=replace(bare.selection, layers=()))
     assert headlines(none)[0].value == "0 of 5" and headlines(none)[0].detail == "nothing was replaced"
 
 
 def test_parity_that_is_no_number_is_the_worst(report: Report) -> None:
-    assert report.parity is not None
-    steps = [{**s, "max_abs": v} for s, v in zip(report.parity["steps"], (1e-5, "nan", 2.0), strict=False)]
-    (parity,) = (
-        h for h in headlines(replace(report, parity={**report.parity, "steps": steps})) if h.name == "Parity"
-    )
+    assert isinstance(report.parity, DecoderParity)
+    figures = zip(report.parity.steps, (1e-5, math.nan, 2.0), strict=False)
+    steps = tuple(replace(s, max_abs=v) for s, v in figures)
+    changed = replace(report, parity=replace(report.parity, steps=steps))
+    (parity,) = (h for h in headlines(changed) if h.name == "Parity")
     assert parity.value == "nan"
 
 
@@ -63,7 +67,7 @@ def test_verdict_names_what_failed(report: Report) -> None:
 
 def test_model_name(report: Report) -> None:
     for source, name in (("a/b/model/", "model"), ("HuggingFaceTB/SmolLM2", "SmolLM2"), ("x.gguf", "x.gguf")):
-        assert model_name(replace(report, model={**report.model, "source": source})) == name
+        assert model_name(replace(report, model=replace(report.model, source=source))) == name
 
 
 def test_how_it_was_made(report: Report) -> None:
@@ -73,5 +77,5 @@ def test_how_it_was_made(report: Report) -> None:
     assert made["Layers chosen by"] == "cca"
     assert made["W and b are"] == "the LMMSE fit on the normed input, ridge 1e-06"
     assert made["Model fingerprint"] == report.hashes["model"]
-    encoder = replace(report, graph={**report.graph, "task": "feature-extraction"})
+    encoder = replace(report, graph=replace(report.graph, task="feature-extraction"))
     assert dict(making(encoder))["Graphs"] == "fp32, feature-extraction, opset 23"

@@ -13,7 +13,8 @@ from nbl_export.errors import BuildError
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.regions import AttentionRegion, find_regions
 from nbl_export.linearize.plan import Plan
-from nbl_export.rewrite.prove import PROOF_TOLERANCE, Proof, proofs_as_json, prove, relative_error
+from nbl_export.rewrite.prove import PROOF_TOLERANCE, Proof, prove, relative_error
+from nbl_export.rewrite.summary import ProofErrors
 from tests.fixtures_graph import plan_by_hand
 
 
@@ -46,8 +47,11 @@ def test_every_layer_of_the_right_model_is_proven(
         # Float32 against float32: not zero, and far below the tolerance.
         assert max(proof.input_error, proof.output_error) < 1e-5
         assert proof.holds(PROOF_TOLERANCE["fp32"])
-    rows = proofs_as_json(proofs)
-    assert [set(r) for r in rows] == [{"layer", "input_error", "output_error"}] * 5
+    kept = [p.errors for p in proofs.values()]
+    assert (
+        kept == [ProofErrors(p.layer, p.input_error, p.output_error) for p in proofs.values()]
+        and len(kept) == 5
+    )
 
 
 @pytest.mark.parametrize("which", ["probe_u", "probe_y"])

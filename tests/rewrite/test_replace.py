@@ -27,7 +27,8 @@ from nbl_export.runtime.ort import OrtDecoder
 from nbl_export.runtime.stream import PastStream
 from nbl_export.runtime.torch import TorchDecoder
 from nbl_export.settings.choices import FitInput
-from nbl_export.verify.parity.decoder import compare_streams, gates_for
+from nbl_export.verify.parity.decoder import compare_streams
+from nbl_export.verify.parity.figures import gates_for
 from nbl_export.workspace import Workspace
 from tests.fixtures_graph import low_rank, maps_in_place, pad_left, plan_by_hand, ragged_rows
 from tests.rewrite.by_hand import assert_clean, baseline, prompts

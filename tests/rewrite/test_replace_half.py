@@ -29,7 +29,8 @@ from nbl_export.runtime.intermediates import intermediate_tensors
 from nbl_export.runtime.ort import ort_stream
 from nbl_export.runtime.stream import PastStream
 from nbl_export.runtime.torch import TorchDecoder
-from nbl_export.verify.parity.decoder import compare_streams, gates_for
+from nbl_export.verify.parity.decoder import compare_streams
+from nbl_export.verify.parity.figures import gates_for
 from tests.fixtures_graph import external_entry, maps_in_place, plan_by_hand
 from tests.rewrite.by_hand import assert_clean, baseline, prompts
 

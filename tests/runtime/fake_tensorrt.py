@@ -13,7 +13,7 @@ import json
 import math
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from nbl_export.engine.manifest import Manifest, save_manifest
-from nbl_export.engine.profiles import Limits, profiles
+from nbl_export.engine.network import NetworkFacts, NetworkTensor
+from nbl_export.engine.profiles import Limits, Profile, profiles
 from nbl_export.export.forms import FORMS
 from nbl_export.export.half import save_in_precision
 from nbl_export.export.torch import trace
@@ -86,9 +87,9 @@ def manifest_of(path: Path, limits: Limits = LIMITS, role: str = "linearized", *
     constants = {tensor.name for tensor in proto.graph.initializer}
     given = [value for value in proto.graph.input if value.name not in constants]
     inputs, outputs = (_tensors(values, limits) for values in (given, proto.graph.output))
-    pairs = sum(t["name"].startswith("past_key_values.") for t in inputs) // 2
+    pairs = sum(t.name.startswith("past_key_values.") for t in inputs) // 2
     shapes = {v.name: _dims(v) for v in given}
-    types_found = {t["dtype"] for t in inputs} - {"INT64"} or {"FLOAT"}
+    types_found = {t.dtype for t in inputs} - {"INT64"} or {"FLOAT"}
     fields: dict[str, Any] = {
         "role": role,
         "library": "tensorrt",
@@ -98,12 +99,12 @@ def manifest_of(path: Path, limits: Limits = LIMITS, role: str = "linearized", *
         "gpu": "NVIDIA L4",
         "precision": {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16"}[types_found.pop()],
         "kv_cache": "static" if "write_indices" in shapes else "concat",
-        "limits": asdict(limits),
-        "profiles": tuple(p.as_json() for p in profiles(shapes, limits)),
+        "limits": limits,
+        "profiles": profiles(shapes, limits),
         "kv_layers": tuple(json.loads(metadata.get("nbl_export.kv_layers", str(list(range(pairs)))))),
         "linear_layers": (),
         "attention": "fused" if pairs else "none",
-        "network": {"attention": pairs, "inputs": inputs, "outputs": outputs},
+        "network": NetworkFacts(pairs, pairs, 0, inputs, outputs, {}),
         "hashes": {},
         "build_seconds": 1.0,
         "size": 3 << 20,
@@ -116,16 +117,13 @@ def _dims(value: Any) -> list[int | str]:
     return [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
 
 
-def _tensors(values: Any, limits: Limits) -> list[dict[str, Any]]:
+def _tensors(values: Any, limits: Limits) -> tuple[NetworkTensor, ...]:
     known = {"max_sequence_length": limits.max_context}
-    return [
-        {
-            "name": v.name,
-            "dtype": _ONNX[v.type.tensor_type.elem_type],
-            "shape": [d if isinstance(d, int) else known.get(d, -1) for d in _dims(v)],
-        }
-        for v in values
-    ]
+
+    def shape(value: Any) -> tuple[int, ...]:
+        return tuple(d if isinstance(d, int) else known.get(d, -1) for d in _dims(value))
+
+    return tuple(NetworkTensor(v.name, _ONNX[v.type.tensor_type.elem_type], shape(v)) for v in values)
 
 
 # device ------------------------------------------------------------------------------------------
@@ -197,7 +195,7 @@ class FakeContext:
 
     engine: FakeEngine
     config: Any = None
-    profile: Mapping[str, Any] | None = None
+    profile: Profile | None = None
     shapes: Shapes = field(default_factory=dict)
     addresses: dict[str, int] = field(default_factory=dict)
     launches: list[Launch] = field(default_factory=list)
@@ -215,9 +213,9 @@ class FakeContext:
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         assert self.profile is not None and isinstance(shape, tuple) and all(type(d) is int for d in shape)
         self.calls.append(("shape", name, shape))
-        if name not in self.profile["shapes"] or name in self.refused:
+        if name not in self.profile.shapes or name in self.refused:
             return False
-        low, _, high = self.profile["shapes"][name]
+        low, _, high = self.profile.shapes[name]
         fits = len(shape) == len(low) and all(a <= d <= b for a, d, b in zip(low, shape, high, strict=True))
         if fits:
             self.shapes[name] = shape
@@ -234,7 +232,7 @@ class FakeContext:
         if self.broken:
             return False
         assert self.profile is not None
-        launch = Launch(self.profile["name"], dict(self.shapes), dict(self.addresses))
+        launch = Launch(self.profile.name, dict(self.shapes), dict(self.addresses))
         device = self.engine.device
         if device.recording is not None:
             # Work for new shapes is done in the first execution, which must not be a recorded one.
@@ -262,7 +260,7 @@ class FakeEngine:
         self.path, self.manifest, self.device = path, manifest, device
         self.session = session(path)
         network = manifest.network
-        self.types = {t["name"]: t["dtype"] for t in (*network["inputs"], *network["outputs"])}
+        self.types = {t.name: t.dtype for t in (*network.inputs, *network.outputs)}
         self.contexts: list[FakeContext] = []
 
     def get_tensor_dtype(self, name: str) -> Any:
@@ -338,7 +336,7 @@ def loaded_engine(
     engine = FakeEngine(path, manifest, device)
     contexts = {}
     for index, profile in enumerate(manifest.profiles):
-        contexts[profile["name"]] = context = engine.create_execution_context()
+        contexts[profile.name] = context = engine.create_execution_context()
         assert context.set_optimization_profile_async(index, 0)
     return LoadedEngine(manifest, engine, contexts, device)
 

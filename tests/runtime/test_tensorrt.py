@@ -21,7 +21,8 @@ from nbl_export.runtime.ort import ort_stream
 from nbl_export.runtime.stream import PastStream
 from nbl_export.runtime.tensorrt import EngineStream, LoadedEngine
 from nbl_export.runtime.torch import TorchDecoder
-from nbl_export.verify.parity.decoder import compare_streams, gates_for
+from nbl_export.verify.parity.decoder import compare_streams
+from nbl_export.verify.parity.figures import gates_for
 from tests.fixtures_graph import plan_by_hand, ragged_rows
 from tests.runtime.fake_tensorrt import (
     LIMITS,

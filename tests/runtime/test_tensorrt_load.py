@@ -81,7 +81,7 @@ def test_a_context_for_each_profile_and_an_engine_that_runs(installed: Callable[
     assert list(loaded.contexts) == ["prefill", "decode"]
     for index, name in enumerate(("prefill", "decode")):
         context = loaded.contexts[name]
-        assert context.calls == [("profile", index, device.stream)] and context.profile["name"] == name
+        assert context.calls == [("profile", index, device.stream)] and context.profile.name == name
         assert context.config is None
     assert loaded.contexts["prefill"] is not loaded.contexts["decode"]
     stream = EngineStream(loaded)
@@ -193,14 +193,14 @@ def test_the_fake_context_is_as_strict_as_the_real_one(graphs: Graphs, tmp_path:
     assert not context.set_input_shape("nothing", (1, 1))
     assert not context.execute_async_v3(0) and "input_ids has no shape" in context.errors[-1]
     held = []
-    for tensor in engine.manifest.network["inputs"]:
-        shape = tuple(2 if d < 0 and i == 0 else abs(d) for i, d in enumerate(tensor["shape"]))
-        assert context.set_input_shape(tensor["name"], shape)
-        dtype = "int64" if tensor["dtype"] == "INT64" else "float32"
+    for tensor in engine.manifest.network.inputs:
+        shape = tuple(2 if d < 0 and i == 0 else abs(d) for i, d in enumerate(tensor.shape))
+        assert context.set_input_shape(tensor.name, shape)
+        dtype = "int64" if tensor.dtype == "INT64" else "float32"
         held.append(device.zeros(shape, dtype))
-        context.set_tensor_address(tensor["name"], held[-1].data_ptr())
-        if tensor["name"].startswith("past"):
-            present = tensor["name"].replace("past_key_values", "present")
+        context.set_tensor_address(tensor.name, held[-1].data_ptr())
+        if tensor.name.startswith("past"):
+            present = tensor.name.replace("past_key_values", "present")
             context.set_tensor_address(present, held[-1].data_ptr())
     assert not context.execute_async_v3(0) and "logits has no address" in context.errors[-1]
     context.set_tensor_address("logits", 0)

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nbl_export.verify.parity.decoder import Gates, gates_for
 from nbl_export.verify.parity.encoder import compare_outputs
+from nbl_export.verify.parity.figures import Gates, gates_for
 
 GATES = gates_for("float32")
 INPUTS = {
@@ -31,7 +31,7 @@ def failures(changed: dict[str, Any], gates: Gates = GATES) -> list[str]:
 def test_equal_outputs_pass_and_count_real_tokens() -> None:
     parity = compare_outputs(outputs(), outputs(), INPUTS, GATES)
     assert not parity.failures() and parity.lengths == (4, 2)
-    assert {o.output: o.figures.tokens for o in parity.outputs} == {
+    assert {o.output: o.tokens for o in parity.outputs} == {
         "last_hidden_state": 6,
         "pooler_output": 2,
         "logits": 2,

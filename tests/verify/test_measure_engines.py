@@ -29,10 +29,11 @@ from nbl_export.progress import Silent
 from nbl_export.runtime import tensorrt as tensorrt_module
 from nbl_export.runtime.tensorrt import EngineStream
 from nbl_export.settings import VerifySettings
-from nbl_export.verify import decoder as module
-from nbl_export.verify import engines as engines_module
-from nbl_export.verify.decoder import Measurement, measure_decoder
-from nbl_export.verify.parity.decoder import Gates, Parity, StepParity, gates_for
+from nbl_export.verify import engines as module
+from nbl_export.verify.case import DecoderCase
+from nbl_export.verify.decoder import measure_decoder
+from nbl_export.verify.measurement import Measurement
+from nbl_export.verify.parity.figures import DecoderParity, Gates, Parity, StepParity, gates_for
 from nbl_export.workspace import Workspace
 from tests.fixtures_graph import external_entry, plan_by_hand
 from tests.runtime.fake_tensorrt import Graphs, engine_file, graphs_of, loaded_engine, manifest_of
@@ -80,9 +81,21 @@ def on_gpu(graphs: Graphs, text: CalibrationText, plan: Plan, monkeypatch: pytes
         ]
         monkeypatch.setattr(module, "find_gpu", lambda: L4)
         monkeypatch.setattr(module, "load_engine", functools.partial(loaded_engine, limits=limits))
-        return measure_decoder(graphs.model, plan, text, base, linear, pair, settings, Silent())
+        return measure_decoder(case_of(graphs, plan, text, base, linear, settings, pair))
 
     return run
+
+
+def case_of(
+    graphs: Graphs,
+    plan: Plan,
+    text: CalibrationText,
+    base: Path,
+    linear: Path,
+    settings: VerifySettings,
+    engines: Sequence[EngineFile] = (),
+) -> DecoderCase:
+    return DecoderCase(graphs.model, plan, base, linear, settings, Silent(), text, tuple(engines))
 
 
 def checks(result: Measurement) -> dict[str, Check]:
@@ -98,15 +111,15 @@ def checks(result: Measurement) -> dict[str, Check]:
 )
 def test_a_right_engine_passes(on_gpu: Measure, form: str, precision: str) -> None:
     result = on_gpu(form, precision)
-    found = checks(result)
-    assert found["engine build"].status == found["parity"].status == found["engine parity"].status == "passed"
-    assert "on NVIDIA L4, within all" in found["engine parity"].detail and "engine run" not in found
+    told = checks(result)
+    assert told["engine build"].status == told["parity"].status == told["engine parity"].status == "passed"
+    assert "on NVIDIA L4, within all" in told["engine parity"].detail and "engine run" not in told
     assert result.engine_parity is not None and result.engine_speed is None
-    assert [s["step"] for s in result.engine_parity["steps"]] == [0, 1, 2, 3, 4]
+    found = result.engine_parity.linearized
+    assert found is not None and [s.step for s in found.steps] == [0, 1, 2, 3, 4]
     # Ragged, and as many tokens as that: all but the last four of each row in the prefill.
-    lengths = result.engine_parity["prompt_lengths"]
-    assert lengths == (65, 42, 24) and result.engine_parity["steps"][0]["tokens"] == sum(lengths)
-    assert (max(s["max_abs"] for s in result.engine_parity["steps"]) < 1e-3) == (precision == "fp32")
+    assert found.prompt_lengths == (65, 42, 24) and found.steps[0].tokens == sum(found.prompt_lengths)
+    assert (max(s.max_abs for s in found.steps) < 1e-3) == (precision == "fp32")
 
 
 @pytest.mark.parametrize(
@@ -122,7 +135,8 @@ def test_rows_are_as_long_as_the_engine_takes(
 ) -> None:
     result = on_gpu(limits=limits)
     assert checks(result)["engine parity"].status == "passed"
-    assert result.engine_parity is not None and result.engine_parity["prompt_lengths"] == lengths
+    assert result.engine_parity is not None and result.engine_parity.linearized is not None
+    assert result.engine_parity.linearized.prompt_lengths == lengths
 
 
 def changed(path: Path, folder: Path, dtype: str, factor: float) -> Path:
@@ -211,7 +225,7 @@ def test_without_a_gpu_nothing_is_run_and_nothing_passes(
         EngineFile(p, manifest_of(p, role=r, **ahead)) for p, r in ((base, "base"), (linear, "linearized"))
     ]
     settings = replace(PARITY, speed=True)
-    result = measure_decoder(graphs.model, plan, text, base, linear, pair, settings, Silent())
+    result = measure_decoder(case_of(graphs, plan, text, base, linear, settings, pair))
     found = checks(result)
     assert found["engine build"].status == "passed"
     assert found["engine run"].status == "skipped"
@@ -257,7 +271,7 @@ def test_what_does_not_fit_this_machine_is_skipped_with_the_reason(
     for path, role in ((base, "base"), (linear, "linearized")):
         file = engine_file(path, tmp_path / f"{role}.engine", role=role)
         pair.append(EngineFile(file, manifest_of(path, role=role)))
-    result = measure_decoder(graphs.model, plan, text, base, linear, pair, PARITY, Silent())
+    result = measure_decoder(case_of(graphs, plan, text, base, linear, PARITY, pair))
     found = checks(result)
     assert found["engine run"].status == "skipped" and reason in found["engine run"].detail
     assert found["engine run"].detail.startswith("engine built (for SM89); not run: ")
@@ -274,7 +288,7 @@ def eager_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         half.to = lambda device: half if device == "cuda" else pytest.fail(device)  # type: ignore[method-assign]
         return half
 
-    monkeypatch.setattr(engines_module, "in_precision", converted)
+    monkeypatch.setattr(module, "in_precision", converted)
 
 
 @pytest.mark.usefixtures("eager_on_cpu")
@@ -302,8 +316,8 @@ def test_speed_of_an_engine_too_short_for_every_context(on_gpu: Measure, limits:
     result = on_gpu("static", "fp16", replace(PARITY, speed=True, contexts=(128, 512), rounds=3), limits)
     assert checks(result)["engine parity"].status == "passed"
     latencies = result.engine_speed["latencies"] if result.engine_speed else []
-    assert all(1 <= x["context"] <= limits.max_context - engines_module.TIMED_STEPS for x in latencies)
-    assert latencies or limits.max_context <= engines_module.TIMED_STEPS
+    assert all(1 <= x["context"] <= limits.max_context - module.TIMED_STEPS for x in latencies)
+    assert latencies or limits.max_context <= module.TIMED_STEPS
     assert result.engine_speed is None or "base engine" not in result.engine_speed["absent"]
 
 
@@ -313,12 +327,13 @@ def test_speed_of_an_engine_too_short_for_every_context(on_gpu: Measure, limits:
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_is_held_to_what_pytorch_itself_loses(on_gpu: Measure, precision: str) -> None:
     result = on_gpu("static", precision)
-    assert result.parity is not None and result.parity["precision"] == precision
-    assert len(result.parity["pytorch_in_precision"]) == len(result.parity["steps"]) == 5
-    for step in result.parity["pytorch_in_precision"]:
-        assert 1e-5 < step["mean_abs"] < (0.02 if precision == "fp16" else 0.2)
+    assert isinstance(result.parity, DecoderParity) and result.parity.precision == precision
+    own = result.parity.pytorch_in_precision
+    assert own is not None and len(own) == len(result.parity.steps) == 5
+    for step in own:
+        assert 1e-5 < step.mean_abs < (0.02 if precision == "fp16" else 0.2)
     single = on_gpu("static", "fp32").parity
-    assert single is not None and single.keys() == result.parity.keys() - {"pytorch_in_precision"}
+    assert isinstance(single, DecoderParity) and single.pytorch_in_precision is None
 
 
 def test_a_half_graph_that_loses_more_than_pytorch_fails_within_the_wide_gates(
@@ -327,19 +342,18 @@ def test_a_half_graph_that_loses_more_than_pytorch_fails_within_the_wide_gates(
     right = graphs("static", "fp16", LAYERS)
     wrong = changed(right, tmp_path, "<f2", 1.02)
     for path, status in ((right, "passed"), (wrong, "failed")):
-        result = measure_decoder(
-            graphs.model, plan, text, graphs("static", "fp16"), path, (), PARITY, Silent()
-        )
+        result = measure_decoder(case_of(graphs, plan, text, graphs("static", "fp16"), path, PARITY))
         check = checks(result)["parity"]
         assert check.status == status, check.detail
-        assert result.parity is not None
-        assert max(s["max_abs"] for s in result.parity["steps"]) < gates_for("float16").max_abs_logit
+        assert isinstance(result.parity, DecoderParity)
+        assert max(s.max_abs for s in result.parity.steps) < gates_for("float16").max_abs_logit
     assert "PyTorch's own in this precision" in check.detail and "1.5 times that" in check.detail
 
 
 def parity_of(means: Sequence[float], limit: float = 1.5) -> Parity:
     steps = tuple(
-        StepParity(n, 1, 0, mean, *[0.0] * 5, 1, 0, 1, 0, 0, 0, None) for n, mean in enumerate(means)
+        StepParity(1, 0, mean, *[0.0] * 4, 1, 0, 1, 0, step=n)  # type: ignore[arg-type]
+        for n, mean in enumerate(means)
     )
     return Parity((1,), steps, Gates(1, 0, 1, 0, 0, 1, max_vs_own=limit))
 

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from nbl_export.errors import InputError
+from nbl_export.records import to_json
 from nbl_export.runtime.decoder import DecoderOutput
 from nbl_export.runtime.stream import PastStream
-from nbl_export.verify.parity.decoder import Gates, Parity, StepParity, compare_streams, gates_for
+from nbl_export.verify.parity.decoder import compare_streams
+from nbl_export.verify.parity.figures import Gates, Parity, StepParity, gates_for
 
 GATES = gates_for("float32")
 VOCAB, HEADS, DIM = 5, 2, 3
@@ -309,7 +311,7 @@ def test_figures_without_a_gate_decide_nothing() -> None:
 
 
 def test_parity_as_json_keeps_every_figure() -> None:
-    raw = Parity((9, 4), (PERFECT,), GATES).as_json()
-    assert raw["prompt_lengths"] == (9, 4)
+    raw = to_json(Parity((9, 4), (PERFECT,), GATES))
+    assert raw["prompt_lengths"] == [9, 4]
     assert raw["gates"]["max_abs_logit"] == 1e-3
     assert raw["steps"][0]["min_cosine"] == 1 and len(raw["steps"][0]) == 16

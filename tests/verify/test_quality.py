@@ -12,6 +12,7 @@ import torch
 
 from nbl_export.calibrate.text import load_text
 from nbl_export.linearize.loss import mean_over_documents
+from nbl_export.records import to_json
 from nbl_export.verify.loss.decoder import measure_method_loss
 from nbl_export.workspace import Workspace
 from tests.fixtures_graph import maps_in_place, plan_by_hand
@@ -100,7 +101,7 @@ def test_method_loss_against_numpy(stories_out: Path, stories_model: Any, layers
     assert found.kl == pytest.approx(mean_kl, rel=1e-4)
     assert found.kl_se == pytest.approx(kl_se, rel=1e-4)
     assert found.perplexity_ratio > 1 and found.kl > 0
-    assert set(found.as_json()) == set(type(found).__annotations__)
+    assert set(to_json(found)) == set(type(found).__annotations__)
 
 
 def test_k_0_costs_nothing(stories_out: Path, stories_model: Any) -> None:

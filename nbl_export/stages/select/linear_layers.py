@@ -103,24 +103,23 @@ class Fitting:
     def repaired(self, layers: Mapping[int, LinearLayer]) -> Repaired:
         """``layers`` after the distillation steps of the settings, and the adapters of other weights."""
         from nbl_export.linearize.lmmse import branch_covariances
-        from nbl_export.linearize.repair import repair
+        from nbl_export.linearize.repair import Distillation, repair
 
         measured, settings = self._measured, self._settings
         covariances = {i: branch_covariances(self._moments.layers[i], settings.fit_input) for i in layers}
-        return repair(
-            measured.model,
-            layers,
-            covariances,
-            settings.fit_input,
-            measured.text.calibration,
-            settings.repair,
-            settings.seed,
-            settings.repair_rank,
-            measured.exact_model,
-            measured.repair_checkpoint,
-            measured.key(settings=settings.as_json(), layers=sorted(layers)),
-            self._listener,
+        task = Distillation(
+            model=measured.model,
+            layers=layers,
+            covariances=covariances,
+            fit_input=settings.fit_input,
+            tokens=measured.text.calibration,
+            steps=settings.repair,
+            seed=settings.seed,
+            rank=settings.repair_rank,
+            exact=measured.exact_model,
+            identity=measured.key(settings=settings.as_json(), layers=sorted(layers)),
         )
+        return repair(task, measured.repair_checkpoint, self._listener)
 
     def truncated(
         self, layers: Mapping[int, LinearLayer], rank: int

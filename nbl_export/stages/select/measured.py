@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from nbl_export.checkpoint import Checkpoint
 from nbl_export.errors import InputError
 from nbl_export.files import read_json, sha256_of_json, write_json
-from nbl_export.linearize.loss import Loss, LossMeter, loss_of_plan
+from nbl_export.linearize.figures import Loss
+from nbl_export.linearize.loss import LossMeter, loss_of_plan
 from nbl_export.linearize.search import LossCache, MeasuredSets
 from nbl_export.progress import Listener
 from nbl_export.stages.run import Run

@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nbl_export.errors import BudgetError, InputError
 from nbl_export.linearize.budget import CurvePoint, largest_within, loss_curve
-from nbl_export.linearize.scores import CRITERIA, Candidate, check_k, ranking
+from nbl_export.linearize.figures import Candidate, Loss
+from nbl_export.linearize.scores import CRITERIA, check_k, ranking
+from nbl_export.linearize.selection import Curve
 from nbl_export.progress import Listener
 from nbl_export.settings import Budget, SelectSettings
 from nbl_export.stages.select.frontier import points_of
 
 if TYPE_CHECKING:
-    from nbl_export.linearize.loss import Loss
     from nbl_export.linearize.search import MeasuredSets
     from nbl_export.stages.select.frontier import SpeedMeter
     from nbl_export.stages.select.linear_layers import Fitting
@@ -66,13 +67,11 @@ class Choosing:
         return self._criterion.searched
 
     @property
-    def described(self) -> dict[str, int]:
+    def described(self) -> tuple[int, int]:
         """The size of the text that losses are measured on: its predictions and its documents."""
         text = self._measured.text
-        return {
-            "tokens": int(text.selection.shape[0] * (text.selection.shape[1] - 1)),
-            "documents": len(np.unique(text.selection_document[:, 1:])),
-        }
+        predictions = int(text.selection.shape[0] * (text.selection.shape[1] - 1))
+        return predictions, len(np.unique(text.selection_document[:, 1:]))
 
     def _kl(self, candidate: Candidate) -> Candidate:
         loss = self.sets.loss([candidate.layer])
@@ -128,7 +127,7 @@ def choose(
     settings: SelectSettings,
     speeds: Callable[[Prefix], SpeedMeter],
     listener: Listener,
-) -> tuple[tuple[int, ...], dict[str, Any] | None]:
+) -> tuple[tuple[int, ...], Curve | None]:
     """The layers to linearize, ascending, and the K curve for the report, if one was measured.
 
     Raises :class:`InputError` for a K larger than the number of attention layers, and :class:`BudgetError` for a budget
@@ -165,9 +164,9 @@ def choose(
 
 
 def _budget_error(points: Sequence[CurvePoint], budget: Budget, k: int, least: int) -> str:
-    first = points[0].loss
+    first = points[0]
     cost = (
-        f"K = {points[0].k} costs a KL of {first.kl:.3g} and a perplexity ratio of {first.perplexity_ratio:.3f} on the "
+        f"K = {first.k} costs a KL of {first.kl:.3g} and a perplexity ratio of {first.perplexity_ratio:.3f} on the "
         "selection text"
     )
     if least > 1:
@@ -184,13 +183,7 @@ def _curve(
     settings: SelectSettings,
     chosen: int,
     context: int | None,
-) -> dict[str, Any] | None:
+) -> Curve | None:
     if not points:
         return None
-    return {
-        "points": [p.as_json() for p in points],
-        "chosen": chosen,
-        "budget": settings.budget.as_json(),
-        "context": context,
-        **choosing.described,
-    }
+    return Curve(tuple(points), chosen, settings.budget, context, *choosing.described)

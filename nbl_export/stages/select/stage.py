@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from nbl_export.files import sha256_of_json, write_json
 from nbl_export.linearize.plan import LinearLayer, Plan, load_plan
+from nbl_export.linearize.selection import Curve, PlanLoss, ScoredLayer, Scores
 from nbl_export.progress import Listener
+from nbl_export.records import to_json
 from nbl_export.settings import SelectSettings
 from nbl_export.stages.run import Run
 
@@ -48,7 +50,7 @@ def select(run: Run, settings: SelectSettings) -> Plan:
         empty = _plan(run, settings, metadata, {})
         if settings.layers is not None:
             chosen = check_layers([c.layer for c in candidates], settings.layers, settings.k)
-            curve: dict[str, Any] | None = None
+            curve: Curve | None = None
             predicted = None
         else:
             choosing = Choosing(settings, measured, fitting, listener)
@@ -65,12 +67,9 @@ def select(run: Run, settings: SelectSettings) -> Plan:
         save_plan(ws.plan, plan)
         ws.repair_checkpoint.unlink(missing_ok=True)
         kinds = metadata.get("kinds", {})
-        scores = [{**c.as_json(), "kind": kinds.get(str(c.layer), FULL)} for c in candidates]
-        others = metadata.get("others", {})
-        read = {"calibration_dtype": metadata.get("dtype")}
-        write_json(
-            ws.candidates, {"candidates": scores, "others": others, "curve": curve, "result": result, **read}
-        )
+        scored = tuple(ScoredLayer(**vars(c), kind=kinds.get(str(c.layer), FULL)) for c in candidates)
+        scores = Scores(scored, metadata.get("others", {}), curve, result, metadata.get("dtype"))
+        write_json(ws.candidates, _as_kept(scores))
         return [ws.plan, ws.plan.with_suffix(".safetensors"), ws.candidates]
 
     run.stage("select", sha256_of_json(depends), settings.as_json(), work)
@@ -85,7 +84,7 @@ def _fitted(
     measured: Measured,
     predicted: float | None,
     decoder: bool,
-) -> tuple[Plan, dict[str, Any] | None]:
+) -> tuple[Plan, PlanLoss | None]:
     """The plan of the chosen layers, and its loss on the selection text.
 
     The loss is measured for a ``decoder`` if it is not known from the choice of layers, or if it was only ``predicted``
@@ -95,20 +94,28 @@ def _fitted(
     plan = replace(empty, layers=layers)
     if not chosen:
         return plan, None
-    result: dict[str, Any] = {} if predicted is None else {"predicted_excess": predicted}
+    result = PlanLoss(predicted_excess=predicted)
     if settings.repair:
-        result["before_repair"] = measured.loss_of(plan).as_json()
+        result = replace(result, before_repair=measured.loss_of(plan))
         repaired = fitting.repaired(layers)
-        plan = replace(plan, layers=repaired.maps, adapters=repaired.adapters)
+        plan = replace(plan, layers=repaired.layers, adapters=repaired.adapters)
     if settings.rank is not None:
         if decoder:
-            result["before_rank"] = measured.loss_of(plan).as_json()
+            result = replace(result, before_rank=measured.loss_of(plan))
         layers, lost = fitting.truncated(plan.layers, settings.rank)
         plan = replace(plan, layers=layers)
-        result["rank_lost"] = {str(layer): share for layer, share in lost.items()}
-    if decoder and (result or settings.fit == "sequential"):
-        result["loss"] = measured.loss_of(plan).as_json()
-    return plan, result or None
+        result = replace(result, rank_lost={str(layer): share for layer, share in lost.items()})
+    if decoder and (result != PlanLoss() or settings.fit == "sequential"):
+        result = replace(result, loss=measured.loss_of(plan))
+    return plan, result if result != PlanLoss() else None
+
+
+def _as_kept(scores: Scores) -> dict[str, Any]:
+    """For ``nbl/candidates.json``; of the result only what was measured."""
+    raw = to_json(scores)
+    if raw["result"]:
+        raw["result"] = {name: value for name, value in raw["result"].items() if value is not None}
+    return raw
 
 
 def _plan(

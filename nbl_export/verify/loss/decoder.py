@@ -6,8 +6,7 @@ Apart from parity, and never mixed with it. What is measured, and its standard e
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,26 +15,10 @@ from nbl_export.linearize.loss import compare, loss_over_documents, reference, r
 from nbl_export.linearize.plan import Plan
 from nbl_export.linearize.swap import linearized
 from nbl_export.progress import Listener, Silent
+from nbl_export.verify.loss.figures import MethodLoss
 
 if TYPE_CHECKING:
     import torch
-
-
-@dataclass(frozen=True)
-class MethodLoss:
-    """Perplexities on the same tokens, their ratio, mean KL in nats; standard errors over documents."""
-
-    documents: int
-    tokens: int
-    perplexity_original: float
-    perplexity_linearized: float
-    perplexity_ratio: float
-    perplexity_ratio_se: float
-    kl: float
-    kl_se: float
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def measure_method_loss(

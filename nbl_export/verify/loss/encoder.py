@@ -8,8 +8,6 @@ of a head the share of equal top classes and KL(original ‖ linearized). The st
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 
@@ -20,30 +18,10 @@ from nbl_export.linearize.plan import Plan
 from nbl_export.linearize.swap import linearized
 from nbl_export.progress import Listener, Silent
 from nbl_export.runtime.encoder import TorchEncoder
-from nbl_export.verify.parity.decoder import log_softmax
-from nbl_export.verify.parity.encoder import LOGITS, vectors
-
-
-@dataclass(frozen=True)
-class Measure:
-    """``what`` was averaged over ``count`` vectors, and its standard error over documents."""
-
-    what: str
-    value: float
-    se: float
-    count: int
-
-
-@dataclass(frozen=True)
-class Likeness:
-    """The measures of every output on ``documents`` held-out documents or images (``unit``)."""
-
-    documents: int
-    unit: str
-    measures: tuple[Measure, ...]
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+from nbl_export.verify.loss.figures import Likeness, Measure
+from nbl_export.verify.parity.encoder import vectors
+from nbl_export.verify.parity.figures import LOGITS
+from nbl_export.verify.parity.vectors import log_softmax
 
 
 def measure_likeness(

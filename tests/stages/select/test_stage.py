@@ -58,7 +58,7 @@ def test_every_way_gives_a_plan_that_rewrites(out: Path, settings: api.SelectSet
     api.rewrite(out)
     report = api.verify(out, QUICK)
     assert report.passed, report.checks
-    assert (report.selection["fit"], report.selection["repair"]) == (settings.fit, settings.repair)
+    assert (report.selection.fit, report.selection.repair) == (settings.fit, settings.repair)
     text = (out / "report" / "report.md").read_text()
     assert ("Loss of the maps that were kept" in text) is (known["result"] is not None)
     assert ("Loss and speed by K" in text) is (plan.criterion == "greedy")
@@ -88,7 +88,7 @@ def test_a_whole_run_by_a_budget(
         QUICK,
         notes,
     )
-    assert report.passed and report.selection["layers"] == [0, 1, 2, 3, 4]
+    assert report.passed and report.selection.layers == (0, 1, 2, 3, 4)
     assert timed
     assert "Budget: KL ≤ 100." in (tmp_path / "out" / "report" / "report.md").read_text()
 

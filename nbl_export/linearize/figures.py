@@ -1,0 +1,52 @@
+"""What is known of layers and of sets of layers before some are chosen: values alone, which import nothing heavy."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What is known of one layer before choosing. All scores: lower is better to replace.
+
+    ``nmse`` in [0, 1] is of the fit itself; ``cca`` in [0, d] is the paper's bound. ``ridge`` and
+    ``cca_ridge`` are the λ that the two Cholesky factorizations needed. What was measured with the layer alone
+    changed, in nats, is None where the criterion does not ask for it: ``kl`` of its replacement, ``drop`` of leaving
+    it out, ``sensitivity``: the KL by noise, per share of the output, and ``predicted`` = nmse × sensitivity.
+    """
+
+    layer: int
+    nmse: float
+    cca: float
+    ridge: float
+    cca_ridge: float
+    kl: float | None = None
+    kl_se: float | None = None
+    drop: float | None = None
+    drop_se: float | None = None
+    sensitivity: float | None = None
+    sensitivity_se: float | None = None
+    predicted: float | None = None
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Mean KL in nats and excess (of the log-likelihood) in nats per token, with standard errors over documents."""
+
+    kl: float
+    kl_se: float
+    excess: float
+    excess_se: float
+
+    @property
+    def perplexity_ratio(self) -> float:
+        return math.exp(self.excess)
+
+    @property
+    def perplexity_ratio_se(self) -> float:
+        return math.exp(self.excess) * self.excess_se
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)

@@ -1,0 +1,26 @@
+"""What is said of a rewrite in records and reports: values alone, which import nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nbl_export.graph.summary import GraphSummary
+
+
+@dataclass(frozen=True)
+class ProofErrors:
+    """How far one layer's tensors u and y in the graph are from PyTorch's: relative errors, infinite for none."""
+
+    layer: int
+    input_error: float
+    output_error: float
+
+
+@dataclass(frozen=True)
+class RewriteSummary:
+    """What ``nbl/rewrite.json`` keeps: the graph before and after, the model's layer of each KV pair, the proofs."""
+
+    before: GraphSummary
+    after: GraphSummary
+    kv_layers: tuple[int, ...]
+    proofs: tuple[ProofErrors, ...]

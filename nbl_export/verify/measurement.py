@@ -1,0 +1,103 @@
+"""What a verification finds, part by part, and put together; what decoders and encoders are both judged by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from nbl_export.checks import Check
+from nbl_export.verify.case import Case
+from nbl_export.verify.loss.figures import Likeness, MethodLoss
+from nbl_export.verify.parity.figures import DecoderParity, EncoderParity, EngineParity
+from nbl_export.verify.speed.checks import speed_check
+from nbl_export.verify.speed.pair import Speed
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Found(Generic[T]):
+    """What one part of a verification found: a report's ``section``, None if it was not run, verdicts and notes."""
+
+    section: T | None = None
+    checks: tuple[Check, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class FoundParity(Found[T]):
+    """Of parity also where it is lost, if it is."""
+
+    divergence: str | None = None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured, as the report's sections; a section that was not run is None and a check says why."""
+
+    parity: DecoderParity | EncoderParity | None = None
+    divergence: str | None = None
+    method_loss: MethodLoss | Likeness | None = None
+    speed: Mapping[str, Any] | None = None
+    engine_parity: EngineParity | None = None
+    engine_speed: Mapping[str, Any] | None = None
+    checks: tuple[Check, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def put_together(
+    parity: FoundParity[DecoderParity] | FoundParity[EncoderParity],
+    loss: Found[MethodLoss] | Found[Likeness],
+    speed: Found[Mapping[str, Any]],
+    engine_build: Found[None] | None = None,
+    engine_parity: Found[EngineParity] | None = None,
+    engine_speed: Found[Mapping[str, Any]] | None = None,
+) -> Measurement:
+    """The parts of a verification as one value, checks and notes in their order."""
+    parts: tuple[Found[Any] | None, ...] = (parity, loss, speed, engine_build, engine_parity, engine_speed)
+    run = [part for part in parts if part is not None]
+    return Measurement(
+        parity=parity.section,
+        divergence=parity.divergence,
+        method_loss=loss.section,
+        speed=speed.section,
+        engine_parity=engine_parity.section if engine_parity else None,
+        engine_speed=engine_speed.section if engine_speed else None,
+        checks=tuple(check for part in run for check in part.checks),
+        notes=tuple(note for part in run for note in part.notes),
+    )
+
+
+def judged(section: T, failures: Iterable[str], within: str, lost: Callable[[], str]) -> FoundParity[T]:
+    """Parity's ``section`` with its verdict: ``within`` says what passed; ``lost`` finds where what failed is lost."""
+    failed = tuple(failures)
+    if not failed:
+        return FoundParity(section, (Check("parity", "passed", within),))
+    where = lost()
+    return FoundParity(section, (Check("parity", "failed", "; ".join([*failed, where])),), divergence=where)
+
+
+def method_loss(case: Case, measure: Callable[[], T]) -> Found[T]:
+    """What linearizing costs, if that is measured."""
+    if case.settings.quality:
+        return Found(measure())
+    return Found(checks=(Check("method loss", "skipped", "--no-quality"),))
+
+
+def timed(case: Case, notes: tuple[str, ...], measure: Callable[[], Speed]) -> Found[Mapping[str, Any]]:
+    """Both graphs' speed and whether it can be believed, if it is measured."""
+    if why := case.why_not_timed:
+        return Found(checks=(Check("speed", "skipped", why),), notes=notes)
+    section = measure().as_json()
+    return Found(section, (speed_check(section),), notes)
+
+
+def fitting_contexts(
+    limit: int | None, contexts: Sequence[int], room: int = 0
+) -> tuple[list[int], tuple[str, ...]]:
+    """Those of ``contexts`` that leave ``room`` more of the model's ``limit`` positions; a note names the others."""
+    fitting = [c for c in contexts if limit is None or c + room <= limit]
+    dropped = sorted(set(contexts) - set(fitting))
+    note = f"Speed at {', '.join(map(str, dropped))} tokens is left out: the model has {limit} positions."
+    return fitting or [max(2, (limit or 16) // 2)], (note,) if dropped else ()

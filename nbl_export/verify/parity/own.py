@@ -1,0 +1,37 @@
+"""What a precision costs anyone: PyTorch's own run in it against its float32, with the same plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nbl_export.graph.precision import Precision
+from nbl_export.linearize.plan import Plan
+from nbl_export.linearize.swap import linearized
+from nbl_export.models.load import in_precision
+from nbl_export.runtime.torch import torch_stream
+from nbl_export.verify.parity.decoder import compare_streams
+from nbl_export.verify.parity.figures import Parity, gates_for
+
+if TYPE_CHECKING:
+    import torch
+
+OWN = "PyTorch's own in this precision"
+
+
+def pytorch_in_precision(
+    precision: Precision,
+    model: torch.nn.Module,
+    plan: Plan,
+    rows: Sequence[NDArray[np.int32]],
+    steps: int,
+    cached: bool = True,
+) -> Parity:
+    """The decoder ``model`` in ``precision`` against itself, both by ``plan``, as :func:`.compare_streams` does it."""
+    half = in_precision(model, precision.gates)
+    with linearized(model, plan), linearized(half, plan):
+        pair = [torch_stream(m, plan.chosen, cached) for m in (model, half)]
+        return compare_streams(pair[0], pair[1], rows, steps, gates_for(precision.gates))

@@ -1,0 +1,56 @@
+"""How far vectors are from the reference's: the figures that decoders and encoders are both compared by.
+
+For logits (or other vectors) a (reference) and b:
+
+abs   |a - b|                          rel   |a - b| / max(|a|, rms of the token's a)
+cosine of the vectors a and b          KL    KL(softmax a ‖ softmax b) in nats
+top-1 the same most likely token; where they differ although the reference's best two lie closer
+      than the gate's ``near_tie``, the token is a near-tie and is not counted against the graph
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from nbl_export.batch.arrays import F32, F64
+from nbl_export.verify.parity.figures import Figures
+
+
+def compare_vectors(a: F32, b: F32, near_tie: float) -> Figures:
+    """The figures of ``b`` against the reference ``a``, each [vectors, d]."""
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    difference = np.abs(x - y)
+    relative = difference / np.maximum(np.abs(x), rms(x))
+    log_p, log_q = log_softmax(x), log_softmax(y)
+    kl = np.sum(np.exp(log_p) * (log_p - log_q), axis=-1)
+    cosine = np.sum(x * y, axis=-1) / (np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1))
+    best_two = np.partition(x, -2, axis=-1)[:, -2:]
+    same = x.argmax(axis=-1) == y.argmax(axis=-1)
+    tie = ~same & (best_two[:, 1] - best_two[:, 0] < near_tie)
+    return Figures(
+        tokens=len(x),
+        max_abs=float(difference.max()),
+        mean_abs=float(difference.mean()),
+        p99_abs=float(np.quantile(difference, 0.99)),
+        max_rel=float(np.max(relative)),
+        mean_rel=float(relative.mean()),
+        p99_rel=float(np.quantile(relative, 0.99)),
+        min_cosine=float(np.min(cosine)),
+        # Rounding can make a vanishing KL negative.
+        max_kl=float(np.maximum(kl, 0).max()),
+        top1=float((same | tie).mean()),
+        near_ties=int(tie.sum()),
+    )
+
+
+def rms(x: F64) -> F64:
+    """Root mean square over the last axis, which is kept."""
+    found: F64 = np.sqrt(np.mean(x**2, axis=-1, keepdims=True))
+    return found
+
+
+def log_softmax(x: F64) -> F64:
+    """Over the last axis."""
+    shifted = x - x.max(axis=-1, keepdims=True)
+    result: F64 = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return result
