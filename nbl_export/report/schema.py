@@ -6,12 +6,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from nbl_export.checks import Check, load_judged
 from nbl_export.files import jsonable
+from nbl_export.records import from_json
+from nbl_export.report.bench import BenchReport, bench_of
+from nbl_export.report.legacy_speed import bench_section, engine_speed_section, speed_section
+from nbl_export.verify.speed.values import Speed
 
 SCHEMA = "nbl-export/report/1"
 
@@ -38,13 +42,13 @@ class Report:
     parity: Mapping[str, Any] | None
     divergence: str | None
     method_loss: Mapping[str, Any] | None
-    speed: Mapping[str, Any] | None
+    speed: Speed | None
     checks: Sequence[Check]
     notes: Sequence[str]
     engines: Sequence[Mapping[str, Any]] | None = None
     engine_parity: Mapping[str, Any] | None = None
-    engine_speed: Mapping[str, Any] | None = None
-    bench: Mapping[str, Any] | None = None
+    engine_speed: Speed | None = None
+    bench: BenchReport | None = None
 
     @property
     def passed(self) -> bool:
@@ -59,4 +63,16 @@ class Report:
 
 def load_report(path: Path) -> Report:
     """Read ``report.json``; raises :class:`InputError` for anything else."""
-    return load_judged(Report, path, "report", SCHEMA, "run `nbl-export verify` again")
+    remedy = "run `nbl-export verify` again"
+    value = load_judged(Report, path, "report", SCHEMA, remedy)
+
+    def speed(raw: Any) -> Speed:
+        return from_json(Speed, raw, str(path), remedy)
+
+    # As they were read they are JSON.
+    return replace(
+        value,
+        speed=speed(speed_section(raw)) if (raw := cast(Any, value.speed)) else None,
+        engine_speed=speed(engine_speed_section(raw)) if (raw := cast(Any, value.engine_speed)) else None,
+        bench=bench_of(bench_section(raw)) if (raw := cast(Any, value.bench)) else None,
+    )

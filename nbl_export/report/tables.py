@@ -7,15 +7,15 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from nbl_export.report.bench import BenchReport, bench_of, bench_tables
 from nbl_export.report.drawing import Table, figure, finite, mebibytes, number, one_minus, percent, worse
 from nbl_export.report.encoders import agreement_table, likeness_table
 from nbl_export.report.schema import Report
 from nbl_export.report.selection import SCORES, curve_points, curve_table, result_table, score_key
-from nbl_export.report.speed import speed_tables
+from nbl_export.report.speed import BENCH, ENGINES, VERIFIED, speed_tables
 
 if TYPE_CHECKING:
     from nbl_export.evaluate.results import Evaluation
+    from nbl_export.report.bench import BenchReport
 
 
 def checks_table(report: Report | Evaluation | BenchReport) -> Table:
@@ -222,34 +222,6 @@ def engines_table(manifests: Sequence[Mapping[str, Any]]) -> Table:
     )
 
 
-def engine_speed_table(speed: Mapping[str, Any]) -> Table:
-    """Everything timed on the GPU, at each context."""
-    rows = tuple(
-        (
-            f"{x['name']}, {x['context']}",
-            f"{x['prefill_ms']:.2f}",
-            f"{x['prefill_p99_ms']:.2f}",
-            f"{x['decode_ms']:.3f}",
-            f"{x['decode_p99_ms']:.3f}",
-            f"{x['tokens_per_second']:,.0f}",
-            mebibytes(x["memory_bytes"]),
-        )
-        for x in speed["latencies"]
-    )
-    ratios = "; ".join(
-        f"{r['context']:.0f} tokens {r['prefill']:.2f}× prefill, {r['decode']:.2f}× decode"
-        for r in speed["speedups"]
-    )
-    return Table(
-        f"Speed on {speed['gpu']}, batch 1",
-        ("", "prefill, ms", "p99", "decode, ms", "p99", "tokens/s", "memory"),
-        rows,
-        f"Medians of {speed['rounds']} rounds, all in turn. Base over linearized engine: {ratios or 'not both timed'}. "
-        "Memory: cache and work space, without weights.",
-        plot="engines",
-    )
-
-
 def precision_table(graph: Mapping[str, Any]) -> Table:
     """Which nodes of a half graph stay float32, and why."""
     groups: dict[tuple[str, str], list[str]] = {}
@@ -273,16 +245,16 @@ def report_tables(report: Report, brief: bool = False) -> list[Table]:
         draw = likeness_table if "measures" in report.method_loss else method_table
         tables.append(draw(report.method_loss))
     if report.speed:
-        tables += speed_tables(report.speed, brief)
+        tables += speed_tables(VERIFIED, report.speed, brief)
     if report.bench:
-        tables += bench_tables(bench_of(report.bench), brief)
+        tables += speed_tables(BENCH, report.bench.speed, brief)
     if report.parity:
         draw_parity = agreement_table if "outputs" in report.parity else parity_table
         tables.append(draw_parity(report.parity, brief))
     if report.engines:
         tables.append(engines_table(report.engines))
     if report.engine_speed:
-        tables.append(engine_speed_table(report.engine_speed))
+        tables += speed_tables(ENGINES, report.engine_speed, brief)
     if not brief and report.graph.get("kept_float32"):
         tables.append(precision_table(report.graph))
     if not brief:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,14 +29,14 @@ from nbl_export.runtime.ort import ort_stream
 from nbl_export.runtime.tensorrt import EngineStream, load_engine
 from nbl_export.runtime.torch import torch_stream
 from nbl_export.settings import VerifySettings
-from nbl_export.verify.engines import built_check, gpu_entrants, measure_engine_speed, not_run
+from nbl_export.verify.engines import EngineCase, built_check, engine_speed, not_run
 from nbl_export.verify.loss.decoder import measure_method_loss
 from nbl_export.verify.parity.decoder import Parity, compare_streams, gates_for
 from nbl_export.verify.parity.localize import first_divergence
 from nbl_export.verify.parity.noise import rounding_noise
-from nbl_export.verify.speed.candidates import TIMED_STEPS
 from nbl_export.verify.speed.checks import speed_check
-from nbl_export.verify.speed.pair import Speed, explained, measure_speed
+from nbl_export.verify.speed.pair import Pair, explained, measure_speed
+from nbl_export.verify.speed.values import Speed
 
 if TYPE_CHECKING:
     import torch
@@ -52,16 +52,11 @@ class Measurement:
     parity: dict[str, Any] | None = None
     divergence: str | None = None
     method_loss: dict[str, Any] | None = None
-    speed: dict[str, Any] | None = None
+    speed: Speed | None = None
     engine_parity: dict[str, Any] | None = None
-    engine_speed: dict[str, Any] | None = None
+    engine_speed: Speed | None = None
     checks: list[Check] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-
-    def timed(self, speed: Speed) -> None:
-        """Take what was timed, and say whether it can be believed."""
-        self.speed = speed.as_json()
-        self.checks.append(speed_check(self.speed))
 
 
 def measure_decoder(
@@ -87,12 +82,15 @@ def measure_decoder(
         result.method_loss = loss.as_json()
     else:
         result.checks.append(Check("method loss", "skipped", "--no-quality"))
-    contexts = fitting_contexts(result, positions(model), settings.contexts, room=1)
+    contexts, notes = fitting_contexts(positions(model), settings.contexts, room=1)
+    result.notes += notes
     if why := why_not_timed(graph, settings):
         result.checks.append(Check("speed", "skipped", why))
     else:
-        speed = measure_speed(baseline, rewritten, contexts, settings.rounds, listener)
-        result.timed(explained(speed, baseline, rewritten, listener))
+        pair = Pair(baseline, rewritten)
+        speed = measure_speed(pair, contexts, settings.rounds, listener)
+        result.speed = explained(speed, pair, listener)
+        result.checks.append(speed_check(result.speed))
     if engines:
         graphs = {BASE: baseline, LINEARIZED: rewritten}
         _measure_engines(result, model, plan, text, graphs, engines, contexts, settings, listener)
@@ -227,9 +225,9 @@ def _measure_engines(
             result, model, layers, role, streams[role], rows, settings, precision, gpu, listener
         )
     if settings.speed and not any("engine" in c.name and c.status == "failed" for c in result.checks):
-        _measure_engine_speed(
-            result, model, streams, graphs, contexts, limits, settings, precision, gpu, listener
-        )
+        case = EngineCase(gpu, model, streams, graphs, precision.name, limits)
+        result.engine_speed, notes = engine_speed(case, contexts, settings.rounds, listener)
+        result.notes += notes
 
 
 def _measure_engine_parity(
@@ -265,39 +263,11 @@ def _measure_engine_parity(
     result.engine_parity = (result.engine_parity or {}) | found
 
 
-def _measure_engine_speed(
-    result: Measurement,
-    model: torch.nn.Module,
-    streams: dict[str, EngineStream],
-    graphs: dict[str, Path],
-    contexts: Sequence[int],
-    limits: Mapping[str, int],
-    settings: VerifySettings,
-    precision: Precision,
-    gpu: Gpu,
-    listener: Listener,
-) -> None:
-    longest = min(limits["max_seq"], limits["max_context"] - TIMED_STEPS)
-    fitting = [c for c in contexts if c <= longest] or [longest] * (longest > 0)
-    if dropped := sorted(set(contexts) - set(fitting)):
-        result.notes.append(
-            f"The engines are not timed at {', '.join(map(str, dropped))} tokens: they are built for a prefill of "
-            f"{limits['max_seq']:,} and a context of {limits['max_context']:,}."
-        )
-    entrants = gpu_entrants(model, streams, graphs, precision.name)
-    speed = measure_engine_speed(gpu, entrants, fitting, settings.rounds, listener)
-    result.notes += [f"Not timed on the GPU: {name}: {why}." for name, why in speed.absent.items()]
-    if speed.latencies:
-        result.engine_speed = speed.as_json()
-
-
 def fitting_contexts(
-    result: Measurement, limit: int | None, contexts: Sequence[int], room: int = 0
-) -> list[int]:
+    limit: int | None, contexts: Sequence[int], room: int = 0
+) -> tuple[list[int], list[str]]:
     """Those of ``contexts`` that leave ``room`` more of the model's ``limit`` positions; a note names the others."""
     fitting = [c for c in contexts if limit is None or c + room <= limit]
-    if dropped := sorted(set(contexts) - set(fitting)):
-        result.notes.append(
-            f"Speed at {', '.join(map(str, dropped))} tokens is left out: the model has {limit} positions."
-        )
-    return fitting or [max(2, (limit or 16) // 2)]
+    dropped = ", ".join(map(str, sorted(set(contexts) - set(fitting))))
+    notes = [f"Speed at {dropped} tokens is left out: the model has {limit} positions."] if dropped else []
+    return fitting or [max(2, (limit or 16) // 2)], notes

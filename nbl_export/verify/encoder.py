@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +24,6 @@ from nbl_export.models.tasks import Task
 from nbl_export.models.trial import trial
 from nbl_export.progress import Listener
 from nbl_export.runtime.encoder import OrtEncoder, TorchEncoder
-from nbl_export.runtime.ort import OrtModel
 from nbl_export.settings import VerifySettings
 from nbl_export.verify.decoder import Measurement, fitting_contexts, why_not_timed
 from nbl_export.verify.loss.encoder import measure_likeness
@@ -32,7 +31,9 @@ from nbl_export.verify.parity.decoder import gates_for
 from nbl_export.verify.parity.encoder import EncoderParity, compare_outputs
 from nbl_export.verify.parity.localize import first_divergence
 from nbl_export.verify.speed.candidates import EncoderPass
-from nbl_export.verify.speed.pair import explained, measure_encode_speed
+from nbl_export.verify.speed.checks import speed_check
+from nbl_export.verify.speed.pair import Pair, explained, measure_speed
+from nbl_export.verify.speed.values import ENCODE
 
 if TYPE_CHECKING:
     import torch
@@ -74,14 +75,14 @@ def measure_encoder(
     if why := why_not_timed(graph, settings):
         result.checks.append(Check("speed", "skipped", why))
     else:
-        batches = _timed(result, case, settings)
-        speed = measure_encode_speed(baseline, rewritten, batches, settings.rounds, listener)
-        by_tokens = dict(batches)
-
-        def made(tokens: int) -> Callable[[OrtModel], EncoderPass]:
-            return lambda model: EncoderPass(model, by_tokens[tokens])
-
-        result.timed(explained(speed, baseline, rewritten, listener, made))
+        batches, notes = _timed(case, settings)
+        result.notes += notes
+        pair = Pair(
+            baseline, rewritten, (ENCODE,), lambda model, tokens, _: EncoderPass(model, batches[tokens])
+        )
+        speed = measure_speed(pair, list(batches), settings.rounds, listener)
+        result.speed = explained(speed, pair, listener)
+        result.checks.append(speed_check(result.speed))
     return result
 
 
@@ -142,12 +143,12 @@ def _pytorch_in(
         return compare_outputs(reference, encoder(inputs), inputs, gates_for(precision.gates))
 
 
-def _timed(result: Measurement, case: EncoderCase, settings: VerifySettings) -> list[tuple[int, Inputs]]:
-    """What is timed: text of each context length, or one image, with its number of tokens."""
+def _timed(case: EncoderCase, settings: VerifySettings) -> tuple[dict[int, Inputs], list[str]]:
+    """What is timed by its number of tokens: text of each context length, or one image; notes on what is left out."""
     first = case.heldout[0]
     if PIXELS in first:
-        return [(trial(case.model).tokens, first)]
+        return {trial(case.model).tokens: first}, []
     tokens = np.concatenate([row[TOKENS][0] for row in case.heldout])
-    contexts = fitting_contexts(result, positions(case.model), settings.contexts)
-    rows = [{n: np.resize(tokens if n == TOKENS else 0, (1, c)) for n in first} for c in contexts]
-    return [(c, batch_of_rows([row])) for c, row in zip(contexts, rows, strict=True)]
+    contexts, notes = fitting_contexts(positions(case.model), settings.contexts)
+    rows = {c: {n: np.resize(tokens if n == TOKENS else 0, (1, c)) for n in first} for c in contexts}
+    return {c: batch_of_rows([row]) for c, row in rows.items()}, notes
