@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 
 from nbl_export.checks import Check
+from nbl_export.records import from_json
 from nbl_export.report.drawing import Table
 from nbl_export.report.page import anchor, numeric_columns, page
 from nbl_export.report.plots import report_plots
 from nbl_export.report.schema import Report
 from nbl_export.report.tables import checks_table, report_tables
+from nbl_export.verify.speed.values import Speed
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 
@@ -118,7 +120,8 @@ def test_plots_say_what_they_show(full: Report) -> None:
     assert plots["layers"].text.endswith("replaced: 2, 3.")
     assert "chosen: K = 2, perplexity ratio 1.080, KL 0.160." in plots["k-curve"].text
     assert full.speed is not None
-    assert f"prefill 16 {full.speed['cells'][0]['speedup']:.2f}×" in plots["speed"].text
+    cell, _, over = full.speed.speedups()[0]
+    assert cell.name == "prefill 16" and f"prefill 16 {over.value:.2f}×" in plots["speed"].text
     assert len(reader.attributes("svg")) == 2 * len(plots)  # for a page and for a phone
     assert all(plot.caption in reader.text() for plot in plots.values())
 
@@ -167,6 +170,8 @@ def test_texts_of_the_report_are_only_text(full: Report) -> None:
     fields["graph"] = {**raw["graph"], "before": {**raw["graph"]["before"], "ops": ops}}
     fields["environment"]["packages"] = {NASTY: NASTY}
     fields["selection"]["others"] = {NASTY: NASTY}
+    for race in ("speed", "engine_speed"):
+        fields[race] = from_json(Speed, fields[race], race, "")
     hostile = Report(**{**fields, "checks": checks, "notes": [NASTY], "divergence": NASTY})
     text = page(hostile, report_plots(hostile))
     reader = Reader(text)
