@@ -307,6 +307,11 @@ def test_the_same_graph_twice(again: float, status: str) -> None:
         assert check.detail.startswith(said)
 
 
+def test_of_too_few_rounds_nothing_is_said_about_the_same_graph() -> None:
+    control = [*PAIR, Candidate(CONTROL, lasting(1.7, 0.2))]
+    assert verdicts(raced([(1, 8)], control, rounds=Rounds(5, 5)))[2].status == "skipped"
+
+
 def test_the_linearized_graph_gets_its_memory_first() -> None:
     order: list[str] = []
 

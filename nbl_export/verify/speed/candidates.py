@@ -1,4 +1,4 @@
-"""Who can be timed: a graph in ONNX Runtime, a TensorRT engine, a model in PyTorch; all by the same few calls.
+"""Candidates: a graph in ONNX Runtime, a TensorRT engine, a model in PyTorch; all by the same few calls.
 
 A :class:`Candidate` makes a :class:`Prompt` for each cell, a number of rows and of tokens in each. What it needs beyond
 that (a session, a copy of the model) is made when it is first asked for, and kept from cell to cell.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 from typing import Literal
 
 from nbl_export.checks import Check
@@ -59,8 +60,10 @@ def _control_check(speed: Speed) -> Check:
         both = [result.linearized_over for name in (speed.base, CONTROL) if (result := cell.of(str(name)))]
         if len(both) < 2 or not (both[0] and both[1]):
             continue
-        compared += 1
         first, again = both[0], both[1]
+        if not (isfinite(first.most) and isfinite(again.most)):
+            continue  # of too few rounds nothing is known
+        compared += 1
         apart = first.least > again.most or again.least > first.most
         if apart and abs(first.value - again.value) > _UNLIKE * abs(first.value - 1):
             unlike.append(
