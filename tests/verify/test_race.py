@@ -41,7 +41,7 @@ def test_everyone_runs_once_a_round_and_the_first_is_thrown_away() -> None:
     assert sum(told) == 4
 
 
-@pytest.mark.parametrize(("enough_at", "rounds"), [(0, 3), (3, 3), (5, 5), (100, 8)])
+@pytest.mark.parametrize(("enough_at", "rounds"), [(0, 3), (3, 3), (5, 6), (6, 6), (100, 8)])
 def test_rounds_are_added_until_it_is_enough(enough_at: int, rounds: int) -> None:
     told: list[int] = []
 
@@ -129,15 +129,34 @@ def resolved(times: list[list[float]], rounds: int) -> bool:
 def test_equal_candidates_are_seldom_resolved(rounds: int) -> None:
     """Resolved is claimed with 95 %: of races in which nothing differs no more than a twentieth may be."""
     rng = np.random.default_rng(rounds)
-    share = np.mean([resolved(noisy(rng, rounds), rounds) for _ in range(600)])
+    share = np.mean([resolved(noisy(rng, rounds), rounds) for _ in range(2000)])
     assert share <= (0.05 if rounds >= 6 else 0.0)
 
 
-def test_looking_again_after_each_added_round_claims_hardly_more() -> None:
-    """Rounds are added until it is resolved, here up to three times the seven that are asked for."""
+@pytest.mark.parametrize(
+    ("least", "most", "looks"),
+    [(3, 9, [6, 9]), (5, 15, [6, 9, 14, 15]), (6, 18, [6, 9, 14, 18]), (7, 21, [7, 11, 17, 21])],
+)
+def test_looking_again_as_rounds_are_added_claims_no_more(least: int, most: int, looks: list[int]) -> None:
+    """Each look is another chance to be wrong; a race as it is run stays within what is claimed all the same."""
+    seen: list[int] = []
+
+    def enough(values: Mapping[str, list[str]]) -> bool:
+        seen.append(len(values["a"]))
+        return False
+
+    race(numbered("a", "b"), next, Rounds(least, most), lambda _: None, enough)
+    # After the last one nothing is added, whatever it says; three and five say nothing.
+    assert [n for n in seen if n >= 6] == [n for n in looks if n < most]
     rng = np.random.default_rng(0)
-    races = [noisy(rng, 21) for _ in range(300)]
-    assert np.mean([any(resolved(times, n) for n in range(7, 22)) for times in races]) <= 0.05
+
+    def quiet() -> list[list[float]]:
+        """Jitter alone: then the base's own median is known well, and holds back the fewest claims."""
+        return [[float(s) for s in np.exp(rng.normal(0, 0.02, most))] for _ in range(2)]
+
+    for make in (lambda: noisy(rng, most), quiet):
+        races = [make() for _ in range(1500)]
+        assert np.mean([any(resolved(times, n) for n in looks) for times in races]) <= 0.05
 
 
 def test_a_real_effect_is_resolved() -> None:
@@ -145,7 +164,7 @@ def test_a_real_effect_is_resolved() -> None:
     rng = np.random.default_rng(0)
     races = [[base, [s / 1.1 for s in other]] for base, other in (noisy(rng, 21) for _ in range(150))]
     assert np.mean([resolved(times, 7) for times in races]) > 0.5
-    assert np.mean([any(resolved(times, n) for n in range(7, 22)) for times in races]) > 0.9
+    assert np.mean([any(resolved(times, n) for n in (7, 11, 17, 21)) for times in races]) > 0.9
 
 
 def test_a_base_that_moves_more_than_the_effect_resolves_nothing() -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import comb, inf
+from math import ceil, comb, inf
 from typing import TypeVar
 
 import numpy as np
@@ -21,6 +21,7 @@ from nbl_export.verify.speed.values import Ratio, Timing
 C = TypeVar("C")
 T = TypeVar("T")
 _CONFIDENCE = 0.95
+_LEAST_PAIRS = 6  # fewer have no such interval
 # How far rounds are added where the noise hides the effect, unless something else is asked for.
 MORE = 3
 # Threads of whoever ran before spin for a while before they sleep; that is not the next one's time.
@@ -50,9 +51,9 @@ def race(
 ) -> dict[str, list[T]]:
     """What ``run`` gives for each candidate, by name, one value a round.
 
-    ``enough`` looks at the values so far; while it says no, rounds are added within ``rounds``. ``advance`` is told
-    each of the first ``rounds.least + 1``. One that fails on the way (no room for its cache) drops out, with its
-    reason in ``absent``; without such a dictionary the error is raised.
+    ``enough`` looks at the values so far; while it says no, rounds are added within ``rounds``, half as many again.
+    ``advance`` is told each of the first ``rounds.least + 1``. One that fails on the way (no room for its cache) drops
+    out, with its reason in ``absent``; without such a dictionary the error is raised.
     """
     running, start, number = dict(candidates), time.perf_counter(), 0
     values: dict[str, list[T]] = {name: [] for name in candidates}
@@ -89,7 +90,18 @@ def _done(
         return False
     if timed >= rounds.most or seconds > rounds.seconds:
         return True
-    return timed >= rounds.least and enough(values)
+    return _looked_at(timed, rounds.least) and enough(values)
+
+
+def _looked_at(timed: int, least: int) -> bool:
+    """Whether there is a look for a verdict after so many rounds: after ``least``, then after half as many more.
+
+    Each look is another chance to find what is not there; one after every round finds it in more than a twentieth.
+    """
+    look = least
+    while look < timed:
+        look = ceil(1.5 * look) if look >= _LEAST_PAIRS else _LEAST_PAIRS
+    return look == timed
 
 
 def timed(work: Callable[[], object]) -> float:
