@@ -131,7 +131,7 @@ def _log_if_wide(panel: Axes, values: Sequence[float | None]) -> bool:
     wide = min(known, default=0) > 0 and max(known) >= _DECADES * min(known)
     if wide:
         panel.set_yscale("log", nonpositive="clip")
-        panel.yaxis.set_major_formatter("{x:g}")  # 0.001: powers would be formulas, which stay off
+        panel.yaxis.set_major_formatter("{x:,g}")  # 0.001: powers would be formulas, which stay off
         panel.yaxis.set_minor_formatter("")
     return wide
 
@@ -173,6 +173,7 @@ def draw_layers(selection: Mapping[str, Any], narrow: bool = False) -> Figure:
 
 # speed -------------------------------------------------------------------------------------------
 
+_PHONE_LETTERS = 36  # so many stand beside each other below a panel on a phone
 _MARKERS = ("s", "^", "v", "D", "P", "X", "*", "<", ">", "p", "h")
 
 
@@ -197,7 +198,10 @@ def draw_speed(speed: Speed, narrow: bool = False) -> Figure:
         _speedups(axes[len(phases) + index], phase, cells, looks, entries, speed)
         for panel in (axes[index], axes[len(phases) + index]):
             panel.set_xlabel("rows × tokens" if any(c.batch > 1 for c in cells) else "tokens")
-            panel.set_xticks(range(len(cells)), [c.size for c in cells])
+            sizes = [c.size for c in cells]
+            crowded = narrow and sum(map(len, sizes)) > _PHONE_LETTERS
+            turned: dict[str, Any] = {"rotation": 35, "ha": "right"} if crowded else {}
+            panel.set_xticks(range(len(cells)), sizes, **turned)
             panel.set_xlim(-0.6, len(cells) - 0.4)
     legend(figure, entries)
     return figure
