@@ -19,15 +19,15 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from nbl_export import api
 from nbl_export.cli.terminal import TerminalListener
 from nbl_export.engine.gpu import find_gpu
 from nbl_export.export.optimum import VARIABLE
-from nbl_export.report.bench import BenchReport
+from nbl_export.verify.speed.values import CellResult
 
 FORMS = {
     "torch": api.ExportSettings(),
@@ -73,50 +73,32 @@ def optimum(arguments: argparse.Namespace) -> Path | None:
     return api.export(folder, api.ExportSettings(exporter="optimum"), TerminalListener()).parent
 
 
-def judged(cells: Sequence[Mapping[str, Any]], bounds: Sequence[str]) -> str:
-    """Each requested ``who/phase context/least`` next to the measured value."""
-    lines = ["| who | cell | asked | measured | ceiling |", "| --- | --- | --- | --- | --- |"]
+def judged(cells: Sequence[CellResult], bounds: Sequence[str]) -> str:
+    """Each ``candidate/phase context/least`` that was asked for, beside what was measured."""
+    lines = ["| candidate | cell | asked | measured | ceiling |", "| --- | --- | --- | --- | --- |"]
     for bound in bounds:
-        who, cell, least = bound.split("/")
+        name, cell, least = bound.split("/")
         phase, context = cell.split()
         for found in cells:
-            if (found["phase"], found["batch"], found["context"]) != (phase, 1, int(context)):
+            if (found.phase, found.batch, found.context) != (phase, 1, int(context)):
                 continue
-            for lap in found["laps"]:
-                ratio = lap["beaten"] if who == "optimum" else lap["over_base"]
-                if lap["name"] == who and ratio:
-                    noise = "" if ratio["resolved"] else " (not resolved)"
-                    limit = f"{lap['ceiling']:.2f}" if lap["ceiling"] else "–"
-                    lines.append(f"| {who} | {cell} | {least} | {ratio['value']:.3f}{noise} | {limit} |")
+            if (result := found.of(name)) is None:
+                continue
+            if ratio := result.linearized_over if name == "optimum" else result.over_base:
+                noise = "" if ratio.resolved else " (not resolved)"
+                limit = f"{result.ceiling:.2f}" if result.ceiling else "–"
+                lines.append(f"| {name} | {cell} | {least} | {ratio.value:.3f}{noise} | {limit} |")
     return "\n".join(lines)
 
 
-def raced(
-    arguments: argparse.Namespace,
-    folder: Path,
-    against: Sequence[str],
-    peers: Sequence[str],
-    batches: Sequence[int],
-    contexts: Sequence[int],
-    device: str,
-    name: str,
-) -> BenchReport:
-    """One bench; its table, plot and figures are saved as ``name``."""
-    settings = api.BenchSettings(
-        tuple(against),
-        tuple(peers),
-        tuple(batches),
-        tuple(contexts),
-        arguments.rounds,
-        seconds=arguments.seconds,
-        device=device,
-    )
+def raced(out: Path, folder: Path, settings: api.BenchSettings, name: str) -> tuple[CellResult, ...]:
+    """The cells of one bench; its table, plot and figures are kept in ``out`` as ``name``."""
     value = api.bench(folder, settings, TerminalListener())
     report = folder / "report"
     for found in (report / "bench.md", report / "bench.json", report / "plots" / "bench.png"):
-        shutil.copyfile(found, arguments.out / f"{name}{found.suffix}")
-    print((arguments.out / f"{name}.md").read_text(encoding="utf-8"))
-    return value
+        shutil.copyfile(found, out / f"{name}{found.suffix}")
+    print((out / f"{name}.md").read_text(encoding="utf-8"))
+    return value.speed.cells
 
 
 ASKED = [
@@ -164,13 +146,25 @@ def main() -> None:
         if device == "cuda":
             api.build(folder, listener=TerminalListener())
         name = "speed" if device == "cpu" else "speed-gpu"
-        cells: list[Mapping[str, Any]] = []
+        cells: list[CellResult] = []
+        common = api.BenchSettings(
+            tuple(pairs),
+            contexts=tuple(arguments.long),
+            batches=(1,),
+            rounds=arguments.rounds,
+            seconds=arguments.seconds,
+            device=device,
+        )
         if arguments.long:
-            cells += raced(arguments, folder, pairs, (), [1], arguments.long, device, f"{name}-long").cells
-        everybody, peers = [*pairs, *others], tuple(arguments.peers)
-        cells += raced(
-            arguments, folder, everybody, peers, arguments.batches, arguments.contexts, device, name
-        ).cells
+            cells += raced(arguments.out, folder, common, f"{name}-long")
+        everybody = replace(
+            common,
+            against=(*pairs, *others),
+            peers=tuple(arguments.peers),
+            batches=tuple(arguments.batches),
+            contexts=tuple(arguments.contexts),
+        )
+        cells += raced(arguments.out, folder, everybody, name)
         asked = f"\n## Asked for, K = {most}\n\n{judged(cells, ASKED)}\n"
         with (arguments.out / f"{name}.md").open("a", encoding="utf-8") as table:
             table.write(asked)

@@ -16,16 +16,20 @@ import pytest
 from nbl_export import api
 from nbl_export.errors import BuildError, InputError
 from nbl_export.graph.io import load_graph, save_graph
-from nbl_export.report.bench import bench_tables, load_bench
+from nbl_export.records import from_json
+from nbl_export.report.bench import load_bench
 from nbl_export.report.render import write_report
 from nbl_export.report.schema import load_report
+from nbl_export.report.speed import BENCH, speed_tables
 from nbl_export.rewrite.drop import drop_layers
 from nbl_export.runtime.ort import OrtDecoder
-from nbl_export.verify.speed import bench as bench_module
-from nbl_export.verify.speed.bench import Bench, BenchCell
-from nbl_export.verify.speed.candidates import profiled
+from nbl_export.stages.bench import _Kept
+from nbl_export.verify.speed import profile as profile_module
+from nbl_export.verify.speed.candidates import decoder_prompt
+from nbl_export.verify.speed.harness import Harness
 from nbl_export.verify.speed.peak import peak_bytes
 from nbl_export.verify.speed.profile import explain
+from nbl_export.verify.speed.values import CellResult, Explanation
 
 
 def test_layers_left_out_write_nothing(stories_out: Path, tmp_path: Path) -> None:
@@ -59,9 +63,10 @@ def test_layers_left_out_write_nothing(stories_out: Path, tmp_path: Path) -> Non
 
 def test_a_real_pair_is_profiled(stories_out: Path) -> None:
     graphs = stories_out / "baseline" / "model.onnx", stories_out / "model.onnx"
+    run = decoder_prompt()
     for phase in ("prefill", "decode"):
         # Two thirds of 1.5 s are saved for sure, a half at the ceiling.
-        found = explain(graphs, phase, profiled(64, 2), 1500.0, 3.0, 2.0)
+        found = explain(graphs, phase, lambda model: run(model, 64, 2), 1500.0, 3.0, 2.0)
         assert found is not None and found.saved_ms == pytest.approx(1000)
         assert found.excess_ms == pytest.approx(250)
         assert found.base_nodes > found.linearized_nodes > 50
@@ -100,24 +105,40 @@ QUICK = api.BenchSettings(batches=(1, 2), contexts=(8, 16), rounds=3, most=1, me
 def test_a_bench_of_a_real_folder(own: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(own, tmp_path / "other"))
     settings = api.BenchSettings(
-        (f"rival={other}", str(other / "baseline")), ("eager", "dropped"), (1, 2), (8, 16), 3, 1, memory=True
+        (f"elsewhere={other}", str(other / "baseline")),
+        ("eager", "dropped"),
+        (1, 2),
+        (8, 16),
+        3,
+        1,
+        memory=True,
     )
     value = api.bench(own, settings)
-    names = ["base", "linearized", "dropped", "PyTorch eager", "rival, base", "rival, linearized", "baseline"]
+    names = [
+        "base",
+        "linearized",
+        "dropped",
+        "PyTorch eager",
+        "elsewhere, base",
+        "elsewhere, linearized",
+        "baseline",
+    ]
     names.append("base again")
-    assert [c["name"] for c in value.competitors] == names
-    assert [(c["phase"], c["batch"], c["context"]) for c in value.cells] == [
+    assert [c.name for c in value.speed.candidates] == names
+    assert [(c.phase, c.batch, c.context) for c in value.speed.cells] == [
         (phase, batch, context)
         for batch, context in ((1, 8), (2, 8), (1, 16), (2, 16))
         for phase in ("prefill", "decode")
     ]
-    for cell in value.cells:
-        assert [lap["name"] for lap in cell["laps"]] == names and not cell["absent"]
-        pairs = [lap["name"] for lap in cell["laps"] if lap["over_base"]]
-        assert pairs == ["linearized", "dropped", "rival, linearized"]
-        assert [lap["name"] for lap in cell["laps"] if not lap["peak_bytes"]] == ["PyTorch eager"]
-        caches = {lap["name"]: lap["cache_bytes"] for lap in cell["laps"]}
-        rows = cell["batch"] * cell["context"]
+    for cell in value.speed.cells:
+        assert [r.name for r in cell.results] == names and not cell.absent
+        pairs = [r.name for r in cell.results if r.over_base]
+        assert pairs == ["linearized", "dropped", "elsewhere, linearized"]
+        assert [r.name for r in cell.results if not r.peak_bytes] == ["PyTorch eager"]
+        # Three rounds, and not one more, say nothing.
+        assert not any(r.over_base.resolved for r in cell.results if r.over_base)
+        caches = {r.name: r.cache_bytes for r in cell.results}
+        rows = cell.batch * cell.context
         assert caches["base"] == 5 * 2 * 4 * rows * 8 * 4 and caches["linearized"] == 3 * 2 * 4 * rows * 8 * 4
     assert value == load_bench(own / "report" / "bench.json")
     text = (own / "report" / "bench.md").read_text()
@@ -125,8 +146,8 @@ def test_a_bench_of_a_real_folder(own: Path, tmp_path: Path) -> None:
     assert (own / "report" / "plots" / "bench.png").read_bytes()[:4] == b"\x89PNG"
     # The report has it too, and the verification stays done.
     report = load_report(own / "report" / "report.json")
-    assert report.bench == value.body()
-    assert "rival, linearized" in (own / "report" / "report.html").read_text()
+    assert report.bench == value
+    assert "elsewhere, linearized" in (own / "report" / "report.html").read_text()
     assert "](plots/bench.png)" in (own / "report" / "report.md").read_text()
     # It is the bench's own: a report without it leaves it.
     write_report(own / "report", replace(report, bench=None))
@@ -136,7 +157,7 @@ def test_a_bench_of_a_real_folder(own: Path, tmp_path: Path) -> None:
     api.verify(own, api.VerifySettings(contexts=(16,), rounds=3))
     assert (own / "report" / "report.json").stat().st_mtime_ns == before
     # Another verification of the same graphs keeps it.
-    assert api.verify(own, api.VerifySettings(contexts=(8,), rounds=3)).bench == value.body()
+    assert api.verify(own, api.VerifySettings(contexts=(8,), rounds=3)).bench == value
 
 
 def test_what_was_measured_is_kept(own: Path) -> None:
@@ -144,63 +165,68 @@ def test_what_was_measured_is_kept(own: Path) -> None:
     assert api.bench(own, QUICK).created == first.created
     assert not first.notes
     longer = api.bench(own, api.BenchSettings((), (), (1,), (8, 4096), 3, 1, memory=False))
-    assert {c["context"] for c in longer.cells} == {8}
+    assert {c.context for c in longer.speed.cells} == {8}
     assert longer.notes == ("4,096 tokens are left out: the model has 512 positions.",)
-    for table in bench_tables(longer):
+    for table in speed_tables(BENCH, longer.speed):
         assert all(len(row) == len(table.columns) for row in table.rows)
 
 
 def test_an_interrupted_bench_goes_on(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, made = Bench.run, []
+    real, made = Harness.run, []
 
-    def interrupted(self: Bench, cells: Any, listener: Any = None) -> Iterator[list[BenchCell]]:
+    def interrupted(self: Harness, cells: Any, listener: Any = None) -> Iterator[list[CellResult]]:
         for both in real(self, cells, listener):
             made.append((both[0].batch, both[0].context))
             yield both
             if len(made) == 2:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(Bench, "run", interrupted)
+    monkeypatch.setattr(Harness, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         api.bench(own, QUICK)
     assert made == [(1, 8), (2, 8)] and not (own / "report" / "bench.json").exists()
     partial = own / "nbl" / "bench.partial.json"
-    first = json.loads(partial.read_text())["cells"]
+    first = [from_json(CellResult, c, "a cell", "") for c in json.loads(partial.read_text())["cells"]]
     # Other settings are another bench.
     other = api.BenchSettings(batches=(1,), contexts=(8,), rounds=3, most=1, memory=False)
     kept = partial.read_bytes()
-    assert [c["phase"] for c in api.bench(own, other).cells] == ["prefill", "decode"]
+    assert [c.phase for c in api.bench(own, other).speed.cells] == ["prefill", "decode"]
     partial.write_bytes(kept)
+    asked: list[CellResult] = []
+    monkeypatch.setattr(profile_module, "explained_cell", lambda cell, **_: asked.append(cell) or cell)
     value = api.bench(own, QUICK)
-    assert made[3:] == [(1, 16), (2, 16)] and len(value.cells) == 8
-    # They are looked into when the race is over.
-    assert all(cell["explanations"] is not None for cell in value.cells)
-    assert [{**cell, "explanations": value.cells[i]["explanations"]} for i, cell in enumerate(first)] == list(
-        value.cells[:4]
-    )
+    assert made[3:] == [(1, 16), (2, 16)] and len(value.speed.cells) == 8
+    # They are profiled when the race is over.
+    assert asked == list(value.speed.cells) and first == asked[:4]
     assert value.notes == ("4 cells are those of a run that was interrupted, on its own roofline.",)
     assert not partial.exists()
-    # A damaged one is as if there were none.
-    partial.write_text("{")
-    assert len(api.bench(own, api.BenchSettings(**{**asdict(QUICK), "rounds": 4})).cells) == 8
+    # A damaged one is as if there were none, and so is that of another bench.
+    whole = json.loads(kept)
+    partial.write_bytes(kept)
+    assert len(_Kept(partial, whole["key"]).cells) == 4 and not _Kept(partial, "another").cells
+    for damaged in ("{", "[]", '{"key": 1}', json.dumps({**whole, "cells": [{}]})):
+        partial.write_text(damaged)
+        assert not _Kept(partial, whole["key"]).cells
+    assert len(api.bench(own, api.BenchSettings(**{**asdict(QUICK), "rounds": 4})).speed.cells) == 8
 
 
-def test_what_was_looked_into_is_kept(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_profiled_is_kept(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[str, int, int]] = []
 
-    def interrupted(cell: dict[str, Any], pairs: Any, _provider: str) -> dict[str, Any]:
-        assert set(pairs) == {"linearized"} and "explanations" not in cell
-        seen.append((cell["phase"], cell["batch"], cell["context"]))
+    def interrupted(cell: CellResult, pairs: Any, **_: Any) -> CellResult:
+        assert set(pairs) == {"linearized"} and not any(r.explanation for r in cell.results)
+        seen.append((cell.phase, cell.batch, cell.context))
         if len(seen) == 3:
             raise KeyboardInterrupt
-        return {}
+        reason = Explanation(9, 8, {"Add": 1.0}, 3.0, 1.0, 3.0, False)
+        return replace(cell, results=tuple(replace(r, explanation=reason) for r in cell.results))
 
-    monkeypatch.setattr(bench_module, "explained", interrupted)
+    monkeypatch.setattr(profile_module, "explained_cell", interrupted)
     with pytest.raises(KeyboardInterrupt):
         api.bench(own, QUICK)
     value = api.bench(own, QUICK)
-    assert len(value.cells) == 8 and len(seen) == 9 and seen[2] == seen[3]
-    assert all(cell["explanations"] == {} for cell in value.cells)
+    assert len(value.speed.cells) == 8 and len(seen) == 9 and seen[2] == seen[3]
+    assert all(r.explanation for cell in value.speed.cells for r in cell.results)
 
 
 def test_a_report_of_other_graphs_gets_no_bench(own: Path) -> None:

@@ -399,7 +399,7 @@ def test_contexts_beyond_the_positions_are_in_the_report_as_left_out(stories_cop
     """stories260K has 512 positions; what was skipped is in the report, with the reason."""
     report = api.verify(stories_copy, api.VerifySettings(quality=False, contexts=(16, 2048), rounds=3))
     assert report.speed is not None
-    assert {c["context"] for c in report.speed["cells"]} == {16}
+    assert {c.context for c in report.speed.cells} == {16}
     said = [*report.notes, *(c.detail for c in report.checks if c.status == "skipped")]
     assert any("2048" in text and "512" in text for text in said)
 

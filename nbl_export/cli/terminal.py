@@ -162,9 +162,9 @@ def show_evaluation(value: Evaluation, out: Path) -> None:
 
 def show_bench(value: BenchReport, out: Path) -> None:
     """The table of a bench, its verdicts, and where to look next."""
-    from nbl_export.report.bench import bench_tables
+    from nbl_export.report.speed import BENCH, speed_tables
 
-    _show_judged(value, bench_tables(value, brief=True))
+    _show_judged(value, speed_tables(BENCH, value.speed, brief=True))
     for note in value.notes:
         _out.print(Text(note))
     _out.print(Text(f"bench {out / 'report' / 'bench.md'}"))

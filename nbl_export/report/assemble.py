@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from nbl_export.engine.pair import EngineFile
     from nbl_export.linearize.plan import Plan
     from nbl_export.models.source import ModelSource
+    from nbl_export.report.bench import BenchReport
     from nbl_export.verify.measurement import Measurement
 
 
@@ -114,7 +115,7 @@ def _graph(ws: Workspace, rewritten: RewriteSummary, record: StageRecord) -> Gra
     )
 
 
-def _bench_of(ws: Workspace, rewrite: str) -> dict[str, Any] | None:
+def _bench_of(ws: Workspace, rewrite: str) -> BenchReport | None:
     """A bench of these graphs, if there is one."""
     from nbl_export.report.bench import load_bench
 
@@ -122,4 +123,4 @@ def _bench_of(ws: Workspace, rewrite: str) -> dict[str, Any] | None:
     if record is None or not ws.is_done("bench", record.key):
         return None
     value = load_bench(ws.report / "bench.json")
-    return value.body() if value.hashes["rewrite"] == rewrite else None
+    return value if value.hashes["rewrite"] == rewrite else None

@@ -105,12 +105,12 @@ def style() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def panels(count: int, narrow: bool, height: float = 2.9) -> tuple[Figure, list[Axes]]:
-    """A figure of ``count`` panels beside each other or, with ``narrow``, below each other."""
+def panels(count: int, narrow: bool, height: float = 2.9, rows: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure of ``count`` panels beside each other, in ``rows`` of that ``height``; ``narrow``: below each other."""
     from matplotlib.figure import Figure
 
-    rows, columns = (count, 1) if narrow else (1, count)
-    figure = Figure(figsize=(_NARROW, 2.5 * rows) if narrow else (_WIDE, height))
+    rows, columns = (count, 1) if narrow else (rows, count // rows)
+    figure = Figure(figsize=(_NARROW, 2.5 * rows) if narrow else (_WIDE, height * rows))
     figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.09 if narrow else 0.05, wspace=0, hspace=0)
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 

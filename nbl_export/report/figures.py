@@ -6,27 +6,26 @@ drawn for a page or, with ``narrow``, for a phone, its panels below each other.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
+from nbl_export.batch.names import LINEARIZED
 from nbl_export.linearize.budget import CurvePoint
 from nbl_export.linearize.selection import Curve
 from nbl_export.report.canvas import BASE, DECODE, INK, LINEAR, MUTED, PAPER, drawable, legend, panels
 from nbl_export.report.drawing import finite
 from nbl_export.report.schema import Selection
 from nbl_export.report.selection import BUDGETS, scored_by
+from nbl_export.verify.speed.values import CellResult, Ratio, Speed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _DECADES = 100  # figures that span this factor are drawn on a logarithmic axis
-_PHASES = {"prefill": (LINEAR, "o"), "encode": (LINEAR, "o"), "decode": (DECODE, "s")}
-# Marker and line of a runtime on the GPU, by the first word of its name; an engine has its own.
-_RUNTIMES = {"onnxruntime": ("s", "--"), "PyTorch": ("^", ":")}
+_PHASES = {"prefill": (LINEAR, "o"), "decode": (DECODE, "s")}
 
 
 # the K curve -------------------------------------------------------------------------------------
@@ -158,7 +157,7 @@ def _log_if_wide(panel: Axes, values: Sequence[float | None]) -> bool:
     wide = min(known, default=0) > 0 and max(known) >= _DECADES * min(known)
     if wide:
         panel.set_yscale("log", nonpositive="clip")
-        panel.yaxis.set_major_formatter("{x:g}")  # 0.001: powers would be formulas, which stay off
+        panel.yaxis.set_major_formatter("{x:,g}")  # 0.001: powers would be formulas, which stay off
         panel.yaxis.set_minor_formatter("")
     return wide
 
@@ -200,172 +199,131 @@ def draw_layers(selection: Selection, narrow: bool = False) -> Figure:
 
 # speed -------------------------------------------------------------------------------------------
 
-
-def draw_speed(speed: Mapping[str, Any], narrow: bool = False) -> Figure:
-    """Base against linearized by context, a panel for each phase; then the speedup beside its ceiling."""
-    cells = speed["cells"]
-    phases = list(dict.fromkeys(c["phase"] for c in cells))
-    figure, axes = panels(len(phases) + 1, narrow)
-    entries: dict[str, Any] = {}
-    for panel, phase in zip(axes, phases, strict=False):
-        group = [c for c in cells if c["phase"] == phase]
-        for side, colour, shift in (("base", BASE, -0.2), ("linearized", LINEAR, 0.2)):
-            entries.setdefault(side, _timings(panel, [c[side] for c in group], colour, shift))
-        panel.set_title(f"{phase.capitalize()}, ms" + " per token" * (phase == "decode"))
-        _contexts(panel, [c["context"] for c in group])
-    last = axes[-1]
-    last.set_title("Speedup")
-    _times_axis(last)
-    last.axhline(1, color=MUTED, linewidth=0.8)
-    contexts = sorted({c["context"] for c in cells})
-    ceiling: dict[str, Any] = {}
-    for index, phase in enumerate(phases):
-        colour, marker = _PHASES.get(phase, (LINEAR, "o"))
-        shift = 0.24 * (index - (len(phases) - 1) / 2)
-        for cell in (c for c in cells if c["phase"] == phase):
-            drawn = _speedup(last, cell, contexts.index(cell["context"]) + shift, colour, marker)
-            if cell["resolved"] or f"{phase} speedup" not in entries:
-                entries[f"{phase} speedup"] = drawn
-            tick = last.plot(
-                contexts.index(cell["context"]) + shift,
-                drawable(cell["ceiling"]),
-                color=INK,
-                marker="_",
-                markersize=15,
-                markeredgewidth=1.8,
-                linestyle="none",
-            )
-            ceiling = {"ceiling": tick[0]}
-    _contexts(last, contexts)
-    entries |= ceiling
-    legend(figure, entries)
-    return figure
-
-
-def _timings(panel: Axes, timings: Sequence[Mapping[str, Any]], colour: str, shift: float) -> Any:
-    """Bars of the medians, whiskers to the quartiles."""
-    middle = [drawable(t["median_ms"]) for t in timings]
-    low = [max(0.0, m - drawable(t["low_ms"])) for m, t in zip(middle, timings, strict=True)]
-    high = [max(0.0, drawable(t["high_ms"]) - m) for m, t in zip(middle, timings, strict=True)]
-    x = [i + shift for i in range(len(timings))]
-    panel.margins(y=0.1)
-    return panel.bar(
-        x,
-        middle,
-        width=0.36,
-        color=colour,
-        yerr=[low, high],
-        ecolor=INK,
-        error_kw={"elinewidth": 1.1, "capsize": 2.5},
-    )
-
-
-def _speedup(panel: Axes, cell: Mapping[str, Any], x: float, colour: str, marker: str) -> Any:
-    """The median with its quartiles; hollow where the noise exceeds the effect."""
-    middle = drawable(cell["speedup"])
-    spread = [
-        [max(0.0, middle - drawable(cell["speedup_low"]))],
-        [max(0.0, drawable(cell["speedup_high"]) - middle)],
-    ]
-    return panel.errorbar(
-        [x],
-        [middle],
-        yerr=spread,
-        color=colour,
-        marker=marker,
-        markersize=6.5,
-        markerfacecolor=colour if cell["resolved"] else PAPER,
-        linestyle="none",
-    )
-
-
-def _contexts(panel: Axes, contexts: Sequence[int]) -> None:
-    panel.set_xlabel("tokens")
-    panel.set_xticks(range(len(contexts)), [f"{c:,}" for c in contexts])
-    panel.set_xlim(-0.6, len(contexts) - 0.4)
-
-
-# bench -------------------------------------------------------------------------------------------
-
+_PHONE_LETTERS = 36  # so many stand beside each other below a panel on a phone
 _MARKERS = ("s", "^", "v", "D", "P", "X", "*", "<", ">", "p", "h")
 
 
-def draw_bench(
-    cells: Sequence[Mapping[str, Any]], competitors: Sequence[Mapping[str, Any]], narrow: bool = False
-) -> Figure:
-    """How many times as fast as the base graph everybody is, by batch and context, a panel for each phase."""
-    phases = list(dict.fromkeys(c["phase"] for c in cells))
-    names = list(dict.fromkeys(lap["name"] for c in cells for lap in c["laps"]))
-    rivals = [name for name in names if name not in ("base", "linearized")]
-    # Another exporter's linearized graph has the shape of its own base graph, in a colour of its own.
-    own_base = {c["name"]: c["base"] for c in competitors if c["base"] in rivals}
-    pairs = dict.fromkeys(own_base.get(name, name) for name in rivals)
-    shapes = dict(zip(pairs, cycle(_MARKERS), strict=False))
-    figure, axes = panels(max(1, len(phases)), narrow)
+@dataclass(frozen=True)
+class _Look:
+    """How one candidate is drawn: both graphs of a pair have one shape, side by side in their cells."""
+
+    colour: str
+    marker: str
+    shift: float
+
+
+def draw_speed(speed: Speed, narrow: bool = False) -> Figure:
+    """Milliseconds of everybody by cell, a panel for each phase; then how many times as fast as the base."""
+    phases, looks = speed.phases, _looks(speed)
+    # One phase: both panels beside each other.
+    figure, axes = panels(2 * len(phases), narrow, rows=2 if len(phases) > 1 else 1)
     entries: dict[str, Any] = {}
-    for panel, phase in zip(axes, phases, strict=False):
-        group = [c for c in cells if c["phase"] == phase]
-        panel.set_title(f"{phase.capitalize()}, times as fast as the base graph")
-        _times_axis(panel)
-        panel.axhline(1, color=MUTED, linewidth=0.8)
-        for x, cell in enumerate(group):
-            laps = {lap["name"]: lap for lap in cell["laps"]}
-            if (own := laps.get("linearized")) and own["over_base"]:
-                found = own["over_base"]
-                at = {"speedup": found["value"], "speedup_low": found["least"], "speedup_high": found["most"]}
-                drawn = _speedup(panel, at | {"resolved": found["resolved"]}, x, LINEAR, "o")
-                entries.setdefault("linearized", drawn)
-                limit = drawable(own["ceiling"])
-                tick = panel.plot(x, limit, color=INK, marker="_", markersize=15, markeredgewidth=1.8)
-                entries.setdefault("its ceiling", tick[0])
-            for i, name in enumerate(rivals):
-                if name in laps and "base" in laps:
-                    times = laps["base"]["timing"]["median_ms"] / laps[name]["timing"]["median_ms"]
-                    place = i - (len(rivals) - 1) / 2  # to both sides of the linearized graph in the middle
-                    point = panel.plot(
-                        x + 0.06 * math.copysign(1, place) + 0.68 * place / max(1, len(rivals)),
-                        drawable(times),
-                        color=DECODE if "linearized" in name else BASE,
-                        marker=shapes[own_base.get(name, name)],
+    for index, phase in enumerate(phases):
+        cells = [c for c in speed.cells if c.phase == phase]
+        _milliseconds(axes[index], phase, cells, looks, entries)
+        _speedups(axes[len(phases) + index], phase, cells, looks, entries, speed)
+        for panel in (axes[index], axes[len(phases) + index]):
+            panel.set_xlabel("rows × tokens" if any(c.batch > 1 for c in cells) else "tokens")
+            sizes = [c.size for c in cells]
+            crowded = narrow and sum(map(len, sizes)) > _PHONE_LETTERS
+            turned: dict[str, Any] = {"rotation": 35, "ha": "right"} if crowded else {}
+            panel.set_xticks(range(len(cells)), sizes, **turned)
+            panel.set_xlim(-0.6, len(cells) - 0.4)
+    legend(figure, entries)
+    return figure
+
+
+def _looks(speed: Speed) -> dict[str, _Look]:
+    """Of each candidate that was timed anywhere."""
+    timed = dict.fromkeys(r.name for c in speed.cells for r in c.results)
+    names = [c.name for c in speed.candidates if c.name in timed]
+    own_base = {c.name: c.base for c in speed.candidates if c.base and c.base != speed.base}
+    pairs = dict.fromkeys(own_base.get(n, n) for n in names if n not in (speed.base, speed.linearized))
+    shapes = dict(zip(pairs, cycle(_MARKERS), strict=False))
+    found = {}
+    for index, name in enumerate(names):
+        colour = LINEAR if name == speed.linearized else DECODE if LINEARIZED in name else BASE
+        shift = min(0.2, 0.76 / len(names)) * (index - (len(names) - 1) / 2)
+        found[name] = _Look(colour, shapes.get(own_base.get(name, name), "o"), shift)
+    return found
+
+
+def _milliseconds(
+    panel: Axes,
+    phase: str,
+    cells: Sequence[CellResult],
+    looks: Mapping[str, _Look],
+    entries: dict[str, Any],
+) -> None:
+    """Medians with whiskers from the lower quartile to the upper or, where it is known, the 99th percentile."""
+    for name, look in looks.items():
+        known = [(x, r.timing) for x, cell in enumerate(cells) if (r := cell.of(name))]
+        middle = [drawable(t.median_ms) for _, t in known]
+        low = [max(0.0, m - drawable(t.low_ms)) for m, (_, t) in zip(middle, known, strict=True)]
+        ends = [drawable(t.high_ms if t.p99_ms is None else t.p99_ms) for _, t in known]
+        high = [max(0.0, end - m) for m, end in zip(middle, ends, strict=True)]
+        drawn = panel.errorbar(
+            [x + look.shift for x, _ in known],
+            middle,
+            yerr=[low, high],
+            color=look.colour,
+            marker=look.marker,
+            elinewidth=1.0,
+            linestyle="none",
+        )
+        entries.setdefault(name, drawn)
+    panel.set_title(f"{phase.capitalize()}, ms" + " per token" * (phase == "decode"))
+    if not _log_if_wide(panel, [r.timing.median_ms for cell in cells for r in cell.results]):
+        panel.set_ylim(bottom=0)
+
+
+def _speedups(
+    panel: Axes,
+    phase: str,
+    cells: Sequence[CellResult],
+    looks: Mapping[str, _Look],
+    entries: dict[str, Any],
+    speed: Speed,
+) -> None:
+    """Over the base; the linearized one with its 95 % interval, hollow where it is not resolved, and its ceiling."""
+    base = speed.base or LINEARIZED
+    panel.set_title(f"{phase.capitalize()}, times as fast as the {base}" + " graph" * (" " not in base))
+    _times_axis(panel)
+    panel.axhline(1, color=MUTED, linewidth=0.8)
+    for x, cell in enumerate(cells):
+        reference = cell.of(base)
+        for result in cell.results:
+            look = looks[result.name]
+            place = x + look.shift
+            if result.name == speed.linearized and result.over_base:
+                _speedup(panel, result.over_base, place, look)
+                if result.ceiling is not None:
+                    tick = panel.plot(
+                        place,
+                        drawable(result.ceiling),
+                        color=INK,
+                        marker="_",
+                        markersize=15,
+                        markeredgewidth=1.8,
                         linestyle="none",
                     )
-                    entries.setdefault(name, point[0])
-        ticks = [f"{c['batch']} × {c['context']:,}" if c["batch"] > 1 else f"{c['context']:,}" for c in group]
-        panel.set_xticks(range(len(group)), ticks)
-        panel.set_xlim(-0.6, len(group) - 0.4)
-        panel.set_xlabel("rows × tokens")
-    legend(figure, entries)
-    return figure
+                    entries.setdefault("ceiling", tick[0])
+            elif reference and result is not reference:
+                times = drawable(reference.timing.median_ms / result.timing.median_ms)
+                panel.plot(place, times, color=look.colour, marker=look.marker, linestyle="none")
 
 
-# engines -----------------------------------------------------------------------------------------
-
-
-def draw_engines(speed: Mapping[str, Any], narrow: bool = False) -> Figure:
-    """Medians of everything timed on the GPU by context, whiskers up to the 99th percentile."""
-    figure, axes = panels(2, narrow)
-    latencies = speed["latencies"]
-    contexts = sorted({x["context"] for x in latencies})
-    names = list(dict.fromkeys(x["name"] for x in latencies))
-    entries: dict[str, Any] = {}
-    for panel, phase in zip(axes, ("prefill", "decode"), strict=True):
-        for index, name in enumerate(names):
-            group = [x for x in latencies if x["name"] == name]
-            middle = [drawable(x[f"{phase}_ms"]) for x in group]
-            above = [max(0.0, drawable(x[f"{phase}_p99_ms"]) - m) for x, m in zip(group, middle, strict=True)]
-            shift = 0.09 * (index - (len(names) - 1) / 2)
-            marker, line = _RUNTIMES.get(name.split()[0], ("o", "-"))
-            entries[name] = panel.errorbar(
-                [contexts.index(x["context"]) + shift for x in group],
-                middle,
-                yerr=[[0.0] * len(above), above],
-                color=LINEAR if "linearized" in name else BASE,
-                marker=marker,
-                linestyle=line,
-                elinewidth=1.0,
-            )
-        panel.set_title(f"{phase.capitalize()}, ms" + " per token" * (phase == "decode"))
-        panel.set_ylim(bottom=0)
-        _contexts(panel, contexts)
-    legend(figure, entries)
-    return figure
+def _speedup(panel: Axes, over: Ratio, x: float, look: _Look) -> None:
+    """An interval without bounds, of too few rounds, has no whiskers."""
+    middle, ends = drawable(over.value), (finite(over.least), finite(over.most))
+    low, high = (0.0 if end is None else abs(end - middle) for end in ends)
+    panel.errorbar(
+        [x],
+        [middle],
+        yerr=[[low], [high]],
+        color=look.colour,
+        marker=look.marker,
+        markersize=6.5,
+        markerfacecolor=look.colour if over.resolved else PAPER,
+        linestyle="none",
+    )

@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from nbl_export.report.legacy_speed import bench_section, engine_speed_section, speed_section
+
 SCHEMA_1 = "nbl-export/report/1"
 
 # How version 1's sections of what was timed become those of version 2: by name; the others stand as they are.
-TIMED: Mapping[str, Callable[[Any], Any]] = {}
+TIMED: Mapping[str, Callable[[Any], Any]] = {
+    "speed": speed_section,
+    "engine_speed": engine_speed_section,
+    "bench": bench_section,
+}
 
 # What stood beside an encoder's figures, and is a decoder's alone.
 _OF_STEPS = frozenset({"step", "kv_max_abs", "kv_max_rel", "kv_mean_rel", "kv_worst_layer"})

@@ -5,24 +5,25 @@ A :class:`Plot` is cheap to make; matplotlib is imported when one is drawn.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nbl_export.linearize.selection import Curve
-from nbl_export.report.bench import BenchReport, bench_of, cell_name
 from nbl_export.report.canvas import as_png, as_svg
 from nbl_export.report.drawing import finite, number, spans
-from nbl_export.report.figures import draw_bench, draw_curve, draw_engines, draw_layers, draw_speed
+from nbl_export.report.figures import draw_curve, draw_layers, draw_speed
 from nbl_export.report.schema import Report, Selection
 from nbl_export.report.selection import Score, scored_by
+from nbl_export.report.speed import BENCH, ENGINES, VERIFIED
+from nbl_export.verify.speed.values import Speed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # The plots of a verification; what is not drawn any more is removed by its name. That of a bench is the bench's own.
-PLOTS = ("k-curve", "layers", "speed", "engines")
+PLOTS = ("k-curve", "layers", VERIFIED, ENGINES)
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,10 @@ def report_plots(report: Report) -> dict[str, Plot]:
     score = scored_by(selection.criterion, selection.candidates)
     if any(finite(score.of(c)) is not None for c in selection.candidates):
         plots.append(_layers(selection, score))
-    if report.speed and report.speed["cells"]:
-        plots.append(_speed(report.speed))
-    if report.engine_speed and report.engine_speed["latencies"]:
-        plots.append(_engines(report.engine_speed))
-    if report.bench and report.bench["cells"]:
-        plots.append(bench_plot(bench_of(report.bench)))
+    races = {VERIFIED: report.speed, ENGINES: report.engine_speed}
+    if report.bench:
+        races[BENCH] = report.bench.speed
+    plots += [speed_plot(race, speed) for race, speed in races.items() if speed and speed.cells]
     return {plot.name: plot for plot in plots}
 
 
@@ -89,41 +88,15 @@ def _layers(selection: Selection, score: Score) -> Plot:
     )
 
 
-def _speed(speed: Mapping[str, Any]) -> Plot:
-    each = ", ".join(f"{c['phase']} {c['context']} {number(c['speedup'], '.2f')}×" for c in speed["cells"])
+def speed_plot(race: str, speed: Speed) -> Plot:
+    """What a race gave, by cell; ``race`` is its name (:mod:`nbl_export.report.speed`)."""
+    each = ", ".join(f"{cell.name} {number(over.value, '.2f')}×" for cell, _, over in speed.speedups())
+    up_to = "the 99th percentile" if speed.has_percentiles else "the upper one"
     return Plot(
-        "speed",
-        f"Median speedup of the linearized over the base graph: {each}.",
-        "Bars and points: medians; whiskers: quartiles. Hollow: not resolved from noise. Dash: the ceiling that the "
-        "graphs' work allows.",
+        race,
+        f"Times of everything run on {speed.machine.device}. Linearized over base: {each or 'nowhere timed'}.",
+        f"Milliseconds: medians, whiskers from the lower quartile to {up_to}. Times as fast as the base: higher is "
+        "faster; whiskers: 95 % intervals. Hollow: not resolved from noise. Dash: the ceiling that the graphs' work "
+        "allows. Blue: linearized; orange: others that are.",
         partial(draw_speed, speed),
-    )
-
-
-def _engines(speed: Mapping[str, Any]) -> Plot:
-    each = "; ".join(
-        f"{r['context']:.0f} tokens {number(r['prefill'], '.2f')}× prefill, {number(r['decode'], '.2f')}× decode"
-        for r in speed["speedups"]
-    )
-    return Plot(
-        "engines",
-        f"Times of everything run on the GPU. Base over linearized engine: {each or 'not both timed'}.",
-        "Points: medians; whiskers: up to the 99th percentile. Blue: linearized; grey: base.",
-        partial(draw_engines, speed),
-    )
-
-
-def bench_plot(value: BenchReport) -> Plot:
-    """Speedups over the base graph of everybody, by cell."""
-    told = []
-    for cell in value.cells:
-        own = next((x for x in cell["laps"] if x["name"] == "linearized" and x["over_base"]), None)
-        if own:
-            told.append(f"{cell_name(cell)} {number(own['over_base']['value'], '.2f')}×")
-    return Plot(
-        "bench",
-        f"Linearized over base: {', '.join(told) or 'nowhere timed'}.",
-        "How many times as fast as the base graph; higher is faster. Whiskers: 95 % intervals. Hollow: not resolved "
-        "from noise. Dash: the ceiling of the linearized graph.",
-        partial(draw_bench, value.cells, value.competitors),
     )

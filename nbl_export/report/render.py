@@ -7,11 +7,12 @@ from pathlib import Path
 
 from nbl_export.checks import Check
 from nbl_export.files import atomic_path, write_json, write_text
-from nbl_export.report.bench import BenchReport, bench_tables
+from nbl_export.report.bench import BenchReport
 from nbl_export.report.drawing import Table
 from nbl_export.report.page import TEMPLATES, page
-from nbl_export.report.plots import PLOTS, Plot, bench_plot, report_plots
+from nbl_export.report.plots import PLOTS, Plot, report_plots, speed_plot
 from nbl_export.report.schema import Report
+from nbl_export.report.speed import BENCH, speed_tables
 from nbl_export.report.summary import making, measured_on
 from nbl_export.report.tables import checks_table, report_tables
 
@@ -37,11 +38,12 @@ def write_report(folder: Path, report: Report) -> list[Path]:
 def write_bench(folder: Path, value: BenchReport) -> list[Path]:
     """Write ``bench.json``, ``bench.md`` and ``plots/bench.png`` into ``folder``, each atomically."""
     paths = [folder / "bench.json", folder / "bench.md", folder / "plots" / "bench.png"]
-    plot = bench_plot(value)
+    plot = speed_plot(BENCH, value.speed)
     write_json(paths[0], value.as_json())
     made = f"Made {value.created} with nbl-export {value.tool_version}."
-    title, tables = f"nbl-export bench: {value.model.source}", [checks_table(value), *bench_tables(value)]
-    page = markdown_page(title, tables, [made, measured_on(value.environment)], value.notes, {"bench": plot})
+    title = f"nbl-export bench: {value.model.source}"
+    tables = [checks_table(value), *speed_tables(BENCH, value.speed)]
+    page = markdown_page(title, tables, [made, measured_on(value.environment)], value.notes, {BENCH: plot})
     write_text(paths[1], page)
     write_plot(paths[2], plot)
     return paths

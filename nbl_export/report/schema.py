@@ -15,11 +15,13 @@ from nbl_export.engine.manifest import Manifest
 from nbl_export.graph.summary import Float32Node
 from nbl_export.linearize.selection import Scores
 from nbl_export.models.source import ModelIdentity
+from nbl_export.report.bench import BenchReport
 from nbl_export.report.header import Header, load_judged
 from nbl_export.report.legacy import SCHEMA_1, from_version_1
 from nbl_export.rewrite.summary import RewriteSummary
 from nbl_export.verify.loss.figures import Likeness, MethodLoss
 from nbl_export.verify.parity.figures import DecoderParity, EncoderParity, EngineParity
+from nbl_export.verify.speed.values import Speed
 
 
 @dataclass(frozen=True)
@@ -82,11 +84,11 @@ class Report(Header):
     parity: DecoderParity | EncoderParity | None
     divergence: str | None
     method_loss: MethodLoss | Likeness | None
-    speed: Mapping[str, Any] | None
+    speed: Speed | None
     engines: tuple[Manifest, ...] | None = None
     engine_parity: EngineParity | None = None
-    engine_speed: Mapping[str, Any] | None = None
-    bench: Mapping[str, Any] | None = None
+    engine_speed: Speed | None = None
+    bench: BenchReport | None = None
 
 
 def load_report(path: Path) -> Report:

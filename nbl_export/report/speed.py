@@ -1,34 +1,133 @@
-"""What a race says: both graphs' times beside their ceilings, and where a speedup above its ceiling comes from."""
+"""What a race says, in one table for all: `verify`, engines on a GPU, and `bench`.
+
+A row for each candidate in each cell; then where speedups above their ceilings come from.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from nbl_export.report.drawing import Table, number
-from nbl_export.verify.speed.checks import Explained, explained_cells, suspect
+from nbl_export.report.drawing import Table, finite, number
+from nbl_export.verify.speed.values import DECODE, ENCODE, PREFILL, Ratio, Result, Roofline, Speed, Timing
 
-ABOVE = "Speedups above their ceilings"
+# The three races of a report, by the names of their plots.
+VERIFIED, ENGINES, BENCH = "speed", "engines", "bench"
+_TITLES = {
+    VERIFIED: "Speed on ONNX Runtime, batch 1",
+    ENGINES: "Speed on {device}, batch 1",
+    BENCH: "Bench",
+}
+_ABOVE = "Speedups above their ceilings"
+_MEANING = {
+    PREFILL: "Prefill from an empty cache: the time to the first token.",
+    DECODE: "Decode: one token a row after that many, the cache really filled.",
+    ENCODE: "Encode: one pass over that many tokens.",
+}
 
 
-def speed_tables(speed: Mapping[str, Any], brief: bool = False) -> list[Table]:
-    """Base and linearized graph; then, unless ``brief``, the reasons of speedups above their ceilings."""
-    return [speed_table(speed), *([] if brief else explanations_tables(explained_cells(speed)))]
+def speed_tables(race: str, speed: Speed, brief: bool = False) -> list[Table]:
+    """Of the ``race`` :data:`VERIFIED`, :data:`ENGINES` or :data:`BENCH`; ``brief`` keeps what 80 columns hold."""
+    title = _TITLES[race].format(device=speed.machine.device)
+    above = f"{title}: {_ABOVE.lower()}" if race == BENCH else _ABOVE
+    tables = [_table(speed, title, race, brief)]
+    return tables if brief else [*tables, *_explanations(speed, above)]
 
 
-def explanations_tables(found: Sequence[Explained], title: str = ABOVE) -> list[Table]:
+@dataclass(frozen=True)
+class _Column:
+    """A heading and what stands below it; not ``brief``: left out where there is little room."""
+
+    heading: str
+    text: Callable[[Result], str]
+    brief: bool = False
+
+
+def _columns(brief: bool) -> tuple[_Column, ...]:
+    noise = " ~" if brief else " not resolved"
+    return (
+        _Column("ms", lambda r: spread(r.timing), True),
+        _Column("p99", lambda r: "" if r.timing.p99_ms is None else milliseconds(r.timing.p99_ms), True),
+        _Column("tokens/s", lambda r: f"{r.tokens_per_second:,.0f}", True),
+        _Column("over own base", lambda r: _ratio(r.over_base, noise), True),
+        _Column("quartiles", lambda r: _quartiles(r.over_base)),
+        _Column("ceiling", lambda r: _times(r.ceiling) + " suspect" * r.suspect, True),
+        _Column(
+            "÷ ceiling",
+            lambda r: number(r.over_base.value / r.ceiling, ".2f") if r.over_base and r.ceiling else "",
+        ),
+        _Column("of roofline", lambda r: f"{r.of_roofline:.0%}" if r.of_roofline else ""),
+        _Column("linearized over it", lambda r: _ratio(r.linearized_over, noise)),
+        _Column("cache MiB", lambda r: f"{r.cache_bytes / 2**20:,.1f}" if r.cache_bytes else ""),
+        _Column("peak MiB", lambda r: f"{r.peak_bytes / 2**20:,.0f}" if r.peak_bytes else ""),
+        _Column("rounds", lambda r: str(r.rounds)),
+    )
+
+
+def _table(speed: Speed, title: str, plot: str, brief: bool) -> Table:
+    every = [(cell, i, result) for cell in speed.cells for i, result in enumerate(cell.results)]
+    columns = [
+        column
+        for column in _columns(brief)
+        # One that nobody has a figure for is left out.
+        if (column.brief or not brief) and any(column.text(result) for _, _, result in every)
+    ]
+    rows = tuple(
+        # Where there is little room, a cell is named once.
+        ("" if brief and i else cell.name, result.name, *(column.text(result) for column in columns))
+        for cell, i, result in every
+    )
+    return Table(
+        title, ("", "candidate", *(c.heading for c in columns)), rows, _note(speed, brief), plot=plot
+    )
+
+
+def _note(speed: Speed, brief: bool) -> str:
+    results = [r for cell in speed.cells for r in cell.results]
+    machine, ceilings = speed.machine, any(r.ceiling for r in results)
+    threads = f", {machine.threads} threads" if machine.threads else ""
+    said = [
+        f"{machine.device}{threads}: all in turn in one process, {speed.rounds} rounds and more where needed; medians "
+        "± half the interquartile range.",
+        *(_MEANING[phase] for phase in speed.phases),
+    ]
+    if any(r.over_base for r in results):
+        mark = "~: not resolved" if brief else "Not resolved"
+        said.append(
+            f"{mark}, the noise exceeds the effect, by a 95 % interval of the median of at least six rounds."
+        )
+    if ceilings:
+        said.append(
+            "Ceiling: what multiplications and bytes, counted from the graphs, allow on "
+            f"{_roofline_in_words(machine.roofline)}; what lies above it was saved in nodes that are gone, as a "
+            "profile of both graphs shows, or the cell is suspect."
+        )
+    if speed.has_percentiles:
+        said.append("p99: of single passes and steps.")
+    if not brief:
+        said.append("Cache: as it is filled, with an engine's work space, without weights.")
+        if any(r.peak_bytes for r in results):
+            said.append("Peak: of a process that does only this.")
+    said += [
+        f"Not timed: {name} in {', '.join(cell.name for cell in cells)} ({why})."
+        for (name, why), cells in speed.absent().items()
+    ]
+    return " ".join(said)
+
+
+def _explanations(speed: Speed, title: str) -> list[Table]:
     """A table of where speedups above their ceilings come from; none if there are no such."""
     rows = tuple(
         (
-            cell,
-            who,
-            f"{e['base_nodes']:,} → {e['linearized_nodes']:,}",
-            ", ".join(f"{op} {number(ms, '.2f')}" for op, ms in e["by_operator_ms"].items()),
-            number(e["saved_ms"], ".2f"),
-            number(e["excess_ms"], ".2f"),
-            number(e["gone_ms"], ".2f"),
+            cell.name,
+            result.name,
+            f"{e.base_nodes:,} → {e.linearized_nodes:,}",
+            ", ".join(f"{op} {number(ms, '.2f')}" for op, ms in e.by_operator_ms.items()),
+            number(e.saved_ms, ".2f"),
+            number(e.excess_ms, ".2f"),
+            number(e.gone_ms, ".2f"),
         )
-        for cell, who, e in found
+        for cell, result, e in speed.explained()
     )
     if not rows:
         return []
@@ -37,7 +136,7 @@ def explanations_tables(found: Sequence[Explained], title: str = ABOVE) -> list[
             title,
             (
                 "",
-                "who",
+                "candidate",
                 "nodes run",
                 "saved by operator, ms",
                 "saved at least, ms",
@@ -52,45 +151,41 @@ def explanations_tables(found: Sequence[Explained], title: str = ABOVE) -> list[
     ]
 
 
-def speed_table(speed: Mapping[str, Any]) -> Table:
-    """Medians of both graphs and their ratio, beside the ceiling."""
-    meaning = "decode: one token after that many"
-    if all(c["phase"] == "encode" for c in speed["cells"]):
-        meaning = "encode: one pass over that many tokens"
-    rows = tuple(
-        (
-            f"{c['phase']} {c['context']}",
-            spread(c["base"]),
-            spread(c["linearized"]),
-            f"{c['speedup']:.2f}×",
-            f"{c['speedup_low']:.2f}–{c['speedup_high']:.2f}" + ("" if c["resolved"] else " not resolved"),
-            f"{c['ceiling']:.2f}×" + " suspect" * suspect(c),
-        )
-        for c in speed["cells"]
-    )
-    return Table(
-        "Speed on ONNX Runtime, batch 1",
-        ("", "base, ms", "linearized, ms", "speedup", "quartiles", "ceiling"),
-        rows,
-        f"{speed['provider']}, {speed['threads']} threads, {speed['rounds']} rounds of base and linearized in turn, "
-        f"more where needed; medians ± half the interquartile range; {meaning}. Not resolved: the noise exceeds the "
-        "effect, by a 95 % interval of the median. Ceiling: what multiplications and bytes, counted from the graphs, "
-        f"allow on {roofline_in_words(speed.get('roofline'))}; what lies above it "
-        "was saved in nodes that are gone, as a profile of both graphs shows, or the cell is suspect.",
-        plot="speed",
-    )
-
-
-def roofline_in_words(roofline: Mapping[str, Any] | None) -> str:
+def _roofline_in_words(roofline: Roofline | None) -> str:
     """The measured machine; a report of an earlier version has none."""
     if roofline is None:
         return "any machine"
     return (
-        f"a machine that does {2e-9 * roofline['macs_per_second']:,.0f} GFLOP/s and reads "
-        f"{1e-9 * roofline['bytes_per_second']:,.1f} GB/s, as measured in the same run"
+        f"a machine that does {2e-9 * roofline.macs_per_second:,.0f} GFLOP/s and reads "
+        f"{1e-9 * roofline.bytes_per_second:,.1f} GB/s, as measured in the same run"
     )
 
 
-def spread(timing: Mapping[str, float]) -> str:
-    """The median and half the interquartile range, in milliseconds."""
-    return f"{timing['median_ms']:.1f} ± {(timing['high_ms'] - timing['low_ms']) / 2:.1f}"
+def spread(timing: Timing) -> str:
+    """The median and half the interquartile range, in milliseconds; the median alone where quartiles are not known."""
+    half = finite((timing.high_ms - timing.low_ms) / 2)
+    shown = milliseconds(timing.median_ms)
+    return shown if half is None else f"{shown} ± {half:.{_decimals(timing.median_ms)}f}"
+
+
+def milliseconds(value: float) -> str:
+    """With the more decimals the shorter."""
+    return number(value, f".{_decimals(value)}f")
+
+
+def _decimals(value: float) -> int:
+    return 1 if value >= 10 else 2 if value >= 1 else 3
+
+
+def _ratio(found: Ratio | None, noise: str) -> str:
+    return "" if found is None else _times(found.value) + ("" if found.resolved else noise)
+
+
+def _quartiles(found: Ratio | None) -> str:
+    if found is None or finite(found.low) is None:
+        return ""
+    return f"{found.low:.2f}–{found.high:.2f}"
+
+
+def _times(value: float | None) -> str:
+    return "" if value is None else f"{number(value, '.2f')}×"

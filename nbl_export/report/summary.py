@@ -12,7 +12,7 @@ from nbl_export.report.schema import Report
 from nbl_export.report.selection import fit_in_words
 from nbl_export.verify.loss.figures import Likeness
 from nbl_export.verify.parity.figures import EncoderParity
-from nbl_export.verify.speed.checks import suspect
+from nbl_export.verify.speed.values import Speed
 
 
 @dataclass(frozen=True)
@@ -72,23 +72,21 @@ def _loss(report: Report) -> Iterator[Headline]:
 
 def _gain(report: Report) -> Iterator[Headline]:
     """The speedup of each phase at the longest context; on the GPU too."""
-    cells = report.speed["cells"] if report.speed else []
-    for phase in dict.fromkeys(c["phase"] for c in cells):
-        cell = max((c for c in cells if c["phase"] == phase), key=lambda c: c["context"])
-        noise = ", suspect" if suspect(cell) else "" if cell["resolved"] else ", not resolved"
+    yield from _speedups(report.speed, "on the CPU", "")
+    yield from _speedups(report.engine_speed, "on the GPU", ", engine against engine")
+
+
+def _speedups(speed: Speed | None, where: str, against: str) -> Iterator[Headline]:
+    found = speed.speedups() if speed else []
+    for phase in dict.fromkeys(cell.phase for cell, _, _ in found):
+        cell, result, over = max((f for f in found if f[0].phase == phase), key=lambda f: f[0].context)
+        noise = ", suspect" if result.suspect else "" if over.resolved else ", not resolved"
+        ceiling = "" if result.ceiling is None else f"; ceiling {number(result.ceiling, '.2f')}×"
         yield Headline(
-            f"{phase.capitalize()} on the CPU",
-            f"{number(cell['speedup'], '.2f')}×",
-            f"at {cell['context']:,} tokens{noise}; ceiling {number(cell['ceiling'], '.2f')}×",
+            f"{phase.capitalize()} {where}",
+            f"{number(over.value, '.2f')}×",
+            f"at {cell.context:,} tokens{against}{noise}{ceiling}",
         )
-    ratios = report.engine_speed["speedups"] if report.engine_speed else []
-    for ratio in sorted(ratios, key=lambda r: r["context"])[-1:]:
-        for phase in ("prefill", "decode"):
-            yield Headline(
-                f"{phase.capitalize()} on the GPU",
-                f"{number(ratio[phase], '.2f')}×",
-                f"at {ratio['context']:,.0f} tokens, engine against engine",
-            )
 
 
 def _parity(report: Report) -> Iterator[Headline]:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from nbl_export.engine.manifest import Manifest
 from nbl_export.graph.summary import GraphSummary
-from nbl_export.report.bench import bench_of, bench_tables
 from nbl_export.report.drawing import Table, figure, finite, mebibytes, number
 from nbl_export.report.header import Header
 from nbl_export.report.loss import loss_table
 from nbl_export.report.parity import parity_table
 from nbl_export.report.schema import Graph, Report, Selection
 from nbl_export.report.selection import SCORES, curve_table, result_table, scored_by
-from nbl_export.report.speed import speed_tables
+from nbl_export.report.speed import BENCH, ENGINES, VERIFIED, speed_tables
 from nbl_export.rewrite.summary import ProofErrors
 
 
@@ -124,34 +123,6 @@ def engines_table(manifests: Sequence[Manifest]) -> Table:
     )
 
 
-def engine_speed_table(speed: Mapping[str, Any]) -> Table:
-    """Everything timed on the GPU, at each context."""
-    rows = tuple(
-        (
-            f"{x['name']}, {x['context']}",
-            f"{x['prefill_ms']:.2f}",
-            f"{x['prefill_p99_ms']:.2f}",
-            f"{x['decode_ms']:.3f}",
-            f"{x['decode_p99_ms']:.3f}",
-            f"{x['tokens_per_second']:,.0f}",
-            mebibytes(x["memory_bytes"]),
-        )
-        for x in speed["latencies"]
-    )
-    ratios = "; ".join(
-        f"{r['context']:.0f} tokens {r['prefill']:.2f}× prefill, {r['decode']:.2f}× decode"
-        for r in speed["speedups"]
-    )
-    return Table(
-        f"Speed on {speed['gpu']}, batch 1",
-        ("", "prefill, ms", "p99", "decode, ms", "p99", "tokens/s", "memory"),
-        rows,
-        f"Medians of {speed['rounds']} rounds, all in turn. Base over linearized engine: {ratios or 'not both timed'}. "
-        "Memory: cache and work space, without weights.",
-        plot="engines",
-    )
-
-
 def precision_table(graph: Graph) -> Table:
     """Which nodes of a half graph stay float32, and why."""
     groups: dict[tuple[str, str], list[str]] = {}
@@ -173,15 +144,15 @@ def report_tables(report: Report, brief: bool = False) -> list[Table]:
     if report.method_loss:
         tables.append(loss_table(report.method_loss))
     if report.speed:
-        tables += speed_tables(report.speed, brief)
+        tables += speed_tables(VERIFIED, report.speed, brief)
     if report.bench:
-        tables += bench_tables(bench_of(report.bench), brief)
+        tables += speed_tables(BENCH, report.bench.speed, brief)
     if report.parity:
         tables.append(parity_table(report.parity, brief))
     if report.engines:
         tables.append(engines_table(report.engines))
     if report.engine_speed:
-        tables.append(engine_speed_table(report.engine_speed))
+        tables += speed_tables(ENGINES, report.engine_speed, brief)
     if not brief and graph.kept_float32:
         tables.append(precision_table(graph))
     if not brief:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from nbl_export.linearize.swap import linearized
 from nbl_export.models.layers import positions
@@ -28,7 +27,8 @@ from nbl_export.verify.parity.figures import DecoderParity, Parity, gates_for
 from nbl_export.verify.parity.localize import first_divergence
 from nbl_export.verify.parity.noise import rounding_noise
 from nbl_export.verify.parity.own import OWN, pytorch_in_precision
-from nbl_export.verify.speed.pair import Speed, explained, measure_speed
+from nbl_export.verify.speed.pair import Pair, explained, measure_speed
+from nbl_export.verify.speed.values import Speed
 
 
 def measure_decoder(case: DecoderCase) -> Measurement:
@@ -101,9 +101,12 @@ def _loss(case: DecoderCase) -> Found[MethodLoss]:
     )
 
 
-def _speed(case: DecoderCase, contexts: Sequence[int], notes: tuple[str, ...]) -> Found[Mapping[str, Any]]:
+def _speed(case: DecoderCase, contexts: Sequence[int], notes: tuple[str, ...]) -> Found[Speed]:
+    pair = Pair(case.baseline, case.rewritten)
+
     def measure() -> Speed:
-        speed = measure_speed(case.baseline, case.rewritten, contexts, case.settings.rounds, case.listener)
-        return explained(speed, case.baseline, case.rewritten, case.listener)
+        return explained(
+            measure_speed(pair, contexts, case.settings.rounds, case.listener), pair, case.listener
+        )
 
     return timed(case, notes, measure)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
-
 import numpy as np
 
 from nbl_export.batch.names import PIXELS, TOKENS
@@ -33,7 +30,8 @@ from nbl_export.verify.parity.figures import EncoderParity, OutputsParity, gates
 from nbl_export.verify.parity.localize import first_divergence
 from nbl_export.verify.parity.own import OWN
 from nbl_export.verify.speed.candidates import EncoderPass
-from nbl_export.verify.speed.pair import Speed, explained, measure_encode_speed
+from nbl_export.verify.speed.pair import Pair, explained, measure_speed
+from nbl_export.verify.speed.values import ENCODE, Speed
 
 # Ragged on purpose, and few enough that their padding is seen to be hidden.
 _LENGTHS = (64, 41, 23, 9)
@@ -104,27 +102,28 @@ def _pytorch_in_precision(case: EncoderCase, reference: Outputs, inputs: Inputs)
         return compare_outputs(reference, encoder(inputs), inputs, gates_for(gates))
 
 
-def _speed(case: EncoderCase) -> Found[Mapping[str, Any]]:
-    batches, notes = _timed(case) if case.why_not_timed is None else ([], ())
-    by_tokens = dict(batches)
+def _speed(case: EncoderCase) -> Found[Speed]:
+    batches, notes = _timed(case) if case.why_not_timed is None else ({}, ())
 
-    def made(tokens: int) -> Callable[[OrtModel], EncoderPass]:
-        return lambda model: EncoderPass(model, by_tokens[tokens])
+    def run(model: OrtModel, tokens: int, _batch: int) -> EncoderPass:
+        return EncoderPass(model, batches[tokens])
+
+    pair = Pair(case.baseline, case.rewritten, (ENCODE,), run)
 
     def measure() -> Speed:
-        base, rewritten = case.baseline, case.rewritten
-        speed = measure_encode_speed(base, rewritten, batches, case.settings.rounds, case.listener)
-        return explained(speed, base, rewritten, case.listener, made)
+        return explained(
+            measure_speed(pair, list(batches), case.settings.rounds, case.listener), pair, case.listener
+        )
 
     return timed(case, notes, measure)
 
 
-def _timed(case: EncoderCase) -> tuple[list[tuple[int, Inputs]], tuple[str, ...]]:
-    """What is timed: text of each context length, or one image, with its number of tokens; and what is left out."""
+def _timed(case: EncoderCase) -> tuple[dict[int, Inputs], tuple[str, ...]]:
+    """What is timed by its number of tokens: text of each context length, or one image; notes on what is left out."""
     first = case.heldout[0]
     if PIXELS in first:
-        return [(dummy_run(case.model).tokens, first)], ()
+        return {dummy_run(case.model).tokens: first}, ()
     tokens = np.concatenate([row[TOKENS][0] for row in case.heldout])
     contexts, notes = fitting_contexts(positions(case.model), case.settings.contexts)
-    rows = [{n: np.resize(tokens if n == TOKENS else 0, (1, c)) for n in first} for c in contexts]
-    return [(c, batch_of_rows([row])) for c, row in zip(contexts, rows, strict=True)], notes
+    rows = {c: {n: np.resize(tokens if n == TOKENS else 0, (1, c)) for n in first} for c in contexts}
+    return {c: batch_of_rows([row]) for c, row in rows.items()}, notes

@@ -6,12 +6,9 @@ Without a GPU nothing is run, and the report says so; it never says passed for w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from nbl_export.batch.names import BASE, LINEARIZED
 from nbl_export.checks import Check
@@ -23,7 +20,7 @@ from nbl_export.graph.precision import Precision, precision_of
 from nbl_export.linearize.plan import Plan
 from nbl_export.linearize.swap import linearized
 from nbl_export.models.load import in_precision
-from nbl_export.progress import Listener, Silent
+from nbl_export.progress import Listener
 from nbl_export.runtime.tensorrt import EngineStream, load_engine
 from nbl_export.runtime.torch import torch_stream
 from nbl_export.verify.case import DecoderCase
@@ -34,14 +31,15 @@ from nbl_export.verify.parity.own import OWN, pytorch_in_precision
 from nbl_export.verify.speed.candidates import (
     CUDA,
     TIMED_STEPS,
-    Contender,
-    EngineContender,
-    Entrant,
-    OrtEntrant,
-    TorchContender,
-    made,
+    Candidate,
+    EnginePrompt,
+    OrtGraph,
+    Prompt,
+    TorchPrompt,
 )
-from nbl_export.verify.speed.race import Rounds, race, timed
+from nbl_export.verify.speed.harness import Harness
+from nbl_export.verify.speed.race import MORE, Rounds
+from nbl_export.verify.speed.values import Machine, Speed
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +67,7 @@ class RunningEngines:
 
 def measure_engines(
     case: DecoderCase, contexts: Sequence[int]
-) -> tuple[Found[None], Found[EngineParity], Found[Mapping[str, Any]]]:
+) -> tuple[Found[None], Found[EngineParity], Found[Speed]]:
     """What was built, and on a GPU its parity and its speed; without one, a line that says so."""
     built = built_check(case.engines)
     running = _loaded(case)
@@ -80,7 +78,7 @@ def measure_engines(
         return Found(checks=(built, prompts)), Found(), Found()
     parity = _parity(running, prompts)
     passed = all(check.status != "failed" for check in parity.checks)
-    speed = _speed(running, contexts) if case.settings.speed and passed else Found[Mapping[str, Any]]()
+    speed = engine_speed(running, contexts) if case.settings.speed and passed else Found[Speed]()
     return Found(checks=(built,)), parity, speed
 
 
@@ -174,119 +172,60 @@ def _parity_of(
 
 # speed -------------------------------------------------------------------------------------------
 
-
-@dataclass(frozen=True)
-class Latency:
-    """Milliseconds of one contender at one context: median and 99th percentile."""
-
-    name: str
-    context: int
-    prefill_ms: float
-    prefill_p99_ms: float
-    decode_ms: float
-    decode_p99_ms: float
-    tokens_per_second: float
-    memory_bytes: int
+BASE_ENGINE, LINEARIZED_ENGINE = f"{BASE} engine", f"{LINEARIZED} engine"
 
 
-def laps(contender: Contender) -> tuple[float, list[float]]:
-    """Seconds of a prefill, and of each step after it, on their own for the 99th percentile."""
-    return timed(contender.prefill), [timed(contender.step) for _ in range(TIMED_STEPS)]
-
-
-def _latency(name: str, context: int, runs: list[tuple[float, list[float]]], memory: int) -> Latency:
-    times = [first for first, _ in runs], [step for _, steps in runs for step in steps]
-    (p50, p99), (d50, d99) = (np.quantile(t, (0.5, 0.99)) * 1e3 for t in times)
-    return Latency(name, context, float(p50), float(p99), float(d50), float(d99), 1e3 / float(d50), memory)
-
-
-def gpu_entrants(
-    model: torch.nn.Module,
-    streams: Mapping[str, EngineStream],
-    graphs: Mapping[str, Path],
-    precision: str,
-) -> dict[str, Entrant]:
+def gpu_candidates(running: RunningEngines) -> list[Candidate]:
     """Who takes part on a GPU: both engines, both graphs in ONNX Runtime's CUDA provider, eager PyTorch.
 
     PyTorch's copy of the model is made in the engines' precision when it is first asked for.
     """
+    case = running.case
     made: dict[str, torch.nn.Module] = {}
 
-    def eager(context: int, batch: int = 1) -> Contender:
-        if "base" not in made:
-            made["base"] = in_precision(model, precision_of(precision).gates).to("cuda")
-        return TorchContender(made["base"], context, batch)
+    def eager(context: int, batch: int = 1) -> Prompt:
+        if BASE not in made:
+            made[BASE] = in_precision(case.model, running.precision.gates).to("cuda")
+        return TorchPrompt(made[BASE], context, batch)
 
-    entrants: dict[str, Entrant] = {}
-    for role, stream in streams.items():
-        entrants[f"{role} engine"] = partial(EngineContender, stream)
-    for role, path in graphs.items():
-        entrants[f"onnxruntime CUDA, {role}"] = OrtEntrant(path, CUDA)
-    entrants["PyTorch eager, base"] = eager
-    return entrants
+    def own(role: str, name: str) -> str | None:
+        return name.format(BASE) if role == LINEARIZED else None
 
-
-@dataclass(frozen=True)
-class EngineSpeed:
-    """All latencies, base/linearized ratios of the engines, and who could not take part and why."""
-
-    gpu: str
-    compute_capability: str
-    rounds: int
-    latencies: tuple[Latency, ...]
-    speedups: tuple[dict[str, float], ...]
-    absent: dict[str, str]
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def speedups(latencies: Sequence[Latency], base: str, linearized: str) -> tuple[dict[str, float], ...]:
-    """base/linearized of the medians, for each context."""
-    named = {(x.name, x.context): x for x in latencies}
-    return tuple(
-        {
-            "context": float(context),
-            "prefill": named[base, context].prefill_ms / named[linearized, context].prefill_ms,
-            "decode": named[base, context].decode_ms / named[linearized, context].decode_ms,
-        }
-        for context in sorted({x.context for x in latencies})
-        if (base, context) in named and (linearized, context) in named
-    )
+    engine, cuda = "{} engine", "onnxruntime CUDA, {}"
+    engines = [
+        Candidate(engine.format(role), partial(EnginePrompt, stream), own(role, engine))
+        for role, stream in running.streams.items()
+    ]
+    graphs = [
+        Candidate(cuda.format(role), OrtGraph(path, CUDA), own(role, cuda))
+        for role, path in case.graphs.items()
+    ]
+    return [*engines, *graphs, Candidate(f"PyTorch eager, {BASE}", eager)]
 
 
 def measure_engine_speed(
     gpu: Gpu,
-    entrants: Mapping[str, Entrant],
+    candidates: Sequence[Candidate],
     contexts: Sequence[int],
     rounds: int,
     listener: Listener | None = None,
-) -> EngineSpeed:
-    """Race the ``entrants`` at each context length.
+) -> Speed:
+    """Race the ``candidates`` at each context length, with the 99th percentile of single prefills and steps.
 
     One that cannot be made or run (no CUDA provider, no room) is left out, with its reason.
     """
-    latencies: list[Latency] = []
-    absent: dict[str, str] = {}
-    with (listener or Silent()).task("Timing on the GPU", len(contexts) * (rounds + 1), "rounds") as task:
-        for context in contexts:
-            contenders = made(entrants, context, 1, absent)
-            runs = race(contenders, laps, Rounds(rounds, rounds), task.advance, absent=absent)
-            latencies += [
-                _latency(name, context, found, contenders[name].memory_bytes())
-                for name, found in runs.items()
-            ]
-    return EngineSpeed(
-        gpu.name,
-        gpu.compute_capability,
-        rounds,
-        tuple(latencies),
-        speedups(latencies, "base engine", "linearized engine"),
-        absent,
+    harness = Harness(
+        candidates,
+        Machine(gpu.name, compute_capability=gpu.compute_capability),
+        Rounds(rounds, MORE * rounds),
+        linearized=LINEARIZED_ENGINE,
+        steps=TIMED_STEPS - 1,  # the first is not counted
+        percentile=True,
     )
+    return harness.measure([(1, context) for context in contexts], listener)
 
 
-def _speed(running: RunningEngines, contexts: Sequence[int]) -> Found[Mapping[str, Any]]:
+def engine_speed(running: RunningEngines, contexts: Sequence[int]) -> Found[Speed]:
     """Everything that runs on the GPU, timed at those of ``contexts`` that the engines hold."""
     case, limits = running.case, running.limits
     longest = min(limits.max_seq, limits.max_context - TIMED_STEPS)
@@ -297,7 +236,8 @@ def _speed(running: RunningEngines, contexts: Sequence[int]) -> Found[Mapping[st
             f"The engines are not timed at {', '.join(map(str, dropped))} tokens: they are built for a prefill of "
             f"{limits.max_seq:,} and a context of {limits.max_context:,}."
         )
-    entrants = gpu_entrants(case.model, running.streams, case.graphs, running.precision.name)
-    speed = measure_engine_speed(running.gpu, entrants, fitting, case.settings.rounds, case.listener)
-    notes += [f"Not timed on the GPU: {name}: {why}." for name, why in speed.absent.items()]
-    return Found(speed.as_json() if speed.latencies else None, notes=tuple(notes))
+    speed = measure_engine_speed(
+        running.gpu, gpu_candidates(running), fitting, case.settings.rounds, case.listener
+    )
+    notes += [f"Not timed on the GPU: {name}: {why}." for name, why in speed.absent()]
+    return Found(speed if any(cell.results for cell in speed.cells) else None, notes=tuple(notes))

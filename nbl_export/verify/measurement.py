@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -11,7 +11,7 @@ from nbl_export.verify.case import Case
 from nbl_export.verify.loss.figures import Likeness, MethodLoss
 from nbl_export.verify.parity.figures import DecoderParity, EncoderParity, EngineParity
 from nbl_export.verify.speed.checks import speed_check
-from nbl_export.verify.speed.pair import Speed
+from nbl_export.verify.speed.values import Speed
 
 T = TypeVar("T")
 
@@ -39,9 +39,9 @@ class Measurement:
     parity: DecoderParity | EncoderParity | None = None
     divergence: str | None = None
     method_loss: MethodLoss | Likeness | None = None
-    speed: Mapping[str, Any] | None = None
+    speed: Speed | None = None
     engine_parity: EngineParity | None = None
-    engine_speed: Mapping[str, Any] | None = None
+    engine_speed: Speed | None = None
     checks: tuple[Check, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -49,10 +49,10 @@ class Measurement:
 def put_together(
     parity: FoundParity[DecoderParity] | FoundParity[EncoderParity],
     loss: Found[MethodLoss] | Found[Likeness],
-    speed: Found[Mapping[str, Any]],
+    speed: Found[Speed],
     engine_build: Found[None] | None = None,
     engine_parity: Found[EngineParity] | None = None,
-    engine_speed: Found[Mapping[str, Any]] | None = None,
+    engine_speed: Found[Speed] | None = None,
 ) -> Measurement:
     """The parts of a verification as one value, checks and notes in their order."""
     parts: tuple[Found[Any] | None, ...] = (parity, loss, speed, engine_build, engine_parity, engine_speed)
@@ -85,11 +85,11 @@ def method_loss(case: Case, measure: Callable[[], T]) -> Found[T]:
     return Found(checks=(Check("method loss", "skipped", "--no-quality"),))
 
 
-def timed(case: Case, notes: tuple[str, ...], measure: Callable[[], Speed]) -> Found[Mapping[str, Any]]:
+def timed(case: Case, notes: tuple[str, ...], measure: Callable[[], Speed]) -> Found[Speed]:
     """Both graphs' speed and whether it can be believed, if it is measured."""
     if why := case.why_not_timed:
         return Found(checks=(Check("speed", "skipped", why),), notes=notes)
-    section = measure().as_json()
+    section = measure()
     return Found(section, (speed_check(section),), notes)
 
 

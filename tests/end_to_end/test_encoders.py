@@ -29,7 +29,7 @@ from nbl_export.models.source import find_model
 from nbl_export.models.tasks import task_named
 from nbl_export.report.schema import Report
 from nbl_export.verify.parity.figures import EncoderParity
-from nbl_export.verify.speed import pair as speed_module
+from nbl_export.verify.speed import harness as speed_module
 from nbl_export.workspace import Workspace
 from tests.encoders import (
     CLS,
@@ -549,17 +549,13 @@ def test_a_speedup_above_its_ceiling_is_explained(
 ) -> None:
     out = Path(shutil.copytree(outs[name], tmp_path / "out"))
     calls = itertools.count()
-    monkeypatch.setattr(speed_module, "prefill_seconds", lambda _: 0.1 if next(calls) % 2 else 1.0)
+    monkeypatch.setattr(speed_module, "prefill_seconds", lambda _: (0.1 if next(calls) % 2 else 1.0,))
     report = api.verify(out, api.VerifySettings(contexts=(16,), rounds=3, quality=False))
     assert report.speed is not None
-    (cell,) = report.speed["cells"]
-    reason = cell["explanation"]
-    assert reason["saved_ms"] == pytest.approx(900) and reason["by_operator_ms"]
-    assert reason["base_nodes"] > reason["linearized_nodes"] > 10
+    ((cell, result, reason),) = report.speed.explained()
+    assert result.name == "linearized"
+    assert reason.saved_ms == pytest.approx(900) and reason.by_operator_ms
+    assert reason.base_nodes > reason.linearized_nodes > 10
     # So much cannot be in the nodes of two small layers.
     check = next(c for c in report.checks if c.name == "speed")
-    assert (
-        reason["suspect"]
-        and check.status == "skipped"
-        and check.detail.startswith(f"encode {cell['context']}")
-    )
+    assert reason.suspect and check.status == "skipped" and check.detail.startswith(f"encode {cell.context}")

@@ -40,7 +40,7 @@ def test_without_a_cache_attention_is_linearized_and_convolutions_stay(hybrid: P
     assert before.ops["Attention"] - after.ops["Attention"] == 1
     assert before.ops["Conv"] == after.ops["Conv"] == 2
     # A token without a cache costs what its text costs: only whole texts are timed.
-    assert report.speed is not None and {c["phase"] for c in report.speed["cells"]} == {"prefill"}
+    assert report.speed is not None and {c.phase for c in report.speed.cells} == {"prefill"}
     text = (tmp_path / "out" / "report" / "report.md").read_text()
     assert "| 0 | conv | no candidate |" in text
 

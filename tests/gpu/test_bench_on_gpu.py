@@ -19,5 +19,7 @@ def test_a_bench_on_a_gpu(stories_out: Path, tmp_path: Path) -> None:
         value = api.bench(own, settings)
     except api.NblError as error:
         pytest.skip(str(error))  # onnxruntime without CUDA
-    assert {lap["name"] for c in value.cells for lap in c["laps"]} >= {"base", "linearized", "PyTorch eager"}
-    assert value.roofline["device"] != "cpu"
+    names = {r.name for c in value.speed.cells for r in c.results}
+    assert names >= {"base", "linearized", "PyTorch eager"}
+    machine = value.speed.machine
+    assert machine.device != "cpu" and machine.roofline and machine.roofline.device == machine.device

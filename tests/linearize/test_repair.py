@@ -203,9 +203,9 @@ def test_adapters_are_of_the_exact_model_where_a_rounded_one_is_trained(model: A
 def test_the_same_seed_gives_the_same_maps_and_another_one_others(model: Any) -> None:
     maps, covariances = fits(model, (0, 2))
     torch.manual_seed(1)
-    one = repair(model, maps, covariances, "normed", TOKENS, 5, 0).maps
+    one = repair(model, maps, covariances, "normed", TOKENS, 5, 0).layers
     torch.manual_seed(2)  # the global generator plays no part
-    same, other = (repair(model, maps, covariances, "normed", TOKENS, 5, seed).maps for seed in (0, 1))
+    same, other = (repair(model, maps, covariances, "normed", TOKENS, 5, seed).layers for seed in (0, 1))
     for i in maps:
         np.testing.assert_array_equal(one[i].w, same[i].w)
         np.testing.assert_array_equal(one[i].b, same[i].b)
@@ -295,7 +295,7 @@ def test_channels_that_never_vary_are_left_alone(model: Any) -> None:
     quiet = c.c_uu.copy()
     quiet[3, :] = quiet[:, 3] = 0.0
     still = Covariances(c.mean_u, c.mean_v, quiet, c.c_vu, np.zeros_like(c.c_vv), c.power_u, c.power_v)
-    found = repair(model, maps, {1: still}, "normed", TOKENS, 2, 0).maps[1]
+    found = repair(model, maps, {1: still}, "normed", TOKENS, 2, 0).layers[1]
     assert np.isfinite(found.w).all() and np.isfinite(found.b).all()
 
 
@@ -304,8 +304,9 @@ def test_channels_that_never_vary_are_left_alone(model: Any) -> None:
 
 def same(one: Repaired, other: Repaired) -> bool:
     return all(
-        np.array_equal(one.maps[i].w, other.maps[i].w) and np.array_equal(one.maps[i].b, other.maps[i].b)
-        for i in one.maps
+        np.array_equal(one.layers[i].w, other.layers[i].w)
+        and np.array_equal(one.layers[i].b, other.layers[i].b)
+        for i in one.layers
     ) and all(
         np.array_equal(a.up, other.adapters[name].up) and np.array_equal(a.down, other.adapters[name].down)
         for name, a in one.adapters.items()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -12,6 +11,7 @@ from nbl_export.linearize.budget import CurvePoint
 from nbl_export.linearize.selection import Curve
 from nbl_export.report.schema import Report, load_report
 from nbl_export.settings import Budget
+from nbl_export.verify.speed.values import CandidateInfo, CellResult, Machine, Ratio, Result, Speed, Timing
 
 
 @pytest.fixture
@@ -19,9 +19,12 @@ def report(stories_out: Path) -> Report:
     """Without what a profile said of its speed: whether one was asked for depends on the machine."""
     value = load_report(stories_out / "report" / "report.json")
     assert value.speed is not None
-    cells = [{**cell, "explanation": None} for cell in value.speed["cells"]]
+    cells = [
+        replace(cell, results=tuple(replace(r, explanation=None) for r in cell.results))
+        for cell in value.speed.cells
+    ]
     checks = tuple(replace(c, status="passed") if c.name == "speed" else c for c in value.checks)
-    return replace(value, speed={**value.speed, "cells": cells}, checks=checks)
+    return replace(value, speed=replace(value.speed, cells=tuple(cells)), checks=checks)
 
 
 @pytest.fixture
@@ -45,32 +48,36 @@ def curve() -> Curve:
 
 
 @pytest.fixture
-def engine_speed() -> dict[str, Any]:
-    latencies = [
-        {
-            "name": name,
-            "context": context,
-            "prefill_ms": (prefill := slower * context / 100),
-            "prefill_p99_ms": prefill * 1.1,
-            "decode_ms": slower,
-            "decode_p99_ms": slower * 1.25,
-            "tokens_per_second": 1000 / slower,
-            "memory_bytes": 2**26,
-        }
+def engine_speed() -> Speed:
+    times = {"base engine": 2.0, "linearized engine": 1.6, "PyTorch eager, base": 9.0}
+
+    def result(name: str, ms: float, tokens: int) -> Result:
+        timing = Timing(ms, 0.95 * ms, 1.05 * ms, 1.25 * ms)
+        over = Ratio(1.25, 1.2, 1.3, 1.1, 1.4, True) if name == "linearized engine" else None
+        return Result(name, timing, 30, 1e3 * tokens / ms, 2**26, over_base=over)
+
+    cells = [
+        CellResult(
+            phase,
+            1,
+            context,
+            tuple(
+                result(
+                    name,
+                    ms * (context / 100 if phase == "prefill" else 1),
+                    1 if phase == "decode" else context,
+                )
+                for name, ms in times.items()
+            ),
+        )
         for context in (128, 512)
-        for name, slower in (("base engine", 2.0), ("linearized engine", 1.6), ("PyTorch eager, base", 9.0))
+        for phase in ("prefill", "decode")
     ]
-    ratios = [{"context": float(c), "prefill": 1.25, "decode": 1.25} for c in (128, 512)]
-    return {
-        "gpu": "A GPU",
-        "compute_capability": "9.0",
-        "rounds": 30,
-        "latencies": latencies,
-        "speedups": ratios,
-        "absent": {},
-    }
+    infos = [CandidateInfo(name, "base engine" if "linearized" in name else None) for name in times]
+    machine = Machine("A GPU", compute_capability="9.0")
+    return Speed(machine, 30, tuple(infos), tuple(cells), "linearized engine")
 
 
 @pytest.fixture
-def full(report: Report, curve: Curve, engine_speed: dict[str, Any]) -> Report:
+def full(report: Report, curve: Curve, engine_speed: Speed) -> Report:
     return replace(report, selection=replace(report.selection, curve=curve), engine_speed=engine_speed)

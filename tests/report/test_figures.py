@@ -13,13 +13,13 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.container import BarContainer, ErrorbarContainer
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from nbl_export.linearize.selection import Curve
 from nbl_export.report.canvas import BASE, DECODE, LINEAR, style
-from nbl_export.report.figures import draw_bench, draw_curve, draw_engines, draw_layers, draw_speed
+from nbl_export.report.figures import draw_curve, draw_layers, draw_speed
 from nbl_export.report.schema import Report
 from nbl_export.settings.budget import NO_BUDGET
+from nbl_export.verify.speed.values import CandidateInfo, CellResult, Machine, Ratio, Result, Speed, Timing
 
 
 @pytest.fixture(autouse=True)
@@ -148,21 +148,39 @@ def test_none_or_all_layers_replaced(report: Report, layers: tuple[int, ...]) ->
     assert [t.get_text() for t in figure.legends[0].get_texts()] == (["replaced"] if layers else ["kept"])
 
 
-def cell(phase: str, context: int, base: float, linear: float, resolved: bool = True) -> dict[str, Any]:
-    def timing(ms: float) -> dict[str, float]:
-        return {"median_ms": ms, "low_ms": ms * 0.9, "high_ms": ms * 1.2}
+PAIR = (CandidateInfo("base"), CandidateInfo("linearized", "base"))
 
-    return {
-        "phase": phase,
-        "context": context,
-        "base": timing(base),
-        "linearized": timing(linear),
-        "speedup": base / linear,
-        "speedup_low": base / linear - 0.05,
-        "speedup_high": base / linear + 0.02,
-        "resolved": resolved,
-        "ceiling": 1.1,
-    }
+
+def timing(ms: float) -> Timing:
+    return Timing(ms, ms * 0.9, ms * 1.2)
+
+
+def cell(phase: str, context: int, base: float, linear: float, resolved: bool = True) -> CellResult:
+    value = base / linear
+    over = Ratio(value, value - 0.01, value + 0.01, value - 0.05, value + 0.02, resolved)
+    return CellResult(
+        phase,
+        1,
+        context,
+        (
+            Result("base", timing(base), 7, 1.0),
+            Result("linearized", timing(linear), 7, 1.0, over_base=over, ceiling=1.1),
+        ),
+    )
+
+
+def speed_of(
+    cells: list[CellResult], infos: tuple[CandidateInfo, ...] = PAIR, linearized: str = "linearized"
+) -> Speed:
+    return Speed(Machine("cpu", 2), 7, infos, tuple(cells), linearized)
+
+
+def named(figure: Figure) -> list[str]:
+    return [t.get_text() for t in figure.legends[0].get_texts()]
+
+
+def hollow(container: Any) -> bool:
+    return bool(container.lines[0].get_markerfacecolor() != container.lines[0].get_color())
 
 
 @pytest.mark.parametrize("narrow", [False, True], ids=["page", "phone"])
@@ -173,97 +191,123 @@ def test_speed_is_the_report_s(narrow: bool) -> None:
         cell("prefill", 512, 500, 390),
         cell("decode", 512, 12, 10),
     ]
-    shown = panels(draw_speed({"cells": cells}, narrow))
-    assert list(shown) == ["Prefill, ms", "Decode, ms per token", "Speedup"]
-    for phase, axes in zip(("prefill", "decode"), shown.values(), strict=False):
-        group = [c for c in cells if c["phase"] == phase]
-        base, linear = (c for c in axes.containers if isinstance(c, BarContainer))
-        for container, side, colour in ((base, "base", BASE), (linear, "linearized", LINEAR)):
-            assert [float(b.get_height()) for b in container] == [c[side]["median_ms"] for c in group]
-            assert near(whiskers(container), [(c[side]["low_ms"], c[side]["high_ms"]) for c in group])
-            assert {to_hex(b.get_facecolor()) for b in container} == {colour}
-        assert [t.get_text() for t in axes.get_xticklabels()] == ["128", "512"]
-        assert axes.get_ylim()[0] == 0
-    speedups = shown["Speedup"].containers
-    drawn = [(line(c)[1][0], whiskers(c)[0], to_hex(c.lines[0].get_color())) for c in speedups]
-    ordered = sorted(cells, key=lambda c: (c["phase"] != "prefill", c["context"]))
-    for (middle, ends, colour), c in zip(drawn, ordered, strict=True):
-        assert middle == c["speedup"] and near(ends, (c["speedup_low"], c["speedup_high"]))
-        assert colour == (LINEAR if c["phase"] == "prefill" else DECODE)
-    # Hollow, because the noise is larger than the effect.
-    hollow = [c.lines[0].get_markerfacecolor() != c.lines[0].get_color() for c in speedups]
-    assert hollow == [not c["resolved"] for c in ordered]
-    ceilings = [ln for ln in shown["Speedup"].lines if ln.get_marker() == "_"]
-    assert len(ceilings) == 4 and all(list(ln.get_ydata()) == [1.1] for ln in ceilings)
+    figure = draw_speed(speed_of(cells), narrow)
+    shown = panels(figure)
+    assert named(figure) == ["base", "linearized", "ceiling"]
+    assert list(shown) == [
+        "Prefill, ms",
+        "Decode, ms per token",
+        "Prefill, times as fast as the base graph",
+        "Decode, times as fast as the base graph",
+    ]
+    for phase in ("prefill", "decode"):
+        group = [c for c in cells if c.phase == phase]
+        times, over = (axes for title, axes in shown.items() if title.lower().startswith(phase))
+        for container, side, colour in zip(times.containers, (0, 1), (BASE, LINEAR), strict=True):
+            expected = [c.results[side].timing for c in group]
+            assert line(container)[1] == [t.median_ms for t in expected]
+            assert near(whiskers(container), [(t.low_ms, t.high_ms) for t in expected])
+            assert to_hex(container.lines[0].get_color()) == colour  # type: ignore[attr-defined]
+        assert times.get_ylim()[0] == 0
+        for axes in (times, over):
+            assert [t.get_text() for t in axes.get_xticklabels()] == ["128", "512"]
+            assert axes.get_xlabel() == "tokens"
+        for drawn, c in zip(over.containers, group, strict=True):
+            expected_over = c.results[1].over_base
+            assert expected_over and line(drawn)[1] == [expected_over.value]
+            assert near(whiskers(drawn), [(expected_over.least, expected_over.most)])
+            assert to_hex(drawn.lines[0].get_color()) == LINEAR  # type: ignore[attr-defined]
+            # Hollow, because the noise is larger than the effect.
+            assert hollow(drawn) is not expected_over.resolved
+        ceilings = [ln for ln in over.lines if ln.get_marker() == "_"]
+        assert len(ceilings) == 2 and all(list(ln.get_ydata()) == [1.1] for ln in ceilings)
+
+
+def test_an_interval_without_bounds_has_no_whiskers() -> None:
+    one = cell("prefill", 8, 10, 8, resolved=False)
+    over = Ratio(1.25, 1.2, 1.3, -math.inf, math.inf, False)
+    results = one.results[0], replace(one.results[1], over_base=over)
+    (drawn,) = draw_speed(speed_of([replace(one, results=results)])).axes[1].containers
+    assert line(drawn)[1] == [1.25] and whiskers(drawn) == [(1.25, 1.25)] and hollow(drawn)
 
 
 def test_an_encoder_has_one_phase() -> None:
-    figure = draw_speed({"cells": [cell("encode", 64, 10, 8)]})
-    assert list(panels(figure)) == ["Encode, ms", "Speedup"]
-    words = [t.get_text() for t in figure.legends[0].get_texts()]
-    assert words == ["base", "linearized", "encode speedup", "ceiling"]
+    figure = draw_speed(speed_of([cell("encode", 64, 10, 8)]))
+    assert list(panels(figure)) == ["Encode, ms", "Encode, times as fast as the base graph"]
+    assert named(figure) == ["base", "linearized", "ceiling"]
 
 
 @pytest.mark.parametrize("narrow", [False, True], ids=["page", "phone"])
-def test_a_bench_draws_everybody_over_the_base_graph(narrow: bool) -> None:
+def test_everybody_is_drawn_over_the_base_graph(narrow: bool) -> None:
     """Both graphs of an exporter have one shape, two exporters never the same."""
     others = [
         f"{name}{side}" for name in ("shared", "genai fp32", "K = 8") for side in (", base", ", linearized")
     ]
-    rivals = ["dropped", "eager", "compiled", *others, "optimum", "base again"]
-    over = {"value": 1.3, "least": 1.2, "most": 1.5, "resolved": False}
-    laps = [
-        {"name": name, "timing": {"median_ms": ms}, "over_base": None, "ceiling": None}
-        for ms, name in enumerate(["base", *rivals], start=10)
-    ]
-    laps.append({"name": "linearized", "timing": {"median_ms": 8}, "over_base": over, "ceiling": 1.1})
-    cells = [
-        {"phase": p, "batch": b, "context": 512, "laps": laps} for p in ("prefill", "decode") for b in (1, 4)
-    ]
-    bases = {name: name.replace("linearized", "base") for name in rivals if "linearized" in name}
+    more = ["dropped", "eager", "compiled", *others, "optimum", "base again"]
+    over = Ratio(1.3, 1.25, 1.4, 1.2, 1.5, False)
+    results = [Result(name, timing(ms), 7, 1.0) for ms, name in enumerate(["base", *more], start=10)]
+    results.insert(1, Result("linearized", timing(8), 7, 1.0, over_base=over, ceiling=1.1))
+    cells = [CellResult(p, b, 512, tuple(results)) for p in ("prefill", "decode") for b in (1, 4)]
+    bases = {name: name.replace("linearized", "base") for name in more if "linearized" in name}
     bases |= dict.fromkeys(("linearized", "dropped"), "base")
-    competitors = [{"name": lap["name"], "base": bases.get(str(lap["name"]))} for lap in laps]
-    figure = draw_bench(cells, competitors, narrow)
-    drawn = [t.get_text() for t in figure.legends[0].get_texts()]
-    assert drawn == ["linearized", "its ceiling", *rivals]
+    infos = tuple(CandidateInfo(r.name, bases.get(r.name)) for r in results)
+    figure = draw_speed(speed_of(cells, infos), narrow)
+    assert named(figure) == ["base", "linearized", *more, "ceiling"]
     for axes in figure.axes:
         assert [t.get_text() for t in axes.get_xticklabels()] == ["512", "4 × 512"]
+        assert axes.get_xlabel() == "rows × tokens"
+    for axes in figure.axes[2:]:
         own = axes.containers[0]
-        assert line(own)[1] == [1.3] and near(whiskers(own), [(1.2, 1.5)])
-        assert own.lines[0].get_markerfacecolor() != own.lines[0].get_color()
+        assert line(own)[1] == [1.3] and near(whiskers(own), [(1.2, 1.5)]) and hollow(own)
     shapes: dict[str, Any] = {}
     of_pairs: dict[str, set[Any]] = {}
-    for name, point in zip(drawn, figure.legends[0].legend_handles, strict=True):
-        if name not in rivals:
-            continue
-        assert isinstance(point, Line2D)
-        assert to_hex(point.get_color()) == (DECODE if "linearized" in name else BASE)
+    for drawn in figure.axes[0].containers:
+        name = named(figure)[len(shapes)]
+        (x, *_), (y, *_) = line(drawn)
+        assert y == next(r for r in results if r.name == name).timing.median_ms and abs(x) < 0.5
+        point = drawn.lines[0]  # type: ignore[attr-defined]
+        colour = LINEAR if name == "linearized" else DECODE if "linearized" in name else BASE
+        assert to_hex(point.get_color()) == colour
         shapes[name] = point.get_marker()
         of_pairs.setdefault(name.split(", ")[0], set()).add(shapes[name])
     assert all(len(found) == 1 for found in of_pairs.values())
-    assert len(set(shapes.values())) == len(of_pairs) == 8
-    heights = [float(ln.get_ydata()[0]) for ln in figure.axes[0].lines if ln.get_marker() in shapes.values()]
-    assert heights == [10 / lap["timing"]["median_ms"] for lap in laps if lap["name"] in rivals] * 2
+    assert shapes["base"] == shapes["linearized"]
+    assert len({shapes[name] for name in more}) == len(of_pairs) - 2 == 8
+    marks = {shapes[name] for name in more}
+    heights = [float(ln.get_ydata()[0]) for ln in figure.axes[2].lines if ln.get_marker() in marks]
+    assert heights == [10 / r.timing.median_ms for r in results if r.name in more] * 2
 
 
 @pytest.mark.parametrize("narrow", [False, True], ids=["page", "phone"])
-def test_engines_are_the_report_s(engine_speed: dict[str, Any], narrow: bool) -> None:
-    figure = draw_engines(engine_speed, narrow)
+def test_engines_are_the_report_s(engine_speed: Speed, narrow: bool) -> None:
+    figure = draw_speed(engine_speed, narrow)
     names = ["base engine", "linearized engine", "PyTorch eager, base"]
-    assert [t.get_text() for t in figure.legends[0].get_texts()] == names
-    for phase, axes in zip(("prefill", "decode"), figure.axes, strict=True):
+    assert named(figure) == names
+    for phase, axes in zip(("prefill", "decode"), figure.axes, strict=False):
         for name, drawn in zip(names, axes.containers, strict=True):
-            group = [x for x in engine_speed["latencies"] if x["name"] == name]
-            assert line(drawn)[1] == [x[f"{phase}_ms"] for x in group]
-            assert near(whiskers(drawn), [(x[f"{phase}_ms"], x[f"{phase}_p99_ms"]) for x in group])
-            assert to_hex(drawn.lines[0].get_color()) == (LINEAR if "linearized" in name else BASE)
+            found = [c.of(name) for c in engine_speed.cells if c.phase == phase]
+            group = [r.timing for r in found if r]
+            assert line(drawn)[1] == [t.median_ms for t in group]
+            assert near(whiskers(drawn), [(t.low_ms, t.p99_ms) for t in group])
+            colour = drawn.lines[0].get_color()  # type: ignore[attr-defined]
+            assert to_hex(colour) == (LINEAR if "linearized" in name else BASE)
+    assert figure.axes[2].get_title(loc="left") == "Prefill, times as fast as the base engine"
 
 
-def test_an_engine_that_missed_a_context_is_drawn_at_its_own(engine_speed: dict[str, Any]) -> None:
-    latencies = [x for x in engine_speed["latencies"] if (x["name"][0], x["context"]) != ("P", 128)]
-    axes = draw_engines({**engine_speed, "latencies": latencies}).axes[0]
+def test_an_engine_that_missed_a_context_is_drawn_at_its_own(engine_speed: Speed) -> None:
+    cells = [
+        replace(c, results=tuple(r for r in c.results if (r.name[0], c.context) != ("P", 128)))
+        for c in engine_speed.cells
+    ]
+    axes = draw_speed(replace(engine_speed, cells=tuple(cells))).axes[0]
     (x,), (y,) = line(axes.containers[-1])
     assert round(x) == 1 and y == 9.0 * 512 / 100
+
+
+def test_times_over_decades_have_a_logarithmic_axis() -> None:
+    cells = [cell("prefill", n, ms, ms * 0.8) for n, ms in ((128, 1.0), (8192, 90.0))]
+    assert draw_speed(speed_of(cells)).axes[0].get_yscale() == "log"
+    assert draw_speed(speed_of(cells[:1])).axes[0].get_yscale() == "linear"
 
 
 def test_the_real_report_s_figures_fit(full: Report) -> None:
@@ -273,7 +317,7 @@ def test_the_real_report_s_figures_fit(full: Report) -> None:
             (draw_curve, full.selection.curve),
             (draw_layers, full.selection),
             (draw_speed, full.speed),
-            (draw_engines, full.engine_speed),
+            (draw_speed, full.engine_speed),
         ):
             figure = draw(section, narrow)
             figure.draw_without_rendering()

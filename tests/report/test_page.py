@@ -119,7 +119,8 @@ def test_plots_say_what_they_show(full: Report) -> None:
     assert plots["layers"].text.endswith("replaced: 2, 3.")
     assert "chosen: K = 2, perplexity ratio 1.080, KL 0.160." in plots["k-curve"].text
     assert full.speed is not None
-    assert f"prefill 16 {full.speed['cells'][0]['speedup']:.2f}×" in plots["speed"].text
+    cell, _, over = full.speed.speedups()[0]
+    assert cell.name == "prefill 16" and f"prefill 16 {over.value:.2f}×" in plots["speed"].text
     assert len(reader.attributes("svg")) == 2 * len(plots)  # for a page and for a phone
     assert all(plot.caption in reader.text() for plot in plots.values())
 

@@ -73,6 +73,7 @@ def test_markdown_figures_are_the_report_s(report: Report) -> None:
     assert isinstance(loss, MethodLoss)
     assert drawn[TITLES[2]]["perplexity ratio"][0] == f"{loss.perplexity_ratio:.4f}"
     assert set(drawn[TITLES[3]]) == {"", "prefill 16", "decode 16"}
+    assert {row[1] for row in tables(markdown(report))[TITLES[3]]} == {"candidate", "base", "linearized"}
     linear = {layer for layer, row in drawn[TITLES[5]].items() if row[1] == "linear"}
     assert linear == {"2", "3"}
     assert {row[0] for row in list(drawn[TITLES[5]].values())[1:]} == {"full"}

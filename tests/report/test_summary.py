@@ -11,6 +11,7 @@ from nbl_export.report.schema import Report
 from nbl_export.report.summary import headlines, making, model_name, verdict_line
 from nbl_export.verify.loss.figures import MethodLoss
 from nbl_export.verify.parity.figures import DecoderParity
+from nbl_export.verify.speed.values import Explanation
 
 
 def test_headlines_of_a_whole_report(full: Report) -> None:
@@ -21,9 +22,9 @@ def test_headlines_of_a_whole_report(full: Report) -> None:
     assert isinstance(full.method_loss, MethodLoss) and isinstance(full.parity, DecoderParity)
     assert full.speed is not None
     assert shown["Perplexity"].value == f"× {full.method_loss.perplexity_ratio:.3f}"
-    prefill = full.speed["cells"][0]
-    assert shown["Prefill on the CPU"].value == f"{prefill['speedup']:.2f}×"
-    assert f"ceiling {prefill['ceiling']:.2f}×" in shown["Prefill on the CPU"].detail
+    _, prefill, over = full.speed.speedups()[0]
+    assert shown["Prefill on the CPU"].value == f"{over.value:.2f}×"
+    assert f"ceiling {prefill.ceiling:.2f}×" in shown["Prefill on the CPU"].detail
     assert shown["Decode on the GPU"].value == "1.25×" and "512 tokens" in shown["Decode on the GPU"].detail
     worst = max(s.max_abs for s in full.parity.steps)
     assert abs(float(shown["Parity"].value) / worst - 1) < 0.05
@@ -31,16 +32,22 @@ def test_headlines_of_a_whole_report(full: Report) -> None:
 
 def test_the_longest_context_counts_and_noise_is_named(full: Report) -> None:
     assert full.speed is not None
-    cell = full.speed["cells"][0]
-    cells = [
-        {**cell, "context": c, "speedup": s, "resolved": c == 8} for c, s in ((8, 1.5), (64, 1.25), (16, 2.0))
-    ]
-    shown = {h.name: h for h in headlines(replace(full, speed={**full.speed, "cells": cells}))}
-    assert shown["Prefill on the CPU"].value == "1.25×"
-    assert "at 64 tokens, not resolved" in shown["Prefill on the CPU"].detail
-    cells[1]["explanation"] = {"suspect": True}
-    shown = {h.name: h for h in headlines(replace(full, speed={**full.speed, "cells": cells}))}
-    assert "at 64 tokens, suspect" in shown["Prefill on the CPU"].detail
+    cell, result, over = full.speed.speedups()[0]
+    suspect = Explanation(9, 8, {}, 3.0, 1.0, 1.0, True)
+
+    def detail(explanation: Explanation | None) -> tuple[str, str]:
+        cells = []
+        for context, value in ((8, 1.5), (64, 1.25), (16, 2.0)):
+            found = replace(over, value=value, resolved=context == 8)
+            own = replace(result, over_base=found, explanation=explanation if context == 64 else None)
+            cells.append(replace(cell, context=context, results=(cell.results[0], own)))
+        assert full.speed is not None
+        shown = {h.name: h for h in headlines(replace(full, speed=replace(full.speed, cells=tuple(cells))))}
+        return shown["Prefill on the CPU"].value, shown["Prefill on the CPU"].detail
+
+    value, said = detail(None)
+    assert value == "1.25×" and "at 64 tokens, not resolved" in said
+    assert "at 64 tokens, suspect" in detail(suspect)[1]
 
 
 def test_what_was_not_measured_has_no_headline(report: Report) -> None:

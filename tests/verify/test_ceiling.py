@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from nbl_export.records import to_json
 from nbl_export.rewrite.replace import rewrite_file
-from nbl_export.verify.speed.ceiling import GraphCost, ceiling, graph_cost
-from nbl_export.verify.speed.roofline import Roofline, Work, measure_roofline
+from nbl_export.verify.speed.ceiling import ceiling, graph_cost
+from nbl_export.verify.speed.roofline import measure_roofline
+from nbl_export.verify.speed.values import GraphCost, Roofline, Work
 from tests.fixtures_graph import plan_by_hand
 
 # width, MLP width, vocabulary, query heads, KV heads, head size, layers
@@ -93,7 +95,7 @@ def test_the_machine_is_measured() -> None:
 
 
 def test_costs_as_json() -> None:
-    assert COST.as_json() == {
+    assert to_json(COST) == {
         "weight_macs": 100,
         "attention_macs_per_context": 3,
         "weight_bytes": 400,

@@ -17,22 +17,33 @@ from nbl_export.engine.gpu import Gpu
 from nbl_export.engine.pair import EngineFile
 from nbl_export.engine.profiles import Limits
 from nbl_export.errors import NblError
-from nbl_export.report.tables import engine_speed_table
+from nbl_export.progress import Silent
+from nbl_export.report.speed import ENGINES, speed_tables
 from nbl_export.runtime import ort as ort_module
 from nbl_export.runtime.tensorrt import EngineStream
+from nbl_export.settings import VerifySettings
 from nbl_export.verify import engines as module
 from nbl_export.verify.engines import (
-    Latency,
+    RunningEngines,
     built_check,
-    gpu_entrants,
-    laps,
+    engine_speed,
+    gpu_candidates,
     measure_engine_speed,
     not_run,
-    speedups,
 )
 from nbl_export.verify.speed import race as race_module
-from nbl_export.verify.speed.candidates import CUDA, TIMED_STEPS, EngineContender, OrtEntrant, TorchContender
+from nbl_export.verify.speed.candidates import (
+    CUDA,
+    DECODE_STEPS,
+    TIMED_STEPS,
+    Candidate,
+    EnginePrompt,
+    OrtGraph,
+    TorchPrompt,
+    decode_seconds,
+)
 from nbl_export.verify.speed.race import Rounds, race
+from nbl_export.verify.speed.values import Result, Speed
 from tests.runtime.fake_tensorrt import FakeEngine, Graphs, graphs_of, loaded_engine, manifest_of
 
 L4 = Gpu("NVIDIA L4", "8.9")
@@ -80,7 +91,7 @@ def test_what_was_not_run_is_never_called_passed(graphs: Graphs) -> None:
 
 
 class Scripted:
-    """A contender whose every call takes the next of its seconds on a clock of the test's own."""
+    """A candidate whose every call takes the next of its seconds on a clock of the test's own."""
 
     def __init__(
         self, name: str, clock: list[float], log: list[str], seconds: Callable[[int], float]
@@ -95,6 +106,9 @@ class Scripted:
         self.calls += 1
         self._clock[0] += seconds
         self.times[what].append(seconds)
+
+    def rewind(self) -> None:
+        self._log.append(f"{self.name} rewind")
 
     def memory_bytes(self) -> int:
         return 1000 + len(self.name)
@@ -116,50 +130,65 @@ def quantile(values: Sequence[float], q: float) -> float:
     return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
+def timed(speed: Speed) -> dict[tuple[str, int, str], Result]:
+    """By name, context and phase."""
+    return {(r.name, c.context, c.phase): r for c in speed.cells for r in c.results}
+
+
+def speedups(speed: Speed) -> list[tuple[int, str, float]]:
+    return [(cell.context, cell.phase, over.value) for cell, _, over in speed.speedups()]
+
+
 def test_a_race_by_hand(clock: list[float]) -> None:
     log: list[str] = []
     numbers = np.random.default_rng(3).uniform(1e-3, 9e-3, 1000)
-    # The warm-up takes a thousand times as long, which nothing may show.
-    seconds = [
-        lambda n, o=o: float(numbers[n + o]) * (1000 if n <= TIMED_STEPS else 1) for o in (0, 300, 600)
+    # The warm-up of each phase takes a thousand times as long, which nothing may show, nor the step that is not timed.
+    steps = TIMED_STEPS
+    warm = {0, *range(5, 5 + steps), *range(5, 5 + 5 * steps, steps)}
+    seconds = [lambda n, o=o: float(numbers[n + o]) * (1000 if n in warm else 1) for o in (0, 300, 600)]
+    prompts = {n: Scripted(n, clock, log, s) for n, s in zip("abc", seconds, strict=True)}
+    candidates = [Candidate(n, lambda *_, c=c: c) for n, c in prompts.items()]
+    speed = measure_engine_speed(L4, candidates, (64,), 4)
+    turns = [f"{t} prefill" for t in "abc" * 5]
+    turns += [line for t in "abc" * 5 for line in (f"{t} rewind", *[f"{t} step"] * steps)]
+    assert log == turns
+    assert [(c.phase, c.context) for c in speed.cells] == [("prefill", 64), ("decode", 64)]
+    for cell in speed.cells:
+        assert [r.name for r in cell.results] == ["a", "b", "c"]
+    for name, prompt in prompts.items():
+        prefill = prompt.times["prefill"][1:]
+        rounds = [prompt.times["step"][n * steps + 1 : (n + 1) * steps] for n in range(1, 5)]
+        step = [s for one in rounds for s in one]
+        assert len(prefill) == 4 and len(step) == 4 * (steps - 1)
+        first, later = (timed(speed)[name, 64, phase] for phase in ("prefill", "decode"))
+        rounded = functools.partial(pytest.approx, abs=1e-4)
+        assert first.timing.median_ms == rounded(1e3 * (sorted(prefill)[1] + sorted(prefill)[2]) / 2)
+        assert first.timing.p99_ms == rounded(1e3 * quantile(prefill, 0.99))
+        assert later.timing.median_ms == rounded(1e3 * quantile([sum(r) / len(r) for r in rounds], 0.5))
+        assert later.timing.p99_ms == rounded(1e3 * quantile(step, 0.99))
+        assert later.tokens_per_second == pytest.approx(1e3 / later.timing.median_ms)
+        assert first.tokens_per_second == pytest.approx(64e3 / first.timing.median_ms)
+        assert first.cache_bytes == later.cache_bytes == 1001
+
+
+def test_speedups_by_hand(clock: list[float]) -> None:
+    """Of the linearized engine over the base engine, where both took part; other pairs stand in the table."""
+
+    def lasting(name: str, *seconds: float) -> Callable[[int, int], Any]:
+        by_context = dict(zip((64, 128, 512), seconds, strict=False))
+        return lambda context, _: Scripted(name, clock, [], lambda n: by_context[context])
+
+    candidates = [
+        Candidate("base engine", lasting("base engine", 3.0, 3.0, 10.0)),
+        Candidate("linearized engine", lasting("linearized engine", 6.0), "base engine"),
+        Candidate("onnxruntime CUDA, base", lasting("o", 1.0, 1.0, 1.0)),
+        Candidate("onnxruntime CUDA, linearized", lasting("p", 0.5, 0.5, 4.0), "onnxruntime CUDA, base"),
     ]
-    contenders = {n: Scripted(n, clock, log, s) for n, s in zip("abc", seconds, strict=True)}
-    speed = measure_engine_speed(L4, {n: lambda *_, c=c: c for n, c in contenders.items()}, (64,), 4)
-    assert log == [line for t in "abc" * 5 for line in (f"{t} prefill", *[f"{t} step"] * TIMED_STEPS)]
-    found = speed.latencies
-    assert [x.name for x in found] == ["a", "b", "c"] and {x.context for x in found} == {64}
-    for contender, latency in zip(contenders.values(), found, strict=True):
-        prefill, step = contender.times["prefill"][1:], contender.times["step"][TIMED_STEPS:]
-        assert len(prefill) == 4 and len(step) == 4 * TIMED_STEPS
-        assert latency.prefill_ms == pytest.approx(1e3 * (sorted(prefill)[1] + sorted(prefill)[2]) / 2)
-        assert latency.prefill_p99_ms == pytest.approx(1e3 * quantile(prefill, 0.99))
-        assert latency.decode_ms == pytest.approx(1e3 * quantile(step, 0.5))
-        assert latency.decode_p99_ms == pytest.approx(1e3 * quantile(step, 0.99))
-        assert latency.tokens_per_second == pytest.approx(1 / quantile(step, 0.5))
-        assert latency.memory_bytes == 1001
-
-
-def latency(name: str, context: int, prefill: float, decode: float) -> Latency:
-    return Latency(name, context, prefill, 99.0, decode, 99.0, 1e3 / decode, 0)
-
-
-def test_speedups_by_hand() -> None:
-    found = speedups(
-        [
-            latency("new", 512, 4.0, 0.5),
-            latency("old", 512, 10.0, 0.75),
-            latency("other", 512, 1.0, 1.0),
-            latency("old", 64, 3.0, 0.2),
-            latency("new", 64, 6.0, 0.1),
-            latency("old", 128, 3.0, 0.2),  # the other could not take part
-        ],
-        "old",
-        "new",
-    )
-    assert found == (
-        {"context": 64.0, "prefill": 0.5, "decode": 2.0},
-        {"context": 512.0, "prefill": 2.5, "decode": 1.5},
-    )
+    speed = measure_engine_speed(L4, candidates, (512, 64), 6)
+    assert speedups(speed) == [(64, "prefill", 0.5), (64, "decode", pytest.approx(0.5))]
+    over = timed(speed)["onnxruntime CUDA, linearized", 512, "decode"].over_base
+    assert over and over.value == pytest.approx(0.25) and over.resolved
+    assert timed(speed)["base engine", 64, "prefill"].linearized_over.value == 0.5  # type: ignore[union-attr]
 
 
 def raising(error: Exception) -> Callable[[int, int], Any]:
@@ -181,26 +210,41 @@ def raising(error: Exception) -> Callable[[int, int], Any]:
 )
 def test_who_cannot_take_part_is_left_out_with_the_reason(clock: list[float], error: Exception) -> None:
     log: list[str] = []
-    entrants: dict[str, Callable[[int, int], Any]] = {
-        "onnxruntime CUDA, base": raising(error),
-        "base engine": lambda *_: Scripted("base engine", clock, log, lambda n: 0.004),
-        "linearized engine": lambda *_: Scripted("linearized engine", clock, log, lambda n: 0.001),
-    }
-    speed = measure_engine_speed(L4, entrants, (8, 32), 3)
-    assert list(speed.absent) == ["onnxruntime CUDA, base"]
-    reason = speed.absent["onnxruntime CUDA, base"]
-    assert reason and "\n" not in reason and str(error).partition("\n")[0] in reason
-    assert [(x.name, x.context) for x in speed.latencies] == [
-        (name, context) for context in (8, 32) for name in ("base engine", "linearized engine")
+    candidates = [
+        Candidate("onnxruntime CUDA, base", raising(error)),
+        Candidate("base engine", lambda *_: Scripted("base engine", clock, log, lambda n: 0.004)),
+        Candidate(
+            "linearized engine",
+            lambda *_: Scripted("linearized engine", clock, log, lambda n: 0.001),
+            "base engine",
+        ),
     ]
-    assert [s["context"] for s in speed.speedups] == [8, 32]
-    assert all(s["prefill"] == s["decode"] == pytest.approx(4) for s in speed.speedups)
-    assert (speed.gpu, speed.compute_capability, speed.rounds) == ("NVIDIA L4", "8.9", 3)
-    table = engine_speed_table(speed.as_json())
-    assert len(table.rows) == 4 and "32 tokens 4.00× prefill, 4.00× decode" in str(table.note)
+    speed = measure_engine_speed(L4, candidates, (8, 32), 3)
+    assert [name for name, _ in speed.absent()] == ["onnxruntime CUDA, base"]
+    ((_, reason),) = speed.absent()
+    assert reason and "\n" not in reason and str(error).partition("\n")[0] in reason
+    assert list(timed(speed)) == [
+        (name, context, phase)
+        for context in (8, 32)
+        for phase in ("prefill", "decode")
+        for name in ("base engine", "linearized engine")
+    ]
+    found = speedups(speed)
+    assert [(context, phase) for context, phase, _ in found] == [
+        (c, p) for c in (8, 32) for p in ("prefill", "decode")
+    ]
+    assert all(value == pytest.approx(4) for _, _, value in found)
+    assert (speed.machine.device, speed.machine.compute_capability) == ("NVIDIA L4", "8.9")
+    assert speed.rounds == 3 and speed.machine.roofline is None
+    (table,) = speed_tables(ENGINES, speed)
+    assert table.title == "Speed on NVIDIA L4, batch 1" and len(table.rows) == 8
+    assert ("prefill 32", "linearized engine", "4.00×") in [(*row[:2], row[5]) for row in table.rows]
+    assert (
+        "p99" in table.columns and "onnxruntime CUDA, base in prefill 8, decode 8, prefill 32" in table.note
+    )
 
 
-@pytest.mark.parametrize("at", [0, 1, TIMED_STEPS + 4], ids=["prefill", "step", "later round"])
+@pytest.mark.parametrize("at", [0, 7, 7 + TIMED_STEPS + 4], ids=["prefill", "step", "later round"])
 def test_who_finds_no_room_while_running_is_left_out_too(clock: list[float], at: int) -> None:
     """An engine allocates its cache in the first prefill, eager PyTorch its activations."""
 
@@ -210,23 +254,35 @@ def test_who_finds_no_room_while_running_is_left_out_too(clock: list[float], at:
         return 0.5
 
     log: list[str] = []
-    entrants: dict[str, Callable[[int, int], Any]] = {
+    makes: dict[str, Callable[[int, int], Any]] = {
         "base engine": lambda *_: Scripted("base engine", clock, [], lambda n: 0.004),
         "linearized engine": lambda c, _: Scripted(
             "linearized engine", clock, [], full if c == 8 else lambda n: 1
         ),
         "another": lambda *_: Scripted("another", clock, log, lambda n: 0.002),
     }
-    speed = measure_engine_speed(L4, entrants, (8, 16), 3)
-    found = {(x.name, x.context): x for x in speed.latencies}
-    assert found.keys() == {(name, c) for name in entrants for c in (8, 16)} - {("linearized engine", 8)}
-    assert speed.absent == {"linearized engine": "CUDA out of memory."}
-    assert [s["context"] for s in speed.speedups] == [16] and log.count("another prefill") == 2 * 4
+    bases = {"linearized engine": "base engine"}
+    candidates = [Candidate(name, make, bases.get(name)) for name, make in makes.items()]
+    speed = measure_engine_speed(L4, candidates, (8, 16), 6)
+    found = timed(speed)
+    phases = ("prefill", "decode") if at == 0 else ("decode",)
+    everyone = {(name, c, phase) for name in makes for c in (8, 16) for phase in ("prefill", "decode")}
+    assert found.keys() == everyone - {("linearized engine", 8, phase) for phase in phases}
+    assert list(speed.absent()) == [("linearized engine", "CUDA out of memory.")]
+    assert [c for c, phase, _ in speedups(speed) if phase == "decode"] == [16]
+    assert log.count("another prefill") == 2 * 7 and log.count("another rewind") == 2 * 7
     for context in (8, 16):
-        assert found["base engine", context].decode_ms == pytest.approx(4)
-        assert found["another", context].prefill_p99_ms == pytest.approx(2)
+        assert found["base engine", context, "decode"].timing.median_ms == pytest.approx(4)
+        assert found["another", context, "prefill"].timing.p99_ms == pytest.approx(2)
     with pytest.raises(torch.OutOfMemoryError):
-        race({"linearized engine": entrants["linearized engine"](8, 1)}, laps, Rounds(3, 3), lambda _: None)
+        prompt = makes["linearized engine"](8, 1)
+        race({"linearized engine": prompt}, _both, Rounds(3, 3), lambda _: None)
+
+
+def _both(prompt: Any) -> None:
+    prompt.prefill()
+    for _ in range(TIMED_STEPS):
+        prompt.step()
 
 
 def test_a_cache_that_numpy_cannot_hold_leaves_onnxruntime_out(
@@ -239,11 +295,11 @@ def test_a_cache_that_numpy_cannot_hold_leaves_onnxruntime_out(
         value.type = value.type.replace("float", "bfloat16")
     fake = types.SimpleNamespace(get_inputs=lambda: bf16, get_modelmeta=real.get_modelmeta)
     monkeypatch.setattr(ort_module, "session", lambda *_, **__: fake)
-    speed = measure_engine_speed(L4, {"ort": OrtEntrant(graphs("static"))}, (8,), 3)
-    assert not speed.latencies and "bfloat16" in speed.absent["ort"]
+    speed = measure_engine_speed(L4, [Candidate("ort", OrtGraph(graphs("static")))], (8,), 3)
+    assert not timed(speed) and all("bfloat16" in cell.absent["ort"] for cell in speed.cells)
 
 
-# contenders on the CPU ---------------------------------------------------------------------------
+# candidates on the CPU ---------------------------------------------------------------------------
 
 
 def cached(model: Any, tokens: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -256,23 +312,24 @@ def cached(model: Any, tokens: Sequence[int]) -> list[tuple[np.ndarray, np.ndarr
 @pytest.mark.parametrize("form", ["static", "concat"])
 def test_an_engine_really_fills_its_cache_and_advances(graphs: Graphs, form: str) -> None:
     stream = EngineStream(loaded_engine(graphs(form), ROOM))
-    contender = EngineContender(stream, 12)
+    prompt = EnginePrompt(stream, 12)
     for steps in (TIMED_STEPS, 3):  # to the end of the context, and anew from an empty cache
-        contender.prefill()
+        prompt.prefill()
         for _ in range(steps):
-            contender.step()
+            prompt.step()
         pairs, real = stream.cache()
         assert real.sum() == 12 + steps
         for pair, expected in zip(pairs, cached(graphs.model, [*range(12), *[1] * steps]), strict=True):
             for side, wanted in zip(pair, expected, strict=True):
                 np.testing.assert_allclose(side[0][:, real[0]], wanted, rtol=0, atol=1e-4)
-    assert contender.memory_bytes() == stream.cache_bytes + 2 * FakeEngine.device_memory_size_v2
+    assert prompt.memory_bytes() == stream.cache_bytes + 2 * FakeEngine.device_memory_size_v2
 
 
 def test_no_timed_step_records_a_graph(graphs: Graphs) -> None:
     """Recording takes far longer than a step: it belongs to the warm-up, or the 99th percentile is its time."""
     loaded = loaded_engine(graphs("static"), ROOM)
-    race({"base engine": EngineContender(EngineStream(loaded), 12)}, laps, Rounds(3, 3), lambda _: None)
+    prompt = EnginePrompt(EngineStream(loaded), 12)
+    race({"base engine": prompt}, decode_seconds, Rounds(3, 3), lambda _: None)
     events = loaded.device.events  # type: ignore[attr-defined]
     assert events.count("replay") > 0
     second = [i for i, event in enumerate(events) if event == ("run", "prefill")][1]
@@ -280,37 +337,44 @@ def test_no_timed_step_records_a_graph(graphs: Graphs) -> None:
     assert ("capture", "decode") not in events[second:]
 
 
+def test_a_round_of_decode_is_some_steps_after_the_prompt(clock: list[float]) -> None:
+    log: list[str] = []
+    prompt: Any = Scripted("it", clock, log, lambda n: float(n))
+    assert decode_seconds(prompt) == pytest.approx(tuple(range(1, 1 + DECODE_STEPS)))
+    assert log == ["it rewind", *["it step"] * (1 + DECODE_STEPS)]
+
+
 def test_pytorch_begins_anew_and_advances(stories_model: Any) -> None:
     stories_model.set_attn_implementation("sdpa")
-    contender = TorchContender(stories_model, 12)
+    prompt = TorchPrompt(stories_model, 12)
     for steps in (5, 2):
-        contender.prefill()
+        prompt.prefill()
         for _ in range(steps):
-            contender.step()
+            prompt.step()
         expected = cached(stories_model, [*range(12), *[0] * steps])
-        for layer, (keys, values) in zip(contender._cache.layers, expected, strict=True):
+        for layer, (keys, values) in zip(prompt._cache.layers, expected, strict=True):
             np.testing.assert_allclose(layer.keys[0].numpy(), keys, rtol=0, atol=1e-4)
             np.testing.assert_allclose(layer.values[0].numpy(), values, rtol=0, atol=1e-4)
-        assert contender.memory_bytes() == 2 * 5 * 4 * (12 + steps) * 8 * 4
+        assert prompt.memory_bytes() == 2 * 5 * 4 * (12 + steps) * 8 * 4
 
 
 @pytest.mark.parametrize("form", ["static", "concat"])
 @pytest.mark.parametrize(("precision", "size"), [("fp32", 4), ("fp16", 2)])
 def test_onnxruntime_fills_its_cache(graphs: Graphs, form: str, precision: str, size: int) -> None:
-    contender = OrtEntrant(graphs(form, precision, (0, 3)))(12)
-    contender.prefill()
+    prompt = OrtGraph(graphs(form, precision, (0, 3)))(12)
+    prompt.prefill()
     for _ in range(3):
-        contender.step()
+        prompt.step()
     places = 12 + TIMED_STEPS if form == "static" else 12
-    assert contender.memory_bytes() == 2 * 3 * 4 * places * 8 * size
-    filled = contender.past["past_key_values.2.key"].numpy()
+    assert prompt.memory_bytes() == 2 * 3 * 4 * places * 8 * size
+    filled = prompt.past["past_key_values.2.key"].numpy()
     assert filled.shape == (1, 4, places, 8) and filled.dtype.itemsize == size
     assert np.abs(filled[0, :, :12]).min(axis=(0, 2)).max() > 0
 
 
 def test_a_missing_provider_is_named(graphs: Graphs) -> None:
     with pytest.raises(NblError, match=r"^onnxruntime has no CUDAExecutionProvider here$"):
-        OrtEntrant(graphs("static"), CUDA)(12)
+        OrtGraph(graphs("static"), CUDA)(12)
 
 
 def test_who_takes_part_on_a_gpu(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,22 +387,35 @@ def test_who_takes_part_on_a_gpu(graphs: Graphs, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(module, "in_precision", in_precision)
     paths = {"base": graphs("static"), "linearized": graphs("static", "fp32", (0, 3))}
     streams = {role: EngineStream(loaded_engine(path, ROOM)) for role, path in paths.items()}
-    entrants = gpu_entrants(graphs.model, streams, paths, "fp16")
-    assert list(entrants) == [
-        "base engine",
-        "linearized engine",
-        "onnxruntime CUDA, base",
-        "onnxruntime CUDA, linearized",
-        "PyTorch eager, base",
-    ]
+    manifest = types.SimpleNamespace(precision="fp16", limits=Limits(4, 12, 28))
+    case: Any = types.SimpleNamespace(
+        model=graphs.model,
+        graphs=paths,
+        engines=(types.SimpleNamespace(manifest=manifest),),
+        settings=VerifySettings(rounds=3),
+        listener=Silent(),
+    )
+    running = RunningEngines(case, L4, streams)
+    candidates = {c.name: c for c in gpu_candidates(running)}
+    assert {name: c.base for name, c in candidates.items()} == {
+        "base engine": None,
+        "linearized engine": "base engine",
+        "onnxruntime CUDA, base": None,
+        "onnxruntime CUDA, linearized": "onnxruntime CUDA, base",
+        "PyTorch eager, base": None,
+    }
     assert copies == []
-    made = [entrants["PyTorch eager, base"](context) for context in (8, 12)]
-    assert copies == [("float16", "cuda")] and all(isinstance(m, TorchContender) for m in made)
+    made = [candidates["PyTorch eager, base"].make(context, 1) for context in (8, 12)]
+    assert copies == [("float16", "cuda")] and all(isinstance(m, TorchPrompt) for m in made)
     for role, stream in streams.items():
-        contender = entrants[f"{role} engine"](8)
-        contender.prefill()
+        prompt = candidates[f"{role} engine"].make(8, 1)
+        prompt.prefill()
         assert stream.cache()[1].sum() == 8
     # Whoever is made says the name it was entered under; the speedups go by it.
-    speed = measure_engine_speed(L4, entrants, (8,), 3)
-    assert {x.name for x in speed.latencies} | set(speed.absent) == set(entrants)
-    assert [s["context"] for s in speed.speedups] == [8]
+    found = engine_speed(running, (8, 13))
+    speed, notes = found.section, found.notes
+    assert speed is not None
+    assert {name for name, _, _ in timed(speed)} | {n for n, _ in speed.absent()} == set(candidates)
+    assert [(c, p) for c, p, _ in speedups(speed)] == [(8, "prefill"), (8, "decode")]
+    assert notes[0].startswith("The engines are not timed at 13 tokens: they are built for a prefill of 12")
+    assert notes[1].startswith("Not timed on the GPU: onnxruntime CUDA, base: ")

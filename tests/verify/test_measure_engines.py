@@ -34,6 +34,7 @@ from nbl_export.verify.case import DecoderCase
 from nbl_export.verify.decoder import measure_decoder
 from nbl_export.verify.measurement import Measurement
 from nbl_export.verify.parity.figures import DecoderParity, Gates, Parity, StepParity, gates_for
+from nbl_export.verify.speed.candidates import TIMED_STEPS
 from nbl_export.workspace import Workspace
 from tests.fixtures_graph import external_entry, plan_by_hand
 from tests.runtime.fake_tensorrt import Graphs, engine_file, graphs_of, loaded_engine, manifest_of
@@ -298,15 +299,16 @@ def test_speed_of_everyone_at_the_contexts_that_the_engines_hold(on_gpu: Measure
     settings = replace(PARITY, speed=True, contexts=(8, 64, 65), rounds=3)
     result = on_gpu("static", "fp16", settings, limits)
     assert result.engine_speed is not None
-    ran = [(x["name"], x["context"]) for x in result.engine_speed["latencies"]]
+    speed = result.engine_speed
+    ran = [(r.name, c.context) for c in speed.cells for r in c.results if c.phase == "decode"]
     names = ["base engine", "linearized engine", "PyTorch eager, base"]
     assert ran == [(name, context) for context in (8, 64) for name in names]
-    assert [s["context"] for s in result.engine_speed["speedups"]] == [8, 64]
-    assert result.engine_speed["gpu"] == "NVIDIA L4"
+    assert [cell.context for cell, _, _ in speed.speedups()] == [8, 8, 64, 64]
+    assert speed.machine.device == "NVIDIA L4"
     for graph in ("base", "linearized"):
-        why = "onnxruntime has no CUDAExecutionProvider here"
-        assert result.engine_speed["absent"][f"onnxruntime CUDA, {graph}"] == why
-        assert f"Not timed on the GPU: onnxruntime CUDA, {graph}: {why}." in result.notes
+        name, why = f"onnxruntime CUDA, {graph}", "onnxruntime has no CUDAExecutionProvider here"
+        assert all(cell.absent[name] == why for cell in speed.cells)
+        assert result.notes.count(f"Not timed on the GPU: {name}: {why}.") == 1
 
 
 @pytest.mark.usefixtures("eager_on_cpu")
@@ -315,10 +317,10 @@ def test_speed_of_an_engine_too_short_for_every_context(on_gpu: Measure, limits:
     """The timed steps must fit behind the prompt; where even that cannot be, nothing is timed."""
     result = on_gpu("static", "fp16", replace(PARITY, speed=True, contexts=(128, 512), rounds=3), limits)
     assert checks(result)["engine parity"].status == "passed"
-    latencies = result.engine_speed["latencies"] if result.engine_speed else []
-    assert all(1 <= x["context"] <= limits.max_context - module.TIMED_STEPS for x in latencies)
-    assert latencies or limits.max_context <= module.TIMED_STEPS
-    assert result.engine_speed is None or "base engine" not in result.engine_speed["absent"]
+    cells = [c for c in result.engine_speed.cells if c.results] if result.engine_speed else []
+    assert all(1 <= c.context <= limits.max_context - TIMED_STEPS for c in cells)
+    assert cells or limits.max_context <= TIMED_STEPS
+    assert result.engine_speed is None or not any("base engine" in c.absent for c in cells)
 
 
 # half precision ----------------------------------------------------------------------------------

@@ -2,49 +2,69 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from nbl_export.graph.cache import kv_bytes_per_token
+from nbl_export.graph.io import load_graph
+from nbl_export.records import from_json, to_json
 from nbl_export.report.page import numeric_columns
-from nbl_export.report.speed import speed_tables
+from nbl_export.report.speed import VERIFIED, speed_tables
 from nbl_export.runtime.ort import OrtDecoder
 from nbl_export.runtime.prompts import OrtPrompt, timed_row
-from nbl_export.verify.speed import pair as speed_module
+from nbl_export.verify.speed import harness as harness_module
 from nbl_export.verify.speed.ceiling import graph_cost
 from nbl_export.verify.speed.checks import speed_check
-from nbl_export.verify.speed.pair import explained, measure_speed
-from nbl_export.verify.speed.profile import Explanation
+from nbl_export.verify.speed.pair import Pair, explained, measure_speed, phases_of
+from nbl_export.verify.speed.values import Explanation, Speed
 
 
-def test_structure_of_a_measurement(stories_out: Path) -> None:
-    base, linear = stories_out / "baseline" / "model.onnx", stories_out / "model.onnx"
-    speed = measure_speed(base, linear, (8, 20), 3)
-    assert speed.rounds == 3 and speed.provider == "CPUExecutionProvider"
-    assert [(c.phase, c.context) for c in speed.cells] == [
-        ("prefill", 8),
-        ("decode", 8),
-        ("prefill", 20),
-        ("decode", 20),
+@pytest.fixture
+def pair(stories_out: Path) -> Pair:
+    return Pair(stories_out / "baseline" / "model.onnx", stories_out / "model.onnx")
+
+
+def test_structure_of_a_measurement(pair: Pair) -> None:
+    speed = measure_speed(pair, (8, 20), 3)
+    assert speed.rounds == 3 and speed.machine.device == "CPUExecutionProvider" and speed.machine.threads
+    assert [(c.phase, c.batch, c.context) for c in speed.cells] == [
+        ("prefill", 1, 8),
+        ("decode", 1, 8),
+        ("prefill", 1, 20),
+        ("decode", 1, 20),
     ]
-    assert (speed.base_cost, speed.linearized_cost) == (graph_cost(base), graph_cost(linear))
-    for cell in speed.cells:
-        for timing in (cell.base, cell.linearized):
-            assert 0 < timing.low_ms <= timing.median_ms <= timing.high_ms
-        assert 0 < cell.speedup_low <= cell.speedup <= cell.speedup_high
-        assert cell.speedup_least <= cell.speedup <= cell.speedup_most
-        if cell.resolved:
-            assert cell.speedup_least > 1 or cell.speedup_most < 1
-        assert 3 <= cell.rounds <= 9 and (cell.resolved or cell.rounds == 9)
-        times = [
-            speed.roofline.seconds(c.work(cell.phase, cell.context))
-            for c in (speed.base_cost, speed.linearized_cost)
-        ]
-        assert cell.ceiling == times[0] / times[1] > 1
-    raw = speed.as_json()
+    costs = graph_cost(pair.base), graph_cost(pair.linearized)
+    assert [(c.name, c.base, c.cost) for c in speed.candidates] == [
+        ("base", None, costs[0]),
+        ("linearized", "base", costs[1]),
+    ]
+    assert len(speed.speedups()) == 4 and speed.machine.roofline is not None
+    for cell, result, over in speed.speedups():
+        for one in cell.results:
+            assert 0 < one.timing.low_ms <= one.timing.median_ms <= one.timing.high_ms
+        assert 0 < over.low <= over.value <= over.high
+        assert over.least <= over.value <= over.most
+        if over.resolved:
+            assert over.least > 1 or over.most < 1
+        # Fewer than six rounds never resolve anything.
+        assert 6 <= result.rounds <= 9 and (over.resolved or result.rounds == 9)
+        times = [speed.machine.roofline.seconds(c.work(cell.phase, cell.context)) for c in costs]
+        assert result.ceiling == times[0] / times[1] > 1
+    raw = to_json(speed)
     assert len(raw["cells"]) == 4 and raw["cells"][1]["phase"] == "decode"
+    assert from_json(Speed, raw, "it", "do it again") == speed
+
+
+def test_without_a_cache_there_is_no_decode(pair: Pair) -> None:
+    cost = graph_cost(pair.base)
+    assert cost.kv_bytes_per_token == kv_bytes_per_token(load_graph(pair.base)) > 0
+    assert phases_of(cost) == ("prefill", "decode")
+    assert phases_of(replace(cost, kv_bytes_per_token=0)) == ("prefill",)
 
 
 @pytest.mark.parametrize("context", [2, 8])
@@ -76,62 +96,79 @@ def test_decode_reads_a_really_filled_cache(stories_out: Path, context: int) -> 
     prompt.step()
 
 
-def test_a_cell_by_hand() -> None:
-    found = speed_module.cell("decode", 16, [0.004, 0.006, 0.008], [0.002, 0.002, 0.002], 2.5)
-    assert (found.base.median_ms, found.base.low_ms, found.base.high_ms) == (6, 5, 7)
-    assert found.linearized.median_ms == 2
-    # The ratios are 2, 3 and 4.
-    assert (found.speedup_low, found.speedup, found.speedup_high) == pytest.approx((2.5, 3, 3.5))
-    assert (found.speedup_least, found.speedup_most) == pytest.approx((2, 4))
-    assert found.resolved and found.ceiling == 2.5 and found.rounds == 3
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Have rounds take so many seconds."""
+
+    def script(prefill: Callable[[Any], float], decode: Callable[[Any], float]) -> None:
+        monkeypatch.setattr(harness_module, "prefill_seconds", lambda prompt: (prefill(prompt),))
+        monkeypatch.setattr(harness_module, "decode_seconds", lambda prompt, _steps: (decode(prompt),))
+
+    return script
 
 
-def test_rounds_are_added_where_nothing_can_be_said(
-    monkeypatch: pytest.MonkeyPatch, stories_out: Path
-) -> None:
-    base, linear = stories_out / "baseline" / "model.onnx", stories_out / "model.onnx"
+def is_base(prompt: Any) -> bool:
+    """Of stories260K with two linear layers."""
+    return len(prompt.model.past_names) > 6
+
+
+def test_a_cell_by_hand(pair: Pair, scripted: Callable[..., None]) -> None:
+    seconds = iter([0.0, *(0.004, 0.006, 0.008) * 2])
+    scripted(lambda _: 1.0, lambda p: next(seconds) if is_base(p) else 0.002)
+    cell = measure_speed(pair, (16,), 6).cells[1]
+    base, linearized = cell.results
+    assert (base.timing.median_ms, base.timing.low_ms, base.timing.high_ms) == (6, 4.5, 7.5)
+    assert linearized.timing.median_ms == 2
+    # The ratios are 2, 3 and 4, each twice.
+    found = linearized.over_base
+    assert found and (found.low, found.value, found.high) == pytest.approx((2.25, 3, 3.75))
+    assert (found.least, found.most) == pytest.approx((2, 4))
+    assert found.resolved and linearized.rounds == 6
+    assert base.linearized_over == found and base.over_base is None
+
+
+def test_rounds_are_added_where_nothing_can_be_said(pair: Pair, scripted: Callable[..., None]) -> None:
     calls = iter(range(100))
     # Base and linearized in turn: as fast as each other, now the one and now the other a little faster.
-    monkeypatch.setattr(speed_module, "prefill_seconds", lambda _: (1.0, 1.1, 1.1, 1.0)[next(calls) % 4])
-    monkeypatch.setattr(speed_module, "decode_seconds", lambda c: 1.0 + (len(c.model.past_names) > 6) * 0.5)
-    prefill, decode = measure_speed(base, linear, (8,), 3).cells
-    assert (prefill.rounds, prefill.resolved) == (9, False)
-    assert (decode.rounds, decode.resolved, decode.speedup) == (3, True, 1.5)
+    scripted(lambda _: (1.0, 1.1, 1.1, 1.0)[next(calls) % 4], lambda p: 1.0 + is_base(p) * 0.5)
+    (_, prefill, a), (_, decode, b) = measure_speed(pair, (8,), 3).speedups()
+    assert (prefill.rounds, a.resolved) == (9, False)
+    assert (decode.rounds, b.resolved, b.value) == (6, True, 1.5)
 
 
-def test_what_is_above_its_ceiling_for_sure_is_explained(
-    monkeypatch: pytest.MonkeyPatch, stories_out: Path
-) -> None:
-    base, linear = stories_out / "baseline" / "model.onnx", stories_out / "model.onnx"
-    monkeypatch.setattr(speed_module, "prefill_seconds", lambda _: 1.0)
-    monkeypatch.setattr(speed_module, "decode_seconds", lambda c: 2.0 if len(c.model.past_names) > 6 else 0.1)
-    speed = measure_speed(base, linear, (8,), 3)
-    prefill, decode = explained(speed, base, linear).cells
-    assert prefill == speed.cells[0] and prefill.explanation is None
-    found = decode.explanation
+def test_what_is_above_its_ceiling_for_sure_is_explained(pair: Pair, scripted: Callable[..., None]) -> None:
+    scripted(lambda _: 1.0, lambda p: 2.0 if is_base(p) else 0.1)
+    speed = measure_speed(pair, (8,), 3)
+    prefill, decode = explained(speed, pair).cells
+    assert prefill == speed.cells[0] and all(r.explanation is None for r in prefill.results)
+    base, linearized = decode.results
+    found = linearized.explanation
     assert found and found.base_nodes > found.linearized_nodes and found.by_operator_ms
-    assert (found.saved_ms, decode.base.median_ms) == (pytest.approx(1900), 2000)
-    assert found.excess_ms == pytest.approx(2000 / decode.ceiling - 100)
+    assert (found.saved_ms, base.timing.median_ms) == (pytest.approx(1900), 2000)
+    assert linearized.ceiling and found.excess_ms == pytest.approx(2000 / linearized.ceiling - 100)
+    assert base.explanation is None
 
 
-def test_a_suspect_cell_leaves_the_check_open(stories_out: Path) -> None:
-    base, linear = stories_out / "baseline" / "model.onnx", stories_out / "model.onnx"
-    speed = measure_speed(base, linear, (8,), 3)
+def test_a_suspect_cell_leaves_the_check_open(pair: Pair) -> None:
+    speed = measure_speed(pair, (8,), 3)
+
+    def reasoned(prefill: Explanation | None, decode: Explanation | None) -> Speed:
+        cells = [
+            replace(c, results=(c.results[0], replace(c.results[1], explanation=e)))
+            for c, e in zip(speed.cells, (prefill, decode), strict=True)
+        ]
+        return replace(speed, cells=tuple(cells))
+
     good = Explanation(9, 8, {"Add": 1.0}, 3.0, 1.0, 3.0, False)
-    raw = {**speed.as_json(), "cells": [asdict(replace(c, explanation=good)) for c in speed.cells]}
-    assert speed_check(raw).status == "passed"
-    table, why = speed_tables(raw)
-    assert not any("suspect" in row[-1] for row in table.rows) and len(why.rows) == 2
+    assert speed_check(reasoned(good, good)).status == "passed"
+    table, why = speed_tables(VERIFIED, reasoned(good, good))
+    assert not any("suspect" in cell for row in table.rows for cell in row) and len(why.rows) == 2
     bad = replace(good, gone_ms=1.0, suspect=True)
-    raw["cells"] = [asdict(replace(c, explanation=bad if c.phase == "decode" else None)) for c in speed.cells]
-    check = speed_check(raw)
+    check = speed_check(reasoned(None, bad))
     assert check.status == "skipped" and check.detail.startswith(
         "decode 8, linearized: 3.00 ms saved at least"
     )
-    (table,) = speed_tables(raw, brief=True)
-    assert [row[-1].endswith("× suspect") for row in table.rows] == [False, True]
-    assert numeric_columns(table) >= {5}
-    # A report of an earlier version knows of no reasons.
-    for cell in raw["cells"]:
-        del cell["explanation"]
-    assert speed_check(raw).status == "passed" and len(speed_tables(raw)) == 1
+    (table,) = speed_tables(VERIFIED, reasoned(None, bad), brief=True)
+    assert [row[-1].endswith("× suspect") for row in table.rows] == [False, False, False, True]
+    assert table.columns[-1] == "ceiling" and numeric_columns(table) >= {5}
+    assert speed_check(speed).status == "passed" and len(speed_tables(VERIFIED, speed)) == 1

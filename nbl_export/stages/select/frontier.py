@@ -60,15 +60,16 @@ class SpeedMeter:
 
     def __call__(self, k: int) -> Speedups:
         from nbl_export.rewrite.replace import rewrite_file
-        from nbl_export.verify.speed.pair import measure_speed
+        from nbl_export.verify.speed.pair import Pair, measure_speed
 
         if k not in self.found:
             plan = replace(self._plan, layers=self._layers(k))
             with tempfile.TemporaryDirectory(dir=self._ws.nbl, prefix=f".k{k}.", suffix=".nbl.tmp") as folder:
                 graph = Path(folder) / self._ws.model.name
                 rewrite_file(self._ws.baseline, plan, graph, listener=self._listener)
-                speed = measure_speed(self._ws.baseline, graph, [self.context], ROUNDS, self._listener)
-            by_phase = {cell.phase: cell.speedup for cell in speed.cells}
+                pair = Pair(self._ws.baseline, graph)
+                speed = measure_speed(pair, [self.context], ROUNDS, self._listener)
+            by_phase = {cell.phase: over.value for cell, _, over in speed.speedups()}
             self.found[k] = Speedups(by_phase["prefill"], by_phase.get("decode"))
         return self.found[k]
 

@@ -1,12 +1,13 @@
-"""Who can be timed: a graph in ONNX Runtime, a TensorRT engine, a model in PyTorch; all by the same few calls.
+"""Candidates: a graph in ONNX Runtime, a TensorRT engine, a model in PyTorch; all by the same few calls.
 
-A contender is made for one cell, a number of rows and of tokens in each. What it needs beyond that (a session, a copy
-of the model) is made by its entrant when it is first asked for, and kept from cell to cell.
+A :class:`Candidate` makes a :class:`Prompt` for each cell, a number of rows and of tokens in each. What it needs beyond
+that (a session, a copy of the model) is made when it is first asked for, and kept from cell to cell.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,7 +19,9 @@ from nbl_export.errors import NblError
 from nbl_export.runtime.ort import OrtModel
 from nbl_export.runtime.prompts import OrtPrompt, timed_row
 from nbl_export.runtime.session import CPU, require_onnxruntime
-from nbl_export.verify.speed.race import reason_of, timed
+from nbl_export.verify.speed.ceiling import graph_cost
+from nbl_export.verify.speed.race import timed
+from nbl_export.verify.speed.values import CandidateInfo, GraphCost
 
 if TYPE_CHECKING:
     import torch
@@ -28,13 +31,14 @@ if TYPE_CHECKING:
 CUDA = "CUDAExecutionProvider"
 _DEVICES = {CPU: "cpu", CUDA: "cuda"}
 TIMED_STEPS = 16  # the most decode steps between two prefills: a static cache has that much room
-_DECODE_STEPS = 8  # steps per timed decode round, averaged: one token is too short to time
+# Steps per timed decode round, averaged: one token is too short to time.
+DECODE_STEPS = 8
 # Idle threads of one session must not spin on the cores while another is timed.
 _CONFIG = {"session.force_spinning_stop": "1"}
 
 
-class Contender(Protocol):
-    """Something to time: a prefill from an empty cache, then steps of one token, each finished on return."""
+class Prompt(Protocol):
+    """A candidate in one cell: a prefill from an empty cache, then steps of one token, each finished on return."""
 
     def prefill(self) -> None: ...
 
@@ -47,48 +51,58 @@ class Contender(Protocol):
         """Bytes of cache and work space, as far as the runtime tells."""
 
 
-# How a contender is made for a context and a batch; raises what its runtime raises where it cannot be.
-Entrant = Callable[[int, int], Contender]
+# A cell of so many tokens in so many rows (context, batch); raises what its runtime raises where it cannot be.
+Make = Callable[[int, int], Prompt]
+# The same of a graph that is loaded.
+RunGraph = Callable[[OrtModel, int, int], Prompt]
 
 
-def made(
-    entrants: Mapping[str, Entrant], context: int, batch: int, absent: dict[str, str]
-) -> dict[str, Contender]:
-    """The contenders of one cell; the reason of one that cannot be made goes into ``absent``."""
-    found: dict[str, Contender] = {}
-    for name, make in entrants.items():
-        try:
-            found[name] = make(context, batch)
-        except Exception as error:  # each runtime has exceptions of its own
-            absent[name] = reason_of(error)
-    return found
+@dataclass(frozen=True)
+class Candidate:
+    """Who is timed: its name, how a cell of it is made, the name of its own base, its graph and what that costs."""
+
+    name: str
+    make: Make
+    base: str | None = None
+    graph: Path | None = None
+    cost: GraphCost | None = None
+
+    @property
+    def info(self) -> CandidateInfo:
+        return CandidateInfo(self.name, self.base, self.cost)
 
 
-def prefill_seconds(contender: Contender) -> float:
+# one round ----------------------------------------------------------------------------------------
+
+
+def prefill_seconds(prompt: Prompt) -> tuple[float, ...]:
     """Seconds of one prefill: the time to the first token."""
-    return timed(contender.prefill)
+    return (timed(prompt.prefill),)
 
 
-def decode_seconds(contender: Contender) -> float:
-    """Seconds of one decode step after the prompt, the mean of a few in a row."""
-
-    def steps() -> None:
-        for _ in range(_DECODE_STEPS):
-            contender.step()
-
-    contender.rewind()
-    contender.step()  # what whoever ran before left in the caches is not this one's time
-    return timed(steps) / _DECODE_STEPS
+def decode_seconds(prompt: Prompt, steps: int = DECODE_STEPS) -> tuple[float, ...]:
+    """Seconds of each of a few decode steps in a row, after the prompt."""
+    prompt.rewind()
+    prompt.step()  # what whoever ran before left in the caches is not this one's time
+    return tuple(timed(prompt.step) for _ in range(steps))
 
 
-class OrtEntrant:
-    """The graph at ``path`` in ONNX Runtime, its cache kept on the device.
+# who there is -------------------------------------------------------------------------------------
+
+
+def decoder_prompt(provider: str = CPU) -> RunGraph:
+    """What runs a cell of a decoder graph in a session."""
+    return lambda model, context, batch: OrtPrompt(model, context, TIMED_STEPS, _DEVICES[provider], batch)
+
+
+class OrtGraph:
+    """The graph at ``path`` in ONNX Runtime, its cache kept on the device; ``run`` makes a cell of it.
 
     Called, it raises :class:`NblError` if this machine has no such ``provider``.
     """
 
-    def __init__(self, path: Path, provider: str = CPU) -> None:
-        self._path, self._provider = path, provider
+    def __init__(self, path: Path, provider: str = CPU, run: RunGraph | None = None) -> None:
+        self._path, self._provider, self._run = path, provider, run or decoder_prompt(provider)
 
     @cached_property
     def model(self) -> OrtModel:
@@ -96,13 +110,15 @@ class OrtEntrant:
             raise NblError(f"onnxruntime has no {self._provider} here")
         return OrtModel(self._path, _CONFIG, self._provider, rounded=False)
 
-    def __call__(self, context: int, batch: int = 1) -> OrtPrompt:
-        return OrtPrompt(self.model, context, TIMED_STEPS, _DEVICES[self._provider], batch)
+    def __call__(self, context: int, batch: int = 1) -> Prompt:
+        return self._run(self.model, context, batch)
 
 
-def profiled(context: int, batch: int = 1, provider: str = CPU) -> Callable[[OrtModel], OrtPrompt]:
-    """What runs a cell of a graph in a session of its own."""
-    return lambda model: OrtPrompt(model, context, TIMED_STEPS, _DEVICES[provider], batch)
+def graph_candidate(
+    name: str, path: Path, base: str | None = None, provider: str = CPU, run: RunGraph | None = None
+) -> Candidate:
+    """The graph at ``path`` in ONNX Runtime, with what it costs."""
+    return Candidate(name, OrtGraph(path, provider, run), base, path, graph_cost(path))
 
 
 class EncoderPass:
@@ -123,7 +139,7 @@ class EncoderPass:
         return 0
 
 
-class EngineContender:
+class EnginePrompt:
     """An engine; its logits stay on the device, as they would in use."""
 
     def __init__(self, stream: EngineStream, context: int, batch: int = 1) -> None:
@@ -144,7 +160,7 @@ class EngineContender:
         return self._stream.cache_bytes + self._stream.workspace_bytes
 
 
-class TorchContender:
+class TorchPrompt:
     """PyTorch with transformers' own cache; ``forward`` is the model, or a compiled form of it."""
 
     def __init__(

@@ -9,9 +9,7 @@ broken benchmark.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 
@@ -20,46 +18,7 @@ from nbl_export.graph.cache import kv_bytes_per_token
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.operators import weight_shape
 from nbl_export.graph.regions import AttentionRegion, find_regions
-from nbl_export.verify.speed.roofline import Roofline, Work
-
-
-@dataclass(frozen=True)
-class GraphCost:
-    """Per token: multiply-adds with constant weights, multiply-adds of attention per token of context,
-    bytes of weights read, bytes of KV cache per token of context; and those multiply-adds and bytes of weights that
-    only the last token of a prefill needs, since they make its logits."""
-
-    weight_macs: int
-    attention_macs_per_context: int
-    weight_bytes: int
-    kv_bytes_per_token: int
-    last_macs: int = 0
-    last_bytes: int = 0
-
-    def prefill(self, tokens: int, batch: int = 1) -> list[Work]:
-        """A prefill of ``batch`` rows of ``tokens``: attention over the full square, as runtimes compute it."""
-        every = self.weight_macs - self.last_macs
-        rows = batch * tokens
-        return [
-            Work(rows * every, self.weight_bytes - self.last_bytes),
-            Work(batch * self.last_macs, self.last_bytes),
-            Work(rows * tokens * self.attention_macs_per_context, rows * self.kv_bytes_per_token),
-        ]
-
-    def decode(self, context: int, batch: int = 1) -> list[Work]:
-        """One token for each of ``batch`` rows after ``context`` tokens."""
-        cache = batch * context
-        return [
-            Work(batch * self.weight_macs, self.weight_bytes),
-            Work(cache * self.attention_macs_per_context, cache * self.kv_bytes_per_token),
-        ]
-
-    def work(self, phase: str, context: int, batch: int = 1) -> list[Work]:
-        """Of one cell; an encoder's pass is like a prefill."""
-        return self.decode(context, batch) if phase == "decode" else self.prefill(context, batch)
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+from nbl_export.verify.speed.values import GraphCost, Roofline
 
 
 def ceiling(

@@ -56,18 +56,18 @@ def peak_bytes(
 
 
 def _measure(path: Path, cells: Sequence[tuple[int, int]], positions: int | None) -> list[int | str]:
-    from nbl_export.verify.speed.candidates import OrtEntrant
+    from nbl_export.verify.speed.candidates import OrtGraph
     from nbl_export.verify.speed.race import reason_of
 
     # Beyond this an allocation fails, which one can catch; the kernel's way with too little memory is to kill.
     free = psutil.virtual_memory().available
     resource.setrlimit(resource.RLIMIT_DATA, (free, free))
-    entrant = OrtEntrant(path)
-    assert entrant.model  # a graph that does not load is not one without room
+    graph = OrtGraph(path)
+    assert graph.model  # a graph that does not load is not one without room
     found: list[int | str] = []
     for batch, context in cells:
         try:
-            prompt = entrant(context, batch)
+            prompt = graph(context, batch)
             prompt.prefill()
             if context != positions:
                 prompt.step()

@@ -11,38 +11,23 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from nbl_export.runtime.ort import OrtModel
 from nbl_export.runtime.session import CPU
-from nbl_export.verify.speed.candidates import Contender
+from nbl_export.verify.speed.candidates import Candidate, Prompt, RunGraph
+from nbl_export.verify.speed.values import CellResult, Explanation, Result
 
+PROFILING = "Profiling above ceiling"  # cells above their ceiling, as a progress bar has room for it
 _SHOWN = 4
 # So many passes of a graph, at least and at most: between them as many as take this time.
 _LEAST_PASSES, _MOST_PASSES, _PASSES_MS = 3, 15, 5000.0
 # Of the excess, what need not be seen in the nodes that are gone; and how far a profile of few passes is off.
 _SUSPECT, _PROFILE_ERROR = 0.5, 0.1
 _SUFFIX = "_kernel_time"
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """Of a speedup above its ceiling: nodes run by both graphs, milliseconds saved by operator, most first.
-
-    ``saved_ms`` is what the race saved at least, ``excess_ms`` the part of it beyond the ceiling, ``gone_ms`` what the
-    profiler saw saved in nodes that only one of the graphs has, in the race's time. ``suspect``: more than half the
-    excess, and more than a profile is good to, is not seen there.
-    """
-
-    base_nodes: int
-    linearized_nodes: int
-    by_operator_ms: Mapping[str, float]
-    saved_ms: float
-    excess_ms: float
-    gone_ms: float
-    suspect: bool
 
 
 @dataclass(frozen=True)
@@ -53,10 +38,52 @@ class NodeTimes:
     ops: Mapping[str, str]
 
 
+@dataclass(frozen=True)
+class GraphPair:
+    """A graph and the one that it was made from, for a profile; ``base`` is that one's name in the race."""
+
+    base: str
+    graphs: tuple[Path, Path]
+
+
+def graph_pairs(candidates: Sequence[Candidate]) -> dict[str, GraphPair]:
+    """Each candidate with a base, by name, where both are graphs."""
+    graphs = {c.name: c.graph for c in candidates}
+    return {
+        c.name: GraphPair(c.base, (base, c.graph))
+        for c in candidates
+        if c.base is not None and c.graph is not None and (base := graphs.get(c.base)) is not None
+    }
+
+
+def explained_cell(
+    cell: CellResult, pairs: Mapping[str, GraphPair], run: RunGraph, provider: str = CPU
+) -> CellResult:
+    """``cell`` with the reason of each speedup in it that is surely above its ceiling, by a profile of both graphs.
+
+    ``run`` makes what runs a cell in a session. To be called when the race is over: what raced has taken the memory
+    that a profile needs.
+    """
+
+    def explanation(result: Result) -> Explanation | None:
+        pair, over, limit = pairs.get(result.name), result.over_base, result.ceiling
+        base = cell.of(pair.base) if pair else None
+        if not (pair and base and over and limit):
+            return None
+        made = partial(_made, run, cell)
+        return explain(pair.graphs, cell.phase, made, base.timing.median_ms, over.least, limit, provider)
+
+    return replace(cell, results=tuple(replace(r, explanation=explanation(r)) for r in cell.results))
+
+
+def _made(run: RunGraph, cell: CellResult, model: OrtModel) -> Prompt:
+    return run(model, cell.context, cell.batch)
+
+
 def explain(
     graphs: tuple[Path, Path],
     phase: str,
-    made: Callable[[OrtModel], Contender],
+    made: Callable[[OrtModel], Prompt],
     base_ms: float,
     speedup: float,
     ceiling: float,

@@ -1,9 +1,9 @@
-"""Timing several contenders fairly: all in one process, in turn, and a verdict only where the noise allows one.
+"""Timing several candidates fairly: all in one process, in turn, and a verdict only where the noise allows one.
 
-Every round runs each contender once, A B C A B C, so that what the machine does meanwhile meets all of them. The
-first round warms up and is thrown away. What is compared is paired: the ratio of two contenders in the same round,
+Every round runs each candidate once, A B C A B C, so that what the machine does meanwhile meets all of them. The
+first round warms up and is thrown away. What is compared is paired: the ratio of two candidates in the same round,
 its median over the rounds, and an interval for that median that needs no assumption on the noise. While a verdict
-is not possible, rounds are added up to a bound; after that it is "not resolved".
+is not possible, rounds are added up to a bound; after that it is "not resolved". Fewer than six rounds never allow one.
 """
 
 from __future__ import annotations
@@ -11,14 +11,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import comb
+from math import ceil, comb, inf
 from typing import TypeVar
 
 import numpy as np
 
+from nbl_export.verify.speed.values import Ratio, Timing
+
 C = TypeVar("C")
 T = TypeVar("T")
 _CONFIDENCE = 0.95
+_LEAST_PAIRS = 6  # fewer have no such interval
+# How far rounds are added where the noise hides the effect, unless something else is asked for.
+MORE = 3
 # Threads of whoever ran before spin for a while before they sleep; that is not the next one's time.
 _SETTLE = 0.02
 
@@ -36,52 +41,27 @@ class Rounds:
     seconds: float = float("inf")
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Milliseconds per prefill or encoder pass, or per decoded token: median and quartiles over the rounds."""
-
-    median_ms: float
-    low_ms: float
-    high_ms: float
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """How many times as fast one contender is as another: the median over rounds, each round a pair.
-
-    ``low``/``high`` are its quartiles, ``least``/``most`` a 95 % interval of the median. ``resolved`` is False
-    where that interval holds 1, or the base's own median is known less well than the effect is large.
-    """
-
-    value: float
-    low: float
-    high: float
-    least: float
-    most: float
-    resolved: bool
-
-
 def race(
-    contenders: Mapping[str, C],
+    candidates: Mapping[str, C],
     run: Callable[[C], T],
     rounds: Rounds,
     advance: Callable[[int], None],
     enough: Callable[[Mapping[str, list[T]]], bool] = lambda _: True,
     absent: dict[str, str] | None = None,
 ) -> dict[str, list[T]]:
-    """What ``run`` gives for each contender, by name, one value a round.
+    """What ``run`` gives for each candidate, by name, one value a round.
 
-    ``enough`` looks at the values so far; while it says no, rounds are added within ``rounds``. ``advance`` is told
-    each of the first ``rounds.least + 1``. One that fails on the way (no room for its cache) drops out, with its
-    reason in ``absent``; without such a dictionary the error is raised.
+    ``enough`` looks at the values so far; while it says no, rounds are added within ``rounds``, half as many again.
+    ``advance`` is told each of the first ``rounds.least + 1``. One that fails on the way (no room for its cache) drops
+    out, with its reason in ``absent``; without such a dictionary the error is raised.
     """
-    running, start, number = dict(contenders), time.perf_counter(), 0
-    values: dict[str, list[T]] = {name: [] for name in contenders}
+    running, start, number = dict(candidates), time.perf_counter(), 0
+    values: dict[str, list[T]] = {name: [] for name in candidates}
     while running and not _done(number - 1, rounds, time.perf_counter() - start, values, enough):
-        for name, contender in list(running.items()):
+        for name, candidate in list(running.items()):
             time.sleep(_SETTLE)
             try:
-                value = run(contender)
+                value = run(candidate)
             except Exception as error:  # each runtime has exceptions of its own
                 if absent is None:
                     raise
@@ -110,7 +90,18 @@ def _done(
         return False
     if timed >= rounds.most or seconds > rounds.seconds:
         return True
-    return timed >= rounds.least and enough(values)
+    return _looked_at(timed, rounds.least) and enough(values)
+
+
+def _looked_at(timed: int, least: int) -> bool:
+    """Whether there is a look for a verdict after so many rounds: after ``least``, then after half as many more.
+
+    Each look is another chance to find what is not there; one after every round finds it in more than a twentieth.
+    """
+    look = least
+    while look < timed:
+        look = ceil(1.5 * look) if look >= _LEAST_PAIRS else _LEAST_PAIRS
+    return look == timed
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -126,8 +117,14 @@ def reason_of(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def timing(seconds: Sequence[float]) -> Timing:
-    return Timing(*(round(float(q) * 1e3, 4) for q in np.quantile(seconds, (0.5, 0.25, 0.75))))
+def timing(seconds: Sequence[float], passes: Sequence[float] = ()) -> Timing:
+    """Median and quartiles of the rounds' ``seconds``; the 99th percentile of single ``passes``, if there are any."""
+    median, low, high = (_milliseconds(float(q)) for q in np.quantile(seconds, (0.5, 0.25, 0.75)))
+    return Timing(median, low, high, _milliseconds(float(np.quantile(passes, 0.99))) if passes else None)
+
+
+def _milliseconds(seconds: float) -> float:
+    return round(seconds * 1e3, 4)
 
 
 def ratio(base: Sequence[float], other: Sequence[float]) -> Ratio:
@@ -144,8 +141,8 @@ def ratio(base: Sequence[float], other: Sequence[float]) -> Ratio:
 def median_interval(values: Sequence[float]) -> tuple[float, float]:
     """An interval that holds the median of what ``values`` are drawn from with 95 % confidence.
 
-    Between two order statistics, whatever the distribution (the number of draws below its median is binomial). Fewer
-    than six values allow no such interval: then their range, which holds it with 75 % (three) to 94 % (five).
+    Between two order statistics, whatever the distribution (the number of draws below its median is binomial). Even
+    the range of fewer than six values holds it less often (75 % of three, 94 % of five): then it has no bounds.
     """
     ordered, n = sorted(values), len(values)
     tail, skipped = 0.0, 0
@@ -154,5 +151,4 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
         if tail > 1 - _CONFIDENCE:
             break
         skipped += 1
-    first = max(0, skipped - 1)
-    return ordered[first], ordered[n - 1 - first]
+    return (ordered[skipped - 1], ordered[n - skipped]) if skipped else (-inf, inf)

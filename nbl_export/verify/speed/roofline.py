@@ -9,13 +9,14 @@ reads as a decoder reads its weights. The best of several repetitions counts, si
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+import os
+from collections.abc import Callable
 
 import numpy as np
 
+from nbl_export.runtime.session import CPU
 from nbl_export.verify.speed.race import timed
+from nbl_export.verify.speed.values import Machine, Roofline
 
 # Larger than any cache: 128 MiB each.
 _STREAM = 32 << 20
@@ -23,30 +24,9 @@ _PRODUCT = 1536
 _REPEATS = 7
 
 
-@dataclass(frozen=True)
-class Work:
-    """Multiply-adds, and bytes read or written, that can go on at the same time."""
-
-    macs: float
-    bytes: float
-
-
-@dataclass(frozen=True)
-class Roofline:
-    """Multiply-adds and bytes per second of ``device`` in ``dtype``, with ``threads`` on a CPU."""
-
-    device: str
-    dtype: str
-    threads: int | None
-    macs_per_second: float
-    bytes_per_second: float
-
-    def seconds(self, work: Sequence[Work]) -> float:
-        """The least time for pieces of work that follow each other."""
-        return sum(max(w.macs / self.macs_per_second, w.bytes / self.bytes_per_second) for w in work)
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+def cpu_machine() -> Machine:
+    """ONNX Runtime on the processor that this runs on, with its roofline."""
+    return Machine(CPU, os.cpu_count() or 1, roofline=measure_roofline())
 
 
 def measure_roofline(device: str = "cpu", dtype: str = "float32") -> Roofline:
@@ -84,7 +64,7 @@ def _rate(work: Callable[[], object], amount: float) -> float:
 def _ort_product() -> Callable[[], object]:
     import onnx_ir as ir
 
-    from nbl_export.runtime.session import CPU, require_onnxruntime, session_options
+    from nbl_export.runtime.session import require_onnxruntime, session_options
 
     shape = ir.Shape([_PRODUCT, _PRODUCT])
     left, right = (ir.Value(name=n, shape=shape, type=ir.TensorType(ir.DataType.FLOAT)) for n in "ab")

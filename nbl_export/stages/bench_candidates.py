@@ -1,0 +1,137 @@
+"""Who takes part in a bench: the folder's graphs and engines, graphs from elsewhere, and the model in PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nbl_export.batch.names import BASE, LINEARIZED
+from nbl_export.errors import InputError, MissingDependencyError
+from nbl_export.settings import BenchSettings
+from nbl_export.stages.build import current_engines
+from nbl_export.stages.rewrite import current_rewrite
+from nbl_export.stages.run import Run
+from nbl_export.verify.speed.checks import CONTROL
+from nbl_export.workspace import Workspace, is_workspace
+
+if TYPE_CHECKING:
+    from nbl_export.verify.speed.candidates import Candidate, Prompt
+
+DROPPED, EAGER, COMPILED = "dropped", "PyTorch eager", "torch.compile"
+
+
+@dataclass(frozen=True)
+class Against:
+    """A graph from elsewhere: its name, the name of its own base, and where it lies."""
+
+    name: str
+    base: str | None
+    graph: Path
+
+
+def graphs_against(against: Sequence[str]) -> Iterator[Against]:
+    """What ``--against`` names: [NAME=]DIR, an output folder (both its graphs) or any folder with a graph."""
+    from nbl_export.export.sidecars import graph_in
+
+    taken = {BASE, LINEARIZED, CONTROL, DROPPED, EAGER, COMPILED}
+    for given in against:
+        name, found, folder = given.rpartition("=")
+        path = Path(folder)
+        name = name if found else path.resolve().name
+        if not path.exists():
+            raise InputError(f"--against {given}: there is no {folder}.")
+        if is_workspace(path):
+            other = Workspace.open(path)
+            current_rewrite(other)
+            base = f"{name}, {BASE}"
+            named = [Against(base, None, other.baseline), Against(f"{name}, {LINEARIZED}", base, other.model)]
+        else:
+            named = [Against(name, None, graph_in(path))]
+        for one in named:
+            if one.name in taken:
+                raise InputError(f"--against names {one.name!r} twice: say NAME=DIR to tell them apart.")
+            taken.add(one.name)
+            yield one
+
+
+def provider_of(settings: BenchSettings) -> str:
+    """The execution provider that graphs run in."""
+    from nbl_export.runtime.session import CPU
+    from nbl_export.verify.speed.candidates import CUDA
+
+    return CUDA if settings.device == "cuda" else CPU
+
+
+def bench_candidates(
+    run: Run, against: Sequence[Against], settings: BenchSettings, stack: ExitStack
+) -> list[Candidate]:
+    """Base and linearized graph, the peers that were asked for, those of --against, and the base graph once more.
+
+    The last says what a session's place in memory does to its time. ``stack`` holds the graphs made for the race.
+    """
+    from nbl_export.graph.io import scratch_copy
+    from nbl_export.rewrite.drop import drop_layers
+    from nbl_export.verify.speed.candidates import Candidate, graph_candidate
+
+    ws, graph = run.workspace, partial(graph_candidate, provider=provider_of(settings))
+    _check_device(ws, settings)
+    base, linearized = graph(BASE, ws.baseline), graph(LINEARIZED, ws.model, BASE)
+    found = [base, linearized]
+    if settings.device == "cuda":
+        found += _engines(ws, base, linearized)
+    if "dropped" in settings.peers:
+        found.append(graph(DROPPED, stack.enter_context(scratch_copy(ws.model, drop_layers)), BASE))
+    if "eager" in settings.peers:
+        found.append(Candidate(EAGER, partial(_pytorch, run, settings.device, False)))
+    if "compile" in settings.peers:
+        found.append(Candidate(COMPILED, partial(_pytorch, run, settings.device, True)))
+    return [*found, *(graph(a.name, a.graph, a.base) for a in against), graph(CONTROL, ws.baseline)]
+
+
+def _check_device(ws: Workspace, settings: BenchSettings) -> None:
+    from nbl_export.graph.half_emulation import UNTIMED, needs_emulation
+    from nbl_export.graph.io import load_graph
+    from nbl_export.runtime.session import require_onnxruntime
+
+    if settings.device == "cuda":
+        if provider_of(settings) not in require_onnxruntime().get_available_providers():
+            raise MissingDependencyError(
+                "--device cuda needs onnxruntime with CUDA and an NVIDIA GPU: pip install 'nbl-export[gpu]' in an "
+                "environment without [cpu], or leave --device out."
+            )
+    elif needs_emulation(load_graph(ws.baseline)):
+        raise InputError(
+            f"These graphs are not timed on the CPU: {UNTIMED}. Say --device cuda where there is a GPU."
+        )
+
+
+def _engines(ws: Workspace, base: Candidate, linearized: Candidate) -> Iterator[Candidate]:
+    from nbl_export.runtime.tensorrt import EngineStream, load_engine
+    from nbl_export.verify.engines import BASE_ENGINE, LINEARIZED_ENGINE
+    from nbl_export.verify.speed.candidates import Candidate, EnginePrompt
+
+    for engine in current_engines(ws):
+        make = partial(EnginePrompt, EngineStream(load_engine(engine.path)))
+        if engine.manifest.role == BASE:
+            yield Candidate(BASE_ENGINE, make, cost=base.cost)
+        else:
+            yield Candidate(LINEARIZED_ENGINE, make, BASE_ENGINE, cost=linearized.cost)
+
+
+def _pytorch(run: Run, device: str, compiled: bool, context: int, batch: int) -> Prompt:
+    import torch
+
+    from nbl_export.verify.speed.candidates import TorchPrompt
+
+    model = run.model.model.to(device)
+    if not compiled:
+        return TorchPrompt(model, context, batch)
+    prompt = TorchPrompt(model, context, batch, torch.compile(model, dynamic=True))
+    for _ in range(2):  # compiling is no part of the time, and a first step may compile anew
+        prompt.prefill()
+        prompt.step()
+    return prompt
