@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
-
-import torch
 
 from nbl_export.models.pooling import Pooling, find_pooling
 from nbl_export.models.source import ModelSource
 from nbl_export.models.tasks import Task, task_named
 from nbl_export.progress import Listener
+
+if TYPE_CHECKING:
+    import torch
 
 
 class LoadedModel:
