@@ -33,3 +33,13 @@ def built_out(rtx: Library, stories_out: Path, tmp_path_factory: pytest.TempPath
 def built_copy(built_out: Path, tmp_path: Path) -> Path:
     """A copy of the run with engines, to be changed or damaged."""
     return Path(shutil.copytree(built_out, tmp_path / "out", copy_function=shutil.copy2))
+
+
+@pytest.fixture(scope="session")
+def static_out(stories_out: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The finished run, exported and rewritten again with a static cache; read only."""
+    out = tmp_path_factory.mktemp("static") / "out"
+    shutil.copytree(stories_out, out, copy_function=shutil.copy2)
+    api.export(out, api.ExportSettings("fp32", "static"))
+    api.rewrite(out)
+    return out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -11,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from nbl_export import api
 from nbl_export.engine.manifest import Manifest
 from nbl_export.engine.network import NetworkFacts
 from nbl_export.engine.profiles import Limits, Profile
@@ -42,16 +40,6 @@ def converted(source: Path, target: Path, precision: str) -> Path:
     to_precision(graph, precision_of(precision), {})
     save_graph(graph, target)
     return target
-
-
-@pytest.fixture(scope="session")
-def static_out(stories_out: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The finished run, exported and rewritten again with a static cache; read only."""
-    out = tmp_path_factory.mktemp("static") / "out"
-    shutil.copytree(stories_out, out, copy_function=shutil.copy2)
-    api.export(out, api.ExportSettings("fp32", "static"))
-    api.rewrite(out)
-    return out
 
 
 @pytest.fixture(scope="session")

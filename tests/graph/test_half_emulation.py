@@ -1,4 +1,4 @@
-"""The stand-in of a bfloat16 graph: every tensor is the one that rounding each float32 result gives."""
+"""A bfloat16 graph emulated in float32: every tensor is the one that rounding each float32 result gives."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def bf16(array: Any) -> torch.Tensor:
 
 
 def run(model: ir.Model, folder: Path, **feeds: Any) -> dict[str, Any]:
-    """All outputs of the stand-in, by onnxruntime itself."""
+    """All outputs of the emulation, by onnxruntime itself."""
     compute_in_float32(model)
-    path = folder / "standin.onnx"
+    path = folder / "emulated.onnx"
     save_graph(model, path)
     runner = cpu_session(path)
     assert {v.type for v in (*runner.get_inputs(), *runner.get_outputs())} <= {
@@ -161,7 +161,7 @@ def test_a_weight_read_twice_is_cast_once(tmp_path: Path) -> None:
     s = (y.float() + w.float()).bfloat16()
     assert np.array_equal(found["y"], y.float().numpy())
     assert np.array_equal(found["z"], (s.float() * w.float()).bfloat16().float().numpy())
-    proto = onnx.load(str(tmp_path / "standin.onnx"))
+    proto = onnx.load(str(tmp_path / "emulated.onnx"))
     read = Counter((n.input[0], n.attribute[0].i) for n in proto.graph.node if n.op_type == "Cast")
     assert read["w", FLOAT] == 1 and set(read.values()) == {1}
     assert [t.data_type for t in proto.graph.initializer] == [BFLOAT16]
