@@ -16,7 +16,7 @@ import pytest
 from nbl_export import api
 from nbl_export.errors import NblError
 from nbl_export.models.tasks import task_named
-from tests.test_cli import (
+from tests.command_line import (
     ENVIRONMENT,
     assert_refused,
     nbl,

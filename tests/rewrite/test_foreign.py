@@ -23,12 +23,12 @@ from nbl_export.linearize.plan import Plan, load_plan, save_plan
 from nbl_export.rewrite import foreign
 from nbl_export.rewrite import replace as rewrite_module
 from nbl_export.rewrite.foreign import rewrite_foreign
+from tests.command_line import ENVIRONMENT, Done, assert_refused, nbl
 from tests.end_to_end.oracle import assert_computes
 from tests.end_to_end.random_decoder_graphs import written
 from tests.end_to_end.random_decoders import Choices, random_plan, random_weights
 from tests.graph.external_data import places
 from tests.sessions import cpu_session
-from tests.test_cli import ENVIRONMENT, Done, assert_refused, nbl
 
 C = Choices(layers=3, width=16, heads=4, qkv_bias=True, o_bias="Add")
 LAYERS = (0, 2)

@@ -10,8 +10,8 @@ import pytest
 
 from nbl_export.engine.gpu import find_gpu
 from nbl_export.workspace import Workspace
+from tests.command_line import assert_interrupted, assert_refused, interrupted, nbl, no_leftovers
 from tests.fixtures_graph import rerecord
-from tests.test_cli import assert_interrupted, assert_refused, interrupted, nbl, no_leftovers
 
 FAST = ["--decode-steps", "2", "--no-quality", "--no-speed"]
 SMALL = ["--trt", "rtx", "--max-batch", "1", "--max-seq", "16", "--max-context", "64", "--sm", "86"]

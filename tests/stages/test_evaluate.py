@@ -20,9 +20,9 @@ from nbl_export.report.evaluation import Evaluation, load_evaluation
 from nbl_export.settings.definition import settings_of
 from nbl_export.stages import evaluate as stage
 from nbl_export.workspace import Workspace
-from tests import test_cli
+from tests import command_line
+from tests.command_line import assert_refused, nbl
 from tests.encoders import text_encoder
-from tests.test_cli import assert_refused, nbl
 
 pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'nbl-export[eval]'")
 
@@ -228,7 +228,7 @@ def test_the_command_needs_no_network_and_leaves_no_cache(
 ) -> None:
     home = tmp_path / "hf"
     for name in ("HF_HOME", "HF_DATASETS_CACHE"):
-        monkeypatch.setitem(test_cli.ENVIRONMENT, name, str(home))
+        monkeypatch.setitem(command_line.ENVIRONMENT, name, str(home))
     done = nbl("eval", stories_copy, "--tasks", folder, "--limit", 8, "--no-retrieval")
     assert done.code == 0, done.err
     assert "fruit" in done.out and "words" in done.out and "recovery" in done.out
