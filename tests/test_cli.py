@@ -278,7 +278,7 @@ class Case:
 USAGE = {
     "unknown model": Case(("no/such-model", "--k", "1"), ("no/such-model",)),
     "unknown path": Case(("./no-such-folder", "--k", "1"), ("./no-such-folder does not exist",)),
-    "folder without a model": Case(("{tmp}", "--k", "1"), ("no model", "config.json")),
+    "folder without a model": Case(("{tmp}", "--k", "1"), ("is not a model", "config.json")),
     "file that is no GGUF": Case(("{tmp}/file", "--k", "1"), ("not a .gguf file",)),
     "no K": Case(("{place}/model",), ("--k", "--layers")),
     "negative K": Case(("{place}/model", "--k", "-1"), ("--k is -1",)),
