@@ -320,7 +320,7 @@ USAGE = {
     "select on no folder": Case(("select", "{tmp}/nothing", "--k", "1"), ("{tmp}/nothing",)),
     "verify on a foreign folder": Case(("verify", "{tmp}"), ("not an output folder",)),
     "inspect nothing": Case(("inspect", "{tmp}/nothing"), ("does not exist",)),
-    "inspect something else": Case(("inspect", "{tmp}/file"), ("knows",)),
+    "inspect something else": Case(("inspect", "{tmp}/file"), ("is not an ONNX file, engine, plan",)),
 }
 
 
