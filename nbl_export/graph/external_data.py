@@ -87,7 +87,7 @@ def write_graph(
     data = _data_path(path, data_name)
     if data.exists() and any(data.samefile(source) for source in external_files(model)):
         raise BuildError(
-            f"{data} cannot be overwritten because the model reads its weights from it: choose another file."
+            f"{data} cannot be overwritten, the model reads its weights from it: choose another file."
         )
     with atomic_path(path) as temporary, atomic_path(data) as temporary_data:
         with temporary_data.open("r+b", buffering=0) as file:
@@ -105,20 +105,18 @@ def append_graph(
 ) -> int:
     """Write ``model`` to ``path``, appending its new weights to ``data`` next to it; returns the bytes appended.
 
-    External tensors of a model loaded from that folder stay where they are; all others of at least
-    ``INLINE_BYTES`` are appended. The data file is on disk before the new ``path`` replaces the old one, so a
-    crash at any moment leaves a valid graph (bytes after the last tensor are harmless). An error restores the
-    old length of the data file. ``check`` receives the complete new graph, next to its data under a temporary
-    name, and raises to refuse it.
+    External tensors of a model loaded from that folder stay where they are; all others of at least ``INLINE_BYTES``
+    are appended. The data file is on disk before the new ``path`` replaces the old one, so a crash at any moment leaves
+    a valid graph (bytes after the last tensor are harmless). An error restores the old length of the data file.
+    ``check`` receives the complete new graph, next to its data under a temporary name, and raises to refuse it.
 
-    Raises :class:`InputError` for a source that :func:`source_file` refuses, and :class:`BuildError` if
-    ``data`` is a link or not a file, is in another folder or locked by another process, or if ``path`` would
-    exceed protobuf's 2 GiB.
+    Raises :class:`InputError` for a source that :func:`source_file` refuses, and :class:`BuildError` if ``data`` is a
+    link or not a file, is in another folder or locked by another process, or if ``path`` would exceed 2 GiB.
     """
     folder = path.parent.resolve()
     if data.parent.resolve() != folder:
         raise BuildError(
-            f"{data} is not in the folder of {path}, where external data belongs: name a file there."
+            f"{data} is not in the folder of {path}, as external data must be: name a file there."
         )
     tensor_slots = list(slots(model))
     destinations = [[_destination(s, t, INLINE_BYTES, folder) for t in s.tensors] for s in tensor_slots]

@@ -233,7 +233,7 @@ class Case:
 USAGE = {
     "unknown model": Case(("no/such-model", "--k", "1"), ("no/such-model",)),
     "unknown path": Case(("./no-such-folder", "--k", "1"), ("./no-such-folder does not exist",)),
-    "folder without a model": Case(("{tmp}", "--k", "1"), ("no model", "config.json")),
+    "folder without a model": Case(("{tmp}", "--k", "1"), ("is not a model", "config.json")),
     "file that is no GGUF": Case(("{tmp}/file", "--k", "1"), ("not a .gguf file",)),
     "no K": Case(("{place}/model",), ("--k", "--layers")),
     "negative K": Case(("{place}/model", "--k", "-1"), ("--k is -1",)),
@@ -275,7 +275,7 @@ USAGE = {
     "select on no folder": Case(("select", "{tmp}/nothing", "--k", "1"), ("{tmp}/nothing",)),
     "verify on a foreign folder": Case(("verify", "{tmp}"), ("not an output folder",)),
     "inspect nothing": Case(("inspect", "{tmp}/nothing"), ("does not exist",)),
-    "inspect something else": Case(("inspect", "{tmp}/file"), ("knows",)),
+    "inspect something else": Case(("inspect", "{tmp}/file"), ("is not an ONNX file, engine, plan",)),
 }
 
 
