@@ -9,6 +9,7 @@ import pytest
 
 from nbl_export import api
 from nbl_export.engine.library import Library, import_library
+from nbl_export.engine.manifest import Manifest, manifest_path, manifest_text
 
 
 @pytest.fixture(scope="session")
@@ -43,3 +44,10 @@ def static_out(stories_out: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     api.export(out, api.ExportSettings("fp32", "static"))
     api.rewrite(out)
     return out
+
+
+def save_manifest(engine: Path, manifest: Manifest) -> Path:
+    """Write the manifest of an existing ``engine``."""
+    path = manifest_path(engine)
+    path.write_text(manifest_text(manifest), encoding="utf-8")
+    return path

@@ -47,8 +47,3 @@ def prefix_mask(lengths: Sequence[int] | I64, width: int) -> BOOL:
     """[rows, width]: True for the first ``lengths[i]`` positions of row i."""
     mask: BOOL = np.arange(width)[None] < np.asarray(lengths)[:, None]
     return mask
-
-
-def rows_of(ids: I64, mask: I64) -> list[I64]:
-    """The ragged rows of a padded batch."""
-    return [row[real.astype(bool)] for row, real in zip(ids, mask, strict=True)]

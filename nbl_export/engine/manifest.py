@@ -17,7 +17,7 @@ from nbl_export.engine.library import Library, library_of, runs_here
 from nbl_export.engine.network import NetworkFacts
 from nbl_export.engine.profiles import Limits, Profile
 from nbl_export.errors import InputError, MissingDependencyError
-from nbl_export.files import json_text, read_json, sha256_of_file, sha256_of_json, write_text
+from nbl_export.files import json_text, read_json, sha256_of_file, sha256_of_json
 from nbl_export.records import from_json, to_json
 
 FORMAT = "nbl-export/engine/1"
@@ -62,13 +62,6 @@ def manifest_text(manifest: Manifest) -> str:
     """The content of the manifest file."""
     body = {"format": FORMAT, **to_json(manifest)}
     return json_text({**body, "sha256": sha256_of_json(body)})
-
-
-def save_manifest(engine: Path, manifest: Manifest) -> Path:
-    """Write the manifest of an existing ``engine``."""
-    path = manifest_path(engine)
-    write_text(path, manifest_text(manifest))
-    return path
 
 
 def load_manifest(engine: Path) -> Manifest:

@@ -44,14 +44,36 @@ class EngineFile:
     manifest: Manifest
 
 
+@dataclass(frozen=True)
+class Target:
+    """What engines are built with and for: the library, this machine's GPU if there is one, shapes, capabilities.
+
+    ``capabilities`` are those to build for ahead of time, such as ``SM86``; empty for the GPU alone.
+    """
+
+    library: Library
+    gpu: Gpu | None
+    limits: Limits
+    capabilities: tuple[str, ...]
+
+    @property
+    def built_for(self) -> tuple[str, ...]:
+        """The compute capabilities that the engines run on."""
+        if self.capabilities or self.gpu is None:
+            return self.capabilities
+        return (f"SM{self.gpu.compute_capability.replace('.', '')}",)
+
+    @property
+    def gpu_name(self) -> str | None:
+        """The GPU that the engines are tied to; None if they are built ahead of time."""
+        return None if self.library.ahead_of_time or self.gpu is None else self.gpu.name
+
+
 def build_pair(
-    library: Library,
-    gpu: Gpu | None,
+    target: Target,
     sources: Sequence[Source],
     linear_layers: Sequence[int],
     plan_hash: str,
-    limits: Limits,
-    capabilities: Sequence[str],
     listener: Listener,
 ) -> tuple[list[EngineFile], list[Path]]:
     """Build every source and compare the pair; returns the engines and all written files.
@@ -59,19 +81,17 @@ def build_pair(
     The engines are moved into place only after all are built and the linearized one is found to be smaller by the
     removed weights; raises :class:`BuildError` if it is not.
     """
+    library, limits = target.library, target.limits
     timings = TimingCache(library, sources[0].engine.with_name("timing.cache"))
     built: list[Built] = []
     for source in sources:
         with listener.task(f"Building {source.role} engine", 1000, "‰") as task:
             built.append(
-                build_engine(library, source.graph, source.attention, limits, capabilities, timings, task)
+                build_engine(
+                    library, source.graph, source.attention, limits, target.capabilities, timings, task
+                )
             )
     check_shrinks(dict(zip((s.role for s in sources), built, strict=True)))
-    targets = (
-        tuple(capabilities) or (f"SM{gpu.compute_capability.replace('.', '')}",)
-        if gpu
-        else tuple(capabilities)
-    )
     engines, files = [], timings.save()
     # All temporary files are written before the first is moved into place: the disk may be full.
     with ExitStack() as writing:
@@ -85,8 +105,8 @@ def build_pair(
                 library=library.package,
                 library_version=library.version,
                 ahead_of_time=library.ahead_of_time,
-                capabilities=targets,
-                gpu=None if library.ahead_of_time or gpu is None else gpu.name,
+                capabilities=target.built_for,
+                gpu=target.gpu_name,
                 precision=graph_precision(model).name,
                 kv_cache="static" if is_static(model) else "concat",
                 limits=limits,

@@ -26,7 +26,7 @@ def build(run: Run, settings: EngineSettings) -> list[EngineFile]:
     from nbl_export.engine.gpu import find_gpu
     from nbl_export.engine.library import check_capabilities, choose_library
     from nbl_export.engine.manifest import load_manifest
-    from nbl_export.engine.pair import EngineFile, Source, build_pair
+    from nbl_export.engine.pair import EngineFile, Source, Target, build_pair
 
     if not run.model.task.causal:
         raise InputError(
@@ -60,7 +60,8 @@ def build(run: Run, settings: EngineSettings) -> list[EngineFile]:
             Source(LINEARIZED, ws.model, len(plan.attention_layers), ws.engine),
         ]
         plan_hash = sha256_of_file(ws.plan)
-        _, files = build_pair(library, gpu, sources, plan.chosen, plan_hash, shapes, capabilities, listener)
+        target = Target(library, gpu, shapes, tuple(capabilities))
+        _, files = build_pair(target, sources, plan.chosen, plan_hash, listener)
         return files
 
     run.stage("build", key, recorded, work)

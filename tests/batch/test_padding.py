@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from nbl_export.batch.padding import left_padded, prefix_mask, prefix_padded, right_padded, rows_of
+from nbl_export.batch.padding import left_padded, prefix_mask, prefix_padded, right_padded
 
 RAGGED = [np.array([7, 8, 9], np.int32), np.array([4], np.int32), np.array([5, 6], np.int32)]
 
@@ -30,8 +30,9 @@ def test_right_padding_by_hand() -> None:
 def test_rows_come_back_whatever_the_padding() -> None:
     ids, mask, _ = left_padded(RAGGED, pad=4)  # a token that is in the rows too
     right, _ = right_padded(RAGGED, pad=4)
-    for found in (rows_of(ids, mask), rows_of(right, prefix_mask([3, 1, 2], 3).astype(np.int64))):
-        assert [r.tolist() for r in found] == [r.tolist() for r in RAGGED]
+    for batch, real in ((ids, mask.astype(bool)), (right, prefix_mask([3, 1, 2], 3))):
+        found = [row[where].tolist() for row, where in zip(batch, real, strict=True)]
+        assert found == [r.tolist() for r in RAGGED]
 
 
 def test_prefix_padding_is_right_padding_with_its_mask() -> None:

@@ -19,12 +19,13 @@ from nbl_export.batch.names import BASE, LINEARIZED
 from nbl_export.engine import pair as module
 from nbl_export.engine.build import Built
 from nbl_export.engine.library import Library
-from nbl_export.engine.manifest import Manifest, load_manifest, save_manifest
+from nbl_export.engine.manifest import Manifest, load_manifest
 from nbl_export.engine.network import NetworkFacts
 from nbl_export.engine.pair import check_shrinks
 from nbl_export.engine.profiles import Limits
 from nbl_export.errors import BuildError, InputError
 from nbl_export.progress import Silent, Task
+from tests.fixtures_engine import save_manifest
 from tests.listening import Notes
 
 OTHER = api.EngineSettings("rtx", max_batch=1, max_seq=8, max_context=32, sm=("86",))

@@ -17,7 +17,7 @@ import pytest
 from nbl_export import api
 from nbl_export.engine.gpu import Gpu, find_gpu
 from nbl_export.engine.library import import_library, runs_here
-from nbl_export.engine.manifest import load_manifest, save_manifest
+from nbl_export.engine.manifest import load_manifest
 from nbl_export.errors import InputError, MissingDependencyError
 from nbl_export.linearize.plan import load_plan
 from nbl_export.linearize.swap import linearized
@@ -30,6 +30,7 @@ from nbl_export.verify.parity.figures import gates_for
 from nbl_export.verify.speed.values import Speed
 from nbl_export.workspace import Workspace
 from tests import tiny
+from tests.fixtures_engine import save_manifest
 from tests.fixtures_graph import ragged_rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1800)]

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from nbl_export.engine.manifest import Manifest, save_manifest
+from nbl_export.engine.manifest import Manifest
 from nbl_export.engine.network import NetworkFacts, NetworkTensor
 from nbl_export.engine.profiles import Limits, Profile, profiles
 from nbl_export.export.forms import FORMS
@@ -34,6 +34,7 @@ from nbl_export.graph.precision import precision_of
 from nbl_export.rewrite.replace import rewrite_file
 from nbl_export.runtime.session import session
 from nbl_export.runtime.tensorrt import Device, LoadedEngine
+from tests.fixtures_engine import save_manifest
 from tests.fixtures_graph import plan_by_hand, ragged_rows
 
 TYPES = {"FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16, "INT64": torch.int64}
