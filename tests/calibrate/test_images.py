@@ -132,7 +132,7 @@ def test_images_of_different_sizes_are_refused(tmp_path: Path) -> None:
 def test_a_file_that_is_no_image_is_named(tmp_path: Path, damage: bytes | None) -> None:
     files = write(tmp_path, 8, size=(64, 64))
     files[2].write_bytes(files[2].read_bytes()[:60] if damage is None else damage)
-    with pytest.raises(InputError, match=r"002\.png is no image that can be read"):
+    with pytest.raises(InputError, match=r"002\.png is not a readable image"):
         read_images(files, processor, CalibrateSettings(), Silent())
 
 
@@ -140,7 +140,7 @@ def test_a_processor_that_does_not_take_an_image_is_told_in_its_first_line(tmp_p
     def refuses(images: Any, return_tensors: str) -> Any:
         raise RuntimeError("too small\nand a long story")
 
-    with pytest.raises(InputError, match=r"processor does not take .*000\.png: too small\.$"):
+    with pytest.raises(InputError, match=r"processor does not accept .*000\.png \(too small\): remove it\.$"):
         read_images(write(tmp_path, 8), refuses, CalibrateSettings(), Silent())
 
 
