@@ -16,7 +16,7 @@ from nbl_export.errors import InputError, MissingDependencyError, NblError
 from nbl_export.evaluate import tasks
 from nbl_export.evaluate.recovery import Paired
 from nbl_export.evaluate.results import gate
-from nbl_export.report.evaluation import Evaluation, load_evaluation
+from nbl_export.report.evaluation import load_evaluation
 from nbl_export.settings.definition import settings_of
 from nbl_export.stages import evaluate as stage
 from nbl_export.workspace import Workspace
@@ -317,11 +317,3 @@ def test_without_the_harness(stories_copy: Path, folder: Path, monkeypatch: pyte
     # Retrieval needs no harness.
     only = api.EvalSettings(retrieval_contexts=(400,), retrieval_samples=2)
     assert api.evaluate(stories_copy, only).retrieval
-
-
-def test_an_evaluation_of_another_version_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "eval.json"
-    for text in ("{", "[]", '{"schema": "nbl-export/eval/0"}', f'{{"schema": "{Evaluation.SCHEMA}"}}'):
-        path.write_text(text)
-        with pytest.raises(InputError, match="run `nbl-export eval` again"):
-            load_evaluation(path)
