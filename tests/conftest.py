@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
 
 # Helpers whose assertions say what differs, as those of test files do.
-pytest.register_assert_rewrite("tests.end_to_end.matrix", "tests.end_to_end.oracle", "tests.rewrite.by_hand")
+pytest.register_assert_rewrite(
+    "tests.end_to_end.matrix", "tests.end_to_end.oracle", "tests.finished", "tests.rewrite.by_hand"
+)
 pytest_plugins = ["tests.fixtures_graph", "tests.fixtures_engine", "tests.exporters", "tests.variants"]
 
 ROOT = Path(__file__).parent.parent
@@ -85,3 +88,11 @@ def stories_out(stories_folder: Path, stories_text: Path, tmp_path_factory: pyte
     )
     assert report.passed, report.checks
     return out
+
+
+@pytest.fixture
+def calibration(stories_text: Path) -> Any:
+    """What the finished run was calibrated with."""
+    from nbl_export import api
+
+    return api.CalibrateSettings((str(stories_text),), samples=32, seq_len=128, heldout_samples=8)

@@ -34,22 +34,7 @@ HERE = {
     "test_families.py": "scripts/families_table.py and docs/families.md call it by this path",
 }
 # Not yet: other work moves these, so that what is missing or left over there is not looked at. To be emptied.
-NOT_YET = (
-    "api",
-    "bench",
-    "cli",
-    "evaluate",
-    "given",
-    "measuring",
-    "options",
-    "report",
-    "settings",
-    "stages/bench",
-    "stages/evaluate",
-    "stages/verify",
-    "terminal",
-    "verify",
-)
+NOT_YET = ("verify",)
 
 
 def modules(package: Path) -> set[Path]:

@@ -6,63 +6,28 @@ import gzip
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import pytest
-from safetensors.numpy import load_file
 
 from nbl_export import api
 from nbl_export.errors import InputError
-from nbl_export.files import sha256_of_file
 from nbl_export.linearize.plan import load_plan
 from nbl_export.rewrite import replace as rewrite_module
 from nbl_export.verify.loss.figures import MethodLoss
 from nbl_export.verify.parity.figures import DecoderParity
 from nbl_export.workspace import Workspace
+from tests.finished import QUICK, TWO, VERIFY, assert_same, state, times
 from tests.listening import Notes
-from tests.tiny import build
-
-VERIFY = api.VerifySettings(contexts=(16,), rounds=3)
-# What the finished run was asked for.
-TWO = api.SelectSettings(k=2, criterion="cca")
-QUICK = api.VerifySettings(quality=False, speed=False)
-
-
-@pytest.fixture
-def calibration(stories_text: Path) -> Any:
-    """The settings of the finished run."""
-    return api.CalibrateSettings((str(stories_text),), samples=32, seq_len=128, heldout_samples=8)
-
-
-def state(out: Path) -> Any:
-    return json.loads((out / "nbl" / "workspace.json").read_text())["stages"]
-
-
-def times(out: Path) -> dict[str, int]:
-    """Modification times of all files but the lock and the workspace's own record."""
-    files = [p for p in out.rglob("*") if p.is_file() and p.name not in (".lock", "workspace.json")]
-    return {str(p.relative_to(out)): p.stat().st_mtime_ns for p in files}
 
 
 def pasts(path: Path) -> list[str]:
     graph = onnx.load(str(path), load_external_data=False).graph
     return [i.name for i in graph.input if i.name.startswith("past_key_values")]
-
-
-def assert_same(found: Path, expected: Path) -> None:
-    """Two files of equal content. A safetensors file's arrays: the order of its metadata is not fixed."""
-    if found.suffix != ".safetensors":
-        assert sha256_of_file(found) == sha256_of_file(expected), found.name
-        return
-    a, b = load_file(found), load_file(expected)
-    assert a.keys() == b.keys()
-    assert all(np.array_equal(a[name], b[name]) for name in a), found.name
 
 
 def test_the_run_passes_and_exactly_two_kv_pairs_are_gone(stories_out: Path) -> None:
@@ -126,28 +91,6 @@ def test_another_k_repeats_what_depends_on_it(
     assert len(pasts(stories_copy / "model.onnx")) == 4
 
 
-def test_separate_verbs_give_the_files_of_one_run(
-    stories_out: Path, stories_folder: Path, calibration: Any, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    assert api.calibrate(stories_folder, out, calibration) == out / "nbl" / "moments.safetensors"
-    # The order of selecting and exporting does not matter.
-    assert api.export(out) == out / "baseline" / "model.onnx"
-    plan = api.select(out, TWO)
-    assert plan.chosen == load_plan(Workspace.open(stories_out).plan).chosen
-    assert api.rewrite(out) == out / "model.onnx"
-    assert api.verify(out, QUICK).passed
-    for name in (
-        "model.onnx",
-        "model.onnx.data",
-        "baseline/model.onnx",
-        "baseline/model.onnx.data",
-        "config.json",
-        *(f"nbl/{name}.safetensors" for name in ("moments", "plan", "probe", "text")),
-    ):
-        assert_same(out / name, stories_out / name)
-
-
 @pytest.mark.parametrize(
     ("selection", "layers"),
     [
@@ -186,69 +129,7 @@ def test_a_kept_layer_that_cannot_be_proven_is_recorded(
     assert [p.input_error for p in report.graph.proofs if p.layer == 0] == [math.inf]
 
 
-DRAWN = ("report.md", "report.html", "junit.xml", "plots/layers.png", "plots/speed.png")
-
-
-def test_report_is_redrawn_without_the_model(stories_copy: Path, stories_out: Path) -> None:
-    for name in DRAWN:
-        (stories_copy / "report" / name).unlink()
-    assert api.report(stories_copy).passed
-    for name in ("report.json", *DRAWN):
-        same = (stories_copy / "report" / name).read_bytes() == (stories_out / "report" / name).read_bytes()
-        assert same, name
-
-
-def test_what_another_version_drew_is_drawn_anew_without_measuring_again(
-    stories_copy: Path, stories_folder: Path, calibration: Any
-) -> None:
-    for name in DRAWN:
-        (stories_copy / "report" / name).write_text("in other words")
-    before = state(stories_copy)
-    api.report(stories_copy)
-    assert state(stories_copy) == before
-    notes = Notes()
-    api.run(stories_folder, stories_copy, TWO, calibration, VERIFY, notes)
-    assert "verify" in notes.kept
-
-
-def test_a_changed_report_is_shown_but_not_taken_for_the_measured_one(
-    stories_copy: Path, stories_folder: Path, calibration: Any
-) -> None:
-    path = stories_copy / "report" / "report.json"
-    path.write_text(path.read_text().replace("within all", "far within all"))
-    assert "far within all" in str(api.report(stories_copy).checks)
-    assert "far within all" in (stories_copy / "report" / "report.html").read_text()
-    notes = Notes()
-    report = api.run(stories_folder, stories_copy, TWO, calibration, VERIFY, notes)
-    assert "verify" not in notes.kept and "far within all" not in str(report.checks)
-
-
 # refusals ----------------------------------------------------------------------------------------
-
-
-def test_the_folder_of_another_model_is_refused(stories_copy: Path, tmp_path: Path, calibration: Any) -> None:
-    other = build(tmp_path / "other", num_hidden_layers=1)
-    before = times(stories_copy), state(stories_copy)
-    with pytest.raises(InputError, match="belongs to another model"):
-        api.run(other, stories_copy, api.SelectSettings(k=1), calibration)
-    with pytest.raises(InputError, match="belongs to another model"):
-        api.calibrate(other, stories_copy, calibration)
-    assert (times(stories_copy), state(stories_copy)) == before
-
-
-def test_a_model_that_changed_is_refused(stories_copy: Path, stories_folder: Path, tmp_path: Path) -> None:
-    moved = Path(shutil.copytree(stories_folder, tmp_path / "moved"))
-    record = stories_copy / "nbl" / "workspace.json"
-    raw = json.loads(record.read_text())
-    raw["model"]["path"] = str(moved)
-    record.write_text(json.dumps(raw))
-    assert api.select(stories_copy, TWO).chosen
-    weights = moved / "model.safetensors"
-    raw_weights = bytearray(weights.read_bytes())
-    raw_weights[-1] ^= 1
-    weights.write_bytes(raw_weights)
-    with pytest.raises(InputError, match="has changed since"):
-        api.select(stories_copy, TWO)
 
 
 @pytest.mark.parametrize(
@@ -271,14 +152,6 @@ def test_a_stage_too_early_names_the_command(
     record.write_text(json.dumps(raw))
     with pytest.raises(InputError, match=f"has no finished .* yet: run `{command}"):
         verb(stories_copy)
-
-
-def test_verify_after_another_selection_is_refused_until_rewritten(stories_copy: Path) -> None:
-    api.select(stories_copy, api.SelectSettings(k=1))
-    with pytest.raises(InputError, match=rf"run `nbl-export rewrite {stories_copy}` first"):
-        api.verify(stories_copy, QUICK)
-    api.rewrite(stories_copy)
-    assert api.verify(stories_copy, QUICK).passed
 
 
 @pytest.mark.parametrize(
@@ -325,83 +198,12 @@ def test_a_run_makes_a_damaged_stage_again(
     assert_same(stories_copy / file, stories_out / file)
 
 
-def test_a_repair_of_weights_that_an_int4_graph_does_not_hold_is_refused_first(
-    stories_folder: Path, tmp_path: Path, calibration: Any
-) -> None:
-    selection = api.SelectSettings(k=1, repair=5)
-    exporting = api.ExportSettings(precision="int4", exporter="genai")
-    with pytest.raises(InputError, match=r"--repair changes the MLPs' weights.* add --repair-rank 0"):
-        api.run(stories_folder, tmp_path / "out", selection, calibration, exporting=exporting)
-    assert not (tmp_path / "out").exists()
-    replace(selection, repair_rank=0).check_precision("int4")
-    selection.check_precision("fp16")
-
-
-def test_settings_are_refused_before_a_folder_is_made(
-    stories_folder: Path, tmp_path: Path, calibration: Any
-) -> None:
-    out = tmp_path / "out"
-    for selection in (
-        api.SelectSettings(),
-        api.SelectSettings(k=-1),
-        api.SelectSettings(k=1, ridge=1.0),
-        api.SelectSettings(k=1, criterion="luck"),
-        api.SelectSettings(k=1, fit_input="other"),  # type: ignore[arg-type]
-        api.SelectSettings(k=1, fit="other"),  # type: ignore[arg-type]
-        api.SelectSettings(k=1, repair=-1),
-        api.SelectSettings(k=1, repair=5, repair_rank=-1),
-        api.SelectSettings(k=1, fit="drop", repair=5),
-        api.SelectSettings(k=1, budget=api.Budget(max_kl=0.1)),
-        api.SelectSettings(layers=(1,), budget=api.Budget(max_kl=0.1)),
-        api.SelectSettings(budget=api.Budget(max_kl=-0.1)),
-        api.SelectSettings(budget=api.Budget(max_perplexity_ratio=0.9)),
-        api.SelectSettings(budget=api.Budget(min_speedup=0.9)),
-        api.SelectSettings(budget=api.Budget(max_kl=float("nan"))),
-    ):
-        with pytest.raises(InputError):
-            api.run(stories_folder, out, selection, calibration)
-    for verification in (
-        api.VerifySettings(decode_steps=0),
-        api.VerifySettings(rounds=2),
-        api.VerifySettings(contexts=(1,)),
-        api.VerifySettings(contexts=()),
-    ):
-        with pytest.raises(InputError):
-            api.run(stories_folder, out, api.SelectSettings(k=1), calibration, verification)
-    for field in ("samples", "seq_len", "selection_samples", "heldout_samples"):
-        with pytest.raises(InputError, match="--" + field.replace("_", "-")):
-            api.run(
-                stories_folder,
-                out,
-                api.SelectSettings(k=1),
-                api.CalibrateSettings(**{**vars(calibration), field: 0}),
-            )
-    assert not out.exists()
-
-
 def test_a_k_beyond_the_model_is_refused_before_calibration(
     stories_folder: Path, tmp_path: Path, calibration: Any
 ) -> None:
     with pytest.raises(InputError, match=r"--k is 6; it must be between 0 and 5"):
         api.run(stories_folder, tmp_path / "out", api.SelectSettings(k=6), calibration)
     assert not (tmp_path / "out" / "nbl" / "moments.safetensors").exists()
-
-
-def test_two_processes_do_not_share_a_folder(stories_copy: Path) -> None:
-    with (
-        Workspace.open(stories_copy).lock(),
-        pytest.raises(InputError, match="Another nbl-export is running"),
-    ):
-        api.select(stories_copy, api.SelectSettings(k=1))
-
-
-def test_contexts_beyond_the_positions_are_in_the_report_as_left_out(stories_copy: Path) -> None:
-    """stories260K has 512 positions; what was skipped is in the report, with the reason."""
-    report = api.verify(stories_copy, api.VerifySettings(quality=False, contexts=(16, 2048), rounds=3))
-    assert report.speed is not None
-    assert {c.context for c in report.speed.cells} == {16}
-    said = [*report.notes, *(c.detail for c in report.checks if c.status == "skipped")]
-    assert any("2048" in text and "512" in text for text in said)
 
 
 def test_a_damaged_text_is_read_again(stories_folder: Path, stories_text: Path, tmp_path: Path) -> None:

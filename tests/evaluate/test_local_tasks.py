@@ -12,8 +12,7 @@ import pytest
 
 from nbl_export.errors import InputError
 from nbl_export.evaluate.local_tasks import local_tasks, sample, shapes
-from nbl_export.evaluate.tasks import find_tasks, task_of_rows
-from nbl_export.settings import EvalSettings
+from nbl_export.evaluate.tasks import task_of_rows
 
 QUESTION = {"question": "What is wet?", "choices": ["water", "sand"], "gold": 0, "id": "1"}
 
@@ -208,34 +207,3 @@ def test_paths_that_name_nothing(tmp_path: Path) -> None:
 def test_too_few_rows_for_examples(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="2 rows: too few for --few-shot 2"):
         local_tasks(str(written(tmp_path / "rows.jsonl", [QUESTION] * 2)), None, 2)
-
-
-def test_names_of_the_harness(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"hellaswagg is neither .*near: .*hellaswag"):
-        find_tasks(["hellaswagg"], EvalSettings())
-    written(tmp_path / "rows.jsonl", [QUESTION])
-    with pytest.raises(InputError, match="Two tasks are called rows"):
-        find_tasks([str(tmp_path), str(tmp_path / "rows.jsonl")], EvalSettings())
-
-
-def test_a_task_that_the_hub_does_not_give_is_named() -> None:
-    with pytest.raises(InputError, match=r"The task arc_easy cannot be loaded \(.*check the network"):
-        find_tasks(["arc_easy"], EvalSettings(limit=2))
-
-
-def test_a_task_file_of_the_harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The harness's own form of a task, on local data: its documents are sampled too."""
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    written(tmp_path / "rows.json", [{**QUESTION, "question": f"Q{i}?"} for i in range(40)])
-    (tmp_path / "mine.yaml").write_text(
-        f"task: mine\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: '{tmp_path}/rows.json'}}}}\n"
-        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: question\ndoc_to_target: gold\n"
-        "doc_to_choice: choices\nmetric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
-    )
-    (task,) = find_tasks([str(tmp_path / "mine.yaml")], EvalSettings(limit=8))
-    assert task.name == "mine" and task.total == 40
-    assert task.indices is not None and len(task.indices) == 8 and list(task.indices) == sorted(task.indices)
-    assert list(task.indices) != list(range(8))
-    (again,) = find_tasks([str(tmp_path / "mine.yaml")], EvalSettings(limit=8))
-    (other,) = find_tasks([str(tmp_path / "mine.yaml")], EvalSettings(limit=8, seed=1))
-    assert again.digest == task.digest != other.digest

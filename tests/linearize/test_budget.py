@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from nbl_export.errors import BudgetError, InputError
+from nbl_export.errors import BudgetError
 from nbl_export.linearize.budget import (
     CurvePoint,
     keeps,
@@ -17,8 +17,7 @@ from nbl_export.linearize.budget import (
 )
 from nbl_export.linearize.figures import Loss
 from nbl_export.records import to_json
-from nbl_export.settings import NO_BUDGET, Budget, SelectSettings, auto_budget
-from nbl_export.settings.choices import AUTO_PERPLEXITY_RATIO
+from nbl_export.settings import NO_BUDGET, Budget
 
 
 def loss(kl: float = 0.0, ratio: float = 1.0) -> Loss:
@@ -27,35 +26,6 @@ def loss(kl: float = 0.0, ratio: float = 1.0) -> Loss:
 
 def points(kls: Sequence[float]) -> list[CurvePoint]:
     return [CurvePoint.of(k, range(k), loss(kl)) for k, kl in enumerate(kls, 1)]
-
-
-@pytest.mark.parametrize(
-    ("budget", "message"),
-    [
-        (Budget(max_kl=-0.1), r"--max-kl is -0\.1; it must be 0 nats or more\."),
-        (Budget(max_kl=math.nan), "--max-kl is nan"),
-        (
-            Budget(max_perplexity_ratio=0.99),
-            r"--max-ppl-ratio is 0\.99; it must be 1 or more \(1\.05 allows",
-        ),
-        (Budget(max_perplexity_ratio=math.nan), "--max-ppl-ratio is nan"),
-        (Budget(min_speedup=0.5), r"--min-speedup is 0\.5; it must be 1 or more"),
-        (Budget(max_kl=0.1, min_speedup=math.nan), "--min-speedup is nan"),
-    ],
-)
-def test_bounds_that_make_no_sense(budget: Budget, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        budget.check()
-    with pytest.raises(InputError, match=message):
-        SelectSettings(budget=budget).check()
-
-
-def test_bounds_that_make_sense() -> None:
-    for budget in (NO_BUDGET, Budget(0.0, 1.0, 1.0), Budget(max_kl=math.inf), Budget(min_speedup=3.0)):
-        budget.check()
-    assert not NO_BUDGET and Budget(max_kl=0.0) and Budget(min_speedup=1.0)
-    assert Budget(max_kl=0.0).bounds_loss and Budget(max_perplexity_ratio=1.0).bounds_loss
-    assert not Budget(min_speedup=2.0).bounds_loss
 
 
 @pytest.mark.parametrize(
@@ -75,28 +45,6 @@ def test_bounds_that_make_sense() -> None:
 )
 def test_a_loss_is_kept_or_not(budget: Budget, found: Loss, kept: bool) -> None:
     assert keeps(budget, found) is kept
-
-
-def test_auto_is_a_tenth_of_perplexity_where_nothing_else_bounds_the_loss() -> None:
-    assert AUTO_PERPLEXITY_RATIO == 1.10
-    assert auto_budget(NO_BUDGET) == Budget(max_perplexity_ratio=1.10)
-    assert auto_budget(Budget(min_speedup=1.2)) == Budget(None, 1.10, 1.2)
-    for bounded in (Budget(max_kl=0.3), Budget(max_perplexity_ratio=1.5), Budget(0.3, 1.5, 2.0)):
-        assert auto_budget(bounded) == bounded
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (SelectSettings(), "Say how many layers to linearize: --k K, --k auto, or a budget"),
-        (SelectSettings(k=1, budget=Budget(max_kl=1.0)), "give one of them"),
-        (SelectSettings(layers=(1,), budget=Budget(min_speedup=1.5)), "give one of them"),
-        (SelectSettings(k=0, budget=Budget(max_kl=0.0)), "give one of them"),
-    ],
-)
-def test_one_way_only_says_how_many(settings: SelectSettings, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        settings.check()
 
 
 def test_a_budget_that_cannot_be_kept_ends_like_a_failed_gate() -> None:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from itertools import combinations
-from pathlib import Path
 from xml.etree import ElementTree
 
 import matplotlib
@@ -172,27 +171,3 @@ def test_another_process_draws_the_same_bytes() -> None:
         for seed in seeds
     ]
     assert runs[0] == runs[1] and len(runs[0].split()) == 2
-
-
-LOADED = """
-import sys
-from nbl_export import api
-from nbl_export.report import render, page, plots, figures, canvas, schema
-from pathlib import Path
-report = schema.load_report(Path(sys.argv[1]))
-known = plots.report_plots(report)
-print(sorted(m for m in sys.modules if m.startswith("matplotlib")))
-known["layers"].png()
-print("matplotlib.figure" in sys.modules, "matplotlib.pyplot" in sys.modules)
-"""
-
-
-def test_matplotlib_is_loaded_only_to_draw(stories_out: Path) -> None:
-    """And never pyplot, which would look for a display."""
-    done = subprocess.run(
-        [sys.executable, "-c", LOADED, str(stories_out / "report" / "report.json")],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.splitlines() == ["[]", "True False"] and not done.stderr

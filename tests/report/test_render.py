@@ -15,7 +15,7 @@ from nbl_export.report.page import page
 from nbl_export.report.plots import PLOTS, report_plots
 from nbl_export.report.render import markdown, write_report
 from nbl_export.report.schema import Report, load_report
-from nbl_export.report.tables import checks_table, layers_table, report_tables
+from nbl_export.report.tables import checks_table, report_tables
 from nbl_export.verify.loss.figures import MethodLoss
 
 TITLES = [
@@ -77,15 +77,6 @@ def test_markdown_figures_are_the_report_s(report: Report) -> None:
     linear = {layer for layer, row in drawn[TITLES[5]].items() if row[1] == "linear"}
     assert linear == {"2", "3"}
     assert {row[0] for row in list(drawn[TITLES[5]].values())[1:]} == {"full"}
-
-
-def test_layers_are_labelled_by_what_they_see(report: Report) -> None:
-    scores = tuple(replace(c, kind="sliding window") for c in report.selection.candidates)
-    rows = layers_table(replace(report.selection, candidates=scores, others={"5": "conv"}), []).rows
-    assert [row[1:3] for row in rows] == [
-        ("sliding window", "linear" if c.layer in report.selection.layers else "attention")
-        for c in sorted(scores, key=lambda c: (c.cca, c.layer))
-    ] + [("conv", "no candidate")]
 
 
 def test_head_line_is_the_verdict(report: Report) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 from nbl_export.linearize.figures import Candidate, Loss
 from nbl_export.linearize.selection import Curve, PlanLoss
 from nbl_export.records import from_json, to_json
-from nbl_export.report.drawing import Table, finite, spans
+from nbl_export.report.drawing import Table
 from nbl_export.report.schema import Report, Selection
 from nbl_export.report.selection import SCORES, curve_table, fit_in_words, result_table, scored_by
-from nbl_export.report.tables import layers_table, report_tables
+from nbl_export.report.tables import report_tables
 from nbl_export.settings import Budget
 
 LOSS = Loss(kl=0.25, kl_se=0.03, excess=0.125, excess_se=0.02)
@@ -140,33 +140,3 @@ def test_score_by_criterion() -> None:
     ):
         assert scored_by(criterion, candidates) is SCORES[key]
     assert scored_by("kl", candidates[:1]) is SCORES["cca"]
-
-
-def test_measured_scores_have_a_column_and_unmeasured_layers_come_last(report: Report) -> None:
-    scores = [0.5, None, 0.25, inf, 0.75]
-    pairs = zip(report.selection.candidates, scores, strict=True)
-    candidates = tuple(replace(c, kl=s) for c, s in pairs)
-    selection = replace(report.selection, criterion="kl", candidates=candidates, others={"5": "conv"})
-    table = layers_table(selection, report.graph.proofs)
-    assert table.columns[5] == "KL, nats per token"
-    assert "KL: to the original, with that layer alone replaced" in table.note
-    assert "alone replaced" not in layers_table(report.selection, report.graph.proofs).note
-    assert [(row[0], row[5]) for row in table.rows] == [
-        ("2", "2.5e-1"),
-        ("0", "5.0e-1"),
-        ("4", "7.5e-1"),
-        ("1", ""),
-        ("3", "inf"),
-        ("5", ""),
-    ]
-    assert [table.rows[i][0] for i in table.marked] == ["2", "3"]
-
-
-def test_spans() -> None:
-    assert spans([]) == "" and spans([4]) == "4"
-    assert spans([29, 24, 25, 26, 7, 0, 1]) == "0, 1, 7, 24-26, 29"
-
-
-def test_finite() -> None:
-    assert finite(3) == 3.0 and finite(0) == 0.0
-    assert [finite(v) for v in (None, "nan", "inf", float("nan"), float("inf"), True, "1")] == [None] * 7

@@ -152,14 +152,6 @@ def test_every_setting_is_explained_in_plain_words() -> None:
         assert len(keys) == len(set(keys))
 
 
-def test_auto_is_a_budget_or_a_ridge_by_error() -> None:
-    auto: Any = "auto"
-    assert settings.SelectSettings(k=auto).budget.max_perplexity_ratio == 1.10
-    own = settings.SelectSettings(k=auto, budget=settings.Budget(max_kl=0.1))
-    assert own.k is None and own.budget == settings.Budget(max_kl=0.1)
-    assert settings.SelectSettings(k=1, ridge=auto).ridge is None
-
-
 @dataclass(frozen=True)
 class Task:
     name: str

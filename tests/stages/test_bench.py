@@ -257,15 +257,3 @@ def test_bad_settings_are_refused_in_one_sentence(own: Path, settings: api.Bench
     with pytest.raises(InputError, match=said):
         api.bench(own, settings)
     assert not (own / "report" / "bench.json").exists()
-
-
-def test_a_name_given_twice_is_refused(own: Path) -> None:
-    with pytest.raises(InputError, match="names 'baseline' twice: say NAME=DIR"):
-        api.bench(own, api.BenchSettings(against=(str(own / "baseline"),) * 2))
-    with pytest.raises(InputError, match="names 'base' twice"):
-        api.bench(own, api.BenchSettings(against=(f"base={own / 'baseline'}",)))
-
-
-def test_a_gpu_that_is_not_there(own: Path) -> None:
-    with pytest.raises(api.NblError, match="--device cuda needs onnxruntime with CUDA"):
-        api.bench(own, api.BenchSettings(device="cuda"))

@@ -14,9 +14,7 @@ from nbl_export import api
 from nbl_export.cli import app
 from nbl_export.errors import InputError, MissingDependencyError, NblError
 from nbl_export.evaluate import tasks
-from nbl_export.evaluate.recovery import Paired
-from nbl_export.evaluate.results import gate
-from nbl_export.report.evaluation import Evaluation, load_evaluation
+from nbl_export.report.evaluation import load_evaluation
 from nbl_export.settings.definition import settings_of
 from nbl_export.stages import evaluate as stage
 from nbl_export.workspace import Workspace
@@ -180,35 +178,6 @@ def test_a_damaged_result_is_asked_anew(stories_copy: Path, folder: Path, asked:
 # The gate ----------------------------------------------------------------------------------------
 
 
-def paired(base: float, linearized: float, count: int = 400, chance: float = 0.0) -> Paired:
-    """Documents of which the first are right, as many as the scores say."""
-    right = np.arange(count) / count
-    return Paired.of((right < base) * 1.0, (right < linearized) * 1.0, np.full(count, chance))
-
-
-def test_the_gate_allows_for_the_standard_error() -> None:
-    lost = {"t": paired(0.8, 0.76)}  # 95 % ± 1.2 %
-    states = {m: [c.status for c in gate(m, lost, [])] for m in (90, 96, 97, 98)}
-    # The mean may be one standard error below, one task of many two.
-    assert states == {
-        90: ["passed", "passed"],
-        96: ["passed", "passed"],
-        97: ["failed", "passed"],
-        98: ["failed", "failed"],
-    }
-    assert gate(None, lost, []) == []
-    (check,) = gate(95, {}, [paired(0.9, 0.3)])
-    assert (check.name, check.status) == ("recovery of retrieval", "failed") and "33.3" in check.detail
-
-
-def test_a_base_that_guesses_has_nothing_to_lose() -> None:
-    checks = gate(99, {"guessing": paired(0.26, 0.1, chance=0.25), "good": paired(0.9, 0.9, chance=0.25)}, [])
-    assert [(c.name, c.status) for c in checks[1:]] == [
-        ("recovery of guessing", "skipped"),
-        ("recovery of good", "passed"),
-    ]
-
-
 def test_a_gate_that_nothing_could_be_judged_by_is_not_passed(stories_copy: Path, folder: Path) -> None:
     """Skipped is not passed: the tiny model only guesses here."""
     value = api.evaluate(stories_copy, settings(folder / "fruit.jsonl", min_recovery=50))
@@ -317,11 +286,3 @@ def test_without_the_harness(stories_copy: Path, folder: Path, monkeypatch: pyte
     # Retrieval needs no harness.
     only = api.EvalSettings(retrieval_contexts=(400,), retrieval_samples=2)
     assert api.evaluate(stories_copy, only).retrieval
-
-
-def test_an_evaluation_of_another_version_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "eval.json"
-    for text in ("{", "[]", '{"schema": "nbl-export/eval/0"}', f'{{"schema": "{Evaluation.SCHEMA}"}}'):
-        path.write_text(text)
-        with pytest.raises(InputError, match="run `nbl-export eval` again"):
-            load_evaluation(path)

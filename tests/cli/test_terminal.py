@@ -1,0 +1,209 @@
+"""What the command line draws: results on stdout, progress on stderr, and the verdict with where to look next."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from nbl_export.checks import Check
+from nbl_export.cli import terminal
+from nbl_export.cli.terminal import TerminalListener, show_report, show_tables
+from nbl_export.evaluate.results import Means
+from nbl_export.models.source import ModelIdentity
+from nbl_export.report.bench import BenchReport
+from nbl_export.report.drawing import Table
+from nbl_export.report.environment import environment
+from nbl_export.report.evaluation import Evaluation
+from nbl_export.report.schema import Report, load_report
+from nbl_export.settings import EvalSettings
+from nbl_export.verify.speed.values import CandidateInfo, CellResult, Machine, Result, Speed, Timing
+from tests.engine.conftest import manifest_by_hand
+
+CONSOLES = {"out": "_out", "err": "_err"}
+
+
+@pytest.fixture
+def screen(monkeypatch: pytest.MonkeyPatch) -> Callable[..., StringIO]:
+    """Called with a stream's name and a width: what is drawn on it from then on, with colours if asked."""
+
+    def watch(stream: str, width: int = 80, colours: bool = False) -> StringIO:
+        text = StringIO()
+        console = Console(
+            file=text, width=width, highlight=False, force_terminal=colours, legacy_windows=False, _environ={}
+        )
+        monkeypatch.setattr(terminal, CONSOLES[stream], console)
+        return text
+
+    return watch
+
+
+@pytest.fixture
+def report(stories_out: Path) -> Report:
+    return load_report(stories_out / "report" / "report.json")
+
+
+TABLE = Table(
+    "A title",
+    ("", "n", "result"),
+    (("first [row]", "1", "passed"), ("second", "1,234", "failed"), ("third", "5", "skipped")),
+    "A note.",
+)
+
+
+def test_a_table_has_its_title_its_note_and_every_cell(screen: Any) -> None:
+    text = screen("out")
+    show_tables([TABLE, replace(TABLE, title="Another", note="")])
+    lines = [line.rstrip() for line in text.getvalue().splitlines()]
+    assert lines[0] == "A title" and lines.count("A note.") == 1 and "Another" in lines
+    # What looks like markup is text. Figures stand flush right.
+    assert "first [row]      1   passed" in lines and "second       1,234   failed" in lines
+    assert text.getvalue().count("1,234") == 2
+
+
+def test_results_are_coloured_by_their_word(screen: Any) -> None:
+    text = screen("out", colours=True)
+    show_tables([TABLE])
+    shown = text.getvalue()
+    for word, code in (("passed", "32"), ("failed", "1;31"), ("skipped", "33")):
+        assert re.search(rf"\x1b\[{code}m *{word}", shown), word
+    assert not re.search(r"\x1b\[[\d;]*m *1,234", shown)
+
+
+def test_a_report_ends_with_its_verdict_and_where_to_look(screen: Any, report: Report) -> None:
+    text = screen("out", width=160)
+    show_report(report, Path("out"))
+    shown = text.getvalue().splitlines()
+    assert "PASS  2 of 5 attention layers of stories260K are now linear: 2, 3" in [
+        line.rstrip() for line in shown
+    ]
+    assert shown[-1].split() == ["model", "out/model.onnx", "report", "out/report/report.html"]
+    titles = [line for line in shown if line.rstrip() in ("Graph", "Checks")]
+    assert [t.strip() for t in titles] == ["Graph", "Checks"], "the verdicts come last"
+    assert "Layers by cca" not in text.getvalue()
+
+
+def test_a_failed_report_says_where_parity_is_lost(screen: Any, report: Report) -> None:
+    text = screen("out", width=160)
+    selection = replace(report.selection, layers=())
+    checks = (*report.checks, Check("parity", "failed", "far"))
+    show_report(
+        replace(report, selection=selection, checks=checks, divergence="layer 2 is the first"), Path("out")
+    )
+    shown = text.getvalue()
+    assert "FAIL  0 of 5 attention layers of stories260K are now linear\n" in shown and "PASS" not in shown
+    assert "layer 2 is the first" in shown
+
+
+def test_a_whole_report_fits_eighty_columns(screen: Any, report: Report) -> None:
+    text = screen("out", width=80)
+    name = "m" * 20  # a model's name is not broken by us
+    show_report(replace(report, model=replace(report.model, source=name)), Path("out"))
+    assert max(map(len, text.getvalue().splitlines())) <= 80
+    speed = report.speed
+    assert speed is not None
+    for heading in ("tokens/s", "over own base", "perplexity ratio"):
+        words = heading.split()
+        assert all(word in text.getvalue() for word in words), heading
+
+
+IDENTITY = ModelIdentity("a/model", "folder", None, "0" * 64)
+
+
+def evaluation(*checks: Check) -> Evaluation:
+    return Evaluation("now", "1.0", IDENTITY, environment(), EvalSettings(), {}, checks, (), (), (), Means())
+
+
+def test_an_evaluation_has_a_verdict_only_with_a_gate(screen: Any) -> None:
+    for checks, verdict in (
+        ((), None),
+        ((Check("mean recovery", "passed", "fine"),), "PASS"),
+        ((Check("mean recovery", "failed", "low"),), "FAIL"),
+        ((Check("mean recovery", "skipped", "guessing"),), "FAIL"),
+    ):
+        text = screen("out")
+        terminal.show_evaluation(evaluation(*checks), Path("out"))
+        lines = [line.strip() for line in text.getvalue().splitlines()]
+        assert [line for line in lines if line in ("PASS", "FAIL")] == ([verdict] if verdict else [])
+        assert lines[-1] == "evaluation out/report/eval.md"
+
+
+def test_a_bench_shows_its_notes_and_what_was_not_timed(screen: Any) -> None:
+    text = screen("out", width=120)
+    cell = CellResult(
+        "decode", 1, 64, (Result("base", Timing(2.0, 1.9, 2.1), 7, 500.0),), {"eager": "no memory"}
+    )
+    speed = Speed(Machine("CPU", 2), 7, (CandidateInfo("base"),), (cell,))
+    checks = (Check("nowhere slower", "failed", "decode 64"),)
+    value = BenchReport("now", "1.0", IDENTITY, environment(), {}, {}, checks, ("left out: 4,096",), speed)
+    terminal.show_bench(value, Path("out"))
+    lines = [line.strip() for line in text.getvalue().splitlines()]
+    assert (
+        "Bench" in lines
+        and lines[-2:] == ["left out: 4,096", "bench out/report/bench.md"]
+        and "FAIL" in lines
+    )
+    assert "eager in decode 64 (no memory)" in " ".join(lines)
+
+
+def test_engines_and_graphs_are_shown_as_tables(screen: Any, report: Report) -> None:
+    class Built:
+        manifest = manifest_by_hand()
+
+    text = screen("out", width=120)
+    terminal.show_engines([Built()])  # type: ignore[list-item]
+    assert text.getvalue().startswith("Engines: tensorrt-rtx 1.7.1.116, fp16, static cache")
+    text = screen("out")
+    terminal.show_rewrite(report.graph)  # type: ignore[arg-type]
+    row = next(line for line in text.getvalue().splitlines() if line.startswith("KV pairs"))
+    assert row.split()[-3:] == ["5", "3", "-40.0%"]
+
+
+# progress -----------------------------------------------------------------------------------------
+
+
+def test_notes_are_not_results(screen: Any) -> None:
+    out, err = screen("out"), screen("err")
+    terminal.say("a [result]")
+    TerminalListener().note("a [note]")
+    assert (out.getvalue(), err.getvalue()) == ("a [result]\n", "· a [note]\n")
+
+
+def test_a_task_is_a_bar_that_counts(screen: Any) -> None:
+    out, err = screen("out"), screen("err", width=100)
+    with TerminalListener().task("Calibrating", 65_536, "tokens", 1_000) as task:
+        task.advance(20_000)
+        task.advance(44_536)
+    (line,) = [line for line in err.getvalue().splitlines() if line.strip()]
+    assert "Calibrating" in line and "65.5k/65.5k tokens" in line and "in 0:00:0" in line
+    assert out.getvalue() == ""
+
+
+def test_a_task_that_fails_shows_how_far_it_came(screen: Any) -> None:
+    err = screen("err", width=100)
+    with pytest.raises(ZeroDivisionError), TerminalListener().task("Writing", 8, "MiB") as task:
+        task.advance(3)
+        raise ZeroDivisionError
+    assert "3/8 MiB" in err.getvalue() and "eta" in err.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, "0"),
+        (0.12345, "0.123"),
+        (9, "9"),
+        (12.6, "13"),
+        (9_999, "9,999"),
+        (10_000, "10.0k"),
+        (65_536, "65.5k"),
+    ],
+)
+def test_numbers_in_progress_are_short(number: float, text: str) -> None:
+    assert terminal._short(number) == text

@@ -1,0 +1,130 @@
+"""Both models' answers → scores, recovery and verdicts: by hand, and the gate on both sides of its standard errors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nbl_export.evaluate.recovery import Paired
+from nbl_export.evaluate.results import Both, Compared, Depth, gate, mean_of, retrieval_result, task_result
+from nbl_export.evaluate.retrieval import Answers, Question
+from nbl_export.evaluate.tasks import EvalTask, Outcome
+
+
+def paired(base: float, linearized: float, count: int = 400, chance: float = 0.0) -> Paired:
+    """Documents of which the first are right, as many as the scores say."""
+    right = np.arange(count) / count
+    return Paired.of((right < base) * 1.0, (right < linearized) * 1.0, np.full(count, chance))
+
+
+# by hand ------------------------------------------------------------------------------------------
+
+
+def test_scores_are_compared_document_by_document() -> None:
+    found = Compared.of(Paired.of([1, 1, 0, 1], [1, 0, 0, 1], [0.25] * 4))
+    assert (found.chance, found.agreement, found.base_above_chance) == (0.25, 0.75, True)
+    assert (found.base.value, found.linearized.value, found.difference.value) == (0.75, 0.5, -0.25)
+    assert found.base.se == pytest.approx(np.std([1, 1, 0, 1], ddof=1) / 2)
+    assert found.recovery is not None and found.recovery.value == pytest.approx(2 / 3)
+    # (0.5 - 0.25) / (0.75 - 0.25)
+    assert found.above_chance is not None and found.above_chance.value == pytest.approx(0.5)
+
+
+def test_a_base_that_guesses_has_no_recovery_above_chance() -> None:
+    found = Compared.of(Paired.of([1, 0, 1, 0], [1, 0, 0, 0], [0.5] * 4))
+    assert not found.base_above_chance and found.above_chance is None and found.recovery is not None
+
+
+def outcome(acc: Sequence[float], scored: str | None = "acc", **metrics: float) -> Outcome:
+    scores = {"acc": acc} if scored else {}
+    return Outcome({"acc": float(np.mean(acc)), **metrics}, scores, [0.25] * len(acc), scored, len(acc))
+
+
+def test_a_task_has_a_recovery_of_scores_and_both_figures_of_all() -> None:
+    task = EvalTask("fruit", "fruit.jsonl", "digest", 40, lambda: None)
+    base, linearized = outcome([1, 1, 0, 1], perplexity=12.0), outcome([1, 0, 0, 1], perplexity=13.0)
+    result, pair = task_result(task, base, linearized)
+    assert (result.name, result.source, result.digest) == ("fruit", "fruit.jsonl", "digest")
+    assert (result.documents, result.total, result.scored) == (4, 40, "acc")
+    assert result.figures == {"acc": Both(0.75, 0.5), "perplexity": Both(12.0, 13.0)}
+    assert set(result.metrics) == {"acc"} and result.headline == result.metrics["acc"]
+    assert (
+        pair is not None and pair.linearized.tolist() == [1, 0, 0, 1] and pair.chance.tolist() == [0.25] * 4
+    )
+    bare, none = task_result(task, outcome([0.0], None), outcome([1.0], None))
+    assert bare.headline is None and bare.metrics == {} and none is None
+    with pytest.raises(ValueError, match="different documents"):
+        task_result(task, base, outcome([1, 0]))
+
+
+def test_retrieval_is_told_by_depth() -> None:
+    golds = [0, 1, 3, 0, 1, 3]
+    asked = [Question(400, 0.1, (1,), ((2,),), gold) for gold in golds]
+    base = Answers((1, 1, 1, 1, 0, 1), (1, 1, 0, 1, 0, 1))
+    linearized = Answers((1, 0, 0, 0, 0, 1), (0, 0, 0, 0, 0, 1))
+    result, pair = retrieval_result(asked, base, linearized)
+    assert (result.context, result.questions) == (400, 6)
+    # No question was of the third quarter.
+    assert result.depths == (
+        Depth("0 to 25 %", 2, 1.0, 0.5),
+        Depth("25 to 50 %", 2, 0.5, 0.0),
+        Depth("75 to 100 %", 2, 1.0, 0.5),
+    )
+    assert (result.choice.chance, result.exact.chance) == (0.25, 0.0)
+    assert (result.choice.base.value, result.exact.linearized.value) == (
+        pytest.approx(5 / 6),
+        pytest.approx(1 / 6),
+    )
+    assert pair.base.tolist() == list(base.choice) and pair.linearized.tolist() == list(linearized.choice)
+
+
+def test_the_mean_over_tasks_counts_each_once_and_chance_only_where_the_base_is_clear() -> None:
+    good, guesses = paired(0.8, 0.6), paired(0.25, 0.2, count=4000, chance=0.25)
+    found = mean_of([good, guesses])
+    assert found is not None and found.recovery is not None and found.above_chance is not None
+    assert (found.tasks, found.above_chance_tasks) == (2, 1)
+    assert found.recovery.value == pytest.approx((0.6 + 0.2) / (0.8 + 0.25))
+    assert found.above_chance.value == pytest.approx(0.6 / 0.8)
+    alone = mean_of([guesses])
+    assert alone is not None and alone.above_chance is None and alone.above_chance_tasks == 0
+    assert mean_of([]) is None
+
+
+# the gate -----------------------------------------------------------------------------------------
+
+
+def test_the_gate_allows_for_the_standard_error() -> None:
+    lost = {"t": paired(0.8, 0.76)}  # 95 % ± 1.2 %
+    states = {m: [c.status for c in gate(m, lost, [])] for m in (90, 96, 97, 98)}
+    # The mean may be one standard error below, one task of many two.
+    assert states == {
+        90: ["passed", "passed"],
+        96: ["passed", "passed"],
+        97: ["failed", "passed"],
+        98: ["failed", "failed"],
+    }
+    assert gate(None, lost, []) == []
+    (check,) = gate(95, {}, [paired(0.9, 0.3)])
+    assert (check.name, check.status) == ("recovery of retrieval", "failed") and "33.3" in check.detail
+
+
+def test_a_base_that_guesses_has_nothing_to_lose() -> None:
+    checks = gate(99, {"guessing": paired(0.26, 0.1, chance=0.25), "good": paired(0.9, 0.9, chance=0.25)}, [])
+    assert [(c.name, c.status) for c in checks[1:]] == [
+        ("recovery of guessing", "skipped"),
+        ("recovery of good", "passed"),
+    ]
+
+
+def test_the_gate_of_a_mean_says_what_it_allows() -> None:
+    checks: Any = gate(90, {"a": paired(0.8, 0.8)}, [paired(0.8, 0.4)])
+    assert [(c.name, c.status) for c in checks] == [
+        ("mean recovery", "passed"),
+        ("recovery of a", "passed"),
+        ("recovery of retrieval", "failed"),
+    ]
+    assert checks[0].detail == "100.0 ± 0.0 %, gate 90 % less 1 standard error"
+    assert checks[1].detail.endswith("less 2 standard errors")

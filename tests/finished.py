@@ -1,0 +1,38 @@
+"""The finished run on stories260K: what it was asked for, and what an output folder holds and records of itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from nbl_export import api
+from nbl_export.files import sha256_of_file
+
+VERIFY = api.VerifySettings(contexts=(16,), rounds=3)
+# What the finished run was asked for.
+TWO = api.SelectSettings(k=2, criterion="cca")
+QUICK = api.VerifySettings(quality=False, speed=False)
+
+
+def state(out: Path) -> Any:
+    return json.loads((out / "nbl" / "workspace.json").read_text())["stages"]
+
+
+def times(out: Path) -> dict[str, int]:
+    """Modification times of all files but the lock and the workspace's own record."""
+    files = [p for p in out.rglob("*") if p.is_file() and p.name not in (".lock", "workspace.json")]
+    return {str(p.relative_to(out)): p.stat().st_mtime_ns for p in files}
+
+
+def assert_same(found: Path, expected: Path) -> None:
+    """Two files of equal content. A safetensors file's arrays: the order of its metadata is not fixed."""
+    if found.suffix != ".safetensors":
+        assert sha256_of_file(found) == sha256_of_file(expected), found.name
+        return
+    a, b = load_file(found), load_file(expected)
+    assert a.keys() == b.keys()
+    assert all(np.array_equal(a[name], b[name]) for name in a), found.name

@@ -1,0 +1,161 @@
+"""A race as a table: every figure under its heading, columns for what is known, and what the note has to say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import inf, nan
+from typing import Any
+
+import pytest
+
+from nbl_export.report.drawing import Table
+from nbl_export.report.speed import BENCH, ENGINES, VERIFIED, milliseconds, speed_tables, spread
+from nbl_export.verify.speed.values import (
+    CandidateInfo,
+    CellResult,
+    Explanation,
+    Machine,
+    Ratio,
+    Result,
+    Roofline,
+    Speed,
+    Timing,
+)
+
+OVER = Ratio(1.5, 1.4, 1.6, 1.35, 1.65, True)
+ROOFLINE = Roofline("CPU", "float32", 2, 5e10, 2e10)
+FULL = Result(
+    "linearized",
+    Timing(8.0, 7.5, 8.5, 9.25),
+    21,
+    1234.5,
+    cache_bytes=3 << 19,
+    peak_bytes=300 << 20,
+    of_roofline=0.456,
+    over_base=OVER,
+    ceiling=1.25,
+    linearized_over=None,
+    explanation=Explanation(120, 90, {"MatMul": 2.5, "Softmax": 1.0}, 3.5, 1.5, 1.25, False),
+)
+BASE = Result("base", Timing(12.0, 11.0, 13.0), 21, 800.0, linearized_over=replace(OVER, resolved=False))
+
+
+def race(*cells: CellResult, **changes: Any) -> Speed:
+    infos = (CandidateInfo("base"), CandidateInfo("linearized", "base"))
+    return replace(Speed(Machine("CPU", 2, roofline=ROOFLINE), 7, infos, cells), **changes)
+
+
+def shown(table: Table, name: str) -> dict[str, str]:
+    """Heading to text, of the first row of that candidate."""
+    row = next(row for row in table.rows if row[1] == name)
+    return dict(zip(table.columns, row, strict=True))
+
+
+CELL = CellResult("prefill", 1, 512, (BASE, FULL))
+
+
+def test_every_figure_stands_under_its_heading() -> None:
+    table, _ = speed_tables(VERIFIED, race(CELL))
+    assert shown(table, "linearized") == {
+        "": "prefill 512",
+        "candidate": "linearized",
+        "ms": "8.00 ± 0.50",
+        "p99": "9.25",
+        "tokens/s": "1,234",
+        "over own base": "1.50×",
+        "quartiles": "1.40–1.60",
+        "ceiling": "1.25×",
+        "÷ ceiling": "1.20",
+        "of roofline": "46%",
+        "linearized over it": "",
+        "cache MiB": "1.5",
+        "peak MiB": "300",
+        "rounds": "21",
+    }
+    base = shown(table, "base")
+    assert (base["ms"], base["linearized over it"]) == ("12.0 ± 1.0", "1.50× not resolved")
+    assert [base[name] for name in ("p99", "over own base", "ceiling", "÷ ceiling", "cache MiB")] == [""] * 5
+
+
+def test_a_column_that_nobody_has_a_figure_for_is_left_out() -> None:
+    plain = Result("base", Timing(12.0, 11.0, 13.0), 3, 800.0)
+    (table,) = speed_tables(VERIFIED, race(CellResult("decode", 4, 512, (plain,))))
+    assert table.columns == ("", "candidate", "ms", "tokens/s", "rounds")
+    assert table.rows == (("decode 4 × 512", "base", "12.0 ± 1.0", "800", "3"),)
+    for word in ("resolved", "Ceiling", "p99", "Peak"):
+        assert word not in table.note
+
+
+def test_a_narrow_table_names_a_cell_once_and_marks_noise_shortly() -> None:
+    noisy = replace(FULL, over_base=replace(OVER, resolved=False))
+    other = replace(CELL, context=1024, results=(BASE, noisy))
+    (table,) = speed_tables(BENCH, race(CELL, other), brief=True)
+    assert [row[:2] for row in table.rows] == [
+        ("prefill 512", "base"),
+        ("", "linearized"),
+        ("prefill 1,024", "base"),
+        ("", "linearized"),
+    ]
+    assert table.columns == ("", "candidate", "ms", "p99", "tokens/s", "over own base", "ceiling")
+    assert [row[5] for row in table.rows] == ["", "1.50×", "", "1.50× ~"] and "~: not resolved" in table.note
+
+
+def test_what_is_above_its_ceiling_has_its_reason() -> None:
+    table = speed_tables(VERIFIED, race(CELL))[1]
+    assert table.title == "Speedups above their ceilings"
+    assert table.rows == (
+        ("prefill 512", "linearized", "120 → 90", "MatMul 2.50, Softmax 1.00", "3.50", "1.50", "1.25"),
+    )
+    assert speed_tables(BENCH, race(CELL))[1].title == "Bench: speedups above their ceilings"
+    assert FULL.explanation is not None
+    doubted = replace(FULL, explanation=replace(FULL.explanation, suspect=True))
+    table, _ = speed_tables(VERIFIED, race(replace(CELL, results=(BASE, doubted))))
+    assert shown(table, "linearized")["ceiling"] == "1.25× suspect"
+
+
+def test_titles_say_where_it_ran() -> None:
+    speed = race(CELL, machine=Machine("NVIDIA L4"))
+    titles = [speed_tables(name, speed)[0].title for name in (VERIFIED, ENGINES, BENCH)]
+    assert titles == ["Speed on ONNX Runtime, batch 1", "Speed on NVIDIA L4, batch 1", "Bench"]
+    assert [speed_tables(name, speed)[0].plot for name in (VERIFIED, ENGINES, BENCH)] == [
+        "speed",
+        "engines",
+        "bench",
+    ]
+
+
+def test_the_note_says_what_was_done() -> None:
+    absent = {"eager": "out of memory"}
+    cells = [replace(CELL, phase="decode", context=n, absent=absent) for n in (8, 16)]
+    note = speed_tables(VERIFIED, race(CELL, *cells))[0].note
+    assert note.startswith("CPU, 2 threads: all in turn in one process, 7 rounds and more where needed;")
+    assert (
+        note.index("Prefill from an empty cache") < note.index("Decode: one token") and "Encode" not in note
+    )
+    # 5e10 multiply-adds are 1e11 operations.
+    assert "a machine that does 100 GFLOP/s and reads 20.0 GB/s, as measured in the same run" in note
+    assert note.endswith("Not timed: eager in decode 8, decode 16 (out of memory).")
+    assert "allow on any machine" in speed_tables(VERIFIED, race(CELL, machine=Machine("CPU")))[0].note
+    assert "threads" not in speed_tables(ENGINES, race(CELL, machine=Machine("A GPU")))[0].note.split(":")[0]
+
+
+@pytest.mark.parametrize(
+    ("ms", "text"),
+    [
+        (0.1234, "0.123"),
+        (0.9999, "1.000"),
+        (1.0, "1.00"),
+        (9.994, "9.99"),
+        (10.0, "10.0"),
+        (1234.56, "1234.6"),
+    ],
+)
+def test_shorter_times_have_more_decimals(ms: float, text: str) -> None:
+    assert milliseconds(ms) == text
+
+
+def test_a_spread_is_half_the_interquartile_range() -> None:
+    assert spread(Timing(10.0, 8.0, 11.0)) == "10.0 ± 1.5"
+    assert spread(Timing(0.5, 0.25, 0.75)) == "0.500 ± 0.250"
+    # Of an earlier version no quartiles are known.
+    assert spread(Timing(10.0, nan, nan)) == "10.0" and spread(Timing(inf, nan, nan)) == "inf"

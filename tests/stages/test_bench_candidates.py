@@ -1,0 +1,111 @@
+"""Who takes part in a bench: what `--against` names, whose base is whose, and what is refused."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from nbl_export import api
+from nbl_export.errors import InputError
+from nbl_export.graph.io import load_graph
+from nbl_export.settings import BenchSettings
+from nbl_export.stages.bench_candidates import Against, bench_candidates, graphs_against, provider_of
+from nbl_export.stages.run import Run
+
+
+@pytest.fixture
+def own(stories_copy: Path) -> Path:
+    return stories_copy
+
+
+def test_a_name_given_twice_is_refused(own: Path) -> None:
+    with pytest.raises(InputError, match="names 'baseline' twice: say NAME=DIR"):
+        api.bench(own, api.BenchSettings(against=(str(own / "baseline"),) * 2))
+    with pytest.raises(InputError, match="names 'base' twice"):
+        api.bench(own, api.BenchSettings(against=(f"base={own / 'baseline'}",)))
+
+
+def test_a_gpu_that_is_not_there(own: Path) -> None:
+    with pytest.raises(api.NblError, match="--device cuda needs onnxruntime with CUDA"):
+        api.bench(own, api.BenchSettings(device="cuda"))
+
+
+def test_an_output_folder_is_both_its_graphs(stories_out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = [
+        Against("x, base", None, stories_out / "baseline" / "model.onnx"),
+        Against("x, linearized", "x, base", stories_out / "model.onnx"),
+    ]
+    assert list(graphs_against([f"x={stories_out}"])) == both
+    # Without a name it is the folder's, also where that is not written out.
+    monkeypatch.chdir(stories_out / "baseline")
+    assert list(graphs_against(["."])) == [Against("baseline", None, Path("model.onnx"))]
+    assert [a.name for a in graphs_against([str(stories_out)])] == [
+        "stories260K, base",
+        "stories260K, linearized",
+    ]
+    # The last sign parts a name from its folder.
+    (named,) = graphs_against([f"a=b={stories_out / 'baseline'}"])
+    assert (named.name, named.base) == ("a=b", None)
+
+
+def test_graphs_that_cannot_be_told_apart_are_refused(stories_out: Path) -> None:
+    baseline = stories_out / "baseline"
+    for taken in ("base", "linearized", "base again", "dropped", "PyTorch eager", "torch.compile"):
+        with pytest.raises(InputError, match=f"names '{taken}' twice: say NAME=DIR to tell them apart"):
+            list(graphs_against([f"{taken}={baseline}"]))
+    with pytest.raises(InputError, match="names 'x, base' twice"):
+        list(graphs_against([f"x={stories_out}", f"x={stories_out}"]))
+    assert len(list(graphs_against([f"x={stories_out}", f"y={stories_out}", str(baseline)]))) == 5
+
+
+def test_what_is_not_there_or_not_current_is_refused(own: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--against x=nowhere: there is no nowhere\."):
+        list(graphs_against(["x=nowhere"]))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="empty"):
+        list(graphs_against([str(tmp_path / "empty")]))
+    api.select(own, api.SelectSettings(k=1, criterion="cca"))
+    with pytest.raises(InputError, match="run `nbl-export rewrite"):
+        list(graphs_against([str(own)]))
+
+
+def test_who_takes_part_in_which_order(stories_out: Path, own: Path) -> None:
+    settings = BenchSettings(peers=("dropped", "compile", "eager"))
+    against = list(graphs_against([f"x={stories_out}"]))
+    with ExitStack() as stack:
+        found = bench_candidates(Run.resume(own), against, settings, stack)
+        assert [(c.name, c.base) for c in found] == [
+            ("base", None),
+            ("linearized", "base"),
+            ("dropped", "base"),
+            ("PyTorch eager", None),
+            ("torch.compile", None),
+            ("x, base", None),
+            ("x, linearized", "x, base"),
+            ("base again", None),
+        ]
+        costs = {c.name: c.cost for c in found}
+        assert costs["base"] == costs["base again"] == costs["x, base"] and costs["PyTorch eager"] is None
+        base, linearized, dropped = (costs[name] for name in ("base", "linearized", "dropped"))
+        assert base and linearized and dropped
+        # Two of five layers keep no cache and, dropped, have no map of 64 x 64 either.
+        assert linearized.kv_bytes_per_token * 5 == base.kv_bytes_per_token * 3
+        assert linearized.weight_macs - dropped.weight_macs == 2 * 64 * 64
+    with ExitStack() as stack:
+        plain = bench_candidates(Run.resume(own), [], BenchSettings(), stack)
+    assert [c.name for c in plain] == ["base", "linearized", "base again"]
+
+
+def test_the_dropped_graph_is_made_beside_and_left_nowhere(own: Path) -> None:
+    before = sorted(own.rglob("*"))
+    whole = len(list(load_graph(own / "model.onnx").graph))
+    with ExitStack() as stack:
+        bench_candidates(Run.resume(own), [], BenchSettings(peers=("dropped",)), stack)
+    assert sorted(own.rglob("*")) == before and len(list(load_graph(own / "model.onnx").graph)) == whole
+
+
+def test_where_graphs_run() -> None:
+    assert provider_of(BenchSettings()) == "CPUExecutionProvider"
+    assert provider_of(BenchSettings(device="cuda")) == "CUDAExecutionProvider"

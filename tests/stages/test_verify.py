@@ -1,0 +1,128 @@
+"""The stage that verifies: what it writes, when it is done again, and that a report is drawn without the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from nbl_export import api
+from nbl_export.errors import InputError
+from nbl_export.files import sha256_of_file
+from nbl_export.models.source import find_model
+from nbl_export.report.schema import load_report
+from nbl_export.stages.run import Run
+from nbl_export.stages.verify import report as redraw
+from nbl_export.stages.verify import verify
+from nbl_export.verify.loss.figures import Likeness
+from nbl_export.verify.parity.figures import EncoderParity
+from nbl_export.workspace import Workspace
+from tests.encoders import text_encoder
+from tests.finished import QUICK, TWO, VERIFY, state
+from tests.fixtures_graph import perturb, rerecord
+from tests.listening import Notes
+
+DRAWN = ("report.md", "report.html", "junit.xml", "plots/layers.png", "plots/speed.png")
+
+
+def test_report_is_redrawn_without_the_model(stories_copy: Path, stories_out: Path) -> None:
+    for name in DRAWN:
+        (stories_copy / "report" / name).unlink()
+    assert api.report(stories_copy).passed
+    for name in ("report.json", *DRAWN):
+        same = (stories_copy / "report" / name).read_bytes() == (stories_out / "report" / name).read_bytes()
+        assert same, name
+
+
+def test_what_another_version_drew_is_drawn_anew_without_measuring_again(
+    stories_copy: Path, stories_folder: Path, calibration: Any
+) -> None:
+    for name in DRAWN:
+        (stories_copy / "report" / name).write_text("in other words")
+    before = state(stories_copy)
+    api.report(stories_copy)
+    assert state(stories_copy) == before
+    notes = Notes()
+    api.run(stories_folder, stories_copy, TWO, calibration, VERIFY, notes)
+    assert "verify" in notes.kept
+
+
+def test_a_changed_report_is_shown_but_not_taken_for_the_measured_one(
+    stories_copy: Path, stories_folder: Path, calibration: Any
+) -> None:
+    path = stories_copy / "report" / "report.json"
+    path.write_text(path.read_text().replace("within all", "far within all"))
+    assert "far within all" in str(api.report(stories_copy).checks)
+    assert "far within all" in (stories_copy / "report" / "report.html").read_text()
+    notes = Notes()
+    report = api.run(stories_folder, stories_copy, TWO, calibration, VERIFY, notes)
+    assert "verify" not in notes.kept and "far within all" not in str(report.checks)
+
+
+def test_verify_after_another_selection_is_refused_until_rewritten(stories_copy: Path) -> None:
+    api.select(stories_copy, api.SelectSettings(k=1))
+    with pytest.raises(InputError, match=rf"run `nbl-export rewrite {stories_copy}` first"):
+        api.verify(stories_copy, QUICK)
+    api.rewrite(stories_copy)
+    assert api.verify(stories_copy, QUICK).passed
+
+
+def test_contexts_beyond_the_positions_are_in_the_report_as_left_out(stories_copy: Path) -> None:
+    """stories260K has 512 positions; what was skipped is in the report, with the reason."""
+    report = api.verify(stories_copy, api.VerifySettings(quality=False, contexts=(16, 2048), rounds=3))
+    assert report.speed is not None
+    assert {c.context for c in report.speed.cells} == {16}
+    said = [*report.notes, *(c.detail for c in report.checks if c.status == "skipped")]
+    assert any("2048" in text and "512" in text for text in said)
+
+
+def test_its_files_are_recorded_and_it_is_done_once(stories_copy: Path) -> None:
+    listener = Notes()
+    run = Run.resume(stories_copy, listener)
+    first = verify(run, QUICK)
+    assert listener.kept == [] and first == load_report(stories_copy / "report" / "report.json")
+    record = Workspace.open(stories_copy).record("verify")
+    assert record is not None
+    written = {str(p.relative_to(stories_copy)) for p in (stories_copy / "report").rglob("*") if p.is_file()}
+    assert set(record.files) == written
+    assert all(sha256_of_file(stories_copy / name) == digest for name, digest in record.files.items())
+    skipped = {c.name: c.detail for c in first.checks if c.status == "skipped"}
+    assert skipped == {"method loss": "--no-quality", "speed": "--no-speed"}
+    assert verify(Run.resume(stories_copy, listener), QUICK).created == first.created
+    assert listener.kept == ["verify"]
+    # Other settings are another verification; so is a file of the report that is gone.
+    verify(Run.resume(stories_copy, listener), api.VerifySettings(3, quality=False, speed=False))
+    assert listener.kept == ["verify"]
+    (stories_copy / "report" / "report.md").unlink()
+    verify(Run.resume(stories_copy, listener), api.VerifySettings(3, quality=False, speed=False))
+    assert listener.kept == ["verify"] and (stories_copy / "report" / "report.md").exists()
+
+
+def test_a_graph_that_is_wrong_is_in_the_report_and_no_exception(stories_copy: Path) -> None:
+    path = stories_copy / "model.onnx"
+    initializers = onnx.load(str(path), load_external_data=False).graph.initializer
+    perturb(path, next(t.name for t in initializers if t.name.endswith("nbl_linear.weight")), 1.5)
+    rerecord(stories_copy, "rewrite")
+    found = verify(Run.resume(stories_copy), QUICK)
+    assert not found.passed and {c.name: c.status for c in found.checks}["parity"] == "failed"
+    # The first of both layers that are linear.
+    assert found.divergence is not None and "layer 2 " in found.divergence
+    # It stays failed, however often it is drawn.
+    assert not redraw(Workspace.open(stories_copy)).passed
+
+
+def test_an_encoder_is_held_to_outputs(tmp_path: Path, stories_text: Path) -> None:
+    encoder = text_encoder(tmp_path / "bert", "bert", "BertModel")
+    out = tmp_path / "out"
+    api.run(
+        encoder,
+        out,
+        api.SelectSettings(k=1),
+        api.CalibrateSettings((str(stories_text),), samples=16, seq_len=32, heldout_samples=2),
+        api.VerifySettings(quality=False, speed=False),
+    )
+    found = verify(Run.start(find_model(str(encoder)), out), api.VerifySettings(speed=False))
+    assert found.passed and isinstance(found.parity, EncoderParity) and found.parity.lengths
+    assert isinstance(found.method_loss, Likeness) and found.method_loss.unit == "documents"
