@@ -18,7 +18,7 @@ REMEDY = "run `nbl-export bench` again"
 class BenchReport(Header):
     """Everything that ``nbl-export bench`` measured, and the verdicts on it."""
 
-    SCHEMA: ClassVar[str] = "nbl-export/bench/1"
+    SCHEMA: ClassVar[str] = "nbl-export/bench/2"
 
     settings: Mapping[str, Any]
     speed: Speed

@@ -22,7 +22,7 @@ from tests.tiny_types import tiny_model as random_model
 def test_an_attention_that_is_not_run_is_refused() -> None:
     model = build("Llama", "ForCausalLM", **FAMILIES["llama"].fields)
     model.model.layers[1].forward = lambda hidden_states, **_: hidden_states
-    with pytest.raises(InputError, match="does not run the attention of layer 1 as it stands"):
+    with pytest.raises(InputError, match="does not run the attention of layer 1 as it is"):
         check_supported(model)
 
 
@@ -64,7 +64,7 @@ def test_the_cache_has_the_shape_that_transformers_fills(model_type: str) -> Non
 def test_blocks_without_keys_and_values_have_no_shape() -> None:
     model = random_model("lfm2")
     assert [shape is None for shape in dummy_run(model).cache] == [True, False, True, False]
-    with pytest.raises(InputError, match=r"Layer 0 of Lfm2ForCausalLM keeps no keys .*--kv-cache none"):
+    with pytest.raises(InputError, match=r"Layer 0 of Lfm2ForCausalLM has no keys .*--kv-cache none"):
         cache_shapes(model)
 
 

@@ -46,18 +46,18 @@ def test_newer_folders_name_their_pooling(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("modules", "config", "said"),
     [
-        (["Transformer", "Dense", "Pooling"], "{}", "has the module Dense: served are a Transformer"),
-        (["Pooling", "Transformer"], "{}", "has the modules Pooling, Transformer: served are"),
-        (["Transformer"], "{}", "has the modules Transformer: served are"),
-        (["Transformer", "Pooling"], "{}", "asks for the pooling none: served is one of mean, cls and max"),
+        (["Transformer", "Dense", "Pooling"], "{}", "has the module Dense: supported are a Transformer"),
+        (["Pooling", "Transformer"], "{}", "has the modules Pooling, Transformer: supported are"),
+        (["Transformer"], "{}", "has the modules Transformer: supported are"),
+        (["Transformer", "Pooling"], "{}", "asks for the pooling none: supported is one of mean, cls and max"),
         (
             ["Transformer", "Pooling"],
             '{"pooling_mode_mean_tokens": true, "pooling_mode_cls_token": true}',
             "asks for the pooling mean, cls",
         ),
-        (["Transformer", "Pooling"], "[]", "is no JSON object"),
+        (["Transformer", "Pooling"], "[]", "is not a JSON object"),
         (["Transformer", "Pooling"], "{", "The pooling's configuration is damaged"),
-        (None, "{}", "is no list of modules"),
+        (None, "{}", "is not a list of modules"),
     ],
 )
 def test_a_pooling_that_is_not_served(

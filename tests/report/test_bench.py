@@ -48,7 +48,7 @@ def test_bounds_that_are_infinite_come_back(bench: BenchReport, tmp_path: Path) 
     assert found is not None and (found.least, found.most) == (-inf, inf)
 
 
-@pytest.mark.parametrize("gone", ["model", "settings", "hashes", "checks"])
+@pytest.mark.parametrize("gone", ["model", "settings", "hashes", "checks", "speed"])
 def test_a_bench_without_a_section_is_damaged(bench: BenchReport, tmp_path: Path, gone: str) -> None:
     raw = bench.as_json()
     del raw[gone]
