@@ -37,17 +37,12 @@ from nbl_export.verify.parity.figures import DecoderParity, Gates, Parity, StepP
 from nbl_export.verify.speed.candidates import TIMED_STEPS
 from nbl_export.workspace import Workspace
 from tests.fixtures_graph import external_entry, plan_by_hand
-from tests.runtime.fake_tensorrt import Graphs, engine_file, graphs_of, loaded_engine, manifest_of
+from tests.runtime.fake_tensorrt import Graphs, engine_file, loaded_engine, manifest_of
 
 LAYERS = (0, 3)
 ROOM = Limits(max_batch=3, max_seq=70, max_context=96)
 PARITY = VerifySettings(decode_steps=4, quality=False, speed=False)
 L4 = Gpu("NVIDIA L4", "8.9")
-
-
-@pytest.fixture(scope="module")
-def graphs(stories_model: Any, stories_out: Path) -> Graphs:
-    return graphs_of(stories_model, stories_out)
 
 
 @pytest.fixture(scope="module")
