@@ -33,7 +33,7 @@ from nbl_export.verify import engines as module
 from nbl_export.verify.case import DecoderCase
 from nbl_export.verify.decoder import measure_decoder
 from nbl_export.verify.measurement import Measurement
-from nbl_export.verify.parity.figures import DecoderParity, Gates, Parity, StepParity, gates_for
+from nbl_export.verify.parity.figures import DecoderParity, gates_for
 from nbl_export.verify.speed.candidates import TIMED_STEPS
 from nbl_export.workspace import Workspace
 from tests.fixtures_graph import external_entry, plan_by_hand
@@ -345,29 +345,6 @@ def test_a_half_graph_that_loses_more_than_pytorch_fails_within_the_wide_gates(
         assert isinstance(result.parity, DecoderParity)
         assert max(s.max_abs for s in result.parity.steps) < gates_for("float16").max_abs_logit
     assert "PyTorch's own in this precision" in check.detail and "1.5 times that" in check.detail
-
-
-def parity_of(means: Sequence[float], limit: float = 1.5) -> Parity:
-    steps = tuple(
-        StepParity(1, 0, mean, *[0.0] * 4, 1, 0, 1, 0, step=n)  # type: ignore[arg-type]
-        for n, mean in enumerate(means)
-    )
-    return Parity((1,), steps, Gates(1, 0, 1, 0, 0, 1, max_vs_own=limit))
-
-
-def test_the_mean_of_all_steps_counts() -> None:
-    own = parity_of([0.02, 0.04], limit=99)
-    assert parity_of([0.045, 0.045]).failures_against(own, "PyTorch's own in this precision") == []
-    assert parity_of([0.089, 0.0]).failures_against(own, "PyTorch's own in this precision") == []
-    (told,) = parity_of([0.0, 0.092]).failures_against(own, "PyTorch's own in this precision")
-    assert told == (
-        "mean |Δlogit| is 0.046, PyTorch's own in this precision 0.03; the gate is 1.5 times that"
-    )
-    assert len(parity_of([float("nan"), 0.0]).failures_against(own, "PyTorch's own in this precision")) == 1
-    assert (
-        parity_of([0.0, 0.0]).failures_against(parity_of([0.0, 0.0]), "PyTorch's own in this precision") == []
-    )
-    assert parity_of([0.046, 0.046], limit=2).failures_against(own, "PyTorch's own in this precision") == []
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
