@@ -136,6 +136,13 @@ def test_one_row_is_used_as_often_as_lengths_are_needed(bert: EncoderCase) -> No
     assert all((batch["input_ids"][0, :8] == row[:8]).all() for row in batch["input_ids"])
 
 
+def test_a_row_shorter_than_all_lengths_is_left_whole(bert: EncoderCase) -> None:
+    short = {n: np.concatenate([a[:, :7], a[:, -1:]], axis=1) for n, a in bert.heldout[0].items()}
+    batch = module._batch(replace(bert, heldout=[short]))
+    assert batch["input_ids"].tolist() == [short["input_ids"][0].tolist()] * 4
+    assert batch["attention_mask"].all()
+
+
 def test_images_are_taken_as_they_are(bert: EncoderCase) -> None:
     images = [{PIXELS: np.full((1, 3, 2, 2), float(n), np.float32)} for n in range(3)]
     batch = module._batch(replace(bert, heldout=images))

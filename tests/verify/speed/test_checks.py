@@ -78,3 +78,11 @@ def test_a_suspect_cell_leaves_the_check_open(pair: Pair) -> None:
     assert [row[-1].endswith("× suspect") for row in table.rows] == [False, False, False, True]
     assert table.columns[-1] == "ceiling" and numeric_columns(table) >= {5}
     assert speed_check(speed).status == "passed" and len(speed_tables(VERIFIED, speed)) == 1
+
+
+@pytest.mark.usefixtures("told")
+def test_what_may_be_chance_is_not_called_slower() -> None:
+    """A fifth slower in every round, of too few to say so."""
+    slow = [PAIR[0], Candidate("linearized", lasting(2.5, 0.25), "base", cost=HALF)]
+    assert verdicts(raced([(1, 8)], slow, rounds=Rounds(5, 5)))[1].status == "skipped"
+    assert verdicts(raced([(1, 8)], slow, rounds=Rounds(6, 6)))[1].status == "failed"
