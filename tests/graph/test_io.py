@@ -14,7 +14,7 @@ import pytest
 
 from nbl_export.errors import BuildError, InputError
 from nbl_export.graph import io
-from nbl_export.graph.io import check_file, load_graph, save_graph, scratch_copy, summarize
+from nbl_export.graph.io import check_file, load_graph, save_graph, scratch_copy
 
 DATA = "model.onnx.data"
 
@@ -279,17 +279,3 @@ def test_a_scratch_copy_goes_when_it_cannot_be_written(graph: Path, monkeypatch:
     with pytest.raises(OSError, match="No space"), scratch_copy(graph, lambda _model: None):
         pytest.fail("the block must not be entered")
     assert names(graph.parent) == before
-
-
-# summary -----------------------------------------------------------------------------------------
-
-
-def test_summary_counts_what_onnx_counts(graph: Path) -> None:
-    proto = onnx.load(str(graph))
-    summary = summarize(load_graph(graph), graph)
-    assert summary.nodes == len(proto.graph.node) == sum(summary.ops.values())
-    assert summary.ops["Attention"] == summary.kv_pairs == 4
-    assert (summary.inputs, summary.outputs) == (len(proto.graph.input), len(proto.graph.output))
-    assert summary.initializers == len(proto.graph.initializer)
-    assert summary.parameters == sum(int(np.prod(t.dims)) for t in proto.graph.initializer)
-    assert summary.file_bytes == sum((graph.parent / n).stat().st_size for n in ("model.onnx", DATA))

@@ -136,3 +136,27 @@ def test_half_is_fast_where_the_processor_has_an_instruction_for_it() -> None:
     flags = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text()))
     has = bool(flags & {"amx_tile", "avx512_bf16"})
     assert fast_dtype() == ("bfloat16" if has else "float32")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_copy_in_half_is_what_transformers_would_load(
+    stories_folder: Path, stories_model: Any, dtype: str
+) -> None:
+    before = {n: t.clone() for n, t in [*stories_model.named_parameters(), *stories_model.named_buffers()]}
+    half = in_precision(stories_model, dtype)
+    loaded = AutoModelForCausalLM.from_pretrained(stories_folder, dtype=getattr(torch, dtype)).eval()
+    assert {p.dtype for p in half.parameters()} == {getattr(torch, dtype)}
+    frequencies = half.model.rotary_emb.inv_freq  # type: ignore[union-attr]
+    assert frequencies.dtype == loaded.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert half.lm_head.weight is half.model.embed_tokens.weight  # type: ignore[union-attr]
+    stories_model.set_attn_implementation("sdpa")
+    half.set_attn_implementation("sdpa")  # type: ignore[operator]
+    ids = torch.arange(3, 300)[None]  # far out, where halved frequencies would turn by whole radians
+    with torch.inference_mode():
+        assert torch.equal(half(ids).logits, loaded(ids).logits)
+        with torch.no_grad():
+            for parameter in half.parameters():
+                parameter.zero_()
+    after = dict([*stories_model.named_parameters(), *stories_model.named_buffers()])
+    assert before.keys() == after.keys()
+    assert all(t.dtype == after[n].dtype and torch.equal(t, after[n]) for n, t in before.items())

@@ -49,7 +49,11 @@ def test_newer_folders_name_their_pooling(tmp_path: Path) -> None:
         (["Transformer", "Dense", "Pooling"], "{}", "has the module Dense: supported are a Transformer"),
         (["Pooling", "Transformer"], "{}", "has the modules Pooling, Transformer: supported are"),
         (["Transformer"], "{}", "has the modules Transformer: supported are"),
-        (["Transformer", "Pooling"], "{}", "asks for the pooling none: supported is one of mean, cls and max"),
+        (
+            ["Transformer", "Pooling"],
+            "{}",
+            "asks for the pooling none: supported is one of mean, cls and max",
+        ),
         (
             ["Transformer", "Pooling"],
             '{"pooling_mode_mean_tokens": true, "pooling_mode_cls_token": true}',

@@ -14,7 +14,7 @@ import onnx_ir as ir
 import pytest
 
 from nbl_export import api
-from nbl_export.errors import BuildError, InputError
+from nbl_export.errors import InputError
 from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.records import from_json
 from nbl_export.report.bench import load_bench
@@ -25,10 +25,7 @@ from nbl_export.rewrite.drop import drop_layers
 from nbl_export.runtime.ort import OrtDecoder
 from nbl_export.stages.bench import _Kept
 from nbl_export.verify.speed import profile as profile_module
-from nbl_export.verify.speed.candidates import decoder_prompt
 from nbl_export.verify.speed.harness import Harness
-from nbl_export.verify.speed.peak import peak_bytes
-from nbl_export.verify.speed.profile import explain
 from nbl_export.verify.speed.values import CellResult, Explanation
 
 
@@ -59,35 +56,6 @@ def test_layers_left_out_write_nothing(stories_out: Path, tmp_path: Path) -> Non
         twice.graph.outputs.append(output)
         next(iter(output.uses())).node.op_type = "Sub"
         drop_layers(twice)
-
-
-def test_a_real_pair_is_profiled(stories_out: Path) -> None:
-    graphs = stories_out / "baseline" / "model.onnx", stories_out / "model.onnx"
-    run = decoder_prompt()
-    for phase in ("prefill", "decode"):
-        # Two thirds of 1.5 s are saved for sure, a half at the ceiling.
-        found = explain(graphs, phase, lambda model: run(model, 64, 2), 1500.0, 3.0, 2.0)
-        assert found is not None and found.saved_ms == pytest.approx(1000)
-        assert found.excess_ms == pytest.approx(250)
-        assert found.base_nodes > found.linearized_nodes > 50
-        # The profiler sees only the saved layers' nodes go: attention is among them.
-        assert found.gone_ms > 0 and found.by_operator_ms
-
-
-def test_peaks_are_those_of_processes_of_their_own(stories_out: Path) -> None:
-    cells = [(1, 8), (2, 400)]
-    held = np.ones(1 << 27)  # 1 GiB
-    found = peak_bytes(stories_out / "model.onnx", cells)
-    del held
-    small, large = (found[cell] for cell in cells)
-    assert isinstance(small, int) and isinstance(large, int)
-    # Not of this process, which a process that it starts begins as.
-    assert (20 << 20) < small <= large < (1 << 30)
-    # What does not run is no want of memory.
-    found = peak_bytes(stories_out / "model.onnx", [(1, 8), (-1, 8), (1, 16)])
-    assert list(map(type, found.values())) == [int, str, str] and "negative" in str(found[1, 16])
-    with pytest.raises(BuildError, match=r"no-such.onnx cannot be measured \(.*does not exist"):
-        peak_bytes(stories_out / "no-such.onnx", cells)
 
 
 # the stage ---------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,29 +30,20 @@ from nbl_export.verify.engines import (
     measure_engine_speed,
     not_run,
 )
-from nbl_export.verify.speed import race as race_module
 from nbl_export.verify.speed.candidates import (
-    CUDA,
-    DECODE_STEPS,
     TIMED_STEPS,
     Candidate,
-    EnginePrompt,
     OrtGraph,
     TorchPrompt,
-    decode_seconds,
 )
 from nbl_export.verify.speed.race import Rounds, race
 from nbl_export.verify.speed.values import Result, Speed
-from tests.runtime.fake_tensorrt import FakeEngine, Graphs, graphs_of, loaded_engine, manifest_of
+from tests.runtime.fake_tensorrt import Graphs, loaded_engine, manifest_of
+from tests.verify.clocked import Scripted
 
 L4 = Gpu("NVIDIA L4", "8.9")
 ALL = (0, 1, 2, 3, 4)
 ROOM = Limits(max_batch=2, max_seq=12, max_context=12 + TIMED_STEPS)
-
-
-@pytest.fixture(scope="module")
-def graphs(stories_model: Any, stories_out: Path) -> Graphs:
-    return graphs_of(stories_model, stories_out)
 
 
 # lines of the report -----------------------------------------------------------------------------
@@ -88,38 +78,6 @@ def test_what_was_not_run_is_never_called_passed(graphs: Graphs) -> None:
 
 
 # the race ----------------------------------------------------------------------------------------
-
-
-class Scripted:
-    """A candidate whose every call takes the next of its seconds on a clock of the test's own."""
-
-    def __init__(
-        self, name: str, clock: list[float], log: list[str], seconds: Callable[[int], float]
-    ) -> None:
-        self.name, self._clock, self._log, self._seconds, self.calls = name, clock, log, seconds, 0
-        self.times: dict[str, list[float]] = {"prefill": [], "step": []}
-        self.prefill, self.step = (functools.partial(self._take, what) for what in self.times)
-
-    def _take(self, what: str) -> None:
-        self._log.append(f"{self.name} {what}")
-        seconds = self._seconds(self.calls)
-        self.calls += 1
-        self._clock[0] += seconds
-        self.times[what].append(seconds)
-
-    def rewind(self) -> None:
-        self._log.append(f"{self.name} rewind")
-
-    def memory_bytes(self) -> int:
-        return 1000 + len(self.name)
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    now = [100.0]
-    fake = types.SimpleNamespace(perf_counter=lambda: now[0], sleep=lambda _: None)
-    monkeypatch.setattr(race_module, "time", fake)
-    return now
 
 
 def quantile(values: Sequence[float], q: float) -> float:
@@ -299,82 +257,7 @@ def test_a_cache_that_numpy_cannot_hold_leaves_onnxruntime_out(
     assert not timed(speed) and all("bfloat16" in cell.absent["ort"] for cell in speed.cells)
 
 
-# candidates on the CPU ---------------------------------------------------------------------------
-
-
-def cached(model: Any, tokens: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Keys and values [heads, tokens, head_dim] of each layer, by transformers."""
-    with torch.inference_mode():
-        cache = model(torch.tensor([list(tokens)]), use_cache=True).past_key_values
-    return [(layer.keys[0].numpy(), layer.values[0].numpy()) for layer in cache.layers]
-
-
-@pytest.mark.parametrize("form", ["static", "concat"])
-def test_an_engine_really_fills_its_cache_and_advances(graphs: Graphs, form: str) -> None:
-    stream = EngineStream(loaded_engine(graphs(form), ROOM))
-    prompt = EnginePrompt(stream, 12)
-    for steps in (TIMED_STEPS, 3):  # to the end of the context, and anew from an empty cache
-        prompt.prefill()
-        for _ in range(steps):
-            prompt.step()
-        pairs, real = stream.cache()
-        assert real.sum() == 12 + steps
-        for pair, expected in zip(pairs, cached(graphs.model, [*range(12), *[1] * steps]), strict=True):
-            for side, wanted in zip(pair, expected, strict=True):
-                np.testing.assert_allclose(side[0][:, real[0]], wanted, rtol=0, atol=1e-4)
-    assert prompt.memory_bytes() == stream.cache_bytes + 2 * FakeEngine.device_memory_size_v2
-
-
-def test_no_timed_step_records_a_graph(graphs: Graphs) -> None:
-    """Recording takes far longer than a step: it belongs to the warm-up, or the 99th percentile is its time."""
-    loaded = loaded_engine(graphs("static"), ROOM)
-    prompt = EnginePrompt(EngineStream(loaded), 12)
-    race({"base engine": prompt}, decode_seconds, Rounds(3, 3), lambda _: None)
-    events = loaded.device.events  # type: ignore[attr-defined]
-    assert events.count("replay") > 0
-    second = [i for i, event in enumerate(events) if event == ("run", "prefill")][1]
-    assert ("capture", "decode") in events[:second]
-    assert ("capture", "decode") not in events[second:]
-
-
-def test_a_round_of_decode_is_some_steps_after_the_prompt(clock: list[float]) -> None:
-    log: list[str] = []
-    prompt: Any = Scripted("it", clock, log, lambda n: float(n))
-    assert decode_seconds(prompt) == pytest.approx(tuple(range(1, 1 + DECODE_STEPS)))
-    assert log == ["it rewind", *["it step"] * (1 + DECODE_STEPS)]
-
-
-def test_pytorch_begins_anew_and_advances(stories_model: Any) -> None:
-    stories_model.set_attn_implementation("sdpa")
-    prompt = TorchPrompt(stories_model, 12)
-    for steps in (5, 2):
-        prompt.prefill()
-        for _ in range(steps):
-            prompt.step()
-        expected = cached(stories_model, [*range(12), *[0] * steps])
-        for layer, (keys, values) in zip(prompt._cache.layers, expected, strict=True):
-            np.testing.assert_allclose(layer.keys[0].numpy(), keys, rtol=0, atol=1e-4)
-            np.testing.assert_allclose(layer.values[0].numpy(), values, rtol=0, atol=1e-4)
-        assert prompt.memory_bytes() == 2 * 5 * 4 * (12 + steps) * 8 * 4
-
-
-@pytest.mark.parametrize("form", ["static", "concat"])
-@pytest.mark.parametrize(("precision", "size"), [("fp32", 4), ("fp16", 2)])
-def test_onnxruntime_fills_its_cache(graphs: Graphs, form: str, precision: str, size: int) -> None:
-    prompt = OrtGraph(graphs(form, precision, (0, 3)))(12)
-    prompt.prefill()
-    for _ in range(3):
-        prompt.step()
-    places = 12 + TIMED_STEPS if form == "static" else 12
-    assert prompt.memory_bytes() == 2 * 3 * 4 * places * 8 * size
-    filled = prompt.past["past_key_values.2.key"].numpy()
-    assert filled.shape == (1, 4, places, 8) and filled.dtype.itemsize == size
-    assert np.abs(filled[0, :, :12]).min(axis=(0, 2)).max() > 0
-
-
-def test_a_missing_provider_is_named(graphs: Graphs) -> None:
-    with pytest.raises(NblError, match=r"^onnxruntime has no CUDAExecutionProvider here$"):
-        OrtGraph(graphs("static"), CUDA)(12)
+# on a GPU ----------------------------------------------------------------------------------------
 
 
 def test_who_takes_part_on_a_gpu(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,61 +3,36 @@
 from __future__ import annotations
 
 import functools
-import shutil
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
-from nbl_export.calibrate.text import CalibrationText, load_text
-from nbl_export.checks import Check
+from nbl_export.calibrate.text import CalibrationText
 from nbl_export.engine.gpu import Gpu
 from nbl_export.engine.pair import EngineFile
 from nbl_export.engine.profiles import Limits
 from nbl_export.errors import BuildError, InputError, NblError
 from nbl_export.linearize.plan import Plan
 from nbl_export.models.load import in_precision
-from nbl_export.progress import Silent
 from nbl_export.runtime import tensorrt as tensorrt_module
 from nbl_export.runtime.tensorrt import EngineStream
 from nbl_export.settings import VerifySettings
 from nbl_export.verify import engines as module
-from nbl_export.verify.case import DecoderCase
 from nbl_export.verify.decoder import measure_decoder
 from nbl_export.verify.measurement import Measurement
-from nbl_export.verify.parity.figures import DecoderParity, Gates, Parity, StepParity, gates_for
+from nbl_export.verify.parity.figures import DecoderParity
 from nbl_export.verify.speed.candidates import TIMED_STEPS
-from nbl_export.workspace import Workspace
-from tests.fixtures_graph import external_entry, plan_by_hand
-from tests.runtime.fake_tensorrt import Graphs, engine_file, graphs_of, loaded_engine, manifest_of
+from tests.runtime.fake_tensorrt import Graphs, engine_file, loaded_engine, manifest_of
+from tests.verify.measured import LAYERS, PARITY, case_of, changed, checks
 
-LAYERS = (0, 3)
 ROOM = Limits(max_batch=3, max_seq=70, max_context=96)
-PARITY = VerifySettings(decode_steps=4, quality=False, speed=False)
 L4 = Gpu("NVIDIA L4", "8.9")
-
-
-@pytest.fixture(scope="module")
-def graphs(stories_model: Any, stories_out: Path) -> Graphs:
-    return graphs_of(stories_model, stories_out)
-
-
-@pytest.fixture(scope="module")
-def text(stories_out: Path) -> CalibrationText:
-    return load_text(Workspace.open(stories_out).text)
-
-
-@pytest.fixture(scope="module")
-def plan(stories_out: Path) -> Plan:
-    return plan_by_hand(stories_out, LAYERS)
 
 
 Measure = Callable[..., Measurement]
@@ -85,23 +60,6 @@ def on_gpu(graphs: Graphs, text: CalibrationText, plan: Plan, monkeypatch: pytes
         return measure_decoder(case_of(graphs, plan, text, base, linear, settings, pair))
 
     return run
-
-
-def case_of(
-    graphs: Graphs,
-    plan: Plan,
-    text: CalibrationText,
-    base: Path,
-    linear: Path,
-    settings: VerifySettings,
-    engines: Sequence[EngineFile] = (),
-) -> DecoderCase:
-    return DecoderCase(graphs.model, plan, base, linear, settings, Silent(), text, tuple(engines))
-
-
-def checks(result: Measurement) -> dict[str, Check]:
-    assert len({c.name for c in result.checks}) == len(result.checks)
-    return {c.name: c for c in result.checks}
 
 
 # parity ------------------------------------------------------------------------------------------
@@ -138,20 +96,6 @@ def test_rows_are_as_long_as_the_engine_takes(
     assert checks(result)["engine parity"].status == "passed"
     assert result.engine_parity is not None and result.engine_parity.linearized is not None
     assert result.engine_parity.linearized.prompt_lengths == lengths
-
-
-def changed(path: Path, folder: Path, dtype: str, factor: float) -> Path:
-    """A copy of a graph, one of whose MLP weights is multiplied."""
-    target = Path(shutil.copytree(path.parent, folder / "changed")) / path.name
-    proto = onnx.load(str(path), load_external_data=False)
-    name = min(t.name for t in proto.graph.initializer if sorted(t.dims) == [64, 172])
-    offset, length = external_entry(target, name)
-    data = target.with_name(target.name + ".data")
-    raw = bytearray(data.read_bytes())
-    weight = np.frombuffer(bytes(raw[offset : offset + length]), dtype) * np.dtype(dtype).type(factor)
-    raw[offset : offset + length] = weight.tobytes()
-    data.write_bytes(raw)
-    return target
 
 
 @pytest.mark.parametrize("factor", [1.05, float("nan")])
@@ -336,64 +280,3 @@ def test_half_is_held_to_what_pytorch_itself_loses(on_gpu: Measure, precision: s
         assert 1e-5 < step.mean_abs < (0.02 if precision == "fp16" else 0.2)
     single = on_gpu("static", "fp32").parity
     assert isinstance(single, DecoderParity) and single.pytorch_in_precision is None
-
-
-def test_a_half_graph_that_loses_more_than_pytorch_fails_within_the_wide_gates(
-    graphs: Graphs, plan: Plan, text: CalibrationText, tmp_path: Path
-) -> None:
-    right = graphs("static", "fp16", LAYERS)
-    wrong = changed(right, tmp_path, "<f2", 1.02)
-    for path, status in ((right, "passed"), (wrong, "failed")):
-        result = measure_decoder(case_of(graphs, plan, text, graphs("static", "fp16"), path, PARITY))
-        check = checks(result)["parity"]
-        assert check.status == status, check.detail
-        assert isinstance(result.parity, DecoderParity)
-        assert max(s.max_abs for s in result.parity.steps) < gates_for("float16").max_abs_logit
-    assert "PyTorch's own in this precision" in check.detail and "1.5 times that" in check.detail
-
-
-def parity_of(means: Sequence[float], limit: float = 1.5) -> Parity:
-    steps = tuple(
-        StepParity(1, 0, mean, *[0.0] * 4, 1, 0, 1, 0, step=n)  # type: ignore[arg-type]
-        for n, mean in enumerate(means)
-    )
-    return Parity((1,), steps, Gates(1, 0, 1, 0, 0, 1, max_vs_own=limit))
-
-
-def test_the_mean_of_all_steps_counts() -> None:
-    own = parity_of([0.02, 0.04], limit=99)
-    assert parity_of([0.045, 0.045]).failures_against(own, "PyTorch's own in this precision") == []
-    assert parity_of([0.089, 0.0]).failures_against(own, "PyTorch's own in this precision") == []
-    (told,) = parity_of([0.0, 0.092]).failures_against(own, "PyTorch's own in this precision")
-    assert told == (
-        "mean |Δlogit| is 0.046, PyTorch's own in this precision 0.03; the gate is 1.5 times that"
-    )
-    assert len(parity_of([float("nan"), 0.0]).failures_against(own, "PyTorch's own in this precision")) == 1
-    assert (
-        parity_of([0.0, 0.0]).failures_against(parity_of([0.0, 0.0]), "PyTorch's own in this precision") == []
-    )
-    assert parity_of([0.046, 0.046], limit=2).failures_against(own, "PyTorch's own in this precision") == []
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_a_copy_in_half_is_what_transformers_would_load(
-    stories_folder: Path, stories_model: Any, dtype: str
-) -> None:
-    before = {n: t.clone() for n, t in [*stories_model.named_parameters(), *stories_model.named_buffers()]}
-    half = in_precision(stories_model, dtype)
-    loaded = AutoModelForCausalLM.from_pretrained(stories_folder, dtype=getattr(torch, dtype)).eval()
-    assert {p.dtype for p in half.parameters()} == {getattr(torch, dtype)}
-    frequencies = half.model.rotary_emb.inv_freq  # type: ignore[union-attr]
-    assert frequencies.dtype == loaded.model.rotary_emb.inv_freq.dtype == torch.float32
-    assert half.lm_head.weight is half.model.embed_tokens.weight  # type: ignore[union-attr]
-    stories_model.set_attn_implementation("sdpa")
-    half.set_attn_implementation("sdpa")  # type: ignore[operator]
-    ids = torch.arange(3, 300)[None]  # far out, where halved frequencies would turn by whole radians
-    with torch.inference_mode():
-        assert torch.equal(half(ids).logits, loaded(ids).logits)
-        with torch.no_grad():
-            for parameter in half.parameters():
-                parameter.zero_()
-    after = dict([*stories_model.named_parameters(), *stories_model.named_buffers()])
-    assert before.keys() == after.keys()
-    assert all(t.dtype == after[n].dtype and torch.equal(t, after[n]) for n, t in before.items())

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from nbl_export.errors import InputError
-from nbl_export.records import to_json
 from nbl_export.runtime.decoder import DecoderOutput
 from nbl_export.runtime.stream import PastStream
 from nbl_export.verify.parity.decoder import compare_streams
-from nbl_export.verify.parity.figures import Gates, Parity, StepParity, gates_for
+from nbl_export.verify.parity.figures import Parity, gates_for
 
 GATES = gates_for("float32")
 VOCAB, HEADS, DIM = 5, 2, 3
@@ -94,6 +92,7 @@ def test_several_steps_teach_the_rows_own_tokens() -> None:
     rows = [np.arange(4, dtype=np.int32), np.arange(10, 14, dtype=np.int32)]
     parity = compare_streams(PastStream(decoders[0]), PastStream(decoders[1]), rows, 3, GATES)
     assert [s.step for s in parity.steps] == [0, 1, 2, 3]
+    assert all(s.kv_worst_layer is None and s.kv_max_rel == 0 for s in parity.steps)
     assert [asked[0].tolist() for asked in decoders[0].asked] == [
         [[0], [10]],
         [[1], [11]],
@@ -114,45 +113,6 @@ def test_equal_decoders_pass_with_nothing_to_report() -> None:
         assert step.min_cosine == pytest.approx(1, abs=1e-12)
 
 
-def one_token(a: list[float], b: list[float]) -> StepParity:
-    outputs = [DecoderOutput(np.array([[logits]], dtype=np.float32), ()) for logits in (a, a, b, b)]
-    rows = [np.array([1, 2], dtype=np.int32)]
-    parity = compare_streams(
-        PastStream(Scripted(outputs[:2], ())), PastStream(Scripted(outputs[2:], ())), rows, 1, GATES
-    )
-    return parity.steps[0]
-
-
-def test_logit_figures_by_hand() -> None:
-    """softmax(0, ln 3) = (1/4, 3/4) against softmax(ln 3, 0) = (3/4, 1/4)."""
-    ln3 = math.log(3)
-    step = one_token([0, ln3], [ln3, 0])
-    assert step.tokens == 1
-    assert step.max_abs == step.mean_abs == step.p99_abs == pytest.approx(ln3, rel=1e-6)
-    # Relative to max(|a|, rms of a) with rms = ln 3 / √2: once √2, once 1.
-    assert step.max_rel == pytest.approx(math.sqrt(2), rel=1e-6)
-    assert step.mean_rel == pytest.approx((math.sqrt(2) + 1) / 2, rel=1e-6)
-    assert step.p99_rel == pytest.approx(1 + 0.99 * (math.sqrt(2) - 1), rel=1e-6)
-    assert step.min_cosine == pytest.approx(0, abs=1e-7)
-    assert step.max_kl == pytest.approx(ln3 / 2, rel=1e-6)
-    assert step.top1 == 0 and step.near_ties == 0
-    assert step.kv_worst_layer is None and step.kv_max_rel == 0
-
-
-def test_kl_is_from_the_reference() -> None:
-    """KL((1/2, 1/2) ‖ (1/4, 3/4)) is not the divergence the other way round."""
-    step = one_token([1, 1], [0, math.log(3)])
-    assert step.max_kl == pytest.approx(0.5 * math.log(4 / 3), rel=1e-6)
-    other = one_token([0, math.log(3)], [1, 1])
-    assert other.max_kl == pytest.approx(0.25 * math.log(1 / 2) + 0.75 * math.log(3 / 2), rel=1e-6)
-
-
-def test_a_shift_of_all_logits_is_seen_by_abs_alone() -> None:
-    step = one_token([1, 2, 3], [1.5, 2.5, 3.5])
-    assert step.max_abs == pytest.approx(0.5) and step.max_kl == pytest.approx(0, abs=1e-9)
-    assert step.top1 == 1
-
-
 def test_figures_are_the_worst_token_s() -> None:
     reference = answers()
     candidate = copied(reference)
@@ -166,19 +126,6 @@ def test_figures_are_the_worst_token_s() -> None:
     p, q = (np.exp(v) / np.exp(v).sum() for v in (x, y))
     assert step.max_kl == pytest.approx(float(np.sum(p * np.log(p / q))), rel=1e-6)
     assert clean.max_abs == 0
-
-
-@pytest.mark.parametrize(
-    ("gap", "top1", "ties"), [(0.0019, 1.0, 1), (0.0021, 0.0, 0)], ids=["near-tie", "no near-tie"]
-)
-def test_near_ties_are_not_counted_against_the_graph(gap: float, top1: float, ties: int) -> None:
-    assert GATES.near_tie == 2e-3
-    step = one_token([1, 1 + gap, 0], [1 + gap, 1, 0])
-    assert (step.top1, step.near_ties) == (top1, ties)
-    # It is the reference that must be undecided, not the candidate.
-    assert one_token([1, 1.5, 0], [1.0005, 1, 0]).top1 == 0
-    # Agreement is agreement, however close.
-    assert one_token([1, 1 + gap, 0], [1, 1 + gap, 0]).near_ties == 0
 
 
 def test_kv_figures_by_hand() -> None:
@@ -247,71 +194,3 @@ def test_caches_of_other_layers_are_refused() -> None:
 
 
 # gates -------------------------------------------------------------------------------------------
-
-
-def test_the_gates_are_these_and_nobody_loosens_them() -> None:
-    assert gates_for("float32") == Gates(
-        max_abs_logit=1e-3,
-        min_cosine=0.999999,
-        max_kl=1e-6,
-        top1=1.0,
-        near_tie=2e-3,
-        max_rel_kv=1e-3,
-        max_rel_state=1e-3,
-    )
-
-
-PERFECT = StepParity(
-    step=0,
-    tokens=9,
-    max_abs=0,
-    mean_abs=0,
-    p99_abs=0,
-    max_rel=0,
-    mean_rel=0,
-    p99_rel=0,
-    min_cosine=1,
-    max_kl=0,
-    top1=1,
-    near_ties=0,
-    kv_max_abs=0,
-    kv_max_rel=0,
-    kv_mean_rel=0,
-    kv_worst_layer=None,
-)
-
-
-@pytest.mark.parametrize(
-    ("field", "allowed", "refused", "name"),
-    [
-        ("max_abs", 1e-3, 1.001e-3, "max |Δlogit|"),
-        ("min_cosine", 0.999999, 0.9999989, "cosine"),
-        ("max_kl", 1e-6, 1.001e-6, "KL"),
-        ("top1", 1.0, 0.999, "top-1 agreement"),
-        ("kv_max_rel", 1e-3, 1.001e-3, "KV relative error"),
-    ],
-)
-def test_each_gate_fails_alone(field: str, allowed: float, refused: float, name: str) -> None:
-    def failures(value: float) -> list[str]:
-        steps = (PERFECT, replace(PERFECT, step=1, **{field: value}), replace(PERFECT, step=2))
-        return Parity((9,), steps, GATES).failures()
-
-    assert failures(allowed) == []
-    (failure,) = failures(refused)
-    assert failure.startswith(f"{name} is ") and "at step 1" in failure
-    (failure,) = failures(float("nan"))
-    assert failure.startswith(f"{name} is nan at step 1")
-
-
-def test_figures_without_a_gate_decide_nothing() -> None:
-    loose = dict.fromkeys(
-        ("mean_abs", "p99_abs", "max_rel", "mean_rel", "p99_rel", "kv_max_abs"), 1000000000.0
-    )
-    assert Parity((9,), (replace(PERFECT, **loose),), GATES).failures() == []
-
-
-def test_parity_as_json_keeps_every_figure() -> None:
-    raw = to_json(Parity((9, 4), (PERFECT,), GATES))
-    assert raw["prompt_lengths"] == [9, 4]
-    assert raw["gates"]["max_abs_logit"] == 1e-3
-    assert raw["steps"][0]["min_cosine"] == 1 and len(raw["steps"][0]) == 16

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from nbl_export.records import to_json
 from nbl_export.rewrite.replace import rewrite_file
 from nbl_export.verify.speed.ceiling import ceiling, graph_cost
-from nbl_export.verify.speed.roofline import measure_roofline
-from nbl_export.verify.speed.values import GraphCost, Roofline, Work
+from nbl_export.verify.speed.values import GraphCost, Roofline
 from tests.fixtures_graph import plan_by_hand
+from tests.verify.speed.raced import UNEVEN
 
 # width, MLP width, vocabulary, query heads, KV heads, head size, layers
 STORIES = (64, 172, 512, 8, 4, 8, 5)
@@ -49,57 +47,15 @@ def test_stories_graph_by_hand(stories_out: Path, tmp_path: Path, layers: tuple[
     assert graph_cost(tmp_path / "model.onnx") == by_hand(STORIES, len(layers))
 
 
-COST = GraphCost(
-    weight_macs=100,
-    attention_macs_per_context=3,
-    weight_bytes=400,
-    kv_bytes_per_token=7,
-    last_macs=60,
-    last_bytes=240,
-)
-
-
-def test_the_work_of_a_pass_by_hand() -> None:
-    assert COST.prefill(10, 2) == [
-        Work(20 * 40, 160),
-        Work(2 * 60, 240),  # the logits of the last position of each row
-        Work(20 * 10 * 3, 20 * 7),
-    ]
-    assert COST.decode(10, 2) == [Work(2 * 100, 400), Work(2 * 10 * 3, 2 * 10 * 7)]
-    assert COST.decode(0) == [Work(100, 400), Work(0, 0)]
-    for phase, work in (("prefill", COST.prefill), ("encode", COST.prefill), ("decode", COST.decode)):
-        assert COST.work(phase, 10, 2) == work(10, 2)
-    every = replace(COST, last_macs=0, last_bytes=0)
-    assert sum(w.macs for w in every.prefill(10)) == 10 * 100 + 10 * 10 * 3
-
-
 def test_a_ceiling_is_the_ratio_of_least_times() -> None:
     half = GraphCost(50, 0, 200, 0, 30, 120)
     slow_memory, slow_arithmetic = (
         Roofline("cpu", "float32", 2, *rates) for rates in ((1e9, 1.0), (1.0, 1e9))
     )
-    assert ceiling(COST, half, slow_memory, "decode", 10) == (400 + 70) / 200
-    assert ceiling(COST, half, slow_arithmetic, "prefill", 10) == (10 * 40 + 60 + 300) / (10 * 20 + 30)
+    assert ceiling(UNEVEN, half, slow_memory, "decode", 10) == (400 + 70) / 200
+    assert ceiling(UNEVEN, half, slow_arithmetic, "prefill", 10) == (10 * 40 + 60 + 300) / (10 * 20 + 30)
     # Each piece is bound by what it needs most of: here weights by memory, the cache's products by arithmetic.
     both = Roofline("cpu", "float32", 2, macs_per_second=1.0, bytes_per_second=2.0)
-    assert both.seconds(COST.decode(10)) == max(100, 200) + max(30, 35)
-    assert both.seconds(COST.decode(10, 8)) == max(800, 200) + max(240, 280)
-    assert ceiling(COST, half, both, "decode", 10, 8) == (800 + 280) / 400
-
-
-def test_the_machine_is_measured() -> None:
-    found = measure_roofline()
-    assert (found.device, found.dtype) == ("cpu", "float32") and found.threads
-    # A wrist watch and a supercomputer: what lies outside was counted in other units.
-    assert 1e8 < found.macs_per_second < 1e14 and 1e8 < found.bytes_per_second < 1e14
-
-
-def test_costs_as_json() -> None:
-    assert to_json(COST) == {
-        "weight_macs": 100,
-        "attention_macs_per_context": 3,
-        "weight_bytes": 400,
-        "kv_bytes_per_token": 7,
-        "last_macs": 60,
-        "last_bytes": 240,
-    }
+    assert both.seconds(UNEVEN.decode(10)) == max(100, 200) + max(30, 35)
+    assert both.seconds(UNEVEN.decode(10, 8)) == max(800, 200) + max(240, 280)
+    assert ceiling(UNEVEN, half, both, "decode", 10, 8) == (800 + 280) / 400

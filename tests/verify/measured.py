@@ -1,0 +1,65 @@
+"""Cases of the finished run, measured piece by piece, and graphs with one weight changed."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from nbl_export.calibrate.text import CalibrationText
+from nbl_export.checks import Check
+from nbl_export.engine.pair import EngineFile
+from nbl_export.linearize.plan import Plan
+from nbl_export.progress import Silent
+from nbl_export.settings import VerifySettings
+from nbl_export.verify.case import DecoderCase
+from nbl_export.verify.measurement import Measurement
+from tests.fixtures_graph import external_entry
+from tests.runtime.fake_tensorrt import Graphs
+
+LAYERS = (0, 3)
+PARITY = VerifySettings(decode_steps=4, quality=False, speed=False)
+
+
+def case_of(
+    graphs: Graphs,
+    plan: Plan,
+    text: CalibrationText,
+    base: Path,
+    linear: Path,
+    settings: VerifySettings,
+    engines: Sequence[EngineFile] = (),
+) -> DecoderCase:
+    return DecoderCase(graphs.model, plan, base, linear, settings, Silent(), text, tuple(engines))
+
+
+def checks(result: Measurement) -> dict[str, Check]:
+    assert len({c.name for c in result.checks}) == len(result.checks)
+    return {c.name: c for c in result.checks}
+
+
+def changed(path: Path, folder: Path, dtype: str, factor: float) -> Path:
+    """A copy of a graph, one of whose MLP weights is multiplied."""
+    target = Path(shutil.copytree(path.parent, folder / "changed")) / path.name
+    proto = onnx.load(str(path), load_external_data=False)
+    name = min(t.name for t in proto.graph.initializer if sorted(t.dims) == [64, 172])
+    offset, length = external_entry(target, name)
+    data = target.with_name(target.name + ".data")
+    raw = bytearray(data.read_bytes())
+    weight = np.frombuffer(bytes(raw[offset : offset + length]), dtype) * np.dtype(dtype).type(factor)
+    raw[offset : offset + length] = weight.tobytes()
+    data.write_bytes(raw)
+    return target
+
+
+def with_fault(graph: Path, folder: Path, layer: str, name: str, factor: float) -> Path:
+    """A copy of ``graph`` with one weight multiplied."""
+    proto = onnx.load(str(graph))
+    (tensor,) = [t for t in proto.graph.initializer if layer in t.name and name in t.name]
+    value = onnx.numpy_helper.to_array(tensor)
+    tensor.CopyFrom(onnx.numpy_helper.from_array(value * value.dtype.type(factor), tensor.name))
+    onnx.save(proto, str(folder / "model.onnx"))
+    return folder / "model.onnx"

@@ -1,0 +1,117 @@
+"""Figures of two sets of vectors: by hand, and against NumPy in float64, vector after vector."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nbl_export.verify.parity.figures import Figures, gates_for
+from nbl_export.verify.parity.vectors import compare_vectors, log_softmax, rms
+
+GATES = gates_for("float32")
+
+
+def one_token(a: list[float], b: list[float]) -> Figures:
+    return compare_vectors(np.array([a], dtype=np.float32), np.array([b], dtype=np.float32), GATES.near_tie)
+
+
+def test_logit_figures_by_hand() -> None:
+    """softmax(0, ln 3) = (1/4, 3/4) against softmax(ln 3, 0) = (3/4, 1/4)."""
+    ln3 = math.log(3)
+    step = one_token([0, ln3], [ln3, 0])
+    assert step.tokens == 1
+    assert step.max_abs == step.mean_abs == step.p99_abs == pytest.approx(ln3, rel=1e-6)
+    # Relative to max(|a|, rms of a) with rms = ln 3 / √2: once √2, once 1.
+    assert step.max_rel == pytest.approx(math.sqrt(2), rel=1e-6)
+    assert step.mean_rel == pytest.approx((math.sqrt(2) + 1) / 2, rel=1e-6)
+    assert step.p99_rel == pytest.approx(1 + 0.99 * (math.sqrt(2) - 1), rel=1e-6)
+    assert step.min_cosine == pytest.approx(0, abs=1e-7)
+    assert step.max_kl == pytest.approx(ln3 / 2, rel=1e-6)
+    assert step.top1 == 0 and step.near_ties == 0
+
+
+def test_kl_is_from_the_reference() -> None:
+    """KL((1/2, 1/2) ‖ (1/4, 3/4)) is not the divergence the other way round."""
+    step = one_token([1, 1], [0, math.log(3)])
+    assert step.max_kl == pytest.approx(0.5 * math.log(4 / 3), rel=1e-6)
+    other = one_token([0, math.log(3)], [1, 1])
+    assert other.max_kl == pytest.approx(0.25 * math.log(1 / 2) + 0.75 * math.log(3 / 2), rel=1e-6)
+
+
+def test_a_shift_of_all_logits_is_seen_by_abs_alone() -> None:
+    step = one_token([1, 2, 3], [1.5, 2.5, 3.5])
+    assert step.max_abs == pytest.approx(0.5) and step.max_kl == pytest.approx(0, abs=1e-9)
+    assert step.top1 == 1
+
+
+@pytest.mark.parametrize(
+    ("gap", "top1", "ties"), [(0.0019, 1.0, 1), (0.0021, 0.0, 0)], ids=["near-tie", "no near-tie"]
+)
+def test_near_ties_are_not_counted_against_the_graph(gap: float, top1: float, ties: int) -> None:
+    assert GATES.near_tie == 2e-3
+    step = one_token([1, 1 + gap, 0], [1 + gap, 1, 0])
+    assert (step.top1, step.near_ties) == (top1, ties)
+    # It is the reference that must be undecided, not the candidate.
+    assert one_token([1, 1.5, 0], [1.0005, 1, 0]).top1 == 0
+    # Agreement is agreement, however close.
+    assert one_token([1, 1 + gap, 0], [1, 1 + gap, 0]).near_ties == 0
+
+
+def test_figures_against_loops() -> None:
+    generator = np.random.default_rng(0)
+    a = generator.standard_normal((7, 11)).astype(np.float32)
+    b = (a + 0.3 * generator.standard_normal((7, 11))).astype(np.float32)
+    absolute, relative, cosines, kls, same = [], [], [], [], []
+    for x, y in zip(a.astype(np.float64), b.astype(np.float64), strict=True):
+        size = math.sqrt(sum(v * v for v in x) / 11)
+        absolute += [abs(v - w) for v, w in zip(x, y, strict=True)]
+        relative += [abs(v - w) / max(abs(v), size) for v, w in zip(x, y, strict=True)]
+        cosines.append(float(x @ y) / math.sqrt(float(x @ x) * float(y @ y)))
+        p, q = (np.exp(v) / np.exp(v).sum() for v in (x, y))
+        kls.append(float(np.sum(p * np.log(p / q))))
+        same.append(int(np.argmax(x) == np.argmax(y)))
+    found = compare_vectors(a, b, near_tie=0.0)
+    assert found.tokens == 7 and found.near_ties == 0 and 0 < found.top1 == sum(same) / 7 < 1
+    assert (found.max_abs, found.mean_abs) == pytest.approx((max(absolute), sum(absolute) / 77), rel=1e-12)
+    assert (found.max_rel, found.mean_rel) == pytest.approx((max(relative), sum(relative) / 77), rel=1e-12)
+    # Of 77 numbers in order, the 99th percentile lies between the last two: at 0.99 · 76 = 75.24.
+    for figure, values in ((found.p99_abs, sorted(absolute)), (found.p99_rel, sorted(relative))):
+        assert figure == pytest.approx(values[75] + 0.24 * (values[76] - values[75]), rel=1e-12)
+    assert found.min_cosine == pytest.approx(min(cosines), rel=1e-12)
+    assert found.max_kl == pytest.approx(max(kls), rel=1e-9)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("side", [0, 1])
+def test_one_number_that_is_none_is_in_every_figure_of_distance(side: int, bad: float) -> None:
+    pair = [np.ones((3, 4), np.float32), np.ones((3, 4), np.float32)]
+    pair[side][1, 2] = bad
+    with np.errstate(invalid="ignore"):
+        found = compare_vectors(pair[0], pair[1], near_tie=0.0)
+    assert not np.isfinite([found.max_abs, found.mean_abs]).any()
+    # None of them keeps a gate, whichever it is.
+    assert not found.min_cosine >= 0.9 and not found.max_kl <= 1.0
+
+
+def test_logits_far_from_zero_do_not_overflow() -> None:
+    found = log_softmax(np.array([[1e4, 1e4 + math.log(3)], [-1e4, -1e4]]))
+    np.testing.assert_allclose(np.exp(found), [[0.25, 0.75], [0.5, 0.5]], rtol=1e-9)
+
+
+def test_rms_is_of_the_last_axis_alone() -> None:
+    found = rms(np.array([[3.0, 4.0], [0.0, 2.0]]))
+    np.testing.assert_allclose(found, [[math.sqrt(12.5)], [math.sqrt(2)]], rtol=1e-15)
+
+
+@given(st.lists(st.floats(-50, 50, width=32), min_size=2, max_size=8))
+def test_what_is_equal_has_no_distance(values: list[float]) -> None:
+    a = np.array([values], dtype=np.float32)
+    with np.errstate(invalid="ignore"):
+        found = compare_vectors(a, a.copy(), near_tie=0.0)
+    if a.any():
+        assert (found.max_abs, found.max_rel, found.max_kl) == (0, 0, 0) and found.top1 == 1
+        assert found.min_cosine == pytest.approx(1, abs=1e-9)

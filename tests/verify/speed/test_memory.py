@@ -1,0 +1,117 @@
+"""Room for candidates beside each other, by peaks that are made up and by those of real processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbl_export.verify.speed.candidates import Candidate
+from nbl_export.verify.speed.memory import Memory, measure_memory, ordered
+from nbl_export.verify.speed.values import CellResult
+from tests.listening import Notes
+from tests.verify.speed.raced import ran
+
+GIB = 1 << 30
+
+
+@pytest.mark.usefixtures("told")
+def test_who_does_not_fit_beside_the_others_is_left_out() -> None:
+    gib = 1 << 30
+    peaks = {
+        "base": {(1, 8): gib, (1, 16): 3 * gib},
+        "linearized": {(1, 8): gib, (1, 16): 3 * gib},
+        "other": {(1, 8): gib, (1, 16): "it finds no room"},
+    }
+
+    def prefills(*free: int) -> list[CellResult]:
+        left = iter(free)
+        found = ran([(1, 8), (1, 16)], memory=Memory(peaks, lambda: next(left)))
+        return [cell for cell in found if cell.phase == "prefill"]
+
+    # What the small cell took need not be there again.
+    small, large = prefills(4 * gib, 4 * gib), prefills(40 * gib, 40 * gib)
+    assert [[r.name for r in cell.results] for cell in small] == [["base", "linearized", "other"], ["base"]]
+    assert small[1].absent == {
+        "linearized": "no room beside the others: it needs 3.0 GiB",
+        "other": "it finds no room",
+    }
+    assert [[r.name for r in cell.results] for cell in large][1] == ["base", "linearized"]
+    assert large[1].results[0].peak_bytes == 3 * gib
+
+
+def nobody(*_: Any) -> Any:
+    raise AssertionError("made")
+
+
+ONE, TWO, TORCH = (Candidate(name, nobody) for name in ("one", "two", "torch"))
+CELL = (1, 8)
+
+
+def fitting(memory: Memory, *candidates: Candidate) -> tuple[list[str], dict[str, str]]:
+    absent: dict[str, str] = {}
+    return [c.name for c in memory.fitting(candidates, CELL, {}, absent)], absent
+
+
+def test_without_peaks_everything_fits() -> None:
+    assert fitting(Memory(free=lambda: 0), ONE, TWO) == (["one", "two"], {})
+
+
+def test_cells_are_ordered_by_rows_times_tokens_squared() -> None:
+    # 4 × 16², 16 × 8² and 1 × 32² are as much: then fewer rows come first.
+    assert ordered([(4, 16), (16, 8), (1, 33), (1, 32), (2, 8), (1, 32)]) == [
+        (2, 8),
+        (1, 32),
+        (4, 16),
+        (16, 8),
+        (1, 33),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("free", "names"), [(3.4, ["one", "two"]), (3.3, ["one"]), (1.2, ["one"]), (1.1, [])], ids=str
+)
+def test_a_tenth_of_what_is_free_is_left(free: float, names: list[str]) -> None:
+    """One GiB and two: nine tenths of 3.4 GiB hold both, of 3.3 the first; of 1.2 the first, of 1.1 none."""
+    peaks = {"one": {CELL: GIB}, "two": {CELL: 2 * GIB}}
+    found, absent = fitting(Memory(peaks, lambda: int(free * GIB)), ONE, TWO)
+    assert found == names and set(absent) == {"one", "two"} - set(names)
+    if "two" in absent:
+        assert absent["two"] == "no room beside the others: it needs 2.0 GiB"
+
+
+def test_what_is_held_need_not_be_free_again() -> None:
+    memory = Memory({"one": {CELL: 3 * GIB}}, lambda: 2 * GIB)
+    held = {"one": 2 * GIB}
+    assert memory.fitting([ONE], CELL, held, {}) == [ONE]
+    assert held == {"one": 3 * GIB}
+    # What it took in a larger cell it keeps.
+    held = {"one": 5 * GIB}
+    assert Memory(memory.peaks, lambda: 0).fitting([ONE], CELL, held, {}) == [ONE]
+    assert held == {"one": 5 * GIB}
+
+
+def test_who_has_no_process_of_its_own_is_taken_for_the_largest() -> None:
+    peaks: Any = {"one": {CELL: GIB}, "two": {CELL: "it does not run"}}
+    found, absent = fitting(Memory(peaks, lambda: 2 * GIB), ONE, TWO, TORCH)
+    assert found == ["one"]
+    assert absent == {"two": "it does not run", "torch": "no room beside the others: it needs 1.0 GiB"}
+    memory = Memory(peaks, lambda: 3 * GIB)
+    assert fitting(memory, ONE, TWO, TORCH)[0] == ["one", "torch"]
+    assert [memory.peak(name, CELL) for name in ("one", "two", "torch")] == [GIB, None, None]
+    assert memory.peak("one", (2, 8)) is None
+
+
+def test_each_graph_is_measured_once_for_all_who_run_it(stories_out: Path) -> None:
+    graph = stories_out / "model.onnx"
+    candidates = [Candidate(name, nobody, graph=graph) for name in ("linearized", "again")]
+    notes = Notes()
+    memory = measure_memory([*candidates, TORCH], [(2, 16), (1, 8)], listener=notes)
+    assert notes.tasks == [("Measuring peak memory", 1, "graphs", 0)] and notes.advanced == [1]
+    assert set(memory.peaks) == {"linearized", "again"}
+    assert memory.peaks["again"] == memory.peaks["linearized"]
+    # Cells ascend: in another order the small one's peak would be the large one's.
+    assert list(memory.peaks["again"]) == [(1, 8), (2, 16)]
+    small, large = memory.peaks["again"].values()
+    assert isinstance(small, int) and isinstance(large, int) and 0 < small <= large
