@@ -138,11 +138,11 @@ def _table(
         if mean.above_chance:
             count, of = mean.above_chance_tasks, mean.tasks
             note += (
-                f" With chance taken off both, over the {count} of {of} where the base is two standard errors above "
-                f"it: {_percent(mean.above_chance, False)} %."
+                f" With chance subtracted from both scores, over the {count} of {of} where the base is two standard "
+                f"errors above it: {_percent(mean.above_chance, False)} %."
             )
         else:
-            note += " The base is nowhere two standard errors above chance, so little can be said of what is left."
+            note += " The base is nowhere two standard errors above chance, so recovery says little."
     return Table(title, columns, tuple(rows), note)
 
 

@@ -83,7 +83,7 @@ def _layers(selection: Selection, score: Score) -> Plot:
         "layers",
         f"Scores ({score.name}) of {len(known)} layers, from {min(known):.3g} to {max(known):.3g}; "
         f"replaced: {spans(selection.layers) or 'none'}.",
-        f"Score of each layer: {score.name}. The lower, the better it is replaced.",
+        f"Score of each layer: {score.name}. Lower is better.",
         partial(draw_layers, selection),
     )
 

@@ -30,14 +30,14 @@ SCORES: Mapping[str, Score] = {
         "KL, nats per token",
         lambda c: c.kl,
         lambda c: c.kl_se,
-        "KL: to the original, with that layer alone replaced; greedy search takes layers one after the other, so "
-        "that its order is another.",
+        "KL: to the original, with only that layer replaced; greedy search adds layers one after another, so its "
+        "order differs.",
     ),
     "sensitivity": Score(
         "sensitivity",
         lambda c: c.sensitivity,
         lambda c: c.sensitivity_se,
-        "Sensitivity: KL by noise in the layer's output, for each share of its variance.",
+        "Sensitivity: KL caused by noise in the layer's output, per share of its variance.",
     ),
     "predicted": Score(
         "predicted loss", lambda c: c.predicted, meaning="Predicted loss: sensitivity × NMSE."
@@ -46,7 +46,7 @@ SCORES: Mapping[str, Score] = {
         "KL when left out",
         lambda c: c.drop,
         lambda c: c.drop_se,
-        "KL when left out: to the original, with that layer's attention writing nothing.",
+        "KL when left out: to the original, without that layer's attention.",
     ),
 }
 # What a criterion goes by, where it is no score of that name; greedy search begins with each layer's KL alone.
@@ -56,7 +56,7 @@ _FITS = {
     "lmmse": "the LMMSE fit",
     "weighted": "the weighted fit (tokens by 1/‖h‖²)",
     "sequential": "the sequential fit",
-    "drop": "nil (the layers are left out)",
+    "drop": "zero (the layers are dropped)",
 }
 
 
@@ -146,11 +146,11 @@ def result_table(selection: Selection, result: PlanLoss) -> Table:
     if (predicted := finite(result.predicted_excess)) is not None:
         rows = (("as predicted, layer by layer", f"{_exp(predicted):.4f}", "–"), *rows)
     return Table(
-        "Loss of the maps that were kept, selection text",
+        "Loss of the chosen layers, selection text",
         ("", "perplexity ratio", "KL, nats per token"),
         rows,
-        f"W and b are {fit_in_words(selection)}. All chosen layers replaced, on the text that they were chosen by; "
-        "± standard errors over documents. The K curve is of the maps that layers are chosen by.",
+        f"W and b are {fit_in_words(selection)}. All chosen layers replaced, on the selection text; ± standard "
+        "errors over documents. The K curve uses the W and b that layers are chosen by.",
     )
 
 

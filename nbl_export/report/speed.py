@@ -21,7 +21,7 @@ _TITLES = {
 _ABOVE = "Speedups above their ceilings"
 _MEANING = {
     PREFILL: "Prefill from an empty cache: the time to the first token.",
-    DECODE: "Decode: one token a row after that many, the cache really filled.",
+    DECODE: "Decode: one token per row after that many, with a filled cache.",
     ENCODE: "Encode: one pass over that many tokens.",
 }
 
@@ -87,7 +87,7 @@ def _note(speed: Speed, brief: bool) -> str:
     machine, ceilings = speed.machine, any(r.ceiling for r in results)
     threads = f", {machine.threads} threads" if machine.threads else ""
     said = [
-        f"{machine.device}{threads}: all in turn in one process, {speed.rounds} rounds and more where needed; medians "
+        f"{machine.device}{threads}: interleaved in one process, {speed.rounds} rounds, and more if needed; medians "
         "± half the interquartile range.",
         *(_MEANING[phase] for phase in speed.phases),
     ]
@@ -98,16 +98,15 @@ def _note(speed: Speed, brief: bool) -> str:
         )
     if ceilings:
         said.append(
-            "Ceiling: what multiplications and bytes, counted from the graphs, allow on "
-            f"{_roofline_in_words(machine.roofline)}; what lies above it was saved in nodes that are gone, as a "
-            "profile of both graphs shows, or the cell is suspect."
+            f"Ceiling: what the graphs' multiplications and bytes allow on {_roofline_in_words(machine.roofline)}. "
+            "Savings above it are in nodes that are gone, as a profile of both graphs shows, or the cell is suspect."
         )
     if speed.has_percentiles:
         said.append("p99: of single passes and steps.")
     if not brief:
-        said.append("Cache: as it is filled, with an engine's work space, without weights.")
+        said.append("Cache: filled, with an engine's work space, without weights.")
         if any(r.peak_bytes for r in results):
-            said.append("Peak: of a process that does only this.")
+            said.append("Peak: of a separate process.")
     said += [
         f"Not timed: {name} in {', '.join(cell.name for cell in cells)} ({why})."
         for (name, why), cells in speed.absent().items()
@@ -144,9 +143,9 @@ def _explanations(speed: Speed, title: str) -> list[Table]:
                 "in nodes gone",
             ),
             rows,
-            "What the race saved at least, by its 95 % interval, and where ONNX Runtime's profiler sees it. A cell is "
-            "suspect where more than half of what was saved beyond the ceiling, and a tenth of all that was saved, is "
-            "not in nodes that are gone.",
+            "The time saved at least, by the 95 % interval, and where ONNX Runtime's profiler finds it. A cell is "
+            "suspect if more than half of the time saved beyond the ceiling, and a tenth of all time saved, is not in "
+            "nodes that are gone.",
         )
     ]
 
@@ -157,7 +156,7 @@ def _roofline_in_words(roofline: Roofline | None) -> str:
         return "any machine"
     return (
         f"a machine that does {2e-9 * roofline.macs_per_second:,.0f} GFLOP/s and reads "
-        f"{1e-9 * roofline.bytes_per_second:,.1f} GB/s, as measured in the same run"
+        f"{1e-9 * roofline.bytes_per_second:,.1f} GB/s, measured in the same run"
     )
 
 

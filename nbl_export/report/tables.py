@@ -104,7 +104,7 @@ def engines_table(manifests: Sequence[Manifest]) -> Table:
             (
                 m.role,
                 mebibytes(m.size),
-                f"{count} {m.attention}" if count else "in its parts" if m.kv_layers else "none",
+                f"{count} {m.attention}" if count else "decomposed" if m.kv_layers else "none",
                 str(network.kv_cache_updates or ""),
                 f"{sum(t.name.startswith('past_key') for t in network.inputs)}",
                 f"{network.layers:,}",
@@ -130,7 +130,9 @@ def precision_table(graph: Graph) -> Table:
         reason = re.sub(r"^.* reaches [^ ]+ on", "reaches beyond the format on", kept.reason)
         groups.setdefault((kept.op, reason), []).append(kept.node)
     rows = tuple((op, str(len(nodes)), reason, nodes[0]) for (op, reason), nodes in groups.items())
-    return Table(f"What stays fp32 in the {graph.precision} graph", ("op", "nodes", "why", "the first"), rows)
+    return Table(
+        f"Nodes that stay fp32 in the {graph.precision} graph", ("op", "nodes", "why", "the first"), rows
+    )
 
 
 def report_tables(report: Report, brief: bool = False) -> list[Table]:

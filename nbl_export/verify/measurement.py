@@ -99,5 +99,5 @@ def fitting_contexts(
     """Those of ``contexts`` that leave ``room`` more of the model's ``limit`` positions; a note names the others."""
     fitting = [c for c in contexts if limit is None or c + room <= limit]
     dropped = sorted(set(contexts) - set(fitting))
-    note = f"Speed at {', '.join(map(str, dropped))} tokens is left out: the model has {limit} positions."
+    note = f"Speed at {', '.join(map(str, dropped))} tokens is not measured: the model has {limit} positions."
     return fitting or [max(2, (limit or 16) // 2)], (note,) if dropped else ()

@@ -45,7 +45,7 @@ def test_a_bound_of_nought_is_a_bound(curve: Curve) -> None:
 
 def test_the_maps_that_were_kept_have_a_table_where_they_were_measured(report: Report) -> None:
     assert report.selection.result is None
-    title = "Loss of the maps that were kept, selection text"
+    title = "Loss of the chosen layers, selection text"
     assert title not in [t.title for t in report_tables(report)]
     selection = replace(report.selection, fit="sequential", repair=1500)
     alone = table_of(replace(selection, repair=0), loss=LOSS)
@@ -94,7 +94,7 @@ def test_fits_in_words(report: Report) -> None:
     assert fit_in_words(ranked).endswith(
         "distillation; W of rank 96, which loses at most 1.23% of the variance of a layer's output"
     )
-    assert fit_in_words(replace(said, fit="drop", repair=0)) == "nil (the layers are left out)"
+    assert fit_in_words(replace(said, fit="drop", repair=0)) == "zero (the layers are dropped)"
     # What a report of an earlier version says, which knows one fit alone.
     earlier = to_json(replace(report.selection, fit_input="normed", ridge=1e-6))
     for name in ("fit", "repair", "rank", "result"):

@@ -128,12 +128,12 @@ def test_the_note_says_what_was_done() -> None:
     absent = {"eager": "out of memory"}
     cells = [replace(CELL, phase="decode", context=n, absent=absent) for n in (8, 16)]
     note = speed_tables(VERIFIED, race(CELL, *cells))[0].note
-    assert note.startswith("CPU, 2 threads: all in turn in one process, 7 rounds and more where needed;")
+    assert note.startswith("CPU, 2 threads: interleaved in one process, 7 rounds, and more if needed;")
     assert (
         note.index("Prefill from an empty cache") < note.index("Decode: one token") and "Encode" not in note
     )
     # 5e10 multiply-adds are 1e11 operations.
-    assert "a machine that does 100 GFLOP/s and reads 20.0 GB/s, as measured in the same run" in note
+    assert "a machine that does 100 GFLOP/s and reads 20.0 GB/s, measured in the same run" in note
     assert note.endswith("Not timed: eager in decode 8, decode 16 (out of memory).")
     assert "allow on any machine" in speed_tables(VERIFIED, race(CELL, machine=Machine("CPU")))[0].note
     assert "threads" not in speed_tables(ENGINES, race(CELL, machine=Machine("A GPU")))[0].note.split(":")[0]

@@ -28,7 +28,7 @@ def test_measured_scores_have_a_column_and_unmeasured_layers_come_last(report: R
     selection = replace(report.selection, criterion="kl", candidates=candidates, others={"5": "conv"})
     table = layers_table(selection, report.graph.proofs)
     assert table.columns[5] == "KL, nats per token"
-    assert "KL: to the original, with that layer alone replaced" in table.note
+    assert "KL: to the original, with only that layer replaced" in table.note
     assert "alone replaced" not in layers_table(report.selection, report.graph.proofs).note
     assert [(row[0], row[5]) for row in table.rows] == [
         ("2", "2.5e-1"),
@@ -96,7 +96,7 @@ def test_an_engine_is_a_row() -> None:
     table = engines_table([base, bare, parts])
     assert table.title == "Engines: tensorrt-rtx 1.7.1.116, fp16, static cache"
     assert table.rows[0] == ("base", "3.0 MiB", "5 fused", "10", "2", "1,234", "61.3")
-    assert [row[2:5] for row in table.rows[1:]] == [("none", "", "0"), ("in its parts", "", "0")]
+    assert [row[2:5] for row in table.rows[1:]] == [("none", "", "0"), ("decomposed", "", "0")]
     assert table.note == "Ahead of time for SM86, SM89; batch ≤ 2, prefill ≤ 64 tokens, context ≤ 256."
     here = manifest_by_hand(ahead_of_time=False, capabilities=("SM90",))
     assert engines_table([here]).note.startswith("For SM90;")
@@ -116,7 +116,7 @@ def test_nodes_of_one_reason_are_counted_together(report: Report) -> None:
         ("Softmax", "1", "sums need it", "/c"),
         ("ReduceMean", "1", beyond, "/d"),
     )
-    assert table.title == "What stays fp32 in the fp16 graph"
+    assert table.title == "Nodes that stay fp32 in the fp16 graph"
 
 
 def test_tables_of_a_report_stand_in_their_order(full: Report) -> None:
@@ -133,7 +133,7 @@ def test_tables_of_a_report_stand_in_their_order(full: Report) -> None:
         "Parity",
         "Engines",
         "Speed on A GPU, batch 1",
-        "What stays fp32 in the fp16 graph",
+        "Nodes that stay fp32 in the fp16 graph",
         "Layers by cca",
     ]
     # A terminal has no room for the last two, nor for tables wider than it.

@@ -76,5 +76,5 @@ def test_contexts_that_a_model_has_positions_for(
 ) -> None:
     found, notes = fitting_contexts(limit, (16, 64, 512), room)
     assert found == fitting
-    told = f"Speed at {dropped} tokens is left out: the model has {limit} positions."
+    told = f"Speed at {dropped} tokens is not measured: the model has {limit} positions."
     assert notes == ((told,) if dropped else ())

@@ -40,7 +40,7 @@ class Divergence:
     def __str__(self) -> str:
         if self.layer is None:
             return "every attention layer agrees: the difference arises after the last one (MLP, final norm or head)"
-        at = "output" if self.where == "output" else "input, so in what lies before it"
+        at = "output" if self.where == "output" else "input, so the cause is before it"
         return (
             f"layer {self.layer} ({self.kind}) is the first to leave tolerance, at its {at}: "
             f"{self.error:.1e} relative"

@@ -35,7 +35,7 @@ def bench_checks(speed: Speed) -> Sequence[Check]:
             "nowhere slower",
             "failed" if slower else "passed" if any(resolved) else "skipped",
             "; ".join(slower)
-            or f"{sum(resolved)} of {len(resolved)} comparisons with the own base are resolved",
+            or f"{sum(resolved)} of {len(resolved)} comparisons with their base are resolved",
         ),
         _control_check(speed),
     )
@@ -49,7 +49,7 @@ def _ceilings_check(name: str, speed: Speed, doubt: Literal["failed", "skipped"]
         for cell, result, e in speed.explained()
         if e.suspect
     ]
-    believed = "no speedup above its ceiling, or what it comes from is gone from the graph"
+    believed = "no speedup above its ceiling, or it is explained by nodes that are gone"
     return Check(name, doubt if suspect else "passed", "; ".join(suspect) or believed)
 
 

@@ -56,7 +56,9 @@ class Memory:
                 continue
             more = max(0, peak - held.get(one.name, 0))
             if more > left:
-                absent[one.name] = f"no room beside the others: it needs {peak / 2**30:.1f} GiB"
+                absent[one.name] = (
+                    f"does not fit into memory with the others: it needs {peak / 2**30:.1f} GiB"
+                )
             else:
                 left -= more
                 held[one.name] = max(peak, held.get(one.name, 0))

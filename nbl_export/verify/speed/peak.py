@@ -21,7 +21,7 @@ import psutil
 
 from nbl_export.errors import BuildError
 
-NO_ROOM = "it finds no room in memory"
+NO_ROOM = "out of memory"
 # What the runtime, numpy and C++ say of it.
 _ALLOCATION = ("allocate", "bad_alloc")
 

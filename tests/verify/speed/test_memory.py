@@ -34,7 +34,7 @@ def test_who_does_not_fit_beside_the_others_is_left_out() -> None:
     small, large = prefills(4 * gib, 4 * gib), prefills(40 * gib, 40 * gib)
     assert [[r.name for r in cell.results] for cell in small] == [["base", "linearized", "other"], ["base"]]
     assert small[1].absent == {
-        "linearized": "no room beside the others: it needs 3.0 GiB",
+        "linearized": "does not fit into memory with the others: it needs 3.0 GiB",
         "other": "it finds no room",
     }
     assert [[r.name for r in cell.results] for cell in large][1] == ["base", "linearized"]
@@ -78,7 +78,7 @@ def test_a_tenth_of_what_is_free_is_left(free: float, names: list[str]) -> None:
     found, absent = fitting(Memory(peaks, lambda: int(free * GIB)), ONE, TWO)
     assert found == names and set(absent) == {"one", "two"} - set(names)
     if "two" in absent:
-        assert absent["two"] == "no room beside the others: it needs 2.0 GiB"
+        assert absent["two"] == "does not fit into memory with the others: it needs 2.0 GiB"
 
 
 def test_what_is_held_need_not_be_free_again() -> None:
@@ -96,7 +96,10 @@ def test_who_has_no_process_of_its_own_is_taken_for_the_largest() -> None:
     peaks: Any = {"one": {CELL: GIB}, "two": {CELL: "it does not run"}}
     found, absent = fitting(Memory(peaks, lambda: 2 * GIB), ONE, TWO, TORCH)
     assert found == ["one"]
-    assert absent == {"two": "it does not run", "torch": "no room beside the others: it needs 1.0 GiB"}
+    assert absent == {
+        "two": "it does not run",
+        "torch": "does not fit into memory with the others: it needs 1.0 GiB",
+    }
     memory = Memory(peaks, lambda: 3 * GIB)
     assert fitting(memory, ONE, TWO, TORCH)[0] == ["one", "torch"]
     assert [memory.peak(name, CELL) for name in ("one", "two", "torch")] == [GIB, None, None]
