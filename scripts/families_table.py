@@ -40,13 +40,13 @@ HEAD = """# Families
 Made by `scripts/families_table.py` from the results of `{tests}`, with transformers {transformers}, torch {torch},
 onnxruntime {onnxruntime}, tensorrt-rtx {rtx} and Python {python}. Each row is a tiny random model with the features
 of its family active (windows shorter than the text, rope scaling, soft-capping …) and weights scaled so that
-attention matters; in each cell half of its layers are linear, and the graph says what PyTorch says with the same
-maps, over a ragged prefill and decode steps, within the gates of its precision.
+attention matters; in each cell half of its layers are linear, and the graph's outputs equal PyTorch's with the same
+W and b, over a ragged prefill and decode steps, within the gates of its precision.
 
 *works* · a number: refused with the sentence below · **fails**: rewritten, and beyond a gate · {not_tried}: not tried.
 An engine is the float16 graph, built ahead of time by TensorRT for RTX and not run here; *decomposed* means that its
-attention is not one fused kernel: it is written out in the graph (soft-capping, a family's own code). Models of other
-families are found by their structure: try yours, what cannot be served is refused before calibration.
+attention is not one fused kernel, because it is decomposed in the graph (soft-capping, a family's own code). Models of
+other families are found by their structure: try yours; what is not supported is refused before calibration.
 
 """
 
