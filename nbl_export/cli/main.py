@@ -1,6 +1,6 @@
 """The command line: which command, what a file says, errors in one sentence.
 
-Exit codes: 0 pass · 1 a gate failed, or no K keeps the budget · 2 bad usage or input · 3 a needed package or device is
+Exit codes: 0 pass · 1 a gate failed, or no K meets the budget · 2 bad usage or input · 3 a needed package or device is
 missing · 4 an export or build failed · 130 interrupted · 70 an error of nbl-export itself.
 """
 

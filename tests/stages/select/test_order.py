@@ -84,7 +84,7 @@ def test_a_budget_that_no_k_keeps_is_one_sentence_and_leaves_the_earlier_plan(
         select(out, api.SelectSettings(budget=api.Budget(max_kl=1e-9)))
     message = str(caught.value)
     assert caught.value.exit_code == 1
-    assert message.startswith("No K keeps the budget: K = 1 costs a KL of ") and message.endswith(
+    assert message.startswith("No K meets the budget, since K = 1 costs a KL of ") and message.endswith(
         "or give --k."
     )
     assert "\n" not in message
