@@ -83,7 +83,7 @@ def test_an_encoder_writes_no_text_of_its_own(loaded: Callable[[str], LoadedMode
     check_sources(loaded("decoder").source, own)
     for name, unit in (("bert", "text"), ("vit", "images")):
         check_sources(loaded(name).source, CalibrateSettings(("text.jsonl",)))
-        with pytest.raises(InputError, match=f"is an encoder and cannot write its own calibration {unit}"):
+        with pytest.raises(InputError, match=f"is an encoder and cannot generate its own calibration {unit}"):
             check_sources(loaded(name).source, own)
 
 

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from nbl_export import api
 from nbl_export.errors import InputError
 from nbl_export.models.source import find_model
+from nbl_export.models.tasks import task_named
 from nbl_export.stages.export import export
 from nbl_export.stages.run import Run
 from nbl_export.workspace import Workspace
@@ -68,7 +69,7 @@ def test_an_export_is_kept_whoever_would_run_the_exporter(out: Path) -> None:
         Run.resume(out, listener), api.ExportSettings("fp32", "concat", python="/usr/bin/python-of-another")
     )
     # Without a form, it is the one that suits a decoder.
-    export(Run.resume(out, listener), api.ExportSettings())
+    export(Run.resume(out, listener), api.ExportSettings().resolve(task_named("text-generation")))
     assert listener.kept == ["export"] * 3 and listener.tasks == []
 
 
@@ -94,7 +95,7 @@ def test_another_form_replaces_it_and_what_it_does_not_have_is_gone(out: Path, t
 def test_float16_needs_to_know_how_far_the_text_reaches(tiny_folder: Path, tmp_path: Path) -> None:
     run = Run.start(find_model(str(tiny_folder)), tmp_path / "out")
     with pytest.raises(InputError, match=r"no finished `calibrate` yet: run `nbl-export calibrate MODEL"):
-        export(run, api.ExportSettings("fp16"))
+        export(run, api.ExportSettings("fp16", "concat"))
     assert not run.workspace.baseline.exists()
 
 
