@@ -29,7 +29,7 @@ def test_measured_scores_have_a_column_and_unmeasured_layers_come_last(report: R
     table = layers_table(selection, report.graph.proofs)
     assert table.columns[5] == "KL, nats per token"
     assert "KL: to the original, with only that layer replaced" in table.note
-    assert "alone replaced" not in layers_table(report.selection, report.graph.proofs).note
+    assert "only that layer replaced" not in layers_table(report.selection, report.graph.proofs).note
     assert [(row[0], row[5]) for row in table.rows] == [
         ("2", "2.5e-1"),
         ("0", "5.0e-1"),
