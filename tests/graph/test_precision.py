@@ -296,7 +296,9 @@ def test_fp32_changes_nothing(tiny_graph: Path) -> None:
 def test_control_flow_is_refused() -> None:
     branches = "then_branch = t () => (float[n] a) { a = Relu(x) }, else_branch = e () => (float[n] b) { b = Neg(x) }"
     model = parsed(f"g (bool c, float[n] x) => (float[n] logits) {{ logits = If(c) <{branches}> }}")
-    with pytest.raises(BuildError, match=r"control flow cannot be converted to bf16: export it without, or in fp32\.$"):
+    with pytest.raises(
+        BuildError, match=r"control flow cannot be converted to bf16: export it without, or in fp32\.$"
+    ):
         to_precision(model, BF16, {})
 
 

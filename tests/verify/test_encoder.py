@@ -170,7 +170,9 @@ def test_one_row_of_each_length_that_the_model_has_positions_for_is_timed(bert: 
         ("encode", 1, POSITIONS),
     ]
     assert all([r.name for r in c.results] == ["base", "linearized"] for c in found.speed.cells)
-    assert len(found.notes) == 1 and found.notes[0].startswith(f"Speed at {POSITIONS + 1} tokens is not measured")
+    assert len(found.notes) == 1 and found.notes[0].startswith(
+        f"Speed at {POSITIONS + 1} tokens is not measured"
+    )
 
 
 def test_timed_rows_are_real_text_without_padding(bert: EncoderCase) -> None:
