@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
@@ -81,6 +80,7 @@ def _add_to_report(ws: Workspace, rewritten: StageRecord, value: BenchReport) ->
 
 
 def _measured(asked: _Bench, listener: Listener) -> list[Path]:
+    from nbl_export.report.assemble import created
     from nbl_export.report.bench import BenchReport
     from nbl_export.report.environment import environment
     from nbl_export.report.render import write_bench
@@ -104,7 +104,7 @@ def _measured(asked: _Bench, listener: Listener) -> list[Path]:
         )
     speed = replace(speed, cells=tuple(kept.cells))
     report = BenchReport(
-        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        created=created(),
         tool_version=__version__,
         model=run.model.source.identity,
         environment=environment(),
