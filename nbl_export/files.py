@@ -1,26 +1,60 @@
-"""Files on disk: atomic writes, hashes, JSON, and checks that a path stays inside its folder."""
+"""Files on disk: atomic and durable writes, hashes, JSON, and checks that a path stays inside its folder.
+
+What is read here may come from somebody else. A file is read only if it is a regular one (a FIFO would hang), JSON only
+up to :data:`JSON_LIMIT`, and a name that a file gives is turned into a path by :func:`member` and nowhere else.
+"""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
+import re
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, BinaryIO
 
 from nbl_export.errors import InputError
 
 # Marks an unfinished file or folder of nbl-export; a leftover may be deleted.
 TEMPORARY = ".nbl.tmp"
+# Bytes. The largest JSON file that we read is a model's list of weights: a few MB for a thousand billion parameters.
+JSON_LIMIT = 1 << 26
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def open_data(path: Path) -> BinaryIO:
+    """Open a regular file to read bytes; anything else (a FIFO, a device) is an :class:`InputError`.
+
+    Raises ``OSError`` as ``open`` does.
+    """
+    # Without O_NONBLOCK, opening a FIFO waits for somebody to write to it.
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise InputError(f"{path} is not a regular file: give a file.")
+    return os.fdopen(handle, "rb")
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """The bytes of a regular file of at most ``limit`` bytes; raises :class:`InputError` for a larger one."""
+    with open_data(path) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise InputError(
+            f"{path} is larger than {limit / 2**20:,.0f} MiB, the limit for such a file: check what it is."
+        )
+    return content
 
 
 def sha256_of_file(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes, streamed."""
-    with path.open("rb") as file:
+    """Hex SHA-256 of a regular file's bytes, streamed."""
+    with open_data(path) as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 22):
             digest.update(block)
@@ -35,7 +69,10 @@ def sha256_of_json(value: Any) -> str:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary sibling of ``path`` to write to; it becomes ``path`` only if the block succeeds."""
+    """A temporary sibling of ``path`` to write to; it becomes ``path`` only if the block succeeds.
+
+    The bytes are on the disk before the name is, so that not even a power cut leaves half a file under it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMPORARY, dir=path.parent)
     os.close(handle)
@@ -46,9 +83,32 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
+        publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Rename a finished file to ``path``, durably: its bytes first, then its name."""
+    sync(temporary)
+    temporary.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on the disk."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:  # a folder cannot be opened on Windows
+        return
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # Some network file systems cannot do it for a folder; a full disk is an error.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -79,13 +139,55 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, what: str, remedy: str) -> Any:
-    """Read a JSON file; an unreadable one is an :class:`InputError` naming ``what`` and the ``remedy``."""
+    """Read a JSON file of at most :data:`JSON_LIMIT` bytes; an unreadable one is an :class:`InputError`.
+
+    The sentence names ``what`` and the ``remedy``. NaN and infinity, which are not JSON, are read: configurations of
+    models have them.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(read_bytes(path, JSON_LIMIT))
     except FileNotFoundError:
         raise InputError(f"{what} is missing ({path}): {remedy}.") from None
-    except (OSError, RecursionError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{what} is damaged ({path}: {error}): {remedy}.") from None
+
+
+def parse_json(content: bytes | str) -> Any:
+    """The value of a JSON text in UTF-8; raises ``ValueError`` for anything else.
+
+    That includes numbers of thousands of digits, texts nested too deep, and strings that are no Unicode text (one half
+    of a surrogate pair), which could not be written again.
+    """
+    text = content if isinstance(content, str) else content.decode("utf-8")
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    if _SURROGATE.search(text):
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # a UnicodeEncodeError is a ValueError
+    return value
+
+
+def member(folder: Path, name: object, what: str) -> Path:
+    """The path of the file ``name`` in ``folder``; the name comes from a file that somebody else may have written.
+
+    Raises :class:`InputError`, which calls the name ``what``, for anything that is not a relative path below the
+    folder: an absolute path, ``..``, an empty name, a name that no system takes, or a link that leaves the folder.
+    """
+    refused = f"{what} is {name!r}, which is not the name of a file in {folder}: get this folder again."
+    if not isinstance(name, str) or not name or "\0" in name or "\\" in name:
+        raise InputError(refused)
+    relative = PurePosixPath(name)
+    if relative.is_absolute() or PureWindowsPath(name).drive or ".." in relative.parts or not relative.parts:
+        raise InputError(refused)
+    path = folder / relative
+    try:
+        inside = stays_in(folder.resolve(), path.resolve())
+    except (OSError, RuntimeError, ValueError):
+        inside = False
+    if not inside:
+        raise InputError(refused)
+    return path
 
 
 def stays_in(folder: Path, target: Path) -> bool:

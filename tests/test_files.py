@@ -11,10 +11,15 @@ import pytest
 
 from nbl_export.errors import InputError
 from nbl_export.files import (
+    JSON_LIMIT,
     TEMPORARY,
     atomic_path,
     json_text,
     jsonable,
+    member,
+    open_data,
+    parse_json,
+    read_bytes,
     read_json,
     sha256_of_file,
     sha256_of_json,
@@ -131,3 +136,78 @@ def test_the_hub_keeps_the_files_of_a_snapshot_elsewhere(tmp_path: Path) -> None
     # A folder that is only called so is no cache.
     plain = tmp_path / "snapshots" / "abc"
     assert not stays_in(plain, tmp_path / "blobs" / "123")
+
+
+def test_a_fifo_is_refused_and_does_not_wait_for_a_writer(tmp_path: Path) -> None:
+    fifo = tmp_path / "text.json"
+    os.mkfifo(fifo)
+    for read in (sha256_of_file, open_data, lambda path: read_json(path, "The thing", "do that")):
+        with pytest.raises(InputError, match="is not a regular file"):
+            read(fifo)
+
+
+def test_a_file_above_its_limit_is_refused_without_being_read_whole(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    with path.open("wb") as file:
+        file.truncate(JSON_LIMIT + 1)  # a sparse file
+    with pytest.raises(InputError, match="larger than 64 MiB"):
+        read_json(path, "The thing", "do that")
+    assert read_bytes(path, JSON_LIMIT + 1)[:1] == b"\0"
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[" * 100_000, "1" * 5000, '"\\ud800"', '{"\\udfff": 1}', b'"\xff"', "", "{"],
+    ids=["deep", "digits", "surrogate", "key", "bytes", "empty", "open"],
+)
+def test_what_is_no_json_text_is_a_value_error(content: bytes | str) -> None:
+    with pytest.raises(ValueError):
+        parse_json(content)
+
+
+def test_json_as_models_have_it_is_read() -> None:
+    assert parse_json('{"limit": [0.0, Infinity], "name": "\\ud83d\\ude00"}') == {
+        "limit": [0.0, float("inf")],
+        "name": "😀",
+    }
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../x", "a/../../x", "/etc/passwd", "", ".", "a\0b", "..\\x", "C:/x", "out/x", "link", 3, None, ["a"]],
+)
+def test_a_name_that_leaves_its_folder_is_refused(tmp_path: Path, name: object) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (tmp_path / "x").write_text("somebody's")
+    (folder / "out").symlink_to(tmp_path)
+    (folder / "link").symlink_to(tmp_path / "x")
+    with pytest.raises(InputError, match=r"^A name is .*not the name of a file in"):
+        member(folder, name, "A name")
+
+
+@pytest.mark.parametrize("name", ["x", "a/b.json", "..x", "a b", "new/folder/x", "inner"])
+def test_a_name_below_its_folder_is_a_path(tmp_path: Path, name: str) -> None:
+    (tmp_path / "x").write_text("ours")
+    (tmp_path / "inner").symlink_to("x")
+    assert member(tmp_path, name, "A name") == tmp_path / name
+
+
+def test_the_bytes_are_on_the_disk_before_the_name_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def synced(handle: int) -> None:
+        calls.append(f"sync {Path(f'/proc/self/fd/{handle}').readlink() == tmp_path}")
+        fsync(handle)
+
+    def replaced(self: Path, target: Path) -> Path:
+        calls.append("rename")
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", replaced)
+    write_text(tmp_path / "x", "text")
+    assert calls == ["sync False", "rename", "sync True"]  # the file, its name, the folder

@@ -39,6 +39,7 @@ ROOMS = (
     "datafile",
     "files",
     "progress",
+    "printable",
     "errors",
 )
 LONGEST = 400  # lines of a file; beyond that it holds more than one idea

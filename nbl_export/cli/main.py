@@ -20,6 +20,7 @@ from nbl_export import __version__
 from nbl_export.cli import commands
 from nbl_export.cli.help import ScreenHelp
 from nbl_export.errors import INTERNAL, INTERRUPTED, NblError, os_error_in_words
+from nbl_export.printable import printable
 from nbl_export.settings.choices import LIBRARIES
 from nbl_export.settings.definition import FILE, UsageError
 from nbl_export.settings.file import NAME, TABLES, read_settings
@@ -134,7 +135,6 @@ def _sentence(error: Exception) -> str:
 
 def _fail(message: str, code: int) -> NoReturn:
     # Names out of a file may be long, and may hold what a terminal obeys.
-    message = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in message)
-    message = re.sub(r"\S{300,}", lambda long: f"{long[0][:100]}…{long[0][-50:]}", message)
+    message = re.sub(r"\S{300,}", lambda long: f"{long[0][:100]}…{long[0][-50:]}", printable(message))
     print(f"error: {message}", file=sys.stderr)
     sys.exit(code)

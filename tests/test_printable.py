@@ -1,0 +1,23 @@
+"""What a terminal obeys does not reach it."""
+
+from __future__ import annotations
+
+import pytest
+
+from nbl_export.printable import printable
+
+
+@pytest.mark.parametrize(
+    ("raw", "shown"),
+    [
+        ("model.layers.0/näme 模型", "model.layers.0/näme 模型"),
+        ("a\x1b[2Jb", "a�[2Jb"),
+        ("a\r\nb\tc", "a��b�c"),
+        ("a\x9b31mb\x7f", "a�31mb�"),
+        ("right-to-left \u202e", "right-to-left �"),
+        ("half \ud800", "half �"),
+    ],
+)
+def test_a_text_is_shown_on_one_line_without_control_characters(raw: str, shown: str) -> None:
+    assert printable(raw) == shown
+    printable(raw).encode("utf-8")
