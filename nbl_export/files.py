@@ -111,6 +111,45 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+@contextmanager
+def locked(path: Path, busy: str) -> Iterator[None]:
+    """Hold the lock file ``path``, made if needed and never written to, within the block.
+
+    Raises :class:`InputError`, with the sentence ``busy`` if another process holds it, and for a link or anything that
+    is not a regular file. The holder may delete the file before it leaves the block.
+    """
+    import fcntl
+
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    while True:
+        try:
+            handle = os.open(path, flags, 0o666)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+                raise InputError(f"{path} is not a regular file: delete it.") from None
+            raise
+        try:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise InputError(f"{path} is not a regular file: delete it.")
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(busy) from None
+            # An earlier holder may have deleted it between the two calls: then it keeps nobody out.
+            if _is_at(path, os.fstat(handle)):
+                yield
+                return
+        finally:
+            os.close(handle)
+
+
+def _is_at(path: Path, status: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(path.lstat(), status)
+    except FileNotFoundError:
+        return False
+
+
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 ``text`` atomically."""
     with atomic_path(path) as temporary:

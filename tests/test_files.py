@@ -16,6 +16,7 @@ from nbl_export.files import (
     atomic_path,
     json_text,
     jsonable,
+    locked,
     member,
     open_data,
     parse_json,
@@ -211,3 +212,53 @@ def test_the_bytes_are_on_the_disk_before_the_name_is(
     monkeypatch.setattr(Path, "replace", replaced)
     write_text(tmp_path / "x", "text")
     assert calls == ["sync False", "rename", "sync True"]  # the file, its name, the folder
+
+
+def test_a_lock_keeps_others_out_and_is_never_written_to(tmp_path: Path) -> None:
+    lock = tmp_path / ".lock"
+    lock.write_text("content")
+    with (
+        locked(lock, "Busy: wait."),
+        pytest.raises(InputError, match=r"^Busy: wait\.$"),
+        locked(lock, "Busy: wait."),
+    ):
+        pass
+    with locked(lock, "Busy: wait."):
+        assert lock.read_text() == "content"
+        lock.unlink()
+        # Whoever comes now makes a lock of its own, which the first holder no longer concerns.
+        with locked(lock, "Busy: wait."):
+            pass
+
+
+def test_a_lock_that_was_deleted_while_it_was_waited_for_is_taken_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fcntl
+
+    lock, real = tmp_path / ".lock", fcntl.flock
+    calls = []
+
+    def flock(handle: int, how: int) -> None:
+        if not calls:
+            lock.unlink()
+        calls.append(how)
+        real(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with locked(lock, "Busy: wait."):
+        assert lock.exists() and len(calls) == 2
+
+
+def test_a_lock_that_is_no_regular_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "link").symlink_to("victim")
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "folder").mkdir()
+    for name in ("link", "fifo", "folder"):
+        with (
+            pytest.raises(InputError, match="is not a regular file: delete it"),
+            locked(tmp_path / name, "Busy."),
+        ):
+            pass
+    assert (tmp_path / "victim").read_text() == "precious"
