@@ -37,6 +37,7 @@ ROOMS = (
     "tensorfile",
     "records",
     "datafile",
+    "child_process",
     "files",
     "progress",
     "printable",
