@@ -6,6 +6,8 @@ missing · 4 an export or build failed · 130 interrupted · 70 an error of nbl-
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import json
 import os
 import re
@@ -26,6 +28,7 @@ from nbl_export.settings.definition import FILE, UsageError
 from nbl_export.settings.file import NAME, TABLES, read_settings
 
 DEFAULT_COMMAND = "run"
+_LIKE = 0.75  # how similar a word is to a command for which it may stand: "selct", but not "t5-small"
 _HELP = """Replace a transformer's most linear attention layers by one affine map each (Neural Block Linearization), \
 in the ONNX graph, and prove the result.
 
@@ -85,9 +88,18 @@ app.command(
 
 
 def words_of(arguments: Sequence[str]) -> list[str]:
-    """What is no command is a model, as `run` has one; `--trt` alone means `--trt auto`."""
-    words = list(arguments)
-    if words and words[0] not in app.resolved_commands():
+    """What is no command is a model, as `run` has one; `--trt` alone means `--trt auto`.
+
+    Raises :class:`UsageError` for an empty word, which would be read as this folder, and for a misspelled command.
+    """
+    words, commands = list(arguments), app.resolved_commands()
+    if "" in words:
+        before = words[words.index("") - 1] if words[0] else ""
+        raise UsageError(f"{before if before.startswith('-') else 'An argument'} is empty")
+    if words and words[0] not in commands:
+        meant = difflib.get_close_matches(words[0].lower(), commands, n=1, cutoff=_LIKE)
+        if meant and "/" not in words[0] and not Path(words[0]).exists():
+            raise UsageError(f"{words[0]} is no command, and no model here; did you mean {meant[0]}")
         words.insert(0, DEFAULT_COMMAND)
     following = [*words, ""][1:]
     return [
@@ -99,6 +111,10 @@ def words_of(arguments: Sequence[str]) -> list[str]:
 
 def main() -> None:
     """Entry point: errors become one sentence on stderr and an exit code; never a traceback."""
+    if not sys.argv[1:]:  # not an error message, but no success either: nothing was asked for
+        with contextlib.redirect_stdout(sys.stderr):
+            app(["--help"])
+        sys.exit(2)
     try:
         code = app(words_of(sys.argv[1:]), exit_on_error=False, print_error=False)
     except (CycloptsError, UsageError) as error:

@@ -60,10 +60,6 @@ def test_a_run_names_what_it_does_not_explain() -> None:
     assert "Advanced: explained by --help-all" in short
 
 
-def test_no_command_shows_the_first_screen() -> None:
-    assert shown() == shown("--help")
-
-
 def test_what_most_never_need_stands_last() -> None:
     titles = re.findall(r"^╭─ (.*?) ─", shown("run", "--help-all"), re.M)
     assert titles[:2] == ["Arguments", "Options"] and titles[-1] == "Advanced"
