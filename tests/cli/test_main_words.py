@@ -71,7 +71,8 @@ def test_a_misspelled_command_is_no_model(
 
 
 @pytest.mark.parametrize(
-    "model", ["gpt2", "t5-small", "bert-base-uncased", "tests", "owner/select", "./selct", "clip", "bloom-560m"]
+    "model",
+    ["gpt2", "t5-small", "bert-base-uncased", "tests", "owner/select", "./selct", "clip", "bloom-560m"],
 )
 def test_a_model_is_no_misspelled_command(model: str) -> None:
     assert words_of([model, "--k", "2"]) == ["run", model, "--k", "2"]
