@@ -31,6 +31,7 @@ from nbl_export.settings import (
     EngineSettings,
     EvalSettings,
     ExportSettings,
+    LossBound,
     RunSettings,
     SelectSettings,
     Settings,
@@ -55,6 +56,7 @@ __all__ = [
     "EngineSettings",
     "EvalSettings",
     "ExportSettings",
+    "LossBound",
     "NblError",
     "Plan",
     "Report",
@@ -98,7 +100,7 @@ def run(
         verification or VerifySettings(),
         exporting or ExportSettings(),
         engines,
-    )
+    ).sharing_bounds()
     # Whatever can be refused is refused before the output folder is made.
     asked.check()
     pipeline.check_machine(asked.exporting, asked.engines)

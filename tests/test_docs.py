@@ -157,6 +157,7 @@ def test_defaults_of_the_command_line_are_those_of_the_settings() -> None:
         "speed": True,
         "contexts": (128, 512, 1024),
         "rounds": 7,
+        "bound": {"max_kl": None, "max_perplexity_ratio": None},
     }
     assert asdict(EngineSettings()) == {
         "library": "auto",

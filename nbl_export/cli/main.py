@@ -59,7 +59,7 @@ def from_file(_app: App, names: tuple[str, ...], arguments: Any) -> None:
         if (
             key in values
             and argument.name not in given
-            and not (argument.name in _HOW_MANY and _HOW_MANY & set(given))
+            and not (place == "select" and argument.name in _HOW_MANY and _HOW_MANY & set(given))
         ):
             value = values[key]
             flag = {"implicit_value": value} if isinstance(value, bool) else {"value": json.dumps(value)}

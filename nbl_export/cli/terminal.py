@@ -26,6 +26,7 @@ from rich.text import Text
 from nbl_export.progress import Task
 from nbl_export.report.drawing import Table
 from nbl_export.report.schema import Report
+from nbl_export.report.summary import verdict_line
 from nbl_export.report.tables import checks_table, engines_table, graph_table, report_tables
 
 if TYPE_CHECKING:
@@ -143,10 +144,11 @@ def show_report(report: Report, out: Path) -> None:
     drawn.columns[-1].justify = "left"
     _out.print(drawn)
     text = (
-        f"  {len(layers)} of {len(report.selection.candidates)} attention layers of {name} are now linear"
+        f"      {len(layers)} of {len(report.selection.candidates)} attention layers of {name} are now linear"
         + (f": {', '.join(map(str, layers))}" if layers else "")
     )
-    _out.print(_verdict(report.passed) + Text(text))
+    _out.print(_verdict(report.passed) + Text(f"  {verdict_line(report)}"))
+    _out.print(Text(text))
     if report.divergence:
         _out.print(Text(f"      {report.divergence}", style="red"))
     _out.print(Text(f"      model {out / 'model.onnx'}   report {out / 'report' / 'report.html'}"))

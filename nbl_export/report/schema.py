@@ -16,6 +16,7 @@ from nbl_export.graph.summary import Float32Node
 from nbl_export.linearize.selection import Scores
 from nbl_export.models.source import ModelIdentity
 from nbl_export.report.bench import BenchReport
+from nbl_export.report.environment import Environment
 from nbl_export.report.header import Header, load_judged
 from nbl_export.report.legacy import SCHEMA_1, from_version_1
 from nbl_export.rewrite.summary import RewriteSummary
@@ -67,11 +68,22 @@ class Graph(RewriteSummary):
 
 
 @dataclass(frozen=True)
+class Kept:
+    """Of a section that an earlier verification of the same graphs measured: when, where, and as asked for how."""
+
+    created: str
+    tool_version: str
+    environment: Environment
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Report(Header):
     """A finished report. Sections that were not run are None; a check says why.
 
     ``settings`` are what was asked of each stage, as recorded; ``engines`` the manifests of those that were built;
-    ``bench`` is what `nbl-export bench` measured on the same graphs.
+    ``bench`` is what `nbl-export bench` measured on the same graphs; ``kept`` are the sections, by name, that an
+    earlier verification measured on them, and this one did not.
     """
 
     SCHEMA: ClassVar[str] = "nbl-export/report/2"
@@ -89,6 +101,12 @@ class Report(Header):
     engine_parity: EngineParity | None = None
     engine_speed: Speed | None = None
     bench: BenchReport | None = None
+    kept: Mapping[str, Kept] = field(default_factory=dict)
+
+    def asked(self, section: str) -> Mapping[str, Any]:
+        """The settings of the verification that measured a ``section``."""
+        kept = self.kept.get(section)
+        return kept.settings if kept else self.settings.get("verify", {})
 
 
 def load_report(path: Path) -> Report:

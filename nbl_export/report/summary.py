@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
 
@@ -31,13 +31,38 @@ def model_name(report: Report) -> str:
 
 
 def verdict_line(report: Report) -> str:
-    """How many checks passed, failed and were skipped; the failed ones by name."""
-    parts = []
-    for status in ("passed", "failed", "skipped"):
-        names = [c.name for c in report.checks if c.status == status]
-        if names:
-            parts.append(f"{len(names)} {status}" + (f" ({', '.join(names)})" if status == "failed" else ""))
-    return f"Checks: {', '.join(parts) or 'none'}."
+    """What PASS or FAIL stands for: the checks that decide it, what linearizing costs, and what was skipped."""
+    names: dict[str, list[str]] = {}
+    for check in report.checks:
+        names.setdefault(check.status, []).append(check.name)
+    decided = names.get("failed") or names.get("passed") or ["nothing was checked"]
+    parts = [f"({', '.join(decided)})", _cost(report)]
+    # What is shown all the same was kept from an earlier time, which is said beside it.
+    if skipped := [
+        name for name in names.get("skipped", ()) if not (name == "method loss" and report.method_loss)
+    ]:
+        parts.append(f"skipped: {', '.join(skipped)}")
+    return "; ".join(parts)
+
+
+def _cost(report: Report) -> str:
+    loss, kept = report.method_loss, report.kept.get("method_loss")
+    if loss is None:
+        return "its loss was not measured"
+    when = f", measured {kept.created}" if kept else ""
+    if isinstance(loss, Likeness):
+        shown = ", ".join(f"{m.what} {number(m.value, '.4f')}" for m in loss.measures)
+        return f"{shown} on held-out {loss.unit}{when}"
+    ratio, kl = number(loss.perplexity_ratio, ".3f"), number(loss.kl, ".2g")
+    return f"perplexity × {ratio}, KL {kl} on held-out text{when}, {_bounds(report)}"
+
+
+def _bounds(report: Report) -> str:
+    asked = report.asked("method_loss").get("bound")
+    asked = asked if isinstance(asked, Mapping) else {}
+    said = (("max_perplexity_ratio", "perplexity × {}"), ("max_kl", "KL {}"))
+    limits = [words.format(number(asked[name], "g")) for name, words in said if asked.get(name) is not None]
+    return f"at most {' and '.join(limits)} asked" if limits else "no bound asked"
 
 
 def headlines(report: Report) -> list[Headline]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from nbl_export.engine.manifest import Manifest
@@ -144,9 +145,10 @@ def report_tables(report: Report, brief: bool = False) -> list[Table]:
     if selection.result and selection.result.loss:
         tables.append(result_table(selection, selection.result))
     if report.method_loss:
-        tables.append(loss_table(report.method_loss))
+        tables.append(_dated(loss_table(report.method_loss), report, "method_loss"))
     if report.speed:
-        tables += speed_tables(VERIFIED, report.speed, brief)
+        first, *more = speed_tables(VERIFIED, report.speed, brief)
+        tables += [_dated(first, report, "speed"), *more]
     if report.bench:
         tables += speed_tables(BENCH, report.bench.speed, brief)
     if report.parity:
@@ -154,9 +156,27 @@ def report_tables(report: Report, brief: bool = False) -> list[Table]:
     if report.engines:
         tables.append(engines_table(report.engines))
     if report.engine_speed:
-        tables += speed_tables(ENGINES, report.engine_speed, brief)
+        first, *more = speed_tables(ENGINES, report.engine_speed, brief)
+        tables += [_dated(first, report, "engine_speed"), *more]
     if not brief and graph.kept_float32:
         tables.append(precision_table(graph))
     if not brief:
         tables.append(layers_table(selection, graph.proofs))
     return tables
+
+
+def _dated(table: Table, report: Report, section: str) -> Table:
+    """The ``table`` of a section, with when it was measured if that was in an earlier verification."""
+    kept = report.kept.get(section)
+    if kept is None:
+        return table
+    here, there = report.environment.processor, kept.environment.processor
+    asked = ", ".join(
+        f"{name} {value}" for name, value in kept.settings.items() if name in ("contexts", "rounds")
+    )
+    return replace(
+        table,
+        note=f"{table.note} Kept from an earlier verification of the same graphs: measured {kept.created} with "
+        f"nbl-export {kept.tool_version}{f' on {there}' if here != there else ''}"
+        f"{f' ({asked})' if asked and 'speed' in section else ''}.".lstrip(),
+    )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 
-from nbl_export.settings.budget import NO_BUDGET, Budget, auto_budget
+from nbl_export.settings.budget import NO_BOUND, NO_BUDGET, Budget, LossBound, auto_budget
 from nbl_export.settings.definition import Settings, Task
 from nbl_export.settings.making import CalibrateSettings, EngineSettings, ExportSettings, SelectSettings
 from nbl_export.settings.measuring import BenchSettings, EvalSettings, VerifySettings
 
 __all__ = [
+    "NO_BOUND",
     "NO_BUDGET",
     "BenchSettings",
     "Budget",
@@ -17,6 +18,7 @@ __all__ = [
     "EngineSettings",
     "EvalSettings",
     "ExportSettings",
+    "LossBound",
     "RunSettings",
     "SelectSettings",
     "Settings",
@@ -35,6 +37,15 @@ class RunSettings:
     exporting: ExportSettings = field(default_factory=ExportSettings)
     engines: EngineSettings | None = None
 
+    def sharing_bounds(self) -> RunSettings:
+        """One bound on the loss serves both: where K is to be found as a budget, and always as a gate of `verify`."""
+        chosen, own = self.selection, self.verification.bound
+        of = chosen.budget.of_loss
+        bound = LossBound(*(b if a is None else a for a, b in zip(astuple(own), astuple(of), strict=True)))
+        if chosen.k is not None or chosen.layers is not None:
+            chosen = replace(chosen, budget=Budget(min_speedup=chosen.budget.min_speedup))
+        return replace(self, selection=chosen, verification=replace(self.verification, bound=bound))
+
     def check(self) -> None:
         """Raise :class:`InputError` for what is refused of any model."""
         parts = (self.selection, self.calibration, self.exporting, self.verification, self.engines)
@@ -47,4 +58,5 @@ class RunSettings:
     def resolve(self, task: Task) -> RunSettings:
         """With all that depends on the task filled in; raises :class:`InputError` for what it cannot be asked."""
         exporting = self.exporting.resolve(task, self.engines is not None)
-        return replace(self, exporting=exporting, selection=self.selection.resolve(task))
+        selection, verification = self.selection.resolve(task), self.verification.resolve(task)
+        return replace(self, exporting=exporting, selection=selection, verification=verification)

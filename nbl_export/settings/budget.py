@@ -1,28 +1,26 @@
-"""How much may be lost, or must be gained: bounds on K."""
+"""How much may be lost, or must be gained: bounds on K, and gates on what was made with it."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
 from nbl_export.settings.choices import AUTO_PERPLEXITY_RATIO
-from nbl_export.settings.definition import LAYERS, Settings, at_least, options, setting
+from nbl_export.settings.definition import COST, LAYERS, Settings, at_least, options, setting
 
 
 @options
 @dataclass(frozen=True)
-class Budget(Settings):
-    """Bounds that K must keep: each None where the user gave none. Speedups are those of prefill and of decode.
+class LossBound(Settings):
+    """What linearizing may cost, each None where the user bounds nothing.
 
-    max_kl: Largest K with a KL to the original of at most X nats.
-    max_perplexity_ratio: Largest K with a perplexity of at most X times the original's.
-    min_speedup: Smallest K with prefill and decode X times as fast.
+    max_kl: KL to the original, in nats: the largest K within X, and a gate of verify.
+    max_perplexity_ratio: Perplexity over the original's: the largest K within X, and a gate of verify.
     """
 
-    max_kl: float | None = setting(None, LAYERS, at_least(0, "0 nats or more"))
+    max_kl: float | None = setting(None, COST, at_least(0, "0 nats or more"))
     max_perplexity_ratio: float | None = setting(
-        None, LAYERS, at_least(1, "1 or more (1.05 allows 5 % more)"), key="max-ppl-ratio"
+        None, COST, at_least(1, "1 or more (1.05 allows 5 % more)"), key="max-ppl-ratio"
     )
-    min_speedup: float | None = setting(None, LAYERS, at_least(1, "1 or more (1.2 is a fifth faster)"))
 
     def __bool__(self) -> bool:
         return any(v is not None for v in asdict(self).values())
@@ -32,6 +30,23 @@ class Budget(Settings):
         return self.max_kl is not None or self.max_perplexity_ratio is not None
 
 
+@options
+@dataclass(frozen=True)
+class Budget(LossBound):
+    """Bounds that K must keep: each None where the user gave none. Speedups are those of prefill and of decode.
+
+    min_speedup: Smallest K with prefill and decode X times as fast.
+    """
+
+    min_speedup: float | None = setting(None, LAYERS, at_least(1, "1 or more (1.2 is a fifth faster)"))
+
+    @property
+    def of_loss(self) -> LossBound:
+        """The bounds on the loss alone."""
+        return LossBound(self.max_kl, self.max_perplexity_ratio)
+
+
+NO_BOUND = LossBound()
 NO_BUDGET = Budget()
 
 

@@ -20,8 +20,9 @@ from nbl_export.errors import InputError
 # The word for a value that is found out, and the source of values that a configuration file gives as JSON.
 AUTO, FILE = "auto", "file"
 # The panels in the order of their keys: what most users never need comes last.
-LAYERS, TEXT = Group("Which layers", sort_key=2), Group("Calibration text", sort_key=3)
-GRAPH, CHECKS = Group("Graph and engines", sort_key=4), Group("What is measured", sort_key=5)
+LAYERS, COST = Group("Which layers", sort_key=2), Group("What it may cost", sort_key=3)
+TEXT, GRAPH = Group("Calibration text", sort_key=4), Group("Graph and engines", sort_key=5)
+CHECKS = Group("What is measured", sort_key=6)
 MORE = Group("Advanced", sort_key=9)
 _WANTED = {int: "a whole number", float: "a number", str: "text in quotes", bool: "true or false"}
 _METAVARS = {int: "N", float: "X", str: "NAME", bool: ""}
@@ -159,9 +160,10 @@ def options(cls: C) -> C:
 
 
 def settings_of(cls: type) -> Iterator[Setting]:
-    """Every setting of a class, those of a nested one included."""
+    """Every setting of a class, those of a nested one included; an inherited one is explained where it is defined."""
     hints = get_type_hints(cls)
-    helps = dict(re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", cls.__doc__ or "", re.M))
+    docs = "\n".join(base.__doc__ or "" for base in reversed(cls.__mro__) if base is not object)
+    helps = dict(re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", docs, re.M))
     for each in fields(cls):
         hint, one = hints[each.name], each.metadata.get("setting")
         if isinstance(hint, type) and issubclass(hint, Settings):

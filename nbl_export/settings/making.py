@@ -108,13 +108,20 @@ class SelectSettings(Settings):
     def __post_init__(self) -> None:
         k: Any = self.k
         ridge: Any = self.ridge
-        if k == AUTO:
+        if k == AUTO and self.layers is None:  # beside --layers it is refused
             object.__setattr__(self, "k", None)
             object.__setattr__(self, "budget", auto_budget(self.budget))
         if ridge == AUTO:
             object.__setattr__(self, "ridge", None)
 
     def check(self) -> None:
+        one_way = (
+            "--k and --layers say how many layers to linearize, and so does a budget (--k auto, --max-ppl-ratio, "
+            "--max-kl, --min-speedup): give one of them; a bound on the loss of K layers is a gate of "
+            "`nbl-export verify`."
+        )
+        if self.layers is not None and str(self.k) == AUTO:
+            raise InputError(one_way)
         super().check()
         ways = [self.k is not None, self.layers is not None, bool(self.budget)]
         if not any(ways):
@@ -123,10 +130,7 @@ class SelectSettings(Settings):
                 "--min-speedup); or name them with --layers."
             )
         if self.budget and sum(ways) > 1:
-            raise InputError(
-                "--k and --layers say how many layers to linearize, and so does a budget (--k auto, --max-ppl-ratio, "
-                "--max-kl, --min-speedup): give one of them."
-            )
+            raise InputError(one_way)
         if self.repair and self.fit == "drop":
             raise InputError(
                 "--fit drop leaves layers out, and there is nothing to repair: leave --repair out."

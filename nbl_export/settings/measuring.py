@@ -8,8 +8,19 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from nbl_export.errors import InputError
+from nbl_export.settings.budget import NO_BOUND, LossBound
 from nbl_export.settings.choices import DEVICES, PEERS, RETRIEVAL_CONTEXTS
-from nbl_export.settings.definition import CHECKS, MORE, Must, Settings, at_least, one_of, options, setting
+from nbl_export.settings.definition import (
+    CHECKS,
+    MORE,
+    Must,
+    Settings,
+    Task,
+    at_least,
+    one_of,
+    options,
+    setting,
+)
 
 _LENGTHS = Must(lambda c: c and min(c) >= 2, "needs lengths of at least 2 tokens")
 _ROWS = Must(lambda b: b and min(b) >= 1, "needs numbers of rows, at least 1")
@@ -28,6 +39,8 @@ _NO_CODE = Must(
 class VerifySettings(Settings):
     """What to verify. Contexts longer than the model's positions are left out, with a note.
 
+    ``bound`` is a gate on the loss, measured on held-out text.
+
     decode_steps: Teacher-forced decode steps of the parity run.
     quality: Measure the method loss on held-out text.
     speed: Time both graphs.
@@ -40,6 +53,22 @@ class VerifySettings(Settings):
     speed: bool = setting(True, CHECKS)
     contexts: tuple[int, ...] = setting((128, 512, 1024), MORE, _LENGTHS)
     rounds: int = setting(7, MORE, _ROUNDS)
+    bound: LossBound = NO_BOUND
+
+    def check(self) -> None:
+        super().check()
+        if self.bound and not self.quality:
+            raise InputError(
+                "--no-quality leaves unmeasured what --max-kl, --max-ppl-ratio or --k auto bounds: give one of them."
+            )
+
+    def resolve(self, task: Task) -> VerifySettings:
+        if self.bound and not task.causal:
+            raise InputError(
+                "--max-kl and --max-ppl-ratio bound what a decoder predicts; this model is an encoder "
+                f"({task.name}), whose likeness to the original is in the report: leave them out."
+            )
+        return self
 
 
 @options

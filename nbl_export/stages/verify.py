@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nbl_export.errors import InputError
 from nbl_export.files import sha256_of_file, sha256_of_json
 from nbl_export.linearize.plan import Plan, load_plan
 from nbl_export.progress import Listener
@@ -14,7 +15,7 @@ from nbl_export.settings import VerifySettings
 from nbl_export.stages.build import current_engines
 from nbl_export.stages.rewrite import current_rewrite
 from nbl_export.stages.run import Run
-from nbl_export.workspace import Workspace
+from nbl_export.workspace import StageRecord, Workspace
 
 if TYPE_CHECKING:
     from nbl_export.verify.case import EncoderCase
@@ -24,6 +25,7 @@ def verify(run: Run, settings: VerifySettings) -> Report:
     """Parity, method loss and speed → ``report/``; a failed gate is in the report, not an exception."""
     from nbl_export.calibrate.text import load_text
     from nbl_export.report.assemble import assemble
+    from nbl_export.report.kept import keeping
     from nbl_export.report.render import write_report
     from nbl_export.verify.case import DecoderCase
     from nbl_export.verify.decoder import measure_decoder
@@ -41,7 +43,7 @@ def verify(run: Run, settings: VerifySettings) -> Report:
     )
 
     def work(listener: Listener) -> list[Path]:
-        plan = load_plan(ws.plan)
+        plan, earlier = load_plan(ws.plan), _earlier(ws)
         if run.model.task.causal:
             text, model = load_text(ws.text), run.model.model
             measured = measure_decoder(
@@ -50,10 +52,33 @@ def verify(run: Run, settings: VerifySettings) -> Report:
         else:
             measured = measure_encoder(_encoder_case(run, plan, settings, listener))
         report = assemble(ws, run.model.source, plan, asdict(settings), measured, engines)
-        return write_report(ws.report, report)
+        graphs = _files(ws, "calibrate", "select", "export", "rewrite")
+        return write_report(ws.report, keeping(report, earlier, graphs, _files(ws, "build")))
 
     run.stage("verify", key, asdict(settings), work)
     return load_report(ws.report / "report.json")
+
+
+def _files(ws: Workspace, *stages: str) -> list[str]:
+    """The files that ``stages`` recorded."""
+    return [name for stage in stages if (record := ws.record(stage)) for name in record.files]
+
+
+def _earlier(ws: Workspace) -> Report | None:
+    """The report of the last verification, if there is one and it is as that wrote it."""
+    if _recorded(ws) is None:
+        return None
+    try:
+        return load_report(ws.report / "report.json")
+    except InputError:
+        return None
+
+
+def _recorded(ws: Workspace) -> StageRecord | None:
+    """The record of the last verification, if ``report.json`` is as that wrote it."""
+    record, path = ws.record("verify"), ws.report / "report.json"
+    digest = record.files.get(str(path.relative_to(ws.root))) if record else None
+    return record if digest and path.is_file() and digest == sha256_of_file(path) else None
 
 
 def _encoder_case(run: Run, plan: Plan, settings: VerifySettings, listener: Listener) -> EncoderCase:
@@ -91,11 +116,9 @@ def redrawn(ws: Workspace, value: Report) -> Report:
     """Write every file of the report, which the record of the verification then knows."""
     from nbl_export.report.render import write_report
 
-    path = ws.report / "report.json"
-    record = ws.record("verify")
-    known = record and record.files.get(str(path.relative_to(ws.root))) == sha256_of_file(path)
+    record = _recorded(ws)
     files = write_report(ws.report, value)
     # Another version may draw in other words: as long as the figures are those measured, nothing is to be done again.
-    if record and known:
+    if record:
         ws.finish("verify", record.key, record.settings, files, record.seconds, list(record.notes))
     return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from nbl_export.linearize.swap import linearized
 from nbl_export.models.layers import positions
@@ -12,6 +13,7 @@ from nbl_export.verify.case import DecoderCase
 from nbl_export.verify.engines import PROMPTS, measure_engines
 from nbl_export.verify.loss.decoder import measure_method_loss
 from nbl_export.verify.loss.figures import MethodLoss
+from nbl_export.verify.loss.gate import bound_checks
 from nbl_export.verify.measurement import (
     Found,
     FoundParity,
@@ -93,12 +95,14 @@ def _where_lost(case: DecoderCase, parity: Parity, noise: float) -> str:
 
 def _loss(case: DecoderCase) -> Found[MethodLoss]:
     text = case.text
-    return method_loss(
+    found = method_loss(
         case,
         lambda: measure_method_loss(
             case.model, case.plan, text.heldout, text.heldout_document, case.listener
         ),
     )
+    loss = found.section
+    return replace(found, checks=bound_checks(loss, case.settings.bound)) if loss else found
 
 
 def _speed(case: DecoderCase, contexts: Sequence[int], notes: tuple[str, ...]) -> Found[Speed]:

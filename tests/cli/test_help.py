@@ -63,4 +63,10 @@ def test_a_run_names_what_it_does_not_explain() -> None:
 def test_what_most_never_need_stands_last() -> None:
     titles = re.findall(r"^╭─ (.*?) ─", shown("run", "--help-all"), re.M)
     assert titles[:2] == ["Arguments", "Options"] and titles[-1] == "Advanced"
-    assert titles[2:-1] == ["Which layers", "Calibration text", "Graph and engines", "What is measured"]
+    assert titles[2:-1] == [
+        "Which layers",
+        "What it may cost",
+        "Calibration text",
+        "Graph and engines",
+        "What is measured",
+    ]

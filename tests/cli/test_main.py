@@ -239,7 +239,9 @@ USAGE = {
     "negative K": Case(("{place}/model", "--k", "-1"), ("--k is -1",)),
     "K is no number": Case(("{place}/model", "--k", "many"), ("--k is 'many'", "a whole number or auto")),
     "K is no whole number": Case(("{place}/model", "--k", "1.5"), ("--k is '1.5'",)),
-    "K and a budget": Case(("{place}/model", "--k", "3", "--max-kl", "0.1"), ("--k", "--max-kl", "give one")),
+    "K and a budget": Case(
+        ("{place}/model", "--k", "3", "--min-speedup", "1.1"), ("--k", "--min-speedup", "give one")
+    ),
     "layers and a budget": Case(("{place}/model", "--layers", "1", "--k", "auto"), ("--layers", "--k auto")),
     "no perplexity so low": Case(
         ("{place}/model", "--max-ppl-ratio", "0.9"), ("--max-ppl-ratio is 0.9", "1 or more")

@@ -80,9 +80,12 @@ def test_a_report_ends_with_its_verdict_and_where_to_look(screen: Any, report: R
     text = screen("out", width=160)
     show_report(report, Path("out"))
     shown = text.getvalue().splitlines()
-    assert "PASS  2 of 5 attention layers of stories260K are now linear: 2, 3" in [
-        line.rstrip() for line in shown
-    ]
+    verdict = next(line for line in shown if line.startswith("PASS"))
+    assert re.match(
+        r"PASS  \(graph rewrite, parity, speed\); perplexity × \d\.\d{3}, KL .* no bound asked", verdict
+    )
+    said = shown[shown.index(verdict) + 1].strip()
+    assert said == "2 of 5 attention layers of stories260K are now linear: 2, 3"
     assert shown[-1].split() == ["model", "out/model.onnx", "report", "out/report/report.html"]
     titles = [line for line in shown if line.rstrip() in ("Graph", "Checks")]
     assert [t.strip() for t in titles] == ["Graph", "Checks"], "the verdicts come last"
@@ -97,7 +100,8 @@ def test_a_failed_report_says_where_parity_is_lost(screen: Any, report: Report) 
         replace(report, selection=selection, checks=checks, divergence="layer 2 is the first"), Path("out")
     )
     shown = text.getvalue()
-    assert "FAIL  0 of 5 attention layers of stories260K are now linear\n" in shown and "PASS" not in shown
+    assert "FAIL  (parity); perplexity × " in shown and "PASS" not in shown
+    assert "0 of 5 attention layers of stories260K are now linear\n" in shown
     assert "layer 2 is the first" in shown
 
 

@@ -192,8 +192,9 @@ def test_the_verdict_is_a_word_and_a_colour(full: Report, verdict: str) -> None:
     strong = reader.attributes("strong")
     assert strong[0] == {"class": f"status {'passed' if verdict == 'PASS' else 'failed'}"}
     assert reader.text().startswith(f"{verdict}: stories")
-    failed = ", 1 failed (bad)" if verdict == "FAIL" else ""
-    assert f"{verdict} Checks: 1 passed{failed}, 1 skipped." in reader.text()
+    decided = "bad" if verdict == "FAIL" else "good"
+    assert f"{verdict} ({decided}); perplexity × " in reader.text()
+    assert "no bound asked; skipped: left out." in reader.text()
     assert ("Where parity is lost: layer 7" in reader.text()) == (verdict == "FAIL")
     marks = [a["class"] for a in reader.attributes("span") if (a.get("class") or "").startswith("status")]
     assert marks == [f"status {c.status}" for c in checks]

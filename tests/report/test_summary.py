@@ -9,7 +9,7 @@ from dataclasses import replace
 from nbl_export.checks import Check
 from nbl_export.report.schema import Report
 from nbl_export.report.summary import headlines, making, model_name, verdict_line
-from nbl_export.verify.loss.figures import MethodLoss
+from nbl_export.verify.loss.figures import Likeness, Measure, MethodLoss
 from nbl_export.verify.parity.figures import DecoderParity
 from nbl_export.verify.speed.values import Explanation
 
@@ -67,9 +67,49 @@ def test_parity_that_is_no_number_is_the_worst(report: Report) -> None:
 
 
 def test_verdict_names_what_failed(report: Report) -> None:
-    checks = [Check("a", "failed", ""), Check("b", "passed", ""), Check("c", "failed", "")]
-    assert verdict_line(replace(report, checks=checks)) == "Checks: 1 passed, 2 failed (a, c)."
-    assert verdict_line(replace(report, checks=[])) == "Checks: none."
+    checks = (Check("a", "failed", ""), Check("b", "passed", ""), Check("c", "failed", ""))
+    assert verdict_line(replace(report, checks=checks)).startswith("(a, c); perplexity × ")
+    assert verdict_line(replace(report, checks=())).startswith("(nothing was checked); perplexity × ")
+
+
+def test_verdict_names_what_it_costs_and_what_was_asked(report: Report) -> None:
+    assert isinstance(report.method_loss, MethodLoss)
+    loss = replace(report.method_loss, perplexity_ratio=1.5203, kl=0.4182)
+    costly = replace(report, method_loss=loss)
+    what = "(graph rewrite, parity, speed); perplexity × 1.520, KL 0.42 on held-out text"
+    assert verdict_line(costly) == f"{what}, no bound asked"
+
+    def asked(**bound: float | None) -> Report:
+        return replace(costly, settings={**costly.settings, "verify": {"bound": bound}})
+
+    assert (
+        verdict_line(asked(max_kl=None, max_perplexity_ratio=1.05))
+        == f"{what}, at most perplexity × 1.05 asked"
+    )
+    both = verdict_line(asked(max_kl=0.5, max_perplexity_ratio=2.0))
+    assert both == f"{what}, at most perplexity × 2 and KL 0.5 asked"
+    # Of a report of before there was a bound, and of one that is none.
+    for odd in ({}, {"bound": None}, {"bound": 3}):
+        assert verdict_line(replace(costly, settings={"verify": odd})) == f"{what}, no bound asked"
+    nan = replace(costly, method_loss=replace(loss, perplexity_ratio=math.nan, kl=math.inf))
+    assert "perplexity × nan, KL inf on held-out text" in verdict_line(nan)
+
+
+def test_verdict_says_what_was_not_looked_at(report: Report) -> None:
+    skipped = (
+        *report.checks,
+        Check("method loss", "skipped", "--no-quality"),
+        Check("engine run", "skipped", ""),
+    )
+    bare = replace(report, method_loss=None, checks=skipped)
+    said = "; its loss was not measured; skipped: method loss, engine run"
+    assert verdict_line(bare) == f"(graph rewrite, parity, speed){said}"
+
+
+def test_verdict_of_an_encoder_names_its_likeness(report: Report) -> None:
+    measures = (Measure("cosine of last_hidden_state", 0.98123, 0.001, 64),)
+    like = replace(report, method_loss=Likeness(8, "documents", measures))
+    assert verdict_line(like).endswith("; cosine of last_hidden_state 0.9812 on held-out documents")
 
 
 def test_model_name(report: Report) -> None:

@@ -99,6 +99,21 @@ def test_the_command_line_wins(asked: Any) -> None:
     assert asked("select", "out", "--k", "auto", "--config", "other.toml")[1].budget == api.Budget(None, 1.10)
 
 
+def test_a_gate_of_a_file_stays_a_gate_however_layers_are_chosen(asked: Any) -> None:
+    Path("nbl-export.toml").write_text(
+        "[select]\nmax-kl = 0.5\n\n[verify]\nmax-kl = 0.1\nmax-ppl-ratio = 1.5\n"
+    )
+    _, _, selection, _, checks, *_ = asked("model", "--k", "4")
+    assert selection == api.SelectSettings(k=4)
+    assert checks == api.VerifySettings(bound=api.LossBound(0.1, 1.5))
+    _, _, selection, _, checks, *_ = asked("model")
+    assert (selection.budget, checks.bound) == (api.Budget(0.5), api.LossBound(0.1, 1.5))
+    # One option of the command line is both.
+    _, _, selection, _, checks, *_ = asked("model", "--max-kl", "0.3")
+    assert (selection.budget, checks.bound) == (api.Budget(0.3), api.LossBound(0.3, 1.5))
+    assert asked("verify", "out", "--max-ppl-ratio", "1.2")[1].bound == api.LossBound(0.1, 1.2)
+
+
 def test_only_a_file_that_is_named_or_here_counts(asked: Any, tmp_path: Path) -> None:
     (tmp_path / "below").mkdir()
     (tmp_path / "below" / "nbl-export.toml").write_text(FILE)

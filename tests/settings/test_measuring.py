@@ -8,7 +8,19 @@ from typing import Any
 import pytest
 
 from nbl_export.errors import InputError
-from nbl_export.settings import BenchSettings, EvalSettings, Settings, VerifySettings
+from nbl_export.models.tasks import task_named
+from nbl_export.settings import (
+    NO_BOUND,
+    NO_BUDGET,
+    BenchSettings,
+    Budget,
+    EvalSettings,
+    LossBound,
+    RunSettings,
+    SelectSettings,
+    Settings,
+    VerifySettings,
+)
 from nbl_export.settings.definition import settings_of
 
 
@@ -88,3 +100,52 @@ def test_a_file_names_no_task_that_may_run_code() -> None:
 def test_how_often_a_noisy_cell_is_repeated_is_no_option() -> None:
     assert "most" not in {one.key for one in settings_of(BenchSettings)}
     assert BenchSettings().most == 3
+
+
+def test_what_is_not_measured_cannot_be_bounded() -> None:
+    bound = LossBound(max_perplexity_ratio=1.05)
+    VerifySettings(bound=bound).check()
+    VerifySettings(quality=False, bound=NO_BOUND).check()
+    with pytest.raises(InputError, match=r"^--no-quality leaves unmeasured what --max-kl, --max-ppl-ratio"):
+        VerifySettings(quality=False, bound=bound).check()
+    with pytest.raises(InputError, match="--max-kl is -1; it must be 0 nats or more"):
+        VerifySettings(bound=LossBound(max_kl=-1.0)).check()
+
+
+def test_an_encoder_has_no_perplexity_to_bound() -> None:
+    bounded = VerifySettings(bound=LossBound(max_kl=0.1))
+    assert bounded.resolve(task_named("text-generation")) == bounded
+    assert VerifySettings().resolve(task_named("feature-extraction")) == VerifySettings()
+    with pytest.raises(
+        InputError, match=r"this model is an encoder \(feature-extraction\).*leave them out\.$"
+    ):
+        bounded.resolve(task_named("feature-extraction"))
+
+
+@pytest.mark.parametrize(
+    ("selection", "own", "budget", "bound"),
+    [
+        # Where K is to be found, one bound is the budget and the gate.
+        (SelectSettings(budget=Budget(0.1, None, 1.2)), NO_BOUND, Budget(0.1, None, 1.2), LossBound(0.1)),
+        (SelectSettings(k="auto"), NO_BOUND, Budget(None, 1.1), LossBound(None, 1.1)),  # type: ignore[arg-type]
+        # Where K is given, it is the gate alone.
+        (SelectSettings(k=2, budget=Budget(0.1)), NO_BOUND, NO_BUDGET, LossBound(0.1)),
+        (SelectSettings(layers=(1,), budget=Budget(None, 2.0)), NO_BOUND, NO_BUDGET, LossBound(None, 2.0)),
+        # A bound that verify is given for itself is its own.
+        (SelectSettings(budget=Budget(0.1)), LossBound(0.3), Budget(0.1), LossBound(0.3)),
+        (SelectSettings(budget=Budget(0.1)), LossBound(None, 1.5), Budget(0.1), LossBound(0.1, 1.5)),
+        (SelectSettings(k=2), NO_BOUND, NO_BUDGET, NO_BOUND),
+    ],
+)
+def test_one_bound_serves_the_choice_and_the_verdict(
+    selection: SelectSettings, own: LossBound, budget: Budget, bound: LossBound
+) -> None:
+    found = RunSettings(selection, verification=VerifySettings(bound=own)).sharing_bounds()
+    assert (found.selection.budget, found.verification.bound) == (budget, bound)
+    found.check()
+
+
+def test_k_and_a_speedup_still_contradict() -> None:
+    asked = RunSettings(SelectSettings(k=2, budget=Budget(0.1, None, 1.2))).sharing_bounds()
+    with pytest.raises(InputError, match="give one of them"):
+        asked.check()

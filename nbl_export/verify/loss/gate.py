@@ -1,0 +1,31 @@
+"""The gates on what linearizing costs: the bounds that were asked for, held against the loss on held-out text."""
+
+from __future__ import annotations
+
+from nbl_export.checks import Check
+from nbl_export.settings import LossBound
+from nbl_export.verify.loss.figures import MethodLoss
+
+
+def bound_checks(loss: MethodLoss, bound: LossBound) -> tuple[Check, ...]:
+    """One verdict for each bound that there is; what is no number is within none."""
+    bounds = (
+        (
+            "perplexity bound",
+            "perplexity × ",
+            loss.perplexity_ratio,
+            loss.perplexity_ratio_se,
+            bound.max_perplexity_ratio,
+        ),
+        ("KL bound", "KL ", loss.kl, loss.kl_se, bound.max_kl),
+    )
+    return tuple(
+        Check(
+            name,
+            "passed" if value <= most else "failed",
+            f"{what}{value:.4f} ± {error:.4f} on held-out text, {'within' if value <= most else 'above'} the {most:g} "
+            "asked for",
+        )
+        for name, what, value, error, most in bounds
+        if most is not None
+    )
