@@ -1,9 +1,14 @@
-"""What stops work in the middle, at a step that a test names."""
+"""What stops work in the middle: at a step that a test names, or at any change of a folder."""
 
 from __future__ import annotations
 
 import os
+import signal
+import sys
+import traceback
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 from tests.listening import Notes
 
@@ -27,3 +32,72 @@ def send(signum: int) -> Callable[[], None]:
 
 def crash() -> None:
     raise RuntimeError("the power went")
+
+
+# Python announces these before it does them.
+_CHANGES = {
+    "os.rename",
+    "os.remove",
+    "os.mkdir",
+    "os.rmdir",
+    "os.truncate",
+    "os.chmod",
+    "os.link",
+    "os.symlink",
+}
+# These it does not announce.
+_CALLS = ("fsync", "pwrite", "copy_file_range")
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+
+
+def kill_at_change(number: int, folder: Path, signum: int = signal.SIGKILL) -> None:
+    """From now on, this process gets a signal just before its change ``number`` (from 0) of anything in ``folder``."""
+    seen, root = 0, str(folder)
+
+    def change() -> None:
+        nonlocal seen
+        seen += 1
+        if seen == number + 1:
+            os.kill(os.getpid(), signum)
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        if event == "open":
+            if isinstance(args[0], str) and args[0].startswith(root) and args[2] & _WRITES:
+                change()
+        elif event in _CHANGES and any(root in str(a) for a in args):
+            change()
+
+    def announced(call: Callable[..., Any]) -> Callable[..., Any]:
+        def announce(*arguments: Any) -> Any:
+            change()
+            return call(*arguments)
+
+        return announce
+
+    sys.addaudithook(hook)
+    for name in _CALLS:
+        setattr(os, name, announced(getattr(os, name)))
+
+
+def killed_at_change(number: int, folder: Path, work: Callable[[], object]) -> bool:
+    """Do ``work`` in a process that is killed just before its change ``number`` of ``folder``.
+
+    Returns False if it ends before.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if not child:
+        try:
+            kill_at_change(number, folder)
+            work()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        return True
+    assert os.WEXITSTATUS(status) == 0
+    return False

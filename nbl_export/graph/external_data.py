@@ -21,7 +21,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from nbl_export.errors import BuildError, InputError, NblError
-from nbl_export.files import atomic_path
+from nbl_export.files import atomic_path, sync
 from nbl_export.graph.tensors import Slot, all_tensors, external_files, set_folder, slots, source_file
 
 __all__ = [
@@ -126,14 +126,10 @@ def append_graph(
         before = out.end
         blob = _serialize(model, tensor_slots, _placed(tensor_slots, destinations, out))
         os.fsync(target)
-        _sync_folder(folder)
-        with temporary.open("wb") as file:
-            file.write(blob)
-            file.flush()
-            os.fsync(file.fileno())
+        sync(folder)
+        temporary.write_bytes(blob)
         if check is not None:
             check(temporary)
-    _sync_folder(folder)
     return out.end - before
 
 
@@ -345,9 +341,23 @@ def _data_path(path: Path, name: str) -> Path:
     if name in {"", "..", path.name} or Path(name).name != name:
         raise BuildError(f"{name!r} cannot be the data file of {path}: it must be another plain file name.")
     data = path.with_name(name)
+    _check_file(data)
+    return data
+
+
+def _check_file(data: Path) -> None:
     if data.is_symlink() or (data.exists() and not data.is_file()):
         raise BuildError(f"{data} is a link or not a file, so nothing is written to it: remove it first.")
-    return data
+
+
+def check_own(data: Path) -> None:
+    """Raise :class:`BuildError` for a data file that cannot be appended to: a link, or a file with a second name."""
+    _check_file(data)
+    if data.exists() and data.stat().st_nlink > 1:
+        raise BuildError(
+            f"{data} is a hard link, and its other names would change with it: copy the folder with `cp -r`, and use "
+            "the copy."
+        )
 
 
 @contextmanager
@@ -355,6 +365,7 @@ def _appending(path: Path, data: Path) -> Iterator[int]:
     """``data`` opened for appending; an error before ``path`` is replaced restores its old length."""
     import fcntl
 
+    check_own(data)
     replaced_from, new = _identity(path), not data.exists()
     target = os.open(data, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
@@ -385,13 +396,3 @@ def _identity(path: Path) -> tuple[int, int] | None:
     except FileNotFoundError:
         return None
     return status.st_dev, status.st_ino
-
-
-def _sync_folder(folder: Path) -> None:
-    """Flush renames in ``folder`` to disk, if the file system supports it."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        with suppress(OSError):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -14,7 +14,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from nbl_export.errors import BuildError, InputError
-from nbl_export.files import TEMPORARY
+from nbl_export.files import TEMPORARY, publish, sync
 from nbl_export.graph.external_data import append_graph as append
 from nbl_export.graph.external_data import write_graph
 from nbl_export.graph.operators import captured
@@ -125,11 +125,15 @@ def save_graph(
     try:
         written = write_graph(model, temporary / path.name, data.name, progress=progress)
         check(temporary / path.name)
+        if data.exists():
+            # No kill leaves the old graph with the new data: it would load, and compute something else.
+            path.unlink(missing_ok=True)
+            sync(path.parent)
         if len(written) > 1:
-            written[1].replace(data)
+            publish(written[1], data)
         else:
             data.unlink(missing_ok=True)
-        written[0].replace(path)
+        publish(written[0], path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return [p for p in (path, data) if p.exists()]
@@ -145,15 +149,22 @@ def append_graph(
     path: Path,
     check: Callable[[Path], object] = check_file,
     progress: Callable[[int], object] | None = None,
+    data: Path | None = None,
 ) -> list[Path]:
     """Overwrite ``path`` with ``model``, which was read from it; weights stay in place, new ones are appended.
 
     Returns the files. ``check`` and ``progress`` are as in :func:`save_graph`; the old graph is replaced only
-    after the new one is accepted.
+    after the new one is accepted. ``data`` is the file to append to, usually :func:`appended_file`.
     """
-    data = path.with_name((external_files(model) or [path.with_name(path.name + DATA_SUFFIX)])[-1].name)
-    append(model, path, data, progress, check)
+    append(model, path, data or appended_file(model, path), progress, check)
     return [path, *external_files(load_graph(path))]
+
+
+def appended_file(model: ir.Model, path: Path) -> Path:
+    """The file that new weights of ``model``, the graph at ``path``, are appended to: its last one in that folder."""
+    folder = path.parent.resolve()
+    beside = [file.name for file in external_files(model) if file.parent.resolve() == folder]
+    return path.with_name(beside[-1] if beside else path.name + DATA_SUFFIX)
 
 
 @contextmanager

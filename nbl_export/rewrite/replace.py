@@ -32,7 +32,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from nbl_export.batch.names import PIXELS
 from nbl_export.errors import BuildError, InputError
 from nbl_export.graph.cache import KV_LAYERS_KEY, kv_pairs, metadata_list, remove_pairs
-from nbl_export.graph.io import append_graph, load_graph, save_graph, summarize
+from nbl_export.graph.io import load_graph, save_graph, summarize
 from nbl_export.graph.precision import graph_precision
 from nbl_export.graph.regions import AttentionRegion, Output, Refusal, find_regions
 from nbl_export.graph.summary import GraphSummary
@@ -46,6 +46,7 @@ from nbl_export.rewrite.quantize import product
 from nbl_export.rewrite.summary import RewriteSummary
 from nbl_export.runtime.session import check_like
 
+Save = Callable[[ir.Model, Path, Callable[[Path], Any], Callable[[int], object]], list[Path]]
 LAYERS_KEY = "nbl_export.layers"
 VERSION_KEY = "nbl_export.version"
 
@@ -61,11 +62,11 @@ class RewriteResult:
 
 
 def rewrite_file(
-    source: Path, plan: Plan, target: Path, in_place: bool = False, listener: Listener | None = None
+    source: Path, plan: Plan, target: Path, listener: Listener | None = None, save: Save = save_graph
 ) -> RewriteResult:
     """Rewrite the graph at ``source`` by ``plan`` and write it to ``target``.
 
-    ``in_place`` keeps the data files of ``source``, which must be ``target`` too, and appends the new weights.
+    ``save`` writes it, and calls the check that it is given on the finished file, which returns the result.
     Raises :class:`InputError` if ``source`` is unreadable, already rewritten or of another model, and
     :class:`BuildError` if a planned layer is not found, not proven, or the counts are wrong.
     """
@@ -86,14 +87,16 @@ def rewrite_file(
     merge_adapters(model, plan.adapters)
     _describe(model, proven, plan, cached=before.kv_pairs > 0)
 
-    def check(written: Path) -> None:
+    def check(written: Path) -> RewriteResult:
         check_file(written)
         result = load_graph(written)
-        count(result, before, summarize(result, written), plan, len(found))
+        after = summarize(result, written)
+        count(result, before, after, plan, len(found))
         confirm(written, proofs, plan, {layer: linear_output_name(layer) for layer in plan.chosen})
+        return RewriteResult(before, after, proofs, [])
 
     with bytes_task(listener, "Writing the graph", before.file_bytes) as done:
-        files = (append_graph if in_place else save_graph)(model, target, check, done)
+        files = save(model, target, check, done)
     return RewriteResult(before, summarize(load_graph(target), target), proofs, files)
 
 

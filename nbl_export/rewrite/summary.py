@@ -24,3 +24,17 @@ class RewriteSummary:
     after: GraphSummary
     kv_layers: tuple[int, ...]
     proofs: tuple[ProofErrors, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForeignSummary(RewriteSummary):
+    """The same of a graph that somebody else exported.
+
+    ``source`` is its name, ``plan_sha256`` the hash of the plan's header, and ``graph_sha256`` that of the rewritten
+    graph. ``files`` are those that were written into a new folder; in place there are none of our own.
+    """
+
+    source: str
+    plan_sha256: str
+    graph_sha256: str
+    files: tuple[str, ...] = ()

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,99 +19,32 @@ import pytest
 
 from nbl_export.errors import BuildError, InputError
 from nbl_export.linearize.plan import Plan, load_plan, save_plan
-from nbl_export.rewrite import foreign
+from nbl_export.rewrite import in_place
 from nbl_export.rewrite import replace as rewrite_module
 from nbl_export.rewrite.foreign import rewrite_foreign
 from tests.command_line import ENVIRONMENT, Done, assert_refused, nbl
-from tests.end_to_end.oracle import assert_computes
 from tests.end_to_end.random_decoder_graphs import written
-from tests.end_to_end.random_decoders import Choices, random_plan, random_weights
+from tests.end_to_end.random_decoders import random_plan, random_weights
 from tests.graph.external_data import places
+from tests.rewrite.foreign import (
+    CONFIG,
+    DATA,
+    GENAI,
+    TEXTS,
+    WEIGHTS,
+    C,
+    Source,
+    assert_rewritten,
+    contents,
+    exported,
+    said,
+)
 from tests.sessions import cpu_session
-
-C = Choices(layers=3, width=16, heads=4, qkv_bias=True, o_bias="Add")
-LAYERS = (0, 2)
-DATA = "weights.data"
-GENAI = {
-    "model": {
-        "type": "llama",
-        "vocab_size": 24,
-        "decoder": {
-            "filename": "model.onnx",
-            "num_hidden_layers": 3,
-            "sliding_window": {"window_size": 8, "layers": [1, 2]},
-            "head_size": 4,
-        },
-    },
-    "search": {"max_length": 32},
-}
-CONFIG = {"model_type": "llama", "num_hidden_layers": 3}
-TEXTS = {
-    "genai_config.json": json.dumps(GENAI),
-    "config.json": json.dumps(CONFIG),
-    "tokenizer.json": '{"version": "1.0"}',
-    "chat_template.jinja": "{{ messages }}",
-}
-# Weights of others; what is rewritten does not need them.
-WEIGHTS = ("model.safetensors", "pytorch_model.bin", "encoder.onnx", "encoder.onnx.data", ".hidden")
-
-
-@dataclass(frozen=True)
-class Source:
-    """A folder with a decoder whose weights are in an external file, and a plan for it elsewhere."""
-
-    folder: Path
-    plan: Path
-
-    @property
-    def graph(self) -> Path:
-        return self.folder / "model.onnx"
-
-    @property
-    def out(self) -> Path:
-        return self.folder.parent / "out"
-
-    def arguments(self, *more: object) -> tuple[object, ...]:
-        return ("rewrite", "--onnx", self.folder, "--plan", self.plan, *more)
-
-
-def export(folder: Path, c: Choices = C, name: str = "model.onnx", data: str = DATA) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    onnx.save_model(
-        written(c, random_weights(c)).proto,
-        str(folder / name),
-        save_as_external_data=True,
-        location=data,
-        size_threshold=200,
-    )
-    return folder / name
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Source:
-    """The decoder with configurations, tokenizer, and other weights beside it."""
-    graph = export(tmp_path / "source")
-    for name, text in TEXTS.items():
-        (graph.parent / name).write_text(text)
-    for name in WEIGHTS:
-        (graph.parent / name).write_bytes(b"weights of something else")
-    plan = tmp_path / "plan" / "plan.json"
-    plan.parent.mkdir()
-    save_plan(plan, random_plan(C, random_weights(C), LAYERS, "normed"))
-    return Source(graph.parent, plan)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def assert_rewritten(path: Path, plan: Path) -> None:
-    weights = random_weights(C)
-    assert_computes(path, C, weights, written(C, weights), load_plan(plan))
-
-
-def said(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "nbl" / "rewrite.json").read_text())  # type: ignore[no-any-return]
+    return exported(tmp_path)
 
 
 # into a new folder -------------------------------------------------------------------------------
@@ -168,20 +100,15 @@ def test_the_summary_says_what_was_done(source: Source) -> None:
 
 
 def test_an_older_result_is_replaced(source: Source) -> None:
-    source.out.mkdir()
-    for name in ("model.onnx", DATA, "config.json", "notes.txt"):
-        (source.out / name).write_text("old")
+    rewrite_foreign(source.folder, source.plan, source.out)
+    first = contents(source.out)
+    (source.folder / "chat_template.jinja").unlink()
+    save_plan(source.plan, random_plan(C, random_weights(C), (1,), "normed"))
     rewrite_foreign(source.folder, source.plan, source.out)
     assert_rewritten(source.out / "model.onnx", source.plan)
-    assert (source.out / "notes.txt").read_text() == "old"
-
-
-def test_a_new_folder_below_the_source(source: Source) -> None:
-    before = contents(source.folder)
-    rewrite_foreign(source.folder, source.plan, source.folder / "deep" / "out")
-    assert_rewritten(source.folder / "deep" / "out" / "model.onnx", source.plan)
-    after = contents(source.folder)
-    assert {n: after[n] for n in before} == before
+    # What only the older one had is gone, also its data.
+    assert set(contents(source.out)) == set(first) - {"chat_template.jinja"}
+    assert said(source.out)["kv_layers"] == [0, 2]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -306,6 +233,53 @@ def an_output_folder(source: Source) -> Path:
     return source.out
 
 
+def a_users_files(*names: str) -> Callable[[Source], Path]:
+    def make(source: Source) -> Path:
+        for name in names:
+            path = source.out / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("precious")
+        return source.out
+
+    return make
+
+
+def with_one_more(source: Source) -> Path:
+    rewrite_foreign(source.folder, source.plan, source.out)
+    (source.out / "notes.txt").write_text("precious")
+    return source.out
+
+
+def rewritten_in_place(source: Source) -> Path:
+    shutil.copytree(source.folder, source.out)
+    rewrite_foreign(source.out, source.plan, None, in_place=True)
+    return source.out
+
+
+def a_record_of_others(source: Source) -> Path:
+    source.out.mkdir()
+    (source.out / "nbl").mkdir()
+    (source.out / "nbl" / "rewrite.json").write_text('{"mine": true}')
+    return source.out
+
+
+def a_record_that_names_others(name: str) -> Callable[[Source], Path]:
+    def make(source: Source) -> Path:
+        rewrite_foreign(source.folder, source.plan, source.out)
+        record = source.out / "nbl" / "rewrite.json"
+        record.write_text(json.dumps({**said(source.out), "files": [name]}))
+        return source.out
+
+    return make
+
+
+def a_link_for_the_record(source: Source) -> Path:
+    (source.folder.parent / "elsewhere").mkdir()
+    source.out.mkdir()
+    (source.out / "nbl").symlink_to("../elsewhere")
+    return source.out
+
+
 def below_a_file(source: Source) -> Path:
     source.out.write_text("a file")
     return source.out / "deeper"
@@ -320,6 +294,23 @@ TARGETS: dict[str, tuple[Callable[[Source], Path], str]] = {
     "a link to the source": (a_link_to_the_source, "is the folder of the graph itself"),
     "a file": (a_file, "is a file"),
     "below a file": (below_a_file, "Not a directory"),
+    "below the source": (lambda s: s.folder / "deep" / "out", "inside each other"),
+    "above the source": (lambda s: s.folder.parent, "inside each other"),
+    "a user's graph": (a_users_files("model.onnx", DATA), r"has files that no rewrite.*\(model.onnx, "),
+    "a user's configuration": (a_users_files("config.json"), r"has files that no rewrite.*\(config.json\)"),
+    "a user's files elsewhere": (a_users_files("a/b.txt", ".c", "d", "e"), r"\(.c, d, e and more\)"),
+    "a user's file beside an older result": (with_one_more, r"\(notes.txt\)"),
+    "what was rewritten in place": (rewritten_in_place, "has files that no rewrite"),
+    "a record of others": (a_record_of_others, "record of the rewrite, .* is damaged"),
+    "a record with a name outside": (
+        a_record_that_names_others("../source/model.onnx"),
+        "is not the name of a file",
+    ),
+    "a record with an absolute name": (
+        a_record_that_names_others("/etc/passwd"),
+        "is not the name of a file",
+    ),
+    "a link for the record": (a_link_for_the_record, "is a link or a file"),
     "an output folder of nbl-export": (an_output_folder, "is an output folder of nbl-export"),
 }
 
@@ -363,6 +354,11 @@ def test_in_place_the_data_only_grows(source: Source) -> None:
     unchanged = {*WEIGHTS, "tokenizer.json", "chat_template.jinja"}
     assert {n: new[n] for n in unchanged} == {n: old[n] for n in unchanged}
     # A second time it says so, and changes nothing.
+    done = nbl(*source.arguments("--in-place"))
+    assert done.code == 0 and "done already, kept" in done.err and "KV pairs" in done.out, done
+    assert contents(source.folder) == new
+    # By another plan it is refused.
+    save_plan(source.plan, random_plan(C, random_weights(C), (1,), "normed"))
     assert_refused(nbl(*source.arguments("--in-place")), 2, "already rewritten", quietly=False)
     assert contents(source.folder) == new
 
@@ -445,12 +441,12 @@ def test_an_interrupt_between_graph_and_configuration_can_be_repeated(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(foreign, "copy_sidecars", fail)
+        patch.setattr(in_place, "copy_sidecars", fail)
         rewrite_foreign(source.folder, source.plan, None, in_place=True)
-    # The graph is done and says so; what was missing is made up for.
-    with pytest.raises(InputError, match="already rewritten"):
-        rewrite_foreign(source.folder, source.plan, None, in_place=True)
+    # The graph is done; what was missing is made up for.
+    rewrite_foreign(source.folder, source.plan, None, in_place=True)
     assert json.loads((source.folder / "config.json").read_text())["nbl_export"]
+    assert said(source.folder)["kv_layers"] == [1]
 
 
 # no room, interrupts -----------------------------------------------------------------------------
