@@ -6,7 +6,8 @@
 
 Each works on an output folder, holds its lock, keeps what is already done there with the same
 settings, and raises :class:`NblError` with a one-sentence message for whatever the user
-can put right. ``listener`` receives progress (:mod:`nbl_export.progress`); none is silent.
+can put right. ``listener`` receives progress (:mod:`nbl_export.progress`); none is silent. ``trust_remote_code`` lets
+code that comes with the model run; it is said at each call that loads the model, and no folder remembers it.
 """
 
 from __future__ import annotations
@@ -113,11 +114,13 @@ def run(
 
 
 @contextmanager
-def _resumed(out: str | Path, asked: S, listener: Listener | None) -> Iterator[tuple[Run, S]]:
+def _resumed(
+    out: str | Path, asked: S, listener: Listener | None, trust_remote_code: bool
+) -> Iterator[tuple[Run, S]]:
     """Go on in ``out`` with its lock held, and with what was asked checked and resolved for its model."""
     asked.check()
     pipeline.check_machine(asked)
-    work = Run.resume(Path(out), listener)
+    work = Run.resume(Path(out), listener, trust_remote_code)
     with work.workspace.lock():
         yield work, asked.resolve(work.model.task)
 
@@ -142,15 +145,25 @@ def calibrate(
     return work.workspace.moments
 
 
-def select(out: str | Path, settings: SelectSettings, listener: Listener | None = None) -> Plan:
+def select(
+    out: str | Path,
+    settings: SelectSettings,
+    listener: Listener | None = None,
+    trust_remote_code: bool = False,
+) -> Plan:
     """Score every layer and choose K of them; returns the plan."""
-    with _resumed(out, settings, listener) as (work, resolved):
+    with _resumed(out, settings, listener, trust_remote_code) as (work, resolved):
         return pipeline.select(work, resolved)
 
 
-def export(out: str | Path, settings: ExportSettings | None = None, listener: Listener | None = None) -> Path:
+def export(
+    out: str | Path,
+    settings: ExportSettings | None = None,
+    listener: Listener | None = None,
+    trust_remote_code: bool = False,
+) -> Path:
     """Export the unmodified model; returns the path of the baseline graph."""
-    with _resumed(out, settings or ExportSettings(), listener) as (work, resolved):
+    with _resumed(out, settings or ExportSettings(), listener, trust_remote_code) as (work, resolved):
         pipeline.export(work, resolved)
     return work.workspace.baseline
 
@@ -180,29 +193,40 @@ def build(
     out: str | Path, settings: EngineSettings | None = None, listener: Listener | None = None
 ) -> list[EngineFile]:
     """Build the base and the linearized TensorRT engine; returns them with their manifests."""
-    with _resumed(out, settings or EngineSettings(), listener) as (work, resolved):
+    with _resumed(out, settings or EngineSettings(), listener, False) as (work, resolved):
         return pipeline.build(work, resolved)
 
 
 def verify(
-    out: str | Path, settings: VerifySettings | None = None, listener: Listener | None = None
+    out: str | Path,
+    settings: VerifySettings | None = None,
+    listener: Listener | None = None,
+    trust_remote_code: bool = False,
 ) -> Report:
     """Parity, method loss and speed. A failed gate is in the report (``passed`` is False), not raised."""
-    with _resumed(out, settings or VerifySettings(), listener) as (work, resolved):
+    with _resumed(out, settings or VerifySettings(), listener, trust_remote_code) as (work, resolved):
         return pipeline.verify(work, resolved)
 
 
-def evaluate(out: str | Path, settings: EvalSettings, listener: Listener | None = None) -> Evaluation:
+def evaluate(
+    out: str | Path,
+    settings: EvalSettings,
+    listener: Listener | None = None,
+    trust_remote_code: bool = False,
+) -> Evaluation:
     """Tasks and retrieval on both graphs. A failed gate is in the value (``passed`` is False), not raised."""
-    with _resumed(out, settings, listener) as (work, resolved):
+    with _resumed(out, settings, listener, trust_remote_code) as (work, resolved):
         return pipeline.evaluate(work, resolved)
 
 
 def bench(
-    out: str | Path, settings: BenchSettings | None = None, listener: Listener | None = None
+    out: str | Path,
+    settings: BenchSettings | None = None,
+    listener: Listener | None = None,
+    trust_remote_code: bool = False,
 ) -> BenchReport:
     """Time both graphs and others in turn. A suspect or slower cell is in the value (``passed``), not raised."""
-    with _resumed(out, settings or BenchSettings(), listener) as (work, resolved):
+    with _resumed(out, settings or BenchSettings(), listener, trust_remote_code) as (work, resolved):
         return pipeline.bench(work, resolved)
 
 

@@ -25,6 +25,7 @@ from nbl_export.errors import InputError
 TEMPORARY = ".nbl.tmp"
 # Bytes. The largest JSON file that we read is a model's list of weights: a few MB for a thousand billion parameters.
 JSON_LIMIT = 1 << 26
+_SEAL = "sha256"
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -73,7 +74,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     The bytes are on the disk before the name is, so that not even a power cut leaves half a file under it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    # One folder, and not those above it: an output folder that was deleted meanwhile is not made anew.
+    path.parent.mkdir(exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMPORARY, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
@@ -112,8 +114,8 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path, busy: str) -> Iterator[None]:
-    """Hold the lock file ``path``, made if needed and never written to, within the block.
+def locked(path: Path, busy: str) -> Iterator[int]:
+    """Hold the lock file ``path``, made if needed and never written to, within the block; yields its handle.
 
     Raises :class:`InputError`, with the sentence ``busy`` if another process holds it, and for a link or anything that
     is not a regular file. The holder may delete the file before it leaves the block.
@@ -137,7 +139,7 @@ def locked(path: Path, busy: str) -> Iterator[None]:
                 raise InputError(busy) from None
             # An earlier holder may have deleted it between the two calls: then it keeps nobody out.
             if _is_at(path, os.fstat(handle)):
-                yield
+                yield handle
                 return
         finally:
             os.close(handle)
@@ -189,6 +191,19 @@ def read_json(path: Path, what: str, remedy: str) -> Any:
         raise InputError(f"{what} is missing ({path}): {remedy}.") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{what} is damaged ({path}: {error}): {remedy}.") from None
+
+
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object with its own SHA-256, for results that are kept between runs: :func:`read_sealed`."""
+    write_json(path, {**value, _SEAL: sha256_of_json(dict(value))})
+
+
+def read_sealed(path: Path, what: str, remedy: str) -> dict[str, Any]:
+    """The object of :func:`write_sealed`; raises :class:`InputError` if anything in it was changed since."""
+    value = read_json(path, what, remedy)
+    if not isinstance(value, dict) or value.pop(_SEAL, None) != sha256_of_json(value):
+        raise InputError(f"{what} was changed after it was written ({path}): {remedy}.")
+    return value
 
 
 def parse_json(content: bytes | str) -> Any:

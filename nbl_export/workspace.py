@@ -1,46 +1,48 @@
 """The output folder: its file names, its lock, and the record of finished stages.
 
 A stage is done when ``nbl/workspace.json`` has a record of it with the requested key and its files are
-unchanged, byte for byte. The key is a hash of the stage's settings and of the keys of the stages it depends
-on, so changing ``--k`` repeats selection and the stages after it, never calibration.
+unchanged, byte for byte. The key is a hash of all inputs of the stage (:mod:`nbl_export.stage_record`), so changing
+``--k`` repeats selection and the stages after it, never calibration.
+
+The folder may come from somebody else: every name that a record gives passes :func:`nbl_export.files.member`, folders
+in it are no links, and nothing in it makes code run.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import InputError, os_error_in_words
-from nbl_export.files import TEMPORARY, atomic_path, read_json, sha256_of_file, write_json
+from nbl_export.files import TEMPORARY, atomic_path, locked, member, read_json, sha256_of_file, write_json
+from nbl_export.records import from_json
+from nbl_export.stage_record import MODEL, SIDECARS, STAGES, StageRecord, key_of, stale
 
 STATE_VERSION = 1
 ENGINE_SUFFIX = ".engine"
-STAGES = ("calibrate", "select", "export", "rewrite", "build", "verify", "eval", "bench")
-
-
-@dataclass(frozen=True)
-class StageRecord:
-    """The record of a finished stage.
-
-    ``key`` identifies its settings and everything it depends on; ``files`` maps paths relative to the
-    output folder to their SHA-256; ``seconds`` is its wall time; ``notes`` are the lines shown to the user
-    (fallbacks, shortages), recorded for the report.
-    """
-
-    key: str
-    settings: dict[str, Any]
-    files: dict[str, str]
-    seconds: float
-    notes: tuple[str, ...] = ()
+# Names of an output folder that somebody else's files may have too.
+_OWN = ("model.onnx", "config.json", "tokenizer.json", "baseline", "engine", "report")
 
 
 def is_workspace(root: Path) -> bool:
     """Whether ``root`` is an output folder of nbl-export."""
     return (root / "nbl" / "workspace.json").exists()
+
+
+def _check_foreign_files(root: Path) -> None:
+    """Refuse a folder that is no output folder and has files of the names that an output folder has."""
+    if is_workspace(root) or not root.is_dir():
+        return
+    taken = [name for name in _OWN if (root / name).exists()]
+    if taken:
+        raise InputError(
+            f"{root} has a {taken[0]} that nbl-export did not write: choose another --output, or an empty folder."
+        )
 
 
 class Workspace:
@@ -53,7 +55,10 @@ class Workspace:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._state: dict[str, Any] = {}
+        self._found: dict[str, Any] | None = None
+        self._lock: int | None = None
         self._digests: dict[tuple[Path, int, int], str] = {}
+        self._check_folders()
         if self.state_path.exists():
             self._state = self._read_state()
 
@@ -140,6 +145,28 @@ class Workspace:
         """The answers of each graph on each task, by key."""
         return self.nbl / "eval"
 
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Every folder that is written to."""
+        return (
+            self.root,
+            self.nbl,
+            self.baseline.parent,
+            self.engine.parent,
+            self.report,
+            self.report / "plots",
+            self.evaluations,
+        )
+
+    def _check_folders(self) -> None:
+        # What is written through a link lands in somebody's other folder.
+        for folder in self.folders[1:]:
+            if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+                raise InputError(
+                    f"{folder} is not a folder of its own (a link or a file): an output folder holds its own files; "
+                    "remove it or choose another --output."
+                )
+
     # opening ---------------------------------------------------------------------------------
     @classmethod
     def create(cls, root: Path) -> Workspace:
@@ -147,6 +174,7 @@ class Workspace:
         try:
             if root.exists() and not root.is_dir():
                 raise InputError(f"{root} is a file; --output must be a folder.")
+            _check_foreign_files(root)
             (root / "nbl").mkdir(parents=True, exist_ok=True)
             with atomic_path(root / "nbl" / "write-test"):
                 pass
@@ -173,35 +201,37 @@ class Workspace:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Keep other nbl-export processes out of this folder within the block."""
-        import fcntl
-
-        path = self.nbl / ".lock"
-        with path.open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(
-                    f"Another nbl-export is running in {self.root}: wait for it or choose another --output."
-                ) from None
+        busy = f"Another nbl-export is running in {self.root}: wait for it or choose another --output."
+        with locked(self.nbl / ".lock", busy) as handle:
+            self._lock = handle
             self._remove_leftovers()
             # Another process may have finished stages between opening the folder and taking the lock.
             if self.state_path.exists():
                 self._state = self._read_state()
-            yield
+            try:
+                yield
+            finally:
+                self._lock = None
+
+    def _check_still_there(self) -> None:
+        """Refuse to write into a folder that was moved or deleted meanwhile, or into another one of its name."""
+        if self._lock is None:
+            return
+        try:
+            same = os.path.samestat(os.fstat(self._lock), (self.nbl / ".lock").lstat())
+        except OSError:
+            same = False
+        if not same:
+            raise InputError(
+                f"{self.root} was moved or deleted while it was worked in: run the same command again, on the folder "
+                "where it is now."
+            )
 
     def _remove_leftovers(self) -> None:
         # A killed process cannot clean up. Under the lock no other process uses these files.
-        for folder in (
-            self.root,
-            self.nbl,
-            self.baseline.parent,
-            self.engine.parent,
-            self.report,
-            self.report / "plots",
-            self.evaluations,
-        ):
+        for folder in self.folders:
             for leftover in folder.glob(f".*{TEMPORARY}"):
-                if leftover.is_dir():
+                if leftover.is_dir() and not leftover.is_symlink():
                     shutil.rmtree(leftover, ignore_errors=True)
                 else:
                     leftover.unlink(missing_ok=True)
@@ -226,6 +256,10 @@ class Workspace:
     def model_info(self) -> dict[str, Any] | None:
         """The recorded model: source, kind, fingerprint; None for a new folder."""
         info = self._state.get("model")
+        if info and not isinstance(info, dict):
+            raise InputError(
+                f"{self.state_path} has a damaged record of the model: delete {self.root} and start again."
+            )
         return dict(info) if info else None
 
     def set_model(self, info: Mapping[str, Any]) -> None:
@@ -237,32 +271,52 @@ class Workspace:
                 f"{str(known.get('fingerprint'))[:12]}), not to {info['source']} ({info['fingerprint'][:12]}): "
                 "choose another --output or delete that folder."
             )
+        self.found_model(info)
         if known == dict(info):
             return  # nothing to write, and another process may hold the lock
         self._state["model"] = dict(info)
         self._state.setdefault("stages", {})
         self._write_state()
 
+    def found_model(self, info: Mapping[str, Any]) -> None:
+        """Hold the stages to the model as it is now on this machine."""
+        self._found = dict(info)
+
     def record(self, stage: str) -> StageRecord | None:
-        """The record of a finished stage, or None."""
+        """The record of a finished stage, or None; its names are files of this folder."""
         raw = self._state.get("stages", {}).get(stage)
         if raw is None:
             return None
-        try:
-            record = StageRecord(**{**raw, "notes": tuple(raw.get("notes", ()))})
-            if not isinstance(record.files, dict) or not isinstance(record.settings, dict):
-                raise TypeError
-        except (TypeError, AttributeError):
-            raise InputError(
-                f"{self.state_path} has a damaged record of stage {stage}: delete {self.root} and start again."
-            ) from None
+        what, remedy = (
+            f"The record of stage {stage} in {self.state_path}",
+            f"delete {self.root} and start again",
+        )
+        record = from_json(StageRecord, raw, what, remedy)
+        for name in record.files:
+            member(self.root, name, f"A file of stage {stage} in {self.state_path}")
         return record
 
+    def paths(self, record: StageRecord) -> list[Path]:
+        """The files of a record."""
+        return [member(self.root, name, "A recorded file") for name in record.files]
+
+    def stale(self, stage: str) -> str | None:
+        """Why a finished stage is not of what there is now, in words; None if it is."""
+        records = {name: r for name in STAGES if (r := self.record(name))}
+        found = self._found or self.model_info or {}
+        inputs = {name: str(found[name]) for name in (MODEL, SIDECARS) if name in found}
+        return stale(records, stage, inputs)
+
     def require(self, stage: str, command: str) -> StageRecord:
-        """The record of a stage that must be done and intact; raises an error naming the ``command`` otherwise."""
+        """The record of a stage that must be done, of what there is now, and intact.
+
+        Raises :class:`InputError`, which names the ``command``, otherwise.
+        """
         record = self.record(stage)
         if record is None:
             raise InputError(f"{self.root} has no finished `{stage}` yet: run `{command}` first.")
+        if why := self.stale(stage):
+            raise InputError(f"`{stage}` in {self.root} is out of date ({why}): run `{command}` again.")
         if damaged := self.damaged_file(record):
             raise InputError(
                 f"{self.root / damaged} is missing or was changed after `{stage}` wrote it: "
@@ -270,11 +324,17 @@ class Workspace:
             )
         return record
 
+    def current(self, stage: str) -> StageRecord | None:
+        """The record of a stage that is done, of what there is now, and intact; None otherwise."""
+        record = self.record(stage)
+        if record is None or self.stale(stage) or self.damaged_file(record):
+            return None
+        return record
+
     def damaged_file(self, record: StageRecord) -> str | None:
         """The first file of a record that is missing or was changed, or None."""
-        for name, digest in record.files.items():
-            path = self.root / name
-            if not path.is_file() or self._digest(path) != digest:
+        for name, path in zip(record.files, self.paths(record), strict=True):
+            if not path.is_file() or self._digest(path) != record.files[name]:
                 return name
         return None
 
@@ -291,25 +351,44 @@ class Workspace:
         record = self.record(stage)
         return record is not None and record.key == key and self.damaged_file(record) is None
 
+    def why_again(self, stage: str, settings: Mapping[str, Any], made_of: Mapping[str, str]) -> str | None:
+        """Why a stage that was finished once is not done with these inputs, in words; None if it never was."""
+        record = self.record(stage)
+        if record is None:
+            return None
+        why = record.other_inputs(stage, settings, made_of)
+        return why or f"{self.damaged_file(record)} is missing or was changed"
+
+    def redrew(self, stage: str, files: list[Path]) -> None:
+        """Record that files of a finished stage were written anew, from what it had found."""
+        if record := self.record(stage):
+            self._keep(stage, replace(record, files=self._digests_of(files)))
+
     def finish(
         self,
         stage: str,
-        key: str,
         settings: Mapping[str, Any],
+        made_of: Mapping[str, str],
         files: list[Path],
         seconds: float,
         notes: list[str],
     ) -> None:
         """Record that ``stage`` is done; files that only an earlier run of it wrote are deleted."""
+        key = key_of(stage, settings, made_of)
+        written, asked, read = self._digests_of(files), dict(settings), dict(made_of)
+        self._keep(
+            stage,
+            StageRecord(key, asked, written, round(seconds, 3), tuple(notes), read, STAGES[stage]),
+        )
+
+    def _digests_of(self, files: list[Path]) -> dict[str, str]:
+        return {p.relative_to(self.root).as_posix(): self._digest(p) for p in files}
+
+    def _keep(self, stage: str, record: StageRecord) -> None:
+        self._check_still_there()
         before = self.record(stage)
-        written = {str(p.relative_to(self.root)): self._digest(p) for p in files}
-        for stale in (before.files.keys() - written.keys()) if before else ():
-            (self.root / stale).unlink(missing_ok=True)
-        self._state.setdefault("stages", {})[stage] = {
-            "key": key,
-            "settings": dict(settings),
-            "files": written,
-            "seconds": round(seconds, 3),
-            "notes": notes,
-        }
+        for name, path in zip(before.files, self.paths(before), strict=True) if before else ():
+            if name not in record.files:
+                path.unlink(missing_ok=True)
+        self._state.setdefault("stages", {})[stage] = asdict(record)
         self._write_state()

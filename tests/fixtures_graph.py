@@ -24,6 +24,7 @@ from nbl_export.linearize.plan import LinearLayer, Plan, load_plan
 from nbl_export.models.load import load_model
 from nbl_export.models.source import find_model
 from nbl_export.settings.choices import FitInput
+from nbl_export.stage_record import STAGES
 from nbl_export.workspace import Workspace
 
 
@@ -176,12 +177,22 @@ def perturb(path: Path, name: str, factor: float = 2.0) -> None:
 
 
 def rerecord(out: Path, stage: str) -> None:
-    """Take the files of ``stage`` as they are now for what the stage wrote."""
+    """Take the files of ``stage`` as they are now for what it wrote, and for what the stages after it were made of."""
     workspace = Workspace.open(out)
     record = workspace.record(stage)
     assert record is not None
     files = [out / name for name in record.files]
-    workspace.finish(stage, record.key, record.settings, files, record.seconds, list(record.notes))
+    workspace.redrew(stage, files)
+    for name in STAGES:
+        after = workspace.record(name)
+        above = (
+            {n: r.result for n in after.made_of if n in STAGES and (r := workspace.record(n))}
+            if after
+            else {}
+        )
+        if after and any(after.made_of[n] != above[n] for n in above):
+            made_of, notes = {**after.made_of, **above}, list(after.notes)
+            workspace.finish(name, after.settings, made_of, workspace.paths(after), after.seconds, notes)
 
 
 def low_rank(plan: Plan, rank: int) -> Plan:

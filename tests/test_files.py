@@ -22,17 +22,19 @@ from nbl_export.files import (
     parse_json,
     read_bytes,
     read_json,
+    read_sealed,
     sha256_of_file,
     sha256_of_json,
     stays_in,
     write_json,
+    write_sealed,
     write_text,
 )
 from tests.folders import files_in
 
 
 def test_atomic_path_replaces_the_file_when_the_block_succeeds(tmp_path: Path) -> None:
-    target = tmp_path / "new" / "folder" / "file.json"
+    target = tmp_path / "new" / "file.json"
     with atomic_path(target) as temporary:
         temporary.write_text("one")
         assert temporary.parent == target.parent  # a rename across file systems would not be atomic
@@ -41,7 +43,7 @@ def test_atomic_path_replaces_the_file_when_the_block_succeeds(tmp_path: Path) -
         temporary.write_text("two")
         assert target.read_text() == "one"
     assert target.read_text() == "two"
-    assert files_in(tmp_path) == {"new/folder/file.json"}
+    assert files_in(tmp_path) == {"new/file.json"}
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError])
@@ -262,3 +264,23 @@ def test_a_lock_that_is_no_regular_file_is_refused(tmp_path: Path) -> None:
         ):
             pass
     assert (tmp_path / "victim").read_text() == "precious"
+
+
+def test_a_folder_that_was_deleted_is_not_made_anew(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "deleted" / "nbl" / "file.json"):
+        pytest.fail("there is nowhere to write")
+    assert files_in(tmp_path) == set()
+
+
+def test_a_sealed_file_is_read_only_as_it_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "kept.json"
+    write_sealed(path, {"a": 1.5, "b": ["é", None]})
+    assert read_sealed(path, "The thing", "do that") == {"a": 1.5, "b": ["é", None]}
+    for old, new in (("1.5", "1.6"), ('"a"', '"c"'), ("sha256", "sha")):
+        text = path.read_text(encoding="utf-8")
+        (tmp_path / "edited.json").write_text(text.replace(old, new), encoding="utf-8")
+        with pytest.raises(InputError, match=r"The thing was changed after it was written .*: do that\.$"):
+            read_sealed(tmp_path / "edited.json", "The thing", "do that")
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(InputError, match="was changed after it was written"):
+        read_sealed(tmp_path / "list.json", "The thing", "do that")

@@ -31,6 +31,7 @@ ROOMS = (
     "models",
     "settings",
     "workspace",
+    "stage_record",
     "batch",
     "checks",
     "checkpoint",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,14 @@ from typing import Any
 import pytest
 
 from nbl_export.errors import InputError
+from nbl_export.stage_record import STAGES, key_of
 from nbl_export.workspace import Workspace
 from tests.folders import files_in
 
-MODEL = {"source": "some/model", "kind": "hub", "fingerprint": "a" * 64}
+MODEL = {"source": "some/model", "kind": "hub", "fingerprint": "a" * 64, "model": "m" * 64}
+ASKED, READ = {"samples": 3}, {"model": "m" * 64}
+KEY = key_of("calibrate", ASKED, READ)
+OTHER = key_of("calibrate", {"samples": 4}, READ)
 
 
 @pytest.fixture
@@ -26,7 +31,7 @@ def workspace(tmp_path: Path) -> Workspace:
     work.set_model(MODEL)
     work.moments.write_bytes(b"moments" * 100)
     work.model.write_bytes(b"graph" * 100)
-    work.finish("calibrate", "key-1", {"samples": 3}, [work.moments, work.model], 1.23456, ["a note"])
+    work.finish("calibrate", ASKED, READ, [work.moments, work.model], 1.23456, ["a note"])
     return work
 
 
@@ -40,12 +45,12 @@ def edit_state(work: Workspace, **changes: Any) -> None:
 
 def test_a_finished_stage_is_done_also_for_the_next_process(workspace: Workspace) -> None:
     again = Workspace.open(workspace.root)
-    assert again.is_done("calibrate", "key-1")
-    assert not again.is_done("calibrate", "key-2")
-    assert not again.is_done("select", "key-1")
+    assert again.is_done("calibrate", KEY)
+    assert not again.is_done("calibrate", OTHER)
+    assert not again.is_done("select", KEY)
     record = again.record("calibrate")
     assert record is not None
-    assert (record.key, record.settings, record.seconds) == ("key-1", {"samples": 3}, 1.235)
+    assert (record.key, record.settings, record.seconds) == (KEY, ASKED, 1.235)
     assert record.notes == ("a note",)
     assert record.files == {
         "nbl/moments.safetensors": hashlib.sha256(b"moments" * 100).hexdigest(),
@@ -73,7 +78,7 @@ def replaced_by_a_folder(path: Path) -> None:
 def test_a_damaged_file_undoes_its_stage(workspace: Workspace, damage: Any) -> None:
     damage(workspace.model)
     again = Workspace.open(workspace.root)
-    assert not again.is_done("calibrate", "key-1")
+    assert not again.is_done("calibrate", KEY)
     record = again.record("calibrate")
     assert record is not None
     assert again.damaged_file(record) == "model.onnx"
@@ -91,15 +96,15 @@ def test_a_stage_that_is_not_done_names_the_command_to_run(workspace: Workspace)
     assert "`select`" in message
     assert "run `nbl-export select out` first" in message
     assert str(workspace.root) in message
-    assert workspace.require("calibrate", "unused").key == "key-1"
+    assert workspace.require("calibrate", "unused").key == KEY
 
 
 def test_finishing_a_stage_again_replaces_its_record(workspace: Workspace) -> None:
     workspace.moments.write_bytes(b"other")
-    workspace.finish("calibrate", "key-2", {}, [workspace.moments], 0.0, [])
+    workspace.finish("calibrate", {"samples": 4}, READ, [workspace.moments], 0.0, [])
     again = Workspace.open(workspace.root)
-    assert again.is_done("calibrate", "key-2")
-    assert not again.is_done("calibrate", "key-1")
+    assert again.is_done("calibrate", OTHER)
+    assert not again.is_done("calibrate", KEY)
 
 
 # the model of the folder -------------------------------------------------------------------------
@@ -119,7 +124,7 @@ def test_the_same_model_under_another_name_is_accepted_and_keeps_the_stages(work
     again.set_model({**MODEL, "source": "moved/elsewhere"})
     reopened = Workspace.open(workspace.root)
     assert reopened.model_info == {**MODEL, "source": "moved/elsewhere"}
-    assert reopened.is_done("calibrate", "key-1")
+    assert reopened.is_done("calibrate", KEY)
 
 
 # the lock ----------------------------------------------------------------------------------------
@@ -171,7 +176,7 @@ def test_what_a_killed_process_left_is_removed_under_the_lock(workspace: Workspa
     done = subprocess.run([sys.executable, "-c", program, str(workspace.root)], check=False)
     assert done.returncode == -9
     assert len(files_in(workspace.root) - before - {"nbl/.lock"}) == 1  # the half-written file
-    assert workspace.is_done("calibrate", "key-1")  # the kill cost nothing that was finished
+    assert workspace.is_done("calibrate", KEY)  # the kill cost nothing that was finished
     with Workspace.open(workspace.root).lock():
         assert files_in(workspace.root) - {"nbl/.lock"} == before
 
@@ -222,15 +227,17 @@ def test_json_that_is_no_record_is_refused(workspace: Workspace, content: str) -
     [
         [],
         "done",
-        {"key": "key-1"},
-        {"key": "key-1", "unknown": 1},
-        {"key": "key-1", "settings": {}, "files": [], "seconds": 1.0},
+        {"key": "k"},
+        {"key": "k", "unknown": 1},
+        {"key": KEY, "settings": {}, "files": [], "seconds": 1.0},
     ],
 )
 def test_a_damaged_stage_record_is_refused(workspace: Workspace, record: Any) -> None:
     edit_state(workspace, stages={"calibrate": record})
-    with pytest.raises(InputError, match=r"damaged record of stage calibrate: delete .* and start again\.$"):
-        Workspace.open(workspace.root).is_done("calibrate", "key-1")
+    with pytest.raises(
+        InputError, match=r"record of stage calibrate .*damaged .*: delete .* and start again\.$"
+    ):
+        Workspace.open(workspace.root).is_done("calibrate", KEY)
 
 
 def test_create_refuses_a_file(tmp_path: Path) -> None:
@@ -283,11 +290,173 @@ def test_what_another_process_finished_before_the_lock_is_not_lost(tmp_path: Pat
     late = Workspace.create(tmp_path)  # opened before the first one finishes its stage
     with first.lock():
         (tmp_path / "nbl" / "a").write_text("a")
-        first.finish("calibrate", "key", {}, [tmp_path / "nbl" / "a"], 1.0, [])
+        first.finish("calibrate", {}, {}, [tmp_path / "nbl" / "a"], 1.0, [])
         late.set_model(info)
     with late.lock():
         (tmp_path / "nbl" / "b").write_text("b")
-        late.finish("select", "key", {}, [tmp_path / "nbl" / "b"], 1.0, [])
+        late.finish("select", {}, {}, [tmp_path / "nbl" / "b"], 1.0, [])
     after = Workspace.open(tmp_path)
-    assert after.is_done("calibrate", "key")
-    assert after.is_done("select", "key")
+    assert after.is_done("calibrate", key_of("calibrate", {}, {}))
+    assert after.is_done("select", key_of("select", {}, {}))
+
+
+# a folder that somebody else made ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["../victim", "nbl/../../victim", "/tmp/victim", "out", "", "a\0b"])
+def test_a_recorded_name_that_leaves_the_folder_is_refused_and_nothing_is_deleted(
+    workspace: Workspace, tmp_path: Path, name: str
+) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("somebody's")
+    (workspace.root / "out").symlink_to(victim)
+    state = json.loads(workspace.state_path.read_text())
+    state["stages"]["calibrate"]["files"] = {name: "0" * 64}
+    workspace.state_path.write_text(json.dumps(state))
+    again = Workspace.open(workspace.root)
+    for use in (
+        lambda: again.record("calibrate"),
+        lambda: again.require("calibrate", "x"),
+        lambda: again.finish("calibrate", {}, {}, [], 0.0, []),
+        lambda: again.redrew("calibrate", []),
+    ):
+        with pytest.raises(InputError, match="not the name of a file in"):
+            use()
+    assert victim.read_text() == "somebody's"
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "fifo", "folder"])
+def test_a_lock_that_is_no_file_is_refused_and_nothing_is_emptied(
+    workspace: Workspace, tmp_path: Path, kind: str
+) -> None:
+    victim, lock = tmp_path / "victim", workspace.nbl / ".lock"
+    victim.write_text("somebody's")
+    if kind == "fifo":
+        os.mkfifo(lock)
+    elif kind == "folder":
+        lock.mkdir()
+    else:
+        lock.symlink_to(victim if kind == "link" else tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"\.lock is not a regular file"), workspace.lock():
+        pytest.fail("it was taken")
+    assert victim.read_text() == "somebody's" and not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("name", ["nbl", "baseline", "engine", "report", "report/plots", "nbl/eval"])
+def test_a_folder_that_is_a_link_is_refused(workspace: Workspace, tmp_path: Path, name: str) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / ".mine.nbl.tmp").write_text("somebody's")
+    place = workspace.root / name
+    place.parent.mkdir(exist_ok=True)
+    if place.exists():
+        place.rename(tmp_path / "was")
+        (tmp_path / "was" / "workspace.json").rename(elsewhere / "workspace.json")
+    place.symlink_to(elsewhere)
+    with pytest.raises(InputError, match=f"{name} is not a folder of its own"):
+        Workspace.open(workspace.root)
+    assert (elsewhere / ".mine.nbl.tmp").exists()
+
+
+def test_a_leftover_that_is_a_link_is_removed_and_not_followed(workspace: Workspace, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "file").write_text("somebody's")
+    (workspace.root / ".x.nbl.tmp").symlink_to(tmp_path / "elsewhere")
+    with workspace.lock():
+        assert not (workspace.root / ".x.nbl.tmp").is_symlink()
+    assert (tmp_path / "elsewhere" / "file").exists()
+
+
+def test_a_folder_with_somebodys_files_is_not_taken_for_output(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"config\.json that nbl-export did not write.*--output"):
+        Workspace.create(tmp_path)
+    assert files_in(tmp_path) == {"config.json"}
+
+
+# moved, deleted ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["moved", "deleted", "another"])
+def test_a_folder_that_goes_away_during_the_work_is_not_made_anew(workspace: Workspace, how: str) -> None:
+    root = workspace.root
+    gone = pytest.raises(InputError, match="was moved or deleted while it was worked in")
+    with gone, workspace.lock():
+        if how == "deleted":
+            shutil.rmtree(root)
+        else:
+            root.rename(root.with_name("moved"))
+        if how == "another":
+            Workspace.create(root).set_model(MODEL)
+        workspace.finish("select", {}, {}, [], 0.0, [])
+    assert root.exists() == (how == "another")
+    if how == "another":
+        assert Workspace.open(root).record("select") is None
+
+
+# nothing stale -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def chain(workspace: Workspace) -> Workspace:
+    """calibrate → select → rewrite, as the stages record it."""
+    for name, above in (("select", "calibrate"), ("rewrite", "select")):
+        record = workspace.record(above)
+        assert record is not None
+        workspace.finish(name, {}, {above: record.result}, [workspace.model], 0.0, [])
+    return workspace
+
+
+def test_what_was_made_of_what_there_is_now_is_current(chain: Workspace) -> None:
+    assert [chain.stale(name) for name in ("calibrate", "select", "rewrite")] == [None] * 3
+    assert chain.current("rewrite") == chain.require("rewrite", "unused")
+
+
+@pytest.mark.parametrize(
+    ("settings", "content"), [({"samples": 4}, b"moments" * 100), (ASKED, b"others!" * 100)]
+)
+def test_a_stage_done_again_makes_stale_whatever_was_made_of_it(
+    chain: Workspace, settings: dict[str, int], content: bytes
+) -> None:
+    """With other settings, or with another result of the same ones."""
+    chain.moments.write_bytes(content)
+    chain.finish("calibrate", settings, READ, [chain.moments, chain.model], 0.0, [])
+    assert chain.stale("calibrate") is None
+    assert chain.stale("select") == "`calibrate` was done again"
+    assert chain.stale("rewrite") == "of `select`, `calibrate` was done again"
+    assert chain.current("rewrite") is None
+    with pytest.raises(
+        InputError, match=r"`rewrite` in .* is out of date \(of `select`, .*run `nbl-export rewrite` again"
+    ):
+        chain.require("rewrite", "nbl-export rewrite")
+
+
+def test_a_model_whose_other_files_changed_makes_stale_what_was_made_of_it(chain: Workspace) -> None:
+    chain.found_model({**MODEL, "model": "n" * 64})
+    assert chain.stale("calibrate") == "the model's tokenizer, code or other files have changed"
+    assert str(chain.stale("rewrite")).startswith("of `select`, of `calibrate`, the model's")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"version": 0}, "another version of nbl-export"),
+        ({"version": 2}, "another version of nbl-export"),
+        ({"settings": {"samples": 4}}, "its record was changed"),
+        ({"key": "0" * 64}, "its record was changed"),
+        ({"made_of": {}}, "its record was changed"),
+    ],
+)
+def test_a_record_that_is_not_of_this_version_or_was_changed_is_stale(
+    chain: Workspace, change: dict[str, Any], words: str
+) -> None:
+    state = json.loads(chain.state_path.read_text())
+    state["stages"]["calibrate"] |= change
+    chain.state_path.write_text(json.dumps(state))
+    assert words in str(Workspace.open(chain.root).stale("calibrate"))
+    assert Workspace.open(chain.root).current("rewrite") is None
+
+
+def test_every_stage_has_a_version() -> None:
+    assert list(STAGES) == ["calibrate", "select", "export", "rewrite", "build", "verify", "eval", "bench"]
+    assert all(version >= 1 for version in STAGES.values())

@@ -91,18 +91,22 @@ def calibrate(
     terminal.say(f"Calibrated. Next: nbl-export select {output} --k K")
 
 
-def select(out: Out, /, *, settings: SelectSettings = SelectSettings(), config: Config = None) -> None:
+def select(
+    out: Out, /, *, settings: SelectSettings = SelectSettings(), trust: Trust = False, config: Config = None
+) -> None:
     """Score every layer, choose K, and write the plan."""
     api, terminal = _loaded()
-    plan = api.select(out, settings, terminal.TerminalListener())
+    plan = api.select(out, settings, terminal.TerminalListener(), trust)
     layers = ", ".join(map(str, plan.chosen)) or "none"
     terminal.say(f"Plan: layers {layers}. Next: nbl-export export {out}")
 
 
-def export(out: Out, /, *, settings: ExportSettings = ExportSettings(), config: Config = None) -> None:
+def export(
+    out: Out, /, *, settings: ExportSettings = ExportSettings(), trust: Trust = False, config: Config = None
+) -> None:
     """Export the unmodified model to OUT/baseline/model.onnx."""
     api, terminal = _loaded()
-    path = api.export(out, settings, terminal.TerminalListener())
+    path = api.export(out, settings, terminal.TerminalListener(), trust)
     terminal.say(f"Exported {path}. Next: nbl-export rewrite {out}")
 
 
@@ -140,26 +144,32 @@ def build(out: Out, /, *, settings: EngineSettings = EngineSettings(), config: C
     terminal.say(f"Built {out / 'engine'}. Next: nbl-export verify {out}")
 
 
-def verify(out: Out, /, *, settings: VerifySettings = VerifySettings(), config: Config = None) -> int:
+def verify(
+    out: Out, /, *, settings: VerifySettings = VerifySettings(), trust: Trust = False, config: Config = None
+) -> int:
     """Check parity, measure method loss and speed; exit 1 if a gate fails."""
     api, terminal = _loaded()
-    value = api.verify(out, settings, terminal.TerminalListener())
+    value = api.verify(out, settings, terminal.TerminalListener(), trust)
     terminal.show_report(value, out)
     return 0 if value.passed else GATE_FAILED
 
 
-def eval_(out: Out, /, *, settings: EvalSettings = EvalSettings(), config: Config = None) -> int:
+def eval_(
+    out: Out, /, *, settings: EvalSettings = EvalSettings(), trust: Trust = False, config: Config = None
+) -> int:
     """Score both graphs on tasks and retrieval; exit 1 if a gate fails."""
     api, terminal = _loaded()
-    value = api.evaluate(out, settings, terminal.TerminalListener())
+    value = api.evaluate(out, settings, terminal.TerminalListener(), trust)
     terminal.show_evaluation(value, out)
     return 0 if value.passed else GATE_FAILED
 
 
-def bench(out: Out, /, *, settings: BenchSettings = BenchSettings(), config: Config = None) -> int:
+def bench(
+    out: Out, /, *, settings: BenchSettings = BenchSettings(), trust: Trust = False, config: Config = None
+) -> int:
     """Time both graphs and others in turn; exit 1 if suspect or slower."""
     api, terminal = _loaded()
-    value = api.bench(out, settings, terminal.TerminalListener())
+    value = api.bench(out, settings, terminal.TerminalListener(), trust)
     terminal.show_bench(value, out)
     return 0 if value.passed else GATE_FAILED
 

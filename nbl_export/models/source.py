@@ -11,17 +11,23 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
 from nbl_export.batch.names import TOKENS
 from nbl_export.errors import InputError
-from nbl_export.files import sha256_of_file
+from nbl_export.files import member, sha256_of_file, sha256_of_json
 from nbl_export.models.pooling import find_pooling
 from nbl_export.models.tasks import FEATURES, GENERATION, Task, heads, reads, task_named, task_of
+from nbl_export.records import from_json
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+_TRUST = "trust_remote_code"
+# Files of a model folder that are no weights and that loading, or a client of the graph, reads.
+_READ = ("*.json", "*.model", "*.jinja", "*.py", "*.tiktoken", "vocab.txt", "merges.txt")
+_SIDECARS = ("generation_config.json", "*.jinja", "chat_template*")
 # Weight formats that transformers can load but that cannot be linearized directly.
 _QUANTIZED = "a quantized checkpoint ({method}): dequantize it first, or use the original or a GGUF file"
 
@@ -31,7 +37,8 @@ class ModelIdentity:
     """What identifies a model, wherever it lies.
 
     ``gguf_file`` is the name of a GGUF file; ``fingerprint`` a SHA-256 over the configuration and every weight
-    file. ``task`` is a row of ``tasks.toml``, ``reads`` its main input.
+    file. ``task`` is a row of ``tasks.toml``, ``reads`` its main input. ``trust_remote_code`` says that the model's own
+    code was allowed to run.
     """
 
     source: str
@@ -45,9 +52,15 @@ class ModelIdentity:
 
 @dataclass(frozen=True)
 class ModelSource(ModelIdentity):
-    """A model that was found; ``path`` is the local folder (of a GGUF file: its folder)."""
+    """A model that was found; ``path`` is the local folder (of a GGUF file: its folder).
+
+    ``model`` and ``sidecars`` are the inputs of stages: SHA-256 of everything that loading reads (weights,
+    configuration, tokenizer, code), and of what only travels with a graph (generation configuration, chat template).
+    """
 
     path: str = field(kw_only=True)
+    model: str = field(kw_only=True)
+    sidecars: str = field(kw_only=True)
 
     @property
     def identity(self) -> ModelIdentity:
@@ -55,7 +68,8 @@ class ModelSource(ModelIdentity):
         return ModelIdentity(**{f.name: getattr(self, f.name) for f in fields(ModelIdentity)})
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """For the record of an output folder, which never says that code may run."""
+        return {name: value for name, value in asdict(self).items() if name != _TRUST}
 
 
 def find_model(source: str, trust_remote_code: bool = False) -> ModelSource:
@@ -89,29 +103,90 @@ def find_model(source: str, trust_remote_code: bool = False) -> ModelSource:
     return _from_folder(source, _hub_snapshot(source, trust_remote_code), "hub", trust_remote_code)
 
 
-def same_model(info: dict[str, Any]) -> ModelSource:
-    """Find the model recorded in an output folder; refuse it if its bytes changed."""
-    found = find_model(_where(info), bool(info.get("trust_remote_code")))
-    if found.fingerprint != info["fingerprint"]:
+def check_apart(source: ModelSource, out: Path) -> None:
+    """Refuse an output folder that is, holds, or lies in the model: their files would replace each other."""
+    folder, place = out.expanduser().resolve(), Path(source.path).resolve()
+    if source.gguf_file:
+        clash = "holds" if (place / source.gguf_file).is_relative_to(folder) else None
+    else:
+        clash = (
+            "is"
+            if folder == place
+            else "holds"
+            if place.is_relative_to(folder)
+            else "lies in"
+            if folder.is_relative_to(place)
+            else None
+        )
+    if clash:
         raise InputError(
-            f"The model {info['source']} has changed since this output folder was made from it: "
+            f"The output folder {out} {clash} the model {source.source}, whose files it would change: choose another "
+            "--output."
+        )
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """The model that an output folder names. The folder may come from elsewhere: nothing is fetched or run for it."""
+
+    source: str
+    kind: Literal["folder", "gguf", "hub"]
+    gguf_file: str | None
+    fingerprint: str
+    path: str
+    task: str = GENERATION
+    reads: str = TOKENS
+    model: str = ""
+    sidecars: str = ""
+
+
+def same_model(info: dict[str, Any], trust_remote_code: bool = False) -> ModelSource:
+    """Find the model recorded in an output folder, on this machine; refuse it if its bytes changed.
+
+    A record of an earlier release says whether the model's code may run; that is not obeyed.
+    """
+    remedy = "start again with another --output"
+    recorded = from_json(
+        _Recorded, {k: v for k, v in info.items() if k != _TRUST}, "The record of the model", remedy
+    )
+    folder = Path(recorded.path)
+    if not folder.is_absolute():
+        raise InputError(f"The record of the model is damaged (path {recorded.path!r}): {remedy}.")
+    if recorded.kind == "gguf":
+        gguf = member(folder, recorded.gguf_file, "The recorded GGUF file")
+        if not gguf.is_file():
+            raise InputError(f"The model {gguf} is not there any more: put it back, or {remedy}.")
+        found = _from_gguf(recorded.source, gguf)
+    else:
+        if recorded.kind == "hub" and not _HUB_ID.match(recorded.source):
+            raise InputError(f"The record of the model is damaged (source {recorded.source!r}): {remedy}.")
+        if recorded.kind == "hub" and not folder.is_dir():
+            folder = _hub_snapshot(recorded.source, trust_remote_code, fetch=False)
+        if not (folder / "config.json").is_file():
+            raise InputError(f"The model {folder} is not there any more: put it back, or {remedy}.")
+        found = _from_folder(recorded.source, folder, recorded.kind, trust_remote_code)
+    if found.fingerprint != recorded.fingerprint:
+        raise InputError(
+            f"The model {recorded.source} has changed since this output folder was made from it: "
             "choose another --output."
         )
     return found
 
 
-def _where(info: dict[str, Any]) -> str:
-    if info["kind"] == "gguf":
-        return str(Path(info["path"]) / info["gguf_file"])
-    return info["source"] if info["kind"] == "hub" else str(info["path"])
-
-
-def _hub_snapshot(repo: str, code: bool) -> Path:
+def _hub_snapshot(repo: str, code: bool, fetch: bool = True) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
+    patterns = [*_HUB_FILES, *(["*.py"] if code else [])]
+    if not fetch:
+        try:
+            return Path(snapshot_download(repo, allow_patterns=patterns, local_files_only=True))
+        except (HFValidationError, LocalEntryNotFoundError, OSError):
+            raise InputError(
+                f"The model {repo} of the Hugging Face Hub is not on this machine: fetch it with `hf download {repo}`."
+            ) from None
     try:
-        return Path(snapshot_download(repo, allow_patterns=[*_HUB_FILES, *(["*.py"] if code else [])]))
+        return Path(snapshot_download(repo, allow_patterns=patterns))
     except (RepositoryNotFoundError, HFValidationError):
         raise InputError(
             f"{repo} is neither a local path nor a model on the Hugging Face Hub that you can read: "
@@ -130,7 +205,8 @@ def _from_gguf(source: str, path: Path) -> ModelSource:
     if magic != b"GGUF":
         raise InputError(f"{path} is not a GGUF file (it starts with {magic!r}): download it again.")
     fingerprint = _fingerprint([path], {"gguf": path.name})
-    return ModelSource(source, "gguf", path.name, fingerprint, path=str(path.parent.resolve()))
+    where = str(path.parent.resolve())
+    return ModelSource(source, "gguf", path.name, fingerprint, path=where, model=fingerprint, sidecars="")
 
 
 def _from_folder(source: str, path: Path, kind: Literal["folder", "hub"], trust: bool) -> ModelSource:
@@ -154,8 +230,30 @@ def _from_folder(source: str, path: Path, kind: Literal["folder", "hub"], trust:
             "`save_pretrained` of transformers."
         )
     fingerprint = _fingerprint(weights, config)
-    where = str(path.resolve())
-    return ModelSource(source, kind, None, fingerprint, trust, task.name, reads(task, config), path=where)
+    loaded, sidecars = _other_files(path)
+    return ModelSource(
+        source,
+        kind,
+        None,
+        fingerprint,
+        trust,
+        task.name,
+        reads(task, config),
+        path=str(path.resolve()),
+        model=sha256_of_json([fingerprint, loaded]),
+        sidecars=sha256_of_json(sidecars),
+    )
+
+
+def _other_files(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """SHA-256 of the files beside the weights: those that loading reads, and those that only travel with a graph."""
+    files = sorted(
+        {f for pattern in _READ for place in ("", "*/") for f in folder.glob(place + pattern) if f.is_file()}
+    )
+    found = {f.relative_to(folder).as_posix(): sha256_of_file(f) for f in files}
+    found.pop("config.json", None)  # is in the fingerprint
+    travels = {name for name in found if any(fnmatch(name, pattern) for pattern in _SIDECARS)}
+    return {n: d for n, d in found.items() if n not in travels}, {n: found[n] for n in travels}
 
 
 def check_config(source: str, config: dict[str, Any]) -> Task:

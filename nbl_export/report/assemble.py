@@ -15,7 +15,8 @@ from nbl_export.records import from_json
 from nbl_export.report.environment import environment
 from nbl_export.report.schema import Graph, Model, Report, Selection
 from nbl_export.rewrite.summary import RewriteSummary
-from nbl_export.workspace import StageRecord, Workspace
+from nbl_export.stage_record import StageRecord
+from nbl_export.workspace import Workspace
 
 if TYPE_CHECKING:
     from nbl_export.engine.pair import EngineFile
@@ -63,7 +64,7 @@ def assemble(
         engines=tuple(e.manifest for e in engines) or None,
         engine_parity=measured.engine_parity,
         engine_speed=measured.engine_speed,
-        bench=_bench_of(ws, records["rewrite"].key),
+        bench=_bench_of(ws, records["rewrite"].result),
         checks=(rewriting, *measured.checks),
         notes=(*(note for r in records.values() for note in r.notes), *measured.notes),
     )
@@ -119,8 +120,7 @@ def _bench_of(ws: Workspace, rewrite: str) -> BenchReport | None:
     """A bench of these graphs, if there is one."""
     from nbl_export.report.bench import load_bench
 
-    record = ws.record("bench")
-    if record is None or not ws.is_done("bench", record.key):
+    if ws.current("bench") is None:
         return None
     value = load_bench(ws.report / "bench.json")
     return value if value.hashes["rewrite"] == rewrite else None

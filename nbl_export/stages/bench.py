@@ -11,18 +11,25 @@ from typing import TYPE_CHECKING
 
 from nbl_export import __version__
 from nbl_export.errors import InputError
-from nbl_export.files import read_json, sha256_of_file, sha256_of_json, write_json
+from nbl_export.files import read_sealed, sha256_of_json, write_sealed
 from nbl_export.progress import Listener
 from nbl_export.records import from_json, to_json
 from nbl_export.report.schema import load_report
 from nbl_export.settings import BenchSettings
-from nbl_export.stages.bench_candidates import Against, bench_candidates, graphs_against, provider_of
-from nbl_export.stages.build import model_positions
+from nbl_export.stage_record import StageRecord, key_of
+from nbl_export.stages.bench_candidates import (
+    Against,
+    bench_candidates,
+    digest_of_graph,
+    graphs_against,
+    provider_of,
+)
+from nbl_export.stages.build import current_engines, model_positions
 from nbl_export.stages.rewrite import current_rewrite
 from nbl_export.stages.run import Run
 from nbl_export.stages.verify import redrawn
 from nbl_export.verify.speed.values import CellResult, Machine, Speed
-from nbl_export.workspace import StageRecord, Workspace
+from nbl_export.workspace import Workspace
 
 if TYPE_CHECKING:
     from nbl_export.report.bench import BenchReport
@@ -55,15 +62,12 @@ def bench(run: Run, settings: BenchSettings) -> BenchReport:
         )
     ws = run.workspace
     rewritten, against = current_rewrite(ws), tuple(graphs_against(settings.against))
-    key = sha256_of_json(
-        {
-            "rewrite": rewritten.key,
-            "against": [[a.name, a.base, sha256_of_file(a.graph)] for a in against],
-            "bench": asdict(settings),
-        }
-    )
-    asked = _Bench(run, settings, rewritten.key, against, key)
-    run.stage("bench", key, asdict(settings), lambda listener: _measured(asked, listener))
+    others = [[a.name, a.base, digest_of_graph(a.graph)] for a in against]
+    made_of = {"rewrite": rewritten.result, "against": sha256_of_json(others)}
+    if settings.device == "cuda" and current_engines(ws) and (built := ws.record("build")):
+        made_of["build"] = built.result
+    asked = _Bench(run, settings, rewritten.result, against, key_of("bench", asdict(settings), made_of))
+    run.stage("bench", asdict(settings), made_of, lambda listener: _measured(asked, listener))
     value = load_bench(ws.report / "bench.json")
     _add_to_report(ws, rewritten, value)
     return value
@@ -71,8 +75,7 @@ def bench(run: Run, settings: BenchSettings) -> BenchReport:
 
 def _add_to_report(ws: Workspace, rewritten: StageRecord, value: BenchReport) -> None:
     """Give the report of the same graphs the bench, if there is one."""
-    verified = ws.record("verify")
-    if verified is None or not ws.is_done("verify", verified.key):
+    if ws.current("verify") is None:
         return
     report, name = load_report(ws.report / "report.json"), str(ws.model.relative_to(ws.root))
     if report.hashes.get(name) == rewritten.files[name] and report.bench != value:
@@ -182,7 +185,7 @@ class _Kept:
         found = _Partial(key)
         # There may be none, or it is damaged: then it is measured anew.
         with suppress(InputError):
-            raw = read_json(path, "The bench so far", "it is begun anew")
+            raw = read_sealed(path, "The bench so far", "it is begun anew")
             found = from_json(_Partial, raw, str(path), "it is begun anew")
         same = found if found.key == key else _Partial(key)
         self.cells, self._explained = list(same.cells), same.explained
@@ -207,7 +210,7 @@ class _Kept:
                 task.advance(1)
 
     def _save(self) -> None:
-        write_json(self._path, to_json(_Partial(self._key, tuple(self.cells), self._explained)))
+        write_sealed(self._path, to_json(_Partial(self._key, tuple(self.cells), self._explained)))
 
 
 @dataclass(frozen=True)

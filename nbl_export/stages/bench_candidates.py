@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from nbl_export.batch.names import BASE, LINEARIZED
 from nbl_export.errors import InputError, MissingDependencyError
+from nbl_export.files import sha256_of_file, sha256_of_json
 from nbl_export.settings import BenchSettings
 from nbl_export.stages.build import current_engines
 from nbl_export.stages.rewrite import current_rewrite
@@ -56,6 +57,14 @@ def graphs_against(against: Sequence[str]) -> Iterator[Against]:
                 raise InputError(f"--against names {one.name!r} twice: say NAME=DIR to tell them apart.")
             taken.add(one.name)
             yield one
+
+
+def digest_of_graph(path: Path) -> str:
+    """SHA-256 over an ONNX file and its external data."""
+    from nbl_export.graph.io import load_graph
+    from nbl_export.graph.tensors import external_files
+
+    return sha256_of_json([sha256_of_file(f) for f in (path, *external_files(load_graph(path)))])
 
 
 def provider_of(settings: BenchSettings) -> str:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nbl_export.errors import InputError
-from nbl_export.files import read_json, sha256_of_file, sha256_of_json
+from nbl_export.files import read_json, sha256_of_file
 from nbl_export.linearize.plan import load_plan
 from nbl_export.progress import Listener
 from nbl_export.settings import EngineSettings
 from nbl_export.stages.rewrite import current_rewrite
 from nbl_export.stages.run import Run
-from nbl_export.workspace import StageRecord, Workspace
+from nbl_export.workspace import Workspace
 
 if TYPE_CHECKING:
     from nbl_export.engine.pair import EngineFile
@@ -45,7 +45,6 @@ def build(run: Run, settings: EngineSettings) -> list[EngineFile]:
         "gpu": None if library.ahead_of_time or gpu is None else asdict(gpu),
         **asdict(shapes),
     }
-    key = _build_key(rewritten, recorded)
     exported = ws.require("export", f"nbl-export export {ws.root}")
 
     def work(listener: Listener) -> list[Path]:
@@ -64,7 +63,7 @@ def build(run: Run, settings: EngineSettings) -> list[EngineFile]:
         _, files = build_pair(target, sources, plan.chosen, plan_hash, listener)
         return files
 
-    run.stage("build", key, recorded, work)
+    run.stage("build", recorded, {"rewrite": rewritten.result}, work)
     return [EngineFile(path, load_manifest(path)) for path in (ws.base_engine, ws.engine)]
 
 
@@ -101,12 +100,7 @@ def current_engines(ws: Workspace) -> tuple[EngineFile, ...]:
     from nbl_export.engine.manifest import load_manifest
     from nbl_export.engine.pair import EngineFile
 
-    built = ws.record("build")
-    if built is None or built.key != _build_key(current_rewrite(ws), built.settings):
+    if ws.record("build") is None or ws.stale("build"):
         return ()
     ws.require("build", f"nbl-export build {ws.root}")
     return tuple(EngineFile(path, load_manifest(path)) for path in (ws.base_engine, ws.engine))
-
-
-def _build_key(rewritten: StageRecord, settings: dict[str, Any]) -> str:
-    return sha256_of_json({"rewrite": rewritten.key, "build": settings})

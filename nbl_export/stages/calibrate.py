@@ -12,6 +12,7 @@ from nbl_export.errors import InputError
 from nbl_export.files import read_json, sha256_of_file, sha256_of_json, write_json
 from nbl_export.progress import Listener
 from nbl_export.settings import CalibrateSettings
+from nbl_export.stage_record import MODEL, key_of
 from nbl_export.stages.run import Run
 from nbl_export.workspace import Workspace
 
@@ -34,8 +35,8 @@ def calibrate(run: Run, settings: CalibrateSettings) -> None:
 
     ws, source = run.workspace, run.model.source
     loader = loader_for(source)
-    stamps = _stamps(loader.files(settings.sources))
-    key = sha256_of_json({"model": source.fingerprint, "text": asdict(settings), "files": stamps})
+    made_of = {MODEL: source.model, loader.unit: sha256_of_json(_stamps(loader.files(settings.sources)))}
+    key = key_of("calibrate", asdict(settings), made_of)
 
     def work(listener: Listener) -> list[Path]:
         model = run.model.model
@@ -48,7 +49,7 @@ def calibrate(run: Run, settings: CalibrateSettings) -> None:
         if data is None:
             data = loader.read(run.model, settings, listener)
             loader.save(path, data)
-            write_json(_record(path), {"key": key})
+            write_json(_record(path), {"key": key, "sha256": sha256_of_file(path)})
         tokens = data.calibration
         _check_enough(tokens, model, loader.unit)
         probe = loader.probe(run.model, data)
@@ -67,7 +68,7 @@ def calibrate(run: Run, settings: CalibrateSettings) -> None:
         ws.checkpoint.unlink(missing_ok=True)
         return [path, ws.moments, ws.probe]
 
-    run.stage("calibrate", key, asdict(settings), work)
+    run.stage("calibrate", asdict(settings), made_of, work)
 
 
 def _check_exports(run: Run, probe: Probe) -> None:
@@ -88,8 +89,8 @@ def _load_saved(path: Path, key: str, loader: CalibrationLoader) -> Any:
     """The data of an interrupted calibration with the same settings; None if there is none, or if it is damaged."""
     try:
         record = read_json(_record(path), "The record of the calibration data", "")
-        return loader.load(path) if record == {"key": key} else None
-    except InputError:
+        return loader.load(path) if record == {"key": key, "sha256": sha256_of_file(path)} else None
+    except (InputError, OSError):
         return None
 
 

@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from nbl_export import __version__
 from nbl_export.errors import InputError
-from nbl_export.files import read_json, sha256_of_json, write_json
+from nbl_export.files import read_sealed, sha256_of_json, write_sealed
 from nbl_export.progress import Listener
 from nbl_export.records import from_json, to_json
 from nbl_export.settings import EvalSettings
 from nbl_export.settings.choices import RETRIEVAL_CONTEXTS
+from nbl_export.stage_record import MODEL, SIDECARS, StageRecord
 from nbl_export.stages.build import model_positions
 from nbl_export.stages.rewrite import current_rewrite
 from nbl_export.stages.run import Run
-from nbl_export.workspace import StageRecord, Workspace
+from nbl_export.workspace import Workspace
 
 if TYPE_CHECKING:
     from nbl_export.evaluate.recovery import Paired
@@ -75,20 +76,21 @@ def evaluate(run: Run, settings: EvalSettings) -> Evaluation:
     positions = model_positions(ws)
     questions = _questions(run, settings, positions) if settings.retrieval else []
     tasks = find_tasks(settings.tasks, settings) if settings.tasks else []
-    key = sha256_of_json(
-        {
-            "graphs": [g.digest for g in graphs],
-            "model": run.model.source.fingerprint,
-            "tasks": [t.digest for t in tasks],
-            "eval": asdict(settings) | {"asked": _ASKED, "positions": positions},
-        }
-    )
+    # The text of calibration is what retrieval hides its answers in.
+    made_of = {
+        MODEL: run.model.source.model,
+        SIDECARS: run.model.source.sidecars,
+        "rewrite": current_rewrite(ws).result,
+        "calibrate": ws.require("calibrate", f"nbl-export calibrate MODEL -o {ws.root}").result,
+        "tasks": sha256_of_json([t.digest for t in tasks]),
+        "positions": str(positions),
+    }
 
     def work(listener: Listener) -> list[Path]:
         answers = _Answers(run, graphs, tasks, questions, settings, positions, listener)
         return write_evaluation(ws.report, _assembled(run, graphs, tasks, questions, settings, answers()))
 
-    run.stage("eval", key, asdict(settings), work)
+    run.stage("eval", asdict(settings), made_of, work)
     return load_evaluation(ws.report / "eval.json")
 
 
@@ -155,7 +157,7 @@ class _Answers:
     ) -> None:
         self.run, self.graphs, self.tasks, self.questions = run, graphs, tasks, questions
         self.settings, self.positions, self.listener = settings, positions, listener
-        self.fingerprint = run.model.source.fingerprint
+        self.model = [run.model.source.model, run.model.source.sidecars]
         self.stream: Any = None
         self.kept = 0
 
@@ -191,7 +193,7 @@ class _Answers:
         self.kept += value is not None
         if value is None:
             value = ask()
-            write_json(path, to_json(value))
+            write_sealed(path, to_json(value))
         return value
 
     @contextmanager
@@ -206,7 +208,7 @@ class _Answers:
         key = sha256_of_json(
             {
                 "graph": graph.digest,
-                "model": self.fingerprint,
+                "model": self.model,
                 "asked": digest,
                 "version": _ASKED,
                 "positions": self.positions,
@@ -244,7 +246,7 @@ class _Answers:
 def _read(kind: type[T], path: Path) -> T | None:
     """What was kept; a damaged file is asked anew."""
     try:
-        return from_json(kind, read_json(path, "", ""), "", "")
+        return from_json(kind, read_sealed(path, "", ""), "", "")
     except InputError:
         return None
 

@@ -8,12 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbl_export import __version__
-from nbl_export.files import TEMPORARY, sha256_of_json, write_json
+from nbl_export.files import TEMPORARY, write_json
 from nbl_export.graph.summary import ExportSummary
 from nbl_export.progress import Listener
 from nbl_export.records import to_json
 from nbl_export.settings import ExportSettings
+from nbl_export.stage_record import MODEL, SIDECARS
 from nbl_export.stages.run import Run
 
 if TYPE_CHECKING:
@@ -32,10 +32,10 @@ def export(run: Run, settings: ExportSettings) -> None:
     recorded["opset"] = FORMS[str(settings.kv_cache)].opset if settings.exporter == "torch" else None
     if not task.causal:
         recorded |= {"task": task.name, "pooling": pooling.as_json() if pooling else None}
-    base = {"model": run.model.source.fingerprint, "export": recorded, "version": __version__}
+    made_of = {MODEL: run.model.source.model, SIDECARS: run.model.source.sidecars}
     measures = settings.exporter == "torch" and settings.precision == "fp16"
     if measures or not task.causal:  # calibration gives the ranges for float16, and the inputs of an encoder
-        base["calibrate"] = ws.require("calibrate", f"nbl-export calibrate MODEL -o {ws.root}").key
+        made_of["calibrate"] = ws.require("calibrate", f"nbl-export calibrate MODEL -o {ws.root}").result
 
     def work(listener: Listener) -> list[Path]:
         check_model(run, settings)
@@ -44,7 +44,7 @@ def export(run: Run, settings: ExportSettings) -> None:
         write_json(ws.export_summary, to_json(ExportSummary(tuple(float32))))
         return [*files, ws.export_summary, *_save_configs(run, files, settings)]
 
-    run.stage("export", sha256_of_json(base), recorded, work)
+    run.stage("export", recorded, made_of, work)
 
 
 def check_exporter(settings: ExportSettings) -> None:

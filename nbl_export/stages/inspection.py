@@ -11,9 +11,10 @@ from nbl_export.report.assemble import rewrite_of, selection_of
 from nbl_export.report.drawing import Table, mebibytes
 from nbl_export.report.tables import engines_table, graph_table, layers_table
 from nbl_export.rewrite.summary import ProofErrors
+from nbl_export.stage_record import STAGES
 from nbl_export.tensorfile import format_of
 from nbl_export.workspace import ENGINE_SUFFIX as ENGINE
-from nbl_export.workspace import STAGES, Workspace, is_workspace
+from nbl_export.workspace import Workspace, is_workspace
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -189,8 +190,8 @@ def _folder(path: Path) -> list[Table]:
         if record is None:
             rows.append((stage, "not yet", "", ""))
         else:
-            damaged = workspace.damaged_file(record)
-            state = f"damaged: {damaged}" if damaged else "done"
+            damaged, stale = workspace.damaged_file(record), workspace.stale(stage)
+            state = f"damaged: {damaged}" if damaged else f"out of date: {stale}" if stale else "done"
             rows.append((stage, state, f"{record.seconds:.1f}", _settings(record.settings)))
     proofs: tuple[ProofErrors, ...] = ()
     tables = [

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nbl_export.errors import InputError, os_error_in_words
 from nbl_export.models.loaded import LoadedModel
-from nbl_export.models.source import ModelSource, same_model
+from nbl_export.models.source import ModelSource, check_apart, same_model
 from nbl_export.progress import Listener, Silent
+from nbl_export.stage_record import key_of
 from nbl_export.workspace import Workspace
-
-if TYPE_CHECKING:
-    pass
 
 
 class _Noting:
@@ -47,31 +45,46 @@ class Run:
         listener: Listener | None = None,
     ) -> Run:
         """Start with a model; an existing output folder must be of the same model."""
+        check_apart(source, out)
         workspace = Workspace.create(out)
         workspace.set_model(source.as_json())
         return cls(workspace, LoadedModel(source, listener or Silent()), listener or Silent())
 
     @classmethod
-    def resume(cls, out: Path, listener: Listener | None = None) -> Run:
-        """Continue in an existing output folder with its recorded model."""
+    def resume(cls, out: Path, listener: Listener | None = None, trust_remote_code: bool = False) -> Run:
+        """Continue in an existing output folder with its recorded model.
+
+        Whether code of the model may run is said anew each time; a folder, which may come from elsewhere, does not say.
+        """
         workspace = Workspace.open(out)
         info = workspace.model_info
         if info is None:
             raise InputError(f"{out} records no model: start with `nbl-export calibrate MODEL -o {out}`.")
-        source = same_model(info)
+        source = same_model(info, trust_remote_code)
+        workspace.found_model(source.as_json())
         return cls(workspace, LoadedModel(source, listener or Silent()), listener or Silent())
 
     def stage(
-        self, name: str, key: str, settings: dict[str, Any], work: Callable[[Listener], list[Path]]
+        self,
+        name: str,
+        settings: dict[str, Any],
+        made_of: Mapping[str, str],
+        work: Callable[[Listener], list[Path]],
     ) -> None:
-        """Do ``work`` unless it is already done; its files and notes are recorded when it succeeds."""
-        if self.workspace.is_done(name, key):
+        """Do ``work`` unless it is already done; its files and notes are recorded when it succeeds.
+
+        ``made_of`` names everything that it reads but the settings: keys of stages, and digests of other inputs.
+        """
+        ws = self.workspace
+        if ws.is_done(name, key_of(name, settings, made_of)):
             self.listener.note(f"{name}: done already, kept.")
             return
+        if why := ws.why_again(name, settings, made_of):
+            self.listener.note(f"{name}: done again, since {why}.")
         listener = _Noting(self.listener)
         start = time.perf_counter()
         try:
             files = work(listener)
         except OSError as error:
             raise os_error_in_words(error, f"in stage `{name}`") from error
-        self.workspace.finish(name, key, settings, files, time.perf_counter() - start, listener.notes)
+        ws.finish(name, settings, made_of, files, time.perf_counter() - start, listener.notes)

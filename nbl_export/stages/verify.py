@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nbl_export.errors import InputError
-from nbl_export.files import sha256_of_file, sha256_of_json
+from nbl_export.files import sha256_of_file
 from nbl_export.linearize.plan import Plan, load_plan
 from nbl_export.progress import Listener
 from nbl_export.report.schema import Report, load_report
 from nbl_export.settings import VerifySettings
+from nbl_export.stage_record import StageRecord
 from nbl_export.stages.build import current_engines
 from nbl_export.stages.rewrite import current_rewrite
 from nbl_export.stages.run import Run
@@ -34,13 +35,10 @@ def verify(run: Run, settings: VerifySettings) -> Report:
     ws = run.workspace
     rewritten = current_rewrite(ws)
     engines = current_engines(ws)
-    key = sha256_of_json(
-        {
-            "rewrite": rewritten.key,
-            "engines": [e.manifest.hashes["engine"] for e in engines],
-            "verify": asdict(settings),
-        }
-    )
+    # It reads the held-out text too.
+    made_of = {"rewrite": rewritten.result, "calibrate": _calibrated(ws).result}
+    if engines and (built := ws.record("build")):
+        made_of["build"] = built.result
 
     def work(listener: Listener) -> list[Path]:
         plan, earlier = load_plan(ws.plan), _earlier(ws)
@@ -55,7 +53,7 @@ def verify(run: Run, settings: VerifySettings) -> Report:
         graphs = _files(ws, "calibrate", "select", "export", "rewrite")
         return write_report(ws.report, keeping(report, earlier, graphs, _files(ws, "build")))
 
-    run.stage("verify", key, asdict(settings), work)
+    run.stage("verify", asdict(settings), made_of, work)
     return load_report(ws.report / "report.json")
 
 
@@ -79,6 +77,10 @@ def _recorded(ws: Workspace) -> StageRecord | None:
     record, path = ws.record("verify"), ws.report / "report.json"
     digest = record.files.get(str(path.relative_to(ws.root))) if record else None
     return record if digest and path.is_file() and digest == sha256_of_file(path) else None
+
+
+def _calibrated(ws: Workspace) -> StageRecord:
+    return ws.require("calibrate", f"nbl-export calibrate MODEL -o {ws.root}")
 
 
 def _encoder_case(run: Run, plan: Plan, settings: VerifySettings, listener: Listener) -> EncoderCase:
@@ -108,17 +110,21 @@ def _encoder_case(run: Run, plan: Plan, settings: VerifySettings, listener: List
 
 
 def report(ws: Workspace) -> Report:
-    """Draw every other file of the report anew from ``report.json``; needs no model."""
-    return redrawn(ws, load_report(ws.report / "report.json"))
+    """Draw every other file of the report anew from ``report.json``; needs no model.
+
+    Raises :class:`InputError` for figures that are not those that were measured.
+    """
+    path, record = ws.report / "report.json", ws.record("verify")
+    if record and path.is_file() and record.files.get("report/report.json") != sha256_of_file(path):
+        raise InputError(
+            f"{path} was changed after `verify` wrote it: run `nbl-export verify {ws.root}` again."
+        )
+    return redrawn(ws, load_report(path))
 
 
 def redrawn(ws: Workspace, value: Report) -> Report:
     """Write every file of the report, which the record of the verification then knows."""
     from nbl_export.report.render import write_report
 
-    record = _recorded(ws)
-    files = write_report(ws.report, value)
-    # Another version may draw in other words: as long as the figures are those measured, nothing is to be done again.
-    if record:
-        ws.finish("verify", record.key, record.settings, files, record.seconds, list(record.notes))
+    ws.redrew("verify", write_report(ws.report, value))
     return value

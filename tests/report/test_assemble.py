@@ -102,7 +102,7 @@ def test_a_graph_without_a_cache_lost_no_pairs(assembled: Any, stories_copy: Pat
 
 def test_a_build_is_part_of_it_only_with_its_engines(assembled: Any, stories_copy: Path) -> None:
     ws = Workspace.open(stories_copy)
-    ws.finish("build", "key", {"library": "rtx"}, [], 1.5, ["built"])
+    ws.finish("build", {"library": "rtx"}, {}, [], 1.5, ["built"])
     assert "build" not in assembled().settings and assembled().engines is None
     manifest = manifest_by_hand()
     found = assembled(engines=[EngineFile(stories_copy / "engine" / "model.engine", manifest)])

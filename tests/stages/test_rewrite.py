@@ -21,13 +21,13 @@ from tests.listening import Notes
 
 
 def replan(out: Path, layers: tuple[int, ...], **changes: Any) -> None:
-    """Take a plan of ``layers`` for what selection wrote, under another key."""
+    """Take a plan of ``layers`` for what selection wrote."""
     ws = Workspace.open(out)
     save_plan(ws.plan, replace(plan_by_hand(out, layers), **changes))
     record = ws.record("select")
     assert record is not None
     files = [out / name for name in record.files]
-    ws.finish("select", f"{record.key}{layers}{changes}", record.settings, files, 0.0, [])
+    ws.redrew("select", files)
 
 
 def test_the_graph_is_the_baseline_rewritten_by_the_plan(stories_copy: Path, tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_a_rewrite_is_current_only_for_the_plan_that_is_there(stories_copy: Path
     assert current_rewrite(Workspace.open(stories_copy)).key
     replan(stories_copy, (4,))
     with pytest.raises(
-        InputError, match=r"The plan or the baseline changed after `rewrite`: run `nbl-export rew"
+        InputError, match=r"`rewrite` in .* is out of date \(`select` was done again\): run `nbl-export rew"
     ):
         current_rewrite(Workspace.open(stories_copy))
     rewrite(Run.resume(stories_copy))

@@ -13,6 +13,7 @@ from nbl_export import api
 from nbl_export.errors import InputError
 from nbl_export.models.source import find_model
 from nbl_export.progress import Listener
+from nbl_export.stage_record import key_of
 from nbl_export.stages.run import Run
 from nbl_export.workspace import Workspace
 from tests.encoders import text_encoder
@@ -42,24 +43,24 @@ def out(tmp_path: Path) -> Path:
 def test_a_stage_is_done_once_by_key_also_in_the_next_invocation(tiny_folder: Path, out: Path) -> None:
     listener, ran = Notes(), []  # type: ignore[var-annotated]
     run = Run.start(find_model(str(tiny_folder)), out, listener)
-    run.stage("calibrate", "key 1", {"a": 1}, working(run, "one", ran))
-    run.stage("calibrate", "key 1", {"a": 1}, working(run, "never", ran))
+    run.stage("calibrate", {"a": 1}, {}, working(run, "one", ran))
+    run.stage("calibrate", {"a": 1}, {}, working(run, "never", ran))
     assert listener.notes == ["wrote one", "calibrate: done already, kept."] and listener.kept == [
         "calibrate"
     ]
     assert listener.tasks == [("Writing", 2, "steps", 0)] and listener.advanced == [2]
     again = Run.resume(out)
-    again.stage("calibrate", "key 1", {"a": 1}, working(again, "never", ran))
-    again.stage("calibrate", "key 2", {"a": 2}, working(again, "two", ran))
+    again.stage("calibrate", {"a": 1}, {}, working(again, "never", ran))
+    again.stage("calibrate", {"a": 2}, {}, working(again, "two", ran))
     assert ran == ["one", "two"]
     record = Workspace.open(out).record("calibrate")
     assert record is not None
-    assert (record.key, record.settings, record.notes) == ("key 2", {"a": 2}, ("wrote two",))
+    assert (record.settings, record.notes) == ({"a": 2}, ("wrote two",))
     assert list(record.files) == ["nbl/moments.safetensors"] and record.seconds >= 0
     # What is not the file that was written is made again.
     again.workspace.moments.write_text("changed by hand")
     last = Run.resume(out)
-    last.stage("calibrate", "key 2", {"a": 2}, working(last, "three", ran))
+    last.stage("calibrate", {"a": 2}, {}, working(last, "three", ran))
     assert ran == ["one", "two", "three"] and last.workspace.moments.read_text() == "three"
 
 
@@ -81,11 +82,11 @@ def test_a_stage_that_fails_is_not_done(
         raise raised
 
     with pytest.raises(told, match=message):
-        run.stage("export", "key", {}, work)
+        run.stage("export", {}, {}, work)
     assert Workspace.open(out).record("export") is None
     ran: list[str] = []
-    run.stage("export", "key", {}, working(run, "now", ran))
-    assert ran == ["now"] and Workspace.open(out).is_done("export", "key")
+    run.stage("export", {}, {}, working(run, "now", ran))
+    assert ran == ["now"] and Workspace.open(out).is_done("export", key_of("export", {}, {}))
 
 
 def test_a_model_is_refused_before_there_is_a_folder(tmp_path: Path, out: Path) -> None:

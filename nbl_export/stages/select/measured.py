@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from nbl_export.checkpoint import Checkpoint
 from nbl_export.errors import InputError
-from nbl_export.files import read_json, sha256_of_json, write_json
+from nbl_export.files import read_sealed, sha256_of_json, write_sealed
 from nbl_export.linearize.figures import Loss
 from nbl_export.linearize.loss import LossMeter, loss_of_plan
 from nbl_export.linearize.search import LossCache, MeasuredSets
@@ -88,7 +88,7 @@ class Measured:
 
         def record(losses: Mapping[str, Mapping[str, float]]) -> None:
             # Read again, since another cache of this run may have written to the file.
-            write_json(path, {"format": _FORMAT, "losses": {**self._read(), key: dict(losses)}})
+            write_sealed(path, {"format": _FORMAT, "losses": {**self._read(), key: dict(losses)}})
 
         return LossCache(everything.get(key, {}), record)
 
@@ -97,7 +97,7 @@ class Measured:
         if not path.exists():
             return {}
         try:
-            raw = read_json(path, "The file of measured losses", "")
+            raw = read_sealed(path, "The file of measured losses", "")
             if raw["format"] != _FORMAT:
                 return {}
             losses: dict[str, Any] = raw["losses"]

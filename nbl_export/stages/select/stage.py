@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbl_export.files import sha256_of_json, write_json
+from nbl_export.files import write_json
 from nbl_export.linearize.plan import LinearLayer, Plan, load_plan
 from nbl_export.linearize.selection import Curve, PlanLoss, ScoredLayer, Scores
 from nbl_export.progress import Listener
@@ -35,15 +35,15 @@ def select(run: Run, settings: SelectSettings) -> Plan:
 
     ws = run.workspace
     calibrated = ws.require("calibrate", f"nbl-export calibrate MODEL -o {ws.root}")
-    depends = {"calibrate": calibrated.key, "select": settings.as_json()}
+    made_of = {"calibrate": calibrated.result}
     if settings.budget.min_speedup is not None:
-        depends["export"] = ws.require("export", f"nbl-export export {ws.root}").key
+        made_of["export"] = ws.require("export", f"nbl-export export {ws.root}").result
 
     def work(listener: Listener) -> list[Path]:
         moments, metadata = load_moments(ws.moments)
         if settings.rank is not None:
             check_rank(settings.rank, len(next(iter(moments.layers.values())).x))
-        measured = Measured(run, calibrated.key, settings.fit_input, listener)
+        measured = Measured(run, calibrated.result, settings.fit_input, listener)
         dtype = metadata.get("dtype", "float32")
         fitting = Fitting(moments, measured, settings, listener, lambda: run.model.in_dtype(dtype))
         candidates = score_layers(moments, settings.fit_input, fitting.scoring_ridge, listener)
@@ -72,7 +72,7 @@ def select(run: Run, settings: SelectSettings) -> Plan:
         write_json(ws.candidates, _as_kept(scores))
         return [ws.plan, ws.plan.with_suffix(".safetensors"), ws.candidates]
 
-    run.stage("select", sha256_of_json(depends), settings.as_json(), work)
+    run.stage("select", settings.as_json(), made_of, work)
     return load_plan(ws.plan)
 
 
