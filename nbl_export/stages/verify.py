@@ -16,7 +16,7 @@ from nbl_export.stage_record import StageRecord
 from nbl_export.stages.build import current_engines
 from nbl_export.stages.rewrite import current_rewrite
 from nbl_export.stages.run import Run
-from nbl_export.workspace import StageRecord, Workspace
+from nbl_export.workspace import Workspace
 
 if TYPE_CHECKING:
     from nbl_export.verify.case import EncoderCase
@@ -75,7 +75,7 @@ def _earlier(ws: Workspace) -> Report | None:
 def _recorded(ws: Workspace) -> StageRecord | None:
     """The record of the last verification, if ``report.json`` is as that wrote it."""
     record, path = ws.record("verify"), ws.report / "report.json"
-    digest = record.files.get(str(path.relative_to(ws.root))) if record else None
+    digest = record.files.get(path.relative_to(ws.root).as_posix()) if record else None
     return record if digest and path.is_file() and digest == sha256_of_file(path) else None
 
 
@@ -114,8 +114,8 @@ def report(ws: Workspace) -> Report:
 
     Raises :class:`InputError` for figures that are not those that were measured.
     """
-    path, record = ws.report / "report.json", ws.record("verify")
-    if record and path.is_file() and record.files.get("report/report.json") != sha256_of_file(path):
+    path = ws.report / "report.json"
+    if ws.record("verify") and path.is_file() and _recorded(ws) is None:
         raise InputError(
             f"{path} was changed after `verify` wrote it: run `nbl-export verify {ws.root}` again."
         )
