@@ -100,6 +100,12 @@ class Fitting:
                 self._reading(), tokens, chosen, measured.fit_input, self._solve, task.advance
             )
 
+    def timed(self, layers: Sequence[int]) -> Mapping[int, LinearLayer]:
+        """The linear layers that ``layers`` are timed with: of the form that ships, whatever their values will be."""
+        found = {i: self.for_choosing[i] for i in layers}
+        rank = self._settings.rank
+        return found if rank is None else self.truncated(found, rank)[0]
+
     def repaired(self, layers: Mapping[int, LinearLayer]) -> Repaired:
         """``layers`` after the distillation steps of the settings, and the adapters of other weights."""
         from nbl_export.linearize.lmmse import branch_covariances

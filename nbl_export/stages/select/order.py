@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 
 from nbl_export.errors import BudgetError, InputError
-from nbl_export.linearize.budget import CurvePoint, largest_within, loss_curve
+from nbl_export.linearize.budget import CurvePoint, keeps, largest_within, loss_curve
 from nbl_export.linearize.figures import Candidate, Loss
 from nbl_export.linearize.scores import CRITERIA, check_k, ranking
 from nbl_export.linearize.selection import Curve
@@ -26,6 +26,15 @@ if TYPE_CHECKING:
 
 # A function that returns the K best layers, best first, for any K.
 Prefix = Callable[[int], Sequence[int]]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Shipped(Generic[T]):
+    """What was ``made`` of the chosen layers, and its ``loss``: None where it is that of the K curve."""
+
+    made: T
+    loss: Loss | None
 
 
 class Choosing:
@@ -126,9 +135,13 @@ def choose(
     candidates: Sequence[Candidate],
     settings: SelectSettings,
     speeds: Callable[[Prefix], SpeedMeter],
+    ship: Callable[[Sequence[int]], Shipped[T]],
     listener: Listener,
-) -> tuple[tuple[int, ...], Curve | None]:
-    """The layers to linearize, ascending, and the K curve for the report, if one was measured.
+) -> tuple[T, Curve | None]:
+    """What ``ship`` makes of the layers to linearize, ascending, and the K curve, if one was measured.
+
+    Layers are chosen by the fits that the curve is of. Where what ships is something else, its own loss is weighed,
+    too, and fewer layers are taken until it is within the budget.
 
     Raises :class:`InputError` for a K larger than the number of attention layers, and :class:`BudgetError` for a budget
     that no K meets.
@@ -137,7 +150,8 @@ def choose(
     if settings.k is not None:
         check_k(settings.k, count)
         points = choosing.curve(prefix, settings.k) if choosing.searched else []
-        return tuple(sorted(prefix(settings.k))), _curve(choosing, points, settings, settings.k, None)
+        made = ship(sorted(prefix(settings.k))).made
+        return made, _curve(choosing, points, settings, settings.k, None)
     budget, meter = settings.budget, speeds(prefix)
     why = meter.missing
     least = 0
@@ -146,9 +160,10 @@ def choose(
             raise InputError(f"--min-speedup cannot be measured: {why}.")
         least = meter.least_k(budget.min_speedup, count)
     points = choosing.curve(prefix, count if budget.bounds_loss else least)
-    k = largest_within(points, budget) if budget.bounds_loss else least
-    if k < max(least, 1):
-        raise BudgetError(_budget_error(points, budget, k, least))
+    most = largest_within(points, budget) if budget.bounds_loss else least
+    if most < max(least, 1):
+        raise BudgetError(_budget_error(points, budget, most, least))
+    made, k = _within(budget, range(most, max(least, 1) - 1, -1), prefix, meter, ship, listener)
     if why:
         listener.note(f"The K curve has no speeds: {why}.")
     else:
@@ -160,15 +175,44 @@ def choose(
             else p
             for p in points
         ]
-    return tuple(sorted(prefix(k))), _curve(choosing, points, settings, k, None if why else meter.context)
+    return made, _curve(choosing, points, settings, k, None if why else meter.context)
+
+
+def _within(
+    budget: Budget,
+    ks: Sequence[int],
+    prefix: Prefix,
+    meter: SpeedMeter,
+    ship: Callable[[Sequence[int]], Shipped[T]],
+    listener: Listener,
+) -> tuple[T, int]:
+    """What ships of the first of ``ks`` that is within the budget as it ships, and that K."""
+    cost = ""
+    for k in ks:
+        # The last is the least that is fast enough, which was timed to find it.
+        if k != ks[-1] and budget.min_speedup is not None and meter(k).least < budget.min_speedup:
+            listener.note(f"K = {k} is {meter(k).least:.2f} times as fast, less than --min-speedup asks for.")
+            continue
+        shipped = ship(sorted(prefix(k)))
+        if shipped.loss is None or keeps(budget, shipped.loss):
+            return shipped.made, k
+        cost = f"K = {k} costs {_cost(shipped.loss)} as it ships"
+        listener.note(f"{cost}, more than the budget.")
+    raise BudgetError(
+        f"No K meets the budget with the fit, the repair or the rank asked for: {cost}: allow more loss, or ask for a "
+        "larger --rank or another --fit."
+    )
+
+
+def _cost(loss: Loss | CurvePoint) -> str:
+    return (
+        f"a KL of {loss.kl:.3g} and a perplexity ratio of {loss.perplexity_ratio:.3f} on the selection text"
+    )
 
 
 def _budget_error(points: Sequence[CurvePoint], budget: Budget, k: int, least: int) -> str:
     first = points[0]
-    cost = (
-        f"K = {first.k} costs a KL of {first.kl:.3g} and a perplexity ratio of {first.perplexity_ratio:.3f} on the "
-        "selection text"
-    )
+    cost = f"K = {first.k} costs {_cost(first)}"
     if least > 1:
         return (
             f"No K meets the budget: --min-speedup {budget.min_speedup:g} needs {least} linear layers, and the loss "

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from nbl_export.stages.select.frontier import SpeedMeter
     from nbl_export.stages.select.linear_layers import Fitting
     from nbl_export.stages.select.measured import Measured
-    from nbl_export.stages.select.order import Prefix
+    from nbl_export.stages.select.order import Prefix, Shipped
 
 
 def select(run: Run, settings: SelectSettings) -> Plan:
@@ -31,7 +31,7 @@ def select(run: Run, settings: SelectSettings) -> Plan:
     from nbl_export.stages.select.frontier import SpeedMeter
     from nbl_export.stages.select.linear_layers import Fitting
     from nbl_export.stages.select.measured import Measured
-    from nbl_export.stages.select.order import Choosing, choose
+    from nbl_export.stages.select.order import Choosing, Shipped, choose
 
     ws = run.workspace
     calibrated = ws.require("calibrate", f"nbl-export calibrate MODEL -o {ws.root}")
@@ -48,22 +48,24 @@ def select(run: Run, settings: SelectSettings) -> Plan:
         fitting = Fitting(moments, measured, settings, listener, lambda: run.model.in_dtype(dtype))
         candidates = score_layers(moments, settings.fit_input, fitting.scoring_ridge, listener)
         empty = _plan(run, settings, metadata, {})
+
+        def ship(layers: Sequence[int]) -> Shipped[tuple[Plan, PlanLoss | None]]:
+            predicted = None if settings.layers is not None else predicted_excess(candidates, layers)
+            made = _fitted(empty, layers, fitting, settings, measured, predicted, run.model.task.causal)
+            return Shipped(made, made[1].loss if made[1] else None)
+
         if settings.layers is not None:
-            chosen = check_layers([c.layer for c in candidates], settings.layers, settings.k)
             curve: Curve | None = None
-            predicted = None
+            plan, result = ship(check_layers([c.layer for c in candidates], settings.layers, settings.k)).made
         else:
             choosing = Choosing(settings, measured, fitting, listener)
             candidates = choosing.scored(candidates)
 
             def speeds(prefix: Prefix) -> SpeedMeter:
-                linear = fitting.for_choosing
                 limit = positions(run.model.model)
-                return SpeedMeter(ws, empty, lambda k: {i: linear[i] for i in prefix(k)}, limit, listener)
+                return SpeedMeter(ws, empty, lambda k: fitting.timed(prefix(k)), limit, listener)
 
-            chosen, curve = choose(choosing, candidates, settings, speeds, listener)
-            predicted = predicted_excess(candidates, chosen)
-        plan, result = _fitted(empty, chosen, fitting, settings, measured, predicted, run.model.task.causal)
+            (plan, result), curve = choose(choosing, candidates, settings, speeds, ship, listener)
         save_plan(ws.plan, plan)
         ws.repair_checkpoint.unlink(missing_ok=True)
         kinds = metadata.get("kinds", {})

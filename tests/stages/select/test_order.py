@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,8 @@ from nbl_export.calibrate.text import load_text
 from nbl_export.errors import BudgetError
 from nbl_export.linearize.plan import load_plan
 from nbl_export.linearize.scores import CRITERIA
+from nbl_export.stages.select import frontier
+from nbl_export.stages.select.frontier import SpeedMeter, Speedups
 from nbl_export.workspace import Workspace
 from tests.fixtures_graph import load
 from tests.listening import Notes
@@ -96,3 +100,80 @@ def test_a_budget_that_no_k_keeps_is_one_sentence_and_leaves_the_earlier_plan(
     notes = Notes()
     select(out, api.SelectSettings(k=2), notes)
     assert notes.notes == ["select: done already, kept."]
+
+
+# what ships --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{"rank": 6}, {"fit": "sequential"}, {"repair": 3, "repair_rank": 0}],
+    ids=lambda how: next(iter(how)),
+)
+def test_the_plan_that_ships_is_the_plan_that_is_weighed(
+    out: Path, stories_folder: Path, timed: list[int], how: dict[str, Any]
+) -> None:
+    """A budget that K = 3 of the curve just keeps: what ships keeps it too, with as many layers as that allows."""
+    bound = curve(out)[2]["kl"] * 1.0001
+    losses = {}
+    for k in (1, 2, 3):
+        select(out, api.SelectSettings(k=k, **how))
+        losses[k] = candidates(out)["result"]["loss"]["kl"]
+    best = max((k for k, kl in losses.items() if kl <= bound), default=0)
+    notes = Notes()
+    plan = select(out, api.SelectSettings(budget=api.Budget(max_kl=bound), **how), notes)
+    known = candidates(out)
+    assert len(plan.chosen) == known["curve"]["chosen"] == best
+    assert known["result"]["loss"]["kl"] <= bound
+    assert kl_by_hand(out, load(stories_folder), plan.layers) <= bound * 1.005
+    dropped = [note for note in notes.notes if "as it ships, more than the budget" in note]
+    assert len(dropped) == 3 - best and (how.get("rank") is None or best < 3)
+    # The chosen K is timed.
+    assert next(p for p in known["curve"]["points"] if p["k"] == best)["prefill_speedup"] == 1 + best / 10
+
+
+def test_a_budget_that_nothing_ships_within_is_refused(out: Path, timed: list[int]) -> None:
+    bound = api.Budget(max_kl=curve(out)[0]["kl"] * 1.0001)
+    kept = select(out, api.SelectSettings(k=2))
+    with pytest.raises(BudgetError) as caught:
+        select(out, api.SelectSettings(budget=bound, rank=1))
+    assert re.match(
+        r"No K meets the budget with the fit, the repair or the rank asked for: K = 1 costs a KL of ",
+        str(caught.value),
+    )
+    assert caught.value.exit_code == 1 and "\n" not in str(caught.value)
+    assert same_plan(load_plan(out / "nbl" / "plan.json"), kept)
+
+
+def test_a_speed_binds_what_ships_too(out: Path, timed: list[int]) -> None:
+    """As fast as K = 2 at least: fewer layers are not taken, even if only they cost as little as asked."""
+    points = curve(out)
+    bound = points[2]["kl"] * 1.0001
+    with pytest.raises(BudgetError, match=r"No K meets the budget with .* K = 3 costs"):
+        select(out, api.SelectSettings(budget=api.Budget(max_kl=bound, min_speedup=1.3), rank=2))
+
+
+def test_a_k_that_is_found_too_slow_is_not_shipped(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """K = 5 is fast enough and K = 3 the least; of those between, K = 4 is timed slower than asked."""
+    found = {1: 1.1, 2: 1.2, 3: 1.3, 4: 1.25, 5: 1.5}
+
+    def call(self: SpeedMeter, k: int) -> Speedups:
+        self.found[k] = Speedups(found[k], None)
+        return self.found[k]
+
+    monkeypatch.setattr(SpeedMeter, "__call__", call)
+    points = curve(out)
+    bound = (points[3]["kl"] + points[4]["kl"]) / 2
+    plan = select(out, api.SelectSettings(budget=api.Budget(max_kl=bound, min_speedup=1.3)))
+    assert len(plan.chosen) == 3
+
+
+def test_graphs_of_a_rank_are_really_timed(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--k auto --rank R, which had no factors to time."""
+    monkeypatch.setattr(frontier, "CONTEXT", 16)
+    monkeypatch.setattr(frontier, "ROUNDS", 3)
+    settings = api.SelectSettings(criterion="nmse", budget=api.Budget(max_kl=100.0), rank=8)
+    plan = select(out, settings)
+    assert len(plan.chosen) == 5 and plan.rank == 8
+    points = candidates(out)["curve"]["points"]
+    assert points[-1]["prefill_speedup"] > 0
