@@ -85,10 +85,12 @@ def test_a_whole_run_by_a_budget(
         api.CalibrateSettings(
             (str(stories_text),), samples=8, seq_len=64, heldout_samples=2, selection_samples=2
         ),
-        QUICK,
+        api.VerifySettings(speed=False),
         notes,
     )
     assert report.passed and report.selection.layers == (0, 1, 2, 3, 4)
+    # The budget is a gate on other text, too.
+    assert [c.status for c in report.checks if c.name == "KL bound"] == ["passed"]
     assert timed
     assert "Budget: KL ≤ 100." in (tmp_path / "out" / "report" / "report.md").read_text()
 
