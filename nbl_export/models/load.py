@@ -75,7 +75,7 @@ def load_model(source: ModelSource) -> torch.nn.Module:
                 path, output_loading_info=True, **options
             )
         except Exception as error:  # transformers raises almost anything for an unreadable model
-            raise InputError(f"transformers cannot load {source.source}: {_first_line(error)}.") from error
+            raise _unreadable(f"transformers cannot load {source.source}", source, error) from error
     check_config(source.source, model.config.to_dict())
     missing = sorted(info["missing_keys"])
     if not task.causal and missing and all(key.startswith("pooler.") for key in missing):
@@ -104,9 +104,7 @@ def load_tokenizer(source: ModelSource) -> Any:
         try:
             return AutoTokenizer.from_pretrained(path, **options)
         except Exception as error:
-            raise InputError(
-                f"No tokenizer can be loaded from {source.source}: {_first_line(error)}."
-            ) from error
+            raise _unreadable(f"No tokenizer can be loaded from {source.source}", source, error) from error
 
 
 def load_image_processor(source: ModelSource) -> Any:
@@ -128,9 +126,18 @@ def load_image_processor(source: ModelSource) -> Any:
         try:
             return AutoImageProcessor.from_pretrained(source.path, trust_remote_code=source.trust_remote_code)
         except Exception as error:
-            raise InputError(
-                f"No image processor can be loaded from {source.source}: {_first_line(error)}."
+            raise _unreadable(
+                f"No image processor can be loaded from {source.source}", source, error
             ) from error
+
+
+def _unreadable(what: str, source: ModelSource, error: Exception) -> InputError:
+    if "trust_remote_code" in str(error) and not source.trust_remote_code:
+        return InputError(
+            f"{source.source} comes with code of its own, which runs only where you say so at this command: read the "
+            f".py files in {source.path}, then give --trust-remote-code."
+        )
+    return InputError(f"{what}: {_first_line(error)}.")
 
 
 def _first_line(error: Exception) -> str:

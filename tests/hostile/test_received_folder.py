@@ -1,0 +1,274 @@
+"""An output folder from somebody else is data: it runs no code, fetches nothing, and reaches no file outside it."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import nbl_export
+from nbl_export import api
+from nbl_export.errors import InputError, NblError
+from nbl_export.models.source import find_model, same_model
+from nbl_export.stage_record import STAGES
+from nbl_export.workspace import Workspace
+from tests.command_line import nbl
+from tests.finished import QUICK, TWO
+from tests.folders import files_in
+from tests.tiny import build
+
+CODE = """
+import os
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+
+if "RAN" in os.environ:
+    Path(os.environ["RAN"]).touch()
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+USES: dict[str, Callable[[Path], Any]] = {
+    "select": lambda out: api.select(out, api.SelectSettings(k=1, criterion="kl")),
+    "export": lambda out: api.export(out, api.ExportSettings(kv_cache="none")),
+    "verify": lambda out: api.verify(out, api.VerifySettings(decode_steps=3, speed=False)),
+    "eval": lambda out: api.evaluate(out, api.EvalSettings(retrieval_contexts=(400,), retrieval_samples=1)),
+    "bench": lambda out: api.bench(out, api.BenchSettings(peers=("eager",), batches=(1,), contexts=(8,))),
+}
+# Commands that read a finished folder.
+READS: dict[str, Callable[[Path], Any]] = {
+    **USES,
+    "rewrite": api.rewrite,
+    "report": api.report,
+    "inspect": api.inspect,
+}
+
+
+def edit(out: Path, change: Callable[[Any], None]) -> None:
+    path = out / "nbl" / "workspace.json"
+    state = json.loads(path.read_text())
+    change(state)
+    path.write_text(json.dumps(state))
+
+
+# code --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def own_code(tmp_path_factory: pytest.TempPathFactory, stories_text: Path) -> tuple[Path, Path]:
+    """A model with code of its own, and a finished output folder of it."""
+    place = tmp_path_factory.mktemp("own")
+    model = build(place / "model", max_position_embeddings=512)
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "own", "architectures": ["OwnForCausalLM"]}
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "own.py").write_text(CODE)
+    calibration = api.CalibrateSettings((str(stories_text),), samples=32, seq_len=64, heldout_samples=8)
+    report = api.run(model, place / "out", TWO, calibration, QUICK, trust_remote_code=True)
+    assert report.passed and report.model.trust_remote_code
+    return model, place / "out"
+
+
+@pytest.mark.parametrize("command", USES)
+def test_a_folder_cannot_say_that_code_runs(
+    own_code: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """Not even one of an earlier release, which recorded the flag."""
+    out = Path(shutil.copytree(own_code[1], tmp_path / "out"))
+    assert "trust_remote_code" not in (out / "nbl" / "workspace.json").read_text()
+    edit(out, lambda state: state["model"].update(trust_remote_code=True))
+    imported: list[Any] = []
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.get_class_in_module", lambda *a, **_: imported.append(a)
+    )
+    if command in (
+        "eval",
+        "bench",
+    ):  # the tokenizer has no code; PyTorch is left out of a bench, with the reason
+        said = str(USES[command](out))
+        assert command == "eval" or "comes with code of its own" in said
+    else:
+        with pytest.raises(
+            InputError, match=r"comes with code of its own.* then give --trust-remote-code\.$"
+        ):
+            USES[command](out)
+    assert not imported
+
+
+def test_code_runs_where_the_flag_is_given_and_only_there(
+    own_code: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, ran = Path(shutil.copytree(own_code[1], tmp_path / "out")), tmp_path / "ran"
+    monkeypatch.setitem(os.environ, "RAN", str(ran))
+    verify = ("verify", out, "--no-quality", "--no-speed", "--decode-steps", "2")
+    from tests import command_line
+
+    monkeypatch.setattr(command_line, "ENVIRONMENT", {**command_line.ENVIRONMENT, "RAN": str(ran)})
+    done = nbl(*verify)
+    assert done.code == 2 and "--trust-remote-code" in done.err and not ran.exists()
+    done = nbl(*verify, "--trust-remote-code")
+    assert done.code == 0, done.err
+    assert ran.exists()
+
+
+def test_changed_code_of_a_model_is_noticed(own_code: tuple[Path, Path], tmp_path: Path) -> None:
+    model = Path(shutil.copytree(own_code[0], tmp_path / "model"))
+    out = Path(shutil.copytree(own_code[1], tmp_path / "out"))
+    edit(out, lambda state: state["model"].update(path=str(model)))
+    assert api.verify(out, QUICK, trust_remote_code=True).passed
+    (model / "own.py").write_text(CODE + "# another line\n")
+    with pytest.raises(InputError, match="code or other files have changed"):
+        api.verify(out, QUICK, trust_remote_code=True)
+
+
+# names -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", READS)
+@pytest.mark.parametrize("form", ["../victim", "absolute", "link"])
+def test_no_command_reaches_a_recorded_name_outside(
+    stories_copy: Path, tmp_path: Path, command: str, form: str
+) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("somebody's")
+    (stories_copy / "link").symlink_to(victim)
+    name = (
+        str(victim)
+        if form == "absolute"
+        else form
+        if form == "link"
+        else os.path.relpath(victim, stories_copy)
+    )
+
+    def change(state: Any) -> None:
+        for record in state["stages"].values():
+            record["files"][name] = "0" * 64
+
+    edit(stories_copy, change)
+    with pytest.raises(NblError, match="not the name of a file in"):
+        READS[command](stories_copy)
+    assert victim.read_text() == "somebody's"
+
+
+# Where the names that a record lists are used as paths. A new place here must pass them through files.member.
+USED = {
+    "rewrite/folder.py": 1,  # the record of the rewrite that is being written
+    "workspace.py": 2,  # both pass member()
+}
+
+
+def test_recorded_names_become_paths_in_known_places() -> None:
+    """Each loop over the ``files`` of a record whose names are joined to a folder, or given to ``member``."""
+    package, found = Path(nbl_export.__file__).parent, dict.fromkeys(USED, 0)
+    loops = (ast.For, ast.ListComp, ast.GeneratorExp, ast.SetComp, ast.DictComp)
+    for path in sorted(package.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, loops):
+                continue
+            heads = [node] if isinstance(node, ast.For) else node.generators
+            text = ast.unparse(node)
+            for head in heads:
+                name = ast.unparse(head.target)
+                joined = f"/ {name}" in text or f"member(self.root, {name}" in text
+                if ast.unparse(head.iter).rstrip(")").split(",")[0].endswith("record.files") and joined:
+                    place = path.relative_to(package).as_posix()
+                    found[place] = found.get(place, 0) + 1
+    assert found == USED
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_record_of_wrong_types_is_one_sentence(stories_copy: Path, stage: str) -> None:
+    record = {"key": 1, "settings": [], "files": {"a": 2}, "seconds": "long"}
+    edit(stories_copy, lambda state: state["stages"].update({stage: record}))
+    with pytest.raises(InputError, match=f"record of stage {stage} .* is damaged"):
+        Workspace.open(stories_copy).record(stage)
+
+
+# the recorded model ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was looked for on the Hub."""
+    asked: list[str] = []
+
+    def snapshot(repo: str, **options: Any) -> str:
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        if not options.get("local_files_only"):
+            asked.append(repo)
+        raise LocalEntryNotFoundError("not here")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"path": "somebody/model"}, "record of the model is damaged"),
+        ({"path": "/nowhere/model"}, "is not there any more"),
+        (
+            {"kind": "hub", "source": "somebody/model", "path": "/nowhere"},
+            "is not on this machine: fetch it with `hf",
+        ),
+        ({"kind": "hub", "source": "../model", "path": "/nowhere"}, "record of the model is damaged"),
+        ({"kind": "gguf", "gguf_file": "../m.gguf"}, "not the name of a file in"),
+        ({"kind": "gguf", "gguf_file": None}, "not the name of a file in"),
+        ({"kind": "url"}, "record of the model is damaged"),
+        ({"path": 3}, "record of the model is damaged"),
+        ({"unknown": 3}, "record of the model is damaged"),
+        ({"fingerprint": "0" * 64}, "has changed since"),
+    ],
+)
+def test_the_recorded_model_is_found_here_or_refused(
+    tiny_folder: Path, no_hub: list[str], change: dict[str, Any], words: str
+) -> None:
+    info = find_model(str(tiny_folder)).as_json()
+    assert same_model(info) == find_model(str(tiny_folder))
+    with pytest.raises(InputError, match=words):
+        same_model({**info, **change})
+    assert no_hub == []
+
+
+# where the output goes ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [("model", "is the model"), (".", "holds the model"), ("model/out", "lies in the model")],
+)
+@pytest.mark.parametrize("linked", [False, True])
+def test_the_output_folder_is_apart_from_the_model(
+    tmp_path: Path, out: str, words: str, linked: bool
+) -> None:
+    place = tmp_path / "place"
+    model = build(place / "model")
+    before = {name: (place / name).read_bytes() for name in files_in(place)}
+    target = place / out
+    if linked:
+        (tmp_path / "link").symlink_to(place)
+        target = tmp_path / "link" / out
+    with pytest.raises(InputError, match=words):
+        api.calibrate(model, target)
+    assert {name: (place / name).read_bytes() for name in files_in(place)} == before
+
+
+def test_the_output_folder_may_lie_beside_a_gguf_file_but_not_hold_it(tmp_path: Path) -> None:
+    from nbl_export.models.source import check_apart
+
+    (tmp_path / "m.gguf").write_bytes(b"GGUF" + bytes(64))
+    source = find_model(str(tmp_path / "m.gguf"))
+    check_apart(source, tmp_path / "out")
+    with pytest.raises(InputError, match="holds the model"):
+        check_apart(source, tmp_path)
