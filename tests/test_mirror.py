@@ -28,6 +28,7 @@ THEMES = {
     "end_to_end": "several rooms at once",
     "clients": "other projects' consumers of our files",
     "gpu": "needs an NVIDIA GPU",
+    "hostile": "what somebody else may have made: folders, models, text",
 }
 HERE = {
     "test_mirror.py": "of the tests themselves",
