@@ -11,6 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nbl_export.errors import Interrupted
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -24,39 +28,39 @@ class Checkpoint:
 def saving_to(checkpoint: Checkpoint | None, save: Callable[[Path], None]) -> Iterator[Callable[[], None]]:
     """Yields a function to call between two steps: it calls ``save`` when a save is due, and after an interrupt.
 
-    The first Ctrl-C (or SIGTERM) is deferred until that call, which saves and raises ``KeyboardInterrupt``. The
-    second one stops at once; the last checkpoint remains.
+    The first Ctrl-C (or SIGTERM, or SIGHUP) is deferred until that call, which saves and raises
+    :class:`Interrupted`. The second one stops at once; the last checkpoint remains. A signal that is ignored stays so.
     """
     saved_at = time.monotonic()
 
     def between() -> None:
         nonlocal saved_at
         due = checkpoint is not None and time.monotonic() - saved_at > checkpoint.every_seconds
-        if checkpoint and (due or stop.is_set()):
+        if checkpoint and (due or stop):
             save(checkpoint.path)
             saved_at = time.monotonic()
-        if stop.is_set():
-            raise KeyboardInterrupt
+        if stop:
+            raise Interrupted(stop[0])
 
     with _deferred_interrupt() as stop:
         yield between
 
 
 @contextmanager
-def _deferred_interrupt() -> Iterator[threading.Event]:
-    stop = threading.Event()
+def _deferred_interrupt() -> Iterator[list[int]]:
+    """Yields the list of the signal that has come; it is empty before."""
+    stop: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield stop  # only the main thread may set signal handlers
         return
-    previous = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def handler(signum: int, _frame: Any) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
+        if stop:
+            raise Interrupted(signum)
+        stop.append(signum)
 
-    for signum in previous:
-        signal.signal(signum, handler)
+    heard = [s for s in _SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
+    previous = {s: signal.signal(s, handler) for s in heard}
     try:
         yield stop
     finally:

@@ -47,6 +47,15 @@ class BudgetError(NblError):
 INTERRUPTED = 130
 INTERNAL = 70
 
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asks this process to end. The exit code is the shell's for it: 128 + ``signum``."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__()
+        self.exit_code = 128 + signum
+
+
 # What the operating system reports when the disk is full; EFBIG is a file-size limit (ulimit -f).
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS}

@@ -9,6 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests.interruptions import interruptible
+
+# A shell's background job ignores Ctrl-C, and so would all that the tests start.
+interruptible()
 # Nothing in the tests may reach for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Models this small are faster on one thread, and far faster beside another process.

@@ -13,6 +13,12 @@ from typing import Any
 from tests.listening import Notes
 
 
+def interruptible() -> None:
+    """Hear SIGINT in this process, and in those that it starts, also if whoever started it had it ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 class Recorder(Notes):
     """A listener that records, and does something at one of its calls."""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from nbl_export.checkpoint import Checkpoint, saving_to
+from nbl_export.errors import Interrupted
 from tests.interruptions import send
 
 
@@ -41,7 +42,7 @@ def test_what_takes_long_is_saved_from_time_to_time(tmp_path: Path, saved: Saved
     assert saved.paths == [tmp_path / "c"] * 2
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_interrupt_waits_for_the_next_step_and_saves(
     tmp_path: Path, saved: Saved, signum: int
 ) -> None:
@@ -54,6 +55,25 @@ def test_the_first_interrupt_waits_for_the_next_step_and_saves(
                 assert saved.paths == []  # held back
             between()
     assert steps == [0, 1] and saved.paths == [tmp_path / "c"]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_is_ignored_stays_ignored(tmp_path: Path, saved: Saved, signum: int) -> None:
+    before = signal.signal(signum, signal.SIG_IGN)
+    try:
+        with saving_to(Checkpoint(tmp_path / "c"), saved) as between:
+            send(signum)()
+            between()
+    finally:
+        signal.signal(signum, before)
+    assert saved.paths == []
+
+
+def test_an_interrupt_knows_its_signal(tmp_path: Path, saved: Saved) -> None:
+    with pytest.raises(Interrupted) as ended, saving_to(Checkpoint(tmp_path / "c"), saved) as between:
+        send(signal.SIGHUP)()
+        between()
+    assert ended.value.exit_code == 129
 
 
 def test_the_second_interrupt_stops_at_once(tmp_path: Path, saved: Saved) -> None:

@@ -1,7 +1,7 @@
 """The command line: which command, what a file says, errors in one sentence.
 
 Exit codes: 0 pass · 1 a gate failed, or no K meets the budget · 2 bad usage or input · 3 a needed package or device is
-missing · 4 an export or build failed · 130 interrupted · 70 an error of nbl-export itself.
+missing · 4 an export or build failed · 130, 143, 129 interrupted, ended, hung up · 70 an error of nbl-export itself.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from cyclopts import App, CycloptsError, MissingArgumentError, Parameter, Token, UnusedCliTokensError
 
 from nbl_export import __version__
-from nbl_export.cli import commands
+from nbl_export.cli import commands, process
 from nbl_export.cli.help import ScreenHelp
 from nbl_export.errors import INTERNAL, INTERRUPTED, NblError, os_error_in_words
 from nbl_export.printable import printable
@@ -111,32 +111,35 @@ def words_of(arguments: Sequence[str]) -> list[str]:
 
 def main() -> None:
     """Entry point: errors become one sentence on stderr and an exit code; never a traceback."""
+    sys.exit(process.run(_command))
+
+
+def _command() -> int:
+    """Do what the command line asks; returns the exit code."""
     if not sys.argv[1:]:  # not an error message, but no success either: nothing was asked for
         with contextlib.redirect_stdout(sys.stderr):
             app(["--help"])
-        sys.exit(2)
+        return 2
     try:
         code = app(words_of(sys.argv[1:]), exit_on_error=False, print_error=False)
     except (CycloptsError, UsageError) as error:
-        _fail(f"{_sentence(error)}. See nbl-export --help.", 2)
+        return _said(f"{_sentence(error)}. See nbl-export --help.", 2)
     except NblError as error:
-        _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _fail("Interrupted; run the same command again to go on from what is done.", INTERRUPTED)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(INTERRUPTED)
+        return _said(str(error), error.exit_code)
+    except KeyboardInterrupt as error:
+        code = getattr(error, "exit_code", INTERRUPTED)
+        return _said("Interrupted; run the same command again to go on from what is done.", code)
     except OSError as error:
         translated = os_error_in_words(error, "while working")
-        _fail(str(translated), translated.exit_code)
+        return _said(str(translated), translated.exit_code)
     except Exception as error:
         if os.environ.get("NBL_EXPORT_DEBUG"):
             raise
         what = f"{type(error).__name__}: {error}"
-        _fail(
+        return _said(
             f"Internal error, please report it: {what} (set NBL_EXPORT_DEBUG=1 for the traceback).", INTERNAL
         )
-    sys.exit(code if isinstance(code, int) else 0)
+    return code if isinstance(code, int) else 0
 
 
 def _sentence(error: Exception) -> str:
@@ -149,8 +152,8 @@ def _sentence(error: Exception) -> str:
     return re.sub(r"\.? Did you mean (.*)\?$", r"; did you mean \1", str(error).strip().rstrip("."))
 
 
-def _fail(message: str, code: int) -> NoReturn:
+def _said(message: str, code: int) -> int:
     # Names out of a file may be long, and may hold what a terminal obeys.
     message = re.sub(r"\S{300,}", lambda long: f"{long[0][:100]}…{long[0][-50:]}", printable(message))
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(code)
+    return code

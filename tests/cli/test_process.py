@@ -1,0 +1,232 @@
+"""Signals that end the process, and standard streams that are closed, full, or read by nobody."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbl_export.cli import process
+from nbl_export.cli.process import Output
+from nbl_export.errors import Interrupted
+from tests.command_line import ENVIRONMENT, Done, assert_refused
+from tests.interruptions import send
+from tests.rewrite.foreign import Source, assert_rewritten, contents, exported
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Source:
+    return exported(tmp_path)
+
+
+def ended(command: list[object], setup: Callable[[], object] = lambda: None, **how: Any) -> Done:
+    """`nbl-export COMMAND` in a process that is set up as the test says."""
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how}
+    done = subprocess.run(
+        [sys.executable, "-m", "nbl_export", *map(str, command)],
+        env=ENVIRONMENT,
+        timeout=120,
+        preexec_fn=lambda: setup() and None,
+        check=False,
+        **streams,
+    )
+    return Done(done.returncode, (done.stdout or b"").decode(), (done.stderr or b"").decode())
+
+
+def closed_pipe() -> int:
+    """The end to write to of a pipe that nobody reads."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    return writing
+
+
+# streams -----------------------------------------------------------------------------------------
+
+
+def test_results_that_nobody_reads_are_no_error(source: Source) -> None:
+    """As in `nbl-export inspect X | head -1`."""
+    writing = closed_pipe()
+    assert ended(["inspect", source.graph], stdout=writing) == Done(0, "", "")
+    os.close(writing)
+
+
+def test_work_goes_on_when_nobody_reads_it(source: Source) -> None:
+    writing = closed_pipe()
+    done = ended([*source.arguments("-o", source.out)], stdout=writing, stderr=writing)
+    os.close(writing)
+    assert done.code == 0
+    assert_rewritten(source.out / "model.onnx", source.plan)
+
+
+def test_a_failure_keeps_its_code_when_nobody_reads_it() -> None:
+    writing = closed_pipe()
+    assert ended(["inspect", "absent"], stdout=writing, stderr=writing).code == 2
+    os.close(writing)
+
+
+@pytest.mark.parametrize("command", ["inspect", "rewrite", "--help", "--version"])
+def test_a_full_device_is_said_when_the_work_is_done(source: Source, command: str) -> None:
+    arguments = {"inspect": ["inspect", source.graph], "rewrite": source.arguments("-o", source.out)}
+    with Path("/dev/full").open("w") as full:
+        done = ended([*arguments.get(command, [command])], stdout=full)
+    assert_refused(done, 2, "No space left on device", quietly=command != "rewrite")
+    if command == "rewrite":
+        assert_rewritten(source.out / "model.onnx", source.plan)
+
+
+def test_a_closed_stream_is_said(source: Source) -> None:
+    done = ended(["inspect", source.graph], lambda: os.close(1), stdout=None)
+    assert_refused(done, 2, "standard output (it is closed)")
+    # What is asked for is refused first.
+    assert_refused(ended(["inspect", "absent"], lambda: os.close(1), stdout=None), 2, "absent")
+
+
+def test_no_file_is_opened_in_place_of_a_closed_stream(source: Source) -> None:
+    """Or what a library prints would be written into the graph."""
+
+    def close() -> None:
+        for number in range(3):
+            os.close(number)
+
+    done = ended([*source.arguments("-o", source.out)], close, stdin=None, stdout=None, stderr=None)
+    assert done.code == 2  # there was nowhere to show the result
+    assert_rewritten(source.out / "model.onnx", source.plan)
+
+
+def test_progress_does_not_move_to_the_results_when_stderr_is_closed(source: Source) -> None:
+    done = ended([*source.arguments("-o", source.out)], lambda: os.close(2), stderr=None)
+    assert done.code == 0 and "KV pairs" in done.out and "Proving" not in done.out
+
+
+class Failing(io.StringIO):
+    """A stream whose disk is full from the write number ``after``."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.left = after
+
+    def write(self, text: str) -> int:
+        if not self.left:
+            raise OSError(28, "No space left on device")
+        self.left -= 1
+        return super().write(text)
+
+
+def test_nothing_is_written_after_the_first_error() -> None:
+    stream = Failing(1)
+    out = Output(stream)
+    for word in ("one", "two", "three"):
+        assert out.write(word) == len(word)
+        stream.left += word == "two"  # there is room again, but a gap in the text would not be seen
+    out.flush()
+    assert stream.getvalue() == "one" and out.lost is not None and out.lost.errno == 28
+    assert not out.isatty() and out.encoding
+
+
+def test_what_a_stream_has_more_is_reached_through_it() -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="latin-1", errors="replace")
+    out = Output(stream)
+    assert (out.encoding, out.errors, out.buffer) == ("latin-1", "replace", stream.buffer)
+    with pytest.raises(AttributeError):
+        out.absent  # noqa: B018
+    with pytest.raises(io.UnsupportedOperation):
+        Output(None).fileno()
+
+
+def test_streams_and_signals_are_as_before_when_it_is_over() -> None:
+    before = sys.stdout, sys.stderr, *(signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP))
+    assert process.run(lambda: 7) == 7
+    with pytest.raises(ZeroDivisionError):
+        process.run(lambda: 1 // 0)
+    assert before == (sys.stdout, sys.stderr, *(signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP)))
+
+
+# signals -----------------------------------------------------------------------------------------
+
+INTERRUPTING = """
+import os, sys
+from nbl_export import cli
+from nbl_export.rewrite import replace
+
+real = replace.count
+
+def interrupted(*args, **options):
+    os.kill(os.getpid(), {signum})
+    return real(*args, **options)
+
+replace.count = interrupted
+cli.main()
+"""
+
+
+def ended_by(signum: int, source: Source, before: Any, *more: object) -> Done:
+    """A rewrite that sends itself the signal when the new graph is written and not yet in place."""
+    command = [
+        sys.executable,
+        "-c",
+        INTERRUPTING.format(signum=int(signum)),
+        *map(str, source.arguments(*more)),
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=120,
+        preexec_fn=lambda: signal.signal(signum, before) and None,
+        check=False,
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
+
+
+@pytest.mark.parametrize("signum", SIGNALS)
+@pytest.mark.parametrize("in_place", [True, False])
+def test_every_signal_cleans_up_and_says_one_sentence(source: Source, signum: int, in_place: bool) -> None:
+    before = contents(source.folder)
+    done = ended_by(signum, source, signal.SIG_DFL, *(["--in-place"] if in_place else ["-o", source.out]))
+    assert_refused(
+        done, SIGNALS[signal.Signals(signum)], "Interrupted; run the same command again", quietly=False
+    )
+    assert contents(source.folder) == before and not source.out.exists()
+
+
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_a_signal_that_is_ignored_from_the_start_stays_ignored(source: Source, signum: int) -> None:
+    done = ended_by(signum, source, signal.SIG_IGN, "-o", source.out)
+    assert done.code == 0, done
+    assert_rewritten(source.out / "model.onnx", source.plan)
+
+
+def test_the_handler_of_somebody_else_stays() -> None:
+    heard: list[int] = []
+    before = signal.signal(signal.SIGHUP, lambda signum, _frame: heard.append(signum))
+    try:
+        assert process.run(lambda: send(signal.SIGHUP)() or 0) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert heard == [signal.SIGHUP]
+
+
+def test_a_signal_is_an_interrupt_with_its_own_code() -> None:
+    with pytest.raises(Interrupted) as ended:
+        process.run(lambda: send(signal.SIGTERM)() or 0)
+    assert ended.value.exit_code == 143 and isinstance(ended.value, KeyboardInterrupt)
+
+
+def test_another_thread_may_run_it_too() -> None:
+    codes: list[int] = []
+    thread = threading.Thread(target=lambda: codes.append(process.run(lambda: 3)))
+    thread.start()
+    thread.join()
+    assert codes == [3]
