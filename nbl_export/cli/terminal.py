@@ -1,7 +1,12 @@
-"""What the command line draws: progress bars, tables, the verdict."""
+"""What the command line draws: progress bars, tables, the verdict.
+
+Names in it come from graphs, reports and paths that somebody else may have written: every text is drawn by
+:func:`_text`, which leaves nothing that a terminal obeys.
+"""
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +28,7 @@ from rich.progress import Task as RichTask
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from nbl_export.printable import printable
 from nbl_export.progress import Task
 from nbl_export.report.drawing import Table
 from nbl_export.report.schema import Report
@@ -35,6 +41,10 @@ if TYPE_CHECKING:
     from nbl_export.report.evaluation import Evaluation
     from nbl_export.rewrite.replace import RewriteResult
 
+# A terminal that has no sign for a character shows another one instead.
+for _stream in (sys.stdout, sys.stderr):
+    if isinstance(_stream, io.TextIOWrapper):
+        _stream.reconfigure(errors="replace")
 # Results go to stdout, progress and notes to stderr, so that output can be piped.
 _out = Console(highlight=False)
 # Bound to the stream itself: while a library is kept quiet, sys.stderr is something else.
@@ -81,29 +91,34 @@ class TerminalListener:
     def task(self, title: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
         columns = (
             SpinnerColumn(finished_text="[green]✓"),
-            TextColumn("{task.description:<23.23}"),
+            TextColumn("{task.description:<23.23}", markup=False),
             BarColumn(bar_width=10),
             _CountColumn(),
             _TimeColumn(),
         )
         with Progress(*columns, console=_err, refresh_per_second=4) as progress:
-            task_id = progress.add_task(title, total=total, completed=done, unit=unit)
+            task_id = progress.add_task(printable(title), total=total, completed=done, unit=unit)
             yield _BarTask(progress, task_id)
 
     def note(self, text: str) -> None:
-        _err.print(Text(f"· {text}", style="dim"))
+        _err.print(_text(f"· {text}", "dim"))
 
 
 def say(text: str) -> None:
     """One line of result."""
-    _out.print(Text(text))
+    _out.print(_text(text))
+
+
+def _text(text: str, style: str = "") -> Text:
+    """``text`` as it is, not as markup, in one line that a terminal can show."""
+    return Text(printable(text), style=style)
 
 
 def show_tables(tables: list[Table]) -> None:
     for table in tables:
         _out.print(_drawn(table))
         if table.note:
-            _out.print(Text(table.note, style="dim"))
+            _out.print(_text(table.note, "dim"))
         _out.print()
 
 
@@ -119,9 +134,8 @@ def show_engines(engines: list[EngineFile]) -> None:
 
 def _drawn(table: Table) -> RichTable:
     drawn = RichTable(
-        title=table.title,
+        title=_text(table.title, "bold"),
         title_justify="left",
-        title_style="bold",
         header_style="bold",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
@@ -129,9 +143,9 @@ def _drawn(table: Table) -> RichTable:
         show_edge=False,
     )
     for number, column in enumerate(table.columns):
-        drawn.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+        drawn.add_column(_text(column), justify="left" if number == 0 else "right", overflow="fold")
     for row in table.rows:
-        drawn.add_row(*(Text(cell, style=_COLOURS.get(cell, "")) for cell in row))
+        drawn.add_row(*(_text(cell, _COLOURS.get(cell, "")) for cell in row))
     return drawn
 
 
@@ -147,11 +161,11 @@ def show_report(report: Report, out: Path) -> None:
         f"      {len(layers)} of {len(report.selection.candidates)} attention layers of {name} are now linear"
         + (f": {', '.join(map(str, layers))}" if layers else "")
     )
-    _out.print(_verdict(report.passed) + Text(f"  {verdict_line(report)}"))
-    _out.print(Text(text))
+    _out.print(_verdict(report.passed) + _text(f"  {verdict_line(report)}"))
+    _out.print(_text(text))
     if report.divergence:
-        _out.print(Text(f"      {report.divergence}", style="red"))
-    _out.print(Text(f"      model {out / 'model.onnx'}   report {out / 'report' / 'report.html'}"))
+        _out.print(_text(f"      {report.divergence}", "red"))
+    _out.print(_text(f"      model {out / 'model.onnx'}   report {out / 'report' / 'report.html'}"))
 
 
 def show_evaluation(value: Evaluation, out: Path) -> None:
@@ -159,7 +173,7 @@ def show_evaluation(value: Evaluation, out: Path) -> None:
     from nbl_export.report.evaluation import evaluation_tables
 
     _show_judged(value, evaluation_tables(value, brief=True))
-    _out.print(Text(f"evaluation {out / 'report' / 'eval.md'}"))
+    _out.print(_text(f"evaluation {out / 'report' / 'eval.md'}"))
 
 
 def show_bench(value: BenchReport, out: Path) -> None:
@@ -168,8 +182,8 @@ def show_bench(value: BenchReport, out: Path) -> None:
 
     _show_judged(value, speed_tables(BENCH, value.speed, brief=True))
     for note in value.notes:
-        _out.print(Text(note))
-    _out.print(Text(f"bench {out / 'report' / 'bench.md'}"))
+        _out.print(_text(note))
+    _out.print(_text(f"bench {out / 'report' / 'bench.md'}"))
 
 
 def _show_judged(value: Evaluation | BenchReport, tables: list[Table]) -> None:

@@ -1,12 +1,18 @@
-"""Draw a report: ``report.json`` as it is, ``report.md`` and ``report.html`` for people, ``junit.xml`` for CI."""
+"""Draw a report: ``report.json`` as it is, ``report.md`` and ``report.html`` for people, ``junit.xml`` for CI.
+
+Texts in it come from models, graphs and paths that somebody else may have named: each form escapes them where it is
+written, and nowhere else.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nbl_export.checks import Check
 from nbl_export.files import atomic_path, write_json, write_text
+from nbl_export.printable import printable
 from nbl_export.report.bench import BenchReport
 from nbl_export.report.drawing import Table
 from nbl_export.report.page import TEMPLATES, page
@@ -98,26 +104,35 @@ def _filled(template: str, **values: object) -> str:
         keep_trailing_newline=True,
         autoescape=False,
     )
-    environment.filters["cell"] = lambda text: str(text).strip().replace("|", "\\|").replace("\n", " ")
-    environment.filters["image_text"] = lambda text: str(text).replace("[", "(").replace("]", ")")
+    environment.filters["cell"] = lambda text: _escaped(text).replace("|", "\\|")
+    environment.filters["line"] = lambda text: re.sub(r"^[#>+=~-]", r"\\\g<0>", _escaped(text))
     return environment.get_template(template).render(**values)
 
 
+def _escaped(text: object) -> str:
+    """``text`` as Markdown that shows it in one line: no HTML, no link, no picture."""
+    shown = printable(" ".join(str(text).split("\n"))).strip()
+    for sign, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
+        shown = shown.replace(sign, entity)
+    return re.sub(r"[\\\[\]]", r"\\\g<0>", shown)
+
+
 def write_junit(path: Path, suite_name: str, classname: str, checks: Sequence[Check], created: str) -> None:
-    """Write ``checks`` as one JUnit suite, atomically."""
+    """Write ``checks`` as one JUnit suite, atomically; XML has no control characters, not even escaped."""
     from junitparser import Failure, JUnitXml, Skipped, TestCase, TestSuite
 
     suite = TestSuite(suite_name)
     for check in checks:
-        case = TestCase(check.name, classname=classname)
+        case = TestCase(printable(check.name), classname=printable(classname))
+        detail = printable(check.detail)
         if check.status == "failed":
-            case.result = [Failure(check.detail)]
+            case.result = [Failure(detail)]
         elif check.status == "skipped":
-            case.result = [Skipped(check.detail)]
+            case.result = [Skipped(detail)]
         else:
-            case.system_out = check.detail
+            case.system_out = detail
         suite.add_testcase(case)
-    suite.timestamp = created
+    suite.timestamp = printable(created)
     xml = JUnitXml()
     xml.add_testsuite(suite)
     xml.update_statistics()
