@@ -217,6 +217,10 @@ def parse_json(content: bytes | str) -> Any:
         value = json.loads(text)
     except RecursionError:
         raise ValueError("nested too deep") from None
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # Python says how to allow as many digits
+        raise ValueError("a number of too many digits") from None
     if _SURROGATE.search(text):
         json.dumps(value, ensure_ascii=False).encode("utf-8")  # a UnicodeEncodeError is a ValueError
     return value
@@ -241,6 +245,23 @@ def member(folder: Path, name: object, what: str) -> Path:
         inside = False
     if not inside:
         raise InputError(refused)
+    return path
+
+
+def user_path(text: str, what: str) -> Path:
+    """The path that a user wrote, with ``~`` for their home folder; a file may well be called ``~m``.
+
+    Raises :class:`InputError`, which begins with ``what``, for a path that cannot be recorded: one that is not UTF-8.
+    """
+    written = Path(text)
+    try:
+        path = written.expanduser()
+    except RuntimeError:  # no user of that name
+        path = written
+    try:
+        str(Path.cwd() / path).encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError(f"{what} {text} lies at a path that is not UTF-8 text: rename it.") from None
     return path
 
 

@@ -29,8 +29,9 @@ import numpy as np
 import torch
 
 from nbl_export.calibrate.collect import collect_moments
+from nbl_export.calibrate.documents import documents
 from nbl_export.calibrate.moments import Accumulator
-from nbl_export.calibrate.text import documents, pack
+from nbl_export.calibrate.text import pack
 from nbl_export.linearize.lmmse import cca_bound, fit_lmmse
 from nbl_export.models.layers import attention_layers, hidden_size, observed
 from nbl_export.models.load import in_precision, load_model, load_tokenizer

@@ -30,7 +30,8 @@ import numpy as np
 import torch
 
 from nbl_export import api
-from nbl_export.calibrate.text import documents, end_token
+from nbl_export.calibrate.documents import documents
+from nbl_export.calibrate.text import end_token
 from nbl_export.evaluate.harness import DecoderLM
 from nbl_export.evaluate.scoring import Limits
 from nbl_export.evaluate.tasks import find_tasks, run_task

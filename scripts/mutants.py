@@ -277,7 +277,10 @@ def _onnx(path: Path, rng: random.Random) -> str:
 def _message(message: Any, rng: random.Random, name: str = "") -> str:
     """Change one field somewhere in a protobuf message: down a random way."""
     fields = [(f, v) for f, v in message.ListFields()]
-    field, old = rng.choice(fields) if fields else (None, None)
+    field: Any = None
+    old: Any = None
+    if fields:
+        field, old = rng.choice(fields)
     if field is None or rng.random() < 0.1:
         unset = [f for f in message.DESCRIPTOR.fields if f.message_type is None]
         field = rng.choice(unset)
@@ -404,7 +407,7 @@ def _metadata(model: Any, rng: random.Random) -> str:
         [text, "[" * 100_000, f"[{HUGE}]", '[{"layer": 0, "kind": "linear"}]', "[0, 0, 0]", "[null]"]
     )
     known = {p.key: p for p in model.metadata_props}
-    entry = known.get(key) or model.metadata_props.add()
+    entry: Any = known.get(key) or model.metadata_props.add()
     entry.key, entry.value = key, text
     return f"metadata {key} {text[:30]!r}"
 
@@ -508,7 +511,7 @@ def _reseal_plan(path: Path) -> None:
 
 def _reseal_state(out: Path) -> None:
     path = out / "nbl" / "workspace.json"
-    state = _read(path)
+    state: Any = _read(path)
     stages = state.get("stages") if state else None
     for record in stages.values() if isinstance(stages, dict) else ():
         files = record.get("files") if isinstance(record, dict) else None

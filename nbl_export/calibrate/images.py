@@ -18,6 +18,7 @@ from nbl_export.batch.names import PIXELS
 from nbl_export.calibrate.moments import CALIBRATE_AGAIN
 from nbl_export.calibrate.text import HELD_OUT_EVERY
 from nbl_export.errors import InputError
+from nbl_export.files import user_path
 from nbl_export.progress import Listener
 from nbl_export.settings import CalibrateSettings
 from nbl_export.tensorfile import load_as, save_tensors
@@ -38,7 +39,7 @@ def image_files(sources: Iterable[str]) -> list[Path]:
     """The image files that ``sources`` name, in order; raises :class:`InputError` for a source without images."""
     found: list[Path] = []
     for source in sources:
-        path = Path(source).expanduser()
+        path = user_path(source, "The calibration images")
         if path.is_dir():
             files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in _SUFFIXES)
         elif any(c in source for c in "*?[") and not path.is_file():

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbl_export.batch.names import TOKEN_TYPES, TOKENS
-from nbl_export.calibrate.text import HELD_OUT_EVERY, CalibrationText, frame_tokens
+from nbl_export.calibrate.text import HELD_OUT_EVERY, CalibrationText, frame_tokens, token_ids
 from nbl_export.errors import InputError
 from nbl_export.progress import Listener
 from nbl_export.settings import CalibrateSettings
@@ -79,7 +79,7 @@ def read_passages(
     held: list[I32] = []
     have = 0
     with listener.task("Reading text", want, "tokens") as task:
-        for number, ids in enumerate(_tokenized(texts, tokenizer)):
+        for number, ids in enumerate(_tokenized(texts, tokenizer, max(want, length))):
             if number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1:
                 if len(held) < settings.heldout_samples and len(ids) >= _SHORTEST:
                     held.append(frame.around(ids[:inner]))
@@ -115,11 +115,10 @@ def read_passages(
     )
 
 
-def _tokenized(texts: Iterable[str], tokenizer: Any) -> Iterator[I32]:
+def _tokenized(texts: Iterable[str], tokenizer: Any, need: int) -> Iterator[I32]:
     for text in texts:
         if text.strip():
-            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            yield np.array(ids, dtype=np.int32)
+            yield token_ids(tokenizer, text, need)
 
 
 def heldout_rows(text: CalibrationText, names: Iterable[str]) -> list[dict[str, NDArray[Any]]]:

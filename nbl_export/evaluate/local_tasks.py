@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from nbl_export.calibrate.text import BROKEN_ARCHIVE, open_packed
+from nbl_export.calibrate.documents import BROKEN_ARCHIVE, open_packed
 from nbl_export.datafile import read_table
 from nbl_export.errors import InputError
 from nbl_export.files import sha256_of_json

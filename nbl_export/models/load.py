@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from nbl_export.errors import InputError, MissingDependencyError
 from nbl_export.models.compat import enable_softcapping, is_transformers_4, readable_folder
+from nbl_export.models.limits import check_built, weights_of
 from nbl_export.models.source import ModelSource, check_config
 from nbl_export.models.tasks import task_named
+from nbl_export.models.tokenizer_limits import check_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -70,11 +72,13 @@ def load_model(source: ModelSource) -> torch.nn.Module:
     else:
         options["use_safetensors"] = True
     with quiet(), _readable(source) as path:
+        if not source.gguf_file:
+            _check_size(source, task.loads, path)
         try:
             model, info = getattr(transformers, task.loads).from_pretrained(
                 path, output_loading_info=True, **options
             )
-        except Exception as error:  # transformers raises almost anything for an unreadable model
+        except BaseException as error:  # transformers raises almost anything for an unreadable model
             raise _unreadable(f"transformers cannot load {source.source}", source, error) from error
     check_config(source.source, model.config.to_dict())
     missing = sorted(info["missing_keys"])
@@ -93,6 +97,29 @@ def load_model(source: ModelSource) -> torch.nn.Module:
     return loaded
 
 
+def _check_size(source: ModelSource, loads: str, path: str) -> None:
+    """Refuse a model that would be larger than its weight files; it is built on torch's meta device, of no bytes."""
+    import torch
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=source.trust_remote_code)
+        with torch.device("meta"):
+            model = getattr(transformers, loads).from_config(
+                config, trust_remote_code=source.trust_remote_code
+            )
+    except Exception:  # loading it says why; what cannot be built on this device is loaded as before
+        return
+    check_built(source.source, model, weights_of(Path(source.path)))
+
+
+def refused(error: BaseException, what: str) -> InputError:
+    """One sentence for what a library raised: its own panics are no ``Exception``. An interrupt is raised again."""
+    if isinstance(error, (KeyboardInterrupt, SystemExit, InputError)):
+        raise error
+    return InputError(f"{what}: {_first_line(error)}.")
+
+
 def load_tokenizer(source: ModelSource) -> Any:
     """The model's tokenizer, or an :class:`InputError` with the reason why it cannot be loaded."""
     from transformers import AutoTokenizer
@@ -101,10 +128,24 @@ def load_tokenizer(source: ModelSource) -> Any:
     if source.gguf_file:
         options["gguf_file"] = source.gguf_file
     with quiet(), _readable(source) as path:
+        if not source.gguf_file:
+            check_tokenizer(source.source, Path(source.path))
         try:
-            return AutoTokenizer.from_pretrained(path, **options)
-        except Exception as error:
+            tokenizer = AutoTokenizer.from_pretrained(path, **options)
+            _check_special(source.source, tokenizer)
+            return tokenizer
+        except BaseException as error:
             raise _unreadable(f"No tokenizer can be loaded from {source.source}", source, error) from error
+
+
+def _check_special(source: str, tokenizer: Any) -> None:
+    for name in ("model_max_length", "bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(tokenizer, name, None)
+        if value is not None and (not isinstance(value, int | float) or isinstance(value, bool) or value < 0):
+            raise InputError(
+                f"The tokenizer of {source} has {name} {value!r:.100}, which is no number: correct its "
+                "tokenizer_config.json."
+            )
 
 
 def load_image_processor(source: ModelSource) -> Any:
@@ -125,22 +166,22 @@ def load_image_processor(source: ModelSource) -> Any:
     with quiet():
         try:
             return AutoImageProcessor.from_pretrained(source.path, trust_remote_code=source.trust_remote_code)
-        except Exception as error:
+        except BaseException as error:
             raise _unreadable(
                 f"No image processor can be loaded from {source.source}", source, error
             ) from error
 
 
-def _unreadable(what: str, source: ModelSource, error: Exception) -> InputError:
+def _unreadable(what: str, source: ModelSource, error: BaseException) -> InputError:
     if "trust_remote_code" in str(error) and not source.trust_remote_code:
         return InputError(
             f"{source.source} comes with code of its own, which runs only where you say so at this command: read the "
             f".py files in {source.path}, then give --trust-remote-code."
         )
-    return InputError(f"{what}: {_first_line(error)}.")
+    return refused(error, what)
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0].rstrip(".")[:300]
 

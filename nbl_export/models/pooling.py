@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.errors import InputError
-from nbl_export.files import read_json
+from nbl_export.files import member, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +62,7 @@ def find_pooling(folder: Path) -> Pooling | None:
         raise InputError(
             f"{folder / MODULES} has {found}: supported are a Transformer, its Pooling, and Normalize, in this order."
         )
-    path = folder / named[1][1] / "config.json"
+    path = member(folder, f"{named[1][1]}/config.json", f"The path of the pooling in {MODULES}")
     mode = _mode(path, read_json(path, "The pooling's configuration", _REMEDY))
     files = [MODULES, str(path.relative_to(folder))]
     # Not needed to run, but sentence-transformers reads them.

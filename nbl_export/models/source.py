@@ -17,7 +17,16 @@ from typing import Any, Literal
 
 from nbl_export.batch.names import TOKENS
 from nbl_export.errors import InputError
-from nbl_export.files import member, sha256_of_file, sha256_of_json
+from nbl_export.files import (
+    JSON_LIMIT,
+    member,
+    parse_json,
+    read_bytes,
+    sha256_of_file,
+    sha256_of_json,
+    user_path,
+)
+from nbl_export.models.limits import check_folder, check_gguf
 from nbl_export.models.pooling import find_pooling
 from nbl_export.models.tasks import FEATURES, GENERATION, Task, heads, reads, task_named, task_of
 from nbl_export.records import from_json
@@ -80,7 +89,7 @@ def find_model(source: str, trust_remote_code: bool = False) -> ModelSource:
     """
     if not source.strip():
         raise InputError("MODEL is empty: give a folder, a .gguf file, or a Hub id.")
-    path = Path(source).expanduser()
+    path = user_path(source, "MODEL")
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise InputError(
@@ -200,10 +209,7 @@ def _hub_snapshot(repo: str, code: bool, fetch: bool = True) -> Path:
 
 
 def _from_gguf(source: str, path: Path) -> ModelSource:
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if magic != b"GGUF":
-        raise InputError(f"{path} is not a GGUF file (it starts with {magic!r}): download it again.")
+    check_gguf(path)
     fingerprint = _fingerprint([path], {"gguf": path.name})
     where = str(path.parent.resolve())
     return ModelSource(source, "gguf", path.name, fingerprint, path=where, model=fingerprint, sidecars="")
@@ -211,7 +217,7 @@ def _from_gguf(source: str, path: Path) -> ModelSource:
 
 def _from_folder(source: str, path: Path, kind: Literal["folder", "hub"], trust: bool) -> ModelSource:
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config = parse_json(read_bytes(path / "config.json", JSON_LIMIT))
     except (OSError, ValueError) as error:
         raise InputError(
             f"{source}: config.json cannot be read ({error}): download the model again."
@@ -229,6 +235,7 @@ def _from_folder(source: str, path: Path, kind: Literal["folder", "hub"], trust:
             f"{source} has no .safetensors weights: pickled weights (.bin) are not loaded; convert them with "
             "`save_pretrained` of transformers."
         )
+    check_folder(source, path, config)
     fingerprint = _fingerprint(weights, config)
     loaded, sidecars = _other_files(path)
     return ModelSource(
@@ -258,6 +265,12 @@ def _other_files(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
 
 def check_config(source: str, config: dict[str, Any]) -> Task:
     """The task of a model; refuses, before any work, a model that is not supported, with the reason."""
+    kind = config.get("model_type")
+    if not isinstance(kind, str | None) or not isinstance(config.get("is_encoder_decoder"), bool | None):
+        raise InputError(
+            f"{source}: config.json cannot be read (model_type is {kind!r:.100}, is_encoder_decoder is "
+            f"{config.get('is_encoder_decoder')!r:.100}): download the model again."
+        )
     if config.get("is_encoder_decoder"):
         raise InputError(
             f"{source} is an encoder-decoder model ({config.get('model_type')}): only decoder-only language "

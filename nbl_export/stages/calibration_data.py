@@ -15,14 +15,15 @@ from numpy.typing import NDArray
 
 from nbl_export.batch.names import MASK, PIXELS, TOKEN_TYPES, TOKENS
 from nbl_export.batch.rows import batch_of_rows
+from nbl_export.calibrate.documents import documents, local_files
 from nbl_export.calibrate.images import image_files, load_images, read_images, save_images
 from nbl_export.calibrate.passages import frame_of, heldout_rows, longest_row, read_passages
 from nbl_export.calibrate.probe import Probe, probe_inputs, probe_lengths, probe_model
 from nbl_export.calibrate.sampling import sample_from_model
 from nbl_export.calibrate.text import (
-    documents,
+    CalibrationText,
+    check_tokens,
     load_text,
-    local_files,
     pack,
     save_text,
 )
@@ -87,8 +88,16 @@ def _text_files(sources: Sequence[str]) -> list[Path]:
 
 def _read_text(model: LoadedModel, settings: CalibrateSettings, listener: Listener) -> Any:
     if settings.sources == (SELF,):
-        return sample_from_model(model.in_dtype(settings.dtype), model.tokenizer, settings, listener)
-    return pack(documents(settings.sources, settings.field), model.tokenizer, settings, listener)
+        text = sample_from_model(model.in_dtype(settings.dtype), model.tokenizer, settings, listener)
+    else:
+        text = pack(documents(settings.sources, settings.field), model.tokenizer, settings, listener)
+    return _embedded(model, text)
+
+
+def _embedded(model: LoadedModel, text: CalibrationText) -> CalibrationText:
+    """``text``, whose tokens the model knows."""
+    table: Any = model.model.get_input_embeddings()  # type: ignore[operator]
+    return check_tokens(text, int(table.weight.shape[0]), model.source.source)
 
 
 def _probe_decoder(model: LoadedModel, text: Any) -> Probe:
@@ -105,7 +114,7 @@ def _range_rows(text: Any, _names: Mapping[str, Any]) -> list[Any]:
 def _read_passages(model: LoadedModel, settings: CalibrateSettings, listener: Listener) -> Any:
     length = longest_row(settings, model.tokenizer, positions(model.model), listener)
     texts = documents(settings.sources, settings.field)
-    return read_passages(texts, model.tokenizer, settings, length, listener)
+    return _embedded(model, read_passages(texts, model.tokenizer, settings, length, listener))
 
 
 def _probe_text_encoder(model: LoadedModel, text: Any) -> Probe:

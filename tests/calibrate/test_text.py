@@ -1,4 +1,4 @@
-"""Documents from every kind of source, packing with a disjoint held-out part, and refusals in words."""
+"""Packing with a disjoint held-out part, start tokens, and what is kept on disk."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import gzip
 import importlib
 import json
 import re
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -16,15 +15,17 @@ import numpy as np
 import pytest
 from tokenizers import processors
 
+from nbl_export.calibrate.documents import documents
 from nbl_export.calibrate.text import (
     CalibrationText,
-    documents,
+    check_tokens,
     load_text,
     pack,
     save_text,
     start_tokens,
+    token_ids,
 )
-from nbl_export.errors import InputError, MissingDependencyError
+from nbl_export.errors import InputError
 from nbl_export.models.load import load_tokenizer
 from nbl_export.models.source import find_model
 from nbl_export.progress import Silent
@@ -68,314 +69,6 @@ def refusal(*sources: Path | str, field: str = "text") -> str:
     assert "\n" not in message
     assert message.endswith(".")
     return message
-
-
-# sources -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("packing", PACKERS)
-def test_a_jsonl_file_is_one_document_a_line(tmp_path: Path, packing: str) -> None:
-    path = tmp_path / f"data.jsonl{packing}"
-    path.write_bytes(PACKERS[packing](jsonl(TEXTS) + b"\n  \n"))
-    assert read(path) == TEXTS
-
-
-@pytest.mark.parametrize("packing", PACKERS)
-def test_a_text_file_is_cut_at_line_ends_and_nothing_is_lost(tmp_path: Path, packing: str) -> None:
-    lines = [f"line {i}: {'wörter ' * (i % 9)}\n" for i in range(2000)]
-    path = tmp_path / f"data.txt{packing}"
-    path.write_bytes(PACKERS[packing]("".join(lines).encode()))
-    parts = read(path)
-    assert "".join(parts) == "".join(lines)
-    assert len(parts) > 4
-    assert all(part.endswith("\n") for part in parts)
-    longest = max(map(len, lines))
-    assert all(8192 <= len(part) < 8192 + longest for part in parts[:-1])
-
-
-def test_text_keeps_its_line_ends_and_a_last_line_without_one(tmp_path: Path) -> None:
-    (tmp_path / "data.txt").write_bytes(b"one\r\ntwo\rthree\nfour")
-    assert read(tmp_path / "data.txt") == ["one\r\ntwo\rthree\nfour"]
-
-
-@pytest.mark.parametrize("suffix", [".TXT", ".txt.GZ"])
-def test_the_case_of_a_suffix_does_not_matter(tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / f"data{suffix}"
-    path.write_bytes(gzip.compress(b"hello\n") if suffix.endswith("GZ") else b"hello\n")
-    assert read(path) == ["hello\n"]
-
-
-def parquet(path: Path, **columns: list[Any]) -> Path:
-    pytest.importorskip("pyarrow")
-    import pyarrow
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(pyarrow.table(columns), path)
-    return path
-
-
-def test_a_parquet_file_is_one_document_a_row(tmp_path: Path) -> None:
-    texts = [f"{t} {i}" for i in range(100) for t in TEXTS]  # more rows than are read at once
-    path = parquet(tmp_path / "data.parquet", id=list(range(400)), text=texts)
-    assert read(path) == texts
-
-
-def test_the_text_field_can_be_named(tmp_path: Path) -> None:
-    (tmp_path / "data.jsonl").write_bytes(jsonl(TEXTS, "story"))
-    assert read(tmp_path / "data.jsonl", field="story") == TEXTS
-    path = parquet(tmp_path / "data.parquet", text=["wrong"] * 4, story=TEXTS)
-    assert read(path, field="story") == TEXTS
-
-
-def test_a_folder_is_read_recursively_in_the_order_of_names(tmp_path: Path) -> None:
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(jsonl(["second", "third"])))
-    (tmp_path / "a.txt").write_text("first")
-    (tmp_path / "sub" / "c.txt").write_text("fourth")
-    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
-    assert read(tmp_path) == ["first", "second", "third", "fourth"]
-
-
-def test_a_pattern_takes_what_it_matches(tmp_path: Path) -> None:
-    for name in ("a1.txt", "a2.txt", "b1.txt"):
-        (tmp_path / name).write_text(name)
-    assert read(tmp_path / "a*.txt") == ["a1.txt", "a2.txt"]
-    assert read(tmp_path / "?1.txt") == ["a1.txt", "b1.txt"]
-    assert "No file matches" in refusal(tmp_path / "c*.txt")
-
-
-def test_sources_follow_each_other(tmp_path: Path) -> None:
-    (tmp_path / "z.txt").write_text("first")
-    (tmp_path / "a.txt").write_text("second")
-    assert read(tmp_path / "z.txt", tmp_path / "a.txt") == ["first", "second"]
-
-
-def test_documents_are_read_only_as_far_as_they_are_wanted(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(jsonl(["first", "second"]) + b"broken")
-    stream = documents([str(tmp_path / "a.jsonl"), str(tmp_path / "missing.txt")], "text")
-    assert [next(stream), next(stream)] == ["first", "second"]
-    with pytest.raises(InputError, match="line 3"):
-        next(stream)
-
-
-# refusals ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["missing.txt", "a/b/missing", "./missing", "/missing", "~/missing"])
-def test_a_path_that_is_not_there(name: str) -> None:
-    assert refusal(name) == f"The calibration text {name} does not exist: check the path."
-
-
-def test_a_file_of_another_kind_lists_the_kinds_there_are(tmp_path: Path) -> None:
-    for name in ("picture.png", "text", "data.json", "data.txt.bz2"):
-        (tmp_path / name).write_bytes(b"\x89PNG\r\n")
-        message = refusal(tmp_path / name)
-        assert name in message
-        assert ".txt, .jsonl (.gz and .zst too) or .parquet" in message
-
-
-def test_a_folder_without_text(tmp_path: Path) -> None:
-    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
-    message = refusal(tmp_path)
-    assert str(tmp_path) in message
-    assert ".txt, .jsonl (.gz and .zst too) or .parquet" in message
-
-
-@pytest.mark.parametrize("name", ["data.txt", "data.jsonl"])
-def test_bytes_that_are_no_utf8(tmp_path: Path, name: str) -> None:
-    for content in (b"\xff\xfe\x00 abc", b"abc\n" * 9000 + b"\x80", "größe".encode("latin-1")):
-        (tmp_path / name).write_bytes(content if name.endswith("txt") else b'{"text":"' + content + b'"}')
-        message = refusal(tmp_path / name)
-        assert str(tmp_path / name) in message
-        assert "UTF-8" in message or "not JSON" in message
-
-
-def test_binary_bytes_that_happen_to_be_utf8(tmp_path: Path) -> None:
-    (tmp_path / "data.txt").write_bytes(b"\x7fELF\x02\x01\x01\x00\x00\x00\n" * 10)
-    assert (
-        refusal(tmp_path / "data.txt")
-        == f"{tmp_path / 'data.txt'} is not text: it has NUL bytes; give another file."
-    )
-
-
-def test_a_bad_json_line_is_named(tmp_path: Path) -> None:
-    (tmp_path / "data.jsonl").write_bytes(jsonl(["a", "b"]) + b"\n" + b'{"text": "cut off\n')
-    message = refusal(tmp_path / "data.jsonl")
-    assert f"{tmp_path / 'data.jsonl'}, line 4: not JSON" in message
-    assert "one object per line" in message
-
-
-def test_a_missing_field_lists_the_fields_there_are(tmp_path: Path) -> None:
-    (tmp_path / "data.jsonl").write_text('{"text":"a"}\n{"content":"a","title":"b","id":3}\n')
-    message = refusal(tmp_path / "data.jsonl")
-    assert f"{tmp_path / 'data.jsonl'}, line 2: no text field 'text'" in message
-    assert "(text fields: content, title)" in message
-    assert "--text-field" in message
-
-
-@pytest.mark.parametrize("row", ["[1, 2]", "3", '{"text": 3}', "null"])
-def test_a_row_without_text(tmp_path: Path, row: str) -> None:
-    (tmp_path / "data.jsonl").write_text(row + "\n")
-    assert "line 1: no text field 'text' (text fields: none)" in refusal(tmp_path / "data.jsonl")
-
-
-def test_an_empty_cell_is_passed_over(tmp_path: Path) -> None:
-    (tmp_path / "data.jsonl").write_text('{"text": "one"}\n{"text": null}\n{"text": "two"}\n')
-    assert [t for t in documents([str(tmp_path / "data.jsonl")], "text") if t] == ["one", "two"]
-
-
-def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
-    (tmp_path / "data.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n')
-    assert list(documents([str(tmp_path / "data.jsonl")], "text")) == ["one"]
-
-
-def test_a_txt_without_line_ends_is_cut_too(tmp_path: Path) -> None:
-    (tmp_path / "data.txt").write_text("x" * 30_000)
-    pieces = list(documents([str(tmp_path / "data.txt")], "text"))
-    assert len(pieces) >= 3
-    assert "".join(pieces) == "x" * 30_000
-
-
-def test_a_missing_parquet_field_lists_the_fields_there_are(tmp_path: Path) -> None:
-    path = parquet(tmp_path / "data.parquet", content=["a"], id=[3])
-    message = refusal(path)
-    assert f"{path}: no text field 'text'" in message
-    assert "content" in message
-    assert "--text-field" in message
-    assert "no text field 'id'" in refusal(path, field="id")
-
-
-def damaged_middle(data: bytes) -> bytes:
-    half = len(data) // 2
-    return data[: half - 20] + b"\xff" * 40 + data[half + 20 :]
-
-
-def cut(data: bytes) -> bytes:
-    return data[: len(data) * 2 // 3]
-
-
-def foreign(data: bytes) -> bytes:
-    return b"this is plain text, not what the suffix says\n" * 20
-
-
-@pytest.mark.parametrize("damage", [cut, foreign, damaged_middle])
-@pytest.mark.parametrize("packing", [".gz", ".zst"])
-@pytest.mark.parametrize("kind", [".txt", ".jsonl"])
-def test_a_broken_archive(tmp_path: Path, kind: str, packing: str, damage: Callable[[bytes], bytes]) -> None:
-    rng = np.random.default_rng(0)
-    texts = ["".join(map(chr, rng.integers(97, 123, 200))) for _ in range(400)]
-    data = jsonl(texts) if kind == ".jsonl" else "\n".join(texts).encode()
-    path = tmp_path / f"data{kind}{packing}"
-    path.write_bytes(damage(PACKERS[packing](data)))
-    message = refusal(path)
-    assert str(path) in message
-    if damage is not damaged_middle:  # there, garbage may come out before the checksum is reached
-        assert "unpacked" in message
-        assert "download it again" in message
-
-
-@pytest.mark.parametrize("packing", [".gz", ".zst"])
-def test_an_archive_of_several_parts_is_read_to_its_end(tmp_path: Path, packing: str) -> None:
-    # What parallel compressors and `cat a.gz b.gz` write.
-    path = tmp_path / f"data.jsonl{packing}"
-    texts = [text * 10_000 for text in TEXTS]
-    path.write_bytes(b"".join(PACKERS[packing](jsonl([text])) for text in texts))
-    assert read(path) == texts
-
-
-@pytest.mark.parametrize("damage", [cut, foreign, damaged_middle, lambda data: b""])
-def test_a_broken_parquet_file(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
-    rng = np.random.default_rng(0)
-    path = parquet(
-        tmp_path / "data.parquet", text=["".join(map(chr, rng.integers(97, 123, 200))) for _ in range(400)]
-    )
-    raw = path.read_bytes()
-    # The pages begin after the magic; damage there is found only while reading.
-    path.write_bytes(raw[:4] + b"\xff" * 200 + raw[204:] if damage is damaged_middle else damage(raw))
-    assert str(path) in refusal(path)
-
-
-@pytest.mark.parametrize(
-    ("modules", "source", "package", "extra"),
-    [
-        (("compression.zstd", "backports.zstd"), "data.txt.zst", "backports.zstd", "text"),
-        (("pyarrow",), "data.parquet", "pyarrow", "text"),
-        (("datasets",), "someone/stories", "datasets", "hub"),
-    ],
-)
-def test_a_package_that_is_missing_is_named_with_the_way_to_get_it(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    modules: tuple[str, ...],
-    source: str,
-    package: str,
-    extra: str,
-) -> None:
-    for module in modules:
-        monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.chdir(tmp_path)
-    if "." in source:
-        (tmp_path / source).write_bytes(b"x")
-    with pytest.raises(MissingDependencyError) as caught:
-        read(source)
-    assert f"needs {package}: pip install 'nbl-export[{extra}]'." in str(caught.value)
-    assert caught.value.exit_code == 3
-
-
-# the hub -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[tuple[Any, ...]]]:
-    """Let the Hub answer with rows or an exception; the value collects what it was asked for."""
-    datasets = pytest.importorskip("datasets")
-
-    def answer(result: Any) -> list[tuple[Any, ...]]:
-        asked: list[tuple[Any, ...]] = []
-
-        def load_dataset(name: str, **options: Any) -> Any:
-            asked.append((name, options))
-            if isinstance(result, Exception):
-                raise result
-            return result
-
-        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-        return asked
-
-    return answer
-
-
-def test_a_hub_data_set_is_streamed(hub: Callable[[Any], list[Any]]) -> None:
-    asked = hub([{"text": t, "id": i} for i, t in enumerate(TEXTS)])
-    assert read("someone/stories") == TEXTS
-    assert asked == [("someone/stories", {"split": "train", "streaming": True})]
-
-
-def test_a_hub_data_set_without_the_field(hub: Callable[[Any], list[Any]]) -> None:
-    hub([{"story": "a", "id": 1}])
-    message = refusal("someone/stories")
-    assert "data set someone/stories: no text field 'text' (text fields: story)" in message
-
-
-@pytest.mark.parametrize(
-    "error", [ConnectionError("no network"), ValueError("no\nsuch"), FileNotFoundError()]
-)
-def test_a_hub_data_set_that_is_not_given(hub: Callable[[Any], list[Any]], error: Exception) -> None:
-    hub(error)
-    for name in ("someone/stories", "stories"):
-        message = refusal(name)
-        assert f"The calibration text {name} is neither a local file or folder nor a data set" in message
-        assert type(error).__name__ in message
-        assert "spelling and the network" in message
-
-
-def test_a_connection_that_breaks_while_streaming(hub: Callable[[Any], list[Any]]) -> None:
-    def rows() -> Iterator[dict[str, str]]:
-        yield {"text": "first"}
-        raise ConnectionError
-
-    hub(rows())
-    assert "ConnectionError" in refusal("someone/stories")
 
 
 # packing -----------------------------------------------------------------------------------------
@@ -587,3 +280,49 @@ def test_text_without_a_part_for_choosing_is_of_an_earlier_format(tmp_path: Path
         save_tensors(path, written, stored)
         with pytest.raises(InputError, match=r"text\.safetensors .*: run `nbl-export calibrate` again\.$"):
             load_text(path)
+
+
+# limits ------------------------------------------------------------------------------------------
+
+
+class Counting:
+    """A tokenizer that keeps the length of the longest text it was given."""
+
+    eos_token_id, pad_token_id, bos_token_id = 2, None, 1
+
+    def __init__(self, token: int = 5) -> None:
+        self.longest, self.token = 0, token
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        self.longest = max(self.longest, len(text))
+        return {"input_ids": [self.token] * (len(text) // 4)}
+
+
+def test_of_a_long_document_only_what_is_needed_is_tokenized() -> None:
+    asked = CalibrateSettings(("x",), samples=6, seq_len=8, heldout_samples=1, selection_samples=1)
+    counting = Counting()
+    packed = pack(["ab " * 3_000_000] * 8, counting, asked, Silent())
+    assert packed.calibration.shape == (6, 8)
+    assert counting.longest == 6 * 8 * 16
+
+
+@pytest.mark.parametrize("token", [-1, 12])
+def test_a_token_beyond_the_embedding_is_named(token: int) -> None:
+    asked = CalibrateSettings(("x",), samples=1, seq_len=8, heldout_samples=1, selection_samples=1)
+    packed = pack(["a text " * 20] * 8, Counting(token), asked, Silent())
+    with pytest.raises(InputError, match=f"gives the token {token}, the model has embeddings of 12 tokens"):
+        check_tokens(packed, 12, "m")
+    assert check_tokens(packed, 13, "m") is packed if token > 0 else True
+
+
+def test_a_tokenizer_that_fails_is_one_sentence() -> None:
+    class Panic(BaseException):
+        pass
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise Panic("Regex search error\nmore")
+
+    with pytest.raises(
+        InputError, match="The tokenizer fails on the text that begins with 'abc': Regex search"
+    ):
+        token_ids(fails, "abc", 5)

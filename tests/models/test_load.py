@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import struct
 import sys
 import warnings
 from contextlib import suppress
@@ -23,10 +24,9 @@ from tests.models.spoiled import edit_config, one_sentence
 
 
 def load_refusal(source: Path | str) -> str:
-    """The sentence with which a model that looks right is refused while loading."""
-    found = find_model(str(source))
+    """The sentence with which a model is refused, at the latest while loading."""
     with pytest.raises(InputError) as caught:
-        load_model(found)
+        load_model(find_model(str(source)))
     return one_sentence(caught)
 
 
@@ -34,11 +34,11 @@ def load_refusal(source: Path | str) -> str:
 def test_truncated_weights(folder: Path, keep: int) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
-    assert f"transformers cannot load {folder}" in load_refusal(folder)
+    assert str(path) in load_refusal(folder)
 
 
 def test_a_gguf_file_that_is_only_magic(tmp_path: Path) -> None:
-    (tmp_path / "fake.gguf").write_bytes(b"GGUF" + bytes(100))
+    (tmp_path / "fake.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 0))
     assert "transformers cannot load" in load_refusal(tmp_path / "fake.gguf")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from nbl_export.errors import InputError
 from nbl_export.models.load import load_model, load_tokenizer
 from nbl_export.models.source import find_model, same_model
 from tests.models.spoiled import edit_config, flip_last_byte, one_sentence
+
+EMPTY_GGUF = b"GGUF" + struct.pack("<IQQ", 3, 0, 0)  # no tensors and no keys
 
 
 def refusal(source: Path | str) -> str:
@@ -56,7 +59,7 @@ def test_the_source_may_be_relative_or_in_the_home_folder(
 
 def test_a_gguf_file_is_found_by_its_magic(tmp_path: Path) -> None:
     path = tmp_path / "some.gguf"
-    path.write_bytes(b"GGUF" + bytes(100))
+    path.write_bytes(EMPTY_GGUF)
     found = find_model(str(path))
     assert (found.kind, found.path, found.gguf_file) == ("gguf", str(tmp_path.resolve()), "some.gguf")
     in_folder = find_model(str(tmp_path))  # the only .gguf of a folder is meant by the folder
@@ -142,7 +145,7 @@ def test_a_gguf_file_without_the_magic(tmp_path: Path, content: bytes) -> None:
 def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
     assert "it has neither config.json nor a .gguf file" in refusal(tmp_path)
     for name in ("one.gguf", "two.gguf"):
-        (tmp_path / name).write_bytes(b"GGUF")
+        (tmp_path / name).write_bytes(EMPTY_GGUF)
     assert "it has 2 .gguf files, name one of them" in refusal(tmp_path)
 
 

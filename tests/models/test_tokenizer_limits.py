@@ -1,0 +1,83 @@
+"""A tokenizer that takes minutes or all memory is refused in seconds; an ordinary one is used."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbl_export.errors import InputError
+from nbl_export.models import tokenizer_limits
+from nbl_export.models.load import load_tokenizer
+from nbl_export.models.source import find_model
+from tests.models.spoiled import one_sentence
+
+
+@pytest.fixture
+def folder(tiny_folder: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(tiny_folder, tmp_path / "model")
+
+
+def with_rules(folder: Path, **rules: Any) -> Path:
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **rules}))
+    return folder
+
+
+def replaced(pattern: dict[str, str], content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+def split(regex: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+
+
+DOUBLING = {"type": "Sequence", "normalizers": [replaced({"String": "a"}, "aa")] * 34}
+BOMBS = {
+    "doubling": {"normalizer": DOUBLING},
+    "a slow expression": {"pre_tokenizer": split("(x+x+)+y")},
+    "a slow expression in a normalizer": {"normalizer": replaced({"Regex": "(x+x+)+y"}, "")},
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_bomb_is_refused_by_its_limits(folder: Path, bomb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer_limits, "_LIMITS", tokenizer_limits.Limits(seconds=3, memory=2 << 30))
+    source = find_model(str(with_rules(folder, **BOMBS[bomb])))
+    start = time.monotonic()
+    with pytest.raises(InputError) as caught:
+        load_tokenizer(source)
+    sentence = one_sentence(caught)
+    assert time.monotonic() - start < 20
+    assert "The tokenizer of" in sentence and "tokenizer.json" in sentence
+
+
+def test_an_ordinary_expression_is_used(folder: Path) -> None:
+    words = split(r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|\s+")
+    source = find_model(str(with_rules(folder, pre_tokenizer=words)))
+    assert load_tokenizer(source)("ab cd")["input_ids"]
+
+
+def test_a_tokenizer_without_expressions_starts_no_child(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer_limits, "in_child", lambda *_: pytest.fail("a child"))
+    with_rules(folder, normalizer=replaced({"String": " "}, "_"), pre_tokenizer=None)
+    assert load_tokenizer(find_model(str(folder)))("ab")["input_ids"]
+
+
+@pytest.mark.parametrize("value", [{}, [], "x", -5, None])
+def test_a_length_of_another_type(folder: Path, value: Any) -> None:
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": value}))
+    source = find_model(str(folder))
+    if value is None:
+        assert load_tokenizer(source)("ab")["input_ids"]
+        return
+    with pytest.raises(InputError) as caught:
+        load_tokenizer(source)
+    assert "model_max_length" in one_sentence(caught)
