@@ -514,7 +514,7 @@ def _reseal_state(out: Path) -> None:
     state: Any = _read(path)
     stages = state.get("stages") if state else None
     for record in stages.values() if isinstance(stages, dict) else ():
-        files = record.get("files") if isinstance(record, dict) else None
+        files: Any = record.get("files") if isinstance(record, dict) else None
         for name in files if isinstance(files, dict) else ():
             if "\0" in name or len(name) > 255 or name.startswith("/") or ".." in name:
                 continue
