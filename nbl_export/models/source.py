@@ -114,7 +114,7 @@ def find_model(source: str, trust_remote_code: bool = False) -> ModelSource:
 
 def check_apart(source: ModelSource, out: Path) -> None:
     """Refuse an output folder that is, holds, or lies in the model: their files would replace each other."""
-    folder, place = out.expanduser().resolve(), Path(source.path).resolve()
+    folder, place = user_path(str(out), "--output").resolve(), Path(source.path).resolve()
     if source.gguf_file:
         clash = "holds" if (place / source.gguf_file).is_relative_to(folder) else None
     else:
