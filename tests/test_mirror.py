@@ -26,7 +26,6 @@ UNTESTED = {
 }
 THEMES = {
     "end_to_end": "several rooms at once",
-    "hostile": "files that somebody broke or made to hurt",
     "clients": "other projects' consumers of our files",
     "gpu": "needs an NVIDIA GPU",
     "hostile": "what somebody else may have made: folders, models, text",
