@@ -7,6 +7,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 
+def exp(nats: float) -> float:
+    """e to the ``nats``; infinity where that is beyond the largest number."""
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf
+
+
 @dataclass(frozen=True)
 class Candidate:
     """What is known of one layer before choosing. All scores: lower is better to replace.
@@ -41,12 +49,17 @@ class Loss:
     excess_se: float
 
     @property
+    def finite(self) -> bool:
+        """Whether the losses themselves are numbers; a standard error may be none."""
+        return math.isfinite(self.kl) and math.isfinite(self.excess)
+
+    @property
     def perplexity_ratio(self) -> float:
-        return math.exp(self.excess)
+        return exp(self.excess)
 
     @property
     def perplexity_ratio_se(self) -> float:
-        return math.exp(self.excess) * self.excess_se
+        return exp(self.excess) * self.excess_se
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)

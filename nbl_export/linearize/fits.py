@@ -2,7 +2,8 @@
 
 lmmse       the linear minimum mean squared error fit on the original model's activations (the paper's method)
 weighted    the same with each token weighted by 1 / ‖h‖² of its residual stream, so that outlier tokens, which have
-            up to 10⁴ times the median energy, do not dominate
+            up to 10⁴ times the median energy, do not dominate; no token has more than 10 times the weight of the median
+            one, so that those of next to no energy, such as a zero row of the embedding, do not dominate either
 sequential  layer by layer: the input is that of the model with the previous layers linearized, the target is the
             output of the original attention
 drop        W = 0 and b = 0: the layer is dropped; no fit, but the baseline of all fits
@@ -29,6 +30,8 @@ from nbl_export.settings.choices import FitInput
 Solve = Callable[[int, LayerMoments], LinearFit]
 Advance = Callable[[int], None]
 _BATCH_ROWS = 2
+# No token weighs more than this many times the median one.
+_MOST_WEIGHT = 10.0
 
 
 def as_layer(fit: LinearFit) -> LinearLayer:
@@ -44,19 +47,31 @@ def dropped(d: int) -> LinearLayer:
 def weighted_moments(
     model: torch.nn.Module, tokens: Any, fit_input: FitInput, advance: Advance
 ) -> dict[int, LayerMoments]:
-    """The moments of every attention layer over ``tokens`` [rows, seq], each token weighted by 1 / ‖h‖²."""
+    """The moments of every attention layer over ``tokens`` [rows, seq], each token weighted by 1 / ‖h‖².
+
+    The median token, which bounds the weights, is that of the first rows.
+    """
     layers = attention_layers(model)
     sums = {layer.index: WeightedSums(hidden_size(model), model) for layer in layers}
+    least: dict[int, float] = {}
 
     def observe(index: int, h: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
-        weight = h.double().square().sum(-1).clamp_min(torch.finfo(torch.float64).tiny).reciprocal()
-        sums[index].add(x if fit_input == "normed" else h, y, weight)
+        energy = h.double().square().sum(-1)
+        if index not in least:
+            least[index] = _median_energy(energy) / _MOST_WEIGHT
+        sums[index].add(x if fit_input == "normed" else h, y, energy.clamp_min(least[index]).reciprocal())
 
     with observed(model, layers, observe), torch.inference_mode():
         for ids in _batches(model, tokens):
             backbone(model)(input_ids=ids, use_cache=False)
             advance(ids.numel())
     return {index: total.result() for index, total in sums.items()}
+
+
+def _median_energy(energy: torch.Tensor) -> float:
+    """The median of the tokens that have any, 1 if none has."""
+    some = energy[energy > 0]
+    return float(some.median()) if len(some) else 1.0
 
 
 def sequential_fits(

@@ -67,8 +67,8 @@ def fit_lmmse(moments: LayerMoments, fit_input: FitInput, ridge: float = DEFAULT
     """The LMMSE fit of a layer's output on its input.
 
     ``fit_input`` ``"normed"`` fits on the input of the attention, ``"residual"`` on the residual stream before the
-    input norm. Raises :class:`UnusableMoments` if there are too few tokens, if a moment is NaN or infinite, or if no
-    ridge up to ``MAX_RIDGE`` makes C_xx positive definite.
+    input norm. Raises :class:`UnusableMoments` if there are too few tokens, if a moment or what is made of it is NaN or
+    infinite, or if no ridge up to ``MAX_RIDGE`` makes C_xx positive definite.
     """
     c = branch_covariances(moments, fit_input)
 
@@ -78,6 +78,9 @@ def fit_lmmse(moments: LayerMoments, fit_input: FitInput, ridge: float = DEFAULT
 
     w, used = _with_growing_ridge(solve, ridge)
     b = c.mean_v - w @ c.mean_u
+    # Plans are float32. What is NaN is not within it, either.
+    if not max(np.abs(w).max(), np.abs(b).max()) <= np.finfo(np.float32).max:
+        raise UnusableMoments("its W or b is NaN, infinite or beyond float32")
     return LinearFit(w, b, error_of_map(w, b, c), used)
 
 
@@ -116,6 +119,8 @@ def error_of_map(w: F64, b: F64, c: Covariances) -> float:
     error = np.trace(c.c_vv) - 2 * np.sum(w * c.c_vu) + np.sum((w @ c.c_uu) * w)
     error += float(np.sum((c.mean_v - w @ c.mean_u - b) ** 2))
     energy = np.trace(c.c_vv)
+    if not (np.isfinite(error) and np.isfinite(energy)):
+        raise UnusableMoments("its error or the variance of its output is NaN or infinite")
     return float(max(error, 0.0) / energy) if energy > 0 else 0.0
 
 

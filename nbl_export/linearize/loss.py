@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import F64
+from nbl_export.errors import CalibrationError
 from nbl_export.linearize.figures import Loss
 from nbl_export.linearize.plan import LinearLayer, Plan
 from nbl_export.linearize.swap import linearized, replaced
@@ -130,8 +131,14 @@ class LossMeter:
         self._linear: dict[int, LinearLayer] = {}
         self._references: list[Reference] = []
         self._states: list[dict[int, torch.Tensor]] = []
-        for row, logits in zip(self._rows, self._settled({}, advance), strict=True):
-            self._references.append(reference(logits, row, torch.bfloat16))
+        for number, (row, logits) in enumerate(zip(self._rows, self._settled({}, advance), strict=True)):
+            original = reference(logits, row, torch.bfloat16)
+            if not (original.nll.isfinite().all() and original.negentropy.isfinite().all()):
+                raise CalibrationError(
+                    f"The model's own predictions are NaN or infinite in row {number} of the selection text: check its "
+                    "weights, or calibrate on other text."
+                )
+            self._references.append(original)
 
     @property
     def tokens(self) -> int:

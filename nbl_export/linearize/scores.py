@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,6 +54,8 @@ def score_layers(
             fit = fit_layer(moments, layer, fit_input, ridge)
             with naming(layer):
                 cca, cca_ridge = cca_bound(moments.layers[layer], ridge)
+            _finite(fit.nmse, layer, "error")
+            _finite(cca, layer, "CCA bound")
             candidates.append(Candidate(layer, fit.nmse, cca, fit.ridge, cca_ridge))
             for what, used in (("fit", fit.ridge), ("CCA bound", cca_ridge)):
                 if used != ridge:
@@ -113,16 +116,27 @@ def check_criterion(criterion: str) -> Criterion:
 
 
 def ranking(candidates: Sequence[Candidate], criterion: str) -> list[Candidate]:
-    """All candidates, best first; ties go to the lower layer. Raises ``ValueError`` if one has no such score."""
+    """All candidates, best first; ties go to the lower layer.
+
+    Raises ``ValueError`` if one has no such score, and :class:`CalibrationError` naming one whose score is no number.
+    """
     score = check_criterion(criterion).score
 
     def key(candidate: Candidate) -> tuple[float, int]:
         value = score(candidate)
         if value is None:
             raise ValueError(f"layer {candidate.layer} was not measured for {criterion}")
-        return value, candidate.layer
+        return _finite(value, candidate.layer, f"score by {criterion}"), candidate.layer
 
     return sorted(candidates, key=key)
+
+
+def _finite(value: float, layer: int, what: str) -> float:
+    if not math.isfinite(value):
+        raise CalibrationError(
+            f"Layer {layer} cannot be ranked: its {what} is {value:g}: calibrate on more or other text."
+        )
+    return value
 
 
 def predicted_excess(candidates: Sequence[Candidate], chosen: Sequence[int]) -> float | None:

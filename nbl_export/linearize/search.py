@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from nbl_export.errors import CalibrationError
 from nbl_export.linearize.figures import Loss
 from nbl_export.linearize.loss import LossMeter
 from nbl_export.linearize.plan import LinearLayer
@@ -73,9 +74,9 @@ class MeasuredSets:
         return tuple(sorted(self._linear))
 
     def loss(self, layers: Iterable[int]) -> Loss:
-        """The loss with exactly ``layers`` replaced."""
+        """The loss with exactly ``layers`` replaced; raises :class:`CalibrationError` for one that is no number."""
         wanted = sorted(set(layers))
-        return self._cache.get(",".join(map(str, wanted)), lambda: self._measure(wanted))
+        return usable(self._cache.get(",".join(map(str, wanted)), lambda: self._measure(wanted)), wanted)
 
     def settle(self, layers: Iterable[int]) -> None:
         """Announce sets that add to ``layers``: the first unknown one makes the meter settle on ``layers``."""
@@ -85,7 +86,21 @@ class MeasuredSets:
         meter = self._meter()
         if self._wanted <= set(layers):
             meter.settle({i: self._linear[i] for i in self._wanted})
-        return meter.measure({i: self._linear[i] for i in layers})
+        return usable(meter.measure({i: self._linear[i] for i in layers}), layers)
+
+
+def usable(loss: Loss, layers: Sequence[int], changed: str = "replaced") -> Loss:
+    """``loss``, if it is a number: NaN is smaller than nothing and would be taken for the best.
+
+    Raises :class:`CalibrationError` naming the ``layers`` that were ``changed`` when it was measured.
+    """
+    if loss.finite:
+        return loss
+    named = f"layer{'s' * (len(layers) != 1)} {', '.join(map(str, layers)) or 'none'}"
+    raise CalibrationError(
+        f"With {named} {changed}, the model's loss on the selection text is not a number (KL {loss.kl:g}, excess "
+        f"{loss.excess:g}): choose other layers with --layers, or calibrate on more or other text."
+    )
 
 
 def single_layer_losses(sets: MeasuredSets) -> dict[int, Loss]:
@@ -95,7 +110,7 @@ def single_layer_losses(sets: MeasuredSets) -> dict[int, Loss]:
 
 def greedy_order(sets: MeasuredSets, singles: Mapping[int, Loss], count: int) -> list[int]:
     """The first ``count`` layers, each the one with the smallest added KL given those before it."""
-    bounds = {layer: loss.kl for layer, loss in singles.items()}
+    bounds = {layer: usable(loss, [layer]).kl for layer, loss in singles.items()}
     chosen: list[int] = []
     base = 0.0
     while len(chosen) < count:
@@ -104,7 +119,7 @@ def greedy_order(sets: MeasuredSets, singles: Mapping[int, Loss], count: int) ->
         for layer in sorted(bounds, key=lambda i: (bounds[i], i)):
             if totals and (base + bounds[layer] > min(totals.values()) or len(totals) == GREEDY_TRIES):
                 break
-            totals[layer] = sets.loss([*chosen, layer]).kl
+            totals[layer] = usable(sets.loss([*chosen, layer]), [*chosen, layer]).kl
             bounds[layer] = totals[layer] - base
         best = min(totals, key=lambda i: (totals[i], i))
         chosen.append(best)
@@ -121,6 +136,7 @@ def sensitivity(meter: LossMeter, layer: AttentionLayer, energy: float) -> Loss:
     """
     meter.settle({})
     loss = meter.measure_within(_noisy(meter.model, layer, NOISE * energy), layer.index)
+    loss = usable(loss, [layer.index], "made noisy")
     return Loss(*(value / NOISE for value in loss.as_json().values()))
 
 

@@ -20,7 +20,7 @@ class _Section:
 
 
 SECTIONS: Mapping[str, _Section] = {
-    "method_loss": _Section(frozenset({"KL bound", "perplexity bound"}), "method loss"),
+    "method_loss": _Section(frozenset({"method loss", "KL bound", "perplexity bound"}), "method loss"),
     "speed": _Section(frozenset({"speed"}), "speed"),
     "engine_parity": _Section(frozenset({"engine parity", "base engine parity"}), "engine run", True),
     "engine_speed": _Section(frozenset(), "engine run", True),
@@ -61,7 +61,12 @@ def _same(report: Report, earlier: Report, names: Sequence[str]) -> bool:
 
 def _checks(report: Report, earlier: Report, section: _Section, origin: Kept) -> tuple[Check, ...]:
     measured = f"measured {origin.created}"
-    kept = {c.name: c for c in earlier.checks if c.name in section.checks}
+    # That the loss was skipped is no verdict on it.
+    kept = {
+        c.name: c
+        for c in earlier.checks
+        if c.name in section.checks and (c.name, c.status) != ("method loss", "skipped")
+    }
     found: list[Check] = []
     for check in report.checks:
         if check.name != section.left_out:

@@ -102,7 +102,7 @@ def _loss(case: DecoderCase) -> Found[MethodLoss]:
         ),
     )
     loss = found.section
-    return replace(found, checks=bound_checks(loss, case.settings.bound)) if loss else found
+    return replace(found, checks=(*found.checks, *bound_checks(loss, case.settings.bound))) if loss else found
 
 
 def _speed(case: DecoderCase, contexts: Sequence[int], notes: tuple[str, ...]) -> Found[Speed]:

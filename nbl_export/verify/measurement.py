@@ -9,11 +9,13 @@ from typing import Any, Generic, TypeVar
 from nbl_export.checks import Check
 from nbl_export.verify.case import Case
 from nbl_export.verify.loss.figures import Likeness, MethodLoss
+from nbl_export.verify.loss.gate import number_checks
 from nbl_export.verify.parity.figures import DecoderParity, EncoderParity, EngineParity
 from nbl_export.verify.speed.checks import speed_check
 from nbl_export.verify.speed.values import Speed
 
 T = TypeVar("T")
+L = TypeVar("L", MethodLoss, Likeness)
 
 
 @dataclass(frozen=True)
@@ -78,10 +80,11 @@ def judged(section: T, failures: Iterable[str], within: str, lost: Callable[[], 
     return FoundParity(section, (Check("parity", "failed", "; ".join([*failed, where])),), divergence=where)
 
 
-def method_loss(case: Case, measure: Callable[[], T]) -> Found[T]:
+def method_loss(case: Case, measure: Callable[[], L]) -> Found[L]:
     """What linearizing costs, if that is measured."""
     if case.settings.quality:
-        return Found(measure())
+        section = measure()
+        return Found(section, number_checks(section))
     return Found(checks=(Check("method loss", "skipped", "--no-quality"),))
 
 

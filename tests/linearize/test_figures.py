@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from nbl_export.linearize.figures import Candidate, Loss
+from nbl_export.linearize.figures import Candidate, Loss, exp
 from nbl_export.records import from_json, to_json
 
 
@@ -55,3 +55,10 @@ def test_a_candidate_is_kept_with_what_was_not_measured() -> None:
         None,
     )
     assert from_json(Candidate, raw, "it", "do it again") == candidate
+
+
+def test_a_perplexity_beyond_the_largest_number_is_infinite() -> None:
+    loss = Loss(1.0, 0.0, 800.0, 0.0)
+    assert loss.perplexity_ratio == math.inf and loss.finite
+    assert not Loss(math.nan, 0.0, 0.0, 0.0).finite and not Loss(0.0, 0.0, math.inf, 0.0).finite
+    assert exp(1.0) == math.e and math.isnan(exp(math.nan))

@@ -257,3 +257,28 @@ def test_a_fit_becomes_a_layer_in_float32(model: Any) -> None:
     np.testing.assert_allclose(layer.w, fit.w, rtol=1e-6)
     c = branch_covariances(moments, "normed")
     np.testing.assert_allclose(layer.w @ c.mean_u + layer.b, c.mean_v, atol=1e-3 * np.abs(c.mean_v).max())
+
+
+def test_a_token_without_energy_does_not_decide_alone() -> None:
+    """A zero row of the embedding, as of a padding token: 1 / ‖h‖² is infinite there."""
+    model = tiny_model("llama")
+    dummy_run(model)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[TOKENS[0, 5]] = 0
+        model.model.embed_tokens.weight[TOKENS[0, 7]] = 1e-12
+    moments = weighted_moments(model, TOKENS, "normed", lambda _n: None)[0]
+    h, x, y = seen(model, 0)
+    energy = (h**2).sum(1)
+    assert (energy < 1e-6).sum() >= 2
+    first = energy[: 2 * TOKENS.shape[1]]
+    median = np.sort(first[first > 0])[(np.count_nonzero(first) - 1) // 2]
+    weight = 1 / np.maximum(energy, median / 10)
+    weight *= len(weight) / weight.sum()
+    assert weight.max() / np.median(weight) <= 11
+    np.testing.assert_allclose(moments.x, weight @ x, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(moments.yy, (y * weight[:, None]).T @ y, rtol=1e-4, atol=1e-6)
+    # Nothing but such tokens: each counts as the others do.
+    with torch.no_grad():
+        model.model.embed_tokens.weight.zero_()
+    none = weighted_moments(model, TOKENS, "normed", lambda _n: None)[0]
+    assert none.n == TOKENS.size and all(np.isfinite(v).all() for v in (none.x, none.y, none.xx, none.yy))

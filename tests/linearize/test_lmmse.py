@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -449,3 +450,18 @@ def test_a_map_of_full_rank_and_one_of_nothing_lose_nothing() -> None:
     nothing = truncate(np.zeros((7, 7)), fit.b, c, 2)
     assert not (nothing.up @ nothing.down).any() and nothing.lost == 0
     np.testing.assert_array_equal(nothing.b, fit.b)
+
+
+def test_what_overflows_is_no_perfect_fit() -> None:
+    """Finite covariances whose sums are not: a variance that is NaN was an error of zero."""
+    m = moments(*activations())
+    fit, c = fit_lmmse(m, "normed"), branch_covariances(m, "normed")
+    for bad in (1.7e308, np.nan):
+        with pytest.raises(UnusableMoments, match="the variance of its output is NaN or infinite"):
+            error_of_map(fit.w, fit.b, replace(c, c_vv=np.full_like(c.c_vv, bad)))
+
+
+def test_maps_beyond_float32_are_refused() -> None:
+    h, x, y = activations()
+    with pytest.raises(UnusableMoments, match="its W or b is NaN, infinite or beyond float32"):
+        fit_lmmse(moments(h, x, y * 1e45), "normed")

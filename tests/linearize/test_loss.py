@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from nbl_export.batch.arrays import F64
+from nbl_export.errors import CalibrationError
 from nbl_export.linearize.figures import Loss
 from nbl_export.linearize.loss import LossMeter, compare, loss_over_documents, reference
 from nbl_export.linearize.plan import LinearLayer
@@ -268,3 +269,14 @@ def test_small_noise_costs_in_proportion_to_its_energy() -> None:
     costs = [sensitivity(meter, layer, energy).kl for energy in (1e-3, 2e-3, 4e-3, 8e-3)]
     assert costs[0] > 0
     assert [c / costs[0] for c in costs] == pytest.approx([1, 2, 4, 8], rel=0.15)
+
+
+def test_predictions_that_are_no_numbers_are_the_models_own() -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight[3] = math.nan
+    rows = np.random.default_rng(0).integers(3, 250, (ROWS, LENGTH)).astype(np.int32)
+    with pytest.raises(
+        CalibrationError, match=r"own predictions are NaN or infinite in row 0 of the selection text"
+    ):
+        LossMeter(model, rows, np.zeros_like(rows), "normed")

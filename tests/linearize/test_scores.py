@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -198,3 +199,14 @@ def test_a_ridge_that_had_to_grow_is_noted() -> None:
         f"Layer 5: the fit needed a ridge of {fit.ridge:g} instead of 0.",
         f"Layer 7: the CCA bound needed a ridge of {bound.cca_ridge:g} instead of 0.",
     ]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("criterion", "name"), [("kl", "kl"), ("linearity", "predicted"), ("cca", "cca")])
+def test_a_score_that_is_no_number_is_not_ranked(value: float, criterion: str, name: str) -> None:
+    candidates = [Candidate(i, 0.1, 1.0, 1e-6, 1e-6, kl=0.1 * i, predicted=0.2) for i in range(3)]
+    candidates[1] = replace(candidates[1], **{name: value})
+    with pytest.raises(
+        CalibrationError, match=rf"^Layer 1 cannot be ranked: its score by {criterion} is {value:g}"
+    ):
+        ranking(candidates, criterion)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,10 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nbl_export.errors import CalibrationError
 from nbl_export.linearize import search
 from nbl_export.linearize.figures import Loss
 from nbl_export.linearize.plan import LinearLayer
-from nbl_export.linearize.search import LossCache, MeasuredSets, greedy_order, single_layer_losses
+from nbl_export.linearize.search import LossCache, MeasuredSets, greedy_order, single_layer_losses, usable
 
 Cost = Callable[[frozenset[int]], float]
 
@@ -231,3 +234,36 @@ def test_what_is_no_number_comes_back_as_one() -> None:
     for damaged in ({"kl": 1.0}, {**loss, "kl": "many"}, {**loss, "more": 1.0}, "text", None):
         with pytest.raises((TypeError, ValueError, AttributeError)):
             LossCache({"a": damaged}, lambda _: None)  # type: ignore[dict-item]
+
+
+# no numbers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_no_number_is_refused_by_the_layers_it_was_measured_with(bad: float) -> None:
+    """NaN is below everything: min() took it for the best."""
+    for broken in (frozenset([2]), frozenset([0, 1])):
+        recorded: list[Any] = []
+        table = Table(lambda chosen, b=broken: bad if chosen == b else float(sum(i + 1 for i in chosen)), 4)  # type: ignore[misc]
+        named = "layer 2" if len(broken) == 1 else "layers 0, 1"
+        with pytest.raises(
+            CalibrationError, match=rf"^With {named} replaced, the model's loss .* not a number"
+        ):
+            sets = table.sets(LossCache({}, recorded.append))
+            greedy_order(sets, single_layer_losses(sets), 3)
+        # It is not kept, either.
+        assert all(",".join(map(str, sorted(broken))) not in losses for losses in recorded)
+
+
+@pytest.mark.parametrize("field", ["kl", "excess"])
+def test_a_kept_loss_that_is_no_number_is_refused(field: str) -> None:
+    table = Table(lambda _: 1.0, 2)
+    known = {"0": {**of_kl(1.0).as_json(), field: "nan"}}
+    with pytest.raises(CalibrationError, match="With layer 0 replaced"):
+        table.sets(LossCache(known, lambda _: None)).loss([0])
+    with pytest.raises(CalibrationError, match="With layer 1 replaced"):
+        greedy_order(table.sets(), {0: of_kl(1.0), 1: replace(of_kl(1.0), **{field: math.nan})}, 1)
+
+
+def test_a_standard_error_may_be_none() -> None:
+    assert usable(Loss(0.1, math.nan, 0.1, math.nan), [0]).kl == 0.1

@@ -15,7 +15,7 @@ from nbl_export.errors import InputError
 from nbl_export.files import read_sealed, sha256_of_json, write_sealed
 from nbl_export.linearize.figures import Loss
 from nbl_export.linearize.loss import LossMeter, loss_of_plan
-from nbl_export.linearize.search import LossCache, MeasuredSets
+from nbl_export.linearize.search import LossCache, MeasuredSets, usable
 from nbl_export.progress import Listener
 from nbl_export.stages.run import Run
 
@@ -67,7 +67,7 @@ class Measured:
 
     def loss_of(self, plan: Plan) -> Loss:
         """The loss of the model with ``plan`` applied, on the selection text."""
-        return loss_of_plan(self.meter, plan)
+        return usable(loss_of_plan(self.meter, plan), plan.chosen, "replaced as they ship")
 
     def sets(self, linear: Mapping[int, LinearLayer], **fitted: Any) -> MeasuredSets:
         """The sets of ``linear`` layers, which depend only on ``fitted`` and the calibration."""

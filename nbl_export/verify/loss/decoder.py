@@ -5,12 +5,12 @@ Apart from parity, and never mixed with it. What is measured, and its standard e
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nbl_export.linearize.figures import exp
 from nbl_export.linearize.loss import compare, loss_over_documents, reference, row_logits
 from nbl_export.linearize.plan import Plan
 from nbl_export.linearize.swap import linearized
@@ -51,8 +51,8 @@ def measure_method_loss(
     return MethodLoss(
         documents=len(np.unique(owner)),
         tokens=len(owner),
-        perplexity_original=math.exp(nll),
-        perplexity_linearized=math.exp(nll + loss.excess),
+        perplexity_original=exp(nll),
+        perplexity_linearized=exp(nll + loss.excess),
         perplexity_ratio=loss.perplexity_ratio,
         perplexity_ratio_se=loss.perplexity_ratio_se,
         kl=loss.kl,

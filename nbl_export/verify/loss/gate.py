@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
 from nbl_export.checks import Check
 from nbl_export.settings import LossBound
-from nbl_export.verify.loss.figures import MethodLoss
+from nbl_export.verify.loss.figures import Likeness, MethodLoss
+
+
+def number_checks(loss: MethodLoss | Likeness) -> tuple[Check, ...]:
+    """A verdict that failed where the loss is no number, bounded or not; otherwise none."""
+    if isinstance(loss, Likeness):
+        figures = {m.what: m.value for m in loss.measures}
+    else:
+        figures = {"perplexity ratio": loss.perplexity_ratio, "KL": loss.kl}
+    wrong = [f"{what} is {value:g}" for what, value in figures.items() if not math.isfinite(value)]
+    return (Check("method loss", "failed", f"{'; '.join(wrong)} on held-out data"),) if wrong else ()
 
 
 def bound_checks(loss: MethodLoss, bound: LossBound) -> tuple[Check, ...]:

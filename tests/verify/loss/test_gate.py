@@ -7,8 +7,8 @@ import math
 import pytest
 
 from nbl_export.settings import NO_BOUND, LossBound
-from nbl_export.verify.loss.figures import MethodLoss
-from nbl_export.verify.loss.gate import bound_checks
+from nbl_export.verify.loss.figures import Likeness, Measure, MethodLoss
+from nbl_export.verify.loss.gate import bound_checks, number_checks
 
 
 def loss(ratio: float, kl: float) -> MethodLoss:
@@ -38,3 +38,16 @@ def test_a_check_says_what_was_measured_and_asked() -> None:
     ratio, kl = bound_checks(loss(1.5203, 0.0412), LossBound(0.1, 1.05))
     assert ratio.detail == "perplexity × 1.5203 ± 0.0100 on held-out text, above the 1.05 asked for"
     assert kl.detail == "KL 0.0412 ± 0.0200 on held-out text, within the 0.1 asked for"
+
+
+@pytest.mark.parametrize(("ratio", "kl"), [(math.nan, 0.1), (1.0, math.nan), (math.inf, 0.1)])
+def test_a_loss_that_is_no_number_fails_without_a_bound(ratio: float, kl: float) -> None:
+    (check,) = number_checks(loss(ratio, kl))
+    assert (check.name, check.status) == ("method loss", "failed") and "on held-out data" in check.detail
+    assert number_checks(loss(9.0, 9.0)) == ()
+
+
+def test_a_likeness_that_is_no_number_fails() -> None:
+    like = Likeness(8, "documents", (Measure("cosine of x", 0.9, 0.1, 8), Measure("KL", math.nan, 0.1, 8)))
+    assert [c.detail for c in number_checks(like)] == ["KL is nan on held-out data"]
+    assert number_checks(Likeness(8, "documents", like.measures[:1])) == ()
