@@ -349,7 +349,9 @@ class Workspace:
     def is_done(self, stage: str, key: str) -> bool:
         """Whether ``stage`` was finished with this ``key`` and its files are intact."""
         record = self.record(stage)
-        return record is not None and record.key == key and self.damaged_file(record) is None
+        if record is None or record.key != key or record.other_inputs(stage, record.settings, record.made_of):
+            return False
+        return self.damaged_file(record) is None
 
     def why_again(self, stage: str, settings: Mapping[str, Any], made_of: Mapping[str, str]) -> str | None:
         """Why a stage that was finished once is not done with these inputs, in words; None if it never was."""
