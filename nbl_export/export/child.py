@@ -81,7 +81,7 @@ def export_in_child(
 
 @contextmanager
 def _scratch(target: Path) -> Iterator[Path]:
-    target.parent.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=TEMPORARY, dir=target.parent))
     try:
         yield folder.resolve()

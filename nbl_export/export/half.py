@@ -37,7 +37,7 @@ def save_in_precision(
 
 
 def _ranges(graph: ir.Model, path: Path, rows: Sequence[NDArray[Any]] | Inputs) -> Mapping[str, float]:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=".fp32.", suffix=TEMPORARY, dir=path.parent))
     try:
         save_graph(graph, folder / path.name)

@@ -119,7 +119,7 @@ def save_graph(
     moved into place after ``check`` has accepted them there (it raises otherwise), so a failed check, a full
     disk or an interrupt leaves the old files. ``progress`` receives the bytes written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)
     data = path.with_name(_data_name(model, path))
     temporary = Path(tempfile.mkdtemp(prefix=".onnx.", suffix=TEMPORARY, dir=path.parent))
     try:
