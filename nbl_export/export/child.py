@@ -3,16 +3,18 @@
 1. Its files are moved into the target folder when all are complete, or not at all. A tokenizer that it could
    not load is copied from the model folder.
 2. A failure is one sentence with the last line of its output; the output itself is not shown.
-3. It downloads nothing, and it is killed after an interrupt.
+3. It downloads nothing, is killed after an interrupt, and dies with this process if that is killed (on Linux).
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,11 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nbl_export.errors import BuildError, MissingDependencyError
-from nbl_export.files import TEMPORARY, read_json
+from nbl_export.files import TEMPORARY, publish, read_json, sync
 from nbl_export.models.compat import CONFIG, TOKENIZER
 from nbl_export.progress import Listener
 
 GRAPH = "model.onnx"
+_PR_SET_PDEATHSIG = 1  # sys/prctl.h
 _TOKENIZER_FILES = ("token*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*")
 # The last line of a traceback, and Python's message for a missing module.
 _RAISED = re.compile(r"[\w.]*(?:Error|Exception|Interrupt|Exit): .+")
@@ -101,6 +104,7 @@ def _run(exporter: Exporter, command: list[str], folder: Path) -> tuple[int, str
             stderr=subprocess.STDOUT,
             encoding="utf-8",
             errors="replace",
+            preexec_fn=_die_with_parent if sys.platform == "linux" else None,  # (3)
         )
     except OSError as error:
         raise _missing(exporter, command[0], f"it cannot be run, {error.strerror}") from None
@@ -113,20 +117,28 @@ def _run(exporter: Exporter, command: list[str], folder: Path) -> tuple[int, str
             process.wait()
 
 
+def _die_with_parent() -> None:
+    # What it would write after our death nobody would take, and the next run would find it writing.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+
+
 def _copy_tokenizer(model: Path, filled: Path) -> None:
     for path in sorted({p for pattern in _TOKENIZER_FILES for p in model.glob(pattern)}):
         shutil.copyfile(path, filled / path.name)
 
 
 def _move(filled: Path, target: Path) -> list[Path]:
-    """Move the files into ``target``, the graph last; data files of an earlier graph are deleted."""
+    """Move the files into ``target``, the graph last; an earlier graph and its data are deleted first.
+
+    A kill leaves the whole graph or none: never an old graph with new data.
+    """
     target.mkdir(exist_ok=True)
     names = sorted((p.name for p in filled.iterdir() if p.is_file()), key=lambda n: (n == GRAPH, n))
+    for stale in sorted(target.glob(f"{GRAPH}*")):  # the graph before its data
+        stale.unlink()
+    sync(target)
     for name in names:
-        (filled / name).replace(target / name)
-    for stale in target.glob(f"{GRAPH}*"):
-        if stale.name not in names:
-            stale.unlink()
+        publish(filled / name, target / name)
     return sorted(target / name for name in names)
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbl_export.files import TEMPORARY, write_json
+from nbl_export.files import TEMPORARY, atomic_path, publish, write_json
 from nbl_export.graph.summary import ExportSummary
 from nbl_export.progress import Listener
 from nbl_export.records import to_json
@@ -154,10 +154,12 @@ def _save_configs(run: Run, exported: list[Path], settings: ExportSettings) -> l
         for path in sorted(folder.iterdir()):
             ours = path.name in ("config.json", "generation_config.json", GENAI) or not has_tokenizer
             if ours and path.name not in names:
-                written.append(path.replace(graph.parent / path.name))
+                publish(path, graph.parent / path.name)
+                written.append(graph.parent / path.name)
     for name in pooling.files if pooling else ():
         target = graph.parent / name
         target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(Path(run.model.source.path) / name, target)
+        with atomic_path(target) as copy:
+            shutil.copyfile(Path(run.model.source.path) / name, copy)
         written.append(target)
     return written

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from nbl_export.errors import BuildError, MissingDependencyError
+from nbl_export.export import child
 from nbl_export.export.child import Exporter, export_in_child, require
 from nbl_export.progress import Silent
 from tests.export.exported import nothing_left_over
@@ -127,6 +129,52 @@ def test_python_that_is_not_there(tmp_path: Path) -> None:
     python = str(tmp_path / "nowhere" / "python")
     with pytest.raises(MissingDependencyError, match="it cannot be run, No such file or directory"):
         require(EXPORTER, python)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a child learns of its parent's death on Linux only")
+def test_a_killed_parent_takes_the_child_with_it(
+    fake_python: FakePython, target: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    pid_file = tmp_path / "pid"
+    python = fake_python(f"echo $$ > {pid_file}.new; mv {pid_file}.new {pid_file}; exec sleep 60")
+    parent = os.fork()
+    if not parent:
+        try:
+            export(python, target, tiny_folder)
+        finally:
+            os._exit(1)
+    while not pid_file.exists():
+        time.sleep(0.01)
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    child, deadline = Path(f"/proc/{int(pid_file.read_text())}/stat"), time.monotonic() + 10
+    while child.exists() and child.read_text().split()[2] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("moved", [0, 1, 2])
+def test_a_stop_between_two_files_leaves_no_graph_with_data_of_another(
+    fake_python: FakePython, target: Path, tiny_folder: Path, moved: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = fake_python(
+        "echo new > filled/model.onnx; echo new > filled/model.onnx.data; echo c > filled/tokenizer.json"
+    )
+    real, files = child.publish, []
+
+    def publish(temporary: Path, path: Path) -> None:
+        if len(files) == moved:
+            raise KeyboardInterrupt
+        files.append(path.name)
+        real(temporary, path)
+
+    monkeypatch.setattr(child, "publish", publish)
+    with pytest.raises(KeyboardInterrupt):
+        export(python, target, tiny_folder)
+    assert not (target / "model.onnx").exists()
+    monkeypatch.undo()
+    export(python, target, tiny_folder)
+    assert (target / "model.onnx").read_text() == (target / "model.onnx.data").read_text() == "new\n"
 
 
 def test_modules_of_the_folder_we_are_in_are_not_taken(

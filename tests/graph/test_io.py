@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 from nbl_export.errors import BuildError, InputError
 from nbl_export.graph import io
 from nbl_export.graph.io import check_file, load_graph, save_graph, scratch_copy
+from tests.interruptions import killed_at_change
 
 DATA = "model.onnx.data"
 
@@ -200,6 +203,56 @@ def test_a_failed_save_leaves_the_old_pair(
     with pytest.raises(type(error)):
         save_graph(model, graph)
     assert {n: (graph.parent / n).read_bytes() for n in names(graph.parent)} == before
+
+
+def test_no_kill_leaves_the_old_graph_with_new_data(graph: Path) -> None:
+    """It would load, and compute something else."""
+    model, data = load_graph(graph), graph.with_name(DATA)
+    model.doc_string = "new"
+    for value in model.graph.initializers.values():
+        value.const_value = ir.tensor(np.zeros_like(value.const_value.numpy()), name=value.name)  # type: ignore[union-attr]
+    before = {path: path.read_bytes() for path in (graph, data)}
+    for number in count():
+        for path, content in before.items():
+            path.write_bytes(content)
+        killed = killed_at_change(
+            number, graph.parent, lambda: save_graph(model, graph, check=lambda path: None)
+        )
+        if graph.exists():
+            assert (graph.read_bytes() == before[graph]) == (data.read_bytes() == before[data]), number
+        if not killed:
+            break
+    assert number > 20 and graph.read_bytes() != before[graph]
+
+
+def test_a_saved_graph_is_on_the_disk_before_its_name_is(
+    graph: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    real_sync, real_replace = os.fsync, Path.replace
+
+    def fsync(descriptor: int) -> None:
+        events.append(f"sync {Path(f'/proc/self/fd/{descriptor}').readlink().name}")
+        real_sync(descriptor)
+
+    def replace(self: Path, target: Path) -> Path:
+        events.append(f"rename {target.name}")
+        return real_replace(self, target)
+
+    model = load_graph(graph)
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "replace", replace)
+    save_graph(model, graph, check=lambda path: None)
+    # After the old graph is gone.
+    assert events[-7:] == [
+        "sync graph",
+        f"sync {DATA}",
+        f"rename {DATA}",
+        "sync graph",
+        "sync model.onnx",
+        "rename model.onnx",
+        "sync graph",
+    ]
 
 
 def test_a_failed_first_save_leaves_nothing(
