@@ -6,12 +6,8 @@ So a temporary copy is parsed in which the length is ``max_context``.
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +22,12 @@ from nbl_export.engine.network import (
     Parsed,
     check_network,
     check_operators,
+    check_precision,
     let_attention_decompose,
     parse_network,
 )
 from nbl_export.engine.profiles import Limits, Profile, profiles
+from nbl_export.engine.weights import NetworkWeights, network_weights
 from nbl_export.errors import BuildError
 from nbl_export.graph.cache import is_static
 from nbl_export.graph.io import load_graph, scratch_copy
@@ -39,18 +37,32 @@ from nbl_export.progress import Task
 
 
 @dataclass(frozen=True)
-class Built:
-    """A serialized engine and its facts. ``fused`` is False if attention was decomposed."""
+class Job:
+    """An engine to build: of ``graph``, a decoder with ``attention`` attention layers, into the file ``engine``.
 
-    data: Any
+    ``parsed`` is the file that the library reads, ``graph`` or a copy of it (:func:`parsable`); ``timings`` the file of
+    a :class:`TimingCache`; ``capabilities`` are those to build for ahead of time.
+    """
+
+    graph: Path
+    parsed: Path
+    attention: int
+    limits: Limits
+    capabilities: tuple[str, ...]
+    engine: Path
+    timings: Path
+
+
+@dataclass(frozen=True)
+class Built:
+    """The facts about an engine of ``size`` bytes. ``fused`` is False if attention was decomposed."""
+
     facts: NetworkFacts
+    weights: NetworkWeights
     profiles: tuple[Profile, ...]
     fused: bool
     seconds: float
-
-    @property
-    def size(self) -> int:
-        return int(self.data.nbytes)
+    size: int
 
 
 class TimingCache:
@@ -90,61 +102,58 @@ class TimingCache:
         return [self.path]
 
 
-def build_engine(
-    library: Library,
-    path: Path,
-    attention: int,
-    limits: Limits,
-    capabilities: Sequence[str],
-    timings: TimingCache,
-    task: Task,
-) -> Built:
-    """Build the engine of the decoder graph at ``path``, which has ``attention`` attention layers.
+def build_engine(library: Library, job: Job, task: Task) -> Built:
+    """Build an engine and write it; ``task`` is advanced to 1000.
 
-    ``task`` is advanced to 1000. Raises :class:`InputError` for a graph with non-standard operators and
+    Raises :class:`InputError` for a graph with operators or weights that the library does not know, and
     :class:`BuildError` if parsing, the check of the network or the build fails.
     """
     start = time.perf_counter()
+    path = job.graph
     model = load_graph(path)
     check_operators(model, path)
     precision = graph_precision(model)
+    check_precision(precision, path)
     static = is_static(model)
     float32_bytes = sum(
         v.const_value.nbytes
         for v in model.graph.initializers.values()
         if v.const_value is not None and v.dtype == ir.DataType.FLOAT
     )
-    with _parsable(path, static, limits.max_context) as parsable:
-        parsed = parse_network(library, parsable, path)
+    parsed = parse_network(library, job.parsed, path)
     operators = sum(fused_op(node) is not None for node in model.graph)
-    check_network(parsed.facts, precision, attention, static, float32_bytes, operators)
+    check_network(parsed.facts, precision, job.attention, static, float32_bytes, operators)
     shapes = {
         str(v.name): [d if isinstance(d, int) else str(d.value) for d in v.shape or ()]
         for v in model.graph.inputs
         if v.const_value is None  # for TensorRT an input with a default is a constant
     }
-    found = profiles(shapes, limits)
+    found = profiles(shapes, job.limits)
     # Fused attention has no float32 kernel. In half precision a fused kernel is required first, to see if there is one.
     fused = precision.name != "fp32" and operators > 0
-    progress = Progress(task)
+    progress, timings = Progress(task), TimingCache(library, job.timings)
     if not fused:
         let_attention_decompose(library, parsed.network)
-    data = _serialize(library, parsed, found, capabilities, timings, progress)
+    data = _serialize(library, parsed, found, job.capabilities, timings, progress)
     if data is None and fused and "decomposable" in " ".join(parsed.messages.errors):
         # There is no fused kernel for this head_dim; the manifest says "decomposed".
         fused = False
         parsed.messages.errors.clear()
         let_attention_decompose(library, parsed.network)
-        data = _serialize(library, parsed, found, capabilities, timings, progress)
+        data = _serialize(library, parsed, found, job.capabilities, timings, progress)
     if data is None:
         raise BuildError(f"{library} does not build {path}: {parsed.messages.first()}.")
+    size = job.engine.write_bytes(memoryview(data))
+    timings.save()
     progress.finish()
-    return Built(data, parsed.facts, found, fused, time.perf_counter() - start)
+    weights = network_weights(library, parsed.network, model)
+    return Built(parsed.facts, weights, found, fused, time.perf_counter() - start, size)
 
 
 @contextmanager
-def _parsable(path: Path, static: bool, length: int) -> Iterator[Path]:
-    if not static:
+def parsable(path: Path, length: int) -> Iterator[Path]:
+    """The file of the graph at ``path`` that TensorRT parses: a static cache has ``length`` positions there."""
+    if not is_static(load_graph(path)):
         yield path
         return
 
@@ -181,83 +190,32 @@ def _serialize(
     # Needed to inspect the layers of the engine.
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     timings.attach(config)
-    monitor = _monitor(library, progress)
-    config.progress_monitor = monitor
-    with native_output_silenced(), _interruptible(monitor):
-        data = parsed.builder.build_serialized_network(parsed.network, config)
-    if monitor.interrupted:
-        raise KeyboardInterrupt
+    # In a name: the library keeps no reference of its own.
+    config.progress_monitor = monitor = _monitor(library, progress)
+    data = parsed.builder.build_serialized_network(parsed.network, config)
+    del monitor
     if data is not None:
         timings.collect()
     return data
-
-
-@contextmanager
-def _interruptible(monitor: Any) -> Iterator[None]:
-    # The library swallows exceptions raised in callbacks, so Ctrl-C sets a flag that the callbacks check.
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_: Any) -> None:
-        monitor.interrupted = True
-
-    before = signal.signal(signal.SIGINT, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _monitor(library: Library, progress: Progress) -> Any:
     base: Any = library.module.IProgressMonitor
 
     class _Monitor(base):  # type: ignore[misc]
-        """Reports nested phases as one progress bar and turns Ctrl-C into a request to stop."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.interrupted = False
+        """Reports nested phases as one progress bar."""
 
         def phase_start(self, name: str, parent: str | None, steps: int) -> None:
-            self._guarded(lambda: progress.start(name, parent, steps))
+            progress.start(name, parent, steps)
 
         def step_complete(self, name: str, step: int) -> bool:
-            self._guarded(lambda: progress.step(name, step))
-            return not self.interrupted
+            progress.step(name, step)
+            return True
 
         def phase_finish(self, name: str) -> None:
-            self._guarded(lambda: progress.end(name))
-
-        def _guarded(self, work: Callable[[], None]) -> None:
-            # An exception must not propagate through the frames of the library.
-            try:
-                work()
-            except KeyboardInterrupt:
-                self.interrupted = True
+            progress.end(name)
 
     return _Monitor()
-
-
-@contextmanager
-def native_output_silenced() -> Iterator[None]:
-    """Suppress output that a native library writes directly to the standard error, within the block.
-
-    Python's own standard error still reaches the terminal.
-    """
-    before = sys.stderr
-    before.flush()
-    original, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        with os.fdopen(os.dup(original), "w", encoding="utf-8", errors="replace") as terminal:
-            sys.stderr = terminal
-            os.dup2(nothing, 2)
-            yield
-    finally:
-        os.dup2(original, 2)
-        os.close(original)
-        os.close(nothing)
-        sys.stderr = before
 
 
 class Progress:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 _STANDARD = ("", "ai.onnx")
 # By name: older releases do not have the type.
 _ATTENTION = "ATTENTION_OUTPUT"
+# TensorRT's names of the dtypes.
+_DTYPES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}
 
 
 class Messages:
@@ -89,6 +91,14 @@ def check_operators(model: ir.Model, path: Path) -> None:
         )
 
 
+def check_precision(precision: Precision, path: Path) -> None:
+    """Refuse a graph with quantized weights."""
+    if precision.name not in _DTYPES:
+        raise InputError(
+            f"{path} has {precision.name} weights, of which no engine is built: export it in {', '.join(_DTYPES)}."
+        )
+
+
 def parse_network(library: Library, path: Path, shown: Path | None = None) -> Parsed:
     """Parse the graph at ``path``, called ``shown`` in messages, into a strongly typed network.
 
@@ -151,8 +161,6 @@ def let_attention_decompose(library: Library, network: Any) -> None:
             layer.attention.decomposable = True
 
 
-# TensorRT's names of the dtypes.
-_DTYPES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}
 # The parser adds scalars such as epsilons in float32.
 _PARSER_BYTES = 4096
 

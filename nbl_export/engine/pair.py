@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from nbl_export import __version__
 from nbl_export.batch.names import BASE, LINEARIZED
-from nbl_export.engine.build import Built, TimingCache, build_engine
+from nbl_export.engine.build import Built
+from nbl_export.engine.child import build_in_child
 from nbl_export.engine.gpu import Gpu
 from nbl_export.engine.library import Library
 from nbl_export.engine.manifest import Manifest, manifest_path, manifest_text
 from nbl_export.engine.profiles import Limits
-from nbl_export.errors import BuildError
-from nbl_export.files import atomic_path, sha256_of_file
+from nbl_export.engine.weights import check_pair
+from nbl_export.files import TEMPORARY, atomic_path, sha256_of_file
 from nbl_export.graph.cache import is_static, kv_layers
 from nbl_export.graph.io import DATA_SUFFIX, load_graph
 from nbl_export.graph.precision import graph_precision
+from nbl_export.linearize.plan import Plan
 from nbl_export.progress import Listener
-
-# The minimum share of the removed weight bytes by which an engine must shrink, and the size difference allowed
-# between two builds of one network.
-_SHARE, _VARIES_BY = 0.9, 1 << 16
 
 
 @dataclass(frozen=True)
@@ -70,35 +70,37 @@ class Target:
 
 
 def build_pair(
-    target: Target,
-    sources: Sequence[Source],
-    linear_layers: Sequence[int],
-    plan_hash: str,
-    listener: Listener,
+    target: Target, sources: Sequence[Source], plan: Plan, plan_hash: str, listener: Listener
 ) -> tuple[list[EngineFile], list[Path]]:
     """Build every source and compare the pair; returns the engines and all written files.
 
-    The engines are moved into place only after all are built and the linearized one is found to be smaller by the
-    removed weights; raises :class:`BuildError` if it is not.
+    The engines are moved into place only after all are built and their networks are found to differ by the ``plan``
+    alone; raises :class:`BuildError` if they do not.
     """
-    library, limits = target.library, target.limits
-    timings = TimingCache(library, sources[0].engine.with_name("timing.cache"))
-    built: list[Built] = []
-    for source in sources:
-        with listener.task(f"Building {source.role} engine", 1000, "‰") as task:
-            built.append(
-                build_engine(
-                    library, source.graph, source.attention, limits, target.capabilities, timings, task
-                )
-            )
-    check_shrinks(dict(zip((s.role for s in sources), built, strict=True)))
-    engines, files = [], timings.save()
+    library, engines, files = target.library, [], []
     # All temporary files are written before the first is moved into place: the disk may be full.
     with ExitStack() as writing:
-        for source, result in zip(sources, built, strict=True):
-            temporary = writing.enter_context(atomic_path(source.engine))
-            temporary.write_bytes(memoryview(result.data))
-            linear = tuple(linear_layers) if source.role == LINEARIZED else ()
+        timings = writing.enter_context(_timings(sources[0].engine.with_name("timing.cache"), library, files))
+        temporaries = [writing.enter_context(atomic_path(source.engine)) for source in sources]
+        built: list[Built] = []
+        for source, temporary in zip(sources, temporaries, strict=True):
+            with listener.task(f"Building {source.role} engine", 1000, "‰") as task:
+                built.append(
+                    build_in_child(
+                        library,
+                        source.graph,
+                        source.attention,
+                        target.limits,
+                        target.capabilities,
+                        temporary,
+                        timings,
+                        task,
+                    )
+                )
+        weights = {source.role: result.weights for source, result in zip(sources, built, strict=True)}
+        check_pair(weights[BASE], weights[LINEARIZED], plan)
+        for source, temporary, result in zip(sources, temporaries, built, strict=True):
+            linear = plan.chosen if source.role == LINEARIZED else ()
             model = load_graph(source.graph)
             manifest = Manifest(
                 role=source.role,
@@ -109,7 +111,7 @@ def build_pair(
                 gpu=target.gpu_name,
                 precision=graph_precision(model).name,
                 kv_cache="static" if is_static(model) else "concat",
-                limits=limits,
+                limits=target.limits,
                 profiles=result.profiles,
                 kv_layers=kv_layers(model),
                 linear_layers=linear,
@@ -129,24 +131,27 @@ def build_pair(
     return engines, files
 
 
+@contextmanager
+def _timings(path: Path, library: Library, files: list[Path]) -> Iterator[Path]:
+    """A copy of the timings at ``path`` for the builds to add to; it replaces them, and is in ``files``, at the end."""
+    if library.ahead_of_time:  # nothing is timed
+        yield path
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=TEMPORARY, dir=path.parent) as folder:
+        copy = Path(folder) / path.name
+        if path.is_file():
+            shutil.copyfile(path, copy)
+        yield copy
+        if copy.is_file():
+            with atomic_path(path) as temporary:
+                shutil.copyfile(copy, temporary)
+            files.append(path)
+
+
 def _hashes(source: Source, engine: Path, plan_hash: str | None) -> dict[str, str]:
     data = source.graph.with_name(source.graph.name + DATA_SUFFIX)
     hashes = {"engine": sha256_of_file(engine), "onnx": sha256_of_file(source.graph)}
     if data.is_file():
         hashes["onnx_data"] = sha256_of_file(data)
     return hashes | ({"plan": plan_hash} if plan_hash else {})
-
-
-def check_shrinks(built: Mapping[str, Built]) -> None:
-    """Raise :class:`BuildError` unless the linearized engine is smaller than the base by the removed weights.
-
-    It loses the removed weights and their code, which cannot be more than all code of the base.
-    """
-    base, linear = built[BASE], built[LINEARIZED]
-    weights = [sum(b.facts.weight_bytes.values()) for b in (base, linear)]
-    removed, shrunk, code = weights[0] - weights[1], base.size - linear.size, max(0, base.size - weights[0])
-    if not _SHARE * removed - _VARIES_BY <= shrunk <= removed + code + _VARIES_BY:
-        raise BuildError(
-            f"The linearized engine is {shrunk:,} bytes smaller than the base, but {removed:,} bytes of weights "
-            "were removed, so the two do not belong together: build both again."
-        )

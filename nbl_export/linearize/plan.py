@@ -90,6 +90,11 @@ class Plan:
         return replace(self, layers={}, adapters={})
 
 
+def linear_name(layer: int) -> str:
+    """How the names begin that a rewritten graph has for the linear layer in the place of ``layer``'s attention."""
+    return f"layers.{layer}.nbl_linear"
+
+
 def _stored_names(rank: int | None) -> tuple[str, ...]:
     """The stored arrays of each linear layer: W and b, or the factors of W and b."""
     return ("w", "b") if rank is None else ("up", "down", "b")

@@ -38,7 +38,7 @@ from nbl_export.graph.regions import AttentionRegion, Output, Refusal, find_regi
 from nbl_export.graph.summary import GraphSummary
 from nbl_export.graph.types import infer_types
 from nbl_export.graph.weights import weight_bits
-from nbl_export.linearize.plan import LinearLayer, Plan
+from nbl_export.linearize.plan import LinearLayer, Plan, linear_name
 from nbl_export.progress import Listener, Silent, bytes_task
 from nbl_export.rewrite.adapt import merge_adapters
 from nbl_export.rewrite.prove import PROOF_TOLERANCE, Proof, confirm, prove, without_later
@@ -189,7 +189,7 @@ def replace(
 
 def linear_output_name(layer: int) -> str:
     """The name of a linearized layer's output."""
-    return f"layers.{layer}.nbl_linear.output"
+    return f"{linear_name(layer)}.output"
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ def _factors(plan: Plan, layer: int) -> list[_StoredWeight]:
 
 
 def _insert(model: ir.Model, layer: int, u: ir.Value, output: Output, neighbour: ir.Node, plan: Plan) -> None:
-    prefix, y = f"layers.{layer}.nbl_linear", output.value
+    prefix, y = linear_name(layer), output.value
     if y.is_graph_output():
         raise BuildError(
             f"Layer {layer} cannot be replaced: the output of its attention, {y.name}, is a graph output; leave the "

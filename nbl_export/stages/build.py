@@ -60,7 +60,7 @@ def build(run: Run, settings: EngineSettings) -> list[EngineFile]:
         ]
         plan_hash = sha256_of_file(ws.plan)
         target = Target(library, gpu, shapes, tuple(capabilities))
-        _, files = build_pair(target, sources, plan.chosen, plan_hash, listener)
+        _, files = build_pair(target, sources, plan, plan_hash, listener)
         return files
 
     run.stage("build", recorded, {"rewrite": rewritten.result}, work)

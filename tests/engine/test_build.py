@@ -1,10 +1,7 @@
-"""Building: what comes out for which graph, progress, Ctrl-C, silence, and the timing cache."""
+"""Building: what comes out for which graph, progress, and the timing cache."""
 
 from __future__ import annotations
 
-import io
-import os
-import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbl_export.engine.build import Built, Progress, TimingCache, build_engine, native_output_silenced
+from nbl_export.engine.build import Built, Job, Progress, TimingCache, build_engine, parsable
 from nbl_export.engine.library import Library
 from nbl_export.engine.profiles import Limits
 from nbl_export.errors import BuildError
@@ -24,9 +21,13 @@ from tests.listening import Notes
 LIMITS = Limits(2, 32, 64)
 
 
-def build(library: Library, path: Path, attention: int, folder: Path, task: Any = None) -> Built:
-    timings = TimingCache(library, folder / "timing.cache")
-    return build_engine(library, path, attention, LIMITS, ("SM86",), timings, task or Notes())
+def build(
+    library: Library, path: Path, attention: int, folder: Path, task: Any = None, limits: Limits = LIMITS
+) -> Built:
+    with parsable(path, limits.max_context) as parsed:
+        engine, timings = folder / "model.engine", folder / "timing.cache"
+        job = Job(path, parsed, attention, limits, ("SM86",), engine, timings)
+        return build_engine(library, job, task or Notes())
 
 
 # what is built -----------------------------------------------------------------------------------
@@ -43,11 +44,12 @@ def test_every_precision_and_cache_is_built(
     built = build(rtx, path, 3, tmp_path, task)
     assert not built.fused  # heads of size 8 have no fused kernel, and float32 has none at all
     assert built.facts.attention == 3
-    assert bytes(memoryview(built.data)[:4]) != bytes(4) and built.size == len(memoryview(built.data))
+    engine = tmp_path / "model.engine"
+    assert engine.read_bytes()[:4] != bytes(4) and built.size == engine.stat().st_size
     assert sum(task.advanced) == 1000
     assert [p.name for p in built.profiles] == ["prefill", "decode"]
     assert {p.name for p in path.parent.iterdir()} == before
-    assert not list(tmp_path.iterdir())
+    assert list(tmp_path.iterdir()) == [engine]
 
 
 @pytest.mark.parametrize("form", ["concat", "static"])
@@ -116,45 +118,13 @@ def test_what_the_library_does_not_build_is_told_with_its_reason(
     """Limits that only a caller past the settings can have: no step fits, and a prompt beyond the cache."""
     path = graphs("fp16", form).linearized
     before = {p.name for p in path.parent.iterdir()}
-    timings = TimingCache(rtx, tmp_path / "timing.cache")
     with pytest.raises(BuildError) as caught:
-        build_engine(rtx, path, 3, limits, ("SM86",), timings, Notes())
+        build(rtx, path, 3, tmp_path, limits=limits)
     message = str(caught.value)
     for word in (str(rtx), *words):
         assert word.format(path=path) in message, message
     assert "\n" not in message and message.endswith(".")
     assert {p.name for p in path.parent.iterdir()} == before
-
-
-# Ctrl-C ------------------------------------------------------------------------------------------
-
-
-class Interrupting(Notes):
-    """Ctrl-C at the given piece of progress."""
-
-    def __init__(self, at: int) -> None:
-        super().__init__()
-        self.at = at
-
-    def advance(self, amount: int) -> None:
-        super().advance(amount)
-        if len(self.advanced) >= self.at:
-            raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize("at", [1, 4])
-def test_ctrl_c_in_a_step_stops_the_build(
-    rtx: Library, graphs: Callable[[str, str], Graphs], tmp_path: Path, at: int
-) -> None:
-    path = graphs("fp16", "concat").base
-    task = Interrupting(at)
-    before = sys.stderr
-    with pytest.raises(KeyboardInterrupt):
-        build(rtx, path, 5, tmp_path, task)
-    assert at <= len(task.advanced) <= at + 2, "it went on after Ctrl-C"
-    assert sum(task.advanced) < 1000
-    assert sys.stderr is before
-    assert not list(tmp_path.iterdir()) and not list(path.parent.glob(".*"))
 
 
 # progress ----------------------------------------------------------------------------------------
@@ -234,49 +204,6 @@ def test_a_second_attempt_never_passes_the_end() -> None:
     attempt = [("start", "whole", None, 3), *(("step", "whole", i) for i in range(3)), ("end", "whole")]
     states = told(*attempt, *attempt, ("finish",))
     assert max(states) == 1000 and states[-1] == 1000
-
-
-# silence -----------------------------------------------------------------------------------------
-
-
-class Boom(Exception):
-    pass
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_native_output_is_silenced_and_python_still_heard(
-    capfd: pytest.CaptureFixture[str], fails: bool
-) -> None:
-    stderr, identity = sys.stderr, os.fstat(2)
-    opened = set(Path("/proc/self/fd").iterdir())
-    try:
-        with native_output_silenced():
-            os.write(2, b"from the library\n")
-            os.write(1, b"to stdout\n")
-            print("from Python", file=sys.stderr)
-            if fails:
-                raise Boom
-    except Boom:
-        assert fails
-    assert sys.stderr is stderr
-    os.write(2, b"afterwards\n")
-    captured = capfd.readouterr()
-    assert captured.err == "from Python\nafterwards\n"
-    assert captured.out == "to stdout\n"
-    now = os.fstat(2)
-    assert (now.st_dev, now.st_ino) == (identity.st_dev, identity.st_ino)
-    assert set(Path("/proc/self/fd").iterdir()) == opened, "a descriptor was left open"
-
-
-def test_what_was_written_before_comes_before(capfd: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
-    """A buffered standard error, as of a program whose errors go to a file."""
-    with io.open(os.dup(2), "w", buffering=4096) as buffered:  # noqa: UP020
-        monkeypatch.setattr(sys, "stderr", buffered)
-        print("one", file=sys.stderr)
-        with native_output_silenced():
-            print("two", file=sys.stderr)
-        print("three", file=sys.stderr)
-    assert capfd.readouterr().err == "one\ntwo\nthree\n"
 
 
 # the timing cache --------------------------------------------------------------------------------

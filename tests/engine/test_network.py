@@ -13,23 +13,22 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from nbl_export.engine.build import TimingCache, build_engine
+from nbl_export.engine.build import parsable
 from nbl_export.engine.library import Library
 from nbl_export.engine.network import (
     NetworkFacts,
     NetworkTensor,
     check_network,
     check_operators,
+    check_precision,
     let_attention_decompose,
     parse_network,
 )
-from nbl_export.engine.profiles import Limits
 from nbl_export.errors import BuildError, InputError
 from nbl_export.graph.io import load_graph, save_graph
-from nbl_export.graph.precision import precision_of
+from nbl_export.graph.precision import QUANTIZED, precision_of
 from nbl_export.records import to_json
 from tests.engine.conftest import Graphs
-from tests.listening import Notes
 
 LENGTH = 64
 NAMES = {
@@ -171,9 +170,8 @@ def test_what_the_parser_does_not_take_is_named(
 ) -> None:
     """The operator, its node, the file that the user has, and the reason."""
     path = with_attention(graphs("fp16", form).base, tmp_path / "model.onnx", attribute)
-    timings = TimingCache(rtx, tmp_path / "timing.cache")
-    with pytest.raises(BuildError) as caught:
-        build_engine(rtx, path, 5, Limits(1, 8, 16), ("SM86",), timings, Notes())
+    with pytest.raises(BuildError) as caught, parsable(path, 16) as parsed:
+        parse_network(rtx, parsed, path)
     message = str(caught.value)
     first = next(n.name for n in load_graph(path).graph if n.op_type == "Attention")
     for words in (str(rtx), "operator Attention", str(first), str(path), "not supported in TensorRT"):
@@ -189,6 +187,15 @@ def test_a_cache_of_unknown_length_is_refused_by_its_operator(
         BuildError, match=r"does not take the operator TensorScatter .*static sequence length"
     ):
         parse_network(rtx, graphs("fp16", "static").base)
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_quantized_weights_are_refused(name: str) -> None:
+    with pytest.raises(
+        InputError, match=rf"^graph\.onnx has {name} weights, .*: export it in fp32, fp16, bf16\.$"
+    ):
+        check_precision(QUANTIZED[name], Path("graph.onnx"))
+    check_precision(precision_of("bf16"), Path("graph.onnx"))
 
 
 # check_network -----------------------------------------------------------------------------------
