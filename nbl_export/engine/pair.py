@@ -77,7 +77,9 @@ def build_pair(
     The engines are moved into place only after all are built and their networks are found to differ by the ``plan``
     alone; raises :class:`BuildError` if they do not.
     """
-    library, engines, files = target.library, [], []
+    library = target.library
+    engines: list[EngineFile] = []
+    files: list[Path] = []
     # All temporary files are written before the first is moved into place: the disk may be full.
     with ExitStack() as writing:
         timings = writing.enter_context(_timings(sources[0].engine.with_name("timing.cache"), library, files))
