@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nbl_export.batch.arrays import F64
 from nbl_export.checks import Check
 from nbl_export.evaluate.recovery import Estimate, Paired, mean, recovery
 from nbl_export.evaluate.retrieval import HIDDEN, Answers, Question
@@ -181,7 +182,8 @@ def gate(
 ) -> list[Check]:
     """The verdicts of ``--min-recovery`` (in percent): on the mean, on each task, and on retrieval.
 
-    A task on which the base model is not clearly better than guessing has nothing to lose and is skipped.
+    Recovery is judged as it is and above chance: near chance, the first hardly falls. What cannot be judged, because
+    the base model hardly does better than guessing or because of too few documents, has failed.
     """
     if minimum is None:
         return []
@@ -195,11 +197,29 @@ def gate(
 
 
 def _check(name: str, pairs: Sequence[Paired], minimum: float, errors: float) -> Check:
-    found = recovery(pairs)
-    if found is None or not any(p.clear for p in pairs):
-        return Check(name, "skipped", "the base model is not clearly better than guessing")
-    percent, se = 100 * found.value, 100 * found.se
-    detail = (
-        f"{percent:.1f} ± {se:.1f} %, gate {minimum:g} % less {errors:g} standard error{'s' * (errors != 1)}"
-    )
-    return Check(name, "failed" if percent + errors * se < minimum else "passed", detail)
+    clear = [p for p in pairs if p.clear]
+    found, above = recovery(pairs), recovery(clear, above_chance=True)
+    if found is None or above is None:
+        base, chance = (100 * float(np.mean([v.mean() for v in of])) for of in _sides(pairs))
+        return Check(
+            name,
+            "failed",
+            f"cannot be judged: the base model scores {base:.1f} %, guessing {chance:.1f} %, so there is nothing to "
+            "recover: leave it out, or ask more rows",
+        )
+    said = [("", found)] + ([(" above chance", above)] if any(p.chance.any() for p in pairs) else [])
+    of = f" (over {len(clear)} of {len(pairs)})" if len(clear) < len(pairs) else ""
+    parts = [f"{100 * r.value:.1f} ± {100 * r.se:.1f} %{what}{of if what else ''}" for what, r in said]
+    detail = f"{', '.join(parts)}, gate {minimum:g} % less {errors:g} standard error{'s' * (errors != 1)}"
+    # With errors as large as that, a model that only guesses would pass.
+    blind = [what for what, r in said if minimum > 0 and 100 * errors * r.se >= minimum]
+    if blind:
+        return Check(
+            name, "failed", f"cannot be judged by so few documents: {detail}: ask more rows, or leave it out"
+        )
+    kept = all(100 * (r.value + errors * r.se) >= minimum for _, r in said)
+    return Check(name, "passed" if kept else "failed", detail)
+
+
+def _sides(pairs: Sequence[Paired]) -> tuple[list[F64], list[F64]]:
+    return [p.base for p in pairs], [p.chance for p in pairs]

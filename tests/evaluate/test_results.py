@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -114,9 +115,45 @@ def test_the_gate_allows_for_the_standard_error() -> None:
 def test_a_base_that_guesses_has_nothing_to_lose() -> None:
     checks = gate(99, {"guessing": paired(0.26, 0.1, chance=0.25), "good": paired(0.9, 0.9, chance=0.25)}, [])
     assert [(c.name, c.status) for c in checks[1:]] == [
-        ("recovery of guessing", "skipped"),
+        ("recovery of guessing", "failed"),
         ("recovery of good", "passed"),
     ]
+    assert checks[1].detail == (
+        "cannot be judged: the base model scores 26.0 %, guessing 25.0 %, so there is nothing to recover: leave it "
+        "out, or ask more rows"
+    )
+    assert "above chance (over 1 of 2)" in checks[0].detail
+
+
+@pytest.mark.parametrize(
+    ("linearized", "status"), [(0.5, "failed"), (0.55, "failed"), (0.615, "passed"), (0.7, "passed")]
+)
+def test_a_model_that_guesses_does_not_pass_near_chance(linearized: float, status: str) -> None:
+    """Of two choices: 50 of 62 percent are 81 % of the base's score, and nothing of what it knows."""
+    checks = gate(80, {"t": paired(0.62, linearized, count=2000, chance=0.5)}, [])
+    assert [c.status for c in checks] == [status] * 2
+    plain = 100 * linearized / 0.62
+    assert checks[0].detail.startswith(f"{plain:.1f} ± ")
+    assert (
+        f"{100 * (linearized - 0.5) / 0.12:.1f} ± " in checks[0].detail
+        and "% above chance" in checks[0].detail
+    )
+
+
+def test_so_few_documents_that_guessing_would_pass_judge_nothing() -> None:
+    few = paired(0.75, 0.5, count=20, chance=0.5)
+    assert few.clear
+    _, task = gate(60, {"t": few}, [])
+    assert task.status == "failed" and task.detail.startswith("cannot be judged by so few documents: ")
+    # A base that is clearly good is judged by few, too.
+    assert [c.status for c in gate(60, {"t": paired(0.9, 0.85, count=20, chance=0.25)}, [])] == ["passed"] * 2
+    # Of a gate of nothing anything is recovered.
+    assert {c.status for c in gate(0, {"t": few}, [])} == {"passed"}
+
+
+def test_scores_that_are_no_numbers_do_not_pass() -> None:
+    nan = Paired.of([1.0, 1.0, 1.0], [1.0, math.nan, 1.0], [0.0, 0.0, 0.0])
+    assert {c.status for c in gate(50, {"t": nan}, [])} == {"failed"}
 
 
 def test_the_gate_of_a_mean_says_what_it_allows() -> None:
