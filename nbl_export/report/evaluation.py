@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from nbl_export.evaluate.recovery import Estimate
 from nbl_export.evaluate.results import Compared, MeanRecovery, Means, RetrievalResult, TaskResult
@@ -39,6 +39,10 @@ class Evaluation(Header):
     def passed(self) -> bool:
         """No gate failed, and where there is one, something could be judged by it."""
         return not self.checks or super().passed
+
+    def as_json(self) -> dict[str, Any]:
+        """What no gate was asked of is not called passed."""
+        return super().as_json() | ({} if self.checks else {"verdict": "no gate"})
 
 
 def load_evaluation(path: Path) -> Evaluation:

@@ -76,7 +76,7 @@ def test_verdict_names_what_it_costs_and_what_was_asked(report: Report) -> None:
     assert isinstance(report.method_loss, MethodLoss)
     loss = replace(report.method_loss, perplexity_ratio=1.5203, kl=0.4182)
     costly = replace(report, method_loss=loss)
-    what = "(graph rewrite, parity, speed); perplexity × 1.520, KL 0.42 on held-out text"
+    what = "(graph rewrite, parity); perplexity × 1.520, KL 0.42 on held-out text"
     assert verdict_line(costly) == f"{what}, no bound asked"
 
     def asked(**bound: float | None) -> Report:
@@ -103,7 +103,7 @@ def test_verdict_says_what_was_not_looked_at(report: Report) -> None:
     )
     bare = replace(report, method_loss=None, checks=skipped)
     said = "; its loss was not measured; skipped: method loss, engine run"
-    assert verdict_line(bare) == f"(graph rewrite, parity, speed){said}"
+    assert verdict_line(bare) == f"(graph rewrite, parity){said}"
 
 
 def test_verdict_of_an_encoder_names_its_likeness(report: Report) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import isfinite
 from typing import Literal
 
@@ -16,8 +17,19 @@ _UNLIKE = 0.5
 
 
 def speed_check(speed: Speed) -> Check:
-    """Whether the figures can be believed. A doubt is no verdict on the graph, and leaves the check open."""
-    return _ceilings_check("speed", speed, "skipped")
+    """Whether the figures can be believed. A doubt is no verdict on the graph, and leaves the check open.
+
+    It says how much of them is more than noise, and what is slower, which is no doubt.
+    """
+    check, found = _ceilings_check("speed", speed, "skipped"), speed.speedups()
+    if not found:
+        return Check("speed", "skipped", "nothing was timed beside its base")
+    slower = [f"{cell.name} {over.value:.2f}×" for cell, _, over in found if over.resolved and over.value < 1]
+    said = [
+        f"{sum(over.resolved for _, _, over in found)} of {len(found)} speedups are resolved",
+        *([f"slower: {', '.join(slower)}"] if slower else []),
+    ]
+    return replace(check, detail="; ".join([check.detail, *said]))
 
 
 def bench_checks(speed: Speed) -> Sequence[Check]:

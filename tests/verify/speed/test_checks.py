@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from nbl_export.checks import Check
 from nbl_export.report.page import numeric_columns
 from nbl_export.report.speed import VERIFIED, speed_tables
 from nbl_export.verify.speed.candidates import Candidate
@@ -86,3 +87,16 @@ def test_what_may_be_chance_is_not_called_slower() -> None:
     slow = [PAIR[0], Candidate("linearized", lasting(2.5, 0.25), "base", cost=HALF)]
     assert verdicts(raced([(1, 8)], slow, rounds=Rounds(5, 5)))[1].status == "skipped"
     assert verdicts(raced([(1, 8)], slow, rounds=Rounds(6, 6)))[1].status == "failed"
+
+
+@pytest.mark.usefixtures("told")
+def test_a_speed_that_is_believed_is_not_called_faster() -> None:
+    check = speed_check(raced([(1, 8)]))
+    assert check.status == "passed" and check.detail.endswith("; 2 of 2 speedups are resolved")
+    slow = [PAIR[0], Candidate("linearized", lasting(2.5, 0.1), "base", cost=HALF)]
+    check = speed_check(raced([(1, 8)], slow))
+    assert check.detail.endswith("; 2 of 2 speedups are resolved; slower: prefill 8 0.80×")
+    few = speed_check(raced([(1, 8)], slow, rounds=Rounds(5, 5)))
+    assert few.detail.endswith("; 0 of 2 speedups are resolved")
+    alone = raced([(1, 8)], PAIR[:1])
+    assert speed_check(alone) == Check("speed", "skipped", "nothing was timed beside its base")
