@@ -24,7 +24,7 @@ from nbl_export.stages.bench_candidates import (
     graphs_against,
     provider_of,
 )
-from nbl_export.stages.build import current_engines, model_positions
+from nbl_export.stages.build import current_engines, model_positions, passed_over
 from nbl_export.stages.rewrite import current_rewrite
 from nbl_export.stages.run import Run
 from nbl_export.stages.verify import redrawn
@@ -66,6 +66,8 @@ def bench(run: Run, settings: BenchSettings) -> BenchReport:
     made_of = {"rewrite": rewritten.result, "against": sha256_of_json(others)}
     if settings.device == "cuda" and current_engines(ws) and (built := ws.record("build")):
         made_of["build"] = built.result
+    if settings.device == "cuda" and (why := passed_over(ws)):
+        run.listener.note(f"Not timed: {why}.")
     asked = _Bench(run, settings, rewritten.result, against, key_of("bench", asdict(settings), made_of))
     run.stage("bench", asdict(settings), made_of, lambda listener: _measured(asked, listener))
     value = load_bench(ws.report / "bench.json")

@@ -96,7 +96,10 @@ def model_positions(ws: Workspace) -> int | None:
 
 
 def current_engines(ws: Workspace) -> tuple[EngineFile, ...]:
-    """The engines of the current graphs, each checked against its manifest; empty if there are none."""
+    """The engines of the current graphs, each checked against its manifest; empty if there are none.
+
+    :func:`passed_over` says why those are not current that there are.
+    """
     from nbl_export.engine.manifest import load_manifest
     from nbl_export.engine.pair import EngineFile
 
@@ -104,3 +107,12 @@ def current_engines(ws: Workspace) -> tuple[EngineFile, ...]:
         return ()
     ws.require("build", f"nbl-export build {ws.root}")
     return tuple(EngineFile(path, load_manifest(path)) for path in (ws.base_engine, ws.engine))
+
+
+def passed_over(ws: Workspace) -> str | None:
+    """Why the engines in the folder are not those of its graphs, if there are such."""
+    why = ws.stale("build") if ws.record("build") else None
+    return (
+        why
+        and f"the engines in {ws.engine.parent} are of other graphs ({why}): run `nbl-export build {ws.root}`"
+    )

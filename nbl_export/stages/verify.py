@@ -13,7 +13,7 @@ from nbl_export.progress import Listener
 from nbl_export.report.schema import Report, load_report
 from nbl_export.settings import VerifySettings
 from nbl_export.stage_record import StageRecord
-from nbl_export.stages.build import current_engines
+from nbl_export.stages.build import current_engines, passed_over
 from nbl_export.stages.rewrite import current_rewrite
 from nbl_export.stages.run import Run
 from nbl_export.workspace import Workspace
@@ -42,10 +42,14 @@ def verify(run: Run, settings: VerifySettings) -> Report:
 
     def work(listener: Listener) -> list[Path]:
         plan, earlier = load_plan(ws.plan), _earlier(ws)
+        if why := passed_over(ws):
+            listener.note(f"Not verified: {why}.")
         if run.model.task.causal:
             text, model = load_text(ws.text), run.model.model
             measured = measure_decoder(
-                DecoderCase(model, plan, ws.baseline, ws.model, settings, listener, text, engines)
+                DecoderCase(
+                    model, plan, ws.baseline, ws.model, settings, listener, text, engines, passed_over(ws)
+                )
             )
         else:
             measured = measure_encoder(_encoder_case(run, plan, settings, listener))

@@ -64,10 +64,14 @@ class Case:
 
 @dataclass(frozen=True)
 class DecoderCase(Case):
-    """A decoder, the ``text`` whose held-out part it is judged on, and the ``engines`` built of its graphs, if any."""
+    """A decoder, the ``text`` whose held-out part it is judged on, and the ``engines`` built of its graphs, if any.
+
+    ``passed_over`` says why there are none if there are others.
+    """
 
     text: CalibrationText
     engines: tuple[EngineFile, ...] = ()
+    passed_over: str | None = None
 
     def rows(self, prompts: Sequence[int]) -> list[NDArray[np.int32]]:
         """Rows of held-out text: prompts of these lengths, and as many tokens after each as steps are decoded.

@@ -40,7 +40,7 @@ def measure_decoder(case: DecoderCase) -> Measurement:
         measure_parity(case),
         _loss(case),
         _speed(case, contexts, notes),
-        *(measure_engines(case, contexts) if case.engines else ()),
+        *measure_engines(case, contexts),
     )
 
 

@@ -69,6 +69,8 @@ def measure_engines(
     case: DecoderCase, contexts: Sequence[int]
 ) -> tuple[Found[None], Found[EngineParity], Found[Speed]]:
     """What was built, and on a GPU its parity and its speed; without one, a line that says so."""
+    if not case.engines:
+        return Found(checks=_other_engines(case)), Found(), Found()
     built = built_check(case.engines)
     running = _loaded(case)
     if isinstance(running, Check):
@@ -80,6 +82,10 @@ def measure_engines(
     passed = all(check.status != "failed" for check in parity.checks)
     speed = engine_speed(running, contexts) if case.settings.speed and passed else Found[Speed]()
     return Found(checks=(built,)), parity, speed
+
+
+def _other_engines(case: DecoderCase) -> tuple[Check, ...]:
+    return (Check("engine run", "skipped", case.passed_over),) if case.passed_over else ()
 
 
 def built_check(engines: Sequence[EngineFile]) -> Check:

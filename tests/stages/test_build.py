@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from nbl_export import api
 from nbl_export.engine.gpu import find_gpu
 from nbl_export.workspace import Workspace
 from tests.command_line import assert_interrupted, assert_refused, interrupted, nbl, no_leftovers
 from tests.fixtures_graph import rerecord
+from tests.listening import Notes
 
 FAST = ["--decode-steps", "2", "--no-quality", "--no-speed"]
 SMALL = ["--trt", "rtx", "--max-batch", "1", "--max-seq", "16", "--max-context", "64", "--sm", "86"]
@@ -40,6 +42,33 @@ def test_a_damaged_engine_is_not_verified(built_copy: Path, name: str, damage: A
     before = (built_copy / "report" / "report.json").read_bytes()
     assert_refused(nbl("verify", built_copy, *FAST), 2, str(path), "nbl-export build", quietly=False)
     assert (built_copy / "report" / "report.json").read_bytes() == before
+
+
+def test_engines_of_another_rewrite_are_passed_over_aloud(built_copy: Path) -> None:
+    """The layers are others: what was built before says nothing of them, and the report says that."""
+    out = built_copy
+    settings = api.VerifySettings(quality=False, speed=False)
+    notes = Notes()
+    assert {c.name for c in api.verify(out, settings, notes).checks} >= {"engine build", "engine run"}
+    assert not any("engines" in note for note in notes.notes)
+    api.select(out, api.SelectSettings(layers=(0, 1)))
+    api.rewrite(out)
+    why = f"the engines in {out / 'engine'} are of other graphs ("
+    for attempt in range(2):  # the second keeps the report of the first
+        notes = Notes()
+        report = api.verify(out, settings, notes)
+        found = {c.name: c for c in report.checks}
+        assert "engine build" not in found and report.engines is None and report.engine_parity is None
+        assert (found["engine run"].status, report.passed) == ("skipped", True)
+        detail = found["engine run"].detail
+        assert detail.startswith(why) and detail.endswith(f"): run `nbl-export build {out}`"), detail
+        assert [f"Not verified: {detail}." in notes.notes, "verify" in notes.kept] == [
+            not attempt,
+            bool(attempt),
+        ]
+    api.build(out, api.EngineSettings("rtx", max_batch=1, max_seq=16, max_context=64, sm=("86",)))
+    again = {c.name: c.detail for c in api.verify(out, settings).checks}
+    assert "engine build" in again and "other graphs" not in again["engine run"]
 
 
 @pytest.mark.parametrize("content", ["[]", '{"max_position_embeddings": "many"}'])
