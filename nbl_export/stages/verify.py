@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from nbl_export.linearize.plan import Plan, load_plan
 from nbl_export.progress import Listener
 from nbl_export.report.schema import Report, load_report
 from nbl_export.settings import VerifySettings
-from nbl_export.stage_record import StageRecord
+from nbl_export.stage_record import STAGES, StageRecord
 from nbl_export.stages.build import current_engines, passed_over
 from nbl_export.stages.rewrite import current_rewrite
 from nbl_export.stages.run import Run
@@ -41,7 +42,7 @@ def verify(run: Run, settings: VerifySettings) -> Report:
         made_of["build"] = built.result
 
     def work(listener: Listener) -> list[Path]:
-        plan, earlier = load_plan(ws.plan), _earlier(ws)
+        plan, earlier = load_plan(ws.plan), _earlier(ws, made_of)
         if why := passed_over(ws):
             listener.note(f"Not verified: {why}.")
         if run.model.task.causal:
@@ -66,9 +67,12 @@ def _files(ws: Workspace, *stages: str) -> list[str]:
     return [name for stage in stages if (record := ws.record(stage)) for name in record.files]
 
 
-def _earlier(ws: Workspace) -> Report | None:
-    """The report of the last verification, if there is one and it is as that wrote it."""
-    if _recorded(ws) is None:
+def _earlier(ws: Workspace, made_of: Mapping[str, str]) -> Report | None:
+    """The report of the last verification, if it is as that wrote it, and of the same text and graphs."""
+    record = _recorded(ws)
+    if record is None or record.version != STAGES["verify"]:
+        return None
+    if any(record.made_of.get(name) != made_of[name] for name in ("rewrite", "calibrate")):
         return None
     try:
         return load_report(ws.report / "report.json")

@@ -17,6 +17,7 @@ from nbl_export.linearize.figures import Loss
 from nbl_export.linearize.loss import LossMeter, loss_of_plan
 from nbl_export.linearize.search import LossCache, MeasuredSets, usable
 from nbl_export.progress import Listener
+from nbl_export.stage_record import STAGES
 from nbl_export.stages.run import Run
 
 if TYPE_CHECKING:
@@ -78,8 +79,11 @@ class Measured:
         return Checkpoint(self._run.workspace.repair_checkpoint)
 
     def key(self, **depends: Any) -> str:
-        """A key of ``depends``, the calibration, and the precision in which the model is run."""
-        return sha256_of_json({"calibrate": self._calibrated, "dtype": self.dtype, **depends})
+        """A key of ``depends``, the calibration, how this version fits, and the precision in which the model is run."""
+        version = STAGES["select"]
+        return sha256_of_json(
+            {"calibrate": self._calibrated, "dtype": self.dtype, "version": version, **depends}
+        )
 
     def cache(self, **depends: Any) -> LossCache:
         """The losses that depend on ``depends``, the calibration, and the precision in which they are measured."""
