@@ -36,6 +36,7 @@ class Graphs:
 
 def converted(source: Path, target: Path, precision: str) -> Path:
     """The float32 graph at ``source`` in ``precision``; its tensors are small enough for float16."""
+    target.parent.mkdir(parents=True, exist_ok=True)
     graph = load_graph(source)
     to_precision(graph, precision_of(precision), {})
     save_graph(graph, target)

@@ -63,6 +63,7 @@ class Graphs:
         path = self.folder / name / "model.onnx"
         if path.is_file():
             return path
+        path.parent.mkdir(parents=True, exist_ok=True)
         if layers:
             rewrite_file(self(form, precision), plan_by_hand(self.out, layers), path)
         elif precision != "fp32":
