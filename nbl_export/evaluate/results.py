@@ -179,8 +179,11 @@ def gate(
     minimum: float | None,
     tasks: Mapping[str, Paired],
     retrieval: Sequence[Paired],
+    unscored: Sequence[str] = (),
 ) -> list[Check]:
     """The verdicts of ``--min-recovery`` (in percent): on the mean, on each task, and on retrieval.
+
+    ``unscored`` are the tasks of which no recovery can be stated: they are named, and alone they are no pass.
 
     Recovery is judged as it is and above chance: near chance, the first hardly falls. What cannot be judged, because
     the base model hardly does better than guessing or because of too few documents, has failed.
@@ -193,7 +196,8 @@ def gate(
         checks += [_check(f"recovery of {name}", [p], minimum, TASK_ERRORS) for name, p in tasks.items()]
     if retrieval:
         checks.append(_check("recovery of retrieval", retrieval, minimum, TASK_ERRORS))
-    return checks
+    why = "it has perplexities alone, of which there is no recovery"
+    return checks + [Check(f"recovery of {name}", "skipped", why) for name in unscored]
 
 
 def _check(name: str, pairs: Sequence[Paired], minimum: float, errors: float) -> Check:

@@ -287,6 +287,8 @@ def _assembled(
         tasks=tuple(task_results),
         retrieval=tuple(retrieval_results),
         mean=Means(mean_of(list(pairs.values())), mean_of(choices)),
-        checks=tuple(gate(settings.min_recovery, pairs, choices)),
+        checks=tuple(
+            gate(settings.min_recovery, pairs, choices, [t.name for t in tasks if t.name not in pairs])
+        ),
         notes=(),
     )

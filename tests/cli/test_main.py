@@ -128,6 +128,23 @@ def test_a_failed_gate_exits_1_from_verify_and_report(out: Path) -> None:
     assert nbl("inspect", out).code == 0
 
 
+def test_a_loss_above_its_bound_exits_1_and_is_in_the_report(out: Path) -> None:
+    """Parity passes: the graph is what was planned. What it costs is another question."""
+    done = nbl("verify", out, "--no-speed", "--max-kl", "0", *FAST)
+    assert done.code == 1 and "error:" not in done.err, done
+    verdict = " ".join(done.out[done.out.index("FAIL  ") :].split())
+    assert (
+        verdict.startswith("FAIL (KL bound); perplexity × ")
+        and "on held-out text, at most KL 0 asked" in verdict
+    )
+    # It has failed, however little is measured next, until it is measured with another bound.
+    assert nbl("report", out).code == nbl("verify", out, "--no-quality", "--no-speed", *FAST).code == 1
+    done = nbl("verify", out, "--no-speed", "--max-kl", "100", "--max-ppl-ratio", "1000", *FAST)
+    assert done.code == 0 and "PASS  (graph rewrite, parity, perplexity bound, KL bound)" in done.out
+    contradiction = nbl("verify", out, "--no-quality", "--max-kl", "0.1")
+    assert contradiction.code == 2 and "--no-quality leaves unmeasured what --max-kl" in contradiction.err
+
+
 # help --------------------------------------------------------------------------------------------
 
 MEASURED = """

@@ -151,6 +151,14 @@ def test_so_few_documents_that_guessing_would_pass_judge_nothing() -> None:
     assert {c.status for c in gate(0, {"t": few}, [])} == {"passed"}
 
 
+def test_a_task_that_cannot_be_judged_is_named_and_alone_is_no_pass() -> None:
+    (text,) = gate(97, {}, [], ["text"])
+    assert (text.name, text.status) == ("recovery of text", "skipped") and "perplexities alone" in text.detail
+    checks = gate(97, {"a": paired(0.8, 0.8)}, [], ["text"])
+    assert [c.status for c in checks] == ["passed", "passed", "skipped"]
+    assert gate(None, {}, [], ["text"]) == []
+
+
 def test_scores_that_are_no_numbers_do_not_pass() -> None:
     nan = Paired.of([1.0, 1.0, 1.0], [1.0, math.nan, 1.0], [0.0, 0.0, 0.0])
     assert {c.status for c in gate(50, {"t": nan}, [])} == {"failed"}

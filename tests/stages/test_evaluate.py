@@ -190,6 +190,15 @@ def test_a_gate_that_nothing_could_be_judged_by_is_not_passed(stories_copy: Path
     assert not (stories_copy / "report" / "eval-junit.xml").exists()
 
 
+def test_a_gate_on_perplexities_alone_is_not_passed(stories_copy: Path, tmp_path: Path) -> None:
+    """They have no recovery: nothing was judged, and nothing has passed."""
+    (tmp_path / "prose.jsonl").write_text('{"text": "Once upon a time, there was a little girl."}\n' * 2)
+    value = api.evaluate(stories_copy, settings(tmp_path / "prose.jsonl", min_recovery=50))
+    assert [(c.name, c.status) for c in value.checks] == [
+        ("recovery of prose", "skipped")
+    ] and not value.passed
+
+
 # The command line --------------------------------------------------------------------------------
 
 

@@ -58,6 +58,8 @@ class Fitting:
     ) -> None:
         self._moments, self._measured, self._settings, self._listener = moments, measured, settings, listener
         self._reading = reading
+        # Each layer that was truncated, what became of it, and the lost share.
+        self._truncated: dict[int, tuple[LinearLayer, LinearLayer, float]] = {}
 
     @cached_property
     def for_choosing(self) -> Mapping[int, LinearLayer]:
@@ -131,15 +133,20 @@ class Fitting:
         self, layers: Mapping[int, LinearLayer], rank: int
     ) -> tuple[dict[int, LinearLayer], dict[int, float]]:
         """``layers`` truncated to ``rank``, and by layer the lost share of the output's variance."""
+        for index, layer in layers.items():
+            # Each K is timed with layers that other K's have, too.
+            if index not in self._truncated or self._truncated[index][0] is not layer:
+                self._truncated[index] = (layer, *self._truncate(index, layer, rank))
+        kept = {index: self._truncated[index] for index in layers}
+        return {i: low for i, (_, low, _) in kept.items()}, {i: lost for i, (_, _, lost) in kept.items()}
+
+    def _truncate(self, index: int, layer: LinearLayer, rank: int) -> tuple[LinearLayer, float]:
         from nbl_export.linearize.lmmse import branch_covariances, truncate
 
-        found, lost = {}, {}
-        for index, layer in layers.items():
-            c = branch_covariances(self._moments.layers[index], self._settings.fit_input)
-            low = truncate(layer.w.astype(np.float64), layer.b.astype(np.float64), c, rank)
-            found[index] = LinearLayer.of_rank(*(a.astype(np.float32) for a in (low.up, low.down, low.b)))
-            lost[index] = low.lost
-        return found, lost
+        c = branch_covariances(self._moments.layers[index], self._settings.fit_input)
+        low = truncate(layer.w.astype(np.float64), layer.b.astype(np.float64), c, rank)
+        factors = (a.astype(np.float32) for a in (low.up, low.down, low.b))
+        return LinearLayer.of_rank(*factors), low.lost
 
     def _solve(self, layer: int, moments: LayerMoments) -> LinearFit:
         from nbl_export.linearize.lmmse import fit_lmmse, ridge_by_heldout_error

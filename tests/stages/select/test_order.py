@@ -13,6 +13,7 @@ import pytest
 from nbl_export import api
 from nbl_export.calibrate.text import load_text
 from nbl_export.errors import BudgetError
+from nbl_export.linearize import lmmse
 from nbl_export.linearize.plan import load_plan
 from nbl_export.linearize.scores import CRITERIA
 from nbl_export.stages.select import frontier
@@ -172,8 +173,17 @@ def test_graphs_of_a_rank_are_really_timed(out: Path, monkeypatch: pytest.Monkey
     """--k auto --rank R, which had no factors to time."""
     monkeypatch.setattr(frontier, "CONTEXT", 16)
     monkeypatch.setattr(frontier, "ROUNDS", 3)
+    cut: list[int] = []
+    plain = lmmse.truncate
+
+    def counted(*arguments: Any) -> Any:
+        cut.append(1)
+        return plain(*arguments)
+
+    monkeypatch.setattr(lmmse, "truncate", counted)
     settings = api.SelectSettings(criterion="nmse", budget=api.Budget(max_kl=100.0), rank=8)
     plan = select(out, settings)
+    assert len(cut) == 5, "each layer once, however many K are timed with it"
     assert len(plan.chosen) == 5 and plan.rank == 8
     points = candidates(out)["curve"]["points"]
     assert points[-1]["prefill_speedup"] > 0
