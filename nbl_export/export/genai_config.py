@@ -12,20 +12,20 @@ NAME = "genai_config.json"
 
 
 def genai_config(
-    config: Any, kv_pairs: int, kv_heads: int, head_size: int, shared: bool = False
+    config: Any, kv_pairs: int, kv_heads: int, head_size: int, shared: bool = False, generation: Any = None
 ) -> dict[str, Any]:
     """The configuration for a decoder graph with the standard names and ``kv_pairs`` cached layers.
 
-    ``config`` is the model's (text) configuration; ``shared`` means that past and present may share one buffer.
+    ``config`` is the model's (text) configuration and ``generation`` its generation_config, if it has one: chat models
+    name the end of a turn there alone. ``shared`` means that past and present may share one buffer.
     """
-    end = getattr(config, "eos_token_id", None)
-    first_end = end[0] if isinstance(end, list) and end else end
-    pad = getattr(config, "pad_token_id", None)
+    ends = _tokens((config, generation), "eos_token_id")
+    first_end = ends[0] if ends else 0
     length = getattr(config, "max_position_embeddings", None) or 2048
     names = {"key": "past_key_values.%d.key", "value": "past_key_values.%d.value"}
     return {
         "model": {
-            "bos_token_id": _token(getattr(config, "bos_token_id", None), first_end),
+            "bos_token_id": [*_tokens((config, generation), "bos_token_id"), first_end][0],
             "context_length": length,
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
@@ -48,8 +48,8 @@ def genai_config(
                 "num_hidden_layers": kv_pairs,
                 "num_key_value_heads": kv_heads,
             },
-            "eos_token_id": end if end is not None else 0,
-            "pad_token_id": _token(pad, first_end),
+            "eos_token_id": ends if len(ends) > 1 else first_end,
+            "pad_token_id": [*_tokens((config, generation), "pad_token_id"), first_end][0],
             "type": config.model_type,
             "vocab_size": config.vocab_size,
         },
@@ -57,5 +57,12 @@ def genai_config(
     }
 
 
-def _token(value: Any, otherwise: Any) -> int:
-    return next((int(t) for t in (value, otherwise) if t is not None), 0)
+def _tokens(configs: tuple[Any, ...], name: str) -> list[int]:
+    """The token ids that the ``configs`` call ``name``, each once, in their order."""
+    found: dict[int, None] = {}
+    for config in configs:
+        ids = getattr(config, name, None)
+        for token in ids if isinstance(ids, (list, tuple)) else (ids,):
+            if isinstance(token, int) and token >= 0:  # some say -1 for none
+                found[token] = None
+    return list(found)

@@ -147,7 +147,7 @@ def _save_configs(run: Run, exported: list[Path], settings: ExportSettings) -> l
                 len({(s.heads, s.key_size, s.value_size) for s in shapes}) == 1
             ):  # genai needs the same shape for all layers
                 heads, size = shapes[0].heads, shapes[0].key_size
-                known = genai_config(config.get_text_config(), len(shapes), heads, size, shared)
+                known = genai_config(config.get_text_config(), len(shapes), heads, size, shared, generation)
                 write_json(folder / GENAI, known)
         has_tokenizer = any(name.startswith("tokenizer") for name in names)
         written = []

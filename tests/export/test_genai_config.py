@@ -35,11 +35,33 @@ def test_sizes_are_those_of_the_graph_not_of_the_model() -> None:
         # Several ends: the first stands where one is wanted.
         ({"eos_token_id": [7, 8]}, 7, [7, 8], 7),
         ({"bos_token_id": 0, "eos_token_id": 5, "pad_token_id": 0}, 0, 5, 0),
+        ({"eos_token_id": []}, 0, 0, 0),
+        ({"eos_token_id": [7], "pad_token_id": -1}, 7, 7, 7),
     ],
 )
 def test_special_tokens(fields: dict[str, Any], bos: Any, eos: Any, pad: Any) -> None:
     found = genai_config(model(**fields), 1, 1, 8)["model"]
     assert (found["bos_token_id"], found["eos_token_id"], found["pad_token_id"]) == (bos, eos, pad)
+
+
+@pytest.mark.parametrize(
+    ("ends", "more", "union"),
+    [
+        (2, [2, 5], [2, 5]),  # a base model's end of text, and a chat model's end of turn
+        (2, 5, [2, 5]),
+        ([9, 2], [2, 5, 9], [9, 2, 5]),
+        (None, [5, 6], [5, 6]),
+        (2, None, 2),
+        (2, [], 2),
+        ([], [5], 5),
+        (2, 2, 2),
+    ],
+)
+def test_stop_tokens_are_those_of_both_configurations(ends: Any, more: Any, union: Any) -> None:
+    generation = SimpleNamespace(eos_token_id=more, pad_token_id=8, bos_token_id=None)
+    found = genai_config(model(eos_token_id=ends), 1, 1, 8, generation=generation)["model"]
+    first = union[0] if isinstance(union, list) else union
+    assert (found["eos_token_id"], found["pad_token_id"], found["bos_token_id"]) == (union, 8, first)
 
 
 @pytest.mark.parametrize("positions", [None, 0])
