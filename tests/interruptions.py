@@ -56,22 +56,24 @@ _CALLS = ("fsync", "pwrite", "copy_file_range")
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
-def kill_at_change(number: int, folder: Path, signum: int = signal.SIGKILL) -> None:
-    """From now on, this process gets a signal just before its change ``number`` (from 0) of anything in ``folder``."""
+def at_changes(folder: Path, told: Callable[[int], object]) -> None:
+    """From now on, this process calls ``told`` just before it changes anything in ``folder``, with a number from 0."""
     seen, root = 0, str(folder)
 
     def change() -> None:
         nonlocal seen
         seen += 1
-        if seen == number + 1:
-            os.kill(os.getpid(), signum)
+        told(seen - 1)
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
         if event == "open":
-            if isinstance(args[0], str) and args[0].startswith(root) and args[2] & _WRITES:
+            if isinstance(args[0], str) and _inside(args[0]) and args[2] & _WRITES:
                 change()
-        elif event in _CHANGES and any(root in str(a) for a in args):
+        elif event in _CHANGES and any(_inside(a) for a in args if isinstance(a, (str, Path))):
             change()
+
+    def _inside(path: str | Path) -> bool:
+        return str(Path.cwd() / path).startswith(root)
 
     def announced(call: Callable[..., Any]) -> Callable[..., Any]:
         def announce(*arguments: Any) -> Any:
@@ -95,7 +97,7 @@ def killed_at_change(number: int, folder: Path, work: Callable[[], object]) -> b
     child = os.fork()
     if not child:
         try:
-            kill_at_change(number, folder)
+            at_changes(folder, lambda change: change == number and os.kill(os.getpid(), signal.SIGKILL))
             work()
         except BaseException:
             traceback.print_exc()

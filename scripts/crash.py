@@ -1,0 +1,469 @@
+"""Kill nbl-export at any moment, run the same command again, and compare with what an undisturbed run leaves.
+
+    python scripts/crash.py --kills 240 --seed 0
+    python scripts/crash.py --kills 20 --only rewrite,in-place
+
+Every command is `python -m nbl_export …` in a process of its own on stories260K (from the shared test data). It ends by
+
+    time     SIGKILL at a random moment of its undisturbed duration
+    change   SIGKILL just before its n-th change of the folder (a rename, a write, an fsync …), n spread evenly
+    term     SIGTERM at a random moment, after which it must have cleaned up and said one sentence
+
+and a fifth of the second runs are killed as well. The last run must exit with 0 and leave the same files, byte for
+byte, apart from what differs between undisturbed runs: times, and what is measured by the clock. No process may be
+left.
+
+Processes are forked from one that has imported the libraries, which saves seconds for each; work that checkpoints
+once a minute does so at every step. Results are printed as a table; the folders of failures are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import mmap
+import os
+import pkgutil
+import random
+import select
+import shutil
+import signal
+import struct
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = Path(os.environ.get("NBL_EXPORT_SHARED", ROOT.parent / "shared")) / "data"
+os.environ |= {"HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
+sys.path.insert(0, str(ROOT))
+
+from nbl_export.files import TEMPORARY  # noqa: E402
+from tests.interruptions import at_changes  # noqa: E402
+
+KINDS = ("time", "change", "time", "change", "term")
+TWICE = 0.2  # of the second runs are killed too
+SECONDS = 300  # before a run counts as hanging
+# Always differ; that two undisturbed runs agree in a rounded time would be chance.
+_TIMES = {"seconds", "created", "made"}
+# Notes of a run that goes on from an earlier one.
+_RESUMED = ("goes on from", "done already", "was damaged", "kept from")
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A command that is killed, in the place that the scenario ``after`` leaves; ``needs`` are modules."""
+
+    name: str
+    after: str
+    command: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+    only_state: bool = False
+
+
+def scenarios(model: Path, text: Path, task: Path) -> list[Scenario]:
+    """Every stage, and the rewrite of a foreign graph. Paths are relative to the place."""
+    calibrated = ("--calibration", str(text), "--samples", "32", "--seq-len", "128", "--heldout-samples", "8")
+    quick = ("--contexts", "16", "--rounds", "3", "--decode-steps", "2")
+    foreign = ("rewrite", "--onnx", "source", "--plan", "plan/plan.json")
+    return [
+        Scenario("calibrate", "", ("calibrate", str(model), "-o", "out", *calibrated)),
+        Scenario("select", "calibrate", ("select", "out", "--k", "2")),
+        Scenario("repair", "calibrate", ("select", "out", "--k", "2", "--criterion", "cca", "--repair", "6")),
+        Scenario("export", "select", ("export", "out")),
+        Scenario("export genai", "select", ("export", "out", "--exporter", "genai"), ("onnxruntime_genai",)),
+        Scenario("rewrite", "export", ("rewrite", "out")),
+        Scenario("build", "rewrite", ("build", "out", "--trt", "rtx", "--sm", "86"), ("tensorrt_rtx",)),
+        Scenario("verify", "rewrite", ("verify", "out", *quick)),
+        Scenario("eval", "verify", ("eval", "out", "--tasks", str(task), "--limit", "40", "--no-retrieval")),
+        Scenario(
+            "bench", "verify", ("bench", "out", "--batches", "1,2", "--contexts", "16,32", "--rounds", "3")
+        ),
+        Scenario("report", "verify", ("report", "out")),
+        Scenario("run", "", (str(model), "--k", "2", "--criterion", "cca", "-o", "out", *calibrated, *quick)),
+        Scenario("foreign", "export", (), only_state=True),
+        Scenario("into a folder", "foreign", (*foreign, "-o", "new")),
+        Scenario("over an older one", "foreign", (*foreign, "-o", "older")),
+        Scenario("in place", "foreign", (*foreign, "--in-place")),
+    ]
+
+
+# processes ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ended:
+    code: int  # negative for a signal
+    seconds: float
+    changes: int
+    said: str
+
+
+@dataclass(frozen=True)
+class Kill:
+    """How a process is to end: by ``signum``, ``after`` seconds or just before the change number ``at``."""
+
+    signum: int = signal.SIGKILL
+    after: float | None = None
+    at: int | None = None
+
+
+def preload() -> None:
+    """Import what every command needs; nothing is computed, so that no thread is there to be lost by a fork."""
+    import nbl_export
+
+    for module in pkgutil.walk_packages(nbl_export.__path__, "nbl_export."):
+        # What draws binds the streams of the process that imports it.
+        if not module.name.startswith(("nbl_export.__main__", "nbl_export.cli.terminal")):
+            importlib.import_module(module.name)
+    for name in ("transformers.models.llama.modeling_llama", "torch.export", "torch.onnx", "onnxscript"):
+        importlib.import_module(name)
+
+
+def run(command: Sequence[str], place: Path, log: Path, kill: Kill | None = None) -> Ended:
+    """`nbl-export COMMAND` in ``place``, in a process and a process group of its own."""
+    counter = mmap.mmap(-1, 8)
+    start = time.monotonic()
+    child = os.fork()
+    if not child:
+        _work(command, place, log, kill, counter)
+    descriptor = os.pidfd_open(child)
+    try:
+        limit = SECONDS if kill is None or kill.after is None else kill.after
+        if not select.select([descriptor], [], [], limit)[0]:
+            os.kill(child, kill.signum if kill and kill.after is not None else signal.SIGKILL)
+            if not select.select([descriptor], [], [], SECONDS)[0]:
+                os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+    finally:
+        os.close(descriptor)
+    seconds = time.monotonic() - start
+    if _survivors(child):
+        os.killpg(child, signal.SIGKILL)
+        raise AssertionError("a process was left behind")
+    (changes,) = struct.unpack("q", counter[:])
+    return Ended(os.waitstatus_to_exitcode(status), seconds, changes, log.read_text(errors="replace"))
+
+
+def _survivors(group: int) -> bool:
+    """Whether a process of the group is still there after a moment; a killed one may take one to end."""
+    for _ in range(100):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def _work(command: Sequence[str], place: Path, log: Path, kill: Kill | None, counter: mmap.mmap) -> None:
+    try:
+        os.setsid()
+        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for number in (1, 2):
+            os.dup2(handle, number)
+        os.chdir(place)
+
+        def changed(number: int) -> None:
+            counter[:] = struct.pack("q", number + 1)
+            if kill is not None and kill.at == number:
+                os.kill(os.getpid(), kill.signum)
+
+        at_changes(place, changed)
+        from nbl_export.checkpoint import Checkpoint
+
+        Checkpoint.__init__.__defaults__ = (0.0,)  # type: ignore[attr-defined]
+        sys.argv = ["nbl-export", *command]
+        from nbl_export.cli import main
+
+        main()
+    except SystemExit as stop:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(stop.code if isinstance(stop.code, int) else 0)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+    os._exit(99)
+
+
+# comparing ---------------------------------------------------------------------------------------
+
+
+def leaves(value: Any, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every number, text … of a JSON value, with its place."""
+    if isinstance(value, dict):
+        yield at, sorted(value)
+        for key, inner in value.items():
+            yield from leaves(inner, (*at, str(key)))
+    elif isinstance(value, list):
+        if at and at[-1] == "notes":
+            value = [note for note in value if not any(words in str(note) for words in _RESUMED)]
+        yield at, len(value)
+        for number, inner in enumerate(value):
+            yield from leaves(inner, (*at, str(number)))
+    else:
+        yield at, value
+
+
+def contents(folder: Path) -> dict[tuple[str, ...], Any]:
+    """What is in a folder: each leaf of each JSON file, the bytes of all other files."""
+    found: dict[tuple[str, ...], Any] = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != ".lock"):
+        name = str(path.relative_to(folder))
+        found[(name,)] = "is there"
+        if path.suffix == ".json":
+            found |= {(name, *at): value for at, value in leaves(json.loads(path.read_text()))}
+        else:
+            found[name, "bytes"] = path.read_bytes()
+    return found
+
+
+def volatile(runs: Sequence[dict[tuple[str, ...], Any]]) -> set[tuple[str, ...]]:
+    """What differs between undisturbed runs, and times."""
+    first = runs[0]
+    differing = {
+        at for other in runs[1:] for at in first.keys() | other.keys() if first.get(at) != other.get(at)
+    }
+    return differing | {at for at in first if _TIMES & set(at)}
+
+
+def differences(
+    found: dict[tuple[str, ...], Any], expected: dict[tuple[str, ...], Any], ignored: set[tuple[str, ...]]
+) -> list[str]:
+    """Where ``found`` is not as ``expected``; what is ignored must be of the same kind still."""
+    wrong = []
+    for at in sorted(found.keys() | expected.keys()):
+        mine, theirs = found.get(at), expected.get(at)
+        if mine != theirs and not (at in ignored and (mine is None) <= (theirs is None or len(at) > 2)):
+            wrong.append(f"{' / '.join(at)}: {str(mine)[:60]!r}, undisturbed {str(theirs)[:60]!r}")
+    return wrong
+
+
+# trials ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Prepared:
+    """A scenario with what undisturbed runs of it leave and take."""
+
+    scenario: Scenario
+    before: Path
+    expected: dict[tuple[str, ...], Any]
+    ignored: set[tuple[str, ...]]
+    seconds: float
+    changes: int
+    kills: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("time", "change", "term"), 0))
+    failures: list[str] = field(default_factory=list)
+
+
+class Campaign:
+    """Trials in one folder; a command always sees the same paths."""
+
+    def __init__(self, work: Path, rng: random.Random, say: Callable[[str], None] = print) -> None:
+        self.work, self.rng, self.say = work, rng, say
+        self.place, self.log = work / "place", work / "log.txt"
+        self.states: dict[str, Path] = {"": work / "states" / "empty"}
+        self.states[""].mkdir(parents=True)
+
+    def reset(self, state: Path) -> None:
+        shutil.rmtree(self.place, ignore_errors=True)
+        shutil.copytree(state, self.place, symlinks=True)
+
+    def prepare(self, scenario: Scenario, undisturbed: int = 3) -> Prepared:
+        """Run the scenario undisturbed; what it leaves is kept for those after it."""
+        before = self.states[scenario.after]
+        runs, ended = [], []
+        for _ in range(undisturbed):
+            self.reset(before)
+            ended.append(run(scenario.command, self.place, self.log))
+            if ended[-1].code:
+                raise SystemExit(f"{scenario.name} fails undisturbed: {ended[-1].said[-2000:]}")
+            runs.append(contents(self.place))
+        self.keep(scenario.name)
+        seconds, changes = max(e.seconds for e in ended), min(e.changes for e in ended)
+        return Prepared(scenario, before, runs[0], volatile(runs), seconds, changes)
+
+    def keep(self, name: str) -> None:
+        self.states[name] = self.work / "states" / name
+        shutil.copytree(self.place, self.states[name], symlinks=True)
+
+    def foreign(self, scenario: Scenario) -> None:
+        """The baseline of ``out`` as somebody else's graph, a plan, and a folder with an older result."""
+        self.reset(self.states[scenario.after])
+        (self.place / "out" / "baseline").rename(self.place / "source")
+        (self.place / "plan").mkdir()
+        for name in ("plan.json", "plan.safetensors"):
+            (self.place / "out" / "nbl" / name).rename(self.place / "plan" / name)
+        shutil.rmtree(self.place / "out")
+        other = self.states["repair"] / "out" / "nbl" / "plan.json"
+        command = ("rewrite", "--onnx", "source", "--plan", str(other), "-o", "older")
+        if (ended := run(command, self.place, self.log)).code:
+            raise SystemExit(f"The older result cannot be made: {ended.said[-2000:]}")
+        self.keep(scenario.name)
+
+    def kill(self, prepared: Prepared, kind: str, part: float) -> Kill:
+        if kind == "change":
+            return Kill(at=int(part * prepared.changes))
+        after = self.rng.uniform(0.0, prepared.seconds)
+        return Kill(signal.SIGTERM if kind == "term" else signal.SIGKILL, after)
+
+    def trial(self, prepared: Prepared, kind: str, part: float) -> bool:
+        """One kill and what comes of it; False if the process had ended before."""
+        scenario, kill = prepared.scenario, self.kill(prepared, kind, part)
+        self.reset(prepared.before)
+        wrong: list[str] = []
+        again = 0
+        try:
+            ended = run(scenario.command, self.place, self.log, kill)
+            if ended.code == 0:
+                return False
+            prepared.kills[kind] += 1
+            wrong += self._after_kill(kill, ended)
+            if self.rng.random() < TWICE:
+                again = 1
+                run(scenario.command, self.place, self.log, Kill(after=self.rng.uniform(0, prepared.seconds)))
+            ended = run(scenario.command, self.place, self.log)
+            if ended.code:
+                wrong.append(f"the same command exits with {ended.code}: {ended.said.strip()[-400:]}")
+            else:
+                wrong += differences(contents(self.place), prepared.expected, prepared.ignored)
+        except (AssertionError, OSError, ValueError) as error:
+            wrong.append(f"{type(error).__name__}: {error}")
+        if wrong:
+            number = (
+                sum(1 for _ in (self.work / "failed").glob("*")) if (self.work / "failed").exists() else 0
+            )
+            kept = self.work / "failed" / str(number)
+            shutil.copytree(self.place, kept, symlinks=True)
+            shutil.copyfile(self.log, kept / "log.txt")
+            text = (
+                f"{scenario.name}, {kind} {kill}{', killed twice' if again else ''}: {'; '.join(wrong[:4])}"
+            )
+            prepared.failures.append(text)
+            self.say(f"FAILED {text} (kept in {kept})")
+        return True
+
+    def _after_kill(self, kill: Kill, ended: Ended) -> list[str]:
+        if kill.signum == signal.SIGKILL:
+            return [] if ended.code == -signal.SIGKILL else [f"ended with {ended.code}: {ended.said[-400:]}"]
+        wrong = []
+        # Before our handler is there, a process ends by the signal itself.
+        if ended.code not in (128 + kill.signum, -kill.signum):
+            wrong.append(f"ended with {ended.code}: {ended.said[-400:]}")
+        if (ended.code > 0 and ended.said.count("error: Interrupted") != 1) or "Traceback" in ended.said:
+            wrong.append(f"said {ended.said[-400:]!r}")
+        if ended.code > 0 and (left := [p for p in self.place.rglob("*") if p.name.endswith(TEMPORARY)]):
+            wrong.append(f"left {left[0].relative_to(self.place)}")
+        return wrong
+
+
+def campaign(
+    work: Path, kills: int, seed: int, only: Sequence[str], say: Callable[[str], None] = print
+) -> list[Prepared]:
+    """Spread ``kills`` over the scenarios, all or those that are named."""
+    model, text, task = inputs(work)
+    trials = Campaign(work, random.Random(seed), say)
+    every = [s for s in scenarios(model, text, task) if all(importlib.util.find_spec(n) for n in s.needs)]
+    wanted = [s for s in every if not s.only_state and (not only or s.name in only)]
+    if unknown := set(only) - {s.name for s in wanted}:
+        raise SystemExit(
+            f"No such scenario: {', '.join(sorted(unknown))}; there are {', '.join(s.name for s in every)}."
+        )
+    needed = _with_earlier(wanted, every)
+    prepared = []
+    for scenario in (s for s in every if s.name in needed):
+        if scenario.only_state:
+            trials.foreign(scenario)
+            continue
+        made = trials.prepare(scenario, 3 if scenario in wanted else 1)
+        say(f"{scenario.name}: {made.seconds:.1f} s and {made.changes} changes undisturbed")
+        if scenario in wanted:
+            prepared.append(made)
+    for number, one in enumerate(prepared):
+        share = kills // len(prepared) + (number < kills % len(prepared))
+        done = tries = 0
+        while done < share and tries < 4 * share:
+            kind = KINDS[(done + number) % len(KINDS)]
+            done += trials.trial(one, kind, (done + trials.rng.random()) / share)
+            tries += 1
+        say(f"{one.scenario.name}: {sum(one.kills.values())} kills, {len(one.failures)} failures")
+    return prepared
+
+
+def _with_earlier(wanted: Sequence[Scenario], every: Sequence[Scenario]) -> set[str]:
+    by_name, needed = {s.name: s for s in every}, set[str]()
+    open_ = [s.name for s in wanted]
+    while open_:
+        name = open_.pop()
+        needed.add(name)
+        open_ += [by_name[name].after] if by_name[name].after else []
+        open_ += ["repair"] if name == "foreign" else []
+    return needed
+
+
+def inputs(work: Path) -> tuple[Path, Path, Path]:
+    """The model as a folder, its text, and a task; the model is made in another process, which computes."""
+    child = os.fork()
+    if not child:
+        from tests.stories import build
+
+        try:
+            build(SHARED / "models" / "stories260K", work / "stories260K")
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        raise SystemExit(f"stories260K cannot be made from {SHARED}.")
+    task = work / "task.jsonl"
+    rows = (
+        {"context": f"Once upon a time number {i}", "choices": [" the end", " a cat"], "answer": 0}
+        for i in range(80)
+    )
+    task.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return work / "stories260K", SHARED / "text" / "tinystories_exllamav2.jsonl.gz", task
+
+
+def table(prepared: Sequence[Prepared], seconds: float) -> str:
+    lines = [
+        "| scenario | undisturbed, s | changes | time | change | term | failures |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for one in prepared:
+        kills = " | ".join(str(n) for n in one.kills.values())
+        lines.append(
+            f"| {one.scenario.name} | {one.seconds:.1f} | {one.changes} | {kills} | {len(one.failures)} |"
+        )
+    total, failed = sum(sum(p.kills.values()) for p in prepared), sum(len(p.failures) for p in prepared)
+    return "\n".join([*lines, "", f"{total} kills, {failed} failures, {seconds / 60:.1f} minutes"])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--kills", type=int, default=240)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="names of scenarios, separated by commas")
+    parser.add_argument("--work", type=Path, help="folder to work in; a temporary one by default")
+    asked = parser.parse_args()
+    work = Path(asked.work or tempfile.mkdtemp(prefix="nbl-crash.")).resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    preload()
+    done = campaign(work, asked.kills, asked.seed, [n for n in asked.only.split(",") if n])
+    print(table(done, time.monotonic() - start), flush=True)
+    failed = any(p.failures for p in done)
+    if not failed and asked.work is None:
+        shutil.rmtree(work)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
