@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -263,6 +264,25 @@ def user_path(text: str, what: str) -> Path:
     except UnicodeEncodeError:
         raise InputError(f"{what} {text} lies at a path that is not UTF-8 text: rename it.") from None
     return path
+
+
+def sweep(folder: Path) -> None:
+    """Delete what a killed process has left unfinished in ``folder``; whoever calls it holds the folder's lock."""
+    for leftover in folder.glob(f".*{TEMPORARY}"):
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def overlap(one: Path, other: Path) -> str | None:
+    """How the folder ``one`` and the file or folder ``other`` share files: it "is", "holds" or "lies in" the other."""
+    here, there = one.resolve(), other.resolve()
+    if here == there:
+        return "is"
+    if there.is_relative_to(here):
+        return "holds"
+    return "lies in" if here.is_relative_to(there) else None
 
 
 def stays_in(folder: Path, target: Path) -> bool:

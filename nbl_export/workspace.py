@@ -11,7 +11,6 @@ in it are no links, and nothing in it makes code run.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import InputError, os_error_in_words
-from nbl_export.files import TEMPORARY, atomic_path, locked, member, read_json, sha256_of_file, write_json
+from nbl_export.files import atomic_path, locked, member, read_json, sha256_of_file, sweep, write_json
 from nbl_export.records import from_json
 from nbl_export.stage_record import MODEL, SIDECARS, STAGES, StageRecord, key_of, stale
 
@@ -204,7 +203,8 @@ class Workspace:
         busy = f"Another nbl-export is running in {self.root}: wait for it or choose another --output."
         with locked(self.nbl / ".lock", busy) as handle:
             self._lock = handle
-            self._remove_leftovers()
+            for folder in self.folders:
+                sweep(folder)
             # Another process may have finished stages between opening the folder and taking the lock.
             if self.state_path.exists():
                 self._state = self._read_state()
@@ -226,15 +226,6 @@ class Workspace:
                 f"{self.root} was moved or deleted while it was worked in: run the same command again, on the folder "
                 "where it is now."
             )
-
-    def _remove_leftovers(self) -> None:
-        # A killed process cannot clean up. Under the lock no other process uses these files.
-        for folder in self.folders:
-            for leftover in folder.glob(f".*{TEMPORARY}"):
-                if leftover.is_dir() and not leftover.is_symlink():
-                    shutil.rmtree(leftover, ignore_errors=True)
-                else:
-                    leftover.unlink(missing_ok=True)
 
     # state -----------------------------------------------------------------------------------
     def _read_state(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from nbl_export.files import (
     locked,
     member,
     open_data,
+    overlap,
     parse_json,
     read_bytes,
     read_json,
@@ -284,3 +285,13 @@ def test_a_sealed_file_is_read_only_as_it_was_written(tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text("[]")
     with pytest.raises(InputError, match="was changed after it was written"):
         read_sealed(tmp_path / "list.json", "The thing", "do that")
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "how"),
+    [("a", "a", "is"), ("a", "a/b", "holds"), ("a/b", "a", "lies in"), ("a", "b", None), ("a", "ab", None)],
+)
+def test_how_two_folders_share_files(tmp_path: Path, one: str, other: str, how: str | None) -> None:
+    assert overlap(tmp_path / one, tmp_path / other) == how
+    (tmp_path / "link").symlink_to(tmp_path)
+    assert overlap(tmp_path / "link" / one, tmp_path / other) == how

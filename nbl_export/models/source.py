@@ -20,6 +20,7 @@ from nbl_export.errors import InputError
 from nbl_export.files import (
     JSON_LIMIT,
     member,
+    overlap,
     parse_json,
     read_bytes,
     sha256_of_file,
@@ -114,19 +115,8 @@ def find_model(source: str, trust_remote_code: bool = False) -> ModelSource:
 
 def check_apart(source: ModelSource, out: Path) -> None:
     """Refuse an output folder that is, holds, or lies in the model: their files would replace each other."""
-    folder, place = user_path(str(out), "--output").resolve(), Path(source.path).resolve()
-    if source.gguf_file:
-        clash = "holds" if (place / source.gguf_file).is_relative_to(folder) else None
-    else:
-        clash = (
-            "is"
-            if folder == place
-            else "holds"
-            if place.is_relative_to(folder)
-            else "lies in"
-            if folder.is_relative_to(place)
-            else None
-        )
+    place = Path(source.path)
+    clash = overlap(user_path(str(out), "--output"), place / source.gguf_file if source.gguf_file else place)
     if clash:
         raise InputError(
             f"The output folder {out} {clash} the model {source.source}, whose files it would change: choose another "

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import InputError
-from nbl_export.files import TEMPORARY, locked, member, read_json, stays_in, sync, write_json
+from nbl_export.files import TEMPORARY, locked, member, overlap, read_json, sweep, sync, write_json
 from nbl_export.records import from_json, to_json
 from nbl_export.rewrite.summary import ForeignSummary
 from nbl_export.workspace import is_workspace
@@ -137,8 +137,8 @@ def opened(root: Path) -> Iterator[Folder]:
         with locked(_lock(root), f"Another nbl-export is writing to {root}: wait for it, then start again."):
             try:
                 _check_no_workspace(root)
-                _sweep(root)
-                _sweep(nbl)
+                sweep(root)
+                sweep(nbl)
                 yield Folder(root)
             finally:
                 _lock(root).unlink(missing_ok=True)
@@ -151,12 +151,12 @@ def opened(root: Path) -> Iterator[Folder]:
 
 def check_apart(out: Path, source: Path) -> None:
     """Raise :class:`InputError` if the folder ``out`` is the folder ``source``, or one is inside the other."""
-    here, there = out.resolve(), source.resolve()
-    if here == there:
+    shared = overlap(out, source)
+    if shared == "is":
         raise InputError(
             f"{out} is the folder of the graph itself: choose another --output, or use --in-place."
         )
-    if stays_in(there, here) or here in there.parents:
+    if shared:
         raise InputError(f"{out} and the folder of the graph are inside each other: choose another --output.")
 
 
@@ -181,12 +181,3 @@ def _files(root: Path) -> Iterator[Path]:
         yield from (here / name for name in sorted(names))
         # os.walk lists a link to a folder as a folder and does not enter it.
         yield from (here / name for name in sorted(folders) if (here / name).is_symlink())
-
-
-def _sweep(folder: Path) -> None:
-    # Under the lock no other process uses these.
-    for leftover in folder.glob(f".*{TEMPORARY}"):
-        if leftover.is_dir() and not leftover.is_symlink():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.unlink(missing_ok=True)

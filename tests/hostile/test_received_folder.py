@@ -267,7 +267,7 @@ def test_the_output_folder_is_apart_from_the_model(
 def test_the_output_folder_may_lie_beside_a_gguf_file_but_not_hold_it(tmp_path: Path) -> None:
     from nbl_export.models.source import check_apart
 
-    (tmp_path / "m.gguf").write_bytes(b"GGUF" + bytes(64))
+    (tmp_path / "m.gguf").write_bytes(b"GGUF\3\0\0\0" + bytes(16))  # version 3, nothing in it
     source = find_model(str(tmp_path / "m.gguf"))
     check_apart(source, tmp_path / "out")
     with pytest.raises(InputError, match="holds the model"):
