@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from nbl_export.errors import InputError
-from nbl_export.files import atomic_path
+from nbl_export.files import atomic_path, open_data, parse_json
 
 _KEY = "nbl_export"
 _FORMAT = "format"
@@ -74,6 +74,7 @@ def open_tensors(path: Path, fmt: str, remedy: str) -> tuple[StoredTensors, dict
     from safetensors import SafetensorError, safe_open
 
     try:
+        open_data(path).close()  # a FIFO would hang the library
         with safe_open(path, framework="numpy") as file:
             metadata = _metadata(file)
             tensors = StoredTensors(path, sorted(file.keys()))
@@ -82,7 +83,8 @@ def open_tensors(path: Path, fmt: str, remedy: str) -> tuple[StoredTensors, dict
             raise InputError(f"{path} is of another format ({found}, expected {fmt}): {remedy}.")
         if metadata.pop(_DIGEST, None) != _digest(tensors, metadata):
             raise InputError(f"{path} was changed after it was written: {remedy}.")
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:
+        # Beside its own error the library raises NumPy's, of a dtype that NumPy does not have.
         raise InputError(f"{path} cannot be read ({error}): {remedy}.") from None
     return tensors, metadata
 
@@ -104,10 +106,11 @@ def load_as(kind: type[_T], path: Path, fmt: str, remedy: str) -> _T:
 
 def _metadata(file: Any) -> dict[str, str]:
     try:
-        metadata = json.loads((file.metadata() or {}).get(_KEY, "{}"))
+        metadata = parse_json((file.metadata() or {}).get(_KEY, "{}"))
     except ValueError:
         return {}
-    return metadata if isinstance(metadata, dict) else {}
+    texts = isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
+    return metadata if texts else {}
 
 
 def _digest(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
@@ -124,6 +127,7 @@ def format_of(path: Path) -> str:
     from safetensors import SafetensorError, safe_open
 
     try:
+        open_data(path).close()
         with safe_open(path, framework="numpy") as file:
             return _metadata(file).get(_FORMAT, "")
     except (SafetensorError, OSError) as error:

@@ -46,3 +46,30 @@ def real_positions(inputs: Inputs, length: int) -> NDArray[np.bool_]:
     if MASK in inputs:
         return inputs[MASK].astype(bool)
     return np.ones((len(next(iter(inputs.values()))), length), dtype=bool)
+
+
+def check_batch(inputs: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` unless these are rows of ids with their mask, or images."""
+    if TOKENS not in inputs:
+        arrays = list(inputs.values())
+        if any(
+            a.ndim != 4 or a.dtype != np.float32 or not a.size or not np.isfinite(a).all() for a in arrays
+        ):
+            raise ValueError("the images of its batch")
+        return
+    shape = inputs[TOKENS].shape
+    fits = len(shape) == 2 and all(a.shape == shape and a.dtype == np.int64 for a in inputs.values())
+    mask = inputs.get(MASK)
+    if not fits or not inputs[TOKENS].size or int(inputs[TOKENS].min()) < 0:
+        raise ValueError("the tokens of its batch")
+    if mask is not None and not (np.isin(mask, (0, 1)).all() and mask.any(axis=1).all()):
+        raise ValueError("the mask of its batch")
+
+
+def check_activations(inputs: Mapping[str, Any], arrays: Mapping[int, Any]) -> None:
+    """Raise ``ValueError`` unless ``arrays`` are [tokens, d] float32, one row for each token of the batch."""
+    tokens = int(inputs[MASK].sum()) if MASK in inputs else inputs[TOKENS].size if TOKENS in inputs else None
+    widths = {a.shape[1] if a.ndim == 2 and a.dtype == np.float32 else 0 for a in arrays.values()}
+    rows = {a.shape[0] for a in arrays.values() if a.ndim}
+    if 0 in widths or len(widths) > 1 or len(rows) > 1 or (tokens is not None and rows - {tokens}):
+        raise ValueError("the shapes of its activations")

@@ -117,4 +117,8 @@ def save_images(path: Path, images: CalibrationImages) -> None:
 
 def load_images(path: Path) -> CalibrationImages:
     """Read what :func:`save_images` wrote; raises :class:`InputError` for anything else."""
-    return load_as(CalibrationImages, path, FORMAT, CALIBRATE_AGAIN)
+    images = load_as(CalibrationImages, path, FORMAT, CALIBRATE_AGAIN)
+    both = (images.calibration, images.heldout)
+    if any(a.ndim != 4 or a.dtype != np.float32 or not a.size or not np.isfinite(a).all() for a in both):
+        raise InputError(f"{path} is damaged (its arrays are not images): {CALIBRATE_AGAIN}.")
+    return images

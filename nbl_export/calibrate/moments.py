@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import F64
 from nbl_export.errors import InputError
+from nbl_export.files import parse_json
 from nbl_export.tensorfile import load_tensors, save_tensors
 
 if TYPE_CHECKING:
@@ -144,13 +145,26 @@ def load_moments(path: Path) -> tuple[Moments, dict[str, Any]]:
     tensors, header = load_tensors(path, FORMAT, CALIBRATE_AGAIN)
     try:
         indices = sorted({int(key.split(".")[0]) for key in tensors})
-        layers = {
-            i: LayerMoments(n=int(tensors[f"{i}.n"][0]), **{a: tensors[f"{i}.{a}"] for a in ARRAYS})
-            for i in indices
-        }
-        return Moments(layers), json.loads(header["nbl"])
-    except (ValueError, KeyError) as error:
+        layers = {i: _layer(i, tensors) for i in indices}
+        metadata = parse_json(header["nbl"])
+        if not indices or not isinstance(metadata, dict) or not isinstance(metadata.get("model"), str):
+            raise ValueError("no layers, or not of a model")
+        return Moments(layers), metadata
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged ({error}): {CALIBRATE_AGAIN}.") from None
+
+
+def _layer(index: int, tensors: Mapping[str, Any]) -> LayerMoments:
+    """One layer's moments, of the shapes and dtypes that they are written with."""
+    count = tensors[f"{index}.n"]
+    arrays = {name: tensors[f"{index}.{name}"] for name in ARRAYS}
+    d = len(arrays["x"]) if arrays["x"].ndim == 1 else 0
+    fits = all(a.shape == ((d,) if len(name) == 1 else (d, d)) for name, a in arrays.items())
+    if count.shape != (1,) or count.dtype != np.int64 or count[0] < 1 or not d or not fits:
+        raise ValueError(f"the shapes of layer {index}")
+    if any(a.dtype != np.float64 or not np.isfinite(a).all() for a in arrays.values()):
+        raise ValueError(f"the numbers of layer {index}")
+    return LayerMoments(n=int(count[0]), **arrays)
 
 
 def digest_of_tokens(tokens: NDArray[Any]) -> str:

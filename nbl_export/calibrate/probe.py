@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from nbl_export.batch.arrays import F32, I64
 from nbl_export.batch.names import MASK, PIXELS, POSITIONS, TOKEN_TYPES, TOKENS
 from nbl_export.batch.padding import left_padded
-from nbl_export.batch.rows import Inputs, real_positions
+from nbl_export.batch.rows import Inputs, check_activations, check_batch, real_positions
 from nbl_export.calibrate.moments import CALIBRATE_AGAIN
 from nbl_export.errors import InputError
 from nbl_export.models.forward import run_uncached
@@ -109,6 +109,12 @@ def load_probe(path: Path) -> Probe:
             activations[name][int(index)] = tensors.pop(key)
         if set(tensors) not in _KNOWN:
             raise KeyError(TOKENS)
+        check_batch(tensors)
+        layers = [activations[name].keys() for name in activations]
+        if not layers[0] or any(keys != layers[0] for keys in layers):
+            raise ValueError("the layers of its activations")
+        for arrays in activations.values():
+            check_activations(tensors, arrays)
         return Probe(tensors, **activations)
     except (TypeError, ValueError, KeyError) as error:
         raise InputError(f"{path} is damaged ({error}): {CALIBRATE_AGAIN}.") from None

@@ -187,4 +187,13 @@ def save_text(path: Path, text: CalibrationText) -> None:
 
 def load_text(path: Path) -> CalibrationText:
     """Read what :func:`save_text` wrote; raises :class:`InputError` for anything else."""
-    return load_as(CalibrationText, path, FORMAT, CALIBRATE_AGAIN)
+    text = load_as(CalibrationText, path, FORMAT, CALIBRATE_AGAIN)
+    rows = (text.calibration, text.selection, text.selection_document, text.heldout, text.heldout_document)
+    fits = all(r.ndim == 2 and r.shape[1] for r in rows) and text.start.ndim == 1 and len(text.calibration)
+    same = text.selection.shape == rows[2].shape and text.heldout.shape == rows[4].shape
+    tokens = (text.calibration, text.selection, text.heldout, text.start)
+    if not (fits and same and all(a.dtype == np.int32 for a in (*rows, text.start))):
+        raise InputError(f"{path} is damaged (its arrays are not rows of tokens): {CALIBRATE_AGAIN}.")
+    if any(int(a.min(initial=0)) < 0 for a in tokens):
+        raise InputError(f"{path} is damaged (a token is negative): {CALIBRATE_AGAIN}.")
+    return text

@@ -9,19 +9,21 @@ by the softmax: keys are multiplied before it, values after it.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import onnx_ir as ir
 
 from nbl_export.batch.names import MASK, SIDES, TOKENS, WRITE_INDICES
 from nbl_export.errors import BuildError, InputError
+from nbl_export.files import parse_json
 from nbl_export.graph.operators import PRODUCTS, VIEWS, fused_op, readers, weight_shape
 from nbl_export.graph.tensors import int64_initializer
+from nbl_export.records import from_json
 
+T = TypeVar("T")
 _PAST = re.compile(r"^past_key_values\.(\d{1,6})\.(key|value)$")
 _PRESENT = re.compile(r"^present\.(\d{1,6})\.(key|value)$")
 KV_LAYERS_KEY = "nbl_export.kv_layers"  # metadata: the model's layer index of each KV pair
@@ -36,19 +38,29 @@ def is_static(model: ir.Model) -> bool:
 
 def kv_layers(model: ir.Model) -> tuple[int, ...]:
     """The model's layer index of each KV pair: from the metadata, or the pair's own index without metadata."""
-    known = model.metadata_props.get(KV_LAYERS_KEY)
-    return metadata_list(model, KV_LAYERS_KEY) if known else tuple(pair.index for pair in kv_pairs(model))
+    pairs = kv_pairs(model)
+    if KV_LAYERS_KEY not in model.metadata_props:
+        return tuple(pair.index for pair in pairs)
+    layers = metadata_list(model, KV_LAYERS_KEY, int)
+    if len(set(layers)) < len(layers) or min(layers, default=0) < 0 or len(layers) != len(pairs):
+        raise InputError(_not_ours(KV_LAYERS_KEY))
+    return layers
 
 
-def metadata_list(model: ir.Model, key: str) -> tuple[Any, ...]:
-    """A list that nbl-export wrote into the metadata; empty if there is none."""
+def metadata_list(model: ir.Model, key: str, kind: type[T]) -> tuple[T, ...]:
+    """A list of ``kind`` that nbl-export wrote into the metadata; empty if there is none.
+
+    Raises :class:`InputError` for anything else under that key.
+    """
     try:
-        found = json.loads(model.metadata_props.get(key, "[]"))
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, list):
-        raise InputError(f"The graph's metadata {key} was not written by nbl-export: remove that entry.")
-    return tuple(found)
+        found = parse_json(model.metadata_props.get(key, "[]"))
+        return tuple(from_json(tuple[kind, ...], found, key, "remove it"))  # type: ignore[valid-type]
+    except (ValueError, InputError):
+        raise InputError(_not_ours(key)) from None
+
+
+def _not_ours(key: str) -> str:
+    return f"The graph's metadata {key} was not written by nbl-export: remove that entry."
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,16 @@ class Float32Node:
     node: str
     op: str
     reason: str
+
+
+@dataclass(frozen=True)
+class DescribedLayer:
+    """What the metadata of a rewritten graph says of a layer: the names of its u and y."""
+
+    layer: int
+    kind: Literal["linear", "attention"]
+    input: str
+    output: str
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import F32
+from nbl_export.batch.rows import check_activations, check_batch
 from nbl_export.errors import InputError
 from nbl_export.files import read_json, sha256_of_file, sha256_of_json, write_json
 from nbl_export.linearize.adapters import Adapter
+from nbl_export.records import from_json
 from nbl_export.settings.choices import FitInput
 from nbl_export.tensorfile import open_tensors, save_tensors
 
@@ -166,9 +168,11 @@ def load_plan(path: Path) -> Plan:
     header = read_json(path, "The plan", _REMEDY)
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise InputError(f"{path} is not a plan of nbl-export: {_REMEDY}.")
+    digest = header.pop("sha256", None)
+    said = from_json(_Header, header, str(path), _REMEDY)
     if not weights.is_file():
         raise InputError(f"The plan's tensors are missing ({weights}): {_REMEDY}.")
-    if sha256_of_file(weights) != header.get("weights_sha256"):
+    if sha256_of_file(weights) != said.weights_sha256:
         raise InputError(f"{weights} is truncated or edited: it does not match {path.name}: {_REMEDY}.")
     try:
         stored, _ = open_tensors(weights, FORMAT, _REMEDY)
@@ -177,40 +181,73 @@ def load_plan(path: Path) -> Plan:
             group, _, rest = key.partition(".")
             if group not in ("layers", "adapters"):
                 groups[group][rest] = stored[key]
+        check_batch(groups["probe"])
+        probe_u, probe_y = ({int(i): v for i, v in groups[g].items()} for g in ("probe_u", "probe_y"))
+        if probe_u.keys() != probe_y.keys():
+            raise ValueError("the layers of its probe")
+        for arrays in (probe_u, probe_y):
+            check_activations(groups["probe"], arrays)
         plan = Plan(
-            model=header["model"],
-            hidden_size=header["hidden_size"],
-            layer_count=header["layer_count"],
-            fit_input=header["fit_input"],
-            criterion=header["criterion"],
-            ridge=header["ridge"],
-            calibration_tokens=header["calibration_tokens"],
-            layers=_StoredLayers(stored, [int(i) for i in header["layers"]], header.get("rank")),
+            model=said.model,
+            hidden_size=said.hidden_size,
+            layer_count=said.layer_count,
+            fit_input=said.fit_input,
+            criterion=said.criterion,
+            ridge=said.ridge,
+            calibration_tokens=said.calibration_tokens,
+            layers=_StoredLayers(stored, said.layers, said.rank),
             probe=groups["probe"],
-            probe_u={int(i): v for i, v in groups["probe_u"].items()},
-            probe_y={int(i): v for i, v in groups["probe_y"].items()},
-            fit=header.get("fit", "lmmse"),
-            repair=header.get("repair", 0),
-            rank=header.get("rank"),
+            probe_u=probe_u,
+            probe_y=probe_y,
+            fit=said.fit,
+            repair=said.repair,
+            rank=said.rank,
             adapters={
-                name: Adapter(stored[f"adapters.{name}.up"], stored[f"adapters.{name}.down"], tuple(digests))
-                for name, digests in header.get("adapters", {}).items()
+                name: Adapter(stored[f"adapters.{name}.up"], stored[f"adapters.{name}.down"], digests)
+                for name, digests in said.adapters.items()
             },
         )
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} is damaged ({type(error).__name__}: {error}): {_REMEDY}.") from None
     _check(path, plan)
-    if header.pop("sha256", None) != sha256_of_json(header):
+    if digest != sha256_of_json(header):
         raise InputError(f"{path} was edited by hand: {_REMEDY}.")
     return plan
 
 
+@dataclass(frozen=True)
+class _Header:
+    """``plan.json``, without its own digest; a field with a default was added later."""
+
+    format: str
+    model: str
+    hidden_size: int
+    layer_count: int
+    layers: tuple[int, ...]
+    fit_input: FitInput
+    criterion: str
+    ridge: float | None
+    calibration_tokens: int
+    weights_sha256: str
+    weights: str = ""
+    fit: str = "lmmse"
+    repair: int = 0
+    rank: int | None = None
+    adapters: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
 def _check(path: Path, plan: Plan) -> None:
     d = plan.hidden_size
-    if not (isinstance(d, int) and isinstance(plan.layer_count, int)):
+    if len(set(plan.chosen)) < len(plan.chosen):
+        raise InputError(f"{path} is damaged (a layer is named twice): {_REMEDY}.")
+    if odd := set(plan.chosen) - set(plan.candidates):
         raise InputError(
-            f"{path} is damaged (hidden_size {d!r}, layer_count {plan.layer_count!r}): {_REMEDY}."
+            f"{path}: layer {min(odd)} is not in the plan's probe of all attention layers: {_REMEDY}."
         )
+    if not all(0 <= i < plan.layer_count for i in plan.candidates):
+        raise InputError(f"{path} is damaged (layer_count {plan.layer_count}): {_REMEDY}.")
+    if any(arrays.shape[1] != d for arrays in (*plan.probe_u.values(), *plan.probe_y.values())):
+        raise InputError(f"{path} is damaged (hidden_size {d}): {_REMEDY}.")
     for index, layer in plan.layers.items():
         if layer.w.shape != (d, d) or layer.b.shape != (d,) or not 0 <= index < plan.layer_count:
             raise InputError(

@@ -35,7 +35,7 @@ from nbl_export.graph.cache import KV_LAYERS_KEY, kv_pairs, metadata_list, remov
 from nbl_export.graph.io import load_graph, save_graph, summarize
 from nbl_export.graph.precision import graph_precision
 from nbl_export.graph.regions import AttentionRegion, Output, Refusal, find_regions
-from nbl_export.graph.summary import GraphSummary
+from nbl_export.graph.summary import DescribedLayer, GraphSummary
 from nbl_export.graph.types import infer_types
 from nbl_export.graph.weights import weight_bits
 from nbl_export.linearize.plan import LinearLayer, Plan, linear_name
@@ -108,8 +108,7 @@ def rewrite_summary(result: RewriteResult, plan: Plan) -> RewriteSummary:
 
 def linearized_layers(model: ir.Model) -> tuple[int, ...]:
     """The linearized layers, from the graph's metadata; empty for a graph that was not rewritten."""
-    described = metadata_list(model, LAYERS_KEY)
-    return tuple(row["layer"] for row in described if isinstance(row, dict) and row.get("kind") == "linear")
+    return tuple(r.layer for r in metadata_list(model, LAYERS_KEY, DescribedLayer) if r.kind == "linear")
 
 
 def _planned(

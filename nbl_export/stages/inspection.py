@@ -78,14 +78,13 @@ def _regions(model: ir.Model) -> Table:
     """The attention layers of a graph, and those that were linearized."""
     from nbl_export.graph.cache import kv_layers, kv_pairs, metadata_list
     from nbl_export.graph.regions import AttentionRegion, find_regions
+    from nbl_export.graph.summary import DescribedLayer
     from nbl_export.graph.weights import weight_format
     from nbl_export.rewrite.replace import LAYERS_KEY
 
-    described = metadata_list(model, LAYERS_KEY)
+    described = metadata_list(model, LAYERS_KEY, DescribedLayer)
     rows = {
-        r["layer"]: (str(r["layer"]), "linear", "", "none", "done already")
-        for r in described
-        if r["kind"] == "linear"
+        r.layer: (str(r.layer), "linear", "", "none", "done already") for r in described if r.kind == "linear"
     }
     pairs = {pair.index: pair for pair in kv_pairs(model)}
     found = find_regions(model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nbl_export.batch.rows import real_positions
+from nbl_export.errors import InputError
+from nbl_export.graph.cache import metadata_list
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.precision import graph_precision
+from nbl_export.graph.summary import DescribedLayer
 from nbl_export.linearize.plan import Plan
 from nbl_export.linearize.swap import linearized
 from nbl_export.models.forward import run_uncached
@@ -68,13 +70,15 @@ def first_divergence(model: torch.nn.Module, plan: Plan, path: Path) -> Divergen
         run_uncached(model, plan.probe)
     graph = load_graph(path)
     tolerance = PROOF_TOLERANCE[graph_precision(graph).name]
-    rows = json.loads(graph.metadata_props[LAYERS_KEY])
-    found = intermediate_tensors(
-        path, [row[where] for row in rows for where in ("input", "output")], plan.probe
-    )
+    rows = metadata_list(graph, LAYERS_KEY, DescribedLayer)
+    found = intermediate_tensors(path, [name for row in rows for name in (row.input, row.output)], plan.probe)
     for row in rows:
-        for where in ("input", "output"):
-            error = relative_error(kept(found[row[where]]), expected[row["layer"], where])
+        for where, name in (("input", row.input), ("output", row.output)):
+            if (row.layer, where) not in expected:
+                raise InputError(
+                    f"{path} describes a layer {row.layer} that its model has not: rewrite it again."
+                )
+            error = relative_error(kept(found[name]), expected[row.layer, where])
             if not error <= (tolerance.u if where == "input" else tolerance.y):
-                return Divergence(row["layer"], where, row["kind"], error if np.isfinite(error) else 1e308)
+                return Divergence(row.layer, where, row.kind, error if np.isfinite(error) else 1e308)
     return Divergence(None, "", "", 0.0)
