@@ -29,6 +29,7 @@ _PRESENT = re.compile(r"^present\.(\d{1,6})\.(key|value)$")
 KV_LAYERS_KEY = "nbl_export.kv_layers"  # metadata: the model's layer index of each KV pair
 # The maximum number of nodes between the softmax and the product with V.
 _SOFTMAX_STEPS = 8
+_WIDEST = 256  # tensors that attention weights are computed from, at the same distance
 
 
 def is_static(model: ir.Model) -> bool:
@@ -223,6 +224,8 @@ def after_softmax(value: ir.Value | None) -> bool:
         if any(node.op_type == "Softmax" for node in nodes):
             return True
         level = {v for node in nodes if node.op_type not in PRODUCTS for v in node.inputs}
+        if len(level) > _WIDEST:
+            return False
     return False
 
 

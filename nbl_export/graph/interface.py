@@ -26,8 +26,8 @@ from nbl_export.batch.names import (
 from nbl_export.batch.rows import Inputs
 from nbl_export.errors import InputError
 from nbl_export.graph.cache import KVPair, kv_layers, kv_pairs
+from nbl_export.graph.cores import visible_cores
 from nbl_export.graph.operators import fused_op
-from nbl_export.graph.regions import visible_cores
 
 # Scalar inputs that some exporters add, and their default value.
 SCALARS = {NUM_LOGITS_TO_KEEP: ALL_LOGITS}

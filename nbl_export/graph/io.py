@@ -17,6 +17,7 @@ from nbl_export.errors import BuildError, InputError
 from nbl_export.files import TEMPORARY, publish, sync
 from nbl_export.graph.external_data import append_graph as append
 from nbl_export.graph.external_data import write_graph
+from nbl_export.graph.limits import check_attributes, read_proto
 from nbl_export.graph.operators import captured
 from nbl_export.graph.summary import GraphSummary
 from nbl_export.graph.tensors import all_tensors, check_shape, external_files, set_folder, source_file
@@ -36,12 +37,15 @@ def load_graph(path: Path) -> ir.Model:
     if not path.is_file():
         raise InputError(f"The ONNX file {path} does not exist.")
     try:
-        model = ir.load(path)
+        model: ir.Model = ir.from_proto(read_proto(path))
+    except InputError:
+        raise
     except Exception as error:  # protobuf, UnicodeDecode, ValueError: whatever a broken file provokes
         raise InputError(f"{path} is not a readable ONNX file ({_cause(error)}): export it again.") from None
     if model.graph.num_nodes() == 0:
         raise InputError(f"{path} is not a usable ONNX file: its graph is empty; export it again.")
     _check_graph(path, model)
+    check_attributes(path, model)
     set_folder(model, path.parent)
     try:
         for where, tensor in all_tensors(model):

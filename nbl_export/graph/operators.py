@@ -70,6 +70,7 @@ SHAPE_ONLY = frozenset({"Shape", "Size"})
 # These return the same values with another shape or dtype.
 VIEWS = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Cast", "Identity", "Dropout", "CastLike"})
 QUANTIZE = "DynamicQuantizeLinear"
+_MOST_STEPS = 1000  # nodes that a weight is computed by; exporters write a dozen
 
 
 def key(node: ir.Node) -> tuple[str, str]:
@@ -115,9 +116,11 @@ def fused_op(node: ir.Node) -> FusedOp | None:
 
 
 def is_constant(value: ir.Value | None) -> bool:
-    """Whether ``value`` is a weight: an initializer, or computed from initializers and constants only."""
-    stack, seen = [value], set()
+    """Whether ``value`` is a weight: an initializer, or computed from initializers and constants in few steps."""
+    stack, seen = [value], set[ir.Value]()
     while stack:
+        if len(seen) > _MOST_STEPS:
+            return False
         current = stack.pop()
         if current is None:
             return False

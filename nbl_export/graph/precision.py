@@ -165,7 +165,7 @@ def _float32_nodes(graph: ir.Graph, precision: Precision, ranges: Mapping[str, f
         elif bad := [v for v in values if not _representable(v, precision)]:
             found[node] = f"{precision.name} cannot hold the constant {bad[0].name}"
     for node in [n for n in found if n.op_type in _WITH_ANCESTORS]:
-        _add_ancestors(node, node.op_type, found, set())
+        _add_ancestors(node, found)
     return found
 
 
@@ -196,13 +196,16 @@ def _within(array: NDArray[Any], precision: Precision) -> NDArray[Any]:
     return within
 
 
-def _add_ancestors(node: ir.Node, root: str, found: dict[ir.Node, str], seen: set[ir.Node]) -> None:
-    for value in node.inputs:
-        producer = value.producer() if value is not None else None
-        if value is not None and value.dtype == F32 and producer is not None and producer not in seen:
-            seen.add(producer)
-            found.setdefault(producer, f"leads to {root}, which is sensitive to rounding")
-            _add_ancestors(producer, root, found, seen)
+def _add_ancestors(node: ir.Node, found: dict[ir.Node, str]) -> None:
+    """Add the float32 nodes that lead to ``node``."""
+    reason, seen, stack = f"leads to {node.op_type}, which is sensitive to rounding", set[ir.Node](), [node]
+    while stack:
+        for value in stack.pop().inputs:
+            producer = value.producer() if value is not None else None
+            if value is not None and value.dtype == F32 and producer is not None and producer not in seen:
+                seen.add(producer)
+                found.setdefault(producer, reason)
+                stack.append(producer)
 
 
 # 1, 3, 4 -----------------------------------------------------------------------------------------

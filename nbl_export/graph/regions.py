@@ -21,14 +21,13 @@ candidate is the right one, if any, is then proven numerically (:mod:`nbl_export
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from nbl_export.batch.names import EMBEDDINGS, PIXELS, TOKENS
 from nbl_export.errors import InputError
-from nbl_export.graph.cache import KV_LAYERS_KEY, after_softmax, kv_pairs
+from nbl_export.graph.cache import KV_LAYERS_KEY, kv_pairs
+from nbl_export.graph.cores import NotFound, Search, core_of, visible_cores
 from nbl_export.graph.operators import (
     INTEGER_PRODUCTS,
     OTHER_INTEGER_PRODUCTS,
@@ -45,6 +44,8 @@ from nbl_export.graph.operators import (
 
 _MAX_STEPS = 12
 _MAX_ADDS = 3
+_MAX_BIASES = 64  # tensors after the output projection that may be y
+_MOST_STEPS = 20_000_000  # layers times nodes
 _MAX_STAGES = 6  # queries, keys and values through two projections each
 
 
@@ -108,17 +109,11 @@ class Refusal:
         return f"layer {self.layer}: {self.check} (found: {self.found})"
 
 
-class _NotFound(Exception):
-    def __init__(self, check: str, found: str) -> None:
-        self.check, self.found = check, found
-
-
 def find_regions(model: ir.Model) -> list[AttentionRegion | Refusal]:
     """One entry for each attention layer of the graph, in order.
 
     Raises :class:`InputError` for a graph whose layers lie in the branches of an If or the body of a loop.
     """
-    activations = _activations(model)
     pairs = kv_pairs(model)
     # With KV pairs the cores are found from them; without, attention is recognized directly.
     cores: list[tuple[int, ir.Node | tuple[ir.Value, ir.Value]]]
@@ -128,12 +123,18 @@ def find_regions(model: ir.Model) -> list[AttentionRegion | Refusal]:
         _refuse_control_flow(model)
     cache = {v for pair in pairs for v in pair.present}
     logits = next((v.producer() for v in model.graph.outputs if v not in cache), None)
+    search = Search(model, logits)
+    if len(cores) * len(search.order) > _MOST_STEPS:
+        raise InputError(
+            f"The graph has {len(cores):,} attention layers and {len(search.order):,} nodes, too many to search: "
+            "export the model again."
+        )
     found: list[AttentionRegion | Refusal] = []
     for layer, core in cores:
         try:
-            node = core if isinstance(core, ir.Node) else _core(model, core, logits)
-            found.append(_region(layer, node, activations))
-        except _NotFound as reason:
+            node = core if isinstance(core, ir.Node) else core_of(search, core)
+            found.append(_region(layer, node, search))
+        except NotFound as reason:
             found.append(Refusal(layer, reason.check, reason.found))
     return found
 
@@ -148,59 +149,11 @@ def _refuse_control_flow(model: ir.Model) -> None:
                 )
 
 
-def _region(layer: int, core: ir.Node, activations: set[ir.Value]) -> AttentionRegion:
+def _region(layer: int, core: ir.Node, search: Search) -> AttentionRegion:
     last, outputs = _outputs(core)
-    inputs, linear_nodes, ops = _inputs(core, last, activations)
-    streams = _streams(outputs, inputs, activations)
+    inputs, linear_nodes, ops = _inputs(core, last, search)
+    streams = _streams(outputs, inputs, search.activations)
     return AttentionRegion(layer, inputs, streams, outputs, last, (*linear_nodes, last), core.op_type, ops)
-
-
-def _reach(values: Iterable[ir.Value], without: ir.Node | None = None) -> set[ir.Node]:
-    """All nodes that ``values`` flow into, without passing through ``without``."""
-    seen: set[ir.Node] = set()
-    stack = list(values)
-    while stack:
-        for node in readers(stack.pop()):
-            if node not in seen and node is not without:
-                seen.add(node)
-                stack.extend(node.outputs)
-    return seen
-
-
-def _activations(model: ir.Model) -> set[ir.Value]:
-    """The activations: values computed from the token ids (or embeddings, or pixels)."""
-    tokens = [v for v in model.graph.inputs if v.name in (TOKENS, EMBEDDINGS, PIXELS)]
-    if not tokens:
-        names = ", ".join(repr(str(v.name)) for v in model.graph.inputs)
-        raise InputError(
-            f"The graph has no input {TOKENS} that its layers are computed from (its inputs: {names}): rename the "
-            "input that takes token ids."
-        )
-    return {v for node in _reach(tokens) for v in node.outputs}
-
-
-# 1 -----------------------------------------------------------------------------------------------
-
-
-def _core(model: ir.Model, pasts: tuple[ir.Value, ir.Value], logits: ir.Node | None) -> ir.Node:
-    reached, value = (_reach([past]) for past in pasts)
-    if logits is None or logits not in reached or logits not in value:
-        raise _NotFound("the past key and value reach the first output", "no path")
-    both = reached & value
-    for node in model.graph:  # topological order
-        if node in both and logits not in _reach(pasts, without=node):
-            return node
-    raise _NotFound("one node lies on every path from the cache to the logits", "none")
-
-
-def visible_cores(model: ir.Model) -> list[ir.Node]:
-    """Attention that is recognized without a cache: a fused operator, or a product with a softmax."""
-    found = []
-    for node in model.graph:
-        product = node.op_type in PRODUCTS and not any(is_constant(v) for v in node.inputs)
-        if fused_op(node) or (product and any(after_softmax(v) for v in node.inputs)):
-            found.append(node)
-    return found
 
 
 # 2 -----------------------------------------------------------------------------------------------
@@ -212,22 +165,22 @@ def _outputs(core: ir.Node) -> tuple[ir.Node, tuple[Output, ...]]:
     for _ in range(_MAX_STEPS):
         following = readers(node.outputs[0])
         if len(following) != 1:
-            raise _NotFound(
+            raise NotFound(
                 "the attention's result has one reader up to the output projection", f"{len(following)}"
             )
         node = following[0]
         if linear_op(node):
             return node, _candidates(_scaled(node) if node.op_type in INTEGER_PRODUCTS else node.outputs[0])
         if node.op_type in OTHER_INTEGER_PRODUCTS:
-            raise _NotFound(
+            raise NotFound(
                 "the output projection multiplies floating-point values by weights of a known format",
                 f"a {node.op_type}, of dynamic quantization: quantize with MatMulNBits or DequantizeLinear instead",
             )
         if node.op_type == "Add" and not any(is_constant(v) for v in node.inputs):
-            raise _NotFound(
+            raise NotFound(
                 "an output projection comes before the residual addition", "an Add of two activations"
             )
-    raise _NotFound("an output projection follows the attention", f"{node.op_type} after {_MAX_STEPS} nodes")
+    raise NotFound("an output projection follows the attention", f"{node.op_type} after {_MAX_STEPS} nodes")
 
 
 def _scaled(product: ir.Node) -> ir.Value:
@@ -237,7 +190,7 @@ def _scaled(product: ir.Node) -> ir.Value:
         following = readers(value)
         if len(following) != 1 or following[0].op_type != op:
             found = ", ".join(n.op_type for n in following) or "nothing"
-            raise _NotFound("an integer product is cast and scaled", found)
+            raise NotFound("an integer product is cast and scaled", found)
         value = following[0].outputs[0]
     return value
 
@@ -245,7 +198,7 @@ def _scaled(product: ir.Node) -> ir.Value:
 def _candidates(value: ir.Value) -> tuple[Output, ...]:
     found = [Output(value)]
     biases = 0
-    while len(following := readers(value)) == 1:
+    while len(following := readers(value)) == 1 and len(found) < _MAX_BIASES:
         node = following[0]
         bias = _later_bias(node)
         if bias is not None:
@@ -261,7 +214,7 @@ def _candidates(value: ir.Value) -> tuple[Output, ...]:
     # Without its bias the tensor is not y, and 4-bit weights may be too inaccurate to show it.
     biased = [n for n in following if len(following) > 1 and (_adds_constant(n, value) or _later_bias(n))]
     if biased:
-        raise _NotFound("the output projection's bias is added once", f"{len(biased)} x {biased[0].op_type}")
+        raise NotFound("the output projection's bias is added once", f"{len(biased)} x {biased[0].op_type}")
     return tuple(reversed(found))
 
 
@@ -282,9 +235,10 @@ def _other(node: ir.Node, value: ir.Value) -> ir.Value | None:
 
 
 def _inputs(
-    core: ir.Node, projection: ir.Node, activations: set[ir.Value]
+    core: ir.Node, projection: ir.Node, search: Search
 ) -> tuple[tuple[ir.Value, ...], list[ir.Node], int]:
     """The candidates for x, the linear operators that read it, and the number of nodes from there on."""
+    activations = search.activations
     seen: set[ir.Node] = {projection}
     assert projection.inputs[0] is not None
     linear_nodes: list[ir.Node] = []
@@ -295,15 +249,14 @@ def _inputs(
         if len(origins) < 2:
             break
         # x precedes everything computed from it, so the last of them is not x but an intermediate projection.
-        order = {value: i for i, node in enumerate(core.graph or ()) for value in node.outputs}
-        last = max(origins, key=lambda v: order.get(v, -1))
+        last = max(origins, key=lambda v: search.made_at(v))
         before = _projection_inputs(last, core, activations, seen, linear_nodes)
         if not before:
             break
         direct = {v for v in direct if _origin(v) is not last} | before
     if len(origins) != 1:
         names = ", ".join(sorted(str(v.name) for v in first)) or "none"
-        raise _NotFound("all projections of the layer read one tensor", names)
+        raise NotFound("all projections of the layer read one tensor", names)
     # Quantized values are not activations: a candidate is the tensor before quantization.
     plain = {v for v in direct if (maker := v.producer()) is None or maker.op_type != QUANTIZE}
     candidates = dict.fromkeys([*origins, *(plain if len(plain) == 1 else ())])

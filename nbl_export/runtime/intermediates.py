@@ -28,6 +28,7 @@ from nbl_export.runtime.session import CPU, data_folder, require_onnxruntime, ru
 
 Arrays = dict[str, NDArray[Any]]
 PARTITION_BYTES = 128 << 20
+PARTITION_SECONDS = 40.0  # of one row: such a partition takes about one
 
 
 class _Partition:
@@ -74,7 +75,8 @@ def compute_tensors(
         proto = _proto(model, partition, {name: first[name] for name in sorted(partition.reads)}, outputs)
         session = _session(proto, folder)
         for row in values:
-            found = run_session(session, outputs, {name: row[name] for name in partition.reads})
+            feeds = {name: row[name] for name in partition.reads}
+            found = run_session(session, outputs, feeds, PARTITION_SECONDS)
             row |= dict(zip(outputs, found, strict=True))
             for name in [n for n in row if n not in later]:
                 del row[name]

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +106,58 @@ def check_like(source: Path) -> Callable[[Path], None]:
     return check_file if passes_checker(source) else check_loads
 
 
-def run_session(session: Any, outputs: Sequence[str], feeds: Mapping[str, Any]) -> list[Any]:
-    """``outputs`` of a session; raises :class:`InputError` if an operator refuses its inputs."""
+def run_limit(files: Sequence[Path]) -> float:
+    """Seconds that one run of a graph of these files may take.
+
+    A prefill of thousands of tokens on a slow machine takes less than a second for each MB of weights.
+    """
+    return 45 + sum(file.stat().st_size for file in files) / 1e6
+
+
+def run_session(session: Any, outputs: Sequence[str], feeds: Mapping[str, Any], seconds: float) -> list[Any]:
+    """``outputs`` of a session; raises :class:`InputError` if an operator refuses its inputs, or after ``seconds``.
+
+    A graph may hold a loop that never ends.
+    """
+    options = require_onnxruntime().RunOptions()
+    with _watched(options, seconds) as late:
+        try:
+            return list(session.run(outputs, feeds, options))
+        except Exception as error:  # onnxruntime's exceptions have no common base class
+            if late():
+                reason = f"it takes longer than {seconds:,g} s, as a loop without end does"
+            else:
+                reason = str(error).splitlines()[0]
+            raise InputError(f"onnxruntime does not run the graph: {reason}.") from None
+
+
+# Runs that may last too long: the time at which each ends, by its options. One thread looks at all of them.
+_RUNNING: dict[int, tuple[float, Any]] = {}
+_LOOK = 0.5
+
+
+@contextmanager
+def _watched(options: Any, seconds: float) -> Iterator[Callable[[], bool]]:
+    """End the run with these ``options`` after ``seconds``; yields whether that has happened."""
+    end = time.monotonic() + seconds
+    _RUNNING[id(options)] = (end, options)
+    _watchdog()
     try:
-        return list(session.run(outputs, feeds))
-    except Exception as error:  # onnxruntime's exceptions have no common base class
-        raise InputError(f"onnxruntime does not run the graph: {str(error).splitlines()[0]}") from None
+        yield lambda: bool(options.terminate)
+    finally:
+        del _RUNNING[id(options)]
+
+
+@cache
+def _watchdog() -> threading.Thread:
+    def watch() -> None:
+        while True:
+            time.sleep(_LOOK)
+            now = time.monotonic()
+            for end, options in list(_RUNNING.values()):
+                if now > end:
+                    options.terminate = True
+
+    thread = threading.Thread(target=watch, daemon=True, name="nbl-export-watchdog")
+    thread.start()
+    return thread

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from nbl_export.errors import InputError, MissingDependencyError
 from nbl_export.graph.io import save_graph
 from nbl_export.graph.precision import PRECISIONS, to_precision
-from nbl_export.runtime.session import require_onnxruntime, session
+from nbl_export.runtime.session import require_onnxruntime, run_limit, run_session, session
 from tests.folders import copied
 from tests.graph.parsed import parsed
 
@@ -87,3 +89,41 @@ def test_commands_without_onnxruntime_exit_3(stories_copy: Path, stories_folder:
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "pip install 'nbl-export[cpu]'" in errors[0]
     assert "Traceback" not in done.stderr
+
+
+# limits ------------------------------------------------------------------------------------------
+
+
+def endless_loop(path: Path) -> Path:
+    """A graph whose loop runs 2^62 times."""
+    make, value = onnx.helper.make_node, onnx.helper.make_tensor_value_info
+    kind, boolean, number = onnx.TensorProto.FLOAT, onnx.TensorProto.BOOL, onnx.TensorProto.INT64
+    body = onnx.helper.make_graph(
+        [make("Identity", ["go"], ["go_on"]), make("Sin", ["state"], ["next"])],
+        "body",
+        [value("i", number, []), value("go", boolean, []), value("state", kind, ["n"])],
+        [value("go_on", boolean, []), value("next", kind, ["n"])],
+    )
+    constants = [
+        onnx.helper.make_tensor("many", number, [], [2**62]),
+        onnx.helper.make_tensor("yes", boolean, [], [True]),
+    ]
+    loop = make("Loop", ["many", "yes", "x"], ["y"], body=body)
+    graph = onnx.helper.make_graph(
+        [loop], "g", [value("x", kind, ["n"])], [value("y", kind, ["n"])], constants
+    )
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)]), path)
+    return path
+
+
+def test_a_loop_without_end_is_ended(tmp_path: Path) -> None:
+    loaded = session(endless_loop(tmp_path / "m.onnx"))
+    start = time.monotonic()
+    with pytest.raises(InputError, match="longer than 1 s, as a loop without end does"):
+        run_session(loaded, ["y"], {"x": np.ones(4, np.float32)}, 1)
+    assert 1 <= time.monotonic() - start < 5
+
+
+def test_the_limit_of_a_run_grows_with_the_graph(tmp_path: Path) -> None:
+    (tmp_path / "m").write_bytes(bytes(2_000_000))
+    assert run_limit([tmp_path / "m"]) == 47
