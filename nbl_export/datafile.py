@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from nbl_export.files import read_bytes
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -14,6 +16,20 @@ else:
 TomlError = tomllib.TOMLDecodeError
 
 
+_LIMIT = 1 << 20  # bytes of a file of settings
+
+
 def read_table(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file; raises :data:`TomlError` for one that is not TOML."""
-    return tomllib.loads(path.read_text(encoding="utf-8"))
+    """The tables of a TOML file; raises :data:`TomlError` for one that is not TOML.
+
+    That includes numbers of thousands of digits and texts nested too deep.
+    """
+    text = read_bytes(path, _LIMIT).decode("utf-8")
+    try:
+        return tomllib.loads(text)
+    except TomlError:
+        raise
+    except RecursionError:
+        raise TomlError("nested too deep") from None
+    except ValueError:  # Python says how to allow as many digits
+        raise TomlError("a number of too many digits") from None

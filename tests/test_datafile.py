@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from nbl_export.datafile import read_table
+from nbl_export.datafile import TomlError, read_table
+from nbl_export.errors import InputError
 from tests.conftest import ROOT
 
 TABLES = sorted((ROOT / "nbl_export").rglob("*.toml"))
@@ -51,3 +52,20 @@ def test_every_table_of_the_package_is_read_from_where_it_lies(path: Path) -> No
 
 def test_there_are_tables() -> None:
     assert {path.name for path in TABLES} >= {"families.toml", "tasks.toml", "gates.toml", "shapes.toml"}
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("a = " + "9" * 5000, "too many digits"), ("a = " + "[" * 100_000, "nested too deep")],
+    ids=["digits", "deep"],
+)
+def test_what_python_cannot_hold_is_no_toml(tmp_path: Path, text: str, reason: str) -> None:
+    (tmp_path / "t.toml").write_text(text)
+    with pytest.raises(TomlError, match=reason):
+        read_table(tmp_path / "t.toml")
+
+
+def test_a_fifo_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "t.toml")
+    with pytest.raises(InputError, match="is not a regular file"):
+        read_table(tmp_path / "t.toml")

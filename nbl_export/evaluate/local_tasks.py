@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,10 +10,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from nbl_export.calibrate.documents import BROKEN_ARCHIVE, open_packed
+from nbl_export.calibrate.documents import BROKEN_ARCHIVE, lines_of, open_packed
 from nbl_export.datafile import read_table
 from nbl_export.errors import InputError
-from nbl_export.files import sha256_of_json
+from nbl_export.files import parse_json, sha256_of_json, user_path
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 _LETTERS = 26
@@ -70,7 +69,7 @@ def local_tasks(
     ``limit`` rows of each are sampled, the same ones for the same ``seed``. Raises :class:`InputError` for a path that
     does not exist, and for invalid rows, with file and line.
     """
-    path = Path(source).expanduser()
+    path = user_path(source, "The task")
     if path.is_file() and not path.name.endswith((".yaml", ".yml")):
         if not path.name.lower().endswith(SUFFIXES):
             raise InputError(f"{source} is not a task: give a {', '.join(SUFFIXES)} file.")
@@ -122,7 +121,8 @@ def read_rows(path: Path) -> list[tuple[int, Row]]:
     rows: list[tuple[int, Row]] = []
     try:
         with open_packed(path) as raw:
-            for number, line in enumerate(io.TextIOWrapper(raw, encoding="utf-8-sig", newline="\n"), 1):
+            text = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="\n")
+            for number, line in enumerate(lines_of(path, text), 1):
                 if line.strip():
                     rows.append((number, _object(line, f"{path}, line {number}")))
     except UnicodeDecodeError as error:
@@ -136,9 +136,10 @@ def read_rows(path: Path) -> list[tuple[int, Row]]:
 
 def _object(line: str, where: str) -> Row:
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        reason = getattr(error, "msg", "nested too deeply")
+        row = parse_json(line)
+    except ValueError as error:
+        odd = isinstance(error, UnicodeError)
+        reason = "half of a surrogate pair" if odd else getattr(error, "msg", str(error))
         raise InputError(f"{where}: not JSON ({reason}); a .jsonl file needs one object per line.") from None
     if not isinstance(row, dict):
         raise InputError(f"{where}: not a JSON object; a .jsonl file needs one per line.")

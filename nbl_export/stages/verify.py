@@ -127,6 +127,13 @@ def report(ws: Workspace) -> Report:
         raise InputError(
             f"{path} was changed after `verify` wrote it: run `nbl-export verify {ws.root}` again."
         )
+    for stage in ("select", "export", "rewrite"):
+        record = ws.record(stage)
+        if record is not None and (damaged := ws.damaged_file(record)):
+            raise InputError(
+                f"{ws.root / damaged} is missing or was changed after it was measured: run `nbl-export {stage} "
+                f"{ws.root}` and then `nbl-export verify {ws.root}` again."
+            )
     return redrawn(ws, load_report(path))
 
 

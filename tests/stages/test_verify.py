@@ -192,3 +192,18 @@ def test_an_encoder_is_refused_a_bound_on_its_perplexity(tmp_path: Path, stories
             api.CalibrateSettings((str(stories_text),)),
         )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["model.onnx", "model.onnx.data", "nbl/plan.json", "baseline/model.onnx.data"]
+)
+@pytest.mark.parametrize("how", ["changed", "missing"])
+def test_a_report_of_another_graph_or_plan_is_not_shown(stories_copy: Path, name: str, how: str) -> None:
+    path = stories_copy / name
+    if how == "missing":
+        path.unlink()
+    else:
+        raw = path.read_bytes()
+        path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    with pytest.raises(InputError, match="is missing or was changed after it was measured"):
+        redraw(Workspace.open(stories_copy))
