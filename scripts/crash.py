@@ -96,6 +96,10 @@ def scenarios(model: Path, text: Path, task: Path) -> list[Scenario]:
     ]
 
 
+def shown(line: str) -> None:
+    print(line, flush=True)
+
+
 # processes ---------------------------------------------------------------------------------------
 
 
@@ -266,7 +270,7 @@ class Prepared:
 class Campaign:
     """Trials in one folder; a command always sees the same paths."""
 
-    def __init__(self, work: Path, rng: random.Random, say: Callable[[str], None] = print) -> None:
+    def __init__(self, work: Path, rng: random.Random, say: Callable[[str], None] = shown) -> None:
         self.work, self.rng, self.say = work, rng, say
         self.place, self.log = work / "place", work / "log.txt"
         self.states: dict[str, Path] = {"": work / "states" / "empty"}
@@ -365,7 +369,7 @@ class Campaign:
 
 
 def campaign(
-    work: Path, kills: int, seed: int, only: Sequence[str], say: Callable[[str], None] = print
+    work: Path, kills: int, seed: int, only: Sequence[str], say: Callable[[str], None] = shown
 ) -> list[Prepared]:
     """Spread ``kills`` over the scenarios, all or those that are named."""
     model, text, task = inputs(work)

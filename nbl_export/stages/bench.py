@@ -27,7 +27,7 @@ from nbl_export.stages.bench_candidates import (
 from nbl_export.stages.build import current_engines, model_positions, passed_over
 from nbl_export.stages.rewrite import current_rewrite
 from nbl_export.stages.run import Run
-from nbl_export.stages.verify import redrawn
+from nbl_export.stages.verify import finish_drawing, redrawn
 from nbl_export.verify.speed.values import CellResult, Machine, Speed
 from nbl_export.workspace import Workspace
 
@@ -77,6 +77,7 @@ def bench(run: Run, settings: BenchSettings) -> BenchReport:
 
 def _add_to_report(ws: Workspace, rewritten: StageRecord, value: BenchReport) -> None:
     """Give the report of the same graphs the bench, if there is one."""
+    finish_drawing(ws)
     if ws.current("verify") is None:
         return
     report, name = load_report(ws.report / "report.json"), str(ws.model.relative_to(ws.root))

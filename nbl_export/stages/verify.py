@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nbl_export.errors import InputError
-from nbl_export.files import sha256_of_file
+from nbl_export.files import sha256_of_file, write_json
 from nbl_export.linearize.plan import Plan, load_plan
 from nbl_export.progress import Listener
 from nbl_export.report.schema import Report, load_report
@@ -34,6 +34,7 @@ def verify(run: Run, settings: VerifySettings) -> Report:
     from nbl_export.verify.encoder import measure_encoder
 
     ws = run.workspace
+    finish_drawing(ws)
     rewritten = current_rewrite(ws)
     engines = current_engines(ws)
     # It reads the held-out text too.
@@ -123,6 +124,7 @@ def report(ws: Workspace) -> Report:
     Raises :class:`InputError` for figures that are not those that were measured.
     """
     path = ws.report / "report.json"
+    finish_drawing(ws)
     if ws.record("verify") and path.is_file() and _recorded(ws) is None:
         raise InputError(
             f"{path} was changed after `verify` wrote it: run `nbl-export verify {ws.root}` again."
@@ -138,8 +140,28 @@ def report(ws: Workspace) -> Report:
 
 
 def redrawn(ws: Workspace, value: Report) -> Report:
-    """Write every file of the report, which the record of the verification then knows."""
+    """Write every file of the report, which the record of the verification then knows.
+
+    What is drawn is written down first: after a kill, :func:`finish_drawing` takes the new ``report.json`` for no edit.
+    """
     from nbl_export.report.render import write_report
 
+    write_json(_drawing(ws), value.as_json())
     ws.redrew("verify", write_report(ws.report, value))
+    _drawing(ws).unlink()
     return value
+
+
+def finish_drawing(ws: Workspace) -> None:
+    """Go on with a drawing of the report that a kill has stopped after its first file, ``report.json``."""
+    drawing, path = _drawing(ws), ws.report / "report.json"
+    if not drawing.is_file():
+        return
+    if path.is_file() and sha256_of_file(path) == sha256_of_file(drawing):
+        redrawn(ws, load_report(path))
+    else:
+        drawing.unlink()
+
+
+def _drawing(ws: Workspace) -> Path:
+    return ws.nbl / "report.drawing.json"

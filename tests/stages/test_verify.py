@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,15 @@ from nbl_export.files import sha256_of_file
 from nbl_export.models.source import find_model
 from nbl_export.report.schema import load_report
 from nbl_export.stages.run import Run
+from nbl_export.stages.verify import redrawn, verify
 from nbl_export.stages.verify import report as redraw
-from nbl_export.stages.verify import verify
 from nbl_export.verify.loss.figures import Likeness, MethodLoss
 from nbl_export.verify.parity.figures import EncoderParity
 from nbl_export.workspace import Workspace
 from tests.encoders import text_encoder
 from tests.finished import QUICK, TWO, VERIFY, state
 from tests.fixtures_graph import perturb, rerecord
+from tests.interruptions import killed_at_change
 from tests.listening import Notes
 
 DRAWN = ("report.md", "report.html", "junit.xml", "plots/layers.png", "plots/speed.png")
@@ -34,6 +36,29 @@ def test_report_is_redrawn_without_the_model(stories_copy: Path, stories_out: Pa
     for name in ("report.json", *DRAWN):
         same = (stories_copy / "report" / name).read_bytes() == (stories_out / "report" / name).read_bytes()
         assert same, name
+
+
+# Before report.json, after it, among the plots, before the record and after it.
+@pytest.mark.parametrize("number", [4, 8, 20, 40, 45])
+def test_a_kill_while_the_report_is_drawn_does_not_look_like_an_edit(stories_copy: Path, number: int) -> None:
+    """A bench that joins the report changes report.json, and the record of it afterwards."""
+    ws = Workspace.open(stories_copy)
+    value = load_report(ws.report / "report.json")
+    value = replace(value, notes=(*value.notes, "One more."))
+    assert killed_at_change(number, stories_copy, lambda: redrawn(ws, value))
+    shown = redraw(Workspace.open(stories_copy))
+    assert shown.notes in (value.notes, value.notes[:-1])
+    after = Workspace.open(stories_copy)
+    assert after.current("verify") is not None and not (after.nbl / "report.drawing.json").exists()
+    assert "One more." in (ws.report / "report.md").read_text() or shown.notes == value.notes[:-1]
+
+
+def test_a_drawing_that_is_not_of_this_report_is_dropped(stories_copy: Path) -> None:
+    before = (stories_copy / "report" / "report.json").read_text()
+    drawing = stories_copy / "nbl" / "report.drawing.json"
+    drawing.write_text(before.replace("within all", "far within all"))
+    assert api.report(stories_copy).passed
+    assert not drawing.exists() and (stories_copy / "report" / "report.json").read_text() == before
 
 
 def test_what_another_version_drew_is_drawn_anew_without_measuring_again(
