@@ -184,7 +184,7 @@ def test_a_run_with_trt_builds_and_reports(place: Path) -> None:
     out = place / "out"
     text = (place / "first.txt").read_text()
     assert "Engines: tensorrt-rtx" in text and "fp16, static cache" in text
-    assert re.search(r"PASS  2 of 5 attention layers", text)
+    assert re.search(r"PASS  \(graph rewrite, .*\n +2 of 5 attention layers", text, re.S)
     settings = stage(out, "export")["settings"]
     assert (settings["precision"], settings["kv_cache"], settings["opset"]) == ("fp16", "static", 24)
     for name, attention in (("baseline", 5), ("model", 3)):
