@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 # A gate fails where a recovery is below it by more standard errors than these: one for the mean, two for one
 # of many tasks, as some task is always unlucky.
 MEAN_ERRORS, TASK_ERRORS = 1.0, 2.0
+# Of fewer documents there is no standard error.
+_FEWEST = 2
 
 
 @dataclass(frozen=True)
@@ -216,8 +218,8 @@ def _check(name: str, pairs: Sequence[Paired], minimum: float, errors: float) ->
     parts = [f"{100 * r.value:.1f} ± {100 * r.se:.1f} %{what}{of if what else ''}" for what, r in said]
     detail = f"{', '.join(parts)}, gate {minimum:g} % less {errors:g} standard error{'s' * (errors != 1)}"
     # With errors as large as that, a model that only guesses would pass.
-    blind = [what for what, r in said if minimum > 0 and 100 * errors * r.se >= minimum]
-    if blind:
+    blind = minimum > 0 and any(100 * errors * r.se >= minimum for _, r in said)
+    if blind or any(len(p.base) < _FEWEST for p in pairs):
         return Check(
             name, "failed", f"cannot be judged by so few documents: {detail}: ask more rows, or leave it out"
         )

@@ -11,6 +11,11 @@ def loss_table(loss: MethodLoss | Likeness) -> Table:
     return _likeness(loss) if isinstance(loss, Likeness) else _predictions(loss)
 
 
+def _error(se: float, spec: str, documents: int) -> str:
+    """A standard error over ``documents``; of one document there is none, and 0 would look certain."""
+    return f"± {number(se, spec)}" if documents > 1 else "unknown"
+
+
 def _predictions(loss: MethodLoss) -> Table:
     return Table(
         "Method loss: original against linearized, held-out text",
@@ -21,12 +26,12 @@ def _predictions(loss: MethodLoss) -> Table:
             (
                 "perplexity ratio",
                 f"{number(loss.perplexity_ratio, '.4f')}",
-                f"± {number(loss.perplexity_ratio_se, '.4f')}",
+                _error(loss.perplexity_ratio_se, ".4f", loss.documents),
             ),
             (
                 "KL to the original, nats per token",
                 f"{number(loss.kl, '.4f')}",
-                f"± {number(loss.kl_se, '.4f')}",
+                _error(loss.kl_se, ".4f", loss.documents),
             ),
         ),
         f"{loss.tokens:,} tokens of {loss.documents:,} documents that calibration did not see; "
@@ -36,7 +41,8 @@ def _predictions(loss: MethodLoss) -> Table:
 
 def _likeness(loss: Likeness) -> Table:
     rows = tuple(
-        (m.what, number(m.value, ".6f"), f"± {number(m.se, '.6f')}", f"{m.count:,}") for m in loss.measures
+        (m.what, number(m.value, ".6f"), _error(m.se, ".6f", loss.documents), f"{m.count:,}")
+        for m in loss.measures
     )
     return Table(
         f"Method loss: original against linearized, held-out {loss.unit}",

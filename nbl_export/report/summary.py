@@ -88,12 +88,14 @@ def _loss(report: Report) -> Iterator[Headline]:
         return
     if isinstance(loss, Likeness):
         for m in loss.measures[:1]:
-            yield Headline(m.what, number(m.value, ".4f"), f"± {number(m.se, '.4f')}, held-out {loss.unit}")
+            error = f"± {number(m.se, '.4f')}, " if loss.documents > 1 else ""
+            yield Headline(m.what, number(m.value, ".4f"), f"{error}held-out {loss.unit}")
         return
+    error = f"± {number(loss.perplexity_ratio_se, '.3f')}, " if loss.documents > 1 else ""
     yield Headline(
         "Perplexity",
         f"× {number(loss.perplexity_ratio, '.3f')}",
-        f"± {number(loss.perplexity_ratio_se, '.3f')}, {loss.tokens:,} held-out tokens",
+        f"{error}{loss.tokens:,} held-out tokens",
     )
 
 

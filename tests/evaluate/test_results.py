@@ -147,6 +147,8 @@ def test_so_few_documents_that_guessing_would_pass_judge_nothing() -> None:
     assert task.status == "failed" and task.detail.startswith("cannot be judged by so few documents: ")
     # A base that is clearly good is judged by few, too.
     assert [c.status for c in gate(60, {"t": paired(0.9, 0.85, count=20, chance=0.25)}, [])] == ["passed"] * 2
+    # One document has no standard error, which is not one of zero.
+    assert [c.status for c in gate(60, {"t": paired(1.0, 1.0, count=1)}, [])] == ["failed"] * 2
     # Of a gate of nothing anything is recovered.
     assert {c.status for c in gate(0, {"t": few}, [])} == {"passed"}
 

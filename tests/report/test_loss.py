@@ -37,13 +37,20 @@ def test_an_encoder_s() -> None:
 
 
 def test_what_is_no_number_is_shown() -> None:
-    broken = loss_table(MethodLoss(1, 2, 8.0, inf, inf, nan, nan, nan))
+    broken = loss_table(MethodLoss(2, 2, 8.0, inf, inf, nan, nan, nan))
     assert [row[1:] for row in broken.rows] == [
         ("8.000", ""),
         ("inf", ""),
         ("inf", "± nan"),
         ("nan", "± nan"),
     ]
-    assert loss_table(Likeness(1, "documents", (Measure("x", nan, nan, 1),))).rows == (
+    assert loss_table(Likeness(2, "documents", (Measure("x", nan, nan, 1),))).rows == (
         ("x", "nan", "± nan", "1"),
     )
+
+
+def test_of_one_document_no_error_is_known() -> None:
+    rows = loss_table(MethodLoss(1, 127, 8.0, 9.0, 1.125, 0.0, 0.15625, 0.0)).rows
+    assert [row[2] for row in rows] == ["", "", "unknown", "unknown"]
+    like = loss_table(Likeness(1, "images", (Measure("cosine of x", 0.9, 0.0, 1),)))
+    assert like.rows[0][2] == "unknown"

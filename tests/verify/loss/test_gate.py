@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -51,3 +52,9 @@ def test_a_likeness_that_is_no_number_fails() -> None:
     like = Likeness(8, "documents", (Measure("cosine of x", 0.9, 0.1, 8), Measure("KL", math.nan, 0.1, 8)))
     assert [c.detail for c in number_checks(like)] == ["KL is nan on held-out data"]
     assert number_checks(Likeness(8, "documents", like.measures[:1])) == ()
+
+
+def test_of_one_document_no_error_is_said() -> None:
+    one = replace(loss(1.5, 0.2), documents=1, kl_se=0.0)
+    (check,) = bound_checks(one, LossBound(max_kl=0.3))
+    assert check.detail == "KL 0.2000 on held-out text, within the 0.3 asked for"
