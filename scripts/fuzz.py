@@ -79,13 +79,15 @@ COMMANDS = {
     "settings": Command(
         ("calibrate", "model", "-o", "new", "--config", "settings/s.toml"), ("settings/*",), 2
     ),
-    "select": Command(("select", "out", "--k", "1", "--criterion", "linearity"), OUT_FILES, 2),
+    "select": Command(("select", "out", "--k", "1"), (*OUT_FILES, "out/nbl/*.json"), 3),
     "export": Command(("export", "out"), OUT_FILES, 1),
     # Exported, and not rewritten yet: otherwise the stage has nothing to do.
     "rewrite": Command(("rewrite", "half"), ("half/nbl/*", "half/baseline/*", "half/nbl/plan.*"), 3),
     "verify": Command(("verify", "out", "--no-speed", "--decode-steps", "2"), OUT_FILES, 3),
     "eval": Command(
-        ("eval", "out", "--tasks", "tasks", "--limit", "2", "--no-retrieval"), (*OUT_FILES, "tasks/*"), 1
+        ("eval", "out", "--tasks", "tasks", "--limit", "2", "--no-retrieval"),
+        (*OUT_FILES, "tasks/*", "out/nbl/eval/*"),
+        2,
     ),
 }
 SETTINGS = """[calibrate]
@@ -214,10 +216,24 @@ def prepare(folder: Path, model: Path, text: Path) -> None:
     rows = [{"question": f"Once upon {i}", "answer": "a time"} for i in range(4)]
     (folder / "tasks" / "t.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     calibration = ("--samples", "8", "--seq-len", "64", "--heldout-samples", "2", "--selection-samples", "2")
-    words = ("run", "model", "-o", "out", "--k", "2", "--criterion", "cca", "--calibration", "text/a.jsonl")
+    words = (
+        "run",
+        "model",
+        "-o",
+        "out",
+        "--k",
+        "2",
+        "--criterion",
+        "greedy",
+        "--calibration",
+        "text/a.jsonl",
+    )
     done = forked((*words, *calibration, "--no-speed"), folder, 300, 8 << 30)
     if done.code not in (0, 1):
         raise SystemExit(f"the run that everything is made of ended with {done.code}:\n{done.text}")
+    done = forked(COMMANDS["eval"].words, folder, 300, 8 << 30)
+    if done.code not in (0, 1):
+        raise SystemExit(f"the evaluation ended with {done.code}:\n{done.text}")
     shutil.copytree(folder / "out" / "baseline", folder / "graph")
     shutil.copytree(folder / "out", folder / "half")
     record = folder / "half" / "nbl" / "workspace.json"

@@ -98,6 +98,9 @@ class Output(io.TextIOBase):
 @contextmanager
 def _streams() -> Iterator[tuple[Output, Output]]:
     before = sys.stdout, sys.stderr
+    for stream in before:
+        if isinstance(stream, io.TextIOWrapper):  # shows another sign for what its encoding does not have
+            stream.reconfigure(errors="replace")
     _fill_descriptors()
     out, err = Output(sys.stdout), Output(sys.stderr)
     sys.stdout, sys.stderr = out, err

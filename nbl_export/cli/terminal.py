@@ -6,7 +6,6 @@ Names in it come from graphs, reports and paths that somebody else may have writ
 
 from __future__ import annotations
 
-import io
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,10 +40,6 @@ if TYPE_CHECKING:
     from nbl_export.report.evaluation import Evaluation
     from nbl_export.rewrite.replace import RewriteResult
 
-# A terminal that has no sign for a character shows another one instead.
-for _stream in (sys.stdout, sys.stderr):
-    if isinstance(_stream, io.TextIOWrapper):
-        _stream.reconfigure(errors="replace")
 # Results go to stdout, progress and notes to stderr, so that output can be piped.
 _out = Console(highlight=False)
 # Bound to the stream itself: while a library is kept quiet, sys.stderr is something else.

@@ -209,3 +209,17 @@ def test_a_task_that_fails_shows_how_far_it_came(screen: Any) -> None:
 )
 def test_numbers_in_progress_are_short(number: float, text: str) -> None:
     assert terminal._short(number) == text
+
+
+def test_what_looks_like_markup_or_is_obeyed_is_text_everywhere(screen: Any) -> None:
+    err, out = screen("err", 120, True), screen("out", 120)
+    listener = TerminalListener()
+    with listener.task("a[/b]\x1b[2J", 1, "rows") as task:
+        task.advance(1)
+    listener.note("x[/b]\x07\u202e")
+    terminal.say("y[/b]\x9b2J")
+    evil = replace(TABLE, title="[/b]\x1b", columns=("[/c]", "\x07", "d"), note="\x1b]0;t\x07 [/n]")
+    show_tables([evil])
+    assert "a[/b]�[2J" in err.getvalue() and "x[/b]��" in err.getvalue()
+    assert all(text in out.getvalue() for text in ("y[/b]�2J", "[/b]�", "[/c]", "�]0;t� [/n]"))
+    assert not any(c in err.getvalue() + out.getvalue() for c in "\x07\x9b\u202e")
