@@ -510,18 +510,31 @@ def _reseal_plan(path: Path) -> None:
 
 
 def _reseal_state(out: Path) -> None:
+    """The digests of files, and the keys of stages, which are made of each other."""
+    from nbl_export.files import sha256_of_json
+    from nbl_export.stage_record import STAGES, key_of
+
     path = out / "nbl" / "workspace.json"
     state: Any = _read(path)
-    stages = state.get("stages") if state else None
-    for record in stages.values() if isinstance(stages, dict) else ():
+    if state is None or path.is_symlink():
+        return
+    stages: Any = state.get("stages")
+    results: dict[str, str] = {}
+    for stage in STAGES if isinstance(stages, dict) else ():
+        record: Any = stages.get(stage)
         files: Any = record.get("files") if isinstance(record, dict) else None
         for name in files if isinstance(files, dict) else ():
             if "\0" in name or len(name) > 255 or name.startswith("/") or ".." in name:
                 continue
             if (out / name).is_file() and not (out / name).is_symlink():
                 files[name] = hashlib.sha256((out / name).read_bytes()).hexdigest()
-    if state is not None and not path.is_symlink():
-        path.write_bytes(dumped(state))
+        try:
+            record["made_of"] |= {n: d for n, d in results.items() if n in record["made_of"]}
+            record["key"] = key_of(stage, record["settings"], record["made_of"])
+            results[stage] = sha256_of_json([record["key"], files])
+        except (TypeError, KeyError, ValueError, AttributeError):
+            continue
+    path.write_bytes(dumped(state))
 
 
 def copy(source: Path, target: Path) -> None:
