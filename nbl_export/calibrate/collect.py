@@ -50,7 +50,8 @@ def collect_moments(
 
     Images are pixels [samples, channels, height, width]; each counts as the number of tokens the model makes of it.
 
-    ``fingerprint`` identifies the model; a checkpoint of another model, dtype or text is ignored. Raises
+    ``fingerprint`` identifies the model and whatever else the moments are of; a checkpoint of another one, of another
+    dtype or text is ignored. Raises
     :class:`CalibrationError` naming the layer if an activation is NaN or infinite, and ``KeyboardInterrupt`` after
     an interrupt, with its work saved.
     """

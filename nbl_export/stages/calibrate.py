@@ -55,7 +55,7 @@ def calibrate(run: Run, settings: CalibrateSettings) -> None:
         probe = loader.probe(run.model, data)
         if not run.model.task.causal:
             _check_exports(run, probe)
-        moments = collect_moments(in_dtype, tokens, source.fingerprint, Checkpoint(ws.checkpoint), listener)
+        moments = collect_moments(in_dtype, tokens, key, Checkpoint(ws.checkpoint), listener)
         seen = next(iter(moments.layers.values())).n
         described = {
             "model": source.fingerprint,

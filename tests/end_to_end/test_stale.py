@@ -202,3 +202,20 @@ def test_a_folder_of_an_earlier_release_is_read_and_its_stages_are_done_again(
     notes = Notes()
     assert api.run(model, out, TWO, calibration, QUICK, notes).passed
     assert notes.kept == [] and Workspace.open(out).stale("verify") is None
+
+
+def test_a_checkpoint_is_of_one_version_of_calibrate(
+    out: Path, model: Path, calibration: api.CalibrateSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identities: list[str] = []
+
+    def stopped(_model: Any, _tokens: Any, identity: str, *_: Any) -> Any:
+        identities.append(identity)
+        raise InputError("stopped")
+
+    monkeypatch.setattr("nbl_export.calibrate.collect.collect_moments", stopped)
+    for version in (7, 7, 8):
+        monkeypatch.setitem(STAGES, "calibrate", version)
+        with pytest.raises(InputError, match="stopped"):
+            api.calibrate(model, out, calibration)
+    assert identities[0] == identities[1] != identities[2]
