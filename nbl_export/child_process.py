@@ -39,6 +39,7 @@ Work = Callable[[Any, Tell], Any]
 _BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from nbl_export.child_process import main; main()"
 _TICK = 0.5  # seconds between two looks at the limits
 _KEPT = 8192  # bytes of what the child wrote last
+OUT_OF_MEMORY = "ran out of memory"  # the reason of a child that did
 _PR_SET_PDEATHSIG = 1  # sys/prctl.h
 
 
@@ -240,7 +241,7 @@ def _done(order: dict[str, Any], tell: Tell) -> tuple[str, Any]:
     except NblError as error:
         return "NblError", {"class": type(error).__name__, "exit_code": error.exit_code, "text": str(error)}
     except MemoryError:
-        return "failed", "ran out of memory"
+        return "failed", OUT_OF_MEMORY
     except OSError as error:
         return "OSError", [error.errno, error.strerror or str(error), error.filename and str(error.filename)]
     except BaseException as error:

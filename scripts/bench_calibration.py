@@ -39,6 +39,7 @@ from nbl_export.models.source import find_model
 from nbl_export.progress import Silent
 from nbl_export.report.environment import environment
 from nbl_export.settings import CalibrateSettings
+from nbl_export.verify.speed.peak import peak_in_bytes
 
 SEQ_LEN = 512
 BATCH = 2
@@ -114,7 +115,7 @@ def measure(way: str, model_name: str, text: str, count: int) -> dict[str, float
     WAYS[way](model, tokens)
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"seconds": seconds, "mib": (peak - before) / 1024}
+    return {"seconds": seconds, "mib": peak_in_bytes(peak - before, sys.platform) / 2**20}
 
 
 def in_separate_process(way: str, model: str, text: str, count: int) -> dict[str, float]:
