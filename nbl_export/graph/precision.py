@@ -18,6 +18,7 @@ softmax in float32: for the norms by ``stash_type``, for attention in every runt
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,7 @@ from nbl_export.graph.weights import weight_bits
 from nbl_export.settings import choices
 
 F32 = ir.DataType.FLOAT
+_PRESENT = re.compile(r"^present\.(\d+)\.(key|value)$")
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def to_precision(
 
     ``wide`` names the inputs and outputs that stay float32. ``ranges`` are the largest magnitudes of the
     tensors on real text, by name (a tensor without an entry is assumed to fit). Raises :class:`BuildError`
-    for a graph with control flow.
+    for a graph with control flow, and for a KV cache that the format cannot hold.
     """
     if precision.dtype == F32:
         return []
@@ -113,11 +115,12 @@ def to_precision(
         raise BuildError(
             f"A graph with control flow cannot be converted to {precision.name}: export it without, or in fp32."
         )
+    _check_cache(graph, precision, ranges, wide)
     float32 = _float32_nodes(graph, precision, ranges)
     converter = _Converter(graph, precision)
     for value in graph.inputs:
         if value.dtype == F32 and value.name not in wide:
-            value.dtype = precision.dtype
+            value.type = ir.TensorType(precision.dtype)
     for node in list(graph):
         if node in float32:
             converter.widen(node)
@@ -134,14 +137,22 @@ def to_precision(
     return [Float32Node(str(n.name), n.op_type, reason) for n, reason in float32.items()]
 
 
-def _check_cache(graph: ir.Graph, precision: Precision, ranges: Mapping[str, float]) -> None:
+def _check_cache(
+    graph: ir.Graph, precision: Precision, ranges: Mapping[str, float], wide: Collection[str]
+) -> None:
     # Any other tensor can stay float32; the cache must not.
     for value in graph.outputs:
-        reach = ranges.get(str(value.name), 0.0)
-        if value.name != "logits" and reach > 4 * precision.largest:
+        name, most = str(value.name), 4 * precision.largest
+        if name not in wide and (reach := ranges.get(name, 0.0)) > most:
+            found = _PRESENT.match(name)
+            what = (
+                f"The {found[2]}s of attention layer {found[1]} ({name}) reach"
+                if found
+                else f"{name} reaches"
+            )
             raise BuildError(
-                f"{value.name} reaches {reach:.3g} on real text, which {precision.name} cannot hold: "
-                "use --precision bf16."
+                f"{what} {reach:,.0f} on real text, and {precision.name} holds {most:,.0f} at most, so the KV cache "
+                "would be infinite: use --precision bf16."
             )
 
 
@@ -225,9 +236,9 @@ class _Converter:
             if value is not None and value.dtype == F32:
                 node.replace_input_with(index, self._as(value, self.precision.dtype))
         for output in node.outputs:
-            # The output dtype of a Cast is its attribute.
+            # The output dtype of a Cast is its attribute. Values may share one type object, so each gets its own.
             if output.dtype == F32 and node.op_type != "Cast":
-                output.dtype = self.precision.dtype
+                output.type = ir.TensorType(self.precision.dtype)
 
     def widen(self, node: ir.Node) -> None:
         """Make ``node`` compute in float32, whatever it reads."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,14 @@ import torch
 
 from nbl_export.errors import BuildError
 from nbl_export.export import half as half_module
+from nbl_export.export.forms import FORMS
 from nbl_export.export.half import save_in_precision
+from nbl_export.export.ranges import measure_ranges
+from nbl_export.export.torch import trace
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.precision import PRECISIONS
-from tests.fixtures_graph import ragged_rows
+from nbl_export.runtime.ort import OrtDecoder
+from tests.fixtures_graph import load, pad_left, ragged_rows
 from tests.graph.parsed import casts, interface_types, parsed, weight_types
 from tests.releases import written_for_5
 
@@ -186,3 +191,51 @@ def test_control_flow_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(BuildError, match="control flow"):
         save_in_precision(model, tmp_path / "model.onnx", PRECISIONS["fp16"], [np.array([1, 2])])
     assert list(tmp_path.iterdir()) == []
+
+
+# the KV cache ------------------------------------------------------------------------------------
+
+
+ROWS = ragged_rows((40, 21), VOCAB)
+
+
+@pytest.fixture(scope="module")
+def reaches(tiny_graph: Path) -> Mapping[str, float]:
+    return measure_ranges(tiny_graph, ROWS)
+
+
+def scaled(folder: Path, form: str, side: str, factor: float) -> Any:
+    """A float32 graph of the tiny Llama whose layer 1 has so much larger keys or values."""
+    model = load(folder)
+    projection = getattr(model.get_submodule("model.layers.1.self_attn"), f"{side[0]}_proj")
+    with torch.no_grad():
+        projection.weight.mul_(factor)
+    return trace(model, FORMS[form])
+
+
+@pytest.mark.parametrize(("form", "side"), [("concat", "key"), ("static", "value"), ("shared", "key")])
+def test_a_cache_beyond_float16_is_refused_by_its_layer(
+    tiny_folder: Path, reaches: Mapping[str, float], tmp_path: Path, form: str, side: str
+) -> None:
+    graph = scaled(tiny_folder, form, side, 70_000 / reaches[f"present.1.{side}"])
+    with pytest.raises(BuildError) as caught:
+        save_in_precision(graph, tmp_path / "model.onnx", PRECISIONS["fp16"], ROWS)
+    message = str(caught.value)
+    assert message.startswith(f"The {side}s of attention layer 1 (present.1.{side}) reach "), message
+    assert message.endswith("use --precision bf16.") and "65,504" in message and "\n" not in message
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("side", ["key", "value"])
+def test_a_cache_that_float16_just_holds_is_finite(
+    tiny_folder: Path, reaches: Mapping[str, float], tmp_path: Path, side: str
+) -> None:
+    target = tmp_path / "model.onnx"
+    graph = scaled(tiny_folder, "concat", side, 60_000 / reaches[f"present.1.{side}"])
+    save_in_precision(graph, target, PRECISIONS["fp16"], ROWS)
+    ids, mask, positions = pad_left(ROWS)
+    decoder = OrtDecoder(target)
+    output = decoder(ids, mask, positions, decoder.empty_past(len(ids)))
+    assert np.isfinite(output.logits).all()
+    present = output.present[1][["key", "value"].index(side)]
+    assert np.isfinite(present).all() and 59_000 < np.abs(present).max() < 61_000

@@ -109,6 +109,29 @@ def test_the_range_itself_is_the_last_that_fits() -> None:
     assert to_precision(model, BF16, {"h": 3e38, "g": 1e20}) == []
 
 
+CACHE = """cache (float[n,8] x) => (float[n,4] logits, float[n,8] v) {
+    v = MatMul(x, up)
+    logits = MatMul(v, down)
+}"""
+
+
+@pytest.mark.parametrize(("reach", "said"), [(65_504.0, None), (65_505.0, "65,505"), (float("inf"), "inf")])
+def test_a_cache_is_refused_where_another_tensor_would_stay_float32(reach: float, said: str | None) -> None:
+    model = parsed(CACHE, up=W1[:, :8], down=W2[:8, :4])
+    model.graph.outputs[1].name = "present.1.value"
+    ranges = {"present.1.value": reach}
+    assert to_precision(model.clone(), BF16, ranges) == []
+    if said is None:
+        assert [node.op for node in to_precision(model, FP16, ranges)] == ["MatMul", "MatMul"]
+        return
+    with pytest.raises(BuildError) as caught:
+        to_precision(model, FP16, ranges)
+    assert str(caught.value) == (
+        f"The values of attention layer 1 (present.1.value) reach {said} on real text, and fp16 holds 65,504 at most, "
+        "so the KV cache would be infinite: use --precision bf16."
+    )
+
+
 # What stays float32 ------------------------------------------------------------------------------
 
 ANGLES = """angles (int64[n] position, float[n,4] x) => (float[n,4] logits) {
