@@ -76,8 +76,8 @@ class Writing:
             result, after = check(written), sha256_of_file(written)
             self._begin(replace(journal, after=after, record=self.recorded(result, after)))
 
-        self._begin(journal)
         try:
+            self._begin(journal)
             return append_graph(model, target, accepted, progress, self.data)
         except BaseException:
             if sha256_of_file(self.source) == before:
