@@ -14,7 +14,8 @@ byte, apart from what differs between undisturbed runs: times, and what is measu
 left.
 
 Processes are forked from one that has imported the libraries, which saves seconds for each; work that checkpoints
-once a minute does so at every step. Results are printed as a table; the folders of failures are kept.
+once a minute does so at every step. With --fresh, each is started anew, and there are no kills at a change. Results
+are printed as a table; the folders of failures are kept.
 """
 
 from __future__ import annotations
@@ -132,13 +133,15 @@ def preload() -> None:
         importlib.import_module(name)
 
 
-def run(command: Sequence[str], place: Path, log: Path, kill: Kill | None = None) -> Ended:
+def run(
+    command: Sequence[str], place: Path, log: Path, kill: Kill | None = None, fresh: bool = False
+) -> Ended:
     """`nbl-export COMMAND` in ``place``, in a process and a process group of its own."""
     counter = mmap.mmap(-1, 8)
     start = time.monotonic()
     child = os.fork()
     if not child:
-        _work(command, place, log, kill, counter)
+        _work(command, place, log, kill, counter, fresh)
     descriptor = os.pidfd_open(child)
     try:
         limit = SECONDS if kill is None or kill.after is None else kill.after
@@ -168,13 +171,18 @@ def _survivors(group: int) -> bool:
     return True
 
 
-def _work(command: Sequence[str], place: Path, log: Path, kill: Kill | None, counter: mmap.mmap) -> None:
+def _work(
+    command: Sequence[str], place: Path, log: Path, kill: Kill | None, counter: mmap.mmap, fresh: bool
+) -> None:
     try:
         os.setsid()
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for number in (1, 2):
             os.dup2(handle, number)
         os.chdir(place)
+        if fresh:
+            os.environ["PYTHONPATH"] = str(ROOT)
+            os.execv(sys.executable, [sys.executable, "-m", "nbl_export", *command])
 
         def changed(number: int) -> None:
             counter[:] = struct.pack("q", number + 1)
@@ -270,8 +278,10 @@ class Prepared:
 class Campaign:
     """Trials in one folder; a command always sees the same paths."""
 
-    def __init__(self, work: Path, rng: random.Random, say: Callable[[str], None] = shown) -> None:
-        self.work, self.rng, self.say = work, rng, say
+    def __init__(
+        self, work: Path, rng: random.Random, say: Callable[[str], None] = shown, fresh: bool = False
+    ) -> None:
+        self.work, self.rng, self.say, self.fresh = work, rng, say, fresh
         self.place, self.log = work / "place", work / "log.txt"
         self.states: dict[str, Path] = {"": work / "states" / "empty"}
         self.states[""].mkdir(parents=True)
@@ -280,13 +290,16 @@ class Campaign:
         shutil.rmtree(self.place, ignore_errors=True)
         shutil.copytree(state, self.place, symlinks=True)
 
+    def run(self, command: Sequence[str], kill: Kill | None = None) -> Ended:
+        return run(command, self.place, self.log, kill, self.fresh)
+
     def prepare(self, scenario: Scenario, undisturbed: int = 3) -> Prepared:
         """Run the scenario undisturbed; what it leaves is kept for those after it."""
         before = self.states[scenario.after]
         runs, ended = [], []
         for _ in range(undisturbed):
             self.reset(before)
-            ended.append(run(scenario.command, self.place, self.log))
+            ended.append(self.run(scenario.command))
             if ended[-1].code:
                 raise SystemExit(f"{scenario.name} fails undisturbed: {ended[-1].said[-2000:]}")
             runs.append(contents(self.place))
@@ -308,7 +321,7 @@ class Campaign:
         shutil.rmtree(self.place / "out")
         other = self.states["repair"] / "out" / "nbl" / "plan.json"
         command = ("rewrite", "--onnx", "source", "--plan", str(other), "-o", "older")
-        if (ended := run(command, self.place, self.log)).code:
+        if (ended := self.run(command)).code:
             raise SystemExit(f"The older result cannot be made: {ended.said[-2000:]}")
         self.keep(scenario.name)
 
@@ -325,15 +338,15 @@ class Campaign:
         wrong: list[str] = []
         again = 0
         try:
-            ended = run(scenario.command, self.place, self.log, kill)
+            ended = self.run(scenario.command, kill)
             if ended.code == 0:
                 return False
             prepared.kills[kind] += 1
             wrong += self._after_kill(kill, ended)
             if self.rng.random() < TWICE:
                 again = 1
-                run(scenario.command, self.place, self.log, Kill(after=self.rng.uniform(0, prepared.seconds)))
-            ended = run(scenario.command, self.place, self.log)
+                self.run(scenario.command, Kill(after=self.rng.uniform(0, prepared.seconds)))
+            ended = self.run(scenario.command)
             if ended.code:
                 wrong.append(f"the same command exits with {ended.code}: {ended.said.strip()[-400:]}")
             else:
@@ -369,11 +382,17 @@ class Campaign:
 
 
 def campaign(
-    work: Path, kills: int, seed: int, only: Sequence[str], say: Callable[[str], None] = shown
+    work: Path,
+    kills: int,
+    seed: int,
+    only: Sequence[str],
+    say: Callable[[str], None] = shown,
+    fresh: bool = False,
 ) -> list[Prepared]:
     """Spread ``kills`` over the scenarios, all or those that are named."""
     model, text, task = inputs(work)
-    trials = Campaign(work, random.Random(seed), say)
+    trials = Campaign(work, random.Random(seed), say, fresh)
+    kinds = tuple(k for k in KINDS if not (fresh and k == "change"))
     every = [s for s in scenarios(model, text, task) if all(importlib.util.find_spec(n) for n in s.needs)]
     wanted = [s for s in every if not s.only_state and (not only or s.name in only)]
     if unknown := set(only) - {s.name for s in wanted}:
@@ -394,7 +413,7 @@ def campaign(
         share = kills // len(prepared) + (number < kills % len(prepared))
         done = tries = 0
         while done < share and tries < 4 * share:
-            kind = KINDS[(done + number) % len(KINDS)]
+            kind = kinds[(done + number) % len(kinds)]
             done += trials.trial(one, kind, (done + trials.rng.random()) / share)
             tries += 1
         say(f"{one.scenario.name}: {sum(one.kills.values())} kills, {len(one.failures)} failures")
@@ -455,12 +474,15 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="names of scenarios, separated by commas")
     parser.add_argument("--work", type=Path, help="folder to work in; a temporary one by default")
+    parser.add_argument("--fresh", action="store_true", help="start every process anew")
     asked = parser.parse_args()
     work = Path(asked.work or tempfile.mkdtemp(prefix="nbl-crash.")).resolve()
     work.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
-    preload()
-    done = campaign(work, asked.kills, asked.seed, [n for n in asked.only.split(",") if n])
+    if not asked.fresh:
+        preload()
+    only = [name for name in asked.only.split(",") if name]
+    done = campaign(work, asked.kills, asked.seed, only, fresh=asked.fresh)
     print(table(done, time.monotonic() - start), flush=True)
     failed = any(p.failures for p in done)
     if not failed and asked.work is None:
