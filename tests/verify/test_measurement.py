@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError
+import math
+from dataclasses import FrozenInstanceError, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from nbl_export.checks import Check
+from nbl_export.settings import VerifySettings
+from nbl_export.verify.loss.figures import MethodLoss
 from nbl_export.verify.measurement import (
     Found,
     FoundParity,
     Measurement,
     fitting_contexts,
     judged,
+    method_loss,
     put_together,
 )
 from nbl_export.verify.parity.figures import EngineParity
@@ -78,3 +83,11 @@ def test_contexts_that_a_model_has_positions_for(
     assert found == fitting
     told = f"Speed at {dropped} tokens is not measured: the model has {limit} positions."
     assert notes == ((told,) if dropped else ())
+
+
+def test_a_loss_that_is_no_number_fails_and_is_still_shown() -> None:
+    case: Any = SimpleNamespace(settings=VerifySettings())
+    loss = MethodLoss(2, 64, 4.0, math.nan, math.nan, math.nan, 0.1, 0.01)
+    found = method_loss(case, lambda: loss)
+    assert found.section is loss and [(c.name, c.status) for c in found.checks] == [("method loss", "failed")]
+    assert method_loss(case, lambda: replace(loss, perplexity_ratio=1.1)).checks == ()
