@@ -22,7 +22,13 @@ torch.set_num_threads(1)
 pytest.register_assert_rewrite(
     "tests.end_to_end.matrix", "tests.end_to_end.oracle", "tests.finished", "tests.rewrite.by_hand"
 )
-pytest_plugins = ["tests.fixtures_graph", "tests.fixtures_engine", "tests.exporters", "tests.variants"]
+pytest_plugins = [
+    "tests.fixtures_graph",
+    "tests.fixtures_engine",
+    "tests.exporters",
+    "tests.variants",
+    "tests.precisions",
+]
 
 ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("NBL_EXPORT_SHARED", ROOT.parent / "shared")) / "data"

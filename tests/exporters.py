@@ -196,8 +196,8 @@ def slimmed(source: Path, folder: Path) -> None:
     onnx.save(onnxslim.slim(str(source / GRAPH)), str(folder / GRAPH))
 
 
-def quantized_by_ort(as_operator: bool) -> Export:
-    """onnxruntime's quantizer to 4 bits: MatMulNBits with zero points, or DequantizeLinear without."""
+def quantized_by_ort(as_operator: bool, bits: int = 4) -> Export:
+    """onnxruntime's quantizer: MatMulNBits with zero points, or DequantizeLinear without; of 8 bits without, too."""
 
     def quantize(source: Path, folder: Path) -> None:
         from onnxruntime.quantization import QuantFormat
@@ -212,7 +212,7 @@ def quantized_by_ort(as_operator: bool) -> Export:
             if not entry.domain and not as_operator:
                 entry.version = max(entry.version, 21)  # the first whose DequantizeLinear has blocks
         config = DefaultWeightOnlyQuantConfig(
-            block_size=32, is_symmetric=not as_operator, quant_format=form, bits=4
+            block_size=32, is_symmetric=not as_operator or bits == 8, quant_format=form, bits=bits
         )
         quantizer = MatMulNBitsQuantizer(proto, algo_config=config)
         with silenced("onnxruntime.quantization.matmul_nbits_quantizer"):

@@ -256,6 +256,13 @@ def _check(path: Path, plan: Plan) -> None:
             )
         if not (np.isfinite(layer.w).all() and np.isfinite(layer.b).all()):
             raise InputError(f"{path}: W or b of layer {index} is NaN or infinite: {_REMEDY}.")
+    for name, probes in (("u", plan.probe_u), ("y", plan.probe_y)):
+        for index, values in probes.items():
+            if not np.isfinite(values).all():
+                raise InputError(
+                    f"{path}: {name} of layer {index} on the probe is NaN or infinite: check the model's weights, then "
+                    f"{_REMEDY}."
+                )
     for name, adapter in plan.adapters.items():
         fits = adapter.up.ndim == adapter.down.ndim == 2 and adapter.up.shape[1] == adapter.down.shape[0]
         if not fits or not (np.isfinite(adapter.up).all() and np.isfinite(adapter.down).all()):

@@ -88,6 +88,11 @@ def load_model(source: ModelSource) -> torch.nn.Module:
         raise InputError(
             f"{source.source} has no weights for {missing[0]} and {len(missing) - 1} more: download the model again."
         )
+    for name, weight in model.named_parameters():
+        if not bool(torch.isfinite(weight).all()):
+            raise InputError(
+                f"{source.source}: the weight {name} is NaN or infinite: download the model again."
+            )
     # A dequantized model is an ordinary model, but this attribute would prevent saving it.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

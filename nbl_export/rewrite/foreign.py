@@ -94,7 +94,8 @@ class _Rewrite:
         files = [self.source, *external_files(load_graph(self.source))]
         self.listener.note("rewrite: done already, kept.")
         proofs = {p.layer: Proof(p.layer, None, None, p.input_error, p.output_error) for p in record.proofs}
-        return RewriteResult(record.before, record.after, proofs, files)
+        stored = {s.layer: s.error for s in record.stored}
+        return RewriteResult(record.before, record.after, proofs, files, stored)
 
     def _sidecars(self) -> list[Sidecar]:
         """The files for the folder of the rewritten graph; :class:`InputError` if two would have one name."""

@@ -15,8 +15,8 @@ block, including zero, is mapped to all integers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import F32
 from nbl_export.errors import BuildError
-from nbl_export.graph.operators import MICROSOFT, key
+from nbl_export.graph.operators import MICROSOFT, int_attribute, key
 from nbl_export.graph.weights import DYNAMIC, dequantizer, weight_bits
 
 U8 = NDArray[np.uint8]
@@ -58,6 +58,10 @@ _TYPES = {
     ir.DataType.INT8: (8, True),
     ir.DataType.UINT8: (8, False),
 }
+
+
+# The accuracy level of MatMulNBits at which it rounds its activations to 8 bits.
+_INT8_ACTIVATIONS = 4
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,75 @@ def pack(numbers: U8, bits: int) -> U8:
     # No two of them have a bit in common.
     packed: U8 = np.sum(shifted.astype(np.uint8), axis=-1, dtype=np.uint8)
     return packed
+
+
+def stands_for(w: F32, node: ir.Node) -> F32:
+    """What the numbers mean that ``w`` [output, input] becomes in the format of ``node``, a product with a weight."""
+    if key(node) == (MICROSOFT, "MatMulNBits"):
+        scales = node.inputs[2]
+        symmetric = len(node.inputs) < 4 or node.inputs[3] is None
+        blocks = quantize_blocks(
+            w, int_attribute(node, "bits", 4), int_attribute(node, "block_size"), symmetric
+        )
+        return _of_blocks(blocks, scales, w.shape)
+    if node.op_type in DYNAMIC:
+        scale = node.inputs[DYNAMIC[node.op_type]]
+        each = scale is not None and scale.shape is not None and len(scale.shape) == 1 and scale.shape[0] != 1
+        rows = w if each else w.reshape(1, -1)
+        return (
+            quantize_blocks(rows, 8, rows.shape[1], symmetric=True, positive=True).values().reshape(w.shape)
+        )
+    dequantize = dequantizer(node)
+    if dequantize is not None:
+        quantized, scales = dequantize.inputs[0], dequantize.inputs[1]
+        assert quantized is not None and quantized.dtype is not None
+        bits, signed = _TYPES[quantized.dtype]
+        each_block = int_attribute(dequantize, "block_size") or w.shape[1]
+        # Numbers without a sign have zero points also where the scales are symmetric, so these tell nothing.
+        zeros = dequantize.inputs[2] if len(dequantize.inputs) > 2 else None
+        symmetric = zeros is None or (not signed and _all_equal(zeros, 1 << (bits - 1)))
+        return _of_blocks(quantize_blocks(w, bits, each_block, symmetric, positive=True), scales, w.shape)
+    stored = node.inputs[1]
+    dtype = stored.dtype if stored is not None and stored.dtype is not None else ir.DataType.FLOAT
+    return w.astype(dtype.numpy()).astype(np.float32)
+
+
+def _all_equal(value: ir.Value, number: int) -> bool:
+    tensor = value.const_value
+    return tensor is not None and bool((tensor.numpy().astype(np.int16) == number).all())
+
+
+def _of_blocks(blocks: Blocks, scales: ir.Value | None, shape: tuple[int, ...]) -> F32:
+    dtype = scales.dtype if scales is not None and scales.dtype is not None else ir.DataType.FLOAT
+    rounded = replace(blocks, scales=blocks.scales.astype(dtype.numpy()).astype(np.float32))
+    values: F32 = rounded.values().reshape(shape[0], -1)[:, : shape[1]]
+    return values
+
+
+def computed(u: F32, weights: Sequence[F32], nodes: Sequence[ir.Node], b: F32, dtype: ir.DataType) -> F32:
+    """u · weightsᵀ + b as ``nodes`` compute it in ``dtype``: with their rounding of activations."""
+
+    def rounded(x: F32) -> F32:
+        return x.astype(dtype.numpy()).astype(np.float32)
+
+    x = rounded(u)
+    for weight, node in zip(weights, nodes, strict=True):
+        x = rounded((_activations(x, node) @ weight.T).astype(np.float32))
+    return rounded(x + rounded(b))
+
+
+def _activations(x: F32, node: ir.Node) -> F32:
+    """``x`` as ``node`` rounds it before it multiplies: to 8 bits, for each block or for the whole tensor, or not."""
+    if node.op_type in DYNAMIC:
+        low, high = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
+        scale = (high - low) / 255 or 1.0
+        zero = np.rint(-low / scale)
+        dynamic: F32 = ((np.clip(np.rint(x / scale) + zero, 0, 255) - zero) * scale).astype(np.float32)
+        return dynamic
+    if int_attribute(node, "accuracy_level") == _INT8_ACTIVATIONS:
+        block = quantize_blocks(x, 8, int_attribute(node, "block_size"), symmetric=True, positive=True)
+        return block.values().reshape(len(x), -1)[:, : x.shape[1]]
+    return x
 
 
 def product(

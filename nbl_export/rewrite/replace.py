@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from dataclasses import replace as replace_fields
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from nbl_export.batch.names import PIXELS
 from nbl_export.errors import BuildError, InputError
 from nbl_export.graph.cache import KV_LAYERS_KEY, kv_pairs, metadata_list, remove_pairs
+from nbl_export.graph.finite import check_finite
 from nbl_export.graph.io import load_graph, save_graph, summarize
 from nbl_export.graph.precision import graph_precision
 from nbl_export.graph.regions import AttentionRegion, Output, Refusal, find_regions
@@ -41,24 +42,31 @@ from nbl_export.graph.weights import weight_bits
 from nbl_export.linearize.plan import LinearLayer, Plan, linear_name
 from nbl_export.progress import Listener, Silent, bytes_task
 from nbl_export.rewrite.adapt import merge_adapters
-from nbl_export.rewrite.prove import PROOF_TOLERANCE, Proof, confirm, prove, without_later
+from nbl_export.rewrite.confirm import confirm, linear_output_name
+from nbl_export.rewrite.prove import PROOF_TOLERANCE, Proof, prove, without_later
 from nbl_export.rewrite.quantize import product
-from nbl_export.rewrite.summary import RewriteSummary
+from nbl_export.rewrite.summary import RewriteSummary, StoredError
 from nbl_export.runtime.session import check_like
 
 Save = Callable[[ir.Model, Path, Callable[[Path], Any], Callable[[int], object]], list[Path]]
 LAYERS_KEY = "nbl_export.layers"
 VERSION_KEY = "nbl_export.version"
+# What storing W may cost before it is worth a line: half precision costs less.
+_NOTICED = 5e-3
 
 
 @dataclass(frozen=True)
 class RewriteResult:
-    """What was done: the graph before and after, the proof of each layer, and the files written."""
+    """What was done: the graph before and after, the proof of each layer, and the files written.
+
+    ``stored`` is what storing W in the graph's format costs each linear layer, ‖Ŵu - Wu‖ / ‖Wu‖.
+    """
 
     before: GraphSummary
     after: GraphSummary
     proofs: dict[int, Proof]
     files: list[Path]
+    stored: dict[int, float] = field(default_factory=dict)
 
 
 def rewrite_file(
@@ -70,40 +78,76 @@ def rewrite_file(
     Raises :class:`InputError` if ``source`` is unreadable, already rewritten or of another model, and
     :class:`BuildError` if a planned layer is not found, not proven, or the counts are wrong.
     """
-    model = load_graph(source)
-    if LAYERS_KEY in model.metadata_props:
+    if LAYERS_KEY in load_graph(source).metadata_props:
         raise InputError(f"{source} is already rewritten: rewrite the original graph instead.")
     check_file = check_like(source)
-    before = summarize(model, source)
-    RemoveUnusedNodesPass()(model)  # dead nodes of the exporter would disturb the search
-    found = find_regions(model)
-    regions = _planned(model, found, plan)
     listener = listener or Silent()
-    with bytes_task(listener, "Proving the regions", before.file_bytes) as done:
-        proofs = prove(source, model, regions, plan, done)
+    proven_graph = proven_regions(source, plan, listener)
+    model, before, proofs = proven_graph.model, proven_graph.before, proven_graph.proofs
     tolerance = PROOF_TOLERANCE[graph_precision(model).name]
     proven = [p for p in proofs.values() if p.holds(tolerance)]
-    replace(model, {r.layer: r for r in regions}, proofs, plan)
+    replace(model, {r.layer: r for r in proven_graph.regions}, proofs, plan)
     merge_adapters(model, plan.adapters)
     _describe(model, proven, plan, cached=before.kv_pairs > 0)
+
+    stored: dict[int, float] = {}
 
     def check(written: Path) -> RewriteResult:
         check_file(written)
         result = load_graph(written)
         after = summarize(result, written)
-        count(result, before, after, plan, len(found))
-        confirm(written, proofs, plan, {layer: linear_output_name(layer) for layer in plan.chosen})
-        return RewriteResult(before, after, proofs, [])
+        count(result, before, after, plan, proven_graph.attention)
+        stored.update((c.layer, c.stored) for c in confirm(written, proofs, plan))
+        return RewriteResult(before, after, proofs, [], stored)
 
     with bytes_task(listener, "Writing the graph", before.file_bytes) as done:
         files = save(model, target, check, done)
-    return RewriteResult(before, summarize(load_graph(target), target), proofs, files)
+    if cost := storing_cost(stored):
+        listener.note(cost)
+    return RewriteResult(before, summarize(load_graph(target), target), proofs, files, stored)
+
+
+def storing_cost(stored: Mapping[int, float]) -> str:
+    """A line on what storing W costs the linear layers, if it can be noticed; empty if not."""
+    worst = max(stored, key=lambda layer: stored[layer], default=None)
+    if worst is None or stored[worst] < _NOTICED:
+        return ""
+    mean = sum(stored.values()) / len(stored)
+    return (
+        f"Storing W changes W u by {mean:.1%} on average, most in layer {worst} ({stored[worst]:.1%}), "
+        "measured on the probe."
+    )
+
+
+@dataclass(frozen=True)
+class ProvenGraph:
+    """A graph as it was read, its summary, its number of ``attention`` layers, and the proof of each planned region."""
+
+    model: ir.Model
+    before: GraphSummary
+    attention: int
+    regions: list[AttentionRegion]
+    proofs: dict[int, Proof]
+
+
+def proven_regions(source: Path, plan: Plan, listener: Listener | None = None) -> ProvenGraph:
+    """Steps 1 and 2 for the graph at ``source``; the errors are those of :func:`rewrite_file`."""
+    model = load_graph(source)
+    check_finite(model, str(source))
+    before = summarize(model, source)
+    RemoveUnusedNodesPass()(model)  # dead nodes of the exporter would disturb the search
+    found = find_regions(model)
+    regions = _planned(model, found, plan)
+    with bytes_task(listener or Silent(), "Proving the regions", before.file_bytes) as done:
+        proofs = prove(source, model, regions, plan, done)
+    return ProvenGraph(model, before, len(found), regions, proofs)
 
 
 def rewrite_summary(result: RewriteResult, plan: Plan) -> RewriteSummary:
     """The result, for a JSON file."""
     proofs = tuple(p.errors for p in result.proofs.values())
-    return RewriteSummary(result.before, result.after, plan.attention_layers, proofs)
+    stored = tuple(StoredError(layer, error) for layer, error in result.stored.items())
+    return RewriteSummary(result.before, result.after, plan.attention_layers, proofs, stored=stored)
 
 
 def linearized_layers(model: ir.Model) -> tuple[int, ...]:
@@ -184,11 +228,6 @@ def replace(
                     f"Layer {layer} cannot be removed: {left.op_type} ({left.name}) still reads the output of its "
                     f"{node.op_type} ({node.name}); leave the layer out of the plan."
                 )
-
-
-def linear_output_name(layer: int) -> str:
-    """The name of a linearized layer's output."""
-    return f"{linear_name(layer)}.output"
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nbl_export.graph.summary import GraphSummary
 
@@ -17,13 +17,25 @@ class ProofErrors:
 
 
 @dataclass(frozen=True)
+class StoredError:
+    """What storing W in the graph's format costs one linear layer: ‖Ŵu - Wu‖ / ‖Wu‖ on the probe."""
+
+    layer: int
+    error: float
+
+
+@dataclass(frozen=True)
 class RewriteSummary:
-    """What ``nbl/rewrite.json`` keeps: the graph before and after, the model's layer of each KV pair, the proofs."""
+    """What ``nbl/rewrite.json`` keeps.
+
+    The graph before and after, the model's layer of each KV pair, the proofs, and what storing W costs.
+    """
 
     before: GraphSummary
     after: GraphSummary
     kv_layers: tuple[int, ...]
     proofs: tuple[ProofErrors, ...]
+    stored: tuple[StoredError, ...] = field(default=(), kw_only=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from nbl_export.linearize.swap import linearized
 from nbl_export.models.layers import positions
@@ -25,10 +29,11 @@ from nbl_export.verify.measurement import (
     timed,
 )
 from nbl_export.verify.parity.decoder import compare_streams
-from nbl_export.verify.parity.figures import DecoderParity, Parity, gates_for
+from nbl_export.verify.parity.figures import UNMODIFIED, DecoderParity, Parity, gates_for
 from nbl_export.verify.parity.localize import first_divergence
 from nbl_export.verify.parity.noise import rounding_noise
 from nbl_export.verify.parity.own import OWN, pytorch_in_precision
+from nbl_export.verify.parity.unmodified import against_unmodified, kept_cache
 from nbl_export.verify.speed.pair import Pair, explained, measure_speed
 from nbl_export.verify.speed.values import Speed
 
@@ -70,6 +75,9 @@ def measure_parity(case: DecoderCase) -> FoundParity[DecoderParity]:
     elif precision.name != "fp32":
         own = pytorch_in_precision(precision, case.model, case.plan, rows, steps, cached)
         failures += parity.failures_against(own, OWN)
+    against = against_unmodified(
+        case.baseline, case.rewritten, case.plan, lambda path: unlike(case, path, rows)
+    )
     section = DecoderParity(
         **vars(parity),
         precision=precision.name,
@@ -79,7 +87,16 @@ def measure_parity(case: DecoderCase) -> FoundParity[DecoderParity]:
     )
     over = f"a prefill and {steps} decode steps"
     within = f"max |Δlogit| {parity.worst:.2g} over {over}, within all {precision.gates} gates"
-    return judged(section, failures, within, lambda: _where_lost(case, parity, noise))
+    lost = (lambda: _where_lost(case, parity, noise)) if failures else (lambda: None)
+    return judged(section, [*failures, *against], within, lost)
+
+
+def unlike(case: DecoderCase, reference: Path, rows: Sequence[NDArray[np.int32]]) -> list[str]:
+    """The gates that the rewritten graph fails against the unmodified one with the linear layers put in."""
+    longest, steps = max(map(len, rows)), case.settings.decode_steps
+    candidate = ort_stream(case.rewritten, longest)
+    stream = kept_cache(ort_stream(reference, longest), case.plan)
+    return compare_streams(stream, candidate, rows, steps, gates_for(UNMODIFIED)).failures()
 
 
 def _where_lost(case: DecoderCase, parity: Parity, noise: float) -> str:

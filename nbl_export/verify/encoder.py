@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from nbl_export.batch.names import PIXELS, TOKENS
@@ -26,9 +28,10 @@ from nbl_export.verify.measurement import (
     timed,
 )
 from nbl_export.verify.parity.encoder import compare_outputs
-from nbl_export.verify.parity.figures import EncoderParity, OutputsParity, gates_for
+from nbl_export.verify.parity.figures import UNMODIFIED, EncoderParity, OutputsParity, gates_for
 from nbl_export.verify.parity.localize import first_divergence
 from nbl_export.verify.parity.own import OWN
+from nbl_export.verify.parity.unmodified import against_unmodified
 from nbl_export.verify.speed.candidates import EncoderPass
 from nbl_export.verify.speed.pair import Pair, explained, measure_speed
 from nbl_export.verify.speed.values import ENCODE, Speed
@@ -70,14 +73,24 @@ def measure_parity(case: EncoderCase, encoder: TorchEncoder) -> FoundParity[Enco
     if precision.name != "fp32":
         own = _pytorch_in_precision(case, reference, inputs)
         failures += parity.failures_against(own, OWN)
+    against = against_unmodified(
+        case.baseline, case.rewritten, case.plan, lambda path: unlike(case, path, inputs)
+    )
     section = EncoderParity(
         **vars(parity), precision=precision.name, pytorch_in_precision=own.outputs if own else None
     )
     names = ", ".join(o.output for o in parity.outputs)
     within = f"max relative difference {parity.worst:.2g} in {names}, within all {precision.gates} gates"
-    return judged(
-        section, failures, within, lambda: str(first_divergence(case.model, case.plan, case.rewritten))
+    lost = (
+        (lambda: str(first_divergence(case.model, case.plan, case.rewritten))) if failures else (lambda: None)
     )
+    return judged(section, [*failures, *against], within, lost)
+
+
+def unlike(case: EncoderCase, reference: Path, inputs: Inputs) -> list[str]:
+    """The gates that the rewritten graph fails against the unmodified one with the linear layers put in."""
+    expected, found = (OrtEncoder(path)(inputs) for path in (reference, case.rewritten))
+    return compare_outputs(expected, found, inputs, gates_for(UNMODIFIED)).failures()
 
 
 def _batch(case: EncoderCase) -> Inputs:

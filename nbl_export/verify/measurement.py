@@ -71,13 +71,19 @@ def put_together(
     )
 
 
-def judged(section: T, failures: Iterable[str], within: str, lost: Callable[[], str]) -> FoundParity[T]:
+def judged(
+    section: T, failures: Iterable[str], within: str, lost: Callable[[], str | None]
+) -> FoundParity[T]:
     """Parity's ``section`` with its verdict: ``within`` says what passed; ``lost`` finds where what failed is lost."""
     failed = tuple(failures)
     if not failed:
         return FoundParity(section, (Check("parity", "passed", within),))
     where = lost()
-    return FoundParity(section, (Check("parity", "failed", "; ".join([*failed, where])),), divergence=where)
+    return FoundParity(
+        section,
+        (Check("parity", "failed", "; ".join([*failed, *([where] if where else [])])),),
+        divergence=where,
+    )
 
 
 def method_loss(case: Case, measure: Callable[[], L]) -> Found[L]:

@@ -221,6 +221,15 @@ def test_a_map_that_is_not_finite(path: Path, name: str, bad: float) -> None:
     assert "W or b of layer 4 is NaN or infinite" in refusal(path)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["u", "y"])
+def test_a_probe_that_is_not_finite(path: Path, name: str, bad: float) -> None:
+    plan = make_plan()
+    getattr(plan, f"probe_{name}")[3].flat[2] = bad
+    save_plan(path, plan)
+    assert f"{name} of layer 3 on the probe is NaN or infinite" in refusal(path)
+
+
 @pytest.mark.parametrize(
     "edit",
     [

@@ -59,6 +59,15 @@ def test_weights_that_are_missing_are_not_made_up(folder: Path) -> None:
     assert name in load_refusal(folder)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_weight_that_is_no_number_is_named(folder: Path, bad: float) -> None:
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights[name][2, 3] = bad
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert f"the weight {name} is NaN or infinite" in load_refusal(folder)
+
+
 def test_weights_of_another_shape(folder: Path) -> None:
     edit_config(folder, hidden_size=64)
     assert f"transformers cannot load {folder}" in load_refusal(folder)

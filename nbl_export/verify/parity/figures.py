@@ -14,6 +14,8 @@ from typing import Generic, TypeVar
 from nbl_export.datafile import read_table
 
 LOGITS = "logits"
+# The gates of a rewritten graph against the unmodified one with the linear layers put in, of any dtype.
+UNMODIFIED = "unmodified"
 # The cosine of two short vectors of logits near zero tells of rounding, not of the graph.
 _LEAST_WIDTH = 16
 

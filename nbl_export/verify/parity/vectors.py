@@ -20,10 +20,14 @@ def compare_vectors(a: F32, b: F32, near_tie: float) -> Figures:
     """The figures of ``b`` against the reference ``a``, each [vectors, d]."""
     x, y = a.astype(np.float64), b.astype(np.float64)
     difference = np.abs(x - y)
-    relative = difference / np.maximum(np.abs(x), rms(x))
+    relative = _ratio(difference, np.maximum(np.abs(x), rms(x)))
     log_p, log_q = log_softmax(x), log_softmax(y)
     kl = np.sum(np.exp(log_p) * (log_p - log_q), axis=-1)
-    cosine = np.sum(x * y, axis=-1) / (np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1))
+    norms = np.linalg.norm(x, axis=-1), np.linalg.norm(y, axis=-1)
+    # Two vectors of zeros are equal; one of zeros has no direction, which no gate passes.
+    cosine = np.where(
+        (norms[0] == 0) & (norms[1] == 0), 1.0, _quotient(np.sum(x * y, axis=-1), norms[0] * norms[1])
+    )
     best_two = np.partition(x, -2, axis=-1)[:, -2:]
     same = x.argmax(axis=-1) == y.argmax(axis=-1)
     tie = ~same & (best_two[:, 1] - best_two[:, 0] < near_tie)
@@ -41,6 +45,19 @@ def compare_vectors(a: F32, b: F32, near_tie: float) -> Figures:
         top1=float((same | tie).mean()),
         near_ties=int(tie.sum()),
     )
+
+
+def _ratio(difference: F64, size: F64) -> F64:
+    """``difference`` in units of ``size``: no difference is 0 of anything, any other is infinite of nothing."""
+    found: F64 = np.where(difference == 0, 0.0, np.where(size == 0, np.inf, _quotient(difference, size)))
+    return np.where(np.isnan(difference) | np.isnan(size), np.nan, found)
+
+
+def _quotient(a: F64, b: F64) -> F64:
+    """a / b, and 0 for nothing of nothing; NaN stays NaN."""
+    with np.errstate(invalid="ignore"):
+        found: F64 = np.where(b == 0, 0.0, a / np.where(b == 0, 1.0, b))
+    return found
 
 
 def rms(x: F64) -> F64:

@@ -115,3 +115,14 @@ def test_what_is_equal_has_no_distance(values: list[float]) -> None:
     if a.any():
         assert (found.max_abs, found.max_rel, found.max_kl) == (0, 0, 0) and found.top1 == 1
         assert found.min_cosine == pytest.approx(1, abs=1e-9)
+
+
+def test_zeros_are_equal_to_zeros_and_to_nothing_else() -> None:
+    zeros, ones = np.zeros((2, 20), np.float32), np.ones((2, 20), np.float32)
+    with np.errstate(all="raise"):
+        same = compare_vectors(zeros, zeros, near_tie=0.0)
+        found = compare_vectors(zeros, ones, near_tie=0.0)
+        lost = compare_vectors(ones, zeros, near_tie=0.0)
+    assert (same.max_abs, same.max_rel, same.min_cosine, same.max_kl, same.top1) == (0, 0, 1, 0, 1)
+    assert found.max_rel == float("inf") and found.min_cosine == 0
+    assert lost.max_rel == 1 and lost.min_cosine == 0

@@ -1,0 +1,128 @@
+"""Move the stored numbers of a graph's weights by as much as rounding has moved them: what its precision costs.
+
+A weight was rounded to the nearest number that its format holds, by up to half a step: a variance of step²/12. A graph
+in which one number of twelve is moved by a whole step, up or down by chance, has that variance once more. How far its
+activations are from those of the graph itself is how far the graph's own are from the model's before it was rounded,
+if it is that model. No format is converted, so the kernels and their rounding of activations stay the same.
+
+A step is one integer of a quantized weight, and the last bit of one in half precision. Float32 weights stay.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from nbl_export.graph.half_emulation import HALF
+from nbl_export.graph.operators import MICROSOFT, int_attribute, key
+
+# The input with the quantized numbers. Those of bytes without a type of their own have the bits of an attribute.
+QUANTIZED_INPUT = {
+    (MICROSOFT, "MatMulNBits"): 1,
+    (MICROSOFT, "GatherBlockQuantized"): 0,
+    (MICROSOFT, "DynamicQuantizeMatMul"): 1,
+    ("", "MatMulInteger"): 1,
+    ("", "DequantizeLinear"): 0,
+}
+_PACKED = ("MatMulNBits", "GatherBlockQuantized")
+_RANGES = {
+    ir.DataType.INT4: (-8, 7),
+    ir.DataType.UINT4: (0, 15),
+    ir.DataType.INT8: (-128, 127),
+    ir.DataType.UINT8: (0, 255),
+}
+_MOVED = 1 / 12
+
+
+def nudge(model: ir.Model, seed: int = 0) -> None:
+    """Move the numbers, in place; each tensor is computed when it is read."""
+    bits = _quantized(model)
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is None:
+            continue
+        if value in bits:
+            value.const_value = _lazy(tensor, bits[value], seed)
+        elif value.dtype in HALF and tensor.size > 1:
+            value.const_value = _lazy(tensor, 0, seed)
+
+
+def nudged_values(array: NDArray[np.float32], dtype: ir.DataType | None, seed: int) -> NDArray[np.float32]:
+    """Activations that are fed to a tensor of ``dtype``: rounded to half precision and moved; otherwise as they are."""
+    if dtype not in HALF:
+        return array
+    assert dtype is not None
+    return _moved_halves(array.astype(dtype.numpy()), np.random.default_rng(seed)).astype(np.float32)
+
+
+def _quantized(model: ir.Model) -> dict[ir.Value, int]:
+    """The initializers with quantized weights, and the bits of each number in their bytes; 0 for typed numbers."""
+    found: dict[ir.Value, int] = {}
+    for node in model.graph:
+        index = QUANTIZED_INPUT.get(key(node))
+        value = node.inputs[index] if index is not None and index < len(node.inputs) else None
+        while value is not None and not value.is_initializer():
+            maker = value.producer()  # a Reshape or a Transpose of a shared weight
+            value = maker.inputs[0] if maker is not None and maker.inputs else None
+        if value is not None and value.dtype in _RANGES:
+            packed = node.op_type in _PACKED and value.dtype == ir.DataType.UINT8
+            found[value] = int_attribute(node, "bits", 4) if packed else 0
+    return found
+
+
+def _lazy(tensor: ir.TensorProtocol, bits: int, seed: int) -> ir.LazyTensor:
+    name = str(tensor.name)
+    dtype = tensor.dtype
+
+    def compute() -> ir.TensorProtocol:
+        generator = np.random.default_rng([seed, zlib.crc32(name.encode())])
+        array = tensor.numpy()
+        if dtype in HALF:
+            moved = _moved_halves(array, generator)
+        elif bits:
+            moved = _moved_packed(array, bits, generator)
+        else:
+            moved = _moved(array, *_RANGES[dtype], generator)
+        return ir.tensor(moved.astype(dtype.numpy()), dtype=dtype, name=name)
+
+    return ir.LazyTensor(compute, dtype=dtype, shape=ir.Shape(array_shape(tensor)), name=name)
+
+
+def array_shape(tensor: ir.TensorProtocol) -> tuple[int, ...]:
+    return tuple(int(n) for n in tensor.shape.numpy())
+
+
+def _steps(shape: tuple[int, ...], generator: np.random.Generator) -> NDArray[np.int16]:
+    """-1, 0 or 1 for each number."""
+    chance = generator.random(shape, dtype=np.float32)
+    return (chance < _MOVED / 2).astype(np.int16) - (chance > 1 - _MOVED / 2).astype(np.int16)
+
+
+def _moved(numbers: NDArray[Any], low: int, high: int, generator: np.random.Generator) -> NDArray[Any]:
+    wide = numbers.astype(np.int16)
+    moved: NDArray[Any] = np.clip(wide + _steps(wide.shape, generator), low, high)
+    return moved
+
+
+def _moved_packed(packed: NDArray[Any], bits: int, generator: np.random.Generator) -> NDArray[Any]:
+    """Bytes of several numbers each, the first in the lowest bits."""
+    most = (1 << bits) - 1
+    result = np.zeros_like(packed)
+    for shift in range(0, 8, bits):
+        numbers = (packed >> shift) & most
+        result |= _moved(numbers, 0, most, generator).astype(np.uint8) << np.uint8(shift)
+    return result
+
+
+def _moved_halves(array: NDArray[Any], generator: np.random.Generator) -> NDArray[Any]:
+    """The next number towards or away from zero; zeros, and the largest numbers, stay."""
+    raw = np.ascontiguousarray(array).view(np.int16)
+    steps = _steps(raw.shape, generator)
+    moved = (raw + steps).view(array.dtype)
+    stays = (array == 0) | ~np.isfinite(moved.astype(np.float32)) | (moved == 0)
+    result: NDArray[Any] = np.where(stays, array, moved)
+    return result

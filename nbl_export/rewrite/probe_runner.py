@@ -1,0 +1,100 @@
+"""Run a graph on the plan's probe: from its inputs, or from activations that are fed to a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nbl_export.batch.names import PIXELS, TOKENS
+from nbl_export.batch.rows import rows_of_batch
+from nbl_export.graph.io import load_graph
+from nbl_export.graph.nudge import nudge, nudged_values
+from nbl_export.linearize.plan import Plan
+from nbl_export.runtime.intermediates import Arrays, compute_tensors, prefill_rows, unbatched
+
+# Tensors by name, of each row.
+Found = list[Arrays]
+
+
+class ProbeRunner:
+    """Runs the graph at ``path`` on the probe of ``plan``; ``progress`` receives the bytes of weights that were run."""
+
+    def __init__(
+        self, path: Path, plan: Plan, progress: Callable[[int], object] = lambda _bytes: None
+    ) -> None:
+        self.path, self.plan, self.progress = path, plan, progress
+        self.rows = rows_of_batch(plan.probe)
+        self.lengths = [row[TOKENS].shape[1] if TOKENS in row else self._image() for row in self.rows]
+
+    def _image(self) -> int:
+        """Number of tokens per image."""
+        return len(next(iter(self.plan.probe_y.values()))) // len(self.rows)
+
+    def run(
+        self,
+        names: Sequence[str],
+        given: Mapping[str, Sequence[NDArray[Any]]],
+        nudged: bool = False,
+        other_tokens: bool = False,
+    ) -> Found:
+        """Tensors ``names`` for each row; the intermediate tensors ``given`` are fed instead of computed.
+
+        ``nudged`` moves the graph's weights, and what is fed, as rounding moves them. ``other_tokens`` runs each row
+        backwards: what depends on the fed tensors alone does not change.
+        """
+        model = load_graph(self.path)
+        rows = [_backwards(row) for row in self.rows] if other_tokens else self.rows
+        feeds: list[Arrays] = prefill_rows(model, rows)
+        dtypes = {v.name: v.dtype for node in model.graph for v in node.outputs}
+        for name, arrays in given.items():
+            for number, (feed, array) in enumerate(zip(feeds, arrays, strict=True)):
+                feed[name] = nudged_values(array, dtypes.get(name), number) if nudged else array
+        if nudged:
+            nudge(model)
+        return compute_tensors(model, names, feeds, progress=self.progress)
+
+    def split(
+        self, activations: NDArray[np.float32], shapes: Sequence[tuple[int, ...]]
+    ) -> list[NDArray[np.float32]]:
+        """``activations`` [unpadded tokens, d] row by row, in ``shapes``."""
+        ends = np.cumsum(self.lengths)[:-1]
+        return [p.reshape(s) for p, s in zip(np.split(activations, ends), shapes, strict=True)]
+
+    def joined(self, arrays: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
+        """The rows of one tensor as [unpadded tokens, d]."""
+        rows = [unbatched(a, length) for a, length in zip(arrays, self.lengths, strict=True)]
+        return np.concatenate(rows).astype(np.float32)
+
+    def error(self, arrays: Sequence[NDArray[Any]], expected: NDArray[np.float32]) -> float:
+        """The relative error of a tensor against ``expected`` [unpadded tokens, d]; infinite for another shape."""
+        rows = [unbatched(a, length) for a, length in zip(arrays, self.lengths, strict=True)]
+        if any(r.ndim != 2 or r.shape[1] != expected.shape[1] for r in rows):
+            return float("inf")
+        return relative_error(np.concatenate(rows), expected)
+
+
+def _backwards(row: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    return {name: a[..., ::-1].copy() if name in (TOKENS, PIXELS) else a for name, a in row.items()}
+
+
+def relative_error(found: NDArray[Any], expected: NDArray[np.float32]) -> float:
+    """‖found - expected‖ / ‖expected‖, both [tokens, d], of all tokens or of the median token, whichever is larger.
+
+    Infinite for NaN, infinity or another shape. Two tensors of zeros are equal.
+    """
+    if found.shape != expected.shape:
+        return float("inf")
+    with np.errstate(
+        invalid="ignore", over="ignore"
+    ):  # infinity minus infinity, which counts as infinite below
+        difference = np.linalg.norm(found.astype(np.float64) - expected, axis=-1)
+        norms = np.linalg.norm(expected.astype(np.float64), axis=-1)
+        if not (np.isfinite(difference).all() and np.isfinite(norms).all()):
+            return float("inf")
+        whole = float(np.linalg.norm(difference) / (np.linalg.norm(norms) or 1.0))
+        each = difference / np.where(norms == 0, np.linalg.norm(norms) / len(norms) ** 0.5 or 1.0, norms)
+        return max(whole, float(np.median(each)))

@@ -1,0 +1,144 @@
+"""Wrong linearized graphs in every precision: each is refused, and a right one is the unmodified graph to rounding.
+
+The whole table, with what each fault costs, is made by scripts/mutation_table.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbl_export.calibrate.text import CalibrationText
+from nbl_export.graph.io import load_graph
+from nbl_export.linearize.plan import Plan
+from nbl_export.progress import Silent
+from nbl_export.rewrite.confirm import LinearPart, linear_part
+from nbl_export.rewrite.replace import ProvenGraph, proven_regions, rewrite_file
+from nbl_export.runtime.ort import ort_stream
+from nbl_export.verify.case import DecoderCase
+from nbl_export.verify.decoder import measure_parity, unlike
+from nbl_export.verify.engines import PROMPTS
+from nbl_export.verify.parity.decoder import compare_streams
+from nbl_export.verify.parity.figures import UNMODIFIED, gates_for
+from nbl_export.verify.parity.unmodified import (
+    against_unmodified,
+    differences,
+    first_difference,
+    kept_cache,
+    spliced,
+)
+from tests.fixtures_graph import plan_by_hand
+from tests.mutations import OF_ALL, OF_LAYERS, OF_RETAINED, OF_WEIGHTS, changed
+from tests.verify.measured import PARITY
+
+LAYERS, RETAINED = (
+    (1, 3),
+    (0, 2),
+)  # the second are numbers among the layers that keep their attention: 0, 2, 4
+# What is wrong with W or b itself: tests/rewrite/test_confirm.py, which `verify` asks in the same words.
+QUICK = ("fp16", "bf16", "int8", "int4")
+
+
+@dataclass(frozen=True)
+class Right:
+    """A right linearized graph, what it was made of, and its case."""
+
+    baseline: Path
+    path: Path
+    proven: ProvenGraph
+    case: DecoderCase
+
+    def failures(self, wrong: Path) -> list[str]:
+        case = DecoderCase(
+            self.case.model, self.case.plan, self.baseline, wrong, PARITY, Silent(), self.case.text, ()
+        )
+        rows = case.rows(PROMPTS)
+        return differences(
+            self.baseline, wrong, case.plan, self.proven.proofs, lambda path: unlike(case, path, rows)
+        )
+
+
+@pytest.fixture(scope="module")
+def plan(stories_out: Path) -> Plan:
+    return plan_by_hand(stories_out, LAYERS)
+
+
+@pytest.fixture(scope="module", params=QUICK)
+def right(
+    request: pytest.FixtureRequest,
+    baseline_in: Callable[[str], Path],
+    stories_model: Any,
+    text: CalibrationText,
+    plan: Plan,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Right:
+    baseline = baseline_in(request.param)
+    path = tmp_path_factory.mktemp(request.param) / "model.onnx"
+    rewrite_file(baseline, plan, path)
+    case = DecoderCase(stories_model, plan, baseline, path, PARITY, Silent(), text, ())
+    return Right(baseline, path, proven_regions(baseline, plan), case)
+
+
+def test_a_right_graph_is_the_unmodified_one_to_rounding(right: Right, plan: Plan) -> None:
+    check = measure_parity(right.case).checks[0]
+    assert check.status == "passed", check.detail
+    parts = {i: linear_part(load_graph(right.path), i) for i in LAYERS}
+    whole = {i: part for i, part in parts.items() if isinstance(part, LinearPart)}
+    with spliced(right.baseline, whole, right.proven.proofs, plan) as reference:
+        streams = kept_cache(ort_stream(reference, 80), plan), ort_stream(right.path, 80)
+        found = compare_streams(*streams, right.case.rows(PROMPTS), 4, gates_for(UNMODIFIED))
+        assert first_difference(reference, right.path, plan) == ""
+    # A tenth of the gates: they are no close call for any precision.
+    assert found.worst < gates_for(UNMODIFIED).max_abs_logit / 10
+    assert max(s.kv_max_rel for s in found.steps) < gates_for(UNMODIFIED).max_rel_kv / 10
+    assert not list(right.path.parent.glob(".*")) and not list(right.baseline.parent.glob(".*"))
+
+
+@pytest.mark.parametrize("what", OF_LAYERS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_layer_at_the_wrong_place_is_refused(right: Right, layer: int, what: str) -> None:
+    found = right.failures(changed(right.path, OF_LAYERS[what], layer, right.path.with_name("wrong.onnx")))
+    named = (
+        f"input of layer {layer + 1} "
+        if what.startswith("layer")
+        else f"linear layer {layer} is wrong: it reads"
+    )
+    assert named in " ".join(found)
+
+
+@pytest.mark.parametrize("what", OF_RETAINED)
+@pytest.mark.parametrize("number", RETAINED)
+def test_a_fault_in_a_layer_that_stays_is_refused(right: Right, number: int, what: str) -> None:
+    found = right.failures(changed(right.path, OF_RETAINED[what], number, right.path.with_name("wrong.onnx")))
+    assert len(found) == 1 and "against the unmodified graph" in found[0]
+    if "swapped" not in what:  # a cache is read by the next step alone, the probe has one
+        assert f"the output of layer {2 * number} (attention) is the first tensor that differs" in found[0]
+
+
+@pytest.mark.parametrize("what", OF_ALL)
+def test_a_fault_in_all_layers_is_refused(right: Right, what: str) -> None:
+    found = right.failures(changed(right.path, OF_ALL[what], 0, right.path.with_name("wrong.onnx")))
+    assert found and "against the unmodified graph" in found[0]
+
+
+def test_verify_says_so(right: Right, plan: Plan, tmp_path: Path) -> None:
+    """All the way, with the gates that compare with PyTorch."""
+    rewrite_file(right.baseline, OF_WEIGHTS["W × 1.1"](plan, 3), tmp_path / "model.onnx")
+    case = DecoderCase(
+        right.case.model, plan, right.baseline, tmp_path / "model.onnx", PARITY, Silent(), right.case.text, ()
+    )
+    check = measure_parity(case).checks[0]
+    assert (
+        check.status == "failed"
+        and "the linear layer 3 differs by 1.0e-01 from the plan's W u" in check.detail
+    )
+
+
+def test_the_baseline_of_another_model_is_refused(right: Right, plan: Plan) -> None:
+    other = replace(plan, probe_y={i: y * 2 for i, y in plan.probe_y.items()})
+    (found,) = against_unmodified(right.baseline, right.path, other, lambda _: [])
+    assert "the unmodified graph is not what the plan was made for" in found and "not proven" in found
