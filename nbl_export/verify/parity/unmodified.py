@@ -16,7 +16,6 @@ What is proven of the unmodified graph itself: :mod:`nbl_export.rewrite.prove`.
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,7 +30,9 @@ from numpy.typing import NDArray
 from nbl_export.batch.arrays import BOOL, F32
 from nbl_export.errors import BuildError, InputError
 from nbl_export.files import TEMPORARY
+from nbl_export.graph.cache import metadata_list
 from nbl_export.graph.io import load_graph
+from nbl_export.graph.summary import DescribedLayer
 from nbl_export.graph.tensors import follow_links
 from nbl_export.linearize.plan import Plan
 from nbl_export.rewrite.adapt import merge_adapters
@@ -115,19 +116,19 @@ def differences(
 
 def first_difference(reference: Path, rewritten: Path, plan: Plan) -> str:
     """The first layer whose u or y is another one in the two graphs on the probe, as the end of a sentence."""
-    rows = json.loads(load_graph(rewritten).metadata_props.get(LAYERS_KEY, "[]"))
-    names = [row[where] for row in rows for where in ("input", "output")]
+    rows = metadata_list(load_graph(rewritten), LAYERS_KEY, DescribedLayer)
+    names = [name for row in rows for name in (row.input, row.output)]
     known = {v.name for node in load_graph(reference).graph for v in node.outputs}
     names = [name for name in names if name in known]
     expected, found = (intermediate_tensors(path, names, plan.probe) for path in (reference, rewritten))
     for row in rows:
         for where in ("input", "output"):
-            if (name := row[where]) not in known:
+            if (name := getattr(row, where)) not in known:
                 continue
             width = found[name].shape[-1]
             a, b = (tensors[name].reshape(-1, width) for tensors in (found, expected))
             if not relative_error(a, b) <= _OTHER:
-                return f", and the {where} of layer {row['layer']} ({row['kind']}) is the first tensor that differs"
+                return f", and the {where} of layer {row.layer} ({row.kind}) is the first tensor that differs"
     return ""
 
 
