@@ -82,6 +82,7 @@ def exported(
     @cache
     def graph(family: str, form: str, precision: str) -> Path:
         path = root / family / form / precision / GRAPH
+        path.parent.mkdir(parents=True, exist_ok=True)
         if precision == "fp32":
             check_form(calibrated_of(family).model, FORMS[form])
             export_torch(calibrated_of(family).model, path, form=FORMS[form])
