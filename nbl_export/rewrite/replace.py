@@ -37,6 +37,7 @@ from nbl_export.graph.io import load_graph, save_graph, summarize
 from nbl_export.graph.precision import graph_precision
 from nbl_export.graph.regions import AttentionRegion, Output, Refusal, find_regions
 from nbl_export.graph.summary import DescribedLayer, GraphSummary
+from nbl_export.graph.tensors import follow_links
 from nbl_export.graph.types import infer_types
 from nbl_export.graph.weights import weight_bits
 from nbl_export.linearize.plan import LinearLayer, Plan, linear_name
@@ -132,8 +133,10 @@ class ProvenGraph:
 
 def proven_regions(source: Path, plan: Plan, listener: Listener | None = None) -> ProvenGraph:
     """Steps 1 and 2 for the graph at ``source``; the errors are those of :func:`rewrite_file`."""
+    read = load_graph(source)
+    follow_links(read)  # the Hugging Face cache consists of links, which onnx_ir does not read
+    check_finite(read, str(source))
     model = load_graph(source)
-    check_finite(model, str(source))
     before = summarize(model, source)
     RemoveUnusedNodesPass()(model)  # dead nodes of the exporter would disturb the search
     found = find_regions(model)
