@@ -308,7 +308,7 @@ def test_a_build_needs_a_rewrite_of_the_plan_there_is(out: Path) -> None:
     api.select(out, api.SelectSettings(layers=(0,)))
     for verb in ("build", "verify"):
         done = nbl(verb, out)
-        assert_refused(done, 2, "changed after `rewrite`", f"nbl-export rewrite {out}", quietly=False)
+        assert_refused(done, 2, "`rewrite` in", "is out of date", f"nbl-export rewrite {out}", quietly=False)
     path = out / "nbl" / "workspace.json"
     state = json.loads(path.read_text())
     for gone, words in (("rewrite", ("`rewrite`", "nbl-export rewrite")), ("export", ("nbl-export export",))):
