@@ -223,15 +223,20 @@ def _parquet_documents(path: Path, field: str) -> Iterator[str]:
     except ImportError:
         raise MissingDependencyError(_needs("pyarrow", "Reading .parquet", "text")) from None
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        # As a dictionary, a text that is repeated a thousand times takes its memory once.
+        with open_data(path) as opened, pyarrow.parquet.ParquetFile(opened, read_dictionary=[field]) as file:
             if field not in file.schema_arrow.names:
                 raise InputError(_no_field(field, file.schema_arrow.names, str(path)))
             for batch in file.iter_batches(batch_size=256, columns=[field]):
-                for value in batch.column(0).to_pylist():
-                    yield _field({field: value}, field, str(path))
-    except (pyarrow.ArrowException, OSError) as error:
+                if batch.nbytes > _LINE:
+                    raise InputError(
+                        f"{path} has more than {_LINE >> 20} MiB of text in {len(batch)} rows: cut it into documents."
+                    )
+                for cell in batch.column(0):
+                    yield _field({field: cell.as_py()}, field, str(path))
+    except (pyarrow.ArrowException, OSError, MemoryError) as error:
         raise InputError(
-            f"{path} is not a parquet file ({str(error).splitlines()[0]}): download it again."
+            f"{path} is not a parquet file ({(str(error) or type(error).__name__).splitlines()[0]}): download it again."
         ) from None
 
 

@@ -22,6 +22,7 @@ from nbl_export.verify.speed.values import Speed
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_MOST_LAYERS = 1000  # of a plot that can be read; the table has any number
 # The plots of a verification; what is not drawn any more is removed by its name. That of a bench is the bench's own.
 PLOTS = ("k-curve", "layers", VERIFIED, ENGINES)
 
@@ -51,7 +52,8 @@ def report_plots(report: Report) -> dict[str, Plot]:
     if selection.curve and selection.curve.points:
         plots.append(_curve(selection.curve))
     score = scored_by(selection.criterion, selection.candidates)
-    if any(finite(score.of(c)) is not None for c in selection.candidates):
+    drawable = len(selection.candidates) <= _MOST_LAYERS
+    if drawable and any(finite(score.of(c)) is not None for c in selection.candidates):
         plots.append(_layers(selection, score))
     races = {VERIFIED: report.speed, ENGINES: report.engine_speed}
     if report.bench:

@@ -427,3 +427,13 @@ def test_a_file_may_be_called_as_a_user_is_not(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     (tmp_path / "~m.jsonl").write_bytes(jsonl(TEXTS))
     assert read("~m.jsonl") == TEXTS
+
+
+def test_a_parquet_file_of_repeated_long_texts(tmp_path: Path) -> None:
+    """A few KB on disk; as rows of text it is 12 GB."""
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    texts = pa.DictionaryArray.from_arrays(pa.array([0] * 120, pa.int32()), pa.array(["x" * 100_000_000]))
+    parquet.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", compression="zstd")
+    with pytest.raises(InputError, match="more than 64 MiB of text in 120 rows"):
+        read(tmp_path / "a.parquet")
