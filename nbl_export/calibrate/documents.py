@@ -223,10 +223,12 @@ def _parquet_documents(path: Path, field: str) -> Iterator[str]:
     except ImportError:
         raise MissingDependencyError(_needs("pyarrow", "Reading .parquet", "text")) from None
     try:
+        with open_data(path) as opened, pyarrow.parquet.ParquetFile(opened) as file:
+            names = file.schema_arrow.names
+        if field not in names:
+            raise InputError(_no_field(field, names, str(path)))
         # As a dictionary, a text that is repeated a thousand times takes its memory once.
         with open_data(path) as opened, pyarrow.parquet.ParquetFile(opened, read_dictionary=[field]) as file:
-            if field not in file.schema_arrow.names:
-                raise InputError(_no_field(field, file.schema_arrow.names, str(path)))
             for batch in file.iter_batches(batch_size=256, columns=[field]):
                 if batch.nbytes > _LINE:
                     raise InputError(
