@@ -96,8 +96,8 @@ class Table:
         ):
             for what, change in table.items():
                 for number in numbers:
-                    wrong = mutations.changed(self.right, change, number, self.right.with_name("wrong.onnx"))
-                    yield self._judged(what, wrong)
+                    target = self.right.with_name("wrong.onnx")
+                    yield self._judged(what, mutations.changed(self.right, change, number, target))
 
     def _judged(self, what: str, path: Path) -> Found:
         try:
