@@ -408,9 +408,13 @@ def campaign(options: argparse.Namespace, material: Path) -> int:
     names = options.command or list(COMMANDS)
     codes: dict[str, collections.Counter[int]] = {name: collections.Counter() for name in names}
     seconds: dict[str, float] = dict.fromkeys(names, 0.0)
-    wrong, slowest, most = 0, 0.0, 0
+    wrong, tried, slowest, most = 0, 0, 0.0, 0
     for number in range(options.first, options.first + options.mutants):
-        done = trial(number, options, material, names)
+        try:
+            done = trial(number, options, material, names)
+        except KeyboardInterrupt:  # what was tried until now is said
+            break
+        tried += 1
         codes[done.name][done.ended.code] += 1
         seconds[done.name] += done.ended.seconds
         slowest, most = max(slowest, done.ended.seconds), max(most, done.ended.peak)
@@ -429,7 +433,7 @@ def campaign(options: argparse.Namespace, material: Path) -> int:
         if count := codes[name].total():
             shown = ", ".join(f"{n} × exit {code}" for code, n in sorted(codes[name].items()))
             print(f"{name:18} {count:5} mutants, {seconds[name] / count:.2f} s each: {shown}")
-    print(f"{wrong} of {options.mutants} went wrong; at most {slowest:.1f} s and {most / 2**30:.2f} GiB")
+    print(f"{wrong} of {tried} went wrong; at most {slowest:.1f} s and {most / 2**30:.2f} GiB")
     return int(wrong > 0)
 
 

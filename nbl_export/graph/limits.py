@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from nbl_export.errors import InputError
 
-NODES = 200_000  # of a graph, with those in its branches, loops and functions; a 70B model has 20,000
+NODES = 100_000  # of a graph, with those in its branches, loops and functions; a 70B model has 20,000
 _INLINED = 1_000_000  # when every call of a function is replaced by its nodes
 _EXPORT_AGAIN = "export the model again"
 _MICROSOFT = "com.microsoft"
