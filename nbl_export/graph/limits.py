@@ -58,6 +58,7 @@ _LEAST_INPUTS = {
 def read_proto(path: Path) -> onnx.ModelProto:
     """The parsed file, without its external data; raises :class:`InputError` for one beyond the limits."""
     proto = onnx.load(str(path), load_external_data=False)
+    _check_text(path, proto)
     own = sum(1 for _ in _nodes(proto.graph))
     bodies = {(f.domain, f.name, f.overload): f for f in proto.functions}
     total = own + sum(1 for f in bodies.values() for _ in _nodes(f))
@@ -69,6 +70,25 @@ def read_proto(path: Path) -> onnx.ModelProto:
             f"{path} has {inlined:,} nodes when its functions are inlined, the limit is {_INLINED:,}: {_EXPORT_AGAIN}."
         )
     return proto
+
+
+def _check_text(path: Path, proto: onnx.ModelProto) -> None:
+    """Refuse a name that is no UTF-8: protobuf gives it as bytes, which nothing can look up or write again."""
+    stack: list[Any] = [proto]
+    while stack:
+        message = stack.pop()
+        if isinstance(message, onnx.TensorProto):  # its other fields are numbers, and may be large
+            texts, inner = [message.name, message.doc_string], [message.external_data]
+        else:
+            fields = message.ListFields()
+            texts = [value for field, value in fields if field.type == field.TYPE_STRING]
+            inner = [value for field, value in fields if field.type == field.TYPE_MESSAGE]
+        for value in texts:
+            for text in [value] if isinstance(value, (str, bytes)) else value:
+                if not isinstance(text, str):
+                    raise InputError(f"{path} has a name that is no text ({text[:40]!r}): {_EXPORT_AGAIN}.")
+        for value in inner:
+            stack.extend([value] if hasattr(value, "ListFields") else value)
 
 
 def _nodes(body: Any) -> Iterator[onnx.NodeProto]:

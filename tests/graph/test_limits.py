@@ -113,3 +113,15 @@ def test_a_reference_in_a_function_is_no_value(tmp_path: Path) -> None:
     body = helper.make_function("local", "F0", ["x"], ["y"], [node], OPSETS, ["kind"])
     path = save(tmp_path / "m.onnx", [make("F0", ["x"], ["y"], domain="local", kind=1)], [body])
     assert load_graph(path).graph.num_nodes() == 1
+
+
+@pytest.mark.parametrize("name", [b"Identity", b"x", b"first", b"local"])
+def test_a_name_that_is_no_text(tmp_path: Path, name: bytes) -> None:
+    """Of an operator, a value, a node, a domain; protobuf gives such a name as bytes."""
+    path = save(
+        tmp_path / "m.onnx", [make("Identity", ["x"], ["y"], name="first")], [function("F", ["Identity"])]
+    )
+    raw = path.read_bytes()
+    assert name in raw and load_graph(path)
+    path.write_bytes(raw.replace(name, b"\xff" * len(name)))
+    assert "has a name that is no text" in refusal(path)
