@@ -51,7 +51,9 @@ def nudge(model: ir.Model, seed: int = 0) -> None:
             value.const_value = _lazy(tensor, 0, seed)
 
 
-def nudged_values(array: NDArray[np.float32], dtype: ir.DataType | None, seed: int) -> NDArray[np.float32]:
+def nudged_values(
+    array: NDArray[np.float32], dtype: ir.DataType | None, seed: int | list[int]
+) -> NDArray[np.float32]:
     """Activations that are fed to a tensor of ``dtype``: rounded to half precision and moved; otherwise as they are."""
     if dtype not in HALF:
         return array

@@ -38,13 +38,13 @@ class ProbeRunner:
         self,
         names: Sequence[str],
         given: Mapping[str, Sequence[NDArray[Any]]],
-        nudged: bool = False,
+        nudged: int | None = None,
         other_tokens: bool = False,
     ) -> Found:
         """Tensors ``names`` for each row; the intermediate tensors ``given`` are fed instead of computed.
 
-        ``nudged`` moves the graph's weights, and what is fed, as rounding moves them. ``other_tokens`` runs each row
-        backwards: what depends on the fed tensors alone does not change.
+        ``nudged``, a seed, moves the graph's weights, and what is fed, as rounding moves them. ``other_tokens`` runs
+        each row backwards: what depends on the fed tensors alone does not change.
         """
         model = load_graph(self.path)
         rows = [_backwards(row) for row in self.rows] if other_tokens else self.rows
@@ -52,9 +52,11 @@ class ProbeRunner:
         dtypes = {v.name: v.dtype for node in model.graph for v in node.outputs}
         for name, arrays in given.items():
             for number, (feed, array) in enumerate(zip(feeds, arrays, strict=True)):
-                feed[name] = nudged_values(array, dtypes.get(name), number) if nudged else array
-        if nudged:
-            nudge(model)
+                if nudged is not None:
+                    array = nudged_values(array, dtypes.get(name), [nudged, number])
+                feed[name] = array
+        if nudged is not None:
+            nudge(model, nudged)
         return compute_tensors(model, names, feeds, progress=self.progress)
 
     def split(
