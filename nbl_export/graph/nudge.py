@@ -49,6 +49,21 @@ def nudge(model: ir.Model, seed: int = 0) -> None:
             value.const_value = _lazy(tensor, bits[value], seed)
         elif value.dtype in HALF and tensor.size > 1:
             value.const_value = _lazy(tensor, 0, seed)
+    for value, number in bits.items():
+        tensor = _constant(value)
+        if tensor is not None:
+            node = value.producer()
+            assert node is not None
+            node.attributes["value"] = ir.AttrTensor("value", _lazy(tensor, number, seed))
+
+
+def _constant(value: ir.Value) -> ir.TensorProtocol | None:
+    """The tensor of a Constant node."""
+    node = value.producer()
+    if node is None or node.op_type != "Constant" or "value" not in node.attributes:
+        return None
+    tensor: ir.TensorProtocol = node.attributes["value"].as_tensor()
+    return tensor
 
 
 def nudged_values(
@@ -69,9 +84,12 @@ def _quantized(model: ir.Model) -> dict[ir.Value, int]:
         value = node.inputs[index] if index is not None and index < len(node.inputs) else None
         while value is not None and not value.is_initializer():
             maker = value.producer()  # a Reshape or a Transpose of a shared weight
+            if _constant(value) is not None:
+                break
             value = maker.inputs[0] if maker is not None and maker.inputs else None
-        if value is not None and value.dtype in _RANGES:
-            packed = node.op_type in _PACKED and value.dtype == ir.DataType.UINT8
+        tensor = None if value is None else value.const_value or _constant(value)
+        if value is not None and tensor is not None and tensor.dtype in _RANGES:
+            packed = node.op_type in _PACKED and tensor.dtype == ir.DataType.UINT8
             found[value] = int_attribute(node, "bits", 4) if packed else 0
     return found
 
