@@ -200,7 +200,7 @@ def _candidates(value: ir.Value) -> tuple[Output, ...]:
     biases = 0
     while len(following := readers(value)) == 1 and len(found) < _MAX_BIASES:
         node = following[0]
-        bias = _later_bias(node)
+        bias = later_bias(node)
         if bias is not None:
             found.append(Output(value, bias, biases + 1))
         if not (_adds_constant(node, value) or node.op_type in VIEWS):
@@ -212,7 +212,7 @@ def _candidates(value: ir.Value) -> tuple[Output, ...]:
         ):  # the Cast to float32 of a half-precision graph is not the attention's output
             found.append(Output(value, biases=biases))
     # Without its bias the tensor is not y, and 4-bit weights may be too inaccurate to show it.
-    biased = [n for n in following if len(following) > 1 and (_adds_constant(n, value) or _later_bias(n))]
+    biased = [n for n in following if len(following) > 1 and (_adds_constant(n, value) or later_bias(n))]
     if biased:
         raise NotFound("the output projection's bias is added once", f"{len(biased)} x {biased[0].op_type}")
     return tuple(reversed(found))
@@ -222,7 +222,8 @@ def _adds_constant(node: ir.Node, value: ir.Value) -> bool:
     return node.op_type == "Add" and is_constant(_other(node, value))
 
 
-def _later_bias(node: ir.Node) -> ir.Value | None:
+def later_bias(node: ir.Node) -> ir.Value | None:
+    """The bias that a fused residual norm adds to its two inputs, if ``node`` is one and has it."""
     index = SKIP_NORMS.get(key(node))
     return node.inputs[index] if index is not None and len(node.inputs) > index else None
 

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from nbl_export.errors import BuildError
 from nbl_export.graph.operators import SKIP_NORMS, captured, key
 from nbl_export.graph.precision import Precision, graph_precision
-from nbl_export.graph.regions import AttentionRegion, Output
+from nbl_export.graph.regions import AttentionRegion, Output, later_bias
 from nbl_export.linearize.plan import Plan
 from nbl_export.rewrite.probe_runner import Found, ProbeRunner, relative_error
 from nbl_export.rewrite.summary import ProofErrors
@@ -230,7 +230,9 @@ class _Proving:
             shapes = [a.shape for a in self._rows(self.own, u)]
             rows = self.runner.split(self.plan.probe_u[layer], shapes)
             first, *others = _entries(u)
-            added = _later_bias(u.producer()) if others else None
+            node = u.producer()
+            bias = later_bias(node) if others and node is not None else None
+            added = None if bias is None else constant_array(bias)
             given[str(first.name)] = rows if added is None else [row - added for row in rows]
             given |= {str(value.name): [np.zeros_like(row) for row in rows] for value in others}
         wanted = [n for n in dict.fromkeys(names) if n not in given]
@@ -306,14 +308,6 @@ def _entries(u: ir.Value) -> tuple[ir.Value, ...]:
     if node is None or key(node) not in SKIP_NORMS or u is node.outputs[0]:
         return (u,)
     return tuple(v for v in node.inputs[:2] if v is not None)
-
-
-def _later_bias(node: ir.Node | None) -> NDArray[np.float32] | None:
-    """The constant that a fused residual norm adds to its two inputs."""
-    assert node is not None
-    index = SKIP_NORMS[key(node)]
-    bias = node.inputs[index] if index < len(node.inputs) else None
-    return None if bias is None else constant_array(bias)
 
 
 def _from_alone(outputs: Sequence[ir.Value], own: tuple[ir.Value, ...], fed: set[ir.Value]) -> bool:

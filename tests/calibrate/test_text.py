@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import gzip
-import importlib
-import json
 import re
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,44 +29,6 @@ from nbl_export.progress import Silent
 from nbl_export.settings import CalibrateSettings
 from nbl_export.tensorfile import save_tensors
 from tests.listening import Notes
-
-TEXTS = ["Once upon a time.", "Zwölf Boxkämpfer jagen Viktor", "狐 jumps\nover two lines", "the end"]
-
-
-def zstd(data: bytes) -> bytes:
-    """``data`` as the zstd command line writes it, with a checksum."""
-    for name in ("compression.zstd", "backports.zstd"):
-        with suppress(ImportError):
-            module = importlib.import_module(name)
-            options = {module.CompressionParameter.checksum_flag: 1}
-            return bytes(module.compress(data, options=options))
-    pytest.skip("needs Python 3.14 or backports.zstd")
-
-
-def unchanged(data: bytes) -> bytes:
-    return data
-
-
-PACKERS: dict[str, Callable[[bytes], bytes]] = {"": unchanged, ".gz": gzip.compress, ".zst": zstd}
-
-
-def jsonl(texts: list[str], field: str = "text") -> bytes:
-    return "".join(json.dumps({"id": i, field: t}) + "\n" for i, t in enumerate(texts)).encode()
-
-
-def read(*sources: Path | str, field: str = "text") -> list[str]:
-    return list(documents([str(s) for s in sources], field))
-
-
-def refusal(*sources: Path | str, field: str = "text") -> str:
-    """The message with which ``sources`` are refused: one line, one sentence."""
-    with pytest.raises(InputError) as caught:
-        read(*sources, field=field)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert message.endswith(".")
-    return message
-
 
 # packing -----------------------------------------------------------------------------------------
 
