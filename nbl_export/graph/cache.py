@@ -43,7 +43,12 @@ def kv_layers(model: ir.Model) -> tuple[int, ...]:
     if KV_LAYERS_KEY not in model.metadata_props:
         return tuple(pair.index for pair in pairs)
     layers = metadata_list(model, KV_LAYERS_KEY, int)
-    if len(set(layers)) < len(layers) or min(layers, default=0) < 0 or len(layers) != len(pairs):
+    if len(layers) != len(pairs):
+        raise InputError(
+            f"The graph's metadata {KV_LAYERS_KEY} names {len(layers)} layers with a KV cache, the graph has "
+            f"{len(pairs)}: export the model again."
+        )
+    if len(set(layers)) < len(layers) or min(layers, default=0) < 0:
         raise InputError(_not_ours(KV_LAYERS_KEY))
     return layers
 

@@ -43,11 +43,6 @@ class OrtModel:
         self.session = session(path, config, provider, rounded, model, profile)
         self.past_names = self.interface.past_names
         self.output_names = [self.interface.logits, *self.interface.present_names]
-        if len(self.interface.layers) != len(self.interface.cache):
-            raise InputError(
-                f"{path}: its metadata names {len(self.interface.layers)} KV layers, its inputs "
-                f"{len(self.interface.cache)}: export the model again."
-            )
 
     @property
     def kv_layers(self) -> tuple[int, ...]:

@@ -94,7 +94,7 @@ def test_another_file_that_loading_reads_makes_everything_stale(out: Path, model
     if path.exists():
         edit(path, lambda value: value.update(clean_up_tokenization_spaces=True, added=1))
     else:
-        path.write_text("{}")
+        path.write_text('{"weight_map": {}}')
     with pytest.raises(InputError, match="the model's tokenizer, code or other files have changed"):
         api.verify(out, VERIFY)
 

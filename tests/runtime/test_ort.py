@@ -82,5 +82,5 @@ def test_metadata_that_contradicts_the_inputs_is_refused(rewritten: Path, tmp_pa
     proto = onnx.load(str(path), load_external_data=False)
     next(p for p in proto.metadata_props if p.key == KV_LAYERS_KEY).value = "[1, 2]"
     path.write_bytes(proto.SerializeToString())
-    with pytest.raises(InputError, match="names 2 KV layers, its inputs 3"):
+    with pytest.raises(InputError, match="names 2 layers with a KV cache, the graph has 3"):
         OrtDecoder(path)
