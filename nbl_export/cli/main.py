@@ -111,7 +111,7 @@ def words_of(arguments: Sequence[str]) -> list[str]:
 
 def main() -> None:
     """Entry point: errors become one sentence on stderr and an exit code; never a traceback."""
-    sys.exit(process.run(_command))
+    sys.exit(process.run(_command, _said))
 
 
 def _command() -> int:

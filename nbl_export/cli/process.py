@@ -5,6 +5,8 @@
    shell's background job) stays ignored.
 2. A stream that nobody reads ends the output, never the work. Where the results could not be written for another
    reason, that is said at the end, and the exit code is not 0.
+3. A library that does not return, in a graph with an operator that never ends, ends the process too: nothing that is
+   half written counts, as after a kill.
 """
 
 from __future__ import annotations
@@ -20,15 +22,22 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from nbl_export.errors import Interrupted
+from nbl_export.errors import InputError, Interrupted
+from nbl_export.runtime import bounds
 
 UNWRITTEN = 2
+STUCK = InputError.exit_code
+_AFTER_PROGRESS = "\r\x1b[K\x1b[?25h"  # the line of a progress bar is cleared, the cursor shown
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
-def run(work: Callable[[], int]) -> int:
-    """The exit code of ``work``, during which signals and streams are handled as above."""
-    with _streams() as (out, err), _signals():
+def run(work: Callable[[], int], said: Callable[[str, int], int]) -> int:
+    """The exit code of ``work``, during which signals and streams are handled as above.
+
+    ``said`` writes the sentence of an error, and returns the exit code it is given.
+    """
+
+    with _streams() as (out, err), _signals(), _stuck(err, said):
         code = work()
         out.flush()
         if out.lost is not None and out.lost.errno != errno.EPIPE:
@@ -121,6 +130,22 @@ def _fill_descriptors() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # the lowest free number
+
+
+@contextmanager
+def _stuck(err: Output, said: Callable[[str, int], int]) -> Iterator[None]:
+    def end(sentence: str) -> None:
+        if err.isatty():
+            err.write(_AFTER_PROGRESS)
+        code = said(sentence, STUCK)
+        err.flush()
+        os._exit(code)
+
+    bounds.when_stuck = end
+    try:
+        yield
+    finally:
+        bounds.when_stuck = None
 
 
 @contextmanager

@@ -42,5 +42,5 @@ class OrtEncoder(OrtModel):
 
     def __call__(self, inputs: Inputs) -> Outputs:
         names = self.interface.outputs
-        found = run_session(self.session, names, self.interface.named(inputs), self.seconds)
+        found = run_session(self.session, names, self.interface.named(inputs), self.bounds)
         return {name: np.asarray(a, dtype=np.float32) for name, a in zip(names, found, strict=True)}

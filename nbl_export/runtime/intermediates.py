@@ -24,7 +24,8 @@ from nbl_export.graph.interface import interface_of
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.operators import captured
 from nbl_export.graph.tensors import follow_links
-from nbl_export.runtime.session import CPU, data_folder, require_onnxruntime, run_session, session_options
+from nbl_export.runtime.bounds import Bounds, bounds_of
+from nbl_export.runtime.session import data_folder, load, run_session, session_options
 
 Arrays = dict[str, NDArray[Any]]
 PARTITION_BYTES = 128 << 20
@@ -73,10 +74,11 @@ def compute_tensors(
         outputs = sorted(partition.writes & later)
         first = values[0]
         proto = _proto(model, partition, {name: first[name] for name in sorted(partition.reads)}, outputs)
-        session = _session(proto, folder)
+        bounds = bounds_of(partition.weight_bytes([]), PARTITION_SECONDS)
+        session = _session(proto, folder, bounds)
         for row in values:
             feeds = {name: row[name] for name in partition.reads}
-            found = run_session(session, outputs, feeds, PARTITION_SECONDS)
+            found = run_session(session, outputs, feeds, bounds)
             row |= dict(zip(outputs, found, strict=True))
             for name in [n for n in row if n not in later]:
                 del row[name]
@@ -195,15 +197,11 @@ def _proto(
     )
 
 
-def _session(proto: onnx.ModelProto, folder: Path | None) -> Any:
-    ort = require_onnxruntime()
+def _session(proto: onnx.ModelProto, folder: Path | None, bounds: Bounds) -> Any:
     # Prepacking would store a second copy of every weight.
     options = session_options({"session.disable_prepacking": "1", **data_folder(folder)})
     options.enable_cpu_mem_arena = False  # the arena does not return memory
-    try:
-        return ort.InferenceSession(proto.SerializeToString(), options, providers=[CPU])
-    except Exception as error:  # onnxruntime's exceptions have no common base class
-        raise InputError(f"onnxruntime does not load the graph: {str(error).splitlines()[0]}") from None
+    return load(proto.SerializeToString(), options, "the graph", bounds)
 
 
 def intermediate_tensors(path: Path, names: Sequence[str], inputs: Inputs) -> dict[str, NDArray[np.float32]]:

@@ -16,7 +16,7 @@ from nbl_export.batch.rows import Inputs
 from nbl_export.errors import InputError
 from nbl_export.graph.interface import Interface, interface_of
 from nbl_export.runtime.decoder import KV, DecoderOutput
-from nbl_export.runtime.session import CPU, require_onnxruntime, run_limit, run_session, session
+from nbl_export.runtime.session import CPU, bounds_of_graph, require_onnxruntime, run_session, session
 from nbl_export.runtime.stream import Forking, PastStream, Stream, UncachedStream
 
 _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -34,12 +34,11 @@ class OrtModel:
         profile: Path | None = None,
     ) -> None:
         from nbl_export.graph.io import load_graph
-        from nbl_export.graph.tensors import external_files
 
         require_onnxruntime()
         model = load_graph(path)
         self.interface = interface_of(model)
-        self.seconds = run_limit([path, *external_files(model)])
+        self.bounds = bounds_of_graph(path, model, provider)
         self.session = session(path, config, provider, rounded, model, profile)
         self.past_names = self.interface.past_names
         self.output_names = [self.interface.logits, *self.interface.present_names]
@@ -71,7 +70,7 @@ class OrtModel:
 
     def run(self, feeds: Mapping[str, Any]) -> DecoderOutput:
         """Logits and the extended cache for the session's inputs ``feeds``."""
-        logits, *kv = run_session(self.session, self.output_names, feeds, self.seconds)
+        logits, *kv = run_session(self.session, self.output_names, feeds, self.bounds)
         return DecoderOutput(np.asarray(logits), tuple(zip(kv[::2], kv[1::2], strict=True)))
 
 
@@ -267,4 +266,4 @@ def run_outputs(
         padded = prefix_padded(rows) if growing.interface.ragged else left_padded(rows)
         feeds = growing.feeds(*padded, growing.empty_past(len(rows)))
     wanted = list(names or (o.name for o in model.session.get_outputs()))
-    return dict(zip(wanted, run_session(model.session, wanted, feeds, model.seconds), strict=True))
+    return dict(zip(wanted, run_session(model.session, wanted, feeds, model.bounds), strict=True))

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import onnx_ir as ir
 
 from nbl_export.errors import BuildError, InputError, MissingDependencyError
 from nbl_export.graph.io import check_file, passes_checker
+from nbl_export.runtime.bounds import Bounds, bounded, bounds_of
 
 
 def require_onnxruntime() -> Any:
@@ -69,8 +67,9 @@ def session(
     from nbl_export.graph.io import load_graph
     from nbl_export.graph.tensors import follow_links
 
-    ort = require_onnxruntime()
+    require_onnxruntime()
     model = load_graph(path) if model is None else model
+    bounds = bounds_of_graph(path, model, provider)
     source: str | bytes = str(path)
     if provider == CPU and rounded and needs_emulation(model):
         config = {**(config or {}), **data_folder(follow_links(model))}
@@ -79,11 +78,25 @@ def session(
     options = session_options(config)
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
+    return load(source, options, str(path), bounds, provider)
+
+
+def bounds_of_graph(path: Path, model: ir.Model, provider: str = CPU) -> Bounds:
+    """The bounds of the graph at ``path``, which is ``model``; on the CPU memory has one."""
+    from nbl_export.graph.tensors import external_files
+
+    bounds = bounds_of(sum(file.stat().st_size for file in [path, *external_files(model)]))
+    return bounds if provider == CPU else replace(bounds, memory=None)
+
+
+def load(source: str | bytes, options: Any, name: str, bounds: Bounds, provider: str = CPU) -> Any:
+    """An inference session of a graph; raises :class:`InputError` if onnxruntime does not load it in ``bounds``."""
+    ort = require_onnxruntime()
     try:
-        return ort.InferenceSession(source, options, providers=list(dict.fromkeys((provider, CPU))))
+        with bounded(bounds, f"load {name}"):
+            return ort.InferenceSession(source, options, providers=list(dict.fromkeys((provider, CPU))))
     except Exception as error:  # onnxruntime's exceptions have no common base class
-        first = str(error).splitlines()[0]
-        raise InputError(f"onnxruntime does not load {path}: {first}") from None
+        raise InputError(f"onnxruntime does not load {name}: {first_line(error)}") from None
 
 
 def check_loads(path: Path) -> None:
@@ -94,7 +107,7 @@ def check_loads(path: Path) -> None:
     try:
         ort.InferenceSession(str(path), options, providers=[CPU])
     except Exception as error:  # onnxruntime's exceptions have no common base class
-        raise BuildError(f"{path} does not load in onnxruntime: {str(error).splitlines()[0]}") from error
+        raise BuildError(f"{path} does not load in onnxruntime: {first_line(error)}") from error
 
 
 def check_like(source: Path) -> Callable[[Path], None]:
@@ -106,58 +119,16 @@ def check_like(source: Path) -> Callable[[Path], None]:
     return check_file if passes_checker(source) else check_loads
 
 
-def run_limit(files: Sequence[Path]) -> float:
-    """Seconds that one run of a graph of these files may take.
-
-    A prefill of thousands of tokens on a slow machine takes less than a second for each MB of weights.
-    """
-    return 45 + sum(file.stat().st_size for file in files) / 1e6
-
-
-def run_session(session: Any, outputs: Sequence[str], feeds: Mapping[str, Any], seconds: float) -> list[Any]:
-    """``outputs`` of a session; raises :class:`InputError` if an operator refuses its inputs, or after ``seconds``.
-
-    A graph may hold a loop that never ends.
-    """
+def run_session(session: Any, outputs: Sequence[str], feeds: Mapping[str, Any], bounds: Bounds) -> list[Any]:
+    """``outputs`` of a session; raises :class:`InputError` if an operator refuses its inputs or passes ``bounds``."""
     options = require_onnxruntime().RunOptions()
-    with _watched(options, seconds) as late:
-        try:
-            return list(session.run(outputs, feeds, options))
-        except Exception as error:  # onnxruntime's exceptions have no common base class
-            if late():
-                reason = f"it takes longer than {seconds:,g} s, as a loop without end does"
-            else:
-                reason = str(error).splitlines()[0]
-            raise InputError(f"onnxruntime does not run the graph: {reason}.") from None
-
-
-# Runs that may last too long: the time at which each ends, by its options. One thread looks at all of them.
-_RUNNING: dict[int, tuple[float, Any]] = {}
-_LOOK = 0.5
-
-
-@contextmanager
-def _watched(options: Any, seconds: float) -> Iterator[Callable[[], bool]]:
-    """End the run with these ``options`` after ``seconds``; yields whether that has happened."""
-    end = time.monotonic() + seconds
-    _RUNNING[id(options)] = (end, options)
-    _watchdog()
     try:
-        yield lambda: bool(options.terminate)
-    finally:
-        del _RUNNING[id(options)]
+        with bounded(bounds.fed(feeds), "run the graph", options):
+            return list(session.run(outputs, feeds, options))
+    except Exception as error:  # onnxruntime's exceptions have no common base class
+        raise InputError(f"onnxruntime does not run the graph: {first_line(error)}.") from None
 
 
-@cache
-def _watchdog() -> threading.Thread:
-    def watch() -> None:
-        while True:
-            time.sleep(_LOOK)
-            now = time.monotonic()
-            for end, options in list(_RUNNING.values()):
-                if now > end:
-                    options.terminate = True
-
-    thread = threading.Thread(target=watch, daemon=True, name="nbl-export-watchdog")
-    thread.start()
-    return thread
+def first_line(error: Exception) -> str:
+    """The first line of what onnxruntime says; it has its own lines and sentences."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

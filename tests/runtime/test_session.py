@@ -14,7 +14,8 @@ import pytest
 from nbl_export.errors import InputError, MissingDependencyError
 from nbl_export.graph.io import save_graph
 from nbl_export.graph.precision import PRECISIONS, to_precision
-from nbl_export.runtime.session import require_onnxruntime, run_limit, run_session, session
+from nbl_export.runtime.bounds import bounds_of
+from nbl_export.runtime.session import require_onnxruntime, run_session, session
 from tests.folders import copied
 from tests.graph.parsed import parsed
 
@@ -120,10 +121,5 @@ def test_a_loop_without_end_is_ended(tmp_path: Path) -> None:
     loaded = session(endless_loop(tmp_path / "m.onnx"))
     start = time.monotonic()
     with pytest.raises(InputError, match="longer than 1 s, as a loop without end does"):
-        run_session(loaded, ["y"], {"x": np.ones(4, np.float32)}, 1)
+        run_session(loaded, ["y"], {"x": np.ones(4, np.float32)}, bounds_of(0, seconds=1))
     assert 1 <= time.monotonic() - start < 5
-
-
-def test_the_limit_of_a_run_grows_with_the_graph(tmp_path: Path) -> None:
-    (tmp_path / "m").write_bytes(bytes(2_000_000))
-    assert run_limit([tmp_path / "m"]) == 47
