@@ -11,7 +11,8 @@ this process, in which the libraries are loaded already, with a time and a memor
     memory      more than --gib
     escape      a control character written to the terminal
     victim      a file outside was changed
-    stale       verify or report passed although a graph or the plan was changed
+    stale       a kept verification or a report passed although a graph or the plan was changed
+    passed      verify passed a graph whose logits on a row of tokens are others
 
 A mutant is named by its seed and number: --seed 0 --first 1234 --mutants 1 makes it again, and --keep keeps the files.
 """
@@ -21,17 +22,12 @@ from __future__ import annotations
 import argparse
 import collections
 import hashlib
-import json
 import os
 import random
 import re
-import resource
-import select
 import shutil
-import signal
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,10 +37,22 @@ os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELIS
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import mutants
+from fuzz_material import (
+    BENCH,
+    CALIBRATE,
+    ENCODER,
+    EVAL,
+    LONG,
+    Ended,
+    forked,
+    other_outputs,
+    preload,
+    prepare,
+)
 
-CALIBRATE = ("--samples", "2", "--seq-len", "64", "--heldout-samples", "1", "--selection-samples", "1")
 # In memory: a command waits for the disk after each file that it writes.
 _MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+VERIFY = ("--no-speed", "--decode-steps", "2")
 VICTIM = "a file that is not the tool's\n"
 
 
@@ -57,7 +65,12 @@ class Command:
     weight: int = 2
 
 
-OUT_FILES = ("out/*.json", "out/*.onnx*", "out/nbl/*", "out/baseline/*", "out/report/*.json")
+def parts(out: str) -> tuple[str, ...]:
+    """The files of an output folder that commands read."""
+    return tuple(f"{out}/{name}" for name in ("*.json", "*.onnx*", "nbl/*", "baseline/*", "report/*.json"))
+
+
+OUT_FILES = parts("out")
 MODEL_FILES = ("model/*",)
 COMMANDS = {
     "inspect-out": Command(("inspect", "out"), ("out/nbl/*", "out/*.onnx", "out/report/*.json"), 4),
@@ -80,212 +93,28 @@ COMMANDS = {
         ("calibrate", "model", "-o", "new", "--config", "settings/s.toml"), ("settings/*",), 2
     ),
     "select": Command(("select", "out", "--k", "1"), (*OUT_FILES, "out/nbl/*.json"), 3),
-    "export": Command(("export", "out"), OUT_FILES, 1),
-    # Exported, and not rewritten yet: otherwise the stage has nothing to do.
+    "export": Command(("export", "planned"), ("planned/nbl/*", "planned/*.json"), 1),
     "rewrite": Command(("rewrite", "half"), ("half/nbl/*", "half/baseline/*", "half/nbl/plan.*"), 3),
-    "verify": Command(("verify", "out", "--no-speed", "--decode-steps", "2"), OUT_FILES, 3),
-    "eval": Command(
-        ("eval", "out", "--tasks", "tasks", "--limit", "2", "--no-retrieval"),
-        (*OUT_FILES, "tasks/*", "out/nbl/eval/*"),
+    "verified": Command(("verify", "out", *VERIFY), OUT_FILES, 1),
+    "verify": Command(("verify", "unverified", *VERIFY), parts("unverified"), 3),
+    "eval": Command(EVAL, (*OUT_FILES, "tasks/*", "out/nbl/eval/*"), 2),
+    "bench": Command(BENCH, ("timed/nbl/bench.partial.json", "timed/nbl/*", "timed/report/*.json"), 1),
+    "resume": Command(LONG, ("calibrating/nbl/*",), 2),
+    "gguf": Command(
+        ("calibrate", "gguf/m.gguf", "-o", "new", "--calibration", "text/a.jsonl", *CALIBRATE), ("gguf/*",), 2
+    ),
+    "encoder": Command(
+        ("run", "encoder", "-o", "new", "--calibration", "text/a.jsonl", *ENCODER),
+        ("encoder/*", "encoder/*/*.json"),
         2,
     ),
+    "images": Command(
+        ("calibrate", "vision", "-o", "new", "--calibration", "images", "--samples", "8"),
+        ("vision/*", "images/*"),
+        2,
+    ),
+    "verify-encoder": Command(("verify", "encoder-out", *VERIFY), parts("encoder-out"), 1),
 }
-SETTINGS = """[calibrate]
-calibration = ["text/a.jsonl"]
-samples = 2
-seq-len = 64
-heldout-samples = 1
-selection-samples = 1
-
-[select]
-k = 2
-criterion = "cca"
-
-[export]
-precision = "fp32"
-"""
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a forked command ended: its exit code (negative: the signal), what it wrote, seconds and peak bytes."""
-
-    code: int
-    text: str
-    seconds: float
-    peak: int
-    late: bool
-
-
-def preload() -> None:
-    """Import once what every command imports: a fork then has it for nothing."""
-    import gc
-
-    import gguf  # noqa: F401
-    import jinja2  # noqa: F401
-    import matplotlib.pyplot  # noqa: F401
-    import onnx  # noqa: F401
-    import onnxruntime  # noqa: F401
-    import onnxscript  # noqa: F401
-    import torch
-    import transformers
-    from transformers.models.llama import modeling_llama  # noqa: F401
-
-    from nbl_export import api, cli  # noqa: F401
-    from nbl_export.cli import main, terminal  # noqa: F401
-    from nbl_export.stages import evaluate, inspection, rewrite, verify  # noqa: F401
-
-    torch.set_num_threads(1)
-    for name in ("AutoModelForCausalLM", "AutoTokenizer", "LlamaForCausalLM", "PreTrainedTokenizerFast"):
-        getattr(transformers, name)
-    gc.collect()
-    gc.freeze()
-
-
-def forked(words: Sequence[str], folder: Path, seconds: float, data: int) -> Ended:
-    """Run one command of nbl-export in ``folder`` in a fork of this process."""
-    log = folder / "log"
-    started = time.monotonic()
-    child = os.fork()
-    if child == 0:
-        _child(words, folder, log, data)
-    watched = os.pidfd_open(child)
-    try:
-        late = not select.select([watched], [], [], seconds)[0]
-    finally:
-        os.close(watched)
-    if late:
-        os.killpg(child, signal.SIGKILL)
-    _, status, used = os.wait4(child, 0)
-    took = time.monotonic() - started
-    with log.open("rb") as file:
-        text = file.read(1 << 20).decode("utf-8", "replace")
-    return Ended(os.waitstatus_to_exitcode(status), text, took, used.ru_maxrss * 1024, late)
-
-
-def _child(words: Sequence[str], folder: Path, log: Path, data: int) -> None:
-    """Never returns: a fork that went on would be a second fuzzer."""
-    code = 99
-    try:
-        os.setsid()
-        resource.setrlimit(resource.RLIMIT_DATA, (data, data))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2 << 30, 2 << 30))
-        os.chdir(folder)
-        target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        nothing = os.open(os.devnull, os.O_RDONLY)
-        for place, source in ((0, nothing), (1, target), (2, target)):
-            os.dup2(source, place)
-        sys.argv = ["nbl-export", *words]
-        from nbl_export import cli
-
-        cli.main()
-    except SystemExit as done:
-        code = int(done.code or 0)
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-    finally:
-        try:
-            sys.stdout.flush()
-            sys.stderr.flush()
-        finally:
-            os._exit(code)
-
-
-def prepare(folder: Path, model: Path, text: Path) -> None:
-    """The material, once: the model, a finished run, a foreign graph, texts, settings, an engine."""
-    if (folder / "ready").exists():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(model, folder / "model")
-    (folder / "text").mkdir()
-    import gzip
-
-    with gzip.open(text, "rt", encoding="utf-8") as file:
-        lines = [line for line, _ in zip(file, range(60), strict=False)]
-    (folder / "text" / "a.jsonl").write_text("".join(lines), encoding="utf-8")
-    (folder / "text" / "b.jsonl.gz").write_bytes(gzip.compress("".join(lines[:20]).encode()))
-    (folder / "text" / "c.txt").write_text(
-        "\n".join(json.loads(x)["text"] for x in lines[:9]), encoding="utf-8"
-    )
-    (folder / "settings").mkdir()
-    (folder / "settings" / "s.toml").write_text(SETTINGS, encoding="utf-8")
-    (folder / "tasks").mkdir()
-    rows = [{"question": f"Once upon {i}", "answer": "a time"} for i in range(4)]
-    (folder / "tasks" / "t.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    calibration = ("--samples", "8", "--seq-len", "64", "--heldout-samples", "2", "--selection-samples", "2")
-    words = (
-        "run",
-        "model",
-        "-o",
-        "out",
-        "--k",
-        "2",
-        "--criterion",
-        "greedy",
-        "--calibration",
-        "text/a.jsonl",
-    )
-    done = forked((*words, *calibration, "--no-speed"), folder, 300, 8 << 30)
-    if done.code not in (0, 1):
-        raise SystemExit(f"the run that everything is made of ended with {done.code}:\n{done.text}")
-    done = forked(COMMANDS["eval"].words, folder, 300, 8 << 30)
-    if done.code not in (0, 1):
-        raise SystemExit(f"the evaluation ended with {done.code}:\n{done.text}")
-    shutil.copytree(folder / "out" / "baseline", folder / "graph")
-    shutil.copytree(folder / "out", folder / "half")
-    record = folder / "half" / "nbl" / "workspace.json"
-    state = json.loads(record.read_text(encoding="utf-8"))
-    for stage in ("rewrite", "verify"):
-        state["stages"].pop(stage, None)
-    record.write_text(json.dumps(state), encoding="utf-8")
-    _engine(folder / "engine")
-    (folder / "ready").touch()
-
-
-def _engine(folder: Path) -> None:
-    """An engine that no library built, with its manifest."""
-    from nbl_export.engine import manifest
-    from nbl_export.engine.network import NetworkFacts
-    from nbl_export.engine.profiles import Limits
-
-    folder.mkdir()
-    engine = b"no engine" * 100
-    (folder / "model.engine").write_bytes(engine)
-    facts: dict[str, Any] = {
-        "role": "linearized",
-        "library": "tensorrt_rtx",
-        "library_version": "1.5",
-        "ahead_of_time": True,
-        "capabilities": ("8.6",),
-        "gpu": None,
-        "precision": "fp32",
-        "kv_cache": "static",
-        "limits": _filled(Limits),
-        "profiles": (),
-        "kv_layers": (0, 1, 2),
-        "linear_layers": (3, 4),
-        "attention": "fused",
-        "network": _filled(NetworkFacts),
-        "hashes": {"engine": hashlib.sha256(engine).hexdigest()},
-        "build_seconds": 1.0,
-        "size": len(engine),
-        "created_by": "nbl-export",
-    }
-    text = manifest.manifest_text(manifest.Manifest(**facts))
-    (folder / "model.json").write_text(text, encoding="utf-8")
-
-
-def _filled(kind: Any) -> Any:
-    """A dataclass with a plain value of its type in every field that has no default."""
-    import dataclasses
-
-    plain = {"int": 1, "str": "x", "float": 1.0, "bool": True}
-    needed = [f for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING]
-    needed = [f for f in needed if f.default_factory is dataclasses.MISSING]
-    return kind(**{f.name: plain.get(str(f.type), {} if "Mapping" in str(f.type) else ()) for f in needed})
 
 
 @dataclass(frozen=True)
@@ -311,7 +140,7 @@ def trial(number: int, options: argparse.Namespace, material: Path, names: Seque
     path = rng.choice(found)
     how = mutants.mutate(path, rng, victim)
     home = place / path.relative_to(place).parts[0]
-    sealed = home.name in ("out", "half") and rng.random() < 0.6
+    sealed = (home / "nbl").is_dir() and rng.random() < 0.6
     if sealed:
         mutants.seal(home)
     before = _digest(path)
@@ -323,10 +152,14 @@ def trial(number: int, options: argparse.Namespace, material: Path, names: Seque
     if (
         not sealed
         and ended.code == 0
-        and name in ("verify", "report")
+        and name in ("verified", "report")
         and _is_stale(place, material, file, before)
     ):
         wrong.append("stale")
+    if ended.code == 0 and name.startswith("verify") and re.fullmatch(r"[\w-]+/model\.onnx(\.data)?", file):
+        graph = path.with_name("model.onnx")
+        if name != "verified" and other_outputs(material / graph.relative_to(place), graph):
+            wrong.append("passed")
     if wrong and options.keep:
         kept = options.keep / f"{options.seed}-{number}"
         shutil.rmtree(kept, ignore_errors=True)

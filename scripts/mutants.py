@@ -434,10 +434,35 @@ def _dimensions(model: Any, rng: random.Random) -> str:
     return f"{how} of {tensor.name}"
 
 
+def _memory(model: Any, rng: random.Random) -> None:
+    """A tensor of 1 or 32 times 4 GiB that the first output needs, of a size that is known only in the run."""
+    from onnx import TensorProto, helper
+
+    graph = model.graph
+    name = graph.output[0].name
+    for node in graph.node:
+        node.output[:] = ["before_bomb" if o == name else o for o in node.output]
+    graph.initializer.append(helper.make_tensor("many", TensorProto.INT64, [1], [2 ** rng.choice([30, 35])]))
+    graph.initializer.append(helper.make_tensor("none", TensorProto.INT64, [1], [0]))
+    kind = graph.output[0].type.tensor_type.elem_type
+    graph.node.extend(
+        [
+            helper.make_node("Shape", ["before_bomb"], ["bomb_shape"]),
+            helper.make_node("Gather", ["bomb_shape", "none"], ["bomb_rows"]),
+            helper.make_node("Mul", ["bomb_rows", "many"], ["bomb_size"]),
+            helper.make_node("ConstantOfShape", ["bomb_size"], ["filled"]),
+            helper.make_node("ReduceMax", ["filled"], ["most"], keepdims=0),
+            helper.make_node("Cast", ["most"], ["most_cast"], to=kind),
+            helper.make_node("Add", ["before_bomb", "most_cast"], [name]),
+        ]
+    )
+
+
 BOMBS: dict[str, Callable[[Any, random.Random], str | None]] = {
     "loop": _loop,
     "functions": _functions,
     "chain": _chain,
+    "memory": _memory,
     "metadata": _metadata,
     "dimensions": _dimensions,
 }

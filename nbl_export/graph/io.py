@@ -20,7 +20,7 @@ from nbl_export.graph.external_data import write_graph
 from nbl_export.graph.limits import check_attributes, read_proto
 from nbl_export.graph.operators import captured
 from nbl_export.graph.summary import GraphSummary
-from nbl_export.graph.tensors import all_tensors, check_shape, external_files, set_folder, source_file
+from nbl_export.graph.tensors import all_tensors, check_tensor, external_files, set_folder, source_file
 
 DATA_SUFFIX = ".data"
 # onnx_ir's warnings are errors with a message here.
@@ -49,7 +49,7 @@ def load_graph(path: Path) -> ir.Model:
     set_folder(model, path.parent)
     try:
         for where, tensor in all_tensors(model):
-            check_shape(where, tensor)
+            check_tensor(where, tensor)
             if isinstance(tensor, ir.ExternalTensor):
                 source_file(where, tensor)
     except InputError as error:

@@ -159,8 +159,10 @@ def source_file(where: str, tensor: ir.ExternalTensor) -> Path:
     return target
 
 
-def check_shape(where: str, tensor: ir.TensorProtocol) -> None:
-    """Raises :class:`InputError` for an impossible shape: a negative size, or 2^62 elements or more."""
+def check_tensor(where: str, tensor: ir.TensorProtocol) -> None:
+    """Raises :class:`InputError` for no type, or an impossible shape: a negative size, or 2^62 elements or more."""
+    if tensor.dtype == ir.DataType.UNDEFINED:
+        raise InputError(f"{where} has no type: export the model again.")
     sizes = tensor.shape.numpy()
     if any(size < 0 for size in sizes) or math.prod(sizes) >= 1 << 62:
         shown = ", ".join(map(str, sizes[:4])) + (", …" if len(sizes) > 4 else "")

@@ -50,6 +50,25 @@ def edit_external(path: Path, change: Callable[[dict[str, str]], None]) -> None:
     path.write_bytes(proto.SerializeToString())
 
 
+@pytest.mark.parametrize(
+    ("dims", "kind", "message"),
+    [
+        ([-1], onnx.TensorProto.FLOAT, r"w has the impossible shape \[-1\]"),
+        ([2**31, 2**31], onnx.TensorProto.FLOAT, r"w has the impossible shape"),
+        ([1] * 5, onnx.TensorProto.UNDEFINED, r"w has no type"),
+        ([1], 99, r"is not a readable ONNX file"),
+    ],
+)
+def test_a_tensor_that_cannot_be_is_refused(graph: Path, dims: list[int], kind: int, message: str) -> None:
+    proto = onnx.load(str(graph), load_external_data=False)
+    tensor = proto.graph.initializer.add()
+    tensor.name, tensor.data_type, tensor.raw_data = "w", kind, bytes(4)
+    tensor.dims[:] = dims
+    graph.write_bytes(proto.SerializeToString())
+    with pytest.raises(InputError, match=message):
+        load_graph(graph)
+
+
 def test_weights_are_read_as_they_are(graph: Path) -> None:
     reference = onnx.load(str(graph))
     model = load_graph(graph)
