@@ -18,7 +18,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from nbl_export.graph.half_emulation import HALF
-from nbl_export.graph.operators import MICROSOFT, int_attribute, key
+from nbl_export.graph.operators import MICROSOFT, constant_tensor, int_attribute, key
 
 # The input with the quantized numbers. Those of bytes without a type of their own have the bits of an attribute.
 QUANTIZED_INPUT = {
@@ -41,29 +41,17 @@ _MOVED = 1 / 12
 def nudge(model: ir.Model, seed: int = 0) -> None:
     """Move the numbers, in place; each tensor is computed when it is read."""
     bits = _quantized(model)
-    for value in model.graph.initializers.values():
-        tensor = value.const_value
-        if tensor is None:
+    constants = [v for node in model.graph if node.op_type == "Constant" for v in node.outputs]
+    for value in (*model.graph.initializers.values(), *constants):
+        tensor = constant_tensor(value)
+        if tensor is None or not (value in bits or (tensor.dtype in HALF and tensor.size > 1)):
             continue
-        if value in bits:
-            value.const_value = _lazy(tensor, bits[value], seed)
-        elif value.dtype in HALF and tensor.size > 1:
-            value.const_value = _lazy(tensor, 0, seed)
-    for value, number in bits.items():
-        tensor = _constant(value)
-        if tensor is not None:
-            node = value.producer()
-            assert node is not None
-            node.attributes["value"] = ir.AttrTensor("value", _lazy(tensor, number, seed))
-
-
-def _constant(value: ir.Value) -> ir.TensorProtocol | None:
-    """The tensor of a Constant node."""
-    node = value.producer()
-    if node is None or node.op_type != "Constant" or "value" not in node.attributes:
-        return None
-    tensor: ir.TensorProtocol = node.attributes["value"].as_tensor()
-    return tensor
+        moved = _lazy(str(value.name), tensor, bits.get(value, 0), seed)
+        node = value.producer()
+        if node is None:
+            value.const_value = moved
+        else:
+            node.attributes["value"] = ir.AttrTensor("value", moved)
 
 
 def nudged_values(
@@ -77,25 +65,22 @@ def nudged_values(
 
 
 def _quantized(model: ir.Model) -> dict[ir.Value, int]:
-    """The initializers with quantized weights, and the bits of each number in their bytes; 0 for typed numbers."""
+    """Constants with quantized weights, and the bits of each number in their bytes; 0 for typed numbers."""
     found: dict[ir.Value, int] = {}
     for node in model.graph:
         index = QUANTIZED_INPUT.get(key(node))
         value = node.inputs[index] if index is not None and index < len(node.inputs) else None
-        while value is not None and not value.is_initializer():
+        while value is not None and constant_tensor(value) is None:
             maker = value.producer()  # a Reshape or a Transpose of a shared weight
-            if _constant(value) is not None:
-                break
             value = maker.inputs[0] if maker is not None and maker.inputs else None
-        tensor = None if value is None else value.const_value or _constant(value)
+        tensor = None if value is None else constant_tensor(value)
         if value is not None and tensor is not None and tensor.dtype in _RANGES:
             packed = node.op_type in _PACKED and tensor.dtype == ir.DataType.UINT8
             found[value] = int_attribute(node, "bits", 4) if packed else 0
     return found
 
 
-def _lazy(tensor: ir.TensorProtocol, bits: int, seed: int) -> ir.LazyTensor:
-    name = str(tensor.name)
+def _lazy(name: str, tensor: ir.TensorProtocol, bits: int, seed: int) -> ir.LazyTensor:
     dtype = tensor.dtype
 
     def compute() -> ir.TensorProtocol:
@@ -109,11 +94,7 @@ def _lazy(tensor: ir.TensorProtocol, bits: int, seed: int) -> ir.LazyTensor:
             moved = _moved(array, *_RANGES[dtype], generator)
         return ir.tensor(moved.astype(dtype.numpy()), dtype=dtype, name=name)
 
-    return ir.LazyTensor(compute, dtype=dtype, shape=ir.Shape(array_shape(tensor)), name=name)
-
-
-def array_shape(tensor: ir.TensorProtocol) -> tuple[int, ...]:
-    return tuple(int(n) for n in tensor.shape.numpy())
+    return ir.LazyTensor(compute, dtype=dtype, shape=ir.Shape(tensor.shape.numpy()), name=name)
 
 
 def _steps(shape: tuple[int, ...], generator: np.random.Generator) -> NDArray[np.int16]:

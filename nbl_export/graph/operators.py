@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 MICROSOFT = "com.microsoft"
@@ -135,6 +136,21 @@ def is_constant(value: ir.Value | None) -> bool:
             return False
         stack.extend(inputs)
     return True
+
+
+def constant_tensor(value: ir.Value) -> ir.TensorProtocol | None:
+    """The tensor of an initializer or of a Constant node; None for what is computed, and for no numbers."""
+    if value.const_value is not None:
+        return value.const_value
+    producer = value.producer()
+    if producer is None or producer.op_type != "Constant":
+        return None
+    for attribute in producer.attributes.values():
+        if attribute.type == ir.AttributeType.TENSOR:
+            return attribute.as_tensor()
+        if attribute.type in (ir.AttributeType.FLOAT, ir.AttributeType.FLOATS):
+            return ir.tensor(np.array(attribute.value, dtype=np.float32))
+    return None
 
 
 def readers(value: ir.Value) -> list[ir.Node]:

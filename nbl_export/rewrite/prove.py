@@ -26,7 +26,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from nbl_export.errors import BuildError
-from nbl_export.graph.operators import SKIP_NORMS, captured, key
+from nbl_export.graph.operators import SKIP_NORMS, captured, constant_tensor, key
 from nbl_export.graph.precision import Precision, graph_precision
 from nbl_export.graph.regions import AttentionRegion, Output, later_bias
 from nbl_export.linearize.plan import Plan
@@ -232,7 +232,7 @@ class _Proving:
             first, *others = _entries(u)
             node = u.producer()
             bias = later_bias(node) if others and node is not None else None
-            added = None if bias is None else constant_array(bias)
+            added = None if bias is None else _constant(bias)
             given[str(first.name)] = rows if added is None else [row - added for row in rows]
             given |= {str(value.name): [np.zeros_like(row) for row in rows] for value in others}
         wanted = [n for n in dict.fromkeys(names) if n not in given]
@@ -263,7 +263,7 @@ class _Proving:
     def _output_error(self, output: Output, computed: Found, layer: int) -> float:
         arrays: Sequence[NDArray[np.float32]] = self._rows(computed, output.value)
         if output.later is not None:
-            later = constant_array(output.later)
+            later = _constant(output.later)
             if later is None:
                 return float("inf")
             arrays = [a + later for a in arrays]
@@ -347,21 +347,14 @@ def without_later(y: Output, values: NDArray[np.float32]) -> NDArray[np.float32]
     """``values`` of the attention's output minus the bias that is added after the proven tensor ``y``."""
     if y.later is None:
         return values
-    later = constant_array(y.later)
+    later = _constant(y.later)
     assert later is not None  # it was proven with it
     return values - later
 
 
-def constant_array(value: ir.Value) -> NDArray[np.float32] | None:
+def _constant(value: ir.Value) -> NDArray[np.float32] | None:
     """The values of a constant, or None if they are computed."""
-    tensor = value.const_value
-    producer = value.producer()
-    if tensor is None and producer is not None and producer.op_type == "Constant":
-        (attribute,) = producer.attributes.values()
-        if attribute.type == ir.AttributeType.TENSOR:
-            tensor = attribute.as_tensor()
-        elif attribute.type in (ir.AttributeType.FLOAT, ir.AttributeType.FLOATS):
-            return np.array(attribute.value, dtype=np.float32)
+    tensor = constant_tensor(value)
     return None if tensor is None else tensor.numpy().astype(np.float32)
 
 
@@ -369,7 +362,6 @@ __all__ = [
     "PROOF_TOLERANCE",
     "Proof",
     "Tolerance",
-    "constant_array",
     "prove",
     "relative_error",
     "without_later",

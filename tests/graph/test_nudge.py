@@ -110,3 +110,25 @@ def test_moved_numbers_are_as_far_from_a_weight_as_its_rounding() -> None:
     values = (numbers - blocks.zeros[..., None].astype(np.float32)) * blocks.scales[..., None]
     rounding = np.linalg.norm(blocks.values() - w.reshape(blocks.numbers.shape))
     assert np.linalg.norm(values - blocks.values()) == pytest.approx(rounding, rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", [ir.DataType.FLOAT16, ir.DataType.UINT4, ir.DataType.FLOAT])
+def test_weights_in_constant_nodes_move_as_initializers_do(dtype: ir.DataType) -> None:
+    numbers = np.random.default_rng(0).integers(1, 15, (64, 64)).astype(dtype.numpy())
+    constants = [
+        ir.node("Constant", [], attributes={"value": ir.tensor(numbers, dtype=dtype)}, name=f"c{i}")
+        for i in range(2)
+    ]
+    nodes = list(constants)
+    if dtype == ir.DataType.UINT4:
+        scale = ir.node("Constant", [], attributes={"value": ir.tensor(np.float32(1))}, name="scale")
+        nodes += [scale]
+        nodes += [ir.node("DequantizeLinear", [c.outputs[0], scale.outputs[0]]) for c in constants]
+    for number, value in enumerate(v for node in nodes for v in node.outputs):
+        value.name = f"v{number}"
+    graph = ir.Graph([], [nodes[-1].outputs[0]], nodes=nodes, opset_imports={"": 21}, name="g")
+    nudge(ir.Model(graph, ir_version=10))
+    a, b = (c.attributes["value"].as_tensor().numpy().astype(np.float32) for c in constants)
+    share = (a != numbers.astype(np.float32)).mean()
+    assert share == (0 if dtype == ir.DataType.FLOAT else pytest.approx(1 / 12, rel=0.3))
+    assert (a == b).all() == (dtype == ir.DataType.FLOAT)  # each by its own chance

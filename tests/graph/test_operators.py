@@ -16,6 +16,7 @@ from nbl_export.graph.operators import (
     MICROSOFT,
     SKIP_NORMS,
     captured,
+    constant_tensor,
     fused_op,
     int_attribute,
     is_constant,
@@ -221,3 +222,23 @@ def test_attention_in_one_node_is_known() -> None:
     assert fused_op(node) == FUSED[MICROSOFT, "Attention"] != FUSED["", "Attention"]
     node.domain = "of.somebody"
     assert fused_op(node) is None
+
+
+def test_the_tensor_of_a_constant_in_each_form() -> None:
+    forms = {
+        "value": ir.tensor(np.float32([1, 2])),
+        "value_floats": [1.0, 2.0],
+        "value_float": 3.0,
+        "value_ints": [4],
+    }
+    found = []
+    for name, held in forms.items():
+        (value,) = ir.node("Constant", [], attributes={name: held}).outputs
+        tensor = constant_tensor(value)
+        found.append(None if tensor is None else tensor.numpy().tolist())
+    assert found == [[1, 2], [1, 2], 3, None]
+    (computed,) = ir.node("Relu", [ir.val("x")]).outputs
+    assert constant_tensor(computed) is constant_tensor(ir.val("x")) is None
+    held_tensor = ir.tensor(np.float32([5]), name="w")
+    assert constant_tensor(ir.val("w", const_value=held_tensor)) is held_tensor
+    assert constant_tensor(ir.node("Constant", []).outputs[0]) is None
