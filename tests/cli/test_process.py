@@ -236,3 +236,29 @@ def test_another_thread_may_run_it_too() -> None:
     thread.start()
     thread.join()
     assert codes == [3]
+
+
+def test_an_interrupt_while_python_imports_ends_in_silence() -> None:
+    code = """
+import os, signal, sys
+class Interrupted:
+    def find_spec(self, name, *_):
+        if name == "cyclopts":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupted())
+import nbl_export.cli
+"""
+    # SIGINT may be ignored where the tests were started in the background.
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
+    )
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
+def test_importing_the_command_line_leaves_the_signal_as_it_was() -> None:
+    code = "import signal; before = signal.getsignal(2); import nbl_export.cli; print(signal.getsignal(2) is before)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "True\n"
