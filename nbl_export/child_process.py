@@ -25,13 +25,13 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from nbl_export.errors import BuildError, NblError
+from nbl_export.running_time import RunningTime
 
 Tell = Callable[[Any], None]
 Work = Callable[[Any, Tell], Any]
@@ -141,13 +141,14 @@ def death(code: int, last: str = "") -> str:
 def _answer(lines: queue.SimpleQueue[bytes | None], limits: Limits, heard: Tell) -> tuple[str, Any]:
     """The last message, or which limit was passed. Time in which this process stood still itself does not count."""
     idle = total = 0.0
+    clock = RunningTime(2 * _TICK)
     while True:
-        start = time.monotonic()
+        clock.since_last()  # what was heard took its time, too
         try:
             line = lines.get(timeout=_TICK)
         except queue.Empty:
             line = b""
-        passed = min(time.monotonic() - start, 2 * _TICK)
+        passed = clock.since_last()
         idle, total = idle + passed, total + passed
         if line is None:
             return "died", None

@@ -180,14 +180,14 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json_text(value))
 
 
-def read_json(path: Path, what: str, remedy: str) -> Any:
+def read_json(path: Path, what: str, remedy: str, finite: bool = False) -> Any:
     """Read a JSON file of at most :data:`JSON_LIMIT` bytes; an unreadable one is an :class:`InputError`.
 
-    The sentence names ``what`` and the ``remedy``. NaN and infinity, which are not JSON, are read: configurations of
-    models have them.
+    The sentence names ``what`` and the ``remedy``. NaN and infinity, which are not JSON, are read unless ``finite``:
+    configurations of models have them.
     """
     try:
-        return parse_json(read_bytes(path, JSON_LIMIT))
+        return parse_json(read_bytes(path, JSON_LIMIT), finite)
     except FileNotFoundError:
         raise InputError(f"{what} is missing ({path}): {remedy}.") from None
     except (OSError, ValueError) as error:
@@ -207,15 +207,18 @@ def read_sealed(path: Path, what: str, remedy: str) -> dict[str, Any]:
     return value
 
 
-def parse_json(content: bytes | str) -> Any:
+def parse_json(content: bytes | str, finite: bool = False) -> Any:
     """The value of a JSON text in UTF-8; raises ``ValueError`` for anything else.
 
     That includes numbers of thousands of digits, texts nested too deep, and strings that are no Unicode text (one half
-    of a surrogate pair), which could not be written again.
+    of a surrogate pair), which could not be written again. With ``finite``, it includes NaN and infinity.
     """
     text = content if isinstance(content, str) else content.decode("utf-8")
+    numbers: dict[str, Any] = {"parse_constant": _finite, "parse_float": _finite} if finite else {}
     try:
-        value = json.loads(text)
+        value = json.loads(text, **numbers)
+    except _NotFinite:
+        raise
     except RecursionError:
         raise ValueError("nested too deep") from None
     except json.JSONDecodeError:
@@ -224,6 +227,17 @@ def parse_json(content: bytes | str) -> Any:
         raise ValueError("a number of too many digits") from None
     if _SURROGATE.search(text):
         json.dumps(value, ensure_ascii=False).encode("utf-8")  # a UnicodeEncodeError is a ValueError
+    return value
+
+
+class _NotFinite(ValueError):
+    """A number of a JSON text that JSON does not have."""
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    if not math.isfinite(value):
+        raise _NotFinite(f"the number {number[:20]}")
     return value
 
 

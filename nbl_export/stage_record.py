@@ -99,16 +99,14 @@ def stale(stages: Mapping[str, StageRecord], stage: str, inputs: Mapping[str, st
     known.
     """
     record = stages[stage]
-    now = dict(record.made_of)
-    for name in record.made_of:
-        if name in STAGES:
-            above = stages.get(name)
-            now[name] = above.result if above else ""
-        elif name in inputs:
-            now[name] = inputs[name]
+    above = [name for name in record.made_of if name in STAGES]
+    if gone := [name for name in above if name not in stages]:
+        return _input_in_words(gone[0])
+    known = {name: digest for name, digest in inputs.items() if name in record.made_of}
+    now = {**record.made_of, **known, **{name: stages[name].result for name in above}}
     if why := record.other_inputs(stage, record.settings, now):
         return why
-    for name in record.made_of:
-        if name in STAGES and (why := stale(stages, name, inputs)):
+    for name in above:
+        if why := stale(stages, name, inputs):
             return f"of `{name}`, {why}"
     return None

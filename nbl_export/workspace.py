@@ -230,7 +230,7 @@ class Workspace:
     # state -----------------------------------------------------------------------------------
     def _read_state(self) -> dict[str, Any]:
         remedy = f"delete {self.root} and start again"
-        state = read_json(self.state_path, "The record of this output folder", remedy)
+        state = read_json(self.state_path, "The record of this output folder", remedy, finite=True)
         if not isinstance(state, dict) or not isinstance(state.get("stages"), dict):
             raise InputError(f"{self.state_path} is not a record of nbl-export: {remedy}.")
         if state.get("version") != STATE_VERSION:

@@ -295,3 +295,13 @@ def test_how_two_folders_share_files(tmp_path: Path, one: str, other: str, how: 
     assert overlap(tmp_path / one, tmp_path / other) == how
     (tmp_path / "link").symlink_to(tmp_path)
     assert overlap(tmp_path / "link" / one, tmp_path / other) == how
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e400"])
+def test_numbers_that_json_does_not_have(number: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(f'{{"a": [1, {number}]}}')
+    assert len(read_json(path, "It", "go")["a"]) == 2
+    with pytest.raises(InputError, match=rf"^It is damaged \({path}: the number {number}\): go\.$"):
+        read_json(path, "It", "go", finite=True)
+    assert parse_json("[1.5, -2e3, 7]", finite=True) == [1.5, -2000.0, 7]

@@ -39,6 +39,7 @@ ROOMS = (
     "records",
     "datafile",
     "child_process",
+    "running_time",
     "files",
     "progress",
     "printable",

@@ -60,6 +60,12 @@ def test_which_input_is_another_is_said(
     assert record("select", {"k": 2}, {MODEL: "m"}).other_inputs("select", settings, made_of) == words
 
 
+def test_a_record_that_names_a_stage_which_is_not_there() -> None:
+    """An empty result, which no stage has, is no way around it."""
+    select = record("select", {}, {"calibrate": ""})
+    assert stale({"select": select}, "select", {}) == "`calibrate` was done again"
+
+
 def test_a_stage_without_the_one_above_it_is_stale() -> None:
     below = record("select", {}, {"calibrate": "gone"})
     assert stale({"select": below}, "select", {}) == "`calibrate` was done again"

@@ -27,6 +27,7 @@ _FORMATS = (".txt", ".jsonl", ".parquet")
 _TXT_DOCUMENT = 8192
 # Characters of a line.
 _LINE = 1 << 26
+_ROWS = 16  # of a Parquet file at a time
 _EMPTY_LINES = 5_000_000  # in a row
 # A packed text is a third to a fifth of its size. What unpacks to so many times of it, and to so many bytes, is a bomb.
 _RATIO, _UNPACKED = 200, 1 << 24
@@ -229,17 +230,29 @@ def _parquet_documents(path: Path, field: str) -> Iterator[str]:
             raise InputError(_no_field(field, names, str(path)))
         # As a dictionary, a text that is repeated a thousand times takes its memory once.
         with open_data(path) as opened, pyarrow.parquet.ParquetFile(opened, read_dictionary=[field]) as file:
-            for batch in file.iter_batches(batch_size=256, columns=[field]):
-                if batch.nbytes > _LINE:
+            for batch in file.iter_batches(batch_size=_ROWS, columns=[field]):
+                column = batch.column(0)
+                if _longest(column) > _LINE:
                     raise InputError(
-                        f"{path} has more than {_LINE >> 20} MiB of text in {len(batch)} rows: cut it into documents."
+                        f"{path} has a text of more than {_LINE >> 20} MiB: cut it into documents."
                     )
-                for cell in batch.column(0):
+                for cell in column:
                     yield _field({field: cell.as_py()}, field, str(path))
     except (pyarrow.ArrowException, OSError, MemoryError) as error:
         raise InputError(
             f"{path} is not a parquet file ({(str(error) or type(error).__name__).splitlines()[0]}): download it again."
         ) from None
+
+
+def _longest(column: Any) -> int:
+    """Bytes of the longest text of an array, which may be encoded as a dictionary; 0 if it holds no text."""
+    import pyarrow.compute
+
+    texts = getattr(column, "dictionary", column)
+    try:
+        return pyarrow.compute.max(pyarrow.compute.binary_length(texts)).as_py() or 0
+    except pyarrow.ArrowNotImplementedError:  # numbers, lists: refused row by row
+        return 0
 
 
 def _hub_documents(name: str, field: str) -> Iterator[str]:

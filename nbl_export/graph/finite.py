@@ -14,11 +14,15 @@ from nbl_export.graph.operators import LINEAR, SKIP_NORMS, key
 
 # The bits of an exponent that is all ones: infinity, or with other bits NaN.
 _EXPONENT = {ir.DataType.FLOAT16: 0x7C00, ir.DataType.BFLOAT16: 0x7F80}
-# What multiplies, looks up or scales by a weight. Elsewhere minus infinity has a use: masks add it.
+# What multiplies or scales by a weight. Elsewhere minus infinity has a use: masks add it.
 _OTHERS = frozenset(
-    {"Gather", "GatherBlockQuantized", "DequantizeLinear", "Conv", "RMSNormalization", "LayerNormalization"}
+    {"GatherBlockQuantized", "DequantizeLinear", "Conv", "RMSNormalization", "LayerNormalization"}
     | {"SimplifiedLayerNormalization"}
 )
+# Rows are looked up of embeddings, which norms square or scale, and of tables of masks, which are added.
+_LOOKS_UP = "Gather"
+_SCALES = ("Mul", "Pow")
+_PASSES_ON = ("Transpose", "Reshape", "Cast", "Identity", _LOOKS_UP)
 
 
 def check_finite(model: ir.Model, where: str) -> None:
@@ -30,8 +34,9 @@ def check_finite(model: ir.Model, where: str) -> None:
         bad = _bad(tensor.numpy(), value.dtype)
         if not bad.any():
             continue
-        nan = bool(np.isnan(tensor.numpy().astype(np.float32)).any())
-        if nan or _is_weight(value):
+        values = tensor.numpy().astype(np.float32)
+        nan = bool(np.isnan(values).any())
+        if nan or _is_weight(value, bool((values == np.inf).any())):
             reader = next((use.node for use in value.uses()), None)
             node = f", which {reader.op_type} ({reader.name}) reads," if reader is not None else ""
             raise InputError(
@@ -49,15 +54,19 @@ def _bad(array: NDArray[Any], dtype: ir.DataType | None) -> NDArray[np.bool_]:
     return other
 
 
-def _is_weight(value: ir.Value) -> bool:
-    stack, seen = [value], set()
+def _is_weight(value: ir.Value, positive: bool) -> bool:
+    """Whether an infinite number of ``value`` is wrong where it is read; ``positive``: one of them is above zero."""
+    stack, seen = [(value, False)], set()
     while stack:
-        current = stack.pop()
+        current, looked_up = stack.pop()
         for use in current.uses():
             node = use.node
+            looks_up = node.op_type == _LOOKS_UP
             if key(node) in LINEAR or key(node) in SKIP_NORMS or node.op_type in _OTHERS:
                 return True
-            if node.op_type in ("Transpose", "Reshape", "Cast", "Identity") and node not in seen:
+            if (looks_up and positive) or (looked_up and node.op_type in _SCALES):
+                return True
+            if node.op_type in _PASSES_ON and node not in seen:
                 seen.add(node)
-                stack.extend(node.outputs)
+                stack.extend((output, looked_up or looks_up) for output in node.outputs)
     return False

@@ -15,11 +15,11 @@ import onnx
 import onnx_ir as ir
 
 from nbl_export.errors import InputError
+from nbl_export.graph.operators import MICROSOFT
 
 NODES = 100_000  # of a graph, with those in its branches, loops and functions; a 70B model has 20,000
 _INLINED = 1_000_000  # when every call of a function is replaced by its nodes
 _EXPORT_AGAIN = "export the model again"
-_MICROSOFT = "com.microsoft"
 _Kind = ir.AttributeType
 # The attributes that this package reads, by name: their type, and their least value.
 _ATTRIBUTES: dict[str, tuple[ir.AttributeType, int | None]] = {
@@ -40,8 +40,13 @@ _ATTRIBUTES: dict[str, tuple[ir.AttributeType, int | None]] = {
     "softcap": (_Kind.FLOAT, None),
     "epsilon": (_Kind.FLOAT, None),
 }
-# These names are other things in other operators.
-_OF_OPERATORS = {"Constant": {"value": _Kind.TENSOR}, "ConstantOfShape": {"value": _Kind.TENSOR}}
+# These names are other things in other operators. A rotary embedding knows its heads from the shape, and says 0.
+_OF_OPERATORS: dict[tuple[str, str], tuple[ir.AttributeType, int | None]] = {
+    ("Constant", "value"): (_Kind.TENSOR, None),
+    ("ConstantOfShape", "value"): (_Kind.TENSOR, None),
+    ("RotaryEmbedding", "num_heads"): (_Kind.INT, 0),
+    ("MRotaryEmbedding", "num_heads"): (_Kind.INT, 0),
+}
 # Half of them would be read without: onnx names the operators, and this package uses what they must have.
 _LEAST_INPUTS = {
     "Concat": 1,
@@ -133,11 +138,11 @@ def _inlined(path: Path, graph: onnx.GraphProto, bodies: dict[tuple[str, str, st
 def check_attributes(path: Path, model: ir.Model) -> None:
     """Refuse a node whose attributes are of another type than its operator's, or whose inputs are missing."""
     for node in model.graph.all_nodes():
-        if node.domain not in ("", "ai.onnx", _MICROSOFT):
+        if node.domain not in ("", "ai.onnx", MICROSOFT):
             continue
-        expected = {**_ATTRIBUTES, **{n: (k, None) for n, k in _OF_OPERATORS.get(node.op_type, {}).items()}}
         for name, attribute in node.attributes.items():
-            kind, least = expected.get(name, (None, None))
+            known = _OF_OPERATORS.get((node.op_type, name)) or _ATTRIBUTES.get(name)
+            kind, least = known or (None, None)
             if kind is None or attribute.is_ref():
                 continue
             fits = attribute.type == kind and attribute.value is not None

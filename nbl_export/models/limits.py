@@ -12,7 +12,7 @@ import math
 import re
 import stat
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 
 AGAIN = "download the model again"
 INDEX = "model.safetensors.index.json"
-# Files that a loader may open, whatever stands there.
+# Files that a loader may open, whatever stands there; a training run leaves others of any size beside them.
 _READ = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py")
+_LOADED_JSON = ("*config*.json", "*token*.json", "*vocab*.json", "*template*.json", INDEX)
+_LOADED_TEXT = ("*.model", "*.jinja", "*vocab*.txt", "merges.txt")
 _HEADER = 100_000_000  # bytes; the limit of the safetensors format
 _VOCABULARY = 1 << 26  # bytes of a tokenizer file that is not JSON
 # Configurations name these differently; each is a count of weights' rows, or of modules that are built in a row.
@@ -62,15 +64,19 @@ def check_folder(source: str, folder: Path, config: Mapping[str, Any]) -> Weight
     for path in sorted({p for pattern in _READ for p in folder.glob(pattern)}):
         if not path.exists() or not stat.S_ISREG(path.stat().st_mode):
             raise InputError(f"{path} is not a regular file: {AGAIN}.")
-        if path.suffix == ".json" and path.name != "config.json":
+        if path.name != "config.json" and _is_one_of(path, _LOADED_JSON):
             kind = read_json(path, path.name, AGAIN)
             if not isinstance(kind, (dict, list)):
                 raise InputError(f"{path} is not a JSON object: {AGAIN}.")
-        elif path.suffix in (".model", ".txt", ".jinja") and path.stat().st_size > _VOCABULARY:
+        elif _is_one_of(path, _LOADED_TEXT) and path.stat().st_size > _VOCABULARY:
             raise InputError(f"{path} is larger than {_VOCABULARY >> 20} MiB: {AGAIN}.")
     weights = weights_of(folder)
     check_claims(source, config, weights)
     return weights
+
+
+def _is_one_of(path: Path, patterns: Sequence[str]) -> bool:
+    return any(path.match(pattern) for pattern in patterns)
 
 
 def weights_of(folder: Path) -> Weights:
@@ -194,7 +200,7 @@ def check_gguf(path: Path) -> Weights:
         if magic != b"GGUF":
             raise InputError(f"{path} is not a GGUF file (it starts with {magic!r}): download it again.")
         try:
-            return _gguf(path, _Reader(file, size))
+            return _gguf(_Reader(file, size))
         except (ValueError, struct.error) as error:
             raise InputError(f"{path} is a damaged GGUF file ({error}): download it again.") from None
 
@@ -238,7 +244,7 @@ class _Reader:
             raise ValueError(f"a value has the unknown type {kind}")
 
 
-def _gguf(path: Path, reader: _Reader) -> Weights:
+def _gguf(reader: _Reader) -> Weights:
     version = reader.number("<I")
     if version not in (2, 3):
         raise ValueError(f"version {version}; 2 and 3 are known")

@@ -91,7 +91,8 @@ class Writing:
 def data_to_append_to(folder: Folder, source: Path, model: ir.Model) -> Path:
     """The data file of the graph ``source`` for its new weights.
 
-    Raises :class:`InputError` if writing to it would change another file, or if the record would.
+    Raises :class:`InputError` if it is another graph's, or if the record would be written there, and
+    :class:`~nbl_export.errors.BuildError` for a link, or a file with a second name.
     """
     files = {path.resolve() for path in external_files(model)}
     if taken := files & {path.resolve() for path in (folder.record_path, folder.pending_path)}:

@@ -19,6 +19,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from nbl_export.running_time import RunningTime
+
 _LOOK = 0.5  # seconds between two looks at the clock
 _GRACE = 10.0  # seconds after which a run that was told to end is stuck
 _BASE = 2 << 30  # bytes
@@ -27,6 +29,7 @@ _OF_TOKEN = 8 << 20  # bytes; the logits of a token are up to 1 MiB
 _OF_PAIR = (
     4 << 10
 )  # bytes for a token and one that it attends to; 128 heads take 512 in float32, a few times over
+_SECONDS_OF_TOKEN, _SECONDS_OF_PAIR = 1e-2, 2e-6  # ten times what SmolLM2-135M takes on two cores
 _OF_FLOATS = 256  # an image, or a KV cache of which each value is read by many queries
 
 
@@ -42,14 +45,13 @@ class Bounds:
 
     def fed(self, feeds: Mapping[str, Any]) -> Bounds:
         """These bounds for a run on ``feeds``: more for each token, each pair of tokens and each pixel."""
-        if self.memory is None:
-            return self
         integers = [array for array in feeds.values() if array.dtype.kind in "iub"]
         context = max((array.shape[-1] for array in integers if array.ndim), default=0)
         tokens = max((array.size for array in integers), default=0)
         floats = sum(array.nbytes for array in feeds.values() if array.dtype.kind not in "iub")
+        seconds = self.seconds + tokens * (_SECONDS_OF_TOKEN + _SECONDS_OF_PAIR * context)
         more = tokens * (_OF_TOKEN + _OF_PAIR * context) + _OF_FLOATS * floats
-        return Bounds(self.seconds, self.memory + more)
+        return Bounds(seconds, None if self.memory is None else self.memory + more)
 
 
 def bounds_of(size: int, seconds: float | None = None) -> Bounds:
@@ -74,7 +76,7 @@ def bounded(bounds: Bounds, doing: str, options: Any = None) -> Iterator[None]:
 
     ``options`` are the run's, which end it. Raises :class:`Late` for an error of a run that was ended by them.
     """
-    work = _Work(time.monotonic() + bounds.seconds, bounds.seconds, doing, options)
+    work = _Work(bounds.seconds, doing, options)
     _WORKING[id(work)] = work
     _watchdog()
     try:
@@ -82,25 +84,30 @@ def bounded(bounds: Bounds, doing: str, options: Any = None) -> Iterator[None]:
             yield
     except Exception as error:  # onnxruntime's exceptions have no common base class
         if options is not None and options.terminate:
-            raise Late(f"it takes longer than {bounds.seconds:,g} s, as a loop without end does") from error
+            raise Late(f"it takes longer than {bounds.seconds:,.0f} s, as a loop without end does") from error
         raise
     finally:
         del _WORKING[id(work)]
 
 
-@dataclass(frozen=True)
 class _Work:
-    end: float
-    seconds: float
-    doing: str
-    options: Any
+    """What onnxruntime is doing, and for how long it has."""
 
-    def look(self, now: float) -> None:
-        if now > self.end and self.options is not None:
+    def __init__(self, seconds: float, doing: str, options: Any) -> None:
+        self.seconds, self.doing, self.options = seconds, doing, options
+        self._clock, self._passed = RunningTime(2 * _LOOK), 0.0
+
+    def look(self) -> None:
+        self._passed += self._clock.since_last()
+        if self._passed > self.seconds and self.options is not None:
             self.options.terminate = True
-        if when_stuck is not None and now > self.end + (_GRACE if self.options is not None else 0):
+        grace = _GRACE if self.options is not None else 0
+        if when_stuck is not None and self._passed > self.seconds + grace:
             what = "one operator takes" if self.options is not None else "it takes"
-            when_stuck(f"onnxruntime does not {self.doing}: {what} longer than {self.seconds:,g} s.")
+            when_stuck(
+                f"onnxruntime does not {self.doing}: {what} longer than {self.seconds:,.0f} s; export the model "
+                "again, or use a faster machine."
+            )
 
 
 _WORKING: dict[int, _Work] = {}
@@ -113,9 +120,8 @@ def _watchdog() -> threading.Thread:
     def watch() -> None:
         while True:
             time.sleep(_LOOK)
-            now = time.monotonic()
             for work in list(_WORKING.values()):
-                work.look(now)
+                work.look()
 
     thread = threading.Thread(target=watch, daemon=True, name="nbl-export-watchdog")
     thread.start()

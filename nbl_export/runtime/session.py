@@ -105,7 +105,8 @@ def check_loads(path: Path) -> None:
     options = session_options({"session.disable_prepacking": "1"})
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
-        ort.InferenceSession(str(path), options, providers=[CPU])
+        with bounded(bounds_of(path.stat().st_size), f"load {path}"):
+            ort.InferenceSession(str(path), options, providers=[CPU])
     except Exception as error:  # onnxruntime's exceptions have no common base class
         raise BuildError(f"{path} does not load in onnxruntime: {first_line(error)}") from error
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
@@ -85,3 +86,27 @@ def test_scales_of_quantized_weights_count(tiny_graph: Path) -> None:
         check_finite(graph, "it")
     check_finite(load_graph(tiny_graph), "it")
     assert TensorProto.FLOAT == 1
+
+
+def looked_up(reader: str, bad: float) -> ir.Model:
+    """Rows of a table are looked up, and ``reader`` reads them."""
+    graph = onnx.parser.parse_model(
+        f"""<ir_version: 9, opset_import: ["" : 18]>
+        g (int64[n] i, float[3] x) => (y) <float[2,3] table = {{0, 1, 2, 3, 4, 5}}>
+        {{ rows = Gather(table, i)
+           y = {reader}(rows, x) }}"""
+    )
+    found = ir.from_proto(graph)
+    table = found.graph.initializers["table"]
+    assert table.const_value is not None
+    array = table.const_value.numpy().copy()
+    array[1, 2] = bad
+    table.const_value = ir.tensor(array, name="table")
+    return found
+
+
+def test_a_table_of_masks_may_hold_minus_infinity_and_embeddings_may_not() -> None:
+    check_finite(looked_up("Add", -np.inf), "it")
+    for reader, bad in [("Add", np.inf), ("Add", np.nan), ("Mul", -np.inf), ("Pow", -np.inf)]:
+        with pytest.raises(InputError, match="its weight table"):
+            check_finite(looked_up(reader, bad), "it")

@@ -106,6 +106,26 @@ def test_attributes_and_inputs_that_an_operator_does_not_have(tmp_path: Path, ho
     assert "operator" in refusal(save(tmp_path / "m.onnx", [WRONG[how]()]))
 
 
+@pytest.mark.parametrize(
+    ("op", "domain", "attributes"),
+    [
+        # As onnxruntime-genai writes them beside a GroupQueryAttention that does not rotate itself.
+        ("RotaryEmbedding", "com.microsoft", {"num_heads": 0, "rotary_embedding_dim": 0, "interleaved": 0}),
+        ("MRotaryEmbedding", "com.microsoft", {"num_heads": 0}),
+        ("RotaryEmbedding", "", {"num_heads": 8}),
+        ("GroupQueryAttention", "com.microsoft", {"num_heads": 8, "kv_num_heads": 2, "softcap": 0.0}),
+        ("MatMulNBits", "com.microsoft", {"K": 64, "N": 4, "bits": 4, "block_size": 32, "accuracy_level": 0}),
+        ("Gemm", "", {"transA": 0, "transB": 1, "alpha": 1.0, "beta": 1.0}),
+        ("Cast", "", {"to": 10}),
+        ("DequantizeLinear", "", {"axis": 1, "block_size": 0}),
+    ],
+)
+def test_what_exporters_write_is_right(
+    tmp_path: Path, op: str, domain: str, attributes: dict[str, Any]
+) -> None:
+    load_graph(save(tmp_path / "m.onnx", [wrong(op, domain, 3, **attributes)]))
+
+
 def test_a_reference_in_a_function_is_no_value(tmp_path: Path) -> None:
     node = make("Cast", ["x"], ["y"])
     attribute = node.attribute.add()

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from nbl_export.errors import InputError
-from nbl_export.models.limits import check_gguf, weights_of
+from nbl_export.models.limits import check_folder, check_gguf, weights_of
 from nbl_export.models.load import load_model
 from nbl_export.models.source import find_model
 from tests.models.spoiled import edit_config, one_sentence
@@ -81,11 +81,24 @@ def test_masks_that_take_all_memory(folder: Path) -> None:
 NUMBER = "9" * 5000
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "tokenizer.json", "other.json"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json"]
+)
 @pytest.mark.parametrize("text", [f'{{"a": {NUMBER}}}', '{"a": "\\ud800"}', "[" * 100_000, "5"])
 def test_json_that_is_none(folder: Path, name: str, text: str) -> None:
     (folder / name).write_text(text)
     assert name in refusal(folder)
+
+
+def test_what_training_left_behind_may_have_any_size(folder: Path) -> None:
+    """A record of every step, and a log."""
+    for name in ("trainer_state.json", "train_log.txt"):
+        with (folder / name).open("wb") as file:
+            file.truncate(1 << 27)
+    check_folder("it", folder, json.loads((folder / "config.json").read_text()))
+    with (folder / "vocab.txt").open("wb") as file:
+        file.truncate(1 << 27)
+    assert "vocab.txt is larger than 64 MiB" in refusal(folder)
 
 
 @pytest.mark.parametrize("name", ["generation_config.json", "vocab.txt", "model-2.safetensors", "a.py"])

@@ -102,7 +102,8 @@ def differences(
 ) -> list[str]:
     """The same with the ``proofs`` of ``baseline``."""
     failures = [check.failure for check in check_layers(rewritten, proofs, plan) if check.failure]
-    parts = {layer: linear_part(load_graph(rewritten), layer) for layer in plan.chosen}
+    graph = load_graph(rewritten)
+    parts = {layer: linear_part(graph, layer) for layer in plan.chosen}
     whole = {layer: part for layer, part in parts.items() if isinstance(part, LinearPart)}
     if len(whole) < len(parts):  # which the checks say
         return failures
@@ -116,10 +117,11 @@ def differences(
 
 def first_difference(reference: Path, rewritten: Path, plan: Plan) -> str:
     """The first layer whose u or y is another one in the two graphs on the probe, as the end of a sentence."""
-    rows = metadata_list(load_graph(rewritten), LAYERS_KEY, DescribedLayer)
-    names = [name for row in rows for name in (row.input, row.output)]
-    known = {v.name for node in load_graph(reference).graph for v in node.outputs}
-    names = [name for name in names if name in known]
+    graphs = [load_graph(path) for path in (reference, rewritten)]
+    rows = metadata_list(graphs[1], LAYERS_KEY, DescribedLayer)
+    of_reference, of_rewritten = ({v.name for node in g.graph for v in node.outputs} for g in graphs)
+    known = of_reference & of_rewritten
+    names = [name for row in rows for name in (row.input, row.output) if name in known]
     expected, found = (intermediate_tensors(path, names, plan.probe) for path in (reference, rewritten))
     for row in rows:
         for where in ("input", "output"):
