@@ -14,7 +14,7 @@ from nbl_export.progress import Listener
 from nbl_export.report.schema import Report, load_report
 from nbl_export.settings import VerifySettings
 from nbl_export.stage_record import STAGES, StageRecord
-from nbl_export.stages.build import current_engines, passed_over
+from nbl_export.stages.build import current_engines, model_positions, passed_over
 from nbl_export.stages.rewrite import current_rewrite
 from nbl_export.stages.run import Run
 from nbl_export.workspace import Workspace
@@ -32,13 +32,17 @@ def verify(run: Run, settings: VerifySettings) -> Report:
     from nbl_export.verify.case import DecoderCase
     from nbl_export.verify.decoder import measure_decoder
     from nbl_export.verify.encoder import measure_encoder
+    from nbl_export.verify.engines import fitting_prompts
 
     ws = run.workspace
     finish_drawing(ws)
     rewritten = current_rewrite(ws)
+    calibrated = _calibrated(ws).result
+    if run.model.task.causal:
+        fitting_prompts(model_positions(ws), len(load_text(ws.text).start), settings.decode_steps)
     engines = current_engines(ws)
     # It reads the held-out text too.
-    made_of = {"rewrite": rewritten.result, "calibrate": _calibrated(ws).result}
+    made_of = {"rewrite": rewritten.result, "calibrate": calibrated}
     if engines and (built := ws.record("build")):
         made_of["build"] = built.result
 

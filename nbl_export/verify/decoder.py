@@ -14,7 +14,7 @@ from nbl_export.models.layers import positions
 from nbl_export.runtime.ort import ort_stream
 from nbl_export.runtime.torch import torch_stream
 from nbl_export.verify.case import DecoderCase
-from nbl_export.verify.engines import PROMPTS, measure_engines
+from nbl_export.verify.engines import fitting_prompts, measure_engines
 from nbl_export.verify.loss.decoder import measure_method_loss
 from nbl_export.verify.loss.figures import MethodLoss
 from nbl_export.verify.loss.gate import bound_checks
@@ -52,7 +52,8 @@ def measure_decoder(case: DecoderCase) -> Measurement:
 def measure_parity(case: DecoderCase) -> FoundParity[DecoderParity]:
     """The graph in onnxruntime against PyTorch with the plan in place, by the gates of the graph's precision."""
     precision, steps = case.precision, case.settings.decode_steps
-    gates, rows = gates_for(precision.gates), case.rows(PROMPTS)
+    prompts = fitting_prompts(positions(case.model), len(case.text.start), steps)
+    gates, rows = gates_for(precision.gates), case.rows(prompts)
     longest = max(map(len, rows))
     with linearized(case.model, case.plan):
         candidate = ort_stream(case.rewritten, longest)

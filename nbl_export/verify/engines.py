@@ -44,8 +44,31 @@ from nbl_export.verify.speed.values import Machine, Speed
 if TYPE_CHECKING:
     import torch
 
+
 # Ragged on purpose: the batch must be padded on the left, by different amounts.
 PROMPTS = (64, 41, 23)
+
+
+def scaled_prompts(longest: int) -> list[int]:
+    """The lengths of :data:`PROMPTS`, none above ``longest``: scaled, not cut, so that the batch stays ragged."""
+    scale = min(1.0, longest / max(PROMPTS))
+    return [max(1, int(p * scale)) for p in PROMPTS]
+
+
+def fitting_prompts(positions: int | None, start: int, steps: int) -> list[int]:
+    """Lengths of prompts that leave room for ``start`` tokens before and ``steps`` after them in the ``positions``.
+
+    They are shorter only for a model with few positions. Raises :class:`InputError` for more steps than fit.
+    """
+    if positions is None or start + max(PROMPTS) + steps <= positions:
+        return list(PROMPTS)
+    longest = min(max(PROMPTS), positions // 2)
+    if (most := positions - start - longest) < steps:
+        raise InputError(
+            f"--decode-steps asks for {steps:,} steps after a prompt of {start + longest} tokens, the model has "
+            f"{positions:,} positions: ask for {max(most, 1):,} or fewer."
+        )
+    return scaled_prompts(longest)
 
 
 @dataclass(frozen=True)
@@ -141,9 +164,7 @@ def _fitting_prompts(running: RunningEngines) -> list[int] | Check:
             f"{steps} decode steps"
         )
         return not_run(case.engines, why)
-    # Scaled, not cut: the batch stays ragged.
-    scale = min(1.0, longest / max(PROMPTS))
-    return [max(1, int(p * scale)) for p in PROMPTS[: limits.max_batch]]
+    return scaled_prompts(longest)[: limits.max_batch]
 
 
 def _parity(running: RunningEngines, prompts: Sequence[int]) -> Found[EngineParity]:

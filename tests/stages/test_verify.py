@@ -106,6 +106,17 @@ def test_contexts_beyond_the_positions_are_in_the_report_as_left_out(stories_cop
     assert any("2048" in text and "512" in text for text in said)
 
 
+def test_steps_beyond_the_positions_are_refused_before_any_work(
+    stories_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Run, "stage", lambda *_: pytest.fail("work"))
+    before = (stories_copy / "report" / "report.json").read_bytes()
+    said = "--decode-steps asks for 100,000 steps after a prompt of 65 tokens, the model has 512 positions"
+    with pytest.raises(InputError, match=f"{said}: ask for 447 or fewer"):
+        api.verify(stories_copy, api.VerifySettings(decode_steps=100_000))
+    assert (stories_copy / "report" / "report.json").read_bytes() == before
+
+
 def test_its_files_are_recorded_and_it_is_done_once(stories_copy: Path) -> None:
     listener = Notes()
     run = Run.resume(stories_copy, listener)

@@ -15,7 +15,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import RuntimeException
 from nbl_export.engine.gpu import Gpu
 from nbl_export.engine.pair import EngineFile
 from nbl_export.engine.profiles import Limits
-from nbl_export.errors import NblError
+from nbl_export.errors import InputError, NblError
 from nbl_export.progress import Silent
 from nbl_export.report.speed import ENGINES, speed_tables
 from nbl_export.runtime import ort as ort_module
@@ -26,6 +26,7 @@ from nbl_export.verify.engines import (
     RunningEngines,
     built_check,
     engine_speed,
+    fitting_prompts,
     gpu_candidates,
     measure_engine_speed,
     not_run,
@@ -302,3 +303,25 @@ def test_who_takes_part_on_a_gpu(graphs: Graphs, monkeypatch: pytest.MonkeyPatch
     assert [(c, p) for c, p, _ in speedups(speed)] == [(8, "prefill"), (8, "decode")]
     assert notes[0].startswith("The engines are not timed at 13 tokens: they are built for a prefill of 12")
     assert notes[1].startswith("Not timed on the GPU: onnxruntime CUDA, base: ")
+
+
+@pytest.mark.parametrize(
+    ("positions", "steps", "prompts"),
+    [
+        (None, 100_000, [64, 41, 23]),
+        (512, 447, [64, 41, 23]),
+        (73, 8, [64, 41, 23]),
+        (72, 8, [36, 23, 12]),
+        (32, 8, [16, 10, 5]),
+        (32, 15, [16, 10, 5]),
+    ],
+)
+def test_prompts_leave_room_for_the_steps(positions: int | None, steps: int, prompts: list[int]) -> None:
+    assert fitting_prompts(positions, 1, steps) == prompts
+    assert positions is None or 1 + max(prompts) + steps <= positions
+
+
+@pytest.mark.parametrize(("positions", "steps", "most"), [(512, 448, 447), (512, 10**5, 447), (32, 16, 15)])
+def test_steps_that_do_not_fit_are_refused(positions: int, steps: int, most: int) -> None:
+    with pytest.raises(InputError, match=f"the model has {positions} positions: ask for {most} or fewer"):
+        fitting_prompts(positions, 1, steps)
