@@ -225,7 +225,10 @@ def _parquet_documents(path: Path, field: str) -> Iterator[str]:
         raise MissingDependencyError(_needs("pyarrow", "Reading .parquet", "text")) from None
     try:
         with open_data(path) as opened, pyarrow.parquet.ParquetFile(opened) as file:
-            names = file.schema_arrow.names
+            columns = list(file.schema_arrow)
+        # Lists and structs have no text of their own, and cannot be read as a dictionary.
+        nested = {c.name for c in columns if pyarrow.types.is_nested(getattr(c.type, "storage_type", c.type))}
+        names = [c.name for c in columns if c.name not in nested]
         if field not in names:
             raise InputError(_no_field(field, names, str(path)))
         # As a dictionary, a text that is repeated a thousand times takes its memory once.

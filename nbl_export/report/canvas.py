@@ -9,11 +9,13 @@ from __future__ import annotations
 import io
 import logging
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
+from nbl_export.printable import printable
 from nbl_export.report.drawing import finite
 
 if TYPE_CHECKING:
@@ -44,6 +46,8 @@ PAPER, INK, MUTED, RULE, BASE, LINEAR, DECODE = (c.light for c in COLOURS.values
 # Inches: the text column of a page, and a phone.
 _WIDE, _NARROW = 10.0, 4.2
 _DPI = 160
+# What matplotlib says of a letter that its font does not have, which is drawn as a box.
+_ODD_LETTERS = r"Glyph |Matplotlib currently does not support"
 _STYLE: dict[str, Any] = {
     "axes.axisbelow": True,
     "axes.edgecolor": MUTED,
@@ -95,7 +99,8 @@ def style() -> Iterator[None]:
         import matplotlib
         from cycler import cycler
 
-        with matplotlib.rc_context():
+        with warnings.catch_warnings(), matplotlib.rc_context():
+            warnings.filterwarnings("ignore", _ODD_LETTERS)
             matplotlib.rcdefaults()
             # Even what is not seen has no colour of matplotlib's own, which a page would not know.
             matplotlib.rcParams["axes.prop_cycle"] = cycler(color=[INK])
@@ -120,10 +125,22 @@ def drawable(value: Any) -> float:
     return float("nan") if (known := finite(value)) is None else known
 
 
+def saved(figure: Figure, buffer: IO[Any], **how: Any) -> None:
+    """Write ``figure`` to ``buffer``; its names may be anybody's, and are shown as text that no reader obeys."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text)
+        text.set_text("\n".join(map(printable, text.get_text().split("\n"))))
+    figure.savefig(buffer, **how)
+
+
 def legend(figure: Figure, entries: Mapping[str, Any]) -> None:
     """The legend of a whole figure, above its panels, in as many columns as its width holds."""
     for columns in range(len(entries), 0, -1):
-        drawn = figure.legend(list(entries.values()), list(entries), loc="outside upper left", ncols=columns)
+        drawn = figure.legend(
+            list(entries.values()), [printable(e) for e in entries], loc="outside upper left", ncols=columns
+        )
         if columns == 1 or drawn.get_window_extent().width < 0.97 * figure.bbox.width:
             return
         drawn.remove()
@@ -133,7 +150,7 @@ def as_png(draw: Callable[[], Figure]) -> bytes:
     """The figure on white, as the bytes of a PNG file."""
     buffer = io.BytesIO()
     with style():
-        draw().savefig(buffer, format="png", dpi=_DPI, facecolor=PAPER, metadata={"Software": None})
+        saved(draw(), buffer, format="png", dpi=_DPI, facecolor=PAPER, metadata={"Software": None})
     return buffer.getvalue()
 
 
@@ -145,7 +162,7 @@ def as_svg(draw: Callable[[], Figure], prefix: str) -> str:
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with style():
-        draw().savefig(buffer, format="svg", metadata=nothing)
+        saved(draw(), buffer, format="svg", metadata=nothing)
     text = buffer.getvalue()
     # What stands before the element is a file's, not a page's.
     text = text[text.index("<svg") :]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -99,12 +100,20 @@ class Setting:
         return Parameter(name=name, help=self.help, group=self.panel, show_default=show, **more)
 
     def check(self, value: Any, name: str, of_file: bool = False) -> None:
-        """Raise :class:`InputError`, beginning with ``name``, for a value that is refused; None is no value."""
+        """Raise :class:`InputError`, beginning with ``name``, for a value that is refused; None is no value.
+
+        No setting is empty text, which would be read as this folder, or infinite, which no record can hold.
+        """
         for must in self.musts if value is not None else ():
             for one in value if self.repeated else (value,):
                 if must.of_file <= of_file and not must.holds(one):
                     shown = f"{one:g}" if isinstance(one, float) else one
                     raise InputError(f"{name} {must.words.format(value=shown)}.")
+        for one in value if isinstance(value, tuple) else (value,):
+            if isinstance(one, str) and not one:
+                raise InputError(f"{name} is empty; give some text.")
+            if isinstance(one, float) and not math.isfinite(one):
+                raise InputError(f"{name} is {one}; give a finite number.")
 
     def from_file(self, value: Any, name: str) -> Any:
         """A value of a TOML file as the field has it; raises :class:`InputError` for one that is refused."""
@@ -114,7 +123,10 @@ class Setting:
         types = {type(one) for one in (value if is_list else [value])}
         if is_list != self.many or not types <= ({int, float} if self.kind is float else {self.kind}):
             raise InputError(f"{name} is {json.dumps(value, default=str)}; give {self._wanted}.")
-        found = tuple(map(self.kind, value)) if self.many else self.kind(value)
+        try:
+            found = tuple(map(self.kind, value)) if self.many else self.kind(value)
+        except OverflowError:  # a whole number of more than 308 digits
+            raise InputError(f"{name} is too large; give a finite number.") from None
         self.check(found, name, of_file=True)
         return found
 

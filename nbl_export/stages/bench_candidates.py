@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -37,14 +37,14 @@ class Against:
 def graphs_against(against: Sequence[str]) -> Iterator[Against]:
     """What ``--against`` names: [NAME=]DIR, an output folder (both its graphs) or any folder with a graph."""
     from nbl_export.export.sidecars import graph_in
+    from nbl_export.verify.engines import BASE_ENGINE, LINEARIZED_ENGINE
 
-    taken = {BASE, LINEARIZED, CONTROL, DROPPED, EAGER, COMPILED}
-    for given in against:
-        name, found, folder = given.rpartition("=")
-        path = Path(folder)
-        name = name if found else path.resolve().name
-        if not path.exists():
-            raise InputError(f"--against {given}: there is no {folder}.")
+    own = {BASE, LINEARIZED, CONTROL, DROPPED, EAGER, COMPILED, BASE_ENGINE, LINEARIZED_ENGINE}
+    named_folders = [
+        _named_folder(given, own) for given in against
+    ]  # a word at the end is read before any graph
+    taken: set[str] = set()
+    for name, path in named_folders:
         if is_workspace(path):
             other = Workspace.open(path)
             current_rewrite(other)
@@ -57,6 +57,22 @@ def graphs_against(against: Sequence[str]) -> Iterator[Against]:
                 raise InputError(f"--against names {one.name!r} twice: say NAME=DIR to tell them apart.")
             taken.add(one.name)
             yield one
+
+
+def _named_folder(given: str, own: Container[str]) -> tuple[str, Path]:
+    """Name and folder of one ``--against``; ``own`` are the names of what the bench times itself."""
+    name, found, folder = given.rpartition("=")
+    path = Path(folder)
+    name = name if found else path.resolve().name
+    if not name.strip() or not folder:
+        raise InputError(f"--against {given} has no {'folder' if name.strip() else 'name'}: say NAME=DIR.")
+    if name in own:
+        raise InputError(
+            f"--against {given}: the bench itself times what it calls {name!r}; say NAME=DIR with another name."
+        )
+    if not path.exists():
+        raise InputError(f"--against {given}: there is no {folder}.")
+    return name, path
 
 
 def digest_of_graph(path: Path) -> str:

@@ -232,6 +232,13 @@ def test_a_missing_parquet_field_lists_the_fields_there_are(tmp_path: Path) -> N
     assert "no text field 'id'" in refusal(path, field="id")
 
 
+@pytest.mark.parametrize("cell", [["a"], {"a": "b"}, [["a"]], {"a": ["b"]}], ids=str)
+def test_a_parquet_column_of_lists_or_structs_is_no_text(tmp_path: Path, cell: Any) -> None:
+    path = parquet(tmp_path / "data.parquet", text=[cell] * 3, story=["a"] * 3)
+    assert f"{path}: no text field 'text' (text fields: story)" in refusal(path)
+    assert read(path, field="story") == ["a"] * 3
+
+
 def damaged_middle(data: bytes) -> bytes:
     half = len(data) // 2
     return data[: half - 20] + b"\xff" * 40 + data[half + 20 :]

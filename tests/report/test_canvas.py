@@ -15,7 +15,8 @@ import matplotlib
 import pytest
 from matplotlib.figure import Figure
 
-from nbl_export.report.canvas import COLOURS, as_svg, style
+from nbl_export.printable import printable
+from nbl_export.report.canvas import COLOURS, as_png, as_svg, legend, panels, style
 from nbl_export.report.plots import Plot, report_plots
 from nbl_export.report.schema import Report
 
@@ -124,6 +125,26 @@ def test_names_in_a_plot_are_text() -> None:
     svg = as_svg(named("<script>alert('$x$ & $y$')</script>"), "p")
     assert "<script" not in svg and "&lt;script&gt;" in svg
     assert "$x$ &amp; $y$" in svg  # and no formula
+
+
+@pytest.mark.parametrize(
+    "name", ["\x1b[2J", "a\x00\udc80\u202eb", "漢字", "\N{GRINNING FACE}", "\u0628\u0627"], ids=ascii
+)
+def test_odd_letters_in_a_name_warn_nobody_and_are_shown_as_text(
+    name: str, capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    def draw() -> Figure:
+        figure, (panel,) = panels(1, narrow=False)
+        (line,) = panel.plot([1, 2])
+        panel.set_title(f"{name}\nand more")
+        legend(figure, {name: line})
+        return figure
+
+    svg = as_svg(draw, "p")
+    assert as_png(draw).startswith(b"\x89PNG")
+    assert printable(name) in svg and "and more" in svg
+    assert ElementTree.fromstring(svg) is not None
+    assert not recwarn.list and capfd.readouterr() == ("", "")
 
 
 def test_a_png_tells_no_time_and_no_program(plots: list[Plot]) -> None:

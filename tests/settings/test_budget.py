@@ -21,6 +21,7 @@ from nbl_export.settings.choices import AUTO_PERPLEXITY_RATIO
             r"--max-ppl-ratio is 0\.99; it must be 1 or more \(1\.05 allows",
         ),
         (Budget(max_perplexity_ratio=math.nan), "--max-ppl-ratio is nan"),
+        (Budget(max_kl=math.inf), "--max-kl is inf; give a finite number"),
         (Budget(min_speedup=0.5), r"--min-speedup is 0\.5; it must be 1 or more"),
         (Budget(max_kl=0.1, min_speedup=math.nan), "--min-speedup is nan"),
     ],
@@ -33,7 +34,7 @@ def test_bounds_that_make_no_sense(budget: Budget, message: str) -> None:
 
 
 def test_bounds_that_make_sense() -> None:
-    for budget in (NO_BUDGET, Budget(0.0, 1.0, 1.0), Budget(max_kl=math.inf), Budget(min_speedup=3.0)):
+    for budget in (NO_BUDGET, Budget(0.0, 1.0, 1.0), Budget(max_kl=1e308), Budget(min_speedup=3.0)):
         budget.check()
     assert not NO_BUDGET and Budget(max_kl=0.0) and Budget(min_speedup=1.0)
     assert Budget(max_kl=0.0).bounds_loss and Budget(max_perplexity_ratio=1.0).bounds_loss

@@ -126,12 +126,38 @@ def test_words_that_are_no_value(words: list[str], said: str) -> None:
         (Sample(names=("a", "c")), "--name 'c' is unknown; choose one of a, b."),
         (Sample(colour="green"), "--colour 'green' is unknown; choose one of red, blue."),  # type: ignore[arg-type]
         (Sample(inner=Inner(-1.0)), "--max-depth is -1; it must be 0 m or more."),
+        (Sample(inner=Inner(float("inf"))), "--max-depth is inf; give a finite number."),
+        (Sample(width=float("-inf")), "--width is -inf; give a finite number."),
     ],
 )
 def test_values_that_are_refused(sample: Sample, said: str) -> None:
     with pytest.raises(InputError) as caught:
         sample.check()
     assert str(caught.value) == said
+
+
+INFINITE = (float("inf"), float("-inf"), float("nan"))
+NUMBERS = [(cls, one) for cls in TABLES.values() for one in settings_of(cls) if one.kind is float]
+TEXTS = [(cls, one) for cls in TABLES.values() for one in settings_of(cls) if one.kind is str]
+
+
+@pytest.mark.parametrize(("cls", "one"), NUMBERS, ids=lambda part: getattr(part, "key", ""))
+@pytest.mark.parametrize("value", INFINITE)
+def test_no_number_is_infinite(cls: type[Settings], one: Any, value: float) -> None:
+    """A record is JSON, which has no infinity: what runs for hours must not end there."""
+    with pytest.raises(InputError, match=f"--{one.key} is {value}"):
+        one.check(value, f"--{one.key}")
+    with pytest.raises(InputError, match=rf"\[x\] {one.key} is {value}"):
+        one.from_file(value, f"[x] {one.key}")
+    assert cls in TABLES.values()
+
+
+@pytest.mark.parametrize(("cls", "one"), TEXTS, ids=lambda part: getattr(part, "key", ""))
+def test_no_text_is_empty(cls: type[Settings], one: Any) -> None:
+    """An empty word would be read as this folder."""
+    with pytest.raises(InputError, match=f"--{one.key} "):
+        one.check(("",) if one.many else "", f"--{one.key}")
+    assert cls in TABLES.values()
 
 
 def test_every_setting_is_explained_in_plain_words() -> None:

@@ -23,8 +23,8 @@ def own(stories_copy: Path) -> Path:
 def test_a_name_given_twice_is_refused(own: Path) -> None:
     with pytest.raises(InputError, match="names 'baseline' twice: say NAME=DIR"):
         api.bench(own, api.BenchSettings(against=(str(own / "baseline"),) * 2))
-    with pytest.raises(InputError, match="names 'base' twice"):
-        api.bench(own, api.BenchSettings(against=(f"base={own / 'baseline'}",)))
+    with pytest.raises(InputError, match="the bench itself times what it calls 'base'; say NAME=DIR with"):
+        api.bench(own, api.BenchSettings(against=(f"base={own}",)))
 
 
 def test_a_gpu_that_is_not_there(own: Path) -> None:
@@ -52,9 +52,15 @@ def test_an_output_folder_is_both_its_graphs(stories_out: Path, monkeypatch: pyt
 
 def test_graphs_that_cannot_be_told_apart_are_refused(stories_out: Path) -> None:
     baseline = stories_out / "baseline"
-    for taken in ("base", "linearized", "base again", "dropped", "PyTorch eager", "torch.compile"):
-        with pytest.raises(InputError, match=f"names '{taken}' twice: say NAME=DIR to tell them apart"):
-            list(graphs_against([f"{taken}={baseline}"]))
+    engines = ("base engine", "linearized engine")
+    for taken in ("base", "linearized", "base again", "dropped", "PyTorch eager", "torch.compile", *engines):
+        for folder in (baseline, stories_out):
+            with pytest.raises(
+                InputError, match=f"times what it calls '{taken}'; say NAME=DIR with another name"
+            ):
+                list(graphs_against([f"{taken}={folder}"]))
+    with pytest.raises(InputError, match="times what it calls 'base'"):
+        next(graphs_against([str(baseline), f"base={baseline}"]))  # before the first is looked at
     with pytest.raises(InputError, match="names 'x, base' twice"):
         list(graphs_against([f"x={stories_out}", f"x={stories_out}"]))
     assert len(list(graphs_against([f"x={stories_out}", f"y={stories_out}", str(baseline)]))) == 5
@@ -63,6 +69,15 @@ def test_graphs_that_cannot_be_told_apart_are_refused(stories_out: Path) -> None
 def test_what_is_not_there_or_not_current_is_refused(own: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"--against x=nowhere: there is no nowhere\."):
         list(graphs_against(["x=nowhere"]))
+    for given, lacks in {
+        "=x": "name",
+        f"={own}": "name",
+        f" ={own}": "name",
+        "/": "name",
+        "x=": "folder",
+    }.items():
+        with pytest.raises(InputError, match=f"--against {given} has no {lacks}: say NAME=DIR."):
+            list(graphs_against([given]))
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="empty"):
         list(graphs_against([str(tmp_path / "empty")]))
