@@ -84,13 +84,8 @@ def rewrite_file(
     check_file = check_like(source)
     listener = listener or Silent()
     proven_graph = proven_regions(source, plan, listener)
-    model, before, proofs = proven_graph.model, proven_graph.before, proven_graph.proofs
-    tolerance = PROOF_TOLERANCE[graph_precision(model).name]
-    proven = [p for p in proofs.values() if p.holds(tolerance)]
-    replace(model, {r.layer: r for r in proven_graph.regions}, proofs, plan)
-    merge_adapters(model, plan.adapters)
-    _describe(model, proven, plan, cached=before.kv_pairs > 0)
-
+    before, proofs = proven_graph.before, proven_graph.proofs
+    model = rewritten_model(proven_graph, plan)
     stored: dict[int, float] = {}
 
     def check(written: Path) -> RewriteResult:
@@ -106,6 +101,17 @@ def rewrite_file(
     if cost := storing_cost(stored):
         listener.note(cost)
     return RewriteResult(before, summarize(load_graph(target), target), proofs, files, stored)
+
+
+def rewritten_model(graph: ProvenGraph, plan: Plan) -> ir.Model:
+    """Step 3: the model of ``graph``, rewritten in place; W is computed when it is read or written."""
+    model, proofs = graph.model, graph.proofs
+    tolerance = PROOF_TOLERANCE[graph_precision(model).name]
+    proven = [p for p in proofs.values() if p.holds(tolerance)]
+    replace(model, {r.layer: r for r in graph.regions}, proofs, plan)
+    merge_adapters(model, plan.adapters)
+    _describe(model, proven, plan, cached=graph.before.kv_pairs > 0)
+    return model
 
 
 def storing_cost(stored: Mapping[int, float]) -> str:

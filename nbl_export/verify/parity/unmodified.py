@@ -10,6 +10,8 @@
    operators on the same weights, so whatever quantization and half precision cost, it costs both alike, and what is
    left is rounding: a fault anywhere else (a cache of another layer, a rotary table, a position) stands out in every
    precision.
+3. The rewrite is done once more, in memory, and the graph must be that, operator by operator and weight by weight
+   (:mod:`nbl_export.graph.same`): a run says nothing about tokens, positions, batches and inputs that it does not have.
 
 What is proven of the unmodified graph itself: :mod:`nbl_export.rewrite.prove`.
 """
@@ -30,8 +32,9 @@ from numpy.typing import NDArray
 from nbl_export.batch.arrays import BOOL, F32
 from nbl_export.errors import BuildError, InputError
 from nbl_export.files import TEMPORARY
-from nbl_export.graph.cache import metadata_list
+from nbl_export.graph.cache import KV_LAYERS_KEY, metadata_list
 from nbl_export.graph.io import load_graph
+from nbl_export.graph.same import difference
 from nbl_export.graph.summary import DescribedLayer
 from nbl_export.graph.tensors import follow_links
 from nbl_export.linearize.plan import Plan
@@ -39,11 +42,12 @@ from nbl_export.rewrite.adapt import merge_adapters
 from nbl_export.rewrite.confirm import LinearPart, check_layers, linear_part
 from nbl_export.rewrite.probe_runner import relative_error
 from nbl_export.rewrite.prove import Proof
-from nbl_export.rewrite.replace import LAYERS_KEY, proven_regions
+from nbl_export.rewrite.replace import LAYERS_KEY, proven_regions, rewritten_model
 from nbl_export.runtime.decoder import KV
 from nbl_export.runtime.intermediates import intermediate_tensors
 from nbl_export.runtime.stream import Stream
 
+_NOT_THE_REWRITE = "the graph is not what the rewrite makes of the unmodified one"
 _AGAINST = "against the unmodified graph with the same linear layers"
 # The relative error at which a tensor is another one: far above the order of additions, far below any fault.
 _OTHER = 1e-3
@@ -87,10 +91,12 @@ def against_unmodified(
     ``compare`` returns the gates that ``rewritten`` fails against the reference, whose path it is given.
     """
     try:
-        proofs = proven_regions(baseline, plan).proofs
+        proven = proven_regions(baseline, plan)
     except (BuildError, InputError) as error:
         return [f"the unmodified graph is not what the plan was made for: {error}"]
-    return differences(baseline, rewritten, plan, proofs, compare)
+    found = differences(baseline, rewritten, plan, proven.proofs, compare)
+    other = difference(rewritten_model(proven, plan), load_graph(rewritten), (LAYERS_KEY, KV_LAYERS_KEY))
+    return [*found, *([f"{_NOT_THE_REWRITE}: {other}"] if other else [])]
 
 
 def differences(

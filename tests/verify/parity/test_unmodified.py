@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx_ir as ir
 import pytest
 
 from nbl_export.calibrate.text import CalibrationText
@@ -142,3 +144,26 @@ def test_the_baseline_of_another_model_is_refused(right: Right, plan: Plan) -> N
     other = replace(plan, probe_y={i: y * 2 for i, y in plan.probe_y.items()})
     (found,) = against_unmodified(right.baseline, right.path, other, lambda _: [])
     assert "the unmodified graph is not what the plan was made for" in found and "not proven" in found
+
+
+def test_the_right_graph_is_the_rewrite_of_the_unmodified_one(right: Right, plan: Plan) -> None:
+    assert against_unmodified(right.baseline, right.path, plan, lambda _: []) == []
+
+
+def test_what_no_run_reaches_is_seen(right: Right, plan: Plan) -> None:
+    """Positions that end at 100, where parity has prompts of at most 64 tokens."""
+
+    def clip(model: ir.Model, _number: int) -> None:
+        last = ir.Value(name="last", const_value=ir.tensor(np.array(100), name="last"))
+        model.graph.register_initializer(last)
+        positions = next(v for v in model.graph.inputs if v.name in ("position_ids", "attention_mask"))
+        clipped = ir.node("Min", [positions, last])
+        clipped.outputs[0].name = "clipped"
+        positions.replace_all_uses_with(clipped.outputs[0])
+        clipped.replace_input_with(0, positions)
+        model.graph.append(clipped)
+
+    wrong = changed(right.path, clip, 0, right.path.with_name("wrong.onnx"))
+    assert right.failures(wrong) == []
+    (found,) = against_unmodified(right.baseline, wrong, plan, lambda _: [])
+    assert found.startswith("the graph is not what the rewrite makes of the unmodified one: ")
