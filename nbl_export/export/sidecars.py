@@ -10,7 +10,7 @@ from typing import Any
 
 from nbl_export.errors import InputError
 from nbl_export.export.genai_config import NAME as GENAI
-from nbl_export.files import atomic_path, read_json, stays_in, write_json
+from nbl_export.files import atomic_path, json_text, read_json, stays_in, write_json
 
 CONFIG = "config.json"
 # Weights of other formats; a rewritten folder does not need them.
@@ -63,6 +63,18 @@ def _updated(source: Path, linear: list[int], cached: list[int]) -> Sidecar:
 def copy_sidecars(files: Iterable[Sidecar], folder: Path) -> list[Path]:
     """Write ``files`` into ``folder``, updating those that are already there; returns the written files."""
     return [_copy(file, folder / file.under / file.source.name) for file in files]
+
+
+def unlike(files: Iterable[Sidecar], folder: Path) -> Path | None:
+    """The first file in ``folder`` that is missing or not what :func:`copy_sidecars` writes of ``files``."""
+    for file in files:
+        target = folder / file.under / file.source.name
+        written = json_text(file.config).encode() if file.config is not None else None
+        if not target.is_file():
+            return target
+        if (written or file.source.read_bytes()) != target.read_bytes():
+            return target
+    return None
 
 
 def _copy(file: Sidecar, target: Path) -> Path:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.errors import InputError, MissingDependencyError
+from nbl_export.files import parse_json
 from nbl_export.models.compat import enable_softcapping, is_transformers_4, readable_folder
 from nbl_export.models.limits import check_built, weights_of
 from nbl_export.models.source import ModelSource, check_config
@@ -151,6 +152,14 @@ def _check_special(source: str, tokenizer: Any) -> None:
                 f"The tokenizer of {source} has {name} {value!r:.100}, which is no number: correct its "
                 "tokenizer_config.json."
             )
+
+
+def tokenizer_rules(tokenizer: Any) -> dict[str, Any] | None:
+    """What tokenizer.json says of a fast tokenizer but how it pads and cuts batches; None for a slow one."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    return {k: v for k, v in parse_json(backend.to_str()).items() if k not in ("padding", "truncation")}
 
 
 def load_image_processor(source: ModelSource) -> Any:

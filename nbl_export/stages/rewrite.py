@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nbl_export.errors import InputError
 from nbl_export.files import write_json
-from nbl_export.linearize.plan import load_plan
+from nbl_export.linearize.plan import Plan, load_plan
 from nbl_export.progress import Listener
 from nbl_export.records import to_json
 from nbl_export.stage_record import StageRecord
 from nbl_export.stages.run import Run
 from nbl_export.workspace import Workspace
 
+if TYPE_CHECKING:
+    from nbl_export.export.sidecars import Sidecar
+
 
 def rewrite(run: Run) -> None:
     """Baseline graph + plan → ``model.onnx``, proven and counted, loadable as it stands."""
-    from nbl_export.export.sidecars import copy_sidecars, updated_configs
+    from nbl_export.export.sidecars import copy_sidecars
     from nbl_export.rewrite.replace import rewrite_file, rewrite_summary
 
     ws = run.workspace
-    made_of, exported = _rewrite_inputs(ws)
+    made_of, _ = _rewrite_inputs(ws)
 
     def work(listener: Listener) -> list[Path]:
         plan = load_plan(ws.plan)
@@ -28,15 +32,22 @@ def rewrite(run: Run) -> None:
             raise InputError(
                 f"{ws.plan} is the plan of another model: run `nbl-export select {ws.root}` again."
             )
-        graph = ws.baseline.name
-        files = ws.paths(exported)
-        files = [f for f in files if ws.baseline.parent in f.parents and not f.name.startswith(graph)]
-        sidecars = updated_configs(files, plan.chosen, plan.attention_layers, ws.baseline.parent)
+        sidecars = sidecars_of_rewrite(ws, plan)
         result = rewrite_file(ws.baseline, plan, ws.model, listener=listener)
         write_json(ws.rewrite_summary, to_json(rewrite_summary(result, plan)))
         return [*result.files, ws.rewrite_summary, *copy_sidecars(sidecars, ws.root)]
 
     run.stage("rewrite", {}, made_of, work)
+
+
+def sidecars_of_rewrite(ws: Workspace, plan: Plan) -> list[Sidecar]:
+    """The files that belong beside the rewritten graph, from those beside the unmodified one."""
+    from nbl_export.export.sidecars import updated_configs
+
+    _, exported = _rewrite_inputs(ws)
+    folder, graph = ws.baseline.parent, ws.baseline.name
+    files = [f for f in ws.paths(exported) if folder in f.parents and not f.name.startswith(graph)]
+    return updated_configs(files, plan.chosen, plan.attention_layers, folder)
 
 
 def _rewrite_inputs(ws: Workspace) -> tuple[dict[str, str], StageRecord]:

@@ -7,20 +7,23 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nbl_export.batch.names import TOKENS
 from nbl_export.errors import InputError
-from nbl_export.files import sha256_of_file, write_json
+from nbl_export.files import read_json, sha256_of_file, write_json
 from nbl_export.linearize.plan import Plan, load_plan
 from nbl_export.progress import Listener
 from nbl_export.report.schema import Report, load_report
 from nbl_export.settings import VerifySettings
 from nbl_export.stage_record import STAGES, StageRecord
 from nbl_export.stages.build import current_engines, model_positions, passed_over
-from nbl_export.stages.rewrite import current_rewrite
+from nbl_export.stages.rewrite import current_rewrite, sidecars_of_rewrite
 from nbl_export.stages.run import Run
 from nbl_export.workspace import Workspace
 
 if TYPE_CHECKING:
     from nbl_export.verify.case import EncoderCase
+
+_EXPORT_AGAIN = "run `nbl-export export {}` again"
 
 
 def verify(run: Run, settings: VerifySettings) -> Report:
@@ -48,6 +51,7 @@ def verify(run: Run, settings: VerifySettings) -> Report:
 
     def work(listener: Listener) -> list[Path]:
         plan, earlier = load_plan(ws.plan), _earlier(ws, made_of)
+        _check_files(run, plan)
         if why := passed_over(ws):
             listener.note(f"Not verified: {why}.")
         if run.model.task.causal:
@@ -65,6 +69,25 @@ def verify(run: Run, settings: VerifySettings) -> Report:
 
     run.stage("verify", asdict(settings), made_of, work)
     return load_report(ws.report / "report.json")
+
+
+def _check_files(run: Run, plan: Plan) -> None:
+    """Refuse a configuration or tokenizer that is not what the export and the rewrite write, whatever the records say.
+
+    A graph that is right gives wrong text with another vocabulary, and parity has token ids.
+    """
+    from nbl_export.export.sidecars import unlike
+    from nbl_export.models.load import tokenizer_rules
+
+    ws = run.workspace
+    path = ws.baseline.with_name("tokenizer.json")
+    if path.is_file() and run.model.source.reads == TOKENS:
+        written = read_json(path, "The tokenizer beside the graph", _EXPORT_AGAIN.format(ws.root))
+        own = tokenizer_rules(run.model.tokenizer)
+        if own is not None and any(written.get(name) != rules for name, rules in own.items()):
+            raise InputError(f"{path} is not the model's tokenizer: {_EXPORT_AGAIN.format(ws.root)}.")
+    if other := unlike(sidecars_of_rewrite(ws, plan), ws.root):
+        raise InputError(f"{other} is not what `rewrite` writes: run `nbl-export rewrite {ws.root}` again.")
 
 
 def _files(ws: Workspace, *stages: str) -> list[str]:
@@ -97,7 +120,6 @@ def _calibrated(ws: Workspace) -> StageRecord:
 
 
 def _encoder_case(run: Run, plan: Plan, settings: VerifySettings, listener: Listener) -> EncoderCase:
-    from nbl_export.batch.names import TOKENS
     from nbl_export.calibrate.passages import frame_of
     from nbl_export.stages.calibration_data import loader_for
     from nbl_export.verify.case import EncoderCase
