@@ -10,11 +10,14 @@ tokenizers have a class name that 4 does not know. A readable folder has both th
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbl_export.files import read_json, write_json
+from nbl_export.files import read_json, write_text
+from nbl_export.models.config_keys import without_choices
+from nbl_export.models.limits import weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -98,27 +101,46 @@ def is_transformers_4() -> bool:
 
 def readable_folder(source: Path, folder: Path) -> Path:
     """The model folder ``source`` if both major versions read it, else ``folder`` with links to its files."""
-    if not any(_adapted(source).values()):
+    return _linked(source, folder, _adapted(source))
+
+
+def neutral_folder(source: Path, folder: Path) -> Path:
+    """The model folder ``source``, or ``folder`` with links to its files, without a choice of implementations."""
+    return _linked(source, folder, _adapted(source, [(CONFIG, without_choices)]))
+
+
+def _linked(source: Path, folder: Path, changed: Mapping[str, dict[str, Any] | None]) -> Path:
+    if not any(changed.values()):
         return source
     folder.mkdir(parents=True, exist_ok=True)
-    for path in sorted({p for pattern in _HANDED_OVER for p in source.glob(pattern)}):
-        (folder / path.name).symlink_to(path.resolve())
-    make_readable(folder)
+    places = [f"{place}{pattern}" for place in ("", "*/") for pattern in _HANDED_OVER]
+    found = {p for place in places for p in source.glob(place) if p.is_file()}
+    for path in sorted(found.union(weight_files(source))):
+        link = folder / path.relative_to(source)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path.resolve())
+    _write(folder, changed)
     return folder
 
 
 def make_readable(folder: Path) -> None:
     """Write the configurations in ``folder`` with both sets of keys; a link is replaced, its target unchanged."""
-    for name, content in _adapted(folder).items():
+    _write(folder, _adapted(folder))
+
+
+def _write(folder: Path, changed: Mapping[str, dict[str, Any] | None]) -> None:
+    for name, content in changed.items():
         if content is not None:
             (folder / name).unlink()
-            write_json(folder / name, content)
+            write_text(folder / name, json.dumps(content, indent=2))  # infinity and NaN stay
 
 
-def _adapted(folder: Path) -> dict[str, dict[str, Any] | None]:
-    """The two configurations of ``folder`` for both major versions; None if no change is needed."""
+def _adapted(
+    folder: Path, adapters: Sequence[tuple[str, Callable[[Any], dict[str, Any]]]] | None = None
+) -> dict[str, dict[str, Any] | None]:
+    """The configurations of ``folder``, by default for both major versions; None if no change is needed."""
     changed: dict[str, dict[str, Any] | None] = {}
-    for name, adapt in ((CONFIG, readable_config), (TOKENIZER, readable_tokenizer_config)):
+    for name, adapt in adapters or ((CONFIG, readable_config), (TOKENIZER, readable_tokenizer_config)):
         if (folder / name).is_file():
             content = read_json(folder / name, f"{name} of the model", "download the model again")
             adapted = adapt(content)
@@ -127,7 +149,11 @@ def _adapted(folder: Path) -> dict[str, dict[str, Any] | None]:
 
 
 def readable_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """``config`` (a ``config.json``) with the missing keys of transformers 4 added to those of 5."""
+    """``config`` (a ``config.json``) with the missing keys of transformers 4 added to those of 5.
+
+    A choice of implementations is left out.
+    """
+    config = without_choices(config)
     adapted = {
         key: readable_config(value) if isinstance(value, dict) and key.endswith("_config") else value
         for key, value in config.items()

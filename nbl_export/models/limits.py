@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 AGAIN = "download the model again"
-INDEX = "model.safetensors.index.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Files that a loader may open, whatever stands there; a training run leaves others of any size beside them.
 _READ = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py")
 _LOADED_JSON = ("*config*.json", "*token*.json", "*vocab*.json", "*template*.json", INDEX)
@@ -79,6 +79,16 @@ def _is_one_of(path: Path, patterns: Sequence[str]) -> bool:
     return any(path.match(pattern) for pattern in patterns)
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of a model folder, first those beside config.json, then those in folders that the list names.
+
+    Loading opens no others. Raises :class:`InputError` for a list with names that are none, or that leave the folder.
+    """
+    beside = sorted(folder.glob("*.safetensors"))
+    listed = (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file()
+    return [*beside, *sorted(_indexed(folder).difference(beside))] if listed else beside
+
+
 def weights_of(folder: Path) -> Weights:
     """What the weight files of a model folder hold, by their headers; raises :class:`InputError` for a damaged one."""
     files = set(folder.glob("*.safetensors"))
@@ -100,6 +110,8 @@ def _indexed(folder: Path) -> set[Path]:
     for path in found:
         if not path.is_file():
             raise InputError(f"{path} is missing, {INDEX} names it: {AGAIN}.")
+        if path.suffix != ".safetensors":
+            raise InputError(f"{path} is not a .safetensors file, {INDEX} names it: {AGAIN}.")
     return found
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from nbl_export.errors import InputError, MissingDependencyError
 from nbl_export.files import parse_json
-from nbl_export.models.compat import enable_softcapping, is_transformers_4, readable_folder
+from nbl_export.models.compat import enable_softcapping, is_transformers_4, neutral_folder, readable_folder
 from nbl_export.models.limits import check_built, weights_of
 from nbl_export.models.source import ModelSource, check_config
 from nbl_export.models.tasks import task_named
@@ -50,12 +50,23 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def _readable(source: ModelSource) -> Iterator[str]:
-    """The folder of ``source`` with configurations that the installed transformers reads correctly."""
-    if source.gguf_file or not is_transformers_4():
+    """The folder of ``source`` with configurations that the installed transformers reads correctly.
+
+    They choose no implementation of attention or experts.
+    """
+    if source.gguf_file:
         yield source.path
         return
+    made = readable_folder if is_transformers_4() else neutral_folder
     with tempfile.TemporaryDirectory() as scratch:
-        yield str(readable_folder(Path(source.path), Path(scratch) / Path(source.path).name))
+        yield str(made(Path(source.path), Path(scratch) / Path(source.path).name))
+
+
+@contextmanager
+def _empty() -> Iterator[str]:
+    """A folder beside no adapter, which would be loaded on top of a GGUF file."""
+    with tempfile.TemporaryDirectory() as scratch:
+        yield scratch
 
 
 def load_model(source: ModelSource) -> torch.nn.Module:
@@ -69,10 +80,11 @@ def load_model(source: ModelSource) -> torch.nn.Module:
     task = task_named(source.task)
     options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": source.trust_remote_code}
     if source.gguf_file:
-        options["gguf_file"] = source.gguf_file
+        # A bare name is also looked up in the current folder, before the model's.
+        options["gguf_file"] = str(Path(source.path) / source.gguf_file)
     else:
         options["use_safetensors"] = True
-    with quiet(), _readable(source) as path:
+    with quiet(), _empty() if source.gguf_file else _readable(source) as path:
         if not source.gguf_file:
             _check_size(source, task.loads, path)
         try:

@@ -27,7 +27,8 @@ from nbl_export.files import (
     sha256_of_json,
     user_path,
 )
-from nbl_export.models.limits import check_folder, check_gguf
+from nbl_export.models.config_keys import QUANTIZED, check_beside, check_keys, quantized_by
+from nbl_export.models.limits import check_folder, check_gguf, weight_files
 from nbl_export.models.pooling import find_pooling
 from nbl_export.models.tasks import FEATURES, GENERATION, Task, heads, reads, task_named, task_of
 from nbl_export.records import from_json
@@ -38,8 +39,6 @@ _TRUST = "trust_remote_code"
 # Files of a model folder that are no weights and that loading, or a client of the graph, reads.
 _READ = ("*.json", "*.model", "*.jinja", "*.py", "*.tiktoken", "vocab.txt", "merges.txt")
 _SIDECARS = ("generation_config.json", "*.jinja", "chat_template*")
-# Weight formats that transformers can load but that cannot be linearized directly.
-_QUANTIZED = "a quantized checkpoint ({method}): dequantize it first, or use the original or a GGUF file"
 
 
 @dataclass(frozen=True)
@@ -200,7 +199,7 @@ def _hub_snapshot(repo: str, code: bool, fetch: bool = True) -> Path:
 
 def _from_gguf(source: str, path: Path) -> ModelSource:
     check_gguf(path)
-    fingerprint = _fingerprint([path], {"gguf": path.name})
+    fingerprint = _fingerprint(path.parent, [path], {"gguf": path.name})
     where = str(path.parent.resolve())
     return ModelSource(source, "gguf", path.name, fingerprint, path=where, model=fingerprint, sidecars="")
 
@@ -219,14 +218,16 @@ def _from_folder(source: str, path: Path, kind: Literal["folder", "hub"], trust:
     task = check_config(source, config)
     if not task.causal and find_pooling(path):
         task = task_named(FEATURES)  # pooling uses the hidden states, whatever head was saved
-    weights = sorted(path.glob("*.safetensors"))
+    check_keys(source, config)
+    check_beside(source, path)
+    weights = weight_files(path)
     if not weights:
         raise InputError(
             f"{source} has no .safetensors weights: pickled weights (.bin) are not loaded; convert them with "
             "`save_pretrained` of transformers."
         )
     check_folder(source, path, config)
-    fingerprint = _fingerprint(weights, config)
+    fingerprint = _fingerprint(path, weights, config)
     loaded, sidecars = _other_files(path)
     return ModelSource(
         source,
@@ -278,13 +279,14 @@ def check_config(source: str, config: dict[str, Any]) -> Task:
             f"{heads()}."
         )
     quantization = config.get("quantization_config")
-    if isinstance(quantization, dict) and quantization.get("quant_method") not in (None, "gguf"):
-        raise InputError(f"{source} is {_QUANTIZED.format(method=quantization['quant_method'])}.")
+    method = quantized_by(quantization) if isinstance(quantization, dict) else None
+    if method is not None:
+        raise InputError(f"{source} is {QUANTIZED.format(method=method)}.")
     return task
 
 
-def _fingerprint(weights: Iterable[Path], config: dict[str, Any]) -> str:
+def _fingerprint(folder: Path, weights: Iterable[Path], config: dict[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for path in weights:
-        digest.update(f"{path.name}:{sha256_of_file(path)};".encode())
+        digest.update(f"{path.relative_to(folder).as_posix()}:{sha256_of_file(path)};".encode())
     return digest.hexdigest()

@@ -12,6 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -40,6 +42,72 @@ def test_truncated_weights(folder: Path, keep: int) -> None:
 def test_a_gguf_file_that_is_only_magic(tmp_path: Path) -> None:
     (tmp_path / "fake.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 0))
     assert "transformers cannot load" in load_refusal(tmp_path / "fake.gguf")
+
+
+def small_gguf(path: Path, seed: int) -> Path:
+    """A Llama of one block, without a tokenizer."""
+    numbers = np.random.default_rng(seed)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(40)
+    writer.add_rope_freq_base(1e4)
+    writer.add_rope_dimension_count(8)
+    block = {
+        "attn_norm": (32,),
+        "attn_q": (32, 32),
+        "attn_k": (16, 32),
+        "attn_v": (16, 32),
+        "attn_output": (32, 32),
+        "ffn_norm": (32,),
+        "ffn_gate": (64, 32),
+        "ffn_up": (64, 32),
+        "ffn_down": (32, 64),
+    }
+    shapes = {"token_embd": (40, 32), "output_norm": (32,), **{f"blk.0.{n}": s for n, s in block.items()}}
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", numbers.standard_normal(shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_gguf_file_of_the_same_name_in_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers looks for a bare name there first."""
+    for name in ("model", "elsewhere"):
+        (tmp_path / name).mkdir()
+    model = find_model(str(small_gguf(tmp_path / "model" / "m.gguf", 1)))
+    small_gguf(tmp_path / "elsewhere" / "m.gguf", 2)
+    here: Any = load_model(model)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    there: Any = load_model(model)
+    assert torch.equal(here.get_input_embeddings().weight, there.get_input_embeddings().weight)
+
+
+def test_nothing_beside_a_gguf_file_is_loaded_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = small_gguf(tmp_path / "m.gguf", 1)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    listed: list[list[str]] = []
+    own = AutoModelForCausalLM.from_pretrained
+
+    def load(folder: str, **options: Any) -> Any:
+        listed.append([p.name for p in Path(folder).iterdir()])
+        return own(folder, **options)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    load_model(find_model(str(path)))
+    assert listed == [[]]
 
 
 def test_a_missing_shard(folder: Path) -> None:
