@@ -50,23 +50,23 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def _readable(source: ModelSource) -> Iterator[str]:
-    """The folder of ``source`` with configurations that the installed transformers reads correctly.
-
-    They choose no implementation of attention or experts.
-    """
-    if source.gguf_file:
+    """The folder of ``source`` with configurations that the installed transformers reads correctly."""
+    if source.gguf_file or not is_transformers_4():
         yield source.path
         return
-    made = readable_folder if is_transformers_4() else neutral_folder
     with tempfile.TemporaryDirectory() as scratch:
-        yield str(made(Path(source.path), Path(scratch) / Path(source.path).name))
+        yield str(readable_folder(Path(source.path), Path(scratch) / Path(source.path).name))
 
 
 @contextmanager
-def _empty() -> Iterator[str]:
-    """A folder beside no adapter, which would be loaded on top of a GGUF file."""
+def _neutral(source: ModelSource) -> Iterator[str]:
+    """The same without a choice of implementations; for a GGUF file, an empty folder."""
     with tempfile.TemporaryDirectory() as scratch:
-        yield scratch
+        if source.gguf_file:
+            yield scratch
+        else:
+            made = readable_folder if is_transformers_4() else neutral_folder
+            yield str(made(Path(source.path), Path(scratch) / Path(source.path).name))
 
 
 def load_model(source: ModelSource) -> torch.nn.Module:
@@ -84,7 +84,7 @@ def load_model(source: ModelSource) -> torch.nn.Module:
         options["gguf_file"] = str(Path(source.path) / source.gguf_file)
     else:
         options["use_safetensors"] = True
-    with quiet(), _empty() if source.gguf_file else _readable(source) as path:
+    with quiet(), _neutral(source) as path:
         if not source.gguf_file:
             _check_size(source, task.loads, path)
         try:
@@ -93,6 +93,7 @@ def load_model(source: ModelSource) -> torch.nn.Module:
             )
         except BaseException as error:  # transformers raises almost anything for an unreadable model
             raise _unreadable(f"transformers cannot load {source.source}", source, error) from error
+    model.config.name_or_path = source.path
     check_config(source.source, model.config.to_dict())
     missing = sorted(info["missing_keys"])
     if not task.causal and missing and all(key.startswith("pooler.") for key in missing):

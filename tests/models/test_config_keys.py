@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Gemma3Config, Gemma3ForConditionalGeneration, PreTrainedModel
+from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration, PreTrainedModel
 
 from nbl_export.errors import InputError
 from nbl_export.models.config_keys import check_keys, without_choices
@@ -239,9 +239,22 @@ def test_a_model_in_parts_gets_the_default_in_each(tmp_path: Path) -> None:
 
 
 @written_for_5
-def test_a_folder_without_a_choice_is_loaded_where_it_lies(folder: Path) -> None:
-    model: Any = load_model(find_model(str(folder)))
-    assert model.config.name_or_path == str(folder.resolve())
+def test_only_a_folder_with_a_choice_is_loaded_from_elsewhere(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places: list[str] = []
+    own = AutoModelForCausalLM.from_pretrained
+
+    def load(place: str, **options: Any) -> Any:
+        places.append(place)
+        return own(place, **options)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    for _ in range(2):
+        model: Any = load_model(find_model(str(folder)))
+        assert model.config.name_or_path == str(folder.resolve())
+        edit_config(folder, attn_implementation="flash_attention_2")
+    assert places[0] == str(folder.resolve()) != places[1]
 
 
 def test_a_choice_beside_weights_in_a_folder_and_an_infinite_number(folder: Path) -> None:
