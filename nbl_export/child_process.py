@@ -41,6 +41,8 @@ _TICK = 0.5  # seconds between two looks at the limits
 _KEPT = 8192  # bytes of what the child wrote last
 OUT_OF_MEMORY = "ran out of memory"  # the reason of a child that did
 _PR_SET_PDEATHSIG = 1  # sys/prctl.h
+# Loaded here: a process that has just been forked must not load a library, another thread may hold the loader's lock.
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 @dataclass(frozen=True)
@@ -260,10 +262,16 @@ def _limit_memory(limit: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
 
 
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the one that started it ends; on Linux only."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+
+
 def _end_with(parent: int) -> None:
     """End this process when its parent does, killed or not (4)."""
     if sys.platform == "linux":  # at once, also while a library holds Python's lock
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+        die_with_parent()
         if os.getppid() != parent:
             os._exit(1)
 

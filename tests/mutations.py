@@ -17,8 +17,8 @@ from nbl_export.graph.cache import kv_pairs
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.tensors import follow_links
 from nbl_export.graph.types import infer_types
-from nbl_export.linearize.plan import LinearLayer, Plan
-from nbl_export.rewrite.confirm import linear_output_name, linear_part
+from nbl_export.linearize.plan import LinearLayer, Plan, linear_output_name
+from nbl_export.rewrite.confirm import linear_part
 from nbl_export.rewrite.replace import LAYERS_KEY
 
 WrongPlan = Callable[[Plan, int], Plan]

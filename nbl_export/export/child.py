@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import shutil
@@ -21,13 +20,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from nbl_export.child_process import die_with_parent
 from nbl_export.errors import BuildError, MissingDependencyError
 from nbl_export.files import TEMPORARY, publish, read_json, sync
 from nbl_export.models.compat import CONFIG, TOKENIZER
 from nbl_export.progress import Listener
 
 GRAPH = "model.onnx"
-_PR_SET_PDEATHSIG = 1  # sys/prctl.h
 _TOKENIZER_FILES = ("token*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*")
 # The last line of a traceback, and Python's message for a missing module.
 _RAISED = re.compile(r"[\w.]*(?:Error|Exception|Interrupt|Exit): .+")
@@ -104,7 +103,8 @@ def _run(exporter: Exporter, command: list[str], folder: Path) -> tuple[int, str
             stderr=subprocess.STDOUT,
             encoding="utf-8",
             errors="replace",
-            preexec_fn=_die_with_parent if sys.platform == "linux" else None,  # (3)
+            # What it would write after our death nobody would take, and the next run would find it writing.
+            preexec_fn=die_with_parent if sys.platform == "linux" else None,  # (3)
         )
     except OSError as error:
         raise _missing(exporter, command[0], f"it cannot be run, {error.strerror}") from None
@@ -115,11 +115,6 @@ def _run(exporter: Exporter, command: list[str], folder: Path) -> tuple[int, str
         if process.poll() is None:
             process.kill()  # (3)
             process.wait()
-
-
-def _die_with_parent() -> None:
-    # What it would write after our death nobody would take, and the next run would find it writing.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
 
 
 def _copy_tokenizer(model: Path, filled: Path) -> None:

@@ -25,7 +25,7 @@ from nbl_export.records import from_json
 
 T = TypeVar("T")
 _PAST = re.compile(r"^past_key_values\.(\d{1,6})\.(key|value)$")
-_PRESENT = re.compile(r"^present\.(\d{1,6})\.(key|value)$")
+PRESENT = re.compile(r"^present\.(\d{1,6})\.(key|value)$")
 KV_LAYERS_KEY = "nbl_export.kv_layers"  # metadata: the model's layer index of each KV pair
 # The maximum number of nodes between the softmax and the product with V.
 _SOFTMAX_STEPS = 8
@@ -116,7 +116,7 @@ def _head_size(attention: ir.Node) -> int:
 def kv_pairs(model: ir.Model) -> tuple[KVPair, ...]:
     """The KV pairs of a graph in layer order; raises :class:`InputError` for an incomplete pair."""
     past = _by_index(model.graph.inputs, _PAST)
-    present = _by_index(model.graph.outputs, _PRESENT)
+    present = _by_index(model.graph.outputs, PRESENT)
     if not past or not present:
         return _pairs_by_structure(model)
     pairs = []

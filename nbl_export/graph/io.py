@@ -176,10 +176,17 @@ def scratch_copy(path: Path, change: Callable[[ir.Model], object]) -> Iterator[P
     """A temporary, changed copy of the graph at ``path``, next to it and sharing its data file."""
     model = load_graph(path)
     change(model)
-    handle, temporary = tempfile.mkstemp(prefix=".scratch.", suffix=TEMPORARY, dir=path.parent)
+    with scratch(model, path.parent) as temporary:
+        yield temporary
+
+
+@contextmanager
+def scratch(model: ir.Model, folder: Path) -> Iterator[Path]:
+    """A temporary file of ``model`` in ``folder``, where its external data lies, which stays where it is."""
+    handle, temporary = tempfile.mkstemp(prefix=".scratch.", suffix=TEMPORARY, dir=folder)
     os.close(handle)
     try:
-        ir.save(model, temporary, format="protobuf")  # external tensors keep their location
+        ir.save(model, temporary, format="protobuf")
         yield Path(temporary)
     finally:
         Path(temporary).unlink(missing_ok=True)

@@ -18,7 +18,6 @@ softmax in float32: for the norms by ``stash_type``, for attention in every runt
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,13 +29,13 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common as passes
 
 from nbl_export.errors import BuildError, InputError
+from nbl_export.graph.cache import PRESENT
 from nbl_export.graph.operators import linear_op
 from nbl_export.graph.summary import Float32Node
 from nbl_export.graph.weights import weight_bits
 from nbl_export.settings import choices
 
 F32 = ir.DataType.FLOAT
-_PRESENT = re.compile(r"^present\.(\d+)\.(key|value)$")
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,7 @@ def _check_cache(
     for value in graph.outputs:
         name, most = str(value.name), 4 * precision.largest
         if name not in wide and (reach := ranges.get(name, 0.0)) > most:
-            found = _PRESENT.match(name)
+            found = PRESENT.match(name)
             what = (
                 f"The {found[2]}s of attention layer {found[1]} ({name}) reach"
                 if found

@@ -97,6 +97,11 @@ def linear_name(layer: int) -> str:
     return f"layers.{layer}.nbl_linear"
 
 
+def linear_output_name(layer: int) -> str:
+    """The name of a linearized layer's output."""
+    return f"{linear_name(layer)}.output"
+
+
 def _stored_names(rank: int | None) -> tuple[str, ...]:
     """The stored arrays of each linear layer: W and b, or the factors of W and b."""
     return ("w", "b") if rank is None else ("up", "down", "b")

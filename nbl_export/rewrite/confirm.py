@@ -21,7 +21,7 @@ from nbl_export.batch.arrays import F32
 from nbl_export.errors import BuildError
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.operators import linear_op
-from nbl_export.linearize.plan import LinearLayer, Plan, linear_name
+from nbl_export.linearize.plan import LinearLayer, Plan, linear_name, linear_output_name
 from nbl_export.rewrite.probe_runner import ProbeRunner, relative_error
 from nbl_export.rewrite.prove import Proof, without_later
 from nbl_export.rewrite.quantize import computed, stands_for
@@ -29,11 +29,6 @@ from nbl_export.rewrite.quantize import computed, stands_for
 # The error of computing a right layer in float32, and how much more than its known error any layer's may be.
 _FLOAT32 = 1e-3
 _ROOM = 2.0
-
-
-def linear_output_name(layer: int) -> str:
-    """The name of a linearized layer's output."""
-    return f"{linear_name(layer)}.output"
 
 
 @dataclass(frozen=True)
@@ -69,7 +64,7 @@ class LinearPart:
 def linear_part(model: ir.Model, layer: int) -> LinearPart | str:
     """The linear layer that replaced the attention of ``layer``, or what is wrong with it."""
     name = linear_output_name(layer)
-    prefix = name.removesuffix("output")
+    prefix = f"{linear_name(layer)}."
     output = next((v for node in model.graph for v in node.outputs if v.name == name), None)
     if output is None:
         return f"the graph has no tensor {name}"

@@ -6,7 +6,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from nbl_export.errors import InputError
-from nbl_export.rewrite.confirm import linear_output_name
+from nbl_export.linearize.plan import linear_output_name
 from nbl_export.rewrite.replace import linearized_layers
 
 

@@ -40,10 +40,10 @@ from nbl_export.graph.summary import DescribedLayer, GraphSummary
 from nbl_export.graph.tensors import follow_links
 from nbl_export.graph.types import infer_types
 from nbl_export.graph.weights import weight_bits
-from nbl_export.linearize.plan import LinearLayer, Plan, linear_name
+from nbl_export.linearize.plan import LinearLayer, Plan, linear_name, linear_output_name
 from nbl_export.progress import Listener, Silent, bytes_task
 from nbl_export.rewrite.adapt import merge_adapters
-from nbl_export.rewrite.confirm import confirm, linear_output_name
+from nbl_export.rewrite.confirm import confirm
 from nbl_export.rewrite.prove import PROOF_TOLERANCE, Proof, prove, without_later
 from nbl_export.rewrite.quantize import product
 from nbl_export.rewrite.summary import RewriteSummary, StoredError
@@ -200,7 +200,7 @@ def _planned(
 
 
 def _check_names(model: ir.Model, plan: Plan) -> None:
-    ours = tuple(f"{linear_output_name(layer).rpartition('.')[0]}." for layer in plan.chosen)
+    ours = tuple(f"{linear_name(layer)}." for layer in plan.chosen)
     made = (v.name for node in model.graph for v in node.outputs)
     for name in (*model.graph.initializers, *made):
         if name and name.startswith(ours):

@@ -18,8 +18,6 @@ What is proven of the unmodified graph itself: :mod:`nbl_export.rewrite.prove`.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,9 +29,8 @@ from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import BOOL, F32
 from nbl_export.errors import BuildError, InputError
-from nbl_export.files import TEMPORARY
 from nbl_export.graph.cache import KV_LAYERS_KEY, metadata_list
-from nbl_export.graph.io import load_graph
+from nbl_export.graph.io import load_graph, scratch
 from nbl_export.graph.same import difference
 from nbl_export.graph.summary import DescribedLayer
 from nbl_export.graph.tensors import follow_links
@@ -156,14 +153,8 @@ def spliced(
     merge_adapters(model, plan.adapters)
     model.graph.sort()
     # The folder that holds the data of both graphs.
-    folder = follow_links(model) or baseline.parent
-    handle, name = tempfile.mkstemp(prefix=".unmodified.", suffix=TEMPORARY, dir=folder)
-    os.close(handle)
-    try:
-        ir.save(model, name, format="protobuf")
-        yield Path(name)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    with scratch(model, follow_links(model) or baseline.parent) as path:
+        yield path
 
 
 def _put_in(model: ir.Model, part: LinearPart, u: ir.Value, y: ir.Value) -> None:
