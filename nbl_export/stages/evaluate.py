@@ -155,9 +155,12 @@ class _Answers:
         positions: int | None,
         listener: Listener,
     ) -> None:
+        from nbl_export.evaluate.chat import ChatTemplate
+
         self.run, self.graphs, self.tasks, self.questions = run, graphs, tasks, questions
         self.settings, self.positions, self.listener = settings, positions, listener
         self.model = [run.model.source.model, run.model.source.sidecars]
+        self.chat = ChatTemplate(run.model.tokenizer)
         self.stream: Any = None
         self.kept = 0
 
@@ -221,7 +224,8 @@ class _Answers:
         from nbl_export.evaluate.tasks import run_task
 
         stream, limits = self._open(graph)
-        lm = DecoderLM(stream, self.run.model.tokenizer, limits, self.listener, f"{graph.role}: {task.name}")
+        tokenizer, title = self.run.model.tokenizer, f"{graph.role}: {task.name}"
+        lm = DecoderLM(stream, tokenizer, limits, self.listener, title, self.chat)
         return run_task(lm, task, self.settings)
 
     def _retrieval(self, graph: _Graph, questions: Sequence[Question]) -> Answers:
