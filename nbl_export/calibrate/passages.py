@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbl_export.batch.names import TOKEN_TYPES, TOKENS
-from nbl_export.calibrate.text import HELD_OUT_EVERY, CalibrationText, frame_tokens, token_ids
+from nbl_export.calibrate.text import HELD_OUT_EVERY, CalibrationText, as_tokens, frame_tokens, token_ids
 from nbl_export.errors import InputError
 from nbl_export.progress import Listener
 from nbl_export.settings import CalibrateSettings
@@ -46,8 +46,8 @@ def frame_of(tokenizer: Any) -> Frame:
     start, end = frame_tokens(tokenizer)
     pad = tokenizer.pad_token_id
     return Frame(
-        np.array(start, dtype=np.int32),
-        np.array(end, dtype=np.int32),
+        as_tokens(start),
+        as_tokens(end),
         0 if pad is None else int(pad),
         getattr(tokenizer, "padding_side", "right") == "left",
     )

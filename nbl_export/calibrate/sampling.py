@@ -12,10 +12,12 @@ from nbl_export.calibrate.text import (
     HELDOUT,
     SELECTION,
     CalibrationText,
+    as_tokens,
     end_token,
     rows_by_split,
     start_tokens,
 )
+from nbl_export.errors import InputError
 from nbl_export.models.compat import cache_argument
 from nbl_export.models.layers import accepted_arguments
 from nbl_export.progress import Listener
@@ -40,6 +42,13 @@ def sample_from_model(
     config: Any = model.config
     known = (tokenizer.bos_token_id, tokenizer.eos_token_id, config.bos_token_id)
     start_token = next((t for t in known if t is not None), 0)
+    table: Any = model.get_input_embeddings()  # type: ignore[operator]
+    embedded = int(table.weight.shape[0])
+    if not 0 <= start_token < embedded:
+        raise InputError(
+            f"The tokenizer begins a text with the token {start_token:,}, the model has embeddings of {embedded:,} "
+            "tokens: use the tokenizer that the model was trained with."
+        )
     generator = torch.Generator().manual_seed(settings.seed)
     length = min(settings.seq_len, _SAMPLE_LENGTH)
     wanted = {split: rows * settings.seq_len for split, rows in rows_by_split(settings).items()}
@@ -51,7 +60,7 @@ def sample_from_model(
             batch = min(_SAMPLE_BATCH, total - done)
             documents.append(_sample(model, batch, length, start_token, generator, task.advance))
     tokens = np.concatenate(documents)
-    tokens[:, -1] = end_token(tokenizer)
+    tokens[:, -1] = as_tokens([end_token(tokenizer)])
     owners = np.repeat(np.arange(len(tokens), dtype=np.int32), length)
     # A document belongs to one split only.
     ends = np.cumsum(list(counts.values())) * length

@@ -8,7 +8,7 @@ as in the paper's code.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ def pack(
 
     Fewer rows than requested are used, with a note, if there is at least one full row for each split.
     """
-    end = end_token(tokenizer)
+    end = as_tokens([end_token(tokenizer)])
     length = settings.seq_len
     want = {split: rows * length for split, rows in rows_by_split(settings).items()}
     tokens: dict[str, list[I32]] = {split: [] for split in want}
@@ -81,7 +81,7 @@ def pack(
             split = split_of(number)
             if have[split] < want[split]:
                 ids = token_ids(tokenizer, text, want[split] - have[split])
-                row = np.append(ids, np.int32(end))[: want[split] - have[split]]
+                row = np.append(ids, end)[: want[split] - have[split]]
                 tokens[split].append(row)
                 owners[split].append(np.full(len(row), number, dtype=np.int32))
                 have[split] += len(row)
@@ -130,9 +130,21 @@ def token_ids(tokenizer: Any, text: str, need: int) -> I32:
     """
     try:
         ids = tokenizer(text[: need * _PER_TOKEN], add_special_tokens=False, verbose=False)["input_ids"]
-        return np.array(ids, dtype=np.int32)
+        return as_tokens(ids)
     except BaseException as error:  # a panic of the library is no Exception
         raise refused(error, f"The tokenizer fails on the text that begins with {text[:20]!r}") from None
+
+
+def as_tokens(ids: Sequence[int]) -> I32:
+    """``ids`` as int32; raises :class:`InputError` for one that no model has."""
+    try:
+        return np.array(ids, dtype=np.int32)
+    except OverflowError:
+        odd = max(ids, key=abs)
+        raise InputError(
+            f"The tokenizer gives the token {odd:,}, which no model has an embedding of: use the tokenizer that the "
+            "model was trained with."
+        ) from None
 
 
 def check_tokens(text: CalibrationText, embedded: int, source: str) -> CalibrationText:
@@ -174,7 +186,7 @@ def start_tokens(tokenizer: Any) -> I32:
     own, _ = frame_tokens(tokenizer)
     if not own and tokenizer.bos_token_id is not None:
         own = [tokenizer.bos_token_id]
-    return np.array(own, dtype=np.int32)
+    return as_tokens(own)
 
 
 # on disk -----------------------------------------------------------------------------------------

@@ -1,13 +1,12 @@
-"""A tokenizer is tried in a child process before it is used: its rules are a program that somebody else wrote.
+"""A tokenizer is looked at, and tried in a child process, before it is used: its rules are somebody else's program.
 
-Thirty replacements of "a" by "aa" make 10⁹ letters of one, and a regular expression can take minutes for a line. Such a
-tokenizer is refused by a limit of time and memory. A tokenizer that cannot do either, one without regular expressions
-or replacements that grow, is not tried.
+Thirty replacements of "a" by "aa" make 10⁹ letters of one: what the rules say of their own growth is held to limits
+(:mod:`.tokenizer_growth`). A regular expression can take minutes for a line, which no look at it says: the tokenizer is
+tried within limits of time and memory. One without regular expressions, with few rules that grow little, is not tried.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,12 @@ from typing import Any
 from nbl_export.child_process import ChildError, Limits, in_child
 from nbl_export.errors import InputError
 from nbl_export.files import read_json
+from nbl_export.models.tokenizer_growth import growth, too_much
 
 TOKENIZER = "tokenizer.json"
 _LIMITS = Limits(seconds=20, memory=4 << 30)
 _PROBE = 8192  # characters of each text that is tried
-_GROWTH = 16  # times that a text may grow without being tried
+_GROWTH, _RULES = 16, 64  # how often a text may grow, and how many rules there may be, without a trial
 _LONGEST = 200_000  # tokens that the probes may become, each
 _LETTERS = ("a", "ab", " ", "1", "é", "a b1, ", "\n", "x" * 30 + "!")
 
@@ -32,11 +32,14 @@ def check_tokenizer(source: str, folder: Path) -> None:
     rules = read_json(path, "The tokenizer", "download the model again")
     if not isinstance(rules, dict):
         raise InputError(f"{path} is not a tokenizer: download the model again.")
-    patterns = list(_patterns([rules.get("normalizer"), rules.get("pre_tokenizer")]))
-    growth = sum(math.log(grown) for _, _, grown in patterns if grown > 1)
-    if growth < math.log(_GROWTH) and not any(kind == "Regex" for kind, _, _ in patterns):
+    if found := too_much(rules):
+        raise InputError(f"The tokenizer of {source} {found}; use the model's original tokenizer.json.")
+    parts = [rules.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")]
+    patterns, count = list(_patterns(parts)), str(parts).count("'type'")
+    few = count <= _RULES and growth(rules) < _GROWTH
+    if few and not any(kind == "Regex" for kind, _ in patterns):
         return
-    probes = [*_LETTERS, *(text for _, text, _ in patterns if text)][:64]
+    probes = [*_LETTERS, *(text for _, text in patterns if text)][:64]
     try:
         in_child(
             _tokenize,
@@ -49,18 +52,18 @@ def check_tokenizer(source: str, folder: Path) -> None:
         raise InputError(str(error)) from None
 
 
-def _patterns(rules: Any) -> Iterator[tuple[str, str, float]]:
-    """(kind, text, how many times as long its replacement is) of every pattern in the rules."""
+def _patterns(rules: Any) -> Iterator[tuple[str, str]]:
+    """(kind, text) of every pattern in the rules."""
     stack = [rules]
     while stack:
         node = stack.pop()
         if isinstance(node, list):
             stack.extend(node)
         elif isinstance(node, dict):
-            pattern, content = node.get("pattern"), node.get("content")
+            pattern = node.get("pattern")
             if isinstance(pattern, dict) and pattern:
                 kind, text = next(iter(pattern.items()))
-                yield str(kind), str(text), len(str(content or "")) / max(1, len(str(text)))
+                yield str(kind), str(text)
             stack.extend(v for v in node.values() if isinstance(v, (dict, list)))
 
 
@@ -69,8 +72,12 @@ def _tokenize(asked: Any, _tell: Any) -> None:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(asked["path"])
+    tokenizer.no_padding()  # as transformers uses it
+    tokenizer.no_truncation()
     for probe in asked["probes"]:
-        count = len(tokenizer.encode(probe, add_special_tokens=False).ids)
+        ids = tokenizer.encode(probe, add_special_tokens=False).ids
+        tokenizer.decode(ids)
+        count = len(ids)
         if count > _LONGEST:
             raise InputError(
                 f"The tokenizer at {asked['path']} makes {count:,} tokens of {len(probe):,} characters: use the "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 
 from nbl_export.calibrate.sampling import sample_from_model
 from nbl_export.calibrate.text import CalibrationText
+from nbl_export.errors import InputError
 from nbl_export.models.load import load_model
 from nbl_export.models.source import find_model
 from nbl_export.progress import Silent
@@ -54,6 +56,15 @@ def test_sampled_text_has_the_asked_shape(model: Any, tokenizer: Any) -> None:
     rows = {tuple(r) for part in PARTS for r in getattr(text, part).tolist()}
     assert len(rows) == 7
     assert all(0 <= token < 260 for row in rows for token in row)
+
+
+@pytest.mark.parametrize("token", [-1, 300, 2**40])
+def test_a_start_that_the_model_does_not_know_is_refused(model: Any, token: int) -> None:
+    tokenizer = SimpleNamespace(bos_token_id=token, eos_token_id=0, pad_token_id=0)
+    embedded = model.get_input_embeddings().weight.shape[0]
+    said = f"begins a text with the token {token:,}, the model has embeddings of {embedded} tokens: use the tokenizer"
+    with pytest.raises(InputError, match=said):
+        sample_from_model(model, tokenizer, SMALL, Silent())
 
 
 def test_sampling_follows_the_seed(model: Any, tokenizer: Any) -> None:

@@ -13,6 +13,7 @@ import pytest
 from tokenizers import processors
 
 from nbl_export.calibrate.documents import documents
+from nbl_export.calibrate.passages import frame_of
 from nbl_export.calibrate.text import (
     CalibrationText,
     check_tokens,
@@ -198,6 +199,21 @@ def test_start_tokens_follow_the_tokenizers_own_rules(
     tiny_folder: Path, template: str, start: list[int]
 ) -> None:
     assert start_tokens(with_template(tiny_folder, template)).tolist() == start
+
+
+@pytest.mark.parametrize("token", [2**31, 2**32 - 1])
+def test_a_token_that_no_model_has_is_named(tiny_folder: Path, token: int) -> None:
+    said = f"gives the token {token:,}, which no model has an embedding of: use the tokenizer"
+    tokenizer = load_tokenizer(find_model(str(tiny_folder)))
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="q $A", special_tokens=[("q", token)]
+    )
+    for read in (start_tokens, frame_of):
+        with pytest.raises(InputError, match=said):
+            read(tokenizer)
+    asked = CalibrateSettings(("x",), samples=1, seq_len=8, heldout_samples=1, selection_samples=1)
+    with pytest.raises(InputError, match=said):
+        pack(["a text " * 20] * 8, Counting(token), asked, Silent())
 
 
 def test_a_tokenizer_without_special_tokens_starts_with_nothing(tiny_folder: Path) -> None:

@@ -56,6 +56,43 @@ def test_a_bomb_is_refused_by_its_limits(folder: Path, bomb: str, monkeypatch: p
     assert "The tokenizer of" in sentence and "tokenizer.json" in sentence
 
 
+def template(count: int, ids: int) -> dict[str, Any]:
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "q", "type_id": 0}}] * count + [text],
+        "pair": [text],
+        "special_tokens": {"q": {"id": "q", "ids": [1] * ids, "tokens": ["q"] * ids}},
+    }
+
+
+PREPEND = {"type": "Prepend", "prepend": "a" * 900_000}
+TOO_MUCH: dict[str, dict[str, Any]] = {
+    "normalizer": {"normalizer": {"type": "Sequence", "normalizers": [PREPEND] * 20}},
+    "pre_tokenizer": {"pre_tokenizer": {"type": "Metaspace", "replacement": "b" * 20_000}},
+    "post_processor": {"post_processor": template(30, 2_000_000)},
+    "decoder": {"decoder": {"type": "Sequence", "decoders": [replaced({"String": "a"}, "aa")] * 34}},
+}
+
+
+@pytest.mark.parametrize("part", TOO_MUCH)
+def test_what_says_of_itself_that_it_is_a_bomb_is_not_tried(
+    folder: Path, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer_limits, "in_child", lambda *_: pytest.fail("a child"))
+    source = find_model(str(with_rules(folder, **TOO_MUCH[part])))
+    with pytest.raises(InputError) as caught:
+        load_tokenizer(source)
+    assert f"has too much in its {part}: " in one_sentence(caught) and source.source in str(caught.value)
+
+
+def test_many_rules_are_tried(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[Any] = []
+    monkeypatch.setattr(tokenizer_limits, "in_child", lambda *asked: tried.append(asked))
+    with_rules(folder, normalizer={"type": "Sequence", "normalizers": [{"type": "NFC"}] * 100})
+    assert load_tokenizer(find_model(str(folder)))("ab")["input_ids"] and len(tried) == 1
+
+
 def test_an_ordinary_expression_is_used(folder: Path) -> None:
     words = split(r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|\s+")
     source = find_model(str(with_rules(folder, pre_tokenizer=words)))
