@@ -202,9 +202,15 @@ def verify(
     settings: VerifySettings | None = None,
     listener: Listener | None = None,
     trust_remote_code: bool = False,
+    again: bool = False,
 ) -> Report:
-    """Parity, method loss and speed. A failed gate is in the report (``passed`` is False), not raised."""
+    """Parity, method loss and speed. A failed gate is in the report (``passed`` is False), not raised.
+
+    With ``again`` nothing is kept of an earlier verification: a folder from somebody else may hold one.
+    """
     with _resumed(out, settings or VerifySettings(), listener, trust_remote_code) as (work, resolved):
+        if again:
+            work.workspace.forget("verify")
         return pipeline.verify(work, resolved)
 
 

@@ -374,6 +374,12 @@ class Workspace:
             StageRecord(key, asked, written, round(seconds, 3), tuple(notes), read, STAGES[stage]),
         )
 
+    def forget(self, stage: str) -> None:
+        """Drop the record of ``stage``; its files stay until it is done again."""
+        self._check_still_there()
+        if self._state.get("stages", {}).pop(stage, None) is not None:
+            self._write_state()
+
     def _digests_of(self, files: list[Path]) -> dict[str, str]:
         return {p.relative_to(self.root).as_posix(): self._digest(p) for p in files}
 

@@ -34,6 +34,7 @@ Out = Annotated[Path, Parameter(name="OUT", help="The output folder of an earlie
 Shown = Annotated[Path, Parameter(name="PATH", help="An ONNX file, an engine, a plan, moments, or OUT.")]
 Output = Annotated[Path, _option("Output folder; made if needed.", "--output", "-o", shown=str(_NBL_OUT))]
 Trust = Annotated[bool, _option("Run modelling code that comes with the model.", "--trust-remote-code")]
+Again = Annotated[bool, _option("Measure everything anew, whatever the folder says.", "--again")]
 Config = Annotated[Path | None, _option("Settings in a file.", "--config", shown=f"{NAME} if there is one")]
 Onnx = Annotated[Path | None, _option("Rewrite this graph, a file or a folder.", "--onnx", panel=_FOREIGN)]
 PlanFile = Annotated[
@@ -145,11 +146,17 @@ def build(out: Out, /, *, settings: EngineSettings = EngineSettings(), config: C
 
 
 def verify(
-    out: Out, /, *, settings: VerifySettings = VerifySettings(), trust: Trust = False, config: Config = None
+    out: Out,
+    /,
+    *,
+    settings: VerifySettings = VerifySettings(),
+    again: Again = False,
+    trust: Trust = False,
+    config: Config = None,
 ) -> int:
     """Check parity, measure method loss and speed; exit 1 if a gate fails."""
     api, terminal = _loaded()
-    value = api.verify(out, settings, terminal.TerminalListener(), trust)
+    value = api.verify(out, settings, terminal.TerminalListener(), trust, again)
     terminal.show_report(value, out)
     return 0 if value.passed else GATE_FAILED
 

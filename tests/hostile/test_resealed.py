@@ -6,6 +6,7 @@ import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,17 +20,22 @@ from tests.conftest import ROOT
 from tests.finished import QUICK
 
 
-def sealed(out: Path) -> None:
-    """Forget the verification, and make every digest and key that of what is there."""
+def mutants() -> ModuleType:
+    """scripts/mutants.py"""
     spec = importlib.util.spec_from_file_location("mutants", ROOT / "scripts" / "mutants.py")
     assert spec and spec.loader
-    mutants = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(mutants)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def sealed(out: Path) -> None:
+    """Forget the verification, and make every digest and key that of what is there."""
     path = out / "nbl" / "workspace.json"
     state = json.loads(path.read_text())
     state["stages"].pop("verify", None)
     path.write_text(json.dumps(state))
-    mutants.seal(out)
+    mutants().seal(out)
 
 
 def edit(path: Path, change: Callable[[Any], None]) -> None:
@@ -105,3 +111,18 @@ def test_a_graph_that_differs_where_no_run_looks(
     assert (
         not report.passed and "the graph is not what the rewrite makes of the unmodified one" in parity.detail
     )
+
+
+def test_a_verdict_that_came_with_the_folder_is_not_taken(stories_copy: Path) -> None:
+    """Its record fits the graph; `--again` measures all the same."""
+    path = stories_copy / "report" / "report.json"
+    graph = stories_copy / "model.onnx"
+    proto = onnx.load(str(graph), load_external_data=False)
+    clip_positions(proto.graph)
+    graph.write_bytes(proto.SerializeToString())
+    sealed(stories_copy)
+    assert not api.verify(stories_copy, QUICK).passed
+    edit(path, lambda report: [check.update(status="passed") for check in report["checks"]])
+    mutants().seal(stories_copy)
+    assert api.verify(stories_copy, QUICK).passed
+    assert not api.verify(stories_copy, QUICK, again=True).passed
