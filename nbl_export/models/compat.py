@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.files import read_json, write_text
-from nbl_export.models.config_keys import without_choices
+from nbl_export.models.config_keys import without_choices, without_files
 from nbl_export.models.limits import weight_files
 
 if TYPE_CHECKING:
@@ -71,10 +71,18 @@ def _broadcast_mask(
 
 # files --------------------------------------------------------------------------------------------
 
-CONFIG, TOKENIZER = "config.json", "tokenizer_config.json"
+CONFIG, TOKENIZER, SPECIAL = "config.json", "tokenizer_config.json", "special_tokens_map.json"
 # The files that a loader may open; pickled weights are never used.
-_HANDED_OVER = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py")
+_HANDED_OVER = (
+    *("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py"),
+    *("*.tiktoken", "*.spm", "*.bpe", "*.codes", "*.vocab", "tokenizer.model.*"),
+)
 
+_NEUTRAL: dict[str, Callable[[Any], dict[str, Any]]] = {
+    CONFIG: without_choices,
+    TOKENIZER: without_files,
+    SPECIAL: without_files,
+}
 _EPSILON_NAMES = ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
 
 # The transformers 4 names of the entries of rope_parameters; each family reads its own.
@@ -105,12 +113,12 @@ def readable_folder(source: Path, folder: Path) -> Path:
 
 
 def neutral_folder(source: Path, folder: Path) -> Path:
-    """The model folder ``source``, or ``folder`` with links to its files, without a choice of implementations."""
-    return _linked(source, folder, _adapted(source, [(CONFIG, without_choices)]))
+    """The model folder ``source``, or ``folder`` with links if it chooses implementations or names files."""
+    return _linked(source, folder, _adapted(source, _NEUTRAL))
 
 
 def _linked(source: Path, folder: Path, changed: Mapping[str, dict[str, Any] | None]) -> Path:
-    if not any(changed.values()):
+    if all(content is None for content in changed.values()):
         return source
     folder.mkdir(parents=True, exist_ok=True)
     places = [f"{place}{pattern}" for place in ("", "*/") for pattern in _HANDED_OVER]
@@ -136,14 +144,15 @@ def _write(folder: Path, changed: Mapping[str, dict[str, Any] | None]) -> None:
 
 
 def _adapted(
-    folder: Path, adapters: Sequence[tuple[str, Callable[[Any], dict[str, Any]]]] | None = None
+    folder: Path, adapters: Mapping[str, Callable[[Any], dict[str, Any]]] | None = None
 ) -> dict[str, dict[str, Any] | None]:
     """The configurations of ``folder``, by default for both major versions; None if no change is needed."""
+    adapters = adapters or {**_NEUTRAL, CONFIG: readable_config, TOKENIZER: readable_tokenizer_config}
     changed: dict[str, dict[str, Any] | None] = {}
-    for name, adapt in adapters or ((CONFIG, readable_config), (TOKENIZER, readable_tokenizer_config)):
+    for name, adapt in adapters.items():
         if (folder / name).is_file():
             content = read_json(folder / name, f"{name} of the model", "download the model again")
-            adapted = adapt(content)
+            adapted = adapt(content) if isinstance(content, dict) else content
             changed[name] = None if adapted == content else adapted
     return changed
 
@@ -188,8 +197,11 @@ def _rope_of_4(rope: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, 
 
 
 def readable_tokenizer_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """``config`` (a ``tokenizer_config.json``) with a class and special tokens that both major versions know."""
-    adapted = dict(config)
+    """``config`` (a ``tokenizer_config.json``) with a class and special tokens that both major versions know.
+
+    Paths of files are left out.
+    """
+    adapted = without_files(config)
     if (name := str(config.get("tokenizer_class"))) in _TOKENIZER_CLASSES:
         adapted["tokenizer_class"] = _TOKENIZER_CLASSES[name]
     if isinstance(config.get("extra_special_tokens"), list):

@@ -1,7 +1,8 @@
 """What a model folder may not decide: the weight file that is opened, what is imported or fetched, implementations.
 
 transformers obeys keys of ``config.json``, and files beside it, that do this without ``trust_remote_code``. A folder
-that names another file is refused; a choice of an implementation is left out, since ordinary fine-tunes carry one.
+that names another file is refused; a choice of an implementation is left out, since ordinary fine-tunes carry one, and
+so are paths of a tokenizer's files on the machine where it was saved.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ _QUANTIZATION = ("quantization_config", "compression_config")
 # Attributes of Python; the float is how transformers writes infinity and NaN.
 _PYTHON = re.compile(r"__(?!float__$)\w+__")
 _DEEPEST = 100  # dictionaries and lists in a configuration
+# Arguments of tokenizers that are paths of files; each finds its files in the folder without being told.
+_FILE = re.compile(r"\w+_(file|ckpt|file_torch)|(\w+_)?vocab|merges|(source|target)_spm")
+_POSITIONAL = "init_inputs"  # the same as a list without names
 _ADAPTER = "adapter_config.json"
 # transformers opens files of this name instead of model.safetensors.
 _RANK = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
@@ -41,6 +45,15 @@ def without_choices(config: Mapping[str, Any]) -> dict[str, Any]:
         return [cleaned(v) for v in value] if isinstance(value, list) else value
 
     return {k: cleaned(v) for k, v in config.items() if k not in _CHOICES}
+
+
+def without_files(config: Mapping[str, Any]) -> dict[str, Any]:
+    """``config`` (a ``tokenizer_config.json`` or ``special_tokens_map.json``) without paths of files."""
+    return {
+        name: value
+        for name, value in config.items()
+        if name != _POSITIONAL and not (isinstance(value, str) and _FILE.fullmatch(name))
+    }
 
 
 def check_keys(source: str, config: Mapping[str, Any]) -> None:

@@ -50,23 +50,13 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def _readable(source: ModelSource) -> Iterator[str]:
-    """The folder of ``source`` with configurations that the installed transformers reads correctly."""
-    if source.gguf_file or not is_transformers_4():
-        yield source.path
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        yield str(readable_folder(Path(source.path), Path(scratch) / Path(source.path).name))
+    """The folder of ``source`` with configurations that the installed transformers reads correctly.
 
-
-@contextmanager
-def _neutral(source: ModelSource) -> Iterator[str]:
-    """The same without a choice of implementations; for a GGUF file, an empty folder."""
+    They choose no implementation and name no file.
+    """
+    made = readable_folder if is_transformers_4() else neutral_folder
     with tempfile.TemporaryDirectory() as scratch:
-        if source.gguf_file:
-            yield scratch
-        else:
-            made = readable_folder if is_transformers_4() else neutral_folder
-            yield str(made(Path(source.path), Path(scratch) / Path(source.path).name))
+        yield str(made(Path(source.path), Path(scratch) / Path(source.path).name))
 
 
 def load_model(source: ModelSource) -> torch.nn.Module:
@@ -84,7 +74,8 @@ def load_model(source: ModelSource) -> torch.nn.Module:
         options["gguf_file"] = str(Path(source.path) / source.gguf_file)
     else:
         options["use_safetensors"] = True
-    with quiet(), _neutral(source) as path:
+    # A GGUF file has all that a model needs; an adapter beside it would be loaded on top.
+    with quiet(), tempfile.TemporaryDirectory() if source.gguf_file else _readable(source) as path:
         if not source.gguf_file:
             _check_size(source, task.loads, path)
         try:
@@ -146,11 +137,12 @@ def load_tokenizer(source: ModelSource) -> Any:
     options: dict[str, Any] = {"trust_remote_code": source.trust_remote_code}
     if source.gguf_file:
         options["gguf_file"] = source.gguf_file
-    with quiet(), _readable(source) as path:
+    with quiet(), contextlib.nullcontext(source.path) if source.gguf_file else _readable(source) as path:
         if not source.gguf_file:
             check_tokenizer(source.source, Path(source.path))
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, **options)
+            tokenizer.name_or_path = source.path
             _check_special(source.source, tokenizer)
             return tokenizer
         except BaseException as error:

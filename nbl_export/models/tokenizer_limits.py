@@ -13,10 +13,11 @@ from typing import Any
 
 from nbl_export.child_process import ChildError, Limits, in_child
 from nbl_export.errors import InputError
-from nbl_export.files import read_json
+from nbl_export.files import member, read_json
 from nbl_export.models.tokenizer_growth import growth, too_much
 
 TOKENIZER = "tokenizer.json"
+_CONFIG, _VERSIONS = "tokenizer_config.json", "fast_tokenizer_files"
 _LIMITS = Limits(seconds=20, memory=4 << 30)
 _PROBE = 8192  # characters of each text that is tried
 _GROWTH, _RULES = 16, 64  # how often a text may grow, and how many rules there may be, without a trial
@@ -25,10 +26,27 @@ _LETTERS = ("a", "ab", " ", "1", "é", "a b1, ", "\n", "x" * 30 + "!")
 
 
 def check_tokenizer(source: str, folder: Path) -> None:
-    """Refuse the ``tokenizer.json`` of a model folder if it cannot tokenize short texts in little time and memory."""
-    path = folder / TOKENIZER
-    if not path.is_file():
-        return
+    """Refuse a ``tokenizer.json`` of a model folder that cannot tokenize short texts in little time and memory."""
+    for path in [folder / TOKENIZER, *_versions(folder)]:
+        if path.is_file():
+            _check_rules(source, path)
+
+
+def _versions(folder: Path) -> list[Path]:
+    """The files that a folder offers in place of its ``tokenizer.json`` to later releases of transformers."""
+    path = folder / _CONFIG
+    config = read_json(path, _CONFIG, "download the model again") if path.is_file() else None
+    named = config.get(_VERSIONS) if isinstance(config, dict) else None
+    if named is None:
+        return []
+    what = f"A file in {_VERSIONS}"
+    found = [member(folder, name, what) for name in named] if isinstance(named, list) else None
+    if found is None or any(version.parent != folder for version in found):
+        raise InputError(f"{path} has {_VERSIONS} that are no names of files beside it: remove that key.")
+    return found
+
+
+def _check_rules(source: str, path: Path) -> None:
     rules = read_json(path, "The tokenizer", "download the model again")
     if not isinstance(rules, dict):
         raise InputError(f"{path} is not a tokenizer: download the model again.")

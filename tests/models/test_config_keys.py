@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration, PreTrainedModel
 
 from nbl_export.errors import InputError
-from nbl_export.models.config_keys import check_keys, without_choices
+from nbl_export.models.config_keys import check_keys, without_choices, without_files
 from nbl_export.models.load import load_model, load_tokenizer
 from nbl_export.models.source import ModelSource, find_model
 from tests.models.spoiled import edit_config, one_sentence
@@ -294,3 +294,56 @@ def test_the_keys_of_an_ordinary_configuration(tiny_folder: Path) -> None:
     config = json.loads((tiny_folder / "config.json").read_text())
     check_keys(source.source, {**config, "backbone": None, "quantization_config": {"quant_method": "gguf"}})
     assert without_choices(config) == config
+
+
+# files of a tokenizer ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def elsewhere(folder: Path) -> Path:
+    """Another tokenizer beside the model's folder, and a model whose tokenizer is made of two files."""
+    rules = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = dict(rules["model"]["vocab"])
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    place = folder.parent / "elsewhere"
+    place.mkdir()
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    rules["model"]["vocab"] = vocabulary
+    (place / "tokenizer.json").write_text(json.dumps(rules))
+    (place / "vocab.json").write_text(json.dumps(vocabulary))
+    shutil.copy(folder / "merges.txt", place)
+    return place
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    before = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**before, **changes}))
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"tokenizer_file": "tokenizer.json"},
+        {"vocab_file": "vocab.json", "merges_file": "merges.txt"},
+        {"vocab": "vocab.json", "merges": "merges.txt"},
+    ],
+    ids=lambda named: next(iter(named)),
+)
+def test_a_tokenizer_names_no_files_elsewhere(
+    folder: Path, elsewhere: Path, name: str, named: dict[str, str]
+) -> None:
+    edit_json(folder / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
+    (folder / "tokenizer.json").unlink()
+    before = load_tokenizer(find_model(str(folder)))("ab")["input_ids"]
+    edit_json(folder / name, **{key: str(elsewhere / file) for key, file in named.items()})
+    tokenizer = load_tokenizer(find_model(str(folder)))
+    assert tokenizer("ab")["input_ids"] == before
+    assert tokenizer.name_or_path == str(folder.resolve())
+
+
+def test_paths_of_a_tokenizer_are_left_out_and_nothing_else() -> None:
+    config = {"model_max_length": 5, "tokenizer_file": None, "unk_token": "x", "vocab_size": 3}
+    paths = {"spm_file": "a", "source_spm": "b", "entity_vocab": "c", "init_inputs": ["d"]}
+    assert without_files({**config, **paths}) == config

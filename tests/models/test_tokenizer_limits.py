@@ -118,3 +118,38 @@ def test_a_length_of_another_type(folder: Path, value: Any) -> None:
     with pytest.raises(InputError) as caught:
         load_tokenizer(source)
     assert "model_max_length" in one_sentence(caught)
+
+
+def with_versions(folder: Path, named: Any) -> Path:
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "fast_tokenizer_files": named}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "named",
+    [5, ["../tokenizer.4.0.0.json"], ["sub/tokenizer.4.0.0.json"], [None], {"a": "tokenizer.4.0.0.json"}],
+)
+def test_a_tokenizer_for_other_releases_that_lies_elsewhere(folder: Path, named: Any) -> None:
+    shutil.copy(folder / "tokenizer.json", folder.parent / "tokenizer.4.0.0.json")
+    (folder / "sub").mkdir()
+    shutil.copy(folder / "tokenizer.json", folder / "sub" / "tokenizer.4.0.0.json")
+    with pytest.raises(InputError) as caught:
+        load_tokenizer(find_model(str(with_versions(folder, named))))
+    assert "fast_tokenizer_files" in one_sentence(caught)
+
+
+def test_a_tokenizer_for_other_releases_has_the_same_limits(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer_limits, "_LIMITS", tokenizer_limits.Limits(seconds=3, memory=2 << 30))
+    shutil.copy(folder / "tokenizer.json", folder / "kept.json")
+    with_rules(folder, **BOMBS["doubling"])
+    (folder / "tokenizer.json").rename(folder / "tokenizer.4.0.0.json")
+    (folder / "kept.json").rename(folder / "tokenizer.json")
+    with pytest.raises(InputError, match=r"tokenizer\.json"):
+        load_tokenizer(find_model(str(with_versions(folder, ["tokenizer.4.0.0.json"]))))
+
+
+def test_no_tokenizer_for_other_releases(folder: Path) -> None:
+    assert load_tokenizer(find_model(str(with_versions(folder, []))))("ab")["input_ids"]
