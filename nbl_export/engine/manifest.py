@@ -55,6 +55,7 @@ class Manifest:
 
 
 def manifest_path(engine: Path) -> Path:
+    """Where the manifest of the engine file ``engine`` lies: beside it."""
     return engine.with_suffix(".json")
 
 

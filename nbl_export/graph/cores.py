@@ -17,6 +17,8 @@ from nbl_export.graph.operators import PRODUCTS, SHAPE_ONLY, fused_op, is_consta
 
 
 class NotFound(Exception):
+    """A part of attention is not there: ``check`` says which, ``found`` what is there instead."""
+
     def __init__(self, check: str, found: str) -> None:
         self.check, self.found = check, found
 

@@ -93,7 +93,9 @@ def linear_part(model: ir.Model, layer: int) -> LinearPart | str:
 class LinearCheck:
     """How far one linear layer is from W u + b, and what is allowed.
 
-    ``stored`` is what storing W costs, ‖Ŵu - Wu‖ / ‖Wu‖ on the probe; ``fault`` is what is wrong with it, in words.
+    ``stored`` is what storing W costs, ‖Ŵu - Wu‖ / ‖Wu‖ on the probe. ``product`` is the relative error of the layer's
+    product with u against that of the numbers that W is stored as, ``bias`` that of what it makes of zeros against b;
+    ``product_allowed`` and ``bias_allowed`` are their limits. ``fault`` is what is wrong with it, in words.
     """
 
     layer: int
@@ -122,7 +124,10 @@ class LinearCheck:
 
 
 def check_layers(path: Path, proofs: Mapping[int, Proof], plan: Plan) -> list[LinearCheck]:
-    """One check of each of the plan's linear layers in the graph at ``path``."""
+    """One check of each of the plan's linear layers in the graph at ``path``.
+
+    Raises :class:`~nbl_export.errors.InputError` if onnxruntime does not run it.
+    """
     model = load_graph(path)
     parts = {layer: linear_part(model, layer) for layer in plan.chosen}
     good: dict[int, LinearPart] = {}

@@ -161,7 +161,11 @@ def _of_blocks(blocks: Blocks, scales: ir.Value | None, shape: tuple[int, ...]) 
 
 
 def computed(u: F32, weights: Sequence[F32], nodes: Sequence[ir.Node], b: F32, dtype: ir.DataType) -> F32:
-    """u · weightsᵀ + b as ``nodes`` compute it in ``dtype``: with their rounding of activations."""
+    """u · weightsᵀ + b as ``nodes`` compute it in ``dtype``: with their rounding of activations.
+
+    ``u`` is [tokens, d]; each of ``weights`` [output, input] belongs to the node at its place, and their products with
+    u are taken in turn; ``b`` is [d]. Returns [tokens, d].
+    """
 
     def rounded(x: F32) -> F32:
         return x.astype(dtype.numpy()).astype(np.float32)

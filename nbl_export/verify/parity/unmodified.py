@@ -52,7 +52,10 @@ _OTHER = 1e-3
 
 @dataclass(frozen=True)
 class KeptCache:
-    """A ``stream`` of the reference; of its cache only the entries of ``kv_layers`` count, which are at ``places``."""
+    """A ``stream`` of the reference, of whose cache only some entries count.
+
+    ``places`` are their numbers in the stream's cache, ``kv_layers`` the model's layers that they belong to.
+    """
 
     stream: Stream
     kv_layers: tuple[int, ...]
@@ -85,7 +88,8 @@ def against_unmodified(
 ) -> list[str]:
     """One sentence for each thing that is wrong in the graph ``rewritten`` from ``baseline`` by ``plan``.
 
-    ``compare`` returns the gates that ``rewritten`` fails against the reference, whose path it is given.
+    ``compare`` returns the gates that ``rewritten`` fails against the reference, whose path it is given. Raises
+    :class:`InputError` if ``rewritten`` cannot be read or run.
     """
     try:
         proven = proven_regions(baseline, plan)
