@@ -58,9 +58,11 @@ def check_machine(*asked: Settings | None) -> None:
 
 def run_all(run: Run, asked: RunSettings) -> Report:
     """Every stage in order, as ``asked`` and resolved; what is done already with the same settings is kept."""
+    from nbl_export.calibrate.text import start_tokens
     from nbl_export.linearize.scores import check_k, check_rank
     from nbl_export.models.layers import attention_layers, hidden_size, positions
     from nbl_export.runtime.session import require_onnxruntime
+    from nbl_export.verify.engines import fitting_prompts
 
     require_onnxruntime()  # before the first minute of work, not after it
     selection = asked.selection
@@ -71,6 +73,9 @@ def run_all(run: Run, asked: RunSettings) -> Report:
             check_rank(selection.rank, hidden_size(run.model.model))
         if asked.engines:
             check_limits(asked.engines, positions(run.model.model))
+        if run.model.task.causal:
+            start = len(start_tokens(run.model.tokenizer))
+            fitting_prompts(positions(run.model.model), start, asked.verification.decode_steps)
         check_model(run, asked.exporting)
     calibrate(run, asked.calibration)
     if selection.budget:

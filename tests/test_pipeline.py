@@ -206,6 +206,15 @@ def test_a_k_beyond_the_model_is_refused_before_calibration(
     assert not (tmp_path / "out" / "nbl" / "moments.safetensors").exists()
 
 
+def test_steps_beyond_the_positions_are_refused_before_calibration(
+    stories_folder: Path, tmp_path: Path, calibration: Any
+) -> None:
+    steps = api.VerifySettings(decode_steps=448)
+    with pytest.raises(InputError, match=r"the model has 512 positions: ask for 447 or fewer"):
+        api.run(stories_folder, tmp_path / "out", api.SelectSettings(k=1), calibration, steps)
+    assert not (tmp_path / "out" / "nbl" / "moments.safetensors").exists()
+
+
 def test_a_damaged_text_is_read_again(stories_folder: Path, stories_text: Path, tmp_path: Path) -> None:
     settings = api.CalibrateSettings((str(stories_text),), samples=8, seq_len=64, heldout_samples=2)
     api.calibrate(stories_folder, tmp_path / "out", settings)

@@ -94,10 +94,10 @@ def _tokenize(asked: Any, _tell: Any) -> None:
     tokenizer.no_truncation()
     for probe in asked["probes"]:
         ids = tokenizer.encode(probe, add_special_tokens=False).ids
-        tokenizer.decode(ids)
         count = len(ids)
         if count > _LONGEST:
             raise InputError(
                 f"The tokenizer at {asked['path']} makes {count:,} tokens of {len(probe):,} characters: use the "
                 "model's original tokenizer.json."
             )
+        tokenizer.decode(ids)

@@ -40,6 +40,14 @@ DOUBLING = {"type": "Sequence", "normalizers": [replaced({"String": "a"}, "aa")]
 BOMBS = {
     "doubling": {"normalizer": DOUBLING},
     "a slow expression": {"pre_tokenizer": split("(x+x+)+y")},
+    "a slow expression in a decoder": {
+        "normalizer": None,
+        "pre_tokenizer": None,
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [{"type": "Fuse"}, replaced({"Regex": "(x+x+)+y"}, "")],
+        },
+    },
     "a slow expression in a normalizer": {"normalizer": replaced({"Regex": "(x+x+)+y"}, "")},
 }
 
