@@ -27,6 +27,7 @@ _CHARACTERS = 16_384
 _TABLE = 2 << 20  # characters of a table of normalizations; SentencePiece's own has 320,000
 _GROWTH = 256
 _ADDED = 256  # characters, and tokens, that are put before or after a text
+_LETTERS = 1000  # of a word; BERT's have 100
 _OF_TYPE = {"ByteLevel": 4.0, "Metaspace": 2.0, "BertNormalizer": 3.0}
 
 
@@ -36,7 +37,7 @@ def too_much(rules: Mapping[str, Any]) -> str | None:
         node = rules.get(part)
         if part == "model" and isinstance(node, dict):
             node = {k: v for k, v in node.items() if k not in _VOCABULARY}
-        if found := _size(node) or _added(node):
+        if found := _size(node) or _added(node) or _words(node):
             return f"has too much in its {part}: {found}"
     for parts in (_ENCODE, _DECODE):
         if growth(rules, parts) > _GROWTH:
@@ -104,6 +105,14 @@ def _size(node: Any) -> str | None:
         most = _TABLE if key == "precompiled_charsmap" else _CHARACTERS
         if (longest := max(len(value) if isinstance(value, str) else 0, len(key))) > most:
             return f"a text of {longest:,} characters, where {most:,} are the most"
+    return None
+
+
+def _words(node: Any) -> str | None:
+    """A vocabulary of pieces is searched for each part of a word: in the cube of its length."""
+    letters = node.get("max_input_chars_per_word") if isinstance(node, dict) else None
+    if isinstance(letters, (int, float)) and letters > _LETTERS:
+        return f"words of up to {letters:,} letters, where {_LETTERS:,} are the most"
     return None
 
 

@@ -85,6 +85,7 @@ REAL: dict[str, dict[str, Any]] = {
         "pre_tokenizer": {"type": "BertPreTokenizer"},
         "post_processor": template(special("q"), TEXT, special("q")),
         "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
+        "model": {"type": "WordPiece", "vocab": {}, "max_input_chars_per_word": 100},
     },
     "NLLB": {
         "normalizer": sequence(table(LONGEST), replace(" {2,}", " ", "Regex")),
@@ -136,6 +137,7 @@ BOMBS: dict[str, tuple[str, dict[str, Any]]] = {
     "many names": ("padding", {str(i): 0 for i in range(20_000)}),
     "a long name": ("truncation", {"a" * 20_000: 0}),
     "a long suffix": ("model", {"vocab": {}, "end_of_word_suffix": "a" * 20_000}),
+    "long words": ("model", {"type": "WordPiece", "vocab": {}, "max_input_chars_per_word": 10**9}),
     "lists in lists": ("pre_tokenizer", {"a": DEEP * 5000}),
 }
 
