@@ -160,13 +160,28 @@ def source_file(where: str, tensor: ir.ExternalTensor) -> Path:
 
 
 def check_tensor(where: str, tensor: ir.TensorProtocol) -> None:
-    """Raises :class:`InputError` for no type, or an impossible shape: a negative size, or 2^62 elements or more."""
+    """Raises :class:`InputError` for no type, an impossible shape, or other numbers in the graph than the shape says.
+
+    A shape is impossible with a negative size, or 2^62 elements or more.
+    """
     if tensor.dtype == ir.DataType.UNDEFINED:
         raise InputError(f"{where} has no type: export the model again.")
     sizes = tensor.shape.numpy()
     if any(size < 0 for size in sizes) or math.prod(sizes) >= 1 << 62:
         shown = ", ".join(map(str, sizes[:4])) + (", …" if len(sizes) > 4 else "")
         raise InputError(f"{where} has the impossible shape [{shown}]: export the model again.")
+    if isinstance(tensor, ir.serde.TensorProtoTensor) and not _fits(tensor):
+        raise InputError(f"{where} has other numbers than its type and shape say: export the model again.")
+
+
+def _fits(tensor: ir.serde.TensorProtoTensor) -> bool:
+    if tensor.raw.HasField("raw_data"):
+        return len(tensor.raw.raw_data) == tensor.nbytes
+    try:  # numbers in fields of their type: few
+        tensor.numpy()
+    except (ValueError, TypeError):
+        return False
+    return True
 
 
 def _check_range(where: str, tensor: ir.ExternalTensor, target: Path) -> None:

@@ -29,6 +29,7 @@ from nbl_export.calibrate.text import (
 )
 from nbl_export.errors import InputError
 from nbl_export.models.layers import accepts, positions
+from nbl_export.models.load import PREPROCESSOR
 from nbl_export.models.source import ModelSource
 from nbl_export.models.tasks import task_named
 from nbl_export.progress import Listener
@@ -148,7 +149,14 @@ def _read_images(model: LoadedModel, settings: CalibrateSettings, listener: List
 
 
 def _probe_vision(model: LoadedModel, images: Any) -> Probe:
-    return probe_inputs(model.model, {PIXELS: images.calibration[:2]})
+    try:
+        return probe_inputs(model.model, {PIXELS: images.calibration[:2]})
+    except (ValueError, RuntimeError) as error:  # of a model that gets images of another size
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise InputError(
+            f"{model.source.source} does not take the images that its {PREPROCESSOR} makes ({first}): correct the "
+            "sizes in that file."
+        ) from error
 
 
 _LOADERS = {

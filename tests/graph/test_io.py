@@ -57,6 +57,9 @@ def edit_external(path: Path, change: Callable[[dict[str, str]], None]) -> None:
         ([2**31, 2**31], onnx.TensorProto.FLOAT, r"w has the impossible shape"),
         ([1] * 5, onnx.TensorProto.UNDEFINED, r"w has no type"),
         ([1], 99, r"is not a readable ONNX file"),
+        ([0], onnx.TensorProto.FLOAT, r"w has other numbers than its type and shape say"),
+        ([2], onnx.TensorProto.FLOAT, r"w has other numbers than its type and shape say"),
+        ([3], onnx.TensorProto.INT8, r"w has other numbers than its type and shape say"),
     ],
 )
 def test_a_tensor_that_cannot_be_is_refused(graph: Path, dims: list[int], kind: int, message: str) -> None:
@@ -67,6 +70,21 @@ def test_a_tensor_that_cannot_be_is_refused(graph: Path, dims: list[int], kind: 
     graph.write_bytes(proto.SerializeToString())
     with pytest.raises(InputError, match=message):
         load_graph(graph)
+
+
+def test_numbers_in_a_field_of_their_type_are_counted_too(graph: Path) -> None:
+    proto = onnx.load(str(graph), load_external_data=False)
+    tensor = proto.graph.initializer.add()
+    tensor.name, tensor.data_type = "w", onnx.TensorProto.FLOAT
+    tensor.float_data[:] = [1, 2, 3]
+    for dims, right in (([3], True), ([1, 3], True), ([2], False), ([4], False), ([], False)):
+        tensor.dims[:] = dims
+        graph.write_bytes(proto.SerializeToString())
+        if right:
+            load_graph(graph)
+        else:
+            with pytest.raises(InputError, match="w has other numbers than its type and shape say"):
+                load_graph(graph)
 
 
 def test_weights_are_read_as_they_are(graph: Path) -> None:

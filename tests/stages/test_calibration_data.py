@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,3 +163,20 @@ def test_a_vision_encoder_is_probed_and_judged_with_images(
     assert [row["pixel_values"].shape for row in rows] == [(1, 3, 32, 32)] * 2
     assert np.array_equal(np.concatenate([row["pixel_values"] for row in rows]), images.heldout)
     assert np.array_equal(material.ranges(images, {})["pixel_values"], images.calibration)
+
+
+def test_images_of_a_size_that_the_model_does_not_take(place: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(place / "vit", tmp_path / "vit")
+    path = folder / "preprocessor_config.json"
+    processor = json.loads(path.read_text())
+    processor["size"] = {"height": 48, "width": 48}
+    path.write_text(json.dumps(processor))
+    model = LoadedModel(find_model(str(folder)), Silent())
+    material = loader_for(model.source)
+    images = material.read(
+        model, CalibrateSettings(**{**vars(TEXT), "sources": (str(place / "images"),)}), Silent()
+    )
+    with pytest.raises(
+        InputError, match=r"does not take the images that its preprocessor_config\.json makes \("
+    ):
+        material.probe(model, images)
