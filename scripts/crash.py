@@ -55,6 +55,8 @@ TWICE = 0.2  # of the second runs are killed too
 SECONDS = 300  # before a run counts as hanging
 # Parts of JSON files that the clock decides; that two undisturbed runs agree in a rounded time would be chance.
 _TIMED = {"seconds", "stage_seconds", "created", "speed", "engine_speed", "detail"}
+# Checks whose verdict it decides: whether a comparison is resolved, for one.
+_TIMED_CHECKS = {"speed", "ceilings", "nowhere slower", "same graph twice"}
 # Notes of a run that goes on from an earlier one.
 _RESUMED = ("goes on from", "done already", "kept from", "run that was interrupted")
 
@@ -214,6 +216,8 @@ def leaves(value: Any, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ..
     """Every number, text … of a JSON value, with its place."""
     if at and at[-1] in _TIMED:
         yield at, "timed"
+    elif isinstance(value, dict) and "status" in value and value.get("name") in _TIMED_CHECKS:
+        yield at, value["name"]
     elif isinstance(value, dict):
         yield at, sorted(value)
         for key, inner in value.items():

@@ -76,6 +76,17 @@ def test_what_differs_between_undisturbed_runs_is_not_compared(tmp_path: Path) -
     assert len(CRASH.differences(other, runs[0], ignored)) == 1
 
 
+def test_the_verdict_of_a_timing_is_not_compared_and_that_of_parity_is(tmp_path: Path) -> None:
+    def of(name: str, speed: str, parity: str) -> Any:
+        checks = [{"name": "nowhere slower", "status": speed}, {"name": "parity", "status": parity}]
+        return CRASH.contents(folder(tmp_path / name, r={"checks": checks}))
+
+    right = of("a", "passed", "passed")
+    assert CRASH.differences(of("b", "skipped", "passed"), right, set()) == []
+    (found,) = CRASH.differences(of("c", "passed", "failed"), right, set())
+    assert found.startswith("r.json / checks / 1 / status")
+
+
 SPOILED = """
 import runpy, sys
 sys.argv = ["crash.py", *{arguments!r}]
