@@ -84,7 +84,8 @@ def _check_files(run: Run, plan: Plan) -> None:
     if path.is_file() and run.model.source.reads == TOKENS:
         written = read_json(path, "The tokenizer beside the graph", _EXPORT_AGAIN.format(ws.root))
         own = tokenizer_rules(run.model.tokenizer)
-        if own is not None and any(written.get(name) != rules for name, rules in own.items()):
+        known = written if isinstance(written, dict) else {}
+        if own is not None and any(known.get(name) != rules for name, rules in own.items()):
             raise InputError(f"{path} is not the model's tokenizer: {_EXPORT_AGAIN.format(ws.root)}.")
     if other := unlike(sidecars_of_rewrite(ws, plan), ws.root):
         raise InputError(f"{other} is not what `rewrite` writes: run `nbl-export rewrite {ws.root}` again.")

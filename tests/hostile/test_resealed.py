@@ -68,6 +68,13 @@ def test_another_vocabulary(stories_copy: Path, places: tuple[str, ...]) -> None
         api.verify(stories_copy, QUICK)
 
 
+def test_a_tokenizer_that_is_none(stories_copy: Path) -> None:
+    (stories_copy / "baseline" / "tokenizer.json").write_text("[]")
+    sealed(stories_copy)
+    with pytest.raises(InputError, match=r"tokenizer\.json is not the model's tokenizer"):
+        api.verify(stories_copy, QUICK)
+
+
 def test_other_stop_tokens(stories_copy: Path) -> None:
     edit(stories_copy / "genai_config.json", lambda value: value["model"].update(eos_token_id=7))
     sealed(stories_copy)
