@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,16 @@ class Saved:
 
     def __call__(self, path: Path) -> None:
         self.paths.append(path)
+
+
+@pytest.fixture(autouse=True)
+def hung_up_as_usual() -> Iterator[None]:
+    """Under nohup, SIGHUP is ignored, and stays so."""
+    before = signal.getsignal(signal.SIGHUP)
+    if before is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture

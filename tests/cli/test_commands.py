@@ -272,7 +272,7 @@ REFUSED = {
         ("no NVIDIA GPU", "--trt rtx", "pip install 'nbl-export[rtx]'"),
     ),
     "unknown capability": (["--sm", "90"], 2, ("--sm '90'", "SM86")),
-    "empty capability": (["--sm", "86,"], 2, ("--sm ''", "SM86")),
+    "empty capability": (["--sm", "86,"], 2, ("--sm is empty",)),
     "context beyond the model": (["--max-context", "513"], 2, ("--max-context is 513", "512 positions")),
     "prefill beyond the context": (
         ["--max-seq", "65", "--max-context", "64"],
