@@ -74,3 +74,8 @@ def os_error_in_words(error: OSError, doing: str) -> InputError:
     if error.errno in _NO_ACCESS:
         return InputError(f"No permission {doing}{where}: choose a folder you can write to.")
     return InputError(f"{error.strerror or error} {doing}{where}.")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what a library says, without its full stop; the name of the error if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from nbl_export import errors
-from nbl_export.errors import os_error_in_words
+from nbl_export.errors import first_line, os_error_in_words
 
 
 def os_error(number: int, filename: str | None = "model.onnx.data") -> OSError:
@@ -101,3 +101,8 @@ def test_an_unusable_layer_is_bad_input_and_a_missing_package_is_not() -> None:
     assert issubclass(errors.CalibrationError, errors.InputError)
     assert not issubclass(errors.MissingDependencyError, errors.InputError)
     assert not issubclass(errors.BuildError, errors.InputError)
+
+
+def test_the_first_line_of_what_a_library_says() -> None:
+    assert first_line(ValueError("\n One thing.\nAnother.")) == "One thing"
+    assert first_line(ValueError()) == "ValueError"

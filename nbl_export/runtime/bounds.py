@@ -26,9 +26,8 @@ _GRACE = 10.0  # seconds after which a run that was told to end is stuck
 _BASE = 2 << 30  # bytes
 _OF_FILES = 16  # a 4-bit weight may be stored as float32 (8 times), and once more as onnxruntime packs it
 _OF_TOKEN = 8 << 20  # bytes; the logits of a token are up to 1 MiB
-_OF_PAIR = (
-    4 << 10
-)  # bytes for a token and one that it attends to; 128 heads take 512 in float32, a few times over
+# Bytes for a token and one that it attends to; 128 heads take 512 in float32, a few times over.
+_OF_PAIR = 4 << 10
 _SECONDS_OF_TOKEN, _SECONDS_OF_PAIR = 1e-2, 2e-6  # ten times what SmolLM2-135M takes on two cores
 _OF_FLOATS = 256  # an image, or a KV cache of which each value is read by many queries
 

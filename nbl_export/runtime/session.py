@@ -10,7 +10,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from nbl_export.errors import BuildError, InputError, MissingDependencyError
+from nbl_export.errors import BuildError, InputError, MissingDependencyError, first_line
 from nbl_export.graph.io import check_file, passes_checker
 from nbl_export.runtime.bounds import Bounds, bounded, bounds_of
 
@@ -128,8 +128,3 @@ def run_session(session: Any, outputs: Sequence[str], feeds: Mapping[str, Any], 
             return list(session.run(outputs, feeds, options))
     except Exception as error:  # onnxruntime's exceptions have no common base class
         raise InputError(f"onnxruntime does not run the graph: {first_line(error)}.") from None
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what onnxruntime says; it has its own lines and sentences."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

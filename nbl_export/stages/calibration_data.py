@@ -27,7 +27,7 @@ from nbl_export.calibrate.text import (
     pack,
     save_text,
 )
-from nbl_export.errors import InputError
+from nbl_export.errors import InputError, first_line
 from nbl_export.models.layers import accepts, positions
 from nbl_export.models.load import PREPROCESSOR
 from nbl_export.models.source import ModelSource
@@ -152,10 +152,9 @@ def _probe_vision(model: LoadedModel, images: Any) -> Probe:
     try:
         return probe_inputs(model.model, {PIXELS: images.calibration[:2]})
     except (ValueError, RuntimeError) as error:  # of a model that gets images of another size
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise InputError(
-            f"{model.source.source} does not take the images that its {PREPROCESSOR} makes ({first}): correct the "
-            "sizes in that file."
+            f"{model.source.source} does not take the images that its {PREPROCESSOR} makes "
+            f"({first_line(error)}): correct the sizes in that file."
         ) from error
 
 

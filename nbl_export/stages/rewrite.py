@@ -24,7 +24,7 @@ def rewrite(run: Run) -> None:
     from nbl_export.rewrite.replace import rewrite_file, rewrite_summary
 
     ws = run.workspace
-    made_of, _ = _rewrite_inputs(ws)
+    made_of = _rewrite_inputs(ws)
 
     def work(listener: Listener) -> list[Path]:
         plan = load_plan(ws.plan)
@@ -44,17 +44,18 @@ def sidecars_of_rewrite(ws: Workspace, plan: Plan) -> list[Sidecar]:
     """The files that belong beside the rewritten graph, from those beside the unmodified one."""
     from nbl_export.export.sidecars import updated_configs
 
-    _, exported = _rewrite_inputs(ws)
+    exported = ws.record("export")
+    assert exported is not None  # both stages that call this require it
     folder, graph = ws.baseline.parent, ws.baseline.name
     files = [f for f in ws.paths(exported) if folder in f.parents and not f.name.startswith(graph)]
     return updated_configs(files, plan.chosen, plan.attention_layers, folder)
 
 
-def _rewrite_inputs(ws: Workspace) -> tuple[dict[str, str], StageRecord]:
-    """What a rewrite of the current plan and baseline reads, and the record of the export; both must be done."""
+def _rewrite_inputs(ws: Workspace) -> dict[str, str]:
+    """What a rewrite of the current plan and baseline reads; both must be done."""
     selected = ws.require("select", f"nbl-export select {ws.root} --k K")
     exported = ws.require("export", f"nbl-export export {ws.root}")
-    return {"select": selected.result, "export": exported.result}, exported
+    return {"select": selected.result, "export": exported.result}
 
 
 def current_rewrite(ws: Workspace) -> StageRecord:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,17 +14,8 @@ from onnx import numpy_helper
 
 from nbl_export import api
 from nbl_export.errors import InputError
-from tests.conftest import ROOT
 from tests.finished import QUICK
-
-
-def mutants() -> ModuleType:
-    """scripts/mutants.py"""
-    spec = importlib.util.spec_from_file_location("mutants", ROOT / "scripts" / "mutants.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tests.scripted import script
 
 
 def sealed(out: Path) -> None:
@@ -35,7 +24,7 @@ def sealed(out: Path) -> None:
     state = json.loads(path.read_text())
     state["stages"].pop("verify", None)
     path.write_text(json.dumps(state))
-    mutants().seal(out)
+    script("mutants").seal(out)
 
 
 def edit(path: Path, change: Callable[[Any], None]) -> None:
@@ -130,6 +119,6 @@ def test_a_verdict_that_came_with_the_folder_is_not_taken(stories_copy: Path) ->
     sealed(stories_copy)
     assert not api.verify(stories_copy, QUICK).passed
     edit(path, lambda report: [check.update(status="passed") for check in report["checks"]])
-    mutants().seal(stories_copy)
+    script("mutants").seal(stories_copy)
     assert api.verify(stories_copy, QUICK).passed
     assert not api.verify(stories_copy, QUICK, again=True).passed
