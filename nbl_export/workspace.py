@@ -80,11 +80,11 @@ class Workspace:
 
     @property
     def moments(self) -> Path:
-        return self.nbl / "moments.safetensors"
+        return self.nbl / "moments"
 
     @property
-    def checkpoint(self) -> Path:
-        return self.nbl / "moments.partial.safetensors"
+    def partial_moments(self) -> Path:
+        return self.nbl / "moments.partial"
 
     @property
     def repair_checkpoint(self) -> Path:
@@ -150,6 +150,8 @@ class Workspace:
         return (
             self.root,
             self.nbl,
+            self.moments,
+            self.partial_moments,
             self.baseline.parent,
             self.engine.parent,
             self.report,

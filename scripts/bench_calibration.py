@@ -64,7 +64,7 @@ def forward(model: Any, tokens: Any) -> None:
 
 
 def ours(model: Any, tokens: Any) -> None:
-    moments = collect_moments(model, tokens, "bench")
+    moments = collect_moments(model, tokens)
     for layer in moments.layers.values():
         fit_lmmse(layer, "normed")
         cca_bound(layer)

@@ -39,9 +39,10 @@ from nbl_export.linearize.loss import LossMeter
 from nbl_export.linearize.plan import LinearLayer
 from nbl_export.linearize.search import LossCache, MeasuredSets, greedy_order, single_layer_losses
 from nbl_export.linearize.swap import replaced
-from nbl_export.models.layers import attention_layers, dtype_of, hidden_size, observed
+from nbl_export.models.layers import attention_layers, hidden_size, observed
 from nbl_export.models.loaded import LoadedModel
 from nbl_export.models.source import same_model
+from nbl_export.models.weights import dtype_of
 from nbl_export.progress import Silent
 from nbl_export.workspace import Workspace
 
@@ -178,7 +179,7 @@ def main() -> None:
     variants: dict[str, Layers] = {"plain": plain}
     rows = text.calibration
     for share in (8, 4, 2):
-        fewer = collect_moments(model, rows[: len(rows) // share], "").layers
+        fewer = collect_moments(model, rows[: len(rows) // share]).layers
         variants[f"share 1/{share}"] = fitted({i: fewer[i] for i in order})
     variants |= {f"ridge {ridge:g}": fitted(wanted, ridge) for ridge in (1e-4, 1e-3, 1e-2)}
     variants |= {

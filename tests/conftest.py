@@ -72,6 +72,15 @@ def stories_folder(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct, a GGUF file in Q4_1, as scripts/test.sh fetches it."""
+    path = Path(os.environ.get("NBL_EXPORT_SMOLLM2", ""))
+    if not path.is_file():
+        pytest.skip("needs SmolLM2: scripts/test.sh fetches it and sets NBL_EXPORT_SMOLLM2")
+    return path
+
+
+@pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random 4-layer Llama with GQA, width 32, whose attention matters, with a byte-level tokenizer.
 

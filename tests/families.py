@@ -218,4 +218,4 @@ def calibrated(folder: Path) -> Calibrated:
     model = load(folder)
     vocab = model.config.vocab_size
     tokens = np.random.default_rng(0).integers(3, vocab, (64, 32), dtype=np.int32)
-    return Calibrated(model, collect_moments(model, tokens, "of a test"), probe_model(model, tokens))
+    return Calibrated(model, collect_moments(model, tokens), probe_model(model, tokens))

@@ -28,7 +28,7 @@ def test_separate_verbs_give_the_files_of_one_run(
     stories_out: Path, stories_folder: Path, calibration: Any, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    assert api.calibrate(stories_folder, out, calibration) == out / "nbl" / "moments.safetensors"
+    assert api.calibrate(stories_folder, out, calibration) == out / "nbl" / "moments"
     # The order of selecting and exporting does not matter.
     assert api.export(out) == out / "baseline" / "model.onnx"
     plan = api.select(out, TWO)

@@ -86,7 +86,9 @@ def test_another_k_repeats_what_depends_on_it(
         assert after[stage]["key"] != before[stage]["key"]
     changed = {name for name, at in times(stories_copy).items() if files.get(name) != at}
     assert not any(n.startswith("baseline/") for n in changed)
-    assert not {"nbl/moments.safetensors", "nbl/text.safetensors", "nbl/probe.safetensors"} & changed
+    assert {"nbl/moments/000.safetensors", "nbl/moments/004.safetensors"} <= files.keys()
+    assert not any(n.startswith("nbl/moments/") for n in changed)
+    assert not {"nbl/text.safetensors", "nbl/probe.safetensors"} & changed
     assert {"nbl/plan.json", "model.onnx", "report/report.json"} <= changed
     assert len(pasts(stories_copy / "model.onnx")) == 4
 
@@ -163,7 +165,7 @@ def test_a_stage_too_early_names_the_command(
         ("baseline/model.onnx", "rewrite", "export"),
         ("nbl/plan.json", "rewrite", "select"),
         ("nbl/plan.safetensors", "verify", "select"),
-        ("nbl/moments.safetensors", "select", "calibrate"),
+        ("nbl/moments/002.safetensors", "select", "calibrate"),
         ("nbl/text.safetensors", "verify", "calibrate"),
     ],
 )
@@ -203,7 +205,7 @@ def test_a_k_beyond_the_model_is_refused_before_calibration(
 ) -> None:
     with pytest.raises(InputError, match=r"--k is 6; it must be between 0 and 5"):
         api.run(stories_folder, tmp_path / "out", api.SelectSettings(k=6), calibration)
-    assert not (tmp_path / "out" / "nbl" / "moments.safetensors").exists()
+    assert not (tmp_path / "out" / "nbl" / "moments").exists()
 
 
 def test_steps_beyond_the_positions_are_refused_before_calibration(
@@ -212,7 +214,7 @@ def test_steps_beyond_the_positions_are_refused_before_calibration(
     steps = api.VerifySettings(decode_steps=448)
     with pytest.raises(InputError, match=r"the model has 512 positions: ask for 447 or fewer"):
         api.run(stories_folder, tmp_path / "out", api.SelectSettings(k=1), calibration, steps)
-    assert not (tmp_path / "out" / "nbl" / "moments.safetensors").exists()
+    assert not (tmp_path / "out" / "nbl" / "moments").exists()
 
 
 def test_a_damaged_text_is_read_again(stories_folder: Path, stories_text: Path, tmp_path: Path) -> None:

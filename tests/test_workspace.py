@@ -29,9 +29,9 @@ def workspace(tmp_path: Path) -> Workspace:
     """An output folder with a model and one finished stage of two files."""
     work = Workspace.create(tmp_path / "out")
     work.set_model(MODEL)
-    work.moments.write_bytes(b"moments" * 100)
+    work.probe.write_bytes(b"moments" * 100)
     work.model.write_bytes(b"graph" * 100)
-    work.finish("calibrate", ASKED, READ, [work.moments, work.model], 1.23456, ["a note"])
+    work.finish("calibrate", ASKED, READ, [work.probe, work.model], 1.23456, ["a note"])
     return work
 
 
@@ -53,7 +53,7 @@ def test_a_finished_stage_is_done_also_for_the_next_process(workspace: Workspace
     assert (record.key, record.settings, record.seconds) == (KEY, ASKED, 1.235)
     assert record.notes == ("a note",)
     assert record.files == {
-        "nbl/moments.safetensors": hashlib.sha256(b"moments" * 100).hexdigest(),
+        "nbl/probe.safetensors": hashlib.sha256(b"moments" * 100).hexdigest(),
         "model.onnx": hashlib.sha256(b"graph" * 100).hexdigest(),
     }
     assert again.model_info == MODEL
@@ -100,8 +100,8 @@ def test_a_stage_that_is_not_done_names_the_command_to_run(workspace: Workspace)
 
 
 def test_finishing_a_stage_again_replaces_its_record(workspace: Workspace) -> None:
-    workspace.moments.write_bytes(b"other")
-    workspace.finish("calibrate", {"samples": 4}, READ, [workspace.moments], 0.0, [])
+    workspace.probe.write_bytes(b"other")
+    workspace.finish("calibrate", {"samples": 4}, READ, [workspace.probe], 0.0, [])
     again = Workspace.open(workspace.root)
     assert again.is_done("calibrate", OTHER)
     assert not again.is_done("calibrate", KEY)
@@ -168,7 +168,7 @@ def test_what_a_killed_process_left_is_removed_under_the_lock(workspace: Workspa
         "import os, signal, sys; from pathlib import Path\n"
         "from nbl_export.workspace import Workspace, atomic_path\n"
         "work = Workspace.open(Path(sys.argv[1]))\n"
-        "with work.lock(), atomic_path(work.moments) as temporary:\n"
+        "with work.lock(), atomic_path(work.probe) as temporary:\n"
         "    temporary.write_bytes(b'half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
@@ -419,8 +419,8 @@ def test_a_stage_done_again_makes_stale_whatever_was_made_of_it(
     chain: Workspace, settings: dict[str, int], content: bytes
 ) -> None:
     """With other settings, or with another result of the same ones."""
-    chain.moments.write_bytes(content)
-    chain.finish("calibrate", settings, READ, [chain.moments, chain.model], 0.0, [])
+    chain.probe.write_bytes(content)
+    chain.finish("calibrate", settings, READ, [chain.probe, chain.model], 0.0, [])
     assert chain.stale("calibrate") is None
     assert chain.stale("select") == "`calibrate` was done again"
     assert chain.stale("rewrite") == "of `select`, `calibrate` was done again"
@@ -441,7 +441,7 @@ def test_a_model_whose_other_files_changed_makes_stale_what_was_made_of_it(chain
     ("change", "words"),
     [
         ({"version": 0}, "another version of nbl-export"),
-        ({"version": 2}, "another version of nbl-export"),
+        ({"version": 9}, "another version of nbl-export"),
         ({"settings": {"samples": 4}}, "its record was changed"),
         ({"key": "0" * 64}, "its record was changed"),
         ({"made_of": {}}, "its record was changed"),

@@ -1,54 +1,65 @@
-"""Run the model over calibration tokens or images and collect its moments, with checkpoints.
+"""Run the model over calibration tokens or images, block by block, and collect the moments of its attention layers.
 
-1. Forward hooks on the model's attention modules read h, x and y; the model is not changed.
-2. Memory is one batch and the accumulators, for any number of tokens.
-3. A checkpoint is written only between batches, so that every layer has seen the same tokens. Batches and
-   their order depend only on the tokens: a resumed run gives the same sums, bit for bit.
+1. All rows go through a block in batches before the next block begins (:mod:`nbl_export.models.walk`). Forward hooks on
+   the block's attention read h, x and y; the model is not changed.
+2. Memory is one block's weights, one layer's accumulator and the states between two blocks.
+3. The moments of a layer are stored when all rows have passed it. A checkpoint is written only between two batches: the
+   states, and the sums of the layer that is not finished. Batches and their order depend only on the tokens: a
+   resumed run gives the same sums, bit for bit.
 4. The first Ctrl-C (or SIGTERM) finishes the batch, writes a checkpoint and stops; the second stops at once,
    and the last checkpoint remains.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nbl_export.calibrate.moments import Accumulator, Moments, digest_of_tokens, load_moments, save_moments
-from nbl_export.checkpoint import Checkpoint, saving_to
+from nbl_export.calibrate.moments import ARRAYS, Accumulator, LayerMoments, Moments, digest_of_tokens
+from nbl_export.calibrate.store import InMemory, Store
+from nbl_export.checkpoint import saving_to
 from nbl_export.errors import CalibrationError, InputError
+from nbl_export.files import parse_json
 from nbl_export.models.dummy_run import dummy_run
-from nbl_export.models.layers import (
-    AttentionLayer,
-    accepted_arguments,
-    attention_layers,
-    dtype_of,
-    hidden_size,
-    main_input,
-    observed,
-)
-from nbl_export.models.partial_forward import backbone
+from nbl_export.models.layers import AttentionLayer, attention_layers, hidden_size, main_input, observed
+from nbl_export.models.walk import Step, segments, walking
+from nbl_export.models.weights import device_of, dtype_of, weights_like
 from nbl_export.progress import Listener, Silent
+from nbl_export.tensorfile import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     import torch
 
 # About this many tokens per forward pass: enough for the full GEMM rate, small enough for the CPU caches.
 _BATCH_TOKENS = 1024
+_STATES = "nbl-export/states/1"
 
 
 def collect_moments(
-    model: torch.nn.Module,
-    tokens: NDArray[np.int32] | NDArray[np.float32],
-    fingerprint: str,
-    checkpoint: Checkpoint | None = None,
-    listener: Listener | None = None,
+    model: torch.nn.Module, tokens: NDArray[Any], listener: Listener | None = None
 ) -> Moments:
-    """The moments of every attention layer of ``model`` over ``tokens`` [samples, seq_len] or images.
+    """The moments of every attention layer of ``model`` over ``tokens``, in memory: :func:`store_moments`."""
+    store = InMemory()
+    store_moments(model, tokens, "", store, listener)
+    return Moments(store.layers)
 
-    Images are pixels [samples, channels, height, width]; each counts as the number of tokens the model makes of it.
+
+def store_moments(
+    model: torch.nn.Module,
+    tokens: NDArray[Any],
+    fingerprint: str,
+    store: Store,
+    listener: Listener | None = None,
+) -> None:
+    """Put the moments of every attention layer of ``model`` into ``store``, a layer at a time.
+
+    ``tokens`` are token ids [samples, seq_len] int32, or images [samples, channels, height, width] float32; each image
+    counts as the number of tokens the model makes of it.
 
     ``fingerprint`` identifies the model and whatever else the moments are of; a checkpoint of another one, of another
     dtype or text is ignored. Raises
@@ -58,67 +69,150 @@ def collect_moments(
     import torch
 
     listener = listener or Silent()
-    layers = attention_layers(model)
-    device = next(model.parameters()).device
-    accumulators = {layer.index: Accumulator(hidden_size(model), device) for layer in layers}
-    identity = {"model": fingerprint, "dtype": dtype_of(model), "tokens": digest_of_tokens(tokens)}
-    done = _resume(checkpoint, identity, accumulators, listener)
-    rows = len(tokens)
-    length = tokens.shape[1] if tokens.ndim == 2 else dummy_run(model).tokens
-    step = max(1, _BATCH_TOKENS // length)
-    run: Any = backbone(model)
-    kind = np.int64 if tokens.ndim == 2 else np.float32
-
-    def observe(index: int, h: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
-        accumulators[index].add(h, x, y)
-
-    def save(path: Path) -> None:
-        partial = Moments({i: a.result() for i, a in accumulators.items()})
-        save_moments(path, partial, {**identity, "rows": done})
-
+    work = _Work(model, tokens, fingerprint, store)
+    if not work.parts:
+        return
+    begun = work.resume(listener)
+    total, done = (count * work.tokens for count in (len(work.parts), begun))
     with (
-        listener.task("Calibrating", rows * length, "tokens", done * length) as task,
-        observed(model, layers, observe),
+        listener.task("Calibrating layer by layer", total, "tokens", done + work.seen) as task,
         torch.inference_mode(),
-        saving_to(checkpoint, save) as between,
+        saving_to(store.checkpoint, work.save) as between,
+        walking(model) as run,
     ):
-        while done < rows:
-            batch = torch.from_numpy(tokens[done : done + step].astype(kind)).to(device)
-            run(**{main_input(model): batch}, **accepted_arguments(run, use_cache=False))
-            _check_finite(accumulators, layers, done)
-            done += len(batch)
-            task.advance(len(batch) * length)
-            between()
-    return Moments({i: a.result() for i, a in accumulators.items()})
+        for number in range(begun, len(work.parts)):
+            layers = work.begin(number)
+            with run(work.parts[number]) as step, observed(model, layers, work.observe):
+                while work.batch < len(work.states):
+                    before = work.seen
+                    work.through(step)
+                    task.advance(work.seen - before)
+                    between()
+            work.finish()
 
 
-def _resume(
-    checkpoint: Checkpoint | None,
-    identity: dict[str, str],
-    accumulators: dict[int, Accumulator],
-    listener: Listener,
-) -> int:
-    if checkpoint is None or not checkpoint.path.exists():
-        return 0
-    try:
-        moments, metadata = load_moments(checkpoint.path)
-    except InputError:
-        listener.note(f"The checkpoint {checkpoint.path.name} is damaged and was ignored.")
-        return 0
-    rows = metadata.pop("rows", 0)
-    if metadata != identity or set(moments.layers) != set(accumulators):
-        return 0
-    for index, layer in moments.layers.items():
-        accumulators[index].restore(layer)
-    listener.note(f"Calibration goes on from a checkpoint at {rows} rows.")
-    return int(rows)
+class _Work:
+    """What is done of a calibration: the part of the model, the batches that have passed it, and the states.
+
+    A batch that has passed the part has its states after it, the others those before it.
+    """
+
+    def __init__(self, model: torch.nn.Module, tokens: NDArray[Any], fingerprint: str, store: Store) -> None:
+        self._model, self._rows, self._store = model, tokens, store
+        self._layers = attention_layers(model)
+        self._identity = {"model": fingerprint, "dtype": dtype_of(model), "tokens": digest_of_tokens(tokens)}
+        store.begin(self._identity)
+        self._stored = {layer.index for layer in self._layers if store.has(layer.index)}
+        left = [layer.index for layer in self._layers if layer.index not in self._stored]
+        self.parts = [s for s in segments(model) if left and s.start <= left[-1]]
+        self._length = tokens.shape[1] if tokens.ndim == 2 else dummy_run(model).tokens
+        self._step = max(1, _BATCH_TOKENS // self._length)
+        self.states: list[torch.Tensor | None] = [None] * -(-len(tokens) // self._step)
+        self._part = self.batch = 0
+        self._sums: dict[int, Accumulator] = {}
+        self._found: Mapping[str, NDArray[Any]] = {}
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all rows."""
+        return len(self._rows) * self._length
+
+    @property
+    def seen(self) -> int:
+        """Tokens that have passed the part."""
+        return min(self.batch * self._step, len(self._rows)) * self._length
+
+    def begin(self, number: int) -> tuple[AttentionLayer, ...]:
+        """Begin the part ``number``, or go on with it; returns its layers whose moments are wanted."""
+        part = self.parts[number]
+        if number != self._part:
+            self._part, self.batch, self._found = number, 0, {}
+        inside = (layer for layer in self._layers if part.start <= layer.index < part.stop)
+        layers = tuple(layer for layer in inside if layer.index not in self._stored)
+        d, device = hidden_size(self._model), device_of(self._model)
+        self._sums = {layer.index: Accumulator(d, device) for layer in layers}
+        for index, sums in self._sums.items() if self._found else ():
+            n, *arrays = (self._found[f"{index}.{name}"] for name in ("n", *ARRAYS))
+            sums.restore(LayerMoments(int(n[0]), *arrays))
+        return layers
+
+    def observe(self, index: int, h: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
+        self._sums[index].add(h, x, y)
+
+    def through(self, step: Step) -> None:
+        """Run the next batch through the part."""
+        import torch
+
+        first = self.batch * self._step
+        rows = self._rows[first : first + self._step]
+        kind = np.int64 if rows.ndim == 2 else np.float32
+        name = main_input(self._model)
+        inputs = {name: torch.from_numpy(rows.astype(kind)).to(weights_like(self._model).device)}
+        self.states[self.batch] = step(inputs, self.states[self.batch])
+        for layer in self._layers:
+            if layer.index in self._sums and not self._sums[layer.index].is_finite():
+                raise CalibrationError(
+                    f"The activations of layer {layer.index} ({layer.attention}) are NaN or infinite, first seen in "
+                    f"the batch at calibration row {first}, so nothing can be fitted to them: check the model's "
+                    "weights, or use --calibration-dtype float32."
+                )
+        self.batch += 1
+
+    def finish(self) -> None:
+        """Store the moments of the part, which all batches have passed."""
+        for index, sums in self._sums.items():
+            self._store.put(index, sums.result())
+        self._sums = {}
+
+    def save(self, path: Path) -> None:
+        """Write the checkpoint."""
+        tensors: dict[str, Any] = {
+            f"states.{i}": _as_array(states) for i, states in enumerate(self.states) if states is not None
+        }
+        for index, sums in self._sums.items():
+            layer = sums.result()
+            tensors[f"{index}.n"] = np.array([layer.n])
+            tensors |= {f"{index}.{name}": getattr(layer, name) for name in ARRAYS}
+        path.parent.mkdir(exist_ok=True)
+        about = {**self._identity, "part": self._part, "batch": self.batch}
+        save_tensors(path, _STATES, tensors, {"nbl": json.dumps(about, sort_keys=True)})
+
+    def resume(self, listener: Listener) -> int:
+        """Go on from the checkpoint, if there is one of the same work; returns the number of the part to begin with."""
+        checkpoint = self._store.checkpoint
+        if not self.parts or checkpoint is None or not checkpoint.path.exists():
+            return 0
+        try:
+            found, header = load_tensors(checkpoint.path, _STATES, "")
+            about = parse_json(header["nbl"])
+            part, batch = about.pop("part"), about.pop("batch")
+        except (InputError, ValueError, KeyError, TypeError, AttributeError):
+            listener.note(f"The checkpoint {checkpoint.path.name} is damaged and was ignored.")
+            return 0
+        missing = (layer.index for layer in self._layers if layer.index not in self._stored)
+        if about != self._identity or part >= len(self.parts) or min(missing) < self.parts[part].start:
+            return 0
+        dtype = weights_like(self._model)
+        for i in range(len(self.states)):
+            if (array := found.get(f"states.{i}")) is not None:
+                self.states[i] = _as_tensor(array, dtype)
+        self._part, self.batch, self._found = part, batch, found
+        listener.note(
+            f"Calibration goes on from a checkpoint in block {self.parts[part].start}, at row "
+            f"{min(batch * self._step, len(self._rows))}."
+        )
+        return int(part)
 
 
-def _check_finite(accumulators: dict[int, Accumulator], layers: tuple[AttentionLayer, ...], row: int) -> None:
-    for layer in layers:
-        if not accumulators[layer.index].is_finite():
-            raise CalibrationError(
-                f"The activations of layer {layer.index} ({layer.attention}) are NaN or infinite, first seen in "
-                f"the batch at calibration row {row}, so nothing can be fitted to them: check the model's weights, or "
-                "use --calibration-dtype float32."
-            )
+def _as_array(states: torch.Tensor) -> NDArray[Any]:
+    """``states`` as an array; NumPy has no bfloat16, so the bits of two bytes are kept as an integer."""
+    import torch
+
+    return (states.view(torch.int16) if states.element_size() == 2 else states).cpu().numpy()
+
+
+def _as_tensor(array: NDArray[Any], like: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    tensor = torch.from_numpy(array)
+    return (tensor.view(like.dtype) if array.dtype == np.int16 else tensor).to(like.device)

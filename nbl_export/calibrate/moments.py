@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,8 @@ from nbl_export.tensorfile import load_tensors, save_tensors
 if TYPE_CHECKING:
     import torch
 
-FORMAT = "nbl-export/moments/1"
+FORMAT = "nbl-export/moments/2"
+_LAYER = "layer"
 CALIBRATE_AGAIN = "run `nbl-export calibrate` again"
 
 
@@ -104,8 +105,7 @@ class Accumulator:
         """The moments so far, as NumPy arrays; symmetric matrices are completed from their lower triangle."""
         arrays: dict[str, Any] = {name: value.cpu().numpy().copy() for name, value in self.sums.items()}
         for name in ("xx", "yy", "hh"):
-            lower = np.tril(arrays[name])
-            arrays[name] = lower + np.tril(lower, -1).T
+            _complete(arrays[name])
         return LayerMoments(n=self.n, **arrays)
 
     def restore(self, moments: LayerMoments) -> None:
@@ -123,6 +123,16 @@ _GRAM_BLOCKS = 4
 _GRAM_MIN = 96
 
 
+def _complete(matrix: F64) -> None:
+    """Set the upper triangle to the lower one, block by block: a whole copy would be as large again."""
+    d = len(matrix)
+    for start in range(0, d, _GRAM_MIN):
+        stop = min(start + _GRAM_MIN, d)
+        lower = np.tril(matrix[start:stop, start:stop])
+        matrix[start:stop, start:stop] = lower + np.tril(lower, -1).T
+        matrix[start:stop, stop:] = matrix[stop:, start:stop].T
+
+
 def _add_gram(total: torch.Tensor, rows: torch.Tensor) -> None:
     d = rows.shape[1]
     step = max(_GRAM_MIN, -(-d // _GRAM_BLOCKS))
@@ -131,33 +141,80 @@ def _add_gram(total: torch.Tensor, rows: torch.Tensor) -> None:
         total[start:stop, :stop].addmm_(rows[:, start:stop].T, rows[:, :stop])
 
 
-def save_moments(path: Path, moments: Moments, metadata: Mapping[str, Any]) -> None:
-    """Write moments and JSON ``metadata``, atomically."""
-    tensors: dict[str, Any] = {}
+def save_layer(path: Path, index: int, layer: LayerMoments, metadata: Mapping[str, Any]) -> None:
+    """Write the moments of layer ``index`` with JSON ``metadata``, which say what they are of, atomically."""
+    tensors: dict[str, Any] = {"n": np.array([layer.n], dtype=np.int64)}
+    tensors |= {name: getattr(layer, name) for name in ARRAYS}
+    about = json.dumps({**metadata, _LAYER: index}, sort_keys=True)
+    save_tensors(path, FORMAT, tensors, {"nbl": about})
+
+
+def load_layer(path: Path) -> tuple[int, LayerMoments, dict[str, Any]]:
+    """Index, moments and metadata as :func:`save_layer` wrote them; raises :class:`InputError` for anything else."""
+    tensors, header = load_tensors(path, FORMAT, CALIBRATE_AGAIN)
+    try:
+        metadata = parse_json(header["nbl"])
+        index = metadata.pop(_LAYER)
+        if type(index) is not int or index < 0 or not isinstance(metadata.get("model"), str):
+            raise ValueError("of no layer, or not of a model")
+        return index, _layer(index, tensors), metadata
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is damaged ({error}): {CALIBRATE_AGAIN}.") from None
+
+
+def layer_file(folder: Path, index: int) -> Path:
+    """Where a folder of moments has those of layer ``index``."""
+    return folder / f"{index:03}.safetensors"
+
+
+def save_moments(folder: Path, moments: Moments, metadata: Mapping[str, Any]) -> list[Path]:
+    """Write moments and JSON ``metadata``, a file for each layer; returns the files."""
+    folder.mkdir(parents=True, exist_ok=True)
     for index, layer in moments.layers.items():
-        tensors[f"{index}.n"] = np.array([layer.n], dtype=np.int64)
-        tensors.update({f"{index}.{name}": getattr(layer, name) for name in ARRAYS})
-    save_tensors(path, FORMAT, tensors, {"nbl": json.dumps(metadata, sort_keys=True)})
+        save_layer(layer_file(folder, index), index, layer, metadata)
+    return [layer_file(folder, index) for index in moments.layers]
 
 
 def load_moments(path: Path) -> tuple[Moments, dict[str, Any]]:
-    """Read what :func:`save_moments` wrote; raises :class:`InputError` for anything else."""
-    tensors, header = load_tensors(path, FORMAT, CALIBRATE_AGAIN)
-    try:
-        indices = sorted({int(key.split(".")[0]) for key in tensors})
-        layers = {i: _layer(i, tensors) for i in indices}
-        metadata = parse_json(header["nbl"])
-        if not indices or not isinstance(metadata, dict) or not isinstance(metadata.get("model"), str):
-            raise ValueError("no layers, or not of a model")
-        return Moments(layers), metadata
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({error}): {CALIBRATE_AGAIN}.") from None
+    """The moments in a folder, or in one file of it, and their metadata; a layer is read when it is asked for.
+
+    Raises :class:`InputError` for anything else, and for a layer of other moments than the first.
+    """
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not files:
+        raise InputError(f"{path} has no moments: {CALIBRATE_AGAIN}.")
+    index, _, metadata = load_layer(files[0])
+    if len(files) == 1:
+        return Moments(_StoredLayers({index: path if path.is_file() else files[0]}, metadata)), metadata
+    if bad := [f.name for f in files if not f.stem.isdecimal()]:
+        raise InputError(f"{path} has a file {bad[0]} that is not of its moments: {CALIBRATE_AGAIN}.")
+    return Moments(_StoredLayers({int(f.stem): f for f in files}, metadata)), metadata
+
+
+class _StoredLayers(Mapping[int, LayerMoments]):
+    """The moments of a layer, read from its file at each access: all of a large model's would exceed memory."""
+
+    def __init__(self, files: Mapping[int, Path], metadata: Mapping[str, Any]) -> None:
+        self._files, self._metadata = dict(files), dict(metadata)
+
+    def __getitem__(self, index: int) -> LayerMoments:
+        path = self._files[index]
+        found, layer, metadata = load_layer(path)
+        if found != index or metadata != self._metadata:
+            raise InputError(f"{path} is of other moments than those beside it: {CALIBRATE_AGAIN}.")
+        return layer
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
 
 
 def _layer(index: int, tensors: Mapping[str, Any]) -> LayerMoments:
     """One layer's moments, of the shapes and dtypes that they are written with."""
-    count = tensors[f"{index}.n"]
-    arrays = {name: tensors[f"{index}.{name}"] for name in ARRAYS}
+    count = tensors["n"]
+    arrays = {name: tensors[name] for name in ARRAYS}
     d = len(arrays["x"]) if arrays["x"].ndim == 1 else 0
     fits = all(a.shape == ((d,) if len(name) == 1 else (d, d)) for name, a in arrays.items())
     if count.shape != (1,) or count.dtype != np.int64 or count[0] < 1 or not d or not fits:

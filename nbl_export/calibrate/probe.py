@@ -22,7 +22,7 @@ from nbl_export.batch.rows import Inputs, check_activations, check_batch, real_p
 from nbl_export.calibrate.moments import CALIBRATE_AGAIN
 from nbl_export.errors import InputError
 from nbl_export.models.forward import run_uncached
-from nbl_export.models.layers import attention_layers, observed
+from nbl_export.models.layers import attention_layers, backbone, observed
 from nbl_export.tensorfile import load_tensors, save_tensors
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def probe_inputs(model: torch.nn.Module, inputs: Inputs) -> Probe:
             store[index] = value[real.to(value.device)].float().cpu().numpy()
 
     with observed(model, attention_layers(model), observe):
-        run_uncached(model, inputs)
+        run_uncached(backbone(model), inputs)
     return Probe(inputs, h, x, y)
 
 

@@ -20,6 +20,7 @@ from nbl_export.calibrate.text import (
 from nbl_export.errors import InputError
 from nbl_export.models.compat import cache_argument
 from nbl_export.models.layers import accepted_arguments
+from nbl_export.models.weights import resident, room
 from nbl_export.progress import Listener
 from nbl_export.settings import CalibrateSettings
 
@@ -55,7 +56,7 @@ def sample_from_model(
     counts = {split: -(-tokens // length) for split, tokens in wanted.items()}
     total = sum(counts.values())
     documents: list[I32] = []
-    with listener.task("Sampling from the model", total * length, "tokens") as task:
+    with listener.task("Sampling from the model", total * length, "tokens") as task, resident(model, room()):
         for done in range(0, total, _SAMPLE_BATCH):
             batch = min(_SAMPLE_BATCH, total - done)
             documents.append(_sample(model, batch, length, start_token, generator, task.advance))

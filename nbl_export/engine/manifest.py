@@ -73,7 +73,7 @@ def load_manifest(engine: Path) -> Manifest:
     path = manifest_path(engine)
     if not engine.is_file():
         raise InputError(f"The engine {engine} does not exist: {_REMEDY}.")
-    raw = read_json(path, "The engine's manifest", _REMEDY)
+    raw = read_json(path, "The engine's manifest", _REMEDY, finite=True)
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise InputError(f"{path} is not an engine manifest of nbl-export ({FORMAT}): {_REMEDY}.")
     text = json_text(raw)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from nbl_export.models.compat import make_readable, readable_folder
 from nbl_export.models.load import quiet
+from nbl_export.models.weights import resident
 
 if TYPE_CHECKING:
     from nbl_export.models.loaded import LoadedModel
@@ -33,7 +34,7 @@ def _save(model: LoadedModel, folder: Path) -> None:
     loaded: Any = model.model
     before = dict(vars(loaded.config))
     try:
-        with quiet():
+        with quiet(), resident(loaded):
             loaded.save_pretrained(folder)  # this changes the configuration
             model.tokenizer.save_pretrained(folder)
     finally:

@@ -31,6 +31,7 @@ from nbl_export.graph.operators import int_attribute
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.layers import layer_count, positions
 from nbl_export.models.load import quiet
+from nbl_export.models.weights import resident
 from nbl_export.progress import Listener, Silent
 
 # The maximum number of tokens for a model whose configuration has no limit.
@@ -57,7 +58,7 @@ def trace(model: torch.nn.Module, form: Form = CONCAT, listener: Listener | None
         try:
             dummy_run(model)  # of the original model, before its functions are replaced
             decoder = form.module(model)
-            with quiet(), exportable(model, decoder.mask), torch.no_grad():
+            with quiet(), resident(model), exportable(model, decoder.mask), torch.no_grad():
                 program = form.capture(decoder)
                 task.advance(1)
                 exported = torch.onnx.export(program, dynamo=True, opset_version=CONCAT.opset, verbose=False)
@@ -89,7 +90,7 @@ def check_traces(
     """
     try:
         decoder = form.module(model)
-        with quiet(), exportable(model, decoder.mask), torch.no_grad():
+        with quiet(), resident(model), exportable(model, decoder.mask), torch.no_grad():
             form.capture(decoder)
     except Exception as error:
         first = str(error).strip().splitlines() or [type(error).__name__]

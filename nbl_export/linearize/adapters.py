@@ -66,14 +66,17 @@ def adapted(model: torch.nn.Module, adapters: Mapping[str, Adapter]) -> Iterator
     """``model`` with the ``adapters``, by parameter name, merged into its weights, within the block."""
     import torch
 
+    from nbl_export.models.weights import held
+
     originals: dict[str, torch.Tensor] = {}
-    try:
-        for name, adapter in adapters.items():
-            parameter = model.get_parameter(name)
-            originals[name] = parameter.data
-            change = torch.from_numpy(adapter.change()).to(parameter.device)
-            parameter.data = (parameter.data.float() + change).to(parameter.dtype)
-        yield
-    finally:
-        for name, original in originals.items():
-            model.get_parameter(name).data = original
+    with held(model, adapters):
+        try:
+            for name, adapter in adapters.items():
+                parameter = model.get_parameter(name)
+                originals[name] = parameter.data
+                change = torch.from_numpy(adapter.change()).to(parameter.device)
+                parameter.data = (parameter.data.float() + change).to(parameter.dtype)
+            yield
+        finally:
+            for name, original in originals.items():
+                model.get_parameter(name).data = original

@@ -23,8 +23,9 @@ from nbl_export.calibrate.moments import LayerMoments
 from nbl_export.linearize.lmmse import LinearFit
 from nbl_export.linearize.plan import LinearLayer
 from nbl_export.linearize.swap import replaced
-from nbl_export.models.layers import attention_layer, attention_layers, hidden_size, observed
-from nbl_export.models.partial_forward import Reached, backbone, run_between
+from nbl_export.models.layers import attention_layer, attention_layers, backbone, hidden_size, observed
+from nbl_export.models.partial_forward import Reached, run_between
+from nbl_export.models.weights import device_of
 from nbl_export.settings.choices import FitInput
 
 Solve = Callable[[int, LayerMoments], LinearFit]
@@ -141,7 +142,7 @@ class WeightedSums:
         self.tokens, self.mass = 0, 0.0
 
         def zeros(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=torch.float64, device=next(model.parameters()).device)
+            return torch.zeros(shape, dtype=torch.float64, device=device_of(model))
 
         self.u, self.y = zeros(d), zeros(d)
         self.uu, self.yu, self.yy = zeros(d, d), zeros(d, d), zeros(d, d)
@@ -167,6 +168,6 @@ class WeightedSums:
 
 
 def _batches(model: torch.nn.Module, tokens: Any) -> Iterator[torch.Tensor]:
-    device = next(model.parameters()).device
+    device = device_of(model)
     for at in range(0, len(tokens), _BATCH_ROWS):
         yield torch.from_numpy(tokens[at : at + _BATCH_ROWS].astype(np.int64)).to(device)

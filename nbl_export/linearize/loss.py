@@ -28,6 +28,7 @@ from nbl_export.linearize.plan import LinearLayer, Plan
 from nbl_export.linearize.swap import linearized, replaced
 from nbl_export.models.layers import attention_layers
 from nbl_export.models.partial_forward import recording_inputs, starting_at
+from nbl_export.models.weights import device_of
 from nbl_export.settings.choices import FitInput
 
 I32 = NDArray[np.int32]
@@ -124,7 +125,7 @@ class LossMeter:
         advance: Callable[[int], None] = lambda _tokens: None,
     ) -> None:
         self.model, self.fit_input = model, fit_input
-        device = next(model.parameters()).device
+        device = device_of(model)
         self._rows = [torch.from_numpy(row.astype(np.int64)).to(device) for row in rows]
         self._owner = document[:, 1:].reshape(-1)
         self._layers = attention_layers(model)

@@ -36,6 +36,7 @@ from nbl_export.linearize.plan import LinearLayer
 from nbl_export.linearize.swap import AttentionReplacement, replaced
 from nbl_export.models.layers import attention_layer, attention_layers, hidden_size, layer_count
 from nbl_export.models.partial_forward import recording_inputs, starting_at
+from nbl_export.models.weights import device_of, held, resident, weights_like
 from nbl_export.progress import Listener, Silent
 from nbl_export.settings.choices import FitInput
 from nbl_export.tensorfile import load_tensors, save_tensors
@@ -143,7 +144,11 @@ def repair(
     A ``checkpoint`` of another identity is ignored; what goes on from one ends bit for bit as if it had never
     stopped. Raises ``KeyboardInterrupt`` after an interrupt, its work saved.
     """
-    listener = listener or Silent()
+    with resident(task.model):
+        return _repair(task, checkpoint, listener or Silent())
+
+
+def _repair(task: Distillation, checkpoint: Checkpoint | None, listener: Listener) -> Repaired:
     training = _Training(task)
     done = training.resume(checkpoint, listener)
     batches, steps = task.batches, task.steps
@@ -174,7 +179,7 @@ class _Original:
     def __init__(self, model: torch.nn.Module, first: int, keeping: bool, tokens: int) -> None:
         self._model, self._first = model, attention_layer(model, first)
         self._last = attention_layers(model)[-1]
-        weight = next(model.parameters())
+        weight = weights_like(model)
         self._keeping = keeping and 2 * tokens * hidden_size(model) * weight.element_size() <= _KEPT_BYTES
         self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -200,7 +205,7 @@ class _Training:
     def __init__(self, task: Distillation) -> None:
         self._task = task
         self.first = min(task.layers)
-        self.device = next(task.model.parameters()).device
+        self.device = device_of(task.model)
         self._maps = {
             i: _begin_map(task.layers[i], task.covariances[i], self.device) for i in sorted(task.layers)
         }
@@ -238,9 +243,10 @@ class _Training:
         found = {}
         for adapter in self._adapters:
             module = exact.get_submodule(adapter.module)
-            weight = module.get_parameter("weight")
             transposed = not isinstance(module, torch.nn.Linear)
-            found[f"{adapter.module}.weight"] = adapter.adapter(weight, transposed)
+            with held(exact, [adapter.module]):
+                weight = module.get_parameter("weight")
+                found[f"{adapter.module}.weight"] = adapter.adapter(weight, transposed)
         return Repaired({index: one.layer() for index, one in self._maps.items()}, found)
 
     @property

@@ -20,6 +20,7 @@ from nbl_export.models.layers import (
     layer_count,
     plain_attributes,
 )
+from nbl_export.models.weights import weights_like
 from nbl_export.settings.choices import FitInput
 
 if TYPE_CHECKING:
@@ -116,14 +117,13 @@ def _swap(
     model: torch.nn.Module, layer: AttentionLayer, weights: LinearLayer, fit_input: FitInput
 ) -> tuple[AttentionReplacement, Callable[[], None]]:
     block, original = model.get_submodule(layer.block), model.get_submodule(layer.attention)
-    like = next(original.parameters())
     returns = dummy_run(model).returns[layer.index]
     added = _argument(original, layer.adds) if layer.adds else None
     inside = f"{layer.output}.".startswith(f"{layer.attention}.")
     linear = AttentionReplacement(
         weights,
         fit_input,
-        like,
+        weights_like(model),
         returns,
         added,
         layer.output[len(layer.attention) + 1 :] if inside else "",

@@ -19,6 +19,7 @@ from nbl_export.models.compat import cache_argument
 from nbl_export.models.layers import (
     accepted_arguments,
     attention_layers,
+    backbone,
     image_shape,
     layer_count,
     main_input,
@@ -26,11 +27,13 @@ from nbl_export.models.layers import (
 )
 from nbl_export.models.load import quiet
 from nbl_export.models.tasks import GENERATION, Task, task_named
+from nbl_export.models.weights import origin, weights_like
 
 if TYPE_CHECKING:
     import torch
 
 _TOKENS = 8
+_LOGITS = ("logits",)
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class DummyRun:
     ``cache`` has an entry for each block, None for a block without its own keys and values. ``tokens`` is the number
     of tokens that attention sees per row, ``outputs`` are the names of the outputs. ``linear_output`` says whether y
     is the output of a linear layer, so that nothing is added to it inside the attention; ``repeatable`` whether a
-    second pass over images gave the same result.
+    second pass over images gave the same result; ``separate`` whether blocks take nothing but states from each other.
     """
 
     returns: Mapping[int, int | None]
@@ -61,6 +64,7 @@ class DummyRun:
     linear_output: bool = True
     repeatable: bool = True
     block_returns: Mapping[int, int | None] = field(default_factory=dict)
+    separate: bool = True
 
 
 _DONE: weakref.WeakKeyDictionary[torch.nn.Module, DummyRun] = weakref.WeakKeyDictionary()
@@ -71,9 +75,10 @@ def dummy_run(model: torch.nn.Module) -> DummyRun:
 
     Raises :class:`InputError` if the model cannot be run.
     """
-    if model not in _DONE:
-        _DONE[model] = _run(model)
-    return _DONE[model]
+    known = origin(model)
+    if known not in _DONE:
+        _DONE[known] = _run(model)
+    return _DONE[known]
 
 
 def cache_shapes(model: torch.nn.Module) -> tuple[CacheShape, ...]:
@@ -149,7 +154,7 @@ def example_inputs(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """
     import torch
 
-    like = next(model.parameters())
+    like = weights_like(model)
     name = main_input(model)
     if name == PIXELS:
         generator = torch.Generator().manual_seed(0)
@@ -170,6 +175,9 @@ def _run(model: torch.nn.Module) -> DummyRun:
     linear_outputs: list[torch.Tensor] = []
     inputs = example_inputs(model)
     layers = attention_layers(model)
+    # A language-model head has the size of several blocks, and nothing to tell.
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    run: Any = model if head is None else backbone(model)
     with ExitStack() as hooks, torch.inference_mode(), quiet():
         stack = layers[0].block.rpartition(".")[0]
         watched = [(returns, layer.index, layer.attention) for layer in layers]
@@ -187,6 +195,12 @@ def _run(model: torch.nn.Module) -> DummyRun:
 
             hooks.callback(model.get_submodule(path).register_forward_hook(note).remove)
 
+        handed = Handed()
+        for index in range(layer_count(model)):
+            block = model.get_submodule(f"{stack}.{index}")
+            hooks.callback(block.register_forward_pre_hook(handed.taken, with_kwargs=True).remove)
+            hooks.callback(block.register_forward_hook(handed.given).remove)
+
         def write(_module: Any, _args: Any, output: Any) -> None:
             written.append(output[0] if isinstance(output, tuple) else output)
 
@@ -200,9 +214,11 @@ def _run(model: torch.nn.Module) -> DummyRun:
                 hooks.callback(module.register_forward_hook(keep).remove)
         hooks.callback(y.register_forward_hook(write).remove)
         try:
-            output = model(**inputs, **accepted_arguments(model, use_cache=True))
+            output = run(**inputs, **accepted_arguments(run, use_cache=True))
             if PIXELS in inputs:
-                model(**inputs)
+                run(**inputs)
+        except InputError:  # of its weights
+            raise
         except Exception as error:  # a model's own code may raise anything
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise InputError(f"{type(model).__name__} cannot be run: {first_line[:300]}.") from error
@@ -214,17 +230,52 @@ def _run(model: torch.nn.Module) -> DummyRun:
     first, states = written[0], written[-1]
     seen = states[:, :-1].float()
     causal = TOKENS in inputs and bool((seen[0] - seen[1]).norm() <= 1e-3 * seen[0].norm())
-    cache = output.get(cache_argument(model))
+    cache = output.get(cache_argument(run))
     return DummyRun(
         returns,
         _cache(cache, layer_count(model)),
         causal,
         tokens=states.shape[1],
-        outputs=tuple(name for name, value in output.items() if isinstance(value, torch.Tensor)),
+        outputs=_LOGITS if head is not None else _tensors_of(output),
         linear_output=any(isinstance(m, torch.Tensor) and _same(m, states) for m in linear_outputs),
         repeatable=_same(first, states),
         block_returns=block_returns,
+        separate=not handed.on,
     )
+
+
+class Handed:
+    """Watches blocks: ``on`` is true once one takes what an earlier one has returned beside its states.
+
+    Such are a table of relative positions that only the first block has, and keys and values that others share.
+    """
+
+    def __init__(self) -> None:
+        self.on = False
+        self._returned: list[torch.Tensor] = []
+
+    def given(self, _block: Any, _args: Any, output: Any) -> None:
+        if isinstance(output, tuple):
+            self._returned += _tensors(output[1:])
+
+    def taken(self, _block: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        found = _tensors((args[1:], list(kwargs.values())))
+        shared = any(one is other for one in found for other in self._returned)
+        self.on = self.on or shared or any(isinstance(value, dict) for value in (*args, *kwargs.values()))
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [t for part in value for t in _tensors(part)] if isinstance(value, list | tuple) else []
+
+
+def _tensors_of(output: Any) -> tuple[str, ...]:
+    import torch
+
+    return tuple(name for name, value in output.items() if isinstance(value, torch.Tensor))
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

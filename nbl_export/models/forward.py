@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from nbl_export.batch.rows import Inputs
 from nbl_export.models.compat import cache_argument, query_length
 from nbl_export.models.layers import accepted_arguments
+from nbl_export.models.weights import weights_like
 
 
 class CachedDecoder(torch.nn.Module):
@@ -83,7 +84,7 @@ def run_uncached(model: torch.nn.Module, inputs: Inputs) -> Any:
     """
     import torch
 
-    like = next(model.parameters())
+    like = weights_like(model)
     tensors = {name: torch.from_numpy(array).to(like.device) for name, array in inputs.items()}
     tensors = {name: t.to(like.dtype) if t.is_floating_point() else t for name, t in tensors.items()}
     with torch.inference_mode():

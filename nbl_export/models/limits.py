@@ -86,19 +86,20 @@ def weight_files(folder: Path) -> list[Path]:
     """
     beside = sorted(folder.glob("*.safetensors"))
     listed = (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file()
-    return [*beside, *sorted(_indexed(folder).difference(beside))] if listed else beside
+    return [*beside, *sorted(indexed(folder).difference(beside))] if listed else beside
 
 
 def weights_of(folder: Path) -> Weights:
     """What the weight files of a model folder hold, by their headers; raises :class:`InputError` for a damaged one."""
     files = set(folder.glob("*.safetensors"))
     if (folder / INDEX).is_file():
-        files |= _indexed(folder)
+        files |= indexed(folder)
     found = [tensor for path in sorted(files) for tensor in _safetensors(path)]
     return Weights(len(found), sum(found))
 
 
-def _indexed(folder: Path) -> set[Path]:
+def indexed(folder: Path) -> set[Path]:
+    """The weight files that the list of a model folder names; raises :class:`InputError` for one that cannot be."""
     what = "The list of the model's weight files"
     index = read_json(folder / INDEX, what, AGAIN)
     names = index.get("weight_map") if isinstance(index, dict) else None

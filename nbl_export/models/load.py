@@ -7,7 +7,7 @@ import io
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +17,10 @@ from nbl_export.files import parse_json
 from nbl_export.models.compat import enable_softcapping, is_transformers_4, neutral_folder, readable_folder
 from nbl_export.models.limits import check_built, weights_of
 from nbl_export.models.source import ModelSource, check_config
+from nbl_export.models.stored import gguf_readers, same_weights, stored_tensors
 from nbl_export.models.tasks import task_named
 from nbl_export.models.tokenizer_limits import check_tokenizer
+from nbl_export.models.weights import Read, Stored, check_finite, reader, stored_of, streamed
 
 if TYPE_CHECKING:
     import torch
@@ -62,62 +64,126 @@ def _readable(source: ModelSource) -> Iterator[str]:
 def load_model(source: ModelSource) -> torch.nn.Module:
     """The model with the head of its task in float32, ``eval`` mode, without gradients.
 
-    GGUF weights are dequantized. Raises :class:`InputError` if transformers cannot read the model.
+    Its weights are read when they are needed (:mod:`.weights`). Raises the errors of :func:`load_stored`.
     """
     import torch
+
+    return _made(load_stored(source), torch.float32)
+
+
+def load_stored(source: ModelSource) -> Stored:
+    """The model as its files store it, mapped or dequantized when it is read.
+
+    What cannot be mapped, because transformers converts it, is in memory in float32. Raises :class:`InputError` if
+    transformers cannot read the model.
+    """
+    import torch
+
+    if source.gguf_file:
+        # A GGUF file has all that a model needs; an adapter beside it would be loaded on top. A bare name is also
+        # looked up in the current folder, before the model's.
+        options = {"gguf_file": str(Path(source.path) / source.gguf_file)}
+        with quiet(), tempfile.TemporaryDirectory() as path:
+            return _from_gguf(source, path, options)
+    with quiet(), _readable(source) as path:
+        _check_size(source, path)
+        tensors = stored_tensors(Path(source.path))
+        dtype = tensors.dtype or torch.float32
+        model, unused = _from_files(source, path, {"use_safetensors": True, "dtype": dtype})
+        if dtype == torch.float32 and not tensors.others:
+            return _in_memory(source, model)
+        skeleton = _skeleton(source, path, {})
+        if not tensors.put_others(model, unused) or not same_weights(skeleton, model):
+            model, _ = _from_files(source, path, {"use_safetensors": True, "dtype": torch.float32})
+            return _in_memory(source, model)
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    for name, weight in weights.items():
+        check_finite(source.source, name, weight)
+    if hasattr(model, "generation_config"):
+        skeleton.generation_config = model.generation_config
+    return _finished(source, skeleton, {name: reader(weight) for name, weight in weights.items()})
+
+
+def _from_gguf(source: ModelSource, path: str, options: dict[str, Any]) -> Stored:
+    import torch
+
+    try:
+        skeleton = _skeleton(source, path, options)
+        read = gguf_readers(Path(options["gguf_file"]), skeleton)
+    except BaseException as error:
+        raise _unreadable(f"transformers cannot load {source.source}", source, error) from error
+    if read is None:
+        model, _ = _from_files(source, path, {**options, "dtype": torch.float32})
+        return _in_memory(source, model)
+    return _finished(source, skeleton, read, computed=True)
+
+
+def _from_files(source: ModelSource, path: str, options: dict[str, Any]) -> tuple[Any, set[str]]:
+    """The model by transformers' own loading, and the tensors of its files that it does not use."""
     import transformers
 
     task = task_named(source.task)
-    options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": source.trust_remote_code}
-    if source.gguf_file:
-        # A bare name is also looked up in the current folder, before the model's.
-        options["gguf_file"] = str(Path(source.path) / source.gguf_file)
-    else:
-        options["use_safetensors"] = True
-    # A GGUF file has all that a model needs; an adapter beside it would be loaded on top.
-    with quiet(), tempfile.TemporaryDirectory() if source.gguf_file else _readable(source) as path:
-        if not source.gguf_file:
-            _check_size(source, task.loads, path)
-        try:
-            model, info = getattr(transformers, task.loads).from_pretrained(
-                path, output_loading_info=True, **options
-            )
-        except BaseException as error:  # transformers raises almost anything for an unreadable model
-            raise _unreadable(f"transformers cannot load {source.source}", source, error) from error
-    model.config.name_or_path = source.path
-    check_config(source.source, model.config.to_dict())
+    try:
+        model, info = getattr(transformers, task.loads).from_pretrained(
+            path, output_loading_info=True, trust_remote_code=source.trust_remote_code, **options
+        )
+    except BaseException as error:  # transformers raises almost anything for an unreadable model
+        raise _unreadable(f"transformers cannot load {source.source}", source, error) from error
     missing = sorted(info["missing_keys"])
     if not task.causal and missing and all(key.startswith("pooler.") for key in missing):
         model.pooler, missing = None, []  # saved without one, as sentence-transformers often does
+    check_config(source.source, model.config.to_dict())
     if missing:
         raise InputError(
             f"{source.source} has no weights for {missing[0]} and {len(missing) - 1} more: download the model again."
         )
+    return model, set(info["unexpected_keys"])
+
+
+def _in_memory(source: ModelSource, model: Any) -> Stored:
     for name, weight in model.named_parameters():
-        if not bool(torch.isfinite(weight).all()):
-            raise InputError(
-                f"{source.source}: the weight {name} is NaN or infinite: download the model again."
-            )
+        check_finite(source.source, name, weight)
+    return _finished(source, model, {})
+
+
+def _finished(source: ModelSource, model: Any, read: Mapping[str, Read], computed: bool = False) -> Stored:
+    model.config.name_or_path = source.path
     # A dequantized model is an ordinary model, but this attribute would prevent saving it.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
         model.hf_quantizer = None
     enable_softcapping(model)
-    loaded: torch.nn.Module = model.eval().requires_grad_(False)
-    return loaded
+    return Stored(model.eval().requires_grad_(False), read, source.source, computed)
 
 
-def _check_size(source: ModelSource, loads: str, path: str) -> None:
+def _skeleton(source: ModelSource, path: str, options: dict[str, Any]) -> Any:
+    """The model with its buffers in float32, and weights without bytes."""
+    import torch
+    import transformers
+    from accelerate import init_empty_weights
+
+    trust = {"trust_remote_code": source.trust_remote_code}
+    config = transformers.AutoConfig.from_pretrained(path, **trust, **options)
+    if options:
+        check_config(source.source, config.to_dict())
+    with init_empty_weights(include_buffers=False):
+        model = getattr(transformers, task_named(source.task).loads).from_config(
+            config, dtype=torch.float32, **trust
+        )
+    model.tie_weights()
+    return model
+
+
+def _check_size(source: ModelSource, path: str) -> None:
     """Refuse a model that would be larger than its weight files; it is built on torch's meta device, of no bytes."""
     import torch
     import transformers
 
+    trust = {"trust_remote_code": source.trust_remote_code}
     try:
-        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=source.trust_remote_code)
+        config = transformers.AutoConfig.from_pretrained(path, **trust)
         with torch.device("meta"):
-            model = getattr(transformers, loads).from_config(
-                config, trust_remote_code=source.trust_remote_code
-            )
+            model = getattr(transformers, task_named(source.task).loads).from_config(config, **trust)
     except Exception:  # loading it says why; what cannot be built on this device is loaded as before
         return
     check_built(source.source, model, weights_of(Path(source.path)))
@@ -157,6 +223,12 @@ def _check_special(source: str, tokenizer: Any) -> None:
                 f"The tokenizer of {source} has {name} {value!r:.100}, which is no number: correct its "
                 "tokenizer_config.json."
             )
+    names = getattr(tokenizer, "model_input_names", [])
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise InputError(
+            f"The tokenizer of {source} has model_input_names {names!r:.100}, which are no names: correct its "
+            "tokenizer_config.json."
+        )
 
 
 def tokenizer_rules(tokenizer: Any) -> dict[str, Any] | None:
@@ -217,18 +289,15 @@ def fast_dtype() -> str:
     return "bfloat16" if bf16 else "float32"
 
 
-def in_precision(model: torch.nn.Module, dtype: str) -> torch.nn.Module:
-    """A copy of ``model`` with its weights in ``dtype`` (float16 …), as transformers would load it.
+def in_precision(model: torch.nn.Module, dtype: str, device: str = "cpu") -> torch.nn.Module:
+    """Another ``model`` with its weights in ``dtype`` (float16 …) on ``device``, as transformers would load it.
 
     Buffers that are not part of a checkpoint (rotary frequencies) stay in their precision.
     """
-    import copy
-
     import torch
 
-    converted = copy.deepcopy(model).to(getattr(torch, dtype))
-    for module, original in zip(converted.modules(), model.modules(), strict=True):
-        for name in original._non_persistent_buffers_set:
-            buffer = original._buffers[name]
-            module._buffers[name] = None if buffer is None else buffer.clone()
-    return converted
+    return streamed(stored_of(model), getattr(torch, dtype), device)
+
+
+def _made(stored: Stored, dtype: torch.dtype) -> torch.nn.Module:
+    return stored.model if stored.is_plain(dtype) else streamed(stored, dtype)

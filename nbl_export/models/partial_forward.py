@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nbl_export.models.dummy_run import dummy_run
-from nbl_export.models.layers import attention_layer, hidden_states, plain_attributes
+from nbl_export.models.layers import attention_layer, backbone, block_stack, hidden_states, plain_attributes
 
 if TYPE_CHECKING:
     from nbl_export.models.layers import AttentionLayer
@@ -57,17 +57,28 @@ def recording_inputs(
 @contextmanager
 def starting_at(model: torch.nn.Module, index: int, states: torch.Tensor) -> Iterator[None]:
     """Within the block, ``model`` starts at attention layer ``index`` with ``states`` [batch, seq, d] as its input."""
-    layer = attention_layer(model, index)
-    returns = dummy_run(model).block_returns
-    stack: Any = model.get_submodule(layer.block.rpartition(".")[0])
-    before = [stack[i] for i in range(index)]
+    dummy_run(model)  # before any hook is registered, since its own run would trigger them
+    block = model.get_submodule(attention_layer(model, index).block)
 
     def put_in(_block: Any, args: Any, kwargs: Any) -> Any:
         if "hidden_states" in kwargs:
             return args, {**kwargs, "hidden_states": states}
         return (states, *args[1:]), kwargs
 
-    hook = stack[index].register_forward_pre_hook(put_in, with_kwargs=True, prepend=True)
+    hook = block.register_forward_pre_hook(put_in, with_kwargs=True, prepend=True)
+    try:
+        with skipped(model, index):
+            yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def skipped(model: torch.nn.Module, count: int) -> Iterator[None]:
+    """Within the block, the first ``count`` blocks of ``model`` return their input."""
+    returns = dummy_run(model).block_returns
+    stack: Any = block_stack(model)[1]
+    before = [stack[i] for i in range(count)]
     try:
         for i, block in enumerate(before):
             stack[i] = _SkippedBlock(block, returns[i])
@@ -75,7 +86,6 @@ def starting_at(model: torch.nn.Module, index: int, states: torch.Tensor) -> Ite
     finally:
         for i, block in enumerate(before):
             stack[i] = block
-        hook.remove()
 
 
 class Reached(Exception):
@@ -109,8 +119,3 @@ def run_between(
         with suppress(Reached):
             backbone(model)(input_ids=ids, use_cache=False)
     return found[0] if found else None
-
-
-def backbone(model: torch.nn.Module) -> Any:
-    """The model without its language-model head, which takes a fifth of a small model's time."""
-    return getattr(model, "base_model", model)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from nbl_export.batch.rows import Inputs
 from nbl_export.models.encoder import Encoder
+from nbl_export.models.weights import weights_like
 from nbl_export.runtime.ort import OrtModel
 from nbl_export.runtime.session import run_session
 
@@ -24,7 +25,7 @@ class TorchEncoder:
         self.encoder = encoder
 
     def __call__(self, inputs: Inputs) -> Outputs:
-        like = next(self.encoder.parameters())
+        like = weights_like(self.encoder.model)
         given = [
             torch.from_numpy(np.ascontiguousarray(inputs[n])).to(like.device) for n in self.encoder.inputs
         ]

@@ -9,6 +9,7 @@ from nbl_export.batch.arrays import F32, I64
 from nbl_export.models.dummy_run import cache_shapes
 from nbl_export.models.forward import run_uncached, run_with_past
 from nbl_export.models.layers import layer_count
+from nbl_export.models.weights import weights_like
 from nbl_export.runtime.decoder import KV, DecoderOutput
 from nbl_export.runtime.stream import PastStream, Stream, UncachedStream
 
@@ -32,7 +33,7 @@ class TorchDecoder:
         return self._kv_layers
 
     def empty_past(self, batch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        like = next(self.model.parameters())
+        like = weights_like(self.model)
         shapes = cache_shapes(self.model)
         return [
             (like.new_zeros(batch, s.heads, 0, s.key_size), like.new_zeros(batch, s.heads, 0, s.value_size))
@@ -70,7 +71,7 @@ class TorchDecoder:
     ) -> DecoderOutput:
         import torch
 
-        like = next(self.model.parameters())
+        like = weights_like(self.model)
         ids, mask, positions = (
             torch.from_numpy(a).to(like.device) for a in (input_ids, attention_mask, position_ids)
         )

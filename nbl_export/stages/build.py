@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from nbl_export.engine.pair import EngineFile
     from nbl_export.engine.profiles import Limits
 
+_EXPORT_AGAIN = "run `nbl-export export` again"
+
 
 def build(run: Run, settings: EngineSettings) -> list[EngineFile]:
     """Both graphs → ``engine/``: base and linearized TensorRT engines, each with a manifest."""
@@ -89,10 +91,14 @@ def check_limits(settings: EngineSettings, positions: int | None) -> Limits:
 def model_positions(ws: Workspace) -> int | None:
     """The model's number of positions, from the configuration of the baseline graph."""
     path = ws.baseline.with_name("config.json")
-    config = read_json(path, "The baseline's configuration", "run `nbl-export export` again")
-    config = {**config, **(config.get("text_config") or {})}
-    found = config.get("max_position_embeddings") or config.get("n_positions")
-    return int(found) if found else None
+    config = read_json(path, "The baseline's configuration", _EXPORT_AGAIN)
+    text = config.get("text_config") or {} if isinstance(config, dict) else None
+    if not isinstance(text, dict):
+        raise InputError(f"{path} is not a configuration of a model: {_EXPORT_AGAIN}.")
+    found = {**config, **text}.get("max_position_embeddings") or {**config, **text}.get("n_positions")
+    if found and type(found) is not int:
+        raise InputError(f"{path} has {found!r:.100} positions, which is no number: {_EXPORT_AGAIN}.")
+    return found or None
 
 
 def current_engines(ws: Workspace) -> tuple[EngineFile, ...]:

@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 def calibrate(run: Run, settings: CalibrateSettings) -> None:
     """Text or images → moments and probe."""
-    from nbl_export.calibrate.collect import collect_moments
-    from nbl_export.calibrate.moments import save_moments
+    from nbl_export.calibrate.collect import store_moments
     from nbl_export.calibrate.probe import save_probe
-    from nbl_export.checkpoint import Checkpoint
+    from nbl_export.calibrate.store import MomentsFolder
     from nbl_export.models.dummy_run import check_supported
-    from nbl_export.models.layers import dtype_of, structure
+    from nbl_export.models.layers import structure
+    from nbl_export.models.weights import dtype_of
     from nbl_export.stages.calibration_data import loader_for
 
     ws, source = run.workspace, run.model.source
@@ -55,18 +55,16 @@ def calibrate(run: Run, settings: CalibrateSettings) -> None:
         probe = loader.probe(run.model, data)
         if not run.model.task.causal:
             _check_exports(run, probe)
-        moments = collect_moments(in_dtype, tokens, key, Checkpoint(ws.checkpoint), listener)
-        seen = next(iter(moments.layers.values())).n
         described = {
             "model": source.fingerprint,
-            "tokens": seen,
+            "tokens": _token_count(tokens, model),
             "dtype": dtype_of(in_dtype),
             **structure(model).as_json(),
         }
-        save_moments(ws.moments, moments, described)
+        store = MomentsFolder(ws.moments, ws.partial_moments, described)
+        store_moments(in_dtype, tokens, key, store, listener)
         save_probe(ws.probe, probe)
-        ws.checkpoint.unlink(missing_ok=True)
-        return [path, ws.moments, ws.probe]
+        return [path, *store.publish(), ws.probe]
 
     run.stage("calibrate", asdict(settings), made_of, work)
 
@@ -99,12 +97,17 @@ def _stamps(files: Iterable[Path]) -> list[tuple[str, str]]:
     return [(str(f), sha256_of_file(f)) for f in files]
 
 
-def _check_enough(rows: Any, model: torch.nn.Module, unit: str) -> None:
+def _token_count(rows: Any, model: torch.nn.Module) -> int:
     from nbl_export.models.dummy_run import dummy_run
+
+    return int(rows.size if rows.ndim == 2 else len(rows) * dummy_run(model).tokens)
+
+
+def _check_enough(rows: Any, model: torch.nn.Module, unit: str) -> None:
     from nbl_export.models.layers import hidden_size
 
     d = hidden_size(model)
-    tokens = rows.size if rows.ndim == 2 else len(rows) * dummy_run(model).tokens
+    tokens = _token_count(rows, model)
     if tokens < d + 1:
         options = "--samples or --seq-len" if rows.ndim == 2 else "--samples"
         raise InputError(

@@ -27,6 +27,9 @@ def inspect_path(path: Path) -> list[Table]:
     if path.is_dir():
         if is_workspace(path):
             return _folder(path)
+        files = sorted(path.glob("*.safetensors"))
+        if files and _kind(files[0]).startswith("nbl-export/moments"):
+            return _moments(path)
         from nbl_export.export.sidecars import graph_in
 
         return _onnx(graph_in(path))

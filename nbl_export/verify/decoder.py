@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from nbl_export.linearize.swap import linearized
 from nbl_export.models.layers import positions
+from nbl_export.models.weights import resident, room
 from nbl_export.runtime.ort import ort_stream
 from nbl_export.runtime.torch import torch_stream
 from nbl_export.verify.case import DecoderCase
@@ -41,9 +42,11 @@ from nbl_export.verify.speed.values import Speed
 def measure_decoder(case: DecoderCase) -> Measurement:
     """Everything that is asked of a rewritten decoder, and of its engines if there are any."""
     contexts, notes = fitting_contexts(positions(case.model), case.settings.contexts, room=1)
+    with resident(case.model, room()):
+        parity, loss = measure_parity(case), _loss(case)
     return put_together(
-        measure_parity(case),
-        _loss(case),
+        parity,
+        loss,
         _speed(case, contexts, notes),
         *measure_engines(case, contexts),
     )

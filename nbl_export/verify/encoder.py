@@ -13,6 +13,7 @@ from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.encoder import encoder_of
 from nbl_export.models.layers import positions
 from nbl_export.models.load import in_precision
+from nbl_export.models.weights import resident, room
 from nbl_export.runtime.encoder import OrtEncoder, Outputs, TorchEncoder
 from nbl_export.runtime.ort import OrtModel
 from nbl_export.verify.case import EncoderCase
@@ -44,11 +45,10 @@ def measure_encoder(case: EncoderCase) -> Measurement:
     """Everything that is asked of a rewritten encoder."""
     encoder = _reference(case)
     plan, heldout, unit = case.plan, case.heldout, case.unit
-    return put_together(
-        measure_parity(case, encoder),
-        method_loss(case, lambda: measure_likeness(encoder, plan, heldout, unit, case.listener)),
-        _speed(case),
-    )
+    with resident(case.model, room()):
+        parity = measure_parity(case, encoder)
+        loss = method_loss(case, lambda: measure_likeness(encoder, plan, heldout, unit, case.listener))
+    return put_together(parity, loss, _speed(case))
 
 
 def _reference(case: EncoderCase) -> TorchEncoder:

@@ -212,7 +212,7 @@ def gpu_candidates(running: RunningEngines) -> list[Candidate]:
 
     def eager(context: int, batch: int = 1) -> Prompt:
         if BASE not in made:
-            made[BASE] = in_precision(case.model, running.precision.gates).to("cuda")
+            made[BASE] = in_precision(case.model, running.precision.gates, "cuda")
         return TorchPrompt(made[BASE], context, batch)
 
     def own(role: str, name: str) -> str | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import threading
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,11 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
-from nbl_export.calibrate.collect import collect_moments
+from nbl_export.calibrate.collect import collect_moments, store_moments
 from nbl_export.calibrate.moments import ARRAYS, Accumulator, Moments, load_moments
-from nbl_export.checkpoint import Checkpoint
+from nbl_export.calibrate.store import MomentsFolder
 from nbl_export.errors import CalibrationError
+from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.load import in_precision, load_model
 from nbl_export.models.source import find_model
 from tests.interruptions import Recorder, crash, send
@@ -25,6 +29,7 @@ from tests.interruptions import Recorder, crash, send
 LENGTH = 128
 ROWS = 30  # several batches of about a thousand tokens, the last one short
 FINGERPRINT = "f" * 64
+BLOCKS = 4
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +45,15 @@ def tokens() -> np.ndarray:
 @pytest.fixture(scope="module")
 def whole(model: Any, tokens: np.ndarray) -> Moments:
     """The moments of an uninterrupted run."""
-    return collect_moments(model, tokens, FINGERPRINT)
+    return collect_moments(model, tokens)
 
 
 @pytest.fixture(scope="module")
 def batches(model: Any, tokens: np.ndarray) -> int:
-    """How many batches an uninterrupted run takes."""
+    """How many batches an uninterrupted run takes, over all blocks."""
     listener = Recorder()
-    collect_moments(model, tokens, FINGERPRINT, listener=listener)
-    assert len(listener.advanced) >= 4
+    collect_moments(model, tokens, listener)
+    assert len(listener.advanced) >= 4 * BLOCKS
     assert listener.advanced[-1] < listener.advanced[0]
     return len(listener.advanced)
 
@@ -65,6 +70,7 @@ def assert_same(one: Moments, other: Moments) -> None:
 
 def test_moments_are_those_of_the_activations(model: Any, tokens: np.ndarray) -> None:
     # Captured in the same run by hooks of our own, at other modules than the product's.
+    dummy_run(model)
     kept: dict[tuple[str, int], list[torch.Tensor]] = {}
     ids: list[torch.Tensor] = []
     handles = [model.model.embed_tokens.register_forward_pre_hook(lambda _m, args: ids.append(args[0]))]
@@ -79,10 +85,10 @@ def test_moments_are_those_of_the_activations(model: Any, tokens: np.ndarray) ->
             norm.register_forward_hook(lambda _m, _a, result, i=i: keep("x", i, result)),
             out.register_forward_hook(lambda _m, _a, result, i=i: keep("y", i, result)),
         ]
-    moments = collect_moments(model, tokens, FINGERPRINT)
+    moments = collect_moments(model, tokens)
     for handle in handles:
         handle.remove()
-    np.testing.assert_array_equal(torch.cat(ids).numpy(), tokens)
+    np.testing.assert_array_equal(torch.cat(ids).numpy(), np.concatenate([tokens] * BLOCKS))
     assert set(moments.layers) == {0, 1, 2, 3}
     for index, layer in moments.layers.items():
         h, x, y = (torch.cat(kept[name, index]).reshape(-1, 32).double().numpy() for name in "hxy")
@@ -110,12 +116,12 @@ def test_moments_are_those_of_all_rows_in_one_forward_pass(
         assert np.all(np.abs(layer.hh - h.T @ h) <= 1e-4 * scale), index
 
 
-def test_progress_counts_every_token_once(model: Any, tokens: np.ndarray) -> None:
+def test_progress_counts_every_token_once_for_each_block(model: Any, tokens: np.ndarray) -> None:
     listener = Recorder()
-    collect_moments(model, tokens, FINGERPRINT, listener=listener)
-    assert listener.start == (ROWS * LENGTH, 0)
-    assert sum(listener.advanced) == ROWS * LENGTH
-    assert len(listener.advanced) > 2
+    collect_moments(model, tokens, listener)
+    assert listener.start == (BLOCKS * ROWS * LENGTH, 0)
+    assert sum(listener.advanced) == BLOCKS * ROWS * LENGTH
+    assert len(listener.advanced) > 2 * BLOCKS
     assert listener.notes == []
 
 
@@ -124,151 +130,236 @@ def test_no_hook_stays_in_the_model(model: Any, tokens: np.ndarray) -> None:
         return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
     before = hooks()
-    collect_moments(model, tokens[:2], FINGERPRINT)
+    collect_moments(model, tokens[:2])
     with pytest.raises(RuntimeError):
-        collect_moments(model, tokens[:2], FINGERPRINT, listener=Recorder(1, crash))
+        collect_moments(model, tokens[:2], Recorder(1, crash))
     assert hooks() == before
 
 
 def test_memory_does_not_grow_with_the_text(
     model: Any, tokens: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: list[Accumulator] = []
+    alive: weakref.WeakSet[Accumulator] = weakref.WeakSet()
+    sizes: list[tuple[int, int]] = []
 
-    class Kept(Accumulator):
+    class Counted(Accumulator):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
-            made.append(self)
+            alive.add(self)
 
-    monkeypatch.setattr("nbl_export.calibrate.collect.Accumulator", Kept)
+        def result(self) -> Any:
+            assert set(vars(self)) == {"n", "sums"}
+            sizes.append((self.n, sum(t.numel() for t in self.sums.values())))
+            assert len(alive) == 1, "the sums of one layer at a time"
+            return super().result()
+
+    monkeypatch.setattr("nbl_export.calibrate.collect.Accumulator", Counted)
     for rows in (2, ROWS):
-        made.clear()
-        collect_moments(model, tokens[:rows], FINGERPRINT)
-        assert [a.n for a in made] == [rows * LENGTH] * 4
-        numbers = [sum(t.numel() for t in vars(a)["sums"].values()) for a in made]
-        assert numbers == [5 * 32 * 32 + 3 * 32] * 4
-        assert all(set(vars(a)) == {"n", "sums"} for a in made)
+        sizes.clear()
+        collect_moments(model, tokens[:rows])
+        assert sizes == [(rows * LENGTH, 5 * 32 * 32 + 3 * 32)] * BLOCKS
 
 
 # interruptions -----------------------------------------------------------------------------------
 
 
+class Place:
+    """A folder that moments are collected in, as a calibration does it."""
+
+    def __init__(self, folder: Path, every_seconds: float = 60.0) -> None:
+        self.moments, self.partial = folder / "moments", folder / "partial"
+        self.states = self.partial / "states.safetensors"
+        self.every_seconds = every_seconds
+
+    def collect(
+        self, model: Any, tokens: np.ndarray, listener: Any = None, fingerprint: str = FINGERPRINT
+    ) -> Moments:
+        store = MomentsFolder(self.moments, self.partial, {"model": "of a test"}, self.every_seconds)
+        store_moments(model, tokens, fingerprint, store, listener)
+        files = store.publish()
+        assert sorted(self.moments.iterdir()) == files and not self.partial.exists()
+        return load_moments(self.moments)[0]
+
+    def at(self) -> tuple[int, int]:
+        """The block and the number of batches of the checkpoint."""
+        with safe_open(self.states, "numpy") as file:
+            about = json.loads(json.loads(file.metadata()["nbl_export"])["nbl"])
+        return about["part"], about["batch"]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path)
+
+
+def test_a_folder_has_the_same_moments(model: Any, tokens: np.ndarray, whole: Moments, place: Place) -> None:
+    assert_same(place.collect(model, tokens), whole)
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_finishes_the_batch_and_the_next_run_goes_on(
-    model: Any, tokens: np.ndarray, whole: Moments, tmp_path: Path, signum: int
+    model: Any, tokens: np.ndarray, whole: Moments, batches: int, place: Place, signum: int
 ) -> None:
-    checkpoint = Checkpoint(tmp_path / "partial.safetensors")
     first = Recorder(2, send(signum))
     with pytest.raises(KeyboardInterrupt):
-        collect_moments(model, tokens, FINGERPRINT, checkpoint, first)
-    assert len(first.advanced) == 2
-    partial, metadata = load_moments(checkpoint.path)
-    assert metadata["rows"] * LENGTH == sum(first.advanced)
-    assert {layer.n for layer in partial.layers.values()} == {sum(first.advanced)}
-
+        place.collect(model, tokens, first)
+    assert len(first.advanced) == 2 and place.at() == (0, 2)
     second = Recorder()
-    resumed = collect_moments(model, tokens, FINGERPRINT, checkpoint, second)
-    assert_same(resumed, whole)
-    assert second.notes == [f"Calibration goes on from a checkpoint at {metadata['rows']} rows."]
-    assert second.start == (ROWS * LENGTH, sum(first.advanced))
-    assert sum(first.advanced) + sum(second.advanced) == ROWS * LENGTH
+    assert_same(place.collect(model, tokens, second), whole)
+    rows = sum(first.advanced) // LENGTH
+    assert second.notes == [f"Calibration goes on from a checkpoint in block 0, at row {rows}."]
+    assert second.start == (BLOCKS * ROWS * LENGTH, sum(first.advanced))
+    assert len(second.advanced) == batches - 2
+
+
+def test_an_interrupt_at_any_batch_changes_no_bit(
+    model: Any, tokens: np.ndarray, whole: Moments, batches: int, tmp_path: Path
+) -> None:
+    for at in range(1, batches + 1):
+        place = Place(tmp_path / str(at))
+        place.partial.parent.mkdir()
+        with pytest.raises(KeyboardInterrupt):
+            place.collect(model, tokens, Recorder(at, send(signal.SIGINT)))
+        last = Recorder()
+        assert_same(place.collect(model, tokens, last), whole)
+        assert len(last.advanced) == batches - at
 
 
 def test_two_interruptions_in_a_row(
-    model: Any, tokens: np.ndarray, whole: Moments, batches: int, tmp_path: Path
+    model: Any, tokens: np.ndarray, whole: Moments, batches: int, place: Place
 ) -> None:
-    checkpoint = Checkpoint(tmp_path / "partial.safetensors")
-    for _ in range(2):
+    for at in (batches // 2, 1):
         with pytest.raises(KeyboardInterrupt):
-            collect_moments(model, tokens, FINGERPRINT, checkpoint, Recorder(1, send(signal.SIGINT)))
+            place.collect(model, tokens, Recorder(at, send(signal.SIGINT)))
     last = Recorder()
-    assert_same(collect_moments(model, tokens, FINGERPRINT, checkpoint, last), whole)
-    assert len(last.advanced) == batches - 2
+    assert_same(place.collect(model, tokens, last), whole)
+    assert len(last.advanced) == batches - batches // 2 - 1
 
 
-def test_an_interrupt_in_the_last_batch_loses_nothing(
-    model: Any, tokens: np.ndarray, whole: Moments, batches: int, tmp_path: Path
-) -> None:
-    checkpoint = Checkpoint(tmp_path / "partial.safetensors")
-    with pytest.raises(KeyboardInterrupt):
-        collect_moments(model, tokens, FINGERPRINT, checkpoint, Recorder(batches, send(signal.SIGINT)))
-    last = Recorder()
-    assert_same(collect_moments(model, tokens, FINGERPRINT, checkpoint, last), whole)
-    assert last.advanced == []
-
-
-def test_a_second_interrupt_stops_at_once(model: Any, tokens: np.ndarray, tmp_path: Path) -> None:
-    checkpoint = Checkpoint(tmp_path / "partial.safetensors")
-
+def test_a_second_interrupt_stops_at_once(model: Any, tokens: np.ndarray, place: Place) -> None:
     def twice() -> None:
         send(signal.SIGINT)()
         send(signal.SIGINT)()
         pytest.fail("went on after the second interrupt")
 
     with pytest.raises(KeyboardInterrupt):
-        collect_moments(model, tokens, FINGERPRINT, checkpoint, Recorder(2, twice))
-    assert not checkpoint.path.exists()  # nothing was saved between the two
+        place.collect(model, tokens, Recorder(2, twice))
+    assert not place.states.exists()  # nothing was saved between the two
 
 
 def test_a_crash_falls_back_on_the_last_regular_checkpoint(
-    model: Any, tokens: np.ndarray, whole: Moments, tmp_path: Path
+    model: Any, tokens: np.ndarray, whole: Moments, batches: int, tmp_path: Path
 ) -> None:
-    checkpoint = Checkpoint(tmp_path / "partial.safetensors", every_seconds=0.0)
-    first = Recorder(3, crash)
-    with pytest.raises(RuntimeError):
-        collect_moments(model, tokens, FINGERPRINT, checkpoint, first)
+    place = Place(tmp_path, every_seconds=0.0)
+    for at in (3, batches - 3):  # in the first block, and in the last
+        with pytest.raises(RuntimeError):
+            place.collect(model, tokens, Recorder(at, crash))
+    per_block = batches // BLOCKS
+    assert place.at() == ((batches - 2) // per_block, (batches - 2) % per_block)
     second = Recorder()
-    assert_same(collect_moments(model, tokens, FINGERPRINT, checkpoint, second), whole)
-    assert second.start[1] == sum(first.advanced[:2])
+    assert_same(place.collect(model, tokens, second), whole)
     assert len(second.notes) == 1
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_crash_without_a_checkpoint_keeps_the_layers_that_are_finished(
+    model: Any, tokens: np.ndarray, whole: Moments, batches: int, tmp_path: Path, lost: bool
+) -> None:
+    place = Place(tmp_path, every_seconds=3600.0)
+    with pytest.raises(RuntimeError):
+        place.collect(model, tokens, Recorder(batches - 1, crash))
+    assert not place.states.exists()
+    kept = sorted(place.partial.iterdir())
+    assert [path.name for path in kept] == ["000.safetensors", "001.safetensors", "002.safetensors"]
+    before = [path.stat().st_mtime_ns for path in kept]
+    if lost:
+        kept[1].write_bytes(kept[1].read_bytes()[:-9])
+    moved: list[list[int]] = []
+    publish = MomentsFolder.publish
+
+    def watched(store: MomentsFolder) -> list[Path]:
+        moved.append([path.stat().st_mtime_ns for path in kept])
+        return publish(store)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MomentsFolder, "publish", watched)
+        assert_same(place.collect(model, tokens), whole)
+    assert [old == new for old, new in zip(before, moved[0], strict=True)] == [True, not lost, True]
+
+
+def test_a_crash_while_the_files_are_moved(
+    model: Any, tokens: np.ndarray, whole: Moments, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace, moved = Path.replace, []
+
+    def failing(self: Path, target: Path) -> Path:
+        if target.parent == place.moments:
+            moved.append(target)
+            if len(moved) == 3:
+                crash()
+        return replace(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", failing)
+        with pytest.raises(RuntimeError):
+            place.collect(model, tokens)
+    assert len(list(place.moments.iterdir())) == len(list(place.partial.iterdir())) == 2
+    last = Recorder()
+    assert_same(place.collect(model, tokens, last), whole)
+    assert last.advanced == []
 
 
 def test_checkpoints_are_not_written_more_often_than_asked(
     model: Any, tokens: np.ndarray, tmp_path: Path
 ) -> None:
-    checkpoint = Checkpoint(tmp_path / "partial.safetensors", every_seconds=3600.0)
+    place = Place(tmp_path, every_seconds=3600.0)
     with pytest.raises(RuntimeError):
-        collect_moments(model, tokens, FINGERPRINT, checkpoint, Recorder(3, crash))
-    assert not checkpoint.path.exists()
+        place.collect(model, tokens, Recorder(3, crash))
+    assert not place.states.exists()
 
 
 @pytest.fixture
-def interrupted(model: Any, tokens: np.ndarray, tmp_path: Path) -> Checkpoint:
-    checkpoint = Checkpoint(tmp_path / "partial.safetensors")
+def interrupted(model: Any, tokens: np.ndarray, batches: int, tmp_path: Path) -> Place:
+    """Stopped in the third block."""
+    place = Place(tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        collect_moments(model, tokens, FINGERPRINT, checkpoint, Recorder(2, send(signal.SIGINT)))
-    return checkpoint
+        place.collect(model, tokens, Recorder(batches // 2 + 2, send(signal.SIGINT)))
+    assert place.at() == (2, 2)
+    return place
 
 
-def begun_anew(
-    model: Any, tokens: np.ndarray, checkpoint: Checkpoint, fingerprint: str = FINGERPRINT
-) -> Moments:
-    """The moments of a run that finds a ``checkpoint`` of something else, and takes nothing from it."""
+def begun_anew(model: Any, tokens: np.ndarray, place: Place, fingerprint: str = FINGERPRINT) -> Moments:
+    """The moments of a run that finds what is left of something else, and takes nothing from it."""
     listener = Recorder()
-    moments = collect_moments(model, tokens, fingerprint, checkpoint, listener)
-    assert listener.start == (ROWS * LENGTH, 0)
+    moments = place.collect(model, tokens, listener, fingerprint)
+    assert listener.start == (BLOCKS * ROWS * LENGTH, 0) and listener.notes == []
     return moments
 
 
-def test_a_checkpoint_of_other_tokens_is_ignored(
-    model: Any, tokens: np.ndarray, interrupted: Checkpoint
-) -> None:
+def test_what_is_left_of_other_tokens_is_ignored(model: Any, tokens: np.ndarray, interrupted: Place) -> None:
     other = tokens.copy()
     other[-1, -1] = (other[-1, -1] + 1) % 256
-    assert_same(begun_anew(model, other, interrupted), collect_moments(model, other, FINGERPRINT))
+    assert_same(begun_anew(model, other, interrupted), collect_moments(model, other))
 
 
-def test_a_checkpoint_in_another_dtype_is_ignored(
-    model: Any, tokens: np.ndarray, interrupted: Checkpoint
+def test_what_is_left_in_another_dtype_is_ignored(model: Any, tokens: np.ndarray, interrupted: Place) -> None:
+    half = in_precision(model, "bfloat16")
+    assert_same(begun_anew(half, tokens, interrupted), collect_moments(half, tokens))
+
+
+def test_an_interrupt_in_bfloat16_changes_no_bit(
+    model: Any, tokens: np.ndarray, batches: int, place: Place
 ) -> None:
     half = in_precision(model, "bfloat16")
-    assert_same(begun_anew(half, tokens, interrupted), collect_moments(half, tokens, FINGERPRINT))
+    with pytest.raises(KeyboardInterrupt):
+        place.collect(half, tokens, Recorder(batches // 2 + 1, send(signal.SIGINT)))
+    assert_same(place.collect(half, tokens), collect_moments(half, tokens))
 
 
 def test_moments_of_a_model_in_bfloat16_are_near_those_in_float32(
     model: Any, tokens: np.ndarray, whole: Moments
 ) -> None:
-    moments = collect_moments(in_precision(model, "bfloat16"), tokens, FINGERPRINT)
+    moments = collect_moments(in_precision(model, "bfloat16"), tokens)
     for index, layer in moments.layers.items():
         for name in ("xx", "yx", "yy", "hh", "yh"):
             want, have = getattr(whole.layers[index], name), getattr(layer, name)
@@ -278,23 +369,30 @@ def test_moments_of_a_model_in_bfloat16_are_near_those_in_float32(
             assert 1e-6 * scale < np.linalg.norm(have - want) < 1e-2 * scale, (index, name)
 
 
-def test_a_checkpoint_of_another_model_is_ignored(
-    model: Any, tokens: np.ndarray, whole: Moments, interrupted: Checkpoint
+def test_what_is_left_of_another_model_is_ignored(
+    model: Any, tokens: np.ndarray, whole: Moments, interrupted: Place
 ) -> None:
     assert_same(begun_anew(model, tokens, interrupted, "0" * 64), whole)
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "foreign", "one bit"])
 def test_a_damaged_checkpoint_is_ignored_with_a_note(
-    model: Any, tokens: np.ndarray, whole: Moments, interrupted: Checkpoint, damage: str
+    model: Any, tokens: np.ndarray, whole: Moments, interrupted: Place, damage: str
 ) -> None:
-    raw = interrupted.path.read_bytes()
+    raw = interrupted.states.read_bytes()
     flipped = raw[:-9] + bytes([raw[-9] ^ 1]) + raw[-8:]
     content = {"cut": raw[:-9], "empty": b"", "foreign": b"no safetensors", "one bit": flipped}
-    interrupted.path.write_bytes(content[damage])
+    interrupted.states.write_bytes(content[damage])
     listener = Recorder()
-    assert_same(collect_moments(model, tokens, FINGERPRINT, interrupted, listener), whole)
-    assert listener.notes == ["The checkpoint partial.safetensors is damaged and was ignored."]
+    assert_same(interrupted.collect(model, tokens, listener), whole)
+    assert listener.notes == ["The checkpoint states.safetensors is damaged and was ignored."]
+
+
+def test_a_checkpoint_is_ignored_where_an_earlier_layer_is_gone(
+    model: Any, tokens: np.ndarray, whole: Moments, interrupted: Place
+) -> None:
+    (interrupted.partial / "001.safetensors").unlink()
+    assert_same(begun_anew(model, tokens, interrupted), whole)
 
 
 # signal handlers and threads ---------------------------------------------------------------------
@@ -327,7 +425,7 @@ def test_signal_handlers_come_back(
             action()
 
         with outcome:
-            collect_moments(model, tokens[:2], FINGERPRINT, listener=Recorder(1, act))
+            collect_moments(model, tokens[:2], Recorder(1, act))
         assert handlers() == before
         assert not set(during[0]) & set(before)
     finally:
@@ -336,7 +434,7 @@ def test_signal_handlers_come_back(
 
 def test_collecting_works_outside_the_main_thread(model: Any, tokens: np.ndarray, whole: Moments) -> None:
     results: list[Moments] = []
-    thread = threading.Thread(target=lambda: results.append(collect_moments(model, tokens, FINGERPRINT)))
+    thread = threading.Thread(target=lambda: results.append(collect_moments(model, tokens)))
     thread.start()
     thread.join()
     assert len(results) == 1
@@ -352,7 +450,7 @@ def test_a_broken_layer_is_named(tiny_folder: Path, tokens: np.ndarray, layer: i
     model: Any = load_model(find_model(str(tiny_folder)))
     model.model.layers[layer].self_attn.o_proj.weight[3, 5] = bad
     with pytest.raises(CalibrationError) as caught:
-        collect_moments(model, tokens, FINGERPRINT)
+        collect_moments(model, tokens)
     message = str(caught.value)
     assert f"layer {layer} (model.layers.{layer}.self_attn) are NaN or infinite" in message
     assert "calibration row 0" in message
@@ -365,11 +463,12 @@ def test_the_batch_where_it_broke_is_named_and_nothing_is_saved_of_it(
     model.model.embed_tokens.weight[259] = float("nan")  # a token that only one row has
     broken = tokens.copy()
     broken[17, 40] = 259
-    checkpoint = Checkpoint(tmp_path / "partial.safetensors", every_seconds=0.0)
+    place = Place(tmp_path, every_seconds=0.0)
     with pytest.raises(CalibrationError) as caught:
-        collect_moments(model, broken, FINGERPRINT, checkpoint)
+        place.collect(model, broken)
     row = re.search(r"layer 0 .* calibration row (\d+),", str(caught.value))
     assert row
-    partial, metadata = load_moments(checkpoint.path)
-    assert 0 < metadata["rows"] == int(row[1]) <= 17
-    assert all(np.isfinite(layer.hh).all() for layer in partial.layers.values())
+    block, batch = place.at()
+    assert block == 0 and 0 < batch * 1024 // LENGTH == int(row[1]) <= 17
+    with safe_open(place.states, "numpy") as file:
+        assert all(np.isfinite(file.get_tensor(name)).all() for name in file.keys())  # noqa: SIM118

@@ -17,6 +17,7 @@ from nbl_export.calibrate.moments import (
     Moments,
     digest_of_tokens,
     load_moments,
+    save_layer,
     save_moments,
 )
 from nbl_export.errors import InputError
@@ -174,7 +175,7 @@ def test_moments_of_different_layers_do_not_add() -> None:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> tuple[Path, Moments]:
-    path = tmp_path / "moments.safetensors"
+    path = tmp_path / "moments"
     moments = Moments({i: accumulated(*activations(9, 5, seed=i), (9,)).result() for i in (0, 2, 11)})
     save_moments(path, moments, {"model": "abc", "rows": 3})
     return path, moments
@@ -187,55 +188,98 @@ def test_moments_come_back_to_the_bit(saved: tuple[Path, Moments]) -> None:
     assert list(loaded.layers) == [0, 2, 11]
     for index, layer in moments.layers.items():
         assert_same(loaded.layers[index], layer)
-    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    assert sorted(p.name for p in path.iterdir()) == ["000.safetensors", "002.safetensors", "011.safetensors"]
+    for file in sorted(path.iterdir()):
+        one, metadata = load_moments(file)
+        ((index, layer),) = one.layers.items()
+        assert file.stem == f"{index:03}" and metadata == {"model": "abc", "rows": 3}
+        assert_same(layer, moments.layers[index])
 
 
-def assert_refused(path: Path) -> None:
-    with pytest.raises(InputError) as caught:
-        load_moments(path)
-    message = str(caught.value)
-    assert str(path) in message
-    assert message.endswith("run `nbl-export calibrate` again.")
+def assert_refused(path: Path, folder: Path | None = None) -> None:
+    """A layer's file is refused, and its folder when the layer is read."""
+    for place in (path, folder or path.parent):
+        with pytest.raises(InputError) as caught:
+            dict(load_moments(place)[0].layers)
+        message = str(caught.value)
+        assert str(path if path.exists() else place) in message
+        assert message.endswith("run `nbl-export calibrate` again.")
+
+
+@pytest.fixture(params=["000", "002"])
+def layer(saved: tuple[Path, Moments], request: pytest.FixtureRequest) -> Path:
+    """The file of a layer: the first of the folder, and another."""
+    return saved[0] / f"{request.param}.safetensors"
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])
-def test_a_cut_file_is_refused(saved: tuple[Path, Moments], keep: int) -> None:
-    path, _ = saved
-    path.write_bytes(path.read_bytes()[:keep])
-    assert_refused(path)
+def test_a_cut_file_is_refused(layer: Path, keep: int) -> None:
+    layer.write_bytes(layer.read_bytes()[:keep])
+    assert_refused(layer)
 
 
-def test_a_changed_number_is_refused(saved: tuple[Path, Moments]) -> None:
-    path, _ = saved
-    raw = bytearray(path.read_bytes())
+def test_a_changed_number_is_refused(layer: Path) -> None:
+    raw = bytearray(layer.read_bytes())
     raw[-5] ^= 1
-    path.write_bytes(raw)
-    assert_refused(path)
+    layer.write_bytes(raw)
+    assert_refused(layer)
 
 
-def test_other_files_are_refused(saved: tuple[Path, Moments]) -> None:
-    path, _ = saved
-    tensors = load_file(path)
-    save_file(tensors, path)
-    assert_refused(path)
-    save_tensors(path, "nbl-export/probe/1", tensors, {"nbl": "{}"})
-    assert_refused(path)
-    path.unlink()
-    assert_refused(path)
+def test_other_files_are_refused(layer: Path) -> None:
+    tensors = load_file(layer)
+    save_file(tensors, layer)
+    assert_refused(layer)
+    save_tensors(layer, "nbl-export/probe/1", tensors, {"nbl": "{}"})
+    assert_refused(layer)
 
 
-def test_files_that_lack_something_are_refused(saved: tuple[Path, Moments]) -> None:
-    path, _ = saved
-    tensors = load_file(path)
-    save_tensors(path, FORMAT, tensors)
-    assert_refused(path)
-    save_tensors(path, FORMAT, tensors, {"nbl": "{"})
-    assert_refused(path)
-    save_tensors(path, FORMAT, {**tensors, "one.n": tensors["0.n"]}, {"nbl": "{}"})
-    assert_refused(path)
-    del tensors["2.yh"]
-    save_tensors(path, FORMAT, tensors, {"nbl": "{}"})
-    assert_refused(path)
+@pytest.mark.parametrize(
+    "about",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"layer": 2}',
+        '{"layer": "2", "model": "abc", "rows": 3}',
+        '{"layer": true, "model": "a"}',
+    ],
+)
+def test_files_that_do_not_say_what_they_are_of_are_refused(layer: Path, about: str) -> None:
+    save_tensors(layer, FORMAT, load_file(layer), {"nbl": about})
+    assert_refused(layer)
+
+
+@pytest.mark.parametrize("wrong", ["missing", "shape", "dtype", "NaN"])
+def test_files_that_lack_something_are_refused(layer: Path, wrong: str) -> None:
+    tensors = load_file(layer)
+    about = {"nbl": f'{{"layer": {int(layer.stem)}, "model": "abc", "rows": 3}}'}
+    save_tensors(layer, FORMAT, tensors, about)
+    assert len(load_moments(layer.parent)[0].layers[2].x) == 5
+    yh = tensors.pop("yh")
+    if wrong == "NaN":
+        yh[0, 0] = np.nan
+    changed = {"shape": yh[:4], "dtype": yh.astype(np.float32), "NaN": yh}
+    save_tensors(layer, FORMAT, {**tensors, **({"yh": changed[wrong]} if wrong in changed else {})}, about)
+    assert_refused(layer)
+
+
+def test_files_of_other_moments_beside_them_are_refused(saved: tuple[Path, Moments]) -> None:
+    folder, moments = saved
+    save_layer(folder / "002.safetensors", 2, moments.layers[2], {"model": "abc", "rows": 4})
+    with pytest.raises(InputError, match=r"002\.safetensors is of other moments than those beside it"):
+        dict(load_moments(folder)[0].layers)
+    save_layer(folder / "002.safetensors", 11, moments.layers[2], {"model": "abc", "rows": 3})
+    with pytest.raises(InputError, match=r"002\.safetensors is of other moments than those beside it"):
+        dict(load_moments(folder)[0].layers)
+    (folder / "002.safetensors").rename(folder / "two.safetensors")
+    with pytest.raises(InputError, match=r"has a file two\.safetensors that is not of its moments"):
+        load_moments(folder)
+
+
+def test_an_empty_folder_and_a_path_to_nothing_are_refused(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "nothing"):
+        with pytest.raises(InputError, match=r"run `nbl-export calibrate` again\.$"):
+            load_moments(path)
 
 
 def test_the_digest_of_tokens_sees_every_token_and_the_shape() -> None:

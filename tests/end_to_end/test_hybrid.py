@@ -50,7 +50,7 @@ def test_with_a_cache_it_is_refused_before_any_work(hybrid: Path, tmp_path: Path
         api.NblError, match=r"2 layers of Lfm2ForCausalLM .* \(layer 0: conv\).*--kv-cache none"
     ):
         api.run(hybrid, tmp_path / "out", api.SelectSettings(k=1), TEXT)
-    assert not (tmp_path / "out" / "nbl" / "moments.safetensors").exists()
+    assert not (tmp_path / "out" / "nbl" / "moments").exists()
     with pytest.raises(api.NblError, match=r"--k is 3; it must be between 0 and 2"):
         settings = api.ExportSettings(kv_cache="none")
         api.run(hybrid, tmp_path / "out", api.SelectSettings(k=3), TEXT, exporting=settings)

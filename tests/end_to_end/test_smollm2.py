@@ -16,16 +16,6 @@ LAYERS, K = 30, 12
 
 
 @pytest.fixture(scope="module")
-def smollm2() -> Path:
-    """SmolLM2-135M-Instruct as scripts/test.sh fetches it."""
-    path = Path(os.environ.get("NBL_EXPORT_SMOLLM2", ""))
-    if not path.is_file():
-        pytest.skip("needs SmolLM2: scripts/test.sh fetches it and sets NBL_EXPORT_SMOLLM2")
-    pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx to build engines")
-    return path
-
-
-@pytest.fixture(scope="module")
 def text(shared_data: Path) -> Path:
     return shared_data / "text" / "c4_exllamav2_118.jsonl.gz"
 
@@ -38,6 +28,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("cache", ["static", "concat"])
 def test_fp16_engines_with_fused_attention(smollm2: Path, text: Path, out: Path, cache: str) -> None:
     """One folder for both: the second run goes on from the first's calibration and plan."""
+    pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx to build engines")
     command = [sys.executable, "-m", "nbl_export", str(smollm2), "--k", str(K), "-o", str(out)]
     command += ["--trt", "rtx", "--precision", "fp16", "--kv-cache", cache, "--no-quality"]
     command += ["--calibration", str(text), "--samples", "16", "--seq-len", "256", "--heldout-samples", "2"]

@@ -213,7 +213,7 @@ def test_a_checkpoint_is_of_one_version_of_calibrate(
         identities.append(identity)
         raise InputError("stopped")
 
-    monkeypatch.setattr("nbl_export.calibrate.collect.collect_moments", stopped)
+    monkeypatch.setattr("nbl_export.calibrate.collect.store_moments", stopped)
     for version in (7, 7, 8):
         monkeypatch.setitem(STAGES, "calibrate", version)
         with pytest.raises(InputError, match="stopped"):

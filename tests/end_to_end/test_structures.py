@@ -38,7 +38,7 @@ STEPS = 3
 def test_from_calibration_to_logits(model_type: str, form: str, tmp_path: Path) -> None:
     model = tiny_model(model_type)
     tokens = np.random.default_rng(0).integers(3, 260, (32, 24), dtype=np.int32)
-    calibrated = Calibrated(model, collect_moments(model, tokens, "of a test"), probe_model(model, tokens))
+    calibrated = Calibrated(model, collect_moments(model, tokens), probe_model(model, tokens))
     plan = calibrated.plan([attention_layers(model)[1].index])
     export_torch(model, tmp_path / "base" / "model.onnx", form=FORMS[form])
     rewrite_file(tmp_path / "base" / "model.onnx", plan, tmp_path / "model.onnx")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -233,6 +234,14 @@ def test_a_manifest_with_other_fields_is_refused(
 ) -> None:
     signed(made.file, change)
     refused(made.engine, str(made.file), words, "nbl-export build")
+
+
+@pytest.mark.parametrize("number", ["Infinity", "NaN", "1e999"])
+def test_a_number_that_json_does_not_have_is_refused(made: Pair, number: str) -> None:
+    content = made.file.read_text()
+    (limit,) = re.findall(r'"max_context": (\d+)', content)
+    made.file.write_text(content.replace(f'"max_context": {limit}', f'"max_context": {number}'))
+    refused(made.engine, str(made.file), "damaged")
 
 
 @pytest.mark.parametrize("content", ["[]", "null", "{}", '"nbl-export/engine/1"', "12"])

@@ -148,7 +148,7 @@ def test_each_layer_is_fitted_behind_those_before_it(
 @pytest.mark.parametrize("fit_input", FIT_INPUTS)
 def test_the_first_layer_is_the_plain_fit(model: Any, fit_input: FitInput) -> None:
     maps = sequential_fits(model, TOKENS, (1, 3), fit_input, solve(fit_input), lambda _n: None)
-    plain = fit_lmmse(collect_moments(model, TOKENS, "").layers[1], fit_input, 0.0)
+    plain = fit_lmmse(collect_moments(model, TOKENS).layers[1], fit_input, 0.0)
     assert_fit(maps[1], (plain.w, plain.b))
     assert maps[1].w.dtype == maps[1].b.dtype == np.float32
 
@@ -250,7 +250,7 @@ def test_a_dropped_layer_writes_nothing(model: Any) -> None:
 
 
 def test_a_fit_becomes_a_layer_in_float32(model: Any) -> None:
-    moments = collect_moments(model, TOKENS, "").layers[0]
+    moments = collect_moments(model, TOKENS).layers[0]
     fit = fit_lmmse(moments, "normed")
     layer = as_layer(fit)
     assert layer.w.dtype == layer.b.dtype == np.float32

@@ -43,7 +43,7 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fits(model: Any, chosen: tuple[int, ...], fit_input: FitInput = "normed") -> Fits:
-    moments = collect_moments(model, TOKENS, "").layers
+    moments = collect_moments(model, TOKENS).layers
     maps = {i: as_layer(fit_lmmse(moments[i], fit_input, 1e-3)) for i in chosen}
     return maps, {i: branch_covariances(moments[i], fit_input) for i in chosen}
 

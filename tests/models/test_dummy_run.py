@@ -71,7 +71,7 @@ def test_blocks_without_keys_and_values_have_no_shape() -> None:
 def test_a_model_is_tried_once() -> None:
     model: Any = random_model("llama")
     runs: list[Any] = []
-    hook = model.register_forward_hook(lambda *_: runs.append(1))
+    hook = model.model.register_forward_hook(lambda *_: runs.append(1))
     assert dummy_run(model) is dummy_run(model)
     hook.remove()
     assert len(runs) == 1

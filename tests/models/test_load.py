@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from nbl_export.errors import InputError
 from nbl_export.models.load import fast_dtype, in_precision, load_model, load_tokenizer, quiet
 from nbl_export.models.source import find_model
+from nbl_export.models.weights import dtype_of, resident
 from tests.models.spoiled import edit_config, one_sentence
 
 
@@ -90,7 +91,8 @@ def test_a_gguf_file_of_the_same_name_in_the_current_folder(
     here: Any = load_model(model)
     monkeypatch.chdir(tmp_path / "elsewhere")
     there: Any = load_model(model)
-    assert torch.equal(here.get_input_embeddings().weight, there.get_input_embeddings().weight)
+    with resident(here), resident(there):
+        assert torch.equal(here.get_input_embeddings().weight, there.get_input_embeddings().weight)
 
 
 def test_nothing_beside_a_gguf_file_is_loaded_with_it(
@@ -99,12 +101,16 @@ def test_nothing_beside_a_gguf_file_is_loaded_with_it(
     path = small_gguf(tmp_path / "m.gguf", 1)
     (tmp_path / "adapter_config.json").write_text("{}")
     listed: list[list[str]] = []
-    own = AutoModelForCausalLM.from_pretrained
+    own = AutoConfig.from_pretrained
 
-    def load(folder: str, **options: Any) -> Any:
+    def read(folder: str, **options: Any) -> Any:
         listed.append([p.name for p in Path(folder).iterdir()])
         return own(folder, **options)
 
+    def load(*_: Any, **_options: Any) -> Any:
+        pytest.fail("its tensors are read from the file, one by one")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", read)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
     load_model(find_model(str(path)))
     assert listed == [[]]
@@ -159,8 +165,10 @@ def test_a_half_precision_model_is_loaded_in_float32(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     model: Any = load_model(find_model(str(folder)))
     name = "model.layers.1.self_attn.q_proj.weight"
-    assert model.state_dict()[name].dtype == torch.float32
-    assert torch.equal(model.state_dict()[name], weights[name].float())
+    assert dtype_of(model) == "float32" and model.config.dtype == torch.float32
+    with resident(model):
+        assert model.state_dict()[name].dtype == torch.float32
+        assert torch.equal(model.state_dict()[name], weights[name].float())
 
 
 # quietly -----------------------------------------------------------------------------------------
@@ -195,9 +203,12 @@ def test_a_copy_in_half_keeps_what_no_checkpoint_holds(tiny_folder: Path, dtype:
     frequencies = model.model.rotary_emb.inv_freq.clone()
     half: Any = in_precision(model, dtype)
     kind = getattr(torch, dtype)
-    assert {p.dtype for p in half.parameters()} == {kind}
-    for name, weight in model.state_dict().items():
-        assert weight.dtype == torch.float32 and torch.equal(half.state_dict()[name], weight.to(kind)), name
+    with resident(half):
+        assert {p.dtype for p in half.parameters()} == {kind}
+        for name, weight in model.state_dict().items():
+            assert weight.dtype == torch.float32 and torch.equal(half.state_dict()[name], weight.to(kind)), (
+                name
+            )
     found = half.model.rotary_emb.inv_freq
     assert found.dtype == torch.float32 and torch.equal(found, frequencies)
     assert found.data_ptr() != model.model.rotary_emb.inv_freq.data_ptr()
@@ -222,18 +233,20 @@ def test_a_copy_in_half_is_what_transformers_would_load(
     before = {n: t.clone() for n, t in [*stories_model.named_parameters(), *stories_model.named_buffers()]}
     half = in_precision(stories_model, dtype)
     loaded = AutoModelForCausalLM.from_pretrained(stories_folder, dtype=getattr(torch, dtype)).eval()
-    assert {p.dtype for p in half.parameters()} == {getattr(torch, dtype)}
+    assert dtype_of(half) == dtype
     frequencies = half.model.rotary_emb.inv_freq  # type: ignore[union-attr]
     assert frequencies.dtype == loaded.model.rotary_emb.inv_freq.dtype == torch.float32
-    assert half.lm_head.weight is half.model.embed_tokens.weight  # type: ignore[union-attr]
+    with resident(half):
+        assert half.lm_head.weight is half.model.embed_tokens.weight  # type: ignore[union-attr]
+        assert {p.dtype for p in half.parameters()} == {getattr(torch, dtype)}
     stories_model.set_attn_implementation("sdpa")
     half.set_attn_implementation("sdpa")  # type: ignore[operator]
     ids = torch.arange(3, 300)[None]  # far out, where halved frequencies would turn by whole radians
     with torch.inference_mode():
         assert torch.equal(half(ids).logits, loaded(ids).logits)
-        with torch.no_grad():
-            for parameter in half.parameters():
-                parameter.zero_()
+    with torch.no_grad(), resident(half):
+        for parameter in half.parameters():
+            parameter.zero_()
     after = dict([*stories_model.named_parameters(), *stories_model.named_buffers()])
     assert before.keys() == after.keys()
     assert all(t.dtype == after[n].dtype and torch.equal(t, after[n]) for n, t in before.items())

@@ -115,10 +115,23 @@ def test_a_tokenizer_without_expressions_starts_no_child(
     assert load_tokenizer(find_model(str(folder)))("ab")["input_ids"]
 
 
+def with_entry(folder: Path, name: str, value: Any) -> Path:
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    return folder
+
+
+@pytest.mark.parametrize("names", [["input_ids", ["attention_mask"]], [5]])
+def test_names_of_inputs_that_are_none(folder: Path, names: Any) -> None:
+    source = find_model(str(with_entry(folder, "model_input_names", names)))
+    with pytest.raises(InputError) as caught:
+        load_tokenizer(source)
+    assert "model_input_names" in one_sentence(caught)
+
+
 @pytest.mark.parametrize("value", [{}, [], "x", -5, None])
 def test_a_length_of_another_type(folder: Path, value: Any) -> None:
-    path = folder / "tokenizer_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": value}))
+    with_entry(folder, "model_max_length", value)
     source = find_model(str(folder))
     if value is None:
         assert load_tokenizer(source)("ab")["input_ids"]
@@ -129,9 +142,7 @@ def test_a_length_of_another_type(folder: Path, value: Any) -> None:
 
 
 def with_versions(folder: Path, named: Any) -> Path:
-    path = folder / "tokenizer_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "fast_tokenizer_files": named}))
-    return folder
+    return with_entry(folder, "fast_tokenizer_files", named)
 
 
 @pytest.mark.parametrize(

@@ -71,9 +71,15 @@ def test_engines_of_another_rewrite_are_passed_over_aloud(built_copy: Path) -> N
     assert "engine build" in again and "other graphs" not in again["engine run"]
 
 
-@pytest.mark.parametrize("content", ["[]", '{"max_position_embeddings": "many"}'])
-def test_a_damaged_configuration_is_an_error_in_words(built_copy: Path, content: str) -> None:
+@pytest.mark.parametrize("sealed", [False, True])
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "false", '{"max_position_embeddings": "many"}', '{"text_config": 5}', '{"n_positions": [8]}'],
+)
+def test_a_damaged_configuration_is_an_error_in_words(built_copy: Path, content: str, sealed: bool) -> None:
     (built_copy / "baseline" / "config.json").write_text(content)
+    if sealed:
+        rerecord(built_copy, "export")
     done = nbl("build", built_copy, *SMALL)
     assert_refused(done, 2, "config.json", "nbl-export export", quietly=False)
 

@@ -18,9 +18,9 @@ from nbl_export.calibrate.probe import load_probe
 from nbl_export.errors import InputError
 from nbl_export.linearize import fits
 from nbl_export.linearize.plan import load_plan
-from nbl_export.models.layers import dtype_of
 from nbl_export.models.loaded import LoadedModel
 from nbl_export.models.source import find_model
+from nbl_export.models.weights import dtype_of
 from nbl_export.progress import Silent
 from nbl_export.workspace import Workspace
 

@@ -29,8 +29,8 @@ def working(run: Run, text: str, ran: list[str]) -> Any:
         with listener.task("Writing", 2, "steps") as task:
             task.advance(2)
         listener.note(f"wrote {text}")
-        run.workspace.moments.write_text(text)
-        return [run.workspace.moments]
+        run.workspace.probe.write_text(text)
+        return [run.workspace.probe]
 
     return work
 
@@ -56,12 +56,12 @@ def test_a_stage_is_done_once_by_key_also_in_the_next_invocation(tiny_folder: Pa
     record = Workspace.open(out).record("calibrate")
     assert record is not None
     assert (record.settings, record.notes) == ({"a": 2}, ("wrote two",))
-    assert list(record.files) == ["nbl/moments.safetensors"] and record.seconds >= 0
+    assert list(record.files) == ["nbl/probe.safetensors"] and record.seconds >= 0
     # What is not the file that was written is made again.
-    again.workspace.moments.write_text("changed by hand")
+    again.workspace.probe.write_text("changed by hand")
     last = Run.resume(out)
     last.stage("calibrate", {"a": 2}, {}, working(last, "three", ran))
-    assert ran == ["one", "two", "three"] and last.workspace.moments.read_text() == "three"
+    assert ran == ["one", "two", "three"] and last.workspace.probe.read_text() == "three"
 
 
 @pytest.mark.parametrize(

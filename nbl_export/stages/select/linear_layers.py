@@ -93,14 +93,14 @@ class Fitting:
     def final(self, chosen: Sequence[int]) -> dict[int, LinearLayer]:
         """The linear layers of ``chosen`` before any repair."""
         from nbl_export.linearize.fits import sequential_fits
+        from nbl_export.models.weights import resident, room
 
         if self._settings.fit != "sequential" or not chosen:
             return {i: self.for_choosing[i] for i in chosen}
         measured, tokens = self._measured, self._measured.text.calibration
-        with self._listener.task("Fitting in sequence", tokens.size * len(chosen), "tokens") as task:
-            return sequential_fits(
-                self._reading(), tokens, chosen, measured.fit_input, self._solve, task.advance
-            )
+        model, total = self._reading(), tokens.size * len(chosen)
+        with self._listener.task("Fitting in sequence", total, "tokens") as task, resident(model, room()):
+            return sequential_fits(model, tokens, chosen, measured.fit_input, self._solve, task.advance)
 
     def timed(self, layers: Sequence[int]) -> Mapping[int, LinearLayer]:
         """The linear layers that ``layers`` are timed with: of the form that ships, whatever their values will be."""
@@ -168,12 +168,14 @@ class Fitting:
         # Moments of the selection text, for the held-out error of a ridge.
         from nbl_export.calibrate.collect import collect_moments
 
-        return collect_moments(self._reading(), self._measured.text.selection, "", listener=self._listener)
+        return collect_moments(self._reading(), self._measured.text.selection, self._listener)
 
     @cached_property
     def _weighted(self) -> dict[int, LayerMoments]:
         from nbl_export.linearize.fits import weighted_moments
+        from nbl_export.models.weights import resident, room
 
         measured, tokens = self._measured, self._measured.text.calibration
-        with self._listener.task("Weighing tokens", tokens.size, "tokens") as task:
-            return weighted_moments(self._reading(), tokens, measured.fit_input, task.advance)
+        model = self._reading()
+        with self._listener.task("Weighing tokens", tokens.size, "tokens") as task, resident(model, room()):
+            return weighted_moments(model, tokens, measured.fit_input, task.advance)

@@ -7,6 +7,7 @@ interrupted selection continues from there, and another K or an earlier setting 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,11 @@ class Measured:
     def __init__(self, run: Run, calibrated: str, fit_input: FitInput, listener: Listener) -> None:
         self._run, self._calibrated, self._listener = run, calibrated, listener
         self.fit_input = fit_input
+        self._kept = ExitStack()
+
+    def close(self) -> None:
+        """Release the weights that were kept for many measurements."""
+        self._kept.close()
 
     @cached_property
     def text(self) -> CalibrationText:
@@ -51,7 +57,11 @@ class Measured:
 
     @cached_property
     def model(self) -> torch.nn.Module:
-        return self._run.model.in_dtype(self.dtype)
+        from nbl_export.models.weights import resident, room
+
+        model = self._run.model.in_dtype(self.dtype)
+        self._kept.enter_context(resident(model, room()))
+        return model
 
     @property
     def exact_model(self) -> torch.nn.Module:

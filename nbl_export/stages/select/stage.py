@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from nbl_export.settings import SelectSettings
 from nbl_export.stages.run import Run
 
 if TYPE_CHECKING:
+    from nbl_export.calibrate.moments import Moments
     from nbl_export.stages.select.frontier import SpeedMeter
     from nbl_export.stages.select.linear_layers import Fitting
     from nbl_export.stages.select.measured import Measured
@@ -43,7 +45,12 @@ def select(run: Run, settings: SelectSettings) -> Plan:
         moments, metadata = load_moments(ws.moments)
         if settings.rank is not None:
             check_rank(settings.rank, len(next(iter(moments.layers.values())).x))
-        measured = Measured(run, calibrated.result, settings.fit_input, listener)
+        with closing(Measured(run, calibrated.result, settings.fit_input, listener)) as measured:
+            return made(moments, metadata, measured, listener)
+
+    def made(
+        moments: Moments, metadata: dict[str, Any], measured: Measured, listener: Listener
+    ) -> list[Path]:
         dtype = metadata.get("dtype", "float32")
         fitting = Fitting(moments, measured, settings, listener, lambda: run.model.in_dtype(dtype))
         candidates = score_layers(moments, settings.fit_input, fitting.scoring_ridge, listener)

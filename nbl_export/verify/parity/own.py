@@ -12,6 +12,7 @@ from nbl_export.graph.precision import Precision
 from nbl_export.linearize.plan import Plan
 from nbl_export.linearize.swap import linearized
 from nbl_export.models.load import in_precision
+from nbl_export.models.weights import resident, room
 from nbl_export.runtime.torch import torch_stream
 from nbl_export.verify.parity.decoder import compare_streams
 from nbl_export.verify.parity.figures import Parity, gates_for
@@ -32,6 +33,6 @@ def pytorch_in_precision(
 ) -> Parity:
     """The decoder ``model`` in ``precision`` against itself, both by ``plan``, as :func:`.compare_streams` does it."""
     half = in_precision(model, precision.gates)
-    with linearized(model, plan), linearized(half, plan):
+    with resident(half, room()), linearized(model, plan), linearized(half, plan):
         pair = [torch_stream(m, plan.chosen, cached) for m in (model, half)]
         return compare_streams(pair[0], pair[1], rows, steps, gates_for(precision.gates))

@@ -173,9 +173,10 @@ class TorchPrompt:
         import torch
 
         from nbl_export.models.layers import accepted_arguments
+        from nbl_export.models.weights import device_of
 
         self._model, self._forward = model, model if forward is None else forward
-        self._device = next(model.parameters()).device
+        self._device = device_of(model)
         row = torch.from_numpy(timed_row(context).astype(np.int64))
         self._rows = row.repeat(batch, 1).to(self._device)
         self._one = self._rows[:, :1]

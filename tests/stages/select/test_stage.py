@@ -166,4 +166,4 @@ def test_what_suits_each_task() -> None:
 def test_a_rank_is_refused_before_calibration(stories_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--rank is 40"):
         api.run(stories_folder, tmp_path / "out", api.SelectSettings(k=1, rank=40))
-    assert not (tmp_path / "out" / "nbl" / "moments.safetensors").exists()
+    assert not (tmp_path / "out" / "nbl" / "moments").exists()

@@ -1,0 +1,104 @@
+"""Where the moments of each layer are put when they are finished: in memory, or in a folder from which a run goes on.
+
+While a calibration runs, its files lie in a folder of their own, so that those of an earlier one stay until it is done.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from nbl_export.calibrate.moments import LayerMoments, layer_file, load_layer, save_layer
+from nbl_export.checkpoint import Checkpoint
+from nbl_export.errors import InputError
+from nbl_export.files import sync
+
+
+class Store(Protocol):
+    """Takes the moments of layers in the order in which they are finished."""
+
+    @property
+    def checkpoint(self) -> Checkpoint | None:
+        """Where unfinished work is saved; None if it is not."""
+
+    def begin(self, identity: Mapping[str, str]) -> None:
+        """What is put from now on is of this ``identity``: of one model in one dtype over one text."""
+
+    def has(self, index: int) -> bool:
+        """Whether the moments of layer ``index`` are there from an earlier run."""
+
+    def put(self, index: int, layer: LayerMoments) -> None:
+        """Keep the moments of layer ``index``."""
+
+
+class InMemory:
+    """Keeps the moments of every layer in memory; what is interrupted begins anew."""
+
+    checkpoint = None
+
+    def __init__(self) -> None:
+        self.layers: dict[int, LayerMoments] = {}
+
+    def begin(self, identity: Mapping[str, str]) -> None:
+        """Nothing is there from an earlier run."""
+
+    def has(self, index: int) -> bool:
+        return index in self.layers
+
+    def put(self, index: int, layer: LayerMoments) -> None:
+        self.layers[index] = layer
+
+
+class MomentsFolder:
+    """Keeps the moments in ``folder``, in ``partial`` until all are there, with ``metadata`` that say what they are of.
+
+    A file with other metadata, or a damaged one, is of another run and is written again.
+    """
+
+    def __init__(
+        self, folder: Path, partial: Path, metadata: Mapping[str, Any], every_seconds: float = 60.0
+    ) -> None:
+        self._folder, self._partial = folder, partial
+        self._metadata = dict(metadata)
+        self.checkpoint = Checkpoint(partial / "states.safetensors", every_seconds)
+        self._indices: list[int] = []
+
+    def begin(self, identity: Mapping[str, str]) -> None:
+        """Files of another ``identity`` are not of this run."""
+        self._metadata["identity"] = dict(identity)
+
+    def has(self, index: int) -> bool:
+        # A run that ended while it moved its files has some in either folder.
+        found = any(self._is_ours(layer_file(place, index), index) for place in (self._partial, self._folder))
+        if found:
+            self._indices.append(index)
+        return found
+
+    def _is_ours(self, path: Path, index: int) -> bool:
+        if not path.is_file():
+            return False
+        try:
+            found, _, metadata = load_layer(path)
+        except InputError:
+            return False
+        return (found, metadata) == (index, self._metadata)
+
+    def put(self, index: int, layer: LayerMoments) -> None:
+        self._partial.mkdir(exist_ok=True)
+        save_layer(layer_file(self._partial, index), index, layer, self._metadata)
+        self._indices.append(index)
+
+    def publish(self) -> list[Path]:
+        """Move the files to their folder, which then has no others; returns them in the order of the layers."""
+        files = [layer_file(self._folder, index) for index in sorted(set(self._indices))]
+        self._folder.mkdir(exist_ok=True)
+        for path in files:
+            if (made := self._partial / path.name).is_file():
+                made.replace(path)
+        for other in set(self._folder.glob("*.safetensors")).difference(files):
+            other.unlink()
+        sync(self._folder)
+        shutil.rmtree(self._partial, ignore_errors=True)
+        return files

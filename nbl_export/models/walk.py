@@ -1,0 +1,99 @@
+"""Run rows through a model one block at a time: the unit of work of a model that may be larger than memory.
+
+The weights of a block are read once, every batch goes through it, and what is kept between blocks are the states: the
+input of the next block, [batch, sequence, d] for each batch.
+
+    batches ─► embedding ─► block 0 ─► states ─► block 1 ─► states ─► …
+
+The model's own code runs: earlier blocks are skipped, and the run ends at the input of the next block. So masks, rotary
+tables and whatever the model does between blocks are its own, and each batch is computed as in one forward pass, to the
+bit. Blocks that take more from each other than the states are run together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nbl_export.models.dummy_run import dummy_run
+from nbl_export.models.layers import accepted_arguments, backbone, block_stack, hidden_states
+from nbl_export.models.partial_forward import Reached, skipped
+from nbl_export.models.weights import held, outside_blocks
+
+Batch = Mapping[str, torch.Tensor]
+# One batch and its states, None before the first block, to the states after; None after the last block.
+Step = Callable[[Batch, torch.Tensor | None], torch.Tensor | None]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The blocks from ``start`` up to ``stop``, which are run together; nearly always one."""
+
+    start: int
+    stop: int
+
+
+def segments(model: torch.nn.Module) -> list[Segment]:
+    """The parts of ``model`` in which rows go through it."""
+    count = len(list(block_stack(model)[1].children()))
+    if not dummy_run(model).separate:
+        return [Segment(0, count)]
+    return [Segment(index, index + 1) for index in range(count)]
+
+
+@contextmanager
+def walking(model: torch.nn.Module) -> Iterator[Callable[[Segment], Any]]:
+    """Within the block, ``model`` keeps what lies beside its blocks; the value makes the context of a segment.
+
+    The context's value runs a batch through the segment; the segment's weights are in memory while it is open.
+    """
+    dummy_run(model)  # before any hook is registered, since its own run would trigger them
+    with outside_blocks(model):
+        yield lambda segment: _segment(model, segment)
+
+
+@contextmanager
+def _segment(model: torch.nn.Module, segment: Segment) -> Iterator[Step]:
+    path, stack = block_stack(model)
+    blocks: Any = stack
+    run: Any = backbone(model)
+    given: list[torch.Tensor] = []
+    found: list[torch.Tensor] = []
+
+    def put_in(_block: Any, args: Any, kwargs: Any) -> Any:
+        if "hidden_states" in kwargs:
+            return args, {**kwargs, "hidden_states": given[0]}
+        return (given[0], *args[1:]), kwargs
+
+    def stop(_block: Any, args: Any, kwargs: Any) -> None:
+        found.append(hidden_states(args, kwargs))
+        raise Reached
+
+    def end(*_: Any) -> None:
+        raise Reached
+
+    with ExitStack() as within:
+        names = [f"{path}.{index}" for index in range(segment.start, segment.stop)]
+        within.enter_context(held(model, names))
+        if segment.start:
+            within.enter_context(skipped(model, segment.start))
+            hook = blocks[segment.start].register_forward_pre_hook(put_in, with_kwargs=True, prepend=True)
+            within.callback(hook.remove)
+        # First of all hooks, so that the weights of the next block are not read.
+        if segment.stop < len(blocks):
+            hook = blocks[segment.stop].register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
+        else:
+            hook = blocks[segment.stop - 1].register_forward_hook(end)
+        within.callback(hook.remove)
+
+        def step(batch: Batch, states: torch.Tensor | None) -> torch.Tensor | None:
+            given[:], found[:] = [] if states is None else [states], []
+            with suppress(Reached):
+                run(**batch, **accepted_arguments(run, use_cache=False))
+            return found[0] if found else None
+
+        yield step

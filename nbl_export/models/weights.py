@@ -1,0 +1,334 @@
+"""A model whose weights are read when they are needed.
+
+A checkpoint is not copied into memory. Its tensors are mapped from the safetensors files as they are stored, or
+dequantized from a GGUF file one by one; a model in another dtype or on another device has *units* instead: each block,
+and what lies outside the blocks. A unit is read when its forward pass begins and released when it ends, so that memory
+holds one block, whatever the size of the model:
+
+    stored (bf16, mapped) ──► unit in float32 ──► forward ──► released
+
+:func:`held` keeps a part of the model while many batches go through it, :func:`resident` all of it if there is room. An
+ordinary model, whose weights are in memory, is used in the same way: for it both do nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+import torch
+
+from nbl_export.errors import InputError
+from nbl_export.models.layers import backbone, block_stack
+
+Read = Callable[[], torch.Tensor]
+_PART = 1 << 22
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A model as its checkpoint stores it.
+
+    ``read`` gives a weight by name, as stored, where it is not in ``model`` already: there it is on the meta device.
+    With ``computed``, that is work, and not only a view of mapped bytes.
+    """
+
+    model: torch.nn.Module
+    read: Mapping[str, Read] = field(default_factory=dict)
+    source: str = ""
+    computed: bool = False
+
+    def is_plain(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> bool:
+        """Whether ``model`` itself is the model in ``dtype`` on ``device``."""
+        device = torch.device(device)
+        return not self.read and all(t.dtype == dtype and t.device == device for _, t in floating(self.model))
+
+
+@dataclass
+class _Weight:
+    """One weight and the places that have it; tied weights have several.
+
+    ``absent`` are what the places have while it is not read.
+    """
+
+    places: list[tuple[torch.nn.Module, str]]
+    absent: list[torch.nn.Parameter]
+    read: Read
+    name: str
+    users: int = 0
+
+    @property
+    def bytes(self) -> int:
+        return self.absent[0].numel() * self.absent[0].element_size()
+
+
+class _Streaming:
+    """What a model made by :func:`streamed` reads, by its units."""
+
+    def __init__(self, stored: Stored, dtype: torch.dtype, device: torch.device) -> None:
+        self.stored, self.dtype, self.device = stored, dtype, device
+        self.weights: dict[str, _Weight] = {}
+        self.units: dict[str, list[_Weight]] = {}
+        self.backbone = ""
+        self.finite: set[str] = set()
+
+    def acquire(self, weights: Iterable[_Weight]) -> None:
+        for weight in weights:
+            if not weight.users:
+                self._put(weight)
+            weight.users += 1
+
+    def release(self, weights: Iterable[_Weight]) -> None:
+        for weight in weights:
+            weight.users -= 1
+            if not weight.users:
+                for (module, name), absent in zip(weight.places, weight.absent, strict=True):
+                    module._parameters[name] = absent
+
+    def _put(self, weight: _Weight) -> None:
+        # A parameter made in inference mode could not be used with gradients later.
+        with torch.inference_mode(False):
+            tensor = weight.read()
+            dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
+            tensor = tensor.to(device=self.device, dtype=dtype)
+        if weight.name not in self.finite:
+            check_finite(self.stored.source, weight.name, tensor)
+            self.finite.add(weight.name)
+        with torch.inference_mode(False):
+            parameter = torch.nn.Parameter(tensor, requires_grad=False)
+        for module, name in weight.places:
+            module._parameters[name] = parameter
+
+
+_STREAMED: weakref.WeakKeyDictionary[torch.nn.Module, _Streaming] = weakref.WeakKeyDictionary()
+
+
+def floating(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """The weights of ``model`` with a floating dtype, by name; tied ones once."""
+    return [(name, p) for name, p in model.named_parameters() if p.is_floating_point()]
+
+
+def check_finite(source: str, name: str, weight: torch.Tensor) -> None:
+    """Raise :class:`InputError` for a weight that is NaN or infinite."""
+    # In parts: what is compared takes as much memory as the weight, twice.
+    if weight.is_meta:
+        return
+    if not all(bool(torch.isfinite(part).all()) for part in torch.split(weight.reshape(-1), _PART)):
+        raise InputError(f"{source}: the weight {name} is NaN or infinite: download the model again.")
+
+
+def reader(weight: torch.Tensor) -> Read:
+    """What gives the ``weight`` that is in memory or mapped, also after the parameter has got another."""
+    data = weight.data
+    return lambda: data
+
+
+def device_of(model: torch.nn.Module) -> torch.device:
+    """The device that ``model`` computes on."""
+    streaming = _STREAMED.get(model)
+    return streaming.device if streaming else next(model.parameters()).device
+
+
+def torch_dtype_of(model: torch.nn.Module) -> torch.dtype:
+    """The dtype that ``model`` computes in."""
+    streaming = _STREAMED.get(model)
+    return streaming.dtype if streaming else next(model.parameters()).dtype
+
+
+def dtype_of(model: torch.nn.Module) -> str:
+    """The name of the dtype that ``model`` computes in, as ``bfloat16``."""
+    return str(torch_dtype_of(model)).removeprefix("torch.")
+
+
+def weights_like(model: torch.nn.Module) -> torch.Tensor:
+    """An empty tensor of the dtype and device that ``model`` computes in and on."""
+    return torch.empty(0, dtype=torch_dtype_of(model), device=device_of(model))
+
+
+def origin(model: torch.nn.Module) -> torch.nn.Module:
+    """The model of which ``model`` is another precision; itself for an ordinary model."""
+    streaming = _STREAMED.get(model)
+    return streaming.stored.model if streaming else model
+
+
+def stored_of(model: torch.nn.Module) -> Stored:
+    """The checkpoint of ``model``; an ordinary model is one that is in memory."""
+    streaming = _STREAMED.get(model)
+    return streaming.stored if streaming else Stored(model)
+
+
+def streamed(stored: Stored, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.nn.Module:
+    """The model of ``stored`` in ``dtype`` on ``device``; its weights are read unit by unit.
+
+    Buffers that are not part of a checkpoint (rotary frequencies) stay in their precision.
+    """
+    device = torch.device(device)
+    weights = _by_identity(stored.model)
+    absent = {key: _absent(parameter, dtype) for key, (parameter, _) in weights.items()}
+    # The copy shares nothing with the original but what is in this table: the places of its weights.
+    memo: dict[int, Any] = dict(absent)
+    model: torch.nn.Module = copy.deepcopy(stored.model, memo)
+    _convert_buffers(model, dtype, device)
+    streaming = _Streaming(stored, dtype, device)
+    _STREAMED[model] = _STREAMED[backbone(model)] = streaming
+    for key, (parameter, names) in weights.items():
+        places, without = [], []
+        read = next((stored.read[n] for n in names if n in stored.read), reader(parameter))
+        for name in names:
+            owner, _, attribute = name.rpartition(".")
+            module = model.get_submodule(owner)
+            places.append((module, attribute))
+            table = None if stored.computed else read()
+            without.append(_in_place(module, table, absent[key], device))
+            module._parameters[attribute] = without[-1]
+        weight = _Weight(places, without, read, names[0])
+        streaming.weights |= dict.fromkeys(names, weight)
+    _make_units(model, streaming)
+    return model
+
+
+def _by_identity(model: torch.nn.Module) -> dict[int, tuple[torch.nn.Parameter, list[str]]]:
+    found: dict[int, tuple[torch.nn.Parameter, list[str]]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found.setdefault(id(parameter), (parameter, []))[1].append(name)
+    return found
+
+
+def _absent(parameter: torch.nn.Parameter, dtype: torch.dtype) -> torch.nn.Parameter:
+    kept = dtype if parameter.is_floating_point() else parameter.dtype
+    return torch.nn.Parameter(torch.empty(parameter.shape, dtype=kept, device="meta"), requires_grad=False)
+
+
+def _in_place(
+    module: torch.nn.Module, table: torch.Tensor | None, absent: torch.nn.Parameter, device: torch.device
+) -> torch.nn.Parameter:
+    """What ``module`` has while the weight is not read: an embedding looks up rows of the stored ``table``."""
+    looked_up = type(module) is torch.nn.Embedding and module.max_norm is None
+    if not looked_up or table is None or table.device != device:
+        return absent
+    module.register_forward_hook(_Rounded(absent.dtype))
+    return torch.nn.Parameter(table, requires_grad=False)
+
+
+class _Rounded:
+    """A forward hook that gives the output in ``dtype``: the same rows as those of a table in ``dtype``."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def __call__(self, _module: Any, _args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output.to(self.dtype)
+
+
+def _convert_buffers(model: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                own = buffer.is_floating_point() and name not in module._non_persistent_buffers_set
+                module._buffers[name] = buffer.to(device=device, dtype=dtype if own else buffer.dtype)
+
+
+def _make_units(model: torch.nn.Module, streaming: _Streaming) -> None:
+    """Each block is a unit, and what the backbone has beside them, and each module beside the backbone, as the head."""
+    inner = backbone(model)
+    streaming.backbone = next(name for name, module in model.named_modules() if module is inner)
+    taken: set[str] = set()
+    beside = [name for name, module in model.named_children() if streaming.backbone and module is not inner]
+    for path in dict.fromkeys((*_blocks(model), streaming.backbone, *beside, "")):
+        prefix = f"{path}." if path else ""
+        own = [n for n in streaming.weights if n.startswith(prefix) and n not in taken]
+        taken.update(own)
+        # An embedding that is looked up in the stored table needs no weight of its own.
+        absent = [streaming.weights[n] for n in own if model.get_parameter(n).is_meta]
+        unit = list({id(weight): weight for weight in absent}.values())
+        if unit:
+            streaming.units[path] = unit
+            _read_in_forward(model.get_submodule(path), streaming, unit)
+            if path == streaming.backbone and path:  # some models run the parts of their backbone themselves
+                _read_in_forward(model, streaming, unit)
+
+
+def _blocks(model: torch.nn.Module) -> list[str]:
+    try:
+        stack, blocks = block_stack(model)
+    except InputError:  # its structure is not supported, which is said where it is asked for
+        return []
+    return [f"{stack}.{index}" for index in range(len(list(blocks.children())))]
+
+
+def _read_in_forward(module: torch.nn.Module, streaming: _Streaming, unit: list[_Weight]) -> None:
+    running: list[None] = []
+
+    def before(*_: Any) -> None:
+        streaming.acquire(unit)
+        running.append(None)
+
+    def after(*_: Any) -> None:
+        # A hook that ends the run before the module does is called without the one before.
+        if running:
+            running.pop()
+            streaming.release(unit)
+
+    module.register_forward_pre_hook(before)
+    module.register_forward_hook(after, always_call=True)
+
+
+@contextmanager
+def held(model: torch.nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Within the block, the weights of ``model`` with these ``names``, or under these modules, are in memory."""
+    streaming = _STREAMED.get(model)
+    wanted = tuple(names)
+    found = {
+        id(weight): weight
+        for name, weight in (streaming.weights.items() if streaming else ())
+        if any(name == w or name.startswith(f"{w}.") for w in wanted)
+    }
+    with _acquired(streaming, found.values()):
+        yield
+
+
+@contextmanager
+def outside_blocks(model: torch.nn.Module) -> Iterator[None]:
+    """Within the block, what the backbone of ``model`` has beside its blocks is in memory, such as its embedding."""
+    streaming = _STREAMED.get(model)
+    unit = streaming.units.get(streaming.backbone, []) if streaming else []
+    with _acquired(streaming, unit):
+        yield
+
+
+@contextmanager
+def _acquired(streaming: _Streaming | None, weights: Iterable[_Weight]) -> Iterator[None]:
+    if streaming is None:
+        yield
+        return
+    found = list(weights)
+    streaming.acquire(found)
+    try:
+        yield
+    finally:
+        streaming.release(found)
+
+
+def room() -> float:
+    """Bytes that weights may take where they are used many times: half of the memory that is free."""
+    return psutil.virtual_memory().available / 2
+
+
+@contextmanager
+def resident(model: torch.nn.Module, budget: float = float("inf")) -> Iterator[None]:
+    """Within the block, the units of ``model`` stay in memory, as many as take up to ``budget`` bytes."""
+    streaming = _STREAMED.get(model)
+    with ExitStack() as stack:
+        for unit in streaming.units.values() if streaming else ():
+            assert streaming is not None
+            size = sum(w.bytes for w in unit if not w.users)
+            if size <= budget:
+                budget -= size
+                streaming.acquire(unit)
+                stack.callback(streaming.release, unit)
+        yield

@@ -1,0 +1,373 @@
+"""Weights that are read block by block give the same bits as a model that is in memory, and are gone afterwards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM
+
+from nbl_export.errors import InputError
+from nbl_export.linearize.adapters import Adapter, adapted
+from nbl_export.models.dummy_run import dummy_run
+from nbl_export.models.load import in_precision, load_model
+from nbl_export.models.source import find_model
+from nbl_export.models.stored import stored_tensors
+from nbl_export.models.weights import (
+    Stored,
+    device_of,
+    dtype_of,
+    held,
+    outside_blocks,
+    resident,
+    stored_of,
+    streamed,
+)
+from tests import families
+from tests.encoders import as_sentence_transformer, text_encoder
+from tests.models.test_load import small_gguf
+from tests.stories import build as build_stories
+from tests.tiny import build as build_tiny
+
+IDS = torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+def stored_in(folder: Path, dtype: torch.dtype, other: torch.dtype | None = None, of: str = "norm") -> Path:
+    """The model in ``folder`` with its weights in ``dtype``, those whose name has ``of`` in the ``other``."""
+    for path in folder.glob("*.safetensors"):
+        weights = load_file(path)
+        kinds = {name: other if other and of in name else dtype for name in weights}
+        save_file({n: w.to(kinds[n]) for n, w in weights.items()}, path, {"format": "pt"})
+    return folder
+
+
+def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(input_ids=ids, use_cache=False).logits
+
+
+def absent(model: torch.nn.Module) -> set[str]:
+    return {name for name, p in model.named_parameters(remove_duplicate=False) if p.is_meta}
+
+
+@contextmanager
+def largest(model: torch.nn.Module) -> Iterator[list[int]]:
+    """Within the block, the bytes of weights in memory at the end of each module, but those of the stored embedding."""
+    found: list[int] = []
+
+    def look(*_: Any) -> None:
+        there = {id(p): p for p in model.parameters() if not p.is_meta and p.dtype == torch.float32}
+        found.append(sum(4 * p.numel() for p in there.values()))
+
+    hooks = [module.register_forward_hook(look) for module in model.modules()]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@pytest.fixture
+def half_folder(tmp_path: Path) -> Path:
+    return stored_in(build_tiny(tmp_path / "tiny"), torch.bfloat16)
+
+
+@pytest.fixture
+def model(half_folder: Path) -> Any:
+    """A model whose checkpoint is in bfloat16, in float32."""
+    return load_model(find_model(str(half_folder)))
+
+
+def plain(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """By transformers alone."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).eval()
+
+
+# the same bits ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", families.DECODERS)
+@pytest.mark.parametrize(
+    "kinds", [(torch.bfloat16, None), (torch.float16, torch.float32)], ids=["all", "mixed"]
+)
+def test_every_family_is_what_transformers_loads(
+    name: str, kinds: tuple[torch.dtype, torch.dtype | None], tmp_path: Path
+) -> None:
+    folder = stored_in(families.build(name, tmp_path / name), *kinds)
+    model, theirs = load_model(find_model(str(folder))), plain(folder)
+    assert torch.equal(logits(model), logits(theirs))
+    ours, expected = (dict(m.named_buffers()) for m in (model, theirs))
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(b, expected[n]) and b.dtype == expected[n].dtype for n, b in ours.items())
+    assert model.config.to_dict() == theirs.config.to_dict()
+    assert model.generation_config.to_dict() == theirs.generation_config.to_dict()
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("of", ["lm_head", "embed_tokens", "model.layers.2.", "v_proj"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_few_weights_of_another_dtype_are_exact(tmp_path: Path, of: str, tied: bool) -> None:
+    folder = stored_in(
+        build_tiny(tmp_path / "m", tie_word_embeddings=tied), torch.bfloat16, torch.float32, of
+    )
+    model = load_model(find_model(str(folder)))
+    assert torch.equal(logits(model), logits(plain(folder)))
+
+
+def test_a_buffer_of_the_checkpoint_is_exact(tmp_path: Path) -> None:
+    folder = families.build("llama", tmp_path / "m")
+    scale = {"model.norm.weight": torch.float32}
+    path = folder / "model.safetensors"
+    weights = {n: w.to(scale.get(n, torch.bfloat16)) for n, w in load_file(path).items()}
+    weights["model.norm.weight"] += 1e-4  # which bfloat16 cannot hold
+    save_file(weights, path, {"format": "pt"})
+    model = load_model(find_model(str(folder)))
+    with resident(model):
+        assert torch.equal(model.model.norm.weight, weights["model.norm.weight"])  # type: ignore[union-attr]
+
+
+def test_shards_and_names_without_the_prefix(tmp_path: Path, half_folder: Path) -> None:
+    weights = load_file(half_folder / "model.safetensors")
+    (half_folder / "model.safetensors").unlink()
+    names = {n: n.removeprefix("model.") for n in weights}
+    shards = [f"model-0000{1 + i % 2}-of-00002.safetensors" for i in range(len(weights))]
+    index = {"metadata": {}, "weight_map": {names[n]: s for n, s in zip(weights, shards, strict=True)}}
+    (half_folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    for shard in set(shards):
+        chosen = {names[n]: w for (n, w), s in zip(weights.items(), shards, strict=True) if s == shard}
+        kept = {n: w.float() if "norm" in n else w for n, w in chosen.items()}
+        save_file(kept, half_folder / shard, {"format": "pt"})
+    model = load_model(find_model(str(half_folder)))
+    assert absent(model) and torch.equal(logits(model), logits(plain(half_folder)))
+
+
+def test_an_encoder_without_its_pooler(tmp_path: Path) -> None:
+    folder = stored_in(as_sentence_transformer(text_encoder(tmp_path / "bert")), torch.float16)
+    model: Any = load_model(find_model(str(folder)))
+    theirs = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        found, expected = model(input_ids=IDS), theirs(input_ids=IDS)
+    assert torch.equal(found.last_hidden_state, expected.last_hidden_state)
+    assert absent(model)
+
+
+def test_a_gguf_file_is_what_transformers_makes_of_it(tmp_path: Path) -> None:
+    path = small_gguf(tmp_path / "m.gguf", 1)
+    model = load_model(find_model(str(path)))
+    assert absent(model) == {n for n, _ in model.named_parameters(remove_duplicate=False)}
+    ids = IDS % 40
+    assert torch.equal(logits(model, ids), logits(plain(tmp_path, gguf_file="m.gguf"), ids))
+
+
+def test_a_quantized_gguf_file_is_what_transformers_makes_of_it(smollm2: Path) -> None:
+    model = load_model(find_model(str(smollm2)))
+    assert torch.equal(logits(model), logits(plain(smollm2.parent, gguf_file=smollm2.name)))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2-moe"])
+def test_experts_that_transformers_merges_are_mapped_or_in_memory(name: str, tmp_path: Path) -> None:
+    if name not in families.DECODERS:
+        pytest.skip("no such row in tests/families.py")
+    folder = stored_in(families.build(name, tmp_path / name), torch.bfloat16, torch.float32, "gate")
+    assert torch.equal(logits(load_model(find_model(str(folder)))), logits(plain(folder)))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_any_precision_is_a_rounding_of_what_is_stored(half_folder: Path, dtype: str) -> None:
+    ours = in_precision(load_model(find_model(str(half_folder))), dtype)
+    assert dtype_of(ours) == dtype
+    assert torch.equal(logits(ours), logits(plain(half_folder, getattr(torch, dtype))))
+
+
+def test_a_precision_of_a_precision_is_of_what_is_stored(model: Any) -> None:
+    low = in_precision(model, "float16")
+    assert torch.equal(logits(in_precision(low, "float32")), logits(model))
+    assert stored_of(low) is stored_of(model)
+    assert dummy_run(low) is dummy_run(model), "the facts are those of one model"
+
+
+def test_what_is_mapped_is_not_copied(half_folder: Path) -> None:
+    half: Any = in_precision(load_model(find_model(str(half_folder))), "bfloat16")
+    stored = stored_of(half)
+    with resident(half):
+        name = "model.layers.1.mlp.up_proj.weight"
+        assert half.get_parameter(name).data_ptr() == stored.read[name]().data_ptr()
+
+
+# what is in memory --------------------------------------------------------------------------------
+
+
+def test_no_more_than_a_block_is_in_memory(model: Any) -> None:
+    block = 4 * sum(p.numel() for p in model.model.layers[0].parameters())
+    beside = 4 * (model.model.norm.weight.numel() + model.lm_head.weight.numel())
+    with largest(model) as found:
+        logits(model)
+    assert block <= max(found) <= max(block, beside) + 4 * 32
+    embedding = {"model.embed_tokens.weight"}
+    assert absent(model) == {n for n, _ in model.named_parameters(remove_duplicate=False)} - embedding
+
+
+def test_an_error_within_a_block_leaves_nothing(model: Any) -> None:
+    before = absent(model)
+
+    def fail(*_: Any) -> None:
+        raise ArithmeticError
+
+    for module in (
+        model,
+        model.model,
+        model.model.layers[2],
+        model.model.layers[2].mlp.act_fn,
+        model.lm_head,
+    ):
+        for register in (module.register_forward_pre_hook, module.register_forward_hook):
+            hook = register(fail)
+            with pytest.raises(ArithmeticError):
+                logits(model)
+            hook.remove()
+            assert absent(model) == before
+    hook = model.model.layers[1].register_forward_pre_hook(fail, prepend=True)  # before its weights are read
+    with pytest.raises(ArithmeticError):
+        logits(model)
+    hook.remove()
+    assert absent(model) == before and logits(model).isfinite().all()
+
+
+def test_what_is_held_stays_as_long_as_somebody_holds_it(model: Any) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    with held(model, ["model.layers.1"]):
+        first = model.get_parameter(name)
+        with held(model, [name]), resident(model):
+            logits(model)
+            assert model.get_parameter(name) is first and not absent(model)
+        logits(model)
+        assert model.get_parameter(name) is first
+        assert model.get_parameter("model.layers.0.mlp.up_proj.weight").is_meta
+        assert model.get_parameter("model.layers.1.mlp.down_proj.weight").isfinite().all()
+    assert model.get_parameter(name).is_meta
+
+
+def test_a_name_is_not_the_beginning_of_another(tmp_path: Path) -> None:
+    folder = stored_in(build_tiny(tmp_path / "m", num_hidden_layers=11), torch.bfloat16)
+    model = load_model(find_model(str(folder)))
+    with held(model, ["model.layers.1"]):
+        assert model.get_parameter("model.layers.10.mlp.up_proj.weight").is_meta
+
+
+def test_as_many_units_stay_as_find_room(model: Any) -> None:
+    block = 4 * sum(p.numel() for p in model.model.layers[0].parameters())
+    for budget, there in ((0, 0), (block - 1, 0), (block, 1), (2.5 * block, 2), (float("inf"), 4)):
+        with resident(model, budget):
+            blocks = [not b.mlp.up_proj.weight.is_meta for b in model.model.layers]
+            assert sum(blocks) == there and blocks == sorted(blocks, reverse=True)
+            assert logits(model).isfinite().all()
+    assert model.model.layers[0].mlp.up_proj.weight.is_meta
+
+
+def test_what_lies_beside_the_blocks(model: Any) -> None:
+    with outside_blocks(model):
+        assert not model.model.norm.weight.is_meta and model.lm_head.weight.is_meta
+        assert all(p.is_meta for p in model.model.layers.parameters())
+
+
+def test_a_weight_that_was_read_in_inference_mode_can_be_trained_through(model: Any) -> None:
+    with resident(model), torch.inference_mode():
+        logits(model)
+    with torch.inference_mode():
+        context = resident(model)
+        context.__enter__()
+    added = torch.zeros(32, requires_grad=True)
+    hook = model.model.layers[0].register_forward_hook(lambda _m, _a, out: out + added)
+    model(input_ids=IDS).logits.sum().backward()
+    hook.remove()
+    context.__exit__(None, None, None)
+    assert added.grad is not None and added.grad.abs().sum() > 0
+
+
+def test_adapters_are_merged_into_what_is_read_and_nowhere_else(model: Any, half_folder: Path) -> None:
+    name = "model.layers.2.mlp.down_proj.weight"
+    rng = np.random.default_rng(0)
+    up, down = (rng.standard_normal(s).astype(np.float32) for s in ((32, 3), (3, 64)))
+    theirs = plain(half_folder)
+    with torch.no_grad():
+        theirs.get_parameter(name).add_(torch.from_numpy(up @ down))
+    half = in_precision(model, "float16")
+    before = logits(half)
+    with adapted(model, {name: Adapter(up, down, ())}):
+        assert torch.equal(logits(model), logits(theirs))
+        assert torch.equal(logits(half), before), "another precision of the same checkpoint"
+    assert model.get_parameter(name).is_meta
+    assert torch.equal(logits(model), logits(plain(half_folder)))
+
+
+def test_a_model_in_memory_is_used_in_the_same_way(tmp_path: Path) -> None:
+    model = load_model(find_model(str(build_tiny(tmp_path / "m"))))
+    assert not absent(model) and stored_of(model).model is model
+    with held(model, ["model.layers.1"]), resident(model, 0), outside_blocks(model):
+        assert dtype_of(model) == "float32" and device_of(model) == torch.device("cpu")
+    half = in_precision(model, "float16")
+    assert torch.equal(logits(half), logits(plain(tmp_path / "m", torch.float16)))
+    # A change of the one is none of the other.
+    before = logits(half)
+    name = "model.layers.2.mlp.down_proj.weight"
+    change = np.ones((32, 1), np.float32), np.ones((1, 64), np.float32)
+    with adapted(model, {name: Adapter(*change, ())}):
+        assert torch.equal(logits(half), before)
+
+
+def test_another_device_gets_everything(model: Any) -> None:
+    """The meta device stands for one: whatever stayed behind would be on the CPU."""
+    there = streamed(stored_of(model), torch.float16, "meta")
+    assert device_of(there) == torch.device("meta")
+    assert all(b.device.type == "meta" for b in there.buffers())
+    with resident(there):
+        assert {(p.device.type, p.dtype) for p in there.parameters()} == {("meta", torch.float16)}
+    assert there(input_ids=IDS.to("meta")).logits.device.type == "meta"
+
+
+# refusals -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_weight_that_is_no_number_is_named_while_loading(half_folder: Path, bad: float) -> None:
+    path, name = half_folder / "model.safetensors", "model.layers.3.mlp.up_proj.weight"
+    weights = load_file(path)
+    weights[name][-1, -1] = bad
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(InputError, match=f"the weight {name} is NaN or infinite: download"):
+        load_model(find_model(str(half_folder)))
+
+
+def test_a_weight_of_a_gguf_file_that_is_no_number_is_named_when_it_is_read(tmp_path: Path) -> None:
+    path = small_gguf(tmp_path / "m.gguf", 1)
+    raw = bytearray(path.read_bytes())
+    raw[-4:] = np.float32("nan").tobytes()
+    path.write_bytes(raw)
+    with pytest.raises(
+        InputError, match=r"m\.gguf: the weight .* is NaN or infinite: download the model again\."
+    ):
+        dummy_run(load_model(find_model(str(path))))
+
+
+def test_the_dtype_of_most_weights(tmp_path: Path, stories_folder: Path, shared_data: Path) -> None:
+    assert stored_tensors(stories_folder).dtype == torch.float32
+    assert stored_tensors(stories_folder).others == {}
+    folder = build_stories(shared_data / "models" / "stories260K", tmp_path / "s")
+    found = stored_tensors(stored_in(folder, torch.float16, torch.bfloat16))
+    assert found.dtype == torch.float16 and all("norm" in name for name in found.others) and found.others
+    assert stored_tensors(tmp_path).dtype is None
+
+
+def test_what_no_structure_is_known_of_is_one_unit() -> None:
+    plain = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    plain.config = type("Config", (), {"get_text_config": lambda self: self, "num_hidden_layers": 9})()  # type: ignore[assignment]
+    low = streamed(Stored(plain), torch.float64)
+    assert len(absent(low)) == 4
+    torch.testing.assert_close(low(torch.ones(1, 3).double()), plain.double()(torch.ones(1, 3).double()))
