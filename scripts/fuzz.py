@@ -67,7 +67,8 @@ class Command:
 
 def parts(out: str) -> tuple[str, ...]:
     """The files of an output folder that commands read."""
-    return tuple(f"{out}/{name}" for name in ("*.json", "*.onnx*", "nbl/*", "baseline/*", "report/*.json"))
+    names = "*.json", "*.onnx*", "nbl/*", "nbl/moments/*", "baseline/*", "report/*.json"
+    return tuple(f"{out}/{name}" for name in names)
 
 
 OUT_FILES = parts("out")
@@ -77,7 +78,7 @@ COMMANDS = {
     "inspect-graph": Command(("inspect", "graph/model.onnx"), ("graph/model.onnx*",), 4),
     "inspect-rewritten": Command(("inspect", "out/model.onnx"), ("out/model.onnx*",)),
     "inspect-plan": Command(("inspect", "out/nbl/plan.json"), ("out/nbl/plan.*",)),
-    "inspect-moments": Command(("inspect", "out/nbl/moments.safetensors"), ("out/nbl/moments.*",), 1),
+    "inspect-moments": Command(("inspect", "out/nbl/moments"), ("out/nbl/moments/*",), 1),
     "inspect-engine": Command(("inspect", "engine/model.engine"), ("engine/*",), 1),
     "report": Command(("report", "out"), (*OUT_FILES, "out/report/report.json"), 4),
     "rewrite-onnx": Command(
@@ -99,7 +100,7 @@ COMMANDS = {
     "verify": Command(("verify", "unverified", *VERIFY), parts("unverified"), 3),
     "eval": Command(EVAL, (*OUT_FILES, "tasks/*", "out/nbl/eval/*"), 2),
     "bench": Command(BENCH, ("timed/nbl/bench.partial.json", "timed/nbl/*", "timed/report/*.json"), 1),
-    "resume": Command(LONG, ("calibrating/nbl/*",), 2),
+    "resume": Command(LONG, ("calibrating/nbl/*", "calibrating/nbl/moments.partial/*"), 2),
     "gguf": Command(
         ("calibrate", "gguf/m.gguf", "-o", "new", "--calibration", "text/a.jsonl", *CALIBRATE), ("gguf/*",), 2
     ),

@@ -254,7 +254,7 @@ def _runs(folder: Path) -> None:
         _forget(folder / name, last)
     _forget(folder / "encoder-out", "rewrite")
     _interrupted(BENCH, folder, "timed/nbl/bench.partial.json")
-    _interrupted(LONG, folder, "calibrating/nbl/moments.partial.safetensors")
+    _interrupted(LONG, folder, "calibrating/nbl/moments.partial/states.safetensors")
 
 
 def _forget(out: Path, last: str) -> None:

@@ -58,11 +58,12 @@ class MomentsFolder:
     """
 
     def __init__(
-        self, folder: Path, partial: Path, metadata: Mapping[str, Any], every_seconds: float = 60.0
+        self, folder: Path, partial: Path, metadata: Mapping[str, Any], every_seconds: float | None = None
     ) -> None:
         self._folder, self._partial = folder, partial
         self._metadata = dict(metadata)
-        self.checkpoint = Checkpoint(partial / "states.safetensors", every_seconds)
+        states = partial / "states.safetensors"
+        self.checkpoint = Checkpoint(states) if every_seconds is None else Checkpoint(states, every_seconds)
         self._indices: list[int] = []
 
     def begin(self, identity: Mapping[str, str]) -> None:

@@ -87,13 +87,16 @@ def load_stored(source: ModelSource) -> Stored:
             return _from_gguf(source, path, options)
     with quiet(), _readable(source) as path:
         _check_size(source, path)
-        tensors = stored_tensors(Path(source.path))
+        with _reading(source):
+            tensors = stored_tensors(Path(source.path))
         dtype = tensors.dtype or torch.float32
         model, unused = _from_files(source, path, {"use_safetensors": True, "dtype": dtype})
         if dtype == torch.float32 and not tensors.others:
             return _in_memory(source, model)
-        skeleton = _skeleton(source, path, {})
-        if not tensors.put_others(model, unused) or not same_weights(skeleton, model):
+        with _reading(source):
+            skeleton = _skeleton(source, path, {})
+            mapped = tensors.put_others(model, unused) and same_weights(skeleton, model)
+        if not mapped:
             model, _ = _from_files(source, path, {"use_safetensors": True, "dtype": torch.float32})
             return _in_memory(source, model)
     weights = dict(model.named_parameters(remove_duplicate=False))
@@ -104,14 +107,21 @@ def load_stored(source: ModelSource) -> Stored:
     return _finished(source, skeleton, {name: reader(weight) for name, weight in weights.items()})
 
 
+@contextmanager
+def _reading(source: ModelSource) -> Iterator[None]:
+    """Say in one sentence why ``source`` cannot be loaded."""
+    try:
+        yield
+    except BaseException as error:  # transformers raises almost anything for an unreadable model
+        raise _unreadable(f"transformers cannot load {source.source}", source, error) from error
+
+
 def _from_gguf(source: ModelSource, path: str, options: dict[str, Any]) -> Stored:
     import torch
 
-    try:
+    with _reading(source):
         skeleton = _skeleton(source, path, options)
         read = gguf_readers(Path(options["gguf_file"]), skeleton)
-    except BaseException as error:
-        raise _unreadable(f"transformers cannot load {source.source}", source, error) from error
     if read is None:
         model, _ = _from_files(source, path, {**options, "dtype": torch.float32})
         return _in_memory(source, model)
@@ -123,12 +133,10 @@ def _from_files(source: ModelSource, path: str, options: dict[str, Any]) -> tupl
     import transformers
 
     task = task_named(source.task)
-    try:
+    with _reading(source):
         model, info = getattr(transformers, task.loads).from_pretrained(
             path, output_loading_info=True, trust_remote_code=source.trust_remote_code, **options
         )
-    except BaseException as error:  # transformers raises almost anything for an unreadable model
-        raise _unreadable(f"transformers cannot load {source.source}", source, error) from error
     missing = sorted(info["missing_keys"])
     if not task.causal and missing and all(key.startswith("pooler.") for key in missing):
         model.pooler, missing = None, []  # saved without one, as sentence-transformers often does

@@ -107,6 +107,8 @@ def gguf_readers(path: Path, model: Any) -> dict[str, Read] | None:
         name = names.get(tensor.name)
         if name is None or name not in weights or "exps" in tensor.name:
             continue
+        if int(np.prod(tensor.shape)) != weights[name].numel():
+            return None  # transformers says what is wrong
         found[name] = partial(_dequantized, tensor, processor, names, tuple(weights[name].shape))
     tied = {id(weights[name]) for name in found}
     return found if all(id(weight) in tied for weight in weights.values()) else None

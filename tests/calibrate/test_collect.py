@@ -166,7 +166,7 @@ def test_memory_does_not_grow_with_the_text(
 class Place:
     """A folder that moments are collected in, as a calibration does it."""
 
-    def __init__(self, folder: Path, every_seconds: float = 60.0) -> None:
+    def __init__(self, folder: Path, every_seconds: float | None = None) -> None:
         self.moments, self.partial = folder / "moments", folder / "partial"
         self.states = self.partial / "states.safetensors"
         self.every_seconds = every_seconds
