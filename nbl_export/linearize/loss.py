@@ -12,7 +12,7 @@ one document are not independent).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -26,9 +26,10 @@ from nbl_export.errors import CalibrationError
 from nbl_export.linearize.figures import Loss
 from nbl_export.linearize.plan import LinearLayer, Plan
 from nbl_export.linearize.swap import linearized, replaced
+from nbl_export.linearize.sweep import ORIGINAL, Version, sweep, version_of
 from nbl_export.models.layers import attention_layers
 from nbl_export.models.partial_forward import recording_inputs, starting_at
-from nbl_export.models.weights import device_of
+from nbl_export.models.weights import device_of, streams
 from nbl_export.settings.choices import FitInput
 
 I32 = NDArray[np.int32]
@@ -114,6 +115,9 @@ class LossMeter:
 
     It stores the original's predictions (2 bytes per token and vocabulary entry) and, for one set at a time, the
     states at each layer's input. A set that adds layers to that set is run from the first added layer on.
+
+    A model whose weights do not stay in memory is run block by block instead, with all rows, and with all sets that are
+    asked for together: its weights are read once for them, and no states are stored. ``together`` says so.
     """
 
     def __init__(
@@ -132,7 +136,9 @@ class LossMeter:
         self._linear: dict[int, LinearLayer] = {}
         self._references: list[Reference] = []
         self._states: list[dict[int, torch.Tensor]] = []
-        for number, (row, logits) in enumerate(zip(self._rows, self._settled({}, advance), strict=True)):
+        self.together = streams(model)
+        for number, logits in self._original(advance):
+            row = self._rows[number]
             original = reference(logits, row, torch.bfloat16)
             if not (original.nll.isfinite().all() and original.negentropy.isfinite().all()):
                 raise CalibrationError(
@@ -154,15 +160,45 @@ class LossMeter:
         """Store the states of the model with the linear ``layers``; sets that add to it are then measured faster."""
         if {i: id(m) for i, m in self._linear.items()} == {i: id(m) for i, m in layers.items()}:
             return
+        if self.together:
+            self._linear = dict(layers)
+            return
         for _ in self._settled(dict(layers), lambda _tokens: None):
             pass
 
     def measure(self, layers: Mapping[int, LinearLayer]) -> Loss:
         """The loss of the model with exactly the linear ``layers``."""
+        if self.together:
+            return self.measure_all([layers])[0]
         return self.measure_within(replaced(self.model, layers, self.fit_input), self._first_new(layers))
+
+    def _original(self, advance: Callable[[int], None]) -> Iterator[tuple[int, torch.Tensor]]:
+        if not self.together:
+            yield from enumerate(self._settled({}, advance))
+        else:
+            for number, _, logits in sweep(
+                self.model, self._rows, [ORIGINAL], self.fit_input, advance=advance
+            ):
+                yield number, logits
+
+    def measure_all(self, sets: Sequence[Mapping[int, LinearLayer]]) -> list[Loss]:
+        """The losses of ``sets`` of linear layers, each the same as by :meth:`measure`; the weights are read once."""
+        if not self.together:
+            return [self.measure(layers) for layers in sets]
+        return self.measure_versions([Version(self._first_new(layers), layers) for layers in sets])
+
+    def measure_versions(self, versions: Sequence[Version]) -> list[Loss]:
+        """The losses of ``versions`` of a model whose weights are read once for all of them."""
+        found: list[list[tuple[F64, F64]]] = [[] for _ in versions]
+        for number, which, logits in sweep(self.model, self._rows, versions, self.fit_input, self._linear):
+            found[which].append(compare(self._references[number], logits, self._rows[number]))
+        columns = ((np.concatenate(column) for column in zip(*rows, strict=True)) for rows in found)
+        return [loss_over_documents(kl, excess, self._owner) for kl, excess in columns]
 
     def measure_within(self, change: AbstractContextManager[Any], first: int) -> Loss:
         """The loss of the settled model within ``change``, which affects only layer ``first`` and subsequent layers."""
+        if self.together:
+            return self.measure_versions([Version(first, change=change)])[0]
         kl, excess = [], []
         with torch.inference_mode(), change:
             for original, states, row in zip(self._references, self._states, self._rows, strict=True):
@@ -197,4 +233,6 @@ def loss_of_plan(meter: LossMeter, plan: Plan) -> Loss:
     if not plan.layers:
         return meter.measure({})
     meter.settle({})
+    if meter.together:
+        return meter.measure_versions([version_of(meter.model, plan)])[0]
     return meter.measure_within(linearized(meter.model, plan), min(plan.chosen))

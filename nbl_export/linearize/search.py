@@ -52,9 +52,16 @@ class LossCache:
 
     def get(self, name: str, measure: Callable[[], Loss]) -> Loss:
         if name not in self._known:
-            self._known[name] = measure()
-            self._record({key: value.as_json() for key, value in self._known.items()})
+            self.put({name: measure()})
         return self._known[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._known
+
+    def put(self, losses: Mapping[str, Loss]) -> None:
+        """Store ``losses`` that were measured."""
+        self._known |= losses
+        self._record({key: value.as_json() for key, value in self._known.items()})
 
 
 class MeasuredSets:
@@ -68,6 +75,7 @@ class MeasuredSets:
     ) -> None:
         self._meter, self._linear, self._cache = meter, linear, cache
         self._wanted: frozenset[int] = frozenset()
+        self._announced: list[list[int]] = []
 
     @property
     def candidates(self) -> tuple[int, ...]:
@@ -76,17 +84,33 @@ class MeasuredSets:
     def loss(self, layers: Iterable[int]) -> Loss:
         """The loss with exactly ``layers`` replaced; raises :class:`CalibrationError` for one that is no number."""
         wanted = sorted(set(layers))
-        return usable(self._cache.get(",".join(map(str, wanted)), lambda: self._measure(wanted)), wanted)
+        return usable(self._cache.get(_name(wanted), lambda: self._measure(wanted)), wanted)
+
+    def announce(self, sets: Iterable[Iterable[int]]) -> None:
+        """Say which ``sets`` may be asked for: where that is less work, the first unknown one brings all of them."""
+        self._announced = [sorted(set(layers)) for layers in sets]
 
     def settle(self, layers: Iterable[int]) -> None:
         """Announce sets that add to ``layers``: the first unknown one makes the meter settle on ``layers``."""
         self._wanted = frozenset(layers)
 
-    def _measure(self, layers: Sequence[int]) -> Loss:
+    def _measure(self, layers: list[int]) -> Loss:
         meter = self._meter()
-        if self._wanted <= set(layers):
+        together = [layers]
+        if meter.together:
+            together += [w for w in self._announced if w != layers and _name(w) not in self._cache]
+        if all(self._wanted <= set(wanted) for wanted in together):
             meter.settle({i: self._linear[i] for i in self._wanted})
-        return usable(meter.measure({i: self._linear[i] for i in layers}), layers)
+        losses = meter.measure_all([{i: self._linear[i] for i in wanted} for wanted in together])
+        found = {_name(w): usable(loss, w) for w, loss in zip(together, losses, strict=True)}
+        loss = found.pop(_name(layers))
+        if found:
+            self._cache.put(found)
+        return loss
+
+
+def _name(layers: Sequence[int]) -> str:
+    return ",".join(map(str, layers))
 
 
 def usable(loss: Loss, layers: Sequence[int], changed: str = "replaced") -> Loss:
@@ -105,6 +129,7 @@ def usable(loss: Loss, layers: Sequence[int], changed: str = "replaced") -> Loss
 
 def single_layer_losses(sets: MeasuredSets) -> dict[int, Loss]:
     """The loss of each layer with only that layer replaced."""
+    sets.announce([layer] for layer in sets.candidates)
     return {layer: sets.loss([layer]) for layer in sets.candidates}
 
 
@@ -116,7 +141,9 @@ def greedy_order(sets: MeasuredSets, singles: Mapping[int, Loss], count: int) ->
     while len(chosen) < count:
         sets.settle(chosen)
         totals: dict[int, float] = {}
-        for layer in sorted(bounds, key=lambda i: (bounds[i], i)):
+        order = sorted(bounds, key=lambda i: (bounds[i], i))
+        sets.announce([*chosen, layer] for layer in order[:GREEDY_TRIES])
+        for layer in order:
             if totals and (base + bounds[layer] > min(totals.values()) or len(totals) == GREEDY_TRIES):
                 break
             totals[layer] = usable(sets.loss([*chosen, layer]), [*chosen, layer]).kl

@@ -81,14 +81,19 @@ def linearized(model: torch.nn.Module, plan: Plan) -> Iterator[torch.nn.Module]:
 
     Raises :class:`InputError` if the plan is for a model of another depth or width.
     """
+    check_plan(model, plan)
+    with replaced(model, plan.layers, plan.fit_input), adapted(model, plan.adapters):
+        yield model
+
+
+def check_plan(model: torch.nn.Module, plan: Plan) -> None:
+    """Raise :class:`InputError` if ``plan`` is for a model of another depth or width."""
     count = layer_count(model)
     if plan.layer_count != count or plan.hidden_size != hidden_size(model):
         raise InputError(
             f"The plan is for {plan.layer_count} layers of width {plan.hidden_size}; this model has "
             f"{count} of width {hidden_size(model)}: run `nbl-export select` for this model."
         )
-    with replaced(model, plan.layers, plan.fit_input), adapted(model, plan.adapters):
-        yield model
 
 
 @contextmanager

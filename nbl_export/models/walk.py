@@ -25,8 +25,8 @@ from nbl_export.models.partial_forward import Reached, skipped
 from nbl_export.models.weights import held, outside_blocks
 
 Batch = Mapping[str, torch.Tensor]
-# One batch and its states, None before the first block, to the states after; None after the last block.
-Step = Callable[[Batch, torch.Tensor | None], torch.Tensor | None]
+# One batch and its states, None before the first block, to the states after.
+Step = Callable[[Batch, torch.Tensor | None], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ def _segment(model: torch.nn.Module, segment: Segment) -> Iterator[Step]:
         found.append(hidden_states(args, kwargs))
         raise Reached
 
-    def end(*_: Any) -> None:
+    def end(_block: Any, _args: Any, output: Any) -> None:
+        found.append(output[0] if isinstance(output, tuple) else output)
         raise Reached
 
     with ExitStack() as within:
@@ -90,10 +91,32 @@ def _segment(model: torch.nn.Module, segment: Segment) -> Iterator[Step]:
             hook = blocks[segment.stop - 1].register_forward_hook(end)
         within.callback(hook.remove)
 
-        def step(batch: Batch, states: torch.Tensor | None) -> torch.Tensor | None:
+        def step(batch: Batch, states: torch.Tensor | None) -> torch.Tensor:
             given[:], found[:] = [] if states is None else [states], []
             with suppress(Reached):
                 run(**batch, **accepted_arguments(run, use_cache=False))
-            return found[0] if found else None
+            return found.pop()
 
         yield step
+
+
+@contextmanager
+def after_blocks(model: torch.nn.Module) -> Iterator[Callable[[Batch, torch.Tensor], Any]]:
+    """Within the block, the value makes the output of ``model`` of a batch and its states after the last block."""
+    dummy_run(model)
+    blocks: Any = block_stack(model)[1]
+    given: list[torch.Tensor] = []
+
+    def put_out(_block: Any, _args: Any, output: Any) -> Any:
+        return (given[0], *output[1:]) if isinstance(output, tuple) else given[0]
+
+    def finish(batch: Batch, states: torch.Tensor) -> Any:
+        given[:] = [states]
+        return model(**batch, **accepted_arguments(model, use_cache=False))
+
+    with outside_blocks(model, head=True), skipped(model, len(blocks)):
+        hook = blocks[len(blocks) - 1].register_forward_hook(put_out)
+        try:
+            yield finish
+        finally:
+            hook.remove()

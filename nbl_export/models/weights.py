@@ -7,8 +7,8 @@ holds one block, whatever the size of the model:
 
     stored (bf16, mapped) ──► unit in float32 ──► forward ──► released
 
-:func:`held` keeps a part of the model while many batches go through it, :func:`resident` all of it if there is room. An
-ordinary model, whose weights are in memory, is used in the same way: for it both do nothing.
+:func:`held` keeps a part of the model while many batches go through it, :func:`resident` all of a small model. A model
+whose weights are in memory is used in the same way: for it both do nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,7 @@ from nbl_export.models.layers import backbone, block_stack
 
 Read = Callable[[], torch.Tensor]
 _PART = 1 << 22
+_KEPT = 2 << 30
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class _Streaming:
         self.weights: dict[str, _Weight] = {}
         self.units: dict[str, list[_Weight]] = {}
         self.backbone = ""
+        self.beside: set[str] = set()
         self.finite: set[str] = set()
 
     def acquire(self, weights: Iterable[_Weight]) -> None:
@@ -238,8 +240,9 @@ def _make_units(model: torch.nn.Module, streaming: _Streaming) -> None:
     inner = backbone(model)
     streaming.backbone = next(name for name, module in model.named_modules() if module is inner)
     taken: set[str] = set()
-    beside = [name for name, module in model.named_children() if streaming.backbone and module is not inner]
-    for path in dict.fromkeys((*_blocks(model), streaming.backbone, *beside, "")):
+    children = [name for name, module in model.named_children() if streaming.backbone and module is not inner]
+    streaming.beside = {*children, ""} if streaming.backbone else set()
+    for path in dict.fromkeys((*_blocks(model), streaming.backbone, *children, "")):
         prefix = f"{path}." if path else ""
         own = [n for n in streaming.weights if n.startswith(prefix) and n not in taken]
         taken.update(own)
@@ -293,11 +296,19 @@ def held(model: torch.nn.Module, names: Iterable[str]) -> Iterator[None]:
 
 
 @contextmanager
-def outside_blocks(model: torch.nn.Module) -> Iterator[None]:
-    """Within the block, what the backbone of ``model`` has beside its blocks is in memory, such as its embedding."""
+def outside_blocks(model: torch.nn.Module, head: bool = False) -> Iterator[None]:
+    """Within the block, what the backbone of ``model`` has beside its blocks is in memory, such as its embedding.
+
+    With ``head``, so is what lies beside the backbone.
+    """
     streaming = _STREAMED.get(model)
-    unit = streaming.units.get(streaming.backbone, []) if streaming else []
-    with _acquired(streaming, unit):
+    units = streaming.units.items() if streaming else ()
+    paths = [
+        path
+        for path, _ in units
+        if streaming and (path == streaming.backbone or (head and path in streaming.beside))
+    ]
+    with _acquired(streaming, [weight for path, unit in units if path in paths for weight in unit]):
         yield
 
 
@@ -314,21 +325,28 @@ def _acquired(streaming: _Streaming | None, weights: Iterable[_Weight]) -> Itera
         streaming.release(found)
 
 
+def streams(model: torch.nn.Module) -> bool:
+    """Whether a forward pass of ``model`` reads weights: those that do not stay in memory are read at every pass."""
+    streaming = _STREAMED.get(model)
+    return streaming is not None and any(
+        not weight.users for unit in streaming.units.values() for weight in unit
+    )
+
+
 def room() -> float:
-    """Bytes that weights may take where they are used many times: half of the memory that is free."""
-    return psutil.virtual_memory().available / 2
+    """Bytes that weights may take where they are used many times: 2 GiB, or half of the memory that is free."""
+    return min(_KEPT, psutil.virtual_memory().available / 2)
 
 
 @contextmanager
 def resident(model: torch.nn.Module, budget: float = float("inf")) -> Iterator[None]:
-    """Within the block, the units of ``model`` stay in memory, as many as take up to ``budget`` bytes."""
+    """Within the block, all weights of ``model`` stay in memory, unless that takes more than ``budget`` bytes.
+
+    A part of them would save little: a pass reads the others anyway.
+    """
     streaming = _STREAMED.get(model)
-    with ExitStack() as stack:
-        for unit in streaming.units.values() if streaming else ():
-            assert streaming is not None
-            size = sum(w.bytes for w in unit if not w.users)
-            if size <= budget:
-                budget -= size
-                streaming.acquire(unit)
-                stack.callback(streaming.release, unit)
+    units = list(streaming.units.values()) if streaming else []
+    absent = {id(weight): weight for unit in units for weight in unit if not weight.users}
+    fits = sum(weight.bytes for weight in absent.values()) <= budget
+    with _acquired(streaming if fits else None, [weight for unit in units for weight in unit]):
         yield

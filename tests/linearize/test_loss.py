@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,22 @@ import torch
 
 from nbl_export.batch.arrays import F64
 from nbl_export.errors import CalibrationError
+from nbl_export.linearize.adapters import Adapter, adapted
 from nbl_export.linearize.figures import Loss
 from nbl_export.linearize.loss import LossMeter, compare, loss_over_documents, reference
 from nbl_export.linearize.plan import LinearLayer
-from nbl_export.linearize.search import NOISE, sensitivity
+from nbl_export.linearize.search import (
+    NOISE,
+    LossCache,
+    MeasuredSets,
+    greedy_order,
+    sensitivity,
+    single_layer_losses,
+)
 from nbl_export.linearize.swap import replaced
+from nbl_export.models import weights
 from nbl_export.models.layers import attention_layers
+from nbl_export.models.weights import Stored, streamed
 from nbl_export.settings.choices import FitInput
 from tests.tiny_types import tiny_model
 
@@ -152,8 +163,13 @@ def assert_close(found: Loss, want: Loss) -> None:
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma2"])
-def model(request: pytest.FixtureRequest) -> Any:
+def in_memory(request: pytest.FixtureRequest) -> Any:
     return tiny_model(request.param)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["in memory", "read block by block"])
+def model(in_memory: Any, request: pytest.FixtureRequest) -> Any:
+    return streamed(Stored(in_memory), torch.float32) if request.param else in_memory
 
 
 @pytest.mark.parametrize("how", ["normed", "residual"])
@@ -186,7 +202,8 @@ def test_nothing_replaced_costs_nothing_and_another_map_costs_something_else(mod
     assert_close(meter.measure({1: maps[1]}), first)
 
 
-def test_only_what_is_new_is_run(model: Any) -> None:
+def test_only_what_is_new_is_run(in_memory: Any) -> None:
+    model = in_memory
     maps, (rows, document) = some_maps(), text()
     advanced: list[int] = []
     meter = LossMeter(model, rows, document, "normed", advanced.append)
@@ -210,6 +227,92 @@ def test_only_what_is_new_is_run(model: Any) -> None:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+# block by block ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def reads(model: Any) -> Iterator[dict[str, int]]:
+    """Within the block, how often each weight is read."""
+    found: dict[str, int] = {}
+    put = weights._Streaming._put
+
+    def counting(self: Any, weight: Any) -> None:
+        found[weight.name] = found.get(weight.name, 0) + 1
+        put(self, weight)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weights._Streaming, "_put", counting)
+        yield found
+
+
+@pytest.mark.parametrize("how", ["normed", "residual"])
+def test_a_model_that_is_read_block_by_block_has_the_same_losses(in_memory: Any, how: FitInput) -> None:
+    maps, (rows, document) = some_maps(), text()
+    low = streamed(Stored(in_memory), torch.float32)
+    one, other = (LossMeter(m, rows, document, how) for m in (in_memory, low))
+    assert (one.together, other.together) == (False, True)
+    sets = [{i: maps[i] for i in s} for k in range(4) for s in itertools.combinations(range(4), k)]
+    for settled in ({}, {1: maps[1]}, {0: maps[0], 3: maps[3]}):
+        for meter in (one, other):
+            meter.settle(settled)
+        with reads(low) as found:
+            together = other.measure_all(sets)
+        assert together == [one.measure(layers) for layers in sets], "to the bit"
+        assert together == one.measure_all(sets)
+        assert set(found.values()) == {1}, "each weight is read once, for all sets and rows"
+    layer = attention_layers(in_memory)[2]
+    assert sensitivity(one, layer, 5.0) == sensitivity(other, layer, 5.0)
+    assert (
+        not any(p.requires_grad for p in low.parameters())
+        and not weights._STREAMED[low].weights["lm_head.weight"].users
+    )
+
+
+def test_a_search_reads_the_weights_once_for_each_layer_and_twice_more(in_memory: Any) -> None:
+    maps, (rows, document) = some_maps(), text()
+    low = streamed(Stored(in_memory), torch.float32)
+    orders = []
+    for model in (in_memory, low):
+        with reads(low) as found:
+            meter = LossMeter(model, rows, document, "normed")
+            sets = MeasuredSets(lambda meter=meter: meter, maps, LossCache({}, lambda _: None))
+            orders.append(greedy_order(sets, single_layer_losses(sets), 3))
+    assert orders[0] == orders[1]
+    assert set(found.values()) == {2 + (3 - 1)}, "the first layer is one of the singles"
+
+
+def test_what_stays_in_memory_is_measured_as_a_model_in_memory(in_memory: Any) -> None:
+    maps, (rows, document) = some_maps(), text()
+    low = streamed(Stored(in_memory), torch.float32)
+    with weights.resident(low), reads(low) as found:
+        meter = LossMeter(low, rows, document, "normed")
+        assert not meter.together
+        assert meter.measure({1: maps[1]}) == LossMeter(in_memory, rows, document, "normed").measure(
+            {1: maps[1]}
+        )
+    assert found == {}
+
+
+def test_the_loss_of_a_plan_with_adapters(in_memory: Any) -> None:
+    maps, (rows, document) = some_maps(), text()
+    low = streamed(Stored(in_memory), torch.float32)
+    name = "model.layers.2.mlp.down_proj.weight"
+    out, into = in_memory.get_parameter(name).shape
+    change = Adapter(np.full((out, 1), 0.05, np.float32), np.ones((1, into), np.float32), ())
+    found = []
+    for model in (in_memory, low):
+        meter = LossMeter(model, rows, document, "normed")
+
+        @contextmanager
+        def planned(model: Any = model) -> Iterator[None]:
+            with replaced(model, {1: maps[1]}, "normed"), adapted(model, {name: change}):
+                yield
+
+        found.append(meter.measure_within(planned(), 1))
+        assert meter.measure({1: maps[1]}) != found[-1]
+    assert found[0] == found[1]
 
 
 # noise -------------------------------------------------------------------------------------------

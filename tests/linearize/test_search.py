@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,10 +27,14 @@ def of_kl(kl: float) -> Loss:
 
 
 class Table:
-    """Stands for a meter: the loss of a set is what ``cost`` says; keeps which sets it was asked for, and settled."""
+    """Stands for a meter: the loss of a set is what ``cost`` says; keeps which sets it was asked for, and settled.
 
-    def __init__(self, cost: Cost, count: int) -> None:
-        self.cost = cost
+    ``swept`` are those that it was asked for at once.
+    """
+
+    def __init__(self, cost: Cost, count: int, together: bool = False) -> None:
+        self.cost, self.together = cost, together
+        self.swept: list[list[frozenset[int]]] = []
         self.asked: list[frozenset[int]] = []
         self.settled: list[frozenset[int]] = [frozenset()]
         self.maps = {
@@ -45,6 +49,12 @@ class Table:
         assert self.settled[-1] <= frozenset(maps)
         self.asked.append(frozenset(maps))
         return of_kl(self.cost(frozenset(maps)))
+
+    def measure_all(self, sets: Sequence[Mapping[int, LinearLayer]]) -> list[Loss]:
+        before = len(self.asked)
+        losses = [self.measure(maps) for maps in sets]
+        self.swept.append(self.asked[before:])
+        return losses
 
     def sets(self, cache: LossCache | None = None) -> MeasuredSets:
         return MeasuredSets(lambda: self, self.maps, cache or LossCache({}, lambda _: None))  # type: ignore[arg-type, return-value]
@@ -267,3 +277,44 @@ def test_a_kept_loss_that_is_no_number_is_refused(field: str) -> None:
 
 def test_a_standard_error_may_be_none() -> None:
     assert usable(Loss(0.1, math.nan, 0.1, math.nan), [0]).kl == 0.1
+
+
+# together ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_sets_that_are_measured_together_give_the_same_order_in_as_many_sweeps_as_layers(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    count, k = 14, 6
+    costs = rng.uniform(0.1, 1.0, count)
+    pairs = rng.uniform(0.0, 0.4, (count, count))
+
+    def cost(layers: frozenset[int]) -> float:
+        chosen = sorted(layers)
+        return float(costs[chosen].sum() + pairs[np.ix_(chosen, chosen)].sum())
+
+    one, all_at_once = Table(cost, count), Table(cost, count, together=True)
+    orders = [greedy_order(s, single_layer_losses(s), k) for s in (one.sets(), all_at_once.sets())]
+    assert orders[0] == orders[1]
+    assert [len(sweep) for sweep in all_at_once.swept[:1]] == [count]
+    assert len(all_at_once.swept) <= 1 + (k - 1), "the first layer is known from the singles"
+    assert all(len(sweep) == 1 for sweep in one.swept)
+    assert len(set(all_at_once.asked)) == len(all_at_once.asked), "nothing is measured twice"
+
+
+def test_what_is_known_is_not_measured_again_with_the_others() -> None:
+    table = Table(lambda layers: float(sum(layers)), 5, together=True)
+    known = {"1": of_kl(1.0).as_json(), "3": of_kl(3.0).as_json()}
+    stored: list[Mapping[str, Any]] = []
+    singles = single_layer_losses(table.sets(LossCache(known, stored.append)))
+    assert {i: loss.kl for i, loss in singles.items()} == {i: float(i) for i in range(5)}
+    assert table.swept == [[frozenset([i]) for i in (0, 2, 4)]]
+    assert stored[-1].keys() == {"0", "1", "2", "3", "4"}
+    everything = LossCache({str(i): of_kl(float(i)).as_json() for i in range(5)}, lambda _: None)
+    assert single_layer_losses(MeasuredSets(lambda: pytest.fail("a meter"), table.maps, everything))
+
+
+def test_a_loss_that_is_no_number_is_named_among_others() -> None:
+    table = Table(lambda layers: float("nan") if 2 in layers else 1.0, 4, together=True)
+    with pytest.raises(CalibrationError, match="With layer 2 replaced"):
+        single_layer_losses(table.sets())

@@ -27,8 +27,10 @@ from nbl_export.models.weights import (
     held,
     outside_blocks,
     resident,
+    room,
     stored_of,
     streamed,
+    streams,
 )
 from tests import families
 from tests.encoders import as_sentence_transformer, text_encoder
@@ -261,14 +263,19 @@ def test_a_name_is_not_the_beginning_of_another(tmp_path: Path) -> None:
         assert model.get_parameter("model.layers.10.mlp.up_proj.weight").is_meta
 
 
-def test_as_many_units_stay_as_find_room(model: Any) -> None:
-    block = 4 * sum(p.numel() for p in model.model.layers[0].parameters())
-    for budget, there in ((0, 0), (block - 1, 0), (block, 1), (2.5 * block, 2), (float("inf"), 4)):
+def test_a_model_stays_if_all_of_it_finds_room(model: Any) -> None:
+    before = absent(model)
+    everything = 4 * sum(model.get_parameter(name).numel() for name in before)
+    assert streams(model)
+    for budget, stays in ((0, False), (everything - 1, False), (everything, True), (float("inf"), True)):
         with resident(model, budget):
-            blocks = [not b.mlp.up_proj.weight.is_meta for b in model.model.layers]
-            assert sum(blocks) == there and blocks == sorted(blocks, reverse=True)
+            assert streams(model) != stays and bool(absent(model)) != stays
             assert logits(model).isfinite().all()
-    assert model.model.layers[0].mlp.up_proj.weight.is_meta
+        assert absent(model) == before and streams(model)
+    block = 4 * sum(p.numel() for p in model.model.layers[0].parameters())
+    with held(model, ["model.layers.0"]), resident(model, everything - block):
+        assert not streams(model), "what is there already takes no more"
+    assert 0 < room() <= 2 << 30
 
 
 def test_what_lies_beside_the_blocks(model: Any) -> None:

@@ -5,6 +5,7 @@ Apart from parity, and never mixed with it. What is measured, and its standard e
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +15,8 @@ from nbl_export.linearize.figures import exp
 from nbl_export.linearize.loss import compare, loss_over_documents, reference, row_logits
 from nbl_export.linearize.plan import Plan
 from nbl_export.linearize.swap import linearized
+from nbl_export.linearize.sweep import ORIGINAL, sweep, version_of
+from nbl_export.models.weights import device_of, streams
 from nbl_export.progress import Listener, Silent
 from nbl_export.verify.loss.figures import MethodLoss
 
@@ -32,19 +35,18 @@ def measure_method_loss(
     import torch
 
     before, kl, excess = [], [], []
+    rows = [torch.from_numpy(row.astype(np.int64)).to(device_of(model)) for row in heldout]
     with (
         (listener or Silent()).task("Measuring method loss", heldout.size, "tokens") as task,
         torch.inference_mode(),
     ):
-        for row in heldout:
-            ids = torch.from_numpy(row.astype(np.int64))
-            original = reference(row_logits(model, ids), ids)
-            with linearized(model, plan):
-                row_kl, row_excess = compare(original, row_logits(model, ids), ids)
-            before.append(original.nll.double().numpy())
+        for ids, (logits, changed) in zip(rows, _both(model, plan, rows), strict=True):
+            original = reference(logits, ids)
+            row_kl, row_excess = compare(original, changed, ids)
+            before.append(original.nll.double().cpu().numpy())
             kl.append(row_kl)
             excess.append(row_excess)
-            task.advance(len(row))
+            task.advance(len(ids))
     owner = document[:, 1:].reshape(-1)
     loss = loss_over_documents(np.concatenate(kl), np.concatenate(excess), owner)
     nll = float(np.concatenate(before).mean())
@@ -58,3 +60,18 @@ def measure_method_loss(
         kl=loss.kl,
         kl_se=loss.kl_se,
     )
+
+
+def _both(
+    model: torch.nn.Module, plan: Plan, rows: Sequence[torch.Tensor]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Logits [seq, vocab] of each row by ``model``, and by ``plan``."""
+    if streams(model):
+        found = sweep(model, rows, [ORIGINAL, version_of(model, plan)], plan.fit_input)
+        for (_, _, logits), (_, _, changed) in zip(found, found, strict=True):
+            yield logits, changed
+        return
+    for row in rows:
+        logits = row_logits(model, row)
+        with linearized(model, plan):
+            yield logits, row_logits(model, row)
