@@ -61,11 +61,8 @@ class _Weight:
     absent: list[torch.nn.Parameter]
     read: Read
     name: str
+    bytes: int
     users: int = 0
-
-    @property
-    def bytes(self) -> int:
-        return self.absent[0].numel() * self.absent[0].element_size()
 
 
 class _Streaming:
@@ -188,7 +185,8 @@ def streamed(stored: Stored, dtype: torch.dtype, device: torch.device | str = "c
             table = None if stored.computed else read()
             without.append(_in_place(module, table, absent[key], device))
             module._parameters[attribute] = without[-1]
-        weight = _Weight(places, without, read, names[0])
+        size = absent[key].numel() * absent[key].element_size()
+        weight = _Weight(places, without, read, names[0], size)
         streaming.weights |= dict.fromkeys(names, weight)
     _make_units(model, streaming)
     return model
