@@ -54,10 +54,10 @@ class Stored:
 class _Weight:
     """One weight and the places that have it; tied weights have several.
 
-    ``absent`` are what the places have while it is not read.
+    ``absent`` are what the places have while it is not read. The places do not keep the model alive, which has them.
     """
 
-    places: list[tuple[torch.nn.Module, str]]
+    places: list[tuple[weakref.ref[torch.nn.Module], str]]
     absent: list[torch.nn.Parameter]
     read: Read
     name: str
@@ -74,7 +74,7 @@ class _Streaming:
         self.units: dict[str, list[_Weight]] = {}
         self.backbone = ""
         self.beside: set[str] = set()
-        self.finite: set[str] = set()
+        self._finite: set[str] = set()
 
     def acquire(self, weights: Iterable[_Weight]) -> None:
         for weight in weights:
@@ -86,22 +86,25 @@ class _Streaming:
         for weight in weights:
             weight.users -= 1
             if not weight.users:
-                for (module, name), absent in zip(weight.places, weight.absent, strict=True):
-                    module._parameters[name] = absent
+                self._set(weight, weight.absent)
 
     def _put(self, weight: _Weight) -> None:
         # A parameter made in inference mode could not be used with gradients later.
         with torch.inference_mode(False):
             tensor = weight.read()
+            # What is mapped was looked at when it was loaded. Rounding may make infinity of a large number.
+            if self.stored.computed and weight.name not in self._finite:
+                check_finite(self.stored.source, weight.name, tensor)
+                self._finite.add(weight.name)
             dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
             tensor = tensor.to(device=self.device, dtype=dtype)
-        if weight.name not in self.finite:
-            check_finite(self.stored.source, weight.name, tensor)
-            self.finite.add(weight.name)
-        with torch.inference_mode(False):
             parameter = torch.nn.Parameter(tensor, requires_grad=False)
-        for module, name in weight.places:
-            module._parameters[name] = parameter
+        self._set(weight, [parameter] * len(weight.places))
+
+    def _set(self, weight: _Weight, values: Iterable[torch.nn.Parameter]) -> None:
+        for (place, name), value in zip(weight.places, values, strict=True):
+            if (module := place()) is not None:
+                module._parameters[name] = value
 
 
 _STREAMED: weakref.WeakKeyDictionary[torch.nn.Module, _Streaming] = weakref.WeakKeyDictionary()
@@ -115,8 +118,6 @@ def floating(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
 def check_finite(source: str, name: str, weight: torch.Tensor) -> None:
     """Raise :class:`InputError` for a weight that is NaN or infinite."""
     # In parts: what is compared takes as much memory as the weight, twice.
-    if weight.is_meta:
-        return
     if not all(bool(torch.isfinite(part).all()) for part in torch.split(weight.reshape(-1), _PART)):
         raise InputError(f"{source}: the weight {name} is NaN or infinite: download the model again.")
 
@@ -181,7 +182,7 @@ def streamed(stored: Stored, dtype: torch.dtype, device: torch.device | str = "c
         for name in names:
             owner, _, attribute = name.rpartition(".")
             module = model.get_submodule(owner)
-            places.append((module, attribute))
+            places.append((weakref.ref(module), attribute))
             table = None if stored.computed else read()
             without.append(_in_place(module, table, absent[key], device))
             module._parameters[attribute] = without[-1]
