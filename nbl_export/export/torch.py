@@ -26,13 +26,14 @@ from nbl_export.export.functions import SYMBOLIC_DOMAIN, exportable
 from nbl_export.export.grouped import group_queries
 from nbl_export.export.lm_head import add_num_logits_input
 from nbl_export.export.skip_norms import fuse_norms
+from nbl_export.export.stand_ins import StandIns
 from nbl_export.graph.io import save_graph
 from nbl_export.graph.operators import int_attribute
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.layers import layer_count, positions
 from nbl_export.models.load import quiet
-from nbl_export.models.weights import resident
-from nbl_export.progress import Listener, Silent
+from nbl_export.models.weights import resident, standing_in
+from nbl_export.progress import Listener, Silent, Task
 
 # The maximum number of tokens for a model whose configuration has no limit.
 _LONGEST = 4096
@@ -54,29 +55,47 @@ def trace(model: torch.nn.Module, form: Form = CONCAT, listener: Listener | None
 
     Raises :class:`BuildError` if torch cannot export it, :class:`InputError` if it cannot have that form.
     """
-    with (listener or Silent()).task("Exporting ONNX", 3, "steps") as task:
-        try:
-            dummy_run(model)  # of the original model, before its functions are replaced
-            decoder = form.module(model)
-            with quiet(), resident(model), exportable(model, decoder.mask), torch.no_grad():
-                program = form.capture(decoder)
-                task.advance(1)
-                exported = torch.onnx.export(program, dynamo=True, opset_version=CONCAT.opset, verbose=False)
-        except NblError:
-            raise
-        except Exception as error:
-            first = str(error).strip().splitlines() or [type(error).__name__]
-            raise BuildError(
-                f"torch.onnx.export cannot export {type(model).__name__} ({first[0][:300]}): choose another --exporter."
-            ) from error
-        assert exported is not None
-        task.advance(1)
-        graph = tidy(exported.model, form, layer_count(model) if form.past else 0)
-        if form.fused:
-            group_queries(graph, positions(model) or _LONGEST)
-            fuse_norms(graph)
-        task.advance(1)
-    return graph
+    with (listener or Silent()).task("Exporting ONNX", 3, "steps") as task, standing_in(model) as found:
+        stand_ins = StandIns(found)
+        graph, used = _traced(model, form, task, stand_ins)
+        if stand_ins.attach(graph.graph, used):
+            return graph
+    # Something was computed with a weight while it was traced.
+    with (listener or Silent()).task("Exporting ONNX again", 3, "steps") as task, resident(model):
+        return _traced(model, form, task, StandIns([]))[0]
+
+
+def _traced(model: torch.nn.Module, form: Form, task: Task, stand_ins: StandIns) -> tuple[ir.Model, set[str]]:
+    """The graph, and the names of the weights that the model uses."""
+    try:
+        dummy_run(model)  # of the original model, before its functions are replaced
+        decoder = form.module(model)
+        with quiet(), exportable(model, decoder.mask), torch.no_grad():
+            program = form.capture(decoder)
+            used = _used_weights(program)
+            task.advance(1)
+            exported = torch.onnx.export(program, dynamo=True, opset_version=CONCAT.opset, verbose=False)
+    except NblError:
+        raise
+    except Exception as error:
+        first = str(error).strip().splitlines() or [type(error).__name__]
+        raise BuildError(
+            f"torch.onnx.export cannot export {type(model).__name__} ({first[0][:300]}): choose another --exporter."
+        ) from error
+    assert exported is not None
+    task.advance(1)
+    graph = tidy(exported.model, form, layer_count(model) if form.past else 0, stand_ins)
+    if form.fused:
+        group_queries(graph, positions(model) or _LONGEST)
+        fuse_norms(graph)
+    task.advance(1)
+    return graph, used
+
+
+def _used_weights(program: torch.export.ExportedProgram) -> set[str]:
+    named = program.graph_signature.inputs_to_parameters
+    read = (node for node in program.graph.nodes if node.op == "placeholder" and node.users)
+    return {named[node.name].removeprefix("model.") for node in read if node.name in named}
 
 
 def check_traces(
@@ -90,7 +109,7 @@ def check_traces(
     """
     try:
         decoder = form.module(model)
-        with quiet(), resident(model), exportable(model, decoder.mask), torch.no_grad():
+        with quiet(), standing_in(model), exportable(model, decoder.mask), torch.no_grad():
             form.capture(decoder)
     except Exception as error:
         first = str(error).strip().splitlines() or [type(error).__name__]
@@ -98,13 +117,13 @@ def check_traces(
         raise InputError(refusal.format(name=type(model).__name__, reason=reason)) from error
 
 
-def tidy(model: ir.Model, form: Form, layers: int) -> ir.Model:
+def tidy(model: ir.Model, form: Form, layers: int, stand_ins: StandIns | None = None) -> ir.Model:
     """Set public names and dimensions, share common subexpressions, and remove torch's own metadata."""
     _set_opset(model, form.opset)
     passes.CommonSubexpressionEliminationPass()(model)
     passes.RemoveUnusedNodesPass()(model)
     graph = model.graph
-    _share_tied_weights(graph)
+    _share_tied_weights(graph, stand_ins or StandIns([]))
     _unstack_weights(graph)
     passes.RemoveUnusedNodesPass()(model)
     _name_weights(graph)
@@ -128,7 +147,7 @@ def _set_opset(model: ir.Model, opset: int) -> None:
     model.opset_imports[""] = opset
 
 
-def _share_tied_weights(graph: ir.Graph) -> None:
+def _share_tied_weights(graph: ir.Graph, stand_ins: StandIns) -> None:
     """Store a tied embedding once: a head that was folded into a transposed copy reads a Transpose of it."""
     embeddings = [n.inputs[0] for n in graph if n.op_type == "Gather"]
     for node in [n for n in graph if n.op_type == "MatMul"]:
@@ -137,7 +156,7 @@ def _share_tied_weights(graph: ir.Graph) -> None:
             continue
         for embedding in embeddings:
             table = _constant(embedding)
-            if table is not None and table.shape == head.T.shape and np.array_equal(table, head.T):
+            if table is not None and table.shape == head.T.shape and stand_ins.equal(table, head.T):
                 transpose = ir.node("Transpose", [embedding], {"perm": [1, 0]})
                 node.prepend(transpose)
                 node.replace_input_with(1, transpose.outputs[0])

@@ -18,7 +18,7 @@ softmax in float32: for the norms by ``stash_type``, for attention in every runt
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,7 @@ from nbl_export.graph.weights import weight_bits
 from nbl_export.settings import choices
 
 F32 = ir.DataType.FLOAT
+_PART = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -189,12 +190,26 @@ def _representable(value: ir.Value, precision: Precision) -> bool:
     """Whether the format can represent a constant: a scalar within 1 %, a larger weight within the range."""
     if not value.is_initializer() or value.const_value is None:
         return True
-    array = _within(value.const_value.numpy(), precision).astype(np.float64)
-    with np.errstate(over="ignore"):
-        rounded = array.astype(precision.numpy).astype(np.float64)
-    if not np.isfinite(rounded).all():
-        return False
-    return bool(array.size > 1 or np.allclose(rounded, array, rtol=0.01, atol=0))
+    whole = value.const_value.numpy()
+    for part in _parts(whole):
+        array = _within(whole[part], precision).astype(np.float64)
+        with np.errstate(over="ignore"):
+            rounded = array.astype(precision.numpy).astype(np.float64)
+        if not np.isfinite(rounded).all():
+            return False
+        if whole.size == 1 and not np.allclose(rounded, array, rtol=0.01, atol=0):
+            return False
+    return True
+
+
+def _parts(array: NDArray[Any]) -> Iterator[Any]:
+    """Indices that cut ``array`` along its first axis into parts of a few million numbers: copies of it are small."""
+    if array.size <= _PART:
+        yield ...
+        return
+    step = max(1, _PART * len(array) // array.size)
+    for at in range(0, len(array), step):
+        yield slice(at, at + step)
 
 
 def _within(array: NDArray[Any], precision: Precision) -> NDArray[Any]:
@@ -270,15 +285,17 @@ class _Converter:
         assert value.const_value is not None and value.shape is not None
         original, numpy = value.const_value, self.precision.numpy
         name = f"{value.name}.{self.precision.name}"
+
         # Converted when it is written, so that not all weights of a large model are in memory.
-        tensor = ir.LazyTensor(
-            lambda: ir.tensor(
-                _within(original.numpy(), self.precision).astype(numpy), dtype=dtype, name=name
-            ),
-            dtype=dtype,
-            shape=value.shape,
-            name=name,
-        )
+        def convert() -> ir.TensorProtocol:
+            whole = original.numpy()
+            converted = np.empty(whole.shape, numpy)
+            for part in _parts(whole):
+                converted[part] = _within(whole[part], self.precision).astype(numpy)
+            return ir.tensor(converted, dtype=dtype, name=name)
+
+        # onnx_ir's annotation asks for a class of its own, its code for the protocol.
+        tensor = ir.LazyTensor(convert, dtype=dtype, shape=value.shape, name=name)  # type: ignore[arg-type]
         made = ir.Value(
             name=name,
             const_value=tensor,

@@ -18,6 +18,7 @@ from nbl_export.models.tokenizer_growth import growth, too_much
 
 TOKENIZER = "tokenizer.json"
 _CONFIG, _VERSIONS = "tokenizer_config.json", "fast_tokenizer_files"
+_SPECIAL = "special_tokens_map.json"
 _LIMITS = Limits(seconds=20, memory=4 << 30)
 _PROBE = 8192  # characters of each text that is tried
 _GROWTH, _RULES = 16, 64  # how often a text may grow, and how many rules there may be, without a trial
@@ -27,9 +28,36 @@ _LETTERS = ("a", "ab", " ", "1", "é", "a b1, ", "\n", "x" * 30 + "!")
 
 def check_tokenizer(source: str, folder: Path) -> None:
     """Refuse a ``tokenizer.json`` of a model folder that cannot tokenize short texts in little time and memory."""
-    for path in [folder / TOKENIZER, *_versions(folder)]:
+    versions = [folder / TOKENIZER, *_versions(folder)]
+    for path in [*versions, folder / _CONFIG, folder / _SPECIAL]:
+        if path.is_file():
+            _check_tokens(path)
+    for path in versions:
         if path.is_file():
             _check_rules(source, path)
+
+
+def _check_tokens(path: Path) -> None:
+    """Refuse a special token with an option whose name is none: the library prints such a name as it stands."""
+    stack = [read_json(path, path.name, "download the model again")]
+    while stack:
+        node = stack.pop()
+        parts = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+        stack.extend(part for part in parts if isinstance(part, (dict, list)))
+        bad = (
+            [name for name in node if not name.isidentifier()]
+            if isinstance(node, dict) and "content" in node
+            else []
+        )
+        if bad and not _is_vocabulary(node):
+            raise InputError(
+                f"{path} has a token with the option {bad[0]!r:.100}: use the model's original {path.name}."
+            )
+
+
+def _is_vocabulary(node: dict[str, Any]) -> bool:
+    """Whether ``node`` has a number for each text: that "content" is one of them says nothing."""
+    return all(isinstance(value, (int, float)) for value in node.values())
 
 
 def _versions(folder: Path) -> list[Path]:

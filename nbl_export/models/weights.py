@@ -14,10 +14,14 @@ whose weights are in memory is used in the same way: for it both do nothing.
 from __future__ import annotations
 
 import copy
+import math
+import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -29,6 +33,8 @@ from nbl_export.models.layers import backbone, block_stack
 Read = Callable[[], torch.Tensor]
 _PART = 1 << 22
 _KEPT = 2 << 30
+# Bytes of a weight that is worth a stand-in. Exporters compare what is much smaller by its numbers.
+_LARGE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,7 @@ class _Weight:
     absent: list[torch.nn.Parameter]
     read: Read
     name: str
+    shape: torch.Size
     bytes: int
     users: int = 0
 
@@ -76,6 +83,10 @@ class _Streaming:
         self.beside: set[str] = set()
         self._finite: set[str] = set()
 
+    def every(self) -> list[_Weight]:
+        """All weights, also those of embeddings, which are looked up where they are stored."""
+        return list({id(weight): weight for weight in self.weights.values()}.values())
+
     def acquire(self, weights: Iterable[_Weight]) -> None:
         for weight in weights:
             if not weight.users:
@@ -88,7 +99,8 @@ class _Streaming:
             if not weight.users:
                 self._set(weight, weight.absent)
 
-    def _put(self, weight: _Weight) -> None:
+    def value(self, weight: _Weight) -> torch.Tensor:
+        """The ``weight`` in the model's dtype, on its device."""
         # A parameter made in inference mode could not be used with gradients later.
         with torch.inference_mode(False):
             tensor = weight.read()
@@ -97,7 +109,14 @@ class _Streaming:
                 check_finite(self.stored.source, weight.name, tensor)
                 self._finite.add(weight.name)
             dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
-            tensor = tensor.to(device=self.device, dtype=dtype)
+            return tensor.to(device=self.device, dtype=dtype)
+
+    def _put(self, weight: _Weight) -> None:
+        self.put(weight, self.value(weight))
+
+    def put(self, weight: _Weight, tensor: torch.Tensor) -> None:
+        """Give the places of ``weight`` the ``tensor``."""
+        with torch.inference_mode(False):
             parameter = torch.nn.Parameter(tensor, requires_grad=False)
         self._set(weight, [parameter] * len(weight.places))
 
@@ -187,7 +206,7 @@ def streamed(stored: Stored, dtype: torch.dtype, device: torch.device | str = "c
             without.append(_in_place(module, table, absent[key], device))
             module._parameters[attribute] = without[-1]
         size = absent[key].numel() * absent[key].element_size()
-        weight = _Weight(places, without, read, names[0], size)
+        weight = _Weight(places, without, read, names[0], parameter.shape, size)
         streaming.weights |= dict.fromkeys(names, weight)
     _make_units(model, streaming)
     return model
@@ -344,8 +363,56 @@ def resident(model: torch.nn.Module, budget: float = float("inf")) -> Iterator[N
     A part of them would save little: a pass reads the others anyway.
     """
     streaming = _STREAMED.get(model)
-    units = list(streaming.units.values()) if streaming else []
-    absent = {id(weight): weight for unit in units for weight in unit if not weight.users}
-    fits = sum(weight.bytes for weight in absent.values()) <= budget
-    with _acquired(streaming if fits else None, [weight for unit in units for weight in unit]):
+    weights = streaming.every() if streaming else []
+    fits = sum(weight.bytes for weight in weights if not weight.users) <= budget
+    with _acquired(streaming if fits else None, weights):
         yield
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """A tensor that stands for a weight, of its shape and dtype, without its numbers.
+
+    ``read`` gives the weight, ``stored`` gives it as it is stored.
+    """
+
+    name: str
+    tensor: torch.Tensor
+    read: Read
+    stored: Read
+
+
+@contextmanager
+def standing_in(model: torch.nn.Module) -> Iterator[list[StandIn]]:
+    """Within the block, the weights of ``model`` are there for whatever does not look at their numbers.
+
+    Matrices are tensors over a file without content, which takes neither memory nor disk; what is small is real. An
+    ordinary model is not changed: the list is empty.
+    """
+    streaming = _STREAMED.get(model)
+    if streaming is None:
+        yield []
+        return
+    weights = streaming.every()
+    large = [w for w in weights if w.bytes >= _LARGE and len(w.shape) > 1 and not w.users]
+    found: list[StandIn] = []
+    with (
+        tempfile.TemporaryDirectory(prefix="nbl-export.") as folder,
+        _acquired(streaming, [w for w in weights if all(w is not other for other in large)]),
+    ):
+        for number, weight in enumerate(large):
+            tensor = _without_content(Path(folder) / str(number), weight.shape, streaming.dtype)
+            streaming.put(weight, tensor)
+            weight.users += 1
+            found.append(StandIn(weight.name, tensor, partial(streaming.value, weight), weight.read))
+        try:
+            yield found
+        finally:
+            streaming.release(large)
+
+
+def _without_content(path: Path, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    size = math.prod(shape)
+    with path.open("wb") as file:
+        file.truncate(size * dtype.itemsize)
+    return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)

@@ -121,6 +121,31 @@ def with_entry(folder: Path, name: str, value: Any) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("name", ["\x1b[2J\x1b]0;owned\x07", "l strip", ""])
+def test_an_option_of_a_token_whose_name_is_none(
+    folder: Path, file: str, name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = folder / file
+    content = json.loads(path.read_text()) if path.is_file() else {}
+    token = {"id": 5, "content": "x", "special": True, name: False}
+    added = {"added_tokens": [token]} if file == "tokenizer.json" else {"added_tokens_decoder": {"5": token}}
+    path.write_text(json.dumps({**content, **added}))
+    with pytest.raises(InputError) as caught:
+        load_tokenizer(find_model(str(folder)))
+    sentence = one_sentence(caught)
+    assert f"{path} has a token with the option" in sentence and "\x1b" not in sentence
+    assert "\x1b" not in "".join(capfd.readouterr())
+
+
+def test_a_vocabulary_may_have_any_text(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["vocab"] |= {"content": 258, "\x1b[2J": 259}
+    path.write_text(json.dumps(content))
+    assert load_tokenizer(find_model(str(folder)))("ab")["input_ids"]
+
+
 @pytest.mark.parametrize("names", [["input_ids", ["attention_mask"]], [5]])
 def test_names_of_inputs_that_are_none(folder: Path, names: Any) -> None:
     source = find_model(str(with_entry(folder, "model_input_names", names)))

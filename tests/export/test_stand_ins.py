@@ -1,0 +1,234 @@
+"""A graph that is traced without the numbers of its weights is, byte for byte, that of a model in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from nbl_export.errors import BuildError
+from nbl_export.export import torch as exporting
+from nbl_export.export.forms import FORMS
+from nbl_export.export.half import save_in_precision
+from nbl_export.export.stand_ins import StandIns
+from nbl_export.export.torch import export_torch, trace
+from nbl_export.graph.precision import precision_of
+from nbl_export.models import weights
+from nbl_export.models.dummy_run import dummy_run
+from nbl_export.models.load import load_model
+from nbl_export.models.source import find_model
+from nbl_export.models.weights import standing_in
+from tests import families
+from tests.models.test_weights import absent, stored_in
+from tests.tiny import build as build_tiny
+
+# More numbers than onnx_ir compares to find equal constants.
+LARGE = 1025
+
+
+@pytest.fixture(autouse=True)
+def all_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The matrices of tiny models are worth a stand-in, too, but those that the exporter compares by their numbers."""
+    monkeypatch.setattr(weights, "_LARGE", 4 * LARGE)
+
+
+@contextmanager
+def traced() -> Iterator[list[Any]]:
+    """Within the block, the models that are traced."""
+    found: list[Any] = []
+    plain = exporting._traced
+
+    def counted(model: Any, *rest: Any) -> Any:
+        found.append(model)
+        return plain(model, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporting, "_traced", counted)
+        yield found
+
+
+@contextmanager
+def read() -> Iterator[list[str]]:
+    """Within the block, the weights that are read, in order."""
+    found: list[str] = []
+    plain = weights._Streaming.value
+
+    def counted(self: Any, weight: Any) -> Any:
+        found.append(weight.name)
+        return plain(self, weight)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weights._Streaming, "value", counted)
+        yield found
+
+
+def streaming(folder: Path) -> Any:
+    model = load_model(find_model(str(folder)))
+    assert absent(model)
+    return model
+
+
+def in_memory(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+
+
+def files(model: Any, folder: Path, form: str = "concat") -> list[bytes]:
+    folder.mkdir()
+    return [path.read_bytes() for path in export_torch(model, folder / "model.onnx", form=FORMS[form])]
+
+
+# What is folded and how differs: transposed matrices, those of convolutions, tied ones, projections in one.
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("llama", "shared"),
+        ("llama", "static"),
+        ("gemma2", "concat"),
+        ("gpt2", "concat"),
+        ("gpt_neox", "none"),
+        ("falcon", "concat"),
+        ("phi3", "shared"),
+        ("bloom", "concat"),
+        ("opt-post-norm", "concat"),
+    ],
+)
+def test_every_kind_of_weight(name: str, form: str, tmp_path: Path) -> None:
+    folder = stored_in(families.build(name, tmp_path / name), torch.bfloat16)
+    model = streaming(folder)
+    with traced() as calls:
+        found = files(model, tmp_path / "streaming", form)
+    assert calls == [model], "the first trace is the last"
+    assert found == files(in_memory(folder), tmp_path / "memory", form)
+    assert absent(model)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_every_precision(tied: bool, precision: str, tmp_path: Path) -> None:
+    folder = stored_in(build_tiny(tmp_path / "m", tie_word_embeddings=tied), torch.float16)
+    rows = [np.arange(3, 40, dtype=np.int32)]
+    found = []
+    for name, model in (("streaming", streaming(folder)), ("memory", in_memory(folder))):
+        (tmp_path / name).mkdir()
+        graph = trace(model, FORMS["concat"])
+        made, float32 = save_in_precision(
+            graph, tmp_path / name / "model.onnx", precision_of(precision), rows
+        )
+        found.append(([path.read_bytes() for path in made], float32))
+    assert found[0] == found[1]
+
+
+def test_experts_that_are_taken_from_a_stack(tmp_path: Path) -> None:
+    folder = stored_in(families.build("mixtral", tmp_path / "m"), torch.bfloat16)
+    assert files(streaming(folder), tmp_path / "s") == files(in_memory(folder), tmp_path / "m2")
+
+
+def test_equal_matrices_that_are_not_tied_are_stored_once_as_before(tmp_path: Path) -> None:
+    folder = stored_in(build_tiny(tmp_path / "m", tie_word_embeddings=False), torch.bfloat16)
+    different = files(streaming(folder), tmp_path / "different")
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    save_file(
+        {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, path, {"format": "pt"}
+    )
+    equal = files(streaming(folder), tmp_path / "equal")
+    assert equal == files(in_memory(folder), tmp_path / "memory")
+    assert len(different[1]) - len(equal[1]) >= 4 * 260 * 32
+
+
+def test_a_matrix_is_read_when_it_is_written(tmp_path: Path) -> None:
+    model = streaming(stored_in(build_tiny(tmp_path / "m", tie_word_embeddings=False), torch.bfloat16))
+    dummy_run(model)
+    small = sorted(n for n, p in model.named_parameters() if p.numel() < LARGE)
+    with traced() as calls, read() as found:
+        graph = trace(model, FORMS["concat"])
+        assert len(calls) == 1 and sorted(found) == small
+        assert absent(model)
+        (value,) = (v for n, v in graph.graph.initializers.items() if "layers.1.mlp.up_proj" in n)
+        assert value.const_value is not None
+        found.clear()
+        array = value.const_value.numpy()
+    assert found == ["model.layers.1.mlp.up_proj.weight"]
+    with weights.resident(model):
+        assert np.array_equal(array.T, model.model.layers[1].mlp.up_proj.weight.numpy())
+
+
+def test_a_weight_that_was_computed_with_is_there_when_it_is_traced_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = stored_in(build_tiny(tmp_path / "m"), torch.bfloat16)
+    plain = exporting.tidy
+
+    def scaled(model: ir.Model, *rest: Any) -> ir.Model:
+        """As an optimizer that merges a factor into a matrix."""
+        graph = plain(model, *rest)
+        value = next(v for n, v in graph.graph.initializers.items() if "down_proj" in n)
+        assert value.const_value is not None
+        value.const_value = ir.tensor(value.const_value.numpy() * 2, name=value.name)
+        return graph
+
+    monkeypatch.setattr(exporting, "tidy", scaled)
+    model = streaming(folder)
+    with traced() as calls:
+        found = files(model, tmp_path / "streaming")
+    assert len(calls) == 2 and absent(model)
+    assert found == files(in_memory(folder), tmp_path / "memory")
+
+
+def test_a_model_that_cannot_be_traced_is_left_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = streaming(stored_in(build_tiny(tmp_path / "m"), torch.bfloat16))
+    before = absent(model)
+    monkeypatch.setattr(exporting, "tidy", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trace(model)
+    assert absent(model) == before
+    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: 1 / 0)
+    with pytest.raises(BuildError, match="division by zero"):
+        trace(model)
+    assert absent(model) == before
+
+
+def test_what_stands_for_a_weight_takes_no_memory_and_no_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
+    (tmp_path / "scratch").mkdir()
+    model = streaming(stored_in(build_tiny(tmp_path / "m"), torch.bfloat16))
+    with standing_in(model) as found:
+        assert {one.tensor.shape for one in found} == {
+            p.shape for p in model.parameters() if p.numel() >= LARGE
+        }
+        assert not absent(model) and all(not one.tensor.any() for one in found)
+        used = [path.stat() for path in (tmp_path / "scratch").rglob("*") if path.is_file()]
+        assert len(used) == len(found) and sum(s.st_size for s in used) == sum(
+            one.tensor.nbytes for one in found
+        )
+        assert sum(512 * s.st_blocks for s in used) <= 4096 * len(used)
+        for one in found:
+            assert torch.equal(one.read(), one.stored().float())
+    assert absent(model) and list((tmp_path / "scratch").iterdir()) == []
+    with standing_in(in_memory(tmp_path / "m")) as found:
+        assert found == []
+
+
+def test_stand_ins_are_compared_by_what_they_stand_for(tmp_path: Path) -> None:
+    model = streaming(stored_in(build_tiny(tmp_path / "m"), torch.bfloat16))
+    with standing_in(model) as found:
+        stand_ins = StandIns(found)
+        one, other = [s.tensor.numpy() for s in found if s.tensor.shape == (64, 32)][:2]
+        assert stand_ins.equal(one, one) and stand_ins.equal(one.T, one.T)
+        assert not stand_ins.equal(one, other), "other numbers, although neither has any"
+        assert not stand_ins.equal(one, one.T) and not stand_ins.equal(one[1:], one[:-1])
+        zeros = np.zeros((64, 32), np.float32)
+        assert not stand_ins.equal(one, zeros) and not stand_ins.equal(zeros, one)
+        assert stand_ins.equal(zeros, zeros.copy()) and not stand_ins.equal(zeros, zeros + 1)
