@@ -185,23 +185,48 @@ class _Work:
         try:
             found, header = load_tensors(checkpoint.path, _STATES, "")
             about = parse_json(header["nbl"])
-            part, batch = about.pop("part"), about.pop("batch")
+            part, batch = int(about.pop("part")), int(about.pop("batch"))
+            if part < 0 or not 0 <= batch <= len(self.states):
+                raise ValueError("its place")
+            missing = (layer.index for layer in self._layers if layer.index not in self._stored)
+            if about != self._identity or part >= len(self.parts) or min(missing) < self.parts[part].start:
+                return 0
+            states = self._states_of(found, part, batch)
         except (InputError, ValueError, KeyError, TypeError, AttributeError):
             listener.note(f"The checkpoint {checkpoint.path.name} is damaged and was ignored.")
             return 0
-        missing = (layer.index for layer in self._layers if layer.index not in self._stored)
-        if about != self._identity or part >= len(self.parts) or min(missing) < self.parts[part].start:
-            return 0
-        dtype = weights_like(self._model)
-        for i in range(len(self.states)):
-            if (array := found.get(f"states.{i}")) is not None:
-                self.states[i] = _as_tensor(array, dtype)
+        self.states = states
         self._part, self.batch, self._found = part, batch, found
         listener.note(
             f"Calibration goes on from a checkpoint in block {self.parts[part].start}, at row "
             f"{min(batch * self._step, len(self._rows))}."
         )
-        return int(part)
+        return part
+
+    def _states_of(
+        self, found: Mapping[str, NDArray[Any]], part: int, batch: int
+    ) -> list[torch.Tensor | None]:
+        """The states of a checkpoint; raises ``ValueError`` or ``KeyError`` if it is none of this work."""
+        d, like = hidden_size(self._model), weights_like(self._model)
+        inside = (
+            layer for layer in self._layers if self.parts[part].start <= layer.index < self.parts[part].stop
+        )
+        for index in (layer.index for layer in inside if layer.index not in self._stored):
+            shapes = {name: (d,) if len(name) == 1 else (d, d) for name in ARRAYS}
+            if any(found[f"{index}.{name}"].shape != shape for name, shape in shapes.items()):
+                raise ValueError(f"the sums of layer {index}")
+            int(found[f"{index}.n"][0])
+        states: list[torch.Tensor | None] = []
+        for number in range(len(self.states)):
+            rows = len(self._rows[number * self._step : (number + 1) * self._step])
+            array = found.get(f"states.{number}")
+            # Before the first part there are none, but of the batches that have passed it.
+            if array is None and (part or number < batch):
+                raise ValueError(f"no states of batch {number}")
+            if array is not None and (array.shape[:1], array.shape[-1:]) != ((rows,), (d,)):
+                raise ValueError(f"the states of batch {number}")
+            states.append(None if array is None else _as_tensor(array, like))
+        return states
 
 
 def _as_array(states: torch.Tensor) -> NDArray[Any]:

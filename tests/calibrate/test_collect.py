@@ -24,6 +24,7 @@ from nbl_export.errors import CalibrationError
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.load import in_precision, load_model
 from nbl_export.models.source import find_model
+from nbl_export.tensorfile import load_tensors, save_tensors
 from tests.interruptions import Recorder, crash, send
 
 LENGTH = 128
@@ -386,6 +387,66 @@ def test_a_damaged_checkpoint_is_ignored_with_a_note(
     listener = Recorder()
     assert_same(interrupted.collect(model, tokens, listener), whole)
     assert listener.notes == ["The checkpoint states.safetensors is damaged and was ignored."]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "part -1",
+        "part x",
+        "batch 99",
+        "no batch",
+        "no sums",
+        "shape of sums",
+        "no states",
+        "width",
+        "rows",
+        "no about",
+    ],
+)
+def test_a_checkpoint_that_is_whole_but_wrong_is_ignored_with_a_note(
+    model: Any, tokens: np.ndarray, whole: Moments, interrupted: Place, wrong: str
+) -> None:
+    """Its digest is right: somebody may have made it so."""
+    tensors, header = load_tensors(interrupted.states, "nbl-export/states/1", "")
+    about = json.loads(header["nbl"])
+    assert about["part"] == 2 and {"2.xx", "2.n", "states.0", "states.3"} <= tensors.keys()
+    if wrong.startswith("part"):
+        about["part"] = -1 if wrong.endswith("1") else "x"
+    elif wrong == "batch 99":
+        about["batch"] = 99
+    elif wrong == "no batch":
+        del about["batch"]
+    elif wrong == "no sums":
+        del tensors["2.yh"]
+    elif wrong == "shape of sums":
+        tensors["2.yh"] = tensors["2.yh"][:5]
+    elif wrong == "no states":
+        del tensors["states.3"]
+    elif wrong == "width":
+        tensors["states.3"] = tensors["states.3"][..., :7].copy()
+    elif wrong == "rows":
+        tensors["states.3"] = tensors["states.3"][:1].copy()
+    metadata = {"nbl": "[]" if wrong == "no about" else json.dumps(about)}
+    save_tensors(interrupted.states, "nbl-export/states/1", tensors, metadata)
+    listener = Recorder()
+    assert_same(interrupted.collect(model, tokens, listener), whole)
+    assert listener.notes == ["The checkpoint states.safetensors is damaged and was ignored."]
+    assert listener.start == (BLOCKS * ROWS * LENGTH, 0)
+
+
+def test_a_layer_that_was_stored_and_lost_is_collected_again(
+    model: Any, tokens: np.ndarray, whole: Moments, batches: int, tmp_path: Path
+) -> None:
+    """A checkpoint from a part whose layer was there has no sums of it."""
+    place = Place(tmp_path, every_seconds=3600.0)
+    with pytest.raises(RuntimeError):
+        place.collect(model, tokens, Recorder(batches - 1, crash))
+    with pytest.raises(KeyboardInterrupt):  # within block 1, whose moments are there
+        place.collect(model, tokens, Recorder(batches // BLOCKS + 1, send(signal.SIGINT)))
+    assert place.at() == (1, 1)
+    (place.partial / "001.safetensors").unlink()
+    assert_same(place.collect(model, tokens), whole)
 
 
 def test_a_checkpoint_is_ignored_where_an_earlier_layer_is_gone(
