@@ -75,7 +75,7 @@ def store_moments(
     begun = work.resume(listener)
     total, done = (count * work.tokens for count in (len(work.parts), begun))
     with (
-        listener.task("Calibrating layer by layer", total, "tokens", done + work.seen) as task,
+        listener.task("Calibrating by layer", total, "tokens", done + work.seen) as task,
         torch.inference_mode(),
         saving_to(store.checkpoint, work.save) as between,
         walking(model) as run,
