@@ -1,6 +1,6 @@
 """Weights of a traced graph that are read when it is written.
 
-A model is traced with tensors that stand for its weights (:func:`nbl_export.models.weights.standing_in`). What the
+A model is traced with tensors that stand for its weights (:func:`nbl_export.models.stand_ins.standing_in`). What the
 exporter makes of one, as a transposed matrix or one of a stack, is a view of it: the place in memory says of which
 weight, offset and strides say of what part. So the graph gets a tensor that makes the same view of the weight itself.
 """
@@ -15,7 +15,7 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from nbl_export.models.weights import StandIn
+from nbl_export.models.stand_ins import StandIn
 
 
 class StandIns:

@@ -14,14 +14,10 @@ whose weights are in memory is used in the same way: for it both do nothing.
 from __future__ import annotations
 
 import copy
-import math
-import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -33,8 +29,6 @@ from nbl_export.models.layers import backbone, block_stack
 Read = Callable[[], torch.Tensor]
 _PART = 1 << 22
 _KEPT = 2 << 30
-# Bytes of a weight that is worth a stand-in. Exporters compare what is much smaller by its numbers.
-_LARGE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -57,7 +51,7 @@ class Stored:
 
 
 @dataclass
-class _Weight:
+class Weight:
     """One weight and the places that have it; tied weights have several.
 
     ``absent`` are what the places have while it is not read. The places do not keep the model alive, which has them.
@@ -72,34 +66,34 @@ class _Weight:
     users: int = 0
 
 
-class _Streaming:
+class Streaming:
     """What a model made by :func:`streamed` reads, by its units."""
 
     def __init__(self, stored: Stored, dtype: torch.dtype, device: torch.device) -> None:
         self.stored, self.dtype, self.device = stored, dtype, device
-        self.weights: dict[str, _Weight] = {}
-        self.units: dict[str, list[_Weight]] = {}
+        self.weights: dict[str, Weight] = {}
+        self.units: dict[str, list[Weight]] = {}
         self.backbone = ""
         self.beside: set[str] = set()
         self._finite: set[str] = set()
 
-    def every(self) -> list[_Weight]:
+    def every(self) -> list[Weight]:
         """All weights, also those of embeddings, which are looked up where they are stored."""
         return list({id(weight): weight for weight in self.weights.values()}.values())
 
-    def acquire(self, weights: Iterable[_Weight]) -> None:
+    def acquire(self, weights: Iterable[Weight]) -> None:
         for weight in weights:
             if not weight.users:
                 self._put(weight)
             weight.users += 1
 
-    def release(self, weights: Iterable[_Weight]) -> None:
+    def release(self, weights: Iterable[Weight]) -> None:
         for weight in weights:
             weight.users -= 1
             if not weight.users:
                 self._set(weight, weight.absent)
 
-    def value(self, weight: _Weight) -> torch.Tensor:
+    def value(self, weight: Weight) -> torch.Tensor:
         """The ``weight`` in the model's dtype, on its device."""
         # A parameter made in inference mode could not be used with gradients later.
         with torch.inference_mode(False):
@@ -111,22 +105,22 @@ class _Streaming:
             dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
             return tensor.to(device=self.device, dtype=dtype)
 
-    def _put(self, weight: _Weight) -> None:
+    def _put(self, weight: Weight) -> None:
         self.put(weight, self.value(weight))
 
-    def put(self, weight: _Weight, tensor: torch.Tensor) -> None:
+    def put(self, weight: Weight, tensor: torch.Tensor) -> None:
         """Give the places of ``weight`` the ``tensor``."""
         with torch.inference_mode(False):
             parameter = torch.nn.Parameter(tensor, requires_grad=False)
         self._set(weight, [parameter] * len(weight.places))
 
-    def _set(self, weight: _Weight, values: Iterable[torch.nn.Parameter]) -> None:
+    def _set(self, weight: Weight, values: Iterable[torch.nn.Parameter]) -> None:
         for (place, name), value in zip(weight.places, values, strict=True):
             if (module := place()) is not None:
                 module._parameters[name] = value
 
 
-_STREAMED: weakref.WeakKeyDictionary[torch.nn.Module, _Streaming] = weakref.WeakKeyDictionary()
+_STREAMED: weakref.WeakKeyDictionary[torch.nn.Module, Streaming] = weakref.WeakKeyDictionary()
 
 
 def floating(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
@@ -193,7 +187,7 @@ def streamed(stored: Stored, dtype: torch.dtype, device: torch.device | str = "c
     memo: dict[int, Any] = dict(absent)
     model: torch.nn.Module = copy.deepcopy(stored.model, memo)
     _convert_buffers(model, dtype, device)
-    streaming = _Streaming(stored, dtype, device)
+    streaming = Streaming(stored, dtype, device)
     _STREAMED[model] = _STREAMED[backbone(model)] = streaming
     for key, (parameter, names) in weights.items():
         places, without = [], []
@@ -206,7 +200,7 @@ def streamed(stored: Stored, dtype: torch.dtype, device: torch.device | str = "c
             without.append(_in_place(module, table, absent[key], device))
             module._parameters[attribute] = without[-1]
         size = absent[key].numel() * absent[key].element_size()
-        weight = _Weight(places, without, read, names[0], parameter.shape, size)
+        weight = Weight(places, without, read, names[0], parameter.shape, size)
         streaming.weights |= dict.fromkeys(names, weight)
     _make_units(model, streaming)
     return model
@@ -253,7 +247,7 @@ def _convert_buffers(model: torch.nn.Module, dtype: torch.dtype, device: torch.d
                 module._buffers[name] = buffer.to(device=device, dtype=dtype if own else buffer.dtype)
 
 
-def _make_units(model: torch.nn.Module, streaming: _Streaming) -> None:
+def _make_units(model: torch.nn.Module, streaming: Streaming) -> None:
     """Each block is a unit, and what the backbone has beside them, and each module beside the backbone, as the head."""
     inner = backbone(model)
     streaming.backbone = next(name for name, module in model.named_modules() if module is inner)
@@ -282,7 +276,7 @@ def _blocks(model: torch.nn.Module) -> list[str]:
     return [f"{stack}.{index}" for index in range(len(list(blocks.children())))]
 
 
-def _read_in_forward(module: torch.nn.Module, streaming: _Streaming, unit: list[_Weight]) -> None:
+def _read_in_forward(module: torch.nn.Module, streaming: Streaming, unit: list[Weight]) -> None:
     running: list[None] = []
 
     def before(*_: Any) -> None:
@@ -309,7 +303,7 @@ def held(model: torch.nn.Module, names: Iterable[str]) -> Iterator[None]:
         for name, weight in (streaming.weights.items() if streaming else ())
         if any(name == w or name.startswith(f"{w}.") for w in wanted)
     }
-    with _acquired(streaming, found.values()):
+    with acquired(streaming, found.values()):
         yield
 
 
@@ -326,12 +320,13 @@ def outside_blocks(model: torch.nn.Module, head: bool = False) -> Iterator[None]
         for path, _ in units
         if streaming and (path == streaming.backbone or (head and path in streaming.beside))
     ]
-    with _acquired(streaming, [weight for path, unit in units if path in paths for weight in unit]):
+    with acquired(streaming, [weight for path, unit in units if path in paths for weight in unit]):
         yield
 
 
 @contextmanager
-def _acquired(streaming: _Streaming | None, weights: Iterable[_Weight]) -> Iterator[None]:
+def acquired(streaming: Streaming | None, weights: Iterable[Weight]) -> Iterator[None]:
+    """Within the block, these ``weights`` are in memory."""
     if streaming is None:
         yield
         return
@@ -341,6 +336,11 @@ def _acquired(streaming: _Streaming | None, weights: Iterable[_Weight]) -> Itera
         yield
     finally:
         streaming.release(found)
+
+
+def streaming_of(model: torch.nn.Module) -> Streaming | None:
+    """What ``model`` reads; None for one whose weights are in memory."""
+    return _STREAMED.get(model)
 
 
 def streams(model: torch.nn.Module) -> bool:
@@ -365,54 +365,5 @@ def resident(model: torch.nn.Module, budget: float = float("inf")) -> Iterator[N
     streaming = _STREAMED.get(model)
     weights = streaming.every() if streaming else []
     fits = sum(weight.bytes for weight in weights if not weight.users) <= budget
-    with _acquired(streaming if fits else None, weights):
+    with acquired(streaming if fits else None, weights):
         yield
-
-
-@dataclass(frozen=True)
-class StandIn:
-    """A tensor that stands for a weight, of its shape and dtype, without its numbers.
-
-    ``read`` gives the weight, ``stored`` gives it as it is stored.
-    """
-
-    name: str
-    tensor: torch.Tensor
-    read: Read
-    stored: Read
-
-
-@contextmanager
-def standing_in(model: torch.nn.Module) -> Iterator[list[StandIn]]:
-    """Within the block, the weights of ``model`` are there for whatever does not look at their numbers.
-
-    Matrices are tensors over a file without content, which takes neither memory nor disk; what is small is real. An
-    ordinary model is not changed: the list is empty.
-    """
-    streaming = _STREAMED.get(model)
-    if streaming is None:
-        yield []
-        return
-    weights = streaming.every()
-    large = [w for w in weights if w.bytes >= _LARGE and len(w.shape) > 1 and not w.users]
-    found: list[StandIn] = []
-    with (
-        tempfile.TemporaryDirectory(prefix="nbl-export.") as folder,
-        _acquired(streaming, [w for w in weights if all(w is not other for other in large)]),
-    ):
-        for number, weight in enumerate(large):
-            tensor = _without_content(Path(folder) / str(number), weight.shape, streaming.dtype)
-            streaming.put(weight, tensor)
-            weight.users += 1
-            found.append(StandIn(weight.name, tensor, partial(streaming.value, weight), weight.read))
-        try:
-            yield found
-        finally:
-            streaming.release(large)
-
-
-def _without_content(path: Path, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-    size = math.prod(shape)
-    with path.open("wb") as file:
-        file.truncate(size * dtype.itemsize)
-    return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)

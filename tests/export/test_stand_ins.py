@@ -25,7 +25,7 @@ from nbl_export.models import weights
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.load import load_model
 from nbl_export.models.source import find_model
-from nbl_export.models.weights import standing_in
+from nbl_export.models.stand_ins import standing_in
 from tests import families
 from tests.models.test_weights import absent, stored_in
 from tests.tiny import build as build_tiny
@@ -37,7 +37,7 @@ LARGE = 1025
 @pytest.fixture(autouse=True)
 def all_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
     """The matrices of tiny models are worth a stand-in, too, but those that the exporter compares by their numbers."""
-    monkeypatch.setattr(weights, "_LARGE", 4 * LARGE)
+    monkeypatch.setattr("nbl_export.models.stand_ins._LARGE", 4 * LARGE)
 
 
 @contextmanager
@@ -59,14 +59,14 @@ def traced() -> Iterator[list[Any]]:
 def read() -> Iterator[list[str]]:
     """Within the block, the weights that are read, in order."""
     found: list[str] = []
-    plain = weights._Streaming.value
+    plain = weights.Streaming.value
 
     def counted(self: Any, weight: Any) -> Any:
         found.append(weight.name)
         return plain(self, weight)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights._Streaming, "value", counted)
+        patch.setattr(weights.Streaming, "value", counted)
         yield found
 
 

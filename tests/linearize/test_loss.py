@@ -236,14 +236,14 @@ def test_only_what_is_new_is_run(in_memory: Any) -> None:
 def reads(model: Any) -> Iterator[dict[str, int]]:
     """Within the block, how often each weight is read."""
     found: dict[str, int] = {}
-    put = weights._Streaming._put
+    put = weights.Streaming._put
 
     def counting(self: Any, weight: Any) -> None:
         found[weight.name] = found.get(weight.name, 0) + 1
         put(self, weight)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights._Streaming, "_put", counting)
+        patch.setattr(weights.Streaming, "_put", counting)
         yield found
 
 

@@ -111,14 +111,14 @@ def test_each_block_is_read_once_for_all_batches(tmp_path: Path) -> None:
     from nbl_export.models import weights
 
     reads: dict[str, int] = {}
-    put = weights._Streaming._put
+    put = weights.Streaming._put
 
     def counting(self: Any, weight: Any) -> None:
         reads[weight.name] = reads.get(weight.name, 0) + 1
         put(self, weight)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights._Streaming, "_put", counting)
+        patch.setattr(weights.Streaming, "_put", counting)
         assert_same(by_blocks(model, batches)[0], expected)
     names = {n for n, _ in model.named_parameters()} - {"model.embed_tokens.weight"}
     assert reads == dict.fromkeys(names, 1)

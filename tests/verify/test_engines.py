@@ -264,9 +264,10 @@ def test_a_cache_that_numpy_cannot_hold_leaves_onnxruntime_out(
 def test_who_takes_part_on_a_gpu(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
     copies: list[tuple[str, str]] = []
 
-    def in_precision(model: Any, dtype: str) -> Any:
+    def in_precision(model: Any, dtype: str, device: str) -> Any:
         assert model is graphs.model
-        return types.SimpleNamespace(to=lambda device: copies.append((dtype, device)) or model)
+        copies.append((dtype, device))
+        return model
 
     monkeypatch.setattr(module, "in_precision", in_precision)
     paths = {"base": graphs("static"), "linearized": graphs("static", "fp32", (0, 3))}
