@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nbl_export.calibrate.moments import ARRAYS, Accumulator, LayerMoments, Moments, digest_of_tokens
+from nbl_export.calibrate.moments import (
+    ARRAYS,
+    Accumulator,
+    LayerMoments,
+    Moments,
+    digest_of_tokens,
+    shapes,
+)
 from nbl_export.calibrate.store import InMemory, Store
 from nbl_export.checkpoint import saving_to
 from nbl_export.errors import CalibrationError, InputError
@@ -124,17 +131,21 @@ class _Work:
 
     def begin(self, number: int) -> tuple[AttentionLayer, ...]:
         """Begin the part ``number``, or go on with it; returns its layers whose moments are wanted."""
-        part = self.parts[number]
         if number != self._part:
             self._part, self.batch, self._found = number, 0, {}
-        inside = (layer for layer in self._layers if part.start <= layer.index < part.stop)
-        layers = tuple(layer for layer in inside if layer.index not in self._stored)
+        layers = self._wanted(number)
         d, device = hidden_size(self._model), device_of(self._model)
         self._sums = {layer.index: Accumulator(d, device) for layer in layers}
         for index, sums in self._sums.items() if self._found else ():
             n, *arrays = (self._found[f"{index}.{name}"] for name in ("n", *ARRAYS))
             sums.restore(LayerMoments(int(n[0]), *arrays))
         return layers
+
+    def _wanted(self, number: int) -> tuple[AttentionLayer, ...]:
+        """The layers of the part ``number`` whose moments are not stored yet."""
+        part = self.parts[number]
+        inside = (layer for layer in self._layers if part.start <= layer.index < part.stop)
+        return tuple(layer for layer in inside if layer.index not in self._stored)
 
     def observe(self, index: int, h: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
         self._sums[index].add(h, x, y)
@@ -147,7 +158,7 @@ class _Work:
         rows = self._rows[first : first + self._step]
         kind = np.int64 if rows.ndim == 2 else np.float32
         name = main_input(self._model)
-        inputs = {name: torch.from_numpy(rows.astype(kind)).to(weights_like(self._model).device)}
+        inputs = {name: torch.from_numpy(rows.astype(kind)).to(device_of(self._model))}
         self.states[self.batch] = step(inputs, self.states[self.batch])
         for layer in self._layers:
             if layer.index in self._sums and not self._sums[layer.index].is_finite():
@@ -208,12 +219,8 @@ class _Work:
     ) -> list[torch.Tensor | None]:
         """The states of a checkpoint; raises ``ValueError`` or ``KeyError`` if it is none of this work."""
         d, like = hidden_size(self._model), weights_like(self._model)
-        inside = (
-            layer for layer in self._layers if self.parts[part].start <= layer.index < self.parts[part].stop
-        )
-        for index in (layer.index for layer in inside if layer.index not in self._stored):
-            shapes = {name: (d,) if len(name) == 1 else (d, d) for name in ARRAYS}
-            if any(found[f"{index}.{name}"].shape != shape for name, shape in shapes.items()):
+        for index in (layer.index for layer in self._wanted(part)):
+            if any(found[f"{index}.{name}"].shape != shape for name, shape in shapes(d).items()):
                 raise ValueError(f"the sums of layer {index}")
             int(found[f"{index}.n"][0])
         states: list[torch.Tensor | None] = []

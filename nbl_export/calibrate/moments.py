@@ -66,6 +66,11 @@ class Moments:
         return Moments({i: self.layers[i] + other.layers[i] for i in self.layers})
 
 
+def shapes(d: int) -> dict[str, tuple[int, ...]]:
+    """The shape of each array of :class:`LayerMoments` for a width of ``d``."""
+    return {name: (d,) if len(name) == 1 else (d, d) for name in ARRAYS}
+
+
 class Accumulator:
     """Accumulates the moments of one layer in place, as float64 torch tensors on ``device``.
 
@@ -77,9 +82,8 @@ class Accumulator:
         import torch
 
         self.n = 0
-        shapes = {name: (d,) if len(name) == 1 else (d, d) for name in ARRAYS}
         self.sums = {
-            name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()
+            name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes(d).items()
         }
 
     def add(self, h: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
@@ -216,7 +220,7 @@ def _layer(index: int, tensors: Mapping[str, Any]) -> LayerMoments:
     count = tensors["n"]
     arrays = {name: tensors[name] for name in ARRAYS}
     d = len(arrays["x"]) if arrays["x"].ndim == 1 else 0
-    fits = all(a.shape == ((d,) if len(name) == 1 else (d, d)) for name, a in arrays.items())
+    fits = {name: a.shape for name, a in arrays.items()} == shapes(d)
     if count.shape != (1,) or count.dtype != np.int64 or count[0] < 1 or not d or not fits:
         raise ValueError(f"the shapes of layer {index}")
     if any(a.dtype != np.float64 or not np.isfinite(a).all() for a in arrays.values()):

@@ -61,9 +61,7 @@ def starting_at(model: torch.nn.Module, index: int, states: torch.Tensor) -> Ite
     block = model.get_submodule(attention_layer(model, index).block)
 
     def put_in(_block: Any, args: Any, kwargs: Any) -> Any:
-        if "hidden_states" in kwargs:
-            return args, {**kwargs, "hidden_states": states}
-        return (states, *args[1:]), kwargs
+        return with_states(states, args, kwargs)
 
     hook = block.register_forward_pre_hook(put_in, with_kwargs=True, prepend=True)
     try:
@@ -86,6 +84,13 @@ def skipped(model: torch.nn.Module, count: int) -> Iterator[None]:
     finally:
         for i, block in enumerate(before):
             stack[i] = block
+
+
+def with_states(states: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The arguments of the ``forward`` of a block with other hidden states."""
+    if "hidden_states" in kwargs:
+        return args, {**kwargs, "hidden_states": states}
+    return (states, *args[1:]), kwargs
 
 
 class Reached(Exception):

@@ -21,7 +21,7 @@ import torch
 
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.layers import accepted_arguments, backbone, block_stack, hidden_states
-from nbl_export.models.partial_forward import Reached, skipped
+from nbl_export.models.partial_forward import Reached, skipped, with_states
 from nbl_export.models.weights import held, outside_blocks
 
 Batch = Mapping[str, torch.Tensor]
@@ -65,9 +65,7 @@ def _segment(model: torch.nn.Module, segment: Segment) -> Iterator[Step]:
     found: list[torch.Tensor] = []
 
     def put_in(_block: Any, args: Any, kwargs: Any) -> Any:
-        if "hidden_states" in kwargs:
-            return args, {**kwargs, "hidden_states": given[0]}
-        return (given[0], *args[1:]), kwargs
+        return with_states(given[0], args, kwargs)
 
     def stop(_block: Any, args: Any, kwargs: Any) -> None:
         found.append(hidden_states(args, kwargs))

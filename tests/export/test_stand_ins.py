@@ -27,7 +27,7 @@ from nbl_export.models.load import load_model
 from nbl_export.models.source import find_model
 from nbl_export.models.stand_ins import standing_in
 from tests import families
-from tests.models.test_weights import absent, stored_in
+from tests.models.test_weights import absent, reads, stored_in
 from tests.tiny import build as build_tiny
 
 # More numbers than onnx_ir compares to find equal constants.
@@ -52,21 +52,6 @@ def traced() -> Iterator[list[Any]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exporting, "_traced", counted)
-        yield found
-
-
-@contextmanager
-def read() -> Iterator[list[str]]:
-    """Within the block, the weights that are read, in order."""
-    found: list[str] = []
-    plain = weights.Streaming.value
-
-    def counted(self: Any, weight: Any) -> Any:
-        found.append(weight.name)
-        return plain(self, weight)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights.Streaming, "value", counted)
         yield found
 
 
@@ -148,7 +133,7 @@ def test_a_matrix_is_read_when_it_is_written(tmp_path: Path) -> None:
     model = streaming(stored_in(build_tiny(tmp_path / "m", tie_word_embeddings=False), torch.bfloat16))
     dummy_run(model)
     small = sorted(n for n, p in model.named_parameters() if p.numel() < LARGE)
-    with traced() as calls, read() as found:
+    with traced() as calls, reads() as found:
         graph = trace(model, FORMS["concat"])
         assert len(calls) == 1 and sorted(found) == small
         assert absent(model)

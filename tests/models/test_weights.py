@@ -18,6 +18,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from nbl_export.errors import InputError
 from nbl_export.linearize.adapters import Adapter, adapted
+from nbl_export.models import weights
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.load import in_precision, load_model
 from nbl_export.models.source import find_model
@@ -59,6 +60,21 @@ def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
 
 def absent(model: torch.nn.Module) -> set[str]:
     return {name for name, p in model.named_parameters(remove_duplicate=False) if p.is_meta}
+
+
+@contextmanager
+def reads() -> Iterator[list[str]]:
+    """Within the block, the names of the weights that are read, one for each time, in order."""
+    found: list[str] = []
+    plain = weights.Streaming.value
+
+    def counted(self: Any, weight: Any) -> Any:
+        found.append(weight.name)
+        return plain(self, weight)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weights.Streaming, "value", counted)
+        yield found
 
 
 @contextmanager
