@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +21,6 @@ from nbl_export.models import weights
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.load import in_precision, load_model
 from nbl_export.models.source import find_model
-from nbl_export.models.stored import stored_tensors
 from nbl_export.models.weights import (
     Stored,
     device_of,
@@ -38,7 +36,6 @@ from nbl_export.models.weights import (
 from tests import families
 from tests.encoders import as_sentence_transformer, text_encoder
 from tests.models.test_load import small_gguf
-from tests.stories import build as build_stories
 from tests.tiny import build as build_tiny
 
 IDS = torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -131,43 +128,6 @@ def test_every_family_is_what_transformers_loads(
     assert not model.training and not any(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("of", ["lm_head", "embed_tokens", "model.layers.2.", "v_proj"])
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_few_weights_of_another_dtype_are_exact(tmp_path: Path, of: str, tied: bool) -> None:
-    folder = stored_in(
-        build_tiny(tmp_path / "m", tie_word_embeddings=tied), torch.bfloat16, torch.float32, of
-    )
-    model = load_model(find_model(str(folder)))
-    assert torch.equal(logits(model), logits(plain(folder)))
-
-
-def test_a_buffer_of_the_checkpoint_is_exact(tmp_path: Path) -> None:
-    folder = families.build("llama", tmp_path / "m")
-    scale = {"model.norm.weight": torch.float32}
-    path = folder / "model.safetensors"
-    weights = {n: w.to(scale.get(n, torch.bfloat16)) for n, w in load_file(path).items()}
-    weights["model.norm.weight"] += 1e-4  # which bfloat16 cannot hold
-    save_file(weights, path, {"format": "pt"})
-    model = load_model(find_model(str(folder)))
-    with resident(model):
-        assert torch.equal(model.model.norm.weight, weights["model.norm.weight"])  # type: ignore[union-attr]
-
-
-def test_shards_and_names_without_the_prefix(tmp_path: Path, half_folder: Path) -> None:
-    weights = load_file(half_folder / "model.safetensors")
-    (half_folder / "model.safetensors").unlink()
-    names = {n: n.removeprefix("model.") for n in weights}
-    shards = [f"model-0000{1 + i % 2}-of-00002.safetensors" for i in range(len(weights))]
-    index = {"metadata": {}, "weight_map": {names[n]: s for n, s in zip(weights, shards, strict=True)}}
-    (half_folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    for shard in set(shards):
-        chosen = {names[n]: w for (n, w), s in zip(weights.items(), shards, strict=True) if s == shard}
-        kept = {n: w.float() if "norm" in n else w for n, w in chosen.items()}
-        save_file(kept, half_folder / shard, {"format": "pt"})
-    model = load_model(find_model(str(half_folder)))
-    assert absent(model) and torch.equal(logits(model), logits(plain(half_folder)))
-
-
 def test_an_encoder_without_its_pooler(tmp_path: Path) -> None:
     folder = stored_in(as_sentence_transformer(text_encoder(tmp_path / "bert")), torch.float16)
     model: Any = load_model(find_model(str(folder)))
@@ -176,25 +136,6 @@ def test_an_encoder_without_its_pooler(tmp_path: Path) -> None:
         found, expected = model(input_ids=IDS), theirs(input_ids=IDS)
     assert torch.equal(found.last_hidden_state, expected.last_hidden_state)
     assert absent(model)
-
-
-def test_a_gguf_file_is_what_transformers_makes_of_it(tmp_path: Path) -> None:
-    path = small_gguf(tmp_path / "m.gguf", 1)
-    model = load_model(find_model(str(path)))
-    assert absent(model) == {n for n, _ in model.named_parameters(remove_duplicate=False)}
-    ids = IDS % 40
-    assert torch.equal(logits(model, ids), logits(plain(tmp_path, gguf_file="m.gguf"), ids))
-
-
-def test_a_quantized_gguf_file_is_what_transformers_makes_of_it(smollm2: Path) -> None:
-    model = load_model(find_model(str(smollm2)))
-    assert torch.equal(logits(model), logits(plain(smollm2.parent, gguf_file=smollm2.name)))
-
-
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
-def test_experts_that_transformers_merges_are_mapped_or_in_memory(name: str, tmp_path: Path) -> None:
-    folder = stored_in(families.build(name, tmp_path / name), torch.bfloat16, torch.float32, "gate")
-    assert torch.equal(logits(load_model(find_model(str(folder)))), logits(plain(folder)))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
@@ -401,15 +342,6 @@ def test_a_weight_of_a_gguf_file_that_is_no_number_is_named_when_it_is_read(tmp_
         InputError, match=r"m\.gguf: the weight .* is NaN or infinite: download the model again\."
     ):
         dummy_run(load_model(find_model(str(path))))
-
-
-def test_the_dtype_of_most_weights(tmp_path: Path, stories_folder: Path, shared_data: Path) -> None:
-    assert stored_tensors(stories_folder).dtype == torch.float32
-    assert stored_tensors(stories_folder).others == {}
-    folder = build_stories(shared_data / "models" / "stories260K", tmp_path / "s")
-    found = stored_tensors(stored_in(folder, torch.float16, torch.bfloat16))
-    assert found.dtype == torch.float16 and all("norm" in name for name in found.others) and found.others
-    assert stored_tensors(tmp_path).dtype is None
 
 
 def test_what_no_structure_is_known_of_is_one_unit() -> None:
