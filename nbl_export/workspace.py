@@ -13,14 +13,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from nbl_export.errors import InputError, os_error_in_words
 from nbl_export.files import atomic_path, locked, member, read_json, sha256_of_file, sweep, write_json
 from nbl_export.records import from_json
 from nbl_export.stage_record import MODEL, SIDECARS, STAGES, StageRecord, key_of, stale
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    T = TypeVar("T", bound=DataclassInstance)
 
 STATE_VERSION = 1
 ENGINE_SUFFIX = ".engine"
@@ -288,6 +293,17 @@ class Workspace:
         for name in record.files:
             member(self.root, name, f"A file of stage {stage} in {self.state_path}")
         return record
+
+    def asked(self, stage: str, kind: type[T]) -> T:
+        """Of what was asked of a stage, the settings that the dataclass ``kind`` has; those not recorded are its defaults.
+
+        Raises :class:`InputError` where a recorded one has another type, or is missing and has no default.
+        """
+        record = self.record(stage)
+        found = record.settings if record else {}
+        raw = {f.name: found[f.name] for f in fields(kind) if f.name in found}
+        what = f"The record of what was asked of stage {stage} in {self.state_path}"
+        return from_json(kind, raw, what, f"run `nbl-export {stage}` again")
 
     def paths(self, record: StageRecord) -> list[Path]:
         """The files of a record."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nbl_export import __version__
@@ -15,7 +16,6 @@ from nbl_export.records import from_json
 from nbl_export.report.environment import environment
 from nbl_export.report.schema import Graph, Model, Report, Selection
 from nbl_export.rewrite.summary import RewriteSummary
-from nbl_export.stage_record import StageRecord
 from nbl_export.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -24,6 +24,24 @@ if TYPE_CHECKING:
     from nbl_export.models.source import ModelSource
     from nbl_export.report.bench import BenchReport
     from nbl_export.verify.measurement import Measurement
+
+
+@dataclass(frozen=True)
+class _Calibration:
+    """What a report says of the calibration that was asked for."""
+
+    sources: tuple[str, ...] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class _Export:
+    """What a report says of the export that was asked for."""
+
+    precision: str
+    kv_cache: str
+    opset: int | None = None
+    task: str | None = None
 
 
 def assemble(
@@ -56,7 +74,7 @@ def assemble(
         },
         stage_seconds={name: r.seconds for name, r in records.items()},
         selection=selection_of(ws, plan),
-        graph=_graph(ws, rewritten, records["export"]),
+        graph=_graph(ws, rewritten),
         parity=measured.parity,
         divergence=measured.divergence,
         method_loss=measured.method_loss,
@@ -85,8 +103,6 @@ def selection_of(ws: Workspace, plan: Plan) -> Selection:
     """How the layers of ``plan`` were chosen, by what the output folder keeps."""
     what, remedy = "The file of the layers' scores", "run `nbl-export select` again"
     scores = from_json(Scores, read_json(ws.candidates, what, remedy), what, remedy)
-    calibrated = ws.record("calibrate")
-    asked = calibrated.settings if calibrated else {}
     return Selection(
         **vars(scores),
         criterion=plan.criterion,
@@ -97,23 +113,14 @@ def selection_of(ws: Workspace, plan: Plan) -> Selection:
         rank=plan.rank,
         calibration_tokens=plan.calibration_tokens,
         layers=plan.chosen,
-        sources=tuple(asked.get("sources", ())),
-        seed=asked.get("seed", 0),
+        **vars(ws.asked("calibrate", _Calibration)),
     )
 
 
-def _graph(ws: Workspace, rewritten: RewriteSummary, record: StageRecord) -> Graph:
+def _graph(ws: Workspace, rewritten: RewriteSummary) -> Graph:
     what, remedy = "The record of the export", "run `nbl-export export` again"
     exported = from_json(ExportSummary, read_json(ws.export_summary, what, remedy), what, remedy)
-    asked = record.settings
-    return Graph(
-        **vars(rewritten),
-        **vars(exported),
-        precision=asked["precision"],
-        kv_cache=asked["kv_cache"],
-        opset=asked.get("opset"),
-        task=asked.get("task"),
-    )
+    return Graph(**vars(rewritten), **vars(exported), **vars(ws.asked("export", _Export)))
 
 
 def _bench_of(ws: Workspace, rewrite: str) -> BenchReport | None:

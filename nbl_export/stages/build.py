@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from nbl_export.engine.profiles import Limits
 
 _EXPORT_AGAIN = "run `nbl-export export` again"
+
+
+@dataclass(frozen=True)
+class _Exported:
+    precision: str
 
 
 def build(run: Run, settings: EngineSettings) -> list[EngineFile]:
@@ -47,11 +52,12 @@ def build(run: Run, settings: EngineSettings) -> list[EngineFile]:
         "gpu": None if library.ahead_of_time or gpu is None else asdict(gpu),
         **asdict(shapes),
     }
-    exported = ws.require("export", f"nbl-export export {ws.root}")
+    ws.require("export", f"nbl-export export {ws.root}")
+    exported = ws.asked("export", _Exported)
 
     def work(listener: Listener) -> list[Path]:
         plan = load_plan(ws.plan)
-        if exported.settings["precision"] == "fp32":
+        if exported.precision == "fp32":
             listener.note(
                 "The graphs are fp32, so the engines are too, without fused attention; for half precision: "
                 f"nbl-export export {ws.root} --precision fp16 --kv-cache static, then rewrite and build."

@@ -122,3 +122,32 @@ def test_a_verdict_that_came_with_the_folder_is_not_taken(stories_copy: Path) ->
     script("mutants").seal(stories_copy)
     assert api.verify(stories_copy, QUICK).passed
     assert not api.verify(stories_copy, QUICK, again=True).passed
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "value"),
+    [
+        ("calibrate", "sources", 8),
+        ("calibrate", "sources", [8]),
+        ("calibrate", "seed", "8"),
+        ("export", "precision", None),
+        ("export", "kv_cache", 8),
+        ("export", "opset", [8]),
+    ],
+)
+def test_what_was_asked_of_a_stage_has_another_type(
+    stories_copy: Path, stage: str, name: str, value: Any
+) -> None:
+    """``None`` drops the setting, which has no default."""
+
+    def change(state: Any) -> None:
+        settings = state["stages"][stage]["settings"]
+        settings[name] = value
+        if value is None:
+            del settings[name]
+
+    edit(stories_copy / "nbl" / "workspace.json", change)
+    sealed(stories_copy)
+    words = rf"what was asked of stage {stage} in .* is damaged \(.*: run `nbl-export {stage}` again"
+    with pytest.raises(InputError, match=words):
+        api.verify(stories_copy, QUICK)
