@@ -152,17 +152,8 @@ class Workspace:
     @property
     def folders(self) -> tuple[Path, ...]:
         """Every folder that is written to."""
-        return (
-            self.root,
-            self.nbl,
-            self.moments,
-            self.partial_moments,
-            self.baseline.parent,
-            self.engine.parent,
-            self.report,
-            self.report / "plots",
-            self.evaluations,
-        )
+        made = (self.moments, self.partial_moments, self.baseline.parent, self.engine.parent)
+        return (self.root, self.nbl, *made, self.report, self.report / "plots", self.evaluations)
 
     def _check_folders(self) -> None:
         # What is written through a link lands in somebody's other folder.
@@ -285,11 +276,8 @@ class Workspace:
         raw = self._state.get("stages", {}).get(stage)
         if raw is None:
             return None
-        what, remedy = (
-            f"The record of stage {stage} in {self.state_path}",
-            f"delete {self.root} and start again",
-        )
-        record = from_json(StageRecord, raw, what, remedy)
+        what = f"The record of stage {stage} in {self.state_path}"
+        record = from_json(StageRecord, raw, what, f"delete {self.root} and start again")
         for name in record.files:
             member(self.root, name, f"A file of stage {stage} in {self.state_path}")
         return record
@@ -387,10 +375,8 @@ class Workspace:
         """Record that ``stage`` is done; files that only an earlier run of it wrote are deleted."""
         key = key_of(stage, settings, made_of)
         written, asked, read = self._digests_of(files), dict(settings), dict(made_of)
-        self._keep(
-            stage,
-            StageRecord(key, asked, written, round(seconds, 3), tuple(notes), read, STAGES[stage]),
-        )
+        took, said = round(seconds, 3), tuple(notes)
+        self._keep(stage, StageRecord(key, asked, written, took, said, read, STAGES[stage]))
 
     def forget(self, stage: str) -> None:
         """Drop the record of ``stage``; its files stay until it is done again."""
