@@ -283,7 +283,7 @@ class Workspace:
         return record
 
     def asked(self, stage: str, kind: type[T]) -> T:
-        """Of what was asked of a stage, the settings that the dataclass ``kind`` has; those not recorded are its defaults.
+        """Of what was asked of a stage, the settings that ``kind`` has; those not recorded are its defaults.
 
         Raises :class:`InputError` where a recorded one has another type, or is missing and has no default.
         """
