@@ -2,7 +2,8 @@
 
 Let h be the residual stream at the block's input, x the input of the attention (h after the input norm) and y its
 output, each a vector of d values per token. A layer has n, Σx, Σh, Σy, Σxxᵀ, Σyxᵀ, Σyyᵀ, Σhhᵀ and Σyhᵀ in float64:
-5 d² values, for any number of tokens. The moments of disjoint tokens can be added.
+5 d² values, for any number of tokens; a file has half of each symmetric one, 3.5 d². The moments of disjoint tokens
+can be added.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class LayerMoments:
 
 
 ARRAYS = tuple(f.name for f in fields(LayerMoments) if f.name != "n")
+_SYMMETRIC = ("xx", "yy", "hh")
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class Accumulator:
     def result(self) -> LayerMoments:
         """The moments so far, as NumPy arrays; symmetric matrices are completed from their lower triangle."""
         arrays: dict[str, Any] = {name: value.cpu().numpy().copy() for name, value in self.sums.items()}
-        for name in ("xx", "yy", "hh"):
+        for name in _SYMMETRIC:
             _complete(arrays[name])
         return LayerMoments(n=self.n, **arrays)
 
@@ -145,10 +147,29 @@ def _add_gram(total: torch.Tensor, rows: torch.Tensor) -> None:
         total[start:stop, :stop].addmm_(rows[:, start:stop].T, rows[:, :stop])
 
 
+def _lower(matrix: F64) -> F64:
+    """The lower triangle, row after row."""
+    return np.concatenate([row[: i + 1] for i, row in enumerate(matrix)])
+
+
+def _whole(lower: F64, d: int) -> F64:
+    """The symmetric matrix [d, d] of a lower triangle; raises ``ValueError`` for one of another size."""
+    if lower.shape != (d * (d + 1) // 2,):
+        raise ValueError("the shape of a symmetric matrix")
+    matrix = np.empty((d, d), lower.dtype)
+    start = 0
+    for i, row in enumerate(matrix):
+        row[: i + 1] = lower[start : start + i + 1]
+        start += i + 1
+    _complete(matrix)
+    return matrix
+
+
 def save_layer(path: Path, index: int, layer: LayerMoments, metadata: Mapping[str, Any]) -> None:
     """Write the moments of layer ``index`` with JSON ``metadata``, which say what they are of, atomically."""
     tensors: dict[str, Any] = {"n": np.array([layer.n], dtype=np.int64)}
-    tensors |= {name: getattr(layer, name) for name in ARRAYS}
+    arrays = {name: getattr(layer, name) for name in ARRAYS}
+    tensors |= {name: _lower(a) if name in _SYMMETRIC else a for name, a in arrays.items()}
     about = json.dumps({**metadata, _LAYER: index}, sort_keys=True)
     save_tensors(path, FORMAT, tensors, {"nbl": about})
 
@@ -218,8 +239,9 @@ class _StoredLayers(Mapping[int, LayerMoments]):
 def _layer(index: int, tensors: Mapping[str, Any]) -> LayerMoments:
     """One layer's moments, of the shapes and dtypes that they are written with."""
     count = tensors["n"]
+    d = len(tensors["x"]) if tensors["x"].ndim == 1 else 0
     arrays = {name: tensors[name] for name in ARRAYS}
-    d = len(arrays["x"]) if arrays["x"].ndim == 1 else 0
+    arrays |= {name: _whole(arrays[name], d) for name in _SYMMETRIC}
     fits = {name: a.shape for name, a in arrays.items()} == shapes(d)
     if count.shape != (1,) or count.dtype != np.int64 or count[0] < 1 or not d or not fits:
         raise ValueError(f"the shapes of layer {index}")

@@ -16,6 +16,7 @@ from nbl_export.calibrate.moments import (
     LayerMoments,
     Moments,
     digest_of_tokens,
+    load_layer,
     load_moments,
     save_layer,
     save_moments,
@@ -196,6 +197,17 @@ def test_moments_come_back_to_the_bit(saved: tuple[Path, Moments]) -> None:
         assert_same(layer, moments.layers[index])
 
 
+@pytest.mark.parametrize("d", WIDTHS)
+def test_half_of_a_symmetric_matrix_is_stored(d: int, tmp_path: Path) -> None:
+    layer = accumulated(*activations(7, d), (7,)).result()
+    save_layer(tmp_path / "1.safetensors", 1, layer, {"model": "abc"})
+    stored = load_file(tmp_path / "1.safetensors")
+    assert {name for name, array in stored.items() if array.size == d * (d + 1) // 2} >= {"xx", "yy", "hh"}
+    _, loaded, _ = load_layer(tmp_path / "1.safetensors")
+    assert_same(loaded, layer)
+    assert all(np.array_equal(m, m.T) for m in (loaded.xx, loaded.yy, loaded.hh))
+
+
 def assert_refused(path: Path, folder: Path | None = None) -> None:
     """A layer's file is refused, and its folder when the layer is read."""
     for place in (path, folder or path.parent):
@@ -249,7 +261,7 @@ def test_files_that_do_not_say_what_they_are_of_are_refused(layer: Path, about: 
     assert_refused(layer)
 
 
-@pytest.mark.parametrize("wrong", ["missing", "shape", "dtype", "NaN"])
+@pytest.mark.parametrize("wrong", ["missing", "shape", "dtype", "NaN", "half"])
 def test_files_that_lack_something_are_refused(layer: Path, wrong: str) -> None:
     tensors = load_file(layer)
     about = {"nbl": f'{{"layer": {int(layer.stem)}, "model": "abc", "rows": 3}}'}
@@ -258,6 +270,8 @@ def test_files_that_lack_something_are_refused(layer: Path, wrong: str) -> None:
     yh = tensors.pop("yh")
     if wrong == "NaN":
         yh[0, 0] = np.nan
+    if wrong == "half":
+        tensors |= {"xx": tensors["xx"][:-1], "yh": yh}
     changed = {"shape": yh[:4], "dtype": yh.astype(np.float32), "NaN": yh}
     save_tensors(layer, FORMAT, {**tensors, **({"yh": changed[wrong]} if wrong in changed else {})}, about)
     assert_refused(layer)

@@ -17,7 +17,9 @@ IDENTITY = {"dtype": "float32", "tokens": "0" * 64}
 
 def layer(seed: int, d: int = 3) -> LayerMoments:
     rng = np.random.default_rng(seed)
-    return LayerMoments(n=5 + seed, **{name: rng.normal(size=shape) for name, shape in shapes(d).items()})
+    arrays = {name: rng.normal(size=shape) for name, shape in shapes(d).items()}
+    arrays |= {name: arrays[name] + arrays[name].T for name in ("xx", "yy", "hh")}
+    return LayerMoments(n=5 + seed, **arrays)
 
 
 def folder_at(
