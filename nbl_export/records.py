@@ -5,9 +5,10 @@ JSON has no NaN and no infinity: they are the strings ``"nan"``, ``"inf"`` and `
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from nbl_export.errors import InputError
 from nbl_export.files import jsonable
@@ -40,6 +41,11 @@ def from_json(kind: type[T], raw: Any, what: str, remedy: str) -> T:
         first = transform_error(error)[0] if isinstance(error, BaseValidationError) else str(error)
         shown = first if len(first) <= _SHOWN else f"{first[:_SHOWN]}…"
         raise InputError(f"{what} is damaged ({shown}): {remedy}.") from None
+
+
+def part_from_json(kind: type[T], raw: Mapping[str, Any], what: str, remedy: str) -> T:
+    """As :func:`from_json`, of an object that may have other fields too."""
+    return from_json(kind, {name: raw[name] for name in get_type_hints(kind) if name in raw}, what, remedy)
 
 
 @cache

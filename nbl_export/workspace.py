@@ -13,19 +13,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 from nbl_export.errors import InputError, os_error_in_words
 from nbl_export.files import atomic_path, locked, member, read_json, sha256_of_file, sweep, write_json
-from nbl_export.records import from_json
+from nbl_export.records import T, from_json, part_from_json
 from nbl_export.stage_record import MODEL, SIDECARS, STAGES, StageRecord, key_of, stale
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-    T = TypeVar("T", bound=DataclassInstance)
 
 STATE_VERSION = 1
 ENGINE_SUFFIX = ".engine"
@@ -283,15 +278,12 @@ class Workspace:
         return record
 
     def asked(self, stage: str, kind: type[T]) -> T:
-        """Of what was asked of a stage, the settings that ``kind`` has; those not recorded are its defaults.
-
-        Raises :class:`InputError` where a recorded one has another type, or is missing and has no default.
-        """
+        """Of what was asked of a stage, the settings that the dataclass ``kind`` has, or its defaults."""
         record = self.record(stage)
-        found = record.settings if record else {}
-        raw = {f.name: found[f.name] for f in fields(kind) if f.name in found}
         what = f"The record of what was asked of stage {stage} in {self.state_path}"
-        return from_json(kind, raw, what, f"run `nbl-export {stage}` again")
+        return part_from_json(
+            kind, record.settings if record else {}, what, f"run `nbl-export {stage}` again"
+        )
 
     def paths(self, record: StageRecord) -> list[Path]:
         """The files of a record."""
@@ -375,8 +367,8 @@ class Workspace:
         """Record that ``stage`` is done; files that only an earlier run of it wrote are deleted."""
         key = key_of(stage, settings, made_of)
         written, asked, read = self._digests_of(files), dict(settings), dict(made_of)
-        took, said = round(seconds, 3), tuple(notes)
-        self._keep(stage, StageRecord(key, asked, written, took, said, read, STAGES[stage]))
+        record = StageRecord(key, asked, written, round(seconds, 3), tuple(notes), read, STAGES[stage])
+        self._keep(stage, record)
 
     def forget(self, stage: str) -> None:
         """Drop the record of ``stage``; its files stay until it is done again."""

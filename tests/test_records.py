@@ -11,7 +11,7 @@ from typing import Any, Literal
 import pytest
 
 from nbl_export.errors import InputError
-from nbl_export.records import from_json, to_json
+from nbl_export.records import from_json, part_from_json, to_json
 
 
 @dataclass(frozen=True)
@@ -89,3 +89,11 @@ def test_what_is_no_page_is_refused_in_one_sentence(name: str) -> None:
     with pytest.raises(InputError, match=r"^The page is damaged \(.+\): write it again\.$") as caught:
         read(BAD[name])
     assert "\n" not in str(caught.value)
+
+
+def test_a_part_of_an_object() -> None:
+    asked = {"layer": 3, "kl": 0.5, "other": [1]}
+    assert part_from_json(Row, asked, "The row", "write it again") == Row(3, 0.5)
+    for bad in ({**asked, "layer": "3"}, {"layer": 3}):
+        with pytest.raises(InputError, match=r"^The row is damaged \(.+\): write it again\.$"):
+            part_from_json(Row, bad, "The row", "write it again")
