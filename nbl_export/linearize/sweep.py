@@ -31,13 +31,15 @@ class Version:
     """A model that differs from the settled one from the block ``first`` on.
 
     ``layers`` are all that are linear in it, also before ``first``; ``adapters`` change weights of its blocks, by
-    parameter name. A ``change`` is another one, made when the version begins: it must be of the only version.
+    parameter name. A ``change`` is another one, made when the version begins: it must be of the only version that is
+    run. Where the states of each row after the last block are known, they are its ``ends``, and no block is run.
     """
 
     first: int
     layers: Mapping[int, LinearLayer] = field(default_factory=dict)
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
     change: AbstractContextManager[Any] = field(default_factory=nullcontext)
+    ends: Sequence[torch.Tensor] = ()
 
 
 ORIGINAL = Version(0)
@@ -64,11 +66,13 @@ def sweep(
     batches = [{"input_ids": row[None]} for row in rows]
     ours = Version(0, settled or {})
     states: list[Any] = [None] * len(batches)
-    own: list[list[Any]] = [[] for _ in versions]
+    own: list[list[Any]] = [list(version.ends) for version in versions]
     with torch.inference_mode(), ExitStack() as changes, walking(model) as run:
         for part in segments(model):
             with run(part) as step:
                 for version, there in zip(versions, own, strict=True):
+                    if version.ends:
+                        continue
                     if not there and version.first < part.stop:
                         there += states
                         changes.enter_context(version.change)

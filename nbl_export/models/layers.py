@@ -172,6 +172,11 @@ def hidden_size(model: torch.nn.Module) -> int:
     return int(_config(model).hidden_size)
 
 
+def vocabulary(model: torch.nn.Module) -> int:
+    """Number of the tokens that a decoder predicts."""
+    return int(_config(model).vocab_size)
+
+
 def layer_count(model: torch.nn.Module) -> int:
     """Number L of blocks."""
     return int(_config(model).num_hidden_layers)

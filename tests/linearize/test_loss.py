@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,9 +16,10 @@ import torch
 
 from nbl_export.batch.arrays import F64
 from nbl_export.errors import CalibrationError
+from nbl_export.linearize import loss as module
 from nbl_export.linearize.adapters import Adapter, adapted
 from nbl_export.linearize.figures import Loss
-from nbl_export.linearize.loss import LossMeter, compare, loss_over_documents, reference
+from nbl_export.linearize.loss import LossMeter, Reference, compare, loss_over_documents, reference
 from nbl_export.linearize.plan import LinearLayer
 from nbl_export.linearize.search import (
     NOISE,
@@ -29,9 +31,11 @@ from nbl_export.linearize.search import (
 )
 from nbl_export.linearize.swap import replaced
 from nbl_export.models import weights
-from nbl_export.models.layers import attention_layers
+from nbl_export.models.dummy_run import dummy_run
+from nbl_export.models.layers import attention_layers, hidden_size, vocabulary
 from nbl_export.models.weights import Stored, streamed
 from nbl_export.settings.choices import FitInput
+from tests.families import unsaved
 from tests.models.test_weights import reads
 from tests.tiny_types import tiny_model
 
@@ -300,6 +304,76 @@ def test_the_loss_of_a_plan_with_adapters(in_memory: Any) -> None:
         found.append(meter.measure_within(planned(), 1))
         assert meter.measure({1: maps[1]}) != found[-1]
     assert found[0] == found[1]
+
+
+# large predictions -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Predictions of any size are too large to be kept; the most bytes of them that are in memory at a time."""
+    monkeypatch.setattr(module, "_KEPT_BYTES", 0)
+    alive: dict[int, int] = {}
+    most = [0]
+    plain = module.reference
+
+    def counted(*args: Any) -> Reference:
+        found = plain(*args)
+        alive[id(found)] = found.p.nbytes
+        weakref.finalize(found, alive.pop, id(found))
+        most[0] = max(most[0], sum(alive.values()))
+        return found
+
+    monkeypatch.setattr(module, "reference", counted)
+    return most
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3-text"])
+@pytest.mark.parametrize("by_block", [False, True], ids=["in memory", "read block by block"])
+def test_large_predictions_are_made_again_row_by_row_to_the_bit(
+    name: str, by_block: bool, large: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = unsaved(name).eval().requires_grad_(False)
+    model = streamed(Stored(plain), torch.float32) if by_block else plain
+    maps, (rows, document) = some_maps(hidden_size(plain)), text()
+    sets = [{}, {1: maps[1]}, {0: maps[0], 2: maps[2]}, maps]
+    layer = attention_layers(model)[2]
+    found = []
+    for bytes_kept in (0, 1 << 30):
+        monkeypatch.setattr(module, "_KEPT_BYTES", bytes_kept)
+        large[0] = 0
+        meter = LossMeter(model, rows, document, "normed")
+        losses = meter.measure_all(sets)
+        meter.settle({1: maps[1]})
+        losses += [*meter.measure_all(sets), sensitivity(meter, layer, 5.0)]
+        found.append(losses)
+        one = 2 * (LENGTH - 1) * vocabulary(model)
+        # The next row's are made while those of the row before are still there.
+        assert (large[0] > 2 * one) == bool(bytes_kept)
+    assert found[0] == found[1]
+    assert found[0][0] == Loss(0, 0, 0, 0)
+
+
+def test_large_predictions_are_no_more_reads(in_memory: Any, large: list[int]) -> None:
+    maps, (rows, document) = some_maps(), text()
+    low = streamed(Stored(in_memory), torch.float32)
+    dummy_run(low)
+    with reads() as found:
+        LossMeter(low, rows, document, "normed").measure_all([{i: maps[i]} for i in maps])
+    assert set(Counter(found).values()) == {2}, "once for the original, once for all sets"
+
+
+def test_sets_whose_states_have_no_room_together_are_measured_in_turns(
+    in_memory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maps, (rows, document) = some_maps(), text()
+    meter = LossMeter(streamed(Stored(in_memory), torch.float32), rows, document, "normed")
+    sets = [{i: maps[i]} for i in maps]
+    together = meter.measure_all(sets)
+    monkeypatch.setattr(module, "_STATES_BYTES", 3 * 4 * rows.size * D)
+    with reads() as found:
+        assert meter.measure_all(sets) == together
+    assert set(Counter(found).values()) == {2}, "three sets, and the fourth"
 
 
 # noise -------------------------------------------------------------------------------------------
