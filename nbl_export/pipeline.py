@@ -25,6 +25,7 @@ from nbl_export.stages.calibrate import calibrate
 from nbl_export.stages.evaluate import evaluate
 from nbl_export.stages.export import check_exporter, check_model, export
 from nbl_export.stages.rewrite import rewrite
+from nbl_export.stages.room import Shape, check_run
 from nbl_export.stages.run import Run
 from nbl_export.stages.select.stage import select
 from nbl_export.stages.verify import report, verify
@@ -77,6 +78,7 @@ def run_all(run: Run, asked: RunSettings) -> Report:
             start = len(start_tokens(run.model.tokenizer))
             fitting_prompts(positions(run.model.model), start, asked.verification.decode_steps)
         check_model(run, asked.exporting)
+        check_run(run.workspace, Shape.of(run.model.model), asked)
     calibrate(run, asked.calibration)
     if selection.budget:
         export(run, asked.exporting)  # a budget is weighed with the speed of the graph

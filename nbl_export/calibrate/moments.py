@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -71,6 +72,11 @@ class Moments:
 def shapes(d: int) -> dict[str, tuple[int, ...]]:
     """The shape of each array of :class:`LayerMoments` for a width of ``d``."""
     return {name: (d,) if len(name) == 1 else (d, d) for name in ARRAYS}
+
+
+def moments_bytes(d: int) -> int:
+    """Bytes of the moments of one layer of a model of width ``d``."""
+    return sum(8 * math.prod(shape) for shape in shapes(d).values())
 
 
 class Accumulator:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -13,8 +12,8 @@ from nbl_export.files import read_json, sha256_of_file, sha256_of_json, write_js
 from nbl_export.progress import Listener
 from nbl_export.settings import CalibrateSettings
 from nbl_export.stage_record import MODEL, key_of
+from nbl_export.stages.room import Shape, check_calibrate
 from nbl_export.stages.run import Run
-from nbl_export.workspace import Workspace
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +41,7 @@ def calibrate(run: Run, settings: CalibrateSettings) -> None:
         model = run.model.model
         # A graph without a cache can be exported, even if one with a cache cannot.
         check_supported(model, cached=False, task=run.model.task)
-        _check_disk_space(ws, model)
+        check_calibrate(ws, Shape.of(model), settings)
         in_dtype = run.model.in_dtype(settings.dtype)
         path = loader.path(ws)
         data = _load_saved(path, key, loader)
@@ -113,20 +112,4 @@ def _check_enough(rows: Any, model: torch.nn.Module, unit: str) -> None:
         raise InputError(
             f"{tokens:,} calibration tokens are too few for a model of width {d}: at least {d + 1:,} are needed, "
             f"{20 * d:,} or more are advised; give more {unit}, or raise {options}."
-        )
-
-
-def _check_disk_space(ws: Workspace, model: torch.nn.Module) -> None:
-    """Refuse early if the disk space is not enough: two float32 graphs, the moments and one checkpoint."""
-    from nbl_export.models.layers import hidden_size, layer_count
-
-    weights = 4 * sum(p.numel() for p in model.parameters())
-    moments = 8 * 5 * hidden_size(model) ** 2 * layer_count(model)
-    have = sum(f.stat().st_size for f in ws.root.rglob("*") if f.is_file())
-    need = 2 * weights + 2 * moments - have
-    free = shutil.disk_usage(ws.root).free
-    if free < need:
-        raise InputError(
-            f"{ws.root} has {free / 2**20:,.0f} MiB free; this model needs about {need / 2**20:,.0f} MiB: "
-            "free some space or choose another --output."
         )

@@ -14,6 +14,7 @@ from nbl_export.progress import Listener
 from nbl_export.records import to_json
 from nbl_export.settings import ExportSettings
 from nbl_export.stage_record import MODEL, SIDECARS
+from nbl_export.stages.room import Shape, check_export
 from nbl_export.stages.run import Run
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def export(run: Run, settings: ExportSettings) -> None:
 
     def work(listener: Listener) -> list[Path]:
         check_model(run, settings)
+        check_export(ws, Shape.of(run.model.model), settings)
         exported = _export_torch if settings.exporter == "torch" else _export_elsewhere
         files, float32 = exported(run, settings, listener)
         write_json(ws.export_summary, to_json(ExportSummary(tuple(float32))))
