@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -74,9 +73,10 @@ def shapes(d: int) -> dict[str, tuple[int, ...]]:
     return {name: (d,) if len(name) == 1 else (d, d) for name in ARRAYS}
 
 
-def moments_bytes(d: int) -> int:
-    """Bytes of the moments of one layer of a model of width ``d``."""
-    return sum(8 * math.prod(shape) for shape in shapes(d).values())
+def file_bytes(d: int) -> int:
+    """Bytes of the numbers in a file of the moments of one layer of a model of width ``d``."""
+    sizes = {name: shape[0] * shape[-1] if len(shape) == 2 else shape[0] for name, shape in shapes(d).items()}
+    return 8 * sum(d * (d + 1) // 2 if name in _SYMMETRIC else size for name, size in sizes.items())
 
 
 class Accumulator:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nbl_export.calibrate.moments import moments_bytes
+from nbl_export.calibrate.moments import file_bytes
 from nbl_export.errors import InputError
 from nbl_export.settings import CalibrateSettings, EngineSettings, ExportSettings, RunSettings, SelectSettings
 from nbl_export.workspace import Workspace
@@ -91,9 +91,9 @@ def room_to_calibrate(shape: Shape, settings: CalibrateSettings) -> Room:
     rows = settings.samples + settings.heldout_samples + settings.selection_samples
     row = shape.row_bytes or _FLOAT * settings.seq_len
     tokens = settings.samples * (shape.row_tokens or settings.seq_len)
-    one = moments_bytes(shape.width)
+    one = file_bytes(shape.width)
     probe = 3 * _FLOAT * _PROBE_TOKENS * shape.width * shape.layers
-    states = _FLOAT * tokens * shape.width + one
+    states = _FLOAT * tokens * shape.width + 2 * one
     return Room("calibrate", rows * row + shape.layers * one + probe, 2 * states)
 
 

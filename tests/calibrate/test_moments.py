@@ -16,6 +16,7 @@ from nbl_export.calibrate.moments import (
     LayerMoments,
     Moments,
     digest_of_tokens,
+    file_bytes,
     load_layer,
     load_moments,
     save_layer,
@@ -203,6 +204,7 @@ def test_half_of_a_symmetric_matrix_is_stored(d: int, tmp_path: Path) -> None:
     save_layer(tmp_path / "1.safetensors", 1, layer, {"model": "abc"})
     stored = load_file(tmp_path / "1.safetensors")
     assert {name for name, array in stored.items() if array.size == d * (d + 1) // 2} >= {"xx", "yy", "hh"}
+    assert sum(array.nbytes for name, array in stored.items() if name != "n") == file_bytes(d)
     _, loaded, _ = load_layer(tmp_path / "1.safetensors")
     assert_same(loaded, layer)
     assert all(np.array_equal(m, m.T) for m in (loaded.xx, loaded.yy, loaded.hh))
