@@ -11,6 +11,11 @@ authors'  as in the code of arXiv 2505.21077: store every activation, then per l
 
 The second table times the forward pass and our pass batch by batch in one process, interleaved, so that the ratio does
 not depend on other load on the machine.
+
+    python scripts/bench_calibration.py MODEL TEXT --against CHECKOUT [--rounds 5]
+
+runs the commands `calibrate` and `select` of this version and of another checkout in turn instead, and compares the
+plans: which layers, W and b.
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -33,6 +39,7 @@ from nbl_export.calibrate.documents import documents
 from nbl_export.calibrate.moments import Accumulator
 from nbl_export.calibrate.text import pack
 from nbl_export.linearize.lmmse import cca_bound, fit_lmmse
+from nbl_export.linearize.plan import Plan, load_plan
 from nbl_export.models.layers import attention_layers, hidden_size, observed
 from nbl_export.models.load import in_precision, load_model, load_tokenizer
 from nbl_export.models.source import find_model
@@ -153,6 +160,56 @@ def interleaved(model_name: str, text: str, rounds: int) -> dict[str, list[float
     return {name: values[1:] for name, values in times.items()}  # the first round warms up
 
 
+_CALIBRATE = ("--samples", "32", "--seq-len", "512", "--selection-samples", "2", "--heldout-samples", "2")
+_SELECT = ("--k", "8", "--criterion", "cca")
+
+
+def against(checkout: Path, model: str, text: str, rounds: int) -> str:
+    """Both commands of this version and of ``checkout``, in turn: seconds, their ratio, and whether the plans agree."""
+    versions = {"this version": Path(__file__).parent.parent, "the other": checkout}
+    times: dict[str, dict[str, list[float]]] = {c: {v: [] for v in versions} for c in ("calibrate", "select")}
+    plans: dict[str, Plan] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for turn in range(rounds):
+            for version, root in versions.items():
+                out = Path(scratch) / f"{version} {turn}"
+                given = {
+                    "calibrate": (model, "-o", str(out), "--calibration", text, *_CALIBRATE),
+                    "select": (str(out), *_SELECT),
+                }
+                for command, words in given.items():
+                    started = time.perf_counter()
+                    subprocess.run(
+                        [sys.executable, "-m", "nbl_export", command, *words],
+                        check=True,
+                        capture_output=True,
+                        cwd=root.resolve(),
+                    )
+                    times[command][version].append(time.perf_counter() - started)
+                plans[version] = load_plan(out / "nbl" / "plan.json")
+    rows = [["command", *versions, "median ratio", "least", "most"]]
+    for command, seconds in times.items():
+        ours, theirs = seconds.values()
+        ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+        medians = [f"{statistics.median(values):.1f} s" for values in (ours, theirs)]
+        rows.append(
+            [
+                command,
+                *medians,
+                f"{statistics.median(ratios):.3f}",
+                f"{min(ratios):.3f}",
+                f"{max(ratios):.3f}",
+            ]
+        )
+    one, other = plans.values()
+    same = one.chosen == other.chosen and all(
+        np.array_equal(a.w, b.w) and np.array_equal(a.b, b.b)
+        for a, b in zip(one.layers.values(), other.layers.values(), strict=True)
+    )
+    agree = "the same, to the bit" if same else "NOT THE SAME"
+    return f"{rounds} rounds, in turn; the plans are {agree}.\n\n{table(rows)}\n"
+
+
 def table(rows: list[list[str]]) -> str:
     head, *body = rows
     lines = [head, ["---"] * len(head), *body]
@@ -167,11 +224,21 @@ def main() -> None:
     parser.add_argument("text")
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192, 16384, 32768])
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--against", type=Path, help="another checkout")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         print(json.dumps(measure(arguments.one, arguments.model, arguments.text, arguments.tokens[0])))
+        return
+    machine = environment()
+    torch_version = machine.packages["torch"]
+    measured_on = (
+        f"{machine.processor}, {machine.cores} cores, {machine.memory_gib} GiB; torch {torch_version}.\n"
+    )
+    if arguments.against:
+        model, source = (str(Path(name).resolve()) for name in (arguments.model, arguments.text))
+        show(against(arguments.against, model, source, arguments.rounds) + "\n" + measured_on, arguments.out)
         return
     rows = [["tokens", "forward, s", "ours, s", "authors', s", "ours, MiB", "authors', MiB"]]
     for count in arguments.tokens:
@@ -193,16 +260,17 @@ def main() -> None:
                 f"{low:.2f}–{high:.2f}",
             ]
         )
-    machine = environment()
     text = (
         f"Time to all layers' W, b and scores, and peak memory above the loaded model.\n\n{table(rows)}\n\n"
         f"One batch of {BATCH} × {SEQ_LEN} tokens, in turn, {arguments.rounds} rounds.\n\n{table(ratios)}\n\n"
-        f"{machine.processor}, {machine.cores} cores, {machine.memory_gib} GiB; "
-        f"torch {machine.packages['torch']}.\n"
     )
+    show(text + measured_on, arguments.out)
+
+
+def show(text: str, path: Path | None) -> None:
     print(text)
-    if arguments.out:
-        arguments.out.write_text(text, encoding="utf-8")
+    if path:
+        path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
