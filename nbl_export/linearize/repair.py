@@ -12,6 +12,11 @@ frozen.
 
 Whitening the maps' inputs as well, so that every direction has one unit, was tried and is worse: it gives the
 directions that hardly vary, and of which a step of 1,024 tokens knows little, as much weight as the others.
+
+Frozen weights stay as the model has them; what is trained, and Adam's two moments of it, is in float32. A model of more
+than 2 GiB is never in memory as a whole: the backward pass computes each block again, to the same bits, for a third
+more time, and has the weights and activations of one block. A step then reads the weights at most three times: for the
+original, forward and backward.
 """
 
 from __future__ import annotations
@@ -30,13 +35,13 @@ import torch
 from nbl_export.checkpoint import Checkpoint, saving_to
 from nbl_export.errors import InputError
 from nbl_export.linearize.adapters import Adapter, weight_digests
+from nbl_export.linearize.divergence import divergence
 from nbl_export.linearize.lmmse import Covariances
-from nbl_export.linearize.loss import chunks
 from nbl_export.linearize.plan import LinearLayer
 from nbl_export.linearize.swap import AttentionReplacement, replaced
 from nbl_export.models.layers import attention_layer, attention_layers, hidden_size, layer_count
-from nbl_export.models.partial_forward import recording_inputs, starting_at
-from nbl_export.models.weights import device_of, held, resident, weights_like
+from nbl_export.models.partial_forward import recomputed, recording_inputs, starting_at
+from nbl_export.models.weights import device_of, held, resident, room, size, streams, weights_like
 from nbl_export.progress import Listener, Silent
 from nbl_export.settings.choices import FitInput
 from nbl_export.tensorfile import load_tensors, save_tensors
@@ -51,6 +56,8 @@ _WARM_UP = 10
 _LAST_RATE = 0.05  # of the rates, at the end of the cosine
 # What the original computes up to the first and the last layer is kept from epoch to epoch, within this memory.
 _KEPT_BYTES = 4 * 2**30
+# A model of more bytes is trained through block by block, also where it has room: its activations take as much again.
+_WHOLE_BYTES = 2 * 2**30
 _CHECKPOINT = "nbl-export/repair/2"
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # as Adam names them
 
@@ -144,7 +151,7 @@ def repair(
     A ``checkpoint`` of another identity is ignored; what goes on from one ends bit for bit as if it had never
     stopped. Raises ``KeyboardInterrupt`` after an interrupt, its work saved.
     """
-    with resident(task.model):
+    with resident(task.model, room()):
         return _repair(task, checkpoint, listener or Silent())
 
 
@@ -220,7 +227,8 @@ class _Training:
     def step(self, ids: torch.Tensor, states: torch.Tensor, target: torch.Tensor, rate: float) -> None:
         """One step on tokens [rows, seq] int64, at ``rate`` of the learning rates.
 
-        ``states`` and ``target`` are the original's of these tokens: the input of the first layer, and the logits.
+        ``states`` and ``target`` are the original's of these tokens: the input of the first layer, and the logits,
+        which are overwritten.
         """
         model = self._task.model
         with ExitStack() as stack:
@@ -228,14 +236,18 @@ class _Training:
             stack.enter_context(starting_at(model, self.first, states))
             stack.enter_context(_adding(model, self._adapters))
             for index, one in self._maps.items():
-                _put(modules[index], one)
-            logits = model(input_ids=ids, use_cache=False).logits
-            loss: torch.Tensor = _Divergence.apply(logits.flatten(0, -2), target.flatten(0, -2))  # type: ignore[no-untyped-call]
-        self._optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+                stack.enter_context(_merging(modules[index], one))
+            if streams(model) or size(model) > _WHOLE_BYTES:
+                stack.enter_context(recomputed(model, self.first))
+            self._divergence(ids, target).backward()  # type: ignore[no-untyped-call]
         for group in self._optimizer.param_groups:
             group["lr"] = rate * group["rate"]
         self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def _divergence(self, ids: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        logits = self._task.model(input_ids=ids, use_cache=False).logits
+        return divergence(logits.flatten(0, -2), target.flatten(0, -2))
 
     def result(self) -> Repaired:
         """What was learned; the adapters are of the exact model's weights."""
@@ -299,14 +311,18 @@ def _begin_adapters(model: torch.nn.Module, first: int, rank: int, seed: int) ->
     if not rank:
         return []
     generator = torch.Generator().manual_seed(seed)
+    device = device_of(model)
     found = []
     for name in mlp_maps(model, first):
-        weight = model.get_submodule(name).get_parameter("weight")
-        m, n = weight.shape if isinstance(model.get_submodule(name), torch.nn.Linear) else weight.shape[::-1]
+        module = model.get_submodule(name)
+        with held(model, [name]):
+            weight = module.get_parameter("weight")
+            unit = float(weight.float().square().mean().sqrt())
+        m, n = weight.shape if isinstance(module, torch.nn.Linear) else weight.shape[::-1]
         r = min(rank, m, n)
-        up = torch.zeros(m, r, device=weight.device, requires_grad=True)
-        down = (torch.randn(r, n, generator=generator) / math.sqrt(n)).to(weight.device).requires_grad_(True)
-        found.append(_TrainedAdapter(name, float(weight.float().square().mean().sqrt()), up, down))
+        up = torch.zeros(m, r, device=device, requires_grad=True)
+        down = (torch.randn(r, n, generator=generator) / math.sqrt(n)).to(device).requires_grad_(True)
+        found.append(_TrainedAdapter(name, unit, up, down))
     return found
 
 
@@ -343,35 +359,25 @@ def _adding(model: torch.nn.Module, adapters: list[_TrainedAdapter]) -> Iterator
         yield
 
 
-def _put(module: AttentionReplacement, one: _TrainedMap) -> None:
-    w, b = one.merged()
-    module.weight, module.bias = w.to(module.weight), b.to(module.bias)
+@contextmanager
+def _merging(module: AttentionReplacement, one: _TrainedMap) -> Iterator[None]:
+    """Within the block, each pass through ``module`` merges the map anew: it is not kept for the backward pass."""
+    device, dtype = module.weight.device, module.weight.dtype
+
+    def merge(*_: Any) -> None:
+        module.weight, module.bias = (tensor.to(device, dtype) for tensor in one.merged())
+
+    def drop(*_: Any) -> None:
+        del module.weight, module.bias
+
+    hooks = module.register_forward_pre_hook(merge), module.register_forward_hook(drop, always_call=True)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _rate(step: int, steps: int) -> float:
     cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
     return min(1.0, (step + 1) / _WARM_UP) * (_LAST_RATE + (1 - _LAST_RATE) * cosine)
-
-
-class _Divergence(torch.autograd.Function):
-    """Mean KL(p ‖ q) of ``target`` and ``logits`` [places, vocab]; its gradient is (q - p) / places.
-
-    Written out in parts: the same by autograd keeps several float32 copies of both.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        gradient = torch.empty_like(logits)
-        total = torch.zeros((), device=logits.device)
-        for part in chunks(len(logits)):
-            log_p, log_q = (torch.log_softmax(t[part].float(), dim=-1) for t in (target, logits))
-            p = log_p.exp()
-            total += (p * (log_p - log_q)).sum()
-            gradient[part] = ((log_q.exp_() - p) / len(logits)).to(gradient)
-        ctx.save_for_backward(gradient)
-        return total / len(logits)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grads[0].to(gradient), None

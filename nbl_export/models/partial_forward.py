@@ -6,6 +6,8 @@ input are recorded, and a run starts at the first block that differs:
     tokens ─► embedding ─► skipped blocks … ─► recorded states ─► block i ─► … ─► logits
 
 The embedding, the masks and the rotary tables are computed as usual; their cost is small.
+
+A model that is larger than memory is trained through block by block, too: :func:`recomputed`.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.layers import attention_layer, backbone, block_stack, hidden_states, plain_attributes
@@ -84,6 +87,39 @@ def skipped(model: torch.nn.Module, count: int) -> Iterator[None]:
     finally:
         for i, block in enumerate(before):
             stack[i] = block
+
+
+class _Recomputed(torch.nn.Module):
+    """Stands for a block, and keeps only its input for the backward pass, in which the block is computed again."""
+
+    def __init__(self, block: torch.nn.Module) -> None:
+        super().__init__()
+        vars(self).update(plain_attributes(block))
+        self.block = block
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(self.block, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+@contextmanager
+def recomputed(model: torch.nn.Module, first: int) -> Iterator[None]:
+    """Within the block, a backward pass through ``model`` has one block's activations and weights at a time.
+
+    Each block from ``first`` on is computed again when the backward pass comes to it: the same bits. Blocks that take
+    more from each other than the states are not.
+    """
+    if not dummy_run(model).separate:
+        yield
+        return
+    stack: Any = block_stack(model)[1]
+    blocks = list(stack)
+    try:
+        for index in range(first, len(blocks)):
+            stack[index] = _Recomputed(blocks[index])
+        yield
+    finally:
+        for index in range(first, len(blocks)):
+            stack[index] = blocks[index]
 
 
 def with_states(states: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -351,6 +351,14 @@ def streams(model: torch.nn.Module) -> bool:
     )
 
 
+def size(model: torch.nn.Module) -> int:
+    """Bytes that all weights of ``model`` take in the dtype in which it computes."""
+    streaming = _STREAMED.get(model)
+    if streaming is None:
+        return sum(parameter.nbytes for parameter in model.parameters())
+    return sum(weight.bytes for weight in streaming.every())
+
+
 def room() -> float:
     """Bytes that weights may take where they are used many times: 2 GiB, or half of the memory that is free."""
     return min(_KEPT, psutil.virtual_memory().available / 2)

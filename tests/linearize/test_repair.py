@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import signal
+import weakref
+from collections import Counter
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +23,14 @@ from nbl_export.linearize.lmmse import Covariances, branch_covariances, fit_lmms
 from nbl_export.linearize.plan import LinearLayer
 from nbl_export.linearize.repair import Distillation, Repaired, mlp_maps
 from nbl_export.linearize.swap import replaced
+from nbl_export.models import weights
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.layers import attention_layer
+from nbl_export.models.weights import Stored, streamed
 from nbl_export.settings.choices import FitInput
 from tests.families import unsaved
 from tests.interruptions import Recorder, crash, send
+from tests.models.test_weights import reads
 from tests.tiny_types import tiny_model
 
 TOKENS = np.random.default_rng(0).integers(3, 250, (12, 48)).astype(np.int32)
@@ -65,34 +71,6 @@ def divergence(
         with replaced(model, maps, fit_input), adapted(model, adapters):
             log_q = model(input_ids=ids).logits.double().log_softmax(-1)
     return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
-
-
-# the loss ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("places", [1, 64, 130])
-def test_the_loss_and_its_gradient_are_those_of_the_plain_formula(places: int) -> None:
-    generator = torch.Generator().manual_seed(places)
-    target = torch.randn(places, 53, generator=generator) * 3
-    logits = torch.randn(places, 53, generator=generator, requires_grad=True)
-    plain = logits.detach().double().requires_grad_()
-    log_p = target.double().log_softmax(-1)
-    want = (log_p.exp() * (log_p - plain.log_softmax(-1))).sum(-1).mean()
-    found = module._Divergence.apply(logits, target)  # type: ignore[no-untyped-call]
-    assert found.item() == pytest.approx(want.item(), rel=1e-5)
-    (3 * found).backward()
-    (3 * want).backward()  # type: ignore[no-untyped-call]
-    assert logits.grad is not None and plain.grad is not None
-    np.testing.assert_allclose(logits.grad.numpy(), plain.grad.numpy(), atol=1e-6)
-
-
-def test_the_gradient_of_bfloat16_logits_is_in_bfloat16() -> None:
-    logits = torch.randn(70, 31, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
-    target = torch.zeros(70, 31).bfloat16()
-    module._Divergence.apply(logits, target).backward()  # type: ignore[no-untyped-call]
-    want = (logits.detach().float().softmax(-1) - 1 / 31) / 70
-    assert logits.grad is not None and logits.grad.dtype == torch.bfloat16
-    np.testing.assert_allclose(logits.grad.float().numpy(), want.numpy(), atol=1e-4)
 
 
 # the maps ----------------------------------------------------------------------------------------
@@ -297,6 +275,74 @@ def test_channels_that_never_vary_are_left_alone(model: Any) -> None:
     still = Covariances(c.mean_u, c.mean_v, quiet, c.c_vu, np.zeros_like(c.c_vv), c.power_u, c.power_v)
     found = repair(model, maps, {1: still}, "normed", TOKENS, 2, 0).layers[1]
     assert np.isfinite(found.w).all() and np.isfinite(found.b).all()
+
+
+# larger than memory ------------------------------------------------------------------------------
+
+
+def read_by_block(model: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(module, "room", lambda: 0)
+    low = streamed(Stored(model), torch.float32)
+    dummy_run(low)  # which reads the weights once itself
+    return low
+
+
+@pytest.mark.parametrize("fit_input", ["normed", "residual"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3-text", "bloom", "mixtral", "falcon"])
+def test_block_by_block_it_is_the_same_to_the_bit(
+    name: str, fit_input: FitInput, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = unsaved(name).eval().requires_grad_(False)
+    fitted = fits(model, (1, 2), fit_input)
+    whole = repair(model, *fitted, fit_input, TOKENS, 4, 0, 4)
+    monkeypatch.setattr(module, "_WHOLE_BYTES", 0)
+    assert same(repair(model, *fitted, fit_input, TOKENS, 4, 0, 4), whole), "in memory"
+    low = read_by_block(model, monkeypatch)
+    assert same(repair(low, *fitted, fit_input, TOKENS, 4, 0, 4), whole), "read block by block"
+    assert all(p.is_meta for name, p in low.named_parameters() if ".mlp." in name)
+
+
+@pytest.mark.parametrize("kept", [0, 4 << 30])
+def test_a_step_reads_a_weight_three_times_at_most(
+    model: Any, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted, low = fits(model, (1, 2)), read_by_block(model, monkeypatch)
+    monkeypatch.setattr(module, "_KEPT_BYTES", kept)
+    steps = 6  # two epochs of three
+    with reads() as found:
+        repair(low, *fitted, "normed", TOKENS, steps, 0)
+    count = Counter(found)
+    up = {index: count[f"model.layers.{index}.mlp.up_proj.weight"] for index in range(4)}
+    # The original's pass, of the second epoch only where its states are not kept, and only through the last block.
+    original = steps // 2 if kept else steps
+    assert up == {0: original, 1: original + 2 * steps, 2: original + 2 * steps, 3: 3 * steps}
+    assert count["lm_head.weight"] == 2 * steps
+    assert max(count.values()) <= 3 * steps
+
+
+def test_the_backward_pass_has_the_weights_of_one_block(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fitted = fits(model, (0, 2))
+    low = streamed(Stored(deepcopy(model).bfloat16()), torch.float32)
+    dummy_run(low)
+    alive: list[weakref.ref[Any]] = []
+    most: dict[bool, int] = {}
+    plain = weights.Streaming.value
+
+    def value(self: Any, weight: Any) -> Any:
+        tensor = plain(self, weight)
+        alive.append(weakref.ref(tensor.untyped_storage()))
+        held = sum(storage.nbytes() for ref in alive if (storage := ref()) is not None)
+        most[limited] = max(most.get(limited, 0), held)
+        return tensor
+
+    monkeypatch.setattr(weights.Streaming, "value", value)
+    for limited in (False, True):
+        if limited:
+            monkeypatch.setattr(module, "room", lambda: 0)
+        repair(low, *fitted, "normed", TOKENS, 2, 0, 4)
+    block, head = (4 * sum(p.numel() for p in m.parameters()) for m in (model.model.layers[0], model.lm_head))
+    assert most[True] <= block + head + 4 * 32
+    assert most[False] > 3 * block
 
 
 # interruptions -----------------------------------------------------------------------------------

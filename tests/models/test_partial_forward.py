@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from nbl_export.models.dummy_run import dummy_run
-from nbl_export.models.layers import attention_layers
-from nbl_export.models.partial_forward import recording_inputs, run_between, starting_at
+from nbl_export.models.layers import attention_layers, block_stack, hidden_size
+from nbl_export.models.partial_forward import recomputed, recording_inputs, run_between, starting_at
 from tests.families import unsaved
 from tests.tiny_types import tiny_model
 
@@ -175,3 +175,53 @@ def test_what_a_trial_says_of_blocks() -> None:
     # Both kinds are among the models of these tests.
     assert set(returns["llama"].values()) == {None}
     assert set(returns["bloom"].values()) == {2}
+
+
+# backward -----------------------------------------------------------------------------------------
+
+
+def gradient(model: Any, block: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum of the logits' squares after a shift of what ``block`` gives, and its gradient by the shift."""
+    shift = torch.zeros(hidden_size(model), requires_grad=True)
+
+    def add(_block: Any, _args: Any, output: Any) -> Any:
+        return (output[0] + shift, *output[1:]) if isinstance(output, tuple) else output + shift
+
+    hook = block.register_forward_hook(add)
+    total = model(input_ids=IDS, use_cache=False).logits.square().sum()
+    total.backward()
+    hook.remove()
+    assert shift.grad is not None
+    return total.detach(), shift.grad
+
+
+def test_blocks_computed_again_give_the_same_gradient(model: Any) -> None:
+    stack = block_stack(model)[1]
+    before = list(stack.children())
+    calls = [0] * len(before)
+    total, expected = gradient(model, before[1])
+    hooks = [
+        block.register_forward_pre_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
+        for i, block in enumerate(before)
+    ]
+    try:
+        with recomputed(model, 1):
+            found = gradient(model, before[1])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert torch.equal(found[0], total) and torch.equal(found[1], expected) and expected.any()
+    assert calls == [1, 1, *[2] * (len(before) - 2)], "nothing before the shift is asked for"
+    assert list(stack.children()) == before
+
+
+def test_blocks_that_share_more_than_states_are_not_computed_again() -> None:
+    model = unsaved("llama").eval().requires_grad_(False)
+    shared: dict[str, Any] = {}
+    blocks = list(block_stack(model)[1].children())
+    for block in blocks:
+        block.register_forward_pre_hook(
+            lambda _m, args, kwargs: (args, {**kwargs, "shared": shared}), with_kwargs=True
+        )
+    with recomputed(model, 0):
+        assert list(block_stack(model)[1].children()) == blocks
