@@ -8,6 +8,9 @@ Each works on an output folder, holds its lock, keeps what is already done there
 settings, and raises :class:`NblError` with a one-sentence message for whatever the user
 can put right. ``listener`` receives progress (:mod:`nbl_export.progress`); none is silent. ``trust_remote_code`` lets
 code that comes with the model run; it is said at each call that loads the model, and no folder remembers it.
+
+:func:`calibrate` and :func:`select` share their work with the other processes that torchrun started; the others
+refuse to be one of several.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from nbl_export.linearize.plan import Plan
 from nbl_export.models.source import find_model
 from nbl_export.models.tasks import task_named
 from nbl_export.progress import Listener
+from nbl_export.ranks import in_one_process, together
 from nbl_export.report.drawing import Table
 from nbl_export.report.schema import Report
 from nbl_export.settings import (
@@ -78,6 +82,7 @@ __all__ = [
 ]
 
 
+@in_one_process
 def run(
     model: str | Path,
     out: str | Path,
@@ -120,9 +125,10 @@ def _resumed(
     """Go on in ``out`` with its lock held, and with what was asked checked and resolved for its model."""
     asked.check()
     pipeline.check_machine(asked)
-    work = Run.resume(Path(out), listener, trust_remote_code)
-    with work.workspace.lock():
-        yield work, asked.resolve(work.model.task)
+    with together() as ranks:
+        work = Run.resume(Path(out), listener, trust_remote_code, ranks)
+        with work.locked():
+            yield work, asked.resolve(work.model.task)
 
 
 def calibrate(
@@ -137,11 +143,12 @@ def calibrate(
 
     asked = settings or CalibrateSettings()
     asked.check()
-    source = find_model(str(model), trust_remote_code)
-    check_sources(source, asked)
-    work = Run.start(source, Path(out), listener)
-    with work.workspace.lock():
-        pipeline.calibrate(work, asked)
+    with together() as ranks:
+        source = ranks.shared(lambda: find_model(str(model), trust_remote_code))
+        check_sources(source, asked)
+        work = Run.start(source, Path(out), listener, ranks)
+        with work.locked():
+            pipeline.calibrate(work, asked)
     return work.workspace.moments
 
 
@@ -156,6 +163,7 @@ def select(
         return pipeline.select(work, resolved)
 
 
+@in_one_process
 def export(
     out: str | Path,
     settings: ExportSettings | None = None,
@@ -168,6 +176,7 @@ def export(
     return work.workspace.baseline
 
 
+@in_one_process
 def rewrite(out: str | Path, listener: Listener | None = None) -> Path:
     """Rewrite the baseline graph by the plan; returns the path of the linearized graph."""
     work = Run.resume(Path(out), listener)
@@ -176,6 +185,7 @@ def rewrite(out: str | Path, listener: Listener | None = None) -> Path:
     return work.workspace.model
 
 
+@in_one_process
 def rewrite_onnx(
     onnx: str | Path,
     plan: str | Path,
@@ -189,6 +199,7 @@ def rewrite_onnx(
     return rewrite_foreign(Path(onnx), Path(plan), None if out is None else Path(out), in_place, listener)
 
 
+@in_one_process
 def build(
     out: str | Path, settings: EngineSettings | None = None, listener: Listener | None = None
 ) -> list[EngineFile]:
@@ -197,6 +208,7 @@ def build(
         return pipeline.build(work, resolved)
 
 
+@in_one_process
 def verify(
     out: str | Path,
     settings: VerifySettings | None = None,
@@ -214,6 +226,7 @@ def verify(
         return pipeline.verify(work, resolved)
 
 
+@in_one_process
 def evaluate(
     out: str | Path,
     settings: EvalSettings,
@@ -225,6 +238,7 @@ def evaluate(
         return pipeline.evaluate(work, resolved)
 
 
+@in_one_process
 def bench(
     out: str | Path,
     settings: BenchSettings | None = None,
@@ -236,6 +250,7 @@ def bench(
         return pipeline.bench(work, resolved)
 
 
+@in_one_process
 def report(out: str | Path) -> Report:
     """Read the report and redraw its Markdown and JUnit files."""
     workspace = Workspace.open(Path(out))
@@ -243,6 +258,7 @@ def report(out: str | Path) -> Report:
         return pipeline.report(workspace)
 
 
+@in_one_process
 def inspect(path: str | Path) -> list[Table]:
     """What an ONNX file, an engine, a plan, a moments file or an output folder holds, as tables."""
     return inspect_path(Path(path))

@@ -45,6 +45,7 @@ class BudgetError(NblError):
 
 
 INTERRUPTED = 130
+ENDED = 143
 INTERNAL = 70
 
 

@@ -40,6 +40,7 @@ ROOMS = (
     "datafile",
     "child_process",
     "running_time",
+    "ranks",
     "files",
     "progress",
     "printable",

@@ -3,10 +3,12 @@
 1. All rows go through a block in batches before the next block begins (:mod:`nbl_export.models.walk`). Forward hooks on
    the block's attention read h, x and y; the model is not changed.
 2. Memory is one block's weights, one layer's accumulator and the states between two blocks.
-3. The moments of a layer are stored when all rows have passed it. A checkpoint is written only between two batches: the
+3. Of several processes, each takes its share of the batches, and the sums of a layer are added up when all have passed.
+   Batches are the same for any number of processes; the sums differ in the order of additions in float64 only.
+4. The moments of a layer are stored when all rows have passed it. A checkpoint is written only between two batches: the
    states, and the sums of the layer that is not finished. Batches and their order depend only on the tokens: a
-   resumed run gives the same sums, bit for bit.
-4. The first Ctrl-C (or SIGTERM) finishes the batch, writes a checkpoint and stops; the second stops at once,
+   resumed run gives the same sums, bit for bit. Several processes keep the finished layers, and no states.
+5. The first Ctrl-C (or SIGTERM) finishes the batch, writes a checkpoint and stops; the second stops at once,
    and the last checkpoint remains.
 """
 
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +40,7 @@ from nbl_export.models.layers import AttentionLayer, attention_layers, hidden_si
 from nbl_export.models.walk import Step, segments, walking
 from nbl_export.models.weights import device_of, dtype_of, weights_like
 from nbl_export.progress import Listener, Silent
+from nbl_export.ranks import ALONE, Ranks
 from nbl_export.tensorfile import load_tensors, save_tensors
 
 if TYPE_CHECKING:
@@ -62,8 +66,11 @@ def store_moments(
     fingerprint: str,
     store: Store,
     listener: Listener | None = None,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Put the moments of every attention layer of ``model`` into ``store``, a layer at a time.
+
+    Of several ``ranks``, the first stores the moments and reports the progress of all; all have the same ``tokens``.
 
     ``tokens`` are token ids [samples, seq_len] int32, or images [samples, channels, height, width] float32; each image
     counts as the number of tokens the model makes of it.
@@ -76,7 +83,7 @@ def store_moments(
     import torch
 
     listener = listener or Silent()
-    work = _Work(model, tokens, fingerprint, store)
+    work = _Work(model, tokens, fingerprint, store, ranks)
     if not work.parts:
         return
     begun = work.resume(listener)
@@ -84,7 +91,8 @@ def store_moments(
     with (
         listener.task("Calibrating by layer", total, "tokens", done + work.seen) as task,
         torch.inference_mode(),
-        saving_to(store.checkpoint, work.save) as between,
+        # Several processes have nothing to save between two batches, so that a signal ends them at once.
+        saving_to(store.checkpoint, work.save) if ranks.count == 1 else nullcontext(_nothing) as between,
         walking(model) as run,
     ):
         for number in range(begun, len(work.parts)):
@@ -104,17 +112,21 @@ class _Work:
     A batch that has passed the part has its states after it, the others those before it.
     """
 
-    def __init__(self, model: torch.nn.Module, tokens: NDArray[Any], fingerprint: str, store: Store) -> None:
-        self._model, self._rows, self._store = model, tokens, store
+    def __init__(
+        self, model: torch.nn.Module, tokens: NDArray[Any], fingerprint: str, store: Store, ranks: Ranks
+    ) -> None:
+        self._model, self._rows, self._store, self._ranks = model, tokens, store, ranks
         self._layers = attention_layers(model)
         self._identity = {"model": fingerprint, "dtype": dtype_of(model), "tokens": digest_of_tokens(tokens)}
         store.begin(self._identity)
-        self._stored = {layer.index for layer in self._layers if store.has(layer.index)}
+        self._stored = ranks.shared(lambda: {layer.index for layer in self._layers if store.has(layer.index)})
         left = [layer.index for layer in self._layers if layer.index not in self._stored]
         self.parts = [s for s in segments(model) if left and s.start <= left[-1]]
         self._length = tokens.shape[1] if tokens.ndim == 2 else dummy_run(model).tokens
         self._step = max(1, _BATCH_TOKENS // self._length)
-        self.states: list[torch.Tensor | None] = [None] * -(-len(tokens) // self._step)
+        # The first row of each batch that this process takes.
+        self._starts = ranks.mine(range(0, len(tokens), self._step))
+        self.states: list[torch.Tensor | None] = [None] * len(self._starts)
         self._part = self.batch = 0
         self._sums: dict[int, Accumulator] = {}
         self._found: Mapping[str, NDArray[Any]] = {}
@@ -126,8 +138,8 @@ class _Work:
 
     @property
     def seen(self) -> int:
-        """Tokens that have passed the part."""
-        return min(self.batch * self._step, len(self._rows)) * self._length
+        """Tokens that have passed the part, as far as this process can tell: the others are about as far."""
+        return min(self.batch * self._ranks.count * self._step, len(self._rows)) * self._length
 
     def begin(self, number: int) -> tuple[AttentionLayer, ...]:
         """Begin the part ``number``, or go on with it; returns its layers whose moments are wanted."""
@@ -154,7 +166,7 @@ class _Work:
         """Run the next batch through the part."""
         import torch
 
-        first = self.batch * self._step
+        first = self._starts[self.batch]
         rows = self._rows[first : first + self._step]
         kind = np.int64 if rows.ndim == 2 else np.float32
         name = main_input(self._model)
@@ -172,7 +184,9 @@ class _Work:
     def finish(self) -> None:
         """Store the moments of the part, which all batches have passed."""
         for index, sums in self._sums.items():
-            self._store.put(index, sums.result())
+            sums.add_up(self._ranks)
+            if self._ranks.first:
+                self._store.put(index, sums.result())
         self._sums = {}
 
     def save(self, path: Path) -> None:
@@ -191,7 +205,7 @@ class _Work:
     def resume(self, listener: Listener) -> int:
         """Go on from the checkpoint, if there is one of the same work; returns the number of the part to begin with."""
         checkpoint = self._store.checkpoint
-        if not self.parts or checkpoint is None or not checkpoint.path.exists():
+        if not self.parts or self._ranks.count > 1 or checkpoint is None or not checkpoint.path.exists():
             return 0
         try:
             found, header = load_tensors(checkpoint.path, _STATES, "")
@@ -234,6 +248,10 @@ class _Work:
                 raise ValueError(f"the states of batch {number}")
             states.append(None if array is None else _as_tensor(array, like))
         return states
+
+
+def _nothing() -> None:
+    return None
 
 
 def _as_array(states: torch.Tensor) -> NDArray[Any]:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from nbl_export.batch.arrays import F64
 from nbl_export.errors import InputError
 from nbl_export.files import parse_json
+from nbl_export.ranks import Ranks
 from nbl_export.tensorfile import load_tensors, save_tensors
 
 if TYPE_CHECKING:
@@ -112,6 +113,14 @@ class Accumulator:
         import torch
 
         return all(bool(torch.isfinite(self.sums[name]).all()) for name in ("h", "x", "y"))
+
+    def add_up(self, ranks: Ranks) -> None:
+        """Have the sums of all ``ranks`` in the first one."""
+        import torch
+
+        count = torch.tensor([self.n], dtype=torch.float64, device=self.sums["x"].device)
+        ranks.add_up((count, *self.sums.values()))
+        self.n = int(count)
 
     def result(self) -> LayerMoments:
         """The moments so far, as NumPy arrays; symmetric matrices are completed from their lower triangle."""

@@ -18,7 +18,7 @@ from typing import Any
 
 from cyclopts import App, CycloptsError, MissingArgumentError, Parameter, Token, UnusedCliTokensError
 
-from nbl_export import __version__
+from nbl_export import __version__, ranks
 from nbl_export.cli import commands, process
 from nbl_export.cli.help import ScreenHelp
 from nbl_export.errors import INTERNAL, INTERRUPTED, NblError, os_error_in_words
@@ -28,6 +28,8 @@ from nbl_export.settings.definition import FILE, UsageError
 from nbl_export.settings.file import NAME, TABLES, read_settings
 
 DEFAULT_COMMAND = "run"
+_INTERRUPTED = "Interrupted; run the same command again to go on from what is done."
+_ONE_OF_SEVERAL = f"Ended, or another of the processes was: {ranks.AGAIN}."
 _LIKE = 0.75  # how similar a word is to a command for which it may stand: "selct", but not "t5-small"
 _HELP = """Replace a transformer's most linear attention layers by one affine map each (Neural Block Linearization), \
 in the ONNX graph, and prove the result.
@@ -111,7 +113,11 @@ def words_of(arguments: Sequence[str]) -> list[str]:
 
 def main() -> None:
     """Entry point: errors become one sentence on stderr and an exit code; never a traceback."""
-    sys.exit(process.run(_command, _said))
+    try:
+        code = process.run(_command, _said)
+    finally:
+        ranks.end()
+    sys.exit(code)
 
 
 def _command() -> int:
@@ -121,6 +127,7 @@ def _command() -> int:
             app(["--help"])
         return 2
     try:
+        ranks.begin()
         code = app(words_of(sys.argv[1:]), exit_on_error=False, print_error=False)
     except (CycloptsError, UsageError) as error:
         return _said(f"{_sentence(error)}. See nbl-export --help.", 2)
@@ -128,7 +135,7 @@ def _command() -> int:
         return _said(str(error), error.exit_code)
     except KeyboardInterrupt as error:
         code = getattr(error, "exit_code", INTERRUPTED)
-        return _said("Interrupted; run the same command again to go on from what is done.", code)
+        return _said(_ONE_OF_SEVERAL if ranks.are_several() else _INTERRUPTED, code)
     except OSError as error:
         translated = os_error_in_words(error, "while working")
         return _said(str(translated), translated.exit_code)
@@ -155,5 +162,7 @@ def _sentence(error: Exception) -> str:
 def _said(message: str, code: int) -> int:
     # Names out of a file may be long, and may hold what a terminal obeys.
     message = re.sub(r"\S{300,}", lambda long: f"{long[0][:100]}…{long[0][-50:]}", printable(message))
-    print(f"error: {message}", file=sys.stderr)
+    if ranks.speaks():
+        process.aloud()
+        print(f"error: {message}", file=sys.stderr)
     return code

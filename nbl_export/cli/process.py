@@ -7,6 +7,8 @@
    reason, that is said at the end, and the exit code is not 0.
 3. A library that does not return, in a graph with an operator that never ends, ends the process too: nothing that is
    half written counts, as after a kill.
+4. Of several processes (:mod:`nbl_export.ranks`), the first alone writes to its streams, but for the sentence of an
+   error, which one of them says.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from nbl_export.errors import InputError, Interrupted
+from nbl_export.ranks import is_first
 from nbl_export.runtime import bounds
 
 UNWRITTEN = 2
@@ -52,11 +55,11 @@ def run(work: Callable[[], int], said: Callable[[str, int], int]) -> int:
 class Output(io.TextIOBase):
     """The stream ``to``, but writing never fails: ``lost`` is the first error, after which nothing is written.
 
-    ``to`` is None for a stream that was closed from the start.
+    ``to`` is None for a stream that was closed from the start. What is written while it is not ``heard`` is dropped.
     """
 
-    def __init__(self, to: TextIO | None) -> None:
-        self._to = to
+    def __init__(self, to: TextIO | None, heard: bool = True) -> None:
+        self._to, self.heard = to, heard
         self.lost: OSError | None = None
 
     def write(self, text: str) -> int:
@@ -68,7 +71,7 @@ class Output(io.TextIOBase):
             self._do(lambda to: to.flush())
 
     def _do(self, what: Callable[[TextIO], object]) -> None:
-        if self.lost is not None:
+        if self.lost is not None or not self.heard:
             return
         if self._to is None:
             self.lost = OSError(errno.EBADF, os.strerror(errno.EBADF))
@@ -82,7 +85,7 @@ class Output(io.TextIOBase):
                 os.dup2(nothing.fileno(), self._to.fileno())
 
     def isatty(self) -> bool:
-        return self._to is not None and self._to.isatty()
+        return self.heard and self._to is not None and self._to.isatty()
 
     def fileno(self) -> int:
         if self._to is None:
@@ -104,6 +107,12 @@ class Output(io.TextIOBase):
         return getattr(self.__dict__["_to"], name)
 
 
+def aloud() -> None:
+    """From now on, what this process says of an error is heard."""
+    if isinstance(sys.stderr, Output):
+        sys.stderr.heard = True
+
+
 @contextmanager
 def _streams() -> Iterator[tuple[Output, Output]]:
     before = sys.stdout, sys.stderr
@@ -111,7 +120,7 @@ def _streams() -> Iterator[tuple[Output, Output]]:
         if isinstance(stream, io.TextIOWrapper):  # shows another sign for what its encoding does not have
             stream.reconfigure(errors="replace")
     _fill_descriptors()
-    out, err = Output(sys.stdout), Output(sys.stderr)
+    out, err = Output(sys.stdout, is_first()), Output(sys.stderr, is_first())
     sys.stdout, sys.stderr = out, err
     try:
         yield out, err

@@ -33,27 +33,33 @@ def calibrate(run: Run, settings: CalibrateSettings) -> None:
     from nbl_export.stages.calibration_data import loader_for
 
     ws, source = run.workspace, run.model.source
-    loader = loader_for(source)
-    made_of = {MODEL: source.model, loader.unit: sha256_of_json(_stamps(loader.files(settings.sources)))}
+    loader, ranks = loader_for(source), run.ranks
+    stamps = ranks.shared(lambda: sha256_of_json(_stamps(loader.files(settings.sources))))
+    made_of = {MODEL: source.model, loader.unit: stamps}
     key = key_of("calibrate", asdict(settings), made_of)
 
     def work(listener: Listener) -> list[Path]:
         model = run.model.model
         # A graph without a cache can be exported, even if one with a cache cannot.
         check_supported(model, cached=False, task=run.model.task)
-        check_calibrate(ws, Shape.of(model), settings)
-        in_dtype = run.model.in_dtype(settings.dtype)
-        path = loader.path(ws)
-        data = _load_saved(path, key, loader)
-        if data is None:
-            data = loader.read(run.model, settings, listener)
-            loader.save(path, data)
-            write_json(_record(path), {"key": key, "sha256": sha256_of_file(path)})
-        tokens = data.calibration
-        _check_enough(tokens, model, loader.unit)
-        probe = loader.probe(run.model, data)
-        if not run.model.task.causal:
-            _check_exports(run, probe)
+        in_dtype = run.model.in_dtype(ranks.shared(lambda: dtype_of(run.model.in_dtype(settings.dtype))))
+        probes: list[Probe] = []
+
+        def prepared() -> Any:
+            check_calibrate(ws, Shape.of(model), settings)
+            data = _load_saved(loader.path(ws), key, loader)
+            if data is None:
+                data = loader.read(run.model, settings, listener)
+                loader.save(loader.path(ws), data)
+                record = {"key": key, "sha256": sha256_of_file(loader.path(ws))}
+                write_json(_record(loader.path(ws)), record)
+            _check_enough(data.calibration, model, loader.unit)
+            probes.append(loader.probe(run.model, data))
+            if not run.model.task.causal:
+                _check_exports(run, probes[0])
+            return data.calibration
+
+        tokens = ranks.shared(prepared)
         described = {
             "model": source.fingerprint,
             "tokens": _token_count(tokens, model),
@@ -61,9 +67,11 @@ def calibrate(run: Run, settings: CalibrateSettings) -> None:
             **structure(model).as_json(),
         }
         store = MomentsFolder(ws.moments, ws.partial_moments, described)
-        store_moments(in_dtype, tokens, key, store, listener)
-        save_probe(ws.probe, probe)
-        return [path, *store.publish(), ws.probe]
+        store_moments(in_dtype, tokens, key, store, listener, ranks)
+        if not ranks.first:
+            return []
+        save_probe(ws.probe, probes[0])
+        return [loader.path(ws), *store.publish(), ws.probe]
 
     run.stage("calibrate", asdict(settings), made_of, work)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from nbl_export.errors import InputError, os_error_in_words
 from nbl_export.models.loaded import LoadedModel
 from nbl_export.models.source import ModelSource, check_apart, same_model
 from nbl_export.progress import Listener, Silent
+from nbl_export.ranks import ALONE, Ranks
 from nbl_export.stage_record import key_of
 from nbl_export.workspace import Workspace
 
@@ -31,11 +33,15 @@ class _Noting:
 
 @dataclass
 class Run:
-    """One invocation on one output folder: the workspace, the model, and the listener."""
+    """One invocation on one output folder: the workspace, the model, and the listener.
+
+    Of several ``ranks``, the first alone has the lock, reads and writes the folder's record, and is listened to.
+    """
 
     workspace: Workspace
     model: LoadedModel
     listener: Listener = field(default_factory=Silent)
+    ranks: Ranks = ALONE
 
     @classmethod
     def start(
@@ -43,26 +49,55 @@ class Run:
         source: ModelSource,
         out: Path,
         listener: Listener | None = None,
+        ranks: Ranks = ALONE,
     ) -> Run:
         """Start with a model; an existing output folder must be of the same model."""
-        check_apart(source, out)
-        workspace = Workspace.create(out)
-        workspace.set_model(source.as_json())
-        return cls(workspace, LoadedModel(source, listener or Silent()), listener or Silent())
+
+        def found() -> Workspace:
+            check_apart(source, out)
+            workspace = Workspace.create(out)
+            workspace.set_model(source.as_json())
+            return workspace
+
+        return cls._of(ranks.shared(found), source, listener, ranks)
 
     @classmethod
-    def resume(cls, out: Path, listener: Listener | None = None, trust_remote_code: bool = False) -> Run:
+    def resume(
+        cls,
+        out: Path,
+        listener: Listener | None = None,
+        trust_remote_code: bool = False,
+        ranks: Ranks = ALONE,
+    ) -> Run:
         """Continue in an existing output folder with its recorded model.
 
         Whether code of the model may run is said anew each time; a folder, which may come from elsewhere, does not say.
         """
-        workspace = Workspace.open(out)
-        info = workspace.model_info
-        if info is None:
-            raise InputError(f"{out} records no model: start with `nbl-export calibrate MODEL -o {out}`.")
-        source = same_model(info, trust_remote_code)
-        workspace.found_model(source.as_json())
-        return cls(workspace, LoadedModel(source, listener or Silent()), listener or Silent())
+
+        def found() -> tuple[Workspace, ModelSource]:
+            workspace = Workspace.open(out)
+            info = workspace.model_info
+            if info is None:
+                raise InputError(f"{out} records no model: start with `nbl-export calibrate MODEL -o {out}`.")
+            source = same_model(info, trust_remote_code)
+            workspace.found_model(source.as_json())
+            return workspace, source
+
+        return cls._of(*ranks.shared(found), listener, ranks)
+
+    @classmethod
+    def _of(
+        cls, workspace: Workspace, source: ModelSource, listener: Listener | None, ranks: Ranks
+    ) -> Run:
+        heard = listener if listener is not None and ranks.first else Silent()
+        return cls(workspace, LoadedModel(source, heard), heard, ranks)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other nbl-export processes out of the folder within the block."""
+        with ExitStack() as held:
+            self.ranks.shared(lambda: held.enter_context(self.workspace.lock()))
+            yield
 
     def stage(
         self,
@@ -75,11 +110,11 @@ class Run:
 
         ``made_of`` names everything that it reads but the settings: keys of stages, and digests of other inputs.
         """
-        ws = self.workspace
-        if ws.is_done(name, key_of(name, settings, made_of)):
+        ws, ranks = self.workspace, self.ranks
+        if ranks.shared(lambda: ws.is_done(name, key_of(name, settings, made_of))):
             self.listener.note(f"{name}: done already, kept.")
             return
-        if why := ws.why_again(name, settings, made_of):
+        if why := ranks.shared(lambda: ws.why_again(name, settings, made_of)):
             self.listener.note(f"{name}: done again, since {why}.")
         listener = _Noting(self.listener)
         start = time.perf_counter()
@@ -87,4 +122,5 @@ class Run:
             files = work(listener)
         except OSError as error:
             raise os_error_in_words(error, f"in stage `{name}`") from error
-        ws.finish(name, settings, made_of, files, time.perf_counter() - start, listener.notes)
+        seconds = time.perf_counter() - start
+        ranks.shared(lambda: ws.finish(name, settings, made_of, files, seconds, listener.notes))

@@ -1,0 +1,241 @@
+"""Several processes that do one piece of work, as torchrun starts them on one machine or on several.
+
+torchrun gives each process RANK and WORLD_SIZE, and torch.distributed connects them: gloo between CPUs, NCCL between
+NVIDIA GPUs. Rank 0, the first, reads, writes, locks and speaks; the others compute their share and hand it over.
+
+1. Without RANK and WORLD_SIZE there is one rank, and nothing here does anything.
+2. What is found wrong in work that is shared is raised by every rank, as the same error; one of them says it.
+3. A process that is gone ends the others: each collective raises :class:`LostRankError`. One that hangs does after
+   :data:`TIMEOUT`, which is longer than the longest work that one rank does while the others wait.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from nbl_export.errors import ENDED, InputError, NblError, first_line
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+A = TypeVar("A")
+P = ParamSpec("P")
+# The longest that others wait for one: it samples the text of a large model, or repairs its layers.
+TIMEOUT = timedelta(hours=6)
+_RANK, _COUNT, _SAID = "RANK", "WORLD_SIZE", "nbl-export/said"
+AGAIN = "run the same command again to go on from what is done, with as many processes as you like"
+
+
+class LostRankError(NblError):
+    """Another process of the same work is gone, or does not answer."""
+
+    exit_code = ENDED
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ``count`` processes of which this one is number ``rank``."""
+
+    rank: int = 0
+    count: int = 1
+    store: Any = field(default=None, compare=False)
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def mine(self, items: Sequence[T]) -> Sequence[T]:
+        """The share of ``items`` that this rank does: every ``count``-th."""
+        return items[self.rank :: self.count]
+
+    def shared(self, make: Callable[[], T]) -> T:
+        """What ``make`` gives, called by the first rank alone; every rank gets it, or raises its error."""
+        if self.count == 1:
+            return make()
+        import torch.distributed
+
+        sent = [_tried(make) if self.first else None]
+        with _connected(self.count):
+            torch.distributed.broadcast_object_list(sent, src=0)
+        return _result(sent)[0]
+
+    def each(self, make: Callable[[], T]) -> list[T]:
+        """What ``make`` gives on each rank, in their order, on every rank; the first error is raised by all."""
+        if self.count == 1:
+            return [make()]
+        import torch.distributed
+
+        ours = _tried(make)
+        found: list[Any] = [None] * self.count
+        with _connected(self.count):
+            torch.distributed.all_gather_object(found, ours)
+        return _result(found)
+
+    def spread(self, items: Sequence[A], work: Callable[[Sequence[A]], Sequence[T]]) -> list[T]:
+        """What ``work`` gives for each of ``items``, in their order; each rank does its share at once."""
+        parts = self.each(lambda: list(work(self.mine(items))))
+        return [parts[number % self.count][number // self.count] for number in range(len(items))]
+
+    def add_up(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Add each of ``tensors`` over all ranks in the first one; those of the others are then of no use."""
+        if self.count == 1:
+            return
+        import torch.distributed
+
+        with _connected(self.count):
+            for tensor in tensors:
+                torch.distributed.reduce(tensor, dst=0)
+
+
+ALONE = Ranks()
+_current: Ranks | None = None
+
+
+def asked() -> Ranks:
+    """What the environment says of this process and the others; raises :class:`InputError` for what is no rank."""
+    said = {name: os.environ.get(name) for name in (_RANK, _COUNT)}
+    if None in said.values():
+        return ALONE
+    try:
+        rank, count = (int(str(said[name])) for name in (_RANK, _COUNT))
+    except ValueError:
+        rank, count = -1, 0
+    if not 0 <= rank < count:
+        raise InputError(
+            f"The environment has {_RANK}={said[_RANK]} and {_COUNT}={said[_COUNT]}, which is not one of several "
+            "processes: start them with torchrun, or unset both."
+        )
+    return Ranks(rank, count)
+
+
+def is_first() -> bool:
+    """Whether the environment says that this is the first process, or the only one."""
+    return _place().first
+
+
+def are_several() -> bool:
+    """Whether the environment says that this is one of several processes."""
+    return _place().count > 1
+
+
+def _place() -> Ranks:
+    try:
+        return asked()
+    except InputError:  # which is said where the work begins
+        return ALONE
+
+
+def begin() -> Ranks:
+    """Connect with the other processes that the environment names, once; raises :class:`InputError` if they are not there.
+
+    A process group that the calling program has begun is used as it is.
+    """
+    global _current
+    if _current is not None:
+        return _current
+    here = asked()
+    if here.count > 1:
+        import torch
+
+        if not torch.distributed.is_initialized():
+            here = _connect(here)
+    _current = here
+    return here
+
+
+def _connect(here: Ranks) -> Ranks:
+    import torch
+    from torch.distributed.rendezvous import rendezvous
+
+    nccl = torch.cuda.is_available() and torch.distributed.is_nccl_available()
+    backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
+    try:
+        store, rank, count = next(rendezvous("env://", timeout=TIMEOUT))
+        torch.distributed.init_process_group(
+            backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        raise InputError(
+            f"The {here.count} processes do not find each other ({first_line(error)}): start them with torchrun."
+        ) from error
+    return Ranks(rank, count, store)
+
+
+def end() -> None:
+    """Leave what :func:`begin` began."""
+    global _current
+    begun, _current = _current, None
+    if begun is not None and begun.store is not None:
+        import torch.distributed
+
+        torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def together() -> Iterator[Ranks]:
+    """Within the block, this process is connected with the others; one that was before stays so."""
+    outer = _current is not None
+    try:
+        yield begin()
+    finally:
+        if not outer:
+            end()
+
+
+def speaks() -> bool:
+    """Whether this process says what went wrong: the first that asks, of all, since the others know no better."""
+    ranks = _current
+    if ranks is None or ranks.store is None:
+        return is_first()
+    try:
+        return bool(ranks.store.add(_SAID, 1) == 1)
+    except RuntimeError:  # it was in the first process, which is gone
+        return ranks.rank <= 1
+
+
+def in_one_process(command: Callable[P, T]) -> Callable[P, T]:
+    """``command``, which is refused as one of several processes."""
+
+    @functools.wraps(command)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        if (count := asked().count) > 1:
+            raise InputError(
+                f"This command works in one process, and was started in {count}: start only calibrate and select with "
+                "torchrun, and this one without it; it goes on from what they made."
+            )
+        return command(*args, **kwargs)
+
+    return checked
+
+
+def _tried(make: Callable[[], T]) -> tuple[T | None, NblError | None]:
+    try:
+        return make(), None
+    except NblError as error:
+        return None, error
+
+
+def _result(found: Iterable[Any]) -> list[Any]:
+    values = list(found)
+    for _, error in values:
+        if error is not None:
+            raise error
+    return [value for value, _ in values]
+
+
+@contextmanager
+def _connected(count: int) -> Iterator[None]:
+    """Say in one sentence that another process is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostRankError(
+            f"One of the {count} processes ended, or does not answer ({first_line(error)}): {AGAIN}."
+        ) from error
