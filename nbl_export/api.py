@@ -9,8 +9,8 @@ settings, and raises :class:`NblError` with a one-sentence message for whatever 
 can put right. ``listener`` receives progress (:mod:`nbl_export.progress`); none is silent. ``trust_remote_code`` lets
 code that comes with the model run; it is said at each call that loads the model, and no folder remembers it.
 
-:func:`calibrate` and :func:`select` share their work with the other processes that torchrun started; the others
-refuse to be one of several.
+:func:`calibrate` shares its work with the other processes that torchrun started; the others refuse to be one of
+several.
 """
 
 from __future__ import annotations
@@ -152,6 +152,7 @@ def calibrate(
     return work.workspace.moments
 
 
+@in_one_process
 def select(
     out: str | Path,
     settings: SelectSettings,

@@ -133,7 +133,7 @@ def _place() -> Ranks:
 
 
 def begin() -> Ranks:
-    """Connect with the other processes that the environment names, once; raises :class:`InputError` if they are not there.
+    """Connect with the processes that the environment names, once; raises :class:`InputError` if they are not there.
 
     A process group that the calling program has begun is used as it is.
     """
@@ -207,8 +207,8 @@ def in_one_process(command: Callable[P, T]) -> Callable[P, T]:
     def checked(*args: P.args, **kwargs: P.kwargs) -> T:
         if (count := asked().count) > 1:
             raise InputError(
-                f"This command works in one process, and was started in {count}: start only calibrate and select with "
-                "torchrun, and this one without it; it goes on from what they made."
+                f"This command works in one process, and was started in {count}: start only calibrate with "
+                "torchrun, and this one without it; it goes on from what is made."
             )
         return command(*args, **kwargs)
 
@@ -236,6 +236,4 @@ def _connected(count: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise LostRankError(
-            f"One of the {count} processes ended, or does not answer ({first_line(error)}): {AGAIN}."
-        ) from error
+        raise LostRankError(f"One of the {count} processes ended, or does not answer: {AGAIN}.") from error

@@ -86,9 +86,7 @@ class Run:
         return cls._of(*ranks.shared(found), listener, ranks)
 
     @classmethod
-    def _of(
-        cls, workspace: Workspace, source: ModelSource, listener: Listener | None, ranks: Ranks
-    ) -> Run:
+    def _of(cls, workspace: Workspace, source: ModelSource, listener: Listener | None, ranks: Ranks) -> Run:
         heard = listener if listener is not None and ranks.first else Silent()
         return cls(workspace, LoadedModel(source, heard), heard, ranks)
 

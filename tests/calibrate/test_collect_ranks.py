@@ -1,0 +1,133 @@
+"""Several processes give the moments of one, and what they finished is kept for any number of processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nbl_export.calibrate.collect import collect_moments, store_moments
+from nbl_export.calibrate.moments import ARRAYS, Moments, load_moments
+from nbl_export.calibrate.store import MomentsFolder
+from nbl_export.errors import CalibrationError
+from nbl_export.models.load import load_model
+from nbl_export.models.source import find_model
+from nbl_export.ranks import ALONE, Ranks
+from tests.interruptions import Recorder, crash
+from tests.several import forked
+
+LENGTH, ROWS, BLOCKS = 128, 30, 4  # four batches, the last one short
+
+
+@pytest.fixture(scope="module")
+def model(tiny_folder: Path) -> Any:
+    return load_model(find_model(str(tiny_folder)))
+
+
+@pytest.fixture(scope="module")
+def tokens() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, size=(ROWS, LENGTH)).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def whole(model: Any, tokens: np.ndarray) -> Moments:
+    """The moments by one process."""
+    return collect_moments(model, tokens)
+
+
+def store_in(folder: Path) -> MomentsFolder:
+    return MomentsFolder(folder / "moments", folder / "partial", {"model": "of a test"})
+
+
+def collected(
+    model: Any, tokens: np.ndarray, folder: Path, ranks: Ranks = ALONE, listener: Recorder | None = None
+) -> Recorder:
+    listener = listener or Recorder()
+    store = store_in(folder)
+    store_moments(model, tokens, "f" * 64, store, listener, ranks)
+    if ranks.first:
+        store.publish()
+    return listener
+
+
+def assert_near(found: Moments, want: Moments) -> None:
+    assert set(found.layers) == set(want.layers)
+    for index, layer in want.layers.items():
+        assert found.layers[index].n == layer.n
+        for name in ARRAYS:
+            value = getattr(layer, name)
+            gap = np.linalg.norm(getattr(found.layers[index], name) - value)
+            assert gap <= 1e-12 * np.linalg.norm(value), (index, name)
+
+
+@pytest.mark.parametrize("count", [2, 3, 6])  # of six, two have no batch
+def test_several_processes_give_the_moments_of_one(
+    model: Any, tokens: np.ndarray, whole: Moments, tmp_path: Path, count: int
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+
+    def work(ranks: Ranks) -> Any:
+        listener = collected(model, tokens, out, ranks)
+        return listener.start, sum(listener.advanced)
+
+    told = forked(count, tmp_path / "results", work)
+    assert_near(load_moments(out / "moments")[0], whole)
+    assert sorted(path.name for path in out.iterdir()) == ["moments"]
+    # The first counts the tokens of all.
+    assert told[0] == ((BLOCKS * ROWS * LENGTH, 0), BLOCKS * ROWS * LENGTH)
+
+
+def test_no_process_runs_all_rows(model: Any, tokens: np.ndarray, tmp_path: Path) -> None:
+    def work(ranks: Ranks) -> Any:
+        seen: list[int] = []
+        hook = model.model.embed_tokens.register_forward_pre_hook(lambda _m, args: seen.append(len(args[0])))
+        collected(model, tokens, tmp_path, ranks)
+        hook.remove()
+        return sum(seen) / BLOCKS
+
+    assert forked(2, tmp_path / "results", work) == [16, 14]
+
+
+def test_an_activation_that_is_no_number_is_named_with_its_row(
+    tiny_folder: Path, tokens: np.ndarray, tmp_path: Path
+) -> None:
+    def work(ranks: Ranks) -> Any:
+        spoiled = load_model(find_model(str(tiny_folder)))
+        if not ranks.first:
+            spoiled.model.layers[2].self_attn.o_proj.weight[0] = float("nan")
+        collected(spoiled, tokens, tmp_path, ranks)
+
+    _, error = forked(2, tmp_path / "results", work)
+    assert isinstance(error, CalibrationError)
+    assert "layer 2" in str(error) and "row 8," in str(error)  # where the second process begins
+
+
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2), (2, 3)])
+def test_finished_layers_are_kept_for_any_number_of_processes(
+    model: Any, tokens: np.ndarray, whole: Moments, tmp_path: Path, first: int, then: int
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    batches = -(-ROWS * LENGTH // 1024)
+
+    def crashing(ranks: Ranks) -> Any:
+        at = 2 * -(-batches // ranks.count) + 1  # in the third block
+        collected(model, tokens, out, ranks, Recorder(at, crash))
+
+    for error in forked(first, tmp_path / "crashed", crashing):
+        assert isinstance(error, RuntimeError)
+    kept = {path: path.stat().st_mtime_ns for path in (out / "partial").iterdir()}
+    assert sorted(path.name for path in kept) == ["000.safetensors", "001.safetensors"]
+
+    def going_on(ranks: Ranks) -> Any:
+        store = store_in(out)
+        store_moments(model, tokens, "f" * 64, store, None, ranks)
+        same = {path: path.stat().st_mtime_ns for path in kept}
+        ranks.shared(lambda: store.publish() and None)
+        return same
+
+    assert forked(then, tmp_path / "gone_on", going_on) == [kept] * then
+    assert_near(load_moments(out / "moments")[0], whole)

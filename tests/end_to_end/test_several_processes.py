@@ -1,0 +1,141 @@
+"""torchrun with two processes on stories260K: the results of one, one voice, and what a killed process leaves.
+
+What torchrun itself says of a failed process is its own; nbl-export says one sentence.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nbl_export import api
+from nbl_export.calibrate.moments import ARRAYS, load_moments
+from nbl_export.calibrate.text import load_text
+from nbl_export.workspace import Workspace
+from tests.command_line import Done, no_leftovers
+from tests.several import torchrun
+
+LAYERS = 5
+# Kills the process VICTIM when it has passed AT blocks.
+KILLED = """
+import os, signal
+from nbl_export.calibrate import collect
+from nbl_export.cli.main import main
+
+passed, finish = [], collect._Work.finish
+
+def counted(work):
+    if len(passed) == int(os.environ["AT"]) and os.environ["RANK"] == os.environ["VICTIM"]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    passed.append(None)
+    finish(work)
+
+collect._Work.finish = counted
+main()
+"""
+
+
+@pytest.fixture(scope="module")
+def asked(stories_text: Path) -> api.CalibrateSettings:
+    return api.CalibrateSettings((str(stories_text),), samples=64, seq_len=128, heldout_samples=4)
+
+
+@pytest.fixture(scope="module")
+def options(asked: api.CalibrateSettings) -> list[object]:
+    """What is asked, on the command line."""
+    sizes = ("--samples", asked.samples, "--seq-len", asked.seq_len)
+    return ["--calibration", *asked.sources, *sizes, "--heldout-samples", asked.heldout_samples]
+
+
+@pytest.fixture(scope="module")
+def alone(
+    stories_folder: Path, asked: api.CalibrateSettings, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Calibrated by one process."""
+    out = tmp_path_factory.mktemp("alone") / "out"
+    api.calibrate(stories_folder, out, asked)
+    return out
+
+
+@pytest.fixture(scope="module")
+def both(stories_folder: Path, options: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Calibrated by two processes, with one voice."""
+    out = tmp_path_factory.mktemp("both") / "out"
+    done = torchrun(2, "calibrate", stories_folder, "-o", out, *options)
+    assert done.code == 0, done
+    assert done.out == f"Calibrated. Next: nbl-export select {out} --k K\n"
+    titles = ("Loading", "Reading text", "Calibrating by layer")
+    assert [done.err.count(title) for title in titles] == [1, 1, 1] and len(done.err.splitlines()) == 3
+    no_leftovers(out)
+    return out
+
+
+def assert_same_moments(one: Path, other: Path) -> None:
+    (want, about), (found, also) = (load_moments(Workspace.open(out).moments) for out in (one, other))
+    assert about == also and set(found.layers) == set(want.layers) == set(range(LAYERS))
+    for index, layer in want.layers.items():
+        assert found.layers[index].n == layer.n
+        for name in ARRAYS:
+            value = getattr(layer, name)
+            gap = np.linalg.norm(getattr(found.layers[index], name) - value)
+            assert gap <= 1e-12 * np.linalg.norm(value), (index, name)
+
+
+def assert_said_once(done: Done, *words: str) -> None:
+    """One sentence of all processes, nothing on stdout, and torchrun fails."""
+    assert done.code == 1 and done.out == ""
+    assert "Traceback" not in done.err and "Internal error" not in done.err
+    said = [line for line in done.err.splitlines() if "error: " in line]
+    assert len(said) == 1 and said[0].startswith("error: "), done.err
+    for word in words:
+        assert word in said[0]
+
+
+def test_two_processes_calibrate_as_one_does(alone: Path, both: Path) -> None:
+    assert_same_moments(alone, both)
+    one, two = (load_text(Workspace.open(out).text) for out in (alone, both))
+    np.testing.assert_array_equal(one.calibration, two.calibration)
+    assert Workspace.open(alone).record("calibrate").key == Workspace.open(both).record("calibrate").key  # type: ignore[union-attr]
+
+
+def test_a_killed_process_ends_all_and_any_number_goes_on(
+    stories_folder: Path,
+    asked: api.CalibrateSettings,
+    options: list[object],
+    alone: Path,
+    tmp_path: Path,
+) -> None:
+    out, script = tmp_path / "out", tmp_path / "killed.py"
+    script.write_text(KILLED)
+    command = ("calibrate", stories_folder, "-o", out, *options)
+    first: dict[Path, int] = {}
+    partial = Workspace(out).partial_moments
+    for victim, at in ((1, 2), (0, 4)):
+        done = torchrun(2, *command, script=script, VICTIM=str(victim), AT=str(at))
+        assert_said_once(done, "run the same command again")
+        kept = {path: path.stat().st_mtime_ns for path in partial.iterdir()}
+        assert sorted(path.name for path in kept) == [f"{index:03}.safetensors" for index in range(at)]
+        # The second run does not write again what the first finished, and the third nothing of both.
+        assert {path: kept[path] for path in first} == first
+        first = kept
+        no_leftovers(out)
+    before = {path.name: path.stat().st_ino for path in first}
+    api.calibrate(stories_folder, out, asked)
+    moments = Workspace.open(out).moments
+    assert {name: (moments / name).stat().st_ino for name in before} == before
+    assert_same_moments(alone, out)
+
+
+def test_bad_input_is_said_once(stories_folder: Path, options: list[object], tmp_path: Path) -> None:
+    done = torchrun(2, "calibrate", stories_folder, "-o", tmp_path / "out", *options, "--samples", 0)
+    assert_said_once(done, "--samples")
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_command_is_refused_once(both: Path) -> None:
+    done = torchrun(2, "export", both)
+    assert_said_once(done, "one process", "started in 2")
+    assert done.err.count("\n") == 0
+    assert not Workspace.open(both).baseline.exists()

@@ -1,0 +1,183 @@
+"""Several processes share their work: what each gets, which errors they raise, and who says them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nbl_export import api, ranks
+from nbl_export.errors import CalibrationError, InputError
+from nbl_export.ranks import ALONE, LostRankError, Ranks, asked, begin, in_one_process, is_first, together
+from tests.several import forked
+
+
+@pytest.fixture(autouse=True)
+def no_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def of_torchrun(monkeypatch: pytest.MonkeyPatch, rank: object, count: object) -> None:
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", str(count))
+
+
+def test_one_process_does_everything_itself() -> None:
+    assert begin() == ALONE and is_first() and ranks.speaks()
+    ranks.end()
+    assert ALONE.first and ALONE.mine([1, 2, 3]) == [1, 2, 3]
+    assert ALONE.shared(lambda: 7) == 7 and ALONE.each(lambda: 7) == [7]
+    assert ALONE.spread([1, 2, 3], lambda share: [10 * i for i in share]) == [10, 20, 30]
+    sums = torch.ones(2)
+    ALONE.add_up([sums])
+    assert sums.tolist() == [1, 1]
+
+
+def test_torch_is_not_imported_for_one_process() -> None:
+    code = "import sys; from nbl_export import ranks; ranks.begin(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "WORLD_SIZE": "2"})
+
+
+@pytest.mark.parametrize(("rank", "count"), [("one", 2), (0, "two"), (2, 2), (-1, 2), (0, 0), ("", 2)])
+def test_what_is_no_rank_is_refused(monkeypatch: pytest.MonkeyPatch, rank: object, count: object) -> None:
+    of_torchrun(monkeypatch, rank, count)
+    with pytest.raises(InputError, match=rf"RANK={rank} and WORLD_SIZE={count}.*torchrun"):
+        asked()
+    assert is_first() and not ranks.are_several()
+
+
+def test_a_share_is_every_so_manyth() -> None:
+    shares = [list(Ranks(rank, 3).mine(range(8))) for rank in range(3)]
+    assert shares == [[0, 3, 6], [1, 4, 7], [2, 5]]
+
+
+def test_what_the_first_makes_is_what_all_get(tmp_path: Path) -> None:
+    def work(here: Ranks) -> Any:
+        made: list[int] = []
+
+        def make() -> dict[str, Any]:
+            made.append(here.rank)
+            return {"from": here.rank, "array": torch.arange(3)}
+
+        found = here.shared(make)
+        return here.rank, here.count, here.first, made, found["from"], found["array"].tolist()
+
+    assert forked(3, tmp_path, work) == [
+        (rank, 3, rank == 0, [0] if rank == 0 else [], 0, [0, 1, 2]) for rank in range(3)
+    ]
+
+
+def test_items_are_spread_and_come_back_in_their_order(tmp_path: Path) -> None:
+    def work(here: Ranks) -> Any:
+        def own(share: Any) -> Any:
+            return [(item, here.rank) for item in share]
+
+        # Also fewer items than processes.
+        return here.spread(list("abcde"), own), here.spread(["z"], own), here.spread([], own)
+
+    all_of = [(item, at % 3) for at, item in enumerate("abcde")]
+    assert forked(3, tmp_path, work) == [(all_of, [("z", 0)], [])] * 3
+
+
+def test_sums_are_of_all_in_float64(tmp_path: Path) -> None:
+    def work(here: Ranks) -> Any:
+        sums = torch.full((2, 2), 1.0 if here.rank else 2.0**-50, dtype=torch.float64)
+        here.add_up([sums])
+        return sums.tolist() if here.first else None
+
+    assert forked(3, tmp_path, work)[0] == [[2 + 2.0**-50] * 2] * 2
+
+
+def test_an_error_of_one_is_the_error_of_all(tmp_path: Path) -> None:
+    def first(here: Ranks) -> Any:
+        def refuse() -> None:
+            raise CalibrationError("Layer 3 is odd: look at it.")
+
+        here.shared(refuse)
+
+    def last(here: Ranks) -> Any:
+        def refuse(share: Any) -> Any:
+            if "c" in share:
+                raise InputError("The item c is odd: leave it out.")
+            return share
+
+        here.spread(list("abc"), refuse)
+
+    for work, kind, words in ((first, CalibrationError, "Layer 3"), (last, InputError, "item c")):
+        found = forked(3, tmp_path, work)
+        assert [type(error) for error in found] == [kind] * 3
+        assert len({str(error) for error in found}) == 1 and words in str(found[0])
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_who_loses_a_process_says_so_once(tmp_path: Path, victim: int) -> None:
+    def work(here: Ranks) -> Any:
+        here.shared(lambda: None)
+        if here.rank == victim:
+            (tmp_path / str(here.rank)).write_bytes(b"\x80\x04N.")
+            os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            for _ in range(9):
+                here.each(lambda: here.rank)
+        except LostRankError as error:
+            return str(error), error.exit_code, ranks.speaks()
+
+    found = forked(3, tmp_path, work)
+    assert found.pop(victim) is None
+    for sentence, code, _ in found:
+        assert sentence.startswith(
+            "One of the 3 processes ended, or does not answer: run the same command again"
+        )
+        assert code == 143
+    assert sorted(spoken for _, _, spoken in found) == [False, True]
+
+
+def test_a_group_of_the_calling_program_stays(tmp_path: Path) -> None:
+    def work(here: Ranks) -> Any:
+        with together() as inner:
+            same = inner is here
+        return same, here.each(lambda: here.rank)
+
+    assert forked(2, tmp_path, work) == [(True, [0, 1])] * 2
+
+
+COMMANDS = [
+    "run",
+    "select",
+    "export",
+    "rewrite",
+    "rewrite_onnx",
+    "build",
+    "verify",
+    "evaluate",
+    "bench",
+    "report",
+    "inspect",
+]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_of_one_process_is_refused_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    of_torchrun(monkeypatch, 1, 4)
+    with pytest.raises(InputError, match=r"one process, and was started in 4.*without"):
+        getattr(api, name)("nowhere")
+
+
+def test_every_command_says_whether_it_works_in_several() -> None:
+    verbs = {name for name in api.__all__ if name[0].islower()}
+    assert verbs == {*COMMANDS, "calibrate"}
+
+
+def test_one_process_of_torchrun_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_torchrun(monkeypatch, 0, 1)
+    assert in_one_process(lambda: "done")() == "done" and begin() == ALONE
+    ranks.end()
