@@ -64,7 +64,8 @@ class Ranks:
         sent = [_tried(make) if self.first else None]
         with _connected(self.count):
             torch.distributed.broadcast_object_list(sent, src=0)
-        return _result(sent)[0]
+        made: T = _result(sent)[0]
+        return made
 
     def each(self, make: Callable[[], T]) -> list[T]:
         """What ``make`` gives on each rank, in their order, on every rank; the first error is raised by all."""
