@@ -8,6 +8,7 @@ Each works on an output folder, holds its lock, keeps what is already done there
 settings, and raises :class:`NblError` with a one-sentence message for whatever the user
 can put right. ``listener`` receives progress (:mod:`nbl_export.progress`); none is silent. ``trust_remote_code`` lets
 code that comes with the model run; it is said at each call that loads the model, and no folder remembers it.
+``rehash`` reads files again whose digests the folder has kept.
 
 :func:`calibrate` shares its work with the other processes that torchrun started; the others refuse to be one of
 several.
@@ -44,7 +45,7 @@ from nbl_export.settings import (
 )
 from nbl_export.stages.inspection import inspect_path
 from nbl_export.stages.run import Run
-from nbl_export.workspace import Workspace
+from nbl_export.workspace import Workspace, kept_digests
 
 if TYPE_CHECKING:
     from nbl_export.engine.pair import EngineFile
@@ -93,6 +94,7 @@ def run(
     trust_remote_code: bool = False,
     exporting: ExportSettings | None = None,
     engines: EngineSettings | None = None,
+    rehash: bool = False,
 ) -> Report:
     """Every stage in order; ``model`` is a Hub id, a folder or a GGUF file.
 
@@ -110,23 +112,24 @@ def run(
     # Whatever can be refused is refused before the output folder is made.
     asked.check()
     pipeline.check_machine(asked.exporting, asked.engines)
-    source = find_model(str(model), trust_remote_code)
+    digests = kept_digests(Path(out), rehash, listener)
+    source = find_model(str(model), trust_remote_code, digests)
     resolved = asked.resolve(task_named(source.task))
     check_sources(source, asked.calibration)
-    work = Run.start(source, Path(out), listener)
+    work = Run.start(source, Path(out), listener, digests=digests)
     with work.workspace.lock():
         return pipeline.run_all(work, resolved)
 
 
 @contextmanager
 def _resumed(
-    out: str | Path, asked: S, listener: Listener | None, trust_remote_code: bool
+    out: str | Path, asked: S, listener: Listener | None, trust_remote_code: bool, rehash: bool
 ) -> Iterator[tuple[Run, S]]:
     """Go on in ``out`` with its lock held, and with what was asked checked and resolved for its model."""
     asked.check()
     pipeline.check_machine(asked)
     with together() as ranks:
-        work = Run.resume(Path(out), listener, trust_remote_code, ranks)
+        work = Run.resume(Path(out), listener, trust_remote_code, ranks, rehash)
         with work.locked():
             yield work, asked.resolve(work.model.task)
 
@@ -137,6 +140,7 @@ def calibrate(
     settings: CalibrateSettings | None = None,
     listener: Listener | None = None,
     trust_remote_code: bool = False,
+    rehash: bool = False,
 ) -> Path:
     """Stream the moments of ``model``'s attention layers; returns the path of the moments file."""
     from nbl_export.stages.calibration_data import check_sources
@@ -144,9 +148,10 @@ def calibrate(
     asked = settings or CalibrateSettings()
     asked.check()
     with together() as ranks:
-        source = ranks.shared(lambda: find_model(str(model), trust_remote_code))
+        digests = kept_digests(Path(out), rehash, listener)
+        source = ranks.shared(lambda: find_model(str(model), trust_remote_code, digests))
         check_sources(source, asked)
-        work = Run.start(source, Path(out), listener, ranks)
+        work = Run.start(source, Path(out), listener, ranks, digests)
         with work.locked():
             pipeline.calibrate(work, asked)
     return work.workspace.moments
@@ -158,9 +163,10 @@ def select(
     settings: SelectSettings,
     listener: Listener | None = None,
     trust_remote_code: bool = False,
+    rehash: bool = False,
 ) -> Plan:
     """Score every layer and choose K of them; returns the plan."""
-    with _resumed(out, settings, listener, trust_remote_code) as (work, resolved):
+    with _resumed(out, settings, listener, trust_remote_code, rehash) as (work, resolved):
         return pipeline.select(work, resolved)
 
 
@@ -170,17 +176,18 @@ def export(
     settings: ExportSettings | None = None,
     listener: Listener | None = None,
     trust_remote_code: bool = False,
+    rehash: bool = False,
 ) -> Path:
     """Export the unmodified model; returns the path of the baseline graph."""
-    with _resumed(out, settings or ExportSettings(), listener, trust_remote_code) as (work, resolved):
+    with _resumed(out, settings or ExportSettings(), listener, trust_remote_code, rehash) as (work, resolved):
         pipeline.export(work, resolved)
     return work.workspace.baseline
 
 
 @in_one_process
-def rewrite(out: str | Path, listener: Listener | None = None) -> Path:
+def rewrite(out: str | Path, listener: Listener | None = None, rehash: bool = False) -> Path:
     """Rewrite the baseline graph by the plan; returns the path of the linearized graph."""
-    work = Run.resume(Path(out), listener)
+    work = Run.resume(Path(out), listener, rehash=rehash)
     with work.workspace.lock():
         pipeline.rewrite(work)
     return work.workspace.model
@@ -202,10 +209,13 @@ def rewrite_onnx(
 
 @in_one_process
 def build(
-    out: str | Path, settings: EngineSettings | None = None, listener: Listener | None = None
+    out: str | Path,
+    settings: EngineSettings | None = None,
+    listener: Listener | None = None,
+    rehash: bool = False,
 ) -> list[EngineFile]:
     """Build the base and the linearized TensorRT engine; returns them with their manifests."""
-    with _resumed(out, settings or EngineSettings(), listener, False) as (work, resolved):
+    with _resumed(out, settings or EngineSettings(), listener, False, rehash) as (work, resolved):
         return pipeline.build(work, resolved)
 
 
@@ -216,12 +226,13 @@ def verify(
     listener: Listener | None = None,
     trust_remote_code: bool = False,
     again: bool = False,
+    rehash: bool = False,
 ) -> Report:
     """Parity, method loss and speed. A failed gate is in the report (``passed`` is False), not raised.
 
     With ``again`` nothing is kept of an earlier verification: a folder from somebody else may hold one.
     """
-    with _resumed(out, settings or VerifySettings(), listener, trust_remote_code) as (work, resolved):
+    with _resumed(out, settings or VerifySettings(), listener, trust_remote_code, rehash) as (work, resolved):
         if again:
             work.workspace.forget("verify")
         return pipeline.verify(work, resolved)
@@ -233,9 +244,10 @@ def evaluate(
     settings: EvalSettings,
     listener: Listener | None = None,
     trust_remote_code: bool = False,
+    rehash: bool = False,
 ) -> Evaluation:
     """Tasks and retrieval on both graphs. A failed gate is in the value (``passed`` is False), not raised."""
-    with _resumed(out, settings, listener, trust_remote_code) as (work, resolved):
+    with _resumed(out, settings, listener, trust_remote_code, rehash) as (work, resolved):
         return pipeline.evaluate(work, resolved)
 
 
@@ -245,9 +257,10 @@ def bench(
     settings: BenchSettings | None = None,
     listener: Listener | None = None,
     trust_remote_code: bool = False,
+    rehash: bool = False,
 ) -> BenchReport:
     """Time both graphs and others in turn. A suspect or slower cell is in the value (``passed``), not raised."""
-    with _resumed(out, settings or BenchSettings(), listener, trust_remote_code) as (work, resolved):
+    with _resumed(out, settings or BenchSettings(), listener, trust_remote_code, rehash) as (work, resolved):
         return pipeline.bench(work, resolved)
 
 

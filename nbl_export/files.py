@@ -15,7 +15,7 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, BinaryIO
@@ -57,9 +57,16 @@ def read_bytes(path: Path, limit: int) -> bytes:
 def sha256_of_file(path: Path) -> str:
     """Hex SHA-256 of a regular file's bytes, streamed."""
     with open_data(path) as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 22):
-            digest.update(block)
+        return sha256_of(file)
+
+
+def sha256_of(file: BinaryIO, done: Callable[[int], None] | None = None) -> str:
+    """Hex SHA-256 of the rest of a file, streamed; ``done`` is told how many bytes of it were read."""
+    digest = hashlib.sha256()
+    while block := file.read(1 << 22):
+        digest.update(block)
+        if done:
+            done(len(block))
     return digest.hexdigest()
 
 

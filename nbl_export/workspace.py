@@ -17,20 +17,27 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from nbl_export.digests import Digests
 from nbl_export.errors import InputError, os_error_in_words
-from nbl_export.files import atomic_path, locked, member, read_json, sha256_of_file, sweep, write_json
+from nbl_export.files import atomic_path, locked, member, read_json, sweep, write_json
+from nbl_export.places import Places
+from nbl_export.progress import Listener
 from nbl_export.records import T, from_json, part_from_json
 from nbl_export.stage_record import MODEL, SIDECARS, STAGES, StageRecord, key_of, stale
 
 STATE_VERSION = 1
-ENGINE_SUFFIX = ".engine"
 # Names of an output folder that somebody else's files may have too.
 _OWN = ("model.onnx", "config.json", "tokenizer.json", "baseline", "engine", "report")
 
 
+def kept_digests(root: Path, rehash: bool = False, listener: Listener | None = None) -> Digests:
+    """The digests of files that the output folder ``root`` keeps, which need not be there."""
+    return Digests(Places(root).digests_file, rehash, listener)
+
+
 def is_workspace(root: Path) -> bool:
     """Whether ``root`` is an output folder of nbl-export."""
-    return (root / "nbl" / "workspace.json").exists()
+    return Places(root).state_path.exists()
 
 
 def _check_foreign_files(root: Path) -> None:
@@ -44,111 +51,21 @@ def _check_foreign_files(root: Path) -> None:
         )
 
 
-class Workspace:
+class Workspace(Places):
     """The output folder of one model.
 
-    Paths are properties, so that no other module spells a file name. All writes are atomic; ``lock`` keeps
-    a second process out while one is running.
+    All writes are atomic; ``lock`` keeps a second process out while one is running.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, digests: Digests | None = None) -> None:
+        super().__init__(root)
+        self.digests = digests or kept_digests(root)
         self._state: dict[str, Any] = {}
         self._found: dict[str, Any] | None = None
         self._lock: int | None = None
-        self._digests: dict[tuple[Path, int, int], str] = {}
         self._check_folders()
         if self.state_path.exists():
             self._state = self._read_state()
-
-    # names -----------------------------------------------------------------------------------
-    @property
-    def nbl(self) -> Path:
-        return self.root / "nbl"
-
-    @property
-    def state_path(self) -> Path:
-        return self.nbl / "workspace.json"
-
-    @property
-    def text(self) -> Path:
-        return self.nbl / "text.safetensors"
-
-    @property
-    def images(self) -> Path:
-        return self.nbl / "images.safetensors"
-
-    @property
-    def moments(self) -> Path:
-        return self.nbl / "moments"
-
-    @property
-    def partial_moments(self) -> Path:
-        return self.nbl / "moments.partial"
-
-    @property
-    def repair_checkpoint(self) -> Path:
-        return self.nbl / "repair.partial.safetensors"
-
-    @property
-    def probe(self) -> Path:
-        return self.nbl / "probe.safetensors"
-
-    @property
-    def candidates(self) -> Path:
-        return self.nbl / "candidates.json"
-
-    @property
-    def measured(self) -> Path:
-        return self.nbl / "measured.json"
-
-    @property
-    def plan(self) -> Path:
-        return self.nbl / "plan.json"
-
-    @property
-    def export_summary(self) -> Path:
-        return self.nbl / "export.json"
-
-    @property
-    def rewrite_summary(self) -> Path:
-        return self.nbl / "rewrite.json"
-
-    @property
-    def baseline(self) -> Path:
-        return self.root / "baseline" / "model.onnx"
-
-    @property
-    def model(self) -> Path:
-        return self.root / "model.onnx"
-
-    @property
-    def engine(self) -> Path:
-        return self.root / "engine" / f"model{ENGINE_SUFFIX}"
-
-    @property
-    def base_engine(self) -> Path:
-        return self.root / "engine" / f"baseline{ENGINE_SUFFIX}"
-
-    @property
-    def report(self) -> Path:
-        return self.root / "report"
-
-    @property
-    def bench_cells(self) -> Path:
-        """The cells that an interrupted bench has measured."""
-        return self.nbl / "bench.partial.json"
-
-    @property
-    def evaluations(self) -> Path:
-        """The answers of each graph on each task, by key."""
-        return self.nbl / "eval"
-
-    @property
-    def folders(self) -> tuple[Path, ...]:
-        """Every folder that is written to."""
-        made = (self.moments, self.partial_moments, self.baseline.parent, self.engine.parent)
-        return (self.root, self.nbl, *made, self.report, self.report / "plots", self.evaluations)
 
     def _check_folders(self) -> None:
         # What is written through a link lands in somebody's other folder.
@@ -161,7 +78,7 @@ class Workspace:
 
     # opening ---------------------------------------------------------------------------------
     @classmethod
-    def create(cls, root: Path) -> Workspace:
+    def create(cls, root: Path, digests: Digests | None = None) -> Workspace:
         """Open ``root``, creating it if needed; refuses a path that is not a folder or cannot be written."""
         try:
             if root.exists() and not root.is_dir():
@@ -173,10 +90,10 @@ class Workspace:
             (root / "nbl" / "write-test").unlink(missing_ok=True)
         except OSError as error:
             raise os_error_in_words(error, f"while preparing the output folder {root}") from error
-        return cls(root)
+        return cls(root, digests)
 
     @classmethod
-    def open(cls, root: Path) -> Workspace:
+    def open(cls, root: Path, digests: Digests | None = None) -> Workspace:
         """Open an existing output folder; anything else is an :class:`InputError`."""
         if not root.is_dir():
             raise InputError(
@@ -188,7 +105,7 @@ class Workspace:
                 f"{root} is not an output folder of nbl-export (no nbl/workspace.json): "
                 f"start with `nbl-export calibrate MODEL -o {root}`."
             )
-        return cls(root)
+        return cls(root, digests)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -201,20 +118,26 @@ class Workspace:
             # Another process may have finished stages between opening the folder and taking the lock.
             if self.state_path.exists():
                 self._state = self._read_state()
+            self.digests.save()  # those of the model, before the long work
             try:
                 yield
             finally:
+                if self._is_still_there():
+                    self.digests.save()
                 self._lock = None
+
+    def _is_still_there(self) -> bool:
+        """Whether the folder of the held lock is the one of its name."""
+        try:
+            return self._lock is not None and os.path.samestat(
+                os.fstat(self._lock), (self.nbl / ".lock").lstat()
+            )
+        except OSError:
+            return False
 
     def _check_still_there(self) -> None:
         """Refuse to write into a folder that was moved or deleted meanwhile, or into another one of its name."""
-        if self._lock is None:
-            return
-        try:
-            same = os.path.samestat(os.fstat(self._lock), (self.nbl / ".lock").lstat())
-        except OSError:
-            same = False
-        if not same:
+        if self._lock is not None and not self._is_still_there():
             raise InputError(
                 f"{self.root} was moved or deleted while it was worked in: run the same command again, on the folder "
                 "where it is now."
@@ -323,17 +246,9 @@ class Workspace:
     def damaged_file(self, record: StageRecord) -> str | None:
         """The first file of a record that is missing or was changed, or None."""
         for name, path in zip(record.files, self.paths(record), strict=True):
-            if not path.is_file() or self._digest(path) != record.files[name]:
+            if not path.is_file() or self.digests.of(path) != record.files[name]:
                 return name
         return None
-
-    def _digest(self, path: Path) -> str:
-        # Every stage checks the same large files; an unchanged file is hashed once per run.
-        status = path.stat()
-        identity = (path, status.st_size, status.st_mtime_ns)
-        if identity not in self._digests:
-            self._digests[identity] = sha256_of_file(path)
-        return self._digests[identity]
 
     def is_done(self, stage: str, key: str) -> bool:
         """Whether ``stage`` was finished with this ``key`` and its files are intact."""
@@ -377,7 +292,7 @@ class Workspace:
             self._write_state()
 
     def _digests_of(self, files: list[Path]) -> dict[str, str]:
-        return {p.relative_to(self.root).as_posix(): self._digest(p) for p in files}
+        return {p.relative_to(self.root).as_posix(): self.digests.of(p) for p in files}
 
     def _keep(self, stage: str, record: StageRecord) -> None:
         self._check_still_there()
@@ -387,3 +302,4 @@ class Workspace:
                 path.unlink(missing_ok=True)
         self._state.setdefault("stages", {})[stage] = asdict(record)
         self._write_state()
+        self.digests.save()

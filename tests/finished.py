@@ -23,8 +23,9 @@ def state(out: Path) -> Any:
 
 
 def times(out: Path) -> dict[str, int]:
-    """Modification times of all files but the lock and the workspace's own record."""
-    files = [p for p in out.rglob("*") if p.is_file() and p.name not in (".lock", "workspace.json")]
+    """Modification times of all files but the lock and what the workspace writes down for itself."""
+    own = (".lock", "workspace.json", "digests.json")
+    files = [p for p in out.rglob("*") if p.is_file() and p.name not in own]
     return {str(p.relative_to(out)): p.stat().st_mtime_ns for p in files}
 
 

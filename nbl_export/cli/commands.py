@@ -34,6 +34,7 @@ Out = Annotated[Path, Parameter(name="OUT", help="The output folder of an earlie
 Shown = Annotated[Path, Parameter(name="PATH", help="An ONNX file, an engine, a plan, moments, or OUT.")]
 Output = Annotated[Path, _option("Output folder; made if needed.", "--output", "-o", shown=str(_NBL_OUT))]
 Trust = Annotated[bool, _option("Run modelling code that comes with the model.", "--trust-remote-code")]
+Rehash = Annotated[bool, _option("Read all files again to see whether they have changed.", "--rehash")]
 Again = Annotated[bool, _option("Measure everything anew, whatever the folder says.", "--again")]
 Config = Annotated[Path | None, _option("Settings in a file.", "--config", shown=f"{NAME} if there is one")]
 Onnx = Annotated[Path | None, _option("Rewrite this graph, a file or a folder.", "--onnx", panel=_FOREIGN)]
@@ -67,12 +68,15 @@ def run(
     exporting: ExportSettings = ExportSettings(),
     engines: OptionalEngines = OptionalEngines(),
     trust: Trust = False,
+    rehash: Rehash = False,
     config: Config = None,
 ) -> int:
     """Everything from calibrate to verify; the command if none is named."""
     api, terminal = _loaded()
     listener, built = terminal.TerminalListener(), engines.asked
-    value = api.run(model, output, selection, calibration, verification, listener, trust, exporting, built)
+    value = api.run(
+        model, output, selection, calibration, verification, listener, trust, exporting, built, rehash=rehash
+    )
     terminal.show_report(value, output)
     return 0 if value.passed else GATE_FAILED
 
@@ -84,30 +88,43 @@ def calibrate(
     output: Output = _NBL_OUT,
     settings: CalibrateSettings = CalibrateSettings(),
     trust: Trust = False,
+    rehash: Rehash = False,
     config: Config = None,
 ) -> None:
     """Stream the moments of the activations into OUT; resumes if interrupted."""
     api, terminal = _loaded()
-    api.calibrate(model, output, settings, terminal.TerminalListener(), trust)
+    api.calibrate(model, output, settings, terminal.TerminalListener(), trust, rehash=rehash)
     terminal.say(f"Calibrated. Next: nbl-export select {output} --k K")
 
 
 def select(
-    out: Out, /, *, settings: SelectSettings = SelectSettings(), trust: Trust = False, config: Config = None
+    out: Out,
+    /,
+    *,
+    settings: SelectSettings = SelectSettings(),
+    trust: Trust = False,
+    rehash: Rehash = False,
+    config: Config = None,
 ) -> None:
     """Score every layer, choose K, and write the plan."""
     api, terminal = _loaded()
-    plan = api.select(out, settings, terminal.TerminalListener(), trust)
+    plan = api.select(out, settings, terminal.TerminalListener(), trust, rehash=rehash)
     layers = ", ".join(map(str, plan.chosen)) or "none"
     terminal.say(f"Plan: layers {layers}. Next: nbl-export export {out}")
 
 
 def export(
-    out: Out, /, *, settings: ExportSettings = ExportSettings(), trust: Trust = False, config: Config = None
+    out: Out,
+    /,
+    *,
+    settings: ExportSettings = ExportSettings(),
+    trust: Trust = False,
+    rehash: Rehash = False,
+    config: Config = None,
 ) -> None:
     """Export the unmodified model to OUT/baseline/model.onnx."""
     api, terminal = _loaded()
-    path = api.export(out, settings, terminal.TerminalListener(), trust)
+    path = api.export(out, settings, terminal.TerminalListener(), trust, rehash=rehash)
     terminal.say(f"Exported {path}. Next: nbl-export rewrite {out}")
 
 
@@ -119,6 +136,7 @@ def rewrite(
     plan: PlanFile = None,
     output: To = None,
     in_place: InPlace = False,
+    rehash: Rehash = False,
 ) -> None:
     """Replace the planned attention in the graph, prove it, and count.
 
@@ -128,7 +146,7 @@ def rewrite(
     if onnx is None:
         if out is None or plan or output or in_place:
             raise UsageError("give OUT alone, or --onnx with --plan and --output or --in-place.")
-        path = api.rewrite(out, terminal.TerminalListener())
+        path = api.rewrite(out, terminal.TerminalListener(), rehash=rehash)
         terminal.say(f"Wrote {path}. Next: nbl-export verify {out}")
         return
     if out is not None or plan is None:
@@ -138,10 +156,12 @@ def rewrite(
     terminal.say(f"Wrote {result.files[0]}; every replaced layer is proven against the plan's activations.")
 
 
-def build(out: Out, /, *, settings: EngineSettings = EngineSettings(), config: Config = None) -> None:
+def build(
+    out: Out, /, *, settings: EngineSettings = EngineSettings(), rehash: Rehash = False, config: Config = None
+) -> None:
     """Build TensorRT engines of both graphs into OUT/engine."""
     api, terminal = _loaded()
-    terminal.show_engines(api.build(out, settings, terminal.TerminalListener()))
+    terminal.show_engines(api.build(out, settings, terminal.TerminalListener(), rehash=rehash))
     terminal.say(f"Built {out / 'engine'}. Next: nbl-export verify {out}")
 
 
@@ -152,31 +172,44 @@ def verify(
     settings: VerifySettings = VerifySettings(),
     again: Again = False,
     trust: Trust = False,
+    rehash: Rehash = False,
     config: Config = None,
 ) -> int:
     """Check parity, measure method loss and speed; exit 1 if a gate fails."""
     api, terminal = _loaded()
-    value = api.verify(out, settings, terminal.TerminalListener(), trust, again)
+    value = api.verify(out, settings, terminal.TerminalListener(), trust, again, rehash=rehash)
     terminal.show_report(value, out)
     return 0 if value.passed else GATE_FAILED
 
 
 def eval_(
-    out: Out, /, *, settings: EvalSettings = EvalSettings(), trust: Trust = False, config: Config = None
+    out: Out,
+    /,
+    *,
+    settings: EvalSettings = EvalSettings(),
+    trust: Trust = False,
+    rehash: Rehash = False,
+    config: Config = None,
 ) -> int:
     """Score both graphs on tasks and retrieval; exit 1 if a gate fails."""
     api, terminal = _loaded()
-    value = api.evaluate(out, settings, terminal.TerminalListener(), trust)
+    value = api.evaluate(out, settings, terminal.TerminalListener(), trust, rehash=rehash)
     terminal.show_evaluation(value, out)
     return 0 if value.passed else GATE_FAILED
 
 
 def bench(
-    out: Out, /, *, settings: BenchSettings = BenchSettings(), trust: Trust = False, config: Config = None
+    out: Out,
+    /,
+    *,
+    settings: BenchSettings = BenchSettings(),
+    trust: Trust = False,
+    rehash: Rehash = False,
+    config: Config = None,
 ) -> int:
     """Time both graphs and others in turn; exit 1 if suspect or slower."""
     api, terminal = _loaded()
-    value = api.bench(out, settings, terminal.TerminalListener(), trust)
+    value = api.bench(out, settings, terminal.TerminalListener(), trust, rehash=rehash)
     terminal.show_bench(value, out)
     return 0 if value.passed else GATE_FAILED
 

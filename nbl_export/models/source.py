@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nbl_export.batch.names import TOKENS
+from nbl_export.digests import Digests
 from nbl_export.errors import InputError
 from nbl_export.files import (
     JSON_LIMIT,
@@ -23,7 +24,6 @@ from nbl_export.files import (
     overlap,
     parse_json,
     read_bytes,
-    sha256_of_file,
     sha256_of_json,
     user_path,
 )
@@ -81,35 +81,35 @@ class ModelSource(ModelIdentity):
         return {name: value for name, value in asdict(self).items() if name != _TRUST}
 
 
-def find_model(source: str, trust_remote_code: bool = False) -> ModelSource:
-    """Find ``source`` and compute its fingerprint.
+def find_model(source: str, trust_remote_code: bool = False, digests: Digests | None = None) -> ModelSource:
+    """Find ``source`` and compute its fingerprint; files whose ``digests`` are known are not read for it.
 
     An existing path has priority over a Hub id with the same name. Raises :class:`InputError` for anything that is
     not a decoder or encoder with safetensors or GGUF weights.
     """
     if not source.strip():
         raise InputError("MODEL is empty: give a folder, a .gguf file, or a Hub id.")
-    path = user_path(source, "MODEL")
+    path, digests = user_path(source, "MODEL"), digests or Digests()
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise InputError(
                 f"{source} is not a .gguf file: MODEL is a folder with config.json and safetensors, "
                 "a .gguf file, or a Hub id."
             )
-        return _from_gguf(source, path)
+        return _from_gguf(source, path, digests)
     if path.is_dir():
         if (path / "config.json").exists():
-            return _from_folder(source, path, "folder", trust_remote_code)
+            return _from_folder(source, path, "folder", trust_remote_code, digests)
         ggufs = sorted(path.glob("*.gguf"))
         if len(ggufs) == 1:
-            return _from_gguf(source, ggufs[0])
+            return _from_gguf(source, ggufs[0], digests)
         found = (
             f"{len(ggufs)} .gguf files, name one of them" if ggufs else "neither config.json nor a .gguf file"
         )
         raise InputError(f"The folder {source} is not a model: it has {found}.")
     if not _HUB_ID.match(source) or source.endswith(".gguf"):
         raise InputError(f"{source} does not exist: MODEL is a folder, a .gguf file, or a Hub id.")
-    return _from_folder(source, _hub_snapshot(source, trust_remote_code), "hub", trust_remote_code)
+    return _from_folder(source, _hub_snapshot(source, trust_remote_code), "hub", trust_remote_code, digests)
 
 
 def check_apart(source: ModelSource, out: Path) -> None:
@@ -138,11 +138,16 @@ class _Recorded:
     sidecars: str = ""
 
 
-def same_model(info: dict[str, Any], trust_remote_code: bool = False) -> ModelSource:
+def same_model(
+    info: dict[str, Any], trust_remote_code: bool = False, digests: Digests | None = None
+) -> ModelSource:
     """Find the model recorded in an output folder, on this machine; refuse it if its bytes changed.
+
+    Files whose ``digests`` are known are not read for it.
 
     A record of an earlier release says whether the model's code may run; that is not obeyed.
     """
+    digests = digests or Digests()
     remedy = "start again with another --output"
     recorded = from_json(
         _Recorded, {k: v for k, v in info.items() if k != _TRUST}, "The record of the model", remedy
@@ -154,7 +159,7 @@ def same_model(info: dict[str, Any], trust_remote_code: bool = False) -> ModelSo
         gguf = member(folder, recorded.gguf_file, "The recorded GGUF file")
         if not gguf.is_file():
             raise InputError(f"The model {gguf} is not there any more: put it back, or {remedy}.")
-        found = _from_gguf(recorded.source, gguf)
+        found = _from_gguf(recorded.source, gguf, digests)
     else:
         if recorded.kind == "hub" and not _HUB_ID.match(recorded.source):
             raise InputError(f"The record of the model is damaged (source {recorded.source!r}): {remedy}.")
@@ -162,7 +167,7 @@ def same_model(info: dict[str, Any], trust_remote_code: bool = False) -> ModelSo
             folder = _hub_snapshot(recorded.source, trust_remote_code, fetch=False)
         if not (folder / "config.json").is_file():
             raise InputError(f"The model {folder} is not there any more: put it back, or {remedy}.")
-        found = _from_folder(recorded.source, folder, recorded.kind, trust_remote_code)
+        found = _from_folder(recorded.source, folder, recorded.kind, trust_remote_code, digests)
     if found.fingerprint != recorded.fingerprint:
         raise InputError(
             f"The model {recorded.source} has changed since this output folder was made from it: "
@@ -197,14 +202,16 @@ def _hub_snapshot(repo: str, code: bool, fetch: bool = True) -> Path:
         ) from None
 
 
-def _from_gguf(source: str, path: Path) -> ModelSource:
+def _from_gguf(source: str, path: Path, digests: Digests) -> ModelSource:
     check_gguf(path)
-    fingerprint = _fingerprint(path.parent, [path], {"gguf": path.name})
+    fingerprint = _fingerprint(path.parent, [path], {"gguf": path.name}, digests)
     where = str(path.parent.resolve())
     return ModelSource(source, "gguf", path.name, fingerprint, path=where, model=fingerprint, sidecars="")
 
 
-def _from_folder(source: str, path: Path, kind: Literal["folder", "hub"], trust: bool) -> ModelSource:
+def _from_folder(
+    source: str, path: Path, kind: Literal["folder", "hub"], trust: bool, digests: Digests
+) -> ModelSource:
     try:
         config = parse_json(read_bytes(path / "config.json", JSON_LIMIT))
     except (OSError, ValueError) as error:
@@ -227,8 +234,8 @@ def _from_folder(source: str, path: Path, kind: Literal["folder", "hub"], trust:
             "`save_pretrained` of transformers."
         )
     check_folder(source, path, config)
-    fingerprint = _fingerprint(path, weights, config)
-    loaded, sidecars = _other_files(path)
+    fingerprint = _fingerprint(path, weights, config, digests)
+    loaded, sidecars = _other_files(path, digests)
     return ModelSource(
         source,
         kind,
@@ -243,12 +250,12 @@ def _from_folder(source: str, path: Path, kind: Literal["folder", "hub"], trust:
     )
 
 
-def _other_files(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
+def _other_files(folder: Path, digests: Digests) -> tuple[dict[str, str], dict[str, str]]:
     """SHA-256 of the files beside the weights: those that loading reads, and those that only travel with a graph."""
     files = sorted(
         {f for pattern in _READ for place in ("", "*/") for f in folder.glob(place + pattern) if f.is_file()}
     )
-    found = {f.relative_to(folder).as_posix(): sha256_of_file(f) for f in files}
+    found = {f.relative_to(folder).as_posix(): digests.of(f) for f in files}
     found.pop("config.json", None)  # is in the fingerprint
     travels = {name for name in found if any(fnmatch(name, pattern) for pattern in _SIDECARS)}
     return {n: d for n, d in found.items() if n not in travels}, {n: found[n] for n in travels}
@@ -285,8 +292,8 @@ def check_config(source: str, config: dict[str, Any]) -> Task:
     return task
 
 
-def _fingerprint(folder: Path, weights: Iterable[Path], config: dict[str, Any]) -> str:
+def _fingerprint(folder: Path, weights: Iterable[Path], config: dict[str, Any], digests: Digests) -> str:
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for path in weights:
-        digest.update(f"{path.relative_to(folder).as_posix()}:{sha256_of_file(path)};".encode())
+    for path, content in digests.of_all(weights, f"Reading {folder.name}").items():
+        digest.update(f"{path.relative_to(folder).as_posix()}:{content};".encode())
     return digest.hexdigest()

@@ -34,7 +34,7 @@ def calibrate(run: Run, settings: CalibrateSettings) -> None:
 
     ws, source = run.workspace, run.model.source
     loader, ranks = loader_for(source), run.ranks
-    stamps = ranks.shared(lambda: sha256_of_json(_stamps(loader.files(settings.sources))))
+    stamps = ranks.shared(lambda: sha256_of_json(_stamps(ws.digests, loader.files(settings.sources))))
     made_of = {MODEL: source.model, loader.unit: stamps}
     key = key_of("calibrate", asdict(settings), made_of)
 
@@ -99,9 +99,9 @@ def _load_saved(path: Path, key: str, loader: CalibrationLoader) -> Any:
         return None
 
 
-def _stamps(files: Iterable[Path]) -> list[tuple[str, str]]:
+def _stamps(ws: Workspace, files: Iterable[Path]) -> list[tuple[str, str]]:
     """Name and content hash of the local files: a changed text changes the key, a new modification time does not."""
-    return [(str(f), sha256_of_file(f)) for f in files]
+    return [(str(f), ws.digests.of(f)) for f in files]
 
 
 def _token_count(rows: Any, model: torch.nn.Module) -> int:

@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nbl_export.digests import Digests
 from nbl_export.errors import InputError, os_error_in_words
 from nbl_export.models.loaded import LoadedModel
 from nbl_export.models.source import ModelSource, check_apart, same_model
 from nbl_export.progress import Listener, Silent
 from nbl_export.ranks import ALONE, Ranks
 from nbl_export.stage_record import key_of
-from nbl_export.workspace import Workspace
+from nbl_export.workspace import Workspace, kept_digests
 
 
 class _Noting:
@@ -50,12 +51,16 @@ class Run:
         out: Path,
         listener: Listener | None = None,
         ranks: Ranks = ALONE,
+        digests: Digests | None = None,
     ) -> Run:
-        """Start with a model; an existing output folder must be of the same model."""
+        """Start with a model; an existing output folder must be of the same model.
+
+        ``digests`` are those with which it was found.
+        """
 
         def found() -> Workspace:
             check_apart(source, out)
-            workspace = Workspace.create(out)
+            workspace = Workspace.create(out, digests)
             workspace.set_model(source.as_json())
             return workspace
 
@@ -68,18 +73,19 @@ class Run:
         listener: Listener | None = None,
         trust_remote_code: bool = False,
         ranks: Ranks = ALONE,
+        rehash: bool = False,
     ) -> Run:
-        """Continue in an existing output folder with its recorded model.
+        """Continue in an existing output folder with its recorded model; ``rehash`` reads all files again.
 
         Whether code of the model may run is said anew each time; a folder, which may come from elsewhere, does not say.
         """
 
         def found() -> tuple[Workspace, ModelSource]:
-            workspace = Workspace.open(out)
+            workspace = Workspace.open(out, kept_digests(out, rehash, listener))
             info = workspace.model_info
             if info is None:
                 raise InputError(f"{out} records no model: start with `nbl-export calibrate MODEL -o {out}`.")
-            source = same_model(info, trust_remote_code)
+            source = same_model(info, trust_remote_code, workspace.digests)
             workspace.found_model(source.as_json())
             return workspace, source
 

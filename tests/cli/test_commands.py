@@ -102,7 +102,7 @@ def test_trt_may_stand_anywhere_and_decides_what_is_exported(
 
     calls = []
 
-    def run(*given: Any) -> None:
+    def run(*given: Any, **_: Any) -> None:
         calls.append(given)
         raise Asked
 
@@ -122,7 +122,7 @@ def test_the_options_of_build_reach_it_with_the_api_s_own_defaults(monkeypatch: 
 
     asked = []
 
-    def build(out: Path, settings: api.EngineSettings, *_: Any) -> None:
+    def build(out: Path, settings: api.EngineSettings, *_: Any, **__: Any) -> None:
         asked.append(settings)
         raise Asked
 

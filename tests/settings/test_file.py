@@ -54,7 +54,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.chdir(tmp_path)
     calls: list[tuple[Any, ...]] = []
 
-    def call(*given: Any) -> None:
+    def call(*given: Any, **_: Any) -> None:
         calls.append(given)
         raise Asked
 

@@ -46,8 +46,9 @@ def candidates(out: Path) -> Any:
 
 
 def files(out: Path) -> dict[str, bytes]:
+    own = (".lock", "digests.json")
     return {
-        p.name: p.read_bytes() for p in sorted((out / "nbl").iterdir()) if p.is_file() and p.name != ".lock"
+        p.name: p.read_bytes() for p in sorted((out / "nbl").iterdir()) if p.is_file() and p.name not in own
     }
 
 
