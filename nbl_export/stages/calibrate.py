@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nbl_export.digests import Digests
 from nbl_export.errors import InputError
 from nbl_export.files import read_json, sha256_of_file, sha256_of_json, write_json
 from nbl_export.progress import Listener
@@ -99,9 +100,9 @@ def _load_saved(path: Path, key: str, loader: CalibrationLoader) -> Any:
         return None
 
 
-def _stamps(ws: Workspace, files: Iterable[Path]) -> list[tuple[str, str]]:
+def _stamps(digests: Digests, files: Iterable[Path]) -> list[tuple[str, str]]:
     """Name and content hash of the local files: a changed text changes the key, a new modification time does not."""
-    return [(str(f), ws.digests.of(f)) for f in files]
+    return [(str(f), digests.of(f)) for f in files]
 
 
 def _token_count(rows: Any, model: torch.nn.Module) -> int:
