@@ -111,7 +111,7 @@ def run(
     ).sharing_bounds()
     # Whatever can be refused is refused before the output folder is made.
     asked.check()
-    pipeline.check_machine(asked.exporting, asked.engines)
+    pipeline.check_machine(*asked.parts)
     digests = kept_digests(Path(out), rehash, listener)
     source = find_model(str(model), trust_remote_code, digests)
     resolved = asked.resolve(task_named(source.task))
@@ -147,6 +147,7 @@ def calibrate(
 
     asked = settings or CalibrateSettings()
     asked.check()
+    pipeline.check_machine(asked)
     with together() as ranks:
         digests = kept_digests(Path(out), rehash, listener)
         source = ranks.shared(lambda: find_model(str(model), trust_remote_code, digests))

@@ -12,6 +12,7 @@ Each is a module of :mod:`nbl_export.stages`, which records it in the workspace 
 
 from __future__ import annotations
 
+from nbl_export.models.device import check_device
 from nbl_export.report.schema import Report
 from nbl_export.settings import (
     EngineSettings,
@@ -19,6 +20,7 @@ from nbl_export.settings import (
     RunSettings,
     Settings,
 )
+from nbl_export.settings.device import OnDevice
 from nbl_export.stages.bench import bench
 from nbl_export.stages.build import build, check_engines, check_limits
 from nbl_export.stages.calibrate import calibrate
@@ -55,6 +57,8 @@ def check_machine(*asked: Settings | None) -> None:
             check_exporter(settings)
         if isinstance(settings, EngineSettings):
             check_engines(settings)
+        if isinstance(settings, OnDevice):
+            check_device(settings.device)
 
 
 def run_all(run: Run, asked: RunSettings) -> Report:

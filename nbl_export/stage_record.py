@@ -39,6 +39,10 @@ class StageRecord:
     ``files`` maps paths relative to the output folder to their SHA-256; ``seconds`` is its wall time; ``notes`` are the
     lines shown to the user (fallbacks, shortages), recorded for the report. ``made_of`` is what it read: results of
     other stages by their names, and digests of other inputs. ``version`` 0 is that of folders that do not record it.
+
+    ``device`` is what PyTorch ran on, empty where it ran no model or an older version did. It is no input: what was
+    made on a GPU is used where there is none, so ``select`` and all after it go on from moments of any device. What
+    only measures (``verify``, ``eval``) is of its device, which then is one of its settings.
     """
 
     key: str
@@ -48,6 +52,7 @@ class StageRecord:
     notes: tuple[str, ...] = ()
     made_of: dict[str, str] = field(default_factory=dict)
     version: int = 0
+    device: str = ""
 
     @property
     def result(self) -> str:

@@ -278,11 +278,13 @@ class Workspace(Places):
         files: list[Path],
         seconds: float,
         notes: list[str],
+        device: str = "",
     ) -> None:
         """Record that ``stage`` is done; files that only an earlier run of it wrote are deleted."""
         key = key_of(stage, settings, made_of)
         written, asked, read = self._digests_of(files), dict(settings), dict(made_of)
-        record = StageRecord(key, asked, written, round(seconds, 3), tuple(notes), read, STAGES[stage])
+        took, said = round(seconds, 3), tuple(notes)
+        record = StageRecord(key, asked, written, took, said, read, STAGES[stage], device)
         self._keep(stage, record)
 
     def forget(self, stage: str) -> None:

@@ -35,6 +35,7 @@ from nbl_export.calibrate.store import InMemory, Store
 from nbl_export.checkpoint import saving_to
 from nbl_export.errors import CalibrationError, InputError
 from nbl_export.files import parse_json
+from nbl_export.models.device import as_setting
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.layers import AttentionLayer, attention_layers, hidden_size, main_input, observed
 from nbl_export.models.walk import Step, segments, walking
@@ -118,6 +119,7 @@ class _Work:
         self._model, self._rows, self._store, self._ranks = model, tokens, store, ranks
         self._layers = attention_layers(model)
         self._identity = {"model": fingerprint, "dtype": dtype_of(model), "tokens": digest_of_tokens(tokens)}
+        self._identity |= as_setting(device_of(model))
         store.begin(self._identity)
         self._stored = ranks.shared(lambda: {layer.index for layer in self._layers if store.has(layer.index)})
         left = [layer.index for layer in self._layers if layer.index not in self._stored]

@@ -20,7 +20,7 @@ from nbl_export.calibrate.text import (
 from nbl_export.errors import InputError
 from nbl_export.models.compat import cache_argument
 from nbl_export.models.layers import accepted_arguments
-from nbl_export.models.weights import resident, room
+from nbl_export.models.weights import device_of, resident, room
 from nbl_export.progress import Listener
 from nbl_export.settings import CalibrateSettings
 
@@ -56,7 +56,10 @@ def sample_from_model(
     counts = {split: -(-tokens // length) for split, tokens in wanted.items()}
     total = sum(counts.values())
     documents: list[I32] = []
-    with listener.task("Sampling from the model", total * length, "tokens") as task, resident(model, room()):
+    with (
+        listener.task("Sampling from the model", total * length, "tokens") as task,
+        resident(model, room(model)),
+    ):
         for done in range(0, total, _SAMPLE_BATCH):
             batch = min(_SAMPLE_BATCH, total - done)
             documents.append(_sample(model, batch, length, start_token, generator, task.advance))
@@ -90,7 +93,7 @@ _SAMPLE_BATCH = 152
 def _sample(model: Any, batch: int, length: int, start: int, generator: torch.Generator, advance: Any) -> I32:
     import torch
 
-    seen = torch.full((batch, 1), start, dtype=torch.long)
+    seen = torch.full((batch, 1), start, dtype=torch.long, device=device_of(model))
     name, cache = (
         cache_argument(model),
         None,
@@ -103,8 +106,8 @@ def _sample(model: Any, batch: int, length: int, start: int, generator: torch.Ge
             # Inverse transform sampling: torch.multinomial draws one random number per vocabulary entry, this draws
             # one per document.
             distribution = torch.softmax(logits[:, -1].float(), dim=-1).cumsum(dim=-1)
-            draws = torch.rand(batch, 1, generator=generator) * distribution[:, -1:]
+            draws = torch.rand(batch, 1, generator=generator).to(seen.device) * distribution[:, -1:]
             tokens = torch.searchsorted(distribution, draws).clamp_max(logits.shape[-1] - 1)
             seen = torch.cat([seen, tokens], dim=1)
             advance(batch)
-    return seen[:, 1:].to(torch.int32).numpy()
+    return seen[:, 1:].to(torch.int32).cpu().numpy()

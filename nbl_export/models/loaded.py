@@ -16,14 +16,19 @@ if TYPE_CHECKING:
 
 
 class LoadedModel:
-    """A model and its tokenizer or image processor, loaded on first use and cached for the run."""
+    """A model and its tokenizer or image processor, loaded on first use and cached for the run.
+
+    ``model`` is on the CPU, where graphs are traced; ``in_dtype`` and ``in_float32`` compute on ``device``, the CPU
+    unless a stage says another one.
+    """
 
     def __init__(self, source: ModelSource, listener: Listener) -> None:
         self.source = source
         self._listener = listener
+        self.device: torch.device | str = "cpu"
         self._model: torch.nn.Module | None = None
         # A copy lives only as long as it is used: later stages need the memory.
-        self._copies: WeakValueDictionary[str, torch.nn.Module] = WeakValueDictionary()
+        self._copies: WeakValueDictionary[tuple[str, str], torch.nn.Module] = WeakValueDictionary()
         self._tokenizer: Any = None
         self._processor: Any = None
 
@@ -47,16 +52,24 @@ class LoadedModel:
         return self._model
 
     def in_dtype(self, dtype: str) -> torch.nn.Module:
-        """The model in ``dtype``, a copy unless that is float32; ``auto`` is the fastest dtype on this machine."""
+        """The model in ``dtype`` on the device, a copy unless that is float32 on the CPU.
+
+        ``auto`` is the fastest dtype of the device.
+        """
         from nbl_export.models.load import fast_dtype, in_precision
 
-        dtype = fast_dtype() if dtype == "auto" else dtype
-        if dtype == "float32":
+        dtype, device = fast_dtype(self.device) if dtype == "auto" else dtype, str(self.device)
+        if (dtype, device) == ("float32", "cpu"):
             return self.model
-        copy = self._copies.get(dtype)
+        copy = self._copies.get((dtype, device))
         if copy is None:
-            copy = self._copies[dtype] = in_precision(self.model, dtype)
+            copy = self._copies[dtype, device] = in_precision(self.model, dtype, device)
         return copy
+
+    @property
+    def in_float32(self) -> torch.nn.Module:
+        """The model in float32 on the device: what graphs are held against."""
+        return self.in_dtype("float32")
 
     @property
     def tokenizer(self) -> Any:

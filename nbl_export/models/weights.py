@@ -359,9 +359,16 @@ def size(model: torch.nn.Module) -> int:
     return sum(weight.bytes for weight in streaming.every())
 
 
-def room() -> float:
-    """Bytes that weights may take where they are used many times: 2 GiB, or half of the memory that is free."""
-    return min(_KEPT, psutil.virtual_memory().available / 2)
+def room(model: torch.nn.Module | None = None) -> float:
+    """Bytes that weights of ``model`` may take where they are used many times: half of the memory that is free.
+
+    That of its device: on the CPU, which has much else to keep, 2 GiB at most.
+    """
+    device = torch.device("cpu") if model is None else device_of(model)
+    if device.type == "cpu":
+        return min(_KEPT, psutil.virtual_memory().available / 2)
+    free, _ = torch.get_device_module(device).mem_get_info(device)
+    return float(free / 2)
 
 
 @contextmanager

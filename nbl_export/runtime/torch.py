@@ -9,7 +9,7 @@ from nbl_export.batch.arrays import F32, I64
 from nbl_export.models.dummy_run import cache_shapes
 from nbl_export.models.forward import run_uncached, run_with_past
 from nbl_export.models.layers import layer_count
-from nbl_export.models.weights import weights_like
+from nbl_export.models.weights import device_of, weights_like
 from nbl_export.runtime.decoder import KV, DecoderOutput
 from nbl_export.runtime.stream import PastStream, Stream, UncachedStream
 
@@ -60,7 +60,7 @@ class TorchDecoder:
         # transformers indexes the cache by layer: linearized layers get an empty entry.
         import torch
 
-        empty = torch.zeros(batch, 1, 0, 1)
+        empty = torch.zeros(batch, 1, 0, 1, device=device_of(self.model))
         entries: list[Any] = [(empty, empty)] * self.count
         for index, pair in zip(self._kv_layers, past, strict=True):
             entries[index] = pair

@@ -46,10 +46,15 @@ class RunSettings:
             chosen = replace(chosen, budget=Budget(min_speedup=chosen.budget.min_speedup))
         return replace(self, selection=chosen, verification=replace(self.verification, bound=bound))
 
+    @property
+    def parts(self) -> tuple[Settings, ...]:
+        """What is asked of each stage."""
+        made = (self.selection, self.calibration, self.exporting, self.verification)
+        return (*made, self.engines) if self.engines else made
+
     def check(self) -> None:
         """Raise :class:`InputError` for what is refused of any model."""
-        parts = (self.selection, self.calibration, self.exporting, self.verification, self.engines)
-        for settings in filter(None, parts):
+        for settings in self.parts:
             settings.check()
         self.selection.check_precision(self.exporting.precision)
         if self.engines:

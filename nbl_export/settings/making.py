@@ -23,6 +23,7 @@ from nbl_export.settings.definition import (
     options,
     setting,
 )
+from nbl_export.settings.device import OnDevice
 
 _RIDGES = Must(
     lambda x: 0 <= x <= MAX_RIDGE, f"is {{value}}; it must be between 0 and {MAX_RIDGE:g}, or auto"
@@ -33,7 +34,7 @@ _NO_PROGRAM = Must(lambda _: False, "names a program to run: say it on the comma
 
 @options
 @dataclass(frozen=True)
-class CalibrateSettings(Settings):
+class CalibrateSettings(OnDevice):
     """What text to take, how much of it, and what the model reads it in; moments are float64 in any case.
 
     sources: A .txt, .jsonl or .parquet file, a folder, a glob, or a Hub data set. Repeatable. self: text that the
@@ -66,7 +67,7 @@ class CalibrateSettings(Settings):
 
 @options
 @dataclass(frozen=True)
-class SelectSettings(Settings):
+class SelectSettings(OnDevice):
     """Which layers, the ``k`` best by a criterion, as many as ``budget`` allows, or exactly ``layers``; how fitted.
 
     ``criterion`` None is what suits the task, ``ridge`` None is chosen by held-out error. The word ``auto`` makes a

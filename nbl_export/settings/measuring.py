@@ -21,6 +21,7 @@ from nbl_export.settings.definition import (
     options,
     setting,
 )
+from nbl_export.settings.device import OnDevice
 
 _LENGTHS = Must(lambda c: c and min(c) >= 2, "needs lengths of at least 2 tokens")
 _ROWS = Must(lambda b: b and min(b) >= 1, "needs numbers of rows, at least 1")
@@ -36,7 +37,7 @@ _NO_CODE = Must(
 
 @options
 @dataclass(frozen=True)
-class VerifySettings(Settings):
+class VerifySettings(OnDevice):
     """What to verify. Contexts longer than the model's positions are left out, with a note.
 
     ``bound`` is a gate on the loss, measured on held-out text.
@@ -73,7 +74,7 @@ class VerifySettings(Settings):
 
 @options
 @dataclass(frozen=True)
-class EvalSettings(Settings):
+class EvalSettings(OnDevice):
     """Which tasks are asked of both graphs, how many rows of each, and which recovery of the scores is a gate.
 
     tasks: A .jsonl file, a folder of them, or a task of lm-evaluation-harness, whose data comes from the Hub.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +36,8 @@ def calibrate(run: Run, settings: CalibrateSettings) -> None:
     loader, ranks = loader_for(source), run.ranks
     stamps = ranks.shared(lambda: sha256_of_json(_stamps(ws.digests, loader.files(settings.sources))))
     made_of = {MODEL: source.model, loader.unit: stamps}
-    key = key_of("calibrate", asdict(settings), made_of)
+    device, asked = run.on(settings.device), settings.as_json()
+    key = key_of("calibrate", asked, made_of)
 
     def work(listener: Listener) -> list[Path]:
         model = run.model.model
@@ -74,7 +74,7 @@ def calibrate(run: Run, settings: CalibrateSettings) -> None:
         save_probe(ws.probe, probes[0])
         return [loader.path(ws), *store.publish(), ws.probe]
 
-    run.stage("calibrate", asdict(settings), made_of, work)
+    run.stage("calibrate", asked, made_of, work, device)
 
 
 def _check_exports(run: Run, probe: Probe) -> None:

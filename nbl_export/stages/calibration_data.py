@@ -102,7 +102,7 @@ def _embedded(model: LoadedModel, text: CalibrationText) -> CalibrationText:
 
 
 def _probe_decoder(model: LoadedModel, text: Any) -> Probe:
-    return probe_model(model.model, text.calibration)
+    return probe_model(model.in_float32, text.calibration)
 
 
 def _range_rows(text: Any, _names: Mapping[str, Any]) -> list[Any]:
@@ -129,7 +129,7 @@ def _probe_text_encoder(model: LoadedModel, text: Any) -> Probe:
         ids = frame.around(inner[: max(1, length - frame.size)]).astype(np.int64)[None]
         rows.append({name: ids if name == TOKENS else np.zeros_like(ids) for name in names if name != MASK})
     batch = batch_of_rows(rows, frame.pad, frame.left)
-    return probe_inputs(model.model, {name: batch[name] for name in names})
+    return probe_inputs(model.in_float32, {name: batch[name] for name in names})
 
 
 def _range_batch(text: Any, names: Mapping[str, Any]) -> Any:
@@ -150,7 +150,7 @@ def _read_images(model: LoadedModel, settings: CalibrateSettings, listener: List
 
 def _probe_vision(model: LoadedModel, images: Any) -> Probe:
     try:
-        return probe_inputs(model.model, {PIXELS: images.calibration[:2]})
+        return probe_inputs(model.in_float32, {PIXELS: images.calibration[:2]})
     except (ValueError, RuntimeError) as error:  # of a model that gets images of another size
         raise InputError(
             f"{model.source.source} does not take the images that its {PREPROCESSOR} makes "

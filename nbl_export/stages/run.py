@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nbl_export.digests import Digests
 from nbl_export.errors import InputError, os_error_in_words
@@ -17,6 +17,9 @@ from nbl_export.progress import Listener, Silent
 from nbl_export.ranks import ALONE, Ranks
 from nbl_export.stage_record import key_of
 from nbl_export.workspace import Workspace, kept_digests
+
+if TYPE_CHECKING:
+    import torch
 
 
 class _Noting:
@@ -103,16 +106,29 @@ class Run:
             self.ranks.shared(lambda: held.enter_context(self.workspace.lock()))
             yield
 
+    def on(self, asked: str) -> torch.device:
+        """The device that a stage was ``asked`` to run on; from now on the model's copies are there.
+
+        Raises :class:`MissingDependencyError` if it is not there.
+        """
+        from nbl_export.models.device import find_device
+
+        self.model.device = device = find_device(asked)
+        return device
+
     def stage(
         self,
         name: str,
         settings: dict[str, Any],
         made_of: Mapping[str, str],
         work: Callable[[Listener], list[Path]],
+        device: torch.device | None = None,
     ) -> None:
         """Do ``work`` unless it is already done; its files and notes are recorded when it succeeds.
 
         ``made_of`` names everything that it reads but the settings: keys of stages, and digests of other inputs.
+        ``device`` is what PyTorch runs on, if it does: float32 is multiplied as such there, and the record says where
+        the work was done.
         """
         ws, ranks = self.workspace, self.ranks
         if ranks.shared(lambda: ws.is_done(name, key_of(name, settings, made_of))):
@@ -120,11 +136,14 @@ class Run:
             return
         if why := ranks.shared(lambda: ws.why_again(name, settings, made_of)):
             self.listener.note(f"{name}: done again, since {why}.")
+        from nbl_export.models.device import described, exact_float32
+
         listener = _Noting(self.listener)
         start = time.perf_counter()
         try:
-            files = work(listener)
+            with nullcontext() if device is None else exact_float32():
+                files = work(listener)
         except OSError as error:
             raise os_error_in_words(error, f"in stage `{name}`") from error
-        seconds = time.perf_counter() - start
-        ranks.shared(lambda: ws.finish(name, settings, made_of, files, seconds, listener.notes))
+        seconds, where = time.perf_counter() - start, "" if device is None else described(device)
+        ranks.shared(lambda: ws.finish(name, settings, made_of, files, seconds, listener.notes, where))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,7 @@ _EXPORT_AGAIN = "run `nbl-export export {}` again"
 def verify(run: Run, settings: VerifySettings) -> Report:
     """Parity, method loss and speed → ``report/``; a failed gate is in the report, not an exception."""
     from nbl_export.calibrate.text import load_text
+    from nbl_export.models.device import as_setting
     from nbl_export.report.assemble import assemble
     from nbl_export.report.kept import keeping
     from nbl_export.report.render import write_report
@@ -49,13 +50,16 @@ def verify(run: Run, settings: VerifySettings) -> Report:
     if engines and (built := ws.record("build")):
         made_of["build"] = built.result
 
+    device = run.on(settings.device)
+    asked = settings.as_json() | as_setting(device)
+
     def work(listener: Listener) -> list[Path]:
         plan, earlier = load_plan(ws.plan), _earlier(ws, made_of)
         _check_files(run, plan)
         if why := passed_over(ws):
             listener.note(f"Not verified: {why}.")
         if run.model.task.causal:
-            text, model = load_text(ws.text), run.model.model
+            text, model = load_text(ws.text), run.model.in_float32
             measured = measure_decoder(
                 DecoderCase(
                     model, plan, ws.baseline, ws.model, settings, listener, text, engines, passed_over(ws)
@@ -63,11 +67,11 @@ def verify(run: Run, settings: VerifySettings) -> Report:
             )
         else:
             measured = measure_encoder(_encoder_case(run, plan, settings, listener))
-        report = assemble(ws, run.model.source, plan, asdict(settings), measured, engines)
+        report = assemble(ws, run.model.source, plan, asked, measured, engines)
         graphs = _files(ws, "calibrate", "select", "export", "rewrite")
         return write_report(ws.report, keeping(report, earlier, graphs, _files(ws, "build")))
 
-    run.stage("verify", asdict(settings), made_of, work)
+    run.stage("verify", asked, made_of, work, device)
     return load_report(ws.report / "report.json")
 
 
@@ -128,7 +132,7 @@ def _encoder_case(run: Run, plan: Plan, settings: VerifySettings, listener: List
     ws, model, material = run.workspace, run.model, loader_for(run.model.source)
     heldout = material.heldout(material.load(material.path(ws)), plan.probe)
     case = EncoderCase(
-        model.model,
+        model.in_float32,
         plan,
         ws.baseline,
         ws.model,

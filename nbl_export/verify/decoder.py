@@ -42,7 +42,7 @@ from nbl_export.verify.speed.values import Speed
 def measure_decoder(case: DecoderCase) -> Measurement:
     """Everything that is asked of a rewritten decoder, and of its engines if there are any."""
     contexts, notes = fitting_contexts(positions(case.model), case.settings.contexts, room=1)
-    with resident(case.model, room()):
+    with resident(case.model, room(case.model)):
         parity, loss = measure_parity(case), _loss(case)
     return put_together(
         parity,

@@ -45,7 +45,7 @@ def measure_encoder(case: EncoderCase) -> Measurement:
     """Everything that is asked of a rewritten encoder."""
     encoder = _reference(case)
     plan, heldout, unit = case.plan, case.heldout, case.unit
-    with resident(case.model, room()):
+    with resident(case.model, room(case.model)):
         parity = measure_parity(case, encoder)
         loss = method_loss(case, lambda: measure_likeness(encoder, plan, heldout, unit, case.listener))
     return put_together(parity, loss, _speed(case))

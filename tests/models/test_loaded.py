@@ -70,7 +70,7 @@ def test_a_copy_is_shared_while_somebody_has_it(tiny_folder: Path, counted: list
 def test_auto_is_what_the_machine_is_fastest_in(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, fastest: str
 ) -> None:
-    monkeypatch.setattr(load, "fast_dtype", lambda: fastest)
+    monkeypatch.setattr(load, "fast_dtype", lambda *_: fastest)
     found = LoadedModel(find_model(str(tiny_folder)), Silent()).in_dtype("auto")
     assert dtype_of(found) == fastest
 

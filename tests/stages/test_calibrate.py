@@ -33,7 +33,7 @@ def settings(stories_text: Path) -> api.CalibrateSettings:
 @pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a processor that multiplies bfloat16."""
-    monkeypatch.setattr("nbl_export.models.load.fast_dtype", lambda: "bfloat16")
+    monkeypatch.setattr("nbl_export.models.load.fast_dtype", lambda *_: "bfloat16")
 
 
 def calibrated(model: Path, out: Path, settings: api.CalibrateSettings) -> tuple[Any, str]:

@@ -99,7 +99,10 @@ class Fitting:
             return {i: self.for_choosing[i] for i in chosen}
         measured, tokens = self._measured, self._measured.text.calibration
         model, total = self._reading(), tokens.size * len(chosen)
-        with self._listener.task("Fitting in sequence", total, "tokens") as task, resident(model, room()):
+        with (
+            self._listener.task("Fitting in sequence", total, "tokens") as task,
+            resident(model, room(model)),
+        ):
             return sequential_fits(model, tokens, chosen, measured.fit_input, self._solve, task.advance)
 
     def timed(self, layers: Sequence[int]) -> Mapping[int, LinearLayer]:
@@ -177,5 +180,8 @@ class Fitting:
 
         measured, tokens = self._measured, self._measured.text.calibration
         model = self._reading()
-        with self._listener.task("Weighing tokens", tokens.size, "tokens") as task, resident(model, room()):
+        with (
+            self._listener.task("Weighing tokens", tokens.size, "tokens") as task,
+            resident(model, room(model)),
+        ):
             return weighted_moments(model, tokens, measured.fit_input, task.advance)

@@ -53,20 +53,20 @@ class Measured:
     def dtype(self) -> str:
         from nbl_export.models.load import fast_dtype
 
-        return fast_dtype()
+        return fast_dtype(self._run.model.device)
 
     @cached_property
     def model(self) -> torch.nn.Module:
         from nbl_export.models.weights import resident, room
 
         model = self._run.model.in_dtype(self.dtype)
-        self._kept.enter_context(resident(model, room()))
+        self._kept.enter_context(resident(model, room(model)))
         return model
 
     @property
     def exact_model(self) -> torch.nn.Module:
         """The model in float32, whose weights are changed by a repair."""
-        return self._run.model.model
+        return self._run.model.in_float32
 
     @cached_property
     def meter(self) -> LossMeter:
@@ -89,11 +89,11 @@ class Measured:
         return Checkpoint(self._run.workspace.repair_checkpoint)
 
     def key(self, **depends: Any) -> str:
-        """A key of ``depends``, the calibration, how this version fits, and the precision in which the model is run."""
-        version = STAGES["select"]
-        return sha256_of_json(
-            {"calibrate": self._calibrated, "dtype": self.dtype, "version": version, **depends}
-        )
+        """A key of ``depends``, the calibration, how this version fits, and how and where the model is run."""
+        from nbl_export.models.device import as_setting
+
+        run = {"dtype": self.dtype, **as_setting(self._run.model.device)}
+        return sha256_of_json({"calibrate": self._calibrated, **run, "version": STAGES["select"], **depends})
 
     def cache(self, **depends: Any) -> LossCache:
         """The losses that depend on ``depends``, the calibration, and the precision in which they are measured."""

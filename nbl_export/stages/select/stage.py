@@ -37,7 +37,7 @@ def select(run: Run, settings: SelectSettings) -> Plan:
 
     ws = run.workspace
     calibrated = ws.require("calibrate", f"nbl-export calibrate MODEL -o {ws.root}")
-    made_of = {"calibrate": calibrated.result}
+    made_of, device = {"calibrate": calibrated.result}, run.on(settings.device)
     if settings.budget.min_speedup is not None:
         made_of["export"] = ws.require("export", f"nbl-export export {ws.root}").result
 
@@ -81,7 +81,7 @@ def select(run: Run, settings: SelectSettings) -> Plan:
         write_json(ws.candidates, _as_kept(scores))
         return [ws.plan, ws.plan.with_suffix(".safetensors"), ws.candidates]
 
-    run.stage("select", settings.as_json(), made_of, work)
+    run.stage("select", settings.as_json(), made_of, work, device)
     return load_plan(ws.plan)
 
 

@@ -61,7 +61,7 @@ def first_divergence(model: torch.nn.Module, plan: Plan, path: Path) -> Divergen
 
     def observe(index: int, h: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
         u = x if plan.fit_input == "normed" else h
-        expected[index, "input"], expected[index, "output"] = kept(u.numpy()), kept(y.numpy())
+        expected[index, "input"], expected[index, "output"] = (kept(t.cpu().numpy()) for t in (u, y))
 
     with (
         linearized(model, plan),

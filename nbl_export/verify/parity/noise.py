@@ -29,7 +29,7 @@ def rounding_noise(model: torch.nn.Module, rows: Sequence[NDArray[np.int32]], se
     generator = torch.Generator().manual_seed(seed)
 
     def disturb(_module: Any, _args: Any, output: torch.Tensor) -> torch.Tensor:
-        signs = torch.randint(0, 2, output.shape, generator=generator) * 2 - 1
+        signs = torch.randint(0, 2, output.shape, generator=generator).to(output.device) * 2 - 1
         return output * (1 + signs * 2 * _LAST_BIT)
 
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]

@@ -33,6 +33,6 @@ def pytorch_in_precision(
 ) -> Parity:
     """The decoder ``model`` in ``precision`` against itself, both by ``plan``, as :func:`.compare_streams` does it."""
     half = in_precision(model, precision.gates)
-    with resident(half, room()), linearized(model, plan), linearized(half, plan):
+    with resident(half, room(half)), linearized(model, plan), linearized(half, plan):
         pair = [torch_stream(m, plan.chosen, cached) for m in (model, half)]
         return compare_streams(pair[0], pair[1], rows, steps, gates_for(precision.gates))

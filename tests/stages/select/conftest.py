@@ -16,7 +16,7 @@ from tests.stages.select.by_hand import forget
 @pytest.fixture(autouse=True)
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Losses are measured in float32, whatever the processor is fastest in."""
-    monkeypatch.setattr("nbl_export.models.load.fast_dtype", lambda: "float32")
+    monkeypatch.setattr("nbl_export.models.load.fast_dtype", lambda *_: "float32")
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ def test_selection_in_bfloat16_leaves_the_model_and_what_is_solved_in_float32(
 ) -> None:
     exact = select(out, api.SelectSettings(k=3, repair=2))
     kl = candidates(out)["candidates"][0]["kl"]
-    monkeypatch.setattr("nbl_export.models.load.fast_dtype", lambda: "bfloat16")
+    monkeypatch.setattr("nbl_export.models.load.fast_dtype", lambda *_: "bfloat16")
     forget(out, "select")
     half = select(out, api.SelectSettings(k=3, repair=2))
     other = candidates(out)["candidates"][0]["kl"]
@@ -34,7 +34,7 @@ def test_selection_in_bfloat16_leaves_the_model_and_what_is_solved_in_float32(
     forget(out, "select")
     plain = select(out, api.SelectSettings(k=3))
     monkeypatch.undo()
-    monkeypatch.setattr("nbl_export.models.load.fast_dtype", lambda: "float32")
+    monkeypatch.setattr("nbl_export.models.load.fast_dtype", lambda *_: "float32")
     forget(out, "select")
     assert same_plan(plain, select(out, api.SelectSettings(k=3)))
 
