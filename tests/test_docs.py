@@ -136,6 +136,7 @@ def test_defaults_of_the_command_line_are_those_of_the_settings() -> None:
         "field": "text",
         "seed": 0,
         "dtype": "auto",
+        "device": "auto",
     }
     budget = {"max_kl": None, "max_perplexity_ratio": None, "min_speedup": None}
     assert asdict(SelectSettings()) == {
@@ -150,6 +151,7 @@ def test_defaults_of_the_command_line_are_those_of_the_settings() -> None:
         "rank": None,
         "seed": 0,
         "budget": budget,
+        "device": "auto",
     }
     assert asdict(checks) == {
         "decode_steps": 8,
@@ -158,6 +160,7 @@ def test_defaults_of_the_command_line_are_those_of_the_settings() -> None:
         "contexts": (128, 512, 1024),
         "rounds": 7,
         "bound": {"max_kl": None, "max_perplexity_ratio": None},
+        "device": "auto",
     }
     assert asdict(EngineSettings()) == {
         "library": "auto",
