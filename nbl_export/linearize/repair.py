@@ -151,7 +151,7 @@ def repair(
     A ``checkpoint`` of another identity is ignored; what goes on from one ends bit for bit as if it had never
     stopped. Raises ``KeyboardInterrupt`` after an interrupt, its work saved.
     """
-    with resident(task.model, room()):
+    with resident(task.model, room(task.model)):
         return _repair(task, checkpoint, listener or Silent())
 
 
