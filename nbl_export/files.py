@@ -166,9 +166,9 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def json_text(value: Any) -> str:
-    """The text of a JSON file; NaN and infinity are refused because JSON cannot represent them."""
-    return json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+def json_text(value: Any, finite: bool = True) -> str:
+    """The text of a JSON file; NaN and infinity, which JSON cannot represent, are refused if it is to be ``finite``."""
+    return json.dumps(value, indent=2, allow_nan=not finite, ensure_ascii=False) + "\n"
 
 
 def jsonable(value: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 from nbl_export.errors import InputError
 from nbl_export.export.genai_config import NAME as GENAI
-from nbl_export.files import atomic_path, json_text, read_json, stays_in, write_json
+from nbl_export.files import atomic_path, json_text, read_json, stays_in, write_text
 
 CONFIG = "config.json"
 # Weights of other formats; a rewritten folder does not need them.
@@ -49,7 +49,9 @@ def updated_configs(
 def _updated(source: Path, linear: list[int], cached: list[int]) -> Sidecar:
     if source.name not in (GENAI, CONFIG):
         return Sidecar(source)
-    config = read_json(source, "The configuration of the graph", "export the model again")
+    # Models have infinity in their configuration, which transformers reads; onnxruntime-genai reads plain JSON.
+    is_json = source.name == GENAI
+    config = read_json(source, "The configuration of the graph", "export the model again", finite=is_json)
     try:
         return Sidecar(
             source, _genai(config, cached) if source.name == GENAI else _hugging_face(config, linear, cached)
@@ -69,7 +71,7 @@ def unlike(files: Iterable[Sidecar], folder: Path) -> Path | None:
     """The first file in ``folder`` that is missing or not what :func:`copy_sidecars` writes of ``files``."""
     for file in files:
         target = folder / file.under / file.source.name
-        written = json_text(file.config).encode() if file.config is not None else None
+        written = _text(file.config).encode() if file.config is not None else None
         if not target.is_file():
             return target
         if (written or file.source.read_bytes()) != target.read_bytes():
@@ -77,9 +79,13 @@ def unlike(files: Iterable[Sidecar], folder: Path) -> Path | None:
     return None
 
 
+def _text(config: dict[str, Any]) -> str:
+    return json_text(config, finite=False)
+
+
 def _copy(file: Sidecar, target: Path) -> Path:
     if file.config is not None:
-        write_json(target, file.config)
+        write_text(target, _text(file.config))
     elif file.source.resolve() != target.resolve():
         with atomic_path(target) as temporary:
             shutil.copyfile(file.source, temporary)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 
 from nbl_export.errors import InputError
-from nbl_export.export.sidecars import copy_sidecars, graph_in, sidecars_of, updated_configs
+from nbl_export.export.sidecars import copy_sidecars, graph_in, sidecars_of, unlike, updated_configs
 
 
 def write(folder: Path, name: str, content: object = "") -> Path:
@@ -50,7 +51,19 @@ def test_sliding_layers_are_named_by_their_new_number(tmp_path: Path) -> None:
     assert found == {"sliding_window": {"window_size": 8, "layers": [0, 2]}, "num_hidden_layers": 4}
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"model": {}}'])
+def test_infinity_stays_in_a_models_configuration(tmp_path: Path) -> None:
+    source = write(tmp_path, "config.json", '{"time_step_limit": [0.0, Infinity]}')
+    sidecars = updated_configs([source], linear=[1], cached=[0])
+    (tmp_path / "new").mkdir()
+    (written,) = copy_sidecars(sidecars, tmp_path / "new")
+    assert json.loads(written.read_text())["time_step_limit"] == [0.0, math.inf]
+    assert unlike(sidecars, tmp_path / "new") is None
+
+
+INFINITE = '{"model": {"decoder": {"num_hidden_layers": 4, "num_attention_heads": 1e999}}}'
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"model": {}}', INFINITE])
 def test_a_broken_configuration_is_an_input_error(tmp_path: Path, content: str) -> None:
     source = write(tmp_path, "genai_config.json", content)
     with pytest.raises(InputError, match=r"genai_config\.json") as caught:
