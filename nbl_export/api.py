@@ -10,8 +10,8 @@ can put right. ``listener`` receives progress (:mod:`nbl_export.progress`); none
 code that comes with the model run; it is said at each call that loads the model, and no folder remembers it.
 ``rehash`` reads files again whose digests the folder has kept.
 
-:func:`calibrate` shares its work with the other processes that torchrun started; the others refuse to be one of
-several.
+:func:`calibrate` and :func:`select` share their work with the other processes that torchrun started; the others
+refuse to be one of several.
 """
 
 from __future__ import annotations
@@ -158,7 +158,6 @@ def calibrate(
     return work.workspace.moments
 
 
-@in_one_process
 def select(
     out: str | Path,
     settings: SelectSettings,

@@ -7,14 +7,16 @@ NVIDIA GPUs. Rank 0, the first, reads, writes, locks and speaks; the others comp
 2. What is found wrong in work that is shared is raised by every rank, as the same error; one of them says it.
 3. A process that is gone ends the others: each collective raises :class:`LostRankError`. One that hangs does after
    :data:`TIMEOUT`, which is longer than the longest work that one rank does while the others wait.
+4. Where only the first knows what comes next, it leads: it asks for jobs, of which each rank does its share, and the
+   others follow until it is through.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 A = TypeVar("A")
 P = ParamSpec("P")
+# Does a share of the items; what follows the share is the same for all.
+Job = Callable[..., Sequence[Any]]
 # The longest that others wait for one: it samples the text of a large model, or repairs its layers.
 TIMEOUT = timedelta(hours=6)
 _RANK, _COUNT, _SAID = "RANK", "WORLD_SIZE", "nbl-export/said"
@@ -93,6 +97,39 @@ class Ranks:
         with _connected(self.count):
             for tensor in tensors:
                 torch.distributed.reduce(tensor, dst=0)
+
+    @contextmanager
+    def leading(self) -> Iterator[None]:
+        """Within the block, the first rank may :meth:`ask`; at its end the others are through, with the same error."""
+        try:
+            yield
+        except LostRankError:
+            raise
+        except NblError as error:
+            refused = error  # the name of an except clause ends with it
+            with suppress(NblError):
+                self.shared(lambda: _raise(refused))
+            raise
+        self.shared(lambda: None)
+
+    def ask(self, jobs: Mapping[str, Job], name: str, items: Sequence[Any], *common: Any) -> list[Any]:
+        """What the job ``name`` gives for each of ``items``, from the first rank and from those that follow it."""
+        self.shared(lambda: (name, items, common))
+        return self._do(jobs[name], items, common)
+
+    def follow(self, jobs: Callable[[], Mapping[str, Job]]) -> None:
+        """Do this rank's share of what the first one asks for; ``jobs`` are made when it asks for something."""
+        while (asked_for := self.shared(_nothing)) is not None:
+            name, items, common = asked_for
+            try:
+                self._do(jobs()[name], items, common)
+            except LostRankError:
+                raise
+            except NblError:
+                pass  # the first rank has it too, and knows what is to be done
+
+    def _do(self, job: Job, items: Sequence[Any], common: tuple[Any, ...]) -> list[Any]:
+        return self.spread(items, lambda share: job(share, *common))
 
 
 ALONE = Ranks()
@@ -208,12 +245,20 @@ def in_one_process(command: Callable[P, T]) -> Callable[P, T]:
     def checked(*args: P.args, **kwargs: P.kwargs) -> T:
         if (count := asked().count) > 1:
             raise InputError(
-                f"This command works in one process, and was started in {count}: start only calibrate with "
-                "torchrun, and this one without it; it goes on from what is made."
+                f"This command works in one process, and was started in {count}: start only calibrate and select "
+                "with torchrun, and this one without it; it goes on from what is made."
             )
         return command(*args, **kwargs)
 
     return checked
+
+
+def _nothing() -> Any:
+    return None
+
+
+def _raise(error: NblError) -> None:
+    raise error
 
 
 def _tried(make: Callable[[], T]) -> tuple[T | None, NblError | None]:

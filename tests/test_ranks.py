@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,17 @@ import torch
 
 from nbl_export import api, ranks
 from nbl_export.errors import CalibrationError, InputError
-from nbl_export.ranks import ALONE, LostRankError, Ranks, asked, begin, in_one_process, is_first, together
+from nbl_export.ranks import (
+    ALONE,
+    Job,
+    LostRankError,
+    Ranks,
+    asked,
+    begin,
+    in_one_process,
+    is_first,
+    together,
+)
 from tests.several import forked
 
 
@@ -116,6 +127,47 @@ def test_an_error_of_one_is_the_error_of_all(tmp_path: Path) -> None:
         assert len({str(error) for error in found}) == 1 and words in str(found[0])
 
 
+def refusing(share: Sequence[int], base: int) -> list[int]:
+    if 7 in share:
+        raise InputError("7 is odd: leave it out.")
+    return [base + item for item in share]
+
+
+def test_the_first_leads_and_the_others_follow(tmp_path: Path) -> None:
+    def work(here: Ranks) -> Any:
+        done: list[list[int]] = []
+
+        def job(share: Sequence[int], base: int) -> list[int]:
+            done.append(list(share))
+            return refusing(share, base)
+
+        jobs: dict[str, Job] = {"job": job}
+        if not here.first:
+            here.follow(lambda: jobs)
+            return done
+        with here.leading():
+            found = [here.ask(jobs, "job", [1, 2, 3], 10)]
+            with pytest.raises(InputError, match="7 is odd"):
+                here.ask(jobs, "job", [1, 7], 10)
+            found.append(here.ask(jobs, "job", [4], 20))
+        return found
+
+    assert forked(2, tmp_path, work) == [[[11, 12, 13], [24]], [[2], [7], []]]
+
+
+def test_an_error_of_the_first_ends_those_that_follow(tmp_path: Path) -> None:
+    def work(here: Ranks) -> Any:
+        if not here.first:
+            here.follow(lambda: pytest.fail("nothing was asked for"))
+        with here.leading():
+            raise CalibrationError("Layer 3 is odd: look at it.")
+
+    found = forked(3, tmp_path, work)
+    assert [(type(error), str(error)) for error in found] == [
+        (CalibrationError, "Layer 3 is odd: look at it.")
+    ] * 3
+
+
 @pytest.mark.parametrize("victim", [0, 1, 2])
 def test_who_loses_a_process_says_so_once(tmp_path: Path, victim: int) -> None:
     def work(here: Ranks) -> Any:
@@ -149,7 +201,7 @@ def test_a_group_of_the_calling_program_stays(tmp_path: Path) -> None:
 
 
 COMMANDS = (
-    *("run", "select", "export", "rewrite", "rewrite_onnx", "build"),
+    *("run", "export", "rewrite", "rewrite_onnx", "build"),
     *("verify", "evaluate", "bench", "report", "inspect"),
 )
 
@@ -165,7 +217,7 @@ def test_a_command_of_one_process_is_refused_before_any_work(
 
 def test_every_command_says_whether_it_works_in_several() -> None:
     verbs = {name for name in api.__all__ if name[0].islower()}
-    assert verbs == {*COMMANDS, "calibrate"}
+    assert verbs == {*COMMANDS, "calibrate", "select"}
 
 
 def test_one_process_of_torchrun_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:

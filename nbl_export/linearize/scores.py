@@ -45,25 +45,38 @@ def score_layers(
     fit_input: FitInput = "normed",
     ridge: float = DEFAULT_RIDGE,
     listener: Listener | None = None,
+    score: Callable[[Sequence[int]], Sequence[Candidate]] | None = None,
+    at_once: int = 1,
 ) -> tuple[Candidate, ...]:
-    """Fit and score every layer; raises :class:`CalibrationError` naming a layer that cannot be fitted."""
+    """Fit and score every layer; raises :class:`CalibrationError` naming a layer that cannot be fitted.
+
+    ``score`` does it for ``at_once`` layers; without it they are scored here, by :func:`score_layer`.
+    """
     listener = Silent() if listener is None else listener
-    candidates = []
-    with listener.task("Scoring layers", len(moments.layers), "layers") as task:
-        for layer in sorted(moments.layers):
-            fit = fit_layer(moments, layer, fit_input, ridge)
-            with naming(layer):
-                cca, cca_ridge = cca_bound(moments.layers[layer], ridge)
-            _finite(fit.nmse, layer, "error")
-            _finite(cca, layer, "CCA bound")
-            candidates.append(Candidate(layer, fit.nmse, cca, fit.ridge, cca_ridge))
-            for what, used in (("fit", fit.ridge), ("CCA bound", cca_ridge)):
-                if used != ridge:
-                    listener.note(
-                        f"Layer {layer}: the {what} needed a ridge of {used:g} instead of {ridge:g}."
-                    )
-            task.advance(1)
+    layers, candidates = sorted(moments.layers), []
+    with listener.task("Scoring layers", len(layers), "layers") as task:
+        for at in range(0, len(layers), at_once):
+            some = layers[at : at + at_once]
+            scored = score(some) if score else [score_layer(moments, i, fit_input, ridge) for i in some]
+            for candidate in scored:
+                candidates.append(candidate)
+                for what, used in (("fit", candidate.ridge), ("CCA bound", candidate.cca_ridge)):
+                    if used != ridge:
+                        listener.note(
+                            f"Layer {candidate.layer}: the {what} needed a ridge of {used:g} instead of {ridge:g}."
+                        )
+                task.advance(1)
     return tuple(candidates)
+
+
+def score_layer(moments: Moments, layer: int, fit_input: FitInput, ridge: float) -> Candidate:
+    """Fit and score one layer; raises :class:`CalibrationError` naming it if it cannot be fitted."""
+    fit = fit_layer(moments, layer, fit_input, ridge)
+    with naming(layer):
+        cca, cca_ridge = cca_bound(moments.layers[layer], ridge)
+    _finite(fit.nmse, layer, "error")
+    _finite(cca, layer, "CCA bound")
+    return Candidate(layer, fit.nmse, cca, fit.ridge, cca_ridge)
 
 
 def fit_layer(moments: Moments, layer: int, fit_input: FitInput, ridge: float) -> LinearFit:

@@ -67,13 +67,21 @@ class LossCache:
 class MeasuredSets:
     """The losses of sets of linear layers, from a cache or measured.
 
-    ``linear`` has W and b of every layer. The ``meter`` is created at the first measurement.
+    ``linear`` has W and b of every layer. The ``meter`` is created at the first measurement. ``measure`` stands for
+    :func:`measured_losses` where several processes take a share of the sets, of which ``at_once`` are measured in the
+    time of one.
     """
 
     def __init__(
-        self, meter: Callable[[], LossMeter], linear: Mapping[int, LinearLayer], cache: LossCache
+        self,
+        meter: Callable[[], LossMeter],
+        linear: Mapping[int, LinearLayer],
+        cache: LossCache,
+        measure: Callable[[Sequence[Sequence[int]], frozenset[int]], Sequence[Loss]] | None = None,
+        at_once: int = 1,
     ) -> None:
         self._meter, self._linear, self._cache = meter, linear, cache
+        self._measure_all, self._at_once = measure or self._measured_here, at_once
         self._wanted: frozenset[int] = frozenset()
         self._announced: list[list[int]] = []
 
@@ -95,18 +103,31 @@ class MeasuredSets:
         self._wanted = frozenset(layers)
 
     def _measure(self, layers: list[int]) -> Loss:
-        meter = self._meter()
-        together = [layers]
-        if meter.together:
-            together += [w for w in self._announced if w != layers and _name(w) not in self._cache]
-        if all(self._wanted <= set(wanted) for wanted in together):
-            meter.settle({i: self._linear[i] for i in self._wanted})
-        losses = meter.measure_all([{i: self._linear[i] for i in wanted} for wanted in together])
+        unknown = [w for w in self._announced if w != layers and _name(w) not in self._cache]
+        together = [layers, *unknown]
+        if not self._meter().together:
+            together = together[: self._at_once]
+        losses = self._measure_all(together, self._wanted)
         found = {_name(w): usable(loss, w) for w, loss in zip(together, losses, strict=True)}
         loss = found.pop(_name(layers))
         if found:
             self._cache.put(found)
         return loss
+
+    def _measured_here(self, sets: Sequence[Sequence[int]], settled: frozenset[int]) -> list[Loss]:
+        return measured_losses(self._meter(), self._linear, sets, settled)
+
+
+def measured_losses(
+    meter: LossMeter,
+    linear: Mapping[int, LinearLayer],
+    sets: Sequence[Sequence[int]],
+    settled: frozenset[int] = frozenset(),
+) -> list[Loss]:
+    """The losses of ``sets`` of the ``linear`` layers; if all add to ``settled``, the meter settles on those."""
+    if all(settled <= set(layers) for layers in sets):
+        meter.settle({i: linear[i] for i in settled})
+    return meter.measure_all([{i: linear[i] for i in layers} for layers in sets])
 
 
 def _name(layers: Sequence[int]) -> str:

@@ -5,6 +5,7 @@ What torchrun itself says of a failed process is its own; nbl-export says one se
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from nbl_export import api
 from nbl_export.calibrate.moments import ARRAYS, load_moments
 from nbl_export.calibrate.text import load_text
+from nbl_export.linearize.plan import load_plan
 from nbl_export.workspace import Workspace
 from tests.command_line import Done, no_leftovers
 from tests.several import torchrun
@@ -98,6 +100,22 @@ def test_two_processes_calibrate_as_one_does(alone: Path, both: Path) -> None:
     one, two = (load_text(Workspace.open(out).text) for out in (alone, both))
     np.testing.assert_array_equal(one.calibration, two.calibration)
     assert Workspace.open(alone).record("calibrate").key == Workspace.open(both).record("calibrate").key  # type: ignore[union-attr]
+
+
+def test_two_processes_select_as_one_does(alone: Path, both: Path, tmp_path: Path) -> None:
+    one = Path(shutil.copytree(alone, tmp_path / "one", copy_function=shutil.copy2))
+    plan = api.select(one, api.SelectSettings(k=2))
+    two = Path(shutil.copytree(both, tmp_path / "two", copy_function=shutil.copy2))
+    done = torchrun(2, "select", two, "--k", 2)
+    assert done.code == 0, done
+    assert done.out.startswith(f"Plan: layers {', '.join(map(str, plan.chosen))}. Next:")
+    assert done.err.count("Scoring layers") == done.err.count("Running the original") == 1
+    found = load_plan(Workspace.open(two).plan)
+    assert found.chosen == plan.chosen
+    for index, layer in plan.layers.items():
+        for want, have in ((layer.w, found.layers[index].w), (layer.b, found.layers[index].b)):
+            assert np.linalg.norm(have - want) <= 1e-6 * np.linalg.norm(want)
+    no_leftovers(two)
 
 
 def test_a_killed_process_ends_all_and_any_number_goes_on(

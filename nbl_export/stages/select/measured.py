@@ -16,7 +16,7 @@ from nbl_export.errors import InputError
 from nbl_export.files import read_sealed, sha256_of_json, write_sealed
 from nbl_export.linearize.figures import Loss
 from nbl_export.linearize.loss import LossMeter, loss_of_plan
-from nbl_export.linearize.search import LossCache, MeasuredSets, usable
+from nbl_export.linearize.search import LossCache, usable
 from nbl_export.progress import Listener
 from nbl_export.stage_record import STAGES
 from nbl_export.stages.run import Run
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from nbl_export.calibrate.text import CalibrationText
-    from nbl_export.linearize.plan import LinearLayer, Plan
+    from nbl_export.linearize.plan import Plan
     from nbl_export.settings.choices import FitInput
 
 _FORMAT = "nbl-export/measured/1"
@@ -79,10 +79,6 @@ class Measured:
     def loss_of(self, plan: Plan) -> Loss:
         """The loss of the model with ``plan`` applied, on the selection text."""
         return usable(loss_of_plan(self.meter, plan), plan.chosen, "replaced as they ship")
-
-    def sets(self, linear: Mapping[int, LinearLayer], **fitted: Any) -> MeasuredSets:
-        """The sets of ``linear`` layers, which depend only on ``fitted`` and the calibration."""
-        return MeasuredSets(lambda: self.meter, linear, self.cache(fit_input=self.fit_input, **fitted))
 
     @property
     def repair_checkpoint(self) -> Checkpoint:

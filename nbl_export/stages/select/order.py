@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -21,8 +21,7 @@ from nbl_export.stages.select.frontier import points_of
 if TYPE_CHECKING:
     from nbl_export.linearize.search import MeasuredSets
     from nbl_export.stages.select.frontier import SpeedMeter
-    from nbl_export.stages.select.linear_layers import Fitting
-    from nbl_export.stages.select.measured import Measured
+    from nbl_export.stages.select.jobs import Jobs
 
 # A function that returns the K best layers, best first, for any K.
 Prefix = Callable[[int], Sequence[int]]
@@ -40,12 +39,9 @@ class Shipped(Generic[T]):
 class Choosing:
     """Ranks the layers of a model by a criterion."""
 
-    def __init__(
-        self, settings: SelectSettings, measured: Measured, fitting: Fitting, listener: Listener
-    ) -> None:
+    def __init__(self, settings: SelectSettings, jobs: Jobs, listener: Listener) -> None:
         assert settings.criterion is not None
-        self._settings, self._listener = settings, listener
-        self._measured, self._fitting = measured, fitting
+        self._settings, self._listener, self._jobs = settings, listener, jobs
         self._criterion = CRITERIA[settings.criterion]
 
     @cached_property
@@ -54,7 +50,7 @@ class Choosing:
         # A sequential fit depends on the set, so layers are chosen by the LMMSE fit.
         fit = "lmmse" if self._settings.fit == "sequential" else self._settings.fit
         ridge = None if fit == "drop" else self._settings.ridge
-        return self._measured.sets(self._fitting.for_choosing, fit=fit, ridge=ridge)
+        return self._jobs.sets("for_choosing", fit=fit, ridge=ridge)
 
     def scored(self, candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
         """``candidates`` with the scores that the criterion measures for each single layer."""
@@ -65,8 +61,8 @@ class Choosing:
         )
         found = []
         with self._listener.task("Measuring layers", len(candidates), "layers") as task:
-            for candidate in candidates:
-                found.append(measure(candidate))
+            for candidate in measure(candidates):
+                found.append(candidate)
                 task.advance(1)
         return tuple(found)
 
@@ -78,34 +74,27 @@ class Choosing:
     @property
     def described(self) -> tuple[int, int]:
         """The size of the text that losses are measured on: its predictions and its documents."""
-        text = self._measured.text
+        text = self._jobs.measured.text
         predictions = int(text.selection.shape[0] * (text.selection.shape[1] - 1))
         return predictions, len(np.unique(text.selection_document[:, 1:]))
 
-    def _kl(self, candidate: Candidate) -> Candidate:
-        loss = self.sets.loss([candidate.layer])
-        return replace(candidate, kl=loss.kl, kl_se=loss.kl_se)
+    def _kl(self, candidates: Sequence[Candidate]) -> Iterator[Candidate]:
+        for candidate, loss in _singly(self.sets, candidates):
+            yield replace(candidate, kl=loss.kl, kl_se=loss.kl_se)
 
-    def _drop(self, candidate: Candidate) -> Candidate:
-        loss = self._measured.sets(self._fitting.dropped, fit="drop", ridge=None).loss([candidate.layer])
-        return replace(candidate, drop=loss.kl, drop_se=loss.kl_se)
+    def _drop(self, candidates: Sequence[Candidate]) -> Iterator[Candidate]:
+        for candidate, loss in _singly(self._jobs.sets("dropped", fit="drop", ridge=None), candidates):
+            yield replace(candidate, drop=loss.kl, drop_se=loss.kl_se)
 
-    def _linearity(self, candidate: Candidate) -> Candidate:
-        from nbl_export.linearize.search import NOISE, sensitivity
-        from nbl_export.models.layers import attention_layer
-
-        measured = self._measured
-        layer = attention_layer(measured.model, candidate.layer)
-        energy = self._fitting.energy(candidate.layer)
-        loss = measured.cache(what="noise", share=NOISE).get(
-            str(candidate.layer), lambda: sensitivity(measured.meter, layer, energy)
-        )
-        return replace(
-            candidate,
-            sensitivity=loss.kl,
-            sensitivity_se=loss.kl_se,
-            predicted=loss.kl * candidate.nmse,
-        )
+    def _linearity(self, candidates: Sequence[Candidate]) -> Iterator[Candidate]:
+        losses = self._jobs.sensitivities([candidate.layer for candidate in candidates])
+        for candidate, loss in zip(candidates, losses, strict=True):
+            yield replace(
+                candidate,
+                sensitivity=loss.kl,
+                sensitivity_se=loss.kl_se,
+                predicted=loss.kl * candidate.nmse,
+            )
 
     def prefix(self, candidates: Sequence[Candidate]) -> Prefix:
         """The best of the scored ``candidates``."""
@@ -128,6 +117,13 @@ class Choosing:
                 return found
 
             return loss_curve(prefix, loss, most, self._settings.budget)
+
+
+def _singly(sets: MeasuredSets, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Loss]]:
+    """Each of ``candidates`` with the loss of its layer alone."""
+    sets.announce([candidate.layer] for candidate in candidates)
+    for candidate in candidates:
+        yield candidate, sets.loss([candidate.layer])
 
 
 def choose(

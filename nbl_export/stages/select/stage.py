@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from nbl_export.files import write_json
 from nbl_export.linearize.plan import LinearLayer, Plan, load_plan
 from nbl_export.linearize.selection import Curve, PlanLoss, ScoredLayer, Scores
-from nbl_export.progress import Listener
+from nbl_export.progress import Listener, Silent
+from nbl_export.ranks import ALONE
 from nbl_export.records import to_json
 from nbl_export.settings import SelectSettings
 from nbl_export.stages.run import Run
 
 if TYPE_CHECKING:
-    from nbl_export.calibrate.moments import Moments
     from nbl_export.stages.select.frontier import SpeedMeter
     from nbl_export.stages.select.linear_layers import Fitting
     from nbl_export.stages.select.measured import Measured
@@ -26,34 +26,28 @@ if TYPE_CHECKING:
 
 def select(run: Run, settings: SelectSettings) -> Plan:
     """Moments → plan: score every layer, choose K, and save their W and b with the evidence for the proof."""
-    from nbl_export.calibrate.moments import load_moments
     from nbl_export.linearize.plan import save_plan
     from nbl_export.linearize.scores import check_layers, check_rank, predicted_excess, score_layers
+    from nbl_export.models.device import exact_float32
     from nbl_export.models.layers import FULL, positions
     from nbl_export.stages.select.frontier import SpeedMeter
-    from nbl_export.stages.select.linear_layers import Fitting
-    from nbl_export.stages.select.measured import Measured
+    from nbl_export.stages.select.jobs import Jobs
     from nbl_export.stages.select.order import Choosing, Shipped, choose
 
-    ws = run.workspace
-    calibrated = ws.require("calibrate", f"nbl-export calibrate MODEL -o {ws.root}")
+    ws, ranks = run.workspace, run.ranks
+    calibrated = ranks.shared(lambda: ws.require("calibrate", f"nbl-export calibrate MODEL -o {ws.root}"))
     made_of, device = {"calibrate": calibrated.result}, run.on(settings.device)
-    if settings.budget.min_speedup is not None:
-        made_of["export"] = ws.require("export", f"nbl-export export {ws.root}").result
 
     def work(listener: Listener) -> list[Path]:
-        moments, metadata = load_moments(ws.moments)
+        with closing(Jobs(run, calibrated.result, settings, listener)) as jobs:
+            return made(jobs, listener)
+
+    def made(jobs: Jobs, listener: Listener) -> list[Path]:
+        moments, metadata, measured, fitting = jobs.moments, jobs.metadata, jobs.measured, jobs.fitting
         if settings.rank is not None:
             check_rank(settings.rank, len(next(iter(moments.layers.values())).x))
-        with closing(Measured(run, calibrated.result, settings.fit_input, listener)) as measured:
-            return made(moments, metadata, measured, listener)
-
-    def made(
-        moments: Moments, metadata: dict[str, Any], measured: Measured, listener: Listener
-    ) -> list[Path]:
-        dtype = metadata.get("dtype", "float32")
-        fitting = Fitting(moments, measured, settings, listener, lambda: run.model.in_dtype(dtype))
-        candidates = score_layers(moments, settings.fit_input, fitting.scoring_ridge, listener)
+        ridge = fitting.scoring_ridge
+        candidates = score_layers(moments, settings.fit_input, ridge, listener, jobs.scores, ranks.count)
         empty = _plan(run, settings, metadata, {})
 
         def ship(layers: Sequence[int]) -> Shipped[tuple[Plan, PlanLoss | None]]:
@@ -65,7 +59,7 @@ def select(run: Run, settings: SelectSettings) -> Plan:
             curve: Curve | None = None
             plan, result = ship(check_layers([c.layer for c in candidates], settings.layers, settings.k)).made
         else:
-            choosing = Choosing(settings, measured, fitting, listener)
+            choosing = Choosing(settings, jobs, listener)
             candidates = choosing.scored(candidates)
 
             def speeds(prefix: Prefix) -> SpeedMeter:
@@ -81,7 +75,14 @@ def select(run: Run, settings: SelectSettings) -> Plan:
         write_json(ws.candidates, _as_kept(scores))
         return [ws.plan, ws.plan.with_suffix(".safetensors"), ws.candidates]
 
-    run.stage("select", settings.as_json(), made_of, work, device)
+    if not ranks.first:
+        with closing(Jobs(run, calibrated.result, settings, Silent())) as jobs, exact_float32():
+            ranks.follow(lambda: jobs.by_name)
+        return load_plan(ws.plan)
+    with ranks.leading():
+        if settings.budget.min_speedup is not None:
+            made_of["export"] = ws.require("export", f"nbl-export export {ws.root}").result
+        replace(run, ranks=ALONE).stage("select", settings.as_json(), made_of, work, device)
     return load_plan(ws.plan)
 
 
