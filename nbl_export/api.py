@@ -149,7 +149,7 @@ def calibrate(
     asked.check()
     pipeline.check_machine(asked)
     with together() as ranks:
-        digests = kept_digests(Path(out), rehash, listener)
+        digests = kept_digests(Path(out), rehash, listener if ranks.first else None)
         source = ranks.shared(lambda: find_model(str(model), trust_remote_code, digests))
         check_sources(source, asked)
         work = Run.start(source, Path(out), listener, ranks, digests)

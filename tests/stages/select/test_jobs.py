@@ -88,8 +88,8 @@ def test_a_model_that_streams_is_swept_once_by_each_process(
 ) -> None:
     sweeps = tmp_path / "sweeps"
     sweeps.mkdir()
-    monkeypatch.setattr("nbl_export.models.weights.room", lambda: 0)
-    monkeypatch.setattr("nbl_export.models.load.fast_dtype", lambda: "bfloat16")
+    monkeypatch.setattr("nbl_export.models.weights.room", lambda _model: 0)
+    monkeypatch.setattr("nbl_export.models.load.fast_dtype", lambda _device: "bfloat16")
     swept = LossMeter.measure_versions
 
     def counted(meter: LossMeter, versions: list[Version]) -> Any:
