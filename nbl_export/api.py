@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -44,6 +45,7 @@ from nbl_export.settings import (
     VerifySettings,
 )
 from nbl_export.stages.inspection import inspect_path
+from nbl_export.stages.resources import planned
 from nbl_export.stages.run import Run
 from nbl_export.workspace import Workspace, kept_digests
 
@@ -74,6 +76,7 @@ __all__ = [
     "evaluate",
     "export",
     "inspect",
+    "plan_resources",
     "report",
     "rewrite",
     "rewrite_onnx",
@@ -191,6 +194,33 @@ def rewrite(out: str | Path, listener: Listener | None = None, rehash: bool = Fa
     with work.workspace.lock():
         pipeline.rewrite(work)
     return work.workspace.model
+
+
+def plan_resources(
+    model: str | Path,
+    out: str | Path,
+    selection: SelectSettings | None = None,
+    calibration: CalibrateSettings | None = None,
+    verification: VerifySettings | None = None,
+    trust_remote_code: bool = False,
+    exporting: ExportSettings | None = None,
+    engines: EngineSettings | None = None,
+) -> list[Table]:
+    """The memory, disk and time that each stage of :func:`run` would take on this machine, as a table.
+
+    Nothing is written, and no weight is read. Where ``selection`` does not say how many layers, half of them are meant.
+    """
+    asked = RunSettings(
+        selection or SelectSettings(),
+        calibration or CalibrateSettings(),
+        verification or VerifySettings(),
+        exporting or ExportSettings(),
+        engines,
+    ).sharing_bounds()
+    chosen = asked.selection
+    open_ = chosen.k is None and chosen.layers is None and not chosen.budget
+    replace(asked, selection=replace(chosen, k=0) if open_ else chosen).check()
+    return planned(str(model), Path(out), asked, trust_remote_code)
 
 
 @in_one_process

@@ -54,7 +54,7 @@ def test_every_verb_is_named_and_its_settings_too() -> None:
     """What the command line can do, the API can."""
     from nbl_export.cli.main import COMMANDS
 
-    verbs = {{"eval": "evaluate"}.get(name, name) for name in COMMANDS}
+    verbs = {{"eval": "evaluate"}.get(name, name.replace("-", "_")) for name in COMMANDS}
     assert verbs <= set(api.__all__)
     for name in api.__all__:
         assert hasattr(api, name), name

@@ -81,6 +81,27 @@ def run(
     return 0 if value.passed else GATE_FAILED
 
 
+def plan_resources(
+    model: Model,
+    /,
+    *,
+    output: Output = _NBL_OUT,
+    selection: SelectSettings = SelectSettings(),
+    calibration: CalibrateSettings = CalibrateSettings(),
+    verification: VerifySettings = VerifySettings(),
+    exporting: ExportSettings = ExportSettings(),
+    engines: OptionalEngines = OptionalEngines(),
+    trust: Trust = False,
+    config: Config = None,
+) -> None:
+    """Memory, disk and time of each stage of a run, before anything is done."""
+    api, terminal = _loaded()
+    built = engines.asked
+    terminal.show_tables(
+        api.plan_resources(model, output, selection, calibration, verification, trust, exporting, built)
+    )
+
+
 def calibrate(
     model: Model,
     /,
@@ -228,4 +249,17 @@ def inspect(path: Shown, /) -> None:
     terminal.show_tables(api.inspect(path))
 
 
-IN_ORDER = (run, calibrate, select, export, rewrite, build, verify, eval_, bench, report, inspect)
+IN_ORDER = (
+    run,
+    calibrate,
+    select,
+    export,
+    rewrite,
+    build,
+    verify,
+    eval_,
+    bench,
+    report,
+    inspect,
+    plan_resources,
+)

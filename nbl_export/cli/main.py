@@ -80,7 +80,7 @@ app = App(
     suppress_keyboard_interrupt=False,
     result_action="return_value",
 )
-COMMANDS = {function.__name__.rstrip("_"): function for function in commands.IN_ORDER}
+COMMANDS = {function.__name__.rstrip("_").replace("_", "-"): function for function in commands.IN_ORDER}
 for number, (name, function) in enumerate(COMMANDS.items()):
     app.command(function, name=name, sort_key=number)
 app.register_install_completion_command("--install-completion", help="Install completion for this shell.")

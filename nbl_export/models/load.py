@@ -164,6 +164,22 @@ def _finished(source: ModelSource, model: Any, read: Mapping[str, Read], compute
     return Stored(model.eval().requires_grad_(False), read, source.source, computed)
 
 
+def load_skeleton(source: ModelSource) -> torch.nn.Module:
+    """The model by its configuration, without bytes: neither weights nor buffers; raises as :func:`load_stored`."""
+
+    with quiet():
+        if source.gguf_file:
+            with tempfile.TemporaryDirectory() as path, _reading(source):
+                model = _skeleton(source, path, {"gguf_file": str(Path(source.path) / source.gguf_file)})
+        else:
+            with _readable(source) as path:
+                _check_size(source, path)
+                with _reading(source):
+                    model = _skeleton(source, path, {})
+    made: torch.nn.Module = model.to("meta").eval()
+    return made
+
+
 def _skeleton(source: ModelSource, path: str, options: dict[str, Any]) -> Any:
     """The model with its buffers in float32, and weights without bytes."""
     import torch

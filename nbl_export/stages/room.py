@@ -43,8 +43,8 @@ class Shape:
     row_tokens: int | None = None
 
     @classmethod
-    def of(cls, model: torch.nn.Module) -> Shape:
-        """The shape of ``model``, whose weights are not read."""
+    def of(cls, model: torch.nn.Module, row_tokens: int | None = None) -> Shape:
+        """The shape of ``model``, whose weights are not read, but for how many tokens an image has, if not given."""
         from math import prod
 
         from nbl_export.batch.names import PIXELS
@@ -59,7 +59,7 @@ class Shape:
             width=hidden_size(model),
             layers=len(attention_layers(model)),
             row_bytes=_FLOAT * prod(image_shape(model)) if images else None,
-            row_tokens=dummy_run(model).tokens if images else None,
+            row_tokens=(row_tokens or dummy_run(model).tokens) if images else None,
         )
 
 
@@ -100,7 +100,7 @@ def room_to_calibrate(shape: Shape, settings: CalibrateSettings) -> Room:
 def room_to_select(shape: Shape, settings: SelectSettings, exporting: ExportSettings | None = None) -> Room:
     """W and b of the plan; beside them the state of a repair, or a graph that is timed."""
     probe = 2 * _FLOAT * _PROBE_TOKENS * shape.width * shape.layers
-    maps = _FLOAT * _map_weights(shape, settings)
+    maps = _FLOAT * map_weights(shape, settings)
     repair = 2 * 3 * maps if settings.repair else 0
     timed = 0
     if exporting is not None and settings.budget.min_speedup is not None:
@@ -117,7 +117,7 @@ def room_to_export(shape: Shape, settings: ExportSettings) -> Room:
 
 def room_to_rewrite(shape: Shape, selection: SelectSettings, settings: ExportSettings) -> Room:
     """The weights once more, and W and b."""
-    maps = _map_weights(shape, selection) * WEIGHT_BYTES[str(settings.precision)]
+    maps = map_weights(shape, selection) * WEIGHT_BYTES[str(settings.precision)]
     return Room("rewrite", _graph_bytes(shape, settings) + int(maps))
 
 
@@ -131,7 +131,7 @@ def _graph_bytes(shape: Shape, settings: ExportSettings) -> int:
     return int(shape.weights * WEIGHT_BYTES[str(settings.precision)]) + embedding
 
 
-def _map_weights(shape: Shape, settings: SelectSettings) -> int:
+def map_weights(shape: Shape, settings: SelectSettings) -> int:
     """Numbers of W and b of the chosen layers; where K is found out, of half of them."""
     k = len(settings.layers) if settings.layers is not None else settings.k
     one = shape.width * (shape.width if settings.rank is None else 2 * settings.rank) + shape.width

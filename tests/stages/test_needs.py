@@ -1,0 +1,119 @@
+"""What stages need: the terms by hand, and the sums against what was measured."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbl_export import api
+from nbl_export.models.source import find_model
+from nbl_export.models.tasks import task_named
+from nbl_export.settings import RunSettings
+from nbl_export.stages.needs import GIB, MIB, Need, Sizes, needs
+from nbl_export.stages.resources import model_sizes
+from nbl_export.stages.room import Room
+from tests.conftest import ROOT
+
+TASK = task_named("text-generation")
+TEXT = api.CalibrateSettings(("text",), samples=8, seq_len=640, selection_samples=2, heldout_samples=2)
+
+
+def asked(text: api.CalibrateSettings = TEXT, precision: str = "bf16", **selection: Any) -> RunSettings:
+    chosen = api.SelectSettings(**{"k": 12, "criterion": "kl", **selection})
+    return RunSettings(chosen, text, exporting=api.ExportSettings(precision)).resolve(TASK)
+
+
+@pytest.fixture(scope="module")
+def stories(stories_folder: Path) -> Sizes:
+    return model_sizes(find_model(str(stories_folder)))[0]
+
+
+def test_the_sizes_of_a_model_are_counted_by_hand(stories: Sizes) -> None:
+    d, inner, layers, vocabulary, heads, kv = 64, 172, 5, 512, 8, 4
+    block = 2 * d * d + 2 * d * (d // heads * kv) + 3 * d * inner + 2 * d
+    assert (stories.shape.width, stories.shape.layers, stories.vocabulary) == (d, layers, vocabulary)
+    assert (stories.block, stories.blocks, stories.head) == (block, layers * block, vocabulary * d)
+    assert (stories.largest, stories.inner) == (vocabulary * d, inner)
+    assert stories.cache == 2 * layers * kv * (d // heads)
+    assert (stories.stored, stories.computed) == (4, False)
+
+
+def test_the_largest_phase_counts() -> None:
+    need = Need(Room("x", 5), 100, ({"a": 1.0, "b": 2.0}, {"c": 2.5}, {"d": 0.0, "e": 2.9}))
+    assert (need.memory, need.most, need.stage) == (103, "b", "x")
+
+
+def test_what_is_mapped_is_not_in_memory(stories: Sizes) -> None:
+    assert stories.held(4, 1000) == 0 and stories.held(2, 1000) == 2000
+    assert replace(stories, computed=True).held(4, 1000) == 4000
+    assert stories.kept(2) == 2 * stories.shape.weights
+    large = replace(stories, shape=replace(stories.shape, weights=GIB + 1), block=7, head=9)
+    assert large.kept(2) == 18  # of what does not stay in memory, the largest part
+
+
+def test_more_text_takes_more_of_what_grows_with_it(stories: Sizes) -> None:
+    few, many = (
+        {n.stage: n for n in needs(stories, asked(replace(TEXT, samples=rows)), 4)} for rows in (8, 8000)
+    )
+    added = 7992 * 640
+    width = stories.shape.width
+    assert many["calibrate"].memory - few["calibrate"].memory == 4 * width * added
+    assert many["calibrate"].most == "states between blocks"
+    sums = (3 * 1.25 + 4) * width**2 * stories.shape.layers
+    assert many["calibrate"].exact - few["calibrate"].exact == pytest.approx(sums * added)
+    assert many["calibrate"].fast - few["calibrate"].fast == pytest.approx(2.0 * stories.blocks * added)
+    assert many["select"].memory == few["select"].memory
+
+
+def test_a_criterion_that_runs_no_model_needs_less(stories: Sizes) -> None:
+    found = {
+        name: next(n for n in needs(stories, asked(criterion=name, k=2), 2) if n.stage == "select")
+        for name in ("cca", "kl", "greedy")
+    }
+    assert found["cca"].memory < found["kl"].memory == found["greedy"].memory
+    assert 0 == found["cca"].fast < found["kl"].fast < found["greedy"].fast
+
+
+def test_a_repair_is_a_phase_of_its_own(stories: Sizes) -> None:
+    without, repaired = (
+        next(n for n in needs(stories, asked(repair=steps, k=2), 4) if n.stage == "select")
+        for steps in (0, 100)
+    )
+    assert repaired.fast > without.fast and len(repaired.phases) == len(without.phases) + 1
+
+
+# against what was measured ------------------------------------------------------------------------
+
+PAGE = ROOT / "docs" / "large-models.md"
+
+
+def measured() -> list[tuple[str, str, float]]:
+    """Shape, stage and anonymous MiB of each row that scripts/bench_scale.py wrote; one with an exit code is none."""
+    rows = re.findall(r"^\| (\w+) \| ([\w ]+) \| ([\d,]+) \| .*\|  \|$", PAGE.read_text(), re.M)
+    return [(shape, stage, float(mib.replace(",", ""))) for shape, stage, mib in rows]
+
+
+@pytest.fixture(scope="module")
+def shapes() -> Iterator[dict[str, Sizes]]:
+    """The sizes of each shape of scripts/bench_scale.py, from its configuration."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "scripts")
+        bench, table = (importlib.import_module(name) for name in ("bench_scale", "resources_table"))
+        yield {name: table.sizes_of_shape(shape) for name, shape in bench.SHAPES.items()}
+
+
+@pytest.mark.parametrize(("shape", "stage", "mib"), measured())
+def test_memory_is_within_half_as_much_of_what_was_measured(
+    shapes: dict[str, Sizes], shape: str, stage: str, mib: float
+) -> None:
+    name, _, criterion = stage.partition(" ")
+    settings = asked(criterion=criterion) if criterion else asked()
+    need = next(n for n in needs(shapes[shape], settings, 2) if n.stage == name)
+    found = need.memory / MIB
+    assert mib / 1.5 <= found <= 1.5 * mib, f"{found:,.0f} MiB: {dict(need.peak)}"
