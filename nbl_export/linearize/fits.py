@@ -8,23 +8,26 @@ sequential  layer by layer: the input is that of the model with the previous lay
             output of the original attention
 drop        W = 0 and b = 0: the layer is dropped; no fit, but the baseline of all fits
 
-The first needs only the moments; the second and the third need another pass over the calibration text.
+The first needs only the moments; the second and the third need another pass over the calibration text, which reads the
+weights once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import torch
 
+from nbl_export.batch.names import TOKENS
 from nbl_export.calibrate.moments import LayerMoments
 from nbl_export.linearize.lmmse import LinearFit
 from nbl_export.linearize.plan import LinearLayer
 from nbl_export.linearize.swap import replaced
-from nbl_export.models.layers import attention_layer, attention_layers, backbone, hidden_size, observed
-from nbl_export.models.partial_forward import Reached, run_between
+from nbl_export.models.layers import attention_layer, attention_layers, hidden_size, observed
+from nbl_export.models.walk import Batch, Step, segments, walking
 from nbl_export.models.weights import device_of
 from nbl_export.settings.choices import FitInput
 
@@ -47,26 +50,42 @@ def dropped(d: int) -> LinearLayer:
 
 def weighted_moments(
     model: torch.nn.Module, tokens: Any, fit_input: FitInput, advance: Advance
-) -> dict[int, LayerMoments]:
-    """The moments of every attention layer over ``tokens`` [rows, seq], each token weighted by 1 / ‖h‖².
+) -> Iterator[tuple[int, LayerMoments]]:
+    """Each attention layer and its moments over ``tokens`` [rows, seq], each token weighted by 1 / ‖h‖².
 
-    The median token, which bounds the weights, is that of the first rows.
+    The median token, which bounds the weights, is that of the first rows. The weights of each block are read once;
+    ``advance`` is called with the tokens of a batch when they have passed a part of :func:`segments`.
     """
     layers = attention_layers(model)
-    sums = {layer.index: WeightedSums(hidden_size(model), model) for layer in layers}
-    least: dict[int, float] = {}
+    batches = list(_batches(model, tokens))
+    states: list[Any] = [None] * len(batches)
+    with torch.inference_mode(), walking(model) as run:
+        for part in segments(model):
+            inside = tuple(layer for layer in layers if part.start <= layer.index < part.stop)
+            sums = {layer.index: WeightedSums(hidden_size(model), model) for layer in inside}
+            least: dict[int, float] = {}
 
-    def observe(index: int, h: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
-        energy = h.double().square().sum(-1)
-        if index not in least:
-            least[index] = _median_energy(energy) / _MOST_WEIGHT
-        sums[index].add(x if fit_input == "normed" else h, y, energy.clamp_min(least[index]).reciprocal())
+            def observe(
+                index: int,
+                h: torch.Tensor,
+                x: torch.Tensor,
+                y: torch.Tensor,
+                sums: dict[int, WeightedSums] = sums,
+                least: dict[int, float] = least,
+            ) -> None:
+                energy = h.double().square().sum(-1)
+                if index not in least:
+                    least[index] = _median_energy(energy) / _MOST_WEIGHT
+                sums[index].add(
+                    x if fit_input == "normed" else h, y, energy.clamp_min(least[index]).reciprocal()
+                )
 
-    with observed(model, layers, observe), torch.inference_mode():
-        for ids in _batches(model, tokens):
-            backbone(model)(input_ids=ids, use_cache=False)
-            advance(ids.numel())
-    return {index: total.result() for index, total in sums.items()}
+            with run(part) as step, observed(model, inside, observe):
+                for number, batch in enumerate(batches):
+                    states[number] = step(batch, states[number])
+                    advance(batch[TOKENS].numel())
+            for index in list(sums):
+                yield index, sums.pop(index).result()
 
 
 def _median_energy(energy: torch.Tensor) -> float:
@@ -85,54 +104,60 @@ def sequential_fits(
 ) -> dict[int, LinearLayer]:
     """The linear layers of ``chosen``, each fitted after the previous ones are linearized, over ``tokens`` [rows, seq].
 
-    Both models process the text together, layer by layer; their states take 2 × tokens × d values.
+    Both models process the text together, block by block: the weights of each block up to the last of ``chosen`` are
+    read once, and the states of the two models take 2 × tokens × d values.
     """
     order = sorted(chosen)
     fitted: dict[int, LinearLayer] = {}
-    ids = list(_batches(model, tokens))
-    with torch.inference_mode():
-        original = [run_between(model, batch, end=order[0]) for batch in ids]
-        changed = list(original)
-        for index, following in zip(order, [*order[1:], None], strict=True):
-            sums = WeightedSums(hidden_size(model), model)
-            for number, batch in enumerate(ids):
-                _, _, y, original[number] = _seen(model, batch, index, original[number], following)
-                h, x, _, _ = _seen(model, batch, index, changed[number], index)
-                u = x if fit_input == "normed" else h
-                sums.add(u, y, torch.ones(u.shape[:-1], dtype=torch.float64, device=u.device))
-            fitted[index] = as_layer(solve(index, sums.result()))
-            with replaced(model, {index: fitted[index]}, fit_input):
-                for number, batch in enumerate(ids):
-                    if following is not None:
-                        start = (index, _not_none(changed[number]))
-                        changed[number] = run_between(model, batch, start, following)
-                    advance(batch.numel())
+    batches = list(_batches(model, tokens))
+    original: list[Any] = [None] * len(batches)
+    changed = original
+    with torch.inference_mode(), walking(model) as run:
+        for part in (part for part in segments(model) if part.start <= order[-1]):
+            inside = [index for index in order if part.start <= index < part.stop]
+            before: dict[int, LinearLayer] = {}
+            with run(part) as step:
+                for index in inside:
+                    sums = WeightedSums(hidden_size(model), model)
+                    for batch, states, ours in zip(batches, original, changed, strict=True):
+                        _, _, y = _seen(model, index, step, batch, states)
+                        with replaced(model, before, fit_input):
+                            h, x, _ = _seen(model, index, step, batch, ours)
+                        u = x if fit_input == "normed" else h
+                        sums.add(u, y, torch.ones(u.shape[:-1], dtype=torch.float64, device=u.device))
+                        advance(batch[TOKENS].numel())
+                    before[index] = as_layer(solve(index, sums.result()))
+                fitted |= before
+                if order[-1] in before:
+                    break
+                through = list(map(step, batches, original))
+                if not fitted:
+                    original = changed = through
+                    continue
+                with replaced(model, before, fit_input):
+                    changed = list(map(step, batches, changed))
+                original = through
     return fitted
 
 
-def _seen(
-    model: torch.nn.Module, ids: torch.Tensor, index: int, states: torch.Tensor | None, end: int | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """h, x and y of layer ``index`` with input ``states``, and the input of the later layer ``end``.
+class _Seen(Exception):
+    """Raised to end a run when the layer has been seen."""
 
-    If both are the same layer, or ``end`` is None, the run ends when y is computed.
-    """
+
+def _seen(
+    model: torch.nn.Module, index: int, step: Step, batch: Batch, states: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """h, x and y of layer ``index``, which the ``step`` runs."""
     seen: list[torch.Tensor] = []
 
     def take(_index: int, *activations: torch.Tensor) -> None:
         seen.extend(activations)
-        if end in (None, index):
-            raise Reached
+        raise _Seen
 
-    with observed(model, (attention_layer(model, index),), take):
-        after = run_between(model, ids, (index, _not_none(states)), None if end == index else end)
+    with suppress(_Seen), observed(model, (attention_layer(model, index),), take):
+        step(batch, states)
     h, x, y = seen
-    return h, x, y, after
-
-
-def _not_none(states: torch.Tensor | None) -> torch.Tensor:
-    assert states is not None  # it is None only after the last layer
-    return states
+    return h, x, y
 
 
 class WeightedSums:
@@ -167,7 +192,7 @@ class WeightedSums:
         return LayerMoments(self.tokens, x=u, h=u, y=y, xx=uu, yx=yu, yy=yy, hh=uu, yh=yu)
 
 
-def _batches(model: torch.nn.Module, tokens: Any) -> Iterator[torch.Tensor]:
+def _batches(model: torch.nn.Module, tokens: Any) -> Iterator[Batch]:
     device = device_of(model)
     for at in range(0, len(tokens), _BATCH_ROWS):
-        yield torch.from_numpy(tokens[at : at + _BATCH_ROWS].astype(np.int64)).to(device)
+        yield {TOKENS: torch.from_numpy(tokens[at : at + _BATCH_ROWS].astype(np.int64)).to(device)}

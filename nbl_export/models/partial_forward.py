@@ -13,14 +13,14 @@ A model that is larger than memory is trained through block by block, too: :func
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from nbl_export.models.dummy_run import dummy_run
-from nbl_export.models.layers import attention_layer, backbone, block_stack, hidden_states, plain_attributes
+from nbl_export.models.layers import attention_layer, block_stack, hidden_states, plain_attributes
 
 if TYPE_CHECKING:
     from nbl_export.models.layers import AttentionLayer
@@ -130,33 +130,4 @@ def with_states(states: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 class Reached(Exception):
-    """Raised by a hook to stop a run of :func:`run_between`."""
-
-
-def run_between(
-    model: torch.nn.Module,
-    ids: torch.Tensor,
-    start: tuple[int, torch.Tensor] | None = None,
-    end: int | None = None,
-) -> torch.Tensor | None:
-    """Run ``model`` over ``ids`` [batch, seq] and return the input [batch, seq, d] of attention layer ``end``.
-
-    ``start`` is the attention layer to start at, and its input. With ``end`` None the run continues to the last block
-    and returns None.
-    """
-    dummy_run(model)  # before any hook is registered, since its own run would trigger them
-    found: list[torch.Tensor] = []
-
-    def stop(_block: Any, args: Any, kwargs: Any) -> None:
-        found.append(hidden_states(args, kwargs))
-        raise Reached
-
-    with ExitStack() as stack:
-        if start is not None:
-            stack.enter_context(starting_at(model, *start))
-        if end is not None:
-            block = model.get_submodule(attention_layer(model, end).block)
-            stack.callback(block.register_forward_pre_hook(stop, with_kwargs=True).remove)
-        with suppress(Reached):
-            backbone(model)(input_ids=ids, use_cache=False)
-    return found[0] if found else None
+    """Raised by a hook to stop a run."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,13 +13,19 @@ import torch
 
 from nbl_export.batch.arrays import F64
 from nbl_export.calibrate.collect import collect_moments
-from nbl_export.linearize.fits import as_layer, dropped, sequential_fits, weighted_moments
+from nbl_export.calibrate.moments import ARRAYS
+from nbl_export.linearize import fits as module
+from nbl_export.linearize.fits import WeightedSums, as_layer, dropped, sequential_fits, weighted_moments
 from nbl_export.linearize.lmmse import LinearFit, branch_covariances, fit_lmmse
 from nbl_export.linearize.plan import LinearLayer
 from nbl_export.linearize.swap import replaced
 from nbl_export.models.dummy_run import dummy_run
+from nbl_export.models.layers import attention_layers
+from nbl_export.models.walk import segments
+from nbl_export.models.weights import Stored, streamed
 from nbl_export.settings.choices import FitInput
 from tests.families import unsaved
+from tests.models.test_weights import reads
 from tests.tiny_types import tiny_model
 
 FIT_INPUTS: tuple[FitInput, ...] = ("normed", "residual")
@@ -83,8 +91,8 @@ def solve(fit_input: FitInput) -> Any:
 @pytest.mark.parametrize("fit_input", FIT_INPUTS)
 def test_the_weighted_fit_is_weighted_least_squares(model: Any, fit_input: FitInput) -> None:
     counted: list[int] = []
-    moments = weighted_moments(model, TOKENS, fit_input, counted.append)
-    assert sorted(moments) == [0, 1, 2, 3] and sum(counted) == TOKENS.size
+    moments = dict(weighted_moments(model, TOKENS, fit_input, counted.append))
+    assert list(moments) == [0, 1, 2, 3] and sum(counted) == 4 * TOKENS.size
     for index in moments:
         h, x, y = seen(model, index)
         weight = 1 / (h**2).sum(1)
@@ -106,7 +114,7 @@ def test_the_weighted_fit_is_weighted_least_squares(model: Any, fit_input: FitIn
 
 def test_an_outlier_does_not_decide_alone(model: Any) -> None:
     """Scaling every weight changes nothing: the moments are as if each token had counted once."""
-    moments = weighted_moments(model, TOKENS, "residual", lambda _n: None)[2]
+    moments = dict(weighted_moments(model, TOKENS, "residual", lambda _n: None))[2]
     h, _, _ = seen(model, 2)
     weight = 1 / (h**2).sum(1)
     np.testing.assert_allclose(moments.x / moments.n, np.average(h, axis=0, weights=weight), rtol=1e-5)
@@ -114,7 +122,7 @@ def test_an_outlier_does_not_decide_alone(model: Any) -> None:
 
 def test_weights_are_the_streams_also_where_no_norm_is_before_the_attention() -> None:
     model = unsaved("olmo2").eval().requires_grad_(False)
-    normed, residual = (weighted_moments(model, TOKENS, how, lambda _n: None)[1] for how in FIT_INPUTS)
+    normed, residual = (dict(weighted_moments(model, TOKENS, how, lambda _n: None))[1] for how in FIT_INPUTS)
     np.testing.assert_allclose(normed.xx, residual.xx)
     np.testing.assert_allclose(normed.yx, residual.yx)
 
@@ -224,7 +232,7 @@ def test_the_model_is_as_it_was_after_every_fit(model: Any) -> None:
     ids = torch.from_numpy(TOKENS[:2].astype(np.int64))
     with torch.inference_mode():
         before = model(input_ids=ids).logits
-    weighted_moments(model, TOKENS, "normed", lambda _n: None)
+    dict(weighted_moments(model, TOKENS, "normed", lambda _n: None))
     sequential_fits(model, TOKENS, (0, 2), "residual", solve("residual"), lambda _n: None)
     with pytest.raises(ZeroDivisionError):
         sequential_fits(model, TOKENS, (0, 2), "normed", lambda *_: 1 / 0, lambda _n: None)  # type: ignore[arg-type, return-value]
@@ -232,6 +240,78 @@ def test_the_model_is_as_it_was_after_every_fit(model: Any) -> None:
         assert torch.equal(model(input_ids=ids).logits, before)
     assert {name: id(m) for name, m in model.named_modules()} == modules
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+# block by block ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3-text", "bloom"])
+def test_a_model_that_is_read_block_by_block_has_the_same_fits(name: str) -> None:
+    in_memory = unsaved(name).eval().requires_grad_(False)
+    low = streamed(Stored(in_memory), torch.float32)
+    dummy_run(low)
+
+    def fitted(_index: int, moments: Any) -> LinearFit:
+        return fit_lmmse(moments, "normed", 1e-3)
+
+    weighted, sequential = [], []
+    for model in (in_memory, low):
+        with reads() as found:
+            weighted.append(dict(weighted_moments(model, TOKENS, "normed", lambda _n: None)))
+        assert model is in_memory or set(Counter(found).values()) == {1}
+        with reads() as found:
+            sequential.append(sequential_fits(model, TOKENS, (0, 2), "normed", fitted, lambda _n: None))
+        assert model is in_memory or set(Counter(found).values()) == {1}
+        last = attention_layers(model)[3].block
+        assert not any(name.startswith(last) for name in found), (
+            "nothing behind the last chosen layer is read"
+        )
+    for index, moments in weighted[0].items():
+        assert all(np.array_equal(getattr(moments, a), getattr(weighted[1][index], a)) for a in ARRAYS)
+    for index, layer in sequential[0].items():
+        other = sequential[1][index]
+        assert np.array_equal(layer.w, other.w) and np.array_equal(layer.b, other.b)
+
+
+def test_only_one_layer_s_sums_are_in_memory(model: Any) -> None:
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    most = [0]
+
+    class Counted(WeightedSums):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            alive.add(self)
+            most[0] = max(most[0], len(alive))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "WeightedSums", Counted)
+        for _ in weighted_moments(model, TOKENS, "normed", lambda _n: None):
+            pass
+    assert most == [1]
+
+
+def test_blocks_that_share_something_are_fitted_in_one_part(model: Any) -> None:
+    shared: dict[str, Any] = {}
+    together = tiny_model("llama")
+    for block in together.model.layers:
+        block.register_forward_pre_hook(
+            lambda _m, args, kwargs: (args, {**kwargs, "shared": shared}), with_kwargs=True
+        )
+    assert len(segments(together)) == 1
+    for one, other in zip(
+        *(
+            [
+                *sequential_fits(m, TOKENS, (0, 1, 3), "normed", solve("normed"), lambda _n: None).values(),
+                *(
+                    as_layer(fit_lmmse(moments, "normed"))
+                    for _, moments in weighted_moments(m, TOKENS, "normed", lambda _n: None)
+                ),
+            ]
+            for m in (model, together)
+        ),
+        strict=True,
+    ):
+        assert np.array_equal(one.w, other.w) and np.array_equal(one.b, other.b)
 
 
 # dropped -----------------------------------------------------------------------------------------
@@ -266,7 +346,7 @@ def test_a_token_without_energy_does_not_decide_alone() -> None:
     with torch.no_grad():
         model.model.embed_tokens.weight[TOKENS[0, 5]] = 0
         model.model.embed_tokens.weight[TOKENS[0, 7]] = 1e-12
-    moments = weighted_moments(model, TOKENS, "normed", lambda _n: None)[0]
+    moments = dict(weighted_moments(model, TOKENS, "normed", lambda _n: None))[0]
     h, x, y = seen(model, 0)
     energy = (h**2).sum(1)
     assert (energy < 1e-6).sum() >= 2
@@ -280,5 +360,5 @@ def test_a_token_without_energy_does_not_decide_alone() -> None:
     # Nothing but such tokens: each counts as the others do.
     with torch.no_grad():
         model.model.embed_tokens.weight.zero_()
-    none = weighted_moments(model, TOKENS, "normed", lambda _n: None)[0]
+    none = dict(weighted_moments(model, TOKENS, "normed", lambda _n: None))[0]
     assert none.n == TOKENS.size and all(np.isfinite(v).all() for v in (none.x, none.y, none.xx, none.yy))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.layers import attention_layers, block_stack, hidden_size
-from nbl_export.models.partial_forward import recomputed, recording_inputs, run_between, starting_at
+from nbl_export.models.partial_forward import recomputed, recording_inputs, starting_at
 from tests.families import unsaved
 from tests.tiny_types import tiny_model
 
@@ -123,8 +122,6 @@ def test_a_run_that_fails_inside_the_model_leaves_it_as_it_was() -> None:
     before = modules(model)
     with pytest.raises(RuntimeError), starting_at(model, 2, torch.zeros(1, 5, 7)):
         run(model)  # the states have another width
-    with pytest.raises(IndexError):
-        run_between(model, torch.tensor([[10**6]]), end=2)
     assert modules(model) == before
 
 
@@ -135,29 +132,6 @@ def test_states_are_those_of_transformers_own_outputs() -> None:
             states = model(input_ids=IDS, use_cache=False, output_hidden_states=True).hidden_states
         for index in kept:
             assert torch.equal(kept[index], states[index]), (name, index)
-
-
-def test_runs_between_layers_go_from_state_to_state(model: Any) -> None:
-    with recording_inputs(model, attention_layers(model)) as kept:
-        run(model)
-    order = sorted(kept)
-    with torch.inference_mode():
-        for end in order:
-            with calls(model) as ran:
-                found = run_between(model, IDS, end=end)
-            assert found is not None and torch.equal(found, kept[end])
-            assert all(i < end for i in ran), "it ends where it was asked to"
-        for start, end in itertools.pairwise(order):
-            with calls(model) as ran:
-                found = run_between(model, IDS, (start, kept[start]), end)
-            assert found is not None and torch.equal(found, kept[end])
-            assert set(ran) == set(range(start, end))
-            # Where start and end are one layer, its input comes back as it was put in.
-            same = run_between(model, IDS, (start, kept[start]), start)
-            assert same is not None and torch.equal(same, kept[start])
-        with calls(model) as ran:
-            assert run_between(model, IDS, (order[-1], kept[order[-1]])) is None
-        assert min(ran) == order[-1] and max(ran) == len(dummy_run(model).block_returns) - 1
 
 
 def test_many_blocks_that_return_tuples_are_passed_over() -> None:

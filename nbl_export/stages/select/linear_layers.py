@@ -74,8 +74,9 @@ class Fitting:
     def _one_shot(self, layer: int) -> LinearLayer:
         from nbl_export.linearize.fits import as_layer
 
-        moments = self._weighted if self._settings.fit == "weighted" else self._moments.layers
-        return as_layer(self._solve(layer, moments[layer]))
+        if self._settings.fit == "weighted":
+            return self._weighted[layer]
+        return as_layer(self._solve(layer, self._moments.layers[layer]))
 
     @cached_property
     def dropped(self) -> dict[int, LinearLayer]:
@@ -93,16 +94,12 @@ class Fitting:
     def final(self, chosen: Sequence[int]) -> dict[int, LinearLayer]:
         """The linear layers of ``chosen`` before any repair."""
         from nbl_export.linearize.fits import sequential_fits
-        from nbl_export.models.weights import resident, room
 
         if self._settings.fit != "sequential" or not chosen:
             return {i: self.for_choosing[i] for i in chosen}
         measured, tokens = self._measured, self._measured.text.calibration
         model, total = self._reading(), tokens.size * len(chosen)
-        with (
-            self._listener.task("Fitting in sequence", total, "tokens") as task,
-            resident(model, room(model)),
-        ):
+        with self._listener.task("Fitting in sequence", total, "tokens") as task:
             return sequential_fits(model, tokens, chosen, measured.fit_input, self._solve, task.advance)
 
     def timed(self, layers: Sequence[int]) -> Mapping[int, LinearLayer]:
@@ -174,14 +171,14 @@ class Fitting:
         return collect_moments(self._reading(), self._measured.text.selection, self._listener)
 
     @cached_property
-    def _weighted(self) -> dict[int, LayerMoments]:
-        from nbl_export.linearize.fits import weighted_moments
-        from nbl_export.models.weights import resident, room
+    def _weighted(self) -> dict[int, LinearLayer]:
+        # Fitted as the text passes each layer, since the moments of all would take more memory than the layers.
+        from nbl_export.linearize.fits import as_layer, weighted_moments
+        from nbl_export.models.walk import segments
 
         measured, tokens = self._measured, self._measured.text.calibration
         model = self._reading()
-        with (
-            self._listener.task("Weighing tokens", tokens.size, "tokens") as task,
-            resident(model, room(model)),
-        ):
-            return weighted_moments(model, tokens, measured.fit_input, task.advance)
+        total = tokens.size * len(segments(model))
+        with self._listener.task("Weighing tokens", total, "tokens") as task:
+            found = weighted_moments(model, tokens, measured.fit_input, task.advance)
+            return {index: as_layer(self._solve(index, moments)) for index, moments in found}
