@@ -33,7 +33,7 @@ P = ParamSpec("P")
 Job = Callable[..., Sequence[Any]]
 # The longest that others wait for one: it samples the text of a large model, or repairs its layers.
 TIMEOUT = timedelta(hours=6)
-_RANK, _COUNT, _SAID = "RANK", "WORLD_SIZE", "nbl-export/said"
+_RANK, _COUNT, _HERE, _SAID = "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "nbl-export/said"
 AGAIN = "run the same command again to go on from what is done, with as many processes as you like"
 
 
@@ -94,6 +94,8 @@ class Ranks:
             return
         import torch.distributed
 
+        # Objects go by the CPU, where a process that is gone is noticed at once; NCCL would wait for it.
+        self.each(_nothing)
         with _connected(self.count):
             for tensor in tensors:
                 torch.distributed.reduce(tensor, dst=0)
@@ -161,6 +163,12 @@ def is_first() -> bool:
 def are_several() -> bool:
     """Whether the environment says that this is one of several processes."""
     return _place().count > 1
+
+
+def on_this_machine() -> int:
+    """How many of the processes share this machine's memory."""
+    here = os.environ.get(_HERE, "")
+    return max(1, int(here)) if are_several() and here.isdecimal() else 1
 
 
 def _place() -> Ranks:

@@ -65,7 +65,7 @@ def torchrun(count: int, *arguments: object, script: Path | None = None, **envir
         env={**ENVIRONMENT, "OMP_NUM_THREADS": "1", **environment},
         timeout=300,
     )
-    lines = done.stderr.splitlines()
-    own = next((at for at, line in enumerate(lines) if re.match(r"[EW]\d{4} |Traceback", line)), len(lines))
-    assert "nbl_export" not in "".join(lines[own:]).replace("nbl_export FAILED", ""), done.stderr
-    return Done(done.returncode, done.stdout, "\n".join(lines[:own]))
+    said, _, report = done.stderr.partition("Traceback (most recent call last)")
+    assert "nbl_export" not in report.replace("nbl_export FAILED", ""), done.stderr  # no traceback of our own
+    own = [line for line in said.splitlines() if not re.match(r"[EW]\d{4} ", line)]
+    return Done(done.returncode, done.stdout, "\n".join(own))

@@ -6,8 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +18,7 @@ import torch
 
 from nbl_export import api, ranks
 from nbl_export.errors import CalibrationError, InputError
+from nbl_export.models.weights import room
 from nbl_export.ranks import (
     ALONE,
     Job,
@@ -24,6 +28,7 @@ from nbl_export.ranks import (
     begin,
     in_one_process,
     is_first,
+    on_this_machine,
     together,
 )
 from tests.several import forked
@@ -67,6 +72,18 @@ def test_what_is_no_rank_is_refused(monkeypatch: pytest.MonkeyPatch, rank: objec
 def test_a_share_is_every_so_manyth() -> None:
     shares = [list(Ranks(rank, 3).mine(range(8))) for rank in range(3)]
     assert shares == [[0, 3, 6], [1, 4, 7], [2, 5]]
+
+
+def test_memory_is_shared_by_the_processes_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert on_this_machine() == 1  # of no torchrun
+    free = SimpleNamespace(available=8 << 20)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: free)
+    assert room() == 4 << 20
+    of_torchrun(monkeypatch, 3, 16)
+    assert on_this_machine() == 8 and room() == 1 << 19
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert on_this_machine() == 1
 
 
 def test_what_the_first_makes_is_what_all_get(tmp_path: Path) -> None:
@@ -191,7 +208,38 @@ def test_who_loses_a_process_says_so_once(tmp_path: Path, victim: int) -> None:
     assert sorted(spoken for _, _, spoken in found) == [False, True]
 
 
-def test_a_group_of_the_calling_program_stays(tmp_path: Path) -> None:
+def test_who_hangs_is_not_waited_for_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "TIMEOUT", timedelta(seconds=1))
+
+    def work(here: Ranks) -> Any:
+        here.each(lambda: None)
+        if here.first:
+            here.each(lambda: None)
+        time.sleep(2)
+
+    lost, _ = forked(2, tmp_path, work)
+    assert isinstance(lost, LostRankError)
+
+
+def test_processes_that_are_not_there_are_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "TIMEOUT", timedelta(seconds=1))
+    of_torchrun(monkeypatch, 0, 2)
+    with pytest.raises(InputError, match="The 2 processes do not find each other"):
+        begin()
+    assert ranks._current is None
+
+
+def test_a_group_of_the_calling_program_is_used_and_stays(tmp_path: Path) -> None:
+    def work(here: Ranks) -> Any:
+        ranks._current = None  # as if somebody else had begun it
+        with together() as found:
+            same = found == here and found is not here
+        return same, torch.distributed.is_initialized(), here.each(lambda: here.rank)
+
+    assert forked(2, tmp_path, work) == [(True, True, [0, 1])] * 2
+
+
+def test_a_group_that_is_begun_stays(tmp_path: Path) -> None:
     def work(here: Ranks) -> Any:
         with together() as inner:
             same = inner is here

@@ -25,6 +25,7 @@ import torch
 
 from nbl_export.errors import InputError
 from nbl_export.models.layers import backbone, block_stack
+from nbl_export.ranks import on_this_machine
 
 Read = Callable[[], torch.Tensor]
 _PART = 1 << 22
@@ -366,7 +367,7 @@ def room(model: torch.nn.Module | None = None) -> float:
     """
     device = torch.device("cpu") if model is None else device_of(model)
     if device.type == "cpu":
-        return min(_KEPT, psutil.virtual_memory().available / 2)
+        return min(_KEPT, psutil.virtual_memory().available / 2 / on_this_machine())
     free, _ = torch.get_device_module(device).mem_get_info(device)
     return float(free / 2)
 
