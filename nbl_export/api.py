@@ -196,6 +196,7 @@ def rewrite(out: str | Path, listener: Listener | None = None, rehash: bool = Fa
     return work.workspace.model
 
 
+@in_one_process
 def plan_resources(
     model: str | Path,
     out: str | Path,
