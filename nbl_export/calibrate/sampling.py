@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,9 +20,10 @@ from nbl_export.calibrate.text import (
 )
 from nbl_export.errors import InputError
 from nbl_export.models.compat import cache_argument
+from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.layers import accepted_arguments
-from nbl_export.models.weights import device_of, resident, room
-from nbl_export.progress import Listener
+from nbl_export.models.weights import device_of, half_free, resident, room, streams, weights_like
+from nbl_export.progress import Listener, Task
 from nbl_export.settings import CalibrateSettings
 
 if TYPE_CHECKING:
@@ -37,6 +39,9 @@ def sample_from_model(
 
     Temperature 1 without truncation draws from the distribution the model was trained on, so the activations are
     those of ordinary text. The result is deterministic for a seed on one machine.
+
+    A model that does not stay in memory is read once for each token of a document: all documents whose KV cache has
+    room are sampled together, with the same random numbers; a note says so if that takes more than a day.
     """
     import torch
 
@@ -60,9 +65,11 @@ def sample_from_model(
         listener.task("Sampling from the model", total * length, "tokens") as task,
         resident(model, room(model)),
     ):
-        for done in range(0, total, _SAMPLE_BATCH):
-            batch = min(_SAMPLE_BATCH, total - done)
-            documents.append(_sample(model, batch, length, start_token, generator, task.advance))
+        at_once = _at_once(model, length)
+        passes = _Passes(model, -(-total // at_once) * length, task, listener)
+        numbers = _draws(total, length, generator)
+        for done in range(0, total, at_once):
+            documents.append(_sample(model, start_token, numbers[:, done : done + at_once], passes.advance))
     tokens = np.concatenate(documents)
     tokens[:, -1] = as_tokens([end_token(tokenizer)])
     owners = np.repeat(np.arange(len(tokens), dtype=np.int32), length)
@@ -88,26 +95,76 @@ def sample_from_model(
 # faster than few long documents.
 _SAMPLE_LENGTH = 128
 _SAMPLE_BATCH = 152
+_LONG_SECONDS = 86400
 
 
-def _sample(model: Any, batch: int, length: int, start: int, generator: torch.Generator, advance: Any) -> I32:
+def _at_once(model: torch.nn.Module, length: int) -> int:
+    """How many documents of ``length`` tokens are sampled at once.
+
+    A model that is read block by block is read once for every token of theirs: as many as have a KV cache in half of
+    the memory that is free.
+    """
+    if not streams(model):
+        return _SAMPLE_BATCH
+    values = sum(s.heads * (s.key_size + s.value_size) for s in dummy_run(model).cache if s is not None)
+    each = length * values * weights_like(model).element_size()
+    return max(1, int(half_free(model) // max(1, each)))
+
+
+class _Passes:
+    """The progress of ``passes``; says so after a few if all of a model that is not in memory take more than a day."""
+
+    def __init__(self, model: torch.nn.Module, passes: int, task: Task, listener: Listener) -> None:
+        self._streams, self._passes, self._task, self._listener = streams(model), passes, task, listener
+        self._seen, self._begun = 0, 0.0
+
+    def advance(self, tokens: int) -> None:
+        """One pass more. The first is not timed: it reads what later ones find in the page cache."""
+        self._task.advance(tokens)
+        self._seen += 1
+        if self._seen == 1:
+            self._begun = time.monotonic()
+        if self._seen != 4 or not self._streams:
+            return
+        seconds = (time.monotonic() - self._begun) / 3 * self._passes
+        if seconds > _LONG_SECONDS:
+            self._listener.note(
+                f"Sampling reads all weights {self._passes:,} times, once for each token of a document, which takes "
+                f"about {seconds / 86400:.1f} days here: name a text with --calibration."
+            )
+
+
+def _draws(count: int, length: int, generator: torch.Generator) -> torch.Tensor:
+    """A random number in [0, 1) for each token [length, count], the same however many are sampled at once."""
     import torch
 
-    seen = torch.full((batch, 1), start, dtype=torch.long, device=device_of(model))
+    batches = [min(_SAMPLE_BATCH, count - done) for done in range(0, count, _SAMPLE_BATCH)]
+    return torch.cat(
+        [torch.cat([torch.rand(1, n, generator=generator) for _ in range(length)]) for n in batches], dim=1
+    )
+
+
+def _sample(model: Any, start: int, numbers: torch.Tensor, advance: Any) -> I32:
+    """Documents [count, length] of the random ``numbers`` [length, count]."""
+    import torch
+
+    length, count = numbers.shape
+    numbers = numbers.to(device_of(model))
+    seen = torch.full((count, 1), start, dtype=torch.long, device=device_of(model))
     name, cache = (
         cache_argument(model),
         None,
     )  # the model's own cache: not every state consists of keys and values
     with torch.inference_mode():
-        for _ in range(length):
+        for place in range(length):
             ids = seen if cache is None else seen[:, -1:]
             output = model(input_ids=ids, **accepted_arguments(model, use_cache=True, **{name: cache}))
             logits, cache = output.logits, output.get(name)
             # Inverse transform sampling: torch.multinomial draws one random number per vocabulary entry, this draws
             # one per document.
             distribution = torch.softmax(logits[:, -1].float(), dim=-1).cumsum(dim=-1)
-            draws = torch.rand(batch, 1, generator=generator).to(seen.device) * distribution[:, -1:]
+            draws = numbers[place][:, None] * distribution[:, -1:]
             tokens = torch.searchsorted(distribution, draws).clamp_max(logits.shape[-1] - 1)
             seen = torch.cat([seen, tokens], dim=1)
-            advance(batch)
+            advance(count)
     return seen[:, 1:].to(torch.int32).cpu().numpy()

@@ -361,13 +361,19 @@ def size(model: torch.nn.Module) -> int:
 
 
 def room(model: torch.nn.Module | None = None) -> float:
-    """Bytes that weights of ``model`` may take where they are used many times: half of the memory that is free.
+    """Bytes that weights of ``model`` may take where they are used many times: :func:`half_free`.
 
-    That of its device: on the CPU, which has much else to keep, 2 GiB at most.
+    On the CPU, which has much else to keep, 2 GiB at most.
     """
+    half = half_free(model)
+    return min(_KEPT, half) if model is None or device_of(model).type == "cpu" else half
+
+
+def half_free(model: torch.nn.Module | None = None) -> float:
+    """Half of the bytes of memory that are free on the device of ``model``, shared by the processes of this run."""
     device = torch.device("cpu") if model is None else device_of(model)
     if device.type == "cpu":
-        return min(_KEPT, psutil.virtual_memory().available / 2 / on_this_machine())
+        return psutil.virtual_memory().available / 2 / on_this_machine()
     free, _ = torch.get_device_module(device).mem_get_info(device)
     return float(free / 2)
 

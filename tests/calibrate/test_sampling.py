@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,14 +12,18 @@ import numpy as np
 import pytest
 import torch
 
+from nbl_export.calibrate import sampling
 from nbl_export.calibrate.sampling import sample_from_model
 from nbl_export.calibrate.text import CalibrationText
 from nbl_export.errors import InputError
+from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.load import load_model
 from nbl_export.models.source import find_model
+from nbl_export.models.weights import Stored, streamed
 from nbl_export.progress import Silent
 from nbl_export.settings import CalibrateSettings
 from tests.listening import Notes
+from tests.models.test_weights import reads
 
 SMALL = CalibrateSettings(samples=3, seq_len=12, heldout_samples=2, selection_samples=2, seed=5)
 
@@ -100,3 +105,51 @@ def test_long_rows_hold_several_sampled_documents(
         assert [set(row.tolist()) for row in owners] == [{owner} for owner in owners[:, 0].tolist()]
         assert len(set(owners[:, 0].tolist())) == 3
     assert not set(text.selection_document.reshape(-1)) & set(text.heldout_document.reshape(-1))
+
+
+# larger than memory ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def read_by_block(model: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(sampling, "room", lambda _model: 0)
+    low = streamed(Stored(model), torch.float32)
+    dummy_run(low)
+    return low
+
+
+def test_one_read_serves_a_token_of_all_documents(
+    model: Any, read_by_block: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "_SAMPLE_BATCH", 3)
+    expected = sample_from_model(model, tokenizer, SMALL, Silent())
+    each = 12 * 4 * 2 * 2 * 8 * 4  # tokens, layers, keys and values, heads, their size, bytes
+    for memory, passes in ((7 * each, 12), (7 * each - 1, 2 * 12), (each / 2, 7 * 12)):
+        monkeypatch.setattr(sampling, "half_free", lambda _model, memory=memory: memory)
+        with reads() as found:
+            text = sample_from_model(read_by_block, tokenizer, SMALL, Silent())
+        assert set(Counter(found).values()) == {passes}
+        for name in PARTS:
+            np.testing.assert_array_equal(getattr(text, name), getattr(expected, name))
+
+
+@pytest.mark.parametrize(("limit", "said"), [(0, 1), (86400, 0)])
+def test_what_takes_days_is_said_once(
+    read_by_block: Any, tokenizer: Any, limit: float, said: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "_LONG_SECONDS", limit)
+    listener = Notes()
+    sample_from_model(read_by_block, tokenizer, SMALL, listener)
+    assert len(listener.notes) == said
+    if said:
+        assert "Sampling reads all weights 12 times" in listener.notes[0]
+        assert listener.notes[0].endswith("here: name a text with --calibration.")
+
+
+def test_nothing_is_said_of_a_model_that_stays_in_memory(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "_LONG_SECONDS", 0)
+    listener = Notes()
+    sample_from_model(model, tokenizer, SMALL, listener)
+    assert listener.notes == []
