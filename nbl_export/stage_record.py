@@ -18,7 +18,7 @@ STAGES = {
     "calibrate": 2,
     "select": 1,
     "export": 1,
-    "rewrite": 1,
+    "rewrite": 2,
     "build": 1,
     "verify": 1,
     "eval": 1,

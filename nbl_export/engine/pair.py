@@ -20,8 +20,9 @@ from nbl_export.engine.profiles import Limits
 from nbl_export.engine.weights import check_pair
 from nbl_export.files import TEMPORARY, atomic_path, sha256_of_file
 from nbl_export.graph.cache import is_static, kv_layers
-from nbl_export.graph.io import DATA_SUFFIX, load_graph
+from nbl_export.graph.io import load_graph
 from nbl_export.graph.precision import graph_precision
+from nbl_export.graph.tensors import external_files
 from nbl_export.linearize.plan import Plan
 from nbl_export.progress import Listener
 
@@ -152,8 +153,8 @@ def _timings(path: Path, library: Library, files: list[Path]) -> Iterator[Path]:
 
 
 def _hashes(source: Source, engine: Path, plan_hash: str | None) -> dict[str, str]:
-    data = source.graph.with_name(source.graph.name + DATA_SUFFIX)
     hashes = {"engine": sha256_of_file(engine), "onnx": sha256_of_file(source.graph)}
-    if data.is_file():
-        hashes["onnx_data"] = sha256_of_file(data)
+    for data in external_files(load_graph(source.graph)):
+        own = data.parent == source.graph.parent
+        hashes["onnx_data" if own else "shared_data"] = sha256_of_file(data)
     return hashes | ({"plan": plan_hash} if plan_hash else {})

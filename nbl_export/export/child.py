@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from pathlib import Path
 from nbl_export.child_process import die_with_parent
 from nbl_export.errors import BuildError, MissingDependencyError
 from nbl_export.files import TEMPORARY, publish, read_json, sync
+from nbl_export.graph.io import delete_graphs
 from nbl_export.models.compat import CONFIG, TOKENIZER
 from nbl_export.progress import Listener
 
@@ -58,10 +59,12 @@ def export_in_child(
     target: Path,
     arguments: Callable[[Path], list[str]],
     listener: Listener,
+    readers: Sequence[Path] = (),
 ) -> list[Path]:
     """Export the folder ``model`` into ``target``; returns the new files.
 
-    ``arguments`` returns the command line after the module for a given output folder. Raises
+    ``arguments`` returns the command line after the module for a given output folder. ``readers`` are graphs elsewhere
+    that read the data in ``target``: they are deleted before it is replaced. Raises
     :class:`MissingDependencyError` or :class:`BuildError`; ``target`` is then unchanged.
     """
     require(exporter, python)
@@ -76,7 +79,7 @@ def export_in_child(
             raise _failure(exporter, python, model, code, output)
         if not (filled / TOKENIZER).exists():
             _copy_tokenizer(model, filled)
-        files = _move(filled, target)
+        files = _move(filled, target, readers)
         task.advance(1)
     return files
 
@@ -122,13 +125,14 @@ def _copy_tokenizer(model: Path, filled: Path) -> None:
         shutil.copyfile(path, filled / path.name)
 
 
-def _move(filled: Path, target: Path) -> list[Path]:
+def _move(filled: Path, target: Path, readers: Sequence[Path]) -> list[Path]:
     """Move the files into ``target``, the graph last; an earlier graph and its data are deleted first.
 
     A kill leaves the whole graph or none: never an old graph with new data.
     """
     target.mkdir(exist_ok=True)
     names = sorted((p.name for p in filled.iterdir() if p.is_file()), key=lambda n: (n == GRAPH, n))
+    delete_graphs(readers)
     for stale in sorted(target.glob(f"{GRAPH}*")):  # the graph before its data
         stale.unlink()
     sync(target)

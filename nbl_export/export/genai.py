@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from nbl_export.errors import InputError
@@ -25,7 +26,12 @@ def require_genai() -> None:
 
 
 def export_genai(
-    model: Path, target: Path, precision: str, listener: Listener, trust_remote_code: bool = False
+    model: Path,
+    target: Path,
+    precision: str,
+    listener: Listener,
+    trust_remote_code: bool = False,
+    readers: Sequence[Path] = (),
 ) -> list[Path]:
     """Export the Hugging Face folder ``model`` to ``target/model.onnx``; returns the files written.
 
@@ -48,4 +54,4 @@ def export_genai(
             *("--extra_options", "hf_token=false", f"hf_remote={str(trust_remote_code).lower()}"),
         ]
 
-    return export_in_child(_BUILDER, sys.executable, model, target, arguments, listener)
+    return export_in_child(_BUILDER, sys.executable, model, target, arguments, listener, readers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from nbl_export.export.child import Exporter, export_in_child, require
@@ -32,7 +33,12 @@ def find_optimum(python: str | None = None) -> str:
 
 
 def export_optimum(
-    model: Path, target: Path, python: str, listener: Listener, trust_remote_code: bool = False
+    model: Path,
+    target: Path,
+    python: str,
+    listener: Listener,
+    trust_remote_code: bool = False,
+    readers: Sequence[Path] = (),
 ) -> list[Path]:
     """Export the Hugging Face folder ``model`` to ``target/model.onnx`` in float32; returns the files written.
 
@@ -44,4 +50,4 @@ def export_optimum(
         remote = ["--trust-remote-code"] if trust_remote_code else []
         return ["-m", str(model.resolve()), "--task", "text-generation-with-past", *remote, str(folder)]
 
-    return export_in_child(_OPTIMUM, python, model, target, arguments, listener)
+    return export_in_child(_OPTIMUM, python, model, target, arguments, listener, readers)

@@ -2,26 +2,27 @@
 
 A tensor in an external data file is copied by the kernel, byte range to byte range, never through a memory
 map: mapped pages count as resident memory, and an 8B model has 16 GB of them. Tensors in memory are written
-one after another. Two ways to store a model:
+one after another. Three ways to store a model:
     write_graph    a new .onnx file and one new data file with every weight
     append_graph   a new .onnx file replaces the old one; weights stay where they are, new ones are appended
+    write_beside   a new .onnx file; weights in its folder and below stay where they are, a new data file has the others
 
-Both leave the model unchanged: its tensors are references to the new file only while the protobuf is serialized.
+All leave the model unchanged: its tensors are references to the new file only while the protobuf is serialized.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from enum import Enum, auto
 from pathlib import Path
 
 import onnx_ir as ir
 
-from nbl_export.errors import BuildError, InputError, NblError
+from nbl_export.errors import BuildError, NblError
 from nbl_export.files import atomic_path, sync
+from nbl_export.graph.data_file import DataFile, Progress, read_bytes, reference
 from nbl_export.graph.tensors import Slot, all_tensors, external_files, set_folder, slots, source_file
 
 __all__ = [
@@ -31,19 +32,12 @@ __all__ = [
     "external_files",
     "set_folder",
     "source_file",
+    "write_beside",
     "write_graph",
 ]
 
-Progress = Callable[[int], object]
-
 # Tensors smaller than this stay inside the .onnx file, so that shape inference sees shape constants.
 INLINE_BYTES = 1024
-# The ONNX specification recommends page-aligned offsets, so that a reader can map a single tensor.
-_PAGE, _PAGE_FROM, _ALIGNED = 4096, 64 << 10, 64
-# Small enough for interrupts and progress updates, large enough for full speed.
-_KERNEL_BLOCK, _BLOCK = 64 << 20, 8 << 20
-# Errors which mean that the kernel cannot copy between these two files, not that the copy failed.
-_NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
 # The limit of protobuf is 2 GiB; the margin is for nodes and names.
 PROTOBUF_BYTES = (1 << 31) - (64 << 20)
 
@@ -91,7 +85,7 @@ def write_graph(
         )
     with atomic_path(path) as temporary, atomic_path(data) as temporary_data:
         with temporary_data.open("r+b", buffering=0) as file:
-            placed = _placed(tensor_slots, destinations, _DataFile(file.fileno(), data, progress))
+            placed = _placed(tensor_slots, destinations, DataFile(file.fileno(), data, progress))
         temporary.write_bytes(_serialize(model, tensor_slots, placed))
     return [path, data]
 
@@ -122,7 +116,7 @@ def append_graph(
     destinations = [[_destination(s, t, INLINE_BYTES, folder) for t in s.tensors] for s in tensor_slots]
     _check_inline(path, tensor_slots, destinations)
     with _appending(path, _data_path(path, data.name)) as target, atomic_path(path) as temporary:
-        out = _DataFile(target, data, progress)
+        out = DataFile(target, data, progress)
         before = out.end
         blob = _serialize(model, tensor_slots, _placed(tensor_slots, destinations, out))
         os.fsync(target)
@@ -131,6 +125,46 @@ def append_graph(
         if check is not None:
             check(temporary)
     return out.end - before
+
+
+def write_beside(
+    model: ir.Model,
+    path: Path,
+    data_name: str,
+    check: Callable[[Path], object],
+    progress: Progress | None = None,
+) -> list[Path]:
+    """Write ``model`` to ``path``; weights that are read from its folder stay, others go to a new file ``data_name``.
+
+    Returns the files written. ``check`` receives the complete new graph under a temporary name, with its data under
+    another, and raises to refuse it: then the old files stay. No kill leaves the old graph with the new data. The
+    errors are those of :func:`write_graph`.
+    """
+    folder, data = path.parent.resolve(), _data_path(path, data_name)
+    tensor_slots = list(slots(model))
+    destinations = [[_destination(s, t, INLINE_BYTES, folder) for t in s.tensors] for s in tensor_slots]
+    _check_inline(path, tensor_slots, destinations)
+    moves = any(home is _Destination.MOVES for row in destinations for home in row)
+    with atomic_path(path) as temporary, atomic_path(data) if moves else nullcontext(data) as new:
+        with new.open("r+b", buffering=0) if moves else nullcontext() as file:
+            out = DataFile(file.fileno(), new, progress) if file else None
+            placed = _placed(tensor_slots, destinations, out)
+        temporary.write_bytes(_serialize(model, tensor_slots, placed))
+        check(temporary)
+        final = [[_renamed(tensor, new, data) for tensor in row] for row in placed]
+        temporary.write_bytes(_serialize(model, tensor_slots, final))
+        if data.exists():
+            path.unlink(missing_ok=True)
+            sync(folder)
+            if not moves:
+                data.unlink()
+    return [path, data] if moves else [path]
+
+
+def _renamed(tensor: ir.TensorProtocol, before: Path, after: Path) -> ir.TensorProtocol:
+    if isinstance(tensor, ir.ExternalTensor) and Path(tensor.location) == Path(before.name):
+        return reference(tensor, after.parent, after.name, tensor.offset or 0)
+    return tensor
 
 
 def _destination(
@@ -149,7 +183,7 @@ def _destination(
 
 
 def _placed(
-    tensor_slots: list[Slot], destinations: list[list[_Destination]], out: _DataFile | None
+    tensor_slots: list[Slot], destinations: list[list[_Destination]], out: DataFile | None
 ) -> list[list[ir.TensorProtocol]]:
     """The tensors of the new .onnx file; those that are moved are written to ``out``."""
 
@@ -166,20 +200,6 @@ def _placed(
     ]
 
 
-def _reference(tensor: ir.TensorProtocol, folder: Path, location: str, offset: int) -> ir.ExternalTensor:
-    return ir.ExternalTensor(
-        location,
-        offset,
-        tensor.nbytes,
-        tensor.dtype,
-        shape=ir.Shape(tensor.shape.numpy()),
-        name=tensor.name or "",
-        doc_string=tensor.doc_string,
-        metadata_props=dict(tensor.metadata_props),
-        base_dir=folder,
-    )
-
-
 def _inlined(where: str, tensor: ir.ExternalTensor) -> ir.LazyTensor:
     """``tensor`` as a lazy tensor that is read when the protobuf is serialized, and not cached."""
 
@@ -187,7 +207,7 @@ def _inlined(where: str, tensor: ir.ExternalTensor) -> ir.LazyTensor:
         import onnx
 
         proto = onnx.TensorProto(data_type=tensor.dtype.value, dims=tensor.shape.numpy())
-        proto.raw_data = _read(where, tensor)
+        proto.raw_data = read_bytes(where, tensor)
         return ir.serde.deserialize_tensor(proto)
 
     return ir.LazyTensor(
@@ -240,100 +260,6 @@ def _first_cause(error: Exception) -> Exception:
             return cause
         cause = cause.__cause__
     return error
-
-
-# files --------------------------------------------------------------------------------------------
-
-
-class _DataFile:
-    """The data file being written: tensors are appended, each distinct byte range once."""
-
-    def __init__(self, descriptor: int, path: Path, progress: Progress | None) -> None:
-        self._descriptor, self._path, self._progress = descriptor, path, progress
-        self._offsets: dict[tuple[object, ...], int] = {}
-        self.end = os.fstat(descriptor).st_size
-
-    def add(self, where: str, tensor: ir.TensorProtocol) -> ir.ExternalTensor:
-        """Write ``tensor`` unless its bytes are already written; returns the reference to them."""
-        key: tuple[object, ...] = (id(tensor),)
-        if isinstance(tensor, ir.ExternalTensor):
-            key = (source_file(where, tensor), tensor.offset or 0, tensor.nbytes)
-        if key not in self._offsets:
-            step = _PAGE if tensor.nbytes >= _PAGE_FROM else _ALIGNED
-            self.end = -(-self.end // step) * step
-            self._offsets[key] = self.end
-            if isinstance(tensor, ir.ExternalTensor):
-                self._copy(where, tensor)
-            else:
-                self._write(where, tensor)
-        return _reference(tensor, self._path.parent, self._path.name, self._offsets[key])
-
-    def _copy(self, where: str, tensor: ir.ExternalTensor) -> None:
-        start = tensor.offset or 0
-        stop = start + tensor.nbytes
-        with _opened(where, tensor) as source:
-            while start < stop:
-                copied = _copy_some(source, start, self._descriptor, self.end, stop - start)
-                if copied == 0:
-                    raise _shrunk(where, tensor)
-                start += copied
-                self._advance(copied)
-
-    def _write(self, where: str, tensor: ir.TensorProtocol) -> None:
-        raw = memoryview(tensor.tobytes())
-        if len(raw) != tensor.nbytes:
-            raise BuildError(
-                f"{where} gives {len(raw):,} bytes, its type and shape say {tensor.nbytes:,}: "
-                "correct the code that creates this tensor."
-            )
-        while raw:
-            written = os.pwrite(self._descriptor, raw[:_BLOCK], self.end)
-            raw = raw[written:]
-            self._advance(written)
-
-    def _advance(self, amount: int) -> None:
-        self.end += amount
-        if self._progress is not None:
-            self._progress(amount)
-
-
-def _copy_some(source: int, start: int, target: int, at: int, most: int) -> int:
-    """Copy up to ``most`` bytes between two files; returns the number copied, 0 only at the end of ``source``."""
-    if hasattr(os, "copy_file_range"):
-        try:
-            if copied := os.copy_file_range(source, target, min(most, _KERNEL_BLOCK), start, at):
-                return copied
-        except OSError as error:
-            if error.errno not in _NO_KERNEL_COPY:
-                raise
-    block = os.pread(source, min(most, _BLOCK), start)
-    return os.pwrite(target, block, at) if block else 0
-
-
-def _read(where: str, tensor: ir.ExternalTensor) -> bytes:
-    raw = bytearray()
-    with _opened(where, tensor) as source:
-        while len(raw) < tensor.nbytes:
-            block = os.pread(source, min(_BLOCK, tensor.nbytes - len(raw)), (tensor.offset or 0) + len(raw))
-            if not block:
-                raise _shrunk(where, tensor)
-            raw += block
-    return bytes(raw)
-
-
-def _shrunk(where: str, tensor: ir.ExternalTensor) -> InputError:
-    return InputError(
-        f"{tensor.path} became shorter while {where} was read: stop other programs that write to it."
-    )
-
-
-@contextmanager
-def _opened(where: str, tensor: ir.ExternalTensor) -> Iterator[int]:
-    descriptor = os.open(source_file(where, tensor), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def _data_path(path: Path, name: str) -> Path:

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,11 +16,19 @@ import onnx_ir as ir
 from nbl_export.errors import BuildError, InputError
 from nbl_export.files import TEMPORARY, publish, sync
 from nbl_export.graph.external_data import append_graph as append
-from nbl_export.graph.external_data import write_graph
+from nbl_export.graph.external_data import write_beside, write_graph
 from nbl_export.graph.limits import check_attributes, read_proto
 from nbl_export.graph.operators import captured
 from nbl_export.graph.summary import GraphSummary
-from nbl_export.graph.tensors import all_tensors, check_tensor, external_files, set_folder, source_file
+from nbl_export.graph.tensors import (
+    all_tensors,
+    bytes_read_from,
+    check_tensor,
+    external_files,
+    name_from,
+    set_folder,
+    source_file,
+)
 
 DATA_SUFFIX = ".data"
 # onnx_ir's warnings are errors with a message here.
@@ -116,12 +124,14 @@ def save_graph(
     path: Path,
     check: Callable[[Path], object] = check_file,
     progress: Callable[[int], object] | None = None,
+    readers: Sequence[Path] = (),
 ) -> list[Path]:
     """Write ``model`` to ``path``, with one external data file next to it; returns the files.
 
     The data file keeps its name if the model has exactly one. Both files are written to a temporary folder and
     moved into place after ``check`` has accepted them there (it raises otherwise), so a failed check, a full
-    disk or an interrupt leaves the old files. ``progress`` receives the bytes written.
+    disk or an interrupt leaves the old files. ``progress`` receives the bytes written. ``readers`` are other graphs
+    that read the data file: they are deleted before it is replaced.
     """
     path.parent.mkdir(exist_ok=True)
     data = path.with_name(_data_name(model, path))
@@ -131,8 +141,7 @@ def save_graph(
         check(temporary / path.name)
         if data.exists():
             # No kill leaves the old graph with the new data: it would load, and compute something else.
-            path.unlink(missing_ok=True)
-            sync(path.parent)
+            delete_graphs((path, *readers))
         if len(written) > 1:
             publish(written[1], data)
         else:
@@ -141,6 +150,29 @@ def save_graph(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return [p for p in (path, data) if p.exists()]
+
+
+def save_beside(
+    model: ir.Model,
+    path: Path,
+    check: Callable[[Path], object] = check_file,
+    progress: Callable[[int], object] | None = None,
+) -> list[Path]:
+    """Write ``model`` to ``path``; weights in folders below stay where they are, a data file next to it has the others.
+
+    Returns the files written. ``check`` and ``progress`` are as in :func:`save_graph`.
+    """
+    path.parent.mkdir(exist_ok=True)
+    name_from(model, path.parent)
+    return write_beside(model, path, path.name + DATA_SUFFIX, check, progress)
+
+
+def delete_graphs(graphs: Iterable[Path]) -> None:
+    """Delete ``graphs``, durably, before the data that they read is replaced."""
+    for graph in graphs:
+        if graph.exists():
+            graph.unlink()
+            sync(graph.parent)
 
 
 def _data_name(model: ir.Model, path: Path) -> str:
@@ -198,7 +230,6 @@ def summarize(model: ir.Model, path: Path) -> GraphSummary:
 
     graph = model.graph
     ops = Counter(node.op_type for node in graph)
-    files = [path, *external_files(model)]
     return GraphSummary(
         nodes=sum(ops.values()),
         ops=dict(ops.most_common()),
@@ -208,5 +239,12 @@ def summarize(model: ir.Model, path: Path) -> GraphSummary:
         kv_bytes_per_token=kv_bytes_per_token(model),
         initializers=len(graph.initializers),
         parameters=sum(v.const_value.size for v in graph.initializers.values() if v.const_value is not None),
-        file_bytes=sum(f.stat().st_size for f in files if f.exists()),
+        file_bytes=sum(_size(model, f, f.parent == path.parent) for f in [path, *external_files(model)]),
     )
+
+
+def _size(model: ir.Model, file: Path, own: bool) -> int:
+    """The bytes of ``file``; where it is not the graph's ``own``, of what the graph reads of it."""
+    if not file.exists():
+        return 0
+    return file.stat().st_size if own else bytes_read_from(model, file)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
@@ -95,6 +95,12 @@ def external_files(model: ir.Model) -> list[Path]:
     return list(dict.fromkeys(Path(t.path) for t in external))
 
 
+def bytes_read_from(model: ir.Model, file: Path) -> int:
+    """The bytes of ``file`` that tensors of ``model`` are stored in, each counted once."""
+    external = (t for _, t in all_tensors(model) if isinstance(t, ir.ExternalTensor) and Path(t.path) == file)
+    return sum(size for _, size in {(t.offset or 0, t.nbytes) for t in external})
+
+
 def set_folder(model: ir.Model, folder: Path) -> None:
     """Read every external tensor from ``folder``, including those of function bodies."""
     for _, tensor in all_tensors(model):
@@ -107,15 +113,30 @@ def follow_links(model: ir.Model) -> Path | None:
 
     onnxruntime does not follow a link out of its folder. Returns None without external data.
     """
-    files = {
-        id(t): source_file(where, t) for where, t in all_tensors(model) if isinstance(t, ir.ExternalTensor)
-    }
+    files = _source_files(model)
     if not files:
         return None
     folder = Path(os.path.commonpath([file.parent for file in files.values()]))
+    _name_from(model, folder, files)
+    return folder
 
+
+def name_from(model: ir.Model, folder: Path) -> None:
+    """Name the files of external tensors that lie in ``folder`` or below it by their paths from there, in place."""
+    folder = folder.resolve()
+    files = {number: file for number, file in _source_files(model).items() if file.is_relative_to(folder)}
+    _name_from(model, folder, files)
+
+
+def _source_files(model: ir.Model) -> dict[int, Path]:
+    return {
+        id(t): source_file(where, t) for where, t in all_tensors(model) if isinstance(t, ir.ExternalTensor)
+    }
+
+
+def _name_from(model: ir.Model, folder: Path, files: Mapping[int, Path]) -> None:
     def real(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-        if not isinstance(tensor, ir.ExternalTensor):
+        if not isinstance(tensor, ir.ExternalTensor) or id(tensor) not in files:
             return tensor
         location = files[id(tensor)].relative_to(folder)
         return ir.ExternalTensor(
@@ -130,7 +151,6 @@ def follow_links(model: ir.Model) -> Path | None:
 
     for slot in list(slots(model)):
         slot.put([real(tensor) for tensor in slot.tensors])
-    return folder
 
 
 def source_file(where: str, tensor: ir.ExternalTensor) -> Path:

@@ -87,7 +87,7 @@ def _export_torch(
     graph = trace(run.model.model, form, listener)
     loader = loader_for(run.model.source)
     rows = loader.ranges(loader.load(loader.path(ws)), form.inputs) if precision.name == "fp16" else []
-    return save_in_precision(graph, ws.baseline, precision, rows, {*form.outputs, PIXELS})
+    return save_in_precision(graph, ws.baseline, precision, rows, {*form.outputs, PIXELS}, [ws.model])
 
 
 def _form(run: Run, settings: ExportSettings) -> Form:
@@ -110,13 +110,14 @@ def _export_elsewhere(
     from nbl_export.export.lm_head import add_num_logits_input_to_file
     from nbl_export.export.optimum import export_optimum, find_optimum
 
+    readers = [run.workspace.model]
     target, trust = run.workspace.baseline.parent, run.model.source.trust_remote_code
     with tempfile.TemporaryDirectory(prefix=".model.", suffix=TEMPORARY, dir=run.workspace.root) as folder:
         model = as_hf_folder(run.model, Path(folder))
         if settings.exporter == "genai":
-            files = export_genai(model, target, str(settings.precision), listener, trust)
+            files = export_genai(model, target, str(settings.precision), listener, trust, readers)
         else:
-            files = export_optimum(model, target, find_optimum(settings.python), listener, trust)
+            files = export_optimum(model, target, find_optimum(settings.python), listener, trust, readers)
     return sorted({*files, *add_num_logits_input_to_file(run.workspace.baseline)}), []
 
 

@@ -193,7 +193,7 @@ def _folder(path: Path) -> list[Table]:
             rows.append((stage, "not yet", "", ""))
         else:
             damaged, stale = workspace.damaged_file(record), workspace.stale(stage)
-            state = f"damaged: {damaged}" if damaged else f"out of date: {stale}" if stale else "done"
+            state = f"out of date: {stale}" if stale else f"damaged: {damaged}" if damaged else "done"
             rows.append((stage, state, f"{record.seconds:.1f}", _settings(record.settings)))
     proofs: tuple[ProofErrors, ...] = ()
     tables = [

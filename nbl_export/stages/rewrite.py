@@ -19,8 +19,12 @@ if TYPE_CHECKING:
 
 
 def rewrite(run: Run) -> None:
-    """Baseline graph + plan → ``model.onnx``, proven and counted, loadable as it stands."""
+    """Baseline graph + plan → ``model.onnx``, proven and counted, loadable as it stands.
+
+    It reads its weights from the baseline's data file; its own has W and b alone.
+    """
     from nbl_export.export.sidecars import copy_sidecars
+    from nbl_export.graph.io import save_beside
     from nbl_export.rewrite.replace import rewrite_file, rewrite_summary
 
     ws = run.workspace
@@ -33,7 +37,7 @@ def rewrite(run: Run) -> None:
                 f"{ws.plan} is the plan of another model: run `nbl-export select {ws.root}` again."
             )
         sidecars = sidecars_of_rewrite(ws, plan)
-        result = rewrite_file(ws.baseline, plan, ws.model, listener=listener)
+        result = rewrite_file(ws.baseline, plan, ws.model, listener=listener, save=save_beside)
         write_json(ws.rewrite_summary, to_json(rewrite_summary(result, plan)))
         return [*result.files, ws.rewrite_summary, *copy_sidecars(sidecars, ws.root)]
 

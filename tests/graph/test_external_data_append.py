@@ -20,7 +20,7 @@ import pytest
 from onnx import TensorProto
 
 from nbl_export.errors import BuildError
-from nbl_export.graph import external_data as store
+from nbl_export.graph import data_file
 from nbl_export.graph.external_data import append_graph
 from tests.graph.external_data import (
     DATA,
@@ -211,7 +211,7 @@ def test_an_error_gives_the_old_files_back(
     model, data = changed(own), own.with_name(DATA if present else "new.data")
     seen = snapshot(model)
     before = {p: p.read_bytes() for p in own.parent.iterdir()}
-    monkeypatch.setattr(store, "_BLOCK", 10_000)
+    monkeypatch.setattr(data_file, "_BLOCK", 10_000)
     monkeypatch.setattr(owner, name, failing(getattr(owner, name), call, error))
     with pytest.raises(type(error)):
         append_graph(model, own, data)
@@ -260,7 +260,7 @@ _CRASH = """
     import os, sys
     from pathlib import Path
     import numpy as np, onnx_ir as ir
-    from nbl_export.graph import external_data as store
+    from nbl_export.graph import data_file, external_data
     path, point, call = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     owner = Path if point == "replace" else os
     real, count = getattr(owner, point), 0
@@ -271,10 +271,10 @@ _CRASH = """
             os._exit(9)
         return real(*given)
     setattr(owner, point, crash)
-    store._BLOCK = 10_000
+    data_file._BLOCK = 10_000
     model = ir.load(path)
     model.graph.initializers["changed"].const_value = ir.tensor(np.ones((100, 250), np.float32))
-    store.append_graph(model, path, path.with_name("model.onnx.data"))
+    external_data.append_graph(model, path, path.with_name("model.onnx.data"))
     os._exit(0)
 """
 

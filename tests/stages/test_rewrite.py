@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,14 +12,19 @@ from typing import Any
 import onnx
 import pytest
 
+from nbl_export import api
 from nbl_export.errors import InputError
+from nbl_export.graph.io import load_graph
+from nbl_export.graph.tensors import external_files
 from nbl_export.linearize.plan import load_plan, save_plan
+from nbl_export.rewrite.foreign import rewrite_foreign
 from nbl_export.rewrite.replace import rewrite_file
 from nbl_export.stages.rewrite import current_rewrite, rewrite
 from nbl_export.stages.run import Run
 from nbl_export.workspace import Workspace
 from tests.fixtures_graph import plan_by_hand, rerecord
 from tests.listening import Notes
+from tests.sessions import cpu_session
 
 
 def replan(out: Path, layers: tuple[int, ...], **changes: Any) -> None:
@@ -36,10 +43,9 @@ def test_the_graph_is_the_baseline_rewritten_by_the_plan(stories_copy: Path, tmp
     rewrite(Run.resume(stories_copy, listener))
     assert listener.kept == []
     ws = Workspace.open(stories_copy)
-    # The same by the function alone, to the bit.
+    # The same by the function alone, to the bit; there it has all weights in a file of its own.
     rewrite_file(ws.baseline, load_plan(ws.plan), tmp_path / "model.onnx")
-    for name in ("model.onnx", "model.onnx.data"):
-        assert (stories_copy / name).read_bytes() == (tmp_path / name).read_bytes()
+    assert onnx.load(str(ws.model)) == onnx.load(str(tmp_path / "model.onnx"))
     proto = onnx.load(str(ws.model), load_external_data=False)
     assert sum(i.name.startswith("past_key_values.") for i in proto.graph.input) == 2 * 2
     summary = json.loads(ws.rewrite_summary.read_text())
@@ -50,6 +56,57 @@ def test_the_graph_is_the_baseline_rewritten_by_the_plan(stories_copy: Path, tmp
     again = Notes()
     rewrite(Run.resume(stories_copy, again))
     assert again.kept == ["rewrite"]
+
+
+def test_the_disk_has_one_model(stories_copy: Path) -> None:
+    """Beside the baseline's data, the linearized graph has W and b alone."""
+    replan(stories_copy, (1, 3))
+    rewrite(Run.resume(stories_copy))
+    ws = Workspace.open(stories_copy)
+    files = external_files(load_graph(ws.model))
+    shared = ws.baseline.with_name("model.onnx.data")
+    assert files == [shared, ws.model.with_name("model.onnx.data")]
+    assert files[1].stat().st_size == 2 * 64 * 64 * 4
+    record = ws.record("rewrite")
+    assert record is not None and "baseline/model.onnx.data" not in record.files
+    summary = json.loads(ws.rewrite_summary.read_text())
+    whole = ws.baseline.stat().st_size + shared.stat().st_size
+    assert summary["before"]["file_bytes"] == whole > summary["after"]["file_bytes"] > 0.8 * whole
+
+
+@pytest.mark.parametrize("how", ["cp", "tar", "zip"])
+def test_a_copy_of_the_folder_has_two_valid_graphs(stories_out: Path, tmp_path: Path, how: str) -> None:
+    target = tmp_path / "copy"
+    if how == "cp":
+        subprocess.run(["cp", "-r", str(stories_out), str(target)], check=True)
+    else:
+        archive = shutil.make_archive(str(tmp_path / "packed"), how, stories_out)
+        shutil.unpack_archive(archive, target)
+    for name in ("model.onnx", "baseline/model.onnx"):
+        onnx.checker.check_model(str(target / name))
+        assert onnx.load(str(target / name)) == onnx.load(str(stories_out / name))
+        assert cpu_session(target / name).get_outputs()[0].name == "logits"
+
+
+def test_the_unmodified_graph_rewritten_in_place_changes_no_other(
+    stories_copy: Path, stories_out: Path, tmp_path: Path
+) -> None:
+    """What is appended to the data that two graphs read is behind what they read."""
+    before = onnx.load(str(stories_copy / "model.onnx"))
+    rewrite_foreign(stories_copy / "baseline", stories_copy / "nbl" / "plan.json", None, in_place=True)
+    assert onnx.load(str(stories_copy / "model.onnx")) == before
+    shared = stories_out / "baseline" / "model.onnx.data"
+    assert (stories_copy / "baseline" / "model.onnx.data").read_bytes().startswith(shared.read_bytes())
+
+
+def test_another_export_takes_the_rewritten_graph_away(stories_copy: Path) -> None:
+    """It reads the weights that are replaced."""
+    api.export(stories_copy, api.ExportSettings("bf16"))
+    assert not (stories_copy / "model.onnx").exists()
+    with pytest.raises(InputError, match=r"`rewrite` in .* is out of date"):
+        current_rewrite(Workspace.open(stories_copy))
+    api.rewrite(stories_copy)
+    assert current_rewrite(Workspace.open(stories_copy)).key
 
 
 def test_files_beside_the_graph_follow_the_plan(stories_copy: Path) -> None:
