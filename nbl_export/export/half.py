@@ -12,7 +12,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from nbl_export.batch.rows import Inputs
-from nbl_export.export.ranges import measure_ranges
+from nbl_export.export.ranges import ranges_of
 from nbl_export.files import TEMPORARY
 from nbl_export.graph.io import save_graph
 from nbl_export.graph.precision import Precision, to_precision
@@ -41,7 +41,6 @@ def _ranges(graph: ir.Model, path: Path, rows: Sequence[NDArray[Any]] | Inputs) 
     path.parent.mkdir(exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=".fp32.", suffix=TEMPORARY, dir=path.parent))
     try:
-        save_graph(graph, folder / path.name)
-        return measure_ranges(folder / path.name, rows)
+        return ranges_of(graph.clone(), rows, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -12,37 +12,49 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common as passes
 
 from nbl_export.batch.rows import Inputs
-from nbl_export.graph.io import scratch_copy
-from nbl_export.runtime.ort import run_outputs
+from nbl_export.graph.io import load_graph
+from nbl_export.runtime.intermediates import batch_rows, compute_tensors
 
 _SUFFIX = ".largest"
 
 
 def measure_ranges(path: Path, rows: Sequence[NDArray[Any]] | Inputs) -> Mapping[str, float]:
-    """The largest magnitude of every float32 tensor of the graph at ``path`` over a prefill of ``rows``.
+    """:func:`ranges_of` for the graph at ``path``."""
+    return ranges_of(load_graph(path), rows)
 
-    For an encoder ``rows`` is a batch by input name. Each tensor is reduced inside the graph, so memory is that of
-    an ordinary run. Padding is included because it is computed too; a tensor with NaN counts as infinite.
+
+def ranges_of(
+    model: ir.Model, rows: Sequence[NDArray[Any]] | Inputs, scratch: Path | None = None
+) -> Mapping[str, float]:
+    """The largest magnitude of every float32 tensor of ``model``, which is changed, over a prefill of ``rows``.
+
+    For an encoder ``rows`` is a batch by input name. Each tensor is reduced inside the graph, and the graph is run in
+    parts, row by row, so memory is that of one part and what it computes of a row; ``scratch`` is a folder for the
+    weights of a part that are in no file. Padding is included because it is computed too; a tensor with NaN counts as
+    infinite.
     """
+    passes.ShapeInferencePass()(model)
+    names = _reduce_all(model.graph)
+    found = compute_tensors(model, names, batch_rows(model, rows), scratch=scratch)
+    return {name.removesuffix(_SUFFIX): float(max(row[name] for row in found)) for name in names}
 
-    def reduce_all(model: ir.Model) -> None:
-        passes.ShapeInferencePass()(model)
-        graph = model.graph
-        infinity = ir.Value(name="infinity", const_value=ir.tensor(np.float32(np.inf)))
-        graph.register_initializer(infinity)
-        for value in [v for n in graph for v in n.outputs if v.dtype == ir.DataType.FLOAT and v.name]:
+
+def _reduce_all(graph: ir.Graph) -> list[str]:
+    """Add the largest magnitude of each tensor, computed where the tensor is; returns their names."""
+    infinity = ir.Value(name="infinity", const_value=ir.tensor(np.float32(np.inf)))
+    graph.register_initializer(infinity)
+    names = []
+    for node in list(graph):
+        for value in node.outputs:
+            if value.dtype != ir.DataType.FLOAT or not value.name:
+                continue
             # onnxruntime's ReduceMax ignores NaN.
             bad = ir.node("IsNaN", [value])
             size = ir.node("Abs", [value])
             clean = ir.node("Where", [bad.outputs[0], infinity, size.outputs[0]])
             largest = ir.node("ReduceMax", [clean.outputs[0]], {"keepdims": 0})
-            largest.outputs[0].name = f"{value.name}{_SUFFIX}"
+            names.append(f"{value.name}{_SUFFIX}")
+            largest.outputs[0].name = names[-1]
             largest.outputs[0].type, largest.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([])
-            graph.extend([bad, size, clean, largest])
-            graph.outputs.append(largest.outputs[0])
-            names.append(str(largest.outputs[0].name))
-
-    names: list[str] = []
-    with scratch_copy(path, reduce_all) as reduced:
-        found = run_outputs(reduced, rows, names)
-    return {name.removesuffix(_SUFFIX): float(value) for name, value in found.items()}
+            graph.insert_after(node, [bad, size, clean, largest])
+    return names

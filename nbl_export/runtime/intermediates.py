@@ -9,6 +9,7 @@ is a separate onnxruntime session, which reads its weights from the data files o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,12 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from nbl_export.batch.names import MASK, POSITIONS, TOKENS, WRITE_INDICES
+from nbl_export.batch.padding import left_padded, prefix_padded, right_padded
 from nbl_export.batch.rows import Inputs, real_positions, rows_of_batch
 from nbl_export.errors import InputError
+from nbl_export.graph.data_file import DataFile
+from nbl_export.graph.external_data import INLINE_BYTES
 from nbl_export.graph.half_emulation import HALF, compute_in_float32, float32_name, needs_emulation
 from nbl_export.graph.interface import interface_of
 from nbl_export.graph.io import load_graph
@@ -53,15 +58,17 @@ def compute_tensors(
     rows: Sequence[Mapping[str, NDArray[Any]]],
     partition_bytes: int = PARTITION_BYTES,
     progress: Callable[[int], object] = lambda _bytes: None,
+    scratch: Path | None = None,
 ) -> list[Arrays]:
     """The tensors ``wanted`` of ``model`` for each of ``rows``, which name its inputs.
 
     A row may also feed intermediate tensors; the nodes they depend on are then not run. Half-precision tensors are
     returned as float32, computed by emulation (:mod:`nbl_export.graph.half_emulation`). ``model`` is changed in
-    place. ``progress`` receives the bytes of the weights of each partition that has run. Raises
-    :class:`InputError` if onnxruntime does not load a partition.
+    place. ``progress`` receives the bytes of the weights of each partition that has run. In the folder ``scratch`` the
+    weights of a partition are written that are in no file yet, as those of a graph that was just traced; then no weight
+    of ``model`` may be in one. Raises :class:`InputError` if onnxruntime does not load a partition.
     """
-    folder = follow_links(model)
+    folder = follow_links(model) if scratch is None else scratch
     tapped = {name: name for name in wanted}
     if needs_emulation(model):
         compute_in_float32(model)
@@ -73,15 +80,18 @@ def compute_tensors(
         later = set(tapped.values()).union(*(p.reads for p in partitions[index + 1 :]))
         outputs = sorted(partition.writes & later)
         first = values[0]
-        proto = _proto(model, partition, {name: first[name] for name in sorted(partition.reads)}, outputs)
-        bounds = bounds_of(partition.weight_bytes([]), PARTITION_SECONDS)
-        session = _session(proto, folder, bounds)
-        for row in values:
-            feeds = {name: row[name] for name in partition.reads}
-            found = run_session(session, outputs, feeds, bounds)
-            row |= dict(zip(outputs, found, strict=True))
-            for name in [n for n in row if n not in later]:
-                del row[name]
+        given = {name: first[name] for name in sorted(partition.reads)}
+        with _weights(partition, scratch) as weights:
+            proto = _proto(model, partition, weights, given, outputs)
+            bounds = bounds_of(partition.weight_bytes([]), PARTITION_SECONDS)
+            session = _session(proto, folder, bounds)
+            for row in values:
+                feeds = {name: row[name] for name in partition.reads}
+                found = run_session(session, outputs, feeds, bounds)
+                row |= dict(zip(outputs, found, strict=True))
+                for name in [n for n in row if n not in later]:
+                    del row[name]
+            del session, proto
         progress(partition.weight_bytes([]))
     return [{name: row[tap] for name, tap in tapped.items()} for row in values]
 
@@ -172,17 +182,39 @@ def _needed(model: ir.Model, wanted: set[str], fed: set[str]) -> set[ir.Node]:
     return needed
 
 
+@contextmanager
+def _weights(partition: _Partition, scratch: Path | None) -> Iterator[dict[str, ir.TensorProtocol]]:
+    """The weights of ``partition`` by name; in a file of ``scratch`` while they are needed."""
+    weights = {n: v.const_value for n, v in partition.weights.items() if v.const_value is not None}
+    if scratch is None:
+        yield weights
+        return
+    path = scratch / "weights.data"
+    try:
+        with path.open("wb", buffering=0) as file:
+            out = DataFile(file.fileno(), path, None)
+            for name, tensor in weights.items():
+                if tensor.nbytes >= INLINE_BYTES and tensor.dtype != ir.DataType.STRING:
+                    weights[name] = out.add(name, tensor)
+        yield weights
+    finally:
+        path.unlink(missing_ok=True)
+
+
 def _proto(
-    model: ir.Model, partition: _Partition, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str]
+    model: ir.Model,
+    partition: _Partition,
+    weights: Mapping[str, ir.TensorProtocol],
+    feeds: Mapping[str, NDArray[Any]],
+    outputs: Sequence[str],
 ) -> onnx.ModelProto:
     graph = onnx.GraphProto(name="partition")
     graph.node.extend(ir.serde.serialize_node(node) for node in partition.nodes)
     for node in graph.node:
         # A node may run for one output while another of its outputs is fed.
         node.output[:] = [f"{n} as computed" if n in feeds else n for n in node.output]
-    for name, value in partition.weights.items():
-        assert value.const_value is not None
-        tensor = ir.serde.serialize_tensor(value.const_value)
+    for name, weight in weights.items():
+        tensor = ir.serde.serialize_tensor(weight)
         tensor.name = name
         graph.initializer.append(tensor)
     for name, array in feeds.items():
@@ -213,6 +245,25 @@ def intermediate_tensors(path: Path, names: Sequence[str], inputs: Inputs) -> di
     wanted = list(dict.fromkeys(names))
     found = compute_tensors(model, wanted, prefill_rows(model, rows_of_batch(inputs)))
     return {name: _padded([row[name] for row in found], inputs) for name in wanted}
+
+
+def batch_rows(model: ir.Model, rows: Sequence[NDArray[Any]] | Inputs) -> list[Arrays]:
+    """The feeds of :func:`compute_tensors` for ``rows`` padded to one batch, row by row; or for an encoder's batch."""
+    interface = interface_of(model)
+    if isinstance(rows, Mapping):
+        feeds, count = interface.named(rows), len(next(iter(rows.values())))
+    else:
+        count, longest = len(rows), max(map(len, rows))
+        if interface.static:
+            ids, positions = right_padded(rows)
+            inputs = {TOKENS: ids, POSITIONS: positions, WRITE_INDICES: np.zeros(count, dtype=np.int64)}
+        else:
+            padded = prefix_padded(rows) if interface.ragged else left_padded(rows)
+            inputs = dict(zip((TOKENS, MASK, POSITIONS), padded, strict=True))
+        past = interface.empty_cache(count, longest if interface.static else 0, np.dtype(np.float32))
+        feeds = interface.named(inputs) | past
+    parted = {name: array.ndim > 0 and len(array) == count for name, array in feeds.items()}
+    return [{n: a[i : i + 1] if parted[n] else a for n, a in feeds.items()} for i in range(count)]
 
 
 def prefill_rows(model: ir.Model, rows: Sequence[NDArray[Any] | Inputs]) -> list[Arrays]:

@@ -26,6 +26,8 @@ _QUANTIZED = ("int8", "int4")
 # Rows of the probe have about so many tokens in all; each layer has u and y of them, and the residual stream.
 _PROBE_TOKENS = 40
 _FLOAT = 4
+# The weights of a part of a graph that is run in parts, but for a larger one.
+_PART = 128 << 20
 
 
 @dataclass(frozen=True)
@@ -109,16 +111,19 @@ def room_to_select(shape: Shape, settings: SelectSettings, exporting: ExportSett
 
 
 def room_to_export(shape: Shape, settings: ExportSettings) -> Room:
-    """The weights in their precision; to measure ranges for fp16 they are there in float32 first."""
+    """The weights in their precision; to measure ranges for fp16 those of a part are there in float32 first."""
     leaves = _graph_bytes(shape, settings)
     measures = settings.exporter == "torch" and settings.precision == "fp16"
-    return Room("export", leaves, max(0, _FLOAT * shape.weights - leaves) if measures else 0)
+    part = min(_FLOAT * shape.weights, max(_FLOAT * shape.embedding, _PART)) if measures else 0
+    return Room("export", leaves, max(0, part - leaves))
 
 
-def room_to_rewrite(shape: Shape, selection: SelectSettings, settings: ExportSettings) -> Room:
-    """The weights once more, and W and b."""
-    maps = map_weights(shape, selection) * WEIGHT_BYTES[str(settings.precision)]
-    return Room("rewrite", _graph_bytes(shape, settings) + int(maps))
+def room_to_rewrite(
+    shape: Shape, selection: SelectSettings, settings: ExportSettings, whole: bool = False
+) -> Room:
+    """W and b; a ``whole`` graph has the other weights once more."""
+    maps = int(map_weights(shape, selection) * WEIGHT_BYTES[str(settings.precision)])
+    return Room("rewrite", maps + (_graph_bytes(shape, settings) if whole else 0))
 
 
 def room_to_build(shape: Shape, _settings: EngineSettings, exporting: ExportSettings) -> Room:

@@ -146,10 +146,10 @@ def test_the_rows_decide_what_stays_float32(
 
 @pytest.mark.parametrize("name", ["bf16", "fp32"])
 def test_float32s_range_needs_no_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    def fail(*_args: Any) -> None:
+    def fail(*_args: Any, **_more: Any) -> None:
         raise AssertionError("measured")
 
-    monkeypatch.setattr(half_module, "measure_ranges", fail)
+    monkeypatch.setattr(half_module, "ranges_of", fail)
     files, kept = save_in_precision(decoder(), tmp_path / "new" / "model.onnx", PRECISIONS[name], [])
     assert kept == [] and files == [tmp_path / "new" / "model.onnx"]
     expected = HALF["bf16"] if name == "bf16" else FLOAT
@@ -160,7 +160,7 @@ def test_float32s_range_needs_no_rows(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no room"), KeyboardInterrupt()], ids=repr)
-@pytest.mark.parametrize("step", ["measure_ranges", "to_precision", "save_graph"])
+@pytest.mark.parametrize("step", ["ranges_of", "to_precision", "save_graph"])
 def test_a_failure_leaves_the_folder_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: BaseException
 ) -> None:
@@ -168,7 +168,7 @@ def test_a_failure_leaves_the_folder_as_it_was(
     for name, content in old.items():
         (tmp_path / name).write_bytes(content)
 
-    def fail(*_args: Any) -> None:
+    def fail(*_args: Any, **_more: Any) -> None:
         raise error
 
     monkeypatch.setattr(half_module, step, fail)

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 
 from nbl_export.export import ranges as ranges_module
-from nbl_export.export.ranges import measure_ranges
-from nbl_export.graph.io import save_graph
+from nbl_export.export.ranges import measure_ranges, ranges_of
+from nbl_export.graph.io import load_graph, save_graph
+from nbl_export.runtime import intermediates
+from nbl_export.runtime.intermediates import compute_tensors
 from tests.fixtures_graph import pad_left, ragged_rows
 from tests.graph.parsed import parsed
 from tests.releases import written_for_5
@@ -113,10 +117,10 @@ def test_the_file_stays_and_nothing_is_left(graph: Path, monkeypatch: pytest.Mon
     measure_ranges(graph, ragged_rows((5,), VOCAB))
     assert state() == before
 
-    def fail(*_args: Any) -> None:
+    def fail(*_args: Any, **_more: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ranges_module, "run_outputs", fail)
+    monkeypatch.setattr(ranges_module, "compute_tensors", fail)
     with pytest.raises(KeyboardInterrupt):
         measure_ranges(graph, ragged_rows((5,), VOCAB))
     assert state() == before
@@ -173,3 +177,38 @@ def test_what_is_no_number_is_infinite_wherever_it_stands(tmp_path: Path, place:
     row[place] = -1
     found = dict(measure_ranges(tmp_path / "model.onnx", [row]))
     assert found == {"x": max(row), "logits": float("inf")}
+
+
+# in parts ----------------------------------------------------------------------------------------
+
+
+def test_parts_give_the_ranges_of_the_whole(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each part has few weights, which are in no file before; the ranges are those of one run of all."""
+    rows = ragged_rows((19, 11, 2), VOCAB, seed=3)
+    whole = measure_ranges(graph, rows)
+    sizes: list[int] = []
+    real = intermediates._session
+
+    def session(proto: onnx.ModelProto, folder: Path | None, bounds: Any) -> Any:
+        sizes.append(sum(int(np.prod(t.dims)) for t in proto.graph.initializer))
+        assert folder is not None and len(list(folder.iterdir())) <= 1
+        return real(proto, folder, bounds)
+
+    monkeypatch.setattr(intermediates, "_session", session)
+    monkeypatch.setattr(ranges_module, "compute_tensors", partial(compute_tensors, partition_bytes=20_000))
+    scratch = graph.parent / "scratch"
+    scratch.mkdir()
+    try:
+        model = load_graph(graph)
+        for value in model.graph.initializers.values():
+            tensor = value.const_value
+            assert tensor is not None
+            value.const_value = ir.tensor(tensor.numpy().copy(), name=tensor.name)
+        parts = ranges_of(model, rows, scratch)
+        assert list(scratch.iterdir()) == []
+    finally:
+        scratch.rmdir()
+    assert len(sizes) > BLOCKS and sum(sizes) > 4 * max(sizes)
+    assert parts.keys() == whole.keys()
+    for name, value in whole.items():
+        np.testing.assert_allclose(parts[name], value, rtol=1e-5, err_msg=name)
