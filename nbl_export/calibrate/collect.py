@@ -7,7 +7,8 @@
    Batches are the same for any number of processes; the sums differ in the order of additions in float64 only.
 4. The moments of a layer are stored when all rows have passed it. A checkpoint is written only between two batches: the
    states, and the sums of the layer that is not finished. Batches and their order depend only on the tokens: a
-   resumed run gives the same sums, bit for bit. Several processes keep the finished layers, and no states.
+   resumed run gives the same sums, bit for bit. Several processes keep their states between two blocks
+   (:mod:`.rank_states`), and any number of processes goes on from them.
 5. The first Ctrl-C (or SIGTERM) finishes the batch, writes a checkpoint and stops; the second stops at once,
    and the last checkpoint remains.
 """
@@ -15,7 +16,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ from nbl_export.calibrate.moments import (
     digest_of_tokens,
     shapes,
 )
+from nbl_export.calibrate.rank_states import RankStates
 from nbl_export.calibrate.store import InMemory, Store
 from nbl_export.checkpoint import saving_to
 from nbl_export.errors import CalibrationError, InputError
@@ -105,6 +107,7 @@ def store_moments(
                     task.advance(work.seen - before)
                     between()
             work.finish()
+            work.keep_states()
 
 
 class _Work:
@@ -129,6 +132,7 @@ class _Work:
         # The first row of each batch that this process takes.
         self._starts = ranks.mine(range(0, len(tokens), self._step))
         self.states: list[torch.Tensor | None] = [None] * len(self._starts)
+        self._kept = RankStates(store.checkpoint, ranks, self._identity)
         self._part = self.batch = 0
         self._sums: dict[int, Accumulator] = {}
         self._found: Mapping[str, NDArray[Any]] = {}
@@ -191,6 +195,17 @@ class _Work:
                 self._store.put(index, sums.result())
         self._sums = {}
 
+    def keep_states(self) -> None:
+        """Of several processes: keep the states before the next part, if there is one and a save is due."""
+        if self._part + 1 < len(self.parts):
+            states = zip(self._numbers, self.states, strict=True)
+            self._kept.save(self._part + 1, {i: _as_array(s) for i, s in states if s is not None})
+
+    @property
+    def _numbers(self) -> Sequence[int]:
+        """The number of each batch of this process, among those of all."""
+        return [start // self._step for start in self._starts]
+
     def save(self, path: Path) -> None:
         """Write the checkpoint."""
         tensors: dict[str, Any] = {
@@ -207,8 +222,8 @@ class _Work:
     def resume(self, listener: Listener) -> int:
         """Go on from the checkpoint, if there is one of the same work; returns the number of the part to begin with."""
         checkpoint = self._store.checkpoint
-        if not self.parts or self._ranks.count > 1 or checkpoint is None or not checkpoint.path.exists():
-            return 0
+        if self._ranks.count > 1 or checkpoint is None or not checkpoint.path.exists():
+            return self._resume_between(listener)
         try:
             found, header = load_tensors(checkpoint.path, _STATES, "")
             about = parse_json(header["nbl"])
@@ -228,6 +243,33 @@ class _Work:
             f"Calibration goes on from a checkpoint in block {self.parts[part].start}, at row "
             f"{min(batch * self._step, len(self._rows))}."
         )
+        return part
+
+    def _resume_between(self, listener: Listener) -> int:
+        """Go on from what several processes have kept between two parts; returns the number of the part."""
+        missing = min(layer.index for layer in self._layers if layer.index not in self._stored)
+        found = self._kept.find(-(-len(self._rows) // self._step))
+        if found is None or found[0] >= len(self.parts) or missing < self.parts[found[0]].start:
+            return 0
+        part, files = found
+        arrays: dict[int, NDArray[Any]] = {}
+
+        def load() -> None:
+            arrays.update(self._kept.load(files, self._numbers))
+            for start, array in zip(self._starts, arrays.values(), strict=True):
+                rows = len(self._rows[start : start + self._step])
+                if (array.shape[:1], array.shape[-1:]) != ((rows,), (hidden_size(self._model),)):
+                    raise InputError("states of other rows")
+
+        try:
+            self._ranks.each(load)
+        except InputError:  # or not every machine has them
+            listener.note("The states that were kept between two blocks are damaged and were ignored.")
+            return 0
+        like = weights_like(self._model)
+        self.states = [_as_tensor(array, like) for array in arrays.values()]
+        self._part = part
+        listener.note(f"Calibration goes on at block {self.parts[part].start}, from the states before it.")
         return part
 
     def _states_of(

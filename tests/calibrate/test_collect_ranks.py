@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nbl_export.calibrate import collect
 from nbl_export.calibrate.collect import collect_moments, store_moments
 from nbl_export.calibrate.moments import ARRAYS, Moments, load_moments
 from nbl_export.calibrate.store import MomentsFolder
 from nbl_export.errors import CalibrationError
 from nbl_export.models.load import load_model
 from nbl_export.models.source import find_model
-from nbl_export.ranks import ALONE, Ranks
+from nbl_export.ranks import ALONE, LostRankError, Ranks
 from tests.interruptions import Recorder, crash
 from tests.several import forked
 
@@ -37,15 +38,20 @@ def whole(model: Any, tokens: np.ndarray) -> Moments:
     return collect_moments(model, tokens)
 
 
-def store_in(folder: Path) -> MomentsFolder:
-    return MomentsFolder(folder / "moments", folder / "partial", {"model": "of a test"})
+def store_in(folder: Path, every_seconds: float = 3600.0) -> MomentsFolder:
+    return MomentsFolder(folder / "moments", folder / "partial", {"model": "of a test"}, every_seconds)
 
 
 def collected(
-    model: Any, tokens: np.ndarray, folder: Path, ranks: Ranks = ALONE, listener: Recorder | None = None
+    model: Any,
+    tokens: np.ndarray,
+    folder: Path,
+    ranks: Ranks = ALONE,
+    listener: Recorder | None = None,
+    every_seconds: float = 3600.0,
 ) -> Recorder:
     listener = listener or Recorder()
-    store = store_in(folder)
+    store = store_in(folder, every_seconds)
     store_moments(model, tokens, "f" * 64, store, listener, ranks)
     if ranks.first:
         store.publish()
@@ -130,4 +136,52 @@ def test_finished_layers_are_kept_for_any_number_of_processes(
         return same
 
     assert forked(then, tmp_path / "gone_on", going_on) == [kept] * then
+    assert_near(load_moments(out / "moments")[0], whole)
+
+
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (2, 2), (3, 2)])
+def test_a_run_goes_on_from_the_states_of_any_number_of_processes(
+    model: Any, tokens: np.ndarray, whole: Moments, tmp_path: Path, first: int, then: int
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    batches = -(-ROWS * LENGTH // 1024)
+
+    def crashing(ranks: Ranks) -> Any:
+        at = 2 * -(-batches // ranks.count) + 1  # in the third block
+        collected(model, tokens, out, ranks, Recorder(at, crash), every_seconds=0.0)
+
+    for error in forked(first, tmp_path / "crashed", crashing):
+        assert isinstance(error, (RuntimeError, LostRankError))
+    states = [f"states.002.{rank}-of-{first}.safetensors" for rank in range(first)]
+    assert sorted(path.name for path in (out / "partial").glob("states*")) == states
+
+    def going_on(ranks: Ranks) -> Any:
+        runs: list[int] = []
+        hook = model.model.layers[1].register_forward_hook(lambda *_: runs.append(1))
+        listener = collected(model, tokens, out, ranks)
+        hook.remove()
+        return runs, listener.start, listener.notes
+
+    for runs, start, notes in forked(then, tmp_path / "gone_on", going_on):
+        assert runs == []  # no batch passes the second block again
+        assert start == (BLOCKS * ROWS * LENGTH, 2 * ROWS * LENGTH)
+        assert notes == ["Calibration goes on at block 2, from the states before it."]
+    assert_near(load_moments(out / "moments")[0], whole)
+    assert sorted(path.name for path in out.iterdir()) == ["moments"]
+
+
+def test_states_of_other_rows_are_ignored(
+    model: Any, tokens: np.ndarray, whole: Moments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+
+    def crashing(ranks: Ranks) -> Any:
+        monkeypatch.setattr(collect, "_as_array", lambda states: states[..., 1:].numpy())
+        collected(model, tokens, out, ranks, Recorder(5, crash), every_seconds=0.0)
+
+    forked(2, tmp_path / "crashed", crashing)
+    listener = collected(model, tokens, out)
+    assert listener.notes == ["The states that were kept between two blocks are damaged and were ignored."]
     assert_near(load_moments(out / "moments")[0], whole)
