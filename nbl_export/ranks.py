@@ -98,7 +98,10 @@ class Ranks:
         self.each(_nothing)
         with _connected(self.count):
             for tensor in tensors:
-                torch.distributed.reduce(tensor, dst=0)
+                sent = tensor if _travels(tensor.device) else tensor.cpu()
+                torch.distributed.reduce(sent, dst=0)
+                if sent is not tensor:
+                    tensor.copy_(sent)
 
     @contextmanager
     def leading(self) -> Iterator[None]:
@@ -200,8 +203,9 @@ def _connect(here: Ranks) -> Ranks:
     import torch
     from torch.distributed.rendezvous import rendezvous
 
-    nccl = torch.cuda.is_available() and torch.distributed.is_nccl_available()
-    backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
+    # NCCL wants a GPU for each process.
+    gpus = torch.cuda.device_count() if torch.distributed.is_nccl_available() else 0
+    backend = "cpu:gloo,cuda:nccl" if gpus and gpus >= on_this_machine() else "gloo"
     try:
         store, rank, count = next(rendezvous("env://", timeout=TIMEOUT))
         torch.distributed.init_process_group(
@@ -259,6 +263,14 @@ def in_one_process(command: Callable[P, T]) -> Callable[P, T]:
         return command(*args, **kwargs)
 
     return checked
+
+
+def _travels(device: torch.device) -> bool:
+    """Whether tensors on ``device`` are added up from there; gloo adds up those on a CPU only."""
+    from torch.distributed.distributed_c10d import get_backend_config
+
+    backends = dict(pair.split(":") for pair in get_backend_config().split(","))  # as cpu:gloo,cuda:nccl
+    return device.type == "cpu" or backends.get(device.type, "gloo") != "gloo"
 
 
 def _nothing() -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed import distributed_c10d
 
 from nbl_export import api, ranks
 from nbl_export.errors import CalibrationError, InputError
@@ -121,6 +122,28 @@ def test_sums_are_of_all_in_float64(tmp_path: Path) -> None:
         return sums.tolist() if here.first else None
 
     assert forked(3, tmp_path, work)[0] == [[2 + 2.0**-50] * 2] * 2
+
+
+def test_sums_on_a_device_that_is_not_connected_travel_by_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(here: Ranks) -> Any:
+        monkeypatch.setattr(ranks, "_travels", lambda _device: False)
+        monkeypatch.setattr(torch.Tensor, "cpu", lambda t: t.clone())
+        sums = torch.full((2,), 1.0 + here.rank, dtype=torch.float64)
+        here.add_up([sums])
+        return sums.tolist() if here.first else None
+
+    assert forked(2, tmp_path, work) == [[3.0, 3.0], None]
+
+
+@pytest.mark.parametrize(
+    ("backends", "gpu"), [("cpu:gloo,cuda:nccl", True), ("cpu:gloo,cuda:gloo", False), ("cpu:gloo", False)]
+)
+def test_gpus_are_connected_by_nccl_alone(monkeypatch: pytest.MonkeyPatch, backends: str, gpu: bool) -> None:
+    monkeypatch.setattr(distributed_c10d, "get_backend_config", lambda: backends)
+    assert ranks._travels(torch.device("cuda:1")) == gpu
+    assert ranks._travels(torch.device("cpu"))
 
 
 def test_an_error_of_one_is_the_error_of_all(tmp_path: Path) -> None:

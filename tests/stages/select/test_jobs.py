@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +18,12 @@ from nbl_export.linearize import search
 from nbl_export.linearize.loss import LossMeter
 from nbl_export.linearize.scores import CRITERIA
 from nbl_export.linearize.sweep import Version
-from nbl_export.ranks import Ranks
+from nbl_export.ranks import LostRankError, Ranks
 from nbl_export.stages.select import jobs
 from nbl_export.workspace import Workspace
 from tests.listening import Notes
 from tests.several import forked
-from tests.stages.select.by_hand import files, select
+from tests.stages.select.by_hand import files, same_plan, select
 
 SAME = ("candidates.json", "plan.json", "plan.safetensors")
 
@@ -120,6 +123,35 @@ def test_what_no_k_meets_is_said_by_all(calibrated: Path, tmp_path: Path) -> Non
     errors = forked(2, tmp_path / "results", lambda ranks: selected(out, settings, ranks))
     assert [type(error) for error in errors] == [BudgetError] * 2
     assert str(errors[0]) == str(errors[1])
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_others_and_what_was_measured_is_kept(
+    calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: int
+) -> None:
+    alone, out = copy_of(calibrated, tmp_path / "alone"), copy_of(calibrated, tmp_path / "out")
+    settings = api.SelectSettings(k=2, criterion="kl")
+    plan, results = select(alone, settings), tmp_path / "results"
+    real, calls = jobs.measured_losses, []
+
+    def work(ranks: Ranks) -> Any:
+        def killed(*args: Any) -> Any:
+            calls.append(None)
+            if len(calls) == 2 and ranks.rank == victim:
+                (results / str(victim)).write_bytes(pickle.dumps(None))
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args)
+
+        monkeypatch.setattr(jobs, "measured_losses", killed)
+        selected(out, settings, ranks)
+
+    found = forked(2, results, work)
+    assert found[victim] is None and isinstance(found[1 - victim], LostRankError)
+    assert not Workspace.open(out).plan.exists()
+    kept = losses(out)
+    assert len(kept) == 2 and kept.items() <= losses(alone).items()
+    monkeypatch.undo()
+    assert same_plan(select(out, settings), plan)
 
 
 @pytest.mark.parametrize("layer", [1, 2])  # of the second process, and of the first
