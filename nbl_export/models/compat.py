@@ -100,6 +100,15 @@ _TYPE_NAMES = {"longrope": "type"}
 _TOKENIZER_CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast"}
 
 
+def weight_converter() -> Any:
+    """The class that makes weights of several tensors of a checkpoint; None where a model has them as stored."""
+    try:
+        from transformers.core_model_loading import WeightConverter
+    except ImportError:
+        return None
+    return WeightConverter
+
+
 def is_transformers_4() -> bool:
     """Whether the installed transformers knows only the keys of version 4."""
     from transformers import modeling_rope_utils

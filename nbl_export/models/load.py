@@ -8,7 +8,7 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from nbl_export.errors import InputError, MissingDependencyError
 from nbl_export.files import parse_json
 from nbl_export.models.compat import enable_softcapping, is_transformers_4, neutral_folder, readable_folder
 from nbl_export.models.limits import check_built, weights_of
+from nbl_export.models.merged import Merged, put_off
 from nbl_export.models.source import ModelSource, check_config
 from nbl_export.models.stored import gguf_readers, same_weights, stored_tensors
 from nbl_export.models.tasks import task_named
@@ -90,7 +91,10 @@ def load_stored(source: ModelSource) -> Stored:
         with _reading(source):
             tensors = stored_tensors(Path(source.path))
         dtype = tensors.dtype or torch.float32
-        model, unused = _from_files(source, path, {"use_safetensors": True, "dtype": dtype})
+        # In float32 the experts that transformers merges are in memory, like everything that it converts.
+        nothing: AbstractContextManager[dict[str, Merged]] = contextlib.nullcontext({})
+        with put_off() if dtype != torch.float32 else nothing as merged:
+            model, unused = _from_files(source, path, {"use_safetensors": True, "dtype": dtype})
         if dtype == torch.float32 and not tensors.others:
             return _in_memory(source, model)
         with _reading(source):
@@ -101,10 +105,12 @@ def load_stored(source: ModelSource) -> Stored:
             return _in_memory(source, model)
     weights = dict(model.named_parameters(remove_duplicate=False))
     for name, weight in weights.items():
-        check_finite(source.source, name, weight)
+        for tensor in merged[name].tensors if name in merged else [weight]:
+            check_finite(source.source, name, tensor)
+    made: dict[int, Read] = {id(weights[name]): read for name, read in merged.items()}
     if hasattr(model, "generation_config"):
         skeleton.generation_config = model.generation_config
-    return _finished(source, skeleton, {name: reader(weight) for name, weight in weights.items()})
+    return _finished(source, skeleton, {n: made.get(id(w)) or reader(w) for n, w in weights.items()})
 
 
 @contextmanager

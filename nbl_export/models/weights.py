@@ -197,8 +197,8 @@ def streamed(stored: Stored, dtype: torch.dtype, device: torch.device | str = "c
             owner, _, attribute = name.rpartition(".")
             module = model.get_submodule(owner)
             places.append((weakref.ref(module), attribute))
-            table = None if stored.computed else read()
-            without.append(_in_place(module, table, absent[key], device))
+            mapped = None if stored.computed else read
+            without.append(_in_place(module, mapped, absent[key], device))
             module._parameters[attribute] = without[-1]
         size = absent[key].numel() * absent[key].element_size()
         weight = Weight(places, without, read, names[0], parameter.shape, size)
@@ -220,11 +220,13 @@ def _absent(parameter: torch.nn.Parameter, dtype: torch.dtype) -> torch.nn.Param
 
 
 def _in_place(
-    module: torch.nn.Module, table: torch.Tensor | None, absent: torch.nn.Parameter, device: torch.device
+    module: torch.nn.Module, read: Read | None, absent: torch.nn.Parameter, device: torch.device
 ) -> torch.nn.Parameter:
-    """What ``module`` has while the weight is not read: an embedding looks up rows of the stored ``table``."""
-    looked_up = type(module) is torch.nn.Embedding and module.max_norm is None
-    if not looked_up or table is None or table.device != device:
+    """What ``module`` has while the weight is not read: an embedding looks up rows of the stored table."""
+    if read is None or type(module) is not torch.nn.Embedding or module.max_norm is not None:
+        return absent
+    table = read()
+    if table.device != device:
         return absent
     module.register_forward_hook(_Rounded(absent.dtype))
     return torch.nn.Parameter(table, requires_grad=False)
