@@ -137,6 +137,7 @@ def test_defaults_of_the_command_line_are_those_of_the_settings() -> None:
         "seed": 0,
         "dtype": "auto",
         "device": "auto",
+        "memory": None,
     }
     budget = {"max_kl": None, "max_perplexity_ratio": None, "min_speedup": None}
     assert asdict(SelectSettings()) == {

@@ -33,6 +33,7 @@ from nbl_export.calibrate.moments import (
     shapes,
 )
 from nbl_export.calibrate.rank_states import RankStates
+from nbl_export.calibrate.states import OnDisk, States, as_array, as_tensor, states_for
 from nbl_export.calibrate.store import InMemory, Store
 from nbl_export.checkpoint import saving_to
 from nbl_export.errors import CalibrationError, InputError
@@ -44,7 +45,7 @@ from nbl_export.models.walk import Step, segments, walking
 from nbl_export.models.weights import device_of, dtype_of, weights_like
 from nbl_export.progress import Listener, Silent
 from nbl_export.ranks import ALONE, Ranks
-from nbl_export.tensorfile import load_tensors, save_tensors
+from nbl_export.tensorfile import open_tensors, save_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -70,13 +71,15 @@ def store_moments(
     store: Store,
     listener: Listener | None = None,
     ranks: Ranks = ALONE,
+    memory: int | None = None,
 ) -> None:
     """Put the moments of every attention layer of ``model`` into ``store``, a layer at a time.
 
     Of several ``ranks``, the first stores the moments and reports the progress of all; all have the same ``tokens``.
 
     ``tokens`` are token ids [samples, seq_len] int32, or images [samples, channels, height, width] float32; each image
-    counts as the number of tokens the model makes of it.
+    counts as the number of tokens the model makes of it. ``memory`` are the bytes that states may take, by default half
+    of what is free; what takes more is kept in files.
 
     ``fingerprint`` identifies the model and whatever else the moments are of; a checkpoint of another one, of another
     dtype or text is ignored. Raises
@@ -86,7 +89,7 @@ def store_moments(
     import torch
 
     listener = listener or Silent()
-    work = _Work(model, tokens, fingerprint, store, ranks)
+    work = _Work(model, tokens, fingerprint, store, ranks, memory)
     if not work.parts:
         return
     begun = work.resume(listener)
@@ -117,7 +120,13 @@ class _Work:
     """
 
     def __init__(
-        self, model: torch.nn.Module, tokens: NDArray[Any], fingerprint: str, store: Store, ranks: Ranks
+        self,
+        model: torch.nn.Module,
+        tokens: NDArray[Any],
+        fingerprint: str,
+        store: Store,
+        ranks: Ranks,
+        memory: int | None,
     ) -> None:
         self._model, self._rows, self._store, self._ranks = model, tokens, store, ranks
         self._layers = attention_layers(model)
@@ -131,7 +140,10 @@ class _Work:
         self._step = max(1, _BATCH_TOKENS // self._length)
         # The first row of each batch that this process takes.
         self._starts = ranks.mine(range(0, len(tokens), self._step))
-        self.states: list[torch.Tensor | None] = [None] * len(self._starts)
+        like = weights_like(model)
+        size = self._step * self._length * hidden_size(model) * like.element_size()
+        scratch = store.scratch if ranks.count == 1 else None
+        self.states = states_for(len(self._starts), size, like, scratch, memory)
         self._kept = RankStates(store.checkpoint, ranks, self._identity)
         self._part = self.batch = 0
         self._sums: dict[int, Accumulator] = {}
@@ -151,10 +163,15 @@ class _Work:
         """Begin the part ``number``, or go on with it; returns its layers whose moments are wanted."""
         if number != self._part:
             self._part, self.batch, self._found = number, 0, {}
+            self.states.turn()
+            if self.states.on_disk and self._store.checkpoint and self._ranks.count == 1:
+                self.save(
+                    self._store.checkpoint.path
+                )  # before the states that the last one names are overwritten
         layers = self._wanted(number)
         d, device = hidden_size(self._model), device_of(self._model)
         self._sums = {layer.index: Accumulator(d, device) for layer in layers}
-        for index, sums in self._sums.items() if self._found else ():
+        for index, sums in self._sums.items() if self._found and self.batch else ():
             n, *arrays = (self._found[f"{index}.{name}"] for name in ("n", *ARRAYS))
             sums.restore(LayerMoments(int(n[0]), *arrays))
         return layers
@@ -177,7 +194,7 @@ class _Work:
         kind = np.int64 if rows.ndim == 2 else np.float32
         name = main_input(self._model)
         inputs = {name: torch.from_numpy(rows.astype(kind)).to(device_of(self._model))}
-        self.states[self.batch] = step(inputs, self.states[self.batch])
+        self.states.put(self.batch, step(inputs, self.states.get(self.batch)))
         for layer in self._layers:
             if layer.index in self._sums and not self._sums[layer.index].is_finite():
                 raise CalibrationError(
@@ -198,8 +215,8 @@ class _Work:
     def keep_states(self) -> None:
         """Of several processes: keep the states before the next part, if there is one and a save is due."""
         if self._part + 1 < len(self.parts):
-            states = zip(self._numbers, self.states, strict=True)
-            self._kept.save(self._part + 1, {i: _as_array(s) for i, s in states if s is not None})
+            passed = ((i, self.states.after(number)) for number, i in enumerate(self._numbers))
+            self._kept.save(self._part + 1, {i: as_array(s) for i, s in passed if s is not None})
 
     @property
     def _numbers(self) -> Sequence[int]:
@@ -208,15 +225,13 @@ class _Work:
 
     def save(self, path: Path) -> None:
         """Write the checkpoint."""
-        tensors: dict[str, Any] = {
-            f"states.{i}": _as_array(states) for i, states in enumerate(self.states) if states is not None
-        }
+        tensors: dict[str, Any] = self.states.tensors()
         for index, sums in self._sums.items():
             layer = sums.result()
             tensors[f"{index}.n"] = np.array([layer.n])
             tensors |= {f"{index}.{name}": getattr(layer, name) for name in ARRAYS}
         path.parent.mkdir(exist_ok=True)
-        about = {**self._identity, "part": self._part, "batch": self.batch}
+        about = {**self._identity, "part": self._part, "batch": self.batch, **self.states.about()}
         save_tensors(path, _STATES, tensors, {"nbl": json.dumps(about, sort_keys=True)})
 
     def resume(self, listener: Listener) -> int:
@@ -225,19 +240,20 @@ class _Work:
         if self._ranks.count > 1 or checkpoint is None or not checkpoint.path.exists():
             return self._resume_between(listener)
         try:
-            found, header = load_tensors(checkpoint.path, _STATES, "")
+            found, header = open_tensors(checkpoint.path, _STATES, "")
             about = parse_json(header["nbl"])
             part, batch = int(about.pop("part")), int(about.pop("batch"))
+            files = {name: about.pop(name) for name in ("side", "files") if name in about}
             if part < 0 or not 0 <= batch <= len(self.states):
                 raise ValueError("its place")
             missing = (layer.index for layer in self._layers if layer.index not in self._stored)
             if about != self._identity or part >= len(self.parts) or min(missing) < self.parts[part].start:
                 return 0
-            states = self._states_of(found, part, batch)
-        except (InputError, ValueError, KeyError, TypeError, AttributeError):
+            self._check_sums(found, part, batch)
+            self.states = self._states_of(found, files, part, batch)
+        except (InputError, OSError, ValueError, KeyError, TypeError, AttributeError):
             listener.note(f"The checkpoint {checkpoint.path.name} is damaged and was ignored.")
             return 0
-        self.states = states
         self._part, self.batch, self._found = part, batch, found
         listener.note(
             f"Calibration goes on from a checkpoint in block {self.parts[part].start}, at row "
@@ -266,47 +282,49 @@ class _Work:
         except InputError:  # or not every machine has them
             listener.note("The states that were kept between two blocks are damaged and were ignored.")
             return 0
-        like = weights_like(self._model)
-        self.states = [_as_tensor(array, like) for array in arrays.values()]
+        for number, array in enumerate(arrays.values()):
+            self.states.put(number, as_tensor(array, weights_like(self._model)), passed=False)
         self._part = part
         listener.note(f"Calibration goes on at block {self.parts[part].start}, from the states before it.")
         return part
 
-    def _states_of(
-        self, found: Mapping[str, NDArray[Any]], part: int, batch: int
-    ) -> list[torch.Tensor | None]:
-        """The states of a checkpoint; raises ``ValueError`` or ``KeyError`` if it is none of this work."""
-        d, like = hidden_size(self._model), weights_like(self._model)
-        for index in (layer.index for layer in self._wanted(part)):
+    def _check_sums(self, found: Mapping[str, NDArray[Any]], part: int, batch: int) -> None:
+        """Raise ``ValueError`` or ``KeyError`` if a checkpoint does not have the sums of this work."""
+        d = hidden_size(self._model)
+        for index in (layer.index for layer in self._wanted(part) if batch):
             if any(found[f"{index}.{name}"].shape != shape for name, shape in shapes(d).items()):
                 raise ValueError(f"the sums of layer {index}")
             int(found[f"{index}.n"][0])
-        states: list[torch.Tensor | None] = []
-        for number in range(len(self.states)):
-            rows = len(self._rows[number * self._step : (number + 1) * self._step])
+
+    def _states_of(
+        self, found: Mapping[str, NDArray[Any]], files: Mapping[str, Any], part: int, batch: int
+    ) -> States:
+        """The states of a checkpoint; raises an error if they are none of this work."""
+        d, like, count = hidden_size(self._model), weights_like(self._model), len(self.states)
+        disk = OnDisk(self._store.scratch, count, like)
+        if files:
+            disk.adopt(files)
+
+        def kept(number: int) -> torch.Tensor | None:
+            if files:
+                return disk.after(number) if number < batch else disk.get(number)
             array = found.get(f"states.{number}")
+            return None if array is None else as_tensor(array, like)
+
+        for number in range(count):
+            rows, states = len(self._rows[number * self._step : (number + 1) * self._step]), kept(number)
             # Before the first part there are none, but of the batches that have passed it.
-            if array is None and (part or number < batch):
+            if states is None and (part or number < batch):
                 raise ValueError(f"no states of batch {number}")
-            if array is not None and (array.shape[:1], array.shape[-1:]) != ((rows,), (d,)):
+            if states is not None and (states.shape[:1], states.shape[-1:]) != ((rows,), (d,)):
                 raise ValueError(f"the states of batch {number}")
-            states.append(None if array is None else _as_tensor(array, like))
-        return states
+        if files and self.states.on_disk:
+            return disk
+        for number in range(count):
+            if (states := kept(number)) is not None:
+                self.states.put(number, states, number < batch)
+        return self.states
 
 
 def _nothing() -> None:
     return None
-
-
-def _as_array(states: torch.Tensor) -> NDArray[Any]:
-    """``states`` as an array; NumPy has no bfloat16, so the bits of two bytes are kept as an integer."""
-    import torch
-
-    return (states.view(torch.int16) if states.element_size() == 2 else states).cpu().numpy()
-
-
-def _as_tensor(array: NDArray[Any], like: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    tensor = torch.from_numpy(array)
-    return (tensor.view(like.dtype) if array.dtype == np.int16 else tensor).to(like.device)

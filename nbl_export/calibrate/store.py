@@ -23,6 +23,10 @@ class Store(Protocol):
     def checkpoint(self) -> Checkpoint | None:
         """Where unfinished work is saved; None if it is not."""
 
+    @property
+    def scratch(self) -> Path | None:
+        """The folder of what is of use only until all is put; None if nothing is gone on from."""
+
     def begin(self, identity: Mapping[str, str]) -> None:
         """What is put from now on is of this ``identity``: of one model in one dtype over one text."""
 
@@ -37,6 +41,7 @@ class InMemory:
     """Keeps the moments of every layer in memory; what is interrupted begins anew."""
 
     checkpoint = None
+    scratch = None
 
     def __init__(self) -> None:
         self.layers: dict[int, LayerMoments] = {}
@@ -64,6 +69,7 @@ class MomentsFolder:
         self._metadata = dict(metadata)
         states = partial / "states.safetensors"
         self.checkpoint = Checkpoint(states) if every_seconds is None else Checkpoint(states, every_seconds)
+        self.scratch = partial / "states"
         self._indices: list[int] = []
 
     def begin(self, identity: Mapping[str, str]) -> None:

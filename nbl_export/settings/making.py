@@ -24,6 +24,7 @@ from nbl_export.settings.definition import (
     setting,
 )
 from nbl_export.settings.device import OnDevice
+from nbl_export.settings.size import SIZE
 
 _RIDGES = Must(
     lambda x: 0 <= x <= MAX_RIDGE, f"is {{value}}; it must be between 0 and {MAX_RIDGE:g}, or auto"
@@ -46,6 +47,7 @@ class CalibrateSettings(OnDevice):
     field: Text field of .jsonl, .parquet or Hub rows.
     seed: Seed of everything random.
     dtype: Precision of the model while it reads the text. auto: bfloat16 where the processor multiplies it.
+    memory: What the states of the text between two blocks may take; more than that is kept in files.
     """
 
     sources: tuple[str, ...] = setting(
@@ -58,6 +60,11 @@ class CalibrateSettings(OnDevice):
     field: str = setting("text", MORE, key="text-field")
     seed: int = setting(0, MORE)
     dtype: Dtype = setting(AUTO, MORE, _DTYPES, metavar="DTYPE", key="calibration-dtype")
+    memory: str | None = setting(None, MORE, SIZE, metavar="SIZE", shown="half of what is free")
+
+    def as_json(self) -> dict[str, Any]:
+        """Without the memory, which changes no result."""
+        return {name: value for name, value in super().as_json().items() if name != "memory"}
 
     def check(self) -> None:
         super().check()

@@ -11,6 +11,7 @@ from nbl_export.errors import InputError
 from nbl_export.files import read_json, sha256_of_file, sha256_of_json, write_json
 from nbl_export.progress import Listener
 from nbl_export.settings import CalibrateSettings
+from nbl_export.settings.size import bytes_of
 from nbl_export.stage_record import MODEL, key_of
 from nbl_export.stages.room import Shape, check_calibrate
 from nbl_export.stages.run import Run
@@ -68,7 +69,8 @@ def calibrate(run: Run, settings: CalibrateSettings) -> None:
             **structure(model).as_json(),
         }
         store = MomentsFolder(ws.moments, ws.partial_moments, described)
-        store_moments(in_dtype, tokens, key, store, listener, ranks)
+        memory = None if settings.memory is None else bytes_of(settings.memory)
+        store_moments(in_dtype, tokens, key, store, listener, ranks, memory)
         if not ranks.first:
             return []
         save_probe(ws.probe, probes[0])

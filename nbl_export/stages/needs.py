@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nbl_export.settings import CalibrateSettings, ExportSettings, RunSettings, SelectSettings, choices
+from nbl_export.settings.size import bytes_of
 from nbl_export.stages.room import WEIGHT_BYTES, Room, Shape, map_weights, rooms
 
 if TYPE_CHECKING:
@@ -114,15 +115,17 @@ def to_calibrate(sizes: Sizes, settings: CalibrateSettings, width: int, room: Ro
     """Phases: the text is sampled, unless it is given; moments are collected.
 
     The sums of a layer are there three times when they are written: as sums, as arrays, and as the bytes of the file.
+    States are copied when a checkpoint is written; those that take more than ``--memory`` are in files.
     Symmetric products skip three eighths of their multiplications: of xxᵀ, yyᵀ and hhᵀ 5/8 are computed, of yxᵀ and
     yhᵀ all.
     """
     d, layers, tokens = sizes.shape.width, sizes.shape.layers, calibration_tokens(sizes, settings)
-    moments = 5 * _F64 * d * d
+    moments, states = 5 * _F64 * d * d, 2 * width * tokens * d
+    limit = float("inf") if settings.memory is None else bytes_of(settings.memory)
     collecting = {
         "a block's weights": sizes.held(width, sizes.block),
         "the moments of a layer": 3 * moments,
-        "states between blocks": width * tokens * d,
+        "states between blocks": states if states <= limit else 0,
         "a batch": _BATCH * (3 * _F64 * d + 4 * width * sizes.inner),
     }
     phases: list[Mapping[str, float]] = [collecting]

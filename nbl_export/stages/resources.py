@@ -74,6 +74,9 @@ def planned(source: str, out: Path, asked: RunSettings, trust_remote_code: bool 
     sizes, file = model_sizes(found)
     resolved = asked.resolve(task_named(found.task))
     machine = Machine(psutil.virtual_memory().available, rates(dtype, device, file))
+    if resolved.calibration.memory is None:
+        half = replace(resolved.calibration, memory=f"{machine.memory / 2e6:.3f}MB")
+        resolved = replace(resolved, calibration=half)
     each = needs(sizes, resolved, dtype.itemsize)
     notes = [_speed(machine, name), *misfits(sizes, resolved, dtype.itemsize, machine.memory, out)]
     title = f"{found.source}: {sizes.shape.weights / 1e6:,.0f}M weights in {_size(sizes.file)}"

@@ -63,12 +63,15 @@ def test_more_text_takes_more_of_what_grows_with_it(stories: Sizes) -> None:
     )
     added = 7992 * 640
     width = stories.shape.width
-    assert many["calibrate"].memory - few["calibrate"].memory == 4 * width * added
+    assert many["calibrate"].memory - few["calibrate"].memory == 2 * 4 * width * added
     assert many["calibrate"].most == "states between blocks"
     sums = (3 * 1.25 + 4) * width**2 * stories.shape.layers
     assert many["calibrate"].exact - few["calibrate"].exact == pytest.approx(sums * added)
     assert many["calibrate"].fast - few["calibrate"].fast == pytest.approx(2.0 * stories.blocks * added)
     assert many["select"].memory == few["select"].memory
+    files = replace(TEXT, samples=8000, memory="10MB")
+    (in_files, *_) = needs(stories, asked(files), 4)
+    assert in_files.memory == few["calibrate"].memory - 2 * 4 * width * 8 * 640
 
 
 def test_a_criterion_that_runs_no_model_needs_less(stories: Sizes) -> None:
