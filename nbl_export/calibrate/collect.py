@@ -214,7 +214,7 @@ class _Work:
 
     def keep_states(self) -> None:
         """Of several processes: keep the states before the next part, if there is one and a save is due."""
-        if self._part + 1 < len(self.parts):
+        if self._ranks.count > 1 and self._part + 1 < len(self.parts):
             passed = ((i, self.states.after(number)) for number, i in enumerate(self._numbers))
             self._kept.save(self._part + 1, {i: as_array(s) for i, s in passed if s is not None})
 

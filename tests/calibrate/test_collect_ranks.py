@@ -178,7 +178,7 @@ def test_states_of_other_rows_are_ignored(
     out.mkdir()
 
     def crashing(ranks: Ranks) -> Any:
-        monkeypatch.setattr(collect, "_as_array", lambda states: states[..., 1:].numpy())
+        monkeypatch.setattr(collect, "as_array", lambda states: states[..., 1:].numpy())
         collected(model, tokens, out, ranks, Recorder(5, crash), every_seconds=0.0)
 
     forked(2, tmp_path / "crashed", crashing)
