@@ -14,6 +14,7 @@ from nbl_export.graph.operators import LINEAR, SKIP_NORMS, key
 
 # The bits of an exponent that is all ones: infinity, or with other bits NaN.
 _EXPONENT = {ir.DataType.FLOAT16: 0x7C00, ir.DataType.BFLOAT16: 0x7F80}
+_PART = 1 << 22  # numbers that are looked at together
 # What multiplies or scales by a weight. Elsewhere minus infinity has a use: masks add it.
 _OTHERS = frozenset(
     {"GatherBlockQuantized", "DequantizeLinear", "Conv", "RMSNormalization", "LayerNormalization"}
@@ -31,9 +32,11 @@ def check_finite(model: ir.Model, where: str) -> None:
         tensor = value.const_value
         if tensor is None or not (value.dtype == ir.DataType.FLOAT or value.dtype in HALF):
             continue
-        bad = _bad(tensor.numpy(), value.dtype)
-        if not bad.any():
+        flat = tensor.numpy().reshape(-1)
+        parts = (flat[start : start + _PART] for start in range(0, flat.size, _PART))
+        if not any(_bad(part, value.dtype).any() for part in parts):
             continue
+        bad = _bad(tensor.numpy(), value.dtype)
         values = tensor.numpy().astype(np.float32)
         nan = bool(np.isnan(values).any())
         if nan or _is_weight(value, bool((values == np.inf).any())):

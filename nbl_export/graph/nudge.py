@@ -11,6 +11,7 @@ A step is one integer of a quantized weight, and the last bit of one in half pre
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ _RANGES = {
     ir.DataType.UINT8: (0, 255),
 }
 _MOVED = 1 / 12
+_PART = 1 << 20  # numbers that are moved at a time
 
 
 def nudge(model: ir.Model, seed: int = 0) -> None:
@@ -92,7 +94,7 @@ def _lazy(name: str, tensor: ir.TensorProtocol, bits: int, seed: int) -> ir.Lazy
             moved = _moved_packed(array, bits, generator)
         else:
             moved = _moved(array, *_RANGES[dtype], generator)
-        return ir.tensor(moved.astype(dtype.numpy()), dtype=dtype, name=name)
+        return ir.tensor(moved.astype(dtype.numpy(), copy=False), dtype=dtype, name=name)
 
     return ir.LazyTensor(compute, dtype=dtype, shape=ir.Shape(tensor.shape.numpy()), name=name)
 
@@ -104,9 +106,12 @@ def _steps(shape: tuple[int, ...], generator: np.random.Generator) -> NDArray[np
 
 
 def _moved(numbers: NDArray[Any], low: int, high: int, generator: np.random.Generator) -> NDArray[Any]:
-    wide = numbers.astype(np.int16)
-    moved: NDArray[Any] = np.clip(wide + _steps(wide.shape, generator), low, high)
-    return moved
+    def move(part: NDArray[Any]) -> NDArray[Any]:
+        wide = part.astype(np.int16)
+        moved: NDArray[Any] = np.clip(wide + _steps(wide.shape, generator), low, high)
+        return moved
+
+    return _by_parts(move, numbers)
 
 
 def _moved_packed(packed: NDArray[Any], bits: int, generator: np.random.Generator) -> NDArray[Any]:
@@ -114,16 +119,31 @@ def _moved_packed(packed: NDArray[Any], bits: int, generator: np.random.Generato
     most = (1 << bits) - 1
     result = np.zeros_like(packed)
     for shift in range(0, 8, bits):
-        numbers = (packed >> shift) & most
-        result |= _moved(numbers, 0, most, generator).astype(np.uint8) << np.uint8(shift)
+        result |= _moved((packed >> shift) & most, 0, most, generator) << np.uint8(shift)
     return result
 
 
 def _moved_halves(array: NDArray[Any], generator: np.random.Generator) -> NDArray[Any]:
     """The next number towards or away from zero; zeros, and the largest numbers, stay."""
-    raw = np.ascontiguousarray(array).view(np.int16)
-    steps = _steps(raw.shape, generator)
-    moved = (raw + steps).view(array.dtype)
-    stays = (array == 0) | ~np.isfinite(moved.astype(np.float32)) | (moved == 0)
-    result: NDArray[Any] = np.where(stays, array, moved)
-    return result
+
+    def move(part: NDArray[Any]) -> NDArray[Any]:
+        raw = part.view(np.int16)
+        moved = (raw + _steps(raw.shape, generator)).view(part.dtype)
+        stays = (part == 0) | ~np.isfinite(moved.astype(np.float32)) | (moved == 0)
+        result: NDArray[Any] = np.where(stays, part, moved)
+        return result
+
+    return _by_parts(move, array)
+
+
+def _by_parts(change: Callable[[NDArray[Any]], NDArray[Any]], array: NDArray[Any]) -> NDArray[Any]:
+    """``change`` of ``array``, a part at a time in order: what is drawn for each number takes several times its bytes.
+
+    A generator that draws in parts draws the same numbers.
+    """
+    flat = np.ascontiguousarray(array).reshape(-1)
+    changed = np.empty_like(flat)
+    for start in range(0, len(flat), _PART):
+        part = slice(start, start + _PART)
+        changed[part] = change(flat[part])
+    return changed.reshape(array.shape)

@@ -8,6 +8,7 @@ is a separate onnxruntime session, which reads its weights from the data files o
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,13 +29,15 @@ from nbl_export.graph.half_emulation import HALF, compute_in_float32, float32_na
 from nbl_export.graph.interface import interface_of
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.operators import captured
-from nbl_export.graph.tensors import follow_links
+from nbl_export.graph.tensors import external_files, follow_links
 from nbl_export.runtime.bounds import Bounds, bounds_of
-from nbl_export.runtime.session import data_folder, load, run_session, session_options
+from nbl_export.runtime.session import data_folder, frugal, lend, load, run_session, session_options
 
 Arrays = dict[str, NDArray[Any]]
 PARTITION_BYTES = 128 << 20
 PARTITION_SECONDS = 40.0  # of one row: such a partition takes about one
+_LENT = (*HALF, ir.DataType.FLOAT, ir.DataType.UINT8, ir.DataType.INT8)
+_LENT_FROM = 1 << 16  # bytes; shape inference looks at the numbers of small tensors
 
 
 class _Partition:
@@ -79,21 +82,56 @@ def compute_tensors(
     for index, partition in enumerate(partitions):
         later = set(tapped.values()).union(*(p.reads for p in partitions[index + 1 :]))
         outputs = sorted(partition.writes & later)
-        first = values[0]
-        given = {name: first[name] for name in sorted(partition.reads)}
-        with _weights(partition, scratch) as weights:
-            proto = _proto(model, partition, weights, given, outputs)
-            bounds = bounds_of(partition.weight_bytes([]), PARTITION_SECONDS)
-            session = _session(proto, folder, bounds)
-            for row in values:
-                feeds = {name: row[name] for name in partition.reads}
-                found = run_session(session, outputs, feeds, bounds)
-                row |= dict(zip(outputs, found, strict=True))
-                for name in [n for n in row if n not in later]:
-                    del row[name]
-            del session, proto
+        _run(model, folder, partition, values, outputs, scratch)
+        for row in values:
+            for name in [n for n in row if n not in later]:
+                del row[name]
         progress(partition.weight_bytes([]))
     return [{name: row[tap] for name, tap in tapped.items()} for row in values]
+
+
+def _run(
+    model: ir.Model,
+    folder: Path | None,
+    partition: _Partition,
+    values: Sequence[Arrays],
+    outputs: Sequence[str],
+    scratch: Path | None,
+) -> None:
+    """Add ``outputs`` of the ``partition`` to ``values``, the tensors of each row."""
+    first = values[0]
+    feeds = {name: first[name] for name in sorted(partition.reads)}
+    bounds = bounds_of(partition.weight_bytes([]), PARTITION_SECONDS)
+    with _weights(partition, scratch) as weights:
+        numbers = {name: tensor.numpy() for name, tensor in weights.items() if _is_lent(tensor)}
+        with _place(model, folder, bool(numbers)) as (place, file):
+            proto = _proto(model, partition, weights, feeds, outputs, dict.fromkeys(numbers, file))
+            session, kept = _session(proto, place, bounds, numbers)
+        for row in values:
+            found = run_session(session, outputs, {name: row[name] for name in partition.reads}, bounds)
+            row |= dict(zip(outputs, found, strict=True))
+        del session, kept, numbers
+
+
+def _is_lent(tensor: ir.TensorProtocol) -> bool:
+    """Whether a weight that is in memory is lent to the session: written into the graph, it is copied several times."""
+    if isinstance(tensor, ir.ExternalTensor) or tensor.dtype not in _LENT:
+        return False
+    return tensor.nbytes >= _LENT_FROM
+
+
+@contextmanager
+def _place(model: ir.Model, folder: Path | None, lent: bool) -> Iterator[tuple[Path | None, str]]:
+    """The ``folder`` of data files and, if weights are ``lent``, the name of a file there.
+
+    A graph says of a weight that is lent that it is in a file, which must exist and is not read.
+    """
+    if not lent or folder is not None:
+        yield folder, str(external_files(model)[0].relative_to(folder)) if lent and folder else ""
+        return
+    with tempfile.TemporaryDirectory(prefix="nbl-export.") as made:
+        (Path(made) / "none").touch()
+        yield Path(made), "none"
 
 
 def _partitions(model: ir.Model, wanted: set[str], fed: set[str], limit: int) -> Iterator[_Partition]:
@@ -207,13 +245,18 @@ def _proto(
     weights: Mapping[str, ir.TensorProtocol],
     feeds: Mapping[str, NDArray[Any]],
     outputs: Sequence[str],
+    lent: Mapping[str, str],
 ) -> onnx.ModelProto:
+    """The graph of a partition; the weights ``lent`` are in the files named there, so to speak."""
     graph = onnx.GraphProto(name="partition")
     graph.node.extend(ir.serde.serialize_node(node) for node in partition.nodes)
     for node in graph.node:
         # A node may run for one output while another of its outputs is fed.
         node.output[:] = [f"{n} as computed" if n in feeds else n for n in node.output]
     for name, weight in weights.items():
+        if name in lent:
+            shape = ir.Shape(weight.shape.numpy())
+            weight = ir.ExternalTensor(lent[name], 0, weight.nbytes, weight.dtype, shape=shape, name=name)
         tensor = ir.serde.serialize_tensor(weight)
         tensor.name = name
         graph.initializer.append(tensor)
@@ -229,11 +272,10 @@ def _proto(
     )
 
 
-def _session(proto: onnx.ModelProto, folder: Path | None, bounds: Bounds) -> Any:
-    # Prepacking would store a second copy of every weight.
-    options = session_options({"session.disable_prepacking": "1", **data_folder(folder)})
-    options.enable_cpu_mem_arena = False  # the arena does not return memory
-    return load(proto.SerializeToString(), options, "the graph", bounds)
+def _session(proto: onnx.ModelProto, folder: Path | None, bounds: Bounds, lent: Mapping[str, NDArray[Any]]) -> Any:
+    options = frugal(session_options(data_folder(folder)))
+    lend(options, lent)
+    return load(proto.SerializeToString(), options, "the graph", bounds, folded=False)
 
 
 def intermediate_tensors(path: Path, names: Sequence[str], inputs: Inputs) -> dict[str, NDArray[np.float32]]:

@@ -27,6 +27,7 @@ def require_onnxruntime() -> Any:
 
 
 CPU = "CPUExecutionProvider"
+_FOLDING = "ConstantFolding"
 
 
 def data_folder(folder: Path | None) -> dict[str, str]:
@@ -45,6 +46,27 @@ def session_options(config: Mapping[str, str] | None = None) -> Any:
     for key, value in (config or {}).items():
         options.add_session_config_entry(key, value)
     return options
+
+
+def frugal(options: Any, packed: bool = False) -> Any:
+    """``options`` with which a session takes little memory beside its weights, which are mapped from their files.
+
+    Prepacking would copy every weight; ``packed`` keeps it where it is how an operator computes. The arena does not
+    return memory.
+    """
+    options.enable_cpu_mem_arena = False
+    if not packed:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    return options
+
+
+def lend(options: Any, arrays: Mapping[str, Any]) -> None:
+    """Let a session read the ``arrays`` as its initializers of these names; they must be there as long as it is."""
+    make = require_onnxruntime().OrtValue.ortvalue_from_numpy_with_onnx_type
+    for name, array in arrays.items():
+        kind = int(ir.DataType.from_numpy(array.dtype))
+        # NumPy's own types have no bfloat16.
+        options.add_initializer(name, make(array.view(f"u{array.itemsize}"), kind))
 
 
 def session(
@@ -89,12 +111,19 @@ def bounds_of_graph(path: Path, model: ir.Model, provider: str = CPU) -> Bounds:
     return bounds if provider == CPU else replace(bounds, memory=None)
 
 
-def load(source: str | bytes, options: Any, name: str, bounds: Bounds, provider: str = CPU) -> Any:
-    """An inference session of a graph; raises :class:`InputError` if onnxruntime does not load it in ``bounds``."""
+def load(
+    source: str | bytes, options: Any, name: str, bounds: Bounds, provider: str = CPU, folded: bool = True
+) -> Any:
+    """An inference session of a graph; raises :class:`InputError` if onnxruntime does not load it in ``bounds``.
+
+    Not ``folded``, what depends on weights alone, such as a Cast of them, is computed in each run, and is not kept.
+    """
     ort = require_onnxruntime()
+    without = {} if folded else {"disabled_optimizers": [_FOLDING]}
+    providers = list(dict.fromkeys((provider, CPU)))
     try:
         with bounded(bounds, f"load {name}"):
-            return ort.InferenceSession(source, options, providers=list(dict.fromkeys((provider, CPU))))
+            return ort.InferenceSession(source, options, providers=providers, **without)
     except Exception as error:  # onnxruntime's exceptions have no common base class
         raise InputError(f"onnxruntime does not load {name}: {first_line(error)}") from None
 

@@ -27,9 +27,9 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     seen: list[list[str]] = []
     real = pieces_module._session
 
-    def session(proto: Any, folder: Any, bounds: Any) -> Any:
+    def session(proto: Any, *others: Any) -> Any:
         seen.append([t.name for t in proto.graph.initializer])
-        return real(proto, folder, bounds)
+        return real(proto, *others)
 
     monkeypatch.setattr(pieces_module, "_session", session)
     return seen
