@@ -64,6 +64,8 @@ SKIP_NORMS = {
     (MICROSOFT, "SkipSimplifiedLayerNormalization"): 3,
     (MICROSOFT, "SkipLayerNormalization"): 4,
 }
+# onnxruntime's kernels of these compute with packed weights as the file says, and otherwise as with float weights.
+PACKED = frozenset({(MICROSOFT, "MatMulNBits")})
 # Products of two activations in decomposed attention.
 PRODUCTS = frozenset({"MatMul", "Einsum", "FusedMatMul"})
 # These read a tensor's shape, not its values: no activation flows through them.

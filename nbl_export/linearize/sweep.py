@@ -77,10 +77,10 @@ def sweep(
                         there += states
                         changes.enter_context(version.change)
                     if there:
-                        with _within(model, version, part, fit_input):
+                        with within(model, version, part, fit_input):
                             there[:] = map(step, batches, there)
                 if not all(own):
-                    with _within(model, ours, part, fit_input):
+                    with within(model, ours, part, fit_input):
                         states = list(map(step, batches, states))
         with after_blocks(model) as finish:
             for number, batch in enumerate(batches):
@@ -90,7 +90,7 @@ def sweep(
 
 
 @contextmanager
-def _within(model: torch.nn.Module, version: Version, part: Segment, fit_input: FitInput) -> Iterator[None]:
+def within(model: torch.nn.Module, version: Version, part: Segment, fit_input: FitInput) -> Iterator[None]:
     """Within the block, the blocks of ``part`` are those of the ``version``."""
     inside = range(part.start, part.stop)
     layers = {i: layer for i, layer in version.layers.items() if i in inside}

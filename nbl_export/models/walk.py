@@ -12,8 +12,8 @@ bit. Blocks that take more from each other than the states are run together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,8 @@ from nbl_export.models.layers import accepted_arguments, backbone, block_stack, 
 from nbl_export.models.partial_forward import Reached, skipped, with_states
 from nbl_export.models.weights import held, outside_blocks
 
-Batch = Mapping[str, torch.Tensor]
+# The arguments of a forward pass by name; without a cache unless it brings one.
+Batch = Mapping[str, Any]
 # One batch and its states, None before the first block, to the states after.
 Step = Callable[[Batch, torch.Tensor | None], torch.Tensor]
 
@@ -92,10 +93,34 @@ def _segment(model: torch.nn.Module, segment: Segment) -> Iterator[Step]:
         def step(batch: Batch, states: torch.Tensor | None) -> torch.Tensor:
             given[:], found[:] = [] if states is None else [states], []
             with suppress(Reached):
-                run(**batch, **accepted_arguments(run, use_cache=False))
+                run(**{**accepted_arguments(run, use_cache=False), **batch})
             return found.pop()
 
         yield step
+
+
+def through(
+    model: torch.nn.Module,
+    batches: Sequence[Batch],
+    within: Callable[[Segment], AbstractContextManager[Any]] = lambda _segment: nullcontext(),
+    each: Callable[[int], AbstractContextManager[Any]] = lambda _number: nullcontext(),
+) -> Iterator[Any]:
+    """The output of ``model`` for each of ``batches``; all of them go through a block before the next one is read.
+
+    ``within`` makes the context of a segment, ``each`` that of a batch by its number.
+    """
+    states: list[Any] = [None] * len(batches)
+    with torch.inference_mode(), walking(model) as run:
+        for part in segments(model):
+            with run(part) as step, within(part):
+                for number, batch in enumerate(batches):
+                    with each(number):
+                        states[number] = step(batch, states[number])
+        with after_blocks(model) as finish:
+            for number, batch in enumerate(batches):
+                with each(number):
+                    output = finish(batch, states[number])
+                yield output
 
 
 @contextmanager
@@ -110,7 +135,7 @@ def after_blocks(model: torch.nn.Module) -> Iterator[Callable[[Batch, torch.Tens
 
     def finish(batch: Batch, states: torch.Tensor) -> Any:
         given[:] = [states]
-        return model(**batch, **accepted_arguments(model, use_cache=False))
+        return model(**{**accepted_arguments(model, use_cache=False), **batch})
 
     with outside_blocks(model, head=True), skipped(model, len(blocks)):
         hook = blocks[len(blocks) - 1].register_forward_hook(put_out)

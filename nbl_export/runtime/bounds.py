@@ -36,11 +36,13 @@ _OF_FLOATS = 256  # an image, or a KV cache of which each value is read by many 
 class Bounds:
     """What one load or run of a graph may take: ``seconds``, and bytes of ``memory`` beyond what the process has.
 
-    ``memory`` is None where nothing is held to it: a CUDA driver reserves far more than it uses.
+    ``memory`` is None where nothing is held to it: a CUDA driver reserves far more than it uses. A load maps ``mapped``
+    bytes of files beside it, which count for the limit and take no memory.
     """
 
     seconds: float
     memory: int | None
+    mapped: int = 0
 
     def fed(self, feeds: Mapping[str, Any]) -> Bounds:
         """These bounds for a run on ``feeds``: more for each token, each pair of tokens and each pixel."""
@@ -79,7 +81,7 @@ def bounded(bounds: Bounds, doing: str, options: Any = None) -> Iterator[None]:
     _WORKING[id(work)] = work
     _watchdog()
     try:
-        with _growing_by(bounds.memory):
+        with _growing_by(bounds.memory, bounds.mapped):
             yield
     except Exception as error:  # onnxruntime's exceptions have no common base class
         if options is not None and options.terminate:
@@ -133,15 +135,15 @@ _LIMITS: list[int] = []  # those of the work that is going on
 
 
 @contextmanager
-def _growing_by(size: int | None) -> Iterator[None]:
-    """Let the process grow by ``size`` bytes, or by all memory that is free if that is less."""
+def _growing_by(size: int | None, mapped: int = 0) -> Iterator[None]:
+    """Let the process grow by ``size`` bytes, or by all memory that is free if that is less, and by ``mapped``."""
     if size is None or sys.platform != "linux":  # elsewhere the limit is not kept, or there is none
         yield
         return
     import psutil
 
     free = psutil.virtual_memory().available + psutil.swap_memory().free
-    limit = _data() + min(size, free)
+    limit = _data() + min(size, free) + mapped
     with _LOCK:
         _LIMITS.append(limit)
         _set_limit()

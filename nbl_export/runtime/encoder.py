@@ -36,10 +36,16 @@ class TorchEncoder:
 
 
 class OrtEncoder(OrtModel):
-    """The graph at ``path`` in a session (``rounded``: see :func:`~nbl_export.runtime.session.session`)."""
+    """The graph at ``path`` in a session (``rounded``, ``small``: :func:`~nbl_export.runtime.session.session`)."""
 
-    def __init__(self, path: Path, config: Mapping[str, str] | None = None, rounded: bool = True) -> None:
-        super().__init__(path, config, rounded=rounded)
+    def __init__(
+        self,
+        path: Path,
+        config: Mapping[str, str] | None = None,
+        rounded: bool = True,
+        small: bool = False,
+    ) -> None:
+        super().__init__(path, config, rounded=rounded, small=small)
 
     def __call__(self, inputs: Inputs) -> Outputs:
         names = self.interface.outputs

@@ -272,10 +272,13 @@ def _proto(
     )
 
 
-def _session(proto: onnx.ModelProto, folder: Path | None, bounds: Bounds, lent: Mapping[str, NDArray[Any]]) -> Any:
+def _session(
+    proto: onnx.ModelProto, folder: Path | None, bounds: Bounds, lent: Mapping[str, NDArray[Any]]
+) -> tuple[Any, list[Any]]:
+    """A session, and what must be kept as long as it is used."""
     options = frugal(session_options(data_folder(folder)))
-    lend(options, lent)
-    return load(proto.SerializeToString(), options, "the graph", bounds, folded=False)
+    kept = lend(options, lent)
+    return load(proto.SerializeToString(), options, "the graph", bounds, folded=False), kept
 
 
 def intermediate_tensors(path: Path, names: Sequence[str], inputs: Inputs) -> dict[str, NDArray[np.float32]]:

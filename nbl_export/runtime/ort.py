@@ -32,6 +32,7 @@ class OrtModel:
         provider: str = CPU,
         rounded: bool = True,
         profile: Path | None = None,
+        small: bool = False,
     ) -> None:
         from nbl_export.graph.io import load_graph
 
@@ -39,7 +40,7 @@ class OrtModel:
         model = load_graph(path)
         self.interface = interface_of(model)
         self.bounds = bounds_of_graph(path, model, provider)
-        self.session = session(path, config, provider, rounded, model, profile)
+        self.session = session(path, config, provider, rounded, model, profile, small)
         self.past_names = self.interface.past_names
         self.output_names = [self.interface.logits, *self.interface.present_names]
 
@@ -104,8 +105,8 @@ class OrtRaggedStream(Forking):
     Rows are padded on the right, and the next token of a row overwrites its padding in the cache.
     """
 
-    def __init__(self, path: Path, rounded: bool = True) -> None:
-        self.decoder = OrtDecoder(path, rounded=rounded)
+    def __init__(self, path: Path, rounded: bool = True, small: bool = False) -> None:
+        self.decoder = OrtDecoder(path, rounded=rounded, small=small)
         self._past: Sequence[KV] = ()
         self._lengths = np.zeros(0, dtype=np.int64)
         self._slots = 0
@@ -171,8 +172,8 @@ class OrtRaggedStream(Forking):
 class OrtStaticStream(Forking, OrtModel):
     """A decoder graph with a static cache of ``capacity`` slots, as a stream."""
 
-    def __init__(self, path: Path, capacity: int, rounded: bool = True) -> None:
-        super().__init__(path, rounded=rounded)
+    def __init__(self, path: Path, capacity: int, rounded: bool = True, small: bool = False) -> None:
+        super().__init__(path, rounded=rounded, small=small)
         self.capacity = capacity
         self._past: Sequence[KV] = ()
         self._lengths = np.zeros(0, dtype=np.int64)
@@ -237,17 +238,20 @@ def _interface(path: Path) -> Interface:
     return interface_of(load_graph(path))
 
 
-def ort_stream(path: Path, capacity: int, rounded: bool = True) -> Stream:
-    """The decoder graph at ``path`` as a stream of up to ``capacity`` tokens a row (``rounded``: see `session`)."""
+def ort_stream(path: Path, capacity: int, rounded: bool = True, small: bool = False) -> Stream:
+    """The decoder graph at ``path`` as a stream of up to ``capacity`` tokens a row.
+
+    ``rounded`` and ``small``: see :func:`~nbl_export.runtime.session.session`.
+    """
     interface = _interface(path)
     if interface.static:
-        return OrtStaticStream(path, capacity, rounded)
+        return OrtStaticStream(path, capacity, rounded, small)
     if interface.ragged:
-        return OrtRaggedStream(path, rounded)
+        return OrtRaggedStream(path, rounded, small)
+    decoder = OrtDecoder(path, rounded=rounded, small=small)
     if interface.cacheless:
-        uncached = OrtDecoder(path, rounded=rounded)
-        return UncachedStream(lambda ids, mask, positions: uncached(ids, mask, positions, ()).logits)
-    return PastStream(OrtDecoder(path, rounded=rounded))
+        return UncachedStream(lambda ids, mask, positions: decoder(ids, mask, positions, ()).logits)
+    return PastStream(decoder)
 
 
 def run_outputs(

@@ -8,9 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from nbl_export.errors import BuildError, InputError, MissingDependencyError, first_line
+from nbl_export.graph import operators
 from nbl_export.graph.io import check_file, passes_checker
 from nbl_export.runtime.bounds import Bounds, bounded, bounds_of
 
@@ -60,13 +63,20 @@ def frugal(options: Any, packed: bool = False) -> Any:
     return options
 
 
-def lend(options: Any, arrays: Mapping[str, Any]) -> None:
-    """Let a session read the ``arrays`` as its initializers of these names; they must be there as long as it is."""
+def lend(options: Any, arrays: Mapping[str, NDArray[Any]]) -> list[Any]:
+    """Let a session read the ``arrays`` as its initializers of these names, without a copy.
+
+    What is returned must be kept as long as the session is used.
+    """
     make = require_onnxruntime().OrtValue.ortvalue_from_numpy_with_onnx_type
+    kept: list[Any] = []
     for name, array in arrays.items():
-        kind = int(ir.DataType.from_numpy(array.dtype))
         # NumPy's own types have no bfloat16.
-        options.add_initializer(name, make(array.view(f"u{array.itemsize}"), kind))
+        numbers = np.ascontiguousarray(array).view(f"u{array.itemsize}")
+        value = make(numbers, int(ir.DataType.from_numpy(array.dtype)))
+        options.add_initializer(name, value)
+        kept += [numbers, value]
+    return kept
 
 
 def session(
@@ -76,14 +86,16 @@ def session(
     rounded: bool = True,
     model: ir.Model | None = None,
     profile: Path | None = None,
+    small: bool = False,
 ) -> Any:
     """An inference session of the graph at ``path`` on one provider; on the CPU with all cores.
 
     ``config`` are onnxruntime's session configuration entries. On the CPU a half-precision graph is run by
     emulation (:mod:`nbl_export.graph.half_emulation`), which rounds every tensor; ``rounded=False`` runs the file
     itself. ``model`` is the graph at ``path`` if it is already loaded; a half-precision one is changed in place.
-    ``profile`` is the file name prefix of a profile to write. Raises :class:`InputError` if onnxruntime does not
-    load the graph.
+    ``profile`` is the file name prefix of a profile to write. A ``small`` session takes little memory beside the
+    weights, which are mapped (:func:`frugal`), and more time for each run: weights in half precision are converted in
+    each. Raises :class:`InputError` if onnxruntime does not load the graph.
     """
     from nbl_export.graph.half_emulation import compute_in_float32, needs_emulation
     from nbl_export.graph.io import load_graph
@@ -93,21 +105,27 @@ def session(
     model = load_graph(path) if model is None else model
     bounds = bounds_of_graph(path, model, provider)
     source: str | bytes = str(path)
-    if provider == CPU and rounded and needs_emulation(model):
+    small = small and provider == CPU
+    packed = any(operators.key(node) in operators.PACKED for node in model.graph)
+    half = needs_emulation(model)
+    if provider == CPU and rounded and half:
         config = {**(config or {}), **data_folder(follow_links(model))}
         compute_in_float32(model)
         source = ir.to_proto(model).SerializeToString()
     options = session_options(config)
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
-    return load(source, options, str(path), bounds, provider)
+    if small:
+        frugal(options, packed)
+    return load(source, options, str(path), bounds, provider, folded=not small or packed or not half)
 
 
 def bounds_of_graph(path: Path, model: ir.Model, provider: str = CPU) -> Bounds:
     """The bounds of the graph at ``path``, which is ``model``; on the CPU memory has one."""
     from nbl_export.graph.tensors import external_files
 
-    bounds = bounds_of(sum(file.stat().st_size for file in [path, *external_files(model)]))
+    size = sum(file.stat().st_size for file in [path, *external_files(model)])
+    bounds = replace(bounds_of(size), mapped=size)
     return bounds if provider == CPU else replace(bounds, memory=None)
 
 

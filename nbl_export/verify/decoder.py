@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nbl_export.linearize.swap import linearized
+from nbl_export.graph.interface import interface_of
 from nbl_export.models.layers import positions
 from nbl_export.models.weights import resident, room
+from nbl_export.progress import Listener
 from nbl_export.runtime.ort import ort_stream
-from nbl_export.runtime.torch import torch_stream
+from nbl_export.runtime.stream import Stream
 from nbl_export.verify.case import DecoderCase
 from nbl_export.verify.engines import fitting_prompts, measure_engines
 from nbl_export.verify.loss.decoder import measure_method_loss
@@ -29,11 +30,12 @@ from nbl_export.verify.measurement import (
     put_together,
     timed,
 )
-from nbl_export.verify.parity.decoder import compare_streams
+from nbl_export.verify.parity.decoder import Recorded, compare, record
 from nbl_export.verify.parity.figures import UNMODIFIED, DecoderParity, Parity, gates_for
 from nbl_export.verify.parity.localize import first_divergence
 from nbl_export.verify.parity.noise import rounding_noise
 from nbl_export.verify.parity.own import OWN, pytorch_in_precision
+from nbl_export.verify.parity.reference import record_pytorch
 from nbl_export.verify.parity.unmodified import against_unmodified, kept_cache
 from nbl_export.verify.speed.pair import Pair, explained, measure_speed
 from nbl_export.verify.speed.values import Speed
@@ -57,30 +59,27 @@ def measure_parity(case: DecoderCase) -> FoundParity[DecoderParity]:
     precision, steps = case.precision, case.settings.decode_steps
     prompts = fitting_prompts(positions(case.model), len(case.text.start), steps)
     gates, rows = gates_for(precision.gates), case.rows(prompts)
-    longest = max(map(len, rows))
-    with linearized(case.model, case.plan):
-        candidate = ort_stream(case.rewritten, longest)
-        cached = candidate.kv_layers is not None
-        reference = torch_stream(case.model, case.plan.chosen, cached)
-        parity = compare_streams(reference, candidate, rows, steps, gates, case.listener)
-        failures = parity.failures()
-        if precision.name == "fp16":
-            # The figures are those of the graph rounded as it says; the file itself must run too.
-            itself = ort_stream(case.rewritten, longest, rounded=False)
-            unrounded = compare_streams(reference, itself, rows, steps, gates)
-            failures += [f"as onnxruntime runs it, {failure}" for failure in unrounded.failures()]
-        noise = rounding_noise(case.model, rows)
+    cached = not interface_of(case.graph).cacheless
+    reference = record_pytorch(case.model, case.plan, rows, steps, cached)
+    graph = _recorded(case, case.rewritten, rows, listener=case.listener)
+    parity = compare(reference, graph, gates)
+    failures = parity.failures()
+    if precision.name == "fp16":
+        # The figures are those of the graph rounded as it says; the file itself must run too.
+        unrounded = compare(reference, _recorded(case, case.rewritten, rows, rounded=False), gates)
+        failures += [f"as onnxruntime runs it, {failure}" for failure in unrounded.failures()]
+    noise = rounding_noise(case.model, rows, case.plan)
     base = own = None
     if precision.quantized:
         # What the quantization costs the unmodified model is not the rewrite's to answer for.
-        original, unmodified = torch_stream(case.model, cached=cached), ort_stream(case.baseline, longest)
-        base = compare_streams(original, unmodified, rows, steps, gates)
+        original = record_pytorch(case.model, None, rows, steps, cached)
+        base = compare(original, _recorded(case, case.baseline, rows), gates)
         failures += parity.failures_against(base, "the unmodified graph's own")
     elif precision.name != "fp32":
-        own = pytorch_in_precision(precision, case.model, case.plan, rows, steps, cached)
+        own = pytorch_in_precision(precision, case.model, case.plan, rows, steps, cached, reference)
         failures += parity.failures_against(own, OWN)
     against = against_unmodified(
-        case.baseline, case.rewritten, case.plan, lambda path: unlike(case, path, rows)
+        case.baseline, case.rewritten, case.plan, lambda path: unlike(case, path, rows, graph)
     )
     section = DecoderParity(
         **vars(parity),
@@ -95,12 +94,32 @@ def measure_parity(case: DecoderCase) -> FoundParity[DecoderParity]:
     return judged(section, [*failures, *against], within, lost)
 
 
-def unlike(case: DecoderCase, reference: Path, rows: Sequence[NDArray[np.int32]]) -> list[str]:
-    """The gates that the rewritten graph fails against the unmodified one with the linear layers put in."""
-    longest, steps = max(map(len, rows)), case.settings.decode_steps
-    candidate = ort_stream(case.rewritten, longest)
-    stream = kept_cache(ort_stream(reference, longest), case.plan)
-    return compare_streams(stream, candidate, rows, steps, gates_for(UNMODIFIED)).failures()
+def unlike(
+    case: DecoderCase,
+    reference: Path,
+    rows: Sequence[NDArray[np.int32]],
+    graph: Recorded | None = None,
+) -> list[str]:
+    """The gates that the rewritten graph fails against the unmodified one with the linear layers put in.
+
+    ``graph`` is what the rewritten graph gave for ``rows``, if it is known.
+    """
+    expected = _recorded(case, reference, rows, lambda stream: kept_cache(stream, case.plan))
+    found = graph or _recorded(case, case.rewritten, rows)
+    return compare(expected, found, gates_for(UNMODIFIED)).failures()
+
+
+def _recorded(
+    case: DecoderCase,
+    path: Path,
+    rows: Sequence[NDArray[np.int32]],
+    of: Callable[[Stream], Stream] = lambda stream: stream,
+    rounded: bool = True,
+    listener: Listener | None = None,
+) -> Recorded:
+    """What the graph at ``path`` gives for ``rows``; its session is closed when this returns."""
+    stream = of(ort_stream(path, max(map(len, rows)), rounded=rounded, small=True))
+    return record(stream, rows, case.settings.decode_steps, listener)
 
 
 def _where_lost(case: DecoderCase, parity: Parity, noise: float) -> str:

@@ -62,13 +62,15 @@ def measure_parity(case: EncoderCase, encoder: TorchEncoder) -> FoundParity[Enco
     with case.listener.task("Comparing with PyTorch", 1, "batch") as task:
         with linearized(case.model, case.plan):
             reference = encoder(inputs)
-        parity = compare_outputs(reference, OrtEncoder(case.rewritten)(inputs), inputs, gates)
+        parity = compare_outputs(reference, OrtEncoder(case.rewritten, small=True)(inputs), inputs, gates)
         task.advance(1)
     failures = parity.failures()
     own = None
     if precision.name == "fp16":
         # The figures are those of the graph rounded as it says; the file itself must run too, where it can.
-        itself = compare_outputs(reference, OrtEncoder(case.rewritten, rounded=False)(inputs), inputs, gates)
+        itself = compare_outputs(
+            reference, OrtEncoder(case.rewritten, rounded=False, small=True)(inputs), inputs, gates
+        )
         failures += [f"as onnxruntime runs it, {failure}" for failure in itself.failures()]
     if precision.name != "fp32":
         own = _pytorch_in_precision(case, reference, inputs)
@@ -89,7 +91,7 @@ def measure_parity(case: EncoderCase, encoder: TorchEncoder) -> FoundParity[Enco
 
 def unlike(case: EncoderCase, reference: Path, inputs: Inputs) -> list[str]:
     """The gates that the rewritten graph fails against the unmodified one with the linear layers put in."""
-    expected, found = (OrtEncoder(path)(inputs) for path in (reference, case.rewritten))
+    expected, found = (OrtEncoder(path, small=True)(inputs) for path in (reference, case.rewritten))
     return compare_outputs(expected, found, inputs, gates_for(UNMODIFIED)).failures()
 
 

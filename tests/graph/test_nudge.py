@@ -11,6 +11,7 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto
 
+from nbl_export.graph import nudge as module
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.nudge import nudge, nudged_values
 from nbl_export.rewrite.quantize import pack, quantize_blocks
@@ -132,3 +133,20 @@ def test_weights_in_constant_nodes_move_as_initializers_do(dtype: ir.DataType) -
     share = (a != numbers.astype(np.float32)).mean()
     assert share == (0 if dtype == ir.DataType.FLOAT else pytest.approx(1 / 12, rel=0.3))
     assert (a == b).all() == (dtype == ir.DataType.FLOAT)  # each by its own chance
+
+
+def test_numbers_that_are_moved_in_parts_are_moved_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A generator draws the same numbers in parts, for each kind of weights."""
+    generator = np.random.default_rng(0)
+    halves = generator.standard_normal((40, 30)).astype(ml_dtypes.bfloat16)
+    bytes_, signed = (generator.integers(low, 100, (40, 30)) for low in (0, -100))
+    kinds: list[Any] = [
+        lambda g: module._moved_halves(halves.T, g),
+        lambda g: module._moved_packed(bytes_.astype(np.uint8), 4, g),
+        lambda g: module._moved(signed.astype(np.int8), -128, 127, g),
+    ]
+    whole = [kind(np.random.default_rng(5)) for kind in kinds]
+    monkeypatch.setattr(module, "_PART", 7)
+    for kind, expected in zip(kinds, whole, strict=True):
+        found = kind(np.random.default_rng(5))
+        assert found.dtype == expected.dtype and np.array_equal(found.view("u1"), expected.view("u1"))

@@ -109,9 +109,9 @@ def test_a_float16_file_that_does_not_run_as_it_is_fails(
     other = changed(linear, tmp_path, "<f2", float("nan"))
     real = module.ort_stream
 
-    def stream(path: Path, longest: int, rounded: bool = True) -> Any:
+    def stream(path: Path, longest: int, rounded: bool = True, **others: Any) -> Any:
         # An operator that overflows where values are not rounded as the graph says.
-        return real(path if rounded else other, longest, rounded=rounded)
+        return real(path if rounded else other, longest, rounded=rounded, **others)
 
     case = case_of(graphs, plan, text, graphs("concat", "fp16"), linear, PARITY)
     assert checks(measure_decoder(case))["parity"].status == "passed"

@@ -1,25 +1,94 @@
 """Parity of a decoder: does the graph compute what PyTorch computes with the same plan?
 
-Both run the same ragged batch: one prefill, then teacher-forced decode steps, each with
-its own real cache. Only real tokens are compared, never padding. The figures of the logits: :mod:`.vectors`.
+Both run the same ragged batch: one prefill, then teacher-forced decode steps, each with its own real cache. They run
+one after the other, and what they gave is compared when both are gone. Only real tokens are compared, never padding.
+The figures of the logits: :mod:`.vectors`.
 Keys and values are compared by |a - b| / max(|a|, rms of the head's vector), over the whole cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nbl_export.batch.arrays import BOOL, F64
+from nbl_export.batch.arrays import BOOL, F32, F64
 from nbl_export.errors import InputError
 from nbl_export.progress import Listener, Silent
 from nbl_export.runtime.decoder import KV
 from nbl_export.runtime.stream import Stream
 from nbl_export.verify.parity.figures import Gates, Parity, StepParity
 from nbl_export.verify.parity.vectors import compare_vectors, rms
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a stream gave in one pass: ``logits`` [vectors, vocab]; ``cache`` and ``real`` are those after it."""
+
+    logits: F32
+    cache: Sequence[KV]
+    real: BOOL
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a stream gave for ragged rows, so that the next one is run when it is gone.
+
+    ``lengths`` are those of the prompts; ``kv_layers`` are the layers of its cache, None without one.
+    """
+
+    kv_layers: tuple[int, ...] | None
+    lengths: tuple[int, ...]
+    steps: tuple[Step, ...]
+
+
+def record(
+    stream: Stream, rows: Sequence[NDArray[np.int32]], decode_steps: int, listener: Listener | None = None
+) -> Recorded:
+    """Run ``stream`` over ``rows``: all but the last ``decode_steps`` tokens prefilled, the rest decoded.
+
+    ``rows`` are token ids of different lengths, each longer than ``decode_steps``.
+    """
+    prompts = [row[: len(row) - decode_steps] for row in rows]
+    steps = []
+    with (listener or Silent()).task("Comparing with PyTorch", decode_steps + 1, "steps") as task:
+        for step in range(decode_steps + 1):
+            if step:
+                taught = [int(row[len(row) - decode_steps + step - 1]) for row in rows]
+                logits = stream.decode(taught)
+            else:
+                logits = stream.prefill(prompts)
+            steps.append(Step(logits, *stream.cache()))
+            task.advance(1)
+    return Recorded(stream.kv_layers, tuple(map(len, prompts)), tuple(steps))
+
+
+def compare(reference: Recorded, candidate: Recorded, gates: Gates) -> Parity:
+    """The figures of ``candidate`` against ``reference``, of the same rows.
+
+    Raises :class:`InputError` if the two do not cache the same layers. Of a candidate that keeps no cache only the
+    logits are compared.
+    """
+    layers = _compared_layers(reference, candidate)
+    steps = []
+    for number, (a, b) in enumerate(zip(reference.steps, candidate.steps, strict=True)):
+        logits = compare_vectors(a.logits, b.logits, gates.near_tie)
+        kv = _compare_kv((a.cache, a.real), (b.cache, b.real), layers)
+        steps.append(StepParity(**vars(logits), step=number, **kv))
+    return Parity(reference.lengths, tuple(steps), gates)
+
+
+def _compared_layers(reference: Recorded | Stream, candidate: Recorded | Stream) -> tuple[int, ...]:
+    layers = (reference.kv_layers or ()) if candidate.kv_layers is not None else ()
+    if layers != (candidate.kv_layers or ()):
+        raise InputError(
+            f"The graph caches layers {candidate.kv_layers}, the plan leaves {reference.kv_layers}: "
+            "it was rewritten by another plan."
+        )
+    return layers
 
 
 def compare_streams(
@@ -30,32 +99,11 @@ def compare_streams(
     gates: Gates,
     listener: Listener | None = None,
 ) -> Parity:
-    """Run both over ``rows``: all but the last ``decode_steps`` tokens prefilled, the rest decoded.
-
-    ``rows`` are token ids of different lengths, each longer than ``decode_steps``. Raises
-    :class:`InputError` if the two do not cache the same layers. Of a candidate that keeps no cache only
-    the logits are compared.
-    """
-    layers = reference.kv_layers if candidate.kv_layers is not None else ()
-    if layers != (candidate.kv_layers or ()):
-        raise InputError(
-            f"The graph caches layers {candidate.kv_layers}, the plan leaves {reference.kv_layers}: "
-            "it was rewritten by another plan."
-        )
-    prompts = [row[: len(row) - decode_steps] for row in rows]
-    steps = []
-    with (listener or Silent()).task("Comparing with PyTorch", decode_steps + 1, "steps") as task:
-        for step in range(decode_steps + 1):
-            if step:
-                taught = [int(row[len(row) - decode_steps + step - 1]) for row in rows]
-                a, b = reference.decode(taught), candidate.decode(taught)
-            else:
-                a, b = reference.prefill(prompts), candidate.prefill(prompts)
-            logits = compare_vectors(a, b, gates.near_tie)
-            kv = _compare_kv(reference.cache(), candidate.cache(), layers or ())
-            steps.append(StepParity(**vars(logits), step=step, **kv))
-            task.advance(1)
-    return Parity(tuple(len(p) for p in prompts), tuple(steps), gates)
+    """Run both over ``rows``, one after the other, and compare what they gave."""
+    _compared_layers(reference, candidate)
+    return compare(
+        record(reference, rows, decode_steps), record(candidate, rows, decode_steps, listener), gates
+    )
 
 
 def _compare_kv(

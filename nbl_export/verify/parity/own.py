@@ -10,12 +10,11 @@ from numpy.typing import NDArray
 
 from nbl_export.graph.precision import Precision
 from nbl_export.linearize.plan import Plan
-from nbl_export.linearize.swap import linearized
 from nbl_export.models.load import in_precision
 from nbl_export.models.weights import resident, room
-from nbl_export.runtime.torch import torch_stream
-from nbl_export.verify.parity.decoder import compare_streams
+from nbl_export.verify.parity.decoder import Recorded, compare
 from nbl_export.verify.parity.figures import Parity, gates_for
+from nbl_export.verify.parity.reference import record_pytorch
 
 if TYPE_CHECKING:
     import torch
@@ -30,9 +29,13 @@ def pytorch_in_precision(
     rows: Sequence[NDArray[np.int32]],
     steps: int,
     cached: bool = True,
+    exact: Recorded | None = None,
 ) -> Parity:
-    """The decoder ``model`` in ``precision`` against itself, both by ``plan``, as :func:`.compare_streams` does it."""
+    """The decoder ``model`` in ``precision`` against itself, both by ``plan``, as :func:`.compare_streams` does it.
+
+    ``exact`` is what the model itself gives, if it is known.
+    """
+    exact = exact or record_pytorch(model, plan, rows, steps, cached)
     half = in_precision(model, precision.gates)
-    with resident(half, room(half)), linearized(model, plan), linearized(half, plan):
-        pair = [torch_stream(m, plan.chosen, cached) for m in (model, half)]
-        return compare_streams(pair[0], pair[1], rows, steps, gates_for(precision.gates))
+    with resident(half, room(half)):
+        return compare(exact, record_pytorch(half, plan, rows, steps, cached), gates_for(precision.gates))

@@ -15,24 +15,32 @@ import numpy as np
 from nbl_export.batch.arrays import F32, F64
 from nbl_export.verify.parity.figures import Figures
 
+_PART = 1 << 21  # numbers that are compared together
+
 
 def compare_vectors(a: F32, b: F32, near_tie: float) -> Figures:
     """The figures of ``b`` against the reference ``a``, each [vectors, d]."""
-    x, y = a.astype(np.float64), b.astype(np.float64)
-    difference = np.abs(x - y)
-    relative = _ratio(difference, np.maximum(np.abs(x), rms(x)))
-    log_p, log_q = log_softmax(x), log_softmax(y)
-    kl = np.sum(np.exp(log_p) * (log_p - log_q), axis=-1)
-    norms = np.linalg.norm(x, axis=-1), np.linalg.norm(y, axis=-1)
-    # Two vectors of zeros are equal; one of zeros has no direction, which no gate passes.
-    cosine = np.where(
-        (norms[0] == 0) & (norms[1] == 0), 1.0, _quotient(np.sum(x * y, axis=-1), norms[0] * norms[1])
-    )
-    best_two = np.partition(x, -2, axis=-1)[:, -2:]
-    same = x.argmax(axis=-1) == y.argmax(axis=-1)
-    tie = ~same & (best_two[:, 1] - best_two[:, 0] < near_tie)
+    difference, relative = (np.empty(a.shape, dtype=np.float64) for _ in range(2))
+    kl, cosine = (np.empty(len(a), dtype=np.float64) for _ in range(2))
+    same, tie = (np.empty(len(a), dtype=np.bool_) for _ in range(2))
+    # Logits of a large vocabulary take 1 MiB a token in float64, several times over.
+    each = max(1, _PART // max(1, a.shape[-1]))
+    for at in (slice(start, start + each) for start in range(0, len(a), each)):
+        x, y = a[at].astype(np.float64), b[at].astype(np.float64)
+        difference[at] = np.abs(x - y)
+        relative[at] = _ratio(difference[at], np.maximum(np.abs(x), rms(x)))
+        log_p, log_q = log_softmax(x), log_softmax(y)
+        kl[at] = np.sum(np.exp(log_p) * (log_p - log_q), axis=-1)
+        norms = np.linalg.norm(x, axis=-1), np.linalg.norm(y, axis=-1)
+        # Two vectors of zeros are equal; one of zeros has no direction, which no gate passes.
+        cosine[at] = np.where(
+            (norms[0] == 0) & (norms[1] == 0), 1.0, _quotient(np.sum(x * y, axis=-1), norms[0] * norms[1])
+        )
+        best_two = np.partition(x, -2, axis=-1)[:, -2:]
+        same[at] = x.argmax(axis=-1) == y.argmax(axis=-1)
+        tie[at] = ~same[at] & (best_two[:, 1] - best_two[:, 0] < near_tie)
     return Figures(
-        tokens=len(x),
+        tokens=len(a),
         max_abs=float(difference.max()),
         mean_abs=float(difference.mean()),
         p99_abs=float(np.quantile(difference, 0.99)),

@@ -1,0 +1,140 @@
+"""What PyTorch gives for the rows of parity, also of a model that does not stay in memory.
+
+Such a model is read once, and not in every step: the tokens of the decode steps are known, so all steps go through a
+block before the next block is read, each with the cache that the steps before it have left there:
+
+    block i in memory ─► prefill ─► cache of i ─► step 1 ─► cache of i ─► step 2 ─► … ─► block i + 1
+
+The model's own code runs with the same cache as in a stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers.cache_utils import DynamicCache
+
+from nbl_export.batch.arrays import BOOL, F32, I64
+from nbl_export.batch.padding import left_padded
+from nbl_export.linearize.swap import linearized
+from nbl_export.linearize.sweep import ORIGINAL, version_of, within
+from nbl_export.models.compat import cache_argument
+from nbl_export.models.dummy_run import cache_shapes
+from nbl_export.models.forward import PastLayer
+from nbl_export.models.layers import accepted_arguments, layer_count
+from nbl_export.models.walk import Segment, through
+from nbl_export.models.weights import device_of, streams, weights_like
+from nbl_export.runtime.decoder import KV
+from nbl_export.runtime.torch import torch_stream
+from nbl_export.verify.parity.decoder import Recorded, Step, record
+
+if TYPE_CHECKING:
+    from nbl_export.linearize.plan import Plan
+
+Rows = Sequence[NDArray[np.int32]]
+
+
+def record_pytorch(
+    model: torch.nn.Module, plan: Plan | None, rows: Rows, decode_steps: int, cached: bool = True
+) -> Recorded:
+    """What ``model``, with ``plan`` if there is one, gives for ``rows``, as :func:`.record` does it."""
+    if streams(model):
+        return _by_blocks(model, plan, rows, decode_steps, cached)
+    with linearized(model, plan) if plan else nullcontext():
+        return record(torch_stream(model, plan.chosen if plan else (), cached), rows, decode_steps)
+
+
+def _by_blocks(
+    model: torch.nn.Module, plan: Plan | None, rows: Rows, decode_steps: int, cached: bool
+) -> Recorded:
+    version = version_of(model, plan) if plan else ORIGINAL
+    fed = list(_fed(rows, decode_steps, cached))
+    cache = _Cache(model, len(rows), version.layers) if cached else None
+    batches = [_batch(model, one, cache) for one in fed]
+
+    @contextmanager
+    def of_block(part: Segment) -> Iterator[None]:
+        with within(model, version, part, plan.fit_input) if plan else nullcontext():
+            yield
+        if cache:
+            cache.take(part)
+
+    @contextmanager
+    def of_step(number: int) -> Iterator[None]:
+        if cache:
+            ids, mask, _ = fed[number]
+            cache.set_length(mask.shape[1] - ids.shape[1])
+        yield
+
+    steps: list[Step] = []
+    for (_ids, mask, _), output in zip(fed, through(model, batches, of_block, of_step), strict=True):
+        logits: F32 = output.logits.float().cpu().numpy()
+        real: BOOL = mask.astype(bool)
+        kept = (cache.until(mask.shape[1]), real) if cache else ((), real[:, :0])
+        steps.append(Step(logits[real] if not steps else logits[:, -1], *kept))
+    lengths = tuple(len(row) - decode_steps for row in rows)
+    return Recorded(cache.kv_layers if cache else None, lengths, tuple(steps))
+
+
+def _fed(rows: Rows, decode_steps: int, cached: bool) -> Iterator[tuple[I64, I64, I64]]:
+    """Ids, mask and positions of the prefill and of each step; without a cache a step has all tokens so far."""
+    first = [row[: len(row) - decode_steps] for row in rows]
+    ids, mask, positions = left_padded(first)
+    yield ids, mask, positions
+    for step in range(1, decode_steps + 1):
+        if not cached:
+            yield left_padded([row[: len(row) - decode_steps + step] for row in rows])
+            continue
+        ids = np.array([[row[len(row) - decode_steps + step - 1]] for row in rows], dtype=np.int64)
+        mask = np.concatenate([mask, np.ones_like(ids)], axis=1)
+        positions = positions[:, -1:] + 1
+        yield ids, mask, positions
+
+
+def _batch(model: torch.nn.Module, fed: tuple[I64, I64, I64], cache: _Cache | None) -> dict[str, Any]:
+    ids, mask, positions = (torch.from_numpy(array).to(device_of(model)) for array in fed)
+    batch = {"input_ids": ids, "attention_mask": mask, **accepted_arguments(model, position_ids=positions)}
+    return batch | ({"use_cache": True, cache_argument(model): cache.of_model} if cache else {})
+
+
+class _Cache:
+    """The cache of a model for ``rows`` rows whose blocks are run one after the other, with all steps each.
+
+    ``linear`` are the layers without an entry.
+    """
+
+    def __init__(self, model: torch.nn.Module, rows: int, linear: Any) -> None:
+        self.kv_layers = tuple(i for i in range(layer_count(model)) if i not in linear)
+        self.of_model = DynamicCache()
+        like, none = weights_like(model), weights_like(model).new_zeros(rows, 1, 0, 1)
+        self._taken: dict[int, KV] = {}
+        self._empty = [
+            (like.new_zeros(rows, s.heads, 0, s.key_size), like.new_zeros(rows, s.heads, 0, s.value_size))
+            if i in self.kv_layers
+            else (none, none)
+            for i, s in enumerate(cache_shapes(model))
+        ]
+        self.of_model.layers = [PastLayer(0, keys, values) for keys, values in self._empty]
+
+    def set_length(self, length: int) -> None:
+        """Tell every layer how many tokens came before."""
+        for layer in self.of_model.layers:
+            layer.past_length = length
+
+    def take(self, part: Segment) -> None:
+        """Keep what the blocks of ``part`` have left after the last step, and free it on the device."""
+        for index in range(part.start, part.stop):
+            layer = self.of_model.layers[index]
+            if index in self.kv_layers:
+                self._taken[index] = (layer.keys.float().cpu().numpy(), layer.values.float().cpu().numpy())
+            layer.keys, layer.values = self._empty[index]
+
+    def until(self, slots: int) -> list[KV]:
+        """The cache when it had so many ``slots``: each step appends one."""
+        pairs = (self._taken[index] for index in self.kv_layers)
+        return [(keys[:, :, :slots], values[:, :, :slots]) for keys, values in pairs]
