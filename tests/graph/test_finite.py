@@ -12,6 +12,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from nbl_export.errors import InputError
+from nbl_export.graph import finite
 from nbl_export.graph.finite import check_finite
 from nbl_export.graph.io import load_graph
 from tests.graph.quantized import n_bits
@@ -49,6 +50,12 @@ def model(op: str, kind: str, bad: float) -> ir.Model:
     graph.graph.register_initializer(value)
     node.replace_input_with(1, value)
     return graph
+
+
+def test_every_part_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finite, "_PART", 4)
+    with pytest.raises(InputError, match="is NaN at 1 of 6"):
+        check_finite(model("MatMul", "bf16", np.nan), "decoder.onnx")
 
 
 @pytest.mark.parametrize("kind", KINDS)

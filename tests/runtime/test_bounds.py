@@ -85,6 +85,16 @@ def test_the_limit_ends_with_the_work_and_the_widest_of_two_holds() -> None:
     assert limit() == before
 
 
+def test_what_a_load_maps_takes_no_memory_and_counts_for_the_limit() -> None:
+    import resource
+
+    with bounded(Bounds(60.0, 1 << 28), "load the graph"):
+        without = resource.getrlimit(resource.RLIMIT_DATA)[0]
+    with bounded(Bounds(60.0, 1 << 28, mapped=1 << 40), "load the graph"):
+        assert abs(resource.getrlimit(resource.RLIMIT_DATA)[0] - without - (1 << 40)) < 1 << 26
+    assert Bounds(60.0, 1 << 28, mapped=1 << 40).fed({}).mapped == 0
+
+
 def test_bounds_grow_with_the_graph_and_with_what_is_fed() -> None:
     assert bounds_of(2_000_000).seconds == 47
     assert bounds_of(2_000_000, 5).seconds == 5

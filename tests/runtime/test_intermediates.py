@@ -181,3 +181,29 @@ def test_taps_are_inner_tensors(stories_out: Path, stories_model: Any) -> None:
     assert not found[name][~kept].any()
     with pytest.raises(InputError, match="has no tensor 'nothing'"):
         intermediate_tensors(path, ["nothing"], inputs)
+
+
+def test_weights_in_memory_are_lent_and_give_the_same(
+    tiny_graph: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are no part of the graph that is given to onnxruntime: there they would be copied several times."""
+    model = load_graph(tiny_graph)
+    names = [str(r.y.name) for r in find_regions(model) if isinstance(r, AttentionRegion)]
+    rows = prefill_rows(model, ragged_rows((9, 4), 260))
+    expected = compute_tensors(load_graph(tiny_graph), names, rows)
+    for value in model.graph.initializers.values():
+        assert value.const_value is not None
+        value.const_value = ir.tensor(value.const_value.numpy().copy(), name=value.name)
+    sizes: list[int] = []
+    real = pieces_module._session
+
+    def session(proto: Any, *others: Any) -> Any:
+        sizes.append(proto.ByteSize())
+        return real(proto, *others)
+
+    monkeypatch.setattr(pieces_module, "_session", session)
+    monkeypatch.setattr(pieces_module, "_LENT_FROM", 1024)
+    found = compute_tensors(model, names, rows)
+    for a, b in zip(found, expected, strict=True):
+        assert all(np.array_equal(a[name], b[name]) for name in names)
+    assert max(sizes) < 30_000

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
 
 from nbl_export.errors import InputError, MissingDependencyError
-from nbl_export.graph.io import save_graph
+from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.graph.precision import PRECISIONS, to_precision
 from nbl_export.runtime.bounds import bounds_of
-from nbl_export.runtime.session import require_onnxruntime, run_session, session
+from nbl_export.runtime.ort import ort_stream
+from nbl_export.runtime.session import (
+    data_folder,
+    frugal,
+    lend,
+    load,
+    require_onnxruntime,
+    run_session,
+    session,
+    session_options,
+)
+from tests.fixtures_graph import ragged_rows
 from tests.folders import copied
 from tests.graph.parsed import parsed
 
@@ -62,6 +75,42 @@ def test_a_broken_file_is_an_input_error(rewritten: Path, tmp_path: Path, damage
     with pytest.raises(InputError, match=r"model\.onnx") as caught:
         session(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["fp32", "fp16", "bf16"])
+def test_a_small_session_computes_the_same(tiny_graph: Path, tmp_path: Path, name: str) -> None:
+    """Casts of weights are exact wherever they are done; unpacked products may add in another order."""
+    path = tmp_path / "model.onnx"
+    model = load_graph(tiny_graph)
+    to_precision(model, PRECISIONS[name], {})
+    save_graph(model, path)
+    rows = ragged_rows((9, 4), 260)
+    usual, small = (ort_stream(path, 16, small=of).prefill(rows) for of in (False, True))
+    assert np.abs(small - usual).max() <= (1e-5 if name == "fp32" else 0.05) * np.abs(usual).max()
+
+
+def test_lent_weights_are_those_of_the_session() -> None:
+    """Whatever the graph says where they are; their file is not read."""
+    weight = np.arange(12, dtype=np.float32).reshape(3, 4).astype(ml_dtypes.bfloat16)
+    stored = onnx.TensorProto(name="w", data_type=onnx.TensorProto.BFLOAT16, dims=[3, 4])
+    stored.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (("location", Path(__file__).name), ("length", str(weight.nbytes))):
+        stored.external_data.add(key=key, value=value)
+    helper = onnx.helper
+    graph = helper.make_graph(
+        [helper.make_node("Cast", ["w"], ["wide"], to=1), helper.make_node("MatMul", ["x", "wide"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", 1, [None, 3])],
+        [helper.make_tensor_value_info("y", 1, None)],
+        [stored],
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    options = frugal(session_options(data_folder(Path(__file__).parent)))
+    kept = lend(options, {"w": weight})
+    loaded = load(proto.SerializeToString(), options, "g", bounds_of(0), folded=False)
+    gc.collect()
+    (y,) = loaded.run(None, {"x": np.eye(3, dtype=np.float32)})
+    assert len(kept) == 2 and np.array_equal(y, weight.astype(np.float32))
 
 
 def test_missing_onnxruntime_is_named_with_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
