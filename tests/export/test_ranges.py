@@ -189,10 +189,10 @@ def test_parts_give_the_ranges_of_the_whole(graph: Path, monkeypatch: pytest.Mon
     sizes: list[int] = []
     real = intermediates._session
 
-    def session(proto: onnx.ModelProto, folder: Path | None, bounds: Any) -> Any:
+    def session(proto: onnx.ModelProto, folder: Path | None, *others: Any) -> Any:
         sizes.append(sum(int(np.prod(t.dims)) for t in proto.graph.initializer))
         assert folder is not None and len(list(folder.iterdir())) <= 1
-        return real(proto, folder, bounds)
+        return real(proto, folder, *others)
 
     monkeypatch.setattr(intermediates, "_session", session)
     monkeypatch.setattr(ranges_module, "compute_tensors", partial(compute_tensors, partition_bytes=20_000))
