@@ -6,11 +6,14 @@ While a calibration runs, its files lie in a folder of their own, so that those 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from nbl_export.calibrate.moments import LayerMoments, layer_file, load_layer, save_layer
+import numpy as np
+
+from nbl_export.calibrate.moments import ARRAYS, LayerMoments, layer_file, load_layer, save_layer, shapes
 from nbl_export.checkpoint import Checkpoint
 from nbl_export.errors import InputError
 from nbl_export.files import sync
@@ -54,6 +57,41 @@ class InMemory:
 
     def put(self, index: int, layer: LayerMoments) -> None:
         self.layers[index] = layer
+
+
+class Unnamed(Mapping[int, LayerMoments]):
+    """Keeps the moments in a file without a name in ``folder``, which is gone with the process; reads them by layer."""
+
+    checkpoint = None
+
+    def __init__(self, folder: Path) -> None:
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        self._places: dict[int, tuple[int, int, int]] = {}
+
+    def begin(self, identity: Mapping[str, str]) -> None:
+        """Nothing is there from an earlier run."""
+
+    def has(self, index: int) -> bool:
+        return index in self._places
+
+    def put(self, index: int, layer: LayerMoments) -> None:
+        self._places[index] = self._file.seek(0, 2), layer.n, len(layer.x)
+        for name in ARRAYS:
+            self._file.write(np.ascontiguousarray(getattr(layer, name)).data)
+
+    def __getitem__(self, index: int) -> LayerMoments:
+        place, n, d = self._places[index]
+        self._file.seek(place)
+        arrays = {name: np.empty(shape) for name, shape in shapes(d).items()}
+        for array in arrays.values():
+            self._file.readinto(array.data)  # type: ignore[attr-defined]
+        return LayerMoments(n, **arrays)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 class MomentsFolder:

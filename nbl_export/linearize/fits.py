@@ -105,7 +105,7 @@ def sequential_fits(
     """The linear layers of ``chosen``, each fitted after the previous ones are linearized, over ``tokens`` [rows, seq].
 
     Both models process the text together, block by block: the weights of each block up to the last of ``chosen`` are
-    read once, and the states of the two models take 2 × tokens × d values.
+    read once, and the states of the two models take 2 × tokens × d values. ``solve`` must not run the model.
     """
     order = sorted(chosen)
     fitted: dict[int, LinearLayer] = {}

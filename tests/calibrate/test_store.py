@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nbl_export.calibrate.moments import ARRAYS, LayerMoments, load_layer, load_moments, shapes
-from nbl_export.calibrate.store import InMemory, MomentsFolder, Store
+from nbl_export.calibrate.store import InMemory, MomentsFolder, Store, Unnamed
 
 ABOUT = {"model": "of a test"}
 IDENTITY = {"dtype": "float32", "tokens": "0" * 64}
@@ -36,7 +36,9 @@ def assert_same(found: LayerMoments, wanted: LayerMoments) -> None:
         np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name), err_msg=name)
 
 
-@pytest.mark.parametrize("make", [folder_at, lambda _: InMemory()], ids=["folder", "memory"])
+@pytest.mark.parametrize(
+    "make", [folder_at, lambda _: InMemory(), Unnamed], ids=["folder", "memory", "unnamed"]
+)
 def test_what_was_put_is_there(make: Callable[[Path], Store], tmp_path: Path) -> None:
     store = make(tmp_path)
     store.begin(IDENTITY)
@@ -49,6 +51,18 @@ def test_moments_in_memory_are_those_that_were_put_and_are_saved_nowhere() -> No
     store, first = InMemory(), layer(1)
     store.put(4, first)
     assert store.layers == {4: first} and store.checkpoint is None
+
+
+def test_a_file_without_a_name_gives_back_what_was_put(tmp_path: Path) -> None:
+    store = Unnamed(tmp_path)
+    for index in (3, 0, 7):
+        store.put(index, layer(index))
+        for known in store:
+            assert_same(store[known], layer(known))
+    assert list(store) == [3, 0, 7] and len(store) == 3 and store.checkpoint is None
+    with pytest.raises(KeyError):
+        store[1]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_published_files_are_in_the_order_of_the_layers(tmp_path: Path) -> None:

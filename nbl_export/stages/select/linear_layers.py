@@ -99,6 +99,7 @@ class Fitting:
             return {i: self.for_choosing[i] for i in chosen}
         measured, tokens = self._measured, self._measured.text.calibration
         model, total = self._reading(), tokens.size * len(chosen)
+        self._before_fits()
         with self._listener.task("Fitting in sequence", total, "tokens") as task:
             return sequential_fits(model, tokens, chosen, measured.fit_input, self._solve, task.advance)
 
@@ -155,7 +156,7 @@ class Fitting:
         ridge, fit_input = self._settings.ridge, self._settings.fit_input
         with naming(layer):
             if ridge is None:
-                ridge = ridge_by_heldout_error(moments, self._others.layers[layer], fit_input)
+                ridge = ridge_by_heldout_error(moments, self._others[layer], fit_input)
             return fit_lmmse(moments, fit_input, ridge)
 
     @property
@@ -164,11 +165,19 @@ class Fitting:
         return DEFAULT_RIDGE if self._settings.ridge is None else self._settings.ridge
 
     @cached_property
-    def _others(self) -> Moments:
+    def _others(self) -> Mapping[int, LayerMoments]:
         # Moments of the selection text, for the held-out error of a ridge.
-        from nbl_export.calibrate.collect import collect_moments
+        from nbl_export.calibrate.collect import store_moments
+        from nbl_export.calibrate.store import Unnamed
 
-        return collect_moments(self._reading(), self._measured.text.selection, self._listener)
+        found = Unnamed(self._measured.scratch)
+        store_moments(self._reading(), self._measured.text.selection, "", found, self._listener)
+        return found
+
+    def _before_fits(self) -> None:
+        """What fits need that are made while text goes through the model, which is not there then for other text."""
+        if self._settings.ridge is None:
+            _ = self._others
 
     @cached_property
     def _weighted(self) -> dict[int, LinearLayer]:
@@ -179,6 +188,7 @@ class Fitting:
         measured, tokens = self._measured, self._measured.text.calibration
         model = self._reading()
         total = tokens.size * len(segments(model))
+        self._before_fits()
         with self._listener.task("Weighing tokens", total, "tokens") as task:
             found = weighted_moments(model, tokens, measured.fit_input, task.advance)
             return {index: as_layer(self._solve(index, moments)) for index, moments in found}

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.checkpoint import Checkpoint
@@ -79,6 +80,11 @@ class Measured:
     def loss_of(self, plan: Plan) -> Loss:
         """The loss of the model with ``plan`` applied, on the selection text."""
         return usable(loss_of_plan(self.meter, plan), plan.chosen, "replaced as they ship")
+
+    @property
+    def scratch(self) -> Path:
+        """The folder for files without a name."""
+        return self._run.workspace.nbl
 
     @property
     def repair_checkpoint(self) -> Checkpoint:

@@ -36,6 +36,21 @@ def test_what_the_final_maps_cost_is_measured(out: Path, stories_folder: Path) -
     assert not same_plan(plan, select(out, api.SelectSettings(k=3, fit="sequential", repair=10, seed=1)))
 
 
+@pytest.mark.parametrize("fit", ["weighted", "sequential"])
+def test_ridges_by_heldout_error_are_of_a_model_that_is_whole(out: Path, fit: Any) -> None:
+    """The moments of other text are made before text goes through the model block by block; no file of them is left."""
+    settings = api.SelectSettings(k=2, criterion="cca", ridge=None)
+    before = set(Workspace.open(out).nbl.iterdir())
+    plain, found = (select(out, replace(settings, fit=how)) for how in ("lmmse", fit))
+    first = min(plain.chosen)
+    assert found.chosen == plain.chosen and not same_plan(found, plain)
+    if fit == "sequential":  # nothing before the first chosen layer is changed
+        scale = np.abs(plain.layers[first].w).max()
+        np.testing.assert_allclose(found.layers[first].w, plain.layers[first].w, atol=1e-3 * scale)
+    made = {path.name for path in set(Workspace.open(out).nbl.iterdir()) - before}
+    assert made <= {"plan.json", "plan.safetensors", "candidates.json", "measured.json"}
+
+
 class RepairStops(Silent):
     """Interrupts at the given step of a repair."""
 
