@@ -63,6 +63,7 @@ class Unnamed(Mapping[int, LayerMoments]):
     """Keeps the moments in a file without a name in ``folder``, which is gone with the process; reads them by layer."""
 
     checkpoint = None
+    scratch = None
 
     def __init__(self, folder: Path) -> None:
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
