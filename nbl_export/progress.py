@@ -17,6 +17,9 @@ class Task(Protocol):
     def advance(self, amount: int) -> None:
         """``amount`` more units are done."""
 
+    def part(self, number: int, count: int) -> None:
+        """The part ``number``, from 1, of ``count`` begins: a layer of a model, for example."""
+
 
 class Listener(Protocol):
     """Receives the progress and the notes of a stage."""
@@ -64,6 +67,9 @@ def bytes_task(listener: Listener, title: str, total: int) -> Iterator[Mebibytes
 
 class _SilentTask:
     def advance(self, amount: int) -> None:
+        return None
+
+    def part(self, number: int, count: int) -> None:
         return None
 
 

@@ -15,6 +15,7 @@ class Notes(Silent):
         self.notes: list[str] = []
         self.tasks: list[tuple[str, int, str, int]] = []
         self.advanced: list[int] = []
+        self.parts: list[tuple[int, int]] = []
 
     @contextmanager
     def task(self, title: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
@@ -23,6 +24,9 @@ class Notes(Silent):
 
     def advance(self, amount: int) -> None:
         self.advanced.append(amount)
+
+    def part(self, number: int, count: int) -> None:
+        self.parts.append((number, count))
 
     def note(self, text: str) -> None:
         self.notes.append(text)

@@ -62,3 +62,8 @@ def test_silence_takes_everything(capsys: pytest.CaptureFixture[str]) -> None:
         task.advance(2)
     listener.note("a note")
     assert capsys.readouterr() == ("", "")
+
+
+def test_silence_takes_parts_too() -> None:
+    with Silent().task("Work", 3, "steps") as task:
+        task.part(1, 3)

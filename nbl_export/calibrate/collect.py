@@ -95,13 +95,14 @@ def store_moments(
     begun = work.resume(listener)
     total, done = (count * work.tokens for count in (len(work.parts), begun))
     with (
-        listener.task("Calibrating by layer", total, "tokens", done + work.seen) as task,
+        listener.task("Calibrating layer", total, "tokens", done + work.seen) as task,
         torch.inference_mode(),
         # Several processes have nothing to save between two batches, so that a signal ends them at once.
         saving_to(store.checkpoint, work.save) if ranks.count == 1 else nullcontext(_nothing) as between,
         walking(model) as run,
     ):
         for number in range(begun, len(work.parts)):
+            task.part(number + 1, len(work.parts))
             layers = work.begin(number)
             with run(work.parts[number]) as step, observed(model, layers, work.observe):
                 while work.batch < len(work.states):

@@ -7,6 +7,7 @@ Names in it come from graphs, reports and paths that somebody else may have writ
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     SpinnerColumn,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 _out = Console(highlight=False)
 # Bound to the stream itself: while a library is kept quiet, sys.stderr is something else.
 _err = Console(file=sys.stderr, highlight=False)
+_TITLE = 23  # columns of a task's title
 _COLOURS = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
 
 
@@ -66,17 +69,40 @@ class _TimeColumn(TimeRemainingColumn):
 
 
 def _short(number: float) -> str:
+    if number >= 1e6:
+        return f"{number / 1e6:.2f}M"
     return (
         f"{number / 1000:.1f}k" if number >= 10_000 else f"{number:,.0f}" if number >= 10 else f"{number:.3g}"
     )
 
 
+# Seconds between two lines of a task where no bar can be drawn, as in the log of a CI job.
+_LINES = 60.0
+
+
 class _BarTask:
-    def __init__(self, progress: Progress, task_id: int) -> None:
-        self._progress, self._id = progress, task_id
+    """Moves a bar; where the output is no terminal, which shows a bar only when it ends, prints a line now and then."""
+
+    def __init__(self, progress: Progress, task_id: TaskID, title: str) -> None:
+        self._progress, self._id, self._title = progress, task_id, title
+        self._printed = time.monotonic()
 
     def advance(self, amount: int) -> None:
-        self._progress.advance(self._id, amount)  # type: ignore[arg-type]
+        self._progress.advance(self._id, amount)
+        if not _err.is_terminal and time.monotonic() - self._printed >= _LINES:
+            self._printed = time.monotonic()
+            task = self._progress.tasks[0]
+            _err.print(
+                _text(
+                    f"· {task.description}: {_CountColumn().render(task)}, {_TimeColumn().render(task)}",
+                    "dim",
+                )
+            )
+
+    def part(self, number: int, count: int) -> None:
+        # The title's column has a fixed width, and the number must not be what is cut off.
+        where = f" {number}/{count}"
+        self._progress.update(self._id, description=f"{self._title[: _TITLE - len(where)]}{where}")
 
 
 class TerminalListener:
@@ -86,14 +112,14 @@ class TerminalListener:
     def task(self, title: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
         columns = (
             SpinnerColumn(finished_text="[green]✓"),
-            TextColumn("{task.description:<23.23}", markup=False),
+            TextColumn(f"{{task.description:<{_TITLE}.{_TITLE}}}", markup=False),
             BarColumn(bar_width=10),
             _CountColumn(),
             _TimeColumn(),
         )
         with Progress(*columns, console=_err, refresh_per_second=4) as progress:
             task_id = progress.add_task(printable(title), total=total, completed=done, unit=unit)
-            yield _BarTask(progress, task_id)
+            yield _BarTask(progress, task_id, printable(title))
 
     def note(self, text: str) -> None:
         _err.print(_text(f"· {text}", "dim"))

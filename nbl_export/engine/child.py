@@ -72,3 +72,6 @@ class _Told:
 
     def __init__(self, tell: Tell) -> None:
         self.advance = tell
+
+    def part(self, number: int, count: int) -> None:
+        """An engine is built as a whole."""

@@ -7,7 +7,7 @@ import io
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,17 +62,18 @@ def _readable(source: ModelSource) -> Iterator[str]:
         yield str(made(Path(source.path), Path(scratch) / Path(source.path).name))
 
 
-def load_model(source: ModelSource) -> torch.nn.Module:
+def load_model(source: ModelSource, done: Callable[[int], None] = lambda _bytes: None) -> torch.nn.Module:
     """The model with the head of its task in float32, ``eval`` mode, without gradients.
 
-    Its weights are read when they are needed (:mod:`.weights`). Raises the errors of :func:`load_stored`.
+    Its weights are read when they are needed (:mod:`.weights`); that all are numbers is looked at here, and ``done`` is
+    told of the bytes. Raises the errors of :func:`load_stored`.
     """
     import torch
 
-    return _made(load_stored(source), torch.float32)
+    return _made(load_stored(source, done), torch.float32)
 
 
-def load_stored(source: ModelSource) -> Stored:
+def load_stored(source: ModelSource, done: Callable[[int], None] = lambda _bytes: None) -> Stored:
     """The model as its files store it, mapped or dequantized when it is read.
 
     What cannot be mapped, because transformers converts it, is in memory in float32. Raises :class:`InputError` if
@@ -107,6 +108,7 @@ def load_stored(source: ModelSource) -> Stored:
     for name, weight in weights.items():
         for tensor in merged[name].tensors if name in merged else [weight]:
             check_finite(source.source, name, tensor)
+            done(tensor.nbytes)
     made: dict[int, Read] = {id(weights[name]): read for name, read in merged.items()}
     if hasattr(model, "generation_config"):
         skeleton.generation_config = model.generation_config

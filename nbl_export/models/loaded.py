@@ -9,10 +9,14 @@ from weakref import WeakValueDictionary
 from nbl_export.models.pooling import Pooling, find_pooling
 from nbl_export.models.source import ModelSource
 from nbl_export.models.tasks import Task, task_named
-from nbl_export.progress import Listener
+from nbl_export.progress import Listener, bytes_task
 
 if TYPE_CHECKING:
     import torch
+
+
+# Bytes of weights from which on their progress is shown; less takes a moment.
+_LONG = 1 << 30
 
 
 class LoadedModel:
@@ -46,10 +50,22 @@ class LoadedModel:
         if self._model is None:
             from nbl_export.models.load import load_model
 
-            with self._listener.task(f"Loading {Path(self.source.source).name}", 1, "model") as task:
-                self._model = load_model(self.source)
-                task.advance(1)
+            title = f"Loading {Path(self.source.source).name}"
+            if (size := self._bytes) >= _LONG:
+                with bytes_task(self._listener, title, size) as done:
+                    self._model = load_model(self.source, done)
+            else:
+                with self._listener.task(title, 1, "model") as task:
+                    self._model = load_model(self.source)
+                    task.advance(1)
         return self._model
+
+    @property
+    def _bytes(self) -> int:
+        """The bytes of the weights that are all looked at when the model is loaded; those of a GGUF file are not."""
+        from nbl_export.models.limits import weights_of
+
+        return 0 if self.source.gguf_file else weights_of(Path(self.source.path)).bytes
 
     def in_dtype(self, dtype: str) -> torch.nn.Module:
         """The model in ``dtype`` on the device, a copy unless that is float32 on the CPU.

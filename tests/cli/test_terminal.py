@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from io import StringIO
@@ -195,6 +196,60 @@ def test_a_task_that_fails_shows_how_far_it_came(screen: Any) -> None:
     assert "3/8 MiB" in err.getvalue() and "eta" in err.getvalue()
 
 
+def moving(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Puts the clocks of progress forward."""
+    passed = [0.0]
+    now = time.monotonic
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now() + passed[0])
+
+    def wait(seconds: float) -> None:
+        passed[0] += seconds
+
+    return wait
+
+
+def test_a_task_of_parts_says_which_it_is_at_within_eighty_columns(screen: Any) -> None:
+    err = screen("err", width=80, colours=True)
+    with TerminalListener().task("Calibrating layer", 5_242_880, "tokens") as task:
+        for layer in range(80):
+            task.part(layer + 1, 80)
+            task.advance(65_536)
+    text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", err.getvalue())
+    lines = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
+    assert "Calibrating layer 80/80" in lines[-1] and "5.24M/5.24M tokens" in lines[-1]
+    # One line that is drawn over itself, never a second one.
+    assert all(len(line.rstrip()) <= 80 and "Calibrating layer" in line for line in lines)
+    assert err.getvalue().count("\n") <= 1
+
+
+def test_a_long_title_leaves_room_for_the_part(screen: Any) -> None:
+    err = screen("err", width=100)
+    with TerminalListener().task("A title that is longer than its column", 2, "rows") as task:
+        task.part(1, 1)
+        task.advance(2)
+    assert "A title that is lon 1/1" in err.getvalue()
+
+
+def test_a_log_gets_a_line_a_minute(screen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bar would say nothing before it ends, after hours."""
+    wait, err = moving(monkeypatch), screen("err", width=80)
+    with TerminalListener().task("Calibrating layer", 40_000, "tokens") as task:
+        for layer in range(4):
+            task.part(layer + 1, 4)
+            for _ in range(10):
+                wait(20)
+                task.advance(1000)
+    lines = [line.rstrip() for line in err.getvalue().splitlines() if line.strip()]
+    assert len(lines) == 40 // 3 + 1, "each minute, and the bar at the end"
+    assert re.match(r"· Calibrating layer 2/4: 12\.0k/40\.0k tokens(, [\d.,]+k?M?/s)?, eta ", lines[3]), lines
+    assert all(len(line) <= 80 for line in lines)
+    terminal_only = screen("err", width=80, colours=True)
+    with TerminalListener().task("Calibrating layer", 4, "tokens") as task:
+        wait(100)
+        task.advance(4)
+    assert "·" not in terminal_only.getvalue()
+
+
 @pytest.mark.parametrize(
     ("number", "text"),
     [
@@ -205,6 +260,8 @@ def test_a_task_that_fails_shows_how_far_it_came(screen: Any) -> None:
         (9_999, "9,999"),
         (10_000, "10.0k"),
         (65_536, "65.5k"),
+        (999_999, "1000.0k"),
+        (5_242_880, "5.24M"),
     ],
 )
 def test_numbers_in_progress_are_short(number: float, text: str) -> None:

@@ -88,7 +88,7 @@ def both(stories_folder: Path, options: list[object], tmp_path_factory: pytest.T
     done = torchrun(2, "calibrate", stories_folder, "-o", out, *options)
     assert done.code == 0, done
     assert done.out == f"Calibrated. Next: nbl-export select {out} --k K\n"
-    titles = ("Loading", "Reading text", "Calibrating by layer")
+    titles = ("Loading", "Reading text", "Calibrating layer")
     assert [done.err.count(title) for title in titles] == [1, 1, 1] and len(done.err.splitlines()) == 3
     no_leftovers(out)
     return out

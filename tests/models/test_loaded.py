@@ -19,6 +19,8 @@ from nbl_export.models.weights import dtype_of, resident
 from nbl_export.progress import Silent
 from tests.encoders import as_sentence_transformer, text_encoder, vision_encoder
 from tests.listening import Notes
+from tests.models.test_weights import stored_in
+from tests.tiny import build
 
 
 @pytest.fixture
@@ -46,6 +48,18 @@ def test_nothing_is_loaded_before_it_is_asked_for_and_then_once(
     assert model.model is model.model and model.tokenizer is model.tokenizer
     assert counted == ["load_model", "load_tokenizer"]
     assert listener.tasks == [(f"Loading {tiny_folder.name}", 1, "model", 0)] and listener.advanced == [1]
+
+
+def test_a_large_model_is_loaded_with_progress_in_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = stored_in(build(tmp_path / "m", vocab_size=100_000), torch.bfloat16)
+    monkeypatch.setattr("nbl_export.models.loaded._LONG", 1 << 20)
+    listener = Notes()
+    assert LoadedModel(find_model(str(folder)), listener).model is not None
+    mib = (folder / "model.safetensors").stat().st_size >> 20
+    assert listener.tasks == [("Loading m", mib, "MiB", 0)] and mib >= 2
+    assert len(listener.advanced) > 1 and sum(listener.advanced) == mib
 
 
 def test_a_copy_is_shared_while_somebody_has_it(tiny_folder: Path, counted: list[str]) -> None:
