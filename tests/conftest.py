@@ -28,6 +28,7 @@ pytest_plugins = [
     "tests.exporters",
     "tests.variants",
     "tests.precisions",
+    "tests.sessions",
 ]
 
 ROOT = Path(__file__).parent.parent

@@ -35,3 +35,22 @@ def empty_past(session: Any, rows: int, head_size: int | None = None) -> dict[st
         for i in session.get_inputs()
         if i.name.startswith("past")
     }
+
+
+@pytest.fixture
+def cuda_sessions(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """onnxruntime says that it has CUDA; the value grows by what each session asks for, and all run on the CPU."""
+    onnxruntime = pytest.importorskip(
+        "onnxruntime", reason="needs onnxruntime: pip install 'nbl-export[cpu]'"
+    )
+    asked: list[Any] = []
+    plain = onnxruntime.InferenceSession
+
+    def make(source: Any, options: Any = None, *, providers: list[Any], **more: Any) -> Any:
+        asked.append(providers)
+        return plain(source, options, providers=["CPUExecutionProvider"], **more)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", make)
+    known = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: known)
+    return asked

@@ -21,7 +21,7 @@ from nbl_export.models.source import ModelSource, check_config
 from nbl_export.models.stored import gguf_readers, same_weights, stored_tensors
 from nbl_export.models.tasks import task_named
 from nbl_export.models.tokenizer_limits import check_tokenizer
-from nbl_export.models.weights import Read, Stored, check_finite, reader, stored_of, streamed
+from nbl_export.models.weights import Read, Stored, check_finite, device_of, reader, stored_of, streamed
 
 if TYPE_CHECKING:
     import torch
@@ -327,13 +327,18 @@ def fast_dtype(device: torch.device | str = "cpu") -> str:
     return "bfloat16" if bf16 else "float32"
 
 
-def in_precision(model: torch.nn.Module, dtype: str, device: torch.device | str = "cpu") -> torch.nn.Module:
+def in_precision(
+    model: torch.nn.Module, dtype: str, device: torch.device | str | None = None
+) -> torch.nn.Module:
     """Another ``model`` with its weights in ``dtype`` (float16 …) on ``device``, as transformers would load it.
+
+    Without a ``device`` it is on that of ``model``.
 
     Buffers that are not part of a checkpoint (rotary frequencies) stay in their precision.
     """
     import torch
 
+    device = device_of(model) if device is None else device
     return streamed(stored_of(model), getattr(torch, dtype), device)
 
 

@@ -16,7 +16,14 @@ from nbl_export.batch.rows import Inputs
 from nbl_export.errors import InputError
 from nbl_export.graph.interface import Interface, interface_of
 from nbl_export.runtime.decoder import KV, DecoderOutput
-from nbl_export.runtime.session import CPU, bounds_of_graph, require_onnxruntime, run_session, session
+from nbl_export.runtime.session import (
+    Provider,
+    bounds_of_graph,
+    require_onnxruntime,
+    run_session,
+    running_provider,
+    session,
+)
 from nbl_export.runtime.stream import Forking, PastStream, Stream, UncachedStream
 
 _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -29,7 +36,7 @@ class OrtModel:
         self,
         path: Path,
         config: Mapping[str, str] | None = None,
-        provider: str = CPU,
+        provider: Provider | None = None,
         rounded: bool = True,
         profile: Path | None = None,
         small: bool = False,
@@ -37,6 +44,7 @@ class OrtModel:
         from nbl_export.graph.io import load_graph
 
         require_onnxruntime()
+        provider = running_provider() if provider is None else provider
         model = load_graph(path)
         self.interface = interface_of(model)
         self.bounds = bounds_of_graph(path, model, provider)

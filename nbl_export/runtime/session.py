@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,8 +31,38 @@ def require_onnxruntime() -> Any:
     return onnxruntime
 
 
+# One of onnxruntime's execution providers, by its name or with options, as onnxruntime takes them.
+Provider = str | tuple[str, Mapping[str, str]]
 CPU = "CPUExecutionProvider"
+CUDA = "CUDAExecutionProvider"
 _FOLDING = "ConstantFolding"
+_running: ContextVar[Provider] = ContextVar("running", default=CPU)
+
+
+def provider_on(device: str) -> Provider:
+    """Where onnxruntime runs graphs that are compared on ``device``, as torch names it: in CUDA if it has that there.
+
+    Without TF32, whose products are no float32: what it loses would be taken for a fault of the graph.
+    """
+    kind, _, number = device.partition(":")
+    if kind != "cuda" or CUDA not in require_onnxruntime().get_available_providers():
+        return CPU
+    return CUDA, {"device_id": number or "0", "use_tf32": "0"}
+
+
+@contextmanager
+def running_on(device: str) -> Iterator[None]:
+    """Within the block, sessions that are told no provider are those of ``device``: see :func:`provider_on`."""
+    token = _running.set(provider_on(device))
+    try:
+        yield
+    finally:
+        _running.reset(token)
+
+
+def running_provider() -> Provider:
+    """Where a session runs that is told no provider: the CPU, or what :func:`running_on` says."""
+    return _running.get()
 
 
 def data_folder(folder: Path | None) -> dict[str, str]:
@@ -82,7 +114,7 @@ def lend(options: Any, arrays: Mapping[str, NDArray[Any]]) -> list[Any]:
 def session(
     path: Path,
     config: Mapping[str, str] | None = None,
-    provider: str = CPU,
+    provider: Provider | None = None,
     rounded: bool = True,
     model: ir.Model | None = None,
     profile: Path | None = None,
@@ -90,25 +122,26 @@ def session(
 ) -> Any:
     """An inference session of the graph at ``path`` on one provider; on the CPU with all cores.
 
-    ``config`` are onnxruntime's session configuration entries. On the CPU a half-precision graph is run by
-    emulation (:mod:`nbl_export.graph.half_emulation`), which rounds every tensor; ``rounded=False`` runs the file
-    itself. ``model`` is the graph at ``path`` if it is already loaded; a half-precision one is changed in place.
-    ``profile`` is the file name prefix of a profile to write. A ``small`` session takes little memory beside the
-    weights, which are mapped (:func:`frugal`), and more time for each run: weights in half precision are converted in
-    each. Raises :class:`InputError` if onnxruntime does not load the graph.
+    Without a ``provider`` it is :func:`running_provider`. ``config`` are onnxruntime's session configuration entries. A
+    half-precision graph is run by emulation (:mod:`nbl_export.graph.half_emulation`), which rounds every tensor;
+    ``rounded=False`` runs the file itself. ``model`` is the graph at ``path`` if it is already loaded; a half-precision
+    one is changed in place. ``profile`` is the file name prefix of a profile to write. A ``small`` session on the CPU
+    takes little memory beside the weights, which are mapped (:func:`frugal`), and more time for each run: weights in
+    half precision are converted in each. Raises :class:`InputError` if onnxruntime does not load the graph.
     """
     from nbl_export.graph.half_emulation import compute_in_float32, needs_emulation
     from nbl_export.graph.io import load_graph
     from nbl_export.graph.tensors import follow_links
 
     require_onnxruntime()
+    provider = running_provider() if provider is None else provider
     model = load_graph(path) if model is None else model
     bounds = bounds_of_graph(path, model, provider)
     source: str | bytes = str(path)
     small = small and provider == CPU
     packed = any(operators.key(node) in operators.PACKED for node in model.graph)
     half = needs_emulation(model)
-    if provider == CPU and rounded and half:
+    if rounded and half:
         config = {**(config or {}), **data_folder(follow_links(model))}
         compute_in_float32(model)
         source = ir.to_proto(model).SerializeToString()
@@ -120,7 +153,7 @@ def session(
     return load(source, options, str(path), bounds, provider, folded=not small or packed or not half)
 
 
-def bounds_of_graph(path: Path, model: ir.Model, provider: str = CPU) -> Bounds:
+def bounds_of_graph(path: Path, model: ir.Model, provider: Provider = CPU) -> Bounds:
     """The bounds of the graph at ``path``, which is ``model``; on the CPU memory has one."""
     from nbl_export.graph.tensors import external_files
 
@@ -130,7 +163,7 @@ def bounds_of_graph(path: Path, model: ir.Model, provider: str = CPU) -> Bounds:
 
 
 def load(
-    source: str | bytes, options: Any, name: str, bounds: Bounds, provider: str = CPU, folded: bool = True
+    source: str | bytes, options: Any, name: str, bounds: Bounds, provider: Provider = CPU, folded: bool = True
 ) -> Any:
     """An inference session of a graph; raises :class:`InputError` if onnxruntime does not load it in ``bounds``.
 
@@ -138,7 +171,7 @@ def load(
     """
     ort = require_onnxruntime()
     without = {} if folded else {"disabled_optimizers": [_FOLDING]}
-    providers = list(dict.fromkeys((provider, CPU)))
+    providers = [provider, *[CPU] * (provider != CPU)]
     try:
         with bounded(bounds, f"load {name}"):
             return ort.InferenceSession(source, options, providers=providers, **without)

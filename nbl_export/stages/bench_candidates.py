@@ -85,8 +85,7 @@ def digest_of_graph(path: Path) -> str:
 
 def provider_of(settings: BenchSettings) -> str:
     """The execution provider that graphs run in."""
-    from nbl_export.runtime.session import CPU
-    from nbl_export.verify.speed.candidates import CUDA
+    from nbl_export.runtime.session import CPU, CUDA
 
     return CUDA if settings.device == "cuda" else CPU
 

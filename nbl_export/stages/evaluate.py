@@ -19,7 +19,7 @@ from nbl_export.settings.choices import RETRIEVAL_CONTEXTS
 from nbl_export.stage_record import MODEL, SIDECARS, StageRecord
 from nbl_export.stages.build import model_positions
 from nbl_export.stages.rewrite import current_rewrite
-from nbl_export.stages.run import Run
+from nbl_export.stages.run import Run, graphs_on, graphs_setting
 from nbl_export.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -86,11 +86,16 @@ def evaluate(run: Run, settings: EvalSettings) -> Evaluation:
         "positions": str(positions),
     }
 
-    def work(listener: Listener) -> list[Path]:
-        answers = _Answers(run, graphs, tasks, questions, settings, positions, listener)
-        return write_evaluation(ws.report, _assembled(run, graphs, tasks, questions, settings, answers()))
+    device = run.on(settings.device)
+    where = graphs_setting(device)
 
-    run.stage("eval", asdict(settings), made_of, work)
+    def work(listener: Listener) -> list[Path]:
+        answers = _Answers(run, graphs, tasks, questions, settings, positions, listener, where)
+        with graphs_on(device, listener):
+            found = answers()
+        return write_evaluation(ws.report, _assembled(run, graphs, tasks, questions, settings, found))
+
+    run.stage("eval", settings.as_json() | where, made_of, work, device)
     return load_evaluation(ws.report / "eval.json")
 
 
@@ -154,11 +159,13 @@ class _Answers:
         settings: EvalSettings,
         positions: int | None,
         listener: Listener,
+        where: Mapping[str, str],
     ) -> None:
         from nbl_export.evaluate.chat import ChatTemplate
 
         self.run, self.graphs, self.tasks, self.questions = run, graphs, tasks, questions
         self.settings, self.positions, self.listener = settings, positions, listener
+        self.where = where
         self.model = [run.model.source.model, run.model.source.sidecars]
         self.chat = ChatTemplate(run.model.tokenizer)
         self.stream: Any = None
@@ -215,6 +222,7 @@ class _Answers:
                 "asked": digest,
                 "version": _ASKED,
                 "positions": self.positions,
+                **self.where,
             }
         )
         return self.run.workspace.evaluations / f"{key[:32]}.json"

@@ -147,3 +147,26 @@ class Run:
             raise os_error_in_words(error, f"in stage `{name}`") from error
         seconds, where = time.perf_counter() - start, "" if device is None else described(device)
         ranks.shared(lambda: ws.finish(name, settings, made_of, files, seconds, listener.notes, where))
+
+
+def graphs_setting(device: torch.device) -> dict[str, str]:
+    """What is said where graphs run on ``device`` and are no longer measured on the CPU."""
+    from nbl_export.runtime.session import CPU, provider_on
+
+    return {} if provider_on(str(device)) == CPU else {"graphs": device.type}
+
+
+@contextmanager
+def graphs_on(device: torch.device, listener: Listener) -> Iterator[None]:
+    """Within the block, graphs run on ``device``, if onnxruntime does; a note says where it does not."""
+    from nbl_export.runtime.session import running_on
+
+    if device.type != "cpu" and not graphs_setting(device):
+        get = (
+            " (pip install 'nbl-export[gpu]' in an environment without [cpu])"
+            if device.type == "cuda"
+            else ""
+        )
+        listener.note(f"onnxruntime does not run on {device} here{get}: graphs run on the CPU.")
+    with running_on(str(device)):
+        yield

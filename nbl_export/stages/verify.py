@@ -17,7 +17,7 @@ from nbl_export.settings import VerifySettings
 from nbl_export.stage_record import STAGES, StageRecord
 from nbl_export.stages.build import current_engines, model_positions, passed_over
 from nbl_export.stages.rewrite import current_rewrite, sidecars_of_rewrite
-from nbl_export.stages.run import Run
+from nbl_export.stages.run import Run, graphs_on, graphs_setting
 from nbl_export.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -51,22 +51,23 @@ def verify(run: Run, settings: VerifySettings) -> Report:
         made_of["build"] = built.result
 
     device = run.on(settings.device)
-    asked = settings.as_json() | as_setting(device)
+    asked = settings.as_json() | as_setting(device) | graphs_setting(device)
 
     def work(listener: Listener) -> list[Path]:
         plan, earlier = load_plan(ws.plan), _earlier(ws, made_of)
         _check_files(run, plan)
         if why := passed_over(ws):
             listener.note(f"Not verified: {why}.")
-        if run.model.task.causal:
-            text, model = load_text(ws.text), run.model.in_float32
-            measured = measure_decoder(
-                DecoderCase(
-                    model, plan, ws.baseline, ws.model, settings, listener, text, engines, passed_over(ws)
+        with graphs_on(device, listener):
+            if run.model.task.causal:
+                text, model = load_text(ws.text), run.model.in_float32
+                measured = measure_decoder(
+                    DecoderCase(
+                        model, plan, ws.baseline, ws.model, settings, listener, text, engines, passed_over(ws)
+                    )
                 )
-            )
-        else:
-            measured = measure_encoder(_encoder_case(run, plan, settings, listener))
+            else:
+                measured = measure_encoder(_encoder_case(run, plan, settings, listener))
         report = assemble(ws, run.model.source, plan, asked, measured, engines)
         graphs = _files(ws, "calibrate", "select", "export", "rewrite")
         return write_report(ws.report, keeping(report, earlier, graphs, _files(ws, "build")))

@@ -21,6 +21,7 @@ from nbl_export.linearize.plan import Plan
 from nbl_export.linearize.swap import linearized
 from nbl_export.models.load import in_precision
 from nbl_export.progress import Listener
+from nbl_export.runtime.session import CUDA
 from nbl_export.runtime.tensorrt import EngineStream, load_engine
 from nbl_export.runtime.torch import torch_stream
 from nbl_export.verify.case import DecoderCase
@@ -29,7 +30,6 @@ from nbl_export.verify.parity.decoder import compare_streams
 from nbl_export.verify.parity.figures import EngineParity, Parity, gates_for
 from nbl_export.verify.parity.own import OWN, pytorch_in_precision
 from nbl_export.verify.speed.candidates import (
-    CUDA,
     TIMED_STEPS,
     Candidate,
     EnginePrompt,

@@ -5,14 +5,23 @@ With a real GPU the same tests run in ``tests/gpu``.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from nbl_export import pipeline
+from nbl_export import api, pipeline
 from nbl_export.models import device as devices
+from nbl_export.runtime import session as sessions
+from nbl_export.stages.run import graphs_on
+from nbl_export.workspace import Workspace
+from tests.listening import Notes
 from tests.on_device import *  # noqa: F403
+from tests.on_device import CHECKS
 from tests.virtual_device import Mixed, virtual_device
 
 
@@ -52,3 +61,34 @@ def test_it_computes_what_the_cpu_does(device: torch.device) -> None:
     weight.data = torch.zeros(2, 3, device=device)
     weight.data[0] += 1
     assert weight.cpu().tolist() == [[1, 1, 1], [0, 0, 0]]
+
+
+def test_parity_is_that_of_the_device(
+    finished: tuple[Path, api.Report],
+    tmp_path: Path,
+    cuda_sessions: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The graphs run in CUDA beside the model, and what was verified elsewhere does not stand for it."""
+    cuda = (sessions.CUDA, {"use_tf32": "0"})
+    monkeypatch.setattr(sessions, "provider_on", lambda name: cuda if name == "virtual:0" else sessions.CPU)
+    out = Path(shutil.copytree(finished[0], tmp_path / "out"))
+    report = api.verify(out, replace(CHECKS, device="cuda"))
+    assert report.passed and cuda in [providers[0] for providers in cuda_sessions]
+    record = Workspace.open(out).record("verify")
+    assert record and (record.settings["device"], record.settings["graphs"]) == ("virtual", "virtual")
+    notes = Notes()
+    api.verify(out, replace(CHECKS, device="cpu"), notes)
+    assert "verify: done again, since it was made with another device." in notes.notes
+    after = Workspace.open(out).record("verify")
+    assert after and after.device == "cpu" and not {"device", "graphs"} & set(after.settings)
+
+
+def test_where_onnxruntime_has_no_cuda_a_note_says_so(device: torch.device) -> None:
+    notes = Notes()
+    with graphs_on(device, notes):
+        assert sessions.running_provider() == sessions.CPU
+    assert notes.notes == ["onnxruntime does not run on virtual:0 here: graphs run on the CPU."]
+    with graphs_on(torch.device("cuda:0"), notes), graphs_on(torch.device("cpu"), notes):
+        pass
+    assert len(notes.notes) == 2 and "pip install 'nbl-export[gpu]'" in notes.notes[1]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -17,14 +18,19 @@ from nbl_export.errors import InputError, MissingDependencyError
 from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.graph.precision import PRECISIONS, to_precision
 from nbl_export.runtime.bounds import bounds_of
-from nbl_export.runtime.ort import ort_stream
+from nbl_export.runtime.ort import OrtModel, ort_stream
 from nbl_export.runtime.session import (
+    CPU,
+    CUDA,
     data_folder,
     frugal,
     lend,
     load,
+    provider_on,
     require_onnxruntime,
     run_session,
+    running_on,
+    running_provider,
     session,
     session_options,
 )
@@ -172,3 +178,35 @@ def test_a_loop_without_end_is_ended(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="longer than 1 s, as a loop without end does"):
         run_session(loaded, ["y"], {"x": np.ones(4, np.float32)}, bounds_of(0, seconds=1))
     assert 1 <= time.monotonic() - start < 5
+
+
+def test_graphs_run_in_cuda_where_onnxruntime_has_it(
+    rewritten: Path, tmp_path: Path, cuda_sessions: list[Any]
+) -> None:
+    """On the device's GPU, without TF32; what names a provider runs there, and a half graph rounds as it says."""
+    cuda = (CUDA, {"device_id": "1", "use_tf32": "0"})
+    assert provider_on("cuda:1") == cuda and provider_on("cpu") == provider_on("xpu:0") == CPU
+    half = load_graph(rewritten)
+    to_precision(half, PRECISIONS["fp16"], {})
+    save_graph(half, tmp_path / "half.onnx")
+    session(rewritten)
+    with pytest.raises(ZeroDivisionError), running_on("cuda:1"):
+        session(rewritten)
+        OrtModel(tmp_path / "half.onnx")
+        session(rewritten, provider=CPU)
+        session(rewritten, provider=CUDA)
+        raise ZeroDivisionError
+    session(rewritten)
+    assert cuda_sessions == [[CPU], [cuda, CPU], [cuda, CPU], [CPU], [CUDA, CPU], [CPU]]
+
+
+def test_graphs_run_on_the_cpu_where_onnxruntime_has_no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(require_onnxruntime(), "get_available_providers", lambda: [CPU])
+    assert provider_on("cuda:0") == CPU
+    with running_on("cuda:0"):
+        assert running_provider() == CPU
+
+
+def test_a_cpu_needs_no_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nbl_export.runtime.session.require_onnxruntime", lambda: pytest.fail("asked for"))
+    assert provider_on("cpu") == CPU

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from nbl_export import api
 from nbl_export.cli import app
@@ -296,3 +297,27 @@ def test_without_the_harness(stories_copy: Path, folder: Path, monkeypatch: pyte
     # Retrieval needs no harness.
     only = api.EvalSettings(retrieval_contexts=(400,), retrieval_samples=2)
     assert api.evaluate(stories_copy, only).retrieval
+
+
+def test_what_cuda_answers_is_kept_apart(
+    stories_copy: Path,
+    folder: Path,
+    asked: list[str],
+    cuda_sessions: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Both graphs are asked on one device; what the CPU answered earlier is no half of a comparison."""
+    monkeypatch.setattr("nbl_export.models.device.find_device", torch.device)
+    monkeypatch.setattr("nbl_export.models.device.described", str)
+    monkeypatch.setattr("nbl_export.pipeline.check_device", lambda _asked: None)
+    api.evaluate(stories_copy, settings(folder / "words.jsonl", device="cpu"))
+    before = Workspace.open(stories_copy).record("eval")
+    assert before and before.device == "cpu" and not {"device", "graphs"} & set(before.settings)
+    assert {providers[0] for providers in cuda_sessions} == {"CPUExecutionProvider"}
+    api.evaluate(stories_copy, settings(folder / "words.jsonl", device="cuda:0"))
+    record = Workspace.open(stories_copy).record("eval")
+    assert record and (record.device, record.settings["graphs"]) == ("cuda:0", "cuda")
+    assert asked == ["base: words", "linearized: words"] * 2
+    assert cuda_sessions[-1][0] == ("CUDAExecutionProvider", {"device_id": "0", "use_tf32": "0"})
+    api.evaluate(stories_copy, settings(folder / "words.jsonl", device="cpu"))
+    assert len(asked) == 4

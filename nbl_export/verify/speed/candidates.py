@@ -18,7 +18,7 @@ from nbl_export.batch.rows import Inputs
 from nbl_export.errors import NblError
 from nbl_export.runtime.ort import OrtModel
 from nbl_export.runtime.prompts import OrtPrompt, timed_row
-from nbl_export.runtime.session import CPU, require_onnxruntime
+from nbl_export.runtime.session import CPU, CUDA, require_onnxruntime
 from nbl_export.verify.speed.ceiling import graph_cost
 from nbl_export.verify.speed.race import timed
 from nbl_export.verify.speed.values import CandidateInfo, GraphCost
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from nbl_export.runtime.tensorrt import EngineStream
 
-CUDA = "CUDAExecutionProvider"
 _DEVICES = {CPU: "cpu", CUDA: "cuda"}
 TIMED_STEPS = 16  # the most decode steps between two prefills: a static cache has that much room
 # Steps per timed decode round, averaged: one token is too short to time.

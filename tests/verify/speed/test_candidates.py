@@ -14,9 +14,9 @@ import torch
 from nbl_export.engine.profiles import Limits
 from nbl_export.errors import NblError
 from nbl_export.runtime.ort import OrtModel
+from nbl_export.runtime.session import CUDA
 from nbl_export.runtime.tensorrt import EngineStream
 from nbl_export.verify.speed.candidates import (
-    CUDA,
     DECODE_STEPS,
     TIMED_STEPS,
     EncoderPass,
