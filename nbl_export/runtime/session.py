@@ -163,7 +163,12 @@ def bounds_of_graph(path: Path, model: ir.Model, provider: Provider = CPU) -> Bo
 
 
 def load(
-    source: str | bytes, options: Any, name: str, bounds: Bounds, provider: Provider = CPU, folded: bool = True
+    source: str | bytes,
+    options: Any,
+    name: str,
+    bounds: Bounds,
+    provider: Provider = CPU,
+    folded: bool = True,
 ) -> Any:
     """An inference session of a graph; raises :class:`InputError` if onnxruntime does not load it in ``bounds``.
 
