@@ -215,9 +215,13 @@ class _Work:
 
     def keep_states(self) -> None:
         """Of several processes: keep the states before the next part, if there is one and a save is due."""
+
+        def passed() -> dict[int, NDArray[Any]]:
+            found = ((i, self.states.after(number)) for number, i in enumerate(self._numbers))
+            return {i: as_array(states) for i, states in found if states is not None}
+
         if self._ranks.count > 1 and self._part + 1 < len(self.parts):
-            passed = ((i, self.states.after(number)) for number, i in enumerate(self._numbers))
-            self._kept.save(self._part + 1, {i: as_array(s) for i, s in passed if s is not None})
+            self._kept.save(self._part + 1, None if self.states.on_disk else passed)
 
     @property
     def _numbers(self) -> Sequence[int]:

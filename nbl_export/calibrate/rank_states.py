@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +41,21 @@ class RankStates:
         self._checkpoint, self._ranks, self._identity = checkpoint, ranks, dict(identity)
         self._saved_at = time.monotonic()
 
-    def save(self, part: int, states: Mapping[int, NDArray[Any]]) -> None:
-        """Keep the ``states`` of this process before ``part``, by the number of their batch, if a save is due."""
+    def save(self, part: int, states: Callable[[], Mapping[int, NDArray[Any]]] | None) -> None:
+        """Keep the ``states`` of this process before ``part``, by the number of their batch, if a save is due.
+
+        Nothing is kept if a process has more of them than fits in memory: then it has None.
+        """
         if self._checkpoint is None or self._ranks.count == 1 or not self._ranks.shared(self._is_due):
             return
         ranks, folder = self._ranks, self._checkpoint.path.parent
-        if not all(ranks.each(folder.parent.is_dir)):  # of a machine that does not see the output folder
+        # A machine may not see the output folder.
+        if not all(ranks.each(lambda: states is not None and folder.parent.is_dir())):
             return
+        assert states is not None
         path = folder / f"states.{part:03}.{ranks.rank}-of-{ranks.count}.safetensors"
         about = json.dumps({**self._identity, "part": part}, sort_keys=True)
-        tensors = {str(batch): array for batch, array in states.items()}
+        tensors = {str(batch): array for batch, array in states().items()}
         ranks.each(lambda: save_tensors(path, _FORMAT, tensors, {"nbl": about}))
         if ranks.first:
             keep = f".{part:03}.", f"-of-{ranks.count}.safetensors"

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from nbl_export.errors import InputError
 from nbl_export.files import open_data, sync
+from nbl_export.ranks import on_this_machine
 
 if TYPE_CHECKING:
     import torch
@@ -162,7 +163,7 @@ def _half_of_the_free(like: torch.Tensor) -> float:
     import torch
 
     if like.device.type == "cpu":
-        return psutil.virtual_memory().available / 2
+        return psutil.virtual_memory().available / 2 / on_this_machine()
     return float(torch.get_device_module(like.device).mem_get_info(like.device)[0] / 2)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,13 @@ def saved(folder: Path, count: int, *parts: int, **how: Any) -> None:
     def work(ranks: Ranks) -> None:
         kept = states(folder, ranks, **how)
         for part in parts:
-            kept.save(part, arrays(part, ranks.mine(range(BATCHES))))
+            kept.save(part, partial(arrays, part, ranks.mine(range(BATCHES))))
 
     assert forked(count, folder / "results", work) == [None] * count
+
+
+def never() -> Any:
+    pytest.fail("states of a save that is not")
 
 
 def names(folder: Path) -> list[str]:
@@ -64,9 +69,9 @@ def test_what_is_not_due_is_not_written(tmp_path: Path) -> None:
     assert names(tmp_path) == []
     (tmp_path / "partial").mkdir()
     kept = RankStates(None, ALONE, OURS)
-    kept.save(1, arrays(1, range(BATCHES)))
+    kept.save(1, never)
     assert kept.find(BATCHES) is None
-    states(tmp_path).save(1, arrays(1, range(BATCHES)))  # one process has its own checkpoint
+    states(tmp_path).save(1, never)  # one process has its own checkpoint
     assert names(tmp_path) == []
 
 
@@ -124,7 +129,15 @@ def test_a_file_that_goes_meanwhile_is_an_error_in_words(tmp_path: Path) -> None
 def test_a_machine_that_does_not_see_the_folder_keeps_nothing_and_goes_on(tmp_path: Path) -> None:
     def work(ranks: Ranks) -> None:
         folder = tmp_path if ranks.first else tmp_path / "nowhere"
-        states(folder, ranks).save(1, arrays(1, ranks.mine(range(BATCHES))))
+        states(folder, ranks).save(1, never)
+
+    assert forked(2, tmp_path / "results", work) == [None, None]
+    assert names(tmp_path) == []
+
+
+def test_states_of_which_one_process_has_too_many_are_not_kept(tmp_path: Path) -> None:
+    def work(ranks: Ranks) -> None:
+        states(tmp_path, ranks).save(1, never if ranks.first else None)
 
     assert forked(2, tmp_path / "results", work) == [None, None]
     assert names(tmp_path) == []
