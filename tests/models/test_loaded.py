@@ -53,7 +53,7 @@ def test_nothing_is_loaded_before_it_is_asked_for_and_then_once(
 def test_a_large_model_is_loaded_with_progress_in_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = stored_in(build(tmp_path / "m", vocab_size=100_000), torch.bfloat16)
+    folder = stored_in(build(tmp_path / "m", hidden_size=512, vocab_size=3000), torch.bfloat16)
     monkeypatch.setattr("nbl_export.models.loaded._LONG", 1 << 20)
     listener = Notes()
     assert LoadedModel(find_model(str(folder)), listener).model is not None
