@@ -23,12 +23,13 @@ import torch
 
 from nbl_export.batch.names import TOKENS
 from nbl_export.calibrate.moments import LayerMoments
+from nbl_export.calibrate.states import States, states_for
 from nbl_export.linearize.lmmse import LinearFit
 from nbl_export.linearize.plan import LinearLayer
 from nbl_export.linearize.swap import replaced
 from nbl_export.models.layers import attention_layer, attention_layers, hidden_size, observed
 from nbl_export.models.walk import Batch, Step, segments, walking
-from nbl_export.models.weights import device_of
+from nbl_export.models.weights import device_of, weights_like
 from nbl_export.settings.choices import FitInput
 
 Solve = Callable[[int, LayerMoments], LinearFit]
@@ -58,7 +59,7 @@ def weighted_moments(
     """
     layers = attention_layers(model)
     batches = list(_batches(model, tokens))
-    states: list[Any] = [None] * len(batches)
+    states = _states(model, batches)
     with torch.inference_mode(), walking(model) as run:
         for part in segments(model):
             inside = tuple(layer for layer in layers if part.start <= layer.index < part.stop)
@@ -82,8 +83,9 @@ def weighted_moments(
 
             with run(part) as step, observed(model, inside, observe):
                 for number, batch in enumerate(batches):
-                    states[number] = step(batch, states[number])
+                    states.put(number, step(batch, states.get(number)))
                     advance(batch[TOKENS].numel())
+            states.turn()
             for index in list(sums):
                 yield index, sums.pop(index).result()
 
@@ -105,13 +107,13 @@ def sequential_fits(
     """The linear layers of ``chosen``, each fitted after the previous ones are linearized, over ``tokens`` [rows, seq].
 
     Both models process the text together, block by block: the weights of each block up to the last of ``chosen`` are
-    read once, and the states of the two models take 2 × tokens × d values. ``solve`` must not run the model.
+    read once, and the states of the two models take 2 × tokens × d values, in memory where they have room, else in
+    files. ``solve`` must not run the model.
     """
     order = sorted(chosen)
     fitted: dict[int, LinearLayer] = {}
     batches = list(_batches(model, tokens))
-    original: list[Any] = [None] * len(batches)
-    changed = original
+    original = changed = _states(model, batches)
     with torch.inference_mode(), walking(model) as run:
         for part in (part for part in segments(model) if part.start <= order[-1]):
             inside = [index for index in order if part.start <= index < part.stop]
@@ -119,10 +121,10 @@ def sequential_fits(
             with run(part) as step:
                 for index in inside:
                     sums = WeightedSums(hidden_size(model), model)
-                    for batch, states, ours in zip(batches, original, changed, strict=True):
-                        _, _, y = _seen(model, index, step, batch, states)
+                    for number, batch in enumerate(batches):
+                        _, _, y = _seen(model, index, step, batch, original.get(number))
                         with replaced(model, before, fit_input):
-                            h, x, _ = _seen(model, index, step, batch, ours)
+                            h, x, _ = _seen(model, index, step, batch, changed.get(number))
                         u = x if fit_input == "normed" else h
                         sums.add(u, y, torch.ones(u.shape[:-1], dtype=torch.float64, device=u.device))
                         advance(batch[TOKENS].numel())
@@ -130,14 +132,25 @@ def sequential_fits(
                 fitted |= before
                 if order[-1] in before:
                     break
-                through = list(map(step, batches, original))
-                if not fitted:
-                    original = changed = through
-                    continue
-                with replaced(model, before, fit_input):
-                    changed = list(map(step, batches, changed))
-                original = through
+                if fitted:
+                    was, changed = changed, _states(model, batches) if changed is original else changed
+                    with replaced(model, before, fit_input):
+                        _pass(step, batches, was, changed)
+                _pass(step, batches, original, original)
     return fitted
+
+
+def _states(model: torch.nn.Module, batches: Sequence[Batch]) -> States:
+    like = weights_like(model)
+    values = max(batch[TOKENS].numel() for batch in batches) * hidden_size(model)
+    return states_for(len(batches), values * like.element_size(), like, None, None)
+
+
+def _pass(step: Step, batches: Sequence[Batch], before: States, after: States) -> None:
+    """Run all ``batches`` through a part, from their states ``before`` it to those ``after``."""
+    for number, batch in enumerate(batches):
+        after.put(number, step(batch, before.get(number)))
+    after.turn()
 
 
 class _Seen(Exception):

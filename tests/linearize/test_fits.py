@@ -14,6 +14,7 @@ import torch
 from nbl_export.batch.arrays import F64
 from nbl_export.calibrate.collect import collect_moments
 from nbl_export.calibrate.moments import ARRAYS
+from nbl_export.calibrate.states import OnDisk
 from nbl_export.linearize import fits as module
 from nbl_export.linearize.fits import WeightedSums, as_layer, dropped, sequential_fits, weighted_moments
 from nbl_export.linearize.lmmse import LinearFit, branch_covariances, fit_lmmse
@@ -271,6 +272,26 @@ def test_a_model_that_is_read_block_by_block_has_the_same_fits(name: str) -> Non
     for index, layer in sequential[0].items():
         other = sequential[1][index]
         assert np.array_equal(layer.w, other.w) and np.array_equal(layer.b, other.b)
+
+
+def test_states_that_have_no_room_are_in_files(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fits() -> list[Any]:
+        weighted = weighted_moments(model, TOKENS, "normed", lambda _n: None)
+        found = sequential_fits(model, TOKENS, (0, 2, 3), "normed", solve("normed"), lambda _n: None)
+        return [a for _, m in weighted for a in (m.xx, m.yx)] + [
+            a for m in found.values() for a in (m.w, m.b)
+        ]
+
+    in_memory, made = fits(), []
+
+    def on_disk(count: int, batch: int, like: torch.Tensor, *_: Any) -> OnDisk:
+        assert batch == 2 * TOKENS.shape[1] * D * 4
+        made.append(OnDisk(None, count, like))
+        return made[-1]
+
+    monkeypatch.setattr(module, "states_for", on_disk)
+    assert all(np.array_equal(a, b) for a, b in zip(in_memory, fits(), strict=True))
+    assert len(made) == 3, "of the model, and of the two that are fitted in sequence"
 
 
 def test_only_one_layer_s_sums_are_in_memory(model: Any) -> None:
