@@ -281,7 +281,7 @@ def test_channels_that_never_vary_are_left_alone(model: Any) -> None:
 
 
 def read_by_block(model: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(module, "room", lambda: 0)
+    monkeypatch.setattr(module, "room", lambda *_: 0)
     low = streamed(Stored(model), torch.float32)
     dummy_run(low)  # which reads the weights once itself
     return low
@@ -338,7 +338,7 @@ def test_the_backward_pass_has_the_weights_of_one_block(model: Any, monkeypatch:
     monkeypatch.setattr(weights.Streaming, "value", value)
     for limited in (False, True):
         if limited:
-            monkeypatch.setattr(module, "room", lambda: 0)
+            monkeypatch.setattr(module, "room", lambda *_: 0)
         repair(low, *fitted, "normed", TOKENS, 2, 0, 4)
     block, head = (4 * sum(p.numel() for p in m.parameters()) for m in (model.model.layers[0], model.lm_head))
     assert most[True] <= block + head + 4 * 32
