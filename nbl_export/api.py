@@ -38,6 +38,7 @@ from nbl_export.settings import (
     EngineSettings,
     EvalSettings,
     ExportSettings,
+    FolderSettings,
     LossBound,
     RunSettings,
     SelectSettings,
@@ -64,6 +65,7 @@ __all__ = [
     "EngineSettings",
     "EvalSettings",
     "ExportSettings",
+    "FolderSettings",
     "LossBound",
     "NblError",
     "Plan",
@@ -98,6 +100,7 @@ def run(
     exporting: ExportSettings | None = None,
     engines: EngineSettings | None = None,
     rehash: bool = False,
+    folder: FolderSettings | None = None,
 ) -> Report:
     """Every stage in order; ``model`` is a Hub id, a folder or a GGUF file.
 
@@ -111,6 +114,7 @@ def run(
         verification or VerifySettings(),
         exporting or ExportSettings(),
         engines,
+        folder or FolderSettings(),
     ).sharing_bounds()
     # Whatever can be refused is refused before the output folder is made.
     asked.check()

@@ -26,7 +26,7 @@ from nbl_export.stages.build import build, check_engines, check_limits
 from nbl_export.stages.calibrate import calibrate
 from nbl_export.stages.evaluate import evaluate
 from nbl_export.stages.export import check_exporter, check_model, export
-from nbl_export.stages.rewrite import rewrite
+from nbl_export.stages.rewrite import drop_baseline, rewrite
 from nbl_export.stages.room import Shape, check_run
 from nbl_export.stages.run import Run
 from nbl_export.stages.select.stage import select
@@ -85,10 +85,15 @@ def run_all(run: Run, asked: RunSettings) -> Report:
         check_run(run.workspace, Shape.of(run.model.model), asked)
     calibrate(run, asked.calibration)
     if selection.budget:
-        export(run, asked.exporting)  # a budget is weighed with the speed of the graph
+        export(run, asked.exporting, asked.folder.keeps)  # a budget is weighed with the speed of the graph
     select(run, selection)
-    export(run, asked.exporting)
-    rewrite(run)
+    export(run, asked.exporting, asked.folder.keeps)
+    rewrite(run, whole=not asked.folder.keeps)
     if asked.engines:
         build(run, asked.engines)
-    return verify(run, asked.verification)
+    report = verify(run, asked.verification)
+    if not asked.folder.keeps and report.passed:
+        drop_baseline(run.workspace)
+    elif not asked.folder.keeps:
+        run.listener.note("The unmodified graph is kept, since the verification failed.")
+    return report

@@ -39,6 +39,7 @@ class StageRecord:
     ``files`` maps paths relative to the output folder to their SHA-256; ``seconds`` is its wall time; ``notes`` are the
     lines shown to the user (fallbacks, shortages), recorded for the report. ``made_of`` is what it read: results of
     other stages by their names, and digests of other inputs. ``version`` 0 is that of folders that do not record it.
+    ``dropped`` are those of its files that were deleted later on purpose.
 
     ``device`` is what PyTorch ran on, empty where it ran no model or an older version did. It is no input: what was
     made on a GPU is used where there is none, so ``select`` and all after it go on from moments of any device. What
@@ -53,6 +54,7 @@ class StageRecord:
     made_of: dict[str, str] = field(default_factory=dict)
     version: int = 0
     device: str = ""
+    dropped: tuple[str, ...] = ()
 
     @property
     def result(self) -> str:

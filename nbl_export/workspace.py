@@ -11,7 +11,7 @@ in it are no links, and nothing in it makes code run.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -246,6 +246,8 @@ class Workspace(Places):
     def damaged_file(self, record: StageRecord) -> str | None:
         """The first file of a record that is missing or was changed, or None."""
         for name, path in zip(record.files, self.paths(record), strict=True):
+            if name in record.dropped and not os.path.lexists(path):
+                continue
             if not path.is_file() or self.digests.of(path) != record.files[name]:
                 return name
         return None
@@ -286,6 +288,14 @@ class Workspace(Places):
         took, said = round(seconds, 3), tuple(notes)
         record = StageRecord(key, asked, written, took, said, read, STAGES[stage], device)
         self._keep(stage, record)
+
+    def drop(self, stage: str, files: Sequence[Path]) -> None:
+        """Delete ``files`` of a finished stage, which nobody then misses: it stays done."""
+        if record := self.record(stage):
+            names = (path.relative_to(self.root).as_posix() for path in files)
+            self._keep(stage, replace(record, dropped=tuple(names)))
+            for path in files:
+                path.unlink(missing_ok=True)
 
     def forget(self, stage: str) -> None:
         """Drop the record of ``stage``; its files stay until it is done again."""

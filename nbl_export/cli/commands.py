@@ -14,6 +14,7 @@ from nbl_export.settings import (
     EngineSettings,
     EvalSettings,
     ExportSettings,
+    FolderSettings,
     SelectSettings,
     VerifySettings,
 )
@@ -67,6 +68,7 @@ def run(
     verification: VerifySettings = VerifySettings(),
     exporting: ExportSettings = ExportSettings(),
     engines: OptionalEngines = OptionalEngines(),
+    folder: FolderSettings = FolderSettings(),
     trust: Trust = False,
     rehash: Rehash = False,
     config: Config = None,
@@ -74,9 +76,8 @@ def run(
     """Everything from calibrate to verify; the command if none is named."""
     api, terminal = _loaded()
     listener, built = terminal.TerminalListener(), engines.asked
-    value = api.run(
-        model, output, selection, calibration, verification, listener, trust, exporting, built, rehash=rehash
-    )
+    asked = (selection, calibration, verification, listener, trust, exporting, built)
+    value = api.run(model, output, *asked, rehash=rehash, folder=folder)
     terminal.show_report(value, output)
     return 0 if value.passed else GATE_FAILED
 

@@ -132,8 +132,9 @@ def _move(filled: Path, target: Path, readers: Sequence[Path]) -> list[Path]:
     """
     target.mkdir(exist_ok=True)
     names = sorted((p.name for p in filled.iterdir() if p.is_file()), key=lambda n: (n == GRAPH, n))
-    delete_graphs(readers)
-    for stale in sorted(target.glob(f"{GRAPH}*")):  # the graph before its data
+    if old := sorted(target.glob(f"{GRAPH}*")):
+        delete_graphs(readers)
+    for stale in old:  # the graph before its data
         stale.unlink()
     sync(target)
     for name in names:

@@ -6,7 +6,13 @@ from dataclasses import astuple, dataclass, field, replace
 
 from nbl_export.settings.budget import NO_BOUND, NO_BUDGET, Budget, LossBound, auto_budget
 from nbl_export.settings.definition import Settings, Task
-from nbl_export.settings.making import CalibrateSettings, EngineSettings, ExportSettings, SelectSettings
+from nbl_export.settings.making import (
+    CalibrateSettings,
+    EngineSettings,
+    ExportSettings,
+    FolderSettings,
+    SelectSettings,
+)
 from nbl_export.settings.measuring import BenchSettings, EvalSettings, VerifySettings
 
 __all__ = [
@@ -18,6 +24,7 @@ __all__ = [
     "EngineSettings",
     "EvalSettings",
     "ExportSettings",
+    "FolderSettings",
     "LossBound",
     "RunSettings",
     "SelectSettings",
@@ -36,6 +43,7 @@ class RunSettings:
     verification: VerifySettings = field(default_factory=VerifySettings)
     exporting: ExportSettings = field(default_factory=ExportSettings)
     engines: EngineSettings | None = None
+    folder: FolderSettings = field(default_factory=FolderSettings)
 
     def sharing_bounds(self) -> RunSettings:
         """One bound on the loss serves both: where K is to be found as a budget, and always as a gate of `verify`."""
@@ -49,7 +57,7 @@ class RunSettings:
     @property
     def parts(self) -> tuple[Settings, ...]:
         """What is asked of each stage."""
-        made = (self.selection, self.calibration, self.exporting, self.verification)
+        made = (self.selection, self.calibration, self.exporting, self.verification, self.folder)
         return (*made, self.engines) if self.engines else made
 
     def check(self) -> None:

@@ -25,6 +25,7 @@ TABLES: dict[str, type[Settings]] = {
     "verify": measuring.VerifySettings,
     "eval": measuring.EvalSettings,
     "bench": measuring.BenchSettings,
+    "run": making.FolderSettings,
 }
 
 

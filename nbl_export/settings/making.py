@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from nbl_export.errors import InputError
 from nbl_export.settings import choices
@@ -230,6 +230,22 @@ class ExportSettings(Settings):
                 f"TensorRT does not take the graphs of {whose}: their operators, such as GroupQueryAttention, are "
                 "onnxruntime's own. Build engines with --exporter torch and --kv-cache static or concat."
             )
+
+
+@options
+@dataclass(frozen=True)
+class FolderSettings(Settings):
+    """What stays in the output folder of a run.
+
+    keep_baseline: Keep the unmodified graph. no: it is deleted after a verification that passed, and the linearized
+        one has all its weights itself.
+    """
+
+    keep_baseline: Literal["yes", "no"] = setting("yes", GRAPH, metavar="yes|no")
+
+    @property
+    def keeps(self) -> bool:
+        return self.keep_baseline == "yes"
 
 
 def _library(default: str | None) -> Any:

@@ -25,7 +25,7 @@ from nbl_export.stages.bench_candidates import (
     provider_of,
 )
 from nbl_export.stages.build import current_engines, model_positions, passed_over
-from nbl_export.stages.rewrite import current_rewrite
+from nbl_export.stages.rewrite import check_baseline, current_rewrite
 from nbl_export.stages.run import Run
 from nbl_export.stages.verify import finish_drawing, redrawn
 from nbl_export.verify.speed.values import CellResult, Machine, Speed
@@ -61,6 +61,7 @@ def bench(run: Run, settings: BenchSettings) -> BenchReport:
             "speed is in the report of `nbl-export verify`."
         )
     ws = run.workspace
+    check_baseline(ws)
     rewritten, against = current_rewrite(ws), tuple(graphs_against(settings.against))
     others = [[a.name, a.base, digest_of_graph(a.graph)] for a in against]
     made_of = {"rewrite": rewritten.result, "against": sha256_of_json(others)}

@@ -14,7 +14,7 @@ from nbl_export.errors import InputError, MissingDependencyError
 from nbl_export.files import sha256_of_file, sha256_of_json
 from nbl_export.settings import BenchSettings
 from nbl_export.stages.build import current_engines
-from nbl_export.stages.rewrite import current_rewrite
+from nbl_export.stages.rewrite import check_baseline, current_rewrite
 from nbl_export.stages.run import Run
 from nbl_export.verify.speed.checks import CONTROL
 from nbl_export.workspace import Workspace, is_workspace
@@ -47,6 +47,7 @@ def graphs_against(against: Sequence[str]) -> Iterator[Against]:
     for name, path in named_folders:
         if is_workspace(path):
             other = Workspace.open(path)
+            check_baseline(other)
             current_rewrite(other)
             base = f"{name}, {BASE}"
             named = [Against(base, None, other.baseline), Against(f"{name}, {LINEARIZED}", base, other.model)]

@@ -11,7 +11,7 @@ from nbl_export.files import read_json, sha256_of_file
 from nbl_export.linearize.plan import load_plan
 from nbl_export.progress import Listener
 from nbl_export.settings import EngineSettings
-from nbl_export.stages.rewrite import current_rewrite
+from nbl_export.stages.rewrite import check_baseline, current_rewrite
 from nbl_export.stages.run import Run
 from nbl_export.workspace import Workspace
 
@@ -56,6 +56,7 @@ def build(run: Run, settings: EngineSettings) -> list[EngineFile]:
     exported = ws.asked("export", _Exported)
 
     def work(listener: Listener) -> list[Path]:
+        check_baseline(ws)
         plan = load_plan(ws.plan)
         if exported.precision == "fp32":
             listener.note(
@@ -95,8 +96,8 @@ def check_limits(settings: EngineSettings, positions: int | None) -> Limits:
 
 
 def model_positions(ws: Workspace) -> int | None:
-    """The model's number of positions, from the configuration of the baseline graph."""
-    path = ws.baseline.with_name("config.json")
+    """The model's number of positions, from the configuration of the baseline graph, or of the other one without it."""
+    path = (ws.baseline if ws.baseline.exists() else ws.model).with_name("config.json")
     config = read_json(path, "The baseline's configuration", _EXPORT_AGAIN)
     text = config.get("text_config") or {} if isinstance(config, dict) else None
     if not isinstance(text, dict):

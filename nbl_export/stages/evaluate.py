@@ -18,7 +18,7 @@ from nbl_export.settings import EvalSettings
 from nbl_export.settings.choices import RETRIEVAL_CONTEXTS
 from nbl_export.stage_record import MODEL, SIDECARS, StageRecord
 from nbl_export.stages.build import model_positions
-from nbl_export.stages.rewrite import current_rewrite
+from nbl_export.stages.rewrite import check_baseline, current_rewrite
 from nbl_export.stages.run import Run, graphs_on, graphs_setting
 from nbl_export.workspace import Workspace
 
@@ -100,18 +100,21 @@ def evaluate(run: Run, settings: EvalSettings) -> Evaluation:
 
 
 def _graphs(ws: Workspace) -> tuple[_Graph, _Graph]:
+    check_baseline(ws)
     rewritten = current_rewrite(ws)
     exported = ws.require("export", f"nbl-export export {ws.root}")
     return (
         _Graph("base", ws.baseline, _digest(ws, ws.baseline, exported)),
-        _Graph("linearized", ws.model, _digest(ws, ws.model, rewritten)),
+        _Graph("linearized", ws.model, _digest(ws, ws.model, rewritten, exported)),
     )
 
 
-def _digest(ws: Workspace, graph: Path, record: StageRecord) -> str:
-    # The graph and its data file; what lies beside them is for consumers.
-    prefix = str(graph.relative_to(ws.root))
-    return sha256_of_json({n: d for n, d in record.files.items() if n.startswith(prefix)})
+def _digest(ws: Workspace, graph: Path, record: StageRecord, shared: StageRecord | None = None) -> str:
+    # The graph and its data files; what lies beside them is for consumers.
+    prefix, base = (str(path.relative_to(ws.root)) for path in (graph, ws.baseline))
+    files = {n: d for n, d in record.files.items() if n.startswith(prefix)}
+    files |= {n: d for n, d in (shared.files if shared else {}).items() if n.startswith(f"{base}.")}
+    return sha256_of_json(files)
 
 
 def _questions(run: Run, settings: EvalSettings, positions: int | None) -> list[list[Question]]:

@@ -22,8 +22,11 @@ if TYPE_CHECKING:
     from nbl_export.graph.summary import Float32Node
 
 
-def export(run: Run, settings: ExportSettings) -> None:
-    """Model → ``baseline/model.onnx`` with its configuration and tokenizer files."""
+def export(run: Run, settings: ExportSettings, there: bool = True) -> None:
+    """Model → ``baseline/model.onnx`` with its configuration and tokenizer files.
+
+    Where it was deleted on purpose, it is made again if it has to be ``there``.
+    """
     from nbl_export.export.forms import FORMS
 
     task, pooling = run.model.task, run.model.pooling
@@ -46,6 +49,8 @@ def export(run: Run, settings: ExportSettings) -> None:
         write_json(ws.export_summary, to_json(ExportSummary(tuple(float32))))
         return [*files, ws.export_summary, *_save_configs(run, files, settings)]
 
+    if there and (record := ws.record("export")) and record.dropped:
+        ws.forget("export")
     run.stage("export", recorded, made_of, work)
 
 

@@ -193,7 +193,8 @@ def _folder(path: Path) -> list[Table]:
             rows.append((stage, "not yet", "", ""))
         else:
             damaged, stale = workspace.damaged_file(record), workspace.stale(stage)
-            state = f"out of date: {stale}" if stale else f"damaged: {damaged}" if damaged else "done"
+            done = "done, deleted" if record.dropped else "done"
+            state = f"out of date: {stale}" if stale else f"damaged: {damaged}" if damaged else done
             rows.append((stage, state, f"{record.seconds:.1f}", _settings(record.settings)))
     proofs: tuple[ProofErrors, ...] = ()
     tables = [

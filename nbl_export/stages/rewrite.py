@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,30 +20,62 @@ if TYPE_CHECKING:
     from nbl_export.export.sidecars import Sidecar
 
 
-def rewrite(run: Run) -> None:
+def rewrite(run: Run, whole: bool | None = None) -> None:
     """Baseline graph + plan → ``model.onnx``, proven and counted, loadable as it stands.
 
-    It reads its weights from the baseline's data file; its own has W and b alone.
+    It reads its weights from the baseline's data file, and its own has W and b alone; a ``whole`` graph has all weights
+    in its own. None is as it was made before.
     """
     from nbl_export.export.sidecars import copy_sidecars
-    from nbl_export.graph.io import save_beside
+    from nbl_export.graph.io import save_beside, save_graph
     from nbl_export.rewrite.replace import rewrite_file, rewrite_summary
 
     ws = run.workspace
     made_of = _rewrite_inputs(ws)
 
+    if whole is None:
+        whole = ws.asked("rewrite", _Asked).whole
+    save = save_graph if whole else save_beside
+
     def work(listener: Listener) -> list[Path]:
+        check_baseline(ws)
         plan = load_plan(ws.plan)
         if plan.model != run.model.source.fingerprint:
             raise InputError(
                 f"{ws.plan} is the plan of another model: run `nbl-export select {ws.root}` again."
             )
         sidecars = sidecars_of_rewrite(ws, plan)
-        result = rewrite_file(ws.baseline, plan, ws.model, listener=listener, save=save_beside)
+        result = rewrite_file(ws.baseline, plan, ws.model, listener=listener, save=save)
         write_json(ws.rewrite_summary, to_json(rewrite_summary(result, plan)))
         return [*result.files, ws.rewrite_summary, *copy_sidecars(sidecars, ws.root)]
 
-    run.stage("rewrite", {}, made_of, work)
+    run.stage("rewrite", {"whole": True} if whole else {}, made_of, work)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a rewrite was asked for."""
+
+    whole: bool = False
+
+
+def check_baseline(ws: Workspace) -> None:
+    """Raise :class:`InputError` if the unmodified graph was deleted on purpose."""
+    if (record := ws.record("export")) and record.dropped:
+        raise InputError(
+            f"{ws.root} has no unmodified graph any more (--keep-baseline no): run `nbl-export export {ws.root}` first."
+        )
+
+
+def drop_baseline(ws: Workspace) -> None:
+    """Delete the unmodified graph and what lies beside it; no graph reads its data."""
+    if record := ws.record("export"):
+        folder = ws.baseline.parent
+        files = [path for path in ws.paths(record) if folder in path.parents]
+        ws.drop("export", files)
+        for empty in sorted({path.parent for path in files}, reverse=True):
+            with suppress(OSError):  # somebody else's files are in it
+                empty.rmdir()
 
 
 def sidecars_of_rewrite(ws: Workspace, plan: Plan) -> list[Sidecar]:

@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING
 
 from nbl_export.calibrate.moments import file_bytes
 from nbl_export.errors import InputError
-from nbl_export.settings import CalibrateSettings, EngineSettings, ExportSettings, RunSettings, SelectSettings
+from nbl_export.settings import (
+    CalibrateSettings,
+    EngineSettings,
+    ExportSettings,
+    FolderSettings,
+    RunSettings,
+    SelectSettings,
+)
 from nbl_export.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -84,7 +91,7 @@ def rooms(shape: Shape, asked: RunSettings) -> list[Room]:
     found = [room_to_calibrate(shape, asked.calibration)]
     made = [room_to_select(shape, selection, exporting), room_to_export(shape, exporting)]
     found += reversed(made) if selection.budget else made
-    found.append(room_to_rewrite(shape, selection, exporting))
+    found.append(room_to_rewrite(shape, selection, exporting, not asked.folder.keeps))
     return [*found, room_to_build(shape, asked.engines, exporting)] if asked.engines else found
 
 
@@ -182,9 +189,15 @@ def check_room(
 def check_run(ws: Workspace, shape: Shape, asked: RunSettings) -> None:
     """Raise :class:`InputError` if the disk has no room for all stages of the run, which goes on from what is there."""
     found = rooms(shape, asked)
-    others = {words: rooms(shape, replace(asked, exporting=e)) for words, e in _narrower(asked.exporting)}
+    others = {} if asked.folder.keeps else {"--keep-baseline yes": replace(asked, folder=FolderSettings())}
+    others |= {words: replace(asked, exporting=e) for words, e in _narrower(asked.exporting)}
     have = {room.stage: _size_of(ws.paths(record)) for room in found if (record := ws.record(room.stage))}
-    check_room(ws, found, others, {"calibrate": _unfinished(ws), **have})
+    check_room(
+        ws,
+        found,
+        {w: rooms(shape, other) for w, other in others.items()},
+        {"calibrate": _unfinished(ws), **have},
+    )
 
 
 def check_calibrate(ws: Workspace, shape: Shape, settings: CalibrateSettings) -> None:

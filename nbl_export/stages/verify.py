@@ -16,7 +16,7 @@ from nbl_export.report.schema import Report, load_report
 from nbl_export.settings import VerifySettings
 from nbl_export.stage_record import STAGES, StageRecord
 from nbl_export.stages.build import current_engines, model_positions, passed_over
-from nbl_export.stages.rewrite import current_rewrite, sidecars_of_rewrite
+from nbl_export.stages.rewrite import check_baseline, current_rewrite, sidecars_of_rewrite
 from nbl_export.stages.run import Run, graphs_on, graphs_setting
 from nbl_export.workspace import Workspace
 
@@ -54,6 +54,7 @@ def verify(run: Run, settings: VerifySettings) -> Report:
     asked = settings.as_json() | as_setting(device) | graphs_setting(device)
 
     def work(listener: Listener) -> list[Path]:
+        check_baseline(ws)
         plan, earlier = load_plan(ws.plan), _earlier(ws, made_of)
         _check_files(run, plan)
         if why := passed_over(ws):

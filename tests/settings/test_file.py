@@ -198,3 +198,12 @@ def test_a_refused_file_stops_before_anything(asked: Any, tmp_path: Path) -> Non
     Path("nbl-export.toml").write_text("[select]\nkay = 1\n")
     assert asked("model", "--k", "1") == ()
     assert [p.name for p in tmp_path.iterdir()] == ["nbl-export.toml"]
+
+
+def test_what_stays_in_the_folder_may_be_in_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "s.toml"
+    path.write_text('[run]\nkeep-baseline = "no"\n')
+    assert read_settings(path) == {("run", "keep-baseline"): "no"}
+    path.write_text('[run]\nkeep-baseline = "maybe"\n')
+    with pytest.raises(InputError, match=r"keep-baseline 'maybe' is unknown; choose one of yes, no\.$"):
+        read_settings(path)

@@ -52,7 +52,8 @@ class SpeedMeter:
         from nbl_export.graph.half_emulation import UNTIMED, needs_emulation
         from nbl_export.graph.io import load_graph
 
-        if self._ws.current("export") is None:
+        exported = self._ws.current("export")
+        if exported is None or exported.dropped:
             return f"the model is not exported yet (nbl-export export {self._ws.root})"
         if needs_emulation(load_graph(self._ws.baseline)):
             return UNTIMED

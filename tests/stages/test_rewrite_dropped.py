@@ -1,0 +1,122 @@
+"""`--keep-baseline no`: the unmodified graph goes after the verification, and what needs it says so."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from nbl_export import api
+from nbl_export.errors import InputError
+from nbl_export.graph.io import load_graph
+from nbl_export.graph.tensors import external_files
+from nbl_export.stages.inspection import inspect_path
+from nbl_export.workspace import Workspace
+from tests.finished import QUICK, TWO, assert_same, state
+from tests.listening import Notes
+
+NO = api.FolderSettings("no")
+
+
+@pytest.fixture(scope="module")
+def dropped(
+    stories_out: Path, stories_folder: Path, stories_text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The finished run, run again without its baseline."""
+    out = tmp_path_factory.mktemp("dropped") / "out"
+    shutil.copytree(stories_out, out)
+    text = api.CalibrateSettings((str(stories_text),), samples=32, seq_len=128, heldout_samples=8)
+    assert api.run(stories_folder, out, TWO, text, QUICK, folder=NO).passed
+    return out
+
+
+@pytest.fixture
+def out(dropped: Path, tmp_path: Path) -> Path:
+    shutil.copytree(dropped, tmp_path / "out")
+    return tmp_path / "out"
+
+
+def test_the_linearized_graph_stands_alone(dropped: Path, stories_out: Path) -> None:
+    assert not (dropped / "baseline").exists()
+    path = dropped / "model.onnx"
+    assert external_files(load_graph(path)) == [path.with_name("model.onnx.data")]
+    onnx.checker.check_model(str(path))
+    assert onnx.load(str(path)) == onnx.load(str(stories_out / "model.onnx"))
+    before = stories_out / "baseline" / "model.onnx.data"
+    assert path.with_name("model.onnx.data").stat().st_size < before.stat().st_size
+
+
+def test_the_folder_is_done_and_not_damaged(dropped: Path) -> None:
+    rows = {row[0]: row[1] for row in inspect_path(dropped)[0].rows}
+    assert rows["export"] == "done, deleted"
+    assert {rows[s] for s in ("calibrate", "select", "rewrite", "verify")} == {"done"}
+    assert api.report(dropped).passed
+
+
+def test_the_same_run_keeps_everything(
+    out: Path, stories_folder: Path, calibration: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes = Notes()
+    assert api.run(stories_folder, out, TWO, calibration, QUICK, notes, folder=NO).passed
+    assert notes.kept == ["calibrate", "select", "export", "rewrite", "verify"]
+
+
+VERBS: dict[str, Callable[[Path], Any]] = {
+    "verify": lambda out: api.verify(out, api.VerifySettings(quality=False, speed=False, decode_steps=2)),
+    "bench": lambda out: api.bench(out, api.BenchSettings(batches=(1,), contexts=(16,))),
+    "eval": lambda out: api.evaluate(out, api.EvalSettings()),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_what_needs_it_says_so(out: Path, verb: str) -> None:
+    with pytest.raises(
+        InputError,
+        match=r"has no unmodified graph any more \(--keep-baseline no\): run `nbl-export export .*` first\.$",
+    ):
+        VERBS[verb](out)
+
+
+def test_an_export_makes_it_again(out: Path, stories_out: Path) -> None:
+    api.export(out)
+    for name in ("model.onnx", "model.onnx.data"):
+        assert_same(out / "baseline" / name, stories_out / "baseline" / name)
+    # The graph that stands alone is still of it.
+    assert api.verify(out, api.VerifySettings(quality=False, speed=False, decode_steps=2)).passed
+    assert "dropped" not in state(out)["export"] or not state(out)["export"]["dropped"]
+
+
+def test_a_run_that_keeps_it_makes_it_again(out: Path, stories_folder: Path, calibration: Any) -> None:
+    assert api.run(stories_folder, out, TWO, calibration, QUICK).passed
+    assert (out / "baseline" / "model.onnx").is_file()
+    assert len(external_files(load_graph(out / "model.onnx"))) == 2
+
+
+def test_a_changed_file_is_not_excused(out: Path) -> None:
+    """A folder that says that its graph was deleted, and has another one there."""
+    ws = Workspace.open(out)
+    record = ws.record("export")
+    assert record is not None and "baseline/model.onnx" in record.dropped
+    assert ws.damaged_file(record) is None
+    ws.baseline.parent.mkdir()
+    ws.baseline.write_bytes(b"another")
+    assert ws.damaged_file(record) == "baseline/model.onnx"
+
+
+def test_somebody_elses_files_stay(stories_copy: Path) -> None:
+    from nbl_export.stages.rewrite import drop_baseline
+
+    (stories_copy / "baseline" / "notes.txt").write_text("mine")
+    drop_baseline(Workspace.open(stories_copy))
+    assert [p.name for p in (stories_copy / "baseline").iterdir()] == ["notes.txt"]
+
+
+def test_another_word_is_refused(stories_folder: Path, tmp_path: Path, calibration: Any) -> None:
+    bad: Any = "maybe"
+    with pytest.raises(InputError, match="--keep-baseline"):
+        api.run(stories_folder, tmp_path / "out", TWO, calibration, folder=api.FolderSettings(bad))
+    assert not (tmp_path / "out").exists()
