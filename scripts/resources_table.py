@@ -21,7 +21,7 @@ from nbl_export.models.tasks import task_named
 from nbl_export.settings import CalibrateSettings, ExportSettings, RunSettings, SelectSettings
 from nbl_export.stages.machine import Rates
 from nbl_export.stages.needs import GIB, Need, Sizes, needs, on_device, sizes_of
-from nbl_export.stages.resources import Machine
+from nbl_export.stages.resources import Machine, in_words
 from nbl_export.stages.room import needed, rooms
 
 MODELS = {
@@ -46,6 +46,7 @@ MACHINES = {
     "one 80 GB GPU": Kind(Machine(120 * GIB, Rates(4e14, 3e13, 3e9, 1.5e9)), 80 * 10**9),
     "eight 80 GB GPUs": Kind(Machine(960 * GIB, Rates(4e14, 3e13, 3e9, 1.5e9)), 80 * 10**9, 8),
 }
+HOST = 1e12  # float64 of the server's processor
 WIDTH = 2
 
 
@@ -72,7 +73,7 @@ def sizes_of_shape(shape: Shape) -> Sizes:
 
 def lines() -> Iterator[str]:
     stages = ("calibrate", "select", "export", "rewrite", "verify")
-    columns = ("model", "machine", "memory (stage)", "GPU", "disk", *(f"{s}, h" for s in stages[:-1]), "")
+    columns = ("model", "machine", "memory (stage)", "verify", "GPU", "disk", *stages[:-1], "")
     yield "| " + " | ".join(columns) + " |"
     yield "|---" * len(columns) + "|"
     for name, shape in MODELS.items():
@@ -85,10 +86,16 @@ def lines() -> Iterator[str]:
 
 
 def row(name: str, title: str, kind: Kind, sizes: Sizes, each: list[Need], disk: int) -> str:
-    most = max(each, key=lambda need: need.memory)
-    spread = {"calibrate": kind.count}
-    hours = [
-        kind.machine.seconds(_share(need, spread.get(need.stage, 1)), sizes.file) / 3600 for need in each[:-1]
+    *made, verify = each
+    most = max(made, key=lambda need: need.memory)
+    shares = {"calibrate": kind.count, "select": kind.count}
+    on_cpu = (
+        replace(kind.machine, rates=replace(kind.machine.rates, exact=HOST)) if kind.gpu else kind.machine
+    )
+    on = {"select": on_cpu}  # layers are fitted on the CPU
+    times = [
+        in_words(on.get(n.stage, kind.machine).seconds(_share(n, shares.get(n.stage, 1)), sizes.file))
+        for n in made
     ]
     gpu = on_device(sizes, asked(sizes.shape.layers).calibration, WIDTH) if kind.gpu else 0
     bad = [f"`{need.stage}`" for need in each if need.memory > kind.machine.memory]
@@ -96,9 +103,10 @@ def row(name: str, title: str, kind: Kind, sizes: Sizes, each: list[Need], disk:
         name,
         title,
         f"{most.memory / GIB:,.1f} GiB ({most.stage})",
+        f"{verify.memory / GIB:,.0f} GiB",
         f"{gpu / GIB:,.1f} GiB" if gpu else "",
         f"{disk / GIB:,.0f} GiB",
-        *(f"{hour:,.2f}" for hour in hours),
+        *times,
         f"not {', '.join(bad)}" if bad else "fits",
     ]
     return "| " + " | ".join(cells) + " |"

@@ -222,13 +222,14 @@ def to_rewrite(sizes: Sizes, settings: SelectSettings, room: Room) -> Need:
 
 
 def to_verify(sizes: Sizes, asked: RunSettings, room: Room) -> Need:
-    """A session of one graph, whose half-precision weights onnxruntime computes with in float32 on a CPU, beside the
-    PyTorch reference in float32; the held-out text passes two models.
+    """A session of one graph, with a copy in float32 of half-precision weights, in which onnxruntime computes on a CPU,
+    beside the PyTorch reference in float32; the held-out text passes two models. Not held to a measurement yet.
     """
     text, precision = asked.calibration, str(asked.exporting.precision)
     tokens = text.heldout_samples * text.seq_len
+    half = _F32 if precision in ("fp16", "bf16") else 0
     phase = {
-        "a session": WEIGHT_BYTES[precision] * sizes.shape.weights,
+        "a session": (WEIGHT_BYTES[precision] + half) * sizes.shape.weights,
         "the reference's weights": sizes.kept(_F32),
         "the original's predictions": _F32 * text.seq_len * sizes.vocabulary * 3,
     }

@@ -109,7 +109,7 @@ def rows(each: Sequence[Need], machine: Machine, file: int) -> tuple[tuple[str, 
             need.most,
             _size(need.room.leaves),
             _size(need.room.beside),
-            _time(machine.seconds(need, file)),
+            in_words(machine.seconds(need, file)),
         )
         for need in each
     )
@@ -160,7 +160,8 @@ def _size(size: float) -> str:
     return f"{size / GIB:,.1f} GiB"
 
 
-def _time(seconds: float) -> str:
+def in_words(seconds: float) -> str:
+    """3 s, 12 min, 2.0 h."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -137,4 +137,4 @@ def test_time_is_that_of_operations_and_of_bytes() -> None:
     ("seconds", "text"), [(3.4, "3 s"), (89, "89 s"), (90, "2 min"), (5399, "90 min"), (7200, "2.0 h")]
 )
 def test_time_in_words(seconds: float, text: str) -> None:
-    assert resources._time(seconds) == text
+    assert resources.in_words(seconds) == text
