@@ -218,3 +218,15 @@ def test_an_encoder(device: torch.device, tmp_path: Path, text: str, kind: str) 
         replace(CHECKS, device="cuda"),
     )
     assert report.passed, report.checks
+
+
+@pytest.mark.slow
+def test_a_model_that_does_not_stay_on_the_device(
+    device: torch.device, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device without room gets a block at a time in every stage, and all that goes through it comes along."""
+    monkeypatch.setattr(torch.get_device_module(device), "mem_get_info", lambda *_: (0, 1))
+    selection = api.SelectSettings(k=1, criterion="kl", fit="weighted", repair=1, device="cuda")
+    checks = replace(CHECKS, device="cuda")
+    report = api.run(tiny_folder, tmp_path / "out", selection, replace(TEXT, device="cuda"), checks)
+    assert report.passed, report.checks

@@ -15,6 +15,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 NAME = "virtual"
 # By these one device's numbers get to the other; an index may come from the CPU.
@@ -60,6 +61,9 @@ class _Module(backend_registration._DummyBackendModule):
 
     def mem_get_info(self, _device: Any = None) -> tuple[int, int]:
         return 1 << 30, 1 << 30
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16]
 
     def get_device_name(self, _device: Any = None) -> str:
         return "a device that does not exist"
@@ -139,7 +143,8 @@ def virtual_device() -> Iterator[torch.device]:
     _register()
     _MODULE.active = True
     try:
-        with _Made():
+        # A backend in Python bears no exception in a backward pass, such as ends a block that is computed again.
+        with _Made(), set_checkpoint_early_stop(False):
             yield torch.device(NAME, 0)
     finally:
         _MODULE.active = False
