@@ -15,7 +15,7 @@ import onnx
 import pytest
 
 from nbl_export import api
-from nbl_export.errors import InputError
+from nbl_export.errors import InputError, MissingDependencyError
 from nbl_export.linearize.plan import load_plan
 from nbl_export.rewrite import replace as rewrite_module
 from nbl_export.verify.loss.figures import MethodLoss
@@ -247,3 +247,20 @@ def test_changed_text_behind_a_pattern_is_another_calibration(
         part.writelines(whole.readlines()[1:])
     api.calibrate(stories_folder, tmp_path / "out", settings)
     assert moments.stat().st_mtime_ns != first
+
+
+def test_a_device_that_is_not_there_is_refused_before_any_work(tiny_folder: Path, tmp_path: Path) -> None:
+    out, text = tmp_path / "out", api.CalibrateSettings(device="cuda:99")
+    for ask in (
+        lambda: api.calibrate(tiny_folder, out, text),
+        lambda: api.run(tiny_folder, out, api.SelectSettings(k=1), text),
+        lambda: api.run(
+            tiny_folder, out, api.SelectSettings(k=1), verification=api.VerifySettings(device="xpu")
+        ),
+        lambda: api.select(out, api.SelectSettings(k=1, device="cuda:99")),
+        lambda: api.verify(out, api.VerifySettings(device="cuda:99")),
+        lambda: api.evaluate(out, api.EvalSettings(device="cuda:99")),
+    ):
+        with pytest.raises(MissingDependencyError, match=r"^--device (cuda:99|xpu): "):
+            ask()
+        assert not out.exists()
