@@ -144,7 +144,8 @@ def _partitions(model: ir.Model, wanted: set[str], fed: set[str], limit: int) ->
             continue  # repeated in every partition that reads it: passing on converted weights would cost memory
         group = [*_constants_before(node, constant), node]
         weights = [v for n in group for v in _reads(n) if v.is_initializer() and v.name not in fed]
-        if partition.nodes and partition.weight_bytes(weights) > limit:
+        # A node without weights stays: it may be the Cast of what is in half precision, which cannot be passed on.
+        if partition.nodes and weights and partition.weight_bytes(weights) > limit:
             yield partition
             partition = _Partition()
         for member in group:

@@ -251,10 +251,13 @@ class _Answers:
     def _open(self, graph: _Graph) -> tuple[Any, Any]:
         from nbl_export.evaluate.scoring import Limits
         from nbl_export.runtime.ort import ort_stream
+        from nbl_export.runtime.sizes import fit, session_bytes
 
         positions = self.positions or _UNBOUNDED
         if self.stream is None:
-            self.stream = ort_stream(graph.path, positions)
+            # A small session is slower: in half precision it converts its weights in each pass.
+            small = not fit(session_bytes(graph.path))
+            self.stream = ort_stream(graph.path, positions, small=small)
         return self.stream, Limits(positions, len(self.run.model.tokenizer), self.settings.batch_size)
 
 

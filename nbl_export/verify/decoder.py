@@ -37,7 +37,7 @@ from nbl_export.verify.parity.noise import rounding_noise
 from nbl_export.verify.parity.own import OWN, pytorch_in_precision
 from nbl_export.verify.parity.reference import record_pytorch
 from nbl_export.verify.parity.unmodified import against_unmodified, kept_cache
-from nbl_export.verify.speed.pair import Pair, explained, measure_speed
+from nbl_export.verify.speed.pair import Pair
 from nbl_export.verify.speed.values import Speed
 
 
@@ -146,11 +146,4 @@ def _loss(case: DecoderCase) -> Found[MethodLoss]:
 
 
 def _speed(case: DecoderCase, contexts: Sequence[int], notes: tuple[str, ...]) -> Found[Speed]:
-    pair = Pair(case.baseline, case.rewritten)
-
-    def measure() -> Speed:
-        return explained(
-            measure_speed(pair, contexts, case.settings.rounds, case.listener), pair, case.listener
-        )
-
-    return timed(case, notes, measure)
+    return timed(case, notes, Pair(case.baseline, case.rewritten), contexts)

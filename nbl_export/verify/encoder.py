@@ -34,7 +34,7 @@ from nbl_export.verify.parity.localize import first_divergence
 from nbl_export.verify.parity.own import OWN
 from nbl_export.verify.parity.unmodified import against_unmodified
 from nbl_export.verify.speed.candidates import EncoderPass
-from nbl_export.verify.speed.pair import Pair, explained, measure_speed
+from nbl_export.verify.speed.pair import Pair
 from nbl_export.verify.speed.values import ENCODE, Speed
 
 # Ragged on purpose, and few enough that their padding is seen to be hidden.
@@ -124,13 +124,7 @@ def _speed(case: EncoderCase) -> Found[Speed]:
         return EncoderPass(model, batches[tokens])
 
     pair = Pair(case.baseline, case.rewritten, (ENCODE,), run)
-
-    def measure() -> Speed:
-        return explained(
-            measure_speed(pair, list(batches), case.settings.rounds, case.listener), pair, case.listener
-        )
-
-    return timed(case, notes, measure)
+    return timed(case, notes, pair, list(batches))
 
 
 def _timed(case: EncoderCase) -> tuple[dict[int, Inputs], tuple[str, ...]]:

@@ -12,6 +12,7 @@ from nbl_export.verify.loss.figures import Likeness, MethodLoss
 from nbl_export.verify.loss.gate import number_checks
 from nbl_export.verify.parity.figures import DecoderParity, EncoderParity, EngineParity
 from nbl_export.verify.speed.checks import speed_check
+from nbl_export.verify.speed.pair import IN_TURNS, Pair, anew_or_why_not, explained, measure_speed
 from nbl_export.verify.speed.values import Speed
 
 T = TypeVar("T")
@@ -94,11 +95,20 @@ def method_loss(case: Case, measure: Callable[[], L]) -> Found[L]:
     return Found(checks=(Check("method loss", "skipped", "--no-quality"),))
 
 
-def timed(case: Case, notes: tuple[str, ...], measure: Callable[[], Speed]) -> Found[Speed]:
-    """Both graphs' speed and whether it can be believed, if it is measured."""
+def timed(case: Case, notes: tuple[str, ...], pair: Pair, contexts: Sequence[int]) -> Found[Speed]:
+    """The speed of the ``pair`` of graphs and whether it can be believed, if it is measured.
+
+    Where both do not fit into memory they take turns, and why one is faster than it could be is not looked for.
+    """
     if why := case.why_not_timed:
         return Found(checks=(Check("speed", "skipped", why),), notes=notes)
-    section = measure()
+    anew = anew_or_why_not(pair)
+    if isinstance(anew, str):
+        return Found(checks=(Check("speed", "skipped", anew),), notes=notes)
+    section = measure_speed(pair, contexts, case.settings.rounds, case.listener, anew)
+    if anew:
+        return Found(section, (speed_check(section),), (*notes, IN_TURNS))
+    section = explained(section, pair, case.listener)
     return Found(section, (speed_check(section),), notes)
 
 

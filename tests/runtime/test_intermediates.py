@@ -13,7 +13,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from nbl_export.errors import InputError
-from nbl_export.graph.io import load_graph
+from nbl_export.graph.io import load_graph, save_graph
+from nbl_export.graph.precision import PRECISIONS, to_precision
 from nbl_export.graph.regions import AttentionRegion, find_regions
 from nbl_export.runtime import intermediates as pieces_module
 from nbl_export.runtime.intermediates import compute_tensors, intermediate_tensors, prefill_rows
@@ -207,3 +208,19 @@ def test_weights_in_memory_are_lent_and_give_the_same(
     for a, b in zip(found, expected, strict=True):
         assert all(np.array_equal(a[name], b[name]) for name in names)
     assert max(sizes) < 30_000
+
+
+def test_a_half_precision_table_above_the_limit_is_not_cut_from_its_cast(
+    tiny_graph: Path, tmp_path: Path
+) -> None:
+    """What it gives is in half precision, which NumPy has no arrays of for bfloat16."""
+    model = load_graph(tiny_graph)
+    to_precision(model, PRECISIONS["bf16"], {})
+    save_graph(model, tmp_path / "model.onnx")
+    half = load_graph(tmp_path / "model.onnx")
+    names = [str(r.y.name) for r in find_regions(half) if isinstance(r, AttentionRegion)]
+    rows = prefill_rows(half, ragged_rows((9,), 260))
+    (cut,), (whole_,) = (
+        compute_tensors(load_graph(tmp_path / "model.onnx"), names, rows, limit) for limit in (1, 1 << 30)
+    )
+    assert all(np.array_equal(cut[name], whole_[name]) for name in names)

@@ -97,27 +97,60 @@ def decoder_prompt(provider: str = CPU) -> RunGraph:
 class OrtGraph:
     """The graph at ``path`` in ONNX Runtime, its cache kept on the device; ``run`` makes a cell of it.
 
+    The session is ``kept`` from cell to cell, or made anew in each.
+
     Called, it raises :class:`NblError` if this machine has no such ``provider``.
     """
 
-    def __init__(self, path: Path, provider: str = CPU, run: RunGraph | None = None) -> None:
+    def __init__(
+        self, path: Path, provider: str = CPU, run: RunGraph | None = None, kept: bool = True
+    ) -> None:
         self._path, self._provider, self._run = path, provider, run or decoder_prompt(provider)
+        self._kept = kept
 
     @cached_property
     def model(self) -> OrtModel:
+        return self._loaded()
+
+    def _loaded(self) -> OrtModel:
         if self._provider not in require_onnxruntime().get_available_providers():
             raise NblError(f"onnxruntime has no {self._provider} here")
         return OrtModel(self._path, _CONFIG, self._provider, rounded=False)
 
     def __call__(self, context: int, batch: int = 1) -> Prompt:
-        return self._run(self.model, context, batch)
+        return self._run(self.model if self._kept else self._loaded(), context, batch)
 
 
 def graph_candidate(
-    name: str, path: Path, base: str | None = None, provider: str = CPU, run: RunGraph | None = None
+    name: str,
+    path: Path,
+    base: str | None = None,
+    provider: str = CPU,
+    run: RunGraph | None = None,
+    kept: bool = True,
 ) -> Candidate:
-    """The graph at ``path`` in ONNX Runtime, with what it costs."""
-    return Candidate(name, OrtGraph(path, provider, run), base, path, graph_cost(path))
+    """The graph at ``path`` in ONNX Runtime (``kept``: see :class:`OrtGraph`), with what it costs."""
+    return Candidate(name, OrtGraph(path, provider, run, kept), base, path, graph_cost(path))
+
+
+@dataclass
+class Anew:
+    """One candidate in a cell that is made for each round and gone after it, where not all find room at once."""
+
+    make: Make
+    context: int
+    batch: int
+    bytes: int = 0
+
+    def measured(self, measure: Callable[[Prompt], tuple[float, ...]]) -> tuple[float, ...]:
+        prompt = self.make(self.context, self.batch)
+        prompt.prefill()  # the first run of a session is not as fast as the others
+        found = measure(prompt)
+        self.bytes = prompt.memory_bytes()
+        return found
+
+    def memory_bytes(self) -> int:
+        return self.bytes
 
 
 class EncoderPass:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from nbl_export.batch.names import LINEARIZED
 from nbl_export.progress import Listener, Silent
 from nbl_export.verify.speed.candidates import (
     DECODE_STEPS,
+    Anew,
     Candidate,
     Prompt,
     decode_seconds,
@@ -36,7 +38,8 @@ class Harness:
 
     ``positions`` are those of the model: after the last of them there is no token to decode. A round of decode is so
     many ``steps``; with ``percentile`` the 99th of single passes is given too. A candidate that cannot be made or run
-    is left out of the cell with its reason, or, ``strict``, its error is raised.
+    is left out of the cell with its reason, or, ``strict``, its error is raised. With ``anew`` only one is in memory at
+    a time: it is made for each round.
     """
 
     candidates: Sequence[Candidate]
@@ -49,6 +52,7 @@ class Harness:
     steps: int = DECODE_STEPS
     percentile: bool = False
     strict: bool = False
+    anew: bool = False
 
     def measure(self, cells: Sequence[tuple[int, int]], listener: Listener | None = None) -> Speed:
         """Race in every cell (batch, context) and phase."""
@@ -78,7 +82,11 @@ class Harness:
     ) -> Iterator[CellResult]:
         absent: dict[str, str] = {}
         taking = self.memory.fitting(self.candidates, (batch, context), held, absent)
-        prompts = self._made(taking, context, batch, absent)
+        prompts: dict[str, Any] = (
+            {c.name: Anew(c.make, context, batch) for c in taking}
+            if self.anew
+            else self._made(taking, context, batch, absent)
+        )
         for phase in self.phases:
             if phase == DECODE and context == self.positions:
                 advance(self.rounds.least + 1)
@@ -109,8 +117,11 @@ class Harness:
                 absent[one.name] = reason_of(error)
         return {c.name: found[c.name] for c in candidates if c.name in found}
 
-    def _measure(self, phase: str) -> Callable[[Prompt], Passes]:
-        return (lambda prompt: decode_seconds(prompt, self.steps)) if phase == DECODE else prefill_seconds
+    def _measure(self, phase: str) -> Callable[[Any], Passes]:
+        def measure(prompt: Prompt) -> Passes:
+            return decode_seconds(prompt, self.steps) if phase == DECODE else prefill_seconds(prompt)
+
+        return (lambda one: one.measured(measure)) if self.anew else measure
 
     def _resolved(self, rounds: Mapping[str, list[Passes]]) -> bool:
         """Whether every comparison of a candidate with its own base is."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nbl_export.batch.names import BASE, LINEARIZED
 from nbl_export.progress import Listener, Silent
+from nbl_export.runtime import sizes
 from nbl_export.runtime.session import require_onnxruntime
 from nbl_export.verify.speed.candidates import RunGraph, decoder_prompt, graph_candidate
 from nbl_export.verify.speed.harness import Harness
@@ -29,22 +30,40 @@ class Pair:
     run: RunGraph = _DECODER
 
 
+IN_TURNS = "Both graphs do not fit into memory together: for its speed each is loaded anew in every round."
+
+
+def anew_or_why_not(pair: Pair) -> bool | str:
+    """Whether the sessions of the two graphs are made in turns, since both do not fit; or why not even one does."""
+    both = sizes.session_bytes(pair.base), sizes.session_bytes(pair.linearized)
+    if not sizes.fit(max(both)):
+        need, there = (f"{size / 2**30:.1f} GiB" for size in (max(both), sizes.free()))
+        return f"a session needs about {need}, and {there} are free: verify on a machine with more memory"
+    return not sizes.fit(*both)
+
+
 def measure_speed(
-    pair: Pair, contexts: Sequence[int], rounds: int, listener: Listener | None = None
+    pair: Pair,
+    contexts: Sequence[int],
+    rounds: int,
+    listener: Listener | None = None,
+    anew: bool = False,
 ) -> Speed:
     """Both graphs of ``pair`` at each context length, ``rounds`` times in turn and more where needed.
 
-    The decode cache is really filled, by a prefill. Raises what a graph that does not run raises.
+    The decode cache is really filled, by a prefill. With ``anew`` one session is in memory at a time. Raises what a
+    graph that does not run raises.
     """
     require_onnxruntime()
-    base = graph_candidate(BASE, pair.base, run=pair.run)
-    linearized = graph_candidate(LINEARIZED, pair.linearized, BASE, run=pair.run)
+    base = graph_candidate(BASE, pair.base, run=pair.run, kept=not anew)
+    linearized = graph_candidate(LINEARIZED, pair.linearized, BASE, run=pair.run, kept=not anew)
     harness = Harness(
         [base, linearized],
         cpu_machine(),
         Rounds(rounds, MORE * rounds),
         pair.phases or phases_of(base.cost),
         strict=True,
+        anew=anew,
     )
     return harness.measure([(1, context) for context in contexts], listener)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +14,14 @@ import pytest
 from nbl_export.graph.cache import kv_bytes_per_token
 from nbl_export.graph.io import load_graph
 from nbl_export.records import from_json, to_json
+from nbl_export.runtime import sizes
 from nbl_export.runtime.ort import OrtDecoder
 from nbl_export.runtime.prompts import OrtPrompt, timed_row
+from nbl_export.runtime.sizes import session_bytes
+from nbl_export.verify.speed import candidates
 from nbl_export.verify.speed import harness as harness_module
 from nbl_export.verify.speed.ceiling import graph_cost
-from nbl_export.verify.speed.pair import Pair, explained, measure_speed, phases_of
+from nbl_export.verify.speed.pair import Pair, anew_or_why_not, explained, measure_speed, phases_of
 from nbl_export.verify.speed.values import Speed
 
 
@@ -139,3 +143,36 @@ def test_what_is_above_its_ceiling_for_sure_is_explained(pair: Pair, scripted: C
     assert (found.saved_ms, base.timing.median_ms) == (pytest.approx(1900), 2000)
     assert linearized.ceiling and found.excess_ms == pytest.approx(2000 / linearized.ceiling - 100)
     assert base.explanation is None
+
+
+@pytest.mark.parametrize(("times", "how"), [(2.3, False), (1.5, True), (0.5, "skipped")])
+def test_sessions_are_both_there_or_take_turns_or_are_not_made(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, times: float, how: bool | str
+) -> None:
+    """By what is free, in units of the larger session."""
+    largest = max(session_bytes(path) for path in (pair.base, pair.linearized))
+    monkeypatch.setattr(sizes, "free", lambda: int(times * largest))
+    found = anew_or_why_not(pair)
+    assert found is how or (how == "skipped" and "a session needs about" in str(found))
+
+
+def test_in_turns_one_session_is_there_at_a_time(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    most = made = 0
+    real = candidates.OrtModel
+
+    def model(*args: Any, **others: Any) -> Any:
+        nonlocal most, made
+        one = real(*args, **others)
+        alive.add(one)
+        made, most = made + 1, max(most, len(alive))
+        return one
+
+    monkeypatch.setattr(candidates, "OrtModel", model)
+    speed = measure_speed(pair, (8,), 3, anew=True)
+    assert most == 1 and made >= 2 * 2 * 4  # two graphs, two phases, three rounds and one before them
+    assert [(c.phase, [r.name for r in c.results]) for c in speed.cells] == [
+        ("prefill", ["base", "linearized"]),
+        ("decode", ["base", "linearized"]),
+    ]
+    assert all(r.cache_bytes > 0 for r in speed.cells[1].results)
