@@ -95,6 +95,64 @@ def test_a_small_session_computes_the_same(tiny_graph: Path, tmp_path: Path, nam
     assert np.abs(small - usual).max() <= (1e-5 if name == "fp32" else 0.05) * np.abs(usual).max()
 
 
+_GROWTH = """
+import sys
+from pathlib import Path
+import numpy as np
+from nbl_export.runtime.session import session
+
+def anonymous():
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("Anonymous")).split()[1])
+
+before = anonymous()
+loaded = session(Path(sys.argv[1]), small=sys.argv[2] == "small")
+after = anonymous()
+(y,) = loaded.run(None, {"x": np.ones((3, 1024), dtype=np.float32)})
+assert np.isfinite(y).all()
+print(max(after, anonymous()) - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel for anonymous memory")
+@pytest.mark.parametrize(("of", "least", "most"), [("small", 0.0, 0.5), ("usual", 1.5, 4.0)])
+def test_the_weights_of_a_small_session_stay_in_their_file(
+    tmp_path: Path, of: str, least: float, most: float
+) -> None:
+    """In units of the file, of 48 MiB in bfloat16: the usual session has them all in float32."""
+    helper, weights, nodes, last = onnx.helper, [], [], "h"
+    data = tmp_path / "weights.data"
+    generator = np.random.default_rng(0)
+    with data.open("wb") as file:
+        for number in range(24):
+            array = (generator.standard_normal((1024, 1024)) / 32).astype(ml_dtypes.bfloat16)
+            tensor = onnx.TensorProto(
+                name=f"w{number}", data_type=onnx.TensorProto.BFLOAT16, dims=[1024, 1024]
+            )
+            tensor.data_location = onnx.TensorProto.EXTERNAL
+            places = {"location": data.name, "offset": file.tell(), "length": array.nbytes}
+            for key, value in places.items():
+                tensor.external_data.add(key=key, value=str(value))
+            file.write(array.tobytes())
+            weights.append(tensor)
+            nodes.append(helper.make_node("MatMul", [last, tensor.name], [f"h{number}"], name=f"n{number}"))
+            last = f"h{number}"
+    bf16, single = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
+    nodes = [helper.make_node("Cast", ["x"], ["h"], to=bf16, name="first"), *nodes]
+    nodes.append(helper.make_node("Cast", [last], ["y"], to=single, name="last"))
+    values = [helper.make_tensor_value_info(name, single, [3, 1024]) for name in ("x", "y")]
+    graph = helper.make_graph(nodes, "g", values[:1], values[1:], weights)
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    (tmp_path / "model.onnx").write_bytes(proto.SerializeToString())
+    done = subprocess.run(
+        [sys.executable, "-c", _GROWTH, str(tmp_path / "model.onnx"), of],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert least < int(done.stdout) / data.stat().st_size < most
+
+
 def test_lent_weights_are_those_of_the_session() -> None:
     """Whatever the graph says where they are; their file is not read."""
     weight = np.arange(12, dtype=np.float32).reshape(3, 4).astype(ml_dtypes.bfloat16)
