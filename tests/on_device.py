@@ -176,7 +176,7 @@ class Stops(Silent):
     @contextmanager
     def task(self, *_args: Any) -> Any:
         batches = iter(range(4))
-        yield SimpleNamespace(advance=lambda _tokens: next(batches))
+        yield SimpleNamespace(advance=lambda _tokens: next(batches), part=lambda _number, _count: None)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -62,7 +62,8 @@ def compute_in_float32(model: ir.Model) -> None:
     first = originals[0]
     for entry in [v for v in graph.inputs if v.dtype in HALF]:
         half = entry.dtype
-        entry.dtype = F32
+        # A new type: a clone of the graph shares its own with this one.
+        entry.type = ir.TensorType(F32)
         # Round the input: it may have more digits than the half-precision format.
         narrow = cast(entry, half, f"{entry.name}.rounded")
         again = cast(narrow.outputs[0], F32, float32_name(str(entry.name)))
@@ -82,7 +83,7 @@ def compute_in_float32(model: ir.Model) -> None:
             rounded, last = value, node
             if node.op_type not in _EXPLICIT_DTYPE and not _is_lookup(node):
                 half = value.dtype
-                value.dtype = F32
+                value.type = ir.TensorType(F32)
                 last = cast(value, half, f"{value.name}.rounded")
                 node.append(last)
                 rounded = last.outputs[0]

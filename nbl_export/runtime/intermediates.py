@@ -31,7 +31,15 @@ from nbl_export.graph.io import load_graph
 from nbl_export.graph.operators import captured
 from nbl_export.graph.tensors import external_files, follow_links
 from nbl_export.runtime.bounds import Bounds, bounds_of
-from nbl_export.runtime.session import data_folder, frugal, lend, load, run_session, session_options
+from nbl_export.runtime.session import (
+    data_folder,
+    frugal,
+    lend,
+    load,
+    require_onnxruntime,
+    run_session,
+    session_options,
+)
 
 Arrays = dict[str, NDArray[Any]]
 PARTITION_BYTES = 128 << 20
@@ -279,6 +287,9 @@ def _session(
     """A session, and what must be kept as long as it is used."""
     options = frugal(session_options(data_folder(folder)))
     kept = lend(options, lent)
+    if lent:
+        # onnxruntime's optimizers look for the numbers of a weight in the file that it is said to be in.
+        options.graph_optimization_level = require_onnxruntime().GraphOptimizationLevel.ORT_DISABLE_ALL
     return load(proto.SerializeToString(), options, "the graph", bounds, folded=False), kept
 
 

@@ -495,7 +495,7 @@ def test_no_room_for_the_graph_keeps_what_is_done(out: Path) -> None:
 def test_no_room_for_the_rewritten_graph_leaves_the_old_one(out: Path) -> None:
     before = {n: (out / n).read_bytes() for n in ("model.onnx", "model.onnx.data")}
     assert nbl("select", out, "--layers", "3").code == 0
-    done = nbl("rewrite", out, limit=100_000)
+    done = nbl("rewrite", out, limit=20_000)
     assert_refused(done, 2, "No room on the disk", quietly=False)
     no_leftovers(out)
     assert {n: (out / n).read_bytes() for n in before} == before
