@@ -86,6 +86,7 @@ def test_the_manifests_describe_the_files(built_out: Path) -> None:
         }
         if name == "model":
             expected["plan"] = sha256(built_out / "nbl" / "plan.json")
+            expected["shared_data"] = sha256(built_out / "baseline" / "model.onnx.data")
         assert manifest.hashes == expected
         kept = [i for i in range(5) if name == "baseline" or i not in chosen]
         assert manifest.kv_layers == tuple(kept)

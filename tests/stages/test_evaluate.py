@@ -240,7 +240,7 @@ def test_defaults_of_the_command_are_those_of_the_settings() -> None:
     assert bound.arguments["settings"] == api.EvalSettings()
     asked = [f"--{one.key}" for one in settings_of(api.EvalSettings)]
     names = {name for argument in app["eval"].assemble_argument_collection() for name in argument.names}
-    assert len(asked) == 10 and set(asked) <= names
+    assert len(asked) == 11 and set(asked) <= names
 
 
 BAD = {
