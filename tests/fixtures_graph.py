@@ -14,6 +14,7 @@ import onnx
 import pytest
 import torch
 from numpy.typing import NDArray
+from onnx import numpy_helper
 
 from nbl_export.calibrate.moments import load_moments
 from nbl_export.calibrate.probe import load_probe
@@ -167,13 +168,15 @@ def external_entry(path: Path, name: str) -> tuple[int, int]:
 
 
 def perturb(path: Path, name: str, factor: float = 2.0) -> None:
-    """Multiply one float32 initializer of the graph at ``path`` in its external data file."""
-    offset, length = external_entry(path, name)
-    data = path.with_name(path.name + ".data")
-    raw = bytearray(data.read_bytes())
-    weight = np.frombuffer(bytes(raw[offset : offset + length]), dtype="<f4") * np.float32(factor)
-    raw[offset : offset + length] = weight.astype("<f4").tobytes()
-    data.write_bytes(raw)
+    """Multiply one float32 initializer of the graph at ``path``, which then holds it itself.
+
+    Another graph that reads the same data file stays as it is.
+    """
+    proto = onnx.load(str(path), load_external_data=False)
+    (tensor,) = [t for t in proto.graph.initializer if t.name == name]
+    array = numpy_helper.to_array(tensor, str(path.parent)) * np.float32(factor)
+    tensor.CopyFrom(numpy_helper.from_array(array, name))
+    path.write_bytes(proto.SerializeToString())
 
 
 def rerecord(out: Path, stage: str) -> None:

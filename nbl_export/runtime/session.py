@@ -24,7 +24,10 @@ def require_onnxruntime() -> Any:
     """The onnxruntime module, or an error with the pip command to run."""
     try:
         import onnxruntime
-    except ImportError:
+    except ImportError as error:
+        cause = error.__cause__ or error.__context__
+        if isinstance(cause, KeyboardInterrupt):  # it came during the import
+            raise cause from None
         raise MissingDependencyError(
             "onnxruntime is not installed: pip install 'nbl-export[cpu]' (or 'nbl-export[gpu]' for CUDA; never both)."
         ) from None

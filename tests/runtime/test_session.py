@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import numpy as np
 import onnx
 import pytest
 
-from nbl_export.errors import InputError, MissingDependencyError
+from nbl_export.errors import InputError, Interrupted, MissingDependencyError
 from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.graph.precision import PRECISIONS, to_precision
 from nbl_export.runtime.bounds import bounds_of
@@ -268,3 +269,13 @@ def test_graphs_run_on_the_cpu_where_onnxruntime_has_no_cuda(monkeypatch: pytest
 def test_a_cpu_needs_no_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nbl_export.runtime.session.require_onnxruntime", lambda: pytest.fail("asked for"))
     assert provider_on("cpu") == CPU
+
+
+def test_an_interrupt_while_onnxruntime_is_imported_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(name: str, *_args: Any, **_kwargs: Any) -> Any:
+        assert name == "onnxruntime"
+        raise ImportError("initialization failed") from Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr("builtins.__import__", interrupted)
+    with pytest.raises(Interrupted):
+        require_onnxruntime()
