@@ -98,7 +98,7 @@ def store_moments(
         listener.task("Calibrating layer", total, "tokens", done + work.seen) as task,
         torch.inference_mode(),
         # Several processes have nothing to save between two batches, so that a signal ends them at once.
-        saving_to(store.checkpoint, work.save) if ranks.count == 1 else nullcontext(_nothing) as between,
+        saving_to(store.checkpoint, work.save) if ranks.count == 1 else nullcontext(lambda: None) as between,
         walking(model) as run,
     ):
         for number in range(begun, len(work.parts)):

@@ -12,15 +12,9 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common as passes
 
 from nbl_export.batch.rows import Inputs
-from nbl_export.graph.io import load_graph
 from nbl_export.runtime.intermediates import batch_rows, compute_tensors
 
 _SUFFIX = ".largest"
-
-
-def measure_ranges(path: Path, rows: Sequence[NDArray[Any]] | Inputs) -> Mapping[str, float]:
-    """:func:`ranges_of` for the graph at ``path``."""
-    return ranges_of(load_graph(path), rows)
 
 
 def ranges_of(

@@ -25,28 +25,10 @@ from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.load import in_precision, load_model
 from nbl_export.models.source import find_model
 from nbl_export.tensorfile import load_tensors, save_tensors
+from tests.calibrate.conftest import BLOCKS, LENGTH, ROWS
 from tests.interruptions import Recorder, crash, send
 
-LENGTH = 128
-ROWS = 30  # several batches of about a thousand tokens, the last one short
 FINGERPRINT = "f" * 64
-BLOCKS = 4
-
-
-@pytest.fixture(scope="module")
-def model(tiny_folder: Path) -> Any:
-    return load_model(find_model(str(tiny_folder)))
-
-
-@pytest.fixture(scope="module")
-def tokens() -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, size=(ROWS, LENGTH)).astype(np.int32)
-
-
-@pytest.fixture(scope="module")
-def whole(model: Any, tokens: np.ndarray) -> Moments:
-    """The moments of an uninterrupted run."""
-    return collect_moments(model, tokens)
 
 
 @pytest.fixture(scope="module")

@@ -13,31 +13,16 @@ from nbl_export.calibrate.collect import collect_moments, store_moments
 from nbl_export.calibrate.moments import Moments, load_moments
 from nbl_export.calibrate.store import MomentsFolder
 from nbl_export.errors import InputError
-from nbl_export.models.load import in_precision, load_model
-from nbl_export.models.source import find_model
+from nbl_export.models.load import in_precision
 from nbl_export.settings import CalibrateSettings
 from nbl_export.stages.room import Shape, room_to_calibrate
+from tests.calibrate.conftest import BLOCKS, LENGTH, ROWS
 from tests.calibrate.test_collect import assert_same
 from tests.interruptions import Recorder, crash, send
 
-ROWS, LENGTH, BLOCKS, BATCHES = 30, 128, 4, 4  # four batches: the last one short
+BATCHES = 4
 BATCH = 8 * LENGTH * 32 * 4  # bytes of the states of one batch
 SMALL, LARGE = BATCH, 1 << 30
-
-
-@pytest.fixture(scope="module")
-def model(tiny_folder: Path) -> Any:
-    return load_model(find_model(str(tiny_folder)))
-
-
-@pytest.fixture(scope="module")
-def tokens() -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, size=(ROWS, LENGTH)).astype(np.int32)
-
-
-@pytest.fixture(scope="module")
-def whole(model: Any, tokens: np.ndarray) -> Moments:
-    return collect_moments(model, tokens)
 
 
 class Place:

@@ -9,33 +9,16 @@ import numpy as np
 import pytest
 
 from nbl_export.calibrate import collect
-from nbl_export.calibrate.collect import collect_moments, store_moments
+from nbl_export.calibrate.collect import store_moments
 from nbl_export.calibrate.moments import ARRAYS, Moments, load_moments
 from nbl_export.calibrate.store import MomentsFolder
 from nbl_export.errors import CalibrationError
 from nbl_export.models.load import load_model
 from nbl_export.models.source import find_model
 from nbl_export.ranks import ALONE, LostRankError, Ranks
+from tests.calibrate.conftest import BLOCKS, LENGTH, ROWS
 from tests.interruptions import Recorder, crash
 from tests.several import forked
-
-LENGTH, ROWS, BLOCKS = 128, 30, 4  # four batches, the last one short
-
-
-@pytest.fixture(scope="module")
-def model(tiny_folder: Path) -> Any:
-    return load_model(find_model(str(tiny_folder)))
-
-
-@pytest.fixture(scope="module")
-def tokens() -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, size=(ROWS, LENGTH)).astype(np.int32)
-
-
-@pytest.fixture(scope="module")
-def whole(model: Any, tokens: np.ndarray) -> Moments:
-    """The moments by one process."""
-    return collect_moments(model, tokens)
 
 
 def store_in(folder: Path, every_seconds: float = 3600.0) -> MomentsFolder:
@@ -111,19 +94,27 @@ def test_an_activation_that_is_no_number_is_named_with_its_row(
     assert "layer 2" in str(error) and "row 8," in str(error)  # where the second process begins
 
 
-@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2), (2, 3)])
-def test_finished_layers_are_kept_for_any_number_of_processes(
-    model: Any, tokens: np.ndarray, whole: Moments, tmp_path: Path, first: int, then: int
-) -> None:
-    out = tmp_path / "out"
+def crashed(
+    model: Any, tokens: np.ndarray, folder: Path, count: int, **options: Any
+) -> tuple[Path, list[Any]]:
+    """Where ``count`` processes crashed in the third block, and their errors."""
+    out = folder / "out"
     out.mkdir()
     batches = -(-ROWS * LENGTH // 1024)
 
     def crashing(ranks: Ranks) -> Any:
-        at = 2 * -(-batches // ranks.count) + 1  # in the third block
-        collected(model, tokens, out, ranks, Recorder(at, crash))
+        at = 2 * -(-batches // ranks.count) + 1
+        collected(model, tokens, out, ranks, Recorder(at, crash), **options)
 
-    for error in forked(first, tmp_path / "crashed", crashing):
+    return out, forked(count, folder / "crashed", crashing)
+
+
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2), (2, 3)])
+def test_finished_layers_are_kept_for_any_number_of_processes(
+    model: Any, tokens: np.ndarray, whole: Moments, tmp_path: Path, first: int, then: int
+) -> None:
+    out, errors = crashed(model, tokens, tmp_path, first)
+    for error in errors:
         assert isinstance(error, RuntimeError)
     kept = {path: path.stat().st_mtime_ns for path in (out / "partial").iterdir()}
     assert sorted(path.name for path in kept) == ["000.safetensors", "001.safetensors"]
@@ -143,15 +134,8 @@ def test_finished_layers_are_kept_for_any_number_of_processes(
 def test_a_run_goes_on_from_the_states_of_any_number_of_processes(
     model: Any, tokens: np.ndarray, whole: Moments, tmp_path: Path, first: int, then: int
 ) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    batches = -(-ROWS * LENGTH // 1024)
-
-    def crashing(ranks: Ranks) -> Any:
-        at = 2 * -(-batches // ranks.count) + 1  # in the third block
-        collected(model, tokens, out, ranks, Recorder(at, crash), every_seconds=0.0)
-
-    for error in forked(first, tmp_path / "crashed", crashing):
+    out, errors = crashed(model, tokens, tmp_path, first, every_seconds=0.0)
+    for error in errors:
         assert isinstance(error, (RuntimeError, LostRankError))
     states = [f"states.002.{rank}-of-{first}.safetensors" for rank in range(first)]
     assert sorted(path.name for path in (out / "partial").glob("states*")) == states

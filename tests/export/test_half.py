@@ -16,7 +16,7 @@ from nbl_export.errors import BuildError
 from nbl_export.export import half as half_module
 from nbl_export.export.forms import FORMS
 from nbl_export.export.half import save_in_precision
-from nbl_export.export.ranges import measure_ranges
+from nbl_export.export.ranges import ranges_of
 from nbl_export.export.torch import trace
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.precision import PRECISIONS
@@ -201,7 +201,7 @@ ROWS = ragged_rows((40, 21), VOCAB)
 
 @pytest.fixture(scope="module")
 def reaches(tiny_graph: Path) -> Mapping[str, float]:
-    return measure_ranges(tiny_graph, ROWS)
+    return ranges_of(load_graph(tiny_graph), ROWS)
 
 
 def scaled(folder: Path, form: str, side: str, factor: float) -> Any:

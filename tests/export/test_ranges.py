@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from nbl_export.export import ranges as ranges_module
-from nbl_export.export.ranges import measure_ranges, ranges_of
+from nbl_export.export.ranges import ranges_of
 from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.runtime import intermediates
 from nbl_export.runtime.intermediates import compute_tensors
@@ -73,7 +73,7 @@ def test_largest_magnitudes_are_pytorchs(
     graph: Path, tiny_model: torch.nn.Module, lengths: tuple[int, ...]
 ) -> None:
     rows = ragged_rows(lengths, VOCAB, seed=3)
-    found = measure_ranges(graph, rows)
+    found = ranges_of(load_graph(graph), rows)
     expected = torch_ranges(tiny_model, rows, right=is_static(graph))
     nodes = onnx.load(str(graph), load_external_data=False).graph.node
     norms = [n for n in nodes if n.op_type == "RMSNormalization"]
@@ -97,7 +97,7 @@ def test_largest_magnitudes_are_pytorchs(
 
 
 def test_every_float_tensor_is_measured_and_no_other(graph: Path) -> None:
-    found = measure_ranges(graph, ragged_rows((9, 4), VOCAB))
+    found = ranges_of(load_graph(graph), ragged_rows((9, 4), VOCAB))
     proto = onnx.shape_inference.infer_shapes(onnx.load(str(graph), load_external_data=False))
     types = {v.name: v.type.tensor_type.elem_type for v in (*proto.graph.value_info, *proto.graph.output)}
     written = [name for node in proto.graph.node for name in node.output if name]
@@ -114,7 +114,7 @@ def test_the_file_stays_and_nothing_is_left(graph: Path, monkeypatch: pytest.Mon
 
     before = state()
     assert set(before) == {"model.onnx", "model.onnx.data"}
-    measure_ranges(graph, ragged_rows((5,), VOCAB))
+    ranges_of(load_graph(graph), ragged_rows((5,), VOCAB))
     assert state() == before
 
     def fail(*_args: Any, **_more: Any) -> None:
@@ -122,7 +122,7 @@ def test_the_file_stays_and_nothing_is_left(graph: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(ranges_module, "compute_tensors", fail)
     with pytest.raises(KeyboardInterrupt):
-        measure_ranges(graph, ragged_rows((5,), VOCAB))
+        ranges_of(load_graph(graph), ragged_rows((5,), VOCAB))
     assert state() == before
 
 
@@ -141,7 +141,7 @@ ROWS = [np.array([3, 8, 12], np.int32), np.array([5, 1], np.int32)]
 def reach(tmp_path: Path, scale: Any, rows: Sequence[Any] = ROWS) -> dict[str, float]:
     constants = {"ten": np.float32(10), "scale": np.asarray(scale, np.float32), "two": np.array(2)}
     save_graph(parsed(STEPS, **constants), tmp_path / "model.onnx")
-    return dict(measure_ranges(tmp_path / "model.onnx", rows))
+    return dict(ranges_of(load_graph(tmp_path / "model.onnx"), rows))
 
 
 def test_negative_numbers_and_padding_count(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_what_is_no_number_is_infinite_wherever_it_stands(tmp_path: Path, place:
     save_graph(parsed(text), tmp_path / "model.onnx")
     row = np.array([4, 9, 16], np.int32)
     row[place] = -1
-    found = dict(measure_ranges(tmp_path / "model.onnx", [row]))
+    found = dict(ranges_of(load_graph(tmp_path / "model.onnx"), [row]))
     assert found == {"x": max(row), "logits": float("inf")}
 
 
@@ -185,7 +185,7 @@ def test_what_is_no_number_is_infinite_wherever_it_stands(tmp_path: Path, place:
 def test_parts_give_the_ranges_of_the_whole(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each part has few weights, which are in no file before; the ranges are those of one run of all."""
     rows = ragged_rows((19, 11, 2), VOCAB, seed=3)
-    whole = measure_ranges(graph, rows)
+    whole = ranges_of(load_graph(graph), rows)
     sizes: list[int] = []
     real = intermediates._session
 
