@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
 import tempfile
@@ -21,7 +22,18 @@ from nbl_export.models.source import ModelSource, check_config
 from nbl_export.models.stored import gguf_readers, same_weights, stored_tensors
 from nbl_export.models.tasks import task_named
 from nbl_export.models.tokenizer_limits import check_tokenizer
-from nbl_export.models.weights import Read, Stored, check_finite, device_of, reader, stored_of, streamed
+from nbl_export.models.weights import (
+    Read,
+    Stored,
+    by_identity,
+    check_finite,
+    convert_buffers,
+    device_of,
+    reader,
+    stored_of,
+    streamed,
+    streaming_of,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -340,6 +352,22 @@ def in_precision(
 
     device = device_of(model) if device is None else device
     return streamed(stored_of(model), getattr(torch, dtype), device)
+
+
+def in_memory(model: torch.nn.Module, device: torch.device | str) -> torch.nn.Module:
+    """``model`` with all its weights on ``device``, for passes that are timed: nothing is read in one."""
+    import torch
+
+    streaming = streaming_of(model)
+    if streaming is None:
+        return model.to(device)
+    memo: dict[int, Any] = {
+        key: torch.nn.Parameter(streaming.value(streaming.weights[names[0]]).to(device), requires_grad=False)
+        for key, (_, names) in by_identity(streaming.stored.model).items()
+    }
+    made: torch.nn.Module = copy.deepcopy(streaming.stored.model, memo)
+    convert_buffers(made, streaming.dtype, torch.device(device))
+    return made
 
 
 def _made(stored: Stored, dtype: torch.dtype) -> torch.nn.Module:

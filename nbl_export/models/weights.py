@@ -182,12 +182,12 @@ def streamed(stored: Stored, dtype: torch.dtype, device: torch.device | str = "c
     Buffers that are not part of a checkpoint (rotary frequencies) stay in their precision.
     """
     device = torch.device(device)
-    weights = _by_identity(stored.model)
+    weights = by_identity(stored.model)
     absent = {key: _absent(parameter, dtype) for key, (parameter, _) in weights.items()}
     # The copy shares nothing with the original but what is in this table: the places of its weights.
     memo: dict[int, Any] = dict(absent)
     model: torch.nn.Module = copy.deepcopy(stored.model, memo)
-    _convert_buffers(model, dtype, device)
+    convert_buffers(model, dtype, device)
     streaming = Streaming(stored, dtype, device)
     _STREAMED[model] = _STREAMED[backbone(model)] = streaming
     for key, (parameter, names) in weights.items():
@@ -207,7 +207,8 @@ def streamed(stored: Stored, dtype: torch.dtype, device: torch.device | str = "c
     return model
 
 
-def _by_identity(model: torch.nn.Module) -> dict[int, tuple[torch.nn.Parameter, list[str]]]:
+def by_identity(model: torch.nn.Module) -> dict[int, tuple[torch.nn.Parameter, list[str]]]:
+    """Each weight of ``model`` once, by ``id``, and all its names."""
     found: dict[int, tuple[torch.nn.Parameter, list[str]]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         found.setdefault(id(parameter), (parameter, []))[1].append(name)
@@ -242,7 +243,8 @@ class _Rounded:
         return output.to(self.dtype)
 
 
-def _convert_buffers(model: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+def convert_buffers(model: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Buffers of the checkpoint in ``dtype``, all on ``device``; those of the code keep their precision."""
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:

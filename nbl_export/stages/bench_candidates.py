@@ -150,9 +150,10 @@ def _engines(ws: Workspace, base: Candidate, linearized: Candidate) -> Iterator[
 def _pytorch(run: Run, device: str, compiled: bool, context: int, batch: int) -> Prompt:
     import torch
 
+    from nbl_export.models.load import in_memory
     from nbl_export.verify.speed.candidates import TorchPrompt
 
-    model = run.model.model.to(device)
+    model = in_memory(run.model.model, device)
     if not compiled:
         return TorchPrompt(model, context, batch)
     prompt = TorchPrompt(model, context, batch, torch.compile(model, dynamic=True))

@@ -19,7 +19,7 @@ from nbl_export.errors import InputError
 from nbl_export.linearize.adapters import Adapter, adapted
 from nbl_export.models import weights
 from nbl_export.models.dummy_run import dummy_run
-from nbl_export.models.load import in_precision, load_model
+from nbl_export.models.load import in_memory, in_precision, load_model
 from nbl_export.models.source import find_model
 from nbl_export.models.weights import (
     Stored,
@@ -269,6 +269,21 @@ def test_adapters_are_merged_into_what_is_read_and_nowhere_else(model: Any, half
         assert torch.equal(logits(half), before), "another precision of the same checkpoint"
     assert model.get_parameter(name).is_meta
     assert torch.equal(logits(model), logits(plain(half_folder)))
+
+
+def test_a_model_whose_passes_are_timed_reads_nothing_in_one(model: Any, tmp_path: Path) -> None:
+    gguf = load_model(find_model(str(small_gguf(tmp_path / "m.gguf", 1))))
+    for one in (model, in_precision(model, "bfloat16"), gguf):
+        ids = IDS % one.config.vocab_size
+        expected, made = logits(one, ids), in_memory(one, "cpu")
+        assert absent(one) and not absent(made) and not streams(made)
+        with reads() as read:
+            assert torch.equal(logits(made, ids), expected)
+        assert not read and not any(m._forward_pre_hooks for m in made.modules())
+        assert dtype_of(made) == dtype_of(one)
+        tied = one.config.tie_word_embeddings
+        assert (made.get_input_embeddings().weight is made.get_output_embeddings().weight) == tied
+        assert in_memory(made, "cpu") is made
 
 
 def test_a_model_in_memory_is_used_in_the_same_way(tmp_path: Path) -> None:
