@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from nbl_export.errors import BuildError, InputError
@@ -72,7 +74,7 @@ class DataFile:
                 self._advance(copied)
 
     def _write(self, where: str, tensor: ir.TensorProtocol) -> None:
-        raw = memoryview(tensor.tobytes())
+        raw = _bytes_of(tensor)
         if len(raw) != tensor.nbytes:
             raise BuildError(
                 f"{where} gives {len(raw):,} bytes, its type and shape say {tensor.nbytes:,}: "
@@ -87,6 +89,13 @@ class DataFile:
         self.end += amount
         if self._progress is not None:
             self._progress(amount)
+
+
+def _bytes_of(tensor: ir.TensorProtocol) -> memoryview:
+    """The bytes as they are in memory: a copy of the largest weight would take as much again."""
+    if tensor.dtype.bitwidth < 8 or sys.byteorder == "big":
+        return memoryview(tensor.tobytes())  # packed, or in the other order
+    return memoryview(np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8))
 
 
 def _copy_some(source: int, start: int, target: int, at: int, most: int) -> int:

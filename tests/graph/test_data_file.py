@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +88,28 @@ def test_a_source_that_shrinks_meanwhile_is_noticed(
     monkeypatch.setattr(os, "open", shrink)
     with pytest.raises(InputError, match=r"a\.bin (became shorter|is truncated)"):
         write_graph(model, tmp_path / "model.onnx", None if inside else DATA)
+
+
+@pytest.mark.parametrize("dtype", [d for d in ir.DataType if d.name not in ("UNDEFINED", "STRING")])
+@pytest.mark.parametrize("shape", [(), (3, 4), (0, 2)])
+def test_every_type_is_written_as_onnx_stores_it(
+    dtype: ir.DataType, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    """A transposed view too: it is not contiguous."""
+    numbers = np.arange(np.prod(shape, dtype=int)).reshape(shape).astype(dtype.numpy()).T
+    tensor = ir.Tensor(numbers, dtype=dtype, name="w")
+    with (tmp_path / "data").open("w+b", buffering=0) as file:
+        written = data_file.DataFile(file.fileno(), tmp_path / "data", None).add("w", tensor)
+        file.seek(0)
+        assert file.read() == ir.serde.serialize_tensor(tensor).raw_data
+    assert written.nbytes == tensor.nbytes
+
+
+def test_a_weight_is_not_copied_to_be_written(tmp_path: Path) -> None:
+    weight = ir.tensor(np.zeros(8 << 20, dtype=np.uint8))
+    with (tmp_path / "data").open("wb", buffering=0) as file:
+        tracemalloc.start()
+        data_file.DataFile(file.fileno(), tmp_path / "data", None).add("w", weight)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert peak < 1 << 20
