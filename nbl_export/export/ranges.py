@@ -34,7 +34,11 @@ def ranges_of(
 
 
 def _reduce_all(graph: ir.Graph) -> list[str]:
-    """Add the largest magnitude of each tensor, computed where the tensor is; returns their names."""
+    """Add the largest magnitude of each tensor, computed where the tensor is; returns their names.
+
+    Only reductions, which make no second tensor of that size: of the transposed head of a large model, the third
+    would be gigabytes.
+    """
     infinity = ir.Value(name="infinity", const_value=ir.tensor(np.float32(np.inf)))
     graph.register_initializer(infinity)
     names = []
@@ -42,13 +46,16 @@ def _reduce_all(graph: ir.Graph) -> list[str]:
         for value in node.outputs:
             if value.dtype != ir.DataType.FLOAT or not value.name:
                 continue
-            # onnxruntime's ReduceMax ignores NaN.
-            bad = ir.node("IsNaN", [value])
-            size = ir.node("Abs", [value])
-            clean = ir.node("Where", [bad.outputs[0], infinity, size.outputs[0]])
-            largest = ir.node("ReduceMax", [clean.outputs[0]], {"keepdims": 0})
+            high, low, squares = (
+                ir.node(f"Reduce{kind}", [value], {"keepdims": 0}) for kind in ("Max", "Min", "SumSquare")
+            )
+            minus = ir.node("Neg", [low.outputs[0]])
+            size = ir.node("Max", [high.outputs[0], minus.outputs[0]])
+            # onnxruntime's ReduceMax and ReduceMin ignore NaN; a sum does not, and squares do not cancel.
+            bad = ir.node("IsNaN", [squares.outputs[0]])
+            largest = ir.node("Where", [bad.outputs[0], infinity, size.outputs[0]])
             names.append(f"{value.name}{_SUFFIX}")
             largest.outputs[0].name = names[-1]
             largest.outputs[0].type, largest.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([])
-            graph.insert_after(node, [bad, size, clean, largest])
+            graph.insert_after(node, [high, low, squares, minus, size, bad, largest])
     return names
