@@ -140,6 +140,8 @@ def show_tables(tables: list[Table]) -> None:
         _out.print(_drawn(table))
         if table.note:
             _out.print(_text(table.note, "dim"))
+        for problem in table.problems:
+            _out.print(_text(problem, "yellow"))
         _out.print()
 
 

@@ -12,7 +12,8 @@ from typing import Any
 class Table:
     """A title, column headings and rows of text; ``note`` explains what the columns mean.
 
-    ``plot`` names the plot of the same figures, where there may be one; ``marked`` are the rows that were chosen.
+    ``plot`` names the plot of the same figures, where there may be one; ``marked`` are the rows that were chosen;
+    ``problems`` are sentences on what will not go well, each on a line of its own.
     """
 
     title: str
@@ -21,6 +22,7 @@ class Table:
     note: str = ""
     plot: str = ""
     marked: tuple[int, ...] = ()
+    problems: tuple[str, ...] = ()
 
 
 def mebibytes(size: float) -> str:

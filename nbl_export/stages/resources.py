@@ -57,7 +57,7 @@ class Machine:
 
 
 def planned(source: str, out: Path, asked: RunSettings, trust_remote_code: bool = False) -> list[Table]:
-    """The table of a run of ``source`` as ``asked`` into ``out``; its note says what does not fit."""
+    """The table of a run of ``source`` as ``asked`` into ``out``; its problems are what does not fit."""
     import psutil
     import torch
 
@@ -78,9 +78,9 @@ def planned(source: str, out: Path, asked: RunSettings, trust_remote_code: bool 
         half = replace(resolved.calibration, memory=f"{machine.memory / 2e6:.3f}MB")
         resolved = replace(resolved, calibration=half)
     each = needs(sizes, resolved, dtype.itemsize)
-    notes = [_speed(machine, name), *misfits(sizes, resolved, dtype.itemsize, machine.memory, out)]
+    problems = tuple(misfits(sizes, resolved, dtype.itemsize, machine.memory, out))
     title = f"{found.source}: {sizes.shape.weights / 1e6:,.0f}M weights in {_size(sizes.file)}"
-    return [Table(title, COLUMNS, rows(each, machine, sizes.file), "\n".join(notes))]
+    return [Table(title, COLUMNS, rows(each, machine, sizes.file), _speed(machine, name), problems=problems)]
 
 
 def model_sizes(source: ModelSource) -> tuple[Sizes, Path]:

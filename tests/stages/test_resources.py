@@ -93,21 +93,20 @@ def test_memory_that_is_not_there_is_said_with_what_would_fit(
 ) -> None:
     with_memory(monkeypatch, 100 * GIB)
     (table,) = api.plan_resources(stories_folder, tmp_path / "out", api.SelectSettings(k=2))
-    assert "needs about" not in table.note
+    assert not table.problems
     text = api.CalibrateSettings(selection_samples=100_000)
     (table,) = api.plan_resources(stories_folder, tmp_path / "out", api.SelectSettings(k=2), text)
-    assert "needs about" not in table.note
+    assert not table.problems
     with_memory(monkeypatch, 10 * GIB)
     (table,) = api.plan_resources(stories_folder, tmp_path / "out", api.SelectSettings(k=2), text)
-    (sentence,) = [line for line in table.note.splitlines() if "needs about" in line]
+    (sentence,) = table.problems
     assert sentence.startswith("`select` needs about ") and "and 10.0 GiB are free" in sentence
     assert sentence.endswith(
         "most of it for the original's predictions, and 10.0 GiB are free: with --criterion cca it would fit."
     )
     with_memory(monkeypatch, GIB // 10)
     (table,) = api.plan_resources(stories_folder, tmp_path / "out", api.SelectSettings(k=2))
-    sentences = [line for line in table.note.splitlines() if "needs about" in line]
-    assert len(sentences) == 5 and all("use a machine with more memory" in s for s in sentences)
+    assert len(table.problems) == 5 and all("use a machine with more memory" in s for s in table.problems)
 
 
 def test_a_disk_that_is_too_small_is_said(
@@ -118,7 +117,7 @@ def test_a_disk_that_is_too_small_is_said(
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(3 << 20))
     (table,) = api.plan_resources(stories_folder, tmp_path / "new" / "out", api.SelectSettings(k=2))
-    assert table.note.splitlines()[-1].startswith(f"{tmp_path} has 3 MiB free, and this run needs about ")
+    assert table.problems[-1].startswith(f"{tmp_path} has 3 MiB free, and this run needs about ")
 
 
 # time ---------------------------------------------------------------------------------------------
