@@ -6,6 +6,9 @@ TOKENIZER is a model folder or a .gguf file whose tokenizer the checkpoints get,
 are random (normal, standard deviation 0.02) and bfloat16, in shards; what a stage reads, holds and computes depends on
 their shapes only. Each stage is one command in a process of its own. Its memory is that of it and its children,
 looked at ten times a second: *anonymous* is what cannot be dropped, *RSS* has the mapped files too.
+
+A stage is skipped, with the reason, if it would take more memory than is free or more time than ``--limit``, by the
+formulas of `nbl-export plan-resources`; one that takes longer after all is interrupted.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -24,9 +28,15 @@ import psutil
 import torch
 from safetensors.torch import save_file
 
-from nbl_export.models.load import load_tokenizer
+from nbl_export.digests import Unread
+from nbl_export.models.load import fast_dtype, load_tokenizer
 from nbl_export.models.source import find_model
+from nbl_export.models.tasks import task_named
 from nbl_export.report.environment import environment
+from nbl_export.settings import CalibrateSettings, ExportSettings, RunSettings, SelectSettings
+from nbl_export.stages.machine import rates
+from nbl_export.stages.needs import needs
+from nbl_export.stages.resources import Machine, in_words, model_sizes
 
 _MIB = 2**20
 
@@ -68,12 +78,14 @@ SHAPES = {
     "8B": Shape("Llama-3.1-8B", 4096, 14336, 32, 32, 8, 128256, False),
 }
 # Few tokens: what is measured does not depend on their number, but the time.
-_CALIBRATE = ("--samples", "8", "--seq-len", "640", "--selection-samples", "2", "--heldout-samples", "2")
+_TEXT = {"samples": 8, "seq_len": 640, "selection_samples": 2, "heldout_samples": 2}
+_K, _PRECISION = 12, "bf16"
+_CALIBRATE = [f"--{name.replace('_', '-')}={value}" for name, value in _TEXT.items()]
 STAGES: dict[str, tuple[str, ...]] = {
     "calibrate": ("calibrate", "{model}", "-o", "{out}", "--calibration", "{text}", *_CALIBRATE),
-    "select cca": ("select", "{out}", "--k", "12", "--criterion", "cca"),
-    "select kl": ("select", "{out}", "--k", "12", "--criterion", "kl"),
-    "export": ("export", "{out}", "--precision", "bf16"),
+    "select cca": ("select", "{out}", "--k", str(_K), "--criterion", "cca"),
+    "select kl": ("select", "{out}", "--k", str(_K), "--criterion", "kl"),
+    "export": ("export", "{out}", "--precision", _PRECISION),
     "rewrite": ("rewrite", "{out}"),
     "verify": ("verify", "{out}"),
 }
@@ -137,8 +149,27 @@ def _write_shards(shape: Shape, folder: Path) -> dict[str, str]:
     return places
 
 
-def run(arguments: list[str]) -> Used:
-    """Run the command and look at it until it ends."""
+def hindrance(model: Path, text: str, stage: str, limit: float) -> str:
+    """Why a stage cannot be done here in ``limit`` seconds, as it is known before; empty if it can."""
+    found = find_model(str(model), digests=Unread())
+    sizes, file = model_sizes(found)
+    name, _, criterion = stage.partition(" ")
+    asked = RunSettings(
+        SelectSettings(k=_K, criterion=criterion or "cca"),
+        CalibrateSettings((text,), **_TEXT),
+        exporting=ExportSettings(_PRECISION),
+    ).resolve(task_named(found.task))
+    dtype = getattr(torch, fast_dtype())
+    machine = Machine(psutil.virtual_memory().available, rates(dtype, torch.device("cpu"), file))
+    need = next(n for n in needs(sizes, asked, dtype.itemsize) if n.stage == name)
+    if need.memory > machine.memory:
+        return f"skipped: needs about {need.memory / _MIB:,.0f} MiB, {machine.memory / _MIB:,.0f} are free"
+    seconds = machine.seconds(need, sizes.file)
+    return f"skipped: would take about {in_words(seconds)}" if seconds > limit else ""
+
+
+def run(arguments: list[str], limit: float) -> Used:
+    """Run the command and look at it until it ends, or is interrupted after ``limit`` seconds."""
     used, began = Used(), time.monotonic()
     command = [sys.executable, "-m", "nbl_export", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child:
@@ -146,6 +177,9 @@ def run(arguments: list[str]) -> Used:
         io: dict[int, tuple[int, int]] = {}
         while child.poll() is None:
             look(watched, used, io)
+            if time.monotonic() - began > limit:
+                child.send_signal(signal.SIGINT)
+                child.wait()
             time.sleep(0.1)
         assert child.stdout is not None
         lines = child.stdout.read().strip().splitlines()
@@ -191,6 +225,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
     parser.add_argument("--dir", type=Path, default=Path("scale"), help="where checkpoints and outputs go")
+    parser.add_argument("--limit", type=float, default=60.0, help="minutes that a stage may take")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     columns = "model", "stage", "anonymous MiB", "RSS MiB", "× file", "seconds", "read MiB", "written MiB", ""
@@ -199,8 +234,12 @@ def main() -> None:
         model, out = arguments.dir / f"model-{name}", arguments.dir / f"out-{name}"
         size = make_checkpoint(SHAPES[name], model, arguments.tokenizer)
         for stage in arguments.stages:
+            if reason := hindrance(model, arguments.text, stage, 60 * arguments.limit):
+                rows.append(f"| {name} | {stage} | | | | | | | {reason} |")
+                print(rows[-1], flush=True)
+                continue
             words = {"model": str(model), "out": str(out), "text": arguments.text}
-            used = run([word.format(**words) for word in STAGES[stage]])
+            used = run([word.format(**words) for word in STAGES[stage]], 60 * arguments.limit)
             figures = (used.anonymous / _MIB, used.rss / _MIB)
             rows.append(
                 f"| {name} | {stage} | {figures[0]:,.0f} | {figures[1]:,.0f} | {used.anonymous / size:.2f} | "
