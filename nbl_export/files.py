@@ -289,7 +289,7 @@ def user_path(text: str, what: str) -> Path:
 
 def sweep(folder: Path) -> None:
     """Delete what a killed process has left unfinished in ``folder``; whoever calls it holds the folder's lock."""
-    for leftover in folder.glob(f".*{TEMPORARY}"):
+    for leftover in folder.glob(f"*{TEMPORARY}"):
         if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover, ignore_errors=True)
         else:

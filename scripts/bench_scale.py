@@ -78,7 +78,7 @@ SHAPES = {
     "8B": Shape("Llama-3.1-8B", 4096, 14336, 32, 32, 8, 128256, False),
 }
 # Few tokens: what is measured does not depend on their number, but the time.
-_TEXT = {"samples": 8, "seq_len": 640, "selection_samples": 2, "heldout_samples": 2}
+_TEXT: dict[str, Any] = {"samples": 8, "seq_len": 640, "selection_samples": 2, "heldout_samples": 2}
 _K, _PRECISION = 12, "bf16"
 _CALIBRATE = [f"--{name.replace('_', '-')}={value}" for name, value in _TEXT.items()]
 STAGES: dict[str, tuple[str, ...]] = {

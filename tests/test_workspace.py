@@ -187,6 +187,7 @@ def test_leftovers_are_removed_everywhere_and_nothing_else_is(workspace: Workspa
     for folder in folders:
         folder.mkdir(exist_ok=True)
         (folder / ".model.onnx.abc.nbl.tmp").write_bytes(b"half")
+        (folder / "k3.data.nbl.tmp").write_bytes(b"half")
         (folder / ".export.abc.nbl.tmp").mkdir()
         (folder / ".export.abc.nbl.tmp" / "inside").write_bytes(b"half")
         for name in ("mine.tmp", ".mine.tmp", ".hidden", "model.bin"):
@@ -195,7 +196,7 @@ def test_leftovers_are_removed_everywhere_and_nothing_else_is(workspace: Workspa
     with workspace.lock():
         pass
     assert all(path.read_bytes() == b"kept" for path in kept)
-    assert not list(workspace.root.rglob(".*.nbl.tmp"))
+    assert not list(workspace.root.rglob("*.nbl.tmp"))
 
 
 # damaged and foreign folders ---------------------------------------------------------------------

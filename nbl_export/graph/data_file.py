@@ -95,7 +95,7 @@ def _bytes_of(tensor: ir.TensorProtocol) -> memoryview:
     """The bytes as they are in memory: a copy of the largest weight would take as much again."""
     if tensor.dtype.bitwidth < 8 or sys.byteorder == "big":
         return memoryview(tensor.tobytes())  # packed, or in the other order
-    return memoryview(np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8).data
 
 
 def _copy_some(source: int, start: int, target: int, at: int, most: int) -> int:

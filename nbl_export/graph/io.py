@@ -157,14 +157,16 @@ def save_beside(
     path: Path,
     check: Callable[[Path], object] = check_file,
     progress: Callable[[int], object] | None = None,
+    data: str = "",
 ) -> list[Path]:
     """Write ``model`` to ``path``; weights in folders below stay where they are, a data file next to it has the others.
 
-    Returns the files written. ``check`` and ``progress`` are as in :func:`save_graph`.
+    Returns the files written; the data file's name is ``data``, or as usual. ``check`` and ``progress`` are as in
+    :func:`save_graph`.
     """
     path.parent.mkdir(exist_ok=True)
     name_from(model, path.parent)
-    return write_beside(model, path, path.name + DATA_SUFFIX, check, progress)
+    return write_beside(model, path, data or path.name + DATA_SUFFIX, check, progress)
 
 
 def delete_graphs(graphs: Iterable[Path]) -> None:

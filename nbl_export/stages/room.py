@@ -89,7 +89,7 @@ def rooms(shape: Shape, asked: RunSettings) -> list[Room]:
     """The room of each stage of a run, in order; ``asked`` is resolved. What other stages write is small."""
     selection, exporting = asked.selection, asked.exporting
     found = [room_to_calibrate(shape, asked.calibration)]
-    made = [room_to_select(shape, selection, exporting), room_to_export(shape, exporting)]
+    made = [room_to_select(shape, selection), room_to_export(shape, exporting)]
     found += reversed(made) if selection.budget else made
     found.append(room_to_rewrite(shape, selection, exporting, not asked.folder.keeps))
     return [*found, room_to_build(shape, asked.engines, exporting)] if asked.engines else found
@@ -106,14 +106,12 @@ def room_to_calibrate(shape: Shape, settings: CalibrateSettings) -> Room:
     return Room("calibrate", rows * row + shape.layers * one + probe, 2 * states)
 
 
-def room_to_select(shape: Shape, settings: SelectSettings, exporting: ExportSettings | None = None) -> Room:
-    """W and b of the plan; beside them the state of a repair, or a graph that is timed."""
+def room_to_select(shape: Shape, settings: SelectSettings) -> Room:
+    """W and b of the plan; beside them the state of a repair, or those of a graph that is timed."""
     probe = 2 * _FLOAT * _PROBE_TOKENS * shape.width * shape.layers
     maps = _FLOAT * map_weights(shape, settings)
     repair = 2 * 3 * maps if settings.repair else 0
-    timed = 0
-    if exporting is not None and settings.budget.min_speedup is not None:
-        timed = _graph_bytes(shape, exporting) + maps
+    timed = maps if settings.budget.min_speedup is not None else 0
     return Room("select", maps + probe, max(repair, timed))
 
 

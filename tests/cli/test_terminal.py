@@ -71,7 +71,11 @@ def test_a_table_has_its_title_its_note_and_every_cell(screen: Any) -> None:
 def test_each_problem_has_a_line(screen: Any) -> None:
     text = screen("out")
     show_tables([replace(TABLE, problems=("`a` does not fit.", "b\nc does not."))])
-    assert text.getvalue().splitlines()[-3:] == ["`a` does not fit.", "b\N{REPLACEMENT CHARACTER}c does not.", ""]
+    assert text.getvalue().splitlines()[-3:] == [
+        "`a` does not fit.",
+        "b\N{REPLACEMENT CHARACTER}c does not.",
+        "",
+    ]
 
 
 def test_results_are_coloured_by_their_word(screen: Any) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nbl_export.errors import BudgetError
+from nbl_export.files import TEMPORARY
 from nbl_export.progress import Listener
 
 if TYPE_CHECKING:
@@ -51,28 +53,42 @@ class SpeedMeter:
         """Why nothing can be timed; None if it can."""
         from nbl_export.graph.half_emulation import UNTIMED, needs_emulation
         from nbl_export.graph.io import load_graph
+        from nbl_export.verify.speed.pair import Pair, anew_or_why_not
 
         exported = self._ws.current("export")
         if exported is None or exported.dropped:
             return f"the model is not exported yet (nbl-export export {self._ws.root})"
         if needs_emulation(load_graph(self._ws.baseline)):
             return UNTIMED
-        return None
+        why = anew_or_why_not(Pair(self._ws.baseline, self._ws.baseline))
+        return why if isinstance(why, str) else None
 
     def __call__(self, k: int) -> Speedups:
-        from nbl_export.rewrite.replace import rewrite_file
-        from nbl_export.verify.speed.pair import Pair, measure_speed
+        from nbl_export.verify.speed.pair import Pair, anew_or_why_not, measure_speed
 
         if k not in self.found:
-            plan = replace(self._plan, layers=self._layers(k))
-            with tempfile.TemporaryDirectory(dir=self._ws.nbl, prefix=f".k{k}.", suffix=".nbl.tmp") as folder:
-                graph = Path(folder) / self._ws.model.name
-                rewrite_file(self._ws.baseline, plan, graph, listener=self._listener)
+            with self._rewritten(k) as graph:
                 pair = Pair(self._ws.baseline, graph)
-                speed = measure_speed(pair, [self.context], ROUNDS, self._listener)
+                anew = anew_or_why_not(pair) is not False
+                speed = measure_speed(pair, [self.context], ROUNDS, self._listener, anew)
             by_phase = {cell.phase: over.value for cell, _, over in speed.speedups()}
             self.found[k] = Speedups(by_phase["prefill"], by_phase.get("decode"))
         return self.found[k]
+
+    @contextmanager
+    def _rewritten(self, k: int) -> Iterator[Path]:
+        """The graph with K linear layers; all other weights it reads from where the unmodified one has them."""
+        from nbl_export.graph.io import save_beside
+        from nbl_export.rewrite.replace import rewrite_file
+
+        plan = replace(self._plan, layers=self._layers(k))
+        graph, data = (self._ws.root / f"k{k}.{what}{TEMPORARY}" for what in ("onnx", "data"))
+        try:
+            rewrite_file(self._ws.baseline, plan, graph, self._listener, partial(save_beside, data=data.name))
+            yield graph
+        finally:
+            graph.unlink(missing_ok=True)
+            data.unlink(missing_ok=True)
 
     def least_k(self, wanted: float, most: int) -> int:
         """The smallest K up to ``most`` whose prefill and decode are ``wanted`` times as fast, by bisection.

@@ -38,7 +38,7 @@ def anew_or_why_not(pair: Pair) -> bool | str:
     both = sizes.session_bytes(pair.base), sizes.session_bytes(pair.linearized)
     if not sizes.fit(max(both)):
         need, there = (f"{size / 2**30:.1f} GiB" for size in (max(both), sizes.free()))
-        return f"a session needs about {need}, and {there} are free: verify on a machine with more memory"
+        return f"a session needs about {need}, and {there} are free: use a machine with more memory"
     return not sizes.fit(*both)
 
 

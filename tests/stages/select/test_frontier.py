@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import onnx
 import pytest
 
 from nbl_export import api
 from nbl_export.errors import BudgetError, InputError
+from nbl_export.files import TEMPORARY
+from nbl_export.runtime import sizes
 from nbl_export.stages.select import frontier
 from nbl_export.stages.select.frontier import SpeedMeter, Speedups
+from nbl_export.verify.speed import pair as pair_module
+from nbl_export.verify.speed.pair import measure_speed
 from tests.listening import Notes
 from tests.stages.select.by_hand import candidates, curve, forget, select
 
@@ -87,3 +94,45 @@ def test_points_that_are_timed() -> None:
     assert list(frontier.points_of(1, 1)) == [1]
     assert list(frontier.points_of(3, 0)) == [1, 2, 3]
     assert list(frontier.points_of(32, 9)) == [8, 9, 16, 24, 32]
+
+
+def test_a_trial_graph_has_only_its_own_weights_and_is_gone_afterwards(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads all others from the unmodified graph's file; a graph of another K is no part of it."""
+    written: list[int] = []
+
+    def measured(pair: Any, contexts: Any, rounds: int, listener: Any, anew: bool) -> Any:
+        graph = onnx.load(str(pair.linearized), load_external_data=False).graph
+        places = Counter(e.value for t in graph.initializer for e in t.external_data if e.key == "location")
+        (own,) = set(places) - {"baseline/model.onnx.data"}
+        written.append((out / own).stat().st_size)
+        assert 4 * 64 * 64 * places[own] == written[-1], "W of each layer; b is in the graph"
+        return measure_speed(pair, contexts, rounds, listener, anew)
+
+    monkeypatch.setattr(pair_module, "measure_speed", measured)
+    monkeypatch.setattr(frontier, "CONTEXT", 16)
+    select(out, api.SelectSettings(criterion="nmse", budget=api.Budget(max_kl=100.0)))
+    assert written == [4 * 64 * 64 * k for k in frontier.points_of(5, 5)]
+    assert not list(out.glob(f"*{TEMPORARY}"))
+
+
+@pytest.mark.parametrize(("times", "anew"), [(2.5, False), (1.5, True), (0.5, None)])
+def test_graphs_that_do_not_fit_together_are_timed_in_turns_or_not_at_all(
+    out: Path, monkeypatch: pytest.MonkeyPatch, times: float, anew: bool | None
+) -> None:
+    asked: list[bool] = []
+
+    def measured(pair: Any, contexts: Any, rounds: int, listener: Any, anew: bool) -> Any:
+        asked.append(anew)
+        return measure_speed(pair, contexts, 1, listener)
+
+    session = sizes.session_bytes(out / "baseline" / "model.onnx")
+    monkeypatch.setattr(sizes, "free", lambda: int(times * session))
+    monkeypatch.setattr(pair_module, "measure_speed", measured)
+    monkeypatch.setattr(frontier, "CONTEXT", 16)
+    notes = Notes()
+    select(out, api.SelectSettings(criterion="nmse", budget=api.Budget(max_kl=100.0)), notes)
+    assert set(asked) == ({anew} if anew is not None else set())
+    said = [n for n in notes.notes if "The K curve has no speeds: a session needs about" in n]
+    assert len(said) == (anew is None)
