@@ -104,8 +104,8 @@ def needs(sizes: Sizes, asked: RunSettings, width: int) -> list[Need]:
     found = {
         "calibrate": lambda room: to_calibrate(sizes, asked.calibration, width, room),
         "select": lambda room: to_select(sizes, asked.selection, asked.calibration, width, room),
-        "export": lambda room: to_export(sizes, asked.exporting, room),
-        "rewrite": lambda room: to_rewrite(sizes, asked.selection, room),
+        "export": lambda room: to_export(sizes, asked.exporting, asked.calibration, room),
+        "rewrite": lambda room: to_rewrite(sizes, room),
     }
     stages = [found[name](room) for name, room in made.items() if name in found]
     return [*stages, to_verify(sizes, asked, Room("verify", 0))]
@@ -207,34 +207,52 @@ def to_select(
     return Need(room, program, tuple(phases), fast, exact, read + sizes.file)
 
 
-def to_export(sizes: Sizes, settings: ExportSettings, room: Room) -> Need:
-    """The model is traced without weights; the largest matrix is read, converted and written, all three at once."""
+def to_export(sizes: Sizes, settings: ExportSettings, text: CalibrateSettings, room: Room) -> Need:
+    """The model is traced without weights; the largest matrix is read, converted and written.
+
+    The ranges that fp16 needs are those of the float32 graph, whose head may be transposed when it runs.
+    """
     bytes_ = WEIGHT_BYTES[str(settings.precision)]
-    phase = {"the largest weight": sizes.largest * (sizes.stored + _F32 + bytes_)}
-    passes = 2.0 if settings.precision == "fp16" else 1.0
-    return Need(room, _PROGRAM_ONNX, (phase,), read=(_LOADS - 1 + passes) * sizes.file)
+    phases: list[Mapping[str, float]] = [{"the largest weight": sizes.largest * (sizes.stored + bytes_)}]
+    passes = 1.0
+    if settings.precision == "fp16":
+        phases.append(
+            {
+                "the largest weight": _F32 * sizes.largest,
+                "logits of a row": _F32 * text.seq_len * sizes.vocabulary,
+            }
+        )
+        passes = 2.0
+    return Need(room, _PROGRAM_ONNX, tuple(phases), read=(_LOADS - 1 + passes) * sizes.file)
 
 
-def to_rewrite(sizes: Sizes, settings: SelectSettings, room: Room) -> Need:
-    """W and b as they are planned and as they are written; the other weights are copied from file to file."""
-    maps = _F32 * map_weights(sizes.shape, settings)
-    return Need(room, _PROGRAM_ONNX, ({"W and b": 2 * maps},), read=2.0 * room.leaves)
+def to_rewrite(sizes: Sizes, room: Room) -> Need:
+    """W and b are read and written layer by layer: one as it is planned, in float64, and as it is written."""
+    one = sizes.shape.width**2
+    return Need(room, _PROGRAM_ONNX, ({"W of a layer": (_F64 + 2 * _F32) * one},), read=2.0 * room.leaves)
 
 
 def to_verify(sizes: Sizes, asked: RunSettings, room: Room) -> Need:
-    """A session of one graph, with a copy in float32 of half-precision weights, in which onnxruntime computes on a CPU,
-    beside the PyTorch reference in float32; the held-out text passes two models. Not held to a measurement yet.
+    """One after the other: PyTorch's reference in float32, and a session of each graph, whose weights are mapped.
+
+    onnxruntime computes in float32 on a CPU: it converts a half-precision weight when it is used, the head twice where
+    it is transposed, as tied ones are. A small model's reference stays beside the sessions.
     """
     text, precision = asked.calibration, str(asked.exporting.precision)
     tokens = text.heldout_samples * text.seq_len
-    half = _F32 if precision in ("fp16", "bf16") else 0
-    phase = {
-        "a session": (WEIGHT_BYTES[precision] + half) * sizes.shape.weights,
-        "the reference's weights": sizes.kept(_F32),
-        "the original's predictions": _F32 * text.seq_len * sizes.vocabulary * 3,
-    }
+    half = precision in ("fp16", "bf16")
+    stays = sizes.kept(_F32) if _F32 * sizes.shape.weights <= _KEPT else 0
+    logits = 3 * _F32 * text.seq_len * sizes.vocabulary
+    phases = (
+        {"the reference's weights": sizes.kept(_F32), "logits of a row": logits},
+        {
+            "the reference's weights": stays,
+            "the head in float32": 2 * _F32 * sizes.head if half else 0,
+            "logits of a row": logits,
+        },
+    )
     fast = 2.0 * 2.0 * tokens * (sizes.blocks + sizes.head)
-    return Need(room, _PROGRAM_ONNX, (phase,), fast, read=4.0 * sizes.file)
+    return Need(room, _PROGRAM_ONNX, phases, fast, read=4.0 * sizes.file)
 
 
 def calibration_tokens(sizes: Sizes, settings: CalibrateSettings) -> int:
