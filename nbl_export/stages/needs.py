@@ -26,6 +26,8 @@ _KEPT = 2 * GIB
 _F64, _F32 = 8, 4
 # Tokens of one forward pass while moments are collected, and documents and tokens of one while text is sampled.
 _BATCH, _SAMPLED, _SAMPLE_LENGTH = 1024, 152, 128
+# The graphs that `verify` runs on tokens: the rewritten one, and the unmodified one with the linear layers put in.
+_GRAPHS = 2
 _LOADS = (
     2  # each command looks at all weights once (are they finite), and each stage reads them for its own work
 )
@@ -69,7 +71,8 @@ class Sizes:
 class Need:
     """What a stage needs: ``phases`` of named bytes, of which the largest counts, and what it computes and reads.
 
-    ``fast`` are floating-point operations in the model's precision, ``exact`` those in float64.
+    ``fast`` are floating-point operations in the model's precision, ``exact`` those in float64; ``widened`` are the
+    bytes of half-precision weights that are converted to float32.
     """
 
     room: Room
@@ -78,6 +81,7 @@ class Need:
     fast: float = 0.0
     exact: float = 0.0
     read: float = 0.0
+    widened: float = 0.0
 
     @property
     def stage(self) -> str:
@@ -105,7 +109,7 @@ def needs(sizes: Sizes, asked: RunSettings, width: int) -> list[Need]:
         "calibrate": lambda room: to_calibrate(sizes, asked.calibration, width, room),
         "select": lambda room: to_select(sizes, asked.selection, asked.calibration, width, room),
         "export": lambda room: to_export(sizes, asked.exporting, asked.calibration, room),
-        "rewrite": lambda room: to_rewrite(sizes, room),
+        "rewrite": lambda room: to_rewrite(sizes, asked.exporting, room),
     }
     stages = [found[name](room) for name, room in made.items() if name in found]
     return [*stages, to_verify(sizes, asked, Room("verify", 0))]
@@ -208,12 +212,13 @@ def to_select(
 
 
 def to_export(sizes: Sizes, settings: ExportSettings, text: CalibrateSettings, room: Room) -> Need:
-    """The model is traced without weights; the largest matrix is read, converted and written.
+    """The model is traced without weights; the largest matrix is read in float32, converted and written.
 
     The ranges that fp16 needs are those of the float32 graph, whose head may be transposed when it runs.
     """
     bytes_ = WEIGHT_BYTES[str(settings.precision)]
-    phases: list[Mapping[str, float]] = [{"the largest weight": sizes.largest * (sizes.stored + bytes_)}]
+    largest = sizes.held(_F32, sizes.largest) + (bytes_ * sizes.largest if bytes_ < _F32 else 0)
+    phases: list[Mapping[str, float]] = [{"the largest weight": largest}]
     passes = 1.0
     if settings.precision == "fp16":
         phases.append(
@@ -226,10 +231,22 @@ def to_export(sizes: Sizes, settings: ExportSettings, text: CalibrateSettings, r
     return Need(room, _PROGRAM_ONNX, tuple(phases), read=(_LOADS - 1 + passes) * sizes.file)
 
 
-def to_rewrite(sizes: Sizes, room: Room) -> Need:
-    """W and b are read and written layer by layer: one as it is planned, in float64, and as it is written."""
-    one = sizes.shape.width**2
-    return Need(room, _PROGRAM_ONNX, ({"W of a layer": (_F64 + 2 * _F32) * one},), read=2.0 * room.leaves)
+def to_rewrite(sizes: Sizes, settings: ExportSettings, room: Room) -> Need:
+    """W and b are read and written layer by layer: one as it is planned, in float64, and as it is written.
+
+    The graph up to the last of them runs on the probe, in parts, each weight in float32.
+    """
+    d = sizes.shape.width
+    phase = {"W of a layer": (_F64 + 2 * _F32) * d * d, "a weight of the graph": _F32 * sizes.inner * d}
+    graph, widened = _graph_run(sizes, settings)
+    return Need(room, _PROGRAM_ONNX, (phase,), read=2.0 * graph, widened=widened)
+
+
+def _graph_run(sizes: Sizes, settings: ExportSettings) -> tuple[float, float]:
+    """The bytes that a run of the graph reads, and those that it converts to float32, in which a CPU computes."""
+    precision = str(settings.precision)
+    half = precision in ("fp16", "bf16")
+    return WEIGHT_BYTES[precision] * sizes.shape.weights, _F32 * sizes.shape.weights if half else 0
 
 
 def to_verify(sizes: Sizes, asked: RunSettings, room: Room) -> Need:
@@ -238,21 +255,23 @@ def to_verify(sizes: Sizes, asked: RunSettings, room: Room) -> Need:
     onnxruntime computes in float32 on a CPU: it converts a half-precision weight when it is used, the head twice where
     it is transposed, as tied ones are. A small model's reference stays beside the sessions.
     """
-    text, precision = asked.calibration, str(asked.exporting.precision)
+    text, (graph, widened) = asked.calibration, _graph_run(sizes, asked.exporting)
     tokens = text.heldout_samples * text.seq_len
-    half = precision in ("fp16", "bf16")
+    runs = _GRAPHS * (1 + asked.verification.decode_steps)
     stays = sizes.kept(_F32) if _F32 * sizes.shape.weights <= _KEPT else 0
     logits = 3 * _F32 * text.seq_len * sizes.vocabulary
     phases = (
         {"the reference's weights": sizes.kept(_F32), "logits of a row": logits},
         {
             "the reference's weights": stays,
-            "the head in float32": 2 * _F32 * sizes.head if half else 0,
+            "the head in float32": 2 * _F32 * sizes.head if widened else 0,
             "logits of a row": logits,
         },
     )
     fast = 2.0 * 2.0 * tokens * (sizes.blocks + sizes.head)
-    return Need(room, _PROGRAM_ONNX, phases, fast, read=4.0 * sizes.file)
+    return Need(
+        room, _PROGRAM_ONNX, phases, fast, read=4.0 * sizes.file + runs * graph, widened=runs * widened
+    )
 
 
 def calibration_tokens(sizes: Sizes, settings: CalibrateSettings) -> int:

@@ -46,7 +46,8 @@ class Machine:
         first = min(need.read, file)
         again = need.read - first
         reading = first / rates.read + again / (rates.read if file > self.memory / 2 else _CACHED)
-        hashing = (file if need.stage == "calibrate" else 0.0) + need.room.leaves
+        # To convert a weight is a pass over memory on a core, as hashing is.
+        hashing = (file if need.stage == "calibrate" else 0.0) + need.room.leaves + need.widened
         return (
             _STARTS
             + computing / _EFFICIENCY

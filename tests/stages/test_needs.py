@@ -83,6 +83,20 @@ def test_a_criterion_that_runs_no_model_needs_less(stories: Sizes) -> None:
     assert 0 == found["cca"].fast < found["kl"].fast < found["greedy"].fast
 
 
+def test_a_graph_in_half_precision_is_converted_in_every_run(stories: Sizes) -> None:
+    steps = {"verification": api.VerifySettings(decode_steps=3)}
+    half, single = (
+        {n.stage: n for n in needs(stories, replace(asked(precision=p, k=2), **steps), 4)}
+        for p in ("bf16", "fp32")
+    )
+    weights = stories.shape.weights
+    # A prefill and three steps of two graphs; the proof runs one.
+    assert (half["verify"].widened, half["rewrite"].widened) == (8 * 4 * weights, 4 * weights)
+    assert single["verify"].widened == single["rewrite"].widened == 0
+    assert single["verify"].read - half["verify"].read == 8 * 2 * weights
+    assert half["verify"].memory > single["verify"].memory
+
+
 def test_a_repair_is_a_phase_of_its_own(stories: Sizes) -> None:
     without, repaired = (
         next(n for n in needs(stories, asked(repair=steps, k=2), 4) if n.stage == "select")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,6 +129,8 @@ def test_time_is_that_of_operations_and_of_bytes() -> None:
     seconds = Machine(100 * GIB, Rates(1e12, 1e11, 1e9, 2e9)).seconds(need, 10**9)
     # 10 s of each precision at 0.7 of the rate; 1 GB from the disk, and 2 GB that are in memory by then.
     assert seconds == pytest.approx(resources._STARTS + 20 + 1 + 0.5)
+    widened = Machine(100 * GIB, Rates(1e12, 1e11, 1e9, 2e9)).seconds(replace(need, widened=4e9), 10**9)
+    assert widened == pytest.approx(seconds + 2)
     small = Machine(GIB, Rates(1e12, 1e11, 1e9, 2e9)).seconds(need, 10**9)
     assert small == pytest.approx(resources._STARTS + 20 + 3)
 
