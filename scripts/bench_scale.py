@@ -103,6 +103,13 @@ class Used:
     code: int = 0
     last: str = ""
 
+    def ended(self, limit: float) -> str:
+        """How it ended; empty if it did all its work. It was given ``limit`` minutes."""
+        if self.code == 0:
+            return ""
+        late = self.seconds > 60 * limit
+        return f"skipped: not done in {limit:g} min" if late else f"exit {self.code}: {self.last}"
+
 
 def make_checkpoint(shape: Shape, folder: Path, tokenizer: str) -> int:
     """Write the checkpoint, unless it is there already; returns its bytes."""
@@ -244,7 +251,7 @@ def main() -> None:
             rows.append(
                 f"| {name} | {stage} | {figures[0]:,.0f} | {figures[1]:,.0f} | {used.anonymous / size:.2f} | "
                 f"{used.seconds:,.0f} | {used.read / _MIB:,.0f} | {used.written / _MIB:,.0f} | "
-                f"{'' if used.code == 0 else f'exit {used.code}: {used.last}'} |"
+                f"{used.ended(arguments.limit)} |"
             )
             print(rows[-1], flush=True)
     machine = environment()
