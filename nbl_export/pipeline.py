@@ -64,7 +64,7 @@ def check_machine(*asked: Settings | None) -> None:
 def run_all(run: Run, asked: RunSettings) -> Report:
     """Every stage in order, as ``asked`` and resolved; what is done already with the same settings is kept."""
     from nbl_export.calibrate.text import start_tokens
-    from nbl_export.linearize.scores import check_k, check_rank
+    from nbl_export.linearize.scores import check_selection
     from nbl_export.models.layers import attention_layers, hidden_size, positions
     from nbl_export.runtime.session import require_onnxruntime
     from nbl_export.verify.engines import fitting_prompts
@@ -72,10 +72,8 @@ def run_all(run: Run, asked: RunSettings) -> Report:
     require_onnxruntime()  # before the first minute of work, not after it
     selection = asked.selection
     if run.workspace.record("calibrate") is None:
-        if selection.k is not None:
-            check_k(selection.k, len(attention_layers(run.model.model)))
-        if selection.rank is not None:
-            check_rank(selection.rank, hidden_size(run.model.model))
+        layers = [layer.index for layer in attention_layers(run.model.model)]
+        check_selection(selection, layers, hidden_size(run.model.model))
         if asked.engines:
             check_limits(asked.engines, positions(run.model.model))
         if run.model.task.causal:

@@ -17,6 +17,7 @@ from nbl_export.linearize.lmmse import (
     fit_lmmse,
 )
 from nbl_export.progress import Listener, Silent
+from nbl_export.settings import SelectSettings
 from nbl_export.settings.choices import DEFAULT_RIDGE, FitInput
 
 
@@ -90,9 +91,10 @@ def check_layers(candidates: Sequence[int], layers: Sequence[int], k: int | None
     if k is not None and k != len(layers):
         raise InputError(f"--k {k} and --layers with {len(layers)} layers contradict each other: give one.")
     if unknown := sorted(set(layers) - set(candidates)):
-        raise InputError(
-            f"--layers names layer {unknown[0]}; the model has layers 0 to {len(candidates) - 1}."
-        )
+        there = sorted(candidates)
+        whole = there == list(range(len(there)))
+        have = f"layers 0 to {there[-1]}" if whole else f"attention layers {', '.join(map(str, there))}"
+        raise InputError(f"--layers names layer {unknown[0]}; the model has {have}.")
     if len(set(layers)) != len(layers):
         raise InputError("--layers names a layer twice: name each layer once.")
     return tuple(sorted(layers))
@@ -119,6 +121,16 @@ def check_k(k: int, count: int | None) -> None:
             f"{count} (the model's attention layers)" if count is not None else "the model's attention layers"
         )
         raise InputError(f"--k is {k}; it must be between 0 and {most}.")
+
+
+def check_selection(settings: SelectSettings, layers: Sequence[int], d: int) -> None:
+    """Refuse what a model with these attention ``layers`` and width ``d`` cannot be asked, before any work."""
+    if settings.layers is not None:
+        check_layers(layers, settings.layers, settings.k)
+    elif settings.k is not None:
+        check_k(settings.k, len(layers))
+    if settings.rank is not None:
+        check_rank(settings.rank, d)
 
 
 def check_criterion(criterion: str) -> Criterion:

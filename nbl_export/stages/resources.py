@@ -15,11 +15,13 @@ from nbl_export.digests import Unread
 from nbl_export.errors import InputError
 from nbl_export.report.drawing import Table
 from nbl_export.settings import RunSettings
-from nbl_export.stages.needs import GIB, Need, Sizes, needs, sizes_of
+from nbl_export.stages.needs import GIB, MIB, Need, Sizes, needs, sizes_of
 from nbl_export.stages.room import check_run
 from nbl_export.workspace import Workspace
 
 if TYPE_CHECKING:
+    import torch
+
     from nbl_export.models.source import ModelSource
     from nbl_export.stages.machine import Rates
 
@@ -62,8 +64,10 @@ def planned(source: str, out: Path, asked: RunSettings, trust_remote_code: bool 
     import psutil
     import torch
 
+    from nbl_export.linearize.scores import check_selection
     from nbl_export.models.device import find_device
-    from nbl_export.models.load import fast_dtype
+    from nbl_export.models.layers import attention_layers, hidden_size
+    from nbl_export.models.load import fast_dtype, load_skeleton
     from nbl_export.models.source import find_model
     from nbl_export.models.tasks import task_named
     from nbl_export.stages.machine import rates
@@ -72,7 +76,9 @@ def planned(source: str, out: Path, asked: RunSettings, trust_remote_code: bool 
     device = find_device(asked.calibration.device)
     name = fast_dtype(device) if asked.calibration.dtype == "auto" else asked.calibration.dtype
     dtype = getattr(torch, name)
-    sizes, file = model_sizes(found)
+    model = load_skeleton(found)
+    check_selection(asked.selection, [layer.index for layer in attention_layers(model)], hidden_size(model))
+    sizes, file = model_sizes(found, model)
     resolved = asked.resolve(task_named(found.task))
     machine = Machine(psutil.virtual_memory().available, rates(dtype, device, file))
     if resolved.calibration.memory is None:
@@ -80,18 +86,22 @@ def planned(source: str, out: Path, asked: RunSettings, trust_remote_code: bool 
         resolved = replace(resolved, calibration=half)
     each = needs(sizes, resolved, dtype.itemsize)
     problems = tuple(misfits(sizes, resolved, dtype.itemsize, machine.memory, out))
-    title = f"{found.source}: {sizes.shape.weights / 1e6:,.0f}M weights in {_size(sizes.file)}"
+    weights = sizes.shape.weights / 1e6
+    title = f"{found.source}: {weights:,.{1 if weights < 10 else 0}f}M weights in {_size(sizes.file)}"
     return [Table(title, COLUMNS, rows(each, machine, sizes.file), _speed(machine, name), problems=problems)]
 
 
-def model_sizes(source: ModelSource) -> tuple[Sizes, Path]:
-    """The sizes of a model by its configuration and headers, and its largest weight file."""
+def model_sizes(source: ModelSource, model: torch.nn.Module | None = None) -> tuple[Sizes, Path]:
+    """The sizes of a model by its configuration and headers, and its largest weight file.
+
+    ``model`` is the model without weights, if it is there already.
+    """
     from nbl_export.models.limits import weight_files
     from nbl_export.models.load import load_skeleton
     from nbl_export.models.stored import stored_tensors
 
     folder = Path(source.path)
-    model = load_skeleton(source)
+    model = load_skeleton(source) if model is None else model
     if source.gguf_file:
         path = folder / source.gguf_file
         return sizes_of(model, 4, path.stat().st_size, computed=True), path
@@ -158,7 +168,7 @@ def _speed(machine: Machine, dtype: str) -> str:
 
 
 def _size(size: float) -> str:
-    return f"{size / GIB:,.1f} GiB"
+    return f"{size / GIB:,.1f} GiB" if size >= GIB / 10 else f"{size / MIB:,.0f} MiB"
 
 
 def in_words(seconds: float) -> str:

@@ -17,11 +17,13 @@ from nbl_export.linearize.scores import (
     check_criterion,
     check_k,
     check_layers,
+    check_selection,
     fit_layer,
     predicted_excess,
     ranking,
     score_layers,
 )
+from nbl_export.settings import SelectSettings
 from tests.listening import Notes
 
 
@@ -99,6 +101,20 @@ def test_named_layers_are_taken_in_ascending_order() -> None:
     assert check_layers(range(4), [2, 1], 2) == (1, 2)
     assert check_layers(range(4), [], None) == ()
     assert check_layers([1, 3], [3], None) == (3,)
+
+
+def test_a_layer_that_is_not_there_names_those_that_are() -> None:
+    for candidates, have in (([2, 0, 1], r"layers 0 to 2\."), ([3, 7], r"attention layers 3, 7\.")):
+        with pytest.raises(InputError, match=rf"--layers names layer 5; the model has {have}"):
+            check_layers(candidates, [0, 5] if 0 in candidates else [5, 7], None)
+
+
+def test_what_a_model_cannot_be_asked() -> None:
+    check_selection(SelectSettings(layers=(7, 3), rank=3), [3, 7], 8)
+    check_selection(SelectSettings(k=2), [3, 7], 8)
+    for settings in (SelectSettings(layers=(1,)), SelectSettings(k=3), SelectSettings(k=1, rank=4)):
+        with pytest.raises(InputError):
+            check_selection(settings, [3, 7], 8)
 
 
 @pytest.mark.parametrize("k", [-1, 5, 100])

@@ -82,8 +82,14 @@ def test_without_a_number_of_layers_half_of_them_are_meant(stories_folder: Path,
     (some,) = api.plan_resources(stories_folder, tmp_path / "out")
     (half,) = api.plan_resources(stories_folder, tmp_path / "out", api.SelectSettings(k=3))
     assert stages(some) == stages(half)
-    with pytest.raises(InputError, match="--k is -1"):
-        api.plan_resources(stories_folder, tmp_path / "out", api.SelectSettings(k=-1))
+    for asked, refused in {
+        api.SelectSettings(k=-1): "--k is -1",
+        api.SelectSettings(k=6): r"--k is 6; it must be between 0 and 5",
+        api.SelectSettings(layers=(1, 5)): r"--layers names layer 5; the model has layers 0 to 4\.",
+        api.SelectSettings(k=2, rank=64): "--rank",
+    }.items():
+        with pytest.raises(InputError, match=refused):
+            api.plan_resources(stories_folder, tmp_path / "out", asked)
 
 
 # what does not fit --------------------------------------------------------------------------------
