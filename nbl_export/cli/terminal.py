@@ -91,7 +91,7 @@ class _BarTask:
         self._progress.advance(self._id, amount)
         if not _err.is_terminal and time.monotonic() - self._printed >= _LINES:
             self._printed = time.monotonic()
-            task = self._progress.tasks[0]
+            task = next(task for task in self._progress.tasks if task.id == self._id)
             _err.print(
                 _text(
                     f"· {task.description}: {_CountColumn().render(task)}, {_TimeColumn().render(task)}",
@@ -106,10 +106,19 @@ class _BarTask:
 
 
 class TerminalListener:
-    """Draws one bar for each task, with rate and remaining time, and prints notes between them."""
+    """Draws one bar for each task, with rate and remaining time, and prints notes between them.
+
+    A task within another is a bar below the other's.
+    """
+
+    def __init__(self) -> None:
+        self._drawn: Progress | None = None
 
     @contextmanager
     def task(self, title: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
+        if self._drawn is not None:
+            yield self._bar(self._drawn, title, total, unit, done)
+            return
         columns = (
             SpinnerColumn(finished_text="[green]✓"),
             TextColumn(f"{{task.description:<{_TITLE}.{_TITLE}}}", markup=False),
@@ -117,9 +126,16 @@ class TerminalListener:
             _CountColumn(),
             _TimeColumn(),
         )
-        with Progress(*columns, console=_err, refresh_per_second=4) as progress:
-            task_id = progress.add_task(printable(title), total=total, completed=done, unit=unit)
-            yield _BarTask(progress, task_id, printable(title))
+        try:
+            with Progress(*columns, console=_err, refresh_per_second=4) as self._drawn:
+                yield self._bar(self._drawn, title, total, unit, done)
+        finally:
+            self._drawn = None
+
+    @staticmethod
+    def _bar(progress: Progress, title: str, total: int, unit: str, done: int) -> Task:
+        task_id = progress.add_task(printable(title), total=total, completed=done, unit=unit)
+        return _BarTask(progress, task_id, printable(title))
 
     def note(self, text: str) -> None:
         _err.print(_text(f"· {text}", "dim"))

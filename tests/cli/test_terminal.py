@@ -290,3 +290,20 @@ def test_what_looks_like_markup_or_is_obeyed_is_text_everywhere(screen: Any) -> 
     assert "a[/b]�[2J" in err.getvalue() and "x[/b]��" in err.getvalue()
     assert all(text in out.getvalue() for text in ("y[/b]�2J", "[/b]�", "[/c]", "�]0;t� [/n]"))
     assert not any(c in err.getvalue() + out.getvalue() for c in "\x07\x9b\u202e")
+
+
+def test_a_task_within_another_is_a_bar_below_it(screen: Any) -> None:
+    err = screen("err")
+    listener = TerminalListener()
+    for title in ("First", "Second"):
+        with listener.task(title, 2, "layers") as outer:
+            with listener.task(f"within {title}", 1, "model") as inner:
+                inner.advance(1)
+            outer.advance(2)
+    words = [line.split("━")[0].split(None, 1)[1].strip() for line in err.getvalue().splitlines()]
+    assert words == ["First", "within First", "Second", "within Second"]
+    with pytest.raises(ValueError, match="x"), listener.task("Third", 1, "layers"):
+        raise ValueError("x")
+    with listener.task("Fourth", 1, "layers"):
+        pass
+    assert "Fourth" in err.getvalue()
