@@ -171,7 +171,8 @@ def against(checkout: Path, model: str, text: str, rounds: int) -> str:
     plans: dict[str, Plan] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for turn in range(rounds):
-            for version, root in versions.items():
+            # Whoever comes first in a round is slower, so they take turns in that, too.
+            for version, root in list(versions.items()) if turn % 2 else reversed(versions.items()):
                 out = Path(scratch) / f"{version} {turn}"
                 given = {
                     "calibrate": (model, "-o", str(out), "--calibration", text, *_CALIBRATE),
@@ -187,6 +188,7 @@ def against(checkout: Path, model: str, text: str, rounds: int) -> str:
                     )
                     times[command][version].append(time.perf_counter() - started)
                 plans[version] = load_plan(out / "nbl" / "plan.json")
+        same = equal(plans["this version"], plans["the other"])  # W is read when it is asked for
     rows = [["command", *versions, "median ratio", "least", "most"]]
     for command, seconds in times.items():
         ours, theirs = seconds.values()
@@ -201,13 +203,16 @@ def against(checkout: Path, model: str, text: str, rounds: int) -> str:
                 f"{max(ratios):.3f}",
             ]
         )
-    one, other = plans.values()
-    same = one.chosen == other.chosen and all(
+    agree = "the same, to the bit" if same else "NOT THE SAME"
+    return f"{rounds} rounds, in turn; the plans are {agree}.\n\n{table(rows)}\n"
+
+
+def equal(one: Plan, other: Plan) -> bool:
+    """Whether both have the same layers with the same bits."""
+    return one.chosen == other.chosen and all(
         np.array_equal(a.w, b.w) and np.array_equal(a.b, b.b)
         for a, b in zip(one.layers.values(), other.layers.values(), strict=True)
     )
-    agree = "the same, to the bit" if same else "NOT THE SAME"
-    return f"{rounds} rounds, in turn; the plans are {agree}.\n\n{table(rows)}\n"
 
 
 def table(rows: list[list[str]]) -> str:

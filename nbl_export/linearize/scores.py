@@ -72,9 +72,10 @@ def score_layers(
 
 def score_layer(moments: Moments, layer: int, fit_input: FitInput, ridge: float) -> Candidate:
     """Fit and score one layer; raises :class:`CalibrationError` naming it if it cannot be fitted."""
-    fit = fit_layer(moments, layer, fit_input, ridge)
     with naming(layer):
-        cca, cca_ridge = cca_bound(moments.layers[layer], ridge)
+        own = moments.layers[layer]  # once: it is read from a file
+        fit = fit_lmmse(own, fit_input, ridge)
+        cca, cca_ridge = cca_bound(own, ridge)
     _finite(fit.nmse, layer, "error")
     _finite(cca, layer, "CCA bound")
     return Candidate(layer, fit.nmse, cca, fit.ridge, cca_ridge)

@@ -109,6 +109,19 @@ def test_a_layer_that_is_not_there_names_those_that_are() -> None:
             check_layers(candidates, [0, 5] if 0 in candidates else [5, 7], None)
 
 
+def test_a_layer_is_read_once_to_be_scored() -> None:
+    asked: list[int] = []
+
+    class Counted(dict[int, LayerMoments]):
+        def __getitem__(self, index: int) -> LayerMoments:
+            asked.append(index)
+            return super().__getitem__(index)
+
+    layers = {i: moments(0.1, seed=i) for i in range(3)}
+    assert score_layers(Moments(Counted(layers))) == score_layers(Moments(layers))
+    assert asked == [0, 1, 2]
+
+
 def test_what_a_model_cannot_be_asked() -> None:
     check_selection(SelectSettings(layers=(7, 3), rank=3), [3, 7], 8)
     check_selection(SelectSettings(k=2), [3, 7], 8)
