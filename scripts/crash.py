@@ -232,10 +232,14 @@ def leaves(value: Any, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ..
         yield at, value
 
 
+# What is no result: the lock, and what the system said of files when they were read (inodes, times).
+_NO_RESULTS = (".lock", "digests.json")
+
+
 def contents(folder: Path) -> dict[tuple[str, ...], Any]:
     """What is in a folder: each leaf of each JSON file, the bytes of all other files."""
     found: dict[tuple[str, ...], Any] = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != ".lock"):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in _NO_RESULTS):
         name = str(path.relative_to(folder))
         found[(name,)] = "is there"
         if path.suffix == ".json":
