@@ -329,7 +329,3 @@ class _Work:
             if (states := kept(number)) is not None:
                 self.states.put(number, states, number < batch)
         return self.states
-
-
-def _nothing() -> None:
-    return None

@@ -11,7 +11,6 @@ from nbl_export.calibrate.moments import Moments
 from nbl_export.errors import CalibrationError, InputError
 from nbl_export.linearize.figures import Candidate
 from nbl_export.linearize.lmmse import (
-    LinearFit,
     UnusableMoments,
     cca_bound,
     fit_lmmse,
@@ -79,12 +78,6 @@ def score_layer(moments: Moments, layer: int, fit_input: FitInput, ridge: float)
     _finite(fit.nmse, layer, "error")
     _finite(cca, layer, "CCA bound")
     return Candidate(layer, fit.nmse, cca, fit.ridge, cca_ridge)
-
-
-def fit_layer(moments: Moments, layer: int, fit_input: FitInput, ridge: float) -> LinearFit:
-    """The LMMSE fit of one layer; raises :class:`CalibrationError` naming it."""
-    with naming(layer):
-        return fit_lmmse(moments.layers[layer], fit_input, ridge)
 
 
 def check_layers(candidates: Sequence[int], layers: Sequence[int], k: int | None) -> tuple[int, ...]:

@@ -18,9 +18,9 @@ from nbl_export.linearize.scores import (
     check_k,
     check_layers,
     check_selection,
-    fit_layer,
     predicted_excess,
     ranking,
+    score_layer,
     score_layers,
 )
 from nbl_export.settings import SelectSettings
@@ -195,7 +195,7 @@ def test_a_layer_that_cannot_be_fitted_is_named() -> None:
     with pytest.raises(CalibrationError, match=r"^Layer 2 cannot be linearized: .* NaN or infinite\.$"):
         score_layers(Moments({2: broken, 7: good}))
     with pytest.raises(CalibrationError, match=r"^Layer 7 cannot be linearized"):
-        fit_layer(Moments({7: few}), 7, "normed", 1e-6)
+        score_layer(Moments({7: few}), 7, "normed", 1e-6)
 
 
 def test_a_layer_whose_stream_alone_is_broken_is_named() -> None:
