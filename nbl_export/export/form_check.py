@@ -19,7 +19,6 @@ from nbl_export.export.grouped import check_sizes, unsupported_by_gqa
 from nbl_export.export.torch import check_traces, trace
 from nbl_export.models.dummy_run import cache_shapes, check_supported, dummy_run
 from nbl_export.models.layers import positions as positions_of
-from nbl_export.models.layers import structure
 from nbl_export.models.load import quiet
 
 # Two rows of different length, so that one is padded, and the number of tokens decoded after them.
@@ -52,20 +51,11 @@ class _Failed(Exception):
 
 
 def _check_trace(model: torch.nn.Module, form: Form) -> None:
-    """Refuse a model that loops over its tokens (a layer without keys and values, or its own code): it cannot be
-    traced.
-    """
-    if form is not NONE and is_replaced(model):
-        return  # tracing takes longer than all other checks
-    if form.fused:
+    """Refuse a model that loops over its tokens, or branches on their number: no graph is the model."""
+    if form.fused and not is_replaced(model):
         trace(model, form)  # the masks can only be checked in the graph
         return
-    kinds = "".join(f" (with layers of {kind})" for kind in sorted(set(structure(model).others.values())))
-    check_traces(
-        model,
-        form,
-        f"{{name}}{kinds} is not supported: it cannot be traced for texts of any length ({{reason}}).",
-    )
+    check_traces(model, form)
 
 
 def _serves(model: torch.nn.Module, form: Form) -> bool:

@@ -27,6 +27,7 @@ from transformers.cache_utils import DynamicCache
 from nbl_export.batch.names import BATCH, MAX, PAST, SEQUENCE, TOTAL
 from nbl_export.errors import InputError
 from nbl_export.export.functions import SYMBOLIC_DOMAIN
+from nbl_export.export.lengths import check_lengths
 from nbl_export.models.compat import cache_argument, query_length
 from nbl_export.models.dummy_run import cache_shapes
 from nbl_export.models.forward import CachedDecoder, PastLayer, run_with_past
@@ -56,17 +57,19 @@ class Form:
     fused: bool = False
 
     def capture(self, decoder: CachedDecoder) -> torch.export.ExportedProgram:
-        """Trace ``decoder``; every dimension named here is dynamic."""
+        """Trace ``decoder``; every dimension named here is dynamic.
+
+        Raises :class:`.Branches` if the trace does not hold for every text that the model is for.
+        """
         # Sizes of 0 or 1 would become constants, and equal sizes could be unified, so all differ.
         sizes = {BATCH: 2, SEQUENCE: 3, PAST: 5, TOTAL: 8, MAX: 7}
-        free = torch.export.Dim.DYNAMIC
         args: list[Any] = [
             self.examples[name]
             if name in self.examples
             else torch.zeros([sizes[d] for d in dims.values()], dtype=torch.long)
             for name, dims in self.inputs.items()
         ]
-        shapes: list[Any] = [dict.fromkeys(dims, free) for dims in self.inputs.values()]
+        named: list[Any] = [dict(dims) for dims in self.inputs.values()]
         if self.past:
             batch, length = sizes[self.past[0]], sizes[self.past[2]]
             args.append(
@@ -75,8 +78,17 @@ class Form:
                     for s in cache_shapes(decoder.model)
                 ]
             )
-            shapes.append([(dict.fromkeys(self.past, free),) * 2 for _ in args[-1]])
-        return torch.export.export(decoder, tuple(args), dynamic_shapes=tuple(shapes), strict=False)
+            named.append([(dict(self.past),) * 2 for _ in args[-1]])
+        program = torch.export.export(decoder, tuple(args), dynamic_shapes=_free(tuple(named)), strict=False)
+        check_lengths(program, decoder.forward, args, named, decoder.model, cached=bool(self.past))
+        return program
+
+
+def _free(named: Any) -> Any:
+    """``named`` axes, each of them dynamic."""
+    if isinstance(named, dict):
+        return dict.fromkeys(named, torch.export.Dim.DYNAMIC)
+    return type(named)(_free(part) for part in named)
 
 
 # concat ------------------------------------------------------------------------------------------

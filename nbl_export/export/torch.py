@@ -11,6 +11,7 @@ keys and values, and common subexpressions (cosines, sines, masks) are computed 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -27,11 +28,13 @@ from nbl_export.export.grouped import group_queries
 from nbl_export.export.lm_head import add_num_logits_input
 from nbl_export.export.skip_norms import fuse_norms
 from nbl_export.export.stand_ins import StandIns
+from nbl_export.export.time_limit import seconds_for, seconds_to_write, time_limit
 from nbl_export.graph.io import save_graph
 from nbl_export.graph.operators import int_attribute
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.layers import layer_count, positions
 from nbl_export.models.load import quiet
+from nbl_export.models.partial_forward import one_of_each_kind
 from nbl_export.models.stand_ins import standing_in
 from nbl_export.models.weights import resident
 from nbl_export.progress import Listener, Silent, Task
@@ -71,11 +74,14 @@ def _traced(model: torch.nn.Module, form: Form, task: Task, stand_ins: StandIns)
     try:
         dummy_run(model)  # of the original model, before its functions are replaced
         decoder = form.module(model)
+        name, begun = type(model).__name__, time.monotonic()
         with quiet(), exportable(model, decoder.mask), torch.no_grad():
-            program = form.capture(decoder)
+            with time_limit(seconds_for(layer_count(model)), name):
+                program = form.capture(decoder)
             used = _used_weights(program)
             task.advance(1)
-            exported = torch.onnx.export(program, dynamo=True, opset_version=CONCAT.opset, verbose=False)
+            with time_limit(seconds_to_write(time.monotonic() - begun), name):
+                exported = torch.onnx.export(program, dynamo=True, opset_version=CONCAT.opset, verbose=False)
     except NblError:
         raise
     except Exception as error:
@@ -99,23 +105,42 @@ def _used_weights(program: torch.export.ExportedProgram) -> set[str]:
     return {named[node.name].removeprefix("model.") for node in read if node.name in named}
 
 
-def check_traces(
-    model: torch.nn.Module,
-    form: Form,
-    refusal: str = "torch.export cannot trace {name} ({reason}): this architecture is not supported yet.",
-) -> None:
-    """Raise :class:`InputError` unless torch can trace ``model`` in ``form``; this takes half the time of an export.
+def check_traces(model: torch.nn.Module, form: Form) -> None:
+    """Raise :class:`InputError` unless torch can trace ``model`` in ``form``, for texts of every length.
 
-    ``refusal`` is the message, a template with the model's ``name`` and torch's ``reason``.
+    One block of each kind is traced, without the numbers of its weights, so that this takes seconds for every model.
     """
+    name = type(model).__name__
     try:
+        dummy_run(model)
         decoder = form.module(model)
-        with quiet(), standing_in(model), exportable(model, decoder.mask), torch.no_grad():
+        with (
+            quiet(),
+            standing_in(model),
+            one_of_each_kind(model) as blocks,
+            time_limit(seconds_for(blocks), name),
+            exportable(model, decoder.mask),
+            torch.no_grad(),
+        ):
             form.capture(decoder)
+    except NblError:
+        raise
     except Exception as error:
-        first = str(error).strip().splitlines() or [type(error).__name__]
-        reason = first[0][:200].rstrip(".")
-        raise InputError(refusal.format(name=type(model).__name__, reason=reason)) from error
+        raise InputError(f"{name} {_why_not(error)}: this architecture is not supported yet.") from error
+
+
+def _why_not(error: Exception) -> str:
+    """What torch says of a model that it cannot trace, in our words where it is known."""
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    kind = type(error).__name__
+    if kind.startswith("GuardOnDataDependent"):
+        return (
+            "goes by numbers that it computes from a text (which experts its tokens go to, or how long its longest row "
+            "is), and a graph goes one way for all texts"
+        )
+    if "Constraints violated" in first:
+        return "takes a step for each token of a text, and a graph has the same steps for all texts"
+    return f"cannot be traced for texts of any length ({first[:200].rstrip('.')})"
 
 
 def tidy(model: ir.Model, form: Form, layers: int, stand_ins: StandIns | None = None) -> ir.Model:

@@ -12,7 +12,7 @@ A model that is larger than memory is trained through block by block, too: :func
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -77,15 +77,57 @@ def starting_at(model: torch.nn.Module, index: int, states: torch.Tensor) -> Ite
 @contextmanager
 def skipped(model: torch.nn.Module, count: int) -> Iterator[None]:
     """Within the block, the first ``count`` blocks of ``model`` return their input."""
+    with _without(model, range(count)):
+        yield
+
+
+@contextmanager
+def one_of_each_kind(model: torch.nn.Module) -> Iterator[int]:
+    """Within the block, ``model`` has the first block of each kind, and the others return their input.
+
+    The value is the number of those that are left. Blocks of a kind have the same modules of the same sizes with the
+    same settings, but for their own number, as ``layer_idx``. Where blocks take more from each other than the states,
+    all are left.
+    """
+    stack: Any = block_stack(model)[1]
+    settings = [_settings(block) for block in stack]
+    keys = {key for own in settings for key in own}
+    numbers = {key for key in keys if all(own.get(key, i) == i for i, own in enumerate(settings))}
+    types = getattr(model.config.get_text_config(), "layer_types", None) or []  # type: ignore[operator, union-attr]
+    first: dict[Any, int] = {}
+    for index, (block, own) in enumerate(zip(stack, settings, strict=True)):
+        kind = [(key, repr(value)) for key, value in sorted(own.items()) if key not in numbers]
+        sizes = [(name, weight.shape) for name, weight in block.named_parameters()]
+        modules = [(name, type(module)) for name, module in block.named_modules()]
+        declared = types[index] if index < len(types) else None
+        first.setdefault((declared, tuple(kind), tuple(sizes), tuple(modules)), index)
+    left = set(first.values()) if dummy_run(model).separate else set(range(len(stack)))
+    with _without(model, [index for index in range(len(stack)) if index not in left]):
+        yield len(left)
+
+
+def _settings(block: torch.nn.Module) -> dict[tuple[str, str], Any]:
+    """The plain values of a block's modules, by the module's name and theirs."""
+    simple = bool | int | float | str | tuple | None
+    return {
+        (name, key): value
+        for name, module in block.named_modules()
+        for key, value in plain_attributes(module).items()
+        if isinstance(value, simple)
+    }
+
+
+@contextmanager
+def _without(model: torch.nn.Module, indices: Iterable[int]) -> Iterator[None]:
     returns = dummy_run(model).block_returns
     stack: Any = block_stack(model)[1]
-    before = [stack[i] for i in range(count)]
+    before = {i: stack[i] for i in indices}
     try:
-        for i, block in enumerate(before):
+        for i, block in before.items():
             stack[i] = _SkippedBlock(block, returns[i])
         yield
     finally:
-        for i, block in enumerate(before):
+        for i, block in before.items():
             stack[i] = block
 
 

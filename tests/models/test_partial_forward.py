@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,12 @@ import torch
 
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.layers import attention_layers, block_stack, hidden_size
-from nbl_export.models.partial_forward import recomputed, recording_inputs, starting_at
+from nbl_export.models.partial_forward import (
+    one_of_each_kind,
+    recomputed,
+    recording_inputs,
+    starting_at,
+)
 from tests.families import unsaved
 from tests.tiny_types import tiny_model
 
@@ -199,3 +205,44 @@ def test_blocks_that_share_more_than_states_are_not_computed_again() -> None:
         )
     with recomputed(model, 0):
         assert list(block_stack(model)[1].children()) == blocks
+
+
+KINDS = {
+    "llama": [0],
+    "gpt_oss": [0, 1],  # a window, and none
+    "gpt_neo": [0, 1],
+    "lfm2": [0, 1],  # a convolution, and attention
+    "deepseek_v2": [0, 2],  # an MLP, and experts
+    "smollm3": [0, 3],  # with and without rotary embedding
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_one_block_of_each_kind_is_left(name: str) -> None:
+    model = made(name) if name != "smollm3" else unsaved(name).eval()
+    dummy_run(model)
+    stack: Any = block_stack(model)[1]
+    before, whole = list(stack), run(model)
+    with one_of_each_kind(model) as count:
+        assert [i for i, block in enumerate(stack) if block is before[i]] == KINDS[name]
+        assert count == len(KINDS[name])
+        assert not torch.equal(run(model), whole)
+    assert list(stack) == before and torch.equal(run(model), whole)
+
+
+def test_blocks_that_differ_in_a_size_or_a_setting_are_of_two_kinds() -> None:
+    model = tiny_model("llama")
+    dummy_run(model)
+    stack: Any = block_stack(model)[1]
+    stack[2].mlp.down_proj = torch.nn.Linear(48, 40)
+    stack[3].self_attn.scaling = 0.5
+    with one_of_each_kind(model) as count:
+        assert count == 3
+
+
+def test_all_blocks_that_share_more_than_states_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    facts = replace(dummy_run(model), separate=False)
+    monkeypatch.setattr("nbl_export.models.partial_forward.dummy_run", lambda _: facts)
+    with one_of_each_kind(model) as count:
+        assert count == 4
