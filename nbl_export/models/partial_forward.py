@@ -108,7 +108,7 @@ def one_of_each_kind(model: torch.nn.Module) -> Iterator[int]:
 
 def _settings(block: torch.nn.Module) -> dict[tuple[str, str], Any]:
     """The plain values of a block's modules, by the module's name and theirs."""
-    simple = bool | int | float | str | tuple | None
+    simple = bool | int | float | str | tuple | None  # type: ignore[type-arg]
     return {
         (name, key): value
         for name, module in block.named_modules()
