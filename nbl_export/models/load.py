@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import io
-import logging
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -18,6 +15,8 @@ from nbl_export.files import parse_json
 from nbl_export.models.compat import enable_softcapping, is_transformers_4, neutral_folder, readable_folder
 from nbl_export.models.limits import check_built, weights_of
 from nbl_export.models.merged import Merged, put_off
+from nbl_export.models.multimodal import as_decoder, text_only
+from nbl_export.models.quiet import quiet as quiet
 from nbl_export.models.source import ModelSource, check_config
 from nbl_export.models.stored import gguf_readers, same_weights, stored_tensors
 from nbl_export.models.tasks import task_named
@@ -39,28 +38,6 @@ if TYPE_CHECKING:
     import torch
 
 PREPROCESSOR = "preprocessor_config.json"
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Suppress progress bars, warnings and log lines of the libraries within the block."""
-    from transformers.utils import logging as hf_logging
-
-    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    disabled = logging.root.manager.disable
-    logging.disable(max(disabled, logging.WARNING))
-    try:
-        # Some progress bars cannot be disabled; they write to sys.stderr.
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
-        hf_logging.set_verbosity(level)
-        if bars:
-            hf_logging.enable_progress_bar()
 
 
 @contextmanager
@@ -150,12 +127,11 @@ def _from_gguf(source: ModelSource, path: str, options: dict[str, Any]) -> Store
 
 def _from_files(source: ModelSource, path: str, options: dict[str, Any]) -> tuple[Any, set[str]]:
     """The model by transformers' own loading, and the tensors of its files that it does not use."""
-    import transformers
 
     task = task_named(source.task)
     with _reading(source):
-        model, info = getattr(transformers, task.loads).from_pretrained(
-            path, output_loading_info=True, trust_remote_code=source.trust_remote_code, **options
+        model, info = _class(source).from_pretrained(
+            path, output_loading_info=True, **_trusted(source), **options
         )
     missing = sorted(info["missing_keys"])
     if not task.causal and missing and all(key.startswith("pooler.") for key in missing):
@@ -168,6 +144,28 @@ def _from_files(source: ModelSource, path: str, options: dict[str, Any]) -> tupl
     return model, set(info["unexpected_keys"])
 
 
+def _class(source: ModelSource) -> Any:
+    """What loads the model: the class of its task, or that of a multimodal model without its towers."""
+    import transformers
+
+    if source.wrapper:
+        return text_only(source.wrapper)
+    return getattr(transformers, task_named(source.task).loads)
+
+
+def _from_config(source: ModelSource, config: Any, **options: Any) -> Any:
+    kind = _class(source)
+    return (
+        kind._from_config(config, **options)
+        if source.wrapper
+        else kind.from_config(config, **_trusted(source), **options)
+    )
+
+
+def _trusted(source: ModelSource) -> dict[str, bool]:
+    return {} if source.wrapper else {"trust_remote_code": source.trust_remote_code}
+
+
 def _in_memory(source: ModelSource, model: Any) -> Stored:
     for name, weight in model.named_parameters():
         check_finite(source.source, name, weight)
@@ -175,6 +173,17 @@ def _in_memory(source: ModelSource, model: Any) -> Stored:
 
 
 def _finished(source: ModelSource, model: Any, read: Mapping[str, Read], computed: bool = False) -> Stored:
+    if source.wrapper:
+        before = by_identity(model)
+        model = as_decoder(model)
+        after = by_identity(model)
+        read = {
+            new: read[n]
+            for k, (_, names) in before.items()
+            for n in names
+            if n in read
+            for new in after[k][1]
+        }
     model.config.name_or_path = source.path
     # A dequantized model is an ordinary model, but this attribute would prevent saving it.
     if hasattr(model.config, "quantization_config"):
@@ -206,14 +215,11 @@ def _skeleton(source: ModelSource, path: str, options: dict[str, Any]) -> Any:
     import transformers
     from accelerate import init_empty_weights
 
-    trust = {"trust_remote_code": source.trust_remote_code}
-    config = transformers.AutoConfig.from_pretrained(path, **trust, **options)
+    config = transformers.AutoConfig.from_pretrained(path, **_trusted(source), **options)
     if options:
         check_config(source.source, config.to_dict())
     with init_empty_weights(include_buffers=False):
-        model = getattr(transformers, task_named(source.task).loads).from_config(
-            config, dtype=torch.float32, **trust
-        )
+        model = _from_config(source, config, dtype=torch.float32)
     model.tie_weights()
     return model
 
@@ -223,11 +229,10 @@ def _check_size(source: ModelSource, path: str) -> None:
     import torch
     import transformers
 
-    trust = {"trust_remote_code": source.trust_remote_code}
     try:
-        config = transformers.AutoConfig.from_pretrained(path, **trust)
+        config = transformers.AutoConfig.from_pretrained(path, **_trusted(source))
         with torch.device("meta"):
-            model = getattr(transformers, task_named(source.task).loads).from_config(config, **trust)
+            model = _from_config(source, config)
     except Exception:  # loading it says why; what cannot be built on this device is loaded as before
         return
     check_built(source.source, model, weights_of(Path(source.path)))

@@ -30,7 +30,7 @@ from nbl_export.files import (
 from nbl_export.models.config_keys import QUANTIZED, check_beside, check_keys, quantized_by
 from nbl_export.models.limits import check_folder, check_gguf, weight_files
 from nbl_export.models.pooling import find_pooling
-from nbl_export.models.tasks import FEATURES, GENERATION, Task, heads, reads, task_named, task_of
+from nbl_export.models.tasks import FEATURES, GENERATION, Task, heads, nests, reads, task_named, task_of
 from nbl_export.records import from_json
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
@@ -47,7 +47,8 @@ class ModelIdentity:
 
     ``gguf_file`` is the name of a GGUF file; ``fingerprint`` a SHA-256 over the configuration and every weight
     file. ``task`` is a row of ``tasks.toml``, ``reads`` its main input. ``trust_remote_code`` says that the model's own
-    code was allowed to run.
+    code was allowed to run. ``wrapper`` is the class of a multimodal model, of which the language model alone is used,
+    and ``towers`` are the parts that are left out; both are empty for any other model.
     """
 
     source: str
@@ -57,6 +58,8 @@ class ModelIdentity:
     trust_remote_code: bool = False
     task: str = GENERATION
     reads: str = TOKENS
+    wrapper: str = ""
+    towers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,8 @@ class _Recorded:
     reads: str = TOKENS
     model: str = ""
     sidecars: str = ""
+    wrapper: str = ""
+    towers: tuple[str, ...] = ()
 
 
 def same_model(
@@ -234,6 +239,7 @@ def _from_folder(
             "`save_pretrained` of transformers."
         )
     check_folder(source, path, config)
+    wrapper, towers = _wrapper(source, config, task)
     fingerprint = _fingerprint(path, weights, config, digests)
     loaded, sidecars = _other_files(path, digests)
     return ModelSource(
@@ -244,10 +250,22 @@ def _from_folder(
         trust,
         task.name,
         reads(task, config),
+        wrapper,
+        towers,
         path=str(path.resolve()),
         model=sha256_of_json([fingerprint, loaded]),
         sidecars=sha256_of_json(sidecars),
     )
+
+
+def _wrapper(source: str, config: dict[str, Any], task: Task) -> tuple[str, tuple[str, ...]]:
+    """The class of a multimodal model and its towers; nothing for any other, and for one that comes with its code."""
+    architectures = config.get("architectures") or []
+    if not (task.causal and architectures and nests(config)) or "auto_map" in config:
+        return "", ()
+    from nbl_export.models.multimodal import find_wrapper
+
+    return find_wrapper(source, config, architectures[0])
 
 
 def _other_files(folder: Path, digests: Digests) -> tuple[dict[str, str], dict[str, str]]:
@@ -280,6 +298,8 @@ def check_config(source: str, config: dict[str, Any]) -> Task:
             f"{source}: config.json cannot be read (architectures is {architectures!r}): download the model again."
         )
     task = task_of(architectures)
+    if task is None and nests(config) and "auto_map" not in config:
+        task = task_named(GENERATION)  # unless its structure says otherwise
     if task is None:
         raise InputError(
             f"{source} is for a task that is not supported (architecture {', '.join(architectures)}): supported are "

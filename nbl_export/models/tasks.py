@@ -59,6 +59,14 @@ def reads(task: Task, config: Mapping[str, Any]) -> str:
     return PIXELS if any(key in config for key in _OF_IMAGES) else TOKENS
 
 
+def nests(config: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` has the configurations of other models in it, as a multimodal model's has."""
+    return any(
+        key.endswith("_config") and isinstance(value, Mapping) and "model_type" in value
+        for key, value in config.items()
+    )
+
+
 def heads() -> str:
     """The endings of all supported class names, for a message."""
     return ", ".join(f"…{ending}" for task in _rows().values() for ending in task.architectures)

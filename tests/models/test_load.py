@@ -1,14 +1,10 @@
-"""Loading: what is refused although it looked right, in which precision a model comes, and who stays quiet."""
+"""Loading: what is refused although it looked right, in which precision a model comes."""
 
 from __future__ import annotations
 
 import json
-import logging
 import re
 import struct
-import sys
-import warnings
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nbl_export.errors import InputError
-from nbl_export.models.load import fast_dtype, in_precision, load_model, load_tokenizer, quiet
+from nbl_export.models.load import fast_dtype, in_precision, load_model, load_tokenizer
 from nbl_export.models.source import find_model
 from nbl_export.models.weights import dtype_of, resident
 from tests.models.spoiled import edit_config, one_sentence
@@ -169,29 +165,6 @@ def test_a_half_precision_model_is_loaded_in_float32(folder: Path) -> None:
     with resident(model):
         assert model.state_dict()[name].dtype == torch.float32
         assert torch.equal(model.state_dict()[name], weights[name].float())
-
-
-# quietly -----------------------------------------------------------------------------------------
-
-
-def test_libraries_stay_quiet_for_a_block_and_speak_again(capsys: pytest.CaptureFixture[str]) -> None:
-    from transformers.utils import logging as theirs
-
-    level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
-    logger = logging.getLogger("of.a.library")
-    for error in (None, ZeroDivisionError):
-        with suppress(ZeroDivisionError), quiet():
-            assert theirs.get_verbosity() == theirs.ERROR and not theirs.is_progress_bar_enabled()
-            assert not logger.isEnabledFor(logging.WARNING) and logger.isEnabledFor(logging.ERROR)
-            print("a bar that knows no switch", file=sys.stderr)
-            warnings.warn("a warning", stacklevel=1)
-            if error:
-                raise error
-        assert (theirs.get_verbosity(), theirs.is_progress_bar_enabled()) == (level, bars)
-        assert logger.isEnabledFor(logging.WARNING)
-    assert capsys.readouterr().err == ""
-    with pytest.warns(UserWarning, match="a warning"):
-        warnings.warn("a warning", stacklevel=1)
 
 
 # precision ---------------------------------------------------------------------------------------

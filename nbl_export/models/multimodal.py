@@ -1,0 +1,363 @@
+"""The language model inside a multimodal checkpoint, found by structure; its other towers are left to the user.
+
+A *wrapper* is a model of which the configuration has the configurations of other models in it: a language model's,
+and those of towers that turn images or sound into embeddings.
+
+    vision tower ─► projector ─┐
+    input_ids ─► embedding ────┴─► language model ─► head ─► logits
+
+For text nothing runs but the language model and the head. So a wrapper is built without the rest, of which no weight is
+read (:func:`text_only`), and is handed on as a decoder (:func:`as_decoder`): the language model by its own code, and
+the head by the wrapper's, which may scale or cap the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from nbl_export.errors import InputError
+from nbl_export.models.compat import cache_argument, is_transformers_4
+from nbl_export.models.config_keys import without_choices
+from nbl_export.models.layers import accepted_arguments
+from nbl_export.models.quiet import quiet
+
+_LEFT_OUT = "_nbl_export_left_out"
+
+
+def find_wrapper(source: str, config: Mapping[str, Any], architecture: str) -> tuple[str, tuple[str, ...]]:
+    """The class of a wrapper, and its modules that are not its language model; it is built without memory.
+
+    Raises :class:`InputError` for a wrapper without a language model that could be exported.
+    """
+    if is_transformers_4():
+        raise InputError(
+            f"{source} is a multimodal model ({architecture}), whose language model is found with transformers 5 only: "
+            "pip install 'transformers>=5'."
+        )
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        with quiet(), torch.device("meta"):
+            read = CONFIG_MAPPING[config["model_type"]].from_dict(without_choices(config))
+            name = _class_of(read, architecture)
+            model = text_only(name)._from_config(read)
+    except InputError:
+        raise
+    except Exception as error:  # transformers raises almost anything for a configuration that it cannot read
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")[:300]
+        raise InputError(f"transformers cannot build {source} ({architecture}): {reason}.") from error
+    found: tuple[str, ...] = getattr(model, _LEFT_OUT)
+    _check_head(as_decoder(model))
+    return name, found
+
+
+def _class_of(config: Any, architecture: str) -> str:
+    """The class called ``architecture`` if it has such a configuration, else the one that transformers has for it."""
+    import transformers
+    from transformers.models.auto import modeling_auto as auto
+
+    if getattr(getattr(transformers, architecture, None), "config_class", None) is type(config):
+        return architecture
+    for mapping in (auto.MODEL_FOR_MULTIMODAL_LM_MAPPING, auto.MODEL_FOR_CAUSAL_LM_MAPPING):
+        found = mapping.get(type(config), None)
+        if found is not None:
+            return str(found.__name__)
+    return architecture
+
+
+def _check_head(decoder: Any) -> None:
+    """Refuse a wrapper of which the head needs more than states; nothing is computed, as it is without memory."""
+    if not isinstance(decoder, TextDecoder):
+        return
+    width = decoder.get_input_embeddings().weight.shape[1]
+    try:
+        with torch.device("meta"):
+            decoder.logits_of(torch.zeros(1, 2, width))
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")[:200]
+        raise InputError(
+            f"The head of {type(decoder).__name__} needs more than the states of its language model ({reason}): it is "
+            "not supported."
+        ) from error
+
+
+def text_only(architecture: str) -> Any:
+    """The class ``architecture`` of transformers, of which a model has nothing but its language model and its head.
+
+    It has the same name, by which transformers finds how the tensors of a checkpoint are called.
+    """
+    import transformers
+
+    whole = getattr(transformers, architecture, None)
+    if not isinstance(whole, type) or not issubclass(whole, transformers.PreTrainedModel):
+        raise InputError(
+            f"The class {architecture} is not in this version of transformers: install a later one."
+        )
+
+    begin = vars(whole)["__init__"]
+
+    def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        with without_timm():
+            begin(self, config, *args, **kwargs)
+        setattr(self, _LEFT_OUT, _leave_out(self))
+
+    return type(architecture, (whole,), {"__init__": build, "__module__": whole.__module__})
+
+
+class _Nothing(torch.nn.Module):
+    """Stands for a tower of another library, which is not needed, and whose code may fetch what it is told to."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+
+@contextmanager
+def without_timm() -> Iterator[None]:
+    from transformers import MODEL_MAPPING, AutoModel
+
+    plain = AutoModel.__dict__["from_config"]
+
+    def from_config(config: Any, **options: Any) -> Any:
+        kind = MODEL_MAPPING.get(type(config), None)
+        if getattr(kind, "__name__", "").startswith("Timm"):
+            return _Nothing(config)
+        return plain.__get__(None, AutoModel)(config, **options)
+
+    AutoModel.from_config = staticmethod(from_config)
+    try:
+        yield
+    finally:
+        AutoModel.from_config = plain
+
+
+# structure ---------------------------------------------------------------------------------------
+
+
+def _head(model: Any) -> Any:
+    """The language-model head of ``model``; None if it has none."""
+    try:
+        return model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def _is_model(module: torch.nn.Module) -> bool:
+    from transformers import PreTrainedModel
+
+    return isinstance(module, PreTrainedModel)
+
+
+def _language_model(model: Any) -> tuple[str, str]:
+    """The paths of the language model in ``model``, and of the model that has its head; both may be the same.
+
+    The language model is the first that has the text's configuration; if that is the whole model's own, its body.
+    """
+    text = model.config.get_text_config(decoder=True)
+    path = next((n for n, m in model.named_modules() if _is_model(m) and type(m.config) is type(text)), None)
+    owners = [] if path is None else [p for p in _above(path) if _is_model(model.get_submodule(p))]
+    owner = next((p for p in owners if _head(model.get_submodule(p)) is not None), None)
+    if path is None or owner is None:
+        name = type(model).__name__
+        raise InputError(
+            f"{name} has no language model with a head that gives logits: there is no decoder in it."
+        )
+    if path == "" and owner == "":
+        path = next((n for n, m in model.named_modules() if n and m is model.base_model), "")
+        if not path:
+            raise InputError(f"{type(model).__name__} has its blocks beside its head: it is not supported.")
+    return path, owner
+
+
+def _above(path: str) -> list[str]:
+    """``path`` and the paths of the modules that it is in, from the innermost."""
+    parts = path.split(".") if path else []
+    return [".".join(parts[:count]) for count in range(len(parts), -1, -1)]
+
+
+def _leave_out(model: Any) -> tuple[str, ...]:
+    """Remove from ``model`` what is neither its language model nor its head; returns the names of what is removed."""
+    path, owner = _language_model(model)
+    found: list[str] = []
+    kept = {path}
+    if path != owner:
+        head = _head(model.get_submodule(owner))
+        kept |= {name for name, module in model.named_modules() if module is head}
+    ancestors = {above for name in kept for above in _above(name)[1:]}
+
+    def visit(prefix: str) -> None:
+        module = model.get_submodule(prefix)
+        for name, child in list(module.named_children()):
+            inner = f"{prefix}.{name}" if prefix else name
+            if inner in ancestors and inner not in kept:
+                visit(inner)
+            elif inner not in kept and _has_weights(child):
+                module._modules[name] = None
+                found.append(inner)
+
+    visit("")
+    body = model.get_submodule(path)
+    # A model with one configuration for everything has its towers among the parts of its body.
+    for name, child in list(body.named_children()) if type(body.config) is type(model.config) else ():
+        if any(_is_model(inner) for inner in child.modules()):
+            body._modules[name] = None
+            found.append(f"{path}.{name}")
+    there = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    tied = getattr(model, "all_tied_weights_keys", {})
+    model.all_tied_weights_keys = {a: b for a, b in tied.items() if a in there and b in there}
+    return tuple(found)
+
+
+def _has_weights(module: torch.nn.Module) -> bool:
+    return isinstance(module, _Nothing) or _is_model(module) or next(module.parameters(), None) is not None
+
+
+# the decoder --------------------------------------------------------------------------------------
+
+
+class _Given(torch.nn.Module):
+    """Stands for the body of a wrapper while that runs its head: gives the states that it is given."""
+
+    def forward(self, *_args: Any, inputs_embeds: torch.Tensor, **_options: Any) -> Any:
+        return _States((inputs_embeds,))
+
+
+class _States(tuple):  # type: ignore[type-arg]
+    """What a body returns: the states, and nothing that comes from images or sound."""
+
+    @property
+    def last_hidden_state(self) -> torch.Tensor:
+        states: torch.Tensor = self[0]
+        return states
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+class _Embedded(torch.nn.Module):
+    """A body that would put images among the embeddings of its tokens, for text alone."""
+
+    def __init__(self, body: Any) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+    ) -> Any:
+        embedded = self.body.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        return self.body(
+            inputs_embeds=embedded,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=use_cache,
+            **{cache_argument(self.body): cache},
+        )
+
+
+class TextDecoder(torch.nn.Module):
+    """The language model of a wrapper with its head, as a decoder of transformers is used."""
+
+    main_input_name = "input_ids"
+
+    def __init__(
+        self, language_model: Any, body: torch.nn.Module, head: Any, output: torch.nn.Module
+    ) -> None:
+        super().__init__()
+        self.model = body
+        self.head = head
+        self.config = language_model.config
+        self._inner, self._output = (
+            next(name for name, found in self.named_modules() if found is module)
+            for module in (language_model, output)
+        )
+
+    @property
+    def base_model(self) -> torch.nn.Module:
+        return self.model
+
+    @property
+    def language_model(self) -> Any:
+        return self.get_submodule(self._inner)
+
+    @property
+    def _supports_attention_backend(self) -> bool:
+        return bool(getattr(self.language_model, "_supports_attention_backend", False))
+
+    def get_input_embeddings(self) -> Any:
+        return self.language_model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> Any:
+        return self.get_submodule(self._output)
+
+    def set_attn_implementation(self, name: Any) -> None:
+        self.language_model.set_attn_implementation(name)
+
+    def _can_set_experts_implementation(self) -> bool:
+        return bool(getattr(self.language_model, "_can_set_experts_implementation", lambda: False)())
+
+    def set_experts_implementation(self, name: Any) -> None:
+        self.language_model.set_experts_implementation(name)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+    ) -> Any:
+        from transformers.modeling_outputs import ModelOutput
+
+        given = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
+        found = self.model(
+            **given,
+            attention_mask=attention_mask,
+            use_cache=use_cache,
+            **accepted_arguments(self.model, position_ids=position_ids),
+            **{cache_argument(self.model): cache},
+        )
+        logits = self.logits_of(found[0], logits_to_keep)
+        return ModelOutput(logits=logits, cache=found.get(cache_argument(self.model)))
+
+    def logits_of(self, states: torch.Tensor, logits_to_keep: int = 0) -> torch.Tensor:
+        """The logits of the last ``logits_to_keep`` ``states``, or of all."""
+        kept = accepted_arguments(self.head, logits_to_keep=logits_to_keep, use_cache=False)
+        logits: torch.Tensor = self.head(inputs_embeds=states, **kept).logits
+        return logits
+
+
+def as_decoder(model: Any) -> Any:
+    """The decoder in a model that was built by :func:`text_only`, which is used up."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    path, owner_path = _language_model(model)
+    inner, owner = model.get_submodule(path), model.get_submodule(owner_path)
+    generation = getattr(model, "generation_config", None)
+    if path == owner_path:  # it has a head of its own
+        decoder = inner
+    else:
+        # The whole body of the wrapper gives way, of which the language model may be a part.
+        first = path.removeprefix(f"{owner_path}.").split(".")[0]
+        body = _Embedded(inner) if type(inner.config) is type(model.config) else inner
+        output = _head(owner)
+        owner._modules[first] = _Given()
+        kind = type(type(model).__name__, (TextDecoder,), {})
+        decoder = kind(inner, body, owner, output)
+    if generation is not None:
+        decoder.generation_config = generation
+    plain = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(decoder.config), None)
+    decoder.config.architectures = [plain.__name__] if plain is not None else None
+    return decoder

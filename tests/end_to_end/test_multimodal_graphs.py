@@ -1,0 +1,52 @@
+"""Graphs of the language models inside multimodal checkpoints, unmodified and rewritten, against PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nbl_export.export.form_check import check_form
+from nbl_export.export.forms import FORMS
+from nbl_export.export.half import save_in_precision
+from nbl_export.export.torch import export_torch
+from nbl_export.graph.io import load_graph
+from nbl_export.graph.precision import precision_of
+from nbl_export.rewrite.replace import rewrite_file
+from tests.end_to_end.matrix import CHOSEN, ROWS, parity
+from tests.exporters import GRAPH
+from tests.families import LAYERS, Calibrated
+from tests.multimodal import SERVED
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        *((name, "concat") for name in SERVED),
+        ("qwen2.5-vl", "static"),
+        ("llama4", "static"),
+        ("llava", "none"),
+    ],
+)
+def test_graph(name: str, form: str, wrapper: Callable[[str], Calibrated], tmp_path: Path) -> None:
+    """Ragged prefill and decode, one linear layer and half of them; in half precision half of them."""
+    case = wrapper(name)
+    check_form(case.model, FORMS[form])
+    source = tmp_path / GRAPH
+    export_torch(case.model, source, form=FORMS[form])
+    for k in ("one", "half"):
+        plan = case.plan(CHOSEN[k])
+        result = rewrite_file(source, plan, tmp_path / k / GRAPH)
+        if form != "none":
+            assert (result.before.kv_pairs, result.after.kv_pairs) == (LAYERS, LAYERS - len(plan.chosen))
+        assert parity(case.model, plan, tmp_path / k / GRAPH).failures() == []
+    for precision in ("fp16", "bf16") if (name, form) == ("gemma3", "concat") else ():
+        half = tmp_path / precision / GRAPH
+        half.parent.mkdir()
+        save_in_precision(load_graph(source), half, precision_of(precision), ROWS)
+        rewrite_file(half, plan, half.parent / "half.onnx")
+        assert (
+            parity(case.model, plan, half.parent / "half.onnx", precision_of(precision).gates).failures()
+            == []
+        )
