@@ -69,6 +69,14 @@ def _broadcast_mask(
     return visible if attention_mask is None else visible & attention_mask[:, None, None, :]
 
 
+def with_head(model: Any) -> str | None:
+    """The class of transformers for ``model`` with a language-model head; None if there is none."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
+    return None if found is None else str(found.__name__)
+
+
 # files --------------------------------------------------------------------------------------------
 
 CONFIG, TOKENIZER, SPECIAL = "config.json", "tokenizer_config.json", "special_tokens_map.json"

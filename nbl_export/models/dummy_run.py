@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from nbl_export.batch.names import PIXELS, TOKENS
 from nbl_export.errors import InputError
-from nbl_export.models.compat import cache_argument
+from nbl_export.models.compat import cache_argument, with_head
 from nbl_export.models.layers import (
     accepted_arguments,
     attention_layers,
@@ -127,9 +127,10 @@ def check_supported(model: torch.nn.Module, cached: bool = True, task: Task | No
 def _check_encoder(model: torch.nn.Module, facts: DummyRun, task: Task) -> None:
     name = type(model).__name__
     if facts.causal:
+        whole = with_head(model)
         raise InputError(
-            f"{name} is a decoder without its language-model head: only decoders with it are supported, saved as "
-            f"{name.removesuffix('Model')}ForCausalLM."
+            f"{name} is a decoder without its language-model head: only decoders with it are supported"
+            f"{f', saved as {whole}' if whole else ''}."
         )
     if not facts.linear_output:
         raise InputError(
@@ -221,7 +222,9 @@ def _run(model: torch.nn.Module) -> DummyRun:
             raise
         except Exception as error:  # a model's own code may raise anything
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise InputError(f"{type(model).__name__} cannot be run: {first_line[:300]}.") from error
+            raise InputError(
+                f"{type(model).__name__} cannot be run: {first_line[:300].rstrip('.')}."
+            ) from error
     if silent := [layer.index for layer in layers if layer.index not in returns]:
         raise InputError(
             f"{type(model).__name__} does not run the attention of layer {silent[0]} as it is, but replaces it at run "

@@ -20,10 +20,11 @@ from typing import Any
 import torch
 
 from nbl_export.errors import InputError
-from nbl_export.models.compat import cache_argument, is_transformers_4
+from nbl_export.models.compat import cache_argument, is_transformers_4, with_head
 from nbl_export.models.config_keys import without_choices
 from nbl_export.models.layers import accepted_arguments
 from nbl_export.models.quiet import quiet
+from nbl_export.models.tasks import nested
 
 _LEFT_OUT = "_nbl_export_left_out"
 
@@ -67,6 +68,25 @@ def _class_of(config: Any, architecture: str) -> str:
         if found is not None:
             return str(found.__name__)
     return architecture
+
+
+def check_alone(source: str, config: Mapping[str, Any], architecture: str) -> None:
+    """Refuse what is saved without a head and is several models in one: none of them is *the* model."""
+    inner = nested(config)
+    if len(inner) < 2:
+        return
+    from transformers.models.auto import modeling_auto as auto
+
+    names = auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    whole = next((found for mapping in names if (found := mapping.get(str(config.get("model_type"))))), None)
+    if whole is not None:
+        raise InputError(
+            f"{source} is a multimodal model without its language-model head ({architecture}): save it with the head, "
+            f"as {whole}."
+        )
+    raise InputError(
+        f"{source} is several models in one ({architecture}: {', '.join(inner)}): save the one that you want alone."
+    )
 
 
 def _check_head(decoder: Any) -> None:
@@ -341,8 +361,6 @@ class TextDecoder(torch.nn.Module):
 
 def as_decoder(model: Any) -> Any:
     """The decoder in a model that was built by :func:`text_only`, which is used up."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
     path, owner_path = _language_model(model)
     inner, owner = model.get_submodule(path), model.get_submodule(owner_path)
     generation = getattr(model, "generation_config", None)
@@ -358,6 +376,6 @@ def as_decoder(model: Any) -> Any:
         decoder = kind(inner, body, owner, output)
     if generation is not None:
         decoder.generation_config = generation
-    plain = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(decoder.config), None)
-    decoder.config.architectures = [plain.__name__] if plain is not None else None
+    plain = with_head(decoder)
+    decoder.config.architectures = None if plain is None else [plain]
     return decoder

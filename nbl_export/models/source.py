@@ -261,10 +261,15 @@ def _from_folder(
 def _wrapper(source: str, config: dict[str, Any], task: Task) -> tuple[str, tuple[str, ...]]:
     """The class of a multimodal model and its towers; nothing for any other, and for one that comes with its code."""
     architectures = config.get("architectures") or []
-    if not (task.causal and architectures and nests(config)) or "auto_map" in config:
+    if not (architectures and nests(config)) or "auto_map" in config:
         return "", ()
-    from nbl_export.models.multimodal import find_wrapper
+    if not task.causal and task != task_named(FEATURES):
+        return "", ()
+    from nbl_export.models.multimodal import check_alone, find_wrapper
 
+    if not task.causal:
+        check_alone(source, config, architectures[0])
+        return "", ()
     return find_wrapper(source, config, architectures[0])
 
 

@@ -61,10 +61,16 @@ def reads(task: Task, config: Mapping[str, Any]) -> str:
 
 def nests(config: Mapping[str, Any]) -> bool:
     """Whether a ``config.json`` has the configurations of other models in it, as a multimodal model's has."""
-    return any(
-        key.endswith("_config") and isinstance(value, Mapping) and "model_type" in value
+    return bool(nested(config))
+
+
+def nested(config: Mapping[str, Any]) -> list[str]:
+    """The keys of a ``config.json`` that have the configurations of other models."""
+    return [
+        key
         for key, value in config.items()
-    )
+        if key.endswith("_config") and isinstance(value, Mapping) and "model_type" in value
+    ]
 
 
 def heads() -> str:

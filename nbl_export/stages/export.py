@@ -8,8 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nbl_export.errors import InputError
 from nbl_export.files import TEMPORARY, atomic_path, publish, write_json
 from nbl_export.graph.summary import ExportSummary
+from nbl_export.models.source import ModelSource
 from nbl_export.progress import Listener
 from nbl_export.records import to_json
 from nbl_export.settings import ExportSettings
@@ -43,6 +45,8 @@ def export(run: Run, settings: ExportSettings, there: bool = True) -> None:
 
     def work(listener: Listener) -> list[Path]:
         check_model(run, settings)
+        if note := left_out(run.model.source):
+            listener.note(note)
         check_export(ws, Shape.of(run.model.model), settings)
         exported = _export_torch if settings.exporter == "torch" else _export_elsewhere
         files, float32 = exported(run, settings, listener)
@@ -65,13 +69,25 @@ def check_exporter(settings: ExportSettings) -> None:
         find_optimum(settings.python)
 
 
+def left_out(source: ModelSource) -> str:
+    """What of a multimodal model is not exported, in one sentence; nothing for any other model."""
+    if not source.wrapper:
+        return ""
+    towers = ", ".join(source.towers) or "nothing else"
+    return f"{source.wrapper} is multimodal: its language model is exported; left to you are {towers}."
+
+
 def check_model(run: Run, settings: ExportSettings) -> None:
     """Refuse, before any work, a model that cannot be exported with these ``settings``."""
     from nbl_export.export.form_check import check_form
     from nbl_export.export.forms import FORMS
     from nbl_export.models.dummy_run import check_supported
 
-    task = run.model.task
+    task, source = run.model.task, run.model.source
+    if source.wrapper and settings.exporter != "torch":
+        raise InputError(
+            f"--exporter {settings.exporter} reads a multimodal model ({source.wrapper}) in its own way: leave it out."
+        )
     if settings.exporter == "torch" and task.causal:
         check_form(run.model.model, FORMS[str(settings.kv_cache)])
     else:

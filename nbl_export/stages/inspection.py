@@ -197,8 +197,13 @@ def _folder(path: Path) -> list[Table]:
             state = f"out of date: {stale}" if stale else f"damaged: {damaged}" if damaged else done
             rows.append((stage, state, f"{record.seconds:.1f}", _settings(record.settings)))
     proofs: tuple[ProofErrors, ...] = ()
+    inside = f", the language model of {info['wrapper']}" if info.get("wrapper") else ""
     tables = [
-        Table(f"{path}: {info.get('source', '?')}", ("stage", "state", "seconds", "settings"), tuple(rows))
+        Table(
+            f"{path}: {info.get('source', '?')}{inside}",
+            ("stage", "state", "seconds", "settings"),
+            tuple(rows),
+        )
     ]
     if workspace.record("rewrite") and workspace.rewrite_summary.exists():
         rewritten = rewrite_of(workspace)

@@ -5,6 +5,7 @@ What is held against: transformers' own wrapper with all its towers, and the sam
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from nbl_export.calibrate.collect import collect_moments
+from nbl_export.errors import InputError
+from nbl_export.models.source import find_model
+from nbl_export.models.weights import streams
+from nbl_export.stages.export import left_out
 from tests.families import VOCAB, Calibrated, attention_share
 from tests.fixtures_graph import load
-from tests.multimodal import SERVED, WRAPPERS, whole
+from tests.multimodal import SERVED, WRAPPERS, build, whole
 
 # Those that have a class for their text alone, which transformers' own wrapper need not have.
 PLAIN = [name for name in WRAPPERS if not name.startswith(("qwen", "glm", "phi4", "gemma3n"))]
@@ -63,3 +69,110 @@ def test_the_moments_are_those_of_the_plain_text_model(
     for index, layer in expected.layers.items():
         np.testing.assert_array_equal(case.moments.layers[index].xx, layer.xx)
         np.testing.assert_array_equal(case.moments.layers[index].yx, layer.yx)
+
+
+# what is not served ------------------------------------------------------------------------------
+
+_TINY = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
+_VISION = {**_TINY, "image_size": 28, "patch_size": 14}
+_FORMER = {**_TINY, "encoder_hidden_size": 32}
+_T5 = {
+    "model_type": "t5",
+    "vocab_size": 40,
+    "d_model": 32,
+    "d_ff": 32,
+    "num_layers": 1,
+    "num_heads": 2,
+    "d_kv": 16,
+}
+_ALIKE = {"text_config": _TINY, "vision_config": _VISION}
+REFUSED = {
+    "CLIPModel": (
+        "clip",
+        _ALIKE,
+        "is several models in one (CLIPModel: text_config, vision_config): save the one",
+    ),
+    "SiglipModel": ("siglip", _ALIKE, "is several models in one"),
+    "Gemma3Model": (
+        "gemma3",
+        {"vision_config": _VISION},
+        "with the head, as Gemma3ForConditionalGeneration.",
+    ),
+    "Blip2ForConditionalGeneration": (
+        "blip-2",
+        {"text_config": _T5, "vision_config": _VISION, "qformer_config": _FORMER, "num_query_tokens": 2},
+        "is an encoder-decoder model (blip-2)",
+    ),
+    "BlipForImageTextRetrieval": ("blip", _ALIKE, "has no language model with a head that gives logits"),
+    "WhisperForConditionalGeneration": (
+        "whisper",
+        {"vocab_size": 40},
+        "is an encoder-decoder model (whisper)",
+    ),
+    "SiglipForImageClassificationAndMore": ("siglip", _ALIKE, "is not in this version of transformers"),
+}
+
+
+@pytest.mark.parametrize("architecture", REFUSED)
+def test_a_wrapper_without_a_decoder_is_refused_before_its_weights_are_read(
+    architecture: str, tmp_path: Path
+) -> None:
+    model_type, fields, words = REFUSED[architecture]
+    config = AutoConfig.for_model(model_type, **fields)
+    config.architectures = [architecture]
+    config.save_pretrained(tmp_path)
+    # As many bytes as any of them needs; what they hold is never looked at.
+    save_file({f"x{i}": torch.zeros(1 << 18) for i in range(40)}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError) as caught:
+        find_model(str(tmp_path))
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_no_weight_of_a_tower_is_read(wrapper_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """A tower that is not even a number leaves the language model as it is; one that is missing, too."""
+    folder = wrapper_folder("gemma3")
+    shutil.copytree(folder, tmp_path / "broken")
+    shutil.copytree(folder, tmp_path / "without")
+    tensors = load_file(folder / "model.safetensors")
+    towers = [name for name in tensors if "vision_tower" in name or "projector" in name]
+    assert len(towers) > 20
+    rest = {name: tensor for name, tensor in tensors.items() if name not in towers}
+    nothing = {name: torch.full_like(tensors[name], float("nan")) for name in towers}
+    metadata = {"format": "pt"}
+    save_file({**rest, **nothing}, tmp_path / "broken" / "model.safetensors", metadata)
+    save_file(rest, tmp_path / "without" / "model.safetensors", metadata)
+    expected = load(folder).state_dict()
+    for name in ("broken", "without"):
+        found = load(tmp_path / name).state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen2.5-vl", "llama4"])
+def test_weights_in_bfloat16_are_mapped(name: str, tmp_path: Path) -> None:
+    """They are read block by block as those of any decoder, and are the wrapper's."""
+    folder = build(name, tmp_path / name, dtype=torch.bfloat16)
+    model = load(folder)
+    assert streams(model)
+    ids = torch.from_numpy(np.random.default_rng(5).integers(3, VOCAB - 10, (2, 24)))
+    rounded = own(name).bfloat16().float()
+    with torch.inference_mode():
+        expected, found = (m(input_ids=ids).logits for m in (rounded, model))
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-2)
+
+
+def test_what_is_left_out_is_said(wrapper_folder: Callable[[str], Path]) -> None:
+    source = find_model(str(wrapper_folder("llava")))
+    assert source.wrapper == "LlavaForConditionalGeneration"
+    assert source.towers == ("model.vision_tower", "model.multi_modal_projector")
+    assert left_out(source) == (
+        "LlavaForConditionalGeneration is multimodal: its language model is exported; left to you are "
+        "model.vision_tower, model.multi_modal_projector."
+    )
