@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from nbl_export.models.compat import growing_mask
+from nbl_export.models.row_positions import count_positions
 
 _NAME = "nbl_export"
 # Operators that `torch.export` cannot express are emitted in a private domain and renamed afterwards. Otherwise the
@@ -145,6 +146,7 @@ def exportable(
 
     ``attend`` is used instead of :func:`attention`.
     """
+    count_positions(model)
     with ExitStack() as undo:
         _use_attention(model, mask, attend, undo)
         _use_experts(model, undo)

@@ -24,11 +24,14 @@ if TYPE_CHECKING:
 
 # arguments ----------------------------------------------------------------------------------------
 
+CACHE_ARGUMENTS = ("cache", "past_key_values")  # the KV cache, today and before
+
 
 def cache_argument(model: torch.nn.Module) -> str:
     """The name of the KV cache argument of ``forward``: it was renamed within transformers 5."""
     parameters = inspect.signature(model.forward).parameters
-    return "cache" if "cache" in parameters else "past_key_values"
+    new, old = CACHE_ARGUMENTS
+    return new if new in parameters else old
 
 
 def query_length(query: Any) -> Any:

@@ -17,6 +17,7 @@ from nbl_export.models.limits import check_built, weights_of
 from nbl_export.models.merged import Merged, put_off
 from nbl_export.models.multimodal import as_decoder, text_only
 from nbl_export.models.quiet import quiet as quiet
+from nbl_export.models.row_positions import count_positions
 from nbl_export.models.source import ModelSource, check_config
 from nbl_export.models.stored import gguf_readers, same_weights, stored_tensors
 from nbl_export.models.tasks import task_named
@@ -190,6 +191,7 @@ def _finished(source: ModelSource, model: Any, read: Mapping[str, Read], compute
         del model.config.quantization_config
         model.hf_quantizer = None
     enable_softcapping(model)
+    count_positions(model)
     return Stored(model.eval().requires_grad_(False), read, source.source, computed)
 
 

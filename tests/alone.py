@@ -1,0 +1,76 @@
+"""What a graph computes for a batch of padded rows, next to what its model computes for each row alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nbl_export.batch.padding import left_padded, right_padded
+from nbl_export.export.forms import FORMS
+from nbl_export.export.torch import export_torch
+from tests.sessions import cpu_session
+
+
+def rows_of(*lengths: int, vocabulary: int = 260, seed: int = 0) -> list[np.ndarray[Any, Any]]:
+    generator = np.random.default_rng(seed)
+    return [generator.integers(3, vocabulary - 10, length) for length in lengths]
+
+
+def own_logits(model: Any, row: Any) -> np.ndarray[Any, Any]:
+    """The model's own logits [tokens, vocabulary] of ``row``: no batch, no padding, no cache."""
+    with torch.inference_mode():
+        logits: np.ndarray[Any, Any] = (
+            model(input_ids=torch.from_numpy(row)[None], use_cache=False).logits[0].numpy()
+        )
+        return logits
+
+
+def graph_logits(path: Path, form: str, rows: Sequence[Any], steps: int) -> list[np.ndarray[Any, Any]]:
+    """Each row's logits by the graph: a prefill of all rows, and their last ``steps`` tokens one by one."""
+    session = cpu_session(path)
+    run = lambda feeds: session.run(None, {n: np.asarray(a) for n, a in feeds.items()})  # noqa: E731
+    if form == "none":
+        ids, mask, positions = left_padded(list(rows))
+        logits = run({"input_ids": ids, "attention_mask": mask, "position_ids": positions})[0]
+        return [logits[i, -len(row) :] for i, row in enumerate(rows)]
+    first = [row[: len(row) - steps] for row in rows]
+    lengths, batch = np.array([len(row) for row in first]), len(rows)
+    slots = max(map(len, rows)) + 3 if form == "static" else 0
+    past: dict[str, Any] = {
+        i.name: np.zeros((batch, i.shape[1], slots, i.shape[3]), np.float32)
+        for i in session.get_inputs()
+        if i.name.startswith("past")
+    }
+    if form == "static":
+        ids, positions = right_padded(first)
+        feeds = {"input_ids": ids, "position_ids": positions, "write_indices": np.zeros(batch, np.int64)}
+    else:
+        ids, mask, positions = left_padded(first)
+        feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    logits, *present = run(feeds | past)
+    found = [[logits[i, :n] if form == "static" else logits[i, -n:]] for i, n in enumerate(lengths)]
+    for step in range(steps):
+        past = dict(zip(past, present, strict=True))
+        feeds = {"input_ids": np.array([[row[n + step]] for row, n in zip(rows, lengths, strict=True)])}
+        feeds["position_ids"] = lengths[:, None] + step
+        if form == "static":
+            feeds["write_indices"] = lengths + step
+        else:
+            mask = np.concatenate([mask, np.ones((batch, 1), np.int64)], axis=1)
+            feeds["attention_mask"] = mask
+        logits, *present = run(feeds | past)
+        for i in range(batch):
+            found[i].append(logits[i])
+    return [np.concatenate(parts) for parts in found]
+
+
+def furthest(model: Any, folder: Path, form: str, rows: Sequence[Any], steps: int) -> float:
+    """The largest difference of any logit of the exported graph from the model's own of that row alone."""
+    expected = [own_logits(model, row) for row in rows]  # before anything of ours touches the model
+    path = export_torch(model, folder / "model.onnx", form=FORMS[form])[0]
+    found = graph_logits(path, form, rows, steps)
+    return max(float(np.abs(f - e).max()) for f, e in zip(found, expected, strict=True))
