@@ -19,8 +19,9 @@ import torch
 
 from nbl_export.models.compat import CACHE_ARGUMENTS
 
-_POSITIONS = "position_ids"
-_READS = ("get_seq_length", "arange")
+_POSITIONS, _PLACES = "position_ids", "cache_position"
+# What the source of such attention says, of transformers 5 and of 4, which hands over the places themselves.
+_READS = (("get_seq_length", "arange"), (_PLACES, "floor"))
 # What may be computed of a position; all of it is elementwise.
 _OPERATORS = frozenset(
     ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "floordiv", "pow")
@@ -37,23 +38,23 @@ def count_positions(model: torch.nn.Module) -> None:
 
 
 @cache
-def _counts_places(kind: type[torch.nn.Module]) -> bool:
+def _counts_places(kind: Any) -> bool:
     if "attention" not in kind.__name__.lower():
         return False
     try:
         source = inspect.getsource(inspect.unwrap(kind.forward))
     except (OSError, TypeError):  # code without a file
         return False
-    return all(word in source for word in _READS)
+    return any(all(word in source for word in words) for words in _READS)
 
 
 def _with_positions(_block: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if not isinstance(kwargs.get(_POSITIONS), torch.Tensor):
         return None
+    if _PLACES in kwargs:
+        return args, {**kwargs, _PLACES: _Rows(kwargs[_POSITIONS])}
     name = next((name for name in CACHE_ARGUMENTS if name in kwargs), None)
-    if name is None:
-        return None
-    return args, {**kwargs, name: _Counting(kwargs[name], kwargs[_POSITIONS])}
+    return name and (args, {**kwargs, name: _Counting(kwargs[name], kwargs[_POSITIONS])})
 
 
 class _Counting:
