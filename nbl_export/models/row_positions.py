@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -31,13 +30,13 @@ _ELEMENTWISE = _OPERATORS | {"div", "float", "to", "type_as", "floor", "log1p", 
 
 def count_positions(model: torch.nn.Module) -> None:
     """Have the attention of ``model`` count each row's positions wherever it would count places in the cache."""
-    for block in model.modules():
-        counting = any(_counts_places(type(child)) for child in block.children())
+    kinds = {kind for kind in {type(module) for module in model.modules()} if _counts_places(kind)}
+    for block in model.modules() if kinds else ():
+        counting = any(type(child) in kinds for child in block.children())
         if counting and _with_positions not in block._forward_pre_hooks.values():
             block.register_forward_pre_hook(_with_positions, with_kwargs=True)
 
 
-@cache
 def _counts_places(kind: Any) -> bool:
     if "attention" not in kind.__name__.lower():
         return False
