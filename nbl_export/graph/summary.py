@@ -42,7 +42,23 @@ class DescribedLayer:
 
 
 @dataclass(frozen=True)
+class OnCopy:
+    """A length of the model, ``key`` and ``tokens``, that was crossed on a copy of it in which it is ``small``.
+
+    ``small`` None: it was not, and ``why``.
+    """
+
+    key: str
+    tokens: int
+    small: int | None = None
+    why: str = ""
+
+
+@dataclass(frozen=True)
 class ExportSummary:
-    """What ``nbl/export.json`` keeps of an export: the nodes of a half graph that stay float32."""
+    """What ``nbl/export.json`` keeps of an export: the nodes of a half graph that stay float32, and the lengths that
+    were crossed on a copy of the model.
+    """
 
     kept_float32: tuple[Float32Node, ...] = ()
+    copies: tuple[OnCopy, ...] = ()

@@ -117,10 +117,14 @@ def selection_of(ws: Workspace, plan: Plan) -> Selection:
     )
 
 
-def _graph(ws: Workspace, rewritten: RewriteSummary) -> Graph:
+def exported_of(ws: Workspace) -> ExportSummary:
+    """What was recorded of the export."""
     what, remedy = "The record of the export", "run `nbl-export export` again"
-    exported = from_json(ExportSummary, read_json(ws.export_summary, what, remedy), what, remedy)
-    return Graph(**vars(rewritten), **vars(exported), **vars(ws.asked("export", _Export)))
+    return from_json(ExportSummary, read_json(ws.export_summary, what, remedy), what, remedy)
+
+
+def _graph(ws: Workspace, rewritten: RewriteSummary) -> Graph:
+    return Graph(**vars(rewritten), **vars(exported_of(ws)), **vars(ws.asked("export", _Export)))
 
 
 def _bench_of(ws: Workspace, rewrite: str) -> BenchReport | None:

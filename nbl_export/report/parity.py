@@ -55,9 +55,24 @@ def _steps_table(parity: DecoderParity, brief: bool) -> Table:
         ("", "n", *columns, "top-1", "KV rel"),
         tuple(rows),
         f"{_gates(parity.gates, gates)}Prompts of {', '.join(map(str, parity.prompt_lengths))} tokens, ragged in "
-        "one batch; then teacher-forced decode steps with each side's own cache. Changing the embeddings' last bit "
-        f"moves the PyTorch model's own logits by {figure(parity.rounding_noise)}.{_own_of_steps(parity)}",
+        f"one batch{_alone(parity)}; then teacher-forced decode steps with each side's own cache. Changing the "
+        "embeddings' last bit "
+        f"moves the PyTorch model's own logits by {figure(parity.rounding_noise)}.{_own_of_steps(parity)}"
+        f"{_crossings(parity)}",
     )
+
+
+def _alone(parity: DecoderParity) -> str:
+    """The prompts that cross lengths, in the sentence about prompts."""
+    prompts = sorted({prompt for one in parity.crossings for prompt in one.prompts})
+    return f", and of {', '.join(map(str, prompts))} tokens each by itself" if prompts else ""
+
+
+def _crossings(parity: DecoderParity) -> str:
+    """How each length of the model was crossed."""
+    if not parity.crossings:
+        return ""
+    return f" Lengths from which on the model computes something else: {'; '.join(c.said for c in parity.crossings)}."
 
 
 def _own_of_steps(parity: DecoderParity) -> str:

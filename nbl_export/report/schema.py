@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from nbl_export.engine.manifest import Manifest
-from nbl_export.graph.summary import Float32Node
+from nbl_export.graph.summary import Float32Node, OnCopy
 from nbl_export.linearize.selection import Scores
 from nbl_export.models.source import ModelIdentity
 from nbl_export.report.bench import BenchReport
@@ -57,7 +57,8 @@ class Selection(Scores):
 class Graph(RewriteSummary):
     """The graph before and after, the proofs, and how it was exported.
 
-    ``task`` is an encoder's, None for a decoder; ``opset`` None where the exporter chose it.
+    ``task`` is an encoder's, None for a decoder; ``opset`` None where the exporter chose it. ``copies`` are the lengths
+    that were crossed, or were to be, on a copy of the model.
     """
 
     precision: str
@@ -65,6 +66,7 @@ class Graph(RewriteSummary):
     opset: int | None = None
     task: str | None = None
     kept_float32: tuple[Float32Node, ...] = ()
+    copies: tuple[OnCopy, ...] = ()
 
 
 @dataclass(frozen=True)

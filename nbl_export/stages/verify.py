@@ -30,7 +30,7 @@ def verify(run: Run, settings: VerifySettings) -> Report:
     """Parity, method loss and speed → ``report/``; a failed gate is in the report, not an exception."""
     from nbl_export.calibrate.text import load_text
     from nbl_export.models.device import as_setting
-    from nbl_export.report.assemble import assemble
+    from nbl_export.report.assemble import assemble, exported_of
     from nbl_export.report.kept import keeping
     from nbl_export.report.render import write_report
     from nbl_export.verify.case import DecoderCase
@@ -62,11 +62,9 @@ def verify(run: Run, settings: VerifySettings) -> Report:
         with graphs_on(device, listener):
             if run.model.task.causal:
                 text, model = load_text(ws.text), run.model.in_float32
-                measured = measure_decoder(
-                    DecoderCase(
-                        model, plan, ws.baseline, ws.model, settings, listener, text, engines, passed_over(ws)
-                    )
-                )
+                case = DecoderCase(model, plan, ws.baseline, ws.model, settings, listener, text)
+                more = {"engines": engines, "passed_over": passed_over(ws), "copies": exported_of(ws).copies}
+                measured = measure_decoder(replace(case, **more))
             else:
                 measured = measure_encoder(_encoder_case(run, plan, settings, listener))
         report = assemble(ws, run.model.source, plan, asked, measured, engines)

@@ -19,6 +19,7 @@ from nbl_export.engine.pair import EngineFile
 from nbl_export.graph.half_emulation import UNTIMED, needs_emulation
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.precision import Precision, graph_precision
+from nbl_export.graph.summary import OnCopy
 from nbl_export.linearize.plan import Plan
 from nbl_export.models.pooling import Pooling
 from nbl_export.models.tasks import Task
@@ -66,12 +67,14 @@ class Case:
 class DecoderCase(Case):
     """A decoder, the ``text`` whose held-out part it is judged on, and the ``engines`` built of its graphs, if any.
 
-    ``passed_over`` says why there are none if there are others.
+    ``passed_over`` says why there are none if there are others. ``copies`` are the model's lengths that its exporter
+    crossed on a copy of it.
     """
 
     text: CalibrationText
     engines: tuple[EngineFile, ...] = ()
     passed_over: str | None = None
+    copies: tuple[OnCopy, ...] = ()
 
     def rows(self, prompts: Sequence[int]) -> list[NDArray[np.int32]]:
         """Rows of held-out text: prompts of these lengths, and as many tokens after each as steps are decoded.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ from nbl_export.progress import Listener
 from nbl_export.runtime.ort import ort_stream
 from nbl_export.runtime.stream import Stream
 from nbl_export.verify.case import DecoderCase
-from nbl_export.verify.engines import fitting_prompts, measure_engines
+from nbl_export.verify.crossing import crossing_check, only_beyond, parity_text
+from nbl_export.verify.engines import measure_engines
 from nbl_export.verify.loss.decoder import measure_method_loss
 from nbl_export.verify.loss.figures import MethodLoss
 from nbl_export.verify.loss.gate import bound_checks
@@ -30,7 +32,7 @@ from nbl_export.verify.measurement import (
     put_together,
     timed,
 )
-from nbl_export.verify.parity.decoder import Recorded, compare, record
+from nbl_export.verify.parity.decoder import Recorded, compare, ragged, record
 from nbl_export.verify.parity.figures import UNMODIFIED, DecoderParity, Parity, gates_for
 from nbl_export.verify.parity.localize import first_divergence
 from nbl_export.verify.parity.noise import rounding_noise
@@ -57,29 +59,30 @@ def measure_decoder(case: DecoderCase) -> Measurement:
 def measure_parity(case: DecoderCase) -> FoundParity[DecoderParity]:
     """The graph in onnxruntime against PyTorch with the plan in place, by the gates of the graph's precision."""
     precision, steps = case.precision, case.settings.decode_steps
-    prompts = fitting_prompts(positions(case.model), len(case.text.start), steps)
-    gates, rows = gates_for(precision.gates), case.rows(prompts)
-    cached = not interface_of(case.graph).cacheless
-    reference = record_pytorch(case.model, case.plan, rows, steps, cached)
-    graph = _recorded(case, case.rewritten, rows, listener=case.listener)
+    gates, cached = gates_for(precision.gates), not interface_of(case.graph).cacheless
+    rows, alone, crossings = parity_text(case, cached)
+    reference = record_pytorch(case.model, case.plan, rows, steps, cached, alone)
+    graph = _recorded(case, case.rewritten, rows, listener=case.listener, alone=alone)
     parity = compare(reference, graph, gates)
     failures = parity.failures()
     if precision.name == "fp16":
         # The figures are those of the graph rounded as it says; the file itself must run too.
-        unrounded = compare(reference, _recorded(case, case.rewritten, rows, rounded=False), gates)
+        unrounded = compare(
+            reference, _recorded(case, case.rewritten, rows, rounded=False, alone=alone), gates
+        )
         failures += [f"as onnxruntime runs it, {failure}" for failure in unrounded.failures()]
     noise = rounding_noise(case.model, rows, case.plan)
     base = own = None
     if precision.quantized:
         # What the quantization costs the unmodified model is not the rewrite's to answer for.
-        original = record_pytorch(case.model, None, rows, steps, cached)
-        base = compare(original, _recorded(case, case.baseline, rows), gates)
+        original = record_pytorch(case.model, None, rows, steps, cached, alone)
+        base = compare(original, _recorded(case, case.baseline, rows, alone=alone), gates)
         failures += parity.failures_against(base, "the unmodified graph's own")
     elif precision.name != "fp32":
-        own = pytorch_in_precision(precision, case.model, case.plan, rows, steps, cached, reference)
+        own = pytorch_in_precision(precision, case.model, case.plan, rows, steps, cached, reference, alone)
         failures += parity.failures_against(own, OWN)
     against = against_unmodified(
-        case.baseline, case.rewritten, case.plan, lambda path: unlike(case, path, rows, graph)
+        case.baseline, case.rewritten, case.plan, lambda path: unlike(case, path, rows, graph, alone)
     )
     section = DecoderParity(
         **vars(parity),
@@ -87,11 +90,18 @@ def measure_parity(case: DecoderCase) -> FoundParity[DecoderParity]:
         rounding_noise=noise,
         base_graph=base.steps if base else None,
         pytorch_in_precision=own.steps if own else None,
+        crossings=crossings,
     )
     over = f"a prefill and {steps} decode steps"
     within = f"max |Δlogit| {parity.worst:.2g} over {over}, within all {precision.gates} gates"
-    lost = (lambda: _where_lost(case, parity, noise)) if failures else (lambda: None)
-    return judged(section, [*failures, *against], within, lost)
+    beyond = (
+        bool(failures) and bool(alone) and not compare(ragged(reference), ragged(graph), gates).failures()
+    )
+    lost = (lambda: _where_lost(case, parity, noise)) if failures and not beyond else (lambda: None)
+    if beyond:
+        lost = partial(only_beyond, crossings)
+    found = judged(section, [*failures, *against], within, lost)
+    return replace(found, checks=(*found.checks, *crossing_check(crossings)))
 
 
 def unlike(
@@ -99,13 +109,14 @@ def unlike(
     reference: Path,
     rows: Sequence[NDArray[np.int32]],
     graph: Recorded | None = None,
+    alone: Sequence[NDArray[np.int32]] = (),
 ) -> list[str]:
     """The gates that the rewritten graph fails against the unmodified one with the linear layers put in.
 
-    ``graph`` is what the rewritten graph gave for ``rows``, if it is known.
+    ``graph`` is what the rewritten graph gave for ``rows`` and those ``alone``, if it is known.
     """
-    expected = _recorded(case, reference, rows, lambda stream: kept_cache(stream, case.plan))
-    found = graph or _recorded(case, case.rewritten, rows)
+    expected = _recorded(case, reference, rows, lambda stream: kept_cache(stream, case.plan), alone=alone)
+    found = graph or _recorded(case, case.rewritten, rows, alone=alone)
     return compare(expected, found, gates_for(UNMODIFIED)).failures()
 
 
@@ -116,10 +127,11 @@ def _recorded(
     of: Callable[[Stream], Stream] = lambda stream: stream,
     rounded: bool = True,
     listener: Listener | None = None,
+    alone: Sequence[NDArray[np.int32]] = (),
 ) -> Recorded:
     """What the graph at ``path`` gives for ``rows``; its session is closed when this returns."""
     stream = of(ort_stream(path, max(map(len, rows)), rounded=rounded, small=True))
-    return record(stream, rows, case.settings.decode_steps, listener)
+    return record(stream, rows, case.settings.decode_steps, listener, alone)
 
 
 def _where_lost(case: DecoderCase, parity: Parity, noise: float) -> str:

@@ -2,6 +2,8 @@
 
 Both run the same ragged batch: one prefill, then teacher-forced decode steps, each with its own real cache. They run
 one after the other, and what they gave is compared when both are gone. Only real tokens are compared, never padding.
+Rows that cross a length are batches of their own: of such a prefill the last logits are compared, and the cache is once
+all steps are done.
 The figures of the logits: :mod:`.vectors`.
 Keys and values are compared by |a - b| / max(|a|, rms of the head's vector), over the whole cache.
 """
@@ -17,27 +19,31 @@ from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import BOOL, F32, F64
 from nbl_export.errors import InputError
-from nbl_export.progress import Listener, Silent
+from nbl_export.progress import Listener, Silent, Task
 from nbl_export.runtime.decoder import KV
 from nbl_export.runtime.stream import Stream
 from nbl_export.verify.parity.figures import Gates, Parity, StepParity
 from nbl_export.verify.parity.vectors import compare_vectors, rms
 
+# Of a row that is a batch of its own: more logits of a long text would take gigabytes.
+LAST = 64
+# A cache, and which of its slots are no padding.
+Kept = tuple[Sequence[KV], BOOL]
+
 
 @dataclass(frozen=True)
 class Step:
-    """What a stream gave in one pass: ``logits`` [vectors, vocab]; ``cache`` and ``real`` are those after it."""
+    """What a stream gave in one pass: ``logits`` [vectors, vocab], and the caches that are kept after it."""
 
     logits: F32
-    cache: Sequence[KV]
-    real: BOOL
+    caches: tuple[Kept, ...]
 
 
 @dataclass(frozen=True)
 class Recorded:
     """What a stream gave for ragged rows, so that the next one is run when it is gone.
 
-    ``lengths`` are those of the prompts; ``kv_layers`` are the layers of its cache, None without one.
+    ``lengths`` are those of the ragged prompts; ``kv_layers`` are the layers of its cache, None without one.
     """
 
     kv_layers: tuple[int, ...] | None
@@ -46,24 +52,65 @@ class Recorded:
 
 
 def record(
-    stream: Stream, rows: Sequence[NDArray[np.int32]], decode_steps: int, listener: Listener | None = None
+    stream: Stream,
+    rows: Sequence[NDArray[np.int32]],
+    decode_steps: int,
+    listener: Listener | None = None,
+    alone: Sequence[NDArray[np.int32]] = (),
 ) -> Recorded:
     """Run ``stream`` over ``rows``: all but the last ``decode_steps`` tokens prefilled, the rest decoded.
 
-    ``rows`` are token ids of different lengths, each longer than ``decode_steps``.
+    ``rows`` are token ids of different lengths, each longer than ``decode_steps``; each row of ``alone`` is run after
+    them, by itself.
     """
+    batches = [list(rows), *([row] for row in alone)]
+    with (listener or Silent()).task(
+        "Comparing with PyTorch", len(batches) * (decode_steps + 1), "steps"
+    ) as task:
+        found = []
+        for batch in batches:
+            if alone:
+                stream.reserve(max(map(len, batch)))
+            found.append(_record(stream, batch, decode_steps, task, whole=not found))
+    return joined(found)
+
+
+def _record(
+    stream: Stream, rows: Sequence[NDArray[np.int32]], decode_steps: int, task: Task, whole: bool
+) -> Recorded:
     prompts = [row[: len(row) - decode_steps] for row in rows]
     steps = []
-    with (listener or Silent()).task("Comparing with PyTorch", decode_steps + 1, "steps") as task:
-        for step in range(decode_steps + 1):
-            if step:
-                taught = [int(row[len(row) - decode_steps + step - 1]) for row in rows]
-                logits = stream.decode(taught)
-            else:
-                logits = stream.prefill(prompts)
-            steps.append(Step(logits, *stream.cache()))
-            task.advance(1)
+    for step in range(decode_steps + 1):
+        if step:
+            taught = [int(row[len(row) - decode_steps + step - 1]) for row in rows]
+            logits = stream.decode(taught)
+        else:
+            logits = stream.prefill(prompts)
+        kept = (stream.cache(),) if whole or step == decode_steps else ()
+        steps.append(Step(logits if whole else logits[-LAST:].copy(), kept))
+        task.advance(1)
     return Recorded(stream.kv_layers, tuple(map(len, prompts)), tuple(steps))
+
+
+def joined(records: Sequence[Recorded]) -> Recorded:
+    """The records of several batches as one: of all but the first only what is compared of them."""
+    first, *others = records
+    if not others:
+        return first
+    steps = []
+    for number, parts in enumerate(zip(*(one.steps for one in records), strict=True)):
+        logits = np.concatenate([parts[0].logits, *(part.logits[-LAST:] for part in parts[1:])])
+        whole = parts if number == len(first.steps) - 1 else parts[:1]
+        steps.append(Step(logits, tuple(cache for part in whole for cache in part.caches)))
+    return Recorded(first.kv_layers, first.lengths, tuple(steps))
+
+
+def ragged(recorded: Recorded) -> Recorded:
+    """What was recorded of the ragged rows alone."""
+    rows = len(recorded.lengths)
+    vectors = [sum(recorded.lengths), *[rows] * (len(recorded.steps) - 1)]
+    steps = (Step(s.logits[:n], s.caches[:1]) for s, n in zip(recorded.steps, vectors, strict=True))
+    return Recorded(recorded.kv_layers, recorded.lengths, tuple(steps))
 
 
 def compare(reference: Recorded, candidate: Recorded, gates: Gates) -> Parity:
@@ -76,7 +123,7 @@ def compare(reference: Recorded, candidate: Recorded, gates: Gates) -> Parity:
     steps = []
     for number, (a, b) in enumerate(zip(reference.steps, candidate.steps, strict=True)):
         logits = compare_vectors(a.logits, b.logits, gates.near_tie)
-        kv = _compare_kv((a.cache, a.real), (b.cache, b.real), layers)
+        kv = _compare_kv(a.caches, b.caches, layers)
         steps.append(StepParity(**vars(logits), step=number, **kv))
     return Parity(reference.lengths, tuple(steps), gates)
 
@@ -98,36 +145,36 @@ def compare_streams(
     decode_steps: int,
     gates: Gates,
     listener: Listener | None = None,
+    alone: Sequence[NDArray[np.int32]] = (),
 ) -> Parity:
-    """Run both over ``rows``, one after the other, and compare what they gave."""
+    """Run both over ``rows``, and over each row ``alone``, one after the other, and compare what they gave."""
     _compared_layers(reference, candidate)
-    return compare(
-        record(reference, rows, decode_steps), record(candidate, rows, decode_steps, listener), gates
-    )
+    expected = record(reference, rows, decode_steps, alone=alone)
+    return compare(expected, record(candidate, rows, decode_steps, listener, alone), gates)
 
 
 def _compare_kv(
-    reference: tuple[Sequence[KV], BOOL], candidate: tuple[Sequence[KV], BOOL], layers: Sequence[int]
+    reference: Sequence[Kept], candidate: Sequence[Kept], layers: Sequence[int]
 ) -> dict[str, Any]:
     """The figures of a :class:`StepParity` that are of the cache."""
     worst_abs, worst_rel, worst_layer = 0.0, 0.0, None
     means = []
-    (a, real_a), (b, real_b) = reference, candidate
-    for layer, pair_a, pair_b in zip(layers, a, b, strict=bool(layers)):
-        for x, y in zip(pair_a, pair_b, strict=True):
-            u, v = _real(x, real_a), _real(y, real_b)
-            if u is None or v is None or u.shape != v.shape:
-                return _of_cache(float("inf"), float("inf"), float("inf"), layer)
-            difference = np.abs(u - v)
-            relative = difference / np.maximum(np.maximum(np.abs(u), rms(u)), 1e-12)
-            # NaN compares with nothing; as infinity it is the worst there is.
-            largest, largest_rel = (
-                float(np.nan_to_num(np.max(d), nan=np.inf)) for d in (difference, relative)
-            )
-            means.append(float(relative.mean()))
-            worst_abs = max(worst_abs, largest)
-            if largest_rel > worst_rel:
-                worst_rel, worst_layer = largest_rel, layer
+    for (a, real_a), (b, real_b) in zip(reference, candidate, strict=True):
+        for layer, pair_a, pair_b in zip(layers, a, b, strict=bool(layers)):
+            for x, y in zip(pair_a, pair_b, strict=True):
+                u, v = _real(x, real_a), _real(y, real_b)
+                if u is None or v is None or u.shape != v.shape:
+                    return _of_cache(float("inf"), float("inf"), float("inf"), layer)
+                difference = np.abs(u - v)
+                relative = difference / np.maximum(np.maximum(np.abs(u), rms(u)), 1e-12)
+                # NaN compares with nothing; as infinity it is the worst there is.
+                largest, largest_rel = (
+                    float(np.nan_to_num(np.max(d), nan=np.inf)) for d in (difference, relative)
+                )
+                means.append(float(relative.mean()))
+                worst_abs = max(worst_abs, largest)
+                if largest_rel > worst_rel:
+                    worst_rel, worst_layer = largest_rel, layer
     return _of_cache(worst_abs, worst_rel, float(np.mean(means)) if means else 0.0, worst_layer)
 
 

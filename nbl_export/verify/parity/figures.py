@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 from nbl_export.datafile import read_table
 
@@ -190,18 +190,49 @@ class OutputsParity:
 
 
 @dataclass(frozen=True)
+class Crossing:
+    """How a length was crossed from which on a model computes something else; ``key`` of the configuration says it.
+
+    ``how``: by ``rows`` of this parity, and of these ``prompts``; on a ``copy`` of the model, in which it is ``small``,
+    before calibration; ``never`` reached, being beyond the model's positions; or ``not``, and ``why``. ``layers`` are
+    those that it concerns.
+    """
+
+    key: str
+    tokens: int
+    layers: tuple[int, ...]
+    how: Literal["rows", "copy", "never", "not"]
+    prompts: tuple[int, ...] = ()
+    small: int | None = None
+    why: str = ""
+
+    @property
+    def said(self) -> str:
+        """As reports say it."""
+        how = {
+            "rows": "crossed by the rows",
+            "copy": f"crossed on a copy with {self.small}",
+            "never": f"never reached ({self.why})",
+            "not": f"not crossed: {self.why}",
+        }
+        return f"{self.key} {self.tokens:,}: {how[self.how]}"
+
+
+@dataclass(frozen=True)
 class DecoderParity(Parity):
     """A decoder's parity as a report has it.
 
     ``rounding_noise`` is how far PyTorch's own logits move by the embeddings' last bit. What is lost in the graph's
     ``precision`` anyway: ``base_graph`` by the unmodified graph of quantized weights, ``pytorch_in_precision`` by
-    PyTorch in half precision; None for a graph that is not held to it.
+    PyTorch in half precision; None for a graph that is not held to it. ``crossings`` are the model's lengths, if it has
+    any; the steps are also those of the prompts that cross them.
     """
 
     precision: str
     rounding_noise: float
     base_graph: tuple[StepParity, ...] | None = None
     pytorch_in_precision: tuple[StepParity, ...] | None = None
+    crossings: tuple[Crossing, ...] = ()
 
 
 @dataclass(frozen=True)

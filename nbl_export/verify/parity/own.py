@@ -30,12 +30,14 @@ def pytorch_in_precision(
     steps: int,
     cached: bool = True,
     exact: Recorded | None = None,
+    alone: Sequence[NDArray[np.int32]] = (),
 ) -> Parity:
     """The decoder ``model`` in ``precision`` against itself, both by ``plan``, as :func:`.compare_streams` does it.
 
     ``exact`` is what the model itself gives, if it is known.
     """
-    exact = exact or record_pytorch(model, plan, rows, steps, cached)
+    exact = exact or record_pytorch(model, plan, rows, steps, cached, alone)
     half = in_precision(model, precision.gates)
     with resident(half, room(half)):
-        return compare(exact, record_pytorch(half, plan, rows, steps, cached), gates_for(precision.gates))
+        found = record_pytorch(half, plan, rows, steps, cached, alone)
+    return compare(exact, found, gates_for(precision.gates))

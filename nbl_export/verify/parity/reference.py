@@ -31,7 +31,7 @@ from nbl_export.models.walk import Segment, through
 from nbl_export.models.weights import device_of, streams, weights_like
 from nbl_export.runtime.decoder import KV
 from nbl_export.runtime.torch import torch_stream
-from nbl_export.verify.parity.decoder import Recorded, Step, record
+from nbl_export.verify.parity.decoder import Recorded, Step, joined, record
 
 if TYPE_CHECKING:
     from nbl_export.linearize.plan import Plan
@@ -40,13 +40,20 @@ Rows = Sequence[NDArray[np.int32]]
 
 
 def record_pytorch(
-    model: torch.nn.Module, plan: Plan | None, rows: Rows, decode_steps: int, cached: bool = True
+    model: torch.nn.Module,
+    plan: Plan | None,
+    rows: Rows,
+    decode_steps: int,
+    cached: bool = True,
+    alone: Rows = (),
 ) -> Recorded:
     """What ``model``, with ``plan`` if there is one, gives for ``rows``, as :func:`.record` does it."""
     if streams(model):
-        return _by_blocks(model, plan, rows, decode_steps, cached)
+        batches = [rows, *([row] for row in alone)]
+        return joined([_by_blocks(model, plan, batch, decode_steps, cached) for batch in batches])
     with linearized(model, plan) if plan else nullcontext():
-        return record(torch_stream(model, plan.chosen if plan else (), cached), rows, decode_steps)
+        stream = torch_stream(model, plan.chosen if plan else (), cached)
+        return record(stream, rows, decode_steps, alone=alone)
 
 
 def _by_blocks(
@@ -76,7 +83,7 @@ def _by_blocks(
         logits: F32 = output.logits.float().cpu().numpy()
         real: BOOL = mask.astype(bool)
         kept = (cache.until(mask.shape[1]), real) if cache else ((), real[:, :0])
-        steps.append(Step(logits[real] if not steps else logits[:, -1], *kept))
+        steps.append(Step(logits[real] if not steps else logits[:, -1], (kept,)))
     lengths = tuple(len(row) - decode_steps for row in rows)
     return Recorded(cache.kv_layers if cache else None, lengths, tuple(steps))
 

@@ -30,9 +30,10 @@ def same(a: Any, b: Any) -> None:
     assert (a.kv_layers, a.lengths) == (b.kv_layers, b.lengths)
     for one, other in zip(a.steps, b.steps, strict=True):
         assert one.logits.shape == other.logits.shape and np.array_equal(one.logits, other.logits)
-        assert np.array_equal(one.real, other.real) and len(one.cache) == len(other.cache)
-        for pair, others in zip(one.cache, other.cache, strict=True):
-            assert all(np.array_equal(x, y) for x, y in zip(pair, others, strict=True))
+        for (cache, real), (other_cache, other_real) in zip(one.caches, other.caches, strict=True):
+            assert np.array_equal(real, other_real)
+            for pair, others in zip(cache, other_cache, strict=True):
+                assert all(np.array_equal(x, y) for x, y in zip(pair, others, strict=True))
 
 
 @pytest.fixture
@@ -47,6 +48,17 @@ def streaming(stories_folder: Path, tmp_path: Path) -> Any:
     model = load_model(find_model(str(stored_in(folder, torch.bfloat16))))
     dummy_run(model)  # which reads it too, at the first call
     return model
+
+
+@pytest.mark.parametrize("cached", [True, False], ids=["cache", "no cache"])
+def test_rows_by_themselves_by_blocks_as_step_by_step(streaming: Any, plan: Plan, cached: bool) -> None:
+    alone = ragged_rows((90, 30), 500, seed=1)
+    by_blocks = record_pytorch(streaming, plan, ROWS, STEPS, cached, alone)
+    with resident(streaming):
+        same(record_pytorch(streaming, plan, ROWS, STEPS, cached, alone), by_blocks)
+    # The last 64 logits of a prefill, and the caches once all is decoded.
+    assert [len(s.logits) for s in by_blocks.steps] == [sum(map(len, ROWS)) - 3 * STEPS + 64 + 27, 5, 5, 5]
+    assert [len(s.caches) for s in by_blocks.steps] == [1, 1, 1, 3]
 
 
 @pytest.mark.parametrize("cached", [True, False], ids=["cache", "no cache"])
