@@ -1,7 +1,9 @@
 """Check a form of the KV cache in PyTorch before the export: a short eager run must give the same logits.
 
 A model's own code may use cache slots instead of positions, build its own mask from the length of the cache, or let
-padding into a convolution. The configuration does not show this; the logits do.
+padding into a convolution. The configuration does not show this; the logits do. So that what begins at a length
+(a window, a rope switch) is seen too, a short text crosses each of them, or that of a copy of the model in which they
+are small (:mod:`.on_copy`).
 """
 
 from __future__ import annotations
@@ -16,25 +18,33 @@ from nbl_export.errors import InputError, NblError
 from nbl_export.export.forms import FORMS, NONE, STATIC, Form
 from nbl_export.export.functions import attention, exportable, is_replaced
 from nbl_export.export.grouped import check_sizes, unsupported_by_gqa
+from nbl_export.export.on_copy import crossed_on_copy
 from nbl_export.export.torch import check_traces, trace
+from nbl_export.graph.summary import OnCopy
 from nbl_export.models.dummy_run import cache_shapes, check_supported, dummy_run
 from nbl_export.models.layers import positions as positions_of
+from nbl_export.models.lengths import REHEARSAL, crossed_by, crossing_prompts
 from nbl_export.models.load import quiet
+from nbl_export.runtime.torch import torch_stream
 
 # Two rows of different length, so that one is padded, and the number of tokens decoded after them.
 _LENGTHS, _NEXT = (7, 4), 1
+_ACROSS = 4  # tokens that are decoded across a length
 _SLOTS = 512  # of a static cache: longer than the window of a model that builds its own mask
 _TOLERANCE = 1e-2  # of the logits' standard deviation; a wrong mask or position causes an error of about one
 
 
-def check_form(model: torch.nn.Module, form: Form) -> None:
-    """Raise :class:`InputError` for a model that is not supported, or not with a cache of this ``form``."""
+def check_form(model: torch.nn.Module, form: Form) -> tuple[OnCopy, ...]:
+    """Raise :class:`InputError` for a model that is not supported, or not with a cache of this ``form``.
+
+    Returns the lengths that were crossed on a copy of the model, or not at all.
+    """
     check_supported(model, cached=form is not NONE)
     try:
         error = _error(model, form)
         if error <= _TOLERANCE:
             _check_trace(model, form)
-            return
+            return crossed_on_copy(model, form)
         found = (
             f"computes other logits with --kv-cache {form.name} than without (error {error:.1g} of their standard "
             "deviation), so its masks or positions do not support a batch of padded rows"
@@ -69,15 +79,20 @@ def _serves(model: torch.nn.Module, form: Form) -> bool:
 def _error(model: torch.nn.Module, form: Form) -> float:
     """The largest difference from the model's own logits, in standard deviations of these; infinite for NaN."""
     dummy_run(model)  # of the original model, before its functions are replaced
+    crossed = crossed_by(model, _ACROSS, _LENGTHS, 1 if form.past else 1 + _ACROSS, REHEARSAL)
     vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator, union-attr]
     ids = (np.arange(sum(_LENGTHS) + 2 * _NEXT) * 7 + vocabulary // 3) % vocabulary
     texts = np.split(ids, [_LENGTHS[0] + _NEXT])
+    rows = [np.resize(ids, prompt + _ACROSS) for prompt in crossing_prompts(crossed)]
     with quiet(), torch.inference_mode():
         own = [model(input_ids=torch.from_numpy(text)[None]).logits[0] for text in texts]
+        own += [_own(model, row, bool(form.past)) for row in rows]
         decoder = form.module(model)
         with exportable(model, decoder.mask, _grouped if form.fused else attention):
             try:
                 found = _run(decoder, form, texts)
+                for row in rows:
+                    found += _run(decoder, form, [row], _ACROSS)
             except NblError:
                 raise
             except Exception as error:  # a model's own code may raise anything
@@ -86,6 +101,13 @@ def _error(model: torch.nn.Module, form: Form) -> float:
     expected = torch.cat(own)
     off = float((torch.cat(found) - expected).abs().max() / expected.std())
     return off if np.isfinite(off) else float("inf")
+
+
+def _own(model: torch.nn.Module, row: np.ndarray[Any, Any], cached: bool) -> torch.Tensor:
+    """The model's own logits of a row that crosses a length while it is decoded, which may tell from one pass."""
+    stream = torch_stream(model, cached=cached)
+    logits = [stream.prefill([row[:-_ACROSS]]), *(stream.decode([int(token)]) for token in row[-_ACROSS:])]
+    return torch.from_numpy(np.concatenate(logits))
 
 
 def _grouped(module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
@@ -98,25 +120,37 @@ def _grouped(module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs
     return attention(module, query, key, value, *args, **kwargs)
 
 
-def _run(decoder: Any, form: Form, texts: list[np.ndarray[Any, Any]]) -> list[torch.Tensor]:
-    """Logits of every token of ``texts``, as one batch: a prefill and, with a cache, one decode step."""
+def _run(
+    decoder: Any, form: Form, texts: list[np.ndarray[Any, Any]], steps: int = _NEXT
+) -> list[torch.Tensor]:
+    """Logits of every token of ``texts``, as one batch: a prefill and, with a cache, ``steps`` decode steps."""
     if not form.past:
         ids, mask, positions = (torch.from_numpy(a) for a in left_padded(texts))
         return [row[-len(text) :] for row, text in zip(decoder(ids, mask, positions), texts, strict=True)]
     static = form is STATIC
-    before, after = [t[:-_NEXT] for t in texts], torch.from_numpy(np.stack([t[-_NEXT:] for t in texts]))
+    before = [t[:-steps] for t in texts]
+    after = [torch.from_numpy(np.stack([t[at : at + 1] for t in texts])) for at in range(-steps, -1)]
+    after.append(torch.from_numpy(np.stack([t[-1:] for t in texts])))
     lengths = torch.tensor([len(t) for t in before])
-    slots = min(_SLOTS, positions_of(decoder.model) or _SLOTS) if static else 0
+    most = max(_SLOTS, int(lengths.max()) + steps)
+    slots = min(most, positions_of(decoder.model) or most) if static else 0
     past = [
         tuple(torch.zeros(len(texts), s.heads, slots, size) for size in (s.key_size, s.value_size))
         for s in cache_shapes(decoder.model)
     ]
     if static:
         ids, positions = (torch.from_numpy(a) for a in right_padded(before))
-        first, past = decoder(ids, positions, torch.zeros_like(lengths), past)
-        second, _ = decoder(after, lengths[:, None], lengths, past)
-        return [torch.cat([f[:n], s]) for f, s, n in zip(first, second, lengths, strict=True)]
+        logits, past = decoder(ids, positions, torch.zeros_like(lengths), past)
+        found = [[f[:n]] for f, n in zip(logits, lengths, strict=True)]
+        for step, token in enumerate(after):
+            logits, past = decoder(token, lengths[:, None] + step, lengths + step, past)
+            found = [[*parts, one] for parts, one in zip(found, logits, strict=True)]
+        return [torch.cat(parts) for parts in found]
     ids, mask, positions = (torch.from_numpy(a) for a in left_padded(before))
-    first, past = decoder(ids, mask, positions, past)
-    second, _ = decoder(after, torch.cat([mask, torch.ones_like(after)], dim=1), positions[:, -1:] + 1, past)
-    return [torch.cat([f[-n:], s]) for f, s, n in zip(first, second, lengths, strict=True)]
+    logits, past = decoder(ids, mask, positions, past)
+    found = [[f[-n:]] for f, n in zip(logits, lengths, strict=True)]
+    for token in after:
+        mask, positions = torch.cat([mask, torch.ones_like(token)], dim=1), positions[:, -1:] + 1
+        logits, past = decoder(token, mask, positions, past)
+        found = [[*parts, one] for parts, one in zip(found, logits, strict=True)]
+    return [torch.cat(parts) for parts in found]

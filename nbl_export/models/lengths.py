@@ -19,10 +19,6 @@ from nbl_export.models.layers import block_stack, layer_count, positions, struct
 if TYPE_CHECKING:
     import torch
 
-# A text of this many tokens costs no more than the text that every model is run on.
-_ALWAYS = 256
-# Weights times tokens of all texts that cross lengths, in one pass: some seconds.
-_WORK = 5e11
 # Bytes of the logits of one row, and of the scores of one attention layer.
 _BYTES = 1 << 30
 # How far the row of a prefill goes beyond a length.
@@ -168,20 +164,41 @@ class Crossed:
     reached: bool = True
 
 
+@dataclass(frozen=True)
+class Room:
+    """How long all texts together may be that cross lengths: ``least`` tokens, or what makes ``work`` with the weights.
+
+    ``work`` is weights times tokens of one pass.
+    """
+
+    work: float
+    least: int = 0
+
+    def tokens(self, model: torch.nn.Module, passes: int) -> int:
+        """Tokens of which each is computed ``passes`` times."""
+        weights = sum(p.numel() for p in model.parameters())
+        return max(self.least, int(self.work / weights / passes))
+
+
+# Of parity: some seconds a pass; as many tokens as every model is run on are always there.
+PARITY = Room(5e11, 256)
+# Of the rehearsal before an export, which is done twice: half a second. Beyond it a small copy is rehearsed with.
+REHEARSAL = Room(2e10)
+
+
 def crossed_by(
-    model: torch.nn.Module, steps: int, given: Sequence[int] = (), passes: int = 1
+    model: torch.nn.Module, steps: int, given: Sequence[int] = (), passes: int = 1, room: Room = PARITY
 ) -> tuple[Crossed, ...]:
     """How each length of ``model`` is crossed by prompts that ``steps`` more tokens follow, as far as there is room.
 
-    A length that a prompt of those ``given`` goes beyond needs none for its prefill. In all texts together there may be
-    :data:`_ALWAYS` tokens, or as many as make :data:`_WORK` with the model's weights; ``passes`` counts how often a
+    A length that a prompt of those ``given`` goes beyond needs none for its prefill; ``passes`` counts how often a
     token is computed. The logits of a row and the scores of its attention may take :data:`_BYTES` each.
     """
     found: list[Crossed] = []
-    limit = positions(model)
-    weights = sum(p.numel() for p in model.parameters())
-    room, asked = max(_ALWAYS, int(_WORK / weights / passes)), set[int]()
-    for length in lengths(model):
+    if not (known := lengths(model)):
+        return ()
+    limit, left, asked = positions(model), room.tokens(model, passes), set[int]()
+    for length in known:
         tokens = length.tokens
         if limit is not None and tokens >= limit:
             found.append(Crossed(length, why=f"the model has {limit:,} positions", reached=False))
@@ -189,10 +206,10 @@ def crossed_by(
         prompts = _prompts(tokens, steps, given, limit)
         cost = sum(p + steps for p in prompts if p not in asked)
         row = max((*prompts, tokens)) + steps
-        if cost > room or row * vocabulary(model) * 4 > _BYTES or row**2 * _heads(model) * 4 > _BYTES:
+        if cost > left or row * vocabulary(model) * 4 > _BYTES or row**2 * _heads(model) * 4 > _BYTES:
             found.append(Crossed(length, why="a text of that length takes too long or too much memory"))
             continue
-        room -= cost
+        left -= cost
         asked |= set(prompts)
         found.append(Crossed(length, prompts))
     return tuple(found)

@@ -21,7 +21,7 @@ from nbl_export.stages.run import Run
 
 if TYPE_CHECKING:
     from nbl_export.export.forms import Form
-    from nbl_export.graph.summary import Float32Node
+    from nbl_export.graph.summary import Float32Node, OnCopy
 
 
 def export(run: Run, settings: ExportSettings, there: bool = True) -> None:
@@ -44,13 +44,13 @@ def export(run: Run, settings: ExportSettings, there: bool = True) -> None:
         made_of["calibrate"] = ws.require("calibrate", f"nbl-export calibrate MODEL -o {ws.root}").result
 
     def work(listener: Listener) -> list[Path]:
-        check_model(run, settings)
+        copies = check_model(run, settings)
         if note := left_out(run.model.source):
             listener.note(note)
         check_export(ws, Shape.of(run.model.model), settings)
         exported = _export_torch if settings.exporter == "torch" else _export_elsewhere
         files, float32 = exported(run, settings, listener)
-        write_json(ws.export_summary, to_json(ExportSummary(tuple(float32))))
+        write_json(ws.export_summary, to_json(ExportSummary(tuple(float32), copies)))
         return [*files, ws.export_summary, *_save_configs(run, files, settings)]
 
     if there and (record := ws.record("export")) and record.dropped:
@@ -77,8 +77,11 @@ def left_out(source: ModelSource) -> str:
     return f"{source.wrapper} is multimodal: its language model is exported; left to you are {towers}."
 
 
-def check_model(run: Run, settings: ExportSettings) -> None:
-    """Refuse, before any work, a model that cannot be exported with these ``settings``."""
+def check_model(run: Run, settings: ExportSettings) -> tuple[OnCopy, ...]:
+    """Refuse, before any work, a model that cannot be exported with these ``settings``.
+
+    Returns the lengths that were crossed on a copy of it, if it is exported here.
+    """
     from nbl_export.export.form_check import check_form
     from nbl_export.export.forms import FORMS
     from nbl_export.models.dummy_run import check_supported
@@ -89,9 +92,9 @@ def check_model(run: Run, settings: ExportSettings) -> None:
             f"--exporter {settings.exporter} reads a multimodal model ({source.wrapper}) in its own way: leave it out."
         )
     if settings.exporter == "torch" and task.causal:
-        check_form(run.model.model, FORMS[str(settings.kv_cache)])
-    else:
-        check_supported(run.model.model, task=task)
+        return check_form(run.model.model, FORMS[str(settings.kv_cache)])
+    check_supported(run.model.model, task=task)
+    return ()
 
 
 def _export_torch(

@@ -62,9 +62,9 @@ def verify(run: Run, settings: VerifySettings) -> Report:
         with graphs_on(device, listener):
             if run.model.task.causal:
                 text, model = load_text(ws.text), run.model.in_float32
-                case = DecoderCase(model, plan, ws.baseline, ws.model, settings, listener, text)
-                more = {"engines": engines, "passed_over": passed_over(ws), "copies": exported_of(ws).copies}
-                measured = measure_decoder(replace(case, **more))
+                case = DecoderCase(model, plan, ws.baseline, ws.model, settings, listener, text, engines)
+                copies = exported_of(ws).copies
+                measured = measure_decoder(replace(case, passed_over=passed_over(ws), copies=copies))
             else:
                 measured = measure_encoder(_encoder_case(run, plan, settings, listener))
         report = assemble(ws, run.model.source, plan, asked, measured, engines)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from nbl_export.checks import Check
+from nbl_export.checks import Check, Status
 from nbl_export.graph.summary import OnCopy
 from nbl_export.models.layers import positions
 from nbl_export.models.lengths import Crossed, crossed_by, crossing_prompts
@@ -56,7 +56,7 @@ def crossing_check(crossings: Sequence[Crossing]) -> tuple[Check, ...]:
     """The line of a report about the lengths of a model that has some."""
     if not crossings:
         return ()
-    status = "skipped" if any(one.how == "not" for one in crossings) else "passed"
+    status: Status = "skipped" if any(one.how == "not" for one in crossings) else "passed"
     return (Check("lengths", status, "; ".join(one.said for one in crossings)),)
 
 

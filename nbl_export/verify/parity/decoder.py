@@ -67,7 +67,7 @@ def record(
     with (listener or Silent()).task(
         "Comparing with PyTorch", len(batches) * (decode_steps + 1), "steps"
     ) as task:
-        found = []
+        found: list[Recorded] = []
         for batch in batches:
             if alone:
                 stream.reserve(max(map(len, batch)))

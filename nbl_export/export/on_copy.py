@@ -1,0 +1,109 @@
+"""Cross the lengths of a model that are too long for it on a small copy of it, exported in the same form.
+
+A window of 4,096 tokens of a large model is beyond what a check can run. What begins there is in the model's code and
+the numbers of its configuration, not in its weights: so the copy (:mod:`nbl_export.models.small_copy`) is traced and
+run in onnxruntime beyond its small lengths, in a prefill and by decoding across them, and must be PyTorch's.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nbl_export.errors import InputError, NblError
+from nbl_export.export.forms import Form
+from nbl_export.export.torch import export_torch
+from nbl_export.graph.summary import OnCopy
+from nbl_export.models.layers import vocabulary
+from nbl_export.models.lengths import BEYOND, REHEARSAL, Length, crossed_by
+from nbl_export.models.load import quiet
+from nbl_export.models.small_copy import small_copy, small_lengths
+from nbl_export.runtime.ort import ort_stream
+from nbl_export.runtime.stream import Stream
+from nbl_export.runtime.torch import torch_stream
+
+if TYPE_CHECKING:
+    import torch
+
+# Tokens that are decoded across a length, from this many before it on.
+_STEPS, _BEFORE = 6, 3
+_TOLERANCE = 1e-2  # of the logits' standard deviation; what is left out causes an error of about one
+_UNSAID = "no key of the configuration says it, so no copy has it smaller"
+_DONE: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, tuple[OnCopy, ...]]] = weakref.WeakKeyDictionary()
+
+
+def crossed_on_copy(model: torch.nn.Module, form: Form) -> tuple[OnCopy, ...]:
+    """The lengths of ``model`` that its own rehearsal does not cross, crossed on a copy; done once for a model.
+
+    Raises :class:`InputError` if a graph of this ``form`` computes other logits there than PyTorch.
+    """
+    known = _DONE.setdefault(model, {})
+    if form.name not in known:
+        crossed = crossed_by(model, _STEPS, passes=1 if form.past else 1 + _STEPS, room=REHEARSAL)
+        known[form.name] = _crossed(model, form, [one.length for one in crossed if one.why and one.reached])
+    return known[form.name]
+
+
+def _crossed(model: torch.nn.Module, form: Form, lengths: Sequence[Length]) -> tuple[OnCopy, ...]:
+    unsaid = tuple(OnCopy(one.key, one.tokens, why=_UNSAID) for one in lengths if not one.configured)
+    said = [one for one in lengths if one.configured]
+    if not said:
+        return unsaid
+    small = small_lengths(said)
+    try:
+        copy = small_copy(model, said)
+        error = _error(copy, form, said, small)
+    except NblError as failed:
+        why = str(failed).rstrip(".")
+        return (*unsaid, *(OnCopy(one.key, one.tokens, why=why) for one in said))
+    if not error <= _TOLERANCE:
+        names = " or ".join(one.name for one in said)
+        raise InputError(
+            f"{type(model).__name__} with --kv-cache {form.name} computes other logits than PyTorch beyond {names} "
+            f"(error {error:.1g} of their standard deviation on a small copy of it, where that is "
+            f"{' or '.join(map(str, small.values()))}): use another --kv-cache, or another --exporter."
+        )
+    return (*unsaid, *(OnCopy(one.key, one.tokens, small[one.tokens]) for one in said))
+
+
+def _error(copy: torch.nn.Module, form: Form, lengths: Sequence[Length], small: dict[int, int]) -> float:
+    """The largest difference of the copy's graph from PyTorch, in standard deviations of its logits."""
+    longest, size = max(small.values()) + BEYOND, vocabulary(copy)
+    prompts = sorted({max(1, n - _BEFORE) for n in small.values()} | {longest, longest - 3}, reverse=True)
+    rows = [
+        (np.random.default_rng(i).integers(0, size, prompt + _STEPS)).astype(np.int32)
+        for i, prompt in enumerate(prompts)
+    ]
+    # PyTorch runs each row by itself: padding is the graph's to bear. Unless the longest row decides for all.
+    apart = any(length.batch for length in lengths)
+    with quiet():
+        expected = [
+            np.concatenate(_logits(torch_stream(copy, cached=bool(form.past)), [row])) for row in rows
+        ]
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.onnx"
+            export_torch(copy, path, form=form)
+            stream = ort_stream(path, max(map(len, rows)))
+            if apart:
+                found = [np.concatenate(_logits(stream, [row])) for row in rows]
+            else:
+                found = _by_row(_logits(stream, rows), [len(row) - _STEPS for row in rows])
+    deviation = float(np.concatenate(expected).std())
+    return max(float(np.abs(a - b).max()) for a, b in zip(found, expected, strict=True)) / deviation
+
+
+def _logits(stream: Stream, rows: Sequence[NDArray[np.int32]]) -> list[NDArray[np.float32]]:
+    """Of the prefill, and of each step."""
+    first = stream.prefill([row[:-_STEPS] for row in rows])
+    return [first, *(stream.decode([int(row[step]) for row in rows]) for step in range(-_STEPS, 0))]
+
+
+def _by_row(logits: Sequence[NDArray[np.float32]], prompts: Sequence[int]) -> list[NDArray[np.float32]]:
+    parts = np.split(logits[0], np.cumsum(prompts)[:-1])
+    return [np.concatenate([part, *(step[i : i + 1] for step in logits[1:])]) for i, part in enumerate(parts)]
