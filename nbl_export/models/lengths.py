@@ -74,7 +74,8 @@ def lengths(model: torch.nn.Module) -> tuple[Length, ...]:
                 found.setdefault((tokens, key), Length(key, tokens, concerned, row.batch))
     known = {tokens for tokens, _ in found}
     for name, tokens in _of_modules(model):
-        if tokens not in known:
+        # What the configuration says too is known, or idle.
+        if tokens not in known and (name.rpartition(".")[2], tokens) not in entries:
             every = tuple(range(layer_count(model)))
             found.setdefault((tokens, name), Length(name, tokens, every, configured=False))
     return tuple(sorted(found.values(), key=lambda length: (length.tokens, length.key)))
@@ -204,6 +205,10 @@ def crossed_by(
             found.append(Crossed(length, why=f"the model has {limit:,} positions", reached=False))
             continue
         prompts = _prompts(tokens, steps, given, limit)
+        if prompts is None:
+            few = f"of the model's {limit:,} positions too few are left beyond it for {steps} decode steps"
+            found.append(Crossed(length, why=few))
+            continue
         cost = sum(p + steps for p in prompts if p not in asked)
         row = max((*prompts, tokens)) + steps
         if cost > left or row * vocabulary(model) * 4 > _BYTES or row**2 * _heads(model) * 4 > _BYTES:
@@ -215,16 +220,13 @@ def crossed_by(
     return tuple(found)
 
 
-def _prompts(tokens: int, steps: int, given: Sequence[int], limit: int | None) -> tuple[int, ...]:
-    """A prompt longer than ``tokens`` unless there is one, and one that the steps carry across."""
-    beyond = tokens + BEYOND
-    if limit is not None:
-        beyond = max(min(beyond, limit - steps), 1)
+def _prompts(tokens: int, steps: int, given: Sequence[int], limit: int | None) -> tuple[int, ...] | None:
+    """A prompt longer than ``tokens`` unless there is one, and one that the steps carry across; None without room."""
+    beyond = tokens + BEYOND if limit is None else min(tokens + BEYOND, limit - steps)
     before = max(1, tokens - steps // 2)
-    longer = () if any(p > tokens + 1 for p in given) or beyond <= tokens else (beyond,)
-    fits = limit is None or before + steps <= limit
-    across = (before,) if steps and fits else ()
-    return (*longer, *across)
+    if beyond <= tokens or (limit is not None and before + steps > limit):
+        return None
+    return (before,) if any(p > tokens + 1 for p in given) else (beyond, before)
 
 
 def _heads(model: torch.nn.Module) -> int:
