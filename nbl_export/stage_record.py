@@ -20,7 +20,7 @@ STAGES = {
     "export": 1,
     "rewrite": 2,
     "build": 1,
-    "verify": 1,
+    "verify": 2,
     "eval": 1,
     "bench": 1,
 }

@@ -59,7 +59,7 @@ def test_consumers_find_the_model_and_its_tokenizer_beside_it(out: Path, tiny_fo
     assert record is not None
     written = {f"baseline/{p.name}" for p in beside.iterdir()}
     assert set(record.files) == {*written, "nbl/export.json"}, "all of it is recorded, nothing is left over"
-    assert json.loads((out / "nbl" / "export.json").read_text()) == {"kept_float32": []}
+    assert json.loads((out / "nbl" / "export.json").read_text()) == {"kept_float32": [], "copies": []}
 
 
 def test_an_export_is_kept_whoever_would_run_the_exporter(out: Path) -> None:
