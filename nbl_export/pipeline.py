@@ -65,15 +65,17 @@ def run_all(run: Run, asked: RunSettings) -> Report:
     """Every stage in order, as ``asked`` and resolved; what is done already with the same settings is kept."""
     from nbl_export.calibrate.text import start_tokens
     from nbl_export.linearize.scores import check_selection
-    from nbl_export.models.layers import attention_layers, hidden_size, positions
+    from nbl_export.models.candidates import candidates, described
+    from nbl_export.models.layers import hidden_size, positions
     from nbl_export.runtime.session import require_onnxruntime
     from nbl_export.verify.engines import fitting_prompts
 
     require_onnxruntime()  # before the first minute of work, not after it
     selection = asked.selection
     if run.workspace.record("calibrate") is None:
-        layers = [layer.index for layer in attention_layers(run.model.model)]
-        check_selection(selection, layers, hidden_size(run.model.model))
+        layers = [layer.index for layer in candidates(run.model.model)]
+        others = described(run.model.model)["others"]
+        check_selection(selection, layers, hidden_size(run.model.model), others)
         if asked.engines:
             check_limits(asked.engines, positions(run.model.model))
         if run.model.task.causal:

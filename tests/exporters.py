@@ -98,7 +98,7 @@ def dynamo(opset: int, attention: str, names: Names, external: bool = False) -> 
     def export(model: Path, folder: Path) -> None:
         loaded: Any = load(model)
         loaded.set_attn_implementation(attention)
-        shape = cache_shapes(loaded)[0]
+        shape = next(iter(cache_shapes(loaded).values()))
         heads, size = shape.heads, shape.key_size
         entries = [(layer, side) for layer in range(layer_count(loaded)) for side in "kv"]
         past = tuple(torch.randn(2, heads, 5, size) for _ in entries)

@@ -38,9 +38,10 @@ from nbl_export.calibrate.store import InMemory, Store
 from nbl_export.checkpoint import saving_to
 from nbl_export.errors import CalibrationError, InputError
 from nbl_export.files import parse_json
+from nbl_export.models.candidates import candidates
 from nbl_export.models.device import as_setting
 from nbl_export.models.dummy_run import dummy_run
-from nbl_export.models.layers import AttentionLayer, attention_layers, hidden_size, main_input, observed
+from nbl_export.models.layers import AttentionLayer, hidden_size, main_input, observed
 from nbl_export.models.walk import Step, segments, walking
 from nbl_export.models.weights import device_of, dtype_of, weights_like
 from nbl_export.progress import Listener, Silent
@@ -58,7 +59,7 @@ _STATES = "nbl-export/states/1"
 def collect_moments(
     model: torch.nn.Module, tokens: NDArray[Any], listener: Listener | None = None
 ) -> Moments:
-    """The moments of every attention layer of ``model`` over ``tokens``, in memory: :func:`store_moments`."""
+    """The moments of every candidate layer of ``model`` over ``tokens``, in memory: :func:`store_moments`."""
     store = InMemory()
     store_moments(model, tokens, "", store, listener)
     return Moments(store.layers)
@@ -73,7 +74,7 @@ def store_moments(
     ranks: Ranks = ALONE,
     memory: int | None = None,
 ) -> None:
-    """Put the moments of every attention layer of ``model`` into ``store``, a layer at a time.
+    """Put the moments of every candidate layer of ``model`` into ``store``, a layer at a time.
 
     Of several ``ranks``, the first stores the moments and reports the progress of all; all have the same ``tokens``.
 
@@ -130,7 +131,7 @@ class _Work:
         memory: int | None,
     ) -> None:
         self._model, self._rows, self._store, self._ranks = model, tokens, store, ranks
-        self._layers = attention_layers(model)
+        self._layers = candidates(model)
         self._identity = {"model": fingerprint, "dtype": dtype_of(model), "tokens": digest_of_tokens(tokens)}
         self._identity |= as_setting(device_of(model))
         store.begin(self._identity)
@@ -279,7 +280,7 @@ class _Work:
             arrays.update(self._kept.load(files, self._numbers))
             for start, array in zip(self._starts, arrays.values(), strict=True):
                 rows = len(self._rows[start : start + self._step])
-                if (array.shape[:1], array.shape[-1:]) != ((rows,), (hidden_size(self._model),)):
+                if not _are_states(array, rows, hidden_size(self._model)):
                     raise InputError("states of other rows")
 
         try:
@@ -321,7 +322,7 @@ class _Work:
             # Before the first part there are none, but of the batches that have passed it.
             if states is None and (part or number < batch):
                 raise ValueError(f"no states of batch {number}")
-            if states is not None and (states.shape[:1], states.shape[-1:]) != ((rows,), (d,)):
+            if states is not None and not _are_states(states, rows, d):
                 raise ValueError(f"the states of batch {number}")
         if files and self.states.on_disk:
             return disk
@@ -329,3 +330,8 @@ class _Work:
             if (states := kept(number)) is not None:
                 self.states.put(number, states, number < batch)
         return self.states
+
+
+def _are_states(states: Any, rows: int, d: int) -> bool:
+    """Whether these are states of ``rows`` rows, [rows, sequence, d] or several streams of them."""
+    return len(states.shape) >= 3 and rows in states.shape[:-2] and states.shape[-1] == d

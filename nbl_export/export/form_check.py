@@ -136,7 +136,7 @@ def _run(
     slots = min(most, positions_of(decoder.model) or most) if static else 0
     past = [
         tuple(torch.zeros(len(texts), s.heads, slots, size) for size in (s.key_size, s.value_size))
-        for s in cache_shapes(decoder.model)
+        for s in cache_shapes(decoder.model).values()
     ]
     if static:
         ids, positions = (torch.from_numpy(a) for a in right_padded(before))

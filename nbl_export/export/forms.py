@@ -22,7 +22,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicCache
 
 from nbl_export.batch.names import BATCH, MAX, PAST, SEQUENCE, TOTAL
 from nbl_export.errors import InputError
@@ -30,7 +29,7 @@ from nbl_export.export.functions import SYMBOLIC_DOMAIN
 from nbl_export.export.lengths import check_lengths
 from nbl_export.models.compat import cache_argument, query_length
 from nbl_export.models.dummy_run import cache_shapes
-from nbl_export.models.forward import CachedDecoder, PastLayer, run_with_past
+from nbl_export.models.forward import CachedDecoder, PastLayer, cache_of, run_with_past
 from nbl_export.models.layers import accepted_arguments, accepts
 
 ENCODER = "encoder"  # the name of every encoder's form
@@ -75,7 +74,7 @@ class Form:
             args.append(
                 [
                     tuple(torch.zeros(batch, s.heads, length, size) for size in (s.key_size, s.value_size))
-                    for s in cache_shapes(decoder.model)
+                    for s in cache_shapes(decoder.model).values()
                 ]
             )
             named.append([(dict(self.past),) * 2 for _ in args[-1]])
@@ -106,7 +105,8 @@ class _Concat(CachedDecoder):
         for keys, values in past:
             for side in (keys, values):
                 torch._check(side.shape[2] == length)  # type: ignore[no-untyped-call]
-        return run_with_past(self.model, input_ids, attention_mask, position_ids, past, length)
+        by_layer = dict(zip(cache_shapes(self.model), past, strict=True))
+        return run_with_past(self.model, input_ids, attention_mask, position_ids, by_layer, length)
 
 
 # none --------------------------------------------------------------------------------------------
@@ -178,8 +178,9 @@ class _Static(CachedDecoder):
         for keys, values in past:
             for side in (keys, values):
                 torch._check(side.shape[2] == past[0][0].shape[2])  # type: ignore[no-untyped-call]
-        cache = DynamicCache()
-        cache.layers = [_StaticLayer(write_indices, keys, values) for keys, values in past]
+        by_layer = zip(cache_shapes(self.model), past, strict=True)
+        layers = {index: _StaticLayer(write_indices, *pair) for index, pair in by_layer}
+        cache = cache_of(self.model, layers)
         self._write_indices, self._mask_made = write_indices, False
         with self._masked_here():
             output = self.model(
@@ -188,7 +189,7 @@ class _Static(CachedDecoder):
                 use_cache=True,
                 **{cache_argument(self.model): cache},
             )
-        return output.logits, [(layer.keys, layer.values) for layer in cache.layers]
+        return output.logits, [(layer.keys, layer.values) for layer in layers.values()]
 
     @contextmanager
     def _masked_here(self) -> Iterator[None]:

@@ -31,8 +31,8 @@ from nbl_export.export.stand_ins import StandIns
 from nbl_export.export.time_limit import seconds_for, seconds_to_write, time_limit
 from nbl_export.graph.io import save_graph
 from nbl_export.graph.operators import int_attribute
-from nbl_export.models.dummy_run import dummy_run
-from nbl_export.models.layers import layer_count, positions
+from nbl_export.models.dummy_run import cache_shapes, dummy_run
+from nbl_export.models.layers import positions
 from nbl_export.models.load import quiet
 from nbl_export.models.partial_forward import one_of_each_kind
 from nbl_export.models.stand_ins import standing_in
@@ -91,7 +91,7 @@ def _traced(model: torch.nn.Module, form: Form, task: Task, stand_ins: StandIns)
         ) from error
     assert exported is not None
     task.advance(1)
-    graph = tidy(exported.model, form, layer_count(model) if form.past else 0, stand_ins)
+    graph = tidy(exported.model, form, len(cache_shapes(model)) if form.past else 0, stand_ins)
     if form.fused:
         group_queries(graph, positions(model) or _LONGEST)
         fuse_norms(graph)

@@ -29,7 +29,7 @@ from nbl_export.linearize.swap import linearized, replaced
 from nbl_export.linearize.sweep import ORIGINAL, Version, sweep, version_of
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.layers import attention_layers, block_stack, hidden_size, vocabulary
-from nbl_export.models.partial_forward import recording_inputs, starting_at
+from nbl_export.models.partial_forward import beginning, recording_inputs, starting_at
 from nbl_export.models.walk import after_blocks
 from nbl_export.models.weights import device_of, streams, weights_like
 from nbl_export.settings.choices import FitInput
@@ -240,7 +240,7 @@ class LossMeter:
         """The loss of the settled model within ``change``, which affects only layer ``first`` and subsequent layers."""
         if self.together:
             return self.measure_versions([Version(first, change=change)])[0]
-        kl, excess = [], []
+        kl, excess, first = [], [], beginning(self.model, first)
         with torch.inference_mode(), change:
             for number, (states, row) in enumerate(zip(self._states, self._rows, strict=True)):
                 original = self._predicted(number)

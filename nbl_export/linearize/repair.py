@@ -40,7 +40,7 @@ from nbl_export.linearize.lmmse import Covariances
 from nbl_export.linearize.plan import LinearLayer
 from nbl_export.linearize.swap import AttentionReplacement, replaced
 from nbl_export.models.layers import attention_layer, attention_layers, hidden_size, layer_count
-from nbl_export.models.partial_forward import recomputed, recording_inputs, starting_at
+from nbl_export.models.partial_forward import beginning, recomputed, recording_inputs, starting_at
 from nbl_export.models.weights import device_of, held, resident, room, size, streams, weights_like
 from nbl_export.progress import Listener, Silent
 from nbl_export.settings.choices import FitInput
@@ -184,8 +184,8 @@ class _Original:
     """
 
     def __init__(self, model: torch.nn.Module, first: int, keeping: bool, tokens: int) -> None:
-        self._model, self._first = model, attention_layer(model, first)
-        self._last = attention_layers(model)[-1]
+        self._model, self._first = model, attention_layer(model, beginning(model, first))
+        self._last = attention_layer(model, beginning(model, attention_layers(model)[-1].index))
         weight = weights_like(model)
         self._keeping = keeping and 2 * tokens * hidden_size(model) * weight.element_size() <= _KEPT_BYTES
         self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -233,7 +233,7 @@ class _Training:
         model = self._task.model
         with ExitStack() as stack:
             modules = stack.enter_context(replaced(model, self._task.layers, self._task.fit_input))
-            stack.enter_context(starting_at(model, self.first, states))
+            stack.enter_context(starting_at(model, beginning(model, self.first), states))
             stack.enter_context(_adding(model, self._adapters))
             for index, one in self._maps.items():
                 stack.enter_context(_merging(modules[index], one))

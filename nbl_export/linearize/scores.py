@@ -80,12 +80,25 @@ def score_layer(moments: Moments, layer: int, fit_input: FitInput, ridge: float)
     return Candidate(layer, fit.nmse, cca, fit.ridge, cca_ridge)
 
 
-def check_layers(candidates: Sequence[int], layers: Sequence[int], k: int | None) -> tuple[int, ...]:
-    """The ``layers`` named by the user, ascending; raises :class:`InputError` for one that the model does not have."""
+def check_layers(
+    candidates: Sequence[int],
+    layers: Sequence[int],
+    k: int | None,
+    others: Mapping[str, str] | None = None,
+) -> tuple[int, ...]:
+    """The ``layers`` named by the user, ascending; raises :class:`InputError` for one that is no candidate.
+
+    ``others`` says what the model's other layers are, by index.
+    """
     if k is not None and k != len(layers):
         raise InputError(f"--k {k} and --layers with {len(layers)} layers contradict each other: give one.")
     if unknown := sorted(set(layers) - set(candidates)):
-        there = sorted(candidates)
+        there, what = sorted(candidates), (others or {}).get(str(unknown[0]))
+        if what:
+            raise InputError(
+                f"--layers names layer {unknown[0]}, which cannot be linearized ({what}); the layers that can be are "
+                f"{', '.join(map(str, there))}."
+            )
         whole = there == list(range(len(there)))
         have = f"layers 0 to {there[-1]}" if whole else f"attention layers {', '.join(map(str, there))}"
         raise InputError(f"--layers names layer {unknown[0]}; the model has {have}.")
@@ -117,10 +130,15 @@ def check_k(k: int, count: int | None) -> None:
         raise InputError(f"--k is {k}; it must be between 0 and {most}.")
 
 
-def check_selection(settings: SelectSettings, layers: Sequence[int], d: int) -> None:
-    """Refuse what a model with these attention ``layers`` and width ``d`` cannot be asked, before any work."""
+def check_selection(
+    settings: SelectSettings, layers: Sequence[int], d: int, others: Mapping[str, str] | None = None
+) -> None:
+    """Refuse what a model with these candidate ``layers`` and width ``d`` cannot be asked, before any work.
+
+    ``others`` says what its other layers are, by index.
+    """
     if settings.layers is not None:
-        check_layers(layers, settings.layers, settings.k)
+        check_layers(layers, settings.layers, settings.k, others)
     elif settings.k is not None:
         check_k(settings.k, len(layers))
     if settings.rank is not None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 class AttentionReplacement(torch.nn.Module):
     """Replaces an attention module: returns W u + b in the same form, and uses no KV cache.
 
-    With ``fit_input`` ``"residual"``, u is the block's input, which a forward pre-hook of the block provides.
+    With ``fit_input`` ``"residual"``, u is the residual stream, which a forward pre-hook provides.
     ``returns`` is the length of the tuple returned by the original, None for a bare tensor; ``added`` returns the
     argument that the original added to its output.
     """
@@ -121,7 +121,7 @@ def replaced(
 def _swap(
     model: torch.nn.Module, layer: AttentionLayer, weights: LinearLayer, fit_input: FitInput
 ) -> tuple[AttentionReplacement, Callable[[], None]]:
-    block, original = model.get_submodule(layer.block), model.get_submodule(layer.attention)
+    stream, original = model.get_submodule(layer.stream), model.get_submodule(layer.attention)
     returns = dummy_run(model).returns[layer.index]
     added = _argument(original, layer.adds) if layer.adds else None
     inside = f"{layer.output}.".startswith(f"{layer.attention}.")
@@ -140,7 +140,7 @@ def _swap(
         # The output projection is a separate module of the block, and is no longer needed.
         new[layer.output] = torch.nn.Identity()
     old = {path: model.get_submodule(path) for path in new}
-    hook = block.register_forward_pre_hook(linear.take_residual, with_kwargs=True)
+    hook = stream.register_forward_pre_hook(linear.take_residual, with_kwargs=True)
 
     def put(modules: Mapping[str, torch.nn.Module]) -> None:
         for path, module in modules.items():

@@ -26,6 +26,7 @@ from nbl_export.models.layers import (
     structure,
 )
 from nbl_export.models.load import quiet
+from nbl_export.models.sharing import shared_keys
 from nbl_export.models.tasks import GENERATION, Task, task_named
 from nbl_export.models.weights import origin, weights_like
 
@@ -53,7 +54,8 @@ class DummyRun:
     ``cache`` has an entry for each block, None for a block without its own keys and values. ``tokens`` is the number
     of tokens that attention sees per row, ``outputs`` are the names of the outputs. ``linear_output`` says whether y
     is the output of a linear layer, so that nothing is added to it inside the attention; ``repeatable`` whether a
-    second pass over images gave the same result; ``separate`` whether blocks take nothing but states from each other.
+    second pass over images gave the same result; ``separate`` whether blocks take nothing but states from each other,
+    those aside that have no keys and values of their own: ``shared`` has the layer whose they attend to, by layer.
     """
 
     returns: Mapping[int, int | None]
@@ -65,6 +67,7 @@ class DummyRun:
     repeatable: bool = True
     block_returns: Mapping[int, int | None] = field(default_factory=dict)
     separate: bool = True
+    shared: Mapping[int, int] = field(default_factory=dict)
 
 
 _DONE: weakref.WeakKeyDictionary[torch.nn.Module, DummyRun] = weakref.WeakKeyDictionary()
@@ -81,15 +84,19 @@ def dummy_run(model: torch.nn.Module) -> DummyRun:
     return _DONE[known]
 
 
-def cache_shapes(model: torch.nn.Module) -> tuple[CacheShape, ...]:
-    """The cache shape of every block; raises :class:`InputError` if a block has no cache."""
-    shapes = dummy_run(model).cache
-    if without := [i for i, shape in enumerate(shapes) if shape is None]:
+def cache_shapes(model: torch.nn.Module) -> dict[int, CacheShape]:
+    """The shape of every entry of the KV cache, by the block it is of, in order.
+
+    A block that attends to the keys and values of another has none; raises :class:`InputError` if any other has none.
+    """
+    facts = dummy_run(model)
+    shapes = {i: shape for i, shape in enumerate(facts.cache) if shape is not None}
+    if without := [i for i in range(len(facts.cache)) if i not in shapes and i not in facts.shared]:
         raise InputError(
             f"Layer {without[0]} of {type(model).__name__} has no keys and values of its own in the KV cache, so a "
             "graph with a cache is not supported yet: use --kv-cache none."
         )
-    return tuple(shape for shape in shapes if shape is not None)
+    return shapes
 
 
 def check_supported(model: torch.nn.Module, cached: bool = True, task: Task | None = None) -> None:
@@ -108,11 +115,11 @@ def check_supported(model: torch.nn.Module, cached: bool = True, task: Task | No
         _check_encoder(model, facts, task)
         return
     has_cache = {layer.index: facts.cache[layer.index] is not None for layer in found.layers}
-    if len(set(has_cache.values())) > 1:  # a family without any cache is allowed
-        borrower = next(index for index, own in has_cache.items() if not own)
+    without = [index for index, own in has_cache.items() if not own and index not in facts.shared]
+    if any(has_cache.values()) and without:  # a family without any cache is allowed
         raise InputError(
-            f"Layer {borrower} of {type(model).__name__} attends to keys and values of another layer, which therefore "
-            "cannot be linearized alone: this architecture is not supported yet."
+            f"Layer {without[0]} of {type(model).__name__} has no keys and values of its own, and which layer's it "
+            "attends to cannot be seen: this architecture is not supported yet."
         )
     if cached and found.others:
         index, kind = next(iter(found.others.items()))
@@ -231,12 +238,19 @@ def _run(model: torch.nn.Module) -> DummyRun:
             "time: this architecture is not supported yet."
         )
     first, states = written[0], written[-1]
+    cache = _cache(output.get(cache_argument(run)), layer_count(model))
+    kept = [layer for layer in layers if cache[layer.index] is not None]
+    shared: dict[int, int] = {}
+    if 0 < len(kept) < len(layers):
+        with torch.inference_mode(), quiet():
+            shared = shared_keys(
+                model, layers, lambda: run(**inputs, **accepted_arguments(run, use_cache=True))
+            )
     seen = states[:, :-1].float()
     causal = TOKENS in inputs and bool((seen[0] - seen[1]).norm() <= 1e-3 * seen[0].norm())
-    cache = output.get(cache_argument(run))
     return DummyRun(
         returns,
-        _cache(cache, layer_count(model)),
+        cache,
         causal,
         tokens=states.shape[1],
         outputs=_LOGITS if head is not None else _tensors_of(output),
@@ -244,6 +258,7 @@ def _run(model: torch.nn.Module) -> DummyRun:
         repeatable=_same(first, states),
         block_returns=block_returns,
         separate=not handed.on,
+        shared=shared,
     )
 
 

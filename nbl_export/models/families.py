@@ -18,6 +18,7 @@ class Family:
     attention: str | None = None
     output: str | None = None
     adds: str | None = None
+    stream: str | None = None
     refused: str | None = None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from nbl_export.batch.rows import Inputs
 from nbl_export.models.compat import cache_argument, query_length
-from nbl_export.models.layers import accepted_arguments
+from nbl_export.models.layers import accepted_arguments, layer_count
 from nbl_export.models.weights import weights_like
 
 
@@ -54,17 +54,17 @@ def run_with_past(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
     position_ids: torch.Tensor,
-    past: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    past: Mapping[int, tuple[torch.Tensor, torch.Tensor]],
     past_length: Any,
     num_logits: int = 0,
 ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
-    """One forward pass with an explicit cache of all layers: logits, and the updated cache.
+    """One forward pass with an explicit cache, ``past`` by layer: logits, and the updated cache in the same order.
 
-    Logits are those of the last ``num_logits`` positions if the model supports it, else of all. The entry of a
-    linearized layer is unchanged.
+    Logits are those of the last ``num_logits`` positions if the model supports it, else of all.
     """
-    cache = DynamicCache()
-    cache.layers = [PastLayer(past_length, keys, values) for keys, values in past]
+    cache = cache_of(
+        model, {index: PastLayer(past_length, *pair) for index, pair in past.items()}, past_length
+    )
     output = model(
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -74,7 +74,20 @@ def run_with_past(
         ),
         **{cache_argument(model): cache},
     )
-    return output.logits, [(layer.keys, layer.values) for layer in cache.layers]
+    return output.logits, [(cache.layers[index].keys, cache.layers[index].values) for index in past]
+
+
+def cache_of(model: torch.nn.Module, layers: Mapping[int, PastLayer], past_length: Any = 0) -> DynamicCache:
+    """transformers' cache for ``model`` with these ``layers`` by their index; the others have no keys.
+
+    transformers indexes the cache by layer.
+    """
+    cache, none = DynamicCache(), torch.zeros(0)
+    cache.layers = [
+        layers[index] if index in layers else PastLayer(past_length, none, none)
+        for index in range(layer_count(model))
+    ]
+    return cache
 
 
 def run_uncached(model: torch.nn.Module, inputs: Inputs) -> Any:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.errors import InputError
@@ -39,7 +39,7 @@ class AttentionLayer:
     """One self-attention layer: its position in the stack and the dotted paths of its modules.
 
     ``output`` is the module that writes y, the attention itself by default; ``adds`` names the argument that the
-    attention adds to y. ``kind`` is full or the kind of its window.
+    attention adds to y. ``kind`` is full or the kind of its window. The input of ``stream`` is the residual stream h.
     """
 
     index: int
@@ -48,6 +48,7 @@ class AttentionLayer:
     output: str
     adds: str | None = None
     kind: str = FULL
+    stream: str = field(kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,15 @@ def structure(model: torch.nn.Module) -> Structure:
         output = family.output or found[0]
         kind = _kind(model, attention, declared)
         layers.append(
-            AttentionLayer(index, path, f"{path}.{found[0]}", f"{path}.{output}", family.adds, kind)
+            AttentionLayer(
+                index,
+                path,
+                f"{path}.{found[0]}",
+                f"{path}.{output}",
+                family.adds,
+                kind,
+                stream=f"{path}.{family.stream}" if family.stream else path,
+            )
         )
     if not layers:
         kinds = ", ".join(sorted(set(others.values())))
@@ -257,8 +266,8 @@ def observed(
 ) -> Iterator[None]:
     """Call ``observer(index, residual, normed, output)`` for each attention layer in each forward pass.
 
-    ``residual`` is the block's input h, ``normed`` the input of the attention, ``output`` its output before the
-    residual addition; each is [batch, sequence, d], a view of the live activations.
+    ``residual`` is the stream h, ``normed`` the input of the attention, ``output`` its output before the residual
+    addition; each is [batch, sequence, d], a view of the live activations.
     """
     with ExitStack() as hooks:
         for layer in layers:
@@ -270,7 +279,7 @@ def observed(
 def _observe(model: torch.nn.Module, layer: AttentionLayer, observer: Observer) -> list[Any]:
     seen: dict[str, torch.Tensor] = {}
 
-    def block_input(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def stream_input(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen["residual"] = hidden_states(args, kwargs)
 
     def attention_input(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -280,9 +289,11 @@ def _observe(model: torch.nn.Module, layer: AttentionLayer, observer: Observer) 
         y = output[0] if isinstance(output, tuple) else output
         observer(layer.index, seen.pop("residual"), seen.pop("normed"), y)
 
-    block, attention, output = (model.get_submodule(p) for p in (layer.block, layer.attention, layer.output))
+    stream, attention, output = (
+        model.get_submodule(p) for p in (layer.stream, layer.attention, layer.output)
+    )
     return [
-        block.register_forward_pre_hook(block_input, with_kwargs=True),
+        stream.register_forward_pre_hook(stream_input, with_kwargs=True),
         attention.register_forward_pre_hook(attention_input, with_kwargs=True),
         output.register_forward_hook(attention_output),
     ]

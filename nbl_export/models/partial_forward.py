@@ -74,6 +74,16 @@ def starting_at(model: torch.nn.Module, index: int, states: torch.Tensor) -> Ite
         hook.remove()
 
 
+def beginning(model: torch.nn.Module, index: int) -> int:
+    """The layer at which a run must be started so that layer ``index`` and all after it have what they read.
+
+    It is an earlier one where they attend to its keys and values.
+    """
+    shared = dummy_run(model).shared
+    earlier = [lender for borrower, lender in shared.items() if lender < index <= borrower]
+    return beginning(model, min(earlier)) if earlier else index
+
+
 @contextmanager
 def skipped(model: torch.nn.Module, count: int) -> Iterator[None]:
     """Within the block, the first ``count`` blocks of ``model`` return their input."""
@@ -150,7 +160,8 @@ def recomputed(model: torch.nn.Module, first: int) -> Iterator[None]:
     Each block from ``first`` on is computed again when the backward pass comes to it: the same bits. Blocks that take
     more from each other than the states are not.
     """
-    if not dummy_run(model).separate:
+    facts = dummy_run(model)
+    if facts.shared or not facts.separate:
         yield
         return
     stack: Any = block_stack(model)[1]

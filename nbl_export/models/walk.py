@@ -7,7 +7,8 @@ input of the next block, [batch, sequence, d] for each batch.
 
 The model's own code runs: earlier blocks are skipped, and the run ends at the input of the next block. So masks, rotary
 tables and whatever the model does between blocks are its own, and each batch is computed as in one forward pass, to the
-bit. Blocks that take more from each other than the states are run together.
+bit. Blocks that take more from each other than the states are run together, as those from the first whose keys and
+values others attend to up to the last of these.
 """
 
 from __future__ import annotations
@@ -40,10 +41,14 @@ class Segment:
 
 def segments(model: torch.nn.Module) -> list[Segment]:
     """The parts of ``model`` in which rows go through it."""
-    count = len(list(block_stack(model)[1].children()))
-    if not dummy_run(model).separate:
+    count, facts = len(list(block_stack(model)[1].children())), dummy_run(model)
+    if not facts.separate:
         return [Segment(0, count)]
-    return [Segment(index, index + 1) for index in range(count)]
+    # From the first layer whose keys and values are read to the last that reads some, what they share stays.
+    first, last = min(facts.shared.values(), default=0), max(facts.shared, default=0)
+    together = [Segment(first, last + 1)] if facts.shared else []
+    apart = (i for i in range(count) if not together or not first <= i <= last)
+    return sorted([*together, *(Segment(i, i + 1) for i in apart)], key=lambda part: part.start)
 
 
 @contextmanager

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 from nbl_export.batch.arrays import F32, I64
 from nbl_export.models.dummy_run import cache_shapes
 from nbl_export.models.forward import run_uncached, run_with_past
-from nbl_export.models.layers import layer_count
-from nbl_export.models.weights import device_of, weights_like
+from nbl_export.models.weights import weights_like
 from nbl_export.runtime.decoder import KV, DecoderOutput
 from nbl_export.runtime.stream import PastStream, Stream, UncachedStream
 
@@ -25,8 +24,7 @@ class TorchDecoder:
 
     def __init__(self, model: torch.nn.Module, linearized: Sequence[int] = ()) -> None:
         self.model = model
-        self.count = layer_count(model)
-        self._kv_layers = tuple(i for i in range(self.count) if i not in set(linearized))
+        self._kv_layers = tuple(i for i in cache_shapes(model) if i not in set(linearized))
 
     @property
     def kv_layers(self) -> tuple[int, ...]:
@@ -50,21 +48,10 @@ class TorchDecoder:
     ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
         """Tensors in, tensors out; ``past`` has one entry for each of ``kv_layers``."""
         length = attention_mask.shape[1] - input_ids.shape[1]
-        every = self._spread(past, input_ids.shape[0])
-        logits, present = run_with_past(
-            self.model, input_ids, attention_mask, position_ids, every, length, num_logits
+        by_layer = dict(zip(self._kv_layers, past, strict=True))
+        return run_with_past(
+            self.model, input_ids, attention_mask, position_ids, by_layer, length, num_logits
         )
-        return logits, [present[i] for i in self._kv_layers]
-
-    def _spread(self, past: Any, batch: int) -> list[Any]:
-        # transformers indexes the cache by layer: linearized layers get an empty entry.
-        import torch
-
-        empty = torch.zeros(batch, 1, 0, 1, device=device_of(self.model))
-        entries: list[Any] = [(empty, empty)] * self.count
-        for index, pair in zip(self._kv_layers, past, strict=True):
-            entries[index] = pair
-        return entries
 
     def __call__(
         self, input_ids: I64, attention_mask: I64, position_ids: I64, past: Sequence[KV], num_logits: int = 0

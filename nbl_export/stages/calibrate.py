@@ -28,8 +28,8 @@ def calibrate(run: Run, settings: CalibrateSettings) -> None:
     from nbl_export.calibrate.collect import store_moments
     from nbl_export.calibrate.probe import save_probe
     from nbl_export.calibrate.store import MomentsFolder
+    from nbl_export.models.candidates import described
     from nbl_export.models.dummy_run import check_supported
-    from nbl_export.models.layers import structure
     from nbl_export.models.weights import dtype_of
     from nbl_export.stages.calibration_data import loader_for
 
@@ -62,13 +62,13 @@ def calibrate(run: Run, settings: CalibrateSettings) -> None:
             return data.calibration
 
         tokens = ranks.shared(prepared)
-        described = {
+        about = {
             "model": source.fingerprint,
             "tokens": _token_count(tokens, model),
             "dtype": dtype_of(in_dtype),
-            **structure(model).as_json(),
+            **described(model),
         }
-        store = MomentsFolder(ws.moments, ws.partial_moments, described)
+        store = MomentsFolder(ws.moments, ws.partial_moments, about)
         memory = None if settings.memory is None else bytes_of(settings.memory)
         store_moments(in_dtype, tokens, key, store, listener, ranks, memory)
         if not ranks.first:

@@ -169,7 +169,7 @@ def _save_configs(run: Run, exported: list[Path], settings: ExportSettings) -> l
         shared = settings.kv_cache == "shared"
         # genai does not know write_indices.
         if settings.exporter == "torch" and (shared or settings.kv_cache == "concat"):
-            shapes = cache_shapes(run.model.model)
+            shapes = list(cache_shapes(run.model.model).values())
             if (
                 len({(s.heads, s.key_size, s.value_size) for s in shapes}) == 1
             ):  # genai needs the same shape for all layers

@@ -57,7 +57,8 @@ def select(run: Run, settings: SelectSettings) -> Plan:
 
         if settings.layers is not None:
             curve: Curve | None = None
-            plan, result = ship(check_layers([c.layer for c in candidates], settings.layers, settings.k)).made
+            found, others = [c.layer for c in candidates], metadata.get("others", {})
+            plan, result = ship(check_layers(found, settings.layers, settings.k, others)).made
         else:
             choosing = Choosing(settings, jobs, listener)
             candidates = choosing.scored(candidates)

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers.cache_utils import DynamicCache
 
 from nbl_export.batch.arrays import BOOL, F32, I64
 from nbl_export.batch.padding import left_padded
@@ -25,8 +24,8 @@ from nbl_export.linearize.swap import linearized
 from nbl_export.linearize.sweep import ORIGINAL, version_of, within
 from nbl_export.models.compat import cache_argument
 from nbl_export.models.dummy_run import cache_shapes
-from nbl_export.models.forward import PastLayer
-from nbl_export.models.layers import accepted_arguments, layer_count
+from nbl_export.models.forward import PastLayer, cache_of
+from nbl_export.models.layers import accepted_arguments
 from nbl_export.models.walk import Segment, through
 from nbl_export.models.weights import device_of, streams, weights_like
 from nbl_export.runtime.decoder import KV
@@ -116,17 +115,15 @@ class _Cache:
     """
 
     def __init__(self, model: torch.nn.Module, rows: int, linear: Any) -> None:
-        self.kv_layers = tuple(i for i in range(layer_count(model)) if i not in linear)
-        self.of_model = DynamicCache()
-        like, none = weights_like(model), weights_like(model).new_zeros(rows, 1, 0, 1)
+        shapes, like = cache_shapes(model), weights_like(model)
+        self.kv_layers = tuple(i for i in shapes if i not in linear)
         self._taken: dict[int, KV] = {}
-        self._empty = [
-            (like.new_zeros(rows, s.heads, 0, s.key_size), like.new_zeros(rows, s.heads, 0, s.value_size))
+        self._empty = {
+            i: (like.new_zeros(rows, s.heads, 0, s.key_size), like.new_zeros(rows, s.heads, 0, s.value_size))
+            for i, s in shapes.items()
             if i in self.kv_layers
-            else (none, none)
-            for i, s in enumerate(cache_shapes(model))
-        ]
-        self.of_model.layers = [PastLayer(0, keys, values) for keys, values in self._empty]
+        }
+        self.of_model = cache_of(model, {i: PastLayer(0, *pair) for i, pair in self._empty.items()})
 
     def set_length(self, length: int) -> None:
         """Tell every layer how many tokens came before."""
@@ -136,10 +133,10 @@ class _Cache:
     def take(self, part: Segment) -> None:
         """Keep what the blocks of ``part`` have left after the last step, and free it on the device."""
         for index in range(part.start, part.stop):
-            layer = self.of_model.layers[index]
             if index in self.kv_layers:
+                layer = self.of_model.layers[index]
                 self._taken[index] = (layer.keys.float().cpu().numpy(), layer.values.float().cpu().numpy())
-            layer.keys, layer.values = self._empty[index]
+                layer.keys, layer.values = self._empty[index]
 
     def until(self, slots: int) -> list[KV]:
         """The cache when it had so many ``slots``: each step appends one."""

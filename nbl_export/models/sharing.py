@@ -1,0 +1,63 @@
+"""Layers that attend to the keys and values of another layer, found by what their attention functions are given.
+
+Such a layer borrows: it has queries of its own, and no entry in the KV cache. Gemma 3n and Gemma 4 have them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from nbl_export.models.layers import AttentionLayer
+
+_NAME = "nbl_export_watched"
+
+
+def shared_keys(model: Any, layers: Sequence[AttentionLayer], run: Callable[[], object]) -> dict[int, int]:
+    """The layer whose keys each borrowing layer of ``model`` attends to, in the forward pass that ``run`` makes.
+
+    Empty for a model whose attention does not use transformers' interface.
+    """
+    if not getattr(model, "_supports_attention_backend", False):
+        return {}
+    indices = {model.get_submodule(layer.attention): layer.index for layer in layers}
+    owners: list[tuple[torch.Tensor, int]] = []
+    found: dict[int, int] = {}
+
+    def watch(module: Any, keys: torch.Tensor) -> None:
+        if module not in indices:
+            return
+        lender = next((index for seen, index in owners if seen is keys), None)
+        if lender is None:
+            owners.append((keys, indices[module]))
+        else:
+            found[indices[module]] = lender
+
+    with _watched(model, watch):
+        run()
+    return found
+
+
+@contextmanager
+def _watched(model: Any, watch: Callable[[Any, torch.Tensor], None]) -> Iterator[None]:
+    """Within the block, ``watch`` is called with each attention module and the keys that its function is given."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def attend(module: Any, query: Any, key: Any, *args: Any, **kwargs: Any) -> Any:
+        watch(module, key)
+        return sdpa_attention_forward(module, query, key, *args, **kwargs)
+
+    before = model.config._attn_implementation
+    AttentionInterface.register(_NAME, attend)
+    AttentionMaskInterface.register(_NAME, sdpa_mask)
+    model.set_attn_implementation(_NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
