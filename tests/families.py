@@ -106,6 +106,13 @@ _LLAMA_ROPE = {
     "original_max_position_embeddings": 64,
 }
 _GQA = {"num_key_value_heads": 2, "head_dim": HEAD_SIZE}
+_SHARED = {
+    **_WINDOW,
+    "layer_types": ["full_attention", "sliding_attention", "full_attention", "full_attention"],
+    "num_kv_shared_layers": 1,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCAB,
+}
 _GPT2 = {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 256}
 DECODERS = {
     "llama": Family("llama", {**_GQA, "rope_parameters": _LLAMA_ROPE}),
@@ -130,6 +137,19 @@ DECODERS = {
         "gemma3_text",
         {**_GQA, **_WINDOW, "query_pre_attn_scalar": HEAD_SIZE, "layer_types": _ALTERNATING},
     ),
+    # The last layer has queries only, and attends to the keys and values of layer 2.
+    "gemma3n": Family(
+        "gemma3n_text",
+        {
+            **_GQA,
+            **_SHARED,
+            "laurel_rank": 8,
+            "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
+            "intermediate_size": [96] * LAYERS,
+            "final_logit_softcapping": 5.0,
+        },
+    ),
+    "gemma4": Family("gemma4_text", {**_GQA, **_SHARED, "global_head_dim": 2 * HEAD_SIZE}),
     "phi": Family("phi", {"partial_rotary_factor": 0.5}),
     "phi3": Family(
         "phi3",

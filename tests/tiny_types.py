@@ -93,6 +93,16 @@ FIELDS: Mapping[str, Mapping[str, Any]] = {
         "activation_sparsity_pattern": [0.0] * 4,
         "intermediate_size": [48] * 4,
     },
+    "gemma4_text": {
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "global_head_dim": 16,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 260,
+    },
 }
 
 

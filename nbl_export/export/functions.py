@@ -6,6 +6,7 @@ Experts     transformers loops over the experts that received tokens, which a gr
             processes the tokens routed to it, none or many.
 Complex     rotary embeddings that multiply complex numbers, for which the exporter has few operators; here they are
             pairs of real numbers.
+Erfinv      the inverse of erf, for which ONNX has no operator.
 
 The first two use the interfaces of transformers for this purpose. A model whose attention does not use them is
 traced with its own, decomposed.
@@ -13,6 +14,7 @@ traced with its own, decomposed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -150,7 +152,7 @@ def exportable(
     with ExitStack() as undo:
         _use_attention(model, mask, attend, undo)
         _use_experts(model, undo)
-        for name, function in _COMPLEX.items():
+        for name, function in _MISSING.items():
             undo.enter_context(_replaced(torch, name, function))
         yield
 
@@ -215,7 +217,19 @@ class _Complex:
         return (lambda *args: _Complex(real(*args), imag(*args))) if callable(real) else real
 
 
-_COMPLEX: Mapping[str, Callable[..., Any]] = {
+def _inverse_erf(y: torch.Tensor) -> torch.Tensor:
+    """The inverse of erf, for which there is no operator: an approximation, and Newton's method from there."""
+    a = 0.147
+    log = torch.log(1 - y * y)
+    half = 2 / (math.pi * a) + log / 2
+    x = torch.sign(y) * torch.sqrt(torch.sqrt(half * half - log / a) - half)
+    for _ in range(3):
+        x = x - (torch.erf(x) - y) * torch.exp(x * x) * (math.sqrt(math.pi) / 2)
+    return x
+
+
+_MISSING: Mapping[str, Callable[..., Any]] = {
+    "erfinv": _inverse_erf,
     "polar": lambda length, angle: _Complex(length * torch.cos(angle), length * torch.sin(angle)),
     "view_as_complex": lambda x: _Complex(x[..., 0], x[..., 1]),
     "view_as_real": lambda z: torch.stack([z.real, z.imag], dim=-1),

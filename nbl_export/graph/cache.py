@@ -184,6 +184,16 @@ def _grown(past: ir.Value) -> tuple[ir.Node, ir.Value, int | None] | None:
     return None
 
 
+def grown_value(past: ir.Value) -> ir.Value | None:
+    """The cache ``past`` as the node that extends it writes it; None if nothing does."""
+    grown = _grown(past)
+    if grown is None:
+        return None
+    node, _, side = grown
+    op = fused_op(node)
+    return node.outputs[op.present[side] if op and side is not None else 0]
+
+
 def _as_output(value: ir.Value) -> ir.Value | None:
     """``value`` or a view of it, if that is a graph output."""
     stack = [value]

@@ -27,7 +27,7 @@ import onnx_ir as ir
 
 from nbl_export.errors import InputError
 from nbl_export.graph.cache import KV_LAYERS_KEY, kv_pairs
-from nbl_export.graph.cores import NotFound, Search, core_of, visible_cores
+from nbl_export.graph.cores import Core, NotFound, Search, core_of, cores_of, visible_cores
 from nbl_export.graph.operators import (
     INTEGER_PRODUCTS,
     OTHER_INTEGER_PRODUCTS,
@@ -66,7 +66,8 @@ class AttentionRegion:
     """One layer's attention in a graph: the candidates for x, h and y, most likely first.
 
     ``core`` is the operator that mixes tokens, ``projection`` the output projection, which writes y;
-    ``linear_nodes`` are all linear operators from x to y; ``ops`` counts the nodes in between.
+    ``linear_nodes`` are all linear operators from x to y; ``ops`` counts the nodes in between. ``pair`` is the number
+    of its own KV pair, None without one; ``lent`` are keys and values of another layer that it attends to.
     """
 
     layer: int
@@ -77,6 +78,8 @@ class AttentionRegion:
     linear_nodes: tuple[ir.Node, ...]
     core: str
     ops: int
+    pair: int | None = None
+    lent: tuple[ir.Value, ...] = ()
 
     @property
     def style(self) -> str:
@@ -104,6 +107,7 @@ class Refusal:
     layer: int
     check: str
     found: str
+    pair: int | None = None
 
     def __str__(self) -> str:
         return f"layer {self.layer}: {self.check} (found: {self.found})"
@@ -115,10 +119,8 @@ def find_regions(model: ir.Model) -> list[AttentionRegion | Refusal]:
     Raises :class:`InputError` for a graph whose layers lie in the branches of an If or the body of a loop.
     """
     pairs = kv_pairs(model)
-    # With KV pairs the cores are found from them; without, attention is recognized directly.
-    cores: list[tuple[int, ir.Node | tuple[ir.Value, ir.Value]]]
     visible = visible_cores(model)
-    cores = [(p.index, p.past) for p in pairs] or list(enumerate(visible))
+    cores = cores_of(model, pairs, visible)
     if not visible and KV_LAYERS_KEY not in model.metadata_props:  # otherwise all layers are linear already
         _refuse_control_flow(model)
     cache = {v for pair in pairs for v in pair.present}
@@ -130,12 +132,16 @@ def find_regions(model: ir.Model) -> list[AttentionRegion | Refusal]:
             "export the model again."
         )
     found: list[AttentionRegion | Refusal] = []
-    for layer, core in cores:
+    for number, core in enumerate(cores):
+        layer = core.pair if core.pair is not None and len(cores) == len(pairs) else number
         try:
-            node = core if isinstance(core, ir.Node) else core_of(search, core)
-            found.append(_region(layer, node, search))
+            if core.read_by:
+                readers = ", ".join(map(str, core.read_by))
+                raise NotFound("no other layer reads its keys and values", f"read by {readers}")
+            node = core.node if isinstance(core.node, ir.Node) else core_of(search, core.node)
+            found.append(_region(layer, core, node, search))
         except NotFound as reason:
-            found.append(Refusal(layer, reason.check, reason.found))
+            found.append(Refusal(layer, reason.check, reason.found, core.pair))
     return found
 
 
@@ -149,11 +155,14 @@ def _refuse_control_flow(model: ir.Model) -> None:
                 )
 
 
-def _region(layer: int, core: ir.Node, search: Search) -> AttentionRegion:
-    last, outputs = _outputs(core)
-    inputs, linear_nodes, ops = _inputs(core, last, search)
+def _region(layer: int, core: Core, node: ir.Node, search: Search) -> AttentionRegion:
+    last, outputs = _outputs(node)
+    inputs, linear_nodes, ops = _inputs(node, last, search, core.lent)
     streams = _streams(outputs, inputs, search.activations)
-    return AttentionRegion(layer, inputs, streams, outputs, last, (*linear_nodes, last), core.op_type, ops)
+    nodes = (*linear_nodes, last)
+    return AttentionRegion(
+        layer, inputs, streams, outputs, last, nodes, node.op_type, ops, core.pair, core.lent
+    )
 
 
 # 2 -----------------------------------------------------------------------------------------------
@@ -236,10 +245,13 @@ def _other(node: ir.Node, value: ir.Value) -> ir.Value | None:
 
 
 def _inputs(
-    core: ir.Node, projection: ir.Node, search: Search
+    core: ir.Node, projection: ir.Node, search: Search, lent: tuple[ir.Value, ...]
 ) -> tuple[tuple[ir.Value, ...], list[ir.Node], int]:
-    """The candidates for x, the linear operators that read it, and the number of nodes from there on."""
-    activations = search.activations
+    """The candidates for x, the linear operators that read it, and the number of nodes from there on.
+
+    The keys and values ``lent`` are another layer's.
+    """
+    activations = search.activations - set(lent) if lent else search.activations
     seen: set[ir.Node] = {projection}
     assert projection.inputs[0] is not None
     linear_nodes: list[ir.Node] = []

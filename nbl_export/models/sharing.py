@@ -51,6 +51,7 @@ def _watched(model: Any, watch: Callable[[Any, torch.Tensor], None]) -> Iterator
 
     def attend(module: Any, query: Any, key: Any, *args: Any, **kwargs: Any) -> Any:
         watch(module, key)
+        kwargs.pop("softcap", None)  # sdpa has none; what is computed does not matter
         return sdpa_attention_forward(module, query, key, *args, **kwargs)
 
     before = model.config._attn_implementation

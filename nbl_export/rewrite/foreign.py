@@ -16,7 +16,7 @@ from nbl_export.progress import Listener, Silent
 from nbl_export.rewrite.folder import Folder, check_apart, opened
 from nbl_export.rewrite.in_place import Writing, complete, data_to_append_to, settle
 from nbl_export.rewrite.prove import Proof
-from nbl_export.rewrite.replace import LAYERS_KEY, RewriteResult, rewrite_file, rewrite_summary
+from nbl_export.rewrite.replace import LAYERS_KEY, RewriteResult, kept_layers, rewrite_file, rewrite_summary
 from nbl_export.rewrite.summary import ForeignSummary
 
 
@@ -95,21 +95,22 @@ class _Rewrite:
         self.listener.note("rewrite: done already, kept.")
         proofs = {p.layer: Proof(p.layer, None, None, p.input_error, p.output_error) for p in record.proofs}
         stored = {s.layer: s.error for s in record.stored}
-        return RewriteResult(record.before, record.after, proofs, files, stored)
+        return RewriteResult(record.before, record.after, proofs, files, stored, record.kv_layers)
 
     def _sidecars(self) -> list[Sidecar]:
         """The files for the folder of the rewritten graph; :class:`InputError` if two would have one name."""
-        data = external_files(load_graph(self.source))
+        model = load_graph(self.source)
+        data = external_files(model)
         files = sidecars_of(self.source, data)
         if taken := {"nbl"} & {self.source.name, *(path.name for path in (*files, *data))}:
             raise InputError(
                 f"{self.source.parent / min(taken)} has the name of the folder of our records: rename it first."
             )
-        return updated_configs(files, self.plan.chosen, self.plan.attention_layers)
+        return updated_configs(files, self.plan.chosen, kept_layers(model, self.plan))
 
     def _record(self, result: Any, graph_sha256: str, files: list[str] | None = None) -> ForeignSummary:
         return ForeignSummary(
-            **vars(rewrite_summary(result, self.plan)),
+            **vars(rewrite_summary(result)),
             source=self.source.name,
             plan_sha256=self.plan_sha256,
             graph_sha256=graph_sha256,

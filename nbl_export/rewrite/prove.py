@@ -168,7 +168,11 @@ class _Proving:
         self.runner = ProbeRunner(path, plan, progress)
 
     def proofs(self) -> dict[int, Proof]:
-        names = {str(v.name) for r in self.regions for v in (*self._inputs(r), *(o.value for o in r.outputs))}
+        names = {
+            str(v.name)
+            for r in self.regions
+            for v in (*self._inputs(r), *(o.value for o in r.outputs), *r.lent)
+        }
         if not names:
             return {r.layer: _unfound(r.layer, {}) for r in self.regions}
         self.own = self.runner.run(sorted(names), {})
@@ -205,6 +209,7 @@ class _Proving:
         """
         outputs = {r.layer: sorted({str(o.value.name) for o in r.outputs}) for r in self.regions}
         names = {r.layer: [o.value for o in r.outputs] for r in self.regions}
+        lent = {r.layer: set(r.lent) for r in self.regions}
         waiting = [(layer, u) for layer, values in candidates.items() for u in values]
         computed: dict[tuple[int, ir.Value], Found] = {}
         while waiting:
@@ -215,7 +220,7 @@ class _Proving:
             # Fed together, a layer whose y comes from somewhere else would find PyTorch's activations there.
             entries = {i: _entries(u) for i, u in fed.items()}
             others = {v for values in entries.values() for v in values}
-            apart = [i for i in fed if not _from_alone(names[i], entries[i], others)]
+            apart = [i for i in fed if not _from_alone(names[i], entries[i], others, lent[i])]
             together = {i: u for i, u in fed.items() if i not in apart}
             for group in (together, *({i: fed[i]} for i in apart)):
                 if group:
@@ -224,7 +229,14 @@ class _Proving:
             waiting = [(layer, u) for layer, u in waiting if fed.get(layer) is not u]
         return computed
 
-    def _run_fed(self, fed: Mapping[int, ir.Value], names: Sequence[str], nudged: int | None = None) -> Found:
+    def _run_fed(
+        self,
+        fed: Mapping[int, ir.Value],
+        names: Sequence[str],
+        nudged: int | None = None,
+        run: Found | None = None,
+    ) -> Found:
+        """What each layer computes of PyTorch's activations ``fed`` to it, and of what it was lent in a ``run``."""
         given = {}
         for layer, u in fed.items():
             shapes = [a.shape for a in self._rows(self.own, u)]
@@ -235,6 +247,8 @@ class _Proving:
             added = None if bias is None else _constant(bias)
             given[str(first.name)] = rows if added is None else [row - added for row in rows]
             given |= {str(value.name): [np.zeros_like(row) for row in rows] for value in others}
+        for value in (v for region in self.regions if region.layer in fed for v in region.lent):
+            given[str(value.name)] = self._rows(run or self.own, value)
         wanted = [n for n in dict.fromkeys(names) if n not in given]
         found = self.runner.run(wanted, given, nudged=nudged, other_tokens=True)
         # A tensor that is fed for one layer is nothing that another layer computes.
@@ -276,13 +290,16 @@ class _Proving:
         outputs = [str(y.value.name) for _, _, y in found.values()]
         if not found:
             return dict(proofs)
-        inputs = sorted({str(u.name) for u in fed.values()})
+        lent = {v for region in self.regions for v in region.lent}
+        inputs = sorted({str(v.name) for v in (*fed.values(), *lent)})
         narrow = self.plan.hidden_size < _WIDE
         seeds, room = range(_DRAWS if narrow else 1), _ROOM * (_BY_CHANCE if narrow else 1)
         moved = [self.runner.run(inputs, {}, nudged=seed) for seed in seeds]
         # Each as proven: from the layer's u alone, which the layers before do not change.
         exact = self._run_fed(fed, outputs)
-        moved_y = [self._run_fed(fed, outputs, nudged=seed) for seed in seeds]
+        moved_y = [
+            self._run_fed(fed, outputs, nudged=seed, run=run) for seed, run in zip(seeds, moved, strict=True)
+        ]
         result = dict(proofs)
         last_bit = _LAST_BIT.get(self.precision.name, 0.0)
         least = PROOF_TOLERANCE["fp32"]
@@ -310,8 +327,13 @@ def _entries(u: ir.Value) -> tuple[ir.Value, ...]:
     return tuple(v for v in node.inputs[:2] if v is not None)
 
 
-def _from_alone(outputs: Sequence[ir.Value], own: tuple[ir.Value, ...], fed: set[ir.Value]) -> bool:
-    """Whether ``outputs`` are computed from a layer's ``own`` of the ``fed`` tensors, and from no other of them."""
+def _from_alone(
+    outputs: Sequence[ir.Value], own: tuple[ir.Value, ...], fed: set[ir.Value], lent: set[ir.Value]
+) -> bool:
+    """Whether ``outputs`` are computed from a layer's ``own`` of the ``fed`` tensors, and from no other of them.
+
+    What is ``lent`` to the layer is fed as well.
+    """
     stack: list[ir.Value] = [v for v in outputs if v not in own]
     seen: set[ir.Node] = set()
     reached = False
@@ -319,6 +341,8 @@ def _from_alone(outputs: Sequence[ir.Value], own: tuple[ir.Value, ...], fed: set
         value = stack.pop()
         if value in own:
             reached = True
+            continue
+        if value in lent:
             continue
         if value in fed:
             return False

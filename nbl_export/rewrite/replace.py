@@ -31,7 +31,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from nbl_export.batch.names import PIXELS
 from nbl_export.errors import BuildError, InputError
-from nbl_export.graph.cache import KV_LAYERS_KEY, kv_pairs, metadata_list, remove_pairs
+from nbl_export.graph.cache import KV_LAYERS_KEY, kv_layers, kv_pairs, metadata_list, remove_pairs
 from nbl_export.graph.finite import check_finite
 from nbl_export.graph.io import load_graph, save_graph, summarize
 from nbl_export.graph.precision import graph_precision
@@ -44,6 +44,7 @@ from nbl_export.linearize.plan import LinearLayer, Plan, linear_name, linear_out
 from nbl_export.progress import Listener, Silent, bytes_task
 from nbl_export.rewrite.adapt import merge_adapters
 from nbl_export.rewrite.confirm import confirm
+from nbl_export.rewrite.counting import count
 from nbl_export.rewrite.prove import PROOF_TOLERANCE, Proof, prove, without_later
 from nbl_export.rewrite.quantize import product
 from nbl_export.rewrite.summary import RewriteSummary, StoredError
@@ -60,7 +61,8 @@ _NOTICED = 5e-3
 class RewriteResult:
     """What was done: the graph before and after, the proof of each layer, and the files written.
 
-    ``stored`` is what storing W in the graph's format costs each linear layer, ‖Ŵu - Wu‖ / ‖Wu‖.
+    ``stored`` is what storing W in the graph's format costs each linear layer, ‖Ŵu - Wu‖ / ‖Wu‖; ``kv_layers`` are the
+    layers that keep keys and values.
     """
 
     before: GraphSummary
@@ -68,6 +70,7 @@ class RewriteResult:
     proofs: dict[int, Proof]
     files: list[Path]
     stored: dict[int, float] = field(default_factory=dict)
+    kv_layers: tuple[int, ...] = ()
 
 
 def rewrite_file(
@@ -85,6 +88,7 @@ def rewrite_file(
     listener = listener or Silent()
     proven_graph = proven_regions(source, plan, listener)
     before, proofs = proven_graph.before, proven_graph.proofs
+    kept = kept_layers(proven_graph.model, plan)
     model = rewritten_model(proven_graph, plan)
     stored: dict[int, float] = {}
 
@@ -92,15 +96,16 @@ def rewrite_file(
         check_file(written)
         result = load_graph(written)
         after = summarize(result, written)
-        count(result, before, after, plan, proven_graph.attention)
+        gone = len(set(proven_graph.cached) & set(plan.layers))
+        count(result, before, after, plan, proven_graph.attention, gone)
         stored.update((c.layer, c.stored) for c in confirm(written, proofs, plan))
-        return RewriteResult(before, after, proofs, [], stored)
+        return RewriteResult(before, after, proofs, [], stored, kept)
 
     with bytes_task(listener, "Writing the graph", before.file_bytes) as done:
         files = save(model, target, check, done)
     if cost := storing_cost(stored):
         listener.note(cost)
-    return RewriteResult(before, summarize(load_graph(target), target), proofs, files, stored)
+    return RewriteResult(before, summarize(load_graph(target), target), proofs, files, stored, kept)
 
 
 def rewritten_model(graph: ProvenGraph, plan: Plan) -> ir.Model:
@@ -110,7 +115,8 @@ def rewritten_model(graph: ProvenGraph, plan: Plan) -> ir.Model:
     proven = [p for p in proofs.values() if p.holds(tolerance)]
     replace(model, {r.layer: r for r in graph.regions}, proofs, plan)
     merge_adapters(model, plan.adapters)
-    _describe(model, proven, plan, cached=graph.before.kv_pairs > 0)
+    kept = [layer for layer in graph.cached if layer not in plan.layers]
+    _describe(model, proven, plan, kept)
     return model
 
 
@@ -128,13 +134,17 @@ def storing_cost(stored: Mapping[int, float]) -> str:
 
 @dataclass(frozen=True)
 class ProvenGraph:
-    """A graph as it was read, its summary, its number of ``attention`` layers, and the proof of each planned region."""
+    """A graph as it was read, its summary, its number of ``attention`` layers, and the proof of each planned region.
+
+    ``cached`` are the layers that have a KV pair of their own, in the order of the pairs.
+    """
 
     model: ir.Model
     before: GraphSummary
     attention: int
     regions: list[AttentionRegion]
     proofs: dict[int, Proof]
+    cached: tuple[int, ...] = ()
 
 
 def proven_regions(source: Path, plan: Plan, listener: Listener | None = None) -> ProvenGraph:
@@ -146,17 +156,27 @@ def proven_regions(source: Path, plan: Plan, listener: Listener | None = None) -
     before = summarize(model, source)
     RemoveUnusedNodesPass()(model)  # dead nodes of the exporter would disturb the search
     found = find_regions(model)
-    regions = _planned(model, found, plan)
+    planned = _planned(model, found, plan)
+    regions = [entry for entry in planned if isinstance(entry, AttentionRegion)]
     with bytes_task(listener or Silent(), "Proving the regions", before.file_bytes) as done:
         proofs = prove(source, model, regions, plan, done)
-    return ProvenGraph(model, before, len(found), regions, proofs)
+    cached = tuple(entry.layer for entry in planned if entry.pair is not None)
+    return ProvenGraph(model, before, len(found), regions, proofs, cached)
 
 
-def rewrite_summary(result: RewriteResult, plan: Plan) -> RewriteSummary:
+def kept_layers(unmodified: ir.Model, plan: Plan) -> tuple[int, ...]:
+    """The layers that keep their attention after ``plan``, those aside that attend to another's keys and values."""
+    pairs = len(kv_pairs(unmodified))
+    if pairs in (0, len(plan.candidates)):
+        return plan.attention_layers
+    return tuple(layer for layer in kv_layers(unmodified) if layer not in plan.layers)
+
+
+def rewrite_summary(result: RewriteResult) -> RewriteSummary:
     """The result, for a JSON file."""
     proofs = tuple(p.errors for p in result.proofs.values())
     stored = tuple(StoredError(layer, error) for layer, error in result.stored.items())
-    return RewriteSummary(result.before, result.after, plan.attention_layers, proofs, stored=stored)
+    return RewriteSummary(result.before, result.after, result.kv_layers, proofs, stored=stored)
 
 
 def linearized_layers(model: ir.Model) -> tuple[int, ...]:
@@ -166,8 +186,8 @@ def linearized_layers(model: ir.Model) -> tuple[int, ...]:
 
 def _planned(
     model: ir.Model, found: Sequence[AttentionRegion | Refusal], plan: Plan
-) -> list[AttentionRegion]:
-    """The regions ``found`` in the graph, with the layer indices of the plan."""
+) -> list[AttentionRegion | Refusal]:
+    """What was ``found`` in the graph, with the layer indices of the plan."""
     if any(value.name == PIXELS for value in model.graph.inputs):
         found = found[: plan.layer_count]  # an attention after the last layer pools the image
     if not found:
@@ -189,14 +209,11 @@ def _planned(
             f"The graph's KV caches are numbered up to {max(numbers)}, the plan is for {len(layers)} layers: use the "
             "graph of the plan's model."
         )
-    regions = []
-    for layer, other in zip(layers, found, strict=True):
-        entry = replace_fields(other, layer=layer)
-        if isinstance(entry, AttentionRegion):
-            regions.append(entry)
-        elif entry.layer in plan.layers:
+    entries = [replace_fields(other, layer=layer) for layer, other in zip(layers, found, strict=True)]
+    for entry in entries:
+        if isinstance(entry, Refusal) and entry.layer in plan.layers:
             raise BuildError(f"The graph cannot be rewritten: {entry}.")
-    return regions
+    return entries
 
 
 def _check_names(model: ir.Model, plan: Plan) -> None:
@@ -221,9 +238,8 @@ def replace(
         assert proof.u is not None and proof.y is not None  # proven layers have both
         _insert(model, layer, proof.u, proof.y, regions[layer].projection, plan)
     RemoveUnusedNodesPass()(model)
-    # The n-th pair belongs to the n-th layer that has attention.
-    gone = [p.index for p, layer in zip(pairs, plan.candidates, strict=False) if layer in plan.layers]
-    remove_pairs(model, gone, pairs)
+    gone = [regions[layer].pair for layer in plan.chosen]
+    remove_pairs(model, [pair for pair in gone if pair is not None], pairs)
     for value in untyped:  # inferred types are not written to the graph
         if not value.is_graph_output():
             value.type = value.shape = None
@@ -348,7 +364,7 @@ def _compute_dtype(u: ir.Value, y: ir.Value, linear: LinearLayer, quantized: boo
     return dtype
 
 
-def _describe(model: ir.Model, proofs: Sequence[Proof], plan: Plan, cached: bool) -> None:
+def _describe(model: ir.Model, proofs: Sequence[Proof], plan: Plan, cached: Sequence[int]) -> None:
     from nbl_export import __version__
 
     rows = []
@@ -364,36 +380,5 @@ def _describe(model: ir.Model, proofs: Sequence[Proof], plan: Plan, cached: bool
             }
         )
     model.metadata_props[LAYERS_KEY] = json.dumps(rows)
-    # A graph without a cache has no KV pairs.
-    model.metadata_props[KV_LAYERS_KEY] = json.dumps(list(plan.attention_layers) if cached else [])
+    model.metadata_props[KV_LAYERS_KEY] = json.dumps(list(cached))
     model.metadata_props[VERSION_KEY] = __version__
-
-
-def count(
-    model: ir.Model, before: GraphSummary, after: GraphSummary, plan: Plan, found: int | None = None
-) -> None:
-    """Step 4: raises :class:`BuildError` unless exactly the planned changes were made.
-
-    ``found`` is the number of attention layers before the rewrite; None means the candidates of the plan.
-    """
-    k = len(plan.layers)
-    cached = k if before.kv_pairs else 0
-    regions = len(find_regions(model))
-    expected = {
-        "attention layers": (regions, len(plan.attention_layers) if found is None else found - k),
-        "KV pairs": (after.kv_pairs, before.kv_pairs - cached),
-        "inputs": (after.inputs, before.inputs - 2 * cached),
-        "outputs": (after.outputs, before.outputs - 2 * cached),
-        "dead initializers": (sum(not v.uses() for v in model.graph.initializers.values()), 0),
-        "dead nodes": (sum(not _is_read(node) for node in model.graph), 0),
-    }
-    for what, (has, wanted) in expected.items():
-        if has != wanted:
-            raise BuildError(
-                f"The rewritten graph has {has} {what}, expected {wanted}, so it is discarded: report this bug of "
-                "nbl-export."
-            )
-
-
-def _is_read(node: ir.Node) -> bool:
-    return any(v.uses() or v.is_graph_output() for v in node.outputs)

@@ -91,12 +91,12 @@ def _regions(model: ir.Model) -> Table:
     }
     pairs = {pair.index: pair for pair in kv_pairs(model)}
     found = find_regions(model)
-    # Without a cache the retained attention layers are numbered from 0.
+    # Without a cache, and where layers attend to another's, the retained attention layers are numbered from 0.
     left = (i for i in range(len(found) + len(rows)) if i not in rows)
-    layers = dict(enumerate(kv_layers(model) if pairs else left))
+    layers = dict(enumerate(kv_layers(model) if len(pairs) == len(found) else left))
     for region in found:
         layer = layers.get(region.layer, region.layer)
-        pair = pairs.get(region.layer)
+        pair = pairs.get(region.pair) if region.pair is not None else None
         cache = str(pair.past[0].name) if pair else "none"
         if isinstance(region, AttentionRegion):
             how, stored = f"{region.style}, {region.ops} nodes", weight_format(region.projection)

@@ -46,7 +46,7 @@ def rewrite(run: Run, whole: bool | None = None) -> None:
             )
         sidecars = sidecars_of_rewrite(ws, plan)
         result = rewrite_file(ws.baseline, plan, ws.model, listener=listener, save=save)
-        write_json(ws.rewrite_summary, to_json(rewrite_summary(result, plan)))
+        write_json(ws.rewrite_summary, to_json(rewrite_summary(result)))
         return [*result.files, ws.rewrite_summary, *copy_sidecars(sidecars, ws.root)]
 
     run.stage("rewrite", {"whole": True} if whole else {}, made_of, work)
@@ -81,12 +81,14 @@ def drop_baseline(ws: Workspace) -> None:
 def sidecars_of_rewrite(ws: Workspace, plan: Plan) -> list[Sidecar]:
     """The files that belong beside the rewritten graph, from those beside the unmodified one."""
     from nbl_export.export.sidecars import updated_configs
+    from nbl_export.graph.io import load_graph
+    from nbl_export.rewrite.replace import kept_layers
 
     exported = ws.record("export")
     assert exported is not None  # both stages that call this require it
     folder, graph = ws.baseline.parent, ws.baseline.name
     files = [f for f in ws.paths(exported) if folder in f.parents and not f.name.startswith(graph)]
-    return updated_configs(files, plan.chosen, plan.attention_layers, folder)
+    return updated_configs(files, plan.chosen, kept_layers(load_graph(ws.baseline), plan), folder)
 
 
 def _rewrite_inputs(ws: Workspace) -> dict[str, str]:

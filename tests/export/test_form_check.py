@@ -79,9 +79,16 @@ def test_layers_that_loop_over_tokens_are_refused() -> None:
         check_form(tiny_model("jamba"), NONE)
 
 
-def test_borrowed_keys_and_values_are_refused() -> None:
-    with pytest.raises(InputError, match="attends to keys and values of another layer"):
-        check_form(tiny_model("gemma3n_text"), NONE)
+@pytest.mark.parametrize("form", [CONCAT, STATIC, NONE], ids=lambda form: form.name)
+def test_layers_without_keys_of_their_own_are_served(form: Any) -> None:
+    check_form(tiny_model("gemma3n_text"), form)
+
+
+def test_attention_whose_keys_cannot_be_seen_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("gemma3n_text")
+    monkeypatch.setattr(type(model), "_supports_attention_backend", False)
+    with pytest.raises(InputError, match=r"Layer 2 .* which layer's it attends to cannot be seen"):
+        check_form(model, NONE)
 
 
 def test_experts_that_loop_over_who_was_hit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

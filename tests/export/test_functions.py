@@ -11,7 +11,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from nbl_export.batch.arrays import BOOL, F64
 from nbl_export.export import functions
-from nbl_export.export.functions import attention, exportable, is_replaced
+from nbl_export.export.functions import _inverse_erf, attention, exportable, is_replaced
 from nbl_export.models.compat import is_transformers_4
 from tests.tiny_types import tiny_model
 
@@ -170,3 +170,8 @@ def test_what_is_traced_instead_of_the_models_own_is_known() -> None:
     assert is_replaced(tiny_model("llama"))
     assert not is_replaced(tiny_model("llama", rope_parameters=long))
     assert is_replaced(tiny_model("mixtral")) is not is_transformers_4()
+
+
+def test_the_inverse_of_erf_is_computed() -> None:
+    y = torch.tensor([-0.999, -0.9, -0.3, 0.0, 1e-3, 0.5, 0.9, 0.99, 0.999])
+    torch.testing.assert_close(_inverse_erf(y), torch.erfinv(y), rtol=2e-5, atol=1e-7)

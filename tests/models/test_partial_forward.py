@@ -13,6 +13,7 @@ import torch
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.layers import attention_layers, block_stack, hidden_size
 from nbl_export.models.partial_forward import (
+    beginning,
     one_of_each_kind,
     recomputed,
     recording_inputs,
@@ -246,3 +247,21 @@ def test_all_blocks_that_share_more_than_states_are_left(monkeypatch: pytest.Mon
     monkeypatch.setattr("nbl_export.models.partial_forward.dummy_run", lambda _: facts)
     with one_of_each_kind(model) as count:
         assert count == 4
+
+
+@pytest.mark.parametrize("model_type", ["gemma3n_text", "gemma4_text"])
+def test_a_run_begins_where_its_keys_and_values_are_made(model_type: str) -> None:
+    model = tiny_model(model_type)  # layer 2 reads those of layer 0, layer 3 those of 1
+    assert [beginning(model, index) for index in range(4)] == [0, 0, 0, 0]
+    one = tiny_model(
+        model_type,
+        layer_types=["full_attention", "sliding_attention", *["full_attention"] * 2],
+        num_kv_shared_layers=1,
+    )
+    assert [beginning(one, index) for index in range(4)] == [0, 1, 2, 2]
+    expected = run(one)
+    with recording_inputs(one, attention_layers(one)) as states:
+        run(one)
+    for index in range(3):
+        with starting_at(one, index, states[index]):
+            assert torch.equal(run(one), expected)

@@ -77,7 +77,8 @@ def check(model: Any) -> None:
     name = main_input(model)
     assert name in (TOKENS, PIXELS)
     batches = [{name: rows} for rows in (ROWS if name == TOKENS else IMAGES)]
-    assert len(segments(model)) == model.config.get_text_config().num_hidden_layers
+    together = len(set().union(*dummy_run(model).shared.items()))  # those that share keys and values
+    assert len(segments(model)) == model.config.get_text_config().num_hidden_layers - max(0, together - 1)
     seen, outputs = by_blocks(model, batches)
     assert_same(seen, whole(model, batches))
     with torch.inference_mode():
@@ -168,3 +169,13 @@ def test_what_only_the_first_block_makes_is_seen_to_be_handed_on() -> None:
     handed.given(None, (), x)
     handed.taken(None, (x,), {"hidden_states": x})
     assert not handed.on, "the states themselves"
+
+
+def test_layers_that_share_keys_and_values_are_run_together() -> None:
+    model = tiny_model(
+        "gemma4_text", num_hidden_layers=6, layer_types=["sliding_attention", "full_attention"] * 3
+    )
+    assert dummy_run(model).shared == {4: 2, 5: 3}
+    assert segments(model) == [Segment(0, 1), Segment(1, 2), Segment(2, 6)]
+    batches = [{TOKENS: rows} for rows in ROWS]
+    assert_same(by_blocks(model, batches)[0], whole(model, batches))

@@ -30,6 +30,6 @@ def test_a_quantized_rewrite_says_and_records_it(
 ) -> None:
     plan, listener = plan_by_hand(stories_out, (1, 3)), Notes()
     result = rewrite_file(baseline_in(name), plan, tmp_path / "model.onnx", listener)
-    stored = rewrite_summary(result, plan).stored
+    stored = rewrite_summary(result).stored
     assert [s.layer for s in stored] == [1, 3] and all(least < s.error < most for s in stored)
     assert [note for note in listener.notes if note.startswith("Storing W changes W u by")]

@@ -79,8 +79,11 @@ def kept_cache(stream: Stream, plan: Plan) -> Stream:
     """``stream`` of the unmodified graph with the cache of the plan's attention layers alone."""
     if stream.kv_layers is None:
         return stream
-    places = tuple(i for i, layer in enumerate(plan.candidates) if layer not in plan.layers)
-    return KeptCache(stream, plan.attention_layers, places)
+    # The n-th entry is of the n-th attention layer, unless some attend to another's keys and values.
+    whole = len(stream.kv_layers) == len(plan.candidates)
+    layers = plan.candidates if whole else stream.kv_layers
+    places = tuple(i for i, layer in enumerate(layers) if layer not in plan.layers)
+    return KeptCache(stream, tuple(layers[i] for i in places), places)
 
 
 def against_unmodified(
