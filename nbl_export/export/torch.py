@@ -32,7 +32,7 @@ from nbl_export.export.time_limit import seconds_for, seconds_to_write, time_lim
 from nbl_export.graph.io import save_graph
 from nbl_export.graph.operators import int_attribute
 from nbl_export.models.dummy_run import cache_shapes, dummy_run
-from nbl_export.models.layers import positions
+from nbl_export.models.layers import layer_count, positions
 from nbl_export.models.load import quiet
 from nbl_export.models.partial_forward import one_of_each_kind
 from nbl_export.models.stand_ins import standing_in

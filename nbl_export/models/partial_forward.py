@@ -111,7 +111,9 @@ def one_of_each_kind(model: torch.nn.Module) -> Iterator[int]:
         modules = [(name, type(module)) for name, module in block.named_modules()]
         declared = types[index] if index < len(types) else None
         first.setdefault((declared, tuple(kind), tuple(sizes), tuple(modules)), index)
-    left = set(first.values()) if dummy_run(model).separate else set(range(len(stack)))
+    facts = dummy_run(model)
+    left = set(first.values()) if facts.separate else set(range(len(stack)))
+    left |= {facts.shared[i] for i in left if i in facts.shared}
     with _without(model, [index for index in range(len(stack)) if index not in left]):
         yield len(left)
 
