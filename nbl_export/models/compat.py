@@ -120,6 +120,20 @@ def weight_converter() -> Any:
     return WeightConverter
 
 
+def names_in(model: Any) -> Callable[[str], str]:
+    """What gives the name in ``model`` of a tensor of a checkpoint, by the renamings of transformers 5."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, rename_source_key
+    except ImportError:
+        return lambda name: name
+    mapping = get_model_conversion_mapping(model)
+    converters = [one for one in mapping if isinstance(one, WeightConverter)]
+    renamings = [one for one in mapping if not isinstance(one, WeightConverter)]
+    state, prefix = model.state_dict(), model.base_model_prefix
+    return lambda name: str(rename_source_key(name, renamings, converters, prefix, state)[0])
+
+
 def is_transformers_4() -> bool:
     """Whether the installed transformers knows only the keys of version 4."""
     from transformers import modeling_rope_utils

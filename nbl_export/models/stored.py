@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
+from nbl_export.models.compat import names_in
 from nbl_export.models.limits import INDEX, WEIGHTS, indexed
 from nbl_export.models.weights import Read, floating
 
@@ -33,10 +34,11 @@ class StoredTensors:
         places = {
             name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())
         }
+        named = names_in(model) if self.others else str
         for key, path in self.others.items():
-            if key in unused:
+            if key in unused or named(key) in unused:
                 continue
-            names = [n for n in (key, f"{prefix}{key}", key.removeprefix(prefix)) if n in places]
+            names = [n for n in (named(key), key, f"{prefix}{key}", key.removeprefix(prefix)) if n in places]
             with safe_open(path, framework="pt") as file:
                 tensor = file.get_slice(key)[...]
             if not names or not _put(model, names[0], tensor):

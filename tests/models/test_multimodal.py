@@ -176,3 +176,22 @@ def test_what_is_left_out_is_said(wrapper_folder: Callable[[str], Path]) -> None
         "LlavaForConditionalGeneration is multimodal: its language model is exported; left to you are "
         "model.vision_tower, model.multi_modal_projector."
     )
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llava", "qwen2-vl"])
+def test_a_tower_and_a_norm_in_float32_beside_bfloat16_change_nothing(name: str, tmp_path: Path) -> None:
+    """Tensors are called otherwise in a file than in the model: the others are still put where they belong."""
+    folder = build(name, tmp_path / name, dtype=torch.bfloat16)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    mixed = {
+        key: tensor.float() if "vis" in key or key.endswith("norm.weight") else tensor
+        for key, tensor in tensors.items()
+    }
+    expected = load(folder)
+    save_file(mixed, path, {"format": "pt"})
+    found = load(folder)
+    assert streams(found)
+    with torch.inference_mode():
+        ids = torch.arange(3, 30)[None]
+        assert torch.equal(found(input_ids=ids).logits, expected(input_ids=ids).logits)
