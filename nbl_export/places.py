@@ -75,6 +75,11 @@ class Places:
         return self.root / "baseline" / "model.onnx"
 
     @property
+    def embedding(self) -> Path:
+        """The embedding of decoders that read embeddings, both of this folder."""
+        return self.root / "embedding.onnx"
+
+    @property
     def model(self) -> Path:
         return self.root / "model.onnx"
 

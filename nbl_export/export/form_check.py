@@ -39,7 +39,7 @@ def check_form(model: torch.nn.Module, form: Form) -> tuple[OnCopy, ...]:
 
     Returns the lengths that were crossed on a copy of the model, or not at all.
     """
-    check_supported(model, cached=form is not NONE)
+    check_supported(model, cached=form.name != NONE.name)
     try:
         error = _error(model, form)
         if error <= _TOLERANCE:
@@ -51,7 +51,7 @@ def check_form(model: torch.nn.Module, form: Form) -> tuple[OnCopy, ...]:
         )
     except _Failed as failed:
         found = f"cannot be run with --kv-cache {form.name} ({failed})"
-    others = [o for o in FORMS.values() if o is not form and _serves(model, o)]
+    others = [o for o in FORMS.values() if o.name != form.name and _serves(model, o)]
     remedy = f"use --kv-cache {others[0].name}" if others else "this architecture is not supported yet"
     raise InputError(f"{type(model).__name__} {found}: {remedy}.")
 
@@ -70,7 +70,7 @@ def _check_trace(model: torch.nn.Module, form: Form) -> None:
 
 def _serves(model: torch.nn.Module, form: Form) -> bool:
     try:
-        check_supported(model, cached=form is not NONE)
+        check_supported(model, cached=form.name != NONE.name)
         return _error(model, form) <= _TOLERANCE
     except (NblError, _Failed):
         return False
@@ -127,7 +127,7 @@ def _run(
     if not form.past:
         ids, mask, positions = (torch.from_numpy(a) for a in left_padded(texts))
         return [row[-len(text) :] for row, text in zip(decoder(ids, mask, positions), texts, strict=True)]
-    static = form is STATIC
+    static = form.name == STATIC.name
     before = [t[:-steps] for t in texts]
     after = [torch.from_numpy(np.stack([t[at : at + 1] for t in texts])) for at in range(-steps, -1)]
     after.append(torch.from_numpy(np.stack([t[-1:] for t in texts])))

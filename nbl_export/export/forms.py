@@ -106,7 +106,9 @@ class _Concat(CachedDecoder):
             for side in (keys, values):
                 torch._check(side.shape[2] == length)  # type: ignore[no-untyped-call]
         by_layer = dict(zip(cache_shapes(self.model), past, strict=True))
-        return run_with_past(self.model, input_ids, attention_mask, position_ids, by_layer, length)
+        return run_with_past(
+            self.model, self.given(input_ids), attention_mask, position_ids, by_layer, length
+        )
 
 
 # none --------------------------------------------------------------------------------------------
@@ -118,7 +120,7 @@ class _Uncached(CachedDecoder):
     ) -> torch.Tensor:
         torch._check(attention_mask.shape[1] == input_ids.shape[1])  # type: ignore[no-untyped-call]
         logits: torch.Tensor = self.model(
-            input_ids=input_ids,
+            **self.given(input_ids),
             attention_mask=attention_mask,
             use_cache=False,
             **accepted_arguments(self.model, position_ids=position_ids),
@@ -184,7 +186,7 @@ class _Static(CachedDecoder):
         self._write_indices, self._mask_made = write_indices, False
         with self._masked_here():
             output = self.model(
-                input_ids=input_ids,
+                **self.given(input_ids),
                 position_ids=position_ids,
                 use_cache=True,
                 **{cache_argument(self.model): cache},

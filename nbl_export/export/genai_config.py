@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from nbl_export.batch.names import EMBEDDINGS, TOKENS
+from nbl_export.graph.embedding import NAME as EMBEDDING
+
 NAME = "genai_config.json"
 
 
@@ -55,6 +58,22 @@ def genai_config(
         },
         "search": {"do_sample": False, "max_length": length, "past_present_share_buffer": shared},
     }
+
+
+def with_embeds(config: dict[str, Any], model_type: str) -> dict[str, Any]:
+    """``config`` of a decoder that reads embeddings, beside which its embedding lies, of a model of that type."""
+    model = dict(config["model"])
+    decoder = dict(model["decoder"])
+    inputs = {EMBEDDINGS if name == TOKENS else name: given for name, given in decoder["inputs"].items()}
+    decoder["inputs"] = inputs | {EMBEDDINGS: EMBEDDINGS}
+    decoder["inputs"].pop(TOKENS, None)
+    embedding = {
+        "filename": EMBEDDING,
+        "inputs": {TOKENS: TOKENS},
+        "outputs": {EMBEDDINGS: EMBEDDINGS},
+    }
+    model |= {"decoder": decoder, "embedding": embedding, "type": model_type or model["type"]}
+    return {**config, "model": model}
 
 
 def _tokens(configs: tuple[Any, ...], name: str) -> list[int]:

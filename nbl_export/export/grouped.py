@@ -27,7 +27,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common as passes
 
-from nbl_export.batch.names import MASK, POSITIONS, TOKENS
+from nbl_export.batch.names import EMBEDDINGS, MASK, POSITIONS, TOKENS
 from nbl_export.errors import InputError
 from nbl_export.graph.cache import KVPair, kv_pairs
 from nbl_export.graph.operators import MICROSOFT
@@ -148,6 +148,9 @@ def _compute(
         POSITIONS: past + np.arange(tokens, dtype=np.int64)[None],
         MASK: np.ones((1, past + tokens), dtype=np.int64),
     }
+    given = {str(v.name): v for v in model.graph.inputs}
+    if EMBEDDINGS in given:
+        row[EMBEDDINGS] = np.zeros((1, tokens, 1), dtype=np.float32)
     # A mask depends on the length of the cache, not on its values.
     cache = np.zeros((1, 1, past, 1), dtype=np.float32)
     row |= {str(value.name): cache for pair in kv_pairs(model) for value in pair.past}

@@ -41,6 +41,8 @@ def _ranges(graph: ir.Model, path: Path, rows: Sequence[NDArray[Any]] | Inputs) 
     path.parent.mkdir(exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=".fp32.", suffix=TEMPORARY, dir=path.parent))
     try:
-        return ranges_of(graph.clone(), rows, folder)
+        copy = graph.clone()
+        copy.meta.update(graph.meta)
+        return ranges_of(copy, rows, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import onnx_ir as ir
 
-from nbl_export.batch.names import MASK, SIDES, TOKENS, WRITE_INDICES
+from nbl_export.batch.names import EMBEDDINGS, MASK, SIDES, TOKENS, WRITE_INDICES
 from nbl_export.errors import BuildError, InputError
 from nbl_export.files import parse_json
 from nbl_export.graph.operators import PRODUCTS, VIEWS, fused_op, readers, weight_shape
@@ -320,7 +320,8 @@ def _reroute_shape(
         node.replace_input_with(0, twin)
         return
     inputs = {v.name: v for v in model.graph.inputs}
-    if not {TOKENS, MASK} <= inputs.keys():
+    tokens = inputs.get(TOKENS, inputs.get(EMBEDDINGS))
+    if tokens is None or MASK not in inputs:
         raise BuildError(
             f"{node.name} reads the length of a removed cache, and the graph has no {TOKENS} and {MASK} to compute "
             "it from: export the model with both inputs."
@@ -341,8 +342,8 @@ def _reroute_shape(
     heads, size = geometry
     length = dimension(inputs[MASK], 1)
     if not grown:
-        length = emit("Sub", [length, dimension(inputs[TOKENS], 1)])
-    batch = dimension(inputs[TOKENS], 0)
+        length = emit("Sub", [length, dimension(tokens, 1)])
+    batch = dimension(tokens, 0)
     dimensions = [batch, constant(heads), length, constant(size)]
     start = node.attributes["start"].as_int() if "start" in node.attributes else 0
     stop = node.attributes["end"].as_int() if "end" in node.attributes else len(dimensions)

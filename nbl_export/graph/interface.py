@@ -5,7 +5,7 @@ Only this module knows what each input means, and its value for one row without 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from nbl_export.batch.names import (
     ALL_LOGITS,
+    EMBEDDINGS,
     MASK,
     NUM_LOGITS_TO_KEEP,
     PIXELS,
@@ -27,6 +28,7 @@ from nbl_export.batch.rows import Inputs
 from nbl_export.errors import InputError
 from nbl_export.graph.cache import KVPair, kv_layers, kv_pairs
 from nbl_export.graph.cores import visible_cores
+from nbl_export.graph.embedding import embedding_of, reads_embeddings
 from nbl_export.graph.operators import fused_op
 
 # Scalar inputs that some exporters add, and their default value.
@@ -49,7 +51,8 @@ class Interface:
 
     ``layers`` is the model's layer index of each cache entry. ``ragged`` graphs take rows padded on the right,
     each with its own length; the others take rows padded on the left. ``cacheless`` graphs have attention but
-    no KV cache: every step computes all tokens again.
+    no KV cache: every step computes all tokens again. ``embedding`` makes the embeddings that a graph reads instead of
+    token ids, and positions have ``position_rows``, if they have rows.
     """
 
     inputs: frozenset[str]
@@ -60,6 +63,8 @@ class Interface:
     cacheless: bool
     scalars: Mapping[str, int] = field(default_factory=dict)
     outputs: tuple[str, ...] = ()
+    embedding: Callable[[Any], NDArray[Any]] | None = None
+    position_rows: int | None = None
 
     @property
     def static(self) -> bool:
@@ -80,7 +85,14 @@ class Interface:
         return [name for entry in self.cache for name in entry.present]
 
     def named(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Those of ``inputs`` that the graph has, and its scalars."""
+        """Those of ``inputs`` that the graph has, and its scalars.
+
+        Token ids are embedded for a graph that reads embeddings, and positions are repeated for one that has rows.
+        """
+        if self.embedding is not None and TOKENS in inputs:
+            inputs = {**inputs, EMBEDDINGS: self.embedding(inputs[TOKENS])}
+        if self.position_rows is not None and POSITIONS in inputs:
+            inputs = {**inputs, POSITIONS: np.stack([inputs[POSITIONS]] * self.position_rows)}
         feeds = {name: value for name, value in inputs.items() if name in self.inputs}
         return feeds | {name: np.array(value, dtype=np.int64) for name, value in self.scalars.items()}
 
@@ -116,7 +128,18 @@ def interface_of(model: ir.Model) -> Interface:
     """
     pairs = kv_pairs(model)
     past = (str(v.name) for p in pairs for v in p.past)
-    known = {TOKENS, PIXELS, MASK, POSITIONS, TOKEN_TYPES, WRITE_INDICES, *SCALARS, *past}
+    embeds = reads_embeddings(model)
+    known = {
+        TOKENS,
+        *[EMBEDDINGS] * embeds,
+        PIXELS,
+        MASK,
+        POSITIONS,
+        TOKEN_TYPES,
+        WRITE_INDICES,
+        *SCALARS,
+        *past,
+    }
     names = [str(v.name) for v in model.graph.inputs]
     if unknown := [name for name in names if name not in known]:
         raise InputError(
@@ -133,7 +156,15 @@ def interface_of(model: ir.Model) -> Interface:
         not pairs and bool(visible_cores(model)),
         {name: value for name, value in SCALARS.items() if name in names},
         outputs,
+        embedding_of(model) if embeds else None,
+        _position_rows(model),
     )
+
+
+def _position_rows(model: ir.Model) -> int | None:
+    """The rows of the positions [rows, batch, sequence]; None for [batch, sequence]."""
+    found = next((v.shape for v in model.graph.inputs if v.name == POSITIONS), None)
+    return int(found[0]) if found is not None and len(found) == 3 and isinstance(found[0], int) else None
 
 
 def _outputs(model: ir.Model, pairs: Sequence[KVPair]) -> tuple[str, ...]:

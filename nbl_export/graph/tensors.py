@@ -19,6 +19,9 @@ import onnx_ir as ir
 from nbl_export.errors import InputError
 from nbl_export.files import stays_in
 
+# Where a graph lies, in what is said of it in memory alone.
+FOLDER = "nbl_export.folder"
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -102,7 +105,8 @@ def bytes_read_from(model: ir.Model, file: Path) -> int:
 
 
 def set_folder(model: ir.Model, folder: Path) -> None:
-    """Read every external tensor from ``folder``, including those of function bodies."""
+    """Read every external tensor from ``folder``, including those of function bodies; it is noted in memory."""
+    model.meta[FOLDER] = folder
     for _, tensor in all_tensors(model):
         if isinstance(tensor, ir.ExternalTensor):
             tensor.base_dir = folder

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from nbl_export.batch.names import TOKENS
 from nbl_export.batch.rows import Inputs
 from nbl_export.models.compat import cache_argument, query_length
 from nbl_export.models.layers import accepted_arguments, layer_count
@@ -17,14 +18,22 @@ from nbl_export.models.weights import weights_like
 class CachedDecoder(torch.nn.Module):
     """A model as a function of tensors: a form's inputs and a list of past keys and values.
 
-    ``mask`` replaces transformers' attention mask function; None means the original function.
+    ``mask`` replaces transformers' attention mask function; None means the original function. ``reads`` is the main
+    input: token ids or their embeddings.
     """
 
     mask: Callable[..., torch.Tensor] | None = None
+    reads = TOKENS
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
         self.model = model
+
+    def given(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The model's main input by name: token ids, or embeddings of which the ids may be given, too."""
+        if self.reads != TOKENS and not tokens.is_floating_point():
+            tokens = self.model.get_input_embeddings()(tokens)  # type: ignore[operator]
+        return {self.reads: tokens}
 
 
 class PastLayer(DynamicLayer):  # type: ignore[misc]
@@ -51,7 +60,7 @@ class PastLayer(DynamicLayer):  # type: ignore[misc]
 
 def run_with_past(
     model: torch.nn.Module,
-    input_ids: torch.Tensor,
+    tokens: torch.Tensor | Mapping[str, torch.Tensor],
     attention_mask: torch.Tensor,
     position_ids: torch.Tensor,
     past: Mapping[int, tuple[torch.Tensor, torch.Tensor]],
@@ -60,13 +69,14 @@ def run_with_past(
 ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
     """One forward pass with an explicit cache, ``past`` by layer: logits, and the updated cache in the same order.
 
+    ``tokens`` are their ids, or the model's main input by name.
     Logits are those of the last ``num_logits`` positions if the model supports it, else of all.
     """
     cache = cache_of(
         model, {index: PastLayer(past_length, *pair) for index, pair in past.items()}, past_length
     )
     output = model(
-        input_ids=input_ids,
+        **(tokens if isinstance(tokens, Mapping) else {TOKENS: tokens}),
         attention_mask=attention_mask,
         use_cache=True,
         **accepted_arguments(

@@ -31,6 +31,7 @@ _SOFTMAX = {
     "sliding_attention": SLIDING,
     "chunked_attention": "chunks",
 }
+_AXES = ("time", "height", "width")
 _NO_SELF_ATTENTION = ("cross", "encoder", "linear", "lightning", "delta", "mamba")
 
 
@@ -200,6 +201,12 @@ def positions(model: torch.nn.Module) -> int | None:
     tables = (m for name, m in model.named_modules() if name.endswith("position_embeddings"))
     pads = [int(pad) + 1 for m in tables if (pad := getattr(m, "padding_idx", None)) is not None]
     return int(found) - max(pads, default=0)
+
+
+def position_rows(model: torch.nn.Module) -> int:
+    """The number of positions that each token has: three (time, height, width) with M-RoPE, else one."""
+    rope = getattr(_config(model), "rope_parameters", None) or {}
+    return len(_AXES) if rope.get("mrope_section") else 1
 
 
 def image_shape(model: torch.nn.Module) -> tuple[int, int, int]:

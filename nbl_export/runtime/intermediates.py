@@ -318,9 +318,16 @@ def batch_rows(model: ir.Model, rows: Sequence[NDArray[Any]] | Inputs) -> list[A
             padded = prefix_padded(rows) if interface.ragged else left_padded(rows)
             inputs = dict(zip((TOKENS, MASK, POSITIONS), padded, strict=True))
         past = interface.empty_cache(count, longest if interface.static else 0, np.dtype(np.float32))
-        feeds = interface.named(inputs) | past
+        return [
+            interface.named(_part(inputs, i)) | {n: a[i : i + 1] for n, a in past.items()}
+            for i in range(count)
+        ]
     parted = {name: array.ndim > 0 and len(array) == count for name, array in feeds.items()}
     return [{n: a[i : i + 1] if parted[n] else a for n, a in feeds.items()} for i in range(count)]
+
+
+def _part(inputs: Mapping[str, NDArray[Any]], row: int) -> dict[str, NDArray[Any]]:
+    return {name: array[row : row + 1] for name, array in inputs.items()}
 
 
 def prefill_rows(model: ir.Model, rows: Sequence[NDArray[Any] | Inputs]) -> list[Arrays]:

@@ -195,9 +195,9 @@ class OrtStaticStream(Forking, OrtModel):
 
     def prefill(self, rows: Sequence[NDArray[Any]]) -> F32:
         self._lengths = np.array([len(row) for row in rows], dtype=np.int64)
-        self._check_capacity(int(np.max(self._lengths)))
-        feeds = self.prefill_feeds(rows)
-        return self._run(feeds)[prefix_mask(self._lengths, feeds[TOKENS].shape[1])]
+        longest = int(np.max(self._lengths))
+        self._check_capacity(longest)
+        return self._run(self.prefill_feeds(rows))[prefix_mask(self._lengths, longest)]
 
     def decode(self, tokens: Sequence[int]) -> F32:
         self._check_capacity(int(np.max(self._lengths)) + 1)

@@ -70,7 +70,8 @@ class OrtPrompt:
 
     def _bind(self, inputs: Mapping[str, Any], past: Mapping[str, Any]) -> Any:
         binding = self.model.session.io_binding()
-        for name, array in inputs.items():
+        asked = {name: array for name, array in inputs.items() if name == NUM_LOGITS_TO_KEEP}
+        for name, array in {**self.model.interface.named(inputs), **asked}.items():
             if name in self.model.interface.inputs:
                 binding.bind_ortvalue_input(name, self._on_device(array))
         for name, value in past.items():

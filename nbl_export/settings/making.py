@@ -178,12 +178,15 @@ class ExportSettings(Settings):
     precision: fp32, fp16 or bf16; with --exporter genai int4 and int8, too.
     kv_cache: concat, shared (fastest on ONNX Runtime, for it alone), static (written in place, opset 24), none.
     exporter: torch, genai (onnxruntime-genai's builder) or optimum.
+    inputs: What the decoder reads: ids (token ids), or embeds (their embeddings, among which those of images can be;
+        the embedding is then a graph of its own).
     python: Python of the environment that has optimum-onnx.
     """
 
     precision: str | None = setting(None, GRAPH, shown="fp32; fp16 with --trt")
     kv_cache: str | None = setting(None, GRAPH, shown="concat; static with --trt")
     exporter: str = setting("torch", GRAPH, one_of(choices.EXPORTERS, "choose"))
+    inputs: Literal["ids", "embeds"] = setting("ids", MORE, metavar="ids|embeds")
     python: str | None = setting(
         None, MORE, _NO_PROGRAM, metavar="PATH", key="exporter-python", shown="$NBL_EXPORT_OPTIMUM_PYTHON"
     )
@@ -196,6 +199,15 @@ class ExportSettings(Settings):
         super().check()
         choices.check_offered(self.exporter, "--precision", self.precision, self.offered.precisions)
         choices.check_offered(self.exporter, "--kv-cache", self.kv_cache, self.offered.caches)
+        if self.embeds and self.exporter != "torch":
+            raise InputError(
+                f"--inputs embeds is for --exporter torch, not for {self.exporter}: leave one of them out."
+            )
+
+    @property
+    def embeds(self) -> bool:
+        """Whether the decoder reads embeddings."""
+        return self.inputs == "embeds"
 
     def resolve(self, task: Task, engines: bool = False) -> ExportSettings:
         """With precision and cache for ``task``; ``engines`` are fastest in fp16 with a static cache."""
@@ -205,6 +217,10 @@ class ExportSettings(Settings):
         resolved = replace(self, precision=self.precision or half, kv_cache=self.kv_cache or static)
         if task.causal:
             return resolved
+        if self.embeds:
+            raise InputError(
+                f"--inputs embeds is for decoders; this model is an encoder ({task.name}): leave it out."
+            )
         if self.exporter != "torch":
             raise InputError(
                 f"--exporter {self.exporter} is for decoders here; this model is an encoder ({task.name}): leave it "
@@ -222,6 +238,10 @@ class ExportSettings(Settings):
 
     def check_tensorrt(self) -> None:
         """Raise :class:`InputError` if TensorRT does not take the graphs that these settings make."""
+        if self.embeds:
+            raise InputError(
+                "Engines are built of decoders that read token ids: leave --inputs embeds or --trt out."
+            )
         if (self.kv_cache or self.offered.caches[0]) in self.offered.fused:
             whose = (
                 f"--exporter {self.exporter}" if self.exporter != "torch" else f"--kv-cache {self.kv_cache}"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.errors import InputError
-from nbl_export.files import TEMPORARY, atomic_path, publish, write_json
+from nbl_export.files import TEMPORARY, atomic_path, publish, read_json, write_json
 from nbl_export.graph.summary import ExportSummary
 from nbl_export.models.source import ModelSource
 from nbl_export.progress import Listener
@@ -69,6 +69,15 @@ def check_exporter(settings: ExportSettings) -> None:
         find_optimum(settings.python)
 
 
+def _model_type(source: ModelSource) -> str:
+    """The type of the whole model, which is what a client of several graphs knows; nothing for a GGUF file."""
+    if source.gguf_file:
+        return ""
+    return str(
+        read_json(Path(source.path) / "config.json", "config.json of the model", "").get("model_type", "")
+    )
+
+
 def left_out(source: ModelSource) -> str:
     """What of a multimodal model is not exported, in one sentence; nothing for any other model."""
     if not source.wrapper:
@@ -83,7 +92,6 @@ def check_model(run: Run, settings: ExportSettings) -> tuple[OnCopy, ...]:
     Returns the lengths that were crossed on a copy of it, if it is exported here.
     """
     from nbl_export.export.form_check import check_form
-    from nbl_export.export.forms import FORMS
     from nbl_export.models.dummy_run import check_supported
 
     task, source = run.model.task, run.model.source
@@ -92,7 +100,7 @@ def check_model(run: Run, settings: ExportSettings) -> tuple[OnCopy, ...]:
             f"--exporter {settings.exporter} reads a multimodal model ({source.wrapper}) in its own way: leave it out."
         )
     if settings.exporter == "torch" and task.causal:
-        return check_form(run.model.model, FORMS[str(settings.kv_cache)])
+        return check_form(run.model.model, _decoder_form(run, settings))
     check_supported(run.model.model, task=task)
     return ()
 
@@ -100,28 +108,44 @@ def check_model(run: Run, settings: ExportSettings) -> tuple[OnCopy, ...]:
 def _export_torch(
     run: Run, settings: ExportSettings, listener: Listener
 ) -> tuple[list[Path], list[Float32Node]]:
-    from nbl_export.batch.names import PIXELS
+    from nbl_export.batch.names import EMBEDDINGS, PIXELS
+    from nbl_export.export.embeds import EMBEDDING
     from nbl_export.export.half import save_in_precision
     from nbl_export.export.torch import trace
     from nbl_export.graph.precision import precision_of
+    from nbl_export.graph.tensors import set_folder
     from nbl_export.stages.calibration_data import loader_for
 
     ws, precision = run.workspace, precision_of(str(settings.precision))
     form = _form(run, settings)
-    graph = trace(run.model.model, form, listener)
     loader = loader_for(run.model.source)
     rows = loader.ranges(loader.load(loader.path(ws)), form.inputs) if precision.name == "fp16" else []
-    return save_in_precision(graph, ws.baseline, precision, rows, {*form.outputs, PIXELS}, [ws.model])
+    beside: list[Path] = []
+    if settings.embeds:
+        embedding = trace(run.model.model, EMBEDDING, listener)
+        beside = save_in_precision(embedding, ws.embedding, precision, rows, EMBEDDING.outputs)[0]
+    graph = trace(run.model.model, form, listener)
+    set_folder(graph, ws.baseline.parent)
+    wide = {*form.outputs, PIXELS, EMBEDDINGS}
+    files, float32 = save_in_precision(graph, ws.baseline, precision, rows, wide, [ws.model])
+    return [*files, *beside], float32
+
+
+def _decoder_form(run: Run, settings: ExportSettings) -> Form:
+    from nbl_export.export.embeds import reading_embeds
+    from nbl_export.export.forms import FORMS
+
+    form = FORMS[str(settings.kv_cache)]
+    return reading_embeds(form, run.model.model) if settings.embeds else form
 
 
 def _form(run: Run, settings: ExportSettings) -> Form:
     from nbl_export.calibrate.probe import load_probe
     from nbl_export.export.encoder import encoder_form
-    from nbl_export.export.forms import FORMS
 
     model = run.model
     if model.task.causal:
-        return FORMS[str(settings.kv_cache)]
+        return _decoder_form(run, settings)
     return encoder_form(model.model, model.task, model.pooling, load_probe(run.workspace.probe).inputs)
 
 
@@ -149,7 +173,7 @@ def _save_configs(run: Run, exported: list[Path], settings: ExportSettings) -> l
     """Write the configuration and tokenizer files that the exporter did not write itself."""
     from nbl_export.batch.names import TOKENS
     from nbl_export.export.genai_config import NAME as GENAI
-    from nbl_export.export.genai_config import genai_config
+    from nbl_export.export.genai_config import genai_config, with_embeds
     from nbl_export.models.dummy_run import cache_shapes
     from nbl_export.models.load import quiet
 
@@ -175,6 +199,8 @@ def _save_configs(run: Run, exported: list[Path], settings: ExportSettings) -> l
             ):  # genai needs the same shape for all layers
                 heads, size = shapes[0].heads, shapes[0].key_size
                 known = genai_config(config.get_text_config(), len(shapes), heads, size, shared, generation)
+                if settings.embeds:
+                    known = with_embeds(known, _model_type(run.model.source))
                 write_json(folder / GENAI, known)
         has_tokenizer = any(name.startswith("tokenizer") for name in names)
         written = []

@@ -1,0 +1,63 @@
+"""The embedding beside a decoder computes what PyTorch does, from rows of its table, in every precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+
+from nbl_export.errors import InputError
+from nbl_export.export.embeds import EMBEDDING
+from nbl_export.export.half import save_in_precision
+from nbl_export.export.torch import trace
+from nbl_export.graph.embedding import NAME, Embedding, embedding_of, reads_embeddings
+from nbl_export.graph.io import load_graph
+from nbl_export.graph.precision import precision_of
+from nbl_export.graph.tensors import set_folder
+from tests.families import Calibrated
+
+OFF = {"fp32": 0.0, "fp16": 1e-3, "bf16": 1e-2}
+
+
+@pytest.mark.parametrize("precision", OFF)
+@pytest.mark.parametrize("name", ["llava", "gemma3"])
+def test_it_is_the_models(
+    name: str, precision: str, wrapper: Callable[[str], Calibrated], tmp_path: Path
+) -> None:
+    model = wrapper(name).model
+    ids = np.random.default_rng(0).integers(0, 260, (2, 7))
+    graph = trace(model, EMBEDDING)
+    save_in_precision(graph, tmp_path / NAME, precision_of(precision), [ids[0]], EMBEDDING.outputs)
+    with torch.inference_mode():
+        expected = model.get_input_embeddings()(torch.from_numpy(ids)).numpy()  # type: ignore[operator]
+    found = Embedding(tmp_path / NAME)(ids)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(
+        found, expected, rtol=OFF[precision], atol=OFF[precision] * np.abs(expected).max()
+    )
+
+
+def decoder(folder: Path) -> ir.Model:
+    """A graph that reads embeddings, in ``folder``."""
+    embeds = ir.Value(name="inputs_embeds", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([1, 2, 3]))
+    node = ir.node("Identity", [embeds])
+    graph = ir.Graph([embeds], node.outputs, nodes=[node], opset_imports={"": 23}, name="decoder")
+    model = ir.Model(graph, ir_version=10)
+    set_folder(model, folder)
+    return model
+
+
+def test_one_that_is_missing_or_another_graph_is_said(tmp_path: Path) -> None:
+    model = decoder(tmp_path / "baseline")
+    assert reads_embeddings(model)
+    with pytest.raises(InputError, match=r"embedding\.onnx, which makes them of token ids, is not beside it"):
+        embedding_of(model)
+    node_free = decoder(tmp_path)
+    ir.save(node_free, tmp_path / NAME)
+    assert load_graph(tmp_path / NAME)
+    with pytest.raises(InputError, match="is no embedding of nbl-export"):
+        embedding_of(model)
