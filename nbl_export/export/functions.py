@@ -46,6 +46,10 @@ def attention(
     ``attention_mask`` [batch, 1, sequence, total] is True where a query sees a key. ``softcap`` bounds the
     scores, ``s_aux`` [heads] are the scores of the sinks. Returns [batch, sequence, heads, head_dim].
     """
+    if attention_mask is None and getattr(module, "is_causal", False) and query.shape[2] > 1:
+        # transformers makes no mask for one row in an eager run, and says so by the module.
+        seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+        attention_mask = seen.tril(key.shape[2] - query.shape[2])[None, None]
     if softcap is None and s_aux is None:
         grouped = query.shape[1] != key.shape[1]
         output = torch.nn.functional.scaled_dot_product_attention(

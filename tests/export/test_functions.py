@@ -175,3 +175,18 @@ def test_what_is_traced_instead_of_the_models_own_is_known() -> None:
 def test_the_inverse_of_erf_is_computed() -> None:
     y = torch.tensor([-0.999, -0.9, -0.3, 0.0, 1e-3, 0.5, 0.9, 0.99, 0.999])
     torch.testing.assert_close(_inverse_erf(y), torch.erfinv(y), rtol=2e-5, atol=1e-7)
+
+
+def test_one_row_of_a_causal_module_without_a_mask_is_causal() -> None:
+    """transformers leaves the mask out where a row is not padded, and says by the module that there should be one."""
+    causal, encoder = torch.nn.Module(), torch.nn.Module()
+    causal.is_causal = True  # type: ignore[assignment]
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 5, 4, generator=generator) for heads in (4, 2, 2))
+    seen = torch.ones(5, 5, dtype=torch.bool).tril()[None, None]
+    for more in ({}, {"softcap": 2.0}):
+        expected, _ = attention(causal, query, key, value, seen, **more)  # type: ignore[arg-type]
+        found, _ = attention(causal, query, key, value, None, **more)  # type: ignore[arg-type]
+        whole, _ = attention(encoder, query, key, value, None, **more)  # type: ignore[arg-type]
+        assert torch.equal(found, expected)
+        assert not torch.allclose(whole, expected)
