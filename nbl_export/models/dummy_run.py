@@ -23,11 +23,12 @@ from nbl_export.models.layers import (
     image_shape,
     layer_count,
     main_input,
+    scoring_head,
     structure,
 )
 from nbl_export.models.load import quiet
 from nbl_export.models.sharing import shared_keys
-from nbl_export.models.tasks import GENERATION, Task, task_named
+from nbl_export.models.tasks import FEATURES, GENERATION, Task, task_named
 from nbl_export.models.weights import origin, weights_like
 
 if TYPE_CHECKING:
@@ -99,10 +100,13 @@ def cache_shapes(model: torch.nn.Module) -> dict[int, CacheShape]:
     return shapes
 
 
-def check_supported(model: torch.nn.Module, cached: bool = True, task: Task | None = None) -> None:
+def check_supported(
+    model: torch.nn.Module, cached: bool = True, task: Task | None = None, pooled: bool = False
+) -> None:
     """Refuse, before any work, a model whose structure is not supported or does not match its ``task``.
 
-    ``cached`` requires that every layer of a decoder has a KV cache.
+    ``cached`` requires that every layer of a decoder has a KV cache. A decoder without its head is served if its states
+    are ``pooled``.
     """
     found, task = structure(model), task or task_named(GENERATION)
     facts = dummy_run(model)
@@ -112,7 +116,7 @@ def check_supported(model: torch.nn.Module, cached: bool = True, task: Task | No
             "decoder: if it is an encoder, name its encoder class, as BertModel, in `architectures` in its config.json."
         )
     if not task.causal:
-        _check_encoder(model, facts, task)
+        _check_encoder(model, facts, task, pooled)
         return
     has_cache = {layer.index: facts.cache[layer.index] is not None for layer in found.layers}
     without = [index for index, own in has_cache.items() if not own and index not in facts.shared]
@@ -131,9 +135,14 @@ def check_supported(model: torch.nn.Module, cached: bool = True, task: Task | No
         cache_shapes(model)
 
 
-def _check_encoder(model: torch.nn.Module, facts: DummyRun, task: Task) -> None:
+def _check_encoder(model: torch.nn.Module, facts: DummyRun, task: Task, pooled: bool) -> None:
     name = type(model).__name__
-    if facts.causal:
+    if facts.causal and task.pools and scoring_head(model) is None:
+        raise InputError(
+            f"{name} is a decoder whose classification head is not one linear layer on the states of the last token: "
+            "this architecture is not supported yet."
+        )
+    if facts.causal and task.name == FEATURES and not pooled:
         whole = with_head(model)
         raise InputError(
             f"{name} is a decoder without its language-model head: only decoders with it are supported"
@@ -186,6 +195,7 @@ def _run(model: torch.nn.Module) -> DummyRun:
     # A language-model head has the size of several blocks, and nothing to tell.
     head = getattr(model, "get_output_embeddings", lambda: None)()
     run: Any = model if head is None else backbone(model)
+    scored = False
     with ExitStack() as hooks, torch.inference_mode(), quiet():
         stack = layers[0].block.rpartition(".")[0]
         watched = [(returns, layer.index, layer.attention) for layer in layers]
@@ -227,11 +237,13 @@ def _run(model: torch.nn.Module) -> DummyRun:
                 run(**inputs)
         except InputError:  # of its weights
             raise
+        except ValueError as error:
+            # transformers scores the last token of several rows only where it knows the padding token.
+            if scoring_head(model) is None:
+                raise unrunnable(model, error) from error
+            output, scored = backbone(model)(**inputs), True
         except Exception as error:  # a model's own code may raise anything
-            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise InputError(
-                f"{type(model).__name__} cannot be run: {first_line[:300].rstrip('.')}."
-            ) from error
+            raise unrunnable(model, error) from error
     if silent := [layer.index for layer in layers if layer.index not in returns]:
         raise InputError(
             f"{type(model).__name__} does not run the attention of layer {silent[0]} as it is, but replaces it at run "
@@ -253,13 +265,19 @@ def _run(model: torch.nn.Module) -> DummyRun:
         cache,
         causal,
         tokens=states.shape[1],
-        outputs=_LOGITS if head is not None else _tensors_of(output),
+        outputs=_LOGITS if head is not None or scored else _tensors_of(output),
         linear_output=any(isinstance(m, torch.Tensor) and _same(m, states) for m in linear_outputs),
         repeatable=_same(first, states),
         block_returns=block_returns,
         separate=not handed.on,
         shared=shared,
     )
+
+
+def unrunnable(model: torch.nn.Module, error: Exception) -> InputError:
+    """One sentence for what a model's own code raised."""
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return InputError(f"{type(model).__name__} cannot be run: {first_line[:300].rstrip('.')}.")
 
 
 class Handed:

@@ -10,16 +10,20 @@ from nbl_export.batch.names import BATCH, MASK, PIXELS, TOKEN_TYPES, TOKENS
 from nbl_export.batch.rows import Inputs
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.forward import CachedDecoder
-from nbl_export.models.layers import accepted_arguments
-from nbl_export.models.pooling import SENTENCE, Pooling, pool
+from nbl_export.models.layers import accepted_arguments, backbone, scoring_head
+from nbl_export.models.pooling import SENTENCE, Pooling, last_token, pool
 from nbl_export.models.tasks import Task
 
-_STATES = "last_hidden_state"
+_STATES, _LOGITS = "last_hidden_state", "logits"
 INPUT_ORDER = (TOKENS, MASK, TOKEN_TYPES, PIXELS)
 
 
 class Encoder(CachedDecoder):
-    """A model as a function from its positional ``inputs`` to its ``outputs``."""
+    """A model as a function from its positional ``inputs`` to its ``outputs``.
+
+    If it is ``scored``, its logits are those of each row's last token. Which that is comes from the mask; transformers
+    looks for the padding token, and takes the last token of the row where the configuration names none.
+    """
 
     def __init__(
         self,
@@ -27,25 +31,37 @@ class Encoder(CachedDecoder):
         inputs: tuple[str, ...],
         outputs: tuple[str, ...],
         pooling: Pooling | None,
+        scored: bool = False,
     ) -> None:
         super().__init__(model)
         self.inputs, self.outputs, self.pooling = inputs, outputs, pooling
+        self.scored, self.causal = scored, dummy_run(model).causal
 
     # torch.export needs named arguments; no encoder has more than three.
     def forward(
         self, first: torch.Tensor, second: torch.Tensor | None = None, third: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, ...]:
         given = dict(zip(self.inputs, (first, second, third), strict=False))
-        output: Any = self.model(**given, **self._positions(first))
+        mask = given.get(MASK)
+        if self.outputs == (_LOGITS,) and self.scored:
+            assert mask is not None  # decoders read text
+            states = backbone(self.model)(**given, **self._positions(first, mask))[_STATES]
+            head: Any = self.model.get_submodule(str(scoring_head(self.model)))
+            return (head(last_token(states, mask)),)
+        output: Any = self.model(**given, **self._positions(first, mask))
         found = {name: output[name] for name in self.outputs if name != SENTENCE}
         if self.pooling is not None:
-            mask = given[MASK]
             assert mask is not None  # only text is pooled
             found[SENTENCE] = pool(self.pooling, output[_STATES], mask)
         return tuple(found[name] for name in self.outputs)
 
-    def _positions(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Positions for every row: by default a rotary model uses one row, which RotaryEmbedding does not accept."""
+    def _positions(self, ids: torch.Tensor, mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """Positions for every row: by default a rotary model uses one row, which RotaryEmbedding does not accept.
+
+        A decoder counts from the first token that is no padding, so that a row has one result, wherever it is padded.
+        """
+        if self.causal and mask is not None:
+            return accepted_arguments(backbone(self.model), position_ids=(mask.cumsum(1) - 1).clamp(min=0))
         rotary = any("rotary" in type(m).__name__.lower() for m in self.model.modules())
         if not rotary or PIXELS in self.inputs:
             return {}
@@ -65,4 +81,5 @@ def encoder_outputs(
 def encoder_of(model: torch.nn.Module, task: Task, pooling: Pooling | None, inputs: Inputs) -> Encoder:
     """``model`` as a function of the inputs named in the batch ``inputs``."""
     names = tuple(name for name in INPUT_ORDER if name in inputs)
-    return Encoder(model, names, tuple(encoder_outputs(model, task, pooling)), pooling)
+    scored = task.pools and dummy_run(model).causal
+    return Encoder(model, names, tuple(encoder_outputs(model, task, pooling)), pooling, scored)

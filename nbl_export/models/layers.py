@@ -179,7 +179,7 @@ def model_type(model: torch.nn.Module) -> str:
 
 def hidden_size(model: torch.nn.Module) -> int:
     """Width d of the residual stream."""
-    return int(_config(model).hidden_size)
+    return _configured(model, "hidden_size", "width")
 
 
 def vocabulary(model: torch.nn.Module) -> int:
@@ -189,7 +189,17 @@ def vocabulary(model: torch.nn.Module) -> int:
 
 def layer_count(model: torch.nn.Module) -> int:
     """Number L of blocks."""
-    return int(_config(model).num_hidden_layers)
+    return _configured(model, "num_hidden_layers", "number of layers")
+
+
+def _configured(model: torch.nn.Module, key: str, what: str) -> int:
+    found = getattr(_config(model), key, None)
+    if not isinstance(found, int):
+        raise InputError(
+            f"The configuration of {type(model).__name__} has no {key}, one {what} for all its blocks: this "
+            "architecture is not supported yet."
+        )
+    return found
 
 
 def positions(model: torch.nn.Module) -> int | None:
@@ -235,6 +245,24 @@ def accepted_arguments(model: torch.nn.Module, **arguments: Any) -> dict[str, An
 def backbone(model: torch.nn.Module) -> Any:
     """The model without its language-model head, which takes a fifth of a small model's time."""
     return getattr(model, "base_model", model)
+
+
+def scoring_head(model: torch.nn.Module) -> str | None:
+    """The name of the linear layer that scores each token's states, beside a model without a pooler; None without.
+
+    Sequence classification by a decoder takes the scores of the last token.
+    """
+    import torch
+
+    body = backbone(model)
+    weighted = [
+        name
+        for name, child in model.named_children()
+        if child is not body and any(True for _ in child.parameters())
+    ]
+    if body is model or len(weighted) != 1:
+        return None
+    return weighted[0] if isinstance(getattr(model, weighted[0]), torch.nn.Linear) else None
 
 
 def block_stack(model: torch.nn.Module) -> tuple[str, torch.nn.Module]:

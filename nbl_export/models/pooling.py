@@ -1,7 +1,7 @@
 """The pooling of a sentence-transformers folder, read from its JSON files without that package.
 
 modules.json          Transformer, Pooling, optionally Normalize, in this order
-1_Pooling/config.json the mode: mean, cls or max over the tokens that are not padding
+1_Pooling/config.json the mode: mean, cls, max or lasttoken over the tokens that are not padding
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ _MODES = {
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
+    "pooling_mode_lasttoken": "lasttoken",
 }
 _REMEDY = "download the model again"
 
 
 @dataclass(frozen=True)
 class Pooling:
-    """``mode`` is mean, cls or max; ``normalize`` scales every vector to length 1.
+    """``mode`` is mean, cls, max or lasttoken; ``normalize`` scales every vector to length 1.
 
     ``files`` are the files that define this, relative to the folder.
     """
@@ -78,7 +79,9 @@ def _mode(path: Path, config: Any) -> str:
     modes = [_MODES.get(key, key) for key in asked]
     if len(modes) != 1 or modes[0] not in _MODES.values():
         found = ", ".join(modes) or "none"
-        raise InputError(f"{path} asks for the pooling {found}: supported is one of mean, cls and max.")
+        raise InputError(
+            f"{path} asks for the pooling {found}: supported is one of mean, cls, max and lasttoken."
+        )
     return modes[0]
 
 
@@ -93,6 +96,8 @@ def pool(pooling: Pooling, states: torch.Tensor, mask: torch.Tensor) -> torch.Te
         # The first token that is not padding, since padding may be on the left.
         first = mask.argmax(dim=1)[:, None, None].expand(-1, 1, states.shape[-1])
         vector = states.gather(1, first)[:, 0]
+    elif pooling.mode == "lasttoken":
+        vector = last_token(states, mask)
     elif pooling.mode == "max":
         hidden = (mask == 0)[..., None]
         vector = states.masked_fill(hidden, torch.finfo(states.dtype).min / 2).amax(dim=1)
@@ -100,3 +105,12 @@ def pool(pooling: Pooling, states: torch.Tensor, mask: torch.Tensor) -> torch.Te
         weights = mask[..., None].to(states.dtype)
         vector = (states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1e-9)
     return torch.nn.functional.normalize(vector, dim=-1) if pooling.normalize else vector
+
+
+def last_token(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The states [batch, d] of each row's last token that is no padding, on whichever side that is."""
+    import torch
+
+    places = torch.arange(mask.shape[1], device=mask.device)
+    last = (mask * places).argmax(dim=1)[:, None, None].expand(-1, 1, states.shape[-1])
+    return states.gather(1, last)[:, 0]

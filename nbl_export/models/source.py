@@ -228,7 +228,7 @@ def _from_folder(
             f"{source}: config.json cannot be read (it is not a JSON object): download the model again."
         )
     task = check_config(source, config)
-    if not task.causal and find_pooling(path):
+    if find_pooling(path):
         task = task_named(FEATURES)  # pooling uses the hidden states, whatever head was saved
     check_keys(source, config)
     check_beside(source, path)

@@ -25,6 +25,7 @@ class Task:
     reads: tuple[str, ...]
     outputs: Mapping[str, tuple[str, ...]]
     causal: bool = False
+    pools: bool = False
 
 
 GENERATION, FEATURES = "text-generation", "feature-extraction"

@@ -43,7 +43,8 @@ def calibrate(run: Run, settings: CalibrateSettings) -> None:
     def work(listener: Listener) -> list[Path]:
         model = run.model.model
         # A graph without a cache can be exported, even if one with a cache cannot.
-        check_supported(model, cached=False, task=run.model.task)
+        pooled = run.model.pooling is not None
+        check_supported(model, cached=False, task=run.model.task, pooled=pooled)
         in_dtype = run.model.in_dtype(ranks.shared(lambda: dtype_of(run.model.in_dtype(settings.dtype))))
         probes: list[Probe] = []
 

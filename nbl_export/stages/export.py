@@ -101,7 +101,7 @@ def check_model(run: Run, settings: ExportSettings) -> tuple[OnCopy, ...]:
         )
     if settings.exporter == "torch" and task.causal:
         return check_form(run.model.model, _decoder_form(run, settings))
-    check_supported(run.model.model, task=task)
+    check_supported(run.model.model, task=task, pooled=run.model.pooling is not None)
     return ()
 
 

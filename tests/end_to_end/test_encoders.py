@@ -422,7 +422,7 @@ def change_modules(folder: Path) -> None:
 
 
 def last_token(folder: Path) -> None:
-    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_lasttoken": true}')
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_weightedmean_tokens": true}')
 
 
 @pytest.mark.parametrize(
@@ -440,7 +440,7 @@ def last_token(folder: Path) -> None:
         ("bert", {}, {"exporter": "optimum"}, "--exporter optimum is for decoders"),
         ("bert", {}, {"engines": True}, "TensorRT engines are built of decoders only"),
         ("bert", {"change": change_modules}, {}, "has the module Dense: supported are a Transformer"),
-        ("bert", {"change": last_token}, {}, "asks for the pooling pooling_mode_lasttoken"),
+        ("bert", {"change": last_token}, {}, "asks for the pooling pooling_mode_weightedmean_tokens"),
     ],
 )
 def test_what_an_encoder_cannot_have_is_refused_before_work(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nbl_export.errors import InputError
-from nbl_export.models.pooling import Pooling, find_pooling, pool
+from nbl_export.models.pooling import Pooling, find_pooling, last_token, pool
 from tests.encoders import as_sentence_transformer
 
 
@@ -52,7 +52,7 @@ def test_newer_folders_name_their_pooling(tmp_path: Path) -> None:
         (
             ["Transformer", "Pooling"],
             "{}",
-            "asks for the pooling none: supported is one of mean, cls and max",
+            "asks for the pooling none: supported is one of mean, cls, max and lasttoken",
         ),
         (
             ["Transformer", "Pooling"],
@@ -74,3 +74,10 @@ def test_a_pooling_that_is_not_served(
     with pytest.raises(InputError, match=said) as told:
         find_pooling(tmp_path)
     assert "\n" not in str(told.value)
+
+
+def test_the_last_token_is_the_last_that_is_no_padding() -> None:
+    states = torch.arange(24.0).reshape(2, 4, 3)
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 0, 0]])
+    torch.testing.assert_close(last_token(states, mask), torch.stack([states[0, 3], states[1, 1]]))
+    torch.testing.assert_close(pool(Pooling("lasttoken", False, ()), states, mask), last_token(states, mask))

@@ -52,6 +52,8 @@ def _compared(name: str, a: F64, b: F64) -> dict[str, F64]:
     if name != LOGITS:
         norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
         return {f"cosine of {name}": (a * b).sum(axis=1) / np.maximum(norms, 1e-300)}
+    if a.shape[1] == 1:  # a score, as of a reward model
+        return {"change of the score": np.abs(a - b)[:, 0]}
     log_p, log_q = log_softmax(a), log_softmax(b)
     return {
         "top-1 agreement": (a.argmax(axis=1) == b.argmax(axis=1)).astype(np.float64),

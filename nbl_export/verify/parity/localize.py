@@ -17,7 +17,7 @@ from nbl_export.graph.summary import DescribedLayer
 from nbl_export.linearize.plan import Plan
 from nbl_export.linearize.swap import linearized
 from nbl_export.models.forward import run_uncached
-from nbl_export.models.layers import attention_layers, observed
+from nbl_export.models.layers import attention_layers, backbone, observed
 from nbl_export.rewrite.prove import PROOF_TOLERANCE, relative_error
 from nbl_export.rewrite.replace import LAYERS_KEY
 from nbl_export.runtime.intermediates import intermediate_tensors
@@ -67,7 +67,7 @@ def first_divergence(model: torch.nn.Module, plan: Plan, path: Path) -> Divergen
         linearized(model, plan),
         observed(model, attention_layers(model), observe),
     ):
-        run_uncached(model, plan.probe)
+        run_uncached(backbone(model), plan.probe)
     graph = load_graph(path)
     tolerance = PROOF_TOLERANCE[graph_precision(graph).name]
     rows = metadata_list(graph, LAYERS_KEY, DescribedLayer)

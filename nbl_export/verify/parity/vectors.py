@@ -36,7 +36,8 @@ def compare_vectors(a: F32, b: F32, near_tie: float) -> Figures:
         cosine[at] = np.where(
             (norms[0] == 0) & (norms[1] == 0), 1.0, _quotient(np.sum(x * y, axis=-1), norms[0] * norms[1])
         )
-        best_two = np.partition(x, -2, axis=-1)[:, -2:]
+        # A single score has no second one.
+        best_two = np.partition(x, -2, axis=-1)[:, -2:] if x.shape[1] > 1 else np.repeat(x, 2, axis=1)
         same[at] = x.argmax(axis=-1) == y.argmax(axis=-1)
         tie[at] = ~same[at] & (best_two[:, 1] - best_two[:, 0] < near_tie)
     return Figures(
