@@ -23,6 +23,7 @@ from nbl_export.models.load import quiet
 # Weights of a copy: half a gigabyte in float32.
 _WEIGHTS = 1 << 27
 _BLOCKS = 8
+_HEADS = 4  # where the size of a head is not said, but follows from the width
 # The smallest length, and how far each is from the next: each begins apart from the others.
 _FIRST, _APART = 16, 6
 
@@ -50,15 +51,24 @@ def small_copy(model: torch.nn.Module, lengths: Sequence[Length], seed: int = 0)
             return _built(type(model), type(text), raw, seed)
         except Exception as error:  # a model's own code may raise anything
             failures.append(error)
-    first = (str(failures[0]).strip() or type(failures[0]).__name__).splitlines()[0]
-    raise InputError(f"{type(model).__name__} cannot be made smaller ({first[:200]}).") from failures[0]
+    said = " ".join(str(failures[0]).split()).rstrip(".") or type(failures[0]).__name__
+    raise InputError(f"{type(model).__name__} cannot be made smaller ({said[:200]}).") from failures[0]
 
 
 def _attempts(config: Mapping[str, Any]) -> list[Mapping[str, int]]:
     """What is made small, most first."""
     sizes, experts, width = (_table()[name] for name in ("sizes", "experts", "width"))
-    some = [{**sizes, **experts}, sizes, {}]
-    return [{**sizes, **experts, **width}, *some] if config.get("head_dim") else some
+    heads, size = config.get("num_attention_heads"), config.get("hidden_size")
+    if config.get("head_dim") and isinstance(heads, int):
+        width = {"hidden_size": heads * -(-width["hidden_size"] // heads)}  # some families ask for a multiple
+    elif isinstance(heads, int) and isinstance(size, int) and heads > _HEADS:
+        grouped = config.get("num_key_value_heads") not in (None, heads)
+        width = {
+            "hidden_size": size // heads * _HEADS,
+            "num_attention_heads": _HEADS,
+            "num_key_value_heads": _HEADS // 2 if grouped else _HEADS,
+        }
+    return [{**sizes, **experts, **width}, {**sizes, **experts}, sizes, {}]
 
 
 def _built(kind: Any, config: Any, raw: Mapping[str, Any], seed: int) -> torch.nn.Module:
@@ -106,6 +116,9 @@ def _changed(
 ) -> dict[str, Any]:
     def one(key: str, value: Any) -> Any:
         if isinstance(value, Mapping):
+            if value and all(str(k).isdigit() for k in value):  # by layer
+                own = {int(k): v for k, v in value.items()}
+                return {new: one(key, own[old]) for new, old in enumerate(chosen) if old in own}
             return {k: one(str(k), v) for k, v in value.items()}
         if isinstance(value, list | tuple):
             kept = [value[i] for i in chosen] if _by_layer(value, count) else list(value)
