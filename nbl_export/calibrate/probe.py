@@ -22,7 +22,8 @@ from nbl_export.batch.rows import Inputs, check_activations, check_batch, real_p
 from nbl_export.calibrate.moments import CALIBRATE_AGAIN
 from nbl_export.errors import InputError
 from nbl_export.models.forward import run_uncached
-from nbl_export.models.layers import attention_layers, backbone, observed
+from nbl_export.models.layers import attention_layers, backbone, hidden_size, layer_count, observed
+from nbl_export.models.lengths import BEYOND, lengths
 from nbl_export.tensorfile import load_tensors, save_tensors
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 FORMAT = "nbl-export/probe/1"
 _LENGTH = 24
+# Bytes of the activations on a row that goes beyond a length of the model: what is longer, parity crosses alone.
+_BYTES = 16 << 20
 # The known batches: of decoders, of text encoders, of images.
 _KNOWN = ({TOKENS, MASK, POSITIONS}, {TOKENS, MASK}, {TOKENS, MASK, TOKEN_TYPES}, {PIXELS})
 
@@ -60,16 +63,27 @@ class Probe:
         return self.inputs[POSITIONS]
 
 
-def probe_lengths(width: int) -> tuple[int, int]:
-    """The lengths of the two rows of a text probe, cut from rows of ``width`` tokens."""
-    longest = min(_LENGTH, width)
-    return longest, max(1, longest * 2 // 3)
+def probe_lengths(width: int, beyond: int = 0) -> tuple[int, int]:
+    """The lengths of the two rows of a text probe, cut from rows of ``width`` tokens; one is ``beyond``, if it can."""
+    usual = min(_LENGTH, width)
+    return min(max(_LENGTH, beyond), width), max(1, usual * 2 // 3)
+
+
+def _beyond_lengths(model: torch.nn.Module) -> int:
+    """The tokens of a row that goes beyond the model's lengths, as far as the activations on it are small."""
+    token = 3 * 4 * hidden_size(model) * layer_count(model)
+    longer = [length.tokens + BEYOND for length in lengths(model)]
+    return max((tokens for tokens in longer if tokens * token <= _BYTES), default=0)
 
 
 def probe_model(model: torch.nn.Module, tokens: NDArray[np.int32]) -> Probe:
     """Run the decoder ``model`` over the beginning of two rows of ``tokens`` and record every layer's h, x and y."""
-    lengths = probe_lengths(tokens.shape[1])
-    rows = [tokens[i % len(tokens)][:length] for i, length in enumerate(lengths)]
+    longest, shorter = probe_lengths(tokens.shape[1], _beyond_lengths(model))
+    # Here the longest row of a batch may decide for both, and the graph is run row by row.
+    if any(length.batch and shorter <= length.tokens < longest for length in lengths(model)):
+        shorter = longest
+    wanted = (longest, shorter)
+    rows = [tokens[i % len(tokens)][:length] for i, length in enumerate(wanted)]
     return probe_inputs(model, dict(zip((TOKENS, MASK, POSITIONS), left_padded(rows), strict=True)))
 
 

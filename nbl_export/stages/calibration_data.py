@@ -29,6 +29,7 @@ from nbl_export.calibrate.text import (
 )
 from nbl_export.errors import InputError, first_line
 from nbl_export.models.layers import accepts, positions
+from nbl_export.models.lengths import crossed_by
 from nbl_export.models.load import PREPROCESSOR
 from nbl_export.models.source import ModelSource
 from nbl_export.models.tasks import task_named
@@ -38,6 +39,8 @@ from nbl_export.settings.choices import SELF
 from nbl_export.workspace import Workspace
 
 if TYPE_CHECKING:
+    import torch
+
     from nbl_export.models.loaded import LoadedModel
 
 Rows = list[dict[str, NDArray[Any]]]
@@ -107,6 +110,16 @@ def _probe_decoder(model: LoadedModel, text: Any) -> Probe:
 
 def _range_rows(text: Any, _names: Mapping[str, Any]) -> list[Any]:
     return [text.prompt(row[:_RANGE_TOKENS]) for row in text.calibration[:_RANGE_ROWS]]
+
+
+def crossing_rows(model: torch.nn.Module, text: CalibrationText, rows: Sequence[Any]) -> list[Any]:
+    """Rows of text that go beyond those lengths of the decoder ``model`` that no one of ``rows`` does, where there is
+    room: what begins there has ranges of its own.
+    """
+    crossed = crossed_by(model, 0, [len(row) for row in rows])
+    longer = sorted({one.prompts[0] for one in crossed if len(one.prompts) > 1})
+    flat = text.calibration.reshape(-1)
+    return [text.prompt(np.resize(flat, max(1, prompt - len(text.start)))) for prompt in longer]
 
 
 # text encoders -----------------------------------------------------------------------------------

@@ -114,12 +114,17 @@ def _export_torch(
     from nbl_export.export.torch import trace
     from nbl_export.graph.precision import precision_of
     from nbl_export.graph.tensors import set_folder
-    from nbl_export.stages.calibration_data import loader_for
+    from nbl_export.stages.calibration_data import crossing_rows, loader_for
 
     ws, precision = run.workspace, precision_of(str(settings.precision))
     form = _form(run, settings)
     loader = loader_for(run.model.source)
-    rows = loader.ranges(loader.load(loader.path(ws)), form.inputs) if precision.name == "fp16" else []
+    rows = []
+    if precision.name == "fp16":
+        data = loader.load(loader.path(ws))
+        rows = loader.ranges(data, form.inputs)
+        if run.model.task.causal:
+            rows += crossing_rows(run.model.model, data, rows)
     beside: list[Path] = []
     if settings.embeds:
         embedding = trace(run.model.model, EMBEDDING, listener)

@@ -12,9 +12,11 @@ import torch
 from nbl_export.batch.padding import left_padded
 from nbl_export.calibrate.probe import FORMAT, Probe, load_probe, probe_model, save_probe
 from nbl_export.errors import InputError
+from nbl_export.models.compat import is_transformers_4
 from nbl_export.models.load import load_model
 from nbl_export.models.source import find_model
 from nbl_export.tensorfile import save_tensors
+from tests.beyond import BEYOND
 
 
 @pytest.fixture(scope="module")
@@ -139,3 +141,26 @@ def test_anything_else_is_refused(probe: Probe, tmp_path: Path) -> None:
     refused()
     path.unlink()
     refused()
+
+
+@pytest.mark.skipif(is_transformers_4(), reason="configurations of transformers 5")
+@pytest.mark.parametrize(
+    ("name", "changes", "width", "found"),
+    [
+        ("mistral", {}, 160, (108, 16)),
+        ("mistral", {"sliding_window": 8}, 160, (24, 16)),
+        ("mistral", {"sliding_window": None}, 160, (24, 16)),
+        # No longer than the rows of the text, and than what the proof has memory for.
+        ("mistral", {}, 60, (60, 16)),
+        ("mistral", {"sliding_window": 400000, "max_position_embeddings": 500000}, 160, (24, 16)),
+        # The longest row of a batch decides for all: both lie beyond.
+        ("phi3", {}, 160, (108, 108)),
+        ("phi3", {"original_max_position_embeddings": 20}, 22, (22, 22)),
+    ],
+)
+def test_a_row_goes_beyond_a_length_where_there_is_room(
+    name: str, changes: Any, width: int, found: tuple[int, int]
+) -> None:
+    tokens = np.random.default_rng(0).integers(3, 250, (2, width)).astype(np.int32)
+    made = probe_model(BEYOND[name].model(**changes), tokens)
+    assert tuple(made.attention_mask.sum(axis=1)) == found

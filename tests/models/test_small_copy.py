@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,10 +10,12 @@ import torch
 
 from nbl_export.errors import InputError
 from nbl_export.models.compat import is_transformers_4
-from nbl_export.models.layers import attention_layers, layer_count
+from nbl_export.models.layers import attention_layers, block_stack, layer_count
 from nbl_export.models.lengths import Length, lengths
 from nbl_export.models.small_copy import small_copy, small_lengths
 from tests.beyond import BEYOND
+from tests.fixtures_graph import load
+from tests.multimodal import build
 
 pytestmark = pytest.mark.skipif(is_transformers_4(), reason="configurations of transformers 5")
 
@@ -72,3 +75,13 @@ def test_what_cannot_be_made_small_says_so() -> None:
     model.config.intermediate_size = -1  # which its code does not build
     with pytest.raises(InputError, match=r"^MistralForCausalLM cannot be made smaller \(.+\)\.$"):
         small_copy(model, lengths(model))
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llama4", "gemma4"])
+def test_the_language_model_of_a_multimodal_one_has_a_copy_of_its_blocks(name: str, tmp_path: Path) -> None:
+    model = load(build(name, tmp_path / name))
+    found = [Length(one.key, one.tokens, one.layers) for one in lengths(model)]
+    copy = small_copy(model, found)
+    blocks = [block_stack(m)[1][0] for m in (model, copy)]
+    assert type(blocks[0]) is type(blocks[1])
+    assert [one.key for one in lengths(copy)] == [one.key for one in found] != []

@@ -13,13 +13,16 @@ import pytest
 import torch
 from transformers import AutoModel
 
+from nbl_export.calibrate.text import CalibrationText
 from nbl_export.errors import InputError
+from nbl_export.models.compat import is_transformers_4
 from nbl_export.models.loaded import LoadedModel
 from nbl_export.models.source import find_model
 from nbl_export.progress import Silent
 from nbl_export.settings import CalibrateSettings
-from nbl_export.stages.calibration_data import check_sources, loader_for
+from nbl_export.stages.calibration_data import check_sources, crossing_rows, loader_for
 from nbl_export.workspace import Workspace
+from tests.beyond import BEYOND
 from tests.encoders import CLS, PAD, SEP, text_encoder, vision_encoder, write_images, write_text
 
 TEXT = CalibrateSettings(("unused",), samples=4, seq_len=32, heldout_samples=2, selection_samples=2)
@@ -180,3 +183,14 @@ def test_images_of_a_size_that_the_model_does_not_take(place: Path, tmp_path: Pa
         InputError, match=r"does not take the images that its preprocessor_config\.json makes \("
     ):
         material.probe(model, images)
+
+
+@pytest.mark.skipif(is_transformers_4(), reason="configurations of transformers 5")
+def test_ranges_are_of_text_beyond_a_length_too() -> None:
+    rows = np.random.default_rng(0).integers(3, 250, (4, 48)).astype(np.int32)
+    text = CalibrationText(rows, rows, rows, rows, rows, np.array([2], np.int32))
+    model = BEYOND["mistral"].model()
+    (row,) = crossing_rows(model, text, list(rows))
+    assert len(row) == 108 and row[0] == 2 and list(row[1:49]) == list(rows[0])
+    assert crossing_rows(model, text, [np.zeros(109)]) == []
+    assert crossing_rows(BEYOND["mistral"].model(sliding_window=None), text, list(rows)) == []
