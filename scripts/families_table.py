@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -34,6 +34,7 @@ _GRAPHS = {f"{p} {c}": ("test_graph", f"{c}-{p}") for p, caches in _CACHES.items
 _ENGINES = {f"engine {c}": ("test_engine", c) for c in ("concat", "static")}
 _OTHERS = {e.replace("-", " "): ("test_other_exporter", e) for e in ("genai-fp32", "genai-int4", "optimum")}
 COLUMNS = {**_GRAPHS, **_ENGINES, **_OTHERS}
+CROSSES = "crosses"
 WORKS, FAILS, NOT_TRIED = "works", "**fails**", "–"
 HEAD = """# Families
 
@@ -42,6 +43,9 @@ onnxruntime {onnxruntime}, tensorrt-rtx {rtx} and Python {python}. Each row is a
 of its family active (windows shorter than the text, rope scaling, soft-capping …) and weights scaled so that
 attention matters; in each cell half of its layers are linear, and the graph's outputs equal PyTorch's with the same
 W and b, over a ragged prefill and decode steps, within the gates of its precision.
+
+*crosses* are the lengths at which the family begins to compute something else: each is shorter than a prompt, and
+decoded across, in every cell.
 
 *works* · a number: refused with the sentence below · **fails**: rewritten, and beyond a gate · {not_tried}: not tried.
 An engine is the float16 graph, built ahead of time by TensorRT for RTX and not run here; *decomposed* means that its
@@ -89,9 +93,9 @@ def read(paths: Sequence[Path]) -> Mapping[str, Mapping[tuple[str, str], TestCas
 
 def table(cases: Mapping[str, Mapping[tuple[str, str], TestCase]]) -> str:
     reasons: dict[str, int] = {}
-    lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    lines = ["| | " + " | ".join((CROSSES, *COLUMNS)) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
     for family, results in cases.items():
-        cells = [cell(results.get(key), reasons) for key in COLUMNS.values()]
+        cells = [crossed(results.values()), *(cell(results.get(key), reasons) for key in COLUMNS.values())]
         lines.append(f"| {family} | " + " | ".join(cells) + " |")
     versions = {
         "transformers": version("transformers"),
@@ -103,6 +107,12 @@ def table(cases: Mapping[str, Mapping[tuple[str, str], TestCase]]) -> str:
     head = HEAD.format(tests=TESTS, not_tried=NOT_TRIED, **versions)
     refusals = [f"{number}. {reason}" for reason, number in reasons.items()]
     return head + "\n".join(lines) + "\n\n" + "\n".join(refusals) + "\n"
+
+
+def crossed(cases: Iterable[TestCase]) -> str:
+    """The lengths that a family's texts crossed, as its tests have recorded them."""
+    found = [p.value for case in cases for p in case.child(Properties) or () if p.name == "crosses"]
+    return next(iter(filter(None, found)), "")
 
 
 def cell(case: TestCase | None, reasons: dict[str, int]) -> str:

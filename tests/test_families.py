@@ -30,7 +30,7 @@ from nbl_export.models.layers import attention_layers
 from nbl_export.progress import Silent
 from nbl_export.rewrite.replace import rewrite_file
 from nbl_export.verify.parity.decoder import Parity
-from tests.end_to_end.matrix import CHOSEN, ROWS, parity, rewritten
+from tests.end_to_end.matrix import CHOSEN, ROWS, crossed, parity, rewritten
 from tests.exporters import GRAPH, Graphs
 from tests.families import DECODERS, Calibrated, attention_share
 
@@ -160,6 +160,9 @@ def test_graph(
     if refused(family, form, lambda: exported(family, form, precision), record_property):
         return
     case, source = calibrated_of(family), exported(family, form, precision)
+    lengths = crossed(case.model)
+    assert not [one.why for one in lengths if one.why]
+    record_property("crosses", ", ".join(one.length.name for one in lengths))
     for k in ("one", "half") if precision == "fp32" else ("half",):
         plan = case.plan(CHOSEN[k])
         result = rewrite_file(source, plan, tmp_path / k / GRAPH)

@@ -84,15 +84,18 @@ def _error(model: torch.nn.Module, form: Form) -> float:
     ids = (np.arange(sum(_LENGTHS) + 2 * _NEXT) * 7 + vocabulary // 3) % vocabulary
     texts = np.split(ids, [_LENGTHS[0] + _NEXT])
     rows = [np.resize(ids, prompt + _ACROSS) for prompt in crossing_prompts(crossed)]
+    # Each with a shorter one beside it, since a batch without padding has no mask; where the longest row of a batch
+    # decides for all, the shorter one is another text than by itself.
+    compared = 1 if any(one.length.batch for one in crossed) else 2
     with quiet(), torch.inference_mode():
         own = [model(input_ids=torch.from_numpy(text)[None]).logits[0] for text in texts]
-        own += [_own(model, row, bool(form.past)) for row in rows]
+        own += [_own(model, text, bool(form.past)) for row in rows for text in (row, row[1:])[:compared]]
         decoder = form.module(model)
         with exportable(model, decoder.mask, _grouped if form.fused else attention):
             try:
                 found = _run(decoder, form, texts)
                 for row in rows:
-                    found += _run(decoder, form, [row], _ACROSS)
+                    found += _run(decoder, form, [row, row[1:]], _ACROSS)[:compared]
             except NblError:
                 raise
             except Exception as error:  # a model's own code may raise anything
@@ -104,10 +107,13 @@ def _error(model: torch.nn.Module, form: Form) -> float:
 
 
 def _own(model: torch.nn.Module, row: np.ndarray[Any, Any], cached: bool) -> torch.Tensor:
-    """The model's own logits of a row that crosses a length while it is decoded, which may tell from one pass."""
-    stream = torch_stream(model, cached=cached)
-    logits = [stream.prefill([row[:-_ACROSS]]), *(stream.decode([int(token)]) for token in row[-_ACROSS:])]
-    return torch.from_numpy(np.concatenate(logits))
+    """The model's own logits of a row that, with a cache, crosses a length while it is decoded."""
+    if not cached:
+        logits: torch.Tensor = model(input_ids=torch.from_numpy(row)[None]).logits[0]
+        return logits
+    stream = torch_stream(model)
+    found = [stream.prefill([row[:-_ACROSS]]), *(stream.decode([int(token)]) for token in row[-_ACROSS:])]
+    return torch.from_numpy(np.concatenate(found))
 
 
 def _grouped(module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:

@@ -15,6 +15,7 @@ from nbl_export.graph.cache import KV_LAYERS_KEY
 from nbl_export.graph.io import check_file, passes_checker
 from nbl_export.linearize.plan import Plan, save_plan
 from nbl_export.linearize.swap import linearized
+from nbl_export.models.lengths import Crossed, crossed_by, crossing_prompts
 from nbl_export.rewrite.foreign import rewrite_foreign
 from nbl_export.rewrite.replace import RewriteResult
 from nbl_export.runtime.ort import ort_stream
@@ -50,11 +51,19 @@ def rewritten(folder: Path, plan: Plan, root: Path) -> tuple[Path, RewriteResult
 
 
 def parity(model: Any, plan: Plan, path: Path, dtype: str = "float32") -> Parity:
-    """The graph at ``path`` against ``model`` with the plan's maps, ragged prefill and decode."""
+    """The graph at ``path`` against ``model`` with the plan's maps, ragged prefill and decode, beyond every length."""
     rows = MORE_ROWS if dtype.startswith("int") else ROWS
+    prompts = crossing_prompts(crossed(model))
+    alone = ragged_rows([prompt + DECODE for prompt in prompts], VOCAB - 10, seed=5) if prompts else []
     with linearized(model, plan):
         reference = PastStream(TorchDecoder(model, plan.chosen))
-        return compare_streams(reference, ort_stream(path, CAPACITY), rows, DECODE, gates_for(dtype))
+        stream = ort_stream(path, CAPACITY)
+        return compare_streams(reference, stream, rows, DECODE, gates_for(dtype), alone=alone)
+
+
+def crossed(model: Any) -> tuple[Crossed, ...]:
+    """The lengths of ``model``, and the prompts that cross them in :func:`parity`."""
+    return crossed_by(model, DECODE, [len(row) - DECODE for row in ROWS])
 
 
 def cache_names(exporter: str, before: Sequence[str], kept: Sequence[int]) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,8 +10,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nbl_export.errors import InputError
-from nbl_export.export.form_check import check_form
+from nbl_export.export import form_check as module
+from nbl_export.export.form_check import _error, check_form
 from nbl_export.export.forms import CONCAT, FORMS, NONE, SHARED, STATIC
+from nbl_export.export.functions import exportable
+from nbl_export.models.compat import is_transformers_4
+from tests.beyond import BEYOND
 from tests.families import unsaved
 from tests.tiny_types import tiny_model
 
@@ -101,3 +106,18 @@ def test_experts_that_loop_over_who_was_hit_are_refused(monkeypatch: pytest.Monk
         InputError, match=r"^MixtralForCausalLM goes by numbers that it computes from a text \(which experts"
     ):
         check_form(model, CONCAT)
+
+
+@pytest.mark.skipif(is_transformers_4(), reason="configurations of transformers 5")
+@pytest.mark.parametrize("form", FORMS.values(), ids=lambda form: form.name)
+@pytest.mark.parametrize("name", BEYOND)
+def test_what_begins_at_a_length_is_rehearsed(name: str, form: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = BEYOND[name].model()
+    assert _error(model, form) < 1e-3
+    # A form that computes another model is seen beyond the length alone.
+    off = BEYOND[name].model(off=True)
+    other = replace(form, module=lambda _model: form.module(off))
+    monkeypatch.setattr(module, "exportable", lambda _model, *functions: exportable(off, *functions))
+    assert _error(model, other) > 0.1
+    monkeypatch.setattr(module, "crossed_by", lambda *_: ())
+    assert _error(model, other) < 1e-3

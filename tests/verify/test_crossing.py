@@ -22,6 +22,7 @@ from nbl_export.models.lengths import Crossed, Length
 from nbl_export.progress import Silent
 from nbl_export.rewrite.replace import rewrite_file
 from nbl_export.runtime.ort import ort_stream
+from nbl_export.runtime.torch import torch_stream
 from nbl_export.settings import VerifySettings
 from nbl_export.verify import crossing
 from nbl_export.verify.case import DecoderCase
@@ -121,6 +122,19 @@ def test_300_tokens_after_a_prompt_of_90_are_pytorch_s(case: Case, name: str, fo
     assert found == expected
     # It is not a loop that hides what is wrong.
     assert greedy(BEYOND[name].model(off=True), prompt, tokens) != expected
+
+
+@pytest.mark.parametrize("form", ["concat", "static"])
+def test_the_longest_row_of_a_batch_decides_for_all_in_long_rope(case: Case, form: str) -> None:
+    """By transformers' own rule, in PyTorch as in the graph: a short row beside a long one is another row."""
+    right = case("phi3", False, form)
+    long, short = TOKENS[0, :120], TOKENS[1, :30]
+    streams = torch_stream(right.model), ort_stream(right.baseline, 130)
+    beside = [stream.prefill([long, short])[120:] for stream in streams]
+    alone = [stream.prefill([short]) for stream in streams]
+    for found in (beside, alone):
+        assert np.abs(found[0] - found[1]).max() < 1e-3
+    assert np.abs(beside[0] - alone[0]).max() > 0.1
 
 
 def greedy(model: Any, prompt: Any, tokens: int) -> list[int]:
