@@ -84,8 +84,8 @@ def _error(model: torch.nn.Module, form: Form) -> float:
     ids = (np.arange(sum(_LENGTHS) + 2 * _NEXT) * 7 + vocabulary // 3) % vocabulary
     texts = np.split(ids, [_LENGTHS[0] + _NEXT])
     rows = [np.resize(ids, prompt + _ACROSS) for prompt in crossing_prompts(crossed)]
-    # Each with a shorter one beside it, since a batch without padding has no mask; where the longest row of a batch
-    # decides for all, the shorter one is another text than by itself.
+    # Each with a shorter one beside it, which is padded; where the longest row of a batch decides for all, that one is
+    # another text than by itself.
     compared = 1 if any(one.length.batch for one in crossed) else 2
     with quiet(), torch.inference_mode():
         own = [model(input_ids=torch.from_numpy(text)[None]).logits[0] for text in texts]

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbl_export.errors import InputError, NblError
-from nbl_export.export.forms import Form
+from nbl_export.export.forms import FORMS, Form
 from nbl_export.export.torch import export_torch
 from nbl_export.graph.summary import OnCopy
 from nbl_export.models.layers import vocabulary
@@ -46,7 +46,10 @@ def crossed_on_copy(model: torch.nn.Module, form: Form) -> tuple[OnCopy, ...]:
     known = _DONE.setdefault(model, {})
     if form.name not in known:
         crossed = crossed_by(model, _STEPS, passes=1 if form.past else 1 + _STEPS, room=REHEARSAL)
-        known[form.name] = _crossed(model, form, [one.length for one in crossed if one.why and one.reached])
+        # Of token ids: what a graph of embeddings computes with them is the same.
+        known[form.name] = _crossed(
+            model, FORMS[form.name], [one.length for one in crossed if one.why and one.reached]
+        )
     return known[form.name]
 
 

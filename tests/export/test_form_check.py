@@ -15,6 +15,7 @@ from nbl_export.export.form_check import _error, check_form
 from nbl_export.export.forms import CONCAT, FORMS, NONE, SHARED, STATIC
 from nbl_export.export.functions import exportable
 from nbl_export.models.compat import is_transformers_4
+from nbl_export.models.dummy_run import dummy_run
 from tests.beyond import BEYOND
 from tests.families import unsaved
 from tests.tiny_types import tiny_model
@@ -116,6 +117,7 @@ def test_what_begins_at_a_length_is_rehearsed(name: str, form: Any, monkeypatch:
     assert _error(model, form) < 1e-3
     # A form that computes another model is seen beyond the length alone.
     off = BEYOND[name].model(off=True)
+    dummy_run(off)
     other = replace(form, module=lambda _model: form.module(off))
     monkeypatch.setattr(module, "exportable", lambda _model, *functions: exportable(off, *functions))
     assert _error(model, other) > 0.1
