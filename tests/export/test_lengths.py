@@ -11,9 +11,10 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from nbl_export.errors import InputError
 from nbl_export.export.form_check import check_form
-from nbl_export.export.forms import CONCAT, FORMS, NONE
+from nbl_export.export.forms import CONCAT, FORMS, NONE, STATIC
 from nbl_export.export.lengths import Branches
 from nbl_export.export.torch import check_traces, export_torch
+from tests.alone import furthest, rows_of
 from tests.families import unsaved
 from tests.tiny_types import tiny_model
 
@@ -93,3 +94,19 @@ def test_a_graph_of_one_chunk_alone_is_refused_before_any_work(model_type: str) 
         Branches, match=r"ForCausalLM computes texts of more than (89|90) tokens in another way"
     ):
         check_form(tiny_model(model_type), NONE)
+
+
+@pytest.mark.parametrize("form", [CONCAT, STATIC, NONE], ids=lambda form: form.name)
+def test_doge_that_drops_keys_of_longer_texts_is_refused(form: Any) -> None:
+    # Its logits were wrong from token 100 on. Of keys of one score transformers drops any: a row's logits are others in a
+    # batch, so there is nothing to be equal to.
+    with pytest.raises(Branches, match=r"^DogeForCausalLM computes texts of more than 100 tokens in another way"):
+        check_form(tiny_model("doge"), form)
+
+
+@pytest.mark.parametrize("form", ["concat", "static", "none"])
+def test_doge_that_keeps_all_keys_is_served(form: str, tmp_path: Any) -> None:
+    # So are those that are published: they keep as many keys as they have positions.
+    model = tiny_model("doge", keep_window_size=256)
+    check_form(model, FORMS[form])
+    assert furthest(model, tmp_path, form, rows_of(135, 104, 60), steps=5) < 1e-4
