@@ -12,6 +12,7 @@ import torch
 from nbl_export.batch.padding import left_padded, right_padded
 from nbl_export.export.forms import FORMS
 from nbl_export.export.torch import export_torch
+from nbl_export.models.compat import cache_argument
 from tests.sessions import cpu_session
 
 
@@ -27,6 +28,31 @@ def own_logits(model: Any, row: Any) -> np.ndarray[Any, Any]:
             model(input_ids=torch.from_numpy(row)[None], use_cache=False).logits[0].numpy()
         )
         return logits
+
+
+def own_steps(model: Any, batch: Sequence[Any], steps: int) -> list[np.ndarray[Any, Any]]:
+    """The model's own logits of each row: a padded prefill, and ``steps`` tokens one by one with its cache."""
+    first = [row[: len(row) - steps] for row in batch]
+    ids, mask, positions = (torch.from_numpy(array) for array in left_padded(first))
+    lengths = [len(row) for row in first]
+    cache = None
+    found: list[list[Any]] = [[] for _ in batch]
+    for step in range(steps + 1):
+        if step:
+            ids = torch.tensor([[int(row[n + step - 1])] for row, n in zip(batch, lengths, strict=True)])
+            mask, positions = torch.cat([mask, torch.ones_like(ids)], dim=1), positions[:, -1:] + 1
+        with torch.inference_mode():
+            output = model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                use_cache=True,
+                **{cache_argument(model): cache},
+            )
+        cache = output[cache_argument(model)]
+        for i, n in enumerate(lengths):
+            found[i].append(output.logits[i, -1:] if step else output.logits[i, -n:])
+    return [torch.cat(parts).numpy() for parts in found]
 
 
 def graph_logits(path: Path, form: str, rows: Sequence[Any], steps: int) -> list[np.ndarray[Any, Any]]:
@@ -68,9 +94,15 @@ def graph_logits(path: Path, form: str, rows: Sequence[Any], steps: int) -> list
     return [np.concatenate(parts) for parts in found]
 
 
-def furthest(model: Any, folder: Path, form: str, rows: Sequence[Any], steps: int) -> float:
-    """The largest difference of any logit of the exported graph from the model's own of that row alone."""
-    expected = [own_logits(model, row) for row in rows]  # before anything of ours touches the model
+def furthest(
+    model: Any, folder: Path, form: str, rows: Sequence[Any], steps: int, together: bool = False
+) -> float:
+    """The largest difference of any logit of the exported graph from the model's own of that row alone.
+
+    Where the rows of a batch are meant to depend on each other, the model's are computed ``together``.
+    """
+    # Before anything of ours touches the model.
+    expected = own_steps(model, rows, steps) if together else [own_logits(model, row) for row in rows]
     path = export_torch(model, folder / "model.onnx", form=FORMS[form])[0]
     found = graph_logits(path, form, rows, steps)
     return max(float(np.abs(f - e).max()) for f, e in zip(found, expected, strict=True))

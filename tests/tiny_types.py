@@ -69,6 +69,40 @@ FIELDS: Mapping[str, Mapping[str, Any]] = {
         "mamba_n_groups": 1,
         "mamba_chunk_size": 90,
     },
+    # The scale of its rotary embedding, as of Phi-3.5-MoE, is another beyond 100 tokens.
+    "phimoe": {
+        "num_key_value_heads": 2,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0, 1.1, 1.2, 1.3],
+            "long_factor": [2.0, 3.0, 4.0, 5.0],
+            "short_mscale": 1.1,
+            "long_mscale": 1.6,
+            "original_max_position_embeddings": 100,
+        },
+    },
+    "phi3": {
+        "num_key_value_heads": 2,
+        "original_max_position_embeddings": 100,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0, 1.1, 1.2, 1.3],
+            "long_factor": [2.0, 3.0, 4.0, 5.0],
+            "original_max_position_embeddings": 100,
+        },
+    },
+    "dbrx": {
+        "d_model": 32,
+        "n_heads": 4,
+        "n_layers": 4,
+        "max_seq_len": 256,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 2, "moe_top_k": 1, "hidden_size": 32},
+    },
     "doge": {"num_key_value_heads": 2, "keep_window_size": 100},
     # The temperature of the layers without rotary embedding begins at 100 tokens.
     "llama4_text": {

@@ -7,6 +7,7 @@ Experts     transformers loops over the experts that received tokens, which a gr
 Complex     rotary embeddings that multiply complex numbers, for which the exporter has few operators; here they are
             pairs of real numbers.
 Erfinv      the inverse of erf, for which ONNX has no operator.
+Branches    rotary embeddings that go by the longest row (:mod:`.ropes`).
 
 The first two use the interfaces of transformers for this purpose. A model whose attention does not use them is
 traced with its own, decomposed.
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 
+from nbl_export.export.ropes import both_ways
 from nbl_export.models.compat import growing_mask
 from nbl_export.models.row_positions import count_positions
 
@@ -158,6 +160,7 @@ def exportable(
         _use_experts(model, undo)
         for name, function in _MISSING.items():
             undo.enter_context(_replaced(torch, name, function))
+        undo.enter_context(both_ways(model))
         yield
 
 

@@ -98,9 +98,11 @@ def test_a_graph_of_one_chunk_alone_is_refused_before_any_work(model_type: str) 
 
 @pytest.mark.parametrize("form", [CONCAT, STATIC, NONE], ids=lambda form: form.name)
 def test_doge_that_drops_keys_of_longer_texts_is_refused(form: Any) -> None:
-    # Its logits were wrong from token 100 on. Of keys of one score transformers drops any: a row's logits are others in a
-    # batch, so there is nothing to be equal to.
-    with pytest.raises(Branches, match=r"^DogeForCausalLM computes texts of more than 100 tokens in another way"):
+    # Its logits were wrong from token 100 on. Of keys of one score transformers drops any: a row's logits are others in
+    # a batch, so there is nothing to be equal to.
+    with pytest.raises(
+        Branches, match=r"^DogeForCausalLM computes texts of more than 100 tokens in another way"
+    ):
         check_form(tiny_model("doge"), form)
 
 
