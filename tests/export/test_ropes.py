@@ -58,10 +58,11 @@ def test_decoding_across_it_is_transformers_own(model: Any, form: str, tmp_path:
 @pytest.mark.parametrize("form", ["concat", "static"])
 def test_a_short_row_has_the_frequencies_of_the_longest(model: Any, form: str, tmp_path: Path) -> None:
     rows = rows_of(120, 50)
-    # The shorter one last: what transformers keeps of a longer text it forgets at a shorter one.
+    # What transformers keeps of a longer text it forgets at a short one.
     alone = [own_logits(model, row[:-3]) for row in rows]
     off = [np.abs(t[:-3] - a).max() for t, a in zip(own_steps(model, rows, 3), alone, strict=True)]
     assert off[0] < 1e-4 and off[1] > 0.01
+    own_logits(model, rows_of(20)[0])
     assert furthest(model, tmp_path, form, rows, steps=3, together=True) < 1e-4
 
 
