@@ -2,7 +2,7 @@
 
 Its configuration is the model's with three changes: the lengths are small, of each kind of block there is one (of a
 single kind two), and what only makes a model large is small (``small.toml``). A list with an entry for each block keeps
-the entries of the blocks that stay.
+the entries of the blocks that stay, and a list of blocks has them by their new places.
 """
 
 from __future__ import annotations
@@ -114,6 +114,21 @@ def _by_layer(value: Any, count: int) -> bool:
     return isinstance(value, list | tuple) and len(value) == count > 1
 
 
+def _of_blocks(key: str, value: Any, count: int) -> bool:
+    """Whether a list names blocks by their places, as ``attn_layer_indices``."""
+    named = any(word in key for word in ("layer", "idx", "indices")) and "token" not in key
+    return (
+        named
+        and bool(value)
+        and all(_is_place(v, count) for v in value)
+        and list(value) == sorted(set(value))
+    )
+
+
+def _is_place(value: Any, count: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < count
+
+
 def _changed(
     raw: Mapping[str, Any],
     changes: Mapping[tuple[str, int], int],
@@ -128,6 +143,8 @@ def _changed(
                 return {new: one(key, own[old]) for new, old in enumerate(chosen) if old in own}
             return {k: one(str(k), v) for k, v in value.items()}
         if isinstance(value, list | tuple):
+            if _of_blocks(key, value, count):
+                return [new for new, old in enumerate(chosen) if old in value]
             kept = [value[i] for i in chosen] if _by_layer(value, count) else list(value)
             return [one(key, v) for v in kept]
         if isinstance(value, int) and not isinstance(value, bool):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from nbl_export.errors import InputError
 from nbl_export.models.compat import is_transformers_4
@@ -85,3 +86,14 @@ def test_the_language_model_of_a_multimodal_one_has_a_copy_of_its_blocks(name: s
     blocks = [block_stack(m)[1][0] for m in (model, copy)]
     assert type(blocks[0]) is type(blocks[1])
     assert [one.key for one in lengths(copy)] == [one.key for one in found] != []
+
+
+def test_a_list_of_blocks_has_them_by_their_new_places() -> None:
+    fields = {"attn_layer_indices": [2, 5], "mamba_chunk_size": 256, "mamba_d_ssm": 32, "mamba_n_heads": 4}
+    sizes = {"mamba_d_head": 32, "mamba_d_state": 8, "num_hidden_layers": 6, "num_attention_heads": 4}
+    config = AutoConfig.for_model("bamba", hidden_size=64, num_key_value_heads=2, **sizes, **fields)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    copy: Any = small_copy(model, lengths(model))
+    assert [layer.index for layer in attention_layers(copy)] == [1] and layer_count(copy) == 2
+    assert [one.name for one in lengths(copy)] == ["mamba_chunk_size 16"]
