@@ -44,7 +44,7 @@ def check_form(model: torch.nn.Module, form: Form) -> tuple[OnCopy, ...]:
         error = _error(model, form)
         if error <= _TOLERANCE:
             _check_trace(model, form)
-            return crossed_on_copy(model, form)
+            return crossed_on_copy(model, FORMS[form.name])  # whatever it reads
         found = (
             f"computes other logits with --kv-cache {form.name} than without (error {error:.1g} of their standard "
             "deviation), so its masks or positions do not support a batch of padded rows"

@@ -48,18 +48,11 @@ def small_copy(model: torch.nn.Module, lengths: Sequence[Length], seed: int = 0)
     for sizes in _attempts(original):
         raw = _changed(original, changes, layer_count(model), chosen, sizes)
         try:
-            return _built(_class_of(model), type(text), raw, seed)
+            return _built(getattr(model, "of_config", type(model)), type(text), raw, seed)
         except Exception as error:  # a model's own code may raise anything
             failures.append(error)
     said = " ".join(str(failures[0]).split()).rstrip(".") or type(failures[0]).__name__
     raise InputError(f"{type(model).__name__} cannot be made smaller ({said[:200]}).") from failures[0]
-
-
-def _class_of(model: torch.nn.Module) -> Any:
-    """What makes the model of a configuration; of a multimodal one's language model, a decoder of the same blocks."""
-    from transformers import AutoModelForCausalLM, PreTrainedModel
-
-    return type(model) if isinstance(model, PreTrainedModel) else AutoModelForCausalLM.from_config
 
 
 def _attempts(config: Mapping[str, Any]) -> list[Mapping[str, int]]:
