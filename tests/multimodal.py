@@ -69,7 +69,7 @@ _QWEN = {
 _PER_LAYER = {
     "vocab_size_per_layer_input": 260,
     "hidden_size_per_layer_input": 8,
-    "num_kv_shared_layers": 0,
+    "num_kv_shared_layers": 2,  # of four: the others lend them their keys and values, and are no candidates
 }
 
 
@@ -239,8 +239,7 @@ WRAPPERS = {
 }
 
 
-# Gemma 3n's blocks pass on several streams at once, which is not served yet.
-SERVED = [name for name in WRAPPERS if name != "gemma3n"]
+LENDING = ("gemma3n", "gemma4")
 
 
 def whole(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
