@@ -35,6 +35,7 @@ _LATENT = {
 FIELDS: Mapping[str, Mapping[str, Any]] = {
     "llama": {"num_key_value_heads": 2},
     "opt": {"word_embed_proj_dim": 32, "ffn_dim": 48},
+    "xglm": {"d_model": 32, "num_layers": 4, "attention_heads": 4, "ffn_dim": 48},
     "gemma2": {"num_key_value_heads": 2, "head_dim": 8},
     "mixtral": {"num_key_value_heads": 2, "num_local_experts": 4},
     "deepseek_v2": _LATENT,  # complex rotary embeddings

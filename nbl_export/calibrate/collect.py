@@ -195,7 +195,9 @@ class _Work:
         rows = self._rows[first : first + self._step]
         kind = np.int64 if rows.ndim == 2 else np.float32
         name = main_input(self._model)
-        inputs = {name: torch.from_numpy(rows.astype(kind)).to(device_of(self._model))}
+        tensor = torch.from_numpy(rows.astype(kind)).to(device_of(self._model))
+        like = weights_like(self._model)  # not every model rounds pixels itself
+        inputs = {name: tensor.to(like.dtype) if tensor.is_floating_point() else tensor}
         self.states.put(self.batch, step(inputs, self.states.get(self.batch)))
         for layer in self._layers:
             if layer.index in self._sums and not self._sums[layer.index].is_finite():

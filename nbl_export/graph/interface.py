@@ -153,7 +153,7 @@ def interface_of(model: ir.Model) -> Interface:
         tuple(_entry(pair) for pair in pairs),
         kv_layers(model),
         any((op := fused_op(node)) and op.ragged for node in model.graph),
-        not pairs and bool(visible_cores(model)),
+        not pairs and (bool(visible_cores(model)) or _takes_whole_texts(model)),
         {name: value for name, value in SCALARS.items() if name in names},
         outputs,
         embedding_of(model) if embeds else None,
@@ -165,6 +165,15 @@ def _position_rows(model: ir.Model) -> int | None:
     """The rows of the positions [rows, batch, sequence]; None for [batch, sequence]."""
     found = next((v.shape for v in model.graph.inputs if v.name == POSITIONS), None)
     return int(found[0]) if found is not None and len(found) == 3 and isinstance(found[0], int) else None
+
+
+def _takes_whole_texts(model: ir.Model) -> bool:
+    """Whether the mask is as long as the tokens: so it stays where all attention of a graph without a cache is linear,
+    and other layers still mix tokens.
+    """
+    shapes = {v.name: v.shape for v in model.graph.inputs if v.name in (TOKENS, MASK)}
+    lengths = [shape[1] for shape in shapes.values() if shape is not None and len(shape) == 2]
+    return len(lengths) == 2 and lengths[0] == lengths[1] and lengths[0] is not None
 
 
 def _outputs(model: ir.Model, pairs: Sequence[KVPair]) -> tuple[str, ...]:

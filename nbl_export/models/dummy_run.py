@@ -23,6 +23,7 @@ from nbl_export.models.layers import (
     image_shape,
     layer_count,
     main_input,
+    observed,
     scoring_head,
     structure,
 )
@@ -57,6 +58,7 @@ class DummyRun:
     is the output of a linear layer, so that nothing is added to it inside the attention; ``repeatable`` whether a
     second pass over images gave the same result; ``separate`` whether blocks take nothing but states from each other,
     those aside that have no keys and values of their own: ``shared`` has the layer whose they attend to, by layer.
+    ``odd`` says of the first attention that does not take and return states as others do what is odd about it.
     """
 
     returns: Mapping[int, int | None]
@@ -69,6 +71,7 @@ class DummyRun:
     block_returns: Mapping[int, int | None] = field(default_factory=dict)
     separate: bool = True
     shared: Mapping[int, int] = field(default_factory=dict)
+    odd: str = ""
 
 
 _DONE: weakref.WeakKeyDictionary[torch.nn.Module, DummyRun] = weakref.WeakKeyDictionary()
@@ -117,6 +120,12 @@ def check_supported(
         )
     if not task.causal:
         _check_encoder(model, facts, task, pooled)
+    if facts.odd:
+        raise InputError(
+            f"The attention of {type(model).__name__} does not take and return [rows, tokens, width] ({facts.odd}): "
+            "this architecture is not supported yet."
+        )
+    if not task.causal:
         return
     has_cache = {layer.index: facts.cache[layer.index] is not None for layer in found.layers}
     without = [index for index, own in has_cache.items() if not own and index not in facts.shared]
@@ -189,6 +198,7 @@ def _run(model: torch.nn.Module) -> DummyRun:
     returns: dict[int, int | None] = {}
     block_returns: dict[int, int | None] = {}
     written: list[torch.Tensor] = []
+    odd: dict[int, str] = {}
     linear_outputs: list[torch.Tensor] = []
     inputs = example_inputs(model)
     layers = attention_layers(model)
@@ -220,7 +230,10 @@ def _run(model: torch.nn.Module) -> DummyRun:
             hooks.callback(block.register_forward_hook(handed.given).remove)
 
         def write(_module: Any, _args: Any, output: Any) -> None:
-            written.append(output[0] if isinstance(output, tuple) else output)
+            written.append(output[0] if isinstance(output, tuple | list) else output)
+
+        def look(index: int, *activations: Any) -> None:
+            odd.setdefault(index, _oddness(index, *activations))
 
         def keep(_module: Any, _args: Any, output: Any) -> None:
             linear_outputs.append(output)
@@ -231,6 +244,7 @@ def _run(model: torch.nn.Module) -> DummyRun:
             if getattr(getattr(module, "weight", None), "ndim", 0) >= 2:
                 hooks.callback(module.register_forward_hook(keep).remove)
         hooks.callback(y.register_forward_hook(write).remove)
+        hooks.enter_context(observed(model, layers, look))
         try:
             output = run(**inputs, **accepted_arguments(run, use_cache=True))
             if PIXELS in inputs:
@@ -250,7 +264,7 @@ def _run(model: torch.nn.Module) -> DummyRun:
             "time: this architecture is not supported yet."
         )
     first, states = written[0], written[-1]
-    cache = _cache(output.get(cache_argument(run)), layer_count(model))
+    cache = _cache(getattr(output, "get", lambda _name: None)(cache_argument(run)), layer_count(model))
     kept = [layer for layer in layers if cache[layer.index] is not None]
     shared: dict[int, int] = {}
     if 0 < len(kept) < len(layers):
@@ -271,7 +285,19 @@ def _run(model: torch.nn.Module) -> DummyRun:
         block_returns=block_returns,
         separate=not handed.on,
         shared=shared,
+        odd=next((what for _, what in sorted(odd.items()) if what), ""),
     )
+
+
+def _oddness(index: int, residual: torch.Tensor, normed: torch.Tensor, output: Any) -> str:
+    """What is odd about the attention of layer ``index``; empty for one as others."""
+    shape = getattr(output, "shape", None)
+    if shape is None:
+        return f"layer {index} returns a {type(output).__name__}"
+    if len(shape) == 3 and residual.shape == normed.shape == shape:
+        return ""
+    given = " and ".join(str(list(t.shape)) for t in (residual, normed))
+    return f"layer {index} has a stream and an input of {given} and an output of {list(shape)}"
 
 
 def unrunnable(model: torch.nn.Module, error: Exception) -> InputError:
@@ -311,7 +337,8 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 def _tensors_of(output: Any) -> tuple[str, ...]:
     import torch
 
-    return tuple(name for name, value in output.items() if isinstance(value, torch.Tensor))
+    named: Any = getattr(output, "items", tuple)()  # a model's own code may return a plain tuple
+    return tuple(name for name, value in named if isinstance(value, torch.Tensor))
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -322,6 +322,11 @@ def _observe(model: torch.nn.Module, layer: AttentionLayer, observer: Observer) 
 
     def attention_output(_module: Any, _args: Any, output: Any) -> None:
         y = output[0] if isinstance(output, tuple) else output
+        if seen.keys() != {"residual", "normed"}:
+            raise InputError(
+                f"Layer {layer.index} of {type(model).__name__} does not run its block, its attention and the "
+                "projection of its output once each in this order: this architecture is not supported yet."
+            )
         observer(layer.index, seen.pop("residual"), seen.pop("normed"), y)
 
     stream, attention, output = (

@@ -128,6 +128,7 @@ def _from_gguf(source: ModelSource, path: str, options: dict[str, Any]) -> Store
 
 def _from_files(source: ModelSource, path: str, options: dict[str, Any]) -> tuple[Any, set[str]]:
     """The model by transformers' own loading, and the tensors of its files that it does not use."""
+    import transformers
 
     task = task_named(source.task)
     with _reading(source):
@@ -138,6 +139,12 @@ def _from_files(source: ModelSource, path: str, options: dict[str, Any]) -> tupl
     if not task.causal and missing and all(key.startswith("pooler.") for key in missing):
         model.pooler, missing = None, []  # saved without one, as sentence-transformers often does
     check_config(source.source, model.config.to_dict())
+    saved = (getattr(model.config, "architectures", None) or [""])[0]
+    if missing and saved != type(model).__name__ and hasattr(transformers, saved):
+        raise InputError(
+            f"{source.source} is saved as {saved}, and {task.loads} of transformers makes a {type(model).__name__} of "
+            f"it, which needs more weights (as {missing[0]}): this architecture is not supported yet."
+        )
     if missing:
         raise InputError(
             f"{source.source} has no weights for {missing[0]} and {len(missing) - 1} more: download the model again."

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
+from nbl_export.errors import InputError
 from nbl_export.models.pooling import Pooling, find_pooling
 from nbl_export.models.source import ModelSource
 from nbl_export.models.tasks import Task, task_named
@@ -17,6 +18,14 @@ if TYPE_CHECKING:
 
 # Bytes of weights from which on their progress is shown; less takes a moment.
 _LONG = 1 << 30
+
+
+class _NotRun(InputError):
+    """A model's code does not run in a precision, which is the message's ``what``."""
+
+    def __init__(self, what: str, source: str) -> None:
+        super().__init__(f"The code of {source} does not run in {what}: use --calibration-dtype float32.")
+        self.what = what
 
 
 class LoadedModel:
@@ -33,6 +42,8 @@ class LoadedModel:
         self._model: torch.nn.Module | None = None
         # A copy lives only as long as it is used: later stages need the memory.
         self._copies: WeakValueDictionary[tuple[str, str], torch.nn.Module] = WeakValueDictionary()
+        self._fast: str | None = None  # the dtype that is meant by auto
+        self._ran: set[tuple[str, str]] = set()
         self._tokenizer: Any = None
         self._processor: Any = None
 
@@ -70,16 +81,42 @@ class LoadedModel:
     def in_dtype(self, dtype: str) -> torch.nn.Module:
         """The model in ``dtype`` on the device, a copy unless that is float32 on the CPU.
 
-        ``auto`` is the fastest dtype of the device.
+        ``auto`` is the fastest dtype of the device in which the model's code runs. Raises :class:`InputError` if it
+        does not run in the one that was asked for.
         """
-        from nbl_export.models.load import fast_dtype, in_precision
+        return self._copy(self.fast_dtype if dtype == "auto" else dtype)
 
-        dtype, device = fast_dtype(self.device) if dtype == "auto" else dtype, str(self.device)
+    @property
+    def fast_dtype(self) -> str:
+        """The fastest dtype of the device in which the model's code runs."""
+        from nbl_export.models.load import fast_dtype
+
+        if self._fast is None:
+            self._fast = fast_dtype(self.device)
+            try:
+                self._copy(self._fast)
+            except _NotRun as error:
+                self._listener.note(f"The model is run in float32: its code does not run in {error.what}.")
+                self._fast = "float32"
+        return self._fast
+
+    def _copy(self, dtype: str) -> torch.nn.Module:
+        from nbl_export.models.dummy_run import dummy_run
+        from nbl_export.models.load import in_precision
+        from nbl_export.models.rehearsal import why_not_run
+
+        device = str(self.device)
         if (dtype, device) == ("float32", "cpu"):
             return self.model
         copy = self._copies.get((dtype, device))
         if copy is None:
-            copy = self._copies[dtype, device] = in_precision(self.model, dtype, device)
+            copy = in_precision(self.model, dtype, device)
+            if dtype != "float32" and (dtype, device) not in self._ran:
+                dummy_run(self.model)  # whose facts those of its copies are
+                if why := why_not_run(copy):
+                    raise _NotRun(f"{dtype} ({why})", self.source.source)
+                self._ran.add((dtype, device))
+            self._copies[dtype, device] = copy
         return copy
 
     @property

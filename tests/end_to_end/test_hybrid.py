@@ -54,3 +54,12 @@ def test_with_a_cache_it_is_refused_before_any_work(hybrid: Path, tmp_path: Path
     with pytest.raises(api.NblError, match=r"--k is 3; it must be between 0 and 2"):
         settings = api.ExportSettings(kv_cache="none")
         api.run(hybrid, tmp_path / "out", api.SelectSettings(k=3), TEXT, exporting=settings)
+
+
+def test_all_attention_of_a_hybrid_without_a_cache(hybrid: Path, tmp_path: Path) -> None:
+    """What is left still mixes tokens: every step computes the whole text, as in the unmodified graph."""
+    checks = api.VerifySettings(decode_steps=3, contexts=(16,), rounds=3)
+    none = api.ExportSettings(kv_cache="none")
+    report = api.run(hybrid, tmp_path / "out", api.SelectSettings(k=2), TEXT, checks, exporting=none)
+    assert report.passed and report.graph.after.ops["Conv"] == 2
+    assert report.speed is not None and {c.phase for c in report.speed.cells} == {"prefill"}

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM, LlamaModel
 
 from nbl_export.errors import InputError
@@ -137,3 +138,47 @@ def test_a_model_that_cannot_be_run_says_so_in_one_sentence(monkeypatch: pytest.
     model.model.layers[3].mlp.forward = broken
     with pytest.raises(InputError, match=r"^LlamaForCausalLM cannot be run: no such kernel\.$"):
         dummy_run(model)
+
+
+def test_attention_of_another_form_is_refused() -> None:
+    model = transformers.OpenAIGPTLMHeadModel(
+        transformers.OpenAIGPTConfig(vocab_size=50, n_embd=16, n_layer=2, n_head=4, n_positions=32)
+    ).eval()
+    with pytest.raises(
+        InputError, match=r"does not take and return \[rows, tokens, width\] \(layer 0 returns a list"
+    ):
+        check_supported(model)
+    images = transformers.VitDetModel(
+        transformers.VitDetConfig(
+            hidden_size=16, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8
+        )
+    ).eval()
+    with pytest.raises(
+        InputError, match=r"layer 0 has a stream and an input of \[2, 16, 4, 4\] and \[2, 4, 4, 16\]"
+    ):
+        check_supported(images, task=task_named("feature-extraction"))
+    with pytest.raises(InputError, match=r"SqueezeBertModel does not run its block"):
+        check_supported(
+            transformers.SqueezeBertModel(
+                transformers.SqueezeBertConfig(
+                    vocab_size=50,
+                    hidden_size=16,
+                    embedding_size=16,
+                    num_hidden_layers=2,
+                    num_attention_heads=4,
+                    intermediate_size=32,
+                    q_groups=1,
+                    k_groups=1,
+                    v_groups=1,
+                    intermediate_groups=1,
+                    output_groups=1,
+                )
+            ).eval(),
+            task=task_named("feature-extraction"),
+        )
+
+
+def test_a_configuration_without_a_number_of_layers_is_refused() -> None:
+    levit = transformers.LevitModel(transformers.LevitConfig()).eval()
+    with pytest.raises(InputError, match=r"The configuration of LevitModel has no num_hidden_layers"):
+        check_supported(levit, task=task_named("feature-extraction"))

@@ -12,6 +12,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -223,3 +224,10 @@ def test_a_copy_in_half_is_what_transformers_would_load(
     after = dict([*stories_model.named_parameters(), *stories_model.named_buffers()])
     assert before.keys() == after.keys()
     assert all(t.dtype == after[n].dtype and torch.equal(t, after[n]) for n, t in before.items())
+
+
+def test_a_class_that_no_auto_class_makes_is_named(tmp_path: Path) -> None:
+    config = transformers.T5Config(vocab_size=50, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4)
+    transformers.T5EncoderModel(config).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"is saved as T5EncoderModel, and AutoModel .* T5Model .* decoder"):
+        load_model(find_model(str(tmp_path)))

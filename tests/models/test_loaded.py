@@ -20,7 +20,8 @@ from nbl_export.progress import Silent
 from tests.encoders import as_sentence_transformer, text_encoder, vision_encoder
 from tests.listening import Notes
 from tests.models.test_weights import stored_in
-from tests.tiny import build
+from tests.tiny import build, save_tokenizer
+from tests.tiny_types import tiny_model
 
 
 @pytest.fixture
@@ -100,3 +101,23 @@ def test_encoders_have_what_reads_their_inputs(tmp_path: Path, counted: list[str
     (tmp_path / "vit" / "preprocessor_config.json").unlink()
     with pytest.raises(InputError, match=r"has no preprocessor_config\.json"):
         LoadedModel(find_model(str(tmp_path / "vit")), Silent()).image_processor  # noqa: B018
+
+
+@pytest.fixture
+def mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model that keeps a table in float32, on a machine that is fastest in bfloat16."""
+    monkeypatch.setattr(load, "fast_dtype", lambda *_: "bfloat16")
+    tiny_model("xglm").save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_model_whose_code_does_not_run_fast_is_run_in_float32(mixed: Path, tiny_folder: Path) -> None:
+    listener = Notes()
+    model = LoadedModel(find_model(str(mixed)), listener)
+    assert dtype_of(model.in_dtype("auto")) == "float32" == model.fast_dtype
+    assert [note for note in listener.notes if "does not run in bfloat16" in note] == listener.notes[-1:]
+    with pytest.raises(InputError, match=r"does not run in bfloat16 .*: use --calibration-dtype float32\.$"):
+        model.in_dtype("bfloat16")
+    other = LoadedModel(find_model(str(tiny_folder)), Silent())
+    assert dtype_of(other.in_dtype("auto")) == "bfloat16" == other.fast_dtype

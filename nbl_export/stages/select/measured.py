@@ -52,9 +52,14 @@ class Measured:
 
     @cached_property
     def dtype(self) -> str:
+        from nbl_export.calibrate.moments import load_moments
         from nbl_export.models.load import fast_dtype
 
-        return fast_dtype(self._run.model.device)
+        model = self._run.model
+        fast, moments = fast_dtype(model.device), self._run.workspace.moments
+        # What the moments were collected in runs.
+        known = fast == "float32" or (moments.exists() and load_moments(moments)[1].get("dtype") == fast)
+        return fast if known else model.fast_dtype
 
     @cached_property
     def model(self) -> torch.nn.Module:
