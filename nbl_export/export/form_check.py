@@ -18,6 +18,7 @@ from nbl_export.errors import InputError, NblError
 from nbl_export.export.forms import FORMS, NONE, STATIC, Form
 from nbl_export.export.functions import attention, exportable, is_replaced
 from nbl_export.export.grouped import check_sizes, unsupported_by_gqa
+from nbl_export.export.lengths import Branches
 from nbl_export.export.on_copy import crossed_on_copy
 from nbl_export.export.torch import check_traces, trace
 from nbl_export.graph.summary import OnCopy
@@ -39,7 +40,7 @@ def check_form(model: torch.nn.Module, form: Form) -> tuple[OnCopy, ...]:
 
     Returns the lengths that were crossed on a copy of the model, or not at all.
     """
-    check_supported(model, cached=form.name != NONE.name)
+    _check_supported(model, form)
     try:
         error = _error(model, form)
         if error <= _TOLERANCE:
@@ -51,6 +52,7 @@ def check_form(model: torch.nn.Module, form: Form) -> tuple[OnCopy, ...]:
         )
     except _Failed as failed:
         found = f"cannot be run with --kv-cache {form.name} ({failed})"
+    _check_branches(model, form)
     others = [o for o in FORMS.values() if o.name != form.name and _serves(model, o)]
     remedy = f"use --kv-cache {others[0].name}" if others else "this architecture is not supported yet"
     raise InputError(f"{type(model).__name__} {found}: {remedy}.")
@@ -58,6 +60,25 @@ def check_form(model: torch.nn.Module, form: Form) -> tuple[OnCopy, ...]:
 
 class _Failed(Exception):
     """The model's own code failed; the message is its error in one line."""
+
+
+def _check_supported(model: torch.nn.Module, form: Form) -> None:
+    try:
+        check_supported(model, cached=form.name != NONE.name)
+    except InputError:
+        if form.name != NONE.name:
+            check_form(model, NONE)  # it may be advised, so it must be served
+        raise
+
+
+def _check_branches(model: torch.nn.Module, form: Form) -> None:
+    """Refuse a model for its branch on the length of a text, if that is why its logits are others."""
+    try:
+        check_traces(model, form)
+    except Branches:
+        raise
+    except NblError:
+        pass
 
 
 def _check_trace(model: torch.nn.Module, form: Form) -> None:

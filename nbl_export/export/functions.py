@@ -260,9 +260,14 @@ def is_replaced(model: Any) -> bool:
     rope = getattr(config, "rope_scaling", None) or getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type", rope.get("type")) in ("longrope", "dynamic"):
         return False
+    return getattr(model, "_supports_attention_backend", False) and experts_are_replaced(model)
+
+
+def experts_are_replaced(model: Any) -> bool:
+    """Whether ``model`` has no experts, or has them by the interface."""
     names = " ".join(type(module).__name__.lower() for module in model.modules())
     mixture = "experts" in names or "moe" in names
-    return getattr(model, "_supports_attention_backend", False) and (not mixture or _has_experts(model))
+    return not mixture or _has_experts(model)
 
 
 def _has_experts(model: Any) -> bool:

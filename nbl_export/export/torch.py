@@ -23,7 +23,7 @@ from onnx_ir.passes import common as passes
 from nbl_export.batch.names import SIDES, WRITE_INDICES, past_name, present_name
 from nbl_export.errors import BuildError, InputError, NblError
 from nbl_export.export.forms import CONCAT, ENCODER, Form
-from nbl_export.export.functions import SYMBOLIC_DOMAIN, exportable
+from nbl_export.export.functions import SYMBOLIC_DOMAIN, experts_are_replaced, exportable
 from nbl_export.export.grouped import group_queries
 from nbl_export.export.lm_head import add_num_logits_input
 from nbl_export.export.skip_norms import fuse_norms
@@ -126,17 +126,24 @@ def check_traces(model: torch.nn.Module, form: Form) -> None:
     except NblError:
         raise
     except Exception as error:
-        raise InputError(f"{name} {_why_not(error)}: this architecture is not supported yet.") from error
+        raise InputError(
+            f"{name} {_why_not(error, model)}: this architecture is not supported yet."
+        ) from error
 
 
-def _why_not(error: Exception) -> str:
+def _why_not(error: Exception, model: torch.nn.Module) -> str:
     """What torch says of a model that it cannot trace, in our words where it is known."""
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
     kind = type(error).__name__
     if kind.startswith("GuardOnDataDependent"):
+        if not experts_are_replaced(model):
+            return (
+                "runs the experts that its tokens go to in a loop of its own, not by transformers' interface for "
+                "experts, and a graph has the same steps for all texts"
+            )
         return (
-            "goes by numbers that it computes from a text (which experts its tokens go to, or how long its longest row "
-            "is), and a graph goes one way for all texts"
+            "goes one of two ways by a number that it computes from a text, as the length of its longest row, and a "
+            "graph goes the same way for all texts"
         )
     if "Constraints violated" in first:
         return "takes a step for each token of a text, and a graph has the same steps for all texts"

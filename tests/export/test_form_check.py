@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from nbl_export.errors import InputError
 from nbl_export.export import form_check as module
@@ -104,7 +105,7 @@ def test_experts_that_loop_over_who_was_hit_are_refused(monkeypatch: pytest.Monk
     monkeypatch.setattr(type(model), "_can_set_experts_implementation", classmethod(lambda _: False))
     model.config._experts_implementation = "eager"
     with pytest.raises(
-        InputError, match=r"^MixtralForCausalLM goes by numbers that it computes from a text \(which experts"
+        InputError, match=r"^MixtralForCausalLM runs the experts that its tokens go to in a loop of its own"
     ):
         check_form(model, CONCAT)
 
@@ -123,3 +124,29 @@ def test_what_begins_at_a_length_is_rehearsed(name: str, form: Any, monkeypatch:
     assert _error(model, other) > 0.1
     monkeypatch.setattr(module, "crossed_by", lambda *_: ())
     assert _error(model, other) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("model_type", "found"),
+    [
+        ("dbrx", "DbrxForCausalLM runs the experts that its tokens go to in a loop of its own, not by"),
+        ("jamba", "JambaForCausalLM takes a step for each token of a text, and a graph"),
+    ],
+)
+def test_what_no_form_serves_is_not_sent_to_another_one(model_type: str, found: str) -> None:
+    for form in (CONCAT, STATIC, NONE):
+        with pytest.raises(InputError, match=f"^{found}"):
+            check_form(tiny_model(model_type), form)
+
+
+def test_a_branch_on_a_value_is_refused_in_our_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = LlamaMLP.forward
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return own(self, x * 2 if x.mean() > 1000 else x)
+
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    with pytest.raises(
+        InputError, match=r"^LlamaForCausalLM goes one of two ways by a number that it computes"
+    ):
+        check_form(tiny_model("llama"), CONCAT)
