@@ -1,0 +1,119 @@
+"""A multimodal checkpoint from its folder to a verified graph, and to tokens of onnxruntime-genai."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nbl_export import api
+from nbl_export.errors import InputError
+from nbl_export.runtime.ort import ort_stream
+from tests.clients.greedy import greedy
+from tests.multimodal import WRAPPERS
+
+PROMPT, COUNT = [5, 9, 33, 77, 120, 44, 8, 91, 17, 3], 12
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    words = [
+        "the",
+        "cat",
+        "sat",
+        "on",
+        "a",
+        "mat",
+        "and",
+        "went",
+        "away",
+        "to",
+        "find",
+        "food",
+        "by",
+        "the",
+        "river",
+    ]
+    numbers = np.random.default_rng(0)
+    rows = [json.dumps({"text": " ".join(numbers.choice(words, 60))}) for _ in range(150)]
+    path.write_text("\n".join(rows))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs", "precision", "cache"),
+    [("gemma3", "ids", "fp32", "concat"), ("qwen2.5-vl", "embeds", "fp16", "static")],
+)
+def test_every_stage(
+    name: str,
+    inputs: str,
+    precision: str,
+    cache: str,
+    wrapper_folder: Callable[[str], Path],
+    text: Path,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "out"
+    report = api.run(
+        wrapper_folder(name),
+        out,
+        api.SelectSettings(layers=(1, 3)),
+        api.CalibrateSettings((str(text),), samples=16, seq_len=64, heldout_samples=4),
+        api.VerifySettings(speed=False, quality=False),
+        exporting=api.ExportSettings(precision=precision, kv_cache=cache, inputs=inputs),  # type: ignore[arg-type]
+    )
+    assert report.passed
+    architecture = WRAPPERS[name].architecture
+    assert report.model.wrapper == architecture and "vis" in " ".join(report.model.towers)
+    assert [
+        note
+        for note in report.notes
+        if f"{architecture} is multimodal" in note and report.model.towers[0] in note
+    ]
+    (first, *_) = api.inspect(out)
+    assert first.title.endswith(f", the language model of {architecture}")
+
+    config = json.loads((out / "config.json").read_text())
+    assert "vision_config" not in config and config["num_hidden_layers"] == 4
+    assert config["architectures"] == (["Gemma3ForCausalLM"] if name == "gemma3" else None)
+    assert (out / "embedding.onnx").is_file() == (inputs == "embeds")
+    logits = ort_stream(out / "model.onnx", 64).prefill([np.array(PROMPT)])
+    assert logits.shape == (len(PROMPT), 260) and np.isfinite(logits).all()
+    if inputs == "ids":
+        assert generated(out) == greedy(out / "model.onnx", PROMPT, COUNT)
+        return
+    # Exported again with token ids, the embedding of the other export is gone, and nothing else is done again.
+    api.export(out, api.ExportSettings(precision="fp32", kv_cache="concat"))
+    api.rewrite(out)
+    assert not (out / "embedding.onnx").exists()
+    assert generated(out) == greedy(out / "model.onnx", PROMPT, COUNT)
+
+
+def generated(folder: Path) -> list[int]:
+    """What onnxruntime-genai generates greedily, which knows the language models of both."""
+    genai = pytest.importorskip("onnxruntime_genai", reason="needs onnxruntime-genai")
+    model = genai.Model(str(folder))
+    parameters = genai.GeneratorParams(model)
+    parameters.set_search_options(
+        max_length=len(PROMPT) + COUNT, min_length=len(PROMPT) + COUNT, do_sample=False
+    )
+    generator = genai.Generator(model, parameters)
+    generator.append_tokens(np.array([PROMPT], dtype=np.int32))
+    for _ in range(COUNT):
+        generator.generate_next_token()
+    return [int(token) for token in generator.get_sequence(0)][len(PROMPT) :]
+
+
+def test_embeddings_are_for_our_exporter_and_for_decoders() -> None:
+    for asked, words in (
+        (api.ExportSettings(inputs="embeds", exporter="genai"), "is for --exporter torch, not for genai"),
+        (api.ExportSettings(inputs="both"), "inputs"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(InputError, match=words):
+            asked.check()
+    with pytest.raises(InputError, match="Engines are built of decoders that read token ids"):
+        api.ExportSettings(inputs="embeds", kv_cache="static").check_tensorrt()
