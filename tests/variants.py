@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from nbl_export.export.forms import CONCAT
 from nbl_export.export.torch import export_torch, tidy
 from nbl_export.graph.io import save_graph
+from nbl_export.models.dummy_run import dummy_run
 
 SIZES = {
     "vocab_size": 50,
@@ -60,5 +61,5 @@ def variant(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
             CONCAT.capture(CONCAT.module(model)), dynamo=True, opset_version=18, verbose=False
         )
     assert program is not None
-    save_graph(tidy(program.model, replace(CONCAT, opset=18), 2), path)
+    save_graph(tidy(program.model, replace(CONCAT, opset=18), dummy_run(model).cache), path)
     return Variant(kind, model, path, "MatMul", "MatMul")

@@ -30,3 +30,13 @@ def past_name(index: int, side: str) -> str:
 def present_name(index: int, side: str) -> str:
     """The output of a KV pair's present keys or values."""
     return f"present.{index}.{side}"
+
+
+def past_state_name(layer: int, kind: str) -> str:
+    """The input of a state that a layer without softmax attention keeps, named as onnxruntime-genai does."""
+    return f"past.{layer}.{kind}"
+
+
+def present_state_name(layer: int, kind: str) -> str:
+    """The output of such a state after the last token."""
+    return f"present.{layer}.{kind}"

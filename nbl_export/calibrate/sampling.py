@@ -20,7 +20,7 @@ from nbl_export.calibrate.text import (
 )
 from nbl_export.errors import InputError
 from nbl_export.models.compat import cache_argument
-from nbl_export.models.dummy_run import dummy_run
+from nbl_export.models.dummy_run import cache_shapes
 from nbl_export.models.layers import accepted_arguments
 from nbl_export.models.weights import device_of, half_free, resident, room, streams, weights_like
 from nbl_export.progress import Listener, Task
@@ -106,7 +106,7 @@ def _at_once(model: torch.nn.Module, length: int) -> int:
     """
     if not streams(model):
         return _SAMPLE_BATCH
-    values = sum(s.heads * (s.key_size + s.value_size) for s in dummy_run(model).cache if s is not None)
+    values = sum(s.heads * (s.key_size + s.value_size) for s in cache_shapes(model).values())
     each = length * values * weights_like(model).element_size()
     return max(1, int(half_free(model) // max(1, each)))
 

@@ -22,7 +22,7 @@ from nbl_export.export.lengths import Branches
 from nbl_export.export.on_copy import crossed_on_copy
 from nbl_export.export.torch import check_traces, trace
 from nbl_export.graph.summary import OnCopy
-from nbl_export.models.dummy_run import cache_shapes, check_supported, dummy_run
+from nbl_export.models.dummy_run import check_supported, dummy_run
 from nbl_export.models.layers import positions as positions_of
 from nbl_export.models.lengths import REHEARSAL, crossed_by, crossing_prompts
 from nbl_export.models.load import quiet
@@ -64,7 +64,7 @@ class _Failed(Exception):
 
 def _check_supported(model: torch.nn.Module, form: Form) -> None:
     try:
-        check_supported(model, cached=form.name != NONE.name)
+        check_supported(model, cached=form.name != NONE.name, states=form.name != STATIC.name)
     except InputError:
         if form.name != NONE.name:
             check_form(model, NONE)  # it may be advised, so it must be served
@@ -91,7 +91,7 @@ def _check_trace(model: torch.nn.Module, form: Form) -> None:
 
 def _serves(model: torch.nn.Module, form: Form) -> bool:
     try:
-        check_supported(model, cached=form.name != NONE.name)
+        check_supported(model, cached=form.name != NONE.name, states=form.name != STATIC.name)
         return _error(model, form) <= _TOLERANCE
     except (NblError, _Failed):
         return False
@@ -161,10 +161,7 @@ def _run(
     lengths = torch.tensor([len(t) for t in before])
     most = max(_SLOTS, int(lengths.max()) + steps)
     slots = min(most, positions_of(decoder.model) or most) if static else 0
-    past = [
-        tuple(torch.zeros(len(texts), s.heads, slots, size) for size in (s.key_size, s.value_size))
-        for s in cache_shapes(decoder.model).values()
-    ]
+    past = [block.empty(torch.zeros(()), len(texts), slots) for block in dummy_run(decoder.model).cache]
     if static:
         ids, positions = (torch.from_numpy(a) for a in right_padded(before))
         logits, past = decoder(ids, positions, torch.zeros_like(lengths), past)

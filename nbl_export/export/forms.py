@@ -25,11 +25,13 @@ import torch
 
 from nbl_export.batch.names import BATCH, MAX, PAST, SEQUENCE, TOTAL
 from nbl_export.errors import InputError
-from nbl_export.export.functions import SYMBOLIC_DOMAIN
 from nbl_export.export.lengths import check_lengths
+from nbl_export.export.recurrence import GraphStates, rows_of
+from nbl_export.export.symbols import SYMBOLIC_DOMAIN
+from nbl_export.models.caches import Entry, PastLayer, cache_layer, cache_with, entry_in
 from nbl_export.models.compat import cache_argument, query_length
-from nbl_export.models.dummy_run import cache_shapes
-from nbl_export.models.forward import CachedDecoder, PastLayer, cache_of, run_with_past
+from nbl_export.models.dummy_run import dummy_run
+from nbl_export.models.forward import CachedDecoder, run_with_past
 from nbl_export.models.layers import accepted_arguments, accepts
 
 ENCODER = "encoder"  # the name of every encoder's form
@@ -71,13 +73,10 @@ class Form:
         named: list[Any] = [dict(dims) for dims in self.inputs.values()]
         if self.past:
             batch, length = sizes[self.past[0]], sizes[self.past[2]]
-            args.append(
-                [
-                    tuple(torch.zeros(batch, s.heads, length, size) for size in (s.key_size, s.value_size))
-                    for s in cache_shapes(decoder.model).values()
-                ]
-            )
-            named.append([(dict(self.past),) * 2 for _ in args[-1]])
+            blocks = dummy_run(decoder.model).cache
+            args.append([block.empty(torch.zeros(()), batch, length) for block in blocks])
+            of_pair = (dict(self.past),) * 2
+            named.append([(*(of_pair if b.kv else ()), *({0: BATCH} for _ in b.states)) for b in blocks])
         program = torch.export.export(decoder, tuple(args), dynamic_shapes=_free(tuple(named)), strict=False)
         check_lengths(program, decoder.forward, args, named, decoder.model, cached=bool(self.past))
         return program
@@ -99,16 +98,22 @@ class _Concat(CachedDecoder):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         position_ids: torch.Tensor,
-        past: list[tuple[torch.Tensor, torch.Tensor]],
+        past: list[Entry],
     ) -> Any:
         length = attention_mask.shape[1] - input_ids.shape[1]
-        for keys, values in past:
-            for side in (keys, values):
+        for block, entry in zip(dummy_run(self.model).cache, past, strict=True):
+            for side in entry[: 2 if block.kv else 0]:
                 torch._check(side.shape[2] == length)  # type: ignore[no-untyped-call]
-        by_layer = dict(zip(cache_shapes(self.model), past, strict=True))
-        return run_with_past(
-            self.model, self.given(input_ids), attention_mask, position_ids, by_layer, length
-        )
+        with rows_of(attention_mask, input_ids):
+            return run_with_past(
+                self.model,
+                self.given(input_ids),
+                attention_mask,
+                position_ids,
+                past,
+                length,
+                of_states=GraphStates,
+            )
 
 
 # none --------------------------------------------------------------------------------------------
@@ -119,12 +124,13 @@ class _Uncached(CachedDecoder):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor
     ) -> torch.Tensor:
         torch._check(attention_mask.shape[1] == input_ids.shape[1])  # type: ignore[no-untyped-call]
-        logits: torch.Tensor = self.model(
-            **self.given(input_ids),
-            attention_mask=attention_mask,
-            use_cache=False,
-            **accepted_arguments(self.model, position_ids=position_ids),
-        ).logits
+        with rows_of(attention_mask, input_ids):
+            logits: torch.Tensor = self.model(
+                **self.given(input_ids),
+                attention_mask=attention_mask,
+                use_cache=False,
+                **accepted_arguments(self.model, position_ids=position_ids),
+            ).logits
         return logits
 
 
@@ -175,14 +181,17 @@ class _Static(CachedDecoder):
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,
         write_indices: torch.Tensor,
-        past: list[tuple[torch.Tensor, torch.Tensor]],
+        past: list[Entry],
     ) -> Any:
-        for keys, values in past:
-            for side in (keys, values):
-                torch._check(side.shape[2] == past[0][0].shape[2])  # type: ignore[no-untyped-call]
-        by_layer = zip(cache_shapes(self.model), past, strict=True)
-        layers = {index: _StaticLayer(write_indices, *pair) for index, pair in by_layer}
-        cache = cache_of(self.model, layers)
+        sides = [side for entry in past for side in entry]
+        for side in sides:
+            torch._check(side.shape[2] == sides[0].shape[2])  # type: ignore[no-untyped-call]
+        blocks = dummy_run(self.model).cache
+        layers = [
+            _StaticLayer(write_indices, *entry) if block.kv else cache_layer(block, entry, 0)
+            for block, entry in zip(blocks, past, strict=True)
+        ]
+        cache = cache_with(layers)
         self._write_indices, self._mask_made = write_indices, False
         with self._masked_here():
             output = self.model(
@@ -191,7 +200,7 @@ class _Static(CachedDecoder):
                 use_cache=True,
                 **{cache_argument(self.model): cache},
             )
-        return output.logits, [(layer.keys, layer.values) for layer in layers.values()]
+        return output.logits, [entry_in(cache, i, block) for i, block in enumerate(blocks)]
 
     @contextmanager
     def _masked_here(self) -> Iterator[None]:

@@ -4,6 +4,7 @@ Attention   transformers' sdpa repeats keys and values for grouped queries; here
             scores and attention sinks, which scaled_dot_product_attention does not support, are decomposed.
 Experts     transformers loops over the experts that received tokens, which a graph cannot do; here every expert
             processes the tokens routed to it, none or many.
+States      state-space models and linear attention, whose loops would be traced for one length (:mod:`.recurrence`).
 Complex     rotary embeddings that multiply complex numbers, for which the exporter has few operators; here they are
             pairs of real numbers.
 Erfinv      the inverse of erf, for which ONNX has no operator.
@@ -22,14 +23,13 @@ from typing import Any
 
 import torch
 
+from nbl_export.export.recurrence import use_recurrences
 from nbl_export.export.ropes import both_ways
+from nbl_export.export.symbols import SYMBOLIC_DOMAIN, replaced
 from nbl_export.models.compat import growing_mask
 from nbl_export.models.row_positions import count_positions
 
 _NAME = "nbl_export"
-# Operators that `torch.export` cannot express are emitted in a private domain and renamed afterwards. Otherwise the
-# exporter would use opset 24 for the full graph, where it decomposes norms and rotary embeddings.
-SYMBOLIC_DOMAIN = "nbl_export"
 
 
 def attention(
@@ -159,7 +159,8 @@ def exportable(
         _use_attention(model, mask, attend, undo)
         _use_experts(model, undo)
         for name, function in _MISSING.items():
-            undo.enter_context(_replaced(torch, name, function))
+            undo.enter_context(replaced(torch, name, function))
+        use_recurrences(model, undo)
         undo.enter_context(both_ways(model))
         yield
 
@@ -178,22 +179,12 @@ def _use_attention(
         model.set_attn_implementation(_NAME)
         return
     model.set_attn_implementation("eager")  # some models ignore this
-    undo.enter_context(_replaced(torch.nn.functional, _SDPA.__name__, _broadcasting))
+    undo.enter_context(replaced(torch.nn.functional, _SDPA.__name__, _broadcasting))
     if mask is not None:
         name = model.config._attn_implementation
         own = ALL_MASK_ATTENTION_FUNCTIONS[name]
         undo.callback(AttentionMaskInterface.register, name, own)
         AttentionMaskInterface.register(name, _additive(mask) if name == "eager" else mask)
-
-
-@contextmanager
-def _replaced(module: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    original = getattr(module, name)
-    setattr(module, name, function)
-    try:
-        yield
-    finally:
-        setattr(module, name, original)
 
 
 _SDPA = torch.nn.functional.scaled_dot_product_attention

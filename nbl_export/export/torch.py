@@ -12,7 +12,7 @@ keys and values, and common subexpressions (cosines, sines, masks) are computed 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,18 +20,29 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes import common as passes
 
-from nbl_export.batch.names import SIDES, WRITE_INDICES, past_name, present_name
+from nbl_export.batch.names import (
+    BATCH,
+    SIDES,
+    WRITE_INDICES,
+    past_name,
+    past_state_name,
+    present_name,
+    present_state_name,
+)
 from nbl_export.errors import BuildError, InputError, NblError
 from nbl_export.export.forms import CONCAT, ENCODER, Form
-from nbl_export.export.functions import SYMBOLIC_DOMAIN, experts_are_replaced, exportable
+from nbl_export.export.functions import experts_are_replaced, exportable
 from nbl_export.export.grouped import group_queries
 from nbl_export.export.lm_head import add_num_logits_input
+from nbl_export.export.scans import make_scans
 from nbl_export.export.skip_norms import fuse_norms
 from nbl_export.export.stand_ins import StandIns
+from nbl_export.export.symbols import SYMBOLIC_DOMAIN
 from nbl_export.export.time_limit import seconds_for, seconds_to_write, time_limit
 from nbl_export.graph.io import save_graph
 from nbl_export.graph.operators import int_attribute
-from nbl_export.models.dummy_run import cache_shapes, dummy_run
+from nbl_export.models.caches import BlockCache
+from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.layers import layer_count, positions
 from nbl_export.models.load import quiet
 from nbl_export.models.partial_forward import one_of_each_kind
@@ -91,7 +102,7 @@ def _traced(model: torch.nn.Module, form: Form, task: Task, stand_ins: StandIns)
         ) from error
     assert exported is not None
     task.advance(1)
-    graph = tidy(exported.model, form, len(cache_shapes(model)) if form.past else 0, stand_ins)
+    graph = tidy(exported.model, form, dummy_run(model).cache if form.past else (), stand_ins)
     if form.fused:
         group_queries(graph, positions(model) or _LONGEST)
         fuse_norms(graph)
@@ -150,8 +161,11 @@ def _why_not(error: Exception, model: torch.nn.Module) -> str:
     return f"cannot be traced for texts of any length ({first[:200].rstrip('.')})"
 
 
-def tidy(model: ir.Model, form: Form, layers: int, stand_ins: StandIns | None = None) -> ir.Model:
+def tidy(
+    model: ir.Model, form: Form, blocks: Sequence[BlockCache], stand_ins: StandIns | None = None
+) -> ir.Model:
     """Set public names and dimensions, share common subexpressions, and remove torch's own metadata."""
+    make_scans(model)
     _set_opset(model, form.opset)
     passes.CommonSubexpressionEliminationPass()(model)
     passes.RemoveUnusedNodesPass()(model)
@@ -160,7 +174,7 @@ def tidy(model: ir.Model, form: Form, layers: int, stand_ins: StandIns | None = 
     _unstack_weights(graph)
     passes.RemoveUnusedNodesPass()(model)
     _name_weights(graph)
-    _name_interface(graph, form, layers)
+    _name_interface(graph, form, blocks)
     passes.ClearMetadataAndDocStringPass()(model)
     _forget_symbols(graph)
     # Rows of a static cache are padded on the right, so their last tokens are not at the same position.
@@ -263,29 +277,37 @@ def _forget_symbols(graph: ir.Graph) -> None:
                 value.shape = ir.Shape([d if isinstance(d, int) else None for d in value.shape])
 
 
-def _name_interface(graph: ir.Graph, form: Form, layers: int) -> None:
+def _name_interface(graph: ir.Graph, form: Form, blocks: Sequence[BlockCache]) -> None:
+    named, given, kept = list(form.inputs.items()), list(form.outputs.items()), list(_kept(form, blocks))
     inputs, outputs = list(graph.inputs), list(graph.outputs)
-    named = len(form.inputs)
-    given = len(form.outputs)
-    if len(inputs) != named + 2 * layers or len(outputs) != given + 2 * layers:
+    if len(inputs) != len(named) + len(kept) or len(outputs) != len(given) + len(kept):
         raise BuildError(
-            f"The exported graph has {len(inputs)} inputs and {len(outputs)} outputs for {layers} layers, "
+            f"The exported graph has {len(inputs)} inputs and {len(outputs)} outputs for {len(blocks)} layers, "
             "so a cache entry was optimized away: choose another --exporter."
         )
+    for value, (name, dims) in zip(inputs, [*named, *(past for past, _ in kept)], strict=True):
+        _rename(value, name, dims)
+    for value, (name, dims) in zip(outputs, [*given, *(present for _, present in kept)], strict=True):
+        _rename(value, name, dims)
 
-    def rename(value: ir.Value, name: str, dims: Mapping[int, str]) -> None:
-        value.name = name
-        assert value.shape is not None
-        # A dimension that is fixed, as the number of tokens of an image, has no name.
-        value.shape = ir.Shape(
-            [d if isinstance(d, int) else dims.get(i, d) for i, d in enumerate(value.shape)]
-        )
 
-    for value, (name, dims) in zip(inputs, form.inputs.items(), strict=False):
-        rename(value, name, dims)
-    for value, (name, dims) in zip(outputs, form.outputs.items(), strict=False):
-        rename(value, name, dims)
-    for layer in range(layers):
-        for side, name in enumerate(SIDES):
-            rename(inputs[named + 2 * layer + side], past_name(layer, name), form.past)
-            rename(outputs[given + 2 * layer + side], present_name(layer, name), form.present)
+def _rename(value: ir.Value, name: str, dims: Mapping[int, str]) -> None:
+    value.name = name
+    assert value.shape is not None
+    # A dimension that is fixed, as the number of tokens of an image, has no name.
+    value.shape = ir.Shape([d if isinstance(d, int) else dims.get(i, d) for i, d in enumerate(value.shape)])
+
+
+Named = tuple[str, Mapping[int, str]]
+
+
+def _kept(form: Form, blocks: Sequence[BlockCache]) -> Iterator[tuple[Named, Named]]:
+    """Input and output of everything that the ``blocks`` keep, in order, with their dimensions."""
+    for layer, block in enumerate(blocks):
+        for side in SIDES if block.kv else ():
+            yield (past_name(layer, side), form.past), (present_name(layer, side), form.present)
+        for state in block.states:
+            yield (
+                (past_state_name(layer, state.kind), {0: BATCH}),
+                (present_state_name(layer, state.kind), {0: BATCH}),
+            )

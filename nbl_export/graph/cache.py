@@ -113,6 +113,37 @@ def _head_size(attention: ir.Node) -> int:
     raise InputError(f"The head_dim of {attention.name} is unknown: run shape inference on the graph.")
 
 
+@dataclass(frozen=True)
+class StatePair:
+    """A state of fixed size that a layer without softmax attention keeps: a graph input and an output."""
+
+    past: ir.Value
+    present: ir.Value
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The state's shape without the batch."""
+        return tuple(d for d in (self.past.shape or ())[1:] if isinstance(d, int))
+
+
+def state_pairs(model: ir.Model) -> tuple[StatePair, ...]:
+    """The states of a graph in the order of its inputs: past and present have the same name but for this word."""
+    outputs = {value.name: value for value in model.graph.outputs}
+    pairs = (
+        StatePair(value, outputs[name])
+        for value in model.graph.inputs
+        if not _PAST.match(value.name or "")
+        and (name := (value.name or "").replace("past", "present", 1)) in outputs
+    )
+    return tuple(pair for pair in pairs if pair.past is not pair.present and _fixed(pair.past))
+
+
+def _fixed(value: ir.Value) -> bool:
+    """Whether only the batch of ``value`` is open."""
+    shape = value.shape
+    return shape is not None and len(shape) > 1 and all(isinstance(d, int) for d in shape[1:])
+
+
 def kv_pairs(model: ir.Model) -> tuple[KVPair, ...]:
     """The KV pairs of a graph in layer order; raises :class:`InputError` for an incomplete pair."""
     past = _by_index(model.graph.inputs, _PAST)
@@ -266,7 +297,7 @@ def remove_pairs(model: ir.Model, removed: Sequence[int], pairs: Sequence[KVPair
        layer). Such a ``Shape`` reads a retained layer instead or, if there is none, is computed from
        ``attention_mask`` and ``input_ids``.
     3. Remove dead nodes and the past inputs; an input that is still read is an error.
-    4. If the names contain the pair's number, the retained pairs are numbered 0, 1, 2 … in their old order.
+    4. If the names number all pairs 0, 1, 2 …, the retained ones are numbered in this way too, in their old order.
     """
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
@@ -291,6 +322,8 @@ def remove_pairs(model: ir.Model, removed: Sequence[int], pairs: Sequence[KVPair
             if left := [f"{u.node.op_type} ({u.node.name})" for u in value.uses()]:
                 raise BuildError(f"{value.name} cannot be removed: a {left[0]} still reads it.")
             graph.inputs.remove(value)
+    if [pair.index for pair in pairs] != list(range(len(pairs))):
+        return  # other layers keep something else, and all are named by the model's layers
     for new, pair in enumerate(retained):
         for template, value in zip(templates, (*pair.past, *pair.present), strict=False):
             value.name = template.format(new)

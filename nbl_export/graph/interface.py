@@ -5,9 +5,9 @@ Only this module knows what each input means, and its value for one row without 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -26,11 +26,12 @@ from nbl_export.batch.names import (
 )
 from nbl_export.batch.rows import Inputs
 from nbl_export.errors import InputError
-from nbl_export.graph.cache import KVPair, kv_layers, kv_pairs
+from nbl_export.graph.cache import KVPair, StatePair, kv_layers, kv_pairs, state_pairs
 from nbl_export.graph.cores import visible_cores
 from nbl_export.graph.embedding import embedding_of, reads_embeddings
 from nbl_export.graph.operators import fused_op
 
+T = TypeVar("T")
 # Scalar inputs that some exporters add, and their default value.
 SCALARS = {NUM_LOGITS_TO_KEEP: ALL_LOGITS}
 
@@ -46,13 +47,24 @@ class CacheEntry:
 
 
 @dataclass(frozen=True)
+class StateEntry:
+    """A state of fixed size: names of past and present, its shape without the batch, and its dtype."""
+
+    past: str
+    present: str
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+@dataclass(frozen=True)
 class Interface:
     """The inputs and outputs of a decoder or encoder graph; ``logits`` names the first of its ``outputs``.
 
     ``layers`` is the model's layer index of each cache entry. ``ragged`` graphs take rows padded on the right,
     each with its own length; the others take rows padded on the left. ``cacheless`` graphs have attention but
     no KV cache: every step computes all tokens again. ``embedding`` makes the embeddings that a graph reads instead of
-    token ids, and positions have ``position_rows``, if they have rows.
+    token ids, and positions have ``position_rows``, if they have rows. ``states`` are what other layers keep; in every
+    list of names they follow the KV cache.
     """
 
     inputs: frozenset[str]
@@ -65,6 +77,7 @@ class Interface:
     outputs: tuple[str, ...] = ()
     embedding: Callable[[Any], NDArray[Any]] | None = None
     position_rows: int | None = None
+    states: tuple[StateEntry, ...] = ()
 
     @property
     def static(self) -> bool:
@@ -78,11 +91,17 @@ class Interface:
 
     @property
     def past_names(self) -> list[str]:
-        return [name for entry in self.cache for name in entry.past]
+        return [name for entry in self.cache for name in entry.past] + [s.past for s in self.states]
 
     @property
     def present_names(self) -> list[str]:
-        return [name for entry in self.cache for name in entry.present]
+        return [name for entry in self.cache for name in entry.present] + [s.present for s in self.states]
+
+    def entries(self, arrays: Sequence[T]) -> tuple[tuple[T, ...], ...]:
+        """What belongs to these names, grouped: keys and values of each layer, then each state by itself."""
+        of_kv = 2 * len(self.cache)
+        pairs = zip(arrays[:of_kv:2], arrays[1:of_kv:2], strict=True)
+        return (*pairs, *((state,) for state in arrays[of_kv:]))
 
     def named(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Those of ``inputs`` that the graph has, and its scalars.
@@ -97,12 +116,13 @@ class Interface:
         return feeds | {name: np.array(value, dtype=np.int64) for name, value in self.scalars.items()}
 
     def empty_cache(self, batch: int, length: int, dtype: Any) -> dict[str, NDArray[Any]]:
-        """Zeros with ``length`` slots for every past input."""
-        return {
+        """Zeros with ``length`` slots for every past input; ``dtype`` is that of keys and values."""
+        kv = {
             name: np.zeros((batch, entry.heads, length, size), dtype=dtype)
             for entry in self.cache
             for name, size in zip(entry.past, entry.sizes, strict=True)
         }
+        return kv | {s.past: np.zeros((batch, *s.shape), dtype=s.dtype or dtype) for s in self.states}
 
     def row(self, given: NDArray[Any] | Inputs, dtype: Any) -> dict[str, NDArray[Any]]:
         """All graph inputs for one row, given as token ids or as named inputs [1, …]; the cache is empty."""
@@ -126,8 +146,8 @@ def interface_of(model: ir.Model) -> Interface:
 
     Raises :class:`InputError` for an unknown input: such a graph can be rewritten but not run.
     """
-    pairs = kv_pairs(model)
-    past = (str(v.name) for p in pairs for v in p.past)
+    pairs, states = kv_pairs(model), state_pairs(model)
+    past = [*(str(v.name) for p in pairs for v in p.past), *(str(s.past.name) for s in states)]
     embeds = reads_embeddings(model)
     known = {
         TOKENS,
@@ -146,18 +166,19 @@ def interface_of(model: ir.Model) -> Interface:
             f"The graph has an input {unknown[0]!r} that nbl-export does not know: export the model with "
             f"{TOKENS}, {MASK}, {POSITIONS}, {TOKEN_TYPES}, {PIXELS} and a KV cache only."
         )
-    outputs = _outputs(model, pairs)
+    outputs = _outputs(model, {v for p in pairs for v in p.present} | {s.present for s in states})
     return Interface(
         frozenset(names),
         "logits" if "logits" in outputs else outputs[0],
         tuple(_entry(pair) for pair in pairs),
         kv_layers(model),
         any((op := fused_op(node)) and op.ragged for node in model.graph),
-        not pairs and (bool(visible_cores(model)) or _takes_whole_texts(model)),
+        not pairs and not states and (bool(visible_cores(model)) or _takes_whole_texts(model)),
         {name: value for name, value in SCALARS.items() if name in names},
         outputs,
         embedding_of(model) if embeds else None,
         _position_rows(model),
+        tuple(_state(pair) for pair in states),
     )
 
 
@@ -176,8 +197,14 @@ def _takes_whole_texts(model: ir.Model) -> bool:
     return len(lengths) == 2 and lengths[0] == lengths[1] and lengths[0] is not None
 
 
-def _outputs(model: ir.Model, pairs: Sequence[KVPair]) -> tuple[str, ...]:
-    present = {v for pair in pairs for v in pair.present}
+def _state(pair: StatePair) -> StateEntry:
+    # NumPy has no bfloat16; such a state is allocated like keys and values.
+    dtype = pair.past.dtype
+    known = None if dtype in (None, ir.DataType.BFLOAT16) else dtype.numpy()
+    return StateEntry(str(pair.past.name), str(pair.present.name), pair.shape, known)
+
+
+def _outputs(model: ir.Model, present: Collection[ir.Value]) -> tuple[str, ...]:
     names = tuple(str(v.name) for v in model.graph.outputs if v not in present)
     if not names:
         raise InputError(

@@ -18,7 +18,7 @@ softmax in float32: for the norms by ``stash_type``, for attention in every runt
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +29,8 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common as passes
 
 from nbl_export.errors import BuildError, InputError
-from nbl_export.graph.cache import PRESENT
-from nbl_export.graph.operators import linear_op
+from nbl_export.graph.cache import PRESENT, state_pairs
+from nbl_export.graph.operators import captured, linear_op
 from nbl_export.graph.summary import Float32Node
 from nbl_export.graph.weights import weight_bits
 from nbl_export.settings import choices
@@ -72,7 +72,7 @@ QUANTIZED = {
 # choice of experts, where rounding to a tie routes a token to another expert.
 SENSITIVE = frozenset(
     {"ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2", "Pow", "Sqrt", "Reciprocal"}
-    | {"Softmax", "LogSoftmax", "Exp", "Log", "CumSum", "Cos", "Sin", "TopK"}
+    | {"Softmax", "LogSoftmax", "Exp", "Log", "CumSum", "Cos", "Sin", "TopK", "Scan"}
 )
 # The nodes that lead to these stay float32 too: an angle is position times frequency.
 _WITH_ANCESTORS = ("Cos", "Sin")
@@ -103,18 +103,18 @@ def to_precision(
 
     ``wide`` names the inputs and outputs that stay float32. ``ranges`` are the largest magnitudes of the
     tensors on real text, by name (a tensor without an entry is assumed to fit). Raises :class:`BuildError`
-    for a graph with control flow, and for a KV cache that the format cannot hold.
+    for a graph with control flow, and for a KV cache that the format cannot hold. A Scan over tokens, and the state
+    that it carries, stay float32: each token adds its own rounding.
     """
     if precision.dtype == F32:
         return []
     passes.ShapeInferencePass()(model)
     graph = model.graph
-    if any(
-        a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for n in graph for a in _attributes(n)
-    ):
+    if any(_is_control_flow(node) for node in graph):
         raise BuildError(
             f"A graph with control flow cannot be converted to {precision.name}: export it without, or in fp32."
         )
+    wide = {*wide, *(str(v.name) for pair in state_pairs(model) for v in (pair.past, pair.present))}
     _check_cache(graph, precision, ranges, wide)
     float32 = _float32_nodes(graph, precision, ranges)
     converter = _Converter(graph, precision)
@@ -135,6 +135,11 @@ def to_precision(
     converter.restore_names()
     graph.sort()
     return [Float32Node(str(n.name), n.op_type, reason) for n, reason in float32.items()]
+
+
+def _is_control_flow(node: ir.Node) -> bool:
+    graphs = any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in _attributes(node))
+    return graphs and (node.op_type != "Scan" or bool(captured(node)))
 
 
 def _check_cache(
@@ -177,6 +182,9 @@ def _float32_nodes(graph: ir.Graph, precision: Precision, ranges: Mapping[str, f
             found[node] = f"{precision.name} cannot hold the constant {bad[0].name}"
     for node in [n for n in found if n.op_type in _WITH_ANCESTORS]:
         _add_ancestors(node, found)
+    for node in [n for n in found if n.op_type == "Scan"]:
+        _add_ancestors(node, found, lambda producer: bool(linear_op(producer)) or producer.op_type == "Conv")
+        _add_state_readers(node, found)
     return found
 
 
@@ -221,16 +229,29 @@ def _within(array: NDArray[Any], precision: Precision) -> NDArray[Any]:
     return within
 
 
-def _add_ancestors(node: ir.Node, found: dict[ir.Node, str]) -> None:
-    """Add the float32 nodes that lead to ``node``."""
+def _add_ancestors(
+    node: ir.Node, found: dict[ir.Node, str], stop: Callable[[ir.Node], bool] = lambda _producer: False
+) -> None:
+    """Add the float32 nodes that lead to ``node``, up to those at which to ``stop``."""
     reason, seen, stack = f"leads to {node.op_type}, which is sensitive to rounding", set[ir.Node](), [node]
     while stack:
         for value in stack.pop().inputs:
             producer = value.producer() if value is not None else None
             if value is not None and value.dtype == F32 and producer is not None and producer not in seen:
+                if stop(producer):
+                    continue
                 seen.add(producer)
                 found.setdefault(producer, reason)
                 stack.append(producer)
+
+
+def _add_state_readers(scan: ir.Node, found: dict[ir.Node, str]) -> None:
+    """Add the nodes between the state that ``scan`` leaves and the graph output."""
+    stack = [scan.outputs[0]]
+    while stack:
+        for usage in stack.pop().uses():
+            found.setdefault(usage.node, "holds a state, which is carried from token to token")
+            stack.extend(usage.node.outputs)
 
 
 # 1, 3, 4 -----------------------------------------------------------------------------------------

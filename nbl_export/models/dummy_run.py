@@ -35,17 +35,10 @@ from nbl_export.models.weights import origin, weights_like
 if TYPE_CHECKING:
     import torch
 
+    from nbl_export.models.caches import BlockCache, CacheShape
+
 _TOKENS = 8
 _LOGITS = ("logits",)
-
-
-@dataclass(frozen=True)
-class CacheShape:
-    """One layer's cache: keys [batch, heads, length, key_size], values [batch, heads, length, value_size]."""
-
-    heads: int
-    key_size: int
-    value_size: int
 
 
 @dataclass(frozen=True)
@@ -53,16 +46,17 @@ class DummyRun:
     """``returns``: by layer, the length of the tuple that its attention returns; None for a bare tensor.
     ``block_returns``: the same for every block.
 
-    ``cache`` has an entry for each block, None for a block without its own keys and values. ``tokens`` is the number
-    of tokens that attention sees per row, ``outputs`` are the names of the outputs. ``linear_output`` says whether y
-    is the output of a linear layer, so that nothing is added to it inside the attention; ``repeatable`` whether a
-    second pass over images gave the same result; ``separate`` whether blocks take nothing but states from each other,
-    those aside that have no keys and values of their own: ``shared`` has the layer whose they attend to, by layer.
-    ``odd`` says of the first attention that does not take and return states as others do what is odd about it.
+    ``cache`` says what each block keeps; ``cache_class`` is the model's own class for all of it, None for the usual
+    one. ``tokens`` is the number of tokens that attention sees per row, ``outputs`` are the names of the outputs.
+    ``linear_output`` says whether y is the output of a linear layer, so that nothing is added to it inside the
+    attention; ``repeatable`` whether a second pass over images gave the same result; ``separate`` whether blocks take
+    nothing but states from each other, those aside that have no keys and values of their own: ``shared`` has the layer
+    whose they attend to, by layer. ``odd`` says of the first attention that does not take and return states as others
+    do what is odd about it.
     """
 
     returns: Mapping[int, int | None]
-    cache: tuple[CacheShape | None, ...]
+    cache: tuple[BlockCache, ...]
     causal: bool
     tokens: int = _TOKENS
     outputs: tuple[str, ...] = ()
@@ -72,6 +66,7 @@ class DummyRun:
     separate: bool = True
     shared: Mapping[int, int] = field(default_factory=dict)
     odd: str = ""
+    cache_class: type[Any] | None = None
 
 
 _DONE: weakref.WeakKeyDictionary[torch.nn.Module, DummyRun] = weakref.WeakKeyDictionary()
@@ -89,27 +84,21 @@ def dummy_run(model: torch.nn.Module) -> DummyRun:
 
 
 def cache_shapes(model: torch.nn.Module) -> dict[int, CacheShape]:
-    """The shape of every entry of the KV cache, by the block it is of, in order.
-
-    A block that attends to the keys and values of another has none; raises :class:`InputError` if any other has none.
-    """
-    facts = dummy_run(model)
-    shapes = {i: shape for i, shape in enumerate(facts.cache) if shape is not None}
-    if without := [i for i in range(len(facts.cache)) if i not in shapes and i not in facts.shared]:
-        raise InputError(
-            f"Layer {without[0]} of {type(model).__name__} has no keys and values of its own in the KV cache, so a "
-            "graph with a cache is not supported yet: use --kv-cache none."
-        )
-    return shapes
+    """The shape of the keys and values of each block that has its own, by its index."""
+    return {i: block.kv for i, block in enumerate(dummy_run(model).cache) if block.kv is not None}
 
 
 def check_supported(
-    model: torch.nn.Module, cached: bool = True, task: Task | None = None, pooled: bool = False
+    model: torch.nn.Module,
+    cached: bool = True,
+    task: Task | None = None,
+    pooled: bool = False,
+    states: bool = False,
 ) -> None:
     """Refuse, before any work, a model whose structure is not supported or does not match its ``task``.
 
-    ``cached`` requires that every layer of a decoder has a KV cache. A decoder without its head is served if its states
-    are ``pooled``.
+    ``cached`` requires that a decoder has a KV cache, ``states`` allows layers that keep something else than keys and
+    values. A decoder without its head is served if its states are ``pooled``.
     """
     found, task = structure(model), task or task_named(GENERATION)
     facts = dummy_run(model)
@@ -127,21 +116,31 @@ def check_supported(
         )
     if not task.causal:
         return
-    has_cache = {layer.index: facts.cache[layer.index] is not None for layer in found.layers}
+    has_cache = {layer.index: facts.cache[layer.index].kv is not None for layer in found.layers}
     without = [index for index, own in has_cache.items() if not own and index not in facts.shared]
     if any(has_cache.values()) and without:  # a family without any cache is allowed
         raise InputError(
             f"Layer {without[0]} of {type(model).__name__} has no keys and values of its own, and which layer's it "
             "attends to cannot be seen: this architecture is not supported yet."
         )
-    if cached and found.others:
-        index, kind = next(iter(found.others.items()))
+    if not cached:
+        return
+    if not cache_shapes(model):
         raise InputError(
-            f"{len(found.others)} layers of {type(model).__name__} are not self-attention (layer {index}: {kind}), "
-            "and their state is not a KV cache: use --kv-cache none."
+            f"{type(model).__name__} has no keys and values of its own in a KV cache, so a graph with a cache is not "
+            "supported yet: use --kv-cache none."
         )
-    if cached:
-        cache_shapes(model)
+    if not states and (other := {**found.others, **_with_states(facts)}):
+        index, kind = next(iter(other.items()))
+        raise InputError(
+            f"{len(other)} layers of {type(model).__name__} are not self-attention (layer {index}: {kind}), and a "
+            "graph with a static cache or of another exporter has no inputs for their states: use --exporter torch "
+            "with --kv-cache concat."
+        )
+
+
+def _with_states(facts: DummyRun) -> dict[int, str]:
+    return {i: " and ".join(s.kind for s in b.states) for i, b in enumerate(facts.cache) if b.states}
 
 
 def _check_encoder(model: torch.nn.Module, facts: DummyRun, task: Task, pooled: bool) -> None:
@@ -194,6 +193,8 @@ def example_inputs(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def _run(model: torch.nn.Module) -> DummyRun:
     import torch
+
+    from nbl_export.models.caches import block_caches
 
     returns: dict[int, int | None] = {}
     block_returns: dict[int, int | None] = {}
@@ -264,8 +265,9 @@ def _run(model: torch.nn.Module) -> DummyRun:
             "time: this architecture is not supported yet."
         )
     first, states = written[0], written[-1]
-    cache = _cache(getattr(output, "get", lambda _name: None)(cache_argument(run)), layer_count(model))
-    kept = [layer for layer in layers if cache[layer.index] is not None]
+    cache = getattr(output, "get", lambda _name: None)(cache_argument(run))
+    blocks = block_caches(cache, layer_count(model))
+    kept = [layer for layer in layers if blocks[layer.index].kv is not None]
     shared: dict[int, int] = {}
     if 0 < len(kept) < len(layers):
         with torch.inference_mode(), quiet():
@@ -276,7 +278,7 @@ def _run(model: torch.nn.Module) -> DummyRun:
     causal = TOKENS in inputs and bool((seen[0] - seen[1]).norm() <= 1e-3 * seen[0].norm())
     return DummyRun(
         returns,
-        cache,
+        blocks,
         causal,
         tokens=states.shape[1],
         outputs=_LOGITS if head is not None or scored else _tensors_of(output),
@@ -286,6 +288,7 @@ def _run(model: torch.nn.Module) -> DummyRun:
         separate=not handed.on,
         shared=shared,
         odd=next((what for _, what in sorted(odd.items()) if what), ""),
+        cache_class=type(cache) if hasattr(cache, "linear_cache") else None,
     )
 
 
@@ -343,15 +346,3 @@ def _tensors_of(output: Any) -> tuple[str, ...]:
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.numel() == b.numel() and bool((a.reshape(-1) == b.reshape(-1)).all())
-
-
-def _cache(cache: Any, count: int) -> tuple[CacheShape | None, ...]:
-    layers = list(getattr(cache, "layers", []))[:count]
-    shapes = [_shape(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers]
-    return (*shapes, *[None] * (count - len(shapes)))
-
-
-def _shape(keys: torch.Tensor | None, values: torch.Tensor | None) -> CacheShape | None:
-    if keys is None or values is None or keys.ndim != 4 or keys.shape[:3] != values.shape[:3]:
-        return None
-    return CacheShape(int(keys.shape[1]), int(keys.shape[3]), int(values.shape[3]))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from nbl_export.batch.names import TOKENS
 from nbl_export.batch.rows import Inputs
-from nbl_export.models.compat import cache_argument, query_length
-from nbl_export.models.layers import accepted_arguments, layer_count
+from nbl_export.models.caches import Entry, StateLayer, cache_layer, cache_with, entry_in
+from nbl_export.models.compat import cache_argument
+from nbl_export.models.dummy_run import dummy_run
+from nbl_export.models.layers import accepted_arguments
 from nbl_export.models.weights import weights_like
 
 
@@ -36,45 +37,25 @@ class CachedDecoder(torch.nn.Module):
         return {self.reads: tokens}
 
 
-class PastLayer(DynamicLayer):  # type: ignore[misc]
-    """A cache layer whose past length is given, not read from the shape of its keys.
-
-    transformers takes the past length from the first layer. A linearized layer has no keys, so the length must be
-    given. Every layer has the full length, also if the model's own cache would be a sliding window: the window is
-    applied by the mask.
-    """
-
-    def __init__(self, past_length: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
-        super().__init__()
-        self.past_length = past_length
-        self.keys, self.values = keys, values
-        self.dtype, self.device = keys.dtype, keys.device
-        self.is_initialized = True
-
-    def get_seq_length(self, *_args: Any) -> Any:
-        return self.past_length
-
-    def get_mask_sizes(self, query: Any) -> tuple[Any, int]:
-        return self.past_length + query_length(query), 0
-
-
 def run_with_past(
     model: torch.nn.Module,
     tokens: torch.Tensor | Mapping[str, torch.Tensor],
     attention_mask: torch.Tensor,
     position_ids: torch.Tensor,
-    past: Mapping[int, tuple[torch.Tensor, torch.Tensor]],
+    past: Sequence[Entry],
     past_length: Any,
     num_logits: int = 0,
-) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
-    """One forward pass with an explicit cache, ``past`` by layer: logits, and the updated cache in the same order.
+    of_states: type[StateLayer] = StateLayer,
+) -> tuple[torch.Tensor, list[Entry]]:
+    """One forward pass with an explicit cache of all blocks: logits, and the updated entries.
 
     ``tokens`` are their ids, or the model's main input by name.
-    Logits are those of the last ``num_logits`` positions if the model supports it, else of all.
+    Logits are those of the last ``num_logits`` positions if the model supports it, else of all. The keys and values of
+    a linearized layer are unchanged. ``of_states`` is the cache layer of blocks with states.
     """
-    cache = cache_of(
-        model, {index: PastLayer(past_length, *pair) for index, pair in past.items()}, past_length
-    )
+    facts = dummy_run(model)
+    layers = [cache_layer(*block, past_length, of_states) for block in zip(facts.cache, past, strict=True)]
+    cache = cache_with(layers, facts.cache_class)
     output = model(
         **(tokens if isinstance(tokens, Mapping) else {TOKENS: tokens}),
         attention_mask=attention_mask,
@@ -84,20 +65,7 @@ def run_with_past(
         ),
         **{cache_argument(model): cache},
     )
-    return output.logits, [(cache.layers[index].keys, cache.layers[index].values) for index in past]
-
-
-def cache_of(model: torch.nn.Module, layers: Mapping[int, PastLayer], past_length: Any = 0) -> DynamicCache:
-    """transformers' cache for ``model`` with these ``layers`` by their index; the others have no keys.
-
-    transformers indexes the cache by layer.
-    """
-    cache, none = DynamicCache(), torch.zeros(0)
-    cache.layers = [
-        layers[index] if index in layers else PastLayer(past_length, none, none)
-        for index in range(layer_count(model))
-    ]
-    return cache
+    return output.logits, [entry_in(cache, i, block) for i, block in enumerate(facts.cache)]
 
 
 def run_uncached(model: torch.nn.Module, inputs: Inputs) -> Any:

@@ -30,6 +30,9 @@ _SOFTMAX = {
     "attention": FULL,
     "sliding_attention": SLIDING,
     "chunked_attention": "chunks",
+    # Attention beside a state-space model in one block.
+    "hybrid": FULL,
+    "hybrid_sliding": SLIDING,
 }
 _AXES = ("time", "height", "width")
 _NO_SELF_ATTENTION = ("cross", "encoder", "linear", "lightning", "delta", "mamba")

@@ -8,12 +8,15 @@ from typing import Any, Protocol
 
 from nbl_export.batch.arrays import F32, I64
 
-KV = tuple[F32, F32]
+# Keys and values of a layer, or one state of a layer that is not softmax attention.
+KV = tuple[F32, ...]
 
 
 @dataclass(frozen=True)
 class DecoderOutput:
-    """``logits`` [batch, sequence, vocab] and, per cached layer, keys and values [batch, heads, total, head_dim]."""
+    """``logits`` [batch, sequence, vocab] and the cache: per cached layer keys and values [batch, heads, total,
+    head_dim], then each state [batch, …] of layers that keep some.
+    """
 
     logits: F32
     present: tuple[KV, ...]
@@ -22,7 +25,8 @@ class DecoderOutput:
 class Decoder(Protocol):
     """A decoder with an explicit KV cache.
 
-    ``kv_layers`` are the model's layer indices of the cache entries, in cache order.
+    ``kv_layers`` are the model's layer indices of the first cache entries, keys and values, in cache order; states
+    follow.
     """
 
     @property

@@ -68,19 +68,20 @@ class OrtModel:
         return np.dtype(_NUMPY[kind])
 
     def buffers(self, batch: int, length: int) -> list[KV]:
-        """Keys and values of every cached layer: zeros with ``length`` slots."""
-        arrays = list(self.interface.empty_cache(batch, length, self.cache_dtype).values())
-        return list(zip(arrays[::2], arrays[1::2], strict=True))
+        """Keys and values of every cached layer, zeros with ``length`` slots, and states of zeros."""
+        return list(
+            self.interface.entries(list(self.interface.empty_cache(batch, length, self.cache_dtype).values()))
+        )
 
     def named(self, inputs: Mapping[str, I64], past: Sequence[KV]) -> dict[str, Any]:
         """The session's inputs by name; inputs that the graph does not have are left out."""
-        feeds: dict[str, Any] = dict(zip(self.past_names, [a for pair in past for a in pair], strict=True))
+        feeds: dict[str, Any] = dict(zip(self.past_names, [a for entry in past for a in entry], strict=True))
         return feeds | self.interface.named(inputs)
 
     def run(self, feeds: Mapping[str, Any]) -> DecoderOutput:
         """Logits and the extended cache for the session's inputs ``feeds``."""
-        logits, *kv = run_session(self.session, self.output_names, feeds, self.bounds)
-        return DecoderOutput(np.asarray(logits), tuple(zip(kv[::2], kv[1::2], strict=True)))
+        logits, *present = run_session(self.session, self.output_names, feeds, self.bounds)
+        return DecoderOutput(np.asarray(logits), self.interface.entries(present))
 
 
 class OrtDecoder(OrtModel):
@@ -144,17 +145,23 @@ class OrtRaggedStream(Forking):
         ]
         self._lengths = starts + np.array([len(row) for row in rows])
         self._slots = int(np.max(self._lengths))
-        caches = zip(*(output.present for output in found), strict=True)
-        self._past = [(self._stacked([k for k, _ in c]), self._stacked([v for _, v in c])) for c in caches]
+        self._past = [
+            tuple(self._stacked(side, grows=place < len(self.kv_layers)) for side in zip(*rows, strict=True))
+            for place, rows in enumerate(zip(*(output.present for output in found), strict=True))
+        ]
         return np.concatenate([output.logits[0] for output in found])
 
     def _one(self, owner: int, start: int, row: NDArray[Any]) -> DecoderOutput:
         own = slice(owner, owner + 1)
-        past = [(key[own, :, :start], value[own, :, :start]) for key, value in self._past]
+        kv = len(self.kv_layers)
+        past: list[KV] = [(key[own, :, :start], value[own, :, :start]) for key, value in self._past[:kv]]
+        past += [(state[own],) for (state,) in self._past[kv:]]
         ids, mask = row[None].astype(np.int64), np.ones((1, start + len(row)), dtype=np.int64)
         return self.decoder(ids, mask, start + np.arange(len(row))[None], past)
 
-    def _stacked(self, arrays: Sequence[F32]) -> F32:
+    def _stacked(self, arrays: Sequence[F32], grows: bool) -> F32:
+        if not grows:
+            return np.concatenate(arrays)
         _, heads, _, size = arrays[0].shape
         stacked = np.zeros((len(arrays), heads, self._slots, size), dtype=arrays[0].dtype)
         for i, array in enumerate(arrays):
@@ -216,7 +223,7 @@ class OrtStaticStream(Forking, OrtModel):
         ids, offsets = right_padded(rows)
         self._check_capacity(int(start.max()) + ids.shape[1])
         inputs = {TOKENS: ids, POSITIONS: start[:, None] + offsets, WRITE_INDICES: start}
-        past = [(key[picked], value[picked]) for key, value in self._past]
+        past = [tuple(side[picked] for side in entry) for entry in self._past]
         logits = self._run(self.named(inputs, past))
         self._lengths = start + lengths
         return logits[prefix_mask(lengths, ids.shape[1])]

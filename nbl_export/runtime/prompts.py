@@ -31,6 +31,8 @@ class OrtPrompt:
         self.model, self.device = model, device
         # The past input for each present output.
         self._pairs = dict(zip(model.interface.present_names, model.past_names, strict=True))
+        # A state is read after it is written, so it has a buffer of its own.
+        self._kv = {name for entry in model.interface.cache for name in entry.present}
         one = np.ones((batch, 1), dtype=np.int64)
         ids = one * timed_row(context).astype(np.int64)
         prefill = {"input_ids": ids, "position_ids": one * np.arange(context, dtype=np.int64)}
@@ -77,7 +79,7 @@ class OrtPrompt:
         for name, value in past.items():
             binding.bind_ortvalue_input(name, value)
         for name in self.model.output_names:
-            if self.model.interface.in_place and name in self._pairs:
+            if self.model.interface.in_place and name in self._kv:
                 binding.bind_ortvalue_output(name, past[self._pairs[name]])
             else:
                 binding.bind_output(name, self.device)

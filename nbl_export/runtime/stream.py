@@ -35,7 +35,10 @@ class Stream(Protocol):
         """One more token for each row: logits [rows, vocab]."""
 
     def cache(self) -> tuple[Sequence[KV], BOOL]:
-        """Keys and values of each layer, [rows, heads, slots, head_dim], and which [rows, slots] are not padding."""
+        """The cache, and which of its slots [rows, slots] are not padding.
+
+        Keys and values [rows, heads, slots, head_dim] of each of ``kv_layers``, then each state [rows, …].
+        """
 
     def reserve(self, tokens: int) -> None:
         """From the next prefill on, no row is longer than ``tokens``; a growing cache has nothing to do."""
@@ -107,7 +110,7 @@ class PastStream(Forking):
         ids, offsets = right_padded(rows)
         real = prefix_mask(lengths, ids.shape[1])
         picked = np.asarray(owners)
-        self._past = tuple((key[picked], value[picked]) for key, value in self._past)
+        self._past = tuple(tuple(side[picked] for side in entry) for entry in self._past)
         self._mask = np.concatenate([self._mask[picked], real.astype(np.int64)], axis=1)
         # Padding gets the row's last position, so that the next token's position follows from it.
         self._positions = self._positions[picked, -1:] + 1 + np.minimum(offsets, lengths[:, None] - 1)

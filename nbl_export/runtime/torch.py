@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.batch.arrays import F32, I64
-from nbl_export.models.dummy_run import cache_shapes
+from nbl_export.models.dummy_run import cache_shapes, dummy_run
 from nbl_export.models.forward import run_uncached, run_with_past
-from nbl_export.models.weights import weights_like
+from nbl_export.models.weights import device_of, weights_like
 from nbl_export.runtime.decoder import KV, DecoderOutput
 from nbl_export.runtime.stream import PastStream, Stream, UncachedStream
 
 if TYPE_CHECKING:
     import torch
+
+    from nbl_export.models.caches import Entry
 
 
 class TorchDecoder:
@@ -24,19 +26,16 @@ class TorchDecoder:
 
     def __init__(self, model: torch.nn.Module, linearized: Sequence[int] = ()) -> None:
         self.model = model
+        self._blocks = dummy_run(model).cache
         self._kv_layers = tuple(i for i in cache_shapes(model) if i not in set(linearized))
 
     @property
     def kv_layers(self) -> tuple[int, ...]:
         return self._kv_layers
 
-    def empty_past(self, batch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def empty_past(self, batch: int) -> list[Entry]:
         like = weights_like(self.model)
-        shapes = cache_shapes(self.model)
-        return [
-            (like.new_zeros(batch, s.heads, 0, s.key_size), like.new_zeros(batch, s.heads, 0, s.value_size))
-            for s in (shapes[i] for i in self._kv_layers)
-        ]
+        return self._kept([block.empty(like, batch) for block in self._blocks])
 
     def forward(
         self,
@@ -45,13 +44,37 @@ class TorchDecoder:
         position_ids: torch.Tensor,
         past: Any,
         num_logits: int = 0,
-    ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
-        """Tensors in, tensors out; ``past`` has one entry for each of ``kv_layers``."""
+    ) -> tuple[torch.Tensor, list[Entry]]:
+        """Tensors in, tensors out; ``past`` has the pair of each of ``kv_layers``, then every state by itself."""
         length = attention_mask.shape[1] - input_ids.shape[1]
-        by_layer = dict(zip(self._kv_layers, past, strict=True))
-        return run_with_past(
-            self.model, input_ids, attention_mask, position_ids, by_layer, length, num_logits
+        every = self._spread(past, input_ids.shape[0])
+        logits, present = run_with_past(
+            self.model, input_ids, attention_mask, position_ids, every, length, num_logits
         )
+        return logits, self._kept(present)
+
+    def _kept(self, entries: Sequence[Entry]) -> list[Entry]:
+        states = (
+            state
+            for block, entry in zip(self._blocks, entries, strict=True)
+            for state in entry[2 if block.kv else 0 :]
+        )
+        return [*(entries[i][:2] for i in self._kv_layers), *((state,) for state in states)]
+
+    def _spread(self, past: Any, batch: int) -> list[Entry]:
+        # transformers indexes the cache by layer: linearized layers get an empty entry.
+        import torch
+
+        empty = torch.zeros(batch, 1, 0, 1, device=device_of(self.model))
+        pairs = dict(zip(self._kv_layers, past, strict=False))
+        states = iter(past[len(pairs) :])
+        return [
+            (
+                *(pairs.get(index, (empty, empty)) if block.kv else ()),
+                *(next(states)[0] for _ in block.states),
+            )
+            for index, block in enumerate(self._blocks)
+        ]
 
     def __call__(
         self, input_ids: I64, attention_mask: I64, position_ids: I64, past: Sequence[KV], num_logits: int = 0
@@ -70,7 +93,7 @@ class TorchDecoder:
             logits, present = self.forward(ids, mask, positions, tensors, num_logits)
         return DecoderOutput(
             logits.float().cpu().numpy(),
-            tuple((k.float().cpu().numpy(), v.float().cpu().numpy()) for k, v in present),
+            tuple(tuple(t.float().cpu().numpy() for t in entry) for entry in present),
         )
 
 

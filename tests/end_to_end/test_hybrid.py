@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import onnxruntime
 import pytest
 
 from nbl_export import api
@@ -45,12 +47,35 @@ def test_without_a_cache_attention_is_linearized_and_convolutions_stay(hybrid: P
     assert "| 0 | conv | no candidate |" in text
 
 
-def test_with_a_cache_it_is_refused_before_any_work(hybrid: Path, tmp_path: Path) -> None:
+def test_with_a_cache_it_decodes(hybrid: Path, tmp_path: Path) -> None:
+    """All attention linear: no KV cache is left, the states stay, and the report still compares and times decoding."""
+    report = api.run(
+        hybrid,
+        tmp_path / "out",
+        api.SelectSettings(layers=(1, 3)),
+        TEXT,
+        api.VerifySettings(decode_steps=3, contexts=(16,), rounds=3),
+    )
+    assert report.passed and {c.name: c.status for c in report.checks}["parity"] == "passed"
+    assert (report.graph.before.kv_pairs, report.graph.after.kv_pairs) == (2, 0)
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"))
+    assert [i.name for i in session.get_inputs() if "past" in i.name] == ["past.0.conv", "past.2.conv"]
+    assert report.speed is not None and {c.phase for c in report.speed.cells} == {"prefill", "decode"}
+
+
+@pytest.mark.parametrize("settings", [{"kv_cache": "static"}, {"exporter": "genai"}])
+def test_where_states_have_no_inputs_it_is_refused_before_any_work(
+    hybrid: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
     with pytest.raises(
-        api.NblError, match=r"2 layers of Lfm2ForCausalLM .* \(layer 0: conv\).*--kv-cache none"
+        api.NblError, match=r"2 layers of Lfm2ForCausalLM .* \(layer 0: conv\).*torch with --kv-cache concat"
     ):
-        api.run(hybrid, tmp_path / "out", api.SelectSettings(k=1), TEXT)
+        exporting = api.ExportSettings(**settings)
+        api.run(hybrid, tmp_path / "out", api.SelectSettings(k=1), TEXT, exporting=exporting)
     assert not (tmp_path / "out" / "nbl" / "moments").exists()
+
+
+def test_more_layers_than_there_is_attention_are_refused(hybrid: Path, tmp_path: Path) -> None:
     with pytest.raises(api.NblError, match=r"--k is 3; it must be between 0 and 2"):
         settings = api.ExportSettings(kv_cache="none")
         api.run(hybrid, tmp_path / "out", api.SelectSettings(k=3), TEXT, exporting=settings)

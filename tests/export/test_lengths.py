@@ -10,6 +10,7 @@ from transformers.models.bloom.modeling_bloom import BloomMLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from nbl_export.errors import InputError
+from nbl_export.export import recurrence
 from nbl_export.export.form_check import check_form
 from nbl_export.export.forms import CONCAT, FORMS, NONE, STATIC
 from nbl_export.export.lengths import Branches
@@ -87,13 +88,19 @@ def test_a_model_without_a_limit_is_looked_at_up_to_very_long_texts(monkeypatch:
         check_traces(model, NONE)
 
 
+@pytest.mark.parametrize("form", [CONCAT, NONE], ids=lambda form: form.name)
 @pytest.mark.parametrize("model_type", ["minimax", "bamba"])
-def test_a_graph_of_one_chunk_alone_is_refused_before_any_work(model_type: str) -> None:
-    # It was exported, and onnxruntime did not run it for a text of two chunks.
+def test_layers_that_compute_a_text_in_chunks_hold_beyond_one(model_type: str, form: Any) -> None:
+    # By their own code the graph was one of 90 tokens, and onnxruntime did not run it for a text of two chunks.
+    check_form(tiny_model(model_type), form)
+
+
+def test_a_loop_over_chunks_that_is_not_replaced_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recurrence, "_FORWARDS", {})
     with pytest.raises(
         Branches, match=r"ForCausalLM computes texts of more than (89|90) tokens in another way"
     ):
-        check_form(tiny_model(model_type), NONE)
+        check_traces(tiny_model("minimax"), NONE)
 
 
 @pytest.mark.parametrize("form", [CONCAT, STATIC, NONE], ids=lambda form: form.name)

@@ -11,7 +11,8 @@ import transformers
 from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM, LlamaModel
 
 from nbl_export.errors import InputError
-from nbl_export.models.dummy_run import CacheShape, cache_shapes, check_supported, dummy_run, example_inputs
+from nbl_export.models.caches import BlockCache, CacheShape, StateShape
+from nbl_export.models.dummy_run import cache_shapes, check_supported, dummy_run, example_inputs
 from nbl_export.models.load import load_model
 from nbl_export.models.source import find_model
 from nbl_export.models.tasks import task_named
@@ -64,9 +65,14 @@ def test_the_cache_has_the_shape_that_transformers_fills(model_type: str) -> Non
 
 def test_blocks_without_keys_and_values_have_no_shape() -> None:
     model = random_model("lfm2")
-    assert [shape is None for shape in dummy_run(model).cache] == [True, False, True, False]
-    with pytest.raises(InputError, match=r"Layer 0 of Lfm2ForCausalLM has no keys .*--kv-cache none"):
-        cache_shapes(model)
+    convolution = BlockCache(None, (StateShape("conv", (32, 3)),))
+    assert [b == convolution for b in dummy_run(model).cache] == [True, False, True, False]
+    assert list(cache_shapes(model)) == [1, 3]
+    check_supported(model, states=True)
+    with pytest.raises(
+        InputError, match=r"2 layers of Lfm2ForCausalLM are not self-attention \(layer 0: conv\)"
+    ):
+        check_supported(model)
 
 
 def test_a_model_is_tried_once() -> None:
@@ -112,7 +118,9 @@ def test_an_encoder_sees_both_ways_and_all_its_tokens(tmp_path: Path) -> None:
     features = task_named("feature-extraction")
     text = load_model(find_model(str(text_encoder(tmp_path / "bert"))))
     found = dummy_run(text)
-    assert not found.causal and found.tokens == 8 and found.linear_output and found.cache == (None,) * 4
+    assert (
+        not found.causal and found.tokens == 8 and found.linear_output and found.cache == (BlockCache(),) * 4
+    )
     assert set(found.outputs) == {"last_hidden_state", "pooler_output"}
     check_supported(text, task=features)
     with pytest.raises(InputError, match="BertModel is not causal"):

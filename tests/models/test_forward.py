@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from nbl_export.models.forward import PastLayer, run_uncached, run_with_past
+from nbl_export.models.caches import PastLayer
+from nbl_export.models.forward import run_uncached, run_with_past
 from nbl_export.models.load import load_model
 from nbl_export.models.source import find_model
 from tests.encoders import text_encoder
@@ -28,7 +29,7 @@ def empty(rows: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
 def step(model: Any, ids: Any, mask: Any, positions: Any, past: Any, keep: int = 0) -> Any:
     tensors = (torch.from_numpy(np.ascontiguousarray(a)) for a in (ids, mask, positions))
     with torch.inference_mode():
-        return run_with_past(model, *tensors, dict(enumerate(past)), mask.shape[1] - ids.shape[1], keep)
+        return run_with_past(model, *tensors, past, mask.shape[1] - ids.shape[1], keep)
 
 
 @pytest.mark.parametrize("cuts", [(9,), (4, 5), (1, 1, 1, 6)], ids=str)

@@ -22,9 +22,9 @@ from nbl_export.batch.arrays import BOOL, F32, I64
 from nbl_export.batch.padding import left_padded
 from nbl_export.linearize.swap import linearized
 from nbl_export.linearize.sweep import ORIGINAL, version_of, within
+from nbl_export.models.caches import Entry, cache_layer, cache_with, entry_in
 from nbl_export.models.compat import cache_argument
-from nbl_export.models.dummy_run import cache_shapes
-from nbl_export.models.forward import PastLayer, cache_of
+from nbl_export.models.dummy_run import cache_shapes, dummy_run
 from nbl_export.models.layers import accepted_arguments
 from nbl_export.models.walk import Segment, through
 from nbl_export.models.weights import device_of, streams, weights_like
@@ -62,13 +62,16 @@ def _by_blocks(
     fed = list(_fed(rows, decode_steps, cached))
     cache = _Cache(model, len(rows), version.layers) if cached else None
     batches = [_batch(model, one, cache) for one in fed]
+    current: list[Segment] = []  # none once the head is run
 
     @contextmanager
     def of_block(part: Segment) -> Iterator[None]:
+        current[:] = [part]
         with within(model, version, part, plan.fit_input) if plan else nullcontext():
             yield
         if cache:
             cache.take(part)
+        current.clear()
 
     @contextmanager
     def of_step(number: int) -> Iterator[None]:
@@ -76,12 +79,14 @@ def _by_blocks(
             ids, mask, _ = fed[number]
             cache.set_length(mask.shape[1] - ids.shape[1])
         yield
+        if cache and current:
+            cache.step(current[0])
 
     steps: list[Step] = []
     for (_ids, mask, _), output in zip(fed, through(model, batches, of_block, of_step), strict=True):
         logits: F32 = output.logits.float().cpu().numpy()
         real: BOOL = mask.astype(bool)
-        kept = (cache.until(mask.shape[1]), real) if cache else ((), real[:, :0])
+        kept = (cache.after(len(steps), mask.shape[1]), real) if cache else ((), real[:, :0])
         steps.append(Step(logits[real] if not steps else logits[:, -1], (kept,)))
     lengths = tuple(len(row) - decode_steps for row in rows)
     return Recorded(cache.kv_layers if cache else None, lengths, tuple(steps))
@@ -111,34 +116,51 @@ def _batch(model: torch.nn.Module, fed: tuple[I64, I64, I64], cache: _Cache | No
 class _Cache:
     """The cache of a model for ``rows`` rows whose blocks are run one after the other, with all steps each.
 
-    ``linear`` are the layers without an entry.
+    ``linear`` are the layers without keys and values.
     """
 
     def __init__(self, model: torch.nn.Module, rows: int, linear: Any) -> None:
-        shapes, like = cache_shapes(model), weights_like(model)
-        self.kv_layers = tuple(i for i in shapes if i not in linear)
-        self._taken: dict[int, KV] = {}
-        self._empty = {
-            i: (like.new_zeros(rows, s.heads, 0, s.key_size), like.new_zeros(rows, s.heads, 0, s.value_size))
-            for i, s in shapes.items()
-            if i in self.kv_layers
-        }
-        self.of_model = cache_of(model, {i: PastLayer(0, *pair) for i, pair in self._empty.items()})
+        facts = dummy_run(model)
+        self._blocks = facts.cache
+        self.kv_layers = tuple(i for i in cache_shapes(model) if i not in linear)
+        self._taken: dict[int, Entry] = {}
+        self._states: dict[int, list[Entry]] = {}
+        self._empty = [block.empty(weights_like(model), rows) for block in facts.cache]
+        self._layers = [cache_layer(*block, 0) for block in zip(facts.cache, self._empty, strict=True)]
+        self.of_model = cache_with(self._layers, facts.cache_class)
 
     def set_length(self, length: int) -> None:
         """Tell every layer how many tokens came before."""
         for layer in self.of_model.layers:
             layer.past_length = length
 
+    def step(self, part: Segment) -> None:
+        """Keep the states of ``part`` as a step has left them, which the next one overwrites."""
+        for index in range(part.start, part.stop):
+            _, states = self._parts(index)
+            self._states.setdefault(index, []).append(tuple(state.float().cpu().clone() for state in states))
+
     def take(self, part: Segment) -> None:
-        """Keep what the blocks of ``part`` have left after the last step, and free it on the device."""
+        """Keep the keys and values that ``part`` has left after the last step, and free them on the device."""
         for index in range(part.start, part.stop):
             if index in self.kv_layers:
+                pair, _ = self._parts(index)
+                self._taken[index] = tuple(side.float().cpu() for side in pair)
+            if self._blocks[index].kv:
                 layer = self.of_model.layers[index]
-                self._taken[index] = (layer.keys.float().cpu().numpy(), layer.values.float().cpu().numpy())
-                layer.keys, layer.values = self._empty[index]
+                layer.keys, layer.values = self._empty[index][:2]
 
-    def until(self, slots: int) -> list[KV]:
-        """The cache when it had so many ``slots``: each step appends one."""
+    def _parts(self, index: int) -> tuple[Entry, Entry]:
+        block = self._blocks[index]
+        entry = entry_in(self.of_model, index, block)
+        split = 2 if block.kv else 0
+        return entry[:split], entry[split:]
+
+    def after(self, step: int, slots: int) -> list[KV]:
+        """The cache after a ``step``, when it had so many ``slots``: each step appends one."""
         pairs = (self._taken[index] for index in self.kv_layers)
-        return [(keys[:, :, :slots], values[:, :, :slots]) for keys, values in pairs]
+        states = (state for index in sorted(self._states) for state in self._states[index][step])
+        return [
+            *(tuple(side[:, :, :slots].numpy() for side in pair) for pair in pairs),
+            *((state.numpy(),) for state in states),
+        ]

@@ -69,7 +69,8 @@ class KeptCache:
 
     def cache(self) -> tuple[Sequence[KV], BOOL]:
         entries, real = self.stream.cache()
-        return [entries[i] for i in self.places], real
+        states = entries[len(self.stream.kv_layers or ()) :]
+        return [*(entries[i] for i in self.places), *states], real
 
     def reserve(self, tokens: int) -> None:
         self.stream.reserve(tokens)
