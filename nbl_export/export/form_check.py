@@ -81,6 +81,11 @@ def _check_branches(model: torch.nn.Module, form: Form) -> None:
         pass
 
 
+def _failed(error: Exception) -> _Failed:
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return _Failed(first[:300].rstrip("."))
+
+
 def _check_trace(model: torch.nn.Module, form: Form) -> None:
     """Refuse a model that loops over its tokens, or branches on their number: no graph is the model."""
     if form.fused and not is_replaced(model):
@@ -110,7 +115,10 @@ def _error(model: torch.nn.Module, form: Form) -> float:
     compared = 1 if any(one.length.batch for one in crossed) else 2
     with quiet(), torch.inference_mode():
         own = [model(input_ids=torch.from_numpy(text)[None]).logits[0] for text in texts]
-        own += [_own(model, text, bool(form.past)) for row in rows for text in (row, row[1:])[:compared]]
+        try:
+            own += [_own(model, text, bool(form.past)) for row in rows for text in (row, row[1:])[:compared]]
+        except Exception as error:
+            raise _failed(error) from error
         decoder = form.module(model)
         with exportable(model, decoder.mask, _grouped if form.fused else attention):
             try:
@@ -120,8 +128,7 @@ def _error(model: torch.nn.Module, form: Form) -> float:
             except NblError:
                 raise
             except Exception as error:  # a model's own code may raise anything
-                first = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise _Failed(first[:300].rstrip(".")) from error
+                raise _failed(error) from error
     expected = torch.cat(own)
     off = float((torch.cat(found) - expected).abs().max() / expected.std())
     return off if np.isfinite(off) else float("inf")

@@ -20,8 +20,8 @@ from nbl_export.models.layers import block_stack, layer_count
 from nbl_export.models.lengths import Length
 from nbl_export.models.load import quiet
 
-# Weights of a copy: half a gigabyte in float32.
-_WEIGHTS = 1 << 27
+# Weights of a copy: a gigabyte in float32.
+_WEIGHTS = 1 << 28
 _BLOCKS = 8
 _HEADS = 4  # where the size of a head is not said, but follows from the width
 # The smallest length, and how far each is from the next: each begins apart from the others.
@@ -155,11 +155,11 @@ def _changed(
 
 @torch.no_grad()
 def _draw(model: torch.nn.Module) -> None:
-    """Weights with which each module matters: of unit gain, and norms and biases that are not one and zero."""
+    """Weights with which each module matters, and none overflows: of gain 1.5, and biases that are not all zero."""
     for parameter in model.parameters():
         if parameter.ndim >= 2:
             scale = float(parameter.float().std()) or 1.0
-            parameter.mul_(1.5 / (scale * min(parameter.shape[-2:]) ** 0.5))
+            parameter.mul_(1.5 / (scale * parameter.shape[-1] ** 0.5))
         elif parameter.numel() > 1:
             parameter.add_(torch.randn_like(parameter) * 0.1)
 

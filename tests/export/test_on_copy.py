@@ -91,3 +91,18 @@ def test_what_a_copy_cannot_show_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(on_copy, "small_copy", refuse)
     found = crossed_on_copy(BEYOND["mistral"].model(), CONCAT)
     assert found == (OnCopy("sliding_window", 100, why="It cannot be made smaller"),)
+
+
+def test_a_copy_whose_code_fails_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise ValueError("No indexer.\nAnd more")
+
+    monkeypatch.setattr(on_copy, "_error", fail)
+    found = crossed_on_copy(BEYOND["mistral"].model(), CONCAT)
+    assert found == (OnCopy("sliding_window", 100, why="No indexer"),)
+
+
+def test_other_weights_are_drawn_where_rounding_decided(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = iter([0.5, 1e-5])
+    monkeypatch.setattr(on_copy, "_error", lambda *_: next(errors))
+    assert crossed_on_copy(BEYOND["mistral"].model(), CONCAT) == (OnCopy("sliding_window", 100, 16),)
