@@ -19,8 +19,8 @@ from tests.tiny_types import tiny_model
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
 # Each has a switch at 100 tokens.
 MODELS: dict[str, Any] = {
-    "phi3": lambda: tiny_model("phi3", num_hidden_layers=2),
-    "phimoe": lambda: tiny_model("phimoe", num_hidden_layers=2),
+    "phi3": lambda: tiny_model("phi3", num_hidden_layers=2, max_position_embeddings=512),
+    "phimoe": lambda: tiny_model("phimoe", num_hidden_layers=2, max_position_embeddings=512),
     "dynamic": lambda: tiny_model(
         "llama", num_hidden_layers=2, max_position_embeddings=100, rope_parameters=DYNAMIC
     ),
@@ -52,7 +52,7 @@ def test_both_ways_are_in_the_graph(model: Any, form: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("form", ["concat", "static"])
 def test_decoding_across_it_is_transformers_own(model: Any, form: str, tmp_path: Path) -> None:
-    assert furthest(model, tmp_path, form, rows_of(110), steps=20, together=True) < 1e-4
+    assert furthest(model, tmp_path, form, rows_of(390), steps=300, together=True) < 1e-4
 
 
 @pytest.mark.parametrize("form", ["concat", "static"])
