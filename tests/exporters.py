@@ -9,7 +9,7 @@ import logging
 import os
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -125,6 +125,35 @@ def dynamo(opset: int, attention: str, names: Names, external: bool = False) -> 
             )
         assert program is not None
         program.save(str(folder / GRAPH), external_data=external)
+
+    return export
+
+
+def torchscript(names: Names, tokens: Sequence[str], opset: int = 17) -> Export:
+    """``torch.onnx.export(dynamo=False)``, the older exporter; ``tokens`` are the names of ids, mask and positions."""
+
+    def export(model: Path, folder: Path) -> None:
+        loaded: Any = load(model)
+        assert names.present is not None
+        shape = next(iter(cache_shapes(loaded).values()))
+        entries = [(layer, side) for layer in range(layer_count(loaded)) for side in "kv"]
+        before, after = ([name(*entry) for entry in entries] for name in (names.past, names.present))
+        past = [torch.randn(2, shape.heads, 5, shape.key_size) for _ in entries]
+        ids = torch.ones(2, 3, dtype=torch.int64)
+        mask, positions = torch.ones(2, 8, dtype=torch.int64), torch.arange(5, 8)[None].expand(2, 3)
+        axes = {name: {0: "b", 1: "s"} for name in (*tokens, "logits")} | {tokens[1]: {0: "b", 1: "t"}}
+        axes |= {name: {0: "b", 2: "p"} for name in before} | {name: {0: "b", 2: "t"} for name in after}
+        with quiet(), torch.no_grad():
+            torch.onnx.export(
+                Decoder(loaded),
+                (ids, mask, positions, *past),
+                str(folder / GRAPH),
+                dynamo=False,
+                opset_version=opset,
+                input_names=[*tokens, *before],
+                output_names=["logits", *after],
+                dynamic_axes=axes,
+            )
 
     return export
 

@@ -20,6 +20,7 @@ from nbl_export.batch.names import EMBEDDINGS, MASK, SIDES, TOKENS, WRITE_INDICE
 from nbl_export.errors import BuildError, InputError
 from nbl_export.files import parse_json
 from nbl_export.graph.operators import PRODUCTS, VIEWS, fused_op, readers, weight_shape
+from nbl_export.graph.roles import roles
 from nbl_export.graph.tensors import int64_initializer
 from nbl_export.records import from_json
 
@@ -206,12 +207,12 @@ def _grown(past: ir.Value) -> tuple[ir.Node, ir.Value, int | None] | None:
                     if len(node.inputs) > old and node.inputs[old] is value and len(node.outputs) > new:
                         present = _as_output(node.outputs[new])
                         return (node, present, side) if present is not None else None
+            elif _is_view_or_transpose(node):
+                stack.append(node.outputs[0])
             elif node.op_type in ("Concat", "TensorScatter") and node.inputs[0] is value:
                 present = _as_output(node.outputs[0])
                 if present is not None:
                     return node, present, None
-            elif _is_view_or_transpose(node):
-                stack.append(node.outputs[0])
     return None
 
 
@@ -237,13 +238,15 @@ def _as_output(value: ir.Value) -> ir.Value | None:
 
 
 def _is_view_or_transpose(node: ir.Node) -> bool:
-    return node.op_type in VIEWS or node.op_type == "Transpose"
+    # Exporters also write a Concat of one tensor.
+    alone = node.op_type == "Concat" and len(node.inputs) == 1
+    return node.op_type in VIEWS or node.op_type == "Transpose" or alone
 
 
 def _side(present: ir.Value) -> tuple[int, ir.Node]:
     """Whether an extended cache is a key (0) or a value (1), and the node that multiplies by it."""
     source = present
-    while (node := source.producer()) is not None and (node.op_type in VIEWS or node.op_type == "Transpose"):
+    while (node := source.producer()) is not None and _is_view_or_transpose(node):
         source = node.inputs[0]  # type: ignore[assignment]
     stack: list[ir.Value] = [source]
     seen: set[ir.Node] = set()
@@ -313,7 +316,7 @@ def remove_pairs(model: ir.Model, removed: Sequence[int], pairs: Sequence[KVPair
         for side in range(len(SIDES)):
             for value, twins in ((pair.past[side], "past"), (pair.present[side], "present")):
                 twin = getattr(retained[0], twins)[side] if retained else None
-                for usage in list(value.uses()):
+                for usage in [usage for one in _of_one_shape(value) for usage in one.uses()]:
                     if usage.node.op_type == "Shape":
                         _reroute_shape(model, usage.node, pair.geometry(side), twin, grown=twins == "present")
     RemoveUnusedNodesPass()(model)
@@ -327,6 +330,17 @@ def remove_pairs(model: ir.Model, removed: Sequence[int], pairs: Sequence[KVPair
     for new, pair in enumerate(retained):
         for template, value in zip(templates, (*pair.past, *pair.present), strict=False):
             value.name = template.format(new)
+
+
+def _of_one_shape(value: ir.Value) -> list[ir.Value]:
+    """``value`` and what has its shape by the operators that read it: a Cast, a Concat of it alone …"""
+    found = [value]
+    for one in found:
+        for node in readers(one):
+            alone = node.op_type == "Concat" and len(node.inputs) == 1
+            if alone or node.op_type in ("Cast", "CastLike", "Identity"):
+                found.append(node.outputs[0])
+    return found
 
 
 def _templates(pairs: Sequence[KVPair]) -> list[str]:
@@ -352,7 +366,7 @@ def _reroute_shape(
     if twin is not None:
         node.replace_input_with(0, twin)
         return
-    inputs = {v.name: v for v in model.graph.inputs}
+    inputs = roles(model)
     tokens = inputs.get(TOKENS, inputs.get(EMBEDDINGS))
     if tokens is None or MASK not in inputs:
         raise BuildError(

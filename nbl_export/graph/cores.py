@@ -18,6 +18,7 @@ from nbl_export.batch.names import EMBEDDINGS, PIXELS, SIDES, TOKENS
 from nbl_export.errors import InputError
 from nbl_export.graph.cache import KVPair, after_softmax, grown_value
 from nbl_export.graph.operators import PRODUCTS, SHAPE_ONLY, fused_op, is_constant, readers
+from nbl_export.graph.roles import roles
 
 
 class NotFound(Exception):
@@ -41,7 +42,7 @@ def reach(values: Iterable[ir.Value]) -> set[ir.Node]:
 
 def activations_of(model: ir.Model) -> set[ir.Value]:
     """The activations: values computed from the token ids (or embeddings, or pixels)."""
-    tokens = [v for v in model.graph.inputs if v.name in (TOKENS, EMBEDDINGS, PIXELS)]
+    tokens = [v for name, v in roles(model).items() if name in (TOKENS, EMBEDDINGS, PIXELS)]
     if not tokens:
         names = ", ".join(repr(str(v.name)) for v in model.graph.inputs)
         raise InputError(

@@ -30,6 +30,7 @@ from nbl_export.graph.cache import KVPair, StatePair, kv_layers, kv_pairs, state
 from nbl_export.graph.cores import visible_cores
 from nbl_export.graph.embedding import embedding_of, reads_embeddings
 from nbl_export.graph.operators import fused_op
+from nbl_export.graph.roles import roles
 
 T = TypeVar("T")
 # Scalar inputs that some exporters add, and their default value.
@@ -64,7 +65,8 @@ class Interface:
     each with its own length; the others take rows padded on the left. ``cacheless`` graphs have attention but
     no KV cache: every step computes all tokens again. ``embedding`` makes the embeddings that a graph reads instead of
     token ids, and positions have ``position_rows``, if they have rows. ``states`` are what other layers keep; in every
-    list of names they follow the KV cache.
+    list of names they follow the KV cache. ``inputs`` have their usual names; ``own`` are those that the graph calls
+    otherwise.
     """
 
     inputs: frozenset[str]
@@ -78,6 +80,7 @@ class Interface:
     embedding: Callable[[Any], NDArray[Any]] | None = None
     position_rows: int | None = None
     states: tuple[StateEntry, ...] = ()
+    own: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def static(self) -> bool:
@@ -112,7 +115,7 @@ class Interface:
             inputs = {**inputs, EMBEDDINGS: self.embedding(inputs[TOKENS])}
         if self.position_rows is not None and POSITIONS in inputs:
             inputs = {**inputs, POSITIONS: np.stack([inputs[POSITIONS]] * self.position_rows)}
-        feeds = {name: value for name, value in inputs.items() if name in self.inputs}
+        feeds = {self.own.get(name, name): value for name, value in inputs.items() if name in self.inputs}
         return feeds | {name: np.array(value, dtype=np.int64) for name, value in self.scalars.items()}
 
     def empty_cache(self, batch: int, length: int, dtype: Any) -> dict[str, NDArray[Any]]:
@@ -160,7 +163,9 @@ def interface_of(model: ir.Model) -> Interface:
         *SCALARS,
         *past,
     }
-    names = [str(v.name) for v in model.graph.inputs]
+    found = roles(model)
+    usual = {str(v.name): name for name, v in found.items()}
+    names = [usual.get(str(v.name), str(v.name)) for v in model.graph.inputs]
     if unknown := [name for name in names if name not in known]:
         raise InputError(
             f"The graph has an input {unknown[0]!r} that nbl-export does not know: export the model with "
@@ -179,6 +184,7 @@ def interface_of(model: ir.Model) -> Interface:
         embedding_of(model) if embeds else None,
         _position_rows(model),
         tuple(_state(pair) for pair in states),
+        {name: str(v.name) for name, v in found.items() if v.name != name},
     )
 
 
@@ -192,7 +198,7 @@ def _takes_whole_texts(model: ir.Model) -> bool:
     """Whether the mask is as long as the tokens: so it stays where all attention of a graph without a cache is linear,
     and other layers still mix tokens.
     """
-    shapes = {v.name: v.shape for v in model.graph.inputs if v.name in (TOKENS, MASK)}
+    shapes = {name: v.shape for name, v in roles(model).items() if name in (TOKENS, MASK)}
     lengths = [shape[1] for shape in shapes.values() if shape is not None and len(shape) == 2]
     return len(lengths) == 2 and lengths[0] == lengths[1] and lengths[0] is not None
 

@@ -36,6 +36,7 @@ from nbl_export.graph.finite import check_finite
 from nbl_export.graph.io import load_graph, save_graph, summarize
 from nbl_export.graph.precision import graph_precision
 from nbl_export.graph.regions import AttentionRegion, Output, Refusal, find_regions
+from nbl_export.graph.roles import remember_roles
 from nbl_export.graph.summary import DescribedLayer, GraphSummary
 from nbl_export.graph.tensors import follow_links
 from nbl_export.graph.types import infer_types
@@ -231,6 +232,7 @@ def replace(
 ) -> None:
     """Step 3, in place: planned layers become MatMul + Add, and their KV pairs are removed."""
     pairs = kv_pairs(model)
+    remember_roles(model)
     untyped = [v for node in model.graph for v in node.outputs if v.type is None and v.shape is None]
     infer_types(model)
     for layer in plan.chosen:
