@@ -219,7 +219,7 @@ def test_refusals_say_what_was_checked_and_found(
     changes: dict[str, Node | None], check: str, found: str
 ) -> None:
     (entry,) = find_regions(one_layer(changes))
-    assert entry == Refusal(0, check, found)
+    assert entry == Refusal(0, check, found, pair=0)
     assert str(entry) == f"layer 0: {check} (found: {found})"
 
 
@@ -236,4 +236,4 @@ def test_asking_a_cache_for_its_size_is_not_a_path() -> None:
             }
         )
     )
-    assert entry == Refusal(0, "the past key and value reach the first output", "no path")
+    assert entry == Refusal(0, "the past key and value reach the first output", "no path", pair=0)
