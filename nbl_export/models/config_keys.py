@@ -56,8 +56,11 @@ def without_files(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def check_keys(source: str, config: Mapping[str, Any]) -> None:
-    """Refuse a configuration that names another weight file or a model elsewhere; raises :class:`InputError`."""
+def check_keys(source: str, config: Mapping[str, Any], towers: bool = False) -> None:
+    """Refuse a configuration that names another weight file or a model elsewhere; raises :class:`InputError`.
+
+    With ``towers`` one of them may be timm's, since none is built.
+    """
     for name, value in _entries(config):
         where = f"{source}: config.json has {name}"
         if name == "transformers_weights" and value is not None:
@@ -68,7 +71,10 @@ def check_keys(source: str, config: Mapping[str, Any]) -> None:
         if name == "attribute_map" or _PYTHON.fullmatch(name):
             raise InputError(f"{where}, which renames other keys: remove it.")
         if (name == "backbone" and isinstance(value, str)) or (
-            name == "model_type" and isinstance(value, str) and value.startswith("timm_")
+            name == "model_type"
+            and isinstance(value, str)
+            and value.startswith("timm_")
+            and not (towers and value == "timm_wrapper")
         ):
             raise InputError(
                 f"{where} {value!r:.100}, a model of another library or folder: only models whose code is in "

@@ -33,6 +33,8 @@ _LEFT_OUT = "_nbl_export_left_out"
 def find_wrapper(source: str, config: Mapping[str, Any], architecture: str) -> tuple[str, tuple[str, ...]]:
     """The class of a wrapper, and its modules that are not its language model; it is built without memory.
 
+    Of an ordinary decoder both are empty.
+
     Raises :class:`InputError` for a wrapper without a language model that could be exported.
     """
     if is_transformers_4():
@@ -44,7 +46,11 @@ def find_wrapper(source: str, config: Mapping[str, Any], architecture: str) -> t
 
     try:
         with quiet(), torch.device("meta"):
-            read = CONFIG_MAPPING[config["model_type"]].from_dict(without_choices(config))
+            of_type = CONFIG_MAPPING[config["model_type"]]
+            numbers = getattr(
+                of_type, "_decode_special_floats", lambda given: given
+            )  # infinity has a form of its own
+            read = of_type.from_dict(numbers(without_choices(config)))
             name = _class_of(read, architecture)
             model = text_only(name)._from_config(read)
     except InputError:
@@ -53,6 +59,8 @@ def find_wrapper(source: str, config: Mapping[str, Any], architecture: str) -> t
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")[:300]
         raise InputError(f"transformers cannot build {source} ({architecture}): {reason}.") from error
     found: tuple[str, ...] = getattr(model, _LEFT_OUT)
+    if not found and read.get_text_config(decoder=True) is read:
+        return "", ()  # an ordinary decoder, with something in its configuration that nobody reads
     _check_head(as_decoder(model))
     return name, found
 

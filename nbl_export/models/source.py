@@ -230,7 +230,7 @@ def _from_folder(
     task = check_config(source, config)
     if find_pooling(path):
         task = task_named(FEATURES)  # pooling uses the hidden states, whatever head was saved
-    check_keys(source, config)
+    check_keys(source, config, towers=task.causal and nests(config) and "auto_map" not in config)
     check_beside(source, path)
     weights = weight_files(path)
     if not weights:

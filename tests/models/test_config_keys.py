@@ -271,7 +271,7 @@ def test_a_choice_beside_weights_in_a_folder_and_an_infinite_number(folder: Path
     ("changes", "named"),
     [
         ({"backbone": "someone/model"}, "backbone 'someone/model'"),
-        ({"vision_config": {"model_type": "timm_wrapper"}}, "model_type 'timm_wrapper'"),
+        ({"vision_config": {"model_type": "timm_backbone"}}, "model_type 'timm_backbone'"),
         ({"text_config": {"quantization_config": {"quant_method": "awq"}}}, "quantized checkpoint (awq)"),
         ({"compression_config": {"quant_method": "compressed-tensors"}}, "(compressed-tensors)"),
         ({"quantization_config": {"load_in_4bit": True}}, "quantized checkpoint (bitsandbytes)"),

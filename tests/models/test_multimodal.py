@@ -5,6 +5,7 @@ What is held against: transformers' own wrapper with all its towers, and the sam
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -196,3 +197,40 @@ def test_a_tower_and_a_norm_in_float32_beside_bfloat16_change_nothing(name: str,
     with torch.inference_mode():
         ids = torch.arange(3, 30)[None]
         assert torch.equal(found(input_ids=ids).logits, expected(input_ids=ids).logits)
+
+
+def test_a_tower_of_timm_is_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its code may fetch what a configuration names; it is not needed, and need not be installed."""
+    text = {**_TINY, "model_type": "qwen2", "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
+    vision = {"model_type": "timm_wrapper", "architecture": "hf-hub:somebody/else", "hidden_size": 8}
+    config = AutoConfig.for_model("fast_vlm", text_config=text, vision_config=vision, image_token_id=3)
+    monkeypatch.setattr(
+        "transformers.models.timm_wrapper.modeling_timm_wrapper.TimmWrapperModel.__init__",
+        lambda *_: pytest.fail("built"),
+    )
+    config.architectures = ["FastVlmForConditionalGeneration"]
+    config.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_config(config.text_config)
+    weights = {
+        f"model.language_{name}" if "lm_head" not in name else name: w
+        for name, w in model.state_dict().items()
+    }
+    save_file(
+        {k: w.contiguous() for k, w in weights.items()}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
+    source = find_model(str(tmp_path))
+    assert source.towers == ("model.vision_tower", "model.multi_modal_projector")
+    ids = torch.arange(3, 12)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(load(tmp_path)(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+
+
+def test_a_decoder_with_a_tower_that_nobody_reads_is_an_ordinary_one(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"] = {"model_type": "siglip_vision_model"}
+    (folder / "config.json").write_text(json.dumps(config))
+    source = find_model(str(folder))
+    assert (source.wrapper, source.towers) == ("", ())
