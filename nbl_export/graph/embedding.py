@@ -16,6 +16,8 @@ from nbl_export.graph.io import load_graph
 from nbl_export.graph.tensors import FOLDER
 
 NAME = "embedding.onnx"
+# What may happen to the rows of the table: they are scaled, in their precision.
+_SCALED = {"Mul", "Cast"}
 
 
 def reads_embeddings(model: ir.Model) -> bool:
@@ -33,7 +35,8 @@ class Embedding:
         model = load_graph(path)
         gather = next((n for n in model.graph if n.op_type == "Gather"), None)
         table = gather.inputs[0] if gather is not None else None
-        if gather is None or table is None or table.const_value is None:
+        others = {node.op_type for node in model.graph if node is not gather}
+        if gather is None or table is None or table.const_value is None or not others <= _SCALED:
             raise InputError(f"{path} is no embedding of nbl-export: export the model again.")
         self._table = table.const_value
         self._name = str(gather.outputs[0].name)
@@ -53,7 +56,10 @@ class Embedding:
         self._rest = ReferenceEvaluator(ir.to_proto(model))
 
     def __call__(self, ids: I64) -> F32:
-        rows: NDArray[Any] = np.asarray(self._table.numpy()[np.asarray(ids)])
+        table = self._table.numpy()
+        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < len(table):
+            raise InputError(f"{NAME} has {len(table):,} tokens, and none with the id {int(ids.max()):,}.")
+        rows: NDArray[Any] = np.asarray(table[np.asarray(ids)])
         if self._rest is not None:
             rows = self._rest.run(None, {self._name: rows})[0]
         return np.ascontiguousarray(rows, dtype=np.float32)

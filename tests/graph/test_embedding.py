@@ -36,6 +36,8 @@ def test_it_is_the_models(
         expected = model.get_input_embeddings()(torch.from_numpy(ids)).numpy()  # type: ignore[operator]
     found = Embedding(tmp_path / NAME)(ids)
     assert found.dtype == np.float32
+    with pytest.raises(InputError, match="has 260 tokens, and none with the id 260"):
+        Embedding(tmp_path / NAME)(np.array([[3, 260]]))
     np.testing.assert_allclose(
         found, expected, rtol=OFF[precision], atol=OFF[precision] * np.abs(expected).max()
     )
