@@ -116,7 +116,8 @@ def _error(model: torch.nn.Module, form: Form) -> float:
     with quiet(), torch.inference_mode():
         own = [model(input_ids=torch.from_numpy(text)[None]).logits[0] for text in texts]
         try:
-            own += [_own(model, text, bool(form.past)) for row in rows for text in (row, row[1:])[:compared]]
+            stepwise = compared == 1 and bool(form.past)
+            own += [_own(model, text, stepwise) for row in rows for text in (row, row[1:])[:compared]]
         except Exception as error:
             raise _failed(error) from error
         decoder = form.module(model)
@@ -134,9 +135,9 @@ def _error(model: torch.nn.Module, form: Form) -> float:
     return off if np.isfinite(off) else float("inf")
 
 
-def _own(model: torch.nn.Module, row: np.ndarray[Any, Any], cached: bool) -> torch.Tensor:
-    """The model's own logits of a row that, with a cache, crosses a length while it is decoded."""
-    if not cached:
+def _own(model: torch.nn.Module, row: np.ndarray[Any, Any], stepwise: bool) -> torch.Tensor:
+    """The model's own logits of a row that crosses a length; ``stepwise`` where a token depends on the text so far."""
+    if not stepwise:
         logits: torch.Tensor = model(input_ids=torch.from_numpy(row)[None]).logits[0]
         return logits
     stream = torch_stream(model)

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from nbl_export.batch.names import TOKENS
 from nbl_export.errors import InputError, first_line
 from nbl_export.export.forms import FORMS, Form
 from nbl_export.export.torch import export_torch
 from nbl_export.graph.summary import OnCopy
+from nbl_export.models.forward import run_uncached
 from nbl_export.models.layers import vocabulary
 from nbl_export.models.lengths import BEYOND, REHEARSAL, Length, crossed_by
 from nbl_export.models.load import quiet
@@ -87,12 +89,16 @@ def _error(copy: torch.nn.Module, form: Form, lengths: Sequence[Length], small: 
         (np.random.default_rng(i).integers(0, size, prompt + _STEPS)).astype(np.int32)
         for i, prompt in enumerate(prompts)
     ]
-    # PyTorch runs each row by itself: padding is the graph's to bear. Unless the longest row decides for all.
+    # PyTorch runs each row by itself and in one pass: padding and steps are the graph's to bear. Unless the longest row
+    # decides for all, and the text so far for the next token.
     apart = any(length.batch for length in lengths)
     with quiet():
-        expected = [
-            np.concatenate(_logits(torch_stream(copy, cached=bool(form.past)), [row])) for row in rows
-        ]
+        if apart:
+            own = torch_stream(copy, cached=bool(form.past))
+            expected = [np.concatenate(_logits(own, [row])) for row in rows]
+        else:
+            one_pass = ({TOKENS: row[None].astype(np.int64)} for row in rows)
+            expected = [run_uncached(copy, inputs).logits[0].numpy() for inputs in one_pass]
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.onnx"
             export_torch(copy, path, form=form)

@@ -20,8 +20,8 @@ from nbl_export.models.layers import block_stack, layer_count
 from nbl_export.models.lengths import Length
 from nbl_export.models.load import quiet
 
-# Weights of a copy: a gigabyte in float32.
-_WEIGHTS = 1 << 28
+# Weights of a copy: half a gigabyte in float32.
+_WEIGHTS = 1 << 27
 _BLOCKS = 8
 _HEADS = 4  # where the size of a head is not said, but follows from the width
 # The smallest length, and how far each is from the next: each begins apart from the others.
@@ -57,7 +57,7 @@ def small_copy(model: torch.nn.Module, lengths: Sequence[Length], seed: int = 0)
 
 def _attempts(config: Mapping[str, Any]) -> list[Mapping[str, int]]:
     """What is made small, most first."""
-    sizes, experts, width = (_table()[name] for name in ("sizes", "experts", "width"))
+    sizes, experts, width = (dict(_table()[name]) for name in ("sizes", "experts", "width"))
     heads, size = config.get("num_attention_heads"), config.get("hidden_size")
     if config.get("head_dim") and isinstance(heads, int):
         width = {"hidden_size": heads * -(-width["hidden_size"] // heads)}  # some families ask for a multiple
@@ -68,6 +68,10 @@ def _attempts(config: Mapping[str, Any]) -> list[Mapping[str, int]]:
             "num_attention_heads": _HEADS,
             "num_key_value_heads": _HEADS // 2 if grouped else _HEADS,
         }
+    if isinstance(size, int):
+        for key in _table()["scaled"]["keys"]:
+            if isinstance(count := config.get(key), int):
+                width[key] = max(1, count * width["hidden_size"] // size)
     return [{**sizes, **experts, **width}, {**sizes, **experts}, sizes, {}]
 
 
