@@ -14,17 +14,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nbl_export.calibrate.collect import collect_moments
 from nbl_export.errors import InputError
+from nbl_export.models.dummy_run import check_supported
 from nbl_export.models.source import find_model
+from nbl_export.models.tasks import task_named
 from nbl_export.models.weights import streams
 from nbl_export.stages.export import left_out
 from tests.families import VOCAB, Calibrated, attention_share
 from tests.fixtures_graph import load
 from tests.multimodal import LENDING, WRAPPERS, build, whole
+from tests.tiny_types import scale_up
 
 # Those that have a class for their text alone, which transformers' own wrapper need not have.
 PLAIN = [name for name in WRAPPERS if not name.startswith(("qwen", "glm", "phi4"))]
@@ -234,3 +238,22 @@ def test_a_decoder_with_a_tower_that_nobody_reads_is_an_ordinary_one(
     (folder / "config.json").write_text(json.dumps(config))
     source = find_model(str(folder))
     assert (source.wrapper, source.towers) == ("", ())
+
+
+@pytest.mark.parametrize("architecture", ["Qwen2VLTextModel", "CLIPTextModel"])
+def test_no_class_is_named_that_does_not_exist(architecture: str, tmp_path: Path) -> None:
+    """A text model without a head, for which transformers has none."""
+    kind: Any = getattr(transformers, architecture)
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
+    more = rope if architecture.startswith("Qwen") else {}
+    special = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+    model = kind(kind.config_class(**{**_TINY, "num_key_value_heads": 2, **special, **more}))
+    scale_up(model)
+    model.save_pretrained(tmp_path)
+    source = find_model(str(tmp_path))
+    with pytest.raises(InputError) as caught:
+        check_supported(load(tmp_path), task=task_named(source.task))
+    sentence = (
+        f"{architecture} is a decoder without its language-model head: only decoders with it are supported."
+    )
+    assert str(caught.value) == sentence
