@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 from nbl_export.batch.names import BASE, LINEARIZED
 from nbl_export.checks import Check
 from nbl_export.engine.gpu import Gpu, find_gpu
@@ -19,6 +22,7 @@ from nbl_export.errors import BuildError, InputError, MissingDependencyError
 from nbl_export.graph.precision import Precision, precision_of
 from nbl_export.linearize.plan import Plan
 from nbl_export.linearize.swap import linearized
+from nbl_export.models.lengths import crossed_by, crossing_prompts
 from nbl_export.models.load import in_precision
 from nbl_export.progress import Listener
 from nbl_export.runtime.session import CUDA
@@ -181,20 +185,34 @@ def _parity_of(
 ) -> tuple[Parity | None, Check]:
     case, precision = running.case, running.precision
     name = "engine parity" if role == LINEARIZED else f"{role} engine parity"
-    rows, steps = case.rows(prompts), case.settings.decode_steps
+    (rows, alone), steps = _text(running, prompts), case.settings.decode_steps
     try:
         with linearized(case.model, plan):
             reference, gates = torch_stream(case.model, plan.chosen), gates_for(precision.gates)
-            parity = compare_streams(reference, running.streams[role], rows, steps, gates, case.listener)
+            engine = running.streams[role]
+            parity = compare_streams(reference, engine, rows, steps, gates, case.listener, alone)
     except BuildError as error:
         return None, Check(name, "failed", str(error))
     failures = parity.failures()
     if precision.name != "fp32":
         failures += parity.failures_against(
-            pytorch_in_precision(precision, case.model, plan, rows, steps), OWN
+            pytorch_in_precision(precision, case.model, plan, rows, steps, alone=alone), OWN
         )
     detail = f"max |Δlogit| {parity.worst:.2g} on {running.gpu.name}, within all {precision.gates} gates"
     return parity, Check(name, "failed" if failures else "passed", "; ".join(failures) or detail)
+
+
+Rows = list[NDArray[np.int32]]
+
+
+def _text(running: RunningEngines, prompts: Sequence[int]) -> tuple[Rows, Rows]:
+    """The ragged rows, and those of one batch each that cross the model's lengths and fit into the engines."""
+    case, limits, steps = running.case, running.limits, running.case.settings.decode_steps
+    start = len(case.text.start)
+    crossed = crossed_by(case.model, steps, [start + prompt for prompt in prompts])
+    alone = [p for p in crossing_prompts(crossed) if p <= limits.max_seq and p + steps <= limits.max_context]
+    rows = case.rows([*prompts, *(max(1, prompt - start) for prompt in alone)])
+    return rows[: len(prompts)], rows[len(prompts) :]
 
 
 # speed -------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from nbl_export.engine.pair import EngineFile
 from nbl_export.engine.profiles import Limits
 from nbl_export.errors import BuildError, InputError, NblError
 from nbl_export.linearize.plan import Plan
+from nbl_export.models.lengths import Crossed, Length
 from nbl_export.models.load import in_precision
 from nbl_export.runtime import tensorrt as tensorrt_module
 from nbl_export.runtime.tensorrt import EngineStream
@@ -96,6 +97,19 @@ def test_rows_are_as_long_as_the_engine_takes(
     assert checks(result)["engine parity"].status == "passed"
     assert result.engine_parity is not None and result.engine_parity.linearized is not None
     assert result.engine_parity.linearized.prompt_lengths == lengths
+
+
+def test_rows_that_cross_a_length_are_run_where_they_fit(
+    on_gpu: Measure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crossed = Crossed(Length("window", 50, (0,)), (60, 90, 48))
+    monkeypatch.setattr(module, "crossed_by", lambda *_: (crossed,))
+    result = on_gpu(limits=Limits(3, 70, 80))
+    assert checks(result)["engine parity"].status == "passed"
+    assert result.engine_parity is not None and result.engine_parity.linearized is not None
+    found = result.engine_parity.linearized
+    assert found.steps[0].tokens == sum(found.prompt_lengths) + 60 + 48
+    assert {s.tokens for s in found.steps[1:]} == {3 + 2}
 
 
 @pytest.mark.parametrize("factor", [1.05, float("nan")])
