@@ -131,7 +131,8 @@ def structure(model: torch.nn.Module) -> Structure:
     if not layers:
         kinds = ", ".join(sorted(set(others.values())))
         raise InputError(
-            f"{type(model).__name__} has no self-attention layer that could be linearized: its layers are {kinds}."
+            f"{type(model).__name__} has no attention of a kind that is exported, which are full, windows and chunks: "
+            f"its layers are {kinds}."
         )
     return Structure(tuple(layers), others)
 

@@ -153,3 +153,13 @@ def test_a_branch_on_a_value_is_refused_in_our_words(monkeypatch: pytest.MonkeyP
         InputError, match=r"^LlamaForCausalLM goes one of two ways by a number that it computes"
     ):
         check_form(tiny_model("llama"), CONCAT)
+
+
+def test_attention_to_the_keys_that_an_index_chooses_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As in DeepSeek V3.2 and GLM-MoE-DSA.
+    model = tiny_model("llama")
+    monkeypatch.setattr(model.config, "layer_types", ["indexed_attention"] * 4, raising=False)
+    with pytest.raises(
+        InputError, match=r"which are full, windows and chunks: its layers are indexed_attention\.$"
+    ):
+        check_form(model, CONCAT)
