@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.lfm2.modeling_lfm2 import Lfm2MLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from nbl_export.errors import InputError
@@ -129,17 +130,34 @@ def test_what_begins_at_a_length_is_rehearsed(name: str, form: Any, monkeypatch:
     assert _error(model, other) < 1e-3
 
 
-@pytest.mark.parametrize(
-    ("model_type", "found"),
-    [
-        ("dbrx", "DbrxForCausalLM runs the experts that its tokens go to in a loop of its own, not by"),
-        ("jamba", "JambaForCausalLM takes a step for each token of a text, and a graph"),
-    ],
-)
-def test_what_no_form_serves_is_not_sent_to_another_one(model_type: str, found: str) -> None:
-    for form in (CONCAT, STATIC, NONE):
-        with pytest.raises(InputError, match=f"^{found}"):
-            check_form(tiny_model(model_type), form)
+@pytest.mark.parametrize("form", [CONCAT, STATIC, NONE], ids=lambda form: form.name)
+def test_experts_without_an_interface_are_refused_in_our_words(form: Any) -> None:
+    with pytest.raises(
+        InputError, match=r"^DbrxForCausalLM runs the experts that its tokens go to in a loop of its own"
+    ):
+        check_form(tiny_model("dbrx"), form)
+
+
+def test_a_step_for_each_token_is_refused_in_our_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = LlamaMLP.forward
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([own(self, x[:, i : i + 1]) for i in range(x.shape[1])], dim=1)
+
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    with pytest.raises(
+        InputError, match=r"^LlamaForCausalLM takes a step for each token of a text, and a graph"
+    ):
+        check_form(tiny_model("llama"), CONCAT)
+
+
+def test_no_form_is_advised_that_is_refused_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = Lfm2MLP.forward
+    monkeypatch.setattr(Lfm2MLP, "forward", lambda self, x: own(self, x) * (2 if x.shape[1] > 60 else 1))
+    with pytest.raises(
+        InputError, match=r"^Lfm2ForCausalLM computes texts of more than 60 tokens in another way"
+    ):
+        check_form(tiny_model("lfm2"), STATIC)
 
 
 def test_a_branch_on_a_value_is_refused_in_our_words(monkeypatch: pytest.MonkeyPatch) -> None:
