@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
 from nbl_export.batch.names import PIXELS, TOKENS
@@ -83,6 +84,20 @@ class ProbeRunner:
 
 def _backwards(row: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     return {name: a[..., ::-1].copy() if name in (TOKENS, PIXELS) else a for name, a in row.items()}
+
+
+def cause_and_remedy(model: ir.Model, precision: str) -> str:
+    """Why tensors of a graph in that precision may be unlike PyTorch's, and what to do, as the end of a sentence.
+
+    A router (TopK) sends a token of two nearly equal scores to another expert where the scores are rounded.
+    """
+    other = "this graph is not of the model the plan was made for"
+    if precision != "fp32" and any(node.op_type == "TopK" for node in model.graph):
+        return (
+            f"rounding may send tokens to other experts than PyTorch's, or {other}: export that model with --precision "
+            "fp32, or calibrate on other text"
+        )
+    return f"{other}: export that model"
 
 
 def relative_error(found: NDArray[Any], expected: NDArray[np.float32]) -> float:

@@ -30,7 +30,7 @@ from nbl_export.graph.operators import SKIP_NORMS, captured, constant_tensor, ke
 from nbl_export.graph.precision import Precision, graph_precision
 from nbl_export.graph.regions import AttentionRegion, Output, later_bias
 from nbl_export.linearize.plan import Plan
-from nbl_export.rewrite.probe_runner import Found, ProbeRunner, relative_error
+from nbl_export.rewrite.probe_runner import Found, ProbeRunner, cause_and_remedy, relative_error
 from nbl_export.rewrite.summary import ProofErrors
 
 _C = TypeVar("_C")
@@ -119,16 +119,15 @@ def prove(
             raise BuildError(
                 f"Layer {layer} is not proven: the graph's tensors differ from PyTorch's by "
                 f"{proof.input_error:.1e} (input) and {proof.output_error:.1e} (output), more than "
-                f"{limits.u:.2g} and {limits.y:.2g} relative; this graph is not of the model the plan was made for: "
-                "export that model."
+                f"{limits.u:.2g} and {limits.y:.2g} relative; {cause_and_remedy(model, precision.name)}."
             )
     wide = plan.hidden_size >= _WIDE
     for what, times in _as_a_whole(proofs).items() if wide else ():
         if not times <= _ROOM_AS_A_WHOLE:
             raise BuildError(
                 f"The graph is not proven: over all layers its tensors ({what}) differ from PyTorch's by {times:.2f} "
-                f"times what its own rounding explains, more than {_ROOM_AS_A_WHOLE:g} times; this graph is not of the "
-                "model the plan was made for: export that model."
+                f"times what its own rounding explains, more than {_ROOM_AS_A_WHOLE:g} times; "
+                f"{cause_and_remedy(model, precision.name)}."
             )
     return proofs
 

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.regions import AttentionRegion, find_regions
 from nbl_export.linearize.plan import Plan
-from nbl_export.rewrite.probe_runner import ProbeRunner, relative_error
+from nbl_export.rewrite.probe_runner import ProbeRunner, cause_and_remedy, relative_error
 from nbl_export.rewrite.prove import PROOF_TOLERANCE
 from tests.fixtures_graph import plan_by_hand
 
@@ -102,3 +103,18 @@ def test_zeros_are_equal_to_zeros_alone() -> None:
 def test_relative_error_refuses_another_shape() -> None:
     assert relative_error(REAL, REAL[:2]) == float("inf")
     assert relative_error(REAL, REAL[:, :1]) == float("inf")
+
+
+def test_a_graph_that_routes_tokens_says_what_rounding_may_do() -> None:
+    routed = ir.from_onnx_text(
+        '<ir_version: 10, opset_import: ["" : 17]> g (float[2, 4] x, int64[1] k) => (float[2, 1] v, int64[2, 1] i) '
+        "{ v, i = TopK (x, k) }"
+    )
+    plain = ir.from_onnx_text(
+        '<ir_version: 10, opset_import: ["" : 17]> g (float[2] x) => (float[2] y) { y = Abs (x) }'
+    )
+    assert "rounding may send tokens to other experts" in cause_and_remedy(routed, "fp16")
+    for model, precision in ((routed, "fp32"), (plain, "fp16")):
+        assert cause_and_remedy(model, precision).startswith(
+            "this graph is not of the model the plan was made for"
+        )
