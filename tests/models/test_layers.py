@@ -160,7 +160,8 @@ def test_other_layers_are_no_candidates(kinds: list[str]) -> None:
     assert found.others == {kinds.index("conv"): "conv"}
     check_supported(model, cached=False)
     with pytest.raises(
-        InputError, match=rf"1 layers .* \(layer {kinds.index('conv')}: conv\).*--kv-cache none"
+        InputError,
+        match=rf"1 layers .* \(layer {kinds.index('conv')}: conv\).*--exporter torch with --kv-cache concat",
     ):
         check_supported(model)
 
