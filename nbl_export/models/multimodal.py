@@ -44,6 +44,11 @@ def find_wrapper(source: str, config: Mapping[str, Any], architecture: str) -> t
         )
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    if config.get("model_type") not in CONFIG_MAPPING:
+        raise InputError(
+            f"{source}: model_type {config.get('model_type')!r:.100} is not in this version of transformers: install a "
+            "later one."
+        )
     try:
         with quiet(), torch.device("meta"):
             of_type = CONFIG_MAPPING[config["model_type"]]

@@ -260,8 +260,8 @@ def _from_folder(
 
 def _wrapper(source: str, config: dict[str, Any], task: Task) -> tuple[str, tuple[str, ...]]:
     """The class of a multimodal model and its towers; nothing for any other, and for one that comes with its code."""
-    architectures = config.get("architectures") or []
-    if not (architectures and nests(config)) or "auto_map" in config:
+    architectures = config.get("architectures") or [""]
+    if not nests(config) or "auto_map" in config:
         return "", ()
     if not task.causal and task != task_named(FEATURES):
         return "", ()

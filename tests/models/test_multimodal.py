@@ -257,3 +257,19 @@ def test_no_class_is_named_that_does_not_exist(architecture: str, tmp_path: Path
         f"{architecture} is a decoder without its language-model head: only decoders with it are supported."
     )
     assert str(caught.value) == sentence
+
+
+def test_a_wrapper_that_names_no_class_is_what_its_type_says(
+    wrapper_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(wrapper_folder("gemma3"), tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    for changed, wrapper in (
+        ({**config, "architectures": None}, "Gemma3ForConditionalGeneration"),
+        ({**config, "architectures": ["Gemma3ForCausalLM"]}, "Gemma3ForConditionalGeneration"),
+    ):
+        (folder / "config.json").write_text(json.dumps(changed))
+        assert find_model(str(folder)).wrapper == wrapper
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "gemma97"}))
+    with pytest.raises(InputError, match="model_type 'gemma97' is not in this version of transformers"):
+        find_model(str(folder))
