@@ -25,6 +25,8 @@ MODELS: dict[str, Any] = {
         "llama", num_hidden_layers=2, max_position_embeddings=100, rope_parameters=DYNAMIC
     ),
 }
+# Up to its positions this family has frequencies of its own.
+HUNYUAN = {**DYNAMIC, "alpha": 1000.0}
 
 
 @pytest.fixture(params=MODELS)
@@ -82,3 +84,15 @@ def test_other_rotary_embeddings_are_left_alone() -> None:
     model = tiny_model("llama")
     with both_ways(model):
         assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_frequencies_of_a_familys_own_are_kept(tmp_path: Path) -> None:
+    model = tiny_model(
+        "hunyuan_v1_dense", num_hidden_layers=2, max_position_embeddings=100, rope_parameters=HUNYUAN
+    )
+    check_form(model, FORMS["concat"])
+    rows = [rows_of(60), rows_of(135)]
+    expected = [own_logits(model, row) for (row,) in rows]
+    path = export_torch(model, tmp_path / "model.onnx")[0]
+    for row, own in zip(rows, expected, strict=True):
+        assert np.abs(graph_logits(path, "concat", row, 0)[0] - own).max() < 1e-4
