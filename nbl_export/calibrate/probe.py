@@ -20,7 +20,8 @@ from nbl_export.batch.names import MASK, PIXELS, POSITIONS, TOKEN_TYPES, TOKENS
 from nbl_export.batch.padding import left_padded
 from nbl_export.batch.rows import Inputs, check_activations, check_batch, real_positions
 from nbl_export.calibrate.moments import CALIBRATE_AGAIN
-from nbl_export.errors import InputError
+from nbl_export.errors import InputError, NblError
+from nbl_export.models.dummy_run import unrunnable
 from nbl_export.models.forward import run_uncached
 from nbl_export.models.layers import attention_layers, backbone, hidden_size, layer_count, observed
 from nbl_export.models.lengths import BEYOND, lengths
@@ -101,7 +102,12 @@ def probe_inputs(model: torch.nn.Module, inputs: Inputs) -> Probe:
             store[index] = value[real.to(value.device)].float().cpu().numpy()
 
     with observed(model, attention_layers(model), observe):
-        run_uncached(backbone(model), inputs)
+        try:
+            run_uncached(backbone(model), inputs)
+        except NblError:
+            raise
+        except (RuntimeError, ValueError, TypeError, LookupError) as error:  # of the model's own code
+            raise unrunnable(model, error) from error
     return Probe(inputs, h, x, y)
 
 

@@ -326,7 +326,12 @@ def _observe(model: torch.nn.Module, layer: AttentionLayer, observer: Observer) 
 
     def attention_output(_module: Any, _args: Any, output: Any) -> None:
         y = output[0] if isinstance(output, tuple) else output
-        if seen.keys() != {"residual", "normed"}:
+        if "normed" not in seen:
+            raise InputError(
+                f"{type(model).__name__} does not run the attention of layer {layer.index} as it is, but replaces it "
+                "at run time: this architecture is not supported yet."
+            )
+        if "residual" not in seen:
             raise InputError(
                 f"Layer {layer.index} of {type(model).__name__} does not run its block, its attention and the "
                 "projection of its output once each in this order: this architecture is not supported yet."

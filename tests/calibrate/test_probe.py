@@ -164,3 +164,12 @@ def test_a_row_goes_beyond_a_length_where_there_is_room(
     tokens = np.random.default_rng(0).integers(3, 250, (2, width)).astype(np.int32)
     made = probe_model(BEYOND[name].model(**changes), tokens)
     assert tuple(made.attention_mask.sum(axis=1)) == found
+
+
+def test_a_model_that_takes_other_inputs_is_refused(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def odd(*_args: Any, **_inputs: Any) -> None:
+        raise IndexError("too many indices\nof a tensor")
+
+    monkeypatch.setattr(type(tiny_model.model), "forward", odd)
+    with pytest.raises(InputError, match=r"LlamaForCausalLM cannot be run: too many indices\.$"):
+        probe_model(tiny_model, np.zeros((2, 8), np.int32))
