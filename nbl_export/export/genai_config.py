@@ -6,10 +6,14 @@ number of KV pairs, which are numbered contiguously: releases before 0.13 loop o
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from nbl_export.batch.names import EMBEDDINGS, TOKENS
 from nbl_export.graph.embedding import NAME as EMBEDDING
+
+if TYPE_CHECKING:
+    from nbl_export.models.caches import BlockCache
 
 NAME = "genai_config.json"
 
@@ -58,6 +62,30 @@ def genai_config(
         },
         "search": {"do_sample": False, "max_length": length, "past_present_share_buffer": shared},
     }
+
+
+def with_states(config: dict[str, Any], blocks: Sequence[BlockCache]) -> dict[str, Any] | None:
+    """``config`` of a decoder whose ``blocks`` keep states beside keys and values; None if genai cannot hold them.
+
+    It finds the layers of a state by the names of the graph's inputs. Convolutions without another state are held for
+    one architecture alone, LFM2, which has the kind of every layer in its configuration.
+    """
+    kinds = {tuple(state.kind for state in block.states) for block in blocks if block.states}
+    if not kinds:
+        return config
+    if kinds not in ({("conv",)}, {("conv", "recurrent")}):
+        return None
+    decoder = dict(config["model"]["decoder"])
+    for side, names in (("past", dict(decoder["inputs"])), ("present", dict(decoder["outputs"]))):
+        for kind in next(iter(kinds)):
+            names[f"{side}_{kind}_names"] = f"{side}.%d.{kind}"
+        decoder["inputs" if side == "past" else "outputs"] = names
+    model = config["model"] | {"type": "decoder"}
+    if kinds == {("conv",)}:
+        decoder["layer_types"] = ["full_attention" if block.kv else "conv" for block in blocks]
+        decoder["num_hidden_layers"] = len(blocks)
+        model["type"] = "lfm2"
+    return {**config, "model": model | {"decoder": decoder}}
 
 
 def with_embeds(config: dict[str, Any], model_type: str) -> dict[str, Any]:

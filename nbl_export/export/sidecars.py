@@ -14,6 +14,7 @@ from nbl_export.files import atomic_path, json_text, read_json, stays_in, write_
 
 CONFIG = "config.json"
 # Weights of other formats; a rewritten folder does not need them.
+_FULL = "full_attention"  # in layer_types of genai_config.json
 _NOT_COPIED = {".onnx", ".data", ".onnx_data", ".safetensors", ".bin", ".gguf", ".pt", ".pth", ".engine"}
 
 
@@ -94,6 +95,11 @@ def _copy(file: Sidecar, target: Path) -> Path:
 
 def _genai(config: dict[str, Any], cached: list[int]) -> dict[str, Any]:
     decoder = config["model"]["decoder"]
+    if kinds := decoder.get("layer_types"):  # of the layers that keep something: keys and values, or a state
+        if kinds.count(_FULL) != len(cached):
+            kinds = [kind for layer, kind in enumerate(kinds) if kind != _FULL or layer in cached]
+            decoder |= {"layer_types": kinds, "num_hidden_layers": len(kinds)}
+        return config
     if decoder["num_hidden_layers"] == len(cached):
         return config  # already updated
     # Releases before 0.13 loop over this number of KV pairs; later ones read the graph.

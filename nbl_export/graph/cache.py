@@ -27,6 +27,7 @@ from nbl_export.records import from_json
 T = TypeVar("T")
 _PAST = re.compile(r"^past_key_values\.(\d{1,6})\.(key|value)$")
 PRESENT = re.compile(r"^present\.(\d{1,6})\.(key|value)$")
+_NUMBER = re.compile(r"\d+")
 KV_LAYERS_KEY = "nbl_export.kv_layers"  # metadata: the model's layer index of each KV pair
 # The maximum number of nodes between the softmax and the product with V.
 _SOFTMAX_STEPS = 8
@@ -300,7 +301,8 @@ def remove_pairs(model: ir.Model, removed: Sequence[int], pairs: Sequence[KVPair
        layer). Such a ``Shape`` reads a retained layer instead or, if there is none, is computed from
        ``attention_mask`` and ``input_ids``.
     3. Remove dead nodes and the past inputs; an input that is still read is an error.
-    4. If the names number all pairs 0, 1, 2 …, the retained ones are numbered in this way too, in their old order.
+    4. If the names contain the pair's number, what is left is numbered without gaps where a layer has nothing left, in
+       its old order: 0, 1, 2 …, also the states of other layers.
     """
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
@@ -325,11 +327,19 @@ def remove_pairs(model: ir.Model, removed: Sequence[int], pairs: Sequence[KVPair
             if left := [f"{u.node.op_type} ({u.node.name})" for u in value.uses()]:
                 raise BuildError(f"{value.name} cannot be removed: a {left[0]} still reads it.")
             graph.inputs.remove(value)
-    if [pair.index for pair in pairs] != list(range(len(pairs))):
-        return  # other layers keep something else, and all are named by the model's layers
-    for new, pair in enumerate(retained):
+    states = state_pairs(model)
+    numbers = {int(found[0]) for s in states if (found := _NUMBER.search(str(s.past.name)))}
+    nothing_left = [pair.index for pair in gone if pair.index not in numbers]
+
+    def new(number: int) -> int:
+        return number - sum(other < number for other in nothing_left)
+
+    for pair in retained:
         for template, value in zip(templates, (*pair.past, *pair.present), strict=False):
-            value.name = template.format(new)
+            value.name = template.format(new(pair.index))
+    if templates:
+        for value in (v for pair in states for v in (pair.past, pair.present)):
+            value.name = _NUMBER.sub(lambda found: str(new(int(found[0]))), str(value.name), count=1)
 
 
 def _of_one_shape(value: ir.Value) -> list[ir.Value]:

@@ -178,8 +178,8 @@ def _save_configs(run: Run, exported: list[Path], settings: ExportSettings) -> l
     """Write the configuration and tokenizer files that the exporter did not write itself."""
     from nbl_export.batch.names import TOKENS
     from nbl_export.export.genai_config import NAME as GENAI
-    from nbl_export.export.genai_config import genai_config, with_embeds
-    from nbl_export.models.dummy_run import cache_shapes
+    from nbl_export.export.genai_config import genai_config, with_embeds, with_states
+    from nbl_export.models.dummy_run import cache_shapes, dummy_run
     from nbl_export.models.load import quiet
 
     graph = run.workspace.baseline
@@ -206,7 +206,8 @@ def _save_configs(run: Run, exported: list[Path], settings: ExportSettings) -> l
                 known = genai_config(config.get_text_config(), len(shapes), heads, size, shared, generation)
                 if settings.embeds:
                     known = with_embeds(known, _model_type(run.model.source))
-                write_json(folder / GENAI, known)
+                if (told := with_states(known, dummy_run(run.model.model).cache)) is not None:
+                    write_json(folder / GENAI, told)
         has_tokenizer = any(name.startswith("tokenizer") for name in names)
         written = []
         for path in sorted(folder.iterdir()):

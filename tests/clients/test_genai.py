@@ -18,6 +18,8 @@ from nbl_export.runtime.ort import OrtDecoder
 from tests.clients.greedy import greedy
 from tests.exporters import GRAPH, Graphs
 from tests.families import Calibrated
+from tests.tiny import save_tokenizer
+from tests.tiny_types import tiny_model
 
 COUNT = 24
 PROMPT = [1, 403, 407, 261, 378]  # "<s> Once upon a time"
@@ -135,6 +137,25 @@ def test_it_stops_at_the_end_of_a_turn_that_generation_config_alone_names(
         stop = endless.index(turn) + 1 if turn in endless else COUNT
         assert tokens == endless[:stop]
     assert len(generated(out / "baseline", PROMPT, None)) == free.index(turn) + 1 < COUNT
+
+
+@pytest.mark.client
+@pytest.mark.parametrize("model_type", ["lfm2", "bamba", "qwen3_next"])
+def test_states_beside_the_cache_are_carried_from_token_to_token(model_type: str, tmp_path: Path) -> None:
+    """Short convolutions, state-space models and linear attention, before and after a layer of attention is linear."""
+    model = tmp_path / "model"
+    tiny_model(model_type).save_pretrained(model)
+    save_tokenizer(model)
+    text = api.CalibrateSettings(samples=8, seq_len=64, heldout_samples=2)
+    api.calibrate(model, tmp_path / "out", text)
+    api.select(tmp_path / "out", api.SelectSettings(layers=(1,)))
+    api.export(tmp_path / "out")
+    api.rewrite(tmp_path / "out")
+    found = []
+    for folder in (tmp_path / "out" / "baseline", tmp_path / "out"):
+        found.append(generated(folder, list(range(40, 52)), None))
+        assert found[-1] == greedy(folder / GRAPH, list(range(40, 52)), COUNT)[: len(found[-1])]
+    assert found[0] != found[1] and min(map(len, found)) > 4
 
 
 def generated(folder: Path, prompt: list[int], count: int | None = COUNT) -> list[int]:

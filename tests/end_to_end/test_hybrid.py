@@ -59,7 +59,7 @@ def test_with_a_cache_it_decodes(hybrid: Path, tmp_path: Path) -> None:
     assert report.passed and {c.name: c.status for c in report.checks}["parity"] == "passed"
     assert (report.graph.before.kv_pairs, report.graph.after.kv_pairs) == (2, 0)
     session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"))
-    assert [i.name for i in session.get_inputs() if "past" in i.name] == ["past.0.conv", "past.2.conv"]
+    assert [i.name for i in session.get_inputs() if "past" in i.name] == ["past.0.conv", "past.1.conv"]
     assert report.speed is not None and {c.phase for c in report.speed.cells} == {"prefill", "decode"}
 
 
