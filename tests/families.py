@@ -113,6 +113,15 @@ _SHARED = {
     "hidden_size_per_layer_input": 8,
     "vocab_size_per_layer_input": VOCAB,
 }
+_FULL = ["full_attention"] * 2
+_LINEAR = {"layer_types": [*_FULL, "linear_attention", "full_attention"]}
+_MAMBA = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 8,
+}
 _GPT2 = {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 256}
 DECODERS = {
     "llama": Family("llama", {**_GQA, "rope_parameters": _LLAMA_ROPE}),
@@ -188,6 +197,41 @@ DECODERS = {
     "stablelm-parallel": Family("stablelm", {"num_key_value_heads": 2, "use_parallel_residual": True}),
     "bloom": Family("bloom", {"n_layer": LAYERS, "n_head": HEADS}),
     "gpt_oss": Family("gpt_oss", {**_GQA, **_EXPERTS, **_WINDOW, "layer_types": _ALTERNATING}),
+    # Layer 2 keeps a state instead of keys and values; its text takes several chunks.
+    "lfm2": Family("lfm2", {"num_key_value_heads": 2, "layer_types": [*_FULL, "conv", "full_attention"]}),
+    "bamba": Family("bamba", {**_GQA, **_MAMBA, "attn_layer_indices": [0, 1, 3]}),
+    "nemotron_h": Family(
+        "nemotron_h",
+        {
+            **_GQA,
+            "layers_block_type": ["attention", "attention", "mamba", "attention"],
+            # In steps transformers forgets the limit of the time step.
+            "time_step_min": 1e-9,
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 8,
+            "n_groups": 2,
+            "chunk_size": 8,
+        },
+    ),
+    # Attention and a state-space model side by side in every block.
+    "falcon_h1": Family("falcon_h1", {**_GQA, **_MAMBA, "mamba_d_ssm": 128}),
+    "qwen3_next": Family(
+        "qwen3_next",
+        {
+            **_GQA,
+            **_LINEAR,
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+        },
+    ),
+    "minimax": Family("minimax", {**_GQA, **_LINEAR, **_EXPERTS, "block_size": 8}),
 }
 
 

@@ -5,10 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime
 import pytest
+import torch
 
 from nbl_export import api
+from nbl_export.export.torch import export_torch
+from tests.clients.greedy import greedy
+from tests.families import unsaved
+from tests.test_families import HYBRIDS
 from tests.tiny import save_tokenizer
 from tests.tiny_types import tiny_model
 
@@ -61,6 +67,20 @@ def test_with_a_cache_it_decodes(hybrid: Path, tmp_path: Path) -> None:
     session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"))
     assert [i.name for i in session.get_inputs() if "past" in i.name] == ["past.0.conv", "past.1.conv"]
     assert report.speed is not None and {c.phase for c in report.speed.cells} == {"prefill", "decode"}
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_a_graph_goes_on_through_chunks_and_beyond(family: str, tmp_path: Path) -> None:
+    """300 tokens after a prompt of 90, in chunks of 100: what one pass of PyTorch over all of them says, each time."""
+    chunk = {"mamba_chunk_size": 100, "chunk_size": 100, "block_size": 100}
+    model = unsaved(family, max_position_embeddings=512, **chunk).eval()
+    export_torch(model, tmp_path / "model.onnx")
+    prompt = [int(t) for t in np.random.default_rng(0).integers(3, 250, 90)]
+    tokens = greedy(tmp_path / "model.onnx", prompt, 300)
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1]
+    assert logits.argmax(dim=-1).tolist() == tokens
+    assert len(set(tokens)) > 5
 
 
 @pytest.mark.parametrize("settings", [{"kv_cache": "static"}, {"exporter": "genai"}])
