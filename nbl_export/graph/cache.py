@@ -21,11 +21,11 @@ from nbl_export.errors import BuildError, InputError
 from nbl_export.files import parse_json
 from nbl_export.graph.operators import PRODUCTS, VIEWS, fused_op, readers, weight_shape
 from nbl_export.graph.roles import roles
+from nbl_export.graph.states import PAST, state_pairs
 from nbl_export.graph.tensors import int64_initializer
 from nbl_export.records import from_json
 
 T = TypeVar("T")
-_PAST = re.compile(r"^past_key_values\.(\d{1,6})\.(key|value)$")
 PRESENT = re.compile(r"^present\.(\d{1,6})\.(key|value)$")
 _NUMBER = re.compile(r"\d+")
 KV_LAYERS_KEY = "nbl_export.kv_layers"  # metadata: the model's layer index of each KV pair
@@ -115,40 +115,9 @@ def _head_size(attention: ir.Node) -> int:
     raise InputError(f"The head_dim of {attention.name} is unknown: run shape inference on the graph.")
 
 
-@dataclass(frozen=True)
-class StatePair:
-    """A state of fixed size that a layer without softmax attention keeps: a graph input and an output."""
-
-    past: ir.Value
-    present: ir.Value
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The state's shape without the batch."""
-        return tuple(d for d in (self.past.shape or ())[1:] if isinstance(d, int))
-
-
-def state_pairs(model: ir.Model) -> tuple[StatePair, ...]:
-    """The states of a graph in the order of its inputs: past and present have the same name but for this word."""
-    outputs = {value.name: value for value in model.graph.outputs}
-    pairs = (
-        StatePair(value, outputs[name])
-        for value in model.graph.inputs
-        if not _PAST.match(value.name or "")
-        and (name := (value.name or "").replace("past", "present", 1)) in outputs
-    )
-    return tuple(pair for pair in pairs if pair.past is not pair.present and _fixed(pair.past))
-
-
-def _fixed(value: ir.Value) -> bool:
-    """Whether only the batch of ``value`` is open."""
-    shape = value.shape
-    return shape is not None and len(shape) > 1 and all(isinstance(d, int) for d in shape[1:])
-
-
 def kv_pairs(model: ir.Model) -> tuple[KVPair, ...]:
     """The KV pairs of a graph in layer order; raises :class:`InputError` for an incomplete pair."""
-    past = _by_index(model.graph.inputs, _PAST)
+    past = _by_index(model.graph.inputs, PAST)
     present = _by_index(model.graph.outputs, PRESENT)
     if not past or not present:
         return _pairs_by_structure(model)
