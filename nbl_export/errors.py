@@ -79,4 +79,6 @@ def os_error_in_words(error: OSError, doing: str) -> InputError:
 
 def first_line(error: BaseException) -> str:
     """The first line of what a library says, without its full stop; the name of the error if it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    kind = type(error).__name__
+    line = (str(error).strip().splitlines() or [kind])[0].rstrip(".")
+    return f"{kind}: {line}" if isinstance(error, KeyError) else line  # whose message is the key alone

@@ -106,3 +106,4 @@ def test_an_unusable_layer_is_bad_input_and_a_missing_package_is_not() -> None:
 def test_the_first_line_of_what_a_library_says() -> None:
     assert first_line(ValueError("\n One thing.\nAnother.")) == "One thing"
     assert first_line(ValueError()) == "ValueError"
+    assert first_line(KeyError(2)) == "KeyError: 2"

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.batch.names import PIXELS, TOKENS
-from nbl_export.errors import InputError
+from nbl_export.errors import InputError, first_line
 from nbl_export.models.compat import cache_argument, with_head
 from nbl_export.models.layers import (
     accepted_arguments,
@@ -305,8 +305,7 @@ def _oddness(index: int, residual: torch.Tensor, normed: torch.Tensor, output: A
 
 def unrunnable(model: torch.nn.Module, error: Exception) -> InputError:
     """One sentence for what a model's own code raised."""
-    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return InputError(f"{type(model).__name__} cannot be run: {first_line[:300].rstrip('.')}.")
+    return InputError(f"{type(model).__name__} cannot be run: {first_line(error)[:300]}.")
 
 
 class Handed:
