@@ -205,8 +205,6 @@ DECODERS = {
         {
             **_GQA,
             "layers_block_type": ["attention", "attention", "mamba", "attention"],
-            # In steps transformers forgets the limit of the time step.
-            "time_step_min": 1e-9,
             "mamba_num_heads": 8,
             "mamba_head_dim": 16,
             "ssm_state_size": 8,

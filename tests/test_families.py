@@ -80,7 +80,7 @@ REFUSED: Mapping[tuple[str, str], str] = {
         )
     },
     **{(family, "static"): _NO_STATES for family in HYBRIDS},
-    **{(family, "shared"): _NOT_GROUPED for family in ("bamba", "falcon_h1", "qwen3_next")},
+    **{(family, "shared"): _NOT_GROUPED for family in ("bamba", "nemotron_h", "falcon_h1", "qwen3_next")},
     **{(family, f"engine {form}"): _NO_NONZERO for family in ("mixtral", "gpt_oss") for form in CACHES},
     ("falcon-alibi", "engine concat"): "died by SIGSEGV",
 }

@@ -7,9 +7,12 @@ one of them, or nothing. An *entry* holds the tensors of one block: keys and val
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from transformers import cache_utils
@@ -55,6 +58,35 @@ class BlockCache:
             *(like.new_zeros(batch, kv.heads, slots, size) for size in sizes if kv),
             *(like.new_zeros(batch, *state.shape) for state in states),
         )
+
+
+@contextmanager
+def limited_steps(model: torch.nn.Module) -> Iterator[None]:
+    """Within the block, a step of a state-space model has the limits of its time step, as a pass over a text has.
+
+    transformers forgets them in steps, so that a text and its tokens one by one end in different states.
+    """
+    limits = {
+        (sys.modules[type(module).__module__], tuple(cast("tuple[float, float]", module.time_step_limit)))
+        for module in model.modules()
+        if hasattr(module, "time_step_limit")
+    }
+    step = "mamba2_selective_state_update"
+    with ExitStack() as undo:
+        for file, limit in limits:
+            if own := getattr(file, step, None):
+                undo.callback(setattr, file, step, own)
+                setattr(file, step, partial(_limited, own, limit))
+        yield
+
+
+def _limited(
+    own: Any, limit: tuple[float, ...], state: Any, hidden: Any, dt: Any, *args: Any, **options: Any
+) -> Any:
+    bias = options.pop("dt_bias", None)
+    dt = dt if bias is None else dt + bias
+    dt = torch.nn.functional.softplus(dt) if options.pop("dt_softplus", False) else dt
+    return own(state, hidden, torch.clamp(dt, *limit), *args, **options)
 
 
 def block_caches(cache: Any, count: int) -> tuple[BlockCache, ...]:

@@ -9,7 +9,7 @@ import torch
 
 from nbl_export.batch.names import TOKENS
 from nbl_export.batch.rows import Inputs
-from nbl_export.models.caches import Entry, StateLayer, cache_layer, cache_with, entry_in
+from nbl_export.models.caches import Entry, StateLayer, cache_layer, cache_with, entry_in, limited_steps
 from nbl_export.models.compat import cache_argument
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.layers import accepted_arguments
@@ -56,15 +56,16 @@ def run_with_past(
     facts = dummy_run(model)
     layers = [cache_layer(*block, past_length, of_states) for block in zip(facts.cache, past, strict=True)]
     cache = cache_with(layers, facts.cache_class)
-    output = model(
-        **(tokens if isinstance(tokens, Mapping) else {TOKENS: tokens}),
-        attention_mask=attention_mask,
-        use_cache=True,
-        **accepted_arguments(
-            model, position_ids=position_ids, **({"logits_to_keep": num_logits} if num_logits else {})
-        ),
-        **{cache_argument(model): cache},
-    )
+    with limited_steps(model):
+        output = model(
+            **(tokens if isinstance(tokens, Mapping) else {TOKENS: tokens}),
+            attention_mask=attention_mask,
+            use_cache=True,
+            **accepted_arguments(
+                model, position_ids=position_ids, **({"logits_to_keep": num_logits} if num_logits else {})
+            ),
+            **{cache_argument(model): cache},
+        )
     return output.logits, [entry_in(cache, i, block) for i, block in enumerate(facts.cache)]
 
 

@@ -22,7 +22,7 @@ from nbl_export.batch.arrays import BOOL, F32, I64
 from nbl_export.batch.padding import left_padded
 from nbl_export.linearize.swap import linearized
 from nbl_export.linearize.sweep import ORIGINAL, version_of, within
-from nbl_export.models.caches import Entry, cache_layer, cache_with, entry_in
+from nbl_export.models.caches import Entry, cache_layer, cache_with, entry_in, limited_steps
 from nbl_export.models.compat import cache_argument
 from nbl_export.models.dummy_run import cache_shapes, dummy_run
 from nbl_export.models.layers import accepted_arguments
@@ -83,11 +83,12 @@ def _by_blocks(
             cache.step(current[0])
 
     steps: list[Step] = []
-    for (_ids, mask, _), output in zip(fed, through(model, batches, of_block, of_step), strict=True):
-        logits: F32 = output.logits.float().cpu().numpy()
-        real: BOOL = mask.astype(bool)
-        kept = (cache.after(len(steps), mask.shape[1]), real) if cache else ((), real[:, :0])
-        steps.append(Step(logits[real] if not steps else logits[:, -1], (kept,)))
+    with limited_steps(model):
+        for (_ids, mask, _), output in zip(fed, through(model, batches, of_block, of_step), strict=True):
+            logits: F32 = output.logits.float().cpu().numpy()
+            real: BOOL = mask.astype(bool)
+            kept = (cache.after(len(steps), mask.shape[1]), real) if cache else ((), real[:, :0])
+            steps.append(Step(logits[real] if not steps else logits[:, -1], (kept,)))
     lengths = tuple(len(row) - decode_steps for row in rows)
     return Recorded(cache.kv_layers if cache else None, lengths, tuple(steps))
 
