@@ -59,6 +59,7 @@ def _kind(path: Path) -> str:
 
 def _onnx(path: Path) -> list[Table]:
     from nbl_export.graph.io import load_graph, summarize
+    from nbl_export.graph.states import state_pairs
     from nbl_export.rewrite.replace import LAYERS_KEY
 
     model = load_graph(path)
@@ -71,6 +72,7 @@ def _onnx(path: Path) -> list[Table]:
         ("nodes", f"{s.nodes:,}"),
         ("inputs / outputs", f"{s.inputs} / {s.outputs}"),
         ("KV pairs", str(s.kv_pairs)),
+        *((("states", str(states)),) if (states := len(state_pairs(model))) else ()),
         ("rewritten by nbl-export", "yes" if LAYERS_KEY in model.metadata_props else "no"),
     )
     ops = tuple((op, f"{count:,}") for op, count in s.ops.items())
@@ -93,7 +95,8 @@ def _regions(model: ir.Model) -> Table:
     found = find_regions(model)
     # Without a cache, and where layers attend to another's, the retained attention layers are numbered from 0.
     left = (i for i in range(len(found) + len(rows)) if i not in rows)
-    layers = dict(enumerate(kv_layers(model) if len(pairs) == len(found) else left))
+    cached = dict(zip(pairs, kv_layers(model), strict=True))
+    layers = cached if len(pairs) == len(found) > 0 else dict(enumerate(left))
     for region in found:
         layer = layers.get(region.layer, region.layer)
         pair = pairs.get(region.pair) if region.pair is not None else None

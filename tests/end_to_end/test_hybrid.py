@@ -12,8 +12,10 @@ import torch
 
 from nbl_export import api
 from nbl_export.export.torch import export_torch
+from nbl_export.rewrite.replace import rewrite_file
+from nbl_export.stages.inspection import inspect_path
 from tests.clients.greedy import greedy
-from tests.families import unsaved
+from tests.families import build, calibrated, unsaved
 from tests.test_families import HYBRIDS
 from tests.tiny import save_tokenizer
 from tests.tiny_types import tiny_model
@@ -81,6 +83,20 @@ def test_a_graph_goes_on_through_chunks_and_beyond(family: str, tmp_path: Path) 
         logits = model(input_ids=torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1]
     assert logits.argmax(dim=-1).tolist() == tokens
     assert len(set(tokens)) > 5
+
+
+def test_layers_have_the_models_numbers_where_pairs_have_others(tmp_path: Path) -> None:
+    case = calibrated(build("lfm2", tmp_path / "model"))
+    export_torch(case.model, tmp_path / "model.onnx")
+    rewrite_file(tmp_path / "model.onnx", case.plan((1,)), tmp_path / "rewritten" / "model.onnx")
+    found = []
+    for folder in (tmp_path, tmp_path / "rewritten"):
+        facts, _, attention = inspect_path(folder / "model.onnx")
+        assert dict(facts.rows)["states"] == "1"
+        found.append({row[0]: row[3] for row in attention.rows})
+    names = "past_key_values.{}.key"
+    assert found[0] == {"0": names.format(0), "1": names.format(1), "3": names.format(3)}
+    assert found[1] == {"0": names.format(0), "1": "none", "3": names.format(2)}
 
 
 @pytest.mark.parametrize("settings", [{"kv_cache": "static"}, {"exporter": "genai"}])
