@@ -480,7 +480,9 @@ def test_an_encoder_that_cannot_be_traced_is_refused_before_its_moments(
 
     monkeypatch.setattr("nbl_export.models.encoder.pool", fail)
     assert pooling.pool is not fail
-    with pytest.raises(InputError, match=r"cannot trace BertModel \(no rule for this\): this architecture"):
+    with pytest.raises(
+        InputError, match=r"BertModel cannot be traced .*\(no rule for this\): this architecture"
+    ):
         api.calibrate(place / "bert", tmp_path / "out", calibration(place, "bert"))
     assert not Workspace.open(tmp_path / "out").moments.exists()
 

@@ -554,7 +554,6 @@ UNUSABLE: dict[str, Change] = {
         giant_at_run_time,
         fails_at_run_time,
         no_attention,
-        other_names,
     )
 }
 
@@ -565,6 +564,13 @@ def test_what_is_no_decoder(place: Place, name: str) -> None:
     UNUSABLE[name](proto)
     place.save(proto)
     place.refused(2, 4)
+
+
+def test_names_of_its_own_are_seen_by_what_reads_them(place: Place) -> None:
+    proto = decoder()
+    other_names(proto)
+    place.save(proto)
+    assert place.rewrite().code == 0
 
 
 def test_a_dead_operator_of_nobody_is_no_obstacle(place: Place) -> None:
