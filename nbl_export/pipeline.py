@@ -22,7 +22,7 @@ from nbl_export.settings import (
 )
 from nbl_export.settings.device import OnDevice
 from nbl_export.stages.bench import bench
-from nbl_export.stages.build import build, check_engines, check_limits
+from nbl_export.stages.build import build, check_engines, check_limits, check_states
 from nbl_export.stages.calibrate import calibrate
 from nbl_export.stages.evaluate import evaluate
 from nbl_export.stages.export import check_exporter, check_model, export
@@ -77,6 +77,7 @@ def run_all(run: Run, asked: RunSettings) -> Report:
         others = described(run.model.model)["others"]
         check_selection(selection, layers, hidden_size(run.model.model), others)
         if asked.engines:
+            check_states(run.model.model)
             check_limits(asked.engines, positions(run.model.model))
         if run.model.task.causal:
             start = len(start_tokens(run.model.tokenizer))

@@ -16,6 +16,8 @@ from nbl_export.stages.run import Run
 from nbl_export.workspace import Workspace
 
 if TYPE_CHECKING:
+    import torch
+
     from nbl_export.engine.pair import EngineFile
     from nbl_export.engine.profiles import Limits
 
@@ -34,6 +36,8 @@ def build(run: Run, settings: EngineSettings) -> list[EngineFile]:
     from nbl_export.engine.library import check_capabilities, choose_library
     from nbl_export.engine.manifest import load_manifest
     from nbl_export.engine.pair import EngineFile, Source, Target, build_pair
+    from nbl_export.graph.io import load_graph
+    from nbl_export.graph.states import state_pairs
 
     if not run.model.task.causal:
         raise InputError(
@@ -45,6 +49,8 @@ def build(run: Run, settings: EngineSettings) -> list[EngineFile]:
     library = choose_library(settings.library, gpu)
     capabilities = check_capabilities(library, settings.sm)
     rewritten = current_rewrite(ws)
+    if pairs := state_pairs(load_graph(ws.model)):
+        raise _keeps_states(f"{pairs[0].past.name} is an input of {ws.model}")
     shapes = check_limits(settings, model_positions(ws))
     recorded = {
         "library": str(library),
@@ -86,6 +92,23 @@ def check_engines(settings: EngineSettings) -> None:
 
     check_limits(settings, None)
     check_capabilities(choose_library(settings.library, find_gpu()), settings.sm)
+
+
+def check_states(model: torch.nn.Module) -> None:
+    """Refuse, before any work, a model some of whose layers keep a state, which engines have no buffers for."""
+    from nbl_export.models.dummy_run import dummy_run
+
+    with_states = {i: block.states for i, block in enumerate(dummy_run(model).cache) if block.states}
+    if with_states:
+        layer, states = next(iter(with_states.items()))
+        kinds = " and ".join(state.kind for state in states)
+        raise _keeps_states(f"{len(with_states)} of {type(model).__name__}; layer {layer}: {kinds}")
+
+
+def _keeps_states(what: str) -> InputError:
+    return InputError(
+        f"Engines are not built of models with layers that keep a state ({what}): leave the engines out."
+    )
 
 
 def check_limits(settings: EngineSettings, positions: int | None) -> Limits:

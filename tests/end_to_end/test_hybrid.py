@@ -111,6 +111,23 @@ def test_where_states_have_no_inputs_it_is_refused_before_any_work(
     assert not (tmp_path / "out" / "nbl" / "moments").exists()
 
 
+def test_engines_of_states_are_refused_before_any_work(hybrid: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install 'nbl-export[rtx]'")
+    for cache in ("static", "concat"):
+        with pytest.raises(
+            api.NblError, match=r"2 of Lfm2ForCausalLM; layer 0: conv\): leave the engines out"
+        ):
+            api.run(
+                hybrid,
+                tmp_path / "out",
+                api.SelectSettings(k=1),
+                TEXT,
+                exporting=api.ExportSettings(precision="fp16", kv_cache=cache),
+                engines=api.EngineSettings("rtx", sm=("86",)),
+            )
+    assert not (tmp_path / "out" / "nbl" / "moments").exists()
+
+
 def test_more_layers_than_there_is_attention_are_refused(hybrid: Path, tmp_path: Path) -> None:
     with pytest.raises(api.NblError, match=r"--k is 3; it must be between 0 and 2"):
         settings = api.ExportSettings(kv_cache="none")
