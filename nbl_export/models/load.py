@@ -19,7 +19,7 @@ from nbl_export.models.multimodal import as_decoder, text_only
 from nbl_export.models.quiet import quiet as quiet
 from nbl_export.models.row_positions import count_positions
 from nbl_export.models.source import ModelSource, check_config
-from nbl_export.models.stored import gguf_readers, same_weights, stored_tensors
+from nbl_export.models.stored import gguf_readers, same_weights, stored_tensors, take_buffers
 from nbl_export.models.tasks import task_named
 from nbl_export.models.tokenizer_limits import check_tokenizer
 from nbl_export.models.weights import (
@@ -94,6 +94,7 @@ def load_stored(source: ModelSource, done: Callable[[int], None] = lambda _bytes
         if not mapped:
             model, _ = _from_files(source, path, {"use_safetensors": True, "dtype": torch.float32})
             return _in_memory(source, model)
+    take_buffers(skeleton, model)
     weights = dict(model.named_parameters(remove_duplicate=False))
     for name, weight in weights.items():
         for tensor in merged[name].tensors if name in merged else [weight]:

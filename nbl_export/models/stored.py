@@ -59,6 +59,14 @@ def _put(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> bool:
     return old is not None and old.shape == tensor.shape
 
 
+def take_buffers(skeleton: torch.nn.Module, model: torch.nn.Module) -> None:
+    """Give ``skeleton`` those buffers of ``model`` that come from its files, as the decay of MiniMax's layers does."""
+    stored, own = model.state_dict().keys(), dict(skeleton.named_buffers())
+    for name, buffer in model.named_buffers():
+        if name in stored and name in own:
+            own[name].copy_(buffer)
+
+
 def stored_tensors(folder: Path) -> StoredTensors:
     """What the weight files of ``folder`` store, by their headers."""
     files = [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else []
