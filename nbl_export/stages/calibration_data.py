@@ -164,7 +164,10 @@ def _read_images(model: LoadedModel, settings: CalibrateSettings, listener: List
 def _probe_vision(model: LoadedModel, images: Any) -> Probe:
     try:
         return probe_inputs(model.in_float32, {PIXELS: images.calibration[:2]})
-    except (ValueError, RuntimeError) as error:  # of a model that gets images of another size
+    except InputError as refusal:
+        error = refusal.__cause__
+        if not isinstance(error, ValueError | RuntimeError):  # of a model that gets images of another size
+            raise
         raise InputError(
             f"{model.source.source} does not take the images that its {PREPROCESSOR} makes "
             f"({first_line(error)}): correct the sizes in that file."

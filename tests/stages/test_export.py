@@ -104,6 +104,6 @@ def test_a_model_that_the_form_does_not_suit_is_refused_before_work(tmp_path: Pa
     random_model("lfm2").save_pretrained(folder)
     save_tokenizer(folder)
     run = Run.start(find_model(str(folder)), tmp_path / "out")
-    with pytest.raises(InputError, match="--kv-cache none"):
-        export(run, CONCAT)
+    with pytest.raises(InputError, match="--kv-cache concat"):
+        export(run, api.ExportSettings("fp32", "static"))
     assert not list(run.workspace.baseline.parent.glob("*.onnx*"))
