@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from nbl_export.batch.padding import left_padded, right_padded
-from nbl_export.errors import InputError, NblError
+from nbl_export.errors import InputError, NblError, first_line
 from nbl_export.export.forms import FORMS, NONE, STATIC, Form
 from nbl_export.export.functions import attention, exportable, is_replaced
 from nbl_export.export.grouped import check_sizes, unsupported_by_gqa
@@ -82,8 +82,7 @@ def _check_branches(model: torch.nn.Module, form: Form) -> None:
 
 
 def _failed(error: Exception) -> _Failed:
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return _Failed(first[:300].rstrip("."))
+    return _Failed(first_line(error)[:300])
 
 
 def _check_trace(model: torch.nn.Module, form: Form) -> None:
@@ -164,8 +163,7 @@ def _run(
         return [row[-len(text) :] for row, text in zip(decoder(ids, mask, positions), texts, strict=True)]
     static = form.name == STATIC.name
     before = [t[:-steps] for t in texts]
-    after = [torch.from_numpy(np.stack([t[at : at + 1] for t in texts])) for at in range(-steps, -1)]
-    after.append(torch.from_numpy(np.stack([t[-1:] for t in texts])))
+    after = [torch.from_numpy(np.stack([t[at:][:1] for t in texts])) for at in range(-steps, 0)]
     lengths = torch.tensor([len(t) for t in before])
     most = max(_SLOTS, int(lengths.max()) + steps)
     slots = min(most, positions_of(decoder.model) or most) if static else 0

@@ -102,7 +102,7 @@ class _Concat(CachedDecoder):
     ) -> Any:
         length = attention_mask.shape[1] - input_ids.shape[1]
         for block, entry in zip(dummy_run(self.model).cache, past, strict=True):
-            for side in entry[: 2 if block.kv else 0]:
+            for side in block.parts(entry)[0]:
                 torch._check(side.shape[2] == length)  # type: ignore[no-untyped-call]
         with rows_of(attention_mask, input_ids):
             return run_with_past(

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from nbl_export.export.symbols import replaced
+
 
 @contextmanager
 def both_ways(model: torch.nn.Module) -> Iterator[None]:
@@ -87,9 +89,5 @@ def _at(
     length: int, own: Callable[..., Any], module: Any, x: torch.Tensor, position_ids: torch.Tensor
 ) -> Any:
     """What ``own`` gives where the longest row has ``length`` tokens."""
-    found = torch.max
-    torch.max = lambda _: length - 1  # type: ignore[assignment]
-    try:
+    with replaced(torch, "max", lambda _: length - 1):
         return own(copy.copy(module), x, position_ids)
-    finally:
-        torch.max = found

@@ -29,7 +29,7 @@ from nbl_export.batch.names import (
     present_name,
     present_state_name,
 )
-from nbl_export.errors import BuildError, InputError, NblError
+from nbl_export.errors import BuildError, InputError, NblError, first_line
 from nbl_export.export.forms import CONCAT, ENCODER, Form
 from nbl_export.export.functions import experts_are_replaced, exportable
 from nbl_export.export.grouped import group_queries
@@ -144,7 +144,7 @@ def check_traces(model: torch.nn.Module, form: Form) -> None:
 
 def _why_not(error: Exception, model: torch.nn.Module) -> str:
     """What torch says of a model that it cannot trace, in our words where it is known."""
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    first = first_line(error)
     kind = type(error).__name__
     if kind.startswith("GuardOnDataDependent"):
         if not experts_are_replaced(model):
@@ -158,7 +158,7 @@ def _why_not(error: Exception, model: torch.nn.Module) -> str:
         )
     if "Constraints violated" in first:
         return "takes a step for each token of a text, and a graph has the same steps for all texts"
-    return f"cannot be traced for texts of any length ({first[:200].rstrip('.')})"
+    return f"cannot be traced for texts of any length ({first[:200]})"
 
 
 def tidy(

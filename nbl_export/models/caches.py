@@ -51,13 +51,15 @@ class BlockCache:
     states: tuple[StateShape, ...] = ()
 
     def empty(self, like: torch.Tensor, batch: int, slots: int = 0) -> Entry:
-        """The entry before the first token, in the dtype and on the device of ``like``; states are float32."""
-        kv, states = self.kv, self.states
-        sizes = (kv.key_size, kv.value_size) if kv else ()
-        return (
-            *(like.new_zeros(batch, kv.heads, slots, size) for size in sizes if kv),
-            *(like.new_zeros(batch, *state.shape) for state in states),
-        )
+        """The entry before the first token, in the dtype and on the device of ``like``."""
+        kv = self.kv
+        shapes = [(kv.heads, slots, kv.key_size), (kv.heads, slots, kv.value_size)] if kv else []
+        return tuple(like.new_zeros(batch, *shape) for shape in (*shapes, *(s.shape for s in self.states)))
+
+    def parts(self, entry: Entry) -> tuple[Entry, Entry]:
+        """Of an ``entry`` of this block its keys and values, and its states."""
+        of_kv = 2 if self.kv else 0
+        return entry[:of_kv], entry[of_kv:]
 
 
 @contextmanager
@@ -177,8 +179,8 @@ def cache_layer(
     block: BlockCache, entry: Entry, past_length: Any, of_states: type[StateLayer] = StateLayer
 ) -> Any:
     """transformers' cache layer of a block after ``past_length`` tokens, which are in its ``entry``."""
-    pair, states = (entry[:2], entry[2:]) if block.kv else (_NOTHING, entry)
-    past = PastLayer(past_length, *pair)
+    pair, states = block.parts(entry)
+    past = PastLayer(past_length, *(pair or _NOTHING))
     if not block.states:
         return past
     made = of_states(block.states, states, isinstance(past_length, int) and past_length == 0)

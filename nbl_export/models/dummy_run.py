@@ -130,7 +130,7 @@ def check_supported(
             f"{type(model).__name__} has no keys and values of its own in a KV cache, so a graph with a cache is not "
             "supported yet: use --kv-cache none."
         )
-    if not states and (other := {**found.others, **_with_states(facts)}):
+    if not states and (other := {**found.others, **state_kinds(model)}):
         index, kind = next(iter(other.items()))
         raise InputError(
             f"{len(other)} layers of {type(model).__name__} are not self-attention (layer {index}: {kind}), and a "
@@ -139,8 +139,10 @@ def check_supported(
         )
 
 
-def _with_states(facts: DummyRun) -> dict[int, str]:
-    return {i: " and ".join(s.kind for s in b.states) for i, b in enumerate(facts.cache) if b.states}
+def state_kinds(model: torch.nn.Module) -> dict[int, str]:
+    """The states of each block that keeps any, by its index, in words."""
+    cache = dummy_run(model).cache
+    return {i: " and ".join(s.kind for s in b.states) for i, b in enumerate(cache) if b.states}
 
 
 def _check_encoder(model: torch.nn.Module, facts: DummyRun, task: Task, pooled: bool) -> None:

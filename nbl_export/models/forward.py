@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -56,7 +57,9 @@ def run_with_past(
     facts = dummy_run(model)
     layers = [cache_layer(*block, past_length, of_states) for block in zip(facts.cache, past, strict=True)]
     cache = cache_with(layers, facts.cache_class)
-    with limited_steps(model):
+    # Looking for them takes a while of a step.
+    keeps_states = any(block.states for block in facts.cache)
+    with limited_steps(model) if keeps_states else nullcontext():
         output = model(
             **(tokens if isinstance(tokens, Mapping) else {TOKENS: tokens}),
             attention_mask=attention_mask,

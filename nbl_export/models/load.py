@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbl_export.errors import InputError, MissingDependencyError
+from nbl_export.errors import InputError, MissingDependencyError, first_line
 from nbl_export.files import parse_json
 from nbl_export.models.compat import enable_softcapping, is_transformers_4, neutral_folder, readable_folder
 from nbl_export.models.limits import check_built, weights_of
@@ -252,7 +252,7 @@ def refused(error: BaseException, what: str) -> InputError:
     """One sentence for what a library raised: its own panics are no ``Exception``. An interrupt is raised again."""
     if isinstance(error, (KeyboardInterrupt, SystemExit, InputError)):
         raise error
-    return InputError(f"{what}: {_first_line(error)}.")
+    return InputError(f"{what}: {first_line(error)[:300]}.")
 
 
 def load_tokenizer(source: ModelSource) -> Any:
@@ -329,11 +329,6 @@ def _unreadable(what: str, source: ModelSource, error: BaseException) -> InputEr
             f".py files in {source.path}, then give --trust-remote-code."
         )
     return refused(error, what)
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".")[:300]
 
 
 def fast_dtype(device: torch.device | str = "cpu") -> str:

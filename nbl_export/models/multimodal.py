@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from nbl_export.errors import InputError
+from nbl_export.errors import InputError, first_line
 from nbl_export.models.compat import is_transformers_4, with_head
 from nbl_export.models.config_keys import without_choices
 from nbl_export.models.quiet import quiet
@@ -61,7 +61,7 @@ def find_wrapper(source: str, config: Mapping[str, Any], architecture: str) -> t
     except InputError:
         raise
     except Exception as error:  # transformers raises almost anything for a configuration that it cannot read
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")[:300]
+        reason = first_line(error)[:300]
         raise InputError(f"transformers cannot build {source} ({architecture}): {reason}.") from error
     found: tuple[str, ...] = getattr(model, _LEFT_OUT)
     if not found and read.get_text_config(decoder=True) is read:
@@ -112,7 +112,7 @@ def _check_head(decoder: Any) -> None:
         with torch.device("meta"):
             decoder.logits_of(torch.zeros(1, 2, width))
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")[:200]
+        reason = first_line(error)[:200]
         raise InputError(
             f"The head of {type(decoder).__name__} needs more than the states of its language model ({reason}): it is "
             "not supported."

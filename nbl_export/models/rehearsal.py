@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from nbl_export.errors import NblError
+from nbl_export.errors import NblError, first_line
 from nbl_export.models.dummy_run import dummy_run, example_inputs
 from nbl_export.models.layers import accepted_arguments, backbone
 from nbl_export.models.load import quiet
@@ -29,5 +29,5 @@ def why_not_run(model: torch.nn.Module) -> str | None:
         except NblError:
             raise
         except Exception as error:  # a model's own code may raise anything
-            return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
+            return first_line(error)[:200]
     return None

@@ -57,7 +57,7 @@ class TorchDecoder:
         states = (
             state
             for block, entry in zip(self._blocks, entries, strict=True)
-            for state in entry[2 if block.kv else 0 :]
+            for state in block.parts(entry)[1]
         )
         return [*(entries[i][:2] for i in self._kv_layers), *((state,) for state in states)]
 

@@ -96,13 +96,11 @@ def check_engines(settings: EngineSettings) -> None:
 
 def check_states(model: torch.nn.Module) -> None:
     """Refuse, before any work, a model some of whose layers keep a state, which engines have no buffers for."""
-    from nbl_export.models.dummy_run import dummy_run
+    from nbl_export.models.dummy_run import state_kinds
 
-    with_states = {i: block.states for i, block in enumerate(dummy_run(model).cache) if block.states}
-    if with_states:
-        layer, states = next(iter(with_states.items()))
-        kinds = " and ".join(state.kind for state in states)
-        raise _keeps_states(f"{len(with_states)} of {type(model).__name__}; layer {layer}: {kinds}")
+    if found := state_kinds(model):
+        layer, kinds = next(iter(found.items()))
+        raise _keeps_states(f"{len(found)} of {type(model).__name__}; layer {layer}: {kinds}")
 
 
 def _keeps_states(what: str) -> InputError:

@@ -127,8 +127,8 @@ class _Cache:
         self._taken: dict[int, Entry] = {}
         self._states: dict[int, list[Entry]] = {}
         self._empty = [block.empty(weights_like(model), rows) for block in facts.cache]
-        self._layers = [cache_layer(*block, 0) for block in zip(facts.cache, self._empty, strict=True)]
-        self.of_model = cache_with(self._layers, facts.cache_class)
+        layers = [cache_layer(*block, 0) for block in zip(facts.cache, self._empty, strict=True)]
+        self.of_model = cache_with(layers, facts.cache_class)
 
     def set_length(self, length: int) -> None:
         """Tell every layer how many tokens came before."""
@@ -153,9 +153,7 @@ class _Cache:
 
     def _parts(self, index: int) -> tuple[Entry, Entry]:
         block = self._blocks[index]
-        entry = entry_in(self.of_model, index, block)
-        split = 2 if block.kv else 0
-        return entry[:split], entry[split:]
+        return block.parts(entry_in(self.of_model, index, block))
 
     def after(self, step: int, slots: int) -> list[KV]:
         """The cache after a ``step``, when it had so many ``slots``: each step appends one."""
