@@ -6,10 +6,11 @@ number of KV pairs, which are numbered contiguously: releases before 0.13 loop o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from nbl_export.batch.names import EMBEDDINGS, TOKENS
+from nbl_export.batch.names import EMBEDDINGS, PIXELS, TOKENS
+from nbl_export.graph.embedding import FEATURES
 from nbl_export.graph.embedding import NAME as EMBEDDING
 
 if TYPE_CHECKING:
@@ -88,8 +89,22 @@ def with_states(config: dict[str, Any], blocks: Sequence[BlockCache]) -> dict[st
     return {**config, "model": model | {"decoder": decoder}}
 
 
-def with_embeds(config: dict[str, Any], model_type: str) -> dict[str, Any]:
-    """``config`` of a decoder that reads embeddings, beside which its embedding lies, of a model of that type."""
+# Of the towers, which the user puts beside the graph, what onnxruntime-genai reads in genai_config.json.
+VISION, SPEECH = "vision.onnx", "speech.onnx"
+# Types that it has another name for, where it does the same for both.
+_CALLED = {"phi4_multimodal": "phi4mm", "qwen2_vl": "qwen2_5_vl"}
+_OF_MODEL = ("image_token_id", "video_token_id", "vision_start_token_id")
+_OF_VISION = ("spatial_merge_size", "patch_size", "tokens_per_second")
+
+
+def with_embeds(
+    config: dict[str, Any], whole: Any, placeholders: Collection[str], position_rows: int
+) -> dict[str, Any]:
+    """``config`` of a decoder that reads embeddings, with its embedding and a place for the user's towers.
+
+    ``whole`` is the configuration of the model with all its towers, None if it has none; ``placeholders`` name what the
+    embedding puts among the tokens, as in :data:`FEATURES`.
+    """
     model = dict(config["model"])
     decoder = dict(model["decoder"])
     inputs = {EMBEDDINGS if name == TOKENS else name: given for name, given in decoder["inputs"].items()}
@@ -97,11 +112,34 @@ def with_embeds(config: dict[str, Any], model_type: str) -> dict[str, Any]:
     decoder["inputs"].pop(TOKENS, None)
     embedding = {
         "filename": EMBEDDING,
-        "inputs": {TOKENS: TOKENS},
+        "inputs": {TOKENS: TOKENS, **{FEATURES[kind]: FEATURES[kind] for kind in placeholders}},
         "outputs": {EMBEDDINGS: EMBEDDINGS},
     }
-    model |= {"decoder": decoder, "embedding": embedding, "type": model_type or model["type"]}
+    model |= {"decoder": decoder, "embedding": embedding}
+    if whole is not None:
+        kind = str(whole.model_type)
+        model |= {"type": _CALLED.get(kind, kind), **_numbers(_OF_MODEL, whole)}
+    if "image" in placeholders:
+        sizes = "image_grid_thw" if position_rows > 1 else "image_sizes"
+        model["vision"] = {
+            "filename": VISION,
+            "inputs": {PIXELS: PIXELS, sizes: sizes},
+            "outputs": {FEATURES["image"]: FEATURES["image"]},
+            **_numbers(_OF_VISION, whole, getattr(whole, "vision_config", None)),
+        }
+    if "audio" in placeholders:
+        model["speech"] = {"filename": SPEECH, "outputs": {FEATURES["audio"]: FEATURES["audio"]}}
     return {**config, "model": model}
+
+
+def _numbers(names: Iterable[str], *configs: Any) -> dict[str, Any]:
+    """Those of ``names`` that are numbers in the first of ``configs`` that has them."""
+    found = {}
+    for name in names:
+        values = [getattr(config, name, None) for config in configs]
+        if (value := next((v for v in values if isinstance(v, int | float)), None)) is not None:
+            found[name] = value
+    return found
 
 
 def _tokens(configs: tuple[Any, ...], name: str) -> list[int]:

@@ -28,6 +28,13 @@ from nbl_export.models.tasks import nested
 from nbl_export.models.text_decoder import Embedded, Given, TextDecoder
 
 _LEFT_OUT = "_nbl_export_left_out"
+_WHOLE = "_nbl_export_whole"  # the configuration of the wrapper that a decoder is from
+# What a text has in the places of images and sounds is one token, which is called so.
+_PLACEHOLDERS = {
+    "image": ("image_token_id", "image_token_index"),
+    "audio": ("audio_token_id", "audio_token_index"),
+}
+_TOWERS = {"image": ("vision_config",), "audio": ("audio_config",)}
 
 
 def find_wrapper(source: str, config: Mapping[str, Any], architecture: str) -> tuple[str, tuple[str, ...]]:
@@ -271,9 +278,27 @@ def as_decoder(model: Any) -> Any:
         decoder = kind(inner, body, owner, output)
     if generation is not None:
         decoder.generation_config = generation
+    setattr(decoder, _WHOLE, model.config)
     plain = with_head(decoder)
     decoder.config.architectures = None if plain is None else [plain]
     return decoder
+
+
+def whole_config(decoder: Any) -> Any:
+    """The configuration of the wrapper that ``decoder`` was found in; None for a model that is in none."""
+    return getattr(decoder, _WHOLE, None)
+
+
+def placeholders(decoder: Any) -> dict[str, int]:
+    """The tokens in the places of images and of sounds, by "image" and "audio", as far as the wrapper has them."""
+    whole = whole_config(decoder)
+    found: dict[str, int] = {}
+    for kind, names in _PLACEHOLDERS.items():
+        places = [whole, *(getattr(whole, tower, None) for tower in _TOWERS[kind])]
+        ids = [getattr(place, name, None) for place in places if place is not None for name in names]
+        if (token := next((i for i in ids if isinstance(i, int) and i >= 0), None)) is not None:
+            found[kind] = token
+    return found
 
 
 def _remade(name: str, config: Any) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.errors import InputError
-from nbl_export.files import TEMPORARY, atomic_path, publish, read_json, write_json
+from nbl_export.files import TEMPORARY, atomic_path, publish, write_json
 from nbl_export.graph.summary import ExportSummary
 from nbl_export.models.source import ModelSource
 from nbl_export.progress import Listener
@@ -69,15 +69,6 @@ def check_exporter(settings: ExportSettings) -> None:
         find_optimum(settings.python)
 
 
-def _model_type(source: ModelSource) -> str:
-    """The type of the whole model, which is what a client of several graphs knows; nothing for a GGUF file."""
-    if source.gguf_file:
-        return ""
-    return str(
-        read_json(Path(source.path) / "config.json", "config.json of the model", "").get("model_type", "")
-    )
-
-
 def left_out(source: ModelSource) -> str:
     """What of a multimodal model is not exported, in one sentence; nothing for any other model."""
     if not source.wrapper:
@@ -112,8 +103,10 @@ def _export_torch(
     from nbl_export.export.embeds import EMBEDDING
     from nbl_export.export.half import save_in_precision
     from nbl_export.export.torch import trace
+    from nbl_export.graph.embedding import add_features
     from nbl_export.graph.precision import precision_of
     from nbl_export.graph.tensors import set_folder
+    from nbl_export.models.multimodal import placeholders
     from nbl_export.stages.calibration_data import crossing_rows, loader_for
 
     ws, precision = run.workspace, precision_of(str(settings.precision))
@@ -128,7 +121,8 @@ def _export_torch(
     beside: list[Path] = []
     if settings.embeds:
         embedding = trace(run.model.model, EMBEDDING, listener)
-        beside = save_in_precision(embedding, ws.embedding, precision, rows, EMBEDDING.outputs)[0]
+        save_in_precision(embedding, ws.embedding, precision, rows, EMBEDDING.outputs)
+        beside = add_features(ws.embedding, placeholders(run.model.model))
     graph = trace(run.model.model, form, listener)
     set_folder(graph, ws.baseline.parent)
     wide = {*form.outputs, PIXELS, EMBEDDINGS}
@@ -180,7 +174,9 @@ def _save_configs(run: Run, exported: list[Path], settings: ExportSettings) -> l
     from nbl_export.export.genai_config import NAME as GENAI
     from nbl_export.export.genai_config import genai_config, with_embeds, with_states
     from nbl_export.models.dummy_run import cache_shapes, dummy_run
+    from nbl_export.models.layers import position_rows
     from nbl_export.models.load import quiet
+    from nbl_export.models.multimodal import placeholders, whole_config
 
     graph = run.workspace.baseline
     pooling = run.model.pooling
@@ -205,7 +201,9 @@ def _save_configs(run: Run, exported: list[Path], settings: ExportSettings) -> l
                 heads, size = shapes[0].heads, shapes[0].key_size
                 known = genai_config(config.get_text_config(), len(shapes), heads, size, shared, generation)
                 if settings.embeds:
-                    known = with_embeds(known, _model_type(run.model.source))
+                    whole = whole_config(run.model.model)
+                    given = placeholders(run.model.model)
+                    known = with_embeds(known, whole, given, position_rows(run.model.model))
                 if (told := with_states(known, dummy_run(run.model.model).cache)) is not None:
                     write_json(folder / GENAI, told)
         has_tokenizer = any(name.startswith("tokenizer") for name in names)

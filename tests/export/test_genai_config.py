@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from nbl_export.export.genai_config import NAME, genai_config
+from nbl_export.export.genai_config import NAME, genai_config, with_embeds
+from nbl_export.models.layers import position_rows
+from nbl_export.models.multimodal import placeholders, whole_config
+from tests.fixtures_graph import load
 
 
 def model(**fields: Any) -> Any:
@@ -84,3 +88,51 @@ def test_onnxruntime_genai_takes_it(tmp_path: Path, shared: bool) -> None:
     with pytest.raises(Exception, match="of_nobody"):
         genai.Config(str(tmp_path))
     assert known["search"]["past_present_share_buffer"] is shared
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "towers", "vision"),
+    [
+        ("gemma3", "gemma3", {"vision"}, {"patch_size": 14}),
+        ("mistral3", "mistral3", {"vision"}, {"patch_size": 14, "spatial_merge_size": 2}),
+        (
+            "qwen2-vl",  # which it does not know, and computes as the next one
+            "qwen2_5_vl",
+            {"vision"},
+            {"patch_size": 14, "spatial_merge_size": 2, "image_token_id": 250, "vision_start_token_id": 252},
+        ),
+        ("phi4-multimodal", "phi4mm", {"vision", "speech"}, {"patch_size": 14}),
+        ("llava", "llava", {"vision"}, {"image_token_id": 250}),  # which it refuses by its type
+    ],
+)
+def test_the_towers_have_a_place_beside_an_embedding(
+    name: str,
+    kind: str,
+    towers: set[str],
+    vision: dict[str, int],
+    wrapper_folder: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    decoder: Any = load(wrapper_folder(name))
+    rows, given = position_rows(decoder), placeholders(decoder)
+    known = genai_config(decoder.config, 4, 2, 16)
+    found = with_embeds(known, whole_config(decoder), given, rows)
+    model = found["model"]
+    assert model["type"] == kind and {"vision", "speech"} & model.keys() == towers
+    numbers = model | model["vision"]
+    assert {key: numbers[key] for key in vision} == vision
+    features = {f"{'image' if tower == 'vision' else 'audio'}_features" for tower in towers}
+    assert model["embedding"]["inputs"].keys() == {"input_ids", *features}
+    assert model["vision"]["inputs"].keys() == {
+        "pixel_values",
+        "image_grid_thw" if rows > 1 else "image_sizes",
+    }
+    genai = pytest.importorskip("onnxruntime_genai", reason="needs onnxruntime-genai")
+    (tmp_path / NAME).write_text(json.dumps(found))
+    genai.Config(str(tmp_path))
+
+
+def test_a_model_without_towers_has_no_place_for_them() -> None:
+    found = with_embeds(genai_config(model(), 1, 1, 8), None, {}, 1)["model"]
+    assert found["type"] == "llama" and found["embedding"]["inputs"] == {"input_ids": "input_ids"}
+    assert not {"vision", "speech"} & found.keys()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 import torch
 
@@ -14,7 +15,7 @@ from nbl_export.errors import InputError
 from nbl_export.export.embeds import EMBEDDING
 from nbl_export.export.half import save_in_precision
 from nbl_export.export.torch import trace
-from nbl_export.graph.embedding import NAME, Embedding, embedding_of, reads_embeddings
+from nbl_export.graph.embedding import NAME, Embedding, add_features, embedding_of, reads_embeddings
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.precision import precision_of
 from nbl_export.graph.tensors import set_folder
@@ -41,6 +42,42 @@ def test_it_is_the_models(
     np.testing.assert_allclose(
         found, expected, rtol=OFF[precision], atol=OFF[precision] * np.abs(expected).max()
     )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])  # onnxruntime multiplies no bfloat16 on a CPU
+@pytest.mark.parametrize(
+    "tokens", [{"image": 250}, {"image": 260, "audio": 251}], ids=["in the table", "beyond it"]
+)
+def test_what_towers_make_is_put_in_its_places(
+    tokens: dict[str, int], precision: str, wrapper: Callable[[str], Calibrated], tmp_path: Path
+) -> None:
+    """The embeddings of the other tokens are scaled, these are not; too few or too many are an error."""
+    model = wrapper("gemma3").model
+    graph = trace(model, EMBEDDING)
+    save_in_precision(graph, tmp_path / NAME, precision_of(precision), [np.arange(9)], EMBEDDING.outputs)
+    files = add_features(tmp_path / NAME, tokens)
+    assert {file.name for file in files} == {file.name for file in tmp_path.iterdir()}
+    ids = np.random.default_rng(0).integers(0, 240, (2, 7))
+    for column, token in enumerate(tokens.values()):
+        ids[0, column + 1 : column + 5 : 2] = token
+        ids[1, 5 - column] = token
+    width = model.config.hidden_size  # type: ignore[union-attr]
+    features = {f"{kind}_features": np.random.rand(3, width).astype(np.float32) for kind in tokens}
+    session = ort.InferenceSession(str(tmp_path / NAME))
+    found = session.run(None, {"input_ids": ids, **features})[0]
+
+    expected = Embedding(tmp_path / NAME)(np.where(ids < 240, ids, 0))  # as the text is embedded
+    for token, given in zip(tokens.values(), features.values(), strict=True):
+        expected[ids == token] = given
+    np.testing.assert_array_equal(found, expected)
+    # Text alone, as it is while tokens are generated.
+    nothing = {name: array[:0] for name, array in features.items()}
+    alone = session.run(None, {"input_ids": ids[:, :1], **nothing})[0]
+    np.testing.assert_array_equal(alone, expected[:, :1])
+    for wrong in (2, 4):
+        name = next(iter(features))
+        with pytest.raises(Exception, match="ScatterND"):
+            session.run(None, {"input_ids": ids, **features, name: np.ones((wrong, width), np.float32)})
 
 
 def decoder(folder: Path) -> ir.Model:
