@@ -249,6 +249,12 @@ def whole(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
     with without_timm():  # which Gemma 3n has its vision tower of
         model = getattr(transformers, row.architecture)._from_config(row.config(), dtype=torch.float32)
     scale_up(model)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if (
+                weight.ndim == 2 and not weight.any()
+            ):  # as a new projector of Gemma 3, by which no image says anything
+                weight.normal_(std=0.2)
     return model.to(dtype).eval().requires_grad_(False)
 
 

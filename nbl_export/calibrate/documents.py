@@ -14,7 +14,7 @@ import io
 import itertools
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -46,8 +46,21 @@ if (_module := _zstd()) is not None:
     BROKEN_ARCHIVE += (_module.ZstdError,)
 
 
-def documents(sources: Iterable[str], field: str) -> Iterator[str]:
+def field_of(row: Any, field: str, where: str, _folder: Path | None = None) -> str:
+    """The text of a row; raises :class:`InputError`, which names ``where`` it stands, if it has none."""
+    if isinstance(row, dict) and isinstance(row.get(field, 0), str | None):
+        return row[field] or ""  # an empty cell is a document without text, which packing skips
+    names = [k for k, v in row.items() if isinstance(v, str)] if isinstance(row, dict) else []
+    raise InputError(_no_field(field, names, where))
+
+
+def documents(
+    sources: Iterable[str], field: str, read: Callable[[Any, str, str, Path | None], Any] = field_of
+) -> Iterator[Any]:
     """The documents of all ``sources`` in order: files, folders, glob patterns or Hub data-set ids.
+
+    ``read`` makes the document of a row, from the field of its text, where it stands, and the folder of a .jsonl file;
+    it is the text alone unless something else is wanted.
 
     Raises :class:`InputError` for an unknown format, a file that is not text, or a missing field.
     """
@@ -56,7 +69,7 @@ def documents(sources: Iterable[str], field: str) -> Iterator[str]:
         if files is None:
             yield from _hub_documents(source, field)
         for file in files or ():
-            yield from _file_documents(file, field)
+            yield from _file_documents(file, field, read)
 
 
 def local_files(source: str) -> list[Path] | None:
@@ -99,7 +112,7 @@ def _listed() -> str:
     return f"{', '.join(_FORMATS[:-1])} (.gz and .zst too) or {_FORMATS[-1]}"
 
 
-def _file_documents(path: Path, field: str) -> Iterator[str]:
+def _file_documents(path: Path, field: str, read: Callable[..., Any]) -> Iterator[Any]:
     kind = _format(path)
     if kind is None:
         raise InputError(f"{path} is not a calibration text: give a {_listed()} file.")
@@ -110,7 +123,7 @@ def _file_documents(path: Path, field: str) -> Iterator[str]:
         with open_packed(path) as raw:
             text = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="strict", newline="\n")
             yield from (
-                _jsonl_documents(path, lines_of(path, text), field)
+                _jsonl_documents(path, lines_of(path, text), field, read)
                 if kind == ".jsonl"
                 else _txt_documents(path, text)
             )
@@ -199,7 +212,7 @@ def _txt_documents(path: Path, text: IO[str]) -> Iterator[str]:
         yield "".join(document)
 
 
-def _jsonl_documents(path: Path, lines: Iterable[str], field: str) -> Iterator[str]:
+def _jsonl_documents(path: Path, lines: Iterable[str], field: str, read: Callable[..., Any]) -> Iterator[Any]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -214,7 +227,7 @@ def _jsonl_documents(path: Path, lines: Iterable[str], field: str) -> Iterator[s
             raise InputError(
                 f"{path}, line {number}: not JSON ({reason}); a .jsonl file needs one object per line."
             ) from None
-        yield _field(row, field, f"{path}, line {number}")
+        yield read(row, field, f"{path}, line {number}", path.parent)
 
 
 def _parquet_documents(path: Path, field: str) -> Iterator[str]:
@@ -240,7 +253,7 @@ def _parquet_documents(path: Path, field: str) -> Iterator[str]:
                         f"{path} has a text of more than {_LINE >> 20} MiB: cut it into documents."
                     )
                 for cell in column:
-                    yield _field({field: cell.as_py()}, field, str(path))
+                    yield field_of({field: cell.as_py()}, field, str(path))
     except (pyarrow.ArrowException, OSError, MemoryError) as error:
         raise InputError(
             f"{path} is not a parquet file ({(str(error) or type(error).__name__).splitlines()[0]}): download it again."
@@ -269,7 +282,7 @@ def _hub_documents(name: str, field: str) -> Iterator[str]:
     try:
         rows = datasets.load_dataset(name, split="train", streaming=True)
         for row in rows:
-            yield _field(row, field, f"data set {name}")
+            yield field_of(row, field, f"data set {name}")
     except InputError:
         raise
     except Exception as error:  # the Hub client raises its own, httpx's and OS errors
@@ -277,13 +290,6 @@ def _hub_documents(name: str, field: str) -> Iterator[str]:
             f"The calibration text {name} is neither a local file or folder nor a data set that can be read from "
             f"the Hub ({type(error).__name__}): check the spelling and the network."
         ) from None
-
-
-def _field(row: Any, field: str, where: str) -> str:
-    if isinstance(row, dict) and isinstance(row.get(field, 0), str | None):
-        return row[field] or ""  # an empty cell is a document without text, which packing skips
-    names = [k for k, v in row.items() if isinstance(v, str)] if isinstance(row, dict) else []
-    raise InputError(_no_field(field, names, where))
 
 
 def _no_field(field: str, names: Iterable[str], where: str) -> str:

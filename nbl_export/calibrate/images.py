@@ -17,8 +17,8 @@ from nbl_export.batch.arrays import F32
 from nbl_export.batch.names import PIXELS
 from nbl_export.calibrate.moments import CALIBRATE_AGAIN
 from nbl_export.calibrate.text import HELD_OUT_EVERY
-from nbl_export.errors import InputError
-from nbl_export.files import user_path
+from nbl_export.errors import InputError, MissingDependencyError
+from nbl_export.files import open_data, user_path
 from nbl_export.progress import Listener
 from nbl_export.settings import CalibrateSettings
 from nbl_export.tensorfile import load_as, save_tensors
@@ -92,14 +92,26 @@ def read_images(
     return CalibrationImages(np.stack(splits[False]), np.stack(splits[True]))
 
 
-def _pixels(file: Path, processor: Any) -> F32:
-    from PIL import Image, UnidentifiedImageError
+def open_image(file: Path) -> Any:
+    """The image of ``file`` in red, green and blue, as pillow has it; raises :class:`InputError` if it is none.
 
+    One of more pixels than pillow takes for a bomb is refused, too.
+    """
     try:
-        with Image.open(file) as opened:
-            image = opened.convert("RGB")
+        from PIL import Image, UnidentifiedImageError
+    except ImportError:
+        raise MissingDependencyError(
+            "Reading images needs pillow: pip install 'nbl-export[vision]'."
+        ) from None
+    try:
+        with open_data(file) as data, Image.open(data) as opened:
+            return opened.convert("RGB")
     except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError):
         raise InputError(f"{file} is not a readable image: remove it, or download it again.") from None
+
+
+def _pixels(file: Path, processor: Any) -> F32:
+    image = open_image(file)
     try:
         pixels = processor(images=[image], return_tensors="np")[PIXELS][0]
     except Exception as error:  # a processor's own code may raise anything

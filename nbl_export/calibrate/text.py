@@ -9,15 +9,17 @@ as in the paper's code.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nbl_export.batch.image_ids import FIRST, are_images
 from nbl_export.calibrate.moments import CALIBRATE_AGAIN
 from nbl_export.errors import InputError
+from nbl_export.models.image_tokens import ImageTokens, load_images, save_images
 from nbl_export.models.load import refused
 from nbl_export.progress import Listener
 from nbl_export.settings import CalibrateSettings
@@ -26,6 +28,7 @@ from nbl_export.tensorfile import load_as, save_tensors
 I32 = NDArray[np.int32]
 HELD_OUT_EVERY = 8
 FORMAT = "nbl-export/text/2"
+IMAGES = "images.safetensors"  # beside the text
 CALIBRATION, SELECTION, HELDOUT = "calibration", "selection", "held-out"
 # The selection and held-out documents of every HELD_OUT_EVERY; the others are for calibration.
 _SPLIT_AT = {HELD_OUT_EVERY // 2 - 1: SELECTION, HELD_OUT_EVERY - 1: HELDOUT}
@@ -40,7 +43,8 @@ class CalibrationText:
 
     ``calibration`` is [samples, seq_len]; ``selection`` and ``heldout`` are [rows, seq_len] of documents that are in
     no other split. ``…_document`` is the document number of each of their tokens, -1 for padding. ``start`` [n] are
-    the tokens at the start of a prompt. All are int32. An encoder's ``selection`` has no rows.
+    the tokens at the start of a prompt. All are int32. An encoder's ``selection`` has no rows. ``images`` is what is
+    known of the tokens that stand for images, if there are any; they belong to document -1.
     """
 
     calibration: I32
@@ -49,6 +53,7 @@ class CalibrationText:
     heldout: I32
     heldout_document: I32
     start: I32
+    images: ImageTokens | None = None
 
     def prompt(self, tokens: I32) -> I32:
         """``tokens`` as a prompt, with the start tokens first."""
@@ -149,7 +154,8 @@ def as_tokens(ids: Sequence[int]) -> I32:
 
 def check_tokens(text: CalibrationText, embedded: int, source: str) -> CalibrationText:
     """``text``, if the model has an embedding for each of its tokens; raises :class:`InputError` otherwise."""
-    for ids in (text.calibration, text.selection, text.heldout, text.start):
+    for rows in (text.calibration, text.selection, text.heldout, text.start):
+        ids = rows[~are_images(rows)]
         if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < embedded:
             odd = int(ids.max()) if int(ids.min()) >= 0 else int(ids.min())
             raise InputError(
@@ -193,8 +199,11 @@ def start_tokens(tokenizer: Any) -> I32:
 
 
 def save_text(path: Path, text: CalibrationText) -> None:
-    """Write the packed tokens, atomically."""
-    save_tensors(path, FORMAT, {name: getattr(text, name) for name in CalibrationText.__annotations__})
+    """Write the packed tokens, atomically, and what is known of their images beside them."""
+    if text.images is not None:
+        save_images(path.with_name(IMAGES), text.images)
+    names = [name for name in CalibrationText.__annotations__ if name != "images"]
+    save_tensors(path, FORMAT, {name: getattr(text, name) for name in names})
 
 
 def load_text(path: Path) -> CalibrationText:
@@ -208,4 +217,10 @@ def load_text(path: Path) -> CalibrationText:
         raise InputError(f"{path} is damaged (its arrays are not rows of tokens): {CALIBRATE_AGAIN}.")
     if any(int(a.min(initial=0)) < 0 for a in tokens):
         raise InputError(f"{path} is damaged (a token is negative): {CALIBRATE_AGAIN}.")
-    return text
+    last = max(int(a.max(initial=0)) for a in tokens)
+    if not are_images(last):
+        return text
+    images = load_images(path.with_name(IMAGES), CALIBRATE_AGAIN)
+    if last - FIRST >= len(images):
+        raise InputError(f"{path} is damaged (a token of no image): {CALIBRATE_AGAIN}.")
+    return replace(text, images=images)

@@ -39,7 +39,7 @@ EMBEDDING = Form(
 
 def reading_embeds(form: Form, model: torch.nn.Module) -> Form:
     """``form`` of a decoder that reads embeddings; raises :class:`InputError` for a model that needs the ids, too."""
-    _check_embedded_once(model)
+    check_embedded_once(model, "leave --inputs embeds out")
     inputs = {EMBEDDINGS if name == TOKENS else name: dims for name, dims in form.inputs.items()}
     examples = {EMBEDDINGS: torch.zeros(2, 3, hidden_size(model))}
     rows = position_rows(model)
@@ -55,7 +55,7 @@ def reading_embeds(form: Form, model: torch.nn.Module) -> Form:
     return replace(form, inputs=inputs, examples=examples, module=module)
 
 
-def _check_embedded_once(model: torch.nn.Module) -> None:
+def check_embedded_once(model: torch.nn.Module, remedy: str) -> None:
     """Refuse a model that looks its token ids up in more tables than one, as for embeddings of each layer."""
     ids = example_inputs(model)[TOKENS]
     tables: list[str] = []
@@ -73,5 +73,5 @@ def _check_embedded_once(model: torch.nn.Module) -> None:
     if len(found := sorted(set(tables))) > 1:
         raise InputError(
             f"{type(model).__name__} looks up token ids in {len(found)} tables ({', '.join(found)}), "
-            "so embeddings alone do not say what it reads: leave --inputs embeds out."
+            f"so embeddings alone do not say what it reads: {remedy}."
         )

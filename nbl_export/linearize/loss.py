@@ -28,6 +28,7 @@ from nbl_export.linearize.plan import LinearLayer, Plan
 from nbl_export.linearize.swap import linearized, replaced
 from nbl_export.linearize.sweep import ORIGINAL, Version, sweep, version_of
 from nbl_export.models.dummy_run import dummy_run
+from nbl_export.models.image_tokens import written
 from nbl_export.models.layers import attention_layers, block_stack, hidden_size, vocabulary
 from nbl_export.models.partial_forward import beginning, recording_inputs, starting_at
 from nbl_export.models.walk import after_blocks
@@ -120,6 +121,8 @@ def row_logits(model: torch.nn.Module, row: torch.Tensor) -> torch.Tensor:
 class LossMeter:
     """Measures the loss of sets of linear layers in ``model`` on ``rows`` [rows, seq] with their ``document`` numbers.
 
+    Predictions of tokens without a document, which is -1, are not counted: those of images.
+
     It stores the original's predictions and, for one set at a time, the states at each layer's input. A set that adds
     layers to that set is run from the first added layer on.
 
@@ -143,7 +146,10 @@ class LossMeter:
         self.model, self.fit_input = model, fit_input
         device = device_of(model)
         self._rows = [torch.from_numpy(row.astype(np.int64)).to(device) for row in rows]
-        self._owner = document[:, 1:].reshape(-1)
+        # The targets of predictions; of the embeddings of images, which nobody predicts, nothing is counted.
+        self._targets = [written(row) for row in self._rows]
+        self._predicted_at = document[:, 1:].reshape(-1) >= 0
+        self._owner = document[:, 1:].reshape(-1)[self._predicted_at]
         self._layers = attention_layers(model)
         self._linear: dict[int, LinearLayer] = {}
         # Of the original: the predictions, or, where these are large, the states after the last block.
@@ -154,8 +160,7 @@ class LossMeter:
         large = 2 * rows.size * vocabulary(model) > _KEPT_BYTES
         with _recording_ends(model, self._ends) if large else nullcontext():
             for number, logits in self._original(advance):
-                row = self._rows[number]
-                original = reference(logits, row, torch.bfloat16)
+                original = reference(logits, self._targets[number], torch.bfloat16)
                 if not (original.nll.isfinite().all() and original.negentropy.isfinite().all()):
                     raise CalibrationError(
                         f"The model's own predictions are NaN or infinite in row {number} of the selection text: check "
@@ -217,7 +222,7 @@ class LossMeter:
         for number, which, logits in sweep(
             self.model, self._rows, [*known, *versions], self.fit_input, self._linear
         ):
-            row = self._rows[number]
+            row = self._targets[number]
             if which < len(known):
                 original = reference(logits, row, torch.bfloat16)
                 continue
@@ -225,7 +230,10 @@ class LossMeter:
                 original = self._references[number]
             found[which - len(known)].append(compare(original, logits, row))
         columns = ((np.concatenate(column) for column in zip(*rows, strict=True)) for rows in found)
-        return [loss_over_documents(kl, excess, self._owner) for kl, excess in columns]
+        return [self._loss(kl, excess) for kl, excess in columns]
+
+    def _loss(self, kl: F64, excess: F64) -> Loss:
+        return loss_over_documents(kl[self._predicted_at], excess[self._predicted_at], self._owner)
 
     def _predicted(self, number: int) -> Reference:
         """The original's predictions of the row ``number``, whatever of its blocks is changed now."""
@@ -234,7 +242,7 @@ class LossMeter:
         row = self._rows[number]
         with after_blocks(self.model) as finish:
             logits = finish({"input_ids": row[None]}, self._ends[number]).logits[0]
-        return reference(logits, row, torch.bfloat16)
+        return reference(logits, self._targets[number], torch.bfloat16)
 
     def measure_within(self, change: AbstractContextManager[Any], first: int) -> Loss:
         """The loss of the settled model within ``change``, which affects only layer ``first`` and subsequent layers."""
@@ -243,12 +251,12 @@ class LossMeter:
         kl, excess, first = [], [], beginning(self.model, first)
         with torch.inference_mode(), change:
             for number, (states, row) in enumerate(zip(self._states, self._rows, strict=True)):
-                original = self._predicted(number)
+                original, target = self._predicted(number), self._targets[number]
                 with starting_at(self.model, first, states[first]):
-                    row_kl, row_excess = compare(original, row_logits(self.model, row), row)
+                    row_kl, row_excess = compare(original, row_logits(self.model, row), target)
                 kl.append(row_kl)
                 excess.append(row_excess)
-        return loss_over_documents(np.concatenate(kl), np.concatenate(excess), self._owner)
+        return self._loss(np.concatenate(kl), np.concatenate(excess))
 
     def _first_new(self, layers: Mapping[int, LinearLayer]) -> int:
         # The first layer where this set and the settled one differ; the last layer if they are equal.

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from nbl_export.batch.image_ids import are_images
 from nbl_export.checkpoint import Checkpoint, saving_to
 from nbl_export.errors import InputError
 from nbl_export.linearize.adapters import Adapter, weight_digests
@@ -247,7 +248,10 @@ class _Training:
 
     def _divergence(self, ids: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         logits = self._task.model(input_ids=ids, use_cache=False).logits
-        return divergence(logits.flatten(0, -2), target.flatten(0, -2))
+        # What is predicted in the place of an image's embedding nobody reads.
+        words = torch.nn.functional.pad(~are_images(ids[:, 1:]), (0, 1), value=True)
+        both = (logits, target) if words.all() else (logits[words][None], target[words][None])
+        return divergence(*(t.flatten(0, -2) for t in both))
 
     def result(self) -> Repaired:
         """What was learned; the adapters are of the exact model's weights."""

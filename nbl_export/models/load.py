@@ -42,7 +42,7 @@ PREPROCESSOR = "preprocessor_config.json"
 
 
 @contextmanager
-def _readable(source: ModelSource) -> Iterator[str]:
+def readable(source: ModelSource) -> Iterator[str]:
     """The folder of ``source`` with configurations that the installed transformers reads correctly.
 
     They choose no implementation and name no file.
@@ -77,7 +77,7 @@ def load_stored(source: ModelSource, done: Callable[[int], None] = lambda _bytes
         options = {"gguf_file": str(Path(source.path) / source.gguf_file)}
         with quiet(), tempfile.TemporaryDirectory() as path:
             return _from_gguf(source, path, options)
-    with quiet(), _readable(source) as path:
+    with quiet(), readable(source) as path:
         _check_size(source, path)
         with _reading(source):
             tensors = stored_tensors(Path(source.path))
@@ -211,7 +211,7 @@ def load_skeleton(source: ModelSource) -> torch.nn.Module:
             with tempfile.TemporaryDirectory() as path, _reading(source):
                 model = _skeleton(source, path, {"gguf_file": str(Path(source.path) / source.gguf_file)})
         else:
-            with _readable(source) as path:
+            with readable(source) as path:
                 _check_size(source, path)
                 with _reading(source):
                     model = _skeleton(source, path, {})
@@ -262,7 +262,7 @@ def load_tokenizer(source: ModelSource) -> Any:
     options: dict[str, Any] = {"trust_remote_code": source.trust_remote_code}
     if source.gguf_file:
         options["gguf_file"] = source.gguf_file
-    with quiet(), contextlib.nullcontext(source.path) if source.gguf_file else _readable(source) as path:
+    with quiet(), contextlib.nullcontext(source.path) if source.gguf_file else readable(source) as path:
         if not source.gguf_file:
             check_tokenizer(source.source, Path(source.path))
         try:

@@ -126,11 +126,7 @@ def _check_head(decoder: Any) -> None:
         ) from error
 
 
-def text_only(architecture: str) -> Any:
-    """The class ``architecture`` of transformers, of which a model has nothing but its language model and its head.
-
-    It has the same name, by which transformers finds how the tensors of a checkpoint are called.
-    """
+def _class_named(architecture: str) -> Any:
     import transformers
 
     whole = getattr(transformers, architecture, None)
@@ -138,7 +134,15 @@ def text_only(architecture: str) -> Any:
         raise InputError(
             f"The class {architecture} is not in this version of transformers: install a later one."
         )
+    return whole
 
+
+def text_only(architecture: str) -> Any:
+    """The class ``architecture`` of transformers, of which a model has nothing but its language model and its head.
+
+    It has the same name, by which transformers finds how the tensors of a checkpoint are called.
+    """
+    whole = _class_named(architecture)
     begin = vars(whole)["__init__"]
 
     def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -147,6 +151,42 @@ def text_only(architecture: str) -> Any:
         setattr(self, _LEFT_OUT, _leave_out(self))
 
     return type(architecture, (whole,), {"__init__": build, "__module__": whole.__module__})
+
+
+def towers_only(architecture: str) -> Any:
+    """The class ``architecture`` of transformers, of which a model has all but the blocks of its language model.
+
+    Raises :class:`InputError`, when a model is built, for one of which the towers cannot be told from it.
+    """
+    whole = _class_named(architecture)
+    begin = vars(whole)["__init__"]
+
+    def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        with without_timm():
+            begin(self, config, *args, **kwargs)
+        inner = language_model(self)
+        if type(inner.config) is type(config):
+            raise InputError(
+                f"The towers of {architecture} are a part of its language model: calibrate it on text."
+            )
+        if any(isinstance(module, _Nothing) for module in self.modules()):
+            raise InputError(
+                f"A tower of {architecture} is of timm, which is not loaded: calibrate it on text."
+            )
+        for module in list(inner.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, torch.nn.ModuleList) and len(child) == inner.config.num_hidden_layers:
+                    module._modules[name] = torch.nn.ModuleList()
+        there = {name for name, _ in self.named_parameters(remove_duplicate=False)}
+        tied = getattr(self, "all_tied_weights_keys", {})
+        self.all_tied_weights_keys = {a: b for a, b in tied.items() if a in there and b in there}
+
+    return type(architecture, (whole,), {"__init__": build, "__module__": whole.__module__})
+
+
+def language_model(model: Any) -> Any:
+    """The language model in a wrapper of transformers' own class."""
+    return model.get_submodule(_language_model(model)[0])
 
 
 class _Nothing(torch.nn.Module):
@@ -290,8 +330,12 @@ def whole_config(decoder: Any) -> Any:
 
 
 def placeholders(decoder: Any) -> dict[str, int]:
-    """The tokens in the places of images and of sounds, by "image" and "audio", as far as the wrapper has them."""
-    whole = whole_config(decoder)
+    """The tokens in the places of images and of sounds, by "image" and "audio", as far as its wrapper has them."""
+    return placeholders_in(whole_config(decoder))
+
+
+def placeholders_in(whole: Any) -> dict[str, int]:
+    """:func:`placeholders`, of the configuration of a wrapper."""
     found: dict[str, int] = {}
     for kind, names in _PLACEHOLDERS.items():
         places = [whole, *(getattr(whole, tower, None) for tower in _TOWERS[kind])]

@@ -11,6 +11,7 @@ from nbl_export.errors import InputError
 from nbl_export.files import read_json, sha256_of_file, sha256_of_json, write_json
 from nbl_export.progress import Listener
 from nbl_export.settings import CalibrateSettings
+from nbl_export.settings.choices import SELF
 from nbl_export.settings.size import bytes_of
 from nbl_export.stage_record import MODEL, key_of
 from nbl_export.stages.room import Shape, check_calibrate
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     import torch
 
     from nbl_export.calibrate.probe import Probe
+    from nbl_export.models.image_tokens import ImageTokens
+    from nbl_export.models.source import ModelSource
     from nbl_export.stages.calibration_data import CalibrationLoader
 
 
@@ -28,14 +31,16 @@ def calibrate(run: Run, settings: CalibrateSettings) -> None:
     from nbl_export.calibrate.collect import store_moments
     from nbl_export.calibrate.probe import save_probe
     from nbl_export.calibrate.store import MomentsFolder
+    from nbl_export.calibrate.text import IMAGES
     from nbl_export.models.candidates import described
     from nbl_export.models.dummy_run import check_supported
+    from nbl_export.models.image_tokens import seeing
     from nbl_export.models.weights import dtype_of
     from nbl_export.stages.calibration_data import loader_for
 
     ws, source = run.workspace, run.model.source
     loader, ranks = loader_for(source), run.ranks
-    stamps = ranks.shared(lambda: sha256_of_json(_stamps(ws.digests, loader.files(settings.sources))))
+    stamps = ranks.shared(lambda: sha256_of_json(_stamps(ws.digests, _files(source, settings))))
     made_of = {MODEL: source.model, loader.unit: stamps}
     device, asked = run.on(settings.device), settings.as_json()
     key = key_of("calibrate", asked, made_of)
@@ -47,6 +52,7 @@ def calibrate(run: Run, settings: CalibrateSettings) -> None:
         check_supported(model, cached=False, task=run.model.task, pooled=pooled)
         in_dtype = run.model.in_dtype(ranks.shared(lambda: dtype_of(run.model.in_dtype(settings.dtype))))
         probes: list[Probe] = []
+        pictures: list[ImageTokens | None] = []
 
         def prepared() -> Any:
             check_calibrate(ws, Shape.of(model), settings)
@@ -58,11 +64,12 @@ def calibrate(run: Run, settings: CalibrateSettings) -> None:
                 write_json(_record(loader.path(ws)), record)
             _check_enough(data.calibration, model, loader.unit)
             probes.append(loader.probe(run.model, data))
+            pictures.append(getattr(data, "images", None))
             if not run.model.task.causal:
                 _check_exports(run, probes[0])
-            return data.calibration
+            return data.calibration, pictures[0]
 
-        tokens = ranks.shared(prepared)
+        tokens, seen = ranks.shared(prepared)
         about = {
             "model": source.fingerprint,
             "tokens": _token_count(tokens, model),
@@ -71,13 +78,26 @@ def calibrate(run: Run, settings: CalibrateSettings) -> None:
         }
         store = MomentsFolder(ws.moments, ws.partial_moments, about)
         memory = None if settings.memory is None else bytes_of(settings.memory)
-        store_moments(in_dtype, tokens, key, store, listener, ranks, memory)
+        with seeing(in_dtype, seen):
+            store_moments(in_dtype, tokens, key, store, listener, ranks, memory)
         if not ranks.first:
             return []
         save_probe(ws.probe, probes[0])
-        return [loader.path(ws), *store.publish(), ws.probe]
+        beside = [] if seen is None else [loader.path(ws).with_name(IMAGES)]
+        return [loader.path(ws), *beside, *store.publish(), ws.probe]
 
     run.stage("calibrate", asked, made_of, work, device)
+
+
+def _files(source: ModelSource, settings: CalibrateSettings) -> list[Path]:
+    """The local files that are read: those of the sources, and the images that they name for a multimodal model."""
+    from nbl_export.calibrate.illustrated import image_files
+    from nbl_export.stages.calibration_data import loader_for
+
+    files = loader_for(source).files(settings.sources)
+    if source.wrapper:
+        files += image_files(name for name in settings.sources if name != SELF)
+    return files
 
 
 def _check_exports(run: Run, probe: Probe) -> None:

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nbl_export.batch.image_ids import words
 from nbl_export.batch.names import MASK, PIXELS, TOKEN_TYPES, TOKENS
 from nbl_export.batch.rows import batch_of_rows
 from nbl_export.calibrate.documents import documents, local_files
+from nbl_export.calibrate.illustrated import HasImages, illustrated, pack_illustrated, words_alone
 from nbl_export.calibrate.images import image_files, load_images, read_images, save_images
 from nbl_export.calibrate.passages import frame_of, heldout_rows, longest_row, read_passages
 from nbl_export.calibrate.probe import Probe, probe_inputs, probe_lengths, probe_model
@@ -94,8 +96,25 @@ def _read_text(model: LoadedModel, settings: CalibrateSettings, listener: Listen
     if settings.sources == (SELF,):
         text = sample_from_model(model.in_dtype(settings.dtype), model.tokenizer, settings, listener)
     else:
-        text = pack(documents(settings.sources, settings.field), model.tokenizer, settings, listener)
+        text = _packed(model, settings, listener)
     return _embedded(model, text)
+
+
+def _packed(model: LoadedModel, settings: CalibrateSettings, listener: Listener) -> CalibrationText:
+    """The text, with what a multimodal model makes of its images."""
+    if not model.source.wrapper:
+        return pack(documents(settings.sources, settings.field), model.tokenizer, settings, listener)
+    try:
+        texts = words_alone(illustrated(settings.sources, settings.field))
+        return pack(texts, model.tokenizer, settings, listener)
+    except HasImages:
+        from nbl_export.export.embeds import check_embedded_once
+        from nbl_export.models.towers import Towers
+
+        check_embedded_once(model.model, "calibrate it on text, without images")
+        towers = Towers(model.source)
+        found = illustrated(settings.sources, settings.field)
+        return pack_illustrated(found, towers.read, model.tokenizer, settings, listener)
 
 
 def _embedded(model: LoadedModel, text: CalibrationText) -> CalibrationText:
@@ -105,11 +124,11 @@ def _embedded(model: LoadedModel, text: CalibrationText) -> CalibrationText:
 
 
 def _probe_decoder(model: LoadedModel, text: Any) -> Probe:
-    return probe_model(model.in_float32, text.calibration)
+    return probe_model(model.in_float32, words(text.calibration))
 
 
 def _range_rows(text: Any, _names: Mapping[str, Any]) -> list[Any]:
-    return [text.prompt(row[:_RANGE_TOKENS]) for row in text.calibration[:_RANGE_ROWS]]
+    return [text.prompt(row[:_RANGE_TOKENS]) for row in words(text.calibration)[:_RANGE_ROWS]]
 
 
 def crossing_rows(model: torch.nn.Module, text: CalibrationText, rows: Sequence[Any]) -> list[Any]:
@@ -118,7 +137,7 @@ def crossing_rows(model: torch.nn.Module, text: CalibrationText, rows: Sequence[
     """
     crossed = crossed_by(model, 0, [len(row) for row in rows])
     longer = sorted({one.prompts[0] for one in crossed if len(one.prompts) > 1})
-    flat = text.calibration.reshape(-1)
+    flat = words(text.calibration).reshape(-1)
     return [text.prompt(np.resize(flat, max(1, prompt - len(text.start)))) for prompt in longer]
 
 

@@ -143,11 +143,12 @@ def _questions(run: Run, settings: EvalSettings, positions: int | None) -> list[
 
 
 def _filler(run: Run) -> Filler:
+    from nbl_export.batch.image_ids import words
     from nbl_export.calibrate.text import load_text
     from nbl_export.evaluate.retrieval import Filler
 
     text = load_text(run.workspace.text)
-    return Filler(text.start, text.heldout.reshape(-1))
+    return Filler(text.start, words(text.heldout).reshape(-1))
 
 
 class _Answers:

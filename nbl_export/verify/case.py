@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from nbl_export.batch.image_ids import words
 from nbl_export.batch.names import BASE, LINEARIZED
 from nbl_export.batch.rows import Inputs
 from nbl_export.calibrate.text import CalibrationText
@@ -83,7 +84,7 @@ class DecoderCase(Case):
         model settle on chance tokens, which can amplify rounding a hundredfold.
         """
         ends = np.cumsum([prompt + self.settings.decode_steps for prompt in prompts])
-        pieces = np.split(np.resize(self.text.heldout.reshape(-1), ends[-1]), ends[:-1])
+        pieces = np.split(np.resize(words(self.text.heldout).reshape(-1), ends[-1]), ends[:-1])
         return [self.text.prompt(piece) for piece in pieces]
 
 

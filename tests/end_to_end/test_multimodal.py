@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,10 +11,15 @@ import numpy as np
 import pytest
 
 from nbl_export import api
+from nbl_export.batch.image_ids import are_images
+from nbl_export.calibrate.text import load_text
 from nbl_export.errors import InputError
 from nbl_export.runtime.ort import ort_stream
+from nbl_export.verify.loss.figures import MethodLoss
 from tests.clients.greedy import greedy
+from tests.listening import Notes
 from tests.multimodal import WRAPPERS
+from tests.pictures import PLACE, picture, save_documents, save_processor
 
 PROMPT, COUNT = [5, 9, 33, 77, 120, 44, 8, 91, 17, 3], 12
 
@@ -42,6 +48,85 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [json.dumps({"text": " ".join(numbers.choice(words, 60))}) for _ in range(150)]
     path.write_text("\n".join(rows))
     return path
+
+
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "went",
+    "away",
+    "to",
+    "find",
+    "food",
+    "by",
+    "the",
+    "river",
+]
+
+
+def with_images(name: str, folder: Path, root: Path) -> tuple[Path, Path]:
+    """A copy of the model in ``folder`` with its processor, and documents of which two of three have an image."""
+    model = save_processor(name, Path(shutil.copytree(folder, root / "model")))
+    numbers = np.random.default_rng(0)
+    rows: list[dict[str, object]] = []
+    for i in range(90):
+        before, after = (" ".join(numbers.choice(WORDS, 4)) for _ in range(2))
+        picture(i).save(root / f"{i}.png")
+        rows.append(
+            {"text": f"{before} {PLACE[name] if i % 3 else ''} {after}", "images": [f"{i}.png"] * (i % 3 > 0)}
+        )
+    return model, save_documents(root, rows)
+
+
+def test_images_are_calibrated_on(wrapper_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """Every stage; another image is another calibration; losses are of the words."""
+    model, documents = with_images("gemma3", wrapper_folder("gemma3"), tmp_path)
+    out = tmp_path / "out"
+    asked = api.CalibrateSettings(
+        (str(documents),), samples=12, seq_len=64, heldout_samples=4, selection_samples=3
+    )
+    api.calibrate(model, out, asked)
+    api.select(out, api.SelectSettings(k=1))
+    api.export(out, api.ExportSettings(inputs="embeds"))
+    api.rewrite(out)
+    report = api.verify(out, api.VerifySettings(speed=False))
+    assert report.passed
+    text = load_text(out / "nbl" / "text.safetensors")
+    there = are_images(text.heldout)
+    assert text.images is not None and there.any() and (text.heldout_document[there] == -1).all()
+    assert isinstance(report.method_loss, MethodLoss)
+    assert report.method_loss.tokens == int((~there[:, 1:]).sum())
+    (said,) = [note for note in report.notes if "Images: calibration" in note]
+    assert f"held-out {int(there.sum()) // 4} ({int(there.sum())} of 256 tokens)" in said
+
+    notes = Notes()
+    api.calibrate(model, out, asked, notes)
+    assert [note for note in notes.notes if "done already" in note]
+    picture(999).save(tmp_path / "1.png")
+    api.calibrate(model, out, asked, notes)
+    assert [note for note in notes.notes if "done again" in note]
+    # On text alone, nothing of the images is left.
+    words = tmp_path / "words.txt"
+    words.write_text("\n".join(" ".join(WORDS) for _ in range(2000)))
+    api.calibrate(model, out, api.CalibrateSettings((str(words),), samples=12, seq_len=64, heldout_samples=4))
+    assert not (out / "nbl" / "images.safetensors").exists()
+
+
+def test_images_are_refused_where_embeddings_do_not_say_all(
+    wrapper_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    (tmp_path / "model").mkdir()
+    picture(0).save(tmp_path / "a.png")
+    documents = save_documents(tmp_path, [{"text": "a cat", "images": ["a.png"]}])
+    with pytest.raises(
+        InputError, match=r"looks up token ids in 2 tables .*: calibrate it on text, without images"
+    ):
+        api.calibrate(wrapper_folder("gemma4"), tmp_path / "out", api.CalibrateSettings((str(documents),)))
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from nbl_export.batch.arrays import F64
+from nbl_export.batch.image_ids import FIRST
 from nbl_export.errors import CalibrationError
 from nbl_export.linearize import loss as module
 from nbl_export.linearize.adapters import Adapter, adapted
@@ -32,6 +33,7 @@ from nbl_export.linearize.search import (
 from nbl_export.linearize.swap import replaced
 from nbl_export.models import weights
 from nbl_export.models.dummy_run import dummy_run
+from nbl_export.models.image_tokens import ImageTokens, seeing
 from nbl_export.models.layers import attention_layers, hidden_size, vocabulary
 from nbl_export.models.weights import Stored, streamed
 from nbl_export.settings.choices import FitInput
@@ -444,3 +446,40 @@ def test_predictions_that_are_no_numbers_are_the_models_own() -> None:
         CalibrationError, match=r"own predictions are NaN or infinite in row 0 of the selection text"
     ):
         LossMeter(model, rows, np.zeros_like(rows), "normed")
+
+
+@pytest.mark.parametrize("kept", [1 << 30, 0], ids=["predictions", "states"])
+def test_tokens_of_images_are_seen_and_not_predicted(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss is that of the words alone, each by what the model makes of the images before it."""
+    monkeypatch.setattr(module, "_KEPT_BYTES", kept)
+    model: Any = tiny_model("llama")
+    d, numbers = hidden_size(model), np.random.default_rng(0)
+    features = numbers.standard_normal((9, d)).astype(np.float32)
+    one = np.ones(9, np.int32)
+    images = ImageTokens(features, one[:, None] * 0, one, one * 0, one[:1] * 0)
+    rows = numbers.integers(3, 30, (3, 20)).astype(np.int32)
+    rows[0, 4:8], rows[2, 9:14] = FIRST + np.arange(4), FIRST + 4 + np.arange(5)
+    owner = np.where(rows >= FIRST, -1, np.arange(3)[:, None]).astype(np.int32)
+    layers = {1: LinearLayer(np.zeros((d, d), np.float32), np.zeros(d, np.float32))}
+    with seeing(model, images):
+        found = LossMeter(model, rows, owner, "normed").measure(layers)
+
+    kl, excess, owners = [], [], []
+    for row, of in zip(rows, owner, strict=True):
+        there = torch.from_numpy(row >= FIRST)
+        ids = torch.from_numpy(np.where(row >= FIRST, 0, row).astype(np.int64))
+        embeds = model.get_input_embeddings()(ids[None]).detach().clone()
+        embeds[0, there] = torch.from_numpy(features[row[row >= FIRST] - FIRST])
+        with torch.inference_mode():
+            original = model(inputs_embeds=embeds).logits[0]
+            with replaced(model, layers, "normed"):
+                changed = model(inputs_embeds=embeds).logits[0]
+        pair = by_hand(original, changed, ids.numpy())
+        word = ~there.numpy()[1:]
+        kl.append(pair[0][word])
+        excess.append(pair[1][word])
+        owners.append(of[1:][word])
+    expected = loss_over_documents(np.concatenate(kl), np.concatenate(excess), np.concatenate(owners))
+    assert found.kl == pytest.approx(expected.kl, rel=5e-3) and found.kl > 0.01
+    assert found.excess == pytest.approx(expected.excess, abs=1e-4)
+    assert found.kl_se == pytest.approx(expected.kl_se, rel=5e-3)

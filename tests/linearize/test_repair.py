@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from nbl_export.batch.image_ids import FIRST
 from nbl_export.calibrate.collect import collect_moments
 from nbl_export.checkpoint import Checkpoint
 from nbl_export.linearize import repair as module
@@ -25,6 +26,7 @@ from nbl_export.linearize.repair import Distillation, Repaired, mlp_maps
 from nbl_export.linearize.swap import replaced
 from nbl_export.models import weights
 from nbl_export.models.dummy_run import dummy_run
+from nbl_export.models.image_tokens import ImageTokens, seeing
 from nbl_export.models.layers import attention_layer
 from nbl_export.models.weights import Stored, streamed
 from nbl_export.settings.choices import FitInput
@@ -99,6 +101,27 @@ def test_steps_lower_the_divergence_on_the_text(
     assert divergence(model, found, fit_input) < 0.9 * before
     assert all(not np.array_equal(found[i].w, maps[i].w) for i in chosen)
     assert all(not np.array_equal(found[i].b, maps[i].b) for i in chosen)
+
+
+def test_nothing_is_learned_in_the_places_of_images(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What precedes the embedding of an image predicts it, which nobody reads; the text is read with its images."""
+    maps, covariances = fits(model, (1,))
+    features = np.random.default_rng(1).standard_normal((4, len(maps[1].b))).astype(np.float32)
+    one = np.ones(4, np.int32)
+    rows = TOKENS[:4].copy()
+    rows[1, 10:14] = FIRST + np.arange(4)
+    places: list[int] = []
+    plain = module.divergence
+
+    def counted(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        places.append(len(logits))
+        return plain(logits, target)
+
+    monkeypatch.setattr(module, "divergence", counted)
+    with seeing(model, ImageTokens(features, one[:, None] * 0, one, one * 0, one[:1] * 0)):
+        found = [repair(model, maps, covariances, "normed", tokens, 1, 0) for tokens in (TOKENS[:4], rows)]
+    assert places == [rows.size, rows.size - 4]
+    assert not np.array_equal(found[0].layers[1].b, found[1].layers[1].b)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bloom", "gemma3-text"])

@@ -64,7 +64,11 @@ class Jobs:
         dtype = self.metadata.get("dtype", "float32")
         model = self._run.model
         return Fitting(
-            self.moments, self.measured, self._settings, self._listener, lambda: model.in_dtype(dtype)
+            self.moments,
+            self.measured,
+            self._settings,
+            self._listener,
+            lambda: self.measured.seeing(model.in_dtype(dtype)),
         )
 
     # what the first process asks for -----------------------------------------------------------

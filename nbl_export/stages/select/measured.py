@@ -39,6 +39,7 @@ class Measured:
         self._run, self._calibrated, self._listener = run, calibrated, listener
         self.fit_input = fit_input
         self._kept = ExitStack()
+        self._seeing: list[torch.nn.Module] = []
 
     def close(self) -> None:
         """Release the weights that were kept for many measurements."""
@@ -65,7 +66,7 @@ class Measured:
     def model(self) -> torch.nn.Module:
         from nbl_export.models.weights import resident, room
 
-        model = self._run.model.in_dtype(self.dtype)
+        model = self.seeing(self._run.model.in_dtype(self.dtype))
         self._kept.enter_context(resident(model, room(model)))
         return model
 
@@ -73,6 +74,17 @@ class Measured:
     def exact_model(self) -> torch.nn.Module:
         """The model in float32, whose weights are changed by a repair."""
         return self._run.model.in_float32
+
+    def seeing(self, model: torch.nn.Module) -> torch.nn.Module:
+        """``model``, which takes the images of the text as long as this is open."""
+        from nbl_export.models.image_tokens import seeing
+
+        if not self._run.model.task.causal:
+            return model
+        if self.text.images is not None and model not in self._seeing:
+            self._seeing.append(model)
+            self._kept.enter_context(seeing(model, self.text.images))
+        return model
 
     @cached_property
     def meter(self) -> LossMeter:

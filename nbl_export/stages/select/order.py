@@ -75,8 +75,9 @@ class Choosing:
     def described(self) -> tuple[int, int]:
         """The size of the text that losses are measured on: its predictions and its documents."""
         text = self._jobs.measured.text
-        predictions = int(text.selection.shape[0] * (text.selection.shape[1] - 1))
-        return predictions, len(np.unique(text.selection_document[:, 1:]))
+        owners = text.selection_document[:, 1:]
+        counted = owners[owners >= 0]  # not the tokens of images
+        return int(counted.size), len(np.unique(counted))
 
     def _kl(self, candidates: Sequence[Candidate]) -> Iterator[Candidate]:
         for candidate, loss in _singly(self.sets, candidates):

@@ -16,6 +16,7 @@ from nbl_export.linearize.loss import compare, loss_over_documents, reference, r
 from nbl_export.linearize.plan import Plan
 from nbl_export.linearize.swap import linearized
 from nbl_export.linearize.sweep import ORIGINAL, sweep, version_of
+from nbl_export.models.image_tokens import written
 from nbl_export.models.weights import device_of, streams
 from nbl_export.progress import Listener, Silent
 from nbl_export.verify.loss.figures import MethodLoss
@@ -41,15 +42,17 @@ def measure_method_loss(
         torch.inference_mode(),
     ):
         for ids, (logits, changed) in zip(rows, _both(model, plan, rows), strict=True):
-            original = reference(logits, ids)
-            row_kl, row_excess = compare(original, changed, ids)
+            original = reference(logits, written(ids))
+            row_kl, row_excess = compare(original, changed, written(ids))
             before.append(original.nll.double().cpu().numpy())
             kl.append(row_kl)
             excess.append(row_excess)
             task.advance(len(ids))
-    owner = document[:, 1:].reshape(-1)
-    loss = loss_over_documents(np.concatenate(kl), np.concatenate(excess), owner)
-    nll = float(np.concatenate(before).mean())
+    # Nobody predicts the embeddings of images, whose tokens are of no document.
+    counted = document[:, 1:].reshape(-1) >= 0
+    owner = document[:, 1:].reshape(-1)[counted]
+    loss = loss_over_documents(np.concatenate(kl)[counted], np.concatenate(excess)[counted], owner)
+    nll = float(np.concatenate(before)[counted].mean())
     return MethodLoss(
         documents=len(np.unique(owner)),
         tokens=len(owner),

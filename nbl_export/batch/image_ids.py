@@ -1,0 +1,21 @@
+"""Numbers of tokens that stand for the embeddings of images, beyond those of every vocabulary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+FIRST = 1 << 30
+
+
+def are_images(ids: Any) -> Any:
+    """Which of ``ids``, an array or a tensor, stand for an embedding of an image."""
+    return ids >= FIRST
+
+
+def words(rows: NDArray[np.int32]) -> NDArray[np.int32]:
+    """``rows`` with their tokens of text alone, one after the other, repeated as often as is needed; int32."""
+    there = are_images(rows)
+    return np.resize(rows[~there], rows.shape) if there.any() else rows

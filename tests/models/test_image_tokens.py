@@ -1,0 +1,81 @@
+"""Tokens of images: embeddings, positions and masks, each against what is written out by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from nbl_export.batch.image_ids import FIRST
+from nbl_export.errors import InputError
+from nbl_export.models.image_tokens import ImageTokens, load_images, masks, save_images, written
+
+# Two images: of 2 x 2, after which the text goes on two further, and of 1 x 3.
+OFFSETS = [[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1], [0, 0, 0], [0, 0, 1], [0, 0, 2]]
+
+
+def tokens(both_ways: int = 0) -> ImageTokens:
+    return ImageTokens(
+        np.arange(14, dtype=np.float32).reshape(7, 2),
+        np.array(OFFSETS, dtype=np.int32),
+        np.array([0, 0, 0, 2, 0, 0, 3], dtype=np.int32),
+        np.array([0, 0, 0, 0, 1, 1, 1], dtype=np.int32),
+        np.array([both_ways], dtype=np.int32),
+    )
+
+
+def ids(*given: int) -> torch.Tensor:
+    return torch.tensor([[FIRST - 1 - i if i < 0 else i for i in given]])
+
+
+def test_positions_go_on_after_the_longest_side_of_an_image() -> None:
+    found = tokens().positions(ids(5, -1, -2, -3, -4, 6, 7, -5, -6, -7, 8))
+    assert found[:, 0].tolist() == [
+        [0, 1, 1, 1, 1, 3, 4, 5, 5, 5, 8],
+        [0, 1, 1, 2, 2, 3, 4, 5, 5, 5, 8],
+        [0, 1, 2, 1, 2, 3, 4, 5, 6, 7, 8],
+    ]
+    assert tokens().positions(ids(4, 5, 6)).tolist() == [[[0, 1, 2]]] * 3
+
+
+def test_an_image_is_seen_in_both_directions_where_it_is_so() -> None:
+    row = ids(5, -1, -2, -3, -4, 6, -5, -6, -7)
+    causal = torch.ones(9, 9, dtype=torch.bool).tril()
+    assert torch.equal(tokens().may_attend(row)[0], causal)
+    expected = causal.clone()
+    expected[1:5, 1:5] = expected[6:9, 6:9] = True
+    assert torch.equal(tokens(1).may_attend(row)[0], expected)
+    near = torch.arange(9)[:, None] - torch.arange(9) < 3
+    assert torch.equal(tokens(1).may_attend(row, 3)[0], expected & near)
+    config = SimpleNamespace(layer_types=["sliding_attention", "full_attention"], sliding_window=3)
+    found = masks(tokens(1), row, config, torch.zeros(0))
+    assert torch.equal(found["full_attention"][0, 0] == 0, expected)
+    assert torch.equal(found["sliding_attention"][0, 0] == 0, expected & near)
+    assert found["full_attention"].min() == torch.finfo(torch.float32).min
+    assert masks(tokens(1), row, SimpleNamespace(), torch.zeros(0)).shape == (1, 1, 9, 9)
+
+
+def test_embeddings_are_the_tables_and_those_of_images() -> None:
+    table = torch.nn.Embedding(9, 2)
+    model = SimpleNamespace(get_input_embeddings=lambda: table)
+    row = ids(5, -7, -2, 8)
+    found = tokens().embeddings(row, model).detach()
+    assert torch.equal(found[0, [0, 3]], table.weight[[5, 8]].detach())
+    assert found[0, 1:3].tolist() == [[12, 13], [2, 3]]
+    assert written(row).tolist() == [[5, 0, 0, 8]]
+
+
+def test_what_is_damaged_is_refused(tmp_path: Path) -> None:
+    save_images(tmp_path / "x", tokens())
+    assert len(load_images(tmp_path / "x", "again")) == 7
+    for name, value in (
+        ("steps", np.zeros(6, np.int32)),
+        ("features", np.full((7, 2), np.nan, np.float32)),
+        ("block", np.zeros(7, np.int64)),
+    ):
+        save_images(tmp_path / "x", ImageTokens(**{**vars(tokens()), name: value}))
+        with pytest.raises(InputError, match="are not tokens of images"):
+            load_images(tmp_path / "x", "again")
