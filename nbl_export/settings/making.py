@@ -39,7 +39,7 @@ class CalibrateSettings(OnDevice):
     """What text to take, how much of it, and what the model reads it in; moments are float64 in any case.
 
     sources: A .txt, .jsonl or .parquet file, a folder, a glob, or a Hub data set. Repeatable. self: text that the
-        model writes. Rows of a .jsonl may have images, for a multimodal model.
+        model writes.
     samples: Rows of calibration tokens.
     seq_len: Tokens per row.
     heldout_samples: Rows of held-out tokens, to measure the method loss on.
