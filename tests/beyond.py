@@ -1,4 +1,4 @@
-"""Tiny decoders in which something begins after 100 tokens, beyond any text of every day, and the same without it."""
+"""Tiny models in which something begins after 100 tokens, beyond any text of every day, and the same without it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from tests.tiny_types import scale_up
 
@@ -61,13 +61,14 @@ class Beyond:
     off: Mapping[str, Any]
     key: str = "sliding_window"
     common: Mapping[str, Any] = field(default_factory=lambda: _COMMON)
+    made: Any = AutoModelForCausalLM
 
     def model(self, off: bool = False, **changes: Any) -> Any:
         """The model; with ``off`` the same weights without what begins."""
         torch.manual_seed(0)
         fields = {**self.common, **self.fields, **(self.off if off else {}), **changes}
         config = AutoConfig.for_model(self.model_type, **fields)
-        model = AutoModelForCausalLM.from_config(config).float().eval().requires_grad_(False)
+        model = self.made.from_config(config).float().eval().requires_grad_(False)
         scale_up(model)
         return model
 
@@ -93,4 +94,29 @@ BEYOND = {
         "original_max_position_embeddings",
     ),
     "llama4": Beyond("llama4_text", _LLAMA4, {"attention_chunk_size": 512}, "attention_chunk_size"),
+}
+
+_DISTANCES = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_biased_input": False}
+ENCODERS = {
+    # Half of the window lies on either side of a token.
+    "modernbert": Beyond(
+        "modernbert",
+        {"local_attention": 2 * SWITCH, **_ALTERNATING},
+        {"local_attention": 600},
+        "local_attention",
+        made=AutoModel,
+    ),
+    "gemma3": Beyond(
+        "gemma3_text",
+        {"sliding_window": SWITCH, "use_bidirectional_attention": True, **_ALTERNATING},
+        {"sliding_window": 600},
+        made=AutoModel,
+    ),
+    "deberta": Beyond(
+        "deberta-v2",
+        {**_DISTANCES, "max_relative_positions": SWITCH},
+        {"position_buckets": SWITCH},
+        "max_relative_positions",
+        made=AutoModel,
+    ),
 }

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 FORMAT = "nbl-export/probe/1"
 _LENGTH = 24
 # Bytes of the activations on a row that goes beyond a length of the model: what is longer, parity crosses alone.
-_BYTES = 16 << 20
+_BYTES = 64 << 20
 # The known batches: of decoders, of text encoders, of images.
 _KNOWN = ({TOKENS, MASK, POSITIONS}, {TOKENS, MASK}, {TOKENS, MASK, TOKEN_TYPES}, {PIXELS})
 
@@ -70,7 +70,7 @@ def probe_lengths(width: int, beyond: int = 0) -> tuple[int, int]:
     return min(max(_LENGTH, beyond), width), max(1, usual * 2 // 3)
 
 
-def _beyond_lengths(model: torch.nn.Module) -> int:
+def tokens_beyond(model: torch.nn.Module) -> int:
     """The tokens of a row that goes beyond the model's lengths, as far as the activations on it are small."""
     token = 3 * 4 * hidden_size(model) * layer_count(model)
     longer = [length.tokens + BEYOND for length in lengths(model)]
@@ -79,7 +79,7 @@ def _beyond_lengths(model: torch.nn.Module) -> int:
 
 def probe_model(model: torch.nn.Module, tokens: NDArray[np.int32]) -> Probe:
     """Run the decoder ``model`` over the beginning of two rows of ``tokens`` and record every layer's h, x and y."""
-    longest, shorter = probe_lengths(tokens.shape[1], _beyond_lengths(model))
+    longest, shorter = probe_lengths(tokens.shape[1], tokens_beyond(model))
     # Here the longest row of a batch may decide for both, and the graph is run row by row.
     if any(length.batch and shorter <= length.tokens < longest for length in lengths(model)):
         shorter = longest

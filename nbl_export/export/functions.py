@@ -17,7 +17,9 @@ traced with its own, decomposed.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -160,6 +162,10 @@ def exportable(
         _use_experts(model, undo)
         for name, function in _MISSING.items():
             undo.enter_context(replaced(torch, name, function))
+        code = sys.modules[type(model).__module__]
+        for name, made in _INEXACT.items():
+            if own := getattr(code, name, None):
+                undo.enter_context(replaced(code, name, made(own)))
         use_recurrences(model, undo)
         undo.enter_context(both_ways(model))
         yield
@@ -232,6 +238,27 @@ _MISSING: Mapping[str, Callable[..., Any]] = {
     "view_as_complex": lambda x: _Complex(x[..., 0], x[..., 1]),
     "view_as_real": lambda z: torch.stack([z.real, z.imag], dim=-1),
 }
+
+
+def _by_table(own: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The buckets of distances from a table: they are rounded logarithms, of which some are whole numbers but for the
+    last bit, so that another runtime's logarithm gives another bucket. What is beyond the table is clamped anyway.
+    """
+
+    def buckets(relative_pos: torch.Tensor, bucket_size: int, max_position: int) -> torch.Tensor:
+        # In a thread of its own, where nothing is traced.
+        with ThreadPoolExecutor(1) as apart:
+            known = apart.submit(
+                lambda: own(torch.arange(max_position + 1), bucket_size, max_position).tolist()
+            )
+        table = torch.tensor(known.result(), device=relative_pos.device)
+        return table[relative_pos.abs().clamp(max=max_position)] * relative_pos.sign()
+
+    return buckets
+
+
+# Functions of a model's own code, by name.
+_INEXACT: Mapping[str, Callable[..., Callable[..., torch.Tensor]]] = {"make_log_bucket_position": _by_table}
 
 
 def _additive(mask: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -29,7 +29,7 @@ def genai_config(
     """
     ends = _tokens((config, generation), "eos_token_id")
     first_end = ends[0] if ends else 0
-    length = getattr(config, "max_position_embeddings", None) or 2048
+    length = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None) or 2048
     names = {"key": "past_key_values.%d.key", "value": "past_key_values.%d.value"}
     return {
         "model": {

@@ -2,7 +2,8 @@
 
 A window of 4,096 tokens of a large model is beyond what a check can run. What begins there is in the model's code and
 the numbers of its configuration, not in its weights: so the copy (:mod:`nbl_export.models.small_copy`) is traced and
-run in onnxruntime beyond its small lengths, in a prefill and by decoding across them, and must be PyTorch's.
+run in onnxruntime beyond its small lengths, in a prefill and by decoding across them, and must be PyTorch's. Of an
+encoder all lengths are crossed so: that it is refused is then said before it is calibrated.
 """
 
 from __future__ import annotations
@@ -16,16 +17,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from nbl_export.batch.names import TOKENS
+from nbl_export.batch.names import TOKEN_TYPES, TOKENS
+from nbl_export.batch.rows import batch_of_rows, real_positions
 from nbl_export.errors import InputError, first_line
-from nbl_export.export.forms import FORMS, Form
+from nbl_export.export.forms import ENCODER, FORMS, Form
 from nbl_export.export.torch import export_torch
 from nbl_export.graph.summary import OnCopy
+from nbl_export.models.encoder import Encoder
 from nbl_export.models.forward import run_uncached
 from nbl_export.models.layers import vocabulary
-from nbl_export.models.lengths import BEYOND, REHEARSAL, Length, crossed_by
+from nbl_export.models.lengths import BEYOND, REHEARSAL, Length, Room, crossed_by
 from nbl_export.models.load import quiet
 from nbl_export.models.small_copy import small_copy, small_lengths
+from nbl_export.runtime.encoder import OrtEncoder, TorchEncoder
 from nbl_export.runtime.ort import ort_stream
 from nbl_export.runtime.stream import Stream
 from nbl_export.runtime.torch import torch_stream
@@ -48,10 +52,13 @@ def crossed_on_copy(model: torch.nn.Module, form: Form) -> tuple[OnCopy, ...]:
     """
     known = _DONE.setdefault(model, {})
     if form.name not in known:
-        crossed = crossed_by(model, _STEPS, passes=1 if form.past else 1 + _STEPS, room=REHEARSAL)
+        if form.name == ENCODER:
+            crossed = crossed_by(model, 0, room=Room(0.0))
+        else:
+            crossed = crossed_by(model, _STEPS, passes=1 if form.past else 1 + _STEPS, room=REHEARSAL)
         # Of token ids: what a graph of embeddings computes with them is the same.
         known[form.name] = _crossed(
-            model, FORMS[form.name], [one.length for one in crossed if one.why and one.reached]
+            model, FORMS.get(form.name, form), [one.length for one in crossed if one.why and one.reached]
         )
     return known[form.name]
 
@@ -62,10 +69,10 @@ def _crossed(model: torch.nn.Module, form: Form, lengths: Sequence[Length]) -> t
     if not said:
         return unsaid
     small = small_lengths(said)
-    error = float("inf")
+    error, measure = float("inf"), _error_of_encoder if form.name == ENCODER else _error
     try:
         for seed in range(_DRAWS):
-            error = min(error, _error(small_copy(model, said, seed), form, said, small))
+            error = min(error, measure(small_copy(model, said, seed), form, said, small))
             if error <= _TOLERANCE:
                 break
     except Exception as failed:  # a model's own code may raise anything
@@ -73,10 +80,17 @@ def _crossed(model: torch.nn.Module, form: Form, lengths: Sequence[Length]) -> t
         return (*unsaid, *(OnCopy(one.key, one.tokens, why=why) for one in said))
     if not error <= _TOLERANCE:
         names = " or ".join(one.name for one in said)
+        who, what, remedy = (
+            f"The graph of {type(model).__name__}",
+            "outputs",
+            "this architecture is not supported yet",
+        )
+        if form.name != ENCODER:
+            who, what = f"{type(model).__name__} with --kv-cache {form.name}", "logits"
+            remedy = "use another --kv-cache, or another --exporter"
         raise InputError(
-            f"{type(model).__name__} with --kv-cache {form.name} computes other logits than PyTorch beyond {names} "
-            f"(error {error:.1g} of their standard deviation on a small copy of it, where that is "
-            f"{' or '.join(map(str, small.values()))}): use another --kv-cache, or another --exporter."
+            f"{who} computes other {what} than PyTorch beyond {names} (error {error:.1g} of their standard deviation "
+            f"on a small copy of it, where that is {' or '.join(map(str, small.values()))}): {remedy}."
         )
     return (*unsaid, *(OnCopy(one.key, one.tokens, small[one.tokens]) for one in said))
 
@@ -109,6 +123,34 @@ def _error(copy: torch.nn.Module, form: Form, lengths: Sequence[Length], small: 
                 found = _by_row(_logits(stream, rows), [len(row) - _STEPS for row in rows])
     deviation = float(np.concatenate(expected).std())
     return max(float(np.abs(a - b).max()) for a, b in zip(found, expected, strict=True)) / deviation
+
+
+def _error_of_encoder(
+    copy: torch.nn.Module, form: Form, lengths: Sequence[Length], small: dict[int, int]
+) -> float:
+    """The same of an encoder, of the outputs for tokens: those for rows are made of them."""
+    generator, size = np.random.default_rng(0), vocabulary(copy)
+    rows = []
+    for length in (max(small.values()) + BEYOND, max(small.values()) + 2, min(small.values()) // 2):
+        row = {TOKENS: generator.integers(min(3, size - 1), size, (1, length))}  # no padding among them
+        rows.append(row | ({TOKEN_TYPES: np.zeros_like(row[TOKENS])} if TOKEN_TYPES in form.inputs else {}))
+    together = batch_of_rows(rows)
+    # Unless the longest row decides for all, PyTorch runs each by itself: padding is the graph's to bear.
+    apart = [together] if any(one.batch for one in lengths) else [batch_of_rows([row]) for row in rows]
+    encoder = form.module(copy)
+    assert isinstance(encoder, Encoder)
+    with quiet(), tempfile.TemporaryDirectory() as folder:
+        own = [TorchEncoder(encoder)({n: batch[n] for n in form.inputs}) for batch in apart]
+        path = Path(folder) / "model.onnx"
+        export_torch(copy, path, form=form)
+        found = OrtEncoder(path, small=True)({n: together[n] for n in form.inputs})
+    worst = 0.0
+    for name, values in found.items():
+        of_tokens = values.ndim == 3 and values.shape[1] == together[TOKENS].shape[1]
+        masks = [real_positions(batch, 0) if of_tokens else slice(None) for batch in (together, *apart)]
+        expected = np.concatenate([one[name][mask] for one, mask in zip(own, masks[1:], strict=True)])
+        worst = max(worst, float(np.abs(values[masks[0]] - expected).max() / expected.std()))
+    return worst
 
 
 def _logits(stream: Stream, rows: Sequence[NDArray[np.int32]]) -> list[NDArray[np.float32]]:

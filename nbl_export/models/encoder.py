@@ -45,10 +45,11 @@ class Encoder(CachedDecoder):
         mask = given.get(MASK)
         if self.outputs == (_LOGITS,) and self.scored:
             assert mask is not None  # decoders read text
-            states = backbone(self.model)(**given, **self._positions(first, mask))[_STATES]
+            body = backbone(self.model)
+            states = body(**given, **self._positions(first, mask), **_uncached(body))[_STATES]
             head: Any = self.model.get_submodule(str(scoring_head(self.model)))
             return (head(last_token(states, mask)),)
-        output: Any = self.model(**given, **self._positions(first, mask))
+        output: Any = self.model(**given, **self._positions(first, mask), **_uncached(self.model))
         found = {name: output[name] for name in self.outputs if name != SENTENCE}
         if self.pooling is not None:
             assert mask is not None  # only text is pooled
@@ -67,6 +68,11 @@ class Encoder(CachedDecoder):
             return {}
         positions = torch.arange(ids.shape[1], device=ids.device)[None].expand(ids.shape)
         return accepted_arguments(self.model, position_ids=positions)
+
+
+def _uncached(model: torch.nn.Module) -> dict[str, Any]:
+    """No cache, as a decoder would fill by itself: one of a window branches on the length of the text."""
+    return accepted_arguments(model, use_cache=False)
 
 
 def encoder_outputs(

@@ -208,8 +208,9 @@ def _configured(model: torch.nn.Module, key: str, what: str) -> int:
 
 def positions(model: torch.nn.Module) -> int | None:
     """The model's number of positions; None if its configuration has no limit."""
-    found = getattr(_config(model), "max_position_embeddings", None)
-    if not found:
+    config = _config(model)
+    found = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+    if not found or int(found) < 0:
         return None
     # Some models start to count positions after the index of the padding token.
     tables = (m for name, m in model.named_modules() if name.endswith("position_embeddings"))

@@ -1,20 +1,30 @@
 """The lengths from which on a model computes something else: windows, chunks, rope switches, tokens that are kept …
 
 A text that is shorter than such a length says nothing about what begins there. They are read from the configuration by
-``lengths.toml``, and from the numbers that the modules keep by their names, so a family that has no row there is found
-too. What crosses them: :func:`crossed_by`, as far as memory and time allow.
+``lengths.toml``, and from the numbers that the modules keep, or their functions take, by their names, so a family that
+has no row there is found too. What crosses them: :func:`crossed_by`, as far as memory and time allow.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nbl_export.batch.names import PIXELS
 from nbl_export.datafile import read_table
-from nbl_export.models.layers import block_stack, layer_count, positions, structure, vocabulary
+from nbl_export.models.layers import (
+    block_stack,
+    hidden_size,
+    layer_count,
+    main_input,
+    positions,
+    structure,
+    vocabulary,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -54,9 +64,15 @@ class _Row:
 
 
 def lengths(model: torch.nn.Module) -> tuple[Length, ...]:
-    """The lengths of ``model``, in ascending order: each number of tokens once, with the keys that say it."""
+    """The lengths of ``model``, in ascending order: each number of tokens once, with the keys that say it.
+
+    A model of images has none: all of them have one size.
+    """
+    if main_input(model) == PIXELS:
+        return ()
     config: Any = model.config
-    entries = list(_entries(config.get_text_config().to_dict()))
+    text = config.get_text_config()
+    entries = list(_entries(text.to_dict()))
     kinds = {layer.index: layer.kind for layer in structure(model).layers}
     found: dict[tuple[int, str], Length] = {}
     for key, value in entries:
@@ -74,8 +90,10 @@ def lengths(model: torch.nn.Module) -> tuple[Length, ...]:
                 found.setdefault((tokens, key), Length(key, tokens, concerned, row.batch))
     known = {tokens for tokens, _ in found}
     for name, tokens in _of_modules(model):
-        # What the configuration says too is known, or idle.
-        if tokens not in known and (name.rpartition(".")[2], tokens) not in entries:
+        # What the configuration says too is known, or idle; so is what it derives from a longer one, as a radius.
+        short = name.rpartition(".")[2]
+        derived = getattr(text, short, None) in (tokens, tokens - 1) and any(tokens <= t + 1 for t in known)
+        if tokens not in known and (short, tokens) not in entries and not derived:
             every = tuple(range(layer_count(model)))
             found.setdefault((tokens, name), Length(name, tokens, every, configured=False))
     return tuple(sorted(found.values(), key=lambda length: (length.tokens, length.key)))
@@ -124,11 +142,31 @@ def _caught(key: str) -> bool:
 
 
 def _of_modules(model: torch.nn.Module) -> Iterator[tuple[str, int]]:
-    """Numbers that modules keep under names that the net catches, for lengths that no configuration says."""
-    for module in block_stack(model)[1].modules():
-        for name, value in vars(module).items():
-            if not name.startswith("_") and _is_number(value) and 1 < value < _LARGEST and _caught(name):
-                yield f"{type(module).__name__}.{name}", value
+    """Numbers that modules keep, or their functions take, under names that the net catches, for lengths that no
+    configuration says.
+    """
+    path, stack = block_stack(model)
+    above = [model.get_submodule(path[:end]) for end in (0, *(i for i, c in enumerate(path) if c == "."))]
+    for module in (*above, *stack.modules()):
+        kind: Any = type(module)
+        for name, value in (*vars(module).items(), *_defaults(kind)):
+            short = name.rpartition(".")[2]
+            if not short.startswith("_") and _is_number(value) and 1 < value < _LARGEST and _caught(short):
+                yield f"{kind.__name__}.{name}", value
+
+
+@cache
+def _defaults(kind: type) -> tuple[tuple[str, Any], ...]:
+    """What the functions of a class of a model's code take if they are given nothing else."""
+    if kind.__module__.startswith("torch."):
+        return ()
+    found = []
+    for name, function in vars(kind).items():
+        plain = getattr(function, "__func__", function)
+        if inspect.isfunction(plain) and name != "__init__":  # which keeps what it takes
+            given = inspect.signature(plain).parameters.values()
+            found += [(f"{name}.{p.name}", p.default) for p in given if _is_number(p.default)]
+    return tuple(found)
 
 
 @cache
@@ -154,9 +192,9 @@ def _rows() -> tuple[_Row, ...]:
 class Crossed:
     """The prompts that cross a ``length``: ``prompts`` are their lengths, each a batch of its own, none if ``why``.
 
-    The first prompt is longer than the length, the last one is decoded across it. Rows are apart because in some
-    models the longest row of a batch decides for the others. ``reached`` is false for a length beyond the model's
-    positions, where nothing can begin.
+    The first prompt is longer than the length, the last one is decoded across it; without decode steps there is only
+    the first. Rows are apart because in some models the longest row of a batch decides for the others. ``reached`` is
+    false for a length beyond the model's positions, where nothing can begin.
     """
 
     length: Length
@@ -211,7 +249,7 @@ def crossed_by(
             continue
         cost = sum(p + steps for p in prompts if p not in asked)
         row = max((*prompts, tokens)) + steps
-        if cost > left or row * vocabulary(model) * 4 > _BYTES or row**2 * _heads(model) * 4 > _BYTES:
+        if cost > left or row * _width(model) * 4 > _BYTES or row**2 * _heads(model) * 4 > _BYTES:
             found.append(Crossed(length, why="a text of that length takes too long or too much memory"))
             continue
         left -= cost
@@ -226,7 +264,14 @@ def _prompts(tokens: int, steps: int, given: Sequence[int], limit: int | None) -
     before = max(1, tokens - steps // 2)
     if beyond <= tokens or (limit is not None and before + steps > limit):
         return None
-    return (before,) if any(p > tokens + 1 for p in given) else (beyond, before)
+    decoded = (before,) if steps else ()
+    return decoded if any(p > tokens + 1 for p in given) else (beyond, *decoded)
+
+
+def _width(model: torch.nn.Module) -> int:
+    """Numbers that a graph of ``model`` gives for each token."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return hidden_size(model) if head is None else vocabulary(model)
 
 
 def _heads(model: torch.nn.Module) -> int:

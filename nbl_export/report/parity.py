@@ -62,13 +62,13 @@ def _steps_table(parity: DecoderParity, brief: bool) -> Table:
     )
 
 
-def _alone(parity: DecoderParity) -> str:
-    """The prompts that cross lengths, in the sentence about prompts."""
+def _alone(parity: DecoderParity | EncoderParity, how: str = "by itself") -> str:
+    """The rows that cross lengths, in the sentence about rows."""
     prompts = sorted({prompt for one in parity.crossings for prompt in one.prompts})
-    return f", and of {', '.join(map(str, prompts))} tokens each by itself" if prompts else ""
+    return f", and of {', '.join(map(str, prompts))} tokens each {how}" if prompts else ""
 
 
-def _crossings(parity: DecoderParity) -> str:
+def _crossings(parity: DecoderParity | EncoderParity) -> str:
     """How each length of the model was crossed."""
     if not parity.crossings:
         return ""
@@ -118,7 +118,8 @@ def _outputs_table(parity: EncoderParity, brief: bool) -> Table:
         _TITLE,
         ("", "n", *columns, *(("KL", "top-1") if heads else ())),
         tuple(rows),
-        f"{_gates(parity.gates, gates)}{what}; only real tokens are compared.{_own_of_outputs(parity)}",
+        f"{_gates(parity.gates, gates)}{what}{_alone(parity, 'beside a short one')}; only real tokens are compared."
+        f"{_own_of_outputs(parity)}{_crossings(parity)}",
     )
 
 

@@ -123,7 +123,9 @@ def model_positions(ws: Workspace) -> int | None:
     text = config.get("text_config") or {} if isinstance(config, dict) else None
     if not isinstance(text, dict):
         raise InputError(f"{path} is not a configuration of a model: {_EXPORT_AGAIN}.")
-    found = {**config, **text}.get("max_position_embeddings") or {**config, **text}.get("n_positions")
+    both = {**config, **text}
+    names = ("max_position_embeddings", "n_positions", "max_seq_len")
+    found = next((both[name] for name in names if both.get(name)), None)
     if found and type(found) is not int:
         raise InputError(f"{path} has {found!r:.100} positions, which is no number: {_EXPORT_AGAIN}.")
     return found or None

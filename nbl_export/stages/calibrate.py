@@ -103,11 +103,13 @@ def _files(source: ModelSource, settings: CalibrateSettings) -> list[Path]:
 def _check_exports(run: Run, probe: Probe) -> None:
     """Refuse an encoder that cannot be exported before the long work of calibration: there are many kinds."""
     from nbl_export.export.encoder import encoder_form
+    from nbl_export.export.on_copy import crossed_on_copy
     from nbl_export.export.torch import check_traces
 
     model = run.model
     form = encoder_form(model.model, model.task, model.pooling, probe.inputs)
     check_traces(model.model, form)
+    crossed_on_copy(model.model, form)
 
 
 def _record(path: Path) -> Path:

@@ -20,7 +20,7 @@ from nbl_export.calibrate.documents import documents, local_files
 from nbl_export.calibrate.illustrated import HasImages, illustrated, pack_illustrated, words_alone
 from nbl_export.calibrate.images import image_files, load_images, read_images, save_images
 from nbl_export.calibrate.passages import frame_of, heldout_rows, longest_row, read_passages
-from nbl_export.calibrate.probe import Probe, probe_inputs, probe_lengths, probe_model
+from nbl_export.calibrate.probe import Probe, probe_inputs, probe_lengths, probe_model, tokens_beyond
 from nbl_export.calibrate.sampling import sample_from_model
 from nbl_export.calibrate.text import (
     CalibrationText,
@@ -31,7 +31,7 @@ from nbl_export.calibrate.text import (
 )
 from nbl_export.errors import InputError, first_line
 from nbl_export.models.layers import accepts, positions
-from nbl_export.models.lengths import crossed_by
+from nbl_export.models.lengths import crossed_by, crossing_prompts
 from nbl_export.models.load import PREPROCESSOR
 from nbl_export.models.source import ModelSource
 from nbl_export.models.tasks import task_named
@@ -55,8 +55,8 @@ _RANGE_ROWS, _RANGE_TOKENS = 4, 256
 class CalibrationLoader:
     """How one kind of calibration data is found, read and saved; ``path`` is its file in the output folder.
 
-    ``ranges`` gives the data for the tensor ranges of float16: token rows, or an encoder's batch. ``heldout`` gives the
-    held-out data of an encoder as batches of one, from the data and the names of its inputs.
+    ``ranges`` gives the data for the tensor ranges of float16: token rows, or an encoder's batch, for a model from the
+    data and the names of its inputs. ``heldout`` gives the held-out data of an encoder as batches of one.
     """
 
     unit: str
@@ -66,7 +66,7 @@ class CalibrationLoader:
     save: Callable[[Path, Any], None]
     load: Callable[[Path], Any]
     probe: Callable[[LoadedModel, Any], Probe]
-    ranges: Callable[[Any, Mapping[str, Any]], Any]
+    ranges: Callable[[torch.nn.Module, Any, Mapping[str, Any]], Any]
     heldout: Callable[[Any, Mapping[str, Any]], Rows] = heldout_rows
 
 
@@ -127,18 +127,18 @@ def _probe_decoder(model: LoadedModel, text: Any) -> Probe:
     return probe_model(model.in_float32, words(text.calibration))
 
 
-def _range_rows(text: Any, _names: Mapping[str, Any]) -> list[Any]:
-    return [text.prompt(row[:_RANGE_TOKENS]) for row in words(text.calibration)[:_RANGE_ROWS]]
+def _range_rows(model: torch.nn.Module, text: Any, _names: Mapping[str, Any]) -> list[Any]:
+    rows = [text.prompt(row[:_RANGE_TOKENS]) for row in words(text.calibration)[:_RANGE_ROWS]]
+    longer = _longer_rows(model, text, [len(row) for row in rows], len(text.start))
+    return [*rows, *map(text.prompt, longer)]
 
 
-def crossing_rows(model: torch.nn.Module, text: CalibrationText, rows: Sequence[Any]) -> list[Any]:
-    """Rows of text that go beyond those lengths of the decoder ``model`` that no one of ``rows`` does, where there is
-    room: what begins there has ranges of its own.
+def _longer_rows(model: torch.nn.Module, text: Any, given: Sequence[int], framed: int = 0) -> list[Any]:
+    """Rows of text that go beyond those lengths of ``model`` that no row of those ``given`` does, where there is room:
+    what begins there has ranges of its own.
     """
-    crossed = crossed_by(model, 0, [len(row) for row in rows])
-    longer = sorted({one.prompts[0] for one in crossed if len(one.prompts) > 1})
-    flat = words(text.calibration).reshape(-1)
-    return [text.prompt(np.resize(flat, max(1, prompt - len(text.start)))) for prompt in longer]
+    prompts = crossing_prompts(crossed_by(model, 0, given))
+    return [np.resize(words(text.calibration).reshape(-1), max(1, prompt - framed)) for prompt in prompts]
 
 
 # text encoders -----------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ def _probe_text_encoder(model: LoadedModel, text: Any) -> Probe:
     # The inputs that the tokenizer gives and the model accepts; the graph has no others.
     names = [n for n in (TOKENS, MASK, TOKEN_TYPES) if n in own | {TOKENS, MASK} and accepts(model.model, n)]
     rows = []
-    for i, length in enumerate(probe_lengths(text.calibration.shape[1])):
+    for i, length in enumerate(probe_lengths(text.calibration.shape[1], tokens_beyond(model.model))):
         inner = text.calibration[i % len(text.calibration)][len(frame.start) :]
         ids = frame.around(inner[: max(1, length - frame.size)]).astype(np.int64)[None]
         rows.append({name: ids if name == TOKENS else np.zeros_like(ids) for name in names if name != MASK})
@@ -164,9 +164,10 @@ def _probe_text_encoder(model: LoadedModel, text: Any) -> Probe:
     return probe_inputs(model.in_float32, {name: batch[name] for name in names})
 
 
-def _range_batch(text: Any, names: Mapping[str, Any]) -> Any:
-    rows = [row[None, :_RANGE_TOKENS].astype(np.int64) for row in text.calibration[:_RANGE_ROWS]]
-    return batch_of_rows([_row(ids, names) for ids in rows])
+def _range_batch(model: torch.nn.Module, text: Any, names: Mapping[str, Any]) -> Any:
+    rows = [row[:_RANGE_TOKENS] for row in text.calibration[:_RANGE_ROWS]]
+    rows += _longer_rows(model, text, [len(row) for row in rows])
+    return batch_of_rows([_row(ids[None].astype(np.int64), names) for ids in rows])
 
 
 def _row(ids: NDArray[Any], names: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
@@ -222,7 +223,7 @@ _LOADERS = {
         save_images,
         load_images,
         _probe_vision,
-        lambda images, _names: {PIXELS: images.calibration[:_RANGE_ROWS]},
+        lambda _model, images, _names: {PIXELS: images.calibration[:_RANGE_ROWS]},
         lambda images, _names: [{PIXELS: image[None]} for image in images.heldout],
     ),
 }

@@ -30,6 +30,7 @@ def export(run: Run, settings: ExportSettings, there: bool = True) -> None:
     Where it was deleted on purpose, it is made again if it has to be ``there``.
     """
     from nbl_export.export.forms import FORMS
+    from nbl_export.export.on_copy import crossed_on_copy
 
     task, pooling = run.model.task, run.model.pooling
     ws = run.workspace
@@ -45,6 +46,8 @@ def export(run: Run, settings: ExportSettings, there: bool = True) -> None:
 
     def work(listener: Listener) -> list[Path]:
         copies = check_model(run, settings)
+        if not task.causal:
+            copies = crossed_on_copy(run.model.model, _form(run, settings))
         if note := left_out(run.model.source):
             listener.note(note)
         check_export(ws, Shape.of(run.model.model), settings)
@@ -80,7 +83,7 @@ def left_out(source: ModelSource) -> str:
 def check_model(run: Run, settings: ExportSettings) -> tuple[OnCopy, ...]:
     """Refuse, before any work, a model that cannot be exported with these ``settings``.
 
-    Returns the lengths that were crossed on a copy of it, if it is exported here.
+    Returns the lengths of a decoder that were crossed on a copy of it, if it is exported here.
     """
     from nbl_export.export.form_check import check_form
     from nbl_export.models.dummy_run import check_supported
@@ -107,17 +110,14 @@ def _export_torch(
     from nbl_export.graph.precision import precision_of
     from nbl_export.graph.tensors import set_folder
     from nbl_export.models.multimodal import placeholders
-    from nbl_export.stages.calibration_data import crossing_rows, loader_for
+    from nbl_export.stages.calibration_data import loader_for
 
     ws, precision = run.workspace, precision_of(str(settings.precision))
     form = _form(run, settings)
     loader = loader_for(run.model.source)
     rows = []
     if precision.name == "fp16":
-        data = loader.load(loader.path(ws))
-        rows = loader.ranges(data, form.inputs)
-        if run.model.task.causal:
-            rows += crossing_rows(run.model.model, data, rows)
+        rows = loader.ranges(run.model.model, loader.load(loader.path(ws)), form.inputs)
     beside: list[Path] = []
     if settings.embeds:
         embedding = trace(run.model.model, EMBEDDING, listener)

@@ -68,7 +68,8 @@ def verify(run: Run, settings: VerifySettings) -> Report:
                 with seeing(model, text.images):
                     measured = measure_decoder(replace(case, passed_over=passed_over(ws), copies=copies))
             else:
-                measured = measure_encoder(_encoder_case(run, plan, settings, listener))
+                encoder = _encoder_case(run, plan, settings, listener)
+                measured = measure_encoder(replace(encoder, copies=exported_of(ws).copies))
         report = assemble(ws, run.model.source, plan, asked, measured, engines)
         graphs = _files(ws, "calibrate", "select", "export", "rewrite")
         return write_report(ws.report, keeping(report, earlier, graphs, _files(ws, "build")))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
@@ -90,7 +90,10 @@ class DecoderCase(Case):
 
 @dataclass(frozen=True)
 class EncoderCase(Case):
-    """An encoder: ``heldout`` are batches of one ``unit`` each, padded together with the token ``pad``."""
+    """An encoder: ``heldout`` are batches of one ``unit`` each, padded together with the token ``pad``.
+
+    ``copies`` as of a :class:`DecoderCase`.
+    """
 
     task: Task
     pooling: Pooling | None
@@ -98,3 +101,12 @@ class EncoderCase(Case):
     unit: str
     pad: int = 0
     left: bool = False
+    copies: tuple[OnCopy, ...] = ()
+
+    def row(self, tokens: int) -> dict[str, NDArray[Any]]:
+        """A row of held-out text with that many tokens, the ends of the first document around several."""
+        first = self.heldout[0]
+        flat = {name: np.concatenate([row[name][0] for row in self.heldout]) for name in first}
+        return {
+            n: np.concatenate([np.resize(a, tokens - 1), first[n][0, -1:]])[None] for n, a in flat.items()
+        }

@@ -2,7 +2,7 @@
 
 A row longer than the length shows that a prefill computes what begins there, a row that is decoded across it that the
 steps do. A length that takes too long on the model itself was crossed by its exporter, if that is ours, on a copy of
-the model in which it is small.
+the model in which it is small. An encoder has no steps: each of its rows that cross a length has a short one beside it.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from nbl_export.batch.names import PIXELS, TOKENS
+from nbl_export.batch.rows import Inputs, batch_of_rows
 from nbl_export.checks import Check, Status
 from nbl_export.graph.summary import OnCopy
 from nbl_export.models.layers import positions
 from nbl_export.models.lengths import Crossed, crossed_by, crossing_prompts
-from nbl_export.verify.case import DecoderCase
+from nbl_export.verify.case import DecoderCase, EncoderCase
 from nbl_export.verify.engines import fitting_prompts
 from nbl_export.verify.parity.figures import Crossing
 
@@ -35,6 +37,18 @@ def parity_text(case: DecoderCase, cached: bool) -> tuple[Rows, Rows, tuple[Cros
     alone = crossing_prompts(crossed)
     rows = case.rows([*prompts, *(max(1, prompt - start) for prompt in alone)])
     return rows[: len(prompts)], rows[len(prompts) :], tuple(_said(one, case.copies) for one in crossed)
+
+
+def crossing_batches(case: EncoderCase, ragged: Inputs) -> tuple[list[Inputs], tuple[Crossing, ...]]:
+    """Batches of text that cross those lengths of an encoder that the ``ragged`` one does not, and how each is."""
+    if PIXELS in ragged:
+        return [], ()
+    crossed = crossed_by(case.model, 0, [ragged[TOKENS].shape[1]])
+    batches: list[Inputs] = [
+        batch_of_rows([case.row(tokens), case.row(3)], case.pad, case.left)
+        for tokens in crossing_prompts(crossed)
+    ]
+    return batches, tuple(_said(one, case.copies) for one in crossed)
 
 
 def _said(crossed: Crossed, copies: Sequence[OnCopy]) -> Crossing:

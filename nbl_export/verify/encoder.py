@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,7 @@ from nbl_export.models.weights import resident, room
 from nbl_export.runtime.encoder import OrtEncoder, Outputs, TorchEncoder
 from nbl_export.runtime.ort import OrtModel
 from nbl_export.verify.case import EncoderCase
+from nbl_export.verify.crossing import crossing_batches, crossing_check, only_beyond
 from nbl_export.verify.loss.encoder import measure_likeness
 from nbl_export.verify.measurement import (
     Found,
@@ -28,7 +32,7 @@ from nbl_export.verify.measurement import (
     put_together,
     timed,
 )
-from nbl_export.verify.parity.encoder import compare_outputs
+from nbl_export.verify.parity.encoder import compare_batches, compare_outputs
 from nbl_export.verify.parity.figures import UNMODIFIED, EncoderParity, OutputsParity, gates_for
 from nbl_export.verify.parity.localize import first_divergence
 from nbl_export.verify.parity.own import OWN
@@ -57,42 +61,65 @@ def _reference(case: EncoderCase) -> TorchEncoder:
 
 def measure_parity(case: EncoderCase, encoder: TorchEncoder) -> FoundParity[EncoderParity]:
     """The graph in onnxruntime against PyTorch with the plan in place, by the gates of the graph's precision."""
-    precision, inputs = case.precision, _batch(case)
+    precision, ragged = case.precision, _batch(case)
+    alone, crossings = crossing_batches(case, ragged)
+    batches = [ragged, *alone]
     gates = gates_for(precision.gates)
-    with case.listener.task("Comparing with PyTorch", 1, "batch") as task:
+    with case.listener.task("Comparing with PyTorch", len(batches), "batches") as task:
         with linearized(case.model, case.plan):
-            reference = encoder(inputs)
-        parity = compare_outputs(reference, OrtEncoder(case.rewritten, small=True)(inputs), inputs, gates)
-        task.advance(1)
+            reference = _outputs(encoder, batches)
+        graph = _outputs(OrtEncoder(case.rewritten, small=True), batches)
+        parity = compare_batches(reference, graph, batches, gates)
+        task.advance(len(batches))
     failures = parity.failures()
     own = None
     if precision.name == "fp16":
         # The figures are those of the graph rounded as it says; the file itself must run too, where it can.
-        itself = compare_outputs(
-            reference, OrtEncoder(case.rewritten, rounded=False, small=True)(inputs), inputs, gates
-        )
+        unrounded = _outputs(OrtEncoder(case.rewritten, rounded=False, small=True), batches)
+        itself = compare_batches(reference, unrounded, batches, gates)
         failures += [f"as onnxruntime runs it, {failure}" for failure in itself.failures()]
     if precision.name != "fp32":
-        own = _pytorch_in_precision(case, reference, inputs)
+        own = _pytorch_in_precision(case, reference, batches)
         failures += parity.failures_against(own, OWN)
     against = against_unmodified(
-        case.baseline, case.rewritten, case.plan, lambda path: unlike(case, path, inputs)
+        case.baseline, case.rewritten, case.plan, lambda path: unlike(case, path, batches, graph)
     )
     section = EncoderParity(
-        **vars(parity), precision=precision.name, pytorch_in_precision=own.outputs if own else None
+        **vars(parity),
+        precision=precision.name,
+        pytorch_in_precision=own.outputs if own else None,
+        crossings=crossings,
+    )
+    beyond = (
+        bool(failures)
+        and bool(alone)
+        and not compare_outputs(reference[0], graph[0], ragged, gates).failures()
     )
     names = ", ".join(o.output for o in parity.outputs)
     within = f"max relative difference {parity.worst:.2g} in {names}, within all {precision.gates} gates"
     lost = (
         (lambda: str(first_divergence(case.model, case.plan, case.rewritten))) if failures else (lambda: None)
     )
-    return judged(section, [*failures, *against], within, lost)
+    if beyond:
+        lost = partial(only_beyond, crossings)
+    result = judged(section, [*failures, *against], within, lost)
+    return replace(result, checks=(*result.checks, *crossing_check(crossings)))
 
 
-def unlike(case: EncoderCase, reference: Path, inputs: Inputs) -> list[str]:
-    """The gates that the rewritten graph fails against the unmodified one with the linear layers put in."""
-    expected, found = (OrtEncoder(path, small=True)(inputs) for path in (reference, case.rewritten))
-    return compare_outputs(expected, found, inputs, gates_for(UNMODIFIED)).failures()
+def _outputs(encoder: Callable[[Inputs], Outputs], batches: Sequence[Inputs]) -> list[Outputs]:
+    return [encoder(batch) for batch in batches]
+
+
+def unlike(
+    case: EncoderCase, reference: Path, batches: Sequence[Inputs], graph: Sequence[Outputs] | None = None
+) -> list[str]:
+    """The gates that the rewritten graph fails against the unmodified one with the linear layers put in.
+
+    ``graph`` is what the rewritten graph gave for the ``batches``, if it is known.
+    """
+    expected = _outputs(OrtEncoder(reference, small=True), batches)
+    found = graph or _outputs(OrtEncoder(case.rewritten, small=True), batches)
+    return compare_batches(expected, found, batches, gates_for(UNMODIFIED)).failures()
 
 
 def _batch(case: EncoderCase) -> Inputs:
@@ -106,7 +133,9 @@ def _batch(case: EncoderCase) -> Inputs:
     return batch_of_rows(rows, case.pad, case.left)
 
 
-def _pytorch_in_precision(case: EncoderCase, reference: Outputs, inputs: Inputs) -> OutputsParity:
+def _pytorch_in_precision(
+    case: EncoderCase, reference: Sequence[Outputs], batches: Sequence[Inputs]
+) -> OutputsParity:
     """PyTorch's own run in the graph's precision against its float32: what that precision costs anyone."""
     dummy_run(case.model)
     gates = case.precision.gates
@@ -114,7 +143,7 @@ def _pytorch_in_precision(case: EncoderCase, reference: Outputs, inputs: Inputs)
     encoder = _reference(case)
     encoder.encoder.model = half
     with linearized(half, case.plan):
-        return compare_outputs(reference, encoder(inputs), inputs, gates_for(gates))
+        return compare_batches(reference, _outputs(encoder, batches), batches, gates_for(gates))
 
 
 def _speed(case: EncoderCase) -> Found[Speed]:

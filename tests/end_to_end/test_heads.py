@@ -39,6 +39,24 @@ HEADS = {
         "GPT2ForSequenceClassification",
         {**SIZES, **GPT2, "num_labels": 3, "pad_token_id": 256},
     ),
+    # Its positions have another name in the configuration, and a table as long as they are many.
+    "positions": (
+        "mpt",
+        "MptForSequenceClassification",
+        {
+            "d_model": encoders.WIDTH,
+            "n_layers": 4,
+            "n_heads": 4,
+            "max_seq_len": 96,
+            "vocab_size": encoders.VOCAB,
+        },
+    ),
+    # A cache of this window would branch on the length of the text.
+    "window": (
+        "mistral",
+        "MistralForSequenceClassification",
+        {**SIZES, "sliding_window": 8, "num_labels": 3},
+    ),
     "embedding": ("qwen3", "Qwen3ForCausalLM", {**SIZES, "head_dim": 12}),
 }
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
+from transformers.models.deberta_v2 import modeling_deberta_v2
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from nbl_export.batch.arrays import BOOL, F64
@@ -190,3 +193,27 @@ def test_one_row_of_a_causal_module_without_a_mask_is_causal() -> None:
         whole, _ = attention(encoder, query, key, value, None, **more)  # type: ignore[arg-type]
         assert torch.equal(found, expected)
         assert not torch.allclose(whole, expected)
+
+
+class _Buckets(torch.nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, distances: torch.Tensor) -> torch.Tensor:
+        # 22 - 1 is 16 / 2 times a whole power, but for the last bit.
+        return self.function(distances, 16, 22).long().clamp(-16, 16)
+
+
+def test_logarithmic_buckets_are_those_of_pytorch_in_another_runtime(tmp_path: Path) -> None:
+    own, distances = modeling_deberta_v2.make_log_bucket_position, torch.arange(-40, 41)
+    module = _Buckets(functions._by_table(own)).eval()
+    free = ({0: torch.export.Dim.DYNAMIC},)
+    program = torch.onnx.export(module, (distances,), dynamo=True, dynamic_shapes=free, verbose=False)
+    assert program is not None
+    program.save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    name = session.get_inputs()[0].name
+    expected = _Buckets(own)(distances).numpy()
+    assert np.array_equal(session.run(None, {name: distances.numpy()})[0], expected)
+    assert len(np.unique(expected)) > 20

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModel
 
 from nbl_export.models.compat import is_transformers_4
+from nbl_export.models.layers import positions
 from nbl_export.models.lengths import (
     REHEARSAL,
     Crossed,
@@ -17,7 +19,7 @@ from nbl_export.models.lengths import (
     crossing_prompts,
     lengths,
 )
-from tests.beyond import BEYOND
+from tests.beyond import BEYOND, ENCODERS
 from tests.tiny_types import tiny_model
 
 pytestmark = pytest.mark.skipif(is_transformers_4(), reason="configurations of transformers 5")
@@ -91,6 +93,47 @@ def test_a_number_of_a_module_counts_and_one_that_is_idle_by_the_configuration_d
     (one,) = lengths(model)
     assert (one.key, one.tokens, one.configured) == ("LlamaAttention.frob_window", 77, False)
     assert names(BEYOND["llama4"].model(floor_scale=90)) == ["attention_chunk_size 100"]
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        # The radius, which its modules keep, is of the same window.
+        ("modernbert", [("local_attention", 200, (0,), True)]),
+        ("gemma3", [("sliding_window", 100, (0,), True)]),
+        ("deberta", [("max_relative_positions", 100, (0, 1), True)]),
+    ],
+)
+def test_lengths_of_encoders(name: str, found: Any) -> None:
+    model = ENCODERS[name].model()
+    assert [(one.key, one.tokens, one.layers, one.configured) for one in lengths(model)] == found
+    (one,) = crossed_by(model, 0, (64,))
+    assert one.prompts == (found[0][1] + 8,)  # nothing is decoded
+    (one,) = crossed_by(model, 0, (found[0][1] + 2,))
+    assert (one.prompts, one.why) == ((), "")
+
+
+def test_a_number_that_only_code_has_is_a_default_of_a_function() -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    model = AutoModel.from_config(AutoConfig.for_model("mpnet", vocab_size=99, **sizes))
+    assert names(model) == ["MPNetEncoder.relative_position_bucket.max_distance 128"]
+
+
+def test_a_model_of_images_has_none() -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    config = AutoConfig.for_model("vitdet", image_size=32, patch_size=8, window_size=2, **sizes)
+    assert names(AutoModel.from_config(config)) == []
+
+
+def test_positions_are_said_by_another_key_too() -> None:
+    assert (
+        positions(
+            AutoModel.from_config(
+                AutoConfig.for_model("mpt", d_model=32, n_heads=4, n_layers=2, max_seq_len=300)
+            )
+        )
+        == 300
+    )
 
 
 def test_prompts_are_longer_and_decoded_across() -> None:

@@ -7,7 +7,14 @@ from math import nan
 from typing import Any
 
 from nbl_export.report.parity import parity_table
-from nbl_export.verify.parity.figures import DecoderParity, EncoderParity, Gates, OutputParity, StepParity
+from nbl_export.verify.parity.figures import (
+    Crossing,
+    DecoderParity,
+    EncoderParity,
+    Gates,
+    OutputParity,
+    StepParity,
+)
 
 # Each figure another, so that no column can stand for another.
 FIGURES: dict[str, Any] = {
@@ -109,6 +116,18 @@ def test_an_output_is_a_row_and_classes_are_of_logits_alone() -> None:
     without = parity_table(encoder("sentence_embedding"))
     assert "top-1" not in without.columns and "top-1" not in without.note and "cosine ≥ 0.999" in without.note
     assert "One batch of 2 images" in parity_table(encoder("pooler_output", lengths=())).note
+
+
+def test_how_an_encoder_s_lengths_were_crossed_is_said() -> None:
+    crossings = (
+        Crossing("local_attention", 128, (1,), "rows", (136,)),
+        Crossing("sliding_window", 9000, (1,), "copy", small=16),
+    )
+    assert parity_table(encoder("a", crossings=crossings)).note.endswith(
+        "Texts of 5, 9 tokens, padded to one batch, and of 136 tokens each beside a short one; only real tokens are "
+        "compared. Lengths from which on the model computes something else: local_attention 128: crossed by the rows; "
+        "sliding_window 9,000: crossed on a copy with 16."
+    )
 
 
 def test_what_an_encoder_loses_anyway() -> None:

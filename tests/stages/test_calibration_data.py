@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,10 @@ from nbl_export.models.loaded import LoadedModel
 from nbl_export.models.source import find_model
 from nbl_export.progress import Silent
 from nbl_export.settings import CalibrateSettings
-from nbl_export.stages.calibration_data import check_sources, crossing_rows, loader_for
+from nbl_export.stages import calibration_data as module
+from nbl_export.stages.calibration_data import check_sources, loader_for
 from nbl_export.workspace import Workspace
-from tests.beyond import BEYOND
+from tests.beyond import BEYOND, ENCODERS
 from tests.encoders import CLS, PAD, SEP, text_encoder, vision_encoder, write_images, write_text
 
 TEXT = CalibrateSettings(("unused",), samples=4, seq_len=32, heldout_samples=2, selection_samples=2)
@@ -101,7 +103,7 @@ def test_a_decoder_is_judged_on_prompts_as_they_are_used(
     text = read(loaded, "decoder", place / "text.jsonl")
     assert text.calibration.shape == (4, 32)
     material = loader_for(loaded("decoder").source)
-    rows = material.ranges(text, {"input_ids": None})
+    rows = material.ranges(loaded("decoder").model, text, {"input_ids": None})
     # The beginning of text stands before each row.
     assert [row.tolist() for row in rows] == [[256, *row] for row in text.calibration.tolist()]
     probe = material.probe(loaded("decoder"), text)
@@ -144,7 +146,7 @@ def test_an_encoder_is_judged_on_whole_documents(loaded: Callable[[str], LoadedM
         assert row["input_ids"].tolist() == [[t for t, d in zip(ids, document, strict=True) if d >= 0]]
         assert row["token_type_ids"].shape == row["input_ids"].shape and not row["token_type_ids"].any()
     assert all(set(row) == {"input_ids"} for row in material.heldout(text, {"input_ids": None}))
-    batch = material.ranges(text, {"token_type_ids": None})
+    batch = material.ranges(loaded("bert").model, text, {"token_type_ids": None})
     assert batch["input_ids"].tolist() == text.calibration.tolist() and batch["attention_mask"].all()
     assert set(batch) == {"input_ids", "attention_mask", "token_type_ids"}
 
@@ -165,7 +167,9 @@ def test_a_vision_encoder_is_probed_and_judged_with_images(
     rows = material.heldout(images, {"pixel_values": None})
     assert [row["pixel_values"].shape for row in rows] == [(1, 3, 32, 32)] * 2
     assert np.array_equal(np.concatenate([row["pixel_values"] for row in rows]), images.heldout)
-    assert np.array_equal(material.ranges(images, {})["pixel_values"], images.calibration)
+    assert np.array_equal(
+        material.ranges(loaded("vit").model, images, {})["pixel_values"], images.calibration
+    )
 
 
 def test_images_of_a_size_that_the_model_does_not_take(place: Path, tmp_path: Path) -> None:
@@ -190,7 +194,26 @@ def test_ranges_are_of_text_beyond_a_length_too() -> None:
     rows = np.random.default_rng(0).integers(3, 250, (4, 48)).astype(np.int32)
     text = CalibrationText(rows, rows, rows, rows, rows, np.array([2], np.int32))
     model = BEYOND["mistral"].model()
-    (row,) = crossing_rows(model, text, list(rows))
-    assert len(row) == 108 and row[0] == 2 and list(row[1:49]) == list(rows[0])
-    assert crossing_rows(model, text, [np.zeros(109)]) == []
-    assert crossing_rows(BEYOND["mistral"].model(sliding_window=None), text, list(rows)) == []
+    *usual, row = found = module._range_rows(model, text, {})
+    assert (
+        [len(one) for one in found] == [49] * 4 + [108] and row[0] == 2 and list(row[1:49]) == list(rows[0])
+    )
+    assert module._longer_rows(model, text, [109]) == []
+    plain = module._range_rows(BEYOND["mistral"].model(sliding_window=None), text, {})
+    assert [list(one) for one in plain] == [list(one) for one in usual]
+    batch = module._range_batch(ENCODERS["modernbert"].model(), text, {})
+    assert batch["attention_mask"].sum(axis=1).tolist() == [48] * 4 + [208]
+    assert batch["input_ids"][4].tolist() == np.resize(rows, 208).tolist()
+
+
+@pytest.mark.skipif(is_transformers_4(), reason="configurations of transformers 5")
+@pytest.mark.parametrize(("width", "longest"), [(220, 208), (120, 120)])
+def test_a_row_of_the_probe_of_a_text_encoder_goes_beyond_a_length(
+    loaded: Callable[[str], LoadedModel], width: int, longest: int
+) -> None:
+    rows = np.random.default_rng(0).integers(3, 250, (2, width)).astype(np.int32)
+    text = CalibrationText(rows, rows, rows, rows, rows, np.array([CLS], np.int32))
+    model: Any = SimpleNamespace(tokenizer=loaded("bert").tokenizer)
+    model.model = model.in_float32 = ENCODERS["modernbert"].model(vocab_size=264)
+    probe = loader_for(loaded("bert").source).probe(model, text)
+    assert probe.attention_mask.sum(axis=1).tolist() == [longest, 16]

@@ -237,10 +237,11 @@ class DecoderParity(Parity):
 
 @dataclass(frozen=True)
 class EncoderParity(OutputsParity):
-    """An encoder's parity as a report has it; ``pytorch_in_precision`` as in :class:`DecoderParity`."""
+    """An encoder's parity as a report has it; ``pytorch_in_precision`` and ``crossings``: :class:`DecoderParity`."""
 
     precision: str
     pytorch_in_precision: tuple[OutputParity, ...] | None = None
+    crossings: tuple[Crossing, ...] = ()
 
 
 @dataclass(frozen=True)
