@@ -110,11 +110,12 @@ class Interface:
     def named(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Those of ``inputs`` that the graph has, and its scalars.
 
-        Token ids are embedded for a graph that reads embeddings, and positions are repeated for one that has rows.
+        Token ids are embedded for a graph that reads embeddings, and positions of one row are repeated for one that has
+        several.
         """
         if self.embedding is not None and TOKENS in inputs:
             inputs = {**inputs, EMBEDDINGS: self.embedding(inputs[TOKENS])}
-        if self.position_rows is not None and POSITIONS in inputs:
+        if self.position_rows is not None and POSITIONS in inputs and inputs[POSITIONS].ndim == 2:
             inputs = {**inputs, POSITIONS: np.stack([inputs[POSITIONS]] * self.position_rows)}
         feeds = {self.own.get(name, name): value for name, value in inputs.items() if name in self.inputs}
         return feeds | {name: np.array(value, dtype=np.int64) for name, value in self.scalars.items()}

@@ -215,7 +215,8 @@ def load_processor(source: ModelSource) -> Any:
     load_tokenizer(source)  # which refuses one that is made to hurt
     with quiet(), readable(source) as path:
         try:
-            processor: Any = AutoProcessor.from_pretrained(path)
+            # Not None: transformers would ask whether its code may run.
+            processor: Any = AutoProcessor.from_pretrained(path, trust_remote_code=False)
         except Exception as error:
             if find_spec("torchvision") is None:
                 raise MissingDependencyError(

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from nbl_export.checks import Check
 from nbl_export.graph.interface import interface_of
 from nbl_export.models.layers import positions
 from nbl_export.models.weights import resident, room
@@ -33,7 +34,8 @@ from nbl_export.verify.measurement import (
     timed,
 )
 from nbl_export.verify.parity.decoder import Recorded, compare, ragged, record
-from nbl_export.verify.parity.figures import UNMODIFIED, DecoderParity, Parity, gates_for
+from nbl_export.verify.parity.figures import UNMODIFIED, DecoderParity, Gates, Parity, gates_for
+from nbl_export.verify.parity.images import images_parity, rows_with_images
 from nbl_export.verify.parity.localize import first_divergence
 from nbl_export.verify.parity.noise import rounding_noise
 from nbl_export.verify.parity.own import OWN, pytorch_in_precision
@@ -101,7 +103,22 @@ def measure_parity(case: DecoderCase) -> FoundParity[DecoderParity]:
     if beyond:
         lost = partial(only_beyond, crossings)
     found = judged(section, [*failures, *against], within, lost)
-    return replace(found, checks=(*found.checks, *crossing_check(crossings)))
+    return replace(found, checks=(*found.checks, *crossing_check(crossings), *_images_check(case, gates)))
+
+
+def _images_check(case: DecoderCase, gates: Gates) -> tuple[Check, ...]:
+    """The verdict on texts with images, of a graph that reads embeddings and was calibrated on some."""
+    images, embeds = case.text.images, interface_of(case.graph).embedding is not None
+    rows = rows_with_images(case.text.heldout) if images is not None and embeds else []
+    if images is None or not rows:
+        return ()
+    parity = images_parity(case.model, case.plan, case.rewritten, rows, images, gates)
+    if failures := parity.failures():
+        return (Check("parity with images", "failed", "; ".join(failures)),)
+    within = (
+        f"max |Δlogit| {parity.worst:.2g} over {len(rows)} text{'s' if len(rows) > 1 else ''} with an image"
+    )
+    return (Check("parity with images", "passed", f"{within}, within all {case.precision.gates} gates"),)
 
 
 def unlike(

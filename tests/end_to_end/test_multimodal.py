@@ -101,6 +101,8 @@ def test_images_are_calibrated_on(wrapper_folder: Callable[[str], Path], tmp_pat
     assert text.images is not None and there.any() and (text.heldout_document[there] == -1).all()
     assert isinstance(report.method_loss, MethodLoss)
     assert report.method_loss.tokens == int((~there[:, 1:]).sum())
+    (check,) = [check for check in report.checks if check.name == "parity with images"]
+    assert check.status == "passed" and "over 2 texts with an image" in check.detail
     (said,) = [note for note in report.notes if "Images: calibration" in note]
     assert f"held-out {int(there.sum()) // 4} ({int(there.sum())} of 256 tokens)" in said
 

@@ -165,6 +165,21 @@ def test_a_checkpoint_without_a_processor_is_refused(
         Towers(find_model(str(folder)))
 
 
+def test_a_processor_with_code_of_its_own_is_refused(
+    folder_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody is asked, and nothing of it runs."""
+    folder = Path(shutil.copytree(folder_of("llava"), tmp_path / "model"))
+    path = folder / "processor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": {"AutoProcessor": "own.Own"}}))
+    (folder / "own.py").write_text("raise SystemExit('it ran')")
+    monkeypatch.undo()
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    monkeypatch.setattr(towers, "find_spec", lambda _name: object())
+    found = towers.load_processor(find_model(str(folder)))
+    assert type(found).__module__.startswith("transformers.")  # the one that the model's type has
+
+
 def test_towers_without_weights_are_refused(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -1,0 +1,110 @@
+"""Parity on texts with images: a graph that reads embeddings is given those of images among those of its tokens.
+
+PyTorch and the graph run the same rows of held-out text, each by itself, up to a while after their first image. The
+graph attends to earlier tokens only; so does PyTorch here, also where a model lets the tokens of an image see each
+other in both directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nbl_export.batch.arrays import F32
+from nbl_export.batch.image_ids import FIRST, are_images
+from nbl_export.batch.names import EMBEDDINGS, MASK, POSITIONS, WRITE_INDICES
+from nbl_export.linearize.swap import linearized
+from nbl_export.linearize.sweep import ORIGINAL, sweep, version_of
+from nbl_export.models.image_tokens import ImageTokens, seeing
+from nbl_export.models.weights import device_of, streams
+from nbl_export.runtime.ort import OrtDecoder
+from nbl_export.verify.parity.decoder import LAST
+from nbl_export.verify.parity.figures import Gates, Parity, StepParity
+from nbl_export.verify.parity.vectors import compare_vectors
+
+if TYPE_CHECKING:
+    import torch
+
+    from nbl_export.linearize.plan import Plan
+
+I32 = NDArray[np.int32]
+_ROWS, _AFTER = 2, 32  # rows that are compared, and how many tokens after the first image of each
+
+
+def rows_with_images(heldout: I32) -> list[I32]:
+    """The first rows of ``heldout`` that have images, each up to a while after its first one."""
+    found = []
+    for row in heldout:
+        there = np.flatnonzero(are_images(row))
+        if len(there):
+            after = there[0] + int(np.argmin(np.append(are_images(row[there[0] :]), False)))
+            found.append(row[: after + _AFTER])
+    return found[:_ROWS]
+
+
+def images_parity(
+    model: torch.nn.Module,
+    plan: Plan | None,
+    graph: Path,
+    rows: Sequence[I32],
+    images: ImageTokens,
+    gates: Gates,
+) -> Parity:
+    """The last logits of each of ``rows`` by the ``graph`` against ``model`` with ``plan``, a step each."""
+    import torch
+
+    causal = replace(images, both_ways=np.zeros(1, np.int32))
+    ids = [torch.from_numpy(row.astype(np.int64)).to(device_of(model)) for row in rows]
+    with seeing(model, causal):
+        expected = [logits[-LAST:].float().cpu().numpy() for logits in _by_pytorch(model, plan, ids)]
+    decoder = OrtDecoder(graph, small=True)
+    steps = []
+    for number, (row, reference) in enumerate(zip(rows, expected, strict=True)):
+        found = _by_graph(decoder, row, causal)
+        steps.append(StepParity(**vars(compare_vectors(reference, found, gates.near_tie)), step=number))
+    return Parity(tuple(map(len, rows)), tuple(steps), gates)
+
+
+def _by_pytorch(
+    model: torch.nn.Module, plan: Plan | None, rows: Sequence[torch.Tensor]
+) -> Iterator[torch.Tensor]:
+    import torch
+
+    if streams(model):
+        version = version_of(model, plan) if plan else ORIGINAL
+        fit_input = plan.fit_input if plan else "normed"
+        for _, _, logits in sweep(model, rows, [version], fit_input):
+            yield logits
+        return
+    with torch.inference_mode(), linearized(model, plan) if plan else nullcontext():
+        for row in rows:
+            yield model(input_ids=row[None], use_cache=False).logits[0]
+
+
+def _by_graph(decoder: OrtDecoder, row: I32, images: ImageTokens) -> F32:
+    import torch
+
+    ids = row.astype(np.int64)[None]
+    there = are_images(ids)
+    assert decoder.interface.embedding is not None
+    embedded = decoder.interface.embedding(np.where(there, 0, ids))
+    embedded[there] = images.features[ids[there] - FIRST]
+    positions = np.arange(len(row), dtype=np.int64)[None]
+    if images.offsets.shape[1] > 1:
+        positions = images.positions(torch.from_numpy(ids)).numpy()
+    inputs = {
+        EMBEDDINGS: embedded,
+        MASK: np.ones_like(ids),
+        POSITIONS: positions,
+        WRITE_INDICES: np.zeros(1, dtype=np.int64),
+    }
+    static = decoder.interface.static
+    past = decoder.buffers(1, len(row) if static else 0) if decoder.past_names else ()
+    logits: F32 = decoder.run(decoder.named(inputs, past)).logits
+    return logits[0, -LAST:]
