@@ -34,6 +34,15 @@ _SOFTMAX = {
     "hybrid": FULL,
     "hybrid_sliding": SLIDING,
 }
+# What a graph would need for layers of other names, in which the keys that a query sees follow from the text.
+_CHOSEN = "an index with a cache of its own chooses the keys of each query"
+_BLOCKS = "keys are compressed in blocks, and an index with a cache of its own may choose among them"
+_NEEDS = {
+    "indexed_attention": _CHOSEN,
+    "minimax_m3_sparse": _CHOSEN,
+    "compressed_sparse_attention": _BLOCKS,
+    "heavily_compressed_attention": _BLOCKS,
+}
 _AXES = ("time", "height", "width")
 _NO_SELF_ATTENTION = ("cross", "encoder", "linear", "lightning", "delta", "mamba")
 
@@ -129,10 +138,16 @@ def structure(model: torch.nn.Module) -> Structure:
             )
         )
     if not layers:
-        kinds = ", ".join(sorted(set(others.values())))
+        kinds = sorted(set(others.values()))
+        why = next((_NEEDS[kind] for kind in kinds if kind in _NEEDS), "")
+        needed = (
+            f", in which {why}; a graph would need that cache as inputs and outputs, and has none"
+            if why
+            else ""
+        )
         raise InputError(
             f"{type(model).__name__} has no attention of a kind that is exported, which are full, windows and chunks: "
-            f"its layers are {kinds}."
+            f"its layers are {', '.join(kinds)}{needed}."
         )
     return Structure(tuple(layers), others)
 

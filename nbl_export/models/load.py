@@ -154,21 +154,29 @@ def _from_files(source: ModelSource, path: str, options: dict[str, Any]) -> tupl
 
 
 def _class(source: ModelSource) -> Any:
-    """What loads the model: the class of its task, or that of a multimodal model without its towers."""
+    """What loads the model: the class of its task, or that of a multimodal model without its towers.
+
+    transformers' own class where its class of the task does not list it, as Mistral4ForCausalLM.
+    """
     import transformers
 
     if source.wrapper:
         return text_only(source.wrapper)
-    return getattr(transformers, task_named(source.task).loads)
+    auto = getattr(transformers, task_named(source.task).loads)
+    if source.gguf_file:
+        return auto
+    raw = parse_json((Path(source.path) / "config.json").read_text(encoding="utf-8"))
+    named: Any = getattr(transformers, (raw.get("architectures") or [""])[0], None)
+    of_type = getattr(named, "config_class", None)
+    alone = getattr(of_type, "model_type", "") == raw.get("model_type") and of_type not in auto._model_mapping
+    return named if alone and "auto_map" not in raw else auto
 
 
 def _from_config(source: ModelSource, config: Any, **options: Any) -> Any:
     kind = _class(source)
-    return (
-        kind._from_config(config, **options)
-        if source.wrapper
-        else kind.from_config(config, **_trusted(source), **options)
-    )
+    if hasattr(kind, "from_config"):
+        return kind.from_config(config, **_trusted(source), **options)
+    return kind._from_config(config, **options)
 
 
 def _trusted(source: ModelSource) -> dict[str, bool]:

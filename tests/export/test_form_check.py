@@ -178,6 +178,7 @@ def test_attention_to_the_keys_that_an_index_chooses_is_named(monkeypatch: pytes
     model = tiny_model("llama")
     monkeypatch.setattr(model.config, "layer_types", ["indexed_attention"] * 4, raising=False)
     with pytest.raises(
-        InputError, match=r"which are full, windows and chunks: its layers are indexed_attention\.$"
+        InputError,
+        match=r"full, windows and chunks: its layers are indexed_attention, in which an index .* cache as inputs and",
     ):
         check_form(model, CONCAT)

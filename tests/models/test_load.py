@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nbl_export.errors import InputError
+from nbl_export.models.compat import is_transformers_4
 from nbl_export.models.load import fast_dtype, in_precision, load_model, load_tokenizer
 from nbl_export.models.source import find_model
 from nbl_export.models.weights import dtype_of, resident
@@ -231,3 +232,30 @@ def test_a_class_that_no_auto_class_makes_is_named(tmp_path: Path) -> None:
     transformers.T5EncoderModel(config).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"is saved as T5EncoderModel, and AutoModel .* T5Model .* decoder"):
         load_model(find_model(str(tmp_path)))
+
+
+@pytest.mark.skipif(is_transformers_4(), reason="a model of transformers 5")
+def test_a_decoder_that_the_class_of_its_task_does_not_list_is_loaded_by_its_own(tmp_path: Path) -> None:
+    sizes = {
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "intermediate_size": 8,
+    }
+    latent = {
+        "kv_lora_rank": 8,
+        "q_lora_rank": 8,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 8,
+    }
+    experts = {"n_routed_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
+    tokens = {"vocab_size": 40, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3}
+    config = AutoConfig.for_model("mistral4", hidden_size=16, **sizes, **latent, **experts, **tokens)
+    own = transformers.Mistral4ForCausalLM(config).eval()
+    own.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Unrecognized configuration class"):
+        AutoModelForCausalLM.from_config(config)
+    ids = torch.arange(6)[None]
+    found = load_model(find_model(str(tmp_path)))
+    assert torch.equal(found(input_ids=ids).logits, own(input_ids=ids).logits)
