@@ -142,6 +142,7 @@ FIELDS: Mapping[str, Mapping[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
         "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 2, "moe_top_k": 1, "hidden_size": 32},
     },
+    "dory": {"num_key_value_heads": 2, "head_dim": 8, "n_input_layers": 1, "n_output_layers": 1},
     "hunyuan_v1_dense": {"num_key_value_heads": 2, "head_dim": 8},
     "doge": {"num_key_value_heads": 2, "keep_window_size": 100},
     # The temperature of the layers without rotary embedding begins at 100 tokens.

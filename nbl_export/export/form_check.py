@@ -96,7 +96,10 @@ def _check_trace(model: torch.nn.Module, form: Form) -> None:
 def _serves(model: torch.nn.Module, form: Form) -> bool:
     try:
         check_supported(model, cached=form.name != NONE.name, states=form.name != STATIC.name)
-        return _error(model, form) <= _TOLERANCE
+        if _error(model, form) > _TOLERANCE:
+            return False
+        _check_trace(model, form)
+        return True
     except (NblError, _Failed):
         return False
 

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from nbl_export.errors import InputError
 from nbl_export.export.recurrence import use_recurrences
 from nbl_export.export.ropes import both_ways
 from nbl_export.export.symbols import SYMBOLIC_DOMAIN, replaced
@@ -32,6 +33,8 @@ from nbl_export.models.compat import growing_mask
 from nbl_export.models.row_positions import count_positions
 
 _NAME = "nbl_export"
+# What a family hands to its attention where an index has chosen the keys of each query.
+_CHOSEN = ("indices", "block_indices")
 
 
 def attention(
@@ -43,17 +46,28 @@ def attention(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
-    **_unused: Any,
+    position_bias: torch.Tensor | None = None,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Scaled dot-product attention of ``query`` [batch, heads, sequence, head_dim] to grouped keys and values.
 
     ``attention_mask`` [batch, 1, sequence, total] is True where a query sees a key. ``softcap`` bounds the
-    scores, ``s_aux`` [heads] are the scores of the sinks. Returns [batch, sequence, heads, head_dim].
+    scores, ``s_aux`` [heads] are the scores of the sinks, and ``position_bias`` [batch, heads, sequence, total] is
+    added to them. Returns [batch, sequence, heads, head_dim].
+
+    Raises :class:`InputError` where an index has chosen the keys of a query, of which a graph would have all.
     """
+    if any(others.get(name) is not None for name in _CHOSEN):
+        raise InputError(
+            f"{type(module).__name__} has an index with a cache of its own that chooses the keys of each query; a "
+            "graph would need that cache as inputs and outputs, and has none: this architecture is not supported yet."
+        )
     if attention_mask is None and getattr(module, "is_causal", False) and query.shape[2] > 1:
         # transformers makes no mask for one row in an eager run, and says so by the module.
         seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
         attention_mask = seen.tril(key.shape[2] - query.shape[2])[None, None]
+    if position_bias is not None:
+        attention_mask = _biased(attention_mask, position_bias)
     if softcap is None and s_aux is None:
         grouped = query.shape[1] != key.shape[1]
         output = torch.nn.functional.scaled_dot_product_attention(
@@ -62,6 +76,13 @@ def attention(
     else:
         output = _decomposed(query, key, value, attention_mask, scaling, softcap, s_aux)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _biased(mask: torch.Tensor | None, bias: torch.Tensor) -> torch.Tensor:
+    """What is added to the scores: the ``bias`` where a query sees a key."""
+    if mask is None:
+        return bias
+    return torch.where(mask, bias, torch.finfo(bias.dtype).min) if mask.dtype == torch.bool else bias + mask
 
 
 def _decomposed(
@@ -81,8 +102,10 @@ def _decomposed(
     scores = query @ key[:, :, None].transpose(-1, -2) * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    if mask is not None:
+    if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask[:, :, None], torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask.reshape(batch, -1, groups if mask.shape[1] == heads else 1, *mask.shape[2:])
     if sinks is not None:
         sink = sinks.reshape(1, key.shape[1], groups, 1, 1).expand(batch, -1, -1, sequence, 1)
         scores = torch.cat([scores, sink.to(scores.dtype)], dim=-1)

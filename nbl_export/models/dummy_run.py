@@ -8,6 +8,7 @@ family.
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -209,6 +210,7 @@ def _run(model: torch.nn.Module) -> DummyRun:
     head = getattr(model, "get_output_embeddings", lambda: None)()
     run: Any = model if head is None else backbone(model)
     scored = False
+    times: Counter[int] = Counter()
     with ExitStack() as hooks, torch.inference_mode(), quiet():
         stack = layers[0].block.rpartition(".")[0]
         watched = [(returns, layer.index, layer.attention) for layer in layers]
@@ -229,6 +231,7 @@ def _run(model: torch.nn.Module) -> DummyRun:
         handed = Handed()
         for index in range(layer_count(model)):
             block = model.get_submodule(f"{stack}.{index}")
+            hooks.callback(block.register_forward_pre_hook(lambda *_, i=index: times.update([i])).remove)
             hooks.callback(block.register_forward_pre_hook(handed.taken, with_kwargs=True).remove)
             hooks.callback(block.register_forward_hook(handed.given).remove)
 
@@ -258,9 +261,16 @@ def _run(model: torch.nn.Module) -> DummyRun:
             # transformers scores the last token of several rows only where it knows the padding token.
             if scoring_head(model) is None:
                 raise unrunnable(model, error) from error
+            times.clear()
             output, scored = backbone(model)(**inputs), True
         except Exception as error:  # a model's own code may raise anything
             raise unrunnable(model, error) from error
+    once = 2 if PIXELS in inputs else 1
+    if repeated := [index for index, count in sorted(times.items()) if count > once]:
+        raise InputError(
+            f"{type(model).__name__} runs block {repeated[0]} {times[repeated[0]] // once} times in one pass, each "
+            "with other states, and one W and b is for one of them: this architecture is not supported."
+        )
     if silent := [layer.index for layer in layers if layer.index not in returns]:
         raise InputError(
             f"{type(model).__name__} does not run the attention of layer {silent[0]} as it is, but replaces it at run "

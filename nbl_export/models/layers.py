@@ -137,17 +137,17 @@ def structure(model: torch.nn.Module) -> Structure:
                 stream=f"{path}.{family.stream}" if family.stream else path,
             )
         )
-    if not layers:
-        kinds = sorted(set(others.values()))
-        why = next((_NEEDS[kind] for kind in kinds if kind in _NEEDS), "")
-        needed = (
-            f", in which {why}; a graph would need that cache as inputs and outputs, and has none"
-            if why
-            else ""
+    kinds = sorted(set(others.values()))
+    why = next((f"{kind}, in which {_NEEDS[kind]}" for kind in kinds if kind in _NEEDS), "")
+    if why:
+        raise InputError(
+            f"{type(model).__name__} has layers of {why}; a graph would need that cache as inputs and outputs, and has "
+            "none: this architecture is not supported yet."
         )
+    if not layers:
         raise InputError(
             f"{type(model).__name__} has no attention of a kind that is exported, which are full, windows and chunks: "
-            f"its layers are {', '.join(kinds)}{needed}."
+            f"its layers are {', '.join(kinds)}."
         )
     return Structure(tuple(layers), others)
 

@@ -173,12 +173,29 @@ def test_a_branch_on_a_value_is_refused_in_our_words(monkeypatch: pytest.MonkeyP
         check_form(tiny_model("llama"), CONCAT)
 
 
-def test_attention_to_the_keys_that_an_index_chooses_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    # As in DeepSeek V3.2 and GLM-MoE-DSA.
+@pytest.mark.parametrize("kinds", [["indexed_attention"] * 4, ["full_attention", "minimax_m3_sparse"] * 2])
+def test_attention_to_the_keys_that_an_index_chooses_is_named(
+    kinds: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As in DeepSeek V3.2 and GLM-MoE-DSA, and beside full attention in MiniMax-M3.
     model = tiny_model("llama")
-    monkeypatch.setattr(model.config, "layer_types", ["indexed_attention"] * 4, raising=False)
+    monkeypatch.setattr(model.config, "layer_types", kinds, raising=False)
     with pytest.raises(
         InputError,
-        match=r"full, windows and chunks: its layers are indexed_attention, in which an index .* cache as inputs and",
+        match=rf"has layers of {kinds[1]}, in which an index .* need that cache as inputs and outputs",
     ):
+        check_form(model, CONCAT)
+
+
+def test_a_form_is_advised_only_where_it_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+
+    def refused(model: Any, form: Any) -> None:
+        raise InputError("cannot be traced")
+
+    monkeypatch.setattr(module, "_error", lambda _model, form: 0.0 if form.name == "none" else 9.0)
+    with pytest.raises(InputError, match=r": use --kv-cache none\.$"):
+        check_form(model, CONCAT)
+    monkeypatch.setattr(module, "_check_trace", refused)
+    with pytest.raises(InputError, match=r": this architecture is not supported yet\.$"):
         check_form(model, CONCAT)

@@ -13,6 +13,7 @@ from transformers.models.deberta_v2 import modeling_deberta_v2
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from nbl_export.batch.arrays import BOOL, F64
+from nbl_export.errors import InputError
 from nbl_export.export import functions
 from nbl_export.export.functions import _inverse_erf, attention, exportable, is_replaced
 from nbl_export.models.compat import is_transformers_4
@@ -64,6 +65,38 @@ def test_attention_is_the_textbooks(
     )
     assert weights is None and found.shape == (2, NEW, HEADS, SIZE) and found.is_contiguous()
     np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("cap", [None, 2.0], ids=["no cap", "capped"])
+@pytest.mark.parametrize("masked", [False, True], ids=["no mask", "masked"])
+def test_a_bias_of_positions_is_added_to_the_scores(cap: float | None, masked: bool) -> None:
+    q, k, v = (
+        drawn(2, HEADS, NEW, SIZE),
+        drawn(2, HEADS, TOTAL, SIZE, seed=1),
+        drawn(2, HEADS, TOTAL, SIZE, seed=2),
+    )
+    bias, mask = (
+        drawn(2, HEADS, NEW, TOTAL, seed=4),
+        torch.ones(NEW, TOTAL, dtype=torch.bool).tril(TOTAL - NEW),
+    )
+    scores = (q @ k.mT).double() * SIZE**-0.5
+    scores = (scores if cap is None else torch.tanh(scores / cap) * cap) + bias
+    seen = mask if masked else torch.ones_like(mask)
+    expected = (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v.double()).transpose(1, 2)
+    given = mask[None, None].expand(2, 1, -1, -1) if masked else None
+    found, _ = attention(torch.nn.Module(), q, k, v, given, softcap=cap, position_bias=bias)
+    np.testing.assert_allclose(found.numpy(), expected.numpy(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["indices", "block_indices"])
+def test_keys_that_an_index_has_chosen_are_not_taken_for_all(name: str) -> None:
+    # As in MiniMax-M3 and DeepSeek V3.2: with short texts every key is chosen, and nothing differs.
+    q = drawn(1, HEADS, NEW, SIZE)
+    with pytest.raises(
+        InputError, match=r"^Module has an index with a cache of its own that chooses the keys"
+    ):
+        attention(torch.nn.Module(), q, q, q, None, **{name: torch.zeros(1, NEW, 2, dtype=torch.long)})
+    attention(torch.nn.Module(), q, q, q, None, **{name: None})
 
 
 def test_caps_and_sinks_are_seen_in_the_numbers_above() -> None:

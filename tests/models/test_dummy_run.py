@@ -12,6 +12,7 @@ from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM, LlamaMod
 
 from nbl_export.errors import InputError
 from nbl_export.models.caches import BlockCache, CacheShape, StateShape
+from nbl_export.models.compat import is_transformers_4
 from nbl_export.models.dummy_run import cache_shapes, check_supported, dummy_run, example_inputs
 from nbl_export.models.load import load_model
 from nbl_export.models.source import find_model
@@ -146,6 +147,16 @@ def test_a_model_that_cannot_be_run_says_so_in_one_sentence(monkeypatch: pytest.
     model.model.layers[3].mlp.forward = broken
     with pytest.raises(InputError, match=r"^LlamaForCausalLM cannot be run: no such kernel\.$"):
         dummy_run(model)
+
+
+@pytest.mark.skipif(is_transformers_4(), reason="a model of transformers 5")
+def test_a_block_that_runs_twice_in_a_pass_is_refused() -> None:
+    # Of its states in each of both runs W and b could be right for one.
+    with pytest.raises(
+        InputError, match=r"^DoryForCausalLM runs block 1 2 times in one pass, each with other"
+    ):
+        dummy_run(random_model("dory"))
+    dummy_run(random_model("dory", n_recurrent_loops=1))
 
 
 def test_attention_of_another_form_is_refused() -> None:
