@@ -43,19 +43,36 @@ EVERYTHING = "NBL_EXPORT_ALL_FAMILIES"
 for_the_table = pytest.mark.skipif(
     EVERYTHING not in os.environ, reason=f"only with {EVERYTHING}: scripts/families_table.py"
 )
-# A half graph is the float32 one converted, whatever its cache, so both halves are tried with one of them. onnxruntime
-# runs shared caches on the CPU, in float32. Engines have a static cache by default.
+# Families that differ in what conversion to half precision and TensorRT look at: rope, windows, experts, biases and
+# LayerNorms, soft-capping, sinks, fused projections, states.
+CORE = ("llama", "mixtral", "gemma2", "gemma3n", "phi3", "gpt2", "bloom", "gpt_oss", "bamba", "qwen3_next")
+# A half graph is the float32 one converted, whatever its cache: of families that are not CORE, the table has the rest.
+# onnxruntime runs shared caches on the CPU, in float32. Engines have a static cache by default.
+_OF_CORE = (("static", "fp16"), ("concat", "bf16"))
+_OF_TABLE = (("static", "bf16"),)
 GRAPHS = [
-    *(
-        (cache, precision)
-        for cache in CACHES
-        for precision in PRECISIONS
-        if (cache, precision) != ("static", "bf16")
-    ),
-    ("shared", "fp32"),
-    pytest.param("static", "bf16", marks=for_the_table),
+    pytest.param(
+        family,
+        cache,
+        precision,
+        id=f"{family}-{cache}-{precision}",
+        marks=for_the_table
+        if (cache, precision) in (_OF_TABLE if family in CORE else (*_OF_TABLE, *_OF_CORE))
+        else (),
+    )
+    for family in DECODERS
+    for cache, precision in (*((c, p) for c in CACHES for p in PRECISIONS), ("shared", "fp32"))
 ]
-ENGINES = [pytest.param("concat", marks=for_the_table), "static"]
+ENGINES = [
+    pytest.param(
+        family,
+        cache,
+        id=f"{family}-{cache}",
+        marks=() if family in CORE and cache == "static" else for_the_table,
+    )
+    for family in DECODERS
+    for cache in CACHES
+]
 
 _NO_POSITIONS = "takes no position_ids, which a static cache needs: use --kv-cache concat"
 _NOT_GROUPED = "does not compute: use --kv-cache concat"
@@ -150,8 +167,7 @@ def test_every_layer_is_found(family: str, calibrated_of: Callable[[str], Calibr
     assert [kind == "sliding window" for kind in kinds] == windows
 
 
-@pytest.mark.parametrize(("form", "precision"), GRAPHS)
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize(("family", "form", "precision"), GRAPHS)
 def test_graph(
     family: str,
     form: str,
@@ -178,8 +194,7 @@ def test_graph(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ENGINES)
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize(("family", "form"), ENGINES)
 def test_engine(
     family: str,
     form: str,
