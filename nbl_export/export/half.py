@@ -23,21 +23,24 @@ def save_in_precision(
     graph: ir.Model,
     path: Path,
     precision: Precision,
-    rows: Sequence[NDArray[Any]] | Inputs,
+    rows: Sequence[NDArray[Any] | Inputs] | Inputs,
     wide: Collection[str] = ("logits",),
     readers: Sequence[Path] = (),
 ) -> tuple[list[Path], list[Float32Node]]:
     """Convert the float32 ``graph`` and write it to ``path``; returns the files and the nodes that stayed float32.
 
-    ``rows`` are token ids of real text, or an encoder's batch; a format with the range of float32 does not need them.
-    ``wide`` names the inputs and outputs that stay float32. ``readers``: see :func:`save_graph`.
+    ``rows`` are token ids of real text, or embeddings with positions, or an encoder's batch; a format with the range of
+    float32 does not need them. ``wide`` names the inputs and outputs that stay float32. ``readers``: see
+    :func:`save_graph`.
     """
     ranges = _ranges(graph, path, rows) if precision.largest < float("inf") else {}
     float32 = to_precision(graph, precision, ranges, wide)
     return save_graph(graph, path, readers=readers), float32
 
 
-def _ranges(graph: ir.Model, path: Path, rows: Sequence[NDArray[Any]] | Inputs) -> Mapping[str, float]:
+def _ranges(
+    graph: ir.Model, path: Path, rows: Sequence[NDArray[Any] | Inputs] | Inputs
+) -> Mapping[str, float]:
     path.parent.mkdir(exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=".fp32.", suffix=TEMPORARY, dir=path.parent))
     try:

@@ -18,7 +18,7 @@ _SUFFIX = ".largest"
 
 
 def ranges_of(
-    model: ir.Model, rows: Sequence[NDArray[Any]] | Inputs, scratch: Path | None = None
+    model: ir.Model, rows: Sequence[NDArray[Any] | Inputs] | Inputs, scratch: Path | None = None
 ) -> Mapping[str, float]:
     """The largest magnitude of every float32 tensor of ``model``, which is changed, over a prefill of ``rows``.
 

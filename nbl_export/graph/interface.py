@@ -130,12 +130,15 @@ class Interface:
         return kv | {s.past: np.zeros((batch, *s.shape), dtype=s.dtype or dtype) for s in self.states}
 
     def row(self, given: NDArray[Any] | Inputs, dtype: Any) -> dict[str, NDArray[Any]]:
-        """All graph inputs for one row, given as token ids or as named inputs [1, …]; the cache is empty."""
+        """All graph inputs for one row, given as token ids or as named inputs [1, …]; the cache is empty.
+
+        Embeddings [1, seq, d] may be given instead of ids.
+        """
         if not isinstance(given, Mapping):
             given = {TOKENS: np.asarray(given, dtype=np.int64)[None]}
-        if TOKENS not in given:
+        if TOKENS not in given and EMBEDDINGS not in given:
             return self.named(given)
-        ids = given[TOKENS]
+        ids = given[TOKENS] if TOKENS in given else np.zeros(given[EMBEDDINGS].shape[:2], dtype=np.int64)
         inputs = {
             MASK: np.ones_like(ids),
             POSITIONS: np.arange(ids.shape[1], dtype=np.int64)[None],

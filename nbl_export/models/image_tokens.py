@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import F32
 from nbl_export.batch.image_ids import FIRST, are_images
+from nbl_export.batch.names import EMBEDDINGS, POSITIONS
 from nbl_export.errors import InputError
 from nbl_export.models.layers import backbone
 from nbl_export.tensorfile import load_as, save_tensors
@@ -76,6 +77,14 @@ class ImageTokens:
         table: torch.Tensor = model.get_input_embeddings()(written(ids))
         features = torch.from_numpy(self.features[index[there].cpu().numpy()])
         return table.clone().masked_scatter(there[..., None], features.to(table))
+
+    def given(self, row: I32, model: Any) -> dict[str, NDArray[Any]]:
+        """What a graph reads of ``row`` [seq]: embeddings [1, seq, d] float32, and positions of one row or several."""
+        ids = torch.from_numpy(row.astype(np.int64))[None]
+        with torch.inference_mode():
+            embedded = self.embeddings(ids, model).float().cpu().numpy()
+        found = self.positions(ids).numpy()
+        return {EMBEDDINGS: embedded, POSITIONS: found if len(found) > 1 else found[0]}
 
     def _index(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         there = are_images(ids)

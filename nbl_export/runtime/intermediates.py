@@ -26,7 +26,7 @@ from nbl_export.errors import InputError
 from nbl_export.graph.data_file import DataFile
 from nbl_export.graph.external_data import INLINE_BYTES
 from nbl_export.graph.half_emulation import HALF, compute_in_float32, float32_name, needs_emulation
-from nbl_export.graph.interface import interface_of
+from nbl_export.graph.interface import Interface, interface_of
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.operators import captured
 from nbl_export.graph.tensors import external_files, follow_links
@@ -304,26 +304,34 @@ def intermediate_tensors(path: Path, names: Sequence[str], inputs: Inputs) -> di
     return {name: _padded([row[name] for row in found], inputs) for name in wanted}
 
 
-def batch_rows(model: ir.Model, rows: Sequence[NDArray[Any]] | Inputs) -> list[Arrays]:
-    """The feeds of :func:`compute_tensors` for ``rows`` padded to one batch, row by row; or for an encoder's batch."""
+def batch_rows(model: ir.Model, rows: Sequence[NDArray[Any] | Inputs] | Inputs) -> list[Arrays]:
+    """The feeds of :func:`compute_tensors` for ``rows`` padded to one batch, row by row; or for an encoder's batch.
+
+    A row may be given by its embeddings and positions instead, and is then not padded.
+    """
     interface = interface_of(model)
-    if isinstance(rows, Mapping):
-        feeds, count = interface.named(rows), len(next(iter(rows.values())))
-    else:
-        count, longest = len(rows), max(map(len, rows))
-        if interface.static:
-            ids, positions = right_padded(rows)
-            inputs = {TOKENS: ids, POSITIONS: positions, WRITE_INDICES: np.zeros(count, dtype=np.int64)}
-        else:
-            padded = prefix_padded(rows) if interface.ragged else left_padded(rows)
-            inputs = dict(zip((TOKENS, MASK, POSITIONS), padded, strict=True))
-        past = interface.empty_cache(count, longest if interface.static else 0, np.dtype(np.float32))
-        return [
-            interface.named(_part(inputs, i)) | {n: a[i : i + 1] for n, a in past.items()}
-            for i in range(count)
-        ]
+    if not isinstance(rows, Mapping):
+        text = [row for row in rows if not isinstance(row, Mapping)]
+        embedded = [row for row in rows if isinstance(row, Mapping)]
+        ours = [interface.row(row, np.dtype(np.float32)) for row in embedded]
+        return [*(_of_tokens(interface, text) if text else ()), *ours]
+    feeds, count = interface.named(rows), len(next(iter(rows.values())))
     parted = {name: array.ndim > 0 and len(array) == count for name, array in feeds.items()}
     return [{n: a[i : i + 1] if parted[n] else a for n, a in feeds.items()} for i in range(count)]
+
+
+def _of_tokens(interface: Interface, rows: Sequence[NDArray[Any]]) -> list[Arrays]:
+    count, longest = len(rows), max(map(len, rows))
+    if interface.static:
+        ids, positions = right_padded(rows)
+        inputs = {TOKENS: ids, POSITIONS: positions, WRITE_INDICES: np.zeros(count, dtype=np.int64)}
+    else:
+        padded = prefix_padded(rows) if interface.ragged else left_padded(rows)
+        inputs = dict(zip((TOKENS, MASK, POSITIONS), padded, strict=True))
+    past = interface.empty_cache(count, longest if interface.static else 0, np.dtype(np.float32))
+    return [
+        interface.named(_part(inputs, i)) | {n: a[i : i + 1] for n, a in past.items()} for i in range(count)
+    ]
 
 
 def _part(inputs: Mapping[str, NDArray[Any]], row: int) -> dict[str, NDArray[Any]]:

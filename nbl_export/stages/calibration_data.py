@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nbl_export.batch.image_ids import words
-from nbl_export.batch.names import MASK, PIXELS, TOKEN_TYPES, TOKENS
+from nbl_export.batch.image_ids import are_images, words
+from nbl_export.batch.names import EMBEDDINGS, MASK, PIXELS, TOKEN_TYPES, TOKENS
 from nbl_export.batch.rows import batch_of_rows
 from nbl_export.calibrate.documents import documents, local_files
 from nbl_export.calibrate.illustrated import HasImages, illustrated, pack_illustrated, words_alone
@@ -127,10 +127,16 @@ def _probe_decoder(model: LoadedModel, text: Any) -> Probe:
     return probe_model(model.in_float32, words(text.calibration))
 
 
-def _range_rows(model: torch.nn.Module, text: Any, _names: Mapping[str, Any]) -> list[Any]:
+def _range_rows(model: torch.nn.Module, text: Any, names: Mapping[str, Any]) -> list[Any]:
     rows = [text.prompt(row[:_RANGE_TOKENS]) for row in words(text.calibration)[:_RANGE_ROWS]]
     longer = _longer_rows(model, text, [len(row) for row in rows], len(text.start))
-    return [*rows, *map(text.prompt, longer)]
+    return [*rows, *map(text.prompt, longer), *(_image_rows(model, text) if EMBEDDINGS in names else ())]
+
+
+def _image_rows(model: torch.nn.Module, text: Any) -> list[dict[str, NDArray[Any]]]:
+    """Rows with images, as the embeddings and positions that a graph is given: they have ranges of their own."""
+    there = [row for row in text.calibration if are_images(row).any()]
+    return [text.images.given(row[:_RANGE_TOKENS], model) for row in there[:_RANGE_ROWS]]
 
 
 def _longer_rows(model: torch.nn.Module, text: Any, given: Sequence[int], framed: int = 0) -> list[Any]:

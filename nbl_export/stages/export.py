@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,7 +122,8 @@ def _export_torch(
     beside: list[Path] = []
     if settings.embeds:
         embedding = trace(run.model.model, EMBEDDING, listener)
-        save_in_precision(embedding, ws.embedding, precision, rows, EMBEDDING.outputs)
+        tokens = [row for row in rows if not isinstance(row, Mapping)]
+        save_in_precision(embedding, ws.embedding, precision, tokens, EMBEDDING.outputs)
         beside = add_features(ws.embedding, placeholders(run.model.model))
     graph = trace(run.model.model, form, listener)
     set_folder(graph, ws.baseline.parent)

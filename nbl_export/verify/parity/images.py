@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import F32
 from nbl_export.batch.image_ids import FIRST, are_images
-from nbl_export.batch.names import EMBEDDINGS, MASK, POSITIONS, WRITE_INDICES
+from nbl_export.batch.names import EMBEDDINGS, POSITIONS
 from nbl_export.linearize.swap import linearized
 from nbl_export.linearize.sweep import ORIGINAL, sweep, version_of
 from nbl_export.models.image_tokens import ImageTokens, seeing
@@ -95,16 +95,7 @@ def _by_graph(decoder: OrtDecoder, row: I32, images: ImageTokens) -> F32:
     assert decoder.interface.embedding is not None
     embedded = decoder.interface.embedding(np.where(there, 0, ids))
     embedded[there] = images.features[ids[there] - FIRST]
-    positions = np.arange(len(row), dtype=np.int64)[None]
-    if images.offsets.shape[1] > 1:
-        positions = images.positions(torch.from_numpy(ids)).numpy()
-    inputs = {
-        EMBEDDINGS: embedded,
-        MASK: np.ones_like(ids),
-        POSITIONS: positions,
-        WRITE_INDICES: np.zeros(1, dtype=np.int64),
-    }
-    static = decoder.interface.static
-    past = decoder.buffers(1, len(row) if static else 0) if decoder.past_names else ()
-    logits: F32 = decoder.run(decoder.named(inputs, past)).logits
+    positions = images.positions(torch.from_numpy(ids)).numpy()
+    inputs = {EMBEDDINGS: embedded, POSITIONS: positions if len(positions) > 1 else positions[0]}
+    logits: F32 = decoder.run(decoder.interface.row(inputs, decoder.cache_dtype)).logits
     return logits[0, -LAST:]

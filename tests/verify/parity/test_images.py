@@ -12,8 +12,10 @@ import pytest
 from nbl_export.batch.image_ids import FIRST
 from nbl_export.export.embeds import EMBEDDING, reading_embeds
 from nbl_export.export.forms import FORMS
+from nbl_export.export.ranges import ranges_of
 from nbl_export.export.torch import export_torch
 from nbl_export.graph.embedding import NAME
+from nbl_export.graph.io import load_graph
 from nbl_export.models.image_tokens import ImageTokens
 from nbl_export.rewrite.replace import rewrite_file
 from nbl_export.verify.parity import images as module
@@ -71,3 +73,12 @@ def test_right_and_wrong(
         other = replace(images, **{field: value})
         monkeypatch.setattr(module, "_by_graph", lambda d, r, _i, other=other: plain(d, r, other))
         assert images_parity(case.model, plan, graph, rows, images, gates).failures(), field
+
+    # The ranges for half precision are of images, too.
+    images = replace(images, features=images.features * 1e4)
+    ranges = [
+        ranges_of(load_graph(baseline), given)
+        for given in ([rows[0][:5]], [rows[0][:5], images.given(rows[0], case.model)])
+    ]
+    assert ranges[1].keys() == ranges[0].keys() and all(v >= ranges[0][k] for k, v in ranges[1].items())
+    assert max(ranges[1].values()) > 100 * max(ranges[0].values())
