@@ -1,9 +1,10 @@
 """Write docs/families.md: which family works in which form, from the results of tests/test_families.py.
 
-    python scripts/families_table.py [--from JUNIT.xml ...]
+    python scripts/families_table.py [--from JUNIT.xml ...] [--keep]
 
 Without ``--from`` the tests are run first, with the exporters of other projects (about 20 minutes on two cores;
-NBL_EXPORT_OPTIMUM_PYTHON must name a Python with optimum for its column). Later files override earlier ones.
+NBL_EXPORT_OPTIMUM_PYTHON must name a Python with optimum for its column). Later files override earlier ones. With
+``--keep``, a cell that was not tried keeps what the table says, if the table is of the same versions.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ WORKS, FAILS, NOT_TRIED = "works", "**fails**", "–"
 HEAD = """# Families
 
 Made by `scripts/families_table.py` from the results of `{tests}`, with transformers {transformers}, torch {torch},
-onnxruntime {onnxruntime}, tensorrt-rtx {rtx} and Python {python}. Each row is a tiny random model with the features
-of its family active (windows shorter than the text, rope scaling, soft-capping …) and weights scaled so that
+onnxruntime {onnxruntime}, tensorrt-rtx {tensorrt_rtx} and Python {Python}. Each row is a tiny random model with the
+features of its family active (windows shorter than the text, rope scaling, soft-capping …) and weights scaled so that
 attention matters; in each cell half of its layers are linear, and the graph's outputs equal PyTorch's with the same
 W and b, over a ragged prefill and decode steps, within the gates of its precision.
 
@@ -62,10 +63,15 @@ def main() -> None:
     parser.add_argument(
         "--from", dest="results", type=Path, nargs="+", help="JUnit files of runs of the tests"
     )
-    results = parser.parse_args().results
+    parser.add_argument(
+        "--keep", action="store_true", help="keep what the table says of cells that were not tried"
+    )
+    arguments = parser.parse_args()
+    results = arguments.results
+    kept = known(TARGET.read_text(encoding="utf-8")) if arguments.keep else {}
     with tempfile.TemporaryDirectory() as folder:
         cases = read(results or [run(Path(folder) / "junit.xml")])
-    TARGET.write_text(table(cases), encoding="utf-8")
+    TARGET.write_text(table(cases, kept), encoding="utf-8")
     print(f"{TARGET.relative_to(ROOT)}: {len(cases)} families")
 
 
@@ -91,20 +97,50 @@ def read(paths: Sequence[Path]) -> Mapping[str, Mapping[tuple[str, str], TestCas
     return found
 
 
-def table(cases: Mapping[str, Mapping[tuple[str, str], TestCase]]) -> str:
-    reasons: dict[str, int] = {}
-    lines = ["| | " + " | ".join((CROSSES, *COLUMNS)) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
-    for family, results in cases.items():
-        cells = [crossed(results.values()), *(cell(results.get(key), reasons) for key in COLUMNS.values())]
-        lines.append(f"| {family} | " + " | ".join(cells) + " |")
-    versions = {
+def known(text: str) -> dict[str, dict[str, str]]:
+    """The cells of a table by family and column, with the sentences of refusals; exits if it is of other versions."""
+    said = " ".join(text.split())
+    if other := [f"{name} {number}" for name, number in versions().items() if f"{name} {number}" not in said]:
+        sys.exit(f"The table is not of {', '.join(other)}: make it whole, without --keep.")
+    reasons = dict(re.findall(r"^(\d+)\. (.+)$", text, re.M))
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line[:2] == "| "
+    ]
+    head, *others = rows
+    return {
+        row[0]: {name: reasons.get(cell, cell) for name, cell in zip(head[1:], row[1:], strict=True)}
+        for row in others
+    }
+
+
+def versions() -> dict[str, str]:
+    """What the results depend on."""
+    return {
         "transformers": version("transformers"),
         "torch": version("torch").split("+")[0],
         "onnxruntime": version("onnxruntime"),
-        "rtx": version("tensorrt-rtx"),
-        "python": platform.python_version(),
+        "tensorrt-rtx": version("tensorrt-rtx"),
+        "Python": platform.python_version(),
     }
-    head = HEAD.format(tests=TESTS, not_tried=NOT_TRIED, **versions)
+
+
+def table(
+    cases: Mapping[str, Mapping[tuple[str, str], TestCase]], kept: Mapping[str, Mapping[str, str]]
+) -> str:
+    reasons: dict[str, int] = {}
+    lines = ["| | " + " | ".join((CROSSES, *COLUMNS)) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
+    for family, results in cases.items():
+        old = kept.get(family, {})
+        cells = [crossed(results.values())]
+        for name, key in COLUMNS.items():
+            found = cell(results.get(key), reasons)
+            cells.append(numbered(old.get(name, found), reasons) if found == NOT_TRIED else found)
+        lines.append(f"| {family} | " + " | ".join(cells) + " |")
+    head = HEAD.format(
+        tests=TESTS, not_tried=NOT_TRIED, **{name.replace("-", "_"): one for name, one in versions().items()}
+    )
     refusals = [f"{number}. {reason}" for reason, number in reasons.items()]
     return head + "\n".join(lines) + "\n\n" + "\n".join(refusals) + "\n"
 
@@ -123,8 +159,13 @@ def cell(case: TestCase | None, reasons: dict[str, int]) -> str:
         return FAILS
     recorded = {p.name: p.value for p in case.child(Properties) or ()}
     if reason := recorded.get("refused"):
-        return str(reasons.setdefault(reason, len(reasons) + 1))
+        return numbered(reason, reasons)
     return "decomposed" if recorded.get("fused") == "False" else WORKS
+
+
+def numbered(said: str, reasons: dict[str, int]) -> str:
+    """A cell as it is, but for the sentence of a refusal, of which it is the number in ``reasons``."""
+    return str(reasons.setdefault(said, len(reasons) + 1)) if said.endswith(".") else said
 
 
 if __name__ == "__main__":
