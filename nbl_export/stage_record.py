@@ -17,7 +17,7 @@ from nbl_export.files import sha256_of_json
 STAGES = {
     "calibrate": 2,
     "select": 1,
-    "export": 1,
+    "export": 2,
     "rewrite": 2,
     "build": 1,
     "verify": 2,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import importlib
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import SimpleNamespace
 from typing import Any
 
 # Such operators are emitted in a private domain and renamed afterwards. Otherwise the exporter would use opset 24 for
@@ -12,7 +15,7 @@ SYMBOLIC_DOMAIN = "nbl_export"
 
 
 @contextmanager
-def replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+def replaced(owner: Any, name: str, function: Any) -> Iterator[None]:
     """Within the block, ``owner`` (a module or a class) has ``function`` under that name."""
     original = getattr(owner, name)
     setattr(owner, name, function)
@@ -20,3 +23,24 @@ def replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[No
         yield
     finally:
         setattr(owner, name, original)
+
+
+@contextmanager
+def small_numbers_kept() -> Iterator[None]:
+    """Within the block, what torch.onnx simplifies keeps sums with numbers of 1e-8 and less.
+
+    onnxscript takes them for zero and drops the sum. Such is the epsilon of the norms of Helium and Moshi, without
+    which the norm of a token whose embedding is zero, as that of padding, is NaN.
+    """
+    matcher: Any = None
+    with suppress(ImportError):  # another release of onnxscript
+        matcher = importlib.import_module("onnxscript.rewriter._matcher")
+    if not hasattr(matcher, "math"):
+        yield
+        return
+    with replaced(matcher, "math", SimpleNamespace(isclose=_relatively_close)):
+        yield
+
+
+def _relatively_close(a: float, b: float, *, rel_tol: float = 1e-9, **_: float) -> bool:
+    return math.isclose(a, b, rel_tol=rel_tol)

@@ -37,7 +37,7 @@ from nbl_export.export.lm_head import add_num_logits_input
 from nbl_export.export.scans import make_scans
 from nbl_export.export.skip_norms import fuse_norms
 from nbl_export.export.stand_ins import StandIns
-from nbl_export.export.symbols import SYMBOLIC_DOMAIN
+from nbl_export.export.symbols import SYMBOLIC_DOMAIN, small_numbers_kept
 from nbl_export.export.time_limit import seconds_for, seconds_to_write, time_limit
 from nbl_export.graph.io import save_graph
 from nbl_export.graph.operators import int_attribute
@@ -91,7 +91,7 @@ def _traced(model: torch.nn.Module, form: Form, task: Task, stand_ins: StandIns)
                 program = form.capture(decoder)
             used = _used_weights(program)
             task.advance(1)
-            with time_limit(seconds_to_write(time.monotonic() - begun), name):
+            with time_limit(seconds_to_write(time.monotonic() - begun), name), small_numbers_kept():
                 exported = torch.onnx.export(program, dynamo=True, opset_version=CONCAT.opset, verbose=False)
     except NblError:
         raise

@@ -19,6 +19,7 @@ from tests.fixtures_graph import load, original_logits, pad_left, ragged_rows
 from tests.releases import written_for_5
 from tests.sessions import cpu_session, empty_past
 from tests.tiny import build
+from tests.tiny_types import tiny_model as random_model
 
 LAYERS, HEADS, DIM, VOCAB, WIDTH = 4, 2, 8, 260, 32
 
@@ -226,3 +227,18 @@ def test_what_torch_cannot_export_is_a_build_error(
         export_torch(tiny_model, tmp_path / "model.onnx")
     assert "second line" not in str(caught.value) and "LlamaForCausalLM" in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_epsilon_of_a_norm_stays_however_small_it_is(tmp_path: Path) -> None:
+    # Of Helium and Moshi it is 1e-8, and the embedding of their padding is zero.
+    model = random_model("llama", rms_norm_eps=1e-8, num_hidden_layers=1)
+    model.get_input_embeddings().weight[1] = 0.0
+    export_torch(model, tmp_path / "model.onnx")
+    ids, mask, positions = pad_left([np.arange(3, 9), np.arange(5, 8)])
+    ids[mask == 0] = 1
+    feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    session = cpu_session(tmp_path / "model.onnx")
+    (logits,) = session.run(["logits"], {**feeds, **empty_past(session, 2)})
+    for row, length in ((0, 6), (1, 3)):
+        own = model(input_ids=torch.from_numpy(ids[row : row + 1, 6 - length :])).logits[0]
+        np.testing.assert_allclose(logits[row, 6 - length :], own.numpy(), rtol=0, atol=1e-4)
