@@ -5,8 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from nbl_export.batch.names import PIXELS
 from nbl_export.models.dummy_run import dummy_run
-from nbl_export.models.layers import AttentionLayer, Structure, structure
+from nbl_export.models.layers import (
+    AttentionLayer,
+    Structure,
+    attention_layers,
+    backbone,
+    main_input,
+    structure,
+)
+from nbl_export.models.load import quiet
+from nbl_export.models.sharing import shared_keys
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +39,23 @@ def reasons(model: torch.nn.Module) -> Mapping[int, str]:
 def _read_by(layers: list[int]) -> str:
     named = ", ".join(map(str, layers[:-1]))
     return f"its keys and values are read by layer{'s' if named else ''} {named}{' and ' if named else ''}{layers[-1]}"
+
+
+def shared_without_numbers(model: torch.nn.Module) -> Mapping[int, int]:
+    """The layer whose keys and values each borrowing layer attends to, of a ``model`` on the meta device, by the shapes
+    of one pass; empty where its code looks at numbers.
+    """
+    import torch
+
+    run: Any = backbone(model)
+    tokens = torch.zeros(1, 4, dtype=torch.long, device="meta")
+    if main_input(model) == PIXELS:
+        return {}
+    try:
+        with torch.inference_mode(), quiet():
+            return shared_keys(model, attention_layers(model), lambda: run(input_ids=tokens, use_cache=True))
+    except Exception:  # a model's own code may raise anything
+        return {}
 
 
 def described(model: torch.nn.Module) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nbl_export.settings import CalibrateSettings, ExportSettings, RunSettings, SelectSettings, choices
 from nbl_export.settings.size import bytes_of
@@ -18,6 +18,8 @@ from nbl_export.stages.room import WEIGHT_BYTES, Room, Shape, map_weights, rooms
 if TYPE_CHECKING:
     import torch
 
+# As many as are decoded across a length by default.
+_STEPS = 8
 MIB, GIB = 1 << 20, 1 << 30
 # Measured: Python with torch; with a model of transformers; with the exporter or onnxruntime.
 _TORCH, _PROGRAM, _PROGRAM_ONNX = 200 * MIB, 300 * MIB, 600 * MIB
@@ -28,6 +30,8 @@ _F64, _F32 = 8, 4
 _BATCH, _SAMPLED, _SAMPLE_LENGTH = 1024, 152, 128
 # The graphs that `verify` runs on tokens: the rewritten one, and the unmodified one with the linear layers put in.
 _GRAPHS = 2
+# Measured: a small copy of a model is traced, exported and run beyond its lengths.
+_COPY = 8.0
 _LOADS = (
     2  # each command looks at all weights once (are they finite), and each stage reads them for its own work
 )
@@ -39,7 +43,9 @@ class Sizes:
 
     ``block`` are the weights of the largest block and ``blocks`` those of all, ``head`` those of the language-model
     head, ``largest`` those of the largest matrix, ``inner`` the widest activation in a block, ``cache`` the numbers
-    that a token adds to the KV cache. With ``computed`` weights are dequantized when they are read.
+    that a token adds to the KV cache. With ``computed`` weights are dequantized when they are read. ``crossing`` are
+    the lengths of the texts that parity has for what begins at a length, ``scores`` the numbers of an attention layer's
+    scores on the longest; ``copied`` says whether a length is crossed on a small copy.
     """
 
     shape: Shape
@@ -52,6 +58,13 @@ class Sizes:
     stored: int
     file: int
     computed: bool = False
+    crossing: tuple[int, ...] = ()
+    scores: int = 0
+    copied: bool = False
+
+    @property
+    def longest(self) -> int:
+        return max(self.crossing, default=0)
 
     @property
     def vocabulary(self) -> int:
@@ -72,7 +85,7 @@ class Need:
     """What a stage needs: ``phases`` of named bytes, of which the largest counts, and what it computes and reads.
 
     ``fast`` are floating-point operations in the model's precision, ``exact`` those in float64; ``widened`` are the
-    bytes of half-precision weights that are converted to float32.
+    bytes of half-precision weights that are converted to float32, ``seconds`` what takes the same time for every model.
     """
 
     room: Room
@@ -82,6 +95,7 @@ class Need:
     exact: float = 0.0
     read: float = 0.0
     widened: float = 0.0
+    seconds: float = 0.0
 
     @property
     def stage(self) -> str:
@@ -148,7 +162,8 @@ def to_calibrate(sizes: Sizes, settings: CalibrateSettings, width: int, room: Ro
         if width * sizes.shape.weights > _KEPT:
             passes += -(-sampled // (_SAMPLED * _SAMPLE_LENGTH)) * _SAMPLE_LENGTH
     exact = (3 * 1.25 + 4) * d * d * tokens * layers
-    return Need(room, _PROGRAM, tuple(phases), fast, exact, (_LOADS + passes) * sizes.file)
+    seconds = _COPY if sizes.copied else 0.0
+    return Need(room, _PROGRAM, tuple(phases), fast, exact, (_LOADS + passes) * sizes.file, seconds=seconds)
 
 
 def on_device(sizes: Sizes, settings: CalibrateSettings, width: int) -> int:
@@ -219,16 +234,17 @@ def to_export(sizes: Sizes, settings: ExportSettings, text: CalibrateSettings, r
     bytes_ = WEIGHT_BYTES[str(settings.precision)]
     largest = sizes.held(_F32, sizes.largest) + (bytes_ * sizes.largest if bytes_ < _F32 else 0)
     phases: list[Mapping[str, float]] = [{"the largest weight": largest}]
-    passes = 1.0
+    passes, fast = 1.0, 0.0
     if settings.precision == "fp16":
         phases.append(
             {
                 "the largest weight": _F32 * sizes.largest,
-                "logits of a row": _F32 * text.seq_len * sizes.vocabulary,
+                "logits of a row": _F32 * max(text.seq_len, sizes.longest) * sizes.vocabulary,
+                "scores beyond a length": _F32 * sizes.scores,
             }
         )
-        passes = 2.0
-    return Need(room, _PROGRAM_ONNX, tuple(phases), read=(_LOADS - 1 + passes) * sizes.file)
+        passes, fast = 2.0, 2.0 * sum(sizes.crossing) * (sizes.blocks + sizes.head)
+    return Need(room, _PROGRAM_ONNX, tuple(phases), fast, read=(_LOADS - 1 + passes) * sizes.file)
 
 
 def to_rewrite(sizes: Sizes, settings: ExportSettings, room: Room) -> Need:
@@ -259,16 +275,25 @@ def to_verify(sizes: Sizes, asked: RunSettings, room: Room) -> Need:
     tokens = text.heldout_samples * text.seq_len
     runs = _GRAPHS * (1 + asked.verification.decode_steps)
     stays = sizes.kept(_F32) if _F32 * sizes.shape.weights <= _KEPT else 0
-    logits = 3 * _F32 * text.seq_len * sizes.vocabulary
+    logits = 3 * _F32 * max(text.seq_len, sizes.longest) * sizes.vocabulary
+    scores = 2 * _F32 * sizes.scores
     phases = (
-        {"the reference's weights": sizes.kept(_F32), "logits of a row": logits},
+        {
+            "the reference's weights": sizes.kept(_F32),
+            "logits of a row": logits,
+            "scores beyond a length": scores,
+        },
         {
             "the reference's weights": stays,
             "the head in float32": 2 * _F32 * sizes.head if widened else 0,
             "logits of a row": logits,
+            "scores beyond a length": scores,
         },
     )
-    fast = 2.0 * 2.0 * tokens * (sizes.blocks + sizes.head)
+    # Method loss by two models; of what crosses a length, PyTorch and each graph.
+    passes = 1 if asked.exporting.kv_cache != "none" else 1 + asked.verification.decode_steps
+    computed = 2.0 * tokens + (1.0 + _GRAPHS) * passes * sum(sizes.crossing)
+    fast = 2.0 * computed * (sizes.blocks + sizes.head)
     return Need(
         room, _PROGRAM_ONNX, phases, fast, read=4.0 * sizes.file + runs * graph, widened=runs * widened
     )
@@ -287,16 +312,21 @@ def sizes_of(model: torch.nn.Module, stored: int, file: int, computed: bool = Fa
 
     ``stored`` bytes has each weight in ``file`` bytes.
     """
-    from nbl_export.models.layers import block_stack
+    from nbl_export.models.candidates import shared_without_numbers
+    from nbl_export.models.layers import attention_layers, block_stack
+    from nbl_export.models.lengths import REHEARSAL, crossed_by, crossing_prompts
 
+    shared, layers = shared_without_numbers(model), len(attention_layers(model))
+    crossed = crossed_by(model, _STEPS)
+    prompts = crossing_prompts(crossed)
+    rehearsed = crossed_by(model, _STEPS, room=REHEARSAL)
     parts = [sum(p.numel() for p in block.parameters()) for block in block_stack(model)[1].children()]
     head = getattr(model, "get_output_embeddings", lambda: None)()
     weights = [p for p in model.parameters() if p.ndim > 1]
     inside = [p for block in block_stack(model)[1].children() for p in block.parameters() if p.ndim > 1]
-    config = model.config
-    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 0) or 0
-    size = getattr(config, "head_dim", None) or 0
-    shape = Shape.of(model, _image_tokens(model))
+    heads = _configured(model, "num_key_value_heads") or _configured(model, "num_attention_heads") or 0
+    size = _configured(model, "head_dim") or 0
+    shape = Shape.of(model, _image_tokens(model), layers - len(set(shared.values())))
     return Sizes(
         shape,
         block=max(parts),
@@ -306,12 +336,25 @@ def sizes_of(model: torch.nn.Module, stored: int, file: int, computed: bool = Fa
         inner=max(max(p.shape[-2:]) for p in inside),
         cache=2
         * heads
-        * (size or shape.width // max(1, getattr(config, "num_attention_heads", 1)))
-        * shape.layers,
+        * (size or shape.width // max(1, _configured(model, "num_attention_heads") or 1))
+        * (layers - len(shared)),
         stored=stored,
         file=file,
         computed=computed,
+        crossing=tuple(prompts),
+        scores=max(prompts, default=0) ** 2 * (_configured(model, "num_attention_heads") or 1),
+        copied=any(one.why and one.reached for one in rehearsed),
     )
+
+
+def _configured(model: torch.nn.Module, key: str) -> int:
+    """A number of the configuration, 0 without one; Gemma 4 refuses attributes that are others in each layer."""
+    config: Any = model.config
+    text = config.get_text_config()
+    try:
+        return getattr(text, key, None) or 0
+    except Exception:  # of transformers' own
+        return text.to_dict().get(key) or 0
 
 
 def _image_tokens(model: torch.nn.Module) -> int | None:

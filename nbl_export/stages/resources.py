@@ -52,6 +52,7 @@ class Machine:
         hashing = (file if need.stage == "calibrate" else 0.0) + need.room.leaves + need.widened
         return (
             _STARTS
+            + need.seconds
             + computing / _EFFICIENCY
             + reading
             + hashing / rates.hashed
@@ -65,6 +66,7 @@ def planned(source: str, out: Path, asked: RunSettings, trust_remote_code: bool 
     import torch
 
     from nbl_export.linearize.scores import check_selection
+    from nbl_export.models.candidates import shared_without_numbers
     from nbl_export.models.device import find_device
     from nbl_export.models.layers import attention_layers, hidden_size
     from nbl_export.models.load import fast_dtype, load_skeleton
@@ -77,7 +79,9 @@ def planned(source: str, out: Path, asked: RunSettings, trust_remote_code: bool 
     name = fast_dtype(device) if asked.calibration.dtype == "auto" else asked.calibration.dtype
     dtype = getattr(torch, name)
     model = load_skeleton(found)
-    check_selection(asked.selection, [layer.index for layer in attention_layers(model)], hidden_size(model))
+    lenders = set(shared_without_numbers(model).values())
+    can_go = [layer.index for layer in attention_layers(model) if layer.index not in lenders]
+    check_selection(asked.selection, can_go, hidden_size(model))
     sizes, file = model_sizes(found, model)
     resolved = asked.resolve(task_named(found.task))
     machine = Machine(psutil.virtual_memory().available, rates(dtype, device, file))

@@ -39,7 +39,7 @@ _PART = 128 << 20
 
 @dataclass(frozen=True)
 class Shape:
-    """What the sizes depend on: weights (those of the ``embedding`` are among them), width, and attention layers.
+    """What the sizes depend on: weights (those of the ``embedding`` are among them), width, and layers that can go.
 
     ``row_bytes`` and ``row_tokens`` are those of an image; None for text, whose rows are as long as was asked.
     """
@@ -52,13 +52,16 @@ class Shape:
     row_tokens: int | None = None
 
     @classmethod
-    def of(cls, model: torch.nn.Module, row_tokens: int | None = None) -> Shape:
-        """The shape of ``model``, whose weights are not read, but for how many tokens an image has, if not given."""
+    def of(cls, model: torch.nn.Module, row_tokens: int | None = None, layers: int | None = None) -> Shape:
+        """The shape of ``model``, whose weights are not read, but for how many tokens an image has, and how many
+        ``layers`` can go, if these are not given.
+        """
         from math import prod
 
         from nbl_export.batch.names import PIXELS
+        from nbl_export.models.candidates import candidates
         from nbl_export.models.dummy_run import dummy_run
-        from nbl_export.models.layers import attention_layers, hidden_size, image_shape, main_input
+        from nbl_export.models.layers import hidden_size, image_shape, main_input
 
         images = main_input(model) == PIXELS
         table = None if images else model.get_input_embeddings()  # type: ignore[operator]
@@ -66,7 +69,7 @@ class Shape:
             weights=sum(p.numel() for p in model.parameters()),
             embedding=0 if table is None else table.weight.numel(),
             width=hidden_size(model),
-            layers=len(attention_layers(model)),
+            layers=len(candidates(model)) if layers is None else layers,
             row_bytes=_FLOAT * prod(image_shape(model)) if images else None,
             row_tokens=(row_tokens or dummy_run(model).tokens) if images else None,
         )

@@ -286,7 +286,7 @@ USAGE = {
     "no samples": Case(("{place}/model", "--k", "1", "--samples", "0"), ("--samples is 0",)),
     "encoder-decoder": Case(("{tmp}/t5", "--k", "1"), ("encoder-decoder", "t5")),
     "head not supported": Case(
-        ("{tmp}/bert", "--k", "1"), ("a task that is not supported", "BertForPreTraining")
+        ("{tmp}/bert", "--k", "1"), ("a task that is not supported", "BertForNextSentencePrediction")
     ),
     "pickled weights": Case(("{tmp}/pickled", "--k", "1"), (".safetensors",)),
     "output under a file": Case(("{place}/model", "--k", "1", "-o", "{tmp}/file/out"), ("{tmp}/file",)),
@@ -306,7 +306,7 @@ def junk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "file").write_text("a file\n")
     configs = {
         "t5": {"model_type": "t5", "is_encoder_decoder": True, "architectures": ["T5ForCausalLM"]},
-        "bert": {"model_type": "bert", "architectures": ["BertForPreTraining"]},
+        "bert": {"model_type": "bert", "architectures": ["BertForNextSentencePrediction"]},
         "pickled": {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
     }
     for name, config in configs.items():

@@ -21,6 +21,7 @@ from nbl_export.models.compat import is_transformers_4
 from nbl_export.models.load import fast_dtype, in_precision, load_model, load_tokenizer
 from nbl_export.models.source import find_model
 from nbl_export.models.weights import dtype_of, resident
+from tests.encoders import build
 from tests.models.spoiled import edit_config, one_sentence
 
 
@@ -259,3 +260,14 @@ def test_a_decoder_that_the_class_of_its_task_does_not_list_is_loaded_by_its_own
     ids = torch.arange(6)[None]
     found = load_model(find_model(str(tmp_path)))
     assert torch.equal(found(input_ids=ids).logits, own(input_ids=ids).logits)
+
+
+def test_bert_for_pretraining_gives_the_logits_of_its_tokens(tmp_path: Path) -> None:
+    from transformers import BertForPreTraining
+
+    build(tmp_path, "bert", "BertForPreTraining", vocab_size=50, pad_token_id=0)
+    model = load_model(find_model(str(tmp_path)))
+    ids = torch.arange(5, 17)[None]
+    with torch.inference_mode():
+        expected = BertForPreTraining.from_pretrained(tmp_path).eval()(input_ids=ids).prediction_logits
+        assert torch.equal(model(input_ids=ids).logits, expected)

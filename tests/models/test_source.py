@@ -176,7 +176,9 @@ def test_an_encoder_decoder_model(tmp_path: Path) -> None:
     assert "only decoder-only language models and encoders are supported" in message
 
 
-@pytest.mark.parametrize("architecture", ["BertForPreTraining", "BertForMultipleChoice", "WhisperEncoder"])
+@pytest.mark.parametrize(
+    "architecture", ["BertForNextSentencePrediction", "BertForMultipleChoice", "WhisperEncoder"]
+)
 def test_a_head_that_is_not_served(folder: Path, architecture: str) -> None:
     edit_config(folder, architectures=[architecture])
     message = refusal(folder)

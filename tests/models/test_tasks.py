@@ -32,7 +32,9 @@ def test_a_head_says_what_a_model_is_for(architecture: str, task: str) -> None:
 
 def test_no_class_is_a_decoder_and_a_foreign_head_is_no_task() -> None:
     assert task_of([]) == task_named("text-generation")
-    assert task_of(["BertForPreTraining"]) is None
+    assert task_of(["BertForNextSentencePrediction"]) is None and task_of(["ElectraForPreTraining"]) is None
+    pretraining = task_of(["BertForPreTraining"])  # of which the other head is left out
+    assert pretraining is not None and pretraining.name == "fill-mask"
 
 
 @pytest.mark.parametrize(

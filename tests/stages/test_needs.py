@@ -15,10 +15,12 @@ from nbl_export import api
 from nbl_export.models.source import find_model
 from nbl_export.models.tasks import task_named
 from nbl_export.settings import RunSettings
-from nbl_export.stages.needs import GIB, MIB, Need, Sizes, needs
+from nbl_export.stages.needs import GIB, MIB, Need, Sizes, needs, sizes_of
 from nbl_export.stages.resources import model_sizes
 from nbl_export.stages.room import Room
+from tests.beyond import BEYOND
 from tests.conftest import ROOT
+from tests.tiny_types import tiny_model
 
 TASK = task_named("text-generation")
 TEXT = api.CalibrateSettings(("text",), samples=8, seq_len=640, selection_samples=2, heldout_samples=2)
@@ -134,3 +136,34 @@ def test_memory_is_within_half_as_much_of_what_was_measured(
     need = next(n for n in needs(shapes[shape], settings, 2) if n.stage == name)
     found = need.memory / MIB
     assert mib / 1.5 <= found <= 1.5 * mib, f"{found:,.0f} MiB: {dict(need.peak)}"
+
+
+def test_layers_that_lend_keys_cannot_go_and_borrowers_keep_none() -> None:
+    for name, head_sizes in (("gemma3n_text", 8), ("gemma4_text", 8)):
+        model = tiny_model(name)
+        sizes = sizes_of(model.to("meta"), 4, 100)
+        # Layers 2 and 3 of 4 read the keys and values of layers 0 and 1.
+        assert sizes.shape.layers == 2 and sizes.cache == 2 * 2 * head_sizes * 2
+    assert sizes_of(tiny_model("llama").to("meta"), 4, 100).shape.layers == 4
+
+
+def test_texts_that_cross_lengths_take_time_and_memory() -> None:
+    model = BEYOND["mistral"].model().to("meta")
+    sizes = sizes_of(model, 4, 100)
+    assert (sizes.crossing, sizes.scores, sizes.copied) == ((96, 108), 108 * 108 * 4, False)
+    plain = replace(sizes, crossing=(), scores=0)
+    assert sizes_of(BEYOND["mistral"].model(sliding_window=None).to("meta"), 4, 100).crossing == ()
+    text = replace(TEXT, seq_len=64)
+    for stage in ("export", "verify"):
+        more, less = (
+            next(n for n in needs(s, asked(text, "fp16"), 4) if n.stage == stage) for s in (sizes, plain)
+        )
+        assert more.fast > less.fast and more.memory > less.memory
+        assert "scores beyond a length" in more.phases[-1]
+    # PyTorch and two graphs compute each token once, in the model's blocks and its head.
+    assert more.fast - less.fast == 2.0 * 3 * (96 + 108) * (sizes.blocks + sizes.head)
+    copied = replace(sizes, copied=True)
+    longer, shorter = (
+        next(n for n in needs(s, asked(text), 4) if n.stage == "calibrate") for s in (copied, plain)
+    )
+    assert longer.seconds > 1 > shorter.seconds
