@@ -188,3 +188,12 @@ def test_an_attention_that_adds_the_residual_itself(monkeypatch: pytest.MonkeyPa
     assert all(layer.adds == "residual" for layer in attention_layers(model))
     monkeypatch.setattr(layers, "family_of", lambda _: Row())
     assert "adds the residual itself" in refusal(model)
+
+
+def test_layers_that_attend_twice_are_refused() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.DiffLlamaConfig(vocab_size=40, num_key_value_heads=2, **sizes)
+    with pytest.raises(
+        InputError, match=r"^DiffLlamaForCausalLM is not supported: each of its layers attends twice"
+    ):
+        structure(transformers.DiffLlamaForCausalLM(config))
