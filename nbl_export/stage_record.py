@@ -15,7 +15,7 @@ from nbl_export.files import sha256_of_json
 # The version of each stage, in the order of the stages. It is raised whenever the same inputs give another result, as
 # after a corrected fit: what an earlier version made is then made again.
 STAGES = {
-    "calibrate": 2,
+    "calibrate": 3,
     "select": 1,
     "export": 2,
     "rewrite": 2,

@@ -26,6 +26,7 @@ pytest_plugins = [
     "tests.fixtures_graph",
     "tests.fixtures_engine",
     "tests.exporters",
+    "tests.experts",
     "tests.multimodal",
     "tests.variants",
     "tests.precisions",

@@ -77,7 +77,7 @@ def build(name: str, target: Path, seed: int = 0, **changes: Any) -> Path:
 
 def unsaved(name: str, seed: int = 0, **changes: Any) -> Any:
     """The model of the family ``name``; ``changes`` are configuration fields."""
-    family = {**FAMILIES, **DECODERS}[name]
+    family = {**FAMILIES, **DECODERS, **OTHERS}[name]
     torch.manual_seed(seed)
     config = AutoConfig.for_model(family.model_type, **{**_SIZES, **family.fields, **changes})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -88,6 +88,7 @@ def unsaved(name: str, seed: int = 0, **changes: Any) -> Any:
 # Every family that is promised to be served, by the features that set it apart: each is active on short text.
 _WINDOW = {"sliding_window": 8}
 _ALTERNATING = ["sliding_attention", "full_attention"] * (LAYERS // 2)
+_ROUTED = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 # Half the head: a factor for each frequency, one set up to 12 tokens and one beyond, by the batch's longest row.
 _LONG_ROPE = {
@@ -224,13 +225,14 @@ DECODERS = {
             "linear_key_head_dim": 8,
             "linear_value_head_dim": 16,
             "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 32,
+            **_ROUTED,
             "shared_expert_intermediate_size": 32,
         },
     ),
     "minimax": Family("minimax", {**_GQA, **_LINEAR, **_EXPERTS, "block_size": 8}),
 }
+# Tried by tests of their own.
+OTHERS = {"qwen3_moe": Family("qwen3_moe", {**_GQA, "num_experts": 4, **_ROUTED})}
 
 
 @dataclass(frozen=True)
@@ -256,6 +258,7 @@ class Calibrated:
             probe={n: getattr(self.probe, n) for n in ("input_ids", "attention_mask", "position_ids")},
             probe_u=self.probe.x if fit_input == "normed" else self.probe.h,
             probe_y=self.probe.y,
+            probe_routes=self.probe.routes,
         )
 
 

@@ -48,6 +48,19 @@ def real_positions(inputs: Inputs, length: int) -> NDArray[np.bool_]:
     return np.ones((len(next(iter(inputs.values()))), length), dtype=bool)
 
 
+def by_token(array: NDArray[Any], real: NDArray[np.bool_]) -> NDArray[Any] | None:
+    """The tokens that are no padding of an ``array`` [batch, sequence, …] or [batch · sequence, …].
+
+    ``real`` is [batch, sequence]. None for an array of other things than tokens.
+    """
+    if array.ndim > 2 and array.shape[:2] == real.shape:
+        array = array.reshape(real.size, *array.shape[2:])
+    if array.ndim < 2 or len(array) != real.size:
+        return None
+    tokens: NDArray[Any] = array[real.reshape(-1)]
+    return tokens
+
+
 def check_batch(inputs: Mapping[str, Any]) -> None:
     """Raise ``ValueError`` unless these are rows of ids with their mask, or images."""
     if TOKENS not in inputs:
@@ -73,3 +86,11 @@ def check_activations(inputs: Mapping[str, Any], arrays: Mapping[int, Any]) -> N
     rows = {a.shape[0] for a in arrays.values() if a.ndim}
     if 0 in widths or len(widths) > 1 or len(rows) > 1 or (tokens is not None and rows - {tokens}):
         raise ValueError("the shapes of its activations")
+
+
+def check_routes(inputs: Mapping[str, Any], routes: Mapping[int, Any]) -> None:
+    """Raise ``ValueError`` unless ``routes`` are places [tokens, …, k] int64, one row for each token of the batch."""
+    tokens = int(inputs[MASK].sum()) if MASK in inputs else inputs[TOKENS].size if TOKENS in inputs else 0
+    for taken in routes.values():
+        if taken.dtype != np.int64 or taken.ndim < 2 or len(taken) != tokens or taken.min(initial=0) < 0:
+            raise ValueError("the experts of its tokens")

@@ -8,7 +8,7 @@ ragged padded batch or a few images.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,20 +18,21 @@ from numpy.typing import NDArray
 from nbl_export.batch.arrays import F32, I64
 from nbl_export.batch.names import MASK, PIXELS, POSITIONS, TOKEN_TYPES, TOKENS
 from nbl_export.batch.padding import left_padded
-from nbl_export.batch.rows import Inputs, check_activations, check_batch, real_positions
+from nbl_export.batch.rows import Inputs, check_activations, check_batch, check_routes, real_positions
 from nbl_export.calibrate.moments import CALIBRATE_AGAIN
 from nbl_export.errors import InputError, NblError
 from nbl_export.models.dummy_run import unrunnable
 from nbl_export.models.forward import run_uncached
 from nbl_export.models.layers import attention_layers, backbone, hidden_size, layer_count, observed
 from nbl_export.models.lengths import BEYOND, lengths
+from nbl_export.models.routers import Routers
 from nbl_export.tensorfile import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     import torch
 
 FORMAT = "nbl-export/probe/1"
-_LENGTH = 24
+_LENGTH, _ROUTES = 24, "routes"
 # Bytes of the activations on a row that goes beyond a length of the model: what is longer, parity crosses alone.
 _BYTES = 64 << 20
 # The known batches: of decoders, of text encoders, of images.
@@ -43,13 +44,15 @@ class Probe:
     """``inputs``, the batch by input name, and per layer h, x, y.
 
     The activations are float32 [tokens, d] of the unpadded tokens, in batch order: h is the residual stream, x the
-    input of the attention, y its output.
+    input of the attention, y its output. ``routes`` are the places [tokens, …, k] that each router of a mixture of
+    experts chose, by its number in the model.
     """
 
     inputs: Inputs
     h: Mapping[int, F32]
     x: Mapping[int, F32]
     y: Mapping[int, F32]
+    routes: Mapping[int, I64] = field(default_factory=dict)
 
     @property
     def input_ids(self) -> I64:
@@ -101,14 +104,17 @@ def probe_inputs(model: torch.nn.Module, inputs: Inputs) -> Probe:
         for store, value in zip((h, x, y), activations, strict=True):
             store[index] = value[real.to(value.device)].float().cpu().numpy()
 
-    with observed(model, attention_layers(model), observe):
+    routers = Routers([real_positions(inputs, inputs[TOKENS].shape[1])] if TOKENS in inputs else [])
+    routers.begin()
+    with observed(model, attention_layers(model), observe), routers:
         try:
             run_uncached(backbone(model), inputs)
         except NblError:
             raise
         except (RuntimeError, ValueError, TypeError, LookupError) as error:  # of the model's own code
             raise unrunnable(model, error) from error
-    return Probe(inputs, h, x, y)
+    routes = enumerate(routers.chosen()[0] if routers.passes else [])
+    return Probe(inputs, h, x, y, {number: taken for number, taken in routes if taken is not None})
 
 
 def save_probe(path: Path, probe: Probe) -> None:
@@ -116,6 +122,7 @@ def save_probe(path: Path, probe: Probe) -> None:
     tensors = dict(probe.inputs)
     for name in ("h", "x", "y"):
         tensors.update({f"{name}.{i}": value for i, value in getattr(probe, name).items()})
+    tensors.update({f"{_ROUTES}.{i}": value for i, value in probe.routes.items()})
     save_tensors(path, FORMAT, tensors)
 
 
@@ -123,18 +130,20 @@ def load_probe(path: Path) -> Probe:
     """Read what :func:`save_probe` wrote; raises :class:`InputError` for anything else."""
     tensors, _ = load_tensors(path, FORMAT, CALIBRATE_AGAIN)
     try:
-        activations: dict[str, Any] = {"h": {}, "x": {}, "y": {}}
+        activations: dict[str, Any] = {"h": {}, "x": {}, "y": {}, _ROUTES: {}}
         for key in [k for k in tensors if "." in k]:
             name, index = key.split(".")
             activations[name][int(index)] = tensors.pop(key)
         if set(tensors) not in _KNOWN:
             raise KeyError(TOKENS)
         check_batch(tensors)
+        routes = activations.pop(_ROUTES)
+        check_routes(tensors, routes)
         layers = [activations[name].keys() for name in activations]
         if not layers[0] or any(keys != layers[0] for keys in layers):
             raise ValueError("the layers of its activations")
         for arrays in activations.values():
             check_activations(tensors, arrays)
-        return Probe(tensors, **activations)
+        return Probe(tensors, **activations, routes=routes)
     except (TypeError, ValueError, KeyError) as error:
         raise InputError(f"{path} is damaged ({error}): {CALIBRATE_AGAIN}.") from None

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import F32
-from nbl_export.batch.rows import check_activations, check_batch
+from nbl_export.batch.rows import check_activations, check_batch, check_routes
 from nbl_export.errors import InputError
 from nbl_export.files import read_json, sha256_of_file, sha256_of_json, write_json
 from nbl_export.linearize.adapters import Adapter
@@ -54,7 +54,8 @@ class Plan:
     for **every** attention layer, float32 [unpadded tokens, d]. ``layer_count`` counts all blocks, including those
     without attention. ``fit`` is the name of the fit, ``repair`` the number of distillation steps after it, ``rank``
     the rank of every W if they were truncated; ``ridge`` is None if it was chosen per layer. ``adapters`` are the
-    changes that a repair made to retained weights, by the name of the model's parameter.
+    changes that a repair made to retained weights, by the name of the model's parameter. ``probe_routes`` are the
+    places [tokens, …, k] that each router of a mixture of experts chose on the probe.
     """
 
     model: str
@@ -72,6 +73,7 @@ class Plan:
     repair: int = 0
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
     rank: int | None = None
+    probe_routes: Mapping[int, NDArray[np.int64]] = field(default_factory=dict)
 
     @property
     def chosen(self) -> tuple[int, ...]:
@@ -140,6 +142,7 @@ def save_plan(path: Path, plan: Plan) -> None:
         tensors |= {f"layers.{index}.{name}": getattr(layer, name) for name in _stored_names(plan.rank)}
     for index in plan.probe_u:
         tensors[f"probe_u.{index}"], tensors[f"probe_y.{index}"] = plan.probe_u[index], plan.probe_y[index]
+    tensors |= {f"probe_routes.{number}": taken for number, taken in plan.probe_routes.items()}
     for name, adapter in plan.adapters.items():
         tensors[f"adapters.{name}.up"], tensors[f"adapters.{name}.down"] = adapter.up, adapter.down
     weights = path.with_suffix(".safetensors")
@@ -181,7 +184,9 @@ def load_plan(path: Path) -> Plan:
         raise InputError(f"{weights} is truncated or edited: it does not match {path.name}: {_REMEDY}.")
     try:
         stored, _ = open_tensors(weights, FORMAT, _REMEDY)
-        groups: dict[str, dict[str, Any]] = {"probe": {}, "probe_u": {}, "probe_y": {}}
+        groups: dict[str, dict[str, Any]] = {
+            name: {} for name in ("probe", "probe_u", "probe_y", "probe_routes")
+        }
         for key in stored:
             group, _, rest = key.partition(".")
             if group not in ("layers", "adapters"):
@@ -192,6 +197,8 @@ def load_plan(path: Path) -> Plan:
             raise ValueError("the layers of its probe")
         for arrays in (probe_u, probe_y):
             check_activations(groups["probe"], arrays)
+        routes = {int(number): taken for number, taken in groups["probe_routes"].items()}
+        check_routes(groups["probe"], routes)
         plan = Plan(
             model=said.model,
             hidden_size=said.hidden_size,
@@ -211,6 +218,7 @@ def load_plan(path: Path) -> Plan:
                 name: Adapter(stored[f"adapters.{name}.up"], stored[f"adapters.{name}.down"], digests)
                 for name, digests in said.adapters.items()
             },
+            probe_routes=routes,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} is damaged ({type(error).__name__}: {error}): {_REMEDY}.") from None

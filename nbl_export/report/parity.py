@@ -58,7 +58,7 @@ def _steps_table(parity: DecoderParity, brief: bool) -> Table:
         f"one batch{_alone(parity)}; then teacher-forced decode steps with each side's own cache. Changing the "
         "embeddings' last bit "
         f"moves the PyTorch model's own logits by {figure(parity.rounding_noise)}.{_own_of_steps(parity)}"
-        f"{_crossings(parity)}",
+        f"{_crossings(parity)}{_routing(parity)}",
     )
 
 
@@ -73,6 +73,11 @@ def _crossings(parity: DecoderParity | EncoderParity) -> str:
     if not parity.crossings:
         return ""
     return f" Lengths from which on the model computes something else: {'; '.join(c.said for c in parity.crossings)}."
+
+
+def _routing(parity: DecoderParity) -> str:
+    """How a graph's choices of experts differ from PyTorch's, if they do."""
+    return f" {parity.routing.said}." if parity.routing else ""
 
 
 def _own_of_steps(parity: DecoderParity) -> str:

@@ -14,6 +14,7 @@ from nbl_export.batch.names import PIXELS, TOKENS
 from nbl_export.batch.rows import rows_of_batch
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.nudge import nudge, nudged_values
+from nbl_export.graph.routers import tell, told_ranks
 from nbl_export.linearize.plan import Plan
 from nbl_export.runtime.intermediates import Arrays, compute_tensors, prefill_rows, unbatched
 
@@ -45,8 +46,9 @@ class ProbeRunner:
         """Tensors ``names`` for each row; the intermediate tensors ``given`` are fed instead of computed.
 
         ``nudged``, a seed, moves the graph's weights, and what is fed, as rounding moves them. ``other_tokens`` runs
-        each row backwards: what depends on the fed tensors alone does not change. ``given`` has an array for each
-        row, in the shapes of :meth:`split`. Returns for each row its tensors by name, in the graph's shapes, half
+        each row backwards: what depends on the fed tensors alone does not change. Without, routers are told what
+        PyTorch's have chosen, if the plan says it. ``given`` has an array for each row, in the shapes of
+        :meth:`split`. Returns for each row its tensors by name, in the graph's shapes, half
         precision as float32. Raises :class:`~nbl_export.errors.InputError` if onnxruntime does not run the graph.
         """
         model = load_graph(self.path)
@@ -60,7 +62,20 @@ class ProbeRunner:
                 feed[name] = array
         if nudged is not None:
             nudge(model, nudged)
+        if not other_tokens:
+            self._tell(model, feeds)
         return compute_tensors(model, names, feeds, progress=self.progress)
+
+    def _tell(self, model: ir.Model, feeds: Sequence[Arrays]) -> None:
+        ranks = told_ranks(model, self.plan.probe_routes)
+        if not ranks:
+            return
+        tell(model)
+        ends = np.cumsum(self.lengths)[:-1]
+        for (name, rank), number in zip(ranks.items(), sorted(self.plan.probe_routes), strict=True):
+            taken = self.plan.probe_routes[number]
+            for feed, part in zip(feeds, np.split(taken, ends), strict=True):
+                feed[name] = part if rank == part.ndim else part[None]
 
     def split(
         self, activations: NDArray[np.float32], shapes: Sequence[tuple[int, ...]]
@@ -86,16 +101,17 @@ def _backwards(row: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     return {name: a[..., ::-1].copy() if name in (TOKENS, PIXELS) else a for name, a in row.items()}
 
 
-def cause_and_remedy(model: ir.Model, precision: str) -> str:
+def cause_and_remedy(model: ir.Model, precision: str, told: bool) -> str:
     """Why tensors of a graph in that precision may be unlike PyTorch's, and what to do, as the end of a sentence.
 
-    A router (TopK) sends a token of two nearly equal scores to another expert where the scores are rounded.
+    A router (TopK) sends a token of two nearly equal scores to another expert where the scores are rounded, unless
+    it was ``told`` PyTorch's choices.
     """
     other = "this graph is not of the model the plan was made for"
-    if precision != "fp32" and any(node.op_type == "TopK" for node in model.graph):
+    if not told and precision != "fp32" and any(node.op_type == "TopK" for node in model.graph):
         return (
             f"rounding may send tokens to other experts than PyTorch's, or {other}: export that model with --precision "
-            "fp32, or calibrate on other text"
+            "fp32, or calibrate and select again"
         )
     return f"{other}: export that model"
 

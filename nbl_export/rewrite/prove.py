@@ -10,6 +10,8 @@ weights are moved as rounding moves them (:mod:`nbl_export.graph.nudge`), and as
 more, the tensor may be from PyTorch's, and over all layers less still. Other weights, if only by the size of that
 rounding, are further away.
 
+A mixture of experts is told PyTorch's choices, which are judged by themselves (:mod:`.routing`).
+
 An error is the larger one of two: of all tokens together, and of the median token. A few tokens of massive activations
 decide the first alone, and nearly equal tensors of neighbouring layers would pass for each other.
 """
@@ -31,6 +33,7 @@ from nbl_export.graph.precision import Precision, graph_precision
 from nbl_export.graph.regions import AttentionRegion, Output, later_bias
 from nbl_export.linearize.plan import Plan
 from nbl_export.rewrite.probe_runner import Found, ProbeRunner, cause_and_remedy, relative_error
+from nbl_export.rewrite.routing import RouterProof, router_proofs, told_scores
 from nbl_export.rewrite.summary import ProofErrors
 
 _C = TypeVar("_C")
@@ -40,8 +43,6 @@ _ROUNDING = 1.5
 _ROOM = 1.5
 # The same over all layers, in the geometric mean, which scatters less: 0.7 to 1.05 for right graphs.
 _ROOM_AS_A_WHOLE = 1.25
-
-
 # Rounding is one draw of chance, and so is what is measured. In a model of 8 channels one draw is twice another, so the
 # largest of a few counts, twice, and layers are not judged as a whole; in a wide one draws are alike, and each costs a
 # run of the graph.
@@ -112,22 +113,25 @@ def prove(
     to be replaced is not proven.
     """
     precision = graph_precision(model)
-    proofs = _Proving(path, regions, plan, precision, progress).proofs()
+    proving = _Proving(path, regions, plan, precision, progress)
+    proofs = proving.proofs()
+    why = cause_and_remedy(model, precision.name, told=bool(proving.routers))
+    if odd := next((router for router in proving.routers if not router.holds), None):
+        raise BuildError(f"The graph is not proven: {odd}; {why}.")
     for layer in plan.chosen:
         proof, limits = proofs[layer], proofs[layer].limits(PROOF_TOLERANCE[precision.name])
         if not proof.holds(limits):
             raise BuildError(
                 f"Layer {layer} is not proven: the graph's tensors differ from PyTorch's by "
                 f"{proof.input_error:.1e} (input) and {proof.output_error:.1e} (output), more than "
-                f"{limits.u:.2g} and {limits.y:.2g} relative; {cause_and_remedy(model, precision.name)}."
+                f"{limits.u:.2g} and {limits.y:.2g} relative; {why}."
             )
     wide = plan.hidden_size >= _WIDE
     for what, times in _as_a_whole(proofs).items() if wide else ():
         if not times <= _ROOM_AS_A_WHOLE:
             raise BuildError(
                 f"The graph is not proven: over all layers its tensors ({what}) differ from PyTorch's by {times:.2f} "
-                f"times what its own rounding explains, more than {_ROOM_AS_A_WHOLE:g} times; "
-                f"{cause_and_remedy(model, precision.name)}."
+                f"times what its own rounding explains, more than {_ROOM_AS_A_WHOLE:g} times; {why}."
             )
     return proofs
 
@@ -165,6 +169,8 @@ class _Proving:
         self.regions, self.plan, self.precision = regions, plan, precision
         self.tolerance = PROOF_TOLERANCE[precision.name]
         self.runner = ProbeRunner(path, plan, progress)
+        self.scores = told_scores(path, plan)
+        self.routers: list[RouterProof] = []
 
     def proofs(self) -> dict[int, Proof]:
         names = {
@@ -174,7 +180,7 @@ class _Proving:
         }
         if not names:
             return {r.layer: _unfound(r.layer, {}) for r in self.regions}
-        self.own = self.runner.run(sorted(names), {})
+        self.own = self.runner.run(sorted({*names, *self.scores}), {})
         errors = {region.layer: self._input_errors(region) for region in self.regions}
         candidates = {layer: _nearest(of, self.tolerance.u) for layer, of in errors.items()}
         computed = self._computed(candidates)
@@ -188,6 +194,7 @@ class _Proving:
             shapes = tuple(a.shape for a in self._rows(self.own, u))
             proofs[region.layer] = Proof(region.layer, u, y, errors[region.layer][u], error, shapes)
         if self.precision.name == "fp32":
+            self.routers = router_proofs(self.scores, self.plan, self.own)
             return proofs
         return self._with_allowed(proofs)
 
@@ -293,7 +300,8 @@ class _Proving:
         inputs = sorted({str(v.name) for v in (*fed.values(), *lent)})
         narrow = self.plan.hidden_size < _WIDE
         seeds, room = range(_DRAWS if narrow else 1), _ROOM * (_BY_CHANCE if narrow else 1)
-        moved = [self.runner.run(inputs, {}, nudged=seed) for seed in seeds]
+        moved = [self.runner.run([*inputs, *self.scores], {}, nudged=seed) for seed in seeds]
+        self.routers = router_proofs(self.scores, self.plan, self.own, moved, room)
         # Each as proven: from the layer's u alone, which the layers before do not change.
         exact = self._run_fed(fed, outputs)
         moved_y = [

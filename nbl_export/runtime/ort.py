@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,16 @@ from nbl_export.runtime.stream import Forking, PastStream, Stream, UncachedStrea
 _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
+@dataclass
+class Watch:
+    """Outputs of a graph beside its own, by ``names``, and what they were in each run."""
+
+    names: tuple[str, ...]
+    passes: list[list[NDArray[Any]]] = field(default_factory=list)
+
+
 class OrtModel:
-    """A graph in a session, with its :class:`~nbl_export.graph.interface.Interface`."""
+    """A graph in a session, with its :class:`~nbl_export.graph.interface.Interface`; ``watch`` is told of each run."""
 
     def __init__(
         self,
@@ -40,6 +49,7 @@ class OrtModel:
         rounded: bool = True,
         profile: Path | None = None,
         small: bool = False,
+        watch: Watch | None = None,
     ) -> None:
         from nbl_export.graph.io import load_graph
 
@@ -51,6 +61,7 @@ class OrtModel:
         self.session = session(path, config, provider, rounded, model, profile, small)
         self.past_names = self.interface.past_names
         self.output_names = [self.interface.logits, *self.interface.present_names]
+        self.watch = watch or Watch(())
 
     @property
     def kv_layers(self) -> tuple[int, ...]:
@@ -80,7 +91,12 @@ class OrtModel:
 
     def run(self, feeds: Mapping[str, Any]) -> DecoderOutput:
         """Logits and the extended cache for the session's inputs ``feeds``."""
-        logits, *present = run_session(self.session, self.output_names, feeds, self.bounds)
+        names = [*self.output_names, *self.watch.names]
+        logits, *present = run_session(self.session, names, feeds, self.bounds)
+        if self.watch.names:
+            own = len(self.output_names) - 1
+            present, seen = present[:own], present[own:]
+            self.watch.passes.append(seen)
         return DecoderOutput(np.asarray(logits), self.interface.entries(present))
 
 
@@ -114,8 +130,10 @@ class OrtRaggedStream(Forking):
     Rows are padded on the right, and the next token of a row overwrites its padding in the cache.
     """
 
-    def __init__(self, path: Path, rounded: bool = True, small: bool = False) -> None:
-        self.decoder = OrtDecoder(path, rounded=rounded, small=small)
+    def __init__(
+        self, path: Path, rounded: bool = True, small: bool = False, watch: Watch | None = None
+    ) -> None:
+        self.decoder = OrtDecoder(path, rounded=rounded, small=small, watch=watch)
         self._past: Sequence[KV] = ()
         self._lengths = np.zeros(0, dtype=np.int64)
         self._slots = 0
@@ -187,8 +205,15 @@ class OrtRaggedStream(Forking):
 class OrtStaticStream(Forking, OrtModel):
     """A decoder graph with a static cache of ``capacity`` slots, as a stream."""
 
-    def __init__(self, path: Path, capacity: int, rounded: bool = True, small: bool = False) -> None:
-        super().__init__(path, rounded=rounded, small=small)
+    def __init__(
+        self,
+        path: Path,
+        capacity: int,
+        rounded: bool = True,
+        small: bool = False,
+        watch: Watch | None = None,
+    ) -> None:
+        super().__init__(path, rounded=rounded, small=small, watch=watch)
         self.capacity = capacity
         self._past: Sequence[KV] = ()
         self._lengths = np.zeros(0, dtype=np.int64)
@@ -253,17 +278,19 @@ def _interface(path: Path) -> Interface:
     return interface_of(load_graph(path))
 
 
-def ort_stream(path: Path, capacity: int, rounded: bool = True, small: bool = False) -> Stream:
-    """The decoder graph at ``path`` as a stream of up to ``capacity`` tokens a row.
+def ort_stream(
+    path: Path, capacity: int, rounded: bool = True, small: bool = False, watch: Watch | None = None
+) -> Stream:
+    """The decoder graph at ``path`` as a stream of up to ``capacity`` tokens a row; ``watch`` is told of each run.
 
     ``rounded`` and ``small``: see :func:`~nbl_export.runtime.session.session`.
     """
     interface = _interface(path)
     if interface.static:
-        return OrtStaticStream(path, capacity, rounded, small)
+        return OrtStaticStream(path, capacity, rounded, small, watch)
     if interface.ragged:
-        return OrtRaggedStream(path, rounded, small)
-    decoder = OrtDecoder(path, rounded=rounded, small=small)
+        return OrtRaggedStream(path, rounded, small, watch)
+    decoder = OrtDecoder(path, rounded=rounded, small=small, watch=watch)
     if interface.cacheless:
         return UncachedStream(lambda ids, mask, positions: decoder(ids, mask, positions, ()).logits)
     return PastStream(decoder)

@@ -12,10 +12,13 @@ from numpy.typing import NDArray
 
 from nbl_export.checks import Check
 from nbl_export.graph.interface import interface_of
+from nbl_export.graph.io import load_graph
+from nbl_export.graph.routers import routers
 from nbl_export.models.layers import positions
+from nbl_export.models.routers import Routers
 from nbl_export.models.weights import resident, room
 from nbl_export.progress import Listener
-from nbl_export.runtime.ort import ort_stream
+from nbl_export.runtime.ort import Watch, ort_stream
 from nbl_export.runtime.stream import Stream
 from nbl_export.verify.case import DecoderCase
 from nbl_export.verify.crossing import crossing_check, only_beyond, parity_text
@@ -40,6 +43,16 @@ from nbl_export.verify.parity.localize import first_divergence
 from nbl_export.verify.parity.noise import rounding_noise
 from nbl_export.verify.parity.own import OWN, pytorch_in_precision
 from nbl_export.verify.parity.reference import record_pytorch
+from nbl_export.verify.parity.routing import (
+    Reference,
+    Told,
+    passes,
+    rounding,
+    routing_failures,
+    routing_of,
+    told_by,
+    watched,
+)
 from nbl_export.verify.parity.unmodified import against_unmodified, kept_cache
 from nbl_export.verify.speed.pair import Pair
 from nbl_export.verify.speed.values import Speed
@@ -63,26 +76,42 @@ def measure_parity(case: DecoderCase) -> FoundParity[DecoderParity]:
     precision, steps = case.precision, case.settings.decode_steps
     gates, cached = gates_for(precision.gates), not interface_of(case.graph).cacheless
     rows, alone, crossings = parity_text(case, cached)
-    reference = record_pytorch(case.model, case.plan, rows, steps, cached, alone)
-    graph = _recorded(case, case.rewritten, rows, listener=case.listener, alone=alone)
+    routed = not precision.quantized and bool(routers(load_graph(case.rewritten)))
+    torch = Reference(
+        lambda told: record_pytorch(case.model, case.plan, rows, steps, cached, alone, told),
+        passes(rows, steps, cached, alone) if routed else None,
+    )
+    graph, told = _chosen(case, rows, cached, alone, case.listener)
+    reference, as_told = torch.like(told)
     parity = compare(reference, graph, gates)
     failures = parity.failures()
+    unrounded = None
     if precision.name == "fp16":
         # The figures are those of the graph rounded as it says; the file itself must run too.
-        unrounded = compare(
-            reference, _recorded(case, case.rewritten, rows, rounded=False, alone=alone), gates
-        )
-        failures += [f"as onnxruntime runs it, {failure}" for failure in unrounded.failures()]
+        as_it_runs, others = _chosen(case, rows, cached, alone, rounded=False)
+        expected, unrounded = torch.like(others)
+        said = compare(expected, as_it_runs, gates).failures()
+        failures += [f"as onnxruntime runs it, {failure}" for failure in said]
     noise = rounding_noise(case.model, rows, case.plan)
-    base = own = None
+    base = own = half = None
     if precision.quantized:
         # What the quantization costs the unmodified model is not the rewrite's to answer for.
         original = record_pytorch(case.model, None, rows, steps, cached, alone)
         base = compare(original, _recorded(case, case.baseline, rows, alone=alone), gates)
         failures += parity.failures_against(base, "the unmodified graph's own")
     elif precision.name != "fp32":
-        own = pytorch_in_precision(precision, case.model, case.plan, rows, steps, cached, reference, alone)
+        half = as_told and Routers(as_told.real, as_told.told)
+        own = pytorch_in_precision(
+            precision, case.model, case.plan, rows, steps, cached, reference, alone, half
+        )
         failures += parity.failures_against(own, OWN)
+    routing = None
+    if torch.own and as_told:
+        moved = rounding(as_told, half)
+        routing = routing_of(torch.own, as_told, moved)
+        failures += routing_failures(routing)
+        if unrounded:
+            failures += routing_failures(routing_of(torch.own, unrounded, moved))
     against = against_unmodified(
         case.baseline, case.rewritten, case.plan, lambda path: unlike(case, path, rows, graph, alone)
     )
@@ -93,6 +122,7 @@ def measure_parity(case: DecoderCase) -> FoundParity[DecoderParity]:
         base_graph=base.steps if base else None,
         pytorch_in_precision=own.steps if own else None,
         crossings=crossings,
+        routing=routing,
     )
     over = f"a prefill and {steps} decode steps"
     within = f"max |Δlogit| {parity.worst:.2g} over {over}, within all {precision.gates} gates"
@@ -145,10 +175,27 @@ def _recorded(
     rounded: bool = True,
     listener: Listener | None = None,
     alone: Sequence[NDArray[np.int32]] = (),
+    watch: Watch | None = None,
 ) -> Recorded:
     """What the graph at ``path`` gives for ``rows``; its session is closed when this returns."""
-    stream = of(ort_stream(path, max(map(len, rows)), rounded=rounded, small=True))
+    stream = of(ort_stream(path, max(map(len, rows)), rounded=rounded, small=True, watch=watch))
     return record(stream, rows, case.settings.decode_steps, listener, alone)
+
+
+def _chosen(
+    case: DecoderCase,
+    rows: Sequence[NDArray[np.int32]],
+    cached: bool,
+    alone: Sequence[NDArray[np.int32]],
+    listener: Listener | None = None,
+    rounded: bool = True,
+) -> tuple[Recorded, Told | None]:
+    """What the rewritten graph gives for ``rows`` and those ``alone``, and its choices of experts, if it has any."""
+    with watched(case.rewritten) as (path, watch):
+        found = _recorded(case, path, rows, rounded=rounded, listener=listener, alone=alone, watch=watch)
+    if watch is None:
+        return found, None
+    return found, told_by(case.rewritten, watch, rows, case.settings.decode_steps, cached, alone)
 
 
 def _where_lost(case: DecoderCase, parity: Parity, noise: float) -> str:

@@ -150,4 +150,5 @@ def _plan(
         fit=settings.fit,
         repair=settings.repair,
         rank=settings.rank,
+        probe_routes=probe.routes,
     )

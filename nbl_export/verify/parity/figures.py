@@ -219,13 +219,34 @@ class Crossing:
 
 
 @dataclass(frozen=True)
+class Routing:
+    """How a graph sent tokens to experts: ``differing`` of its ``choices`` are not PyTorch's.
+
+    ``worst`` is how far the scores of a choice fall short, in units of what rounding explains.
+    """
+
+    choices: int
+    differing: int
+    worst: float
+
+    @property
+    def said(self) -> str:
+        """As reports say it."""
+        return (
+            f"{self.differing:,} of {self.choices:,} choices of experts are not PyTorch's own, which was run with the "
+            f"graph's; their scores fall short by at most {self.worst:.2g} times what rounding explains"
+        )
+
+
+@dataclass(frozen=True)
 class DecoderParity(Parity):
     """A decoder's parity as a report has it.
 
     ``rounding_noise`` is how far PyTorch's own logits move by the embeddings' last bit. What is lost in the graph's
     ``precision`` anyway: ``base_graph`` by the unmodified graph of quantized weights, ``pytorch_in_precision`` by
     PyTorch in half precision; None for a graph that is not held to it. ``crossings`` are the model's lengths, if it has
-    any; the steps are also those of the prompts that cross them.
+    any; the steps are also those of the prompts that cross them. ``routing`` is that of a mixture of experts; None
+    where the graph chose all experts as PyTorch does.
     """
 
     precision: str
@@ -233,6 +254,7 @@ class DecoderParity(Parity):
     base_graph: tuple[StepParity, ...] | None = None
     pytorch_in_precision: tuple[StepParity, ...] | None = None
     crossings: tuple[Crossing, ...] = ()
+    routing: Routing | None = None
 
 
 @dataclass(frozen=True)

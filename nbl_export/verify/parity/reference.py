@@ -26,6 +26,7 @@ from nbl_export.models.caches import Entry, cache_layer, cache_with, entry_in, l
 from nbl_export.models.compat import cache_argument
 from nbl_export.models.dummy_run import cache_shapes, dummy_run
 from nbl_export.models.layers import accepted_arguments
+from nbl_export.models.routers import Routers
 from nbl_export.models.walk import Segment, through
 from nbl_export.models.weights import device_of, streams, weights_like
 from nbl_export.runtime.decoder import KV
@@ -45,18 +46,45 @@ def record_pytorch(
     decode_steps: int,
     cached: bool = True,
     alone: Rows = (),
+    routers: Routers | None = None,
 ) -> Recorded:
-    """What ``model``, with ``plan`` if there is one, gives for ``rows``, as :func:`.record` does it."""
+    """What ``model``, with ``plan`` if there is one, gives for ``rows``, as :func:`.record` does it.
+
+    The ``routers`` of a mixture of experts are those of all passes, in their order.
+    """
     if streams(model):
         batches = [rows, *([row] for row in alone)]
-        return joined([_by_blocks(model, plan, batch, decode_steps, cached) for batch in batches])
+        firsts = range(0, len(batches) * (decode_steps + 1), decode_steps + 1)
+        return joined(
+            [
+                _by_blocks(model, plan, batch, decode_steps, cached, routers, first)
+                for batch, first in zip(batches, firsts, strict=True)
+            ]
+        )
     with linearized(model, plan) if plan else nullcontext():
         stream = torch_stream(model, plan.chosen if plan else (), cached)
-        return record(stream, rows, decode_steps, alone=alone)
+        with _each_pass(model, routers) if routers else nullcontext():
+            return record(stream, rows, decode_steps, alone=alone)
+
+
+@contextmanager
+def _each_pass(model: torch.nn.Module, routers: Routers) -> Iterator[None]:
+    hook = model.register_forward_pre_hook(lambda *_: routers.begin())
+    try:
+        with routers:
+            yield
+    finally:
+        hook.remove()
 
 
 def _by_blocks(
-    model: torch.nn.Module, plan: Plan | None, rows: Rows, decode_steps: int, cached: bool
+    model: torch.nn.Module,
+    plan: Plan | None,
+    rows: Rows,
+    decode_steps: int,
+    cached: bool,
+    routers: Routers | None = None,
+    first: int = 0,
 ) -> Recorded:
     version = version_of(model, plan) if plan else ORIGINAL
     fed = list(_fed(rows, decode_steps, cached))
@@ -78,7 +106,10 @@ def _by_blocks(
         if cache:
             ids, mask, _ = fed[number]
             cache.set_length(mask.shape[1] - ids.shape[1])
-        yield
+        if routers:
+            routers.begin(first + number)
+        with routers or nullcontext():
+            yield
         if cache and current:
             cache.step(current[0])
 
