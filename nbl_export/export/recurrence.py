@@ -7,7 +7,8 @@ loops over chunks are unrolled by a tracer, for one length only. All these layer
     u_t = v_t, or for a delta rule beta_t (v_t - k_tᵀ decay_t · S_{t-1})
 
 Here each of these functions prepares q, k, v, decay and beta for all tokens at once, and the recurrence itself is one
-operator, which becomes a Scan (:mod:`.scans`). It begins with the state of the cache and leaves the new one, so a
+operator, which becomes a Scan: over chunks of tokens where a head decays as a whole (:mod:`.chunks`), over tokens where
+each value of a key decays by itself (:mod:`.scans`). It begins with the state of the cache and leaves the new one, so a
 prefill, a decode step and several tokens after a cache are the same graph.
 
 A padded token changes nothing: neither a state nor what a convolution has seen last, wherever the padding is.
@@ -25,7 +26,9 @@ import torch
 from nbl_export.export.symbols import SYMBOLIC_DOMAIN, replaced
 from nbl_export.models.caches import StateLayer
 
-RECURRENCE = "Recurrence"
+RECURRENCE, CHUNKED = "Recurrence", "ChunkedRecurrence"
+# The logarithm of a decay that is nothing in float32, whatever it is multiplied by.
+_NOTHING = -1e4
 
 
 class _Rows:
@@ -106,30 +109,39 @@ def recurrence(
     """y [batch, sequence, heads, v] and the state after the last token [batch, heads, k, v], in float32.
 
     ``query`` and ``key`` are [batch, sequence, heads or 1, k], ``value`` [batch, sequence, heads, v], ``decay``
-    [batch, sequence, heads, k or 1], a factor. ``beta`` [batch, sequence, heads] is that of a delta rule. Without a
-    ``state`` it begins with zeros.
+    [batch, sequence, heads, k or 1], the logarithm of a factor up to 1. ``beta`` [batch, sequence, heads] is that of a
+    delta rule. Without a ``state`` it begins with zeros.
     """
     query, key, value, decay = (tensor.float() for tensor in (query, key, value, decay))
     batch, sequence, heads, size = value.shape
     if state is None:
         state = value.new_zeros(batch, heads, key.shape[-1], size)
+    state = state.float()
     real = _CURRENT[-1].real.bool()[:, :, None]
-    decay = torch.where(real[..., None], decay, 1.0)
-    inputs = [state.float(), decay[..., None], query[..., None, :], key[..., None]]
+    decay = torch.where(real[..., None], torch.clamp(decay, min=_NOTHING), 0.0)
     if beta is None:
-        inputs.append(torch.where(real[..., None], value, 0.0)[..., None, :])
+        value = torch.where(real[..., None], value, 0.0)
     else:
-        inputs += [value[..., None, :], torch.where(real, beta.float(), 0.0)[..., None, None]]
-    if torch.compiler.is_exporting():
-        result, state = torch.onnx.ops.symbolic_multi_out(
-            f"{SYMBOLIC_DOMAIN}::{RECURRENCE}",
-            inputs,
-            dtypes=[torch.float32] * 2,
-            shapes=[(batch, sequence, heads, 1, size), state.shape],
-        )
-    else:
+        beta = torch.where(real, beta.float(), 0.0)
+    exporting = torch.compiler.is_exporting()
+    if exporting and decay.shape[-1] == 1 and query.shape[2] == heads:
+        inputs = [state, decay.squeeze(-1), query, key, value]
+        return _operator(CHUNKED, [*inputs, *([] if beta is None else [beta])], value.shape)
+    inputs = [state, torch.exp(decay)[..., None], query[..., None, :], key[..., None], value[..., None, :]]
+    inputs += [] if beta is None else [beta[..., None, None]]
+    if not exporting:
         result, state = _eager(*inputs)
+    else:
+        result, state = _operator(RECURRENCE, inputs, (batch, sequence, heads, 1, size))
     return result.squeeze(-2), state
+
+
+def _operator(name: str, inputs: list[torch.Tensor], shape: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """What stands for a recurrence in a trace: y in ``shape``, and the state after it."""
+    result, state = torch.onnx.ops.symbolic_multi_out(
+        f"{SYMBOLIC_DOMAIN}::{name}", inputs, dtypes=[torch.float32] * 2, shapes=[shape, inputs[0].shape]
+    )
+    return result, state
 
 
 def _eager(state: torch.Tensor, *tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -171,7 +183,7 @@ def state_space(
         query,
         key,
         hidden_states.float() * dt[..., None],
-        torch.exp(A.float() * dt)[..., None],
+        (A.float() * dt)[..., None],
         None if initial_states is None else initial_states.transpose(-1, -2),
     )
     if D is not None:
@@ -203,7 +215,7 @@ def selective_scan(
         C.transpose(1, 2)[:, :, None],
         B.transpose(1, 2)[:, :, None],
         (dt * hidden_states.transpose(1, 2))[..., None],
-        torch.exp(dt[..., None] * A),
+        dt[..., None] * A,
         None if layer is None else layer.recurrent_states[0][..., None],
     )
     found = result.squeeze(-1).transpose(1, 2)
@@ -232,12 +244,11 @@ def delta_rule(
     query, key = (t.repeat_interleave(groups, dim=2).float() for t in (query, key))
     if use_qk_l2norm_in_kernel:
         query, key = (t * torch.rsqrt((t * t).sum(dim=-1, keepdim=True) + 1e-6) for t in (query, key))
-    decay = torch.exp(g.float())
     result, state = recurrence(
         query * query.shape[-1] ** -0.5,
         key,
         value,
-        decay if decay.ndim == 4 else decay[..., None],
+        g if g.ndim == 4 else g[..., None],
         initial_state,
         beta,
     )
@@ -257,7 +268,7 @@ def lightning_attention(
     heads, size = module.num_attention_heads, module.head_dim
     projected = module.act_fn(module.qkv_proj(hidden_states)).reshape(batch, sequence, heads, 3 * size)
     query, key, value = torch.split(projected, size, dim=3)
-    decay = torch.exp(-module.slope_rate[:, 0]).expand(batch, sequence, -1, -1)
+    decay = -module.slope_rate[:, 0].expand(batch, sequence, -1, -1)
     before = None if cache is None else cache.get_linear_cache(module.layer_idx)
     result, state = recurrence(query, key, value, decay, before)
     if cache is not None:

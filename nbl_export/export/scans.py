@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from nbl_export.export.recurrence import RECURRENCE
+from nbl_export.export.chunks import in_chunks
+from nbl_export.export.recurrence import CHUNKED, RECURRENCE
 from nbl_export.export.symbols import SYMBOLIC_DOMAIN
 
 _NAMES = ("decay", "query", "key", "value", "beta")
@@ -17,6 +18,12 @@ _NAMES = ("decay", "query", "key", "value", "beta")
 
 def make_scans(model: ir.Model) -> None:
     """Replace every recurrence of :func:`~nbl_export.export.recurrence.recurrence` in ``model`` by a Scan."""
+    for node in [n for n in model.graph if (n.domain, n.op_type) == (SYMBOLIC_DOMAIN, CHUNKED)]:
+        nodes, result, after = in_chunks(node)
+        for made in nodes:
+            made.metadata_props.update(node.metadata_props)
+        node.append(nodes)
+        _put_in(model, node, (result, after))
     for node in [n for n in model.graph if (n.domain, n.op_type) == (SYMBOLIC_DOMAIN, RECURRENCE)]:
         tokens = len(node.inputs) - 1
         scan = ir.node(
@@ -33,10 +40,14 @@ def make_scans(model: ir.Model) -> None:
             metadata_props=dict(node.metadata_props),
         )
         node.append(scan)
-        for old, new in zip(node.outputs, (scan.outputs[1], scan.outputs[0]), strict=True):
-            new.name, new.shape, new.type = old.name, old.shape, old.type
-            ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-        model.graph.remove(node, safe=True)
+        _put_in(model, node, (scan.outputs[1], scan.outputs[0]))
+
+
+def _put_in(model: ir.Model, node: ir.Node, found: tuple[ir.Value, ir.Value]) -> None:
+    for old, new in zip(node.outputs, found, strict=True):
+        new.name, new.shape, new.type = old.name, old.shape, old.type
+        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    model.graph.remove(node, safe=True)
 
 
 def _body(delta: bool) -> ir.Graph:
