@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, BinaryIO
 
+from nbl_export.blocks import Mlp
 from nbl_export.errors import InputError
 
 # Marks an unfinished file or folder of nbl-export; a leftover may be deleted.
@@ -172,12 +173,12 @@ def json_text(value: Any, finite: bool = True) -> str:
 
 
 def jsonable(value: Any) -> Any:
-    """``value`` with NaN and infinity, which JSON cannot represent, as ``"nan"``, ``"inf"``, ``"-inf"``."""
+    """``value`` with what JSON cannot represent as text: ``"nan"``, ``"inf"``, ``"-inf"``, an MLP as ``"7.mlp"``."""
     if isinstance(value, Mapping):
         return {str(k): jsonable(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [jsonable(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
+    if isinstance(value, Mlp) or (isinstance(value, float) and not math.isfinite(value)):
         return str(value)
     return value
 

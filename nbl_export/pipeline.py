@@ -73,7 +73,7 @@ def run_all(run: Run, asked: RunSettings) -> Report:
     require_onnxruntime()  # before the first minute of work, not after it
     selection = asked.selection
     if run.workspace.record("calibrate") is None:
-        layers = [layer.index for layer in candidates(run.model.model)]
+        layers = [layer.index for layer in candidates(run.model.model, asked.calibration.parts)]
         others = described(run.model.model)["others"]
         check_selection(selection, layers, hidden_size(run.model.model), others)
         if asked.engines:

@@ -10,6 +10,8 @@ from dataclasses import asdict
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
+from nbl_export.blocks import Block
+from nbl_export.blocks import from_json as block_from_json
 from nbl_export.errors import InputError
 from nbl_export.files import jsonable
 
@@ -56,6 +58,10 @@ def _converter() -> Converter:
     for kind in (str, bool, int):
         converter.register_structure_hook(kind, _exactly)
     converter.register_structure_hook(float, _number)
+    converter.register_structure_hook(Block, lambda value, _: block_from_json(value))
+    converter.register_structure_hook(
+        Block | None, lambda value, _: None if value is None else block_from_json(value)
+    )
     return converter
 
 

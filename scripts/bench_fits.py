@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from nbl_export.blocks import Block, layer_of
 from nbl_export.calibrate.collect import collect_moments
 from nbl_export.calibrate.moments import LayerMoments, load_moments
 from nbl_export.calibrate.text import load_text
@@ -46,16 +47,16 @@ from nbl_export.models.weights import dtype_of
 from nbl_export.progress import Silent
 from nbl_export.workspace import Workspace
 
-Layers = Mapping[int, LinearLayer]
+Layers = Mapping[Block, LinearLayer]
 SWAPPED_OUT, SWAPPED_IN = 3, 4  # number of candidates
 FISHER_MOST = 30
 
 
-def fitted(moments: Mapping[int, LayerMoments], ridge: float = 1e-6) -> dict[int, LinearLayer]:
+def fitted(moments: Mapping[Block, LayerMoments], ridge: float = 1e-6) -> dict[Block, LinearLayer]:
     return {i: as_layer(fit_lmmse(m, "normed", ridge)) for i, m in moments.items()}
 
 
-def scaled(linear: Layers, moments: Mapping[int, LayerMoments], by: float) -> dict[int, LinearLayer]:
+def scaled(linear: Layers, moments: Mapping[Block, LayerMoments], by: float) -> dict[Block, LinearLayer]:
     """W times ``by``, with the output at the mean input unchanged."""
     found = {}
     for i, m in linear.items():
@@ -64,10 +65,10 @@ def scaled(linear: Layers, moments: Mapping[int, LayerMoments], by: float) -> di
     return found
 
 
-def lagged_moments(model: torch.nn.Module, tokens: Any, rho: float) -> dict[int, LayerMoments]:
+def lagged_moments(model: torch.nn.Module, tokens: Any, rho: float) -> dict[Block, LayerMoments]:
     """Moments of x_t - ρ x_(t-1) and y_t - ρ y_(t-1) within rows, with float64 sums."""
     layers = attention_layers(model)
-    found: dict[int, LayerMoments] = {}
+    found: dict[Block, LayerMoments] = {}
 
     def observe(index: int, _h: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
         dx, dy = ((t[:, 1:] - rho * t[:, :-1]).reshape(-1, t.shape[-1]).float() for t in (x, y))
@@ -86,8 +87,8 @@ def lagged_moments(model: torch.nn.Module, tokens: Any, rho: float) -> dict[int,
 
 
 def fisher_moments(
-    model: Any, tokens: Any, powers: Sequence[float], wanted: Sequence[int]
-) -> dict[float, dict[int, LayerMoments]]:
+    model: Any, tokens: Any, powers: Sequence[float], wanted: Sequence[Block]
+) -> dict[float, dict[Block, LayerMoments]]:
     """Moments of x and y with each token weighted by ‖g‖² to each of the powers, scaled to a mean weight of 1.
 
     A token's ‖g‖² comes from one sample, so it is clipped at FISHER_MOST medians of its row.
@@ -95,7 +96,7 @@ def fisher_moments(
     layers = tuple(layer for layer in attention_layers(model) if layer.index in wanted)
     sums = {(power, index): WeightedSums(hidden_size(model), model) for power in powers for index in wanted}
     generator = torch.Generator().manual_seed(0)
-    seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    seen: dict[Block, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def observe(index: int, _h: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
         y.retain_grad()
@@ -126,7 +127,7 @@ def fisher_moments(
     return {power: {index: sums[power, index].result() for index in wanted} for power in powers}
 
 
-def with_mean_of(linear: Layers, moments: Mapping[int, LayerMoments]) -> dict[int, LinearLayer]:
+def with_mean_of(linear: Layers, moments: Mapping[Block, LayerMoments]) -> dict[Block, LinearLayer]:
     """The same W, with the b that gives the correct mean output."""
     found = {}
     for i, m in linear.items():
@@ -144,7 +145,7 @@ def cooled(model: Any, temperature: float) -> Iterator[None]:
         hook.remove()
 
 
-def best_swap(sets: MeasuredSets, chosen: list[int]) -> tuple[str, Loss]:
+def best_swap(sets: MeasuredSets, chosen: list[Block]) -> tuple[str, Loss]:
     """The best single exchange, and its loss."""
     singles = single_layer_losses(sets)
     gone = sorted(chosen, key=lambda i: sets.loss(set(chosen) - {i}).kl)[:SWAPPED_OUT]
@@ -200,7 +201,7 @@ def main() -> None:
         meter.settle({})
         with change:
             chosen = {i: linear[i] for i in order[:k]}
-            return meter.measure_within(replaced(model, chosen, "normed"), min(chosen))
+            return meter.measure_within(replaced(model, chosen, "normed"), layer_of(min(chosen)))
 
     for k in arguments.k:
         for name, linear in variants.items():

@@ -100,7 +100,7 @@ def task_accuracy(
     vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
     means, variances = [], []
     for task in find_tasks((folder,), settings):
-        stream = torch_stream(model, plan.chosen if plan else ())
+        stream = torch_stream(model, plan.linear_attention if plan else ())
         lm = DecoderLM(stream, tokenizer, Limits(positions(model) or 2048, vocabulary), Silent())
         if plan:
             with linearized(model, plan):

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from bench_quality import packed
 
+from nbl_export.blocks import block_of
 from nbl_export.calibrate.moments import load_moments
 from nbl_export.linearize.fits import as_layer
 from nbl_export.linearize.lmmse import branch_covariances, fit_lmmse
@@ -72,7 +73,7 @@ def main() -> None:
     moments, _ = load_moments(ws.moments)
     layers = dict(plan.layers)
     if options.layers:
-        chosen = [int(x) for x in options.layers.split(",")]
+        chosen = [block_of(x) for x in options.layers.split(",")]
         layers = {i: as_layer(fit_lmmse(moments.layers[i], "normed")) for i in chosen}
     ids, documents = packed(tokenizer, options.text, options.tokens)
     rows = [torch.from_numpy(row.astype(np.int64)) for row in ids]

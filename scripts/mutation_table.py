@@ -79,7 +79,7 @@ class Table:
         self.rows = self.case.rows(PROMPTS)
         self.logits = self._logits(ort_stream(self.right, 80))
         with linearized(model, self.plan):
-            self.noise = self._kl(self._logits(torch_stream(model, self.plan.chosen)), self.logits)
+            self.noise = self._kl(self._logits(torch_stream(model, self.plan.linear_attention)), self.logits)
         assert not self._failures(self.right), "the right graph must pass"
 
     def found(self) -> Iterator[Found]:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from nbl_export.blocks import PARTS, Block
 from nbl_export.calibrate.collect import collect_moments
 from nbl_export.calibrate.moments import Moments
 from nbl_export.calibrate.probe import Probe, probe_model
@@ -243,9 +244,9 @@ class Calibrated:
     moments: Moments
     probe: Probe
 
-    def plan(self, layers: Sequence[int], fit_input: FitInput = "normed") -> Plan:
-        """The plan of exactly ``layers``."""
-        fits = {i: fit_lmmse(self.moments.layers[i], fit_input) for i in layers}
+    def plan(self, blocks: Sequence[Block], fit_input: FitInput = "normed") -> Plan:
+        """The plan of exactly ``blocks``, of those that the model has."""
+        fits = {i: fit_lmmse(self.moments.layers[i], fit_input) for i in blocks if i in self.moments.layers}
         return Plan(
             model="of a test",
             hidden_size=hidden_size(self.model),
@@ -283,4 +284,4 @@ def calibrated(folder: Path) -> Calibrated:
     model = load(folder)
     vocab = model.config.vocab_size
     tokens = np.random.default_rng(0).integers(3, vocab, (64, 32), dtype=np.int32)
-    return Calibrated(model, collect_moments(model, tokens), probe_model(model, tokens))
+    return Calibrated(model, collect_moments(model, tokens, parts=PARTS), probe_model(model, tokens, PARTS))

@@ -134,6 +134,7 @@ def test_defaults_of_the_command_line_are_those_of_the_settings() -> None:
         "heldout_samples": 24,
         "selection_samples": 8,
         "field": "text",
+        "blocks": "attention",
         "seed": 0,
         "dtype": "auto",
         "device": "auto",

@@ -46,6 +46,7 @@ ROOMS = (
     "files",
     "progress",
     "printable",
+    "blocks",
     "errors",
 )
 LONGEST = 400  # lines of a file; beyond that it holds more than one idea

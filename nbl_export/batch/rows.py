@@ -79,7 +79,7 @@ def check_batch(inputs: Mapping[str, Any]) -> None:
         raise ValueError("the mask of its batch")
 
 
-def check_activations(inputs: Mapping[str, Any], arrays: Mapping[int, Any]) -> None:
+def check_activations(inputs: Mapping[str, Any], arrays: Mapping[Any, Any]) -> None:
     """Raise ``ValueError`` unless ``arrays`` are [tokens, d] float32, one row for each token of the batch."""
     tokens = int(inputs[MASK].sum()) if MASK in inputs else inputs[TOKENS].size if TOKENS in inputs else None
     widths = {a.shape[1] if a.ndim == 2 and a.dtype == np.float32 else 0 for a in arrays.values()}

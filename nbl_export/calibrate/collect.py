@@ -16,7 +16,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nbl_export.blocks import ATTENTION, Block, described, layer_of
 from nbl_export.calibrate.moments import (
     ARRAYS,
     Accumulator,
@@ -41,7 +42,7 @@ from nbl_export.files import parse_json
 from nbl_export.models.candidates import candidates
 from nbl_export.models.device import as_setting
 from nbl_export.models.dummy_run import dummy_run
-from nbl_export.models.layers import AttentionLayer, hidden_size, main_input, observed
+from nbl_export.models.layers import BlockModules, hidden_size, main_input, observed
 from nbl_export.models.walk import Step, segments, walking
 from nbl_export.models.weights import device_of, dtype_of, weights_like
 from nbl_export.progress import Listener, Silent
@@ -57,11 +58,14 @@ _STATES = "nbl-export/states/1"
 
 
 def collect_moments(
-    model: torch.nn.Module, tokens: NDArray[Any], listener: Listener | None = None
+    model: torch.nn.Module,
+    tokens: NDArray[Any],
+    listener: Listener | None = None,
+    parts: Collection[str] = (ATTENTION,),
 ) -> Moments:
-    """The moments of every candidate layer of ``model`` over ``tokens``, in memory: :func:`store_moments`."""
+    """The moments of every candidate of ``model`` over ``tokens``, in memory: :func:`store_moments`."""
     store = InMemory()
-    store_moments(model, tokens, "", store, listener)
+    store_moments(model, tokens, "", store, listener, parts=parts)
     return Moments(store.layers)
 
 
@@ -73,8 +77,11 @@ def store_moments(
     listener: Listener | None = None,
     ranks: Ranks = ALONE,
     memory: int | None = None,
+    parts: Collection[str] = (ATTENTION,),
 ) -> None:
-    """Put the moments of every candidate layer of ``model`` into ``store``, a layer at a time.
+    """Put the moments of every candidate of ``model`` into ``store``, a layer at a time.
+
+    ``parts`` are those of its attentions, its MLPs, or both.
 
     Of several ``ranks``, the first stores the moments and reports the progress of all; all have the same ``tokens``.
 
@@ -90,7 +97,7 @@ def store_moments(
     import torch
 
     listener = listener or Silent()
-    work = _Work(model, tokens, fingerprint, store, ranks, memory)
+    work = _Work(model, tokens, fingerprint, store, ranks, memory, parts)
     if not work.parts:
         return
     begun = work.resume(listener)
@@ -129,15 +136,16 @@ class _Work:
         store: Store,
         ranks: Ranks,
         memory: int | None,
+        parts: Collection[str],
     ) -> None:
         self._model, self._rows, self._store, self._ranks = model, tokens, store, ranks
-        self._layers = candidates(model)
+        self._layers = candidates(model, parts)
         self._identity = {"model": fingerprint, "dtype": dtype_of(model), "tokens": digest_of_tokens(tokens)}
         self._identity |= as_setting(device_of(model))
         store.begin(self._identity)
         self._stored = ranks.shared(lambda: {layer.index for layer in self._layers if store.has(layer.index)})
         left = [layer.index for layer in self._layers if layer.index not in self._stored]
-        self.parts = [s for s in segments(model) if left and s.start <= left[-1]]
+        self.parts = [s for s in segments(model) if left and s.start <= layer_of(left[-1])]
         self._length = tokens.shape[1] if tokens.ndim == 2 else dummy_run(model).tokens
         self._step = max(1, _BATCH_TOKENS // self._length)
         # The first row of each batch that this process takes.
@@ -148,7 +156,7 @@ class _Work:
         self.states = states_for(len(self._starts), size, like, scratch, memory)
         self._kept = RankStates(store.checkpoint, ranks, self._identity)
         self._part = self.batch = 0
-        self._sums: dict[int, Accumulator] = {}
+        self._sums: dict[Block, Accumulator] = {}
         self._found: Mapping[str, NDArray[Any]] = {}
 
     @property
@@ -161,7 +169,7 @@ class _Work:
         """Tokens that have passed the part, as far as this process can tell: the others are about as far."""
         return min(self.batch * self._ranks.count * self._step, len(self._rows)) * self._length
 
-    def begin(self, number: int) -> tuple[AttentionLayer, ...]:
+    def begin(self, number: int) -> tuple[BlockModules[Block], ...]:
         """Begin the part ``number``, or go on with it; returns its layers whose moments are wanted."""
         if number != self._part:
             self._part, self.batch, self._found = number, 0, {}
@@ -178,13 +186,13 @@ class _Work:
             sums.restore(LayerMoments(int(n[0]), *arrays))
         return layers
 
-    def _wanted(self, number: int) -> tuple[AttentionLayer, ...]:
+    def _wanted(self, number: int) -> tuple[BlockModules[Block], ...]:
         """The layers of the part ``number`` whose moments are not stored yet."""
         part = self.parts[number]
-        inside = (layer for layer in self._layers if part.start <= layer.index < part.stop)
+        inside = (layer for layer in self._layers if part.start <= layer_of(layer.index) < part.stop)
         return tuple(layer for layer in inside if layer.index not in self._stored)
 
-    def observe(self, index: int, h: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
+    def observe(self, index: Block, h: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
         self._sums[index].add(h, x, y)
 
     def through(self, step: Step) -> None:
@@ -202,7 +210,7 @@ class _Work:
         for layer in self._layers:
             if layer.index in self._sums and not self._sums[layer.index].is_finite():
                 raise CalibrationError(
-                    f"The activations of layer {layer.index} ({layer.attention}) are NaN or infinite, first seen in "
+                    f"The activations of {described(layer.index)} ({layer.module}) are NaN or infinite, first seen in "
                     f"the batch at calibration row {first}, so nothing can be fitted to them: check the model's "
                     "weights, or use --calibration-dtype float32."
                 )
@@ -254,7 +262,7 @@ class _Work:
             files = {name: about.pop(name) for name in ("side", "files") if name in about}
             if part < 0 or not 0 <= batch <= len(self.states):
                 raise ValueError("its place")
-            missing = (layer.index for layer in self._layers if layer.index not in self._stored)
+            missing = (layer_of(one.index) for one in self._layers if one.index not in self._stored)
             if about != self._identity or part >= len(self.parts) or min(missing) < self.parts[part].start:
                 return 0
             self._check_sums(found, part, batch)
@@ -271,7 +279,7 @@ class _Work:
 
     def _resume_between(self, listener: Listener) -> int:
         """Go on from what several processes have kept between two parts; returns the number of the part."""
-        missing = min(layer.index for layer in self._layers if layer.index not in self._stored)
+        missing = min(layer_of(one.index) for one in self._layers if one.index not in self._stored)
         found = self._kept.find(-(-len(self._rows) // self._step))
         if found is None or found[0] >= len(self.parts) or missing < self.parts[found[0]].start:
             return 0

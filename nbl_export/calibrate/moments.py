@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import F64
+from nbl_export.blocks import MLP, Block, Mlp, as_json, from_json, layer_of
 from nbl_export.errors import InputError
 from nbl_export.files import parse_json
 from nbl_export.ranks import Ranks
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 FORMAT = "nbl-export/moments/2"
 _LAYER = "layer"
+_MLP = f".{MLP}"
 CALIBRATE_AGAIN = "run `nbl-export calibrate` again"
 
 
@@ -59,9 +61,9 @@ _SYMMETRIC = ("xx", "yy", "hh")
 
 @dataclass(frozen=True)
 class Moments:
-    """The moments of every attention layer of one model over one calibration text."""
+    """The moments of every block of one model over one calibration text."""
 
-    layers: Mapping[int, LayerMoments]
+    layers: Mapping[Block, LayerMoments]
 
     def __add__(self, other: Moments) -> Moments:
         if set(self.layers) != set(other.layers):
@@ -180,31 +182,31 @@ def _whole(lower: F64, d: int) -> F64:
     return matrix
 
 
-def save_layer(path: Path, index: int, layer: LayerMoments, metadata: Mapping[str, Any]) -> None:
+def save_layer(path: Path, index: Block, layer: LayerMoments, metadata: Mapping[str, Any]) -> None:
     """Write the moments of layer ``index`` with JSON ``metadata``, which say what they are of, atomically."""
     tensors: dict[str, Any] = {"n": np.array([layer.n], dtype=np.int64)}
     arrays = {name: getattr(layer, name) for name in ARRAYS}
     tensors |= {name: _lower(a) if name in _SYMMETRIC else a for name, a in arrays.items()}
-    about = json.dumps({**metadata, _LAYER: index}, sort_keys=True)
+    about = json.dumps({**metadata, _LAYER: as_json(index)}, sort_keys=True)
     save_tensors(path, FORMAT, tensors, {"nbl": about})
 
 
-def load_layer(path: Path) -> tuple[int, LayerMoments, dict[str, Any]]:
+def load_layer(path: Path) -> tuple[Block, LayerMoments, dict[str, Any]]:
     """Index, moments and metadata as :func:`save_layer` wrote them; raises :class:`InputError` for anything else."""
     tensors, header = load_tensors(path, FORMAT, CALIBRATE_AGAIN)
     try:
         metadata = parse_json(header["nbl"])
-        index = metadata.pop(_LAYER)
-        if type(index) is not int or index < 0 or not isinstance(metadata.get("model"), str):
+        index = from_json(metadata.pop(_LAYER))
+        if layer_of(index) < 0 or not isinstance(metadata.get("model"), str):
             raise ValueError("of no layer, or not of a model")
         return index, _layer(index, tensors), metadata
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is damaged ({error}): {CALIBRATE_AGAIN}.") from None
 
 
-def layer_file(folder: Path, index: int) -> Path:
+def layer_file(folder: Path, index: Block) -> Path:
     """Where a folder of moments has those of layer ``index``."""
-    return folder / f"{index:03}.safetensors"
+    return folder / f"{layer_of(index):03}{_MLP * isinstance(index, Mlp)}.safetensors"
 
 
 def save_moments(folder: Path, moments: Moments, metadata: Mapping[str, Any]) -> list[Path]:
@@ -226,32 +228,42 @@ def load_moments(path: Path) -> tuple[Moments, dict[str, Any]]:
     index, _, metadata = load_layer(files[0])
     if len(files) == 1:
         return Moments(_StoredLayers({index: path if path.is_file() else files[0]}, metadata)), metadata
-    if bad := [f.name for f in files if not f.stem.isdecimal()]:
+    named = {file: _of_name(file) for file in files}
+    if bad := [file.name for file, index in named.items() if index is None]:
         raise InputError(f"{path} has a file {bad[0]} that is not of its moments: {CALIBRATE_AGAIN}.")
-    return Moments(_StoredLayers({int(f.stem): f for f in files}, metadata)), metadata
+    found = {index: file for file, index in named.items() if index is not None}
+    return Moments(_StoredLayers({i: found[i] for i in sorted(found)}, metadata)), metadata
 
 
-class _StoredLayers(Mapping[int, LayerMoments]):
+def _of_name(file: Path) -> Block | None:
+    """The block of a file that is named as :func:`layer_file` names it."""
+    number = file.stem.removesuffix(_MLP)
+    if not (number.isascii() and number.isdecimal()):
+        return None
+    return Mlp(int(number)) if file.stem.endswith(_MLP) else int(number)
+
+
+class _StoredLayers(Mapping[Block, LayerMoments]):
     """The moments of a layer, read from its file at each access: all of a large model's would exceed memory."""
 
-    def __init__(self, files: Mapping[int, Path], metadata: Mapping[str, Any]) -> None:
+    def __init__(self, files: Mapping[Block, Path], metadata: Mapping[str, Any]) -> None:
         self._files, self._metadata = dict(files), dict(metadata)
 
-    def __getitem__(self, index: int) -> LayerMoments:
+    def __getitem__(self, index: Block) -> LayerMoments:
         path = self._files[index]
         found, layer, metadata = load_layer(path)
         if found != index or metadata != self._metadata:
             raise InputError(f"{path} is of other moments than those beside it: {CALIBRATE_AGAIN}.")
         return layer
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[Block]:
         return iter(self._files)
 
     def __len__(self) -> int:
         return len(self._files)
 
 
-def _layer(index: int, tensors: Mapping[str, Any]) -> LayerMoments:
+def _layer(index: Block, tensors: Mapping[str, Any]) -> LayerMoments:
     """One layer's moments, of the shapes and dtypes that they are written with."""
     count = tensors["n"]
     d = len(tensors["x"]) if tensors["x"].ndim == 1 else 0

@@ -7,7 +7,7 @@ ragged padded batch or a few images.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +19,13 @@ from nbl_export.batch.arrays import F32, I64
 from nbl_export.batch.names import MASK, PIXELS, POSITIONS, TOKEN_TYPES, TOKENS
 from nbl_export.batch.padding import left_padded
 from nbl_export.batch.rows import Inputs, check_activations, check_batch, check_routes, real_positions
+from nbl_export.blocks import ATTENTION, Block, block_of, part_of
 from nbl_export.calibrate.moments import CALIBRATE_AGAIN
 from nbl_export.errors import InputError, NblError
+from nbl_export.models.candidates import blocks_of
 from nbl_export.models.dummy_run import unrunnable
 from nbl_export.models.forward import run_uncached
-from nbl_export.models.layers import attention_layers, backbone, hidden_size, layer_count, observed
+from nbl_export.models.layers import backbone, hidden_size, layer_count, observed
 from nbl_export.models.lengths import BEYOND, lengths
 from nbl_export.models.routers import Routers
 from nbl_export.tensorfile import load_tensors, save_tensors
@@ -49,9 +51,9 @@ class Probe:
     """
 
     inputs: Inputs
-    h: Mapping[int, F32]
-    x: Mapping[int, F32]
-    y: Mapping[int, F32]
+    h: Mapping[Block, F32]
+    x: Mapping[Block, F32]
+    y: Mapping[Block, F32]
     routes: Mapping[int, I64] = field(default_factory=dict)
 
     @property
@@ -80,33 +82,40 @@ def tokens_beyond(model: torch.nn.Module) -> int:
     return max((tokens for tokens in longer if tokens * token <= _BYTES), default=0)
 
 
-def probe_model(model: torch.nn.Module, tokens: NDArray[np.int32]) -> Probe:
-    """Run the decoder ``model`` over the beginning of two rows of ``tokens`` and record every layer's h, x and y."""
+def probe_model(
+    model: torch.nn.Module, tokens: NDArray[np.int32], parts: Collection[str] = (ATTENTION,)
+) -> Probe:
+    """Run the decoder ``model`` over the beginning of two rows of ``tokens``, as :func:`probe_inputs` does."""
     longest, shorter = probe_lengths(tokens.shape[1], tokens_beyond(model))
     # Here the longest row of a batch may decide for both, and the graph is run row by row.
     if any(length.batch and shorter <= length.tokens < longest for length in lengths(model)):
         shorter = longest
     wanted = (longest, shorter)
     rows = [tokens[i % len(tokens)][:length] for i, length in enumerate(wanted)]
-    return probe_inputs(model, dict(zip((TOKENS, MASK, POSITIONS), left_padded(rows), strict=True)))
+    return probe_inputs(model, dict(zip((TOKENS, MASK, POSITIONS), left_padded(rows), strict=True)), parts)
 
 
-def probe_inputs(model: torch.nn.Module, inputs: Inputs) -> Probe:
-    """Run ``model`` over one batch and record every layer's h, x and y at positions without padding."""
+def probe_inputs(model: torch.nn.Module, inputs: Inputs, parts: Collection[str] = (ATTENTION,)) -> Probe:
+    """Run ``model`` over one batch and record h, x and y at positions without padding.
+
+    They are those of every attention layer, also of those that are no candidates, and with ``parts`` that have MLPs of
+    every MLP.
+    """
     import torch
 
-    h: dict[int, F32] = {}
-    x: dict[int, F32] = {}
-    y: dict[int, F32] = {}
+    h: dict[Block, F32] = {}
+    x: dict[Block, F32] = {}
+    y: dict[Block, F32] = {}
 
-    def observe(index: int, *activations: torch.Tensor) -> None:
+    def observe(index: Block, *activations: torch.Tensor) -> None:
         real = torch.from_numpy(real_positions(inputs, activations[0].shape[1]))
         for store, value in zip((h, x, y), activations, strict=True):
             store[index] = value[real.to(value.device)].float().cpu().numpy()
 
     routers = Routers([real_positions(inputs, inputs[TOKENS].shape[1])] if TOKENS in inputs else [])
     routers.begin()
-    with observed(model, attention_layers(model), observe), routers:
+    wanted = [one for one in blocks_of(model) if part_of(one.index) in {ATTENTION, *parts}]
+    with observed(model, wanted, observe), routers:
         try:
             run_uncached(backbone(model), inputs)
         except NblError:
@@ -132,8 +141,8 @@ def load_probe(path: Path) -> Probe:
     try:
         activations: dict[str, Any] = {"h": {}, "x": {}, "y": {}, _ROUTES: {}}
         for key in [k for k in tensors if "." in k]:
-            name, index = key.split(".")
-            activations[name][int(index)] = tensors.pop(key)
+            name, index = key.split(".", 1)
+            activations[name][block_of(index)] = tensors.pop(key)
         if set(tensors) not in _KNOWN:
             raise KeyError(TOKENS)
         check_batch(tensors)

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from nbl_export.blocks import Block
 from nbl_export.calibrate.moments import ARRAYS, LayerMoments, layer_file, load_layer, save_layer, shapes
 from nbl_export.checkpoint import Checkpoint
 from nbl_export.errors import InputError
@@ -33,10 +34,10 @@ class Store(Protocol):
     def begin(self, identity: Mapping[str, str]) -> None:
         """What is put from now on is of this ``identity``: of one model in one dtype over one text."""
 
-    def has(self, index: int) -> bool:
+    def has(self, index: Block) -> bool:
         """Whether the moments of layer ``index`` are there from an earlier run."""
 
-    def put(self, index: int, layer: LayerMoments) -> None:
+    def put(self, index: Block, layer: LayerMoments) -> None:
         """Keep the moments of layer ``index``."""
 
 
@@ -47,19 +48,19 @@ class InMemory:
     scratch = None
 
     def __init__(self) -> None:
-        self.layers: dict[int, LayerMoments] = {}
+        self.layers: dict[Block, LayerMoments] = {}
 
     def begin(self, identity: Mapping[str, str]) -> None:
         """Nothing is there from an earlier run."""
 
-    def has(self, index: int) -> bool:
+    def has(self, index: Block) -> bool:
         return index in self.layers
 
-    def put(self, index: int, layer: LayerMoments) -> None:
+    def put(self, index: Block, layer: LayerMoments) -> None:
         self.layers[index] = layer
 
 
-class Unnamed(Mapping[int, LayerMoments]):
+class Unnamed(Mapping[Block, LayerMoments]):
     """Keeps the moments in a file without a name in ``folder``, which is gone with the process; reads them by layer."""
 
     checkpoint = None
@@ -67,20 +68,20 @@ class Unnamed(Mapping[int, LayerMoments]):
 
     def __init__(self, folder: Path) -> None:
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
-        self._places: dict[int, tuple[int, int, int]] = {}
+        self._places: dict[Block, tuple[int, int, int]] = {}
 
     def begin(self, identity: Mapping[str, str]) -> None:
         """Nothing is there from an earlier run."""
 
-    def has(self, index: int) -> bool:
+    def has(self, index: Block) -> bool:
         return index in self._places
 
-    def put(self, index: int, layer: LayerMoments) -> None:
+    def put(self, index: Block, layer: LayerMoments) -> None:
         self._places[index] = self._file.seek(0, 2), layer.n, len(layer.x)
         for name in ARRAYS:
             self._file.write(np.ascontiguousarray(getattr(layer, name)).data)
 
-    def __getitem__(self, index: int) -> LayerMoments:
+    def __getitem__(self, index: Block) -> LayerMoments:
         place, n, d = self._places[index]
         self._file.seek(place)
         arrays = {name: np.empty(shape) for name, shape in shapes(d).items()}
@@ -88,7 +89,7 @@ class Unnamed(Mapping[int, LayerMoments]):
             self._file.readinto(array.data)  # type: ignore[attr-defined]
         return LayerMoments(n, **arrays)
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[Block]:
         return iter(self._places)
 
     def __len__(self) -> int:
@@ -109,20 +110,20 @@ class MomentsFolder:
         states = partial / "states.safetensors"
         self.checkpoint = Checkpoint(states) if every_seconds is None else Checkpoint(states, every_seconds)
         self.scratch = partial / "states"
-        self._indices: list[int] = []
+        self._indices: list[Block] = []
 
     def begin(self, identity: Mapping[str, str]) -> None:
         """Files of another ``identity`` are not of this run."""
         self._metadata["identity"] = dict(identity)
 
-    def has(self, index: int) -> bool:
+    def has(self, index: Block) -> bool:
         # A run that ended while it moved its files has some in either folder.
         found = any(self._is_ours(layer_file(place, index), index) for place in (self._partial, self._folder))
         if found:
             self._indices.append(index)
         return found
 
-    def _is_ours(self, path: Path, index: int) -> bool:
+    def _is_ours(self, path: Path, index: Block) -> bool:
         if not path.is_file():
             return False
         try:
@@ -131,7 +132,7 @@ class MomentsFolder:
             return False
         return (found, metadata) == (index, self._metadata)
 
-    def put(self, index: int, layer: LayerMoments) -> None:
+    def put(self, index: Block, layer: LayerMoments) -> None:
         self._partial.mkdir(exist_ok=True)
         save_layer(layer_file(self._partial, index), index, layer, self._metadata)
         self._indices.append(index)

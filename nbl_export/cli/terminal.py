@@ -29,6 +29,7 @@ from rich.progress import Task as RichTask
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from nbl_export.blocks import attentions
 from nbl_export.printable import printable
 from nbl_export.progress import Task
 from nbl_export.report.drawing import Table
@@ -196,9 +197,10 @@ def show_report(report: Report, out: Path) -> None:
     drawn = _drawn(checks)
     drawn.columns[-1].justify = "left"
     _out.print(drawn)
-    text = (
-        f"      {len(layers)} of {len(report.selection.candidates)} attention layers of {name} are now linear"
-        + (f": {', '.join(map(str, layers))}" if layers else "")
+    every = [candidate.layer for candidate in report.selection.candidates]
+    what = "attention layers" if len(attentions(every)) == len(every) else "blocks"
+    text = f"      {len(layers)} of {len(report.selection.candidates)} {what} of {name} are now linear" + (
+        f": {', '.join(map(str, layers))}" if layers else ""
     )
     _out.print(_verdict(report.passed) + _text(f"  {verdict_line(report)}"))
     _out.print(_text(text))

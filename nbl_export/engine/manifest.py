@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from nbl_export.blocks import Block
 from nbl_export.engine.gpu import Gpu
 from nbl_export.engine.library import Library, library_of, runs_here
 from nbl_export.engine.network import NetworkFacts
@@ -45,7 +46,7 @@ class Manifest:
     limits: Limits
     profiles: tuple[Profile, ...]
     kv_layers: tuple[int, ...]
-    linear_layers: tuple[int, ...]
+    linear_layers: tuple[Block, ...]
     attention: str
     network: NetworkFacts
     hashes: Mapping[str, str]

@@ -24,6 +24,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from nbl_export.blocks import attentions, described
 from nbl_export.engine.library import Library
 from nbl_export.errors import BuildError
 from nbl_export.graph.operators import LINEAR, key, linear_op
@@ -100,16 +101,16 @@ def _weight_name(node: ir.Node) -> str:
 def check_pair(base: NetworkWeights, linear: NetworkWeights, plan: Plan) -> None:
     """Raise :class:`BuildError` unless the two networks differ by the ``plan`` alone."""
     found = len(base.attention), len(linear.attention)
-    expected = len(plan.candidates), len(plan.attention_layers)
+    expected = len(attentions(plan.candidates)), len(plan.attention_layers)
     if found != expected:  # (1)
         raise _strangers(
             f"they have {found[0]} and {found[1]} attention layers, not {expected[0]} and {expected[1]}"
         )
-    layers = dict(zip(plan.candidates, base.attention, strict=True))
+    layers = dict(zip(attentions(plan.candidates), base.attention, strict=True))
     has, had = (Counter(digest for _, digest in weights.named) for weights in (linear, base))
     changed = len(plan.adapters)
     staying = {d for layer in plan.attention_layers for d in layers[layer]} | set(base.others)
-    for layer in plan.chosen:
+    for layer in plan.linear_attention:
         going = [d for d in layers[layer] if d not in staying]  # a family may share weights between layers
         if not layers[layer]:
             raise _strangers(f"the base has no weight of the attention of layer {layer}")
@@ -119,13 +120,17 @@ def check_pair(base: NetworkWeights, linear: NetworkWeights, plan: Plan) -> None
         where = next((f" of layer {i}" for i in plan.attention_layers if lost & set(layers[i])), "")
         raise _strangers(f"the linearized one lacks {len(lost)} weights{where} that the plan keeps")
     came = has - had
-    for layer in plan.chosen:  # (3)
-        ours = Counter(digest for name, digest in linear.named if name.startswith(f"{linear_name(layer)}."))
-        matrices = _matrices(plan.layers[layer])
+    for block in plan.chosen:  # (3)
+        ours = Counter(digest for name, digest in linear.named if name.startswith(f"{linear_name(block)}."))
+        matrices = _matrices(plan.layers[block])
         if not all(ours.keys() & set(weight_digests(matrix)) for matrix in matrices):
-            raise _strangers(f"the linearized one does not have the plan's W in the place of layer {layer}")
+            raise _strangers(
+                f"the linearized one does not have the plan's W in the place of {described(block)}"
+            )
         if ours.total() != len(matrices) + 1:
-            raise _strangers(f"the linearized one has {ours.total()} weights in the place of layer {layer}")
+            raise _strangers(
+                f"the linearized one has {ours.total()} weights in the place of {described(block)}"
+            )
         came -= ours
     if (more := came.total()) > changed:  # (4)
         raise _strangers(

@@ -22,9 +22,11 @@ candidate is the right one, if any, is then proven numerically (:mod:`nbl_export
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import onnx_ir as ir
 
+from nbl_export.blocks import Block, Mlp, described
 from nbl_export.errors import InputError
 from nbl_export.graph.cache import KV_LAYERS_KEY, kv_pairs
 from nbl_export.graph.cores import Core, NotFound, Search, core_of, cores_of, visible_cores
@@ -42,6 +44,7 @@ from nbl_export.graph.operators import (
     readers,
 )
 
+B = TypeVar("B", bound=Block)
 _MAX_STEPS = 12
 _MAX_ADDS = 3
 _MAX_BIASES = 64  # tensors after the output projection that may be y
@@ -62,15 +65,15 @@ class Output:
 
 
 @dataclass(frozen=True)
-class AttentionRegion:
-    """One layer's attention in a graph: the candidates for x, h and y, most likely first.
+class Region(Generic[B]):
+    """One attention or MLP in a graph: the candidates for x, h and y, most likely first.
 
     ``core`` is the operator that mixes tokens, ``projection`` the output projection, which writes y;
     ``linear_nodes`` are all linear operators from x to y; ``ops`` counts the nodes in between. ``pair`` is the number
     of its own KV pair, None without one; ``lent`` are keys and values of another layer that it attends to.
     """
 
-    layer: int
+    layer: B
     inputs: tuple[ir.Value, ...]
     streams: tuple[ir.Value, ...]
     outputs: tuple[Output, ...]
@@ -100,20 +103,28 @@ class AttentionRegion:
         return self.streams[0] if self.streams else None
 
 
-@dataclass(frozen=True)
-class Refusal:
-    """Why no rewritable attention was found for a layer."""
+class AttentionRegion(Region[int]):
+    """One layer's attention in a graph."""
 
-    layer: int
+
+class MlpRegion(Region[Mlp]):
+    """One layer's MLP in a graph; its ``core`` is the operator that follows u."""
+
+
+@dataclass(frozen=True)
+class Refusal(Generic[B]):
+    """Why no rewritable attention or MLP was found for a layer."""
+
+    layer: B
     check: str
     found: str
     pair: int | None = None
 
     def __str__(self) -> str:
-        return f"layer {self.layer}: {self.check} (found: {self.found})"
+        return f"{described(self.layer)}: {self.check} (found: {self.found})"
 
 
-def find_regions(model: ir.Model) -> list[AttentionRegion | Refusal]:
+def find_regions(model: ir.Model) -> list[AttentionRegion | Refusal[int]]:
     """One entry for each attention layer of the graph, in order.
 
     Raises :class:`InputError` for a graph whose layers lie in the branches of an If or the body of a loop.
@@ -123,15 +134,13 @@ def find_regions(model: ir.Model) -> list[AttentionRegion | Refusal]:
     cores = cores_of(model, pairs, visible)
     if not visible and KV_LAYERS_KEY not in model.metadata_props:  # otherwise all layers are linear already
         _refuse_control_flow(model)
-    cache = {v for pair in pairs for v in pair.present}
-    logits = next((v.producer() for v in model.graph.outputs if v not in cache), None)
-    search = Search(model, logits)
+    search = search_of(model)
     if len(cores) * len(search.order) > _MOST_STEPS:
         raise InputError(
             f"The graph has {len(cores):,} attention layers and {len(search.order):,} nodes, too many to search: "
             "export the model again."
         )
-    found: list[AttentionRegion | Refusal] = []
+    found: list[AttentionRegion | Refusal[int]] = []
     for number, core in enumerate(cores):
         layer = core.pair if core.pair is not None and len(cores) == len(pairs) else number
         try:
@@ -143,6 +152,12 @@ def find_regions(model: ir.Model) -> list[AttentionRegion | Refusal]:
         except NotFound as reason:
             found.append(Refusal(layer, reason.check, reason.found, core.pair))
     return found
+
+
+def search_of(model: ir.Model) -> Search:
+    """What a search needs of ``model``, whose first output beside the cache are the logits."""
+    cache = {v for pair in kv_pairs(model) for v in pair.present}
+    return Search(model, next((v.producer() for v in model.graph.outputs if v not in cache), None))
 
 
 def _refuse_control_flow(model: ir.Model) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from nbl_export.blocks import Block
+
 
 @dataclass(frozen=True)
 class GraphSummary:
@@ -35,8 +37,8 @@ class Float32Node:
 class DescribedLayer:
     """What the metadata of a rewritten graph says of a layer: the names of its u and y."""
 
-    layer: int
-    kind: Literal["linear", "attention"]
+    layer: Block
+    kind: Literal["linear", "attention", "mlp"]
     input: str
     output: str
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from nbl_export.blocks import Block
 from nbl_export.linearize.figures import Loss
 from nbl_export.settings import Budget
 
@@ -27,7 +28,7 @@ class CurvePoint:
     """
 
     k: int
-    layers: tuple[int, ...]
+    layers: tuple[Block, ...]
     kl: float
     kl_se: float | None
     perplexity_ratio: float
@@ -36,14 +37,17 @@ class CurvePoint:
     decode_speedup: float | None = None
 
     @classmethod
-    def of(cls, k: int, layers: Sequence[int], loss: Loss) -> CurvePoint:
+    def of(cls, k: int, layers: Sequence[Block], loss: Loss) -> CurvePoint:
         """The point of the ``k`` ``layers``, which were measured to cost ``loss``."""
         ratio, ratio_se = loss.perplexity_ratio, loss.perplexity_ratio_se
         return cls(k, tuple(sorted(layers)), loss.kl, loss.kl_se, ratio, ratio_se)
 
 
 def loss_curve(
-    prefix: Callable[[int], Sequence[int]], loss: Callable[[Sequence[int]], Loss], count: int, budget: Budget
+    prefix: Callable[[int], Sequence[Block]],
+    loss: Callable[[Sequence[Block]], Loss],
+    count: int,
+    budget: Budget,
 ) -> list[CurvePoint]:
     """The losses of K = 1, 2 … ``count``, until the budget is exceeded for good. ``prefix(k)`` are the k best."""
     points: list[CurvePoint] = []

@@ -6,6 +6,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from nbl_export.blocks import Block
+
 
 def exp(nats: float) -> float:
     """e to the ``nats``; infinity where that is beyond the largest number."""
@@ -25,7 +27,7 @@ class Candidate:
     it out, ``sensitivity``: the KL by noise, per share of the output, and ``predicted`` = nmse × sensitivity.
     """
 
-    layer: int
+    layer: Block
     nmse: float
     cca: float
     ridge: float

@@ -14,7 +14,7 @@ weights once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -22,17 +22,19 @@ import numpy as np
 import torch
 
 from nbl_export.batch.names import TOKENS
+from nbl_export.blocks import ATTENTION, Block, layer_of, part_of
 from nbl_export.calibrate.moments import LayerMoments
 from nbl_export.calibrate.states import States, states_for
 from nbl_export.linearize.lmmse import LinearFit
 from nbl_export.linearize.plan import LinearLayer
 from nbl_export.linearize.swap import replaced
-from nbl_export.models.layers import attention_layer, attention_layers, hidden_size, observed
+from nbl_export.models.candidates import block_modules, blocks_of
+from nbl_export.models.layers import hidden_size, observed
 from nbl_export.models.walk import Batch, Step, segments, walking
 from nbl_export.models.weights import device_of, weights_like
 from nbl_export.settings.choices import FitInput
 
-Solve = Callable[[int, LayerMoments], LinearFit]
+Solve = Callable[[Block, LayerMoments], LinearFit]
 Advance = Callable[[int], None]
 _BATCH_ROWS = 2
 # No token weighs more than this many times the median one.
@@ -50,29 +52,35 @@ def dropped(d: int) -> LinearLayer:
 
 
 def weighted_moments(
-    model: torch.nn.Module, tokens: Any, fit_input: FitInput, advance: Advance
-) -> Iterator[tuple[int, LayerMoments]]:
-    """Each attention layer and its moments over ``tokens`` [rows, seq], each token weighted by 1 / ‖h‖².
+    model: torch.nn.Module,
+    tokens: Any,
+    fit_input: FitInput,
+    advance: Advance,
+    parts: Collection[str] = (ATTENTION,),
+) -> Iterator[tuple[Block, LayerMoments]]:
+    """Each attention, MLP, or both, as ``parts`` say, and its moments over ``tokens`` [rows, seq].
+
+    Each token is weighted by 1 / ‖h‖².
 
     The median token, which bounds the weights, is that of the first rows. The weights of each block are read once;
     ``advance`` is called with the tokens of a batch when they have passed a part of :func:`segments`.
     """
-    layers = attention_layers(model)
+    layers = [one for one in blocks_of(model) if part_of(one.index) in parts]
     batches = list(_batches(model, tokens))
     states = _states(model, batches)
     with torch.inference_mode(), walking(model) as run:
         for part in segments(model):
-            inside = tuple(layer for layer in layers if part.start <= layer.index < part.stop)
+            inside = tuple(layer for layer in layers if part.start <= layer_of(layer.index) < part.stop)
             sums = {layer.index: WeightedSums(hidden_size(model), model) for layer in inside}
-            least: dict[int, float] = {}
+            least: dict[Block, float] = {}
 
             def observe(
-                index: int,
+                index: Block,
                 h: torch.Tensor,
                 x: torch.Tensor,
                 y: torch.Tensor,
-                sums: dict[int, WeightedSums] = sums,
-                least: dict[int, float] = least,
+                sums: dict[Block, WeightedSums] = sums,
+                least: dict[Block, float] = least,
             ) -> None:
                 energy = h.double().square().sum(-1)
                 if index not in least:
@@ -99,11 +107,11 @@ def _median_energy(energy: torch.Tensor) -> float:
 def sequential_fits(
     model: torch.nn.Module,
     tokens: Any,
-    chosen: Sequence[int],
+    chosen: Sequence[Block],
     fit_input: FitInput,
     solve: Solve,
     advance: Advance,
-) -> dict[int, LinearLayer]:
+) -> dict[Block, LinearLayer]:
     """The linear layers of ``chosen``, each fitted after the previous ones are linearized, over ``tokens`` [rows, seq].
 
     Both models process the text together, block by block: the weights of each block up to the last of ``chosen`` are
@@ -111,13 +119,13 @@ def sequential_fits(
     files. ``solve`` must not run the model.
     """
     order = sorted(chosen)
-    fitted: dict[int, LinearLayer] = {}
+    fitted: dict[Block, LinearLayer] = {}
     batches = list(_batches(model, tokens))
     original = changed = _states(model, batches)
     with torch.inference_mode(), walking(model) as run:
-        for part in (part for part in segments(model) if part.start <= order[-1]):
-            inside = [index for index in order if part.start <= index < part.stop]
-            before: dict[int, LinearLayer] = {}
+        for part in (part for part in segments(model) if part.start <= layer_of(order[-1])):
+            inside = [index for index in order if part.start <= layer_of(index) < part.stop]
+            before: dict[Block, LinearLayer] = {}
             with run(part) as step:
                 for index in inside:
                     sums = WeightedSums(hidden_size(model), model)
@@ -158,16 +166,16 @@ class _Seen(Exception):
 
 
 def _seen(
-    model: torch.nn.Module, index: int, step: Step, batch: Batch, states: torch.Tensor | None
+    model: torch.nn.Module, index: Block, step: Step, batch: Batch, states: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """h, x and y of layer ``index``, which the ``step`` runs."""
     seen: list[torch.Tensor] = []
 
-    def take(_index: int, *activations: torch.Tensor) -> None:
+    def take(_index: Block, *activations: torch.Tensor) -> None:
         seen.extend(activations)
         raise _Seen
 
-    with suppress(_Seen), observed(model, (attention_layer(model, index),), take):
+    with suppress(_Seen), observed(model, (block_modules(model, index),), take):
         step(batch, states)
     h, x, y = seen
     return h, x, y

@@ -22,14 +22,16 @@ import torch
 from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import F64
+from nbl_export.blocks import Block, layer_of
 from nbl_export.errors import CalibrationError
 from nbl_export.linearize.figures import Loss
 from nbl_export.linearize.plan import LinearLayer, Plan
 from nbl_export.linearize.swap import linearized, replaced
 from nbl_export.linearize.sweep import ORIGINAL, Version, sweep, version_of
+from nbl_export.models.candidates import blocks_of
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.image_tokens import written
-from nbl_export.models.layers import attention_layers, block_stack, hidden_size, vocabulary
+from nbl_export.models.layers import block_stack, hidden_size, vocabulary
 from nbl_export.models.partial_forward import beginning, recording_inputs, starting_at
 from nbl_export.models.walk import after_blocks
 from nbl_export.models.weights import device_of, streams, weights_like
@@ -150,8 +152,8 @@ class LossMeter:
         self._targets = [written(row) for row in self._rows]
         self._predicted_at = document[:, 1:].reshape(-1) >= 0
         self._owner = document[:, 1:].reshape(-1)[self._predicted_at]
-        self._layers = attention_layers(model)
-        self._linear: dict[int, LinearLayer] = {}
+        self._blocks = [one.index for one in blocks_of(model)]
+        self._linear: dict[Block, LinearLayer] = {}
         # Of the original: the predictions, or, where these are large, the states after the last block.
         self._references: list[Reference] = []
         self._ends: list[torch.Tensor] = []
@@ -178,7 +180,7 @@ class LossMeter:
     def documents(self) -> int:
         return len(np.unique(self._owner))
 
-    def settle(self, layers: Mapping[int, LinearLayer]) -> None:
+    def settle(self, layers: Mapping[Block, LinearLayer]) -> None:
         """Store the states of the model with the linear ``layers``; sets that add to it are then measured faster."""
         if {i: id(m) for i, m in self._linear.items()} == {i: id(m) for i, m in layers.items()}:
             return
@@ -188,7 +190,7 @@ class LossMeter:
         for _ in self._settled(dict(layers), lambda _tokens: None):
             pass
 
-    def measure(self, layers: Mapping[int, LinearLayer]) -> Loss:
+    def measure(self, layers: Mapping[Block, LinearLayer]) -> Loss:
         """The loss of the model with exactly the linear ``layers``."""
         if self.together:
             return self.measure_all([layers])[0]
@@ -203,7 +205,7 @@ class LossMeter:
             ):
                 yield number, logits
 
-    def measure_all(self, sets: Sequence[Mapping[int, LinearLayer]]) -> list[Loss]:
+    def measure_all(self, sets: Sequence[Mapping[Block, LinearLayer]]) -> list[Loss]:
         """The losses of ``sets`` of linear layers, each the same as by :meth:`measure`; the weights are read once."""
         if not self.together:
             return [self.measure(layers) for layers in sets]
@@ -258,20 +260,19 @@ class LossMeter:
                 excess.append(row_excess)
         return self._loss(np.concatenate(kl), np.concatenate(excess))
 
-    def _first_new(self, layers: Mapping[int, LinearLayer]) -> int:
-        # The first layer where this set and the settled one differ; the last layer if they are equal.
-        indices = [layer.index for layer in self._layers]
-        differs = [i for i in indices if layers.get(i) is not self._linear.get(i)]
-        return differs[0] if differs else indices[-1]
+    def _first_new(self, layers: Mapping[Block, LinearLayer]) -> int:
+        # The first layer where this set and the settled one differ; the last one if they are equal.
+        differs = [i for i in self._blocks if layers.get(i) is not self._linear.get(i)]
+        return layer_of(differs[0] if differs else self._blocks[-1])
 
     def _settled(
-        self, layers: dict[int, LinearLayer], advance: Callable[[int], None]
+        self, layers: dict[Block, LinearLayer], advance: Callable[[int], None]
     ) -> Iterator[torch.Tensor]:
         # A generator, so that the logits of only one row are in memory.
         self._linear, self._states = layers, []
         with torch.inference_mode(), replaced(self.model, layers, self.fit_input):
             for row in self._rows:
-                with recording_inputs(self.model, self._layers) as states:
+                with recording_inputs(self.model, {layer_of(i) for i in self._blocks}) as states:
                     logits = row_logits(self.model, row)
                 self._states.append(dict(states))
                 advance(len(row))
@@ -301,4 +302,4 @@ def loss_of_plan(meter: LossMeter, plan: Plan) -> Loss:
     meter.settle({})
     if meter.together:
         return meter.measure_versions([version_of(meter.model, plan)])[0]
-    return meter.measure_within(linearized(meter.model, plan), min(plan.chosen))
+    return meter.measure_within(linearized(meter.model, plan), layer_of(min(plan.chosen)))

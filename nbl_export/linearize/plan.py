@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import F32
 from nbl_export.batch.rows import check_activations, check_batch, check_routes
+from nbl_export.blocks import Block, as_json, attentions, block_of, layer_of
 from nbl_export.errors import InputError
 from nbl_export.files import read_json, sha256_of_file, sha256_of_json, write_json
 from nbl_export.linearize.adapters import Adapter
@@ -51,11 +52,12 @@ class Plan:
 
     ``fit_input`` says what u is. ``probe`` is a ragged batch by input name (``input_ids``, ``attention_mask`` …,
     int64 [batch, sequence]) or images; ``probe_u`` and ``probe_y`` are u and y of the original PyTorch model on it,
-    for **every** attention layer, float32 [unpadded tokens, d]. ``layer_count`` counts all blocks, including those
-    without attention. ``fit`` is the name of the fit, ``repair`` the number of distillation steps after it, ``rank``
-    the rank of every W if they were truncated; ``ridge`` is None if it was chosen per layer. ``adapters`` are the
-    changes that a repair made to retained weights, by the name of the model's parameter. ``probe_routes`` are the
-    places [tokens, …, k] that each router of a mixture of experts chose on the probe.
+    for **every** attention layer, and every MLP where MLPs may be chosen, float32 [unpadded tokens, d].
+    ``layer_count`` counts all layers of the model, including those without attention. ``fit`` is the name of the fit,
+    ``repair`` the number of distillation steps after it, ``rank`` the rank of every W if they were truncated; ``ridge``
+    is None if it was chosen per layer. ``adapters`` are the changes that a repair made to retained weights, by the name
+    of the model's parameter. ``probe_routes`` are the places [tokens, …, k] that each router of a mixture of experts
+    chose on the probe.
     """
 
     model: str
@@ -65,10 +67,10 @@ class Plan:
     criterion: str
     ridge: float | None
     calibration_tokens: int
-    layers: Mapping[int, LinearLayer]
+    layers: Mapping[Block, LinearLayer]
     probe: Mapping[str, NDArray[Any]]
-    probe_u: Mapping[int, F32]
-    probe_y: Mapping[int, F32]
+    probe_u: Mapping[Block, F32]
+    probe_y: Mapping[Block, F32]
     fit: str = "lmmse"
     repair: int = 0
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
@@ -76,30 +78,35 @@ class Plan:
     probe_routes: Mapping[int, NDArray[np.int64]] = field(default_factory=dict)
 
     @property
-    def chosen(self) -> tuple[int, ...]:
+    def chosen(self) -> tuple[Block, ...]:
         return tuple(sorted(self.layers))
 
     @property
-    def candidates(self) -> tuple[int, ...]:
-        """The attention layers of the original model, all of which are in the probe."""
+    def candidates(self) -> tuple[Block, ...]:
+        """The blocks of the original model that are in the probe: all its attention layers, and MLPs if asked for."""
         return tuple(sorted(self.probe_y))
+
+    @property
+    def linear_attention(self) -> tuple[int, ...]:
+        """The layers whose attention is linear, which have no keys and values."""
+        return attentions(self.chosen)
 
     @property
     def attention_layers(self) -> tuple[int, ...]:
         """The layers that retain their attention, in the order of the rewritten model's KV pairs."""
-        return tuple(i for i in self.candidates if i not in self.layers)
+        return tuple(i for i in attentions(self.candidates) if i not in self.layers)
 
     def without_layers(self) -> Plan:
         """The plan without linear layers, for the unmodified model."""
         return replace(self, layers={}, adapters={})
 
 
-def linear_name(layer: int) -> str:
-    """How the names begin that a rewritten graph has for the linear layer in the place of ``layer``'s attention."""
+def linear_name(layer: Block) -> str:
+    """How the names begin that a rewritten graph has for the linear layer in the place of a block."""
     return f"layers.{layer}.nbl_linear"
 
 
-def linear_output_name(layer: int) -> str:
+def linear_output_name(layer: Block) -> str:
     """The name of a linearized layer's output."""
     return f"{linear_name(layer)}.output"
 
@@ -109,10 +116,10 @@ def _stored_names(rank: int | None) -> tuple[str, ...]:
     return ("w", "b") if rank is None else ("up", "down", "b")
 
 
-class _StoredLayers(Mapping[int, LinearLayer]):
+class _StoredLayers(Mapping[Block, LinearLayer]):
     """The linear layers of a stored plan, each loaded on access: W of an 8B model's layer has 64 MiB."""
 
-    def __init__(self, stored: Mapping[str, Any], indices: Sequence[int], rank: int | None) -> None:
+    def __init__(self, stored: Mapping[str, Any], indices: Sequence[Block], rank: int | None) -> None:
         self._stored, self._indices = stored, tuple(indices)
         self._names = _stored_names(rank)
         if missing := {f"layers.{i}.{name}" for i in indices for name in self._names} - set(stored):
@@ -122,13 +129,13 @@ class _StoredLayers(Mapping[int, LinearLayer]):
             if len(up) != 2 or len(down) != 2 or up[1] != rank or down[0] != rank:
                 raise ValueError(f"the factors of layer {i} have the shapes {up} and {down}, not rank {rank}")
 
-    def __getitem__(self, index: int) -> LinearLayer:
+    def __getitem__(self, index: Block) -> LinearLayer:
         if index not in self._indices:
             raise KeyError(index)
         arrays = {name: self._stored[f"layers.{index}.{name}"] for name in self._names}
         return LinearLayer(**arrays) if "w" in arrays else LinearLayer.of_rank(**arrays)
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[Block]:
         return iter(self._indices)
 
     def __len__(self) -> int:
@@ -152,7 +159,7 @@ def save_plan(path: Path, plan: Plan) -> None:
         "model": plan.model,
         "hidden_size": plan.hidden_size,
         "layer_count": plan.layer_count,
-        "layers": list(plan.chosen),
+        "layers": list(map(as_json, plan.chosen)),
         "fit_input": plan.fit_input,
         "criterion": plan.criterion,
         "fit": plan.fit,
@@ -192,7 +199,7 @@ def load_plan(path: Path) -> Plan:
             if group not in ("layers", "adapters"):
                 groups[group][rest] = stored[key]
         check_batch(groups["probe"])
-        probe_u, probe_y = ({int(i): v for i, v in groups[g].items()} for g in ("probe_u", "probe_y"))
+        probe_u, probe_y = ({block_of(i): v for i, v in groups[g].items()} for g in ("probe_u", "probe_y"))
         if probe_u.keys() != probe_y.keys():
             raise ValueError("the layers of its probe")
         for arrays in (probe_u, probe_y):
@@ -236,7 +243,7 @@ class _Header:
     model: str
     hidden_size: int
     layer_count: int
-    layers: tuple[int, ...]
+    layers: tuple[Block, ...]
     fit_input: FitInput
     criterion: str
     ridge: float | None
@@ -257,12 +264,12 @@ def _check(path: Path, plan: Plan) -> None:
         raise InputError(
             f"{path}: layer {min(odd)} is not in the plan's probe of all attention layers: {_REMEDY}."
         )
-    if not all(0 <= i < plan.layer_count for i in plan.candidates):
+    if not all(0 <= layer_of(i) < plan.layer_count for i in plan.candidates):
         raise InputError(f"{path} is damaged (layer_count {plan.layer_count}): {_REMEDY}.")
     if any(arrays.shape[1] != d for arrays in (*plan.probe_u.values(), *plan.probe_y.values())):
         raise InputError(f"{path} is damaged (hidden_size {d}): {_REMEDY}.")
     for index, layer in plan.layers.items():
-        if layer.w.shape != (d, d) or layer.b.shape != (d,) or not 0 <= index < plan.layer_count:
+        if layer.w.shape != (d, d) or layer.b.shape != (d,) or not 0 <= layer_of(index) < plan.layer_count:
             raise InputError(
                 f"{path}: layer {index} has W {layer.w.shape} and b {layer.b.shape}, which does not fit a model "
                 f"of {plan.layer_count} layers of width {d}: {_REMEDY}."

@@ -22,7 +22,7 @@ original, forward and backward.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,14 +33,16 @@ import numpy as np
 import torch
 
 from nbl_export.batch.image_ids import are_images
+from nbl_export.blocks import Block, layer_of
 from nbl_export.checkpoint import Checkpoint, saving_to
 from nbl_export.errors import InputError
 from nbl_export.linearize.adapters import Adapter, weight_digests
 from nbl_export.linearize.divergence import divergence
 from nbl_export.linearize.lmmse import Covariances
 from nbl_export.linearize.plan import LinearLayer
-from nbl_export.linearize.swap import AttentionReplacement, replaced
-from nbl_export.models.layers import attention_layer, attention_layers, hidden_size, layer_count
+from nbl_export.linearize.swap import LinearReplacement, replaced
+from nbl_export.models.candidates import blocks_of
+from nbl_export.models.layers import attention_layers, block_stack, hidden_size, layer_count
 from nbl_export.models.partial_forward import beginning, recomputed, recording_inputs, starting_at
 from nbl_export.models.weights import device_of, held, resident, room, size, streams, weights_like
 from nbl_export.progress import Listener, Silent
@@ -67,7 +69,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")  # as Adam names them
 class Repaired:
     """The maps and the adapters, by parameter, after a repair."""
 
-    layers: dict[int, LinearLayer]
+    layers: dict[Block, LinearLayer]
     adapters: dict[str, Adapter]
 
 
@@ -81,8 +83,8 @@ class Distillation:
     """
 
     model: torch.nn.Module
-    layers: Mapping[int, LinearLayer]
-    covariances: Mapping[int, Covariances]
+    layers: Mapping[Block, LinearLayer]
+    covariances: Mapping[Block, Covariances]
     fit_input: FitInput
     tokens: NDArray[np.int32]
     steps: int
@@ -185,8 +187,8 @@ class _Original:
     """
 
     def __init__(self, model: torch.nn.Module, first: int, keeping: bool, tokens: int) -> None:
-        self._model, self._first = model, attention_layer(model, beginning(model, first))
-        self._last = attention_layer(model, beginning(model, attention_layers(model)[-1].index))
+        self._model, self._first = model, beginning(model, first)
+        self._last = beginning(model, attention_layers(model)[-1].index)
         weight = weights_like(model)
         self._keeping = keeping and 2 * tokens * hidden_size(model) * weight.element_size() <= _KEPT_BYTES
         self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -196,12 +198,12 @@ class _Original:
         with torch.no_grad():
             if number in self._kept:
                 first, last = self._kept[number]
-                with starting_at(self._model, self._last.index, last.to(ids.device)):
+                with starting_at(self._model, self._last, last.to(ids.device)):
                     logits = self._model(input_ids=ids, use_cache=False).logits
                 return first.to(ids.device), logits
             with recording_inputs(self._model, [self._first, self._last]) as states:
                 logits = self._model(input_ids=ids, use_cache=False).logits
-            first, last = (states[layer.index] for layer in (self._first, self._last))
+            first, last = states[self._first], states[self._last]
             if self._keeping:
                 self._kept[number] = first.cpu(), last.cpu()
             return first, logits
@@ -212,12 +214,12 @@ class _Training:
 
     def __init__(self, task: Distillation) -> None:
         self._task = task
-        self.first = min(task.layers)
+        self.first = layer_of(min(task.layers))
         self.device = device_of(task.model)
         self._maps = {
             i: _begin_map(task.layers[i], task.covariances[i], self.device) for i in sorted(task.layers)
         }
-        self._adapters = _begin_adapters(task.model, self.first, task.rank, task.seed)
+        self._adapters = _begin_adapters(task.model, self.first, task.rank, task.seed, task.layers)
         groups: list[dict[str, Any]] = [
             {"params": [t for one in self._maps.values() for t in (one.v, one.c)], "rate": _MAP_RATE},
             {"params": [one.up for one in self._adapters], "rate": _UP_RATE},
@@ -311,13 +313,15 @@ def _begin_map(layer: LinearLayer, c: Covariances, device: torch.device) -> _Tra
     return _TrainedMap(w, b, unit, v, bias)
 
 
-def _begin_adapters(model: torch.nn.Module, first: int, rank: int, seed: int) -> list[_TrainedAdapter]:
+def _begin_adapters(
+    model: torch.nn.Module, first: int, rank: int, seed: int, linear: Collection[Block]
+) -> list[_TrainedAdapter]:
     if not rank:
         return []
     generator = torch.Generator().manual_seed(seed)
     device = device_of(model)
     found = []
-    for name in mlp_maps(model, first):
+    for name in mlp_maps(model, first, linear):
         module = model.get_submodule(name)
         with held(model, [name]):
             weight = module.get_parameter("weight")
@@ -330,21 +334,24 @@ def _begin_adapters(model: torch.nn.Module, first: int, rank: int, seed: int) ->
     return found
 
 
-def mlp_maps(model: torch.nn.Module, first: int) -> list[str]:
-    """The linear maps beside the attention in the blocks from that of attention layer ``first`` on, by their paths."""
+def mlp_maps(model: torch.nn.Module, first: int, linear: Collection[Block] = ()) -> list[str]:
+    """The linear maps beside the attention from layer ``first`` on, by their paths; not those of ``linear`` MLPs."""
     from transformers.pytorch_utils import Conv1D
 
     layers = {layer.index: layer for layer in attention_layers(model)}
-    stack = layers[first].block.rpartition(".")[0]
+    stack, _ = block_stack(model)
+    gone = tuple(
+        f"{path}." for one in blocks_of(model) if one.index in linear for path in (one.module, one.output)
+    )
     found = []
     for index in range(first, layer_count(model)):
         own = layers.get(index)
         if own is None:
             continue  # what else mixes tokens is left as it is
-        block, taken = f"{stack}.{index}", (f"{own.attention}.", f"{own.output}.")
+        block, taken = f"{stack}.{index}", (f"{own.module}.", f"{own.output}.")
         for name, module in model.get_submodule(block).named_modules():
             path = f"{block}.{name}"
-            if isinstance(module, (torch.nn.Linear, Conv1D)) and not f"{path}.".startswith(taken):
+            if isinstance(module, (torch.nn.Linear, Conv1D)) and not f"{path}.".startswith((*taken, *gone)):
                 found.append(path)
     return found
 
@@ -364,7 +371,7 @@ def _adding(model: torch.nn.Module, adapters: list[_TrainedAdapter]) -> Iterator
 
 
 @contextmanager
-def _merging(module: AttentionReplacement, one: _TrainedMap) -> Iterator[None]:
+def _merging(module: LinearReplacement, one: _TrainedMap) -> Iterator[None]:
     """Within the block, each pass through ``module`` merges the map anew: it is not kept for the backward pass."""
     device, dtype = module.weight.device, module.weight.dtype
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from nbl_export.blocks import Block, described, part_of
 from nbl_export.calibrate.moments import Moments
 from nbl_export.errors import CalibrationError, InputError
 from nbl_export.linearize.figures import Candidate
@@ -45,7 +46,7 @@ def score_layers(
     fit_input: FitInput = "normed",
     ridge: float = DEFAULT_RIDGE,
     listener: Listener | None = None,
-    score: Callable[[Sequence[int]], Sequence[Candidate]] | None = None,
+    score: Callable[[Sequence[Block]], Sequence[Candidate]] | None = None,
     at_once: int = 1,
 ) -> tuple[Candidate, ...]:
     """Fit and score every layer; raises :class:`CalibrationError` naming a layer that cannot be fitted.
@@ -69,7 +70,7 @@ def score_layers(
     return tuple(candidates)
 
 
-def score_layer(moments: Moments, layer: int, fit_input: FitInput, ridge: float) -> Candidate:
+def score_layer(moments: Moments, layer: Block, fit_input: FitInput, ridge: float) -> Candidate:
     """Fit and score one layer; raises :class:`CalibrationError` naming it if it cannot be fitted."""
     with naming(layer):
         own = moments.layers[layer]  # once: it is read from a file
@@ -81,11 +82,11 @@ def score_layer(moments: Moments, layer: int, fit_input: FitInput, ridge: float)
 
 
 def check_layers(
-    candidates: Sequence[int],
-    layers: Sequence[int],
+    candidates: Sequence[Block],
+    layers: Sequence[Block],
     k: int | None,
     others: Mapping[str, str] | None = None,
-) -> tuple[int, ...]:
+) -> tuple[Block, ...]:
     """The ``layers`` named by the user, ascending; raises :class:`InputError` for one that is no candidate.
 
     ``others`` says what the model's other layers are, by index.
@@ -93,15 +94,25 @@ def check_layers(
     if k is not None and k != len(layers):
         raise InputError(f"--k {k} and --layers with {len(layers)} layers contradict each other: give one.")
     if unknown := sorted(set(layers) - set(candidates)):
+        if not any(part_of(unknown[0]) == part_of(block) for block in candidates):
+            raise InputError(
+                f"--layers names {described(unknown[0])}, and the moments are of {part_of(candidates[0])}s alone: "
+                "calibrate with --blocks both."
+            )
+        candidates = [block for block in candidates if part_of(block) == part_of(unknown[0])]
         there, what = sorted(candidates), (others or {}).get(str(unknown[0]))
         if what:
             raise InputError(
-                f"--layers names layer {unknown[0]}, which cannot be linearized ({what}); the layers that can be are "
-                f"{', '.join(map(str, there))}."
+                f"--layers names {described(unknown[0])}, which cannot be linearized ({what}); the layers that can be "
+                f"are {', '.join(map(str, there))}."
             )
         whole = there == list(range(len(there)))
-        have = f"layers 0 to {there[-1]}" if whole else f"attention layers {', '.join(map(str, there))}"
-        raise InputError(f"--layers names layer {unknown[0]}; the model has {have}.")
+        have = (
+            f"layers 0 to {there[-1]}"
+            if whole
+            else f"{part_of(there[0])} layers {', '.join(map(str, there))}"
+        )
+        raise InputError(f"--layers names {described(unknown[0])}; the model has {have}.")
     if len(set(layers)) != len(layers):
         raise InputError("--layers names a layer twice: name each layer once.")
     return tuple(sorted(layers))
@@ -131,7 +142,7 @@ def check_k(k: int, count: int | None) -> None:
 
 
 def check_selection(
-    settings: SelectSettings, layers: Sequence[int], d: int, others: Mapping[str, str] | None = None
+    settings: SelectSettings, layers: Sequence[Block], d: int, others: Mapping[str, str] | None = None
 ) -> None:
     """Refuse what a model with these candidate ``layers`` and width ``d`` cannot be asked, before any work.
 
@@ -159,7 +170,7 @@ def ranking(candidates: Sequence[Candidate], criterion: str) -> list[Candidate]:
     """
     score = check_criterion(criterion).score
 
-    def key(candidate: Candidate) -> tuple[float, int]:
+    def key(candidate: Candidate) -> tuple[float, Block]:
         value = score(candidate)
         if value is None:
             raise ValueError(f"layer {candidate.layer} was not measured for {criterion}")
@@ -168,7 +179,7 @@ def ranking(candidates: Sequence[Candidate], criterion: str) -> list[Candidate]:
     return sorted(candidates, key=key)
 
 
-def _finite(value: float, layer: int, what: str) -> float:
+def _finite(value: float, layer: Block, what: str) -> float:
     if not math.isfinite(value):
         raise CalibrationError(
             f"Layer {layer} cannot be ranked: its {what} is {value:g}: calibrate on more or other text."
@@ -176,7 +187,7 @@ def _finite(value: float, layer: int, what: str) -> float:
     return value
 
 
-def predicted_excess(candidates: Sequence[Candidate], chosen: Sequence[int]) -> float | None:
+def predicted_excess(candidates: Sequence[Candidate], chosen: Sequence[Block]) -> float | None:
     """The excess of the ``chosen`` layers predicted by the linearity theorem: the sum of their ``predicted`` scores.
 
     In nats per token; None if sensitivities were not measured.
@@ -186,7 +197,7 @@ def predicted_excess(candidates: Sequence[Candidate], chosen: Sequence[int]) -> 
 
 
 @contextmanager
-def naming(layer: int) -> Iterator[None]:
+def naming(layer: Block) -> Iterator[None]:
     """Within the block, add the number of the ``layer`` to the error for moments that cannot be fitted."""
     try:
         yield

@@ -22,11 +22,12 @@ from typing import Any
 
 import torch
 
+from nbl_export.blocks import Block, layer_of
 from nbl_export.errors import CalibrationError
 from nbl_export.linearize.figures import Loss
 from nbl_export.linearize.loss import LossMeter
 from nbl_export.linearize.plan import LinearLayer
-from nbl_export.models.layers import AttentionLayer
+from nbl_export.models.layers import BlockModules
 
 # The share of a layer's output that is noise when its sensitivity is measured: about the error of the fits. The theorem
 # is about small errors, but with a share of 5 % bfloat16 rounding dominated, and the ranking was random.
@@ -75,34 +76,34 @@ class MeasuredSets:
     def __init__(
         self,
         meter: Callable[[], LossMeter],
-        linear: Mapping[int, LinearLayer],
+        linear: Mapping[Block, LinearLayer],
         cache: LossCache,
-        measure: Callable[[Sequence[Sequence[int]], frozenset[int]], Sequence[Loss]] | None = None,
+        measure: Callable[[Sequence[Sequence[Block]], frozenset[Block]], Sequence[Loss]] | None = None,
         at_once: int = 1,
     ) -> None:
         self._meter, self._linear, self._cache = meter, linear, cache
         self._measure_all, self._at_once = measure or self._measured_here, at_once
-        self._wanted: frozenset[int] = frozenset()
-        self._announced: list[list[int]] = []
+        self._wanted: frozenset[Block] = frozenset()
+        self._announced: list[list[Block]] = []
 
     @property
-    def candidates(self) -> tuple[int, ...]:
+    def candidates(self) -> tuple[Block, ...]:
         return tuple(sorted(self._linear))
 
-    def loss(self, layers: Iterable[int]) -> Loss:
+    def loss(self, layers: Iterable[Block]) -> Loss:
         """The loss with exactly ``layers`` replaced; raises :class:`CalibrationError` for one that is no number."""
         wanted = sorted(set(layers))
         return usable(self._cache.get(_name(wanted), lambda: self._measure(wanted)), wanted)
 
-    def announce(self, sets: Iterable[Iterable[int]]) -> None:
+    def announce(self, sets: Iterable[Iterable[Block]]) -> None:
         """Say which ``sets`` may be asked for: where that is less work, the first unknown one brings all of them."""
         self._announced = [sorted(set(layers)) for layers in sets]
 
-    def settle(self, layers: Iterable[int]) -> None:
+    def settle(self, layers: Iterable[Block]) -> None:
         """Announce sets that add to ``layers``: the first unknown one makes the meter settle on ``layers``."""
         self._wanted = frozenset(layers)
 
-    def _measure(self, layers: list[int]) -> Loss:
+    def _measure(self, layers: list[Block]) -> Loss:
         unknown = [w for w in self._announced if w != layers and _name(w) not in self._cache]
         together = [layers, *unknown]
         if not self._meter().together:
@@ -114,15 +115,15 @@ class MeasuredSets:
             self._cache.put(found)
         return loss
 
-    def _measured_here(self, sets: Sequence[Sequence[int]], settled: frozenset[int]) -> list[Loss]:
+    def _measured_here(self, sets: Sequence[Sequence[Block]], settled: frozenset[Block]) -> list[Loss]:
         return measured_losses(self._meter(), self._linear, sets, settled)
 
 
 def measured_losses(
     meter: LossMeter,
-    linear: Mapping[int, LinearLayer],
-    sets: Sequence[Sequence[int]],
-    settled: frozenset[int] = frozenset(),
+    linear: Mapping[Block, LinearLayer],
+    sets: Sequence[Sequence[Block]],
+    settled: frozenset[Block] = frozenset(),
 ) -> list[Loss]:
     """The losses of ``sets`` of the ``linear`` layers; if all add to ``settled``, the meter settles on those."""
     if all(settled <= set(layers) for layers in sets):
@@ -130,11 +131,11 @@ def measured_losses(
     return meter.measure_all([{i: linear[i] for i in layers} for layers in sets])
 
 
-def _name(layers: Sequence[int]) -> str:
+def _name(layers: Sequence[Block]) -> str:
     return ",".join(map(str, layers))
 
 
-def usable(loss: Loss, layers: Sequence[int], changed: str = "replaced") -> Loss:
+def usable(loss: Loss, layers: Sequence[Block], changed: str = "replaced") -> Loss:
     """``loss``, if it is a number: NaN is smaller than nothing and would be taken for the best.
 
     Raises :class:`CalibrationError` naming the ``layers`` that were ``changed`` when it was measured.
@@ -148,20 +149,20 @@ def usable(loss: Loss, layers: Sequence[int], changed: str = "replaced") -> Loss
     )
 
 
-def single_layer_losses(sets: MeasuredSets) -> dict[int, Loss]:
+def single_layer_losses(sets: MeasuredSets) -> dict[Block, Loss]:
     """The loss of each layer with only that layer replaced."""
     sets.announce([layer] for layer in sets.candidates)
     return {layer: sets.loss([layer]) for layer in sets.candidates}
 
 
-def greedy_order(sets: MeasuredSets, singles: Mapping[int, Loss], count: int) -> list[int]:
+def greedy_order(sets: MeasuredSets, singles: Mapping[Block, Loss], count: int) -> list[Block]:
     """The first ``count`` layers, each the one with the smallest added KL given those before it."""
     bounds = {layer: usable(loss, [layer]).kl for layer, loss in singles.items()}
-    chosen: list[int] = []
+    chosen: list[Block] = []
     base = 0.0
     while len(chosen) < count:
         sets.settle(chosen)
-        totals: dict[int, float] = {}
+        totals: dict[Block, float] = {}
         order = sorted(bounds, key=lambda i: (bounds[i], i))
         sets.announce([*chosen, layer] for layer in order[:GREEDY_TRIES])
         for layer in order:
@@ -176,21 +177,21 @@ def greedy_order(sets: MeasuredSets, singles: Mapping[int, Loss], count: int) ->
     return chosen
 
 
-def sensitivity(meter: LossMeter, layer: AttentionLayer, energy: float) -> Loss:
+def sensitivity(meter: LossMeter, layer: BlockModules[Block], energy: float) -> Loss:
     """The loss caused by noise with a share :data:`NOISE` of the layer's variance ``energy`` = E‖y - μ_y‖², divided by
     that share.
 
     The noise is white and the same in every run.
     """
     meter.settle({})
-    loss = meter.measure_within(_noisy(meter.model, layer, NOISE * energy), layer.index)
+    loss = meter.measure_within(_noisy(meter.model, layer, NOISE * energy), layer_of(layer.index))
     loss = usable(loss, [layer.index], "made noisy")
     return Loss(*(value / NOISE for value in loss.as_json().values()))
 
 
 @contextmanager
-def _noisy(model: torch.nn.Module, layer: AttentionLayer, energy: float) -> Iterator[None]:
-    generator = torch.Generator().manual_seed(layer.index)
+def _noisy(model: torch.nn.Module, layer: BlockModules[Block], energy: float) -> Iterator[None]:
+    generator = torch.Generator().manual_seed(layer_of(layer.index))
 
     def add(_module: Any, _args: Any, output: Any) -> Any:
         y = output[0] if isinstance(output, tuple) else output

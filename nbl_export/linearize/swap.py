@@ -1,4 +1,4 @@
-"""The PyTorch reference: the original model with the planned attention modules replaced by W and b."""
+"""The PyTorch reference: the original model with the planned attention modules and MLPs replaced by W and b."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nbl_export.blocks import Block, Mlp
 from nbl_export.errors import InputError
 from nbl_export.linearize.adapters import adapted
 from nbl_export.linearize.plan import LinearLayer, Plan
+from nbl_export.models.candidates import blocks_of
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.layers import (
-    attention_layers,
     hidden_size,
     hidden_states,
     layer_count,
@@ -24,11 +25,11 @@ from nbl_export.models.weights import weights_like
 from nbl_export.settings.choices import FitInput
 
 if TYPE_CHECKING:
-    from nbl_export.models.layers import AttentionLayer
+    from nbl_export.models.layers import BlockModules
 
 
-class AttentionReplacement(torch.nn.Module):
-    """Replaces an attention module: returns W u + b in the same form, and uses no KV cache.
+class LinearReplacement(torch.nn.Module):
+    """Replaces an attention or an MLP: returns W u + b in the same form, and uses no KV cache.
 
     With ``fit_input`` ``"residual"``, u is the residual stream, which a forward pre-hook provides.
     ``returns`` is the length of the tuple returned by the original, None for a bare tensor; ``added`` returns the
@@ -62,6 +63,7 @@ class AttentionReplacement(torch.nn.Module):
         self.fit_input = fit_input
         self.returns, self.added = returns, added
         self.residual: torch.Tensor | None = None
+        self.result: torch.Tensor | None = None
 
     def take_residual(self, _block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.residual = hidden_states(args, kwargs)
@@ -70,9 +72,32 @@ class AttentionReplacement(torch.nn.Module):
         u = hidden_states(args, kwargs) if self.fit_input == "normed" else self.residual
         assert u is not None
         y: torch.Tensor = self.through(torch.nn.functional.linear(u, self.weight, self.bias))
+        self.result = y
         if self.added is not None:
             y = y + self.added(*args, **kwargs)
         return y if self.returns is None else (y, *[None] * (self.returns - 1))
+
+
+class AttentionReplacement(LinearReplacement):
+    """Replaces an attention, and is found as one."""
+
+
+class MlpReplacement(LinearReplacement):
+    """Replaces an MLP, and is found as one."""
+
+
+class _Given(torch.nn.Module):
+    """Replaces the module that writes y, if it is not inside the replaced one: returns what that has computed."""
+
+    def __init__(self, linear: LinearReplacement) -> None:
+        super().__init__()
+        self._linear = [linear]  # no module of this one
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+        (linear,) = self._linear
+        assert linear.result is not None  # which has run before
+        result, linear.result = linear.result, None
+        return result
 
 
 @contextmanager
@@ -98,16 +123,17 @@ def check_plan(model: torch.nn.Module, plan: Plan) -> None:
 
 @contextmanager
 def replaced(
-    model: torch.nn.Module, linear: Mapping[int, LinearLayer], fit_input: FitInput
-) -> Iterator[dict[int, AttentionReplacement]]:
-    """``model`` with the attention of each layer of ``linear`` replaced, within the block.
+    model: torch.nn.Module, linear: Mapping[Block, LinearLayer], fit_input: FitInput
+) -> Iterator[dict[Block, LinearReplacement]]:
+    """``model`` with each block of ``linear`` replaced, within the block.
 
     The value is the replacement modules by layer.
     """
-    layers = {layer.index: layer for layer in attention_layers(model)}
-    dummy_run(model)  # of the original, before anything is replaced
+    layers = {
+        one.index: one for one in blocks_of(model)
+    }  # found by a run of the original, before any is replaced
     undo: list[Any] = []
-    modules: dict[int, AttentionReplacement] = {}
+    modules: dict[Block, LinearReplacement] = {}
     try:
         for index in sorted(linear):
             modules[index], restore = _swap(model, layers[index], linear[index], fit_input)
@@ -119,28 +145,28 @@ def replaced(
 
 
 def _swap(
-    model: torch.nn.Module, layer: AttentionLayer, weights: LinearLayer, fit_input: FitInput
-) -> tuple[AttentionReplacement, Callable[[], None]]:
-    stream, original = model.get_submodule(layer.stream), model.get_submodule(layer.attention)
+    model: torch.nn.Module, layer: BlockModules[Block], weights: LinearLayer, fit_input: FitInput
+) -> tuple[LinearReplacement, Callable[[], None]]:
+    stream, original = model.get_submodule(layer.stream), model.get_submodule(layer.module)
     returns = dummy_run(model).returns[layer.index]
     added = _argument(original, layer.adds) if layer.adds else None
-    inside = f"{layer.output}.".startswith(f"{layer.attention}.")
-    linear = AttentionReplacement(
+    inside = f"{layer.output}.".startswith(f"{layer.module}.")
+    linear = (MlpReplacement if isinstance(layer.index, Mlp) else AttentionReplacement)(
         weights,
         fit_input,
         weights_like(model),
         returns,
         added,
-        layer.output[len(layer.attention) + 1 :] if inside else "",
+        layer.output[len(layer.module) + 1 :] if inside else "",
     )
     # A block may read attributes of its attention: Gemma 3 of transformers 4 reads `is_sliding`.
     vars(linear).update(plain_attributes(original) | vars(linear))
-    new: dict[str, torch.nn.Module] = {layer.attention: linear}
+    new: dict[str, torch.nn.Module] = {layer.module: linear}
     if not inside:
-        # The output projection is a separate module of the block, and is no longer needed.
-        new[layer.output] = torch.nn.Identity()
+        # What writes y is a separate module, behind an activation of an MLP: it gives what the other has computed.
+        new[layer.output] = _Given(linear)
     old = {path: model.get_submodule(path) for path in new}
-    hook = stream.register_forward_pre_hook(linear.take_residual, with_kwargs=True)
+    hook = new.get(layer.stream, stream).register_forward_pre_hook(linear.take_residual, with_kwargs=True)
 
     def put(modules: Mapping[str, torch.nn.Module]) -> None:
         for path, module in modules.items():

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from nbl_export.blocks import Block, layer_of
 from nbl_export.linearize.adapters import Adapter, adapted
 from nbl_export.linearize.plan import LinearLayer, Plan
 from nbl_export.linearize.swap import check_plan, replaced
@@ -36,7 +37,7 @@ class Version:
     """
 
     first: int
-    layers: Mapping[int, LinearLayer] = field(default_factory=dict)
+    layers: Mapping[Block, LinearLayer] = field(default_factory=dict)
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
     change: AbstractContextManager[Any] = field(default_factory=nullcontext)
     ends: Sequence[torch.Tensor] = ()
@@ -48,7 +49,7 @@ ORIGINAL = Version(0)
 def version_of(model: torch.nn.Module, plan: Plan) -> Version:
     """``model`` with ``plan`` applied; raises :class:`InputError` for a plan of another depth or width."""
     check_plan(model, plan)
-    return Version(min(plan.chosen, default=0), plan.layers, plan.adapters)
+    return Version(layer_of(min(plan.chosen, default=0)), plan.layers, plan.adapters)
 
 
 def sweep(
@@ -56,7 +57,7 @@ def sweep(
     rows: Sequence[torch.Tensor],
     versions: Sequence[Version],
     fit_input: FitInput,
-    settled: Mapping[int, LinearLayer] | None = None,
+    settled: Mapping[Block, LinearLayer] | None = None,
     advance: Callable[[int], None] = lambda _tokens: None,
 ) -> Iterator[tuple[int, int, torch.Tensor]]:
     """Row, version and logits [seq, vocab] for each of ``rows`` [seq] int64 and of ``versions``, row after row.
@@ -93,7 +94,7 @@ def sweep(
 def within(model: torch.nn.Module, version: Version, part: Segment, fit_input: FitInput) -> Iterator[None]:
     """Within the block, the blocks of ``part`` are those of the ``version``."""
     inside = range(part.start, part.stop)
-    layers = {i: layer for i, layer in version.layers.items() if i in inside}
+    layers = {i: layer for i, layer in version.layers.items() if layer_of(i) in inside}
     prefixes = tuple(f"{block_stack(model)[0]}.{index}." for index in inside)
     adapters = {name: one for name, one in version.adapters.items() if name.startswith(prefixes)}
     with replaced(model, layers, fit_input) if layers else nullcontext(), adapted(model, adapters):

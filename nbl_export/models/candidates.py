@@ -1,31 +1,55 @@
-"""The attention layers that can be linearized: those whose keys and values no other layer attends to."""
+"""What can be linearized: attention layers whose keys and values no other layer attends to, and MLPs that are found."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.batch.names import PIXELS
+from nbl_export.blocks import ATTENTION, MLP, Block, Mlp, part_of
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.layers import (
-    AttentionLayer,
+    BlockModules,
     Structure,
     attention_layers,
     backbone,
+    block_stack,
     main_input,
     structure,
 )
 from nbl_export.models.load import quiet
+from nbl_export.models.mlps import MlpPaths, mlp_paths
 from nbl_export.models.sharing import shared_keys
 
 if TYPE_CHECKING:
     import torch
 
 
-def candidates(model: torch.nn.Module) -> tuple[AttentionLayer, ...]:
-    """Every attention layer of ``model`` that can be linearized, in order."""
+def candidates(
+    model: torch.nn.Module, parts: Collection[str] = (ATTENTION,)
+) -> tuple[BlockModules[Block], ...]:
+    """Every attention and MLP of ``model``, of these ``parts``, that can be linearized, in order."""
     kept = reasons(model)
-    return tuple(layer for layer in structure(model).layers if layer.index not in kept)
+    return tuple(one for one in blocks_of(model) if one.index not in kept and part_of(one.index) in parts)
+
+
+def blocks_of(model: torch.nn.Module) -> tuple[BlockModules[Block], ...]:
+    """Every attention layer and every MLP of ``model`` that is found, in order."""
+    facts, (path, _) = dummy_run(model), block_stack(model)
+    found: list[Any] = list(attention_layers(model))
+    for index, paths in mlp_paths(model).items():
+        if isinstance(paths, MlpPaths) and index in facts.mlp_streams and index not in facts.odd_mlps:
+            stream = facts.mlp_streams[index]
+            block = f"{path}.{index}"
+            found.append(
+                BlockModules(Mlp(index), block, paths.module, paths.output, paths.adds, MLP, stream=stream)
+            )
+    return tuple(sorted(found, key=lambda one: one.index))
+
+
+def block_modules(model: torch.nn.Module, block: Block) -> BlockModules[Block]:
+    """Those of ``block``, which must exist."""
+    return next(one for one in blocks_of(model) if one.index == block)
 
 
 def reasons(model: torch.nn.Module) -> Mapping[int, str]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.batch.names import PIXELS, TOKENS
+from nbl_export.blocks import Block, Mlp, layer_of
 from nbl_export.errors import InputError, first_line
 from nbl_export.models.compat import cache_argument, with_head
 from nbl_export.models.layers import (
@@ -29,6 +30,7 @@ from nbl_export.models.layers import (
     structure,
 )
 from nbl_export.models.load import quiet
+from nbl_export.models.mlps import MlpPaths, WatchedMlps, mlp_paths
 from nbl_export.models.sharing import shared_keys
 from nbl_export.models.tasks import FEATURES, GENERATION, Task, task_named
 from nbl_export.models.weights import origin, weights_like
@@ -44,7 +46,7 @@ _LOGITS = ("logits",)
 
 @dataclass(frozen=True)
 class DummyRun:
-    """``returns``: by layer, the length of the tuple that its attention returns; None for a bare tensor.
+    """``returns``: of each attention and MLP, the length of the tuple that it returns; None for a bare tensor.
     ``block_returns``: the same for every block.
 
     ``cache`` says what each block keeps; ``cache_class`` is the model's own class for all of it, None for the usual
@@ -53,10 +55,11 @@ class DummyRun:
     attention; ``repeatable`` whether a second pass over images gave the same result; ``separate`` whether blocks take
     nothing but states from each other, those aside that have no keys and values of their own: ``shared`` has the layer
     whose they attend to, by layer. ``odd`` says of the first attention that does not take and return states as others
-    do what is odd about it.
+    do what is odd about it. ``mlp_streams`` has the module that reads the residual stream before each MLP, by layer;
+    ``odd_mlps`` what is odd about others.
     """
 
-    returns: Mapping[int, int | None]
+    returns: Mapping[Block, int | None]
     cache: tuple[BlockCache, ...]
     causal: bool
     tokens: int = _TOKENS
@@ -68,6 +71,8 @@ class DummyRun:
     shared: Mapping[int, int] = field(default_factory=dict)
     odd: str = ""
     cache_class: type[Any] | None = None
+    mlp_streams: Mapping[int, str] = field(default_factory=dict)
+    odd_mlps: Mapping[int, str] = field(default_factory=dict)
 
 
 _DONE: weakref.WeakKeyDictionary[torch.nn.Module, DummyRun] = weakref.WeakKeyDictionary()
@@ -199,13 +204,14 @@ def _run(model: torch.nn.Module) -> DummyRun:
 
     from nbl_export.models.caches import block_caches
 
-    returns: dict[int, int | None] = {}
-    block_returns: dict[int, int | None] = {}
+    returns: dict[Block, int | None] = {}
+    block_returns: dict[Block, int | None] = {}
     written: list[torch.Tensor] = []
     odd: dict[int, str] = {}
     linear_outputs: list[torch.Tensor] = []
     inputs = example_inputs(model)
     layers = attention_layers(model)
+    paths = {i: found for i, found in mlp_paths(model).items() if isinstance(found, MlpPaths)}
     # A language-model head has the size of several blocks, and nothing to tell.
     head = getattr(model, "get_output_embeddings", lambda: None)()
     run: Any = model if head is None else backbone(model)
@@ -213,7 +219,9 @@ def _run(model: torch.nn.Module) -> DummyRun:
     times: Counter[int] = Counter()
     with ExitStack() as hooks, torch.inference_mode(), quiet():
         stack = layers[0].block.rpartition(".")[0]
-        watched = [(returns, layer.index, layer.attention) for layer in layers]
+        watched: list[tuple[dict[Block, int | None], Block, str]]
+        watched = [(returns, layer.index, layer.module) for layer in layers]
+        watched += [(returns, Mlp(i), one.module) for i, one in paths.items()]
         watched += [(block_returns, i, f"{stack}.{i}") for i in range(layer_count(model))]
         for store, index, path in watched:
 
@@ -221,13 +229,15 @@ def _run(model: torch.nn.Module) -> DummyRun:
                 _module: Any,
                 _args: Any,
                 output: Any,
-                store: dict[int, int | None] = store,
-                index: int = index,
+                store: dict[Block, int | None] = store,
+                index: Block = index,
             ) -> None:
                 store[index] = len(output) if isinstance(output, tuple) else None
 
             hooks.callback(model.get_submodule(path).register_forward_hook(note).remove)
 
+        mlps = WatchedMlps(model, paths, stack)
+        mlps.watch(hooks)
         handed = Handed()
         for index in range(layer_count(model)):
             block = model.get_submodule(f"{stack}.{index}")
@@ -296,11 +306,13 @@ def _run(model: torch.nn.Module) -> DummyRun:
         outputs=_LOGITS if head is not None or scored else _tensors_of(output),
         linear_output=any(isinstance(m, torch.Tensor) and _same(m, states) for m in linear_outputs),
         repeatable=_same(first, states),
-        block_returns=block_returns,
+        block_returns={layer_of(i): length for i, length in block_returns.items()},
         separate=not handed.on,
         shared=shared,
         odd=next((what for _, what in sorted(odd.items()) if what), ""),
         cache_class=type(cache) if hasattr(cache, "linear_cache") else None,
+        mlp_streams=mlps.streams,
+        odd_mlps=mlps.odd,
     )
 
 

@@ -1,4 +1,4 @@
-"""Families whose attention is not found by the generic search: rows of ``families.toml``."""
+"""Families whose attention or MLP is not found by the generic search: rows of ``families.toml``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nbl_export.datafile import read_table
 
 @dataclass(frozen=True)
 class Family:
-    """Where the attention of a family is; None means the common structure. The fields are those of the file."""
+    """Where a family has its attention and MLP; None means the common structure. The fields are those of the file."""
 
     models: tuple[str, ...] = ()
     layers: str | None = None
@@ -19,6 +19,10 @@ class Family:
     output: str | None = None
     adds: str | None = None
     stream: str | None = None
+    mlp: str | None = None
+    mlp_output: str | None = None
+    mlp_adds: str | None = None
+    mlp_kept: str | None = None
     refused: str | None = None
 
 

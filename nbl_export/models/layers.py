@@ -12,17 +12,19 @@ Such a block is not a candidate; :attr:`Structure.others` names its kind.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from nbl_export.blocks import Block, Mlp, layer_of, part_of
 from nbl_export.errors import InputError
 from nbl_export.models.families import Family, family_of
 
 if TYPE_CHECKING:
     import torch
 
+B = TypeVar("B", bound=Block)
 FULL, SLIDING = "full", "sliding window"
 # The names of softmax attention layers in configurations, and their display names.
 _SOFTMAX = {
@@ -48,27 +50,36 @@ _NO_SELF_ATTENTION = ("cross", "encoder", "linear", "lightning", "delta", "mamba
 
 
 @dataclass(frozen=True)
-class AttentionLayer:
-    """One self-attention layer: its position in the stack and the dotted paths of its modules.
+class BlockModules(Generic[B]):
+    """One attention or MLP: which it is (``index``), and the dotted paths of its modules.
 
-    ``output`` is the module that writes y, the attention itself by default; ``adds`` names the argument that the
-    attention adds to y. ``kind`` is full or the kind of its window. The input of ``stream`` is the residual stream h.
+    ``block`` is the layer, ``module`` reads u. ``output`` is the module that writes y, ``module`` itself by default;
+    ``adds`` names the argument that the module adds to y. ``kind`` is full or the kind of its window, or mlp. The input
+    of ``stream`` is the residual stream h.
     """
 
-    index: int
+    index: B
     block: str
-    attention: str
+    module: str
     output: str
     adds: str | None = None
     kind: str = FULL
     stream: str = field(kw_only=True)
+
+    @property
+    def named(self) -> str:
+        """For a sentence."""
+        return f"the {'MLP' if isinstance(self.index, Mlp) else 'attention'} of layer {layer_of(self.index)}"
+
+
+AttentionModules = BlockModules[int]
 
 
 @dataclass(frozen=True)
 class Structure:
     """The self-attention layers of a model, and the kind of each other block by index."""
 
-    layers: tuple[AttentionLayer, ...]
+    layers: tuple[AttentionModules, ...]
     others: Mapping[int, str]
 
     def as_json(self) -> dict[str, Any]:
@@ -80,12 +91,12 @@ class Structure:
         }
 
 
-def attention_layers(model: torch.nn.Module) -> tuple[AttentionLayer, ...]:
+def attention_layers(model: torch.nn.Module) -> tuple[AttentionModules, ...]:
     """Every self-attention layer of ``model`` in order; raises the errors of :func:`structure`."""
     return structure(model).layers
 
 
-def attention_layer(model: torch.nn.Module, index: int) -> AttentionLayer:
+def attention_layer(model: torch.nn.Module, index: int) -> AttentionModules:
     """The self-attention layer with that ``index``, which must exist."""
     return next(layer for layer in attention_layers(model) if layer.index == index)
 
@@ -112,7 +123,7 @@ def structure(model: torch.nn.Module) -> Structure:
         if declared not in _SOFTMAX or not found:
             others[index] = declared if declared not in _SOFTMAX else _mixer(block)
             continue
-        if len(found) != 1 or not _has(block, found[0]):
+        if len(found) != 1 or not has_module(block, found[0]):
             raise InputError(
                 f"Layer {index} ({type(block).__name__}) has {len(found)} attention modules where one is expected: "
                 "this architecture is not supported yet."
@@ -127,7 +138,7 @@ def structure(model: torch.nn.Module) -> Structure:
         output = family.output or found[0]
         kind = _kind(model, attention, declared)
         layers.append(
-            AttentionLayer(
+            BlockModules(
                 index,
                 path,
                 f"{path}.{found[0]}",
@@ -152,7 +163,8 @@ def structure(model: torch.nn.Module) -> Structure:
     return Structure(tuple(layers), others)
 
 
-def _has(block: torch.nn.Module, path: str) -> bool:
+def has_module(block: torch.nn.Module, path: str) -> bool:
+    """Whether ``block`` has a module at the dotted ``path``."""
     return any(name == path for name, _ in block.named_modules())
 
 
@@ -308,20 +320,20 @@ def block_stack(model: torch.nn.Module) -> tuple[str, torch.nn.Module]:
 
 def _mixes_tokens(stack: torch.nn.Module, family: Family) -> bool:
     if family.attention:
-        return any(_has(block, family.attention) for block in stack.children())
+        return any(has_module(block, family.attention) for block in stack.children())
     return any(_self_attention(block) for block in stack.children())
 
 
-Observer = Callable[[int, "torch.Tensor", "torch.Tensor", "torch.Tensor"], None]
+Observer = Callable[[B, "torch.Tensor", "torch.Tensor", "torch.Tensor"], None]
 
 
 @contextmanager
 def observed(
-    model: torch.nn.Module, layers: tuple[AttentionLayer, ...], observer: Observer
+    model: torch.nn.Module, layers: Sequence[BlockModules[B]], observer: Observer[B]
 ) -> Iterator[None]:
-    """Call ``observer(index, residual, normed, output)`` for each attention layer in each forward pass.
+    """Call ``observer(index, residual, normed, output)`` for each of these blocks in each forward pass.
 
-    ``residual`` is the stream h, ``normed`` the input of the attention, ``output`` its output before the residual
+    ``residual`` is the stream h, ``normed`` the input of the module, ``output`` its output before the residual
     addition; each is [batch, sequence, d], a view of the live activations.
     """
     with ExitStack() as hooks:
@@ -331,7 +343,7 @@ def observed(
         yield
 
 
-def _observe(model: torch.nn.Module, layer: AttentionLayer, observer: Observer) -> list[Any]:
+def _observe(model: torch.nn.Module, layer: BlockModules[B], observer: Observer[B]) -> list[Any]:
     seen: dict[str, torch.Tensor] = {}
 
     def stream_input(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -344,19 +356,18 @@ def _observe(model: torch.nn.Module, layer: AttentionLayer, observer: Observer) 
         y = output[0] if isinstance(output, tuple) else output
         if "normed" not in seen:
             raise InputError(
-                f"{type(model).__name__} does not run the attention of layer {layer.index} as it is, but replaces it "
+                f"{type(model).__name__} does not run {layer.named} as it is, but replaces it "
                 "at run time: this architecture is not supported yet."
             )
         if "residual" not in seen:
             raise InputError(
-                f"Layer {layer.index} of {type(model).__name__} does not run its block, its attention and the "
-                "projection of its output once each in this order: this architecture is not supported yet."
+                f"Layer {layer_of(layer.index)} of {type(model).__name__} does not run its block, its "
+                f"{part_of(layer.index)} and the projection of its output once each in this order: this architecture "
+                "is not supported yet."
             )
         observer(layer.index, seen.pop("residual"), seen.pop("normed"), y)
 
-    stream, attention, output = (
-        model.get_submodule(p) for p in (layer.stream, layer.attention, layer.output)
-    )
+    stream, attention, output = (model.get_submodule(p) for p in (layer.stream, layer.module, layer.output))
     return [
         stream.register_forward_pre_hook(stream_input, with_kwargs=True),
         attention.register_forward_pre_hook(attention_input, with_kwargs=True),

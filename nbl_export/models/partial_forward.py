@@ -12,18 +12,15 @@ A model that is larger than memory is trained through block by block, too: :func
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from nbl_export.models.dummy_run import dummy_run
-from nbl_export.models.layers import attention_layer, block_stack, hidden_states, plain_attributes
-
-if TYPE_CHECKING:
-    from nbl_export.models.layers import AttentionLayer
+from nbl_export.models.layers import block_stack, hidden_states, plain_attributes
 
 
 class _SkippedBlock(torch.nn.Module):
@@ -41,27 +38,27 @@ class _SkippedBlock(torch.nn.Module):
 
 
 @contextmanager
-def recording_inputs(
-    model: torch.nn.Module, layers: Sequence[AttentionLayer]
-) -> Iterator[dict[int, torch.Tensor]]:
-    """Within the block, every forward pass records each layer's block input [batch, seq, d] in the dictionary."""
+def recording_inputs(model: torch.nn.Module, layers: Iterable[int]) -> Iterator[dict[int, torch.Tensor]]:
+    """Within the block, every forward pass records the input [batch, seq, d] of these ``layers``, by number."""
     recorded: dict[int, torch.Tensor] = {}
+    stack: Any = block_stack(model)[1]
     with ExitStack() as hooks:
-        for layer in layers:
+        for number in layers:
 
-            def record(_block: Any, args: Any, kwargs: Any, index: int = layer.index) -> None:
+            def record(_block: Any, args: Any, kwargs: Any, index: int = number) -> None:
                 recorded[index] = hidden_states(args, kwargs)
 
-            block = model.get_submodule(layer.block)
+            block = stack[number]
             hooks.callback(block.register_forward_pre_hook(record, with_kwargs=True).remove)
         yield recorded
 
 
 @contextmanager
 def starting_at(model: torch.nn.Module, index: int, states: torch.Tensor) -> Iterator[None]:
-    """Within the block, ``model`` starts at attention layer ``index`` with ``states`` [batch, seq, d] as its input."""
+    """Within the block, ``model`` starts at layer ``index`` with ``states`` [batch, seq, d] as its input."""
     dummy_run(model)  # before any hook is registered, since its own run would trigger them
-    block = model.get_submodule(attention_layer(model, index).block)
+    stack: Any = block_stack(model)[1]
+    block = stack[index]
 
     def put_in(_block: Any, args: Any, kwargs: Any) -> Any:
         return with_states(states, args, kwargs)

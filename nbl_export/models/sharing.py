@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from nbl_export.models.layers import AttentionLayer
+    from nbl_export.models.layers import AttentionModules
 
 _NAME = "nbl_export_watched"
 
 
-def shared_keys(model: Any, layers: Sequence[AttentionLayer], run: Callable[[], object]) -> dict[int, int]:
+def shared_keys(model: Any, layers: Sequence[AttentionModules], run: Callable[[], object]) -> dict[int, int]:
     """The layer whose keys each borrowing layer of ``model`` attends to, in the forward pass that ``run`` makes.
 
     Empty for a model whose attention does not use transformers' interface.
     """
     if not getattr(model, "_supports_attention_backend", False):
         return {}
-    indices = {model.get_submodule(layer.attention): layer.index for layer in layers}
+    indices = {model.get_submodule(layer.module): layer.index for layer in layers}
     owners: list[tuple[torch.Tensor, int]] = []
     found: dict[int, int] = {}
 

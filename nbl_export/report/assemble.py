@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nbl_export import __version__
+from nbl_export.blocks import counted
 from nbl_export.checks import Check
 from nbl_export.files import read_json
 from nbl_export.graph.summary import ExportSummary
@@ -57,12 +58,13 @@ def assemble(
     records = {name: r for name in stages if (r := ws.record(name))}
     rewritten = rewrite_of(ws)
     gone = rewritten.before.kv_pairs - rewritten.after.kv_pairs
-    pairs = " and KV pairs" if gone == len(plan.layers) else f" and {gone} KV pairs"
+    own = len(plan.linear_attention)
+    pairs = " and KV pairs" if gone == own == len(plan.layers) else f" and {gone} KV pairs"
     pairs = pairs if rewritten.before.kv_pairs else ""
     rewriting = Check(
         "graph rewrite",
         "passed",
-        f"{len(plan.layers)} attention layers{pairs} gone, every region proven, ONNX checker passed",
+        f"{counted(plan.layers)}{pairs} gone, every region proven, ONNX checker passed",
     )
     return Report(
         created=created(),

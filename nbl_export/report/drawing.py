@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nbl_export.blocks import Block, Mlp, attentions
+
 
 @dataclass(frozen=True)
 class Table:
@@ -52,8 +54,14 @@ def finite(value: Any) -> float | None:
     return float(value) if known else None
 
 
-def spans(numbers: Sequence[int]) -> str:
-    """0, 7, 24-29: whole numbers in order, runs of three and more drawn together."""
+def spans(blocks: Sequence[Block]) -> str:
+    """0, 7, 24-29: attentions by their layers, runs of three and more drawn together; then MLP 3, 12-14."""
+    mlps = [block.layer for block in blocks if isinstance(block, Mlp)]
+    own = _runs(attentions(blocks))
+    return f"{own}{'; ' * bool(own)}MLP {_runs(mlps)}" if mlps else own
+
+
+def _runs(numbers: Sequence[int]) -> str:
     runs: list[list[int]] = []
     for n in sorted(numbers):
         if runs and n == runs[-1][-1] + 1:

@@ -12,6 +12,7 @@ from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.batch.names import LINEARIZED
+from nbl_export.blocks import Block, Mlp, layer_of
 from nbl_export.linearize.budget import CurvePoint
 from nbl_export.linearize.selection import Curve
 from nbl_export.report.canvas import BASE, DECODE, INK, LINEAR, MUTED, PAPER, drawable, legend, panels
@@ -181,7 +182,7 @@ def draw_layers(selection: Selection, narrow: bool = False) -> Figure:
     ):
         if not group:
             continue
-        x, y = [c.layer for c in group], [drawable(score.of(c)) for c in group]
+        x, y = [_place(c.layer) for c in group], [drawable(score.of(c)) for c in group]
         errors = [finite(score.se(c)) or 0.0 for c in group]
         bars: dict[str, Any] = {"yerr": errors, "ecolor": INK} if any(errors) else {}
         if dots:
@@ -195,6 +196,11 @@ def draw_layers(selection: Selection, narrow: bool = False) -> Figure:
     panel.margins(x=0.02)
     legend(figure, entries)
     return figure
+
+
+def _place(block: Block) -> float:
+    """Where a layer's attention stands on the axis of layers, and its MLP, beside it."""
+    return layer_of(block) + 0.5 * isinstance(block, Mlp)
 
 
 # speed -------------------------------------------------------------------------------------------

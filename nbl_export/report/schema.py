@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from nbl_export.blocks import Block
 from nbl_export.engine.manifest import Manifest
 from nbl_export.graph.summary import Float32Node, OnCopy
 from nbl_export.linearize.selection import Scores
@@ -45,7 +46,7 @@ class Selection(Scores):
     fit_input: str = field(kw_only=True)
     ridge: float | None = field(kw_only=True)
     calibration_tokens: int = field(kw_only=True)
-    layers: tuple[int, ...] = field(kw_only=True)
+    layers: tuple[Block, ...] = field(kw_only=True)
     sources: tuple[str, ...] = field(kw_only=True)
     seed: int = field(kw_only=True)
     fit: str = field(default="lmmse", kw_only=True)

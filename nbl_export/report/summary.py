@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
 
+from nbl_export.blocks import attentions
 from nbl_export.report.drawing import figure, number, spans
 from nbl_export.report.environment import Environment
 from nbl_export.report.schema import Report
@@ -75,7 +76,11 @@ def headlines(report: Report) -> list[Headline]:
 def _size(report: Report) -> Iterator[Headline]:
     layers = report.selection.layers
     detail = f"layers {spans(layers)}" if layers else "nothing was replaced"
-    yield Headline("Attention layers replaced", f"{len(layers)} of {report.model.layers}", detail)
+    own = len(attentions(layers))
+    if own or not layers:
+        yield Headline("Attention layers replaced", f"{own} of {report.model.layers}", detail)
+    if mlps := len(layers) - own:
+        yield Headline("MLPs replaced", f"{mlps} of {report.model.layers}", detail)
     before, after = report.graph.before, report.graph.after
     if before.kv_pairs:
         a, b = before.kv_bytes_per_token, after.kv_bytes_per_token

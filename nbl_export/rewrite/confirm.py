@@ -18,6 +18,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import F32
+from nbl_export.blocks import Block
 from nbl_export.errors import BuildError
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.operators import linear_op
@@ -61,7 +62,7 @@ class LinearPart:
         )
 
 
-def linear_part(model: ir.Model, layer: int) -> LinearPart | str:
+def linear_part(model: ir.Model, layer: Block) -> LinearPart | str:
     """The linear layer that replaced the attention of ``layer``, or what is wrong with it."""
     name = linear_output_name(layer)
     prefix = f"{linear_name(layer)}."
@@ -98,7 +99,7 @@ class LinearCheck:
     ``product_allowed`` and ``bias_allowed`` are their limits. ``fault`` is what is wrong with it, in words.
     """
 
-    layer: int
+    layer: Block
     stored: float = float("inf")
     product: float = float("inf")
     product_allowed: float = 0.0
@@ -123,15 +124,15 @@ class LinearCheck:
         return ""
 
 
-def check_layers(path: Path, proofs: Mapping[int, Proof], plan: Plan) -> list[LinearCheck]:
+def check_layers(path: Path, proofs: Mapping[Block, Proof], plan: Plan) -> list[LinearCheck]:
     """One check of each of the plan's linear layers in the graph at ``path``.
 
     Raises :class:`~nbl_export.errors.InputError` if onnxruntime does not run it.
     """
     model = load_graph(path)
     parts = {layer: linear_part(model, layer) for layer in plan.chosen}
-    good: dict[int, LinearPart] = {}
-    checks: dict[int, LinearCheck] = {}
+    good: dict[Block, LinearPart] = {}
+    checks: dict[Block, LinearCheck] = {}
     for layer, part in parts.items():
         u = proofs[layer].u
         assert u is not None  # proven layers have one
@@ -156,7 +157,7 @@ def check_layers(path: Path, proofs: Mapping[int, Proof], plan: Plan) -> list[Li
     return [checks[layer] for layer in plan.chosen]
 
 
-def confirm(path: Path, proofs: Mapping[int, Proof], plan: Plan) -> list[LinearCheck]:
+def confirm(path: Path, proofs: Mapping[Block, Proof], plan: Plan) -> list[LinearCheck]:
     """The checks of the linear layers written to ``path``; :class:`BuildError` if one does not compute W u + b."""
     checks = check_layers(path, proofs, plan) if plan.layers else []
     for check in checks:
@@ -178,16 +179,16 @@ def _not_finite(part: LinearPart) -> str:
 
 
 def _outputs(
-    runner: ProbeRunner, parts: Mapping[int, LinearPart], given: Mapping[int, Sequence[F32]]
-) -> dict[int, F32]:
+    runner: ProbeRunner, parts: Mapping[Block, LinearPart], given: Mapping[Block, Sequence[F32]]
+) -> dict[Block, F32]:
     """What each layer writes, [tokens, d], if it is given these rows."""
     if not parts:
         return {}
-    result: dict[int, F32] = {}
+    result: dict[Block, F32] = {}
     waiting = dict(parts)
     while waiting:
         # Two layers that read one tensor are run one after the other.
-        feeds: dict[str, int] = {}
+        feeds: dict[str, Block] = {}
         for layer, part in waiting.items():
             feeds.setdefault(str(part.reads.name), layer)
         names = {layer: str(parts[layer].output.name) for layer in feeds.values()}
@@ -199,7 +200,7 @@ def _outputs(
 
 
 def _check(
-    layer: int,
+    layer: Block,
     part: LinearPart,
     linear: LinearLayer,
     b: F32,

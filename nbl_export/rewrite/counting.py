@@ -23,7 +23,7 @@ def count(
     ``found`` is the number of attention layers before the rewrite, ``pairs`` that of the KV pairs of the plan's layers;
     None means the candidates of the plan, and one for each of its layers if there are any.
     """
-    k = len(plan.layers)
+    k = len(plan.linear_attention)
     cached = pairs if pairs is not None else k if before.kv_pairs else 0
     regions = len(find_regions(model))
     expected = {

@@ -106,7 +106,7 @@ class _Rewrite:
             raise InputError(
                 f"{self.source.parent / min(taken)} has the name of the folder of our records: rename it first."
             )
-        return updated_configs(files, self.plan.chosen, kept_layers(model, self.plan))
+        return updated_configs(files, self.plan.linear_attention, kept_layers(model, self.plan))
 
     def _record(self, result: Any, graph_sha256: str, files: list[str] | None = None) -> ForeignSummary:
         return ForeignSummary(

@@ -20,6 +20,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from nbl_export.blocks import attentions
 from nbl_export.errors import InputError
 from nbl_export.export.sidecars import copy_sidecars, sidecars_of, updated_configs
 from nbl_export.files import member, sha256_of_file
@@ -133,7 +134,7 @@ def settle(folder: Folder) -> None:
 def complete(folder: Folder, graph: Path, record: ForeignSummary) -> None:
     """Step 4, for the rewritten ``graph``, which says itself which layers are linear."""
     model = load_graph(graph)
-    linear = linearized_layers(model)
+    linear = attentions(linearized_layers(model))
     copy_sidecars(
         updated_configs(sidecars_of(graph, external_files(model)), linear, record.kv_layers), folder.root
     )

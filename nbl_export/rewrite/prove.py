@@ -21,16 +21,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from nbl_export.blocks import Block
 from nbl_export.errors import BuildError
 from nbl_export.graph.operators import SKIP_NORMS, captured, constant_tensor, key
 from nbl_export.graph.precision import Precision, graph_precision
-from nbl_export.graph.regions import AttentionRegion, Output, later_bias
+from nbl_export.graph.regions import Output, Region, later_bias
 from nbl_export.linearize.plan import Plan
 from nbl_export.rewrite.probe_runner import Found, ProbeRunner, cause_and_remedy, relative_error
 from nbl_export.rewrite.routing import RouterProof, router_proofs, told_scores
@@ -78,7 +79,7 @@ class Proof:
     explains.
     """
 
-    layer: int
+    layer: Block
     u: ir.Value | None
     y: Output | None
     input_error: float
@@ -103,10 +104,10 @@ class Proof:
 def prove(
     path: Path,
     model: ir.Model,
-    regions: Sequence[AttentionRegion],
+    regions: Sequence[Region[Any]],
     plan: Plan,
     progress: Callable[[int], object] = lambda _bytes: None,
-) -> dict[int, Proof]:
+) -> dict[Block, Proof]:
     """Proofs of the ``regions`` found in the graph ``model``, which was read from ``path``.
 
     ``progress`` receives the bytes of the weights that were run. Raises :class:`BuildError` if a layer that is
@@ -136,7 +137,7 @@ def prove(
     return proofs
 
 
-def _as_a_whole(proofs: Mapping[int, Proof]) -> dict[str, float]:
+def _as_a_whole(proofs: Mapping[Block, Proof]) -> dict[str, float]:
     """The errors of all layers in units of what rounding explains, in the geometric mean; nothing for float32.
 
     One layer that stays may be unlike PyTorch's: it counts no more than the most that a layer may have.
@@ -161,7 +162,7 @@ class _Proving:
     def __init__(
         self,
         path: Path,
-        regions: Sequence[AttentionRegion],
+        regions: Sequence[Region[Any]],
         plan: Plan,
         precision: Precision,
         progress: Callable[[int], object],
@@ -172,7 +173,7 @@ class _Proving:
         self.scores = told_scores(path, plan)
         self.routers: list[RouterProof] = []
 
-    def proofs(self) -> dict[int, Proof]:
+    def proofs(self) -> dict[Block, Proof]:
         names = {
             str(v.name)
             for r in self.regions
@@ -198,17 +199,19 @@ class _Proving:
             return proofs
         return self._with_allowed(proofs)
 
-    def _inputs(self, region: AttentionRegion) -> tuple[ir.Value, ...]:
+    def _inputs(self, region: Region[Any]) -> tuple[ir.Value, ...]:
         return region.inputs if self.plan.fit_input == "normed" else region.streams
 
-    def _input_errors(self, region: AttentionRegion) -> dict[ir.Value, float]:
+    def _input_errors(self, region: Region[Any]) -> dict[ir.Value, float]:
         expected = self.plan.probe_u[region.layer]
         return {v: self.runner.error(self._rows(self.own, v), expected) for v in self._inputs(region)}
 
     def _rows(self, found: Found, value: ir.Value) -> list[NDArray[np.float32]]:
         return [row[str(value.name)] for row in found]
 
-    def _computed(self, candidates: Mapping[int, Sequence[ir.Value]]) -> dict[tuple[int, ir.Value], Found]:
+    def _computed(
+        self, candidates: Mapping[Block, Sequence[ir.Value]]
+    ) -> dict[tuple[Block, ir.Value], Found]:
         """The candidates for y of each layer, computed from PyTorch's activations at each of its candidates for u.
 
         One run for the first candidate of every layer, one for the second, and so on.
@@ -217,9 +220,9 @@ class _Proving:
         names = {r.layer: [o.value for o in r.outputs] for r in self.regions}
         lent = {r.layer: set(r.lent) for r in self.regions}
         waiting = [(layer, u) for layer, values in candidates.items() for u in values]
-        computed: dict[tuple[int, ir.Value], Found] = {}
+        computed: dict[tuple[Block, ir.Value], Found] = {}
         while waiting:
-            fed: dict[int, ir.Value] = {}
+            fed: dict[Block, ir.Value] = {}
             for layer, u in waiting:
                 if layer not in fed and u not in fed.values():
                     fed[layer] = u
@@ -237,7 +240,7 @@ class _Proving:
 
     def _run_fed(
         self,
-        fed: Mapping[int, ir.Value],
+        fed: Mapping[Block, ir.Value],
         names: Sequence[str],
         nudged: int | None = None,
         run: Found | None = None,
@@ -262,9 +265,9 @@ class _Proving:
 
     def _best(
         self,
-        region: AttentionRegion,
+        region: Region[Any],
         candidates: Sequence[ir.Value],
-        computed: Mapping[tuple[int, ir.Value], Found],
+        computed: Mapping[tuple[Block, ir.Value], Found],
     ) -> tuple[ir.Value, Output, float] | None:
         pairs: dict[tuple[ir.Value, Output], float] = {}
         for u in candidates:
@@ -280,7 +283,7 @@ class _Proving:
         u, y = next(pair for pair in near if pair[1].biases == most)
         return u, y, pairs[u, y]
 
-    def _output_error(self, output: Output, computed: Found, layer: int) -> float:
+    def _output_error(self, output: Output, computed: Found, layer: Block) -> float:
         arrays: Sequence[NDArray[np.float32]] = self._rows(computed, output.value)
         if output.later is not None:
             later = _constant(output.later)
@@ -289,7 +292,7 @@ class _Proving:
             arrays = [a + later for a in arrays]
         return self.runner.error(arrays, self.plan.probe_y[layer])
 
-    def _with_allowed(self, proofs: Mapping[int, Proof]) -> dict[int, Proof]:
+    def _with_allowed(self, proofs: Mapping[Block, Proof]) -> dict[Block, Proof]:
         """The ``proofs`` with the errors that the graph's own rounding explains."""
         found = {layer: (p, p.u, p.y) for layer, p in proofs.items() if p.u is not None and p.y is not None}
         fed = {layer: u for layer, (_, u, _) in found.items()}
@@ -360,7 +363,7 @@ def _from_alone(
     return reached
 
 
-def _unfound(layer: int, errors: Mapping[ir.Value, float]) -> Proof:
+def _unfound(layer: Block, errors: Mapping[ir.Value, float]) -> Proof:
     return Proof(layer, None, None, min(errors.values(), default=float("inf")), float("inf"))
 
 
@@ -389,11 +392,4 @@ def _constant(value: ir.Value) -> NDArray[np.float32] | None:
     return None if tensor is None else tensor.numpy().astype(np.float32)
 
 
-__all__ = [
-    "PROOF_TOLERANCE",
-    "Proof",
-    "Tolerance",
-    "prove",
-    "relative_error",
-    "without_later",
-]
+__all__ = ["PROOF_TOLERANCE", "Proof", "Tolerance", "prove", "relative_error", "without_later"]

@@ -19,7 +19,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from dataclasses import replace as replace_fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,13 +28,13 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from nbl_export.batch.names import PIXELS
+from nbl_export.blocks import Block, as_json, attentions, part_of
 from nbl_export.errors import BuildError, InputError
 from nbl_export.graph.cache import KV_LAYERS_KEY, kv_layers, kv_pairs, metadata_list, remove_pairs
 from nbl_export.graph.finite import check_finite
 from nbl_export.graph.io import load_graph, save_graph, summarize
 from nbl_export.graph.precision import graph_precision
-from nbl_export.graph.regions import AttentionRegion, Output, Refusal, find_regions
+from nbl_export.graph.regions import AttentionRegion, Output, Region, find_regions
 from nbl_export.graph.roles import remember_roles
 from nbl_export.graph.summary import DescribedLayer, GraphSummary
 from nbl_export.graph.tensors import follow_links
@@ -46,6 +45,7 @@ from nbl_export.progress import Listener, Silent, bytes_task
 from nbl_export.rewrite.adapt import merge_adapters
 from nbl_export.rewrite.confirm import confirm
 from nbl_export.rewrite.counting import count
+from nbl_export.rewrite.planned import planned_attentions, planned_mlps
 from nbl_export.rewrite.prove import PROOF_TOLERANCE, Proof, prove, without_later
 from nbl_export.rewrite.quantize import product
 from nbl_export.rewrite.summary import RewriteSummary, StoredError
@@ -68,9 +68,9 @@ class RewriteResult:
 
     before: GraphSummary
     after: GraphSummary
-    proofs: dict[int, Proof]
+    proofs: dict[Block, Proof]
     files: list[Path]
-    stored: dict[int, float] = field(default_factory=dict)
+    stored: dict[Block, float] = field(default_factory=dict)
     kv_layers: tuple[int, ...] = ()
 
 
@@ -91,7 +91,7 @@ def rewrite_file(
     before, proofs = proven_graph.before, proven_graph.proofs
     kept = kept_layers(proven_graph.model, plan)
     model = rewritten_model(proven_graph, plan)
-    stored: dict[int, float] = {}
+    stored: dict[Block, float] = {}
 
     def check(written: Path) -> RewriteResult:
         check_file(written)
@@ -121,7 +121,7 @@ def rewritten_model(graph: ProvenGraph, plan: Plan) -> ir.Model:
     return model
 
 
-def storing_cost(stored: Mapping[int, float]) -> str:
+def storing_cost(stored: Mapping[Block, float]) -> str:
     """A line on what storing W costs the linear layers, if it can be noticed; empty if not."""
     worst = max(stored, key=lambda layer: stored[layer], default=None)
     if worst is None or stored[worst] < _NOTICED:
@@ -143,8 +143,8 @@ class ProvenGraph:
     model: ir.Model
     before: GraphSummary
     attention: int
-    regions: list[AttentionRegion]
-    proofs: dict[int, Proof]
+    regions: list[Region[Any]]
+    proofs: dict[Block, Proof]
     cached: tuple[int, ...] = ()
 
 
@@ -157,8 +157,9 @@ def proven_regions(source: Path, plan: Plan, listener: Listener | None = None) -
     before = summarize(model, source)
     RemoveUnusedNodesPass()(model)  # dead nodes of the exporter would disturb the search
     found = find_regions(model)
-    planned = _planned(model, found, plan)
-    regions = [entry for entry in planned if isinstance(entry, AttentionRegion)]
+    planned = planned_attentions(model, found, plan)
+    regions: list[Region[Any]] = [entry for entry in planned if isinstance(entry, AttentionRegion)]
+    regions = sorted([*regions, *planned_mlps(model, planned, plan)], key=lambda region: region.layer)
     with bytes_task(listener or Silent(), "Proving the regions", before.file_bytes) as done:
         proofs = prove(source, model, regions, plan, done)
     cached = tuple(entry.layer for entry in planned if entry.pair is not None)
@@ -168,7 +169,7 @@ def proven_regions(source: Path, plan: Plan, listener: Listener | None = None) -
 def kept_layers(unmodified: ir.Model, plan: Plan) -> tuple[int, ...]:
     """The layers that keep their attention after ``plan``, those aside that attend to another's keys and values."""
     pairs = len(kv_pairs(unmodified))
-    if pairs in (0, len(plan.candidates)):
+    if pairs in (0, len(attentions(plan.candidates))):
         return plan.attention_layers
     return tuple(layer for layer in kv_layers(unmodified) if layer not in plan.layers)
 
@@ -180,55 +181,13 @@ def rewrite_summary(result: RewriteResult) -> RewriteSummary:
     return RewriteSummary(result.before, result.after, result.kv_layers, proofs, stored=stored)
 
 
-def linearized_layers(model: ir.Model) -> tuple[int, ...]:
-    """The linearized layers, from the graph's metadata; empty for a graph that was not rewritten."""
+def linearized_layers(model: ir.Model) -> tuple[Block, ...]:
+    """The linear blocks, from the graph's metadata; empty for a graph that was not rewritten."""
     return tuple(r.layer for r in metadata_list(model, LAYERS_KEY, DescribedLayer) if r.kind == "linear")
 
 
-def _planned(
-    model: ir.Model, found: Sequence[AttentionRegion | Refusal], plan: Plan
-) -> list[AttentionRegion | Refusal]:
-    """What was ``found`` in the graph, with the layer indices of the plan."""
-    if any(value.name == PIXELS for value in model.graph.inputs):
-        found = found[: plan.layer_count]  # an attention after the last layer pools the image
-    if not found:
-        raise InputError(
-            "No attention was found in the graph: it is not a decoder or encoder, or is already rewritten; give the "
-            "original graph."
-        )
-    layers = plan.candidates
-    if len(found) != len(layers):
-        raise InputError(
-            f"The graph has {len(found)} attention layers, the plan is for {len(layers)}: use the graph of the "
-            "plan's model."
-        )
-    _check_names(model, plan)
-    # A graph numbers its attention layers only, or all layers of the model, some of which have no attention.
-    numbers = tuple(entry.layer for entry in found)
-    if numbers not in (layers, tuple(range(len(layers)))):
-        raise InputError(
-            f"The graph's KV caches are numbered up to {max(numbers)}, the plan is for {len(layers)} layers: use the "
-            "graph of the plan's model."
-        )
-    entries = [replace_fields(other, layer=layer) for layer, other in zip(layers, found, strict=True)]
-    for entry in entries:
-        if isinstance(entry, Refusal) and entry.layer in plan.layers:
-            raise BuildError(f"The graph cannot be rewritten: {entry}.")
-    return entries
-
-
-def _check_names(model: ir.Model, plan: Plan) -> None:
-    ours = tuple(f"{linear_name(layer)}." for layer in plan.chosen)
-    made = (v.name for node in model.graph for v in node.outputs)
-    for name in (*model.graph.initializers, *made):
-        if name and name.startswith(ours):
-            raise InputError(
-                f"The graph already has a tensor {name}, a name that the rewrite needs: rename it."
-            )
-
-
 def replace(
-    model: ir.Model, regions: Mapping[int, AttentionRegion], proofs: Mapping[int, Proof], plan: Plan
+    model: ir.Model, regions: Mapping[Block, Region[Any]], proofs: Mapping[Block, Proof], plan: Plan
 ) -> None:
     """Step 3, in place: planned layers become MatMul + Add, and their KV pairs are removed."""
     pairs = kv_pairs(model)
@@ -240,7 +199,7 @@ def replace(
         assert proof.u is not None and proof.y is not None  # proven layers have both
         _insert(model, layer, proof.u, proof.y, regions[layer].projection, plan)
     RemoveUnusedNodesPass()(model)
-    gone = [regions[layer].pair for layer in plan.chosen]
+    gone = [regions[layer].pair for layer in plan.linear_attention]
     remove_pairs(model, [pair for pair in gone if pair is not None], pairs)
     for value in untyped:  # inferred types are not written to the graph
         if not value.is_graph_output():
@@ -262,7 +221,7 @@ class _StoredWeight:
     """W of one layer of a plan, or a factor of it, loaded when called; ``prefix`` is for the names of a factor."""
 
     plan: Plan
-    layer: int
+    layer: Block
     name: str
     shape: tuple[int, int]
     prefix: str = ""
@@ -272,7 +231,7 @@ class _StoredWeight:
         return weight
 
 
-def _factors(plan: Plan, layer: int) -> list[_StoredWeight]:
+def _factors(plan: Plan, layer: Block) -> list[_StoredWeight]:
     """The matrices that u is multiplied by, in order: W, or the two factors of a low-rank W."""
     d, rank = plan.hidden_size, plan.rank
     if rank is None:
@@ -283,7 +242,9 @@ def _factors(plan: Plan, layer: int) -> list[_StoredWeight]:
     ]
 
 
-def _insert(model: ir.Model, layer: int, u: ir.Value, output: Output, neighbour: ir.Node, plan: Plan) -> None:
+def _insert(
+    model: ir.Model, layer: Block, u: ir.Value, output: Output, neighbour: ir.Node, plan: Plan
+) -> None:
     prefix, y = linear_name(layer), output.value
     if y.is_graph_output():
         raise BuildError(
@@ -375,8 +336,8 @@ def _describe(model: ir.Model, proofs: Sequence[Proof], plan: Plan, cached: Sequ
         linear = proof.layer in plan.layers
         rows.append(
             {
-                "layer": proof.layer,
-                "kind": "linear" if linear else "attention",
+                "layer": as_json(proof.layer),
+                "kind": "linear" if linear else part_of(proof.layer),
                 "input": str(proof.u.name),
                 "output": linear_output_name(proof.layer) if linear else str(proof.y.value.name),
             }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from nbl_export.blocks import Block
 from nbl_export.graph.summary import GraphSummary
 
 
@@ -11,7 +12,7 @@ from nbl_export.graph.summary import GraphSummary
 class ProofErrors:
     """How far one layer's tensors u and y in the graph are from PyTorch's: relative errors, infinite for none."""
 
-    layer: int
+    layer: Block
     input_error: float
     output_error: float
 
@@ -20,7 +21,7 @@ class ProofErrors:
 class StoredError:
     """What storing W in the graph's format costs one linear layer: ‖Ŵu - Wu‖ / ‖Wu‖ on the probe."""
 
-    layer: int
+    layer: Block
     error: float
 
 

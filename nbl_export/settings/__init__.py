@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import astuple, dataclass, field, replace
 
+from nbl_export.blocks import ATTENTION
+from nbl_export.errors import InputError
 from nbl_export.settings.budget import NO_BOUND, NO_BUDGET, Budget, LossBound, auto_budget
 from nbl_export.settings.definition import Settings, Task
 from nbl_export.settings.making import (
+    NO_MLPS_IN_ENGINES,
     CalibrateSettings,
     EngineSettings,
     ExportSettings,
@@ -67,6 +70,10 @@ class RunSettings:
         self.selection.check_precision(self.exporting.precision)
         if self.engines:
             self.exporting.check_tensorrt()
+            if self.calibration.blocks != ATTENTION:
+                raise InputError(
+                    f"{NO_MLPS_IN_ENGINES}: leave --trt or --blocks {self.calibration.blocks} out."
+                )
 
     def resolve(self, task: Task) -> RunSettings:
         """With all that depends on the task filled in; raises :class:`InputError` for what it cannot be asked."""

@@ -71,7 +71,8 @@ def one_of(known: Iterable[str], words: str = "choose one of") -> Must:
 @dataclass(frozen=True)
 class Setting:
     """One setting: ``key`` is its option without the dashes, ``shown`` its default in words where the field's own does
-    not say it; ``auto``: that word is a value, too; ``repeated``: a list by repetition, where others have commas.
+    not say it; ``auto``: that word is a value, too; ``repeated``: a list by repetition, where others have commas;
+    ``read`` makes a value of text that is no plain value, as ``like`` it is written.
 
     ``path`` leads to the field; ``kind`` is the type of one value, of which there may be ``many``.
     """
@@ -83,6 +84,8 @@ class Setting:
     shown: str | None = None
     auto: bool = False
     repeated: bool = False
+    read: Callable[[str], Any] | None = None
+    like: str = "whole numbers with commas, as 3,7,12"
     path: tuple[str, ...] = ()
     help: str = ""
     kind: type = str
@@ -91,7 +94,9 @@ class Setting:
     @property
     def parameter(self) -> Parameter:
         """The option, for the library that reads the command line."""
-        metavar = self.metavar or ("LIST" if self.many else _METAVARS[self.kind]) + "|auto" * self.auto
+        metavar = (
+            self.metavar or ("LIST" if self.many else _METAVARS.get(self.kind, "NAME")) + "|auto" * self.auto
+        )
         more: dict[str, Any] = {"metavar": metavar} if _HAS_METAVAR else {}
         if self.kind is not bool:
             more |= {"converter": self._from_words, "n_tokens": 1, "json_list": False}
@@ -121,10 +126,17 @@ class Setting:
             return value
         is_list = isinstance(value, list)
         types = {type(one) for one in (value if is_list else [value])}
-        if is_list != self.many or not types <= ({int, float} if self.kind is float else {self.kind}):
+        allowed = {int, float} if self.kind is float else {int, str} if self.read else {self.kind}
+        if is_list != self.many or not types <= allowed:
             raise InputError(f"{name} is {json.dumps(value, default=str)}; give {self._wanted}.")
         try:
-            found = tuple(map(self.kind, value)) if self.many else self.kind(value)
+            found = (
+                tuple(self._one(str(one) if self.read else one) for one in value)
+                if self.many
+                else self.kind(value)
+            )
+        except ValueError:
+            raise InputError(f"{name} is {json.dumps(value)}; give {self._wanted}.") from None
         except OverflowError:  # a whole number of more than 308 digits
             raise InputError(f"{name} is too large; give a finite number.") from None
         self.check(found, name, of_file=True)
@@ -139,13 +151,18 @@ class Setting:
         if self.auto and text == AUTO:
             return AUTO
         try:
-            return tuple(map(self.kind, text.split(","))) if self.many else self.kind(text)
+            return tuple(map(self._one, text.split(","))) if self.many else self.kind(text)
         except ValueError:
-            wanted = "whole numbers with commas, as 3,7,12" if self.many else self._wanted
+            wanted = self.like if self.many else self._wanted
             raise UsageError(f"{option} is {text!r}; give {wanted}.") from None
+
+    def _one(self, value: Any) -> Any:
+        return self.read(value) if self.read else self.kind(value)
 
     @property
     def _wanted(self) -> str:
+        if self.read:
+            return f"a list in brackets: {self.like}"
         wanted = _WANTED[self.kind] + " or auto" * self.auto
         return f"a list in brackets, each {wanted}" if self.many else wanted
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
+from nbl_export.blocks import ATTENTION, PARTS, Block, as_json, block_of
 from nbl_export.errors import InputError
 from nbl_export.settings import choices
 from nbl_export.settings.budget import NO_BUDGET, Budget, auto_budget
@@ -30,6 +31,7 @@ _RIDGES = Must(
     lambda x: 0 <= x <= MAX_RIDGE, f"is {{value}}; it must be between 0 and {MAX_RIDGE:g}, or auto"
 )
 _DTYPES = one_of(get_args(Dtype), "is {value!r}; it must be one of")
+NO_MLPS_IN_ENGINES = "Engines are built of graphs whose MLPs are as they were"
 _NO_PROGRAM = Must(lambda _: False, "names a program to run: say it on the command line", of_file=True)
 
 
@@ -45,6 +47,7 @@ class CalibrateSettings(OnDevice):
     heldout_samples: Rows of held-out tokens, to measure the method loss on.
     selection_samples: Rows of tokens to choose layers on.
     field: Text field of .jsonl, .parquet or Hub rows.
+    blocks: What may become linear: attention, mlp, or both.
     seed: Seed of everything random.
     dtype: Precision of the model while it reads the text. auto: bfloat16 where the processor multiplies it.
     memory: What the states of the text between two blocks may take; more than that is kept in files.
@@ -58,13 +61,20 @@ class CalibrateSettings(OnDevice):
     heldout_samples: int = setting(24, MORE, at_least(1))
     selection_samples: int = setting(8, MORE, at_least(1))
     field: str = setting("text", MORE, key="text-field")
+    blocks: Literal["attention", "mlp", "both"] = setting(ATTENTION, LAYERS, metavar="attention|mlp|both")
     seed: int = setting(0, MORE)
     dtype: Dtype = setting(AUTO, MORE, _DTYPES, metavar="DTYPE", key="calibration-dtype")
     memory: str | None = setting(None, MORE, SIZE, metavar="SIZE", shown="half of what is free")
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts of a layer that may become linear."""
+        return PARTS if self.blocks == "both" else (self.blocks,)
+
     def as_json(self) -> dict[str, Any]:
-        """Without the memory, which changes no result."""
-        return {name: value for name, value in super().as_json().items() if name != "memory"}
+        """Without the memory, which changes no result, and without attention alone, as it was before MLPs were read."""
+        left = {"memory"} | ({"blocks"} if self.blocks == ATTENTION else set())
+        return {name: value for name, value in super().as_json().items() if name not in left}
 
     def check(self) -> None:
         super().check()
@@ -81,7 +91,7 @@ class SelectSettings(OnDevice):
     budget of ``k``, and None of ``ridge``.
 
     k: Layers to linearize. auto: as --max-ppl-ratio 1.10.
-    layers: Exactly these layers: 3,7,12.
+    layers: Exactly these layers: 3,7,12. The MLP of layer 7: 7.mlp.
     criterion: Rank layers by: greedy (KL, one after the other), kl (each alone), linearity (error × sensitivity),
         nmse (fit error), cca (the paper's bound), drop (KL when left out).
     fit_input: Fit on the residual stream after (normed) or before (residual) the input norm.
@@ -97,7 +107,9 @@ class SelectSettings(OnDevice):
     k: int | None = setting(
         None, LAYERS, at_least(0, "between 0 and the model's attention layers"), metavar="K|auto", auto=True
     )
-    layers: tuple[int, ...] | None = setting(None, LAYERS)
+    layers: tuple[Block, ...] | None = setting(
+        None, LAYERS, read=block_of, like="layers with commas, as 3,7,12; the MLP of a layer is 7.mlp"
+    )
     criterion: str | None = setting(
         None,
         MORE,
@@ -160,6 +172,10 @@ class SelectSettings(OnDevice):
                 "layers by --k with --criterion cca or nmse, or by --layers."
             )
         return replace(self, criterion=self.criterion or choices.ENCODER_CRITERION)
+
+    def as_json(self) -> dict[str, Any]:
+        named = None if self.layers is None else [as_json(block) for block in self.layers]
+        return {**super().as_json(), "layers": named}
 
     def check_precision(self, precision: str | None) -> None:
         """Refuse a repair of the MLPs for a graph whose weights are quantized: it does not hold them as they are."""

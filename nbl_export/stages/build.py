@@ -6,11 +6,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nbl_export.blocks import attentions
 from nbl_export.errors import InputError
 from nbl_export.files import read_json, sha256_of_file
 from nbl_export.linearize.plan import load_plan
 from nbl_export.progress import Listener
 from nbl_export.settings import EngineSettings
+from nbl_export.settings.making import NO_MLPS_IN_ENGINES
 from nbl_export.stages.rewrite import check_baseline, current_rewrite
 from nbl_export.stages.run import Run
 from nbl_export.workspace import Workspace
@@ -64,13 +66,15 @@ def build(run: Run, settings: EngineSettings) -> list[EngineFile]:
     def work(listener: Listener) -> list[Path]:
         check_baseline(ws)
         plan = load_plan(ws.plan)
+        if len(plan.linear_attention) < len(plan.layers):
+            raise InputError(f"{NO_MLPS_IN_ENGINES}: choose layers without MLPs, or use the ONNX graph.")
         if exported.precision == "fp32":
             listener.note(
                 "The graphs are fp32, so the engines are too, without fused attention; for half precision: "
                 f"nbl-export export {ws.root} --precision fp16 --kv-cache static, then rewrite and build."
             )
         sources = [
-            Source(BASE, ws.baseline, len(plan.candidates), ws.base_engine),
+            Source(BASE, ws.baseline, len(attentions(plan.candidates)), ws.base_engine),
             Source(LINEARIZED, ws.model, len(plan.attention_layers), ws.engine),
         ]
         plan_hash = sha256_of_file(ws.plan)

@@ -63,7 +63,7 @@ def calibrate(run: Run, settings: CalibrateSettings) -> None:
                 record = {"key": key, "sha256": sha256_of_file(loader.path(ws))}
                 write_json(_record(loader.path(ws)), record)
             _check_enough(data.calibration, model, loader.unit)
-            probes.append(loader.probe(run.model, data))
+            probes.append(loader.probe(run.model, data, settings.parts))
             pictures.append(getattr(data, "images", None))
             if not run.model.task.causal:
                 _check_exports(run, probes[0])
@@ -79,7 +79,7 @@ def calibrate(run: Run, settings: CalibrateSettings) -> None:
         store = MomentsFolder(ws.moments, ws.partial_moments, about)
         memory = None if settings.memory is None else bytes_of(settings.memory)
         with seeing(in_dtype, seen):
-            store_moments(in_dtype, tokens, key, store, listener, ranks, memory)
+            store_moments(in_dtype, tokens, key, store, listener, ranks, memory, settings.parts)
         if not ranks.first:
             return []
         save_probe(ws.probe, probes[0])

@@ -5,7 +5,7 @@ Each kind of data is a row of :data:`_LOADERS`; the stages use it and do not dep
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,7 +65,7 @@ class CalibrationLoader:
     read: Callable[[LoadedModel, CalibrateSettings, Listener], Any]
     save: Callable[[Path, Any], None]
     load: Callable[[Path], Any]
-    probe: Callable[[LoadedModel, Any], Probe]
+    probe: Callable[[LoadedModel, Any, Collection[str]], Probe]
     ranges: Callable[[torch.nn.Module, Any, Mapping[str, Any]], Any]
     heldout: Callable[[Any, Mapping[str, Any]], Rows] = heldout_rows
 
@@ -123,8 +123,8 @@ def _embedded(model: LoadedModel, text: CalibrationText) -> CalibrationText:
     return check_tokens(text, int(table.weight.shape[0]), model.source.source)
 
 
-def _probe_decoder(model: LoadedModel, text: Any) -> Probe:
-    return probe_model(model.in_float32, words(text.calibration))
+def _probe_decoder(model: LoadedModel, text: Any, parts: Collection[str]) -> Probe:
+    return probe_model(model.in_float32, words(text.calibration), parts)
 
 
 def _range_rows(model: torch.nn.Module, text: Any, names: Mapping[str, Any]) -> list[Any]:
@@ -156,7 +156,7 @@ def _read_passages(model: LoadedModel, settings: CalibrateSettings, listener: Li
     return _embedded(model, read_passages(texts, model.tokenizer, settings, length, listener))
 
 
-def _probe_text_encoder(model: LoadedModel, text: Any) -> Probe:
+def _probe_text_encoder(model: LoadedModel, text: Any, parts: Collection[str]) -> Probe:
     frame = frame_of(model.tokenizer)
     own = set(model.tokenizer.model_input_names)
     # The inputs that the tokenizer gives and the model accepts; the graph has no others.
@@ -167,7 +167,7 @@ def _probe_text_encoder(model: LoadedModel, text: Any) -> Probe:
         ids = frame.around(inner[: max(1, length - frame.size)]).astype(np.int64)[None]
         rows.append({name: ids if name == TOKENS else np.zeros_like(ids) for name in names if name != MASK})
     batch = batch_of_rows(rows, frame.pad, frame.left)
-    return probe_inputs(model.in_float32, {name: batch[name] for name in names})
+    return probe_inputs(model.in_float32, {name: batch[name] for name in names}, parts)
 
 
 def _range_batch(model: torch.nn.Module, text: Any, names: Mapping[str, Any]) -> Any:
@@ -187,9 +187,9 @@ def _read_images(model: LoadedModel, settings: CalibrateSettings, listener: List
     return read_images(image_files(settings.sources), model.image_processor, settings, listener)
 
 
-def _probe_vision(model: LoadedModel, images: Any) -> Probe:
+def _probe_vision(model: LoadedModel, images: Any, parts: Collection[str]) -> Probe:
     try:
-        return probe_inputs(model.in_float32, {PIXELS: images.calibration[:2]})
+        return probe_inputs(model.in_float32, {PIXELS: images.calibration[:2]}, parts)
     except InputError as refusal:
         error = refusal.__cause__
         if not isinstance(error, ValueError | RuntimeError):  # of a model that gets images of another size

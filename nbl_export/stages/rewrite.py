@@ -88,7 +88,7 @@ def sidecars_of_rewrite(ws: Workspace, plan: Plan) -> list[Sidecar]:
     assert exported is not None  # both stages that call this require it
     folder, graph = ws.baseline.parent, ws.baseline.name
     files = [f for f in ws.paths(exported) if folder in f.parents and not f.name.startswith(graph)]
-    return updated_configs(files, plan.chosen, kept_layers(load_graph(ws.baseline), plan), folder)
+    return updated_configs(files, plan.linear_attention, kept_layers(load_graph(ws.baseline), plan), folder)
 
 
 def _rewrite_inputs(ws: Workspace) -> dict[str, str]:

@@ -188,7 +188,7 @@ def _parity_of(
     (rows, alone), steps = _text(running, prompts), case.settings.decode_steps
     try:
         with linearized(case.model, plan):
-            reference, gates = torch_stream(case.model, plan.chosen), gates_for(precision.gates)
+            reference, gates = torch_stream(case.model, plan.linear_attention), gates_for(precision.gates)
             engine = running.streams[role]
             parity = compare_streams(reference, engine, rows, steps, gates, case.listener, alone)
     except BuildError as error:

@@ -16,7 +16,7 @@ from onnx import numpy_helper
 
 from nbl_export.batch.arrays import F32
 from nbl_export.linearize.plan import LinearLayer, Plan
-from nbl_export.models.layers import attention_layers
+from nbl_export.models.candidates import blocks_of
 from tests.end_to_end.matrix import (
     BUILDER,
     CHOSEN,
@@ -148,7 +148,7 @@ def weights_of(model: Any, matrices: Sequence[F32], plan: Plan) -> Iterator[None
 
     Exporters join projections, or split them; rows they leave alone.
     """
-    gone = tuple(layer.attention for layer in attention_layers(model) if layer.index in plan.layers)
+    gone = tuple(one.module for one in blocks_of(model) if one.index in plan.layers)
     before = {name: module.weight.data for name, module in linear_modules(model).items()}
     try:
         for name, module in linear_modules(model).items():

@@ -214,7 +214,7 @@ def _observed(model: Any, index: int, tokens: Any) -> tuple[F64, F64]:
         y.append((output[0] if isinstance(output, tuple) else output).double())
 
     hooks = [
-        model.get_submodule(layer.attention).register_forward_pre_hook(
+        model.get_submodule(layer.module).register_forward_pre_hook(
             lambda _m, a, k: x.append(hidden_states(a, k).double()), with_kwargs=True
         ),
         model.get_submodule(layer.output).register_forward_hook(wrote),

@@ -10,6 +10,7 @@ import torch
 import transformers
 from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM, LlamaModel
 
+from nbl_export.blocks import Mlp
 from nbl_export.errors import InputError
 from nbl_export.models.caches import BlockCache, CacheShape, StateShape
 from nbl_export.models.compat import is_transformers_4
@@ -102,7 +103,8 @@ def test_what_attention_and_blocks_return_is_what_they_return() -> None:
         hook.remove()
     for name, told in (("attention", found.returns[2]), ("block", found.block_returns[2])):
         assert told == (len(seen[name]) if isinstance(seen[name], tuple) else None)
-    assert set(found.returns) == set(found.block_returns) == {0, 1, 2, 3}
+    assert set(found.block_returns) == {0, 1, 2, 3}
+    assert set(found.returns) == {*range(4), *map(Mlp, range(4))}
     assert found.causal and found.outputs == ("logits",)
 
 

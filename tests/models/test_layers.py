@@ -37,7 +37,7 @@ def test_every_attention_is_found_in_order(served: tuple[Any, Family]) -> None:
     model, family = served
     layers = attention_layers(model)
     assert [layer.index for layer in layers] == [0, 1, 2]
-    assert [layer.attention for layer in layers] == [family.attention.format(i) for i in range(COUNT)]
+    assert [layer.module for layer in layers] == [family.attention.format(i) for i in range(COUNT)]
     assert [layer.block for layer in layers] == [
         family.attention.format(i).rpartition(".")[0] for i in range(COUNT)
     ]
@@ -148,7 +148,7 @@ def test_a_block_with_two_attentions() -> None:
 
 def test_cross_attention_is_no_candidate() -> None:
     model = build("GPT2", "LMHeadModel", **FAMILIES["gpt2"].fields, add_cross_attention=True)
-    assert [layer.attention.rsplit(".")[-1] for layer in attention_layers(model)] == ["attn"] * COUNT
+    assert [layer.module.rsplit(".")[-1] for layer in attention_layers(model)] == ["attn"] * COUNT
 
 
 @pytest.mark.parametrize("kinds", [["full_attention", "conv"], ["conv", "full_attention"]])

@@ -90,7 +90,7 @@ def modules(model: Any) -> dict[str, tuple[int, int, int]]:
 def test_a_run_from_any_layer_on_gives_the_same_bits(model: Any) -> None:
     layers = attention_layers(model)
     whole, before = run(model), None
-    with recording_inputs(model, layers) as kept:
+    with recording_inputs(model, [layer.index for layer in layers]) as kept:
         assert torch.equal(run(model), whole)
     assert sorted(kept) == [layer.index for layer in layers]
     for index, states in kept.items():
@@ -109,7 +109,7 @@ def test_the_model_is_as_it_was(model: Any) -> None:
     layers = attention_layers(model)
     dummy_run(model)
     before = modules(model)
-    with recording_inputs(model, layers) as kept:
+    with recording_inputs(model, [layer.index for layer in layers]) as kept:
         whole = run(model)
     last = layers[-1].index
     with starting_at(model, last, kept[last]):
@@ -117,7 +117,10 @@ def test_the_model_is_as_it_was(model: Any) -> None:
     assert modules(model) == before
     with pytest.raises(RuntimeError, match="stop"), starting_at(model, last, kept[last]):
         raise RuntimeError("stop")
-    with pytest.raises(RuntimeError, match="stop"), recording_inputs(model, layers):
+    with (
+        pytest.raises(RuntimeError, match="stop"),
+        recording_inputs(model, [layer.index for layer in layers]),
+    ):
         raise RuntimeError("stop")
     assert modules(model) == before
     assert torch.equal(run(model), whole)
@@ -135,7 +138,10 @@ def test_a_run_that_fails_inside_the_model_leaves_it_as_it_was() -> None:
 def test_states_are_those_of_transformers_own_outputs() -> None:
     for name in ("llama", "gemma3-text", "gpt2", "falcon"):
         model = made(name)
-        with torch.inference_mode(), recording_inputs(model, attention_layers(model)) as kept:
+        with (
+            torch.inference_mode(),
+            recording_inputs(model, [layer.index for layer in attention_layers(model)]) as kept,
+        ):
             states = model(input_ids=IDS, use_cache=False, output_hidden_states=True).hidden_states
         for index in kept:
             assert torch.equal(kept[index], states[index]), (name, index)
@@ -144,7 +150,7 @@ def test_states_are_those_of_transformers_own_outputs() -> None:
 def test_many_blocks_that_return_tuples_are_passed_over() -> None:
     """A block in their place that returned a bare tensor would be taken apart, a dimension each time."""
     model = unsaved("bloom", n_layer=6, num_hidden_layers=6).eval().requires_grad_(False)
-    with recording_inputs(model, attention_layers(model)) as kept:
+    with recording_inputs(model, [layer.index for layer in attention_layers(model)]) as kept:
         whole = run(model)
     with starting_at(model, 5, kept[5]):
         assert torch.equal(run(model), whole)
@@ -260,7 +266,7 @@ def test_a_run_begins_where_its_keys_and_values_are_made(model_type: str) -> Non
     )
     assert [beginning(one, index) for index in range(4)] == [0, 1, 2, 2]
     expected = run(one)
-    with recording_inputs(one, attention_layers(one)) as states:
+    with recording_inputs(one, [layer.index for layer in attention_layers(one)]) as states:
         run(one)
     for index in range(3):
         with starting_at(one, index, states[index]):

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nbl_export.blocks import Block
 from nbl_export.errors import BudgetError
 from nbl_export.files import TEMPORARY
 from nbl_export.progress import Listener
@@ -40,7 +41,7 @@ class SpeedMeter:
         self,
         ws: Workspace,
         plan: Plan,
-        layers: Callable[[int], Mapping[int, LinearLayer]],
+        layers: Callable[[int], Mapping[Block, LinearLayer]],
         positions: int | None,
         listener: Listener,
     ) -> None:

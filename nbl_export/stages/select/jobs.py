@@ -10,12 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
+from nbl_export.blocks import Block
 from nbl_export.calibrate.moments import Moments, load_moments
 from nbl_export.linearize.figures import Candidate, Loss
 from nbl_export.linearize.plan import LinearLayer
 from nbl_export.linearize.scores import score_layer
 from nbl_export.linearize.search import NOISE, MeasuredSets, measured_losses, sensitivity
-from nbl_export.models.layers import attention_layer
+from nbl_export.models.candidates import block_modules
 from nbl_export.progress import Listener
 from nbl_export.ranks import Job
 from nbl_export.settings import SelectSettings
@@ -73,7 +74,7 @@ class Jobs:
 
     # what the first process asks for -----------------------------------------------------------
 
-    def scores(self, layers: Sequence[int]) -> list[Candidate]:
+    def scores(self, layers: Sequence[Block]) -> list[Candidate]:
         """The fits and scores of ``layers``."""
         return self._ask("scores", layers)
 
@@ -86,7 +87,7 @@ class Jobs:
     def sets(self, linear: Linear, **fitted: Any) -> MeasuredSets:
         """The losses of sets of ``linear`` layers, which depend only on ``fitted`` and the calibration."""
 
-        def measure(sets: Sequence[Sequence[int]], settled: frozenset[int]) -> list[Loss]:
+        def measure(sets: Sequence[Sequence[Block]], settled: frozenset[Block]) -> list[Loss]:
             return self._ask("losses", sets, linear, settled)
 
         cache = self.measured.cache(fit_input=self._settings.fit_input, **fitted)
@@ -94,7 +95,7 @@ class Jobs:
             lambda: self.meter, getattr(self.fitting, linear), cache, measure, self._ranks.count
         )
 
-    def sensitivities(self, layers: Sequence[int]) -> Iterator[Loss]:
+    def sensitivities(self, layers: Sequence[Block]) -> Iterator[Loss]:
         """The sensitivity of each of ``layers``, as many at once as there are processes."""
         cache = self.measured.cache(what="noise", share=NOISE)
         unknown = [layer for layer in layers if str(layer) not in cache]
@@ -111,24 +112,25 @@ class Jobs:
 
     # the share of each process -----------------------------------------------------------------
 
-    def _scores(self, layers: Sequence[int]) -> list[Candidate]:
+    def _scores(self, layers: Sequence[Block]) -> list[Candidate]:
         ridge = self.fitting.scoring_ridge
         return [score_layer(self.moments, i, self._settings.fit_input, ridge) for i in layers]
 
-    def _meter(self, share: Sequence[int], dtype: str) -> list[None]:
+    def _meter(self, share: Sequence[Block], dtype: str) -> list[None]:
         self.measured.dtype = dtype  # another machine may be fastest in another one
         self.measured.meter  # noqa: B018
         return [None for _ in share]
 
-    def _losses(self, sets: Sequence[Sequence[int]], linear: Linear, settled: frozenset[int]) -> list[Loss]:
-        layers: Mapping[int, LinearLayer] = getattr(self.fitting, linear)
+    def _losses(
+        self, sets: Sequence[Sequence[Block]], linear: Linear, settled: frozenset[Block]
+    ) -> list[Loss]:
+        layers: Mapping[Block, LinearLayer] = getattr(self.fitting, linear)
         return measured_losses(self.measured.meter, layers, sets, settled) if sets else []
 
-    def _sensitivities(self, layers: Sequence[int]) -> list[Loss]:
+    def _sensitivities(self, layers: Sequence[Block]) -> list[Loss]:
         model = self.measured.model
         return [
-            sensitivity(self.measured.meter, attention_layer(model, i), self.fitting.energy(i))
-            for i in layers
+            sensitivity(self.measured.meter, block_modules(model, i), self.fitting.energy(i)) for i in layers
         ]
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nbl_export.blocks import Block, part_of
 from nbl_export.linearize.plan import LinearLayer
 from nbl_export.progress import Listener
 from nbl_export.settings import SelectSettings
@@ -22,21 +23,21 @@ if TYPE_CHECKING:
     from nbl_export.stages.select.measured import Measured
 
 
-class _LazyLayers(Mapping[int, LinearLayer]):
+class _LazyLayers(Mapping[Block, LinearLayer]):
     """A linear layer for each of ``indices``, fitted by ``make`` at its first use and then cached."""
 
-    def __init__(self, indices: Sequence[int], make: Callable[[int], LinearLayer]) -> None:
+    def __init__(self, indices: Sequence[Block], make: Callable[[Block], LinearLayer]) -> None:
         self._indices, self._make = tuple(indices), make
-        self._made: dict[int, LinearLayer] = {}
+        self._made: dict[Block, LinearLayer] = {}
 
-    def __getitem__(self, index: int) -> LinearLayer:
+    def __getitem__(self, index: Block) -> LinearLayer:
         if index not in self._indices:
             raise KeyError(index)
         if index not in self._made:
             self._made[index] = self._make(index)
         return self._made[index]
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[Block]:
         return iter(self._indices)
 
     def __len__(self) -> int:
@@ -59,10 +60,10 @@ class Fitting:
         self._moments, self._measured, self._settings, self._listener = moments, measured, settings, listener
         self._reading = reading
         # Each layer that was truncated, what became of it, and the lost share.
-        self._truncated: dict[int, tuple[LinearLayer, LinearLayer, float]] = {}
+        self._truncated: dict[Block, tuple[LinearLayer, LinearLayer, float]] = {}
 
     @cached_property
-    def for_choosing(self) -> Mapping[int, LinearLayer]:
+    def for_choosing(self) -> Mapping[Block, LinearLayer]:
         """A linear layer for every attention layer, fitted on first use.
 
         A sequential fit depends on the chosen layers, so they are chosen by one-shot fits.
@@ -71,7 +72,7 @@ class Fitting:
             return self.dropped
         return _LazyLayers(sorted(self._moments.layers), self._one_shot)
 
-    def _one_shot(self, layer: int) -> LinearLayer:
+    def _one_shot(self, layer: Block) -> LinearLayer:
         from nbl_export.linearize.fits import as_layer
 
         if self._settings.fit == "weighted":
@@ -79,19 +80,19 @@ class Fitting:
         return as_layer(self._solve(layer, self._moments.layers[layer]))
 
     @cached_property
-    def dropped(self) -> dict[int, LinearLayer]:
+    def dropped(self) -> dict[Block, LinearLayer]:
         """For every layer W = 0 and b = 0, which drops it."""
         from nbl_export.linearize.fits import dropped
 
         return {i: dropped(len(m.x)) for i, m in self._moments.layers.items()}
 
-    def energy(self, layer: int) -> float:
+    def energy(self, layer: Block) -> float:
         """E‖y - μ_y‖² of a layer's output."""
         from nbl_export.linearize.lmmse import branch_covariances
 
         return float(branch_covariances(self._moments.layers[layer], "normed").c_vv.trace())
 
-    def final(self, chosen: Sequence[int]) -> dict[int, LinearLayer]:
+    def final(self, chosen: Sequence[Block]) -> dict[Block, LinearLayer]:
         """The linear layers of ``chosen`` before any repair."""
         from nbl_export.linearize.fits import sequential_fits
 
@@ -103,13 +104,13 @@ class Fitting:
         with self._listener.task("Fitting in sequence", total, "tokens") as task:
             return sequential_fits(model, tokens, chosen, measured.fit_input, self._solve, task.advance)
 
-    def timed(self, layers: Sequence[int]) -> Mapping[int, LinearLayer]:
+    def timed(self, layers: Sequence[Block]) -> Mapping[Block, LinearLayer]:
         """The linear layers that ``layers`` are timed with: of the form that ships, whatever their values will be."""
         found = {i: self.for_choosing[i] for i in layers}
         rank = self._settings.rank
         return found if rank is None else self.truncated(found, rank)[0]
 
-    def repaired(self, layers: Mapping[int, LinearLayer]) -> Repaired:
+    def repaired(self, layers: Mapping[Block, LinearLayer]) -> Repaired:
         """``layers`` after the distillation steps of the settings, and the adapters of other weights."""
         from nbl_export.linearize.lmmse import branch_covariances
         from nbl_export.linearize.repair import Distillation, repair
@@ -131,8 +132,8 @@ class Fitting:
         return repair(task, measured.repair_checkpoint, self._listener)
 
     def truncated(
-        self, layers: Mapping[int, LinearLayer], rank: int
-    ) -> tuple[dict[int, LinearLayer], dict[int, float]]:
+        self, layers: Mapping[Block, LinearLayer], rank: int
+    ) -> tuple[dict[Block, LinearLayer], dict[Block, float]]:
         """``layers`` truncated to ``rank``, and by layer the lost share of the output's variance."""
         for index, layer in layers.items():
             # Each K is timed with layers that other K's have, too.
@@ -141,7 +142,7 @@ class Fitting:
         kept = {index: self._truncated[index] for index in layers}
         return {i: low for i, (_, low, _) in kept.items()}, {i: lost for i, (_, _, lost) in kept.items()}
 
-    def _truncate(self, index: int, layer: LinearLayer, rank: int) -> tuple[LinearLayer, float]:
+    def _truncate(self, index: Block, layer: LinearLayer, rank: int) -> tuple[LinearLayer, float]:
         from nbl_export.linearize.lmmse import branch_covariances, truncate
 
         c = branch_covariances(self._moments.layers[index], self._settings.fit_input)
@@ -149,7 +150,7 @@ class Fitting:
         factors = (a.astype(np.float32) for a in (low.up, low.down, low.b))
         return LinearLayer.of_rank(*factors), low.lost
 
-    def _solve(self, layer: int, moments: LayerMoments) -> LinearFit:
+    def _solve(self, layer: Block, moments: LayerMoments) -> LinearFit:
         from nbl_export.linearize.lmmse import fit_lmmse, ridge_by_heldout_error
         from nbl_export.linearize.scores import naming
 
@@ -164,14 +165,20 @@ class Fitting:
         """The ridge of the scores that do not need held-out text."""
         return DEFAULT_RIDGE if self._settings.ridge is None else self._settings.ridge
 
+    @property
+    def _parts(self) -> set[str]:
+        return {part_of(block) for block in self._moments.layers}
+
     @cached_property
-    def _others(self) -> Mapping[int, LayerMoments]:
+    def _others(self) -> Mapping[Block, LayerMoments]:
         # Moments of the selection text, for the held-out error of a ridge.
         from nbl_export.calibrate.collect import store_moments
         from nbl_export.calibrate.store import Unnamed
 
         found = Unnamed(self._measured.scratch)
-        store_moments(self._reading(), self._measured.text.selection, "", found, self._listener)
+        store_moments(
+            self._reading(), self._measured.text.selection, "", found, self._listener, parts=self._parts
+        )
         return found
 
     def _before_fits(self) -> None:
@@ -180,7 +187,7 @@ class Fitting:
             _ = self._others
 
     @cached_property
-    def _weighted(self) -> dict[int, LinearLayer]:
+    def _weighted(self) -> dict[Block, LinearLayer]:
         # Fitted as the text passes each layer, since the moments of all would take more memory than the layers.
         from nbl_export.linearize.fits import as_layer, weighted_moments
         from nbl_export.models.walk import segments
@@ -190,5 +197,5 @@ class Fitting:
         total = tokens.size * len(segments(model))
         self._before_fits()
         with self._listener.task("Weighing tokens", total, "tokens") as task:
-            found = weighted_moments(model, tokens, measured.fit_input, task.advance)
+            found = weighted_moments(model, tokens, measured.fit_input, task.advance, self._parts)
             return {index: as_layer(self._solve(index, moments)) for index, moments in found}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 
+from nbl_export.blocks import Block
 from nbl_export.errors import BudgetError, InputError
 from nbl_export.linearize.budget import CurvePoint, keeps, largest_within, loss_curve
 from nbl_export.linearize.figures import Candidate, Loss
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from nbl_export.stages.select.jobs import Jobs
 
 # A function that returns the K best layers, best first, for any K.
-Prefix = Callable[[int], Sequence[int]]
+Prefix = Callable[[int], Sequence[Block]]
 T = TypeVar("T")
 
 
@@ -112,7 +113,7 @@ class Choosing:
         """The losses of K = 1, 2 …, up to ``most`` or until the budget is exceeded."""
         with self._listener.task("Measuring the K curve", most, "layers") as task:
 
-            def loss(layers: Sequence[int]) -> Loss:
+            def loss(layers: Sequence[Block]) -> Loss:
                 found = self.sets.loss(layers)
                 task.advance(1)
                 return found
@@ -132,7 +133,7 @@ def choose(
     candidates: Sequence[Candidate],
     settings: SelectSettings,
     speeds: Callable[[Prefix], SpeedMeter],
-    ship: Callable[[Sequence[int]], Shipped[T]],
+    ship: Callable[[Sequence[Block]], Shipped[T]],
     listener: Listener,
 ) -> tuple[T, Curve | None]:
     """What ``ship`` makes of the layers to linearize, ascending, and the K curve, if one was measured.
@@ -180,7 +181,7 @@ def _within(
     ks: Sequence[int],
     prefix: Prefix,
     meter: SpeedMeter,
-    ship: Callable[[Sequence[int]], Shipped[T]],
+    ship: Callable[[Sequence[Block]], Shipped[T]],
     listener: Listener,
 ) -> tuple[T, int]:
     """What ships of the first of ``ks`` that is within the budget as it ships, and that K."""

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nbl_export.blocks import MLP, Block, Mlp
 from nbl_export.files import write_json
 from nbl_export.linearize.plan import LinearLayer, Plan, load_plan
 from nbl_export.linearize.selection import Curve, PlanLoss, ScoredLayer, Scores
@@ -50,7 +51,7 @@ def select(run: Run, settings: SelectSettings) -> Plan:
         candidates = score_layers(moments, settings.fit_input, ridge, listener, jobs.scores, ranks.count)
         empty = _plan(run, settings, metadata, {})
 
-        def ship(layers: Sequence[int]) -> Shipped[tuple[Plan, PlanLoss | None]]:
+        def ship(layers: Sequence[Block]) -> Shipped[tuple[Plan, PlanLoss | None]]:
             predicted = None if settings.layers is not None else predicted_excess(candidates, layers)
             made = _fitted(empty, layers, fitting, settings, measured, predicted, run.model.task.causal)
             return Shipped(made, made[1].loss if made[1] else None)
@@ -71,7 +72,10 @@ def select(run: Run, settings: SelectSettings) -> Plan:
         save_plan(ws.plan, plan)
         ws.repair_checkpoint.unlink(missing_ok=True)
         kinds = metadata.get("kinds", {})
-        scored = tuple(ScoredLayer(**vars(c), kind=kinds.get(str(c.layer), FULL)) for c in candidates)
+        scored = tuple(
+            ScoredLayer(**vars(c), kind=kinds.get(str(c.layer), MLP if isinstance(c.layer, Mlp) else FULL))
+            for c in candidates
+        )
         scores = Scores(scored, metadata.get("others", {}), curve, result, metadata.get("dtype"))
         write_json(ws.candidates, _as_kept(scores))
         return [ws.plan, ws.plan.with_suffix(".safetensors"), ws.candidates]
@@ -89,7 +93,7 @@ def select(run: Run, settings: SelectSettings) -> Plan:
 
 def _fitted(
     empty: Plan,
-    chosen: Sequence[int],
+    chosen: Sequence[Block],
     fitting: Fitting,
     settings: SelectSettings,
     measured: Measured,
@@ -130,7 +134,7 @@ def _as_kept(scores: Scores) -> dict[str, Any]:
 
 
 def _plan(
-    run: Run, settings: SelectSettings, metadata: Mapping[str, Any], layers: Mapping[int, LinearLayer]
+    run: Run, settings: SelectSettings, metadata: Mapping[str, Any], layers: Mapping[Block, LinearLayer]
 ) -> Plan:
     from nbl_export.calibrate.probe import load_probe
 

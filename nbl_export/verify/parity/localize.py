@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nbl_export.batch.rows import real_positions
+from nbl_export.blocks import Block, described
 from nbl_export.errors import InputError
 from nbl_export.graph.cache import metadata_list
 from nbl_export.graph.io import load_graph
@@ -16,8 +17,9 @@ from nbl_export.graph.precision import graph_precision
 from nbl_export.graph.summary import DescribedLayer
 from nbl_export.linearize.plan import Plan
 from nbl_export.linearize.swap import linearized
+from nbl_export.models.candidates import blocks_of
 from nbl_export.models.forward import run_uncached
-from nbl_export.models.layers import attention_layers, backbone, observed
+from nbl_export.models.layers import backbone, observed
 from nbl_export.rewrite.prove import PROOF_TOLERANCE, relative_error
 from nbl_export.rewrite.replace import LAYERS_KEY
 from nbl_export.runtime.intermediates import intermediate_tensors
@@ -34,7 +36,7 @@ class Divergence:
     last one (its MLP, the final norm, the head).
     """
 
-    layer: int | None
+    layer: Block | None
     where: str
     kind: str
     error: float
@@ -44,7 +46,7 @@ class Divergence:
             return "every attention layer agrees: the difference arises after the last one (MLP, final norm or head)"
         at = "output" if self.where == "output" else "input, so the cause is before it"
         return (
-            f"layer {self.layer} ({self.kind}) is the first to leave tolerance, at its {at}: "
+            f"{described(self.layer)} ({self.kind}) is the first to leave tolerance, at its {at}: "
             f"{self.error:.1e} relative"
         )
 
@@ -54,18 +56,18 @@ class Divergence:
 
 def first_divergence(model: torch.nn.Module, plan: Plan, path: Path) -> Divergence:
     """Compare every layer's u and y of the graph at ``path`` with the linearized ``model``, in order."""
-    expected: dict[tuple[int, str], Any] = {}
+    expected: dict[tuple[Block, str], Any] = {}
 
     def kept(activations: Any) -> Any:
         return activations[real_positions(plan.probe, activations.shape[1])]
 
-    def observe(index: int, h: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
+    def observe(index: Block, h: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
         u = x if plan.fit_input == "normed" else h
         expected[index, "input"], expected[index, "output"] = (kept(t.cpu().numpy()) for t in (u, y))
 
     with (
         linearized(model, plan),
-        observed(model, attention_layers(model), observe),
+        observed(model, blocks_of(model), observe),
     ):
         run_uncached(backbone(model), plan.probe)
     graph = load_graph(path)

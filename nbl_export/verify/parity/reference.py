@@ -62,7 +62,7 @@ def record_pytorch(
             ]
         )
     with linearized(model, plan) if plan else nullcontext():
-        stream = torch_stream(model, plan.chosen if plan else (), cached)
+        stream = torch_stream(model, plan.linear_attention if plan else (), cached)
         with _each_pass(model, routers) if routers else nullcontext():
             return record(stream, rows, decode_steps, alone=alone)
 

@@ -28,6 +28,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import BOOL, F32
+from nbl_export.blocks import Block, attentions
 from nbl_export.errors import BuildError, InputError
 from nbl_export.graph.cache import KV_LAYERS_KEY, metadata_list
 from nbl_export.graph.io import load_graph, scratch
@@ -81,8 +82,8 @@ def kept_cache(stream: Stream, plan: Plan) -> Stream:
     if stream.kv_layers is None:
         return stream
     # The n-th entry is of the n-th attention layer, unless some attend to another's keys and values.
-    whole = len(stream.kv_layers) == len(plan.candidates)
-    layers = plan.candidates if whole else stream.kv_layers
+    every = attentions(plan.candidates)
+    layers = every if len(stream.kv_layers) == len(every) else stream.kv_layers
     places = tuple(i for i, layer in enumerate(layers) if layer not in plan.layers)
     return KeptCache(stream, tuple(layers[i] for i in places), places)
 
@@ -108,7 +109,7 @@ def differences(
     baseline: Path,
     rewritten: Path,
     plan: Plan,
-    proofs: Mapping[int, Proof],
+    proofs: Mapping[Block, Proof],
     compare: Callable[[Path], Sequence[str]],
 ) -> list[str]:
     """The same with the ``proofs`` of ``baseline``."""
@@ -147,7 +148,7 @@ def first_difference(reference: Path, rewritten: Path, plan: Plan) -> str:
 
 @contextmanager
 def spliced(
-    baseline: Path, parts: Mapping[int, LinearPart], proofs: Mapping[int, Proof], plan: Plan
+    baseline: Path, parts: Mapping[Block, LinearPart], proofs: Mapping[Block, Proof], plan: Plan
 ) -> Iterator[Path]:
     """A temporary graph: the unmodified one with the linear layers ``parts``, sharing the data files of both."""
     model = load_graph(baseline)
