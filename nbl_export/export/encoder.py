@@ -17,6 +17,7 @@ import torch
 from nbl_export.batch.names import BATCH, MASK, PIXELS, SEQUENCE
 from nbl_export.batch.rows import Inputs
 from nbl_export.export.forms import ENCODER, Form
+from nbl_export.export.recurrence import rows_of
 from nbl_export.models.encoder import INPUT_ORDER, encoder_of, encoder_outputs
 from nbl_export.models.pooling import Pooling
 from nbl_export.models.tasks import Task
@@ -35,7 +36,7 @@ def encoder_form(model: torch.nn.Module, task: Task, pooling: Pooling | None, in
         names,
         past={},
         present={},
-        module=lambda m: encoder_of(m, task, pooling, inputs),
+        module=lambda m: encoder_of(m, task, pooling, inputs, rows_of),
         outputs=outputs,
         examples=examples,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from nbl_export.models.pooling import SENTENCE, Pooling, last_token, pool
 from nbl_export.models.tasks import Task
 
 _STATES, _LOGITS = "last_hidden_state", "logits"
+Around = Callable[[torch.Tensor, torch.Tensor], AbstractContextManager[Any]]
 INPUT_ORDER = (TOKENS, MASK, TOKEN_TYPES, PIXELS)
 
 
@@ -22,7 +25,8 @@ class Encoder(CachedDecoder):
     """A model as a function from its positional ``inputs`` to its ``outputs``.
 
     If it is ``scored``, its logits are those of each row's last token. Which that is comes from the mask; transformers
-    looks for the padding token, and takes the last token of the row where the configuration names none.
+    looks for the padding token, and takes the last token of the row where the configuration names none. With a mask
+    it is run within ``around`` it and the tokens.
     """
 
     def __init__(
@@ -32,8 +36,10 @@ class Encoder(CachedDecoder):
         outputs: tuple[str, ...],
         pooling: Pooling | None,
         scored: bool = False,
+        around: Around | None = None,
     ) -> None:
         super().__init__(model)
+        self.around = around
         self.inputs, self.outputs, self.pooling = inputs, outputs, pooling
         self.scored, self.causal = scored, dummy_run(model).causal
 
@@ -43,6 +49,12 @@ class Encoder(CachedDecoder):
     ) -> tuple[torch.Tensor, ...]:
         given = dict(zip(self.inputs, (first, second, third), strict=False))
         mask = given.get(MASK)
+        with nullcontext() if self.around is None or mask is None else self.around(mask, first):
+            return self._outputs(first, mask, given)
+
+    def _outputs(
+        self, first: torch.Tensor, mask: torch.Tensor | None, given: dict[str, torch.Tensor | None]
+    ) -> tuple[torch.Tensor, ...]:
         if self.outputs == (_LOGITS,) and self.scored:
             assert mask is not None  # decoders read text
             body = backbone(self.model)
@@ -84,8 +96,14 @@ def encoder_outputs(
     return found | ({SENTENCE: (BATCH,)} if pooling else {})
 
 
-def encoder_of(model: torch.nn.Module, task: Task, pooling: Pooling | None, inputs: Inputs) -> Encoder:
+def encoder_of(
+    model: torch.nn.Module,
+    task: Task,
+    pooling: Pooling | None,
+    inputs: Inputs,
+    around: Around | None = None,
+) -> Encoder:
     """``model`` as a function of the inputs named in the batch ``inputs``."""
     names = tuple(name for name in INPUT_ORDER if name in inputs)
     scored = task.pools and dummy_run(model).causal
-    return Encoder(model, names, tuple(encoder_outputs(model, task, pooling)), pooling, scored)
+    return Encoder(model, names, tuple(encoder_outputs(model, task, pooling)), pooling, scored, around)

@@ -57,6 +57,20 @@ HEADS = {
         "MistralForSequenceClassification",
         {**SIZES, "sliding_window": 8, "num_labels": 3},
     ),
+    # One layer keeps a state, which padding must not change.
+    "state": (
+        "minimax",
+        "MiniMaxForSequenceClassification",
+        {
+            **SIZES,
+            "head_dim": 12,
+            "layer_types": ["full_attention", "linear_attention", "full_attention", "full_attention"],
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+            "block_size": 8,
+            "num_labels": 3,
+        },
+    ),
     "embedding": ("qwen3", "Qwen3ForCausalLM", {**SIZES, "head_dim": 12}),
 }
 
