@@ -15,6 +15,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from os.path import commonprefix
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from nbl_export.blocks import Block, Mlp, layer_of, part_of
@@ -169,12 +170,19 @@ def has_module(block: torch.nn.Module, path: str) -> bool:
 
 
 def _self_attention(block: torch.nn.Module) -> list[str]:
-    return [name for name, child in block.named_children() if _is_self_attention(name, child)]
+    # The family's name, with which both classes begin, says nothing: Kimi Linear has softmax attention.
+    own = type(block).__name__
+    kinds = {name: type(child).__name__ for name, child in block.named_children()}
+    return [
+        name
+        for name, kind in kinds.items()
+        if _is_self_attention(name, kind, commonprefix([own, kind]))  # noqa: RUF071  of names, not of paths
+    ]
 
 
-def _is_self_attention(name: str, module: torch.nn.Module) -> bool:
-    words = f"{name} {type(module).__name__}".lower()
-    return "attention" in type(module).__name__.lower() and not any(w in words for w in _NO_SELF_ATTENTION)
+def _is_self_attention(name: str, kind: str, family: str) -> bool:
+    words = f"{name} {kind.removeprefix(family)}".lower()
+    return "attention" in kind.lower() and not any(w in words for w in _NO_SELF_ATTENTION)
 
 
 def _mixer(block: torch.nn.Module) -> str:

@@ -197,3 +197,34 @@ def test_layers_that_attend_twice_are_refused() -> None:
         InputError, match=r"^DiffLlamaForCausalLM is not supported: each of its layers attends twice"
     ):
         structure(transformers.DiffLlamaForCausalLM(config))
+
+
+def test_a_family_s_name_says_nothing_of_its_attention() -> None:
+    """Kimi Linear has softmax attention in some layers, of the class KimiLinearAttention."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    pytest.importorskip("transformers.models.kimi_linear", reason="needs transformers 5 with Kimi Linear")
+    config = AutoConfig.for_model(
+        "kimi_linear",
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        kv_lora_rank=16,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
+        v_head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        layer_types=["linear_attention", "full_attention"] * 2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    found = structure(AutoModelForCausalLM.from_config(config).eval())
+    assert [layer.index for layer in found.layers] == [1, 3]
+    assert found.others == {0: "linear_attention", 2: "linear_attention"}
