@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from nbl_export.blocks import Block, Mlp
 from nbl_export.graph.branches import find_branches, mlp_regions
@@ -14,7 +13,7 @@ from nbl_export.graph.io import load_graph
 from nbl_export.graph.regions import AttentionRegion, MlpRegion, Refusal, find_regions
 from nbl_export.runtime.intermediates import intermediate_tensors
 from tests.fixtures_graph import pad_left, ragged_rows
-from tests.graph.test_regions import ONE_LAYER, Node, one_layer
+from tests.graph.test_regions import ONE_LAYER, Node, activations, one_layer
 from tests.variants import Variant
 
 # After the attention of ONE_LAYER: a gated MLP.
@@ -35,30 +34,6 @@ def found_in(changes: dict[str, Node | None], candidates: tuple[Block, ...] = (0
     return mlp_regions(model, find_regions(model), candidates, 1)
 
 
-def activations(model: Any, inputs: dict[str, Any]) -> list[dict[str, Any]]:
-    """h, x and y of every MLP, by hooks on the modules of a Llama-like model, real tokens only."""
-    kept = inputs["attention_mask"].astype(bool)
-    seen: list[dict[str, Any]] = [{} for _ in model.model.layers]
-    hooks = []
-    for store, block in zip(seen, model.model.layers, strict=True):
-
-        def norm(_m: Any, args: Any, output: Any, store: Any = store) -> None:
-            store["h"], store["x"] = args[0].numpy()[kept], output.numpy()[kept]
-
-        def mlp(_m: Any, _args: Any, output: Any, store: Any = store) -> None:
-            store["y"] = output.numpy()[kept]
-
-        hooks.append(block.post_attention_layernorm.register_forward_hook(norm))
-        hooks.append(block.mlp.register_forward_hook(mlp))
-    try:
-        with torch.inference_mode():
-            model(**{k: torch.from_numpy(v) for k, v in inputs.items()}, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return seen
-
-
 def test_u_y_and_h_of_every_mlp_are_among_the_candidates(variant: Variant) -> None:
     count = len(variant.model.model.layers)
     ids, mask, positions = pad_left(ragged_rows((9, 5, 7), variant.model.config.vocab_size))
@@ -68,7 +43,8 @@ def test_u_y_and_h_of_every_mlp_are_among_the_candidates(variant: Variant) -> No
     regions = mlp_regions(model, find_regions(model), blocks, count)
     assert [region.layer for region in regions] == blocks[1::2]
     real = mask.astype(bool)
-    for region, wanted in zip(regions, activations(variant.model, inputs), strict=True):
+    expected = activations(variant.model, inputs, "post_attention_layernorm", "mlp")
+    for region, wanted in zip(regions, expected, strict=True):
         assert isinstance(region, MlpRegion), str(region)
         assert region.h is not None and len(region.linear_nodes) == 3
         assert region.projection is region.linear_nodes[-1]

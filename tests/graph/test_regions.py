@@ -19,21 +19,23 @@ from tests.fixtures_graph import pad_left, ragged_rows
 from tests.variants import Variant
 
 
-def activations(model: Any, inputs: dict[str, Any]) -> list[dict[str, Any]]:
-    """h, x and y of every layer, by hooks on the modules of a Llama-like model, real tokens only."""
+def activations(
+    model: Any, inputs: dict[str, Any], norm: str = "input_layernorm", part: str = "self_attn"
+) -> list[dict[str, Any]]:
+    """h, x and y of every attention, by hooks on the modules of a Llama-like model, real tokens only."""
     kept = inputs["attention_mask"].astype(bool)
     seen: list[dict[str, Any]] = [{} for _ in model.model.layers]
     hooks = []
     for store, block in zip(seen, model.model.layers, strict=True):
 
-        def input_norm(_m: Any, args: Any, output: Any, store: Any = store) -> None:
+        def normed(_m: Any, args: Any, output: Any, store: Any = store) -> None:
             store["h"], store["x"] = args[0].numpy()[kept], output.numpy()[kept]
 
-        def attention(_m: Any, _args: Any, output: Any, store: Any = store) -> None:
-            store["y"] = output[0].numpy()[kept]
+        def written(_m: Any, _args: Any, output: Any, store: Any = store) -> None:
+            store["y"] = (output[0] if isinstance(output, tuple) else output).numpy()[kept]
 
-        hooks.append(block.input_layernorm.register_forward_hook(input_norm))
-        hooks.append(block.self_attn.register_forward_hook(attention))
+        hooks.append(block.get_submodule(norm).register_forward_hook(normed))
+        hooks.append(block.get_submodule(part).register_forward_hook(written))
     try:
         with torch.inference_mode():
             model(**{k: torch.from_numpy(v) for k, v in inputs.items()}, use_cache=False)
