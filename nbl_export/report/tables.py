@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from nbl_export.blocks import Mlp, part_of
 from nbl_export.engine.manifest import Manifest
 from nbl_export.graph.summary import GraphSummary
 from nbl_export.report.drawing import Table, figure, finite, mebibytes, number
@@ -59,6 +60,7 @@ def layers_table(selection: Selection, proofs: Sequence[ProofErrors]) -> Table:
     more = [
         s for s in SCORES.values() if s not in always and any(finite(s.of(c)) is not None for c in candidates)
     ]
+    kind = "block" if any(isinstance(c.layer, Mlp) for c in candidates) else "attention"
     rows: list[tuple[str, ...]] = []
     marked = []
     for c in sorted(candidates, key=lambda c: (_rank(score.of(c)), c.layer)):
@@ -69,7 +71,7 @@ def layers_table(selection: Selection, proofs: Sequence[ProofErrors]) -> Table:
             (
                 str(c.layer),
                 c.kind,
-                "linear" if c.layer in chosen else "attention",
+                "linear" if c.layer in chosen else part_of(c.layer),
                 number(c.cca, ".2f"),
                 number(c.nmse, ".4f"),
                 *("" if (value := s.of(c)) is None else figure(value) for s in more),
@@ -80,7 +82,7 @@ def layers_table(selection: Selection, proofs: Sequence[ProofErrors]) -> Table:
         rows.append((index, what, "no candidate", "", "", *("" for _ in more), ""))
     return Table(
         f"Layers by {selection.criterion}",
-        ("layer", "attention", "now", "CCA bound", "NMSE", *(s.name for s in more), "graph vs PyTorch"),
+        ("layer", kind, "now", "CCA bound", "NMSE", *(s.name for s in more), "graph vs PyTorch"),
         tuple(rows),
         "CCA bound: the paper's Σ(1-ρ²) on the residual stream; NMSE: share of the attention output's variance "
         "that W, b leave unexplained (both: lower is more linear); last column: relative difference of the tensors "

@@ -6,12 +6,14 @@ from math import inf, nan
 
 import pytest
 
+from nbl_export.blocks import Mlp
 from nbl_export.report.drawing import figure, finite, mebibytes, number, percent, spans
 
 
 def test_spans() -> None:
     assert spans([]) == "" and spans([4]) == "4"
     assert spans([29, 24, 25, 26, 7, 0, 1]) == "0, 1, 7, 24-26, 29"
+    assert spans([Mlp(3), 7, Mlp(1), Mlp(2)]) == "7; MLP 1-3" and spans([Mlp(4)]) == "MLP 4"
 
 
 def test_finite() -> None:

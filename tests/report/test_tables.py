@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from math import inf
 
+from nbl_export.blocks import Mlp
 from nbl_export.engine.network import NetworkFacts, NetworkTensor
 from nbl_export.graph.summary import Float32Node, GraphSummary
 from nbl_export.report.schema import Report
+from nbl_export.report.summary import headlines
 from nbl_export.report.tables import engines_table, graph_table, layers_table, precision_table, report_tables
 from tests.engine.conftest import manifest_by_hand
 
@@ -19,6 +21,21 @@ def test_layers_are_labelled_by_what_they_see(report: Report) -> None:
         ("sliding window", "linear" if c.layer in report.selection.layers else "attention")
         for c in sorted(scores, key=lambda c: (c.cca, c.layer))
     ] + [("conv", "no candidate")]
+
+
+def test_an_mlp_is_named_and_kept_as_an_mlp(report: Report) -> None:
+    mlps = tuple(replace(c, layer=Mlp(c.layer), kind="mlp") for c in report.selection.candidates)
+    selection = replace(
+        report.selection, candidates=(*report.selection.candidates, *mlps), layers=(2, Mlp(3))
+    )
+    table = layers_table(selection, [])
+    assert table.columns[1] == "block" and layers_table(report.selection, []).columns[1] == "attention"
+    now = {row[0]: row[1:3] for row in table.rows}
+    assert now["2"][1] == now["3.mlp"][1] == "linear"
+    assert now["2.mlp"] == ("mlp", "mlp") and now["3"][1] == "attention"
+    shown = {line.name: (line.value, line.detail) for line in headlines(replace(report, selection=selection))}
+    assert shown["Attention layers replaced"] == ("1 of 5", "layers 2; MLP 3")
+    assert shown["MLPs replaced"][0] == "1 of 5"
 
 
 def test_measured_scores_have_a_column_and_unmeasured_layers_come_last(report: Report) -> None:
