@@ -287,7 +287,7 @@ class _Proving:
         arrays: Sequence[NDArray[np.float32]] = self._rows(computed, output.value)
         if output.later is not None:
             later = _constant(output.later)
-            if later is None:
+            if later is None or later.shape[-1:] != arrays[0].shape[-1:]:  # or it is inside an MLP
                 return float("inf")
             arrays = [a + later for a in arrays]
         return self.runner.error(arrays, self.plan.probe_y[layer])

@@ -47,7 +47,7 @@ class CalibrateSettings(OnDevice):
     heldout_samples: Rows of held-out tokens, to measure the method loss on.
     selection_samples: Rows of tokens to choose layers on.
     field: Text field of .jsonl, .parquet or Hub rows.
-    blocks: What may become linear: attention, mlp, or both.
+    blocks: What may become linear.
     seed: Seed of everything random.
     dtype: Precision of the model while it reads the text. auto: bfloat16 where the processor multiplies it.
     memory: What the states of the text between two blocks may take; more than that is kept in files.
@@ -274,7 +274,7 @@ class FolderSettings(Settings):
     """What stays in the output folder of a run.
 
     keep_baseline: Keep the unmodified graph. no: it is deleted after a verification that passed, and the linearized
-        one has all its weights itself.
+        one has all its weights.
     """
 
     keep_baseline: Literal["yes", "no"] = setting("yes", GRAPH, metavar="yes|no")
