@@ -42,8 +42,9 @@ HEAD = """# Families
 Made by `scripts/families_table.py` from the results of `{tests}`, with transformers {transformers}, torch {torch},
 onnxruntime {onnxruntime}, tensorrt-rtx {tensorrt_rtx} and Python {Python}. Each row is a tiny random model with the
 features of its family active (windows shorter than the text, rope scaling, soft-capping …) and weights scaled so that
-attention matters; in each cell half of its layers are linear, and the graph's outputs equal PyTorch's with the same
-W and b, over a ragged prefill and decode steps, within the gates of its precision.
+attention matters; in each cell the attention of two layers and the MLPs of two (where the family's may become linear)
+are linear, and the graph's outputs equal PyTorch's with the same W and b, over a ragged prefill and decode steps,
+within the gates of its precision.{kept}
 
 *crosses* are the lengths at which the family begins to compute something else: each is shorter than a prompt, and
 decoded across, in every cell.
@@ -54,6 +55,10 @@ attention is not one fused kernel, because it is decomposed in the graph (soft-c
 other families are found by their structure: try yours; what is not supported is refused before calibration.
 
 """
+
+
+KEPT = """ Cells that were not tried again are those of an earlier run, in which attention
+alone was linear."""
 
 
 def main() -> None:
@@ -89,7 +94,7 @@ def read(paths: Sequence[Path]) -> Mapping[str, Mapping[tuple[str, str], TestCas
     tests = {test for test, _ in COLUMNS.values()}
     for suite in (suite for path in paths for suite in JUnitXml.fromfile(str(path))):
         for case in suite:
-            if (match := re.fullmatch(r"(\w+)\[(.+)\]", case.name)) and match[1] in tests:
+            if (match := re.fullmatch(r"(\w+)\[(.+)\]", case.name or "")) and match[1] in tests:
                 parameters = next(
                     p for t, p in COLUMNS.values() if t == match[1] and match[2].endswith(f"-{p}")
                 )
@@ -139,7 +144,10 @@ def table(
             cells.append(numbered(old.get(name, found), reasons) if found == NOT_TRIED else found)
         lines.append(f"| {family} | " + " | ".join(cells) + " |")
     head = HEAD.format(
-        tests=TESTS, not_tried=NOT_TRIED, **{name.replace("-", "_"): one for name, one in versions().items()}
+        tests=TESTS,
+        not_tried=NOT_TRIED,
+        kept=KEPT * bool(kept),
+        **{name.replace("-", "_"): one for name, one in versions().items()},
     )
     refusals = [f"{number}. {reason}" for reason, number in reasons.items()]
     return head + "\n".join(lines) + "\n\n" + "\n".join(refusals) + "\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def fresh(path: Path, proven: module.ProvenGraph) -> dict[str, Any]:
     regions = [r for r in module.find_regions(model) if isinstance(r, module.AttentionRegion)]
     outputs = {r.layer: {o.value.name: o for o in r.outputs} for r in regions}
     proofs = {
-        i: module.replace_fields(p, u=values[p.u.name], y=outputs[i][p.y.value.name])  # type: ignore[union-attr]
+        i: replace(p, u=values[p.u.name], y=outputs[i][p.y.value.name])  # type: ignore[union-attr]
         for i, p in proven.proofs.items()
     }
     return {**vars(proven), "model": model, "regions": regions, "proofs": proofs}
