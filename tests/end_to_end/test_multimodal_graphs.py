@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from nbl_export.blocks import attentions
 from nbl_export.export.form_check import check_form
 from nbl_export.export.forms import FORMS
 from nbl_export.export.half import save_in_precision
@@ -35,7 +36,7 @@ def test_graph(name: str, form: str, wrapper: Callable[[str], Calibrated], tmp_p
     check_form(case.model, FORMS[form])
     source = tmp_path / GRAPH
     export_torch(case.model, source, form=FORMS[form])
-    candidates = list(case.moments.layers)
+    candidates = attentions(case.moments.layers)
     for k, layers in (("one", candidates[:1]), ("half", candidates[1::2])):
         plan = case.plan(layers)
         result = rewrite_file(source, plan, tmp_path / k / GRAPH)

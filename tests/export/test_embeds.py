@@ -24,10 +24,10 @@ from tests.families import LAYERS, WIDTH, Calibrated
 
 ALL = (0, 1, 2, 3)
 WHICH = [
-    ("gemma3", "concat", CHOSEN["half"]),  # whose embedding is scaled
-    ("qwen2.5-vl", "concat", CHOSEN["half"]),
+    ("gemma3", "concat", (1, 3)),  # whose embedding is scaled
+    ("qwen2.5-vl", "concat", (1, 3)),
     ("qwen2.5-vl", "static", ALL),
-    ("llava", "shared", CHOSEN["half"]),
+    ("llava", "shared", (1, 3)),
     ("llava", "none", CHOSEN["one"]),
 ]
 
