@@ -39,9 +39,6 @@ class Mlp:
     def __lt__(self, other: Block) -> bool:
         return self.layer < layer_of(other)
 
-    def __gt__(self, other: Block) -> bool:
-        return not self < other and self != other
-
 
 Block = int | Mlp
 

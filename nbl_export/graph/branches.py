@@ -207,6 +207,7 @@ def _branches(flow: _Flow, before: ir.Node, add: ir.Node, projections: dict[ir.N
     outputs: dict[Output, None] = {}
     linear: dict[ir.Node, None] = {}
     count = 0
+    bias = later_bias(add)
     for term in terms:
         nodes = flow.before(term, before)
         own = [projections[node] for node in nodes if node in projections]
@@ -215,7 +216,6 @@ def _branches(flow: _Flow, before: ir.Node, add: ir.Node, projections: dict[ir.N
             continue
         u, y = _candidates(flow, nodes, before, term)
         inputs |= dict.fromkeys(u)
-        bias = later_bias(add)
         outputs |= {Output(one.value, bias, one.biases + 1): None for one in y if bias is not None}
         outputs |= dict.fromkeys(y)
         linear |= dict.fromkeys(node for node in nodes if linear_op(node))

@@ -97,11 +97,6 @@ def attention_layers(model: torch.nn.Module) -> tuple[AttentionModules, ...]:
     return structure(model).layers
 
 
-def attention_layer(model: torch.nn.Module, index: int) -> AttentionModules:
-    """The self-attention layer with that ``index``, which must exist."""
-    return next(layer for layer in attention_layers(model) if layer.index == index)
-
-
 def plain_attributes(module: torch.nn.Module) -> dict[str, Any]:
     """The plain attributes of a module that a model may read, as `attention_type`; a replacement needs them too."""
     return {k: v for k, v in vars(module).items() if not k.startswith("_") and not callable(v)}

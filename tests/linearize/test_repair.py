@@ -25,9 +25,9 @@ from nbl_export.linearize.plan import LinearLayer
 from nbl_export.linearize.repair import Distillation, Repaired, mlp_maps
 from nbl_export.linearize.swap import replaced
 from nbl_export.models import weights
+from nbl_export.models.candidates import block_modules
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.image_tokens import ImageTokens, seeing
-from nbl_export.models.layers import attention_layer
 from nbl_export.models.weights import Stored, streamed
 from nbl_export.settings.choices import FitInput
 from tests.families import unsaved
@@ -268,7 +268,7 @@ def test_what_the_original_computes_is_computed_once(name: str, monkeypatch: pyt
     maps, covariances = fits(model, (1, 2))
     dummy_run(model)  # which runs the model once itself
     calls: list[int] = []
-    block = model.get_submodule(attention_layer(model, 1).block)
+    block = model.get_submodule(block_modules(model, 1).block)
     block.register_forward_hook(lambda *_: calls.append(1))
 
     def repaired(steps: int) -> tuple[Repaired, int]:
