@@ -84,7 +84,7 @@ def run(path: Path) -> Path:
     """Run the tests; their results are read even if they fail."""
     command = [sys.executable, "-m", "pytest", "-q", "-n", "auto", TESTS, f"--junitxml={path}"]
     command += ["-o", "junit_family=xunit1"]  # needed for the properties that the tests record
-    subprocess.run(command, cwd=ROOT, env=os.environ | {"NBL_EXPORT_ALL_FAMILIES": "1"}, check=False)
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"NBL_EXPORT_ALL_TESTS": "1"}, check=False)
     return path
 
 

@@ -6,7 +6,6 @@ of what these tests found; what is refused is in :data:`REFUSED`, with the words
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -31,6 +30,7 @@ from nbl_export.progress import Silent
 from nbl_export.rewrite.replace import rewrite_file
 from nbl_export.verify.parity.decoder import Parity
 from tests.end_to_end.matrix import CHOSEN, ROWS, crossed, parity, rewritten
+from tests.exhaustive import exhaustive
 from tests.exporters import GRAPH, Graphs
 from tests.families import DECODERS, Calibrated, attention_share
 
@@ -39,16 +39,12 @@ CACHES, PRECISIONS = ("concat", "static"), ("fp32", "fp16", "bf16")
 LIMITS = Limits(2, 16, 64)
 # The exporters of other projects are tried by the script that makes the table: they take minutes.
 OTHERS = ("genai-fp32", "genai-int4", "optimum")
-EVERYTHING = "NBL_EXPORT_ALL_FAMILIES"
-for_the_table = pytest.mark.skipif(
-    EVERYTHING not in os.environ, reason=f"only with {EVERYTHING}: scripts/families_table.py"
-)
 # Families that differ in what conversion to half precision and TensorRT look at: rope, windows, experts, biases and
 # LayerNorms, soft-capping, sinks, fused projections, states.
 CORE = ("llama", "mixtral", "gemma2", "gemma3n", "phi3", "gpt2", "bloom", "gpt_oss", "bamba", "qwen3_next")
 # A half graph is the float32 one converted, whatever its cache: of families that are not CORE, the table has the rest.
 # onnxruntime runs shared caches on the CPU, in float32. Engines have a static cache by default.
-_OF_CORE = (("static", "fp16"), ("concat", "bf16"))
+_OF_CORE = (("static", "fp16"), ("concat", "bf16"), ("shared", "fp32"))
 _OF_TABLE = (("static", "bf16"),)
 GRAPHS = [
     pytest.param(
@@ -56,7 +52,7 @@ GRAPHS = [
         cache,
         precision,
         id=f"{family}-{cache}-{precision}",
-        marks=for_the_table
+        marks=exhaustive
         if (cache, precision) in (_OF_TABLE if family in CORE else (*_OF_TABLE, *_OF_CORE))
         else (),
     )
@@ -68,7 +64,7 @@ ENGINES = [
         family,
         cache,
         id=f"{family}-{cache}",
-        marks=() if family in CORE and cache == "static" else for_the_table,
+        marks=() if family in CORE and cache == "static" else exhaustive,
     )
     for family in DECODERS
     for cache in CACHES
@@ -225,7 +221,7 @@ def test_engine(
 
 
 @pytest.mark.slow
-@for_the_table
+@exhaustive
 @pytest.mark.parametrize("exporter", OTHERS)
 @pytest.mark.parametrize("family", DECODERS)
 def test_other_exporter(

@@ -43,6 +43,7 @@ from tests.end_to_end.random_decoders import (
     random_plan,
     random_weights,
 )
+from tests.exhaustive import ALL
 
 # Set, it draws examples that no run drew before: for looking for faults. Whether a change is good must not
 # depend on the draw.
@@ -211,7 +212,7 @@ def test_disguised_decoders_are_rewritten_right_or_refused(
 
 
 @pytest.mark.slow
-@settings(max_examples=500, **{**_EXHAUSTIVE, "derandomize": EXPLORE not in os.environ})  # type: ignore[arg-type]
+@settings(max_examples=1200 if ALL else 250, **{**_EXHAUSTIVE, "derandomize": EXPLORE not in os.environ})  # type: ignore[arg-type]
 @given(choices(), disguises, seeds, st.data())
 def test_many_disguised_decoders(c: Choices, names: list[str], seed: int, data: st.DataObject) -> None:
     check_disguised(c, names, seed, data)

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tests.exhaustive import exhaustive
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 LAYERS, K = 30, 12
 
@@ -25,7 +27,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("smollm2") / "out"
 
 
-@pytest.mark.parametrize("cache", ["static", "concat"])
+@pytest.mark.parametrize("cache", ["static", pytest.param("concat", marks=exhaustive)])
 def test_fp16_engines_with_fused_attention(smollm2: Path, text: Path, out: Path, cache: str) -> None:
     """One folder for both: the second run goes on from the first's calibration and plan."""
     pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx to build engines")
@@ -56,7 +58,8 @@ def test_fp16_engines_with_fused_attention(smollm2: Path, text: Path, out: Path,
     ("exporter", "precision", "cache"),
     [
         ("torch", "fp32", "shared"),
-        *(("genai", precision, "concat") for precision in ("fp32", "int4", "fp16")),
+        ("genai", "int4", "concat"),
+        *(pytest.param("genai", precision, "concat", marks=exhaustive) for precision in ("fp32", "fp16")),
         ("optimum", "fp32", "concat"),
     ],
 )
