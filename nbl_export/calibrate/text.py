@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nbl_export.batch.image_ids import FIRST, are_images
+from nbl_export.batch.media_ids import FIRST, are_media
 from nbl_export.calibrate.moments import CALIBRATE_AGAIN
 from nbl_export.errors import InputError
-from nbl_export.models.image_tokens import ImageTokens, load_images, save_images
 from nbl_export.models.load import refused
+from nbl_export.models.media_tokens import MediaTokens, load_media, save_media
 from nbl_export.progress import Listener
 from nbl_export.settings import CalibrateSettings
 from nbl_export.tensorfile import load_as, save_tensors
@@ -28,7 +28,7 @@ from nbl_export.tensorfile import load_as, save_tensors
 I32 = NDArray[np.int32]
 HELD_OUT_EVERY = 8
 FORMAT = "nbl-export/text/2"
-IMAGES = "images.safetensors"  # beside the text
+MEDIA = "media.safetensors"  # beside the text
 CALIBRATION, SELECTION, HELDOUT = "calibration", "selection", "held-out"
 # The selection and held-out documents of every HELD_OUT_EVERY; the others are for calibration.
 _SPLIT_AT = {HELD_OUT_EVERY // 2 - 1: SELECTION, HELD_OUT_EVERY - 1: HELDOUT}
@@ -43,8 +43,8 @@ class CalibrationText:
 
     ``calibration`` is [samples, seq_len]; ``selection`` and ``heldout`` are [rows, seq_len] of documents that are in
     no other split. ``…_document`` is the document number of each of their tokens, -1 for padding. ``start`` [n] are
-    the tokens at the start of a prompt. All are int32. An encoder's ``selection`` has no rows. ``images`` is what is
-    known of the tokens that stand for images, if there are any; they belong to document -1.
+    the tokens at the start of a prompt. All are int32. An encoder's ``selection`` has no rows. ``media`` is what is
+    known of the tokens that stand for images and sounds, if there are any; they belong to document -1.
     """
 
     calibration: I32
@@ -53,7 +53,7 @@ class CalibrationText:
     heldout: I32
     heldout_document: I32
     start: I32
-    images: ImageTokens | None = None
+    media: MediaTokens | None = None
 
     def prompt(self, tokens: I32) -> I32:
         """``tokens`` as a prompt, with the start tokens first."""
@@ -155,7 +155,7 @@ def as_tokens(ids: Sequence[int]) -> I32:
 def check_tokens(text: CalibrationText, embedded: int, source: str) -> CalibrationText:
     """``text``, if the model has an embedding for each of its tokens; raises :class:`InputError` otherwise."""
     for rows in (text.calibration, text.selection, text.heldout, text.start):
-        ids = rows[~are_images(rows)]
+        ids = rows[~are_media(rows)]
         if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < embedded:
             odd = int(ids.max()) if int(ids.min()) >= 0 else int(ids.min())
             raise InputError(
@@ -199,10 +199,10 @@ def start_tokens(tokenizer: Any) -> I32:
 
 
 def save_text(path: Path, text: CalibrationText) -> None:
-    """Write the packed tokens, atomically, and what is known of their images beside them."""
-    if text.images is not None:
-        save_images(path.with_name(IMAGES), text.images)
-    names = [name for name in CalibrationText.__annotations__ if name != "images"]
+    """Write the packed tokens, atomically, and what is known of their images and sounds beside them."""
+    if text.media is not None:
+        save_media(path.with_name(MEDIA), text.media)
+    names = [name for name in CalibrationText.__annotations__ if name != "media"]
     save_tensors(path, FORMAT, {name: getattr(text, name) for name in names})
 
 
@@ -218,9 +218,9 @@ def load_text(path: Path) -> CalibrationText:
     if any(int(a.min(initial=0)) < 0 for a in tokens):
         raise InputError(f"{path} is damaged (a token is negative): {CALIBRATE_AGAIN}.")
     last = max(int(a.max(initial=0)) for a in tokens)
-    if not are_images(last):
+    if not are_media(last):
         return text
-    images = load_images(path.with_name(IMAGES), CALIBRATE_AGAIN)
-    if last - FIRST >= len(images):
-        raise InputError(f"{path} is damaged (a token of no image): {CALIBRATE_AGAIN}.")
-    return replace(text, images=images)
+    media = load_media(path.with_name(MEDIA), CALIBRATE_AGAIN)
+    if last - FIRST >= len(media):
+        raise InputError(f"{path} is damaged (a token of no image or sound): {CALIBRATE_AGAIN}.")
+    return replace(text, media=media)

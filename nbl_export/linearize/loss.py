@@ -30,8 +30,8 @@ from nbl_export.linearize.swap import linearized, replaced
 from nbl_export.linearize.sweep import ORIGINAL, Version, sweep, version_of
 from nbl_export.models.candidates import blocks_of
 from nbl_export.models.dummy_run import dummy_run
-from nbl_export.models.image_tokens import written
 from nbl_export.models.layers import block_stack, hidden_size, vocabulary
+from nbl_export.models.media_tokens import written
 from nbl_export.models.partial_forward import beginning, recording_inputs, starting_at
 from nbl_export.models.walk import after_blocks
 from nbl_export.models.weights import device_of, streams, weights_like

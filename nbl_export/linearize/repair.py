@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from nbl_export.batch.image_ids import are_images
+from nbl_export.batch.media_ids import are_media
 from nbl_export.blocks import Block, layer_of
 from nbl_export.checkpoint import Checkpoint, saving_to
 from nbl_export.errors import InputError
@@ -251,7 +251,7 @@ class _Training:
     def _divergence(self, ids: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         logits = self._task.model(input_ids=ids, use_cache=False).logits
         # What is predicted in the place of an image's embedding nobody reads.
-        words = torch.nn.functional.pad(~are_images(ids[:, 1:]), (0, 1), value=True)
+        words = torch.nn.functional.pad(~are_media(ids[:, 1:]), (0, 1), value=True)
         both = (logits, target) if words.all() else (logits[words][None], target[words][None])
         return divergence(*(t.flatten(0, -2) for t in both))
 

@@ -165,23 +165,37 @@ def towers_only(architecture: str) -> Any:
         with without_timm():
             begin(self, config, *args, **kwargs)
         inner = language_model(self)
-        if type(inner.config) is type(config):
-            raise InputError(
-                f"The towers of {architecture} are a part of its language model: calibrate it on text."
-            )
-        if any(isinstance(module, _Nothing) for module in self.modules()):
-            raise InputError(
-                f"A tower of {architecture} is of timm, which is not loaded: calibrate it on text."
-            )
+        # Towers that are a part of the language model put images among its tokens before its first block.
+        first = [_Entry()] if type(inner.config) is type(config) else []
         for module in list(inner.modules()):
             for name, child in list(module.named_children()):
-                if isinstance(child, torch.nn.ModuleList) and len(child) == inner.config.num_hidden_layers:
-                    module._modules[name] = torch.nn.ModuleList()
+                if not isinstance(child, torch.nn.ModuleList) or (first and module is not inner):
+                    continue
+                if len(child) == inner.config.num_hidden_layers:
+                    module._modules[name] = torch.nn.ModuleList(first)
         there = {name for name, _ in self.named_parameters(remove_duplicate=False)}
         tied = getattr(self, "all_tied_weights_keys", {})
         self.all_tied_weights_keys = {a: b for a, b in tied.items() if a in there and b in there}
 
     return type(architecture, (whole,), {"__init__": build, "__module__": whole.__module__})
+
+
+class _Entry(torch.nn.Module):
+    """Stands for the blocks of a language model, of which only the input is asked for."""
+
+    def forward(self, hidden_states: torch.Tensor, **_options: Any) -> torch.Tensor:
+        return hidden_states
+
+
+def entry(model: Any) -> tuple[torch.nn.Module, str]:
+    """The module of a model of :func:`towers_only` that is handed embeddings of text, images and sounds; as what."""
+    found = next((module for module in model.modules() if isinstance(module, _Entry)), None)
+    return (language_model(model), "inputs_embeds") if found is None else (found, "hidden_states")
+
+
+def without_tower(model: Any) -> bool:
+    """Whether a tower of ``model`` is of a library whose code does not run."""
+    return any(isinstance(module, _Nothing) for module in model.modules())
 
 
 def language_model(model: Any) -> Any:

@@ -1,7 +1,7 @@
-"""What a multimodal model's processor and towers make of a text with images: the inputs of its language model.
+"""What a multimodal model's processor and towers make of images and sounds: the inputs of its language model.
 
 transformers' own class runs, with its towers, up to its language model, of which the blocks are not loaded. What it
-hands over then is held against what :mod:`.image_tokens` derives, for every text: anything else is refused.
+hands over then is held against what :mod:`.media_tokens` derives, for every text: anything else is refused.
 """
 
 from __future__ import annotations
@@ -16,19 +16,27 @@ from typing import Any
 import numpy as np
 import torch
 
-from nbl_export.batch.image_ids import FIRST
+from nbl_export.batch.arrays import F32
+from nbl_export.batch.media_ids import FIRST
 from nbl_export.errors import InputError, MissingDependencyError, first_line
-from nbl_export.models.image_tokens import I32, ImageTokens, masks
 from nbl_export.models.layers import accepted_arguments
 from nbl_export.models.limits import check_built, weights_of
 from nbl_export.models.load import load_tokenizer, readable
-from nbl_export.models.multimodal import language_model, placeholders_in, towers_only
+from nbl_export.models.media_tokens import (
+    I32,
+    LATER,
+    PER_LAYER,
+    PLACES,
+    MediaTokens,
+    masks,
+)
+from nbl_export.models.multimodal import entry, language_model, placeholders_in, towers_only, without_tower
 from nbl_export.models.partial_forward import Reached
 from nbl_export.models.quiet import quiet
 from nbl_export.models.source import ModelSource
 
 _TEXT_INSTEAD = "calibrate it on text"
-# What else a language model is given, which says nothing of images.
+# What else a language model is given, which says nothing of images and sounds.
 _PLAIN = {
     "cache",
     "past_key_values",
@@ -38,15 +46,17 @@ _PLAIN = {
     "labels",
     "logits_to_keep",
 }
-_PLAIN |= {"output_attentions", "output_hidden_states"}
+_PLAIN |= {"output_attentions", "output_hidden_states", "position_embeddings"}
+_HANDLED = {"inputs_embeds", "position_ids", "attention_mask", PER_LAYER, PLACES, LATER}
+_HIGHEST_RATE = 96_000  # samples per second
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A text with images: its tokens ``ids`` [n], and what is known of those of its images, in their order."""
+    """A text: its tokens ``ids`` [n], and what is known of those of its images and sounds, in their order."""
 
     ids: I32
-    images: ImageTokens
+    media: MediaTokens
 
 
 class Towers:
@@ -60,105 +70,172 @@ class Towers:
         self._name, self._source = source.wrapper, source.source
         self._processor = load_processor(source)
         self._model = _load(source)
-        token = placeholders_in(self._model.config).get("image")
-        if token is None:
+        self._tokens = placeholders_in(self._model.config)
+        if not self._tokens:
             raise InputError(
-                f"{self._name} names no token in the places of images, so its images are not found: {_TEXT_INSTEAD}."
+                f"{self._name} names no token in the places of images or sounds, so they are not found: "
+                f"{_TEXT_INSTEAD}."
             )
-        self._token = token
-        self._tokens = self._blocks = 0
+        self._seen = self._blocks = 0
+
+    def sampling_rate(self, where: str) -> int:
+        """Samples per second of the sounds that the processor takes; those of ``where`` are refused if it has none."""
+        rate = getattr(_hearing(self._processor), "sampling_rate", None)
+        if "audio" not in self._tokens or not isinstance(rate, int) or not 0 < rate <= _HIGHEST_RATE:
+            raise InputError(
+                f"{where}: {self._name} takes no sounds, or its processor does not say at which rate: remove them."
+            )
+        return rate
 
     @torch.inference_mode()
-    def read(self, text: str, images: Sequence[Any], where: str) -> Seen:
-        """``text`` with ``images`` (of PIL), which begins at ``where``; token numbers go on from one text to the next.
+    def read(self, text: str, images: Sequence[Any], sounds: Sequence[F32], where: str) -> Seen:
+        """The tokens of ``text``, which begins at ``where``, with ``images`` (of PIL) and ``sounds`` [samples].
 
-        Raises :class:`InputError` if the processor or the model does not take them, or if the language model is given
-        something that cannot be derived of its tokens.
+        The numbers of tokens go on from one text to the next. Raises :class:`InputError` if the processor or the model
+        does not take them, or if the language model is given something that cannot be derived of its tokens.
         """
+        self._check_towers(images, where)
         try:
             with quiet():
-                inputs = self._processor(
-                    text=[text], images=[list(images)], return_tensors="pt", add_special_tokens=False
-                )
+                inputs = self._processed(text, images, sounds, where)
                 given = self._handed_over(inputs)
         except InputError:
             raise
         except Exception as error:  # a processor's and a model's own code may raise anything
+            counted = [
+                f"{len(files)} {name}{'s' if len(files) != 1 else ''}"
+                for name, files in (("image", images), ("sound", sounds))
+                if files
+            ]
             raise InputError(
-                f"{where}: {self._name} does not take this text with {len(images)} "
-                f"image{'s' if len(images) != 1 else ''} ({first_line(error)[:300]}): put the placeholder of its "
-                "processor once for each image."
+                f"{where}: {self._name} does not take this text with {' and '.join(counted)} "
+                f"({first_line(error)[:300]}): put the placeholder of its processor once for each."
             ) from error
         ids = inputs["input_ids"].long()
-        if self._token not in ids:
-            raise InputError(
-                f"{where}: the processor of {self._source} makes no tokens of its images: correct the processor."
-            )
+        for kind, files in (("image", images), ("audio", sounds)):
+            if files and self._tokens.get(kind) not in ids:
+                raise InputError(
+                    f"{where}: the processor of {self._source} makes no tokens of its {kind}: correct the processor."
+                )
         return self._checked(ids, given, where)
+
+    def _check_towers(self, images: Sequence[Any], where: str) -> None:
+        if images and without_tower(self._model):
+            raise InputError(
+                f"{where}: the tower of images of {self._name} is of timm, which is not loaded: {_TEXT_INSTEAD}."
+            )
+        if images and not hasattr(self._processor, "image_processor"):
+            raise InputError(
+                f"{where}: {self._source} has no processor of images (preprocessor_config.json, processor_config.json)"
+                f": add the one that the model was trained with, or {_TEXT_INSTEAD}."
+            )
+
+    def _processed(
+        self, text: str, images: Sequence[Any], sounds: Sequence[F32], where: str
+    ) -> Mapping[str, Any]:
+        given: dict[str, Any] = {"images": [list(images)]} if images else {}
+        if sounds:
+            rate = self.sampling_rate(where)
+            given |= {"audio": list(sounds), "audio_kwargs": {"sampling_rate": rate}}
+        found: Mapping[str, Any] = self._processor(
+            text=[text], return_tensors="pt", add_special_tokens=False, **given
+        )
+        return found
 
     def _handed_over(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         found: list[dict[str, Any]] = []
+        module, name = entry(self._model)
 
-        def stop(_model: Any, _args: Any, kwargs: dict[str, Any]) -> None:
-            found.append(kwargs)
+        def stop(_model: Any, args: Any, kwargs: dict[str, Any]) -> None:
+            found.append({**kwargs, **({name: args[0]} if args else {})})
             raise Reached
 
-        hook = language_model(self._model).register_forward_pre_hook(stop, with_kwargs=True)
+        hook = module.register_forward_pre_hook(stop, with_kwargs=True)
         try:
             with suppress(Reached):
                 self._model(**accepted_arguments(self._model, **inputs, use_cache=False))
         finally:
             hook.remove()
+        found[0]["inputs_embeds"] = found[0].pop(name, None)
         return found[0]
 
     def _checked(self, ids: torch.Tensor, given: dict[str, Any], where: str) -> Seen:
         """The tokens of ``ids`` [1, n], if the language model is ``given`` what is derived of them."""
-        embedded = given.get("inputs_embeds")
+        embedded = given["inputs_embeds"]
         more = sorted(name for name, value in given.items() if value is not None and name not in _PLAIN)
-        more = [n for n in more if n not in ("inputs_embeds", "position_ids", "attention_mask")]
+        more = [name for name in more if name not in _HANDLED]
         if embedded is None or more:
             what = ", ".join(more) or "no embeddings"
             raise InputError(
-                f"{self._name} hands its language model {what} for an image, not its embeddings alone: calibration on "
-                f"its images is not supported, {_TEXT_INSTEAD}."
+                f"{self._name} hands its language model {what} for an image or a sound, which is not known: "
+                f"calibration on them is not supported, {_TEXT_INSTEAD}."
             )
-        there = ids[0] == self._token
-        begins = there & ~torch.nn.functional.pad(there, (1, 0))[:-1]
+        kinds = ids[0]
+        there = torch.isin(kinds, torch.tensor(list(self._tokens.values())))
+        begins = there & (kinds != torch.nn.functional.pad(kinds, (1, 0), value=-1)[:-1])
         block = self._blocks + begins.cumsum(0)[there] - 1
         marked = ids[0].clone()
         marked[there] = FIRST + torch.arange(int(there.sum()))
         offsets, steps = _offsets(given.get("position_ids"), there, begins)
-        images = ImageTokens(
+        later = given.get(LATER) or ()
+        media = MediaTokens(
             embedded[0][there].float().numpy(),
+            torch.stack([rows.float() for rows in later], 1).numpy()
+            if later
+            else np.zeros((int(there.sum()), 0, embedded.shape[-1]), np.float32),
             offsets.numpy().astype(np.int32),
             steps.numpy().astype(np.int32),
             block.numpy().astype(np.int32),
+            self._stand_ins(kinds, there, given).numpy().astype(np.int32),
             np.array([_looks_ahead(given.get("attention_mask"))], dtype=np.int32),
         )
-        if not np.isfinite(images.features).all():
+        if not all(np.isfinite(rows).all() for rows in (media.features, media.later)):
             raise InputError(
-                f"{where}: the embeddings of its images are NaN or infinite: check the model's weights."
+                f"{where}: the embeddings of its images or sounds are NaN or infinite: check the model's weights."
             )
-        self._check_derived(images, marked[None], given, where)
-        moved = torch.where(there, marked + self._tokens, marked)
-        self._tokens += len(images)
+        self._check_derived(media, marked[None], given, where)
+        moved = torch.where(there, marked + self._seen, marked)
+        self._seen += len(media)
         self._blocks += int(begins.sum())
-        return Seen(moved.numpy().astype(np.int32), images)
+        return Seen(moved.numpy().astype(np.int32), media)
+
+    def _stand_ins(self, ids: torch.Tensor, there: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
+        """The tokens whose embeddings of each layer the media tokens of ``ids`` [n] have; their own, if there are none.
+
+        Models look up these tokens themselves, the padding token, or the first one.
+        """
+        rows = given.get(PER_LAYER)
+        if rows is None:
+            return ids[there]
+        body = language_model(self._model)
+        padding = getattr(body.config, "pad_token_id", None)
+        found = ids[there]
+        for instead in (padding, 0):
+            if instead is not None:
+                tried = torch.full_like(found, instead)
+                if torch.equal(body.get_per_layer_inputs(tried[None])[0], rows[0][there]):
+                    return tried
+        return found
 
     def _check_derived(
-        self, images: ImageTokens, ids: torch.Tensor, given: dict[str, Any], where: str
+        self, media: MediaTokens, ids: torch.Tensor, given: dict[str, Any], where: str
     ) -> None:
         wrong = ""
         embedded, positions = given["inputs_embeds"], given.get("position_ids")
-        if not torch.equal(images.embeddings(ids, self._model), embedded):
+        body = language_model(self._model)
+        if not torch.equal(media.embeddings(ids, self._model), embedded):
             wrong = "other embeddings of the text"
+        beside = media.beside(ids, body)
+        for name in (PER_LAYER, PLACES):
+            if not _equal(beside.get(name), given.get(name)):
+                wrong = f"{name} that are not those of its tokens"
         if positions is not None:
             rows = positions if positions.ndim == 3 else positions[None]
-            expected = images.positions(ids)
+            expected = media.positions(ids)
             if not torch.equal(rows[-expected.shape[0] :], expected):
-                wrong = "positions that do not go on after an image"
-        if not wrong and images.both_ways[0]:
-            made = masks(images, ids, self._model.config.get_text_config(), embedded)
+                wrong = "positions that do not go on after an image or a sound"
+        if not wrong and media.both_ways[0]:
+            made = masks(media, ids, self._model.config.get_text_config(), embedded)
             found = given["attention_mask"]
             pairs = (
                 [(made[kind], found.get(kind)) for kind in made]
@@ -169,15 +246,15 @@ class Towers:
                 wrong = "a mask of another kind"
         if wrong:
             raise InputError(
-                f"{where}: {self._name} hands its language model {wrong}: calibration on its images is not supported, "
-                f"{_TEXT_INSTEAD}."
+                f"{where}: {self._name} hands its language model {wrong}: calibration on its images and sounds is not "
+                f"supported, {_TEXT_INSTEAD}."
             )
 
 
 def _offsets(
     positions: torch.Tensor | None, there: torch.Tensor, begins: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the image tokens ``there``: offsets [tokens, rows] and steps, as in :class:`ImageTokens`."""
+    """Of the media tokens ``there``: offsets [tokens, rows] and steps, as in :class:`MediaTokens`."""
     count = int(there.sum())
     if positions is None or positions.ndim == 2:
         return torch.zeros(count, 1), torch.ones(count)
@@ -185,13 +262,19 @@ def _offsets(
     starts = torch.nonzero(begins)[:, 0].tolist()
     offsets, steps = torch.zeros(len(there), 3), torch.zeros(len(there))
     for start in starts:
-        stop = next((i for i in range(start, len(there)) if not there[i]), len(there))
+        stop = next((i for i in range(start + 1, len(there)) if not there[i] or begins[i]), len(there))
         first = int(rows[:, start - 1].max()) + 1 if start else 0
         inside = rows[:, start:stop] - first
         offsets[start:stop] = inside.T.float()
         after = int(rows[0, stop]) if stop < len(there) else int(rows[:, start:stop].max()) + 1
         steps[stop - 1] = after - first
     return offsets[there], steps[there]
+
+
+def _equal(made: torch.Tensor | None, found: torch.Tensor | None) -> bool:
+    if made is None or found is None:
+        return made is found
+    return torch.equal(made, found)
 
 
 def _allowed(mask: torch.Tensor) -> torch.Tensor:
@@ -208,8 +291,14 @@ def _same(made: torch.Tensor, found: torch.Tensor | None) -> bool:
     return found is not None and torch.equal(_allowed(made), _allowed(found))
 
 
+def _hearing(processor: Any) -> Any:
+    """The part of ``processor`` that takes sounds; None if it has none."""
+    names = ("feature_extractor", "audio_processor")
+    return next((found for name in names if (found := getattr(processor, name, None)) is not None), None)
+
+
 def load_processor(source: ModelSource) -> Any:
-    """The processor of text and images of ``source``; raises :class:`InputError` if it has none."""
+    """The processor of ``source``, of text with images, sounds or both; raises :class:`InputError` if it has none."""
     from transformers import AutoProcessor
 
     load_tokenizer(source)  # which refuses one that is made to hurt
@@ -224,13 +313,13 @@ def load_processor(source: ModelSource) -> Any:
                     "is not there: pip install torchvision."
                 ) from error
             raise InputError(
-                f"No processor of images can be loaded from {source.source} ({first_line(error)[:300]}): add the "
-                f"processor's files that the model was trained with, or {_TEXT_INSTEAD}."
+                f"No processor can be loaded from {source.source} ({first_line(error)[:300]}): add the processor's "
+                f"files that the model was trained with, or {_TEXT_INSTEAD}."
             ) from error
-    if not hasattr(processor, "image_processor"):
+    if not hasattr(processor, "image_processor") and _hearing(processor) is None:
         raise InputError(
-            f"{source.source} has no processor of images (preprocessor_config.json, processor_config.json): add the "
-            f"one that the model was trained with, or {_TEXT_INSTEAD}."
+            f"{source.source} has no processor of images or sounds (preprocessor_config.json, processor_config.json): "
+            f"add the one that the model was trained with, or {_TEXT_INSTEAD}."
         )
     return processor
 
@@ -256,7 +345,7 @@ def _load(source: ModelSource) -> Any:
             ) from error
     if missing := sorted(info["missing_keys"]):
         raise InputError(
-            f"{source.source} has no weights for {missing[0]} and {len(missing) - 1} more, which its images need: "
+            f"{source.source} has no weights for {missing[0]} and {len(missing) - 1} more, which its towers need: "
             f"download the model again, or {_TEXT_INSTEAD}."
         )
     return model.eval().requires_grad_(False)

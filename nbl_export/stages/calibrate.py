@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from nbl_export.calibrate.probe import Probe
-    from nbl_export.models.image_tokens import ImageTokens
+    from nbl_export.models.media_tokens import MediaTokens
     from nbl_export.models.source import ModelSource
     from nbl_export.stages.calibration_data import CalibrationLoader
 
@@ -31,10 +31,10 @@ def calibrate(run: Run, settings: CalibrateSettings) -> None:
     from nbl_export.calibrate.collect import store_moments
     from nbl_export.calibrate.probe import save_probe
     from nbl_export.calibrate.store import MomentsFolder
-    from nbl_export.calibrate.text import IMAGES
+    from nbl_export.calibrate.text import MEDIA
     from nbl_export.models.candidates import described
     from nbl_export.models.dummy_run import check_supported
-    from nbl_export.models.image_tokens import seeing
+    from nbl_export.models.media_tokens import seeing
     from nbl_export.models.weights import dtype_of
     from nbl_export.stages.calibration_data import loader_for
 
@@ -52,7 +52,7 @@ def calibrate(run: Run, settings: CalibrateSettings) -> None:
         check_supported(model, cached=False, task=run.model.task, pooled=pooled)
         in_dtype = run.model.in_dtype(ranks.shared(lambda: dtype_of(run.model.in_dtype(settings.dtype))))
         probes: list[Probe] = []
-        pictures: list[ImageTokens | None] = []
+        media: list[MediaTokens | None] = []
 
         def prepared() -> Any:
             check_calibrate(ws, Shape.of(model), settings)
@@ -64,10 +64,10 @@ def calibrate(run: Run, settings: CalibrateSettings) -> None:
                 write_json(_record(loader.path(ws)), record)
             _check_enough(data.calibration, model, loader.unit)
             probes.append(loader.probe(run.model, data, settings.parts))
-            pictures.append(getattr(data, "images", None))
+            media.append(getattr(data, "media", None))
             if not run.model.task.causal:
                 _check_exports(run, probes[0])
-            return data.calibration, pictures[0]
+            return data.calibration, media[0]
 
         tokens, seen = ranks.shared(prepared)
         about = {
@@ -83,20 +83,20 @@ def calibrate(run: Run, settings: CalibrateSettings) -> None:
         if not ranks.first:
             return []
         save_probe(ws.probe, probes[0])
-        beside = [] if seen is None else [loader.path(ws).with_name(IMAGES)]
+        beside = [] if seen is None else [loader.path(ws).with_name(MEDIA)]
         return [loader.path(ws), *beside, *store.publish(), ws.probe]
 
     run.stage("calibrate", asked, made_of, work, device)
 
 
 def _files(source: ModelSource, settings: CalibrateSettings) -> list[Path]:
-    """The local files that are read: those of the sources, and the images that they name for a multimodal model."""
-    from nbl_export.calibrate.illustrated import image_files
+    """The local files that are read: those of the sources, and what they name for a multimodal model."""
+    from nbl_export.calibrate.illustrated import media_files
     from nbl_export.stages.calibration_data import loader_for
 
     files = loader_for(source).files(settings.sources)
     if source.wrapper:
-        files += image_files(name for name in settings.sources if name != SELF)
+        files += media_files(name for name in settings.sources if name != SELF)
     return files
 
 

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nbl_export.batch.image_ids import are_images, words
+from nbl_export.batch.media_ids import are_media, words
 from nbl_export.batch.names import EMBEDDINGS, MASK, PIXELS, TOKEN_TYPES, TOKENS
 from nbl_export.batch.rows import batch_of_rows
 from nbl_export.calibrate.documents import documents, local_files
-from nbl_export.calibrate.illustrated import HasImages, illustrated, pack_illustrated, words_alone
+from nbl_export.calibrate.illustrated import HasMedia, illustrated, pack_illustrated, seen_by, words_alone
 from nbl_export.calibrate.images import image_files, load_images, read_images, save_images
 from nbl_export.calibrate.passages import frame_of, heldout_rows, longest_row, read_passages
 from nbl_export.calibrate.probe import Probe, probe_inputs, probe_lengths, probe_model, tokens_beyond
@@ -101,20 +101,17 @@ def _read_text(model: LoadedModel, settings: CalibrateSettings, listener: Listen
 
 
 def _packed(model: LoadedModel, settings: CalibrateSettings, listener: Listener) -> CalibrationText:
-    """The text, with what a multimodal model makes of its images."""
+    """The text, with what a multimodal model makes of its images and sounds."""
     if not model.source.wrapper:
         return pack(documents(settings.sources, settings.field), model.tokenizer, settings, listener)
     try:
         texts = words_alone(illustrated(settings.sources, settings.field))
         return pack(texts, model.tokenizer, settings, listener)
-    except HasImages:
-        from nbl_export.export.embeds import check_embedded_once
+    except HasMedia:
         from nbl_export.models.towers import Towers
 
-        check_embedded_once(model.model, "calibrate it on text, without images")
-        towers = Towers(model.source)
-        found = illustrated(settings.sources, settings.field)
-        return pack_illustrated(found, towers.read, model.tokenizer, settings, listener)
+        found, see = illustrated(settings.sources, settings.field), seen_by(Towers(model.source))
+        return pack_illustrated(found, see, model.tokenizer, settings, listener)
 
 
 def _embedded(model: LoadedModel, text: CalibrationText) -> CalibrationText:
@@ -130,13 +127,13 @@ def _probe_decoder(model: LoadedModel, text: Any, parts: Collection[str]) -> Pro
 def _range_rows(model: torch.nn.Module, text: Any, names: Mapping[str, Any]) -> list[Any]:
     rows = [text.prompt(row[:_RANGE_TOKENS]) for row in words(text.calibration)[:_RANGE_ROWS]]
     longer = _longer_rows(model, text, [len(row) for row in rows], len(text.start))
-    return [*rows, *map(text.prompt, longer), *(_image_rows(model, text) if EMBEDDINGS in names else ())]
+    return [*rows, *map(text.prompt, longer), *(_media_rows(model, text) if EMBEDDINGS in names else ())]
 
 
-def _image_rows(model: torch.nn.Module, text: Any) -> list[dict[str, NDArray[Any]]]:
-    """Rows with images, as the embeddings and positions that a graph is given: they have ranges of their own."""
-    there = [row for row in text.calibration if are_images(row).any()]
-    return [text.images.given(row[:_RANGE_TOKENS], model) for row in there[:_RANGE_ROWS]]
+def _media_rows(model: torch.nn.Module, text: Any) -> list[dict[str, NDArray[Any]]]:
+    """Rows with images and sounds, as a graph is given them: their embeddings have ranges of their own."""
+    there = [row for row in text.calibration if are_media(row).any()]
+    return [text.media.given(row[:_RANGE_TOKENS], model) for row in there[:_RANGE_ROWS]]
 
 
 def _longer_rows(model: torch.nn.Module, text: Any, given: Sequence[int], framed: int = 0) -> list[Any]:

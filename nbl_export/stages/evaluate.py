@@ -143,7 +143,7 @@ def _questions(run: Run, settings: EvalSettings, positions: int | None) -> list[
 
 
 def _filler(run: Run) -> Filler:
-    from nbl_export.batch.image_ids import words
+    from nbl_export.batch.media_ids import words
     from nbl_export.calibrate.text import load_text
     from nbl_export.evaluate.retrieval import Filler
 

@@ -30,7 +30,7 @@ def verify(run: Run, settings: VerifySettings) -> Report:
     """Parity, method loss and speed → ``report/``; a failed gate is in the report, not an exception."""
     from nbl_export.calibrate.text import load_text
     from nbl_export.models.device import as_setting
-    from nbl_export.models.image_tokens import seeing
+    from nbl_export.models.media_tokens import seeing
     from nbl_export.report.assemble import assemble, exported_of
     from nbl_export.report.kept import keeping
     from nbl_export.report.render import write_report
@@ -65,7 +65,7 @@ def verify(run: Run, settings: VerifySettings) -> Report:
                 text, model = load_text(ws.text), run.model.in_float32
                 case = DecoderCase(model, plan, ws.baseline, ws.model, settings, listener, text, engines)
                 copies = exported_of(ws).copies
-                with seeing(model, text.images):
+                with seeing(model, text.media):
                     measured = measure_decoder(replace(case, passed_over=passed_over(ws), copies=copies))
             else:
                 encoder = _encoder_case(run, plan, settings, listener)

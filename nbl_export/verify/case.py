@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from nbl_export.batch.image_ids import words
+from nbl_export.batch.media_ids import words
 from nbl_export.batch.names import BASE, LINEARIZED
 from nbl_export.batch.rows import Inputs
 from nbl_export.calibrate.text import CalibrationText

@@ -38,8 +38,8 @@ from nbl_export.verify.measurement import (
 )
 from nbl_export.verify.parity.decoder import Recorded, compare, ragged, record
 from nbl_export.verify.parity.figures import UNMODIFIED, DecoderParity, Gates, Parity, gates_for
-from nbl_export.verify.parity.images import images_parity, rows_with_images
 from nbl_export.verify.parity.localize import first_divergence
+from nbl_export.verify.parity.media import media_parity, rows_with_media
 from nbl_export.verify.parity.noise import rounding_noise
 from nbl_export.verify.parity.own import OWN, pytorch_in_precision
 from nbl_export.verify.parity.reference import record_pytorch
@@ -133,22 +133,21 @@ def measure_parity(case: DecoderCase) -> FoundParity[DecoderParity]:
     if beyond:
         lost = partial(only_beyond, crossings)
     found = judged(section, [*failures, *against], within, lost)
-    return replace(found, checks=(*found.checks, *crossing_check(crossings), *_images_check(case, gates)))
+    return replace(found, checks=(*found.checks, *crossing_check(crossings), *_media_check(case, gates)))
 
 
-def _images_check(case: DecoderCase, gates: Gates) -> tuple[Check, ...]:
-    """The verdict on texts with images, of a graph that reads embeddings and was calibrated on some."""
-    images, embeds = case.text.images, interface_of(case.graph).embedding is not None
-    rows = rows_with_images(case.text.heldout) if images is not None and embeds else []
-    if images is None or not rows:
+def _media_check(case: DecoderCase, gates: Gates) -> tuple[Check, ...]:
+    """The verdict on texts with images and sounds, of a graph that reads embeddings and was calibrated on some."""
+    media, embeds = case.text.media, interface_of(case.graph).embedding is not None
+    rows = rows_with_media(case.text.heldout) if media is not None and embeds else []
+    if media is None or not rows:
         return ()
-    parity = images_parity(case.model, case.plan, case.rewritten, rows, images, gates)
+    parity = media_parity(case.model, case.plan, case.rewritten, rows, media, gates)
     if failures := parity.failures():
-        return (Check("parity with images", "failed", "; ".join(failures)),)
-    within = (
-        f"max |Δlogit| {parity.worst:.2g} over {len(rows)} text{'s' if len(rows) > 1 else ''} with an image"
-    )
-    return (Check("parity with images", "passed", f"{within}, within all {case.precision.gates} gates"),)
+        return (Check("parity with media", "failed", "; ".join(failures)),)
+    texts = f"{len(rows)} text{'s' if len(rows) > 1 else ''} with images or sounds"
+    within = f"max |Δlogit| {parity.worst:.2g} over {texts}"
+    return (Check("parity with media", "passed", f"{within}, within all {case.precision.gates} gates"),)
 
 
 def unlike(

@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nbl_export.batch.image_ids import FIRST, are_images, words
+from nbl_export.batch.media_ids import FIRST, are_media, words
 from nbl_export.calibrate.illustrated import (
     Document,
-    HasImages,
+    HasMedia,
     illustrated,
-    image_files,
+    media_files,
     pack_illustrated,
     words_alone,
 )
 from nbl_export.calibrate.text import CalibrationText, load_text, save_text
 from nbl_export.errors import InputError
-from nbl_export.models.image_tokens import ImageTokens
+from nbl_export.models.media_tokens import MediaTokens
 from nbl_export.models.towers import Seen
 from nbl_export.settings import CalibrateSettings
 from tests.listening import Notes
@@ -52,8 +52,8 @@ def test_rows_with_and_without_images(tmp_path: Path) -> None:
         first, *others = illustrated([str(source)], "text")
         files = (tmp_path / "a.png", tmp_path / "in" / "b.png")
         assert first == Document("one", files, f"{source}, line 1") and others == ["two", "three", "four"]
-        assert image_files([str(source)]) == list(files)
-        with pytest.raises(HasImages):
+        assert media_files([str(source)]) == list(files)
+        with pytest.raises(HasMedia):
             list(words_alone(illustrated([str(source)], "text")))
 
 
@@ -78,7 +78,7 @@ def test_what_names_no_image_of_the_folder_is_refused(images: Any, said: str, tm
     (tmp_path / "corpus" / "out.png").symlink_to(tmp_path / "secret.png")
     with pytest.raises(InputError, match=said):
         list(illustrated([str(path)], "text"))
-    assert all(file.is_relative_to(tmp_path / "corpus") for file in image_files([str(path)]))
+    assert all(file.is_relative_to(tmp_path / "corpus") for file in media_files([str(path)]))
 
 
 def test_a_file_that_is_no_image_is_refused(tmp_path: Path, tokenizer: Any) -> None:
@@ -102,7 +102,7 @@ class See:
         ids += [ord(letter) for letter in text[len(images) :]]
         made = np.arange(self.count - self.size * len(images), self.count, dtype=np.int32)
         one = np.ones_like(made)
-        known = ImageTokens(
+        known = MediaTokens(
             np.repeat(made[:, None], 3, 1).astype(np.float32),
             made[:, None] * 0,
             one,
@@ -125,22 +125,22 @@ def packed(
 
 def test_no_image_is_cut_and_its_tokens_are_of_no_document(tmp_path: Path, tokenizer: Any) -> None:
     text, notes = packed(tmp_path, tokenizer)
-    assert text.images is not None
+    assert text.media is not None
     splits = {"calibration": text.calibration, "selection": text.selection, "held-out": text.heldout}
     assert [len(rows) for rows in splits.values()] == [12, 3, 3]
     for rows in splits.values():
-        there = are_images(rows)
+        there = are_media(rows)
         assert there.any() and (~there).any()
         for row in rows:
-            block, counts = np.unique(text.images.block[row[are_images(row)] - FIRST], return_counts=True)
+            block, counts = np.unique(text.media.block[row[are_media(row)] - FIRST], return_counts=True)
             assert (counts == 5).all(), block
         for kind in ("selection", "heldout"):
-            assert ((getattr(text, f"{kind}_document") == -1) == are_images(getattr(text, kind))).all()
+            assert ((getattr(text, f"{kind}_document") == -1) == are_media(getattr(text, kind))).all()
     owners = [set(np.unique(o[o >= 0]) % 8) for o in (text.selection_document, text.heldout_document)]
     assert owners == [{3}, {7}]
     (said,) = [note for note in notes if note.startswith("Images: ")]
     for name, rows in splits.items():
-        tokens = int(are_images(rows).sum())
+        tokens = int(are_media(rows).sum())
         assert f"{name} {tokens // 5} ({tokens} of {rows.size} tokens)" in said
     assert words(text.calibration).max() < 260
 
@@ -149,10 +149,10 @@ def test_they_are_kept_and_read_again(tmp_path: Path, tokenizer: Any) -> None:
     text, _ = packed(tmp_path, tokenizer)
     save_text(tmp_path / "text.safetensors", text)
     again = load_text(tmp_path / "text.safetensors")
-    assert text.images is not None and again.images is not None
-    for name in ImageTokens.__annotations__:
-        np.testing.assert_array_equal(getattr(again.images, name), getattr(text.images, name))
-    few = ImageTokens(**{k: v if k == "both_ways" else v[:2] for k, v in vars(text.images).items()})
+    assert text.media is not None and again.media is not None
+    for name in MediaTokens.__annotations__:
+        np.testing.assert_array_equal(getattr(again.media, name), getattr(text.media, name))
+    few = MediaTokens(**{k: v if k == "both_ways" else v[:2] for k, v in vars(text.media).items()})
     save_text(tmp_path / "text.safetensors", CalibrationText(**{**vars(text), "images": few}))
     with pytest.raises(InputError, match="a token of no image"):
         load_text(tmp_path / "text.safetensors")

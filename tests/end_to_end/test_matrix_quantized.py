@@ -59,7 +59,8 @@ def test_few_bits(
     matrices = dequantized(out / GRAPH)
     stored = {i: matrices.pop(f"layers.{i}.nbl_linear.matmul") for i in plan.chosen}
     for layer, linear in plan.layers.items():
-        assert 0 < relative(stored[layer], linear.w) < 0.15 / 2 ** (bits - 4)
+        # The largest weight of a block sets its step: an MLP's W has larger ones among small ones.
+        assert 0 < relative(stored[layer], linear.w) < 0.2 / 2 ** (bits - 4)
     meant = replace(plan, layers={i: LinearLayer(w, plan.layers[i].b) for i, w in stored.items()})
     computed_in_float32(out / GRAPH, tmp_path / GRAPH)
     with weights_of(case.model, list(matrices.values()), plan):

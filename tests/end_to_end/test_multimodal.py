@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from nbl_export import api
-from nbl_export.batch.image_ids import are_images
+from nbl_export.batch.media_ids import are_media
 from nbl_export.calibrate.text import load_text
 from nbl_export.errors import InputError
 from nbl_export.runtime.ort import ort_stream
@@ -97,7 +97,7 @@ def test_images_are_calibrated_on(wrapper_folder: Callable[[str], Path], tmp_pat
     report = api.verify(out, api.VerifySettings(speed=False))
     assert report.passed
     text = load_text(out / "nbl" / "text.safetensors")
-    there = are_images(text.heldout)
+    there = are_media(text.heldout)
     assert text.images is not None and there.any() and (text.heldout_document[there] == -1).all()
     assert isinstance(report.method_loss, MethodLoss)
     assert report.method_loss.tokens == int((~there[:, 1:]).sum())

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from nbl_export.batch.arrays import F64
-from nbl_export.batch.image_ids import FIRST
+from nbl_export.batch.media_ids import FIRST
 from nbl_export.errors import CalibrationError
 from nbl_export.linearize import loss as module
 from nbl_export.linearize.adapters import Adapter, adapted
@@ -33,8 +33,8 @@ from nbl_export.linearize.search import (
 from nbl_export.linearize.swap import replaced
 from nbl_export.models import weights
 from nbl_export.models.dummy_run import dummy_run
-from nbl_export.models.image_tokens import ImageTokens, seeing
 from nbl_export.models.layers import attention_layers, hidden_size, vocabulary
+from nbl_export.models.media_tokens import MediaTokens, seeing
 from nbl_export.models.weights import Stored, streamed
 from nbl_export.settings.choices import FitInput
 from tests.families import unsaved
@@ -456,7 +456,7 @@ def test_tokens_of_images_are_seen_and_not_predicted(kept: int, monkeypatch: pyt
     d, numbers = hidden_size(model), np.random.default_rng(0)
     features = numbers.standard_normal((9, d)).astype(np.float32)
     one = np.ones(9, np.int32)
-    images = ImageTokens(features, one[:, None] * 0, one, one * 0, one[:1] * 0)
+    images = MediaTokens(features, one[:, None] * 0, one, one * 0, one[:1] * 0)
     rows = numbers.integers(3, 30, (3, 20)).astype(np.int32)
     rows[0, 4:8], rows[2, 9:14] = FIRST + np.arange(4), FIRST + 4 + np.arange(5)
     owner = np.where(rows >= FIRST, -1, np.arange(3)[:, None]).astype(np.int32)

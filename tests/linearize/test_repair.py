@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from nbl_export.batch.image_ids import FIRST
+from nbl_export.batch.media_ids import FIRST
 from nbl_export.calibrate.collect import collect_moments
 from nbl_export.checkpoint import Checkpoint
 from nbl_export.linearize import repair as module
@@ -27,7 +27,7 @@ from nbl_export.linearize.swap import replaced
 from nbl_export.models import weights
 from nbl_export.models.candidates import block_modules
 from nbl_export.models.dummy_run import dummy_run
-from nbl_export.models.image_tokens import ImageTokens, seeing
+from nbl_export.models.media_tokens import MediaTokens, seeing
 from nbl_export.models.weights import Stored, streamed
 from nbl_export.settings.choices import FitInput
 from tests.families import unsaved
@@ -118,7 +118,7 @@ def test_nothing_is_learned_in_the_places_of_images(model: Any, monkeypatch: pyt
         return plain(logits, target)
 
     monkeypatch.setattr(module, "divergence", counted)
-    with seeing(model, ImageTokens(features, one[:, None] * 0, one, one * 0, one[:1] * 0)):
+    with seeing(model, MediaTokens(features, one[:, None] * 0, one, one * 0, one[:1] * 0)):
         found = [repair(model, maps, covariances, "normed", tokens, 1, 0) for tokens in (TOKENS[:4], rows)]
     assert places == [rows.size, rows.size - 4]
     assert not np.array_equal(found[0].layers[1].b, found[1].layers[1].b)

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from nbl_export.batch.image_ids import FIRST, are_images
+from nbl_export.batch.media_ids import FIRST, are_media
 from nbl_export.calibrate.collect import collect_moments
 from nbl_export.errors import InputError
 from nbl_export.models import towers
-from nbl_export.models.image_tokens import ImageTokens, seeing
+from nbl_export.models.media_tokens import MediaTokens, joined, seeing
 from nbl_export.models.source import find_model
 from nbl_export.models.towers import Seen, Towers
 from tests.fixtures_graph import load
@@ -58,13 +58,7 @@ def texts(name: str) -> list[tuple[str, list[Any]]]:
 
 
 def read_all(found: Towers, name: str) -> list[Seen]:
-    return [found.read(text, images, "here") for text, images in texts(name)]
-
-
-def joined(seen: list[Seen]) -> ImageTokens:
-    columns = ("features", "offsets", "steps", "block")
-    arrays = {c: np.concatenate([getattr(one.images, c) for one in seen]) for c in columns}
-    return ImageTokens(**arrays, both_ways=seen[0].images.both_ways)
+    return [found.read(text, images, [], "here") for text, images in texts(name)]
 
 
 def independent(name: str, folder: Path) -> dict[int, dict[str, Any]]:
@@ -102,10 +96,10 @@ def test_moments_are_those_of_the_whole_model(name: str, folder_of: Callable[[st
     """Three documents in one row: positions go on after each image, and masks are those of the wrapper."""
     folder = folder_of(name)
     seen = read_all(Towers(find_model(str(folder))), name)
-    images = joined(seen)
+    images = joined([one.media for one in seen])
     assert len(set(images.block.tolist())) == 4 and bool(images.both_ways[0]) == (name == "gemma3")
     row = np.concatenate([np.append(one.ids, END) for one in seen]).astype(np.int32)
-    assert np.array_equal(row[are_images(row)], FIRST + np.arange(len(images)))
+    assert np.array_equal(row[are_media(row)], FIRST + np.arange(len(images)))
     model = load(folder)
     with seeing(model, images):
         found = collect_moments(model, row[None])
@@ -119,7 +113,7 @@ def test_moments_are_those_of_the_whole_model(name: str, folder_of: Callable[[st
     # Without its images the model does not take the row, and with others the moments are others.
     with pytest.raises(Exception, match=r"index|range"):
         collect_moments(model, row[None])
-    other = ImageTokens(**{**vars(images), "features": images.features[::-1].copy()})
+    other = MediaTokens(**{**vars(images), "features": images.features[::-1].copy()})
     with seeing(model, other):
         moved = collect_moments(model, row[None])
     assert np.abs(moved.layers[3].yx - found.layers[3].yx).max() > 1e-3 * np.abs(found.layers[3].yx).max()
@@ -139,8 +133,8 @@ def test_no_block_of_the_language_model_is_read(folder_of: Callable[[str], Path]
         ("llava", "no place", 1, "does not take this text with 1 image ("),
         ("llava", "<image>", 2, "does not take this text with 2 images ("),
         ("gemma3", "<start_of_image>", 2, "does not take this text with 2 images ("),
-        ("gemma3", "no place", 1, "put the placeholder of its processor once for each image"),
-        ("qwen2.5-vl", "no place", 1, "put the placeholder of its processor once for each image"),
+        ("gemma3", "no place", 1, "put the placeholder of its processor once for each"),
+        ("qwen2.5-vl", "no place", 1, "put the placeholder of its processor once for each"),
     ],
 )
 def test_other_numbers_of_places_and_of_images_are_refused(
@@ -148,7 +142,7 @@ def test_other_numbers_of_places_and_of_images_are_refused(
 ) -> None:
     found = Towers(find_model(str(folder_of(name))))
     with pytest.raises(InputError) as caught:
-        found.read(text, [picture(i) for i in range(images)], "rows.jsonl, line 3")
+        found.read(text, [picture(i) for i in range(images)], [], "rows.jsonl, line 3")
     assert str(caught.value).startswith("rows.jsonl, line 3: ") and words in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -161,7 +155,7 @@ def test_a_checkpoint_without_a_processor_is_refused(
         (folder / name).unlink(missing_ok=True)
     monkeypatch.undo()
     monkeypatch.setattr(towers, "find_spec", lambda _name: object())  # with and without torchvision
-    with pytest.raises(InputError, match=r"processor of images.* calibrate it on text"):
+    with pytest.raises(InputError, match=r"processor of images or sounds.* calibrate it on text"):
         Towers(find_model(str(folder)))
 
 
@@ -202,5 +196,5 @@ def test_what_embeddings_alone_do_not_say_is_refused(
     folder = wrapper_folder(name)
     monkeypatch.setattr(towers, "load_processor", lambda _source: QwenProcessor(folder_of("qwen2.5-vl"), 16))
     with pytest.raises(InputError, match="calibrate it on text") as caught:
-        Towers(find_model(str(folder))).read(texts("qwen2.5-vl")[0][0], texts("qwen2.5-vl")[0][1], "here")
+        Towers(find_model(str(folder))).read(texts("qwen2.5-vl")[0][0], texts("qwen2.5-vl")[0][1], [], "here")
     assert json.loads((folder / "config.json").read_text())["architectures"][0] in str(caught.value)

@@ -77,13 +77,13 @@ class Measured:
 
     def seeing(self, model: torch.nn.Module) -> torch.nn.Module:
         """``model``, which takes the images of the text as long as this is open."""
-        from nbl_export.models.image_tokens import seeing
+        from nbl_export.models.media_tokens import seeing
 
         if not self._run.model.task.causal:
             return model
-        if self.text.images is not None and model not in self._seeing:
+        if self.text.media is not None and model not in self._seeing:
             self._seeing.append(model)
-            self._kept.enter_context(seeing(model, self.text.images))
+            self._kept.enter_context(seeing(model, self.text.media))
         return model
 
     @cached_property

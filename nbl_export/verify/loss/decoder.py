@@ -16,7 +16,7 @@ from nbl_export.linearize.loss import compare, loss_over_documents, reference, r
 from nbl_export.linearize.plan import Plan
 from nbl_export.linearize.swap import linearized
 from nbl_export.linearize.sweep import ORIGINAL, sweep, version_of
-from nbl_export.models.image_tokens import written
+from nbl_export.models.media_tokens import written
 from nbl_export.models.weights import device_of, streams
 from nbl_export.progress import Listener, Silent
 from nbl_export.verify.loss.figures import MethodLoss

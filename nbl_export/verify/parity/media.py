@@ -1,6 +1,6 @@
-"""Parity on texts with images: a graph that reads embeddings is given those of images among those of its tokens.
+"""Parity on texts with images and sounds: a graph that reads embeddings is given theirs among those of its tokens.
 
-PyTorch and the graph run the same rows of held-out text, each by itself, up to a while after their first image. The
+PyTorch and the graph run the same rows of held-out text, each by itself, up to a while after their first one. The
 graph attends to earlier tokens only; so does PyTorch here, also where a model lets the tokens of an image see each
 other in both directions.
 """
@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import F32
-from nbl_export.batch.image_ids import FIRST, are_images
+from nbl_export.batch.media_ids import FIRST, are_media
 from nbl_export.batch.names import EMBEDDINGS, POSITIONS
 from nbl_export.linearize.swap import linearized
 from nbl_export.linearize.sweep import ORIGINAL, sweep, version_of
-from nbl_export.models.image_tokens import ImageTokens, seeing
+from nbl_export.models.media_tokens import MediaTokens, seeing
 from nbl_export.models.weights import device_of, streams
 from nbl_export.runtime.ort import OrtDecoder
 from nbl_export.verify.parity.decoder import LAST
@@ -37,29 +37,29 @@ I32 = NDArray[np.int32]
 _ROWS, _AFTER = 2, 32  # rows that are compared, and how many tokens after the first image of each
 
 
-def rows_with_images(heldout: I32) -> list[I32]:
-    """The first rows of ``heldout`` that have images, each up to a while after its first one."""
+def rows_with_media(heldout: I32) -> list[I32]:
+    """The first rows of ``heldout`` that have images or sounds, each up to a while after its first one."""
     found = []
     for row in heldout:
-        there = np.flatnonzero(are_images(row))
+        there = np.flatnonzero(are_media(row))
         if len(there):
-            after = there[0] + int(np.argmin(np.append(are_images(row[there[0] :]), False)))
+            after = there[0] + int(np.argmin(np.append(are_media(row[there[0] :]), False)))
             found.append(row[: after + _AFTER])
     return found[:_ROWS]
 
 
-def images_parity(
+def media_parity(
     model: torch.nn.Module,
     plan: Plan | None,
     graph: Path,
     rows: Sequence[I32],
-    images: ImageTokens,
+    media: MediaTokens,
     gates: Gates,
 ) -> Parity:
     """The last logits of each of ``rows`` by the ``graph`` against ``model`` with ``plan``, a step each."""
     import torch
 
-    causal = replace(images, both_ways=np.zeros(1, np.int32))
+    causal = replace(media, both_ways=np.zeros(1, np.int32))
     ids = [torch.from_numpy(row.astype(np.int64)).to(device_of(model)) for row in rows]
     with seeing(model, causal):
         expected = [logits[-LAST:].float().cpu().numpy() for logits in _by_pytorch(model, plan, ids)]
@@ -87,15 +87,15 @@ def _by_pytorch(
             yield model(input_ids=row[None], use_cache=False).logits[0]
 
 
-def _by_graph(decoder: OrtDecoder, row: I32, images: ImageTokens) -> F32:
+def _by_graph(decoder: OrtDecoder, row: I32, media: MediaTokens) -> F32:
     import torch
 
     ids = row.astype(np.int64)[None]
-    there = are_images(ids)
+    there = are_media(ids)
     assert decoder.interface.embedding is not None
     embedded = decoder.interface.embedding(np.where(there, 0, ids))
-    embedded[there] = images.features[ids[there] - FIRST]
-    positions = images.positions(torch.from_numpy(ids)).numpy()
+    embedded[there] = media.features[ids[there] - FIRST]
+    positions = media.positions(torch.from_numpy(ids)).numpy()
     inputs = {EMBEDDINGS: embedded, POSITIONS: positions if len(positions) > 1 else positions[0]}
     logits: F32 = decoder.run(decoder.interface.row(inputs, decoder.cache_dtype)).logits
     return logits[0, -LAST:]

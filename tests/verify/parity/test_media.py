@@ -9,37 +9,37 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nbl_export.batch.image_ids import FIRST
+from nbl_export.batch.media_ids import FIRST
 from nbl_export.export.embeds import EMBEDDING, reading_embeds
 from nbl_export.export.forms import FORMS
 from nbl_export.export.ranges import ranges_of
 from nbl_export.export.torch import export_torch
 from nbl_export.graph.embedding import NAME
 from nbl_export.graph.io import load_graph
-from nbl_export.models.image_tokens import ImageTokens
+from nbl_export.models.media_tokens import MediaTokens
 from nbl_export.rewrite.replace import rewrite_file
-from nbl_export.verify.parity import images as module
+from nbl_export.verify.parity import media as module
 from nbl_export.verify.parity.figures import gates_for
-from nbl_export.verify.parity.images import images_parity, rows_with_images
+from nbl_export.verify.parity.media import media_parity, rows_with_media
 from tests.families import WIDTH, Calibrated
 
 PARTS = {"features", "offsets", "steps", "block", "both_ways"}
 
 
-def of_two_by_two() -> ImageTokens:
+def of_two_by_two() -> MediaTokens:
     """Two images of 2 x 2, seen in both directions."""
     features = np.random.default_rng(0).standard_normal((8, WIDTH)).astype(np.float32) * 0.3
     offsets = np.tile([[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1]], (2, 1)).astype(np.int32)
     steps = np.tile([0, 0, 0, 2], 2).astype(np.int32)
-    return ImageTokens(features, offsets, steps, np.repeat([0, 1], 4).astype(np.int32), np.ones(1, np.int32))
+    return MediaTokens(features, offsets, steps, np.repeat([0, 1], 4).astype(np.int32), np.ones(1, np.int32))
 
 
 def test_rows_go_on_after_their_first_image() -> None:
     heldout = np.arange(3 * 90, dtype=np.int32).reshape(3, 90) % 200
     heldout[1, 20:24] = heldout[1, 50:54] = FIRST + np.arange(4)
     heldout[2, 86:90] = FIRST + np.arange(4)
-    assert [len(row) for row in rows_with_images(heldout)] == [24 + 32, 90]
-    assert rows_with_images(heldout[:1]) == []
+    assert [len(row) for row in rows_with_media(heldout)] == [24 + 32, 90]
+    assert rows_with_media(heldout[:1]) == []
 
 
 @pytest.mark.parametrize(("name", "form"), [("qwen2.5-vl", "static"), ("gemma3", "shared")])
@@ -61,8 +61,8 @@ def test_right_and_wrong(
     rows = [np.random.default_rng(i).integers(3, 250, 30).astype(np.int32) for i in range(2)]
     rows[0][5:9], rows[1][12:16] = FIRST + np.arange(4), FIRST + 4 + np.arange(4)
     gates = gates_for("float32")
-    assert images_parity(case.model, plan, graph, rows, images, gates).failures() == []
-    assert images_parity(case.model, plan, baseline, rows, images, gates).failures()
+    assert media_parity(case.model, plan, graph, rows, images, gates).failures() == []
+    assert media_parity(case.model, plan, baseline, rows, images, gates).failures()
 
     plain = module._by_graph
     wrong = {"features": images.features + 1e-2}
@@ -72,7 +72,7 @@ def test_right_and_wrong(
     for field, value in wrong.items():
         other = replace(images, **{field: value})
         monkeypatch.setattr(module, "_by_graph", lambda d, r, _i, other=other: plain(d, r, other))
-        assert images_parity(case.model, plan, graph, rows, images, gates).failures(), field
+        assert media_parity(case.model, plan, graph, rows, images, gates).failures(), field
 
     # The ranges for half precision are of images, too.
     images = replace(images, features=images.features * 1e4)

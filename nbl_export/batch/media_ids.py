@@ -1,4 +1,4 @@
-"""Numbers of tokens that stand for the embeddings of images, beyond those of every vocabulary."""
+"""Numbers of tokens that stand for the embeddings of images and sounds, beyond those of every vocabulary."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 FIRST = 1 << 30
 
 
-def are_images(ids: Any) -> Any:
-    """Which of ``ids``, an array or a tensor, stand for an embedding of an image."""
+def are_media(ids: Any) -> Any:
+    """Which of ``ids``, an array or a tensor, stand for an embedding of an image or a sound."""
     return ids >= FIRST
 
 
 def words(rows: NDArray[np.int32]) -> NDArray[np.int32]:
     """``rows`` with their tokens of text alone, one after the other, repeated as often as is needed; int32."""
-    there = are_images(rows)
+    there = are_media(rows)
     return np.resize(rows[~there], rows.shape) if there.any() else rows

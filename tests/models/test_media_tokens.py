@@ -9,20 +9,22 @@ import numpy as np
 import pytest
 import torch
 
-from nbl_export.batch.image_ids import FIRST
+from nbl_export.batch.media_ids import FIRST
 from nbl_export.errors import InputError
-from nbl_export.models.image_tokens import ImageTokens, load_images, masks, save_images, written
+from nbl_export.models.media_tokens import MediaTokens, load_media, masks, save_media, written
 
 # Two images: of 2 x 2, after which the text goes on two further, and of 1 x 3.
 OFFSETS = [[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1], [0, 0, 0], [0, 0, 1], [0, 0, 2]]
 
 
-def tokens(both_ways: int = 0) -> ImageTokens:
-    return ImageTokens(
+def tokens(both_ways: int = 0) -> MediaTokens:
+    return MediaTokens(
         np.arange(14, dtype=np.float32).reshape(7, 2),
+        np.zeros((7, 0, 2), np.float32),
         np.array(OFFSETS, dtype=np.int32),
         np.array([0, 0, 0, 2, 0, 0, 3], dtype=np.int32),
         np.array([0, 0, 0, 0, 1, 1, 1], dtype=np.int32),
+        np.full(7, 3, np.int32),
         np.array([both_ways], dtype=np.int32),
     )
 
@@ -69,13 +71,13 @@ def test_embeddings_are_the_tables_and_those_of_images() -> None:
 
 
 def test_what_is_damaged_is_refused(tmp_path: Path) -> None:
-    save_images(tmp_path / "x", tokens())
-    assert len(load_images(tmp_path / "x", "again")) == 7
+    save_media(tmp_path / "x", tokens())
+    assert len(load_media(tmp_path / "x", "again")) == 7
     for name, value in (
         ("steps", np.zeros(6, np.int32)),
         ("features", np.full((7, 2), np.nan, np.float32)),
         ("block", np.zeros(7, np.int64)),
     ):
-        save_images(tmp_path / "x", ImageTokens(**{**vars(tokens()), name: value}))
+        save_media(tmp_path / "x", MediaTokens(**{**vars(tokens()), name: value}))
         with pytest.raises(InputError, match="are not tokens of images"):
-            load_images(tmp_path / "x", "again")
+            load_media(tmp_path / "x", "again")

@@ -1,0 +1,196 @@
+"""Tokens that stand for the embeddings of images and sounds, so that rows with them are rows of tokens as any others.
+
+A language model is given an image or a sound as embeddings among those of its tokens. Each such embedding is a token
+here, with a number from :data:`FIRST` on, which no vocabulary has: a row of a table beside the model's own. Within
+:func:`seeing` the model understands them. Whatever else it is given for them is derived of them, too: positions of
+several rows (M-RoPE), a mask by which the tokens of one image attend to each other in both directions, embeddings of
+each layer (Gemma 3n), and what is added after the first layers (deepstack: Qwen3-VL).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from nbl_export.batch.arrays import F32
+from nbl_export.batch.media_ids import FIRST, are_media
+from nbl_export.batch.names import EMBEDDINGS, POSITIONS
+from nbl_export.errors import InputError
+from nbl_export.models.layers import backbone
+from nbl_export.tensorfile import load_as, save_tensors
+
+I32 = NDArray[np.int32]
+FORMAT = "nbl-export/media-tokens/1"
+# How transformers calls what a language model may be given beside the embeddings of its tokens.
+PER_LAYER, PLACES, LATER = "per_layer_inputs", "visual_pos_masks", "deepstack_visual_embeds"
+
+
+def written(rows: torch.Tensor) -> torch.Tensor:
+    """``rows`` as targets of predictions: 0 for what nobody predicts, the embeddings of images and sounds."""
+    return torch.where(are_media(rows), 0, rows)
+
+
+@dataclass(frozen=True)
+class MediaTokens:
+    """What is known of the tokens :data:`FIRST`, :data:`FIRST` + 1 …, in this order.
+
+    ``features`` [tokens, d] float32 are their embeddings, and ``later`` [tokens, layers, d] float32 is added to their
+    states after each of the first layers, mostly of none. ``offsets`` [tokens, rows] are their positions after that of
+    the token before the image or sound, and ``steps`` [tokens] how far the position of the next token is beyond that.
+    ``block`` [tokens] is the number of their image or sound. ``stand_in`` [tokens] is the token that embeddings of each
+    layer are those of, where a model has such. ``both_ways`` [1] is 1 if the tokens of an image attend to each other in
+    both directions. All of these are int32.
+    """
+
+    features: F32
+    later: F32
+    offsets: I32
+    steps: I32
+    block: I32
+    stand_in: I32
+    both_ways: I32
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def positions(self, ids: torch.Tensor) -> torch.Tensor:
+        """The positions [rows, batch, seq] of ``ids`` [batch, seq] int64."""
+        there, index = self._index(ids)
+        steps = torch.where(there, self._at(self.steps, index), 1)
+        offsets = torch.where(there[..., None], self._at(self.offsets, index), 0)
+        return (steps.cumsum(-1) - steps + offsets.movedim(-1, 0)).long()
+
+    def may_attend(self, ids: torch.Tensor, window: int | None = None) -> torch.Tensor:
+        """Which tokens each of ``ids`` [batch, seq] attends to, [batch, seq, seq]."""
+        there, index = self._index(ids)
+        places = torch.arange(ids.shape[1], device=ids.device)
+        before = places[:, None] - places
+        allowed = (before >= 0).expand(len(ids), -1, -1)
+        if int(self.both_ways[0]):
+            block = torch.where(there, self._at(self.block, index), -1)
+            allowed = allowed | ((block[:, :, None] == block[:, None]) & there[:, :, None])
+        return allowed if window is None else allowed & (before < window)
+
+    def embeddings(self, ids: torch.Tensor, model: Any) -> torch.Tensor:
+        """The embeddings [batch, seq, d] of ``ids``, of which those of text are the table's of ``model``."""
+        there, index = self._index(ids)
+        table: torch.Tensor = model.get_input_embeddings()(written(ids))
+        features = torch.from_numpy(self.features[index[there].cpu().numpy()])
+        return table.clone().masked_scatter(there[..., None], features.to(table))
+
+    def beside(self, ids: torch.Tensor, body: Any) -> dict[str, Any]:
+        """What ``body``, a language model, is given for ``ids`` [batch, seq] beside embeddings, positions, masks."""
+        there, index = self._index(ids)
+        found: dict[str, Any] = {}
+        if has_per_layer(body):
+            stand_ins = torch.where(there, self._at(self.stand_in, index), ids)
+            found[PER_LAYER] = body.get_per_layer_inputs(stand_ins)
+        if self.later.shape[1]:
+            rows = torch.from_numpy(self.later[index[there].cpu().numpy()]).to(ids.device)
+            found |= {PLACES: there, LATER: list(rows.unbind(1))}
+        return found
+
+    def given(self, row: I32, model: Any) -> dict[str, NDArray[Any]]:
+        """What a graph reads of ``row`` [seq]: embeddings [1, seq, d] float32, and positions of one row or several."""
+        ids = torch.from_numpy(row.astype(np.int64))[None]
+        with torch.inference_mode():
+            embedded = self.embeddings(ids, model).float().cpu().numpy()
+        found = self.positions(ids).numpy()
+        return {EMBEDDINGS: embedded, POSITIONS: found if len(found) > 1 else found[0]}
+
+    def _index(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        there = are_media(ids)
+        return there, torch.where(there, ids - FIRST, 0)
+
+    @staticmethod
+    def _at(values: I32, index: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(values).to(index.device)[index]
+
+
+def has_per_layer(body: Any) -> bool:
+    """Whether the language model ``body`` is given embeddings of each layer beside those of its tokens."""
+    return hasattr(body, "get_per_layer_inputs") and bool(
+        getattr(body.config, "hidden_size_per_layer_input", 0)
+    )
+
+
+def masks(media: MediaTokens, ids: torch.Tensor, config: Any, like: torch.Tensor) -> Any:
+    """The mask of ``ids`` [batch, seq] as a language model takes it that has its own for each kind of layer.
+
+    0 where a token is attended to, and the lowest number of ``like`` elsewhere.
+    """
+
+    def made(window: int | None) -> torch.Tensor:
+        allowed = media.may_attend(ids, window)[:, None]
+        return torch.zeros(allowed.shape, dtype=like.dtype, device=ids.device).masked_fill(
+            ~allowed, torch.finfo(like.dtype).min
+        )
+
+    kinds = set(getattr(config, "layer_types", None) or ())
+    window = getattr(config, "sliding_window", None)
+    if not kinds:
+        return made(window)
+    return {kind: made(window if kind == "sliding_attention" else None) for kind in kinds}
+
+
+@contextmanager
+def seeing(model: Any, media: MediaTokens | None) -> Iterator[None]:
+    """Within the block, ``model`` takes rows with tokens of ``media``; without any, nothing is changed."""
+    if media is None:
+        yield
+        return
+    body = backbone(model)
+
+    def put_in(_body: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        ids = kwargs.get("input_ids")
+        if ids is None or not bool(are_media(ids).any()):
+            return None
+        embedded = media.embeddings(ids, model)
+        given = {**kwargs, "input_ids": None, "inputs_embeds": embedded, **media.beside(ids, body)}
+        if media.offsets.shape[1] > 1:
+            given["position_ids"] = media.positions(ids)
+        if int(media.both_ways[0]):
+            given["attention_mask"] = masks(media, ids, model.config.get_text_config(), embedded)
+        return args, given
+
+    hook = body.register_forward_pre_hook(put_in, with_kwargs=True, prepend=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def joined(parts: Sequence[MediaTokens]) -> MediaTokens:
+    """The tokens of ``parts``, one after the other."""
+    names = [name for name in MediaTokens.__annotations__ if name != "both_ways"]
+    columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+    return MediaTokens(**columns, both_ways=np.max([part.both_ways for part in parts], axis=0))
+
+
+def save_media(path: Path, media: MediaTokens) -> None:
+    """Write what is known of the tokens of images and sounds, atomically."""
+    save_tensors(path, FORMAT, {name: getattr(media, name) for name in MediaTokens.__annotations__})
+
+
+def load_media(path: Path, remedy: str) -> MediaTokens:
+    """Read what :func:`save_media` wrote; raises :class:`InputError` for anything else."""
+    media = load_as(MediaTokens, path, FORMAT, remedy)
+    floats = (media.features, media.later)
+    columns = (media.offsets, media.steps, media.block, media.stand_in)
+    if (
+        [array.ndim for array in (*floats, *columns)] != [2, 3, 2, 1, 1, 1]
+        or any(array.dtype != np.float32 or not np.isfinite(array).all() for array in floats)
+        or any(array.dtype != np.int32 for array in (*columns, media.both_ways))
+        or any(len(array) != len(media) for array in (media.later, *columns))
+        or media.later.shape[2] != media.features.shape[1]
+        or media.both_ways.shape != (1,)
+    ):
+        raise InputError(f"{path} is damaged (its arrays are not tokens of images or sounds): {remedy}.")
+    return media
