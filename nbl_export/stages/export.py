@@ -21,6 +21,8 @@ from nbl_export.stages.room import Shape, check_export
 from nbl_export.stages.run import Run
 
 if TYPE_CHECKING:
+    import torch
+
     from nbl_export.export.forms import Form
     from nbl_export.graph.summary import Float32Node, OnCopy
 
@@ -49,7 +51,8 @@ def export(run: Run, settings: ExportSettings, there: bool = True) -> None:
         copies = check_model(run, settings)
         if not task.causal:
             copies = crossed_on_copy(run.model.model, _form(run, settings))
-        if note := left_out(run.model.source):
+        notes = [left_out(run.model.source), not_given(run.model.model) if settings.embeds else ""]
+        for note in filter(None, notes):
             listener.note(note)
         check_export(ws, Shape.of(run.model.model), settings)
         exported = _export_torch if settings.exporter == "torch" else _export_elsewhere
@@ -79,6 +82,19 @@ def left_out(source: ModelSource) -> str:
         return ""
     towers = ", ".join(source.towers) or "nothing else"
     return f"{source.wrapper} is multimodal: its language model is exported; left to you are {towers}."
+
+
+def not_given(model: torch.nn.Module) -> str:
+    """What a graph that reads embeddings does not get of ``model``, in one sentence; nothing if it gets all."""
+    from nbl_export.models.layers import accepts, backbone
+    from nbl_export.models.media_tokens import LATER
+
+    if not accepts(backbone(model), LATER):
+        return ""
+    return (
+        f"{type(model).__name__} adds features of images after its first layers (deepstack), for which the graph has "
+        "no inputs: its logits are the model's for text, and others for images."
+    )
 
 
 def check_model(run: Run, settings: ExportSettings) -> tuple[OnCopy, ...]:

@@ -142,6 +142,9 @@ def _media_check(case: DecoderCase, gates: Gates) -> tuple[Check, ...]:
     rows = rows_with_media(case.text.heldout) if media is not None and embeds else []
     if media is None or not rows:
         return ()
+    if layers := media.later.shape[1]:
+        lacks = f"the model adds features of its images after its first {layers} layers (deepstack)"
+        return (Check("parity with media", "failed", f"{lacks}, for which the graph has no inputs"),)
     parity = media_parity(case.model, case.plan, case.rewritten, rows, media, gates)
     if failures := parity.failures():
         return (Check("parity with media", "failed", "; ".join(failures)),)

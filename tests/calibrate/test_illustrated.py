@@ -1,10 +1,9 @@
-"""Documents with images: what is read of them and what is refused, and rows in which no image is cut."""
+"""Documents with images and sounds: what is read of them and what is refused, and rows in which none is cut."""
 
 from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from nbl_export.calibrate.illustrated import (
     illustrated,
     media_files,
     pack_illustrated,
+    seen_by,
     words_alone,
 )
 from nbl_export.calibrate.text import CalibrationText, load_text, save_text
@@ -38,21 +38,29 @@ def folder_with(tmp_path: Path, *rows: dict[str, Any]) -> Path:
     return save_documents(tmp_path, list(rows))
 
 
-def test_rows_with_and_without_images(tmp_path: Path) -> None:
+def test_rows_with_and_without_images_and_sounds(tmp_path: Path) -> None:
     path = folder_with(
         tmp_path,
         {"text": "one", "images": ["a.png", "in/b.png"]},
         {"text": "two", "images": []},
         {"text": "three", "images": None},
         {"text": "four"},
+        {"text": "five", "images": ["a.png"], "audio": ["c.wav"]},
+        {"text": "six", "audio": ["c.wav"]},
     )
+    (tmp_path / "c.wav").write_bytes(b"")
     packed = tmp_path / "packed.jsonl.gz"
     packed.write_bytes(gzip.compress(path.read_bytes()))
     for source in (path, packed):
         first, *others = illustrated([str(source)], "text")
-        files = (tmp_path / "a.png", tmp_path / "in" / "b.png")
-        assert first == Document("one", files, f"{source}, line 1") and others == ["two", "three", "four"]
-        assert media_files([str(source)]) == list(files)
+        files, sound = (tmp_path / "a.png", tmp_path / "in" / "b.png"), tmp_path / "c.wav"
+        assert first == Document("one", files, (), f"{source}, line 1")
+        assert others[:3] == ["two", "three", "four"]
+        assert others[3:] == [
+            Document("five", files[:1], (sound,), f"{source}, line 5"),
+            Document("six", (), (sound,), f"{source}, line 6"),
+        ]
+        assert media_files([str(source)]) == [*files, sound]
         with pytest.raises(HasMedia):
             list(words_alone(illustrated([str(source)], "text")))
 
@@ -85,7 +93,27 @@ def test_a_file_that_is_no_image_is_refused(tmp_path: Path, tokenizer: Any) -> N
     path = folder_with(tmp_path, {"text": "one", "images": ["a.png"]})
     (tmp_path / "a.png").write_bytes(b"\x89PNG and no more")
     with pytest.raises(InputError, match=r"a\.png is not a readable image"):
-        pack_illustrated(illustrated([str(path)], "text"), See(4), tokenizer, SETTINGS, Notes())
+        pack_illustrated(illustrated([str(path)], "text"), seen_by(Heard()), tokenizer, SETTINGS, Notes())
+
+
+class Heard:
+    """Takes what towers do, and gives it back."""
+
+    def sampling_rate(self, _where: str) -> int:
+        return 16_000
+
+    def read(self, *given: Any) -> Any:
+        return given
+
+
+def test_towers_are_given_what_the_files_hold(tmp_path: Path) -> None:
+    soundfile = pytest.importorskip("soundfile", reason="needs soundfile: pip install 'nbl-export[audio]'")
+    picture(0, (3, 5)).save(tmp_path / "a.png")
+    soundfile.write(tmp_path / "b.wav", np.zeros((800, 2), np.float32), 8_000)
+    files = (tmp_path / "a.png",), (tmp_path / "b.wav",)
+    text, images, sounds, where = seen_by(Heard())(Document("one", *files, "here"))  # type: ignore[arg-type, misc]
+    assert (text, where) == ("one", "here")
+    assert [image.size for image in images] == [(5, 3)] and [sound.shape for sound in sounds] == [(1600,)]
 
 
 class See:
@@ -94,8 +122,8 @@ class See:
     def __init__(self, size: int) -> None:
         self.size, self.count = size, 0
 
-    def __call__(self, text: str, images: Sequence[Any], _where: str) -> Seen:
-        ids: list[int] = []
+    def __call__(self, document: Document) -> Seen:
+        text, images, ids = document.text, document.images, list[int]()
         for letter, _ in zip(text, images, strict=False):
             ids += [ord(letter), *range(FIRST + self.count, FIRST + self.count + self.size)]
             self.count += self.size
@@ -103,11 +131,13 @@ class See:
         made = np.arange(self.count - self.size * len(images), self.count, dtype=np.int32)
         one = np.ones_like(made)
         known = MediaTokens(
-            np.repeat(made[:, None], 3, 1).astype(np.float32),
-            made[:, None] * 0,
-            one,
-            made // self.size,
-            one[:1] * 0,
+            features=np.repeat(made[:, None], 3, 1).astype(np.float32),
+            later=np.zeros((len(made), 0, 3), np.float32),
+            offsets=made[:, None] * 0,
+            steps=one,
+            block=made // self.size,
+            stand_in=one * 0,
+            both_ways=np.zeros(1, np.int32),
         )
         return Seen(np.array(ids, dtype=np.int32), known)
 
@@ -138,7 +168,7 @@ def test_no_image_is_cut_and_its_tokens_are_of_no_document(tmp_path: Path, token
             assert ((getattr(text, f"{kind}_document") == -1) == are_media(getattr(text, kind))).all()
     owners = [set(np.unique(o[o >= 0]) % 8) for o in (text.selection_document, text.heldout_document)]
     assert owners == [{3}, {7}]
-    (said,) = [note for note in notes if note.startswith("Images: ")]
+    (said,) = [note for note in notes if note.startswith("Images and sounds: ")]
     for name, rows in splits.items():
         tokens = int(are_media(rows).sum())
         assert f"{name} {tokens // 5} ({tokens} of {rows.size} tokens)" in said
@@ -153,16 +183,18 @@ def test_they_are_kept_and_read_again(tmp_path: Path, tokenizer: Any) -> None:
     for name in MediaTokens.__annotations__:
         np.testing.assert_array_equal(getattr(again.media, name), getattr(text.media, name))
     few = MediaTokens(**{k: v if k == "both_ways" else v[:2] for k, v in vars(text.media).items()})
-    save_text(tmp_path / "text.safetensors", CalibrationText(**{**vars(text), "images": few}))
-    with pytest.raises(InputError, match="a token of no image"):
+    save_text(tmp_path / "text.safetensors", CalibrationText(**{**vars(text), "media": few}))
+    with pytest.raises(InputError, match="a token of no image or sound"):
         load_text(tmp_path / "text.safetensors")
-    (tmp_path / "images.safetensors").unlink()
-    with pytest.raises(InputError, match=r"images\.safetensors cannot be read"):
+    (tmp_path / "media.safetensors").unlink()
+    with pytest.raises(InputError, match=r"media\.safetensors cannot be read"):
         load_text(tmp_path / "text.safetensors")
 
 
 def test_an_image_longer_than_a_row_and_too_few_documents_are_refused(tmp_path: Path, tokenizer: Any) -> None:
-    with pytest.raises(InputError, match=r"line 2: its first image ends beyond 32 tokens: raise --seq-len"):
+    with pytest.raises(
+        InputError, match=r"line 2: its first image or sound ends beyond 32 tokens: raise --seq-len"
+    ):
         packed(tmp_path, tokenizer, size=40)
     (tmp_path / "less").mkdir()
     with pytest.raises(InputError, match=r"gives less than one .* row of 32 tokens: give more documents"):

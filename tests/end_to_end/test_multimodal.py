@@ -101,9 +101,9 @@ def test_images_are_calibrated_on(wrapper_folder: Callable[[str], Path], tmp_pat
     assert text.images is not None and there.any() and (text.heldout_document[there] == -1).all()
     assert isinstance(report.method_loss, MethodLoss)
     assert report.method_loss.tokens == int((~there[:, 1:]).sum())
-    (check,) = [check for check in report.checks if check.name == "parity with images"]
-    assert check.status == "passed" and "over 2 texts with an image" in check.detail
-    (said,) = [note for note in report.notes if "Images: calibration" in note]
+    (check,) = [check for check in report.checks if check.name == "parity with media"]
+    assert check.status == "passed" and "over 2 texts with images or sounds" in check.detail
+    (said,) = [note for note in report.notes if "Images and sounds: calibration" in note]
     assert f"held-out {int(there.sum()) // 4} ({int(there.sum())} of 256 tokens)" in said
 
     notes = Notes()
@@ -116,19 +116,7 @@ def test_images_are_calibrated_on(wrapper_folder: Callable[[str], Path], tmp_pat
     words = tmp_path / "words.txt"
     words.write_text("\n".join(" ".join(WORDS) for _ in range(2000)))
     api.calibrate(model, out, api.CalibrateSettings((str(words),), samples=12, seq_len=64, heldout_samples=4))
-    assert not (out / "nbl" / "images.safetensors").exists()
-
-
-def test_images_are_refused_where_embeddings_do_not_say_all(
-    wrapper_folder: Callable[[str], Path], tmp_path: Path
-) -> None:
-    (tmp_path / "model").mkdir()
-    picture(0).save(tmp_path / "a.png")
-    documents = save_documents(tmp_path, [{"text": "a cat", "images": ["a.png"]}])
-    with pytest.raises(
-        InputError, match=r"looks up token ids in 2 tables .*: calibrate it on text, without images"
-    ):
-        api.calibrate(wrapper_folder("gemma4"), tmp_path / "out", api.CalibrateSettings((str(documents),)))
+    assert not (out / "nbl" / "media.safetensors").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
-"""Tokens of images: embeddings, positions and masks, each against what is written out by hand."""
+"""Tokens of images and sounds: embeddings, positions and masks, each against what is written out by hand."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,14 @@ import torch
 
 from nbl_export.batch.media_ids import FIRST
 from nbl_export.errors import InputError
-from nbl_export.models.media_tokens import MediaTokens, load_media, masks, save_media, written
+from nbl_export.models.media_tokens import (
+    MediaTokens,
+    joined,
+    load_media,
+    masks,
+    save_media,
+    written,
+)
 
 # Two images: of 2 x 2, after which the text goes on two further, and of 1 x 3.
 OFFSETS = [[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1], [0, 0, 0], [0, 0, 1], [0, 0, 2]]
@@ -19,13 +28,13 @@ OFFSETS = [[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1], [0, 0, 0], [0, 0, 1], [0,
 
 def tokens(both_ways: int = 0) -> MediaTokens:
     return MediaTokens(
-        np.arange(14, dtype=np.float32).reshape(7, 2),
-        np.zeros((7, 0, 2), np.float32),
-        np.array(OFFSETS, dtype=np.int32),
-        np.array([0, 0, 0, 2, 0, 0, 3], dtype=np.int32),
-        np.array([0, 0, 0, 0, 1, 1, 1], dtype=np.int32),
-        np.full(7, 3, np.int32),
-        np.array([both_ways], dtype=np.int32),
+        features=np.arange(14, dtype=np.float32).reshape(7, 2),
+        later=np.zeros((7, 0, 2), np.float32),
+        offsets=np.array(OFFSETS, dtype=np.int32),
+        steps=np.array([0, 0, 0, 2, 0, 0, 3], dtype=np.int32),
+        block=np.array([0, 0, 0, 0, 1, 1, 1], dtype=np.int32),
+        stand_in=np.array([3, 3, 3, 3, 4, 4, 4], dtype=np.int32),
+        both_ways=np.array([both_ways], dtype=np.int32),
     )
 
 
@@ -70,6 +79,37 @@ def test_embeddings_are_the_tables_and_those_of_images() -> None:
     assert written(row).tolist() == [[5, 0, 0, 8]]
 
 
+class Body(torch.nn.Module):
+    """A language model with embeddings of each layer: those of a token are its number."""
+
+    config = SimpleNamespace(hidden_size_per_layer_input=1)
+
+    def get_per_layer_inputs(self, ids: torch.Tensor) -> torch.Tensor:
+        return ids[..., None, None].float()
+
+    def forward(self, **given: Any) -> dict[str, Any]:
+        return given
+
+
+def test_what_is_given_beside_embeddings() -> None:
+    """Embeddings of each layer are those of a stand-in; what is added later is in the order of the tokens."""
+    row = ids(5, -7, -2, 8)
+    plain = SimpleNamespace(config=SimpleNamespace())
+    assert tokens().beside(row, plain) == {}
+    assert tokens().beside(row, Body())["per_layer_inputs"][0, :, 0, 0].tolist() == [5, 4, 3, 8]
+    later = np.arange(28, dtype=np.float32).reshape(7, 2, 2)
+    found = replace(tokens(), later=later).beside(row, plain)
+    assert found["visual_pos_masks"].tolist() == [[False, True, True, False]]
+    first, second = found["deepstack_visual_embeds"]
+    assert first.tolist() == [[24, 25], [4, 5]] and second.tolist() == [[26, 27], [6, 7]]
+
+
+def test_tokens_of_several_documents_are_one_table() -> None:
+    found = joined([tokens(), replace(tokens(1), block=tokens().block + 2)])
+    assert len(found) == 14 and found.block.tolist() == [0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3]
+    assert found.both_ways.tolist() == [1] and found.later.shape == (14, 0, 2)
+
+
 def test_what_is_damaged_is_refused(tmp_path: Path) -> None:
     save_media(tmp_path / "x", tokens())
     assert len(load_media(tmp_path / "x", "again")) == 7
@@ -77,6 +117,10 @@ def test_what_is_damaged_is_refused(tmp_path: Path) -> None:
         ("steps", np.zeros(6, np.int32)),
         ("features", np.full((7, 2), np.nan, np.float32)),
         ("block", np.zeros(7, np.int64)),
+        ("stand_in", np.zeros((7, 1), np.int32)),
+        ("later", np.zeros((7, 1, 3), np.float32)),
+        ("later", np.full((7, 1, 2), np.inf, np.float32)),
+        ("later", np.zeros((6, 1, 2), np.float32)),
     ):
         save_media(tmp_path / "x", MediaTokens(**{**vars(tokens()), name: value}))
         with pytest.raises(InputError, match="are not tokens of images"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,10 @@ from nbl_export import api
 from nbl_export.errors import InputError
 from nbl_export.models.source import find_model
 from nbl_export.models.tasks import task_named
-from nbl_export.stages.export import export
+from nbl_export.stages.export import export, not_given
 from nbl_export.stages.run import Run
 from nbl_export.workspace import Workspace
+from tests.families import Calibrated
 from tests.listening import Notes
 from tests.sessions import cpu_session, empty_past
 from tests.tiny import save_tokenizer
@@ -107,3 +109,8 @@ def test_a_model_that_the_form_does_not_suit_is_refused_before_work(tmp_path: Pa
     with pytest.raises(InputError, match="--kv-cache concat"):
         export(run, api.ExportSettings("fp32", "static"))
     assert not list(run.workspace.baseline.parent.glob("*.onnx*"))
+
+
+def test_what_a_graph_of_embeddings_is_not_given_is_said(wrapper: Callable[[str], Calibrated]) -> None:
+    assert "(deepstack), for which the graph has no inputs" in not_given(wrapper("qwen3-vl").model)
+    assert not_given(wrapper("qwen2.5-vl").model) == ""

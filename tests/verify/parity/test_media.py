@@ -1,4 +1,4 @@
-"""Parity on texts with images: what is right passes, and what has other embeddings or other positions does not."""
+"""Parity on texts with images: what is right passes, and what has other embeddings or positions does not."""
 
 from __future__ import annotations
 
@@ -23,15 +23,21 @@ from nbl_export.verify.parity.figures import gates_for
 from nbl_export.verify.parity.media import media_parity, rows_with_media
 from tests.families import WIDTH, Calibrated
 
-PARTS = {"features", "offsets", "steps", "block", "both_ways"}
-
 
 def of_two_by_two() -> MediaTokens:
     """Two images of 2 x 2, seen in both directions."""
     features = np.random.default_rng(0).standard_normal((8, WIDTH)).astype(np.float32) * 0.3
     offsets = np.tile([[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1]], (2, 1)).astype(np.int32)
     steps = np.tile([0, 0, 0, 2], 2).astype(np.int32)
-    return MediaTokens(features, offsets, steps, np.repeat([0, 1], 4).astype(np.int32), np.ones(1, np.int32))
+    return MediaTokens(
+        features=features,
+        later=np.zeros((8, 0, WIDTH), np.float32),
+        offsets=offsets,
+        steps=steps,
+        block=np.repeat([0, 1], 4).astype(np.int32),
+        stand_in=np.zeros(8, np.int32),
+        both_ways=np.ones(1, np.int32),
+    )
 
 
 def test_rows_go_on_after_their_first_image() -> None:
