@@ -98,7 +98,7 @@ def test_images_are_calibrated_on(wrapper_folder: Callable[[str], Path], tmp_pat
     assert report.passed
     text = load_text(out / "nbl" / "text.safetensors")
     there = are_media(text.heldout)
-    assert text.images is not None and there.any() and (text.heldout_document[there] == -1).all()
+    assert text.media is not None and there.any() and (text.heldout_document[there] == -1).all()
     assert isinstance(report.method_loss, MethodLoss)
     assert report.method_loss.tokens == int((~there[:, 1:]).sum())
     (check,) = [check for check in report.checks if check.name == "parity with media"]
