@@ -234,7 +234,7 @@ def test_packed_text_comes_back(tmp_path: Path, tokenizer: Any) -> None:
     path = tmp_path / "text.safetensors"
     save_text(path, text)
     loaded = load_text(path)
-    assert loaded.images is None
+    assert loaded.media is None
     for name in CalibrationText.__annotations__.keys() - {"images"}:
         assert getattr(loaded, name).dtype == np.int32
         np.testing.assert_array_equal(getattr(loaded, name), getattr(text, name))
