@@ -18,13 +18,18 @@ from nbl_export.rewrite.replace import rewrite_file
 from tests.end_to_end.matrix import ROWS, parity
 from tests.exporters import GRAPH
 from tests.families import LAYERS, Calibrated
+from tests.exhaustive import exhaustive
 from tests.multimodal import LENDING, WRAPPERS
+
+
+# Found by the same structure as the others.
+_MORE = ("qwen2-vl", "glm4v", "llava-next", "idefics3", "internvl")
 
 
 @pytest.mark.parametrize(
     ("name", "form"),
     [
-        *((name, "concat") for name in WRAPPERS),
+        *(pytest.param(name, "concat", marks=exhaustive if name in _MORE else ()) for name in WRAPPERS),
         ("qwen2.5-vl", "static"),
         ("llama4", "static"),
         ("llava", "none"),
