@@ -178,7 +178,7 @@ def test_graph(
     tmp_path: Path,
     record_property: Recorder,
 ) -> None:
-    """Ragged prefill and decode, one linear layer (float32 only) and half of them."""
+    """Ragged prefill and decode, half the layers linear, and in float32 one layer."""
     if refused(family, form, lambda: exported(family, form, precision), record_property):
         return
     case, source = calibrated_of(family), exported(family, form, precision)

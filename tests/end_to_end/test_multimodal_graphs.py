@@ -16,11 +16,10 @@ from nbl_export.graph.io import load_graph
 from nbl_export.graph.precision import precision_of
 from nbl_export.rewrite.replace import rewrite_file
 from tests.end_to_end.matrix import ROWS, parity
+from tests.exhaustive import exhaustive
 from tests.exporters import GRAPH
 from tests.families import LAYERS, Calibrated
-from tests.exhaustive import exhaustive
 from tests.multimodal import LENDING, WRAPPERS
-
 
 # Found by the same structure as the others.
 _MORE = ("qwen2-vl", "glm4v", "llava-next", "idefics3", "internvl")
