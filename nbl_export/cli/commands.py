@@ -15,10 +15,11 @@ from nbl_export.settings import (
     EvalSettings,
     ExportSettings,
     FolderSettings,
+    RunSettings,
     SelectSettings,
     VerifySettings,
 )
-from nbl_export.settings.definition import UsageError
+from nbl_export.settings.definition import Settings, UsageError
 from nbl_export.settings.file import NAME
 from nbl_export.settings.making import OptionalEngines
 
@@ -50,8 +51,13 @@ InPlace = Annotated[
 ]
 
 
-def _loaded() -> tuple[Any, Any]:
-    """The Python API and what draws, which are imported when a command runs: --help needs neither."""
+def _loaded(asked: Settings | RunSettings | None = None) -> tuple[Any, Any]:
+    """The Python API and what draws, which are imported when a command runs: --help needs neither.
+
+    What is asked for is checked before, so that a value that cannot be is answered at once.
+    """
+    if asked is not None:
+        asked.check()
     from nbl_export import api
     from nbl_export.cli import terminal
 
@@ -74,8 +80,10 @@ def run(
     config: Config = None,
 ) -> int:
     """Everything from calibrate to verify; the command if none is named."""
-    api, terminal = _loaded()
-    listener, built = terminal.TerminalListener(), engines.asked
+    built = engines.asked
+    whole = RunSettings(selection, calibration, verification, exporting, built, folder)
+    api, terminal = _loaded(whole.sharing_bounds())
+    listener = terminal.TerminalListener()
     asked = (selection, calibration, verification, listener, trust, exporting, built)
     value = api.run(model, output, *asked, rehash=rehash, folder=folder)
     terminal.show_report(value, output)
@@ -114,7 +122,7 @@ def calibrate(
     config: Config = None,
 ) -> None:
     """Stream the moments of the activations into OUT; resumes if interrupted."""
-    api, terminal = _loaded()
+    api, terminal = _loaded(settings)
     api.calibrate(model, output, settings, terminal.TerminalListener(), trust, rehash=rehash)
     terminal.say(f"Calibrated. Next: nbl-export select {output} --k K")
 
@@ -129,7 +137,7 @@ def select(
     config: Config = None,
 ) -> None:
     """Score every layer, choose K, and write the plan."""
-    api, terminal = _loaded()
+    api, terminal = _loaded(settings)
     plan = api.select(out, settings, terminal.TerminalListener(), trust, rehash=rehash)
     layers = ", ".join(map(str, plan.chosen)) or "none"
     terminal.say(f"Plan: layers {layers}. Next: nbl-export export {out}")
@@ -145,7 +153,7 @@ def export(
     config: Config = None,
 ) -> None:
     """Export the unmodified model to OUT/baseline/model.onnx."""
-    api, terminal = _loaded()
+    api, terminal = _loaded(settings)
     path = api.export(out, settings, terminal.TerminalListener(), trust, rehash=rehash)
     terminal.say(f"Exported {path}. Next: nbl-export rewrite {out}")
 
@@ -182,7 +190,7 @@ def build(
     out: Out, /, *, settings: EngineSettings = EngineSettings(), rehash: Rehash = False, config: Config = None
 ) -> None:
     """Build TensorRT engines of both graphs into OUT/engine."""
-    api, terminal = _loaded()
+    api, terminal = _loaded(settings)
     terminal.show_engines(api.build(out, settings, terminal.TerminalListener(), rehash=rehash))
     terminal.say(f"Built {out / 'engine'}. Next: nbl-export verify {out}")
 
@@ -198,7 +206,7 @@ def verify(
     config: Config = None,
 ) -> int:
     """Check parity, measure method loss and speed; exit 1 if a gate fails."""
-    api, terminal = _loaded()
+    api, terminal = _loaded(settings)
     value = api.verify(out, settings, terminal.TerminalListener(), trust, again, rehash=rehash)
     terminal.show_report(value, out)
     return 0 if value.passed else GATE_FAILED
@@ -214,7 +222,7 @@ def eval_(
     config: Config = None,
 ) -> int:
     """Score both graphs on tasks and retrieval; exit 1 if a gate fails."""
-    api, terminal = _loaded()
+    api, terminal = _loaded(settings)
     value = api.evaluate(out, settings, terminal.TerminalListener(), trust, rehash=rehash)
     terminal.show_evaluation(value, out)
     return 0 if value.passed else GATE_FAILED
@@ -230,7 +238,7 @@ def bench(
     config: Config = None,
 ) -> int:
     """Time both graphs and others in turn; exit 1 if suspect or slower."""
-    api, terminal = _loaded()
+    api, terminal = _loaded(settings)
     value = api.bench(out, settings, terminal.TerminalListener(), trust, rehash=rehash)
     terminal.show_bench(value, out)
     return 0 if value.passed else GATE_FAILED

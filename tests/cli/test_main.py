@@ -180,6 +180,13 @@ def test_help_loads_nothing_heavy() -> None:
     assert all(f" {verb} " in text for verb in verbs)
 
 
+def test_a_value_that_cannot_be_is_refused_before_anything_is_loaded() -> None:
+    calls = [["model", "--k", "-1"], ["verify", "out", "--rounds", "1"], ["model", "--k", "1", "--ridge", "5"]]
+    modules, codes, text = loaded(calls)
+    assert codes == [2] * 3 and modules == set()
+    assert text.count("error: ") == 3 and "--k is -1" in text and "--ridge is 5" in text
+
+
 def test_help_answers_at_once() -> None:
     """Processor time, not wall time: the machine may be busy."""
     used = []
