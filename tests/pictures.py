@@ -123,6 +123,7 @@ PROCESSORS = {
         "<|audio|>",
         _GEMMA,
     ),
+    "qwen2-vl": _qwen("Qwen2VLProcessor", 14, "Qwen2VLVideoProcessor"),
     "qwen2.5-vl": _qwen("Qwen2_5_VLProcessor", 14, "Qwen2VLVideoProcessor"),
     "qwen3-vl": _qwen("Qwen3VLProcessor", 16, "Qwen3VLVideoProcessor"),
     "qwen2-audio": Row(
@@ -277,6 +278,13 @@ def picture(seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
 def sound(seed: int, seconds: float = 0.4) -> F32:
     """Noise at :data:`RATE`, [samples] float32."""
     return np.random.default_rng(seed).normal(0, 0.1, round(seconds * RATE)).astype(np.float32)
+
+
+def save_sound(path: Path, seed: int, seconds: float = 0.4) -> None:
+    """Noise of two channels at half of :data:`RATE` in the file ``path``; skips the test without soundfile."""
+    soundfile = pytest.importorskip("soundfile", reason="needs soundfile")
+    samples = sound(seed, seconds)
+    soundfile.write(path, samples.reshape(-1, 2), RATE // 2)
 
 
 def save_documents(folder: Path, rows: list[dict[str, Any]]) -> Path:

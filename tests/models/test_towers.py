@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -135,6 +136,7 @@ CASES = [
     ("gemma4-both-ways", "images", {"both_ways"}),
     ("gemma4-both-ways", "images and sounds", {"both_ways"}),
     ("gemma3n", "sounds", {"stand_in"}),
+    ("qwen2-vl", "images", {"offsets"}),
     ("qwen2.5-vl", "images", {"offsets"}),
     ("qwen3-vl", "images", {"offsets", "later"}),
     ("glm4v", "images", {"offsets"}),
@@ -184,11 +186,14 @@ def distance(moved: Moments, found: Moments) -> float:
     return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs)
 
 
-def test_no_block_of_the_language_model_is_read(folder_of: Callable[[str], Path]) -> None:
-    found = Towers(find_model(str(folder_of("llava"))))._model
+@pytest.mark.parametrize("name", ["llava", "llama4", "phi4-multimodal"])
+def test_no_block_of_the_language_model_is_read(name: str, folder_of: Callable[[str], Path]) -> None:
+    """Also of one that has its head itself, and of one that its towers are a part of."""
+    found = Towers(find_model(str(folder_of(name))))._model
     names = [name for name, _ in found.named_parameters()]
-    assert any("vision_tower" in name for name in names)
-    assert not any("language_model.layers" in name for name in names)
+    assert any("vision" in name or "image_embed" in name for name in names)
+    assert any(name.endswith("embed_tokens.weight") for name in names)
+    assert not [name for name in names if re.match(r"(model\.|language_model\.)*layers\.", name)]
 
 
 SOUND, QWEN_SOUND = "<|audio|>", "<|audio_bos|><|AUDIO|><|audio_eos|>"
