@@ -111,13 +111,15 @@ class Towers:
             ]
             raise InputError(
                 f"{where}: {self._name} does not take this text with {' and '.join(counted)} "
-                f"({first_line(error)[:300]}): put the placeholder of its processor once for each."
+                f"({first_line(error)[:300]}): put the placeholder of its processor once for each, and leave out what "
+                "it does not take."
             ) from error
         ids = inputs["input_ids"].long()
         for kind, files in (("image", images), ("audio", sounds)):
             if files and self._tokens.get(kind) not in ids:
                 raise InputError(
-                    f"{where}: the processor of {self._source} makes no tokens of its {kind}: correct the processor."
+                    f"{where}: the processor of {self._source} makes no tokens of its {kind}: leave out what is too "
+                    "short, or correct the processor."
                 )
         return self._checked(ids, given, where)
 

@@ -256,6 +256,14 @@ def test_what_a_model_does_not_take_is_refused(
         found.read(text, [picture(0)] * images, [sound(0)] * sounds, "here")
 
 
+def test_a_sound_without_a_token_is_refused(folder_of: Callable[[str], Path]) -> None:
+    found = Towers(find_model(str(folder_of("qwen2-audio"))))
+    with pytest.raises(
+        InputError, match=r"^here: .* makes no tokens of its audio: leave out what is too short"
+    ):
+        found.read(PROCESSORS["qwen2-audio"].sound, [], [sound(0, 0.005)], "here")
+
+
 def test_sounds_are_refused_by_a_processor_without_a_feature_extractor(
     folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
