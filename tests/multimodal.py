@@ -90,6 +90,32 @@ class Wrapper:
         return AutoConfig.for_model(self.model_type, **own, **self.towers, **self.fields)
 
 
+_GEMMA4_TEXT = {
+    **_PER_LAYER,
+    **_WINDOW,
+    "global_head_dim": HEAD_SIZE,
+    "num_global_key_value_heads": 2,
+    "final_logit_softcapping": 5.0,
+}
+_GEMMA4_TOWERS = {
+    "vision_config": {**_TOWER, "head_dim": HEAD_SIZE, "num_key_value_heads": 2, "patch_size": 4},
+    "audio_config": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "subsampling_conv_channels": [16, 4],
+        "output_proj_dims": 32,
+    },
+}
+_GEMMA4 = {
+    "boi_token_id": 246,
+    "eoi_token_id": 247,
+    "boa_token_id": 248,
+    "eoa_token_index": 249,
+    "image_token_id": 250,
+    "audio_token_id": 251,
+    "video_token_id": 252,
+}
 _CLIP = {"model_type": "clip_vision_model", **_TOWER, "projection_dim": 32}
 WRAPPERS = {
     "gemma3": Wrapper(
@@ -105,6 +131,7 @@ WRAPPERS = {
         {
             **_PER_LAYER,
             **_WINDOW,
+            "vocab_size": VOCAB + 16,
             "laurel_rank": 8,
             "activation_sparsity_pattern": [0.0] * LAYERS,
             "intermediate_size": [96] * LAYERS,
@@ -119,21 +146,29 @@ WRAPPERS = {
                 "vocab_offset": 268,
                 "conf_num_attention_heads": 2,
                 "conf_num_hidden_layers": 2,
+                "sscp_conv_channel_size": [4, 4],
             },
         },
+        {
+            "image_token_id": 261,
+            "audio_token_id": 269,
+            "vision_soft_tokens_per_image": 4,
+            "audio_soft_tokens_per_image": 12,
+        },
     ),
-    "gemma4": Wrapper(
+    "gemma4": Wrapper("Gemma4ForConditionalGeneration", "gemma4", _GEMMA4_TEXT, _GEMMA4_TOWERS, _GEMMA4),
+    # As the larger ones: no embeddings of each layer, no sounds, and layers with a window see all of an image.
+    "gemma4-both-ways": Wrapper(
         "Gemma4ForConditionalGeneration",
         "gemma4",
         {
-            **_PER_LAYER,
-            **_WINDOW,
-            "global_head_dim": HEAD_SIZE,
-            "num_global_key_value_heads": 2,
-            "final_logit_softcapping": 5.0,
+            **_GEMMA4_TEXT,
+            "hidden_size_per_layer_input": 0,
+            "num_kv_shared_layers": 0,
+            "use_bidirectional_attention": "vision",
         },
-        {"vision_config": {**_TOWER, "head_dim": HEAD_SIZE, "num_key_value_heads": 2}},
-        {"image_token_id": 250, "audio_token_id": 251, "video_token_id": 252},
+        _GEMMA4_TOWERS,
+        _GEMMA4,
     ),
     "qwen2-vl": Wrapper(
         "Qwen2VLForConditionalGeneration",
@@ -161,6 +196,23 @@ WRAPPERS = {
         {"vision_config": {**_QWEN_TOWER, "image_size": 28}},
         {**_QWEN, "image_start_token_id": 252, "image_end_token_id": 253},
     ),
+    "qwen2-audio": Wrapper(
+        "Qwen2AudioForConditionalGeneration",
+        "qwen2_audio",
+        {"model_type": "qwen2"},
+        {
+            "audio_config": {
+                "model_type": "qwen2_audio_encoder",
+                "num_mel_bins": 16,
+                "encoder_layers": 2,
+                "encoder_attention_heads": 2,
+                "encoder_ffn_dim": 32,
+                "d_model": 32,
+                "max_source_positions": 50,
+            }
+        },
+        {"audio_token_index": 250},
+    ),
     "llama4": Wrapper(
         "Llama4ForConditionalGeneration",
         "llama4",
@@ -176,6 +228,7 @@ WRAPPERS = {
         {
             "vision_config": {
                 **_TOWER,
+                "intermediate_size": 128,  # as wide as four patches side by side
                 "vision_output_dim": 32,
                 "projector_input_dim": 32,
                 "projector_output_dim": 32,
@@ -195,7 +248,7 @@ WRAPPERS = {
         "llava_next",
         {"model_type": "mistral", "sliding_window": 8},
         {"vision_config": _CLIP},
-        {**_IMAGE, "image_grid_pinpoints": [[28, 28]]},
+        {**_IMAGE, "image_grid_pinpoints": [[28, 28], [28, 56]]},
     ),
     "mistral3": Wrapper(
         "Mistral3ForConditionalGeneration",
@@ -209,7 +262,7 @@ WRAPPERS = {
         "phi4_multimodal",
         {"original_max_position_embeddings": 256, "partial_rotary_factor": 1.0},
         {
-            "vision_config": {**_TOWER, "crop_size": 28, "image_token_id": 250},
+            "vision_config": {**_TOWER, "image_size": 448, "image_token_id": 250},
             "audio_config": {
                 "hidden_size": 32,
                 "intermediate_size": 32,
@@ -227,7 +280,7 @@ WRAPPERS = {
         "idefics3",
         {"model_type": "llama"},
         {"vision_config": _TOWER},
-        {"image_token_id": 250, "scale_factor": 1},
+        {"image_token_id": 250, "scale_factor": 2},
     ),
     "internvl": Wrapper(
         "InternVLForConditionalGeneration",
@@ -255,7 +308,9 @@ def whole(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
                 weight.ndim == 2 and not weight.any()
             ):  # as a new projector of Gemma 3, by which no image says anything
                 weight.normal_(std=0.2)
-    return model.to(dtype).eval().requires_grad_(False)
+    # Not the complex numbers of Llama 4's rotary embedding.
+    model._apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+    return model.eval().requires_grad_(False)
 
 
 def build(name: str, target: Path, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:

@@ -31,6 +31,9 @@ FORMAT = "nbl-export/media-tokens/1"
 # How transformers calls what a language model may be given beside the embeddings of its tokens.
 PER_LAYER, PLACES, LATER = "per_layer_inputs", "visual_pos_masks", "deepstack_visual_embeds"
 
+NO_BLOCK = -1  # of a token that attends to none after it
+WITHIN_WINDOWS = 2  # both_ways in layers with a window alone
+
 
 def written(rows: torch.Tensor) -> torch.Tensor:
     """``rows`` as targets of predictions: 0 for what nobody predicts, the embeddings of images and sounds."""
@@ -44,9 +47,10 @@ class MediaTokens:
     ``features`` [tokens, d] float32 are their embeddings, and ``later`` [tokens, layers, d] float32 is added to their
     states after each of the first layers, mostly of none. ``offsets`` [tokens, rows] are their positions after that of
     the token before the image or sound, and ``steps`` [tokens] how far the position of the next token is beyond that.
-    ``block`` [tokens] is the number of their image or sound. ``stand_in`` [tokens] is the token that embeddings of each
-    layer are those of, where a model has such. ``both_ways`` [1] is 1 if the tokens of an image attend to each other in
-    both directions. All of these are int32.
+    ``block`` [tokens] is the number of their image, and -1 for sounds. ``stand_in`` [tokens] is the token that
+    embeddings of each layer are those of, where a model has such. ``both_ways`` [1] is 1 if the tokens of an image
+    attend to each other in both directions, and 2 if they do in layers with a window alone (Gemma 4). All of these are
+    int32.
     """
 
     features: F32
@@ -73,9 +77,9 @@ class MediaTokens:
         places = torch.arange(ids.shape[1], device=ids.device)
         before = places[:, None] - places
         allowed = (before >= 0).expand(len(ids), -1, -1)
-        if int(self.both_ways[0]):
-            block = torch.where(there, self._at(self.block, index), -1)
-            allowed = allowed | ((block[:, :, None] == block[:, None]) & there[:, :, None])
+        if int(self.both_ways[0]) and (window is not None or int(self.both_ways[0]) != WITHIN_WINDOWS):
+            block = torch.where(there, self._at(self.block, index), NO_BLOCK)
+            allowed = allowed | ((block[:, :, None] == block[:, None]) & (block != NO_BLOCK)[:, :, None])
         return allowed if window is None else allowed & (before < window)
 
     def embeddings(self, ids: torch.Tensor, model: Any) -> torch.Tensor:

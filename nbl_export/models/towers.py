@@ -25,8 +25,10 @@ from nbl_export.models.load import load_tokenizer, readable
 from nbl_export.models.media_tokens import (
     I32,
     LATER,
+    NO_BLOCK,
     PER_LAYER,
     PLACES,
+    WITHIN_WINDOWS,
     MediaTokens,
     masks,
 )
@@ -109,13 +111,15 @@ class Towers:
             ]
             raise InputError(
                 f"{where}: {self._name} does not take this text with {' and '.join(counted)} "
-                f"({first_line(error)[:300]}): put the placeholder of its processor once for each."
+                f"({first_line(error)[:300]}): put the placeholder of its processor once for each, and leave out what "
+                "it does not take."
             ) from error
         ids = inputs["input_ids"].long()
         for kind, files in (("image", images), ("audio", sounds)):
             if files and self._tokens.get(kind) not in ids:
                 raise InputError(
-                    f"{where}: the processor of {self._source} makes no tokens of its {kind}: correct the processor."
+                    f"{where}: the processor of {self._source} makes no tokens of its {kind}: leave out what is too "
+                    "short, or correct the processor."
                 )
         return self._checked(ids, given, where)
 
@@ -151,9 +155,14 @@ class Towers:
             raise Reached
 
         hook = module.register_forward_pre_hook(stop, with_kwargs=True)
+        # Processors give numbers as they like, Llama 4's bfloat16.
+        numbers = {
+            key: value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+            for key, value in inputs.items()
+        }
         try:
             with suppress(Reached):
-                self._model(**accepted_arguments(self._model, **inputs, use_cache=False))
+                self._model(**accepted_arguments(self._model, **numbers, use_cache=False))
         finally:
             hook.remove()
         found[0]["inputs_embeds"] = found[0].pop(name, None)
@@ -171,23 +180,23 @@ class Towers:
                 f"calibration on them is not supported, {_TEXT_INSTEAD}."
             )
         kinds = ids[0]
-        there = torch.isin(kinds, torch.tensor(list(self._tokens.values())))
+        there = self._places(kinds, embedded[0])
         begins = there & (kinds != torch.nn.functional.pad(kinds, (1, 0), value=-1)[:-1])
-        block = self._blocks + begins.cumsum(0)[there] - 1
+        # The tokens of sounds attend to none after them, whatever those of images do.
+        block = torch.where(
+            kinds == self._tokens.get("image", -1), self._blocks + begins.cumsum(0) - 1, NO_BLOCK
+        )[there]
         marked = ids[0].clone()
         marked[there] = FIRST + torch.arange(int(there.sum()))
         offsets, steps = _offsets(given.get("position_ids"), there, begins)
-        later = given.get(LATER) or ()
         media = MediaTokens(
             embedded[0][there].float().numpy(),
-            torch.stack([rows.float() for rows in later], 1).numpy()
-            if later
-            else np.zeros((int(there.sum()), 0, embedded.shape[-1]), np.float32),
+            _later(given, there, embedded).numpy(),
             offsets.numpy().astype(np.int32),
             steps.numpy().astype(np.int32),
             block.numpy().astype(np.int32),
             self._stand_ins(kinds, there, given).numpy().astype(np.int32),
-            np.array([_looks_ahead(given.get("attention_mask"))], dtype=np.int32),
+            np.array([_both_ways(given.get("attention_mask"))], dtype=np.int32),
         )
         if not all(np.isfinite(rows).all() for rows in (media.features, media.later)):
             raise InputError(
@@ -198,6 +207,14 @@ class Towers:
         self._seen += len(media)
         self._blocks += int(begins.sum())
         return Seen(moved.numpy().astype(np.int32), media)
+
+    def _places(self, ids: torch.Tensor, embedded: torch.Tensor) -> torch.Tensor:
+        """Which of ``ids`` [n] are media tokens: placeholders, and what marks their ends, if it is ``embedded`` [n, d]
+        by a tower, as in Gemma 3n."""
+        held = torch.isin(ids, torch.tensor(list(self._tokens.values())))
+        table: torch.Tensor = self._model.get_input_embeddings()(torch.where(held, 0, ids))
+        beside = torch.nn.functional.pad(held, (1, 0))[:-1] | torch.nn.functional.pad(held, (0, 1))[1:]
+        return held | (beside & (table != embedded).any(-1))
 
     def _stand_ins(self, ids: torch.Tensor, there: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
         """The tokens whose embeddings of each layer the media tokens of ``ids`` [n] have; their own, if there are none.
@@ -220,35 +237,39 @@ class Towers:
     def _check_derived(
         self, media: MediaTokens, ids: torch.Tensor, given: dict[str, Any], where: str
     ) -> None:
-        wrong = ""
+        wrong: list[str] = []
         embedded, positions = given["inputs_embeds"], given.get("position_ids")
         body = language_model(self._model)
         if not torch.equal(media.embeddings(ids, self._model), embedded):
-            wrong = "other embeddings of the text"
+            wrong.append("other embeddings of the text")
         beside = media.beside(ids, body)
-        for name in (PER_LAYER, PLACES):
-            if not _equal(beside.get(name), given.get(name)):
-                wrong = f"{name} that are not those of its tokens"
+        wrong += [
+            f"{name} that are not those of its tokens"
+            for name in (PER_LAYER, PLACES)
+            if not _equal(beside.get(name), given.get(name))
+        ]
         if positions is not None:
             rows = positions if positions.ndim == 3 else positions[None]
             expected = media.positions(ids)
             if not torch.equal(rows[-expected.shape[0] :], expected):
-                wrong = "positions that do not go on after an image or a sound"
-        if not wrong and media.both_ways[0]:
-            made = masks(media, ids, self._model.config.get_text_config(), embedded)
-            found = given["attention_mask"]
-            pairs = (
-                [(made[kind], found.get(kind)) for kind in made]
-                if isinstance(found, dict)
-                else [(made, found)]
-            )
-            if isinstance(found, dict) != isinstance(made, dict) or not all(_same(a, b) for a, b in pairs):
-                wrong = "a mask of another kind"
+                wrong.append("positions that do not go on after an image or a sound")
+        made = masks(media, ids, self._model.config.get_text_config(), embedded)
+        if not _as_derived(given.get("attention_mask"), made):
+            wrong.append("a mask of another kind")
         if wrong:
             raise InputError(
-                f"{where}: {self._name} hands its language model {wrong}: calibration on its images and sounds is not "
-                f"supported, {_TEXT_INSTEAD}."
+                f"{where}: {self._name} hands its language model {wrong[0]}: calibration on its images and sounds is "
+                f"not supported, {_TEXT_INSTEAD}."
             )
+
+
+def _later(given: dict[str, Any], there: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """What is added to the states of the tokens ``there`` after the first layers, [tokens, layers, d]."""
+    layers = given.get(LATER) or ()
+    found = torch.zeros(len(there), len(layers), like.shape[-1])
+    for index, rows in enumerate(layers):
+        found[given[PLACES][0], index] = rows.float()
+    return found[there]
 
 
 def _offsets(
@@ -281,14 +302,35 @@ def _allowed(mask: torch.Tensor) -> torch.Tensor:
     return mask if mask.dtype == torch.bool else mask == 0
 
 
-def _looks_ahead(mask: Any) -> bool:
-    """Whether a token may attend to a later one."""
-    found = mask.values() if isinstance(mask, dict) else [mask]
-    return any(bool(_allowed(m).triu(1).any()) for m in found if m is not None and m.ndim == 4)
+def _both_ways(mask: Any) -> int:
+    """In which layers a token may attend to a later one, as in :class:`MediaTokens`."""
+    found = mask if isinstance(mask, dict) else {"": mask}
+    ahead = {
+        kind: m is not None and m.ndim == 4 and bool(_allowed(m).triu(1).any()) for kind, m in found.items()
+    }
+    if not any(ahead.values()):
+        return 0
+    return WITHIN_WINDOWS if not all(ahead.values()) else 1
 
 
-def _same(made: torch.Tensor, found: torch.Tensor | None) -> bool:
-    return found is not None and torch.equal(_allowed(made), _allowed(found))
+def _as_derived(found: Any, made: Any) -> bool:
+    """Whether the mask ``found``, or that of each kind of layer, allows what ``made`` does.
+
+    A model that is given none of four dimensions makes it itself, of what it is to hide; None is a causal one.
+    """
+    if isinstance(found, dict):
+        return (
+            isinstance(made, dict)
+            and found.keys() == made.keys()
+            and all(torch.equal(_allowed(made[kind]), _or_causal(found[kind], made[kind])) for kind in made)
+        )
+    if found is None or found.ndim == 2:
+        return found is None or bool(found.all())
+    return not isinstance(made, dict) and torch.equal(_allowed(made), _allowed(found))
+
+
+def _or_causal(mask: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    return torch.ones_like(like, dtype=torch.bool).tril() if mask is None else _allowed(mask)
 
 
 def _hearing(processor: Any) -> Any:

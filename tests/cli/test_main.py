@@ -181,7 +181,11 @@ def test_help_loads_nothing_heavy() -> None:
 
 
 def test_a_value_that_cannot_be_is_refused_before_anything_is_loaded() -> None:
-    calls = [["model", "--k", "-1"], ["verify", "out", "--rounds", "1"], ["model", "--k", "1", "--ridge", "5"]]
+    calls = [
+        ["model", "--k", "-1"],
+        ["verify", "out", "--rounds", "1"],
+        ["model", "--k", "1", "--ridge", "5"],
+    ]
     modules, codes, text = loaded(calls)
     assert codes == [2] * 3 and modules == set()
     assert text.count("error: ") == 3 and "--k is -1" in text and "--ridge is 5" in text

@@ -19,7 +19,7 @@ from nbl_export.verify.loss.figures import MethodLoss
 from tests.clients.greedy import greedy
 from tests.listening import Notes
 from tests.multimodal import WRAPPERS
-from tests.pictures import PLACE, picture, save_documents, save_processor
+from tests.pictures import PLACE, SOUND_PLACE, picture, save_documents, save_processor, save_sound
 
 PROMPT, COUNT = [5, 9, 33, 77, 120, 44, 8, 91, 17, 3], 12
 
@@ -69,23 +69,29 @@ WORDS = [
 ]
 
 
-def with_images(name: str, folder: Path, root: Path) -> tuple[Path, Path]:
-    """A copy of the model in ``folder`` with its processor, and documents of which two of three have an image."""
+def with_media(name: str, folder: Path, root: Path) -> tuple[Path, Path]:
+    """A copy of the model in ``folder`` with its processor, and documents, of which two of three have an image, a sound
+    of two channels at another rate, or both, as the model takes them."""
     model = save_processor(name, Path(shutil.copytree(folder, root / "model")))
     numbers = np.random.default_rng(0)
     rows: list[dict[str, object]] = []
     for i in range(90):
         before, after = (" ".join(numbers.choice(WORDS, 4)) for _ in range(2))
-        picture(i).save(root / f"{i}.png")
-        rows.append(
-            {"text": f"{before} {PLACE[name] if i % 3 else ''} {after}", "images": [f"{i}.png"] * (i % 3 > 0)}
-        )
+        files: dict[str, list[str]] = {}
+        if PLACE[name]:
+            picture(i).save(root / f"{i}.png")
+            files["images"] = [f"{i}.png"]
+        if SOUND_PLACE[name]:
+            save_sound(root / f"{i}.wav", i)
+            files["audio"] = [f"{i}.wav"]
+        place = f"{PLACE[name]} {SOUND_PLACE[name]}"
+        rows.append({"text": f"{before} {place if i % 3 else ''} {after}", **(files if i % 3 else {})})
     return model, save_documents(root, rows)
 
 
 def test_images_are_calibrated_on(wrapper_folder: Callable[[str], Path], tmp_path: Path) -> None:
     """Every stage; another image is another calibration; losses are of the words."""
-    model, documents = with_images("gemma3", wrapper_folder("gemma3"), tmp_path)
+    model, documents = with_media("gemma3", wrapper_folder("gemma3"), tmp_path)
     out = tmp_path / "out"
     asked = api.CalibrateSettings(
         (str(documents),), samples=12, seq_len=64, heldout_samples=4, selection_samples=3
@@ -117,6 +123,29 @@ def test_images_are_calibrated_on(wrapper_folder: Callable[[str], Path], tmp_pat
     words.write_text("\n".join(" ".join(WORDS) for _ in range(2000)))
     api.calibrate(model, out, api.CalibrateSettings((str(words),), samples=12, seq_len=64, heldout_samples=4))
     assert not (out / "nbl" / "media.safetensors").exists()
+
+
+def test_sounds_are_calibrated_on(wrapper_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """Every stage of a model that hears, from files of its sounds; another sound is another calibration."""
+    model, documents = with_media("qwen2-audio", wrapper_folder("qwen2-audio"), tmp_path)
+    out = tmp_path / "out"
+    asked = api.CalibrateSettings(
+        (str(documents),), samples=8, seq_len=64, heldout_samples=4, selection_samples=2
+    )
+    api.calibrate(model, out, asked)
+    api.select(out, api.SelectSettings(k=1))
+    api.export(out, api.ExportSettings(inputs="embeds"))
+    api.rewrite(out)
+    report = api.verify(out, api.VerifySettings(speed=False))
+    assert report.passed
+    (check,) = [check for check in report.checks if check.name == "parity with media"]
+    assert check.status == "passed"
+    text = load_text(out / "nbl" / "text.safetensors")
+    assert text.media is not None and len(text.media) and are_media(text.calibration).any()
+    notes = Notes()
+    save_sound(tmp_path / "1.wav", 999)
+    api.calibrate(model, out, asked, notes)
+    assert [note for note in notes.notes if "done again" in note]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from tests.families import LAYERS, Calibrated
 from tests.multimodal import LENDING, WRAPPERS
 
 # Found by the same structure as the others.
-_MORE = ("qwen2-vl", "glm4v", "llava-next", "idefics3", "internvl")
+_MORE = ("qwen2-vl", "glm4v", "llava-next", "idefics3", "internvl", "gemma4-both-ways", "qwen2-audio")
 
 
 @pytest.mark.parametrize(
