@@ -313,6 +313,11 @@ def block_stack(model: torch.nn.Module) -> tuple[str, torch.nn.Module]:
         and len(module) == count
         and (name.endswith(family.layers) if family.layers else _mixes_tokens(module, family))
     ]
+    if not stacks:
+        raise InputError(
+            f"{type(model).__name__} has no list of its {count} layers in which an attention is known: this "
+            "architecture is not supported yet."
+        )
     if len(stacks) != 1:
         raise InputError(
             f"{type(model).__name__} has {len(stacks)} stacks of {count} blocks with attention where one is "

@@ -292,15 +292,16 @@ def check_config(source: str, config: dict[str, Any]) -> Task:
             f"{source}: config.json cannot be read (model_type is {kind!r:.100}, is_encoder_decoder is "
             f"{config.get('is_encoder_decoder')!r:.100}): download the model again."
         )
-    if config.get("is_encoder_decoder"):
-        raise InputError(
-            f"{source} is an encoder-decoder model ({config.get('model_type')}): only decoder-only language "
-            "models and encoders are supported."
-        )
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
         raise InputError(
             f"{source}: config.json cannot be read (architectures is {architectures!r}): download the model again."
+        )
+    if config.get("is_encoder_decoder"):
+        part = "the encoder of " if any(a.endswith("EncoderModel") for a in architectures) else ""
+        raise InputError(
+            f"{source} is {part}an encoder-decoder model ({config.get('model_type')}): only decoder-only language "
+            "models and encoders are supported."
         )
     task = task_of(architectures)
     if task is None and nests(config) and "auto_map" not in config:

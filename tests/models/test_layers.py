@@ -137,7 +137,7 @@ def refusal(model: Any) -> str:
 
 def test_a_model_without_attention() -> None:
     model = build("Mamba", "ForCausalLM", **COMMON, hidden_size=D, num_hidden_layers=2, state_size=4)
-    assert "MambaForCausalLM has 0 stacks of 2 blocks with attention" in refusal(model)
+    assert "MambaForCausalLM has no list of its 2 layers in which an attention is known" in refusal(model)
 
 
 def test_a_block_with_two_attentions() -> None:

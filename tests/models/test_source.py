@@ -168,12 +168,14 @@ def test_pickled_weights_are_not_loaded(folder: Path) -> None:
 
 
 def test_an_encoder_decoder_model(tmp_path: Path) -> None:
-    from transformers import T5Config
+    from transformers import T5Config, UMT5Config
 
     T5Config(d_model=8, num_layers=1, num_heads=1).save_pretrained(tmp_path)
     message = refusal(tmp_path)
     assert "is an encoder-decoder model (t5)" in message
     assert "only decoder-only language models and encoders are supported" in message
+    UMT5Config(d_model=8, num_layers=1, num_heads=1, architectures=["UMT5EncoderModel"]).save_pretrained(tmp_path)
+    assert "is the encoder of an encoder-decoder model (umt5)" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(
