@@ -174,7 +174,9 @@ def test_an_encoder_decoder_model(tmp_path: Path) -> None:
     message = refusal(tmp_path)
     assert "is an encoder-decoder model (t5)" in message
     assert "only decoder-only language models and encoders are supported" in message
-    UMT5Config(d_model=8, num_layers=1, num_heads=1, architectures=["UMT5EncoderModel"]).save_pretrained(tmp_path)
+    UMT5Config(d_model=8, num_layers=1, num_heads=1, architectures=["UMT5EncoderModel"]).save_pretrained(
+        tmp_path
+    )
     assert "is the encoder of an encoder-decoder model (umt5)" in refusal(tmp_path)
 
 
