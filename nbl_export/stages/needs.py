@@ -8,7 +8,7 @@ program itself takes, and the largest of its phases. docs/large-models.md holds 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.settings import CalibrateSettings, ExportSettings, RunSettings, SelectSettings, choices
@@ -119,6 +119,7 @@ class Need:
 def needs(sizes: Sizes, asked: RunSettings, width: int) -> list[Need]:
     """The need of each stage of a run as ``asked`` and resolved; the model computes in ``width`` bytes a number."""
     made = {room.stage: room for room in rooms(sizes.shape, asked)}
+    sizes = replace(sizes, shape=replace(sizes.shape, parts=asked.calibration.parts))
     found = {
         "calibrate": lambda room: to_calibrate(sizes, asked.calibration, width, room),
         "select": lambda room: to_select(sizes, asked.selection, asked.calibration, width, room),
@@ -137,12 +138,12 @@ def to_calibrate(sizes: Sizes, settings: CalibrateSettings, width: int, room: Ro
     Symmetric products skip three eighths of their multiplications: of xxᵀ, yyᵀ and hhᵀ 5/8 are computed, of yxᵀ and
     yhᵀ all.
     """
-    d, layers, tokens = sizes.shape.width, sizes.shape.layers, calibration_tokens(sizes, settings)
+    d, layers, tokens = sizes.shape.width, sizes.shape.blocks, calibration_tokens(sizes, settings)
     moments, states = 5 * _F64 * d * d, 2 * width * tokens * d
     limit = float("inf") if settings.memory is None else bytes_of(settings.memory)
     collecting = {
         "a block's weights": sizes.held(width, sizes.block),
-        "the moments of a layer": 3 * moments,
+        "the moments of a layer": 3 * moments * len(settings.parts),
         "states between blocks": states if states <= limit else 0,
         "a batch": _BATCH * (3 * _F64 * d + 4 * width * sizes.inner),
     }
@@ -170,7 +171,8 @@ def on_device(sizes: Sizes, settings: CalibrateSettings, width: int) -> int:
     """Bytes of a GPU's own memory while moments are collected on it: a block, the sums of a layer, states, a batch."""
     d = sizes.shape.width
     states = width * calibration_tokens(sizes, settings) * d
-    return width * sizes.block + 5 * _F64 * d * d + states + _BATCH * (3 * _F64 * d + 4 * width * sizes.inner)
+    sums = len(settings.parts) * 5 * _F64 * d * d
+    return width * sizes.block + sums + states + _BATCH * (3 * _F64 * d + 4 * width * sizes.inner)
 
 
 def to_select(
@@ -183,7 +185,7 @@ def to_select(
     A loss is measured against the original's predictions (2 bytes a token and vocabulary entry); a model that does not
     stay in memory has the states of every version, and is read once for each round of the search.
     """
-    d, layers = sizes.shape.width, sizes.shape.layers
+    d, layers = sizes.shape.width, sizes.shape.blocks
     fitting = {"the moments of a layer": 5 * _F64 * d * d, "the fit of a layer": 9 * _F64 * d * d}
     chosen = _F32 * map_weights(sizes.shape, settings)
     phases: list[Mapping[str, float]] = [{**fitting, "W and b of the chosen layers": chosen}]
@@ -304,7 +306,7 @@ def calibration_tokens(sizes: Sizes, settings: CalibrateSettings) -> int:
 
 
 def _chosen(sizes: Sizes, settings: SelectSettings) -> int:
-    return len(settings.layers) if settings.layers is not None else settings.k or sizes.shape.layers // 2
+    return len(settings.layers) if settings.layers is not None else settings.k or sizes.shape.blocks // 2
 
 
 def sizes_of(model: torch.nn.Module, stored: int, file: int, computed: bool = False) -> Sizes:

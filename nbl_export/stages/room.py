@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nbl_export.blocks import ATTENTION, MLP
 from nbl_export.calibrate.moments import file_bytes
 from nbl_export.errors import InputError
 from nbl_export.settings import (
@@ -39,9 +40,9 @@ _PART = 128 << 20
 
 @dataclass(frozen=True)
 class Shape:
-    """What the sizes depend on: weights (those of the ``embedding`` are among them), width, and layers that can go.
+    """What the sizes depend on: weights (those of the ``embedding`` are among them), width, and what can become linear.
 
-    ``row_bytes`` and ``row_tokens`` are those of an image; None for text, whose rows are as long as was asked.
+    These are attention ``layers`` and, where they are asked for, ``mlps``: all together ``blocks``. ``row_bytes`` and ``row_tokens`` are those of an image; None for text, whose rows are as long as was asked.
     """
 
     weights: int
@@ -50,6 +51,12 @@ class Shape:
     layers: int
     row_bytes: int | None = None
     row_tokens: int | None = None
+    mlps: int = 0
+    parts: tuple[str, ...] = (ATTENTION,)
+
+    @property
+    def blocks(self) -> int:
+        return sum({ATTENTION: self.layers, MLP: self.mlps}[part] for part in self.parts)
 
     @classmethod
     def of(cls, model: torch.nn.Module, row_tokens: int | None = None, layers: int | None = None) -> Shape:
@@ -62,6 +69,7 @@ class Shape:
         from nbl_export.models.candidates import candidates
         from nbl_export.models.dummy_run import dummy_run
         from nbl_export.models.layers import hidden_size, image_shape, main_input
+        from nbl_export.models.mlps import MlpPaths, mlp_paths
 
         images = main_input(model) == PIXELS
         table = None if images else model.get_input_embeddings()  # type: ignore[operator]
@@ -72,6 +80,7 @@ class Shape:
             layers=len(candidates(model)) if layers is None else layers,
             row_bytes=_FLOAT * prod(image_shape(model)) if images else None,
             row_tokens=(row_tokens or dummy_run(model).tokens) if images else None,
+            mlps=sum(isinstance(found, MlpPaths) for found in mlp_paths(model).values()),
         )
 
 
@@ -91,6 +100,7 @@ class Room:
 def rooms(shape: Shape, asked: RunSettings) -> list[Room]:
     """The room of each stage of a run, in order; ``asked`` is resolved. What other stages write is small."""
     selection, exporting = asked.selection, asked.exporting
+    shape = replace(shape, parts=asked.calibration.parts)
     found = [room_to_calibrate(shape, asked.calibration)]
     made = [room_to_select(shape, selection), room_to_export(shape, exporting)]
     found += reversed(made) if selection.budget else made
@@ -100,18 +110,19 @@ def rooms(shape: Shape, asked: RunSettings) -> list[Room]:
 
 def room_to_calibrate(shape: Shape, settings: CalibrateSettings) -> Room:
     """Rows, moments and probe; beside them two checkpoints, the new one and the old one: the states of all rows."""
+    shape = replace(shape, parts=settings.parts)
     rows = settings.samples + settings.heldout_samples + settings.selection_samples
     row = shape.row_bytes or _FLOAT * settings.seq_len
     tokens = settings.samples * (shape.row_tokens or settings.seq_len)
     one = file_bytes(shape.width)
-    probe = 3 * _FLOAT * _PROBE_TOKENS * shape.width * shape.layers
+    probe = 3 * _FLOAT * _PROBE_TOKENS * shape.width * shape.blocks
     states = _FLOAT * tokens * shape.width + 2 * one
-    return Room("calibrate", rows * row + shape.layers * one + probe, 2 * states)
+    return Room("calibrate", rows * row + shape.blocks * one + probe, 2 * states)
 
 
 def room_to_select(shape: Shape, settings: SelectSettings) -> Room:
     """W and b of the plan; beside them the state of a repair, or those of a graph that is timed."""
-    probe = 2 * _FLOAT * _PROBE_TOKENS * shape.width * shape.layers
+    probe = 2 * _FLOAT * _PROBE_TOKENS * shape.width * shape.blocks
     maps = _FLOAT * map_weights(shape, settings)
     repair = 2 * 3 * maps if settings.repair else 0
     timed = maps if settings.budget.min_speedup is not None else 0
@@ -148,7 +159,7 @@ def map_weights(shape: Shape, settings: SelectSettings) -> int:
     """Numbers of W and b of the chosen layers; where K is found out, of half of them."""
     k = len(settings.layers) if settings.layers is not None else settings.k
     one = shape.width * (shape.width if settings.rank is None else 2 * settings.rank) + shape.width
-    return one * (-(-shape.layers // 2) if k is None else k)
+    return one * (-(-shape.blocks // 2) if k is None else k)
 
 
 def needed(found: Sequence[Room], have: Mapping[str, int] | None = None) -> int:

@@ -16,7 +16,7 @@ from nbl_export.models.load import load_model
 from nbl_export.models.source import find_model
 from nbl_export.models.tasks import task_named
 from nbl_export.settings import RunSettings
-from nbl_export.stages.room import Room, Shape, check_room, check_run, needed, rooms
+from nbl_export.stages.room import Room, Shape, check_room, check_run, needed, room_to_calibrate, rooms
 from nbl_export.workspace import Workspace
 
 # Llama-3.1-8B.
@@ -46,6 +46,18 @@ def test_what_is_estimated_is_what_a_finished_run_has(
         small = ("config.json", "model.onnx", "tokenizer.json", "candidates.json", "measured.json")
         size = sum(p.stat().st_size for p in ws.paths(record) if p.name not in small)
         assert abs(room.leaves - size) < 0.1 * size, room.stage
+
+
+def test_moments_of_mlps_are_counted(stories_folder: Path, calibration: Any, tmp_path: Path) -> None:
+    both = replace(calibration, blocks="both")
+    shape = Shape.of(load_model(find_model(str(stories_folder))))
+    api.calibrate(stories_folder, tmp_path / "out", both)
+    ws = Workspace.open(tmp_path / "out")
+    record = ws.record("calibrate")
+    assert record is not None
+    size = sum(path.stat().st_size for path in ws.paths(record))
+    assert abs(room_to_calibrate(shape, both).leaves - size) < 0.1 * size
+    assert room_to_calibrate(shape, both).leaves > 1.5 * room_to_calibrate(shape, calibration).leaves
 
 
 def test_the_stages_come_one_after_the_other() -> None:
