@@ -42,7 +42,8 @@ _PART = 128 << 20
 class Shape:
     """What the sizes depend on: weights (those of the ``embedding`` are among them), width, and what can become linear.
 
-    These are attention ``layers`` and, where they are asked for, ``mlps``: all together ``blocks``. ``row_bytes`` and ``row_tokens`` are those of an image; None for text, whose rows are as long as was asked.
+    These are attention ``layers`` and, where they are asked for, ``mlps``: all together ``blocks``. ``row_bytes`` and
+    ``row_tokens`` are those of an image; None for text, whose rows are as long as was asked.
     """
 
     weights: int
