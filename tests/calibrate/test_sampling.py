@@ -56,7 +56,7 @@ def test_sampled_text_has_the_asked_shape(model: Any, tokenizer: Any) -> None:
     assert text.selection.shape == text.selection_document.shape == (2, 12)
     assert text.heldout.shape == text.heldout_document.shape == (2, 12)
     assert all(
-        getattr(text, name).dtype == np.int32 for name in CalibrationText.__annotations__ if name != "images"
+        getattr(text, name).dtype == np.int32 for name in CalibrationText.__annotations__ if name != "media"
     )
     assert text.start.tolist() == [256]
     assert listener.start[0] == sum(listener.advanced) >= 7 * 12
