@@ -24,6 +24,7 @@ from nbl_export.models.weights import resident
 from nbl_export.progress import Silent
 from nbl_export.runtime.ort import ort_stream
 from nbl_export.settings import EvalSettings
+from tests.exhaustive import exhaustive
 
 pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'nbl-export[eval]'")
 
@@ -251,6 +252,7 @@ def test_all_conversations_of_a_task_go_to_one_child(
 
 
 @pytest.mark.slow
+@exhaustive
 def test_smollm2_comes_out_as_with_transformers(shared_data: Path, tmp_path: Path) -> None:
     """A real model, whose tokenizer puts a token of its own first."""
     gguf = Path(os.environ.get("NBL_EXPORT_SMOLLM2", ""))
