@@ -33,6 +33,7 @@ THEMES = {
 HERE = {
     "test_mirror.py": "of the tests themselves",
     "test_rooms.py": "of the package as a whole",
+    "test_exhaustive.py": "of the tests that the usual run leaves out",
     "test_docs.py": "of README and docs",
     "test_families.py": "scripts/families_table.py and docs/families.md call it by this path",
 }
