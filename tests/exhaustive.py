@@ -48,6 +48,8 @@ USUAL: Mapping[str, tuple[str, ...]] = {
         "gemma3-concat-layers0",
         "qwen2.5-vl-static-layers2",
         "llava-shared-layers3",
+        "gemma3n-concat-layers5",
+        "gemma4-static-layers6",
     ),
     "export/test_grouped.py::test_windows_are_found_by_what_the_masks_are": (
         "qwen2-expected1",

@@ -7,6 +7,9 @@ BASE, LINEARIZED = "base", "linearized"
 # Inputs of a graph.
 TOKENS, EMBEDDINGS, MASK, POSITIONS = "input_ids", "inputs_embeds", "attention_mask", "position_ids"
 TOKEN_TYPES, PIXELS = "token_type_ids", "pixel_values"
+PER_LAYER = (
+    "per_layer_inputs"  # embeddings of each layer, beside inputs_embeds, as onnxruntime-genai calls them
+)
 WRITE_INDICES = "write_indices"  # the input that only a static cache has
 # For how many last positions logits are computed, and the value that means all of them.
 NUM_LOGITS_TO_KEEP = "num_logits_to_keep"

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from nbl_export.batch.names import BATCH, MAX, PAST, SEQUENCE, TOTAL
+from nbl_export.batch.names import BATCH, MAX, PAST, PER_LAYER, SEQUENCE, TOTAL
 from nbl_export.errors import InputError
 from nbl_export.export.lengths import check_lengths
 from nbl_export.export.recurrence import GraphStates, rows_of
@@ -31,7 +31,7 @@ from nbl_export.export.symbols import SYMBOLIC_DOMAIN
 from nbl_export.models.caches import Entry, PastLayer, cache_layer, cache_with, entry_in
 from nbl_export.models.compat import cache_argument, query_length
 from nbl_export.models.dummy_run import dummy_run
-from nbl_export.models.forward import CachedDecoder, run_with_past
+from nbl_export.models.forward import CachedDecoder, Tokens, run_with_past
 from nbl_export.models.layers import accepted_arguments, accepts
 
 ENCODER = "encoder"  # the name of every encoder's form
@@ -71,6 +71,8 @@ class Form:
             for name, dims in self.inputs.items()
         ]
         named: list[Any] = [dict(dims) for dims in self.inputs.values()]
+        if PER_LAYER in self.inputs:  # which is the second, and goes together with the first
+            args[:2], named[:2] = [tuple(args[:2])], [tuple(named[:2])]
         if self.past:
             batch, length = sizes[self.past[0]], sizes[self.past[2]]
             blocks = dummy_run(decoder.model).cache
@@ -95,16 +97,16 @@ def _free(named: Any) -> Any:
 class _Concat(CachedDecoder):
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: Tokens,
         attention_mask: torch.Tensor,
         position_ids: torch.Tensor,
         past: list[Entry],
     ) -> Any:
-        length = attention_mask.shape[1] - input_ids.shape[1]
+        length = attention_mask.shape[1] - self.main(input_ids).shape[1]
         for block, entry in zip(dummy_run(self.model).cache, past, strict=True):
             for side in block.parts(entry)[0]:
                 torch._check(side.shape[2] == length)  # type: ignore[no-untyped-call]
-        with rows_of(attention_mask, input_ids):
+        with rows_of(attention_mask, self.main(input_ids)):
             return run_with_past(
                 self.model,
                 self.given(input_ids),
@@ -121,10 +123,10 @@ class _Concat(CachedDecoder):
 
 class _Uncached(CachedDecoder):
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor
+        self, input_ids: Tokens, attention_mask: torch.Tensor, position_ids: torch.Tensor
     ) -> torch.Tensor:
-        torch._check(attention_mask.shape[1] == input_ids.shape[1])  # type: ignore[no-untyped-call]
-        with rows_of(attention_mask, input_ids):
+        torch._check(attention_mask.shape[1] == self.main(input_ids).shape[1])  # type: ignore[no-untyped-call]
+        with rows_of(attention_mask, self.main(input_ids)):
             logits: torch.Tensor = self.model(
                 **self.given(input_ids),
                 attention_mask=attention_mask,
@@ -178,7 +180,7 @@ class _Static(CachedDecoder):
 
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: Tokens,
         position_ids: torch.Tensor,
         write_indices: torch.Tensor,
         past: list[Entry],

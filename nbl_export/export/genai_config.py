@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from nbl_export.batch.names import EMBEDDINGS, PIXELS, TOKENS
+from nbl_export.batch.names import EMBEDDINGS, PER_LAYER, PIXELS, TOKENS
 from nbl_export.graph.embedding import FEATURES
 from nbl_export.graph.embedding import NAME as EMBEDDING
 
@@ -98,22 +98,27 @@ _OF_VISION = ("spatial_merge_size", "patch_size", "tokens_per_second")
 
 
 def with_embeds(
-    config: dict[str, Any], whole: Any, placeholders: Collection[str], position_rows: int
+    config: dict[str, Any],
+    whole: Any,
+    placeholders: Collection[str],
+    position_rows: int,
+    per_layer: bool = False,
 ) -> dict[str, Any]:
     """``config`` of a decoder that reads embeddings, with its embedding and a place for the user's towers.
 
     ``whole`` is the configuration of the model with all its towers, None if it has none; ``placeholders`` name what the
-    embedding puts among the tokens, as in :data:`FEATURES`.
+    embedding puts among the tokens, as in :data:`FEATURES`; ``per_layer``: it makes embeddings of each layer, too.
     """
     model = dict(config["model"])
     decoder = dict(model["decoder"])
     inputs = {EMBEDDINGS if name == TOKENS else name: given for name, given in decoder["inputs"].items()}
-    decoder["inputs"] = inputs | {EMBEDDINGS: EMBEDDINGS}
+    made = {name: name for name in (EMBEDDINGS, *[PER_LAYER] * per_layer)}
+    decoder["inputs"] = inputs | made
     decoder["inputs"].pop(TOKENS, None)
     embedding = {
         "filename": EMBEDDING,
         "inputs": {TOKENS: TOKENS, **{FEATURES[kind]: FEATURES[kind] for kind in placeholders}},
-        "outputs": {EMBEDDINGS: EMBEDDINGS},
+        "outputs": made,
     }
     model |= {"decoder": decoder, "embedding": embedding}
     if whole is not None:

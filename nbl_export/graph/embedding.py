@@ -18,10 +18,20 @@ from nbl_export.graph.io import append_graph, load_graph
 from nbl_export.graph.tensors import FOLDER, int64_initializer
 
 NAME = "embedding.onnx"
-# What may happen to the rows of the table: they are scaled, in their precision.
-_SCALED = {"Mul", "Cast"}
+# What may happen to ids and rows: other ids are looked up, rows are scaled, in their precision, and cut by layers.
+_BESIDE = {"Mul", "Cast", "Reshape", "Shape", "Gather", "Concat", "Unsqueeze", "Squeeze", "Slice"}
+_BESIDE |= {"Where", "And", "Or", "Not", "Less", "GreaterOrEqual", "Equal", "Identity", "Constant", "Expand"}
 FEATURES = {"image": "image_features", "audio": "audio_features"}
 _TOKENS_OF = "num_{}_tokens"
+
+
+def _first_lookup(value: ir.Value) -> ir.Node | None:
+    """The node that chooses the rows of a table that ``value`` is made of, which may be scaled."""
+    while (node := value.producer()) is not None and node.op_type != "Gather":
+        if node.inputs[0] is None:
+            return None
+        value = node.inputs[0]
+    return node
 
 
 def reads_embeddings(model: ir.Model) -> bool:
@@ -39,7 +49,8 @@ def add_features(path: Path, placeholders: Mapping[str, int]) -> list[Path]:
     model = load_graph(path)
     graph = model.graph
     ids, output = graph.inputs[0], graph.outputs[0]
-    gather = next(node for node in graph if node.op_type == "Gather")
+    gather = _first_lookup(output)
+    assert gather is not None
     table = gather.inputs[0]
     assert table is not None and table.shape is not None and output.shape is not None
     known, width = table.shape[0], output.shape[2]
@@ -65,15 +76,14 @@ def add_features(path: Path, placeholders: Mapping[str, int]) -> list[Path]:
         put.outputs[0].type, put.outputs[0].shape = output.type, output.shape
         embedded = put.outputs[0]
     if embedded is not output:
-        graph.outputs[:] = [embedded]
+        graph.outputs[0] = embedded
         output.name, embedded.name = "embeddings_of_text", EMBEDDINGS
         graph.sort()
     return append_graph(model, path)
 
 
-def _of_text(graph: ir.Graph) -> ir.Value:
+def _of_text(value: ir.Value) -> ir.Value:
     """What the embedding computes of token ids, before anything is put among it."""
-    value = graph.outputs[0]
     while (
         (node := value.producer()) is not None and node.op_type == "ScatterND" and node.inputs[0] is not None
     ):
@@ -81,47 +91,93 @@ def _of_text(graph: ir.Graph) -> ir.Value:
     return value
 
 
+def _lookups(model: ir.Model) -> list[ir.Node]:
+    """The nodes that choose rows of a table, each that leads to one of the outputs."""
+    return [
+        node
+        for node in model.graph
+        if node.op_type == "Gather" and node.inputs[0] is not None and node.inputs[0].const_value is not None
+    ]
+
+
 class Embedding:
-    """Computes ``inputs_embeds`` of token ids by the graph at ``path``; rows of its table are read when needed."""
+    """Computes the embeddings of token ids by the graph at ``path``; rows of its tables are read when needed."""
 
     def __init__(self, path: Path) -> None:
+        self._names = [str(value.name) for value in load_graph(path).graph.outputs]
+        model = self._of_ids(path)
+        lookups = _lookups(model)
+        others = {node.op_type for node in model.graph if node not in lookups}
+        if len(lookups) != len(self._names) or not others <= _BESIDE:
+            raise InputError(f"{path} is no embedding of nbl-export: export the model again.")
+        self._tables: list[Any] = [n.inputs[0].const_value for n in lookups if n.inputs[0] is not None]
+        self._indices, self._rest = self._of_indices(path), self._of_rows(path)
+
+    @staticmethod
+    def _of_ids(path: Path) -> ir.Model:
+        """The graph without what is put in the places of images and sounds."""
+        model = load_graph(path)
+        graph = model.graph
+        ids = graph.inputs[0]
+        graph.outputs[:] = [_of_text(value) for value in graph.outputs]
+        graph.inputs[:] = [ids]
+        if graph.outputs and (first := _first_lookup(graph.outputs[0])) is not None:
+            first.replace_input_with(1, ids)
+        passes.RemoveUnusedNodesPass()(model)
+        return model
+
+    def _of_indices(self, path: Path) -> Any:
+        """Computes the rows that are looked up in each table."""
         from onnx.reference import ReferenceEvaluator
 
-        model = load_graph(path)
-        gather = next((n for n in model.graph if n.op_type == "Gather"), None)
-        table = gather.inputs[0] if gather is not None else None
-        model.graph.outputs[:] = [_of_text(model.graph)]
-        if gather is not None:
-            gather.replace_input_with(1, model.graph.inputs[0])
+        model = self._of_ids(path)
+        found = [node.inputs[1] for node in _lookups(model)]
+        model.graph.outputs[:] = []
+        for number, value in enumerate(found):
+            same = ir.node("Identity", [value], name=f"rows.{number}")
+            same.outputs[0].name = f"rows.{number}"
+            model.graph.append(same)
+            model.graph.outputs.append(same.outputs[0])
         passes.RemoveUnusedNodesPass()(model)
-        others = {node.op_type for node in model.graph if node is not gather}
-        if gather is None or table is None or table.const_value is None or not others <= _SCALED:
-            raise InputError(f"{path} is no embedding of nbl-export: export the model again.")
-        self._table = table.const_value
-        self._name = str(gather.outputs[0].name)
-        graph = model.graph
-        self._rest: Any = None
-        if gather.outputs[0] in graph.outputs:
-            return
-        found = gather.outputs[0]
-        found.name = self._name
-        gather_input = ir.Value(
-            name=self._name, type=ir.TensorType(self._table.dtype), shape=ir.Shape(["b", "s", "d"])
-        )
-        ir.convenience.replace_all_uses_with(found, gather_input)
-        graph.remove(gather, safe=True)
-        graph.inputs[:] = [gather_input]
-        graph.initializers.pop(str(table.name), None)
-        self._rest = ReferenceEvaluator(ir.to_proto(model))
+        return ReferenceEvaluator(ir.to_proto(model))
 
-    def __call__(self, ids: I64) -> F32:
-        table = self._table.numpy()
-        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < len(table):
-            raise InputError(f"{NAME} has {len(table):,} tokens, and none with the id {int(ids.max()):,}.")
-        rows: NDArray[Any] = np.asarray(table[np.asarray(ids)])
-        if self._rest is not None:
-            rows = self._rest.run(None, {self._name: rows})[0]
-        return np.ascontiguousarray(rows, dtype=np.float32)
+    def _of_rows(self, path: Path) -> Any:
+        """Computes the outputs of the rows."""
+        from onnx.reference import ReferenceEvaluator
+
+        model = self._of_ids(path)
+        graph = model.graph
+        for number, node in enumerate(_lookups(model)):
+            table = node.inputs[0]
+            assert table is not None and table.dtype is not None
+            rows = ir.Value(
+                name=f"rows.{number}", type=ir.TensorType(table.dtype), shape=ir.Shape(["b", "s", "d"])
+            )
+            graph.inputs.append(rows)
+            same = ir.node("Identity", [rows])
+            node.append(same)
+            ir.convenience.replace_all_uses_with(node.outputs[0], same.outputs[0], replace_graph_outputs=True)
+            graph.remove(node, safe=True)
+            graph.initializers.pop(str(table.name), None)
+        passes.RemoveUnusedNodesPass()(model)
+        return ReferenceEvaluator(ir.to_proto(model))
+
+    def __call__(self, ids: I64) -> dict[str, F32]:
+        """The outputs of the graph by name: inputs_embeds [batch, seq, d], and per_layer_inputs where it has such."""
+        ids = np.asarray(ids)
+        rows: dict[str, NDArray[Any]] = {}
+        for number, index in enumerate(self._indices.run(None, {TOKENS: ids})):
+            table = self._tables[number].numpy()
+            if index.size and not 0 <= int(index.min()) <= int(index.max()) < len(table):
+                raise InputError(
+                    f"{NAME} has {len(table):,} tokens, and none with the id {int(index.max()):,}."
+                )
+            rows[f"rows.{number}"] = np.asarray(table[index])
+        found = self._rest.run(None, {TOKENS: ids, **rows})
+        return {
+            name: np.ascontiguousarray(value, dtype=np.float32)
+            for name, value in zip(self._names, found, strict=True)
+        }
 
 
 def embedding_of(model: ir.Model) -> Embedding:

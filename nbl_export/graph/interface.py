@@ -18,6 +18,7 @@ from nbl_export.batch.names import (
     EMBEDDINGS,
     MASK,
     NUM_LOGITS_TO_KEEP,
+    PER_LAYER,
     PIXELS,
     POSITIONS,
     TOKEN_TYPES,
@@ -78,7 +79,7 @@ class Interface:
     cacheless: bool
     scalars: Mapping[str, int] = field(default_factory=dict)
     outputs: tuple[str, ...] = ()
-    embedding: Callable[[Any], NDArray[Any]] | None = None
+    embedding: Callable[[Any], Mapping[str, NDArray[Any]]] | None = None
     position_rows: int | None = None
     states: tuple[StateEntry, ...] = ()
     own: Mapping[str, str] = field(default_factory=dict)
@@ -114,7 +115,7 @@ class Interface:
         several.
         """
         if self.embedding is not None and TOKENS in inputs:
-            inputs = {**inputs, EMBEDDINGS: self.embedding(inputs[TOKENS])}
+            inputs = {**inputs, **self.embedding(inputs[TOKENS])}
         if self.position_rows is not None and POSITIONS in inputs and inputs[POSITIONS].ndim == 2:
             inputs = {**inputs, POSITIONS: np.stack([inputs[POSITIONS]] * self.position_rows)}
         feeds = {self.own.get(name, name): value for name, value in inputs.items() if name in self.inputs}
@@ -159,7 +160,7 @@ def interface_of(model: ir.Model) -> Interface:
     embeds = reads_embeddings(model)
     known = {
         TOKENS,
-        *[EMBEDDINGS] * embeds,
+        *[EMBEDDINGS, PER_LAYER] * embeds,
         PIXELS,
         MASK,
         POSITIONS,

@@ -8,20 +8,23 @@ from typing import Any
 
 import torch
 
-from nbl_export.batch.names import TOKENS
+from nbl_export.batch.names import EMBEDDINGS, PER_LAYER, TOKENS
 from nbl_export.batch.rows import Inputs
 from nbl_export.models.caches import Entry, StateLayer, cache_layer, cache_with, entry_in, limited_steps
 from nbl_export.models.compat import cache_argument
 from nbl_export.models.dummy_run import dummy_run
-from nbl_export.models.layers import accepted_arguments
+from nbl_export.models.layers import accepted_arguments, backbone, has_per_layer
 from nbl_export.models.weights import weights_like
+
+# Of a decoder that reads embeddings those of each layer, too.
+Tokens = torch.Tensor | tuple[torch.Tensor, ...]
 
 
 class CachedDecoder(torch.nn.Module):
     """A model as a function of tensors: a form's inputs and a list of past keys and values.
 
     ``mask`` replaces transformers' attention mask function; None means the original function. ``reads`` is the main
-    input: token ids or their embeddings.
+    input: token ids or their embeddings, with which those of each layer go together where a model has such.
     """
 
     mask: Callable[..., torch.Tensor] | None = None
@@ -31,11 +34,25 @@ class CachedDecoder(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def given(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    def given(self, tokens: Tokens) -> dict[str, torch.Tensor]:
         """The model's main input by name: token ids, or embeddings of which the ids may be given, too."""
-        if self.reads != TOKENS and not tokens.is_floating_point():
-            tokens = self.model.get_input_embeddings()(tokens)  # type: ignore[operator]
-        return {self.reads: tokens}
+        if isinstance(tokens, tuple):
+            return dict(zip((EMBEDDINGS, PER_LAYER), tokens, strict=True))
+        if self.reads == TOKENS or tokens.is_floating_point():
+            return {self.reads: tokens}
+        return embedded(self.model, tokens)
+
+    @staticmethod
+    def main(tokens: Tokens) -> torch.Tensor:
+        """Of the main input the tensor [batch, sequence, …] that there always is."""
+        return tokens[0] if isinstance(tokens, tuple) else tokens
+
+
+def embedded(model: torch.nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The embeddings of ``ids`` [batch, seq], and those of each layer where ``model`` has such, as inputs by name."""
+    body: Any = backbone(model)
+    found = {EMBEDDINGS: model.get_input_embeddings()(ids)}  # type: ignore[operator]
+    return found | ({PER_LAYER: body.get_per_layer_inputs(ids)} if has_per_layer(body) else {})
 
 
 def run_with_past(

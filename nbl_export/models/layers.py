@@ -267,6 +267,12 @@ def main_input(model: torch.nn.Module) -> str:
     return str(getattr(model, "main_input_name", "input_ids"))
 
 
+def has_per_layer(body: Any) -> bool:
+    """Whether the language model ``body`` is given embeddings of each layer beside those of its tokens."""
+    config = getattr(body, "config", None)
+    return hasattr(body, "get_per_layer_inputs") and bool(getattr(config, "hidden_size_per_layer_input", 0))
+
+
 def accepts(model: torch.nn.Module, argument: str) -> bool:
     """Whether the forward function of ``model`` has an argument with that name."""
     return argument in inspect.signature(model.forward).parameters

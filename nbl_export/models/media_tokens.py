@@ -21,15 +21,15 @@ from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import F32
 from nbl_export.batch.media_ids import FIRST, are_media
-from nbl_export.batch.names import EMBEDDINGS, POSITIONS
+from nbl_export.batch.names import EMBEDDINGS, PER_LAYER, POSITIONS
 from nbl_export.errors import InputError
-from nbl_export.models.layers import backbone
+from nbl_export.models.layers import backbone, has_per_layer
 from nbl_export.tensorfile import load_as, save_tensors
 
 I32 = NDArray[np.int32]
 FORMAT = "nbl-export/media-tokens/1"
 # How transformers calls what a language model may be given beside the embeddings of its tokens.
-PER_LAYER, PLACES, LATER = "per_layer_inputs", "visual_pos_masks", "deepstack_visual_embeds"
+PLACES, LATER = "visual_pos_masks", "deepstack_visual_embeds"
 
 NO_BLOCK = -1  # of a token that attends to none after it
 WITHIN_WINDOWS = 2  # both_ways in layers with a window alone
@@ -102,12 +102,17 @@ class MediaTokens:
         return found
 
     def given(self, row: I32, model: Any) -> dict[str, NDArray[Any]]:
-        """What a graph reads of ``row`` [seq]: embeddings [1, seq, d] float32, and positions of one row or several."""
+        """What a graph reads of ``row`` [seq]: embeddings [1, seq, d] float32, and positions of one row or several.
+
+        A model with embeddings of each layer reads these, too, [1, seq, layers, p] float32.
+        """
         ids = torch.from_numpy(row.astype(np.int64))[None]
         with torch.inference_mode():
-            embedded = self.embeddings(ids, model).float().cpu().numpy()
+            given = {EMBEDDINGS: self.embeddings(ids, model)}
+            given |= {n: v for n, v in self.beside(ids, backbone(model)).items() if n == PER_LAYER}
         found = self.positions(ids).numpy()
-        return {EMBEDDINGS: embedded, POSITIONS: found if len(found) > 1 else found[0]}
+        arrays = {name: value.float().cpu().numpy() for name, value in given.items()}
+        return {**arrays, POSITIONS: found if len(found) > 1 else found[0]}
 
     def _index(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         there = are_media(ids)
@@ -116,13 +121,6 @@ class MediaTokens:
     @staticmethod
     def _at(values: I32, index: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(values).to(index.device)[index]
-
-
-def has_per_layer(body: Any) -> bool:
-    """Whether the language model ``body`` is given embeddings of each layer beside those of its tokens."""
-    return hasattr(body, "get_per_layer_inputs") and bool(
-        getattr(body.config, "hidden_size_per_layer_input", 0)
-    )
 
 
 def masks(media: MediaTokens, ids: torch.Tensor, config: Any, like: torch.Tensor) -> Any:

@@ -133,10 +133,13 @@ class TextDecoder(torch.nn.Module):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
+        per_layer_inputs: torch.Tensor | None = None,
     ) -> Any:
         from transformers.modeling_outputs import ModelOutput
 
         given = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
+        if per_layer_inputs is not None:
+            given["per_layer_inputs"] = per_layer_inputs
         found = self.model(
             **given,
             attention_mask=attention_mask,

@@ -18,6 +18,7 @@ import torch
 
 from nbl_export.batch.arrays import F32
 from nbl_export.batch.media_ids import FIRST
+from nbl_export.batch.names import PER_LAYER
 from nbl_export.errors import InputError, MissingDependencyError, first_line
 from nbl_export.models.layers import accepted_arguments
 from nbl_export.models.limits import check_built, weights_of
@@ -26,7 +27,6 @@ from nbl_export.models.media_tokens import (
     I32,
     LATER,
     NO_BLOCK,
-    PER_LAYER,
     PLACES,
     WITHIN_WINDOWS,
     MediaTokens,

@@ -119,8 +119,8 @@ def check_model(run: Run, settings: ExportSettings) -> tuple[OnCopy, ...]:
 def _export_torch(
     run: Run, settings: ExportSettings, listener: Listener
 ) -> tuple[list[Path], list[Float32Node]]:
-    from nbl_export.batch.names import EMBEDDINGS, PIXELS
-    from nbl_export.export.embeds import EMBEDDING
+    from nbl_export.batch.names import EMBEDDINGS, PER_LAYER, PIXELS
+    from nbl_export.export.embeds import embedding_form
     from nbl_export.export.half import save_in_precision
     from nbl_export.export.torch import trace
     from nbl_export.graph.embedding import add_features
@@ -137,13 +137,14 @@ def _export_torch(
         rows = loader.ranges(run.model.model, loader.load(loader.path(ws)), form.inputs)
     beside: list[Path] = []
     if settings.embeds:
-        embedding = trace(run.model.model, EMBEDDING, listener)
+        made = embedding_form(run.model.model)
+        embedding = trace(run.model.model, made, listener)
         tokens = [row for row in rows if not isinstance(row, Mapping)]
-        save_in_precision(embedding, ws.embedding, precision, tokens, EMBEDDING.outputs)
+        save_in_precision(embedding, ws.embedding, precision, tokens, made.outputs)
         beside = add_features(ws.embedding, placeholders(run.model.model))
     graph = trace(run.model.model, form, listener)
     set_folder(graph, ws.baseline.parent)
-    wide = {*form.outputs, PIXELS, EMBEDDINGS}
+    wide = {*form.outputs, PIXELS, EMBEDDINGS, PER_LAYER}
     files, float32 = save_in_precision(graph, ws.baseline, precision, rows, wide, [ws.model])
     return [*files, *beside], float32
 
@@ -192,7 +193,7 @@ def _save_configs(run: Run, exported: list[Path], settings: ExportSettings) -> l
     from nbl_export.export.genai_config import NAME as GENAI
     from nbl_export.export.genai_config import genai_config, with_embeds, with_states
     from nbl_export.models.dummy_run import cache_shapes, dummy_run
-    from nbl_export.models.layers import position_rows
+    from nbl_export.models.layers import backbone, has_per_layer, position_rows
     from nbl_export.models.load import quiet
     from nbl_export.models.multimodal import placeholders, whole_config
 
@@ -221,7 +222,8 @@ def _save_configs(run: Run, exported: list[Path], settings: ExportSettings) -> l
                 if settings.embeds:
                     whole = whole_config(run.model.model)
                     given = placeholders(run.model.model)
-                    known = with_embeds(known, whole, given, position_rows(run.model.model))
+                    rows, per_layer = position_rows(run.model.model), has_per_layer(backbone(run.model.model))
+                    known = with_embeds(known, whole, given, rows, per_layer)
                 if (told := with_states(known, dummy_run(run.model.model).cache)) is not None:
                     write_json(folder / GENAI, told)
         has_tokenizer = any(name.startswith("tokenizer") for name in names)

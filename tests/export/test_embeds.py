@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from nbl_export.errors import InputError
-from nbl_export.export.embeds import EMBEDDING, reading_embeds
+from nbl_export.export.embeds import embedding_form, reading_embeds
 from nbl_export.export.form_check import check_form
 from nbl_export.export.forms import FORMS
 from nbl_export.export.torch import export_torch
 from nbl_export.graph.embedding import NAME
+from nbl_export.models import forward
 from nbl_export.models.layers import position_rows
 from nbl_export.rewrite.replace import rewrite_file
 from tests.end_to_end.matrix import CHOSEN, parity
@@ -29,6 +30,8 @@ WHICH = [
     ("qwen2.5-vl", "static", ALL),
     ("llava", "shared", (1, 3)),
     ("llava", "none", CHOSEN["one"]),
+    ("gemma3n", "concat", (2,)),
+    ("gemma4", "static", (2, 3)),
 ]
 
 
@@ -36,7 +39,7 @@ def exported(model: torch.nn.Module, form: str, folder: Path) -> Path:
     """The decoder of ``model`` in ``folder`` with its embedding beside it."""
     reads = reading_embeds(FORMS[form], model)
     check_form(model, reads)
-    export_torch(model, folder / NAME, form=EMBEDDING)
+    export_torch(model, folder / NAME, form=embedding_form(model))
     export_torch(model, folder / "baseline" / "model.onnx", form=reads)
     return folder / "baseline" / "model.onnx"
 
@@ -103,7 +106,11 @@ def test_rows_are_found_in_the_configuration(
     assert list(shape) == ([1, 2] if rows == 3 else [0, 1])
 
 
-def test_a_model_with_embeddings_of_each_layer_is_refused(wrapper: Callable[[str], Calibrated]) -> None:
+def test_a_model_with_another_table_of_token_ids_is_refused(
+    wrapper: Callable[[str], Calibrated], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As embeddings of each layer, of a model that is not given them."""
+    monkeypatch.setattr(forward, "has_per_layer", lambda _body: False)
     with pytest.raises(InputError) as caught:
         reading_embeds(FORMS["concat"], wrapper("gemma4").model)
     assert "looks up token ids in 2 tables (model.embed_tokens, model.embed_tokens_per_layer)" in str(

@@ -132,6 +132,16 @@ def test_the_towers_have_a_place_beside_an_embedding(
     genai.Config(str(tmp_path))
 
 
+def test_embeddings_of_each_layer_go_from_the_embedding_to_the_decoder(tmp_path: Path) -> None:
+    found = with_embeds(genai_config(model(), 1, 1, 8), None, {}, 1, per_layer=True)
+    both = {"inputs_embeds": "inputs_embeds", "per_layer_inputs": "per_layer_inputs"}
+    assert found["model"]["embedding"]["outputs"] == both
+    assert both.items() <= found["model"]["decoder"]["inputs"].items()
+    genai = pytest.importorskip("onnxruntime_genai", reason="needs onnxruntime-genai")
+    (tmp_path / NAME).write_text(json.dumps(found))
+    genai.Config(str(tmp_path))  # which knows the names
+
+
 def test_a_model_without_towers_has_no_place_for_them() -> None:
     found = with_embeds(genai_config(model(), 1, 1, 8), None, {}, 1)["model"]
     assert found["type"] == "llama" and found["embedding"]["inputs"] == {"input_ids": "input_ids"}

@@ -93,9 +93,12 @@ def _by_graph(decoder: OrtDecoder, row: I32, media: MediaTokens) -> F32:
     ids = row.astype(np.int64)[None]
     there = are_media(ids)
     assert decoder.interface.embedding is not None
-    embedded = decoder.interface.embedding(np.where(there, 0, ids))
-    embedded[there] = media.features[ids[there] - FIRST]
+    index = np.where(there, ids - FIRST, 0)
+    # The embeddings of each layer are those of other tokens.
+    given = dict(decoder.interface.embedding(np.where(there, media.stand_in[index], ids)))
+    given[EMBEDDINGS] = decoder.interface.embedding(np.where(there, 0, ids))[EMBEDDINGS]
+    given[EMBEDDINGS][there] = media.features[index[there]]
     positions = media.positions(torch.from_numpy(ids)).numpy()
-    inputs = {EMBEDDINGS: embedded, POSITIONS: positions if len(positions) > 1 else positions[0]}
+    inputs = {**given, POSITIONS: positions if len(positions) > 1 else positions[0]}
     logits: F32 = decoder.run(decoder.interface.row(inputs, decoder.cache_dtype)).logits
     return logits[0, -LAST:]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from nbl_export.batch.media_ids import FIRST
-from nbl_export.export.embeds import EMBEDDING, reading_embeds
+from nbl_export.export.embeds import embedding_form, reading_embeds
 from nbl_export.export.forms import FORMS
 from nbl_export.export.ranges import ranges_of
 from nbl_export.export.torch import export_torch
@@ -48,7 +48,9 @@ def test_rows_go_on_after_their_first_image() -> None:
     assert rows_with_media(heldout[:1]) == []
 
 
-@pytest.mark.parametrize(("name", "form"), [("qwen2.5-vl", "static"), ("gemma3", "shared")])
+@pytest.mark.parametrize(
+    ("name", "form"), [("qwen2.5-vl", "static"), ("gemma3", "shared"), ("gemma4", "concat")]
+)
 def test_right_and_wrong(
     name: str,
     form: str,
@@ -57,12 +59,12 @@ def test_right_and_wrong(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     case, images = wrapper(name), of_two_by_two()
-    if name == "gemma3":
+    if name != "qwen2.5-vl":
         images = replace(images, offsets=images.offsets[:, :1] * 0, steps=images.steps * 0 + 1)
-    export_torch(case.model, tmp_path / NAME, form=EMBEDDING)
+    export_torch(case.model, tmp_path / NAME, form=embedding_form(case.model))
     baseline, graph = tmp_path / "baseline" / "model.onnx", tmp_path / "model.onnx"
     export_torch(case.model, baseline, form=reading_embeds(FORMS[form], case.model))
-    plan = case.plan((1,))
+    plan = case.plan((2,))
     rewrite_file(baseline, plan, graph)
     rows = [np.random.default_rng(i).integers(3, 250, 30).astype(np.int32) for i in range(2)]
     rows[0][5:9], rows[1][12:16] = FIRST + np.arange(4), FIRST + 4 + np.arange(4)
@@ -75,6 +77,8 @@ def test_right_and_wrong(
     if name.startswith("qwen"):
         wrong["offsets"] = images.offsets * 0
         wrong["steps"] = images.steps + 1
+    if name == "gemma4":
+        wrong["stand_in"] = images.stand_in + 5
     for field, value in wrong.items():
         other = replace(images, **{field: value})
         monkeypatch.setattr(module, "_by_graph", lambda d, r, _i, other=other: plain(d, r, other))
