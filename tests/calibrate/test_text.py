@@ -53,7 +53,7 @@ def test_packing_joins_documents_with_the_end_token(tokenizer: Any) -> None:
     assert text.selection.shape == text.selection_document.shape == (5, 32)
     assert text.heldout.shape == text.heldout_document.shape == (6, 32)
     assert all(
-        getattr(text, name).dtype == np.int32 for name in CalibrationText.__annotations__ if name != "images"
+        getattr(text, name).dtype == np.int32 for name in CalibrationText.__annotations__ if name != "media"
     )
     assert listener.notes == []
     assert listener.start[0] == sum(listener.advanced) == 31 * 32
@@ -235,7 +235,7 @@ def test_packed_text_comes_back(tmp_path: Path, tokenizer: Any) -> None:
     save_text(path, text)
     loaded = load_text(path)
     assert loaded.media is None
-    for name in CalibrationText.__annotations__.keys() - {"images"}:
+    for name in CalibrationText.__annotations__.keys() - {"media"}:
         assert getattr(loaded, name).dtype == np.int32
         np.testing.assert_array_equal(getattr(loaded, name), getattr(text, name))
     raw = path.read_bytes()
