@@ -32,7 +32,9 @@ def test_fp16_engines_with_fused_attention(smollm2: Path, text: Path, out: Path,
     """One folder for both: the second run goes on from the first's calibration and plan."""
     pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx to build engines")
     command = [sys.executable, "-m", "nbl_export", str(smollm2), "--k", str(K), "-o", str(out)]
-    command += ["--trt", "rtx", "--precision", "fp16", "--kv-cache", cache, "--no-quality"]
+    # A CPU runs fp16 slowly: its speed says nothing, and few steps are enough for a second look at the engines' graph.
+    command += ["--trt", "rtx", "--precision", "fp16", "--kv-cache", cache, "--no-quality", "--no-speed"]
+    command += ["--decode-steps", "2"]
     command += ["--calibration", str(text), "--samples", "16", "--seq-len", "256", "--heldout-samples", "2"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"NBL_EXPORT_DEBUG": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
