@@ -16,6 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
 from nbl_export.batch.arrays import F32
+from nbl_export.models.media_tokens import MediaTokens
 
 RATE = 16_000  # of all sounds, samples per second
 _SIZE = {"height": 28, "width": 28}
@@ -292,3 +293,10 @@ def save_documents(folder: Path, rows: list[dict[str, Any]]) -> Path:
     path = folder / "documents.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows))
     return path
+
+
+def plain_tokens(features: np.ndarray[Any, np.dtype[np.float32]]) -> MediaTokens:
+    """The tokens of one image with ``features`` [tokens, d], of which nothing else is known."""
+    one = np.ones(len(features), np.int32)
+    later = np.zeros((len(features), 0, features.shape[1]), np.float32)
+    return MediaTokens(features, later, one[:, None] * 0, one, one * 0, one * 0, one[:1] * 0)

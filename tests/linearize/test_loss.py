@@ -34,11 +34,12 @@ from nbl_export.linearize.swap import replaced
 from nbl_export.models import weights
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.layers import attention_layers, hidden_size, vocabulary
-from nbl_export.models.media_tokens import MediaTokens, seeing
+from nbl_export.models.media_tokens import seeing
 from nbl_export.models.weights import Stored, streamed
 from nbl_export.settings.choices import FitInput
 from tests.families import unsaved
 from tests.models.test_weights import reads
+from tests.pictures import plain_tokens
 from tests.tiny_types import tiny_model
 
 ROWS, LENGTH, D = 3, 40, 32
@@ -455,8 +456,7 @@ def test_tokens_of_images_are_seen_and_not_predicted(kept: int, monkeypatch: pyt
     model: Any = tiny_model("llama")
     d, numbers = hidden_size(model), np.random.default_rng(0)
     features = numbers.standard_normal((9, d)).astype(np.float32)
-    one = np.ones(9, np.int32)
-    images = MediaTokens(features, one[:, None] * 0, one, one * 0, one[:1] * 0)
+    images = plain_tokens(features)
     rows = numbers.integers(3, 30, (3, 20)).astype(np.int32)
     rows[0, 4:8], rows[2, 9:14] = FIRST + np.arange(4), FIRST + 4 + np.arange(5)
     owner = np.where(rows >= FIRST, -1, np.arange(3)[:, None]).astype(np.int32)

@@ -27,12 +27,13 @@ from nbl_export.linearize.swap import replaced
 from nbl_export.models import weights
 from nbl_export.models.candidates import block_modules
 from nbl_export.models.dummy_run import dummy_run
-from nbl_export.models.media_tokens import MediaTokens, seeing
+from nbl_export.models.media_tokens import seeing
 from nbl_export.models.weights import Stored, streamed
 from nbl_export.settings.choices import FitInput
 from tests.families import unsaved
 from tests.interruptions import Recorder, crash, send
 from tests.models.test_weights import reads
+from tests.pictures import plain_tokens
 from tests.tiny_types import tiny_model
 
 TOKENS = np.random.default_rng(0).integers(3, 250, (12, 48)).astype(np.int32)
@@ -107,7 +108,6 @@ def test_nothing_is_learned_in_the_places_of_images(model: Any, monkeypatch: pyt
     """What precedes the embedding of an image predicts it, which nobody reads; the text is read with its images."""
     maps, covariances = fits(model, (1,))
     features = np.random.default_rng(1).standard_normal((4, len(maps[1].b))).astype(np.float32)
-    one = np.ones(4, np.int32)
     rows = TOKENS[:4].copy()
     rows[1, 10:14] = FIRST + np.arange(4)
     places: list[int] = []
@@ -118,7 +118,7 @@ def test_nothing_is_learned_in_the_places_of_images(model: Any, monkeypatch: pyt
         return plain(logits, target)
 
     monkeypatch.setattr(module, "divergence", counted)
-    with seeing(model, MediaTokens(features, one[:, None] * 0, one, one * 0, one[:1] * 0)):
+    with seeing(model, plain_tokens(features)):
         found = [repair(model, maps, covariances, "normed", tokens, 1, 0) for tokens in (TOKENS[:4], rows)]
     assert places == [rows.size, rows.size - 4]
     assert not np.array_equal(found[0].layers[1].b, found[1].layers[1].b)
