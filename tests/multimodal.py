@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,13 @@ WRAPPERS = {
             "final_logit_softcapping": 5.0,
         },
         {
-            "vision_config": {"hidden_size": 32, "vocab_size": 8, "vocab_offset": 260},
+            # Which is not one of timm's own, so that nobody builds it.
+            "vision_config": {
+                "architecture": "hf-hub:somebody/else",
+                "hidden_size": 32,
+                "vocab_size": 8,
+                "vocab_offset": 260,
+            },
             "audio_config": {
                 "hidden_size": 32,
                 "vocab_size": 8,
@@ -292,14 +298,30 @@ WRAPPERS = {
 }
 
 
+# Built where timm is there alone.
+WITH_TIMM = replace(
+    WRAPPERS["gemma3n"],
+    towers={
+        **WRAPPERS["gemma3n"].towers,
+        "vision_config": {
+            "architecture": "test_convnext",
+            "hidden_size": 64,
+            "vocab_size": 8,
+            "vocab_offset": 260,
+        },
+    },
+)
+
+
 LENDING = ("gemma3n", "gemma4")
 
 
 def whole(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
     """The model ``name`` with its towers, as transformers makes it."""
-    row = WRAPPERS[name]
+    row = WITH_TIMM if name == "gemma3n-timm" else WRAPPERS[name]
     torch.manual_seed(seed)
-    with without_timm():  # which Gemma 3n has its vision tower of
+    # Which Gemma 3n has its vision tower of: a small one of its tests, or none.
+    with without_timm(but_its_own=name.endswith("-timm")):
         model = getattr(transformers, row.architecture)._from_config(row.config(), dtype=torch.float32)
     scale_up(model)
     with torch.no_grad():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +236,15 @@ PROCESSORS = {
         "<|begin_of_image|><|image|><|end_of_image|>",
     ),
 }
+_GEMMA3N = PROCESSORS["gemma3n"]
+PROCESSORS["gemma3n-timm"] = replace(
+    _GEMMA3N,
+    parts={
+        **_GEMMA3N.parts,
+        "image_processor": ("SiglipImageProcessor", {"size": {"height": 64, "width": 64}}),
+    },
+    needs="timm",
+)
 PLACE = {name: row.image for name, row in PROCESSORS.items()}
 SOUND_PLACE = {name: row.sound for name, row in PROCESSORS.items()}
 

@@ -13,9 +13,11 @@ the head by the wrapper's, which may scale or cap the logits.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -162,7 +164,7 @@ def towers_only(architecture: str) -> Any:
     begin = vars(whole)["__init__"]
 
     def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        with without_timm():
+        with without_timm(but_its_own=True):
             begin(self, config, *args, **kwargs)
         inner = language_model(self)
         # Towers that are a part of the language model put images among its tokens before its first block.
@@ -211,15 +213,24 @@ class _Nothing(torch.nn.Module):
         self.config = config
 
 
+def _is_of_timm(config: Any) -> bool:
+    """Whether a tower is one of timm's own, which is there: a name that it looks nothing up for, without arguments."""
+    name, arguments = getattr(config, "architecture", None), getattr(config, "model_args", None)
+    known = isinstance(name, str) and re.fullmatch(r"\w+(\.\w+)?", name) and not arguments
+    return bool(known) and find_spec("timm") is not None
+
+
 @contextmanager
-def without_timm() -> Iterator[None]:
+def without_timm(but_its_own: bool = False) -> Iterator[None]:
+    """Within the block no model of timm is built; with ``but_its_own`` those that timm itself has are."""
     from transformers import MODEL_MAPPING, AutoModel
 
     plain = AutoModel.__dict__["from_config"]
 
     def from_config(config: Any, **options: Any) -> Any:
         kind = MODEL_MAPPING.get(type(config), None)
-        if getattr(kind, "__name__", "").startswith("Timm"):
+        of_timm = getattr(kind, "__name__", "").startswith("Timm")
+        if of_timm and not (but_its_own and _is_of_timm(config)):
             return _Nothing(config)
         return plain.__get__(None, AutoModel)(config, **options)
 

@@ -126,7 +126,8 @@ class Towers:
     def _check_towers(self, images: Sequence[Any], where: str) -> None:
         if images and without_tower(self._model):
             raise InputError(
-                f"{where}: the tower of images of {self._name} is of timm, which is not loaded: {_TEXT_INSTEAD}."
+                f"{where}: the tower of images of {self._name} is of timm, and is not there: pip install timm, or "
+                f"{_TEXT_INSTEAD}."
             )
         if images and not hasattr(self._processor, "image_processor"):
             raise InputError(

@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from nbl_export.blocks import PARTS, attentions
 from nbl_export.calibrate.collect import collect_moments
 from nbl_export.errors import InputError
+from nbl_export.models import multimodal
 from nbl_export.models.dummy_run import check_supported
 from nbl_export.models.source import find_model
 from nbl_export.models.tasks import task_named
@@ -229,6 +231,28 @@ def test_a_tower_of_timm_is_not_built(tmp_path: Path, monkeypatch: pytest.Monkey
     ids = torch.arange(3, 12)[None]
     with torch.inference_mode():
         torch.testing.assert_close(load(tmp_path)(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "arguments", "built"),
+    [
+        ("test_convnext", None, True),
+        ("test_convnext.r160_in1k", {}, True),
+        ("hf-hub:somebody/else", None, False),
+        ("local-dir:/tmp", None, False),
+        ("../test_convnext", None, False),
+        ("test_convnext", {"checkpoint_path": "/tmp/weights.bin"}, False),
+        (None, None, False),
+    ],
+)
+def test_of_timm_what_it_has_itself_is_built_alone(
+    architecture: Any, arguments: Any, built: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = SimpleNamespace(architecture=architecture, model_args=arguments)
+    monkeypatch.setattr(multimodal, "find_spec", lambda _name: object())
+    assert multimodal._is_of_timm(config) == built
+    monkeypatch.setattr(multimodal, "find_spec", lambda _name: None)
+    assert not multimodal._is_of_timm(config)
 
 
 def test_a_decoder_with_a_tower_that_nobody_reads_is_an_ordinary_one(

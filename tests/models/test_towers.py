@@ -136,6 +136,7 @@ CASES = [
     ("gemma4-both-ways", "images", {"both_ways"}),
     ("gemma4-both-ways", "images and sounds", {"both_ways"}),
     ("gemma3n", "sounds", {"stand_in"}),
+    ("gemma3n-timm", "images", {"stand_in"}),
     ("qwen2-vl", "images", {"offsets"}),
     ("qwen2.5-vl", "images", {"offsets"}),
     ("qwen3-vl", "images", {"offsets", "later"}),
@@ -243,7 +244,7 @@ def test_other_numbers_of_places_and_of_files_are_refused(
             "gemma3n",
             1,
             0,
-            r"the tower of images of Gemma3nForConditionalGeneration is of timm, which is not loaded: calibrate",
+            r"the tower of images of Gemma3nForConditionalGeneration is of timm, and is not there: pip install timm",
         ),
     ],
 )
