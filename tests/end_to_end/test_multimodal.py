@@ -89,6 +89,17 @@ def with_media(name: str, folder: Path, root: Path) -> tuple[Path, Path]:
     return model, save_documents(root, rows)
 
 
+def verified(model: Path, out: Path, asked: api.CalibrateSettings) -> api.Report:
+    """The report of a run stage by stage with embeddings as inputs, which passes."""
+    api.calibrate(model, out, asked)
+    api.select(out, api.SelectSettings(k=1))
+    api.export(out, api.ExportSettings(inputs="embeds"))
+    api.rewrite(out)
+    report = api.verify(out, api.VerifySettings(speed=False))
+    assert report.passed
+    return report
+
+
 def test_images_are_calibrated_on(wrapper_folder: Callable[[str], Path], tmp_path: Path) -> None:
     """Every stage; another image is another calibration; losses are of the words."""
     model, documents = with_media("gemma3", wrapper_folder("gemma3"), tmp_path)
@@ -96,12 +107,7 @@ def test_images_are_calibrated_on(wrapper_folder: Callable[[str], Path], tmp_pat
     asked = api.CalibrateSettings(
         (str(documents),), samples=12, seq_len=64, heldout_samples=4, selection_samples=3
     )
-    api.calibrate(model, out, asked)
-    api.select(out, api.SelectSettings(k=1))
-    api.export(out, api.ExportSettings(inputs="embeds"))
-    api.rewrite(out)
-    report = api.verify(out, api.VerifySettings(speed=False))
-    assert report.passed
+    report = verified(model, out, asked)
     text = load_text(out / "nbl" / "text.safetensors")
     there = are_media(text.heldout)
     assert text.media is not None and there.any() and (text.heldout_document[there] == -1).all()
@@ -132,12 +138,7 @@ def test_sounds_are_calibrated_on(wrapper_folder: Callable[[str], Path], tmp_pat
     asked = api.CalibrateSettings(
         (str(documents),), samples=8, seq_len=64, heldout_samples=4, selection_samples=2
     )
-    api.calibrate(model, out, asked)
-    api.select(out, api.SelectSettings(k=1))
-    api.export(out, api.ExportSettings(inputs="embeds"))
-    api.rewrite(out)
-    report = api.verify(out, api.VerifySettings(speed=False))
-    assert report.passed
+    report = verified(model, out, asked)
     (check,) = [check for check in report.checks if check.name == "parity with media"]
     assert check.status == "passed"
     text = load_text(out / "nbl" / "text.safetensors")
