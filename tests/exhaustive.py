@@ -50,6 +50,7 @@ USUAL: Mapping[str, tuple[str, ...]] = {
         "llava-shared-layers3",
         "gemma3n-concat-layers5",
         "gemma4-static-layers6",
+        "gpt_neox-concat-layers7",
     ),
     "export/test_grouped.py::test_windows_are_found_by_what_the_masks_are": (
         "qwen2-expected1",

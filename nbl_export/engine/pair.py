@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from nbl_export import __version__
 from nbl_export.batch.names import BASE, LINEARIZED
+from nbl_export.blocks import Mlp
 from nbl_export.engine.build import Built
 from nbl_export.engine.child import build_in_child
 from nbl_export.engine.gpu import Gpu
@@ -71,12 +72,17 @@ class Target:
 
 
 def build_pair(
-    target: Target, sources: Sequence[Source], plan: Plan, plan_hash: str, listener: Listener
+    target: Target,
+    sources: Sequence[Source],
+    plan: Plan,
+    plan_hash: str,
+    mlps: Mapping[Mlp, Sequence[str]],
+    listener: Listener,
 ) -> tuple[list[EngineFile], list[Path]]:
     """Build every source and compare the pair; returns the engines and all written files.
 
     The engines are moved into place only after all are built and their networks are found to differ by the ``plan``
-    alone; raises :class:`BuildError` if they do not.
+    alone (:func:`.check_pair`, which ``mlps`` is for); raises :class:`BuildError` if they do not.
     """
     library = target.library
     engines: list[EngineFile] = []
@@ -101,7 +107,7 @@ def build_pair(
                     )
                 )
         weights = {source.role: result.weights for source, result in zip(sources, built, strict=True)}
-        check_pair(weights[BASE], weights[LINEARIZED], plan)
+        check_pair(weights[BASE], weights[LINEARIZED], plan, mlps)
         for source, temporary, result in zip(sources, temporaries, built, strict=True):
             linear = plan.chosen if source.role == LINEARIZED else ()
             model = load_graph(source.graph)

@@ -6,9 +6,9 @@ smaller network may get a larger engine. The weights of the parsed networks can:
     base        q₀ k₀ v₀ o₀   q₁ k₁ v₁ o₁   …   everything else
     linearized  q₀ k₀ v₀ o₀   W₁ b₁         …   everything else
 
-1. Both networks have the plan's layers, and the linearized one no matrix of a chosen layer's attention.
+1. Both networks have the plan's layers, and the linearized one no matrix of a chosen attention or MLP.
 2. It has every matrix of the other layers' attention, and of everything else.
-3. It has the plan's W in the place of each chosen layer, bit for bit, and one bias.
+3. It has the plan's W in the place of each chosen block, bit for bit, and one bias.
 4. It has no other weight that the base has not.
 
 A repair changes retained weights, each of which may differ.
@@ -17,14 +17,14 @@ A repair changes retained weights, each of which may differ.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import onnx_ir as ir
 
-from nbl_export.blocks import attentions, described
+from nbl_export.blocks import Block, Mlp, attentions, described
 from nbl_export.engine.library import Library
 from nbl_export.errors import BuildError
 from nbl_export.graph.operators import LINEAR, key, linear_op
@@ -61,7 +61,7 @@ def network_weights(library: Library, network: Any, model: ir.Model) -> NetworkW
     others: list[str] = []
     for node in model.graph:
         # The parser keeps the names.
-        if linear_op(node) and (digest := digests.get(_weight_name(node))):
+        if linear_op(node) and (digest := digests.get(weight_name(node))):
             (attention[layers[node]] if node in layers else others).append(digest)
     return NetworkWeights(tuple(weights), tuple(map(tuple, attention)), tuple(others))
 
@@ -90,7 +90,7 @@ def _digests(library: Library, network: Any, model: ir.Model) -> Iterator[tuple[
         yield layer.name, digest_of(values)
 
 
-def _weight_name(node: ir.Node) -> str:
+def weight_name(node: ir.Node) -> str:
     """The name of the initializer that the linear operator ``node`` multiplies by, through transpositions."""
     value = node.inputs[LINEAR[key(node)].weight]
     while value is not None and (producer := value.producer()) is not None and producer.inputs:
@@ -98,26 +98,38 @@ def _weight_name(node: ir.Node) -> str:
     return str(value.name) if value is not None else ""
 
 
-def check_pair(base: NetworkWeights, linear: NetworkWeights, plan: Plan) -> None:
-    """Raise :class:`BuildError` unless the two networks differ by the ``plan`` alone."""
+def check_pair(
+    base: NetworkWeights, linear: NetworkWeights, plan: Plan, mlps: Mapping[Mlp, Sequence[str]] | None = None
+) -> None:
+    """Raise :class:`BuildError` unless the two networks differ by the ``plan`` alone.
+
+    ``mlps`` are the names of the weights of each MLP of the base that the plan replaces.
+    """
     found = len(base.attention), len(linear.attention)
     expected = len(attentions(plan.candidates)), len(plan.attention_layers)
     if found != expected:  # (1)
         raise _strangers(
             f"they have {found[0]} and {found[1]} attention layers, not {expected[0]} and {expected[1]}"
         )
-    layers = dict(zip(attentions(plan.candidates), base.attention, strict=True))
-    has, had = (Counter(digest for _, digest in weights.named) for weights in (linear, base))
+    named, has, had = dict(base.named), _digests_of(linear), _digests_of(base)
+    weights: dict[Block, tuple[str, ...]] = {
+        mlp: tuple(named[name] for name in names if name in named) for mlp, names in (mlps or {}).items()
+    }
+    # A family may share weights between layers: what another block reads stays.
+    others = Counter(base.others) - Counter(digest for own in weights.values() for digest in own)
+    weights |= zip(attentions(plan.candidates), base.attention, strict=True)
     changed = len(plan.adapters)
-    staying = {d for layer in plan.attention_layers for d in layers[layer]} | set(base.others)
-    for layer in plan.linear_attention:
-        going = [d for d in layers[layer] if d not in staying]  # a family may share weights between layers
-        if not layers[layer]:
-            raise _strangers(f"the base has no weight of the attention of layer {layer}")
+    staying = {d for layer in plan.attention_layers for d in weights[layer]} | set(others)
+    for block in plan.chosen:
+        what = described(block) if isinstance(block, Mlp) else f"the attention of {described(block)}"
+        own = weights.get(block, ())
+        if not own:
+            raise _strangers(f"the base has no weight of {what}")
+        going = [d for d in own if d not in staying]
         if left := sum(d in has for d in going):
-            raise _strangers(f"{left} of {len(going)} weights of the attention of layer {layer} are in both")
+            raise _strangers(f"{left} of {len(going)} weights of {what} are in both")
     if len(lost := staying - has.keys()) > changed:  # (2)
-        where = next((f" of layer {i}" for i in plan.attention_layers if lost & set(layers[i])), "")
+        where = next((f" of layer {i}" for i in plan.attention_layers if lost & set(weights[i])), "")
         raise _strangers(f"the linearized one lacks {len(lost)} weights{where} that the plan keeps")
     came = has - had
     for block in plan.chosen:  # (3)
@@ -136,6 +148,10 @@ def check_pair(base: NetworkWeights, linear: NetworkWeights, plan: Plan) -> None
         raise _strangers(
             f"the linearized one has {more} weights that are neither in the base nor in the plan"
         )
+
+
+def _digests_of(weights: NetworkWeights) -> Counter[str]:
+    return Counter(digest for _, digest in weights.named)
 
 
 def _matrices(layer: LinearLayer) -> tuple[Any, ...]:

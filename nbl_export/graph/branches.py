@@ -22,6 +22,7 @@ from itertools import pairwise
 
 import onnx_ir as ir
 
+from nbl_export.batch.names import EMBEDDINGS
 from nbl_export.blocks import Block, Mlp
 from nbl_export.graph.cores import Search
 from nbl_export.graph.operators import (
@@ -42,6 +43,7 @@ from nbl_export.graph.regions import (
     later_bias,
     search_of,
 )
+from nbl_export.graph.roles import roles
 
 # What turns values into others of the same meaning: they are no y of their own.
 _COPIES = frozenset({"Cast", "QuantizeLinear", "DequantizeLinear", QUANTIZE, "Identity"})
@@ -75,7 +77,7 @@ class Branch:
 
 def find_branches(model: ir.Model, regions: Sequence[AttentionRegion]) -> list[Branch]:
     """The branches of the graph, in order; ``regions`` are its attentions, of which those that were found are known."""
-    flow = _Flow(search_of(model))
+    flow = _Flow(search_of(model), roles(model).get(EMBEDDINGS))
     projections = {region.projection: region.layer for region in regions}
     found: list[Branch] = []
     for before, add in _additions(flow):
@@ -86,11 +88,27 @@ def find_branches(model: ir.Model, regions: Sequence[AttentionRegion]) -> list[B
 class _Flow:
     """The nodes that activations pass through on their way to the logits, in order."""
 
-    def __init__(self, search: Search) -> None:
-        self.activations, self.order = search.activations, search.order
+    def __init__(self, search: Search, embeddings: ir.Value | None) -> None:
+        """``embeddings`` are the input of a graph that reads embeddings: its stream starts there."""
+        self.activations, self.order = set(search.activations), dict(search.order)
         makers = {v.producer() for v in search.activations}
         self.nodes = sorted((n for n in search.before_logits if n in makers), key=self.order.__getitem__)
+        # A stream starts at a node: one that is not in the graph stands for what made the embeddings.
+        self._source = ir.node("Identity", [], num_outputs=0)
+        self._given = () if embeddings is None else (embeddings,)
+        if embeddings is not None:
+            self.activations.add(embeddings)
+            self.nodes.insert(0, self._source)
+            self.order[self._source] = -1
         self._inputs = {n: self._read(n) for n in self.nodes}
+
+    def maker(self, value: ir.Value) -> ir.Node | None:
+        """The node that ``value`` comes from."""
+        return self._source if value in self._given else value.producer()
+
+    def made(self, node: ir.Node) -> Sequence[ir.Value]:
+        """What ``node`` makes."""
+        return self._given if node is self._source else node.outputs
 
     def _read(self, node: ir.Node) -> list[ir.Value]:
         return [v for v in (*node.inputs, *captured(node)) if v is not None and v in self.activations]
@@ -103,17 +121,17 @@ class _Flow:
         """The nodes on a path from the node ``start`` to ``value``, in order; ``start`` is not among them."""
         above: set[ir.Node] = set()
         least = self.order[start]
-        stack = [value.producer()]
+        stack = [self.maker(value)]
         while stack:
             node = stack.pop()
             if node is None or node in above or self.order.get(node, -1) <= least:
                 continue
             above.add(node)
-            stack += [v.producer() for v in self.inputs(node)]
+            stack += [self.maker(v) for v in self.inputs(node)]
         below: set[ir.Node] = {start}
         between = []
         for node in sorted(above, key=self.order.__getitem__):
-            if any(v.producer() in below for v in self.inputs(node)):
+            if any(self.maker(v) in below for v in self.inputs(node)):
                 below.add(node)
                 between.append(node)
         return between
@@ -129,7 +147,7 @@ class _Flow:
         for place, node in enumerate((start, *nodes)):
             if farthest <= place:
                 found.append(node)
-            ends = [last.get(v, -1) + 1 for v in node.outputs]
+            ends = [last.get(v, -1) + 1 for v in self.made(node)]
             farthest = max(farthest, *ends) if ends else farthest
         return found
 
@@ -151,8 +169,7 @@ def _terms(flow: _Flow, add: ir.Node, before: ir.Node) -> tuple[list[ir.Value], 
     stream: ir.Value | None = None
 
     def is_stream(value: ir.Value) -> bool:
-        while value.producer() is not before:
-            maker = value.producer()
+        while (maker := flow.maker(value)) is not before:
             if maker is None or not (maker.op_type in VIEWS or _scales(maker)):
                 return False
             value = next(v for v in maker.inputs if v is not None and not is_constant(v))
@@ -238,7 +255,7 @@ def _candidates(
     biases = 0
     for node in passed:
         place = -1 if node is before else nodes.index(node)
-        values = [v for v in node.outputs if v is term or any(v in reads for reads in read)]
+        values = [v for v in flow.made(node) if v is term or any(v in reads for reads in read)]
         if place < first:
             u += values
             continue

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from dataclasses import astuple, dataclass, field, replace
 
-from nbl_export.blocks import ATTENTION
-from nbl_export.errors import InputError
 from nbl_export.settings.budget import NO_BOUND, NO_BUDGET, Budget, LossBound, auto_budget
 from nbl_export.settings.definition import Settings, Task
 from nbl_export.settings.making import (
-    NO_MLPS_IN_ENGINES,
     CalibrateSettings,
     EngineSettings,
     ExportSettings,
@@ -64,16 +61,12 @@ class RunSettings:
         return (*made, self.engines) if self.engines else made
 
     def check(self) -> None:
-        """Raise :class:`InputError` for what is refused of any model."""
+        """Raise :class:`.InputError` for what is refused of any model."""
         for settings in self.parts:
             settings.check()
         self.selection.check_precision(self.exporting.precision)
         if self.engines:
             self.exporting.check_tensorrt()
-            if self.calibration.blocks != ATTENTION:
-                raise InputError(
-                    f"{NO_MLPS_IN_ENGINES}: leave --trt or --blocks {self.calibration.blocks} out."
-                )
 
     def resolve(self, task: Task) -> RunSettings:
         """With all that depends on the task filled in; raises :class:`InputError` for what it cannot be asked."""

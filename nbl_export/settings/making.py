@@ -31,7 +31,6 @@ _RIDGES = Must(
     lambda x: 0 <= x <= MAX_RIDGE, f"is {{value}}; it must be between 0 and {MAX_RIDGE:g}, or auto"
 )
 _DTYPES = one_of(get_args(Dtype), "is {value!r}; it must be one of")
-NO_MLPS_IN_ENGINES = "Engines are built of graphs whose MLPs are as they were"
 _NO_PROGRAM = Must(lambda _: False, "names a program to run: say it on the command line", of_file=True)
 
 

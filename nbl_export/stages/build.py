@@ -6,13 +6,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nbl_export.blocks import attentions
+from nbl_export.blocks import Mlp, attentions
 from nbl_export.errors import InputError
 from nbl_export.files import read_json, sha256_of_file
-from nbl_export.linearize.plan import load_plan
+from nbl_export.linearize.plan import Plan, load_plan
 from nbl_export.progress import Listener
 from nbl_export.settings import EngineSettings
-from nbl_export.settings.making import NO_MLPS_IN_ENGINES
 from nbl_export.stages.rewrite import check_baseline, current_rewrite
 from nbl_export.stages.run import Run
 from nbl_export.workspace import Workspace
@@ -66,8 +65,6 @@ def build(run: Run, settings: EngineSettings) -> list[EngineFile]:
     def work(listener: Listener) -> list[Path]:
         check_baseline(ws)
         plan = load_plan(ws.plan)
-        if len(plan.linear_attention) < len(plan.layers):
-            raise InputError(f"{NO_MLPS_IN_ENGINES}: choose layers without MLPs, or use the ONNX graph.")
         if exported.precision == "fp32":
             listener.note(
                 "The graphs are fp32, so the engines are too, without fused attention; for half precision: "
@@ -79,11 +76,25 @@ def build(run: Run, settings: EngineSettings) -> list[EngineFile]:
         ]
         plan_hash = sha256_of_file(ws.plan)
         target = Target(library, gpu, shapes, tuple(capabilities))
-        _, files = build_pair(target, sources, plan, plan_hash, listener)
+        _, files = build_pair(target, sources, plan, plan_hash, mlp_weights(ws.baseline, plan), listener)
         return files
 
     run.stage("build", recorded, {"rewrite": rewritten.result}, work)
     return [EngineFile(path, load_manifest(path)) for path in (ws.base_engine, ws.engine)]
+
+
+def mlp_weights(baseline: Path, plan: Plan) -> dict[Mlp, tuple[str, ...]]:
+    """The names of the weights of each MLP that the ``plan`` replaces, in the graph at ``baseline``."""
+    from nbl_export.engine.weights import weight_name
+    from nbl_export.graph.io import load_graph
+    from nbl_export.graph.regions import find_regions
+    from nbl_export.rewrite.planned import planned_attentions, planned_mlps
+
+    if attentions(plan.chosen) == plan.chosen:
+        return {}
+    graph = load_graph(baseline)
+    found = planned_mlps(graph, planned_attentions(graph, find_regions(graph), plan), plan)
+    return {mlp.layer: tuple(map(weight_name, mlp.linear_nodes)) for mlp in found if mlp.layer in plan.layers}
 
 
 def check_engines(settings: EngineSettings) -> None:

@@ -17,6 +17,7 @@ import pytest
 
 from nbl_export import api
 from nbl_export.batch.names import BASE, LINEARIZED
+from nbl_export.blocks import Mlp
 from nbl_export.engine import pair as module
 from nbl_export.engine.build import Built
 from nbl_export.engine.library import Library
@@ -28,6 +29,7 @@ from nbl_export.engine.weights import NetworkWeights
 from nbl_export.errors import BuildError, InputError
 from nbl_export.linearize.plan import load_plan
 from nbl_export.progress import Silent, Task
+from nbl_export.stages import build as stage
 from nbl_export.workspace import Workspace
 from tests.fixtures_engine import save_manifest
 from tests.listening import Notes
@@ -138,6 +140,32 @@ def test_a_failure_in_the_second_build_leaves_the_first_engines(
     # They still are what the folder's record says, and count.
     checks = {c.name: c.status for c in api.verify(built_copy, QUICK).checks}
     assert checks["engine build"] == "passed"
+
+
+def test_engines_of_linear_mlps(
+    rtx: Library, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = (1, Mlp(2))
+    report = api.run(
+        tiny_folder,
+        tmp_path / "out",
+        api.SelectSettings(layers=blocks),
+        api.CalibrateSettings(blocks="both", samples=16, seq_len=64, heldout_samples=2),
+        QUICK,
+        exporting=api.ExportSettings("fp16", "static"),
+        engines=OTHER,
+    )
+    assert report.passed
+    assert {c.name: c.status for c in report.checks}["engine build"] == "passed"
+    base, linearized = manifests(tmp_path / "out")
+    assert linearized.linear_layers == blocks and base.linear_layers == ()
+    assert linearized.kv_layers == (0, 2, 3)
+
+    before = engines(tmp_path / "out")
+    monkeypatch.setattr(stage, "mlp_weights", lambda *_: {Mlp(2): ("lm_head.weight",)})
+    with pytest.raises(BuildError, match=r"1 of 1 weights of the MLP of layer 2 are in both"):
+        api.build(tmp_path / "out", replace(OTHER, max_seq=16))
+    assert engines(tmp_path / "out") == before
 
 
 class Interrupting(Silent):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -12,17 +13,23 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from nbl_export.blocks import Mlp
 from nbl_export.engine.build import parsable
 from nbl_export.engine.library import Library
 from nbl_export.engine.network import parse_network
 from nbl_export.engine.weights import NetworkWeights, check_pair, network_weights
 from nbl_export.errors import BuildError
-from nbl_export.graph.io import load_graph
+from nbl_export.export.forms import FORMS
+from nbl_export.export.torch import trace
+from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.linearize.adapters import Adapter, digest_of, weight_digests
 from nbl_export.linearize.plan import LinearLayer, Plan, load_plan
 from nbl_export.rewrite.replace import rewrite_file
+from nbl_export.stages.build import mlp_weights
 from nbl_export.workspace import Workspace
-from tests.engine.conftest import Graphs
+from tests.end_to_end.matrix import CHOSEN
+from tests.engine.conftest import Graphs, converted
+from tests.families import Calibrated
 from tests.fixtures_graph import low_rank, perturb, plan_by_hand
 
 Made = Callable[[str, str], Graphs]
@@ -45,9 +52,14 @@ def rewritten(source: Path, plan: Plan, folder: Path) -> Path:
     return target
 
 
-def refused(base: NetworkWeights, linear: NetworkWeights, plan: Plan) -> str:
+def refused(
+    base: NetworkWeights,
+    linear: NetworkWeights,
+    plan: Plan,
+    mlps: Mapping[Mlp, Sequence[str]] | None = None,
+) -> str:
     with pytest.raises(BuildError) as caught:
-        check_pair(base, linear, plan)
+        check_pair(base, linear, plan, mlps)
     message = str(caught.value)
     assert message.startswith("The base's and the linearized network do not belong together (")
     assert message.endswith("then build.") and "\n" not in message
@@ -221,3 +233,85 @@ def test_weights_that_layers_share_may_stay(rtx: Library, graphs: Made, plan: Pl
     base, linear = weights(rtx, made.base), weights(rtx, made.linearized)
     shared = base.attention[0]
     check_pair(replace(base, attention=(*base.attention[:3], shared, base.attention[4])), linear, plan)
+
+
+# MLPs --------------------------------------------------------------------------------------------
+
+# The attentions of layers 1 and 3, the MLPs of layers 1 and 2.
+MIXED = CHOSEN["half"]
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """The base of a model, its pair with :data:`MIXED` linear, and that with another MLP linear, too."""
+
+    base: NetworkWeights
+    linear: NetworkWeights
+    plan: Plan
+    mlps: Mapping[Mlp, Sequence[str]]
+    more: NetworkWeights
+
+
+@pytest.fixture(scope="module")
+def mixed(
+    rtx: Library, calibrated_of: Callable[[str], Calibrated], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Mixed]:
+    """Called with a family: its float16 graphs with a static cache, parsed once."""
+
+    @cache
+    def made(family: str) -> Mixed:
+        folder, case = tmp_path_factory.mktemp(family), calibrated_of(family)
+        save_graph(trace(case.model, FORMS["static"]), folder / "float32.onnx")
+        source = converted(folder / "float32.onnx", folder / "model.onnx", "fp16")
+        plan, more = case.plan(MIXED), case.plan((*MIXED, Mlp(3)))
+        of_plan, of_more = (weights(rtx, rewritten(source, p, folder)) for p in (plan, more))
+        return Mixed(weights(rtx, source), of_plan, plan, mlp_weights(source, plan), of_more)
+
+    return made
+
+
+# Gated, in one projection, plain with biases, beside the attention.
+@pytest.mark.parametrize(("family", "count"), [("llama", 3), ("phi3", 2), ("gpt2", 2), ("gpt_neox", 2)])
+def test_mlps_of_the_plan_are_gone(mixed: Callable[[str], Mixed], family: str, count: int) -> None:
+    made = mixed(family)
+    assert {mlp: len(names) for mlp, names in made.mlps.items()} == {Mlp(1): count, Mlp(2): count}
+    check_pair(made.base, made.linear, made.plan, made.mlps)
+
+
+def test_mlps_that_are_still_there_are_refused(mixed: Callable[[str], Mixed]) -> None:
+    made = mixed("llama")
+    down = dict(made.base.named)[made.mlps[Mlp(2)][-1]]
+    left = replace(made.linear, named=(*made.linear.named, ("left", down)))
+    why = refused(made.base, left, made.plan, made.mlps)
+    assert why == "1 of 3 weights of the MLP of layer 2 are in both"
+
+
+def test_an_mlp_that_stays_in_the_plan_and_is_gone_is_refused(mixed: Callable[[str], Mixed]) -> None:
+    made = mixed("llama")
+    why = refused(made.base, made.more, made.plan, made.mlps)
+    assert why == "the linearized one lacks 3 weights that the plan keeps"
+
+
+def test_an_mlp_whose_weights_are_not_known_is_not_passed(mixed: Callable[[str], Mixed]) -> None:
+    made = mixed("llama")
+    assert refused(made.base, made.linear, made.plan) == "the base has no weight of the MLP of layer 1"
+
+
+def test_a_scaled_w_of_an_mlp_is_refused(mixed: Callable[[str], Mixed]) -> None:
+    made = mixed("llama")
+    layer = made.plan.layers[Mlp(2)]
+    scaled = LinearLayer(layer.w * np.float32(1.01), layer.b)
+    other = replace(made.plan, layers={**made.plan.layers, Mlp(2): scaled})
+    why = refused(made.base, made.linear, other, made.mlps)
+    assert why == "the linearized one does not have the plan's W in the place of the MLP of layer 2"
+
+
+def test_weights_that_mlps_share_may_stay(mixed: Callable[[str], Mixed]) -> None:
+    """As those of experts that all layers route to."""
+    made = mixed("llama")
+    named, kept = dict(made.base.named), made.base.others[0]
+    first = made.mlps[Mlp(2)][0]
+    shared = {**named, first: kept}
+    others = tuple(kept if digest == named[first] else digest for digest in made.base.others)
+    base = replace(made.base, named=tuple(shared.items()), others=others)
+    check_pair(base, made.linear, made.plan, made.mlps)

@@ -11,6 +11,7 @@ import onnxruntime as ort
 import pytest
 import torch
 
+from nbl_export.blocks import Block, Mlp
 from nbl_export.errors import InputError
 from nbl_export.export.embeds import embedding_form, reading_embeds
 from nbl_export.export.form_check import check_form
@@ -22,16 +23,18 @@ from nbl_export.models.layers import position_rows
 from nbl_export.rewrite.replace import rewrite_file
 from tests.end_to_end.matrix import CHOSEN, parity
 from tests.families import LAYERS, WIDTH, Calibrated
+from tests.multimodal import WRAPPERS
 
 ALL = (0, 1, 2, 3)
 WHICH = [
-    ("gemma3", "concat", (1, 3)),  # whose embedding is scaled
+    ("gemma3", "concat", (Mlp(0), 1, Mlp(2), 3)),  # whose embedding is scaled
     ("qwen2.5-vl", "concat", (1, 3)),
-    ("qwen2.5-vl", "static", ALL),
+    ("qwen2.5-vl", "static", (*ALL, *map(Mlp, ALL))),
     ("llava", "shared", (1, 3)),
     ("llava", "none", CHOSEN["one"]),
     ("gemma3n", "concat", (2,)),
     ("gemma4", "static", (2, 3)),
+    ("gpt_neox", "concat", (0, Mlp(0))),  # both read what the embedding gives
 ]
 
 
@@ -51,10 +54,15 @@ def inputs_of(path: Path) -> dict[str, list[object]]:
 
 @pytest.mark.parametrize(("name", "form", "layers"), WHICH)
 def test_a_decoder_of_embeddings_is_the_model(
-    name: str, form: str, layers: tuple[int, ...], wrapper: Callable[[str], Calibrated], tmp_path: Path
+    name: str,
+    form: str,
+    layers: tuple[Block, ...],
+    wrapper: Callable[[str], Calibrated],
+    calibrated_of: Callable[[str], Calibrated],
+    tmp_path: Path,
 ) -> None:
     """Ragged prefill and decode of the rewritten graph, by token ids that its embedding embeds."""
-    case = wrapper(name)
+    case = wrapper(name) if name in WRAPPERS else calibrated_of(name)
     (tmp_path / "baseline").mkdir()
     source = exported(case.model, form, tmp_path)
     plan = case.plan(layers)
