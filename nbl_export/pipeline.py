@@ -85,8 +85,8 @@ def run_all(run: Run, asked: RunSettings) -> Report:
         check_model(run, asked.exporting)
         check_run(run.workspace, Shape.of(run.model.model), asked)
     calibrate(run, asked.calibration)
-    if selection.budget:
-        export(run, asked.exporting, asked.folder.keeps)  # a budget is weighed with the speed of the graph
+    if selection.budget or selection.workload:
+        export(run, asked.exporting, asked.folder.keeps)  # they are weighed with the speed of the graph
     select(run, selection)
     export(run, asked.exporting, asked.folder.keeps)
     rewrite(run, whole=not asked.folder.keeps)

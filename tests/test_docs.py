@@ -144,6 +144,7 @@ def test_defaults_of_the_command_line_are_those_of_the_settings() -> None:
     assert asdict(SelectSettings()) == {
         "k": None,
         "layers": None,
+        "workload": (),
         "criterion": None,
         "fit_input": "normed",
         "ridge": 1e-6,

@@ -250,13 +250,17 @@ def after_softmax(value: ir.Value | None) -> bool:
 
 def kv_bytes_per_token(model: ir.Model) -> int:
     """Bytes that one more token of context adds to the KV cache at batch size 1."""
+    return sum(map(pair_bytes_per_token, kv_pairs(model)))
+
+
+def pair_bytes_per_token(pair: KVPair) -> int:
+    """Bytes that one more token of context adds to the ``pair`` at batch size 1."""
     total = 0
-    for pair in kv_pairs(model):
-        for side, value in enumerate(pair.past):
-            heads, size = pair.geometry(side)
-            if value.dtype is None or value.dtype == ir.DataType.STRING:
-                raise InputError(f"The cache {value.name} is not a numeric tensor: export the model again.")
-            total += int(heads * size * value.dtype.itemsize)
+    for side, value in enumerate(pair.past):
+        heads, size = pair.geometry(side)
+        if value.dtype is None or value.dtype == ir.DataType.STRING:
+            raise InputError(f"The cache {value.name} is not a numeric tensor: export the model again.")
+        total += int(heads * size * value.dtype.itemsize)
     return total
 
 

@@ -24,7 +24,8 @@ def keeps(budget: Budget, loss: Loss | CurvePoint) -> bool:
 class CurvePoint:
     """What K ``layers`` (ascending) cost, and what they gain where it was measured: speedups over the unmodified graph.
 
-    ``kl`` in nats per token; standard errors over documents.
+    ``kl`` in nats per token; standard errors over documents. ``workload_speedup`` is the most that the workload can
+    gain, counted from the graph and the machine's roofline.
     """
 
     k: int
@@ -35,6 +36,7 @@ class CurvePoint:
     perplexity_ratio_se: float | None
     prefill_speedup: float | None = None
     decode_speedup: float | None = None
+    workload_speedup: float | None = None
 
     @classmethod
     def of(cls, k: int, layers: Sequence[Block], loss: Loss) -> CurvePoint:

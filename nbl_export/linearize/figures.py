@@ -17,6 +17,16 @@ def exp(nats: float) -> float:
         return math.inf
 
 
+def per_saving(loss: float, saved: float) -> float:
+    """The ``loss`` for each unit that is ``saved``, by which blocks are ranked: infinite where nothing is saved.
+
+    What gains instead of losing is better the more it saves.
+    """
+    if saved <= 0:
+        return math.inf
+    return loss / saved if loss > 0 else loss * saved
+
+
 @dataclass(frozen=True)
 class Candidate:
     """What is known of one layer before choosing. All scores: lower is better to replace.
@@ -25,6 +35,7 @@ class Candidate:
     ``cca_ridge`` are the λ that the two Cholesky factorizations needed. What was measured with the layer alone
     changed, in nats, is None where the criterion does not ask for it: ``kl`` of its replacement, ``drop`` of leaving
     it out, ``sensitivity``: the KL by noise, per share of the output, and ``predicted`` = nmse × sensitivity.
+    ``saved_ms`` are the milliseconds of the workload that it saves, None without a workload.
     """
 
     layer: Block
@@ -39,6 +50,7 @@ class Candidate:
     sensitivity: float | None = None
     sensitivity_se: float | None = None
     predicted: float | None = None
+    saved_ms: float | None = None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from nbl_export.blocks import Block, described, part_of
 from nbl_export.calibrate.moments import Moments
 from nbl_export.errors import CalibrationError, InputError
-from nbl_export.linearize.figures import Candidate
+from nbl_export.linearize.figures import Candidate, per_saving
 from nbl_export.linearize.lmmse import (
     UnusableMoments,
     cca_bound,
@@ -163,8 +163,10 @@ def check_criterion(criterion: str) -> Criterion:
     return CRITERIA[criterion]
 
 
-def ranking(candidates: Sequence[Candidate], criterion: str) -> list[Candidate]:
-    """All candidates, best first; ties go to the lower layer.
+def ranking(
+    candidates: Sequence[Candidate], criterion: str, saved: Callable[[Block], float] = lambda _: 1.0
+) -> list[Candidate]:
+    """All candidates, best first, by their score for what each has ``saved``; ties go to the lower layer.
 
     Raises ``ValueError`` if one has no such score, and :class:`CalibrationError` naming one whose score is no number.
     """
@@ -174,7 +176,8 @@ def ranking(candidates: Sequence[Candidate], criterion: str) -> list[Candidate]:
         value = score(candidate)
         if value is None:
             raise ValueError(f"layer {candidate.layer} was not measured for {criterion}")
-        return _finite(value, candidate.layer, f"score by {criterion}"), candidate.layer
+        value = _finite(value, candidate.layer, f"score by {criterion}")
+        return per_saving(value, saved(candidate.layer)), candidate.layer
 
     return sorted(candidates, key=key)
 

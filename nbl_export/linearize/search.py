@@ -10,6 +10,8 @@ linearity  the layer's NMSE times a measured sensitivity (arXiv 2411.17525): the
            from the model
 greedy     one layer after the other, each the one with the smallest added loss given those already chosen
 
+For a workload each loss is divided by the time that the layer saves in it.
+
 Greedy search is lazy: the loss added by a layer mostly grows as others are chosen, so its last known value is a lower
 bound of the next one, and layers whose bound is above the best value found are not run. Ties go to the lower layer.
 """
@@ -24,7 +26,7 @@ import torch
 
 from nbl_export.blocks import Block, layer_of
 from nbl_export.errors import CalibrationError
-from nbl_export.linearize.figures import Loss
+from nbl_export.linearize.figures import Loss, per_saving
 from nbl_export.linearize.loss import LossMeter
 from nbl_export.linearize.plan import LinearLayer
 from nbl_export.models.layers import BlockModules
@@ -155,22 +157,35 @@ def single_layer_losses(sets: MeasuredSets) -> dict[Block, Loss]:
     return {layer: sets.loss([layer]) for layer in sets.candidates}
 
 
-def greedy_order(sets: MeasuredSets, singles: Mapping[Block, Loss], count: int) -> list[Block]:
-    """The first ``count`` layers, each the one with the smallest added KL given those before it."""
+# What a block saves where others are linear already, in any unit; without it every block saves the same.
+Saved = Callable[[Sequence[Block], Block], float]
+
+
+def greedy_order(
+    sets: MeasuredSets,
+    singles: Mapping[Block, Loss],
+    count: int,
+    saved: Saved = lambda _linear, _block: 1.0,
+) -> list[Block]:
+    """The first ``count`` layers, each the one with the smallest added KL, for what it saves, given those before it."""
     bounds = {layer: usable(loss, [layer]).kl for layer, loss in singles.items()}
     chosen: list[Block] = []
     base = 0.0
     while len(chosen) < count:
         sets.settle(chosen)
-        totals: dict[Block, float] = {}
-        order = sorted(bounds, key=lambda i: (bounds[i], i))
+        savings = {layer: saved(chosen, layer) for layer in bounds}
+        order = sorted(bounds, key=lambda i: (per_saving(bounds[i], savings[i]), i))
         sets.announce([*chosen, layer] for layer in order[:GREEDY_TRIES])
+        totals: dict[Block, float] = {}
+        rates: dict[Block, float] = {}
         for layer in order:
-            if totals and (base + bounds[layer] > min(totals.values()) or len(totals) == GREEDY_TRIES):
+            known = len(rates) == GREEDY_TRIES
+            if rates and (known or per_saving(bounds[layer], savings[layer]) > min(rates.values())):
                 break
             totals[layer] = usable(sets.loss([*chosen, layer]), [*chosen, layer]).kl
             bounds[layer] = totals[layer] - base
-        best = min(totals, key=lambda i: (totals[i], i))
+            rates[layer] = per_saving(bounds[layer], savings[layer])
+        best = min(rates, key=lambda i: (rates[i], totals[i], i))
         chosen.append(best)
         base = totals[best]
         del bounds[best]

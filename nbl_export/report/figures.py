@@ -50,6 +50,7 @@ _SPEEDUPS = {
         lambda p: p.prefill_speedup, colour=_PHASES["prefill"][0], marker=_PHASES["prefill"][1]
     ),
     "decode": _Series(lambda p: p.decode_speedup, colour=_PHASES["decode"][0], marker=_PHASES["decode"][1]),
+    "workload, at most": _Series(lambda p: p.workload_speedup, colour=MUTED, marker="^"),
 }
 
 

@@ -48,6 +48,12 @@ SCORES: Mapping[str, Score] = {
         lambda c: c.drop_se,
         "KL when left out: to the original, without that layer's attention.",
     ),
+    "saved_ms": Score(
+        "saves, ms",
+        lambda c: c.saved_ms,
+        meaning="Saves: of the workload, counted from the graph; layers are ranked by their score for each "
+        "millisecond.",
+    ),
 }
 # What a criterion goes by, where it is no score of that name; greedy search begins with each layer's KL alone.
 _GOES_BY = {"greedy": "kl", "linearity": "predicted"}
@@ -101,6 +107,7 @@ def fit_in_words(selection: Selection) -> str:
 def curve_table(curve: Curve, brief: bool = False) -> Table:
     """Loss and speed of every K that was measured; ``brief`` leaves out which layers go."""
     points = curve.by_k
+    used = any(p.workload_speedup is not None for p in points)
     timed = any(p.prefill_speedup is not None or p.decode_speedup is not None for p in points)
     rows: list[tuple[str, ...]] = []
     marked = []
@@ -113,6 +120,7 @@ def curve_table(curve: Curve, brief: bool = False) -> Table:
                 f"{p.k}{', chosen' * chosen}",
                 _with_error(p.perplexity_ratio, p.perplexity_ratio_se),
                 _with_error(p.kl, p.kl_se),
+                *((_times(p.workload_speedup),) if used else ()),
                 *((_times(p.prefill_speedup), _times(p.decode_speedup)) if timed else ()),
                 *(() if brief else (spans(p.layers),)),
             )
@@ -123,11 +131,12 @@ def curve_table(curve: Curve, brief: bool = False) -> Table:
             "K",
             "perplexity ratio",
             "KL, nats per token",
+            *(("workload, at most",) if used else ()),
             *(("prefill", "decode") if timed else ()),
             *(() if brief else ("layers",)),
         ),
         tuple(rows),
-        _curve_note(curve, timed),
+        _curve_note(curve, timed, used),
         plot="k-curve",
         marked=tuple(marked),
     )
@@ -167,7 +176,7 @@ def _ratio(loss: Loss) -> str:
     return _with_error(ratio, None if error is None else ratio * error)
 
 
-def _curve_note(curve: Curve, timed: bool) -> str:
+def _curve_note(curve: Curve, timed: bool, used: bool) -> str:
     sentences = []
     if curve.tokens and curve.documents:
         sentences.append(
@@ -175,6 +184,8 @@ def _curve_note(curve: Curve, timed: bool) -> str:
         )
     if timed and curve.context:
         sentences.append(f"Speedup of the linearized graph at {curve.context:,} tokens.")
+    if used:
+        sentences.append("Workload: the most that it can gain, by arithmetic and bytes on this machine.")
     bounds = [b.text.format(limit) for b in BUDGETS if (limit := finite(b.of(curve.budget))) is not None]
     if bounds:
         sentences.append(f"Budget: {', '.join(bounds)}.")

@@ -11,6 +11,7 @@ from typing import Any
 from nbl_export.blocks import Mlp, part_of
 from nbl_export.engine.manifest import Manifest
 from nbl_export.graph.summary import GraphSummary
+from nbl_export.linearize.figures import per_saving
 from nbl_export.report.drawing import Table, figure, finite, mebibytes, number
 from nbl_export.report.header import Header
 from nbl_export.report.loss import loss_table
@@ -63,7 +64,7 @@ def layers_table(selection: Selection, proofs: Sequence[ProofErrors]) -> Table:
     kind = "block" if any(isinstance(c.layer, Mlp) for c in candidates) else "attention"
     rows: list[tuple[str, ...]] = []
     marked = []
-    for c in sorted(candidates, key=lambda c: (_rank(score.of(c)), c.layer)):
+    for c in sorted(candidates, key=lambda c: (_rank(score.of(c), c.saved_ms), c.layer)):
         error = proof.get(c.layer)
         if c.layer in chosen:
             marked.append(len(rows))
@@ -86,15 +87,25 @@ def layers_table(selection: Selection, proofs: Sequence[ProofErrors]) -> Table:
         tuple(rows),
         "CCA bound: the paper's Σ(1-ρ²) on the residual stream; NMSE: share of the attention output's variance "
         "that W, b leave unexplained (both: lower is more linear); last column: relative difference of the tensors "
-        "found in the graph to PyTorch's, before replacing." + "".join(f" {s.meaning}" for s in more),
+        "found in the graph to PyTorch's, before replacing."
+        + "".join(f" {s.meaning}" for s in more)
+        + _workload(selection),
         plot="layers",
         marked=tuple(marked),
     )
 
 
-def _rank(score: float | None) -> float:
+def _workload(selection: Selection) -> str:
+    if not selection.workload or selection.workload_ms is None:
+        return ""
+    return f" Workload: {'; '.join(selection.workload)}: {figure(selection.workload_ms)} ms at the least."
+
+
+def _rank(score: float | None, saved: float | None) -> float:
     """A layer that was not scored comes last."""
-    return math.inf if (value := finite(score)) is None else value
+    return (
+        math.inf if (value := finite(score)) is None else per_saving(value, 1.0 if saved is None else saved)
+    )
 
 
 def engines_table(manifests: Sequence[Manifest]) -> Table:

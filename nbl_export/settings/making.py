@@ -26,6 +26,7 @@ from nbl_export.settings.definition import (
 )
 from nbl_export.settings.device import OnDevice
 from nbl_export.settings.size import SIZE
+from nbl_export.settings.workload import WORKLOAD, Workload, workload_of
 
 _RIDGES = Must(
     lambda x: 0 <= x <= MAX_RIDGE, f"is {{value}}; it must be between 0 and {MAX_RIDGE:g}, or auto"
@@ -91,6 +92,7 @@ class SelectSettings(OnDevice):
 
     k: Layers to linearize. auto: as --max-ppl-ratio 1.10.
     layers: Exactly these layers: 3,7,12. The MLP of layer 7: 7.mlp.
+    workload: Rank by loss per time saved in prefill=512,decode=128@4096.
     criterion: Rank layers by: greedy (KL, one after the other), kl (each alone), linearity (error × sensitivity),
         nmse (fit error), cca (the paper's bound), drop (KL when left out).
     fit_input: Fit on the residual stream after (normed) or before (residual) the input norm.
@@ -109,6 +111,7 @@ class SelectSettings(OnDevice):
     layers: tuple[Block, ...] | None = setting(
         None, LAYERS, read=block_of, like="layers with commas, as 3,7,12; the MLP of a layer is 7.mlp"
     )
+    workload: tuple[str, ...] = setting((), LAYERS, WORKLOAD, metavar="WORK", repeated=True)
     criterion: str | None = setting(
         None,
         MORE,
@@ -150,6 +153,8 @@ class SelectSettings(OnDevice):
             )
         if self.budget and sum(ways) > 1:
             raise InputError(one_way)
+        if self.layers is not None and self.workload:
+            raise InputError("--layers names the layers, and --workload chooses them: give one of them.")
         if self.repair and self.fit == "drop":
             raise InputError(
                 "--fit drop leaves layers out, and there is nothing to repair: leave --repair out."
@@ -164,6 +169,7 @@ class SelectSettings(OnDevice):
             "--ridge auto": self.ridge is None,
             "--repair": self.repair > 0,
             "A budget for K": bool(self.budget),
+            "--workload": bool(self.workload),
         }
         if wrong := next((name for name, given in asked.items() if given), None):
             raise InputError(
@@ -172,9 +178,17 @@ class SelectSettings(OnDevice):
             )
         return replace(self, criterion=self.criterion or choices.ENCODER_CRITERION)
 
+    @property
+    def workloads(self) -> tuple[Workload, ...]:
+        """What the model is used for; empty where that does not matter."""
+        return tuple(map(workload_of, self.workload))
+
     def as_json(self) -> dict[str, Any]:
         named = None if self.layers is None else [as_json(block) for block in self.layers]
-        return {**super().as_json(), "layers": named}
+        asked = {**super().as_json(), "layers": named}
+        if not self.workload:  # what was selected before there were workloads is kept
+            del asked["workload"]
+        return asked
 
     def check_precision(self, precision: str | None) -> None:
         """Refuse a repair of the MLPs for a graph whose weights are quantized: it does not hold them as they are."""
@@ -293,7 +307,7 @@ def _library(default: str | None) -> Any:
 class EngineSettings(Settings):
     """Which TensorRT builds the engines, for which shapes and which GPUs; None and () are the usual ones.
 
-    library: Build TensorRT engines: tensorrt (on this GPU), rtx (no GPU needed), auto (what is there).
+    library: Build engines by tensorrt (on this GPU), rtx (no GPU needed), auto.
     max_batch: Largest batch of the engines.
     max_seq: Most tokens in one prefill of the engines, as far as the model goes.
     max_context: Most tokens of context of the engines, as far as the model goes.

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import Bounds, LinearConstraint, milp
 
+from nbl_export.blocks import Block, layer_of
 from nbl_export.errors import CalibrationError
 from nbl_export.linearize import search
 from nbl_export.linearize.figures import Loss
@@ -318,3 +320,57 @@ def test_a_loss_that_is_no_number_is_named_among_others() -> None:
     table = Table(lambda layers: float("nan") if 2 in layers else 1.0, 4, together=True)
     with pytest.raises(CalibrationError, match="With layer 2 replaced"):
         single_layer_losses(table.sets())
+
+
+# for what is saved -------------------------------------------------------------------------------
+
+
+def exact_loss(losses: Sequence[float], saved: Sequence[float], least: float) -> float:
+    """The smallest sum of ``losses`` of items that save at least ``least``, by integer programming."""
+    found = milp(
+        np.array(losses),
+        integrality=np.ones(len(losses)),
+        bounds=Bounds(0, 1),
+        constraints=LinearConstraint(np.array(saved)[None], least, np.inf),
+    )
+    assert found.success
+    return float(found.fun)
+
+
+ITEMS = st.lists(st.tuples(st.floats(0.01, 1.0), st.floats(0.1, 1.0)), min_size=3, max_size=8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(items=ITEMS)
+def test_for_what_is_saved_each_prefix_is_as_good_as_any_set_that_saves_as_much(
+    items: list[tuple[float, float]],
+) -> None:
+    """Where losses add up: no set that saves as much loses less (the greedy order solves the relaxed program)."""
+    losses, saved = zip(*items, strict=True)
+    table = Table(lambda layers: sum(losses[i] for i in layers), len(items))
+    sets = table.sets()
+    order = greedy_order(sets, single_layer_losses(sets), len(items), lambda _, block: saved[layer_of(block)])
+    for k in range(1, len(items) + 1):
+        taken = [layer_of(block) for block in order[:k]]
+        total = sum(saved[i] for i in taken)
+        assert sum(losses[i] for i in taken) <= exact_loss(losses, saved, total - 1e-6) + 1e-5
+
+
+def test_what_saves_nothing_comes_last_and_what_gains_first() -> None:
+    losses, saved = [0.1, 0.2, -0.05, -0.05], [0.0, 5.0, 1.0, 2.0]
+    table = Table(lambda layers: sum(losses[i] for i in layers), 4)
+    sets = table.sets()
+    assert greedy_order(sets, single_layer_losses(sets), 4, lambda _, i: saved[layer_of(i)]) == [3, 2, 1, 0]
+    # By loss alone the one that saves nothing comes before.
+    assert greedy_order(sets, single_layer_losses(sets), 4) == [2, 3, 0, 1]
+
+
+def test_savings_may_depend_on_what_is_linear() -> None:
+    losses = [0.1, 0.2, 0.3]
+    table = Table(lambda layers: sum(losses[i] for i in layers), 3)
+    sets = table.sets()
+
+    def saved(linear: Sequence[Block], block: Block) -> float:
+        return 10.0 if 0 in linear and block == 2 else 1.0
+
+    assert greedy_order(sets, single_layer_losses(sets), 3, saved) == [0, 2, 1]

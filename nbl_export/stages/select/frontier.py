@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nbl_export.blocks import Block
-from nbl_export.errors import BudgetError
+from nbl_export.errors import BudgetError, InputError
 from nbl_export.files import TEMPORARY
 from nbl_export.progress import Listener
+from nbl_export.settings import SelectSettings
 
 if TYPE_CHECKING:
     from nbl_export.linearize.plan import LinearLayer, Plan
+    from nbl_export.verify.speed.savings import Savings
     from nbl_export.workspace import Workspace
 
 # The prompt that K curves are timed with, and the rounds of base and linearized in turn.
@@ -32,6 +34,28 @@ class Speedups:
     @property
     def least(self) -> float:
         return self.prefill if self.decode is None else min(self.prefill, self.decode)
+
+
+def savings_in(ws: Workspace, plan: Plan, settings: SelectSettings) -> Savings | None:
+    """What blocks save of the workloads that are asked for, in the graph that was exported; None without workloads.
+
+    ``plan`` has the candidates. Raises :class:`InputError` where there is no graph.
+    """
+    from nbl_export.graph.io import load_graph
+    from nbl_export.verify.speed.ceiling import graph_cost
+    from nbl_export.verify.speed.roofline import measure_roofline
+    from nbl_export.verify.speed.savings import Savings, block_savings
+
+    if not settings.workload:
+        return None
+    exported = ws.current("export")
+    if exported is None or exported.dropped:
+        raise InputError(
+            "--workload counts what each layer costs in the graph, and the model is not exported yet: run "
+            f"`nbl-export export {ws.root}` first."
+        )
+    blocks = block_savings(load_graph(ws.baseline), plan, settings.rank)
+    return Savings(graph_cost(ws.baseline), blocks, measure_roofline(), settings.workloads)
 
 
 class SpeedMeter:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from nbl_export.linearize.search import MeasuredSets
     from nbl_export.stages.select.frontier import SpeedMeter
     from nbl_export.stages.select.jobs import Jobs
+    from nbl_export.verify.speed.savings import Savings
 
 # A function that returns the K best layers, best first, for any K.
 Prefix = Callable[[int], Sequence[Block]]
@@ -38,11 +39,14 @@ class Shipped(Generic[T]):
 
 
 class Choosing:
-    """Ranks the layers of a model by a criterion."""
+    """Ranks the layers of a model by a criterion, and for a workload by that for what they save."""
 
-    def __init__(self, settings: SelectSettings, jobs: Jobs, listener: Listener) -> None:
+    def __init__(
+        self, settings: SelectSettings, jobs: Jobs, listener: Listener, savings: Savings | None = None
+    ) -> None:
         assert settings.criterion is not None
         self._settings, self._listener, self._jobs = settings, listener, jobs
+        self._savings = savings
         self._criterion = CRITERIA[settings.criterion]
 
     @cached_property
@@ -54,7 +58,9 @@ class Choosing:
         return self._jobs.sets("for_choosing", fit=fit, ridge=ridge)
 
     def scored(self, candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
-        """``candidates`` with the scores that the criterion measures for each single layer."""
+        """``candidates`` with the scores that the criterion measures for each single layer, and what each saves."""
+        if self._savings:
+            candidates = [replace(c, saved_ms=self._savings.saved_ms(c.layer)) for c in candidates]
         if not self._criterion.measured:
             return tuple(candidates)
         measure = {"drop": self._drop, "linearity": self._linearity}.get(
@@ -102,12 +108,17 @@ class Choosing:
         """The best of the scored ``candidates``."""
         if not self._criterion.searched:
             assert self._settings.criterion is not None
-            order = [c.layer for c in ranking(candidates, self._settings.criterion)]
+            order = [c.layer for c in ranking(candidates, self._settings.criterion, self._saved)]
             return lambda k: order[:k]
 
         from nbl_export.linearize.search import greedy_order, single_layer_losses
 
-        return lambda k: greedy_order(self.sets, single_layer_losses(self.sets), k)
+        return lambda k: greedy_order(
+            self.sets, single_layer_losses(self.sets), k, lambda linear, block: self._saved(block, linear)
+        )
+
+    def _saved(self, block: Block, linear: Sequence[Block] = ()) -> float:
+        return self._savings.saved_ms(block, linear) if self._savings else 1.0
 
     def curve(self, prefix: Prefix, most: int) -> list[CurvePoint]:
         """The losses of K = 1, 2 …, up to ``most`` or until the budget is exceeded."""
@@ -118,7 +129,10 @@ class Choosing:
                 task.advance(1)
                 return found
 
-            return loss_curve(prefix, loss, most, self._settings.budget)
+            points = loss_curve(prefix, loss, most, self._settings.budget)
+        if self._savings is None:
+            return points
+        return [replace(p, workload_speedup=self._savings.speedup(p.layers)) for p in points]
 
 
 def _singly(sets: MeasuredSets, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Loss]]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbl_export.blocks import MLP, Block, Mlp
+from nbl_export.blocks import MLP, PARTS, Block, Mlp, part_of
 from nbl_export.files import write_json
 from nbl_export.linearize.plan import LinearLayer, Plan, load_plan
 from nbl_export.linearize.selection import Curve, PlanLoss, ScoredLayer, Scores
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from nbl_export.stages.select.linear_layers import Fitting
     from nbl_export.stages.select.measured import Measured
     from nbl_export.stages.select.order import Prefix, Shipped
+    from nbl_export.verify.speed.savings import Savings
 
 
 def select(run: Run, settings: SelectSettings) -> Plan:
@@ -31,7 +32,7 @@ def select(run: Run, settings: SelectSettings) -> Plan:
     from nbl_export.linearize.scores import check_layers, check_rank, predicted_excess, score_layers
     from nbl_export.models.device import exact_float32
     from nbl_export.models.layers import FULL, positions
-    from nbl_export.stages.select.frontier import SpeedMeter
+    from nbl_export.stages.select.frontier import SpeedMeter, savings_in
     from nbl_export.stages.select.jobs import Jobs
     from nbl_export.stages.select.order import Choosing, Shipped, choose
 
@@ -56,12 +57,15 @@ def select(run: Run, settings: SelectSettings) -> Plan:
             made = _fitted(empty, layers, fitting, settings, measured, predicted, run.model.task.causal)
             return Shipped(made, made[1].loss if made[1] else None)
 
+        savings = savings_in(ws, empty, settings)
         if settings.layers is not None:
             curve: Curve | None = None
             found, others = [c.layer for c in candidates], metadata.get("others", {})
             plan, result = ship(check_layers(found, settings.layers, settings.k, others)).made
         else:
-            choosing = Choosing(settings, jobs, listener)
+            if savings:
+                listener.note(_in_words(savings))
+            choosing = Choosing(settings, jobs, listener, savings)
             candidates = choosing.scored(candidates)
 
             def speeds(prefix: Prefix) -> SpeedMeter:
@@ -76,7 +80,16 @@ def select(run: Run, settings: SelectSettings) -> Plan:
             ScoredLayer(**vars(c), kind=kinds.get(str(c.layer), MLP if isinstance(c.layer, Mlp) else FULL))
             for c in candidates
         )
-        scores = Scores(scored, metadata.get("others", {}), curve, result, metadata.get("dtype"))
+        workload_ms = savings.ms() if savings else None
+        scores = Scores(
+            scored,
+            metadata.get("others", {}),
+            curve,
+            result,
+            metadata.get("dtype"),
+            settings.workload,
+            workload_ms,
+        )
         write_json(ws.candidates, _as_kept(scores))
         return [ws.plan, ws.plan.with_suffix(".safetensors"), ws.candidates]
 
@@ -85,10 +98,25 @@ def select(run: Run, settings: SelectSettings) -> Plan:
             ranks.follow(lambda: jobs.by_name)
         return load_plan(ws.plan)
     with ranks.leading():
-        if settings.budget.min_speedup is not None:
+        if settings.budget.min_speedup is not None or settings.workload:
             made_of["export"] = ws.require("export", f"nbl-export export {ws.root}").result
         replace(run, ranks=ALONE).stage("select", settings.as_json(), made_of, work, device)
     return load_plan(ws.plan)
+
+
+def _in_words(savings: Savings) -> str:
+    """What the blocks save of the workload, by their kinds."""
+    parts = []
+    for part, name in zip(PARTS, ("attention", "MLP"), strict=True):
+        saved = [savings.saved_ms(block) for block in savings.blocks if part_of(block) == part]
+        if saved:
+            parts.append(f"a linear {name} saves {_span(min(saved), max(saved))} ms")
+    return f"Of {savings.ms():.3g} ms for the workload, {' and '.join(parts)}, counted from the graph."
+
+
+def _span(low: float, high: float) -> str:
+    first, last = f"{low:.3g}", f"{high:.3g}"
+    return first if first == last else f"{first} to {last}"
 
 
 def _fitted(

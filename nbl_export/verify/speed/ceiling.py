@@ -37,7 +37,7 @@ def graph_cost(path: Path) -> GraphCost:
     for node in model.graph:
         shape = weight_shape(node)
         if shape is not None:
-            size = sum(w.nbytes for w in _weights(node))
+            size = weight_bytes(node)
             macs += shape[0] * shape[1]
             read += size
             if node is head:
@@ -46,6 +46,16 @@ def graph_cost(path: Path) -> GraphCost:
     widths = [weight_shape(r.projection) for r in find_regions(model) if isinstance(r, AttentionRegion)]
     attention = sum(2 * width[0] for width in widths if width is not None)
     return GraphCost(macs, attention, read, kv_bytes_per_token(model), last_macs, last_bytes)
+
+
+def weight_bytes(node: ir.Node) -> int:
+    """Bytes of the stored weights that the linear operator ``node`` reads."""
+    return sum(weight.nbytes for weight in _weights(node))
+
+
+def matrix_bytes(node: ir.Node) -> int:
+    """Those of its matrix alone, without a bias."""
+    return sum(weight.nbytes for weight in _weights(node) if len(weight.shape) > 1)
 
 
 def _weights(node: ir.Node) -> list[ir.TensorProtocol]:

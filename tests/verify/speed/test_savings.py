@@ -1,0 +1,132 @@
+"""What blocks save, against graphs in which they are linear, and what that is in milliseconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nbl_export.blocks import Block, Mlp
+from nbl_export.export.forms import FORMS
+from nbl_export.export.torch import trace
+from nbl_export.graph.io import load_graph, save_graph
+from nbl_export.graph.precision import precision_of, to_precision
+from nbl_export.rewrite.replace import rewrite_file
+from nbl_export.settings.workload import Workload
+from nbl_export.verify.speed.ceiling import graph_cost
+from nbl_export.verify.speed.savings import Savings, block_savings, less
+from nbl_export.verify.speed.values import GraphCost, Roofline
+from tests.end_to_end.matrix import CHOSEN
+from tests.exporters import GRAPH, Graphs
+from tests.families import Calibrated
+from tests.fixtures_graph import low_rank
+
+# Gated, a mixture of experts, plain with biases, beside the attention.
+FAMILIES = ("llama", "mixtral", "gpt2", "gpt_neox")
+# A machine that multiplies 10 times as often a second as it reads a byte.
+ROOFLINE = Roofline("cpu", "float32", 1, 1e10, 1e9)
+
+
+@pytest.fixture(scope="module")
+def source(
+    calibrated_of: Callable[[str], Calibrated], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    root = tmp_path_factory.mktemp("savings")
+    made: dict[str, Path] = {}
+
+    def graph(family: str) -> Path:
+        if family not in made:
+            made[family] = root / f"{family}.onnx"
+            save_graph(trace(calibrated_of(family).model, FORMS["concat"]), made[family])
+        return made[family]
+
+    return graph
+
+
+def assert_counted(path: Path, case: Calibrated, rank: int | None, folder: Path) -> None:
+    """The graph's cost without what the blocks save is that of the graph in which they are linear."""
+    plan = case.plan(CHOSEN["half"])
+    saved = block_savings(load_graph(path), plan, rank)
+    rewrite_file(path, low_rank(plan, rank) if rank else plan, folder / "out" / GRAPH)
+    left = graph_cost(path)
+    for block in plan.chosen:
+        assert saved[block] != GraphCost(0, 0, 0, 0)
+        left = less(left, saved[block])
+    assert left == graph_cost(folder / "out" / GRAPH)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_savings_are_those_of_the_rewritten_graph(
+    family: str, source: Callable[[str], Path], calibrated_of: Callable[[str], Calibrated], tmp_path: Path
+) -> None:
+    assert_counted(source(family), calibrated_of(family), None, tmp_path)
+
+
+def test_factors_of_a_rank_save_more(
+    source: Callable[[str], Path], calibrated_of: Callable[[str], Calibrated], tmp_path: Path
+) -> None:
+    assert_counted(source("llama"), calibrated_of("llama"), 8, tmp_path)
+
+
+def test_half_a_weight_is_half_the_bytes(
+    source: Callable[[str], Path], calibrated_of: Callable[[str], Calibrated], tmp_path: Path
+) -> None:
+    graph = load_graph(source("llama"))
+    to_precision(graph, precision_of("fp16"), {})
+    save_graph(graph, tmp_path / "half.onnx")
+    assert_counted(tmp_path / "half.onnx", calibrated_of("llama"), None, tmp_path)
+
+
+@pytest.mark.parametrize("exporter", ["dynamo-18-sdpa", "genai-fp32"])
+def test_so_it_is_in_foreign_graphs(
+    exporter: str,
+    model_of: Callable[[str], Path],
+    calibrated_of: Callable[[str], Calibrated],
+    tmp_path: Path,
+) -> None:
+    path = Graphs(model_of, tmp_path)(exporter, "llama-gqa") / GRAPH
+    assert_counted(path, calibrated_of("llama-gqa"), None, tmp_path)
+
+
+# An attention has few weights and a cache, an MLP many weights.
+ATTENTION, MLP = GraphCost(100, 20, 400, 8), GraphCost(800, 0, 3200, 0)
+BLOCKS: dict[Block, GraphCost] = {0: ATTENTION, 1: ATTENTION, Mlp(0): MLP, Mlp(1): MLP}
+GRAPH_COST = GraphCost(3000, 60, 12000, 24, 200, 800)
+
+
+def savings(*workloads: Workload) -> Savings:
+    return Savings(GRAPH_COST, BLOCKS, ROOFLINE, workloads)
+
+
+def test_milliseconds_by_hand() -> None:
+    assert savings(Workload(prefill=10)).ms() == pytest.approx(
+        1e3 * (max(10 * 2800 / 1e10, 11200 / 1e9) + max(200 / 1e10, 800 / 1e9) + max(6000 / 1e10, 240 / 1e9))
+    )
+    # 4 tokens after 100, which are 102 in the middle.
+    decode = savings(Workload(decode=4, context=100, batch=2))
+    token = max(6000 / 1e10, 12000 / 1e9) + max(2 * 102 * 60 / 1e10, 2 * 102 * 24 / 1e9)
+    assert decode.ms() == pytest.approx(1e3 * 4 * token)
+    assert savings(
+        Workload(prefill=10), Workload(decode=4, context=100, batch=2, weight=3)
+    ).ms() == pytest.approx(savings(Workload(prefill=10)).ms() + 3 * decode.ms())
+
+
+def test_the_workload_says_which_block_saves_more() -> None:
+    short, long = savings(Workload(decode=1, context=10)), savings(Workload(decode=1, context=10_000))
+    assert short.saved_ms(Mlp(0)) > short.saved_ms(0)
+    assert long.saved_ms(0) > long.saved_ms(Mlp(0))
+    together = short.saved_ms(0) + short.saved_ms(Mlp(1), [0])
+    assert short.ms() - short.ms([0, Mlp(1)]) == pytest.approx(together)
+    assert short.speedup([0, Mlp(1)]) == pytest.approx(short.ms() / (short.ms() - together))
+    assert short.speedup([]) == 1.0
+
+
+def test_a_block_that_is_not_found_saves_nothing(
+    source: Callable[[str], Path], calibrated_of: Callable[[str], Calibrated]
+) -> None:
+    plan = calibrated_of("llama").plan(())
+    deeper = replace(plan, probe_y={**plan.probe_y, Mlp(7): plan.probe_y[Mlp(3)]})
+    saved = block_savings(load_graph(source("llama")), deeper)
+    assert saved[Mlp(7)] == GraphCost(0, 0, 0, 0)
