@@ -54,6 +54,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
+class Failures:
+    """Says each failure when it happens: a run that does not come to its end would not say any."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._plugins = config.pluginmanager
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        terminal: Any = self._plugins.get_plugin("terminalreporter")
+        if report.failed and terminal is not None:
+            why = [line for line in report.longreprtext.splitlines() if line.startswith("E ")][:1]
+            terminal.write_line("")
+            terminal.write_line(f"FAILED {report.nodeid} ({report.when}) {''.join(why)}")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Follow the failures of all processes in the first one."""
+    if not hasattr(config, "workerinput"):  # those of other processes are told to this one
+        config.pluginmanager.register(Failures(config))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of public test data; the test is skipped where it is missing."""

@@ -43,14 +43,32 @@ OTHERS = ("genai-fp32", "genai-int4", "optimum")
 # LayerNorms, soft-capping, sinks, fused projections, states.
 CORE = ("llama", "mixtral", "gemma2", "gemma3n", "phi3", "gpt2", "bloom", "gpt_oss", "bamba", "qwen3_next")
 # A half graph is the float32 one converted, whatever its cache; onnxruntime runs shared caches on the CPU, in float32.
-# Of families that are not CORE, the usual run has the cache that every one has: the table has the rest.
+# The table has all of them; the usual run has for every family but those alike the cache that every one has.
 FORMS_TRIED = (*((c, p) for c in CACHES for p in PRECISIONS), ("shared", "fp32"))
 
 
+# Of CORE, those whose other caches the usual run has; what is refused costs little.
+STATIC, SHARED = ("llama", "gemma2", "phi3", "gpt2"), ("llama", "gemma2", "phi3")
+# Those that differ from another one by little but their names: the tests of exporters have most of them, too.
+ALIKE = (
+    "mistral",
+    "qwen3",
+    "gemma3-text",
+    "phi",
+    "gpt_neox",
+    "falcon",
+    "falcon-new",
+    "opt-post-norm",
+    "olmo2",
+    "granite",
+    "stablelm-parallel",
+)
+
+
 def usual(family: str, cache: str, precision: str) -> bool:
-    if family in CORE:
-        return (cache, precision) != ("static", "bf16")
-    return (cache, precision) in (("concat", "fp32"), ("concat", "fp16"))
+    if cache == "concat":
+        return family not in ALIKE and (precision != "bf16" or family in CORE)
+    return family in (STATIC if cache == "static" else SHARED) and precision != "bf16"
 
 
 GRAPHS = [
@@ -69,7 +87,7 @@ ENGINES = [
         family,
         cache,
         id=f"{family}-{cache}",
-        marks=() if family in CORE and cache == "static" else exhaustive,
+        marks=() if family in STATIC and cache == "static" else exhaustive,
     )
     for family in DECODERS
     for cache in CACHES
@@ -116,7 +134,8 @@ def exported(
         path = root / family / form / precision / GRAPH
         path.parent.mkdir(parents=True, exist_ok=True)
         if precision == "fp32":
-            check_form(calibrated_of(family).model, FORMS[form])
+            if ALL or family in CORE:  # it traces the model once more
+                check_form(calibrated_of(family).model, FORMS[form])
             export_torch(calibrated_of(family).model, path, form=FORMS[form])
         else:
             source = load_graph(graph(family, form, "fp32"))

@@ -212,7 +212,7 @@ def test_disguised_decoders_are_rewritten_right_or_refused(
 
 
 @pytest.mark.slow
-@settings(max_examples=1200 if ALL else 250, **{**_EXHAUSTIVE, "derandomize": EXPLORE not in os.environ})  # type: ignore[arg-type]
+@settings(max_examples=1200 if ALL else 120, **{**_EXHAUSTIVE, "derandomize": EXPLORE not in os.environ})  # type: ignore[arg-type]
 @given(choices(), disguises, seeds, st.data())
 def test_many_disguised_decoders(c: Choices, names: list[str], seed: int, data: st.DataObject) -> None:
     check_disguised(c, names, seed, data)
