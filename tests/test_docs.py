@@ -140,7 +140,13 @@ def test_defaults_of_the_command_line_are_those_of_the_settings() -> None:
         "device": "auto",
         "memory": None,
     }
-    budget = {"max_kl": None, "max_perplexity_ratio": None, "min_speedup": None}
+    budget = {
+        "max_kl": None,
+        "max_perplexity_ratio": None,
+        "min_speedup": None,
+        "max_weight_bytes": None,
+        "max_kv_bytes": None,
+    }
     assert asdict(SelectSettings()) == {
         "k": None,
         "layers": None,

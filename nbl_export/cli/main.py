@@ -37,7 +37,15 @@ in the ONNX graph, and prove the result.
 nbl-export MODEL --k 8 -o OUT does everything. The other commands do one stage each on the same OUT and go on from \
 what is there. Each has a --help of its own."""
 # The command line says how many layers in one of these ways; what a file says of the others is then left out.
-_HOW_MANY = {"--k", "--layers", "--max-kl", "--max-ppl-ratio", "--min-speedup"}
+_HOW_MANY = {
+    "--k",
+    "--layers",
+    "--max-kl",
+    "--max-kv-bytes",
+    "--max-ppl-ratio",
+    "--max-weight-bytes",
+    "--min-speedup",
+}
 
 
 def from_file(_app: App, names: tuple[str, ...], arguments: Any) -> None:

@@ -11,6 +11,7 @@ from nbl_export.linearize.selection import Curve, PlanLoss
 from nbl_export.report.drawing import Table, finite, number, spans
 from nbl_export.report.schema import Selection
 from nbl_export.settings import Budget
+from nbl_export.settings.size import bytes_of
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,16 @@ class Bound:
     figure: str
 
 
+def _bytes(size: str | None) -> float | None:
+    return None if size is None else float(bytes_of(size))
+
+
 BUDGETS = (
     Bound("perplexity ratio ≤ {:g}", lambda b: b.max_perplexity_ratio, "perplexity_ratio"),
     Bound("KL ≤ {:g}", lambda b: b.max_kl, "kl"),
     Bound("speedup ≥ {:g}×", lambda b: b.min_speedup, "speedup"),
+    Bound("weights ≤ {:,.0f} bytes", lambda b: _bytes(b.max_weight_bytes), "weight_bytes"),
+    Bound("KV cache ≤ {:,.0f} bytes", lambda b: _bytes(b.max_kv_bytes), "kv_bytes"),
 )
 
 

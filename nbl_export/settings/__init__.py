@@ -51,7 +51,7 @@ class RunSettings:
         of = chosen.budget.of_loss
         bound = LossBound(*(b if a is None else a for a, b in zip(astuple(own), astuple(of), strict=True)))
         if chosen.k is not None or chosen.layers is not None:
-            chosen = replace(chosen, budget=Budget(min_speedup=chosen.budget.min_speedup))
+            chosen = replace(chosen, budget=replace(chosen.budget, max_kl=None, max_perplexity_ratio=None))
         return replace(self, selection=chosen, verification=replace(self.verification, bound=bound))
 
     @property

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from nbl_export.settings.choices import AUTO_PERPLEXITY_RATIO
-from nbl_export.settings.definition import COST, LAYERS, Settings, at_least, options, setting
+from nbl_export.settings.definition import COST, LAYERS, MORE, Settings, at_least, options, setting
+from nbl_export.settings.size import SIZE
 
 
 @options
@@ -36,9 +38,25 @@ class Budget(LossBound):
     """Bounds that K must keep: each None where the user gave none. Speedups are those of prefill and of decode.
 
     min_speedup: Smallest K with prefill and decode X times as fast.
+    max_weight_bytes: Weights of at most that size, by the smallest K.
+    max_kv_bytes: KV cache of at most that size, by the smallest K, for the rows of --workload.
     """
 
     min_speedup: float | None = setting(None, LAYERS, at_least(1, "1 or more (1.2 is a fifth faster)"))
+
+    max_weight_bytes: str | None = setting(None, MORE, SIZE, metavar="SIZE")
+    max_kv_bytes: str | None = setting(None, MORE, SIZE, metavar="SIZE")
+
+    @property
+    def bounds_size(self) -> bool:
+        return self.max_weight_bytes is not None or self.max_kv_bytes is not None
+
+    def as_json(self) -> dict[str, Any]:
+        """Without the bounds that are None and that budgets did not always have: what was made within one is kept."""
+        new = ("max_weight_bytes", "max_kv_bytes")
+        return {
+            name: value for name, value in super().as_json().items() if value is not None or name not in new
+        }
 
     @property
     def of_loss(self) -> LossBound:

@@ -139,7 +139,8 @@ class SelectSettings(OnDevice):
     def check(self) -> None:
         one_way = (
             "--k and --layers say how many layers to linearize, and so does a budget (--k auto, --max-ppl-ratio, "
-            "--max-kl, --min-speedup): give one of them; a bound on the loss of K layers is a gate of "
+            "--max-kl, --min-speedup, --max-weight-bytes, --max-kv-bytes): give one of them; a bound on the loss of "
+            "K layers is a gate of "
             "`nbl-export verify`."
         )
         if self.layers is not None and str(self.k) == AUTO:
@@ -149,10 +150,14 @@ class SelectSettings(OnDevice):
         if not any(ways):
             raise InputError(
                 "Say how many layers to linearize: --k K, --k auto, or a budget (--max-ppl-ratio, --max-kl, "
-                "--min-speedup); or name them with --layers."
+                "--min-speedup, --max-weight-bytes, --max-kv-bytes); or name them with --layers."
             )
         if self.budget and sum(ways) > 1:
             raise InputError(one_way)
+        if self.budget.max_kv_bytes and not self.workload:
+            raise InputError(
+                "--max-kv-bytes bounds the KV cache of a workload: say which, as --workload decode=128@4096,batch=4."
+            )
         if self.layers is not None and self.workload:
             raise InputError("--layers names the layers, and --workload chooses them: give one of them.")
         if self.repair and self.fit == "drop":
@@ -185,7 +190,7 @@ class SelectSettings(OnDevice):
 
     def as_json(self) -> dict[str, Any]:
         named = None if self.layers is None else [as_json(block) for block in self.layers]
-        asked = {**super().as_json(), "layers": named}
+        asked = {**super().as_json(), "layers": named, "budget": self.budget.as_json()}
         if not self.workload:  # what was selected before there were workloads is kept
             del asked["workload"]
         return asked
@@ -204,7 +209,7 @@ class SelectSettings(OnDevice):
 class ExportSettings(Settings):
     """Who exports the graph, its precision, and how it keeps its KV cache; None is what suits the task and engines.
 
-    precision: fp32, fp16 or bf16; with --exporter genai int4 and int8, too.
+    precision: fp32, fp16, bf16; genai: int4, int8.
     kv_cache: concat, shared (fastest on ONNX Runtime, for it alone), static (written in place, opset 24), none.
     exporter: torch, genai (onnxruntime-genai's builder) or optimum.
     inputs: What the decoder reads: ids (token ids), or embeds (their embeddings, among which those of images can be;

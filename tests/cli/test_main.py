@@ -366,7 +366,9 @@ def test_k_auto_bounds_the_perplexity(out: Path) -> None:
     done = nbl("select", out, "--k", "auto", "--max-ppl-ratio", "1000")
     assert done.code == 0, done
     budget = json.loads((out / "nbl" / "candidates.json").read_text())["curve"]["budget"]
-    assert budget == {"max_kl": None, "max_perplexity_ratio": 1000.0, "min_speedup": None}
+    assert {name: value for name, value in budget.items() if value is not None} == {
+        "max_perplexity_ratio": 1000.0
+    }
     assert "Plan: layers 0, 1, 2, 3." in done.out.replace("\n", " ")
     settings = json.loads((out / "nbl" / "workspace.json").read_text())["stages"]["select"]["settings"]
     assert settings["k"] is None and settings["criterion"] == "greedy"

@@ -37,25 +37,28 @@ class Speedups:
 
 
 def savings_in(ws: Workspace, plan: Plan, settings: SelectSettings) -> Savings | None:
-    """What blocks save of the workloads that are asked for, in the graph that was exported; None without workloads.
+    """What blocks save in the graph that was exported, and of workloads; None where nothing asks for it.
 
     ``plan`` has the candidates. Raises :class:`InputError` where there is no graph.
     """
     from nbl_export.graph.io import load_graph
     from nbl_export.verify.speed.ceiling import graph_cost
     from nbl_export.verify.speed.roofline import measure_roofline
-    from nbl_export.verify.speed.savings import Savings, block_savings
+    from nbl_export.verify.speed.savings import Savings, block_savings, stored_bytes
 
-    if not settings.workload:
+    if not settings.workload and not settings.budget.bounds_size:
         return None
     exported = ws.current("export")
     if exported is None or exported.dropped:
         raise InputError(
-            "--workload counts what each layer costs in the graph, and the model is not exported yet: run "
+            "What each layer costs is counted in the graph, and the model is not exported yet: run "
             f"`nbl-export export {ws.root}` first."
         )
-    blocks = block_savings(load_graph(ws.baseline), plan, settings.rank)
-    return Savings(graph_cost(ws.baseline), blocks, measure_roofline(), settings.workloads)
+    graph = load_graph(ws.baseline)
+    blocks = block_savings(graph, plan, settings.rank)
+    return Savings(
+        graph_cost(ws.baseline), blocks, measure_roofline(), settings.workloads, stored_bytes(graph)
+    )
 
 
 class SpeedMeter:

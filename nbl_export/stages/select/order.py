@@ -17,6 +17,7 @@ from nbl_export.linearize.scores import CRITERIA, check_k, ranking
 from nbl_export.linearize.selection import Curve
 from nbl_export.progress import Listener
 from nbl_export.settings import Budget, SelectSettings
+from nbl_export.settings.size import bytes_of
 from nbl_export.stages.select.frontier import points_of
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Choosing:
 
     def scored(self, candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
         """``candidates`` with the scores that the criterion measures for each single layer, and what each saves."""
-        if self._savings:
+        if self._savings and self._settings.workload:
             candidates = [replace(c, saved_ms=self._savings.saved_ms(c.layer)) for c in candidates]
         if not self._criterion.measured:
             return tuple(candidates)
@@ -118,7 +119,37 @@ class Choosing:
         )
 
     def _saved(self, block: Block, linear: Sequence[Block] = ()) -> float:
-        return self._savings.saved_ms(block, linear) if self._savings else 1.0
+        return self._savings.saved_ms(block, linear) if self._savings and self._settings.workload else 1.0
+
+    def least_k(self, prefix: Prefix, most: int) -> int:
+        """The smallest K whose weights and KV cache are within the budget; 0 where it does not bound them.
+
+        Raises :class:`BudgetError` if not even ``most`` are enough, and :class:`InputError` if none are needed.
+        """
+        budget, savings = self._settings.budget, self._savings
+        if savings is None:
+            return 0
+        bounds = (
+            ("--max-weight-bytes", budget.max_weight_bytes, savings.weight_bytes),
+            ("--max-kv-bytes", budget.max_kv_bytes, savings.kv_bytes),
+        )
+        least = 0
+        for option, limit, size in bounds:
+            if limit is None:
+                continue
+            if size() <= bytes_of(limit):
+                raise InputError(
+                    f"{option} {limit} asks for nothing: without a linear layer there are {size():,} bytes: ask for "
+                    "less."
+                )
+            found = next((k for k in range(1, most + 1) if size(prefix(k)) <= bytes_of(limit)), None)
+            if found is None:
+                raise BudgetError(
+                    f"{option} {limit} is out of reach: with {most} linear layers there are still "
+                    f"{size(prefix(most)):,} bytes: allow more."
+                )
+            least = max(least, found)
+        return least
 
     def curve(self, prefix: Prefix, most: int) -> list[CurvePoint]:
         """The losses of K = 1, 2 …, up to ``most`` or until the budget is exceeded."""
@@ -130,7 +161,7 @@ class Choosing:
                 return found
 
             points = loss_curve(prefix, loss, most, self._settings.budget)
-        if self._savings is None:
+        if self._savings is None or not self._settings.workload:
             return points
         return [replace(p, workload_speedup=self._savings.speedup(p.layers)) for p in points]
 
@@ -171,6 +202,7 @@ def choose(
         if why:
             raise InputError(f"--min-speedup cannot be measured: {why}.")
         least = meter.least_k(budget.min_speedup, count)
+    least = max(least, choosing.least_k(prefix, count))
     points = choosing.curve(prefix, count if budget.bounds_loss else least)
     most = largest_within(points, budget) if budget.bounds_loss else least
     if most < max(least, 1):
@@ -222,13 +254,23 @@ def _cost(loss: Loss | CurvePoint) -> str:
     )
 
 
+def _asks(budget: Budget) -> str:
+    """What of the ``budget`` asks for a number of layers, as it was given."""
+    asked = {
+        "--min-speedup": budget.min_speedup,
+        "--max-weight-bytes": budget.max_weight_bytes,
+        "--max-kv-bytes": budget.max_kv_bytes,
+    }
+    return ", ".join(f"{option} {value}" for option, value in asked.items() if value is not None)
+
+
 def _budget_error(points: Sequence[CurvePoint], budget: Budget, k: int, least: int) -> str:
     first = points[0]
     cost = f"K = {first.k} costs {_cost(first)}"
     if least > 1:
         return (
-            f"No K meets the budget: --min-speedup {budget.min_speedup:g} needs {least} linear layers, and the loss "
-            f"allows {k} ({cost}): allow more loss, or ask for less speed."
+            f"No K meets the budget: {_asks(budget)} needs {least} linear layers, and the loss "
+            f"allows {k} ({cost}): allow more loss, or ask for less of the other."
         )
     return f"No K meets the budget, since {cost}: allow more loss, or give --k."
 

@@ -63,7 +63,7 @@ def select(run: Run, settings: SelectSettings) -> Plan:
             found, others = [c.layer for c in candidates], metadata.get("others", {})
             plan, result = ship(check_layers(found, settings.layers, settings.k, others)).made
         else:
-            if savings:
+            if savings and settings.workload:
                 listener.note(_in_words(savings))
             choosing = Choosing(settings, jobs, listener, savings)
             candidates = choosing.scored(candidates)
@@ -80,7 +80,7 @@ def select(run: Run, settings: SelectSettings) -> Plan:
             ScoredLayer(**vars(c), kind=kinds.get(str(c.layer), MLP if isinstance(c.layer, Mlp) else FULL))
             for c in candidates
         )
-        workload_ms = savings.ms() if savings else None
+        workload_ms = savings.ms() if savings and settings.workload else None
         scores = Scores(
             scored,
             metadata.get("others", {}),
@@ -98,7 +98,7 @@ def select(run: Run, settings: SelectSettings) -> Plan:
             ranks.follow(lambda: jobs.by_name)
         return load_plan(ws.plan)
     with ranks.leading():
-        if settings.budget.min_speedup is not None or settings.workload:
+        if settings.budget.min_speedup is not None or settings.budget.bounds_size or settings.workload:
             made_of["export"] = ws.require("export", f"nbl-export export {ws.root}").result
         replace(run, ranks=ALONE).stage("select", settings.as_json(), made_of, work, device)
     return load_plan(ws.plan)

@@ -25,18 +25,35 @@ from nbl_export.verify.speed.values import GraphCost, Roofline
 
 @dataclass(frozen=True)
 class Savings:
-    """What a graph costs, what each block saves of it when it is linear, and the milliseconds of workloads."""
+    """What a graph costs, what each block saves of it when it is linear, and the milliseconds of workloads.
+
+    ``stored`` are the bytes of all weights of the graph.
+    """
 
     graph: GraphCost
     blocks: Mapping[Block, GraphCost]
     roofline: Roofline
     workloads: Sequence[Workload]
+    stored: int
 
-    def ms(self, linear: Iterable[Block] = ()) -> float:
-        """The least milliseconds of the workloads, weighted, with these blocks ``linear``."""
+    def _left(self, linear: Iterable[Block]) -> GraphCost:
         left = self.graph
         for block in linear:
             left = less(left, self.blocks[block])
+        return left
+
+    def weight_bytes(self, linear: Iterable[Block] = ()) -> int:
+        """Bytes of the weights with these blocks ``linear``."""
+        return self.stored - self.graph.weight_bytes + self._left(linear).weight_bytes
+
+    def kv_bytes(self, linear: Iterable[Block] = ()) -> int:
+        """Bytes of the KV cache that the largest workload fills."""
+        tokens = max((w.batch * w.longest for w in self.workloads), default=0)
+        return tokens * self._left(linear).kv_bytes_per_token
+
+    def ms(self, linear: Iterable[Block] = ()) -> float:
+        """The least milliseconds of the workloads, weighted, with these blocks ``linear``."""
+        left = self._left(linear)
         return 1e3 * sum(w.weight * _seconds(left, w, self.roofline) for w in self.workloads)
 
     def saved_ms(self, block: Block, linear: Iterable[Block] = ()) -> float:
@@ -90,3 +107,9 @@ def block_savings(model: ir.Model, plan: Plan, rank: int | None = None) -> dict[
             cache = pair_bytes_per_token(pairs[region.pair]) if region.pair is not None else 0
         saved[region.layer] = GraphCost(macs - w, products, round(size - of_w), cache)
     return saved
+
+
+def stored_bytes(model: ir.Model) -> int:
+    """Bytes of all weights of the graph ``model``."""
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)

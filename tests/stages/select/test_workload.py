@@ -6,11 +6,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
+from onnx import numpy_helper
 
 from nbl_export import api
 from nbl_export.blocks import Mlp, from_json
-from nbl_export.errors import InputError
+from nbl_export.errors import BudgetError, InputError
 from nbl_export.linearize.figures import per_saving
 from nbl_export.linearize.plan import Plan
 from tests.listening import Notes
@@ -89,3 +91,74 @@ def test_another_workload_is_another_selection(out: Path) -> None:
     notes = Notes()
     api.select(out, asked(1, LONG, criterion="kl"), listener=notes)
     assert any("made with another workload" in note for note in notes.notes)
+
+
+# sizes -------------------------------------------------------------------------------------------
+
+
+def graph_of(out: Path) -> Path:
+    """The rewritten graph of the plan that was selected."""
+    api.rewrite(out)
+    return out / "model.onnx"
+
+
+def weights(path: Path) -> int:
+    return sum(numpy_helper.to_array(t).nbytes for t in onnx.load(str(path)).graph.initializer)
+
+
+def bounded(workload: tuple[str, ...] = (), **budget: str) -> api.SelectSettings:
+    return api.SelectSettings(criterion="kl", workload=workload, budget=api.Budget(**budget))
+
+
+def test_weights_of_at_most_a_size_by_the_fewest_layers(out: Path) -> None:
+    whole = weights(out / "baseline" / "model.onnx")
+    limit = f"{(whole - 250_000) / 1000:.3f}KB"
+    chosen = select(out, bounded(SHORT, max_weight_bytes=limit)).chosen
+    assert weights(graph_of(out)) <= whole - 250_000
+    fewer = select(out, asked(len(chosen) - 1, SHORT, criterion="kl")).chosen
+    assert set(fewer) < set(chosen) and weights(graph_of(out)) > whole - 250_000
+
+
+def test_a_kv_cache_of_at_most_a_size(out: Path) -> None:
+    # Five pairs of 4 heads of size 8 for 2 rows of 1,000 tokens.
+    pair = 2 * 1000 * 2 * 4 * 8 * 4
+    plan = select(out, bounded(("decode=8@992,batch=2",), max_kv_bytes=f"{3 * pair / 1000:.3f}KB"))
+    assert attention(plan) == 2
+    curve = candidates(out)["curve"]
+    assert curve is None or curve["budget"]["max_kv_bytes"]
+
+
+def test_bounds_of_loss_and_size_are_both_kept(out: Path) -> None:
+    whole = weights(out / "baseline" / "model.onnx")
+    budget = api.Budget(max_kl=1e-6, max_weight_bytes=f"{(whole - 250_000) / 1000:.3f}KB")
+    with pytest.raises(
+        BudgetError, match=r"--max-weight-bytes .*KB needs \d+ linear layers, and the loss allows 0"
+    ):
+        select(out, api.SelectSettings(criterion="kl", workload=SHORT, budget=budget))
+
+
+@pytest.mark.parametrize(
+    ("budget", "error", "words"),
+    [
+        ({"max_weight_bytes": "1KB"}, BudgetError, "with 10 linear layers there are still"),
+        ({"max_weight_bytes": "1GB"}, InputError, "asks for nothing: without a linear layer there are"),
+        ({"max_kv_bytes": "1GB"}, InputError, "asks for nothing"),
+    ],
+)
+def test_sizes_out_of_reach_and_sizes_that_are_there(
+    out: Path, budget: dict[str, str], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        select(out, bounded(SHORT, **budget))
+
+
+def test_a_cache_is_of_a_workload(out: Path) -> None:
+    with pytest.raises(InputError, match=r"--max-kv-bytes bounds the KV cache of a workload"):
+        bounded(max_kv_bytes="1MB").check()
+
+
+def test_weights_are_bounded_without_a_workload_too(out: Path) -> None:
+    whole = weights(out / "baseline" / "model.onnx")
+    select(out, bounded(max_weight_bytes=f"{(whole - 30_000) / 1000:.3f}KB"))
+    assert weights(graph_of(out)) <= whole - 30_000
+    assert candidates(out)["workload"] == [] and candidates(out)["candidates"][0]["saved_ms"] is None

@@ -97,7 +97,7 @@ GRAPH_COST = GraphCost(3000, 60, 12000, 24, 200, 800)
 
 
 def savings(*workloads: Workload) -> Savings:
-    return Savings(GRAPH_COST, BLOCKS, ROOFLINE, workloads)
+    return Savings(GRAPH_COST, BLOCKS, ROOFLINE, workloads, 20_000)
 
 
 def test_milliseconds_by_hand() -> None:
