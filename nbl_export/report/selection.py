@@ -8,20 +8,27 @@ from dataclasses import dataclass
 
 from nbl_export.linearize.figures import Candidate, Loss
 from nbl_export.linearize.selection import Curve, PlanLoss
-from nbl_export.report.drawing import Table, finite, number, spans
+from nbl_export.report.drawing import Table, figure, finite, number, spans
 from nbl_export.report.schema import Selection
 from nbl_export.settings import Budget
 from nbl_export.settings.size import bytes_of
 
 
+def milliseconds(value: float) -> str:
+    """A time, with three digits."""
+    return number(value, ".3g")
+
+
 @dataclass(frozen=True)
 class Score:
-    """A score that a layer may have: as a reader knows it, its value and standard error, and what it means."""
+    """A score that a layer may have: as a reader knows it, its value and standard error, what it means, and how it is
+    shown."""
 
     name: str
     of: Callable[[Candidate], float | None]
     se: Callable[[Candidate], float | None] = lambda _: None
     meaning: str = ""
+    shown: Callable[[float], str] = figure
 
 
 SCORES: Mapping[str, Score] = {
@@ -54,6 +61,7 @@ SCORES: Mapping[str, Score] = {
         lambda c: c.saved_ms,
         meaning="Saves: of the workload, counted from the graph; layers are ranked by their score for each "
         "millisecond.",
+        shown=milliseconds,
     ),
 }
 # What a criterion goes by, where it is no score of that name; greedy search begins with each layer's KL alone.
@@ -77,7 +85,11 @@ class Bound:
 
 
 def _bytes(size: str | None) -> float | None:
-    return None if size is None else float(bytes_of(size))
+    """The bytes of a bound; None for one that is none, as of a file that was changed."""
+    try:
+        return None if size is None else float(bytes_of(size))
+    except ValueError:
+        return None
 
 
 BUDGETS = (

@@ -17,7 +17,7 @@ from nbl_export.report.header import Header
 from nbl_export.report.loss import loss_table
 from nbl_export.report.parity import parity_table
 from nbl_export.report.schema import Graph, Report, Selection
-from nbl_export.report.selection import SCORES, curve_table, result_table, scored_by
+from nbl_export.report.selection import SCORES, curve_table, milliseconds, result_table, scored_by
 from nbl_export.report.speed import BENCH, ENGINES, VERIFIED, speed_tables
 from nbl_export.rewrite.summary import ProofErrors
 
@@ -75,7 +75,7 @@ def layers_table(selection: Selection, proofs: Sequence[ProofErrors]) -> Table:
                 "linear" if c.layer in chosen else part_of(c.layer),
                 number(c.cca, ".2f"),
                 number(c.nmse, ".4f"),
-                *("" if (value := s.of(c)) is None else figure(value) for s in more),
+                *("" if (value := s.of(c)) is None else s.shown(value) for s in more),
                 figure(max(error.input_error, error.output_error)) if error else "",
             )
         )
@@ -98,7 +98,9 @@ def layers_table(selection: Selection, proofs: Sequence[ProofErrors]) -> Table:
 def _workload(selection: Selection) -> str:
     if not selection.workload or selection.workload_ms is None:
         return ""
-    return f" Workload: {'; '.join(selection.workload)}: {figure(selection.workload_ms)} ms at the least."
+    return (
+        f" Workload: {'; '.join(selection.workload)}: {milliseconds(selection.workload_ms)} ms at the least."
+    )
 
 
 def _rank(score: float | None, saved: float | None) -> float:

@@ -39,6 +39,24 @@ def test_every_k_is_a_row(curve: Curve) -> None:
     assert "layers" not in curve_table(curve, brief=True).columns
 
 
+def test_what_a_workload_gains_has_a_column(curve: Curve) -> None:
+    points = tuple(replace(p, workload_speedup=1 + p.k / 4) for p in curve.points)
+    table = curve_table(replace(curve, points=points))
+    assert table.columns[3:6] == ("workload, at most", "prefill", "decode")
+    assert [row[3] for row in table.rows] == ["1.25×", "1.50×", "1.75×", "2.00×"]
+    assert "Workload: the most that it can gain" in table.note
+    assert "Workload" not in curve_table(curve).note
+
+
+def test_sizes_are_bounds(curve: Curve) -> None:
+    budget = Budget(max_weight_bytes="1.5GiB", max_kv_bytes="200MB")
+    note = curve_table(replace(curve, budget=budget)).note
+    assert note.endswith("Budget: weights ≤ 1,610,612,736 bytes, KV cache ≤ 200,000,000 bytes.")
+    # As a file says it that was changed.
+    note = curve_table(replace(curve, budget=Budget(max_weight_bytes="much", max_kl=0.5))).note
+    assert note.endswith("Budget: KL ≤ 0.5.")
+
+
 def test_a_bound_of_nought_is_a_bound(curve: Curve) -> None:
     assert curve_table(replace(curve, budget=Budget(max_kl=0.0))).note.endswith("Budget: KL ≤ 0.")
 

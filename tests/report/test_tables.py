@@ -157,3 +157,17 @@ def test_tables_of_a_report_stand_in_their_order(full: Report) -> None:
     brief = report_tables(whole, brief=True)
     assert [table.title.split(":")[0] for table in brief] == titles[:-2]
     assert all(len(row) == len(table.columns) for table in brief for row in table.rows)
+
+
+def test_layers_for_a_workload_are_in_the_order_of_loss_for_what_they_save(report: Report) -> None:
+    first, second, *_ = report.selection.candidates
+    scored = (replace(first, kl=0.2, saved_ms=4.0), replace(second, kl=0.1, saved_ms=1.0))
+    of = replace(
+        report.selection, criterion="kl", candidates=scored, workload=("decode=8@512",), workload_ms=20.46
+    )
+    table = layers_table(of, [])
+    assert [(row[0], row[6]) for row in table.rows] == [(str(first.layer), "4"), (str(second.layer), "1")]
+    assert table.columns[6] == "saves, ms"
+    assert table.note.endswith(" Workload: decode=8@512: 20.5 ms at the least.")
+    without = replace(of, candidates=tuple(replace(c, saved_ms=None) for c in scored), workload=())
+    assert [row[0] for row in layers_table(without, []).rows] == [str(second.layer), str(first.layer)]

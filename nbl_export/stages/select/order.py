@@ -256,8 +256,9 @@ def _cost(loss: Loss | CurvePoint) -> str:
 
 def _asks(budget: Budget) -> str:
     """What of the ``budget`` asks for a number of layers, as it was given."""
+    speedup = budget.min_speedup
     asked = {
-        "--min-speedup": budget.min_speedup,
+        "--min-speedup": None if speedup is None else f"{speedup:g}",
         "--max-weight-bytes": budget.max_weight_bytes,
         "--max-kv-bytes": budget.max_kv_bytes,
     }
