@@ -299,11 +299,11 @@ def test_timings_go_from_build_to_build_and_are_kept_at_the_end(
     plan = load_plan(Workspace.open(built_out).plan)
     if fails:
         with pytest.raises(BuildError):
-            build_pair(target, sources, plan, "", Silent())
+            build_pair(target, sources, plan, "", {}, Silent())
         assert (path.read_bytes() if path.is_file() else b"") == earlier
         assert set(path.parent.iterdir()) <= {path}
     else:
-        _, files = build_pair(target, sources, plan, "", Silent())
+        _, files = build_pair(target, sources, plan, "", {}, Silent())
         assert path in files and path.read_bytes().startswith(timed.found[1])
         assert not list(path.parent.glob(".*"))
     assert timed.found[0] == earlier and timed.found[1] == earlier + b"+baseline"
