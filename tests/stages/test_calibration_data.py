@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModel
 
+from nbl_export.blocks import ATTENTION
 from nbl_export.calibrate.text import CalibrationText
 from nbl_export.errors import InputError
 from nbl_export.models.compat import is_transformers_4
@@ -106,7 +107,7 @@ def test_a_decoder_is_judged_on_prompts_as_they_are_used(
     rows = material.ranges(loaded("decoder").model, text, {"input_ids": None})
     # The beginning of text stands before each row.
     assert [row.tolist() for row in rows] == [[256, *row] for row in text.calibration.tolist()]
-    probe = material.probe(loaded("decoder"), text)
+    probe = material.probe(loaded("decoder"), text, (ATTENTION,))
     assert probe.attention_mask.sum(axis=1).tolist() == [24, 16]
     assert probe.input_ids[0].tolist() == text.calibration[0, :24].tolist()
     assert probe.input_ids[1, 8:].tolist() == text.calibration[1, :16].tolist()
@@ -119,7 +120,7 @@ def test_a_text_encoder_is_probed_with_framed_rows_of_two_lengths(
     loaded: Callable[[str], LoadedModel], place: Path
 ) -> None:
     text = read(loaded, "bert", place / "text.jsonl")
-    probe = loader_for(loaded("bert").source).probe(loaded("bert"), text)
+    probe = loader_for(loaded("bert").source).probe(loaded("bert"), text, (ATTENTION,))
     assert list(probe.inputs) == ["input_ids", "attention_mask", "token_type_ids"]
     ids, mask = probe.inputs["input_ids"], probe.inputs["attention_mask"].astype(bool)
     assert mask.sum(axis=1).tolist() == [24, 16] and (ids[~mask] == PAD).all()
@@ -160,7 +161,7 @@ def test_a_vision_encoder_is_probed_and_judged_with_images(
     images = read(loaded, "vit", place / "images")
     assert images.calibration.shape == (4, 3, 32, 32) and images.heldout.shape == (2, 3, 32, 32)
     material = loader_for(loaded("vit").source)
-    probe = material.probe(loaded("vit"), images)
+    probe = material.probe(loaded("vit"), images, (ATTENTION,))
     assert np.array_equal(probe.inputs["pixel_values"], images.calibration[:2])
     # Every patch, and the class token, of both.
     assert probe.x[0].shape == (2 * 17, 48)
@@ -186,7 +187,7 @@ def test_images_of_a_size_that_the_model_does_not_take(place: Path, tmp_path: Pa
     with pytest.raises(
         InputError, match=r"does not take the images that its preprocessor_config\.json makes \("
     ):
-        material.probe(model, images)
+        material.probe(model, images, (ATTENTION,))
 
 
 @pytest.mark.skipif(is_transformers_4(), reason="configurations of transformers 5")
@@ -215,5 +216,5 @@ def test_a_row_of_the_probe_of_a_text_encoder_goes_beyond_a_length(
     text = CalibrationText(rows, rows, rows, rows, rows, np.array([CLS], np.int32))
     model: Any = SimpleNamespace(tokenizer=loaded("bert").tokenizer)
     model.model = model.in_float32 = ENCODERS["modernbert"].model(vocab_size=264)
-    probe = loader_for(loaded("bert").source).probe(model, text)
+    probe = loader_for(loaded("bert").source).probe(model, text, (ATTENTION,))
     assert probe.attention_mask.sum(axis=1).tolist() == [longest, 16]
