@@ -61,7 +61,11 @@ ALIKE = (
     "opt-post-norm",
     "olmo2",
     "granite",
+    "stablelm",
     "stablelm-parallel",
+    "nemotron_h",
+    "falcon_h1",
+    "minimax",
 )
 
 
