@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nbl_export.blocks import Block
-from nbl_export.errors import BudgetError, InputError
+from nbl_export.errors import BudgetError
 from nbl_export.files import TEMPORARY
 from nbl_export.progress import Listener
-from nbl_export.settings import SelectSettings
 
 if TYPE_CHECKING:
     from nbl_export.linearize.plan import LinearLayer, Plan
-    from nbl_export.verify.speed.savings import Savings
     from nbl_export.workspace import Workspace
 
 # The prompt that K curves are timed with, and the rounds of base and linearized in turn.
@@ -34,31 +32,6 @@ class Speedups:
     @property
     def least(self) -> float:
         return self.prefill if self.decode is None else min(self.prefill, self.decode)
-
-
-def savings_in(ws: Workspace, plan: Plan, settings: SelectSettings) -> Savings | None:
-    """What blocks save in the graph that was exported, and of workloads; None where nothing asks for it.
-
-    ``plan`` has the candidates. Raises :class:`InputError` where there is no graph.
-    """
-    from nbl_export.graph.io import load_graph
-    from nbl_export.verify.speed.ceiling import graph_cost
-    from nbl_export.verify.speed.roofline import measure_roofline
-    from nbl_export.verify.speed.savings import Savings, block_savings, stored_bytes
-
-    if not settings.workload and not settings.budget.bounds_size:
-        return None
-    exported = ws.current("export")
-    if exported is None or exported.dropped:
-        raise InputError(
-            "What each layer costs is counted in the graph, and the model is not exported yet: run "
-            f"`nbl-export export {ws.root}` first."
-        )
-    graph = load_graph(ws.baseline)
-    blocks = block_savings(graph, plan, settings.rank)
-    return Savings(
-        graph_cost(ws.baseline), blocks, measure_roofline(), settings.workloads, stored_bytes(graph)
-    )
 
 
 class SpeedMeter:

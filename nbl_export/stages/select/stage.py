@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbl_export.blocks import MLP, PARTS, Block, Mlp, part_of
+from nbl_export.blocks import MLP, Block, Mlp
 from nbl_export.files import write_json
 from nbl_export.linearize.plan import LinearLayer, Plan, load_plan
 from nbl_export.linearize.selection import Curve, PlanLoss, ScoredLayer, Scores
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from nbl_export.stages.select.linear_layers import Fitting
     from nbl_export.stages.select.measured import Measured
     from nbl_export.stages.select.order import Prefix, Shipped
-    from nbl_export.verify.speed.savings import Savings
 
 
 def select(run: Run, settings: SelectSettings) -> Plan:
@@ -32,9 +31,10 @@ def select(run: Run, settings: SelectSettings) -> Plan:
     from nbl_export.linearize.scores import check_layers, check_rank, predicted_excess, score_layers
     from nbl_export.models.device import exact_float32
     from nbl_export.models.layers import FULL, positions
-    from nbl_export.stages.select.frontier import SpeedMeter, savings_in
+    from nbl_export.stages.select.frontier import SpeedMeter
     from nbl_export.stages.select.jobs import Jobs
     from nbl_export.stages.select.order import Choosing, Shipped, choose
+    from nbl_export.stages.select.workload import in_words, savings_in
 
     ws, ranks = run.workspace, run.ranks
     calibrated = ranks.shared(lambda: ws.require("calibrate", f"nbl-export calibrate MODEL -o {ws.root}"))
@@ -64,7 +64,7 @@ def select(run: Run, settings: SelectSettings) -> Plan:
             plan, result = ship(check_layers(found, settings.layers, settings.k, others)).made
         else:
             if savings and settings.workload:
-                listener.note(_in_words(savings))
+                listener.note(in_words(savings))
             choosing = Choosing(settings, jobs, listener, savings)
             candidates = choosing.scored(candidates)
 
@@ -102,21 +102,6 @@ def select(run: Run, settings: SelectSettings) -> Plan:
             made_of["export"] = ws.require("export", f"nbl-export export {ws.root}").result
         replace(run, ranks=ALONE).stage("select", settings.as_json(), made_of, work, device)
     return load_plan(ws.plan)
-
-
-def _in_words(savings: Savings) -> str:
-    """What the blocks save of the workload, by their kinds."""
-    parts = []
-    for part, name in zip(PARTS, ("attention", "MLP"), strict=True):
-        saved = [savings.saved_ms(block) for block in savings.blocks if part_of(block) == part]
-        if saved:
-            parts.append(f"a linear {name} saves {_span(min(saved), max(saved))} ms")
-    return f"Of {savings.ms():.3g} ms for the workload, {' and '.join(parts)}, counted from the graph."
-
-
-def _span(low: float, high: float) -> str:
-    first, last = f"{low:.3g}", f"{high:.3g}"
-    return first if first == last else f"{first} to {last}"
 
 
 def _fitted(
