@@ -127,11 +127,13 @@ class TerminalListener:
             _CountColumn(),
             _TimeColumn(),
         )
+        self._drawn = progress = Progress(*columns, console=_err, refresh_per_second=4)
         try:
-            with Progress(*columns, console=_err, refresh_per_second=4) as self._drawn:
-                yield self._bar(self._drawn, title, total, unit, done)
+            progress.start()
+            yield self._bar(progress, title, total, unit, done)
         finally:
             self._drawn = None
+            _stop(progress)
 
     @staticmethod
     def _bar(progress: Progress, title: str, total: int, unit: str, done: int) -> Task:
@@ -140,6 +142,16 @@ class TerminalListener:
 
     def note(self, text: str) -> None:
         _err.print(_text(f"· {text}", "dim"))
+
+
+def _stop(progress: Progress) -> None:
+    """Stop drawing; what is said next begins a line, also where a second signal comes while it stops."""
+    try:
+        progress.stop()
+    except KeyboardInterrupt:
+        if not _err.is_terminal:
+            _err.print()
+        raise
 
 
 def say(text: str) -> None:

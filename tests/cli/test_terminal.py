@@ -307,3 +307,18 @@ def test_a_task_within_another_is_a_bar_below_it(screen: Any) -> None:
     with listener.task("Fourth", 1, "layers"):
         pass
     assert "Fourth" in err.getvalue()
+
+
+def test_what_is_said_begins_a_line_where_a_second_signal_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = StringIO()
+    monkeypatch.setattr(terminal, "_err", Console(file=log, width=80))
+
+    def interrupted(progress: Any) -> None:
+        progress.live.stop()
+        assert log.getvalue() and not log.getvalue().endswith("\n")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(terminal.Progress, "stop", interrupted)
+    with pytest.raises(KeyboardInterrupt), TerminalListener().task("Working", 2, "steps"):
+        raise KeyboardInterrupt
+    assert "Working" in log.getvalue() and log.getvalue().endswith("\n")

@@ -5,7 +5,6 @@ What torchrun itself says of a failed process is its own; nbl-export says one se
 
 from __future__ import annotations
 
-import re
 import shutil
 from pathlib import Path
 
@@ -110,9 +109,8 @@ def assert_said_once(done: Done, *words: str) -> None:
     """One sentence of all processes, nothing on stdout, and torchrun fails."""
     assert done.code == 1 and done.out == ""
     assert "Traceback" not in done.err and "Internal error" not in done.err
-    # A second signal may come before a line of progress has its end.
-    said = re.findall(r"error: .*", done.err)
-    assert len(said) == 1, done.err
+    said = [line for line in done.err.splitlines() if "error: " in line]
+    assert len(said) == 1 and said[0].startswith("error: "), done.err
     for word in words:
         assert word in said[0]
 
