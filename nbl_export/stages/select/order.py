@@ -47,7 +47,7 @@ class Choosing:
     ) -> None:
         assert settings.criterion is not None
         self._settings, self._listener, self._jobs = settings, listener, jobs
-        self._savings = savings
+        self._savings, self._used = savings, savings if settings.workload else None
         self._criterion = CRITERIA[settings.criterion]
 
     @cached_property
@@ -60,8 +60,8 @@ class Choosing:
 
     def scored(self, candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
         """``candidates`` with the scores that the criterion measures for each single layer, and what each saves."""
-        if self._savings and self._settings.workload:
-            candidates = [replace(c, saved_ms=self._savings.saved_ms(c.layer)) for c in candidates]
+        if self._used:
+            candidates = [replace(c, saved_ms=self._used.saved_ms(c.layer)) for c in candidates]
         if not self._criterion.measured:
             return tuple(candidates)
         measure = {"drop": self._drop, "linearity": self._linearity}.get(
@@ -119,7 +119,7 @@ class Choosing:
         )
 
     def _saved(self, block: Block, linear: Sequence[Block] = ()) -> float:
-        return self._savings.saved_ms(block, linear) if self._savings and self._settings.workload else 1.0
+        return self._used.saved_ms(block, linear) if self._used else 1.0
 
     def least_k(self, prefix: Prefix, most: int) -> int:
         """The smallest K whose weights and KV cache are within the budget; 0 where it does not bound them.
@@ -161,9 +161,9 @@ class Choosing:
                 return found
 
             points = loss_curve(prefix, loss, most, self._settings.budget)
-        if self._savings is None or not self._settings.workload:
+        if self._used is None:
             return points
-        return [replace(p, workload_speedup=self._savings.speedup(p.layers)) for p in points]
+        return [replace(p, workload_speedup=self._used.speedup(p.layers)) for p in points]
 
 
 def _singly(sets: MeasuredSets, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Loss]]:
