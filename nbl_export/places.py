@@ -59,6 +59,10 @@ class Places:
         return self.nbl / "measured.json"
 
     @property
+    def costs(self) -> Path:
+        return self.nbl / "costs.json"
+
+    @property
     def plan(self) -> Path:
         return self.nbl / "plan.json"
 

@@ -24,8 +24,8 @@ def keeps(budget: Budget, loss: Loss | CurvePoint) -> bool:
 class CurvePoint:
     """What K ``layers`` (ascending) cost, and what they gain where it was measured: speedups over the unmodified graph.
 
-    ``kl`` in nats per token; standard errors over documents. ``workload_speedup`` is the most that the workload can
-    gain, counted from the graph and the machine's roofline.
+    ``kl`` in nats per token; standard errors over documents. ``workload_speedup`` is what the workload gains by what
+    each block saves of it; ``timed_speedup`` is that of the graph with these layers, measured.
     """
 
     k: int
@@ -37,6 +37,7 @@ class CurvePoint:
     prefill_speedup: float | None = None
     decode_speedup: float | None = None
     workload_speedup: float | None = None
+    timed_speedup: float | None = None
 
     @classmethod
     def of(cls, k: int, layers: Sequence[Block], loss: Loss) -> CurvePoint:

@@ -151,10 +151,11 @@ def usable(loss: Loss, layers: Sequence[Block], changed: str = "replaced") -> Lo
     )
 
 
-def single_layer_losses(sets: MeasuredSets) -> dict[Block, Loss]:
-    """The loss of each layer with only that layer replaced."""
-    sets.announce([layer] for layer in sets.candidates)
-    return {layer: sets.loss([layer]) for layer in sets.candidates}
+def single_layer_losses(sets: MeasuredSets, layers: Iterable[Block] | None = None) -> dict[Block, Loss]:
+    """The loss of each of ``layers`` (None: all) with only that layer replaced."""
+    wanted = sets.candidates if layers is None else tuple(sorted(layers))
+    sets.announce([layer] for layer in wanted)
+    return {layer: sets.loss([layer]) for layer in wanted}
 
 
 # What a block saves where others are linear already, in any unit; without it every block saves the same.

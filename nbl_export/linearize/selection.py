@@ -19,10 +19,20 @@ class ScoredLayer(Candidate):
 
 
 @dataclass(frozen=True)
+class Line:
+    """One way to save time: ``name`` says what became linear or was dropped, ``points`` what each K of it costs."""
+
+    name: str
+    points: tuple[CurvePoint, ...]
+
+
+@dataclass(frozen=True)
 class Curve:
     """What each K costs; ``chosen`` is the K that was taken, ``context`` the tokens that speeds were measured at.
 
-    Losses are means over ``tokens`` predictions of ``documents`` documents of the selection text.
+    Losses are means over ``tokens`` predictions of ``documents`` documents of the selection text. ``name`` says what
+    became linear; ``others`` are the other ways that were measured, of which none ships; ``measured_cost``: what blocks
+    save of the workload was measured, not counted.
     """
 
     points: tuple[CurvePoint, ...]
@@ -31,6 +41,9 @@ class Curve:
     context: int | None = None
     tokens: int | None = None
     documents: int | None = None
+    name: str = ""
+    others: tuple[Line, ...] = ()
+    measured_cost: bool = False
 
     @property
     def by_k(self) -> list[CurvePoint]:

@@ -93,6 +93,8 @@ class SelectSettings(OnDevice):
     k: Layers to linearize. auto: as --max-ppl-ratio 1.10.
     layers: Exactly these layers: 3,7,12. The MLP of layer 7: 7.mlp.
     workload: Rank by loss per time saved in prefill=512,decode=128@4096.
+    measure_cost: Measure what blocks save of the workload; without it, it is counted.
+    frontier: Also measure attention alone, MLPs alone and dropped blocks for the workload; a budget takes the fastest.
     criterion: Rank layers by: greedy (KL, one after the other), kl (each alone), linearity (error × sensitivity),
         nmse (fit error), cca (the paper's bound), drop (KL when left out).
     fit_input: Fit on the residual stream after (normed) or before (residual) the input norm.
@@ -112,6 +114,8 @@ class SelectSettings(OnDevice):
         None, LAYERS, read=block_of, like="layers with commas, as 3,7,12; the MLP of a layer is 7.mlp"
     )
     workload: tuple[str, ...] = setting((), LAYERS, WORKLOAD, metavar="WORK", repeated=True)
+    measure_cost: bool = setting(False, MORE)
+    frontier: bool = setting(False, MORE)
     criterion: str | None = setting(
         None,
         MORE,
@@ -158,6 +162,11 @@ class SelectSettings(OnDevice):
             raise InputError(
                 "--max-kv-bytes bounds the KV cache of a workload: say which, as --workload decode=128@4096,batch=4."
             )
+        for option, given in (("--measure-cost", self.measure_cost), ("--frontier", self.frontier)):
+            if given and not self.workload:
+                raise InputError(
+                    f"{option} is about the time of a workload: say which, as --workload prefill=512,decode=128@4096."
+                )
         if self.layers is not None and self.workload:
             raise InputError("--layers names the layers, and --workload chooses them: give one of them.")
         if self.repair and self.fit == "drop":
@@ -191,9 +200,8 @@ class SelectSettings(OnDevice):
     def as_json(self) -> dict[str, Any]:
         named = None if self.layers is None else [as_json(block) for block in self.layers]
         asked = {**super().as_json(), "layers": named, "budget": self.budget.as_json()}
-        if not self.workload:  # what was selected before there were workloads is kept
-            del asked["workload"]
-        return asked
+        # What was selected before there were these is kept.
+        return {n: v for n, v in asked.items() if v or n not in ("workload", "measure_cost", "frontier")}
 
     def check_precision(self, precision: str | None) -> None:
         """Refuse a repair of the MLPs for a graph whose weights are quantized: it does not hold them as they are."""

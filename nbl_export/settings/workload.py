@@ -34,6 +34,11 @@ class Workload:
         """Tokens of the longest row."""
         return max(self.prefill, self.context + self.decode)
 
+    @property
+    def middle(self) -> int:
+        """Tokens before the token in the middle of a decode, which takes the mean time while the context grows."""
+        return self.context + self.decode // 2
+
 
 def workload_of(text: str) -> Workload:
     """The workload that is written ``text``; raises ``ValueError`` for anything else.

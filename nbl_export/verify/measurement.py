@@ -102,7 +102,7 @@ def timed(case: Case, notes: tuple[str, ...], pair: Pair, contexts: Sequence[int
     """
     if why := case.why_not_timed:
         return Found(checks=(Check("speed", "skipped", why),), notes=notes)
-    anew = anew_or_why_not(pair)
+    anew = anew_or_why_not(pair.base, pair.linearized)
     if isinstance(anew, str):
         return Found(checks=(Check("speed", "skipped", anew),), notes=notes)
     section = measure_speed(pair, contexts, case.settings.rounds, case.listener, anew)

@@ -19,10 +19,11 @@ from nbl_export.settings import SelectSettings
 from nbl_export.stages.run import Run
 
 if TYPE_CHECKING:
-    from nbl_export.stages.select.frontier import SpeedMeter
+    from nbl_export.stages.select.choosing import Prefix
     from nbl_export.stages.select.linear_layers import Fitting
     from nbl_export.stages.select.measured import Measured
-    from nbl_export.stages.select.order import Prefix, Shipped
+    from nbl_export.stages.select.order import Shipped
+    from nbl_export.stages.select.speeds import SpeedMeter
 
 
 def select(run: Run, settings: SelectSettings) -> Plan:
@@ -31,10 +32,11 @@ def select(run: Run, settings: SelectSettings) -> Plan:
     from nbl_export.linearize.scores import check_layers, check_rank, predicted_excess, score_layers
     from nbl_export.models.device import exact_float32
     from nbl_export.models.layers import FULL, positions
-    from nbl_export.stages.select.frontier import SpeedMeter
+    from nbl_export.stages.select.choosing import Choosing
     from nbl_export.stages.select.jobs import Jobs
-    from nbl_export.stages.select.order import Choosing, Shipped, choose
-    from nbl_export.stages.select.workload import in_words, savings_in
+    from nbl_export.stages.select.order import Shipped, choose
+    from nbl_export.stages.select.speeds import SpeedMeter
+    from nbl_export.stages.select.workload import Counting, in_words, savings_in
 
     ws, ranks = run.workspace, run.ranks
     calibrated = ranks.shared(lambda: ws.require("calibrate", f"nbl-export calibrate MODEL -o {ws.root}"))
@@ -57,7 +59,8 @@ def select(run: Run, settings: SelectSettings) -> Plan:
             made = _fitted(empty, layers, fitting, settings, measured, predicted, run.model.task.causal)
             return Shipped(made, made[1].loss if made[1] else None)
 
-        savings = savings_in(ws, empty, settings)
+        kinds = metadata.get("kinds", {})
+        savings = savings_in(Counting(ws, empty, kinds, fitting.timed, listener), settings)
         if settings.layers is not None:
             curve: Curve | None = None
             found, others = [c.layer for c in candidates], metadata.get("others", {})
@@ -70,12 +73,12 @@ def select(run: Run, settings: SelectSettings) -> Plan:
 
             def speeds(prefix: Prefix) -> SpeedMeter:
                 limit = positions(run.model.model)
-                return SpeedMeter(ws, empty, lambda k: fitting.timed(prefix(k)), limit, listener)
+                timed, workloads = lambda k: fitting.timed(prefix(k)), settings.workloads
+                return SpeedMeter(ws, empty, timed, limit, listener, workloads)
 
             (plan, result), curve = choose(choosing, candidates, settings, speeds, ship, listener)
         save_plan(ws.plan, plan)
         ws.repair_checkpoint.unlink(missing_ok=True)
-        kinds = metadata.get("kinds", {})
         scored = tuple(
             ScoredLayer(**vars(c), kind=kinds.get(str(c.layer), MLP if isinstance(c.layer, Mlp) else FULL))
             for c in candidates

@@ -33,13 +33,13 @@ class Pair:
 IN_TURNS = "Both graphs do not fit into memory together: for its speed each is loaded anew in every round."
 
 
-def anew_or_why_not(pair: Pair) -> bool | str:
-    """Whether the sessions of the two graphs are made in turns, since both do not fit; or why not even one does."""
-    both = sizes.session_bytes(pair.base), sizes.session_bytes(pair.linearized)
-    if not sizes.fit(max(both)):
-        need, there = (f"{size / 2**30:.1f} GiB" for size in (max(both), sizes.free()))
+def anew_or_why_not(*graphs: Path) -> bool | str:
+    """Whether the sessions of ``graphs`` are made in turns, since not all fit; or why not even one does."""
+    each = [sizes.session_bytes(graph) for graph in graphs]
+    if not sizes.fit(max(each)):
+        need, there = (f"{size / 2**30:.1f} GiB" for size in (max(each), sizes.free()))
         return f"a session needs about {need}, and {there} are free: use a machine with more memory"
-    return not sizes.fit(*both)
+    return not sizes.fit(*each)
 
 
 def measure_speed(

@@ -1,13 +1,14 @@
 """What each block of a graph costs, and what its linear layer saves of a workload.
 
 Counted from the graph as the ceiling is (:mod:`.ceiling`): a linear block no longer has its weights, its two products
-of attention and its keys and values, and has W. With a machine's roofline these are milliseconds of a workload.
+of attention and its keys and values, and has W. With a machine's roofline these are milliseconds of a workload; a
+kernel that is slower than the roofline allows saves more, so they can be measured instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 
 import onnx_ir as ir
 
@@ -22,12 +23,24 @@ from nbl_export.settings.workload import Workload
 from nbl_export.verify.speed.ceiling import matrix_bytes, weight_bytes
 from nbl_export.verify.speed.values import GraphCost, Roofline
 
+# What is left at the least where blocks were measured to save more than there is together.
+_LEAST = 0.01
+
+
+@dataclass(frozen=True)
+class BlockTimes:
+    """Measured milliseconds of the workloads: those of the unmodified graph, and what each linear block saves."""
+
+    graph_ms: float
+    saved_ms: Mapping[Block, float]
+
 
 @dataclass(frozen=True)
 class Savings:
     """What a graph costs, what each block saves of it when it is linear, and the milliseconds of workloads.
 
-    ``stored`` are the bytes of all weights of the graph.
+    ``stored`` are the bytes of all weights of the graph; ``without`` is what each block saves that is dropped.
+    Milliseconds are the least ones by the roofline or, where they were, ``measured``.
     """
 
     graph: GraphCost
@@ -35,6 +48,8 @@ class Savings:
     roofline: Roofline
     workloads: Sequence[Workload]
     stored: int
+    measured: BlockTimes | None = None
+    without: Mapping[Block, GraphCost] = field(default_factory=dict)
 
     def _left(self, linear: Iterable[Block]) -> GraphCost:
         left = self.graph
@@ -52,7 +67,10 @@ class Savings:
         return tokens * self._left(linear).kv_bytes_per_token
 
     def ms(self, linear: Iterable[Block] = ()) -> float:
-        """The least milliseconds of the workloads, weighted, with these blocks ``linear``."""
+        """Milliseconds of the workloads, weighted, with these blocks ``linear``."""
+        if self.measured:
+            saved = sum(self.measured.saved_ms[block] for block in linear)
+            return max(self.measured.graph_ms - saved, _LEAST * self.measured.graph_ms)
         left = self._left(linear)
         return 1e3 * sum(w.weight * _seconds(left, w, self.roofline) for w in self.workloads)
 
@@ -62,8 +80,36 @@ class Savings:
         return self.ms(others) - self.ms((*others, block))
 
     def speedup(self, linear: Iterable[Block]) -> float:
-        """How many times as fast the workloads are at best with these blocks ``linear``."""
+        """How many times as fast the workloads are (counted: at best) with these blocks ``linear``."""
         return self.ms() / self.ms(linear)
+
+    def timed(
+        self, graph_ms: float, groups: Iterable[tuple[Sequence[Block], Sequence[Block], float]]
+    ) -> Savings:
+        """With measured times: ``graph_ms`` of the unmodified graph, and of ``groups`` (blocks that are alike, those of
+        them that were linear in a graph, the milliseconds of that graph).
+
+        Blocks of a group share what was saved as they do by counting; one without a group keeps what is counted.
+        """
+        saved = {block: self.saved_ms(block) for block in self.blocks}
+        for alike, linear, ms in groups:
+            counted = sum(self.saved_ms(block) for block in linear)
+            for block in alike:
+                share = self.saved_ms(block) / counted if counted > 0 else 1 / len(linear)
+                saved[block] = (graph_ms - ms) * share
+        return replace(self, measured=BlockTimes(graph_ms, saved))
+
+    def dropping(self) -> Savings:
+        """The same of blocks that are dropped; measured times differ from those of linear ones by what is counted."""
+        changed = replace(self, blocks=self.without, measured=None)
+        if self.measured is None:
+            return changed
+        counted = replace(self, measured=None)
+        saved = {
+            block: ms + changed.saved_ms(block) - counted.saved_ms(block)
+            for block, ms in self.measured.saved_ms.items()
+        }
+        return replace(changed, measured=BlockTimes(self.measured.graph_ms, saved))
 
 
 def less(cost: GraphCost, saved: GraphCost) -> GraphCost:
@@ -75,9 +121,7 @@ def _seconds(cost: GraphCost, workload: Workload, roofline: Roofline) -> float:
     prefill = roofline.seconds(cost.prefill(workload.prefill, workload.batch)) if workload.prefill else 0.0
     if not workload.decode:
         return prefill
-    # The context grows while it decodes: a token in the middle takes the mean time.
-    middle = workload.context + workload.decode // 2
-    return prefill + workload.decode * roofline.seconds(cost.decode(middle, workload.batch))
+    return prefill + workload.decode * roofline.seconds(cost.decode(workload.middle, workload.batch))
 
 
 def block_savings(model: ir.Model, plan: Plan, rank: int | None = None) -> dict[Block, GraphCost]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from nbl_export.linearize.loss import LossMeter
-from nbl_export.stages.select.frontier import SpeedMeter, Speedups
+from nbl_export.stages.select.speeds import SpeedMeter, Speedups
 from tests.stages.select.by_hand import forget
 
 

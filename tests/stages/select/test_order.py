@@ -16,8 +16,8 @@ from nbl_export.errors import BudgetError
 from nbl_export.linearize import lmmse
 from nbl_export.linearize.plan import load_plan
 from nbl_export.linearize.scores import CRITERIA
-from nbl_export.stages.select import frontier
-from nbl_export.stages.select.frontier import SpeedMeter, Speedups
+from nbl_export.stages.select import speeds
+from nbl_export.stages.select.speeds import SpeedMeter, Speedups
 from nbl_export.workspace import Workspace
 from tests.fixtures_graph import load
 from tests.listening import Notes
@@ -171,8 +171,8 @@ def test_a_k_that_is_found_too_slow_is_not_shipped(out: Path, monkeypatch: pytes
 
 def test_graphs_of_a_rank_are_really_timed(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """--k auto --rank R, which had no factors to time."""
-    monkeypatch.setattr(frontier, "CONTEXT", 16)
-    monkeypatch.setattr(frontier, "ROUNDS", 3)
+    monkeypatch.setattr(speeds, "CONTEXT", 16)
+    monkeypatch.setattr(speeds, "ROUNDS", 3)
     cut: list[int] = []
     plain = lmmse.truncate
 

@@ -152,7 +152,7 @@ def test_sessions_are_both_there_or_take_turns_or_are_not_made(
     """By what is free, in units of the larger session."""
     largest = max(session_bytes(path) for path in (pair.base, pair.linearized))
     monkeypatch.setattr(sizes, "free", lambda: int(times * largest))
-    found = anew_or_why_not(pair)
+    found = anew_or_why_not(pair.base, pair.linearized)
     assert found is how or (how == "skipped" and "a session needs about" in str(found))
 
 

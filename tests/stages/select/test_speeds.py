@@ -14,8 +14,8 @@ from nbl_export import api
 from nbl_export.errors import BudgetError, InputError
 from nbl_export.files import TEMPORARY
 from nbl_export.runtime import sizes
-from nbl_export.stages.select import frontier
-from nbl_export.stages.select.frontier import SpeedMeter, Speedups
+from nbl_export.stages.select import speeds
+from nbl_export.stages.select.speeds import SpeedMeter, Speedups
 from nbl_export.verify.speed import pair as pair_module
 from nbl_export.verify.speed.pair import measure_speed
 from tests.listening import Notes
@@ -76,24 +76,24 @@ def test_a_speed_without_a_graph_names_the_command(out: Path) -> None:
 
 
 def test_graphs_are_really_timed(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(frontier, "CONTEXT", 16)
-    monkeypatch.setattr(frontier, "ROUNDS", 3)
+    monkeypatch.setattr(speeds, "CONTEXT", 16)
+    monkeypatch.setattr(speeds, "ROUNDS", 3)
     before = (out / "baseline" / "model.onnx").read_bytes()
     plan = select(out, api.SelectSettings(criterion="nmse", budget=api.Budget(max_kl=100.0)))
     assert len(plan.chosen) == 5
     said = candidates(out)["curve"]
-    speeds = {p["k"]: p["prefill_speedup"] for p in said["points"]}
+    found = {p["k"]: p["prefill_speedup"] for p in said["points"]}
     assert said["context"] == 16
-    assert {k for k, v in speeds.items() if v is not None} == set(frontier.points_of(5, 5))
-    assert all(v > 0 for v in speeds.values() if v is not None)
+    assert {k for k, v in found.items() if v is not None} == set(speeds.points_of(5, 5))
+    assert all(v > 0 for v in found.values() if v is not None)
     assert (out / "baseline" / "model.onnx").read_bytes() == before
     assert not [p for p in (out / "nbl").iterdir() if p.name.startswith(".") and p.name != ".lock"]
 
 
 def test_points_that_are_timed() -> None:
-    assert list(frontier.points_of(1, 1)) == [1]
-    assert list(frontier.points_of(3, 0)) == [1, 2, 3]
-    assert list(frontier.points_of(32, 9)) == [8, 9, 16, 24, 32]
+    assert list(speeds.points_of(1, 1)) == [1]
+    assert list(speeds.points_of(3, 0)) == [1, 2, 3]
+    assert list(speeds.points_of(32, 9)) == [8, 9, 16, 24, 32]
 
 
 def test_a_trial_graph_has_only_its_own_weights_and_is_gone_afterwards(
@@ -111,9 +111,9 @@ def test_a_trial_graph_has_only_its_own_weights_and_is_gone_afterwards(
         return measure_speed(pair, contexts, rounds, listener, anew)
 
     monkeypatch.setattr(pair_module, "measure_speed", measured)
-    monkeypatch.setattr(frontier, "CONTEXT", 16)
+    monkeypatch.setattr(speeds, "CONTEXT", 16)
     select(out, api.SelectSettings(criterion="nmse", budget=api.Budget(max_kl=100.0)))
-    assert written == [4 * 64 * 64 * k for k in frontier.points_of(5, 5)]
+    assert written == [4 * 64 * 64 * k for k in speeds.points_of(5, 5)]
     assert not list(out.glob(f"*{TEMPORARY}"))
 
 
@@ -130,7 +130,7 @@ def test_graphs_that_do_not_fit_together_are_timed_in_turns_or_not_at_all(
     session = sizes.session_bytes(out / "baseline" / "model.onnx")
     monkeypatch.setattr(sizes, "free", lambda: int(times * session))
     monkeypatch.setattr(pair_module, "measure_speed", measured)
-    monkeypatch.setattr(frontier, "CONTEXT", 16)
+    monkeypatch.setattr(speeds, "CONTEXT", 16)
     notes = Notes()
     select(out, api.SelectSettings(criterion="nmse", budget=api.Budget(max_kl=100.0)), notes)
     assert set(asked) == ({anew} if anew is not None else set())
