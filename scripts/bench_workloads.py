@@ -3,9 +3,10 @@
     python scripts/bench_workloads.py MODEL TEXT [--max-ppl-ratio 1.10] [--workload NAME=WORK …] [--out DIR]
 
 Calibrates MODEL on TEXT twice, attention alone and both attention and MLPs, and exports it. Then it selects within the
-same bound of loss: attention alone by its loss (as without --workload), and both for each workload. Each plan is
-rewritten, and its loss measured on the held-out text. Last, each workload's graph races with the graph of attention
-alone, in turns in one process (as `nbl-export bench --against`), at --contexts.
+same bound of loss: attention alone by its loss (as without --workload), and both for each workload, with what blocks
+save measured (--counted: counted) and with the other ways beside it. Each plan is rewritten, and its loss measured on
+the held-out text. Last, each workload's graph races with the graph of attention alone, in turns in one process (as
+`nbl-export bench --against`), at --contexts.
 
 speed   how many times as fast the workload's graph is as that of attention alone: median over rounds, 95 % interval
 
@@ -28,7 +29,7 @@ from nbl_export.report.environment import environment
 from nbl_export.verify.loss.figures import MethodLoss
 from nbl_export.verify.speed.values import Ratio
 
-WORKLOADS = ("short=prefill=64,decode=256@128", "long=prefill=8000,decode=16@8000")
+WORKLOADS = ("short=prefill=64,decode=256@128", "long=prefill=4000,decode=16@4000")
 ATTENTION = "attention"
 LISTENER = TerminalListener()
 
@@ -48,6 +49,9 @@ def main() -> None:
     )
     parser.add_argument("--samples", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=120.0, help="of each cell, at most")
+    parser.add_argument("--counted", action="store_true")
+    parser.add_argument("--repair", type=int, default=0, metavar="STEPS")
     parser.add_argument("--out", type=Path, default=Path("workloads"))
     asked = parser.parse_args()
     named = dict(one.split("=", 1) for one in asked.workload or WORKLOADS)
@@ -81,6 +85,7 @@ def table(asked: argparse.Namespace, named: dict[str, str]) -> Iterator[str]:
             batches=(1,),
             contexts=asked.contexts,
             rounds=asked.rounds,
+            seconds=asked.seconds,
             memory=False,
         )
         report = api.bench(asked.out / name, bench, LISTENER)
@@ -113,8 +118,18 @@ def selected(asked: argparse.Namespace, name: str, workload: tuple[str, ...]) ->
     if not out.exists():
         shutil.copytree(source, out, copy_function=shutil.copy2)
     budget = api.Budget(max_perplexity_ratio=asked.max_ppl_ratio)
-    settings = api.SelectSettings(criterion=asked.criterion, workload=workload, budget=budget)
+    both = bool(workload)
+    settings = api.SelectSettings(
+        criterion=asked.criterion,
+        workload=workload,
+        measure_cost=both and not asked.counted,
+        frontier=both,
+        repair=asked.repair,
+        budget=budget,
+    )
     plan = api.select(out, settings, LISTENER)
+    # The next workload measures only sets that are new.
+    shutil.copy2(out / "nbl" / "measured.json", source / "nbl" / "measured.json")
     api.rewrite(out, LISTENER)
     api.verify(out, api.VerifySettings(speed=False), LISTENER)
     return plan

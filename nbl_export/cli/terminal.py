@@ -100,6 +100,11 @@ class _BarTask:
                 )
             )
 
+    def end(self) -> None:
+        """It is done, also where less than all was needed."""
+        task = next(task for task in self._progress.tasks if task.id == self._id)
+        self._progress.update(self._id, total=task.completed)
+
     def part(self, number: int, count: int) -> None:
         # The title's column has a fixed width, and the number must not be what is cut off.
         where = f" {number}/{count}"
@@ -118,7 +123,9 @@ class TerminalListener:
     @contextmanager
     def task(self, title: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
         if self._drawn is not None:
-            yield self._bar(self._drawn, title, total, unit, done)
+            bar = self._bar(self._drawn, title, total, unit, done)
+            yield bar
+            bar.end()
             return
         columns = (
             SpinnerColumn(finished_text="[green]✓"),
@@ -130,13 +137,15 @@ class TerminalListener:
         self._drawn = progress = Progress(*columns, console=_err, refresh_per_second=4)
         try:
             progress.start()
-            yield self._bar(progress, title, total, unit, done)
+            bar = self._bar(progress, title, total, unit, done)
+            yield bar
+            bar.end()
         finally:
             self._drawn = None
             _stop(progress)
 
     @staticmethod
-    def _bar(progress: Progress, title: str, total: int, unit: str, done: int) -> Task:
+    def _bar(progress: Progress, title: str, total: int, unit: str, done: int) -> _BarTask:
         task_id = progress.add_task(printable(title), total=total, completed=done, unit=unit)
         return _BarTask(progress, task_id, printable(title))
 

@@ -31,8 +31,7 @@ class Curve:
     """What each K costs; ``chosen`` is the K that was taken, ``context`` the tokens that speeds were measured at.
 
     Losses are means over ``tokens`` predictions of ``documents`` documents of the selection text. ``name`` says what
-    became linear; ``others`` are the other ways that were measured, of which none ships; ``measured_cost``: what blocks
-    save of the workload was measured, not counted.
+    became linear; ``others`` are the other ways that were measured, of which none ships.
     """
 
     points: tuple[CurvePoint, ...]
@@ -43,7 +42,13 @@ class Curve:
     documents: int | None = None
     name: str = ""
     others: tuple[Line, ...] = ()
-    measured_cost: bool = False
+
+    @property
+    def frontier(self) -> list[Line]:
+        """Every way that was measured for the workload, the chosen one first; none without a workload."""
+        if not self.name:
+            return []
+        return [Line(self.name, tuple(self.by_k)), *self.others]
 
     @property
     def by_k(self) -> list[CurvePoint]:
@@ -71,7 +76,8 @@ class Scores:
     """Every layer's scores, the layers that are no candidates (``others``: what they are), the K curve, the result.
 
     ``calibration_dtype`` is that in which the model read the calibration text. ``workload`` is what the model is used
-    for, of which the unmodified graph takes ``workload_ms`` at the least; empty where layers are chosen by loss alone.
+    for, of which the unmodified graph takes ``workload_ms``: the least, as counted, or ``measured_cost``; empty where
+    layers are chosen by loss alone.
     """
 
     candidates: tuple[ScoredLayer, ...]
@@ -81,3 +87,4 @@ class Scores:
     calibration_dtype: str | None = None
     workload: tuple[str, ...] = ()
     workload_ms: float | None = None
+    measured_cost: bool = False

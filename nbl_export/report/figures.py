@@ -18,7 +18,7 @@ from nbl_export.linearize.selection import Curve
 from nbl_export.report.canvas import BASE, DECODE, INK, LINEAR, MUTED, PAPER, drawable, legend, panels
 from nbl_export.report.drawing import finite
 from nbl_export.report.schema import Selection
-from nbl_export.report.selection import BUDGETS, scored_by
+from nbl_export.report.selection import BUDGETS, BY_BLOCKS, scored_by
 from nbl_export.verify.speed.values import CellResult, Ratio, Speed
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ class _Series:
     named: bool = False
 
 
+_RATIO_FIGURE = "perplexity_ratio"
 _RATIO = _Series(lambda p: p.perplexity_ratio, lambda p: p.perplexity_ratio_se, named=True)
 _KL = _Series(lambda p: p.kl, lambda p: p.kl_se, named=True)
 _SPEEDUPS = {
@@ -50,7 +51,15 @@ _SPEEDUPS = {
         lambda p: p.prefill_speedup, colour=_PHASES["prefill"][0], marker=_PHASES["prefill"][1]
     ),
     "decode": _Series(lambda p: p.decode_speedup, colour=_PHASES["decode"][0], marker=_PHASES["decode"][1]),
-    "workload, at most": _Series(lambda p: p.workload_speedup, colour=MUTED, marker="^"),
+    BY_BLOCKS: _Series(lambda p: p.workload_speedup, colour=MUTED, marker="^"),
+    "workload, timed": _Series(lambda p: p.timed_speedup, colour=LINEAR, marker="D"),
+}
+# Each way of a frontier: what it is called, its colour and its marker.
+_WAYS = {
+    "both": ("attention and MLPs", LINEAR, "o"),
+    "attention": ("attention alone", DECODE, "s"),
+    "MLPs": ("MLPs alone", INK, "^"),
+    "dropped": ("dropped", BASE, "x"),
 }
 
 
@@ -59,7 +68,7 @@ def draw_curve(curve: Curve, narrow: bool = False) -> Figure:
     points = curve.by_k
     phases = {name: s for name, s in _SPEEDUPS.items() if any(finite(s.of(p)) for p in points)}
     figure, axes = panels(3 if phases else 2, narrow)
-    shown = {"perplexity_ratio": axes[0], "kl": axes[1]}
+    shown = {_RATIO_FIGURE: axes[0], "kl": axes[1]}
     axes[0].set_title("Perplexity ratio")
     axes[1].set_title("KL to the original, nats per token")
     for panel, series in zip(axes, (_RATIO, _KL), strict=False):
@@ -77,6 +86,42 @@ def draw_curve(curve: Curve, narrow: bool = False) -> Figure:
             _budget(shown[bound.figure], limit, "at least" if bound.figure == "speedup" else "at most")
     for panel in axes:
         _k_axis(panel, [p.k for p in points])
+    return figure
+
+
+def draw_frontier(curve: Curve, narrow: bool = False) -> Figure:
+    """Perplexity ratio against the speedup of the workload, a line for each way; the chosen point filled."""
+    figure, (panel,) = panels(1, narrow)
+    panel.set_title("Perplexity ratio by speedup of the workload")
+    entries: dict[str, Any] = {}
+    for number, line in enumerate(curve.frontier):
+        name, colour, marker = _WAYS.get(line.name, (line.name, MUTED, "v"))
+        points = [p for p in line.points if finite(p.workload_speedup) is not None]
+        entries[name] = panel.errorbar(
+            [drawable(p.workload_speedup) for p in points],
+            [drawable(p.perplexity_ratio) for p in points],
+            yerr=[finite(p.perplexity_ratio_se) or 0.0 for p in points],
+            color=colour,
+            marker=marker,
+            markerfacecolor=PAPER,
+            markeredgewidth=1.4,
+            elinewidth=1.0,
+            zorder=2 if number else 3,
+        )
+        for p in points:
+            if not number and p.k == curve.chosen:
+                here = drawable(p.workload_speedup), drawable(p.perplexity_ratio)
+                panel.plot(*here, color=colour, marker=marker, markersize=8, zorder=4, linestyle="none")
+                panel.annotate(f"K = {p.k}", here, (7, -4), textcoords="offset points", va="top", color=MUTED)
+    _log_if_wide(panel, [finite(p.perplexity_ratio) for line in curve.frontier for p in line.points])
+    for bound in BUDGETS:
+        limit = finite(bound.of(curve.budget))
+        if limit is not None and bound.figure == _RATIO_FIGURE:
+            _budget(panel, limit, "at most")
+    panel.xaxis.set_major_formatter("{x:.2f}×")
+    panel.set_xlabel("times as fast as the original")
+    panel.margins(x=0.06)
+    legend(figure, entries)
     return figure
 
 

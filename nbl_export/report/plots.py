@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from nbl_export.linearize.selection import Curve
 from nbl_export.report.canvas import as_png, as_svg
 from nbl_export.report.drawing import finite, number, spans
-from nbl_export.report.figures import draw_curve, draw_layers, draw_speed
+from nbl_export.report.figures import draw_curve, draw_frontier, draw_layers, draw_speed
 from nbl_export.report.schema import Report, Selection
 from nbl_export.report.selection import Score, scored_by
 from nbl_export.report.speed import BENCH, ENGINES, VERIFIED
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _MOST_LAYERS = 1000  # of a plot that can be read; the table has any number
 # The plots of a verification; what is not drawn any more is removed by its name. That of a bench is the bench's own.
-PLOTS = ("k-curve", "layers", VERIFIED, ENGINES)
+PLOTS = ("k-curve", "frontier", "layers", VERIFIED, ENGINES)
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ def report_plots(report: Report) -> dict[str, Plot]:
     selection = report.selection
     if selection.curve and selection.curve.points:
         plots.append(_curve(selection.curve))
+        if selection.curve.frontier:
+            plots.append(_frontier(selection.curve))
     score = scored_by(selection.criterion, selection.candidates)
     drawable = len(selection.candidates) <= _MOST_LAYERS
     if drawable and any(finite(score.of(c)) is not None for c in selection.candidates):
@@ -76,6 +78,21 @@ def _curve(curve: Curve) -> Plot:
         f"{text}.",
         "Whiskers: standard errors over documents. Filled: the K that was chosen. Dashed: the budget.",
         partial(draw_curve, curve),
+    )
+
+
+def _frontier(curve: Curve) -> Plot:
+    ends = [
+        f"{line.name}: up to {number(last.workload_speedup or 1.0, '.2f')}× at {number(last.perplexity_ratio, '.3f')}"
+        for line in curve.frontier
+        if line.points and (last := max(line.points, key=lambda p: p.k))
+    ]
+    return Plot(
+        "frontier",
+        f"Perplexity ratio against the speedup of the workload: {'; '.join(ends)}.",
+        "A point is one block more. To the right is faster, below is better. Whiskers: standard errors over documents. "
+        "Filled: what was chosen. Dashed: the budget.",
+        partial(draw_frontier, curve),
     )
 
 

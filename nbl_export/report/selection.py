@@ -59,11 +59,12 @@ SCORES: Mapping[str, Score] = {
     "saved_ms": Score(
         "saves, ms",
         lambda c: c.saved_ms,
-        meaning="Saves: of the workload, counted from the graph; layers are ranked by their score for each "
-        "millisecond.",
+        meaning="Saves: of the workload; layers are ranked by their score for each millisecond.",
         shown=milliseconds,
     ),
 }
+# What the workload gains by what is known of its blocks.
+BY_BLOCKS = "workload, by its blocks"
 # What a criterion goes by, where it is no score of that name; greedy search begins with each layer's KL alone.
 _GOES_BY = {"greedy": "kl", "linearity": "predicted"}
 # How a fit is said, after "W and b are"; nbl_export/linearize/fits.py has them all.
@@ -127,6 +128,7 @@ def curve_table(curve: Curve, brief: bool = False) -> Table:
     """Loss and speed of every K that was measured; ``brief`` leaves out which layers go."""
     points = curve.by_k
     used = any(p.workload_speedup is not None for p in points)
+    raced = any(p.timed_speedup is not None for p in points)
     timed = any(p.prefill_speedup is not None or p.decode_speedup is not None for p in points)
     rows: list[tuple[str, ...]] = []
     marked = []
@@ -140,6 +142,7 @@ def curve_table(curve: Curve, brief: bool = False) -> Table:
                 _with_error(p.perplexity_ratio, p.perplexity_ratio_se),
                 _with_error(p.kl, p.kl_se),
                 *((_times(p.workload_speedup),) if used else ()),
+                *((_times(p.timed_speedup),) if raced else ()),
                 *((_times(p.prefill_speedup), _times(p.decode_speedup)) if timed else ()),
                 *(() if brief else (spans(p.layers),)),
             )
@@ -150,13 +153,38 @@ def curve_table(curve: Curve, brief: bool = False) -> Table:
             "K",
             "perplexity ratio",
             "KL, nats per token",
-            *(("workload, at most",) if used else ()),
+            *((BY_BLOCKS,) if used else ()),
+            *(("workload, timed",) if raced else ()),
             *(("prefill", "decode") if timed else ()),
             *(() if brief else ("layers",)),
         ),
         tuple(rows),
         _curve_note(curve, timed, used),
         plot="k-curve",
+        marked=tuple(marked),
+    )
+
+
+def frontier_table(curve: Curve) -> Table:
+    """What each way loses for what the workload gains, with as much of it as was measured."""
+    rows = [
+        (
+            line.name,
+            str(p.k),
+            _times(p.workload_speedup),
+            _with_error(p.perplexity_ratio, p.perplexity_ratio_se),
+        )
+        for line in curve.frontier
+        for p in sorted(line.points, key=lambda p: p.k)
+    ]
+    marked = [i for i, p in enumerate(curve.by_k) if p.k == curve.chosen]
+    return Table(
+        "Loss by speed, each way",
+        ("linear", "K", BY_BLOCKS, "perplexity ratio"),
+        tuple(rows),
+        "What the workload gains and loses with attention alone linear, with MLPs alone, with both, and with blocks "
+        "dropped (W = 0), each as far as it was measured.",
+        plot="frontier",
         marked=tuple(marked),
     )
 
@@ -204,7 +232,9 @@ def _curve_note(curve: Curve, timed: bool, used: bool) -> str:
     if timed and curve.context:
         sentences.append(f"Speedup of the linearized graph at {curve.context:,} tokens.")
     if used:
-        sentences.append("Workload: the most that it can gain, by arithmetic and bytes on this machine.")
+        sentences.append(
+            "Workload, by its blocks: its time less what each of them saves, which is with the layers."
+        )
     bounds = [b.text.format(limit) for b in BUDGETS if (limit := finite(b.of(curve.budget))) is not None]
     if bounds:
         sentences.append(f"Budget: {', '.join(bounds)}.")

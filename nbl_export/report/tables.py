@@ -17,7 +17,14 @@ from nbl_export.report.header import Header
 from nbl_export.report.loss import loss_table
 from nbl_export.report.parity import parity_table
 from nbl_export.report.schema import Graph, Report, Selection
-from nbl_export.report.selection import SCORES, curve_table, milliseconds, result_table, scored_by
+from nbl_export.report.selection import (
+    SCORES,
+    curve_table,
+    frontier_table,
+    milliseconds,
+    result_table,
+    scored_by,
+)
 from nbl_export.report.speed import BENCH, ENGINES, VERIFIED, speed_tables
 from nbl_export.rewrite.summary import ProofErrors
 
@@ -98,9 +105,8 @@ def layers_table(selection: Selection, proofs: Sequence[ProofErrors]) -> Table:
 def _workload(selection: Selection) -> str:
     if not selection.workload or selection.workload_ms is None:
         return ""
-    return (
-        f" Workload: {'; '.join(selection.workload)}: {milliseconds(selection.workload_ms)} ms at the least."
-    )
+    how = "measured" if selection.measured_cost else "at the least, counted from the graph"
+    return f" Workload: {'; '.join(selection.workload)}: {milliseconds(selection.workload_ms)} ms, {how}."
 
 
 def _rank(score: float | None, saved: float | None) -> float:
@@ -157,6 +163,8 @@ def report_tables(report: Report, brief: bool = False) -> list[Table]:
     tables = [graph_table(graph.before, graph.after)]
     if selection.curve and selection.curve.points:
         tables.append(curve_table(selection.curve, brief))
+        if selection.curve.others and not brief:
+            tables.append(frontier_table(selection.curve))
     if selection.result and selection.result.loss:
         tables.append(result_table(selection, selection.result))
     if report.method_loss:

@@ -11,15 +11,15 @@ import numpy as np
 
 from nbl_export.blocks import ATTENTION, PARTS, Block, part_of
 from nbl_export.errors import BudgetError, InputError
-from nbl_export.linearize.budget import CurvePoint, loss_curve
-from nbl_export.linearize.figures import Candidate, Loss
+from nbl_export.linearize.budget import CurvePoint, keeps, largest_within, loss_curve
+from nbl_export.linearize.figures import Candidate, Loss, per_saving
 from nbl_export.linearize.scores import CRITERIA, ranking
+from nbl_export.linearize.search import GREEDY_TRIES, MeasuredSets, greedy_order, single_layer_losses
 from nbl_export.progress import Listener
 from nbl_export.settings import Budget, SelectSettings
 from nbl_export.settings.size import bytes_of
 
 if TYPE_CHECKING:
-    from nbl_export.linearize.search import MeasuredSets
     from nbl_export.stages.select.jobs import Jobs
     from nbl_export.verify.speed.savings import Savings
 
@@ -31,10 +31,10 @@ BOTH, ONLY_ATTENTION, ONLY_MLPS, DROPPED = "both", "attention", "MLPs", "dropped
 
 @dataclass(frozen=True)
 class Way:
-    """What becomes linear or is dropped, of ``count`` blocks the best first, the losses of sets, what they save."""
+    """What becomes linear or is dropped: which ``blocks``, the best first, the losses of sets, what each saves."""
 
     name: str
-    count: int
+    blocks: tuple[Block, ...]
     prefix: Prefix
     sets: Callable[[], MeasuredSets]
     used: Savings | None
@@ -110,7 +110,7 @@ class Choosing:
         """Linear layers, the best of the scored ``candidates`` first."""
         assert self._settings.criterion is not None
         order = self._order(candidates, self._settings.criterion, lambda: self.sets, self._used)
-        return Way(_name(candidates), len(candidates), order, lambda: self.sets, self._used)
+        return Way(_name(candidates), _blocks(candidates), order, lambda: self.sets, self._used)
 
     def others(self, candidates: Sequence[Candidate]) -> list[Way]:
         """What else the scored ``candidates`` allow: one part alone and, a baseline that does not ship, all dropped."""
@@ -126,7 +126,7 @@ class Choosing:
             candidates = tuple(self._drop(candidates))
         assert criterion is not None
         order = self._order(candidates, criterion, lambda: sets, used)
-        return Way(DROPPED, len(candidates), order, lambda: sets, used)
+        return Way(DROPPED, _blocks(candidates), order, lambda: sets, used)
 
     def _order(
         self,
@@ -142,10 +142,8 @@ class Choosing:
             order = [c.layer for c in ranking(candidates, criterion, saved)]
             return lambda k: order[:k]
 
-        from nbl_export.linearize.search import greedy_order, single_layer_losses
-
         def searched(k: int) -> list[Block]:
-            singles = single_layer_losses(sets(), [c.layer for c in candidates])
+            singles = single_layer_losses(sets(), _blocks(candidates))
             return greedy_order(sets(), singles, k, lambda linear, block: saved(block, linear))
 
         return searched
@@ -182,8 +180,8 @@ class Choosing:
 
     def curve(self, way: Way, most: int, budget: Budget) -> list[CurvePoint]:
         """The losses of K = 1, 2 …, up to ``most`` or until the ``budget`` is exceeded."""
-        what = f" ({way.name})" if self._settings.frontier else ""
-        with self._listener.task(f"Measuring the K curve{what}", most, "layers") as task:
+        title = f"K curve: {way.name}" if self._settings.frontier else "Measuring the K curve"
+        with self._listener.task(title, most, "layers") as task:
 
             def loss(layers: Sequence[Block]) -> Loss:
                 found = way.sets().loss(layers)
@@ -191,9 +189,41 @@ class Choosing:
                 return found
 
             points = loss_curve(way.prefix, loss, most, budget)
-        if way.used is None:
-            return points
-        return [replace(p, workload_speedup=way.used.speedup(p.layers)) for p in points]
+        return [_used(point, way) for point in points]
+
+    def filled(self, way: Way, points: Sequence[CurvePoint], budget: Budget) -> tuple[Way, list[CurvePoint]]:
+        """``way`` with what the ``budget`` of loss has room for beyond its largest K: blocks that come later in its
+        order, and lose less.
+
+        Blocks are unequal for a workload: the next one may be too much where a smaller one is not. The points beyond
+        the budget are then those of the filled way.
+        """
+        k = largest_within(points, budget)
+        chosen = list(way.prefix(k))
+        kept, base = [p for p in points if p.k <= k], next((p.kl for p in points if p.k == k), 0.0)
+        with self._listener.task("Filling the budget", GREEDY_TRIES, "sets") as task:
+            while block := self._filling(way, chosen, base, budget, task.advance):
+                chosen.append(block)
+                kept.append(_used(CurvePoint.of(len(chosen), chosen, way.sets().loss(chosen)), way))
+                base = kept[-1].kl
+        if len(chosen) == k:
+            return way, list(points)
+        return replace(way, prefix=lambda count: chosen[:count]), kept
+
+    def _filling(
+        self, way: Way, chosen: Sequence[Block], base: float, budget: Budget, advance: Callable[[int], None]
+    ) -> Block | None:
+        """The block that can still be added, the one with the smallest loss for what it saves; None if none can."""
+        assert way.used is not None
+        singles = single_layer_losses(way.sets(), (b for b in way.blocks if b not in chosen))
+        rates: dict[Block, float] = {}
+        for block in sorted(singles, key=lambda b: (singles[b].kl, b))[:GREEDY_TRIES]:
+            loss = way.sets().loss([*chosen, block])
+            advance(1)
+            saved = way.used.saved_ms(block, chosen)
+            if keeps(budget, loss) and saved > 0:
+                rates[block] = per_saving(loss.kl - base, saved)
+        return min(rates, key=lambda b: (rates[b], b)) if rates else None
 
 
 def _singly(sets: MeasuredSets, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Loss]]:
@@ -201,6 +231,15 @@ def _singly(sets: MeasuredSets, candidates: Sequence[Candidate]) -> Iterator[tup
     sets.announce([candidate.layer] for candidate in candidates)
     for candidate in candidates:
         yield candidate, sets.loss([candidate.layer])
+
+
+def _used(point: CurvePoint, way: Way) -> CurvePoint:
+    """``point`` with what the workload gains."""
+    return replace(point, workload_speedup=way.used.speedup(point.layers)) if way.used else point
+
+
+def _blocks(candidates: Sequence[Candidate]) -> tuple[Block, ...]:
+    return tuple(c.layer for c in candidates)
 
 
 def _name(candidates: Sequence[Candidate]) -> str:

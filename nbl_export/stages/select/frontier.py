@@ -54,5 +54,7 @@ def measured(
         budget = Budget(max_kl=max(point.kl for point in chosen.points))
     return Frontier(
         chosen,
-        tuple(Measured(way, choosing.curve(way, way.count, budget)) for way in choosing.others(candidates)),
+        tuple(
+            Measured(way, choosing.curve(way, len(way.blocks), budget)) for way in choosing.others(candidates)
+        ),
     )

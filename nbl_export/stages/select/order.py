@@ -70,8 +70,11 @@ def choose(
         least = meter.least_k(budget.min_speedup, count)
     least = max(least, choosing.least_k(way.prefix, count))
     found = frontier(count if budget.bounds_loss else least)
-    if budget.bounds_loss and not least:
+    if budget.bounds_loss and not least and settings.workload:
         found = found.fastest(budget)
+        found = replace(
+            found, chosen=Measured(*choosing.filled(found.chosen.way, found.chosen.points, budget))
+        )
     prefix, points = found.chosen.way.prefix, found.chosen.points
     if prefix is not way.prefix:
         meter = speeds(prefix)
@@ -164,5 +167,4 @@ def _curve(
     curve = Curve(tuple(points), chosen, settings.budget, context, *choosing.described)
     if not settings.workload:
         return curve
-    name, cost = found.chosen.way.name, settings.measure_cost
-    return replace(curve, name=name, others=found.lines, measured_cost=cost)
+    return replace(curve, name=found.chosen.way.name, others=found.lines)

@@ -92,6 +92,7 @@ def select(run: Run, settings: SelectSettings) -> Plan:
             metadata.get("dtype"),
             settings.workload,
             workload_ms,
+            settings.measure_cost,
         )
         write_json(ws.candidates, _as_kept(scores))
         return [ws.plan, ws.plan.with_suffix(".safetensors"), ws.candidates]
