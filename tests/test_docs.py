@@ -151,6 +151,8 @@ def test_defaults_of_the_command_line_are_those_of_the_settings() -> None:
         "k": None,
         "layers": None,
         "workload": (),
+        "measure_cost": False,
+        "frontier": False,
         "criterion": None,
         "fit_input": "normed",
         "ridge": 1e-6,

@@ -45,9 +45,7 @@ class Curve:
 
     @property
     def frontier(self) -> list[Line]:
-        """Every way that was measured for the workload, the chosen one first; none without a workload."""
-        if not self.name:
-            return []
+        """Every way that was measured for the workload, the chosen one first."""
         return [Line(self.name, tuple(self.by_k)), *self.others]
 
     @property

@@ -51,7 +51,7 @@ def report_plots(report: Report) -> dict[str, Plot]:
     selection = report.selection
     if selection.curve and selection.curve.points:
         plots.append(_curve(selection.curve))
-        if selection.curve.frontier:
+        if selection.curve.others:
             plots.append(_frontier(selection.curve))
     score = scored_by(selection.criterion, selection.candidates)
     drawable = len(selection.candidates) <= _MOST_LAYERS

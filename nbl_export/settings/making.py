@@ -93,8 +93,8 @@ class SelectSettings(OnDevice):
     k: Layers to linearize. auto: as --max-ppl-ratio 1.10.
     layers: Exactly these layers: 3,7,12. The MLP of layer 7: 7.mlp.
     workload: Rank by loss per time saved in prefill=512,decode=128@4096.
-    measure_cost: Measure what blocks save of the workload; without it, it is counted.
-    frontier: Also measure attention alone, MLPs alone and dropped blocks for the workload; a budget takes the fastest.
+    measure_cost: Measure what blocks save, not count it.
+    frontier: Also measure one part alone, and dropped.
     criterion: Rank layers by: greedy (KL, one after the other), kl (each alone), linearity (error × sensitivity),
         nmse (fit error), cca (the paper's bound), drop (KL when left out).
     fit_input: Fit on the residual stream after (normed) or before (residual) the input norm.

@@ -71,6 +71,12 @@ def exhaustive(cost: Cost, count: int, k: int) -> list[int]:
     return chosen
 
 
+def test_single_losses_of_some_layers_alone() -> None:
+    table = Table(lambda layers: float(sum(layers)), 5)
+    assert {i: loss.kl for i, loss in single_layer_losses(table.sets(), [3, 1]).items()} == {1: 1.0, 3: 3.0}
+    assert set(table.asked) == {frozenset([1]), frozenset([3])}
+
+
 def order(table: Table, k: int) -> list[int]:
     sets = table.sets()
     return greedy_order(sets, single_layer_losses(sets), k)

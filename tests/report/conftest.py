@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nbl_export.linearize.budget import CurvePoint
-from nbl_export.linearize.selection import Curve
+from nbl_export.linearize.selection import Curve, Line
 from nbl_export.report.schema import Report, load_report
 from nbl_export.settings import Budget
 from nbl_export.verify.speed.values import CandidateInfo, CellResult, Machine, Ratio, Result, Speed, Timing
@@ -47,6 +47,23 @@ def curve() -> Curve:
     return Curve(tuple(points), chosen=2, budget=budget, context=512, tokens=4096, documents=12)
 
 
+def line(name: str, gain: float) -> Line:
+    """A way that gains so much with each block."""
+    points = [
+        CurvePoint(k, tuple(range(k)), 0.1 * k, 0.01, 1 + 0.1 * k, 0.01, workload_speedup=1 + gain * k)
+        for k in (1, 2)
+    ]
+    return Line(name, tuple(points))
+
+
+@pytest.fixture
+def frontier(curve: Curve) -> Curve:
+    """For a workload, with the other ways."""
+    points = tuple(replace(p, workload_speedup=1 + 0.1 * p.k) for p in curve.points)
+    others = (line("attention", 0.05), line("MLPs", 0.02), line("dropped", 0.2))
+    return replace(curve, points=points, name="both", others=others)
+
+
 @pytest.fixture
 def engine_speed() -> Speed:
     times = {"base engine": 2.0, "linearized engine": 1.6, "PyTorch eager, base": 9.0}
@@ -79,5 +96,5 @@ def engine_speed() -> Speed:
 
 
 @pytest.fixture
-def full(report: Report, curve: Curve, engine_speed: Speed) -> Report:
-    return replace(report, selection=replace(report.selection, curve=curve), engine_speed=engine_speed)
+def full(report: Report, frontier: Curve, engine_speed: Speed) -> Report:
+    return replace(report, selection=replace(report.selection, curve=frontier), engine_speed=engine_speed)

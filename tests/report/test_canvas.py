@@ -80,7 +80,7 @@ def test_series_differ_to_every_eye(kind: str, scheme: str) -> None:
 
 
 def test_an_svg_leaves_its_colours_to_the_page(plots: list[Plot]) -> None:
-    assert [p.name for p in plots] == ["k-curve", "layers", "speed", "engines"]
+    assert [p.name for p in plots] == ["k-curve", "frontier", "layers", "speed", "engines"]
     for plot in plots:
         for narrow in (False, True):
             svg = plot.svg(narrow)

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from nbl_export.linearize.selection import Curve
 from nbl_export.report.canvas import BASE, DECODE, LINEAR, style
-from nbl_export.report.figures import draw_curve, draw_layers, draw_speed
+from nbl_export.report.figures import draw_curve, draw_frontier, draw_layers, draw_speed
 from nbl_export.report.schema import Report
 from nbl_export.settings.budget import NO_BUDGET
 from nbl_export.verify.speed.values import CandidateInfo, CellResult, Machine, Ratio, Result, Speed, Timing
@@ -47,6 +47,18 @@ def whiskers(container: Any) -> list[tuple[float, float]]:
 
 def near(a: Any, b: Any) -> bool:
     return bool(np.allclose(np.asarray(a, float), np.asarray(b, float), rtol=1e-12))
+
+
+@pytest.mark.parametrize("narrow", [False, True], ids=["page", "phone"])
+def test_the_frontier_is_the_report_s(frontier: Curve, narrow: bool) -> None:
+    (axes,) = draw_frontier(frontier, narrow).axes
+    drawn = [line(c) for c in axes.containers]
+    ways = [sorted(way.points, key=lambda p: p.k) for way in frontier.frontier]
+    assert drawn == [([p.workload_speedup for p in w], [p.perplexity_ratio for p in w]) for w in ways]
+    # The chosen point, filled, and the budget.
+    marked = [mark.get_xydata()[0].tolist() for mark in axes.lines if len(mark.get_xydata()) == 1]
+    assert marked == [[1.2, 1.08]]
+    assert [1.2, 1.2] in [list(mark.get_ydata()) for mark in axes.lines]
 
 
 @pytest.mark.parametrize("narrow", [False, True], ids=["page", "phone"])

@@ -115,7 +115,7 @@ def test_tables_are_accessible(full: Report) -> None:
 def test_plots_say_what_they_show(full: Report) -> None:
     reader, plots = read(full), report_plots(full)
     said = [a["aria-label"] for a in reader.attributes("div") if a.get("role") == "img"]
-    assert said == [plots[name].text for name in ("k-curve", "speed", "engines", "layers")]
+    assert said == [plots[name].text for name in ("k-curve", "frontier", "speed", "engines", "layers")]
     assert plots["layers"].text.endswith("replaced: 2, 3.")
     assert "chosen: K = 2, perplexity ratio 1.080, KL 0.160." in plots["k-curve"].text
     assert full.speed is not None
@@ -219,7 +219,7 @@ def test_without_plots_the_page_is_whole(report: Report) -> None:
 def test_chosen_rows_are_marked(full: Report) -> None:
     text = page(full, report_plots(full))
     marked = re.findall(r'<tr class="marked"><th scope="row">([^<]*)', text)
-    assert marked[0] == "2, chosen" and sorted(marked[1:]) == ["2", "3"]
+    assert marked[0] == "2, chosen" and sorted(marked[1:]) == ["2", "3", "both"]
 
 
 def test_the_same_report_gives_the_same_page(full: Report) -> None:

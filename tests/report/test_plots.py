@@ -41,7 +41,7 @@ def test_matplotlib_is_loaded_only_to_draw(stories_out: Path) -> None:
 
 
 def test_a_plot_needs_figures(report: Report, full: Report) -> None:
-    assert list(report_plots(full)) == ["k-curve", "layers", "speed", "engines"]
+    assert list(report_plots(full)) == ["k-curve", "frontier", "layers", "speed", "engines"]
     assert list(report_plots(report)) == ["layers", "speed"]
     assert full.speed is not None
     unscored = tuple(replace(c, cca=nan) for c in full.selection.candidates)
@@ -65,6 +65,13 @@ def test_the_curve_in_words(full: Report, curve: Curve) -> None:
     assert words(curve) == f"{said}; chosen: K = 2, perplexity ratio 1.080, KL 0.160."
     assert words(replace(curve, chosen=None)) == f"{said}."
     assert words(replace(curve, chosen=0)) == f"{said}."
+
+
+def test_the_frontier_in_words(full: Report) -> None:
+    assert report_plots(full)["frontier"].text == (
+        "Perplexity ratio against the speedup of the workload: both: up to 1.40× at 1.320; attention: up to 1.10× at "
+        "1.200; MLPs: up to 1.04× at 1.200; dropped: up to 1.40× at 1.200."
+    )
 
 
 def test_the_layers_in_words(report: Report) -> None:

@@ -186,6 +186,7 @@ def test_markdown_shows_the_plots_that_were_drawn(full: Report, tmp_path: Path) 
     found = re.findall(r"^## (.*)\n\n!\[([^\]]+)\]\((.*)\)\n\n\|", text, re.M)
     assert [(title.split(":")[0], path) for title, _, path in found] == [
         ("Loss and speed by K", "plots/k-curve.png"),
+        ("Loss by speed, each way", "plots/frontier.png"),
         ("Speed on ONNX Runtime, batch 1", "plots/speed.png"),
         ("Speed on A GPU, batch 1", "plots/engines.png"),
         ("Layers by cca", "plots/layers.png"),

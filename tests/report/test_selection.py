@@ -11,7 +11,14 @@ from nbl_export.linearize.selection import Curve, PlanLoss
 from nbl_export.records import from_json, to_json
 from nbl_export.report.drawing import Table
 from nbl_export.report.schema import Report, Selection
-from nbl_export.report.selection import SCORES, curve_table, fit_in_words, result_table, scored_by
+from nbl_export.report.selection import (
+    SCORES,
+    curve_table,
+    fit_in_words,
+    frontier_table,
+    result_table,
+    scored_by,
+)
 from nbl_export.report.tables import report_tables
 from nbl_export.settings import Budget
 
@@ -42,10 +49,24 @@ def test_every_k_is_a_row(curve: Curve) -> None:
 def test_what_a_workload_gains_has_a_column(curve: Curve) -> None:
     points = tuple(replace(p, workload_speedup=1 + p.k / 4) for p in curve.points)
     table = curve_table(replace(curve, points=points))
-    assert table.columns[3:6] == ("workload, at most", "prefill", "decode")
+    assert table.columns[3:6] == ("workload, by its blocks", "prefill", "decode")
     assert [row[3] for row in table.rows] == ["1.25×", "1.50×", "1.75×", "2.00×"]
-    assert "Workload: the most that it can gain" in table.note
+    assert "Workload, by its blocks: its time less what each of them saves" in table.note
+    timed = tuple(replace(p, timed_speedup=1.3 if p.k == 2 else None) for p in points)
+    table = curve_table(replace(curve, points=timed))
+    assert table.columns[4] == "workload, timed" and [row[4] for row in table.rows] == ["", "1.30×", "", ""]
     assert "Workload" not in curve_table(curve).note
+
+
+def test_each_way_has_its_rows(frontier: Curve) -> None:
+    table = frontier_table(frontier)
+    assert [row[:2] for row in table.rows[:4]] == [("both", str(k)) for k in (1, 2, 3, 4)]
+    assert table.rows[1] == ("both", "2", "1.20×", "1.0800 ± 0.0100") and table.marked == (1,)
+    assert table.rows[4:6] == (
+        ("attention", "1", "1.05×", "1.1000 ± 0.0100"),
+        ("attention", "2", "1.10×", "1.2000 ± 0.0100"),
+    )
+    assert {row[0] for row in table.rows} == {"both", "attention", "MLPs", "dropped"}
 
 
 def test_sizes_are_bounds(curve: Curve) -> None:

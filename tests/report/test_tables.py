@@ -145,6 +145,7 @@ def test_tables_of_a_report_stand_in_their_order(full: Report) -> None:
     assert titles == [
         "Graph",
         "Loss and speed by K",
+        "Loss by speed, each way",
         "Method loss",
         "Speed on ONNX Runtime, batch 1",
         "Parity",
@@ -153,9 +154,9 @@ def test_tables_of_a_report_stand_in_their_order(full: Report) -> None:
         "Nodes that stay fp32 in the fp16 graph",
         "Layers by cca",
     ]
-    # A terminal has no room for the last two, nor for tables wider than it.
+    # A terminal has no room for long ones, nor for tables wider than it.
     brief = report_tables(whole, brief=True)
-    assert [table.title.split(":")[0] for table in brief] == titles[:-2]
+    assert [table.title.split(":")[0] for table in brief] == [*titles[:2], *titles[3:-2]]
     assert all(len(row) == len(table.columns) for table in brief for row in table.rows)
 
 
@@ -168,6 +169,7 @@ def test_layers_for_a_workload_are_in_the_order_of_loss_for_what_they_save(repor
     table = layers_table(of, [])
     assert [(row[0], row[6]) for row in table.rows] == [(str(first.layer), "4"), (str(second.layer), "1")]
     assert table.columns[6] == "saves, ms"
-    assert table.note.endswith(" Workload: decode=8@512: 20.5 ms at the least.")
+    assert table.note.endswith(" Workload: decode=8@512: 20.5 ms, at the least, counted from the graph.")
+    assert layers_table(replace(of, measured_cost=True), []).note.endswith(": 20.5 ms, measured.")
     without = replace(of, candidates=tuple(replace(c, saved_ms=None) for c in scored), workload=())
     assert [row[0] for row in layers_table(without, []).rows] == [str(second.layer), str(first.layer)]

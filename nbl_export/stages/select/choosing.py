@@ -202,7 +202,8 @@ class Choosing:
         chosen = list(way.prefix(k))
         kept, base = [p for p in points if p.k <= k], next((p.kl for p in points if p.k == k), 0.0)
         with self._listener.task("Filling the budget", GREEDY_TRIES, "sets") as task:
-            while block := self._filling(way, chosen, base, budget, task.advance):
+            # The attention of layer 0 is a block, too.
+            while (block := self._filling(way, chosen, base, budget, task.advance)) is not None:
                 chosen.append(block)
                 kept.append(_used(CurvePoint.of(len(chosen), chosen, way.sets().loss(chosen)), way))
                 base = kept[-1].kl
@@ -215,10 +216,14 @@ class Choosing:
     ) -> Block | None:
         """The block that can still be added, the one with the smallest loss for what it saves; None if none can."""
         assert way.used is not None
-        singles = single_layer_losses(way.sets(), (b for b in way.blocks if b not in chosen))
+        sets = way.sets()
+        singles = single_layer_losses(sets, (b for b in way.blocks if b not in chosen))
+        tried = sorted(singles, key=lambda b: (singles[b].kl, b))[:GREEDY_TRIES]
+        sets.settle(chosen)
+        sets.announce([*chosen, block] for block in tried)
         rates: dict[Block, float] = {}
-        for block in sorted(singles, key=lambda b: (singles[b].kl, b))[:GREEDY_TRIES]:
-            loss = way.sets().loss([*chosen, block])
+        for block in tried:
+            loss = sets.loss([*chosen, block])
             advance(1)
             saved = way.used.saved_ms(block, chosen)
             if keeps(budget, loss) and saved > 0:

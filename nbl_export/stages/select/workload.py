@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from nbl_export.batch.names import BASE
 from nbl_export.blocks import MLP, PARTS, Block, Mlp, part_of
@@ -21,8 +21,10 @@ from nbl_export.stages.select.trial import trial_graph, why_not_timed
 if TYPE_CHECKING:
     from nbl_export.linearize.plan import LinearLayer, Plan
     from nbl_export.verify.speed.savings import Savings
+    from nbl_export.verify.speed.values import Roofline
     from nbl_export.workspace import Workspace
 
+T = TypeVar("T")
 _FORMAT = "nbl-export/costs/1"
 
 
@@ -153,22 +155,23 @@ class _Kept:
         except (InputError, KeyError, TypeError):
             pass  # measured again
 
-    def roofline(self) -> Any:
+    def roofline(self) -> Roofline:
         from nbl_export.verify.speed.roofline import measure_roofline
         from nbl_export.verify.speed.values import Roofline
 
-        found = self._of({"what": "roofline"}, lambda: to_json(measure_roofline()))
-        return from_json(Roofline, found, "The file of costs", "remove it")
+        return self._of({"what": "roofline"}, Roofline, lambda: to_json(measure_roofline()))
 
     def times(self, settings: SelectSettings, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
         """Milliseconds of the workload by graph."""
         asked = {"what": "times", "export": self._exported, "rank": settings.rank}
-        found = self._of({**asked, "workload": list(settings.workload)}, measure)
-        return {str(name): float(ms) for name, ms in found.items()}
+        return self._of({**asked, "workload": list(settings.workload)}, dict[str, float], measure)
 
-    def _of(self, depends: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def _of(self, depends: dict[str, Any], kind: type[T], measure: Callable[[], dict[str, Any]]) -> T:
+        """What is known of it, if it is of this ``kind``; or it is measured and kept."""
         key = sha256_of_json({**self._machine, **depends})
-        if not isinstance(self._known.get(key), dict):
+        try:
+            return from_json(kind, self._known.get(key), "The file of costs", "")
+        except InputError:
             self._known[key] = measure()
             write_sealed(self._path, {"format": _FORMAT, "costs": self._known})
-        return dict(self._known[key])
+            return from_json(kind, self._known[key], "The file of costs", "")

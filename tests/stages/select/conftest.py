@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from nbl_export import api
 from nbl_export.linearize.loss import LossMeter
 from nbl_export.stages.select.speeds import SpeedMeter, Speedups
 from tests.stages.select.by_hand import forget
@@ -36,6 +37,21 @@ def calibrated(stories_out: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 @pytest.fixture
 def out(calibrated: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(calibrated, tmp_path / "out", copy_function=shutil.copy2))
+
+
+@pytest.fixture(scope="session")
+def both(stories_folder: Path, stories_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of which attention and MLPs are calibrated, and that is exported."""
+    out = tmp_path_factory.mktemp("workload") / "out"
+    text = api.CalibrateSettings((str(stories_text),), 32, 128, heldout_samples=8, blocks="both")
+    api.calibrate(stories_folder, out, text)
+    api.export(out)
+    return out
+
+
+@pytest.fixture
+def both_out(both: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(both, tmp_path / "out", copy_function=shutil.copy2))
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +20,9 @@ from tests.stages.select.by_hand import candidates, forget, select
 SHORT, LONG = ("decode=8@8",), ("decode=8@500",)
 
 
-@pytest.fixture(scope="module")
-def both(stories_folder: Path, stories_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of which attention and MLPs are calibrated, and that is exported."""
-    out = tmp_path_factory.mktemp("workload") / "out"
-    text = api.CalibrateSettings((str(stories_text),), 32, 128, heldout_samples=8, blocks="both")
-    api.calibrate(stories_folder, out, text)
-    api.export(out)
-    return out
-
-
 @pytest.fixture
-def out(both: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(both, tmp_path / "out", copy_function=shutil.copy2))
+def out(both_out: Path) -> Path:
+    return both_out
 
 
 def asked(k: int, workload: tuple[str, ...], **more: Any) -> api.SelectSettings:
