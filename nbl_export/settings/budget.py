@@ -39,7 +39,7 @@ class Budget(LossBound):
 
     min_speedup: Smallest K with prefill and decode X times as fast.
     max_weight_bytes: Weights of at most that size, by the smallest K.
-    max_kv_bytes: KV cache of at most that size, by the smallest K, for the rows of --workload.
+    max_kv_bytes: KV cache of at most that size for --workload, by the least K.
     """
 
     min_speedup: float | None = setting(None, LAYERS, at_least(1, "1 or more (1.2 is a fifth faster)"))

@@ -103,7 +103,7 @@ class SelectSettings(OnDevice):
         drop (W, b = 0).
     repair: Distil W, b and the subsequent MLPs for so many steps of 1,024 tokens.
     repair_rank: Rank of the repair's change to the MLPs, merged into their weights. 0: W and b only.
-    rank: Store each W as two factors of that rank, less than half the model's width.
+    rank: Store each W as two factors of that rank, under half the width.
     seed: Seed of everything random.
     """
 
