@@ -10,6 +10,11 @@ excess    ln(perplexity linearized / perplexity original), ± its standard error
 KL        of the next token, original to linearized, in nats
 
 and, with --tasks, the mean accuracy over a folder's tasks (--limit rows of each, sampled by a seed), with PyTorch.
+With --compare it prints instead what ours and others' ways without training (scripts/quality_methods.py) lose where
+they save as many weights as the paper's method with each K, or are as fast in a prefill of 512 tokens and in decode at
+--context, as counted from the graph on this machine's roofline; DIR/compare.md and DIR/compare.png. Each way takes its
+smallest cut that saves as much.
+
 The --judge texts are used for evaluation only: layers are chosen on a split of CALIBRATION. Seconds are those of the
 selection, including repair; measurements of earlier cells are reused. Results are saved in DIR/quality.json and
 reused, so --ways and --k can be extended; the table is DIR/quality.md. Models are run in bfloat16 if the processor
@@ -23,11 +28,13 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from quality_methods import WEIGHTS, Cut, Ways
 
 from nbl_export import api
 from nbl_export.calibrate.documents import documents
@@ -65,7 +72,7 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
 
 
 class Judge:
-    """A held-out text to measure plans on."""
+    """A held-out text to measure plans and cuts on."""
 
     def __init__(self, model: torch.nn.Module, tokenizer: Any, text: str, tokens: int) -> None:
         rows, owners = packed(tokenizer, text, tokens)
@@ -114,6 +121,82 @@ def task_accuracy(
     return {"accuracy": float(np.mean(means)), "accuracy_se": math.sqrt(sum(variances)) / len(means)}
 
 
+def compared(
+    arguments: argparse.Namespace, model: torch.nn.Module, judges: Mapping[str, Judge]
+) -> Iterator[str]:
+    """Lines of Markdown: ways at equal weights and at equal speed; also writes the plot."""
+    out = arguments.out / "both"
+    path = arguments.out / "compare.json"
+    known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    context = arguments.context
+    workloads = (f"prefill={min(SEQ_LEN, context)}", f"decode=128@{context}")
+    ways = Ways(out, model, max(arguments.k) + 2, workloads)
+    cuts: dict[str, list[Cut]] = {}
+    for made in (ways.paper, ways.attention_drop, ways.block_drop, ways.bypass, ways.ours):
+        for cut in made():
+            cuts.setdefault(cut.way, []).append(cut)
+    shown: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
+    first = next(iter(judges))
+    for by in ways.compared_by:
+        yield f"\nAs good as the paper's method in {by}:\n"
+        columns = ["K", "way", "cut", by, *(f"{j} {c}" for j in judges for c in ("excess", "÷ paper"))]
+        yield "| " + " | ".join(columns) + " |"
+        yield "|---" * len(columns) + "|"
+        for k in arguments.k:
+            own = cuts["NBL"][k - 1]
+            paper = losses_of(own, judges, known, path)
+            least = ways.gain(own, by) * (1 - 1e-9)
+            taken: dict[str, Cut | None] = {"NBL": own}
+            for way, every in cuts.items():
+                if way != "NBL" and (not way.startswith("both") or way == f"both, by {by}"):
+                    taken[way] = next((c for c in every if ways.gain(c, by) >= least), None)
+            # What --frontier takes: whichever loses least on the selection text.
+            taken["ours"] = min((c for c in taken.values() if c), key=lambda c: c.kl)
+            for way, picked in taken.items():
+                if picked is None:
+                    yield f"| {k} | {way} | – |" + " – |" * (1 + 2 * len(judges))
+                    continue
+                found, gain = losses_of(picked, judges, known, path), ways.gain(picked, by)
+                line = [str(k), way, picked.what, f"{gain / 1e6:.2f} M" if by == WEIGHTS else f"{gain:.3f}×"]
+                for judge in judges:
+                    loss = found[judge]
+                    line.append(f"{loss['excess']:.4f} ± {loss['excess_se']:.4f}")
+                    line.append(f"{loss['excess'] / paper[judge]['excess']:.2f}")
+                yield "| " + " | ".join(line) + " |"
+                point = (gain, found[first]["excess"], found[first]["excess_se"])
+                shown.setdefault(by, {}).setdefault(way.split(",")[0], []).append(point)
+    plot(shown, first, arguments.out / "compare.png")
+
+
+def losses_of(cut: Cut, judges: Mapping[str, Judge], known: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The losses of a ``cut`` on each text, by its name; kept in a file."""
+    found = known.setdefault(f"{cut.way}|{cut.what}", {})
+    for name, judge in judges.items():
+        if name not in found:
+            found[name] = cut.loss(judge.meter).as_json()
+            path.write_text(json.dumps(known, indent=1))
+            print(f"{cut.way}, {cut.what}, {name}: excess {found[name]['excess']:.4f}", flush=True)
+    return dict(found)
+
+
+def plot(shown: Mapping[str, Mapping[str, Any]], judge: str, path: Path) -> None:
+    """Excess by what is saved, a panel for each."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(shown))
+    for panel, (by, ways) in zip(panels, shown.items(), strict=True):
+        for (way, points), marker in zip(ways.items(), "os^vDP*", strict=False):
+            x, y, error = (np.array(values) for values in zip(*sorted(points), strict=True))
+            panel.errorbar(x / 1e6 if by == WEIGHTS else x, y, yerr=error, marker=marker, label=way)
+        panel.set_xlabel("million weights saved" if by == WEIGHTS else f"times as fast: {by}")
+        panel.set_ylabel(f"excess on {judge}, nats per token")
+    panels[0].legend()
+    figure.savefig(path, dpi=110)
+
+
 def cells(arguments: argparse.Namespace) -> Iterator[tuple[str, int]]:
     for way in arguments.ways or WAYS:
         for k in arguments.k:
@@ -159,11 +242,17 @@ def main() -> None:
     parser.add_argument("--tasks", help="a folder of .jsonl tasks")
     parser.add_argument("--limit", type=int, default=40)
     parser.add_argument("--out", type=Path, default=Path("out/bench-quality"))
+    parser.add_argument("--compare", action="store_true")
+    parser.add_argument("--context", type=int, default=4096, help="tokens before a decode of --compare")
     arguments = parser.parse_args()
     text = api.CalibrateSettings(
         tuple(arguments.calibration), arguments.samples, SEQ_LEN, 1, arguments.selection_samples
     )
-    api.calibrate(arguments.model, arguments.out, text)
+    if arguments.compare:
+        api.calibrate(arguments.model, arguments.out / "both", replace(text, blocks="both"))
+        api.export(arguments.out / "both")
+    else:
+        api.calibrate(arguments.model, arguments.out, text)
     path = arguments.out / "quality.json"
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     source = find_model(arguments.model)
@@ -171,6 +260,20 @@ def main() -> None:
     model = LoadedModel(source, Silent()).in_dtype("auto")
     judges = dict(j.split("=", 1) for j in arguments.judge)
     opened = {name: Judge(model, tokenizer, text, arguments.tokens) for name, text in judges.items()}
+    machine = environment()
+    where = (
+        f"{machine.processor}, {machine.cores} cores, {machine.memory_gib} GiB; torch "
+        f"{machine.packages['torch']}."
+    )
+    caption = (
+        f"{Path(arguments.model).name}, calibrated on {', '.join(Path(t).name for t in arguments.calibration)}, "
+        f"{arguments.samples} rows at most; {arguments.tokens} tokens of each text; {dtype_of(model)}. "
+    )
+    if arguments.compare:
+        report = f"{caption}{where}\n" + "\n".join(compared(arguments, model, opened)) + "\n"
+        (arguments.out / "compare.md").write_text(report)
+        print(report)
+        return
     if arguments.tasks and "original" not in results:
         results["original"] = task_accuracy(model, tokenizer, None, arguments.tasks, arguments.limit)
     for way, k in cells(arguments):
@@ -186,19 +289,9 @@ def main() -> None:
             cell |= task_accuracy(model, tokenizer, plan, arguments.tasks, arguments.limit)
         path.write_text(json.dumps(results, indent=1))
         print(f"{way}, K = {k}: {cell}", flush=True)
-    machine = environment()
-    original = results.get("original")
-    caption = (
-        f"{arguments.model}, calibrated on {', '.join(arguments.calibration)}; {dtype_of(model)}. "
-        + (
-            f"Tasks, original: {original['accuracy']:.1%} ± {original['accuracy_se']:.1%}. "
-            if original
-            else ""
-        )
-        + f"{machine.processor}, {machine.cores} cores, {machine.memory_gib} GiB; torch "
-        f"{machine.packages['torch']}."
-    )
-    written = f"{table(results, list(judges))}\n\n{caption}\n"
+    if original := results.get("original"):
+        caption += f"Tasks, original: {original['accuracy']:.1%} ± {original['accuracy_se']:.1%}. "
+    written = f"{table(results, list(judges))}\n\n{caption}{where}\n"
     (arguments.out / "quality.md").write_text(written, encoding="utf-8")
     print(written)
 

@@ -1,0 +1,244 @@
+"""Ways to make a model smaller without training, as bench_quality.py --compare compares them: what each cuts and saves.
+
+NBL          the paper's method: attention layers by the CCA bound, plain LMMSE (arXiv 2505.21077)
+attention drop   attention layers left out, by the loss of each alone (LLM-Drop's form, arXiv 2406.15786)
+block drop   whole layers left out, one after the other by the smallest loss (SLEB, arXiv 2402.09025)
+bypass       one affine map for a run of layers, fitted by least squares between the residual streams before and
+             after it; the run is where they differ least in angle (ReplaceMe's form, arXiv 2505.02819)
+attention, MLPs, both   ours: greedy search over blocks, plain LMMSE; both by loss for what is saved
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nbl_export import api
+from nbl_export.blocks import Block, Mlp, attentions
+from nbl_export.calibrate.text import load_text
+from nbl_export.files import read_json
+from nbl_export.graph.io import load_graph
+from nbl_export.linearize.figures import Loss
+from nbl_export.linearize.fits import dropped
+from nbl_export.linearize.loss import LossMeter
+from nbl_export.linearize.selection import Scores
+from nbl_export.models.layers import block_stack
+from nbl_export.records import from_json
+from nbl_export.settings.workload import workload_of
+from nbl_export.verify.speed.ceiling import graph_cost
+from nbl_export.verify.speed.roofline import measure_roofline
+from nbl_export.verify.speed.savings import Savings, block_savings, less, stored_bytes
+from nbl_export.verify.speed.values import GraphCost
+from nbl_export.workspace import Workspace
+
+NOTHING = GraphCost(0, 0, 0, 0)
+# What the ways are compared at beside the counted time of workloads. Greedy search for weights is that for a token
+# after one other, which reads nothing else.
+WEIGHTS, ONE_TOKEN = "weights", "decode=1@1"
+# Sets that are tried for each whole layer that is left out, by their loss so far, as greedy search does for blocks.
+TRIES = 8
+RIDGE = 1e-6
+
+# The loss of a cut on a text.
+Measure = Callable[[LossMeter], Loss]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """So much of one way: what is cut, in words, what that saves, and its loss; ``kl`` that of the selection text."""
+
+    way: str
+    what: str
+    saved: GraphCost
+    loss: Measure
+    kl: float = math.inf
+
+
+class Ways:
+    """The ways over one calibrated and exported folder ``out``; ``most`` blocks at most; ours for each ``workload``."""
+
+    def __init__(self, out: Path, model: torch.nn.Module, most: int, workloads: Sequence[str]) -> None:
+        self.out, self.model, self.most = out, model, most
+        self.compared_by = (WEIGHTS, *workloads)
+        self.ws = Workspace.open(out)
+        self.empty = api.select(out, api.SelectSettings(k=0, criterion="cca"))
+        graph, self.graph = load_graph(self.ws.baseline), graph_cost(self.ws.baseline)
+        self.linear = block_savings(graph, self.empty)
+        self.without = block_savings(graph, self.empty, 0)
+        self.stored, self.roofline = stored_bytes(graph), measure_roofline()
+        self.text = load_text(self.ws.text)
+
+    def gain(self, cut: Cut, by: str) -> float:
+        """Parameters that are saved, or how many times as fast a workload is, as counted."""
+        if by == WEIGHTS:
+            return float(cut.saved.weight_macs)
+        workload = [workload_of(by)]
+        return Savings(self.graph, {0: cut.saved}, self.roofline, workload, self.stored).speedup([0])
+
+    def scores(self) -> Scores:
+        return from_json(Scores, read_json(self.ws.candidates, "candidates", ""), "candidates", "")
+
+    def paper(self) -> Iterator[Cut]:
+        candidates = [c for c in self.scores().candidates if not isinstance(c.layer, Mlp)]
+        order = [c.layer for c in sorted(candidates, key=lambda c: c.cca)]
+        for k in range(1, self.most + 1):
+            yield self._linear("NBL", order[:k])
+
+    def attention_drop(self) -> Iterator[Cut]:
+        api.select(self.out, api.SelectSettings(k=1, criterion="drop"))
+        candidates = [c for c in self.scores().candidates if not isinstance(c.layer, Mlp)]
+        order = [c.layer for c in sorted(candidates, key=lambda c: c.drop or 0.0)]
+        for k in range(1, self.most + 1):
+            yield self._dropped("attention drop", order[:k])
+
+    def ours(self) -> Iterator[Cut]:
+        """Attention alone and MLPs alone, then both for each thing to save."""
+        for by in self.compared_by:
+            workload = ONE_TOKEN if by == WEIGHTS else by
+            settings = api.SelectSettings(k=self.most, workload=(workload,), frontier=by == WEIGHTS)
+            api.select(self.out, settings)
+            curve = self.scores().curve
+            assert curve is not None
+            for line in curve.frontier:
+                if line.name == "dropped":
+                    continue
+                name = f"both, by {by}" if line.name == "both" else line.name
+                for point in line.points:
+                    yield replace(self._linear(name, point.layers), kl=point.kl)
+
+    def block_drop(self) -> Iterator[Cut]:
+        meter = LossMeter(self.model, self.text.selection, self.text.selection_document, "normed")
+        d = self.empty.hidden_size
+        bounds = dict.fromkeys(attentions(self.empty.candidates), 0.0)
+        chosen: list[Block] = []
+
+        def kl(layers: Iterable[Block]) -> float:
+            blocks = [b for i in layers for b in (i, Mlp(int(i)))]  # type: ignore[arg-type]
+            return meter.measure({b: dropped(d) for b in blocks}).kl
+
+        bounds = {i: kl([i]) for i in bounds}
+        while len(chosen) < self.most // 2:
+            tried = {i: kl([*chosen, i]) for i in sorted(bounds, key=lambda i: bounds[i])[:TRIES]}
+            bounds |= tried
+            best = min(tried, key=lambda i: tried[i])
+            chosen.append(best)
+            del bounds[best]
+            blocks = [b for i in chosen for b in (i, Mlp(int(i)))]  # type: ignore[arg-type]
+            yield self._dropped("block drop", blocks)
+
+    def bypass(self) -> Iterator[Cut]:
+        runs = self._runs()
+        maps = self._fitted(runs)
+        d = self.empty.hidden_size
+        for (start, end), (a, b) in zip(runs, maps, strict=True):
+            blocks: list[Block] = [block for i in range(start, end) for block in (i, Mlp(i))]
+            saved = less(total(self.without, blocks), GraphCost(d * d, 0, 4 * d * d, 0))
+
+            def loss(meter: LossMeter, start: int = start, end: int = end, a: Any = a, b: Any = b) -> Loss:
+                return meter.measure_within(bypassed(meter.model, start, end, a, b), start)
+
+            yield Cut("bypass", f"{start}-{end - 1}", saved, loss)
+
+    def _runs(self) -> list[tuple[int, int]]:
+        """For each length, where the residual stream turns least: mean cosine of before and after."""
+        count = self.empty.layer_count
+        lengths = range(1, self.most // 2 + 1)
+        similar = np.zeros((count, count + 1))
+        for states in self._states(self.text.selection):
+            unit = [torch.nn.functional.normalize(s, dim=-1) for s in states]
+            for n in lengths:
+                for i in range(count - n):  # the last state is after the final norm
+                    similar[i, i + n] += float((unit[i] * unit[i + n]).sum(-1).mean())
+        return [
+            (start, start + n)
+            for n in lengths
+            for start in [max(range(count - n), key=lambda i: similar[i, i + n])]
+        ]
+
+    def _fitted(self, runs: Sequence[tuple[int, int]]) -> list[tuple[Any, Any]]:
+        """A and b of the LMMSE from the residual stream before to that after each run, on the calibration text."""
+        d = self.empty.hidden_size
+        xx = np.zeros((len(runs), d, d))
+        xy, x, y = np.zeros_like(xx), np.zeros((len(runs), d)), np.zeros((len(runs), d))
+        tokens = 0
+        for states in self._states(self.text.calibration):
+            tokens += len(states[0])
+            for n, (start, end) in enumerate(runs):
+                before, after = (states[i].double().numpy() for i in (start, end))
+                xx[n] += before.T @ before
+                xy[n] += before.T @ after
+                x[n] += before.sum(0)
+                y[n] += after.sum(0)
+        found = []
+        for n in range(len(runs)):
+            mx, my = x[n] / tokens, y[n] / tokens
+            cxx, cxy = xx[n] / tokens - np.outer(mx, mx), xy[n] / tokens - np.outer(mx, my)
+            a = np.linalg.solve(cxx + RIDGE * np.diag(np.diag(cxx)), cxy).T
+            found.append((torch.from_numpy(a).float(), torch.from_numpy(my - a @ mx).float()))
+        return found
+
+    def _states(self, rows: Any) -> Iterator[list[torch.Tensor]]:
+        for row in rows:
+            with torch.inference_mode():
+                ids = torch.from_numpy(np.asarray(row, np.int64))[None]
+                output = self.model(
+                    input_ids=ids, use_cache=False, output_hidden_states=True, logits_to_keep=1
+                )
+            yield [state[0].float() for state in output.hidden_states]
+
+    def _linear(self, way: str, layers: Sequence[Block]) -> Cut:
+        return self._of(way, layers, self.linear, "lmmse")
+
+    def _dropped(self, way: str, layers: Sequence[Block]) -> Cut:
+        return self._of(way, layers, self.without, "drop")
+
+    def _of(self, way: str, layers: Sequence[Block], saved: Mapping[Block, GraphCost], fit: Any) -> Cut:
+        named = tuple(sorted(layers))
+
+        def loss(meter: LossMeter) -> Loss:
+            plan = api.select(self.out, api.SelectSettings(layers=named, fit=fit))
+            return meter.measure(dict(plan.layers))
+
+        return Cut(way, " ".join(map(str, named)), total(saved, named), loss)
+
+
+def total(saved: Mapping[Block, GraphCost], blocks: Iterable[Block]) -> GraphCost:
+    """What ``blocks`` save together."""
+    left = NOTHING
+    for block in blocks:
+        left = less(left, saved[block])
+    return less(NOTHING, left)
+
+
+@contextmanager
+def bypassed(
+    model: torch.nn.Module, start: int, end: int, a: torch.Tensor, b: torch.Tensor
+) -> Iterator[None]:
+    """The model whose layers from ``start`` to before ``end`` are one affine map of the residual stream."""
+    _, layers = block_stack(model)
+    before: list[torch.Tensor] = []
+
+    def read(_layer: Any, args: Any, kwargs: Any) -> None:
+        before[:] = [args[0] if args else kwargs["hidden_states"]]
+
+    def write(_layer: Any, _args: Any, output: Any) -> Any:
+        (x,) = before
+        mapped = torch.nn.functional.linear(x, a.to(x), b.to(x))
+        return (mapped, *output[1:]) if isinstance(output, tuple) else mapped
+
+    hooks = [
+        list(layers.children())[start].register_forward_pre_hook(read, with_kwargs=True),
+        list(layers.children())[end - 1].register_forward_hook(write),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
