@@ -153,6 +153,7 @@ def test_defaults_of_the_command_line_are_those_of_the_settings() -> None:
         "workload": (),
         "measure_cost": False,
         "frontier": False,
+        "auto_rank": False,
         "criterion": None,
         "fit_input": "normed",
         "ridge": 1e-6,

@@ -113,6 +113,27 @@ def truncate(w: F64, b: F64, c: Covariances, rank: int) -> Truncated:
     return Truncated(up, down, b + (w - up @ down) @ c.mean_u, rest / energy if energy > 0 else 0.0)
 
 
+# What truncating W may add to the error of its fit where the rank is chosen: two hundredths.
+RANK_TOLERANCE = 0.02
+
+
+def rank_within(w: F64, b: F64, c: Covariances, tolerance: float) -> int | None:
+    """The smallest rank whose truncation adds at most ``tolerance`` of its own error to the fit of W and b.
+
+    The errors of a fit and of its truncation are uncorrelated, so they add. Ranks are multiples of about a sixteenth of
+    the width (of 32 where it is large). None where no rank below half the width, which two factors need to be smaller
+    than W, is enough.
+    """
+    d = len(w)
+    c_output = w @ c.c_uu @ w.T
+    values = np.clip(np.linalg.eigvalsh(0.5 * (c_output + c_output.T)), 0, None)
+    energy = float(np.trace(c.c_vv))
+    allowed = tolerance * error_of_map(w, b, c) * energy
+    step = d // 16 // 32 * 32 or max(1, d // 16)
+    lost = np.cumsum(values)  # ascending: what is lost without so many directions
+    return next((r for r in range(step, (d + 1) // 2, step) if lost[d - r - 1] <= allowed), None)
+
+
 def error_of_map(w: F64, b: F64, c: Covariances) -> float:
     """E‖y - W u - b‖² / E‖y - μ_y‖² on the tokens of the covariances ``c``, which may differ from those of the fit."""
     # C_ee = C_yy - W C_xy - C_yx Wᵀ + W C_xx Wᵀ holds for any W; only its trace and the error of the mean are needed.

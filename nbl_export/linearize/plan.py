@@ -54,10 +54,10 @@ class Plan:
     int64 [batch, sequence]) or images; ``probe_u`` and ``probe_y`` are u and y of the original PyTorch model on it,
     for **every** attention layer, and every MLP where MLPs may be chosen, float32 [unpadded tokens, d].
     ``layer_count`` counts all layers of the model, including those without attention. ``fit`` is the name of the fit,
-    ``repair`` the number of distillation steps after it, ``rank`` the rank of every W if they were truncated; ``ridge``
-    is None if it was chosen per layer. ``adapters`` are the changes that a repair made to retained weights, by the name
-    of the model's parameter. ``probe_routes`` are the places [tokens, …, k] that each router of a mixture of experts
-    chose on the probe.
+    ``repair`` the number of distillation steps after it, ``rank`` the rank of every W if they were truncated to one,
+    ``ranks`` those of the layers for which one was chosen; ``ridge`` is None if it was chosen per layer. ``adapters``
+    are the changes that a repair made to retained weights, by the name of the model's parameter. ``probe_routes`` are
+    the places [tokens, …, k] that each router of a mixture of experts chose on the probe.
     """
 
     model: str
@@ -76,6 +76,11 @@ class Plan:
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
     rank: int | None = None
     probe_routes: Mapping[int, NDArray[np.int64]] = field(default_factory=dict)
+    ranks: Mapping[Block, int] = field(default_factory=dict)
+
+    def rank_of(self, layer: Block) -> int | None:
+        """The rank of a layer's W; None where it is whole."""
+        return self.ranks.get(layer, self.rank)
 
     @property
     def chosen(self) -> tuple[Block, ...]:
@@ -101,6 +106,11 @@ class Plan:
         return replace(self, layers={}, adapters={})
 
 
+def ranks_of(layers: Mapping[Block, LinearLayer]) -> dict[Block, int]:
+    """The ranks of those of ``layers`` that have factors."""
+    return {i: layer.up.shape[1] for i, layer in layers.items() if layer.up is not None}
+
+
 def linear_name(layer: Block) -> str:
     """How the names begin that a rewritten graph has for the linear layer in the place of a block."""
     return f"layers.{layer}.nbl_linear"
@@ -119,12 +129,15 @@ def _stored_names(rank: int | None) -> tuple[str, ...]:
 class _StoredLayers(Mapping[Block, LinearLayer]):
     """The linear layers of a stored plan, each loaded on access: W of an 8B model's layer has 64 MiB."""
 
-    def __init__(self, stored: Mapping[str, Any], indices: Sequence[Block], rank: int | None) -> None:
-        self._stored, self._indices = stored, tuple(indices)
-        self._names = _stored_names(rank)
-        if missing := {f"layers.{i}.{name}" for i in indices for name in self._names} - set(stored):
+    def __init__(
+        self, stored: Mapping[str, Any], indices: Sequence[Block], ranks: Mapping[Block, int | None]
+    ) -> None:
+        self._stored, self._indices, self._ranks = stored, tuple(indices), ranks
+        if missing := {f"layers.{i}.{n}" for i in indices for n in _stored_names(ranks[i])} - set(stored):
             raise KeyError(min(missing))
-        for i in indices if rank is not None else ():
+        for i in indices:
+            if (rank := ranks[i]) is None:
+                continue
             up, down = (stored[f"layers.{i}.{name}"].shape for name in ("up", "down"))
             if len(up) != 2 or len(down) != 2 or up[1] != rank or down[0] != rank:
                 raise ValueError(f"the factors of layer {i} have the shapes {up} and {down}, not rank {rank}")
@@ -132,7 +145,8 @@ class _StoredLayers(Mapping[Block, LinearLayer]):
     def __getitem__(self, index: Block) -> LinearLayer:
         if index not in self._indices:
             raise KeyError(index)
-        arrays = {name: self._stored[f"layers.{index}.{name}"] for name in self._names}
+        names = _stored_names(self._ranks[index])
+        arrays = {name: self._stored[f"layers.{index}.{name}"] for name in names}
         return LinearLayer(**arrays) if "w" in arrays else LinearLayer.of_rank(**arrays)
 
     def __iter__(self) -> Iterator[Block]:
@@ -146,7 +160,9 @@ def save_plan(path: Path, plan: Plan) -> None:
     """Write ``plan.safetensors`` and then ``path`` (``plan.json``), each atomically."""
     tensors: dict[str, Any] = {f"probe.{name}": value for name, value in plan.probe.items()}
     for index, layer in plan.layers.items():
-        tensors |= {f"layers.{index}.{name}": getattr(layer, name) for name in _stored_names(plan.rank)}
+        tensors |= {
+            f"layers.{index}.{name}": getattr(layer, name) for name in _stored_names(plan.rank_of(index))
+        }
     for index in plan.probe_u:
         tensors[f"probe_u.{index}"], tensors[f"probe_y.{index}"] = plan.probe_u[index], plan.probe_y[index]
     tensors |= {f"probe_routes.{number}": taken for number, taken in plan.probe_routes.items()}
@@ -166,6 +182,7 @@ def save_plan(path: Path, plan: Plan) -> None:
         "ridge": plan.ridge,
         "repair": plan.repair,
         "rank": plan.rank,
+        **({"ranks": {str(i): rank for i, rank in plan.ranks.items()}} if plan.ranks else {}),
         "adapters": {name: list(adapter.digests) for name, adapter in plan.adapters.items()},
         "calibration_tokens": plan.calibration_tokens,
         "weights": weights.name,
@@ -206,6 +223,7 @@ def load_plan(path: Path) -> Plan:
             check_activations(groups["probe"], arrays)
         routes = {int(number): taken for number, taken in groups["probe_routes"].items()}
         check_routes(groups["probe"], routes)
+        ranks = {block_of(name): rank for name, rank in said.ranks.items()}
         plan = Plan(
             model=said.model,
             hidden_size=said.hidden_size,
@@ -214,13 +232,14 @@ def load_plan(path: Path) -> Plan:
             criterion=said.criterion,
             ridge=said.ridge,
             calibration_tokens=said.calibration_tokens,
-            layers=_StoredLayers(stored, said.layers, said.rank),
+            layers=_StoredLayers(stored, said.layers, {i: ranks.get(i, said.rank) for i in said.layers}),
             probe=groups["probe"],
             probe_u=probe_u,
             probe_y=probe_y,
             fit=said.fit,
             repair=said.repair,
             rank=said.rank,
+            ranks=ranks,
             adapters={
                 name: Adapter(stored[f"adapters.{name}.up"], stored[f"adapters.{name}.down"], digests)
                 for name, digests in said.adapters.items()
@@ -254,6 +273,7 @@ class _Header:
     repair: int = 0
     rank: int | None = None
     adapters: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    ranks: Mapping[str, int] = field(default_factory=dict)
 
 
 def _check(path: Path, plan: Plan) -> None:

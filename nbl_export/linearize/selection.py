@@ -59,7 +59,8 @@ class PlanLoss:
     """What the maps that were kept cost together on the selection text, each None where it was not measured.
 
     ``predicted_excess`` in nats per token, by the linearity theorem; ``rank_lost`` by layer: the share of the
-    output's variance that a map of low rank leaves out. ``loss`` is of the maps as they are in the plan.
+    output's variance that a map of low rank leaves out; ``ranks`` where they were chosen, of the maps that have one.
+    ``loss`` is of the maps as they are in the plan.
     """
 
     predicted_excess: float | None = None
@@ -67,6 +68,7 @@ class PlanLoss:
     before_rank: Loss | None = None
     rank_lost: Mapping[str, float] | None = None
     loss: Loss | None = None
+    ranks: Mapping[str, int] | None = None
 
 
 @dataclass(frozen=True)

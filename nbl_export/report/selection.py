@@ -117,11 +117,24 @@ def fit_in_words(selection: Selection) -> str:
         words += f" on the {selection.fit_input} input, ridge {by}"
     steps = selection.repair
     words += f"; then {steps:,} steps of distillation" if steps else ""
-    if rank := selection.rank:
+    if rank := rank_in_words(selection):
         lost = list(((selection.result and selection.result.rank_lost) or {}).values())
-        words += f"; W of rank {rank}"
+        words += f"; W {rank}"
         words += f", which loses at most {max(lost):.2%} of the variance of a layer's output" if lost else ""
     return words
+
+
+def rank_in_words(selection: Selection) -> str:
+    """The rank that every W has, or those that were chosen; empty where W is whole."""
+    if selection.rank:
+        return f"of rank {selection.rank}"
+    ranks = selection.result.ranks if selection.result else None
+    if ranks is None:
+        return ""
+    low, high = min(ranks.values(), default=0), max(ranks.values(), default=0)
+    if not ranks:
+        return "whole, since no rank is without loss"
+    return f"of rank {low}{f' to {high}' if high > low else ''} in {len(ranks)} of {len(selection.layers)} layers"
 
 
 def curve_table(curve: Curve, brief: bool = False) -> Table:
@@ -196,7 +209,7 @@ def result_table(selection: Selection, result: PlanLoss) -> Table:
     if result.before_repair:
         before_rank = loss = f"after {selection.repair:,} steps of distillation"
     if result.before_rank:
-        loss = f"of rank {selection.rank}"
+        loss = rank_in_words(selection)
     measured = (("as fitted", result.before_repair), (before_rank, result.before_rank), (loss, result.loss))
     rows = tuple((name, _ratio(cost), _with_error(cost.kl, cost.kl_se)) for name, cost in measured if cost)
     if (predicted := finite(result.predicted_excess)) is not None:

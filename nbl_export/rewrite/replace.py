@@ -233,7 +233,7 @@ class _StoredWeight:
 
 def _factors(plan: Plan, layer: Block) -> list[_StoredWeight]:
     """The matrices that u is multiplied by, in order: W, or the two factors of a low-rank W."""
-    d, rank = plan.hidden_size, plan.rank
+    d, rank = plan.hidden_size, plan.rank_of(layer)
     if rank is None:
         return [_StoredWeight(plan, layer, "w", (d, d))]
     return [

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
+
+from cyclopts import Parameter
 
 from nbl_export.blocks import ATTENTION, PARTS, Block, as_json, block_of
 from nbl_export.errors import InputError
@@ -88,7 +90,7 @@ class SelectSettings(OnDevice):
     """Which layers, the ``k`` best by a criterion, as many as ``budget`` allows, or exactly ``layers``; how fitted.
 
     ``criterion`` None is what suits the task, ``ridge`` None is chosen by held-out error. The word ``auto`` makes a
-    budget of ``k``, and None of ``ridge``.
+    budget of ``k``, None of ``ridge``, and None and ``auto_rank`` of ``rank``.
 
     k: Layers to linearize. auto: as --max-ppl-ratio 1.10.
     layers: Exactly these layers: 3,7,12. The MLP of layer 7: 7.mlp.
@@ -103,7 +105,7 @@ class SelectSettings(OnDevice):
         drop (W, b = 0).
     repair: Distil W, b and the subsequent MLPs for so many steps of 1,024 tokens.
     repair_rank: Rank of the repair's change to the MLPs, merged into their weights. 0: W and b only.
-    rank: Store each W as two factors of that rank, under half the width.
+    rank: Store W as factors of that rank. auto: where it costs nothing.
     seed: Seed of everything random.
     """
 
@@ -127,13 +129,18 @@ class SelectSettings(OnDevice):
     fit: FitName = setting("lmmse", MORE)
     repair: int = setting(0, MORE, at_least(0, "0 steps or more"), metavar="STEPS")
     repair_rank: int = setting(16, MORE, at_least(0, "0 (the maps alone) or more"), metavar="R")
-    rank: int | None = setting(None, MORE, at_least(1, "1 or more"), metavar="R")
+    rank: int | None = setting(None, MORE, at_least(1, "1 or more"), metavar="R|auto", auto=True)
     seed: int = setting(0, MORE)
     budget: Budget = NO_BUDGET
+    auto_rank: Annotated[bool, Parameter(parse=False)] = False  # no option: what the word makes of the rank
 
     def __post_init__(self) -> None:
         k: Any = self.k
         ridge: Any = self.ridge
+        rank: Any = self.rank
+        if rank == AUTO:
+            object.__setattr__(self, "rank", None)
+            object.__setattr__(self, "auto_rank", True)
         if k == AUTO and self.layers is None:  # beside --layers it is refused
             object.__setattr__(self, "k", None)
             object.__setattr__(self, "budget", auto_budget(self.budget))
@@ -193,6 +200,11 @@ class SelectSettings(OnDevice):
         return replace(self, criterion=self.criterion or choices.ENCODER_CRITERION)
 
     @property
+    def truncates(self) -> bool:
+        """Whether W becomes two factors."""
+        return self.rank is not None or self.auto_rank
+
+    @property
     def workloads(self) -> tuple[Workload, ...]:
         """What the model is used for; empty where that does not matter."""
         return tuple(map(workload_of, self.workload))
@@ -201,7 +213,8 @@ class SelectSettings(OnDevice):
         named = None if self.layers is None else [as_json(block) for block in self.layers]
         asked = {**super().as_json(), "layers": named, "budget": self.budget.as_json()}
         # What was selected before there were these is kept.
-        return {n: v for n, v in asked.items() if v or n not in ("workload", "measure_cost", "frontier")}
+        later = ("workload", "measure_cost", "frontier", "auto_rank")
+        return {name: value for name, value in asked.items() if value or name not in later}
 
     def check_precision(self, precision: str | None) -> None:
         """Refuse a repair of the MLPs for a graph whose weights are quantized: it does not hold them as they are."""

@@ -19,6 +19,8 @@ from nbl_export.workspace import Workspace, is_workspace
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from nbl_export.linearize.plan import Plan
+
 
 def inspect_path(path: Path) -> list[Table]:
     """Tables for an ONNX file, an engine, a plan, moments or an output folder; else raises :class:`InputError`."""
@@ -161,10 +163,16 @@ def _plan(path: Path) -> list[Table]:
         ("fit", plan.fit),
         ("ridge", "by held-out error" if plan.ridge is None else f"{plan.ridge:g}"),
         ("repair", f"{plan.repair:,} steps" if plan.repair else "none"),
-        ("rank", "full" if plan.rank is None else str(plan.rank)),
+        ("rank", _ranks(plan)),
         ("calibration tokens", f"{plan.calibration_tokens:,}"),
     )
     return [Table(str(path), ("", "value"), facts)]
+
+
+def _ranks(plan: Plan) -> str:
+    if plan.ranks:
+        return ", ".join(f"{layer}: {rank}" for layer, rank in plan.ranks.items())
+    return "full" if plan.rank is None else str(plan.rank)
 
 
 def _moments(path: Path) -> list[Table]:

@@ -14,11 +14,13 @@ from nbl_export.batch.arrays import F64
 from nbl_export.calibrate.moments import LayerMoments
 from nbl_export.linearize.lmmse import (
     RIDGES,
+    Covariances,
     UnusableMoments,
     branch_covariances,
     cca_bound,
     error_of_map,
     fit_lmmse,
+    rank_within,
     ridge_by_heldout_error,
     stream_covariances,
     truncate,
@@ -450,6 +452,30 @@ def test_a_map_of_full_rank_and_one_of_nothing_lose_nothing() -> None:
     nothing = truncate(np.zeros((7, 7)), fit.b, c, 2)
     assert not (nothing.up @ nothing.down).any() and nothing.lost == 0
     np.testing.assert_array_equal(nothing.b, fit.b)
+
+
+@pytest.mark.parametrize("tolerance", [1e-4, 0.02, 0.3])
+def test_the_smallest_rank_within_a_share_of_the_fit_s_error(tolerance: float) -> None:
+    """Outputs of 40 directions that fall off, of inputs that explain them but for noise."""
+    rng = np.random.default_rng(5)
+    x = rng.standard_normal((4000, 40))
+    y = x @ (rng.standard_normal((40, 40)) * 0.6 ** np.arange(40)) + 0.3 * rng.standard_normal((4000, 40))
+    m = moments(x, x, y)
+    fit, c = fit_lmmse(m, "normed"), branch_covariances(m, "normed")
+    rank = rank_within(fit.w, fit.b, c, tolerance)
+    lost = {r: truncate(fit.w, fit.b, c, r).lost for r in range(2, 20, 2)}
+    enough = [r for r, share in lost.items() if share <= tolerance * fit.nmse]
+    assert rank == min(enough, default=None) and (rank is None) == (tolerance == 1e-4)
+
+
+def test_ranks_come_in_steps_that_suit_kernels() -> None:
+    """A rank-1 map needs the first step only: a sixteenth of the width, of 32 where that is more."""
+    for d, step in ((7, 1), (64, 4), (576, 32), (2048, 128)):
+        o = np.zeros(d)
+        c = Covariances(o, o, np.eye(d), 0.5 * np.eye(d), np.eye(d), np.ones(d), np.ones(d))
+        w = np.zeros((d, d))
+        w[0, 0] = 0.5
+        assert rank_within(w, np.zeros(d), c, 0.02) == step
 
 
 def test_what_overflows_is_no_perfect_fit() -> None:

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from nbl_export.errors import InputError
 from nbl_export.files import sha256_of_file
-from nbl_export.linearize.plan import FORMAT, LinearLayer, Plan, load_plan, save_plan
+from nbl_export.linearize.plan import FORMAT, LinearLayer, Plan, load_plan, ranks_of, save_plan
 from nbl_export.tensorfile import save_tensors
 from tests.linearize.made import COUNT, D, make_plan
 
@@ -273,6 +273,25 @@ def test_a_plan_of_low_rank_keeps_the_factors_alone(tmp_path: Path) -> None:
     for index, layer in plan.layers.items():
         for name in ("w", "b", "up", "down"):
             np.testing.assert_array_equal(getattr(loaded.layers[index], name), getattr(layer, name))
+
+
+def test_a_plan_keeps_the_rank_of_each_layer(tmp_path: Path) -> None:
+    plan, path = of_rank(2), tmp_path / "plan.json"
+    first, *rest = plan.chosen
+    layers = {**plan.layers, first: make_plan().layers[first]}
+    plan = replace(plan, layers=layers, rank=None, ranks=ranks_of(layers))
+    assert plan.ranks == dict.fromkeys(rest, 2) and rest
+    save_plan(path, plan)
+    loaded = load_plan(path)
+    assert loaded.ranks == plan.ranks and loaded.rank is None
+    assert [loaded.rank_of(i) for i in plan.chosen] == [None, *[2] * len(rest)]
+    for index, layer in plan.layers.items():
+        np.testing.assert_array_equal(loaded.layers[index].w, layer.w)
+        assert (loaded.layers[index].up is None) == (index == first)
+    edit_json(path, ranks={str(i): 3 for i in rest})
+    assert "not rank 3" in refusal(path)
+    edit_json(path, ranks={"x": 2})
+    assert "is damaged" in refusal(path)
 
 
 def test_factors_of_another_rank_are_refused(tmp_path: Path) -> None:

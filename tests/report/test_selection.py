@@ -58,6 +58,20 @@ def test_what_a_workload_gains_has_a_column(curve: Curve) -> None:
     assert "Workload" not in curve_table(curve).note
 
 
+def test_ranks_that_were_chosen_are_said(report: Report) -> None:
+    selection = report.selection
+
+    def words(ranks: dict[str, int]) -> str:
+        result = PlanLoss(ranks=ranks, rank_lost=dict.fromkeys(ranks, 0.01))
+        return fit_in_words(replace(selection, rank=None, result=result)).rpartition("; ")[2]
+
+    count = len(selection.layers)
+    lost = "which loses at most 1.00% of the variance of a layer's output"
+    assert words({"2": 64, "3": 128}) == f"W of rank 64 to 128 in 2 of {count} layers, {lost}"
+    assert words({"2": 64}) == f"W of rank 64 in 1 of {count} layers, {lost}"
+    assert words({}) == "W whole, since no rank is without loss"
+
+
 def test_each_way_has_its_rows(frontier: Curve) -> None:
     table = frontier_table(frontier)
     assert [row[:2] for row in table.rows[:4]] == [("both", str(k)) for k in (1, 2, 3, 4)]

@@ -107,8 +107,7 @@ class Fitting:
     def timed(self, layers: Sequence[Block]) -> Mapping[Block, LinearLayer]:
         """The linear layers that ``layers`` are timed with: of the form that ships, whatever their values will be."""
         found = {i: self.for_choosing[i] for i in layers}
-        rank = self._settings.rank
-        return found if rank is None else self.truncated(found, rank)[0]
+        return self.truncated(found)[0] if self._settings.truncates else found
 
     def repaired(self, layers: Mapping[Block, LinearLayer]) -> Repaired:
         """``layers`` after the distillation steps of the settings, and the adapters of other weights."""
@@ -132,21 +131,26 @@ class Fitting:
         return repair(task, measured.repair_checkpoint, self._listener)
 
     def truncated(
-        self, layers: Mapping[Block, LinearLayer], rank: int
+        self, layers: Mapping[Block, LinearLayer]
     ) -> tuple[dict[Block, LinearLayer], dict[Block, float]]:
-        """``layers`` truncated to ``rank``, and by layer the lost share of the output's variance."""
+        """``layers`` truncated to the rank of the settings or, where it is to be found, each to what costs next to
+        nothing; and by layer the lost share of the output's variance."""
         for index, layer in layers.items():
             # Each K is timed with layers that other K's have, too.
             if index not in self._truncated or self._truncated[index][0] is not layer:
-                self._truncated[index] = (layer, *self._truncate(index, layer, rank))
+                self._truncated[index] = (layer, *self._truncate(index, layer))
         kept = {index: self._truncated[index] for index in layers}
         return {i: low for i, (_, low, _) in kept.items()}, {i: lost for i, (_, _, lost) in kept.items()}
 
-    def _truncate(self, index: Block, layer: LinearLayer, rank: int) -> tuple[LinearLayer, float]:
-        from nbl_export.linearize.lmmse import branch_covariances, truncate
+    def _truncate(self, index: Block, layer: LinearLayer) -> tuple[LinearLayer, float]:
+        from nbl_export.linearize.lmmse import RANK_TOLERANCE, branch_covariances, rank_within, truncate
 
         c = branch_covariances(self._moments.layers[index], self._settings.fit_input)
-        low = truncate(layer.w.astype(np.float64), layer.b.astype(np.float64), c, rank)
+        w, b = layer.w.astype(np.float64), layer.b.astype(np.float64)
+        rank = rank_within(w, b, c, RANK_TOLERANCE) if self._settings.rank is None else self._settings.rank
+        if rank is None:
+            return layer, 0.0
+        low = truncate(w, b, c, rank)
         factors = (a.astype(np.float32) for a in (low.up, low.down, low.b))
         return LinearLayer.of_rank(*factors), low.lost
 

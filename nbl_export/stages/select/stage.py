@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from nbl_export.blocks import MLP, Block, Mlp
 from nbl_export.files import write_json
-from nbl_export.linearize.plan import LinearLayer, Plan, load_plan
+from nbl_export.linearize.plan import LinearLayer, Plan, load_plan, ranks_of
 from nbl_export.linearize.selection import Curve, PlanLoss, ScoredLayer, Scores
 from nbl_export.progress import Listener, Silent
 from nbl_export.ranks import ALONE
@@ -131,11 +131,14 @@ def _fitted(
         result = replace(result, before_repair=measured.loss_of(plan))
         repaired = fitting.repaired(layers)
         plan = replace(plan, layers=repaired.layers, adapters=repaired.adapters)
-    if settings.rank is not None:
+    if settings.truncates:
         if decoder:
             result = replace(result, before_rank=measured.loss_of(plan))
-        layers, lost = fitting.truncated(plan.layers, settings.rank)
+        layers, lost = fitting.truncated(plan.layers)
         plan = replace(plan, layers=layers)
+        if settings.rank is None:
+            plan = replace(plan, ranks=ranks_of(layers))
+            result = replace(result, ranks={str(layer): rank for layer, rank in plan.ranks.items()})
         result = replace(result, rank_lost={str(layer): share for layer, share in lost.items()})
     if decoder and (result != PlanLoss() or settings.fit == "sequential"):
         result = replace(result, loss=measured.loss_of(plan))

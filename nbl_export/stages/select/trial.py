@@ -25,12 +25,14 @@ def trial_graph(
     """The exported graph with these linear ``layers``; all other weights it reads from where the unmodified one has
     them. ``name`` tells it from others that are there at the same time; ``plan`` is one without layers."""
     from nbl_export.graph.io import save_beside
+    from nbl_export.linearize.plan import ranks_of
     from nbl_export.rewrite.replace import rewrite_file
 
     graph, data = (ws.root / f"{name}.{what}{TEMPORARY}" for what in ("onnx", "data"))
     try:
         write = partial(save_beside, data=data.name)
-        rewrite_file(ws.baseline, replace(plan, layers=layers), graph, listener, write)
+        trial = replace(plan, layers=layers, ranks=ranks_of(layers))
+        rewrite_file(ws.baseline, trial, graph, listener, write)
         yield graph
     finally:
         graph.unlink(missing_ok=True)

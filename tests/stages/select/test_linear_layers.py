@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 
 from nbl_export import api
+from nbl_export.blocks import Mlp, as_json
 from nbl_export.errors import InputError
 from nbl_export.graph.io import load_graph
+from nbl_export.linearize import lmmse
 from nbl_export.progress import Silent
+from nbl_export.settings.definition import AUTO
 from nbl_export.workspace import Workspace
 from tests.fixtures_graph import load
 from tests.interruptions import Recorder, send
@@ -110,6 +113,38 @@ def test_maps_of_a_rank_are_two_products_in_the_graph_and_their_cost_is_told(
     assert "W of rank 12, which loses at most" in text and "| of rank 12 |" in text
     (facts,) = api.inspect(out / "nbl" / "plan.json")
     assert dict(facts.rows)["rank"] == "12"  # type: ignore[arg-type]
+
+
+def test_a_rank_is_found_for_each_map(both_out: Path) -> None:
+    """Attention of this model writes into few directions, its MLPs into all."""
+    chosen = (0, 1, 4, Mlp(1))
+    whole = select(both_out, api.SelectSettings(layers=chosen))
+    plan = select(both_out, api.SelectSettings(layers=chosen, rank=AUTO))  # type: ignore[arg-type]
+    result = candidates(both_out)["result"]
+    assert plan.rank is None and set(plan.ranks) == {0, 1, 4}
+    assert result["ranks"] == {str(i): rank for i, rank in plan.ranks.items()}
+    nmse = {c["layer"]: c["nmse"] for c in candidates(both_out)["candidates"]}
+    for index, layer in plan.layers.items():
+        rank = plan.rank_of(index)
+        assert np.linalg.matrix_rank(layer.w) == (rank or np.linalg.matrix_rank(whole.layers[index].w))
+        assert result["rank_lost"][str(index)] <= 0.02 * nmse[as_json(index)] * 1.001
+    assert result["loss"]["kl"] < 1.03 * result["before_rank"]["kl"]
+    api.rewrite(both_out)
+    report = api.verify(both_out, QUICK)
+    assert report.passed, report.checks
+    weights = {n: v.shape for n, v in load_graph(both_out / "model.onnx").graph.initializers.items()}
+    for index in plan.chosen:
+        assert (f"layers.{index}.nbl_linear.down_weight" in weights) == (index in plan.ranks)
+    assert f"in {len(plan.ranks)} of 4 layers" in (both_out / "report" / "report.md").read_text()
+    (facts,) = api.inspect(both_out / "nbl" / "plan.json")
+    assert dict(facts.rows)["rank"] == ", ".join(f"{i}: {r}" for i, r in plan.ranks.items())  # type: ignore[arg-type]
+
+
+def test_maps_that_need_all_their_rank_stay_whole(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lmmse, "RANK_TOLERANCE", 0.0)
+    plan = select(out, api.SelectSettings(k=2, rank=AUTO))  # type: ignore[arg-type]
+    assert plan.ranks == {} and all(layer.up is None for layer in plan.layers.values())
+    assert candidates(out)["result"]["ranks"] == {}
 
 
 def test_a_rank_that_makes_nothing_smaller_is_refused(out: Path, tmp_path: Path) -> None:
