@@ -16,7 +16,7 @@ from nbl_export.verify.speed.roofline import cpu_machine
 from nbl_export.verify.speed.values import DECODE, PREFILL, Machine, Speed
 
 # Rounds of each cell, as many as fit into so many seconds, of which three are always run.
-ROUNDS, SECONDS = 7, 60.0
+ROUNDS, SECONDS = 9, 120.0
 
 
 def workload_ms(
