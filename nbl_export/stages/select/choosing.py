@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -110,7 +110,7 @@ class Choosing:
         """Linear layers, the best of the scored ``candidates`` first."""
         assert self._settings.criterion is not None
         order = self._order(candidates, self._settings.criterion, lambda: self.sets, self._used)
-        return Way(_name(candidates), _blocks(candidates), order, lambda: self.sets, self._used)
+        return Way(_name(_blocks(candidates)), _blocks(candidates), order, lambda: self.sets, self._used)
 
     def others(self, candidates: Sequence[Candidate]) -> list[Way]:
         """What else the scored ``candidates`` allow: one part alone and, a baseline that does not ship, all dropped."""
@@ -191,33 +191,40 @@ class Choosing:
             points = loss_curve(way.prefix, loss, most, budget)
         return [_used(point, way) for point in points]
 
-    def filled(self, way: Way, points: Sequence[CurvePoint], budget: Budget) -> tuple[Way, list[CurvePoint]]:
-        """``way`` with what the ``budget`` of loss has room for beyond its largest K: blocks that come later in its
-        order, and lose less.
+    def filled(
+        self, way: Way, points: Sequence[CurvePoint], budget: Budget, blocks: Sequence[Block]
+    ) -> tuple[Way, list[CurvePoint]]:
+        """``way`` with those of ``blocks`` that the ``budget`` of loss has room for beyond its largest K.
 
         Blocks are unequal for a workload: the next one may be too much where a smaller one is not. The points beyond
-        the budget are then those of the filled way.
+        the budget are then those of the filled way, which has another name where another part of layers fills it.
         """
         k = largest_within(points, budget)
         chosen = list(way.prefix(k))
         kept, base = [p for p in points if p.k <= k], next((p.kl for p in points if p.k == k), 0.0)
         with self._listener.task("Filling the budget", GREEDY_TRIES, "sets") as task:
             # The attention of layer 0 is a block, too.
-            while (block := self._filling(way, chosen, base, budget, task.advance)) is not None:
+            while (block := self._filling(way, blocks, chosen, base, budget, task.advance)) is not None:
                 chosen.append(block)
                 kept.append(_used(CurvePoint.of(len(chosen), chosen, way.sets().loss(chosen)), way))
                 base = kept[-1].kl
         if len(chosen) == k:
             return way, list(points)
-        return replace(way, prefix=lambda count: chosen[:count]), kept
+        return replace(way, name=_name(chosen), prefix=lambda count: chosen[:count]), kept
 
     def _filling(
-        self, way: Way, chosen: Sequence[Block], base: float, budget: Budget, advance: Callable[[int], None]
+        self,
+        way: Way,
+        blocks: Sequence[Block],
+        chosen: Sequence[Block],
+        base: float,
+        budget: Budget,
+        advance: Callable[[int], None],
     ) -> Block | None:
         """The block that can still be added, the one with the smallest loss for what it saves; None if none can."""
         assert way.used is not None
         sets = way.sets()
-        singles = single_layer_losses(sets, (b for b in way.blocks if b not in chosen))
+        singles = single_layer_losses(sets, (b for b in blocks if b not in chosen))
         tried = sorted(singles, key=lambda b: (singles[b].kl, b))[:GREEDY_TRIES]
         sets.settle(chosen)
         sets.announce([*chosen, block] for block in tried)
@@ -247,6 +254,6 @@ def _blocks(candidates: Sequence[Candidate]) -> tuple[Block, ...]:
     return tuple(c.layer for c in candidates)
 
 
-def _name(candidates: Sequence[Candidate]) -> str:
-    parts = {part_of(c.layer) for c in candidates}
+def _name(blocks: Iterable[Block]) -> str:
+    parts = {part_of(block) for block in blocks}
     return BOTH if len(parts) > 1 else ONLY_ATTENTION if parts == {ATTENTION} else ONLY_MLPS

@@ -37,11 +37,16 @@ class Frontier:
         """The others, as a report has them."""
         return tuple(Line(one.way.name, tuple(one.points)) for one in self.others)
 
-    def fastest(self, budget: Budget) -> Frontier:
-        """With the linear way chosen that is fastest within a ``budget`` of loss: the one that was, where as fast."""
-        every = (self.chosen, *self.others)
-        chosen = max((one for one in every if one.way.name != DROPPED), key=lambda one: one.within(budget))
-        return Frontier(chosen, tuple(one for one in every if one is not chosen))
+    def fastest(self, choosing: Choosing, budget: Budget) -> Frontier:
+        """With the linear way chosen that is fastest within a ``budget`` of loss: the one that was, where as fast.
+
+        Each is filled with whatever block there still is room for.
+        """
+        blocks, every = self.chosen.way.blocks, (self.chosen, *self.others)
+        linear = [one for one in every if one.way.name != DROPPED]
+        filled = [Measured(*choosing.filled(one.way, one.points, budget, blocks)) for one in linear]
+        chosen = max(filled, key=lambda one: one.within(budget))
+        return Frontier(chosen, tuple(one for one in every if one.way.name != chosen.way.name))
 
 
 def measured(

@@ -71,10 +71,7 @@ def choose(
     least = max(least, choosing.least_k(way.prefix, count))
     found = frontier(count if budget.bounds_loss else least)
     if budget.bounds_loss and not least and settings.workload:
-        found = found.fastest(budget)
-        found = replace(
-            found, chosen=Measured(*choosing.filled(found.chosen.way, found.chosen.points, budget))
-        )
+        found = found.fastest(choosing, budget)
     prefix, points = found.chosen.way.prefix, found.chosen.points
     if prefix is not way.prefix:
         meter = speeds(prefix)

@@ -37,25 +37,25 @@ def losses(kl: Mapping[Block, float]) -> MeasuredSets:
 
 def filled(
     order: Sequence[Block], budget: Budget, ms: Mapping[Block, float] = MS
-) -> tuple[list[Block], list[CurvePoint]]:
-    """What ships of the blocks in that ``order``, and the points of its curve."""
+) -> tuple[str, list[Block], list[CurvePoint]]:
+    """What a way of that ``order`` becomes: its name, what ships, and the points of its curve."""
     roofline = Roofline("cpu", "float32", 1, 1e9, 1e9)
     used = Savings(
         NOTHING, dict.fromkeys(ms, NOTHING), roofline, [Workload(prefill=1)], 0, BlockTimes(100.0, ms)
     )
     sets, nobody = losses(KL), None
-    way = Way("both", tuple(sorted(KL)), lambda k: order[:k], lambda: sets, used)
+    way = Way("MLPs", tuple(sorted(KL)), lambda k: order[:k], lambda: sets, used)
     choosing = Choosing(SelectSettings(k=1, criterion="greedy"), nobody, Silent(), used)  # type: ignore[arg-type]
     points = choosing.curve(way, len(order), budget)
-    way, points = choosing.filled(way, points, budget)
-    return list(way.prefix(len(points))), points
+    way, points = choosing.filled(way, points, budget, sorted(KL))
+    return way.name, list(way.prefix(len(points))), points
 
 
 def test_a_smaller_block_takes_the_room_that_a_larger_one_does_not_find() -> None:
     order = [Mlp(0), Mlp(1), 0, 1, 2]
-    chosen, points = filled(order, Budget(max_kl=0.075))
+    name, chosen, points = filled(order, Budget(max_kl=0.075))
     # 0.04, then not 0.10; the one that loses least for what it saves, and the next.
-    assert chosen == [Mlp(0), 0, 1]
+    assert name == "both" and chosen == [Mlp(0), 0, 1]
     assert [(p.k, p.layers) for p in points] == [
         (1, (Mlp(0),)),
         (2, (0, Mlp(0))),
@@ -67,16 +67,21 @@ def test_a_smaller_block_takes_the_room_that_a_larger_one_does_not_find() -> Non
 
 def test_what_has_no_room_stays_as_it_was() -> None:
     order = [Mlp(0), Mlp(1), 0, 1, 2]
-    chosen, points = filled(order, Budget(max_kl=0.045))
-    assert len(points) > 1 and points[0].k == 1 and chosen[: len(points)] == order[: len(points)]
+    name, chosen, points = filled(order, Budget(max_kl=0.045))
+    assert (
+        name == "MLPs"
+        and len(points) > 1
+        and points[0].k == 1
+        and chosen[: len(points)] == order[: len(points)]
+    )
 
 
 def test_a_block_that_saves_nothing_fills_nothing() -> None:
     none = {**MS, 0: 0.0, 1: -1.0, 2: 0.0}
-    chosen, _ = filled([Mlp(0), Mlp(1), 0, 1, 2], Budget(max_kl=0.075), none)
+    _, chosen, _ = filled([Mlp(0), Mlp(1), 0, 1, 2], Budget(max_kl=0.075), none)
     assert chosen[:2] == [Mlp(0), Mlp(1)]
 
 
 def test_where_not_even_the_first_fits_another_may() -> None:
-    chosen, points = filled([Mlp(1), Mlp(0), 0, 1, 2], Budget(max_kl=0.015))
-    assert chosen == [0] and [p.k for p in points] == [1]
+    name, chosen, points = filled([Mlp(1), Mlp(0), 0, 1, 2], Budget(max_kl=0.015))
+    assert name == "attention" and chosen == [0] and [p.k for p in points] == [1]

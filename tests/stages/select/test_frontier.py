@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +82,7 @@ def test_without_a_frontier_there_is_one_way(both_out: Path) -> None:
 
 def measured_way(name: str, points: Mapping[float, float]) -> Measured:
     """Points by their loss, and what the workload gains."""
-    way: Any = replace(Way(name, (), lambda _: (), lambda: None, None), name=name)  # type: ignore[arg-type, return-value]
+    way = Way(name, (), lambda _: (), lambda: pytest.fail("measured"), None)
     found = [
         CurvePoint(k, tuple(range(k)), kl, None, 1.0, None, workload_speedup=gain)
         for k, (kl, gain) in enumerate(points.items(), 1)
@@ -91,16 +90,25 @@ def measured_way(name: str, points: Mapping[float, float]) -> Measured:
     return Measured(way, found)
 
 
+class Full:
+    """Choosing that finds no room for anything."""
+
+    def filled(self, way: Way, points: Any, *_: Any) -> tuple[Way, Any]:
+        assert way.name != "dropped"
+        return way, points
+
+
 def test_dropped_blocks_never_ship() -> None:
+    full: Any = Full()
     both = measured_way("both", {0.1: 1.1, 0.3: 1.2})
     mlps = measured_way("MLPs", {0.1: 1.15, 0.2: 1.3})
     dropped = measured_way("dropped", {0.1: 9.0})
-    found = Frontier(both, (mlps, dropped)).fastest(Budget(max_kl=0.15))
-    assert found.chosen is mlps and found.others == (both, dropped)
-    same = Frontier(both, (dropped,)).fastest(Budget(max_kl=0.01))
-    assert same.chosen is both, "none has room"
-    tie = Frontier(both, (measured_way("attention", {0.1: 1.1}),)).fastest(Budget(max_kl=0.15))
-    assert tie.chosen is both
+    found = Frontier(both, (mlps, dropped)).fastest(full, Budget(max_kl=0.15))
+    assert found.chosen == mlps and found.others == (both, dropped)
+    same = Frontier(both, (dropped,)).fastest(full, Budget(max_kl=0.01))
+    assert same.chosen == both, "none has room"
+    tie = Frontier(both, (measured_way("attention", {0.1: 1.1}),)).fastest(full, Budget(max_kl=0.15))
+    assert tie.chosen == both
 
 
 # measured costs ----------------------------------------------------------------------------------
