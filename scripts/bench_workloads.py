@@ -5,8 +5,9 @@
 Calibrates MODEL on TEXT twice, attention alone and both attention and MLPs, and exports it. Then it selects within the
 same bound of loss: attention alone by its loss (as without --workload), and both for each workload, with what blocks
 save measured (--counted: counted) and with the other ways beside it. Each plan is rewritten, and its loss measured on
-the held-out text. Last, each workload's graph races with the graph of attention alone, in turns in one process (as
-`nbl-export bench --against`), at --contexts.
+the held-out text. Last, each workload's graph races with the graph of attention alone and the original, in turns in one
+process, at --contexts; every session is made anew in every round, since where one lies in memory costs more than a few
+layers save.
 
 speed   how many times as fast the workload's graph is as that of attention alone: median over rounds, 95 % interval
 
@@ -22,12 +23,17 @@ from pathlib import Path
 from typing import Literal
 
 from nbl_export import api
+from nbl_export.batch.names import BASE, LINEARIZED
 from nbl_export.blocks import counted
 from nbl_export.cli.terminal import TerminalListener
 from nbl_export.linearize.plan import Plan
 from nbl_export.report.environment import environment
 from nbl_export.verify.loss.figures import MethodLoss
-from nbl_export.verify.speed.values import Ratio
+from nbl_export.verify.speed.candidates import graph_candidate
+from nbl_export.verify.speed.harness import Harness
+from nbl_export.verify.speed.race import Rounds
+from nbl_export.verify.speed.roofline import cpu_machine
+from nbl_export.verify.speed.values import DECODE, PREFILL, Ratio, Speed
 
 WORKLOADS = ("short=prefill=64,decode=256@128", "long=prefill=4000,decode=16@4000")
 ATTENTION = "attention"
@@ -47,6 +53,7 @@ def main() -> None:
     parser.add_argument(
         "--contexts", type=lambda text: tuple(map(int, text.split(","))), default=(128, 512, 2048, 8192)
     )
+    parser.add_argument("--phases", nargs="+", choices=(PREFILL, DECODE), default=(PREFILL, DECODE))
     parser.add_argument("--samples", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=120.0, help="of each cell, at most")
@@ -77,26 +84,29 @@ def table(asked: argparse.Namespace, named: dict[str, str]) -> Iterator[str]:
         plan = selected(asked, name, (work,))
         yield f"- {name}: {summary(asked.out / name, plan)}"
     yield ""
-    yield f"| workload | phase | context | speed over {ATTENTION} alone | prefill and decode over base |"
-    yield "|---|---|---|---|---|"
+    yield f"| workload | phase | context | speed over {ATTENTION} alone | over the original | {ATTENTION} over it |"
+    yield "|---|---|---|---|---|---|"
     for name in named:
-        bench = api.BenchSettings(
-            against=(f"{ATTENTION}={asked.out / ATTENTION}",),
-            batches=(1,),
-            contexts=asked.contexts,
-            rounds=asked.rounds,
-            seconds=asked.seconds,
-            memory=False,
-        )
-        report = api.bench(asked.out / name, bench, LISTENER)
-        assert report.speed is not None
-        for cell in report.speed.cells:
-            other, own = cell.of(f"{ATTENTION}, linearized"), cell.of("linearized")
-            if own and other and other.linearized_over:
+        for cell in raced(asked, name).cells:
+            other, own = cell.of(ATTENTION), cell.of(LINEARIZED)
+            if own and other:
                 yield (
                     f"| {name} | {cell.phase} | {cell.context:,} | {interval(other.linearized_over)} | "
-                    f"{interval(own.over_base)} |"
+                    f"{interval(own.over_base)} | {interval(other.over_base)} |"
                 )
+
+
+def raced(asked: argparse.Namespace, name: str) -> Speed:
+    """The original, attention alone, and the plan for the workload ``name``."""
+    graphs = {BASE: "baseline/model.onnx", LINEARIZED: "model.onnx"}
+    candidates = [
+        graph_candidate(BASE, asked.out / name / graphs[BASE], kept=False),
+        graph_candidate(ATTENTION, asked.out / ATTENTION / graphs[LINEARIZED], BASE, kept=False),
+        graph_candidate(LINEARIZED, asked.out / name / graphs[LINEARIZED], BASE, kept=False),
+    ]
+    rounds = Rounds(asked.rounds, 3 * asked.rounds, asked.seconds)
+    harness = Harness(candidates, cpu_machine(), rounds, asked.phases, strict=True, anew=True)
+    return harness.measure([(1, context) for context in asked.contexts], LISTENER)
 
 
 def interval(ratio: Ratio | None) -> str:
