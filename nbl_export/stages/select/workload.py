@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -168,9 +168,8 @@ class _Kept:
     def _of(self, depends: dict[str, Any], kind: type[T], measure: Callable[[], dict[str, Any]]) -> T:
         """What is known of it, if it is of this ``kind``; or it is measured and kept."""
         key = sha256_of_json({**self._machine, **depends})
-        try:
+        with suppress(InputError):
             return from_json(kind, self._known.get(key), "The file of costs", "")
-        except InputError:
-            self._known[key] = measure()
-            write_sealed(self._path, {"format": _FORMAT, "costs": self._known})
-            return from_json(kind, self._known[key], "The file of costs", "")
+        self._known[key] = measure()
+        write_sealed(self._path, {"format": _FORMAT, "costs": self._known})
+        return from_json(kind, self._known[key], "The file of costs", "")

@@ -120,8 +120,8 @@ def times(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     found = {"base": 100.0, "linear 0": 90.0, "linear 1": 90.0}
     asked: list[str] = []
 
-    def took(base: Path, others: Mapping[str, Path], workloads: Any, *_: Any) -> dict[str, float]:
-        assert all(path.exists() for path in others.values())
+    def took(base: Path, others: Mapping[str, Path], workloads: Any, *_: Any, anew: bool) -> dict[str, float]:
+        assert anew and all(path.exists() for path in others.values())
         asked.append("".join(map(str, workloads)))
         found["asked"] = len(asked)
         return {name: found[name] for name in ("base", *others)}
