@@ -239,6 +239,9 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=WAYS)
     parser.add_argument("--samples", type=int, default=256, help="calibration rows of 512 tokens, at most")
     parser.add_argument("--selection-samples", type=int, default=16)
+    parser.add_argument(
+        "--heldout-samples", type=int, default=1, help="rows that the folder keeps for verify"
+    )
     parser.add_argument("--tasks", help="a folder of .jsonl tasks")
     parser.add_argument("--limit", type=int, default=40)
     parser.add_argument("--out", type=Path, default=Path("out/bench-quality"))
@@ -246,7 +249,11 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=4096, help="tokens before a decode of --compare")
     arguments = parser.parse_args()
     text = api.CalibrateSettings(
-        tuple(arguments.calibration), arguments.samples, SEQ_LEN, 1, arguments.selection_samples
+        tuple(arguments.calibration),
+        arguments.samples,
+        SEQ_LEN,
+        arguments.heldout_samples,
+        arguments.selection_samples,
     )
     if arguments.compare:
         api.calibrate(arguments.model, arguments.out / "both", replace(text, blocks="both"))
