@@ -163,7 +163,7 @@ class Ways:
         ]
 
     def _fitted(self, runs: Sequence[tuple[int, int]]) -> list[tuple[Any, Any]]:
-        """A and b of the LMMSE from the residual stream before to that after each run, on the calibration text."""
+        """A and b of the LMMSE from the residual stream before each run to what it adds, on the calibration text."""
         d = self.empty.hidden_size
         xx = np.zeros((len(runs), d, d))
         xy, x, y = np.zeros_like(xx), np.zeros((len(runs), d)), np.zeros((len(runs), d))
@@ -172,6 +172,9 @@ class Ways:
             tokens += len(states[0])
             for n, (start, end) in enumerate(runs):
                 before, after = (states[i].double().numpy() for i in (start, end))
+                after -= (
+                    before  # what is added: the stream itself has values that a map in bfloat16 would lose
+                )
                 xx[n] += before.T @ before
                 xy[n] += before.T @ after
                 x[n] += before.sum(0)
@@ -226,11 +229,13 @@ def bypassed(
     before: list[torch.Tensor] = []
 
     def read(_layer: Any, args: Any, kwargs: Any) -> None:
-        before[:] = [args[0] if args else kwargs["hidden_states"]]
+        before.append(args[0] if args else kwargs["hidden_states"])
 
     def write(_layer: Any, _args: Any, output: Any) -> Any:
-        (x,) = before
-        mapped = torch.nn.functional.linear(x, a.to(x), b.to(x))
+        x = before.pop(
+            0
+        )  # rows may go through a layer one after the other before the next layer has its turn
+        mapped = (x.float() + torch.nn.functional.linear(x.float(), a, b)).to(x)
         return (mapped, *output[1:]) if isinstance(output, tuple) else mapped
 
     hooks = [
