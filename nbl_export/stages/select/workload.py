@@ -14,6 +14,7 @@ from nbl_export.files import read_sealed, sha256_of_json, write_sealed
 from nbl_export.progress import Listener
 from nbl_export.records import from_json, to_json
 from nbl_export.settings import SelectSettings
+from nbl_export.settings.definition import AUTO
 from nbl_export.stage_record import STAGES
 from nbl_export.stages.build import model_positions
 from nbl_export.stages.select.trial import trial_graph, why_not_timed
@@ -162,7 +163,8 @@ class _Kept:
 
     def times(self, settings: SelectSettings, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
         """Milliseconds of the workload by graph."""
-        asked = {"what": "times", "export": self._exported, "rank": settings.rank}
+        rank = AUTO if settings.auto_rank else settings.rank
+        asked = {"what": "times", "export": self._exported, "rank": rank}
         return self._of({**asked, "workload": list(settings.workload)}, dict[str, float], measure)
 
     def _of(self, depends: dict[str, Any], kind: type[T], measure: Callable[[], dict[str, Any]]) -> T:
