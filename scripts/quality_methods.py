@@ -116,14 +116,13 @@ class Ways:
     def block_drop(self) -> Iterator[Cut]:
         meter = LossMeter(self.model, self.text.selection, self.text.selection_document, "normed")
         d = self.empty.hidden_size
-        bounds = dict.fromkeys(attentions(self.empty.candidates), 0.0)
         chosen: list[Block] = []
 
         def kl(layers: Iterable[Block]) -> float:
             blocks = [b for i in layers for b in (i, Mlp(int(i)))]  # type: ignore[arg-type]
             return meter.measure({b: dropped(d) for b in blocks}).kl
 
-        bounds = {i: kl([i]) for i in bounds}
+        bounds = {i: kl([i]) for i in attentions(self.empty.candidates)}
         while len(chosen) < self.most // 2:
             tried = {i: kl([*chosen, i]) for i in sorted(bounds, key=lambda i: bounds[i])[:TRIES]}
             bounds |= tried
@@ -172,9 +171,8 @@ class Ways:
             tokens += len(states[0])
             for n, (start, end) in enumerate(runs):
                 before, after = (states[i].double().numpy() for i in (start, end))
-                after -= (
-                    before  # what is added: the stream itself has values that a map in bfloat16 would lose
-                )
+                # What is added: the stream itself has values that a map in bfloat16 would lose.
+                after -= before
                 xx[n] += before.T @ before
                 xy[n] += before.T @ after
                 x[n] += before.sum(0)
@@ -232,9 +230,8 @@ def bypassed(
         before.append(args[0] if args else kwargs["hidden_states"])
 
     def write(_layer: Any, _args: Any, output: Any) -> Any:
-        x = before.pop(
-            0
-        )  # rows may go through a layer one after the other before the next layer has its turn
+        # Rows may go through a layer one after the other before the next layer has its turn.
+        x = before.pop(0)
         mapped = (x.float() + torch.nn.functional.linear(x.float(), a, b)).to(x)
         return (mapped, *output[1:]) if isinstance(output, tuple) else mapped
 

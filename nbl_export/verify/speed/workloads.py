@@ -38,9 +38,11 @@ def workload_ms(
     machine = cpu_machine()
     prefills = {(w.batch, w.prefill) for w in workloads if w.prefill}
     decodes = {(w.batch, w.middle) for w in workloads if w.decode}
+    # One that is made anew has had its prefill before it is measured.
+    decoding = candidates if anew else [_filled(c) for c in candidates]
     took = {
         **_took(candidates, machine, PREFILL, prefills, listener, anew),
-        **_took([_filled(c) for c in candidates], machine, DECODE, decodes, listener, anew),
+        **_took(decoding, machine, DECODE, decodes, listener, anew),
     }
     found = {}
     for candidate in candidates:
