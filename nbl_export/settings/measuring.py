@@ -124,6 +124,7 @@ class BenchSettings(Settings):
     seconds: Bound of each cell and phase. Three rounds are always run.
     device: Where to run.
     memory: Measure peak memory first, each graph in a process of its own.
+    anew: Make each session anew in every round: where one lies in memory can cost more than a few layers save.
     """
 
     against: tuple[str, ...] = setting((), CHECKS, metavar="[NAME=]DIR", repeated=True)
@@ -137,3 +138,4 @@ class BenchSettings(Settings):
     seconds: float = setting(120.0, MORE, _POSITIVE, metavar="S")
     device: str = setting("cpu", CHECKS, one_of(DEVICES), metavar="|".join(DEVICES))
     memory: bool = setting(True, MORE)
+    anew: bool = setting(False, MORE)

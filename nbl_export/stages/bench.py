@@ -159,6 +159,7 @@ def _raced(
         phases_of(candidates[0].cost),
         memory=measure_memory(candidates, cells, positions, listener) if measured else Memory(),
         positions=positions,
+        anew=settings.anew,
     )
     for both in harness.run(cells, listener):
         kept.add(both)

@@ -96,13 +96,15 @@ def bench_candidates(
 ) -> list[Candidate]:
     """Base and linearized graph, the peers that were asked for, those of --against, and the base graph once more.
 
-    The last says what a session's place in memory does to its time. ``stack`` holds the graphs made for the race.
+    The last says what a session's place in memory does to its time, or, where sessions are made anew, how often that
+    changes a comparison. ``stack`` holds the graphs made for the race.
     """
     from nbl_export.graph.io import scratch_copy
     from nbl_export.rewrite.drop import drop_layers
     from nbl_export.verify.speed.candidates import Candidate, graph_candidate
 
-    ws, graph = run.workspace, partial(graph_candidate, provider=provider_of(settings))
+    ws = run.workspace
+    graph = partial(graph_candidate, provider=provider_of(settings), kept=not settings.anew)
     _check_device(ws, settings)
     base, linearized = graph(BASE, ws.baseline), graph(LINEARIZED, ws.model, BASE)
     found = [base, linearized]
