@@ -13,7 +13,8 @@ and, with --tasks, the mean accuracy over a folder's tasks (--limit rows of each
 With --compare it prints instead what ours and others' ways without training (scripts/quality_methods.py) lose where
 they save as many weights as the paper's method with each K, or are as fast in a prefill of 512 tokens and in decode at
 --context, as counted from the graph on this machine's roofline; DIR/compare.md and DIR/compare.png. Each way takes its
-smallest cut that saves as much.
+smallest cut that saves as much; *ours* is that of ours which loses least on the selection text, --repair STEPS repairs
+it, and minutes are those of the repair and of one measurement.
 
 The --judge texts are used for evaluation only: layers are chosen on a split of CALIBRATION. Seconds are those of the
 selection, including repair; measurements of earlier cells are reused. Results are saved in DIR/quality.json and
@@ -27,14 +28,14 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from quality_methods import WEIGHTS, Cut, Ways
+from quality_methods import OURS, REPAIRED, WEIGHTS, Cut, Ways
 
 from nbl_export import api
 from nbl_export.calibrate.documents import documents
@@ -121,80 +122,123 @@ def task_accuracy(
     return {"accuracy": float(np.mean(means)), "accuracy_se": math.sqrt(sum(variances)) / len(means)}
 
 
-def compared(
-    arguments: argparse.Namespace, model: torch.nn.Module, judges: Mapping[str, Judge]
-) -> Iterator[str]:
-    """Lines of Markdown: ways at equal weights and at equal speed; also writes the plot."""
-    out = arguments.out / "both"
-    path = arguments.out / "compare.json"
-    known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    context = arguments.context
-    workloads = (f"prefill={min(SEQ_LEN, context)}", f"decode=128@{context}")
-    ways = Ways(out, model, max(arguments.k) + 2, workloads)
-    cuts: dict[str, list[Cut]] = {}
-    for made in (ways.paper, ways.attention_drop, ways.block_drop, ways.bypass, ways.ours):
-        for cut in made():
-            cuts.setdefault(cut.way, []).append(cut)
-    shown: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
-    first = next(iter(judges))
-    for by in ways.compared_by:
-        yield f"\nAs good as the paper's method in {by}:\n"
-        columns = ["K", "way", "cut", by, *(f"{j} {c}" for j in judges for c in ("excess", "÷ paper"))]
-        yield "| " + " | ".join(columns) + " |"
-        yield "|---" * len(columns) + "|"
-        for k in arguments.k:
-            own = cuts["NBL"][k - 1]
-            paper = losses_of(own, judges, known, path)
-            least = ways.gain(own, by) * (1 - 1e-9)
-            taken: dict[str, Cut | None] = {"NBL": own}
-            for way, every in cuts.items():
-                if way != "NBL" and (not way.startswith("both") or way == f"both, by {by}"):
-                    taken[way] = next((c for c in every if ways.gain(c, by) >= least), None)
-            # What --frontier takes: whichever loses least on the selection text.
-            taken["ours"] = min((c for c in taken.values() if c), key=lambda c: c.kl)
-            for way, picked in taken.items():
-                if picked is None:
-                    yield f"| {k} | {way} | – |" + " – |" * (1 + 2 * len(judges))
-                    continue
-                found, gain = losses_of(picked, judges, known, path), ways.gain(picked, by)
-                line = [str(k), way, picked.what, f"{gain / 1e6:.2f} M" if by == WEIGHTS else f"{gain:.3f}×"]
-                for judge in judges:
-                    loss = found[judge]
-                    line.append(f"{loss['excess']:.4f} ± {loss['excess_se']:.4f}")
-                    line.append(f"{loss['excess'] / paper[judge]['excess']:.2f}")
-                yield "| " + " | ".join(line) + " |"
-                point = (gain, found[first]["excess"], found[first]["excess_se"])
-                shown.setdefault(by, {}).setdefault(way.split(",")[0], []).append(point)
-    plot(shown, first, arguments.out / "compare.png")
+class Compared:
+    """Ways at equal weights and at equal speed, in tables and a plot; what was measured is kept in ``compare.json``."""
 
+    def __init__(
+        self, arguments: argparse.Namespace, model: torch.nn.Module, judges: Mapping[str, Judge]
+    ) -> None:
+        self._path = arguments.out / "compare.json"
+        self._known: dict[str, Any] = json.loads(self._path.read_text()) if self._path.exists() else {}
+        self._judges, self._ks, self._repair = judges, arguments.k, arguments.repair
+        context = arguments.context
+        workloads = (f"prefill={min(SEQ_LEN, context)}", f"decode=128@{context}")
+        self._ways = ways = Ways(
+            arguments.out / "both", model, max(arguments.k) + 2, workloads, self._selection_kl
+        )
+        self._cuts: dict[str, list[Cut]] = {}
+        for made in (ways.paper, ways.attention_drop, ways.block_drop, ways.bypass, ways.ours):
+            for cut in made():
+                self._cuts.setdefault(cut.way, []).append(cut)
+        # What is saved, and the excess on the first text with its error, by what is equal and by way.
+        self._shown: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
 
-def losses_of(cut: Cut, judges: Mapping[str, Judge], known: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The losses of a ``cut`` on each text, by its name; kept in a file."""
-    found = known.setdefault(f"{cut.way}|{cut.what}", {})
-    for name, judge in judges.items():
-        if name not in found:
-            found[name] = cut.loss(judge.meter).as_json()
-            path.write_text(json.dumps(known, indent=1))
-            print(f"{cut.way}, {cut.what}, {name}: excess {found[name]['excess']:.4f}", flush=True)
-    return dict(found)
+    def lines(self) -> Iterator[str]:
+        """The tables in Markdown."""
+        for by in self._ways.compared_by:
+            yield f"\nAs good as the paper's method in {by}:\n"
+            columns = [
+                "K",
+                "way",
+                "cut",
+                by,
+                *(f"{judge} {what}" for judge in self._judges for what in ("excess", "÷ paper")),
+            ]
+            yield "| " + " | ".join(columns) + " |"
+            yield "|---" * len(columns) + "|"
+            for k in self._ks:
+                own = self._cuts["NBL"][k - 1]
+                paper = self._losses(own)
+                for way, picked in self._taken(own, by).items():
+                    if picked is None:
+                        yield f"| {k} | {way} | – |" + " – |" * (1 + 2 * len(self._judges))
+                    else:
+                        yield self._row(k, way, picked, by, paper)
 
+    def _taken(self, own: Cut, by: str) -> dict[str, Cut | None]:
+        """The smallest cut of each way that gains as much as the paper's ``own``."""
+        least = self._ways.gain(own, by) * (1 - 1e-9)
+        taken: dict[str, Cut | None] = {"NBL": own}
+        for way, every in self._cuts.items():
+            if way != "NBL" and (not way.startswith("both") or way == f"both, by {by}"):
+                taken[way] = next((c for c in every if self._ways.gain(c, by) >= least), None)
+        # What --frontier takes: whichever loses least on the selection text.
+        taken[OURS] = ours = min((c for c in taken.values() if c), key=lambda c: c.kl)
+        if self._repair:
+            taken[REPAIRED] = self._ways.repaired(ours, self._repair)
+        return taken
 
-def plot(shown: Mapping[str, Mapping[str, Any]], judge: str, path: Path) -> None:
-    """Excess by what is saved, a panel for each."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    def _row(self, k: int, way: str, cut: Cut, by: str, paper: Mapping[str, Any]) -> str:
+        found, gain = self._losses(cut), self._ways.gain(cut, by)
+        what = f"{cut.what}, {found['seconds'] / 60:.0f} min" if way == REPAIRED else cut.what
+        line = [str(k), way, what, f"{gain / 1e6:.2f} M" if by == WEIGHTS else f"{gain:.3f}×"]
+        for judge in self._judges:
+            loss = found[judge]
+            line.append(f"{loss['excess']:.4f} ± {loss['excess_se']:.4f}")
+            line.append(f"{loss['excess'] / paper[judge]['excess']:.2f}")
+        first = found[next(iter(self._judges))]
+        points = self._shown.setdefault(by, {}).setdefault(way.split(", by")[0], [])
+        points.append((gain, first["excess"], first["excess_se"]))
+        return "| " + " | ".join(line) + " |"
 
-    figure = Figure(figsize=(11, 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(shown))
-    for panel, (by, ways) in zip(panels, shown.items(), strict=True):
-        for (way, points), marker in zip(ways.items(), "os^vDP*", strict=False):
-            x, y, error = (np.array(values) for values in zip(*sorted(points), strict=True))
-            panel.errorbar(x / 1e6 if by == WEIGHTS else x, y, yerr=error, marker=marker, label=way)
-        panel.set_xlabel("million weights saved" if by == WEIGHTS else f"times as fast: {by}")
-        panel.set_ylabel(f"excess on {judge}, nats per token")
-    panels[0].legend()
-    figure.savefig(path, dpi=110)
+    def _selection_kl(self, name: str, measure: Callable[[], float]) -> float:
+        kept: dict[str, float] = self._known.setdefault("KL of the selection text", {})
+        if name not in kept:
+            kept[name] = measure()
+            self._save()
+        return kept[name]
+
+    def _losses(self, cut: Cut) -> dict[str, Any]:
+        """The losses of ``cut`` on each text, by its name, and the ``seconds`` that the first took."""
+        found = self._known.setdefault(f"{cut.way}|{cut.what}", {})
+        for name, judge in self._judges.items():
+            if name not in found:
+                start = time.perf_counter()
+                found[name] = cut.loss(judge.meter).as_json()
+                found.setdefault("seconds", time.perf_counter() - start)
+                self._save()
+                print(f"{cut.way}, {cut.what}, {name}: excess {found[name]['excess']:.4f}", flush=True)
+        return dict(found)
+
+    def _save(self) -> None:
+        self._path.write_text(json.dumps(self._known, indent=1))
+
+    def plot(self, path: Path) -> None:
+        """Excess by what is saved, a panel for each."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(12, 4.6), layout="constrained")
+        FigureCanvasAgg(figure)
+        panels = figure.subplots(1, len(self._shown), sharey=True)
+        styles = {way: (f"C{n}", "os^vDPX*h"[n % 9]) for n, way in enumerate(self._drawn())}
+        for panel, (by, ways) in zip(panels, self._shown.items(), strict=True):
+            for way in self._drawn():
+                if points := ways.get(way):
+                    color, marker = styles[way]
+                    x, y, error = (np.array(values) for values in zip(*sorted(points), strict=True))
+                    panel.errorbar(
+                        x / 1e6 if by == WEIGHTS else x, y, yerr=error, marker=marker, color=color, label=way
+                    )
+            panel.set_yscale("log")
+            panel.set_xlabel("million weights saved" if by == WEIGHTS else f"times as fast: {by}")
+        panels[0].set_ylabel(f"excess on {next(iter(self._judges))}, nats per token")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+        figure.savefig(path, dpi=110)
+
+    def _drawn(self) -> list[str]:
+        """The ways of the plot; ours, whichever it is, is drawn as what it is."""
+        return [way for way in next(iter(self._shown.values())) if way != OURS]
 
 
 def cells(arguments: argparse.Namespace) -> Iterator[tuple[str, int]]:
@@ -247,6 +291,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/bench-quality"))
     parser.add_argument("--compare", action="store_true")
     parser.add_argument("--context", type=int, default=4096, help="tokens before a decode of --compare")
+    parser.add_argument("--repair", type=int, default=0, help="steps of repair of ours in --compare")
     arguments = parser.parse_args()
     text = api.CalibrateSettings(
         tuple(arguments.calibration),
@@ -277,8 +322,10 @@ def main() -> None:
         f"{arguments.samples} rows at most; {arguments.tokens} tokens of each text; {dtype_of(model)}. "
     )
     if arguments.compare:
-        report = f"{caption}{where}\n" + "\n".join(compared(arguments, model, opened)) + "\n"
-        (arguments.out / "compare.md").write_text(report)
+        ways = Compared(arguments, model, opened)
+        report = f"{caption}{where}\n" + "\n".join(ways.lines()) + "\n"
+        ways.plot(arguments.out / "compare.png")
+        (arguments.out / "compare.md").write_text(report, encoding="utf-8")
         print(report)
         return
     if arguments.tasks and "original" not in results:

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,19 @@ import torch
 
 from nbl_export import api
 from nbl_export.blocks import Block, Mlp, attentions
+from nbl_export.calibrate.moments import load_moments
 from nbl_export.calibrate.text import load_text
 from nbl_export.files import read_json
 from nbl_export.graph.io import load_graph
 from nbl_export.linearize.figures import Loss
-from nbl_export.linearize.fits import dropped
-from nbl_export.linearize.loss import LossMeter
+from nbl_export.linearize.fits import as_layer, dropped
+from nbl_export.linearize.lmmse import fit_lmmse
+from nbl_export.linearize.loss import LossMeter, loss_of_plan
+from nbl_export.linearize.plan import LinearLayer
 from nbl_export.linearize.selection import Scores
 from nbl_export.models.layers import block_stack
 from nbl_export.records import from_json
+from nbl_export.settings.choices import DEFAULT_RIDGE
 from nbl_export.settings.workload import workload_of
 from nbl_export.verify.speed.ceiling import graph_cost
 from nbl_export.verify.speed.roofline import measure_roofline
@@ -42,30 +47,39 @@ NOTHING = GraphCost(0, 0, 0, 0)
 # What the ways are compared at beside the counted time of workloads. Greedy search for weights is that for a token
 # after one other, which reads nothing else.
 WEIGHTS, ONE_TOKEN = "weights", "decode=1@1"
+OURS, REPAIRED = "ours", "ours, repaired"
 # Sets that are tried for each whole layer that is left out, by their loss so far, as greedy search does for blocks.
 TRIES = 8
 RIDGE = 1e-6
 
 # The loss of a cut on a text.
 Measure = Callable[[LossMeter], Loss]
+# Measured figures by name, which are kept from run to run.
+Kept = Callable[[str, Callable[[], float]], float]
 
 
 @dataclass(frozen=True)
 class Cut:
-    """So much of one way: what is cut, in words, what that saves, and its loss; ``kl`` that of the selection text."""
+    """So much of one way: what is cut, in words, what that saves, and its loss; ``kl`` that of the selection text.
+
+    ``blocks`` are those that become linear or are dropped.
+    """
 
     way: str
     what: str
     saved: GraphCost
     loss: Measure
     kl: float = math.inf
+    blocks: tuple[Block, ...] = ()
 
 
 class Ways:
     """The ways over one calibrated and exported folder ``out``; ``most`` blocks at most; ours for each ``workload``."""
 
-    def __init__(self, out: Path, model: torch.nn.Module, most: int, workloads: Sequence[str]) -> None:
-        self.out, self.model, self.most = out, model, most
+    def __init__(
+        self, out: Path, model: torch.nn.Module, most: int, workloads: Sequence[str], kept: Kept
+    ) -> None:
+        self.out, self.model, self.most, self._kept = out, model, most, kept
         self.compared_by = (WEIGHTS, *workloads)
         self.ws = Workspace.open(out)
         self.empty = api.select(out, api.SelectSettings(k=0, criterion="cca"))
@@ -74,6 +88,8 @@ class Ways:
         self.without = block_savings(graph, self.empty, 0)
         self.stored, self.roofline = stored_bytes(graph), measure_roofline()
         self.text = load_text(self.ws.text)
+        self._moments = load_moments(self.ws.moments)[0]
+        self._fits: dict[Block, LinearLayer] = {}
 
     def gain(self, cut: Cut, by: str) -> float:
         """Parameters that are saved, or how many times as fast a workload is, as counted."""
@@ -114,13 +130,16 @@ class Ways:
                     yield replace(self._linear(name, point.layers), kl=point.kl)
 
     def block_drop(self) -> Iterator[Cut]:
-        meter = LossMeter(self.model, self.text.selection, self.text.selection_document, "normed")
+        meter = cache(
+            lambda: LossMeter(self.model, self.text.selection, self.text.selection_document, "normed")
+        )
         d = self.empty.hidden_size
         chosen: list[Block] = []
 
         def kl(layers: Iterable[Block]) -> float:
-            blocks = [b for i in layers for b in (i, Mlp(int(i)))]  # type: ignore[arg-type]
-            return meter.measure({b: dropped(d) for b in blocks}).kl
+            blocks = [b for i in sorted(layers) for b in (i, Mlp(int(i)))]  # type: ignore[arg-type]
+            name = f"block drop|{' '.join(map(str, blocks))}"
+            return self._kept(name, lambda: meter().measure({b: dropped(d) for b in blocks}).kl)
 
         bounds = {i: kl([i]) for i in attentions(self.empty.candidates)}
         while len(chosen) < self.most // 2:
@@ -134,13 +153,14 @@ class Ways:
 
     def bypass(self) -> Iterator[Cut]:
         runs = self._runs()
-        maps = self._fitted(runs)
+        maps = cache(lambda: self._fitted(runs))
         d = self.empty.hidden_size
-        for (start, end), (a, b) in zip(runs, maps, strict=True):
+        for number, (start, end) in enumerate(runs):
             blocks: list[Block] = [block for i in range(start, end) for block in (i, Mlp(i))]
             saved = less(total(self.without, blocks), GraphCost(d * d, 0, 4 * d * d, 0))
 
-            def loss(meter: LossMeter, start: int = start, end: int = end, a: Any = a, b: Any = b) -> Loss:
+            def loss(meter: LossMeter, start: int = start, end: int = end, number: int = number) -> Loss:
+                a, b = maps()[number]
                 return meter.measure_within(bypassed(meter.model, start, end, a, b), start)
 
             yield Cut("bypass", f"{start}-{end - 1}", saved, loss)
@@ -194,20 +214,38 @@ class Ways:
                 )
             yield [state[0].float() for state in output.hidden_states]
 
+    def repaired(self, cut: Cut, steps: int) -> Cut:
+        """``cut`` with its linear blocks repaired together, which is done when its loss is asked for."""
+        plan = cache(lambda: api.select(self.out, api.SelectSettings(layers=cut.blocks, repair=steps)))
+        what = f"{cut.what}, {steps} steps"
+        return replace(cut, way=REPAIRED, what=what, loss=lambda meter: loss_of_plan(meter, plan()))
+
     def _linear(self, way: str, layers: Sequence[Block]) -> Cut:
-        return self._of(way, layers, self.linear, "lmmse")
+        return self._of(way, layers, self.linear, self._fit)
 
     def _dropped(self, way: str, layers: Sequence[Block]) -> Cut:
-        return self._of(way, layers, self.without, "drop")
+        nothing = dropped(self.empty.hidden_size)
+        return self._of(way, layers, self.without, lambda _block: nothing)
 
-    def _of(self, way: str, layers: Sequence[Block], saved: Mapping[Block, GraphCost], fit: Any) -> Cut:
+    def _of(
+        self,
+        way: str,
+        layers: Sequence[Block],
+        saved: Mapping[Block, GraphCost],
+        fit: Callable[[Block], LinearLayer],
+    ) -> Cut:
         named = tuple(sorted(layers))
 
         def loss(meter: LossMeter) -> Loss:
-            plan = api.select(self.out, api.SelectSettings(layers=named, fit=fit))
-            return meter.measure(dict(plan.layers))
+            return meter.measure({block: fit(block) for block in named})
 
-        return Cut(way, " ".join(map(str, named)), total(saved, named), loss)
+        return Cut(way, " ".join(map(str, named)), total(saved, named), loss, blocks=named)
+
+    def _fit(self, block: Block) -> LinearLayer:
+        if block not in self._fits:
+            fit = fit_lmmse(self._moments.layers[block], "normed", DEFAULT_RIDGE)
+            self._fits[block] = as_layer(fit)
+        return self._fits[block]
 
 
 def total(saved: Mapping[Block, GraphCost], blocks: Iterable[Block]) -> GraphCost:
