@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.batch.names import PIXELS
 from nbl_export.blocks import ATTENTION, MLP, Block, Mlp, part_of
+from nbl_export.errors import InputError
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.layers import (
     BlockModules,
@@ -45,6 +47,18 @@ def blocks_of(model: torch.nn.Module) -> tuple[BlockModules[Block], ...]:
                 BlockModules(Mlp(index), block, paths.module, paths.output, paths.adds, MLP, stream=stream)
             )
     return tuple(sorted(found, key=lambda one: one.index))
+
+
+def check_parts(model: torch.nn.Module, parts: Collection[str]) -> None:
+    """Refuse MLPs as candidates of a ``model`` of which none can become linear: :class:`InputError` with the reason."""
+    if MLP not in parts or any(isinstance(one.index, Mlp) for one in blocks_of(model)):
+        return
+    why = [found for found in mlp_paths(model).values() if isinstance(found, str)]
+    [(reason, _)] = Counter(why or dummy_run(model).odd_mlps.values()).most_common(1)
+    raise InputError(
+        f"--blocks asks for MLPs, and none of {type(model).__name__} can become linear ({reason}): use --blocks "
+        "attention."
+    )
 
 
 def block_modules(model: torch.nn.Module, block: Block) -> BlockModules[Block]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from nbl_export.models.candidates import candidates, described, reasons
+import pytest
+
+from nbl_export.blocks import ATTENTION, MLP, PARTS
+from nbl_export.errors import InputError
+from nbl_export.models.candidates import candidates, check_parts, described, reasons
 from nbl_export.models.layers import structure
 from tests.tiny_types import tiny_model
 
@@ -35,3 +39,14 @@ def test_of_others_every_attention_layer_is_one() -> None:
         model = tiny_model(model_type)
         assert candidates(model) == structure(model).layers
         assert described(model) == structure(model).as_json()
+
+
+@pytest.mark.parametrize("parts", [(MLP,), PARTS])
+def test_mlps_of_which_none_can_become_linear_are_refused_with_the_reason(parts: tuple[str, ...]) -> None:
+    model = tiny_model("gemma3n_text")
+    with pytest.raises(
+        InputError, match=r"none of Gemma3n\w* can become linear \(each layer reads embeddings of its"
+    ):
+        check_parts(model, parts)
+    check_parts(model, (ATTENTION,))
+    check_parts(tiny_model("llama"), parts)
