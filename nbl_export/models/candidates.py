@@ -54,7 +54,8 @@ def check_parts(model: torch.nn.Module, parts: Collection[str]) -> None:
     if MLP not in parts or any(isinstance(one.index, Mlp) for one in blocks_of(model)):
         return
     why = [found for found in mlp_paths(model).values() if isinstance(found, str)]
-    [(reason, _)] = Counter(why or dummy_run(model).odd_mlps.values()).most_common(1)
+    why = why or list(dummy_run(model).odd_mlps.values()) or ["it does not run them as they are"]
+    [(reason, _)] = Counter(why).most_common(1)
     raise InputError(
         f"--blocks asks for MLPs, and none of {type(model).__name__} can become linear ({reason}): use --blocks "
         "attention."

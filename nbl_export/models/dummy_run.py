@@ -237,7 +237,8 @@ def _run(model: torch.nn.Module) -> DummyRun:
             hooks.callback(model.get_submodule(path).register_forward_hook(note).remove)
 
         mlps = WatchedMlps(model, paths, stack)
-        mlps.watch(hooks)
+        one_run = hooks.enter_context(ExitStack())
+        mlps.watch(one_run)
         handed = Handed()
         for index in range(layer_count(model)):
             block = model.get_submodule(f"{stack}.{index}")
@@ -264,6 +265,7 @@ def _run(model: torch.nn.Module) -> DummyRun:
         try:
             output = run(**inputs, **accepted_arguments(run, use_cache=True))
             if PIXELS in inputs:
+                one_run.close()  # an MLP that runs twice in one run is odd
                 run(**inputs)
         except InputError:  # of its weights
             raise

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModel, AutoTokenizer
 
 from nbl_export import api, pipeline
+from nbl_export.blocks import Mlp
 from nbl_export.calibrate.images import load_images
 from nbl_export.calibrate.moments import load_moments
 from nbl_export.calibrate.text import load_text
@@ -103,7 +104,7 @@ def ragged(place: Path, extra: int = 0) -> dict[str, np.ndarray]:
 
 
 def by_hand(folder: Path, inputs: dict[str, np.ndarray], plan: Any, keep: float = 1.0) -> Any:
-    """transformers' own model, the attention of the plan's layers written over with ``keep`` · (W u + b)."""
+    """transformers' own model, the plan's attentions and MLPs written over with ``keep`` · (W u + b)."""
     model = AutoModel.from_pretrained(folder).eval()
     blocks = model.layers if hasattr(model, "layers") else model.encoder.layer
     for index, layer in plan.layers.items() if plan else ():
@@ -111,8 +112,17 @@ def by_hand(folder: Path, inputs: dict[str, np.ndarray], plan: Any, keep: float 
 
         def replaced(_m: Any, args: Any, kwargs: Any, _out: Any, w: Any = w, b: Any = b) -> Any:
             u = args[0] if args else kwargs["hidden_states"]
-            return torch.nn.functional.linear(u, w, b), None
+            y = torch.nn.functional.linear(u, w, b)
+            return y if isinstance(_out, torch.Tensor) else (y, None)
 
+        if isinstance(index, Mlp):
+            block = blocks[index.layer]
+            if hasattr(block, "intermediate"):
+                block.output.dense = torch.nn.Identity()
+            getattr(block, "intermediate", getattr(block, "mlp", None)).register_forward_hook(
+                replaced, with_kwargs=True
+            )
+            continue
         block = blocks[index].attention
         attention = block.self if hasattr(block, "self") else block
         attention.register_forward_hook(replaced, with_kwargs=True)
@@ -158,6 +168,27 @@ def test_the_graph_is_pytorch_with_k_linear_layers(
     # The attention that was fitted matters: without its W u + b the numbers are others.
     without = by_hand(place / name, inputs, plan, keep=0.0).last_hidden_state.numpy()
     assert np.abs(without - states)[real].mean() > 0.02 * np.abs(states[real]).mean()
+
+
+@pytest.mark.parametrize("name", ["bert", "vit"])
+def test_mlps_become_linear_too(place: Path, outs: dict[str, Path], tmp_path: Path, name: str) -> None:
+    layers = (1, Mlp(0), Mlp(1), Mlp(3))
+    report = api.run(
+        place / name,
+        tmp_path / "out",
+        api.SelectSettings(layers=layers),
+        replace(calibration(place, name), blocks="both"),
+        replace(CHECKS, quality=False, speed=False),
+    )
+    assert report.passed, report.checks
+    plan, inputs = load_plan(tmp_path / "out" / "nbl" / "plan.json"), inputs_of(place, name)
+    assert plan.chosen == tuple(sorted(layers))
+    found = run_graph(tmp_path / "out" / "model.onnx", inputs)["last_hidden_state"]
+    real = inputs.get("attention_mask", np.ones((4, IMAGE_TOKENS))).astype(bool)
+    expected = by_hand(place / name, inputs, plan).last_hidden_state.numpy()
+    np.testing.assert_allclose(found[real], expected[real], atol=2e-4, rtol=1e-4)
+    without = by_hand(place / name, inputs, plan, keep=0.0).last_hidden_state.numpy()
+    assert np.abs(without - found)[real].mean() > 0.02 * np.abs(found[real]).mean()
 
 
 @pytest.mark.parametrize("name", ["bert", "vit"])

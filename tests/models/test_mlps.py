@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModel
 
 from nbl_export.blocks import MLP, Mlp
 from nbl_export.linearize.plan import LinearLayer
@@ -14,6 +16,7 @@ from nbl_export.models.candidates import block_modules, blocks_of, candidates
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.layers import observed
 from nbl_export.models.mlps import MlpPaths, mlp_paths
+from tests.encoders import vision_encoder
 from tests.families import DECODERS, LAYERS, WIDTH, unsaved
 
 IDS = torch.tensor([[3, 5, 8, 13, 21, 34, 55, 89]])
@@ -129,3 +132,13 @@ def test_two_modules_that_may_be_the_mlp_are_none() -> None:
 def test_attention_alone_is_what_it_was(family: str) -> None:
     found = candidates(made(family))
     assert found and all(isinstance(one.index, int) for one in found)
+
+
+def test_the_mlps_of_a_vision_encoder_are_found_though_it_runs_twice(
+    tmp_path: Path,
+) -> None:
+    model = AutoModel.from_pretrained(vision_encoder(tmp_path)).eval()
+    assert not dummy_run(model).odd_mlps
+    assert [one.stream for one in candidates(model, (MLP,))] == [
+        f"layers.{i}.layernorm_after" for i in range(len(candidates(model)))
+    ]
