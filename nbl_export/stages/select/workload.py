@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 from nbl_export.batch.names import BASE
 from nbl_export.blocks import MLP, PARTS, Block, Mlp, part_of
 from nbl_export.errors import InputError
-from nbl_export.files import read_sealed, sha256_of_json, write_sealed
 from nbl_export.progress import Listener
-from nbl_export.records import from_json, to_json
 from nbl_export.settings import SelectSettings
 from nbl_export.settings.definition import AUTO
-from nbl_export.stage_record import STAGES
 from nbl_export.stages.build import model_positions
+from nbl_export.stages.select.costs import KeptCosts
 from nbl_export.stages.select.trial import trial_graph, why_not_timed
 
 if TYPE_CHECKING:
     from nbl_export.linearize.plan import LinearLayer, Plan
     from nbl_export.verify.speed.savings import Savings
-    from nbl_export.verify.speed.values import Roofline
     from nbl_export.workspace import Workspace
-
-T = TypeVar("T")
-_FORMAT = "nbl-export/costs/1"
 
 
 @dataclass(frozen=True)
@@ -64,7 +58,7 @@ def savings_in(of: Counting, settings: SelectSettings) -> Savings | None:
         )
     graph, cost = load_graph(ws.baseline), graph_cost(ws.baseline)
     _check(of, settings, bool(cost.kv_bytes_per_token))
-    kept = _Kept(ws, exported.result)
+    kept = KeptCosts(ws, exported.result)
     blocks = block_savings(graph, of.plan, settings.rank)
     without = block_savings(graph, of.plan, 0) if settings.frontier else {}
     size = stored_bytes(graph)
@@ -72,7 +66,8 @@ def savings_in(of: Counting, settings: SelectSettings) -> Savings | None:
     if not settings.measure_cost:
         return counted
     groups = _groups(of)
-    took = kept.times(settings, lambda: _timed(of, settings, groups))
+    rank = AUTO if settings.auto_rank else settings.rank
+    took = kept.times(settings.workload, rank, lambda: _timed(of, settings, groups))
     return counted.timed(
         took[BASE], [(alike, linear, took[name]) for name, (alike, linear) in groups.items()]
     )
@@ -135,43 +130,3 @@ def _timed(
         }
         # Where a session lies in memory costs more than a block saves: each is made anew in every round.
         return workload_ms(ws.baseline, trials, settings.workloads, listener, anew=True)
-
-
-class _Kept:
-    """What was measured of the ``exported`` graph on this machine, in ``nbl/costs.json``."""
-
-    def __init__(self, ws: Workspace, exported: str) -> None:
-        from nbl_export.report.environment import environment
-
-        here = environment()
-        self._path = ws.costs
-        self._machine = {"processor": here.processor, "cores": here.cores, "version": STAGES["select"]}
-        self._exported = exported
-        self._known: dict[str, Any] = {}
-        try:
-            if self._path.exists():
-                raw = read_sealed(self._path, "The file of costs", "")
-                self._known = raw["costs"] if raw["format"] == _FORMAT else {}
-        except (InputError, KeyError, TypeError):
-            pass  # measured again
-
-    def roofline(self) -> Roofline:
-        from nbl_export.verify.speed.roofline import measure_roofline
-        from nbl_export.verify.speed.values import Roofline
-
-        return self._of({"what": "roofline"}, Roofline, lambda: to_json(measure_roofline()))
-
-    def times(self, settings: SelectSettings, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """Milliseconds of the workload by graph."""
-        rank = AUTO if settings.auto_rank else settings.rank
-        asked = {"what": "times", "export": self._exported, "rank": rank}
-        return self._of({**asked, "workload": list(settings.workload)}, dict[str, float], measure)
-
-    def _of(self, depends: dict[str, Any], kind: type[T], measure: Callable[[], dict[str, Any]]) -> T:
-        """What is known of it, if it is of this ``kind``; or it is measured and kept."""
-        key = sha256_of_json({**self._machine, **depends})
-        with suppress(InputError):
-            return from_json(kind, self._known.get(key), "The file of costs", "")
-        self._known[key] = measure()
-        write_sealed(self._path, {"format": _FORMAT, "costs": self._known})
-        return from_json(kind, self._known[key], "The file of costs", "")
