@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from nbl_export.blocks import Block, Mlp, layer_of
 from nbl_export.calibrate.moments import load_moments
 from nbl_export.calibrate.probe import load_probe
 from nbl_export.export.forms import STATIC
@@ -134,24 +135,28 @@ def logits_made(monkeypatch: pytest.MonkeyPatch) -> Callable[[type], list[tuple[
 
 @contextmanager
 def maps_in_place(model: Any, plan: Plan) -> Iterator[None]:
-    """``model`` with the planned attention outputs overwritten by W u + b: hooks of the tests' own."""
+    """``model`` with the planned outputs overwritten by W u + b: hooks of the tests' own."""
     handles, blocks_input = [], {}
     for index, linear in plan.layers.items():
-        block = model.model.layers[index]
+        block = model.model.layers[layer_of(index)]
+        part, before = block.self_attn, block
+        if isinstance(index, Mlp):
+            part, before = block.mlp, block.post_attention_layernorm
         w, b = torch.from_numpy(linear.w), torch.from_numpy(linear.b)
 
-        def keep(_block: Any, args: Any, kwargs: Any, index: int = index) -> None:
+        def keep(_block: Any, args: Any, kwargs: Any, index: Block = index) -> None:
             blocks_input[index] = kwargs.get("hidden_states", args[0] if args else None)
 
         def overwrite(
-            _module: Any, args: Any, kwargs: Any, output: Any, index: int = index, w: Any = w, b: Any = b
+            _module: Any, args: Any, kwargs: Any, output: Any, index: Block = index, w: Any = w, b: Any = b
         ) -> Any:
             x = kwargs.get("hidden_states", args[0] if args else None)
             u = x if plan.fit_input == "normed" else blocks_input[index]
-            return (u @ w.T + b, *output[1:])
+            y = u @ w.T + b
+            return (y, *output[1:]) if isinstance(output, tuple) else y
 
-        handles.append(block.register_forward_pre_hook(keep, with_kwargs=True))
-        handles.append(block.self_attn.register_forward_hook(overwrite, with_kwargs=True))
+        handles.append(before.register_forward_pre_hook(keep, with_kwargs=True))
+        handles.append(part.register_forward_hook(overwrite, with_kwargs=True))
     try:
         yield
     finally:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nbl_export.blocks import Block, part_of
+from nbl_export.blocks import Block, as_json, part_of
 from nbl_export.linearize.plan import LinearLayer
 from nbl_export.progress import Listener
 from nbl_export.settings import SelectSettings
@@ -126,7 +126,7 @@ class Fitting:
             seed=settings.seed,
             rank=settings.repair_rank,
             exact=measured.exact_model,
-            identity=measured.key(settings=settings.as_json(), layers=sorted(layers)),
+            identity=measured.key(settings=settings.as_json(), layers=list(map(as_json, sorted(layers)))),
         )
         return repair(task, measured.repair_checkpoint, self._listener)
 

@@ -39,6 +39,27 @@ def test_what_the_final_maps_cost_is_measured(out: Path, stories_folder: Path) -
     assert not same_plan(plan, select(out, api.SelectSettings(k=3, fit="sequential", repair=10, seed=1)))
 
 
+def test_linear_mlps_are_repaired_too(both_out: Path, stories_folder: Path) -> None:
+    layers = (1, Mlp(2), 3, Mlp(4))
+    fitted = select(both_out, api.SelectSettings(layers=layers))
+    plan = select(both_out, api.SelectSettings(layers=layers, repair=40))
+    assert plan.chosen == tuple(sorted(layers))
+    assert not any(np.array_equal(plan.layers[i].w, fitted.layers[i].w) for i in layers)
+    # Adapters are for what is left: the MLPs behind the first linear block that are none themselves.
+    assert {name.split(".mlp.")[0].rpartition(".")[2] for name in plan.adapters} == {"1", "3"}
+    result = candidates(both_out)["result"]
+    model = load(stories_folder)
+    loss = kl_by_hand(both_out, model, plan.layers, plan.adapters)
+    assert result["loss"]["kl"] == pytest.approx(loss, rel=5e-3)
+    assert result["before_repair"]["kl"] == pytest.approx(
+        kl_by_hand(both_out, model, fitted.layers), rel=5e-3
+    )
+    assert result["loss"]["kl"] < result["before_repair"]["kl"]
+    api.rewrite(both_out)
+    report = api.verify(both_out, QUICK)
+    assert report.passed, report.checks
+
+
 @pytest.mark.parametrize("fit", ["weighted", "sequential"])
 def test_ridges_by_heldout_error_are_of_a_model_that_is_whole(out: Path, fit: Any) -> None:
     """The moments of other text are made before text goes through the model block by block; no file of them is left."""
