@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
 
+from nbl_export.cli import answers
 from nbl_export.errors import GATE_FAILED
 from nbl_export.settings import (
     BenchSettings,
@@ -51,7 +53,21 @@ InPlace = Annotated[
 ]
 
 
-def _loaded(asked: Settings | RunSettings | None = None) -> tuple[Any, Any]:
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Said:
+    """How every command answers; its help names these in one line."""
+
+    json: Annotated[
+        bool, _option("Answer with one JSON object on stdout, and nothing else there.", "--json")
+    ] = False
+    quiet: Annotated[bool, _option("No progress and no notes.", "--quiet")] = False
+    log_file: Annotated[
+        Path | None, _option("Write everything that is said to the end of this file, too.", "--log-file")
+    ] = None
+
+
+def _loaded(said: Said, asked: Settings | RunSettings | None = None) -> tuple[Any, Any]:
     """The Python API and what draws, which are imported when a command runs: --help needs neither.
 
     What is asked for is checked before, so that a value that cannot be is answered at once.
@@ -61,6 +77,7 @@ def _loaded(asked: Settings | RunSettings | None = None) -> tuple[Any, Any]:
     from nbl_export import api
     from nbl_export.cli import terminal
 
+    terminal.set_up(said.json, said.quiet, said.log_file)
     return api, terminal
 
 
@@ -78,11 +95,12 @@ def run(
     trust: Trust = False,
     rehash: Rehash = False,
     config: Config = None,
+    said: Said = Said(),
 ) -> int:
     """Everything from calibrate to verify; the command if none is named."""
     built = engines.asked
     whole = RunSettings(selection, calibration, verification, exporting, built, folder)
-    api, terminal = _loaded(whole.sharing_bounds())
+    api, terminal = _loaded(said, whole.sharing_bounds())
     listener = terminal.TerminalListener()
     asked = (selection, calibration, verification, listener, trust, exporting, built)
     value = api.run(model, output, *asked, rehash=rehash, folder=folder)
@@ -102,13 +120,13 @@ def plan_resources(
     engines: OptionalEngines = OptionalEngines(),
     trust: Trust = False,
     config: Config = None,
+    said: Said = Said(),
 ) -> None:
     """Memory, disk and time of each stage of a run, before anything is done."""
-    api, terminal = _loaded()
+    api, terminal = _loaded(said)
     built = engines.asked
-    terminal.show_tables(
-        api.plan_resources(model, output, selection, calibration, verification, trust, exporting, built)
-    )
+    tables = api.plan_resources(model, output, selection, calibration, verification, trust, exporting, built)
+    terminal.finish_tables("plan-resources", tables)
 
 
 def calibrate(
@@ -120,11 +138,13 @@ def calibrate(
     trust: Trust = False,
     rehash: Rehash = False,
     config: Config = None,
+    said: Said = Said(),
 ) -> None:
     """Stream the moments of the activations into OUT; resumes if interrupted."""
-    api, terminal = _loaded(settings)
-    api.calibrate(model, output, settings, terminal.TerminalListener(), trust, rehash=rehash)
-    terminal.say(f"Calibrated. Next: nbl-export select {output} --k K")
+    api, terminal = _loaded(said, settings)
+    moments = api.calibrate(model, output, settings, terminal.TerminalListener(), trust, rehash=rehash)
+    text = f"Calibrated. Next: nbl-export select {output} --k K"
+    terminal.finish("calibrate", text, out=output, moments=moments)
 
 
 def select(
@@ -135,12 +155,14 @@ def select(
     trust: Trust = False,
     rehash: Rehash = False,
     config: Config = None,
+    said: Said = Said(),
 ) -> None:
     """Score every layer, choose K, and write the plan."""
-    api, terminal = _loaded(settings)
+    api, terminal = _loaded(said, settings)
     plan = api.select(out, settings, terminal.TerminalListener(), trust, rehash=rehash)
     layers = ", ".join(map(str, plan.chosen)) or "none"
-    terminal.say(f"Plan: layers {layers}. Next: nbl-export export {out}")
+    text = f"Plan: layers {layers}. Next: nbl-export export {out}"
+    terminal.finish("select", text, out=out, **answers.of_plan(plan))
 
 
 def export(
@@ -151,11 +173,12 @@ def export(
     trust: Trust = False,
     rehash: Rehash = False,
     config: Config = None,
+    said: Said = Said(),
 ) -> None:
     """Export the unmodified model to OUT/baseline/model.onnx."""
-    api, terminal = _loaded(settings)
+    api, terminal = _loaded(said, settings)
     path = api.export(out, settings, terminal.TerminalListener(), trust, rehash=rehash)
-    terminal.say(f"Exported {path}. Next: nbl-export rewrite {out}")
+    terminal.finish("export", f"Exported {path}. Next: nbl-export rewrite {out}", out=out, graph=path)
 
 
 def rewrite(
@@ -167,32 +190,42 @@ def rewrite(
     output: To = None,
     in_place: InPlace = False,
     rehash: Rehash = False,
+    said: Said = Said(),
 ) -> None:
     """Replace the planned attention in the graph, prove it, and count.
 
     On OUT of earlier commands, or with --onnx on a graph that somebody else exported.
     """
-    api, terminal = _loaded()
+    api, terminal = _loaded(said)
     if onnx is None:
         if out is None or plan or output or in_place:
             raise UsageError("give OUT alone, or --onnx with --plan and --output or --in-place.")
         path = api.rewrite(out, terminal.TerminalListener(), rehash=rehash)
-        terminal.say(f"Wrote {path}. Next: nbl-export verify {out}")
+        terminal.finish("rewrite", f"Wrote {path}. Next: nbl-export verify {out}", out=out, graph=path)
         return
     if out is not None or plan is None:
         raise UsageError("--onnx needs --plan, and no OUT.")
     result = api.rewrite_onnx(onnx, plan, output, in_place, terminal.TerminalListener())
     terminal.show_rewrite(result)
-    terminal.say(f"Wrote {result.files[0]}; every replaced layer is proven against the plan's activations.")
+    text = f"Wrote {result.files[0]}; every replaced layer is proven against the plan's activations."
+    terminal.finish("rewrite", text, **answers.of_rewrite(result))
 
 
 def build(
-    out: Out, /, *, settings: EngineSettings = EngineSettings(), rehash: Rehash = False, config: Config = None
+    out: Out,
+    /,
+    *,
+    settings: EngineSettings = EngineSettings(),
+    rehash: Rehash = False,
+    config: Config = None,
+    said: Said = Said(),
 ) -> None:
     """Build TensorRT engines of both graphs into OUT/engine."""
-    api, terminal = _loaded(settings)
-    terminal.show_engines(api.build(out, settings, terminal.TerminalListener(), rehash=rehash))
-    terminal.say(f"Built {out / 'engine'}. Next: nbl-export verify {out}")
+    api, terminal = _loaded(said, settings)
+    engines = api.build(out, settings, terminal.TerminalListener(), rehash=rehash)
+    terminal.show_engines(engines)
+    text = f"Built {out / 'engine'}. Next: nbl-export verify {out}"
+    terminal.finish("build", text, out=out, engines=[engine.manifest for engine in engines])
 
 
 def verify(
@@ -204,9 +237,10 @@ def verify(
     trust: Trust = False,
     rehash: Rehash = False,
     config: Config = None,
+    said: Said = Said(),
 ) -> int:
     """Check parity, measure method loss and speed; exit 1 if a gate fails."""
-    api, terminal = _loaded(settings)
+    api, terminal = _loaded(said, settings)
     value = api.verify(out, settings, terminal.TerminalListener(), trust, again, rehash=rehash)
     terminal.show_report(value, out)
     return 0 if value.passed else GATE_FAILED
@@ -220,9 +254,10 @@ def eval_(
     trust: Trust = False,
     rehash: Rehash = False,
     config: Config = None,
+    said: Said = Said(),
 ) -> int:
     """Score both graphs on tasks and retrieval; exit 1 if a gate fails."""
-    api, terminal = _loaded(settings)
+    api, terminal = _loaded(said, settings)
     value = api.evaluate(out, settings, terminal.TerminalListener(), trust, rehash=rehash)
     terminal.show_evaluation(value, out)
     return 0 if value.passed else GATE_FAILED
@@ -236,26 +271,27 @@ def bench(
     trust: Trust = False,
     rehash: Rehash = False,
     config: Config = None,
+    said: Said = Said(),
 ) -> int:
     """Time both graphs and others in turn; exit 1 if suspect or slower."""
-    api, terminal = _loaded(settings)
+    api, terminal = _loaded(said, settings)
     value = api.bench(out, settings, terminal.TerminalListener(), trust, rehash=rehash)
     terminal.show_bench(value, out)
     return 0 if value.passed else GATE_FAILED
 
 
-def report(out: Out, /) -> int:
+def report(out: Out, /, *, said: Said = Said()) -> int:
     """Show the report again and redraw its files from report.json."""
-    api, terminal = _loaded()
+    api, terminal = _loaded(said)
     value = api.report(out)
     terminal.show_report(value, out)
     return 0 if value.passed else GATE_FAILED
 
 
-def inspect(path: Shown, /) -> None:
+def inspect(path: Shown, /, *, said: Said = Said()) -> None:
     """Show what a file or an output folder holds, as a table."""
-    api, terminal = _loaded()
-    terminal.show_tables(api.inspect(path))
+    api, terminal = _loaded(said)
+    terminal.finish_tables("inspect", api.inspect(path))
 
 
 IN_ORDER = (

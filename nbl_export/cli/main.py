@@ -19,7 +19,7 @@ from typing import Any
 from cyclopts import App, CycloptsError, MissingArgumentError, Parameter, Token, UnusedCliTokensError
 
 from nbl_export import __version__, ranks
-from nbl_export.cli import commands, process
+from nbl_export.cli import answers, commands, process
 from nbl_export.cli.help import ScreenHelp
 from nbl_export.errors import INTERNAL, INTERRUPTED, NblError, os_error_in_words
 from nbl_export.printable import printable
@@ -173,4 +173,9 @@ def _said(message: str, code: int) -> int:
     if ranks.speaks():
         process.aloud()
         print(f"error: {message}", file=sys.stderr)
+        if "--json" in sys.argv:
+            print(answers.text_of(answers.error(message, code)))
+        # What draws, and the log file with it, is there only once a command has begun.
+        if drawing := sys.modules.get("nbl_export.cli.terminal"):
+            drawing.log(f"error: {message}")
     return code

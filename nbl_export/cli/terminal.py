@@ -7,11 +7,13 @@ Names in it come from graphs, reports and paths that somebody else may have writ
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -30,6 +32,8 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from nbl_export.blocks import attentions
+from nbl_export.cli import answers
+from nbl_export.errors import os_error_in_words
 from nbl_export.printable import printable
 from nbl_export.progress import Task
 from nbl_export.report.drawing import Table
@@ -49,6 +53,71 @@ _out = Console(highlight=False)
 _err = Console(file=sys.stderr, highlight=False)
 _TITLE = 23  # columns of a task's title
 _COLOURS = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
+
+
+@dataclass
+class _Answering:
+    """How the command of this process answers."""
+
+    json: bool = False
+    log: Console | None = None
+
+
+_answering = _Answering()
+_LOG_WIDTH = 120
+
+
+def set_up(as_json: bool, quiet: bool, log_file: Path | None) -> None:
+    """From now on the answer is one JSON object, notes and progress are left out, or everything is also in a file.
+
+    Raises :class:`InputError` for a file that cannot be written.
+    """
+    _answering.json, _answering.log = as_json, None
+    _out.quiet, _err.quiet = as_json, quiet
+    if log_file is not None:
+        try:
+            # Until the process ends; line by line, so that it can be watched.
+            opened = log_file.open("a", encoding="utf-8", buffering=1)
+        except OSError as error:
+            raise os_error_in_words(error, f"opening --log-file {log_file}") from None
+        _answering.log = Console(file=opened, width=_LOG_WIDTH, highlight=False, color_system=None)
+
+
+def log(text: str) -> None:
+    """Write a line into the log file, with the time, if there is one."""
+    if _answering.log is not None:
+        _answering.log.print(Text(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {printable(text)}"), soft_wrap=True)
+
+
+def _result(drawn: Any = "") -> None:
+    """Draw a part of the results."""
+    _out.print(drawn)
+    if _answering.log is not None:
+        _answering.log.print(drawn)
+
+
+def _note(text: str) -> None:
+    _err.print(_text(text, "dim"))
+    log(text)
+
+
+def finish(command: str, text: str, **facts: Any) -> None:
+    """The last line of a command, or its JSON object: what it has made."""
+    _answer(answers.answer(command, facts))
+    say(text)
+    log(text)
+
+
+def finish_tables(command: str, tables: list[Table]) -> None:
+    """A command whose results are ``tables``, or its JSON object with them."""
+    _answer(answers.answer(command, {"tables": tables}))
+    show_tables(tables)
+
+
+def _answer(value: dict[str, Any]) -> None:
+    """Write the answer as JSON, if it is asked for: what is drawn then goes to the log file alone."""
+    if _answering.json:
+        print(answers.text_of(value))
 
 
 class _CountColumn(ProgressColumn):
@@ -78,32 +147,56 @@ def _short(number: float) -> str:
 
 
 # Seconds between two lines of a task where no bar can be drawn, as in the log of a CI job.
-_LINES = 60.0
+_LINES = 10.0
+
+
+class _Lines:
+    """Says how far the innermost task is, every few seconds: in the log, and where the output is no terminal.
+
+    There a bar is shown only when it ends. In a thread, since a task may be at work long before it moves.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress, self._ended = progress, threading.Event()
+        self._thread = threading.Thread(target=self._say, daemon=True)
+
+    def __enter__(self) -> None:
+        if _answering.log is not None or not _err.is_terminal:
+            self._thread.start()
+
+    def __exit__(self, *_error: object) -> None:
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _say(self) -> None:
+        while not self._ended.wait(_LINES):
+            going = [task for task in self._progress.tasks if not task.finished]
+            if going:
+                line = _line(going[-1])
+                log(line)
+                if not _err.is_terminal:
+                    _err.print(_text(f"· {line}", "dim"))
+
+
+def _line(task: RichTask) -> str:
+    return f"{task.description}: {_CountColumn().render(task)}, {_TimeColumn().render(task)}"
 
 
 class _BarTask:
-    """Moves a bar; where the output is no terminal, which shows a bar only when it ends, prints a line now and then."""
+    """Moves a bar."""
 
     def __init__(self, progress: Progress, task_id: TaskID, title: str) -> None:
         self._progress, self._id, self._title = progress, task_id, title
-        self._printed = time.monotonic()
 
     def advance(self, amount: int) -> None:
         self._progress.advance(self._id, amount)
-        if not _err.is_terminal and time.monotonic() - self._printed >= _LINES:
-            self._printed = time.monotonic()
-            task = next(task for task in self._progress.tasks if task.id == self._id)
-            _err.print(
-                _text(
-                    f"· {task.description}: {_CountColumn().render(task)}, {_TimeColumn().render(task)}",
-                    "dim",
-                )
-            )
 
     def end(self) -> None:
         """It is done, also where less than all was needed."""
         task = next(task for task in self._progress.tasks if task.id == self._id)
         self._progress.update(self._id, total=task.completed)
+        log(_line(task))
 
     def part(self, number: int, count: int) -> None:
         # The title's column has a fixed width, and the number must not be what is cut off.
@@ -137,9 +230,10 @@ class TerminalListener:
         self._drawn = progress = Progress(*columns, console=_err, refresh_per_second=4)
         try:
             progress.start()
-            bar = self._bar(progress, title, total, unit, done)
-            yield bar
-            bar.end()
+            with _Lines(progress):
+                bar = self._bar(progress, title, total, unit, done)
+                yield bar
+                bar.end()
         finally:
             self._drawn = None
             _stop(progress)
@@ -150,7 +244,7 @@ class TerminalListener:
         return _BarTask(progress, task_id, printable(title))
 
     def note(self, text: str) -> None:
-        _err.print(_text(f"· {text}", "dim"))
+        _note(f"· {text}")
 
 
 def _stop(progress: Progress) -> None:
@@ -175,12 +269,12 @@ def _text(text: str, style: str = "") -> Text:
 
 def show_tables(tables: list[Table]) -> None:
     for table in tables:
-        _out.print(_drawn(table))
+        _result(_drawn(table))
         if table.note:
-            _out.print(_text(table.note, "dim"))
+            _result(_text(table.note, "dim"))
         for problem in table.problems:
-            _out.print(_text(problem, "yellow"))
-        _out.print()
+            _result(_text(problem, "yellow"))
+        _result()
 
 
 def show_rewrite(result: RewriteResult) -> None:
@@ -212,40 +306,43 @@ def _drawn(table: Table) -> RichTable:
 
 def show_report(report: Report, out: Path) -> None:
     """The summary of a run: tables, then checks, then the verdict and where to look next."""
+    _answer(report.as_json())
     layers, name = report.selection.layers, Path(report.model.source).name
     show_tables(report_tables(report, brief=True))
     checks = checks_table(report)
     drawn = _drawn(checks)
     drawn.columns[-1].justify = "left"
-    _out.print(drawn)
+    _result(drawn)
     every = [candidate.layer for candidate in report.selection.candidates]
     what = "attention layers" if len(attentions(every)) == len(every) else "blocks"
     text = f"      {len(layers)} of {len(report.selection.candidates)} {what} of {name} are now linear" + (
         f": {', '.join(map(str, layers))}" if layers else ""
     )
-    _out.print(_verdict(report.passed) + _text(f"  {verdict_line(report)}"))
-    _out.print(_text(text))
+    _result(_verdict(report.passed) + _text(f"  {verdict_line(report)}"))
+    _result(_text(text))
     if report.divergence:
-        _out.print(_text(f"      {report.divergence}", "red"))
-    _out.print(_text(f"      model {out / 'model.onnx'}   report {out / 'report' / 'report.html'}"))
+        _result(_text(f"      {report.divergence}", "red"))
+    _result(_text(f"      model {out / 'model.onnx'}   report {out / 'report' / 'report.html'}"))
 
 
 def show_evaluation(value: Evaluation, out: Path) -> None:
     """The tables of an evaluation, its verdicts, and where to look next."""
     from nbl_export.report.evaluation import evaluation_tables
 
+    _answer(value.as_json())
     _show_judged(value, evaluation_tables(value, brief=True))
-    _out.print(_text(f"evaluation {out / 'report' / 'eval.md'}"))
+    _result(_text(f"evaluation {out / 'report' / 'eval.md'}"))
 
 
 def show_bench(value: BenchReport, out: Path) -> None:
     """The table of a bench, its verdicts, and where to look next."""
     from nbl_export.report.speed import BENCH, speed_tables
 
+    _answer(value.as_json())
     _show_judged(value, speed_tables(BENCH, value.speed, brief=True))
     for note in value.notes:
-        _out.print(_text(note))
-    _out.print(_text(f"bench {out / 'report' / 'bench.md'}"))
+        _result(_text(note))
+    _result(_text(f"bench {out / 'report' / 'bench.md'}"))
 
 
 def _show_judged(value: Evaluation | BenchReport, tables: list[Table]) -> None:
@@ -253,8 +350,8 @@ def _show_judged(value: Evaluation | BenchReport, tables: list[Table]) -> None:
     if value.checks:
         drawn = _drawn(checks_table(value))
         drawn.columns[-1].justify = "left"
-        _out.print(drawn)
-        _out.print(_verdict(value.passed))
+        _result(drawn)
+        _result(_verdict(value.passed))
 
 
 def _verdict(passed: bool) -> Text:

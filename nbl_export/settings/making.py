@@ -312,8 +312,7 @@ class ExportSettings(Settings):
 class FolderSettings(Settings):
     """What stays in the output folder of a run.
 
-    keep_baseline: Keep the unmodified graph. no: it is deleted after a verification that passed, and the linearized
-        one has all its weights.
+    keep_baseline: Keep the unmodified graph. no: delete it once verified.
     """
 
     keep_baseline: Literal["yes", "no"] = setting("yes", GRAPH, metavar="yes|no")

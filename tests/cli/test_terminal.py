@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -13,9 +14,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from nbl_export.blocks import Mlp
 from nbl_export.checks import Check
 from nbl_export.cli import terminal
 from nbl_export.cli.terminal import TerminalListener, show_report, show_tables
+from nbl_export.errors import InputError
 from nbl_export.evaluate.results import Means
 from nbl_export.models.source import ModelIdentity
 from nbl_export.report.bench import BenchReport
@@ -206,18 +209,6 @@ def test_a_task_that_fails_shows_how_far_it_came(screen: Any) -> None:
     assert "3/8 MiB" in err.getvalue() and "eta" in err.getvalue()
 
 
-def moving(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Puts the clocks of progress forward."""
-    passed = [0.0]
-    now = time.monotonic
-    monkeypatch.setattr(terminal.time, "monotonic", lambda: now() + passed[0])
-
-    def wait(seconds: float) -> None:
-        passed[0] += seconds
-
-    return wait
-
-
 def test_a_task_of_parts_says_which_it_is_at_within_eighty_columns(screen: Any) -> None:
     err = screen("err", width=80, colours=True)
     with TerminalListener().task("Calibrating layer", 5_242_880, "tokens") as task:
@@ -240,24 +231,112 @@ def test_a_long_title_leaves_room_for_the_part(screen: Any) -> None:
     assert "A title that is lon 1/1" in err.getvalue()
 
 
-def test_a_log_gets_a_line_a_minute(screen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_log_gets_lines_whether_a_task_moves_or_not(screen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bar would say nothing before it ends, after hours."""
-    wait, err = moving(monkeypatch), screen("err", width=80)
+    monkeypatch.setattr(terminal, "_LINES", 0.05)
+    err = screen("err", width=80)
     with TerminalListener().task("Calibrating layer", 40_000, "tokens") as task:
         for layer in range(4):
             task.part(layer + 1, 4)
-            for _ in range(10):
-                wait(20)
-                task.advance(1000)
+            task.advance(10_000 if layer < 3 else 0)
+        time.sleep(0.4)
+        task.advance(10_000)
     lines = [line.rstrip() for line in err.getvalue().splitlines() if line.strip()]
-    assert len(lines) == 40 // 3 + 1, "each minute, and the bar at the end"
-    assert re.match(r"· Calibrating layer 2/4: 12\.0k/40\.0k tokens(, [\d.,]+k?M?/s)?, eta ", lines[3]), lines
+    assert len(lines) >= 3, "several while it stood still, and the bar at the end"
+    for line in lines[1:-1]:
+        assert re.match(r"· Calibrating layer 4/4: 30\.0k/40\.0k tokens(, [\d.,]+k?M?/s)?, eta ", line), lines
     assert all(len(line) <= 80 for line in lines)
     terminal_only = screen("err", width=80, colours=True)
     with TerminalListener().task("Calibrating layer", 4, "tokens") as task:
-        wait(100)
+        time.sleep(0.2)
         task.advance(4)
     assert "·" not in terminal_only.getvalue()
+
+
+def test_the_innermost_task_is_the_one_that_is_named(screen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal, "_LINES", 0.05)
+    err, listener = screen("err", width=80), TerminalListener()
+    with listener.task("Outer", 2, "layers"), listener.task("Inner", 3, "rows"):
+        time.sleep(0.3)
+    said = [line for line in err.getvalue().splitlines() if line.startswith("·")]
+    assert said and all(line.startswith("· Inner: 0/3 rows") for line in said)
+
+
+# how a command answers ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def answering() -> Iterator[None]:
+    yield
+    terminal.set_up(False, False, None)
+
+
+@pytest.mark.usefixtures("answering")
+def test_an_answer_in_json_is_all_there_is_on_stdout(
+    screen: Any, report: Report, capsys: pytest.CaptureFixture[str]
+) -> None:
+    screen("out")
+    screen("err")
+    terminal.set_up(True, False, None)
+    show_report(report, Path("out"))
+    assert json.loads(capsys.readouterr().out) == report.as_json()
+    terminal.say("a line")
+    show_tables([TABLE])
+    terminal.finish("export", "Exported.", graph=Path("a/model.onnx"), layers=(1, Mlp(2)), kl=float("inf"))
+    text = capsys.readouterr().out
+    assert json.loads(text) == {
+        "schema": "nbl-export/answer/1",
+        "command": "export",
+        "graph": "a/model.onnx",
+        "layers": [1, "2.mlp"],
+        "kl": "inf",
+    }
+    terminal.finish_tables("inspect", [TABLE])
+    (table,) = json.loads(capsys.readouterr().out)["tables"]
+    assert table["title"] == "A title" and table["rows"][1] == ["second", "1,234", "failed"]
+
+
+@pytest.mark.usefixtures("answering")
+def test_quiet_leaves_out_progress_and_notes_alone(screen: Any) -> None:
+    out, err = screen("out"), screen("err")
+    terminal.set_up(False, True, None)
+    with TerminalListener().task("Calibrating", 1, "rows") as task:
+        task.advance(1)
+    TerminalListener().note("a note")
+    terminal.say("a result")
+    assert (out.getvalue(), err.getvalue()) == ("a result\n", "")
+
+
+@pytest.mark.usefixtures("answering")
+@pytest.mark.parametrize(("as_json", "quiet"), [(False, False), (True, True)])
+def test_a_log_file_has_all_that_is_said(
+    screen: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, as_json: bool, quiet: bool
+) -> None:
+    monkeypatch.setattr(terminal, "_LINES", 0.05)
+    screen("out")
+    screen("err", colours=True)
+    path = tmp_path / "a.log"
+    path.write_text("of before\n")
+    terminal.set_up(as_json, quiet, path)
+    with TerminalListener().task("Calibrating", 2, "rows") as task:
+        time.sleep(0.2)
+        task.advance(2)
+    TerminalListener().note("a note \x1b[2J")
+    show_tables([TABLE])
+    terminal.finish("export", "Exported.", out=tmp_path)
+    lines = path.read_text().splitlines()
+    stamped = [re.sub(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", "", line) for line in lines]
+    assert lines[0] == "of before" and stamped[-1] == "Exported." and "· a note �[2J" in stamped
+    assert stamped[1].startswith("Calibrating: 0/2 rows, eta ")
+    assert any(line.startswith("Calibrating: 2/2 rows") for line in stamped)
+    assert any(line.startswith("second") for line in lines)
+    assert "\x1b" not in path.read_text()
+
+
+@pytest.mark.usefixtures("answering")
+def test_a_log_file_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"No such file or directory opening --log-file .*none/a\.log"):
+        terminal.set_up(False, False, tmp_path / "none" / "a.log")
 
 
 @pytest.mark.parametrize(

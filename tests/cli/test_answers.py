@@ -1,0 +1,101 @@
+"""`--json`, `--quiet` and `--log-file` of the commands themselves, on a real output folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbl_export.cli import answers, terminal
+from nbl_export.cli.main import _command
+from tests.command_line import nbl
+
+Asked = Callable[..., Any]
+
+
+@pytest.fixture
+def out(stories_out: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(stories_out, tmp_path / "out", copy_function=shutil.copy2))
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Asked]:
+    """Called with the words of a command: its exit code, what is on stdout, and what is on stderr."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["nbl-export", *map(str, words)])
+        code = _command()
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    yield call
+    terminal.set_up(False, False, None)
+
+
+def test_each_command_answers_with_one_object(asked: Asked, out: Path) -> None:
+    code, text, _ = asked("inspect", out / "model.onnx", "--json")
+    assert code == 0 and [t["title"] for t in json.loads(text)["tables"]]
+    assert json.loads(text)["schema"] == answers.ANSWER and json.loads(text)["command"] == "inspect"
+
+    code, text, _ = asked("select", out, "--k", 1, "--criterion", "cca", "--json")
+    found = json.loads(text)
+    assert code == 0 and found["k"] == len(found["layers"]) == 1 and found["fit"] == "lmmse"
+    assert found["out"] == str(out)
+
+    code, text, _ = asked("rewrite", out, "--json")
+    assert code == 0 and json.loads(text)["graph"] == str(out / "model.onnx")
+
+    code, text, _ = asked("verify", out, "--no-quality", "--no-speed", "--json")
+    assert code == 0 and json.loads(text) == json.loads((out / "report" / "report.json").read_text())
+
+    code, text, _ = asked("report", out, "--json")
+    assert code == 0 and json.loads(text)["schema"] == "nbl-export/report/2"
+
+
+def test_a_graph_of_somebody_else_is_answered_with_its_proofs(
+    asked: Asked, out: Path, tmp_path: Path
+) -> None:
+    plan, target = out / "nbl" / "plan.safetensors", tmp_path / "there"
+    code, text, _ = asked("rewrite", "--onnx", out / "baseline", "--plan", plan, "-o", target, "--json")
+    found = json.loads(text)
+    assert code == 0 and str(target / "model.onnx") in found["files"]
+    assert found["graph"]["after"]["kv_pairs"] < found["graph"]["before"]["kv_pairs"]
+    assert len(found["graph"]["proofs"]) == 5
+
+
+def test_an_error_is_an_object_too(asked: Asked, tmp_path: Path) -> None:
+    code, text, said = asked("inspect", tmp_path / "nothing", "--json")
+    found = json.loads(text)
+    assert code == found["exit_code"] == 2 and found["schema"] == answers.ERROR
+    assert said == f"error: {found['error']}\n" and "does not exist" in found["error"]
+    code, text, _ = asked("selct", "--json")
+    assert code == 2 and "did you mean select" in json.loads(text)["error"]
+
+
+def test_a_failed_gate_is_an_answer_and_no_error(asked: Asked, out: Path) -> None:
+    code, text, said = asked("verify", out, "--no-speed", "--max-kl", "1e-9", "--json", "--quiet")
+    report = json.loads(text)
+    assert code == 1 and said == ""
+    assert "failed" in [check["status"] for check in report["checks"]]
+
+
+def test_a_log_file_has_the_results_and_the_error(asked: Asked, out: Path, tmp_path: Path) -> None:
+    log = tmp_path / "a.log"
+    code, text, _ = asked("report", out, "--log-file", log)
+    assert code == 0 and "PASS" in text and "PASS" in log.read_text()
+    code, _, said = asked("select", out, "--k", "99", "--log-file", log)
+    assert code == 2 and said.strip() in log.read_text()
+    code, _, said = asked("report", out, "--log-file", tmp_path / "none" / "a.log")
+    assert code == 2 and "opening --log-file" in said
+
+
+def test_stdout_of_a_real_process_is_one_object(out: Path) -> None:
+    done = nbl("report", out, "--json", "--quiet")
+    assert done.code == 0 and done.err == "" and json.loads(done.out)["checks"]
+    done = nbl("report", out / "none", "--json")
+    assert done.code == 2 and json.loads(done.out)["exit_code"] == 2 and done.err.count("\n") == 1
