@@ -13,8 +13,8 @@ and, with --tasks, the mean accuracy over a folder's tasks (--limit rows of each
 With --compare it prints instead what ours and others' ways without training (scripts/quality_methods.py) lose where
 they save as many weights as the paper's method with each K, or are as fast in a prefill of 512 tokens and in decode at
 --context, as counted from the graph on this machine's roofline; DIR/compare.md and DIR/compare.png. Each way takes its
-smallest cut that saves as much; *ours* is that of ours which loses least on the selection text, --repair STEPS repairs
-it, and minutes are those of the repair and of one measurement.
+smallest cut that saves as much; *ours* is that of ours which loses least on the selection text. --repair STEPS repairs it
+where speeds are equal; minutes are those of the repair and of one measurement.
 
 The --judge texts are used for evaluation only: layers are chosen on a split of CALIBRATION. Seconds are those of the
 selection, including repair; measurements of earlier cells are reused. Results are saved in DIR/quality.json and
@@ -174,7 +174,7 @@ class Compared:
                 taken[way] = next((c for c in every if self._ways.gain(c, by) >= least), None)
         # What --frontier takes: whichever loses least on the selection text.
         taken[OURS] = ours = min((c for c in taken.values() if c), key=lambda c: c.kl)
-        if self._repair:
+        if self._repair and by != WEIGHTS:
             taken[REPAIRED] = self._ways.repaired(ours, self._repair)
         return taken
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the files that go first, the others in their order; some variants are left out for their time."""
     leave_out(items)
     items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def every_report_is_of_its_schema() -> Iterator[None]:
+    """Each report that a test writes is held to the schema that is published."""
+    from jsonschema import Draft202012Validator
+
+    from nbl_export.report.header import Header
+    from nbl_export.report.json_schema import schema_of
+
+    real, validators = Header.as_json, {}
+
+    def checked(self: Header) -> dict[str, Any]:
+        found, kind = real(self), type(self)
+        if kind not in validators:
+            validators[kind] = Draft202012Validator(schema_of(kind))
+        validators[kind].validate(found)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Header, "as_json", checked)
+        yield
 
 
 class Failures:
