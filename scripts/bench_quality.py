@@ -13,8 +13,8 @@ and, with --tasks, the mean accuracy over a folder's tasks (--limit rows of each
 With --compare it prints instead what ours and others' ways without training (scripts/quality_methods.py) lose where
 they save as many weights as the paper's method with each K, or are as fast in a prefill of 512 tokens and in decode at
 --context, as counted from the graph on this machine's roofline; DIR/compare.md and DIR/compare.png. Each way takes its
-smallest cut that saves as much; *ours* is that of ours which loses least on the selection text. --repair STEPS repairs it
-where speeds are equal; minutes are those of the repair and of one measurement.
+smallest cut that saves as much; *ours* is that of ours which loses least on the selection text. --repair STEPS repairs
+it where speeds are equal; minutes are those of the repair and of one measurement.
 
 The --judge texts are used for evaluation only: layers are chosen on a split of CALIBRATION. Seconds are those of the
 selection, including repair; measurements of earlier cells are reused. Results are saved in DIR/quality.json and

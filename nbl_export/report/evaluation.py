@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from nbl_export.evaluate.recovery import Estimate
 from nbl_export.evaluate.results import Compared, MeanRecovery, Means, RetrievalResult, TaskResult
@@ -29,6 +29,7 @@ class Evaluation(Header):
     """
 
     SCHEMA: ClassVar[str] = "nbl-export/eval/1"
+    VERDICTS: ClassVar[tuple[str, ...]] = ("passed", "failed", "no gate")
 
     settings: EvalSettings
     tasks: tuple[TaskResult, ...]
@@ -40,9 +41,10 @@ class Evaluation(Header):
         """No gate failed, and where there is one, something could be judged by it."""
         return not self.checks or super().passed
 
-    def as_json(self) -> dict[str, Any]:
+    @property
+    def verdict(self) -> str:
         """What no gate was asked of is not called passed."""
-        return super().as_json() | ({} if self.checks else {"verdict": "no gate"})
+        return super().verdict if self.checks else "no gate"
 
 
 def load_evaluation(path: Path) -> Evaluation:

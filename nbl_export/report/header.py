@@ -23,6 +23,7 @@ class Header:
     """
 
     SCHEMA: ClassVar[str]
+    VERDICTS: ClassVar[tuple[str, ...]] = ("passed", "failed")
 
     created: str
     tool_version: str
@@ -39,8 +40,14 @@ class Header:
         states = [c.status for c in self.checks]
         return "failed" not in states and "passed" in states
 
+    @property
+    def verdict(self) -> str:
+        """One of :attr:`VERDICTS`."""
+        return "passed" if self.passed else "failed"
+
     def as_json(self) -> dict[str, Any]:
-        return {"schema": self.SCHEMA, "verdict": "passed" if self.passed else "failed", **to_json(self)}
+        """The object that its file has."""
+        return {"schema": self.SCHEMA, "verdict": self.verdict, **to_json(self)}
 
 
 H = TypeVar("H", bound=Header)

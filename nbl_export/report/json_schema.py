@@ -26,7 +26,7 @@ def schema_of(kind: type[Header]) -> dict[str, Any]:
     """The schema of a ``kind`` of report as its file has it."""
     shared = _Shared()
     body = shared.fields_of(kind)
-    own = {"schema": {"const": kind.SCHEMA}, "verdict": {"enum": ["passed", "failed"]}}
+    own = {"schema": {"const": kind.SCHEMA}, "verdict": {"enum": list(kind.VERDICTS)}}
     return {
         "$schema": _DRAFT,
         "title": kind.SCHEMA,
