@@ -16,7 +16,7 @@ refuse to be one of several.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from nbl_export.errors import NblError
 from nbl_export.linearize.plan import Plan
 from nbl_export.models.source import find_model
 from nbl_export.models.tasks import task_named
-from nbl_export.progress import Listener
+from nbl_export.progress import Listener, Silent
 from nbl_export.ranks import in_one_process, together
 from nbl_export.report.drawing import Table
 from nbl_export.report.schema import Report
@@ -35,10 +35,12 @@ from nbl_export.settings import (
     BenchSettings,
     Budget,
     CalibrateSettings,
+    ChatSettings,
     EngineSettings,
     EvalSettings,
     ExportSettings,
     FolderSettings,
+    GenerateSettings,
     LossBound,
     RunSettings,
     SelectSettings,
@@ -55,6 +57,8 @@ if TYPE_CHECKING:
     from nbl_export.report.bench import BenchReport
     from nbl_export.report.evaluation import Evaluation
     from nbl_export.rewrite.replace import RewriteResult
+    from nbl_export.stages.chat import Chat
+    from nbl_export.stages.talking import Generated
 
 S = TypeVar("S", bound=Settings)
 
@@ -62,10 +66,12 @@ __all__ = [
     "BenchSettings",
     "Budget",
     "CalibrateSettings",
+    "ChatSettings",
     "EngineSettings",
     "EvalSettings",
     "ExportSettings",
     "FolderSettings",
+    "GenerateSettings",
     "LossBound",
     "NblError",
     "Plan",
@@ -75,8 +81,10 @@ __all__ = [
     "bench",
     "build",
     "calibrate",
+    "chat",
     "evaluate",
     "export",
+    "generate",
     "inspect",
     "plan_resources",
     "report",
@@ -297,6 +305,48 @@ def bench(
     """Time both graphs and others in turn. A suspect or slower cell is in the value (``passed``), not raised."""
     with _resumed(out, settings or BenchSettings(), listener, trust_remote_code, rehash) as (work, resolved):
         return pipeline.bench(work, resolved)
+
+
+@in_one_process
+def generate(
+    out: str | Path,
+    prompt: str,
+    settings: GenerateSettings | None = None,
+    listener: Listener | None = None,
+    trust_remote_code: bool = False,
+    rehash: bool = False,
+    told: Callable[[str, str], object] = lambda _graph, _piece: None,
+) -> tuple[Generated, ...]:
+    """What the linearized graph, the unmodified one or both generate after ``prompt``.
+
+    The model that ``out`` was made from is not needed. ``told`` hears the name of the graph and each piece of text as
+    it is generated; once it returns False, no more is generated.
+    """
+    from nbl_export.stages.generate import generate as generate_text
+
+    asked = settings or GenerateSettings()
+    asked.check()
+    ws = Workspace.open(Path(out), kept_digests(Path(out), rehash, listener))
+    return generate_text(ws, prompt, asked, listener or Silent(), told, trust_remote_code)
+
+
+@in_one_process
+@contextmanager
+def chat(
+    out: str | Path,
+    settings: ChatSettings | None = None,
+    listener: Listener | None = None,
+    trust_remote_code: bool = False,
+    rehash: bool = False,
+) -> Iterator[Chat]:
+    """A chat with both graphs, or with one: ``for graph, piece in chat.ask("Hello"): ...``, turn after turn."""
+    from nbl_export.stages.chat import chat as chat_with
+
+    asked = settings or ChatSettings()
+    asked.check()
+    ws = Workspace.open(Path(out), kept_digests(Path(out), rehash, listener))
+    with chat_with(ws, asked, listener or Silent(), trust_remote_code) as found:
+        yield found
 
 
 @in_one_process

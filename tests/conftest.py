@@ -33,6 +33,7 @@ pytest_plugins = [
     "tests.variants",
     "tests.precisions",
     "tests.sessions",
+    "tests.talking",
 ]
 
 ROOT = Path(__file__).parent.parent

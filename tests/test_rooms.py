@@ -19,6 +19,7 @@ ROOMS = (
     "pipeline",
     "stages",
     "report",
+    "generate",
     "evaluate",
     "verify",
     "rewrite",

@@ -13,10 +13,12 @@ from nbl_export.errors import GATE_FAILED
 from nbl_export.settings import (
     BenchSettings,
     CalibrateSettings,
+    ChatSettings,
     EngineSettings,
     EvalSettings,
     ExportSettings,
     FolderSettings,
+    GenerateSettings,
     RunSettings,
     SelectSettings,
     VerifySettings,
@@ -51,6 +53,10 @@ To = Annotated[
 InPlace = Annotated[
     bool, _option("Change the graph where it lies; new weights are appended.", "--in-place", panel=_FOREIGN)
 ]
+
+
+Text = Annotated[str | None, _option("The text; else that of a file or of the standard input.", "--prompt")]
+TextFile = Annotated[Path | None, _option("A text file in UTF-8; - is the standard input.", "--prompt-file")]
 
 
 @Parameter(name="*")
@@ -280,6 +286,52 @@ def bench(
     return 0 if value.passed else GATE_FAILED
 
 
+def generate(
+    out: Out,
+    /,
+    *,
+    prompt: Text = None,
+    prompt_file: TextFile = None,
+    settings: GenerateSettings = GenerateSettings(),
+    trust: Trust = False,
+    rehash: Rehash = False,
+    config: Config = None,
+    said: Said = Said(),
+) -> None:
+    """Print what the linearized graph generates after a prompt; for scripts."""
+    api, terminal = _loaded(said, settings)
+    from nbl_export.cli import writing
+
+    text = writing.prompt_of(prompt, prompt_file)
+    listener, written = terminal.TerminalListener(), writing.Written(settings.graph, heard=not said.json)
+    generated = api.generate(out, text, settings, listener, trust, rehash, written.piece)
+    written.end()
+    for answer in generated:
+        listener.note(writing.figures_line(answer))
+    terminal.finish("generate", None, out=out, prompt=text, answers=generated)
+
+
+def chat(
+    out: Out,
+    /,
+    *,
+    settings: ChatSettings = ChatSettings(),
+    trust: Trust = False,
+    rehash: Rehash = False,
+    config: Config = None,
+    said: Said = Said(),
+) -> None:
+    """Talk to both graphs in the terminal, side by side."""
+    from nbl_export.cli import chat as screen
+
+    if said.json:
+        raise UsageError("A chat has no answer in JSON: use `nbl-export generate OUT --json`")
+    screen.check_terminal()
+    api, terminal = _loaded(said, settings)
+    with api.chat(out, settings, terminal.TerminalListener(), trust, rehash) as talk:
+        screen.talk(talk, out)
+
+
 def report(out: Out, /, *, said: Said = Said()) -> int:
     """Show the report again and redraw its files from report.json."""
     api, terminal = _loaded(said)
@@ -304,6 +356,8 @@ IN_ORDER = (
     verify,
     eval_,
     bench,
+    generate,
+    chat,
     report,
     inspect,
     plan_resources,

@@ -101,11 +101,12 @@ def _note(text: str) -> None:
     log(text)
 
 
-def finish(command: str, text: str, **facts: Any) -> None:
-    """The last line of a command, or its JSON object: what it has made."""
+def finish(command: str, text: str | None, **facts: Any) -> None:
+    """The last line of a command, if it has one, or its JSON object: what it has made."""
     _answer(answers.answer(command, facts))
-    say(text)
-    log(text)
+    if text is not None:
+        say(text)
+        log(text)
 
 
 def finish_tables(command: str, tables: list[Table]) -> None:
@@ -255,6 +256,11 @@ def _stop(progress: Progress) -> None:
         if not _err.is_terminal:
             _err.print()
         raise
+
+
+def console() -> Console:
+    """That of the results, for what is drawn elsewhere."""
+    return _out
 
 
 def say(text: str) -> None:

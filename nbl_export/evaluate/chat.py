@@ -17,16 +17,19 @@ from nbl_export.printable import printable
 _LIMITS = Limits(idle=30, memory=4 << 30)  # idle: for each conversation, and to start with
 # Characters that a template may make of a conversation of none, and for each character of one.
 _LONGEST, _GROWTH = 1 << 18, 16
-_REMEDY = "leave out --chat-template, or use the model's original template"
+_OR = ", or use the model's original template"
 
 Message = dict[str, str]
 
 
 class ChatTemplate:
-    """The chat template of ``tokenizer``; what it has written is kept."""
+    """The chat template of ``tokenizer``; what it has written is kept.
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+    ``without`` is how a user does without it.
+    """
+
+    def __init__(self, tokenizer: Any, without: str = "leave out --chat-template") -> None:
+        self._tokenizer, self._without = tokenizer, without
         self._written: dict[str, str] = {}
 
     def __call__(self, history: Sequence[Message], add_generation_prompt: bool = True) -> str:
@@ -50,16 +53,17 @@ class ChatTemplate:
         try:
             template = self._tokenizer.get_chat_template()
         except ValueError:  # several, none of them the default
-            raise InputError(f"{name} is none that is used by default: leave out --chat-template.") from None
+            raise InputError(f"{name} is none that is used by default: {self._without}.") from None
         asked = {
             "name": name,
             "template": template,
             "special": self._tokenizer.special_tokens_map,
             "conversations": missing,
+            "remedy": (remedy := self._without + _OR),
         }
         texts: list[str] = []
         try:
-            in_child(_write, asked, name, _REMEDY, _LIMITS, texts.append)
+            in_child(_write, asked, name, remedy, _LIMITS, texts.append)
         except ChildError as error:
             raise InputError(printable(str(error))) from None
         self._written |= dict(zip(missing, texts, strict=True))
@@ -88,7 +92,7 @@ def _write(asked: Any, tell: Any) -> None:
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
 
-    name = asked["name"]
+    name, remedy = asked["name"], asked["remedy"]
     # Of a tokenizer, a template sees the special tokens alone.
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel({})), chat_template=asked["template"]
@@ -100,11 +104,9 @@ def _write(asked: Any, tell: Any) -> None:
             raise
         except Exception as error:  # what a template does can fail in any way
             said = (str(error).strip().splitlines() or [""])[0].rstrip(".")[:200]
-            raise InputError(
-                printable(f"{name} fails ({type(error).__name__}: {said}): {_REMEDY}.")
-            ) from None
+            raise InputError(printable(f"{name} fails ({type(error).__name__}: {said}): {remedy}.")) from None
         if len(text) > _LONGEST + _GROWTH * len(key):
             raise InputError(
-                f"{name} makes {len(text):,} characters of a conversation of {len(key):,}: {_REMEDY}."
+                f"{name} makes {len(text):,} characters of a conversation of {len(key):,}: {remedy}."
             )
         tell(text)

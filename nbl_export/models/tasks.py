@@ -36,6 +36,11 @@ def task_named(name: str) -> Task:
     return _rows()[name]
 
 
+def is_causal(name: str) -> bool:
+    """Whether ``name``, which a file may say, is the task of models that generate text."""
+    return name in _rows() and _rows()[name].causal
+
+
 def task_of(architectures: Sequence[str]) -> Task | None:
     """The task of the class names in a configuration; None for a head that is not in the table.
 

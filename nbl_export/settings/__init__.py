@@ -14,6 +14,7 @@ from nbl_export.settings.making import (
     SelectSettings,
 )
 from nbl_export.settings.measuring import BenchSettings, EvalSettings, VerifySettings
+from nbl_export.settings.talking import ChatSettings, GenerateSettings
 
 __all__ = [
     "NO_BOUND",
@@ -21,10 +22,12 @@ __all__ = [
     "BenchSettings",
     "Budget",
     "CalibrateSettings",
+    "ChatSettings",
     "EngineSettings",
     "EvalSettings",
     "ExportSettings",
     "FolderSettings",
+    "GenerateSettings",
     "LossBound",
     "RunSettings",
     "SelectSettings",

@@ -23,7 +23,7 @@ AUTO, FILE = "auto", "file"
 # The panels in the order of their keys: what most users never need comes last.
 LAYERS, COST = Group("Which layers", sort_key=2), Group("What it may cost", sort_key=3)
 TEXT, GRAPH = Group("Calibration text", sort_key=4), Group("Graph and engines", sort_key=5)
-CHECKS = Group("What is measured", sort_key=6)
+CHECKS, ANSWERS = Group("What is measured", sort_key=6), Group("What is generated", sort_key=7)
 MORE = Group("Advanced", sort_key=9)
 _WANTED = {int: "a whole number", float: "a number", str: "text in quotes", bool: "true or false"}
 _METAVARS = {int: "N", float: "X", str: "NAME", bool: ""}

@@ -13,7 +13,7 @@ from typing import Any
 
 from nbl_export.datafile import TomlError, read_table
 from nbl_export.errors import InputError, os_error_in_words
-from nbl_export.settings import making, measuring
+from nbl_export.settings import making, measuring, talking
 from nbl_export.settings.definition import Settings, settings_of
 
 NAME = "nbl-export.toml"
@@ -25,6 +25,8 @@ TABLES: dict[str, type[Settings]] = {
     "verify": measuring.VerifySettings,
     "eval": measuring.EvalSettings,
     "bench": measuring.BenchSettings,
+    "generate": talking.GenerateSettings,
+    "chat": talking.ChatSettings,
     "run": making.FolderSettings,
 }
 

@@ -99,3 +99,15 @@ def test_stdout_of_a_real_process_is_one_object(out: Path) -> None:
     assert done.code == 0 and done.err == "" and json.loads(done.out)["checks"]
     done = nbl("report", out / "none", "--json")
     assert done.code == 2 and json.loads(done.out)["exit_code"] == 2 and done.err.count("\n") == 1
+
+
+def test_what_is_generated_is_an_object_too(asked: Asked, out: Path) -> None:
+    words = ("generate", out, "--prompt", "Once upon a time", "--max-tokens", 5, "--raw")
+    plain = asked(*words)
+    code, text, _ = asked(*words, "--graph", "both", "--json")
+    found = json.loads(text)
+    assert code == 0 and found["prompt"] == "Once upon a time"
+    assert [one["graph"] for one in found["answers"]] == ["base", "linearized"]
+    assert found["answers"][1]["text"] == plain[1] and len(found["answers"][1]["tokens"]) == 5
+    code, text, _ = asked("chat", out, "--json")
+    assert code == 2 and "generate OUT --json" in json.loads(text)["error"]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import transformers
 
-from nbl_export.models.tasks import reads, task_named, task_of
+from nbl_export.models.tasks import is_causal, reads, task_named, task_of
 
 
 @pytest.mark.parametrize(
@@ -48,3 +48,8 @@ def test_no_class_is_a_decoder_and_a_foreign_head_is_no_task() -> None:
 )
 def test_what_a_model_reads(task: str, config: dict[str, Any], expected: str) -> None:
     assert reads(task_named(task), config) == expected
+
+
+def test_a_name_that_is_no_task_generates_no_text() -> None:
+    assert is_causal("text-generation")
+    assert not is_causal("fill-mask") and not is_causal("../text-generation")

@@ -1,0 +1,130 @@
+"""What `generate` reads and writes: a prompt from words, a file or the standard input, and text as it is generated."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nbl_export.errors import InputError, os_error_in_words
+from nbl_export.files import read_bytes
+from nbl_export.printable import printable_lines
+from nbl_export.settings.definition import UsageError
+from nbl_export.settings.talking import BOTH
+
+if TYPE_CHECKING:
+    from nbl_export.stages.talking import Generated
+
+_MOST = 64 << 20  # bytes of a prompt
+_STDIN = Path("-")
+_WHY = {
+    "max-tokens": "cut at --max-tokens",
+    "positions": "cut at the model's last position",
+    "stopped": "stopped",
+}
+
+
+def prompt_of(words: str | None, file: Path | None) -> str:
+    """The prompt, without the line end that closes a file; raises :class:`InputError` if there is none."""
+    if words is not None and file is not None:
+        raise UsageError("--prompt and --prompt-file are two prompts: give one of them.")
+    if words is not None:
+        text, where = words, "--prompt"
+    elif file is None or file == _STDIN:
+        if sys.stdin is None or sys.stdin.isatty():
+            raise UsageError(
+                "There is no prompt: give --prompt TEXT, --prompt-file FILE, or text on the standard input."
+            )
+        text, where = _decoded(sys.stdin.buffer.read(_MOST + 1), "The standard input"), "The standard input"
+    else:
+        try:
+            content = read_bytes(file, _MOST)
+        except FileNotFoundError:
+            raise InputError(f"--prompt-file {file}: there is no such file.") from None
+        except OSError as error:
+            raise os_error_in_words(error, "reading the prompt") from None
+        except ValueError as error:
+            raise InputError(f"--prompt-file {file} cannot be read: {error}.") from None
+        text, where = _decoded(content, f"--prompt-file {file}"), f"--prompt-file {file}"
+    if not text.strip():
+        raise InputError(f"{where} has no text: give a prompt.")
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise InputError(f"{where} is not UTF-8: convert it.")
+    return text
+
+
+def _decoded(content: bytes, what: str) -> str:
+    if len(content) > _MOST:
+        raise InputError(f"{what} has more than {_MOST >> 20} MiB: give a shorter prompt.")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise InputError(f"{what} is not UTF-8: convert it.") from None
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+class Written:
+    """Writes pieces of text to the standard output as they come: as they are into a file or a pipe, printable to a
+    terminal. Of two graphs, the name of each stands above its text. Nothing is written unless it is ``heard``.
+    """
+
+    def __init__(self, graph: str, heard: bool = True) -> None:
+        self._heard = heard
+        self._named, self._name, self._last = graph == BOTH, "", ""
+        self._terminal = sys.stdout.isatty()
+        if not self._terminal:
+            with contextlib.suppress(AttributeError, io.UnsupportedOperation, ValueError):
+                sys.stdout.reconfigure(encoding="utf-8", newline="\n")  # type: ignore[union-attr]
+
+    def piece(self, graph: str, piece: str) -> bool:
+        """Write a piece of a graph's text; False once nobody reads it."""
+        if self._named and graph != self._name:
+            self._write(f"{self._between}{graph}:\n")
+        self._name = graph
+        self._write(printable_lines(piece) if self._terminal else piece)
+        sys.stdout.flush()
+        return getattr(sys.stdout, "lost", None) is None
+
+    def end(self) -> None:
+        """End the last line where somebody looks at it, or another text could stand before it."""
+        if (self._terminal or self._named) and not self._last.endswith("\n"):
+            self._write("\n")
+            sys.stdout.flush()
+
+    @property
+    def _between(self) -> str:
+        return "" if not self._name else "\n" if self._last.endswith("\n") else "\n\n"
+
+    def _write(self, text: str) -> None:
+        if self._heard:
+            sys.stdout.write(text)
+        self._last = text[-1:] or self._last
+
+
+def figures_line(answer: Generated) -> str:
+    """Which graph answered, in which runtime, what that took, and why it ended where the model did not end it."""
+    return " · ".join(filter(None, (f"{answer.graph} ({answer.runtime}): {figures_of(answer)}", cut(answer))))
+
+
+def figures_of(answer: Generated) -> str:
+    """What an answer took, in one line."""
+    figures = answer.figures
+    return " · ".join(
+        f"{what} {count:,} tokens{_rate(rate)}"
+        for what, count, rate in (
+            ("prefill", figures.read_tokens, figures.prefill_rate),
+            ("decode", figures.decoded_tokens, figures.decode_rate),
+        )
+        if count
+    )
+
+
+def cut(answer: Generated) -> str:
+    """Where an answer ended that the model did not end; empty while it goes on."""
+    return _WHY.get(answer.why, "")
+
+
+def _rate(rate: float | None) -> str:
+    return "" if rate is None else f" {rate:,.0f}/s" if rate >= 10 else f" {rate:.2g}/s"

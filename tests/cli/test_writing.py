@@ -1,0 +1,185 @@
+"""`generate` as a script has it: the text alone on the standard output, everything else beside it, or one sentence."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbl_export import api
+from nbl_export.cli import writing
+from nbl_export.cli.writing import Written, figures_line, prompt_of
+from nbl_export.errors import InputError
+from nbl_export.generate.answer import Figures
+from nbl_export.stages.talking import Generated
+from tests.command_line import ENVIRONMENT, assert_refused, nbl
+
+PROMPT = "Once upon a time"
+SMALL = ["--max-tokens", 20]
+
+
+class Stream(io.StringIO):
+    def __init__(self, terminal: bool) -> None:
+        super().__init__()
+        self.terminal, self.lost = terminal, None
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+
+class Stdin:
+    def __init__(self, content: bytes, terminal: bool = False) -> None:
+        self.buffer, self.terminal = io.BytesIO(content), terminal
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+
+def test_words_a_file_and_the_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_bytes("\ufeffHé\r\n\n".encode())
+    assert prompt_of(" a\n", None) == " a\n"
+    assert prompt_of(None, file) == "Hé\r\n"  # without the end of the last line
+    for path in (None, Path("-")):
+        monkeypatch.setattr(sys, "stdin", Stdin("模型\r\n".encode()))
+        assert prompt_of(None, path) == "模型"
+
+
+@pytest.mark.parametrize(
+    ("words", "content", "message"),
+    [
+        ("a", b"b", "--prompt and --prompt-file are two prompts"),
+        (" \n", None, "--prompt has no text"),
+        ("\ud800", None, "--prompt is not UTF-8"),
+        (None, b"\xff", "is not UTF-8: convert it"),
+        (None, b"\n", "has no text: give a prompt"),
+        (None, b"a" * 101, "larger than|more than"),
+    ],
+)
+def test_what_is_no_prompt(
+    words: str | None, content: bytes | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writing, "_MOST", 100)
+    file = None
+    if content is not None:
+        file = tmp_path / "prompt.txt"
+        file.write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        prompt_of(words, file)
+    if words is None and content is not None:
+        monkeypatch.setattr(sys, "stdin", Stdin(content))
+        with pytest.raises(InputError, match=message):
+            prompt_of(None, None)
+
+
+def test_a_file_that_is_not_there_and_nobody_who_types(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError, match="there is no such file"):
+        prompt_of(None, tmp_path / "x")
+    with pytest.raises(InputError):
+        prompt_of(None, tmp_path)
+    monkeypatch.setattr(sys, "stdin", Stdin(b"", terminal=True))
+    with pytest.raises(InputError, match="There is no prompt: give --prompt TEXT, --prompt-file FILE"):
+        prompt_of(None, None)
+
+
+PIECES = [("base", "a\x1b[2J\tb"), ("base", "\nc"), ("linearized", "d\n"), ("linearized", "e")]
+
+
+@pytest.mark.parametrize(
+    ("graph", "terminal", "expected"),
+    [
+        ("base", False, "a\x1b[2J\tb\nc"),
+        ("base", True, "a�[2J    b\nc\n"),
+        ("both", False, "base:\na\x1b[2J\tb\nc\n\nlinearized:\nd\ne\n"),
+        ("both", True, "base:\na�[2J    b\nc\n\nlinearized:\nd\ne\n"),
+    ],
+)
+def test_a_pipe_has_the_text_and_a_terminal_what_it_can_show(
+    graph: str, terminal: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = Stream(terminal)
+    monkeypatch.setattr(sys, "stdout", stream)
+    written = Written(graph)
+    for piece in PIECES[: 4 if graph == "both" else 2]:
+        assert written.piece(*piece)
+    written.end()
+    assert stream.getvalue() == expected
+
+
+def test_a_pipe_that_nobody_reads_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream: Any = Stream(False)
+    monkeypatch.setattr(sys, "stdout", stream)
+    written = Written("base")
+    stream.lost = BrokenPipeError()
+    assert not written.piece("base", "a")
+
+
+def test_figures_are_one_line() -> None:
+    answer = Generated("base", "ONNX Runtime", "x", (1,), "max-tokens", Figures(9, 4, 0.002, 30, 6.0))
+    assert figures_line(answer) == (
+        "base (ONNX Runtime): prefill 4 tokens 2,000/s · decode 30 tokens 5/s · cut at --max-tokens"
+    )
+    short = Generated("base", "ONNX Runtime", "", (2,), "ended", Figures(9, 9, 0.0, 0, 0.0))
+    assert figures_line(short) == "base (ONNX Runtime): prefill 9 tokens"
+
+
+def test_the_command_prints_the_text_and_nothing_else(talking_out: Path, tmp_path: Path) -> None:
+    (expected,) = api.generate(talking_out, PROMPT, api.GenerateSettings(max_tokens=20))
+    (tmp_path / "prompt.txt").write_text(PROMPT + "\n")
+    done = nbl("generate", talking_out, "--prompt-file", tmp_path / "prompt.txt", *SMALL)
+    assert (done.code, done.out) == (0, expected.text)
+    assert re.fullmatch(
+        r"· linearized \(.*\): prefill 5 tokens [\d,]+/s · decode 19 tokens [\d,]+/s · cut at --max-tokens\n",
+        re.sub(r" *\n(?!$)", " ", done.err),
+    ), done.err
+
+
+def test_a_terminal_gets_what_it_can_show(talking_out: Path) -> None:
+    (expected,) = api.generate(talking_out, PROMPT, api.GenerateSettings(max_tokens=20))
+    words = ["generate", str(talking_out), "--prompt", PROMPT, *map(str, SMALL)]
+    ours, theirs = pty.openpty()
+    done = subprocess.run(
+        [sys.executable, "-m", "nbl_export", *words],
+        stdin=subprocess.DEVNULL, stdout=theirs, stderr=subprocess.PIPE, env=ENVIRONMENT, timeout=120,
+    )  # fmt: skip
+    os.close(theirs)
+    shown = os.read(ours, 65536).decode()
+    os.close(ours)
+    assert done.returncode == 0
+    assert shown == expected.text.replace("\n", "\r\n") + "\r\n"
+
+
+def test_a_pipe_that_is_closed_early_is_no_error(talking_out: Path) -> None:
+    words = [sys.executable, "-m", "nbl_export", "generate", str(talking_out), "--prompt", PROMPT]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
+    assert process.stdout and process.stderr
+    process.stdout.read(1)
+    process.stdout.close()
+    said = process.stderr.read().decode()
+    assert process.wait(60) == 0 and "Traceback" not in said and "error" not in said
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--prompt", "a " * 600], "tokens, and the model 512 positions"),
+        (["--prompt", "a", "--top-p", "2"], "--top-p is 2; it must be more than 0 and at most 1"),
+        (
+            ["--prompt", "a", "--graph", "all"],
+            "--graph 'all' is unknown; choose one of linearized, base, both",
+        ),
+        (["--prompt", "a", "--raw", "--system", "b"], "give one of them"),
+        (["--prompt-file", "/nowhere"], "there is no such file"),
+    ],
+)
+def test_what_is_refused_is_one_sentence(talking_out: Path, words: list[str], said: str) -> None:
+    assert_refused(nbl("generate", talking_out, *words), 2, said)

@@ -1,0 +1,16 @@
+"""The configuration of onnxruntime-genai in a folder, changed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nbl_export.export.genai_config import NAME
+
+
+def change(folder: Path, how: Callable[[Any], object]) -> None:
+    config = json.loads((folder / NAME).read_text())
+    how(config)
+    (folder / NAME).write_text(json.dumps(config))
