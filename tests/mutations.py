@@ -13,13 +13,12 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from nbl_export.graph.cache import kv_pairs
+from nbl_export.graph.cache import LAYERS_KEY, kv_pairs
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.tensors import follow_links
 from nbl_export.graph.types import infer_types
 from nbl_export.linearize.plan import LinearLayer, Plan, linear_output_name
 from nbl_export.rewrite.confirm import linear_part
-from nbl_export.rewrite.replace import LAYERS_KEY
 
 WrongPlan = Callable[[Plan, int], Plan]
 Change = Callable[[ir.Model, int], None]

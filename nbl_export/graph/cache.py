@@ -28,7 +28,9 @@ from nbl_export.records import from_json
 T = TypeVar("T")
 PRESENT = re.compile(r"^present\.(\d{1,6})\.(key|value)$")
 _NUMBER = re.compile(r"\d+")
-KV_LAYERS_KEY = "nbl_export.kv_layers"  # metadata: the model's layer index of each KV pair
+# Metadata of our graphs: the model's layer index of each KV pair, and what each layer of a rewritten graph is
+# (:class:`.summary.DescribedLayer`).
+KV_LAYERS_KEY, LAYERS_KEY = "nbl_export.kv_layers", "nbl_export.layers"
 # The maximum number of nodes between the softmax and the product with V.
 _SOFTMAX_STEPS = 8
 _WIDEST = 256  # tensors that attention weights are computed from, at the same distance

@@ -25,6 +25,33 @@ class GraphSummary:
 
 
 @dataclass(frozen=True)
+class Stored:
+    """Initializers of one dtype: how many, and their bytes."""
+
+    count: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class GraphFacts:
+    """What a graph file says without its weights.
+
+    ``opsets`` by domain; ``initializers`` by dtype; ``inputs`` and ``outputs`` as ``name: dtype[shape]``, without those
+    of the KV cache, of which ``cache`` is the first one's type. ``linear`` are the blocks that a rewrite made linear,
+    ``kv_layers`` the model's layer index of each KV pair.
+    """
+
+    summary: GraphSummary
+    opsets: Mapping[str, int]
+    initializers: Mapping[str, Stored]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    cache: str
+    kv_layers: tuple[int, ...]
+    linear: tuple[Block, ...]
+
+
+@dataclass(frozen=True)
 class Float32Node:
     """A node that stays float32, and why."""
 

@@ -9,6 +9,7 @@ from typing import Any
 from nbl_export.errors import InputError, os_error_in_words
 from nbl_export.export.sidecars import Sidecar, copy_sidecars, graph_in, sidecars_of, updated_configs
 from nbl_export.files import sha256_of_file
+from nbl_export.graph.cache import LAYERS_KEY
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.tensors import external_files
 from nbl_export.linearize.plan import Plan, load_plan
@@ -16,7 +17,7 @@ from nbl_export.progress import Listener, Silent
 from nbl_export.rewrite.folder import Folder, check_apart, opened
 from nbl_export.rewrite.in_place import Writing, complete, data_to_append_to, settle
 from nbl_export.rewrite.prove import Proof
-from nbl_export.rewrite.replace import LAYERS_KEY, RewriteResult, kept_layers, rewrite_file, rewrite_summary
+from nbl_export.rewrite.replace import RewriteResult, kept_layers, rewrite_file, rewrite_summary
 from nbl_export.rewrite.summary import ForeignSummary
 
 

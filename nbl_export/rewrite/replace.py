@@ -30,7 +30,14 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from nbl_export.blocks import Block, as_json, attentions, part_of
 from nbl_export.errors import BuildError, InputError
-from nbl_export.graph.cache import KV_LAYERS_KEY, kv_layers, kv_pairs, metadata_list, remove_pairs
+from nbl_export.graph.cache import (
+    KV_LAYERS_KEY,
+    LAYERS_KEY,
+    kv_layers,
+    kv_pairs,
+    metadata_list,
+    remove_pairs,
+)
 from nbl_export.graph.finite import check_finite
 from nbl_export.graph.io import load_graph, save_graph, summarize
 from nbl_export.graph.precision import graph_precision
@@ -52,7 +59,6 @@ from nbl_export.rewrite.summary import RewriteSummary, StoredError
 from nbl_export.runtime.session import check_like
 
 Save = Callable[[ir.Model, Path, Callable[[Path], Any], Callable[[int], object]], list[Path]]
-LAYERS_KEY = "nbl_export.layers"
 VERSION_KEY = "nbl_export.version"
 # What storing W may cost before it is worth a line: half precision costs less.
 _NOTICED = 5e-3

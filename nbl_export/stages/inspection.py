@@ -60,9 +60,9 @@ def _kind(path: Path) -> str:
 
 
 def _onnx(path: Path) -> list[Table]:
+    from nbl_export.graph.cache import LAYERS_KEY
     from nbl_export.graph.io import load_graph, summarize
     from nbl_export.graph.states import state_pairs
-    from nbl_export.rewrite.replace import LAYERS_KEY
 
     model = load_graph(path)
     s = summarize(model, path)
@@ -83,11 +83,10 @@ def _onnx(path: Path) -> list[Table]:
 
 def _regions(model: ir.Model) -> Table:
     """The attention layers of a graph, and those that were linearized."""
-    from nbl_export.graph.cache import kv_layers, kv_pairs, metadata_list
+    from nbl_export.graph.cache import LAYERS_KEY, kv_layers, kv_pairs, metadata_list
     from nbl_export.graph.regions import AttentionRegion, find_regions
     from nbl_export.graph.summary import DescribedLayer
     from nbl_export.graph.weights import weight_format
-    from nbl_export.rewrite.replace import LAYERS_KEY
 
     described = metadata_list(model, LAYERS_KEY, DescribedLayer)
     rows = {

@@ -11,8 +11,7 @@ import numpy as np
 import onnx
 
 from nbl_export.calibrate.text import load_text
-from nbl_export.graph.cache import KV_LAYERS_KEY
-from nbl_export.rewrite.replace import LAYERS_KEY
+from nbl_export.graph.cache import KV_LAYERS_KEY, LAYERS_KEY
 from nbl_export.workspace import Workspace
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from nbl_export.batch.rows import real_positions
 from nbl_export.blocks import Block, described
 from nbl_export.errors import InputError
-from nbl_export.graph.cache import metadata_list
+from nbl_export.graph.cache import LAYERS_KEY, metadata_list
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.precision import graph_precision
 from nbl_export.graph.summary import DescribedLayer
@@ -21,7 +21,6 @@ from nbl_export.models.candidates import blocks_of
 from nbl_export.models.forward import run_uncached
 from nbl_export.models.layers import backbone, observed
 from nbl_export.rewrite.prove import PROOF_TOLERANCE, relative_error
-from nbl_export.rewrite.replace import LAYERS_KEY
 from nbl_export.runtime.intermediates import intermediate_tensors
 
 if TYPE_CHECKING:

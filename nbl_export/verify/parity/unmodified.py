@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from nbl_export.batch.arrays import BOOL, F32
 from nbl_export.blocks import Block, attentions
 from nbl_export.errors import BuildError, InputError
-from nbl_export.graph.cache import KV_LAYERS_KEY, metadata_list
+from nbl_export.graph.cache import KV_LAYERS_KEY, LAYERS_KEY, metadata_list
 from nbl_export.graph.io import load_graph, scratch
 from nbl_export.graph.same import difference
 from nbl_export.graph.summary import DescribedLayer
@@ -40,7 +40,7 @@ from nbl_export.rewrite.adapt import merge_adapters
 from nbl_export.rewrite.confirm import LinearPart, check_layers, linear_part
 from nbl_export.rewrite.probe_runner import relative_error
 from nbl_export.rewrite.prove import Proof
-from nbl_export.rewrite.replace import LAYERS_KEY, proven_regions, rewritten_model
+from nbl_export.rewrite.replace import proven_regions, rewritten_model
 from nbl_export.runtime.decoder import KV
 from nbl_export.runtime.intermediates import intermediate_tensors
 from nbl_export.runtime.stream import Stream

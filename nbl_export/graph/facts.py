@@ -1,0 +1,70 @@
+"""What a graph file says of itself: counts, types, inputs and outputs, linear layers. Weights are not read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import onnx_ir as ir
+
+from nbl_export.errors import InputError
+from nbl_export.graph.cache import LAYERS_KEY, kv_layers, kv_pairs, metadata_list
+from nbl_export.graph.io import load_graph, summarize
+from nbl_export.graph.summary import DescribedLayer, GraphFacts, Stored
+
+# By what everybody else calls them; the other dtypes have one name.
+_DTYPES = {"FLOAT": "float32", "DOUBLE": "float64"}
+
+
+def facts_of(path: Path) -> GraphFacts:
+    """The facts of the ONNX file ``path``; of external data only the sizes of the files are looked at.
+
+    Raises :class:`InputError` for what :func:`.load_graph` refuses, and for metadata that nbl-export did not write.
+    """
+    model = load_graph(path)
+    try:
+        return _facts(model, path)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def _facts(model: ir.Model, path: Path) -> GraphFacts:
+    graph, pairs = model.graph, kv_pairs(model)
+    past = {value for pair in pairs for value in pair.past}
+    present = {value for pair in pairs for value in pair.present}
+    described = metadata_list(model, LAYERS_KEY, DescribedLayer)
+    return GraphFacts(
+        summary=summarize(model, path),
+        opsets={domain or "ai.onnx": version for domain, version in sorted(model.opset_imports.items())},
+        initializers=_by_dtype(v.const_value for v in graph.initializers.values()),
+        inputs=tuple(_shown(v) for v in graph.inputs if v not in past),
+        outputs=tuple(_shown(v) for v in graph.outputs if v not in present),
+        cache=_type(pairs[0].past[0]) if pairs else "none",
+        kv_layers=kv_layers(model),
+        linear=tuple(sorted(row.layer for row in described if row.kind == "linear")),
+    )
+
+
+def _by_dtype(tensors: Iterable[ir.TensorProtocol | None]) -> dict[str, Stored]:
+    sizes: dict[str, list[int]] = {}
+    for tensor in tensors:
+        if tensor is not None:
+            sizes.setdefault(_dtype(tensor.dtype), []).append(tensor.nbytes)
+    return {name: Stored(len(own), sum(own)) for name, own in sorted(sizes.items())}
+
+
+def _shown(value: ir.Value) -> str:
+    return f"{value.name}: {_type(value)}"
+
+
+def _type(value: ir.Value) -> str:
+    """As ``float32[batch, 4, past, 8]``; what the graph does not say is ``?``."""
+    dtype = "?" if value.dtype is None else _dtype(value.dtype)
+    if value.shape is None:
+        return f"{dtype}[?]"
+    sizes = (d if isinstance(d, int) else d.value or "?" for d in value.shape)
+    return f"{dtype}[{', '.join(map(str, sizes))}]"
+
+
+def _dtype(dtype: ir.DataType) -> str:
+    return _DTYPES.get(dtype.name, dtype.name.lower())
