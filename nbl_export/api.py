@@ -36,6 +36,7 @@ from nbl_export.settings import (
     Budget,
     CalibrateSettings,
     ChatSettings,
+    DiffBounds,
     EngineSettings,
     EvalSettings,
     ExportSettings,
@@ -55,6 +56,7 @@ from nbl_export.workspace import Workspace, kept_digests
 if TYPE_CHECKING:
     from nbl_export.engine.pair import EngineFile
     from nbl_export.report.bench import BenchReport
+    from nbl_export.report.diff.values import Diff
     from nbl_export.report.evaluation import Evaluation
     from nbl_export.rewrite.replace import RewriteResult
     from nbl_export.stages.chat import Chat
@@ -67,6 +69,7 @@ __all__ = [
     "Budget",
     "CalibrateSettings",
     "ChatSettings",
+    "DiffBounds",
     "EngineSettings",
     "EvalSettings",
     "ExportSettings",
@@ -82,6 +85,7 @@ __all__ = [
     "build",
     "calibrate",
     "chat",
+    "diff",
     "evaluate",
     "export",
     "generate",
@@ -361,3 +365,22 @@ def report(out: str | Path) -> Report:
 def inspect(path: str | Path) -> list[Table]:
     """What an ONNX file, an engine, a plan, a moments file or an output folder holds, as tables."""
     return inspect_path(Path(path))
+
+
+@in_one_process
+def diff(
+    a: str | Path, b: str | Path, bounds: DiffBounds | None = None, markdown: str | Path | None = None
+) -> Diff:
+    """What changed from ``a`` to ``b``: output folders, reports, benches, evaluations or graphs.
+
+    A regression is in the value (``passed`` is False), not raised. ``markdown`` is a file to write it to as Markdown.
+    """
+    from nbl_export.report.diff.compare import compare
+    from nbl_export.report.diff.drawing import write_markdown
+
+    asked = bounds or DiffBounds()
+    asked.check()
+    value = compare(Path(a), Path(b), asked)
+    if markdown is not None:
+        write_markdown(Path(markdown), value)
+    return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,25 @@ def stories_out(stories_folder: Path, stories_text: Path, tmp_path_factory: pyte
         api.VerifySettings(contexts=(16,), rounds=3),
     )
     assert report.passed, report.checks
+    return out
+
+
+@pytest.fixture(scope="session")
+def stories_three(
+    stories_out: Path, stories_folder: Path, stories_text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The same run with K = 3; copy it before changing it."""
+    from nbl_export import api
+
+    out = tmp_path_factory.mktemp("runs") / "three"
+    shutil.copytree(stories_out, out, copy_function=shutil.copy2)
+    api.run(
+        stories_folder,
+        out,
+        api.SelectSettings(k=3, criterion="cca"),
+        api.CalibrateSettings((str(stories_text),), samples=32, seq_len=128, heldout_samples=8),
+        api.VerifySettings(contexts=(16,), rounds=3),
+    )
     return out
 
 

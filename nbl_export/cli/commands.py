@@ -14,6 +14,7 @@ from nbl_export.settings import (
     BenchSettings,
     CalibrateSettings,
     ChatSettings,
+    DiffBounds,
     EngineSettings,
     EvalSettings,
     ExportSettings,
@@ -31,17 +32,39 @@ _GENERAL, _FOREIGN = Group("Options", sort_key=1), Group("A graph that somebody 
 _NBL_OUT = Path("nbl-out")
 
 
-def _option(text: str, *names: str, panel: Group = _GENERAL, shown: str | None = None) -> Parameter:
-    return Parameter(name=names, help=text, group=panel, show_default=lambda _: shown, negative=())
+def _option(
+    text: str, *names: str, panel: Group = _GENERAL, shown: str | None = None, dash: bool = False
+) -> Parameter:
+    """An option; with ``dash`` its value may begin with one."""
+    return Parameter(
+        name=names,
+        help=text,
+        group=panel,
+        show_default=lambda _: shown,
+        negative=(),
+        allow_leading_hyphen=dash,
+    )
 
 
 Model = Annotated[str, Parameter(name="MODEL", help="A Hugging Face id, a folder, or a .gguf file.")]
 Out = Annotated[Path, Parameter(name="OUT", help="The output folder of an earlier command.")]
 Shown = Annotated[Path, Parameter(name="PATH", help="An ONNX file, an engine, a plan, moments, or OUT.")]
+Before = Annotated[
+    Path, Parameter(name="A", help="OUT, a report.json, bench.json or eval.json, or an ONNX graph: before.")
+]
+After = Annotated[Path, Parameter(name="B", help="Another of the same kind: after.")]
 Output = Annotated[Path, _option("Output folder; made if needed.", "--output", "-o", shown=str(_NBL_OUT))]
 Trust = Annotated[bool, _option("Run modelling code that comes with the model.", "--trust-remote-code")]
 Rehash = Annotated[bool, _option("Read all files again to see whether they have changed.", "--rehash")]
 Again = Annotated[bool, _option("Measure everything anew, whatever the folder says.", "--again")]
+Markdown = Annotated[
+    str | None,
+    _option(
+        "Write it as Markdown for a pull request; - is the standard output.",
+        "--markdown",
+        dash=True,
+    ),
+]
 Config = Annotated[Path | None, _option("Settings in a file.", "--config", shown=f"{NAME} if there is one")]
 Onnx = Annotated[Path | None, _option("Rewrite this graph, a file or a folder.", "--onnx", panel=_FOREIGN)]
 PlanFile = Annotated[
@@ -346,6 +369,24 @@ def inspect(path: Shown, /, *, said: Said = Said()) -> None:
     terminal.finish_tables("inspect", api.inspect(path))
 
 
+def diff(
+    a: Before,
+    b: After,
+    /,
+    *,
+    bounds: DiffBounds = DiffBounds(),
+    markdown: Markdown = None,
+    config: Config = None,
+    said: Said = Said(),
+) -> int:
+    """Say what changed from A to B; exit 1 on a regression."""
+    api, terminal = _loaded(said, bounds)
+    to_output = markdown == "-"
+    value = api.diff(a, b, bounds, None if to_output else markdown)
+    terminal.show_diff(value, to_output)
+    return 0 if value.passed else GATE_FAILED
+
+
 IN_ORDER = (
     run,
     calibrate,
@@ -360,5 +401,6 @@ IN_ORDER = (
     chat,
     report,
     inspect,
+    diff,
     plan_resources,
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,18 +32,21 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from nbl_export.blocks import attentions
+from nbl_export.checks import Check
 from nbl_export.cli import answers
 from nbl_export.errors import os_error_in_words
 from nbl_export.printable import printable
 from nbl_export.progress import Task
+from nbl_export.records import to_json
 from nbl_export.report.drawing import Table
 from nbl_export.report.schema import Report
 from nbl_export.report.summary import verdict_line
-from nbl_export.report.tables import checks_table, engines_table, graph_table, report_tables
+from nbl_export.report.tables import engines_table, graph_table, report_tables, verdicts_table
 
 if TYPE_CHECKING:
     from nbl_export.engine.pair import EngineFile
     from nbl_export.report.bench import BenchReport
+    from nbl_export.report.diff.values import Diff
     from nbl_export.report.evaluation import Evaluation
     from nbl_export.rewrite.replace import RewriteResult
 
@@ -315,10 +318,7 @@ def show_report(report: Report, out: Path) -> None:
     _answer(report.as_json())
     layers, name = report.selection.layers, Path(report.model.source).name
     show_tables(report_tables(report, brief=True))
-    checks = checks_table(report)
-    drawn = _drawn(checks)
-    drawn.columns[-1].justify = "left"
-    _result(drawn)
+    _show_checks(report.checks)
     every = [candidate.layer for candidate in report.selection.candidates]
     what = "attention layers" if len(attentions(every)) == len(every) else "blocks"
     text = f"      {len(layers)} of {len(report.selection.candidates)} {what} of {name} are now linear" + (
@@ -351,13 +351,35 @@ def show_bench(value: BenchReport, out: Path) -> None:
     _result(_text(f"bench {out / 'report' / 'bench.md'}"))
 
 
+def show_diff(value: Diff, as_markdown: bool) -> None:
+    """What changed: its tables, its gates and its verdict, or all of it as Markdown."""
+    from nbl_export.report.diff.drawing import headline_table, markdown, tables, verdict_line
+
+    _answer(answers.answer("diff", to_json(value)))
+    if as_markdown and not _answering.json:
+        print(markdown(value), end="")
+        return
+    show_tables([*tables(value, brief=True), headline_table(value, brief=True)])
+    for note in value.notes:
+        _result(_text(note))
+    if value.checks:
+        _show_checks(value.checks)
+        _result(_verdict(value.passed) + _text(f"  {verdict_line(value)}"))
+    else:
+        _result(_text(verdict_line(value)))
+
+
 def _show_judged(value: Evaluation | BenchReport, tables: list[Table]) -> None:
     show_tables(tables)
     if value.checks:
-        drawn = _drawn(checks_table(value))
-        drawn.columns[-1].justify = "left"
-        _result(drawn)
+        _show_checks(value.checks)
         _result(_verdict(value.passed))
+
+
+def _show_checks(checks: Sequence[Check]) -> None:
+    drawn = _drawn(verdicts_table(checks))
+    drawn.columns[-1].justify = "left"
+    _result(drawn)
 
 
 def _verdict(passed: bool) -> Text:

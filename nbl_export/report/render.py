@@ -73,7 +73,7 @@ def write_plot(path: Path, plot: Plot) -> None:
 
 def markdown(report: Report, plots: Mapping[str, Plot] | None = None) -> str:
     """The report as GitHub-flavoured Markdown, with links to those of its ``plots`` that were drawn."""
-    return _filled(
+    return filled(
         "report.md.j2",
         report=report,
         verdict=verdict_line(report),
@@ -92,10 +92,11 @@ def markdown_page(
     plots: Mapping[str, Plot] | None = None,
 ) -> str:
     """Tables as GitHub-flavoured Markdown, with links to those of their ``plots`` that were drawn."""
-    return _filled("page.md.j2", title=title, tables=tables, making=making, notes=notes, plots=plots or {})
+    return filled("page.md.j2", title=title, tables=tables, making=making, notes=notes, plots=plots or {})
 
 
-def _filled(template: str, **values: object) -> str:
+def filled(template: str, **values: object) -> str:
+    """A template of Markdown with ``values``: its filters ``cell`` and ``line`` make text of anything."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from nbl_export.blocks import Mlp, part_of
+from nbl_export.checks import Check
 from nbl_export.engine.manifest import Manifest
 from nbl_export.graph.summary import GraphSummary
 from nbl_export.linearize.figures import per_saving
@@ -31,9 +32,12 @@ from nbl_export.rewrite.summary import ProofErrors
 
 def checks_table(report: Header) -> Table:
     """The verdicts of any report."""
-    return Table(
-        "Checks", ("check", "result", "detail"), tuple((c.name, c.status, c.detail) for c in report.checks)
-    )
+    return verdicts_table(report.checks)
+
+
+def verdicts_table(checks: Sequence[Check]) -> Table:
+    """What each check has found."""
+    return Table("Checks", ("check", "result", "detail"), tuple((c.name, c.status, c.detail) for c in checks))
 
 
 def graph_table(before: GraphSummary, after: GraphSummary) -> Table:

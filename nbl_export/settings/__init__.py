@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import astuple, dataclass, field, replace
 
+from nbl_export.settings.bounds import DiffBounds
 from nbl_export.settings.budget import NO_BOUND, NO_BUDGET, Budget, LossBound, auto_budget
 from nbl_export.settings.definition import Settings, Task
 from nbl_export.settings.making import (
@@ -23,6 +24,7 @@ __all__ = [
     "Budget",
     "CalibrateSettings",
     "ChatSettings",
+    "DiffBounds",
     "EngineSettings",
     "EvalSettings",
     "ExportSettings",
