@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
-
-from cyclopts import Group, Parameter
+from typing import Any
 
 from nbl_export.cli import answers
+from nbl_export.cli.options import (
+    NBL_OUT,
+    After,
+    Again,
+    Before,
+    Config,
+    InPlace,
+    Markdown,
+    Model,
+    Onnx,
+    Out,
+    Output,
+    PlanFile,
+    Rehash,
+    Said,
+    Shown,
+    Text,
+    TextFile,
+    To,
+    Trust,
+)
 from nbl_export.errors import GATE_FAILED
 from nbl_export.settings import (
     BenchSettings,
@@ -25,75 +42,7 @@ from nbl_export.settings import (
     VerifySettings,
 )
 from nbl_export.settings.definition import Settings, UsageError
-from nbl_export.settings.file import NAME
 from nbl_export.settings.making import OptionalEngines
-
-_GENERAL, _FOREIGN = Group("Options", sort_key=1), Group("A graph that somebody else exported", sort_key=2)
-_NBL_OUT = Path("nbl-out")
-
-
-def _option(
-    text: str, *names: str, panel: Group = _GENERAL, shown: str | None = None, dash: bool = False
-) -> Parameter:
-    """An option; with ``dash`` its value may begin with one."""
-    return Parameter(
-        name=names,
-        help=text,
-        group=panel,
-        show_default=lambda _: shown,
-        negative=(),
-        allow_leading_hyphen=dash,
-    )
-
-
-Model = Annotated[str, Parameter(name="MODEL", help="A Hugging Face id, a folder, or a .gguf file.")]
-Out = Annotated[Path, Parameter(name="OUT", help="The output folder of an earlier command.")]
-Shown = Annotated[Path, Parameter(name="PATH", help="An ONNX file, an engine, a plan, moments, or OUT.")]
-Before = Annotated[
-    Path, Parameter(name="A", help="OUT, a report.json, bench.json or eval.json, or an ONNX graph: before.")
-]
-After = Annotated[Path, Parameter(name="B", help="Another of the same kind: after.")]
-Output = Annotated[Path, _option("Output folder; made if needed.", "--output", "-o", shown=str(_NBL_OUT))]
-Trust = Annotated[bool, _option("Run modelling code that comes with the model.", "--trust-remote-code")]
-Rehash = Annotated[bool, _option("Read all files again to see whether they have changed.", "--rehash")]
-Again = Annotated[bool, _option("Measure everything anew, whatever the folder says.", "--again")]
-Markdown = Annotated[
-    str | None,
-    _option(
-        "Write it as Markdown for a pull request; - is the standard output.",
-        "--markdown",
-        dash=True,
-    ),
-]
-Config = Annotated[Path | None, _option("Settings in a file.", "--config", shown=f"{NAME} if there is one")]
-Onnx = Annotated[Path | None, _option("Rewrite this graph, a file or a folder.", "--onnx", panel=_FOREIGN)]
-PlanFile = Annotated[
-    Path | None, _option("Plan of its model: OUT/nbl/plan.safetensors.", "--plan", panel=_FOREIGN)
-]
-To = Annotated[
-    Path | None, _option("Folder for the graph and the files beside it.", "--output", "-o", panel=_FOREIGN)
-]
-InPlace = Annotated[
-    bool, _option("Change the graph where it lies; new weights are appended.", "--in-place", panel=_FOREIGN)
-]
-
-
-Text = Annotated[str | None, _option("The text; else that of a file or of the standard input.", "--prompt")]
-TextFile = Annotated[Path | None, _option("A text file in UTF-8; - is the standard input.", "--prompt-file")]
-
-
-@Parameter(name="*")
-@dataclass(frozen=True)
-class Said:
-    """How every command answers; its help names these in one line."""
-
-    json: Annotated[
-        bool, _option("Answer with one JSON object on stdout, and nothing else there.", "--json")
-    ] = False
-    quiet: Annotated[bool, _option("No progress and no notes.", "--quiet")] = False
-    log_file: Annotated[
-        Path | None, _option("Write everything that is said to the end of this file, too.", "--log-file")
-    ] = None
 
 
 def _loaded(said: Said, asked: Settings | RunSettings | None = None) -> tuple[Any, Any]:
@@ -114,7 +63,7 @@ def run(
     model: Model,
     /,
     *,
-    output: Output = _NBL_OUT,
+    output: Output = NBL_OUT,
     selection: SelectSettings = SelectSettings(),
     calibration: CalibrateSettings = CalibrateSettings(),
     verification: VerifySettings = VerifySettings(),
@@ -141,7 +90,7 @@ def plan_resources(
     model: Model,
     /,
     *,
-    output: Output = _NBL_OUT,
+    output: Output = NBL_OUT,
     selection: SelectSettings = SelectSettings(),
     calibration: CalibrateSettings = CalibrateSettings(),
     verification: VerifySettings = VerifySettings(),
@@ -162,7 +111,7 @@ def calibrate(
     model: Model,
     /,
     *,
-    output: Output = _NBL_OUT,
+    output: Output = NBL_OUT,
     settings: CalibrateSettings = CalibrateSettings(),
     trust: Trust = False,
     rehash: Rehash = False,

@@ -111,3 +111,12 @@ def test_what_is_generated_is_an_object_too(asked: Asked, out: Path) -> None:
     assert found["answers"][1]["text"] == plain[1] and len(found["answers"][1]["tokens"]) == 5
     code, text, _ = asked("chat", out, "--json")
     assert code == 2 and "generate OUT --json" in json.loads(text)["error"]
+
+
+def test_a_comparison_is_an_object_too(asked: Asked, out: Path) -> None:
+    code, text, _ = asked("diff", out, out, "--json")
+    assert (
+        code == 0 and json.loads(text)["schema"] == answers.ANSWER and json.loads(text)["command"] == "diff"
+    )
+    code, text, _ = asked("diff", out, out, "--json", "--markdown", "-")
+    assert code == 0 and json.loads(text)["command"] == "diff"

@@ -152,9 +152,9 @@ def test_a_terminal_gets_what_it_can_show(talking_out: Path) -> None:
         stdin=subprocess.DEVNULL, stdout=theirs, stderr=subprocess.PIPE, env=ENVIRONMENT, timeout=120,
     )  # fmt: skip
     os.close(theirs)
+    assert done.returncode == 0, done.stderr
     shown = os.read(ours, 65536).decode()
     os.close(ours)
-    assert done.returncode == 0
     assert shown == expected.text.replace("\n", "\r\n") + "\r\n"
 
 

@@ -1,0 +1,78 @@
+"""What the commands take beside the settings of their stages: their arguments, and the options of every command."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Group, Parameter
+
+from nbl_export.settings.file import NAME
+
+_GENERAL, _FOREIGN = Group("Options", sort_key=1), Group("A graph that somebody else exported", sort_key=2)
+NBL_OUT = Path("nbl-out")
+
+
+def option(
+    text: str, *names: str, panel: Group = _GENERAL, shown: str | None = None, dash: bool = False
+) -> Parameter:
+    """An option; with ``dash`` its value may begin with one."""
+    return Parameter(
+        name=names,
+        help=text,
+        group=panel,
+        show_default=lambda _: shown,
+        negative=(),
+        allow_leading_hyphen=dash,
+    )
+
+
+Model = Annotated[str, Parameter(name="MODEL", help="A Hugging Face id, a folder, or a .gguf file.")]
+Out = Annotated[Path, Parameter(name="OUT", help="The output folder of an earlier command.")]
+Shown = Annotated[Path, Parameter(name="PATH", help="An ONNX file, an engine, a plan, moments, or OUT.")]
+Before = Annotated[
+    Path, Parameter(name="A", help="OUT, a report.json, bench.json or eval.json, or an ONNX graph: before.")
+]
+After = Annotated[Path, Parameter(name="B", help="Another of the same kind: after.")]
+Output = Annotated[Path, option("Output folder; made if needed.", "--output", "-o", shown=str(NBL_OUT))]
+Trust = Annotated[bool, option("Run modelling code that comes with the model.", "--trust-remote-code")]
+Rehash = Annotated[bool, option("Read all files again to see whether they have changed.", "--rehash")]
+Again = Annotated[bool, option("Measure everything anew, whatever the folder says.", "--again")]
+Markdown = Annotated[
+    str | None,
+    option(
+        "Write it as Markdown for a pull request; - is the standard output.",
+        "--markdown",
+        dash=True,
+    ),
+]
+Config = Annotated[Path | None, option("Settings in a file.", "--config", shown=f"{NAME} if there is one")]
+Onnx = Annotated[Path | None, option("Rewrite this graph, a file or a folder.", "--onnx", panel=_FOREIGN)]
+PlanFile = Annotated[
+    Path | None, option("Plan of its model: OUT/nbl/plan.safetensors.", "--plan", panel=_FOREIGN)
+]
+To = Annotated[
+    Path | None, option("Folder for the graph and the files beside it.", "--output", "-o", panel=_FOREIGN)
+]
+InPlace = Annotated[
+    bool, option("Change the graph where it lies; new weights are appended.", "--in-place", panel=_FOREIGN)
+]
+
+
+Text = Annotated[str | None, option("The text; else that of a file or of the standard input.", "--prompt")]
+TextFile = Annotated[Path | None, option("A text file in UTF-8; - is the standard input.", "--prompt-file")]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Said:
+    """How every command answers; its help names these in one line."""
+
+    json: Annotated[
+        bool, option("Answer with one JSON object on stdout, and nothing else there.", "--json")
+    ] = False
+    quiet: Annotated[bool, option("No progress and no notes.", "--quiet")] = False
+    log_file: Annotated[
+        Path | None, option("Write everything that is said to the end of this file, too.", "--log-file")
+    ] = None
