@@ -17,6 +17,7 @@ from nbl_export.report.tables import verdicts_table
 # How its Markdown begins.
 _TITLE = b"# nbl-export diff"
 _PLAIN = ("same", "within noise")
+_FACTOR = 10  # from which on it is said how many times as much a figure is, and not by which share
 # What is good to know at once, before what merely differs.
 _COUNTED = ("worse", "better", "changed", "only in A", "only in B")
 
@@ -96,9 +97,16 @@ def _pair(change: Change) -> tuple[str, str]:
     """Both figures as text; those that differ are not written alike."""
     a, b = (_shown(one, change.unit) for one in (change.a, change.b))
     if a == b and change.a and change.b and change.a.value != change.b.value:
-        exact = (f"{v:,}" if isinstance(v, int) else str(v) for v in (change.a.value, change.b.value))
-        return next(exact), next(exact)
+        return _apart(change.a.value, change.b.value)
     return a, b
+
+
+def _apart(a: float | str, b: float | str) -> tuple[str, str]:
+    """Two numbers by as many digits as tell them apart."""
+    if isinstance(a, int) and isinstance(b, int):
+        return f"{a:,}", f"{b:,}"
+    pairs = ((number(a, f".{digits}g"), number(b, f".{digits}g")) for digits in range(5, 18))
+    return next((pair for pair in pairs if pair[0] != pair[1]), (str(a), str(b)))
 
 
 def _shown(one: Figure | None, unit: str) -> str:
@@ -130,7 +138,7 @@ def _effect(change: Change, brief: bool) -> str:
 
 
 def _relative(change: Change) -> str:
-    """By what share the figure changed, where it is one of both sides."""
+    """By what share or factor the figure changed, where it is one of both sides."""
     if change.a is None or change.b is None:
         return ""
     a, b = change.a.value, change.b.value
@@ -143,7 +151,7 @@ def _relative(change: Change) -> str:
         or a == b
     ):
         return ""
-    return f"{(b - a) / abs(a):+.1%}"
+    return f"× {b / a:,.0f}" if b / a >= _FACTOR else f"{(b - a) / abs(a):+.1%}"
 
 
 def write_markdown(path: Path, diff: Diff) -> None:

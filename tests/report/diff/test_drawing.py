@@ -122,6 +122,8 @@ def test_what_differs_is_not_written_alike() -> None:
 
     assert row(1_048_576, 1_048_577, "bytes")[1:3] == ("1,048,576", "1,048,577")
     assert row(1.00001, 1.00002, "loss")[1:3] == ("1.00001", "1.00002")
+    assert row(1.000012345678, 1.000012345999, "loss")[1:3] == ("1.0000123457", "1.000012346")
+    assert row(2e-5, 4e-2, "error")[3] == "× 2,000" and row(1.0, 9.0, "")[3] == "+800.0%"
     assert row(0.0, 1.0, "loss")[1:4] == ("0.0000", "1.0000", "changed")
     assert row(float("nan"), 1.0, "loss")[1:3] == ("nan", "1.0000")
 
