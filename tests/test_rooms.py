@@ -39,6 +39,8 @@ ROOMS = (
     "checkpoint",
     "tensorfile",
     "records",
+    "parts",
+    "installed",
     "datafile",
     "child_process",
     "running_time",

@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from nbl_export.errors import InputError, MissingDependencyError
+from nbl_export.errors import InputError
 from nbl_export.files import open_data, parse_json, user_path
+from nbl_export.parts import missing
 
 _FORMATS = (".txt", ".jsonl", ".parquet")
 # A plain text file is cut at line ends into documents of about this many characters, so that some of them can be
@@ -145,7 +146,7 @@ def open_packed(path: Path) -> Any:
         zstd = _zstd()
         if zstd is None:
             file.close()
-            raise MissingDependencyError(_needs("backports.zstd", "Reading .zst", "text"))
+            raise missing("backports.zstd", "Reading .zst")
         return io.BufferedReader(_Unpacked(path, file, zstd.open(file, "rb")))
     return file
 
@@ -235,7 +236,7 @@ def _parquet_documents(path: Path, field: str) -> Iterator[str]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise MissingDependencyError(_needs("pyarrow", "Reading .parquet", "text")) from None
+        raise missing("pyarrow", "Reading .parquet") from None
     try:
         with open_data(path) as opened, pyarrow.parquet.ParquetFile(opened) as file:
             columns = list(file.schema_arrow)
@@ -275,9 +276,8 @@ def _hub_documents(name: str, field: str) -> Iterator[str]:
     try:
         import datasets
     except ImportError:
-        raise MissingDependencyError(
-            f"{name} is not a local file; to read it from the Hub: "
-            + _needs("datasets", "A Hub data set", "hub")
+        raise missing(
+            "datasets", f"{name} is not a local file; to read it from the Hub: A Hub data set"
         ) from None
     try:
         rows = datasets.load_dataset(name, split="train", streaming=True)
@@ -295,7 +295,3 @@ def _hub_documents(name: str, field: str) -> Iterator[str]:
 def _no_field(field: str, names: Iterable[str], where: str) -> str:
     has = ", ".join(names) or "none"
     return f"{where}: no text field {field!r} (text fields: {has}); name it with --text-field."
-
-
-def _needs(package: str, what: str, extra: str) -> str:
-    return f"{what} needs {package}: pip install 'nbl-export[{extra}]'."

@@ -17,8 +17,9 @@ from nbl_export.batch.arrays import F32
 from nbl_export.batch.names import PIXELS
 from nbl_export.calibrate.moments import CALIBRATE_AGAIN
 from nbl_export.calibrate.text import HELD_OUT_EVERY
-from nbl_export.errors import InputError, MissingDependencyError
+from nbl_export.errors import InputError
 from nbl_export.files import open_data, user_path
+from nbl_export.parts import missing
 from nbl_export.progress import Listener
 from nbl_export.settings import CalibrateSettings
 from nbl_export.tensorfile import load_as, save_tensors
@@ -100,9 +101,7 @@ def open_image(file: Path) -> Any:
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError:
-        raise MissingDependencyError(
-            "Reading images needs pillow: pip install 'nbl-export[vision]'."
-        ) from None
+        raise missing("pillow", "Reading images") from None
     try:
         with open_data(file) as data, Image.open(data) as opened:
             return opened.convert("RGB")

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from nbl_export.batch.arrays import F32
-from nbl_export.errors import InputError, MissingDependencyError
+from nbl_export.errors import InputError
 from nbl_export.files import open_data
+from nbl_export.parts import missing
 
 # Longer than what models hear at once; decoded, an hour of stereo sound takes gigabytes.
 _MOST_SECONDS = 3600
@@ -24,9 +25,7 @@ def open_sound(file: Path, rate: int) -> F32:
     try:
         import soundfile
     except ImportError:
-        raise MissingDependencyError(
-            "Reading sounds needs soundfile: pip install 'nbl-export[audio]'."
-        ) from None
+        raise missing("soundfile", "Reading sounds") from None
     try:
         with open_data(file) as data, soundfile.SoundFile(data) as opened:
             own, frames = int(opened.samplerate), int(opened.frames)

@@ -14,6 +14,7 @@ from typing import Any
 
 from nbl_export.engine.gpu import Gpu
 from nbl_export.errors import InputError, MissingDependencyError
+from nbl_export.parts import Part, part
 from nbl_export.settings.choices import LIBRARIES
 
 
@@ -21,17 +22,15 @@ from nbl_export.settings.choices import LIBRARIES
 class _Kind:
     """The facts about one of the two libraries that are known before it is imported."""
 
-    module: str
-    package: str
-    extra: str
+    part: Part
     oldest: tuple[int, int]
     ahead_of_time: bool
     own_cuda_graphs: bool
 
 
 _KINDS = {
-    "tensorrt": _Kind("tensorrt", "tensorrt", "trt", (10, 15), ahead_of_time=False, own_cuda_graphs=False),
-    "rtx": _Kind("tensorrt_rtx", "tensorrt-rtx", "rtx", (1, 5), ahead_of_time=True, own_cuda_graphs=True),
+    "tensorrt": _Kind(part("tensorrt"), (10, 15), ahead_of_time=False, own_cuda_graphs=False),
+    "rtx": _Kind(part("tensorrt-rtx"), (1, 5), ahead_of_time=True, own_cuda_graphs=True),
 }
 
 
@@ -87,23 +86,24 @@ def choose_library(choice: str, gpu: Gpu | None) -> Library:
 def import_library(kind: str) -> Library:
     """Import one of the two; raises :class:`MissingDependencyError` if it is missing or too old."""
     facts = _KINDS[kind]
+    package = facts.part.package
     try:
-        module = importlib.import_module(facts.module)
+        module = importlib.import_module(facts.part.module)
         version = str(module.__version__)
     except (ImportError, AttributeError, OSError) as error:  # OSError: its shared libraries do not load
         why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise MissingDependencyError(f"{facts.package} cannot be imported ({why}): {_pip(kind)}.") from None
+        raise MissingDependencyError(f"{package} cannot be imported ({why}): {_pip(kind)}.") from None
     if tuple(int(n) for n in re.findall(r"\d+", version)[:2]) < facts.oldest:
         oldest = ".".join(map(str, facts.oldest))
         raise MissingDependencyError(
-            f"{facts.package} {version} is too old, {oldest} or newer is needed: {_pip(kind)}."
+            f"{package} {version} is too old, {oldest} or newer is needed: {_pip(kind)}."
         )
-    return Library(facts.package, version, module, facts.ahead_of_time, facts.own_cuda_graphs)
+    return Library(package, version, module, facts.ahead_of_time, facts.own_cuda_graphs)
 
 
 def library_of(package: str) -> Library:
     """The installed library whose PyPI name is ``package``."""
-    kind = next((k for k, facts in _KINDS.items() if facts.package == package), None)
+    kind = next((k for k, facts in _KINDS.items() if facts.part.package == package), None)
     if kind is None:
         raise InputError(
             f"The engine was built by {package!r}, which nbl-export does not know: build it again."
@@ -151,4 +151,4 @@ def _is_importable(kind: str) -> bool:
 
 
 def _pip(kind: str) -> str:
-    return f"pip install 'nbl-export[{_KINDS[kind].extra}]'"
+    return _KINDS[kind].part.pip

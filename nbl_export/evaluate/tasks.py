@@ -18,6 +18,7 @@ from nbl_export.errors import InputError, MissingDependencyError, NblError
 from nbl_export.evaluate.local_tasks import LocalTask, local_tasks, sample
 from nbl_export.files import jsonable, sha256_of_json
 from nbl_export.models.load import quiet
+from nbl_export.parts import part
 from nbl_export.settings import EvalSettings
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def require_lm_eval() -> None:
     """Raise :class:`MissingDependencyError` with the pip command if the harness is not installed."""
     for name in ("lm_eval", "datasets"):
         if importlib.util.find_spec(name) is None:
-            raise MissingDependencyError(f"Tasks need {name}: pip install 'nbl-export[eval]'.")
+            raise MissingDependencyError(f"Tasks need {name}: {part('lm-eval').pip}.")
 
 
 @dataclass(frozen=True)

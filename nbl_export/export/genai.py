@@ -8,21 +8,21 @@ from pathlib import Path
 
 from nbl_export.errors import InputError
 from nbl_export.export.child import Exporter, export_in_child, require
+from nbl_export.parts import part
 from nbl_export.progress import Listener
 
 # The execution provider to build for: fused half-precision operators exist on CUDA only. No build needs a GPU.
 PROVIDERS = {"fp32": "cpu", "int4": "cpu", "int8": "cpu", "fp16": "cuda", "bf16": "cuda"}
 
-_BUILDER = Exporter(
-    "onnxruntime-genai",
-    "onnxruntime_genai.models.builder",
-    "install it with `pip install 'nbl-export[genai]'`",
-)
+
+def _builder() -> Exporter:
+    package = "onnxruntime-genai"
+    return Exporter(package, "onnxruntime_genai.models.builder", f"install it with `{part(package).pip}`")
 
 
 def require_genai() -> None:
     """Raise :class:`MissingDependencyError` unless the builder is installed in this environment."""
-    require(_BUILDER, sys.executable)
+    require(_builder(), sys.executable)
 
 
 def export_genai(
@@ -54,4 +54,4 @@ def export_genai(
             *("--extra_options", "hf_token=false", f"hf_remote={str(trust_remote_code).lower()}"),
         ]
 
-    return export_in_child(_BUILDER, sys.executable, model, target, arguments, listener, readers)
+    return export_in_child(_builder(), sys.executable, model, target, arguments, listener, readers)

@@ -8,18 +8,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nbl_export.export.child import Exporter, export_in_child, require
+from nbl_export.parts import part
 from nbl_export.progress import Listener
 
 VARIABLE = "NBL_EXPORT_OPTIMUM_PYTHON"
 
-_OPTIMUM = Exporter(
-    "optimum",
-    "optimum.exporters.onnx",
-    # Without accelerate it stores a tied embedding twice.
-    "optimum-onnx needs transformers < 4.58, so install it with `pip install 'nbl-export[optimum]'`, or to keep "
-    "transformers 5 here make an environment for it (`python -m venv E; E/bin/pip install optimum-onnx onnxruntime "
-    f"onnxscript accelerate`) and name its python, E/bin/python, in {VARIABLE}",
-)
+
+def _optimum() -> Exporter:
+    return Exporter(
+        "optimum",
+        part("optimum-onnx").module,
+        # Without accelerate it stores a tied embedding twice.
+        f"optimum-onnx needs transformers < 4.58, so install it with `{part('optimum-onnx').pip}`, or to keep "
+        "transformers 5 here make an environment for it (`python -m venv E; E/bin/pip install optimum-onnx onnxruntime "
+        f"onnxscript accelerate`) and name its python, E/bin/python, in {VARIABLE}",
+    )
 
 
 def find_optimum(python: str | None = None) -> str:
@@ -28,7 +31,7 @@ def find_optimum(python: str | None = None) -> str:
     Raises :class:`MissingDependencyError` if optimum's exporter is not installed.
     """
     found = python or os.environ.get(VARIABLE) or sys.executable
-    require(_OPTIMUM, found)
+    require(_optimum(), found)
     return found
 
 
@@ -50,4 +53,4 @@ def export_optimum(
         remote = ["--trust-remote-code"] if trust_remote_code else []
         return ["-m", str(model.resolve()), "--task", "text-generation-with-past", *remote, str(folder)]
 
-    return export_in_child(_OPTIMUM, python, model, target, arguments, listener, readers)
+    return export_in_child(_optimum(), python, model, target, arguments, listener, readers)

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbl_export.errors import InputError, MissingDependencyError, first_line
+from nbl_export.errors import InputError, first_line
 from nbl_export.files import parse_json
 from nbl_export.models.compat import enable_softcapping, is_transformers_4, neutral_folder, readable_folder
 from nbl_export.models.limits import check_built, weights_of
@@ -34,6 +34,7 @@ from nbl_export.models.weights import (
     streamed,
     streaming_of,
 )
+from nbl_export.parts import missing
 
 if TYPE_CHECKING:
     import torch
@@ -311,9 +312,7 @@ def load_image_processor(source: ModelSource) -> Any:
     try:
         import PIL  # noqa: F401
     except ImportError:
-        raise MissingDependencyError(
-            "Reading images needs pillow: pip install 'nbl-export[vision]'."
-        ) from None
+        raise missing("pillow", "Reading images") from None
     from transformers import AutoImageProcessor
 
     if not (Path(source.path) / PREPROCESSOR).is_file():

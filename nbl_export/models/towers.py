@@ -36,6 +36,7 @@ from nbl_export.models.multimodal import entry, language_model, placeholders_in,
 from nbl_export.models.partial_forward import Reached
 from nbl_export.models.quiet import quiet
 from nbl_export.models.source import ModelSource
+from nbl_export.parts import part
 
 _TEXT_INSTEAD = "calibrate it on text"
 # What else a language model is given, which says nothing of images and sounds.
@@ -126,8 +127,8 @@ class Towers:
     def _check_towers(self, images: Sequence[Any], where: str) -> None:
         if images and without_tower(self._model):
             raise InputError(
-                f"{where}: the tower of images of {self._name} is of timm, and is not there: pip install timm, or "
-                f"{_TEXT_INSTEAD}."
+                f"{where}: the tower of images of {self._name} is of timm, and is not there: "
+                f"{part('timm').pip}, or {_TEXT_INSTEAD}."
             )
         if images and not hasattr(self._processor, "image_processor"):
             raise InputError(
@@ -353,7 +354,7 @@ def load_processor(source: ModelSource) -> Any:
             if find_spec("torchvision") is None:
                 raise MissingDependencyError(
                     f"The processor of {source.source} cannot be loaded, and torchvision, which most processors need, "
-                    "is not there: pip install torchvision."
+                    f"is not there: {part('torchvision').pip}."
                 ) from error
             raise InputError(
                 f"No processor can be loaded from {source.source} ({first_line(error)[:300]}): add the processor's "

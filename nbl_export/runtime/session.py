@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from nbl_export.errors import BuildError, InputError, MissingDependencyError, first_line
 from nbl_export.graph import operators
 from nbl_export.graph.io import check_file, passes_checker
+from nbl_export.parts import part
 from nbl_export.runtime.bounds import Bounds, bounded, bounds_of
 
 
@@ -29,7 +30,8 @@ def require_onnxruntime() -> Any:
         if isinstance(cause, KeyboardInterrupt):  # it came during the import
             raise cause from None
         raise MissingDependencyError(
-            "onnxruntime is not installed: pip install 'nbl-export[cpu]' (or 'nbl-export[gpu]' for CUDA; never both)."
+            f"onnxruntime is not installed: {part('onnxruntime').pip} (or, for CUDA, {part('onnxruntime-gpu').pip}; "
+            "never both)."
         ) from None
     return onnxruntime
 

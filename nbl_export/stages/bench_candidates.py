@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from nbl_export.batch.names import BASE, LINEARIZED
 from nbl_export.errors import InputError, MissingDependencyError
 from nbl_export.files import sha256_of_file, sha256_of_json
+from nbl_export.parts import part
 from nbl_export.settings import BenchSettings
 from nbl_export.stages.build import current_engines
 from nbl_export.stages.rewrite import check_baseline, current_rewrite
@@ -127,8 +128,8 @@ def _check_device(ws: Workspace, settings: BenchSettings) -> None:
     if settings.device == "cuda":
         if provider_of(settings) not in require_onnxruntime().get_available_providers():
             raise MissingDependencyError(
-                "--device cuda needs onnxruntime with CUDA and an NVIDIA GPU: pip install 'nbl-export[gpu]' in an "
-                "environment without [cpu], or leave --device out."
+                "--device cuda needs onnxruntime with CUDA and an NVIDIA GPU: "
+                f"{part('onnxruntime-gpu').pip} in an environment without [cpu], or leave --device out."
             )
     elif needs_emulation(load_graph(ws.baseline)):
         raise InputError(

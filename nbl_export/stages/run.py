@@ -13,6 +13,7 @@ from nbl_export.digests import Digests
 from nbl_export.errors import InputError, os_error_in_words
 from nbl_export.models.loaded import LoadedModel
 from nbl_export.models.source import ModelSource, check_apart, same_model
+from nbl_export.parts import part
 from nbl_export.progress import Listener, Silent
 from nbl_export.ranks import ALONE, Ranks
 from nbl_export.stage_record import key_of
@@ -162,11 +163,8 @@ def graphs_on(device: torch.device, listener: Listener) -> Iterator[None]:
     from nbl_export.runtime.session import running_on
 
     if device.type != "cpu" and not graphs_setting(device):
-        get = (
-            " (pip install 'nbl-export[gpu]' in an environment without [cpu])"
-            if device.type == "cuda"
-            else ""
-        )
+        line = part("onnxruntime-gpu").pip
+        get = f" ({line} in an environment without [cpu])" if device.type == "cuda" else ""
         listener.note(f"onnxruntime does not run on {device} here{get}: graphs run on the CPU.")
     with running_on(str(device)):
         yield

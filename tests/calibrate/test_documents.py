@@ -18,6 +18,7 @@ import pytest
 from nbl_export.calibrate import documents as module
 from nbl_export.calibrate.documents import documents
 from nbl_export.errors import InputError, MissingDependencyError
+from nbl_export.installed import pip_line
 
 TEXTS = ["Once upon a time.", "Zwölf Boxkämpfer jagen Viktor", "狐 jumps\nover two lines", "the end"]
 
@@ -312,7 +313,7 @@ def test_a_package_that_is_missing_is_named_with_the_way_to_get_it(
         (tmp_path / source).write_bytes(b"x")
     with pytest.raises(MissingDependencyError) as caught:
         read(source)
-    assert f"needs {package}: pip install 'nbl-export[{extra}]'." in str(caught.value)
+    assert f"needs {package}: {pip_line(extra)}." in str(caught.value)
     assert caught.value.exit_code == 3
 
 

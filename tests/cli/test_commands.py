@@ -15,6 +15,7 @@ import pytest
 
 from nbl_export import api
 from nbl_export.errors import NblError
+from nbl_export.installed import pip_line
 from nbl_export.models.tasks import task_named
 from tests.command_line import (
     ENVIRONMENT,
@@ -269,7 +270,7 @@ REFUSED = {
     "no GPU for tensorrt": (
         ["--trt", "tensorrt"],
         3,
-        ("no NVIDIA GPU", "--trt rtx", "pip install 'nbl-export[rtx]'"),
+        ("no NVIDIA GPU", "--trt rtx", pip_line("rtx")),
     ),
     "unknown capability": (["--sm", "90"], 2, ("--sm '90'", "SM86")),
     "empty capability": (["--sm", "86,"], 2, ("--sm is empty",)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,6 +24,7 @@ from nbl_export.calibrate.moments import load_moments
 from nbl_export.calibrate.text import load_text
 from nbl_export.errors import InputError, MissingDependencyError
 from nbl_export.graph.io import load_graph
+from nbl_export.installed import pip_line
 from nbl_export.linearize.plan import load_plan
 from nbl_export.models.dummy_run import check_supported
 from nbl_export.models.load import load_model
@@ -553,7 +555,7 @@ def test_without_pillow(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     import sys
 
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(MissingDependencyError, match=r"needs pillow: pip install 'nbl-export\[vision\]'"):
+    with pytest.raises(MissingDependencyError, match=re.escape(f"needs pillow: {pip_line('vision')}.")):
         api.calibrate(place / "vit", tmp_path / "out", calibration(place, "vit"))
 
 

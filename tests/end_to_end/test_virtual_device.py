@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from nbl_export import api, pipeline
+from nbl_export.installed import pip_line
 from nbl_export.models import device as devices
 from nbl_export.runtime import session as sessions
 from nbl_export.stages.run import graphs_on
@@ -91,4 +92,4 @@ def test_where_onnxruntime_has_no_cuda_a_note_says_so(device: torch.device) -> N
     assert notes.notes == ["onnxruntime does not run on virtual:0 here: graphs run on the CPU."]
     with graphs_on(torch.device("cuda:0"), notes), graphs_on(torch.device("cpu"), notes):
         pass
-    assert len(notes.notes) == 2 and "pip install 'nbl-export[gpu]'" in notes.notes[1]
+    assert len(notes.notes) == 2 and pip_line("gpu") in notes.notes[1]

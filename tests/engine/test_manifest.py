@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from nbl_export.engine.gpu import Gpu
 from nbl_export.engine.manifest import Manifest, check_runs, load_manifest, manifest_path
 from nbl_export.errors import InputError, MissingDependencyError, NblError
+from nbl_export.installed import pip_line
 from nbl_export.records import to_json
 from tests.engine.conftest import manifest_by_hand
 from tests.fixtures_engine import save_manifest
@@ -278,7 +279,7 @@ def test_an_engine_runs_where_everything_fits(installed: Callable[[str | None], 
     ("version", "gpu", "changes", "error", "words"),
     [
         ("1.7.1.116", None, {}, MissingDependencyError, ("no NVIDIA GPU",)),
-        (None, ADA, {}, MissingDependencyError, ("tensorrt-rtx", "pip install 'nbl-export[rtx]'")),
+        (None, ADA, {}, MissingDependencyError, ("tensorrt-rtx", pip_line("rtx"))),
         ("1.4.0", ADA, {}, MissingDependencyError, ("1.4.0", "too old", "pip install")),
         ("1.8.0.5", ADA, {}, InputError, ("1.7.1.116", "1.8.0.5", "nbl-export build")),
         ("1.7.1.117", ADA, {}, InputError, ("1.7.1.116", "1.7.1.117")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from nbl_export.errors import InputError, MissingDependencyError
 from nbl_export.evaluate import tasks
 from nbl_export.evaluate.tasks import find_tasks, require_lm_eval, run_task
+from nbl_export.installed import pip_line
 from nbl_export.settings import EvalSettings
 from tests.evaluate.test_local_tasks import QUESTION, written
 
@@ -128,7 +130,7 @@ def test_what_is_missing_is_said_with_its_command(monkeypatch: pytest.MonkeyPatc
             lambda name, *a, gone=gone: None if name == gone else find_spec(name, *a),
         )
         with pytest.raises(
-            MissingDependencyError, match=rf"Tasks need {gone}: pip install 'nbl-export\[eval\]'"
+            MissingDependencyError, match=re.escape(f"Tasks need {gone}: {pip_line('eval')}.")
         ):
             require_lm_eval()
 

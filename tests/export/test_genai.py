@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from nbl_export.errors import BuildError, InputError, MissingDependencyError
 from nbl_export.export.genai import export_genai, require_genai
+from nbl_export.installed import pip_line
 from nbl_export.progress import Silent
 from tests.export.exported import (
     BASE,
@@ -124,5 +126,5 @@ def test_remote_code_runs_only_if_trusted(
 def test_missing_package(bare_python: str, monkeypatch: pytest.MonkeyPatch) -> None:
     require_genai()
     monkeypatch.setattr(sys, "executable", bare_python)
-    with pytest.raises(MissingDependencyError, match=r"pip install 'nbl-export\[genai\]'"):
+    with pytest.raises(MissingDependencyError, match=re.escape(pip_line("genai"))):
         require_genai()

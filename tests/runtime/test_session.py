@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 from nbl_export.errors import InputError, Interrupted, MissingDependencyError
 from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.graph.precision import PRECISIONS, to_precision
+from nbl_export.installed import pip_line
 from nbl_export.runtime.bounds import bounds_of
 from nbl_export.runtime.ort import OrtModel, ort_stream
 from nbl_export.runtime.session import (
@@ -180,7 +182,7 @@ def test_lent_weights_are_those_of_the_session() -> None:
 
 def test_missing_onnxruntime_is_named_with_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(MissingDependencyError, match=r"pip install 'nbl-export\[cpu\]'") as caught:
+    with pytest.raises(MissingDependencyError, match=re.escape(pip_line("cpu"))) as caught:
         require_onnxruntime()
     assert caught.value.exit_code == 3
     with pytest.raises(MissingDependencyError):
@@ -202,7 +204,7 @@ def test_commands_without_onnxruntime_exit_3(stories_copy: Path, stories_folder:
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     assert done.returncode == 3, done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "pip install 'nbl-export[cpu]'" in errors[0]
+    assert len(errors) == 1 and pip_line("cpu") in errors[0]
     assert "Traceback" not in done.stderr
 
 

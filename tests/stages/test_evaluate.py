@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from nbl_export import api
 from nbl_export.cli import app
 from nbl_export.errors import InputError, MissingDependencyError, NblError
 from nbl_export.evaluate import tasks
+from nbl_export.installed import pip_line
 from nbl_export.report.evaluation import load_evaluation
 from nbl_export.settings.definition import settings_of
 from nbl_export.stages import evaluate as stage
@@ -291,7 +293,7 @@ def test_without_the_harness(stories_copy: Path, folder: Path, monkeypatch: pyte
     monkeypatch.setattr(
         tasks.importlib.util, "find_spec", lambda name, *a: None if name == "lm_eval" else find_spec(name, *a)
     )
-    with pytest.raises(MissingDependencyError, match=r"pip install 'nbl-export\[eval\]'") as missing:
+    with pytest.raises(MissingDependencyError, match=re.escape(pip_line("eval"))) as missing:
         api.evaluate(stories_copy, settings(folder))
     assert missing.value.exit_code == 3 and isinstance(missing.value, NblError)
     # Retrieval needs no harness.

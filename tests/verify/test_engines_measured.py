@@ -18,6 +18,7 @@ from nbl_export.engine.gpu import Gpu
 from nbl_export.engine.pair import EngineFile
 from nbl_export.engine.profiles import Limits
 from nbl_export.errors import BuildError, InputError, NblError
+from nbl_export.installed import pip_line
 from nbl_export.linearize.plan import Plan
 from nbl_export.models.lengths import Crossed, Length
 from nbl_export.models.load import in_precision
@@ -203,7 +204,7 @@ def test_without_a_gpu_nothing_is_run_and_nothing_passes(
     ("library", "gpu", "reason"),
     [
         ("10.16.1", L4, "built by tensorrt 10.16.0, installed is 10.16.1"),
-        (None, L4, "pip install 'nbl-export[trt]'"),
+        (None, L4, pip_line("trt")),
         ("10.16.0", Gpu("NVIDIA H100", "9.0"), "built for SM89; NVIDIA H100 has compute capability 9.0"),
         ("10.16.0", L4, "needs a CUDA build of torch"),
     ],
