@@ -54,6 +54,7 @@ from nbl_export.stages.run import Run
 from nbl_export.workspace import Workspace, kept_digests
 
 if TYPE_CHECKING:
+    from nbl_export.doctor.diagnosis import Diagnosis
     from nbl_export.engine.pair import EngineFile
     from nbl_export.report.bench import BenchReport
     from nbl_export.report.diff.values import Diff
@@ -86,6 +87,7 @@ __all__ = [
     "calibrate",
     "chat",
     "diff",
+    "doctor",
     "evaluate",
     "export",
     "generate",
@@ -384,3 +386,14 @@ def diff(
     if markdown is not None:
         write_markdown(Path(markdown), value)
     return value
+
+
+def doctor(listener: Listener | None = None) -> Diagnosis:
+    """What this machine and this environment have, what each missing package would bring, and what is wrong.
+
+    Each package that is there is tried in a process of its own. What the main job lacks is in the value (``lacking``,
+    ``runs_here``), not raised.
+    """
+    from nbl_export.doctor.diagnosis import diagnose
+
+    return diagnose(listener)

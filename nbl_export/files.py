@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 
 from nbl_export.blocks import Mlp
 from nbl_export.errors import InputError
+from nbl_export.supported import check_system
 
 # Marks an unfinished file or folder of nbl-export; a leftover may be deleted.
 TEMPORARY = ".nbl.tmp"
@@ -129,6 +130,7 @@ def locked(path: Path, busy: str) -> Iterator[int]:
     Raises :class:`InputError`, with the sentence ``busy`` if another process holds it, and for a link or anything that
     is not a regular file. The holder may delete the file before it leaves the block.
     """
+    check_system()
     import fcntl
 
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC

@@ -21,7 +21,6 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from nbl_export.datafile import TomlError, read_table
 from nbl_export.errors import NblError
 
 NAME = "nbl-export"
@@ -66,6 +65,10 @@ def find_origin(package: Path = PACKAGE) -> Origin:
 
 def is_clone(folder: Path) -> bool:
     """Whether ``folder`` is a source tree of this project."""
+    try:
+        from nbl_export.datafile import TomlError, read_table
+    except ModuleNotFoundError:  # before Python 3.11 it needs tomli, which may be what is missing
+        return False
     try:
         project = read_table(folder / PROJECT).get("project")
     except (OSError, NblError, TomlError, UnicodeDecodeError):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nbl_export.errors import MissingDependencyError
+from nbl_export.errors import MissingDependencyError, first_line
 from nbl_export.installed import pip_line
 
 ALWAYS = ""  # in place of an extra: whoever installs nbl-export has it
@@ -80,3 +80,15 @@ def part(package: str) -> Part:
 def missing(package: str, what: str) -> MissingDependencyError:
     """The error that ``what`` needs ``package``, with its pip line."""
     return MissingDependencyError(f"{what} needs {package}: {part(package).pip}.")
+
+
+def import_in_words(error: ImportError) -> MissingDependencyError | None:
+    """The ``error`` as one of a package that is missing or broken; None for a module of nbl-export itself."""
+    top = (error.name or "").partition(".")[0]
+    if not top or top == __name__.partition(".")[0]:
+        return None
+    if isinstance(error, ModuleNotFoundError):
+        return MissingDependencyError(f"{top} is not installed, which nbl-export needs: {pip_line()}.")
+    return MissingDependencyError(
+        f"{top} cannot be imported ({first_line(error)}): nbl-export doctor says what is wrong with it."
+    )

@@ -31,6 +31,7 @@ from nbl_export.stages.room import Shape, check_run
 from nbl_export.stages.run import Run
 from nbl_export.stages.select.stage import select
 from nbl_export.stages.verify import report, verify
+from nbl_export.supported import check_system
 
 __all__ = [
     "bench",
@@ -52,6 +53,7 @@ def check_machine(*asked: Settings | None) -> None:
 
     Raises :class:`MissingDependencyError`, or :class:`InputError` for what the library here cannot build.
     """
+    check_system()
     for settings in asked:
         if isinstance(settings, ExportSettings):
             check_exporter(settings)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from importlib.metadata import packages_distributions
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +18,7 @@ from packaging.utils import canonicalize_name
 
 from nbl_export.datafile import read_table
 from nbl_export.installed import pip_line
-from nbl_export.parts import ALWAYS, PARTS, Part, missing, part
+from nbl_export.parts import ALWAYS, PARTS, Part, import_in_words, missing, part
 from tests.conftest import ROOT
 
 PROJECT: dict[str, Any] = read_table(ROOT / "pyproject.toml")["project"]
@@ -83,3 +86,30 @@ def test_the_pages_name_extras_that_are_there() -> None:
     for page in pages:
         for line in re.findall(r"pip install '[^']*\[([\w,]+)\]'", page.read_text(encoding="utf-8")):
             assert set(line.split(",")) <= {*EXTRAS, "dev"}, (page, line)
+
+
+@pytest.mark.parametrize("module", ["cyclopts", "rich", "numpy"])
+def test_a_package_without_which_nothing_goes_on_is_named(module: str, tmp_path: Path) -> None:
+    """At the start, while the help is drawn, and while a command works."""
+    code = f"import sys; sys.modules[{module!r}] = None; from nbl_export.cli import main; main()"
+    words = ["inspect", str(tmp_path)] if module == "numpy" else ["--help"]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (3, "")
+    (line,) = done.stderr.splitlines()
+    assert line == f"error: {module} is not installed, which nbl-export needs: {pip_line()}."
+
+
+def test_a_package_that_is_broken_is_sent_to_doctor(tmp_path: Path) -> None:
+    (tmp_path / "numpy.py").write_text("raise ImportError('libblas.so.3: no such file', name='numpy')")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-m", "nbl_export", "inspect", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (3, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: numpy cannot be imported (libblas.so.3: no such file): nbl-export doctor")
+
+
+def test_a_module_of_ours_that_is_missing_is_our_fault() -> None:
+    assert import_in_words(ModuleNotFoundError("x", name="nbl_export.gone")) is None
+    assert import_in_words(ImportError("cannot import name 'x'", name="nbl_export.parts")) is None
+    assert import_in_words(ImportError("who knows")) is None

@@ -18,6 +18,7 @@ ROOMS = (
     "api",
     "pipeline",
     "stages",
+    "doctor",
     "report",
     "generate",
     "evaluate",
@@ -50,6 +51,7 @@ ROOMS = (
     "progress",
     "printable",
     "blocks",
+    "supported",
     "errors",
 )
 LONGEST = 400  # lines of a file; beyond that it holds more than one idea

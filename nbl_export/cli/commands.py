@@ -26,7 +26,7 @@ from nbl_export.cli.options import (
     To,
     Trust,
 )
-from nbl_export.errors import GATE_FAILED
+from nbl_export.errors import GATE_FAILED, MissingDependencyError
 from nbl_export.settings import (
     BenchSettings,
     CalibrateSettings,
@@ -336,6 +336,18 @@ def diff(
     return 0 if value.passed else GATE_FAILED
 
 
+def doctor(*, said: Said = Said()) -> int:
+    """Show what is here, and what each missing part would bring."""
+    # Not by the API, which imports numpy: where that does not work, this says so.
+    from nbl_export.cli import terminal
+    from nbl_export.doctor.diagnosis import diagnose
+
+    terminal.set_up(said.json, said.quiet, said.log_file)
+    found = diagnose(terminal.TerminalListener())
+    terminal.show_diagnosis(found)
+    return 0 if found.runs_here else MissingDependencyError.exit_code
+
+
 IN_ORDER = (
     run,
     calibrate,
@@ -352,4 +364,5 @@ IN_ORDER = (
     inspect,
     diff,
     plan_resources,
+    doctor,
 )

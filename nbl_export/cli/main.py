@@ -22,6 +22,7 @@ from nbl_export import __version__, ranks
 from nbl_export.cli import answers, commands, process
 from nbl_export.cli.help import ScreenHelp
 from nbl_export.errors import INTERNAL, INTERRUPTED, NblError, os_error_in_words
+from nbl_export.parts import import_in_words
 from nbl_export.printable import printable
 from nbl_export.settings.choices import LIBRARIES
 from nbl_export.settings.definition import FILE, UsageError
@@ -148,6 +149,8 @@ def _command() -> int:
         translated = os_error_in_words(error, "while working")
         return _said(str(translated), translated.exit_code)
     except Exception as error:
+        if isinstance(error, ImportError) and (said := import_in_words(error)):
+            return _said(str(said), said.exit_code)
         if os.environ.get("NBL_EXPORT_DEBUG"):
             raise
         what = f"{type(error).__name__}: {error}"

@@ -44,6 +44,7 @@ from nbl_export.report.summary import verdict_line
 from nbl_export.report.tables import engines_table, graph_table, report_tables, verdicts_table
 
 if TYPE_CHECKING:
+    from nbl_export.doctor.diagnosis import Diagnosis
     from nbl_export.engine.pair import EngineFile
     from nbl_export.report.bench import BenchReport
     from nbl_export.report.diff.values import Diff
@@ -55,7 +56,14 @@ _out = Console(highlight=False)
 # Bound to the stream itself: while a library is kept quiet, sys.stderr is something else.
 _err = Console(file=sys.stderr, highlight=False)
 _TITLE = 23  # columns of a task's title
-_COLOURS = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
+_COLOURS = {
+    "passed": "green",
+    "failed": "bold red",
+    "skipped": "yellow",
+    "works": "green",
+    "broken": "bold red",
+    "missing": "yellow",
+}
 
 
 @dataclass
@@ -92,11 +100,11 @@ def log(text: str) -> None:
         _answering.log.print(Text(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {printable(text)}"), soft_wrap=True)
 
 
-def _result(drawn: Any = "") -> None:
-    """Draw a part of the results."""
-    _out.print(drawn)
+def _result(drawn: Any = "", soft_wrap: bool = False) -> None:
+    """Draw a part of the results; with ``soft_wrap`` as one line, whatever the width."""
+    _out.print(drawn, soft_wrap=soft_wrap)
     if _answering.log is not None:
-        _answering.log.print(drawn)
+        _answering.log.print(drawn, soft_wrap=soft_wrap)
 
 
 def _note(text: str) -> None:
@@ -289,6 +297,31 @@ def show_tables(tables: list[Table]) -> None:
 def show_rewrite(result: RewriteResult) -> None:
     """The graph before and after."""
     show_tables([graph_table(result.before, result.after)])
+
+
+def show_diagnosis(found: Diagnosis) -> None:
+    """The machine, the packages, what is missing, and whether the main job runs."""
+    from nbl_export.doctor.tables import diagnosis_tables, offers
+
+    _answer(answers.answer("doctor", {"runs_here": found.runs_here, **to_json(found)}))
+    for table in diagnosis_tables(found):
+        drawn = _drawn(table)
+        for column in drawn.columns:
+            column.justify = "left"
+        _result(drawn)
+        _result()
+    if missing := offers(found):
+        _result(_text("What is missing, and what brings it", "bold"))
+        for use, line in missing:
+            _result(_text(use))
+            _result(_text(f"    {line}", "cyan"), soft_wrap=True)  # a line that can be copied
+        _result()
+    for problem in found.problems:
+        _result(_text(problem, "yellow"), soft_wrap=True)
+    for sentence in found.lacking:
+        _result(_text(sentence, "bold red"), soft_wrap=True)
+    runs = "The main job runs here." if found.runs_here else "The main job does not run here."
+    _result(_text(runs, "bold green" if found.runs_here else "bold red"))
 
 
 def show_engines(engines: list[EngineFile]) -> None:

@@ -20,6 +20,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes import common as passes
 
+from nbl_export import __version__
 from nbl_export.batch.names import (
     BATCH,
     SIDES,
@@ -180,7 +181,7 @@ def tidy(
     # Rows of a static cache are padded on the right, so their last tokens are not at the same position.
     if "logits" in form.outputs and WRITE_INDICES not in form.inputs:
         add_num_logits_input(model)
-    model.producer_name = "nbl-export"
+    model.producer_name, model.producer_version = "nbl-export", __version__
     graph.name = "encoder" if form.name == ENCODER else "decoder"
     return model
 

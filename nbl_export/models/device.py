@@ -67,6 +67,13 @@ def _count(name: str) -> int:
     return int(module.device_count()) if module.is_available() else 0
 
 
+def hindrance(name: str) -> str:
+    """Why the device called ``name``, as cuda, is not used here; nothing where it is."""
+    import torch
+
+    return (_why_not(torch.device(name, 0)) or "") if _count(name) else _none(name)
+
+
 def _none(name: str) -> str:
     import torch
 

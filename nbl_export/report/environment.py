@@ -46,7 +46,7 @@ def environment() -> Environment:
     return Environment(
         python=platform.python_version(),
         system=f"{platform.system()} {platform.machine()}",
-        processor=_processor(),
+        processor=processor(),
         cores=os.cpu_count(),
         memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
         packages={name: found for name in _PACKAGES if (found := _version(name))},
@@ -60,7 +60,8 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor as the system names it."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text(errors="replace").splitlines():

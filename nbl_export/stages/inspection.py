@@ -70,7 +70,7 @@ def _onnx(path: Path) -> list[Table]:
         ("size on disk", mebibytes(s.file_bytes)),
         ("parameters", f"{s.parameters:,}"),
         ("opsets", ", ".join(f"{k or 'ai.onnx'} {v}" for k, v in sorted(model.opset_imports.items()))),
-        ("producer", model.producer_name or "not said"),
+        ("producer", f"{model.producer_name or ''} {model.producer_version or ''}".strip() or "not said"),
         ("nodes", f"{s.nodes:,}"),
         ("inputs / outputs", f"{s.inputs} / {s.outputs}"),
         ("KV pairs", str(s.kv_pairs)),

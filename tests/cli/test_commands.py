@@ -330,3 +330,16 @@ def test_engines_of_an_earlier_plan_are_no_part_of_the_report(out: Path) -> None
     report = json.loads((out / "report" / "report.json").read_text())
     assert report["engines"] is None and "build" not in report["settings"]
     assert "Engines:" not in (out / "report" / "report.md").read_text()
+
+
+def test_doctor_says_whether_the_main_job_runs(tmp_path: Path) -> None:
+    """Also where NumPy is broken, without which the Python API is not imported."""
+    done = nbl("doctor", cwd=tmp_path)
+    assert done.code == 0, done
+    assert done.out.splitlines()[-1] == "The main job runs here." and str(tmp_path) in done.out
+    (tmp_path / "numpy.py").write_text("raise ImportError('libblas.so.3 is not there')")
+    done = nbl("doctor", cwd=tmp_path)
+    assert done.code == 3 and "Traceback" not in done.err, done
+    assert done.out.splitlines()[-1] == "The main job does not run here."
+    assert re.search(r"^numpy .*libblas\.so\.3 is not there", done.out, re.M)
+    assert_refused(nbl("doctor", "here", cwd=tmp_path), 2, "more than this command takes")

@@ -17,7 +17,7 @@ from rich.console import Console
 from nbl_export.blocks import Mlp
 from nbl_export.checks import Check
 from nbl_export.cli import terminal
-from nbl_export.cli.terminal import TerminalListener, show_report, show_tables
+from nbl_export.cli.terminal import TerminalListener, show_diagnosis, show_report, show_tables
 from nbl_export.errors import InputError
 from nbl_export.evaluate.results import Means
 from nbl_export.models.source import ModelIdentity
@@ -401,3 +401,26 @@ def test_what_is_said_begins_a_line_where_a_second_signal_comes(monkeypatch: pyt
     with pytest.raises(KeyboardInterrupt), TerminalListener().task("Working", 2, "steps"):
         raise KeyboardInterrupt
     assert "Working" in log.getvalue() and log.getvalue().endswith("\n")
+
+
+def test_a_diagnosis_ends_with_whether_the_main_job_runs(screen: Any) -> None:
+    from nbl_export.doctor.diagnosis import Diagnosis
+    from tests.doctor.made import MACHINE, parts
+
+    found = Diagnosis("0.1.0", "/work/clone", MACHINE, parts(tensorrt=None), (), ("A long problem. " * 20,))
+    text = screen("out", width=80)
+    show_diagnosis(found)
+    lines = text.getvalue().splitlines()
+    assert lines[-1] == "The main job runs here." and lines[0].startswith("nbl-export 0.1.0 from /work/clone")
+    line = next(one.pip for one in found.parts if one.package == "tensorrt")
+    assert f"    {line}" in lines, "a line that can be copied is not broken"
+    assert lines[-2].count("A long problem.") == 20
+    table = lines[: next(n for n, shown in enumerate(lines) if shown.startswith("What is missing"))]
+    assert max(map(len, table)) <= 80
+    bad = replace(found, lacking=("torch is\x1b[31m missing.",))
+    text = screen("out", width=80)
+    show_diagnosis(bad)
+    assert text.getvalue().splitlines()[-2:] == [
+        "torch is\N{REPLACEMENT CHARACTER}[31m missing.",
+        "The main job does not run here.",
+    ]

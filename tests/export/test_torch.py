@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
+from nbl_export import __version__
 from nbl_export.errors import BuildError
 from nbl_export.export.torch import export_torch
 from tests.conftest import ROOT
@@ -65,6 +66,10 @@ def test_opset_23_and_standard_operators_only(proto: onnx.ModelProto) -> None:
     assert [(o.domain, o.version) for o in proto.opset_import] == [("", 23)]
     assert {node.domain for node in proto.graph.node} == {""}
     assert not proto.functions
+
+
+def test_the_producer_is_this_package(proto: onnx.ModelProto) -> None:
+    assert (proto.producer_name, proto.producer_version) == ("nbl-export", __version__)
 
 
 def test_shared_expressions_are_computed_once(proto: onnx.ModelProto) -> None:

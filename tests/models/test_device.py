@@ -10,7 +10,14 @@ import torch
 
 from nbl_export.errors import MissingDependencyError
 from nbl_export.models import device as module
-from nbl_export.models.device import as_setting, check_device, described, exact_float32, find_device
+from nbl_export.models.device import (
+    as_setting,
+    check_device,
+    described,
+    exact_float32,
+    find_device,
+    hindrance,
+)
 
 CPU = torch.device("cpu")
 
@@ -162,3 +169,13 @@ def test_float32_is_multiplied_as_such(how: Any) -> None:
         assert precisions() == before
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = False, True  # torch's own defaults
+
+
+def test_why_a_gpu_is_not_used(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine()
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "a build without CUDA" in hindrance("cuda")
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    assert hindrance("cuda") == "torch sees no cuda device here"
+    machine(cuda=1, without_float64=("cuda",))
+    assert "no float64 here" in hindrance("cuda")

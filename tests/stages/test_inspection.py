@@ -13,6 +13,7 @@ import onnx
 import pytest
 from safetensors.numpy import load_file
 
+from nbl_export import __version__
 from nbl_export.errors import InputError
 from nbl_export.linearize.plan import load_plan
 from nbl_export.report.drawing import Table
@@ -45,6 +46,7 @@ def test_a_graph_is_counted(stories_out: Path, name: str) -> None:
     counted = Counter(node.op_type for node in proto.graph.node)
     assert {op.split("::")[-1]: int(n.replace(",", "")) for op, n in as_dict(ops).items()} == counted
     assert [row[0] for row in attention.rows] == ["0", "1", "2", "3", "4"]
+    assert said["producer"] == f"nbl-export {__version__}"
 
 
 def test_attention_that_is_gone_is_called_linear(stories_out: Path) -> None:
