@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from inspect import cleandoc
 from types import UnionType
 from typing import Annotated, Any, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -191,8 +192,9 @@ def options(cls: C) -> C:
 def settings_of(cls: type) -> Iterator[Setting]:
     """Every setting of a class, those of a nested one included; an inherited one is explained where it is defined."""
     hints = get_type_hints(cls)
-    docs = "\n".join(base.__doc__ or "" for base in reversed(cls.__mro__) if base is not object)
-    helps = dict(re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", docs, re.M))
+    # From Python 3.13 on a docstring has no indentation of its own.
+    docs = "\n".join(cleandoc(base.__doc__ or "") for base in reversed(cls.__mro__) if base is not object)
+    helps = dict(re.findall(r"^(\w+): (.+(?:\n {4}.+)*)", docs, re.M))
     for each in fields(cls):
         hint, one = hints[each.name], each.metadata.get("setting")
         if isinstance(hint, type) and issubclass(hint, Settings):
