@@ -97,7 +97,8 @@ def diagnose(listener: Listener | None = None) -> Diagnosis:
 def _found(
     one: Part, there: Mapping[str, str], trials: Mapping[str, Trial], ranges: Ranges, wanted: Sequence[Part]
 ) -> Found:
-    version, takes = there.get(one.package), ranges.takes(one.package)
+    version = there.get(one.package)
+    takes = None if one.extra is None else ranges.takes(one.package, one.extra)
     trial = trials[one.module] if version is not None else Trial()
     return Found(
         package=one.package,
