@@ -20,7 +20,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from nbl_export.cli import terminal
+from nbl_export.cli import output, terminal
 from nbl_export.cli.writing import cut, figures_of
 from nbl_export.errors import InputError
 from nbl_export.printable import printable_lines
@@ -97,13 +97,13 @@ def _typed() -> str | None:
 
 
 def _answer(chat: Chat, text: str) -> None:
-    side_by_side = len(chat.graphs) > 1 and terminal.console().width >= _WIDE
+    side_by_side = len(chat.graphs) > 1 and output.OUT.width >= _WIDE
     with _interruptible() as stopped, closing(chat.ask(text, together=side_by_side)) as pieces:
         for name, own in groupby(pieces, lambda piece: "" if side_by_side else piece[0]):
             texts = _followed(chat, (name,) if name else chat.graphs, own, stopped)
             if stopped.is_set():
                 pieces.close()
-            terminal.console().print(_columns(chat, texts))
+            output.OUT.print(_columns(chat, texts))
             if stopped.is_set():
                 return
 
@@ -112,7 +112,7 @@ def _followed(
     chat: Chat, names: Sequence[str], pieces: Iterable[tuple[str, str]], stopped: threading.Event
 ) -> dict[str, str]:
     """The answers of the graphs ``names``, drawn side by side while they grow."""
-    console, texts = terminal.console(), dict.fromkeys(names, "")
+    console, texts = output.OUT, dict.fromkeys(names, "")
 
     def growing() -> Table:
         return _columns(chat, texts, max(1, console.height - 4))
@@ -127,7 +127,7 @@ def _followed(
 
 def _columns(chat: Chat, texts: Mapping[str, str], lines: int | None = None) -> Table:
     """Texts under the names of their graphs, with what they took; of long ones the last ``lines``."""
-    console = terminal.console()
+    console = output.OUT
     table = Table.grid(expand=True, padding=(0, 2, 0, 0))
     for _ in texts:
         table.add_column(ratio=1)

@@ -179,6 +179,6 @@ def _said(message: str, code: int) -> int:
         if "--json" in sys.argv:
             print(answers.text_of(answers.error(message, code)))
         # What draws, and the log file with it, is there only once a command has begun.
-        if drawing := sys.modules.get("nbl_export.cli.terminal"):
-            drawing.log(f"error: {message}")
+        if output := sys.modules.get("nbl_export.cli.output"):
+            output.log(f"error: {message}")
     return code

@@ -120,3 +120,10 @@ def test_a_comparison_is_an_object_too(asked: Asked, out: Path) -> None:
     )
     code, text, _ = asked("diff", out, out, "--json", "--markdown", "-")
     assert code == 0 and json.loads(text)["command"] == "diff"
+
+
+def test_what_is_here_is_an_object_too(asked: Asked) -> None:
+    code, text, _ = asked("doctor", "--json", "--quiet")
+    found = json.loads(text)
+    assert found["command"] == "doctor" and found["runs_here"] == (code == 0)
+    assert {"torch", "transformers"} <= {part["name"] for part in found["parts"]}

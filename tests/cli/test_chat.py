@@ -14,7 +14,7 @@ from rich.console import Console
 
 from nbl_export import api
 from nbl_export.cli import chat as screen
-from nbl_export.cli import terminal
+from nbl_export.cli import output
 from nbl_export.stages import talking
 from tests.command_line import ENVIRONMENT, assert_refused, nbl
 
@@ -151,7 +151,7 @@ def test_a_terminal_obeys_nothing_that_a_model_says(
     monkeypatch.setattr(talking, "_tokenizer", lambda *given: Evil(load(*given)))
     seen = io.StringIO()
     console = Console(file=seen, width=width, height=30, highlight=False, force_terminal=True, _environ={})
-    monkeypatch.setattr(terminal, "_out", console)
+    monkeypatch.setattr(output, "OUT", console)
     with api.chat(talking_out, api.ChatSettings(max_tokens=4, raw=True)) as chat:
         screen._answer(chat, ASKED)
         screen._introduce(chat, Path("\x1b[2Jout"))

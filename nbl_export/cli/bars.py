@@ -1,0 +1,163 @@
+"""Progress on stderr: a bar for each task, lines where no bar can be drawn, and notes between them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Task as RichTask
+from rich.text import Text
+
+from nbl_export.cli import output
+from nbl_export.printable import printable
+from nbl_export.progress import Task
+
+_TITLE = 23  # columns of a task's title
+
+
+class _CountColumn(ProgressColumn):
+    """Done, total and rate: ``12.3k/65.5k tokens, 412/s``."""
+
+    def render(self, task: RichTask) -> Text:
+        rate = task.finished_speed or task.speed
+        per_second = f", {_short(rate)}/s" if rate and task.total and task.total > 1 else ""
+        return Text(f"{_short(task.completed)}/{_short(task.total or 0)} {task.fields['unit']}{per_second}")
+
+
+class _TimeColumn(TimeRemainingColumn):
+    """The remaining time, marked as such; once finished, the time it took."""
+
+    def render(self, task: RichTask) -> Text:
+        if task.finished:
+            return Text("in ") + TimeElapsedColumn().render(task)
+        return Text("eta ") + super().render(task)
+
+
+def _short(number: float) -> str:
+    if number >= 1e6:
+        return f"{number / 1e6:.2f}M"
+    return (
+        f"{number / 1000:.1f}k" if number >= 10_000 else f"{number:,.0f}" if number >= 10 else f"{number:.3g}"
+    )
+
+
+# Seconds between two lines of a task where no bar can be drawn, as in the log of a CI job.
+_LINES = 10.0
+
+
+class _Lines:
+    """Says how far the innermost task is, every few seconds: in the log, and where the output is no terminal.
+
+    There a bar is shown only when it ends. In a thread, since a task may be at work long before it moves.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress, self._ended = progress, threading.Event()
+        self._thread = threading.Thread(target=self._say, daemon=True)
+
+    def __enter__(self) -> None:
+        if output.answering.log is not None or not output.ERR.is_terminal:
+            self._thread.start()
+
+    def __exit__(self, *_error: object) -> None:
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _say(self) -> None:
+        while not self._ended.wait(_LINES):
+            going = [task for task in self._progress.tasks if not task.finished]
+            if going:
+                line = _line(going[-1])
+                output.log(line)
+                if not output.ERR.is_terminal:
+                    output.ERR.print(output.drawable(f"· {line}", "dim"))
+
+
+def _line(task: RichTask) -> str:
+    return f"{task.description}: {_CountColumn().render(task)}, {_TimeColumn().render(task)}"
+
+
+class _BarTask:
+    """Moves a bar."""
+
+    def __init__(self, progress: Progress, task_id: TaskID, title: str) -> None:
+        self._progress, self._id, self._title = progress, task_id, title
+
+    def advance(self, amount: int) -> None:
+        self._progress.advance(self._id, amount)
+
+    def end(self) -> None:
+        """It is done, also where less than all was needed."""
+        task = next(task for task in self._progress.tasks if task.id == self._id)
+        self._progress.update(self._id, total=task.completed)
+        output.log(_line(task))
+
+    def part(self, number: int, count: int) -> None:
+        # The title's column has a fixed width, and the number must not be what is cut off.
+        where = f" {number}/{count}"
+        self._progress.update(self._id, description=f"{self._title[: _TITLE - len(where)]}{where}")
+
+
+class TerminalListener:
+    """Draws one bar for each task, with rate and remaining time, and prints notes between them.
+
+    A task within another is a bar below the other's.
+    """
+
+    def __init__(self) -> None:
+        self._drawn: Progress | None = None
+
+    @contextmanager
+    def task(self, title: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
+        if self._drawn is not None:
+            bar = self._bar(self._drawn, title, total, unit, done)
+            yield bar
+            bar.end()
+            return
+        columns = (
+            SpinnerColumn(finished_text="[green]✓"),
+            TextColumn(f"{{task.description:<{_TITLE}.{_TITLE}}}", markup=False),
+            BarColumn(bar_width=10),
+            _CountColumn(),
+            _TimeColumn(),
+        )
+        self._drawn = progress = Progress(*columns, console=output.ERR, refresh_per_second=4)
+        try:
+            progress.start()
+            with _Lines(progress):
+                bar = self._bar(progress, title, total, unit, done)
+                yield bar
+                bar.end()
+        finally:
+            self._drawn = None
+            _stop(progress)
+
+    @staticmethod
+    def _bar(progress: Progress, title: str, total: int, unit: str, done: int) -> _BarTask:
+        task_id = progress.add_task(printable(title), total=total, completed=done, unit=unit)
+        return _BarTask(progress, task_id, printable(title))
+
+    def note(self, text: str) -> None:
+        output.note(f"· {text}")
+
+
+def _stop(progress: Progress) -> None:
+    """Stop drawing; what is said next begins a line, also where a second signal comes while it stops."""
+    try:
+        progress.stop()
+    except KeyboardInterrupt:
+        if not output.ERR.is_terminal:
+            output.ERR.print()
+        raise

@@ -1,0 +1,135 @@
+"""Progress: a bar for each task, and lines where no bar can be drawn."""
+
+from __future__ import annotations
+
+import re
+import time
+from io import StringIO
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from nbl_export.cli import bars, output
+from nbl_export.cli.bars import TerminalListener
+
+
+def test_a_task_is_a_bar_that_counts(screen: Any) -> None:
+    out, err = screen("out"), screen("err", width=100)
+    with TerminalListener().task("Calibrating", 65_536, "tokens", 1_000) as task:
+        task.advance(20_000)
+        task.advance(44_536)
+    (line,) = [line for line in err.getvalue().splitlines() if line.strip()]
+    assert "Calibrating" in line and "65.5k/65.5k tokens" in line and "in 0:00:0" in line
+    assert out.getvalue() == ""
+
+
+def test_a_task_that_fails_shows_how_far_it_came(screen: Any) -> None:
+    err = screen("err", width=100)
+    with pytest.raises(ZeroDivisionError), TerminalListener().task("Writing", 8, "MiB") as task:
+        task.advance(3)
+        raise ZeroDivisionError
+    assert "3/8 MiB" in err.getvalue() and "eta" in err.getvalue()
+
+
+def test_a_task_of_parts_says_which_it_is_at_within_eighty_columns(screen: Any) -> None:
+    err = screen("err", width=80, colours=True)
+    with TerminalListener().task("Calibrating layer", 5_242_880, "tokens") as task:
+        for layer in range(80):
+            task.part(layer + 1, 80)
+            task.advance(65_536)
+    text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", err.getvalue())
+    lines = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
+    assert "Calibrating layer 80/80" in lines[-1] and "5.24M/5.24M tokens" in lines[-1]
+    # One line that is drawn over itself, never a second one.
+    assert all(len(line.rstrip()) <= 80 and "Calibrating layer" in line for line in lines)
+    assert err.getvalue().count("\n") <= 1
+
+
+def test_a_long_title_leaves_room_for_the_part(screen: Any) -> None:
+    err = screen("err", width=100)
+    with TerminalListener().task("A title that is longer than its column", 2, "rows") as task:
+        task.part(1, 1)
+        task.advance(2)
+    assert "A title that is lon 1/1" in err.getvalue()
+
+
+def test_a_log_gets_lines_whether_a_task_moves_or_not(screen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bar would say nothing before it ends, after hours."""
+    monkeypatch.setattr(bars, "_LINES", 0.05)
+    err = screen("err", width=80)
+    with TerminalListener().task("Calibrating layer", 40_000, "tokens") as task:
+        for layer in range(4):
+            task.part(layer + 1, 4)
+            task.advance(10_000 if layer < 3 else 0)
+        time.sleep(0.4)
+        task.advance(10_000)
+    lines = [line.rstrip() for line in err.getvalue().splitlines() if line.strip()]
+    assert len(lines) >= 3, "several while it stood still, and the bar at the end"
+    for line in lines[1:-1]:
+        assert re.match(r"· Calibrating layer 4/4: 30\.0k/40\.0k tokens(, [\d.,]+k?M?/s)?, eta ", line), lines
+    assert all(len(line) <= 80 for line in lines)
+    terminal_only = screen("err", width=80, colours=True)
+    with TerminalListener().task("Calibrating layer", 4, "tokens") as task:
+        time.sleep(0.2)
+        task.advance(4)
+    assert "·" not in terminal_only.getvalue()
+
+
+def test_the_innermost_task_is_the_one_that_is_named(screen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bars, "_LINES", 0.05)
+    err, listener = screen("err", width=80), TerminalListener()
+    with listener.task("Outer", 2, "layers"), listener.task("Inner", 3, "rows"):
+        time.sleep(0.3)
+    said = [line for line in err.getvalue().splitlines() if line.startswith("·")]
+    assert said and all(line.startswith("· Inner: 0/3 rows") for line in said)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, "0"),
+        (0.12345, "0.123"),
+        (9, "9"),
+        (12.6, "13"),
+        (9_999, "9,999"),
+        (10_000, "10.0k"),
+        (65_536, "65.5k"),
+        (999_999, "1000.0k"),
+        (5_242_880, "5.24M"),
+    ],
+)
+def test_numbers_in_progress_are_short(number: float, text: str) -> None:
+    assert bars._short(number) == text
+
+
+def test_a_task_within_another_is_a_bar_below_it(screen: Any) -> None:
+    err = screen("err")
+    listener = TerminalListener()
+    for title in ("First", "Second"):
+        with listener.task(title, 2, "layers") as outer:
+            with listener.task(f"within {title}", 1, "model") as inner:
+                inner.advance(1)
+            outer.advance(2)
+    words = [line.split("━")[0].split(None, 1)[1].strip() for line in err.getvalue().splitlines()]
+    assert words == ["First", "within First", "Second", "within Second"]
+    with pytest.raises(ValueError, match="x"), listener.task("Third", 1, "layers"):
+        raise ValueError("x")
+    with listener.task("Fourth", 1, "layers"):
+        pass
+    assert "Fourth" in err.getvalue()
+
+
+def test_what_is_said_begins_a_line_where_a_second_signal_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = StringIO()
+    monkeypatch.setattr(output, "ERR", Console(file=log, width=80))
+
+    def interrupted(progress: Any) -> None:
+        progress.live.stop()
+        assert log.getvalue() and not log.getvalue().endswith("\n")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bars.Progress, "stop", interrupted)
+    with pytest.raises(KeyboardInterrupt), TerminalListener().task("Working", 2, "steps"):
+        raise KeyboardInterrupt
+    assert "Working" in log.getvalue() and log.getvalue().endswith("\n")
