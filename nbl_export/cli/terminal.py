@@ -14,7 +14,6 @@ from rich import box
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from nbl_export.blocks import attentions
 from nbl_export.checks import Check
 from nbl_export.cli import answers
 from nbl_export.cli.bars import TerminalListener
@@ -22,7 +21,7 @@ from nbl_export.cli.output import answer, answering, drawable, finish, result, s
 from nbl_export.records import to_json
 from nbl_export.report.drawing import Table
 from nbl_export.report.schema import Report
-from nbl_export.report.summary import verdict_line
+from nbl_export.report.summary import replaced, verdict_line
 from nbl_export.report.tables import engines_table, graph_table, report_tables, verdicts_table
 
 if TYPE_CHECKING:
@@ -119,9 +118,7 @@ def show_report(report: Report, out: Path) -> None:
     layers, name = report.selection.layers, Path(report.model.source).name
     show_tables(report_tables(report, brief=True))
     _show_checks(report.checks)
-    every = [candidate.layer for candidate in report.selection.candidates]
-    what = "attention layers" if len(attentions(every)) == len(every) else "blocks"
-    linear = f"      {len(layers)} of {len(report.selection.candidates)} {what} of {name} are now linear" + (
+    linear = f"      {replaced(report)} of {name} are now linear" + (
         f": {', '.join(map(str, layers))}" if layers else ""
     )
     result(_verdict(report.passed) + drawable(f"  {verdict_line(report)}"))

@@ -31,6 +31,16 @@ def model_name(report: Report) -> str:
     return PurePath(source).name or source
 
 
+def replaced(report: Report) -> str:
+    """How many of the model's attention layers and MLPs were replaced: 2 of 5 attention layers and 1 of 5 MLPs."""
+    layers = report.selection.layers
+    own = len(attentions(layers))
+    parts = [f"{own} of {report.model.layers} attention layers"] if own or not layers else []
+    if mlps := len(layers) - own:
+        parts.append(f"{mlps} of {report.model.layers} MLPs")
+    return " and ".join(parts)
+
+
 def verdict_line(report: Report) -> str:
     """What PASS or FAIL stands for: the checks that decide it, what linearizing costs, and what was skipped."""
     names: dict[str, list[str]] = {}

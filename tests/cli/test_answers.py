@@ -126,4 +126,4 @@ def test_what_is_here_is_an_object_too(asked: Asked) -> None:
     code, text, _ = asked("doctor", "--json", "--quiet")
     found = json.loads(text)
     assert found["command"] == "doctor" and found["runs_here"] == (code == 0)
-    assert {"torch", "transformers"} <= {part["name"] for part in found["parts"]}
+    assert {"torch", "transformers"} <= {part["package"] for part in found["parts"]}

@@ -6,9 +6,12 @@ import math
 import re
 from dataclasses import replace
 
+import pytest
+
+from nbl_export.blocks import Block, Mlp
 from nbl_export.checks import Check
 from nbl_export.report.schema import Report
-from nbl_export.report.summary import headlines, making, model_name, verdict_line
+from nbl_export.report.summary import headlines, making, model_name, replaced, verdict_line
 from nbl_export.verify.loss.figures import Likeness, Measure, MethodLoss
 from nbl_export.verify.parity.figures import DecoderParity
 from nbl_export.verify.speed.values import Explanation
@@ -64,6 +67,20 @@ def test_parity_that_is_no_number_is_the_worst(report: Report) -> None:
     changed = replace(report, parity=replace(report.parity, steps=steps))
     (parity,) = (h for h in headlines(changed) if h.name == "Parity")
     assert parity.value == "nan"
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [
+        ((2, 3), "2 of 5 attention layers"),
+        ((Mlp(1),), "1 of 5 MLPs"),
+        ((2, Mlp(1), Mlp(4)), "1 of 5 attention layers and 2 of 5 MLPs"),
+        ((), "0 of 5 attention layers"),
+    ],
+)
+def test_what_was_replaced_is_counted_by_kind(report: Report, layers: tuple[Block, ...], words: str) -> None:
+    model = replace(report.model, layers=5)
+    assert replaced(replace(report, model=model, selection=replace(report.selection, layers=layers))) == words
 
 
 def test_verdict_names_what_failed(report: Report) -> None:
