@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from nbl_export.batch.names import BASE, LINEARIZED
 from nbl_export.errors import InputError, MissingDependencyError
+from nbl_export.parts import part
 from nbl_export.progress import Listener
 from nbl_export.settings import GenerateSettings
 from nbl_export.settings.talking import BOTH, GENAI, ORT
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 # Bytes of a session from which on it is said that it is loaded; less takes a moment.
 _LONG = 1 << 30
-_WITHOUT_GENAI = "onnxruntime-genai is not installed: pip install 'nbl-export[genai]'"
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,10 @@ def _require_genai() -> None:
     from nbl_export.generate.genai import is_installed
 
     if not is_installed():
-        raise MissingDependencyError(f"{_WITHOUT_GENAI}, or leave out --runtime genai.")
+        line = part("onnxruntime-genai").pip
+        raise MissingDependencyError(
+            f"onnxruntime-genai is not installed: {line}, or leave out --runtime genai."
+        )
 
 
 def _graphs(ws: Workspace, asked: str, lenient: Listener | None) -> dict[str, Path]:

@@ -14,6 +14,7 @@ from nbl_export import api
 from nbl_export.batch.names import BASE, LINEARIZED
 from nbl_export.errors import InputError, MissingDependencyError, NblError
 from nbl_export.generate import genai
+from nbl_export.parts import part
 from nbl_export.progress import Silent
 from nbl_export.runtime import sizes
 from nbl_export.settings.talking import BOTH, GENAI, ORT
@@ -69,7 +70,7 @@ def test_without_its_configuration_or_the_package_it_runs_in_onnx_runtime(
         assert runtime() == "ONNX Runtime"
         said = refused(talking_copy, MissingDependencyError, runtime=GENAI)
         assert said == (
-            "onnxruntime-genai is not installed: pip install 'nbl-export[genai]', or leave out --runtime genai."
+            f"onnxruntime-genai is not installed: {part('onnxruntime-genai').pip}, or leave out --runtime genai."
         )
 
 

@@ -51,9 +51,7 @@ class Opened:
         """As the comparison names it."""
         if (own := self.header) is None:
             return Side(str(self.path))
-        judged = own.checks or not isinstance(own, Evaluation)
-        verdict = ("passed" if own.passed else "failed") if judged else "no gate"
-        return Side(str(self.path), own.model.source, own.created, own.tool_version, verdict)
+        return Side(str(self.path), own.model.source, own.created, own.tool_version, own.verdict)
 
 
 def opened(path: Path) -> Opened:
