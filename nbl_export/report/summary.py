@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
 
-from nbl_export.blocks import attentions
+from nbl_export.blocks import attentions, layer_of
 from nbl_export.report.drawing import figure, number, spans
 from nbl_export.report.environment import Environment
 from nbl_export.report.schema import Report
@@ -84,13 +84,13 @@ def headlines(report: Report) -> list[Headline]:
 
 
 def _size(report: Report) -> Iterator[Headline]:
-    layers = report.selection.layers
-    detail = f"layers {spans(layers)}" if layers else "nothing was replaced"
-    own = len(attentions(layers))
+    layers, every = report.selection.layers, report.model.layers
+    own = attentions(layers)
     if own or not layers:
-        yield Headline("Attention layers replaced", f"{own} of {report.model.layers}", detail)
-    if mlps := len(layers) - own:
-        yield Headline("MLPs replaced", f"{mlps} of {report.model.layers}", detail)
+        detail = f"layers {spans(own)}" if own else "nothing was replaced"
+        yield Headline("Attention layers replaced", f"{len(own)} of {every}", detail)
+    if mlps := [layer_of(block) for block in layers if block not in own]:
+        yield Headline("MLPs replaced", f"{len(mlps)} of {every}", f"layers {spans(mlps)}")
     before, after = report.graph.before, report.graph.after
     if before.kv_pairs:
         a, b = before.kv_bytes_per_token, after.kv_bytes_per_token

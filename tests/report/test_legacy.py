@@ -48,8 +48,9 @@ def test_a_report_is_drawn_as_it_was(name: str) -> None:
         markdown(report, report_plots(report)),
         (FOLDER / f"{name}.md").read_text(encoding="utf-8"),
     )
-    head, verdict, *rest = drawn.split("\n\n")
+    head, verdict, figures, *rest = drawn.split("\n\n")
     assert verdict.startswith("**PASS** (graph rewrite, parity"), "which is said since"
+    assert figures.startswith("| | | |\n| --- | --- | --- |\n| **Attention layers replaced** |"), "and these"
     assert without_speed("\n\n".join([head, *rest])) == without_speed(was)
 
 

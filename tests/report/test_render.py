@@ -15,6 +15,7 @@ from nbl_export.report.page import page
 from nbl_export.report.plots import PLOTS, report_plots
 from nbl_export.report.render import markdown, write_report
 from nbl_export.report.schema import Report, load_report
+from nbl_export.report.summary import headlines
 from nbl_export.report.tables import checks_table, report_tables
 from nbl_export.verify.loss.figures import MethodLoss
 
@@ -49,6 +50,7 @@ def tables(text: str) -> dict[str, list[list[str]]]:
     for title, rows in found.items():
         assert set(rows.pop(1)) == {"---"}, title
         assert {len(row) for row in rows} == {len(rows[0])}, title
+    assert found.pop("")  # the headline figures
     return found
 
 
@@ -87,6 +89,21 @@ def test_head_line_is_the_verdict(report: Report) -> None:
     text = markdown(replace(failed, divergence="layer 7 (attention) is the first"))
     assert "**Where parity is lost:** layer 7 (attention) is the first" in text
     assert list(tables(text)) == TITLES
+
+
+def test_headline_figures_come_first(report: Report) -> None:
+    top = markdown(report).split("\n## ")[0]
+    for one in headlines(report):
+        assert f"| **{one.name}** | {one.value} |" in top, one.name
+
+
+def test_a_long_table_is_folded(report: Report) -> None:
+    before = replace(report.graph.before, ops={f"Op{i}": i + 1 for i in range(30)})
+    text = markdown(replace(report, graph=replace(report.graph, before=before)))
+    folded = text.split("<details>\n<summary>")[1].split("</details>")[0]
+    assert text.count("<details>") == text.count("</details>") == 1
+    assert re.match(r"\d+ rows</summary>\n\n\|", folded) and "| Op29 | 30 | 0 |" in folded
+    assert "<details>" not in markdown(report)
 
 
 @pytest.mark.parametrize("nasty", ["a | b", "||", "two\nlines", "| starts", "ends |", "max |Δlogit| | x"])
