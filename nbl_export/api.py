@@ -388,6 +388,7 @@ def diff(
     return value
 
 
+@in_one_process
 def doctor(listener: Listener | None = None) -> Diagnosis:
     """What this machine and this environment have, what each missing package would bring, and what is wrong.
 
