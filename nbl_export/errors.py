@@ -77,6 +77,14 @@ def os_error_in_words(error: OSError, doing: str) -> InputError:
     return InputError(f"{error.strerror or error} {doing}{where}.")
 
 
+def interrupt_behind(error: BaseException) -> KeyboardInterrupt | None:
+    """The interrupt that a library turned into an ``error`` of its own; None if there was none."""
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, KeyboardInterrupt):
+        seen = seen.__cause__ or seen.__context__
+    return seen
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what a library says, without its full stop; the name of the error if it says nothing."""
     kind = type(error).__name__

@@ -107,3 +107,29 @@ def test_the_first_line_of_what_a_library_says() -> None:
     assert first_line(ValueError("\n One thing.\nAnother.")) == "One thing"
     assert first_line(ValueError()) == "ValueError"
     assert first_line(KeyError(2)) == "KeyError: 2"
+
+
+def test_an_interrupt_behind_the_error_of_a_library_is_found() -> None:
+    def caught(first: BaseException, explicit: bool) -> BaseException:
+        try:
+            try:
+                raise first
+            except BaseException as error:
+                raise RuntimeError("its own") from error if explicit else ValueError("another")
+        except RuntimeError as error:
+            return error
+
+    interrupt = errors.Interrupted(15)
+    assert errors.interrupt_behind(caught(interrupt, True)) is interrupt
+    assert errors.interrupt_behind(caught(ValueError("no"), True)) is None
+    assert errors.interrupt_behind(interrupt) is interrupt
+
+
+def test_one_that_is_only_in_the_context_counts_too() -> None:
+    try:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("while it was handled")
+    except RuntimeError as error:
+        assert isinstance(errors.interrupt_behind(error), KeyboardInterrupt)

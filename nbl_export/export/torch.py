@@ -30,7 +30,7 @@ from nbl_export.batch.names import (
     present_name,
     present_state_name,
 )
-from nbl_export.errors import BuildError, InputError, NblError, first_line
+from nbl_export.errors import BuildError, InputError, NblError, first_line, interrupt_behind
 from nbl_export.export.forms import CONCAT, ENCODER, Form
 from nbl_export.export.functions import experts_are_replaced, exportable
 from nbl_export.export.grouped import group_queries
@@ -97,6 +97,8 @@ def _traced(model: torch.nn.Module, form: Form, task: Task, stand_ins: StandIns)
     except NblError:
         raise
     except Exception as error:
+        if (interrupt := interrupt_behind(error)) is not None:
+            raise interrupt from None
         first = str(error).strip().splitlines() or [type(error).__name__]
         raise BuildError(
             f"torch.onnx.export cannot export {type(model).__name__} ({first[0][:300]}): choose another --exporter."

@@ -234,6 +234,21 @@ def test_what_torch_cannot_export_is_a_build_error(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_interrupt_that_torch_wraps_is_an_interrupt(
+    tiny_model: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_args: Any, **_kwargs: Any) -> Any:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise RuntimeError("a step of the exporter failed") from error
+
+    monkeypatch.setattr(torch.onnx, "export", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export_torch(tiny_model, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_epsilon_of_a_norm_stays_however_small_it_is(tmp_path: Path) -> None:
     # Of Helium and Moshi it is 1e-8, and the embedding of their padding is zero.
     model = random_model("llama", rms_norm_eps=1e-8, num_hidden_layers=1)
