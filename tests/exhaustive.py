@@ -17,6 +17,33 @@ exhaustive = pytest.mark.skipif(not ALL, reason=f"only with {_ALL}=1")
 
 # Each form of a cache, each kind of model and each exporter is there at least once.
 USUAL: Mapping[str, tuple[str, ...]] = {
+    "cli/test_main.py::test_an_interrupted_export_can_be_repeated": ("0.5",),
+    "cli/test_main.py::test_bad_selections_exit_2": (
+        "contradiction",
+        "unknown layer",
+    ),
+    "cli/test_main.py::test_bad_usage_and_bad_input_exit_2": (
+        "unknown model",
+        "unknown path",
+        "folder without a model",
+        "file that is no GGUF",
+        "negative K",
+        "K is no number",
+        "K and a budget",
+        "unknown fit",
+        "unknown option",
+        "ridge is nan",
+        "encoder-decoder",
+        "pickled weights",
+        "output is a file",
+        "output of another model",
+        "verify on a foreign folder",
+        "inspect something else",
+    ),
+    "cli/test_main.py::test_unusable_text_exits_2": (
+        "empty.txt--words0",
+        "binary.txt-content2-words2",
+    ),
     "clients/test_genai.py::test_genai_generates_from_its_own_folder_rewritten": (
         "fp32-to a new folder-one",
         "int4-in place-half",
