@@ -103,7 +103,7 @@ def _answer(chat: Chat, text: str) -> None:
             texts = _followed(chat, (name,) if name else chat.graphs, own, stopped)
             if stopped.is_set():
                 pieces.close()
-            output.OUT.print(_columns(chat, texts))
+            output.result(_columns(chat, texts))
             if stopped.is_set():
                 return
 

@@ -72,7 +72,6 @@ def finish(command: str, text: str | None, **facts: Any) -> None:
     answer(answers.answer(command, facts))
     if text is not None:
         say(text)
-        log(text)
 
 
 def answer(value: dict[str, Any]) -> None:
@@ -84,6 +83,7 @@ def answer(value: dict[str, Any]) -> None:
 def say(text: str) -> None:
     """One line of result."""
     OUT.print(drawable(text))
+    log(text)
 
 
 def drawable(text: str, style: str = "") -> Text:
