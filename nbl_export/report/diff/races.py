@@ -14,12 +14,10 @@ from typing import Any
 from nbl_export.report.diff.sides import Opened
 from nbl_export.report.diff.values import Unlike
 from nbl_export.report.environment import Environment
-from nbl_export.verify.speed.values import Ratio, Result, Speed
+from nbl_export.verify.speed.values import LEAST_ROUNDS, Ratio, Result, Speed
 
 # Half a 95 % interval that compares two medians, in interquartile ranges over √rounds (McGill, Tukey, Larsen 1978).
 _NOTCH = 1.57
-# As everywhere, of fewer rounds no interval is known.
-_LEAST_ROUNDS = 6
 SPEED, ENGINE_SPEED, BENCH = "Speed", "Engine speed", "Bench"
 
 
@@ -122,7 +120,7 @@ def _time(result: Result) -> _Range:
     """The median in milliseconds, and how far two of them may be apart by chance."""
     timing, rounds = result.timing, result.rounds
     half = (
-        _NOTCH * (timing.high_ms - timing.low_ms) / math.sqrt(rounds) if rounds >= _LEAST_ROUNDS else math.nan
+        _NOTCH * (timing.high_ms - timing.low_ms) / math.sqrt(rounds) if rounds >= LEAST_ROUNDS else math.nan
     )
     return timing.median_ms, timing.median_ms - half, timing.median_ms + half
 

@@ -16,12 +16,11 @@ from typing import TypeVar
 
 import numpy as np
 
-from nbl_export.verify.speed.values import Ratio, Timing
+from nbl_export.verify.speed.values import LEAST_ROUNDS, Ratio, Timing
 
 C = TypeVar("C")
 T = TypeVar("T")
 _CONFIDENCE = 0.95
-_LEAST_PAIRS = 6  # fewer have no such interval
 # How far rounds are added where the noise hides the effect, unless something else is asked for.
 MORE = 3
 # Threads of whoever ran before spin for a while before they sleep; that is not the next one's time.
@@ -100,7 +99,7 @@ def _looked_at(timed: int, least: int) -> bool:
     """
     look = least
     while look < timed:
-        look = ceil(1.5 * look) if look >= _LEAST_PAIRS else _LEAST_PAIRS
+        look = ceil(1.5 * look) if look >= LEAST_ROUNDS else LEAST_ROUNDS
     return look == timed
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from nbl_export.batch.names import LINEARIZED
 
 PREFILL, DECODE, ENCODE = "prefill", "decode", "encode"
+# Rounds of which a 95 % interval of the median is known: fewer have none.
+LEAST_ROUNDS = 6
 
 
 # the machine and the work -----------------------------------------------------------------------------
