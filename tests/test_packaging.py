@@ -120,6 +120,8 @@ def test_an_installed_copy_works_from_any_folder(wheel: Path, tmp_path: Path) ->
     said = nbl("doctor")
     # Of the two runtimes one is missing; the wheel is still there, and brings it.
     lines = [f"pip install {shlex.quote(f'{wheel}[{extra}]')}" for extra in ("cpu", "gpu")]
-    assert any(line in said for line in lines) and str(ROOT) not in said
+    assert any(line in said for line in lines)
+    # The Python that runs it may stand in the source tree.
+    assert str(ROOT) not in said.replace(sys.executable, "")
     assert said.splitlines()[-1] == "The main job runs here."
     assert list(elsewhere.iterdir()) == []

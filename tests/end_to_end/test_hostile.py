@@ -23,7 +23,7 @@ from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 
 from nbl_export import cli
-from nbl_export.cli import terminal
+from nbl_export.cli import output
 from nbl_export.errors import InputError
 from nbl_export.graph.io import load_graph
 from nbl_export.linearize.plan import save_plan
@@ -102,7 +102,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     def call(*arguments: object) -> Done:
         monkeypatch.setattr(sys, "argv", ["nbl-export", *map(str, arguments)])
         monkeypatch.delenv("NBL_EXPORT_DEBUG", raising=False)
-        monkeypatch.setattr(terminal, "_err", Console(file=sys.stderr, highlight=False))
+        monkeypatch.setattr(output, "ERR", Console(file=sys.stderr, highlight=False))
         with limits(), pytest.raises(SystemExit) as caught:
             cli.main()
         text = capsys.readouterr()
