@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, BinaryIO
 
-from nbl_export.blocks import Mlp
+from nbl_export.blocks import Mlp, Span
 from nbl_export.errors import InputError
 from nbl_export.supported import check_system
 
@@ -175,12 +175,12 @@ def json_text(value: Any, finite: bool = True) -> str:
 
 
 def jsonable(value: Any) -> Any:
-    """``value`` with what JSON cannot represent as text: ``"nan"``, ``"inf"``, ``"-inf"``, an MLP as ``"7.mlp"``."""
+    """``value`` with what JSON cannot represent as text: ``"nan"``, ``"inf"``, ``"-inf"``, blocks as ``"7.mlp"``."""
     if isinstance(value, Mapping):
         return {str(k): jsonable(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [jsonable(v) for v in value]
-    if isinstance(value, Mlp) or (isinstance(value, float) and not math.isfinite(value)):
+    if isinstance(value, (Mlp, Span)) or (isinstance(value, float) and not math.isfinite(value)):
         return str(value)
     return value
 

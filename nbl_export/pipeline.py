@@ -67,16 +67,17 @@ def run_all(run: Run, asked: RunSettings) -> Report:
     """Every stage in order, as ``asked`` and resolved; what is done already with the same settings is kept."""
     from nbl_export.calibrate.text import start_tokens
     from nbl_export.linearize.scores import check_selection
-    from nbl_export.models.candidates import candidates, check_parts, described
+    from nbl_export.models.candidates import described
     from nbl_export.models.layers import hidden_size, positions
+    from nbl_export.models.spans import check_blocks, choices
     from nbl_export.runtime.session import require_onnxruntime
     from nbl_export.verify.engines import fitting_prompts
 
     require_onnxruntime()  # before the first minute of work, not after it
     selection = asked.selection
     if run.workspace.record("calibrate") is None:
-        check_parts(run.model.model, asked.calibration.parts)
-        layers = [layer.index for layer in candidates(run.model.model, asked.calibration.parts)]
+        check_blocks(run.model.model, asked.calibration.parts)
+        layers = choices(run.model.model, asked.calibration.parts)
         others = described(run.model.model)["others"]
         check_selection(selection, layers, hidden_size(run.model.model), others)
         if asked.engines:

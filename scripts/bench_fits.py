@@ -38,7 +38,7 @@ from nbl_export.linearize.fits import WeightedSums, as_layer
 from nbl_export.linearize.lmmse import branch_covariances, fit_lmmse
 from nbl_export.linearize.loss import LossMeter
 from nbl_export.linearize.plan import LinearLayer
-from nbl_export.linearize.search import LossCache, MeasuredSets, greedy_order, single_layer_losses
+from nbl_export.linearize.search import LossCache, MeasuredSets, Prefixes, greedy_path, single_layer_losses
 from nbl_export.linearize.swap import replaced
 from nbl_export.models.layers import attention_layers, hidden_size, observed
 from nbl_export.models.loaded import LoadedModel
@@ -175,7 +175,7 @@ def main() -> None:
     meter = LossMeter(model, text.selection, text.selection_document, "normed")
     plain = fitted(moments)
     sets = MeasuredSets(lambda: meter, plain, LossCache({}, lambda _: None))
-    order = greedy_order(sets, single_layer_losses(sets), max(arguments.k))
+    order = list(Prefixes(greedy_path(sets, single_layer_losses(sets)))(max(arguments.k)))
     wanted = {i: moments[i] for i in order}
     variants: dict[str, Layers] = {"plain": plain}
     rows = text.calibration

@@ -28,10 +28,10 @@ from nbl_export.calibrate.text import load_text
 from nbl_export.files import read_json
 from nbl_export.graph.io import load_graph
 from nbl_export.linearize.figures import Loss
-from nbl_export.linearize.fits import as_layer, dropped
+from nbl_export.linearize.fits import as_layer
 from nbl_export.linearize.lmmse import fit_lmmse
 from nbl_export.linearize.loss import LossMeter, loss_of_plan
-from nbl_export.linearize.plan import LinearLayer
+from nbl_export.linearize.plan import DROPPED, LinearLayer, Replacement
 from nbl_export.linearize.selection import Scores
 from nbl_export.models.layers import block_stack
 from nbl_export.records import from_json
@@ -133,13 +133,12 @@ class Ways:
         meter = cache(
             lambda: LossMeter(self.model, self.text.selection, self.text.selection_document, "normed")
         )
-        d = self.empty.hidden_size
         chosen: list[Block] = []
 
         def kl(layers: Iterable[Block]) -> float:
             blocks = [b for i in sorted(layers) for b in (i, Mlp(int(i)))]  # type: ignore[arg-type]
             name = f"block drop|{' '.join(map(str, blocks))}"
-            return self._kept(name, lambda: meter().measure({b: dropped(d) for b in blocks}).kl)
+            return self._kept(name, lambda: meter().measure(dict.fromkeys(blocks, DROPPED)).kl)
 
         bounds = {i: kl([i]) for i in attentions(self.empty.candidates)}
         while len(chosen) < self.most // 2:
@@ -224,15 +223,14 @@ class Ways:
         return self._of(way, layers, self.linear, self._fit)
 
     def _dropped(self, way: str, layers: Sequence[Block]) -> Cut:
-        nothing = dropped(self.empty.hidden_size)
-        return self._of(way, layers, self.without, lambda _block: nothing)
+        return self._of(way, layers, self.without, lambda _block: DROPPED)
 
     def _of(
         self,
         way: str,
         layers: Sequence[Block],
         saved: Mapping[Block, GraphCost],
-        fit: Callable[[Block], LinearLayer],
+        fit: Callable[[Block], Replacement],
     ) -> Cut:
         named = tuple(sorted(layers))
 

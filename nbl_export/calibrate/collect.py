@@ -1,8 +1,10 @@
 """Run the model over calibration tokens or images, block by block, and collect the moments of its attention layers.
 
 1. All rows go through a block in batches before the next block begins (:mod:`nbl_export.models.walk`). Forward hooks on
-   the block's attention read h, x and y; the model is not changed.
-2. Memory is one block's weights, one layer's accumulator and the states between two blocks.
+   the block's attention read h, x and y; the model is not changed. Where spans are asked for, rows go on from each
+   block through those of its longest span, and the moments of all spans that begin with it are collected.
+2. Memory is the weights of one block (of those of a span, where there are some), the accumulators of what begins with
+   it, and the states between two blocks.
 3. Of several processes, each takes its share of the batches, and the sums of a layer are added up when all have passed.
    Batches are the same for any number of processes; the sums differ in the order of additions in float64 only.
 4. The moments of a layer are stored when all rows have passed it. A checkpoint is written only between two batches: the
@@ -24,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nbl_export.blocks import ATTENTION, Block, described, layer_of
+from nbl_export.blocks import ATTENTION, Block, Span, described, layer_of
 from nbl_export.calibrate.moments import (
     ARRAYS,
     Accumulator,
@@ -39,10 +41,11 @@ from nbl_export.calibrate.store import InMemory, Store
 from nbl_export.checkpoint import saving_to
 from nbl_export.errors import CalibrationError, InputError
 from nbl_export.files import parse_json
-from nbl_export.models.candidates import candidates
+from nbl_export.models.candidates import block_modules
 from nbl_export.models.device import as_setting
 from nbl_export.models.dummy_run import dummy_run
-from nbl_export.models.layers import BlockModules, hidden_size, main_input, observed
+from nbl_export.models.layers import hidden_size, main_input
+from nbl_export.models.spans import choices, observing
 from nbl_export.models.walk import Step, segments, walking
 from nbl_export.models.weights import device_of, dtype_of, weights_like
 from nbl_export.progress import Listener, Silent
@@ -81,7 +84,7 @@ def store_moments(
 ) -> None:
     """Put the moments of every candidate of ``model`` into ``store``, a layer at a time.
 
-    ``parts`` are those of its attentions, its MLPs, or both.
+    ``parts`` are those of its attentions, its MLPs, its spans, or several of them.
 
     Of several ``ranks``, the first stores the moments and reports the progress of all; all have the same ``tokens``.
 
@@ -111,8 +114,8 @@ def store_moments(
     ):
         for number in range(begun, len(work.parts)):
             task.part(number + 1, len(work.parts))
-            layers = work.begin(number)
-            with run(work.parts[number]) as step, observed(model, layers, work.observe):
+            wanted = work.begin(number)
+            with observing(model, run, work.parts[number], wanted, work.observe) as step:
                 while work.batch < len(work.states):
                     before = work.seen
                     work.through(step)
@@ -139,12 +142,12 @@ class _Work:
         parts: Collection[str],
     ) -> None:
         self._model, self._rows, self._store, self._ranks = model, tokens, store, ranks
-        self._layers = candidates(model, parts)
+        self._blocks = choices(model, parts)
         self._identity = {"model": fingerprint, "dtype": dtype_of(model), "tokens": digest_of_tokens(tokens)}
         self._identity |= as_setting(device_of(model))
         store.begin(self._identity)
-        self._stored = ranks.shared(lambda: {layer.index for layer in self._layers if store.has(layer.index)})
-        left = [layer.index for layer in self._layers if layer.index not in self._stored]
+        self._stored = ranks.shared(lambda: {index for index in self._blocks if store.has(index)})
+        left = [index for index in self._blocks if index not in self._stored]
         self.parts = [s for s in segments(model) if left and s.start <= layer_of(left[-1])]
         self._length = tokens.shape[1] if tokens.ndim == 2 else dummy_run(model).tokens
         self._step = max(1, _BATCH_TOKENS // self._length)
@@ -169,8 +172,8 @@ class _Work:
         """Tokens that have passed the part, as far as this process can tell: the others are about as far."""
         return min(self.batch * self._ranks.count * self._step, len(self._rows)) * self._length
 
-    def begin(self, number: int) -> tuple[BlockModules[Block], ...]:
-        """Begin the part ``number``, or go on with it; returns its layers whose moments are wanted."""
+    def begin(self, number: int) -> list[Block]:
+        """Begin the part ``number``, or go on with it; returns what begins in it whose moments are wanted."""
         if number != self._part:
             self._part, self.batch, self._found = number, 0, {}
             self.states.turn()
@@ -178,19 +181,19 @@ class _Work:
                 self.save(
                     self._store.checkpoint.path
                 )  # before the states that the last one names are overwritten
-        layers = self._wanted(number)
+        wanted = self._wanted(number)
         d, device = hidden_size(self._model), device_of(self._model)
-        self._sums = {layer.index: Accumulator(d, device) for layer in layers}
+        self._sums = {index: Accumulator(d, device) for index in wanted}
         for index, sums in self._sums.items() if self._found and self.batch else ():
             n, *arrays = (self._found[f"{index}.{name}"] for name in ("n", *ARRAYS))
             sums.restore(LayerMoments(int(n[0]), *arrays))
-        return layers
+        return wanted
 
-    def _wanted(self, number: int) -> tuple[BlockModules[Block], ...]:
-        """The layers of the part ``number`` whose moments are not stored yet."""
+    def _wanted(self, number: int) -> list[Block]:
+        """What begins in the part ``number`` whose moments are not stored yet."""
         part = self.parts[number]
-        inside = (layer for layer in self._layers if part.start <= layer_of(layer.index) < part.stop)
-        return tuple(layer for layer in inside if layer.index not in self._stored)
+        inside = (index for index in self._blocks if part.start <= layer_of(index) < part.stop)
+        return [index for index in inside if index not in self._stored]
 
     def observe(self, index: Block, h: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
         self._sums[index].add(h, x, y)
@@ -207,12 +210,13 @@ class _Work:
         like = weights_like(self._model)  # not every model rounds pixels itself
         inputs = {name: tensor.to(like.dtype) if tensor.is_floating_point() else tensor}
         self.states.put(self.batch, step(inputs, self.states.get(self.batch)))
-        for layer in self._layers:
-            if layer.index in self._sums and not self._sums[layer.index].is_finite():
+        for index in self._sums:
+            if not self._sums[index].is_finite():
+                named = "" if isinstance(index, Span) else f" ({block_modules(self._model, index).module})"
                 raise CalibrationError(
-                    f"The activations of {described(layer.index)} ({layer.module}) are NaN or infinite, first seen in "
-                    f"the batch at calibration row {first}, so nothing can be fitted to them: check the model's "
-                    "weights, or use --calibration-dtype float32."
+                    f"The activations of {described(index)}{named} are NaN or infinite, first seen in the batch at "
+                    f"calibration row {first}, so nothing can be fitted to them: check the model's weights, or use "
+                    "--calibration-dtype float32."
                 )
         self.batch += 1
 
@@ -262,7 +266,7 @@ class _Work:
             files = {name: about.pop(name) for name in ("side", "files") if name in about}
             if part < 0 or not 0 <= batch <= len(self.states):
                 raise ValueError("its place")
-            missing = (layer_of(one.index) for one in self._layers if one.index not in self._stored)
+            missing = (layer_of(index) for index in self._blocks if index not in self._stored)
             if about != self._identity or part >= len(self.parts) or min(missing) < self.parts[part].start:
                 return 0
             self._check_sums(found, part, batch)
@@ -279,7 +283,7 @@ class _Work:
 
     def _resume_between(self, listener: Listener) -> int:
         """Go on from what several processes have kept between two parts; returns the number of the part."""
-        missing = min(layer_of(one.index) for one in self._layers if one.index not in self._stored)
+        missing = min(layer_of(index) for index in self._blocks if index not in self._stored)
         found = self._kept.find(-(-len(self._rows) // self._step))
         if found is None or found[0] >= len(self.parts) or missing < self.parts[found[0]].start:
             return 0
@@ -307,7 +311,7 @@ class _Work:
     def _check_sums(self, found: Mapping[str, NDArray[Any]], part: int, batch: int) -> None:
         """Raise ``ValueError`` or ``KeyError`` if a checkpoint does not have the sums of this work."""
         d = hidden_size(self._model)
-        for index in (layer.index for layer in self._wanted(part) if batch):
+        for index in self._wanted(part) if batch else ():
             if any(found[f"{index}.{name}"].shape != shape for name, shape in shapes(d).items()):
                 raise ValueError(f"the sums of layer {index}")
             int(found[f"{index}.n"][0])

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import F64
-from nbl_export.blocks import MLP, Block, Mlp, as_json, from_json, layer_of
+from nbl_export.blocks import Block, Mlp, Span, as_json, block_of, from_json, layer_of, part_of
 from nbl_export.errors import InputError
 from nbl_export.files import parse_json
 from nbl_export.ranks import Ranks
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 FORMAT = "nbl-export/moments/2"
 _LAYER = "layer"
-_MLP = f".{MLP}"
+_DIGITS = 3  # of the number of a layer in a name of a file, so that files are in the order of layers
 CALIBRATE_AGAIN = "run `nbl-export calibrate` again"
 
 
@@ -206,7 +206,9 @@ def load_layer(path: Path) -> tuple[Block, LayerMoments, dict[str, Any]]:
 
 def layer_file(folder: Path, index: Block) -> Path:
     """Where a folder of moments has those of layer ``index``."""
-    return folder / f"{layer_of(index):03}{_MLP * isinstance(index, Mlp)}.safetensors"
+    numbers = (index.layer, index.last) if isinstance(index, Span) else (layer_of(index),)
+    kind = f".{part_of(index)}" * isinstance(index, (Mlp, Span))
+    return folder / f"{'-'.join(f'{number:0{_DIGITS}}' for number in numbers)}{kind}.safetensors"
 
 
 def save_moments(folder: Path, moments: Moments, metadata: Mapping[str, Any]) -> list[Path]:
@@ -237,10 +239,15 @@ def load_moments(path: Path) -> tuple[Moments, dict[str, Any]]:
 
 def _of_name(file: Path) -> Block | None:
     """The block of a file that is named as :func:`layer_file` names it."""
-    number = file.stem.removesuffix(_MLP)
-    if not (number.isascii() and number.isdecimal()):
+    numbers, dot, kind = file.stem.partition(".")
+    first, *last = (number.lstrip("0") or "0" for number in numbers.split("-"))
+    if last == [first]:
+        last = []
+    try:
+        index = block_of("-".join([first, *last]) + dot + kind)
+    except ValueError:
         return None
-    return Mlp(int(number)) if file.stem.endswith(_MLP) else int(number)
+    return index if layer_file(file.parent, index) == file else None
 
 
 class _StoredLayers(Mapping[Block, LayerMoments]):

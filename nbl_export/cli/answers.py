@@ -50,7 +50,7 @@ def of_plan(plan: Plan) -> dict[str, Any]:
     names = ("model", "criterion", "fit", "fit_input", "ridge", "repair", "rank", "calibration_tokens")
     return {
         "k": len(plan.chosen),
-        "layers": plan.chosen,
+        "layers": plan.blocks,
         **{name: getattr(plan, name) for name in names},
         "ranks": {str(layer): rank for layer, rank in plan.ranks.items()},
     }

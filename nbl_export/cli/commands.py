@@ -138,7 +138,7 @@ def select(
     """Score every layer, choose K, and write the plan."""
     api, terminal = _loaded(said, settings)
     plan = api.select(out, settings, terminal.TerminalListener(), trust, rehash=rehash)
-    layers = ", ".join(map(str, plan.chosen)) or "none"
+    layers = ", ".join(map(str, plan.blocks)) or "none"
     text = f"Plan: layers {layers}. Next: nbl-export export {out}"
     terminal.finish("select", text, out=out, **answers.of_plan(plan))
 

@@ -109,7 +109,7 @@ def build_pair(
         weights = {source.role: result.weights for source, result in zip(sources, built, strict=True)}
         check_pair(weights[BASE], weights[LINEARIZED], plan, mlps)
         for source, temporary, result in zip(sources, temporaries, built, strict=True):
-            linear = plan.chosen if source.role == LINEARIZED else ()
+            linear = plan.blocks if source.role == LINEARIZED else ()
             model = load_graph(source.graph)
             manifest = Manifest(
                 role=source.role,

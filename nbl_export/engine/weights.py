@@ -6,9 +6,9 @@ smaller network may get a larger engine. The weights of the parsed networks can:
     base        q₀ k₀ v₀ o₀   q₁ k₁ v₁ o₁   …   everything else
     linearized  q₀ k₀ v₀ o₀   W₁ b₁         …   everything else
 
-1. Both networks have the plan's layers, and the linearized one no matrix of a chosen attention or MLP.
+1. Both networks have the plan's layers, and the linearized one no matrix of an attention or MLP that is replaced.
 2. It has every matrix of the other layers' attention, and of everything else.
-3. It has the plan's W in the place of each chosen block, bit for bit, and one bias.
+3. It has the plan's W in the place of each that is linear, bit for bit, and one bias.
 4. It has no other weight that the base has not.
 
 A repair changes retained weights, each of which may differ.
@@ -132,7 +132,7 @@ def check_pair(
         where = next((f" of layer {i}" for i in plan.attention_layers if lost & set(weights[i])), "")
         raise _strangers(f"the linearized one lacks {len(lost)} weights{where} that the plan keeps")
     came = has - had
-    for block in plan.chosen:  # (3)
+    for block in plan.linear:  # (3)
         ours = Counter(digest for name, digest in linear.named if name.startswith(f"{linear_name(block)}."))
         matrices = _matrices(plan.layers[block])
         if not all(ours.keys() & set(weight_digests(matrix)) for matrix in matrices):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from nbl_export.blocks import grouped
 from nbl_export.errors import InputError
 from nbl_export.graph.cache import LAYERS_KEY, kv_layers, kv_pairs, metadata_list
 from nbl_export.graph.io import load_graph, summarize
@@ -41,7 +42,9 @@ def _facts(model: ir.Model, path: Path) -> GraphFacts:
         outputs=tuple(_shown(v) for v in graph.outputs if v not in present),
         cache=_type(pairs[0].past[0]) if pairs else "none",
         kv_layers=kv_layers(model),
-        linear=tuple(sorted(row.layer for row in described if row.kind == "linear")),
+        linear=grouped(
+            *([row.layer for row in described if row.kind == kind] for kind in ("linear", "dropped"))
+        ),
     )
 
 

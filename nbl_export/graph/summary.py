@@ -62,10 +62,10 @@ class Float32Node:
 
 @dataclass(frozen=True)
 class DescribedLayer:
-    """What the metadata of a rewritten graph says of a layer: the names of its u and y."""
+    """What the metadata of a rewritten graph says of a layer: the names of its u and y, empty if it is dropped."""
 
     layer: Block
-    kind: Literal["linear", "attention", "mlp"]
+    kind: Literal["linear", "attention", "mlp", "dropped"]
     input: str
     output: str
 

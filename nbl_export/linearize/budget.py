@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from nbl_export.blocks import Block
+from nbl_export.blocks import Block, all_parts
 from nbl_export.linearize.figures import Loss
 from nbl_export.settings import Budget
 
@@ -24,6 +24,8 @@ def keeps(budget: Budget, loss: Loss | CurvePoint) -> bool:
 class CurvePoint:
     """What K ``layers`` (ascending) cost, and what they gain where it was measured: speedups over the unmodified graph.
 
+    K counts attentions and MLPs, of which a span has two for each of its layers.
+
     ``kl`` in nats per token; standard errors over documents. ``workload_speedup`` is what the workload gains by what
     each block saves of it; ``timed_speedup`` is that of the graph with these layers, measured.
     """
@@ -40,10 +42,10 @@ class CurvePoint:
     timed_speedup: float | None = None
 
     @classmethod
-    def of(cls, k: int, layers: Sequence[Block], loss: Loss) -> CurvePoint:
-        """The point of the ``k`` ``layers``, which were measured to cost ``loss``."""
+    def of(cls, layers: Sequence[Block], loss: Loss) -> CurvePoint:
+        """The point of the ``layers``, which were measured to cost ``loss``."""
         ratio, ratio_se = loss.perplexity_ratio, loss.perplexity_ratio_se
-        return cls(k, tuple(sorted(layers)), loss.kl, loss.kl_se, ratio, ratio_se)
+        return cls(len(all_parts(layers)), tuple(sorted(layers)), loss.kl, loss.kl_se, ratio, ratio_se)
 
 
 def loss_curve(
@@ -52,12 +54,17 @@ def loss_curve(
     count: int,
     budget: Budget,
 ) -> list[CurvePoint]:
-    """The losses of K = 1, 2 … ``count``, until the budget is exceeded for good. ``prefix(k)`` are the k best."""
+    """The losses of K = 1, 2 … ``count``, until the budget is exceeded for good.
+
+    ``prefix(k)`` are the best blocks of at most k attentions and MLPs; where they are fewer, there is no point of k.
+    """
     points: list[CurvePoint] = []
     beyond = 0
     for k in range(1, count + 1):
         layers = tuple(prefix(k))
-        points.append(CurvePoint.of(k, layers, loss(layers)))
+        if len(all_parts(layers)) < k:
+            continue
+        points.append(CurvePoint.of(layers, loss(layers)))
         beyond = 0 if keeps(budget, points[-1]) else beyond + 1
         if beyond > _BEYOND:
             break

@@ -6,7 +6,7 @@ weighted    the same with each token weighted by 1 / ‖h‖² of its residual s
             one, so that those of next to no energy, such as a zero row of the embedding, do not dominate either
 sequential  layer by layer: the input is that of the model with the previous layers linearized, the target is the
             output of the original attention
-drop        W = 0 and b = 0: the layer is dropped; no fit, but the baseline of all fits
+drop        the block is dropped: no fit, but the baseline of all fits
 
 The first needs only the moments; the second and the third need another pass over the calibration text, which reads the
 weights once.
@@ -22,14 +22,15 @@ import numpy as np
 import torch
 
 from nbl_export.batch.names import TOKENS
-from nbl_export.blocks import ATTENTION, Block, layer_of, part_of
+from nbl_export.blocks import ATTENTION, Block, layer_of
 from nbl_export.calibrate.moments import LayerMoments
 from nbl_export.calibrate.states import States, states_for
 from nbl_export.linearize.lmmse import LinearFit
 from nbl_export.linearize.plan import LinearLayer
 from nbl_export.linearize.swap import replaced
-from nbl_export.models.candidates import block_modules, blocks_of
+from nbl_export.models.candidates import block_modules
 from nbl_export.models.layers import hidden_size, observed
+from nbl_export.models.spans import choices, observing
 from nbl_export.models.walk import Batch, Step, segments, walking
 from nbl_export.models.weights import device_of, weights_like
 from nbl_export.settings.choices import FitInput
@@ -46,11 +47,6 @@ def as_layer(fit: LinearFit) -> LinearLayer:
     return LinearLayer(fit.w.astype(np.float32), fit.b.astype(np.float32))
 
 
-def dropped(d: int) -> LinearLayer:
-    """W and b of a dropped layer: zeros."""
-    return LinearLayer(np.zeros((d, d), np.float32), np.zeros(d, np.float32))
-
-
 def weighted_moments(
     model: torch.nn.Module,
     tokens: Any,
@@ -58,20 +54,20 @@ def weighted_moments(
     advance: Advance,
     parts: Collection[str] = (ATTENTION,),
 ) -> Iterator[tuple[Block, LayerMoments]]:
-    """Each attention, MLP, or both, as ``parts`` say, and its moments over ``tokens`` [rows, seq].
+    """Each attention, MLP and span, as ``parts`` say, and its moments over ``tokens`` [rows, seq].
 
     Each token is weighted by 1 / ‖h‖².
 
     The median token, which bounds the weights, is that of the first rows. The weights of each block are read once;
     ``advance`` is called with the tokens of a batch when they have passed a part of :func:`segments`.
     """
-    layers = [one for one in blocks_of(model) if part_of(one.index) in parts]
+    every = choices(model, parts)
     batches = list(_batches(model, tokens))
     states = _states(model, batches)
     with torch.inference_mode(), walking(model) as run:
         for part in segments(model):
-            inside = tuple(layer for layer in layers if part.start <= layer_of(layer.index) < part.stop)
-            sums = {layer.index: WeightedSums(hidden_size(model), model) for layer in inside}
+            inside = [index for index in every if part.start <= layer_of(index) < part.stop]
+            sums = {index: WeightedSums(hidden_size(model), model) for index in inside}
             least: dict[Block, float] = {}
 
             def observe(
@@ -89,7 +85,7 @@ def weighted_moments(
                     x if fit_input == "normed" else h, y, energy.clamp_min(least[index]).reciprocal()
                 )
 
-            with run(part) as step, observed(model, inside, observe):
+            with observing(model, run, part, inside, observe) as step:
                 for number, batch in enumerate(batches):
                     states.put(number, step(batch, states.get(number)))
                     advance(batch[TOKENS].numel())

@@ -25,7 +25,7 @@ from nbl_export.batch.arrays import F64
 from nbl_export.blocks import Block, layer_of
 from nbl_export.errors import CalibrationError
 from nbl_export.linearize.figures import Loss
-from nbl_export.linearize.plan import LinearLayer, Plan
+from nbl_export.linearize.plan import Plan, Replacement
 from nbl_export.linearize.swap import linearized, replaced
 from nbl_export.linearize.sweep import ORIGINAL, Version, sweep, version_of
 from nbl_export.models.candidates import blocks_of
@@ -153,7 +153,7 @@ class LossMeter:
         self._predicted_at = document[:, 1:].reshape(-1) >= 0
         self._owner = document[:, 1:].reshape(-1)[self._predicted_at]
         self._blocks = [one.index for one in blocks_of(model)]
-        self._linear: dict[Block, LinearLayer] = {}
+        self._linear: dict[Block, Replacement] = {}
         # Of the original: the predictions, or, where these are large, the states after the last block.
         self._references: list[Reference] = []
         self._ends: list[torch.Tensor] = []
@@ -180,7 +180,7 @@ class LossMeter:
     def documents(self) -> int:
         return len(np.unique(self._owner))
 
-    def settle(self, layers: Mapping[Block, LinearLayer]) -> None:
+    def settle(self, layers: Mapping[Block, Replacement]) -> None:
         """Store the states of the model with the linear ``layers``; sets that add to it are then measured faster."""
         if {i: id(m) for i, m in self._linear.items()} == {i: id(m) for i, m in layers.items()}:
             return
@@ -190,7 +190,7 @@ class LossMeter:
         for _ in self._settled(dict(layers), lambda _tokens: None):
             pass
 
-    def measure(self, layers: Mapping[Block, LinearLayer]) -> Loss:
+    def measure(self, layers: Mapping[Block, Replacement]) -> Loss:
         """The loss of the model with exactly the linear ``layers``."""
         if self.together:
             return self.measure_all([layers])[0]
@@ -205,7 +205,7 @@ class LossMeter:
             ):
                 yield number, logits
 
-    def measure_all(self, sets: Sequence[Mapping[Block, LinearLayer]]) -> list[Loss]:
+    def measure_all(self, sets: Sequence[Mapping[Block, Replacement]]) -> list[Loss]:
         """The losses of ``sets`` of linear layers, each the same as by :meth:`measure`; the weights are read once."""
         if not self.together:
             return [self.measure(layers) for layers in sets]
@@ -260,13 +260,13 @@ class LossMeter:
                 excess.append(row_excess)
         return self._loss(np.concatenate(kl), np.concatenate(excess))
 
-    def _first_new(self, layers: Mapping[Block, LinearLayer]) -> int:
+    def _first_new(self, layers: Mapping[Block, Replacement]) -> int:
         # The first layer where this set and the settled one differ; the last one if they are equal.
         differs = [i for i in self._blocks if layers.get(i) is not self._linear.get(i)]
         return layer_of(differs[0] if differs else self._blocks[-1])
 
     def _settled(
-        self, layers: dict[Block, LinearLayer], advance: Callable[[int], None]
+        self, layers: dict[Block, Replacement], advance: Callable[[int], None]
     ) -> Iterator[torch.Tensor]:
         # A generator, so that the logits of only one row are in memory.
         self._linear, self._states = layers, []
@@ -297,7 +297,7 @@ def _recording_ends(model: torch.nn.Module, ends: list[torch.Tensor]) -> Iterato
 
 def loss_of_plan(meter: LossMeter, plan: Plan) -> Loss:
     """The loss of the meter's model with ``plan`` applied."""
-    if not plan.layers:
+    if not plan.chosen:
         return meter.measure({})
     meter.settle({})
     if meter.together:

@@ -6,6 +6,7 @@ SHA-256 of both, so that an edit or a truncation of either is detected.
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import F32
 from nbl_export.batch.rows import check_activations, check_batch, check_routes
-from nbl_export.blocks import Block, as_json, attentions, block_of, layer_of
+from nbl_export.blocks import Block, Span, as_json, attentions, block_of, grouped, layer_of, parts_in
 from nbl_export.errors import InputError
 from nbl_export.files import read_json, sha256_of_file, sha256_of_json, write_json
 from nbl_export.linearize.adapters import Adapter
@@ -47,12 +48,32 @@ class LinearLayer:
 
 
 @dataclass(frozen=True)
+class Dropped:
+    """Nothing in the place of a block: it adds nothing to the residual stream."""
+
+
+DROPPED = Dropped()
+# What stands in the place of a block.
+Replacement = LinearLayer | Dropped
+
+
+def by_part(replaced: Mapping[Block, Replacement]) -> dict[Block, Replacement]:
+    """What becomes of each part of the blocks that are ``replaced``: the map of a span is its first part's."""
+    return {
+        part: DROPPED if number else replacement
+        for block, replacement in replaced.items()
+        for number, part in enumerate(parts_in(block))
+    }
+
+
+@dataclass(frozen=True)
 class Plan:
-    """K linear layers, and the evidence that the graph rewrite needs.
+    """What becomes linear or is dropped, and the evidence that the graph rewrite needs.
 
     ``fit_input`` says what u is. ``probe`` is a ragged batch by input name (``input_ids``, ``attention_mask`` …,
     int64 [batch, sequence]) or images; ``probe_u`` and ``probe_y`` are u and y of the original PyTorch model on it,
-    for **every** attention layer, and every MLP where MLPs may be chosen, float32 [unpadded tokens, d].
+    for **every** attention layer, and every MLP where MLPs may be chosen, float32 [unpadded tokens, d]. ``dropped`` are
+    the attentions and MLPs that add nothing any more: those of a span after its first, whose map is in ``layers``.
     ``layer_count`` counts all layers of the model, including those without attention. ``fit`` is the name of the fit,
     ``repair`` the number of distillation steps after it, ``rank`` the rank of every W if they were truncated to one,
     ``ranks`` those of the layers for which one was chosen; ``ridge`` is None if it was chosen per layer. ``adapters``
@@ -77,6 +98,7 @@ class Plan:
     rank: int | None = None
     probe_routes: Mapping[int, NDArray[np.int64]] = field(default_factory=dict)
     ranks: Mapping[Block, int] = field(default_factory=dict)
+    dropped: tuple[Block, ...] = ()
 
     def rank_of(self, layer: Block) -> int | None:
         """The rank of a layer's W; None where it is whole."""
@@ -84,7 +106,29 @@ class Plan:
 
     @property
     def chosen(self) -> tuple[Block, ...]:
+        """Every attention and MLP that is replaced, ascending: linear or dropped."""
+        return tuple(sorted([*self.layers, *self.dropped]))
+
+    @property
+    def linear(self) -> tuple[Block, ...]:
+        """Those that are linear, ascending."""
         return tuple(sorted(self.layers))
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """What was chosen, with spans of layers as such."""
+        return grouped(self.layers, self.dropped)
+
+    @property
+    def replacements(self) -> Mapping[Block, Replacement]:
+        """What stands in the place of each of ``chosen``; a W is loaded when it is read."""
+        return ChainMap(dict.fromkeys(self.dropped, DROPPED), self.layers)  # type: ignore[arg-type]  # only read
+
+    def with_replaced(self, replaced: Mapping[Block, Replacement]) -> Plan:
+        """The plan with exactly these blocks ``replaced``."""
+        parts = by_part(replaced)
+        layers = {part: one for part, one in parts.items() if isinstance(one, LinearLayer)}
+        return replace(self, layers=layers, dropped=tuple(sorted(parts.keys() - layers.keys())))
 
     @property
     def candidates(self) -> tuple[Block, ...]:
@@ -93,17 +137,18 @@ class Plan:
 
     @property
     def linear_attention(self) -> tuple[int, ...]:
-        """The layers whose attention is linear, which have no keys and values."""
+        """The layers whose attention is linear or dropped, which have no keys and values."""
         return attentions(self.chosen)
 
     @property
     def attention_layers(self) -> tuple[int, ...]:
         """The layers that retain their attention, in the order of the rewritten model's KV pairs."""
-        return tuple(i for i in attentions(self.candidates) if i not in self.layers)
+        gone = set(self.chosen)
+        return tuple(i for i in attentions(self.candidates) if i not in gone)
 
     def without_layers(self) -> Plan:
         """The plan without linear layers, for the unmodified model."""
-        return replace(self, layers={}, adapters={})
+        return replace(self, layers={}, dropped=(), adapters={})
 
 
 def ranks_of(layers: Mapping[Block, LinearLayer]) -> dict[Block, int]:
@@ -175,7 +220,8 @@ def save_plan(path: Path, plan: Plan) -> None:
         "model": plan.model,
         "hidden_size": plan.hidden_size,
         "layer_count": plan.layer_count,
-        "layers": list(map(as_json, plan.chosen)),
+        "layers": list(map(as_json, plan.linear)),
+        **({"dropped": list(map(as_json, plan.dropped))} if plan.dropped else {}),
         "fit_input": plan.fit_input,
         "criterion": plan.criterion,
         "fit": plan.fit,
@@ -232,7 +278,9 @@ def load_plan(path: Path) -> Plan:
             criterion=said.criterion,
             ridge=said.ridge,
             calibration_tokens=said.calibration_tokens,
-            layers=_StoredLayers(stored, said.layers, {i: ranks.get(i, said.rank) for i in said.layers}),
+            layers=_StoredLayers(
+                stored, _parts(said.layers), {i: ranks.get(i, said.rank) for i in said.layers}
+            ),
             probe=groups["probe"],
             probe_u=probe_u,
             probe_y=probe_y,
@@ -240,6 +288,7 @@ def load_plan(path: Path) -> Plan:
             repair=said.repair,
             rank=said.rank,
             ranks=ranks,
+            dropped=_parts(said.dropped),
             adapters={
                 name: Adapter(stored[f"adapters.{name}.up"], stored[f"adapters.{name}.down"], digests)
                 for name, digests in said.adapters.items()
@@ -252,6 +301,14 @@ def load_plan(path: Path) -> Plan:
     if digest != sha256_of_json(header):
         raise InputError(f"{path} was edited by hand: {_REMEDY}.")
     return plan
+
+
+def _parts(blocks: Sequence[Block]) -> tuple[Block, ...]:
+    """Those of a header, which has no spans; raises ``ValueError`` for one."""
+    found = tuple(block for block in blocks if not isinstance(block, Span))
+    if len(found) < len(blocks):
+        raise ValueError("a span among its layers")
+    return found
 
 
 @dataclass(frozen=True)
@@ -274,6 +331,7 @@ class _Header:
     rank: int | None = None
     adapters: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     ranks: Mapping[str, int] = field(default_factory=dict)
+    dropped: tuple[Block, ...] = ()
 
 
 def _check(path: Path, plan: Plan) -> None:

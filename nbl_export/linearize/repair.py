@@ -39,7 +39,7 @@ from nbl_export.errors import InputError
 from nbl_export.linearize.adapters import Adapter, weight_digests
 from nbl_export.linearize.divergence import divergence
 from nbl_export.linearize.lmmse import Covariances
-from nbl_export.linearize.plan import LinearLayer
+from nbl_export.linearize.plan import LinearLayer, Replacement
 from nbl_export.linearize.swap import LinearReplacement, replaced
 from nbl_export.models.candidates import blocks_of
 from nbl_export.models.layers import attention_layers, block_stack, hidden_size, layer_count
@@ -75,15 +75,16 @@ class Repaired:
 
 @dataclass(frozen=True)
 class Distillation:
-    """What is repaired and how: ``layers`` of ``model``'s layers that read ``fit_input``, on ``tokens`` [rows, seq].
+    """What is repaired and how: maps in ``model`` that read ``fit_input``, on ``tokens`` [rows, seq].
 
-    ``covariances`` are those of each map's input and output on the original model. ``steps`` of Adam over the rows,
+    ``replaced`` is what stands in the place of attentions and MLPs, of which maps are repaired; ``covariances`` are
+    those of each map's input and output on the original model. ``steps`` of Adam over the rows,
     shuffled by ``seed``, which may also change the MLPs by ``rank``; ``exact`` is the model whose weights those
     changes are of, where ``model`` is a rounded copy of it. ``identity`` stands for all these in a checkpoint.
     """
 
     model: torch.nn.Module
-    layers: Mapping[Block, LinearLayer]
+    replaced: Mapping[Block, Replacement]
     covariances: Mapping[Block, Covariances]
     fit_input: FitInput
     tokens: NDArray[np.int32]
@@ -92,6 +93,12 @@ class Distillation:
     rank: int = 0
     exact: torch.nn.Module | None = None
     identity: str = ""
+
+    @property
+    def maps(self) -> dict[Block, LinearLayer]:
+        """The maps, ascending."""
+        every = ((i, self.replaced[i]) for i in sorted(self.replaced))
+        return {i: one for i, one in every if isinstance(one, LinearLayer)}
 
     @cached_property
     def batches(self) -> list[torch.Tensor]:
@@ -214,12 +221,10 @@ class _Training:
 
     def __init__(self, task: Distillation) -> None:
         self._task = task
-        self.first = layer_of(min(task.layers))
+        self.first = layer_of(min(task.replaced))
         self.device = device_of(task.model)
-        self._maps = {
-            i: _begin_map(task.layers[i], task.covariances[i], self.device) for i in sorted(task.layers)
-        }
-        self._adapters = _begin_adapters(task.model, self.first, task.rank, task.seed, task.layers)
+        self._maps = {i: _begin_map(one, task.covariances[i], self.device) for i, one in task.maps.items()}
+        self._adapters = _begin_adapters(task.model, self.first, task.rank, task.seed, task.replaced)
         groups: list[dict[str, Any]] = [
             {"params": [t for one in self._maps.values() for t in (one.v, one.c)], "rate": _MAP_RATE},
             {"params": [one.up for one in self._adapters], "rate": _UP_RATE},
@@ -235,7 +240,7 @@ class _Training:
         """
         model = self._task.model
         with ExitStack() as stack:
-            modules = stack.enter_context(replaced(model, self._task.layers, self._task.fit_input))
+            modules = stack.enter_context(replaced(model, self._task.replaced, self._task.fit_input))
             stack.enter_context(starting_at(model, beginning(model, self.first), states))
             stack.enter_context(_adding(model, self._adapters))
             for index, one in self._maps.items():

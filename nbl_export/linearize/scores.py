@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from nbl_export.blocks import Block, described, part_of
+from nbl_export.blocks import (
+    ATTENTION,
+    LONGEST_SPAN,
+    MLP,
+    SPAN,
+    Block,
+    Span,
+    all_parts,
+    described,
+    layer_of,
+    part_of,
+    parts_in,
+)
 from nbl_export.calibrate.moments import Moments
 from nbl_export.errors import CalibrationError, InputError
 from nbl_export.linearize.figures import Candidate, per_saving
@@ -81,6 +93,9 @@ def score_layer(moments: Moments, layer: Block, fit_input: FitInput, ridge: floa
     return Candidate(layer, fit.nmse, cca, fit.ridge, cca_ridge)
 
 
+_PLURAL = {ATTENTION: "attentions", MLP: "MLPs", SPAN: "spans"}
+
+
 def check_layers(
     candidates: Sequence[Block],
     layers: Sequence[Block],
@@ -96,8 +111,8 @@ def check_layers(
     if unknown := sorted(set(layers) - set(candidates)):
         if not any(part_of(unknown[0]) == part_of(block) for block in candidates):
             raise InputError(
-                f"--layers names {described(unknown[0])}, and the moments are of {part_of(candidates[0])}s alone: "
-                "calibrate with --blocks both."
+                f"--layers names {described(unknown[0])}, and there are no moments of {_PLURAL[part_of(unknown[0])]}: "
+                f"calibrate with --blocks {'all' if part_of(unknown[0]) == SPAN else 'both'}."
             )
         candidates = [block for block in candidates if part_of(block) == part_of(unknown[0])]
         there, what = sorted(candidates), (others or {}).get(str(unknown[0]))
@@ -105,6 +120,11 @@ def check_layers(
             raise InputError(
                 f"--layers names {described(unknown[0])}, which cannot be linearized ({what}); the layers that can be "
                 f"are {', '.join(map(str, there))}."
+            )
+        if part_of(unknown[0]) == SPAN:
+            raise InputError(
+                f"--layers names {unknown[0]}, which is not among the spans with moments: these have up to "
+                f"{LONGEST_SPAN} of the layers {', '.join(map(str, sorted({layer_of(b) for b in there})))}."
             )
         whole = there == list(range(len(there)))
         have = (
@@ -115,6 +135,9 @@ def check_layers(
         raise InputError(f"--layers names {described(unknown[0])}; the model has {have}.")
     if len(set(layers)) != len(layers):
         raise InputError("--layers names a layer twice: name each layer once.")
+    for number, one in enumerate(layers):
+        if other := next((b for b in layers[:number] if set(parts_in(b)) & set(parts_in(one))), None):
+            raise InputError(f"--layers names {one} and {other}, which overlap: leave one of them out.")
     return tuple(sorted(layers))
 
 
@@ -151,9 +174,24 @@ def check_selection(
     if settings.layers is not None:
         check_layers(layers, settings.layers, settings.k, others)
     elif settings.k is not None:
-        check_k(settings.k, len(layers))
+        check_k(settings.k, len(all_parts(layers)))
     if settings.rank is not None:
         check_rank(settings.rank, d)
+
+
+def check_fit(settings: SelectSettings, candidates: Iterable[Block]) -> None:
+    """Refuse a fit or a criterion that there is not for spans, if there are any among the ``candidates``."""
+    if not any(isinstance(block, Span) for block in candidates):
+        return
+    odd = {
+        "--fit sequential": settings.fit == "sequential",
+        "--criterion linearity": settings.criterion == "linearity",
+    }
+    if found := next((option for option, given in odd.items() if given), None):
+        raise InputError(
+            f"{found} is for attentions and MLPs, and the moments are also of spans of layers: leave it out, or "
+            "calibrate with --blocks both."
+        )
 
 
 def check_criterion(criterion: str) -> Criterion:

@@ -3,7 +3,7 @@
 Every criterion gives an order, best layer first. The K best are the first K, so one order is enough for every K.
 
 kl         KL of the model with only that layer replaced
-drop       KL of the model with only that layer dropped (W = 0, b = 0): the layer dropping baseline
+drop       KL of the model with only that layer dropped: the layer dropping baseline
 linearity  the layer's NMSE times a measured sensitivity (arXiv 2411.17525): the increase of ln perplexity is
            predicted as Σ α_l t_l², with t_l² the share of layer l's output that the fit misses (its NMSE) and α_l
            the KL caused by noise of a known share, which is the expected increase of ln perplexity on text sampled
@@ -24,11 +24,11 @@ from typing import Any
 
 import torch
 
-from nbl_export.blocks import Block, layer_of
+from nbl_export.blocks import Block, all_parts, layer_of, with_block
 from nbl_export.errors import CalibrationError
 from nbl_export.linearize.figures import Loss, per_saving
 from nbl_export.linearize.loss import LossMeter
-from nbl_export.linearize.plan import LinearLayer
+from nbl_export.linearize.plan import Replacement, by_part
 from nbl_export.models.layers import BlockModules
 
 # The share of a layer's output that is noise when its sensitivity is measured: about the error of the fits. The theorem
@@ -78,7 +78,7 @@ class MeasuredSets:
     def __init__(
         self,
         meter: Callable[[], LossMeter],
-        linear: Mapping[Block, LinearLayer],
+        linear: Mapping[Block, Replacement],
         cache: LossCache,
         measure: Callable[[Sequence[Sequence[Block]], frozenset[Block]], Sequence[Loss]] | None = None,
         at_once: int = 1,
@@ -123,14 +123,14 @@ class MeasuredSets:
 
 def measured_losses(
     meter: LossMeter,
-    linear: Mapping[Block, LinearLayer],
+    linear: Mapping[Block, Replacement],
     sets: Sequence[Sequence[Block]],
     settled: frozenset[Block] = frozenset(),
 ) -> list[Loss]:
     """The losses of ``sets`` of the ``linear`` layers; if all add to ``settled``, the meter settles on those."""
     if all(settled <= set(layers) for layers in sets):
-        meter.settle({i: linear[i] for i in settled})
-    return meter.measure_all([{i: linear[i] for i in layers} for layers in sets])
+        meter.settle(by_part({i: linear[i] for i in settled}))
+    return meter.measure_all([by_part({i: linear[i] for i in layers}) for layers in sets])
 
 
 def _name(layers: Sequence[Block]) -> str:
@@ -158,39 +158,79 @@ def single_layer_losses(sets: MeasuredSets, layers: Iterable[Block] | None = Non
     return {layer: sets.loss([layer]) for layer in wanted}
 
 
-# What a block saves where others are linear already, in any unit; without it every block saves the same.
-Saved = Callable[[Sequence[Block], Block], float]
+# What a set of linear blocks saves, in any unit; without it every block saves the same.
+Saved = Callable[[Sequence[Block]], float]
 
 
-def greedy_order(
-    sets: MeasuredSets,
-    singles: Mapping[Block, Loss],
-    count: int,
-    saved: Saved = lambda _linear, _block: 1.0,
-) -> list[Block]:
-    """The first ``count`` layers, each the one with the smallest added KL, for what it saves, given those before it."""
-    bounds = {layer: usable(loss, [layer]).kl for layer, loss in singles.items()}
-    chosen: list[Block] = []
+def count_blocks(blocks: Sequence[Block]) -> float:
+    """What ``blocks`` save where all parts of layers are alike."""
+    return float(len(all_parts(blocks)))
+
+
+def greedy_path(
+    sets: MeasuredSets, singles: Mapping[Block, Loss], saved: Saved = count_blocks
+) -> Iterator[tuple[Block, ...]]:
+    """Set after set, each the one before it and the block with the smallest added KL for what it saves.
+
+    A span may take the place of blocks within it. The path ends where nothing can be added.
+    """
+    # What each block added when it was last tried; singles are of the empty set.
+    added = {block: usable(loss, [block]).kl for block, loss in singles.items()}
+    chosen: tuple[Block, ...] = ()
     base = 0.0
-    while len(chosen) < count:
+    while nexts := _nexts(chosen, added):
         sets.settle(chosen)
-        savings = {layer: saved(chosen, layer) for layer in bounds}
-        order = sorted(bounds, key=lambda i: (per_saving(bounds[i], savings[i]), i))
-        sets.announce([*chosen, layer] for layer in order[:GREEDY_TRIES])
+        already = saved(chosen)
+        savings = {block: saved(larger) - already for block, larger in nexts.items()}
+        # What the blocks have added whose place a block takes: that much less is added by it.
+        gone = {block: sum(added[b] for b in chosen if b not in larger) for block, larger in nexts.items()}
+        bounds = {block: added[block] - gone[block] for block in nexts}
+        order = sorted(nexts, key=lambda b: (per_saving(bounds[b], savings[b]), b))
+        sets.announce(nexts[block] for block in order[:GREEDY_TRIES])
         totals: dict[Block, float] = {}
         rates: dict[Block, float] = {}
-        for layer in order:
+        for block in order:
             known = len(rates) == GREEDY_TRIES
-            if rates and (known or per_saving(bounds[layer], savings[layer]) > min(rates.values())):
+            if rates and (known or per_saving(bounds[block], savings[block]) > min(rates.values())):
                 break
-            totals[layer] = usable(sets.loss([*chosen, layer]), [*chosen, layer]).kl
-            bounds[layer] = totals[layer] - base
-            rates[layer] = per_saving(bounds[layer], savings[layer])
-        best = min(rates, key=lambda i: (rates[i], totals[i], i))
-        chosen.append(best)
-        base = totals[best]
-        del bounds[best]
-    return chosen
+            totals[block] = usable(sets.loss(nexts[block]), nexts[block]).kl
+            rates[block] = per_saving(totals[block] - base, savings[block])
+            added[block] = totals[block] - base + gone[block]
+        best = min(rates, key=lambda b: (rates[b], totals[b], b))
+        chosen, base = nexts[best], totals[best]
+        yield chosen
+
+
+def ranked_path(order: Iterable[Block]) -> Iterator[tuple[Block, ...]]:
+    """Set after set, each the one before it and the next block of ``order`` that can be added."""
+    chosen: tuple[Block, ...] = ()
+    for block in order:
+        if (larger := with_block(chosen, block)) is not None:
+            chosen = larger
+            yield chosen
+
+
+def _nexts(chosen: Sequence[Block], blocks: Iterable[Block]) -> dict[Block, tuple[Block, ...]]:
+    """What ``chosen`` becomes with each of ``blocks`` that can be added."""
+    found = ((block, with_block(chosen, block)) for block in blocks)
+    return {block: larger for block, larger in found if larger is not None}
+
+
+class Prefixes:
+    """The sets of a ``path`` by the number K of attentions and MLPs that they replace: each has more than the last."""
+
+    def __init__(self, path: Iterator[tuple[Block, ...]]) -> None:
+        self._path = path
+        self._sets: list[tuple[Block, ...]] = [()]
+
+    def __call__(self, k: int) -> tuple[Block, ...]:
+        """The largest set of at most ``k``; empty where the first one has more."""
+        while self._size(-1) < k and (larger := next(self._path, None)) is not None:
+            self._sets.append(larger)
+        return next(found for found in reversed(self._sets) if len(all_parts(found)) <= k)
+
+    def _size(self, number: int) -> int:
+        return len(all_parts(self._sets[number]))
 
 
 def sensitivity(meter: LossMeter, layer: BlockModules[Block], energy: float) -> Loss:

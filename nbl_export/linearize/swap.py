@@ -12,7 +12,7 @@ import torch
 from nbl_export.blocks import Block, Mlp
 from nbl_export.errors import InputError
 from nbl_export.linearize.adapters import adapted
-from nbl_export.linearize.plan import LinearLayer, Plan
+from nbl_export.linearize.plan import Dropped, Plan, Replacement
 from nbl_export.models.candidates import blocks_of
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.layers import (
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class LinearReplacement(torch.nn.Module):
-    """Replaces an attention or an MLP: returns W u + b in the same form, and uses no KV cache.
+    """Replaces an attention or an MLP: returns W u + b in the same form, and uses no KV cache; zeros if it is dropped.
 
     With ``fit_input`` ``"residual"``, u is the residual stream, which a forward pre-hook provides.
     ``returns`` is the length of the tuple returned by the original, None for a bare tensor; ``added`` returns the
@@ -41,7 +41,7 @@ class LinearReplacement(torch.nn.Module):
 
     def __init__(
         self,
-        layer: LinearLayer,
+        layer: Replacement,
         fit_input: FitInput,
         like: torch.Tensor,
         returns: int | None,
@@ -58,8 +58,10 @@ class LinearReplacement(torch.nn.Module):
             parent = parent.get_submodule(name)
         if last:
             parent.add_module(last, self.through)
-        self.register_buffer("weight", torch.from_numpy(layer.w).to(like))
-        self.register_buffer("bias", torch.from_numpy(layer.b).to(like))
+        self.dropped = isinstance(layer, Dropped)
+        if not isinstance(layer, Dropped):
+            self.register_buffer("weight", torch.from_numpy(layer.w).to(like))
+            self.register_buffer("bias", torch.from_numpy(layer.b).to(like))
         self.fit_input = fit_input
         self.returns, self.added = returns, added
         self.residual: torch.Tensor | None = None
@@ -71,7 +73,10 @@ class LinearReplacement(torch.nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         u = hidden_states(args, kwargs) if self.fit_input == "normed" else self.residual
         assert u is not None
-        y: torch.Tensor = self.through(torch.nn.functional.linear(u, self.weight, self.bias))
+        y: torch.Tensor = (
+            torch.zeros_like(u) if self.dropped else torch.nn.functional.linear(u, self.weight, self.bias)
+        )
+        y = self.through(y)
         self.result = y
         if self.added is not None:
             y = y + self.added(*args, **kwargs)
@@ -107,7 +112,7 @@ def linearized(model: torch.nn.Module, plan: Plan) -> Iterator[torch.nn.Module]:
     Raises :class:`InputError` if the plan is for a model of another depth or width.
     """
     check_plan(model, plan)
-    with replaced(model, plan.layers, plan.fit_input), adapted(model, plan.adapters):
+    with replaced(model, plan.replacements, plan.fit_input), adapted(model, plan.adapters):
         yield model
 
 
@@ -123,9 +128,9 @@ def check_plan(model: torch.nn.Module, plan: Plan) -> None:
 
 @contextmanager
 def replaced(
-    model: torch.nn.Module, linear: Mapping[Block, LinearLayer], fit_input: FitInput
+    model: torch.nn.Module, linear: Mapping[Block, Replacement], fit_input: FitInput
 ) -> Iterator[dict[Block, LinearReplacement]]:
-    """``model`` with each block of ``linear`` replaced, within the block.
+    """``model`` with each attention and MLP of ``linear`` replaced, within the block.
 
     The value is the replacement modules by layer.
     """
@@ -145,7 +150,7 @@ def replaced(
 
 
 def _swap(
-    model: torch.nn.Module, layer: BlockModules[Block], weights: LinearLayer, fit_input: FitInput
+    model: torch.nn.Module, layer: BlockModules[Block], weights: Replacement, fit_input: FitInput
 ) -> tuple[LinearReplacement, Callable[[], None]]:
     stream, original = model.get_submodule(layer.stream), model.get_submodule(layer.module)
     returns = dummy_run(model).returns[layer.index]

@@ -20,7 +20,7 @@ import torch
 
 from nbl_export.blocks import Block, layer_of
 from nbl_export.linearize.adapters import Adapter, adapted
-from nbl_export.linearize.plan import LinearLayer, Plan
+from nbl_export.linearize.plan import Plan, Replacement
 from nbl_export.linearize.swap import check_plan, replaced
 from nbl_export.models.layers import block_stack
 from nbl_export.models.walk import Segment, after_blocks, segments, walking
@@ -37,7 +37,7 @@ class Version:
     """
 
     first: int
-    layers: Mapping[Block, LinearLayer] = field(default_factory=dict)
+    layers: Mapping[Block, Replacement] = field(default_factory=dict)
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
     change: AbstractContextManager[Any] = field(default_factory=nullcontext)
     ends: Sequence[torch.Tensor] = ()
@@ -49,7 +49,7 @@ ORIGINAL = Version(0)
 def version_of(model: torch.nn.Module, plan: Plan) -> Version:
     """``model`` with ``plan`` applied; raises :class:`InputError` for a plan of another depth or width."""
     check_plan(model, plan)
-    return Version(layer_of(min(plan.chosen, default=0)), plan.layers, plan.adapters)
+    return Version(layer_of(min(plan.chosen, default=0)), plan.replacements, plan.adapters)
 
 
 def sweep(
@@ -57,7 +57,7 @@ def sweep(
     rows: Sequence[torch.Tensor],
     versions: Sequence[Version],
     fit_input: FitInput,
-    settled: Mapping[Block, LinearLayer] | None = None,
+    settled: Mapping[Block, Replacement] | None = None,
     advance: Callable[[int], None] = lambda _tokens: None,
 ) -> Iterator[tuple[int, int, torch.Tensor]]:
     """Row, version and logits [seq, vocab] for each of ``rows`` [seq] int64 and of ``versions``, row after row.

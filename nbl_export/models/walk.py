@@ -104,6 +104,33 @@ def _segment(model: torch.nn.Module, segment: Segment) -> Iterator[Step]:
         yield step
 
 
+@contextmanager
+def passing(
+    model: torch.nn.Module, run: Callable[[Segment], Any], part: Segment, stop: int
+) -> Iterator[Step]:
+    """The step of ``part`` whose rows go on up to block ``stop``, which is at least where the part ends."""
+    if stop == part.stop:
+        with run(part) as step:
+            yield step
+        return
+    after: list[torch.Tensor] = []
+
+    def keep(_block: Any, _args: Any, output: Any) -> None:
+        after.append(output[0] if isinstance(output, tuple) else output)
+
+    def passed(batch: Batch, states: torch.Tensor | None) -> torch.Tensor:
+        step(batch, states)
+        return after.pop()
+
+    blocks: Any = block_stack(model)[1]
+    hook = blocks[part.stop - 1].register_forward_hook(keep)
+    try:
+        with run(Segment(part.start, stop)) as step:
+            yield passed
+    finally:
+        hook.remove()
+
+
 def through(
     model: torch.nn.Module,
     batches: Sequence[Batch],

@@ -59,12 +59,12 @@ def assemble(
     rewritten = rewrite_of(ws)
     gone = rewritten.before.kv_pairs - rewritten.after.kv_pairs
     own = len(plan.linear_attention)
-    pairs = " and KV pairs" if gone == own == len(plan.layers) else f" and {gone} KV pairs"
+    pairs = " and KV pairs" if gone == own == len(plan.blocks) else f" and {gone} KV pairs"
     pairs = pairs if rewritten.before.kv_pairs else ""
     rewriting = Check(
         "graph rewrite",
         "passed",
-        f"{counted(plan.layers)}{pairs} gone, every region proven, ONNX checker passed",
+        f"{counted(plan.blocks)}{pairs} gone, every region proven, ONNX checker passed",
     )
     return Report(
         created=created(),
@@ -116,7 +116,7 @@ def selection_of(ws: Workspace, plan: Plan) -> Selection:
         repair=plan.repair,
         rank=plan.rank,
         calibration_tokens=plan.calibration_tokens,
-        layers=plan.chosen,
+        layers=plan.blocks,
         **vars(ws.asked("calibrate", _Calibration)),
     )
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nbl_export.blocks import Block, Mlp, attentions
+from nbl_export.blocks import SPAN, Block, Mlp, Span, attentions
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,12 @@ def finite(value: Any) -> float | None:
     return float(value) if known else None
 
 
-def spans(blocks: Sequence[Block]) -> str:
-    """0, 7, 24-29: attentions by their layers, runs of three and more drawn together; then MLP 3, 12-14."""
+def listed(blocks: Sequence[Block]) -> str:
+    """0, 7, 24-29: attentions by their layers, runs of three and more drawn together; then MLP 3, 12-14; span 8-9."""
     mlps = [block.layer for block in blocks if isinstance(block, Mlp)]
-    own = _runs(attentions(blocks))
-    return f"{own}{'; ' * bool(own)}MLP {_runs(mlps)}" if mlps else own
+    spans = [str(block).removesuffix(f".{SPAN}") for block in sorted(blocks) if isinstance(block, Span)]
+    parts = [_runs(attentions(blocks)), f"MLP {_runs(mlps)}" if mlps else ""]
+    return "; ".join(part for part in (*parts, f"span {', '.join(spans)}" if spans else "") if part)
 
 
 def _runs(numbers: Sequence[int]) -> str:

@@ -12,7 +12,7 @@ from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.batch.names import LINEARIZED
-from nbl_export.blocks import Block, Mlp, layer_of
+from nbl_export.blocks import Block, Mlp, Span, layer_of
 from nbl_export.linearize.budget import CurvePoint
 from nbl_export.linearize.selection import Curve
 from nbl_export.report.canvas import BASE, DECODE, INK, LINEAR, MUTED, PAPER, drawable, legend, panels
@@ -245,7 +245,9 @@ def draw_layers(selection: Selection, narrow: bool = False) -> Figure:
 
 
 def _place(block: Block) -> float:
-    """Where a layer's attention stands on the axis of layers, and its MLP, beside it."""
+    """Where a layer's attention stands on the axis of layers, and its MLP, beside it; a span is over its middle."""
+    if isinstance(block, Span):
+        return (block.layer + block.last) / 2 + 0.25
     return layer_of(block) + 0.5 * isinstance(block, Mlp)
 
 

@@ -11,7 +11,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from nbl_export.blocks import Block, Mlp
+from nbl_export.blocks import Block, Mlp, Span
 from nbl_export.report.header import Header
 
 FOLDER = Path(__file__).parent / "schemas"
@@ -66,7 +66,7 @@ class _Shared:
     def of(self, hint: Any) -> dict[str, Any]:
         """The schema of a type that fields of reports have; raises ``TypeError`` for one that none has yet."""
         origin, arguments = get_origin(hint), get_args(hint)
-        if hint == Block or hint is Mlp:
+        if hint == Block or hint in (Mlp, Span):
             return {"$ref": "#/$defs/block"}
         if hint is float:
             return {"$ref": "#/$defs/number"}
@@ -79,8 +79,8 @@ class _Shared:
         if origin is Literal:
             return {"enum": list(arguments)}
         if origin in (Union, types.UnionType):
-            # An int beside an Mlp is a block, too.
-            either = [self.of(one) for one in arguments if not (Mlp in arguments and one is int)]
+            # An int or a span beside an Mlp is a block, too.
+            either = [self.of(one) for one in arguments if not (Mlp in arguments and one in (int, Span))]
             return {"anyOf": either}
         if origin is tuple and len(arguments) == 2 and arguments[1] is Ellipsis:
             return {"type": "array", "items": self.of(arguments[0])}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from nbl_export.linearize.selection import Curve
 from nbl_export.report.canvas import as_png, as_svg
-from nbl_export.report.drawing import finite, number, spans
+from nbl_export.report.drawing import finite, listed, number
 from nbl_export.report.figures import draw_curve, draw_frontier, draw_layers, draw_speed
 from nbl_export.report.schema import Report, Selection
 from nbl_export.report.selection import Score, scored_by
@@ -101,7 +101,7 @@ def _layers(selection: Selection, score: Score) -> Plot:
     return Plot(
         "layers",
         f"Scores ({score.name}) of {len(known)} layers, from {min(known):.3g} to {max(known):.3g}; "
-        f"replaced: {spans(selection.layers) or 'none'}.",
+        f"replaced: {listed(selection.layers) or 'none'}.",
         f"Score of each layer: {score.name}. Lower is better.",
         partial(draw_layers, selection),
     )

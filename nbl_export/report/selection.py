@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from nbl_export.linearize.figures import Candidate, Loss
 from nbl_export.linearize.selection import Curve, PlanLoss
-from nbl_export.report.drawing import Table, figure, finite, number, spans
+from nbl_export.report.drawing import Table, figure, finite, listed, number
 from nbl_export.report.schema import Selection
 from nbl_export.settings import Budget
 from nbl_export.settings.size import bytes_of
@@ -157,7 +157,7 @@ def curve_table(curve: Curve, brief: bool = False) -> Table:
                 *((_times(p.workload_speedup),) if used else ()),
                 *((_times(p.timed_speedup),) if raced else ()),
                 *((_times(p.prefill_speedup), _times(p.decode_speedup)) if timed else ()),
-                *(() if brief else (spans(p.layers),)),
+                *(() if brief else (listed(p.layers),)),
             )
         )
     return Table(

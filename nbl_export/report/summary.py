@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
 
-from nbl_export.blocks import attentions, layer_of
-from nbl_export.report.drawing import figure, number, spans
+from nbl_export.blocks import Span, all_parts, attentions, layer_of
+from nbl_export.report.drawing import figure, listed, number
 from nbl_export.report.environment import Environment
 from nbl_export.report.schema import Report
 from nbl_export.report.selection import fit_in_words
@@ -33,7 +33,7 @@ def model_name(report: Report) -> str:
 
 def replaced(report: Report) -> str:
     """How many of the model's attention layers and MLPs were replaced: 2 of 5 attention layers and 1 of 5 MLPs."""
-    layers = report.selection.layers
+    layers = all_parts(report.selection.layers)
     own = len(attentions(layers))
     parts = [f"{own} of {report.model.layers} attention layers"] if own or not layers else []
     if mlps := len(layers) - own:
@@ -84,13 +84,17 @@ def headlines(report: Report) -> list[Headline]:
 
 
 def _size(report: Report) -> Iterator[Headline]:
-    layers, every = report.selection.layers, report.model.layers
+    layers, every = all_parts(report.selection.layers), report.model.layers
     own = attentions(layers)
     if own or not layers:
-        detail = f"layers {spans(own)}" if own else "nothing was replaced"
+        detail = f"layers {listed(own)}" if own else "nothing was replaced"
         yield Headline("Attention layers replaced", f"{len(own)} of {every}", detail)
     if mlps := [layer_of(block) for block in layers if block not in own]:
-        yield Headline("MLPs replaced", f"{len(mlps)} of {every}", f"layers {spans(mlps)}")
+        yield Headline("MLPs replaced", f"{len(mlps)} of {every}", f"layers {listed(mlps)}")
+    if spans := [block for block in report.selection.layers if isinstance(block, Span)]:
+        yield Headline(
+            "Spans, each by one map", str(len(spans)), f"layers {listed(spans).removeprefix('span ')}"
+        )
     before, after = report.graph.before, report.graph.after
     if before.kv_pairs:
         a, b = before.kv_bytes_per_token, after.kv_bytes_per_token

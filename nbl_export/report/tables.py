@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
-from nbl_export.blocks import Mlp, part_of
+from nbl_export.blocks import ATTENTION, Block, all_parts, part_of
 from nbl_export.checks import Check
 from nbl_export.engine.manifest import Manifest
 from nbl_export.graph.summary import GraphSummary
@@ -72,7 +72,8 @@ def layers_table(selection: Selection, proofs: Sequence[ProofErrors]) -> Table:
     more = [
         s for s in SCORES.values() if s not in always and any(finite(s.of(c)) is not None for c in candidates)
     ]
-    kind = "block" if any(isinstance(c.layer, Mlp) for c in candidates) else "attention"
+    kind = "attention" if all(part_of(c.layer) == ATTENTION for c in candidates) else "block"
+    within = set(all_parts(chosen))
     rows: list[tuple[str, ...]] = []
     marked = []
     for c in sorted(candidates, key=lambda c: (_rank(score.of(c), c.saved_ms), c.layer)):
@@ -83,7 +84,7 @@ def layers_table(selection: Selection, proofs: Sequence[ProofErrors]) -> Table:
             (
                 str(c.layer),
                 c.kind,
-                "linear" if c.layer in chosen else part_of(c.layer),
+                _now(c.layer, chosen, within),
                 number(c.cca, ".2f"),
                 number(c.nmse, ".4f"),
                 *("" if (value := s.of(c)) is None else s.shown(value) for s in more),
@@ -104,6 +105,13 @@ def layers_table(selection: Selection, proofs: Sequence[ProofErrors]) -> Table:
         plot="layers",
         marked=tuple(marked),
     )
+
+
+def _now(block: Block, chosen: Collection[Block], within: Collection[Block]) -> str:
+    """What became of a candidate: that it is a part of something else that was chosen, too."""
+    if block in chosen:
+        return "linear"
+    return "in a span" if block in within else part_of(block)
 
 
 def _workload(selection: Selection) -> str:

@@ -130,7 +130,7 @@ def check_layers(path: Path, proofs: Mapping[Block, Proof], plan: Plan) -> list[
     Raises :class:`~nbl_export.errors.InputError` if onnxruntime does not run it.
     """
     model = load_graph(path)
-    parts = {layer: linear_part(model, layer) for layer in plan.chosen}
+    parts = {layer: linear_part(model, layer) for layer in plan.linear}
     good: dict[Block, LinearPart] = {}
     checks: dict[Block, LinearCheck] = {}
     for layer, part in parts.items():
@@ -154,7 +154,7 @@ def check_layers(path: Path, proofs: Mapping[Block, Proof], plan: Plan) -> list[
         assert y is not None  # proven layers have one
         b = without_later(y, plan.layers[layer].b)
         checks[layer] = _check(layer, part, plan.layers[layer], b, u_rows, found[layer], zeros[layer])
-    return [checks[layer] for layer in plan.chosen]
+    return [checks[layer] for layer in plan.linear]
 
 
 def confirm(path: Path, proofs: Mapping[Block, Proof], plan: Plan) -> list[LinearCheck]:

@@ -29,7 +29,7 @@ from nbl_export.graph.io import DATA_SUFFIX, append_graph, appended_file, load_g
 from nbl_export.graph.tensors import all_tensors, external_files
 from nbl_export.records import from_json, to_json
 from nbl_export.rewrite.folder import Folder
-from nbl_export.rewrite.replace import linearized_layers
+from nbl_export.rewrite.replace import replaced_layers
 from nbl_export.rewrite.summary import ForeignSummary
 
 
@@ -134,7 +134,7 @@ def settle(folder: Folder) -> None:
 def complete(folder: Folder, graph: Path, record: ForeignSummary) -> None:
     """Step 4, for the rewritten ``graph``, which says itself which layers are linear."""
     model = load_graph(graph)
-    linear = attentions(linearized_layers(model))
+    linear = attentions(replaced_layers(model))
     copy_sidecars(
         updated_configs(sidecars_of(graph, external_files(model)), linear, record.kv_layers), folder.root
     )

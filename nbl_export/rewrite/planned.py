@@ -42,8 +42,9 @@ def planned_attentions(
         )
     entries: list[AttentionRegion | Refusal[int]]
     entries = [replace(other, layer=layer) for layer, other in zip(layers, found, strict=True)]  # type: ignore[arg-type]
+    gone = set(plan.chosen)
     for entry in entries:
-        if isinstance(entry, Refusal) and entry.layer in plan.layers:
+        if isinstance(entry, Refusal) and entry.layer in gone:
             raise BuildError(f"The graph cannot be rewritten: {entry}.")
     return entries
 
@@ -52,17 +53,18 @@ def planned_mlps(
     model: ir.Model, planned: Sequence[AttentionRegion | Refusal[int]], plan: Plan
 ) -> list[MlpRegion]:
     """The MLPs of the graph, if the plan replaces any."""
-    if len(plan.linear_attention) == len(plan.layers):
+    if len(plan.linear_attention) == len(plan.chosen):
         return []
     entries = mlp_regions(model, planned, plan.candidates, plan.layer_count)
+    gone = set(plan.chosen)
     for entry in entries:
-        if isinstance(entry, Refusal) and entry.layer in plan.layers:
+        if isinstance(entry, Refusal) and entry.layer in gone:
             raise BuildError(f"The graph cannot be rewritten: {entry}.")
     return [entry for entry in entries if isinstance(entry, MlpRegion)]
 
 
 def _check_names(model: ir.Model, plan: Plan) -> None:
-    ours = tuple(f"{linear_name(layer)}." for layer in plan.chosen)
+    ours = tuple(f"{linear_name(layer)}." for layer in plan.linear)
     made = (v.name for node in model.graph for v in node.outputs)
     for name in (*model.graph.initializers, *made):
         if name and name.startswith(ours):

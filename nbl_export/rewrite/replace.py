@@ -7,8 +7,8 @@
 
 1. Find every layer's u and y (:mod:`nbl_export.graph.regions`); a planned layer without a region is an error.
 2. Prove them numerically against PyTorch's activations (:mod:`.prove`).
-3. Replace y by MatMul(u, Wᵀ) + b, with one MatMul per factor of a low-rank W; remove dead nodes, dead
-   initializers and the layers' KV pairs; renumber the retained pairs.
+3. Replace y by MatMul(u, Wᵀ) + b, with one MatMul per factor of a low-rank W, or leave it out where it is dropped
+   (:mod:`.leave_out`); remove dead nodes, dead initializers and the layers' KV pairs; renumber the retained pairs.
 4. Count: exactly K regions and K KV pairs are removed, no dead node or initializer is left, the checker and
    strict shape inference pass, and the written layers compute W u + b. Anything else is an error, and no
    file is overwritten.
@@ -52,6 +52,7 @@ from nbl_export.progress import Listener, Silent, bytes_task
 from nbl_export.rewrite.adapt import merge_adapters
 from nbl_export.rewrite.confirm import confirm
 from nbl_export.rewrite.counting import count
+from nbl_export.rewrite.leave_out import leave_out
 from nbl_export.rewrite.planned import planned_attentions, planned_mlps
 from nbl_export.rewrite.prove import PROOF_TOLERANCE, Proof, prove, without_later
 from nbl_export.rewrite.quantize import product
@@ -103,7 +104,7 @@ def rewrite_file(
         check_file(written)
         result = load_graph(written)
         after = summarize(result, written)
-        gone = len(set(proven_graph.cached) & set(plan.layers))
+        gone = len(set(proven_graph.cached) & set(plan.chosen))
         count(result, before, after, plan, proven_graph.attention, gone)
         stored.update((c.layer, c.stored) for c in confirm(written, proofs, plan))
         return RewriteResult(before, after, proofs, [], stored, kept)
@@ -122,7 +123,8 @@ def rewritten_model(graph: ProvenGraph, plan: Plan) -> ir.Model:
     proven = [p for p in proofs.values() if p.holds(tolerance)]
     replace(model, {r.layer: r for r in graph.regions}, proofs, plan)
     merge_adapters(model, plan.adapters)
-    kept = [layer for layer in graph.cached if layer not in plan.layers]
+    gone = set(plan.chosen)
+    kept = [layer for layer in graph.cached if layer not in gone]
     _describe(model, proven, plan, kept)
     return model
 
@@ -177,7 +179,8 @@ def kept_layers(unmodified: ir.Model, plan: Plan) -> tuple[int, ...]:
     pairs = len(kv_pairs(unmodified))
     if pairs in (0, len(attentions(plan.candidates))):
         return plan.attention_layers
-    return tuple(layer for layer in kv_layers(unmodified) if layer not in plan.layers)
+    gone = set(plan.chosen)
+    return tuple(layer for layer in kv_layers(unmodified) if layer not in gone)
 
 
 def rewrite_summary(result: RewriteResult) -> RewriteSummary:
@@ -188,8 +191,14 @@ def rewrite_summary(result: RewriteResult) -> RewriteSummary:
 
 
 def linearized_layers(model: ir.Model) -> tuple[Block, ...]:
-    """The linear blocks, from the graph's metadata; empty for a graph that was not rewritten."""
+    """The linear layers, from the graph's metadata; empty for a graph that was not rewritten."""
     return tuple(r.layer for r in metadata_list(model, LAYERS_KEY, DescribedLayer) if r.kind == "linear")
+
+
+def replaced_layers(model: ir.Model) -> tuple[Block, ...]:
+    """Those that are linear or dropped."""
+    rows = metadata_list(model, LAYERS_KEY, DescribedLayer)
+    return tuple(r.layer for r in rows if r.kind in ("linear", "dropped"))
 
 
 def replace(
@@ -200,11 +209,15 @@ def replace(
     remember_roles(model)
     untyped = [v for node in model.graph for v in node.outputs if v.type is None and v.shape is None]
     infer_types(model)
-    for layer in plan.chosen:
+    for layer in plan.linear:
         proof = proofs[layer]
         assert proof.u is not None and proof.y is not None  # proven layers have both
         _insert(model, layer, proof.u, proof.y, regions[layer].projection, plan)
     RemoveUnusedNodesPass()(model)
+    for layer in plan.dropped:
+        y = proofs[layer].y
+        assert y is not None  # as above
+        leave_out(model, layer, y.value, y.later)
     gone = [regions[layer].pair for layer in plan.linear_attention]
     remove_pairs(model, [pair for pair in gone if pair is not None], pairs)
     for value in untyped:  # inferred types are not written to the graph
@@ -336,18 +349,16 @@ def _compute_dtype(u: ir.Value, y: ir.Value, linear: LinearLayer, quantized: boo
 def _describe(model: ir.Model, proofs: Sequence[Proof], plan: Plan, cached: Sequence[int]) -> None:
     from nbl_export import __version__
 
-    rows = []
+    rows, gone = [], set(plan.dropped)
     for proof in proofs:
         assert proof.u is not None and proof.y is not None  # proven layers have both
-        linear = proof.layer in plan.layers
-        rows.append(
-            {
-                "layer": as_json(proof.layer),
-                "kind": "linear" if linear else part_of(proof.layer),
-                "input": str(proof.u.name),
-                "output": linear_output_name(proof.layer) if linear else str(proof.y.value.name),
-            }
-        )
+        layer, u, y = proof.layer, str(proof.u.name), str(proof.y.value.name)
+        kind = part_of(layer)
+        if layer in plan.layers:
+            kind, y = "linear", linear_output_name(layer)
+        elif layer in gone:
+            kind, u, y = "dropped", "", ""
+        rows.append({"layer": as_json(layer), "kind": kind, "input": u, "output": y})
     model.metadata_props[LAYERS_KEY] = json.dumps(rows)
     model.metadata_props[KV_LAYERS_KEY] = json.dumps(list(cached))
     model.metadata_props[VERSION_KEY] = __version__

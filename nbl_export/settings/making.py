@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from cyclopts import Parameter
 
-from nbl_export.blocks import ATTENTION, PARTS, Block, as_json, block_of
+from nbl_export.blocks import ATTENTION, LONGEST_SPAN, PARTS, SPAN, Block, as_json, block_of
 from nbl_export.errors import InputError
 from nbl_export.settings import choices
 from nbl_export.settings.budget import NO_BUDGET, Budget, auto_budget
@@ -49,7 +49,7 @@ class CalibrateSettings(OnDevice):
     heldout_samples: Rows of held-out tokens, to measure the method loss on.
     selection_samples: Rows of tokens to choose layers on.
     field: Text field of .jsonl, .parquet or Hub rows.
-    blocks: What may become linear.
+    blocks: What may become linear. all: also spans of whole layers.
     seed: Seed of everything random.
     dtype: Precision of the model while it reads the text. auto: bfloat16 where the processor multiplies it.
     memory: What the states of the text between two blocks may take; more than that is kept in files.
@@ -63,15 +63,27 @@ class CalibrateSettings(OnDevice):
     heldout_samples: int = setting(24, MORE, at_least(1))
     selection_samples: int = setting(8, MORE, at_least(1))
     field: str = setting("text", MORE, key="text-field")
-    blocks: Literal["attention", "mlp", "both"] = setting(ATTENTION, LAYERS, metavar="attention|mlp|both")
+    blocks: Literal["attention", "mlp", "both", "all"] = setting(
+        ATTENTION, LAYERS, metavar="attention|mlp|both|all"
+    )
     seed: int = setting(0, MORE)
     dtype: Dtype = setting(AUTO, MORE, _DTYPES, metavar="DTYPE", key="calibration-dtype")
     memory: str | None = setting(None, MORE, SIZE, metavar="SIZE", shown="half of what is free")
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The parts of a layer that may become linear."""
-        return PARTS if self.blocks == "both" else (self.blocks,)
+        """What may become linear: parts of a layer, and spans of layers."""
+        return {"both": PARTS, "all": (*PARTS, SPAN)}.get(self.blocks, (self.blocks,))
+
+    @property
+    def longest(self) -> int:
+        """The most layers that rows go through for one block."""
+        return LONGEST_SPAN if SPAN in self.parts else 1
+
+    @property
+    def at_once(self) -> int:
+        """The most blocks that begin with one layer, whose moments are collected together."""
+        return sum(self.longest if part == SPAN else 1 for part in self.parts)
 
     def as_json(self) -> dict[str, Any]:
         """Without the memory, which changes no result, and without attention alone, as it was before MLPs were read."""
@@ -93,7 +105,7 @@ class SelectSettings(OnDevice):
     budget of ``k``, None of ``ridge``, and None and ``auto_rank`` of ``rank``.
 
     k: Layers to linearize. auto: as --max-ppl-ratio 1.10.
-    layers: Exactly these layers: 3,7,12. The MLP of layer 7: 7.mlp.
+    layers: Exactly these: attention of 3,7; MLP 7.mlp; whole layers 8-9.span.
     workload: Rank by loss per time saved in prefill=512,decode=128@4096.
     measure_cost: Measure what blocks save, not count it.
     frontier: Also measure one part alone, and dropped.
@@ -113,7 +125,10 @@ class SelectSettings(OnDevice):
         None, LAYERS, at_least(0, "between 0 and the model's attention layers"), metavar="K|auto", auto=True
     )
     layers: tuple[Block, ...] | None = setting(
-        None, LAYERS, read=block_of, like="layers with commas, as 3,7,12; the MLP of a layer is 7.mlp"
+        None,
+        LAYERS,
+        read=block_of,
+        like="layers with commas, as 3,7,12; the MLP of a layer is 7.mlp, whole layers are 7-9.span",
     )
     workload: tuple[str, ...] = setting((), LAYERS, WORKLOAD, metavar="WORK", repeated=True)
     measure_cost: bool = setting(False, MORE)

@@ -94,7 +94,7 @@ def mlp_weights(baseline: Path, plan: Plan) -> dict[Mlp, tuple[str, ...]]:
         return {}
     graph = load_graph(baseline)
     found = planned_mlps(graph, planned_attentions(graph, find_regions(graph), plan), plan)
-    return {mlp.layer: tuple(map(weight_name, mlp.linear_nodes)) for mlp in found if mlp.layer in plan.layers}
+    return {mlp.layer: tuple(map(weight_name, mlp.linear_nodes)) for mlp in found if mlp.layer in plan.chosen}
 
 
 def check_engines(settings: EngineSettings) -> None:

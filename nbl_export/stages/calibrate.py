@@ -32,9 +32,10 @@ def calibrate(run: Run, settings: CalibrateSettings) -> None:
     from nbl_export.calibrate.probe import save_probe
     from nbl_export.calibrate.store import MomentsFolder
     from nbl_export.calibrate.text import MEDIA
-    from nbl_export.models.candidates import check_parts, described
+    from nbl_export.models.candidates import described
     from nbl_export.models.dummy_run import check_supported
     from nbl_export.models.media_tokens import seeing
+    from nbl_export.models.spans import check_blocks
     from nbl_export.models.weights import dtype_of
     from nbl_export.stages.calibration_data import loader_for
 
@@ -50,7 +51,7 @@ def calibrate(run: Run, settings: CalibrateSettings) -> None:
         # A graph without a cache can be exported, even if one with a cache cannot.
         pooled = run.model.pooling is not None
         check_supported(model, cached=False, task=run.model.task, pooled=pooled)
-        check_parts(model, settings.parts)
+        check_blocks(model, settings.parts)
         in_dtype = run.model.in_dtype(ranks.shared(lambda: dtype_of(run.model.in_dtype(settings.dtype))))
         probes: list[Probe] = []
         media: list[MediaTokens | None] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nbl_export.blocks import Block
 from nbl_export.errors import InputError
 from nbl_export.files import read_json
 from nbl_export.places import ENGINE_SUFFIX as ENGINE
@@ -89,8 +90,9 @@ def _regions(model: ir.Model) -> Table:
     from nbl_export.graph.weights import weight_format
 
     described = metadata_list(model, LAYERS_KEY, DescribedLayer)
-    rows = {
-        r.layer: (str(r.layer), "linear", "", "none", "done already") for r in described if r.kind == "linear"
+    replaced = ("linear", "dropped")
+    rows: dict[Block, tuple[str, ...]] = {
+        r.layer: (str(r.layer), r.kind, "", "none", "done already") for r in described if r.kind in replaced
     }
     pairs = {pair.index: pair for pair in kv_pairs(model)}
     found = find_regions(model)
@@ -156,7 +158,7 @@ def _plan(path: Path) -> list[Table]:
         ("model fingerprint", plan.model[:16]),
         ("layers", str(plan.layer_count)),
         ("hidden size", str(plan.hidden_size)),
-        ("linearized", ", ".join(map(str, plan.chosen)) or "none"),
+        ("linearized", ", ".join(map(str, plan.blocks)) or "none"),
         ("criterion", plan.criterion),
         ("fit input", plan.fit_input),
         ("fit", plan.fit),

@@ -142,13 +142,13 @@ def to_calibrate(sizes: Sizes, settings: CalibrateSettings, width: int, room: Ro
     moments, states = 5 * _F64 * d * d, 2 * width * tokens * d
     limit = float("inf") if settings.memory is None else bytes_of(settings.memory)
     collecting = {
-        "a block's weights": sizes.held(width, sizes.block),
-        "the moments of a layer": 3 * moments * len(settings.parts),
+        "a block's weights": sizes.held(width, settings.longest * sizes.block),
+        "the moments of a layer": 3 * moments * settings.at_once,
         "states between blocks": states if states <= limit else 0,
         "a batch": _BATCH * (3 * _F64 * d + 4 * width * sizes.inner),
     }
     phases: list[Mapping[str, float]] = [collecting]
-    fast, passes = 2.0 * sizes.blocks * tokens, 1.0
+    fast, passes = 2.0 * settings.longest * sizes.blocks * tokens, 1.0
     if settings.sources == (choices.SELF,):
         phases.append(
             {
@@ -171,8 +171,13 @@ def on_device(sizes: Sizes, settings: CalibrateSettings, width: int) -> int:
     """Bytes of a GPU's own memory while moments are collected on it: a block, the sums of a layer, states, a batch."""
     d = sizes.shape.width
     states = width * calibration_tokens(sizes, settings) * d
-    sums = len(settings.parts) * 5 * _F64 * d * d
-    return width * sizes.block + sums + states + _BATCH * (3 * _F64 * d + 4 * width * sizes.inner)
+    sums = settings.at_once * 5 * _F64 * d * d
+    return (
+        width * settings.longest * sizes.block
+        + sums
+        + states
+        + _BATCH * (3 * _F64 * d + 4 * width * sizes.inner)
+    )
 
 
 def to_select(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nbl_export.blocks import ATTENTION, MLP
+from nbl_export.blocks import ATTENTION, MLP, SPAN, spans_of
 from nbl_export.calibrate.moments import file_bytes
 from nbl_export.errors import InputError
 from nbl_export.settings import (
@@ -57,7 +57,9 @@ class Shape:
 
     @property
     def blocks(self) -> int:
-        return sum({ATTENTION: self.layers, MLP: self.mlps}[part] for part in self.parts)
+        whole = min(self.layers, self.mlps)
+        of = {ATTENTION: self.layers, MLP: self.mlps, SPAN: len(spans_of(range(whole)))}
+        return sum(of[part] for part in self.parts)
 
     @classmethod
     def of(cls, model: torch.nn.Module, row_tokens: int | None = None, layers: int | None = None) -> Shape:

@@ -12,7 +12,7 @@ from nbl_export.evaluate.results import Compared
 from nbl_export.graph.summary import GraphFacts, GraphSummary
 from nbl_export.records import to_json
 from nbl_export.report.diff.values import Fact, Figure
-from nbl_export.report.drawing import spans
+from nbl_export.report.drawing import listed
 from nbl_export.report.evaluation import Evaluation
 from nbl_export.report.header import Header
 from nbl_export.report.schema import Report
@@ -49,7 +49,7 @@ def _selection_facts(report: Report) -> dict[str, Fact]:
     return {
         "hidden size": _counted(report.model.hidden_size),
         "linear layers": Fact(
-            Figure(f"{count}: {spans(chosen.layers)}" if chosen.layers else count),
+            Figure(f"{count}: {listed(chosen.layers)}" if chosen.layers else count),
             headline=True,
             members=tuple(map(str, chosen.layers)),
         ),
@@ -95,12 +95,12 @@ def file_facts(graph: GraphFacts | None, headline: bool) -> dict[str, Fact]:
     """What a graph file says beside its counts."""
     if graph is None:
         return {}
-    linear = spans(graph.linear) or "none"
+    linear = listed(graph.linear) or "none"
     found = {
         "linear layers in the graph": Fact(
             Figure(linear), headline=headline, members=tuple(map(str, graph.linear))
         ),
-        "KV pairs are of layers": _said(spans(graph.kv_layers) or "none"),
+        "KV pairs are of layers": _said(listed(graph.kv_layers) or "none"),
         "KV cache": _said(graph.cache),
         **{f"opset of {domain}": _counted(version) for domain, version in graph.opsets.items()},
     }

@@ -9,12 +9,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nbl_export.blocks import ATTENTION, PARTS, Block, part_of
+from nbl_export.blocks import ATTENTION, MLP, PARTS, SPAN, Block, all_parts, part_of, with_block
 from nbl_export.errors import BudgetError, InputError
 from nbl_export.linearize.budget import CurvePoint, keeps, largest_within, loss_curve
 from nbl_export.linearize.figures import Candidate, Loss, per_saving
 from nbl_export.linearize.scores import CRITERIA, ranking
-from nbl_export.linearize.search import GREEDY_TRIES, MeasuredSets, greedy_order, single_layer_losses
+from nbl_export.linearize.search import (
+    GREEDY_TRIES,
+    MeasuredSets,
+    Prefixes,
+    count_blocks,
+    greedy_path,
+    ranked_path,
+    single_layer_losses,
+)
 from nbl_export.progress import Listener
 from nbl_export.settings import Budget, SelectSettings
 from nbl_export.settings.size import bytes_of
@@ -23,10 +31,12 @@ if TYPE_CHECKING:
     from nbl_export.stages.select.jobs import Jobs
     from nbl_export.verify.speed.savings import Savings
 
-# A function that returns the K best layers, best first, for any K.
+# The best blocks that replace at most K attentions and MLPs, for any K.
 Prefix = Callable[[int], Sequence[Block]]
 # The names of ways to save time (:class:`Way`).
-BOTH, ONLY_ATTENTION, ONLY_MLPS, DROPPED = "both", "attention", "MLPs", "dropped"
+BOTH, ONLY_ATTENTION, ONLY_MLPS, ONLY_SPANS, DROPPED = "both", "attention", "MLPs", "spans", "dropped"
+_ONLY = {ATTENTION: ONLY_ATTENTION, MLP: ONLY_MLPS, SPAN: ONLY_SPANS}
+WITH_SPANS = "all"
 
 
 @dataclass(frozen=True)
@@ -114,8 +124,9 @@ class Choosing:
 
     def others(self, candidates: Sequence[Candidate]) -> list[Way]:
         """What else the scored ``candidates`` allow: one part alone and, a baseline that does not ship, all dropped."""
-        parts = [[c for c in candidates if part_of(c.layer) == part] for part in PARTS]
-        found = [self.way(some) for some in parts if some] if all(parts) else []
+        parts = [[c for c in candidates if part_of(c.layer) == part] for part in (*PARTS, SPAN)]
+        some = [own for own in parts if own]
+        found = [self.way(own) for own in some] if len(some) > 1 else []
         return found if self._settings.fit == "drop" else [*found, self._dropped(candidates)]
 
     def _dropped(self, candidates: Sequence[Candidate]) -> Way:
@@ -135,18 +146,18 @@ class Choosing:
         sets: Callable[[], MeasuredSets],
         used: Savings | None,
     ) -> Prefix:
-        def saved(block: Block, linear: Sequence[Block] = ()) -> float:
-            return used.saved_ms(block, linear) if used else 1.0
+        def saved(blocks: Sequence[Block]) -> float:
+            return used.ms() - used.ms(blocks) if used else count_blocks(blocks)
 
-        if not self.searched:
-            order = [c.layer for c in ranking(candidates, criterion, saved)]
-            return lambda k: order[:k]
+        def path() -> Iterator[tuple[Block, ...]]:
+            if not self.searched:
+                order = ranking(candidates, criterion, lambda block: saved([block]))
+                yield from ranked_path(c.layer for c in order)
+            else:
+                singles = single_layer_losses(sets(), _blocks(candidates))
+                yield from greedy_path(sets(), singles, saved)
 
-        def searched(k: int) -> list[Block]:
-            singles = single_layer_losses(sets(), _blocks(candidates))
-            return greedy_order(sets(), singles, k, lambda linear, block: saved(block, linear))
-
-        return searched
+        return Prefixes(path())
 
     def least_k(self, prefix: Prefix, most: int) -> int:
         """The smallest K whose weights and KV cache are within the budget; 0 where it does not bound them.
@@ -182,10 +193,13 @@ class Choosing:
         """The losses of K = 1, 2 …, up to ``most`` or until the ``budget`` is exceeded."""
         title = f"K curve: {way.name}" if self._settings.frontier else "Measuring the K curve"
         with self._listener.task(title, most, "layers") as task:
+            done = 0
 
             def loss(layers: Sequence[Block]) -> Loss:
+                nonlocal done
                 found = way.sets().loss(layers)
-                task.advance(1)
+                task.advance(len(all_parts(layers)) - done)
+                done = len(all_parts(layers))
                 return found
 
             points = loss_curve(way.prefix, loss, most, budget)
@@ -200,42 +214,48 @@ class Choosing:
         the budget are then those of the filled way, which has another name where another part of layers fills it.
         """
         k = largest_within(points, budget)
-        chosen = list(way.prefix(k))
         kept, base = [p for p in points if p.k <= k], next((p.kl for p in points if p.k == k), 0.0)
+        filled = [tuple(way.prefix(k))]
         with self._listener.task("Filling the budget", GREEDY_TRIES, "sets") as task:
-            # The attention of layer 0 is a block, too.
-            while (block := self._filling(way, blocks, chosen, base, budget, task.advance)) is not None:
-                chosen.append(block)
-                kept.append(_used(CurvePoint.of(len(chosen), chosen, way.sets().loss(chosen)), way))
+            while larger := self._filling(way, blocks, filled[-1], base, budget, task.advance):
+                filled.append(larger)
+                kept.append(_used(CurvePoint.of(larger, way.sets().loss(larger)), way))
                 base = kept[-1].kl
-        if len(chosen) == k:
+        if len(filled) == 1:
             return way, list(points)
-        return replace(way, name=_name(chosen), prefix=lambda count: chosen[:count]), kept
+
+        def path() -> Iterator[tuple[Block, ...]]:
+            before = dict.fromkeys(tuple(way.prefix(count)) for count in range(1, k + 1))
+            yield from (found for found in (*before, *filled[1:]) if found)
+
+        return replace(way, name=_name(filled[-1]), prefix=Prefixes(path())), kept
 
     def _filling(
         self,
         way: Way,
         blocks: Sequence[Block],
-        chosen: Sequence[Block],
+        chosen: tuple[Block, ...],
         base: float,
         budget: Budget,
         advance: Callable[[int], None],
-    ) -> Block | None:
-        """The block that can still be added, the one with the smallest loss for what it saves; None if none can."""
+    ) -> tuple[Block, ...] | None:
+        """``chosen`` with the block that can still be added, the one with the smallest loss for what it saves; None if
+        none can."""
         assert way.used is not None
-        sets = way.sets()
-        singles = single_layer_losses(sets, (b for b in blocks if b not in chosen))
+        sets, used = way.sets(), way.used
+        larger = {block: found for block in blocks if (found := with_block(chosen, block)) is not None}
+        singles = single_layer_losses(sets, larger)
         tried = sorted(singles, key=lambda b: (singles[b].kl, b))[:GREEDY_TRIES]
         sets.settle(chosen)
-        sets.announce([*chosen, block] for block in tried)
+        sets.announce(larger[block] for block in tried)
         rates: dict[Block, float] = {}
         for block in tried:
-            loss = sets.loss([*chosen, block])
+            loss = sets.loss(larger[block])
             advance(1)
-            saved = way.used.saved_ms(block, chosen)
+            saved = used.ms(chosen) - used.ms(larger[block])
             if keeps(budget, loss) and saved > 0:
                 rates[block] = per_saving(loss.kl - base, saved)
-        return min(rates, key=lambda b: (rates[b], b)) if rates else None
+        return larger[min(rates, key=lambda b: (rates[b], b))] if rates else None
 
 
 def _singly(sets: MeasuredSets, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Loss]]:
@@ -256,4 +276,6 @@ def _blocks(candidates: Sequence[Candidate]) -> tuple[Block, ...]:
 
 def _name(blocks: Iterable[Block]) -> str:
     parts = {part_of(block) for block in blocks}
-    return BOTH if len(parts) > 1 else ONLY_ATTENTION if parts == {ATTENTION} else ONLY_MLPS
+    if len(parts) == 1:
+        return _ONLY[parts.pop()]
+    return WITH_SPANS if SPAN in parts else BOTH

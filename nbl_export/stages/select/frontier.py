@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from nbl_export.blocks import all_parts
 from nbl_export.linearize.budget import CurvePoint, largest_within
 from nbl_export.linearize.figures import Candidate
 from nbl_export.linearize.selection import Line
@@ -60,6 +61,7 @@ def measured(
     return Frontier(
         chosen,
         tuple(
-            Measured(way, choosing.curve(way, len(way.blocks), budget)) for way in choosing.others(candidates)
+            Measured(way, choosing.curve(way, len(all_parts(way.blocks)), budget))
+            for way in choosing.others(candidates)
         ),
     )

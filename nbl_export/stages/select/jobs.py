@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from nbl_export.blocks import Block
 from nbl_export.calibrate.moments import Moments, load_moments
 from nbl_export.linearize.figures import Candidate, Loss
-from nbl_export.linearize.plan import LinearLayer
+from nbl_export.linearize.plan import Replacement
 from nbl_export.linearize.scores import score_layer
 from nbl_export.linearize.search import NOISE, MeasuredSets, measured_losses, sensitivity
 from nbl_export.models.candidates import block_modules
@@ -124,7 +124,7 @@ class Jobs:
     def _losses(
         self, sets: Sequence[Sequence[Block]], linear: Linear, settled: frozenset[Block]
     ) -> list[Loss]:
-        layers: Mapping[Block, LinearLayer] = getattr(self.fitting, linear)
+        layers: Mapping[Block, Replacement] = getattr(self.fitting, linear)
         return measured_losses(self.measured.meter, layers, sets, settled) if sets else []
 
     def _sensitivities(self, layers: Sequence[Block]) -> list[Loss]:

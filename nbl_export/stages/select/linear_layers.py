@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nbl_export.blocks import Block, as_json, part_of
-from nbl_export.linearize.plan import LinearLayer
+from nbl_export.blocks import Block, as_json, part_of, parts_in
+from nbl_export.linearize.plan import DROPPED, LinearLayer, Replacement, by_part
 from nbl_export.progress import Listener
 from nbl_export.settings import SelectSettings
 from nbl_export.settings.choices import DEFAULT_RIDGE
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from nbl_export.stages.select.measured import Measured
 
 
-class _LazyLayers(Mapping[Block, LinearLayer]):
+class _LazyLayers(Mapping[Block, Replacement]):
     """A linear layer for each of ``indices``, fitted by ``make`` at its first use and then cached."""
 
     def __init__(self, indices: Sequence[Block], make: Callable[[Block], LinearLayer]) -> None:
@@ -63,8 +64,8 @@ class Fitting:
         self._truncated: dict[Block, tuple[LinearLayer, LinearLayer, float]] = {}
 
     @cached_property
-    def for_choosing(self) -> Mapping[Block, LinearLayer]:
-        """A linear layer for every attention layer, fitted on first use.
+    def for_choosing(self) -> Mapping[Block, Replacement]:
+        """What replaces every candidate: a linear layer, fitted on first use.
 
         A sequential fit depends on the chosen layers, so they are chosen by one-shot fits.
         """
@@ -80,11 +81,9 @@ class Fitting:
         return as_layer(self._solve(layer, self._moments.layers[layer]))
 
     @cached_property
-    def dropped(self) -> dict[Block, LinearLayer]:
-        """For every layer W = 0 and b = 0, which drops it."""
-        from nbl_export.linearize.fits import dropped
-
-        return {i: dropped(len(m.x)) for i, m in self._moments.layers.items()}
+    def dropped(self) -> dict[Block, Replacement]:
+        """Every candidate dropped."""
+        return dict.fromkeys(self._moments.layers, DROPPED)
 
     def energy(self, layer: Block) -> float:
         """E‖y - μ_y‖² of a layer's output."""
@@ -92,8 +91,8 @@ class Fitting:
 
         return float(branch_covariances(self._moments.layers[layer], "normed").c_vv.trace())
 
-    def final(self, chosen: Sequence[Block]) -> dict[Block, LinearLayer]:
-        """The linear layers of ``chosen`` before any repair."""
+    def final(self, chosen: Sequence[Block]) -> dict[Block, Replacement]:
+        """What replaces ``chosen`` before any repair."""
         from nbl_export.linearize.fits import sequential_fits
 
         if self._settings.fit != "sequential" or not chosen:
@@ -102,24 +101,26 @@ class Fitting:
         model, total = self._reading(), tokens.size * len(chosen)
         self._before_fits()
         with self._listener.task("Fitting in sequence", total, "tokens") as task:
-            return sequential_fits(model, tokens, chosen, measured.fit_input, self._solve, task.advance)
+            return {**sequential_fits(model, tokens, chosen, measured.fit_input, self._solve, task.advance)}
 
-    def timed(self, layers: Sequence[Block]) -> Mapping[Block, LinearLayer]:
-        """The linear layers that ``layers`` are timed with: of the form that ships, whatever their values will be."""
+    def timed(self, layers: Sequence[Block]) -> Mapping[Block, Replacement]:
+        """What ``layers`` are timed with: of the form that ships, whatever the values of W will be."""
         found = {i: self.for_choosing[i] for i in layers}
         return self.truncated(found)[0] if self._settings.truncates else found
 
-    def repaired(self, layers: Mapping[Block, LinearLayer]) -> Repaired:
+    def repaired(self, layers: Mapping[Block, Replacement]) -> Repaired:
         """``layers`` after the distillation steps of the settings, and the adapters of other weights."""
         from nbl_export.linearize.lmmse import branch_covariances
         from nbl_export.linearize.repair import Distillation, repair
 
         measured, settings = self._measured, self._settings
         covariances = {i: branch_covariances(self._moments.layers[i], settings.fit_input) for i in layers}
+        # The map of a span stands in the place of its first part.
+        first = {i: parts_in(i)[0] for i in layers}
         task = Distillation(
             model=measured.model,
-            layers=layers,
-            covariances=covariances,
+            replaced=by_part(layers),
+            covariances={first[i]: c for i, c in covariances.items()},
             fit_input=settings.fit_input,
             tokens=measured.text.calibration,
             steps=settings.repair,
@@ -128,19 +129,22 @@ class Fitting:
             exact=measured.exact_model,
             identity=measured.key(settings=settings.as_json(), layers=list(map(as_json, sorted(layers)))),
         )
-        return repair(task, measured.repair_checkpoint, self._listener)
+        repaired = repair(task, measured.repair_checkpoint, self._listener)
+        return replace(repaired, layers={i: repaired.layers[part] for i, part in first.items()})
 
     def truncated(
-        self, layers: Mapping[Block, LinearLayer]
-    ) -> tuple[dict[Block, LinearLayer], dict[Block, float]]:
-        """``layers`` truncated to the rank of the settings or, where it is to be found, each to what costs next to
-        nothing; and by layer the lost share of the output's variance."""
-        for index, layer in layers.items():
+        self, layers: Mapping[Block, Replacement]
+    ) -> tuple[dict[Block, Replacement], dict[Block, float]]:
+        """``layers`` with maps truncated to the rank of the settings or, where it is to be found, each to what costs
+        next to nothing; and by layer the lost share of the output's variance."""
+        maps = {index: one for index, one in layers.items() if isinstance(one, LinearLayer)}
+        for index, layer in maps.items():
             # Each K is timed with layers that other K's have, too.
             if index not in self._truncated or self._truncated[index][0] is not layer:
                 self._truncated[index] = (layer, *self._truncate(index, layer))
-        kept = {index: self._truncated[index] for index in layers}
-        return {i: low for i, (_, low, _) in kept.items()}, {i: lost for i, (_, _, lost) in kept.items()}
+        kept = {index: self._truncated[index] for index in maps}
+        low = {**layers, **{i: low for i, (_, low, _) in kept.items()}}
+        return low, {i: lost for i, (_, _, lost) in kept.items()}
 
     def _truncate(self, index: Block, layer: LinearLayer) -> tuple[LinearLayer, float]:
         from nbl_export.linearize.lmmse import RANK_TOLERANCE, branch_covariances, rank_within, truncate

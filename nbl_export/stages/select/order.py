@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from nbl_export.blocks import Block
+from nbl_export.blocks import Block, all_parts
 from nbl_export.errors import BudgetError, InputError
 from nbl_export.linearize.budget import CurvePoint, keeps, largest_within
 from nbl_export.linearize.figures import Candidate, Loss
@@ -48,7 +48,8 @@ def choose(
     Raises :class:`InputError` for a K larger than the number of attention layers, and :class:`BudgetError` for a budget
     that no K meets.
     """
-    way, budget, count = choosing.way(candidates), settings.budget, len(candidates)
+    way, budget = choosing.way(candidates), settings.budget
+    count = len(all_parts(candidate.layer for candidate in candidates))
 
     def frontier(k: int) -> Frontier:
         chosen = Measured(way, choosing.curve(way, k, budget))
@@ -59,8 +60,13 @@ def choose(
         found = (
             frontier(settings.k) if choosing.searched or settings.frontier else Frontier(Measured(way, ()))
         )
-        made = ship(sorted(way.prefix(settings.k))).made
-        return made, _curve(choosing, found, settings, settings.k, None)
+        best = sorted(way.prefix(settings.k))
+        if settings.k and not best:
+            raise InputError(
+                f"--k {settings.k} is less than the best block replaces, which is a span of layers: ask for a larger "
+                "K, or calibrate without spans (--blocks both)."
+            )
+        return ship(best).made, _curve(choosing, found, settings, len(all_parts(best)), None)
     meter = speeds(way.prefix)
     why = meter.missing
     least = 0
@@ -78,12 +84,13 @@ def choose(
     most = largest_within(points, budget) if budget.bounds_loss else least
     if most < max(least, 1):
         raise BudgetError(_budget_error(points, budget, most, least))
-    made, k = _within(budget, range(most, max(least, 1) - 1, -1), prefix, meter, ship, listener)
+    ks = [k for k in range(most, max(least, 1) - 1, -1) if len(all_parts(prefix(k))) == k]
+    made, k = _within(budget, ks, prefix, meter, ship, listener)
     if why:
         listener.note(f"The K curve has no speeds: {why}.")
         return made, _curve(choosing, found, settings, k, None)
     # A workload may take minutes: only what ships is timed.
-    for at in [k] if settings.workload else points_of(points[-1].k, k):
+    for at in [k] if settings.workload else points_of([point.k for point in points], k):
         meter(at)
     timed = replace(found.chosen, points=[_timed(point, meter) for point in points])
     return made, _curve(choosing, replace(found, chosen=timed), settings, k, meter.context)

@@ -14,7 +14,7 @@ from nbl_export.settings.workload import Workload
 from nbl_export.stages.select.trial import trial_graph, why_not_timed
 
 if TYPE_CHECKING:
-    from nbl_export.linearize.plan import LinearLayer, Plan
+    from nbl_export.linearize.plan import Plan, Replacement
     from nbl_export.workspace import Workspace
 
 # The prompt that K curves are timed with, and the rounds of base and linearized in turn.
@@ -47,7 +47,7 @@ class SpeedMeter:
         self,
         ws: Workspace,
         plan: Plan,
-        layers: Callable[[int], Mapping[Block, LinearLayer]],
+        layers: Callable[[int], Mapping[Block, Replacement]],
         positions: int | None,
         listener: Listener,
         workloads: Sequence[Workload] = (),
@@ -97,6 +97,9 @@ class SpeedMeter:
         return high
 
 
-def points_of(most: int, chosen: int) -> Sequence[int]:
-    """The K's of a curve up to ``most`` that are timed: a few, evenly, and the one that was chosen."""
-    return sorted({max(1, round(most * part / 4)) for part in range(1, 5)} | ({chosen} if chosen else set()))
+def points_of(ks: Sequence[int], chosen: int) -> Sequence[int]:
+    """Those of the ``ks`` of a curve that are timed: a few, evenly up to the last, and the one that was chosen."""
+    evenly = (ks[-1] * part / 4 for part in range(1, 5))
+    return sorted(
+        {min(ks, key=lambda k: abs(k - round(at))) for at in evenly} | ({chosen} if chosen else set())
+    )

@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbl_export.blocks import MLP, Block, Mlp
+from nbl_export.blocks import ATTENTION, Block, Span, part_of
 from nbl_export.files import write_json
-from nbl_export.linearize.plan import LinearLayer, Plan, load_plan, ranks_of
+from nbl_export.linearize.plan import Plan, load_plan, ranks_of
 from nbl_export.linearize.selection import Curve, PlanLoss, ScoredLayer, Scores
 from nbl_export.progress import Listener, Silent
 from nbl_export.ranks import ALONE
@@ -29,7 +29,13 @@ if TYPE_CHECKING:
 def select(run: Run, settings: SelectSettings) -> Plan:
     """Moments → plan: score every layer, choose K, and save their W and b with the evidence for the proof."""
     from nbl_export.linearize.plan import save_plan
-    from nbl_export.linearize.scores import check_layers, check_rank, predicted_excess, score_layers
+    from nbl_export.linearize.scores import (
+        check_fit,
+        check_layers,
+        check_rank,
+        predicted_excess,
+        score_layers,
+    )
     from nbl_export.models.device import exact_float32
     from nbl_export.models.layers import FULL, positions
     from nbl_export.stages.select.choosing import Choosing
@@ -51,8 +57,9 @@ def select(run: Run, settings: SelectSettings) -> Plan:
         if settings.rank is not None:
             check_rank(settings.rank, len(next(iter(moments.layers.values())).x))
         ridge = fitting.scoring_ridge
+        check_fit(settings, moments.layers)
         candidates = score_layers(moments, settings.fit_input, ridge, listener, jobs.scores, ranks.count)
-        empty = _plan(run, settings, metadata, {})
+        empty = _plan(run, settings, metadata)
 
         def ship(layers: Sequence[Block]) -> Shipped[tuple[Plan, PlanLoss | None]]:
             predicted = None if settings.layers is not None else predicted_excess(candidates, layers)
@@ -60,7 +67,8 @@ def select(run: Run, settings: SelectSettings) -> Plan:
             return Shipped(made, made[1].loss if made[1] else None)
 
         kinds = metadata.get("kinds", {})
-        savings = savings_in(Counting(ws, empty, kinds, fitting.timed, listener), settings)
+        spans = any(isinstance(block, Span) for block in moments.layers)
+        savings = savings_in(Counting(ws, empty, kinds, fitting.timed, listener, spans), settings)
         if settings.layers is not None:
             curve: Curve | None = None
             found, others = [c.layer for c in candidates], metadata.get("others", {})
@@ -80,8 +88,9 @@ def select(run: Run, settings: SelectSettings) -> Plan:
         save_plan(ws.plan, plan)
         ws.repair_checkpoint.unlink(missing_ok=True)
         scored = tuple(
-            ScoredLayer(**vars(c), kind=kinds.get(str(c.layer), MLP if isinstance(c.layer, Mlp) else FULL))
+            ScoredLayer(**vars(c), kind=kinds.get(str(c.layer), FULL if part == ATTENTION else part))
             for c in candidates
+            for part in [part_of(c.layer)]
         )
         workload_ms = savings.ms() if savings and settings.workload else None
         scores = Scores(
@@ -123,21 +132,22 @@ def _fitted(
     (the excess, in nats).
     """
     layers = fitting.final(chosen)
-    plan = replace(empty, layers=layers)
+    plan = empty.with_replaced(layers)
     if not chosen:
         return plan, None
     result = PlanLoss(predicted_excess=predicted)
     if settings.repair:
         result = replace(result, before_repair=measured.loss_of(plan))
         repaired = fitting.repaired(layers)
-        plan = replace(plan, layers=repaired.layers, adapters=repaired.adapters)
+        layers = {**repaired.layers}
+        plan = replace(plan.with_replaced(layers), adapters=repaired.adapters)
     if settings.truncates:
         if decoder:
             result = replace(result, before_rank=measured.loss_of(plan))
-        layers, lost = fitting.truncated(plan.layers)
-        plan = replace(plan, layers=layers)
+        layers, lost = fitting.truncated(layers)
+        plan = plan.with_replaced(layers)
         if settings.rank is None:
-            plan = replace(plan, ranks=ranks_of(layers))
+            plan = replace(plan, ranks=ranks_of(plan.layers))
             result = replace(result, ranks={str(layer): rank for layer, rank in plan.ranks.items()})
         result = replace(result, rank_lost={str(layer): share for layer, share in lost.items()})
     if decoder and (result != PlanLoss() or settings.fit == "sequential"):
@@ -153,9 +163,8 @@ def _as_kept(scores: Scores) -> dict[str, Any]:
     return raw
 
 
-def _plan(
-    run: Run, settings: SelectSettings, metadata: Mapping[str, Any], layers: Mapping[Block, LinearLayer]
-) -> Plan:
+def _plan(run: Run, settings: SelectSettings, metadata: Mapping[str, Any]) -> Plan:
+    """A plan that replaces nothing yet."""
     from nbl_export.calibrate.probe import load_probe
 
     probe = load_probe(run.workspace.probe)
@@ -167,7 +176,7 @@ def _plan(
         criterion=str(settings.criterion) if settings.layers is None else "by hand",
         ridge=settings.ridge,
         calibration_tokens=metadata["tokens"],
-        layers=layers,
+        layers={},
         probe=dict(probe.inputs),
         probe_u=probe.x if settings.fit_input == "normed" else probe.h,
         probe_y=probe.y,

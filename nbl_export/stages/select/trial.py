@@ -14,15 +14,15 @@ from nbl_export.files import TEMPORARY
 from nbl_export.progress import Listener
 
 if TYPE_CHECKING:
-    from nbl_export.linearize.plan import LinearLayer, Plan
+    from nbl_export.linearize.plan import Plan, Replacement
     from nbl_export.workspace import Workspace
 
 
 @contextmanager
 def trial_graph(
-    ws: Workspace, plan: Plan, layers: Mapping[Block, LinearLayer], name: str, listener: Listener
+    ws: Workspace, plan: Plan, layers: Mapping[Block, Replacement], name: str, listener: Listener
 ) -> Iterator[Path]:
-    """The exported graph with these linear ``layers``; all other weights it reads from where the unmodified one has
+    """The exported graph with these ``layers`` replaced; all other weights it reads from where the unmodified one has
     them. ``name`` tells it from others that are there at the same time; ``plan`` is one without layers."""
     from nbl_export.graph.io import save_beside
     from nbl_export.linearize.plan import ranks_of
@@ -31,7 +31,8 @@ def trial_graph(
     graph, data = (ws.root / f"{name}.{what}{TEMPORARY}" for what in ("onnx", "data"))
     try:
         write = partial(save_beside, data=data.name)
-        trial = replace(plan, layers=layers, ranks=ranks_of(layers))
+        trial = plan.with_replaced(layers)
+        trial = replace(trial, ranks=ranks_of(trial.layers))
         rewrite_file(ws.baseline, trial, graph, listener, write)
         yield graph
     finally:

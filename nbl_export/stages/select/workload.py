@@ -18,7 +18,7 @@ from nbl_export.stages.select.costs import KeptCosts
 from nbl_export.stages.select.trial import trial_graph, why_not_timed
 
 if TYPE_CHECKING:
-    from nbl_export.linearize.plan import LinearLayer, Plan
+    from nbl_export.linearize.plan import Plan, Replacement
     from nbl_export.verify.speed.savings import Savings
     from nbl_export.workspace import Workspace
 
@@ -28,13 +28,15 @@ class Counting:
     """What is counted or timed: the graph of ``ws`` with candidates of ``plan``, which has no layers.
 
     ``kinds`` are those of attention layers by their numbers; ``layers`` makes the maps of some blocks to time.
+    ``spans`` says whether spans can be chosen.
     """
 
     ws: Workspace
     plan: Plan
     kinds: Mapping[str, str]
-    layers: Callable[[Sequence[Block]], Mapping[Block, LinearLayer]]
+    layers: Callable[[Sequence[Block]], Mapping[Block, Replacement]]
     listener: Listener
+    spans: bool = False
 
 
 def savings_in(of: Counting, settings: SelectSettings) -> Savings | None:
@@ -60,7 +62,7 @@ def savings_in(of: Counting, settings: SelectSettings) -> Savings | None:
     _check(of, settings, bool(cost.kv_bytes_per_token))
     kept = KeptCosts(ws, exported.result)
     blocks = block_savings(graph, of.plan, settings.rank)
-    without = block_savings(graph, of.plan, 0) if settings.frontier else {}
+    without = block_savings(graph, of.plan, 0) if settings.frontier or of.spans else {}
     size = stored_bytes(graph)
     counted = Savings(cost, blocks, kept.roofline(), settings.workloads, size, without=without)
     if not settings.measure_cost:

@@ -71,7 +71,7 @@ def first_divergence(model: torch.nn.Module, plan: Plan, path: Path) -> Divergen
         run_uncached(backbone(model), plan.probe)
     graph = load_graph(path)
     tolerance = PROOF_TOLERANCE[graph_precision(graph).name]
-    rows = metadata_list(graph, LAYERS_KEY, DescribedLayer)
+    rows = [row for row in metadata_list(graph, LAYERS_KEY, DescribedLayer) if row.kind != "dropped"]
     found = intermediate_tensors(path, [name for row in rows for name in (row.input, row.output)], plan.probe)
     for row in rows:
         for where, name in (("input", row.input), ("output", row.output)):

@@ -84,7 +84,8 @@ def kept_cache(stream: Stream, plan: Plan) -> Stream:
     # The n-th entry is of the n-th attention layer, unless some attend to another's keys and values.
     every = attentions(plan.candidates)
     layers = every if len(stream.kv_layers) == len(every) else stream.kv_layers
-    places = tuple(i for i, layer in enumerate(layers) if layer not in plan.layers)
+    gone = set(plan.chosen)
+    places = tuple(i for i, layer in enumerate(layers) if layer not in gone)
     return KeptCache(stream, tuple(layers[i] for i in places), places)
 
 
@@ -115,7 +116,7 @@ def differences(
     """The same with the ``proofs`` of ``baseline``."""
     failures = [check.failure for check in check_layers(rewritten, proofs, plan) if check.failure]
     graph = load_graph(rewritten)
-    parts = {layer: linear_part(graph, layer) for layer in plan.chosen}
+    parts = {layer: linear_part(graph, layer) for layer in plan.linear}
     whole = {layer: part for layer, part in parts.items() if isinstance(part, LinearPart)}
     if len(whole) < len(parts):  # which the checks say
         return failures
@@ -150,7 +151,10 @@ def first_difference(reference: Path, rewritten: Path, plan: Plan) -> str:
 def spliced(
     baseline: Path, parts: Mapping[Block, LinearPart], proofs: Mapping[Block, Proof], plan: Plan
 ) -> Iterator[Path]:
-    """A temporary graph: the unmodified one with the linear layers ``parts``, sharing the data files of both."""
+    """A temporary graph: the unmodified one with the linear layers ``parts``, sharing the data files of both.
+
+    What the plan drops is still computed in it, and subtracted from itself: it does not depend on how it is left out.
+    """
     model = load_graph(baseline)
     values = {v.name: v for node in model.graph for v in node.outputs} | {
         v.name: v for v in model.graph.inputs
@@ -159,11 +163,36 @@ def spliced(
         u, y = proofs[layer].u, proofs[layer].y
         assert u is not None and y is not None  # proven layers have both
         _put_in(model, part, values[u.name], values[y.value.name])
+    for layer in plan.dropped:
+        y = proofs[layer].y
+        assert y is not None  # as above
+        _nothing(values[y.value.name], model.graph.initializers.get(str(y.later.name)) if y.later else None)
     merge_adapters(model, plan.adapters)
     model.graph.sort()
     # The folder that holds the data of both graphs.
     with scratch(model, follow_links(model) or baseline.parent) as path:
         yield path
+
+
+def _nothing(y: ir.Value, later: ir.Value | None) -> None:
+    """Zeros in the place of ``y``, less what is added ``later``."""
+    producer = y.producer()
+    assert producer is not None
+    zeros = ir.node("Sub", [y, y], name=f"{y.name}.nothing")
+    nodes = [zeros]
+    if later is not None:
+        nodes.append(ir.node("Sub", [zeros.outputs[0], later], name=f"{y.name}.before_bias"))
+    result = nodes[-1].outputs[0]
+    for node in nodes:
+        node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = (
+            f"{node.name}.output",
+            y.type,
+            y.shape,
+        )
+    producer.append(nodes)
+    for use in tuple(y.uses()):
+        if use.node is not zeros:
+            use.node.replace_input_with(use.idx, result)
 
 
 def _put_in(model: ir.Model, part: LinearPart, u: ir.Value, y: ir.Value) -> None:

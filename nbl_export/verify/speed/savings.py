@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 
 import onnx_ir as ir
 
-from nbl_export.blocks import Block
+from nbl_export.blocks import Block, parts_in
 from nbl_export.graph.branches import mlp_regions
 from nbl_export.graph.cache import kv_pairs, pair_bytes_per_token
 from nbl_export.graph.operators import weight_shape
@@ -54,7 +54,11 @@ class Savings:
     def _left(self, linear: Iterable[Block]) -> GraphCost:
         left = self.graph
         for block in linear:
-            left = less(left, self.blocks[block])
+            # Of a span, all but the first part is dropped.
+            first, *others = parts_in(block)
+            left = less(left, self.blocks[first])
+            for part in others:
+                left = less(left, self.without[part])
         return left
 
     def weight_bytes(self, linear: Iterable[Block] = ()) -> int:
@@ -69,7 +73,7 @@ class Savings:
     def ms(self, linear: Iterable[Block] = ()) -> float:
         """Milliseconds of the workloads, weighted, with these blocks ``linear``."""
         if self.measured:
-            saved = sum(self.measured.saved_ms[block] for block in linear)
+            saved = sum(self._measured_ms(block) for block in linear)
             return max(self.measured.graph_ms - saved, _LEAST * self.measured.graph_ms)
         left = self._left(linear)
         return 1e3 * sum(w.weight * _seconds(left, w, self.roofline) for w in self.workloads)
@@ -78,6 +82,17 @@ class Savings:
         """What ``block`` saves of that where others are ``linear`` already."""
         others = tuple(linear)
         return self.ms(others) - self.ms((*others, block))
+
+    def _measured_ms(self, block: Block) -> float:
+        """What was measured that ``block`` saves; of a dropped part of a span more, as is counted."""
+        assert self.measured is not None
+        first, *others = parts_in(block)
+        saved = self.measured.saved_ms[first]
+        if others:
+            dropping = self.dropping().measured
+            assert dropping is not None  # as this is
+            saved += sum(dropping.saved_ms[part] for part in others)
+        return saved
 
     def speedup(self, linear: Iterable[Block]) -> float:
         """How many times as fast the workloads are (counted: at best) with these blocks ``linear``."""
