@@ -35,7 +35,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from quality_methods import OURS, REPAIRED, WEIGHTS, Cut, Ways
+from quality_methods import ALL, OURS, REPAIRED, WEIGHTS, Cut, Ways
 
 from nbl_export import api
 from nbl_export.calibrate.documents import documents
@@ -134,7 +134,7 @@ class Compared:
         context = arguments.context
         workloads = (f"prefill={min(SEQ_LEN, context)}", f"decode=128@{context}")
         self._ways = ways = Ways(
-            arguments.out / "both", model, max(arguments.k) + 2, workloads, self._selection_kl
+            arguments.out / ALL, model, max(arguments.k) + 2, workloads, self._selection_kl
         )
         self._cuts: dict[str, list[Cut]] = {}
         for made in (ways.paper, ways.attention_drop, ways.block_drop, ways.bypass, ways.ours):
@@ -170,7 +170,7 @@ class Compared:
         least = self._ways.gain(own, by) * (1 - 1e-9)
         taken: dict[str, Cut | None] = {"NBL": own}
         for way, every in self._cuts.items():
-            if way != "NBL" and (not way.startswith("both") or way == f"both, by {by}"):
+            if way != "NBL" and (not way.startswith(f"{ALL}, by") or way == f"{ALL}, by {by}"):
                 taken[way] = next((c for c in every if self._ways.gain(c, by) >= least), None)
         # What --frontier takes: whichever loses least on the selection text.
         taken[OURS] = ours = min((c for c in taken.values() if c), key=lambda c: c.kl)
@@ -301,8 +301,8 @@ def main() -> None:
         arguments.selection_samples,
     )
     if arguments.compare:
-        api.calibrate(arguments.model, arguments.out / "both", replace(text, blocks="both"))
-        api.export(arguments.out / "both")
+        api.calibrate(arguments.model, arguments.out / ALL, replace(text, blocks=ALL))
+        api.export(arguments.out / ALL)
     else:
         api.calibrate(arguments.model, arguments.out, text)
     path = arguments.out / "quality.json"

@@ -5,7 +5,7 @@ attention drop   attention layers left out, by the loss of each alone (LLM-Drop'
 block drop   whole layers left out, one after the other by the smallest loss (SLEB, arXiv 2402.09025)
 bypass       one affine map for a run of layers, fitted by least squares between the residual streams before and
              after it; the run is where they differ least in angle (ReplaceMe's form, arXiv 2505.02819)
-attention, MLPs, both   ours: greedy search over blocks, plain LMMSE; both by loss for what is saved
+attention, MLPs, spans, all   ours: greedy search over blocks, plain LMMSE; all by loss for what is saved
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from nbl_export import api
-from nbl_export.blocks import Block, Mlp, attentions
+from nbl_export.blocks import ATTENTION, Block, Mlp, all_parts, attentions, part_of, parts_in
 from nbl_export.calibrate.moments import load_moments
 from nbl_export.calibrate.text import load_text
 from nbl_export.files import read_json
@@ -31,7 +31,7 @@ from nbl_export.linearize.figures import Loss
 from nbl_export.linearize.fits import as_layer
 from nbl_export.linearize.lmmse import fit_lmmse
 from nbl_export.linearize.loss import LossMeter, loss_of_plan
-from nbl_export.linearize.plan import DROPPED, LinearLayer, Replacement
+from nbl_export.linearize.plan import DROPPED, LinearLayer, Replacement, by_part
 from nbl_export.linearize.selection import Scores
 from nbl_export.models.layers import block_stack
 from nbl_export.records import from_json
@@ -47,7 +47,7 @@ NOTHING = GraphCost(0, 0, 0, 0)
 # What the ways are compared at beside the counted time of workloads. Greedy search for weights is that for a token
 # after one other, which reads nothing else.
 WEIGHTS, ONE_TOKEN = "weights", "decode=1@1"
-OURS, REPAIRED = "ours", "ours, repaired"
+OURS, REPAIRED, ALL = "ours", "ours, repaired", "all"
 # Sets that are tried for each whole layer that is left out, by their loss so far, as greedy search does for blocks.
 TRIES = 8
 RIDGE = 1e-6
@@ -102,30 +102,31 @@ class Ways:
         return from_json(Scores, read_json(self.ws.candidates, "candidates", ""), "candidates", "")
 
     def paper(self) -> Iterator[Cut]:
-        candidates = [c for c in self.scores().candidates if not isinstance(c.layer, Mlp)]
+        candidates = [c for c in self.scores().candidates if part_of(c.layer) == ATTENTION]
         order = [c.layer for c in sorted(candidates, key=lambda c: c.cca)]
         for k in range(1, self.most + 1):
             yield self._linear("NBL", order[:k])
 
     def attention_drop(self) -> Iterator[Cut]:
         api.select(self.out, api.SelectSettings(k=1, criterion="drop"))
-        candidates = [c for c in self.scores().candidates if not isinstance(c.layer, Mlp)]
+        candidates = [c for c in self.scores().candidates if part_of(c.layer) == ATTENTION]
         order = [c.layer for c in sorted(candidates, key=lambda c: c.drop or 0.0)]
         for k in range(1, self.most + 1):
             yield self._dropped("attention drop", order[:k])
 
     def ours(self) -> Iterator[Cut]:
-        """Attention alone and MLPs alone, then both for each thing to save."""
+        """Attention, MLPs and spans alone, then all for each thing to save."""
         for by in self.compared_by:
             workload = ONE_TOKEN if by == WEIGHTS else by
-            settings = api.SelectSettings(k=self.most, workload=(workload,), frontier=by == WEIGHTS)
+            # Of a span, K counts two for each layer, and most of them save nothing but weights.
+            settings = api.SelectSettings(k=2 * self.most, workload=(workload,), frontier=by == WEIGHTS)
             api.select(self.out, settings)
             curve = self.scores().curve
             assert curve is not None
             for line in curve.frontier:
                 if line.name == "dropped":
                     continue
-                name = f"both, by {by}" if line.name == "both" else line.name
+                name = f"{ALL}, by {by}" if line.name == ALL else line.name
                 for point in line.points:
                     yield replace(self._linear(name, point.layers), kl=point.kl)
 
@@ -233,17 +234,25 @@ class Ways:
         fit: Callable[[Block], Replacement],
     ) -> Cut:
         named = tuple(sorted(layers))
+        first = {parts_in(block)[0] for block in named}
+        left = [part for part in all_parts(named) if part not in first]
 
         def loss(meter: LossMeter) -> Loss:
-            return meter.measure({block: fit(block) for block in named})
+            return meter.measure(by_part({block: fit(block) for block in named}))
 
-        return Cut(way, " ".join(map(str, named)), total(saved, named), loss, blocks=named)
+        gone = sum_of(total(saved, first), total(self.without, left))
+        return Cut(way, " ".join(map(str, named)), gone, loss, blocks=named)
 
     def _fit(self, block: Block) -> LinearLayer:
         if block not in self._fits:
             fit = fit_lmmse(self._moments.layers[block], "normed", DEFAULT_RIDGE)
             self._fits[block] = as_layer(fit)
         return self._fits[block]
+
+
+def sum_of(a: GraphCost, b: GraphCost) -> GraphCost:
+    """What ``a`` and ``b`` are together."""
+    return less(a, less(NOTHING, b))
 
 
 def total(saved: Mapping[Block, GraphCost], blocks: Iterable[Block]) -> GraphCost:

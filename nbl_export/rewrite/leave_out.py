@@ -33,10 +33,16 @@ _ZEROS_STAY = frozenset(
         "SimplifiedLayerNormalization",
     )
 )
-# The norm alone of a sum and a norm in one operator, and how many inputs of it follow the two summands.
+# Of a sum and a norm in one operator: the norm alone, in ONNX and before ONNX had it, the opset that has it first, and
+# how many inputs of it follow the two summands.
 _NORMS = {
-    (MICROSOFT, "SkipSimplifiedLayerNormalization"): ("SimplifiedLayerNormalization", 1),
-    (MICROSOFT, "SkipLayerNormalization"): ("LayerNormalization", 2),
+    (MICROSOFT, "SkipSimplifiedLayerNormalization"): (
+        "RMSNormalization",
+        "SimplifiedLayerNormalization",
+        23,
+        1,
+    ),
+    (MICROSOFT, "SkipLayerNormalization"): ("LayerNormalization", "LayerNormalization", 17, 2),
 }
 _SUM = 3  # the output of such an operator that is the sum
 
@@ -49,7 +55,7 @@ def leave_out(model: ir.Model, layer: Block, y: ir.Value, later: ir.Value | None
     zeros = [y]
     for value in zeros:  # which grows
         for use in tuple(value.uses()):
-            zeros += _without(use.node, value, later)
+            zeros += _without(use.node, value, later, model.opset_imports[""])
     RemoveUnusedNodesPass()(model)
     producer = y.producer()
     if producer is not None and producer.graph is not None and (y.uses() or y.is_graph_output()):
@@ -61,7 +67,7 @@ def leave_out(model: ir.Model, layer: Block, y: ir.Value, later: ir.Value | None
         )
 
 
-def _without(node: ir.Node, zero: ir.Value, later: ir.Value | None) -> list[ir.Value]:
+def _without(node: ir.Node, zero: ir.Value, later: ir.Value | None, opset: int) -> list[ir.Value]:
     """Take ``zero`` out of the sum that ``node`` is; returns what else is zeros with it."""
     if key(node) == ("", "Add"):
         other = next((v for v in node.inputs if v is not zero), None)
@@ -71,14 +77,14 @@ def _without(node: ir.Node, zero: ir.Value, later: ir.Value | None) -> list[ir.V
             return [node.outputs[0]] if later is not None and other is later else []
         node.outputs[0].replace_all_uses_with(other, replace_graph_outputs=True)
     elif key(node) in SKIP_NORMS:
-        _norm_alone(node, zero, later)
+        _norm_alone(node, zero, later, opset)
     elif key(node) == ("", "Mul") or (key(node) in _ZEROS_STAY and node.inputs[0] is zero):
         return [node.outputs[0]]
     return []
 
 
-def _norm_alone(node: ir.Node, zero: ir.Value, later: ir.Value | None) -> None:
-    op, own = _NORMS[key(node)]
+def _norm_alone(node: ir.Node, zero: ir.Value, later: ir.Value | None, opset: int) -> None:
+    op, before, since, own = _NORMS[key(node)]
     at = SKIP_NORMS[key(node)]
     bias = node.inputs[at] if len(node.inputs) > at else None
     other = next((v for v in node.inputs[:2] if v is not zero), None)
@@ -87,7 +93,11 @@ def _norm_alone(node: ir.Node, zero: ir.Value, later: ir.Value | None) -> None:
         return
     attributes = {"epsilon": node.attributes["epsilon"].as_float()} if "epsilon" in node.attributes else {}
     norm = ir.node(
-        op, [other, *node.inputs[2 : 2 + own]], {"axis": -1, **attributes}, name=node.name, num_outputs=1
+        op if opset >= since else before,
+        [other, *node.inputs[2 : 2 + own]],
+        {"axis": -1, **attributes},
+        name=node.name,
+        num_outputs=1,
     )
     node.prepend(norm)
     old, new = node.outputs[0], norm.outputs[0]
