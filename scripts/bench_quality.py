@@ -301,7 +301,7 @@ def main() -> None:
         arguments.selection_samples,
     )
     if arguments.compare:
-        api.calibrate(arguments.model, arguments.out / ALL, replace(text, blocks=ALL))
+        api.calibrate(arguments.model, arguments.out / ALL, replace(text, blocks="all"))
         api.export(arguments.out / ALL)
     else:
         api.calibrate(arguments.model, arguments.out, text)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from nbl_export.blocks import PARTS, Block
+from nbl_export.blocks import PARTS, SPAN, Block
 from nbl_export.calibrate.collect import collect_moments
 from nbl_export.calibrate.moments import Moments
 from nbl_export.calibrate.probe import Probe, probe_model
@@ -247,7 +247,8 @@ class Calibrated:
     def plan(self, blocks: Sequence[Block], fit_input: FitInput = "normed") -> Plan:
         """The plan of exactly ``blocks``, of those that the model has."""
         fits = {i: fit_lmmse(self.moments.layers[i], fit_input) for i in blocks if i in self.moments.layers}
-        return Plan(
+        maps = {i: LinearLayer(f.w.astype(np.float32), f.b.astype(np.float32)) for i, f in fits.items()}
+        empty = Plan(
             model="of a test",
             hidden_size=hidden_size(self.model),
             layer_count=layer_count(self.model),
@@ -255,12 +256,13 @@ class Calibrated:
             criterion="by hand",
             ridge=1e-6,
             calibration_tokens=next(iter(self.moments.layers.values())).n,
-            layers={i: LinearLayer(f.w.astype(np.float32), f.b.astype(np.float32)) for i, f in fits.items()},
+            layers={},
             probe={n: getattr(self.probe, n) for n in ("input_ids", "attention_mask", "position_ids")},
             probe_u=self.probe.x if fit_input == "normed" else self.probe.h,
             probe_y=self.probe.y,
             probe_routes=self.probe.routes,
         )
+        return empty.with_replaced(maps)
 
 
 def attention_share(case: Calibrated) -> tuple[float, float]:
@@ -284,4 +286,6 @@ def calibrated(folder: Path) -> Calibrated:
     model = load(folder)
     vocab = model.config.vocab_size
     tokens = np.random.default_rng(0).integers(3, vocab, (64, 32), dtype=np.int32)
-    return Calibrated(model, collect_moments(model, tokens, parts=PARTS), probe_model(model, tokens, PARTS))
+    return Calibrated(
+        model, collect_moments(model, tokens, parts=(*PARTS, SPAN)), probe_model(model, tokens, PARTS)
+    )

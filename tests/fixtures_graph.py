@@ -82,11 +82,11 @@ def plan_by_hand(out: Path, layers: Sequence[int], fit_input: FitInput = "normed
         criterion="by hand",
         ridge=1e-6,
         calibration_tokens=first.calibration_tokens,
-        layers={i: LinearLayer(f.w.astype(np.float32), f.b.astype(np.float32)) for i, f in fits.items()},
+        layers={},
         probe={n: getattr(probe, n) for n in ("input_ids", "attention_mask", "position_ids")},
         probe_u=probe.x if fit_input == "normed" else probe.h,
         probe_y=probe.y,
-    )
+    ).with_replaced({i: LinearLayer(f.w.astype(np.float32), f.b.astype(np.float32)) for i, f in fits.items()})
 
 
 def ragged_rows(lengths: Sequence[int], vocab: int, seed: int = 0) -> list[NDArray[Any]]:
@@ -137,12 +137,14 @@ def logits_made(monkeypatch: pytest.MonkeyPatch) -> Callable[[type], list[tuple[
 def maps_in_place(model: Any, plan: Plan) -> Iterator[None]:
     """``model`` with the planned outputs overwritten by W u + b: hooks of the tests' own."""
     handles, blocks_input = [], {}
-    for index, linear in plan.layers.items():
+    for index, linear in plan.replacements.items():
         block = model.model.layers[layer_of(index)]
         part, before = block.self_attn, block
         if isinstance(index, Mlp):
             part, before = block.mlp, block.post_attention_layernorm
-        w, b = torch.from_numpy(linear.w), torch.from_numpy(linear.b)
+        w, b = torch.zeros(plan.hidden_size, plan.hidden_size), torch.zeros(plan.hidden_size)
+        if isinstance(linear, LinearLayer):
+            w, b = torch.from_numpy(linear.w), torch.from_numpy(linear.b)
 
         def keep(_block: Any, args: Any, kwargs: Any, index: Block = index) -> None:
             blocks_input[index] = kwargs.get("hidden_states", args[0] if args else None)

@@ -9,23 +9,30 @@ from typing import Any
 import pytest
 
 from nbl_export.blocks import (
+    LONGEST_SPAN,
     Block,
     Mlp,
+    Span,
+    all_parts,
     as_json,
     attentions,
     block_of,
     counted,
     described,
     from_json,
+    grouped,
     layer_of,
     part_of,
+    parts_in,
+    spans_of,
+    with_block,
 )
 from nbl_export.errors import InputError
 from nbl_export.files import jsonable
 from nbl_export.records import from_json as record
 from nbl_export.records import to_json
 
-ORDER: list[Block] = [0, Mlp(0), 1, Mlp(1), 2, Mlp(10), 11]
+ORDER: list[Block] = [0, Mlp(0), Span(0, 0), Span(0, 3), 1, Mlp(1), 2, Mlp(10), Span(10, 12), 11]
 
 
 def test_an_mlp_comes_after_its_layer_s_attention_and_before_the_next_layer() -> None:
@@ -33,22 +40,28 @@ def test_an_mlp_comes_after_its_layer_s_attention_and_before_the_next_layer() ->
     assert min(ORDER[1:]) == Mlp(0) and max(ORDER) == 11
     one, mlp = 1, Mlp(1)
     assert one != mlp and mlp != one and mlp == Mlp(1) and mlp != Mlp(2)
-    assert len({1, Mlp(1), Mlp(1)}) == 2
+    assert len({1, Mlp(1), Mlp(1), Span(1, 1), Span(1, 1), Span(1, 2)}) == 4
 
 
 @pytest.mark.parametrize("block", ORDER)
 def test_a_block_is_read_as_it_is_written(block: Block) -> None:
     assert block_of(str(block)) == block
     assert from_json(as_json(block)) == block
-    assert type(as_json(block)) is (str if isinstance(block, Mlp) else int)
+    assert type(as_json(block)) is (int if isinstance(block, int) else str)
     assert copy.deepcopy(block) == block
 
 
 @pytest.mark.parametrize(
-    "text", ["", "-1", "07", "7.", "7.MLP", "7.mlp.mlp", "7.attention", "mlp", ".mlp", "٧", "7 "]
+    "text",
+    [
+        *("", "-1", "07", "7.", "7.MLP", "7.mlp.mlp", "7.attention", "mlp", ".mlp", "٧", "7 ", "7-8"),
+        *("7-7.span", "8-7.span", "07.span", "7-08.span", "7-.span", "-7.span", "7-8-9.span", "٧.span"),
+    ],
 )
 def test_what_is_no_block_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"write 7 for an attention, 7\.mlp for an MLP"):
+    with pytest.raises(
+        ValueError, match=r"write 7 for an attention, 7\.mlp for an MLP, 7-9\.span for a span"
+    ):
         block_of(text)
 
 
@@ -59,8 +72,8 @@ def test_json_that_is_no_block_is_refused(value: Any) -> None:
 
 
 def test_parts_of_a_layer() -> None:
-    assert [layer_of(block) for block in ORDER] == [0, 0, 1, 1, 2, 10, 11]
-    assert [part_of(block) for block in ORDER[:2]] == ["attention", "mlp"]
+    assert [layer_of(block) for block in ORDER] == [0, 0, 0, 0, 1, 1, 2, 10, 10, 11]
+    assert [part_of(block) for block in ORDER[:3]] == ["attention", "mlp", "span"]
     assert attentions(ORDER) == (0, 1, 2, 11)
     assert (described(3), described(Mlp(3))) == ("layer 3", "the MLP of layer 3")
 
@@ -92,3 +105,77 @@ def test_a_record_has_attentions_as_numbers_and_mlps_as_text() -> None:
     assert jsonable(asdict(kept)) == raw
     with pytest.raises(InputError, match="it is damaged"):
         record(_Kept, {"layers": ["1"]}, "it", "again")
+
+
+# spans -------------------------------------------------------------------------------------------
+
+
+def test_a_span_has_every_part_of_its_layers_the_map_first() -> None:
+    assert parts_in(Span(3, 4)) == (3, Mlp(3), 4, Mlp(4))
+    assert parts_in(3) == (3,) and parts_in(Mlp(3)) == (Mlp(3),)
+    assert all_parts([Mlp(7), Span(3, 3), 0]) == (0, 3, Mlp(3), Mlp(7))
+    assert str(Span(3, 3)) == "3.span" and str(Span(3, 4)) == "3-4.span"
+    assert (layer_of(Span(3, 4)), part_of(Span(3, 4))) == (3, "span")
+
+
+def test_a_span_without_layers_is_refused() -> None:
+    with pytest.raises(ValueError, match="layers 4 to 3"):
+        Span(4, 3)
+
+
+def test_spans_of_layers_have_no_gaps_and_are_no_longer_than_the_longest() -> None:
+    assert spans_of([0, 1, 4]) == [Span(0, 0), Span(0, 1), Span(1, 1), Span(4, 4)]
+    assert max(len(span.layers) for span in spans_of(range(30))) == LONGEST_SPAN
+    assert len(spans_of(range(30))) == 30 + 29 + 28 + 27
+
+
+@pytest.mark.parametrize(
+    ("blocks", "new", "found"),
+    [
+        ((1, Mlp(4)), 2, (1, Mlp(4), 2)),
+        ((), Span(1, 2), (Span(1, 2),)),
+        # It takes the place of what is within it.
+        ((0, 1, Mlp(2), 5), Span(1, 2), (0, 5, Span(1, 2))),
+        ((Span(1, 1), Span(2, 2)), Span(1, 3), (Span(1, 3),)),
+        # A part of something is there already, or it is all there.
+        ((Span(1, 2),), Span(2, 3), None),
+        ((Span(1, 2),), Span(1, 2), None),
+        ((Span(1, 2),), Mlp(2), None),
+        ((Span(1, 2),), 1, None),
+        ((7,), 7, None),
+    ],
+)
+def test_a_block_is_added_to_others(
+    blocks: tuple[Block, ...], new: Block, found: tuple[Block, ...] | None
+) -> None:
+    assert with_block(blocks, new) == found
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        (),
+        (0, Mlp(3)),
+        (Span(1, 1),),
+        (Span(1, 2), Span(3, 4), 7),
+        (0, Span(1, 2), Mlp(3), 4, Mlp(4), Span(6, 6)),
+    ],
+    ids=str,
+)
+def test_what_was_chosen_is_told_from_its_parts(blocks: tuple[Block, ...]) -> None:
+    linear = [parts_in(block)[0] for block in blocks]
+    dropped = [part for block in blocks for part in parts_in(block)[1:]]
+    assert grouped(linear, dropped) == tuple(sorted(blocks))
+
+
+def test_what_is_dropped_without_a_map_before_it_is_alone() -> None:
+    assert grouped([Mlp(1)], [1, 2, Mlp(2), 5]) == (1, Mlp(1), 2, Mlp(2), 5)
+
+
+def test_spans_are_counted_with_their_layers() -> None:
+    assert counted([Span(1, 2)]) == "1 span of 2 layers"
+    assert counted([3, Mlp(4), Span(1, 2), Span(6, 6)]) == (
+        "1 attention layer, 1 MLP and 2 spans of 3 layers together"
+    )
+    assert described(Span(3, 3)) == "layer 3 as a whole"
+    assert described(Span(3, 5)) == "layers 3 to 5 as a whole"

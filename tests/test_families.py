@@ -201,14 +201,14 @@ def test_graph(
     tmp_path: Path,
     record_property: Recorder,
 ) -> None:
-    """Ragged prefill and decode, half the layers linear, and in float32 one layer."""
+    """Ragged prefill and decode, half the layers linear, and in float32 one layer, and spans of layers."""
     if refused(family, form, lambda: exported(family, form, precision), record_property):
         return
     case, source = calibrated_of(family), exported(family, form, precision)
     lengths = crossed(case.model)
     assert not [one.why for one in lengths if one.why and one.reached]
     record_property("crosses", ", ".join(one.length.name for one in lengths if one.reached))
-    for k in ("one", "half") if precision == "fp32" and (ALL or family in CORE) else ("half",):
+    for k in ("one", "half", "spans") if precision == "fp32" and (ALL or family in CORE) else ("half",):
         plan = case.plan(CHOSEN[k])
         result = rewrite_file(source, plan, tmp_path / k / GRAPH)
         cached = cache_shapes(case.model)

@@ -171,6 +171,7 @@ def check_selection(
 
     ``others`` says what its other layers are, by index.
     """
+    check_fit(settings, layers)
     if settings.layers is not None:
         check_layers(layers, settings.layers, settings.k, others)
     elif settings.k is not None:
@@ -185,6 +186,7 @@ def check_fit(settings: SelectSettings, candidates: Iterable[Block]) -> None:
         return
     odd = {
         "--fit sequential": settings.fit == "sequential",
+        "--fit-input residual": settings.fit_input == "residual",
         "--criterion linearity": settings.criterion == "linearity",
     }
     if found := next((option for option, given in odd.items() if given), None):

@@ -217,20 +217,24 @@ def _nexts(chosen: Sequence[Block], blocks: Iterable[Block]) -> dict[Block, tupl
 
 
 class Prefixes:
-    """The sets of a ``path`` by the number K of attentions and MLPs that they replace: each has more than the last."""
+    """The sets of a ``path`` by the number K of attentions and MLPs that they replace, which grows.
 
-    def __init__(self, path: Iterator[tuple[Block, ...]]) -> None:
-        self._path = path
+    With ``spans``, it may stay where a span takes the place of all that it has: the last set of a K counts.
+    """
+
+    def __init__(self, path: Iterator[tuple[Block, ...]], spans: bool = False) -> None:
+        self._path, self._spans = path, spans
         self._sets: list[tuple[Block, ...]] = [()]
 
     def __call__(self, k: int) -> tuple[Block, ...]:
         """The largest set of at most ``k``; empty where the first one has more."""
-        while self._size(-1) < k and (larger := next(self._path, None)) is not None:
+        while self._goes_on(k) and (larger := next(self._path, None)) is not None:
             self._sets.append(larger)
         return next(found for found in reversed(self._sets) if len(all_parts(found)) <= k)
 
-    def _size(self, number: int) -> int:
-        return len(all_parts(self._sets[number]))
+    def _goes_on(self, k: int) -> bool:
+        size = len(all_parts(self._sets[-1]))
+        return size < k or (size == k and self._spans)
 
 
 def sensitivity(meter: LossMeter, layer: BlockModules[Block], energy: float) -> Loss:

@@ -7,7 +7,7 @@ import re
 import signal
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from nbl_export.blocks import spans_of
 from nbl_export.calibrate.collect import collect_moments, store_moments
 from nbl_export.calibrate.moments import ARRAYS, Accumulator, Moments, load_moments
 from nbl_export.calibrate.store import MomentsFolder
@@ -83,6 +84,42 @@ def test_moments_are_those_of_the_activations(model: Any, tokens: np.ndarray) ->
         size |= {"hh": abs(h).T @ abs(h), "yh": abs(y).T @ abs(h)}
         for name, value in want.items():
             assert np.all(np.abs(getattr(layer, name) - value) <= 1e-12 * size[name]), (index, name)
+
+
+SPANNED = ("attention", "span")
+
+
+@pytest.fixture(scope="module")
+def spanned(model: Any, tokens: np.ndarray) -> Moments:
+    return collect_moments(model, tokens, parts=SPANNED)
+
+
+def test_moments_of_spans_are_those_of_the_streams_around_them(
+    model: Any, tokens: np.ndarray, whole: Moments, spanned: Moments
+) -> None:
+    spans = spans_of(range(BLOCKS))
+    assert list(spanned.layers) == sorted([*range(BLOCKS), *spans])
+    ends: dict[int, torch.Tensor] = {}
+    handles = [
+        block.register_forward_hook(lambda _m, _a, after, i=i: ends.update({i: after}))
+        for i, block in enumerate(model.model.layers)
+    ]
+    with torch.inference_mode():
+        ids = torch.from_numpy(tokens.astype(np.int64))
+        states = model.model(ids, output_hidden_states=True).hidden_states
+    for handle in handles:
+        handle.remove()
+    for span in spans:
+        before, after = (t.reshape(-1, 32).double().numpy() for t in (states[span.layer], ends[span.last]))
+        found, y = spanned.layers[span], after - before
+        scale = np.abs(y).T @ np.abs(before)
+        assert np.all(np.abs(found.yh - y.T @ before) <= 1e-4 * scale.max()), span
+        np.testing.assert_allclose(found.y, y.sum(0), rtol=1e-3, atol=1e-3 * np.abs(y).sum(0).max())
+        # What it reads is what the attention of its first layer reads, which is counted as it was.
+        for name in ("n", "x", "h", "xx", "hh"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(whole.layers[span.layer], name))
+    for index in range(BLOCKS):
+        np.testing.assert_array_equal(spanned.layers[index].yx, whole.layers[index].yx)
 
 
 def test_moments_are_those_of_all_rows_in_one_forward_pass(
@@ -155,12 +192,17 @@ class Place:
         self.every_seconds = every_seconds
 
     def collect(
-        self, model: Any, tokens: np.ndarray, listener: Any = None, fingerprint: str = FINGERPRINT
+        self,
+        model: Any,
+        tokens: np.ndarray,
+        listener: Any = None,
+        fingerprint: str = FINGERPRINT,
+        parts: Sequence[str] = ("attention",),
     ) -> Moments:
         store = MomentsFolder(self.moments, self.partial, {"model": "of a test"}, self.every_seconds)
-        store_moments(model, tokens, fingerprint, store, listener)
+        store_moments(model, tokens, fingerprint, store, listener, parts=parts)
         files = store.publish()
-        assert sorted(self.moments.iterdir()) == files and not self.partial.exists()
+        assert sorted(self.moments.iterdir()) == sorted(files) and not self.partial.exists()
         return load_moments(self.moments)[0]
 
     def at(self) -> tuple[int, int]:
@@ -206,6 +248,17 @@ def test_an_interrupt_at_any_batch_changes_no_bit(
         last = Recorder()
         assert_same(place.collect(model, tokens, last), whole)
         assert len(last.advanced) == batches - at
+
+
+@pytest.mark.parametrize("at", [1, 7, 14])
+def test_an_interrupt_changes_no_bit_of_spans(
+    model: Any, tokens: np.ndarray, spanned: Moments, place: Place, at: int
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        place.collect(model, tokens, Recorder(at, send(signal.SIGINT)), parts=SPANNED)
+    listener = Recorder()
+    assert_same(place.collect(model, tokens, listener, parts=SPANNED), spanned)
+    assert any("goes on" in note for note in listener.notes)
 
 
 def test_two_interruptions_in_a_row(

@@ -11,7 +11,7 @@ import onnx
 from onnx import numpy_helper
 
 from nbl_export.batch.names import NUM_LOGITS_TO_KEEP
-from nbl_export.blocks import Block, Mlp
+from nbl_export.blocks import Block, Mlp, Span
 from nbl_export.graph.cache import KV_LAYERS_KEY
 from nbl_export.graph.io import check_file, passes_checker
 from nbl_export.linearize.plan import Plan, save_plan
@@ -38,6 +38,8 @@ CHOSEN: dict[str, tuple[Block, ...]] = {
     "one": (0,),
     "half": (1, Mlp(1), Mlp(2), 3),
     "all": tuple(range(LAYERS)),
+    # Where the family has none, what is left of it.
+    "spans": (Span(0, 1), Mlp(2), Span(3, 3)),
 }
 EVERY = tuple(FAMILIES)
 # GPT-NeoX is not among the builder's architectures.

@@ -25,7 +25,7 @@ def loss(kl: float = 0.0, ratio: float = 1.0) -> Loss:
 
 
 def points(kls: Sequence[float]) -> list[CurvePoint]:
-    return [CurvePoint.of(k, range(k), loss(kl)) for k, kl in enumerate(kls, 1)]
+    return [CurvePoint.of(range(k), loss(kl)) for k, kl in enumerate(kls, 1)]
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_nothing_beyond_the_end_of_a_curve_is_measured() -> None:
 
 
 def test_a_point_in_the_report() -> None:
-    said = to_json(replace(CurvePoint.of(2, (7, 3), loss(0.5, 1.25)), prefill_speedup=1.5))
+    said = to_json(replace(CurvePoint.of((7, 3), loss(0.5, 1.25)), prefill_speedup=1.5))
     assert said["layers"] == [3, 7] and said["k"] == 2
     assert (said["kl"], said["kl_se"]) == (0.5, 0.05)
     assert said["perplexity_ratio"] == pytest.approx(1.25)

@@ -16,9 +16,9 @@ from nbl_export.calibrate.collect import collect_moments
 from nbl_export.calibrate.moments import ARRAYS
 from nbl_export.calibrate.states import OnDisk
 from nbl_export.linearize import fits as module
-from nbl_export.linearize.fits import WeightedSums, as_layer, dropped, sequential_fits, weighted_moments
+from nbl_export.linearize.fits import WeightedSums, as_layer, sequential_fits, weighted_moments
 from nbl_export.linearize.lmmse import LinearFit, branch_covariances, fit_lmmse
-from nbl_export.linearize.plan import LinearLayer
+from nbl_export.linearize.plan import DROPPED, LinearLayer
 from nbl_export.linearize.swap import replaced
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.layers import attention_layers
@@ -340,7 +340,7 @@ def test_blocks_that_share_something_are_fitted_in_one_part(model: Any) -> None:
 
 def test_a_dropped_layer_writes_nothing(model: Any) -> None:
     ids = torch.from_numpy(TOKENS[:2].astype(np.int64))
-    with torch.inference_mode(), replaced(model, {2: dropped(D)}, "normed"):
+    with torch.inference_mode(), replaced(model, {2: DROPPED}, "normed"):
         found = model(input_ids=ids).logits
     projection = model.model.layers[2].self_attn.o_proj
     hook = projection.register_forward_hook(lambda _m, _a, y: y * 0)

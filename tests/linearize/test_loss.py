@@ -26,7 +26,6 @@ from nbl_export.linearize.search import (
     NOISE,
     LossCache,
     MeasuredSets,
-    greedy_order,
     sensitivity,
     single_layer_losses,
 )
@@ -38,6 +37,7 @@ from nbl_export.models.media_tokens import seeing
 from nbl_export.models.weights import Stored, streamed
 from nbl_export.settings.choices import FitInput
 from tests.families import unsaved
+from tests.linearize.greedy import greedy_order
 from tests.models.test_weights import reads
 from tests.pictures import plain_tokens
 from tests.tiny_types import tiny_model

@@ -14,12 +14,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from nbl_export.blocks import Block, layer_of
+from nbl_export.blocks import Block, Mlp, Span, layer_of, parts_in, spans_of, with_block
 from nbl_export.errors import CalibrationError
 from nbl_export.linearize import search
 from nbl_export.linearize.figures import Loss
-from nbl_export.linearize.plan import LinearLayer
-from nbl_export.linearize.search import LossCache, MeasuredSets, greedy_order, single_layer_losses, usable
+from nbl_export.linearize.plan import DROPPED, LinearLayer
+from nbl_export.linearize.search import (
+    LossCache,
+    MeasuredSets,
+    Prefixes,
+    count_blocks,
+    greedy_path,
+    ranked_path,
+    single_layer_losses,
+    usable,
+)
+from tests.linearize.greedy import greedy_order
 
 Cost = Callable[[frozenset[int]], float]
 
@@ -380,3 +390,96 @@ def test_savings_may_depend_on_what_is_linear() -> None:
         return 10.0 if 0 in linear and block == 2 else 1.0
 
     assert greedy_order(sets, single_layer_losses(sets), 3, saved) == [0, 2, 1]
+
+
+# spans -------------------------------------------------------------------------------------------
+
+
+def spanned(costs: Mapping[Block, float]) -> MeasuredSets:
+    """Sets of blocks with these ``costs``, which add up, as measured."""
+
+    def loss(blocks: Sequence[Block]) -> Loss:
+        return of_kl(sum(costs[block] for block in blocks))
+
+    return MeasuredSets(
+        lambda: Table(lambda _: 0.0, 1),  # type: ignore[arg-type, return-value]
+        dict.fromkeys(costs, DROPPED),
+        LossCache({}, lambda _: None),
+        lambda sets, _settled: [loss(blocks) for blocks in sets],
+    )
+
+
+def path_of(
+    costs: Mapping[Block, float], saved: Mapping[Block, float] | None = None
+) -> list[tuple[Block, ...]]:
+    sets = spanned(costs)
+    by = count_blocks if saved is None else (lambda blocks: sum(saved[block] for block in blocks))
+    return list(greedy_path(sets, single_layer_losses(sets), by))
+
+
+def test_a_span_takes_the_place_of_what_is_within_it() -> None:
+    costs = {0: 0.1, 1: 0.2, Mlp(1): 0.9, Span(1, 1): 0.5}
+    assert path_of(costs) == [(0,), (0, 1), (0, Span(1, 1))]
+
+
+def test_spans_grow_and_do_not_overlap() -> None:
+    costs = {Span(1, 1): 0.1, Span(2, 2): 0.3, Span(1, 2): 0.25, Span(2, 3): 0.4, Span(1, 3): 0.7}
+    found = path_of(costs)
+    # 2-3 overlaps 1-2, and what is within it is nothing new.
+    assert found == [(Span(1, 1),), (Span(1, 2),), (Span(1, 3),)]
+
+
+def test_for_what_is_saved_a_whole_span_may_be_first() -> None:
+    costs = {0: 0.1, 1: 0.1, Span(0, 1): 0.3}
+    saved = {0: 1.0, 1: 1.0, Span(0, 1): 9.0}
+    assert path_of(costs, saved) == [(Span(0, 1),)]
+    assert path_of(costs, {**saved, Span(0, 1): 2.5}) == [(0,), (0, 1), (Span(0, 1),)]
+
+
+def test_spans_beside_each_other_become_one_where_that_costs_little() -> None:
+    costs = {Span(1, 1): 0.1, Span(2, 2): 0.1, Span(1, 2): 0.21, 4: 0.5}
+    found = path_of(costs, {**dict.fromkeys(costs, 1.0), Span(1, 2): 2.5})
+    assert found == [(Span(1, 1),), (Span(1, 1), Span(2, 2)), (Span(1, 2),), (Span(1, 2), 4)]
+    prefix = Prefixes(iter(found), spans=True)
+    assert [prefix(k) for k in (4, 5, 4)] == [found[2], found[3], found[2]]
+
+
+def test_prefixes_are_the_largest_sets_of_at_most_k() -> None:
+    costs = {0: 0.1, Span(1, 1): 0.3, Span(1, 2): 0.7}
+    sets = spanned(costs)
+    prefix = Prefixes(greedy_path(sets, single_layer_losses(sets)), spans=True)
+    assert [prefix(k) for k in (0, 1, 2, 3, 4, 5, 9)] == [
+        (),
+        (0,),
+        (0,),
+        (0, Span(1, 1)),
+        (0, Span(1, 1)),
+        (0, Span(1, 2)),
+        (0, Span(1, 2)),
+    ]
+
+
+def test_a_ranking_leaves_out_what_overlaps() -> None:
+    order = [Span(2, 3), 3, 1, Mlp(1), Span(3, 4), Span(1, 4)]
+    assert list(ranked_path(order)) == [
+        (Span(2, 3),),
+        (Span(2, 3), 1),
+        (Span(2, 3), 1, Mlp(1)),
+        (Span(1, 4),),
+    ]
+
+
+BLOCKS = st.sampled_from([0, Mlp(0), 1, Mlp(1), 2, Mlp(2), *spans_of(range(3))])
+
+
+@settings(max_examples=200, deadline=None)
+@given(costs=st.dictionaries(BLOCKS, st.floats(0.01, 1.0), min_size=1))
+def test_every_step_replaces_more_and_nothing_twice(costs: dict[Block, float]) -> None:
+    before: set[Block] = set()
+    blocks: tuple[Block, ...] = ()
+    for blocks in path_of(costs):
+        parts = [part for block in blocks for part in parts_in(block)]
+        assert len(parts) == len(set(parts)) and before <= set(parts)
+        before = set(parts)
+    # It ends where nothing can be added.
+    assert all(with_block(blocks, block) is None for block in costs)

@@ -18,7 +18,7 @@ from nbl_export.settings import NO_BUDGET, Budget
 from nbl_export.workspace import Workspace
 
 LOSS = Loss(0.5, 0.1, 0.2, 0.02)
-POINTS = tuple(CurvePoint.of(k, range(k), replace(LOSS, kl=0.1 * (9 - k))) for k in (3, 1, 4, 2))
+POINTS = tuple(CurvePoint.of(range(k), replace(LOSS, kl=0.1 * (9 - k))) for k in (3, 1, 4, 2))
 SCORES = Scores(
     (
         ScoredLayer(0, 0.5, 2.0, 1e-6, 1e-6),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nbl_export.blocks import ATTENTION, MLP, PARTS, SPAN, Block, all_parts, part_of, with_block
+from nbl_export.blocks import ATTENTION, MLP, PARTS, SPAN, Block, Span, all_parts, part_of, with_block
 from nbl_export.errors import BudgetError, InputError
 from nbl_export.linearize.budget import CurvePoint, keeps, largest_within, loss_curve
 from nbl_export.linearize.figures import Candidate, Loss, per_saving
@@ -157,7 +157,7 @@ class Choosing:
                 singles = single_layer_losses(sets(), _blocks(candidates))
                 yield from greedy_path(sets(), singles, saved)
 
-        return Prefixes(path())
+        return Prefixes(path(), any(isinstance(c.layer, Span) for c in candidates))
 
     def least_k(self, prefix: Prefix, most: int) -> int:
         """The smallest K whose weights and KV cache are within the budget; 0 where it does not bound them.
@@ -228,7 +228,7 @@ class Choosing:
             before = dict.fromkeys(tuple(way.prefix(count)) for count in range(1, k + 1))
             yield from (found for found in (*before, *filled[1:]) if found)
 
-        return replace(way, name=_name(filled[-1]), prefix=Prefixes(path())), kept
+        return replace(way, name=_name(filled[-1]), prefix=Prefixes(path(), spans=True)), kept
 
     def _filling(
         self,

@@ -51,7 +51,8 @@ class Savings:
     measured: BlockTimes | None = None
     without: Mapping[Block, GraphCost] = field(default_factory=dict)
 
-    def _left(self, linear: Iterable[Block]) -> GraphCost:
+    def left(self, linear: Iterable[Block]) -> GraphCost:
+        """What is left of the graph with these blocks ``linear``."""
         left = self.graph
         for block in linear:
             # Of a span, all but the first part is dropped.
@@ -63,19 +64,19 @@ class Savings:
 
     def weight_bytes(self, linear: Iterable[Block] = ()) -> int:
         """Bytes of the weights with these blocks ``linear``."""
-        return self.stored - self.graph.weight_bytes + self._left(linear).weight_bytes
+        return self.stored - self.graph.weight_bytes + self.left(linear).weight_bytes
 
     def kv_bytes(self, linear: Iterable[Block] = ()) -> int:
         """Bytes of the KV cache that the largest workload fills."""
         tokens = max((w.batch * w.longest for w in self.workloads), default=0)
-        return tokens * self._left(linear).kv_bytes_per_token
+        return tokens * self.left(linear).kv_bytes_per_token
 
     def ms(self, linear: Iterable[Block] = ()) -> float:
         """Milliseconds of the workloads, weighted, with these blocks ``linear``."""
         if self.measured:
             saved = sum(self._measured_ms(block) for block in linear)
             return max(self.measured.graph_ms - saved, _LEAST * self.measured.graph_ms)
-        left = self._left(linear)
+        left = self.left(linear)
         return 1e3 * sum(w.weight * _seconds(left, w, self.roofline) for w in self.workloads)
 
     def saved_ms(self, block: Block, linear: Iterable[Block] = ()) -> float:

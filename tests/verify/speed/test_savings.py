@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nbl_export.blocks import Block, Mlp
+from nbl_export.blocks import Block, Mlp, Span
 from nbl_export.export.forms import FORMS
 from nbl_export.export.torch import trace
 from nbl_export.graph.io import load_graph, save_graph
@@ -16,7 +16,7 @@ from nbl_export.graph.precision import precision_of, to_precision
 from nbl_export.rewrite.replace import rewrite_file
 from nbl_export.settings.workload import Workload
 from nbl_export.verify.speed.ceiling import graph_cost
-from nbl_export.verify.speed.savings import Savings, block_savings, less
+from nbl_export.verify.speed.savings import Savings, block_savings, less, stored_bytes
 from nbl_export.verify.speed.values import GraphCost, Roofline
 from tests.end_to_end.matrix import CHOSEN
 from tests.exporters import GRAPH, Graphs
@@ -153,6 +153,43 @@ def test_dropped_blocks_save_what_w_takes_too() -> None:
     assert w_ms == pytest.approx(1e3 * 40 / 1e9)
     measured = linear.timed(100.0, [([0, 1], [0, 1], 90.0)])
     assert measured.dropping().saved_ms(0) == pytest.approx(5.0 + w_ms) and measured.dropping().ms() == 100.0
+
+
+def test_a_span_saves_what_its_map_leaves_of_all_its_parts() -> None:
+    w = GraphCost(-10, 0, -40, 0)
+    without = {block: less(cost, w) for block, cost in BLOCKS.items()}
+    of = replace(savings(Workload(decode=1, context=10)), without=without)
+    w_bytes, parts = 40, [0, Mlp(0), 1, Mlp(1)]
+    # One W is left where there would be four.
+    assert of.weight_bytes([Span(0, 1)]) == of.weight_bytes(parts) - 3 * w_bytes
+    assert of.kv_bytes([Span(0, 1)]) == of.kv_bytes([0, 1])
+    assert of.saved_ms(Span(0, 1)) == pytest.approx(sum(map(of.saved_ms, parts)) + 3 * 1e3 * w_bytes / 1e9)
+    measured = of.timed(100.0, [([0, 1], [0, 1], 90.0), ([Mlp(0), Mlp(1)], [Mlp(0)], 92.0)])
+    assert measured.saved_ms(Span(0, 1)) == pytest.approx(26.0 + 3 * 1e3 * w_bytes / 1e9)
+    # Dropped, its first part has no W either.
+    assert of.dropping().weight_bytes([Span(0, 1)]) == of.weight_bytes(parts) - 4 * w_bytes
+
+
+@pytest.mark.parametrize("family", ("llama", "mixtral", "gpt_neox"))
+def test_what_spans_save_is_what_is_gone_from_the_graph(
+    source: Callable[[str], Path], calibrated_of: Callable[[str], Calibrated], tmp_path: Path, family: str
+) -> None:
+    path, blocks = source(family), CHOSEN["spans"]
+    plan = calibrated_of(family).plan(blocks)
+    assert plan.blocks == tuple(sorted(blocks))
+    graph = load_graph(path)
+    saved, without = block_savings(graph, plan), block_savings(graph, plan, 0)
+    rewrite_file(path, plan, tmp_path / GRAPH)
+    of = Savings(
+        graph_cost(path),
+        saved,
+        ROOFLINE,
+        [Workload(decode=1, context=9)],
+        stored_bytes(graph),
+        without=without,
+    )
+    assert of.left(blocks) == graph_cost(tmp_path / GRAPH)
+    assert of.kv_bytes(blocks) == 10 * graph_cost(tmp_path / GRAPH).kv_bytes_per_token
 
 
 def test_a_block_that_is_not_found_saves_nothing(
