@@ -11,7 +11,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from nbl_export.blocks import Block, Mlp, Span
+from nbl_export.blocks import MLP, SPAN, Block, Mlp, Span
 from nbl_export.report.header import Header
 
 FOLDER = Path(__file__).parent / "schemas"
@@ -19,7 +19,12 @@ _DRAFT = "https://json-schema.org/draft/2020-12/schema"
 _SIMPLE = {str: "string", bool: "boolean", int: "integer", type(None): "null"}
 # JSON has no NaN and no infinity.
 _NUMBER = {"anyOf": [{"type": "number"}, {"enum": ["nan", "inf", "-inf"]}]}
-_BLOCK = {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": r"^\d+\.mlp$"}]}
+_BLOCK = {
+    "anyOf": [
+        {"type": "integer", "minimum": 0},
+        {"type": "string", "pattern": rf"^\d+\.{MLP}$|^\d+(-\d+)?\.{SPAN}$"},
+    ]
+}
 
 
 def schema_of(kind: type[Header]) -> dict[str, Any]:

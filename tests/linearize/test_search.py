@@ -437,7 +437,7 @@ def test_for_what_is_saved_a_whole_span_may_be_first() -> None:
 
 
 def test_spans_beside_each_other_become_one_where_that_costs_little() -> None:
-    costs = {Span(1, 1): 0.1, Span(2, 2): 0.1, Span(1, 2): 0.21, 4: 0.5}
+    costs = {Span(1, 1): 0.1, Span(2, 2): 0.1, Span(1, 2): 0.26, 4: 0.5}
     found = path_of(costs, {**dict.fromkeys(costs, 1.0), Span(1, 2): 2.5})
     assert found == [(Span(1, 1),), (Span(1, 1), Span(2, 2)), (Span(1, 2),), (Span(1, 2), 4)]
     prefix = Prefixes(iter(found), spans=True)

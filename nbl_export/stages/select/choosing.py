@@ -219,8 +219,10 @@ class Choosing:
         with self._listener.task("Filling the budget", GREEDY_TRIES, "sets") as task:
             while larger := self._filling(way, blocks, filled[-1], base, budget, task.advance):
                 filled.append(larger)
-                kept.append(_used(CurvePoint.of(larger, way.sets().loss(larger)), way))
-                base = kept[-1].kl
+                point = _used(CurvePoint.of(larger, way.sets().loss(larger)), way)
+                # A span may take the place of all its parts, which are as many.
+                kept = [*(other for other in kept if other.k < point.k), point]
+                base = point.kl
         if len(filled) == 1:
             return way, list(points)
 

@@ -54,6 +54,21 @@ def both_out(both: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(both, tmp_path / "out", copy_function=shutil.copy2))
 
 
+@pytest.fixture(scope="session")
+def everything(stories_folder: Path, stories_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of which attention, MLPs and spans of layers are calibrated, and that is exported."""
+    out = tmp_path_factory.mktemp("everything") / "out"
+    text = api.CalibrateSettings((str(stories_text),), 32, 128, heldout_samples=8, blocks="all")
+    api.calibrate(stories_folder, out, text)
+    api.export(out)
+    return out
+
+
+@pytest.fixture
+def all_out(everything: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(everything, tmp_path / "out", copy_function=shutil.copy2))
+
+
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one with every measurement of a loss."""

@@ -7,13 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 
 from nbl_export import api
+from nbl_export.blocks import Mlp, Span, all_parts, from_json
 from nbl_export.calibrate.text import load_text
 from nbl_export.errors import InputError
 from nbl_export.linearize.scores import CRITERIA
 from nbl_export.models.tasks import task_named
+from nbl_export.settings import Budget
 from nbl_export.settings.choices import FitName
 from nbl_export.workspace import Workspace
 from tests.encoders import text_encoder
@@ -54,7 +57,7 @@ def test_every_way_gives_a_plan_that_rewrites(out: Path, settings: api.SelectSet
     assert (known["result"] or {}).get("predicted_excess", 0.0) == pytest.approx(predicted)
     assert ("before_repair" in (known["result"] or {})) is bool(settings.repair)
     if settings.fit == "drop":
-        assert all(not plan.layers[i].w.any() and not plan.layers[i].b.any() for i in plan.chosen)
+        assert not plan.layers and plan.dropped == plan.chosen
     api.rewrite(out)
     report = api.verify(out, QUICK)
     assert report.passed, report.checks
@@ -68,6 +71,107 @@ def test_every_way_gives_a_plan_that_rewrites(out: Path, settings: api.SelectSet
     assert said["repair"] == (f"{settings.repair} steps" if settings.repair else "none")
     assert said["ridge"] == ("by held-out error" if settings.ridge is None else "1e-06")
     assert api.inspect(out)
+
+
+# spans -----------------------------------------------------------------------------------------
+
+SPANS = (Span(1, 2), 4, Mlp(3))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        api.SelectSettings(layers=SPANS),
+        api.SelectSettings(layers=SPANS, repair=2),
+        api.SelectSettings(layers=SPANS, rank=8),
+        api.SelectSettings(layers=SPANS, fit="weighted", ridge=None),
+        api.SelectSettings(layers=SPANS, fit="drop"),
+        api.SelectSettings(k=6, criterion="nmse"),
+        api.SelectSettings(k=6, workload=("decode=8@64",)),
+    ],
+    ids=lambda s: (
+        f"{s.criterion}-{s.fit}-{s.rank}{'-repair' * bool(s.repair)}{'-workload' * bool(s.workload)}"
+    ),
+)
+def test_spans_are_selected_rewritten_and_verified(all_out: Path, settings: api.SelectSettings) -> None:
+    plan = select(all_out, settings)
+    if settings.layers:
+        assert plan.chosen == (1, Mlp(1), 2, Mlp(2), Mlp(3), 4)
+        assert plan.linear == (() if settings.fit == "drop" else (1, Mlp(3), 4))
+    else:
+        assert 0 < len(plan.chosen) <= 6
+    api.rewrite(all_out)
+    report = api.verify(all_out, QUICK)
+    assert report.passed, report.checks
+    assert report.selection.layers == plan.blocks
+    assert set(plan.blocks) == set(settings.layers or plan.blocks) or settings.fit == "drop"
+    text = (all_out / "report" / "report.md").read_text()
+    if plan.blocks != plan.chosen:
+        assert "1-2.span" in text and "in a span" in text
+        assert "Spans, each by one map" in text
+    assert f"{len(plan.linear_attention)} of 5 attention layers" in text
+
+
+def test_a_repair_trains_the_map_of_a_span_and_nothing_that_is_dropped(all_out: Path) -> None:
+    before = select(all_out, api.SelectSettings(layers=(Span(1, 2),)))
+    after = select(all_out, api.SelectSettings(layers=(Span(1, 2),), repair=8))
+    assert after.linear == (1,) and after.dropped == before.dropped == (Mlp(1), 2, Mlp(2))
+    assert np.abs(after.layers[1].w - before.layers[1].w).max() > 0
+    assert not any(".layers.1.mlp." in name or ".layers.2." in name for name in after.adapters)
+    result = candidates(all_out)["result"]
+    assert result["loss"]["kl"] < result["before_repair"]["kl"]
+
+
+def test_a_frontier_has_spans_alone_and_all_together(all_out: Path) -> None:
+    workload = ("prefill=64",)
+    settings = api.SelectSettings(workload=workload, frontier=True, budget=Budget(max_kl=0.9))
+    plan = select(all_out, settings)
+    curve = candidates(all_out)["curve"]
+    names = [curve["name"], *(line["name"] for line in curve["others"])]
+    assert set(names) >= {"attention", "MLPs", "spans", "dropped"}
+    points = {line["name"]: line["points"] for line in [curve, *curve["others"]]}
+    assert all(
+        len(all_parts(map(from_json, point["layers"]))) == point["k"]
+        for line in points.values()
+        for point in line
+    )
+    assert any(isinstance(from_json(b), Span) for point in points["spans"] for b in point["layers"])
+    chosen = next(point for point in curve["points"] if point["k"] == curve["chosen"])
+    assert tuple(map(from_json, chosen["layers"])) == plan.blocks and chosen["kl"] <= 0.9
+    # No line is faster within the budget.
+    within = [
+        p["workload_speedup"] for n, line in points.items() if n != "dropped" for p in line if p["kl"] <= 0.9
+    ]
+    assert chosen["workload_speedup"] >= max(within) - 1e-9
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (api.SelectSettings(layers=SPANS, fit="sequential"), "--fit sequential is for attentions and MLPs"),
+        (api.SelectSettings(k=4, fit_input="residual"), "--fit-input residual is for attentions and MLPs"),
+        (api.SelectSettings(k=4, criterion="linearity"), "--criterion linearity is for attentions and MLPs"),
+        (api.SelectSettings(layers=(Span(1, 2), 2)), r"names 2 and 1-2\.span, which overlap"),
+        (
+            api.SelectSettings(layers=(Span(1, 2), Span(2, 3))),
+            r"names 2-3\.span and 1-2\.span, which overlap",
+        ),
+        (
+            api.SelectSettings(layers=(Span(3, 7),)),
+            r"names 3-7\.span, which is not .* up to 4 of the layers 0, 1,",
+        ),
+        (api.SelectSettings(k=11), "it must be between 0 and 10"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else f"{value.fit}-{value.layers}-{value.k}",
+)
+def test_spans_that_there_are_not(all_out: Path, settings: api.SelectSettings, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        select(all_out, settings)
+
+
+def test_spans_of_moments_without_them(both_out: Path) -> None:
+    with pytest.raises(InputError, match="no moments of spans: calibrate with --blocks all"):
+        select(both_out, api.SelectSettings(layers=(Span(1, 2),)))
 
 
 # budgets -----------------------------------------------------------------------------------------
