@@ -18,13 +18,13 @@ bound of the next one, and layers whose bound is above the best value found are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from nbl_export.blocks import Block, all_parts, layer_of, with_block
+from nbl_export.blocks import Block, Span, all_parts, layer_of, with_block
 from nbl_export.errors import CalibrationError
 from nbl_export.linearize.figures import Loss, per_saving
 from nbl_export.linearize.loss import LossMeter
@@ -167,15 +167,25 @@ def count_blocks(blocks: Sequence[Block]) -> float:
     return float(len(all_parts(blocks)))
 
 
+def measured_alone(block: Block) -> bool:
+    """Whether a search begins with the loss of this ``block`` alone: longer spans are tried where they may be best."""
+    return not isinstance(block, Span) or block.layer == block.last
+
+
 def greedy_path(
-    sets: MeasuredSets, singles: Mapping[Block, Loss], saved: Saved = count_blocks
+    sets: MeasuredSets,
+    singles: Mapping[Block, Loss],
+    saved: Saved = count_blocks,
+    longer: Collection[Span] = (),
 ) -> Iterator[tuple[Block, ...]]:
     """Set after set, each the one before it and the block with the smallest added KL for what it saves.
 
-    A span may take the place of blocks within it. The path ends where nothing can be added.
+    A span may take the place of blocks within it. ``longer`` are spans that are not among the ``singles``: each is
+    taken to add what its layers do alone, until it is tried. The path ends where nothing can be added.
     """
     # What each block added when it was last tried; singles are of the empty set.
     added = {block: usable(loss, [block]).kl for block, loss in singles.items()}
+    added |= {span: sum(added.get(Span(i, i), 0.0) for i in span.layers) for span in longer}
     chosen: tuple[Block, ...] = ()
     base = 0.0
     while nexts := _nexts(chosen, added):

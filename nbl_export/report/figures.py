@@ -59,6 +59,8 @@ _WAYS = {
     "both": ("attention and MLPs", LINEAR, "o"),
     "attention": ("attention alone", DECODE, "s"),
     "MLPs": ("MLPs alone", INK, "^"),
+    "spans": ("spans of layers alone", MUTED, "v"),
+    "all": ("attention, MLPs and spans", LINEAR, "o"),
     "dropped": ("dropped", BASE, "x"),
 }
 

@@ -195,8 +195,8 @@ def frontier_table(curve: Curve) -> Table:
         "Loss by speed, each way",
         ("linear", "K", BY_BLOCKS, "perplexity ratio"),
         tuple(rows),
-        "What the workload gains and loses with attention alone linear, with MLPs alone, with both, and with blocks "
-        "dropped (W = 0), each as far as it was measured.",
+        "What the workload gains and loses in each way, as far as it was measured: with attention, MLPs or spans of "
+        "layers alone linear, with both attention and MLPs, with all of them, and with blocks dropped.",
         plot="frontier",
         marked=tuple(marked),
     )

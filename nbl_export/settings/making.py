@@ -49,7 +49,7 @@ class CalibrateSettings(OnDevice):
     heldout_samples: Rows of held-out tokens, to measure the method loss on.
     selection_samples: Rows of tokens to choose layers on.
     field: Text field of .jsonl, .parquet or Hub rows.
-    blocks: What may become linear. all: also spans of whole layers.
+    blocks: What may become linear (all: spans, too).
     seed: Seed of everything random.
     dtype: Precision of the model while it reads the text. auto: bfloat16 where the processor multiplies it.
     memory: What the states of the text between two blocks may take; more than that is kept in files.
@@ -105,7 +105,7 @@ class SelectSettings(OnDevice):
     budget of ``k``, None of ``ridge``, and None and ``auto_rank`` of ``rank``.
 
     k: Layers to linearize. auto: as --max-ppl-ratio 1.10.
-    layers: Exactly these: attention of 3,7; MLP 7.mlp; whole layers 8-9.span.
+    layers: Exactly these: 3,7 (attention), 7.mlp, whole layers 8-9.span.
     workload: Rank by loss per time saved in prefill=512,decode=128@4096.
     measure_cost: Measure what blocks save, not count it.
     frontier: Also measure one part alone, and dropped.

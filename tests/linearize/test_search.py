@@ -25,6 +25,7 @@ from nbl_export.linearize.search import (
     Prefixes,
     count_blocks,
     greedy_path,
+    measured_alone,
     ranked_path,
     single_layer_losses,
     usable,
@@ -483,3 +484,28 @@ def test_every_step_replaces_more_and_nothing_twice(costs: dict[Block, float]) -
         before = set(parts)
     # It ends where nothing can be added.
     assert all(with_block(blocks, block) is None for block in costs)
+
+
+def test_longer_spans_are_measured_where_they_may_be_best() -> None:
+    asked: list[tuple[Block, ...]] = []
+    costs = {
+        Span(a, b): float(sum(range(a + 1, b + 2))) ** 1.1 for a in range(6) for b in range(a, min(a + 4, 6))
+    }
+
+    def losses(sets: Sequence[Sequence[Block]], _settled: frozenset[Block]) -> list[Loss]:
+        asked.extend(map(tuple, sets))
+        return [of_kl(sum(costs[block] for block in blocks)) for blocks in sets]
+
+    sets = MeasuredSets(
+        lambda: Table(lambda _: 0.0, 1),  # type: ignore[arg-type, return-value]
+        dict.fromkeys(costs, DROPPED),
+        LossCache({}, lambda _: None),
+        losses,
+    )
+    singles = single_layer_losses(sets, filter(measured_alone, costs))
+    assert len(singles) == 6
+    longer = [span for span in costs if not measured_alone(span)]
+    found = list(greedy_path(sets, singles, longer=longer))
+    exact = single_layer_losses(spanned(costs))
+    assert found == list(greedy_path(spanned(costs), exact))
+    assert len({blocks for blocks in asked if len(blocks) == 1}) < len(costs)

@@ -20,6 +20,7 @@ from nbl_export.linearize.search import (
     Prefixes,
     count_blocks,
     greedy_path,
+    measured_alone,
     ranked_path,
     single_layer_losses,
 )
@@ -78,12 +79,14 @@ class Choosing:
         measure = {"drop": self._drop, "linearity": self._linearity}.get(
             self._settings.criterion or "", self._kl
         )
-        found = []
-        with self._listener.task("Measuring layers", len(candidates), "layers") as task:
-            for candidate in measure(candidates):
-                found.append(candidate)
+        # A search tries longer spans where they may be best.
+        wanted = [c for c in candidates if not self.searched or measured_alone(c.layer)]
+        found: dict[Block, Candidate] = {}
+        with self._listener.task("Measuring layers", len(wanted), "layers") as task:
+            for candidate in measure(wanted):
+                found[candidate.layer] = candidate
                 task.advance(1)
-        return tuple(found)
+        return tuple(found.get(c.layer, c) for c in candidates)
 
     @property
     def searched(self) -> bool:
@@ -154,8 +157,10 @@ class Choosing:
                 order = ranking(candidates, criterion, lambda block: saved([block]))
                 yield from ranked_path(c.layer for c in order)
             else:
-                singles = single_layer_losses(sets(), _blocks(candidates))
-                yield from greedy_path(sets(), singles, saved)
+                blocks = _blocks(candidates)
+                singles = single_layer_losses(sets(), filter(measured_alone, blocks))
+                longer = [b for b in blocks if isinstance(b, Span) and not measured_alone(b)]
+                yield from greedy_path(sets(), singles, saved, longer)
 
         return Prefixes(path(), any(isinstance(c.layer, Span) for c in candidates))
 
@@ -245,7 +250,12 @@ class Choosing:
         none can."""
         assert way.used is not None
         sets, used = way.sets(), way.used
-        larger = {block: found for block in blocks if (found := with_block(chosen, block)) is not None}
+        nexts = ((block, with_block(chosen, block)) for block in blocks)
+        larger = {
+            block: found
+            for block, found in nexts
+            if found is not None and (measured_alone(block) or len(found) <= len(chosen))
+        }
         singles = single_layer_losses(sets, larger)
         tried = sorted(singles, key=lambda b: (singles[b].kl, b))[:GREEDY_TRIES]
         sets.settle(chosen)
