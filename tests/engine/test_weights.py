@@ -13,7 +13,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from nbl_export.blocks import Mlp
+from nbl_export.blocks import Mlp, Span
 from nbl_export.engine.build import parsable
 from nbl_export.engine.library import Library
 from nbl_export.engine.network import parse_network
@@ -250,6 +250,7 @@ class Mixed:
     plan: Plan
     mlps: Mapping[Mlp, Sequence[str]]
     more: NetworkWeights
+    source: Path
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +266,7 @@ def mixed(
         source = converted(folder / "float32.onnx", folder / "model.onnx", "fp16")
         plan, more = case.plan(MIXED), case.plan((*MIXED, Mlp(3)))
         of_plan, of_more = (weights(rtx, rewritten(source, p, folder)) for p in (plan, more))
-        return Mixed(weights(rtx, source), of_plan, plan, mlp_weights(source, plan), of_more)
+        return Mixed(weights(rtx, source), of_plan, plan, mlp_weights(source, plan), of_more, source)
 
     return made
 
@@ -276,6 +277,20 @@ def test_mlps_of_the_plan_are_gone(mixed: Callable[[str], Mixed], family: str, c
     made = mixed(family)
     assert {mlp: len(names) for mlp, names in made.mlps.items()} == {Mlp(1): count, Mlp(2): count}
     check_pair(made.base, made.linear, made.plan, made.mlps)
+
+
+def test_what_a_span_drops_is_gone(
+    mixed: Callable[[str], Mixed], calibrated_of: Callable[[str], Calibrated], rtx: Library, tmp_path: Path
+) -> None:
+    """And an MLP that is dropped in the plan, and is still there, is refused."""
+    base, source = mixed("llama").base, mixed("llama").source
+    plan = calibrated_of("llama").plan(CHOSEN["spans"])
+    linear, mlps = weights(rtx, rewritten(source, plan, tmp_path)), mlp_weights(source, plan)
+    assert set(mlps) == {Mlp(0), Mlp(1), Mlp(2), Mlp(3)}
+    check_pair(base, linear, plan, mlps)
+    less = calibrated_of("llama").plan((Span(0, 0), 1, Mlp(2), Span(3, 3)))
+    stays = weights(rtx, rewritten(source, less, tmp_path))
+    assert refused(base, stays, plan, mlps).endswith("weights of the MLP of layer 1 are in both")
 
 
 def test_mlps_that_are_still_there_are_refused(mixed: Callable[[str], Mixed]) -> None:

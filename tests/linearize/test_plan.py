@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from nbl_export.blocks import Mlp, Span
 from nbl_export.errors import InputError
 from nbl_export.files import sha256_of_file
-from nbl_export.linearize.plan import FORMAT, LinearLayer, Plan, load_plan, ranks_of, save_plan
+from nbl_export.linearize.plan import DROPPED, FORMAT, LinearLayer, Plan, load_plan, ranks_of, save_plan
 from nbl_export.tensorfile import save_tensors
 from tests.linearize.made import COUNT, D, make_plan
 
@@ -105,6 +106,56 @@ def test_chosen_and_kept_layers_part_the_model(
     save_plan(tmp_path / "plan.json", plan)
     loaded = load_plan(tmp_path / "plan.json")
     assert (loaded.chosen, loaded.attention_layers) == (plan.chosen, plan.attention_layers)
+
+
+def with_a_span() -> Plan:
+    plan = make_plan()
+    probes = {i: array for i in range(COUNT) for array in [plan.probe_y[i]]}
+    both = {**probes, **{Mlp(i): array for i, array in probes.items()}}
+    return replace(plan, probe_u=both, probe_y=both).with_replaced(
+        {Span(1, 2): plan.layers[1], 4: plan.layers[4], 0: DROPPED}
+    )
+
+
+def test_what_is_dropped_comes_back_without_numbers(tmp_path: Path) -> None:
+    plan = with_a_span()
+    assert plan.linear == (1, 4) and plan.dropped == (0, Mlp(1), 2, Mlp(2))
+    assert plan.chosen == (0, 1, Mlp(1), 2, Mlp(2), 4)
+    assert plan.blocks == (0, Span(1, 2), 4)
+    assert plan.linear_attention == (0, 1, 2, 4) and plan.attention_layers == (3,)
+    save_plan(tmp_path / "plan.json", plan)
+    loaded = load_plan(tmp_path / "plan.json")
+    assert (loaded.linear, loaded.dropped, loaded.blocks) == (plan.linear, plan.dropped, plan.blocks)
+    assert {i: one is DROPPED for i, one in loaded.replacements.items()} == {
+        i: i in plan.dropped for i in plan.chosen
+    }
+    assert not any(
+        name.startswith(("layers.0.", "layers.2.")) for name in load_file(tmp_path / "plan.safetensors")
+    )
+    assert loaded.without_layers().chosen == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"dropped": [0, "1.mlp", 2, "2.mlp", 4]}, "a layer is named twice"),
+        ({"dropped": [9]}, "layer 9 is not in the plan's probe"),
+        ({"dropped": ["1-2.span"]}, "a span among its layers"),
+        ({"layers": ["1-2.span", 4]}, "a span among its layers"),
+        ({"dropped": ["2-1.span"]}, "is damaged"),
+        ({"dropped": 2}, "is damaged"),
+        ({"dropped": []}, "was edited by hand"),
+    ],
+    ids=str,
+)
+def test_other_dropped_layers_are_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    save_plan(tmp_path / "plan.json", with_a_span())
+    edit_json(tmp_path / "plan.json", **changes)
+    assert words in refusal(tmp_path / "plan.json")
+
+
+def test_a_plan_without_dropped_layers_is_written_as_before(path: Path) -> None:
+    assert "dropped" not in json.loads(path.read_text())
 
 
 def test_saving_over_an_old_plan_replaces_both_files(path: Path) -> None:
