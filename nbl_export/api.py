@@ -1,11 +1,11 @@
-"""The Python API: the verbs of the command line as functions, which the command line itself calls.
+"""The Python API: the verbs of the command line as functions, which the command line itself calls::
 
     from nbl_export import api
     report = api.run("path/to/model", "out", api.SelectSettings(k=8))
     assert report.passed
 
 Each works on an output folder, holds its lock, keeps what is already done there with the same
-settings, and raises :class:`NblError` with a one-sentence message for whatever the user
+settings, and raises :class:`.NblError` with a one-sentence message for whatever the user
 can put right. ``listener`` receives progress (:mod:`nbl_export.progress`); none is silent. ``trust_remote_code`` lets
 code that comes with the model run; it is said at each call that loads the model, and no folder remembers it.
 ``rehash`` reads files again whose digests the folder has kept.

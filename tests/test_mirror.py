@@ -35,6 +35,8 @@ HERE = {
     "test_rooms.py": "of the package as a whole",
     "test_exhaustive.py": "of the tests that the usual run leaves out",
     "test_docs.py": "of README and docs",
+    "test_docs_site.py": "of the site that is made of them",
+    "test_docs_commands.py": "of the commands in them",
     "test_packaging.py": "of the wheel and the sdist",
     "test_families.py": "scripts/families_table.py and docs/families.md call it by this path",
 }

@@ -22,7 +22,8 @@ from nbl_export.parts import ALWAYS, PARTS, Part, import_in_words, missing, part
 from tests.conftest import ROOT
 
 PROJECT: dict[str, Any] = read_table(ROOT / "pyproject.toml")["project"]
-EXTRAS = {name: reqs for name, reqs in PROJECT["optional-dependencies"].items() if name != "dev"}
+# The others are for who works on the project.
+EXTRAS = {n: reqs for n, reqs in PROJECT["optional-dependencies"].items() if n not in ("dev", "docs")}
 
 
 def names(requirements: list[str]) -> set[str]:

@@ -42,7 +42,7 @@ class Header:
 
     @property
     def verdict(self) -> str:
-        """One of :attr:`VERDICTS`."""
+        """One of ``VERDICTS``."""
         return "passed" if self.passed else "failed"
 
     def as_json(self) -> dict[str, Any]:

@@ -66,7 +66,7 @@ class Chat:
     def reset(self, system: str | None = None) -> None:
         """Begin anew, with another ``system`` message if one is given; empty for none.
 
-        Raises :class:`InputError` where that has no place.
+        Raises :class:`.InputError` where that has no place.
         """
         from nbl_export.generate.prompts import NO_TEMPLATE
 
@@ -79,7 +79,7 @@ class Chat:
     def ask(self, text: str, together: bool = True) -> Pieces:
         """The answers to ``text``, as names of graphs with pieces of text; ``together``: a token of each in turn.
 
-        An iterator that is closed ends the answers, which remain as far as they are. Raises :class:`InputError` for
+        An iterator that is closed ends the answers, which remain as far as they are. Raises :class:`.InputError` for
         what the chat template refuses, and for more tokens than the model has positions; then nothing was said.
         """
         from nbl_export.generate.answer import TooLong

@@ -34,9 +34,10 @@ _LONG = 1 << 30
 
 @dataclass(frozen=True)
 class Generated:
-    """What a graph, :data:`BASE` or :data:`LINEARIZED`, generated; ``tokens`` have the stop token, if there is one.
+    """What a graph, ``base`` or ``linearized``, generated; ``tokens`` have the stop token, if there is one.
 
-    ``why`` it ended is one of :mod:`nbl_export.generate.answer`. ``runtime`` is the one that ran the graph.
+    ``why`` is ``ended`` (a stop token), ``max-tokens``, ``positions`` (the model's last one) or ``stopped`` (by the
+    caller). ``runtime`` is the one that ran the graph.
     """
 
     graph: str

@@ -103,7 +103,9 @@ class _Gate(Generic[F]):
         # Written so that NaN fails.
         if value >= limit if self.at_least else value <= limit:
             return []
-        return [f"{self.name}{of} is {value:.3g}{at}; the gate is {limit:g}"]
+        # A cosine of 0.9996 rounded as it is would be the 1 that it is not.
+        shown = 1 - float(f"{1 - value:.3g}") if self.at_least else float(f"{value:.3g}")
+        return [f"{self.name}{of} is {shown:.9g}{at}; the gate is {limit:g}"]
 
 
 _MAX_LOGIT: _Gate[Figures] = _Gate("max |Δlogit|", lambda f: f.max_abs, lambda g: g.max_abs_logit)

@@ -76,6 +76,23 @@ def test_each_gate_fails_alone(field: str, allowed: float, refused: float, name:
     assert failure.startswith(f"{name} is nan at step 1")
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("min_cosine", 0.99960123, "cosine is 0.999601 at"),
+        ("min_cosine", 0.99999894, "cosine is 0.99999894 at"),
+        ("min_cosine", -0.25, "cosine is -0.25 at"),
+        ("top1", 2 / 3, "top-1 agreement is 0.667 at"),
+        ("max_abs", 0.86712, "max |Δlogit| is 0.867 at"),
+        ("max_kl", 1.2345e-5, "KL is 1.23e-05 at"),
+        ("max_abs", float("inf"), "max |Δlogit| is inf at"),
+    ],
+)
+def test_what_fails_is_not_rounded_to_what_passes(field: str, value: float, said: str) -> None:
+    (failure,) = Parity((9,), (replace(PERFECT, **{field: value}),), GATES).failures()
+    assert failure.startswith(said)
+
+
 def test_figures_without_a_gate_decide_nothing() -> None:
     loose = dict.fromkeys(
         ("mean_abs", "p99_abs", "max_rel", "mean_rel", "p99_rel", "kv_max_abs"), 1000000000.0
@@ -189,7 +206,8 @@ def test_each_gate_of_an_output_fails_alone(
     assert failures(allowed) == []
     for bad in (refused, NAN):
         (told,) = failures(bad)
-        assert told.startswith(f"{said} of {name} is {bad:.3g}; the gate is ")
+        shown = f"{bad:.9g}" if said == "cosine" else f"{bad:.3g}"
+        assert told.startswith(f"{said} of {name} is {shown}; the gate is ")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,274 @@
+"""The commands of README and docs are run, page by page, on stories260K; so are README's programs for other runtimes.
+
+That each parses, also those that are not run here, is in test_docs.py.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+
+from nbl_export.cli import main
+from nbl_export.linearize.plan import load_plan
+from tests.conftest import ROOT
+from tests.exhaustive import ALL
+from tests.exporters import VARIABLE, optimum_python
+from tests.fixtures_graph import perturb, rerecord
+from tests.test_docs import PAGES, _blocks, _shell_lines
+
+# What a model of 5 layers and 512 positions is asked instead.
+SMALLER = {
+    "--k 8": "--k 2",
+    "--k 12": "--k 2",
+    "--k 4": "--k 2",
+    "--layers 22,25,29": "--layers 1,2",
+    "--layers 7,12.mlp": "--layers 1,2.mlp",
+    "--rank 128": "--rank 16",
+    "--repair 200": "--repair 2",
+    "--max-seq 1024 --max-context 4096": "--max-seq 64 --max-context 128",
+    "--seq-len 4096": "--seq-len 128",
+    "prefill=4000,decode=16@4000": "prefill=400,decode=16@400",
+    "decode=16@4000,batch=4": "decode=16@400,batch=4",
+    "--k auto --workload": "--k 2 --workload",
+    "--max-kv-bytes 2GiB": "--max-kv-bytes 1MiB",
+    "--retrieval-contexts 512,2048,4096": "--retrieval-contexts 300",
+    "--retrieval-contexts 512,2048": "--retrieval-contexts 300",
+    "--retrieval-samples 100": "--retrieval-samples 2",
+    " --peer compile": "",  # takes a C compiler, and minutes
+    "--limit 200": "--limit 4",
+    "path/to/python": os.environ.get(VARIABLE, ""),
+}
+# What is not run here, and the test that does it.
+ELSEWHERE = {
+    r"nbl-export doctor": "tests/doctor/test_diagnosis.py",
+    r"nbl-export chat": "tests/cli/test_chat.py",
+    r"--device cuda": "tests/gpu",
+    r"--trt tensorrt": "tests/gpu",
+    r"path/to/(sentence-encoder|vit|all-MiniLM)": "tests/end_to_end/test_encoders.py",
+    r"path/to/lfm2": "tests/end_to_end/test_hybrid.py",
+    r"path/to/(gemma|Qwen)": "tests/end_to_end/test_multimodal.py",
+    r"--tasks hellaswag": "tests/evaluate/test_harness.py",  # downloads its data
+}
+# These may end with exit code 1 on a model as small as this.
+GATES = r" (bench|diff) |--min-recovery|--max-ppl-ratio|--max-kl |auto|--max-kv-bytes|out/broken"
+# The usual run has the page that everybody reads and the ones that others do not test.
+USUAL = ("README.md", "failed-parity.md")
+SETTINGS = """
+[calibrate]
+calibration = ["corpus.jsonl.gz"]
+samples = 16
+seq-len = 64
+heldout-samples = 4
+selection-samples = 4
+
+[verify]
+speed = false
+decode-steps = 2
+
+[bench]
+contexts = [8]
+batches = [1]
+rounds = 3
+seconds = 1.0
+
+[eval]
+limit = 4
+retrieval-contexts = [300]
+retrieval-samples = 2
+
+[generate]
+max-tokens = 8
+"""
+
+
+def commands(page: str) -> list[str]:
+    """The lines of a page that begin with nbl-export."""
+    lines = [re.sub(r"\s+#.*", "", line).strip() for name, line in _shell_lines() if name == page]
+    return [line for line in lines if line.startswith("nbl-export ") and "--help" not in line]
+
+
+def elsewhere(line: str) -> str | None:
+    return next((test for pattern, test in ELSEWHERE.items() if re.search(pattern, line)), None)
+
+
+def nbl(line: str) -> int:
+    """The exit code of a command line, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", shlex.split(line))
+        with pytest.raises(SystemExit) as ended:
+            main()
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+@pytest.fixture(scope="module")
+def made(
+    stories_folder: Path, stories_text: Path, shared_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A folder in which README's first command was run, with the other files that the pages name."""
+    folder = tmp_path_factory.mktemp("docs")
+    (folder / "path" / "to" / "tasks").mkdir(parents=True)
+    (folder / "path" / "to" / "model").symlink_to(stories_folder)
+
+    def shortened(source: Path, target: str, rows: int) -> None:
+        with gzip.open(source, "rt", encoding="utf-8") as lines, gzip.open(folder / target, "wt") as kept:
+            kept.writelines(line for _, line in zip(range(rows), lines, strict=False))
+
+    shortened(stories_text, "corpus.jsonl.gz", 80)
+    for name, rows in {"tasks/arc.jsonl.gz": 8, "arc.jsonl.gz": 12}.items():
+        shortened(shared_data / "eval" / "arc_easy_train.jsonl.gz", f"path/to/{name}", rows)
+    shortened(shared_data / "eval" / "mmlu_dev.jsonl.gz", "path/to/mmlu.jsonl.gz", 12)
+    (folder / "nbl-export.toml").write_text(SETTINGS)
+    (folder / "nightly.toml").write_text(f"{SETTINGS}\n[select]\nk = 1\n")
+    (folder / "prompt.txt").write_text("One day a little girl\n")
+    first = next(line for line in commands("README.md") if line.startswith("nbl-export path/to/model --k 8"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert nbl(first.replace(*next(iter(SMALLER.items())))) == 0
+    out = folder / "out"
+    shutil.copytree(out / "model" / "baseline", folder / "path" / "to" / "decoder")
+    for name in ("before", "main", "branch", "broken"):
+        shutil.copytree(out / "model", out / name)
+    for name in ("main", "branch"):
+        shutil.copytree(out / name / "report", folder / name)
+    # As docs/failed-parity.md has it, of whichever layer is the first linear one here.
+    layer = load_plan(out / "broken" / "nbl" / "plan.json").chosen[0]
+    perturb(out / "broken" / "model.onnx", f"layers.{layer}.nbl_linear.weight", 0.8)
+    return folder
+
+
+@pytest.fixture
+def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, in which this process stands."""
+    folder = shutil.copytree(made, tmp_path / "work", symlinks=True)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def pages() -> list[object]:
+    names = [page.name for page in PAGES if commands(page.name)]
+    skipped = pytest.mark.skipif(not ALL, reason="only with NBL_EXPORT_ALL_TESTS=1")
+    return [pytest.param(name, marks=[] if name in USUAL else [skipped]) for name in names]
+
+
+@pytest.mark.parametrize("page", pages())
+def test_the_commands_of_a_page(page: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = 0
+    for line in commands(page):
+        if elsewhere(line) or ("path/to/python" in line and not SMALLER["path/to/python"]):
+            continue
+        if "out/broken" in line:
+            rerecord(here / "out" / "broken", "rewrite")
+        small = line
+        for words, fewer in SMALLER.items():
+            if words in small:
+                small = small.replace(words, fewer)
+        code = nbl(small)
+        said = capsys.readouterr()
+        assert code in ((0, 1) if re.search(GATES, small) else (0,)), (small, code, said.err[-1500:])
+        run += 1
+    assert run
+
+
+def test_what_is_run_elsewhere_is_there() -> None:
+    lines = [line for page in PAGES for line in commands(page.name)]
+    for pattern, test in ELSEWHERE.items():
+        assert any(re.search(pattern, line) for line in lines), pattern
+        assert (ROOT / test).exists(), test
+    for words in SMALLER:
+        assert any(words in line for line in lines), words
+
+
+# what the pages say and show -------------------------------------------------------------------
+
+
+def same(text: str) -> str:
+    """``text`` on one line, with any number for any other."""
+    return re.sub(r"\d[\d.,]*(e[-+]?\d+)?", "#", " ".join(text.split()))
+
+
+def test_a_failed_parity_is_what_its_page_shows(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edited, verdict, table, check = _blocks(ROOT / "docs" / "failed-parity.md", "text")
+    (line,) = [line for line in commands("failed-parity.md") if " verify " in line]
+    assert nbl(line) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == " ".join(edited.split())
+    rerecord(here / "out" / "broken", "rewrite")
+    assert nbl(line) == 1
+    said = capsys.readouterr().out
+    for shown in (verdict, table.splitlines()[1]):
+        assert same(shown) in same(said)
+    report = json.loads((here / "out" / "broken" / "report" / "report.json").read_text())
+    (detail,) = [c["detail"] for c in report["checks"] if c["name"] == "parity"]
+    shown = same(check.partition("failed")[2]).split("; ")
+    # A token that changes is one of the figures that need not be so.
+    found = same(detail).split("; ")
+    assert set(found) | {same("top-1 agreement is 0.667 at step 5")} | {"the gate is #"} == set(shown)
+    assert found[-3:] == shown[-3:]
+
+
+def answer(code: str, python: str, here: Path) -> str:
+    """What a program of README prints."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([python, "-c", code], cwd=here, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.client
+def test_other_runtimes_answer_as_readme_says(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    codes = {re.findall(r"\w*onnxruntime\w*|optimum", c)[0]: c for c in _blocks(ROOT / "README.md", "python")}
+    assert set(codes) == {"onnxruntime_genai", "optimum", "onnxruntime"}
+    prompt = "Once upon a time"
+    assert (
+        nbl(f"nbl-export generate out/model --prompt '{prompt}' --max-tokens 40 --runtime onnxruntime --raw")
+        == 0
+    )
+    expected = capsys.readouterr().out.strip()
+    assert len(expected) > 80
+    assert expected in answer(codes["onnxruntime"], sys.executable, here)
+    # Said of a Llama's tokenizer where transformers 4.57 reads it; this one was saved by transformers 5.
+    told = here / "out" / "model" / "tokenizer_config.json"
+    words = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    told.write_text(json.dumps(json.loads(told.read_text()) | words))
+    if VARIABLE in os.environ:
+        assert f"{prompt}{expected}" in answer(codes["optimum"], optimum_python(), here)
+    pytest.importorskip("onnxruntime_genai", reason="needs onnxruntime-genai: pip install '.[genai]'")
+    assert f"{prompt}{expected}" in answer(codes["onnxruntime_genai"], sys.executable, here)
+
+
+def test_the_length_of_a_static_cache_is_set_as_its_page_says(here: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    (code,) = map(dedent, _blocks(ROOT / "docs" / "tensorrt.md", "python"))
+    line = next(line for line in commands("tensorrt.md") if "--kv-cache static" in line)
+    assert (
+        nbl(f"{line.replace('--k 12', '--k 2')} --no-quality --no-speed --calibration corpus.jsonl.gz") == 0
+    )
+    exec(compile(code, "docs", "exec"), {})
+    inputs = onnxruntime.InferenceSession(here / "out" / "engines" / "fixed.onnx").get_inputs()
+    assert {i.shape[2] for i in inputs if "past" in i.name} == {2048}
+    assert (
+        here / "out" / "engines" / "fixed.onnx"
+    ).stat().st_size < 300_000  # the weights stay where they are
+
+
+def test_a_text_of_ones_own_is_written_as_its_page_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (code,) = _blocks(ROOT / "docs" / "calibration.md", "python")
+    exec(compile(code, "docs", "exec"), {})
+    rows = [json.loads(line) for line in (tmp_path / "corpus.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and all(row["text"] for row in rows)
