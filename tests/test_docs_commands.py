@@ -155,8 +155,12 @@ def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+def runs_here(line: str) -> bool:
+    return not elsewhere(line) and ("path/to/python" not in line or bool(SMALLER["path/to/python"]))
+
+
 def pages() -> list[object]:
-    names = [page.name for page in PAGES if commands(page.name)]
+    names = [page.name for page in PAGES if any(map(runs_here, commands(page.name)))]
     skipped = pytest.mark.skipif(not ALL, reason="only with NBL_EXPORT_ALL_TESTS=1")
     return [pytest.param(name, marks=[] if name in USUAL else [skipped]) for name in names]
 
@@ -165,7 +169,7 @@ def pages() -> list[object]:
 def test_the_commands_of_a_page(page: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = 0
     for line in commands(page):
-        if elsewhere(line) or ("path/to/python" in line and not SMALLER["path/to/python"]):
+        if not runs_here(line):
             continue
         if "out/broken" in line:
             rerecord(here / "out" / "broken", "rewrite")
