@@ -33,6 +33,7 @@ SMALLER = {
     "--k 4": "--k 2",
     "--layers 22,25,29": "--layers 1,2",
     "--layers 7,12.mlp": "--layers 1,2.mlp",
+    "--layers 8-9.span,3": "--layers 1-2.span,3",
     "--rank 128": "--rank 16",
     "--repair 200": "--repair 2",
     "--max-seq 1024 --max-context 4096": "--max-seq 64 --max-context 128",

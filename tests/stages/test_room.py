@@ -48,8 +48,11 @@ def test_what_is_estimated_is_what_a_finished_run_has(
         assert abs(room.leaves - size) < 0.1 * size, room.stage
 
 
-def test_moments_of_mlps_are_counted(stories_folder: Path, calibration: Any, tmp_path: Path) -> None:
-    both = replace(calibration, blocks="both")
+@pytest.mark.parametrize("blocks", ["both", "all"])
+def test_moments_of_mlps_and_spans_are_counted(
+    stories_folder: Path, calibration: Any, tmp_path: Path, blocks: Any
+) -> None:
+    both = replace(calibration, blocks=blocks)
     shape = Shape.of(load_model(find_model(str(stories_folder))))
     api.calibrate(stories_folder, tmp_path / "out", both)
     ws = Workspace.open(tmp_path / "out")
