@@ -128,6 +128,7 @@ def write_junit(path: Path, suite_name: str, report: Header) -> None:
     from junitparser import Failure, JUnitXml, Skipped, TestCase, TestSuite
 
     suite = TestSuite(suite_name)
+    suite.add_property("model", printable(report.model.source))
     for check in report.checks:
         known = None if (seconds := finite(check.seconds)) is None else round(seconds, 3)
         case = TestCase(printable(check.name), classname=classname(suite_name, report), time=known)
@@ -140,7 +141,6 @@ def write_junit(path: Path, suite_name: str, report: Header) -> None:
             case.system_out = detail
         suite.add_testcase(case)
     suite.timestamp = printable(report.created)
-    suite.add_property("model", printable(report.model.source))
     xml = JUnitXml()
     xml.add_testsuite(suite)
     xml.update_statistics()

@@ -210,7 +210,9 @@ def test_a_class_of_junit_is_no_path_and_no_package(
     (suite,) = list(JUnitXml.fromfile(str(tmp_path / "junit.xml")))
     assert {case.classname for case in suite} == {name}
     assert not re.search(r"[./\\\s]", name)
-    # Where the model lies is a property of the suite.
+    # Where the model lies is a property of the suite, before its cases, as the schema of JUnit has it.
+    root = ElementTree.parse(tmp_path / "junit.xml").getroot()
+    assert [one.tag for one in root[0]][:2] == ["properties", "testcase"]
     (model,) = suite.properties()
     assert (model.name, model.value) == ("model", printable(source))
 
