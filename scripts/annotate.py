@@ -42,6 +42,15 @@ def summary(folder: Path) -> str:
     return re.sub(r"^!\[.*\]\(.*\)\n*", "", "\n\n".join(parts), flags=re.M)
 
 
+def cut(text: str, most: int = _MOST) -> str:
+    """``text``, or whole lines of its beginning, of at most so many bytes of UTF-8; a folded table is closed."""
+    if len(text.encode()) <= most:
+        return text
+    kept = text.encode()[: most - 100].rsplit(b"\n", 1)[0].decode()
+    folded = kept.count("<details>") > kept.count("</details>")
+    return f"{kept}\n{'</details>' * folded}\n\nCut here: report.md in the artifact has the rest.\n"
+
+
 def main() -> None:
     folder = Path(sys.argv[1]) / "report"
     if not (folder / "report.json").is_file():
@@ -49,14 +58,8 @@ def main() -> None:
         return
     print("\n".join(errors_of(json.loads((folder / "report.json").read_text(encoding="utf-8")))))
     if place := os.environ.get("GITHUB_STEP_SUMMARY"):
-        text = summary(folder).encode()
-        cut = (
-            text
-            if len(text) <= _MOST
-            else text[: _MOST - 100].rsplit(b"\n", 1)[0] + b"\n\nCut: it is longer.\n"
-        )
         with Path(place).open("ab") as file:
-            file.write(cut)
+            file.write(cut(summary(folder)).encode())
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from nbl_export.cli.output import answer, answering, drawable, finish, result, s
 from nbl_export.records import to_json
 from nbl_export.report.drawing import Table
 from nbl_export.report.schema import Report
-from nbl_export.report.summary import replaced, verdict_line
+from nbl_export.report.summary import numbered, replaced, verdict_line
 from nbl_export.report.tables import engines_table, graph_table, report_tables, verdicts_table
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def show_report(report: Report, out: Path) -> None:
     show_tables(report_tables(report, brief=True))
     _show_checks(report.checks)
     linear = f"      {replaced(report)} of {name} are now linear" + (
-        f": {', '.join(map(str, layers))}" if layers else ""
+        f": {numbered(layers)}" if layers else ""
     )
     result(_verdict(report.passed) + drawable(f"  {verdict_line(report)}"))
     result(drawable(linear))

@@ -65,6 +65,7 @@ def assemble(
         "graph rewrite",
         "passed",
         f"{counted(plan.blocks)}{pairs} gone, every region proven, ONNX checker passed",
+        records["rewrite"].seconds,
     )
     return Report(
         created=created(),

@@ -46,6 +46,7 @@ PAPER, INK, MUTED, RULE, BASE, LINEAR, DECODE = (c.light for c in COLOURS.values
 # Inches: the text column of a page, and a phone.
 _WIDE, _NARROW = 10.0, 4.2
 _DPI = 160
+_WORDS = (0.5, 0.1)  # width and height of what stands beside a level, as shares of a panel
 # What matplotlib says of a letter that its font does not have, which is drawn as a box.
 _ODD_LETTERS = r"Glyph |Matplotlib currently does not support"
 _STYLE: dict[str, Any] = {
@@ -144,6 +145,55 @@ def legend(figure: Figure, entries: Mapping[str, Any]) -> None:
         if columns == 1 or drawn.get_window_extent().width < 0.97 * figure.bbox.width:
             return
         drawn.remove()
+
+
+def level(panel: Axes, at: float, words: str, first: tuple[bool, bool]) -> None:
+    """A dashed line across the ``panel`` with ``words`` beside it, where they meet no curve.
+
+    ``first`` is the place that is tried first: on the right or not, below the line or not. Curves are those drawn
+    before this, with error bars.
+    """
+    panel.axhline(at, color=INK, linewidth=1.1, linestyle=(0, (5, 3)))
+    panel.margins(y=0.12)
+    right, below = _free_corner(panel, at, first)
+    panel.annotate(
+        words,
+        (1 if right else 0, at),
+        (-2 if right else 2, -3 if below else 3),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        ha="right" if right else "left",
+        va="top" if below else "bottom",
+    )
+
+
+def _free_corner(panel: Axes, at: float, first: tuple[bool, bool]) -> tuple[bool, bool]:
+    """Where words beside a line meet no curve of the ``panel``; ``first`` where there is no such place."""
+    import numpy as np
+    from matplotlib.path import Path
+    from matplotlib.transforms import Bbox
+
+    panel.autoscale_view()
+    place = panel.transScale + panel.transLimits
+    drawn = [place.transform(c.lines[0].get_xydata()) for c in panel.containers]  # type: ignore[attr-defined]
+    curves = [Path(points[np.isfinite(points).all(axis=1)]) for points in drawn if len(points)]
+    y = float(place.transform((panel.get_xlim()[0], at))[1])
+    width, height = _WORDS
+    corners = [
+        first,
+        (not first[0], not first[1]),
+        (False, True),
+        (True, False),
+        (False, False),
+        (True, True),
+    ]
+    for right, below in corners:
+        x0, y0 = (1 - width if right else 0.0), (y - height if below else y)
+        corner = Bbox.from_bounds(x0, y0, width, height)
+        inside = y0 >= 0 and y0 + height <= 1
+        if inside and not any(curve.intersects_bbox(corner, filled=False) for curve in curves):
+            return right, below
+    return first
 
 
 def as_png(draw: Callable[[], Figure]) -> bytes:

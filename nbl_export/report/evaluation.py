@@ -61,9 +61,7 @@ def write_evaluation(folder: Path, value: Evaluation) -> list[Path]:
     write_json(paths[0], value.as_json())
     write_text(paths[1], markdown(value))
     for path in paths[2:]:
-        write_junit(
-            path, "nbl-export eval", f"nbl_export.eval.{value.model.source}", value.checks, value.created
-        )
+        write_junit(path, "nbl-export eval", value)
     return paths
 
 

@@ -6,7 +6,7 @@ drawn for a page or, with ``narrow``, for a phone, its panels below each other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from nbl_export.batch.names import LINEARIZED
 from nbl_export.blocks import Block, Mlp, Span, layer_of
 from nbl_export.linearize.budget import CurvePoint
 from nbl_export.linearize.selection import Curve
-from nbl_export.report.canvas import BASE, DECODE, INK, LINEAR, MUTED, PAPER, drawable, legend, panels
+from nbl_export.report.canvas import BASE, DECODE, INK, LINEAR, MUTED, PAPER, drawable, legend, level, panels
 from nbl_export.report.drawing import finite
 from nbl_export.report.schema import Selection
 from nbl_export.report.selection import BUDGETS, BY_BLOCKS, scored_by
@@ -65,10 +65,21 @@ _WAYS = {
 }
 
 
+def speedups_of(points: Sequence[CurvePoint]) -> dict[str, _Series]:
+    """The speedups that were measured at any of the points, by what they are of."""
+    return {name: s for name, s in _SPEEDUPS.items() if any(finite(s.of(p)) for p in points)}
+
+
+def bounds_of(curve: Curve, shown: Container[str] = (_RATIO_FIGURE,)) -> list[tuple[str, float]]:
+    """Those of the figures ``shown`` that the budget has a bound for, which is drawn: by default of a frontier."""
+    limits = [(bound.figure, finite(bound.of(curve.budget))) for bound in BUDGETS]
+    return [(name, limit) for name, limit in limits if limit is not None and name in shown]
+
+
 def draw_curve(curve: Curve, narrow: bool = False) -> Figure:
     """Perplexity ratio, KL and speedup against K: standard errors, the budget, and the chosen K."""
     points = curve.by_k
-    phases = {name: s for name, s in _SPEEDUPS.items() if any(finite(s.of(p)) for p in points)}
+    phases = speedups_of(points)
     figure, axes = panels(3 if phases else 2, narrow)
     shown = {_RATIO_FIGURE: axes[0], "kl": axes[1]}
     axes[0].set_title("Perplexity ratio")
@@ -82,12 +93,10 @@ def draw_curve(curve: Curve, narrow: bool = False) -> Figure:
         lines = {name: _draw_series(axes[2], points, series, curve.chosen) for name, series in phases.items()}
         _times_axis(axes[2])
         axes[2].legend(list(lines.values()), list(lines), loc="best")
-    for bound in BUDGETS:
-        limit = finite(bound.of(curve.budget))
-        if limit is not None and bound.figure in shown:
-            _budget(shown[bound.figure], limit, "at least" if bound.figure == "speedup" else "at most")
     for panel in axes:
         _k_axis(panel, [p.k for p in points])
+    for name, limit in bounds_of(curve, shown):
+        _budget(shown[name], limit, "at least" if name == "speedup" else "at most")
     return figure
 
 
@@ -116,10 +125,8 @@ def draw_frontier(curve: Curve, narrow: bool = False) -> Figure:
                 panel.plot(*here, color=colour, marker=marker, markersize=8, zorder=4, linestyle="none")
                 panel.annotate(f"K = {p.k}", here, (7, -4), textcoords="offset points", va="top", color=MUTED)
     _log_if_wide(panel, [finite(p.perplexity_ratio) for line in curve.frontier for p in line.points])
-    for bound in BUDGETS:
-        limit = finite(bound.of(curve.budget))
-        if limit is not None and bound.figure == _RATIO_FIGURE:
-            _budget(panel, limit, "at most")
+    for _, limit in bounds_of(curve):
+        _budget(panel, limit, "at most")
     panel.xaxis.set_major_formatter("{x:.2f}×")
     panel.set_xlabel("times as fast as the original")
     panel.margins(x=0.06)
@@ -167,19 +174,9 @@ def _draw_series(panel: Axes, points: Sequence[CurvePoint], series: _Series, cho
 
 
 def _budget(panel: Axes, bound: float, word: str) -> None:
-    panel.axhline(bound, color=INK, linewidth=1.1, linestyle=(0, (5, 3)))
     # Both figures grow with K: what must stay below the line leaves room above it on the left, and the other way round.
     least = word == "at least"
-    panel.annotate(
-        f"budget: {word} {bound:g}",
-        (1 if least else 0, bound),
-        (-2, -3) if least else (2, 3),
-        xycoords=("axes fraction", "data"),
-        textcoords="offset points",
-        ha="right" if least else "left",
-        va="top" if least else "bottom",
-    )
-    panel.margins(y=0.12)
+    level(panel, bound, f"budget: {word} {bound:g}", (least, least))
 
 
 def _times_axis(panel: Axes) -> None:
@@ -223,6 +220,7 @@ def draw_layers(selection: Selection, narrow: bool = False) -> Figure:
     chosen = set(selection.layers)
     figure, (panel,) = panels(1, narrow)
     dots = _log_if_wide(panel, [finite(score.of(c)) for c in scored])
+    apart = 0.5 if any(isinstance(c.layer, Mlp) for c in scored) else 1.0
     entries: dict[str, Any] = {}
     for name, colour, marker, group in (
         ("replaced", LINEAR, "o", [c for c in scored if c.layer in chosen]),
@@ -237,7 +235,7 @@ def draw_layers(selection: Selection, narrow: bool = False) -> Figure:
             entries[name] = panel.errorbar(x, y, linestyle="none", marker=marker, color=colour, **bars)
         else:
             bars |= {"error_kw": {"elinewidth": 1.0}} if bars else {}
-            entries[name] = panel.bar(x, y, width=0.72, color=colour, **bars)
+            entries[name] = panel.bar(x, y, width=0.72 * apart, color=colour, **bars)
     panel.set_xlabel("layer")
     panel.set_ylabel(score.name)
     panel.xaxis.set_major_locator(MaxNLocator(8 if narrow else 20, integer=True, min_n_ticks=1))

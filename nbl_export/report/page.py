@@ -35,7 +35,7 @@ def page(report: Report, plots: Mapping[str, Plot]) -> str:
     drawings = {name: [Markup(plot.svg(narrow)) for narrow in (False, True)] for name, plot in plots.items()}
     return environment.get_template("report.html.j2").render(
         report=report,
-        name=model_name(report),
+        name=model_name(report.model),
         verdict=verdict_line(report),
         replaced=replaced(report),
         headlines=headlines(report),

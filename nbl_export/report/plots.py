@@ -10,10 +10,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from nbl_export.batch.names import LINEARIZED
 from nbl_export.linearize.selection import Curve
 from nbl_export.report.canvas import as_png, as_svg
 from nbl_export.report.drawing import finite, listed, number
-from nbl_export.report.figures import draw_curve, draw_frontier, draw_layers, draw_speed
+from nbl_export.report.figures import (
+    bounds_of,
+    draw_curve,
+    draw_frontier,
+    draw_layers,
+    draw_speed,
+    speedups_of,
+)
 from nbl_export.report.schema import Report, Selection
 from nbl_export.report.selection import Score, scored_by
 from nbl_export.report.speed import BENCH, ENGINES, VERIFIED
@@ -22,6 +30,7 @@ from nbl_export.verify.speed.values import Speed
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_WHISKERS, _DASHED = "Whiskers: standard errors over documents.", "Dashed: the budget."
 _MOST_LAYERS = 1000  # of a plot that can be read; the table has any number
 # The plots of a verification; what is not drawn any more is removed by its name. That of a bench is the bench's own.
 PLOTS = ("k-curve", "frontier", "layers", VERIFIED, ENGINES)
@@ -66,19 +75,37 @@ def report_plots(report: Report) -> dict[str, Plot]:
 
 def _curve(curve: Curve) -> Plot:
     points = curve.by_k
-    text = f"Perplexity ratio and KL for {len(points)} values of K from {points[0].k} to {points[-1].k}"
+    speedups = speedups_of(points)
+    what = f"Perplexity ratio{', KL and speedup' if speedups else ' and KL'}"
+    first, last = points[0].k, points[-1].k
+    text = f"{what} for " + (
+        f"{len(points)} values of K from {first} to {last}" if len(points) > 1 else f"K = {first}"
+    )
     for p in points:
         if p.k == curve.chosen:
+            gains = ((name, finite(speedup.of(p))) for name, speedup in speedups.items())
             text += (
                 f"; chosen: K = {p.k}, perplexity ratio {number(p.perplexity_ratio, '.3f')}, "
                 f"KL {number(p.kl, '.3f')}"
+                + "".join(f", {name} {gain:.2f}×" for name, gain in gains if gain is not None)
             )
+    shown = ("perplexity_ratio", "kl", *["speedup"] * bool(speedups))
     return Plot(
         "k-curve",
         f"{text}.",
-        "Whiskers: standard errors over documents. Filled: the K that was chosen. Dashed: the budget.",
+        _sentences(
+            f"{what} by the number of layers replaced.",
+            _WHISKERS if any(finite(p.perplexity_ratio_se) or finite(p.kl_se) for p in points) else "",
+            "Filled: the K that was chosen." if any(p.k == curve.chosen for p in points) else "",
+            _DASHED if bounds_of(curve, shown) else "",
+        ),
         partial(draw_curve, curve),
     )
+
+
+def _sentences(*parts: str) -> str:
+    """Those of a caption whose lines and marks are drawn; the others are empty."""
+    return " ".join(filter(None, parts))
 
 
 def _frontier(curve: Curve) -> Plot:
@@ -87,11 +114,16 @@ def _frontier(curve: Curve) -> Plot:
         for line in curve.frontier
         if line.points and (last := max(line.points, key=lambda p: p.k))
     ]
+    known = [p for line in curve.frontier for p in line.points]
     return Plot(
         "frontier",
         f"Perplexity ratio against the speedup of the workload: {'; '.join(ends)}.",
-        "A point is one block more. To the right is faster, below is better. Whiskers: standard errors over documents. "
-        "Filled: what was chosen. Dashed: the budget.",
+        _sentences(
+            "A point is one block more. To the right is faster, below is better.",
+            _WHISKERS if any(finite(p.perplexity_ratio_se) for p in known) else "",
+            "Filled: what was chosen." if any(p.k == curve.chosen for p in curve.points) else "",
+            _DASHED if bounds_of(curve) else "",
+        ),
         partial(draw_frontier, curve),
     )
 
@@ -109,13 +141,26 @@ def _layers(selection: Selection, score: Score) -> Plot:
 
 def speed_plot(race: str, speed: Speed) -> Plot:
     """What a race gave, by cell; ``race`` is its name (:mod:`nbl_export.report.speed`)."""
-    each = ", ".join(f"{cell.name} {number(over.value, '.2f')}×" for cell, _, over in speed.speedups())
     up_to = "the 99th percentile" if speed.has_percentiles else "the upper one"
+    found = speed.speedups()
+    each = ", ".join(f"{cell.name} {number(over.value, '.2f')}×" for cell, _, over in found)
+    others = {r.name for cell in speed.cells for r in cell.results if LINEARIZED in r.name} - {
+        speed.linearized
+    }
     return Plot(
         race,
         f"Times of everything run on {speed.machine.device}. Linearized over base: {each or 'nowhere timed'}.",
-        f"Milliseconds: medians, whiskers from the lower quartile to {up_to}. Times as fast as the base: higher is "
-        "faster; whiskers: 95 % intervals. Hollow: not resolved from noise. Dash: the ceiling that the graphs' work "
-        "allows. Blue: linearized; orange: others that are.",
+        _sentences(
+            f"Milliseconds: medians, whiskers from the lower quartile to {up_to}. Times as fast as the base: higher is "
+            "faster.",
+            "Whiskers there: 95 % intervals."
+            if any(finite(over.least) is not None for _, _, over in found)
+            else "",
+            "Hollow: not resolved from noise." if any(not over.resolved for _, _, over in found) else "",
+            "Dash: the ceiling, which counts multiplications and bytes only."
+            if any(result.ceiling is not None for _, result, _ in found)
+            else "",
+            "Blue: linearized; orange: others that are." if others else "",
+        ),
         partial(draw_speed, speed),
     )

@@ -10,16 +10,16 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from nbl_export.checks import Check
 from nbl_export.files import atomic_path, write_json, write_text
 from nbl_export.printable import printable
 from nbl_export.report.bench import BenchReport
-from nbl_export.report.drawing import Table
+from nbl_export.report.drawing import Table, finite
+from nbl_export.report.header import Header
 from nbl_export.report.page import TEMPLATES, page
 from nbl_export.report.plots import PLOTS, Plot, report_plots, speed_plot
 from nbl_export.report.schema import Report
 from nbl_export.report.speed import BENCH, speed_tables
-from nbl_export.report.summary import headlines, making, measured_on, replaced, verdict_line
+from nbl_export.report.summary import headlines, making, measured_on, model_name, replaced, verdict_line
 from nbl_export.report.tables import checks_table, report_tables
 
 
@@ -33,8 +33,7 @@ def write_report(folder: Path, report: Report) -> list[Path]:
     )
     plots = report_plots(report)
     write_json(json, report.as_json())
-    classname = f"nbl_export.{report.model.source}"
-    write_junit(junit, "nbl-export", classname, report.checks, report.created)
+    write_junit(junit, "nbl-export", report)
     pictures = _write_plots(folder / "plots", plots)
     write_text(markdown_file, markdown(report, plots))
     write_text(html, page(report, plots))
@@ -120,13 +119,19 @@ def _escaped(text: object) -> str:
     return re.sub(r"[\\\[\]]", r"\\\g<0>", shown)
 
 
-def write_junit(path: Path, suite_name: str, classname: str, checks: Sequence[Check], created: str) -> None:
-    """Write ``checks`` as one JUnit suite, atomically; XML has no control characters, not even escaped."""
+def write_junit(path: Path, suite_name: str, report: Header) -> None:
+    """Write the checks of any ``report`` as one JUnit suite, atomically.
+
+    Every case is of the class that :func:`classname` gives. It has the seconds of its check where they are known, and
+    no time where they are not. XML has no control characters, not even escaped.
+    """
     from junitparser import Failure, JUnitXml, Skipped, TestCase, TestSuite
 
     suite = TestSuite(suite_name)
-    for check in checks:
-        case = TestCase(printable(check.name), classname=printable(classname))
+    suite.add_property("model", printable(report.model.source))
+    for check in report.checks:
+        known = None if (seconds := finite(check.seconds)) is None else round(seconds, 3)
+        case = TestCase(printable(check.name), classname=classname(suite_name, report), time=known)
         detail = printable(check.detail)
         if check.status == "failed":
             case.result = [Failure(detail)]
@@ -135,9 +140,17 @@ def write_junit(path: Path, suite_name: str, classname: str, checks: Sequence[Ch
         else:
             case.system_out = detail
         suite.add_testcase(case)
-    suite.timestamp = printable(created)
+    suite.timestamp = printable(report.created)
     xml = JUnitXml()
     xml.add_testsuite(suite)
     xml.update_statistics()
     with atomic_path(path) as temporary:
         xml.write(str(temporary), pretty=True)
+
+
+def classname(suite_name: str, report: Header) -> str:
+    """What a test case belongs to: the suite and the model's name, in letters, digits, hyphens and underscores.
+
+    A CI server takes dots and slashes for the levels of a package.
+    """
+    return re.sub(r"[^\w-]+", "_", f"{suite_name}-{model_name(report.model)}").strip("_-")

@@ -1,6 +1,6 @@
 """What a race says, in one table for all: `verify`, engines on a GPU, and `bench`.
 
-A row for each candidate in each cell; then where speedups above their ceilings come from.
+A row for each candidate in each cell; then what the ceilings count, and where speedups above them come from.
 """
 
 from __future__ import annotations
@@ -9,7 +9,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from nbl_export.report.drawing import Table, finite, number
-from nbl_export.verify.speed.values import DECODE, ENCODE, PREFILL, Ratio, Result, Roofline, Speed, Timing
+from nbl_export.verify.speed.values import (
+    DECODE,
+    ENCODE,
+    PREFILL,
+    Above,
+    Ratio,
+    Result,
+    Roofline,
+    Speed,
+    Timing,
+)
 
 # The three races of a report, by the names of their plots.
 VERIFIED, ENGINES, BENCH = "speed", "engines", "bench"
@@ -30,8 +40,7 @@ def speed_tables(race: str, speed: Speed, brief: bool = False) -> list[Table]:
     """Of the ``race`` :data:`VERIFIED`, :data:`ENGINES` or :data:`BENCH`; ``brief`` keeps what 80 columns hold."""
     title = _TITLES[race].format(device=speed.machine.device)
     above = f"{title}: {_ABOVE.lower()}" if race == BENCH else _ABOVE
-    tables = [_table(speed, title, race, brief)]
-    return tables if brief else [*tables, *_explanations(speed, above)]
+    return [_table(speed, title, race, brief), *_explanations(speed, above, brief)]
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,9 @@ class _Column:
     brief: bool = False
 
 
-def _columns(brief: bool) -> tuple[_Column, ...]:
+def _columns(speed: Speed, brief: bool) -> tuple[_Column, ...]:
+    # Over the base alone that is the linearized one's own speedup, which stands beside it.
+    others = any(r.linearized_over for cell in speed.cells for r in cell.results if r.name != speed.base)
     noise = " ~" if brief else " not resolved"
     return (
         _Column("ms", lambda r: spread(r.timing), True),
@@ -57,7 +68,7 @@ def _columns(brief: bool) -> tuple[_Column, ...]:
             lambda r: number(r.over_base.value / r.ceiling, ".2f") if r.over_base and r.ceiling else "",
         ),
         _Column("of roofline", lambda r: f"{r.of_roofline:.0%}" if r.of_roofline else ""),
-        _Column("linearized over it", lambda r: _ratio(r.linearized_over, noise)),
+        _Column("linearized over it", lambda r: _ratio(r.linearized_over, noise) if others else ""),
         _Column("cache MiB", lambda r: f"{r.cache_bytes / 2**20:,.1f}" if r.cache_bytes else ""),
         _Column("peak MiB", lambda r: f"{r.peak_bytes / 2**20:,.0f}" if r.peak_bytes else ""),
         _Column("rounds", lambda r: str(r.rounds)),
@@ -68,7 +79,7 @@ def _table(speed: Speed, title: str, plot: str, brief: bool) -> Table:
     every = [(cell, i, result) for cell in speed.cells for i, result in enumerate(cell.results)]
     columns = [
         column
-        for column in _columns(brief)
+        for column in _columns(speed, brief)
         # One that nobody has a figure for is left out.
         if (column.brief or not brief) and any(column.text(result) for _, _, result in every)
     ]
@@ -98,9 +109,12 @@ def _note(speed: Speed, brief: bool) -> str:
         )
     if ceilings:
         said.append(
-            f"Ceiling: what the graphs' multiplications and bytes allow on {_roofline_in_words(machine.roofline)}. "
-            "Savings above it are in nodes that are gone, as a profile of both graphs shows, or the cell is suspect."
+            "Ceiling: what the multiplications, and the bytes of weights and KV cache, of both graphs allow on "
+            f"{_roofline_in_words(machine.roofline)}."
         )
+        said += _above_in_words(speed)
+    if not brief and any((r.of_roofline or 0) > 1 for r in results):
+        said.append("Of roofline: over 100 % where what is read lies in the processor's caches.")
     if speed.has_percentiles:
         said.append("p99: of single passes and steps.")
     if not brief:
@@ -114,14 +128,73 @@ def _note(speed: Speed, brief: bool) -> str:
     return " ".join(said)
 
 
-def _explanations(speed: Speed, title: str) -> list[Table]:
-    """A table of where speedups above their ceilings come from; none if there are no such."""
+# What is said of speedups above their ceilings, by what is known of them; and in a few words, of one.
+_REASONS: dict[Above, tuple[str, str]] = {
+    "explained": (
+        "the time beyond it is found in nodes that are gone",
+        "above its ceiling of {}, which counts multiplications and bytes only: other nodes are gone too",
+    ),
+    "suspect": (
+        "suspect: the time beyond it is not found in nodes that are gone; measure again on a quieter machine",
+        "above its ceiling of {} for no reason that was found",
+    ),
+    "not profiled": (
+        "where the time beyond it is saved was not looked for",
+        "above its ceiling of {}, not profiled",
+    ),
+    "not certain": (
+        "not certain: the 95 % interval reaches down to it",
+        "ceiling {}, exceeded within the noise",
+    ),
+}
+_NAMED = 6  # cells; more are counted
+
+
+def ceiling_in_words(result: Result) -> str:
+    """The ceiling of a speedup and, if that is above it, why; empty if there is none."""
+    if result.ceiling is None:
+        return ""
+    words = _REASONS[result.above][1] if result.above else "ceiling {}"
+    return words.format(_times(result.ceiling))
+
+
+def _above_in_words(speed: Speed) -> list[str]:
+    """Why a speedup can be above its ceiling, and what is known of each that is; nothing where none is."""
+    above = [(cell, r) for cell in speed.cells for r in cell.results if r.above]
+    several = any(r.name != speed.linearized for _, r in above)
+    groups = []
+    for state, (reason, _) in _REASONS.items():
+        named = [f"{cell.name} {r.name}" if several else cell.name for cell, r in above if r.above == state]
+        if named:
+            which = ", ".join(named) if len(named) <= _NAMED else f"{len(named)} speedups"
+            groups.append(f"{which} ({reason})")
+    if not groups:
+        return []
+    return [
+        "A speedup can be above it: the ceiling counts multiplications and bytes, at the machine's best, and nothing "
+        "else. Attention computes slower than that, and its transposes, masks, softmax and copies of the cache are "
+        "gone with it.",
+        f"Above it: {'; '.join(groups)}.",
+    ]
+
+
+def _explanations(speed: Speed, title: str, brief: bool) -> list[Table]:
+    """A table of where speedups above their ceilings come from; none if there are no such.
+
+    ``brief`` leaves out the nodes and the operators.
+    """
     rows = tuple(
         (
             cell.name,
             result.name,
-            f"{e.base_nodes:,} → {e.linearized_nodes:,}",
-            ", ".join(f"{op} {number(ms, '.2f')}" for op, ms in e.by_operator_ms.items()),
+            *(
+                ()
+                if brief
+                else (
+                    f"{e.base_nodes:,} → {e.linearized_nodes:,}",
+                    ", ".join(f"{op} {number(ms, '.2f')}" for op, ms in e.by_operator_ms.items()),
+                )
+            ),
             number(e.saved_ms, ".2f"),
             number(e.excess_ms, ".2f"),
             number(e.gone_ms, ".2f"),
@@ -136,8 +209,7 @@ def _explanations(speed: Speed, title: str) -> list[Table]:
             (
                 "",
                 "candidate",
-                "nodes run",
-                "saved by operator, ms",
+                *(() if brief else ("nodes run", "saved by operator, ms")),
                 "saved at least, ms",
                 "beyond the ceiling",
                 "in nodes gone",

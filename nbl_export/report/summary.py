@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 
-from nbl_export.blocks import Span, all_parts, attentions, layer_of
+from nbl_export.blocks import Block, Span, all_parts, attentions, layer_of
+from nbl_export.models.source import ModelIdentity
 from nbl_export.report.drawing import figure, listed, number
 from nbl_export.report.environment import Environment
 from nbl_export.report.schema import Report
 from nbl_export.report.selection import fit_in_words
+from nbl_export.report.speed import ceiling_in_words
 from nbl_export.verify.loss.figures import Likeness
 from nbl_export.verify.parity.figures import EncoderParity
 from nbl_export.verify.speed.values import Speed
@@ -25,10 +27,9 @@ class Headline:
     detail: str
 
 
-def model_name(report: Report) -> str:
+def model_name(model: ModelIdentity) -> str:
     """The last part of the model's path or Hub id."""
-    source = report.model.source
-    return PurePath(source).name or source
+    return PurePath(model.source).name or model.source
 
 
 def replaced(report: Report) -> str:
@@ -87,18 +88,22 @@ def _size(report: Report) -> Iterator[Headline]:
     layers, every = all_parts(report.selection.layers), report.model.layers
     own = attentions(layers)
     if own or not layers:
-        detail = f"layers {listed(own)}" if own else "nothing was replaced"
+        detail = numbered(own) if own else "nothing was replaced"
         yield Headline("Attention layers replaced", f"{len(own)} of {every}", detail)
     if mlps := [layer_of(block) for block in layers if block not in own]:
-        yield Headline("MLPs replaced", f"{len(mlps)} of {every}", f"layers {listed(mlps)}")
+        yield Headline("MLPs replaced", f"{len(mlps)} of {every}", numbered(mlps))
     if spans := [block for block in report.selection.layers if isinstance(block, Span)]:
-        yield Headline(
-            "Spans, each by one map", str(len(spans)), f"layers {listed(spans).removeprefix('span ')}"
-        )
+        yield Headline("Spans, each by one map", str(len(spans)), listed(spans).replace("span", "layers", 1))
     before, after = report.graph.before, report.graph.after
     if before.kv_pairs:
         a, b = before.kv_bytes_per_token, after.kv_bytes_per_token
         yield Headline("KV cache", f"{(b - a) / a:+.1%}" if a else "", f"{a:,} → {b:,} bytes per token")
+
+
+def numbered(blocks: Sequence[Block]) -> str:
+    """Which: layer 2; layers 0, 3-5; layer 2; MLP 1."""
+    own = len(attentions(blocks))
+    return (f"layer{'s' * (own > 1)} " if own else "") + listed(blocks)
 
 
 def _loss(report: Report) -> Iterator[Headline]:
@@ -129,7 +134,7 @@ def _speedups(speed: Speed | None, where: str, against: str) -> Iterator[Headlin
     for phase in dict.fromkeys(cell.phase for cell, _, _ in found):
         cell, result, over = max((f for f in found if f[0].phase == phase), key=lambda f: f[0].context)
         noise = ", suspect" if result.suspect else "" if over.resolved else ", not resolved"
-        ceiling = "" if result.ceiling is None else f"; ceiling {number(result.ceiling, '.2f')}×"
+        ceiling = f"; {known}" if (known := ceiling_in_words(result)) else ""
         yield Headline(
             f"{phase.capitalize()} {where}",
             f"{number(over.value, '.2f')}×",

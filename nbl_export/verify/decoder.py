@@ -30,6 +30,7 @@ from nbl_export.verify.measurement import (
     Found,
     FoundParity,
     Measurement,
+    clocked,
     fitting_contexts,
     judged,
     method_loss,
@@ -62,11 +63,11 @@ def measure_decoder(case: DecoderCase) -> Measurement:
     """Everything that is asked of a rewritten decoder, and of its engines if there are any."""
     contexts, notes = fitting_contexts(positions(case.model), case.settings.contexts, room=1)
     with resident(case.model, room(case.model)):
-        parity, loss = measure_parity(case), _loss(case)
+        parity, loss = clocked(lambda: measure_parity(case)), clocked(lambda: _loss(case))
     return put_together(
         parity,
         loss,
-        _speed(case, contexts, notes),
+        clocked(lambda: _speed(case, contexts, notes)),
         *measure_engines(case, contexts),
     )
 

@@ -26,6 +26,7 @@ from nbl_export.verify.measurement import (
     Found,
     FoundParity,
     Measurement,
+    clocked,
     fitting_contexts,
     judged,
     method_loss,
@@ -50,9 +51,10 @@ def measure_encoder(case: EncoderCase) -> Measurement:
     encoder = _reference(case)
     plan, heldout, unit = case.plan, case.heldout, case.unit
     with resident(case.model, room(case.model)):
-        parity = measure_parity(case, encoder)
-        loss = method_loss(case, lambda: measure_likeness(encoder, plan, heldout, unit, case.listener))
-    return put_together(parity, loss, _speed(case))
+        parity = clocked(lambda: measure_parity(case, encoder))
+        likeness = partial(measure_likeness, encoder, plan, heldout, unit, case.listener)
+        loss = clocked(lambda: method_loss(case, likeness))
+    return put_together(parity, loss, clocked(lambda: _speed(case)))
 
 
 def _reference(case: EncoderCase) -> TorchEncoder:

@@ -5,6 +5,7 @@ Without a GPU nothing is run, and the report says so; it never says passed for w
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbl_export.batch.names import BASE, LINEARIZED
-from nbl_export.checks import Check
+from nbl_export.checks import Check, Status
 from nbl_export.engine.gpu import Gpu, find_gpu
 from nbl_export.engine.pair import EngineFile
 from nbl_export.engine.profiles import Limits
@@ -128,6 +129,7 @@ def built_check(engines: Sequence[EngineFile]) -> Check:
         "engine build",
         "passed",
         f"{first.library} {first.library_version}, {first.precision}: {'; '.join(parts)}",
+        sum(engine.manifest.build_seconds for engine in engines),
     )
 
 
@@ -184,7 +186,7 @@ def _parity_of(
     running: RunningEngines, role: str, plan: Plan, prompts: Sequence[int]
 ) -> tuple[Parity | None, Check]:
     case, precision = running.case, running.precision
-    name = "engine parity" if role == LINEARIZED else f"{role} engine parity"
+    name, begin = "engine parity" if role == LINEARIZED else f"{role} engine parity", time.perf_counter()
     (rows, alone), steps = _text(running, prompts), case.settings.decode_steps
     try:
         with linearized(case.model, plan):
@@ -199,7 +201,8 @@ def _parity_of(
             pytorch_in_precision(precision, case.model, plan, rows, steps, alone=alone), OWN
         )
     detail = f"max |Δlogit| {parity.worst:.2g} on {running.gpu.name}, within all {precision.gates} gates"
-    return parity, Check(name, "failed" if failures else "passed", "; ".join(failures) or detail)
+    status: Status = "failed" if failures else "passed"
+    return parity, Check(name, status, "; ".join(failures) or detail, time.perf_counter() - begin)
 
 
 Rows = list[NDArray[np.int32]]

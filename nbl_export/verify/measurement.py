@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from nbl_export.checks import Check
@@ -16,6 +17,7 @@ from nbl_export.verify.speed.pair import IN_TURNS, Pair, anew_or_why_not, explai
 from nbl_export.verify.speed.values import Speed
 
 T = TypeVar("T")
+F = TypeVar("F", bound="Found[Any]")
 L = TypeVar("L", MethodLoss, Likeness)
 
 
@@ -70,6 +72,19 @@ def put_together(
         checks=tuple(check for part in run for check in part.checks),
         notes=tuple(note for part in run for note in part.notes),
     )
+
+
+def clocked(measure: Callable[[], F]) -> F:
+    """What a part found, with how long it took in the first of its checks: the others judge what was measured with it.
+
+    A part that was not run has no time.
+    """
+    begin = time.perf_counter()
+    found = measure()
+    if found.section is None or not found.checks:
+        return found
+    first, *others = found.checks
+    return replace(found, checks=(replace(first, seconds=time.perf_counter() - begin), *others))
 
 
 def judged(

@@ -72,7 +72,7 @@ def out(place: Path, tmp_path: Path) -> Path:
 def test_a_run_without_a_subcommand_says_what_it_did(place: Path) -> None:
     text = (place / "first.txt").read_text()
     assert re.search(r"PASS  \(.*parity.*\)", text)
-    assert re.search(r"  1 of 4 attention layers of model are now linear: \d", text)
+    assert re.search(r"  1 of 4 attention layers of model are now linear: layer \d", text)
     for title in ("Graph", "Method loss", "Speed on ONNX Runtime", "Parity", "Checks"):
         assert title in text
     assert str(Path("out") / "model.onnx") in text

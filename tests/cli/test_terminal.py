@@ -73,7 +73,7 @@ def test_a_report_ends_with_its_verdict_and_where_to_look(screen: Any, report: R
     verdict = next(line for line in shown if line.startswith("PASS"))
     assert re.match(r"PASS  \(graph rewrite, parity\); perplexity × \d\.\d{3}, KL .* no bound asked", verdict)
     said = shown[shown.index(verdict) + 1].strip()
-    assert said == "2 of 5 attention layers of stories260K are now linear: 2, 3"
+    assert said == "2 of 5 attention layers of stories260K are now linear: layers 2, 3"
     assert shown[-1].split() == ["model", "out/model.onnx", "report", "out/report/report.html"]
     titles = [line for line in shown if line.rstrip() in ("Graph", "Checks")]
     assert [t.strip() for t in titles] == ["Graph", "Checks"], "the verdicts come last"

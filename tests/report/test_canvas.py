@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import struct
@@ -16,7 +17,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from nbl_export.printable import printable
-from nbl_export.report.canvas import COLOURS, as_png, as_svg, legend, panels, style
+from nbl_export.report.canvas import COLOURS, as_png, as_svg, legend, level, panels, style
 from nbl_export.report.plots import Plot, report_plots
 from nbl_export.report.schema import Report
 
@@ -145,6 +146,26 @@ def test_odd_letters_in_a_name_warn_nobody_and_are_shown_as_text(
     assert printable(name) in svg and "and more" in svg
     assert ElementTree.fromstring(svg) is not None
     assert not recwarn.list and capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("points", "at", "place"),
+    [
+        ([1.0, 1.1, 1.2, 3.0], 1.5, ("left", "bottom")),  # above the line, before the curve gets there
+        ([1.0, 2.0, 3.0, 4.0], 1.4, ("right", "top")),  # which it does at once
+        ([4.0, 3.0, 2.0, 1.0], 2.5, ("left", "top")),
+        ([2.0, 2.0, 2.0, 2.0], 2.0, ("left", "bottom")),  # nowhere: as was asked for
+        ([math.nan, math.nan], 1.0, ("left", "bottom")),
+        ([], 1.0, ("left", "bottom")),
+    ],
+)
+def test_words_beside_a_level_meet_no_curve(points: list[float], at: float, place: tuple[str, str]) -> None:
+    with style():
+        _, (panel,) = panels(1, narrow=True)
+        panel.errorbar(range(len(points)), points, yerr=0.01)
+        level(panel, at, "budget", (False, False))
+        (words,) = panel.texts
+        assert (words.get_ha(), words.get_va()) == place
 
 
 def test_a_png_tells_no_time_and_no_program(plots: list[Plot]) -> None:

@@ -157,7 +157,7 @@ def test_it_comes_back_from_its_file_and_has_a_suite_only_with_checks(tmp_path: 
     assert suite is not None and (suite.get("tests"), suite.get("failures")) == ("1", "1")
     assert suite.find("testcase/failure") is not None
     (case,) = suite.iter("testcase")
-    assert case.get("classname") == "nbl_export.eval.a/model"
+    assert case.get("classname") == "nbl-export_eval-model"
 
 
 def test_the_page_says_how_it_was_asked() -> None:

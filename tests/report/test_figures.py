@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from matplotlib.colors import to_hex
 from matplotlib.container import BarContainer, ErrorbarContainer
 from matplotlib.figure import Figure
 
+from nbl_export.blocks import Mlp
 from nbl_export.linearize.selection import Curve
 from nbl_export.report.canvas import BASE, DECODE, LINEAR, style
 from nbl_export.report.figures import draw_curve, draw_frontier, draw_layers, draw_speed
@@ -94,6 +96,16 @@ def test_budget_and_choice_are_marked(curve: Curve) -> None:
     none = draw_curve(replace(curve, budget=NO_BUDGET, chosen=None))
     assert not any(t.get_text() for axes in none.axes for t in axes.texts)
     assert draw_curve(Curve(curve.points[:1], 2)).axes  # an older report has no budget at all
+
+
+def test_bars_of_attention_and_mlps_do_not_cover_each_other(report: Report) -> None:
+    own = report.selection.candidates
+    both = replace(report.selection, candidates=(*own, *(replace(c, layer=Mlp(c.layer)) for c in own)))
+    for selection in (report.selection, both):
+        (axes,) = draw_layers(selection).axes
+        every = sorted((b.get_x(), b.get_x() + b.get_width()) for c in axes.containers for b in c)  # type: ignore[union-attr]
+        assert len(every) == len(selection.candidates)
+        assert all(a[1] < b[0] for a, b in pairwise(every))
 
 
 def test_untimed_curves_have_no_panel_of_speed(curve: Curve) -> None:

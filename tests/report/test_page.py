@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +21,7 @@ from nbl_export.report.page import anchor, numeric_columns, page
 from nbl_export.report.plots import report_plots
 from nbl_export.report.schema import Report
 from nbl_export.report.tables import checks_table, report_tables
+from nbl_export.verify.loss.figures import MethodLoss
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 
@@ -117,7 +122,10 @@ def test_plots_say_what_they_show(full: Report) -> None:
     said = [a["aria-label"] for a in reader.attributes("div") if a.get("role") == "img"]
     assert said == [plots[name].text for name in ("k-curve", "frontier", "speed", "engines", "layers")]
     assert plots["layers"].text.endswith("replaced: 2, 3.")
-    assert "chosen: K = 2, perplexity ratio 1.080, KL 0.160." in plots["k-curve"].text
+    assert (
+        "chosen: K = 2, perplexity ratio 1.080, KL 0.160, prefill 1.20×, decode 1.10×"
+        in plots["k-curve"].text
+    )
     assert full.speed is not None
     cell, _, over = full.speed.speedups()[0]
     assert cell.name == "prefill 16" and f"prefill 16 {over.value:.2f}×" in plots["speed"].text
@@ -146,6 +154,82 @@ def test_light_dark_print_and_phone(full: Report) -> None:
         assert wanted in text
     defined = set(re.findall(r"--(\w+):", text))
     assert set(re.findall(r"var\(--(\w+)\)", text)) <= defined
+
+
+# The page in a frame of a phone's and of a desk's width, and what the browser made of it.
+MEASURED = """<!doctype html><meta charset="utf-8"><body><script>
+const found = [];
+let left = 2;
+for (const width of [390, 1280]) {
+  const frame = document.createElement("iframe");
+  frame.style = `width: ${width}px; height: 800px; border: 0`;
+  frame.srcdoc = PAGE;
+  frame.onload = () => {
+    const page = frame.contentDocument, inside = (e) => e.closest(".scroll, svg");
+    const all = (what) => [...page.querySelectorAll(what)];
+    const right = (e) => e.getBoundingClientRect().right;
+    found.push({
+      width,
+      page: page.documentElement.scrollWidth,
+      outside: all("body *").filter((e) => !inside(e) && right(e) > width + 1).map((e) => e.outerHTML),
+      scrolling: all(".scroll").filter((e) => e.scrollWidth > e.clientWidth).length,
+      drawings: all("svg").map((e) => e.getBoundingClientRect().width).filter((w) => w),
+      small: all(".headlines dd").filter((e) => parseFloat(getComputedStyle(e).fontSize) < 12).length,
+    });
+    if (--left === 0) document.body.textContent = JSON.stringify(found);
+  };
+  document.body.append(frame);
+}
+</script>"""
+
+
+def test_on_a_phone_tables_scroll_and_the_page_does_not(full: Report, tmp_path: Path) -> None:
+    """Also with names that nothing breaks, and figures that no page was made for."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no Chromium here: `apt-get install chromium`")
+    assert isinstance(full.method_loss, MethodLoss)
+    long = "m" * 120
+    wide = replace(
+        full,
+        model=replace(full.model, source=f"/models/{long}"),
+        method_loss=replace(full.method_loss, perplexity_ratio=1.23456e15),
+        checks=(*full.checks, Check(long, "failed", long)),
+        notes=(long,),
+        divergence=long,
+    )
+    text = json.dumps(page(wide, report_plots(wide))).replace("</", "<\\/")
+    (tmp_path / "measured.html").write_text(MEASURED.replace("PAGE", text), encoding="utf-8")
+    done = subprocess.run(
+        [
+            browser,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--window-size=1400,900",
+            "--virtual-time-budget=20000",
+            "--dump-dom",
+            str(tmp_path / "measured.html"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    body = re.search(r"<body>(\[.*\])</body>", done.stdout, re.S)
+    assert body, done.stderr[-500:]
+    phone, desk = sorted(json.loads(unescape(body[1])), key=lambda one: one["width"])
+    for one in (phone, desk):
+        assert one["page"] <= one["width"] and one["outside"] == []
+        assert len(one["drawings"]) == len(report_plots(wide)) and one["small"] == 0
+    assert phone["scrolling"] >= 3  # in themselves
+    assert all(330 < width <= 390 for width in phone["drawings"])
+
+
+def test_every_table_is_in_what_scrolls(full: Report) -> None:
+    text = page(full, report_plots(full))
+    assert text.count("<table>") == len(re.findall(r'<div class="scroll"[^>]*>\s*<table>', text)) > 5
 
 
 NASTY = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'</style></title>&amp;{{ 7 * 7 }}"

@@ -7,13 +7,17 @@ import sys
 from dataclasses import replace
 from math import inf, nan
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from nbl_export.linearize.budget import CurvePoint
 from nbl_export.linearize.selection import Curve
 from nbl_export.report.plots import report_plots, speed_plot
 from nbl_export.report.schema import Report
 from nbl_export.report.speed import BENCH, ENGINES
+from nbl_export.settings import Budget
+from nbl_export.settings.budget import NO_BUDGET
 from nbl_export.verify.speed.values import Speed
 
 LOADED = """
@@ -60,11 +64,53 @@ def test_the_curve_in_words(full: Report, curve: Curve) -> None:
     def words(curve: Curve) -> str:
         return report_plots(replace(full, selection=replace(full.selection, curve=curve)))["k-curve"].text
 
-    said = "Perplexity ratio and KL for 4 values of K from 1 to 4"
-    # 1 + 0.02 K² and 0.01 · 4ᴷ at the K that was chosen.
-    assert words(curve) == f"{said}; chosen: K = 2, perplexity ratio 1.080, KL 0.160."
+    said = "Perplexity ratio, KL and speedup for 4 values of K from 1 to 4"
+    # 1 + 0.02 K² and 0.01 · 4ᴷ at the K that was chosen, and its speedups.
+    assert words(curve) == (
+        f"{said}; chosen: K = 2, perplexity ratio 1.080, KL 0.160, prefill 1.20×, decode 1.10×."
+    )
+    assert "decode" not in words(replace(curve, chosen=3)), "which was not measured there"
+    assert words(Curve(curve.points[:1])) == "Perplexity ratio, KL and speedup for K = 2."
+    assert words(Curve(untimed(curve.points))) == "Perplexity ratio and KL for 4 values of K from 1 to 4."
     assert words(replace(curve, chosen=None)) == f"{said}."
     assert words(replace(curve, chosen=0)) == f"{said}."
+
+
+def untimed(points: tuple[CurvePoint, ...]) -> tuple[CurvePoint, ...]:
+    return tuple(replace(p, prefill_speedup=None, decode_speedup=None) for p in points)
+
+
+@pytest.mark.parametrize(
+    ("changes", "gone"),
+    [
+        ({}, None),
+        ({"budget": NO_BUDGET}, "Dashed"),
+        # A bound of what has no panel is no line.
+        ({"budget": Budget(max_weight_bytes="1GiB")}, "Dashed"),
+        ({"chosen": None}, "Filled"),
+        ({"chosen": 0}, "Filled"),
+    ],
+)
+def test_a_caption_speaks_of_what_is_drawn(
+    full: Report, frontier: Curve, changes: dict[str, Any], gone: str | None
+) -> None:
+    """And so the K plot as the frontier."""
+    known = report_plots(replace(full, selection=replace(full.selection, curve=replace(frontier, **changes))))
+    for name in ("k-curve", "frontier"):
+        for word in ("Whiskers", "Filled", "Dashed"):
+            assert (word in known[name].caption) == (word != gone), (name, word)
+
+
+def test_a_caption_of_a_curve_without_speeds_or_errors(full: Report, curve: Curve) -> None:
+    def caption(curve: Curve) -> str:
+        return report_plots(replace(full, selection=replace(full.selection, curve=curve)))["k-curve"].caption
+
+    assert caption(curve).startswith("Perplexity ratio, KL and speedup by the number of layers replaced.")
+    quiet = replace(curve, points=untimed(curve.points), budget=Budget(min_speedup=1.07))
+    # The bound of a speedup is a line of the panel that is not there.
+    assert "speedup" not in caption(quiet) and "Dashed" not in caption(quiet)
+    certain = tuple(replace(p, kl_se=None, perplexity_ratio_se=None) for p in curve.points)
+    assert "Whiskers" not in caption(replace(curve, points=certain))
 
 
 def test_the_frontier_in_words(full: Report) -> None:
@@ -93,6 +139,15 @@ def test_a_race_in_words(engine_speed: Speed) -> None:
         "prefill 512 1.25×, decode 512 1.25×."
     )
     assert "lower quartile to the 99th percentile" in plot.caption
+    # No ceiling is known of engines, all of these are resolved, and no other is linearized.
+    assert not [word for word in ("Hollow", "Dash:", "orange") if word in plot.caption]
+    one, *others = engine_speed.cells
+    base, found, eager = one.results
+    assert found.over_base is not None
+    more = replace(found, ceiling=1.1, over_base=replace(found.over_base, resolved=False))
+    cells = (replace(one, results=(base, more, replace(eager, name="int4, linearized"))), *others)
+    caption = speed_plot(ENGINES, replace(engine_speed, cells=cells)).caption
+    assert all(word in caption for word in ("Hollow", "Dash:", "orange"))
     unlike = replace(engine_speed, linearized="another")
     assert speed_plot(BENCH, unlike).text.endswith("Linearized over base: nowhere timed.")
     cells = tuple(

@@ -6,14 +6,16 @@ import re
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from junitparser import Failure, JUnitXml, Skipped
 
 from nbl_export.checks import Check
+from nbl_export.printable import printable
 from nbl_export.report.page import page
 from nbl_export.report.plots import PLOTS, report_plots
-from nbl_export.report.render import markdown, write_report
+from nbl_export.report.render import markdown, write_junit, write_report
 from nbl_export.report.schema import Report, load_report
 from nbl_export.report.summary import headlines
 from nbl_export.report.tables import checks_table, report_tables
@@ -185,6 +187,62 @@ def test_junit_counts(report: Report, tmp_path: Path) -> None:
     assert isinstance(failure, Failure) and failure.message == 'worse than <allowed> & "quoted"'
     (skipped,) = cases["left out"].result
     assert isinstance(skipped, Skipped) and skipped.message == "--no-speed"
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("/data/models/stories260K", "nbl-export-stories260K"),
+        ("../Llama-3.1-8B/", "nbl-export-Llama-3_1-8B"),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct.Q4_1.gguf", "nbl-export-SmolLM2-135M-Instruct_Q4_1_gguf"),
+        ("C:\\models\\a b", "nbl-export-C_models_a_b"),
+        ("\x1b[2J\x00", "nbl-export-_2J"),
+        (".", "nbl-export"),
+        ("模型", "nbl-export-模型"),
+    ],
+)
+def test_a_class_of_junit_is_no_path_and_no_package(
+    report: Report, tmp_path: Path, source: str, name: str
+) -> None:
+    write_junit(
+        tmp_path / "junit.xml", "nbl-export", replace(report, model=replace(report.model, source=source))
+    )
+    (suite,) = list(JUnitXml.fromfile(str(tmp_path / "junit.xml")))
+    assert {case.classname for case in suite} == {name}
+    assert not re.search(r"[./\\\s]", name)
+    # Where the model lies is a property of the suite, before its cases, as the schema of JUnit has it.
+    root = ElementTree.parse(tmp_path / "junit.xml").getroot()
+    assert [one.tag for one in root[0]][:2] == ["properties", "testcase"]
+    (model,) = suite.properties()
+    assert (model.name, model.value) == ("model", printable(source))
+
+
+def test_junit_has_the_time_of_a_check_where_it_is_known(report: Report, tmp_path: Path) -> None:
+    checks = (
+        Check("timed", "passed", "", 2.0625),
+        Check("failed", "failed", "", 1.5),
+        Check("untimed", "passed", ""),
+        Check("odd", "passed", "", float("nan")),
+    )
+    write_junit(tmp_path / "junit.xml", "nbl-export", replace(report, checks=checks))
+    root = ElementTree.parse(tmp_path / "junit.xml").getroot()
+    times = {case.get("name"): case.get("time") for case in root.iter("testcase")}
+    assert times == {"timed": "2.062", "failed": "1.5", "untimed": None, "odd": None}
+    suite = root.find("testsuite")
+    assert suite is not None and float(str(suite.get("time"))) == pytest.approx(3.562)
+
+
+def test_checks_of_a_run_say_how_long_they_took(stories_out: Path) -> None:
+    report = load_report(stories_out / "report" / "report.json")
+    seconds = {check.name: check.seconds for check in report.checks}
+    assert seconds["graph rewrite"] == report.stage_seconds["rewrite"]
+    for name in ("parity", "speed"):
+        assert (seconds[name] or 0) > 0.01, name
+    cases = {
+        case.name: case.time
+        for case in next(iter(JUnitXml.fromfile(str(stories_out / "report" / "junit.xml"))))
+    }
+    assert cases == {name: spent and round(spent, 3) for name, spent in seconds.items()}
 
 
 def test_the_written_files_are_the_report(stories_out: Path, tmp_path: Path) -> None:

@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 
 from nbl_export.report.drawing import Table
-from nbl_export.report.speed import BENCH, ENGINES, VERIFIED, milliseconds, speed_tables, spread
+from nbl_export.report.speed import (
+    BENCH,
+    ENGINES,
+    VERIFIED,
+    ceiling_in_words,
+    milliseconds,
+    speed_tables,
+    spread,
+)
 from nbl_export.verify.speed.values import (
     CandidateInfo,
     CellResult,
@@ -67,14 +75,22 @@ def test_every_figure_stands_under_its_heading() -> None:
         "ceiling": "1.25×",
         "÷ ceiling": "1.20",
         "of roofline": "46%",
-        "linearized over it": "",
         "cache MiB": "1.5",
         "peak MiB": "300",
         "rounds": "21",
     }
     base = shown(table, "base")
-    assert (base["ms"], base["linearized over it"]) == ("12.0 ± 1.0", "1.50× not resolved")
+    assert base["ms"] == "12.0 ± 1.0"
     assert [base[name] for name in ("p99", "over own base", "ceiling", "÷ ceiling", "cache MiB")] == [""] * 5
+
+
+def test_over_the_base_alone_the_linearized_one_has_its_speedup_once() -> None:
+    """It stands beside it; over others it is a figure of its own."""
+    assert "linearized over it" not in speed_tables(VERIFIED, race(CELL))[0].columns
+    other = replace(BASE, name="eager")
+    table = speed_tables(VERIFIED, race(replace(CELL, results=(BASE, FULL, other))))[0]
+    assert shown(table, "base")["linearized over it"] == "1.50× not resolved"
+    assert shown(table, "eager")["linearized over it"] == "1.50× not resolved"
 
 
 def test_a_column_that_nobody_has_a_figure_for_is_left_out() -> None:
@@ -89,7 +105,9 @@ def test_a_column_that_nobody_has_a_figure_for_is_left_out() -> None:
 def test_a_narrow_table_names_a_cell_once_and_marks_noise_shortly() -> None:
     noisy = replace(FULL, over_base=replace(OVER, resolved=False))
     other = replace(CELL, context=1024, results=(BASE, noisy))
-    (table,) = speed_tables(BENCH, race(CELL, other), brief=True)
+    table, why = speed_tables(BENCH, race(CELL, other), brief=True)
+    assert why.columns == ("", "candidate", "saved at least, ms", "beyond the ceiling", "in nodes gone")
+    assert why.rows[0] == ("prefill 512", "linearized", "3.50", "1.50", "1.25")
     assert [row[:2] for row in table.rows] == [
         ("prefill 512", "base"),
         ("", "linearized"),
@@ -111,6 +129,77 @@ def test_what_is_above_its_ceiling_has_its_reason() -> None:
     doubted = replace(FULL, explanation=replace(FULL.explanation, suspect=True))
     table, _ = speed_tables(VERIFIED, race(replace(CELL, results=(BASE, doubted))))
     assert shown(table, "linearized")["ceiling"] == "1.25× suspect"
+
+
+EXPLAINED = FULL.explanation
+assert EXPLAINED is not None
+
+
+@pytest.mark.parametrize(
+    ("changes", "state", "said", "shortly"),
+    [
+        (
+            {},
+            "explained",
+            "prefill 512 (the time beyond it is found in nodes that are gone)",
+            "above its ceiling of 1.25×, which counts multiplications and bytes only: other nodes are gone too",
+        ),
+        (
+            {"explanation": replace(EXPLAINED, suspect=True)},
+            "suspect",
+            "prefill 512 (suspect: the time beyond it is not found in nodes that are gone; measure again on a "
+            "quieter machine)",
+            "above its ceiling of 1.25× for no reason that was found",
+        ),
+        (
+            {"explanation": None},
+            "not profiled",
+            "prefill 512 (where the time beyond it is saved was not looked for)",
+            "above its ceiling of 1.25×, not profiled",
+        ),
+        (
+            {"explanation": None, "over_base": replace(OVER, least=1.2)},
+            "not certain",
+            "prefill 512 (not certain: the 95 % interval reaches down to it)",
+            "ceiling 1.25×, exceeded within the noise",
+        ),
+        (
+            {"explanation": None, "over_base": replace(OVER, least=-inf)},  # of too few rounds
+            "not certain",
+            "prefill 512 (not certain: the 95 % interval reaches down to it)",
+            "ceiling 1.25×, exceeded within the noise",
+        ),
+        ({"explanation": None, "ceiling": 1.5}, None, "", "ceiling 1.50×"),
+        ({"explanation": None, "over_base": replace(OVER, value=nan)}, None, "", "ceiling 1.25×"),
+        ({"explanation": None, "ceiling": None}, None, "", ""),
+    ],
+)
+@pytest.mark.parametrize("brief", [False, True], ids=["page", "terminal"])
+def test_a_speedup_above_its_ceiling_is_explained_where_it_stands(
+    changes: dict[str, Any], state: str | None, said: str, shortly: str, brief: bool
+) -> None:
+    result = replace(FULL, **changes)
+    assert result.above == state and ceiling_in_words(result) == shortly
+    note = speed_tables(VERIFIED, race(replace(CELL, results=(BASE, result))), brief)[0].note
+    assert ("A speedup can be above it: the ceiling counts multiplications and bytes" in note) == bool(state)
+    assert (f"Above it: {said}." in note) if state else "Above it" not in note
+
+
+def test_many_speedups_above_their_ceilings_are_counted_and_those_of_several_named() -> None:
+    cells = [replace(CELL, context=n) for n in range(1, 8)]
+    assert "Above it: 7 speedups (the time" in speed_tables(VERIFIED, race(*cells))[0].note
+    other = replace(CELL, results=(BASE, FULL, replace(FULL, name="int4, linearized")))
+    note = speed_tables(BENCH, race(other))[0].note
+    assert "Above it: prefill 512 linearized, prefill 512 int4, linearized (the time" in note
+
+
+def test_more_than_the_roofline_has_its_reason() -> None:
+    fast = replace(CELL, results=(BASE, replace(FULL, of_roofline=1.36)))
+    assert (
+        "over 100 % where what is read lies in the processor's caches"
+        in speed_tables(VERIFIED, race(fast))[0].note
+    )
+    assert "over 100 %" not in speed_tables(VERIFIED, race(CELL))[0].note
 
 
 def test_titles_say_where_it_ran() -> None:

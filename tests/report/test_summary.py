@@ -11,7 +11,8 @@ import pytest
 from nbl_export.blocks import Block, Mlp
 from nbl_export.checks import Check
 from nbl_export.report.schema import Report
-from nbl_export.report.summary import headlines, making, model_name, replaced, verdict_line
+from nbl_export.report.speed import ceiling_in_words
+from nbl_export.report.summary import headlines, making, model_name, numbered, replaced, verdict_line
 from nbl_export.verify.loss.figures import Likeness, Measure, MethodLoss
 from nbl_export.verify.parity.figures import DecoderParity
 from nbl_export.verify.speed.values import Explanation
@@ -27,7 +28,8 @@ def test_headlines_of_a_whole_report(full: Report) -> None:
     assert shown["Perplexity"].value == f"× {full.method_loss.perplexity_ratio:.3f}"
     _, prefill, over = full.speed.speedups()[0]
     assert shown["Prefill on the CPU"].value == f"{over.value:.2f}×"
-    assert f"ceiling {prefill.ceiling:.2f}×" in shown["Prefill on the CPU"].detail
+    assert shown["Prefill on the CPU"].detail.endswith(f"; {ceiling_in_words(prefill)}")
+    assert f"{prefill.ceiling:.2f}×" in ceiling_in_words(prefill)
     assert shown["Decode on the GPU"].value == "1.25×" and "512 tokens" in shown["Decode on the GPU"].detail
     worst = max(s.max_abs for s in full.parity.steps)
     assert abs(float(shown["Parity"].value) / worst - 1) < 0.05
@@ -58,6 +60,19 @@ def test_what_was_not_measured_has_no_headline(report: Report) -> None:
     assert [h.name for h in headlines(bare)] == ["Attention layers replaced", "KV cache"]
     none = replace(bare, selection=replace(bare.selection, layers=()))
     assert headlines(none)[0].value == "0 of 5" and headlines(none)[0].detail == "nothing was replaced"
+
+
+@pytest.mark.parametrize(
+    ("blocks", "words"),
+    [
+        ((2,), "layer 2"),
+        ((0, 3, 4, 5), "layers 0, 3-5"),
+        ((2, Mlp(1)), "layer 2; MLP 1"),
+        ((Mlp(1), Mlp(4)), "MLP 1, 4"),
+    ],
+)
+def test_one_layer_is_no_layers(blocks: tuple[Block, ...], words: str) -> None:
+    assert numbered(blocks) == words
 
 
 def test_parity_that_is_no_number_is_the_worst(report: Report) -> None:
@@ -131,7 +146,7 @@ def test_verdict_of_an_encoder_names_its_likeness(report: Report) -> None:
 
 def test_model_name(report: Report) -> None:
     for source, name in (("a/b/model/", "model"), ("HuggingFaceTB/SmolLM2", "SmolLM2"), ("x.gguf", "x.gguf")):
-        assert model_name(replace(report, model=replace(report.model, source=source))) == name
+        assert model_name(replace(report.model, source=source)) == name
 
 
 def test_how_it_was_made(report: Report) -> None:

@@ -34,8 +34,8 @@ def test_an_mlp_is_named_and_kept_as_an_mlp(report: Report) -> None:
     assert now["2"][1] == now["3.mlp"][1] == "linear"
     assert now["2.mlp"] == ("mlp", "mlp") and now["3"][1] == "attention"
     shown = {line.name: (line.value, line.detail) for line in headlines(replace(report, selection=selection))}
-    assert shown["Attention layers replaced"] == ("1 of 5", "layers 2")
-    assert shown["MLPs replaced"] == ("1 of 5", "layers 3")
+    assert shown["Attention layers replaced"] == ("1 of 5", "layer 2")
+    assert shown["MLPs replaced"] == ("1 of 5", "layer 3")
 
 
 def test_measured_scores_have_a_column_and_unmeasured_layers_come_last(report: Report) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from scripts.annotate import errors_of
+from scripts.annotate import cut, errors_of, summary
 
 ROOT = Path(__file__).parents[2]
 ACTION: Any = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))
@@ -117,6 +117,27 @@ def test_a_run_that_passes_and_a_change_that_regresses(
     assert "::error title=nbl-export: perplexity bound::perplexity × " in said
     shown = worse.summary.read_text()
     assert "# nbl-export report: FAIL" in shown and "FAIL" in shown.split("# nbl-export report")[0]
+
+
+def test_a_summary_is_the_report_without_its_pictures(out: Path) -> None:
+    text = (out / "report" / "report.md").read_text(encoding="utf-8")
+    shown = summary(out / "report")
+    assert "](plots/" in text and "](plots/" not in shown and "![" not in shown
+    kept = [line for line in text.splitlines() if line and not line.startswith("![")]
+    assert [line for line in shown.splitlines() if line] == kept
+    # Who appends it by hand does as docs/ci.md says.
+    (line,) = re.findall(r"grep -v '(.*)' out/model/report/report.md", (ROOT / "docs" / "ci.md").read_text())
+    assert [one for one in text.splitlines() if one and not re.match(line, one)] == kept
+
+
+def test_a_summary_that_is_too_long_ends_with_a_word_that_can_be_seen() -> None:
+    rows = "| é | 1 |\n" * 100
+    text = f"# Report\n\n<details>\n<summary>100 rows</summary>\n\n{rows}\n</details>\n\nlast\n"
+    assert cut(text, len(text.encode())) == text
+    short = cut(text, 600)
+    assert len(short.encode()) <= 600 and short.count("<details>") == short.count("</details>") == 1
+    assert short.index("</details>") < short.index("Cut here")
+    assert all(line == "| é | 1 |" for line in short.splitlines() if line.startswith("|"))
 
 
 def test_words_of_the_inputs_are_no_code(stories_folder: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import FrozenInstanceError, replace
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from nbl_export.verify.measurement import (
     Found,
     FoundParity,
     Measurement,
+    clocked,
     fitting_contexts,
     judged,
     method_loss,
@@ -38,6 +40,25 @@ def test_what_is_not_says_each_gate_and_where_it_is_lost() -> None:
     found = judged("section", ["one", "two"], "all within", lambda: "at layer 3")
     assert found.checks == (Check("parity", "failed", "one; two; at layer 3"),)
     assert (found.section, found.divergence) == ("section", "at layer 3")
+
+
+def test_what_was_measured_together_is_timed_once() -> None:
+    checks = (Check("a", "passed", ""), Check("b", "failed", ""))
+    spent = 0.05
+
+    def measured() -> Found[str]:
+        time.sleep(spent)
+        return Found("a section", checks)
+
+    first, second = clocked(measured).checks
+    assert first.seconds is not None and spent <= first.seconds < 60 * spent
+    assert replace(first, seconds=None) == checks[0] and second == checks[1]
+
+
+def test_what_was_not_run_has_no_time() -> None:
+    left_out = Found[str](checks=(Check("speed", "skipped", "--no-speed"),))
+    assert clocked(lambda: left_out) == left_out
+    assert clocked(lambda: Found("a section")) == Found("a section")
 
 
 def test_checks_and_notes_come_in_the_order_of_the_parts() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from nbl_export.batch.names import LINEARIZED
 
@@ -124,6 +125,11 @@ class Ratio:
     resolved: bool
 
 
+# A speedup above its ceiling: its time was found in nodes that are gone, or was not, or was not looked for; or its 95 %
+# interval reaches down to the ceiling.
+Above = Literal["explained", "suspect", "not profiled", "not certain"]
+
+
 @dataclass(frozen=True)
 class Explanation:
     """Of a speedup above its ceiling: nodes run by both graphs, milliseconds saved by operator, most first.
@@ -174,9 +180,19 @@ class Result:
     explanation: Explanation | None = None
 
     @property
+    def above(self) -> Above | None:
+        """What is known of a speedup above its ceiling; None for one that is not above it."""
+        if self.explanation is not None:
+            return "suspect" if self.explanation.suspect else "explained"
+        over, limit = self.over_base, self.ceiling
+        if over is None or limit is None or not over.value > limit:
+            return None
+        return "not profiled" if over.least > limit else "not certain"
+
+    @property
     def suspect(self) -> bool:
         """Whether the speedup is above its ceiling for no reason that is seen."""
-        return self.explanation is not None and self.explanation.suspect
+        return self.above == "suspect"
 
 
 # cells --------------------------------------------------------------------------------------------------

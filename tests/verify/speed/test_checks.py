@@ -67,7 +67,10 @@ def test_a_suspect_cell_leaves_the_check_open(pair: Pair) -> None:
         return replace(speed, cells=tuple(cells))
 
     good = Explanation(9, 8, {"Add": 1.0}, 3.0, 1.0, 3.0, False)
-    assert speed_check(reasoned(good, good)).status == "passed"
+    both = speed_check(reasoned(good, good))
+    assert both.status == "passed" and both.detail.startswith(
+        "2 of 2 speedups above the ceiling, explained by nodes that are gone; "
+    )
     table, why = speed_tables(VERIFIED, reasoned(good, good))
     assert not any("suspect" in cell for row in table.rows for cell in row) and len(why.rows) == 2
     bad = replace(good, gone_ms=1.0, suspect=True)
@@ -75,10 +78,25 @@ def test_a_suspect_cell_leaves_the_check_open(pair: Pair) -> None:
     assert check.status == "skipped" and check.detail.startswith(
         "decode 8, linearized: 3.00 ms saved at least"
     )
-    (table,) = speed_tables(VERIFIED, reasoned(None, bad), brief=True)
+    table, _ = speed_tables(VERIFIED, reasoned(None, bad), brief=True)
     assert [row[-1].endswith("× suspect") for row in table.rows] == [False, False, False, True]
     assert table.columns[-1] == "ceiling" and numeric_columns(table) >= {5}
     assert speed_check(speed).status == "passed" and len(speed_tables(VERIFIED, speed)) == 1
+
+
+@pytest.mark.usefixtures("told")
+def test_a_speedup_above_its_ceiling_that_was_not_profiled_is_not_called_explained() -> None:
+    speed = raced([(1, 8)])
+
+    def detail(ceiling: float) -> str:
+        cells = [
+            replace(c, results=tuple(replace(r, ceiling=ceiling if r.over_base else None) for r in c.results))
+            for c in speed.cells
+        ]
+        return speed_check(replace(speed, cells=tuple(cells))).detail
+
+    assert detail(1.1).startswith("2 of 2 speedups above the ceiling, not profiled; ")
+    assert detail(9.0).startswith("no speedup is certainly above its ceiling; ")
 
 
 @pytest.mark.usefixtures("told")
