@@ -61,6 +61,11 @@ class Shape:
         of = {ATTENTION: self.layers, MLP: self.mlps, SPAN: len(spans_of(range(whole)))}
         return sum(of[part] for part in self.parts)
 
+    @property
+    def probed(self) -> int:
+        """The attentions and MLPs among them; a span has no tensors of its own."""
+        return replace(self, parts=tuple(part for part in self.parts if part != SPAN)).blocks
+
     @classmethod
     def of(cls, model: torch.nn.Module, row_tokens: int | None = None, layers: int | None = None) -> Shape:
         """The shape of ``model``, whose weights are not read, but for how many tokens an image has, and how many
@@ -118,14 +123,14 @@ def room_to_calibrate(shape: Shape, settings: CalibrateSettings) -> Room:
     row = shape.row_bytes or _FLOAT * settings.seq_len
     tokens = settings.samples * (shape.row_tokens or settings.seq_len)
     one = file_bytes(shape.width)
-    probe = 3 * _FLOAT * _PROBE_TOKENS * shape.width * shape.blocks
+    probe = 3 * _FLOAT * _PROBE_TOKENS * shape.width * shape.probed
     states = _FLOAT * tokens * shape.width + 2 * one
     return Room("calibrate", rows * row + shape.blocks * one + probe, 2 * states)
 
 
 def room_to_select(shape: Shape, settings: SelectSettings) -> Room:
     """W and b of the plan; beside them the state of a repair, or those of a graph that is timed."""
-    probe = 2 * _FLOAT * _PROBE_TOKENS * shape.width * shape.blocks
+    probe = 2 * _FLOAT * _PROBE_TOKENS * shape.width * shape.probed
     maps = _FLOAT * map_weights(shape, settings)
     repair = 2 * 3 * maps if settings.repair else 0
     timed = maps if settings.budget.min_speedup is not None else 0
