@@ -101,8 +101,8 @@ def _norm_alone(node: ir.Node, zero: ir.Value, later: ir.Value | None, opset: in
     )
     node.prepend(norm)
     old, new = node.outputs[0], norm.outputs[0]
+    # The name, too, by which proofs know the tensor: the operator that had it goes.
     new.name, new.type, new.shape = old.name, old.type, old.shape
-    old.name = None
     old.replace_all_uses_with(new, replace_graph_outputs=True)
     if len(node.outputs) > _SUM:
         node.outputs[_SUM].replace_all_uses_with(other, replace_graph_outputs=True)
