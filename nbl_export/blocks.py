@@ -16,7 +16,7 @@ from typing import Any
 
 ATTENTION, MLP, SPAN = "attention", "mlp", "span"
 PARTS = (ATTENTION, MLP)
-# The most layers that one span has: W of more lose more than several spans that save as much.
+# The most layers that one span has: so many spans begin with each layer, and each has moments of its own.
 LONGEST_SPAN = 4
 _SUFFIX, _SPAN_SUFFIX = f".{MLP}", f".{SPAN}"
 _NUMBER = "(?:0|[1-9][0-9]*)"
