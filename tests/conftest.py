@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.exhaustive import leave_out
+from tests import traced_once
+from tests.exhaustive import ALL, leave_out
 from tests.interruptions import interruptible
 
+# Before any module imports by its name what is replaced.
+traced_once.install()
 # A shell's background job ignores Ctrl-C, and so would all that the tests start.
 interruptible()
 # Nothing in the tests may reach for the network.
@@ -79,6 +82,14 @@ def every_report_is_of_its_schema() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Header, "as_json", checked)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def equal_models_are_traced_once(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Also if they are those of several processes; a run of all tests traces each."""
+    base = tmp_path_factory.getbasetemp()
+    if not ALL:
+        traced_once.keep_in((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "traced-once")
 
 
 class Failures:

@@ -1,0 +1,152 @@
+"""A graph that is kept is the one that is traced, and it is for nothing else than what it was traced of."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nbl_export.export import torch as exporting
+from nbl_export.export.forms import FORMS, SHARED, STATIC
+from nbl_export.graph.io import save_graph
+from tests import traced_once
+from tests.tiny_types import tiny_model
+from tests.traced_once import key_of
+
+CONCAT = FORMS["concat"]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_model("llama", num_hidden_layers=1)
+
+
+def written(graph: Any, folder: Path) -> list[bytes]:
+    folder.mkdir()
+    return [path.read_bytes() for path in save_graph(graph, folder / "model.onnx")]
+
+
+def test_it_is_kept_byte_for_byte(model: Any, tmp_path: Path) -> None:
+    calls, plain = [], traced_once._trace
+
+    def counted(*given: Any) -> Any:
+        calls.append(given)
+        return plain(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(traced_once, "_HARMLESS", (*traced_once._HARMLESS, traced_once))
+        patch.setattr(traced_once, "_folder", [tmp_path])
+        patch.setattr(traced_once, "_trace", counted)
+        first = written(exporting.trace(model), tmp_path / "first")
+        assert written(exporting.trace(copy.deepcopy(model)), tmp_path / "second") == first
+        assert len(calls) == 1
+
+
+def test_the_exporters_own_tests_trace(model: Any, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(traced_once, "_HARMLESS", (*traced_once._HARMLESS, traced_once))
+        patch.setattr(traced_once, "_folder", [tmp_path])
+        assert traced_once._kept(model, CONCAT, ".onnx") is not None
+        for test in ("export/test_torch.py::test", "test_families.py::test_graph[llama]"):
+            patch.setenv("PYTEST_CURRENT_TEST", f"tests/{test} (call)")
+            assert traced_once._kept(model, CONCAT, ".onnx") is None
+
+
+def scaled(model: Any) -> None:
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[3, 5] *= 1 + 1e-6
+
+
+def tied(model: Any) -> None:
+    model.lm_head.weight = model.model.embed_tokens.weight
+
+
+def untied(model: Any) -> None:
+    model.lm_head.weight = torch.nn.Parameter(model.model.embed_tokens.weight.clone(), requires_grad=False)
+
+
+def half(model: Any) -> None:
+    model.half()
+
+
+def config(model: Any) -> None:
+    model.config.rms_norm_eps = 1e-4
+
+
+def attribute(model: Any) -> None:
+    model.model.norm.variance_epsilon = 1e-4
+
+
+def buffer(model: Any) -> None:
+    model.model.rotary_emb.inv_freq *= 2
+
+
+def other_class(model: Any) -> None:
+    model.model.norm = torch.nn.Identity()
+
+
+def attention(model: Any) -> None:
+    model.set_attn_implementation("eager")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [scaled, tied, untied, half, config, attribute, buffer, other_class, attention],
+    ids=lambda f: f.__name__,
+)
+def test_another_model_is_another(model: Any, change: Any) -> None:
+    other = copy.deepcopy(model)
+    assert key_of(other, CONCAT) == key_of(model, CONCAT) is not None
+    change(other)
+    assert key_of(other, CONCAT) not in (key_of(model, CONCAT), None)
+
+
+def test_equal_weights_that_are_tied_are_another_model(model: Any) -> None:
+    one, other = copy.deepcopy(model), copy.deepcopy(model)
+    tied(one)
+    untied(other)
+    assert key_of(one, CONCAT) != key_of(other, CONCAT)
+
+
+def test_each_form_is_another() -> None:
+    model = tiny_model("llama", num_hidden_layers=1)
+    assert len({key_of(model, form) for form in FORMS.values()}) == len(FORMS)
+
+
+def hooked(model: Any, _patch: pytest.MonkeyPatch) -> None:
+    model.model.layers[0].register_forward_pre_hook(lambda *_: None)
+
+
+def own_forward(model: Any, _patch: pytest.MonkeyPatch) -> None:
+    model.model.norm.forward = lambda x: x
+
+
+def patched(_model: Any, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(exporting, "tidy", exporting.tidy)
+
+
+def patched_data(_model: Any, patch: pytest.MonkeyPatch) -> None:
+    patch.setitem(FORMS, "concat", FORMS["concat"])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("change", [hooked, own_forward, patched, patched_data], ids=lambda f: f.__name__)
+def test_what_a_test_replaced_is_traced(model: Any, change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = copy.deepcopy(model)
+    change(other, monkeypatch)
+    assert key_of(other, CONCAT) is None
+    monkeypatch.undo()
+    assert key_of(model, CONCAT) is not None
+
+
+def test_another_form_by_the_same_name_is_traced(model: Any) -> None:
+    assert key_of(model, replace(STATIC)) is None
+    assert key_of(model, replace(SHARED, name="mine")) is None
+
+
+def test_environment_variables_are_no_replacement(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert key_of(model, CONCAT) is not None
