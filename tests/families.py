@@ -80,7 +80,14 @@ def unsaved(name: str, seed: int = 0, **changes: Any) -> Any:
     """The model of the family ``name``; ``changes`` are configuration fields."""
     family = {**FAMILIES, **DECODERS, **OTHERS}[name]
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family.model_type, **{**_SIZES, **family.fields, **changes})
+    fields = {**_SIZES, **family.fields, **changes}
+    if (layers := changes.get("num_hidden_layers")) is not None:
+        # Their number by another name, and what says something of each.
+        if "n_layer" in fields:
+            fields["n_layer"] = layers
+        if "layer_types" in fields:
+            fields["layer_types"] = fields["layer_types"][:layers]
+    config = AutoConfig.for_model(family.model_type, **fields)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     scale_up(model)
     return model

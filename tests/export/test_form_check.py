@@ -45,12 +45,13 @@ def test_every_form_is_the_model(model_type: str, form: Any) -> None:
 )
 def test_other_attention_than_the_operators_is_refused_before_any_work(model_type: str, found: str) -> None:
     with pytest.raises(InputError, match=f"^{found}.* does not compute: use --kv-cache concat"):
-        check_form(unsaved(model_type), SHARED)
+        check_form(unsaved(model_type, num_hidden_layers=1), SHARED)
 
 
 def test_a_window_over_places_is_no_window_over_positions() -> None:
     # GPT-Neo takes its own local mask by the length of the cache, which a static buffer has from the start.
-    model = tiny_model("gpt_neo")
+    attention = [[["global", "local"], 1]]
+    model = tiny_model("gpt_neo", num_layers=2, num_hidden_layers=2, attention_types=attention)
     check_form(model, CONCAT)
     with pytest.raises(
         InputError, match=r"GPTNeoForCausalLM computes other logits with --kv-cache static.*concat"

@@ -17,16 +17,21 @@ from nbl_export.export.torch import trace
 from nbl_export.graph.interface import interface_of
 from nbl_export.graph.io import save_graph
 from nbl_export.runtime.ort import ort_stream
-from tests.families import HEADS, LAYERS, unsaved
+from tests.families import HEADS, unsaved
 from tests.fixtures_graph import ragged_rows
 
-LONGEST = 256
+LONGEST, LAYERS = 256, 2
 FAMILY = "llama"
+
+
+def small(family: str, **changes: Any) -> Any:
+    """The model of the family with two layers: each takes seconds."""
+    return unsaved(family, num_hidden_layers=LAYERS, **changes)
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return unsaved(FAMILY).eval()
+    return small(FAMILY).eval()
 
 
 @pytest.fixture(scope="module")
@@ -86,19 +91,22 @@ def test_the_interface_is_that_of_a_growing_cache_padded_on_the_right(
 
 
 @pytest.mark.parametrize(
-    ("family", "expected"),
+    ("family", "changes", "expected"),
     [
-        ("mistral", [8] * LAYERS),
-        ("qwen2", [None, None, 8, 8]),
-        ("gemma3-text", [8, None] * (LAYERS // 2)),
+        ("mistral", {}, [8] * LAYERS),
+        ("qwen2", {"max_window_layers": 1}, [None, 8]),
+        ("gemma3-text", {}, [8, None]),
     ],
+    ids=["mistral", "qwen2", "gemma3-text"],
 )
-def test_windows_are_found_by_what_the_masks_are(family: str, expected: list[int | None]) -> None:
-    assert windows(trace(unsaved(family), SHARED)) == expected
+def test_windows_are_found_by_what_the_masks_are(
+    family: str, changes: dict[str, Any], expected: list[int | None]
+) -> None:
+    assert windows(trace(small(family, **changes), SHARED)) == expected
 
 
 def test_a_window_as_long_as_the_text_is_none() -> None:
-    graph = trace(unsaved("mistral", sliding_window=LONGEST), SHARED)
+    graph = trace(small("mistral", sliding_window=LONGEST), SHARED)
     assert windows(graph) == [None] * LAYERS
 
 
@@ -107,7 +115,7 @@ def test_no_window_is_none(shared: ir.Model) -> None:
 
 
 def test_groups_and_scale_are_the_models() -> None:
-    graph = trace(unsaved("granite"), SHARED)
+    graph = trace(small("granite"), SHARED)
     for node in (n for n in graph.graph if n.op_type == "GroupQueryAttention"):
         assert (node.attributes["num_heads"].as_int(), node.attributes["kv_num_heads"].as_int()) == (HEADS, 2)
         assert node.attributes["scale"].as_float() == pytest.approx(0.2)
@@ -136,8 +144,8 @@ def change_mask(graph: ir.Model, layer: int, op: str, *others: ir.Value, **attri
 
 
 def test_a_mask_that_is_neither_causal_nor_a_window_is_refused(growing: ir.Model) -> None:
-    change_mask(growing, 2, "Not")
-    assert refusal(growing) == "Layer 2 has a mask that is neither causal nor a sliding window"
+    change_mask(growing, 1, "Not")
+    assert refusal(growing) == "Layer 1 has a mask that is neither causal nor a sliding window"
 
 
 def test_a_mask_that_sees_the_next_token_only_in_a_prompt_is_refused(growing: ir.Model) -> None:
@@ -150,19 +158,19 @@ def test_a_mask_that_sees_the_next_token_only_in_a_prompt_is_refused(growing: ir
 
 
 def test_numbers_added_to_scores_are_refused(growing: ir.Model) -> None:
-    change_mask(growing, 3, "Cast", to=int(ir.DataType.FLOAT))
-    assert refusal(growing) == "Layer 3 adds values to its scores"
+    change_mask(growing, 0, "Cast", to=int(ir.DataType.FLOAT))
+    assert refusal(growing) == "Layer 0 adds values to its scores"
 
 
 def test_attention_in_its_parts_is_refused() -> None:
     assert (
-        refusal(trace(unsaved("gemma2"), CONCAT))
+        refusal(trace(small("gemma2"), CONCAT))
         == "Layer 0 has attention that is not one Attention node on its cache"
     )
 
 
 def test_heads_that_the_operator_does_not_take_are_refused() -> None:
-    graph = trace(unsaved(FAMILY, head_dim=12), CONCAT)
+    graph = trace(small(FAMILY, head_dim=12), CONCAT)
     assert refusal(graph) == "Layer 0 has head_dim 12 for keys and 12 for values"
 
 

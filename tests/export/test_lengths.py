@@ -116,6 +116,6 @@ def test_doge_that_drops_keys_of_longer_texts_is_refused(form: Any) -> None:
 @pytest.mark.parametrize("form", ["concat", "static", "none"])
 def test_doge_that_keeps_all_keys_is_served(form: str, tmp_path: Any) -> None:
     # So are those that are published: they keep as many keys as they have positions.
-    model = tiny_model("doge", keep_window_size=256)
+    model = tiny_model("doge", num_hidden_layers=2, keep_window_size=256)
     check_form(model, FORMS[form])
     assert furthest(model, tmp_path, form, rows_of(135, 104, 60), steps=5) < 1e-4

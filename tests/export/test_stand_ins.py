@@ -30,6 +30,8 @@ from tests import families
 from tests.models.test_weights import absent, reads, stored_in
 from tests.tiny import build as build_tiny
 
+# Blocks are alike, and each takes seconds.
+LAYERS = 2
 # More numbers than onnx_ir compares to find equal constants.
 LARGE = 1025
 
@@ -65,6 +67,10 @@ def in_memory(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
 
 
+def tiny(folder: Path, **changes: Any) -> Path:
+    return build_tiny(folder / "m", num_hidden_layers=LAYERS, **changes)
+
+
 def files(model: Any, folder: Path, form: str = "concat") -> list[bytes]:
     folder.mkdir()
     return [path.read_bytes() for path in export_torch(model, folder / "model.onnx", form=FORMS[form])]
@@ -86,7 +92,7 @@ def files(model: Any, folder: Path, form: str = "concat") -> list[bytes]:
     ],
 )
 def test_every_kind_of_weight(name: str, form: str, tmp_path: Path) -> None:
-    folder = stored_in(families.build(name, tmp_path / name), torch.bfloat16)
+    folder = stored_in(families.build(name, tmp_path / name, num_hidden_layers=LAYERS), torch.bfloat16)
     model = streaming(folder)
     with traced() as calls:
         found = files(model, tmp_path / "streaming", form)
@@ -98,7 +104,7 @@ def test_every_kind_of_weight(name: str, form: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_every_precision(tied: bool, precision: str, tmp_path: Path) -> None:
-    folder = stored_in(build_tiny(tmp_path / "m", tie_word_embeddings=tied), torch.float16)
+    folder = stored_in(tiny(tmp_path, tie_word_embeddings=tied), torch.float16)
     rows = [np.arange(3, 40, dtype=np.int32)]
     found = []
     for name, model in (("streaming", streaming(folder)), ("memory", in_memory(folder))):
@@ -112,12 +118,12 @@ def test_every_precision(tied: bool, precision: str, tmp_path: Path) -> None:
 
 
 def test_experts_that_are_taken_from_a_stack(tmp_path: Path) -> None:
-    folder = stored_in(families.build("mixtral", tmp_path / "m"), torch.bfloat16)
+    folder = stored_in(families.build("mixtral", tmp_path / "m", num_hidden_layers=LAYERS), torch.bfloat16)
     assert files(streaming(folder), tmp_path / "s") == files(in_memory(folder), tmp_path / "m2")
 
 
 def test_equal_matrices_that_are_not_tied_are_stored_once_as_before(tmp_path: Path) -> None:
-    folder = stored_in(build_tiny(tmp_path / "m", tie_word_embeddings=False), torch.bfloat16)
+    folder = stored_in(tiny(tmp_path, tie_word_embeddings=False), torch.bfloat16)
     different = files(streaming(folder), tmp_path / "different")
     path = folder / "model.safetensors"
     tensors = load_file(path)
@@ -130,7 +136,7 @@ def test_equal_matrices_that_are_not_tied_are_stored_once_as_before(tmp_path: Pa
 
 
 def test_a_matrix_is_read_when_it_is_written(tmp_path: Path) -> None:
-    model = streaming(stored_in(build_tiny(tmp_path / "m", tie_word_embeddings=False), torch.bfloat16))
+    model = streaming(stored_in(tiny(tmp_path, tie_word_embeddings=False), torch.bfloat16))
     dummy_run(model)
     small = sorted(n for n, p in model.named_parameters() if p.numel() < LARGE)
     with traced() as calls, reads() as found:
@@ -149,7 +155,7 @@ def test_a_matrix_is_read_when_it_is_written(tmp_path: Path) -> None:
 def test_a_weight_that_was_computed_with_is_there_when_it_is_traced_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = stored_in(build_tiny(tmp_path / "m"), torch.bfloat16)
+    folder = stored_in(tiny(tmp_path), torch.bfloat16)
     plain = exporting.tidy
 
     def scaled(model: ir.Model, *rest: Any) -> ir.Model:
@@ -171,7 +177,7 @@ def test_a_weight_that_was_computed_with_is_there_when_it_is_traced_again(
 def test_a_model_that_cannot_be_traced_is_left_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = streaming(stored_in(build_tiny(tmp_path / "m"), torch.bfloat16))
+    model = streaming(stored_in(tiny(tmp_path), torch.bfloat16))
     before = absent(model)
     monkeypatch.setattr(exporting, "tidy", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -184,7 +190,7 @@ def test_a_model_that_cannot_be_traced_is_left_as_it_was(
 
 
 def test_stand_ins_are_compared_by_what_they_stand_for(tmp_path: Path) -> None:
-    model = streaming(stored_in(build_tiny(tmp_path / "m"), torch.bfloat16))
+    model = streaming(stored_in(tiny(tmp_path), torch.bfloat16))
     with standing_in(model) as found:
         stand_ins = StandIns(found)
         one, other = [s.tensor.numpy() for s in found if s.tensor.shape == (64, 32)][:2]

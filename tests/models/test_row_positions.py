@@ -18,12 +18,14 @@ from tests.alone import furthest, own_logits, rows_of
 from tests.tiny_types import tiny_model
 
 LLAMA_4 = "llama4_text"  # its temperature begins at 100 tokens, its chunks have 64
+# One with a rotary embedding, and one with a temperature.
+TWO_LAYERS = {"num_hidden_layers": 2, "no_rope_layers": [1, 0]}
 FORMS_OF_IT = ("concat", "static", "none")
 
 
 @pytest.fixture
 def model() -> Any:
-    return tiny_model(LLAMA_4)
+    return tiny_model(LLAMA_4, **TWO_LAYERS)
 
 
 @pytest.mark.parametrize("form", FORMS_OF_IT)
@@ -35,7 +37,7 @@ def test_the_temperature_follows_each_rows_positions(model: Any, form: str, tmp_
 
 @pytest.mark.parametrize("form", ["concat", "static"])
 def test_300_tokens_are_decoded_across_it(form: str, tmp_path: Path) -> None:
-    model = tiny_model(LLAMA_4, num_hidden_layers=2, no_rope_layers=[1, 0], max_position_embeddings=512)
+    model = tiny_model(LLAMA_4, **TWO_LAYERS, max_position_embeddings=512)
     assert furthest(model, tmp_path, form, rows_of(390), steps=300) < 1e-4
 
 
@@ -71,7 +73,7 @@ def test_padded_rows_of_pytorch_are_the_rows_alone(model: Any) -> None:
     assert off(model) < 1e-4
     assert off(copy.deepcopy(model)) < 1e-4
     np.testing.assert_array_equal(own_logits(model, short), alone)
-    assert [len(block._forward_pre_hooks) for block in model.model.layers] == [1] * 4
+    assert [len(block._forward_pre_hooks) for block in model.model.layers] == [1] * 2
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neo", "mixtral"])
@@ -82,6 +84,6 @@ def test_other_models_are_left_alone(name: str) -> None:
 
 
 def test_facts_are_those_without(model: Any) -> None:
-    facts = dummy_run(tiny_model(LLAMA_4))
+    facts = dummy_run(tiny_model(LLAMA_4, **TWO_LAYERS))
     count_positions(model)
     assert dummy_run(model) == facts
