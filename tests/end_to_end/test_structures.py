@@ -24,6 +24,10 @@ from tests.tiny_types import tiny_model
 STEPS = 3
 
 
+# A block with experts and one without.
+TWO_LAYERS = {"num_hidden_layers": 2, "first_k_dense_replace": 1}
+
+
 @pytest.mark.parametrize(
     ("model_type", "form"),
     [
@@ -36,7 +40,7 @@ STEPS = 3
     ],
 )
 def test_from_calibration_to_logits(model_type: str, form: str, tmp_path: Path) -> None:
-    model = tiny_model(model_type)
+    model = tiny_model(model_type, **(TWO_LAYERS if "deepseek" in model_type else {}))
     tokens = np.random.default_rng(0).integers(3, 260, (32, 24), dtype=np.int32)
     calibrated = Calibrated(model, collect_moments(model, tokens), probe_model(model, tokens))
     plan = calibrated.plan([attention_layers(model)[1].index])
@@ -60,7 +64,7 @@ def test_from_calibration_to_logits(model_type: str, form: str, tmp_path: Path) 
 
 
 def test_each_expert_has_its_own_matrices(tmp_path: Path) -> None:
-    model = tiny_model("mixtral")
+    model = tiny_model("mixtral", num_hidden_layers=2)
     graph = trace(model)
     stored = {name: value.const_value for name, value in graph.graph.initializers.items()}
     for layer, block in enumerate(model.model.layers):

@@ -68,7 +68,8 @@ def test_a_library_that_breaks_costs_a_sentence(
         f"__version__ = '1.7.1'\nclass ILogger:\n    {code}\n"
     )
     monkeypatch.syspath_prepend(tmp_path / "broken")
-    monkeypatch.setattr(module, "PATIENCE", 2)
+    if how == "hangs":  # the others end by themselves, on a busy machine after more than two seconds
+        monkeypatch.setattr(module, "PATIENCE", 2)
     before = {p: p.read_bytes() for p in built_copy.rglob("*") if p.is_file()}
     with pytest.raises(BuildError) as caught:
         api.build(built_copy, SETTINGS)
