@@ -84,16 +84,18 @@ def test_graphs_are_really_timed(out: Path, monkeypatch: pytest.MonkeyPatch) -> 
     said = candidates(out)["curve"]
     found = {p["k"]: p["prefill_speedup"] for p in said["points"]}
     assert said["context"] == 16
-    assert {k for k, v in found.items() if v is not None} == set(speeds.points_of(5, 5))
+    assert {k for k, v in found.items() if v is not None} == set(speeds.points_of(range(1, 6), 5))
     assert all(v > 0 for v in found.values() if v is not None)
     assert (out / "baseline" / "model.onnx").read_bytes() == before
     assert not [p for p in (out / "nbl").iterdir() if p.name.startswith(".") and p.name != ".lock"]
 
 
 def test_points_that_are_timed() -> None:
-    assert list(speeds.points_of(1, 1)) == [1]
-    assert list(speeds.points_of(3, 0)) == [1, 2, 3]
-    assert list(speeds.points_of(32, 9)) == [8, 9, 16, 24, 32]
+    assert list(speeds.points_of([1], 1)) == [1]
+    assert list(speeds.points_of(range(1, 4), 0)) == [1, 2, 3]
+    assert list(speeds.points_of(range(1, 33), 9)) == [8, 9, 16, 24, 32]
+    # With spans not every K is there.
+    assert list(speeds.points_of([2, 6, 7, 13, 20], 7)) == [6, 7, 13, 20]
 
 
 def test_a_trial_graph_has_only_its_own_weights_and_is_gone_afterwards(
@@ -113,7 +115,7 @@ def test_a_trial_graph_has_only_its_own_weights_and_is_gone_afterwards(
     monkeypatch.setattr(pair_module, "measure_speed", measured)
     monkeypatch.setattr(speeds, "CONTEXT", 16)
     select(out, api.SelectSettings(criterion="nmse", budget=api.Budget(max_kl=100.0)))
-    assert written == [4 * 64 * 64 * k for k in speeds.points_of(5, 5)]
+    assert written == [4 * 64 * 64 * k for k in speeds.points_of(range(1, 6), 5)]
     assert not list(out.glob(f"*{TEMPORARY}"))
 
 
