@@ -109,7 +109,7 @@ def _note(speed: Speed, brief: bool) -> str:
         )
     if ceilings:
         said.append(
-            "Ceiling: what the multiplications, and the bytes of weights and KV cache, of both graphs allow on "
+            "Ceiling: what the multiplications of both graphs, and the bytes that they read, allow on "
             f"{_roofline_in_words(machine.roofline)}."
         )
         said += _above_in_words(speed)
