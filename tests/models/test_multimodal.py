@@ -19,7 +19,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from nbl_export.blocks import PARTS, attentions
+from nbl_export.blocks import PARTS, SPAN, attentions
 from nbl_export.calibrate.collect import collect_moments
 from nbl_export.errors import InputError
 from nbl_export.models import multimodal
@@ -73,7 +73,7 @@ def test_the_moments_are_those_of_the_plain_text_model(
         language = getattr(language, part, language)
     plain.model.load_state_dict(language.state_dict())
     tokens = np.random.default_rng(0).integers(3, case.model.config.vocab_size, (64, 32), dtype=np.int32)
-    expected = collect_moments(plain, tokens, parts=PARTS)
+    expected = collect_moments(plain, tokens, parts=(*PARTS, SPAN))
     assert list(case.moments.layers) == list(expected.layers)
     assert attentions(expected.layers) == ((2, 3) if name in LENDING else (0, 1, 2, 3))
     for index, layer in expected.layers.items():
