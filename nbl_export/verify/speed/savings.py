@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 
 import onnx_ir as ir
 
@@ -90,7 +91,7 @@ class Savings:
         first, *others = parts_in(block)
         saved = self.measured.saved_ms[first]
         if others:
-            dropping = self.dropping().measured
+            dropping = self._dropping.measured
             assert dropping is not None  # as this is
             saved += sum(dropping.saved_ms[part] for part in others)
         return saved
@@ -114,6 +115,11 @@ class Savings:
                 share = self.saved_ms(block) / counted if counted > 0 else 1 / len(linear)
                 saved[block] = (graph_ms - ms) * share
         return replace(self, measured=BlockTimes(graph_ms, saved))
+
+    @cached_property
+    def _dropping(self) -> Savings:
+        # A search asks for the time of every span in every set.
+        return self.dropping()
 
     def dropping(self) -> Savings:
         """The same of blocks that are dropped; measured times differ from those of linear ones by what is counted."""

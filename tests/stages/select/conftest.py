@@ -39,14 +39,17 @@ def out(calibrated: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(calibrated, tmp_path / "out", copy_function=shutil.copy2))
 
 
+def exported(model: Path, text: Path, out: Path, blocks: Any) -> Path:
+    """``out``, calibrated on little text for these ``blocks``, and exported."""
+    api.calibrate(model, out, api.CalibrateSettings((str(text),), 32, 128, heldout_samples=8, blocks=blocks))
+    api.export(out)
+    return out
+
+
 @pytest.fixture(scope="session")
 def both(stories_folder: Path, stories_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of which attention and MLPs are calibrated, and that is exported."""
-    out = tmp_path_factory.mktemp("workload") / "out"
-    text = api.CalibrateSettings((str(stories_text),), 32, 128, heldout_samples=8, blocks="both")
-    api.calibrate(stories_folder, out, text)
-    api.export(out)
-    return out
+    return exported(stories_folder, stories_text, tmp_path_factory.mktemp("workload") / "out", "both")
 
 
 @pytest.fixture
@@ -57,11 +60,7 @@ def both_out(both: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def everything(stories_folder: Path, stories_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of which attention, MLPs and spans of layers are calibrated, and that is exported."""
-    out = tmp_path_factory.mktemp("everything") / "out"
-    text = api.CalibrateSettings((str(stories_text),), 32, 128, heldout_samples=8, blocks="all")
-    api.calibrate(stories_folder, out, text)
-    api.export(out)
-    return out
+    return exported(stories_folder, stories_text, tmp_path_factory.mktemp("everything") / "out", "all")
 
 
 @pytest.fixture
