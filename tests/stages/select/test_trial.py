@@ -9,8 +9,7 @@ import onnx
 import pytest
 
 from nbl_export.files import TEMPORARY
-from nbl_export.linearize.fits import dropped
-from nbl_export.linearize.plan import load_plan
+from nbl_export.linearize.plan import DROPPED, load_plan
 from nbl_export.progress import Silent
 from nbl_export.runtime.ort import OrtModel
 from nbl_export.stages.select.trial import trial_graph, why_not_timed
@@ -21,7 +20,7 @@ from tests.stages.select.by_hand import forget
 def test_two_trial_graphs_are_there_at_the_same_time_and_gone_after_an_error(stories_out: Path) -> None:
     ws = Workspace.open(stories_out)
     plan = replace(load_plan(ws.plan), layers={})
-    one, two = ({i: dropped(64) for i in layers} for layers in ((0,), (1, 2)))
+    one, two = (dict.fromkeys(layers, DROPPED) for layers in ((0,), (1, 2)))
     found: list[Path] = []
     with (
         pytest.raises(ZeroDivisionError),
