@@ -118,9 +118,8 @@ def show_report(report: Report, out: Path) -> None:
     layers, name = report.selection.layers, Path(report.model.source).name
     show_tables(report_tables(report, brief=True))
     _show_checks(report.checks)
-    linear = f"      {replaced(report)} of {name} are now linear" + (
-        f": {numbered(layers)}" if layers else ""
-    )
+    now = "left out" if report.selection.fit == "drop" else "now linear"
+    linear = f"      {replaced(report)} of {name} are {now}" + (f": {numbered(layers)}" if layers else "")
     result(_verdict(report.passed) + drawable(f"  {verdict_line(report)}"))
     result(drawable(linear))
     if report.divergence:

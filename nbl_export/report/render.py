@@ -19,7 +19,15 @@ from nbl_export.report.page import TEMPLATES, page
 from nbl_export.report.plots import PLOTS, Plot, report_plots, speed_plot
 from nbl_export.report.schema import Report
 from nbl_export.report.speed import BENCH, speed_tables
-from nbl_export.report.summary import headlines, making, measured_on, model_name, replaced, verdict_line
+from nbl_export.report.summary import (
+    headlines,
+    making,
+    measured_on,
+    model_name,
+    replaced,
+    replacement,
+    verdict_line,
+)
 from nbl_export.report.tables import checks_table, report_tables
 
 
@@ -76,7 +84,7 @@ def markdown(report: Report, plots: Mapping[str, Plot] | None = None) -> str:
         "report.md.j2",
         report=report,
         verdict=verdict_line(report),
-        replaced=replaced(report),
+        replaced=f"{replaced(report)} {replacement(report)}",
         headlines=headlines(report),
         checks=checks_table(report),
         tables=report_tables(report),

@@ -42,6 +42,16 @@ def replaced(report: Report) -> str:
     return " and ".join(parts)
 
 
+def replacement(report: Report) -> str:
+    """What stands in the place of those: one map each, one for several where there are spans, or nothing."""
+    if report.selection.fit == "drop":
+        return "left out of the graph"
+    if any(isinstance(block, Span) for block in report.selection.layers):
+        maps = len(report.selection.layers)
+        return f"replaced by {maps} affine map{'s' * (maps > 1)} together"
+    return "replaced by one affine map each"
+
+
 def verdict_line(report: Report) -> str:
     """What PASS or FAIL stands for: the checks that decide it, what linearizing costs, and what was skipped."""
     names: dict[str, list[str]] = {}
@@ -86,12 +96,12 @@ def headlines(report: Report) -> list[Headline]:
 
 def _size(report: Report) -> Iterator[Headline]:
     layers, every = all_parts(report.selection.layers), report.model.layers
-    own = attentions(layers)
+    own, gone = attentions(layers), "left out" if report.selection.fit == "drop" else "replaced"
     if own or not layers:
         detail = numbered(own) if own else "nothing was replaced"
-        yield Headline("Attention layers replaced", f"{len(own)} of {every}", detail)
+        yield Headline(f"Attention layers {gone}", f"{len(own)} of {every}", detail)
     if mlps := [layer_of(block) for block in layers if block not in own]:
-        yield Headline("MLPs replaced", f"{len(mlps)} of {every}", numbered(mlps))
+        yield Headline(f"MLPs {gone}", f"{len(mlps)} of {every}", numbered(mlps))
     if spans := [block for block in report.selection.layers if isinstance(block, Span)]:
         yield Headline("Spans, each by one map", str(len(spans)), listed(spans).replace("span", "layers", 1))
     before, after = report.graph.before, report.graph.after

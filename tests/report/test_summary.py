@@ -8,11 +8,19 @@ from dataclasses import replace
 
 import pytest
 
-from nbl_export.blocks import Block, Mlp
+from nbl_export.blocks import Block, Mlp, Span
 from nbl_export.checks import Check
 from nbl_export.report.schema import Report
 from nbl_export.report.speed import ceiling_in_words
-from nbl_export.report.summary import headlines, making, model_name, numbered, replaced, verdict_line
+from nbl_export.report.summary import (
+    headlines,
+    making,
+    model_name,
+    numbered,
+    replaced,
+    replacement,
+    verdict_line,
+)
 from nbl_export.verify.loss.figures import Likeness, Measure, MethodLoss
 from nbl_export.verify.parity.figures import DecoderParity
 from nbl_export.verify.speed.values import Explanation
@@ -96,6 +104,22 @@ def test_parity_that_is_no_number_is_the_worst(report: Report) -> None:
 def test_what_was_replaced_is_counted_by_kind(report: Report, layers: tuple[Block, ...], words: str) -> None:
     model = replace(report.model, layers=5)
     assert replaced(replace(report, model=model, selection=replace(report.selection, layers=layers))) == words
+
+
+@pytest.mark.parametrize(
+    ("layers", "fit", "words"),
+    [
+        ((2, 3), "lmmse", "replaced by one affine map each"),
+        ((Span(0, 1), 3), "lmmse", "replaced by 2 affine maps together"),
+        ((Span(0, 1),), "lmmse", "replaced by 1 affine map together"),
+        ((2, 3), "drop", "left out of the graph"),
+    ],
+)
+def test_what_stands_there_instead(report: Report, layers: tuple[Block, ...], fit: str, words: str) -> None:
+    made = replace(report, selection=replace(report.selection, layers=layers, fit=fit))
+    assert replacement(made) == words
+    size = headlines(made)[0].name
+    assert size == ("Attention layers left out" if fit == "drop" else "Attention layers replaced")
 
 
 def test_verdict_names_what_failed(report: Report) -> None:
