@@ -46,6 +46,26 @@ EXPORTERS = {
 }
 
 
+@dataclass(frozen=True)
+class Target:
+    """What is fastest where a graph will run; each a default, where the exporter that is taken offers it."""
+
+    exporter: str
+    precision: str
+    cache: str
+
+
+# Where no target is named, standard operators with a cache that every runtime and library takes.
+ANYWHERE = Target("torch", "fp32", "concat")
+TARGETS = {
+    "onnxruntime": Target("torch", "fp32", "shared"),
+    "genai": Target("genai", "fp32", "concat"),
+    "tensorrt": Target("torch", "fp16", "static"),
+    "optimum": ANYWHERE,
+    "web": ANYWHERE,  # onnxruntime-web multiplies float16 on WebGPU alone
+}
+
+
 def check_offered(exporter: str, option: str, value: str | None, offered: tuple[str, ...]) -> None:
     """Raise :class:`InputError` unless the exporter offers ``value`` for ``option``, or None is asked for."""
     if value is not None and value not in offered:

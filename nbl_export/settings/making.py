@@ -243,10 +243,11 @@ class SelectSettings(OnDevice):
 @options
 @dataclass(frozen=True)
 class ExportSettings(Settings):
-    """Who exports the graph, its precision, and how it keeps its KV cache; None is what suits the task and engines.
+    """Who exports the graph, its precision, and how it keeps its KV cache; None is what suits target, task and engines.
 
+    target: What is fastest on onnxruntime, genai, tensorrt, optimum or web.
     precision: fp32, fp16, bf16; genai: int4, int8.
-    kv_cache: concat, shared (fastest on ONNX Runtime, for it alone), static (written in place, opset 24), none.
+    kv_cache: concat, shared (onnxruntime alone), static, none.
     exporter: torch, genai (onnxruntime-genai's builder) or optimum.
     inputs: What the decoder reads: ids (token ids), or embeds (their embeddings, among which those of images can be;
         the embedding is then a graph of its own).
@@ -254,24 +255,32 @@ class ExportSettings(Settings):
     """
 
     precision: str | None = setting(None, GRAPH, shown="fp32; fp16 with --trt")
-    kv_cache: str | None = setting(None, GRAPH, shown="concat; static with --trt")
-    exporter: str = setting("torch", GRAPH, one_of(choices.EXPORTERS, "choose"))
+    kv_cache: str | None = setting(None, GRAPH, shown="by target")
+    exporter: str | None = setting(None, GRAPH, one_of(choices.EXPORTERS, "choose"), shown="torch")
     inputs: Literal["ids", "embeds"] = setting("ids", MORE, metavar="ids|embeds")
     python: str | None = setting(
         None, MORE, _NO_PROGRAM, metavar="PATH", key="exporter-python", shown="$NBL_EXPORT_OPTIMUM_PYTHON"
     )
 
+    # After the others, which are given by their place, too.
+    target: str | None = setting(None, GRAPH, one_of(choices.TARGETS))
+
     @property
     def offered(self) -> choices.Choices:
-        return choices.EXPORTERS[self.exporter]
+        return choices.EXPORTERS[self.exported_by]
+
+    @property
+    def exported_by(self) -> str:
+        """The exporter that was asked for, or suits the target."""
+        return self.exporter or self._suits(engines=False).exporter
 
     def check(self) -> None:
         super().check()
-        choices.check_offered(self.exporter, "--precision", self.precision, self.offered.precisions)
-        choices.check_offered(self.exporter, "--kv-cache", self.kv_cache, self.offered.caches)
-        if self.embeds and self.exporter != "torch":
+        choices.check_offered(self.exported_by, "--precision", self.precision, self.offered.precisions)
+        choices.check_offered(self.exported_by, "--kv-cache", self.kv_cache, self.offered.caches)
+        if self.embeds and self.exported_by != "torch":
             raise InputError(
-                f"--inputs embeds is for --exporter torch, not for {self.exporter}: leave one of them out."
+                f"--inputs embeds is for --exporter torch, not for {self.exported_by}: leave one of them out."
             )
 
     @property
@@ -279,22 +288,37 @@ class ExportSettings(Settings):
         """Whether the decoder reads embeddings."""
         return self.inputs == "embeds"
 
+    def as_json(self) -> dict[str, Any]:
+        """Without the target, which is what the others say."""
+        return {name: value for name, value in super().as_json().items() if name != "target"}
+
+    def _suits(self, engines: bool) -> choices.Target:
+        return choices.TARGETS[self.target or "tensorrt"] if self.target or engines else choices.ANYWHERE
+
+    def _of_target(self, engines: bool) -> ExportSettings:
+        """With what suits the target where nothing was asked for; engines without a target are one themselves."""
+        suits, offered = self._suits(engines), self.offered
+        precision = suits.precision if suits.precision in offered.precisions else offered.precisions[0]
+        cache = suits.cache if suits.cache in offered.caches else offered.caches[0]
+        return replace(
+            self,
+            exporter=self.exported_by,
+            precision=self.precision or precision,
+            kv_cache=self.kv_cache or cache,
+        )
+
     def resolve(self, task: Task, engines: bool = False) -> ExportSettings:
-        """With precision and cache for ``task``; ``engines`` are fastest in fp16 with a static cache."""
-        precisions, caches = self.offered.precisions, self.offered.caches
-        half = "fp16" if engines and "fp16" in precisions else precisions[0]
-        static = "static" if engines and "static" in caches else caches[0]
-        resolved = replace(self, precision=self.precision or half, kv_cache=self.kv_cache or static)
+        """With exporter, precision and cache for ``task`` and target; ``engines`` where some are to be built."""
+        resolved = self._of_target(engines)
         if task.causal:
             return resolved
         if self.embeds:
             raise InputError(
                 f"--inputs embeds is for decoders; this model is an encoder ({task.name}): leave it out."
             )
-        if self.exporter != "torch":
+        if self.exported_by != "torch":
             raise InputError(
-                f"--exporter {self.exporter} is for decoders here; this model is an encoder ({task.name}): leave it "
-                "out."
+                f"{self._asked_exporter} is for decoders here; this model is an encoder ({task.name}): leave it out."
             )
         if self.kv_cache not in (None, "none"):
             raise InputError(
@@ -312,14 +336,17 @@ class ExportSettings(Settings):
             raise InputError(
                 "Engines are built of decoders that read token ids: leave --inputs embeds or --trt out."
             )
-        if (self.kv_cache or self.offered.caches[0]) in self.offered.fused:
-            whose = (
-                f"--exporter {self.exporter}" if self.exporter != "torch" else f"--kv-cache {self.kv_cache}"
-            )
+        if self._of_target(engines=True).kv_cache in self.offered.fused:
+            cache = f"--kv-cache {self.kv_cache}" if self.kv_cache else f"--target {self.target}"
+            whose = cache if self.exported_by == "torch" else self._asked_exporter
             raise InputError(
                 f"TensorRT does not take the graphs of {whose}: their operators, such as GroupQueryAttention, are "
                 "onnxruntime's own. Build engines with --exporter torch and --kv-cache static or concat."
             )
+
+    @property
+    def _asked_exporter(self) -> str:
+        return f"--exporter {self.exporter}" if self.exporter else f"--target {self.target}"
 
 
 @options

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +37,7 @@ def export(run: Run, settings: ExportSettings, there: bool = True) -> None:
     task, pooling = run.model.task, run.model.pooling
     ws = run.workspace
     # The Python that runs the exporter does not affect the graph.
-    recorded = {name: value for name, value in asdict(settings).items() if name != "python"}
+    recorded = {name: value for name, value in settings.as_json().items() if name != "python"}
     recorded["opset"] = FORMS[str(settings.kv_cache)].opset if settings.exporter == "torch" else None
     if not task.causal:
         recorded |= {"task": task.name, "pooling": pooling.as_json() if pooling else None}
@@ -70,9 +69,9 @@ def check_exporter(settings: ExportSettings) -> None:
     from nbl_export.export.genai import require_genai
     from nbl_export.export.optimum import find_optimum
 
-    if settings.exporter == "genai":
+    if settings.exported_by == "genai":
         require_genai()
-    if settings.exporter == "optimum":
+    if settings.exported_by == "optimum":
         find_optimum(settings.python)
 
 

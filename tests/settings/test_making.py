@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -50,9 +51,65 @@ def test_defaults_are_what_the_exporter_offers_first() -> None:
     assert chosen(False, exporter="genai", precision="int4") == ("int4", "concat")
 
 
+@pytest.mark.parametrize("engines", [False, True])
+@pytest.mark.parametrize(
+    ("asked", "made"),
+    [
+        ({"target": "onnxruntime"}, ("torch", "fp32", "shared")),
+        ({"target": "tensorrt"}, ("torch", "fp16", "static")),
+        ({"target": "optimum"}, ("torch", "fp32", "concat")),
+        ({"target": "web"}, ("torch", "fp32", "concat")),
+        ({"target": "genai"}, ("genai", "fp32", "concat")),
+        # Single flags win, and what was said stays where the exporter offers it.
+        ({"target": "onnxruntime", "kv_cache": "static"}, ("torch", "fp32", "static")),
+        ({"target": "onnxruntime", "precision": "bf16"}, ("torch", "bf16", "shared")),
+        ({"target": "genai", "precision": "int4"}, ("genai", "int4", "concat")),
+        ({"target": "genai", "exporter": "torch"}, ("torch", "fp32", "concat")),
+        ({"target": "tensorrt", "exporter": "optimum"}, ("optimum", "fp32", "concat")),
+    ],
+)
+def test_a_target_says_what_is_not_asked(engines: bool, asked: dict[str, str], made: tuple[str, ...]) -> None:
+    settings = api.ExportSettings(**asked)
+    settings.check()
+    found = settings.resolve(task_named("text-generation"), engines)
+    assert (found.exporter, found.precision, found.kv_cache) == made
+    # What is made is the same, so what is kept is, too.
+    alone = api.ExportSettings(found.precision, found.kv_cache, found.exporter)
+    assert found.as_json() == alone.as_json()
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"target": "onnx"}, "--target 'onnx' is unknown; choose one of onnxruntime, genai"),
+        (
+            {"target": "genai", "kv_cache": "static"},
+            "'static' is not offered by --exporter genai: choose concat",
+        ),
+        ({"target": "onnxruntime", "precision": "int4"}, "int4 is for --exporter genai"),
+        ({"target": "genai", "inputs": "embeds"}, "--inputs embeds is for --exporter torch, not for genai"),
+    ],
+)
+def test_a_target_that_cannot_have_what_is_asked(asked: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        api.ExportSettings(**asked).check()
+
+
+def test_an_encoder_has_no_cache_on_any_target_and_no_exporter_of_decoders() -> None:
+    encoder = task_named("text-classification")
+    assert api.ExportSettings(target="onnxruntime").resolve(encoder).kv_cache == "none"
+    with pytest.raises(InputError, match="--target genai is for decoders here"):
+        api.ExportSettings(target="genai").resolve(encoder)
+
+
 @pytest.mark.parametrize(
     ("settings", "whose"),
-    [({"exporter": "genai"}, "--exporter genai"), ({"kv_cache": "shared"}, "--kv-cache shared")],
+    [
+        ({"exporter": "genai"}, "--exporter genai"),
+        ({"kv_cache": "shared"}, "--kv-cache shared"),
+        ({"target": "genai"}, "--target genai"),
+        ({"target": "onnxruntime"}, "--target onnxruntime"),
+    ],
 )
 def test_engines_of_graphs_that_tensorrt_does_not_take(
     tmp_path: Any, tiny_folder: Any, settings: dict[str, str], whose: str
