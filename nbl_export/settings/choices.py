@@ -46,6 +46,11 @@ EXPORTERS = {
 }
 
 
+# Of any exporter.
+PRECISIONS = tuple(dict.fromkeys(name for one in EXPORTERS.values() for name in one.precisions))
+CACHES = tuple(dict.fromkeys(name for one in EXPORTERS.values() for name in one.caches))
+
+
 @dataclass(frozen=True)
 class Target:
     """What is fastest where a graph will run; each a default, where the exporter that is taken offers it."""

@@ -51,12 +51,14 @@ class Task(Protocol):
 class Must:
     """Refuses values for which ``holds`` is false: the option's name, then ``words`` with {value} filled in.
 
-    ``of_file``: only values of a configuration file, which is data and must not make code run.
+    ``of_file``: only values of a configuration file, which is data and must not make code run. ``known`` are the values
+    that pass, where they can be listed.
     """
 
     holds: Callable[[Any], bool]
     words: str
     of_file: bool = False
+    known: tuple[str, ...] = ()
 
 
 def at_least(least: float, words: str = "") -> Must:
@@ -66,14 +68,16 @@ def at_least(least: float, words: str = "") -> Must:
 def one_of(known: Iterable[str], words: str = "choose one of") -> Must:
     """Refuses any other value; ``words`` are those before the list, or the sentence if they begin with "is"."""
     said = words if words.startswith("is ") else f"{{value!r}} is unknown; {words}"
-    return Must(lambda value: value in known, f"{said} {', '.join(known)}")
+    every = tuple(known)
+    return Must(lambda value: value in every, f"{said} {', '.join(every)}", known=every)
 
 
 @dataclass(frozen=True)
 class Setting:
     """One setting: ``key`` is its option without the dashes, ``shown`` its default in words where the field's own does
     not say it; ``auto``: that word is a value, too; ``repeated``: a list by repetition, where others have commas;
-    ``read`` makes a value of text that is no plain value, as ``like`` it is written.
+    ``read`` makes a value of text that is no plain value, as ``like`` it is written. ``offered`` are the values that a
+    shell completes; those of a :class:`Must` need not be said.
 
     ``path`` leads to the field; ``kind`` is the type of one value, of which there may be ``many``.
     """
@@ -87,6 +91,7 @@ class Setting:
     repeated: bool = False
     read: Callable[[str], Any] | None = None
     like: str = "whole numbers with commas, as 3,7,12"
+    offered: tuple[str, ...] = ()
     path: tuple[str, ...] = ()
     help: str = ""
     kind: type = str
@@ -185,7 +190,10 @@ def options(cls: C) -> C:
     hints = get_type_hints(cls)
     for one in settings_of(cls):
         if len(one.path) == 1:
-            cls.__annotations__[one.path[0]] = Annotated[hints[one.path[0]], one.parameter]
+            hint = hints[one.path[0]]
+            if one.offered:  # the library completes the words of a Literal, and reads values by our converter
+                hint = Union[Literal[one.offered], hint]  # noqa: UP007, since the words are not known before
+            cls.__annotations__[one.path[0]] = Annotated[hint, one.parameter]
     return Parameter(name="*")(cls)
 
 
@@ -201,14 +209,19 @@ def settings_of(cls: type) -> Iterator[Setting]:
             yield from (replace(inner, path=(each.name, *inner.path)) for inner in settings_of(hint))
         elif one:
             parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-            kind = next(part for part in parts if part is not type(None))
+            # The last one: words that a shell completes stand before it.
+            kind = [part for part in parts if part is not type(None)][-1]
             many, musts = get_origin(kind) is tuple, one.musts
             if get_origin(kind) is Literal:
                 kind, musts = str, (*musts, one_of(get_args(kind)))
             elif many:
                 kind = get_args(kind)[0]
+            known = [word for must in musts for word in must.known]
+            words = tuple(dict.fromkeys((*one.offered, *known, *((AUTO,) if one.auto else ()))))
             key, text = one.key or each.name.replace("_", "-"), " ".join(helps[each.name].split())
-            yield replace(one, key=key, path=(each.name,), kind=kind, many=many, musts=musts, help=text)
+            yield replace(
+                one, key=key, path=(each.name,), kind=kind, many=many, musts=musts, help=text, offered=words
+            )
 
 
 class Settings:

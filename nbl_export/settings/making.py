@@ -254,8 +254,8 @@ class ExportSettings(Settings):
     python: Python of the environment that has optimum-onnx.
     """
 
-    precision: str | None = setting(None, GRAPH, shown="fp32; fp16 with --trt")
-    kv_cache: str | None = setting(None, GRAPH, shown="by target")
+    precision: str | None = setting(None, GRAPH, shown="fp32; fp16 with --trt", offered=choices.PRECISIONS)
+    kv_cache: str | None = setting(None, GRAPH, shown="by target", offered=choices.CACHES)
     exporter: str | None = setting(None, GRAPH, one_of(choices.EXPORTERS, "choose"), shown="torch")
     inputs: Literal["ids", "embeds"] = setting("ids", MORE, metavar="ids|embeds")
     python: str | None = setting(
@@ -290,7 +290,8 @@ class ExportSettings(Settings):
 
     def as_json(self) -> dict[str, Any]:
         """Without the target, which is what the others say."""
-        return {name: value for name, value in super().as_json().items() if name != "target"}
+        asked = super().as_json() | {"exporter": self.exported_by}
+        return {name: value for name, value in asked.items() if name != "target"}
 
     def _suits(self, engines: bool) -> choices.Target:
         return choices.TARGETS[self.target or "tensorrt"] if self.target or engines else choices.ANYWHERE

@@ -38,11 +38,11 @@ def export(run: Run, settings: ExportSettings, there: bool = True) -> None:
     ws = run.workspace
     # The Python that runs the exporter does not affect the graph.
     recorded = {name: value for name, value in settings.as_json().items() if name != "python"}
-    recorded["opset"] = FORMS[str(settings.kv_cache)].opset if settings.exporter == "torch" else None
+    recorded["opset"] = FORMS[str(settings.kv_cache)].opset if settings.exported_by == "torch" else None
     if not task.causal:
         recorded |= {"task": task.name, "pooling": pooling.as_json() if pooling else None}
     made_of = {MODEL: run.model.source.model, SIDECARS: run.model.source.sidecars}
-    measures = settings.exporter == "torch" and settings.precision == "fp16"
+    measures = settings.exported_by == "torch" and settings.precision == "fp16"
     if measures or not task.causal:  # calibration gives the ranges for float16, and the inputs of an encoder
         made_of["calibrate"] = ws.require("calibrate", f"nbl-export calibrate MODEL -o {ws.root}").result
 
@@ -54,7 +54,7 @@ def export(run: Run, settings: ExportSettings, there: bool = True) -> None:
         for note in filter(None, notes):
             listener.note(note)
         check_export(ws, Shape.of(run.model.model), settings)
-        exported = _export_torch if settings.exporter == "torch" else _export_elsewhere
+        exported = _export_torch if settings.exported_by == "torch" else _export_elsewhere
         files, float32 = exported(run, settings, listener)
         write_json(ws.export_summary, to_json(ExportSummary(tuple(float32), copies)))
         return [*files, ws.export_summary, *_save_configs(run, files, settings)]
@@ -105,11 +105,12 @@ def check_model(run: Run, settings: ExportSettings) -> tuple[OnCopy, ...]:
     from nbl_export.models.dummy_run import check_supported
 
     task, source = run.model.task, run.model.source
-    if source.wrapper and settings.exporter != "torch":
+    if source.wrapper and settings.exported_by != "torch":
         raise InputError(
-            f"--exporter {settings.exporter} reads a multimodal model ({source.wrapper}) in its own way: leave it out."
+            f"--exporter {settings.exported_by} reads a multimodal model ({source.wrapper}) in its own way: leave it "
+            "out."
         )
-    if settings.exporter == "torch" and task.causal:
+    if settings.exported_by == "torch" and task.causal:
         return check_form(run.model.model, _decoder_form(run, settings))
     check_supported(run.model.model, task=task, pooled=run.model.pooling is not None)
     return ()
@@ -179,7 +180,7 @@ def _export_elsewhere(
     target, trust = run.workspace.baseline.parent, run.model.source.trust_remote_code
     with tempfile.TemporaryDirectory(prefix=".model.", suffix=TEMPORARY, dir=run.workspace.root) as folder:
         model = as_hf_folder(run.model, Path(folder))
-        if settings.exporter == "genai":
+        if settings.exported_by == "genai":
             files = export_genai(model, target, str(settings.precision), listener, trust, readers)
         else:
             files = export_optimum(model, target, find_optimum(settings.python), listener, trust, readers)
@@ -211,7 +212,7 @@ def _save_configs(run: Run, exported: list[Path], settings: ExportSettings) -> l
             processor.save_pretrained(folder)
         shared = settings.kv_cache == "shared"
         # genai does not know write_indices.
-        if settings.exporter == "torch" and (shared or settings.kv_cache == "concat"):
+        if settings.exported_by == "torch" and (shared or settings.kv_cache == "concat"):
             shapes = list(cache_shapes(run.model.model).values())
             if (
                 len({(s.heads, s.key_size, s.value_size) for s in shapes}) == 1

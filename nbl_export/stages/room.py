@@ -140,7 +140,7 @@ def room_to_select(shape: Shape, settings: SelectSettings) -> Room:
 def room_to_export(shape: Shape, settings: ExportSettings) -> Room:
     """The weights in their precision; to measure ranges for fp16 those of a part are there in float32 first."""
     leaves = _graph_bytes(shape, settings)
-    measures = settings.exporter == "torch" and settings.precision == "fp16"
+    measures = settings.exported_by == "torch" and settings.precision == "fp16"
     part = min(_FLOAT * shape.weights, max(_FLOAT * shape.embedding, _PART)) if measures else 0
     return Room("export", leaves, max(0, part - leaves))
 

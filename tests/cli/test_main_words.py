@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from nbl_export.cli.main import COMMANDS, words_of
+from nbl_export.cli.main import COMMANDS, app, words_of
+from nbl_export.settings.choices import CACHES, CRITERIA, LIBRARIES, PEERS, PRECISIONS, TARGETS
 from nbl_export.settings.definition import UsageError
 from tests.command_line import assert_refused, nbl
 
@@ -85,3 +89,36 @@ def test_a_model_is_no_misspelled_command(model: str) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_is_itself(command: str) -> None:
     assert words_of([command, "out"]) == [command, "out"]
+
+
+@pytest.fixture(scope="module")
+def completion() -> str:
+    """The script that a shell is given."""
+    return app.generate_completion(shell="bash")
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("run model --kv-cache ", CACHES),
+        ("run model --kv-cache st", ("static",)),
+        ("export out --precision ", PRECISIONS),
+        ("run model --target ", tuple(TARGETS)),
+        ("select out --criterion ", tuple(CRITERIA)),
+        ("select out --k ", ("auto",)),
+        ("run model --trt ", LIBRARIES),
+        ("bench out --peer ", PEERS),
+        ("sel", ("select",)),
+    ],
+)
+def test_a_shell_completes_what_can_be_chosen(completion: str, typed: str, offered: tuple[str, ...]) -> None:
+    bash = shutil.which("bash")
+    if bash is None:
+        pytest.skip("no bash here")
+    words = ["nbl-export", *typed.split(" ")]
+    asked = (
+        f"COMP_WORDS=({' '.join(shlex.quote(w) for w in words)})\nCOMP_CWORD={len(words) - 1}\n"
+        '_nbl_export\necho "${COMPREPLY[@]}"\n'
+    )
+    done = subprocess.run([bash, "--norc"], input=completion + asked, capture_output=True, text=True)
+    assert sorted(done.stdout.split()) == sorted(offered), done.stderr
