@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil, comb, inf
+from math import ceil, inf
 from typing import TypeVar
 
 import numpy as np
@@ -143,11 +143,7 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
     Between two order statistics, whatever the distribution (the number of draws below its median is binomial). Even
     the range of fewer than six values holds it less often (75 % of three, 94 % of five): then it has no bounds.
     """
-    ordered, n = sorted(values), len(values)
-    tail, skipped = 0.0, 0
-    while skipped < n // 2:
-        tail += 2 * comb(n, skipped) / 2**n
-        if tail > 1 - _CONFIDENCE:
-            break
-        skipped += 1
-    return (ordered[skipped - 1], ordered[n - skipped]) if skipped else (-inf, inf)
+    from scipy.stats import quantile_test
+
+    found = quantile_test(np.asarray(values), p=0.5).confidence_interval(_CONFIDENCE)
+    return (float(found.low), float(found.high)) if np.isfinite(found.low) else (-inf, inf)
