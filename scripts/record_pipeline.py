@@ -72,7 +72,7 @@ The workflow holds the loss to a bound:
 
 `report.json` is committed as that of the released model, and from now on the workflow compares with it:
 
-```yaml
+```
 {comparing}```
 
 ## The pull request
