@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal, get_args
 
 from cyclopts import Parameter
 
-from nbl_export.blocks import ATTENTION, LONGEST_SPAN, PARTS, SPAN, Block, as_json, block_of
+from nbl_export.blocks import ATTENTION, LONGEST_SPAN, PARTS, SPAN, Block, as_json, block_of, parts_in
 from nbl_export.errors import InputError
 from nbl_export.settings import choices
 from nbl_export.settings.budget import NO_BUDGET, Budget, auto_budget
@@ -180,6 +181,8 @@ class SelectSettings(OnDevice):
             )
         if self.budget and sum(ways) > 1:
             raise InputError(one_way)
+        if self.layers is not None:
+            _check_named(self.layers, self.k)
         if self.budget.max_kv_bytes and not self.workload:
             raise InputError(
                 "--max-kv-bytes bounds the KV cache of a workload: say which, as --workload decode=128@4096,batch=4."
@@ -238,6 +241,17 @@ class SelectSettings(OnDevice):
                 f"--repair changes the MLPs' weights, which an {precision} graph does not hold as the model has them: "
                 "add --repair-rank 0, which repairs the linear layers alone."
             )
+
+
+def _check_named(layers: Sequence[Block], k: int | None) -> None:
+    """Refuse layers that contradict each other, or ``k``."""
+    if k is not None and k != len(layers):
+        raise InputError(f"--k {k} and --layers with {len(layers)} layers contradict each other: give one.")
+    if len(set(layers)) != len(layers):
+        raise InputError("--layers names a layer twice: name each layer once.")
+    for number, one in enumerate(layers):
+        if other := next((b for b in layers[:number] if set(parts_in(b)) & set(parts_in(one))), None):
+            raise InputError(f"--layers names {one} and {other}, which overlap: leave one of them out.")
 
 
 @options

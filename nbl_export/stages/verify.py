@@ -124,7 +124,7 @@ def _recorded(ws: Workspace) -> StageRecord | None:
 
 
 def _calibrated(ws: Workspace) -> StageRecord:
-    return ws.require("calibrate", f"nbl-export calibrate MODEL -o {ws.root}")
+    return ws.require("calibrate")
 
 
 def _encoder_case(run: Run, plan: Plan, settings: VerifySettings, listener: Listener) -> EncoderCase:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from nbl_export import api, settings
+from nbl_export.blocks import Mlp, Span
 from nbl_export.errors import InputError
 from nbl_export.models.tasks import task_named
 from nbl_export.settings import Budget, SelectSettings
@@ -24,11 +25,29 @@ DECODER, ENCODER = task_named("text-generation"), task_named("feature-extraction
         (SelectSettings(k=1, budget=Budget(max_kl=1.0)), "give one of them"),
         (SelectSettings(layers=(1,), budget=Budget(min_speedup=1.5)), "give one of them"),
         (SelectSettings(k=0, budget=Budget(max_kl=0.0)), "give one of them"),
+        (
+            SelectSettings(k=1, layers=(1, 2)),
+            r"^--k 1 and --layers with 2 layers contradict each other: give one\.",
+        ),
+        (SelectSettings(k=1, layers=(1, 1)), "contradict each other"),
+        (SelectSettings(k=2, layers=()), "--k 2 and --layers with 0 layers contradict"),
+        (SelectSettings(layers=(1, 2, 1)), r"^--layers names a layer twice: name each layer once\."),
+        (
+            SelectSettings(layers=(Span(1, 2), 2)),
+            r"^--layers names 2 and 1-2\.span, which overlap: leave one",
+        ),
+        (SelectSettings(layers=(Span(1, 2), Span(2, 3))), r"names 2-3\.span and 1-2\.span, which overlap"),
+        (SelectSettings(layers=(Mlp(2), Span(1, 2))), "overlap"),
     ],
 )
 def test_one_way_only_says_how_many(settings: SelectSettings, message: str) -> None:
     with pytest.raises(InputError, match=message):
         settings.check()
+
+
+def test_layers_that_do_not_overlap_are_no_contradiction() -> None:
+    SelectSettings(k=2, layers=(2, 1)).check()
+    SelectSettings(layers=(Span(1, 2), 3, Mlp(3), Span(4, 4))).check()
 
 
 def test_auto_is_a_budget_or_a_ridge_by_error() -> None:
