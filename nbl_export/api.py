@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -27,6 +26,7 @@ from nbl_export import pipeline
 from nbl_export.errors import NblError
 from nbl_export.linearize.plan import Plan
 from nbl_export.models.source import find_model
+from nbl_export.planning import dry_run, plan_resources
 from nbl_export.progress import Listener, Silent
 from nbl_export.ranks import in_one_process, together
 from nbl_export.report.drawing import Table
@@ -50,7 +50,6 @@ from nbl_export.settings import (
 )
 from nbl_export.stages import early
 from nbl_export.stages.inspection import inspect_path
-from nbl_export.stages.resources import planned
 from nbl_export.stages.run import Run
 from nbl_export.workspace import Workspace, kept_digests
 
@@ -89,6 +88,7 @@ __all__ = [
     "chat",
     "diff",
     "doctor",
+    "dry_run",
     "evaluate",
     "export",
     "generate",
@@ -121,21 +121,9 @@ def run(
 
     Without ``engines`` no TensorRT engine is built.
     """
-    asked = RunSettings(
-        selection,
-        calibration or CalibrateSettings(),
-        verification or VerifySettings(),
-        exporting or ExportSettings(),
-        engines,
-        folder or FolderSettings(),
-    ).sharing_bounds()
-    # Whatever can be refused is refused before weights are read, and before the output folder is made.
-    asked.check()
-    pipeline.check_machine(*asked.parts)
-    early.check_named(str(model), asked.calibration)
+    asked = RunSettings.of(selection, calibration, verification, exporting, engines, folder)
     digests = kept_digests(Path(out), rehash, listener)
-    refuse = partial(early.check_run, out=Path(out), asked=asked)
-    source = find_model(str(model), trust_remote_code, digests, refuse)
+    source = pipeline.find(str(model), Path(out), asked, trust_remote_code, digests)
     work = Run.start(source, Path(out), listener, digests=digests)
     with work.workspace.lock():
         return pipeline.run_all(work, asked.resolve(work.model.task))
@@ -211,34 +199,6 @@ def rewrite(out: str | Path, listener: Listener | None = None, rehash: bool = Fa
     with work.workspace.lock():
         pipeline.rewrite(work)
     return work.workspace.model
-
-
-@in_one_process
-def plan_resources(
-    model: str | Path,
-    out: str | Path,
-    selection: SelectSettings | None = None,
-    calibration: CalibrateSettings | None = None,
-    verification: VerifySettings | None = None,
-    trust_remote_code: bool = False,
-    exporting: ExportSettings | None = None,
-    engines: EngineSettings | None = None,
-) -> list[Table]:
-    """The memory, disk and time that each stage of :func:`run` would take on this machine, as a table.
-
-    Nothing is written, and no weight is read. Where ``selection`` does not say how many layers, half of them are meant.
-    """
-    asked = RunSettings(
-        selection or SelectSettings(),
-        calibration or CalibrateSettings(),
-        verification or VerifySettings(),
-        exporting or ExportSettings(),
-        engines,
-    ).sharing_bounds()
-    chosen = asked.selection
-    open_ = chosen.k is None and chosen.layers is None and not chosen.budget
-    replace(asked, selection=replace(chosen, k=0) if open_ else chosen).check()
-    return planned(str(model), Path(out), asked, trust_remote_code)
 
 
 @in_one_process

@@ -327,3 +327,10 @@ class Workspace(Places):
         self._state.setdefault("stages", {})[stage] = asdict(record)
         self._write_state()
         self.digests.save()
+
+
+class ReadOnly(Workspace):
+    """An output folder that is looked at, and need not be there: its record changes in memory alone."""
+
+    def _write_state(self) -> None:
+        """Nothing is written."""

@@ -15,7 +15,7 @@ import pytest
 
 from nbl_export.errors import InputError
 from nbl_export.stage_record import STAGES, key_of
-from nbl_export.workspace import Workspace
+from nbl_export.workspace import ReadOnly, Workspace
 from tests.folders import files_in
 
 MODEL = {"source": "some/model", "kind": "hub", "fingerprint": "a" * 64, "model": "m" * 64}
@@ -464,3 +464,14 @@ def test_a_record_that_is_not_of_this_version_or_was_changed_is_stale(
 def test_every_stage_has_a_version() -> None:
     assert list(STAGES) == ["calibrate", "select", "export", "rewrite", "build", "verify", "eval", "bench"]
     assert all(version >= 1 for version in STAGES.values())
+
+
+def test_a_folder_that_is_looked_at_changes_in_memory_alone(workspace: Workspace, tmp_path: Path) -> None:
+    before = {path: path.read_bytes() for path in workspace.root.rglob("*") if path.is_file()}
+    looked_at = ReadOnly(workspace.root)
+    looked_at.forget("calibrate")
+    assert looked_at.record("calibrate") is None and Workspace.open(workspace.root).record("calibrate")
+    new = ReadOnly(tmp_path / "new")
+    new.set_model(MODEL)
+    assert new.model_info == MODEL and not (tmp_path / "new").exists()
+    assert {path: path.read_bytes() for path in workspace.root.rglob("*") if path.is_file()} == before

@@ -50,6 +50,26 @@ class RunSettings:
     engines: EngineSettings | None = None
     folder: FolderSettings = field(default_factory=FolderSettings)
 
+    @classmethod
+    def of(
+        cls,
+        selection: SelectSettings | None = None,
+        calibration: CalibrateSettings | None = None,
+        verification: VerifySettings | None = None,
+        exporting: ExportSettings | None = None,
+        engines: EngineSettings | None = None,
+        folder: FolderSettings | None = None,
+    ) -> RunSettings:
+        """With the usual settings for what is None, but for the engines, and with shared bounds."""
+        return cls(
+            selection or SelectSettings(),
+            calibration or CalibrateSettings(),
+            verification or VerifySettings(),
+            exporting or ExportSettings(),
+            engines,
+            folder or FolderSettings(),
+        ).sharing_bounds()
+
     def sharing_bounds(self) -> RunSettings:
         """One bound on the loss serves both: where K is to be found as a budget, and always as a gate of `verify`."""
         chosen, own = self.selection, self.verification.bound

@@ -78,7 +78,7 @@ def check_resumed(ws: Workspace, source: ModelSource, asked: Settings | None) ->
     """Refuse a stage, by what is ``asked`` of it, in a folder without what it reads; None is asked of a rewrite."""
     task = task_named(source.task)
     resolved = asked and asked.resolve(task)
-    for stage in _read_by(resolved, task):
+    for stage in read_by(resolved, task):
         ws.finished(stage)
     if isinstance(resolved, ExportSettings):
         from nbl_export.models.processors import check_processor
@@ -91,7 +91,7 @@ def check_resumed(ws: Workspace, source: ModelSource, asked: Settings | None) ->
         check_tasks(resolved.tasks)
 
 
-def _read_by(settings: Settings | None, task: Task) -> Iterator[str]:
+def read_by(settings: Settings | None, task: Task) -> Iterator[str]:
     """The stages that must be done before the one that has these ``settings``."""
     if isinstance(settings, SelectSettings):
         yield "calibrate"
