@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -26,7 +26,7 @@ from nbl_export import pipeline
 from nbl_export.errors import NblError
 from nbl_export.linearize.plan import Plan
 from nbl_export.models.source import find_model
-from nbl_export.models.tasks import task_named
+from nbl_export.planning import dry_run, plan_resources
 from nbl_export.progress import Listener, Silent
 from nbl_export.ranks import in_one_process, together
 from nbl_export.report.drawing import Table
@@ -48,8 +48,8 @@ from nbl_export.settings import (
     Settings,
     VerifySettings,
 )
+from nbl_export.stages import early
 from nbl_export.stages.inspection import inspect_path
-from nbl_export.stages.resources import planned
 from nbl_export.stages.run import Run
 from nbl_export.workspace import Workspace, kept_digests
 
@@ -88,6 +88,7 @@ __all__ = [
     "chat",
     "diff",
     "doctor",
+    "dry_run",
     "evaluate",
     "export",
     "generate",
@@ -120,26 +121,12 @@ def run(
 
     Without ``engines`` no TensorRT engine is built.
     """
-    from nbl_export.stages.calibration_data import check_sources
-
-    asked = RunSettings(
-        selection,
-        calibration or CalibrateSettings(),
-        verification or VerifySettings(),
-        exporting or ExportSettings(),
-        engines,
-        folder or FolderSettings(),
-    ).sharing_bounds()
-    # Whatever can be refused is refused before the output folder is made.
-    asked.check()
-    pipeline.check_machine(*asked.parts)
+    asked = RunSettings.of(selection, calibration, verification, exporting, engines, folder)
     digests = kept_digests(Path(out), rehash, listener)
-    source = find_model(str(model), trust_remote_code, digests)
-    resolved = asked.resolve(task_named(source.task))
-    check_sources(source, asked.calibration)
+    source = pipeline.find(str(model), Path(out), asked, trust_remote_code, digests)
     work = Run.start(source, Path(out), listener, digests=digests)
     with work.workspace.lock():
-        return pipeline.run_all(work, resolved)
+        return pipeline.run_all(work, asked.resolve(work.model.task))
 
 
 @contextmanager
@@ -150,7 +137,8 @@ def _resumed(
     asked.check()
     pipeline.check_machine(asked)
     with together() as ranks:
-        work = Run.resume(Path(out), listener, trust_remote_code, ranks, rehash)
+        refuse = partial(early.check_resumed, asked=asked)
+        work = Run.resume(Path(out), listener, trust_remote_code, ranks, rehash, refuse)
         with work.locked():
             yield work, asked.resolve(work.model.task)
 
@@ -164,15 +152,14 @@ def calibrate(
     rehash: bool = False,
 ) -> Path:
     """Stream the moments of ``model``'s attention layers; returns the path of the moments file."""
-    from nbl_export.stages.calibration_data import check_sources
-
     asked = settings or CalibrateSettings()
     asked.check()
     pipeline.check_machine(asked)
     with together() as ranks:
+        ranks.shared(lambda: early.check_named(str(model), asked))
         digests = kept_digests(Path(out), rehash, listener if ranks.first else None)
-        source = ranks.shared(lambda: find_model(str(model), trust_remote_code, digests))
-        check_sources(source, asked)
+        refuse = partial(early.check_calibrate, out=Path(out), settings=asked)
+        source = ranks.shared(lambda: find_model(str(model), trust_remote_code, digests, refuse))
         work = Run.start(source, Path(out), listener, ranks, digests)
         with work.locked():
             pipeline.calibrate(work, asked)
@@ -208,38 +195,10 @@ def export(
 @in_one_process
 def rewrite(out: str | Path, listener: Listener | None = None, rehash: bool = False) -> Path:
     """Rewrite the baseline graph by the plan; returns the path of the linearized graph."""
-    work = Run.resume(Path(out), listener, rehash=rehash)
+    work = Run.resume(Path(out), listener, rehash=rehash, early=partial(early.check_resumed, asked=None))
     with work.workspace.lock():
         pipeline.rewrite(work)
     return work.workspace.model
-
-
-@in_one_process
-def plan_resources(
-    model: str | Path,
-    out: str | Path,
-    selection: SelectSettings | None = None,
-    calibration: CalibrateSettings | None = None,
-    verification: VerifySettings | None = None,
-    trust_remote_code: bool = False,
-    exporting: ExportSettings | None = None,
-    engines: EngineSettings | None = None,
-) -> list[Table]:
-    """The memory, disk and time that each stage of :func:`run` would take on this machine, as a table.
-
-    Nothing is written, and no weight is read. Where ``selection`` does not say how many layers, half of them are meant.
-    """
-    asked = RunSettings(
-        selection or SelectSettings(),
-        calibration or CalibrateSettings(),
-        verification or VerifySettings(),
-        exporting or ExportSettings(),
-        engines,
-    ).sharing_bounds()
-    chosen = asked.selection
-    open_ = chosen.k is None and chosen.layers is None and not chosen.budget
-    replace(asked, selection=replace(chosen, k=0) if open_ else chosen).check()
-    return planned(str(model), Path(out), asked, trust_remote_code)
 
 
 @in_one_process

@@ -136,6 +136,16 @@ def spans_of(layers: Iterable[int]) -> list[Span]:
     return found
 
 
+def most_blocks(layers: int, parts: Collection[str]) -> list[Block]:
+    """Every block of these ``parts`` that a model of so many ``layers`` can have, ascending."""
+    every: dict[str, Iterable[Block]] = {
+        ATTENTION: range(layers),
+        MLP: map(Mlp, range(layers)),
+        SPAN: spans_of(range(layers)),
+    }
+    return sorted(block for part in parts for block in every[part])
+
+
 def grouped(linear: Iterable[Block], dropped: Collection[Block]) -> tuple[Block, ...]:
     """What was chosen, ascending: ``linear`` parts, as spans where the rest of some layers is ``dropped`` after them.
 

@@ -12,7 +12,12 @@ Each is a module of :mod:`nbl_export.stages`, which records it in the workspace 
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
+
+from nbl_export.digests import Digests
 from nbl_export.models.device import check_device
+from nbl_export.models.source import ModelSource, find_model
 from nbl_export.report.schema import Report
 from nbl_export.settings import (
     EngineSettings,
@@ -21,6 +26,7 @@ from nbl_export.settings import (
     Settings,
 )
 from nbl_export.settings.device import OnDevice
+from nbl_export.stages import early
 from nbl_export.stages.bench import bench
 from nbl_export.stages.build import build, check_engines, check_limits, check_states
 from nbl_export.stages.calibrate import calibrate
@@ -40,6 +46,7 @@ __all__ = [
     "check_machine",
     "evaluate",
     "export",
+    "find",
     "report",
     "rewrite",
     "run_all",
@@ -61,6 +68,14 @@ def check_machine(*asked: Settings | None) -> None:
             check_engines(settings)
         if isinstance(settings, OnDevice):
             check_device(settings.device)
+
+
+def find(model: str, out: Path, asked: RunSettings, trust_remote_code: bool, digests: Digests) -> ModelSource:
+    """The model that a run is asked of; whatever can be refused is refused before its weights are read."""
+    asked.check()
+    check_machine(*asked.parts)
+    early.check_named(model, asked.calibration)
+    return find_model(model, trust_remote_code, digests, partial(early.check_run, out=out, asked=asked))
 
 
 def run_all(run: Run, asked: RunSettings) -> Report:

@@ -26,6 +26,8 @@ from nbl_export.records import T, from_json, part_from_json
 from nbl_export.stage_record import MODEL, SIDECARS, STAGES, StageRecord, key_of, stale
 
 STATE_VERSION = 1
+# The command that makes each stage, where it is not `nbl-export STAGE OUT`.
+_COMMANDS = {"calibrate": "nbl-export calibrate MODEL -o {}", "select": "nbl-export select {} --k K"}
 # Names of an output folder that somebody else's files may have too.
 _OWN = ("model.onnx", "config.json", "tokenizer.json", "baseline", "engine", "report")
 
@@ -40,8 +42,10 @@ def is_workspace(root: Path) -> bool:
     return Places(root).state_path.exists()
 
 
-def _check_foreign_files(root: Path) -> None:
-    """Refuse a folder that is no output folder and has files of the names that an output folder has."""
+def check_place(root: Path) -> None:
+    """Refuse a file, and a folder that is no output folder and has files of the names that an output folder has."""
+    if root.exists() and not root.is_dir():
+        raise InputError(f"{root} is a file; --output must be a folder.")
     if is_workspace(root) or not root.is_dir():
         return
     taken = [name for name in _OWN if (root / name).exists()]
@@ -81,9 +85,7 @@ class Workspace(Places):
     def create(cls, root: Path, digests: Digests | None = None) -> Workspace:
         """Open ``root``, creating it if needed; refuses a path that is not a folder or cannot be written."""
         try:
-            if root.exists() and not root.is_dir():
-                raise InputError(f"{root} is a file; --output must be a folder.")
-            _check_foreign_files(root)
+            check_place(root)
             (root / "nbl").mkdir(parents=True, exist_ok=True)
             with atomic_path(root / "nbl" / "write-test"):
                 pass
@@ -219,14 +221,24 @@ class Workspace(Places):
         inputs = {name: str(found[name]) for name in (MODEL, SIDECARS) if name in found}
         return stale(records, stage, inputs)
 
-    def require(self, stage: str, command: str) -> StageRecord:
-        """The record of a stage that must be done, of what there is now, and intact.
-
-        Raises :class:`InputError`, which names the ``command``, otherwise.
-        """
+    def finished(self, stage: str) -> StageRecord:
+        """The record of a stage that must have been done; raises :class:`InputError` with the command for it."""
         record = self.record(stage)
         if record is None:
-            raise InputError(f"{self.root} has no finished `{stage}` yet: run `{command}` first.")
+            raise InputError(
+                f"{self.root} has no finished `{stage}` yet: run `{self._command(stage)}` first."
+            )
+        return record
+
+    def _command(self, stage: str) -> str:
+        return _COMMANDS.get(stage, f"nbl-export {stage} {{}}").format(self.root)
+
+    def require(self, stage: str) -> StageRecord:
+        """The record of a stage that must be done, of what there is now, and intact.
+
+        Raises :class:`InputError`, which names the command for it, otherwise.
+        """
+        record, command = self.finished(stage), self._command(stage)
         if why := self.stale(stage):
             raise InputError(f"`{stage}` in {self.root} is out of date ({why}): run `{command}` again.")
         if damaged := self.damaged_file(record):
@@ -315,3 +327,10 @@ class Workspace(Places):
         self._state.setdefault("stages", {})[stage] = asdict(record)
         self._write_state()
         self.digests.save()
+
+
+class ReadOnly(Workspace):
+    """An output folder that is looked at, and need not be there: its record changes in memory alone."""
+
+    def _write_state(self) -> None:
+        """Nothing is written."""

@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 
 from nbl_export.blocks import (
+    ATTENTION,
     LONGEST_SPAN,
+    PARTS,
+    SPAN,
     Block,
     Mlp,
     Span,
@@ -22,6 +25,7 @@ from nbl_export.blocks import (
     from_json,
     grouped,
     layer_of,
+    most_blocks,
     part_of,
     parts_in,
     spans_of,
@@ -179,3 +183,11 @@ def test_spans_are_counted_with_their_layers() -> None:
     )
     assert described(Span(3, 3)) == "layer 3 as a whole"
     assert described(Span(3, 5)) == "layers 3 to 5 as a whole"
+
+
+def test_the_most_blocks_that_a_model_can_have() -> None:
+    assert most_blocks(3, PARTS) == [0, Mlp(0), 1, Mlp(1), 2, Mlp(2)]
+    assert most_blocks(3, (ATTENTION,)) == [0, 1, 2] and most_blocks(0, PARTS) == []
+    spans = [Span(0, 0), Span(0, 1), Span(0, 2), Span(1, 1), Span(1, 2), Span(2, 2)]
+    assert most_blocks(3, (SPAN,)) == spans and len(most_blocks(9, (SPAN,))) == 4 * 9 - (1 + 2 + 3)
+    assert all_parts(most_blocks(3, (*PARTS, SPAN))) == tuple(most_blocks(3, PARTS))

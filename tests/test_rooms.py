@@ -16,6 +16,7 @@ ROOMS = (
     "__main__",
     "cli",
     "api",
+    "planning",
     "pipeline",
     "stages",
     "doctor",

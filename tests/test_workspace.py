@@ -15,7 +15,7 @@ import pytest
 
 from nbl_export.errors import InputError
 from nbl_export.stage_record import STAGES, key_of
-from nbl_export.workspace import Workspace
+from nbl_export.workspace import ReadOnly, Workspace
 from tests.folders import files_in
 
 MODEL = {"source": "some/model", "kind": "hub", "fingerprint": "a" * 64, "model": "m" * 64}
@@ -83,20 +83,23 @@ def test_a_damaged_file_undoes_its_stage(workspace: Workspace, damage: Any) -> N
     assert record is not None
     assert again.damaged_file(record) == "model.onnx"
     with pytest.raises(InputError) as caught:
-        again.require("calibrate", "nbl-export calibrate M -o out")
+        again.require("calibrate")
     message = str(caught.value)
     assert str(workspace.model) in message
-    assert "run `nbl-export calibrate M -o out` again" in message
+    assert f"run `nbl-export calibrate MODEL -o {workspace.root}` again" in message
 
 
 def test_a_stage_that_is_not_done_names_the_command_to_run(workspace: Workspace) -> None:
-    with pytest.raises(InputError) as caught:
-        workspace.require("select", "nbl-export select out")
-    message = str(caught.value)
-    assert "`select`" in message
-    assert "run `nbl-export select out` first" in message
-    assert str(workspace.root) in message
-    assert workspace.require("calibrate", "unused").key == KEY
+    out = workspace.root
+    for stage, command in {"select": f"select {out} --k K", "export": f"export {out}"}.items():
+        for asked in (workspace.require, workspace.finished):
+            with pytest.raises(InputError) as caught:
+                asked(stage)
+            assert str(caught.value) == (
+                f"{out} has no finished `{stage}` yet: run `nbl-export {command}` first."
+            )
+    assert workspace.require("calibrate") == workspace.finished("calibrate")
+    assert workspace.require("calibrate").key == KEY
 
 
 def test_finishing_a_stage_again_replaces_its_record(workspace: Workspace) -> None:
@@ -317,7 +320,7 @@ def test_a_recorded_name_that_leaves_the_folder_is_refused_and_nothing_is_delete
     again = Workspace.open(workspace.root)
     for use in (
         lambda: again.record("calibrate"),
-        lambda: again.require("calibrate", "x"),
+        lambda: again.require("calibrate"),
         lambda: again.finish("calibrate", {}, {}, [], 0.0, []),
         lambda: again.redrew("calibrate", []),
     ):
@@ -410,7 +413,7 @@ def chain(workspace: Workspace) -> Workspace:
 
 def test_what_was_made_of_what_there_is_now_is_current(chain: Workspace) -> None:
     assert [chain.stale(name) for name in ("calibrate", "select", "rewrite")] == [None] * 3
-    assert chain.current("rewrite") == chain.require("rewrite", "unused")
+    assert chain.current("rewrite") == chain.require("rewrite")
 
 
 @pytest.mark.parametrize(
@@ -427,9 +430,9 @@ def test_a_stage_done_again_makes_stale_whatever_was_made_of_it(
     assert chain.stale("rewrite") == "of `select`, `calibrate` was done again"
     assert chain.current("rewrite") is None
     with pytest.raises(
-        InputError, match=r"`rewrite` in .* is out of date \(of `select`, .*run `nbl-export rewrite` again"
+        InputError, match=r"`rewrite` in .* is out of date \(of `select`, .*run `nbl-export rewrite .*` again"
     ):
-        chain.require("rewrite", "nbl-export rewrite")
+        chain.require("rewrite")
 
 
 def test_a_model_whose_other_files_changed_makes_stale_what_was_made_of_it(chain: Workspace) -> None:
@@ -461,3 +464,14 @@ def test_a_record_that_is_not_of_this_version_or_was_changed_is_stale(
 def test_every_stage_has_a_version() -> None:
     assert list(STAGES) == ["calibrate", "select", "export", "rewrite", "build", "verify", "eval", "bench"]
     assert all(version >= 1 for version in STAGES.values())
+
+
+def test_a_folder_that_is_looked_at_changes_in_memory_alone(workspace: Workspace, tmp_path: Path) -> None:
+    before = {path: path.read_bytes() for path in workspace.root.rglob("*") if path.is_file()}
+    looked_at = ReadOnly(workspace.root)
+    looked_at.forget("calibrate")
+    assert looked_at.record("calibrate") is None and Workspace.open(workspace.root).record("calibrate")
+    new = ReadOnly(tmp_path / "new")
+    new.set_model(MODEL)
+    assert new.model_info == MODEL and not (tmp_path / "new").exists()
+    assert {path: path.read_bytes() for path in workspace.root.rglob("*") if path.is_file()} == before

@@ -96,9 +96,36 @@ def local_files(source: str) -> list[Path] | None:
         return matches
     if os.path.lexists(path):
         raise InputError(f"The calibration text {source} is not a regular file: give a file or a folder.")
+    check_there(source)
+    return None
+
+
+def check_there(source: str) -> None:
+    """Refuse a ``source`` that does not exist and, since it reads like a path, is no Hub data set."""
+    path = user_path(source, "The calibration text")
+    if os.path.lexists(path) or any(c in source for c in "*?["):
+        return
     if source.count("/") > 1 or source.startswith((".", "/", "~")) or _format(path) is not None:
         raise InputError(f"The calibration text {source} does not exist: check the path.")
-    return None
+
+
+def check_readable(
+    sources: Iterable[str], field: str, read: Callable[[Any, str, str, Path | None], Any] = field_of
+) -> None:
+    """Refuse, before any work, sources that are not there or cannot be read, as far as the first document shows.
+
+    Raises the errors of :func:`documents`; nothing is said of Hub data sets.
+    """
+    for source in sources:
+        files = local_files(source)
+        for file in files or ():
+            _check_format(file)
+            if not os.access(file, os.R_OK):
+                raise InputError(
+                    f"The calibration text {file} cannot be read: give a file that you may read."
+                )
+        if files:
+            next(documents([str(files[0])], field, read), None)
 
 
 def _format(path: Path) -> str | None:
@@ -109,14 +136,19 @@ def _format(path: Path) -> str | None:
     return None if found == ".parquet" and plain != name else found
 
 
+def _check_format(path: Path) -> str:
+    kind = _format(path)
+    if kind is None:
+        raise InputError(f"{path} is not a calibration text: give a {_listed()} file.")
+    return kind
+
+
 def _listed() -> str:
     return f"{', '.join(_FORMATS[:-1])} (.gz and .zst too) or {_FORMATS[-1]}"
 
 
 def _file_documents(path: Path, field: str, read: Callable[..., Any]) -> Iterator[Any]:
-    kind = _format(path)
-    if kind is None:
-        raise InputError(f"{path} is not a calibration text: give a {_listed()} file.")
+    kind = _check_format(path)
     try:
         if kind == ".parquet":
             yield from _parquet_documents(path, field)

@@ -23,7 +23,14 @@ from typing import Any
 import numpy as np
 
 from nbl_export.batch.media_ids import are_media, words
-from nbl_export.calibrate.documents import documents, field_of, lines_of, local_files, open_packed
+from nbl_export.calibrate.documents import (
+    check_readable,
+    documents,
+    field_of,
+    lines_of,
+    local_files,
+    open_packed,
+)
 from nbl_export.calibrate.images import open_image
 from nbl_export.calibrate.sounds import open_sound
 from nbl_export.calibrate.text import (
@@ -79,6 +86,11 @@ def illustrated(sources: Iterable[str], field: str) -> Iterator[str | Document]:
     folder of the one that names it.
     """
     return documents(sources, field, _read)
+
+
+def check_illustrated(sources: Iterable[str], field: str) -> None:
+    """:func:`check_readable` of such documents."""
+    check_readable(sources, field, _read)
 
 
 def words_alone(found: Iterable[str | Document]) -> Iterator[str]:

@@ -11,6 +11,7 @@ from nbl_export.cli.options import (
     Again,
     Before,
     Config,
+    DryRun,
     InPlace,
     Markdown,
     Model,
@@ -42,7 +43,7 @@ from nbl_export.settings import (
     VerifySettings,
 )
 from nbl_export.settings.definition import Settings, UsageError
-from nbl_export.settings.making import OptionalEngines
+from nbl_export.settings.graphs import OptionalEngines
 
 
 def _loaded(said: Said, asked: Settings | RunSettings | None = None) -> tuple[Any, Any]:
@@ -70,6 +71,7 @@ def run(
     exporting: ExportSettings = ExportSettings(),
     engines: OptionalEngines = OptionalEngines(),
     folder: FolderSettings = FolderSettings(),
+    dry_run: DryRun = False,
     trust: Trust = False,
     rehash: Rehash = False,
     config: Config = None,
@@ -81,6 +83,10 @@ def run(
     api, terminal = _loaded(said, whole.sharing_bounds())
     listener = terminal.TerminalListener()
     asked = (selection, calibration, verification, listener, trust, exporting, built)
+    if dry_run:
+        ahead = api.dry_run(model, output, *asked, rehash=rehash, folder=folder)
+        terminal.show_dry_run(ahead)
+        return 0
     value = api.run(model, output, *asked, rehash=rehash, folder=folder)
     terminal.show_report(value, output)
     return 0 if value.passed else GATE_FAILED

@@ -1,6 +1,6 @@
 """The help, kept to one screen: `run --help` names the options that most never need, `--help-all` explains them.
 
-What every command takes is one line of names in the help of each, too.
+What nearly every command takes is one line of names in the help of each, too.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from cyclopts.help import DefaultFormatter
 
 from nbl_export.settings.definition import MORE
 
-# The options of every command.
-EVERYWHERE = ("--json", "--quiet", "--log-file")
+# The options of every command, and of each that reads a folder's files.
+EVERYWHERE = ("--rehash", "--json", "--quiet", "--log-file")
 
 
 class ScreenHelp(DefaultFormatter):
@@ -43,5 +43,6 @@ def _shortened(panel: Any) -> Any:
     own = [entry for entry in panel.entries if not set(entry.names) & set(EVERYWHERE)]
     if len(own) == len(panel.entries):
         return panel
-    named = HelpEntry(positive_names=EVERYWHERE, description="Of every command: explained by --help-all.")
+    found = tuple(name for name in EVERYWHERE if any(name in entry.names for entry in panel.entries))
+    named = HelpEntry(positive_names=found, description="Explained by --help-all.")
     return panel.copy(entries=[*own, named])

@@ -38,6 +38,7 @@ After = Annotated[Path, Parameter(name="B", help="Another of the same kind: afte
 Output = Annotated[Path, option("Output folder; made if needed.", "--output", "-o", shown=str(NBL_OUT))]
 Trust = Annotated[bool, option("Run modelling code that comes with the model.", "--trust-remote-code")]
 Rehash = Annotated[bool, option("Read all files again to see whether they have changed.", "--rehash")]
+DryRun = Annotated[bool, option("Say what would be done, and do nothing.", "--dry-run")]
 Again = Annotated[bool, option("Measure everything anew, whatever the folder says.", "--again")]
 Markdown = Annotated[
     str | None,
@@ -47,7 +48,7 @@ Markdown = Annotated[
         dash=True,
     ),
 ]
-Config = Annotated[Path | None, option("Settings in a file.", "--config", shown=f"{NAME} if there is one")]
+Config = Annotated[Path | None, option("Settings in a file.", "--config", shown=NAME)]
 Onnx = Annotated[Path | None, option("Rewrite this graph, a file or a folder.", "--onnx", panel=_FOREIGN)]
 PlanFile = Annotated[
     Path | None, option("Plan of its model: OUT/nbl/plan.safetensors.", "--plan", panel=_FOREIGN)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from nbl_export.report.diff.values import Diff
     from nbl_export.report.evaluation import Evaluation
     from nbl_export.rewrite.replace import RewriteResult
+    from nbl_export.stages.dry_run import DryRun
 
 __all__ = ["TerminalListener", "finish", "say", "set_up"]
 
@@ -48,6 +49,12 @@ def finish_tables(command: str, tables: list[Table]) -> None:
     """A command whose results are ``tables``, or its JSON object with them."""
     answer(answers.answer(command, {"tables": tables}))
     show_tables(tables)
+
+
+def show_dry_run(ahead: DryRun) -> None:
+    """What a run would do, or its JSON object."""
+    answer(answers.answer("dry-run", to_json(ahead)))
+    show_tables(ahead.tables)
 
 
 def show_tables(tables: list[Table]) -> None:

@@ -69,16 +69,22 @@ def local_tasks(
     ``limit`` rows of each are sampled, the same ones for the same ``seed``. Raises :class:`InputError` for a path that
     does not exist, and for invalid rows, with file and line.
     """
+    files = task_files(source)
+    return None if files is None else [_task(file, limit, few_shot, seed) for file in files]
+
+
+def task_files(source: str) -> list[Path] | None:
+    """The files of a local source; None for a name. Raises :class:`InputError` for a path without tasks."""
     path = user_path(source, "The task")
     if path.is_file() and not path.name.endswith((".yaml", ".yml")):
         if not path.name.lower().endswith(SUFFIXES):
             raise InputError(f"{source} is not a task: give a {', '.join(SUFFIXES)} file.")
-        return [_task(path, limit, few_shot, seed)]
+        return [path]
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.is_file() and p.name.lower().endswith(SUFFIXES))
         if not files:
             raise InputError(f"The folder {source} has no tasks: no {', '.join(SUFFIXES)} file in it.")
-        return [_task(file, limit, few_shot, seed) for file in files]
+        return files
     like_a_path = source.startswith((".", "/", "~")) or source.lower().endswith(
         (*SUFFIXES, ".json", ".gz", ".zst")
     )

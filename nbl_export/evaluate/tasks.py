@@ -12,10 +12,11 @@ import importlib.util
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.errors import InputError, MissingDependencyError, NblError
-from nbl_export.evaluate.local_tasks import LocalTask, local_tasks, sample
+from nbl_export.evaluate.local_tasks import LocalTask, local_tasks, sample, task_files
 from nbl_export.files import jsonable, sha256_of_json
 from nbl_export.models.load import quiet
 from nbl_export.parts import part
@@ -66,6 +67,17 @@ class EvalTask:
     indices: Sequence[int] | None = None
     scored: str | None = None
     guessed: bool = True
+
+
+def check_tasks(sources: Sequence[str]) -> None:
+    """Refuse, before any work, ``sources`` that are no tasks: files and folders that are not there, unknown names.
+
+    Raises the errors of :func:`find_tasks`, as far as no task has to be read for them.
+    """
+    named = [source for source in sources if task_files(source) is None]
+    if sources:
+        require_lm_eval()
+    _check_names(named)
 
 
 def find_tasks(sources: Sequence[str], settings: EvalSettings) -> list[EvalTask]:
@@ -137,21 +149,28 @@ def task_of_rows(task: LocalTask, few_shot: int) -> Any:
 
 
 def _named(names: Sequence[str], settings: EvalSettings) -> list[EvalTask]:
-    if not names:
-        return []
+    _check_names(names)
+    return [task for name in names for task in _loaded(_manager(), name, settings)]
+
+
+@cache
+def _manager() -> Any:
+    """The harness's index of its tasks, which takes seconds to make."""
     from lm_eval.tasks import TaskManager
 
     with quiet():
-        manager = TaskManager()
+        return TaskManager()
+
+
+def _check_names(names: Sequence[str]) -> None:
     for name in names:
-        if name not in manager.all_tasks and not name.endswith((".yaml", ".yml")):
-            close = difflib.get_close_matches(name, manager.all_tasks, 3)
+        if not name.endswith((".yaml", ".yml")) and name not in _manager().all_tasks:
+            close = difflib.get_close_matches(name, _manager().all_tasks, 3)
             hint = f" (near: {', '.join(close)})" if close else ""
             raise InputError(
                 f"The task {name} is neither a local file or folder nor a task of lm-evaluation-harness{hint}: "
                 "check the spelling; `lm-eval ls tasks` lists them."
             )
-    return [task for name in names for task in _loaded(manager, name, settings)]
 
 
 def _loaded(manager: Any, name: str, settings: EvalSettings) -> list[EvalTask]:

@@ -11,6 +11,7 @@ from nbl_export.blocks import (
     ATTENTION,
     LONGEST_SPAN,
     MLP,
+    PARTS,
     SPAN,
     Block,
     Span,
@@ -18,7 +19,6 @@ from nbl_export.blocks import (
     described,
     layer_of,
     part_of,
-    parts_in,
 )
 from nbl_export.calibrate.moments import Moments
 from nbl_export.errors import CalibrationError, InputError
@@ -93,21 +93,18 @@ def score_layer(moments: Moments, layer: Block, fit_input: FitInput, ridge: floa
     return Candidate(layer, fit.nmse, cca, fit.ridge, cca_ridge)
 
 
-_PLURAL = {ATTENTION: "attentions", MLP: "MLPs", SPAN: "spans"}
+_PLURAL = {ATTENTION: "attention layers", MLP: "MLPs", SPAN: "spans"}
 
 
 def check_layers(
     candidates: Sequence[Block],
     layers: Sequence[Block],
-    k: int | None,
     others: Mapping[str, str] | None = None,
-) -> tuple[Block, ...]:
-    """The ``layers`` named by the user, ascending; raises :class:`InputError` for one that is no candidate.
+) -> None:
+    """Refuse ``layers``, named by the user, of which one is no candidate: :class:`InputError`.
 
     ``others`` says what the model's other layers are, by index.
     """
-    if k is not None and k != len(layers):
-        raise InputError(f"--k {k} and --layers with {len(layers)} layers contradict each other: give one.")
     if unknown := sorted(set(layers) - set(candidates)):
         if not any(part_of(unknown[0]) == part_of(block) for block in candidates):
             raise InputError(
@@ -133,12 +130,6 @@ def check_layers(
             else f"{part_of(there[0])} layers {', '.join(map(str, there))}"
         )
         raise InputError(f"--layers names {described(unknown[0])}; the model has {have}.")
-    if len(set(layers)) != len(layers):
-        raise InputError("--layers names a layer twice: name each layer once.")
-    for number, one in enumerate(layers):
-        if other := next((b for b in layers[:number] if set(parts_in(b)) & set(parts_in(one))), None):
-            raise InputError(f"--layers names {one} and {other}, which overlap: leave one of them out.")
-    return tuple(sorted(layers))
 
 
 def check_rank(rank: int, d: int | None) -> None:
@@ -155,27 +146,31 @@ def check_rank(rank: int, d: int | None) -> None:
         )
 
 
-def check_k(k: int, count: int | None) -> None:
-    """Refuse a K larger than the model's ``count`` of attention layers (None: not known yet)."""
-    if k < 0 or (count is not None and k > count):
-        most = (
-            f"{count} (the model's attention layers)" if count is not None else "the model's attention layers"
+def check_k(k: int, candidates: Iterable[Block]) -> None:
+    """Refuse a K larger than the number of attentions and MLPs in the ``candidates``."""
+    parts = all_parts(candidates)
+    if not 0 <= k <= len(parts):
+        named = [_PLURAL[part] for part in PARTS if any(part_of(one) == part for one in parts)]
+        raise InputError(
+            f"--k is {k}; it must be between 0 and {len(parts)} (the model's {' and '.join(named)})."
         )
-        raise InputError(f"--k is {k}; it must be between 0 and {most}.")
 
 
 def check_selection(
-    settings: SelectSettings, layers: Sequence[Block], d: int, others: Mapping[str, str] | None = None
+    settings: SelectSettings,
+    layers: Sequence[Block],
+    d: int | None,
+    others: Mapping[str, str] | None = None,
 ) -> None:
     """Refuse what a model with these candidate ``layers`` and width ``d`` cannot be asked, before any work.
 
-    ``others`` says what its other layers are, by index.
+    ``others`` says what its other layers are, by index; without ``d``, the width is not known yet.
     """
     check_fit(settings, layers)
     if settings.layers is not None:
-        check_layers(layers, settings.layers, settings.k, others)
+        check_layers(layers, settings.layers, others)
     elif settings.k is not None:
-        check_k(settings.k, len(all_parts(layers)))
+        check_k(settings.k, layers)
     if settings.rank is not None:
         check_rank(settings.rank, d)
 

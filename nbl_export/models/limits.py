@@ -202,10 +202,10 @@ _GGUF_SIZES = (
 )
 
 
-def check_gguf(path: Path) -> Weights:
+def check_gguf(path: Path) -> Mapping[str, int]:
     """Refuse a GGUF file that is truncated or whose counts, lengths or sizes are beyond it.
 
-    Raises :class:`InputError`. Returns what it holds.
+    Raises :class:`InputError`. Returns its numbers by their keys, as ``llama.block_count``.
     """
     size = path.stat().st_size
     with open_data(path) as file:
@@ -257,7 +257,7 @@ class _Reader:
             raise ValueError(f"a value has the unknown type {kind}")
 
 
-def _gguf(reader: _Reader) -> Weights:
+def _gguf(reader: _Reader) -> dict[str, int]:
     version = reader.number("<I")
     if version not in (2, 3):
         raise ValueError(f"version {version}; 2 and 3 are known")
@@ -285,4 +285,4 @@ def _gguf(reader: _Reader) -> Weights:
             raise ValueError(f"{name} is {value:,}, the file has {tensors:,} tensors")
         if name.endswith(_GGUF_SIZES) and value > weights.most:
             raise ValueError(f"{name} is {value:,}, the file has {reader.size:,} bytes")
-    return weights
+    return sizes

@@ -21,7 +21,7 @@ from nbl_export.models.row_positions import count_positions
 from nbl_export.models.source import ModelSource, check_config
 from nbl_export.models.stored import gguf_readers, same_weights, stored_tensors, take_buffers
 from nbl_export.models.tasks import task_named
-from nbl_export.models.tokenizer_limits import check_tokenizer
+from nbl_export.models.tokenizer_limits import check_tokenizer, has_vocabulary
 from nbl_export.models.weights import (
     Read,
     Stored,
@@ -34,12 +34,9 @@ from nbl_export.models.weights import (
     streamed,
     streaming_of,
 )
-from nbl_export.parts import missing
 
 if TYPE_CHECKING:
     import torch
-
-PREPROCESSOR = "preprocessor_config.json"
 
 
 @contextmanager
@@ -113,7 +110,7 @@ def _reading(source: ModelSource) -> Iterator[None]:
     try:
         yield
     except BaseException as error:  # transformers raises almost anything for an unreadable model
-        raise _unreadable(f"transformers cannot load {source.source}", source, error) from error
+        raise unreadable(f"transformers cannot load {source.source}", source, error) from error
 
 
 def _from_gguf(source: ModelSource, path: str, options: dict[str, Any]) -> Stored:
@@ -212,6 +209,21 @@ def _finished(source: ModelSource, model: Any, read: Mapping[str, Read], compute
     return Stored(model.eval().requires_grad_(False), read, source.source, computed)
 
 
+def load_config(source: ModelSource) -> Any:
+    """The configuration of a folder as transformers reads it for the model; raises as :func:`load_stored`."""
+    import transformers
+
+    with quiet(), readable(source) as path, _reading(source):
+        try:
+            return transformers.AutoConfig.from_pretrained(path, **_trusted(source))
+        except Exception:
+            # What no class of the task lists has a configuration that AutoConfig may not know, too.
+            kind = None if source.wrapper else _class(source)
+            if kind is None or hasattr(kind, "from_config"):
+                raise
+            return kind.config_class.from_pretrained(path)
+
+
 def load_skeleton(source: ModelSource) -> torch.nn.Module:
     """The model by its configuration, without bytes: neither weights nor buffers; raises as :func:`load_stored`."""
 
@@ -280,7 +292,12 @@ def load_tokenizer(source: ModelSource) -> Any:
             _check_special(source.source, tokenizer)
             return tokenizer
         except BaseException as error:
-            raise _unreadable(f"No tokenizer can be loaded from {source.source}", source, error) from error
+            if not source.gguf_file and not has_vocabulary(Path(source.path)):
+                raise InputError(
+                    f"{source.source} has no tokenizer: put the tokenizer.json, or the tokenizer.model, of the model "
+                    f"into {source.path}."
+                ) from error
+            raise unreadable(f"No tokenizer can be loaded from {source.source}", source, error) from error
 
 
 def _check_special(source: str, tokenizer: Any) -> None:
@@ -307,33 +324,19 @@ def tokenizer_rules(tokenizer: Any) -> dict[str, Any] | None:
     return {k: v for k, v in parse_json(backend.to_str()).items() if k not in ("padding", "truncation")}
 
 
-def load_image_processor(source: ModelSource) -> Any:
-    """The model's image processor, or an error with the reason why it cannot be loaded."""
-    try:
-        import PIL  # noqa: F401
-    except ImportError:
-        raise missing("pillow", "Reading images") from None
-    from transformers import AutoImageProcessor
-
-    if not (Path(source.path) / PREPROCESSOR).is_file():
-        raise InputError(
-            f"{source.source} has no {PREPROCESSOR}, which says how its images are scaled: add the one that the "
-            "model was trained with."
-        )
-    with quiet():
-        try:
-            return AutoImageProcessor.from_pretrained(source.path, trust_remote_code=source.trust_remote_code)
-        except BaseException as error:
-            raise _unreadable(
-                f"No image processor can be loaded from {source.source}", source, error
-            ) from error
-
-
-def _unreadable(what: str, source: ModelSource, error: BaseException) -> InputError:
+def unreadable(what: str, source: ModelSource, error: BaseException) -> InputError:
+    """:func:`refused`, but for code that comes with the model and may not run."""
     if "trust_remote_code" in str(error) and not source.trust_remote_code:
         return InputError(
             f"{source.source} comes with code of its own, which runs only where you say so at this command: read the "
             f".py files in {source.path}, then give --trust-remote-code."
+        )
+    if "does not recognize this architecture" in str(error):
+        import transformers
+
+        return InputError(
+            f"{source.source} has an architecture that transformers {transformers.__version__} does not know: install "
+            "a version that knows it, or correct the model_type in its config.json."
         )
     return refused(error, what)
 

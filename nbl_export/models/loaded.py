@@ -135,7 +135,7 @@ class LoadedModel:
     @property
     def image_processor(self) -> Any:
         if self._processor is None:
-            from nbl_export.models.load import load_image_processor
+            from nbl_export.models.processors import load_image_processor
 
             self._processor = load_image_processor(self.source)
         return self._processor

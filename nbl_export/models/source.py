@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
@@ -84,11 +84,21 @@ class ModelSource(ModelIdentity):
         return {name: value for name, value in asdict(self).items() if name != _TRUST}
 
 
-def find_model(source: str, trust_remote_code: bool = False, digests: Digests | None = None) -> ModelSource:
+# Is told of a model before any of its weights is read, and may refuse it.
+Early = Callable[["ModelSource"], object]
+
+
+def find_model(
+    source: str,
+    trust_remote_code: bool = False,
+    digests: Digests | None = None,
+    early: Early = lambda _found: None,
+) -> ModelSource:
     """Find ``source`` and compute its fingerprint; files whose ``digests`` are known are not read for it.
 
-    An existing path has priority over a Hub id with the same name. Raises :class:`InputError` for anything that is
-    not a decoder or encoder with safetensors or GGUF weights.
+    An existing path has priority over a Hub id with the same name. ``early`` is told of the model before its weights
+    are read, when its digests are empty, and may refuse it. Raises :class:`InputError` for anything that is not a
+    decoder or encoder with safetensors or GGUF weights.
     """
     if not source.strip():
         raise InputError("MODEL is empty: give a folder, a .gguf file, or a Hub id.")
@@ -99,20 +109,21 @@ def find_model(source: str, trust_remote_code: bool = False, digests: Digests | 
                 f"{source} is not a .gguf file: MODEL is a folder with config.json and safetensors, "
                 "a .gguf file, or a Hub id."
             )
-        return _from_gguf(source, path, digests)
+        return _from_gguf(source, path, digests, early)
     if path.is_dir():
         if (path / "config.json").exists():
-            return _from_folder(source, path, "folder", trust_remote_code, digests)
+            return _from_folder(source, path, "folder", trust_remote_code, digests, early)
         ggufs = sorted(path.glob("*.gguf"))
         if len(ggufs) == 1:
-            return _from_gguf(source, ggufs[0], digests)
+            return _from_gguf(source, ggufs[0], digests, early)
         found = (
             f"{len(ggufs)} .gguf files, name one of them" if ggufs else "neither config.json nor a .gguf file"
         )
         raise InputError(f"The folder {source} is not a model: it has {found}.")
     if not _HUB_ID.match(source) or source.endswith(".gguf"):
         raise InputError(f"{source} does not exist: MODEL is a folder, a .gguf file, or a Hub id.")
-    return _from_folder(source, _hub_snapshot(source, trust_remote_code), "hub", trust_remote_code, digests)
+    folder = _hub_snapshot(source, trust_remote_code)
+    return _from_folder(source, folder, "hub", trust_remote_code, digests, early)
 
 
 def check_apart(source: ModelSource, out: Path) -> None:
@@ -144,11 +155,14 @@ class _Recorded:
 
 
 def same_model(
-    info: dict[str, Any], trust_remote_code: bool = False, digests: Digests | None = None
+    info: dict[str, Any],
+    trust_remote_code: bool = False,
+    digests: Digests | None = None,
+    early: Early = lambda _found: None,
 ) -> ModelSource:
     """Find the model recorded in an output folder, on this machine; refuse it if its bytes changed.
 
-    Files whose ``digests`` are known are not read for it.
+    Files whose ``digests`` are known are not read for it; ``early`` is that of :func:`find_model`.
 
     A record of an earlier release says whether the model's code may run; that is not obeyed.
     """
@@ -164,7 +178,7 @@ def same_model(
         gguf = member(folder, recorded.gguf_file, "The recorded GGUF file")
         if not gguf.is_file():
             raise InputError(f"The model {gguf} is not there any more: put it back, or {remedy}.")
-        found = _from_gguf(recorded.source, gguf, digests)
+        found = _from_gguf(recorded.source, gguf, digests, early)
     else:
         if recorded.kind == "hub" and not _HUB_ID.match(recorded.source):
             raise InputError(f"The record of the model is damaged (source {recorded.source!r}): {remedy}.")
@@ -172,7 +186,7 @@ def same_model(
             folder = _hub_snapshot(recorded.source, trust_remote_code, fetch=False)
         if not (folder / "config.json").is_file():
             raise InputError(f"The model {folder} is not there any more: put it back, or {remedy}.")
-        found = _from_folder(recorded.source, folder, recorded.kind, trust_remote_code, digests)
+        found = _from_folder(recorded.source, folder, recorded.kind, trust_remote_code, digests, early)
     if found.fingerprint != recorded.fingerprint:
         raise InputError(
             f"The model {recorded.source} has changed since this output folder was made from it: "
@@ -207,15 +221,17 @@ def _hub_snapshot(repo: str, code: bool, fetch: bool = True) -> Path:
         ) from None
 
 
-def _from_gguf(source: str, path: Path, digests: Digests) -> ModelSource:
+def _from_gguf(source: str, path: Path, digests: Digests, early: Early) -> ModelSource:
     check_gguf(path)
-    fingerprint = _fingerprint(path.parent, [path], {"gguf": path.name}, digests)
     where = str(path.parent.resolve())
-    return ModelSource(source, "gguf", path.name, fingerprint, path=where, model=fingerprint, sidecars="")
+    found = ModelSource(source, "gguf", path.name, "", path=where, model="", sidecars="")
+    early(found)
+    fingerprint = _fingerprint(path.parent, [path], {"gguf": path.name}, digests)
+    return replace(found, fingerprint=fingerprint, model=fingerprint)
 
 
 def _from_folder(
-    source: str, path: Path, kind: Literal["folder", "hub"], trust: bool, digests: Digests
+    source: str, path: Path, kind: Literal["folder", "hub"], trust: bool, digests: Digests, early: Early
 ) -> ModelSource:
     try:
         config = parse_json(read_bytes(path / "config.json", JSON_LIMIT))
@@ -240,19 +256,26 @@ def _from_folder(
         )
     check_folder(source, path, config)
     wrapper, towers = _wrapper(source, config, task)
-    fingerprint = _fingerprint(path, weights, config, digests)
-    loaded, sidecars = _other_files(path, digests)
-    return ModelSource(
+    found = ModelSource(
         source,
         kind,
         None,
-        fingerprint,
+        "",
         trust,
         task.name,
         reads(task, config),
         wrapper,
         towers,
         path=str(path.resolve()),
+        model="",
+        sidecars="",
+    )
+    early(found)
+    fingerprint = _fingerprint(path, weights, config, digests)
+    loaded, sidecars = _other_files(path, digests)
+    return replace(
+        found,
+        fingerprint=fingerprint,
         model=sha256_of_json([fingerprint, loaded]),
         sidecars=sha256_of_json(sidecars),
     )

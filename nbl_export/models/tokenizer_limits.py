@@ -20,10 +20,16 @@ TOKENIZER = "tokenizer.json"
 _CONFIG, _VERSIONS = "tokenizer_config.json", "fast_tokenizer_files"
 _SPECIAL = "special_tokens_map.json"
 _LIMITS = Limits(seconds=20, memory=4 << 30)
+_VOCABULARIES = (TOKENIZER, "*vocab*", "*merges*", "*.model", "*.tiktoken", "*.bpe", "tekken.json")
 _PROBE = 8192  # characters of each text that is tried
 _GROWTH, _RULES = 16, 64  # how often a text may grow, and how many rules there may be, without a trial
 _LONGEST = 200_000  # tokens that the probes may become, each
 _LETTERS = ("a", "ab", " ", "1", "é", "a b1, ", "\n", "x" * 30 + "!")
+
+
+def has_vocabulary(folder: Path) -> bool:
+    """Whether a model folder has a file that a tokenizer reads its vocabulary from, by the names that are used."""
+    return any(next(folder.glob(pattern), None) for pattern in _VOCABULARIES)
 
 
 def check_tokenizer(source: str, folder: Path) -> None:

@@ -7,13 +7,8 @@ from dataclasses import astuple, dataclass, field, replace
 from nbl_export.settings.bounds import DiffBounds
 from nbl_export.settings.budget import NO_BOUND, NO_BUDGET, Budget, LossBound, auto_budget
 from nbl_export.settings.definition import Settings, Task
-from nbl_export.settings.making import (
-    CalibrateSettings,
-    EngineSettings,
-    ExportSettings,
-    FolderSettings,
-    SelectSettings,
-)
+from nbl_export.settings.graphs import EngineSettings, ExportSettings, FolderSettings
+from nbl_export.settings.making import CalibrateSettings, SelectSettings
 from nbl_export.settings.measuring import BenchSettings, EvalSettings, VerifySettings
 from nbl_export.settings.talking import ChatSettings, GenerateSettings
 
@@ -49,6 +44,26 @@ class RunSettings:
     exporting: ExportSettings = field(default_factory=ExportSettings)
     engines: EngineSettings | None = None
     folder: FolderSettings = field(default_factory=FolderSettings)
+
+    @classmethod
+    def of(
+        cls,
+        selection: SelectSettings | None = None,
+        calibration: CalibrateSettings | None = None,
+        verification: VerifySettings | None = None,
+        exporting: ExportSettings | None = None,
+        engines: EngineSettings | None = None,
+        folder: FolderSettings | None = None,
+    ) -> RunSettings:
+        """With the usual settings for what is None, but for the engines, and with shared bounds."""
+        return cls(
+            selection or SelectSettings(),
+            calibration or CalibrateSettings(),
+            verification or VerifySettings(),
+            exporting or ExportSettings(),
+            engines,
+            folder or FolderSettings(),
+        ).sharing_bounds()
 
     def sharing_bounds(self) -> RunSettings:
         """One bound on the loss serves both: where K is to be found as a budget, and always as a gate of `verify`."""

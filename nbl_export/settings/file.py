@@ -13,22 +13,22 @@ from typing import Any
 
 from nbl_export.datafile import TomlError, read_table
 from nbl_export.errors import InputError, os_error_in_words
-from nbl_export.settings import bounds, making, measuring, talking
+from nbl_export.settings import bounds, graphs, making, measuring, talking
 from nbl_export.settings.definition import Settings, settings_of
 
 NAME = "nbl-export.toml"
 TABLES: dict[str, type[Settings]] = {
     "calibrate": making.CalibrateSettings,
     "select": making.SelectSettings,
-    "export": making.ExportSettings,
-    "build": making.EngineSettings,
+    "export": graphs.ExportSettings,
+    "build": graphs.EngineSettings,
     "verify": measuring.VerifySettings,
     "eval": measuring.EvalSettings,
     "bench": measuring.BenchSettings,
     "generate": talking.GenerateSettings,
     "chat": talking.ChatSettings,
     "diff": bounds.DiffBounds,
-    "run": making.FolderSettings,
+    "run": graphs.FolderSettings,
 }
 
 

@@ -59,7 +59,7 @@ def build(run: Run, settings: EngineSettings) -> list[EngineFile]:
         "gpu": None if library.ahead_of_time or gpu is None else asdict(gpu),
         **asdict(shapes),
     }
-    ws.require("export", f"nbl-export export {ws.root}")
+    ws.require("export")
     exported = ws.asked("export", _Exported)
 
     def work(listener: Listener) -> list[Path]:
@@ -156,7 +156,7 @@ def current_engines(ws: Workspace) -> tuple[EngineFile, ...]:
 
     if ws.record("build") is None or ws.stale("build"):
         return ()
-    ws.require("build", f"nbl-export build {ws.root}")
+    ws.require("build")
     return tuple(EngineFile(path, load_manifest(path)) for path in (ws.base_engine, ws.engine))
 
 

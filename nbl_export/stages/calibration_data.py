@@ -16,8 +16,15 @@ from numpy.typing import NDArray
 from nbl_export.batch.media_ids import are_media, words
 from nbl_export.batch.names import EMBEDDINGS, MASK, PIXELS, TOKEN_TYPES, TOKENS
 from nbl_export.batch.rows import batch_of_rows
-from nbl_export.calibrate.documents import documents, local_files
-from nbl_export.calibrate.illustrated import HasMedia, illustrated, pack_illustrated, seen_by, words_alone
+from nbl_export.calibrate.documents import check_readable, documents, local_files
+from nbl_export.calibrate.illustrated import (
+    HasMedia,
+    check_illustrated,
+    illustrated,
+    pack_illustrated,
+    seen_by,
+    words_alone,
+)
 from nbl_export.calibrate.images import image_files, load_images, read_images, save_images
 from nbl_export.calibrate.passages import frame_of, heldout_rows, longest_row, read_passages
 from nbl_export.calibrate.probe import Probe, probe_inputs, probe_lengths, probe_model, tokens_beyond
@@ -32,7 +39,7 @@ from nbl_export.calibrate.text import (
 from nbl_export.errors import InputError, first_line
 from nbl_export.models.layers import accepts, positions
 from nbl_export.models.lengths import crossed_by, crossing_prompts
-from nbl_export.models.load import PREPROCESSOR
+from nbl_export.models.processors import PREPROCESSOR
 from nbl_export.models.source import ModelSource
 from nbl_export.models.tasks import task_named
 from nbl_export.progress import Listener
@@ -55,13 +62,15 @@ _RANGE_ROWS, _RANGE_TOKENS = 4, 256
 class CalibrationLoader:
     """How one kind of calibration data is found, read and saved; ``path`` is its file in the output folder.
 
-    ``ranges`` gives the data for the tensor ranges of float16: token rows, or an encoder's batch, for a model from the
-    data and the names of its inputs. ``heldout`` gives the held-out data of an encoder as batches of one.
+    ``check`` refuses sources, with the field of their text, before any work. ``ranges`` gives the data for the tensor
+    ranges of float16: token rows, or an encoder's batch, for a model from the data and the names of its inputs.
+    ``heldout`` gives the held-out data of an encoder as batches of one.
     """
 
     unit: str
     path: Callable[[Workspace], Path]
     files: Callable[[Sequence[str]], list[Path]]
+    check: Callable[[Sequence[str], str], object]
     read: Callable[[LoadedModel, CalibrateSettings, Listener], Any]
     save: Callable[[Path, Any], None]
     load: Callable[[Path], Any]
@@ -76,9 +85,12 @@ def loader_for(source: ModelSource) -> CalibrationLoader:
 
 
 def check_sources(source: ModelSource, settings: CalibrateSettings) -> None:
-    """Refuse ``--calibration self`` for a model that does not generate."""
-    if SELF in settings.sources and not task_named(source.task).causal:
-        loader = loader_for(source)
+    """Refuse, before any work, ``--calibration self`` for a model that does not generate, and what cannot be read."""
+    loader = loader_for(source)
+    if SELF not in settings.sources:
+        check = check_illustrated if source.wrapper else loader.check
+        check(settings.sources, settings.field)
+    elif not task_named(source.task).causal:
         raise InputError(
             f"{source.source} is an encoder and cannot generate its own calibration {loader.unit}: name some with "
             "--calibration."
@@ -202,6 +214,7 @@ _LOADERS = {
         "text",
         lambda ws: ws.text,
         _text_files,
+        check_readable,
         _read_text,
         save_text,
         load_text,
@@ -212,6 +225,7 @@ _LOADERS = {
         "text",
         lambda ws: ws.text,
         _text_files,
+        check_readable,
         _read_passages,
         save_text,
         load_text,
@@ -222,6 +236,7 @@ _LOADERS = {
         "images",
         lambda ws: ws.images,
         image_files,
+        lambda sources, _field: image_files(sources),
         _read_images,
         save_images,
         load_images,

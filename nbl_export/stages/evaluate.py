@@ -81,7 +81,7 @@ def evaluate(run: Run, settings: EvalSettings) -> Evaluation:
         MODEL: run.model.source.model,
         SIDECARS: run.model.source.sidecars,
         "rewrite": current_rewrite(ws).result,
-        "calibrate": ws.require("calibrate", f"nbl-export calibrate MODEL -o {ws.root}").result,
+        "calibrate": ws.require("calibrate").result,
         "tasks": sha256_of_json([t.digest for t in tasks]),
         "positions": str(positions),
     }
@@ -102,7 +102,7 @@ def evaluate(run: Run, settings: EvalSettings) -> Evaluation:
 def _graphs(ws: Workspace) -> tuple[_Graph, _Graph]:
     check_baseline(ws)
     rewritten = current_rewrite(ws)
-    exported = ws.require("export", f"nbl-export export {ws.root}")
+    exported = ws.require("export")
     return (
         _Graph("base", ws.baseline, _digest(ws, ws.baseline, exported)),
         _Graph("linearized", ws.model, _digest(ws, ws.model, rewritten, exported)),

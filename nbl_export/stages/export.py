@@ -12,6 +12,7 @@ from nbl_export.errors import InputError
 from nbl_export.files import TEMPORARY, atomic_path, publish, write_json
 from nbl_export.graph.summary import ExportSummary
 from nbl_export.models.source import ModelSource
+from nbl_export.models.tasks import Task
 from nbl_export.progress import Listener
 from nbl_export.records import to_json
 from nbl_export.settings import ExportSettings
@@ -42,9 +43,8 @@ def export(run: Run, settings: ExportSettings, there: bool = True) -> None:
     if not task.causal:
         recorded |= {"task": task.name, "pooling": pooling.as_json() if pooling else None}
     made_of = {MODEL: run.model.source.model, SIDECARS: run.model.source.sidecars}
-    measures = settings.exported_by == "torch" and settings.precision == "fp16"
-    if measures or not task.causal:  # calibration gives the ranges for float16, and the inputs of an encoder
-        made_of["calibrate"] = ws.require("calibrate", f"nbl-export calibrate MODEL -o {ws.root}").result
+    if reads_calibration(task, settings):
+        made_of["calibrate"] = ws.require("calibrate").result
 
     def work(listener: Listener) -> list[Path]:
         copies = check_model(run, settings)
@@ -64,6 +64,11 @@ def export(run: Run, settings: ExportSettings, there: bool = True) -> None:
     run.stage("export", recorded, made_of, work)
 
 
+def reads_calibration(task: Task, settings: ExportSettings) -> bool:
+    """Whether calibration is needed: it gives the ranges for float16, and the inputs of an encoder."""
+    return not task.causal or (settings.exported_by == "torch" and settings.precision == "fp16")
+
+
 def check_exporter(settings: ExportSettings) -> None:
     """Raise :class:`MissingDependencyError` if this machine does not have the exporter that was asked for."""
     from nbl_export.export.genai import require_genai
@@ -73,6 +78,15 @@ def check_exporter(settings: ExportSettings) -> None:
         require_genai()
     if settings.exported_by == "optimum":
         find_optimum(settings.python)
+
+
+def check_export_of(source: ModelSource, settings: ExportSettings) -> None:
+    """Refuse, before any work, an exporter that reads a model in another way than it is read here."""
+    if source.wrapper and settings.exported_by != "torch":
+        raise InputError(
+            f"--exporter {settings.exported_by} reads a multimodal model ({source.wrapper}) in its own way: leave it "
+            "out."
+        )
 
 
 def left_out(source: ModelSource) -> str:
@@ -104,12 +118,8 @@ def check_model(run: Run, settings: ExportSettings) -> tuple[OnCopy, ...]:
     from nbl_export.export.form_check import check_form
     from nbl_export.models.dummy_run import check_supported
 
-    task, source = run.model.task, run.model.source
-    if source.wrapper and settings.exported_by != "torch":
-        raise InputError(
-            f"--exporter {settings.exported_by} reads a multimodal model ({source.wrapper}) in its own way: leave it "
-            "out."
-        )
+    task = run.model.task
+    check_export_of(run.model.source, settings)
     if settings.exported_by == "torch" and task.causal:
         return check_form(run.model.model, _decoder_form(run, settings))
     check_supported(run.model.model, task=task, pooled=run.model.pooling is not None)

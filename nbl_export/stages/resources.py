@@ -6,11 +6,12 @@ Only the configuration and the headers of the weight files are read. Memory, ope
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nbl_export.blocks import ATTENTION, MLP, SPAN, Block, Mlp, spans_of
 from nbl_export.digests import Unread
 from nbl_export.errors import InputError
 from nbl_export.report.drawing import Table
@@ -60,39 +61,91 @@ class Machine:
         )
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """What the stages of a run need, by the model's ``sizes`` and what is ``asked``, which is resolved.
+
+    The model computes in ``dtype``, of ``width`` bytes a number.
+    """
+
+    sizes: Sizes
+    asked: RunSettings
+    machine: Machine
+    dtype: str
+    width: int
+
+    @property
+    def needs(self) -> list[Need]:
+        return needs(self.sizes, self.asked, self.width)
+
+    @property
+    def speed(self) -> str:
+        """The rates that times are estimated with."""
+        r = self.machine.rates
+        return (
+            f"Time at {r.fast / 1e9:,.0f} GFLOP/s in {self.dtype}, {r.exact / 1e9:,.0f} in float64, and "
+            f"{r.read / 1e9:.1f} GB/s from the disk, as measured now; {size(self.machine.memory)} of memory are free. "
+            "Timing the graphs comes on top."
+        )
+
+
 def planned(source: str, out: Path, asked: RunSettings, trust_remote_code: bool = False) -> list[Table]:
     """The table of a run of ``source`` as ``asked`` into ``out``; its problems are what does not fit."""
+    from nbl_export.models.source import find_model
+
+    found = find_model(source, trust_remote_code, Unread())
+    estimate = estimated(found, asked)
+    sizes = estimate.sizes
+    problems = (*lacks_memory(estimate), *_lacks_room(estimate, out))
+    weights = sizes.shape.weights / 1e6
+    title = f"{found.source}: {weights:,.{1 if weights < 10 else 0}f}M weights in {size(sizes.file)}"
+    return [Table(title, COLUMNS, rows(estimate), estimate.speed, problems=problems)]
+
+
+def estimated(found: ModelSource, asked: RunSettings) -> Estimate:
+    """What a run of the model that was ``found`` needs on this machine, whose rates are measured for a second or two.
+
+    No weight is read. Raises :class:`InputError` for layers that the model cannot have.
+    """
     import psutil
     import torch
 
     from nbl_export.linearize.scores import check_selection
-    from nbl_export.models.candidates import shared_without_numbers
     from nbl_export.models.device import find_device
-    from nbl_export.models.layers import attention_layers, hidden_size
+    from nbl_export.models.layers import hidden_size
     from nbl_export.models.load import fast_dtype, load_skeleton
-    from nbl_export.models.source import find_model
     from nbl_export.models.tasks import task_named
     from nbl_export.stages.machine import rates
 
-    found = find_model(source, trust_remote_code, Unread())
+    resolved = asked.resolve(task_named(found.task))
     device = find_device(asked.calibration.device)
     name = fast_dtype(device) if asked.calibration.dtype == "auto" else asked.calibration.dtype
     dtype = getattr(torch, name)
     model = load_skeleton(found)
-    lenders = set(shared_without_numbers(model).values())
-    can_go = [layer.index for layer in attention_layers(model) if layer.index not in lenders]
-    check_selection(asked.selection, can_go, hidden_size(model))
+    check_selection(resolved.selection, _can_go(model, asked.calibration.parts), hidden_size(model))
     sizes, file = model_sizes(found, model)
-    resolved = asked.resolve(task_named(found.task))
     machine = Machine(psutil.virtual_memory().available, rates(dtype, device, file))
     if resolved.calibration.memory is None:
         half = replace(resolved.calibration, memory=f"{machine.memory / 2e6:.3f}MB")
         resolved = replace(resolved, calibration=half)
-    each = needs(sizes, resolved, dtype.itemsize)
-    problems = tuple(misfits(sizes, resolved, dtype.itemsize, machine.memory, out))
-    weights = sizes.shape.weights / 1e6
-    title = f"{found.source}: {weights:,.{1 if weights < 10 else 0}f}M weights in {_size(sizes.file)}"
-    return [Table(title, COLUMNS, rows(each, machine, sizes.file), _speed(machine, name), problems=problems)]
+    return Estimate(sizes, resolved, machine, name, dtype.itemsize)
+
+
+def _can_go(model: torch.nn.Module, parts: Collection[str]) -> list[Block]:
+    """What can become linear of a ``model`` without weights, as far as that shows: its modules, not what they do."""
+    from nbl_export.models.candidates import shared_without_numbers
+    from nbl_export.models.layers import attention_layers
+    from nbl_export.models.mlps import MlpPaths, mlp_paths
+
+    lenders = set(shared_without_numbers(model).values())
+    attentions = [layer.index for layer in attention_layers(model) if layer.index not in lenders]
+    mlps = [index for index, found in mlp_paths(model).items() if isinstance(found, MlpPaths)]
+    every: dict[str, Iterable[Block]] = {
+        ATTENTION: attentions,
+        MLP: map(Mlp, mlps),
+        SPAN: spans_of({*attentions} & {*mlps}),
+    }
+    return sorted(block for part in parts for block in every[part])
 
 
 def model_sizes(source: ModelSource, model: torch.nn.Module | None = None) -> tuple[Sizes, Path]:
@@ -111,43 +164,51 @@ def model_sizes(source: ModelSource, model: torch.nn.Module | None = None) -> tu
         return sizes_of(model, 4, path.stat().st_size, computed=True), path
     files = weight_files(folder)
     dtype = stored_tensors(folder).dtype
-    size = sum(f.stat().st_size for f in files)
-    return sizes_of(model, dtype.itemsize if dtype else 4, size), max(files, key=lambda f: f.stat().st_size)
+    whole = sum(f.stat().st_size for f in files)
+    return sizes_of(model, dtype.itemsize if dtype else 4, whole), max(files, key=lambda f: f.stat().st_size)
 
 
-def rows(each: Sequence[Need], machine: Machine, file: int) -> tuple[tuple[str, ...], ...]:
+def rows(estimate: Estimate) -> tuple[tuple[str, ...], ...]:
     """A row for each stage."""
     return tuple(
         (
             need.stage,
-            _size(need.memory),
+            size(need.memory),
             need.most,
-            _size(need.room.leaves),
-            _size(need.room.beside),
-            in_words(machine.seconds(need, file)),
+            size(need.room.leaves),
+            size(need.room.beside),
+            in_words(estimate.machine.seconds(need, estimate.sizes.file)),
         )
-        for need in each
+        for need in estimate.needs
     )
 
 
-def misfits(sizes: Sizes, asked: RunSettings, width: int, memory: int, out: Path) -> Iterator[str]:
-    """A sentence for each stage whose memory is not there, and one for the disk."""
-    for need in needs(sizes, asked, width):
-        if need.memory <= memory:
+def lacks_memory(estimate: Estimate, stages: Collection[str] | None = None) -> Iterator[str]:
+    """A sentence for each stage whose memory is not there, of all or of these ``stages``."""
+    memory, width = estimate.machine.memory, estimate.width
+    for need in estimate.needs:
+        if need.memory <= memory or (stages is not None and need.stage not in stages):
             continue
         others = (
-            (words, {n.stage: n.memory for n in needs(sizes, other, width)})
-            for words, other in _smaller(asked)
+            (words, {n.stage: n.memory for n in needs(estimate.sizes, other, width)})
+            for words, other in _smaller(estimate.asked)
         )
         fits = next((words for words, found in others if found[need.stage] <= memory), None)
         advice = f"with {fits} it would fit" if fits else "use a machine with more memory, or a smaller model"
         yield (
-            f"`{need.stage}` needs about {_size(need.memory)} of memory, most of it for {need.most}, and "
-            f"{_size(memory)} are free: {advice}."
+            f"`{need.stage}` needs about {size(need.memory)} of memory, most of it for {need.most}, and "
+            f"{size(memory)} are free: {advice}."
         )
-    place = out if (out / "nbl").is_dir() else next(p for p in (out, *out.absolute().parents) if p.is_dir())
+
+
+def place_of(out: Path) -> Path:
+    """The output folder ``out``, or where it would be made: what has room on its disk."""
+    return out if (out / "nbl").is_dir() else next(p for p in (out, *out.absolute().parents) if p.is_dir())
+
+
+def _lacks_room(estimate: Estimate, out: Path) -> Iterator[str]:
     try:
-        check_run(Workspace(place), sizes.shape, asked)
+        check_run(Workspace(place_of(out)), estimate.sizes.shape, estimate.asked)
     except InputError as error:
         yield str(error)
 
@@ -163,16 +224,9 @@ def _smaller(asked: RunSettings) -> Iterator[tuple[str, RunSettings]]:
         yield "--precision bf16", replace(asked, exporting=replace(exporting, precision="bf16"))
 
 
-def _speed(machine: Machine, dtype: str) -> str:
-    r = machine.rates
-    return (
-        f"Time at {r.fast / 1e9:,.0f} GFLOP/s in {dtype}, {r.exact / 1e9:,.0f} in float64, and {r.read / 1e9:.1f} GB/s "
-        f"from the disk, as measured now; {_size(machine.memory)} of memory are free. Timing the graphs comes on top."
-    )
-
-
-def _size(size: float) -> str:
-    return f"{size / GIB:,.1f} GiB" if size >= GIB / 10 else f"{size / MIB:,.0f} MiB"
+def size(count: float) -> str:
+    """Bytes: 12 MiB, 1.5 GiB."""
+    return f"{count / GIB:,.1f} GiB" if count >= GIB / 10 else f"{count / MIB:,.0f} MiB"
 
 
 def in_words(seconds: float) -> str:

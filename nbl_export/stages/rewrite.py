@@ -93,12 +93,12 @@ def sidecars_of_rewrite(ws: Workspace, plan: Plan) -> list[Sidecar]:
 
 def _rewrite_inputs(ws: Workspace) -> dict[str, str]:
     """What a rewrite of the current plan and baseline reads; both must be done."""
-    selected = ws.require("select", f"nbl-export select {ws.root} --k K")
-    exported = ws.require("export", f"nbl-export export {ws.root}")
+    selected = ws.require("select")
+    exported = ws.require("export")
     return {"select": selected.result, "export": exported.result}
 
 
 def current_rewrite(ws: Workspace) -> StageRecord:
     """The record of the rewrite, which must be of the current plan and baseline."""
     _rewrite_inputs(ws)
-    return ws.require("rewrite", f"nbl-export rewrite {ws.root}")
+    return ws.require("rewrite")

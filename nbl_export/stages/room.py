@@ -7,7 +7,7 @@ and moments are exact; configurations, reports and the like are not counted.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -111,7 +111,7 @@ def rooms(shape: Shape, asked: RunSettings) -> list[Room]:
     shape = replace(shape, parts=asked.calibration.parts)
     found = [room_to_calibrate(shape, asked.calibration)]
     made = [room_to_select(shape, selection), room_to_export(shape, exporting)]
-    found += reversed(made) if selection.budget else made
+    found += reversed(made) if selection.budget or selection.workload else made
     found.append(room_to_rewrite(shape, selection, exporting, not asked.folder.keeps))
     return [*found, room_to_build(shape, asked.engines, exporting)] if asked.engines else found
 
@@ -206,16 +206,23 @@ def check_room(
     )
 
 
-def check_run(ws: Workspace, shape: Shape, asked: RunSettings) -> None:
-    """Raise :class:`InputError` if the disk has no room for all stages of the run, which goes on from what is there."""
-    found = rooms(shape, asked)
+def check_run(ws: Workspace, shape: Shape, asked: RunSettings, kept: Collection[str] = ()) -> None:
+    """Raise :class:`InputError` if the disk has no room for all stages of the run, which goes on from what is there.
+
+    The stages that are ``kept`` write nothing.
+    """
+
+    def written(asked: RunSettings) -> list[Room]:
+        return [room for room in rooms(shape, asked) if room.stage not in kept]
+
+    found = written(asked)
     others = {} if asked.folder.keeps else {"--keep-baseline yes": replace(asked, folder=FolderSettings())}
     others |= {words: replace(asked, exporting=e) for words, e in _narrower(asked.exporting)}
     have = {room.stage: _size_of(ws.paths(record)) for room in found if (record := ws.record(room.stage))}
     check_room(
         ws,
         found,
-        {w: rooms(shape, other) for w, other in others.items()},
+        {w: written(other) for w, other in others.items()},
         {"calibrate": _unfinished(ws), **have},
     )
 

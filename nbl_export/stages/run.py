@@ -78,8 +78,11 @@ class Run:
         trust_remote_code: bool = False,
         ranks: Ranks = ALONE,
         rehash: bool = False,
+        early: Callable[[Workspace, ModelSource], object] = lambda _workspace, _found: None,
     ) -> Run:
         """Continue in an existing output folder with its recorded model; ``rehash`` reads all files again.
+
+        ``early`` is told of both before the model's weights are read, and may refuse them.
 
         Whether code of the model may run is said anew each time; a folder, which may come from elsewhere, does not say.
         """
@@ -89,7 +92,9 @@ class Run:
             info = workspace.model_info
             if info is None:
                 raise InputError(f"{out} records no model: start with `nbl-export calibrate MODEL -o {out}`.")
-            source = same_model(info, trust_remote_code, workspace.digests)
+            source = same_model(
+                info, trust_remote_code, workspace.digests, lambda found: early(workspace, found)
+            )
             workspace.found_model(source.as_json())
             return workspace, source
 

@@ -183,7 +183,7 @@ def _graphs(ws: Workspace, asked: str, lenient: Listener | None) -> dict[str, Pa
     if asked != LINEARIZED:
         try:
             check_baseline(ws)
-            ws.require("export", f"nbl-export export {ws.root}")
+            ws.require("export")
             found[BASE] = ws.baseline
         except InputError as error:
             record = ws.record("export")

@@ -28,6 +28,13 @@ _EXPORT_AGAIN = "run `nbl-export export {}` again"
 
 def verify(run: Run, settings: VerifySettings) -> Report:
     """Parity, method loss and speed → ``report/``; a failed gate is in the report, not an exception."""
+    finish_drawing(run.workspace)
+    measure(run, settings)
+    return load_report(run.workspace.report / "report.json")
+
+
+def measure(run: Run, settings: VerifySettings) -> None:
+    """Parity, method loss and speed, unless they are measured already, and the report of them."""
     from nbl_export.calibrate.text import load_text
     from nbl_export.models.device import as_setting
     from nbl_export.models.media_tokens import seeing
@@ -40,7 +47,6 @@ def verify(run: Run, settings: VerifySettings) -> Report:
     from nbl_export.verify.engines import fitting_prompts
 
     ws = run.workspace
-    finish_drawing(ws)
     rewritten = current_rewrite(ws)
     calibrated = _calibrated(ws).result
     if run.model.task.causal:
@@ -75,7 +81,6 @@ def verify(run: Run, settings: VerifySettings) -> Report:
         return write_report(ws.report, keeping(report, earlier, graphs, _files(ws, "build")))
 
     run.stage("verify", asked, made_of, work, device)
-    return load_report(ws.report / "report.json")
 
 
 def _check_files(run: Run, plan: Plan) -> None:
@@ -124,7 +129,7 @@ def _recorded(ws: Workspace) -> StageRecord | None:
 
 
 def _calibrated(ws: Workspace) -> StageRecord:
-    return ws.require("calibrate", f"nbl-export calibrate MODEL -o {ws.root}")
+    return ws.require("calibrate")
 
 
 def _encoder_case(run: Run, plan: Plan, settings: VerifySettings, listener: Listener) -> EncoderCase:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from nbl_export.calibrate import documents as module
-from nbl_export.calibrate.documents import documents
+from nbl_export.calibrate.documents import check_readable, check_there, documents
 from nbl_export.errors import InputError, MissingDependencyError
 from nbl_export.installed import pip_line
 
@@ -152,6 +152,30 @@ def test_documents_are_read_only_as_far_as_they_are_wanted(tmp_path: Path) -> No
 @pytest.mark.parametrize("name", ["missing.txt", "a/b/missing", "./missing", "/missing", "~/missing"])
 def test_a_path_that_is_not_there(name: str) -> None:
     assert refusal(name) == f"The calibration text {name} does not exist: check the path."
+
+
+def test_what_reads_like_a_path_is_not_taken_for_a_data_set(tmp_path: Path) -> None:
+    for name in ("missing.txt", "a/b/missing", "~/missing"):
+        with pytest.raises(InputError, match=r"does not exist: check the path\.$"):
+            check_there(name)
+    (tmp_path / "there.txt").write_text("x")
+    for name in ("owner/data", "data", "*.txt", str(tmp_path / "there.txt")):
+        check_there(name)
+
+
+def test_the_first_document_shows_what_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["first"]) + b"broken")
+    (tmp_path / "b.txt").write_text("x")
+    check_readable([str(tmp_path), "owner/data"], "text")
+    for field, words in (("words", "no text field 'words'"), ("text", "")):
+        (tmp_path / "a.jsonl").write_bytes(jsonl(["first"]) if words else b"broken")
+        with pytest.raises(InputError, match=words or "line 1: not JSON"):
+            check_readable([str(tmp_path / "a.jsonl")], field)
+    monkeypatch.setattr(os, "access", lambda path, _mode: Path(path).name != "b.txt")
+    with pytest.raises(InputError, match=r"b\.txt cannot be read: give a file that you may read\.$"):
+        check_readable([str(tmp_path / "*.txt")], "text")
 
 
 def test_a_file_of_another_kind_lists_the_kinds_there_are(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from nbl_export.errors import InputError
-from nbl_export.evaluate.local_tasks import local_tasks, sample, shapes
+from nbl_export.evaluate.local_tasks import local_tasks, sample, shapes, task_files
 from nbl_export.evaluate.tasks import task_of_rows
 
 QUESTION = {"question": "What is wet?", "choices": ["water", "sand"], "gold": 0, "id": "1"}
@@ -201,7 +201,8 @@ def test_paths_that_name_nothing(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(b"{}\n" * 99)[:20])
     with pytest.raises(InputError, match="cannot be unpacked"):
         local_tasks(str(tmp_path))
-    assert local_tasks("hellaswag") is None
+    assert local_tasks("hellaswag") is None and task_files("hellaswag") is None
+    assert task_files(str(tmp_path)) == [tmp_path / "rows.jsonl.gz"]  # which cannot be read
 
 
 def test_too_few_rows_for_examples(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from nbl_export.errors import InputError, MissingDependencyError
 from nbl_export.evaluate import tasks
-from nbl_export.evaluate.tasks import find_tasks, require_lm_eval, run_task
+from nbl_export.evaluate.tasks import check_tasks, find_tasks, require_lm_eval, run_task
 from nbl_export.installed import pip_line
 from nbl_export.settings import EvalSettings
 from tests.evaluate.test_local_tasks import QUESTION, written
@@ -28,6 +28,16 @@ def test_names_of_the_harness(tmp_path: Path) -> None:
     written(tmp_path / "rows.jsonl", [QUESTION])
     with pytest.raises(InputError, match="Two tasks are called rows"):
         find_tasks([str(tmp_path), str(tmp_path / "rows.jsonl")], EvalSettings())
+
+
+def test_sources_are_refused_before_a_row_is_read(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("no row\n")
+    check_tasks([str(tmp_path), "arc_easy", "own.yaml"])
+    check_tasks([])
+    with pytest.raises(InputError, match=r"hellaswagg is neither .*near: .*hellaswag"):
+        check_tasks([str(tmp_path), "hellaswagg"])
+    with pytest.raises(InputError, match=r"\./none does not exist"):
+        check_tasks(["hellaswagg", "./none"])
 
 
 def test_a_task_that_the_hub_does_not_give_is_named() -> None:

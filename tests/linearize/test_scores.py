@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nbl_export.blocks import Mlp, Span
 from nbl_export.calibrate.moments import LayerMoments, Moments
 from nbl_export.errors import CalibrationError, InputError
 from nbl_export.linearize.scores import (
@@ -96,17 +97,15 @@ def test_an_unknown_criterion_lists_the_known_ones() -> None:
     assert check_criterion("kl") is CRITERIA["kl"]
 
 
-def test_named_layers_are_taken_in_ascending_order() -> None:
-    assert check_layers(range(4), [2, 1], None) == (1, 2)
-    assert check_layers(range(4), [2, 1], 2) == (1, 2)
-    assert check_layers(range(4), [], None) == ()
-    assert check_layers([1, 3], [3], None) == (3,)
+def test_layers_that_are_there_can_be_named() -> None:
+    for candidates, layers in ((range(4), [2, 1]), (range(4), []), ([1, 3], [3])):
+        check_layers(candidates, layers)
 
 
 def test_a_layer_that_is_not_there_names_those_that_are() -> None:
     for candidates, have in (([2, 0, 1], r"layers 0 to 2\."), ([3, 7], r"attention layers 3, 7\.")):
         with pytest.raises(InputError, match=rf"--layers names layer 5; the model has {have}"):
-            check_layers(candidates, [0, 5] if 0 in candidates else [5, 7], None)
+            check_layers(candidates, [0, 5] if 0 in candidates else [5, 7])
 
 
 def test_a_layer_is_read_once_to_be_scored() -> None:
@@ -134,33 +133,27 @@ def test_what_a_model_cannot_be_asked() -> None:
 def test_a_k_that_the_model_does_not_have(k: int) -> None:
     message = rf"--k is {k}; it must be between 0 and 4 \(the model's attention layers\)\."
     with pytest.raises(InputError, match=message):
-        check_k(k, 4)
+        check_k(k, range(4))
+    check_k(0, range(4))
+    check_k(4, range(4))
 
 
-def test_a_k_before_the_model_is_known() -> None:
-    with pytest.raises(
-        InputError, match=r"--k is -1; it must be between 0 and the model's attention layers\."
+def test_k_counts_attentions_and_mlps() -> None:
+    """A span of two layers has four of them; what two blocks share is there once."""
+    for blocks, most, what in (
+        ([Mlp(1), Mlp(2)], 2, "MLPs"),
+        ([0, Mlp(0), 1], 3, "attention layers and MLPs"),
+        ([0, Mlp(0), Span(0, 1), Span(1, 1)], 4, "attention layers and MLPs"),
     ):
-        check_k(-1, None)
-    check_k(1000, None)
-    check_k(0, 4)
-    check_k(4, 4)
+        check_k(most, blocks)
+        with pytest.raises(InputError, match=rf"between 0 and {most} \(the model's {what}\)\.$"):
+            check_k(most + 1, blocks)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"layers": [1, 4]}, r"--layers names layer 4; the model has layers 0 to 3\."),
-        ({"layers": [-1]}, r"--layers names layer -1; the model has layers 0 to 3\."),
-        ({"layers": [1, 2, 1]}, r"--layers names a layer twice: name each layer once\."),
-        ({"layers": [1, 2], "k": 1}, r"--k 1 and --layers with 2 layers contradict each other: give one\."),
-        ({"layers": [1, 1], "k": 1}, r"contradict each other"),
-        ({"layers": [], "k": 2}, r"--k 2 and --layers with 0 layers contradict"),
-    ],
-)
-def test_choices_that_cannot_be_made(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        check_layers(range(4), arguments["layers"], arguments.get("k"))
+@pytest.mark.parametrize("layer", [4, -1])
+def test_a_layer_beyond_the_last(layer: int) -> None:
+    with pytest.raises(InputError, match=rf"--layers names layer {layer}; the model has layers 0 to 3\."):
+        check_layers(range(4), [1, layer])
 
 
 def test_what_layers_cost_together_is_predicted_as_the_sum() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nbl_export.errors import InputError
-from nbl_export.models import load
+from nbl_export.models import load, processors
 from nbl_export.models.loaded import LoadedModel
 from nbl_export.models.pooling import Pooling
 from nbl_export.models.source import find_model
@@ -29,13 +29,14 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Grows by the name of every function of loading that runs."""
     ran: list[str] = []
     for name in ("load_model", "load_tokenizer", "load_image_processor", "in_precision"):
-        plain = getattr(load, name)
+        room = processors if name == "load_image_processor" else load
+        plain = getattr(room, name)
 
         def counting(*args: Any, name: str = name, plain: Any = plain) -> Any:
             ran.append(name)
             return plain(*args)
 
-        monkeypatch.setattr(load, name, counting)
+        monkeypatch.setattr(room, name, counting)
     return ran
 
 

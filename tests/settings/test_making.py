@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from nbl_export import api, settings
+from nbl_export import settings
+from nbl_export.blocks import Mlp, Span
 from nbl_export.errors import InputError
 from nbl_export.models.tasks import task_named
 from nbl_export.settings import Budget, SelectSettings
 from nbl_export.settings.choices import CRITERIA
-from nbl_export.settings.making import OptionalEngines
 
 DECODER, ENCODER = task_named("text-generation"), task_named("feature-extraction")
 
@@ -25,11 +24,29 @@ DECODER, ENCODER = task_named("text-generation"), task_named("feature-extraction
         (SelectSettings(k=1, budget=Budget(max_kl=1.0)), "give one of them"),
         (SelectSettings(layers=(1,), budget=Budget(min_speedup=1.5)), "give one of them"),
         (SelectSettings(k=0, budget=Budget(max_kl=0.0)), "give one of them"),
+        (
+            SelectSettings(k=1, layers=(1, 2)),
+            r"^--k 1 and --layers with 2 layers contradict each other: give one\.",
+        ),
+        (SelectSettings(k=1, layers=(1, 1)), "contradict each other"),
+        (SelectSettings(k=2, layers=()), "--k 2 and --layers with 0 layers contradict"),
+        (SelectSettings(layers=(1, 2, 1)), r"^--layers names a layer twice: name each layer once\."),
+        (
+            SelectSettings(layers=(Span(1, 2), 2)),
+            r"^--layers names 2 and 1-2\.span, which overlap: leave one",
+        ),
+        (SelectSettings(layers=(Span(1, 2), Span(2, 3))), r"names 2-3\.span and 1-2\.span, which overlap"),
+        (SelectSettings(layers=(Mlp(2), Span(1, 2))), "overlap"),
     ],
 )
 def test_one_way_only_says_how_many(settings: SelectSettings, message: str) -> None:
     with pytest.raises(InputError, match=message):
         settings.check()
+
+
+def test_layers_that_do_not_overlap_are_no_contradiction() -> None:
+    SelectSettings(k=2, layers=(2, 1)).check()
+    SelectSettings(layers=(Span(1, 2), 3, Mlp(3), Span(4, 4))).check()
 
 
 def test_auto_is_a_budget_or_a_ridge_by_error() -> None:
@@ -38,93 +55,6 @@ def test_auto_is_a_budget_or_a_ridge_by_error() -> None:
     own = settings.SelectSettings(k=auto, budget=settings.Budget(max_kl=0.1))
     assert own.k is None and own.budget == settings.Budget(max_kl=0.1)
     assert settings.SelectSettings(k=1, ridge=auto).ridge is None
-
-
-def test_defaults_are_what_the_exporter_offers_first() -> None:
-    def chosen(engines: bool, **asked: Any) -> tuple[str | None, str | None]:
-        settings = api.ExportSettings(**asked).resolve(task_named("text-generation"), engines)
-        return settings.precision, settings.kv_cache
-
-    assert chosen(False, exporter="torch") == ("fp32", "concat")
-    assert chosen(True, exporter="torch") == ("fp16", "static")
-    assert chosen(True, exporter="optimum") == ("fp32", "concat")
-    assert chosen(False, exporter="genai", precision="int4") == ("int4", "concat")
-
-
-@pytest.mark.parametrize("engines", [False, True])
-@pytest.mark.parametrize(
-    ("asked", "made"),
-    [
-        ({"target": "onnxruntime"}, ("torch", "fp32", "shared")),
-        ({"target": "tensorrt"}, ("torch", "fp16", "static")),
-        ({"target": "optimum"}, ("torch", "fp32", "concat")),
-        ({"target": "web"}, ("torch", "fp32", "concat")),
-        ({"target": "genai"}, ("genai", "fp32", "concat")),
-        # Single flags win, and what was said stays where the exporter offers it.
-        ({"target": "onnxruntime", "kv_cache": "static"}, ("torch", "fp32", "static")),
-        ({"target": "onnxruntime", "precision": "bf16"}, ("torch", "bf16", "shared")),
-        ({"target": "genai", "precision": "int4"}, ("genai", "int4", "concat")),
-        ({"target": "genai", "exporter": "torch"}, ("torch", "fp32", "concat")),
-        ({"target": "tensorrt", "exporter": "optimum"}, ("optimum", "fp32", "concat")),
-    ],
-)
-def test_a_target_says_what_is_not_asked(engines: bool, asked: dict[str, str], made: tuple[str, ...]) -> None:
-    settings = api.ExportSettings(**asked)
-    settings.check()
-    found = settings.resolve(task_named("text-generation"), engines)
-    assert (found.exporter, found.precision, found.kv_cache) == made
-    # What is made is the same, so what is kept is, too.
-    alone = api.ExportSettings(found.precision, found.kv_cache, found.exporter)
-    assert found.as_json() == alone.as_json()
-
-
-@pytest.mark.parametrize(
-    ("asked", "message"),
-    [
-        ({"target": "onnx"}, "--target 'onnx' is unknown; choose one of onnxruntime, genai"),
-        (
-            {"target": "genai", "kv_cache": "static"},
-            "'static' is not offered by --exporter genai: choose concat",
-        ),
-        ({"target": "onnxruntime", "precision": "int4"}, "int4 is for --exporter genai"),
-        ({"target": "genai", "inputs": "embeds"}, "--inputs embeds is for --exporter torch, not for genai"),
-    ],
-)
-def test_a_target_that_cannot_have_what_is_asked(asked: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=re.escape(message)):
-        api.ExportSettings(**asked).check()
-
-
-def test_an_encoder_has_no_cache_on_any_target_and_no_exporter_of_decoders() -> None:
-    encoder = task_named("text-classification")
-    assert api.ExportSettings(target="onnxruntime").resolve(encoder).kv_cache == "none"
-    with pytest.raises(InputError, match="--target genai is for decoders here"):
-        api.ExportSettings(target="genai").resolve(encoder)
-
-
-@pytest.mark.parametrize(
-    ("settings", "whose"),
-    [
-        ({"exporter": "genai"}, "--exporter genai"),
-        ({"kv_cache": "shared"}, "--kv-cache shared"),
-        ({"target": "genai"}, "--target genai"),
-        ({"target": "onnxruntime"}, "--target onnxruntime"),
-    ],
-)
-def test_engines_of_graphs_that_tensorrt_does_not_take(
-    tmp_path: Any, tiny_folder: Any, settings: dict[str, str], whose: str
-) -> None:
-    with pytest.raises(
-        InputError, match=rf"TensorRT does not take the graphs of {whose}: .*GroupQuery.*static or concat\.$"
-    ):
-        api.run(
-            tiny_folder,
-            tmp_path / "out",
-            api.SelectSettings(k=1),
-            exporting=api.ExportSettings(**settings),
-            engines=api.EngineSettings("rtx"),
-        )
-    assert not (tmp_path / "out").exists()
 
 
 def test_text_that_the_model_writes_stands_alone() -> None:
@@ -177,13 +107,3 @@ def test_a_repair_leaves_quantized_weights_alone() -> None:
         replace(repair, repair=0).check_precision(precision)
     for precision in ("fp32", "fp16", "bf16", None):
         repair.check_precision(precision)
-
-
-def test_engines_are_asked_for_by_naming_their_library() -> None:
-    options = OptionalEngines(max_batch=8, sm=("86",))
-    assert options.asked is None
-    found = replace(options, library="rtx").asked
-    assert type(found) is settings.EngineSettings
-    assert found == settings.EngineSettings("rtx", max_batch=8, sm=("86",))
-    # The same settings with the same defaults, but for that.
-    assert {**asdict(OptionalEngines()), "library": "auto"} == asdict(settings.EngineSettings())

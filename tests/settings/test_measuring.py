@@ -15,6 +15,7 @@ from nbl_export.settings import (
     BenchSettings,
     Budget,
     EvalSettings,
+    ExportSettings,
     LossBound,
     RunSettings,
     SelectSettings,
@@ -143,6 +144,12 @@ def test_one_bound_serves_the_choice_and_the_verdict(
     found = RunSettings(selection, verification=VerifySettings(bound=own)).sharing_bounds()
     assert (found.selection.budget, found.verification.bound) == (budget, bound)
     found.check()
+
+
+def test_what_is_not_asked_is_as_usual_but_for_engines() -> None:
+    assert RunSettings.of() == RunSettings(SelectSettings()) and RunSettings.of().engines is None
+    asked = RunSettings.of(SelectSettings(budget=Budget(max_kl=0.1)), exporting=ExportSettings("bf16"))
+    assert asked.exporting.precision == "bf16" and asked.verification.bound.max_kl == 0.1
 
 
 def test_k_and_a_speedup_still_contradict() -> None:

@@ -86,11 +86,11 @@ def test_each_task_has_its_own_place_in_the_folder(
     assert len(found["vit"].files([str(place / "images")])) == 40
 
 
-def test_an_encoder_writes_no_text_of_its_own(loaded: Callable[[str], LoadedModel]) -> None:
+def test_an_encoder_writes_no_text_of_its_own(loaded: Callable[[str], LoadedModel], place: Path) -> None:
     own = CalibrateSettings(("self",))
     check_sources(loaded("decoder").source, own)
     for name, unit in (("bert", "text"), ("vit", "images")):
-        check_sources(loaded(name).source, CalibrateSettings(("text.jsonl",)))
+        check_sources(loaded(name).source, CalibrateSettings((str(place / "text.jsonl"),)))
         with pytest.raises(InputError, match=f"is an encoder and cannot generate its own calibration {unit}"):
             check_sources(loaded(name).source, own)
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nbl_export import api, digests
+from nbl_export.blocks import Mlp, Span
 from nbl_export.errors import InputError
 from nbl_export.models.load import load_model, load_skeleton
 from nbl_export.models.source import find_model
@@ -90,6 +91,22 @@ def test_without_a_number_of_layers_half_of_them_are_meant(stories_folder: Path,
     }.items():
         with pytest.raises(InputError, match=refused):
             api.plan_resources(stories_folder, tmp_path / "out", asked)
+
+
+def test_k_counts_what_may_become_linear(stories_folder: Path, tmp_path: Path) -> None:
+    def need(selection: api.SelectSettings, blocks: Any) -> Any:
+        return api.plan_resources(
+            stories_folder, tmp_path / "out", selection, api.CalibrateSettings(blocks=blocks)
+        )
+
+    need(api.SelectSettings(k=10), "both")
+    need(api.SelectSettings(layers=(3, Mlp(4), Span(0, 1))), "all")
+    for selection, blocks, words in (
+        (api.SelectSettings(k=11), "both", r"between 0 and 10 \(the model's attention layers and MLPs\)"),
+        (api.SelectSettings(layers=(Mlp(4),)), "attention", "there are no moments of MLPs"),
+    ):
+        with pytest.raises(InputError, match=words):
+            need(selection, blocks)
 
 
 # what does not fit --------------------------------------------------------------------------------

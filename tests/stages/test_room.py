@@ -91,6 +91,23 @@ def test_a_run_that_does_not_fit_is_refused_with_what_would(
         check_run(ws, BIG, asked("fp32"))
 
 
+def test_what_is_kept_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that keeps its calibration and its graph needs the room of the plan and of the rewrite alone."""
+    ws = Workspace.create(tmp_path / "out")
+    found = {room.stage: room for room in rooms(BIG, asked("fp32"))}
+    left = needed([found["select"], found["rewrite"]])
+    free(monkeypatch, left)
+    check_run(ws, BIG, asked("fp32"), {"calibrate", "export"})
+    free(monkeypatch, left - 1)
+    with pytest.raises(InputError, match="GiB free, and this run needs about"):
+        check_run(ws, BIG, asked("fp32"), {"calibrate", "export"})
+
+
+def test_a_workload_is_weighed_with_a_graph_too() -> None:
+    order = [room.stage for room in rooms(BIG, asked("bf16", workload=("prefill=8",)))]
+    assert order == ["calibrate", "export", "select", "rewrite"]
+
+
 def test_a_budget_is_weighed_with_a_graph_before_there_is_a_plan() -> None:
     found = rooms(BIG, asked("bf16", k=None, budget=api.Budget(min_speedup=1.2)))
     assert [room.stage for room in found] == ["calibrate", "export", "select", "rewrite"]

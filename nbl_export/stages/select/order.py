@@ -56,7 +56,7 @@ def choose(
         return measured(choosing, candidates, chosen, budget) if settings.frontier else Frontier(chosen)
 
     if settings.k is not None:
-        check_k(settings.k, count)
+        check_k(settings.k, (candidate.layer for candidate in candidates))
         found = (
             frontier(settings.k) if choosing.searched or settings.frontier else Frontier(Measured(way, ()))
         )

@@ -29,13 +29,7 @@ if TYPE_CHECKING:
 def select(run: Run, settings: SelectSettings) -> Plan:
     """Moments → plan: score every layer, choose K, and save their W and b with the evidence for the proof."""
     from nbl_export.linearize.plan import save_plan
-    from nbl_export.linearize.scores import (
-        check_fit,
-        check_layers,
-        check_rank,
-        predicted_excess,
-        score_layers,
-    )
+    from nbl_export.linearize.scores import check_selection, predicted_excess, score_layers
     from nbl_export.models.device import exact_float32
     from nbl_export.models.layers import FULL, positions
     from nbl_export.stages.select.choosing import Choosing
@@ -45,7 +39,7 @@ def select(run: Run, settings: SelectSettings) -> Plan:
     from nbl_export.stages.select.workload import Counting, in_words, savings_in
 
     ws, ranks = run.workspace, run.ranks
-    calibrated = ranks.shared(lambda: ws.require("calibrate", f"nbl-export calibrate MODEL -o {ws.root}"))
+    calibrated = ranks.shared(lambda: ws.require("calibrate"))
     made_of, device = {"calibrate": calibrated.result}, run.on(settings.device)
 
     def work(listener: Listener) -> list[Path]:
@@ -54,10 +48,9 @@ def select(run: Run, settings: SelectSettings) -> Plan:
 
     def made(jobs: Jobs, listener: Listener) -> list[Path]:
         moments, metadata, measured, fitting = jobs.moments, jobs.metadata, jobs.measured, jobs.fitting
-        if settings.rank is not None:
-            check_rank(settings.rank, len(next(iter(moments.layers.values())).x))
+        width = None if settings.rank is None else len(next(iter(moments.layers.values())).x)
+        check_selection(settings, list(moments.layers), width, metadata.get("others", {}))
         ridge = fitting.scoring_ridge
-        check_fit(settings, moments.layers)
         candidates = score_layers(moments, settings.fit_input, ridge, listener, jobs.scores, ranks.count)
         empty = _plan(run, settings, metadata)
 
@@ -71,8 +64,7 @@ def select(run: Run, settings: SelectSettings) -> Plan:
         savings = savings_in(Counting(ws, empty, kinds, fitting.timed, listener, spans), settings)
         if settings.layers is not None:
             curve: Curve | None = None
-            found, others = [c.layer for c in candidates], metadata.get("others", {})
-            plan, result = ship(check_layers(found, settings.layers, settings.k, others)).made
+            plan, result = ship(sorted(settings.layers)).made
         else:
             if savings and settings.workload:
                 listener.note(in_words(savings))
@@ -111,10 +103,16 @@ def select(run: Run, settings: SelectSettings) -> Plan:
             ranks.follow(lambda: jobs.by_name)
         return load_plan(ws.plan)
     with ranks.leading():
-        if settings.budget.min_speedup is not None or settings.budget.bounds_size or settings.workload:
-            made_of["export"] = ws.require("export", f"nbl-export export {ws.root}").result
+        if reads_graph(settings):
+            made_of["export"] = ws.require("export").result
         replace(run, ranks=ALONE).stage("select", settings.as_json(), made_of, work, device)
     return load_plan(ws.plan)
+
+
+def reads_graph(settings: SelectSettings) -> bool:
+    """Whether the unmodified graph is needed: layers are then weighed by its speed or its size."""
+    budget = settings.budget
+    return budget.min_speedup is not None or budget.bounds_size or bool(settings.workload)
 
 
 def _fitted(

@@ -155,11 +155,6 @@ def test_a_frontier_has_spans_alone_and_all_together(all_out: Path) -> None:
         (api.SelectSettings(layers=SPANS, fit="sequential"), "--fit sequential is for attentions and MLPs"),
         (api.SelectSettings(k=4, fit_input="residual"), "--fit-input residual is for attentions and MLPs"),
         (api.SelectSettings(k=4, criterion="linearity"), "--criterion linearity is for attentions and MLPs"),
-        (api.SelectSettings(layers=(Span(1, 2), 2)), r"names 2 and 1-2\.span, which overlap"),
-        (
-            api.SelectSettings(layers=(Span(1, 2), Span(2, 3))),
-            r"names 2-3\.span and 1-2\.span, which overlap",
-        ),
         (
             api.SelectSettings(layers=(Span(3, 7),)),
             r"names 3-7\.span, which is not .* up to 4 of the layers 0, 1,",

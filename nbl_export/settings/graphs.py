@@ -1,0 +1,172 @@
+"""What can be asked of the stages that make graphs and engines: export, build; and what a run keeps of them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from nbl_export.errors import InputError
+from nbl_export.settings import choices
+from nbl_export.settings.definition import AUTO, GRAPH, MORE, Must, Settings, Task, one_of, options, setting
+
+_NO_PROGRAM = Must(lambda _: False, "names a program to run: say it on the command line", of_file=True)
+
+
+@options
+@dataclass(frozen=True)
+class ExportSettings(Settings):
+    """Who exports the graph, its precision, and how it keeps its KV cache; None is what suits target, task and engines.
+
+    target: What is fastest on onnxruntime, genai, tensorrt, optimum or web.
+    precision: fp32, fp16, bf16; genai: int4, int8.
+    kv_cache: concat, shared (onnxruntime alone), static, none.
+    exporter: torch, genai (onnxruntime-genai's builder) or optimum.
+    inputs: What the decoder reads: ids (token ids), or embeds (their embeddings, among which those of images can be;
+        the embedding is then a graph of its own).
+    python: Python of the environment that has optimum-onnx.
+    """
+
+    precision: str | None = setting(None, GRAPH, shown="fp32; fp16 with --trt", offered=choices.PRECISIONS)
+    kv_cache: str | None = setting(None, GRAPH, shown="by target", offered=choices.CACHES)
+    exporter: str | None = setting(None, GRAPH, one_of(choices.EXPORTERS, "choose"), shown="torch")
+    inputs: Literal["ids", "embeds"] = setting("ids", MORE, metavar="ids|embeds")
+    python: str | None = setting(
+        None, MORE, _NO_PROGRAM, metavar="PATH", key="exporter-python", shown="$NBL_EXPORT_OPTIMUM_PYTHON"
+    )
+
+    # After the others, which are given by their place, too.
+    target: str | None = setting(None, GRAPH, one_of(choices.TARGETS))
+
+    @property
+    def offered(self) -> choices.Choices:
+        return choices.EXPORTERS[self.exported_by]
+
+    @property
+    def exported_by(self) -> str:
+        """The exporter that was asked for, or suits the target."""
+        return self.exporter or self._suits(engines=False).exporter
+
+    def check(self) -> None:
+        super().check()
+        choices.check_offered(self.exported_by, "--precision", self.precision, self.offered.precisions)
+        choices.check_offered(self.exported_by, "--kv-cache", self.kv_cache, self.offered.caches)
+        if self.embeds and self.exported_by != "torch":
+            raise InputError(
+                f"--inputs embeds is for --exporter torch, not for {self.exported_by}: leave one of them out."
+            )
+
+    @property
+    def embeds(self) -> bool:
+        """Whether the decoder reads embeddings."""
+        return self.inputs == "embeds"
+
+    def as_json(self) -> dict[str, Any]:
+        """Without the target, which is what the others say."""
+        asked = super().as_json() | {"exporter": self.exported_by}
+        return {name: value for name, value in asked.items() if name != "target"}
+
+    def _suits(self, engines: bool) -> choices.Target:
+        return choices.TARGETS[self.target or "tensorrt"] if self.target or engines else choices.ANYWHERE
+
+    def _of_target(self, engines: bool) -> ExportSettings:
+        """With what suits the target where nothing was asked for; engines without a target are one themselves."""
+        suits, offered = self._suits(engines), self.offered
+        precision = suits.precision if suits.precision in offered.precisions else offered.precisions[0]
+        cache = suits.cache if suits.cache in offered.caches else offered.caches[0]
+        return replace(
+            self,
+            exporter=self.exported_by,
+            precision=self.precision or precision,
+            kv_cache=self.kv_cache or cache,
+        )
+
+    def resolve(self, task: Task, engines: bool = False) -> ExportSettings:
+        """With exporter, precision and cache for ``task`` and target; ``engines`` where some are to be built."""
+        resolved = self._of_target(engines)
+        if task.causal:
+            return resolved
+        if self.embeds:
+            raise InputError(
+                f"--inputs embeds is for decoders; this model is an encoder ({task.name}): leave it out."
+            )
+        if self.exported_by != "torch":
+            raise InputError(
+                f"{self._asked_exporter} is for decoders here; this model is an encoder ({task.name}): leave it out."
+            )
+        if self.kv_cache not in (None, "none"):
+            raise InputError(
+                f"An encoder ({task.name}) has no KV cache, so --kv-cache {self.kv_cache} means nothing: leave it out."
+            )
+        if engines:
+            raise InputError(
+                f"TensorRT engines are built of decoders only; this model is an encoder ({task.name}): leave --trt out."
+            )
+        return replace(resolved, kv_cache="none")
+
+    def check_tensorrt(self) -> None:
+        """Raise :class:`InputError` if TensorRT does not take the graphs that these settings make."""
+        if self.embeds:
+            raise InputError(
+                "Engines are built of decoders that read token ids: leave --inputs embeds or --trt out."
+            )
+        if self._of_target(engines=True).kv_cache in self.offered.fused:
+            cache = f"--kv-cache {self.kv_cache}" if self.kv_cache else f"--target {self.target}"
+            whose = cache if self.exported_by == "torch" else self._asked_exporter
+            raise InputError(
+                f"TensorRT does not take the graphs of {whose}: their operators, such as GroupQueryAttention, are "
+                "onnxruntime's own. Build engines with --exporter torch and --kv-cache static or concat."
+            )
+
+    @property
+    def _asked_exporter(self) -> str:
+        return f"--exporter {self.exporter}" if self.exporter else f"--target {self.target}"
+
+
+@options
+@dataclass(frozen=True)
+class FolderSettings(Settings):
+    """What stays in the output folder of a run.
+
+    keep_baseline: Keep the unmodified graph. no: delete it once verified.
+    """
+
+    keep_baseline: Literal["yes", "no"] = setting("yes", GRAPH, metavar="yes|no")
+
+    @property
+    def keeps(self) -> bool:
+        return self.keep_baseline == "yes"
+
+
+def _library(default: str | None) -> Any:
+    known = choices.LIBRARIES
+    return setting(default, GRAPH, one_of(known, "choose"), metavar="|".join(known), key="trt")
+
+
+@options
+@dataclass(frozen=True)
+class EngineSettings(Settings):
+    """Which TensorRT builds the engines, for which shapes and which GPUs; None and () are the usual ones.
+
+    library: Build engines by tensorrt (on this GPU), rtx (no GPU needed), auto.
+    max_batch: Largest batch of the engines.
+    max_seq: Most tokens in one prefill of the engines, as far as the model goes.
+    max_context: Most tokens of context of the engines, as far as the model goes.
+    sm: Compute capabilities to build for with rtx: 86,89.
+    """
+
+    library: str = _library(AUTO)
+    max_batch: int = setting(4, MORE)
+    max_seq: int | None = setting(None, MORE, shown=str(choices.MAX_SEQ))
+    max_context: int | None = setting(None, MORE, shown=str(choices.MAX_CONTEXT))
+    sm: tuple[str, ...] = setting((), MORE, shown="all from 80 on")
+
+
+@options
+@dataclass(frozen=True)
+class OptionalEngines(EngineSettings):
+    __doc__ = EngineSettings.__doc__  # the same, but only where a library is named
+    library: str | None = _library(None)  # type: ignore[assignment]
+
+    @property
+    def asked(self) -> EngineSettings | None:
+        return EngineSettings(**asdict(self)) if self.library else None

@@ -1,0 +1,252 @@
+"""`nbl-export MODEL --dry-run`: what a run would do in its folder, stage by stage, and what that would take.
+
+1. What is kept is decided by the stages, with their own keys: each is called on a run that ends where its work begins.
+2. A stage that reads what is made again is taken to be made again: what it will read is not there yet.
+3. Nothing is written, and no weight is read but to see whether the model of the folder has changed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nbl_export.digests import Digests
+from nbl_export.errors import os_error_in_words
+from nbl_export.models.loaded import LoadedModel
+from nbl_export.models.source import ModelSource
+from nbl_export.progress import Listener, Silent
+from nbl_export.report.drawing import Table
+from nbl_export.settings import RunSettings, Settings
+from nbl_export.stage_record import key_of
+from nbl_export.stages.build import build
+from nbl_export.stages.calibrate import calibrate
+from nbl_export.stages.early import read_by
+from nbl_export.stages.export import export
+from nbl_export.stages.resources import estimated, in_words, lacks_memory, place_of, size
+from nbl_export.stages.rewrite import check_baseline, rewrite
+from nbl_export.stages.room import Room, check_run, rooms
+from nbl_export.stages.run import Run
+from nbl_export.stages.select.stage import select
+from nbl_export.stages.verify import measure
+from nbl_export.workspace import ReadOnly, Workspace
+
+if TYPE_CHECKING:
+    import torch
+
+    from nbl_export.stages.needs import Need
+    from nbl_export.stages.resources import Estimate
+
+COLUMNS = ("stage", "what", "memory", "disk left", "disk beside", "time")
+_NEW = "not done yet"
+
+
+@dataclass(frozen=True)
+class StageAhead:
+    """A stage of a run: whether it is ``kept``, and else ``why`` it is done, in words.
+
+    ``files`` are those that it would write, or has written where it is kept, by their names in the output folder; a
+    name that ends with ``/`` is a folder of them. Configurations and tokenizers beside graphs, and plots, are listed
+    once they are there. ``seconds`` and ``memory`` (bytes) are estimates, None where there is none; ``leaves`` are the
+    bytes that it adds to the folder, ``beside`` those that it needs there while it works.
+    """
+
+    stage: str
+    kept: bool
+    why: str
+    files: tuple[str, ...]
+    seconds: float | None = None
+    memory: int | None = None
+    leaves: int = 0
+    beside: int = 0
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a run of ``model`` into the folder ``out`` would do: its ``stages`` in order.
+
+    ``estimated`` says how times were estimated, and is empty if nothing is to be done; ``problems`` are sentences on
+    memory that is not there, for which a run is not refused.
+    """
+
+    model: str
+    out: str
+    stages: tuple[StageAhead, ...]
+    estimated: str = ""
+    problems: tuple[str, ...] = ()
+
+    @property
+    def tables(self) -> list[Table]:
+        """For the terminal."""
+        made = [one for one in self.stages if not one.kept]
+        rows = tuple(_row(one) for one in self.stages)
+        title = f"A run of {self.model} into {self.out} (nothing is written now)"
+        known = sum(one.seconds or 0 for one in made)
+        note = f"About {in_words(known)} in all, estimated. {self.estimated}" if made else "All is kept."
+        tables = [Table(title, COLUMNS, rows, note, problems=self.problems)]
+        if made:
+            files = tuple((one.stage, "  ".join(one.files)) for one in made)
+            beside = "Beside the graphs come their configurations and tokenizers."
+            tables.append(Table("What would be written", ("stage", "files"), files, beside))
+        return tables
+
+
+def _row(one: StageAhead) -> tuple[str, ...]:
+    if one.kept:
+        return (one.stage, "kept", *["–"] * 4)
+    what = "do" if one.why == _NEW else f"do again: {one.why}"
+    memory = "?" if one.memory is None else size(one.memory)
+    seconds = "?" if one.seconds is None else in_words(one.seconds)
+    return (one.stage, what, memory, size(one.leaves), size(one.beside), seconds)
+
+
+def rehearsed(
+    source: ModelSource, out: Path, asked: RunSettings, digests: Digests, listener: Listener | None = None
+) -> DryRun:
+    """What a run of ``source`` as ``asked`` into ``out`` would do; its digests are of no matter for a new folder.
+
+    Raises the errors of the run that can be known by then, as that the disk has no room.
+    """
+    place = place_of(out)
+    if not os.access(place, os.W_OK | os.X_OK):
+        denied = PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
+        raise os_error_in_words(denied, f"while preparing the output folder {out}")
+    run = _Rehearsal(ReadOnly(out, digests), LoadedModel(source, Silent()), listener or Silent())
+    ws = run.workspace
+    ws.set_model(source.as_json())
+    resolved = asked.resolve(run.model.task)
+    whys = _whys(run, resolved)
+    kept = {stage for stage, why in whys.items() if not why}
+    if "export" in kept and not {"rewrite", "verify"} <= kept:
+        check_baseline(ws)
+    files = {
+        stage: _recorded(ws, stage) if stage in kept else _written(ws, source, resolved, stage)
+        for stage in whys
+    }
+    if kept == set(whys):
+        stages = tuple(StageAhead(stage, True, "", files[stage]) for stage in whys)
+        return DryRun(source.source, str(out), stages)
+    estimate = estimated(source, resolved)
+    check_run(Workspace(place), estimate.sizes.shape, estimate.asked, kept)
+    found = {room.stage: room for room in rooms(estimate.sizes.shape, estimate.asked)}
+    taken = {need.stage: need for need in estimate.needs}
+    stages = tuple(
+        StageAhead(stage, True, "", files[stage])
+        if stage in kept
+        else _ahead(stage, why, files[stage], estimate, taken.get(stage), found.get(stage))
+        for stage, why in whys.items()
+    )
+    problems = tuple(lacks_memory(estimate, set(whys) - kept))
+    return DryRun(source.source, str(out), stages, estimate.speed, problems)
+
+
+def _ahead(
+    stage: str,
+    why: str | None,
+    files: tuple[str, ...],
+    estimate: Estimate,
+    need: Need | None,
+    room: Room | None,
+) -> StageAhead:
+    seconds = memory = None
+    if need is not None:
+        seconds, memory = estimate.machine.seconds(need, estimate.sizes.file), need.memory
+    leaves, beside = (room.leaves, room.beside) if room else (0, 0)
+    return StageAhead(stage, False, why or "", files, seconds, memory, leaves, beside)
+
+
+# which stages are kept ----------------------------------------------------------------------------
+
+
+class _Reached(Exception):
+    """The work of a stage would begin, or is done: ``why`` it is to do, in words; None if it is kept."""
+
+    def __init__(self, why: str | None) -> None:
+        super().__init__()
+        self.why = why
+
+
+class _Rehearsal(Run):
+    """A run whose stages come as far as their work."""
+
+    def stage(
+        self,
+        name: str,
+        settings: dict[str, Any],
+        made_of: Mapping[str, str],
+        work: Callable[[Listener], list[Path]],
+        device: torch.device | None = None,
+    ) -> None:
+        """Raise :class:`_Reached` with why ``work`` would be done."""
+        done = self.workspace.is_done(name, key_of(name, settings, made_of))
+        raise _Reached(None if done else self.workspace.why_again(name, settings, made_of) or _NEW)
+
+
+def _whys(run: Run, asked: RunSettings) -> dict[str, str | None]:
+    """Why each stage of the run is done, in order; None of one that is kept."""
+    selection, verification = asked.selection, asked.verification
+    stages: dict[str, tuple[Settings | None, Callable[[], object]]] = {
+        "calibrate": (asked.calibration, lambda: calibrate(run, asked.calibration)),
+        "select": (selection, lambda: select(run, selection)),
+        "export": (asked.exporting, lambda: export(run, asked.exporting, asked.folder.keeps)),
+        "rewrite": (None, lambda: rewrite(run, whole=not asked.folder.keeps)),
+    }
+    if engines := asked.engines:
+        stages["build"] = engines, lambda: build(run, engines)
+    stages["verify"] = verification, lambda: measure(run, verification)
+    order = list(stages)
+    if selection.budget or selection.workload:
+        order[1:3] = "export", "select"
+    whys: dict[str, str | None] = {}
+    for stage in order:
+        settings, go = stages[stage]
+        above = [*read_by(settings, run.model.task), *(["build"] if stage == "verify" and engines else [])]
+        if run.workspace.record(stage) is None:
+            whys[stage] = _NEW
+        elif again := next((name for name in above if whys[name]), None):
+            whys[stage] = f"`{again}` is done again"
+        else:
+            whys[stage] = _why(go)
+    return whys
+
+
+def _why(go: Callable[[], object]) -> str | None:
+    try:
+        go()
+    except _Reached as reached:
+        return reached.why
+    raise AssertionError("a stage ended without its work")
+
+
+# files --------------------------------------------------------------------------------------------
+
+
+def _recorded(ws: Workspace, stage: str) -> tuple[str, ...]:
+    record = ws.finished(stage)
+    return tuple(sorted(name for name in record.files if name not in record.dropped))
+
+
+def _written(ws: Workspace, source: ModelSource, asked: RunSettings, stage: str) -> tuple[str, ...]:
+    """What ``stage`` would write, by the names in the folder."""
+    from nbl_export.engine.manifest import manifest_path
+    from nbl_export.graph.io import DATA_SUFFIX
+    from nbl_export.stages.calibration_data import loader_for
+
+    data = [path.with_name(path.name + DATA_SUFFIX) for path in (ws.baseline, ws.model)]
+    engines = [ws.base_engine, ws.engine]
+    weights = (
+        bool(asked.selection.k or asked.selection.layers or asked.selection.budget) or not asked.folder.keeps
+    )
+    files = {
+        "calibrate": [loader_for(source).path(ws), ws.probe],
+        "select": [ws.plan, ws.plan.with_suffix(".safetensors"), ws.candidates],
+        "export": [ws.baseline, data[0], ws.export_summary, *[ws.embedding] * asked.exporting.embeds],
+        "rewrite": [ws.model, *data[1:] * weights, ws.rewrite_summary],
+        "build": [*engines, *map(manifest_path, engines)],
+        "verify": [ws.report / name for name in ("report.json", "report.md", "report.html", "junit.xml")],
+    }
+    names = [path.relative_to(ws.root).as_posix() for path in files[stage]]
+    return (*names, *[f"{ws.moments.relative_to(ws.root).as_posix()}/"] * (stage == "calibrate"))
