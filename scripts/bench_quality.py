@@ -35,7 +35,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from quality_methods import ALL, OURS, REPAIRED, WEIGHTS, Cut, Ways
+from quality_methods import ALL, OURS, PAPERS, REPAIRED, WEIGHTS, Cut, Ways
 
 from nbl_export import api
 from nbl_export.calibrate.documents import documents
@@ -137,8 +137,9 @@ class Compared:
             arguments.out / ALL, model, max(arguments.k) + 2, workloads, self._selection_kl
         )
         self._cuts: dict[str, list[Cut]] = {}
-        for made in (ways.paper, ways.attention_drop, ways.block_drop, ways.bypass, ways.ours):
-            for cut in made():
+        compared = {PAPERS, *(arguments.compared or ways.by_name.keys() - {ALL})}
+        for name in ways.by_name:
+            for cut in ways.by_name[name]() if name in compared else ():
                 self._cuts.setdefault(cut.way, []).append(cut)
         # What is saved, and the excess on the first text with its error, by what is equal and by way.
         self._shown: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
@@ -157,7 +158,7 @@ class Compared:
             yield "| " + " | ".join(columns) + " |"
             yield "|---" * len(columns) + "|"
             for k in self._ks:
-                own = self._cuts["NBL"][k - 1]
+                own = self._cuts[PAPERS][k - 1]
                 paper = self._losses(own)
                 for way, picked in self._taken(own, by).items():
                     if picked is None:
@@ -168,9 +169,9 @@ class Compared:
     def _taken(self, own: Cut, by: str) -> dict[str, Cut | None]:
         """The smallest cut of each way that gains as much as the paper's ``own``."""
         least = self._ways.gain(own, by) * (1 - 1e-9)
-        taken: dict[str, Cut | None] = {"NBL": own}
+        taken: dict[str, Cut | None] = {PAPERS: own}
         for way, every in self._cuts.items():
-            if way != "NBL" and (not way.startswith(f"{ALL}, by") or way == f"{ALL}, by {by}"):
+            if way != PAPERS and (not way.startswith(f"{ALL}, by") or way == f"{ALL}, by {by}"):
                 taken[way] = next((c for c in every if self._ways.gain(c, by) >= least), None)
         # What --frontier takes: whichever loses least on the selection text.
         taken[OURS] = ours = min((c for c in taken.values() if c), key=lambda c: c.kl)
@@ -290,6 +291,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=40)
     parser.add_argument("--out", type=Path, default=Path("out/bench-quality"))
     parser.add_argument("--compare", action="store_true")
+    parser.add_argument("--compared", nargs="+", metavar="WAY", help="of --compare: these ways and NBL alone")
     parser.add_argument("--context", type=int, default=4096, help="tokens before a decode of --compare")
     parser.add_argument("--repair", type=int, default=0, help="steps of repair of ours in --compare")
     arguments = parser.parse_args()

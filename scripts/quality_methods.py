@@ -47,7 +47,7 @@ NOTHING = GraphCost(0, 0, 0, 0)
 # What the ways are compared at beside the counted time of workloads. Greedy search for weights is that for a token
 # after one other, which reads nothing else.
 WEIGHTS, ONE_TOKEN = "weights", "decode=1@1"
-OURS, REPAIRED, ALL = "ours", "ours, repaired", "all"
+PAPERS, OURS, REPAIRED, ALL = "NBL", "ours", "ours, repaired", "all"
 # Sets that are tried for each whole layer that is left out, by their loss so far, as greedy search does for blocks.
 TRIES = 8
 RIDGE = 1e-6
@@ -105,7 +105,7 @@ class Ways:
         candidates = [c for c in self.scores().candidates if part_of(c.layer) == ATTENTION]
         order = [c.layer for c in sorted(candidates, key=lambda c: c.cca)]
         for k in range(1, self.most + 1):
-            yield self._linear("NBL", order[:k])
+            yield self._linear(PAPERS, order[:k])
 
     def attention_drop(self) -> Iterator[Cut]:
         api.select(self.out, api.SelectSettings(k=1, criterion="drop"))
@@ -114,12 +114,26 @@ class Ways:
         for k in range(1, self.most + 1):
             yield self._dropped("attention drop", order[:k])
 
-    def ours(self) -> Iterator[Cut]:
-        """Attention, MLPs and spans alone, then all for each thing to save."""
+    @property
+    def by_name(self) -> dict[str, Callable[[], Iterator[Cut]]]:
+        """The ways; that of ours over all blocks is one of ``ours``, too, and takes a third of its time."""
+        return {
+            PAPERS: self.paper,
+            "attention drop": self.attention_drop,
+            "block drop": self.block_drop,
+            "bypass": self.bypass,
+            OURS: self.ours,
+            ALL: lambda: self.ours(frontier=False),
+        }
+
+    def ours(self, frontier: bool = True) -> Iterator[Cut]:
+        """Attention, MLPs and spans alone, if there is to be a ``frontier``; then all for each thing to save."""
         for by in self.compared_by:
             workload = ONE_TOKEN if by == WEIGHTS else by
             # Of a span, K counts two for each layer, and most of them save nothing but weights.
-            settings = api.SelectSettings(k=2 * self.most, workload=(workload,), frontier=by == WEIGHTS)
+            settings = api.SelectSettings(
+                k=2 * self.most, workload=(workload,), frontier=frontier and by == WEIGHTS
+            )
             api.select(self.out, settings)
             curve = self.scores().curve
             assert curve is not None
