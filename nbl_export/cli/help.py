@@ -1,6 +1,6 @@
 """The help, kept to one screen: `run --help` names the options that most never need, `--help-all` explains them.
 
-What nearly every command takes is one line of names in the help of each, too.
+What every command takes is one line of names in the help of each, too, and so is what most of them take.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from cyclopts.help import DefaultFormatter
 
 from nbl_export.settings.definition import MORE
 
-# The options of every command, and of each that reads a folder's files.
-EVERYWHERE = ("--rehash", "--json", "--quiet", "--log-file")
+# The options of every command.
+EVERYWHERE = ("--json", "--quiet", "--log-file")
+_NAMED = ("--rehash", *EVERYWHERE)
 
 
 class ScreenHelp(DefaultFormatter):
-    """Panels as the library draws them, but what :data:`EVERYWHERE` names, and the advanced one of a long help, as
+    """Panels as the library draws them, but what most commands take, and the advanced one of a long help, as
     names alone.
     """
 
@@ -37,12 +38,12 @@ class ScreenHelp(DefaultFormatter):
 
 
 def _shortened(panel: Any) -> Any:
-    """``panel`` with one entry for the options of every command."""
+    """``panel`` with one entry for the options that most commands have."""
     from cyclopts.help import HelpEntry
 
-    own = [entry for entry in panel.entries if not set(entry.names) & set(EVERYWHERE)]
+    own = [entry for entry in panel.entries if not set(entry.names) & set(_NAMED)]
     if len(own) == len(panel.entries):
         return panel
-    found = tuple(name for name in EVERYWHERE if any(name in entry.names for entry in panel.entries))
-    named = HelpEntry(positive_names=found, description="Explained by --help-all.")
-    return panel.copy(entries=[*own, named])
+    taken = {name for entry in panel.entries for name in entry.names}
+    names = tuple(name for name in _NAMED if name in taken)
+    return panel.copy(entries=[*own, HelpEntry(positive_names=names, description="Explained by --help-all.")])

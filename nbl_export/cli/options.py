@@ -48,7 +48,7 @@ Markdown = Annotated[
         dash=True,
     ),
 ]
-Config = Annotated[Path | None, option("Settings in a file.", "--config", shown=NAME)]
+Config = Annotated[Path | None, option("Settings file.", "--config", shown=f"{NAME} if there is one")]
 Onnx = Annotated[Path | None, option("Rewrite this graph, a file or a folder.", "--onnx", panel=_FOREIGN)]
 PlanFile = Annotated[
     Path | None, option("Plan of its model: OUT/nbl/plan.safetensors.", "--plan", panel=_FOREIGN)

@@ -99,7 +99,7 @@ def test_what_is_kept_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     free(monkeypatch, left)
     check_run(ws, BIG, asked("fp32"), {"calibrate", "export"})
     free(monkeypatch, left - 1)
-    with pytest.raises(InputError, match="GiB free, and this run needs about"):
+    with pytest.raises(InputError, match="MiB free, and this run needs about"):
         check_run(ws, BIG, asked("fp32"), {"calibrate", "export"})
 
 
