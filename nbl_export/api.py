@@ -36,6 +36,7 @@ from nbl_export.settings import (
     Budget,
     CalibrateSettings,
     ChatSettings,
+    ConvertSettings,
     DiffBounds,
     EngineSettings,
     EvalSettings,
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from nbl_export.report.evaluation import Evaluation
     from nbl_export.rewrite.replace import RewriteResult
     from nbl_export.stages.chat import Chat
+    from nbl_export.stages.convert import Conversion
     from nbl_export.stages.talking import Generated
 
 S = TypeVar("S", bound=Settings)
@@ -70,6 +72,7 @@ __all__ = [
     "Budget",
     "CalibrateSettings",
     "ChatSettings",
+    "ConvertSettings",
     "DiffBounds",
     "EngineSettings",
     "EvalSettings",
@@ -86,6 +89,7 @@ __all__ = [
     "build",
     "calibrate",
     "chat",
+    "convert",
     "diff",
     "doctor",
     "dry_run",
@@ -270,6 +274,22 @@ def bench(
     """Time both graphs and others in turn. A suspect or slower cell is in the value (``passed``), not raised."""
     with _resumed(out, settings or BenchSettings(), listener, trust_remote_code, rehash) as (work, resolved):
         return pipeline.bench(work, resolved)
+
+
+@in_one_process
+def convert(
+    out: str | Path,
+    settings: ConvertSettings | None = None,
+    listener: Listener | None = None,
+    trust_remote_code: bool = False,
+    rehash: bool = False,
+) -> Conversion:
+    """Write the plan in the form of another engine, and prove it there. A failed gate is in the value (``passed``)."""
+    with _resumed(out, settings or ConvertSettings(), listener, trust_remote_code, rehash) as (
+        work,
+        resolved,
+    ):
+        return pipeline.convert(work, resolved)
 
 
 @in_one_process

@@ -59,6 +59,7 @@ PARTS = (
     Part("tensorrt", "tensorrt", "trt", "TensorRT engines, built on the GPU that runs them"),
     Part("tensorrt-rtx", "tensorrt_rtx", "rtx", "TensorRT engines, built ahead of time on any Linux machine"),
     Part("onnxruntime-genai", "onnxruntime_genai", "genai", "--exporter genai; generating text"),
+    Part("llama-cpp-py-sync", "llama_cpp_py_sync", "llamacpp", "runs GGUF files of `convert`"),
     Part("optimum-onnx", "optimum.exporters.onnx", "optimum", "--exporter optimum, with transformers 4.57"),
     Part("lm-eval", "lm_eval", "eval", "tasks of lm-evaluation-harness"),
     Part("datasets", "datasets", "hub", "data sets of the Hugging Face Hub"),

@@ -30,6 +30,7 @@ from nbl_export.stages import early
 from nbl_export.stages.bench import bench
 from nbl_export.stages.build import build, check_engines, check_limits, check_states
 from nbl_export.stages.calibrate import calibrate
+from nbl_export.stages.convert import convert
 from nbl_export.stages.evaluate import evaluate
 from nbl_export.stages.export import check_exporter, check_model, export
 from nbl_export.stages.rewrite import drop_baseline, rewrite
@@ -44,6 +45,7 @@ __all__ = [
     "build",
     "calibrate",
     "check_machine",
+    "convert",
     "evaluate",
     "export",
     "find",

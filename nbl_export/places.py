@@ -95,6 +95,14 @@ class Places:
     def base_engine(self) -> Path:
         return self.root / "engine" / f"baseline{ENGINE_SUFFIX}"
 
+    def gguf(self, kind: str) -> Path:
+        """The model as a GGUF file with weights of that ``kind``, as llama.cpp names it."""
+        return self.root / "gguf" / f"model-{kind}.gguf"
+
+    @property
+    def conversion(self) -> Path:
+        return self.nbl / "conversion.json"
+
     @property
     def report(self) -> Path:
         return self.root / "report"
@@ -119,6 +127,7 @@ class Places:
             self.partial_moments,
             self.baseline.parent,
             self.engine.parent,
+            self.root / "gguf",
             self.report,
             self.report / "plots",
             self.evaluations,

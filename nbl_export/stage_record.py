@@ -23,6 +23,7 @@ STAGES = {
     "verify": 2,
     "eval": 1,
     "bench": 1,
+    "convert": 1,
 }
 # Inputs that are no stages: the model as it is loaded, and its files that only travel with a graph.
 MODEL, SIDECARS = "model", "sidecars"

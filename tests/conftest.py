@@ -31,6 +31,7 @@ pytest.register_assert_rewrite(
 pytest_plugins = [
     "tests.fixtures_graph",
     "tests.fixtures_engine",
+    "tests.converting",
     "tests.exporters",
     "tests.experts",
     "tests.multimodal",

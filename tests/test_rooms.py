@@ -24,6 +24,7 @@ ROOMS = (
     "generate",
     "evaluate",
     "verify",
+    "convert",
     "rewrite",
     "export",
     "runtime",

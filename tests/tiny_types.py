@@ -18,6 +18,7 @@ _COMMON = {
     "tie_word_embeddings": False,
     "pad_token_id": 1,
 }
+_GQA = {"num_key_value_heads": 2}
 _LATENT = {
     "num_key_value_heads": 4,
     "kv_lora_rank": 12,
@@ -33,7 +34,7 @@ _LATENT = {
     "first_k_dense_replace": 2,
 }
 FIELDS: Mapping[str, Mapping[str, Any]] = {
-    "llama": {"num_key_value_heads": 2},
+    "llama": _GQA,
     "opt": {"word_embed_proj_dim": 32, "ffn_dim": 48},
     "xglm": {"d_model": 32, "num_layers": 4, "attention_heads": 4, "ffn_dim": 48},
     "gemma2": {"num_key_value_heads": 2, "head_dim": 8},
@@ -197,7 +198,7 @@ def scale_up(model: torch.nn.Module, spread: float = 0.3) -> None:
 def tiny_model(model_type: str, **changes: Any) -> Any:
     """A model of ``model_type`` in float32; ``changes`` are configuration fields."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **{**_COMMON, **FIELDS[model_type], **changes})
+    config = AutoConfig.for_model(model_type, **{**_COMMON, **FIELDS.get(model_type, _GQA), **changes})
     model = AutoModelForCausalLM.from_config(config).float().eval().requires_grad_(False)
     scale_up(model)
     return model

@@ -32,6 +32,7 @@ from nbl_export.settings import (
     BenchSettings,
     CalibrateSettings,
     ChatSettings,
+    ConvertSettings,
     DiffBounds,
     EngineSettings,
     EvalSettings,
@@ -310,6 +311,23 @@ def chat(
         screen.talk(talk, out)
 
 
+def convert(
+    out: Out,
+    /,
+    *,
+    settings: ConvertSettings = ConvertSettings(),
+    trust: Trust = False,
+    rehash: Rehash = False,
+    config: Config = None,
+    said: Said = Said(),
+) -> int:
+    """Write the plan in the form of another engine, and prove it there."""
+    api, terminal = _loaded(said, settings)
+    value = api.convert(out, settings, terminal.TerminalListener(), trust, rehash=rehash)
+    terminal.show_conversion(value, out)
+    return 0 if value.passed else GATE_FAILED
+
+
 def report(out: Out, /, *, said: Said = Said()) -> int:
     """Show the report again and redraw its files from report.json."""
     api, terminal = _loaded(said)
@@ -366,6 +384,7 @@ IN_ORDER = (
     bench,
     generate,
     chat,
+    convert,
     report,
     inspect,
     diff,

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from nbl_export.report.diff.values import Diff
     from nbl_export.report.evaluation import Evaluation
     from nbl_export.rewrite.replace import RewriteResult
+    from nbl_export.stages.convert import Conversion
     from nbl_export.stages.dry_run import DryRun
 
 __all__ = ["TerminalListener", "finish", "say", "set_up"]
@@ -177,6 +178,17 @@ def _show_judged(value: Evaluation | BenchReport, tables: list[Table]) -> None:
     if value.checks:
         _show_checks(value.checks)
         result(_verdict(value.passed))
+
+
+def show_conversion(value: Conversion, out: Path) -> None:
+    """The checks of a file for another engine, its verdict, and where it is."""
+    answer(answers.answer("convert", {"out": out, **vars(value), "passed": value.passed}))
+    _show_checks(value.checks)
+    size = f"{value.bytes / 2**20:,.1f} MiB"
+    result(
+        _verdict(value.passed)
+        + drawable(f"  {out / value.file}, {size}; linear: {', '.join(value.layers) or 'none'}")
+    )
 
 
 def _show_checks(checks: Sequence[Check]) -> None:

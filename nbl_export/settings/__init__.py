@@ -6,6 +6,7 @@ from dataclasses import astuple, dataclass, field, replace
 
 from nbl_export.settings.bounds import DiffBounds
 from nbl_export.settings.budget import NO_BOUND, NO_BUDGET, Budget, LossBound, auto_budget
+from nbl_export.settings.converting import ConvertSettings
 from nbl_export.settings.definition import Settings, Task
 from nbl_export.settings.graphs import EngineSettings, ExportSettings, FolderSettings
 from nbl_export.settings.making import CalibrateSettings, SelectSettings
@@ -19,6 +20,7 @@ __all__ = [
     "Budget",
     "CalibrateSettings",
     "ChatSettings",
+    "ConvertSettings",
     "DiffBounds",
     "EngineSettings",
     "EvalSettings",

@@ -13,7 +13,7 @@ from typing import Any
 
 from nbl_export.datafile import TomlError, read_table
 from nbl_export.errors import InputError, os_error_in_words
-from nbl_export.settings import bounds, graphs, making, measuring, talking
+from nbl_export.settings import bounds, converting, graphs, making, measuring, talking
 from nbl_export.settings.definition import Settings, settings_of
 
 NAME = "nbl-export.toml"
@@ -27,6 +27,7 @@ TABLES: dict[str, type[Settings]] = {
     "bench": measuring.BenchSettings,
     "generate": talking.GenerateSettings,
     "chat": talking.ChatSettings,
+    "convert": converting.ConvertSettings,
     "diff": bounds.DiffBounds,
     "run": graphs.FolderSettings,
 }

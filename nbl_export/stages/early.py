@@ -17,6 +17,7 @@ from nbl_export.models.tasks import Task, task_named
 from nbl_export.settings import (
     BenchSettings,
     CalibrateSettings,
+    ConvertSettings,
     EngineSettings,
     EvalSettings,
     ExportSettings,
@@ -98,6 +99,8 @@ def read_by(settings: Settings | None, task: Task) -> Iterator[str]:
         yield from ["export"] * reads_graph(settings)
     elif isinstance(settings, ExportSettings):
         yield from ["calibrate"] * reads_calibration(task, settings)
+    elif isinstance(settings, ConvertSettings):
+        yield "select"
     elif isinstance(settings, EngineSettings | VerifySettings | EvalSettings | BenchSettings):
         yield from _GRAPHS
     elif settings is None:

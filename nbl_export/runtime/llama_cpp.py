@@ -1,0 +1,168 @@
+"""llama.cpp as a :class:`~nbl_export.runtime.stream.Stream`: each row is a sequence of one context on the CPU.
+
+Keys and values are kept in float32, so that what is compared is the file and not a shortened cache. The library comes
+with the package llama-cpp-py-sync.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nbl_export.batch.arrays import BOOL, F32
+from nbl_export.errors import BuildError, MissingDependencyError
+from nbl_export.parts import missing
+from nbl_export.runtime.decoder import KV
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+PACKAGE = "llama-cpp-py-sync"
+_BATCH = 256  # tokens of one call
+
+
+def is_here() -> bool:
+    """Whether the library is installed and loads."""
+    try:
+        require_llama_cpp()
+    except (MissingDependencyError, OSError):
+        return False
+    return True
+
+
+def require_llama_cpp() -> tuple[Any, Any]:
+    """The library and what makes its structures; raises :class:`MissingDependencyError` without it."""
+    try:
+        from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
+    except ImportError:
+        raise missing(PACKAGE, "Running a GGUF file") from None
+    return get_lib(), get_ffi()
+
+
+class LlamaCppStream:
+    """The GGUF file ``path`` in a context for ``rows`` sequences of ``length`` tokens each. Close it, or use it in a
+    ``with`` statement. With ``fused`` attention its cache is as small as the file allows, and its products are float16.
+
+    Raises :class:`BuildError` for a file that llama.cpp does not load.
+    """
+
+    kv_layers = None  # llama.cpp does not show its cache
+
+    def __init__(self, path: Path, rows: int, length: int, fused: bool = False) -> None:
+        self._lib, self._ffi = require_llama_cpp()
+        lib, ffi = self._lib, self._ffi
+        self._said: list[str] = []
+        # Kept as long as the library may call it.
+        self._log = ffi.callback("void(enum ggml_log_level, const char *, void *)", self._listen)
+        lib.llama_log_set(self._log, ffi.NULL)
+        lib.llama_backend_init()
+        self._context = ffi.NULL
+        asked = lib.llama_model_default_params()
+        asked.n_gpu_layers = 0
+        self._model = lib.llama_model_load_from_file(os.fsencode(path), asked)
+        if self._model == ffi.NULL:
+            raise BuildError(f"llama.cpp does not load {path}: {self._why()}.")
+        self._vocabulary = lib.llama_model_get_vocab(self._model)
+        self._width = lib.llama_vocab_n_tokens(self._vocabulary)
+        wanted = lib.llama_context_default_params()
+        wanted.n_ctx, wanted.n_seq_max = rows * length, rows
+        wanted.n_batch = wanted.n_ubatch = _BATCH
+        wanted.n_threads = wanted.n_threads_batch = len(os.sched_getaffinity(0))
+        wanted.flash_attn_type = (
+            lib.LLAMA_FLASH_ATTN_TYPE_ENABLED if fused else lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        )
+        wanted.type_k = wanted.type_v = lib.GGML_TYPE_F32
+        self._context = lib.llama_init_from_model(self._model, wanted)
+        if self._context == ffi.NULL:
+            self.close()
+            raise BuildError(f"llama.cpp has no room for {rows} rows of {length} tokens: {self._why()}.")
+        self._lengths: list[int] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the context and the model."""
+        if self._context != self._ffi.NULL:
+            self._lib.llama_free(self._context)
+        if self._model != self._ffi.NULL:
+            self._lib.llama_model_free(self._model)
+        self._context = self._model = self._ffi.NULL
+
+    def _listen(self, _level: Any, text: Any, _data: Any) -> None:
+        self._said.append(self._ffi.string(text).decode(errors="replace"))
+
+    def _why(self) -> str:
+        """The last error that the library said."""
+        lines = [
+            line.strip() for line in "".join(self._said).splitlines() if "error" in line or "fail" in line
+        ]
+        return (lines[0] if lines else "it does not say why").rstrip(".")
+
+    @property
+    def cache_bytes(self) -> int:
+        """The bytes of keys and values that the context has, as the library says."""
+        sizes = re.findall(r"KV buffer size = +([\d.]+) MiB", "".join(self._said))
+        return round(sum(map(float, sizes)) * 2**20)
+
+    @property
+    def slots(self) -> int:
+        """The tokens that each layer's cache has room for."""
+        return int(self._lib.llama_n_ctx(self._context))
+
+    def prefill(self, rows: Sequence[NDArray[Any]]) -> F32:
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
+        self._lengths = [0] * len(rows)
+        return np.concatenate([self._read([n] * len(row), row) for n, row in enumerate(rows)])
+
+    def decode(self, tokens: Sequence[int]) -> F32:
+        return self._read(range(len(tokens)), tokens)
+
+    def cache(self) -> tuple[Sequence[KV], BOOL]:
+        return (), np.zeros((len(self._lengths), 0), dtype=bool)
+
+    def reserve(self, tokens: int) -> None:
+        return None
+
+    def _read(self, owners: Sequence[int], tokens: Sequence[int] | NDArray[Any]) -> F32:
+        """Logits [tokens, vocab] of ``tokens``, each of which goes on the row that is its owner."""
+        parts = []
+        for first in range(0, len(tokens), _BATCH):
+            some = slice(first, first + _BATCH)
+            parts.append(self._pass(owners[some], tokens[some]))
+        return np.concatenate(parts)
+
+    def _pass(self, owners: Sequence[int], tokens: Sequence[int] | NDArray[Any]) -> F32:
+        lib, count = self._lib, len(tokens)
+        batch = lib.llama_batch_init(count, 0, 1)
+        try:
+            batch.n_tokens = count
+            for n, (owner, token) in enumerate(zip(owners, tokens, strict=True)):
+                batch.token[n], batch.pos[n] = int(token), self._lengths[owner]
+                batch.n_seq_id[n], batch.seq_id[n][0], batch.logits[n] = 1, owner, 1
+                self._lengths[owner] += 1
+            if code := lib.llama_decode(self._context, batch):
+                raise BuildError(
+                    f"llama.cpp does not run the file (llama_decode returns {code}): {self._why()}."
+                )
+            logits = self._ffi.buffer(lib.llama_get_logits(self._context), 4 * count * self._width)
+            return np.frombuffer(logits, np.float32).reshape(count, self._width).copy()
+        finally:
+            lib.llama_batch_free(batch)
+
+    def tokenize(self, text: str, special: bool = True) -> list[int]:
+        """The tokens of ``text``, with those that the file says stand around every text if ``special``."""
+        data = text.encode()
+        room = len(data) + 8
+        found = self._ffi.new("llama_token[]", room)
+        count = self._lib.llama_tokenize(self._vocabulary, data, len(data), found, room, special, False)
+        return [int(token) for token in found[0 : max(count, 0)]]

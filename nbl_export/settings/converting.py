@@ -1,0 +1,31 @@
+"""What can be asked of `convert`: the form of another engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from nbl_export.errors import InputError
+from nbl_export.settings.definition import GRAPH, Settings, Task, options, setting
+
+# Each precision by the name that llama.cpp has for it.
+GGUF_TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
+
+
+@options
+@dataclass(frozen=True)
+class ConvertSettings(Settings):
+    """Which form, and how its weights are stored.
+
+    to: The form: gguf (llama.cpp).
+    precision: fp32, fp16, bf16, or q8_0 (8 bits, a scale for each 32 weights).
+    """
+
+    to: Literal["gguf"] = setting("gguf", GRAPH, metavar="gguf")
+    precision: Literal["fp32", "fp16", "bf16", "q8_0"] = setting("fp16", GRAPH)
+
+    def resolve(self, task: Task) -> ConvertSettings:
+        """Itself; raises :class:`InputError` for an encoder."""
+        if not task.causal:
+            raise InputError(f"--to {self.to} is for decoders; this model is an encoder ({task.name}).")
+        return self

@@ -1,0 +1,51 @@
+"""Tiny models like Llama with random linear layers, and an empty tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nbl_export.blocks import Block
+from nbl_export.convert.gguf_tokenizer import TokenizerFields
+from nbl_export.linearize.plan import LinearLayer, Plan
+from nbl_export.models.layers import hidden_size, layer_count
+
+
+@pytest.fixture
+def no_tokenizer() -> TokenizerFields:
+    """The fields of a file whose readers have token ids alone."""
+    from gguf import GGUFValueType
+
+    return TokenizerFields((("tokenizer.ggml.model", "none", GGUFValueType.STRING, None),))
+
+
+@pytest.fixture
+def random_plan() -> Callable[[Any, Sequence[Block]], Plan]:
+    """A plan with random W and b, large enough to matter, for these blocks of a model."""
+
+    def made(model: Any, blocks: Sequence[Block]) -> Plan:
+        d, generator = hidden_size(model), np.random.default_rng(5)
+
+        def linear() -> LinearLayer:
+            w = generator.normal(size=(d, d)) / np.sqrt(d)
+            return LinearLayer(w.astype(np.float32), generator.normal(size=d).astype(np.float32))
+
+        empty = Plan(
+            model="of a test",
+            hidden_size=d,
+            layer_count=layer_count(model),
+            fit_input="normed",
+            criterion="by hand",
+            ridge=1e-6,
+            calibration_tokens=1,
+            layers={},
+            probe={},
+            probe_u={},
+            probe_y={i: np.zeros((0, d), np.float32) for i in range(layer_count(model))},
+        )
+        return empty.with_replaced({block: linear() for block in blocks})
+
+    return made

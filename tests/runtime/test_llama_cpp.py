@@ -1,0 +1,122 @@
+"""Models and plans in llama.cpp against PyTorch: every form of a layer, formats, tokens, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nbl_export.blocks import Block, Mlp, Span
+from nbl_export.convert.gguf import write_gguf
+from nbl_export.convert.gguf_tokenizer import TokenizerFields, fields_of
+from nbl_export.errors import BuildError
+from nbl_export.linearize.plan import DROPPED, LinearLayer, Plan
+from nbl_export.progress import Silent
+from nbl_export.runtime.llama_cpp import LlamaCppStream, is_here
+from nbl_export.verify.parity.decoder import compare, record
+from nbl_export.verify.parity.figures import Parity, gates_for
+from nbl_export.verify.parity.reference import record_pytorch
+from tests.fixtures_graph import ragged_rows
+from tests.tiny_types import tiny_model
+
+pytestmark = pytest.mark.skipif(not is_here(), reason="needs llama.cpp: pip install '.[llamacpp]'")
+RandomPlan = Callable[[Any, Sequence[Block]], Plan]
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "untied": ("llama", {"tie_word_embeddings": False}),
+    "llama3 rope": ("llama", {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 32}}),
+    "mistral": ("mistral", {"sliding_window": None, "head_dim": 16}),
+    "qwen2": ("qwen2", {}),
+}
+CHOSEN: tuple[Block, ...] = (0, 2, Mlp(3))
+
+
+def parity(path: Path, model: Any, plan: Plan | None, steps: int = 4) -> Parity:
+    rows = ragged_rows([40, 9, 23], model.config.vocab_size)
+    with LlamaCppStream(path, len(rows), 64) as stream:
+        return compare(
+            record_pytorch(model, plan, rows, steps), record(stream, rows, steps), gates_for("float32")
+        )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_form_of_a_layer(
+    name: str,
+    tmp_path: Path,
+    random_plan: RandomPlan,
+    no_tokenizer: TokenizerFields,
+) -> None:
+    kind, changes = MODELS[name]
+    model = tiny_model(kind, num_hidden_layers=4, **changes)
+    plan, path = random_plan(model, CHOSEN), tmp_path / "model.gguf"
+    write_gguf(path, model, plan, no_tokenizer, "F32", Silent())
+    assert parity(path, model, plan).failures() == []
+    # It is not that of another model.
+    assert parity(path, model, None).failures() != []
+
+
+@pytest.mark.parametrize("change", ["scaled W", "no bias", "another layer"])
+def test_a_wrong_file_is_seen(
+    change: str,
+    tmp_path: Path,
+    random_plan: RandomPlan,
+    no_tokenizer: TokenizerFields,
+) -> None:
+    model = tiny_model("llama", num_hidden_layers=4)
+    plan, path = random_plan(model, CHOSEN), tmp_path / "model.gguf"
+    own = plan.layers[2]
+    wrong = {
+        "scaled W": LinearLayer(own.w * np.float32(1.01), own.b),
+        "no bias": LinearLayer(own.w, np.zeros_like(own.b)),
+        "another layer": plan.layers[0],
+    }[change]
+    write_gguf(path, model, replace(plan, layers={**plan.layers, 2: wrong}), no_tokenizer, "F32", Silent())
+    assert parity(path, model, plan).failures() != []
+
+
+def test_spans_and_what_is_dropped(
+    tmp_path: Path,
+    random_plan: RandomPlan,
+    no_tokenizer: TokenizerFields,
+) -> None:
+    model = tiny_model("llama", num_hidden_layers=5)
+    plan = random_plan(model, [Span(1, 2)])
+    first = plan.layers[1]
+    plan = plan.with_replaced({Span(1, 2): first, 0: DROPPED, Mlp(4): DROPPED})
+    path = tmp_path / "model.gguf"
+    write_gguf(path, model, plan, no_tokenizer, "F32", Silent())
+    assert parity(path, model, plan).failures() == []
+    with LlamaCppStream(path, 1, 256, fused=True) as stream:
+        heads, size = model.config.num_key_value_heads, 32 // model.config.num_attention_heads
+        assert abs(stream.cache_bytes - 2 * 2 * heads * size * 4 * stream.slots) <= 0.01 * 2**20
+
+
+def test_tokens_are_those_of_the_models_tokenizer(
+    stories_folder: Path,
+    stories_model: Any,
+    tmp_path: Path,
+    random_plan: RandomPlan,
+) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(stories_folder)
+    path = tmp_path / "model.gguf"
+    write_gguf(
+        path, stories_model, random_plan(stories_model, [1]), fields_of(tokenizer, 512), "F32", Silent()
+    )
+    with LlamaCppStream(path, 1, 64) as stream:
+        for text in ("Once upon a time, there was a girl.", " two  spaces\n\nlines", "naïve ☃ 123", ""):
+            assert stream.tokenize(text) == tokenizer(text).input_ids
+
+
+def test_no_gguf_file(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF but not really")
+    with pytest.raises(BuildError, match=r"llama\.cpp does not load"):
+        LlamaCppStream(path, 1, 16)

@@ -1,0 +1,27 @@
+"""What `convert` can be asked."""
+
+from __future__ import annotations
+
+import pytest
+
+from nbl_export import api
+from nbl_export.convert.gguf import FORMATS
+from nbl_export.errors import InputError
+from nbl_export.models.tasks import task_named
+from nbl_export.settings.converting import GGUF_TYPES
+
+
+def test_every_precision_is_one_of_the_file() -> None:
+    assert set(GGUF_TYPES.values()) == set(FORMATS)
+    for precision in GGUF_TYPES:
+        api.ConvertSettings(precision=precision).check()  # type: ignore[arg-type]
+    with pytest.raises(
+        InputError, match="--precision 'int4' is unknown; choose one of fp32, fp16, bf16, q8_0"
+    ):
+        api.ConvertSettings(precision="int4").check()  # type: ignore[arg-type]
+
+
+def test_an_encoder_has_no_such_form() -> None:
+    with pytest.raises(InputError, match="--to gguf is for decoders; this model is an encoder"):
+        api.ConvertSettings().resolve(task_named("feature-extraction"))
+    assert api.ConvertSettings().resolve(task_named("text-generation")) == api.ConvertSettings()

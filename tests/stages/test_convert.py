@@ -1,0 +1,98 @@
+"""`convert` on a real model: what is written, kept, made again, proven, and skipped where llama.cpp is not here."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nbl_export import api
+from nbl_export.cli import main
+from nbl_export.linearize.plan import LinearLayer, load_plan
+from nbl_export.runtime.llama_cpp import is_here
+from nbl_export.stages import convert as stage
+from tests.listening import Notes
+
+here = pytest.mark.skipif(not is_here(), reason="needs llama.cpp: pip install '.[llamacpp]'")
+
+
+@pytest.fixture(scope="module")
+def converted(stories_out: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the finished run with a GGUF file in float32."""
+    out = tmp_path_factory.mktemp("converted") / "out"
+    shutil.copytree(stories_out, out, copy_function=shutil.copy2)
+    value = api.convert(out, api.ConvertSettings(precision="fp32"))
+    assert value.passed and value.file == "gguf/model-F32.gguf"
+    return out
+
+
+@here
+def test_a_file_is_proven_and_kept(converted: Path) -> None:
+    heard = Notes()
+    value = api.convert(converted, api.ConvertSettings(precision="fp32"), heard)
+    assert heard.kept == ["convert"]
+    names = ("linear layers", "parity", "tokens", "KV cache")
+    assert {c.name: c.status for c in value.checks} == dict.fromkeys(names, "passed")
+    plan = load_plan(converted / "nbl" / "plan.json")
+    assert value.layers == tuple(map(str, plan.blocks)) and value.parity is not None
+    assert value.parity.worst <= 1e-3 and len(value.parity.steps) == 9
+    assert value.bytes == (converted / value.file).stat().st_size
+
+
+@here
+@pytest.mark.parametrize("precision", ["fp16", "q8_0"])
+def test_another_precision_takes_its_place(converted: Path, precision: str, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(converted, tmp_path / "out", copy_function=shutil.copy2))
+    value = api.convert(out, api.ConvertSettings(precision=precision))  # type: ignore[arg-type]
+    assert value.passed, value.checks
+    assert [path.name for path in (out / "gguf").iterdir()] == [Path(value.file).name]
+    assert value.bytes < (converted / "gguf" / "model-F32.gguf").stat().st_size
+
+
+@here
+@pytest.mark.parametrize("change", ["scaled W", "no bias"])
+def test_a_wrong_file_fails_and_the_exit_code_says_so(
+    converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    out = Path(shutil.copytree(converted, tmp_path / "out", copy_function=shutil.copy2))
+    real = stage._write
+
+    def wrong(run, plan, *rest):  # type: ignore[no-untyped-def]
+        layers = {
+            i: LinearLayer(one.w * np.float32(1.05), one.b)
+            if change == "scaled W"
+            else LinearLayer(one.w, 0 * one.b)
+            for i, one in plan.layers.items()
+        }
+        real(run, replace(plan, layers=layers), *rest)
+
+    monkeypatch.setattr(stage, "_write", wrong)
+    monkeypatch.setattr("sys.argv", ["nbl-export", "convert", str(out), "--precision", "q8_0", "--quiet"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    checks = json.loads((out / "nbl" / "conversion.json").read_text())["checks"]
+    assert {c["name"]: c["status"] for c in checks}["linear layers"] == "failed"
+
+
+def test_without_llama_cpp_the_file_is_written_and_the_check_says_what_to_install(
+    stories_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = Path(shutil.copytree(stories_out, tmp_path / "out", copy_function=shutil.copy2))
+    monkeypatch.setattr("nbl_export.runtime.llama_cpp.is_here", lambda: False)
+    value = api.convert(out, api.ConvertSettings(precision="fp32"))
+    stored, check = value.checks
+    assert (
+        stored.status == "passed"
+        and check.status == "skipped"
+        and "llama.cpp is not here: pip install" in check.detail
+        and value.passed
+    )
+    assert (out / value.file).is_file()
+    if is_here():  # once it is there, it is proven
+        monkeypatch.undo()
+        assert len(api.convert(out, api.ConvertSettings(precision="fp32")).checks) == 4
