@@ -130,10 +130,9 @@ class Ways:
         """Attention, MLPs and spans alone, if there is to be a ``frontier``; then all for each thing to save."""
         for by in self.compared_by:
             workload = ONE_TOKEN if by == WEIGHTS else by
-            # Of a span, K counts two for each layer, and most of them save nothing but weights.
-            settings = api.SelectSettings(
-                k=2 * self.most, workload=(workload,), frontier=frontier and by == WEIGHTS
-            )
+            # MLPs alone, which save nothing but weights, need twice as many as all together.
+            most, lines = (2 if frontier else 1) * self.most, frontier and by == WEIGHTS
+            settings = api.SelectSettings(k=most, workload=(workload,), frontier=lines)
             api.select(self.out, settings)
             curve = self.scores().curve
             assert curve is not None
