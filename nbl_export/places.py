@@ -100,6 +100,10 @@ class Places:
         return self.root / "gguf" / f"model-{kind}.gguf"
 
     @property
+    def mlx(self) -> Path:
+        return self.root / "mlx"
+
+    @property
     def conversion(self) -> Path:
         return self.nbl / "conversion.json"
 
@@ -128,6 +132,7 @@ class Places:
             self.baseline.parent,
             self.engine.parent,
             self.root / "gguf",
+            self.mlx,
             self.report,
             self.report / "plots",
             self.evaluations,

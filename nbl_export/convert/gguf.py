@@ -15,20 +15,12 @@ from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import F32
 from nbl_export.blocks import Block, Mlp, layer_of
-from nbl_export.convert.deci import (
-    ARCHITECTURE,
-    ZEROS,
-    DeciBlock,
-    blocks_of,
-    check_held,
-    rope_base,
-    rope_factors,
-)
+from nbl_export.convert.deci import ARCHITECTURE, ZEROS, DeciBlock, blocks_of
 from nbl_export.convert.gguf_tokenizer import TokenizerFields
+from nbl_export.convert.llama import LAYERS, check_like_llama, numbers, rope_base, rope_factors
 from nbl_export.errors import InputError
 from nbl_export.files import atomic_path
 from nbl_export.linearize.plan import Plan
-from nbl_export.models.weights import held
 from nbl_export.progress import Listener, bytes_task
 
 if TYPE_CHECKING:
@@ -36,7 +28,6 @@ if TYPE_CHECKING:
 
 # How weights are stored, by the name that llama.cpp has for a file of them.
 FORMATS = ("F32", "F16", "BF16", "Q8_0")
-_LAYERS = "model.layers"
 _ATTENTION = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "output": "o_proj"}
 _MLP = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 
@@ -60,7 +51,7 @@ def write_gguf(
     """
     from gguf import GGUFWriter
 
-    check_held(model, plan)
+    check_like_llama(model, plan, "llama.cpp")
     blocks = blocks_of(plan)
     tensors = list(_Source(model, plan).tensors(blocks))
     kinds = {tensor.name: _kind(tensor, form) for tensor in tensors}
@@ -136,22 +127,22 @@ class _Source:
         for number, block in enumerate(blocks):
             at = f"blk.{number}"
             if block.attention is not None:
-                yield from self._attention(at, f"{_LAYERS}.{block.attention}", config)
+                yield from self._attention(at, f"{LAYERS}.{block.attention}", config)
             elif block.has_heads:
                 yield from self._linear(at, block.linear)
             if block.mlp is not None:
-                yield from self._mlp(at, f"{_LAYERS}.{block.mlp}")
+                yield from self._mlp(at, f"{LAYERS}.{block.mlp}")
             else:
                 yield from self._zeros(at, block.linear)
 
     def _own(self, name: str, parameter: str, heads: int = 0) -> _Tensor:
         """A tensor of the model; ``heads`` of queries or keys are put in llama.cpp's order."""
 
-        def numbers() -> F32:
-            found = _numbers(self.model, self.plan, parameter)
+        def read() -> F32:
+            found = numbers(self.model, self.plan, parameter)
             return _neighbours(found, heads) if heads else found
 
-        return _Tensor(name, tuple(self.model.get_parameter(parameter).shape), numbers)
+        return _Tensor(name, tuple(self.model.get_parameter(parameter).shape), read)
 
     def _projections(self, at: str, module: str, names: Mapping[str, str], **heads: int) -> Iterator[_Tensor]:
         """The weights, and the biases that there are, of the projections of a ``module``."""
@@ -174,7 +165,7 @@ class _Source:
             yield _constant(f"{at}.attn_output.weight", 0, d, d)
             return
         norm = "post_attention_layernorm" if isinstance(block, Mlp) else "input_layernorm"
-        yield self._own(f"{at}.attn_norm.weight", f"{_LAYERS}.{layer_of(block)}.{norm}.weight")
+        yield self._own(f"{at}.attn_norm.weight", f"{LAYERS}.{layer_of(block)}.{norm}.weight")
         yield _Tensor(f"{at}.attn_output.weight", (d, d), lambda: self.plan.layers[block].w, whole=True)
 
     def _mlp(self, at: str, layer: str) -> Iterator[_Tensor]:
@@ -193,16 +184,6 @@ class _Source:
 
 def _constant(name: str, value: float, *shape: int) -> _Tensor:
     return _Tensor(name, shape, lambda: np.full(shape, value, np.float32))
-
-
-def _numbers(model: torch.nn.Module, plan: Plan, name: str) -> F32:
-    """A parameter of ``model`` in float32, with what a repair changed."""
-    import torch
-
-    with held(model, [name]), torch.inference_mode():
-        found: F32 = model.get_parameter(name).detach().float().cpu().numpy()
-    adapter = plan.adapters.get(name)
-    return found if adapter is None else found + adapter.change()
 
 
 def _neighbours(rows: F32, heads: int) -> F32:

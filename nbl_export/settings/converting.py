@@ -17,12 +17,19 @@ GGUF_TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 class ConvertSettings(Settings):
     """Which form, and how its weights are stored.
 
-    to: The form: gguf (llama.cpp).
-    precision: fp32, fp16, bf16, or q8_0 (8 bits, a scale for each 32 weights).
+    to: The form: gguf (a file for llama.cpp), mlx (a folder for mlx-lm).
+    precision: fp32, fp16, bf16; gguf: q8_0 (8 bits, a scale for each 32 weights).
     """
 
-    to: Literal["gguf"] = setting("gguf", GRAPH, metavar="gguf")
+    to: Literal["gguf", "mlx"] = setting("gguf", GRAPH, metavar="gguf|mlx")
     precision: Literal["fp32", "fp16", "bf16", "q8_0"] = setting("fp16", GRAPH)
+
+    def check(self) -> None:
+        super().check()
+        if self.to != "gguf" and self.precision == "q8_0":
+            raise InputError(
+                f"--precision q8_0 is of --to gguf, not of --to {self.to}: quantize with the engine's own."
+            )
 
     def resolve(self, task: Task) -> ConvertSettings:
         """Itself; raises :class:`InputError` for an encoder."""

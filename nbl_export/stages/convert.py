@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 from nbl_export.checks import Check
 from nbl_export.files import TEMPORARY, read_json, write_json
 from nbl_export.linearize.plan import Plan, load_plan
+from nbl_export.parts import part
 from nbl_export.progress import Listener
 from nbl_export.records import from_json, to_json
+from nbl_export.runtime.stream import Stream
 from nbl_export.settings import VerifySettings
 from nbl_export.settings.converting import GGUF_TYPES, ConvertSettings
 from nbl_export.stage_record import MODEL
 from nbl_export.stages.run import Run
+from nbl_export.verify.case import DecoderCase
 from nbl_export.verify.parity.figures import Parity
 
-if TYPE_CHECKING:
-    from nbl_export.convert.gguf_tokenizer import TokenizerFields
+_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """A file for another engine: its path in the output folder, its bytes, the layers that are linear in it, and what
-    that engine computes with it against PyTorch.
+    """The form of another engine: its file or folder in the output folder, its bytes, the layers that are linear in it,
+    and what that engine computes with it against PyTorch.
     """
 
     file: str
@@ -39,91 +44,190 @@ class Conversion:
         return not any(check.status == "failed" for check in self.checks)
 
 
+@dataclass(frozen=True)
+class Form(ABC):
+    """A form of the model of a ``run`` in one ``precision``; its ``engine`` comes with a ``package``."""
+
+    run: Run
+    precision: str
+    engine: ClassVar[str]
+    package: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def place(self) -> Path:
+        """Its file or folder."""
+
+    @abstractmethod
+    def check_held(self, plan: Plan) -> None:
+        """Raise :class:`.InputError` for a model or a plan that it cannot hold."""
+
+    @abstractmethod
+    def write(self, place: Path, plan: Plan, listener: Listener) -> list[Path]:
+        """Write it; returns its files."""
+
+    def stored(self, place: Path, plan: Plan) -> tuple[Check, ...]:
+        """What is found of it without the engine."""
+        return ()
+
+    @abstractmethod
+    def is_here(self) -> bool:
+        """Whether its engine is."""
+
+    @abstractmethod
+    def opened(self, place: Path, rows: int, length: int) -> AbstractContextManager[Stream]:
+        """It in its engine, for so many rows of so many tokens."""
+
+    def more(self, case: DecoderCase) -> tuple[Check, ...]:
+        """What else is found of it in its engine."""
+        return ()
+
+
+class Gguf(Form):
+    """A GGUF file for llama.cpp."""
+
+    engine, package = "llama.cpp", "llama-cpp-py-sync"
+
+    @property
+    def _kind(self) -> str:
+        return GGUF_TYPES[self.precision]
+
+    @property
+    def place(self) -> Path:
+        return self.run.workspace.gguf(self._kind)
+
+    def check_held(self, plan: Plan) -> None:
+        from nbl_export.convert.llama import check_like_llama
+
+        check_like_llama(self.run.model.model, plan, self.engine)
+
+    def write(self, place: Path, plan: Plan, listener: Listener) -> list[Path]:
+        from nbl_export.convert.gguf import write_gguf
+        from nbl_export.convert.gguf_tokenizer import fields_of, fields_of_gguf
+
+        source, model = self.run.model.source, self.run.model.model
+        if source.gguf_file is not None:
+            tokenizer = fields_of_gguf(Path(source.path) / source.gguf_file)
+        else:
+            config: Any = model.config
+            tokenizer = fields_of(self.run.model.tokenizer, int(config.vocab_size))
+        place.parent.mkdir(exist_ok=True)
+        write_gguf(place, model, plan, tokenizer, self._kind, listener)
+        return [place]
+
+    def stored(self, place: Path, plan: Plan) -> tuple[Check, ...]:
+        from nbl_export.convert.stored import check_stored
+
+        return (check_stored(place, plan),)
+
+    def is_here(self) -> bool:
+        from nbl_export.runtime import llama_cpp
+
+        return llama_cpp.is_here()
+
+    def opened(self, place: Path, rows: int, length: int) -> AbstractContextManager[Stream]:
+        from nbl_export.runtime.llama_cpp import LlamaCppStream
+
+        return LlamaCppStream(place, rows, length)
+
+    def more(self, case: DecoderCase) -> tuple[Check, ...]:
+        from nbl_export.verify.llama_cpp import check_gguf
+
+        return check_gguf(case, self.place, self.run.model.tokenizer)
+
+
+class Mlx(Form):
+    """A folder for mlx-lm."""
+
+    engine, package = "mlx-lm", "mlx-lm"
+
+    @property
+    def place(self) -> Path:
+        return self.run.workspace.mlx
+
+    def check_held(self, plan: Plan) -> None:
+        from nbl_export.convert.mlx import check_held
+
+        check_held(self.run.model.model, plan)
+
+    def write(self, place: Path, plan: Plan, listener: Listener) -> list[Path]:
+        from nbl_export.convert.mlx import write_mlx
+
+        model = self.run.model
+        return write_mlx(place, model.model, plan, model.tokenizer, _DTYPES[self.precision], listener)
+
+    def is_here(self) -> bool:
+        from nbl_export.runtime import mlx
+
+        return mlx.is_here()
+
+    def opened(self, place: Path, rows: int, length: int) -> AbstractContextManager[Stream]:
+        from nbl_export.runtime.mlx import MlxStream
+
+        return nullcontext(MlxStream(place))
+
+
+FORMS: dict[str, type[Form]] = {"gguf": Gguf, "mlx": Mlx}
+
+
 def convert(run: Run, settings: ConvertSettings) -> Conversion:
-    """The model with the plan of the folder as ``OUT/gguf/model-F16.gguf``, and what llama.cpp computes with it.
+    """The model with the plan of the folder in the form of another engine, and what that computes with it.
 
     A gate that fails is in the value, not an exception.
     """
-    from nbl_export.convert.deci import check_held
-    from nbl_export.convert.stored import check_stored
-
     ws = run.workspace
     selected = ws.require("select")
     made_of = {"select": selected.result, MODEL: run.model.source.model}
-    target = ws.gguf(GGUF_TYPES[settings.precision])
+    form = FORMS[settings.to](run, settings.precision)
 
     def work(listener: Listener) -> list[Path]:
         plan = load_plan(ws.plan)
-        check_held(run.model.model, plan)
-        target.parent.mkdir(exist_ok=True)
-        tokenizer = _tokenizer(run)
-        _write(run, plan, tokenizer, settings, target, listener)
-        proven, parity = _verified(run, plan, tokenizer, settings, target, listener)
-        checks = (check_stored(target, plan), *proven)
-        name = target.relative_to(ws.root).as_posix()
-        layers = tuple(map(str, plan.blocks))
-        found = Conversion(name, target.stat().st_size, layers, checks, parity)
+        form.check_held(plan)
+        files = form.write(form.place, plan, listener)
+        proven, parity = _verified(form, plan, listener)
+        found = Conversion(
+            form.place.relative_to(ws.root).as_posix(),
+            sum(path.stat().st_size for path in files),
+            tuple(map(str, plan.blocks)),
+            (*form.stored(form.place, plan), *proven),
+            parity,
+        )
         write_json(ws.conversion, to_json(found))
-        return [target, ws.conversion]
+        return [*files, ws.conversion]
 
-    run.stage("convert", settings.as_json() | _engine(), made_of, work)
+    # Once the engine is here, what was not proven is.
+    run.stage("convert", settings.as_json() | {"proven": form.is_here()}, made_of, work)
     return from_json(Conversion, read_json(ws.conversion, "The conversion", ""), str(ws.conversion), "")
 
 
-def _engine() -> dict[str, Any]:
-    """Whether the engine is here: once it is, what was not proven is."""
-    from nbl_export.runtime.llama_cpp import is_here
-
-    return {"proven": is_here()}
-
-
-def _tokenizer(run: Run) -> TokenizerFields:
-    from nbl_export.convert.gguf_tokenizer import fields_of, fields_of_gguf
-
-    source = run.model.source
-    if source.gguf_file is not None:
-        return fields_of_gguf(Path(source.path) / source.gguf_file)
-    model: Any = run.model.model
-    return fields_of(run.model.tokenizer, int(model.config.vocab_size))
-
-
-def _write(
-    run: Run,
-    plan: Plan,
-    tokenizer: TokenizerFields,
-    settings: ConvertSettings,
-    path: Path,
-    listener: Listener,
-) -> None:
-    from nbl_export.convert.gguf import write_gguf
-
-    write_gguf(path, run.model.model, plan, tokenizer, GGUF_TYPES[settings.precision], listener)
-
-
-def _verified(
-    run: Run,
-    plan: Plan,
-    tokenizer: TokenizerFields,
-    settings: ConvertSettings,
-    path: Path,
-    listener: Listener,
-) -> tuple[tuple[Check, ...], Parity | None]:
+def _verified(form: Form, plan: Plan, listener: Listener) -> tuple[tuple[Check, ...], Parity | None]:
     from nbl_export.calibrate.text import load_text
-    from nbl_export.parts import part
-    from nbl_export.runtime.llama_cpp import PACKAGE, is_here
-    from nbl_export.verify.case import DecoderCase
-    from nbl_export.verify.llama_cpp import measure_gguf
+    from nbl_export.verify.converted import measure_converted
 
-    if not is_here():
-        return (Check("parity", "skipped", f"llama.cpp is not here: {part(PACKAGE).pip}"),), None
-    ws = run.workspace
+    if not form.is_here():
+        return (Check("parity", "skipped", f"{form.engine} is not here: {part(form.package).pip}"),), None
+    run, ws = form.run, form.run.workspace
     text = load_text(ws.text)
     case = DecoderCase(run.model.in_float32, plan, ws.baseline, ws.model, VerifySettings(), listener, text)
-    beside = path.with_name(f".unmodified{TEMPORARY}")
-    unmodified = partial(_write, run, plan.without_layers(), tokenizer, settings, beside, listener)
-    try:
-        return measure_gguf(
-            case, path, settings.precision, run.model.tokenizer, lambda: (unmodified(), beside)[1]
+    with _unmodified(form, plan, listener) as unmodified:
+        checks, parity = measure_converted(
+            case, form.place, form.precision, form.engine, form.opened, unmodified
         )
+    return (*checks, *form.more(case)), parity
+
+
+@contextmanager
+def _unmodified(form: Form, plan: Plan, listener: Listener) -> Iterator[Callable[[], Path]]:
+    """What writes the model without linear layers beside the form, which is gone afterwards."""
+    beside = form.place.with_name(f".unmodified{TEMPORARY}")
+
+    def written() -> Path:
+        form.write(beside, plan.without_layers(), listener)
+        return beside
+
+    try:
+        yield written
     finally:
+        if beside.is_dir():
+            shutil.rmtree(beside)
         beside.unlink(missing_ok=True)

@@ -153,7 +153,7 @@ def test_help_shows_every_option_of_build() -> None:
         "--precision",
         "--kv-cache",
         "fp16 with --trt",
-        "static with --trt",
+        "by target",
     ):
         assert word in shown, word
 

@@ -404,8 +404,9 @@ def test_unusable_text_exits_2(
     out = tmp_path / "out"
     done = nbl("calibrate", place / "model", "-o", out, "--calibration", tmp_path / name, *SMALL)
     assert_refused(done, 2, *words, quietly=False)
-    assert stages(out) == set() and not (out / "nbl" / "moments").exists()
-    no_leftovers(out)
+    if out.exists():  # what is no text at all is refused before it is made
+        assert stages(out) == set() and not (out / "nbl" / "moments").exists()
+        no_leftovers(out)
 
 
 def test_too_few_tokens_exit_2(place: Path, prose: Path, tmp_path: Path) -> None:

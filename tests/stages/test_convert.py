@@ -14,6 +14,7 @@ from nbl_export import api
 from nbl_export.cli import main
 from nbl_export.linearize.plan import LinearLayer, load_plan
 from nbl_export.runtime.llama_cpp import is_here
+from nbl_export.runtime.mlx import is_here as mlx_is_here
 from nbl_export.stages import convert as stage
 from tests.listening import Notes
 
@@ -59,18 +60,18 @@ def test_a_wrong_file_fails_and_the_exit_code_says_so(
     converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     out = Path(shutil.copytree(converted, tmp_path / "out", copy_function=shutil.copy2))
-    real = stage._write
+    real = stage.Gguf.write
 
-    def wrong(run, plan, *rest):  # type: ignore[no-untyped-def]
+    def wrong(self, place, plan, listener):  # type: ignore[no-untyped-def]
         layers = {
             i: LinearLayer(one.w * np.float32(1.05), one.b)
             if change == "scaled W"
             else LinearLayer(one.w, 0 * one.b)
             for i, one in plan.layers.items()
         }
-        real(run, replace(plan, layers=layers), *rest)
+        return real(self, place, replace(plan, layers=layers), listener)
 
-    monkeypatch.setattr(stage, "_write", wrong)
+    monkeypatch.setattr(stage.Gguf, "write", wrong)
     monkeypatch.setattr("sys.argv", ["nbl-export", "convert", str(out), "--precision", "q8_0", "--quiet"])
     with pytest.raises(SystemExit) as ended:
         main()
@@ -96,3 +97,21 @@ def test_without_llama_cpp_the_file_is_written_and_the_check_says_what_to_instal
     if is_here():  # once it is there, it is proven
         monkeypatch.undo()
         assert len(api.convert(out, api.ConvertSettings(precision="fp32")).checks) == 4
+
+
+@pytest.mark.skipif(not mlx_is_here(), reason="needs mlx-lm: pip install '.[mlx]'")
+def test_a_folder_for_mlx_is_proven_with_its_cache(stories_out: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(stories_out, tmp_path / "out", copy_function=shutil.copy2))
+    value = api.convert(out, api.ConvertSettings("mlx", "fp32"))
+    assert value.passed and value.file == "mlx" and value.parity is not None
+    names = {path.name for path in (out / "mlx").iterdir()}
+    assert {
+        "config.json",
+        "tokenizer.json",
+        "model-00001.safetensors",
+        "model.safetensors.index.json",
+    } <= names
+    assert all(step.kv_max_rel > 0 for step in value.parity.steps)  # keys and values were compared
+    # Another form takes its place, and nothing of it is left.
+    api.convert(out, api.ConvertSettings(precision="fp32"))
+    assert not list((out / "mlx").iterdir())

@@ -1,0 +1,228 @@
+"""Model + plan → a folder of mlx-lm's architecture ``nemotron-nas``, which knows linear attention and linear MLPs.
+
+Each layer of it has an attention, a matrix with a bias in its place, or nothing, and an MLP likewise. Biases are of all
+layers or of none: where one has a bias, the others get zeros. The inner width of its MLPs is a multiple of 256: a
+narrower one gets zeros, which change nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nbl_export.batch.arrays import F32
+from nbl_export.blocks import Block, Mlp
+from nbl_export.convert.llama import LAYERS, check_like_llama, numbers, rope_base
+from nbl_export.errors import InputError
+from nbl_export.files import atomic_path, write_json
+from nbl_export.linearize.plan import Plan
+from nbl_export.progress import Listener
+
+if TYPE_CHECKING:
+    import torch
+
+ARCHITECTURE = "nemotron-nas"
+_MULTIPLE = 256  # of the inner width of an MLP
+_SHARD = 1 << 30  # bytes of one file of weights
+_QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+def write_mlx(
+    folder: Path, model: torch.nn.Module, plan: Plan, tokenizer: Any, dtype: str, listener: Listener
+) -> list[Path]:
+    """Write ``model``, a decoder like Llama, with ``plan`` into ``folder``, in a dtype of torch such as ``float16``.
+
+    Returns the files, of which the configuration is written last: without it nothing loads the folder. Raises
+    :class:`InputError`, before anything is written, for what the architecture cannot hold.
+    """
+    check_held(model, plan)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = folder / "config.json"
+    config.unlink(missing_ok=True)
+    files = _Shards(folder, dtype)
+    with listener.task("Writing weights", plan.layer_count, "layers") as task:
+        for layer, name, value in _tensors(model, plan):
+            files.add(name, value)
+            task.advance(1 if layer else 0)
+    written = files.finish()
+    written += [Path(path) for path in tokenizer.save_pretrained(folder) if Path(path).is_file()]
+    write_json(config, configuration(model, plan))
+    return [*written, config]
+
+
+def check_held(model: torch.nn.Module, plan: Plan) -> None:
+    """Raise :class:`InputError` for a model, or a plan, that the architecture cannot hold."""
+    check_like_llama(model, plan, "mlx-lm")
+    config: Any = model.config
+    heads, head_dim = config.num_attention_heads, getattr(config, "head_dim", None)
+    if head_dim not in (None, config.hidden_size // heads):
+        raise InputError(
+            f"mlx-lm has heads of {config.hidden_size // heads} in such a model, and {type(model).__name__} of "
+            f"{head_dim}: convert it --to gguf."
+        )
+
+
+def configuration(model: torch.nn.Module, plan: Plan) -> dict[str, Any]:
+    """The ``config.json`` of the folder."""
+    config: Any = model.config
+    told: dict[str, Any] = dict(
+        getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    )
+    kind = told.get("rope_type", "default")
+    names = (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "rms_norm_eps",
+        "vocab_size",
+        "hidden_act",
+    )
+    return {
+        "architectures": ["DeciLMForCausalLM"],
+        "model_type": ARCHITECTURE,
+        **{
+            name: getattr(config, name) for name in (*names, "max_position_embeddings", "tie_word_embeddings")
+        },
+        "attention_bias": _has_bias(model, plan, attention=True),
+        "mlp_bias": _has_bias(model, plan, attention=False),
+        "rope_theta": rope_base(model),
+        "rope_scaling": None if kind == "default" else {k: v for k, v in told.items() if k != "rope_theta"},
+        "block_configs": [
+            {"attention": _attention(config, plan, layer), "ffn": _mlp(config, plan, layer)}
+            for layer in range(plan.layer_count)
+        ],
+        "eos_token_id": config.eos_token_id,
+        "bos_token_id": config.bos_token_id,
+    }
+
+
+def _attention(config: Any, plan: Plan, layer: int) -> dict[str, Any]:
+    kept = {"n_heads_in_group": config.num_attention_heads // config.num_key_value_heads}
+    return _state(plan, layer) or kept
+
+
+def _mlp(config: Any, plan: Plan, layer: int) -> dict[str, Any]:
+    return _state(plan, Mlp(layer)) or {"ffn_mult": 3 * _inner(config) / (2 * config.hidden_size)}
+
+
+def _state(plan: Plan, block: Block) -> dict[str, Any]:
+    """What stands in the place of a ``block``; nothing where it stays."""
+    if block in plan.layers:
+        return {"replace_with_linear": True}
+    return {"no_op": True} if block in plan.dropped else {}
+
+
+def _inner(config: Any) -> int:
+    """The inner width of the MLPs in the folder."""
+    return -(-int(config.intermediate_size) // _MULTIPLE) * _MULTIPLE
+
+
+def _has_bias(model: torch.nn.Module, plan: Plan, attention: bool) -> bool:
+    names = (
+        (f".self_attn.{name}.bias" for name in _QKVO) if attention else (f".mlp.{name}.bias" for name in _MLP)
+    )
+    ends = tuple(names)
+    linear = any(isinstance(block, Mlp) is not attention for block in plan.layers)
+    return linear or any(name.endswith(ends) for name, _ in model.named_parameters())
+
+
+def _tensors(model: torch.nn.Module, plan: Plan) -> Iterator[tuple[bool, str, F32]]:
+    """Every tensor of the folder, whether it ends a layer, and its name."""
+    config: Any = model.config
+    biased, mlp_biased = (_has_bias(model, plan, attention) for attention in (True, False))
+    inner = _inner(config)
+    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+
+    def projection(
+        name: str, bias: bool, shape: tuple[int, ...] | None = None
+    ) -> Iterator[tuple[bool, str, F32]]:
+        weight = numbers(model, plan, f"{name}.weight")
+        found = weight if shape is None else _padded(weight, shape)
+        yield False, f"{name}.weight", found
+        if bias:
+            known = numbers(model, plan, f"{name}.bias") if f"{name}.bias" in own else np.zeros(0, np.float32)
+            yield False, f"{name}.bias", _padded(known, (found.shape[0],))
+
+    yield False, "model.embed_tokens.weight", numbers(model, plan, "model.embed_tokens.weight")
+    for layer in range(plan.layer_count):
+        at, d = f"{LAYERS}.{layer}", plan.hidden_size
+        blocks: tuple[tuple[Block, str, str], ...] = (
+            (layer, "input_layernorm", "self_attn"),
+            (Mlp(layer), "post_attention_layernorm", "mlp"),
+        )
+        for block, norm, module in blocks:
+            if block in plan.dropped:
+                continue
+            yield False, f"{at}.{norm}.weight", numbers(model, plan, f"{at}.{norm}.weight")
+            if block in plan.layers:
+                linear = plan.layers[block]
+                yield False, f"{at}.{module}.linear.weight", linear.w
+                yield False, f"{at}.{module}.linear.bias", linear.b
+            elif module == "self_attn":
+                for name in _QKVO:
+                    yield from projection(f"{at}.self_attn.{name}", biased)
+            else:
+                for name, shape in zip(_MLP, ((inner, d), (inner, d), (d, inner)), strict=True):
+                    yield from projection(f"{at}.mlp.{name}", mlp_biased, shape)
+        yield True, "", np.zeros(0, np.float32)
+    yield False, "model.norm.weight", numbers(model, plan, "model.norm.weight")
+    if not config.tie_word_embeddings:
+        yield False, "lm_head.weight", numbers(model, plan, "lm_head.weight")
+
+
+def _padded(values: F32, shape: tuple[int, ...]) -> F32:
+    """``values`` with zeros behind them, up to ``shape``."""
+    wider = [(0, wanted - had) for wanted, had in zip(shape, values.shape, strict=True)]
+    return np.pad(values, wider) if any(after for _, after in wider) else values
+
+
+class _Shards:
+    """The files of weights, one after the other, so that memory has one of them, and their index."""
+
+    def __init__(self, folder: Path, dtype: str) -> None:
+        self._folder, self._dtype = folder, dtype
+        self._held: dict[str, torch.Tensor] = {}
+        self._bytes = self._total = 0
+        self._names: list[list[str]] = []
+
+    def add(self, name: str, value: F32) -> None:
+        import torch
+
+        if not name:
+            return
+        tensor = torch.tensor(value, dtype=getattr(torch, self._dtype))
+        if not bool(torch.isfinite(tensor).all()):
+            raise InputError(f"{name} has numbers that {self._dtype} does not have: use --precision bf16.")
+        size = tensor.numel() * tensor.element_size()
+        if self._held and self._bytes + size > _SHARD:
+            self._write()
+        self._held[name] = tensor
+        self._bytes += size
+        self._total += size
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"model-{number + 1:05}.safetensors"
+
+    def _write(self) -> None:
+        from safetensors.torch import save_file
+
+        with atomic_path(self._path(len(self._names))) as temporary:
+            save_file(self._held, temporary, metadata={"format": "mlx"})
+        self._names.append(list(self._held))
+        self._held, self._bytes = {}, 0
+
+    def finish(self) -> list[Path]:
+        """Write what is left, and the index; returns all files."""
+        self._write()
+        index = self._folder / "model.safetensors.index.json"
+        places = {name: self._path(n).name for n, names in enumerate(self._names) for name in names}
+        with atomic_path(index) as temporary:
+            temporary.write_text(
+                json.dumps({"metadata": {"total_size": self._total}, "weight_map": places}, indent=1)
+            )
+        return [*(self._path(n) for n in range(len(self._names))), index]

@@ -1,0 +1,60 @@
+"""The form of another engine, run there, against PyTorch with the same plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from nbl_export.checks import Check
+from nbl_export.graph.precision import precision_of
+from nbl_export.runtime.stream import Stream
+from nbl_export.verify.case import DecoderCase
+from nbl_export.verify.crossing import parity_text
+from nbl_export.verify.measurement import judged
+from nbl_export.verify.parity.decoder import Recorded, compare, record
+from nbl_export.verify.parity.figures import Parity, gates_for
+from nbl_export.verify.parity.own import OWN, pytorch_in_precision
+from nbl_export.verify.parity.reference import record_pytorch
+
+# The gates of each precision: those of a graph with weights of as many bits.
+_GATES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "q8_0": "int8"}
+# What runs a form: for so many rows, each of at most so many tokens.
+Opened = Callable[[Path, int, int], AbstractContextManager[Stream]]
+
+
+def measure_converted(
+    case: DecoderCase, path: Path, precision: str, engine: str, opened: Opened, unmodified: Callable[[], Path]
+) -> tuple[tuple[Check, ...], Parity]:
+    """The check of the form at ``path`` in its ``engine``, and the figures of its parity.
+
+    ``unmodified`` writes the model without linear layers in the same form: a quantized one is held to what
+    quantization costs that one.
+    """
+    steps = case.settings.decode_steps
+    rows, alone, _ = parity_text(case, cached=True)
+    longest = max(len(row) for row in (*rows, *alone))
+
+    def recorded(form: Path) -> Recorded:
+        with opened(form, len(rows), longest) as stream:
+            return record(stream, rows, steps, alone=alone)
+
+    gates = gates_for(_GATES[precision])
+    reference = record_pytorch(case.model, case.plan, rows, steps, True, alone)
+    parity = compare(reference, recorded(path), gates)
+    failures = parity.failures()
+    if precision == "q8_0":
+        original = record_pytorch(case.model, None, rows, steps, True, alone)
+        failures += parity.failures_against(
+            compare(original, recorded(unmodified()), gates), "the unmodified file's own"
+        )
+    elif precision != "fp32":
+        own = pytorch_in_precision(
+            precision_of(precision), case.model, case.plan, rows, steps, True, reference, alone
+        )
+        failures += parity.failures_against(own, OWN)
+    within = (
+        f"max |Δlogit| {parity.worst:.2g} over a prefill and {steps} decode steps in {engine}, within all "
+        f"{_GATES[precision]} gates"
+    )
+    return judged(parity, failures, within, lambda: None).checks, parity

@@ -1,0 +1,97 @@
+"""The folder for mlx-lm: its configuration, its numbers, and what it cannot hold; tests/runtime/test_mlx.py runs it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from nbl_export.blocks import Block, Mlp
+from nbl_export.convert import mlx
+from nbl_export.convert.mlx import check_held, configuration, write_mlx
+from nbl_export.errors import InputError
+from nbl_export.linearize.plan import DROPPED, Plan
+from nbl_export.progress import Silent
+from tests.tiny_types import tiny_model
+
+RandomPlan = Callable[[Any, Sequence[Block]], Plan]
+
+
+class NoTokenizer:
+    """A tokenizer without files."""
+
+    def save_pretrained(self, _folder: Path) -> tuple[str, ...]:
+        return ()
+
+
+def test_the_configuration_says_what_stands_in_each_place(random_plan: RandomPlan) -> None:
+    model = tiny_model("llama", num_hidden_layers=3)
+    plan = random_plan(model, [0, Mlp(1)])
+    plan = plan.with_replaced({**plan.layers, 2: DROPPED})
+    found = configuration(model, plan)
+    linear, gone, kept = {"replace_with_linear": True}, {"no_op": True}, {"n_heads_in_group": 2}
+    assert [block["attention"] for block in found["block_configs"]] == [linear, kept, gone]
+    mlps = [block["ffn"] for block in found["block_configs"]]
+    assert mlps[1] == linear and mlps[0] == mlps[2] == {"ffn_mult": 12.0}  # 2 · 12 · 32 / 3 = 256
+    assert (found["model_type"], found["attention_bias"], found["mlp_bias"]) == ("nemotron-nas", True, True)
+    plain = configuration(model, plan.without_layers())
+    assert (plain["attention_bias"], plain["mlp_bias"]) == (False, False)
+
+
+def test_numbers_are_the_models_and_what_is_added_is_zero(tmp_path: Path, random_plan: RandomPlan) -> None:
+    model = tiny_model("qwen2", num_hidden_layers=3)
+    plan = random_plan(model, [1])
+    files = write_mlx(tmp_path, model, plan, NoTokenizer(), "float32", Silent())
+    assert files[-1].name == "config.json" and all(path.is_file() for path in files)
+    found = load_file(tmp_path / "model-00001.safetensors")
+    own = {name: parameter.numpy() for name, parameter in model.named_parameters()}
+    assert np.array_equal(found["model.layers.1.self_attn.linear.weight"], plan.layers[1].w)
+    assert np.array_equal(found["model.layers.1.self_attn.linear.bias"], plan.layers[1].b)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert found[name].shape == (256, 32) and np.array_equal(found[name][:48], own[name])
+    assert not found[name][48:].any() and not found["model.layers.0.mlp.down_proj.weight"][:, 48:].any()
+    # Queries have a bias in Qwen 2, the output has none: here all have one.
+    assert np.array_equal(
+        found["model.layers.0.self_attn.q_proj.bias"], own["model.layers.0.self_attn.q_proj.bias"]
+    )
+    assert not found["model.layers.0.self_attn.o_proj.bias"].any()
+    assert "model.layers.1.self_attn.q_proj.weight" not in found
+
+
+def test_weights_are_in_files_of_a_size(
+    tmp_path: Path, random_plan: RandomPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mlx, "_SHARD", 50_000)
+    model = tiny_model("llama")
+    write_mlx(tmp_path, model, random_plan(model, [1]), NoTokenizer(), "float32", Silent())
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) > 3 and {path.name for path in files} == set(index["weight_map"].values())
+    for path in files:
+        names = load_file(path).keys()
+        assert {name for name, place in index["weight_map"].items() if place == path.name} == set(names)
+
+
+def test_what_cannot_be_held_is_refused_before_anything_is_written(
+    tmp_path: Path, random_plan: RandomPlan
+) -> None:
+    model = tiny_model("mistral", sliding_window=None, head_dim=16)
+    with pytest.raises(
+        InputError, match="mlx-lm has heads of 8 in such a model, and MistralForCausalLM of 16"
+    ):
+        check_held(model, random_plan(model, [1]))
+    with pytest.raises(InputError, match="mlx-lm has linear attention for models like Llama alone"):
+        write_mlx(
+            tmp_path / "a", tiny_model("gemma2"), random_plan(model, [1]), NoTokenizer(), "float32", Silent()
+        )
+    assert not (tmp_path / "a").exists()
+    large = tiny_model("llama")
+    large.model.layers[0].mlp.up_proj.weight.data[0, 0] = 1e6
+    with pytest.raises(InputError, match=r"mlp\.up_proj\.weight has numbers that float16 does not have"):
+        write_mlx(tmp_path / "b", large, random_plan(large, [1]), NoTokenizer(), "float16", Silent())
+    assert not (tmp_path / "b" / "config.json").exists()

@@ -1,0 +1,86 @@
+"""Models and plans in mlx-lm against PyTorch, with their caches, and folders that are wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nbl_export.blocks import Block, Mlp, Span
+from nbl_export.convert.mlx import write_mlx
+from nbl_export.errors import BuildError
+from nbl_export.linearize.plan import DROPPED, LinearLayer, Plan
+from nbl_export.progress import Silent
+from nbl_export.runtime.mlx import MlxStream, is_here
+from nbl_export.verify.parity.decoder import compare, record
+from nbl_export.verify.parity.figures import Parity, gates_for
+from nbl_export.verify.parity.reference import record_pytorch
+from tests.convert.test_mlx import NoTokenizer
+from tests.fixtures_graph import ragged_rows
+from tests.runtime.test_llama_cpp import LLAMA3
+from tests.tiny_types import tiny_model
+
+pytestmark = pytest.mark.skipif(not is_here(), reason="needs mlx-lm: pip install '.[mlx]'")
+RandomPlan = Callable[[Any, Sequence[Block]], Plan]
+MODELS: dict[str, tuple[str, dict[str, Any], tuple[Block, ...]]] = {
+    "llama": ("llama", {}, (0, 2, Mlp(3))),
+    "biases": ("llama", {"attention_bias": True, "mlp_bias": True}, (1,)),
+    "tied": ("llama", {"tie_word_embeddings": True}, (1,)),
+    "llama3 rope": (
+        "llama",
+        {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 32}},
+        (1, Mlp(1)),
+    ),
+    "mistral": ("mistral", {"sliding_window": None}, (Span(1, 2),)),
+    "qwen2": ("qwen2", {}, (0, 2)),
+}
+
+
+def parity(path: Path, model: Any, plan: Plan | None, steps: int = 4) -> Parity:
+    rows = ragged_rows([40, 9, 23], model.config.vocab_size)
+    expected, found = record_pytorch(model, plan, rows, steps), record(MlxStream(path), rows, steps)
+    return compare(expected, found, gates_for("float32"))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_form_of_a_layer(name: str, tmp_path: Path, random_plan: RandomPlan) -> None:
+    kind, changes, blocks = MODELS[name]
+    model = tiny_model(kind, num_hidden_layers=4, **changes)
+    plan = random_plan(model, blocks)
+    write_mlx(tmp_path, model, plan, NoTokenizer(), "float32", Silent())
+    found = parity(tmp_path, model, plan)
+    assert found.failures() == [] and all(step.kv_max_rel > 0 for step in found.steps)
+    stream = MlxStream(tmp_path)
+    stream.prefill(ragged_rows([5], model.config.vocab_size))
+    assert stream.kv_layers == plan.attention_layers and stream.cached == len(plan.attention_layers)
+
+
+@pytest.mark.parametrize("change", ["scaled W", "no bias", "another layer"])
+def test_a_wrong_folder_is_seen(change: str, tmp_path: Path, random_plan: RandomPlan) -> None:
+    model = tiny_model("llama", num_hidden_layers=4)
+    plan = random_plan(model, [0, 2])
+    own = plan.layers[2]
+    wrong = {
+        "scaled W": LinearLayer(own.w * np.float32(1.01), own.b),
+        "no bias": LinearLayer(own.w, np.zeros_like(own.b)),
+        "another layer": plan.layers[0],
+    }[change]
+    other = replace(plan, layers={**plan.layers, 2: wrong})
+    write_mlx(tmp_path, model, other, NoTokenizer(), "float32", Silent())
+    assert parity(tmp_path, model, plan).failures() != []
+
+
+def test_what_is_dropped_is_nothing(tmp_path: Path, random_plan: RandomPlan) -> None:
+    model = tiny_model("llama", num_hidden_layers=4)
+    plan = random_plan(model, [1]).with_replaced({0: DROPPED, Mlp(2): DROPPED})
+    write_mlx(tmp_path, model, plan, NoTokenizer(), "float32", Silent())
+    assert parity(tmp_path, model, plan).failures() == []
+
+
+def test_no_model_in_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match="mlx-lm does not load"):
+        MlxStream(tmp_path)
