@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -49,3 +50,16 @@ def random_plan() -> Callable[[Any, Sequence[Block]], Plan]:
         return empty.with_replaced({block: linear() for block in blocks})
 
     return made
+
+
+# What a file may have that it must not, by what is wrong with layer 2.
+WRONG: dict[str, Callable[[Plan], LinearLayer]] = {
+    "scaled W": lambda plan: LinearLayer(plan.layers[2].w * np.float32(1.01), plan.layers[2].b),
+    "no bias": lambda plan: LinearLayer(plan.layers[2].w, np.zeros_like(plan.layers[2].b)),
+    "another layer": lambda plan: plan.layers[0],
+}
+
+
+def wrongly(change: str, plan: Plan) -> Plan:
+    """``plan`` with what is wrong in it."""
+    return replace(plan, layers={**plan.layers, 2: WRONG[change](plan)})

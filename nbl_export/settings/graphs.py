@@ -160,6 +160,14 @@ class EngineSettings(Settings):
     max_context: int | None = setting(None, MORE, shown=str(choices.MAX_CONTEXT))
     sm: tuple[str, ...] = setting((), MORE, shown="all from 80 on")
 
+    def resolve(self, task: Task) -> EngineSettings:
+        if not task.causal:
+            raise InputError(
+                f"TensorRT engines are built of decoders only; this model is an encoder ({task.name}): use its ONNX "
+                "graph."
+            )
+        return self
+
 
 @options
 @dataclass(frozen=True)

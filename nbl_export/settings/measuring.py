@@ -108,6 +108,14 @@ class EvalSettings(OnDevice):
             raise InputError("Nothing to evaluate: name --tasks, or leave out --no-retrieval.")
         super().check()
 
+    def resolve(self, task: Task) -> EvalSettings:
+        if not task.causal:
+            raise InputError(
+                f"Tasks and retrieval are asked of decoders; this model is an encoder ({task.name}): its method loss "
+                "is in the report of `nbl-export verify`."
+            )
+        return self
+
 
 @options
 @dataclass(frozen=True)
@@ -139,3 +147,11 @@ class BenchSettings(Settings):
     device: str = setting("cpu", CHECKS, one_of(DEVICES), metavar="|".join(DEVICES))
     memory: bool = setting(True, MORE)
     anew: bool = setting(False, MORE)
+
+    def resolve(self, task: Task) -> BenchSettings:
+        if not task.causal:
+            raise InputError(
+                f"A bench times prefill and decode; this model is an encoder ({task.name}): its speed is in the report "
+                "of `nbl-export verify`."
+            )
+        return self

@@ -55,11 +55,6 @@ def bench(run: Run, settings: BenchSettings) -> BenchReport:
     """
     from nbl_export.report.bench import load_bench
 
-    if not run.model.task.causal:
-        raise InputError(
-            f"A bench times prefill and decode; {run.model.source.source} is an encoder ({run.model.task.name}): its "
-            "speed is in the report of `nbl-export verify`."
-        )
     ws = run.workspace
     check_baseline(ws)
     rewritten, against = current_rewrite(ws), tuple(graphs_against(settings.against))

@@ -40,11 +40,6 @@ def build(run: Run, settings: EngineSettings) -> list[EngineFile]:
     from nbl_export.graph.io import load_graph
     from nbl_export.graph.states import state_pairs
 
-    if not run.model.task.causal:
-        raise InputError(
-            f"TensorRT engines are built of decoders only; {run.model.source.source} is an encoder "
-            f"({run.model.task.name}): use its ONNX graph."
-        )
     ws = run.workspace
     gpu = find_gpu()
     library = choose_library(settings.library, gpu)

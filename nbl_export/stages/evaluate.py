@@ -63,11 +63,6 @@ def evaluate(run: Run, settings: EvalSettings) -> Evaluation:
     from nbl_export.report.evaluation import load_evaluation, write_evaluation
     from nbl_export.runtime.session import require_onnxruntime
 
-    if not run.model.task.causal:
-        raise InputError(
-            f"Tasks and retrieval are asked of decoders; {run.model.source.source} is an encoder "
-            f"({run.model.task.name}): its method loss is in the report of `nbl-export verify`."
-        )
     require_onnxruntime()
     ws = run.workspace
     graphs = _graphs(ws)

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from nbl_export.blocks import Block, Mlp, Span
 from nbl_export.convert.gguf import write_gguf
 from nbl_export.convert.gguf_tokenizer import TokenizerFields, fields_of
 from nbl_export.errors import BuildError
-from nbl_export.linearize.plan import DROPPED, LinearLayer, Plan
+from nbl_export.linearize.plan import DROPPED, Plan
 from nbl_export.progress import Silent
 from nbl_export.runtime.llama_cpp import LlamaCppStream, is_here
 from nbl_export.verify.parity.decoder import compare, record
 from nbl_export.verify.parity.figures import Parity, gates_for
 from nbl_export.verify.parity.reference import record_pytorch
+from tests.converting import WRONG, wrongly
 from tests.fixtures_graph import ragged_rows
 from tests.tiny_types import tiny_model
 
@@ -61,7 +60,7 @@ def test_every_form_of_a_layer(
     assert parity(path, model, None).failures() != []
 
 
-@pytest.mark.parametrize("change", ["scaled W", "no bias", "another layer"])
+@pytest.mark.parametrize("change", WRONG)
 def test_a_wrong_file_is_seen(
     change: str,
     tmp_path: Path,
@@ -70,13 +69,7 @@ def test_a_wrong_file_is_seen(
 ) -> None:
     model = tiny_model("llama", num_hidden_layers=4)
     plan, path = random_plan(model, CHOSEN), tmp_path / "model.gguf"
-    own = plan.layers[2]
-    wrong = {
-        "scaled W": LinearLayer(own.w * np.float32(1.01), own.b),
-        "no bias": LinearLayer(own.w, np.zeros_like(own.b)),
-        "another layer": plan.layers[0],
-    }[change]
-    write_gguf(path, model, replace(plan, layers={**plan.layers, 2: wrong}), no_tokenizer, "F32", Silent())
+    write_gguf(path, model, wrongly(change, plan), no_tokenizer, "F32", Silent())
     assert parity(path, model, plan).failures() != []
 
 

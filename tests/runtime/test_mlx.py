@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from nbl_export.blocks import Block, Mlp, Span
 from nbl_export.convert.mlx import write_mlx
 from nbl_export.errors import BuildError
-from nbl_export.linearize.plan import DROPPED, LinearLayer, Plan
+from nbl_export.linearize.plan import DROPPED, Plan
 from nbl_export.progress import Silent
 from nbl_export.runtime.mlx import MlxStream, is_here
 from nbl_export.verify.parity.decoder import compare, record
 from nbl_export.verify.parity.figures import Parity, gates_for
 from nbl_export.verify.parity.reference import record_pytorch
 from tests.convert.test_mlx import NoTokenizer
+from tests.converting import WRONG, wrongly
 from tests.fixtures_graph import ragged_rows
 from tests.runtime.test_llama_cpp import LLAMA3
 from tests.tiny_types import tiny_model
@@ -59,18 +58,11 @@ def test_every_form_of_a_layer(name: str, tmp_path: Path, random_plan: RandomPla
     assert stream.kv_layers == plan.attention_layers and stream.cached == len(plan.attention_layers)
 
 
-@pytest.mark.parametrize("change", ["scaled W", "no bias", "another layer"])
+@pytest.mark.parametrize("change", WRONG)
 def test_a_wrong_folder_is_seen(change: str, tmp_path: Path, random_plan: RandomPlan) -> None:
     model = tiny_model("llama", num_hidden_layers=4)
     plan = random_plan(model, [0, 2])
-    own = plan.layers[2]
-    wrong = {
-        "scaled W": LinearLayer(own.w * np.float32(1.01), own.b),
-        "no bias": LinearLayer(own.w, np.zeros_like(own.b)),
-        "another layer": plan.layers[0],
-    }[change]
-    other = replace(plan, layers={**plan.layers, 2: wrong})
-    write_mlx(tmp_path, model, other, NoTokenizer(), "float32", Silent())
+    write_mlx(tmp_path, model, wrongly(change, plan), NoTokenizer(), "float32", Silent())
     assert parity(tmp_path, model, plan).failures() != []
 
 

@@ -14,6 +14,7 @@ from nbl_export.settings import (
     NO_BUDGET,
     BenchSettings,
     Budget,
+    EngineSettings,
     EvalSettings,
     ExportSettings,
     LossBound,
@@ -156,3 +157,17 @@ def test_k_and_a_speedup_still_contradict() -> None:
     asked = RunSettings(SelectSettings(k=2, budget=Budget(0.1, None, 1.2))).sharing_bounds()
     with pytest.raises(InputError, match="give one of them"):
         asked.check()
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (EvalSettings(), "Tasks and retrieval are asked of decoders"),
+        (BenchSettings(), "A bench times prefill and decode"),
+        (EngineSettings(), "TensorRT engines are built of decoders only"),
+    ],
+)
+def test_what_is_of_decoders_alone(asked: Any, words: str) -> None:
+    with pytest.raises(InputError, match=rf"{words}; this model is an encoder \(feature-extraction\)"):
+        asked.resolve(task_named("feature-extraction"))
+    assert asked.resolve(task_named("text-generation")) == asked
