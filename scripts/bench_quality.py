@@ -13,7 +13,7 @@ and, with --tasks, the mean accuracy over a folder's tasks (--limit rows of each
 With --compare it prints instead what ours and others' ways without training (scripts/quality_methods.py) lose where
 they save as many weights as the paper's method with each K, or are as fast in a prefill of 512 tokens and in decode at
 --context, as counted from the graph on this machine's roofline; DIR/compare.md and DIR/compare.png. Each way takes its
-smallest cut that saves as much; *ours* is that of ours which loses least on the selection text. --repair STEPS repairs
+smallest cut that saves as much, ours that with the smallest KL on the selection text. --repair STEPS repairs
 it where speeds are equal; minutes are those of the repair and of one measurement.
 
 The --judge texts are used for evaluation only: layers are chosen on a split of CALIBRATION. Seconds are those of the
@@ -167,12 +167,15 @@ class Compared:
                         yield self._row(k, way, picked, by, paper)
 
     def _taken(self, own: Cut, by: str) -> dict[str, Cut | None]:
-        """The smallest cut of each way that gains as much as the paper's ``own``."""
+        """Of each way's cuts that gain as much as the paper's ``own``, the smallest, or that with the smallest loss on the
+        selection text, where it was measured.
+        """
         least = self._ways.gain(own, by) * (1 - 1e-9)
         taken: dict[str, Cut | None] = {PAPERS: own}
         for way, every in self._cuts.items():
             if way != PAPERS and (not way.startswith(f"{ALL}, by") or way == f"{ALL}, by {by}"):
-                taken[way] = next((c for c in every if self._ways.gain(c, by) >= least), None)
+                enough = [cut for cut in every if self._ways.gain(cut, by) >= least]
+                taken[way] = min(enough, key=lambda cut: cut.kl, default=None)
         # What --frontier takes: whichever loses least on the selection text.
         taken[OURS] = ours = min((c for c in taken.values() if c), key=lambda c: c.kl)
         if self._repair and by != WEIGHTS:
