@@ -167,8 +167,8 @@ class Compared:
                         yield self._row(k, way, picked, by, paper)
 
     def _taken(self, own: Cut, by: str) -> dict[str, Cut | None]:
-        """Of each way's cuts that gain as much as the paper's ``own``, the smallest, or that with the smallest loss on the
-        selection text, where it was measured.
+        """Of each way's cuts that gain as much as the paper's ``own``, the smallest, or the one that loses least on the
+        selection text, where that was measured.
         """
         least = self._ways.gain(own, by) * (1 - 1e-9)
         taken: dict[str, Cut | None] = {PAPERS: own}
