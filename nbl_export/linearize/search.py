@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import count
 from typing import Any
 
 import torch
@@ -173,81 +172,22 @@ def measured_alone(block: Block) -> bool:
     return not isinstance(block, Span) or block.layer == block.last
 
 
-def best_path(
-    sets: MeasuredSets,
-    singles: Mapping[Block, Loss],
-    saved: Saved = count_blocks,
-    longer: Collection[Span] = (),
-) -> Iterator[tuple[Block, ...]]:
-    """The best set of each K that greedy search finds, from nothing and from the best of the ``longer`` spans of each
-    length, the smallest loss for what is saved first; a set need not have the one before it.
-
-    A long span is one map for many layers, to which a search that adds block after block finds no way.
-    """
-    starts: list[tuple[Block, ...]] = [(), *((span,) for span in _best_alone(sets, singles, longer))]
-    paths = [_Advanced(greedy_path(sets, singles, saved, longer, start)) for start in starts]
-    for k in count(1):
-        going = [path.advance(k) for path in paths]
-        if not any(going):
-            return
-        if found := [path.last for path in paths if len(all_parts(path.last)) == k]:
-            losses = {one: usable(sets.loss(one), one).kl for one in found}
-            yield min(found, key=lambda one: (per_saving(losses[one], saved(one)), losses[one], one))
-
-
-class _Advanced:
-    """A path of sets that grow, and the ``last`` one of at most K parts."""
-
-    def __init__(self, path: Iterator[tuple[Block, ...]]) -> None:
-        self._path = path
-        self.last: tuple[Block, ...] = ()
-        self._next: tuple[Block, ...] | None = next(path, None)
-
-    def advance(self, k: int) -> bool:
-        """Go on to the last set of at most ``k`` parts; whether there is one of as many, or one of more."""
-        while self._next is not None and len(all_parts(self._next)) <= k:
-            self.last = self._next
-            self._next = next(self._path, None)
-        return self._next is not None or len(all_parts(self.last)) == k
-
-
-def _best_alone(
-    sets: MeasuredSets, singles: Mapping[Block, Loss], longer: Collection[Span]
-) -> Iterator[Span]:
-    """Of the ``longer`` spans of each length the one that loses least, among those whose layers do alone."""
-    for length in sorted({len(span.layers) for span in longer}):
-        alike = [span for span in longer if len(span.layers) == length]
-        tried = sorted(alike, key=lambda span: (_sum(singles, span), span))[:GREEDY_TRIES]
-        losses = single_layer_losses(sets, tried)
-        yield min(tried, key=lambda span: (losses[span].kl, span))
-
-
-def _sum(singles: Mapping[Block, Loss], span: Span) -> float:
-    """What the layers of a ``span`` lose, each alone."""
-    return sum(singles[Span(i, i)].kl for i in span.layers if Span(i, i) in singles)
-
-
 def greedy_path(
     sets: MeasuredSets,
     singles: Mapping[Block, Loss],
     saved: Saved = count_blocks,
     longer: Collection[Span] = (),
-    start: tuple[Block, ...] = (),
 ) -> Iterator[tuple[Block, ...]]:
     """Set after set, each the one before it and the block with the smallest added KL for what it saves.
 
     A span may take the place of blocks within it. ``longer`` are spans that are not among the ``singles``: each is
-    taken to add what its layers do alone, until it is tried. The path begins with ``start``, if it has any block, and
-    ends where nothing can be added.
+    taken to add what its layers do alone, until it is tried. The path ends where nothing can be added.
     """
     # What each block added when it was last tried; singles are of the empty set.
     added = {block: usable(loss, [block]).kl for block, loss in singles.items()}
-    added |= {span: _sum(singles, span) for span in longer}
-    chosen, base = start, 0.0
-    if start:
-        base = usable(sets.loss(start), start).kl
-        added |= {block: usable(sets.loss([block]), [block]).kl for block in start}
-        yield start
+    added |= {span: sum(added.get(Span(i, i), 0.0) for i in span.layers) for span in longer}
+    chosen: tuple[Block, ...] = ()
+    base = 0.0
     while nexts := _nexts(chosen, added):
         sets.settle(chosen)
         already = saved(chosen)

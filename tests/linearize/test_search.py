@@ -23,7 +23,6 @@ from nbl_export.linearize.search import (
     LossCache,
     MeasuredSets,
     Prefixes,
-    best_path,
     count_blocks,
     greedy_path,
     measured_alone,
@@ -469,62 +468,6 @@ def test_a_ranking_leaves_out_what_overlaps() -> None:
         (Span(2, 3), 1, Mlp(1)),
         (Span(1, 4),),
     ]
-
-
-def best_of(
-    costs: Mapping[Block, float], saved: Mapping[Block, float] | None = None
-) -> list[tuple[Block, ...]]:
-    sets = spanned(costs)
-    by = count_blocks if saved is None else (lambda blocks: sum(saved[block] for block in blocks))
-    singles = single_layer_losses(sets, filter(measured_alone, costs))
-    longer = [b for b in costs if isinstance(b, Span) and not measured_alone(b)]
-    return list(best_path(sets, singles, by, longer))
-
-
-def by_parts(found: Iterable[tuple[Block, ...]]) -> dict[int, tuple[Block, ...]]:
-    """The last of the sets of each number of parts."""
-    return {sum(len(parts_in(block)) for block in blocks): blocks for blocks in found}
-
-
-def test_a_long_span_to_which_no_block_leads_is_found() -> None:
-    costs = {0: 0.1, 1: 0.1, 5: 0.2, 6: 0.15, Span(2, 2): 0.4, Span(3, 3): 0.4, Span(2, 3): 0.45}
-    sets = spanned(costs)
-    singles = single_layer_losses(sets, filter(measured_alone, costs))
-    one = by_parts(greedy_path(sets, singles, longer=[Span(2, 3)]))
-    assert 4 not in one  # greedy search comes to the span with three others
-    found = by_parts(best_of(costs))
-    assert found[3] == one[3] and found[4] == (Span(2, 3),)
-    # From there it goes on.
-    assert set(found[5]) == {0, Span(2, 3)} and set(found[8]) == {0, 1, 5, 6, Span(2, 3)}
-
-
-def test_what_is_saved_decides_between_sets_of_as_many_parts() -> None:
-    costs = {0: 0.1, 1: 0.1, 4: 0.1, 5: 0.1, Span(2, 2): 0.4, Span(3, 3): 0.4, Span(2, 3): 0.41}
-    saved = {**dict.fromkeys(costs, 1.0), Span(2, 2): 0.5, Span(3, 3): 0.5, Span(2, 3): 4.5}
-    assert by_parts(best_of(costs))[4] == (0, 1, 4, 5)
-    assert by_parts(best_of(costs, saved))[4] == (Span(2, 3),)
-
-
-@settings(max_examples=100, deadline=None)
-@given(costs=st.dictionaries(st.deferred(lambda: BLOCKS), st.floats(0.01, 1.0), min_size=1))
-def test_more_starts_never_cost_more_for_as_many_parts(costs: dict[Block, float]) -> None:
-    def by_size(found: Sequence[tuple[Block, ...]]) -> dict[int, float]:
-        return {sum(len(parts_in(b)) for b in blocks): sum(costs[b] for b in blocks) for blocks in found}
-
-    sets = spanned(costs)
-    singles = single_layer_losses(sets, filter(measured_alone, costs))
-    longer = [b for b in costs if isinstance(b, Span) and not measured_alone(b)]
-    one = by_size(greedy_path(sets, singles, longer=longer))
-    found = best_of(costs)
-    several = by_size(found)
-    assert all(several[k] <= one[k] + 1e-12 for k in one) and one.keys() <= several.keys()
-    sizes = [sum(len(parts_in(b)) for b in blocks) for blocks in found]
-    assert sizes == sorted(set(sizes))
-    for blocks in found:
-        parts = [part for block in blocks for part in parts_in(block)]
-        assert len(parts) == len(set(parts))
-    if not longer:
-        assert several == one
 
 
 BLOCKS = st.sampled_from([0, Mlp(0), 1, Mlp(1), 2, Mlp(2), *spans_of(range(3))])

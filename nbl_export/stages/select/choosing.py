@@ -18,8 +18,8 @@ from nbl_export.linearize.search import (
     GREEDY_TRIES,
     MeasuredSets,
     Prefixes,
-    best_path,
     count_blocks,
+    greedy_path,
     measured_alone,
     ranked_path,
     single_layer_losses,
@@ -160,7 +160,7 @@ class Choosing:
                 blocks = _blocks(candidates)
                 singles = single_layer_losses(sets(), filter(measured_alone, blocks))
                 longer = [b for b in blocks if isinstance(b, Span) and not measured_alone(b)]
-                yield from best_path(sets(), singles, saved, longer)
+                yield from greedy_path(sets(), singles, saved, longer)
 
         return Prefixes(path(), any(isinstance(c.layer, Span) for c in candidates))
 
