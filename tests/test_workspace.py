@@ -462,7 +462,17 @@ def test_a_record_that_is_not_of_this_version_or_was_changed_is_stale(
 
 
 def test_every_stage_has_a_version() -> None:
-    assert list(STAGES) == ["calibrate", "select", "export", "rewrite", "build", "verify", "eval", "bench"]
+    assert list(STAGES) == [
+        "calibrate",
+        "select",
+        "export",
+        "rewrite",
+        "build",
+        "verify",
+        "eval",
+        "bench",
+        "convert",
+    ]
     assert all(version >= 1 for version in STAGES.values())
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from nbl_export.checks import Check
 from nbl_export.files import TEMPORARY, read_json, write_json
@@ -16,13 +16,15 @@ from nbl_export.linearize.plan import Plan, load_plan
 from nbl_export.parts import part
 from nbl_export.progress import Listener
 from nbl_export.records import from_json, to_json
-from nbl_export.runtime.stream import Stream
 from nbl_export.settings import VerifySettings
 from nbl_export.settings.converting import GGUF_TYPES, ConvertSettings
 from nbl_export.stage_record import MODEL
 from nbl_export.stages.run import Run
-from nbl_export.verify.case import DecoderCase
 from nbl_export.verify.parity.figures import Parity
+
+if TYPE_CHECKING:
+    from nbl_export.runtime.stream import Stream
+    from nbl_export.verify.case import DecoderCase
 
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -202,6 +204,7 @@ def convert(run: Run, settings: ConvertSettings) -> Conversion:
 
 def _verified(form: Form, plan: Plan, listener: Listener) -> tuple[tuple[Check, ...], Parity | None]:
     from nbl_export.calibrate.text import load_text
+    from nbl_export.verify.case import DecoderCase
     from nbl_export.verify.converted import measure_converted
 
     if not form.is_here():
