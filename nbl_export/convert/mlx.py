@@ -7,7 +7,6 @@ narrower one gets zeros, which change nothing.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +29,7 @@ _MULTIPLE = 256  # of the inner width of an MLP
 _SHARD = 1 << 30  # bytes of one file of weights
 _QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
+_Tensor = tuple[str, F32]
 
 
 def write_mlx(
@@ -44,11 +44,16 @@ def write_mlx(
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "config.json"
     config.unlink(missing_ok=True)
-    files = _Shards(folder, dtype)
+    files, source = _Shards(folder, dtype), _Source(model, plan)
+    files.add(source.own("model.embed_tokens.weight"))
     with listener.task("Writing weights", plan.layer_count, "layers") as task:
-        for layer, name, value in _tensors(model, plan):
-            files.add(name, value)
-            task.advance(1 if layer else 0)
+        for layer in range(plan.layer_count):
+            for tensor in source.layer(layer):
+                files.add(tensor)
+            task.advance(1)
+    files.add(source.own("model.norm.weight"))
+    if not model.config.tie_word_embeddings:  # type: ignore[union-attr]
+        files.add(source.own("lm_head.weight"))
     written = files.finish()
     written += [Path(path) for path in tokenizer.save_pretrained(folder) if Path(path).is_file()]
     write_json(config, configuration(model, plan))
@@ -131,26 +136,21 @@ def _has_bias(model: torch.nn.Module, plan: Plan, attention: bool) -> bool:
     return linear or any(name.endswith(ends) for name, _ in model.named_parameters())
 
 
-def _tensors(model: torch.nn.Module, plan: Plan) -> Iterator[tuple[bool, str, F32]]:
-    """Every tensor of the folder, whether it ends a layer, and its name."""
-    config: Any = model.config
-    biased, mlp_biased = (_has_bias(model, plan, attention) for attention in (True, False))
-    inner = _inner(config)
-    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+class _Source:
+    """Where the tensors of the folder come from, each a name and its numbers: a model like Llama, and the plan."""
 
-    def projection(
-        name: str, bias: bool, shape: tuple[int, ...] | None = None
-    ) -> Iterator[tuple[bool, str, F32]]:
-        weight = numbers(model, plan, f"{name}.weight")
-        found = weight if shape is None else _padded(weight, shape)
-        yield False, f"{name}.weight", found
-        if bias:
-            known = numbers(model, plan, f"{name}.bias") if f"{name}.bias" in own else np.zeros(0, np.float32)
-            yield False, f"{name}.bias", _padded(known, (found.shape[0],))
+    def __init__(self, model: torch.nn.Module, plan: Plan) -> None:
+        self._model, self._plan, self._inner = model, plan, _inner(model.config)
+        self._biased, self._mlp_biased = (_has_bias(model, plan, attention) for attention in (True, False))
+        self._names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
 
-    yield False, "model.embed_tokens.weight", numbers(model, plan, "model.embed_tokens.weight")
-    for layer in range(plan.layer_count):
-        at, d = f"{LAYERS}.{layer}", plan.hidden_size
+    def own(self, name: str) -> _Tensor:
+        """A tensor of the model, as it is."""
+        return name, numbers(self._model, self._plan, name)
+
+    def layer(self, layer: int) -> Iterator[_Tensor]:
+        """Those of one layer; of what is dropped there is none."""
+        plan, at, d = self._plan, f"{LAYERS}.{layer}", self._plan.hidden_size
         blocks: tuple[tuple[Block, str, str], ...] = (
             (layer, "input_layernorm", "self_attn"),
             (Mlp(layer), "post_attention_layernorm", "mlp"),
@@ -158,21 +158,29 @@ def _tensors(model: torch.nn.Module, plan: Plan) -> Iterator[tuple[bool, str, F3
         for block, norm, module in blocks:
             if block in plan.dropped:
                 continue
-            yield False, f"{at}.{norm}.weight", numbers(model, plan, f"{at}.{norm}.weight")
+            yield self.own(f"{at}.{norm}.weight")
             if block in plan.layers:
                 linear = plan.layers[block]
-                yield False, f"{at}.{module}.linear.weight", linear.w
-                yield False, f"{at}.{module}.linear.bias", linear.b
+                yield f"{at}.{module}.linear.weight", linear.w
+                yield f"{at}.{module}.linear.bias", linear.b
             elif module == "self_attn":
                 for name in _QKVO:
-                    yield from projection(f"{at}.self_attn.{name}", biased)
+                    yield from self._projection(f"{at}.self_attn.{name}", self._biased)
             else:
-                for name, shape in zip(_MLP, ((inner, d), (inner, d), (d, inner)), strict=True):
-                    yield from projection(f"{at}.mlp.{name}", mlp_biased, shape)
-        yield True, "", np.zeros(0, np.float32)
-    yield False, "model.norm.weight", numbers(model, plan, "model.norm.weight")
-    if not config.tie_word_embeddings:
-        yield False, "lm_head.weight", numbers(model, plan, "lm_head.weight")
+                for name, shape in zip(
+                    _MLP, ((self._inner, d), (self._inner, d), (d, self._inner)), strict=True
+                ):
+                    yield from self._projection(f"{at}.mlp.{name}", self._mlp_biased, shape)
+
+    def _projection(self, name: str, bias: bool, shape: tuple[int, ...] | None = None) -> Iterator[_Tensor]:
+        """A weight, with zeros up to ``shape``, and its bias where all have one."""
+        _, weight = self.own(f"{name}.weight")
+        found = weight if shape is None else _padded(weight, shape)
+        yield f"{name}.weight", found
+        if bias:
+            known = f"{name}.bias" in self._names
+            own = self.own(f"{name}.bias")[1] if known else np.zeros(0, np.float32)
+            yield f"{name}.bias", _padded(own, (found.shape[0],))
 
 
 def _padded(values: F32, shape: tuple[int, ...]) -> F32:
@@ -190,11 +198,10 @@ class _Shards:
         self._bytes = self._total = 0
         self._names: list[list[str]] = []
 
-    def add(self, name: str, value: F32) -> None:
+    def add(self, named: _Tensor) -> None:
         import torch
 
-        if not name:
-            return
+        name, value = named
         tensor = torch.tensor(value, dtype=getattr(torch, self._dtype))
         if not bool(torch.isfinite(tensor).all()):
             raise InputError(f"{name} has numbers that {self._dtype} does not have: use --precision bf16.")
@@ -221,8 +228,5 @@ class _Shards:
         self._write()
         index = self._folder / "model.safetensors.index.json"
         places = {name: self._path(n).name for n, names in enumerate(self._names) for name in names}
-        with atomic_path(index) as temporary:
-            temporary.write_text(
-                json.dumps({"metadata": {"total_size": self._total}, "weight_map": places}, indent=1)
-            )
+        write_json(index, {"metadata": {"total_size": self._total}, "weight_map": places})
         return [*(self._path(n) for n in range(len(self._names))), index]

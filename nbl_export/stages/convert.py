@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from nbl_export.runtime.stream import Stream
     from nbl_export.verify.case import DecoderCase
 
-_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-
 
 @dataclass(frozen=True)
 class Conversion:
@@ -154,9 +152,12 @@ class Mlx(Form):
 
     def write(self, place: Path, plan: Plan, listener: Listener) -> list[Path]:
         from nbl_export.convert.mlx import write_mlx
+        from nbl_export.graph.precision import precision_of
 
         model = self.run.model
-        return write_mlx(place, model.model, plan, model.tokenizer, _DTYPES[self.precision], listener)
+        return write_mlx(
+            place, model.model, plan, model.tokenizer, precision_of(self.precision).gates, listener
+        )
 
     def is_here(self) -> bool:
         from nbl_export.runtime import mlx

@@ -17,8 +17,8 @@ from nbl_export.verify.parity.figures import Parity, gates_for
 from nbl_export.verify.parity.own import OWN, pytorch_in_precision
 from nbl_export.verify.parity.reference import record_pytorch
 
-# The gates of each precision: those of a graph with weights of as many bits.
-_GATES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "q8_0": "int8"}
+# A file of 8 bits is held to the gates of a graph of as many; the others to those of their dtype.
+_QUANTIZED = "q8_0"
 # What runs a form: for so many rows, each of at most so many tokens.
 Opened = Callable[[Path, int, int], AbstractContextManager[Stream]]
 
@@ -39,11 +39,12 @@ def measure_converted(
         with opened(form, len(rows), longest) as stream:
             return record(stream, rows, steps, alone=alone)
 
-    gates = gates_for(_GATES[precision])
+    dtype = "int8" if precision == _QUANTIZED else precision_of(precision).gates
+    gates = gates_for(dtype)
     reference = record_pytorch(case.model, case.plan, rows, steps, True, alone)
     parity = compare(reference, recorded(path), gates)
     failures = parity.failures()
-    if precision == "q8_0":
+    if precision == _QUANTIZED:
         original = record_pytorch(case.model, None, rows, steps, True, alone)
         failures += parity.failures_against(
             compare(original, recorded(unmodified()), gates), "the unmodified file's own"
@@ -55,6 +56,6 @@ def measure_converted(
         failures += parity.failures_against(own, OWN)
     within = (
         f"max |Δlogit| {parity.worst:.2g} over a prefill and {steps} decode steps in {engine}, within all "
-        f"{_GATES[precision]} gates"
+        f"{dtype} gates"
     )
     return judged(parity, failures, within, lambda: None).checks, parity
