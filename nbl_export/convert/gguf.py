@@ -22,12 +22,13 @@ from nbl_export.errors import InputError
 from nbl_export.files import atomic_path
 from nbl_export.linearize.plan import Plan
 from nbl_export.progress import Listener, bytes_task
+from nbl_export.settings.converting import GGUF_TYPES
 
 if TYPE_CHECKING:
     import torch
 
 # How weights are stored, by the name that llama.cpp has for a file of them.
-FORMATS = ("F32", "F16", "BF16", "Q8_0")
+FORMATS = tuple(GGUF_TYPES.values())
 _ATTENTION = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "output": "o_proj"}
 _MLP = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 

@@ -10,7 +10,7 @@ from nbl_export.report.canvas import COLOURS
 from nbl_export.report.drawing import Table
 from nbl_export.report.plots import Plot
 from nbl_export.report.schema import Report
-from nbl_export.report.summary import headlines, making, model_name, replaced, replacement, verdict_line
+from nbl_export.report.summary import headlines, making, model_name, replaced_line, verdict_line
 from nbl_export.report.tables import checks_table, report_tables
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -37,7 +37,7 @@ def page(report: Report, plots: Mapping[str, Plot]) -> str:
         report=report,
         name=model_name(report.model),
         verdict=verdict_line(report),
-        replaced=f"{replaced(report)} {replacement(report)}",
+        replaced=replaced_line(report),
         headlines=headlines(report),
         checks=checks_table(report),
         tables=report_tables(report),

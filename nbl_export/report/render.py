@@ -24,8 +24,7 @@ from nbl_export.report.summary import (
     making,
     measured_on,
     model_name,
-    replaced,
-    replacement,
+    replaced_line,
     verdict_line,
 )
 from nbl_export.report.tables import checks_table, report_tables
@@ -84,7 +83,7 @@ def markdown(report: Report, plots: Mapping[str, Plot] | None = None) -> str:
         "report.md.j2",
         report=report,
         verdict=verdict_line(report),
-        replaced=f"{replaced(report)} {replacement(report)}",
+        replaced=replaced_line(report),
         headlines=headlines(report),
         checks=checks_table(report),
         tables=report_tables(report),

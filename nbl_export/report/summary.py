@@ -52,6 +52,11 @@ def replacement(report: Report) -> str:
     return "replaced by one affine map each"
 
 
+def replaced_line(report: Report) -> str:
+    """Both: how many were replaced, and by what."""
+    return f"{replaced(report)} {replacement(report)}"
+
+
 def verdict_line(report: Report) -> str:
     """What PASS or FAIL stands for: the checks that decide it, what linearizing costs, and what was skipped."""
     names: dict[str, list[str]] = {}
