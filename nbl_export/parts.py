@@ -60,6 +60,7 @@ PARTS = (
     Part("tensorrt-rtx", "tensorrt_rtx", "rtx", "TensorRT engines, built ahead of time on any Linux machine"),
     Part("onnxruntime-genai", "onnxruntime_genai", "genai", "--exporter genai; generating text"),
     Part("llama-cpp-py-sync", "llama_cpp_py_sync", "llamacpp", "runs GGUF files of `convert`"),
+    Part("mlx", "mlx.core", "mlx", "arrays of mlx-lm, on a CPU, too"),
     Part("mlx-lm", "mlx_lm.utils", "mlx", "runs folders of `convert --to mlx`"),
     Part("optimum-onnx", "optimum.exporters.onnx", "optimum", "--exporter optimum, with transformers 4.57"),
     Part("lm-eval", "lm_eval", "eval", "tasks of lm-evaluation-harness"),

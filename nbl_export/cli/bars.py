@@ -19,7 +19,7 @@ from rich.progress import (
 from rich.progress import Task as RichTask
 from rich.text import Text
 
-from nbl_export.cli import output
+from nbl_export.cli import output, process
 from nbl_export.printable import printable
 from nbl_export.progress import Task
 
@@ -97,6 +97,7 @@ class _BarTask:
 
     def advance(self, amount: int) -> None:
         self._progress.advance(self._id, amount)
+        process.stop_if_asked()
 
     def end(self) -> None:
         """It is done, also where less than all was needed."""
@@ -121,6 +122,7 @@ class TerminalListener:
 
     @contextmanager
     def task(self, title: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
+        process.stop_if_asked()
         if self._drawn is not None:
             bar = self._bar(self._drawn, title, total, unit, done)
             yield bar

@@ -20,7 +20,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from nbl_export.cli import output, terminal
+from nbl_export.cli import output, process, terminal
 from nbl_export.cli.writing import cut, figures_of
 from nbl_export.errors import InputError
 from nbl_export.printable import printable_lines
@@ -71,6 +71,7 @@ def talk(chat: Chat, out: Path) -> None:
         except InputError as error:
             terminal.say(str(error))
         except KeyboardInterrupt:  # a second one, while nothing comes
+            process.go_on()
             continue
 
 
@@ -89,6 +90,7 @@ def _typed() -> str | None:
             print()
             line = input(_PROMPT)
         except KeyboardInterrupt:
+            process.go_on()
             continue
         except EOFError:
             print()

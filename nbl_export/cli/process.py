@@ -2,7 +2,8 @@
 
 1. SIGTERM and SIGHUP end it as Ctrl-C does: what is unfinished is cleaned up, one sentence is said, and the exit code
    is the shell's, 128 + the signal's number. A signal that was ignored from the start (SIGHUP under nohup, SIGINT of a
-   shell's background job) stays ignored.
+   shell's background job) stays ignored. A library may swallow what a signal raises within it (torch.export has such
+   places): it is raised again at the next step of the work (:func:`stop_if_asked`).
 2. A stream that nobody reads ends the output, never the work. Where the results could not be written for another
    reason, that is said at the end, and the exit code is not 0.
 3. A library that does not return, in a graph with an operator that never ends, ends the process too: nothing that is
@@ -31,7 +32,13 @@ from nbl_export.runtime import bounds
 UNWRITTEN = 2
 STUCK = InputError.exit_code
 _AFTER_PROGRESS = "\r\x1b[K\x1b[?25h"  # the line of a progress bar is cleared, the cursor shown
-_ENDING = (signal.SIGTERM, signal.SIGHUP)
+# The signals that end the process, and the handler that each has where nobody asked for another.
+_ENDING: dict[int, Any] = {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGTERM: signal.SIG_DFL,
+    signal.SIGHUP: signal.SIG_DFL,
+}
+_asked: list[int] = []  # the signals that came
 
 
 def run(work: Callable[[], int], said: Callable[[str, int], int]) -> int:
@@ -164,11 +171,24 @@ def _signals() -> Iterator[None]:
         return
 
     def end(signum: int, _frame: Any) -> None:
+        _asked.append(signum)
         raise Interrupted(signum)
 
-    changed = {s: signal.signal(s, end) for s in _ENDING if signal.getsignal(s) is signal.SIG_DFL}
+    changed = {s: signal.signal(s, end) for s, default in _ENDING.items() if signal.getsignal(s) is default}
     try:
         yield
     finally:
         for signum, before in changed.items():
             signal.signal(signum, before)
+        _asked.clear()
+
+
+def stop_if_asked() -> None:
+    """Raises :class:`Interrupted` if a signal asked this process to end and it still works."""
+    if _asked and threading.current_thread() is threading.main_thread():
+        raise Interrupted(_asked[-1])
+
+
+def go_on() -> None:
+    """What a signal asked for is done: it was for a line being typed, and not for the process."""
+    _asked.clear()

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nbl_export.cli import process
+from nbl_export.cli.bars import TerminalListener
 from nbl_export.cli.process import Output
 from nbl_export.errors import Interrupted
 from nbl_export.runtime import bounds
@@ -228,6 +230,42 @@ def test_a_signal_is_an_interrupt_with_its_own_code() -> None:
     with pytest.raises(Interrupted) as ended:
         process.run(lambda: send(signal.SIGTERM)() or 0, said)
     assert ended.value.exit_code == 143 and isinstance(ended.value, KeyboardInterrupt)
+
+
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_an_interrupt_that_a_library_swallows_ends_the_work_at_its_next_step(signum: int) -> None:
+    reached: list[str] = []
+
+    def work() -> int:
+        with TerminalListener().task("Exporting ONNX", 3, "steps") as task:
+            with suppress(KeyboardInterrupt):
+                send(signum)()
+            reached.append("behind the library")
+            task.advance(1)
+            reached.append("the next step")
+        return 0
+
+    usual = signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL
+    before = signal.signal(signum, usual)
+    try:
+        with pytest.raises(Interrupted) as ended:
+            process.run(work, said)
+        assert ended.value.exit_code == SIGNALS[signal.Signals(signum)]
+        assert process.run(lambda: process.stop_if_asked() or 0, said) == 0  # of an earlier command
+    finally:
+        signal.signal(signum, before)
+    assert reached == ["behind the library"]
+
+
+def test_an_interrupt_of_a_line_that_is_typed_asks_for_nothing_else() -> None:
+    def work() -> int:
+        with suppress(KeyboardInterrupt):
+            send(signal.SIGTERM)()
+        process.go_on()
+        process.stop_if_asked()
+        return 5
+
+    assert process.run(work, said) == 5
 
 
 def test_another_thread_may_run_it_too() -> None:

@@ -86,7 +86,7 @@ def test_a_folder_lists_its_stages(stories_copy: Path) -> None:
     state = {row[0]: row[1] for row in stages.rows}
     assert state == {
         **dict.fromkeys(("calibrate", "select", "export", "rewrite", "verify"), "done"),
-        **dict.fromkeys(("build", "eval", "bench"), "not yet"),
+        **dict.fromkeys(("build", "eval", "bench", "convert"), "not yet"),
     }
     assert len(others) == 2
     (stories_copy / "model.onnx.data").write_bytes(b"damaged")

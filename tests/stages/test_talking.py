@@ -162,7 +162,7 @@ def test_a_folder_without_a_tokenizer(talking_copy: Path, monkeypatch: pytest.Mo
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (talking_copy / name).unlink()
     monkeypatch.setattr(Workspace, "damaged_file", lambda *_: None)
-    assert "No tokenizer can be loaded from" in refused(talking_copy)
+    assert "has no tokenizer: put the tokenizer.json" in refused(talking_copy)
 
 
 def test_a_system_message_needs_a_chat_template(stories_out: Path) -> None:
