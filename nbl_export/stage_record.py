@@ -16,7 +16,7 @@ from nbl_export.files import sha256_of_json
 # after a corrected fit: what an earlier version made is then made again.
 STAGES = {
     "calibrate": 3,
-    "select": 1,
+    "select": 2,
     "export": 2,
     "rewrite": 2,
     "build": 1,

@@ -19,6 +19,7 @@ from nbl_export.calibrate.text import (
     start_tokens,
 )
 from nbl_export.errors import InputError
+from nbl_export.models.attending import decoding
 from nbl_export.models.compat import cache_argument
 from nbl_export.models.dummy_run import cache_shapes
 from nbl_export.models.layers import accepted_arguments
@@ -155,16 +156,40 @@ def _sample(model: Any, start: int, numbers: torch.Tensor, advance: Any) -> I32:
         cache_argument(model),
         None,
     )  # the model's own cache: not every state consists of keys and values
-    with torch.inference_mode():
+    with torch.inference_mode(), decoding(model):
         for place in range(length):
             ids = seen if cache is None else seen[:, -1:]
             output = model(input_ids=ids, **accepted_arguments(model, use_cache=True, **{name: cache}))
             logits, cache = output.logits, output.get(name)
-            # Inverse transform sampling: torch.multinomial draws one random number per vocabulary entry, this draws
-            # one per document.
-            distribution = torch.softmax(logits[:, -1].float(), dim=-1).cumsum(dim=-1)
-            draws = numbers[place][:, None] * distribution[:, -1:]
-            tokens = torch.searchsorted(distribution, draws).clamp_max(logits.shape[-1] - 1)
+            tokens = _drawn(
+                torch.softmax(logits[:, -1], dim=-1, dtype=torch.float32), numbers[place][:, None]
+            )
             seen = torch.cat([seen, tokens], dim=1)
             advance(count)
     return seen[:, 1:].to(torch.int32).cpu().numpy()
+
+
+# Entries of a distribution that are added up at once: a running sum over a vocabulary takes as long as its softmax.
+_ENTRIES = 256
+
+
+def _drawn(distribution: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """The token [rows, 1] of each ``distribution`` [rows, vocab] at its number [rows, 1] in [0, 1).
+
+    Inverse transform sampling: torch.multinomial draws one random number per vocabulary entry, this needs one per
+    document. The part of the vocabulary is found first, and the token within it.
+    """
+    import torch
+
+    rows, vocab = distribution.shape
+    if missing := -vocab % _ENTRIES:
+        distribution = torch.nn.functional.pad(distribution, (0, missing))
+    parts = distribution.view(rows, -1, _ENTRIES)
+    sums = parts.sum(-1)
+    ends = sums.cumsum(-1)
+    draws = numbers * ends[:, -1:]
+    part = torch.searchsorted(ends, draws).clamp_max(ends.shape[1] - 1)
+    inside = parts.gather(1, part[..., None].expand(-1, -1, _ENTRIES))[:, 0].cumsum(-1)
+    # What is added up in another order may end a rounding error earlier: never behind the last token of the part.
+    left = torch.minimum(draws - ends.gather(1, part) + sums.gather(1, part), inside[:, -1:])
+    return part * _ENTRIES + torch.searchsorted(inside, left)

@@ -29,6 +29,7 @@ from nbl_export.errors import InputError
 from nbl_export.export.recurrence import use_recurrences
 from nbl_export.export.ropes import both_ways
 from nbl_export.export.symbols import SYMBOLIC_DOMAIN, replaced
+from nbl_export.models.attending import takes_attention
 from nbl_export.models.compat import growing_mask
 from nbl_export.models.row_positions import count_positions
 
@@ -202,7 +203,7 @@ def _use_attention(
 
     before = model.config._attn_implementation
     undo.callback(model.set_attn_implementation, before)
-    if getattr(model, "_supports_attention_backend", False):
+    if takes_attention(model):
         AttentionInterface.register(_NAME, attend)
         AttentionMaskInterface.register(_NAME, mask or growing_mask())
         model.set_attn_implementation(_NAME)

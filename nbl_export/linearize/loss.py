@@ -11,10 +11,12 @@ one document are not independent).
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -46,6 +48,10 @@ _CHUNK = 64
 _KEPT_BYTES = 1 << 30
 # What goes through the blocks together has states of no more than this.
 _STATES_BYTES = 2 << 30
+# A rough loss is that on a quarter of the rows, and on no fewer tokens than this.
+_ROUGH_TOKENS = 1024
+# The states of the best set measured are kept, beside the settled ones, if they take no more than this.
+_NEXT_BYTES = 1 << 29
 
 
 @dataclass(frozen=True)
@@ -126,7 +132,8 @@ class LossMeter:
     Predictions of tokens without a document, which is -1, are not counted: those of images.
 
     It stores the original's predictions and, for one set at a time, the states at each layer's input. A set that adds
-    layers to that set is run from the first added layer on.
+    layers to that set is run from the first added layer on. The states of the best set that was measured since are
+    kept, too, where they have room: a search settles on that one next.
 
     The predictions take 2 bytes per token and vocabulary entry: the mean KL is accurate to about 0.1 %. If they take
     more than 1 GiB, the original's states after its last block are stored instead, d values per token, and the
@@ -150,14 +157,14 @@ class LossMeter:
         self._rows = [torch.from_numpy(row.astype(np.int64)).to(device) for row in rows]
         # The targets of predictions; of the embeddings of images, which nobody predicts, nothing is counted.
         self._targets = [written(row) for row in self._rows]
-        self._predicted_at = document[:, 1:].reshape(-1) >= 0
-        self._owner = document[:, 1:].reshape(-1)[self._predicted_at]
+        self._document = document
         self._blocks = [one.index for one in blocks_of(model)]
         self._linear: dict[Block, Replacement] = {}
         # Of the original: the predictions, or, where these are large, the states after the last block.
         self._references: list[Reference] = []
         self._ends: list[torch.Tensor] = []
         self._states: list[dict[int, torch.Tensor]] = []
+        self._next: _Measured | None = None
         self.together = streams(model)
         large = 2 * rows.size * vocabulary(model) > _KEPT_BYTES
         with _recording_ends(model, self._ends) if large else nullcontext():
@@ -171,6 +178,31 @@ class LossMeter:
                 if not large:
                     self._references.append(original)
 
+    @cached_property
+    def rough(self) -> LossMeter:
+        """A meter of the first rows alone: a quarter of them, and at least about 1,024 tokens.
+
+        Of all rows where the sets are measured ``together``: reading the weights takes the time then.
+        """
+        if self.together:
+            return self
+        lengths = np.cumsum([len(row) for row in self._rows])
+        count = max(-(-len(lengths) // 4), 1 + int(np.searchsorted(lengths, _ROUGH_TOKENS)))
+        part = copy.copy(self)
+        # What it has of each row; what the original predicts there is not computed again.
+        for name in ("_rows", "_targets", "_document", "_references", "_ends", "_states"):
+            setattr(part, name, getattr(self, name)[:count])
+        part._next = None
+        return part
+
+    @property
+    def _predicted_at(self) -> NDArray[np.bool_]:
+        return self._document[:, 1:].reshape(-1) >= 0
+
+    @property
+    def _owner(self) -> I32:
+        return self._document[:, 1:].reshape(-1)[self._predicted_at]
+
     @property
     def tokens(self) -> int:
         """Number of compared predictions."""
@@ -182,19 +214,34 @@ class LossMeter:
 
     def settle(self, layers: Mapping[Block, Replacement]) -> None:
         """Store the states of the model with the linear ``layers``; sets that add to it are then measured faster."""
-        if {i: id(m) for i, m in self._linear.items()} == {i: id(m) for i, m in layers.items()}:
+        if _same(self._linear, layers):
             return
+        kept, self._next = self._next, None
         if self.together:
             self._linear = dict(layers)
-            return
-        for _ in self._settled(dict(layers), lambda _tokens: None):
-            pass
+        elif kept is not None and _same(kept.layers, layers):
+            self._linear = kept.layers
+            self._states = [before | after for before, after in zip(self._states, kept.states, strict=True)]
+        else:
+            for _ in self._settled(dict(layers), lambda _tokens: None):
+                pass
 
     def measure(self, layers: Mapping[Block, Replacement]) -> Loss:
         """The loss of the model with exactly the linear ``layers``."""
         if self.together:
             return self.measure_all([layers])[0]
-        return self.measure_within(replaced(self.model, layers, self.fit_input), self._first_new(layers))
+        change = replaced(self.model, layers, self.fit_input)
+        states: list[dict[int, torch.Tensor]] | None = [] if self._have_room else None
+        loss = self._measure_within(change, self._first_new(layers), states)
+        if states is not None and (self._next is None or loss.kl < self._next.kl):
+            self._next = _Measured(dict(layers), loss.kl, states)
+        return loss
+
+    @property
+    def _have_room(self) -> bool:
+        """Whether the states of another set have room: those of the best one, and of the one that is measured."""
+        each = sum(states.nbytes for row in self._states for states in row.values())
+        return 2 * each <= _NEXT_BYTES
 
     def _original(self, advance: Callable[[int], None]) -> Iterator[tuple[int, torch.Tensor]]:
         if not self.together:
@@ -250,14 +297,26 @@ class LossMeter:
         """The loss of the settled model within ``change``, which affects only layer ``first`` and subsequent layers."""
         if self.together:
             return self.measure_versions([Version(first, change=change)])[0]
+        return self._measure_within(change, first, None)
+
+    def _measure_within(
+        self, change: AbstractContextManager[Any], first: int, kept: list[dict[int, torch.Tensor]] | None
+    ) -> Loss:
+        """As :meth:`measure_within`; the states of each row at the inputs of later layers are added to ``kept``."""
         kl, excess, first = [], [], beginning(self.model, first)
+        later = {layer_of(i) for i in self._blocks if layer_of(i) > first}
         with torch.inference_mode(), change:
             for number, (states, row) in enumerate(zip(self._states, self._rows, strict=True)):
                 original, target = self._predicted(number), self._targets[number]
-                with starting_at(self.model, first, states[first]):
+                with (
+                    recording_inputs(self.model, later if kept is not None else ()) as found,
+                    starting_at(self.model, first, states[first]),
+                ):
                     row_kl, row_excess = compare(original, row_logits(self.model, row), target)
                 kl.append(row_kl)
                 excess.append(row_excess)
+                if kept is not None:
+                    kept.append(dict(found))
         return self._loss(np.concatenate(kl), np.concatenate(excess))
 
     def _first_new(self, layers: Mapping[Block, Replacement]) -> int:
@@ -277,6 +336,20 @@ class LossMeter:
                 self._states.append(dict(states))
                 advance(len(row))
                 yield logits
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A set of linear ``layers``, its ``kl``, and for each row the states at the inputs of later layers."""
+
+    layers: dict[Block, Replacement]
+    kl: float
+    states: list[dict[int, torch.Tensor]]
+
+
+def _same(one: Mapping[Block, Replacement], other: Mapping[Block, Replacement]) -> bool:
+    """Whether they replace the same layers by the same."""
+    return {i: id(m) for i, m in one.items()} == {i: id(m) for i, m in other.items()}
 
 
 @contextmanager

@@ -14,6 +14,8 @@ For a workload each loss is divided by the time that the layer saves in it.
 
 Greedy search is lazy: the loss added by a layer mostly grows as others are chosen, so its last known value is a lower
 bound of the next one, and layers whose bound is above the best value found are not run. Ties go to the lower layer.
+It begins with the rough losses of single layers, on the first rows of the text; every set that it takes, or compares
+with one that it takes, is measured on all rows.
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ from nbl_export.models.layers import BlockModules
 NOISE = 0.5
 # The maximum number of candidates measured for each layer that greedy search chooses.
 GREEDY_TRIES = 8
+# A rough loss may be this much larger than the loss on all rows would be, for the same layer and on the same scale.
+_ROUGH = 1.25
 
 
 class LossCache:
@@ -80,7 +84,7 @@ class MeasuredSets:
         meter: Callable[[], LossMeter],
         linear: Mapping[Block, Replacement],
         cache: LossCache,
-        measure: Callable[[Sequence[Sequence[Block]], frozenset[Block]], Sequence[Loss]] | None = None,
+        measure: Callable[[Sequence[Sequence[Block]], frozenset[Block], bool], Sequence[Loss]] | None = None,
         at_once: int = 1,
     ) -> None:
         self._meter, self._linear, self._cache = meter, linear, cache
@@ -94,8 +98,20 @@ class MeasuredSets:
 
     def loss(self, layers: Iterable[Block]) -> Loss:
         """The loss with exactly ``layers`` replaced; raises :class:`CalibrationError` for one that is no number."""
+        return self._loss(layers, _name, self._wanted)
+
+    def rough_loss(self, layers: Iterable[Block]) -> Loss:
+        """As :meth:`loss`, on the first rows of the text alone: a fraction of the time.
+
+        On all rows where sets are measured together, since reading the weights then takes the time.
+        """
+        return self._loss(layers, _rough_name, frozenset())
+
+    def _loss(
+        self, layers: Iterable[Block], name: Callable[[Sequence[Block]], str], settled: frozenset[Block]
+    ) -> Loss:
         wanted = sorted(set(layers))
-        return usable(self._cache.get(_name(wanted), lambda: self._measure(wanted)), wanted)
+        return usable(self._cache.get(name(wanted), lambda: self._measure(wanted, name, settled)), wanted)
 
     def announce(self, sets: Iterable[Iterable[Block]]) -> None:
         """Say which ``sets`` may be asked for: where that is less work, the first unknown one brings all of them."""
@@ -105,20 +121,27 @@ class MeasuredSets:
         """Announce sets that add to ``layers``: the first unknown one makes the meter settle on ``layers``."""
         self._wanted = frozenset(layers)
 
-    def _measure(self, layers: list[Block]) -> Loss:
-        unknown = [w for w in self._announced if w != layers and _name(w) not in self._cache]
+    def _measure(
+        self, layers: list[Block], name: Callable[[Sequence[Block]], str], settled: frozenset[Block]
+    ) -> Loss:
+        unknown = [w for w in self._announced if w != layers and name(w) not in self._cache]
         together = [layers, *unknown]
         if not self._meter().together:
             together = together[: self._at_once]
-        losses = self._measure_all(together, self._wanted)
-        found = {_name(w): usable(loss, w) for w, loss in zip(together, losses, strict=True)}
-        loss = found.pop(_name(layers))
+        losses = self._measure_all(together, settled, name is _rough_name)
+        known = [(w, usable(loss, w)) for w, loss in zip(together, losses, strict=True)]
+        # Sets that are measured together are so on all rows, also where less is asked for.
+        names = {name, _name} if self._meter().together else {name}
+        found = {name(w): loss for w, loss in known for name in names}
+        loss = found.pop(name(layers))
         if found:
             self._cache.put(found)
         return loss
 
-    def _measured_here(self, sets: Sequence[Sequence[Block]], settled: frozenset[Block]) -> list[Loss]:
-        return measured_losses(self._meter(), self._linear, sets, settled)
+    def _measured_here(
+        self, sets: Sequence[Sequence[Block]], settled: frozenset[Block], roughly: bool
+    ) -> list[Loss]:
+        return measured_losses(self._meter(), self._linear, sets, settled, roughly)
 
 
 def measured_losses(
@@ -126,8 +149,13 @@ def measured_losses(
     linear: Mapping[Block, Replacement],
     sets: Sequence[Sequence[Block]],
     settled: frozenset[Block] = frozenset(),
+    roughly: bool = False,
 ) -> list[Loss]:
-    """The losses of ``sets`` of the ``linear`` layers; if all add to ``settled``, the meter settles on those."""
+    """The losses of ``sets`` of the ``linear`` layers; if all add to ``settled``, the meter settles on those.
+
+    ``roughly`` on the first rows of its text alone.
+    """
+    meter = meter.rough if roughly else meter
     if all(settled <= set(layers) for layers in sets):
         meter.settle(by_part({i: linear[i] for i in settled}))
     return meter.measure_all([by_part({i: linear[i] for i in layers}) for layers in sets])
@@ -135,6 +163,10 @@ def measured_losses(
 
 def _name(layers: Sequence[Block]) -> str:
     return ",".join(map(str, layers))
+
+
+def _rough_name(layers: Sequence[Block]) -> str:
+    return f"{_name(layers)} roughly"
 
 
 def usable(loss: Loss, layers: Sequence[Block], changed: str = "replaced") -> Loss:
@@ -152,10 +184,10 @@ def usable(loss: Loss, layers: Sequence[Block], changed: str = "replaced") -> Lo
 
 
 def single_layer_losses(sets: MeasuredSets, layers: Iterable[Block] | None = None) -> dict[Block, Loss]:
-    """The loss of each of ``layers`` (None: all) with only that layer replaced."""
+    """The rough loss of each of ``layers`` (None: all) with only that layer replaced."""
     wanted = sets.candidates if layers is None else tuple(sorted(layers))
     sets.announce([layer] for layer in wanted)
-    return {layer: sets.loss([layer]) for layer in wanted}
+    return {layer: sets.rough_loss([layer]) for layer in wanted}
 
 
 # What a set of linear blocks saves, in any unit; without it every block saves the same.
@@ -180,12 +212,13 @@ def greedy_path(
 ) -> Iterator[tuple[Block, ...]]:
     """Set after set, each the one before it and the block with the smallest added KL for what it saves.
 
-    A span may take the place of blocks within it. ``longer`` are spans that are not among the ``singles``: each is
-    taken to add what its layers do alone, until it is tried. The path ends where nothing can be added.
+    A span may take the place of blocks within it. The ``singles`` are rough. ``longer`` are spans that are not among
+    them: each is taken to add what its layers do alone, until it is tried. The path ends where nothing can be added.
     """
-    # What each block added when it was last tried; singles are of the empty set.
+    # What each block added when it was last tried, or what it adds roughly.
     added = {block: usable(loss, [block]).kl for block, loss in singles.items()}
     added |= {span: sum(added.get(Span(i, i), 0.0) for i in span.layers) for span in longer}
+    added = _to_scale(sets, added)
     chosen: tuple[Block, ...] = ()
     base = 0.0
     while nexts := _nexts(chosen, added):
@@ -209,6 +242,16 @@ def greedy_path(
         best = min(rates, key=lambda b: (rates[b], totals[b], b))
         chosen, base = nexts[best], totals[best]
         yield chosen
+
+
+def _to_scale(sets: MeasuredSets, rough: Mapping[Block, float]) -> dict[Block, float]:
+    """``rough`` losses of single blocks as lower bounds of those on all rows; two small ones are measured there."""
+    small = sorted((block for block in rough if rough[block] > 0), key=lambda b: (rough[b], b))[:2]
+    sets.settle(())
+    sets.announce([block] for block in small)
+    exact = {block: sets.loss([block]).kl for block in small}
+    scale = sum(exact.values()) / sum(rough[block] for block in small) if small else 1.0
+    return {block: exact.get(block, kl * scale / _ROUGH) for block, kl in rough.items()}
 
 
 def ranked_path(order: Iterable[Block]) -> Iterator[tuple[Block, ...]]:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from nbl_export.models.attending import attending_by, takes_attention
+
 if TYPE_CHECKING:
     import torch
 
@@ -22,7 +24,7 @@ def shared_keys(model: Any, layers: Sequence[AttentionModules], run: Callable[[]
 
     Empty for a model whose attention does not use transformers' interface.
     """
-    if not getattr(model, "_supports_attention_backend", False):
+    if not takes_attention(model):
         return {}
     indices = {model.get_submodule(layer.module): layer.index for layer in layers}
     owners: list[tuple[torch.Tensor, int]] = []
@@ -45,20 +47,12 @@ def shared_keys(model: Any, layers: Sequence[AttentionModules], run: Callable[[]
 @contextmanager
 def _watched(model: Any, watch: Callable[[Any, torch.Tensor], None]) -> Iterator[None]:
     """Within the block, ``watch`` is called with each attention module and the keys that its function is given."""
-    from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import sdpa_mask
 
     def attend(module: Any, query: Any, key: Any, *args: Any, **kwargs: Any) -> Any:
         watch(module, key)
         kwargs.pop("softcap", None)  # sdpa has none; what is computed does not matter
         return sdpa_attention_forward(module, query, key, *args, **kwargs)
 
-    before = model.config._attn_implementation
-    AttentionInterface.register(_NAME, attend)
-    AttentionMaskInterface.register(_NAME, sdpa_mask)
-    model.set_attn_implementation(_NAME)
-    try:
+    with attending_by(model, _NAME, attend):
         yield
-    finally:
-        model.set_attn_implementation(before)

@@ -92,6 +92,25 @@ def test_sampling_draws_from_the_model_itself(model: Any, tokenizer: Any) -> Non
     np.testing.assert_array_equal(np.concatenate([getattr(text, part) for part in PARTS]), expected)
 
 
+@pytest.mark.parametrize("vocab", [1, 255, 256, 1000, 49152])
+def test_a_token_is_found_where_the_running_sum_reaches_its_number(vocab: int) -> None:
+    generator = torch.Generator().manual_seed(vocab)
+    logits = torch.randn(64, vocab, generator=generator) * 4
+    logits[:, vocab // 2 + 1 :] = -float("inf")  # nobody draws these
+    distribution = torch.softmax(logits, -1)
+    numbers = torch.rand(64, 1, generator=generator)
+    numbers[:2, 0] = torch.tensor([0.0, 1 - 2**-24])
+    tokens = sampling._drawn(distribution, numbers)
+    assert tokens.shape == (64, 1) and tokens.dtype == torch.int64
+    assert int(tokens.max()) <= vocab // 2
+    running = distribution.double().cumsum(-1)
+    wanted = numbers.double() * running[:, -1:]
+    # Up to the rounding of float32 sums, the number lies within the token's share.
+    assert torch.all(running.gather(1, tokens) >= wanted - 1e-5)
+    before = running.gather(1, tokens) - distribution.double().gather(1, tokens)
+    assert torch.all(before <= wanted + 1e-5)
+
+
 def test_long_rows_hold_several_sampled_documents(
     model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

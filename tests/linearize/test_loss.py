@@ -238,6 +238,60 @@ def test_only_what_is_new_is_run(in_memory: Any) -> None:
             hook.remove()
 
 
+def fresh(model: Any, settled: Mapping[int, LinearLayer], how: FitInput = "normed") -> LossMeter:
+    meter = LossMeter(model, *text(), how)
+    meter.settle(settled)
+    return meter
+
+
+@pytest.mark.parametrize("room", [None, 0])
+def test_a_search_settles_on_the_best_set_without_running_it_again(
+    in_memory: Any, room: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maps = some_maps()
+    if room is not None:
+        monkeypatch.setattr(module, "_NEXT_BYTES", room)
+    meter = LossMeter(in_memory, *text(), "normed")
+    chosen: dict[int, LinearLayer] = {}
+    for _ in range(3):
+        tried = {i: meter.measure({**chosen, i: maps[i]}).kl for i in maps if i not in chosen}
+        best = min(tried, key=lambda i: tried[i])
+        chosen[best] = maps[best]
+        ran: list[int] = []
+        hook = in_memory.model.layers[best].register_forward_hook(lambda *_, ran=ran: ran.append(1))
+        meter.settle(chosen)
+        hook.remove()
+        assert len(ran) == (0 if room is None else ROWS)
+        other = fresh(in_memory, chosen)
+        for row, expected in zip(meter._states, other._states, strict=True):
+            assert set(row) == set(expected)
+            assert all(torch.equal(row[i], expected[i]) for i in row)
+    # What was measured before it settled elsewhere is of other states.
+    meter.measure({0: maps[0]})
+    meter.settle({1: maps[1]})
+    meter.settle({0: maps[0]})
+    assert meter.measure({0: maps[0], 3: maps[3]}) == fresh(in_memory, {0: maps[0]}).measure(
+        {0: maps[0], 3: maps[3]}
+    )
+
+
+def test_a_rough_loss_is_that_of_the_first_rows(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    maps, (rows, document) = some_maps(), text()
+    meter = LossMeter(model, rows, document, "normed")
+    meter.settle({1: maps[1]})
+    assert meter.rough.tokens == meter.tokens, "of a text that is short, all"
+    monkeypatch.setattr(module, "_ROUGH_TOKENS", LENGTH + 1)
+    meter = LossMeter(model, rows, document, "normed")
+    count = ROWS if meter.together else 2
+    part = LossMeter(model, rows[:count], document[:count], "normed")
+    assert (meter.rough.tokens, meter.rough.documents) == (part.tokens, part.documents)
+    for layers in ({}, {2: maps[2]}, {1: maps[1], 3: maps[3]}):
+        assert meter.rough.measure(layers) == part.measure(layers)
+    meter.settle({1: maps[1]})
+    assert meter.rough.measure({2: maps[2]}) == part.measure({2: maps[2]}), "wherever the other is settled"
+    assert_close(meter.measure({2: maps[2]}), whole_run(model, rows, document, {2: maps[2]}, "normed"))
+
+
 # block by block ----------------------------------------------------------------------------------
 
 

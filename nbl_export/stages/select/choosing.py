@@ -102,7 +102,7 @@ class Choosing:
         return int(counted.size), len(np.unique(counted))
 
     def _kl(self, candidates: Sequence[Candidate]) -> Iterator[Candidate]:
-        for candidate, loss in _singly(self.sets, candidates):
+        for candidate, loss in _singly(self.sets, candidates, roughly=self.searched):
             yield replace(candidate, kl=loss.kl, kl_se=loss.kl_se)
 
     def _drop(self, candidates: Sequence[Candidate]) -> Iterator[Candidate]:
@@ -270,11 +270,14 @@ class Choosing:
         return larger[min(rates, key=lambda b: (rates[b], b))] if rates else None
 
 
-def _singly(sets: MeasuredSets, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Loss]]:
+def _singly(
+    sets: MeasuredSets, candidates: Sequence[Candidate], roughly: bool = False
+) -> Iterator[tuple[Candidate, Loss]]:
     """Each of ``candidates`` with the loss of its layer alone."""
+    measure = sets.rough_loss if roughly else sets.loss
     sets.announce([candidate.layer] for candidate in candidates)
     for candidate in candidates:
-        yield candidate, sets.loss([candidate.layer])
+        yield candidate, measure([candidate.layer])
 
 
 def _used(point: CurvePoint, way: Way) -> CurvePoint:

@@ -87,8 +87,8 @@ class Jobs:
     def sets(self, linear: Linear, **fitted: Any) -> MeasuredSets:
         """The losses of sets of ``linear`` layers, which depend only on ``fitted`` and the calibration."""
 
-        def measure(sets: Sequence[Sequence[Block]], settled: frozenset[Block]) -> list[Loss]:
-            return self._ask("losses", sets, linear, settled)
+        def measure(sets: Sequence[Sequence[Block]], settled: frozenset[Block], roughly: bool) -> list[Loss]:
+            return self._ask("losses", sets, linear, settled, roughly)
 
         cache = self.measured.cache(fit_input=self._settings.fit_input, **fitted)
         return MeasuredSets(
@@ -122,10 +122,10 @@ class Jobs:
         return [None for _ in share]
 
     def _losses(
-        self, sets: Sequence[Sequence[Block]], linear: Linear, settled: frozenset[Block]
+        self, sets: Sequence[Sequence[Block]], linear: Linear, settled: frozenset[Block], roughly: bool
     ) -> list[Loss]:
         layers: Mapping[Block, Replacement] = getattr(self.fitting, linear)
-        return measured_losses(self.measured.meter, layers, sets, settled) if sets else []
+        return measured_losses(self.measured.meter, layers, sets, settled, roughly) if sets else []
 
     def _sensitivities(self, layers: Sequence[Block]) -> list[Loss]:
         model = self.measured.model

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from nbl_export.blocks import layer_of
 from nbl_export.linearize.figures import exp
 from nbl_export.linearize.loss import compare, loss_over_documents, reference, row_logits
 from nbl_export.linearize.plan import Plan
 from nbl_export.linearize.swap import linearized
 from nbl_export.linearize.sweep import ORIGINAL, sweep, version_of
 from nbl_export.models.media_tokens import written
+from nbl_export.models.partial_forward import beginning, recording_inputs, starting_at
 from nbl_export.models.weights import device_of, streams
 from nbl_export.progress import Listener, Silent
 from nbl_export.verify.loss.figures import MethodLoss
@@ -74,7 +76,10 @@ def _both(
         for (_, _, logits), (_, _, changed) in zip(found, found, strict=True):
             yield logits, changed
         return
+    # Nothing is changed before the first of the plan's layers: the second run begins there.
+    first = beginning(model, layer_of(min(plan.chosen))) if plan.chosen else 0
     for row in rows:
-        logits = row_logits(model, row)
-        with linearized(model, plan):
+        with recording_inputs(model, [first]) as states:
+            logits = row_logits(model, row)
+        with linearized(model, plan), starting_at(model, first, states[first]):
             yield logits, row_logits(model, row)
