@@ -8,7 +8,9 @@ cd "$(dirname "$0")/.."
 out=${1:-out/demo}
 . scripts/environment.sh
 
+smollm2 >/dev/null & # while the packages are installed
 environment .venv '.[cpu]'
+wait $!
 model=$(smollm2)
 # Half the default text: it is sampled from the model itself, which takes as long on a CPU as the calibration.
 .venv/bin/nbl-export "$model" --k 8 -o "$out" --samples 64

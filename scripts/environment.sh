@@ -1,12 +1,13 @@
 # Sourced by the other scripts: virtual environments, and real models.
 
 # environment DIR SPEC...: make DIR if needed and install SPEC (editable) into it.
+# --no-compile: Python compiles what it imports, which is a small part of what is installed.
 environment() {
   local dir=$1
   shift
   [ -x "$dir/bin/python" ] || "${PYTHON:-python3}" -m venv "$dir"
   echo "Installing $* into $dir ..." >&2
-  "$dir/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$@"
+  "$dir/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile --editable "$@"
 }
 
 # optimum_python: print the path of a Python with optimum and this package, both with transformers 4.57.

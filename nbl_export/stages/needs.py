@@ -25,6 +25,8 @@ MIB, GIB = 1 << 20, 1 << 30
 _TORCH, _PROGRAM, _PROGRAM_ONNX = 200 * MIB, 300 * MIB, 600 * MIB
 # Of :func:`nbl_export.models.weights.room`: weights that are used many times stay in memory up to this.
 _KEPT = 2 * GIB
+# Of nbl_export.linearize.loss: states of the next set are kept up to this.
+_NEXT = 512 * MIB
 _F64, _F32 = 8, 4
 # Tokens of one forward pass while moments are collected, and documents and tokens of one while text is sampled.
 _BATCH, _SAMPLED, _SAMPLE_LENGTH = 1024, 152, 128
@@ -201,19 +203,24 @@ def to_select(
         tokens = text.selection_samples * text.seq_len
         streams = width * sizes.shape.weights > _KEPT
         k = _chosen(sizes, settings)
+        searches = criterion == "greedy"
+        states = width * tokens * d * layers
+        # A search keeps those of the best set and of the one that is measured, where they have room.
+        more = 2 * states if searches and not streams and 2 * states <= _NEXT else 0
         phases.append(
             {
                 "weights": sizes.kept(width),
                 "W and b of every layer": _F32 * layers * d * d,
                 "the original's predictions": 2 * tokens * sizes.vocabulary,
                 "logits of a row": 3 * _F32 * text.seq_len * sizes.vocabulary,
-                "states of every version": width * tokens * d * (layers if streams else 1),
+                "states of every version": states + more,
             }
         )
-        # Each layer alone runs from that layer on, half of the blocks on average; a greedy round tries up to eight.
-        versions = layers * 0.5 + 1
+        # Each layer alone runs from that layer on, half of the blocks on average; a search runs it on a quarter of the
+        # rows, and tries up to eight layers a round.
+        versions = layers * 0.5 * (0.25 if searches and not streams else 1) + 1
         rounds = 2.0
-        if criterion == "greedy":
+        if searches:
             versions += 8 * 0.5 * k
             rounds += k
         fast = 2.0 * tokens * (versions * sizes.blocks + 2 * versions * sizes.head)
