@@ -104,6 +104,10 @@ class Places:
         return self.root / "mlx"
 
     @property
+    def hf(self) -> Path:
+        return self.root / "hf"
+
+    @property
     def conversion(self) -> Path:
         return self.nbl / "conversion.json"
 
@@ -133,6 +137,7 @@ class Places:
             self.engine.parent,
             self.root / "gguf",
             self.mlx,
+            self.hf,
             self.report,
             self.report / "plots",
             self.evaluations,

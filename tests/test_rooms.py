@@ -15,6 +15,7 @@ PACKAGE = Path(nbl_export.__file__).parent
 ROOMS = (
     "__main__",
     "cli",
+    "transformers",
     "api",
     "planning",
     "pipeline",

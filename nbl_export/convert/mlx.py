@@ -16,8 +16,9 @@ import numpy as np
 from nbl_export.batch.arrays import F32
 from nbl_export.blocks import Block, Mlp
 from nbl_export.convert.llama import LAYERS, check_like_llama, numbers, rope_base
+from nbl_export.convert.shards import Shards
 from nbl_export.errors import InputError
-from nbl_export.files import atomic_path, write_json
+from nbl_export.files import write_json
 from nbl_export.linearize.plan import Plan
 from nbl_export.progress import Listener
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 ARCHITECTURE = "nemotron-nas"
 _MULTIPLE = 256  # of the inner width of an MLP
-_SHARD = 1 << 30  # bytes of one file of weights
 _QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
 _Tensor = tuple[str, F32]
@@ -44,16 +44,16 @@ def write_mlx(
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "config.json"
     config.unlink(missing_ok=True)
-    files, source = _Shards(folder, dtype), _Source(model, plan)
-    files.add(source.own("model.embed_tokens.weight"))
+    files, source = Shards(folder, dtype, "mlx"), _Source(model, plan)
+    files.add(*source.own("model.embed_tokens.weight"))
     with listener.task("Writing weights", plan.layer_count, "layers") as task:
         for layer in range(plan.layer_count):
             for tensor in source.layer(layer):
-                files.add(tensor)
+                files.add(*tensor)
             task.advance(1)
-    files.add(source.own("model.norm.weight"))
+    files.add(*source.own("model.norm.weight"))
     if not model.config.tie_word_embeddings:  # type: ignore[union-attr]
-        files.add(source.own("lm_head.weight"))
+        files.add(*source.own("lm_head.weight"))
     written = files.finish()
     written += [Path(path) for path in tokenizer.save_pretrained(folder) if Path(path).is_file()]
     write_json(config, configuration(model, plan))
@@ -187,46 +187,3 @@ def _padded(values: F32, shape: tuple[int, ...]) -> F32:
     """``values`` with zeros behind them, up to ``shape``."""
     wider = [(0, wanted - had) for wanted, had in zip(shape, values.shape, strict=True)]
     return np.pad(values, wider) if any(after for _, after in wider) else values
-
-
-class _Shards:
-    """The files of weights, one after the other, so that memory has one of them, and their index."""
-
-    def __init__(self, folder: Path, dtype: str) -> None:
-        self._folder, self._dtype = folder, dtype
-        self._held: dict[str, torch.Tensor] = {}
-        self._bytes = self._total = 0
-        self._names: list[list[str]] = []
-
-    def add(self, named: _Tensor) -> None:
-        import torch
-
-        name, value = named
-        tensor = torch.tensor(value, dtype=getattr(torch, self._dtype))
-        if not bool(torch.isfinite(tensor).all()):
-            raise InputError(f"{name} has numbers that {self._dtype} does not have: use --precision bf16.")
-        size = tensor.numel() * tensor.element_size()
-        if self._held and self._bytes + size > _SHARD:
-            self._write()
-        self._held[name] = tensor
-        self._bytes += size
-        self._total += size
-
-    def _path(self, number: int) -> Path:
-        return self._folder / f"model-{number + 1:05}.safetensors"
-
-    def _write(self) -> None:
-        from safetensors.torch import save_file
-
-        with atomic_path(self._path(len(self._names))) as temporary:
-            save_file(self._held, temporary, metadata={"format": "mlx"})
-        self._names.append(list(self._held))
-        self._held, self._bytes = {}, 0
-
-    def finish(self) -> list[Path]:
-        """Write what is left, and the index; returns all files."""
-        self._write()
-        index = self._folder / "model.safetensors.index.json"
-        places = {name: self._path(n).name for n, names in enumerate(self._names) for name in names}
-        write_json(index, {"metadata": {"total_size": self._total}, "weight_map": places})
-        return [*(self._path(n) for n in range(len(self._names))), index]

@@ -17,11 +17,11 @@ GGUF_TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 class ConvertSettings(Settings):
     """Which form, and how its weights are stored.
 
-    to: The form: gguf (a file for llama.cpp), mlx (a folder for mlx-lm).
+    to: The form: gguf (a file for llama.cpp), mlx (a folder for mlx-lm), hf (a folder for transformers).
     precision: fp32, fp16, bf16; gguf: q8_0 (8 bits, a scale for each 32 weights).
     """
 
-    to: Literal["gguf", "mlx"] = setting("gguf", GRAPH, metavar="gguf|mlx")
+    to: Literal["gguf", "mlx", "hf"] = setting("gguf", GRAPH, metavar="gguf|mlx|hf")
     precision: Literal["fp32", "fp16", "bf16", "q8_0"] = setting("fp16", GRAPH)
 
     def check(self) -> None:

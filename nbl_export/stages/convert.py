@@ -170,7 +170,39 @@ class Mlx(Form):
         return nullcontext(MlxStream(place))
 
 
-FORMS: dict[str, type[Form]] = {"gguf": Gguf, "mlx": Mlx}
+class Hf(Form):
+    """A folder for transformers."""
+
+    engine, package = "transformers", "transformers"
+
+    @property
+    def place(self) -> Path:
+        return self.run.workspace.hf
+
+    def check_held(self, plan: Plan) -> None:
+        from nbl_export.convert.hf import check_held
+
+        check_held(self.run.model.model, plan)
+
+    def write(self, place: Path, plan: Plan, listener: Listener) -> list[Path]:
+        from nbl_export.convert.hf import write_hf
+        from nbl_export.graph.precision import precision_of
+
+        model = self.run.model
+        return write_hf(
+            place, model.model, plan, model.tokenizer, precision_of(self.precision).gates, listener
+        )
+
+    def is_here(self) -> bool:
+        return True  # without it nothing could have been calibrated
+
+    def opened(self, place: Path, rows: int, length: int) -> AbstractContextManager[Stream]:
+        from nbl_export.runtime.transformers import TransformersStream
+
+        return nullcontext(TransformersStream(place))
+
+
+FORMS: dict[str, type[Form]] = {"gguf": Gguf, "mlx": Mlx, "hf": Hf}
 
 
 def convert(run: Run, settings: ConvertSettings) -> Conversion:

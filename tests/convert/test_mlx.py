@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import pytest
 from safetensors.numpy import load_file
 
 from nbl_export.blocks import Block, Mlp
-from nbl_export.convert import mlx
 from nbl_export.convert.mlx import check_held, configuration, write_mlx
 from nbl_export.errors import InputError
 from nbl_export.linearize.plan import DROPPED, Plan
@@ -61,20 +59,6 @@ def test_numbers_are_the_models_and_what_is_added_is_zero(tmp_path: Path, random
     )
     assert not found["model.layers.0.self_attn.o_proj.bias"].any()
     assert "model.layers.1.self_attn.q_proj.weight" not in found
-
-
-def test_weights_are_in_files_of_a_size(
-    tmp_path: Path, random_plan: RandomPlan, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(mlx, "_SHARD", 50_000)
-    model = tiny_model("llama")
-    write_mlx(tmp_path, model, random_plan(model, [1]), NoTokenizer(), "float32", Silent())
-    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    files = sorted(tmp_path.glob("*.safetensors"))
-    assert len(files) > 3 and {path.name for path in files} == set(index["weight_map"].values())
-    for path in files:
-        names = load_file(path).keys()
-        assert {name for name, place in index["weight_map"].items() if place == path.name} == set(names)
 
 
 def test_what_cannot_be_held_is_refused_before_anything_is_written(

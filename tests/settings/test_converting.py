@@ -21,9 +21,10 @@ def test_every_precision_is_one_of_the_file() -> None:
         api.ConvertSettings(precision="int4").check()  # type: ignore[arg-type]
 
 
-def test_eight_bits_are_of_one_form() -> None:
-    with pytest.raises(InputError, match="--precision q8_0 is of --to gguf, not of --to mlx"):
-        api.ConvertSettings("mlx", "q8_0").check()
+@pytest.mark.parametrize("to", ["mlx", "hf"])
+def test_eight_bits_are_of_one_form(to: str) -> None:
+    with pytest.raises(InputError, match=f"--precision q8_0 is of --to gguf, not of --to {to}"):
+        api.ConvertSettings(to, "q8_0").check()  # type: ignore[arg-type]
 
 
 def test_an_encoder_has_no_such_form() -> None:

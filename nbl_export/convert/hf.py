@@ -1,0 +1,120 @@
+"""Model + plan → a folder that transformers loads: the checkpoint with linear layers, and the file with their classes.
+
+Its model type is ``nbl_`` and that of the original, so that no reader takes it for the original. It loads with
+``trust_remote_code``, or without it after ``import nbl_export.transformers``. The attentions that are linear have no
+entry in the KV cache.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nbl_export.blocks import Mlp
+from nbl_export.convert.llama import numbers
+from nbl_export.convert.shards import Shards
+from nbl_export.errors import InputError
+from nbl_export.files import atomic_path, write_json
+from nbl_export.linearize.plan import DROPPED, Plan
+from nbl_export.models.candidates import blocks_of
+from nbl_export.models.dummy_run import dummy_run
+from nbl_export.models.modeling_nbl import FILE
+from nbl_export.models.registered import ATTENTION, MLP, PREFIX, TYPES, source_of
+from nbl_export.progress import Listener
+
+if TYPE_CHECKING:
+    import torch
+
+
+def write_hf(
+    folder: Path, model: torch.nn.Module, plan: Plan, tokenizer: Any, dtype: str, listener: Listener
+) -> list[Path]:
+    """Write ``model`` with ``plan`` into ``folder``, in a ``dtype`` of torch such as ``float16``.
+
+    Returns the files, of which the configuration is written last: without it nothing loads the folder. Raises
+    :class:`InputError`, before anything is written, for a model or a plan that such a folder cannot hold.
+    """
+    check_held(model, plan)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = folder / "config.json"
+    config.unlink(missing_ok=True)
+    modules = _modules(model, plan)
+    files = Shards(folder, dtype, "pt")
+    gone = tuple(f"{path}." for path in modules)
+    names = [name for name, _ in model.named_parameters() if not name.startswith(gone)]
+    with listener.task("Writing weights", len(names) + len(plan.layers), "tensors") as task:
+        for name in names:
+            files.add(name, numbers(model, plan, name))
+            task.advance(1)
+        for block, linear in plan.layers.items():
+            path = _path(model, block)
+            files.add(f"{path}.linear.weight", linear.w)
+            files.add(f"{path}.linear.bias", linear.b)
+            task.advance(1)
+    written = files.finish()
+    written += [Path(path) for path in tokenizer.save_pretrained(folder) if Path(path).is_file()]
+    own: Any = model
+    if getattr(own, "generation_config", None) is not None:
+        own.generation_config.save_pretrained(folder)
+        written.append(folder / "generation_config.json")
+    with atomic_path(folder / FILE) as temporary:
+        temporary.write_text(source_of(own.config.model_type), encoding="utf-8")
+    write_json(config, configuration(model, plan, dtype))
+    return [*written, folder / FILE, config]
+
+
+def check_held(model: torch.nn.Module, plan: Plan) -> None:
+    """Raise :class:`InputError` for a model, or a plan, that such a folder cannot hold."""
+    config: Any = model.config
+    name = f"{type(model).__name__} ({config.model_type})"
+    if config.model_type not in TYPES:
+        raise InputError(f"--to hf takes {', '.join(TYPES)}, and {name} is none of them.")
+    if plan.fit_input != "normed":
+        raise InputError(
+            "--to hf multiplies W with what an attention reads, and this plan's W reads the residual stream: select "
+            "again without --fit-input residual."
+        )
+    if len(set(getattr(config, "layer_types", None) or ())) > 1:
+        raise InputError(
+            f"The layers of {name} attend in several ways, which a KV cache without the linear ones would mix up: "
+            "--to hf takes models whose layers attend alike."
+        )
+    if not plan.attention_layers:
+        raise InputError(
+            "--to hf keeps the positions of a text in its KV cache, and this plan keeps none: select fewer "
+            "layers."
+        )
+    kept = {one.index: one.module.rpartition(".")[2] for one in blocks_of(model)}
+    if odd := [b for b in plan.chosen if kept.get(b) != (MLP if isinstance(b, Mlp) else ATTENTION)]:
+        raise InputError(f"--to hf does not know the module of layer {odd[0]} of {name}.")
+
+
+def configuration(model: torch.nn.Module, plan: Plan, dtype: str) -> dict[str, Any]:
+    """The ``config.json`` of the folder."""
+    config: Any = model.config
+    told = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "torch_dtype")}
+    return {
+        **told,
+        "architectures": ["NblForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"{Path(FILE).stem}.NblConfig",
+            "AutoModelForCausalLM": f"{Path(FILE).stem}.NblForCausalLM",
+        },
+        "model_type": f"{PREFIX}{config.model_type}",
+        "dtype": dtype,
+        "torch_dtype": dtype,  # of transformers 4
+        "nbl": {"attention": ATTENTION, "modules": _modules(model, plan)},
+    }
+
+
+def _modules(model: torch.nn.Module, plan: Plan) -> dict[str, dict[str, Any]]:
+    """What becomes of each module that is not kept, by its path."""
+    returns = dummy_run(model).returns
+    return {
+        _path(model, block): {"linear": one is not DROPPED, "returns": returns[block]}
+        for block, one in sorted(plan.replacements.items())
+    }
+
+
+def _path(model: torch.nn.Module, block: Any) -> str:
+    return next(one.module for one in blocks_of(model) if one.index == block)

@@ -1,0 +1,11 @@
+"""``import nbl_export.transformers`` and transformers loads the folders of `convert --to hf`, without remote code.
+
+import nbl_export.transformers
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("out/model/hf")
+"""
+
+from nbl_export.models.registered import register
+
+register()

@@ -1,0 +1,214 @@
+"""The folder for transformers, as its users load it: with remote code, registered, generating, saved, trained."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from nbl_export.blocks import Block, Mlp
+from nbl_export.convert.hf import check_held, configuration, write_hf
+from nbl_export.errors import InputError
+from nbl_export.linearize.plan import DROPPED, Plan
+from nbl_export.linearize.swap import linearized
+from nbl_export.models.modeling_nbl import FILE
+from nbl_export.progress import Silent
+from tests.convert.test_mlx import NoTokenizer
+from tests.tiny_types import tiny_model
+
+RandomPlan = Callable[[Any, Sequence[Block]], Plan]
+PROMPT = torch.tensor([[7, 8, 9, 10, 11]])
+
+
+@pytest.fixture
+def model() -> Any:
+    return tiny_model("llama", num_hidden_layers=4)
+
+
+@pytest.fixture
+def folder(model: Any, tmp_path: Path, random_plan: RandomPlan) -> Path:
+    """Of a model whose first attention is linear."""
+    write_hf(tmp_path / "hf", model, random_plan(model, [0, 2]), NoTokenizer(), "float32", Silent())
+    return tmp_path / "hf"
+
+
+def loaded(folder: Path) -> Any:
+    import transformers
+
+    import nbl_export.transformers  # noqa: F401
+
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
+
+
+def elsewhere(folder: Path, tmp_path: Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    """The folder in a process without nbl-export: the tokens that it generates, and the layers of its cache."""
+    code = (
+        "import sys, torch, transformers\n"
+        f"model = transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r}, **{options!r}).eval()\n"
+        f"out = model.generate(torch.tensor({PROMPT.tolist()}), max_new_tokens=12, do_sample=False,\n"
+        "    return_dict_in_generate=True)\n"
+        "assert not any(name.startswith('nbl_export') for name in sys.modules)\n"
+        "print(out.sequences[0].tolist(), sum(bool(one.get_seq_length()) for one in out.past_key_values.layers))\n"
+    )
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+
+
+def by_whole_passes(model: Any, plan: Plan, count: int) -> list[int]:
+    """Greedy tokens without a cache: all of the text goes through PyTorch with the plan for each."""
+    ids = PROMPT
+    with torch.inference_mode(), linearized(model, plan):
+        for _ in range(count):
+            ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    tokens: list[int] = ids[0].tolist()
+    return tokens
+
+
+def test_it_generates_with_remote_code_and_registered(
+    model: Any, folder: Path, tmp_path: Path, random_plan: RandomPlan
+) -> None:
+    expected = by_whole_passes(model, random_plan(model, [0, 2]), 12)
+    assert len(set(expected[5:])) > 2, "a loop would say little"
+    found = elsewhere(folder, tmp_path, trust_remote_code=True)
+    assert found.stdout.strip() == f"{expected} 2", found.stderr
+    assert loaded(folder).generate(PROMPT, max_new_tokens=12, do_sample=False)[0].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"), [("mistral", {"sliding_window": 6}), ("smollm3", {}), ("qwen3", {})]
+)
+def test_its_own_cache_gives_the_tokens_of_whole_passes(
+    model_type: str, changes: dict[str, Any], tmp_path: Path, random_plan: RandomPlan
+) -> None:
+    """With a window, beyond it."""
+    model = tiny_model(model_type, num_hidden_layers=4, **changes)
+    plan = random_plan(model, [0, 2])
+    write_hf(tmp_path / "hf", model, plan, NoTokenizer(), "float32", Silent())
+    expected = by_whole_passes(model, plan, 12)
+    given = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    assert loaded(tmp_path / "hf").generate(PROMPT, **given)[0].tolist() == expected
+
+
+def test_it_is_not_taken_for_the_original(folder: Path, tmp_path: Path) -> None:
+    found = elsewhere(folder, tmp_path)
+    assert found.returncode != 0 and "trust_remote_code" in found.stderr
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "nbl_llama"
+
+
+def test_what_is_saved_is_such_a_folder(folder: Path, tmp_path: Path) -> None:
+    model = loaded(folder)
+    model.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / FILE).read_text() == (folder / FILE).read_text()
+    found = elsewhere(tmp_path / "saved", tmp_path, trust_remote_code=True)
+    expected = model.generate(PROMPT, max_new_tokens=12, do_sample=False)[0].tolist()
+    assert found.stdout.strip() == f"{expected} 2", found.stderr
+
+
+def test_it_is_trained_as_any_model(folder: Path) -> None:
+    model = loaded(folder).train()
+    ids = torch.arange(2 * 16).reshape(2, 16) % 200 + 5
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    losses = []
+    for _ in range(3):
+        loss = model(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[2] < losses[1] < losses[0]
+    assert all(p.grad is not None and bool(p.grad.any()) for p in model.parameters())
+
+
+def test_adapters_of_peft_are_trained(folder: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="needs peft: pip install peft")
+    model = peft.get_peft_model(
+        loaded(folder), peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+    names = {name.split(".lora_A")[0].rsplit("model.layers.", 1)[-1] for name, _ in model.named_parameters()}
+    assert {"0.self_attn.linear", "1.self_attn.q_proj"} <= names
+    ids = torch.arange(2 * 16).reshape(2, 16) % 200 + 5
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.05)
+    losses = []
+    for _ in range(4):
+        loss = model(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    model.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(loaded(folder), tmp_path / "adapter")
+    with torch.inference_mode():
+        torch.testing.assert_close(again(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+
+
+def test_the_numbers_are_those_of_the_model_and_the_plan(
+    model: Any, folder: Path, random_plan: RandomPlan
+) -> None:
+    found, plan = load_file(folder / "model-00001.safetensors"), random_plan(model, [0, 2])
+    own = {name: p.numpy() for name, p in model.named_parameters() if ".0.self_attn." not in name}
+    own = {name: value for name, value in own.items() if ".2.self_attn." not in name}
+    for layer in (0, 2):
+        own[f"model.layers.{layer}.self_attn.linear.weight"] = plan.layers[layer].w
+        own[f"model.layers.{layer}.self_attn.linear.bias"] = plan.layers[layer].b
+    assert found.keys() == own.keys()
+    assert all(np.array_equal(found[name], own[name]) for name in own)
+
+
+def test_the_configuration_says_what_stands_in_each_place(model: Any, random_plan: RandomPlan) -> None:
+    plan = random_plan(model, [1, Mlp(2)])
+    plan = plan.with_replaced({**plan.layers, 3: DROPPED})
+    found = configuration(model, plan, "bfloat16")
+    assert found["nbl"]["modules"] == {
+        "model.layers.1.self_attn": {"linear": True, "returns": 2},
+        "model.layers.2.mlp": {"linear": True, "returns": None},
+        "model.layers.3.self_attn": {"linear": False, "returns": 2},
+    }
+    assert found["dtype"] == "bfloat16" and found["hidden_size"] == model.config.hidden_size
+    assert found["auto_map"]["AutoModelForCausalLM"] == "modeling_nbl.NblForCausalLM"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "blocks", "said"),
+    [
+        ("opt", {}, [1], "--to hf takes gemma, .*, and OPTForCausalLM"),
+        (
+            "llama",
+            {},
+            [0, 1, 2, 3],
+            "keeps the positions of a text in its KV cache, and this plan keeps none",
+        ),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
+            [1],
+            "attend in several ways",
+        ),
+    ],
+)
+def test_what_cannot_be_held_is_refused_before_anything_is_written(
+    model_type: str,
+    changes: dict[str, Any],
+    blocks: Sequence[Block],
+    said: str,
+    tmp_path: Path,
+    random_plan: RandomPlan,
+) -> None:
+    model = tiny_model(model_type, num_hidden_layers=4, **changes)
+    plan = random_plan(model, blocks)
+    with pytest.raises(InputError, match=said):
+        check_held(model, plan)
+    with pytest.raises(InputError, match=said):
+        write_hf(tmp_path / "hf", model, plan, NoTokenizer(), "float32", Silent())
+    assert not (tmp_path / "hf").exists()
