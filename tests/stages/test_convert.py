@@ -6,13 +6,16 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from nbl_export import api
 from nbl_export.cli import main
 from nbl_export.linearize.plan import LinearLayer, load_plan
+from nbl_export.linearize.swap import linearized
 from nbl_export.runtime.llama_cpp import is_here
 from nbl_export.runtime.mlx import is_here as mlx_is_here
 from nbl_export.stages import convert as stage
@@ -115,3 +118,30 @@ def test_a_folder_for_mlx_is_proven_with_its_cache(stories_out: Path, tmp_path: 
     # Another form takes its place, and nothing of it is left.
     api.convert(out, api.ConvertSettings(precision="fp32"))
     assert not list((out / "mlx").iterdir())
+
+
+def test_a_folder_for_transformers_is_proven_and_scored_by_lm_eval(
+    stories_out: Path, stories_model: Any, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(stories_out, tmp_path / "out", copy_function=shutil.copy2))
+    value = api.convert(out, api.ConvertSettings("hf", "fp32"))
+    assert value.passed and value.file == "hf" and value.parity is not None
+    assert value.parity.worst <= 1e-3
+    assert all(step.kv_max_rel > 0 for step in value.parity.steps)  # keys and values were compared
+    names = {path.name for path in (out / "hf").iterdir()}
+    assert {"config.json", "tokenizer.json", "modeling_nbl.py", "generation_config.json"} <= names
+
+    pytest.importorskip("lm_eval", reason="needs lm-eval: pip install '.[eval]'")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    lm = HFLM(pretrained=str(out / "hf"), trust_remote_code=True, device="cpu", dtype="float32")
+    context, continuation = "Once upon a time, there was a little", " girl who had a red ball."
+    asked = Instance("loglikelihood", {}, (context, continuation), 0)
+    ((found, _),) = lm.loglikelihood([asked])
+    whole, begun = (lm.tok_encode(text) for text in (context + continuation, context))
+    ids = torch.tensor([whole])
+    with torch.inference_mode(), linearized(stories_model, load_plan(out / "nbl" / "plan.json")):
+        scores = stories_model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
+    places = range(len(begun), len(whole))
+    assert found == pytest.approx(sum(float(scores[i - 1, whole[i]]) for i in places), abs=1e-3)
