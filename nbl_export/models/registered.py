@@ -17,10 +17,10 @@ PREFIX = "nbl_"
 @cache
 def classes_of(model_type: str) -> tuple[Any, Any]:
     """The classes of the configuration and of the model that is like one of ``model_type`` with linear layers."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
-    plain = type(AutoConfig.for_model(model_type))
-    model = AutoModelForCausalLM._model_mapping[plain]
+    plain = CONFIG_MAPPING[model_type]
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[plain]
     config = type("NblConfig", (plain,), {"model_type": PREFIX + model_type, "__module__": __name__})
     members = {
         "config_class": config,

@@ -136,7 +136,22 @@ class Gguf(Form):
         return check_gguf(case, self.place, self.run.model.tokenizer)
 
 
-class Mlx(Form):
+class Folder(Form):
+    """A folder of weights in a dtype of torch, with a tokenizer."""
+
+    @property
+    @abstractmethod
+    def writer(self) -> Callable[..., list[Path]]:
+        """What writes it: a function like :func:`nbl_export.convert.hf.write_hf`."""
+
+    def write(self, place: Path, plan: Plan, listener: Listener) -> list[Path]:
+        from nbl_export.graph.precision import precision_of
+
+        model, dtype = self.run.model, precision_of(self.precision).gates
+        return self.writer(place, model.model, plan, model.tokenizer, dtype, listener)
+
+
+class Mlx(Folder):
     """A folder for mlx-lm."""
 
     engine, package = "mlx-lm", "mlx-lm"
@@ -150,14 +165,11 @@ class Mlx(Form):
 
         check_held(self.run.model.model, plan)
 
-    def write(self, place: Path, plan: Plan, listener: Listener) -> list[Path]:
+    @property
+    def writer(self) -> Callable[..., list[Path]]:
         from nbl_export.convert.mlx import write_mlx
-        from nbl_export.graph.precision import precision_of
 
-        model = self.run.model
-        return write_mlx(
-            place, model.model, plan, model.tokenizer, precision_of(self.precision).gates, listener
-        )
+        return write_mlx
 
     def is_here(self) -> bool:
         from nbl_export.runtime import mlx
@@ -170,7 +182,7 @@ class Mlx(Form):
         return nullcontext(MlxStream(place))
 
 
-class Hf(Form):
+class Hf(Folder):
     """A folder for transformers."""
 
     engine, package = "transformers", "transformers"
@@ -184,14 +196,11 @@ class Hf(Form):
 
         check_held(self.run.model.model, plan)
 
-    def write(self, place: Path, plan: Plan, listener: Listener) -> list[Path]:
+    @property
+    def writer(self) -> Callable[..., list[Path]]:
         from nbl_export.convert.hf import write_hf
-        from nbl_export.graph.precision import precision_of
 
-        model = self.run.model
-        return write_hf(
-            place, model.model, plan, model.tokenizer, precision_of(self.precision).gates, listener
-        )
+        return write_hf
 
     def is_here(self) -> bool:
         return True  # without it nothing could have been calibrated
