@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import BOOL, F32
 from nbl_export.errors import BuildError, first_line
+from nbl_export.models.compat import cache_argument
 from nbl_export.models.load import quiet
 from nbl_export.models.registered import register
 from nbl_export.runtime.decoder import KV
@@ -58,7 +59,8 @@ class TransformersStream:
 
         ids = torch.tensor(np.asarray(tokens, np.int64))[None]
         with torch.inference_mode():
-            logits = self.model(input_ids=ids, past_key_values=self._caches[row], use_cache=True).logits[0]
+            given = {cache_argument(self.model): self._caches[row]}
+            logits = self.model(input_ids=ids, use_cache=True, **given).logits[0]
         found: F32 = logits.float().numpy()
         return found
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nbl_export.models.attending import attending_by, decoding, takes_attention
+from nbl_export.models.compat import cache_argument
 from tests.tiny_types import tiny_model
 
 
@@ -15,7 +16,8 @@ def decoded(model: Any, rows: torch.Tensor, ids: torch.Tensor, **given: Any) -> 
     """The logits of a prefill of ``rows`` and of one token after it."""
     with torch.inference_mode():
         first = model(input_ids=rows, use_cache=True)
-        following = model(input_ids=ids, past_key_values=first.past_key_values, **given)
+        name = cache_argument(model)
+        following = model(input_ids=ids, **{name: first[name]}, **given)
         return torch.cat([first.logits[:, -1], following.logits[:, -1]]).float()
 
 
