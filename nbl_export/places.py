@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 ENGINE_SUFFIX = ".engine"
+# Forms of other engines, the first a file; the others are folders, one for each precision.
+FORMS = ("gguf", "mlx", "hf")
+FOLDER_PRECISIONS = ("fp32", "fp16", "bf16")
 
 
 class Places:
@@ -99,17 +102,13 @@ class Places:
         """The model as a GGUF file with weights of that ``kind``, as llama.cpp names it."""
         return self.root / "gguf" / f"model-{kind}.gguf"
 
-    @property
-    def mlx(self) -> Path:
-        return self.root / "mlx"
+    def converted(self, form: str, precision: str) -> Path:
+        """The folder that is the model in the ``form`` of another engine."""
+        return self.root / form / precision
 
-    @property
-    def hf(self) -> Path:
-        return self.root / "hf"
-
-    @property
-    def conversion(self) -> Path:
-        return self.nbl / "conversion.json"
+    def conversion(self, form: str, precision: str) -> Path:
+        """What was found of that form."""
+        return self.nbl / f"conversion.{form}.{precision}.json"
 
     @property
     def report(self) -> Path:
@@ -135,9 +134,8 @@ class Places:
             self.partial_moments,
             self.baseline.parent,
             self.engine.parent,
-            self.root / "gguf",
-            self.mlx,
-            self.hf,
+            *(self.root / form for form in FORMS),
+            *(self.converted(form, precision) for form in FORMS[1:] for precision in FOLDER_PRECISIONS),
             self.report,
             self.report / "plots",
             self.evaluations,

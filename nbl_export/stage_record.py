@@ -25,6 +25,13 @@ STAGES = {
     "bench": 1,
     "convert": 1,
 }
+
+
+def kind_of(stage: str) -> str:
+    """The one of :data:`STAGES` that ``stage`` is: each form of ``convert`` is one, as ``convert gguf fp16``."""
+    return stage.partition(" ")[0]
+
+
 # Inputs that are no stages: the model as it is loaded, and its files that only travel with a graph.
 MODEL, SIDECARS = "model", "sidecars"
 _INPUTS = {
@@ -64,7 +71,7 @@ class StageRecord:
 
     def other_inputs(self, stage: str, settings: Mapping[str, Any], made_of: Mapping[str, str]) -> str | None:
         """In words, which inputs are others than ``settings`` and ``made_of``; None if none are."""
-        if self.version != STAGES[stage]:
+        if self.version != STAGES[kind_of(stage)]:
             return "it was made by another version of nbl-export"
         if key_of(stage, self.settings, self.made_of) != self.key:
             return "its record was changed"
@@ -82,7 +89,7 @@ def key_of(stage: str, settings: Mapping[str, Any], made_of: Mapping[str, str]) 
     return sha256_of_json(
         {
             "stage": stage,
-            "version": STAGES[stage],
+            "version": STAGES[kind_of(stage)],
             "settings": dict(settings),
             "made_of": dict(made_of),
         }

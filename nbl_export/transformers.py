@@ -3,7 +3,7 @@
 import nbl_export.transformers
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("out/model/hf")
+model = AutoModelForCausalLM.from_pretrained("out/model/hf/fp16")
 """
 
 from nbl_export.models.registered import register

@@ -23,7 +23,7 @@ from nbl_export.files import atomic_path, locked, member, read_json, sweep, writ
 from nbl_export.places import Places
 from nbl_export.progress import Listener
 from nbl_export.records import T, from_json, part_from_json
-from nbl_export.stage_record import MODEL, SIDECARS, STAGES, StageRecord, key_of, stale
+from nbl_export.stage_record import MODEL, SIDECARS, STAGES, StageRecord, key_of, kind_of, stale
 
 STATE_VERSION = 1
 # The command that makes each stage, where it is not `nbl-export STAGE OUT`.
@@ -214,9 +214,16 @@ class Workspace(Places):
         """The files of a record."""
         return [member(self.root, name, "A recorded file") for name in record.files]
 
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Every stage in order, done or not; of `convert` the forms that there are, if there are some."""
+        forms = sorted(name for name in self._state.get("stages", {}) if kind_of(name) != name)
+        kinds = [[own for own in forms if kind_of(own) == kind] or [kind] for kind in STAGES]
+        return tuple(name for names in kinds for name in names)
+
     def stale(self, stage: str) -> str | None:
         """Why a finished stage is not of what there is now, in words; None if it is."""
-        records = {name: r for name in STAGES if (r := self.record(name))}
+        records = {name: r for name in self.stages if (r := self.record(name))}
         found = self._found or self.model_info or {}
         inputs = {name: str(found[name]) for name in (MODEL, SIDECARS) if name in found}
         return stale(records, stage, inputs)
@@ -298,7 +305,7 @@ class Workspace(Places):
         key = key_of(stage, settings, made_of)
         written, asked, read = self._digests_of(files), dict(settings), dict(made_of)
         took, said = round(seconds, 3), tuple(notes)
-        record = StageRecord(key, asked, written, took, said, read, STAGES[stage], device)
+        record = StageRecord(key, asked, written, took, said, read, STAGES[kind_of(stage)], device)
         self._keep(stage, record)
 
     def drop(self, stage: str, files: Sequence[Path]) -> None:

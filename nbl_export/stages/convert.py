@@ -21,6 +21,7 @@ from nbl_export.settings.converting import GGUF_TYPES, ConvertSettings
 from nbl_export.stage_record import MODEL
 from nbl_export.stages.run import Run
 from nbl_export.verify.parity.figures import Parity
+from nbl_export.workspace import Workspace
 
 if TYPE_CHECKING:
     from nbl_export.runtime.stream import Stream
@@ -158,7 +159,7 @@ class Mlx(Folder):
 
     @property
     def place(self) -> Path:
-        return self.run.workspace.mlx
+        return self.run.workspace.converted("mlx", self.precision)
 
     def check_held(self, plan: Plan) -> None:
         from nbl_export.convert.mlx import check_held
@@ -189,7 +190,7 @@ class Hf(Folder):
 
     @property
     def place(self) -> Path:
-        return self.run.workspace.hf
+        return self.run.workspace.converted("hf", self.precision)
 
     def check_held(self, plan: Plan) -> None:
         from nbl_export.convert.hf import check_held
@@ -214,6 +215,23 @@ class Hf(Folder):
 FORMS: dict[str, type[Form]] = {"gguf": Gguf, "mlx": Mlx, "hf": Hf}
 
 
+def conversions_in(ws: Workspace) -> dict[str, Conversion]:
+    """What was found of each form in the folder, by the name of its stage."""
+    asked = (ConvertSettings(form, precision) for form in FORMS for precision in GGUF_TYPES)  # type: ignore[arg-type]
+    return {_name(one): _kept(ws, one) for one in asked if ws.record(_name(one))}
+
+
+def _name(settings: ConvertSettings) -> str:
+    """The stage of a form."""
+    return f"convert {settings.to} {settings.precision}"
+
+
+def _kept(ws: Workspace, settings: ConvertSettings) -> Conversion:
+    path = ws.conversion(settings.to, settings.precision)
+    again = f"run `nbl-export convert {ws.root} --to {settings.to}` again"
+    return from_json(Conversion, read_json(path, "The conversion", again), str(path), again)
+
+
 def convert(run: Run, settings: ConvertSettings) -> Conversion:
     """The model with the plan of the folder in the form of another engine, and what that computes with it.
 
@@ -223,6 +241,7 @@ def convert(run: Run, settings: ConvertSettings) -> Conversion:
     selected = ws.require("select")
     made_of = {"select": selected.result, MODEL: run.model.source.model}
     form = FORMS[settings.to](run, settings.precision)
+    kept = ws.conversion(settings.to, settings.precision)
 
     def work(listener: Listener) -> list[Path]:
         plan = load_plan(ws.plan)
@@ -236,12 +255,12 @@ def convert(run: Run, settings: ConvertSettings) -> Conversion:
             (*form.stored(form.place, plan), *proven),
             parity,
         )
-        write_json(ws.conversion, to_json(found))
-        return [*files, ws.conversion]
+        write_json(kept, to_json(found))
+        return [*files, kept]
 
     # Once the engine is here, what was not proven is.
-    run.stage("convert", settings.as_json() | {"proven": form.is_here()}, made_of, work)
-    return from_json(Conversion, read_json(ws.conversion, "The conversion", ""), str(ws.conversion), "")
+    run.stage(_name(settings), settings.as_json() | {"proven": form.is_here()}, made_of, work)
+    return _kept(ws, settings)
 
 
 def _verified(form: Form, plan: Plan, listener: Listener) -> tuple[tuple[Check, ...], Parity | None]:

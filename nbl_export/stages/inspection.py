@@ -13,7 +13,7 @@ from nbl_export.report.assemble import rewrite_of, selection_of
 from nbl_export.report.drawing import Table, mebibytes
 from nbl_export.report.tables import engines_table, graph_table, layers_table
 from nbl_export.rewrite.summary import ProofErrors
-from nbl_export.stage_record import STAGES
+from nbl_export.stages.convert import conversions_in
 from nbl_export.tensorfile import format_of
 from nbl_export.workspace import Workspace, is_workspace
 
@@ -199,7 +199,7 @@ def _folder(path: Path) -> list[Table]:
     workspace = Workspace.open(path)
     info = workspace.model_info or {}
     rows = []
-    for stage in STAGES:
+    for stage in workspace.stages:
         record = workspace.record(stage)
         if record is None:
             rows.append((stage, "not yet", "", ""))
@@ -225,6 +225,24 @@ def _folder(path: Path) -> list[Table]:
         from nbl_export.linearize.plan import load_plan
 
         tables.append(layers_table(selection_of(workspace, load_plan(workspace.plan)), proofs))
+    if forms := conversions_in(workspace):
+        lines = [
+            (
+                name.removeprefix("convert "),
+                one.file,
+                mebibytes(one.bytes),
+                check.name,
+                check.status,
+                check.detail,
+            )
+            for name, one in forms.items()
+            for check in one.checks
+        ]
+        tables.append(
+            Table(
+                "Other engines", ("form", "file", "size", "check", "status", "what was found"), tuple(lines)
+            )
+        )
     return tables
 
 

@@ -19,6 +19,7 @@ from nbl_export.linearize.swap import linearized
 from nbl_export.runtime.llama_cpp import is_here
 from nbl_export.runtime.mlx import is_here as mlx_is_here
 from nbl_export.stages import convert as stage
+from nbl_export.stages.inspection import inspect_path
 from tests.listening import Notes
 
 here = pytest.mark.skipif(not is_here(), reason="needs llama.cpp: pip install '.[llamacpp]'")
@@ -38,7 +39,7 @@ def converted(stories_out: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def test_a_file_is_proven_and_kept(converted: Path) -> None:
     heard = Notes()
     value = api.convert(converted, api.ConvertSettings(precision="fp32"), heard)
-    assert heard.kept == ["convert"]
+    assert heard.kept == ["convert gguf fp32"]
     names = ("linear layers", "parity", "tokens", "KV cache")
     assert {c.name: c.status for c in value.checks} == dict.fromkeys(names, "passed")
     plan = load_plan(converted / "nbl" / "plan.json")
@@ -49,11 +50,25 @@ def test_a_file_is_proven_and_kept(converted: Path) -> None:
 
 @here
 @pytest.mark.parametrize("precision", ["fp16", "q8_0"])
-def test_another_precision_takes_its_place(converted: Path, precision: str, tmp_path: Path) -> None:
+def test_another_precision_is_beside_it(converted: Path, precision: str, tmp_path: Path) -> None:
     out = Path(shutil.copytree(converted, tmp_path / "out", copy_function=shutil.copy2))
     value = api.convert(out, api.ConvertSettings(precision=precision))  # type: ignore[arg-type]
     assert value.passed, value.checks
-    assert [path.name for path in (out / "gguf").iterdir()] == [Path(value.file).name]
+    names = {path.name for path in (out / "gguf").iterdir()}
+    assert names == {"model-F32.gguf", Path(value.file).name}
+    heard = Notes()
+    api.convert(out, api.ConvertSettings(precision="fp32"), heard)
+    assert heard.kept == ["convert gguf fp32"], "the other stays as it is"
+    stages, *_, forms = inspect_path(out)
+    rows = {row[0]: row[1] for row in stages.rows}
+    assert rows["convert gguf fp32"] == rows[f"convert gguf {precision}"] == "done" and "convert" not in rows
+    assert forms.title == "Other engines"
+    assert {(row[0], row[3]) for row in forms.rows} == {
+        (f"gguf {p}", check)
+        for p in ("fp32", precision)
+        for check in ("linear layers", "parity", "tokens", "KV cache")
+    }
+    assert {row[4] for row in forms.rows} == {"passed"}
     assert value.bytes < (converted / "gguf" / "model-F32.gguf").stat().st_size
 
 
@@ -79,7 +94,7 @@ def test_a_wrong_file_fails_and_the_exit_code_says_so(
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 1
-    checks = json.loads((out / "nbl" / "conversion.json").read_text())["checks"]
+    checks = json.loads((out / "nbl" / "conversion.gguf.q8_0.json").read_text())["checks"]
     assert {c["name"]: c["status"] for c in checks}["linear layers"] == "failed"
 
 
@@ -106,8 +121,8 @@ def test_without_llama_cpp_the_file_is_written_and_the_check_says_what_to_instal
 def test_a_folder_for_mlx_is_proven_with_its_cache(stories_out: Path, tmp_path: Path) -> None:
     out = Path(shutil.copytree(stories_out, tmp_path / "out", copy_function=shutil.copy2))
     value = api.convert(out, api.ConvertSettings("mlx", "fp32"))
-    assert value.passed and value.file == "mlx" and value.parity is not None
-    names = {path.name for path in (out / "mlx").iterdir()}
+    assert value.passed and value.file == "mlx/fp32" and value.parity is not None
+    names = {path.name for path in (out / "mlx" / "fp32").iterdir()}
     assert {
         "config.json",
         "tokenizer.json",
@@ -115,9 +130,6 @@ def test_a_folder_for_mlx_is_proven_with_its_cache(stories_out: Path, tmp_path: 
         "model.safetensors.index.json",
     } <= names
     assert all(step.kv_max_rel > 0 for step in value.parity.steps)  # keys and values were compared
-    # Another form takes its place, and nothing of it is left.
-    api.convert(out, api.ConvertSettings(precision="fp32"))
-    assert not list((out / "mlx").iterdir())
 
 
 def test_a_folder_for_transformers_is_proven_and_scored_by_lm_eval(
@@ -125,17 +137,17 @@ def test_a_folder_for_transformers_is_proven_and_scored_by_lm_eval(
 ) -> None:
     out = Path(shutil.copytree(stories_out, tmp_path / "out", copy_function=shutil.copy2))
     value = api.convert(out, api.ConvertSettings("hf", "fp32"))
-    assert value.passed and value.file == "hf" and value.parity is not None
+    assert value.passed and value.file == "hf/fp32" and value.parity is not None
     assert value.parity.worst <= 1e-3
     assert all(step.kv_max_rel > 0 for step in value.parity.steps)  # keys and values were compared
-    names = {path.name for path in (out / "hf").iterdir()}
+    names = {path.name for path in (out / "hf" / "fp32").iterdir()}
     assert {"config.json", "tokenizer.json", "modeling_nbl.py", "generation_config.json"} <= names
 
     pytest.importorskip("lm_eval", reason="needs lm-eval: pip install '.[eval]'")
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    lm = HFLM(pretrained=str(out / "hf"), trust_remote_code=True, device="cpu", dtype="float32")
+    lm = HFLM(pretrained=str(out / "hf" / "fp32"), trust_remote_code=True, device="cpu", dtype="float32")
     context, continuation = "Once upon a time, there was a little", " girl who had a red ball."
     asked = Instance("loglikelihood", {}, (context, continuation), 0)
     ((found, _),) = lm.loglikelihood([asked])
