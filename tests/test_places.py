@@ -26,12 +26,12 @@ def test_every_name_is_in_the_folder_and_is_nobody_elses() -> None:
 def test_every_form_that_can_be_asked_for_has_a_place_that_is_checked() -> None:
     places = Places(Path("out"))
     hints = get_type_hints(ConvertSettings)
-    assert get_args(hints["to"]) == FORMS and {*FOLDER_PRECISIONS, "q8_0"} == set(
+    assert get_args(hints["to"]) == FORMS and {*FOLDER_PRECISIONS, "q8_0", "q4_k_m"} == set(
         get_args(hints["precision"])
     )
     assert {field.name for field in fields(ConvertSettings)} == {"to", "precision"}
     assert places.gguf("F16").parent in places.folders
     found = [places.converted(form, p) for form in FORMS[1:] for p in FOLDER_PRECISIONS]
     assert len(set(found)) == 6 and {*found, *(path.parent for path in found)} <= set(places.folders)
-    kept = {places.conversion(form, p) for form in FORMS for p in (*FOLDER_PRECISIONS, "q8_0")}
-    assert len(kept) == 12 and {path.parent for path in kept} == {places.nbl}
+    kept = {places.conversion(form, p) for form in FORMS for p in get_args(hints["precision"])}
+    assert len(kept) == 15 and {path.parent for path in kept} == {places.nbl}

@@ -27,8 +27,10 @@ from nbl_export.settings.converting import GGUF_TYPES
 if TYPE_CHECKING:
     import torch
 
-# How weights are stored, by the name that llama.cpp has for a file of them.
-FORMATS = tuple(GGUF_TYPES.values())
+# What llama.cpp's own quantizer makes of a file in float32.
+QUANTIZED = ("Q4_K_M",)
+# How weights are stored here, by the name that llama.cpp has for a file of them.
+FORMATS = tuple(form for form in GGUF_TYPES.values() if form not in QUANTIZED)
 _ATTENTION = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "output": "o_proj"}
 _MLP = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 
@@ -75,6 +77,13 @@ def write_gguf(
                     done(sizes[tensor.name])
         finally:
             writer.close()
+
+
+def matrices_of(plan: Plan) -> tuple[str, ...]:
+    """The names of the tensors that are W."""
+    return tuple(
+        f"blk.{n}.attn_output.weight" for n, block in enumerate(blocks_of(plan)) if block.linear is not None
+    )
 
 
 def _describe(writer: Any, model: torch.nn.Module, blocks: Sequence[DeciBlock], form: str) -> None:

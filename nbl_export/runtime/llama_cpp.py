@@ -166,3 +166,33 @@ class LlamaCppStream:
         found = self._ffi.new("llama_token[]", room)
         count = self._lib.llama_tokenize(self._vocabulary, data, len(data), found, room, special, False)
         return [int(token) for token in found[0 : max(count, 0)]]
+
+
+def quantize(source: Path, target: Path, form: str, kept: Sequence[str] = ()) -> None:
+    """Write the GGUF file ``source`` to ``target`` by llama.cpp's quantizer, in a format such as ``Q4_K_M``.
+
+    The matrices named ``kept`` are float16. Raises :class:`BuildError` if it fails, :class:`MissingDependencyError`
+    without the library.
+    """
+    lib, ffi = require_llama_cpp()
+    said: list[str] = []
+    log = ffi.callback(
+        "void(enum ggml_log_level, const char *, void *)",
+        lambda _level, text, _data: said.append(ffi.string(text).decode(errors="replace")),
+    )
+    lib.llama_log_set(log, ffi.NULL)
+    lib.llama_backend_init()
+    asked = lib.llama_model_quantize_default_params()
+    asked.ftype = getattr(lib, f"LLAMA_FTYPE_MOSTLY_{form}")
+    asked.nthread = len(os.sched_getaffinity(0))
+    patterns = [ffi.new("char[]", f"^{re.escape(name)}$".encode()) for name in kept]
+    # The last one, which is empty, ends them.
+    overrides = ffi.new("struct llama_model_tensor_override[]", len(patterns) + 1)
+    for override, pattern in zip(overrides, patterns, strict=False):
+        override.pattern, override.type = pattern, lib.GGML_TYPE_F16
+    asked.tt_overrides = overrides
+    failed = lib.llama_model_quantize(os.fsencode(source), os.fsencode(target), ffi.addressof(asked))
+    lib.llama_log_set(ffi.NULL, ffi.NULL)
+    if failed:
+        why = next((line.strip() for line in reversed(said) if line.strip()), "it does not say why")
+        raise BuildError(f"llama.cpp does not quantize {source.name}: {why[:300]}.")

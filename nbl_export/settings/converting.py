@@ -9,7 +9,8 @@ from nbl_export.errors import InputError
 from nbl_export.settings.definition import GRAPH, Settings, Task, options, setting
 
 # Each precision by the name that llama.cpp has for it.
-GGUF_TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
+GGUF_TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q4_k_m": "Q4_K_M"}
+_GGUF_ALONE = ("q8_0", "q4_k_m")
 
 
 @options
@@ -18,17 +19,17 @@ class ConvertSettings(Settings):
     """Which form, and how its weights are stored.
 
     to: The form: gguf (a file for llama.cpp), mlx (a folder for mlx-lm), hf (a folder for transformers).
-    precision: fp32, fp16, bf16; gguf: q8_0 (8 bits, a scale for each 32 weights).
+    precision: fp32, fp16, bf16; gguf: q8_0 (8 bits, a scale for each 32 weights), q4_k_m (by llama.cpp).
     """
 
     to: Literal["gguf", "mlx", "hf"] = setting("gguf", GRAPH, metavar="gguf|mlx|hf")
-    precision: Literal["fp32", "fp16", "bf16", "q8_0"] = setting("fp16", GRAPH)
+    precision: Literal["fp32", "fp16", "bf16", "q8_0", "q4_k_m"] = setting("fp16", GRAPH)
 
     def check(self) -> None:
         super().check()
-        if self.to != "gguf" and self.precision == "q8_0":
+        if self.to != "gguf" and self.precision in _GGUF_ALONE:
             raise InputError(
-                f"--precision q8_0 is of --to gguf, not of --to {self.to}: quantize with the engine's own."
+                f"--precision {self.precision} is of --to gguf, not of --to {self.to}: quantize with the engine's own."
             )
 
     def resolve(self, task: Task) -> ConvertSettings:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from nbl_export.checks import Check
-from nbl_export.files import TEMPORARY, read_json, write_json
+from nbl_export.files import TEMPORARY, atomic_path, read_json, write_json
 from nbl_export.linearize.plan import Plan, load_plan
 from nbl_export.parts import part
 from nbl_export.progress import Listener
@@ -103,8 +103,9 @@ class Gguf(Form):
         check_like_llama(self.run.model.model, plan, self.engine)
 
     def write(self, place: Path, plan: Plan, listener: Listener) -> list[Path]:
-        from nbl_export.convert.gguf import write_gguf
+        from nbl_export.convert.gguf import QUANTIZED, matrices_of, write_gguf
         from nbl_export.convert.gguf_tokenizer import fields_of, fields_of_gguf
+        from nbl_export.runtime.llama_cpp import quantize, require_llama_cpp
 
         source, model = self.run.model.source, self.run.model.model
         if source.gguf_file is not None:
@@ -113,7 +114,21 @@ class Gguf(Form):
             config: Any = model.config
             tokenizer = fields_of(self.run.model.tokenizer, int(config.vocab_size))
         place.parent.mkdir(exist_ok=True)
-        write_gguf(place, model, plan, tokenizer, self._kind, listener)
+        if self._kind not in QUANTIZED:
+            write_gguf(place, model, plan, tokenizer, self._kind, listener)
+            return [place]
+        require_llama_cpp()
+        whole = place.with_name(f".float32{TEMPORARY}")
+        try:
+            write_gguf(whole, model, plan, tokenizer, "F32", listener)
+            with (
+                listener.task(f"Quantizing to {self._kind}", 1, "file") as task,
+                atomic_path(place) as temporary,
+            ):
+                quantize(whole, temporary, self._kind, matrices_of(plan))
+                task.advance(1)
+        finally:
+            whole.unlink(missing_ok=True)
         return [place]
 
     def stored(self, place: Path, plan: Plan) -> tuple[Check, ...]:

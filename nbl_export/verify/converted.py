@@ -17,8 +17,8 @@ from nbl_export.verify.parity.figures import Parity, gates_for
 from nbl_export.verify.parity.own import OWN, pytorch_in_precision
 from nbl_export.verify.parity.reference import record_pytorch
 
-# A file of 8 bits is held to the gates of a graph of as many; the others to those of their dtype.
-_QUANTIZED = "q8_0"
+# A file of 8 or 4 bits is held to the gates of a graph of as many; the others to those of their dtype.
+_QUANTIZED = {"q8_0": "int8", "q4_k_m": "int4"}
 # What runs a form: for so many rows, each of at most so many tokens.
 Opened = Callable[[Path, int, int], AbstractContextManager[Stream]]
 
@@ -39,12 +39,12 @@ def measure_converted(
         with opened(form, len(rows), longest) as stream:
             return record(stream, rows, steps, alone=alone)
 
-    dtype = "int8" if precision == _QUANTIZED else precision_of(precision).gates
+    dtype = _QUANTIZED.get(precision) or precision_of(precision).gates
     gates = gates_for(dtype)
     reference = record_pytorch(case.model, case.plan, rows, steps, True, alone)
     parity = compare(reference, recorded(path), gates)
     failures = parity.failures()
-    if precision == _QUANTIZED:
+    if precision in _QUANTIZED:
         original = record_pytorch(case.model, None, rows, steps, True, alone)
         failures += parity.failures_against(
             compare(original, recorded(unmodified()), gates), "the unmodified file's own"

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from nbl_export.blocks import Block, Mlp, Span
-from nbl_export.convert.gguf import write_gguf
+from nbl_export.convert.gguf import matrices_of, write_gguf
 from nbl_export.convert.gguf_tokenizer import TokenizerFields, fields_of
 from nbl_export.errors import BuildError
 from nbl_export.linearize.plan import DROPPED, Plan
 from nbl_export.progress import Silent
-from nbl_export.runtime.llama_cpp import LlamaCppStream, is_here
+from nbl_export.runtime.llama_cpp import LlamaCppStream, is_here, quantize
 from nbl_export.verify.parity.decoder import compare, record
 from nbl_export.verify.parity.figures import Parity, gates_for
 from nbl_export.verify.parity.reference import record_pytorch
@@ -113,3 +113,33 @@ def test_no_gguf_file(tmp_path: Path) -> None:
     path.write_bytes(b"GGUF but not really")
     with pytest.raises(BuildError, match=r"llama\.cpp does not load"):
         LlamaCppStream(path, 1, 16)
+
+
+def test_its_quantizer_leaves_w_in_float16(
+    tmp_path: Path, random_plan: RandomPlan, no_tokenizer: TokenizerFields
+) -> None:
+    from gguf import GGUFReader
+
+    model = tiny_model("llama", hidden_size=256, intermediate_size=512, num_hidden_layers=4)
+    plan, path = random_plan(model, CHOSEN), tmp_path / "model.gguf"
+    write_gguf(path, model, plan, no_tokenizer, "F32", Silent())
+    small, kept = tmp_path / "small.gguf", matrices_of(plan)
+
+    def kinds(names: Sequence[str]) -> dict[str, str]:
+        quantize(path, small, "Q4_K_M", names)
+        return {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(small).tensors}
+
+    plain, found = kinds(()), kinds(kept)
+    assert len(kept) == len(plan.layers)
+    assert {plain[name] for name in kept} == {"Q4_K"} and {found[name] for name in kept} == {"F16"}
+    assert {name for name in plain if plain[name] != found[name]} == set(kept)
+    assert {kind for name, kind in found.items() if name.endswith(("bias", "norm.weight"))} == {"F32"}
+    with LlamaCppStream(small, 1, 16) as stream:
+        assert stream.prefill(ragged_rows([9], model.config.vocab_size)).shape[-1] == model.config.vocab_size
+
+
+def test_what_cannot_be_quantized_is_said_and_nothing_is_there(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"no such file")
+    with pytest.raises(BuildError, match=r"llama.cpp does not quantize model.gguf: "):
+        quantize(tmp_path / "model.gguf", tmp_path / "small.gguf", "Q4_K_M")
+    assert not (tmp_path / "small.gguf").exists()

@@ -49,7 +49,7 @@ def test_a_file_is_proven_and_kept(converted: Path) -> None:
 
 
 @here
-@pytest.mark.parametrize("precision", ["fp16", "q8_0"])
+@pytest.mark.parametrize("precision", ["fp16", "q8_0", "q4_k_m"])
 def test_another_precision_is_beside_it(converted: Path, precision: str, tmp_path: Path) -> None:
     out = Path(shutil.copytree(converted, tmp_path / "out", copy_function=shutil.copy2))
     value = api.convert(out, api.ConvertSettings(precision=precision))  # type: ignore[arg-type]
