@@ -17,6 +17,7 @@ from nbl_export.errors import InputError
 from nbl_export.files import atomic_path, write_json
 from nbl_export.linearize.plan import DROPPED, Plan
 from nbl_export.models.candidates import blocks_of
+from nbl_export.models.compat import save_tokenizer
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.modeling_nbl import FILE
 from nbl_export.models.registered import ATTENTION, MLP, PREFIX, TYPES, source_of
@@ -52,7 +53,7 @@ def write_hf(
             files.add(f"{path}.linear.bias", linear.b)
             task.advance(1)
     written = files.finish()
-    written += [Path(path) for path in tokenizer.save_pretrained(folder) if Path(path).is_file()]
+    written += save_tokenizer(tokenizer, folder)
     own: Any = model
     if getattr(own, "generation_config", None) is not None:
         own.generation_config.save_pretrained(folder)

@@ -20,6 +20,7 @@ from nbl_export.convert.shards import Shards
 from nbl_export.errors import InputError
 from nbl_export.files import write_json
 from nbl_export.linearize.plan import Plan
+from nbl_export.models.compat import save_tokenizer
 from nbl_export.progress import Listener
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def write_mlx(
     if not model.config.tie_word_embeddings:  # type: ignore[union-attr]
         files.add(*source.own("lm_head.weight"))
     written = files.finish()
-    written += [Path(path) for path in tokenizer.save_pretrained(folder) if Path(path).is_file()]
+    written += save_tokenizer(tokenizer, folder)
     write_json(config, configuration(model, plan))
     return [*written, config]
 

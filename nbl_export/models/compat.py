@@ -170,6 +170,21 @@ def make_readable(folder: Path) -> None:
     _write(folder, _adapted(folder))
 
 
+def save_tokenizer(tokenizer: Any, folder: Path) -> list[Path]:
+    """Write ``tokenizer``, or a processor of images, into ``folder`` for both major versions; returns its files."""
+
+    def adapted(config: Mapping[str, Any]) -> dict[str, Any]:
+        found = readable_tokenizer_config(config)
+        if found.get("tokenizer_class") != config.get("tokenizer_class"):
+            # The class that 4 knows gives token types, too, unless it is told which inputs there are.
+            found.setdefault("model_input_names", list(tokenizer.model_input_names))
+        return found
+
+    written = [Path(path) for path in tokenizer.save_pretrained(folder) if Path(path).is_file()]
+    _write(folder, _adapted(folder, {TOKENIZER: adapted}))
+    return written
+
+
 def _write(folder: Path, changed: Mapping[str, dict[str, Any] | None]) -> None:
     for name, content in changed.items():
         if content is not None:

@@ -202,6 +202,7 @@ def _save_configs(run: Run, exported: list[Path], settings: ExportSettings) -> l
     from nbl_export.batch.names import TOKENS
     from nbl_export.export.genai_config import NAME as GENAI
     from nbl_export.export.genai_config import genai_config, with_embeds, with_states
+    from nbl_export.models.compat import save_tokenizer
     from nbl_export.models.dummy_run import cache_shapes, dummy_run
     from nbl_export.models.layers import backbone, has_per_layer, position_rows
     from nbl_export.models.load import quiet
@@ -219,7 +220,7 @@ def _save_configs(run: Run, exported: list[Path], settings: ExportSettings) -> l
             if generation is not None:
                 generation.save_pretrained(folder)
             processor = run.model.tokenizer if run.model.source.reads == TOKENS else run.model.image_processor
-            processor.save_pretrained(folder)
+            save_tokenizer(processor, folder)
         shared = settings.kv_cache == "shared"
         # genai does not know write_indices.
         if settings.exported_by == "torch" and (shared or settings.kv_cache == "concat"):

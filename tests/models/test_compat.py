@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import Gemma2Config, masking_utils
+from transformers import AutoTokenizer, Gemma2Config, masking_utils
 
-from nbl_export.models.compat import enable_softcapping, growing_mask, query_length
+from nbl_export.models.compat import enable_softcapping, growing_mask, query_length, save_tokenizer
 
 
 @pytest.mark.parametrize("told", [3, torch.arange(4, 7)], ids=["number", "places"])
@@ -71,3 +73,16 @@ def test_scores_are_capped_where_the_configuration_says_so(cap: float | None, at
     model = Model()
     enable_softcapping(model)
     assert model.config._attn_implementation == attention
+
+
+def test_a_saved_tokenizer_is_one_that_both_major_versions_know(tiny_folder: Path, tmp_path: Path) -> None:
+    """tests/test_docs_commands.py has 4.57 read one."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    files = save_tokenizer(tokenizer, tmp_path)
+    assert set(files) == set(tmp_path.iterdir())
+    told = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert told["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert told["model_input_names"] == ["input_ids", "attention_mask"]
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    text = "Once upon a time, 123 <unknown>"
+    assert again(text) == tokenizer(text) and again.eos_token_id == tokenizer.eos_token_id
