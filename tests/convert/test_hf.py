@@ -27,6 +27,7 @@ from tests.tiny_types import tiny_model
 
 RandomPlan = Callable[[Any, Sequence[Block]], Plan]
 PROMPT = torch.tensor([[7, 8, 9, 10, 11]])
+TEXT = torch.arange(2 * 16).reshape(2, 16) % 200 + 5
 
 
 @pytest.fixture
@@ -75,6 +76,18 @@ def by_whole_passes(model: Any, plan: Plan, count: int) -> list[int]:
     return tokens
 
 
+def trained(model: Any, optimizer: torch.optim.Optimizer) -> list[float]:
+    """The losses of three steps on one text."""
+    losses = []
+    for _ in range(3):
+        loss = model(input_ids=TEXT, labels=TEXT).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
 def test_it_generates_with_remote_code_and_registered(
     model: Any, folder: Path, tmp_path: Path, random_plan: RandomPlan
 ) -> None:
@@ -117,15 +130,7 @@ def test_what_is_saved_is_such_a_folder(folder: Path, tmp_path: Path) -> None:
 
 def test_it_is_trained_as_any_model(folder: Path) -> None:
     model = loaded(folder).train()
-    ids = torch.arange(2 * 16).reshape(2, 16) % 200 + 5
-    optimizer = torch.optim.SGD(model.parameters(), 0.5)
-    losses = []
-    for _ in range(3):
-        loss = model(input_ids=ids, labels=ids).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = trained(model, torch.optim.SGD(model.parameters(), 0.5))
     assert losses[2] < losses[1] < losses[0]
     assert all(p.grad is not None and bool(p.grad.any()) for p in model.parameters())
 
@@ -137,20 +142,12 @@ def test_adapters_of_peft_are_trained(folder: Path, tmp_path: Path) -> None:
     )
     names = {name.split(".lora_A")[0].rsplit("model.layers.", 1)[-1] for name, _ in model.named_parameters()}
     assert {"0.self_attn.linear", "1.self_attn.q_proj"} <= names
-    ids = torch.arange(2 * 16).reshape(2, 16) % 200 + 5
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.05)
-    losses = []
-    for _ in range(4):
-        loss = model(input_ids=ids, labels=ids).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = trained(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.05))
     assert losses[-1] < losses[0]
     model.save_pretrained(tmp_path / "adapter")
     again = peft.PeftModel.from_pretrained(loaded(folder), tmp_path / "adapter")
     with torch.inference_mode():
-        torch.testing.assert_close(again(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+        torch.testing.assert_close(again(input_ids=TEXT).logits, model.eval()(input_ids=TEXT).logits)
 
 
 def test_the_numbers_are_those_of_the_model_and_the_plan(
