@@ -59,6 +59,10 @@ class Form(ABC):
     def place(self) -> Path:
         """Its file or folder."""
 
+    def check_engine(self) -> None:
+        """Raise :class:`.MissingDependencyError` if it cannot be written without its engine, which is not here."""
+        return None
+
     @abstractmethod
     def check_held(self, plan: Plan) -> None:
         """Raise :class:`.InputError` for a model or a plan that it cannot hold."""
@@ -97,6 +101,13 @@ class Gguf(Form):
     def place(self) -> Path:
         return self.run.workspace.gguf(self._kind)
 
+    def check_engine(self) -> None:
+        from nbl_export.convert.gguf import QUANTIZED
+        from nbl_export.runtime.llama_cpp import require_llama_cpp
+
+        if self._kind in QUANTIZED:
+            require_llama_cpp(f"--precision {self.precision}")
+
     def check_held(self, plan: Plan) -> None:
         from nbl_export.convert.llama import check_like_llama
 
@@ -105,7 +116,7 @@ class Gguf(Form):
     def write(self, place: Path, plan: Plan, listener: Listener) -> list[Path]:
         from nbl_export.convert.gguf import QUANTIZED, matrices_of, write_gguf
         from nbl_export.convert.gguf_tokenizer import fields_of, fields_of_gguf
-        from nbl_export.runtime.llama_cpp import quantize, require_llama_cpp
+        from nbl_export.runtime.llama_cpp import quantize
 
         source, model = self.run.model.source, self.run.model.model
         if source.gguf_file is not None:
@@ -117,7 +128,6 @@ class Gguf(Form):
         if self._kind not in QUANTIZED:
             write_gguf(place, model, plan, tokenizer, self._kind, listener)
             return [place]
-        require_llama_cpp()
         whole = place.with_name(f".float32{TEMPORARY}")
         try:
             write_gguf(whole, model, plan, tokenizer, "F32", listener)
@@ -257,6 +267,7 @@ def convert(run: Run, settings: ConvertSettings) -> Conversion:
     made_of = {"select": selected.result, MODEL: run.model.source.model}
     form = FORMS[settings.to](run, settings.precision)
     kept = ws.conversion(settings.to, settings.precision)
+    form.check_engine()
 
     def work(listener: Listener) -> list[Path]:
         plan = load_plan(ws.plan)

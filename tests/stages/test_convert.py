@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 
 from nbl_export import api
 from nbl_export.cli import main
+from nbl_export.errors import MissingDependencyError
 from nbl_export.linearize.plan import LinearLayer, load_plan
 from nbl_export.linearize.swap import linearized
 from nbl_export.runtime.llama_cpp import is_here
@@ -157,3 +159,17 @@ def test_a_folder_for_transformers_is_proven_and_scored_by_lm_eval(
         scores = stories_model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
     places = range(len(begun), len(whole))
     assert found == pytest.approx(sum(float(scores[i - 1, whole[i]]) for i in places), abs=1e-3)
+
+
+def test_what_llama_cpp_must_quantize_is_refused_without_it_before_any_work(
+    stories_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("llama_cpp_py_sync", "llama_cpp_py_sync._cffi_bindings"):
+        monkeypatch.setitem(sys.modules, name, None)
+    out = Path(shutil.copytree(stories_out, tmp_path / "out", copy_function=shutil.copy2))
+    before, heard = sorted(out.rglob("*")), Notes()
+    with pytest.raises(
+        MissingDependencyError, match="--precision q4_k_m needs llama-cpp-py-sync: pip install"
+    ):
+        api.convert(out, api.ConvertSettings(precision="q4_k_m"), heard)
+    assert sorted(out.rglob("*")) == before and not heard.tasks
