@@ -36,12 +36,12 @@ def is_here() -> bool:
     return True
 
 
-def require_llama_cpp(doing: str = "Running a GGUF file") -> tuple[Any, Any]:
-    """The library and what makes its structures; raises :class:`MissingDependencyError` for ``doing`` without it."""
+def require_llama_cpp() -> tuple[Any, Any]:
+    """The library and what makes its structures; raises :class:`MissingDependencyError` without it."""
     try:
         from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
     except ImportError:
-        raise missing(PACKAGE, doing) from None
+        raise missing(PACKAGE, "Running a GGUF file") from None
     return get_lib(), get_ffi()
 
 
@@ -174,7 +174,7 @@ def quantize(source: Path, target: Path, form: str, kept: Sequence[str] = ()) ->
     The matrices named ``kept`` are float16. Raises :class:`BuildError` if it fails, :class:`MissingDependencyError`
     without the library.
     """
-    lib, ffi = require_llama_cpp("Quantizing a GGUF file")
+    lib, ffi = require_llama_cpp()
     said: list[str] = []
     log = ffi.callback(
         "void(enum ggml_log_level, const char *, void *)",

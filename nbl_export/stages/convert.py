@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from nbl_export.checks import Check
 from nbl_export.files import TEMPORARY, atomic_path, read_json, write_json
 from nbl_export.linearize.plan import Plan, load_plan
-from nbl_export.parts import part
+from nbl_export.parts import missing, part
 from nbl_export.progress import Listener
 from nbl_export.records import from_json, to_json
 from nbl_export.settings import VerifySettings
@@ -61,7 +61,13 @@ class Form(ABC):
 
     def check_engine(self) -> None:
         """Raise :class:`.MissingDependencyError` if it cannot be written without its engine, which is not here."""
-        return None
+        if not self.written_without:
+            raise missing(self.package, f"--precision {self.precision}")
+
+    @property
+    def written_without(self) -> bool:
+        """Whether it can be written where its engine is not."""
+        return True
 
     @abstractmethod
     def check_held(self, plan: Plan) -> None:
@@ -101,12 +107,11 @@ class Gguf(Form):
     def place(self) -> Path:
         return self.run.workspace.gguf(self._kind)
 
-    def check_engine(self) -> None:
+    @property
+    def written_without(self) -> bool:
         from nbl_export.convert.gguf import QUANTIZED
-        from nbl_export.runtime.llama_cpp import require_llama_cpp
 
-        if self._kind in QUANTIZED:
-            require_llama_cpp(f"--precision {self.precision}")
+        return self._kind not in QUANTIZED or self.is_here()
 
     def check_held(self, plan: Plan) -> None:
         from nbl_export.convert.llama import check_like_llama
