@@ -38,8 +38,8 @@ SCORES: Mapping[str, Score] = {
         "KL, nats per token",
         lambda c: c.kl,
         lambda c: c.kl_se,
-        "KL: to the original, with only that layer replaced; greedy search has it from a quarter of the selection "
-        "text, and adds layers one after another, so its order differs.",
+        "KL: to the original, with only that layer replaced; greedy search adds layers one after another, so its "
+        "order differs.",
     ),
     "sensitivity": Score(
         "sensitivity",
