@@ -182,12 +182,13 @@ class LossMeter:
     def rough(self) -> LossMeter:
         """A meter of the first rows alone: a quarter of them, and at least about 1,024 tokens.
 
-        Of all rows where the sets are measured ``together``: reading the weights takes the time then.
+        This one itself where these are all rows, and where sets are measured ``together``: reading the weights takes
+        the time then.
         """
-        if self.together:
-            return self
         lengths = np.cumsum([len(row) for row in self._rows])
         count = max(-(-len(lengths) // 4), 1 + int(np.searchsorted(lengths, _ROUGH_TOKENS)))
+        if self.together or count >= len(lengths):
+            return self
         part = copy.copy(self)
         # What it has of each row; what the original predicts there is not computed again.
         for name in ("_rows", "_targets", "_document", "_references", "_ends", "_states"):
@@ -232,7 +233,7 @@ class LossMeter:
             return self.measure_all([layers])[0]
         change = replaced(self.model, layers, self.fit_input)
         states: list[dict[int, torch.Tensor]] | None = [] if self._have_room else None
-        loss = self._measure_within(change, self._first_new(layers), states)
+        loss = self.measure_within(change, self._first_new(layers), states)
         if states is not None and (self._next is None or loss.kl < self._next.kl):
             self._next = _Measured(dict(layers), loss.kl, states)
         return loss
@@ -293,16 +294,18 @@ class LossMeter:
             logits = finish({"input_ids": row[None]}, self._ends[number]).logits[0]
         return reference(logits, self._targets[number], torch.bfloat16)
 
-    def measure_within(self, change: AbstractContextManager[Any], first: int) -> Loss:
-        """The loss of the settled model within ``change``, which affects only layer ``first`` and subsequent layers."""
+    def measure_within(
+        self,
+        change: AbstractContextManager[Any],
+        first: int,
+        kept: list[dict[int, torch.Tensor]] | None = None,
+    ) -> Loss:
+        """The loss of the settled model within ``change``, which affects only layer ``first`` and subsequent layers.
+
+        The states of each row at the inputs of layers after ``first`` are added to ``kept``.
+        """
         if self.together:
             return self.measure_versions([Version(first, change=change)])[0]
-        return self._measure_within(change, first, None)
-
-    def _measure_within(
-        self, change: AbstractContextManager[Any], first: int, kept: list[dict[int, torch.Tensor]] | None
-    ) -> Loss:
-        """As :meth:`measure_within`; the states of each row at the inputs of later layers are added to ``kept``."""
         kl, excess, first = [], [], beginning(self.model, first)
         later = {layer_of(i) for i in self._blocks if layer_of(i) > first}
         with torch.inference_mode(), change:

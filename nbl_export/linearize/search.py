@@ -103,9 +103,12 @@ class MeasuredSets:
     def rough_loss(self, layers: Iterable[Block]) -> Loss:
         """As :meth:`loss`, on the first rows of the text alone: a fraction of the time.
 
-        On all rows where sets are measured together, since reading the weights then takes the time.
+        On all rows of a short text, and where sets are measured together: reading the weights takes the time then.
         """
-        return self._loss(layers, _rough_name, frozenset())
+        wanted = sorted(set(layers))
+        if (name := _rough_name(wanted)) not in self._cache and self._meter().rough is self._meter():
+            self._cache.put({name: self._loss(wanted, _name, frozenset())})
+        return self._loss(wanted, _rough_name, frozenset())
 
     def _loss(
         self, layers: Iterable[Block], name: Callable[[Sequence[Block]], str], settled: frozenset[Block]
@@ -129,10 +132,7 @@ class MeasuredSets:
         if not self._meter().together:
             together = together[: self._at_once]
         losses = self._measure_all(together, settled, name is _rough_name)
-        known = [(w, usable(loss, w)) for w, loss in zip(together, losses, strict=True)]
-        # Sets that are measured together are so on all rows, also where less is asked for.
-        names = {name, _name} if self._meter().together else {name}
-        found = {name(w): loss for w, loss in known for name in names}
+        found = {name(w): usable(loss, w) for w, loss in zip(together, losses, strict=True)}
         loss = found.pop(name(layers))
         if found:
             self._cache.put(found)

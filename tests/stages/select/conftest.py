@@ -74,9 +74,9 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     plain = LossMeter.measure_within
 
-    def counted(self: LossMeter, change: Any, first: int) -> Any:
+    def counted(self: LossMeter, change: Any, first: int, *more: Any) -> Any:
         found.append(first)
-        return plain(self, change, first)
+        return plain(self, change, first, *more)
 
     monkeypatch.setattr(LossMeter, "measure_within", counted)
     return found
