@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -146,14 +148,25 @@ def test_a_folder_for_transformers_is_proven_and_scored_by_lm_eval(
     assert {"config.json", "tokenizer.json", "modeling_nbl.py", "generation_config.json"} <= names
 
     pytest.importorskip("lm_eval", reason="needs lm-eval: pip install '.[eval]'")
-    from lm_eval.api.instance import Instance
-    from lm_eval.models.huggingface import HFLM
-
-    lm = HFLM(pretrained=str(out / "hf" / "fp32"), trust_remote_code=True, device="cpu", dtype="float32")
     context, continuation = "Once upon a time, there was a little", " girl who had a red ball."
-    asked = Instance("loglikelihood", {}, (context, continuation), 0)
-    ((found, _),) = lm.loglikelihood([asked])
-    whole, begun = (lm.tok_encode(text) for text in (context + continuation, context))
+    # In a process of its own, as a user has it: what lm-eval sets up stays in a process.
+    code = (
+        "import json, sys\n"
+        "from lm_eval.api.instance import Instance\n"
+        "from lm_eval.models.huggingface import HFLM\n"
+        "lm = HFLM(pretrained=sys.argv[1], trust_remote_code=True, device='cpu', dtype='float32')\n"
+        "((score, _),) = lm.loglikelihood([Instance('loglikelihood', {}, tuple(sys.argv[2:]), 0)])\n"
+        "print(json.dumps([score, lm.tok_encode(sys.argv[2] + sys.argv[3]), lm.tok_encode(sys.argv[2])]))\n"
+    )
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(out / "hf" / "fp32"), context, continuation],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found, whole, begun = json.loads(done.stdout.splitlines()[-1])
     ids = torch.tensor([whole])
     with torch.inference_mode(), linearized(stories_model, load_plan(out / "nbl" / "plan.json")):
         scores = stories_model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
