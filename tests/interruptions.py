@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -87,6 +88,13 @@ def at_changes(folder: Path, told: Callable[[int], object]) -> None:
         setattr(os, name, announced(getattr(os, name)))
 
 
+def leave_what_was_there() -> None:
+    """In a forked child: what its parent has left is not deleted here. Some of it would wait for its threads, which the
+    child does not have.
+    """
+    gc.freeze()
+
+
 def killed_at_change(number: int, folder: Path, work: Callable[[], object]) -> bool:
     """Do ``work`` in a process that is killed just before its change ``number`` of ``folder``.
 
@@ -96,6 +104,7 @@ def killed_at_change(number: int, folder: Path, work: Callable[[], object]) -> b
     sys.stderr.flush()
     child = os.fork()
     if not child:
+        leave_what_was_there()
         try:
             at_changes(folder, lambda change: change == number and os.kill(os.getpid(), signal.SIGKILL))
             work()

@@ -15,6 +15,7 @@ from typing import Any
 
 from nbl_export.ranks import Ranks, together
 from tests.command_line import ENVIRONMENT, Done
+from tests.interruptions import leave_what_was_there
 
 
 def forked(count: int, folder: Path, work: Callable[[Ranks], Any]) -> list[Any]:
@@ -34,6 +35,7 @@ def _child(rank: int, count: int, port: int, to: Path, work: Callable[[Ranks], A
     sys.stderr.flush()
     if child := os.fork():
         return child
+    leave_what_was_there()
     try:
         place = {"RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in place.items()})

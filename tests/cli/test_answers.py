@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from nbl_export import ranks
 from nbl_export.cli import answers, terminal
 from nbl_export.cli.main import _command
 from tests.command_line import nbl
@@ -34,6 +35,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
         return code, said.out, said.err
 
     yield call
+    ranks.end()  # what `main` ends: a test of several processes in this one would find it begun
     terminal.set_up(False, False, None)
 
 
