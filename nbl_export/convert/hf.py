@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbl_export.blocks import Mlp
+from nbl_export.blocks import Block, Mlp
 from nbl_export.convert.llama import numbers
 from nbl_export.convert.shards import Shards
 from nbl_export.errors import InputError
@@ -39,18 +39,17 @@ def write_hf(
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "config.json"
     config.unlink(missing_ok=True)
-    modules = _modules(model, plan)
+    told, paths = configuration(model, plan, dtype), _paths(model)
     files = Shards(folder, dtype, "pt")
-    gone = tuple(f"{path}." for path in modules)
+    gone = tuple(f"{path}." for path in told["nbl"]["modules"])
     names = [name for name, _ in model.named_parameters() if not name.startswith(gone)]
     with listener.task("Writing weights", len(names) + len(plan.layers), "tensors") as task:
         for name in names:
             files.add(name, numbers(model, plan, name))
             task.advance(1)
         for block, linear in plan.layers.items():
-            path = _path(model, block)
-            files.add(f"{path}.linear.weight", linear.w)
-            files.add(f"{path}.linear.bias", linear.b)
+            files.add(f"{paths[block]}.linear.weight", linear.w)
+            files.add(f"{paths[block]}.linear.bias", linear.b)
             task.advance(1)
     written = files.finish()
     written += save_tokenizer(tokenizer, folder)
@@ -60,7 +59,7 @@ def write_hf(
         written.append(folder / "generation_config.json")
     with atomic_path(folder / FILE) as temporary:
         temporary.write_text(source_of(own.config.model_type), encoding="utf-8")
-    write_json(config, configuration(model, plan, dtype))
+    write_json(config, told)
     return [*written, folder / FILE, config]
 
 
@@ -85,7 +84,7 @@ def check_held(model: torch.nn.Module, plan: Plan) -> None:
             "--to hf keeps the positions of a text in its KV cache, and this plan keeps none: select fewer "
             "layers."
         )
-    kept = {one.index: one.module.rpartition(".")[2] for one in blocks_of(model)}
+    kept = {block: path.rpartition(".")[2] for block, path in _paths(model).items()}
     if odd := [b for b in plan.chosen if kept.get(b) != (MLP if isinstance(b, Mlp) else ATTENTION)]:
         raise InputError(f"--to hf does not know the module of layer {odd[0]} of {name}.")
 
@@ -110,12 +109,13 @@ def configuration(model: torch.nn.Module, plan: Plan, dtype: str) -> dict[str, A
 
 def _modules(model: torch.nn.Module, plan: Plan) -> dict[str, dict[str, Any]]:
     """What becomes of each module that is not kept, by its path."""
-    returns = dummy_run(model).returns
+    returns, paths = dummy_run(model).returns, _paths(model)
     return {
-        _path(model, block): {"linear": one is not DROPPED, "returns": returns[block]}
+        paths[block]: {"linear": one is not DROPPED, "returns": returns[block]}
         for block, one in sorted(plan.replacements.items())
     }
 
 
-def _path(model: torch.nn.Module, block: Any) -> str:
-    return next(one.module for one in blocks_of(model) if one.index == block)
+def _paths(model: torch.nn.Module) -> dict[Block, str]:
+    """The dotted path of the module of each attention and MLP."""
+    return {one.index: one.module for one in blocks_of(model)}
