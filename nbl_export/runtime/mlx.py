@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nbl_export.batch.arrays import BOOL, F32
+from nbl_export.batch.arrays import F32
 from nbl_export.errors import BuildError, MissingDependencyError, first_line
 from nbl_export.parts import missing
-from nbl_export.runtime.decoder import KV
+from nbl_export.runtime.rows import RowStream
 
 PACKAGE = "mlx-lm"
 
@@ -36,13 +35,14 @@ def require_mlx() -> tuple[Any, Any]:
     return mx, load_model
 
 
-class MlxStream:
+class MlxStream(RowStream):
     """The folder at ``path`` on the CPU.
 
     Raises :class:`BuildError` for a folder that mlx-lm does not load.
     """
 
     def __init__(self, path: Path) -> None:
+        super().__init__()
         self._mx, load_model = require_mlx()
         self._mx.set_default_device(self._mx.cpu)
         try:
@@ -54,42 +54,25 @@ class MlxStream:
         places = [n for n, state in enumerate(states) if not state.get("no_op")]
         self._kept = [at for at, n in enumerate(places) if "n_heads_in_group" in states[n]]
         self.kv_layers = tuple(places[at] for at in self._kept)
-        self._caches: list[list[Any]] = []
 
-    def prefill(self, rows: Sequence[NDArray[Any]]) -> F32:
-        self._caches = [self._model.make_cache() for _ in rows]
-        return np.concatenate([self._read(n, row) for n, row in enumerate(rows)])
+    def _empty(self) -> Any:
+        return self._model.make_cache()
 
-    def decode(self, tokens: Sequence[int]) -> F32:
-        return np.concatenate([self._read(n, [token]) for n, token in enumerate(tokens)])
-
-    def _read(self, row: int, tokens: Sequence[int] | NDArray[Any]) -> F32:
-        ids = self._mx.array(np.asarray(tokens, np.int32))[None]
-        logits = self._model(ids, cache=self._caches[row])[0].astype(self._mx.float32)
+    def _logits(self, tokens: NDArray[Any], cache: Any) -> F32:
+        ids = self._mx.array(tokens.astype(np.int32))[None]
+        logits = self._model(ids, cache=cache)[0].astype(self._mx.float32)
         self._mx.eval(logits)
         return np.array(logits)
 
-    def cache(self) -> tuple[Sequence[KV], BOOL]:
-        lengths = np.array([cache[self._kept[0]].offset if self._kept else 0 for cache in self._caches])
-        longest = int(lengths.max(initial=0))
-        found = [
-            tuple(
-                np.concatenate([self._slots(getattr(cache[at], name), longest) for cache in self._caches])
-                for name in ("keys", "values")
-            )
-            for at in self._kept
-        ]
-        return found, np.arange(longest)[None] < lengths[:, None]
+    def _length(self, cache: Any) -> int:
+        return int(cache[self._kept[0]].offset) if self._kept else 0
 
-    def _slots(self, side: Any, longest: int) -> F32:
-        """One row's keys or values [1, heads, longest, head_dim], with zeros where it is shorter."""
-        own = np.array(side.astype(self._mx.float32))[:, :, :longest]
-        return np.pad(own, ((0, 0), (0, 0), (0, longest - own.shape[2]), (0, 0)))
+    def _sides(self, cache: Any, number: int) -> tuple[F32, F32]:
+        own, length = cache[self._kept[number]], self._length(cache)
+        keys, values = (np.array(t.astype(self._mx.float32))[:, :, :length] for t in (own.keys, own.values))
+        return keys, values
 
     @property
     def cached(self) -> int:
         """The layers that have any keys and values after a prefill."""
         return sum(one.offset > 0 for one in self._caches[0])
-
-    def reserve(self, tokens: int) -> None:
-        return None
