@@ -13,6 +13,10 @@ from nbl_export.blocks import Block
 from nbl_export.convert.gguf_tokenizer import TokenizerFields
 from nbl_export.linearize.plan import LinearLayer, Plan
 from nbl_export.models.layers import hidden_size, layer_count
+from nbl_export.verify.parity.decoder import compare, record
+from nbl_export.verify.parity.figures import Parity, gates_for
+from nbl_export.verify.parity.reference import record_pytorch
+from tests.fixtures_graph import ragged_rows
 
 
 @pytest.fixture
@@ -50,6 +54,22 @@ def random_plan() -> Callable[[Any, Sequence[Block]], Plan]:
         return empty.with_replaced({block: linear() for block in blocks})
 
     return made
+
+
+def assert_as_in_pytorch(open_stream: Callable[[], Any], model: Any, plan: Plan) -> None:
+    """The stream computes what PyTorch does with ``plan``, and keeps keys and values of the attention layers alone."""
+    found = stream_parity(open_stream(), model, plan)
+    assert found.failures() == [] and all(step.kv_max_rel > 0 for step in found.steps)
+    stream = open_stream()
+    stream.prefill(ragged_rows([5], model.config.vocab_size))
+    assert stream.kv_layers == plan.attention_layers and stream.cached == len(plan.attention_layers)
+
+
+def stream_parity(stream: Any, model: Any, plan: Plan | None, steps: int = 4) -> Parity:
+    rows = ragged_rows([40, 9, 23], model.config.vocab_size)
+    return compare(
+        record_pytorch(model, plan, rows, steps), record(stream, rows, steps), gates_for("float32")
+    )
 
 
 # What a file may have that it must not, by what is wrong with layer 2.

@@ -168,7 +168,13 @@ class Gguf(Form):
 
 
 class Folder(Form):
-    """A folder of weights in a dtype of torch, with a tokenizer."""
+    """A folder of weights in a dtype of torch, with a tokenizer; ``name`` is the form's."""
+
+    name: ClassVar[str]
+
+    @property
+    def place(self) -> Path:
+        return self.run.workspace.converted(self.name, self.precision)
 
     @property
     @abstractmethod
@@ -185,11 +191,7 @@ class Folder(Form):
 class Mlx(Folder):
     """A folder for mlx-lm."""
 
-    engine, package = "mlx-lm", "mlx-lm"
-
-    @property
-    def place(self) -> Path:
-        return self.run.workspace.converted("mlx", self.precision)
+    name, engine, package = "mlx", "mlx-lm", "mlx-lm"
 
     def check_held(self, plan: Plan) -> None:
         from nbl_export.convert.mlx import check_held
@@ -216,11 +218,7 @@ class Mlx(Folder):
 class Hf(Folder):
     """A folder for transformers."""
 
-    engine, package = "transformers", "transformers"
-
-    @property
-    def place(self) -> Path:
-        return self.run.workspace.converted("hf", self.precision)
+    name, engine, package = "hf", "transformers", "transformers"
 
     def check_held(self, plan: Plan) -> None:
         from nbl_export.convert.hf import check_held

@@ -14,12 +14,9 @@ from nbl_export.errors import BuildError
 from nbl_export.linearize.plan import DROPPED, Plan
 from nbl_export.progress import Silent
 from nbl_export.runtime.mlx import MlxStream, is_here
-from nbl_export.verify.parity.decoder import compare, record
-from nbl_export.verify.parity.figures import Parity, gates_for
-from nbl_export.verify.parity.reference import record_pytorch
+from nbl_export.verify.parity.figures import Parity
 from tests.convert.test_mlx import NoTokenizer
-from tests.converting import WRONG, wrongly
-from tests.fixtures_graph import ragged_rows
+from tests.converting import WRONG, assert_as_in_pytorch, stream_parity, wrongly
 from tests.runtime.test_llama_cpp import LLAMA3
 from tests.tiny_types import tiny_model
 
@@ -39,10 +36,8 @@ MODELS: dict[str, tuple[str, dict[str, Any], tuple[Block, ...]]] = {
 }
 
 
-def parity(path: Path, model: Any, plan: Plan | None, steps: int = 4) -> Parity:
-    rows = ragged_rows([40, 9, 23], model.config.vocab_size)
-    expected, found = record_pytorch(model, plan, rows, steps), record(MlxStream(path), rows, steps)
-    return compare(expected, found, gates_for("float32"))
+def parity(path: Path, model: Any, plan: Plan) -> Parity:
+    return stream_parity(MlxStream(path), model, plan)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -51,11 +46,7 @@ def test_every_form_of_a_layer(name: str, tmp_path: Path, random_plan: RandomPla
     model = tiny_model(kind, num_hidden_layers=4, **changes)
     plan = random_plan(model, blocks)
     write_mlx(tmp_path, model, plan, NoTokenizer(), "float32", Silent())
-    found = parity(tmp_path, model, plan)
-    assert found.failures() == [] and all(step.kv_max_rel > 0 for step in found.steps)
-    stream = MlxStream(tmp_path)
-    stream.prefill(ragged_rows([5], model.config.vocab_size))
-    assert stream.kv_layers == plan.attention_layers and stream.cached == len(plan.attention_layers)
+    assert_as_in_pytorch(lambda: MlxStream(tmp_path), model, plan)
 
 
 @pytest.mark.parametrize("change", WRONG)
