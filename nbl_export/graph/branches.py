@@ -7,7 +7,10 @@
    another. Between two of them lies an addition: one of its terms is the earlier stream, the others are branches.
 2. A branch with the output projection of an attention is that attention. Any other branch is an MLP, or another way
    of mixing tokens; the caller says how many of which there should be.
-3. u and y of a branch are among the values that all of it passes through: u before its first linear operator, y after
+3. Where other values run beside the stream (embeddings for each layer, several streams), nothing passes through one.
+   Then the search begins at each attention, and looks at what depends on its output alone: the first branch that
+   is added behind it is the MLP of its layer.
+4. u and y of a branch are among the values that all of it passes through: u before its first linear operator, y after
    it. Which of them they are, if any, is then proven numerically (:mod:`nbl_export.rewrite.prove`).
 
 An MLP may be gated or plain, with its parts fused or not, beside the attention or after it, or a mixture of experts
@@ -88,10 +91,14 @@ def find_branches(model: ir.Model, regions: Sequence[AttentionRegion]) -> list[B
 class _Flow:
     """The nodes that activations pass through on their way to the logits, in order."""
 
-    def __init__(self, search: Search, embeddings: ir.Value | None) -> None:
-        """``embeddings`` are the input of a graph that reads embeddings: its stream starts there."""
+    def __init__(self, search: Search, embeddings: ir.Value | None, behind: ir.Node | None = None) -> None:
+        """``embeddings`` are the input of a graph that reads embeddings: its stream starts there. With ``behind``, only
+        what depends on the first output of that node passes.
+        """
         self.activations, self.order = set(search.activations), dict(search.order)
-        makers = {v.producer() for v in search.activations}
+        if behind is not None:
+            self.activations &= _depending(behind.outputs[0])
+        makers = {v.producer() for v in self.activations}
         self.nodes = sorted((n for n in search.before_logits if n in makers), key=self.order.__getitem__)
         # A stream starts at a node: one that is not in the graph stands for what made the embeddings.
         self._source = ir.node("Identity", [], num_outputs=0)
@@ -150,6 +157,17 @@ class _Flow:
             ends = [last.get(v, -1) + 1 for v in self.made(node)]
             farthest = max(farthest, *ends) if ends else farthest
         return found
+
+
+def _depending(value: ir.Value) -> set[ir.Value]:
+    """``value`` and all that is computed from it."""
+    found = {value}
+    stack = [value]
+    while stack:
+        new = {v for node in readers(stack.pop()) for v in node.outputs} - found
+        found |= new
+        stack += new
+    return found
 
 
 def _additions(flow: _Flow) -> Iterable[tuple[ir.Node, ir.Node]]:
@@ -299,9 +317,37 @@ def mlp_regions(
             ]
     other = sum(branch.attention is None for branch in found)
     what = f"{len(found) - other} attentions and {other} others"
+    search = search_of(model)
+    starts = {attention.layer: _start(attention) for attention in attentions}
+    behind = {block: _behind(search, starts.get(block.layer), attentions) for block in wanted}
     return [
-        Refusal(block, "every layer adds its attention and its MLP to one stream", what) for block in wanted
+        Refusal(block, "every layer adds its attention and its MLP to one stream", what)
+        if branch is None
+        else _mlp_region(block, branch, attentions)
+        for block, branch in behind.items()
     ]
+
+
+def _behind(
+    search: Search, start: ir.Node | None, attentions: Sequence[AttentionRegion | Refusal[int]]
+) -> Branch | None:
+    """The first branch behind the node ``start`` of an attention; None if that is another attention."""
+    if start is None:
+        return None
+    flow = _Flow(search, None, start)
+    projections = {a.projection: a.layer for a in attentions if isinstance(a, AttentionRegion)}
+    added = (b for before, add in _additions(flow) for b in _branches(flow, before, add, projections))
+    first = next(added, None)
+    return first if first is not None and first.attention is None else None
+
+
+def _start(attention: AttentionRegion | Refusal[int]) -> ir.Node | None:
+    """A node that the output of ``attention`` passes through, and nothing else of its layer does."""
+    if isinstance(attention, AttentionRegion):
+        return attention.projection
+    # An operator may give its keys and values, too, which other layers read.
+    following = readers(attention.core.outputs[0]) if attention.core is not None else ()
+    return following[0] if len(following) == 1 else None
 
 
 def _fits(expected: Sequence[Block | None], found: Sequence[Branch]) -> bool:

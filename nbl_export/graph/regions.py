@@ -113,12 +113,13 @@ class MlpRegion(Region[Mlp]):
 
 @dataclass(frozen=True)
 class Refusal(Generic[B]):
-    """Why no rewritable attention or MLP was found for a layer."""
+    """Why no rewritable attention or MLP was found for a layer; ``core`` mixes its tokens, where that is known."""
 
     layer: B
     check: str
     found: str
     pair: int | None = None
+    core: ir.Node | None = None
 
     def __str__(self) -> str:
         return f"{described(self.layer)}: {self.check} (found: {self.found})"
@@ -150,7 +151,8 @@ def find_regions(model: ir.Model) -> list[AttentionRegion | Refusal[int]]:
             node = core.node if isinstance(core.node, ir.Node) else core_of(search, core.node)
             found.append(_region(layer, core, node, search))
         except NotFound as reason:
-            found.append(Refusal(layer, reason.check, reason.found, core.pair))
+            known = core.node if isinstance(core.node, ir.Node) else None
+            found.append(Refusal(layer, reason.check, reason.found, core.pair, known))
     return found
 
 

@@ -22,7 +22,6 @@ class Family:
     mlp: str | None = None
     mlp_output: str | None = None
     mlp_adds: str | None = None
-    mlp_kept: str | None = None
     padding_stands_in: bool = False
     refused: str | None = None
 

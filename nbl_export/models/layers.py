@@ -360,11 +360,15 @@ def observed(
 def _observe(model: torch.nn.Module, layer: BlockModules[B], observer: Observer[B]) -> list[Any]:
     seen: dict[str, torch.Tensor] = {}
 
-    def stream_input(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen["residual"] = hidden_states(args, kwargs)
+    def keep(name: str) -> Callable[..., None]:
+        def take(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen[name] = hidden_states(args, kwargs)
 
-    def attention_input(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen["normed"] = hidden_states(args, kwargs)
+        return take
+
+    def in_rows(tensor: torch.Tensor) -> torch.Tensor:
+        # Some families have all tokens in one list while they compute an MLP.
+        return tensor.reshape(seen["block"].shape) if getattr(tensor, "ndim", None) == 2 else tensor
 
     def attention_output(_module: Any, _args: Any, output: Any) -> None:
         y = output[0] if isinstance(output, tuple) else output
@@ -379,14 +383,13 @@ def _observe(model: torch.nn.Module, layer: BlockModules[B], observer: Observer[
                 f"{part_of(layer.index)} and the projection of its output once each in this order: this architecture "
                 "is not supported yet."
             )
-        observer(layer.index, seen.pop("residual"), seen.pop("normed"), y)
+        observer(layer.index, in_rows(seen.pop("residual")), in_rows(seen.pop("normed")), in_rows(y))
 
-    stream, attention, output = (model.get_submodule(p) for p in (layer.stream, layer.module, layer.output))
-    return [
-        stream.register_forward_pre_hook(stream_input, with_kwargs=True),
-        attention.register_forward_pre_hook(attention_input, with_kwargs=True),
-        output.register_forward_hook(attention_output),
-    ]
+    read = {"block": layer.block, "residual": layer.stream, "normed": layer.module}
+    hooks: list[Any] = [model.get_submodule(layer.output).register_forward_hook(attention_output)]
+    for name, path in read.items():
+        hooks.append(model.get_submodule(path).register_forward_pre_hook(keep(name), with_kwargs=True))
+    return hooks
 
 
 def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:

@@ -48,8 +48,6 @@ def _within(found: MlpPaths, block: str) -> MlpPaths:
 
 def _of(block: torch.nn.Module, model: torch.nn.Module) -> MlpPaths | str:
     family = family_of(model_type(model))
-    if family.mlp_kept:
-        return family.mlp_kept
     if family.mlp:
         if not has_module(block, family.mlp):
             return f"it has no {family.mlp}"
@@ -76,12 +74,15 @@ class WatchedMlps:
         self.streams: dict[int, str] = {}
         self.odd: dict[int, str] = {}
         self._normed: dict[str, torch.Tensor] = {}
+        self._rows: torch.Size | None = None
 
     def watch(self, hooks: ExitStack) -> None:
         """Look at a run until ``hooks`` is closed."""
         for index, paths in self._paths.items():
             block = f"{self._stack}.{index}"
-            for name, child in self._model.get_submodule(block).named_children():
+            whole = self._model.get_submodule(block)
+            hooks.callback(whole.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
+            for name, child in whole.named_children():
                 if "norm" in f"{name} {type(child).__name__}".lower():
                     norm = partial(self._norm, path=f"{block}.{name}")
                     hooks.callback(child.register_forward_hook(norm).remove)
@@ -89,6 +90,10 @@ class WatchedMlps:
             read, written = partial(self._read, index=index), partial(self._written, index=index)
             hooks.callback(module.register_forward_pre_hook(read, with_kwargs=True).remove)
             hooks.callback(output.register_forward_hook(written).remove)
+
+    def _begin(self, _block: Any, args: Any, kwargs: Any) -> None:
+        given = args or "hidden_states" in kwargs
+        self._rows = getattr(hidden_states(args, kwargs), "shape", None) if given else None
 
     def _norm(self, _module: Any, _args: Any, output: Any, path: str) -> None:
         self._normed[path] = output
@@ -100,7 +105,11 @@ class WatchedMlps:
             self.odd[index] = "it takes no hidden_states"
             return
         u = hidden_states(args, kwargs)
-        if not isinstance(u, torch.Tensor) or u.ndim != 3 or index in self.streams:
+        # As it is, or with all tokens of the rows in one list.
+        usual = isinstance(u, torch.Tensor) and (
+            u.ndim == 3 or (self._rows is not None and u.shape == (self._rows[:-1].numel(), self._rows[-1]))
+        )
+        if not usual or index in self.streams:
             self.odd[index] = "it is run more than once, or not on [rows, tokens, width]"
             return
         same = [

@@ -30,7 +30,15 @@ FOUND = {
     "gpt2": ("mlp", "ln_2"),
     "bloom": ("mlp.dense_4h_to_h", "post_attention_layernorm"),
     "gpt_oss": ("mlp", "post_attention_layernorm"),
+    "opt": ("fc2", "final_layer_norm"),
+    "opt-post-norm": ("fc2", "fc1"),
+    "gemma3n": ("mlp", "pre_feedforward_layernorm"),
+    "gemma4": ("mlp", "pre_feedforward_layernorm"),
 }
+# Their MLP is modules of the layer, not one, so that there is none to be run alone.
+APART = ("opt", "opt-post-norm")
+# A norm behind the MLP, or the attention beside it, or more than both.
+NOT_ADDED = ("gemma2", "olmo2", "phi", "opt-post-norm", "gemma3n", "gemma4")
 
 
 def kept(seen: dict[Any, tuple[torch.Tensor, ...]]) -> Any:
@@ -66,10 +74,16 @@ def test_what_is_seen_is_what_the_mlp_reads_and_adds(family: str) -> None:
     hook.remove()
     h, x, y = seen[Mlp(0)]
     with torch.inference_mode():
-        module = block_modules(model, Mlp(0)).module
-        given = model.get_submodule(module)(x, *([torch.zeros_like(x)] if family == "bloom" else []))
-    assert torch.equal(given[0] if isinstance(given, tuple) else given, y)
-    if family not in ("gemma2", "olmo2", "phi"):  # a norm behind it, or the attention beside it
+        module = model.get_submodule(block_modules(model, Mlp(0)).module)
+        if family in APART:
+            layer = model.model.decoder.layers[0]
+            given = layer.fc2(layer.activation_fn(module(x)))
+            assert torch.allclose(given, y, atol=1e-6)
+        else:
+            given = module(x, *([torch.zeros_like(x)] if family == "bloom" else []))
+            assert torch.equal(given[0] if isinstance(given, tuple) else given, y)
+    assert h.shape == x.shape == y.shape == (*IDS.shape, WIDTH)
+    if family not in NOT_ADDED:
         assert torch.allclose(states[0], h + y, atol=1e-6)
 
 
@@ -115,9 +129,20 @@ def test_an_mlp_in_two_modules_gives_w_u_plus_b_behind_its_activation() -> None:
 
 
 def test_an_mlp_that_is_not_found_is_kept_and_its_attention_is_a_candidate() -> None:
-    model = made("opt")
+    model = made("llama")
+    for layer in model.model.layers:  # which runs it once more
+        layer.register_forward_hook(lambda block, _args, output: block.mlp(output))
     assert [one.index for one in candidates(model, {"attention", MLP})] == list(range(LAYERS))
-    assert "[rows, tokens, width]" in dummy_run(model).odd_mlps[0]
+    assert "run more than once" in dummy_run(model).odd_mlps[0]
+
+
+def test_a_list_of_other_length_than_the_rows_is_no_mlp() -> None:
+    """Packed rows, say: what is read cannot be put back into rows."""
+    model = made("opt")
+    for layer in model.model.decoder.layers:
+        layer.fc1.register_forward_pre_hook(lambda _module, args: (args[0][1:],))
+        layer.fc2.register_forward_hook(lambda _m, _a, output: torch.cat([output[:1], output]))
+    assert [one.index for one in candidates(model, {"attention", MLP})] == list(range(LAYERS))
 
 
 def test_two_modules_that_may_be_the_mlp_are_none() -> None:

@@ -20,13 +20,25 @@ from nbl_export.models.walk import segments, walking
 from tests import families
 
 D = families.WIDTH
-ADDING = ("llama", "mixtral", "phi", "gpt2", "gpt_neox", "phi3", "mistral", "qwen3", "falcon-new", "stablelm")
+ADDING = (
+    "llama",
+    "mixtral",
+    "phi",
+    "gpt2",
+    "gpt_neox",
+    "phi3",
+    "mistral",
+    "qwen3",
+    "falcon-new",
+    "stablelm",
+    "opt",
+)
 # Family → a part of the reason.
 NOT = {
     "gemma2": "such as a norm between",
     "olmo2": "such as a norm between",
     "bloom": "adds the residual itself",
-    "opt": "its MLP cannot become linear",
+    "opt-post-norm": "such as a norm between",
     "gemma3n": "more than the stream from each other",
 }
 
