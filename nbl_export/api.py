@@ -16,7 +16,7 @@ refuse to be one of several.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING, TypeVar
 
 from nbl_export import pipeline
 from nbl_export.errors import NblError
+from nbl_export.finished import chat, diff, generate, inspect, package, report, verify_package
 from nbl_export.linearize.plan import Plan
 from nbl_export.models.source import find_model
 from nbl_export.planning import dry_run, plan_resources
-from nbl_export.progress import Listener, Silent
+from nbl_export.progress import Listener
 from nbl_export.ranks import in_one_process, together
-from nbl_export.report.drawing import Table
 from nbl_export.report.schema import Report
 from nbl_export.settings import (
     BenchSettings,
@@ -50,20 +50,16 @@ from nbl_export.settings import (
     VerifySettings,
 )
 from nbl_export.stages import early
-from nbl_export.stages.inspection import inspect_path
 from nbl_export.stages.run import Run
-from nbl_export.workspace import Workspace, kept_digests
+from nbl_export.workspace import kept_digests
 
 if TYPE_CHECKING:
     from nbl_export.doctor.diagnosis import Diagnosis
     from nbl_export.engine.pair import EngineFile
     from nbl_export.report.bench import BenchReport
-    from nbl_export.report.diff.values import Diff
     from nbl_export.report.evaluation import Evaluation
     from nbl_export.rewrite.replace import RewriteResult
-    from nbl_export.stages.chat import Chat
     from nbl_export.stages.convert import Conversion
-    from nbl_export.stages.talking import Generated
 
 S = TypeVar("S", bound=Settings)
 
@@ -97,6 +93,7 @@ __all__ = [
     "export",
     "generate",
     "inspect",
+    "package",
     "plan_resources",
     "report",
     "rewrite",
@@ -104,6 +101,7 @@ __all__ = [
     "run",
     "select",
     "verify",
+    "verify_package",
 ]
 
 
@@ -135,14 +133,20 @@ def run(
 
 @contextmanager
 def _resumed(
-    out: str | Path, asked: S, listener: Listener | None, trust_remote_code: bool, rehash: bool
+    out: str | Path,
+    asked: S,
+    listener: Listener | None,
+    trust_remote_code: bool,
+    rehash: bool,
+    model: str | Path | None = None,
 ) -> Iterator[tuple[Run, S]]:
     """Go on in ``out`` with its lock held, and with what was asked checked and resolved for its model."""
     asked.check()
     pipeline.check_machine(asked)
     with together() as ranks:
         refuse = partial(early.check_resumed, asked=asked)
-        work = Run.resume(Path(out), listener, trust_remote_code, ranks, rehash, refuse)
+        place = None if model is None else str(model)
+        work = Run.resume(Path(out), listener, trust_remote_code, ranks, rehash, refuse, place)
         with work.locked():
             yield work, asked.resolve(work.model.task)
 
@@ -239,12 +243,15 @@ def verify(
     trust_remote_code: bool = False,
     again: bool = False,
     rehash: bool = False,
+    model: str | Path | None = None,
 ) -> Report:
     """Parity, method loss and speed. A failed gate is in the report (``passed`` is False), not raised.
 
-    With ``again`` nothing is kept of an earlier verification: a folder from somebody else may hold one.
+    With ``again`` nothing is kept of an earlier verification: a folder from somebody else may hold one. ``model`` is
+    where the model is now, if it was moved; the folder records it.
     """
-    with _resumed(out, settings or VerifySettings(), listener, trust_remote_code, rehash) as (work, resolved):
+    asked = settings or VerifySettings()
+    with _resumed(out, asked, listener, trust_remote_code, rehash, model) as (work, resolved):
         if again:
             work.workspace.forget("verify")
         return pipeline.verify(work, resolved)
@@ -290,81 +297,6 @@ def convert(
         resolved,
     ):
         return pipeline.convert(work, resolved)
-
-
-@in_one_process
-def generate(
-    out: str | Path,
-    prompt: str,
-    settings: GenerateSettings | None = None,
-    listener: Listener | None = None,
-    trust_remote_code: bool = False,
-    rehash: bool = False,
-    told: Callable[[str, str], object] = lambda _graph, _piece: None,
-) -> tuple[Generated, ...]:
-    """What the linearized graph, the unmodified one or both generate after ``prompt``.
-
-    The model that ``out`` was made from is not needed. ``told`` hears the name of the graph and each piece of text as
-    it is generated; once it returns False, no more is generated.
-    """
-    from nbl_export.stages.generate import generate as generate_text
-
-    asked = settings or GenerateSettings()
-    asked.check()
-    ws = Workspace.open(Path(out), kept_digests(Path(out), rehash, listener))
-    return generate_text(ws, prompt, asked, listener or Silent(), told, trust_remote_code)
-
-
-@in_one_process
-@contextmanager
-def chat(
-    out: str | Path,
-    settings: ChatSettings | None = None,
-    listener: Listener | None = None,
-    trust_remote_code: bool = False,
-    rehash: bool = False,
-) -> Iterator[Chat]:
-    """A chat with both graphs, or with one: ``for graph, piece in chat.ask("Hello"): ...``, turn after turn."""
-    from nbl_export.stages.chat import chat as chat_with
-
-    asked = settings or ChatSettings()
-    asked.check()
-    ws = Workspace.open(Path(out), kept_digests(Path(out), rehash, listener))
-    with chat_with(ws, asked, listener or Silent(), trust_remote_code) as found:
-        yield found
-
-
-@in_one_process
-def report(out: str | Path) -> Report:
-    """Read the report and redraw its Markdown and JUnit files."""
-    workspace = Workspace.open(Path(out))
-    with workspace.lock():
-        return pipeline.report(workspace)
-
-
-@in_one_process
-def inspect(path: str | Path) -> list[Table]:
-    """What an ONNX file, an engine, a plan, a moments file or an output folder holds, as tables."""
-    return inspect_path(Path(path))
-
-
-@in_one_process
-def diff(
-    a: str | Path, b: str | Path, bounds: DiffBounds | None = None, markdown: str | Path | None = None
-) -> Diff:
-    """What changed from ``a`` to ``b``: output folders, reports, benches, evaluations or graphs.
-
-    A regression is in the value (``passed`` is False), not raised. ``markdown`` is a file to write it to as Markdown.
-    """
-    from nbl_export.report.diff.compare import compare
-    from nbl_export.report.diff.drawing import write_markdown
-
-    asked = bounds or DiffBounds()
-    asked.check()
-    value = compare(Path(a), Path(b), asked)
-    if markdown is not None:
-        write_markdown(Path(markdown), value)
-    return value
 
 
 @in_one_process

@@ -10,6 +10,14 @@ FORMS = ("gguf", "mlx", "hf")
 FOLDER_PRECISIONS = ("fp32", "fp16", "bf16")
 
 
+PACKAGE = "package.json"
+
+
+def is_package(root: Path) -> bool:
+    """Whether ``root`` is a package: what a deployment needs of an output folder."""
+    return (root / PACKAGE).is_file()
+
+
 class Places:
     """Where the files of the output folder ``root`` are."""
 

@@ -17,6 +17,7 @@ ROOMS = (
     "cli",
     "transformers",
     "api",
+    "finished",
     "planning",
     "pipeline",
     "stages",

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from nbl_export.cli import answers
+from nbl_export.cli.finished import chat, diff, generate, inspect, loaded, package, report
 from nbl_export.cli.options import (
     NBL_OUT,
-    After,
     Again,
-    Before,
     Config,
     DryRun,
     InPlace,
-    Markdown,
     Model,
+    Moved,
     Onnx,
     Out,
     Output,
     PlanFile,
     Rehash,
     Said,
-    Shown,
-    Text,
-    TextFile,
     To,
     Trust,
 )
@@ -31,34 +25,17 @@ from nbl_export.errors import GATE_FAILED, MissingDependencyError
 from nbl_export.settings import (
     BenchSettings,
     CalibrateSettings,
-    ChatSettings,
     ConvertSettings,
-    DiffBounds,
     EngineSettings,
     EvalSettings,
     ExportSettings,
     FolderSettings,
-    GenerateSettings,
     RunSettings,
     SelectSettings,
     VerifySettings,
 )
-from nbl_export.settings.definition import Settings, UsageError
+from nbl_export.settings.definition import UsageError
 from nbl_export.settings.graphs import OptionalEngines
-
-
-def _loaded(said: Said, asked: Settings | RunSettings | None = None) -> tuple[Any, Any]:
-    """The Python API and what draws, which are imported when a command runs: --help needs neither.
-
-    What is asked for is checked before, so that a value that cannot be is answered at once.
-    """
-    if asked is not None:
-        asked.check()
-    from nbl_export import api
-    from nbl_export.cli import terminal
-
-    terminal.set_up(said.json, said.quiet, said.log_file)
-    return api, terminal
 
 
 def run(
@@ -81,7 +58,7 @@ def run(
     """Everything from calibrate to verify; the command if none is named."""
     built = engines.asked
     whole = RunSettings(selection, calibration, verification, exporting, built, folder)
-    api, terminal = _loaded(said, whole.sharing_bounds())
+    api, terminal = loaded(said, whole.sharing_bounds())
     listener = terminal.TerminalListener()
     asked = (selection, calibration, verification, listener, trust, exporting, built)
     if dry_run:
@@ -108,7 +85,7 @@ def plan_resources(
     said: Said = Said(),
 ) -> None:
     """Memory, disk and time of each stage of a run, before anything is done."""
-    api, terminal = _loaded(said)
+    api, terminal = loaded(said)
     built = engines.asked
     tables = api.plan_resources(model, output, selection, calibration, verification, trust, exporting, built)
     terminal.finish_tables("plan-resources", tables)
@@ -126,7 +103,7 @@ def calibrate(
     said: Said = Said(),
 ) -> None:
     """Stream the moments of the activations into OUT; resumes if interrupted."""
-    api, terminal = _loaded(said, settings)
+    api, terminal = loaded(said, settings)
     moments = api.calibrate(model, output, settings, terminal.TerminalListener(), trust, rehash=rehash)
     text = f"Calibrated. Next: nbl-export select {output} --k K"
     terminal.finish("calibrate", text, out=output, moments=moments)
@@ -143,7 +120,7 @@ def select(
     said: Said = Said(),
 ) -> None:
     """Score every layer, choose K, and write the plan."""
-    api, terminal = _loaded(said, settings)
+    api, terminal = loaded(said, settings)
     plan = api.select(out, settings, terminal.TerminalListener(), trust, rehash=rehash)
     layers = ", ".join(map(str, plan.blocks)) or "none"
     text = f"Plan: layers {layers}. Next: nbl-export export {out}"
@@ -161,7 +138,7 @@ def export(
     said: Said = Said(),
 ) -> None:
     """Export the unmodified model to OUT/baseline/model.onnx."""
-    api, terminal = _loaded(said, settings)
+    api, terminal = loaded(said, settings)
     path = api.export(out, settings, terminal.TerminalListener(), trust, rehash=rehash)
     terminal.finish("export", f"Exported {path}. Next: nbl-export rewrite {out}", out=out, graph=path)
 
@@ -181,7 +158,7 @@ def rewrite(
 
     On OUT of earlier commands, or with --onnx on a graph that somebody else exported.
     """
-    api, terminal = _loaded(said)
+    api, terminal = loaded(said)
     if onnx is None:
         if out is None or plan or output or in_place:
             raise UsageError("give OUT alone, or --onnx with --plan and --output or --in-place.")
@@ -206,7 +183,7 @@ def build(
     said: Said = Said(),
 ) -> None:
     """Build TensorRT engines of both graphs into OUT/engine."""
-    api, terminal = _loaded(said, settings)
+    api, terminal = loaded(said, settings)
     engines = api.build(out, settings, terminal.TerminalListener(), rehash=rehash)
     terminal.show_engines(engines)
     text = f"Built {out / 'engine'}. Next: nbl-export verify {out}"
@@ -218,6 +195,7 @@ def verify(
     /,
     *,
     settings: VerifySettings = VerifySettings(),
+    model: Moved = None,
     again: Again = False,
     trust: Trust = False,
     rehash: Rehash = False,
@@ -225,8 +203,17 @@ def verify(
     said: Said = Said(),
 ) -> int:
     """Check parity, measure method loss and speed; exit 1 if a gate fails."""
-    api, terminal = _loaded(said, settings)
-    value = api.verify(out, settings, terminal.TerminalListener(), trust, again, rehash=rehash)
+    api, terminal = loaded(said, settings)
+    from nbl_export.places import is_package
+
+    listener = terminal.TerminalListener()
+    if is_package(out):
+        if model is None:
+            raise UsageError(f"{out} is a package: say where its model is with --model")
+        found = api.verify_package(out, model, settings, listener, trust)
+        terminal.show_verified(found, out)
+        return 0 if found.passed else GATE_FAILED
+    value = api.verify(out, settings, listener, trust, again, rehash, model)
     terminal.show_report(value, out)
     return 0 if value.passed else GATE_FAILED
 
@@ -242,7 +229,7 @@ def eval_(
     said: Said = Said(),
 ) -> int:
     """Score both graphs on tasks and retrieval; exit 1 if a gate fails."""
-    api, terminal = _loaded(said, settings)
+    api, terminal = loaded(said, settings)
     value = api.evaluate(out, settings, terminal.TerminalListener(), trust, rehash=rehash)
     terminal.show_evaluation(value, out)
     return 0 if value.passed else GATE_FAILED
@@ -259,56 +246,10 @@ def bench(
     said: Said = Said(),
 ) -> int:
     """Time both graphs and others in turn; exit 1 if suspect or slower."""
-    api, terminal = _loaded(said, settings)
+    api, terminal = loaded(said, settings)
     value = api.bench(out, settings, terminal.TerminalListener(), trust, rehash=rehash)
     terminal.show_bench(value, out)
     return 0 if value.passed else GATE_FAILED
-
-
-def generate(
-    out: Out,
-    /,
-    *,
-    prompt: Text = None,
-    prompt_file: TextFile = None,
-    settings: GenerateSettings = GenerateSettings(),
-    trust: Trust = False,
-    rehash: Rehash = False,
-    config: Config = None,
-    said: Said = Said(),
-) -> None:
-    """Print what the linearized graph generates after a prompt; for scripts."""
-    api, terminal = _loaded(said, settings)
-    from nbl_export.cli import writing
-
-    text = writing.prompt_of(prompt, prompt_file)
-    listener, written = terminal.TerminalListener(), writing.Written(settings.graph, heard=not said.json)
-    generated = api.generate(out, text, settings, listener, trust, rehash, written.piece)
-    written.end()
-    for answer in generated:
-        listener.note(writing.figures_line(answer))
-    terminal.finish("generate", None, out=out, prompt=text, answers=generated)
-
-
-def chat(
-    out: Out,
-    /,
-    *,
-    settings: ChatSettings = ChatSettings(),
-    trust: Trust = False,
-    rehash: Rehash = False,
-    config: Config = None,
-    said: Said = Said(),
-) -> None:
-    """Talk to both graphs in the terminal, side by side."""
-    from nbl_export.cli import chat as screen
-
-    if said.json:
-        raise UsageError("A chat has no answer in JSON: use `nbl-export generate OUT --json`")
-    screen.check_terminal()
-    api, terminal = _loaded(said, settings)
-    with api.chat(out, settings, terminal.TerminalListener(), trust, rehash) as talk:
-        screen.talk(talk, out)
 
 
 def convert(
@@ -322,41 +263,9 @@ def convert(
     said: Said = Said(),
 ) -> int:
     """Write the plan in the form of another engine, and prove it there."""
-    api, terminal = _loaded(said, settings)
+    api, terminal = loaded(said, settings)
     value = api.convert(out, settings, terminal.TerminalListener(), trust, rehash=rehash)
     terminal.show_conversion(value, out)
-    return 0 if value.passed else GATE_FAILED
-
-
-def report(out: Out, /, *, said: Said = Said()) -> int:
-    """Show the report again and redraw its files from report.json."""
-    api, terminal = _loaded(said)
-    value = api.report(out)
-    terminal.show_report(value, out)
-    return 0 if value.passed else GATE_FAILED
-
-
-def inspect(path: Shown, /, *, said: Said = Said()) -> None:
-    """Show what a file or an output folder holds, as a table."""
-    api, terminal = _loaded(said)
-    terminal.finish_tables("inspect", api.inspect(path))
-
-
-def diff(
-    a: Before,
-    b: After,
-    /,
-    *,
-    bounds: DiffBounds = DiffBounds(),
-    markdown: Markdown = None,
-    config: Config = None,
-    said: Said = Said(),
-) -> int:
-    """Say what changed from A to B; exit 1 on a regression."""
-    api, terminal = _loaded(said, bounds)
-    to_output = markdown == "-"
-    value = api.diff(a, b, bounds, None if to_output else markdown)
-    terminal.show_diff(value, to_output)
     return 0 if value.passed else GATE_FAILED
 
 
@@ -385,6 +294,7 @@ IN_ORDER = (
     generate,
     chat,
     convert,
+    package,
     report,
     inspect,
     diff,

@@ -36,6 +36,12 @@ Before = Annotated[
 ]
 After = Annotated[Path, Parameter(name="B", help="Another of the same kind: after.")]
 Output = Annotated[Path, option("Output folder; made if needed.", "--output", "-o", shown=str(NBL_OUT))]
+Folder = Annotated[
+    Path, option("Folder of the package; an earlier package there is replaced.", "--output", "-o")
+]
+Moved = Annotated[
+    str | None, option("Where the model is now: of a package, or after it was moved.", "--model")
+]
 Trust = Annotated[bool, option("Run modelling code that comes with the model.", "--trust-remote-code")]
 Rehash = Annotated[bool, option("Read all files again to see whether they have changed.", "--rehash")]
 DryRun = Annotated[bool, option("Say what would be done, and do nothing.", "--dry-run")]

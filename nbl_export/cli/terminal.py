@@ -21,7 +21,7 @@ from nbl_export.cli.output import answer, answering, drawable, finish, result, s
 from nbl_export.records import to_json
 from nbl_export.report.drawing import Table
 from nbl_export.report.schema import Report
-from nbl_export.report.summary import numbered, replaced, verdict_line
+from nbl_export.report.summary import loss_in_words, numbered, replaced, verdict_line
 from nbl_export.report.tables import engines_table, graph_table, report_tables, verdicts_table
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from nbl_export.rewrite.replace import RewriteResult
     from nbl_export.stages.convert import Conversion
     from nbl_export.stages.dry_run import DryRun
+    from nbl_export.stages.package import Package, Verified
 
 __all__ = ["TerminalListener", "finish", "say", "set_up"]
 
@@ -189,6 +190,28 @@ def show_conversion(value: Conversion, out: Path) -> None:
         _verdict(value.passed)
         + drawable(f"  {out / value.file}, {size}; linear: {', '.join(value.layers) or 'none'}")
     )
+
+
+def show_package(value: Package, to: Path) -> None:
+    """What was packaged, and its size."""
+    size = sum((to / name).stat().st_size for name in value.files)
+    answer(answers.answer("package", {"package": to, "bytes": size, **vars(value)}))
+    linear = ", ".join(map(str, value.layers)) or "none"
+    result(
+        drawable(
+            f"{to}: {len(value.files)} files, {size / 2**20:,.1f} MiB, {value.precision}; linear: {linear}"
+        )
+    )
+    result(drawable(f"Verify it anywhere: nbl-export verify {to} --model MODEL"))
+
+
+def show_verified(value: Verified, root: Path) -> None:
+    """The checks of a package and its verdict."""
+    figures = {**vars(value.measured), "package": root, "passed": value.passed, "checks": value.checks}
+    answer(answers.answer("verify", figures))
+    _show_checks(value.checks)
+    cost = loss_in_words(value.measured.method_loss)
+    result(_verdict(value.passed) + drawable(f"  {root}, of {value.package.model.source}; {cost}"))
 
 
 def _show_checks(checks: Sequence[Check]) -> None:

@@ -159,9 +159,11 @@ def same_model(
     trust_remote_code: bool = False,
     digests: Digests | None = None,
     early: Early = lambda _found: None,
+    at: str | None = None,
 ) -> ModelSource:
     """Find the model recorded in an output folder, on this machine; refuse it if its bytes changed.
 
+    With ``at``, it is there now, wherever it was.
     Files whose ``digests`` are known are not read for it; ``early`` is that of :func:`find_model`.
 
     A record of an earlier release says whether the model's code may run; that is not obeyed.
@@ -171,13 +173,20 @@ def same_model(
     recorded = from_json(
         _Recorded, {k: v for k, v in info.items() if k != _TRUST}, "The record of the model", remedy
     )
+    if at is not None:
+        return expected(
+            find_model(at, trust_remote_code, digests, early), recorded.source, recorded.fingerprint
+        )
     folder = Path(recorded.path)
     if not folder.is_absolute():
         raise InputError(f"The record of the model is damaged (path {recorded.path!r}): {remedy}.")
+    gone = (
+        f"is not there any more: put it back, say where it is now (`nbl-export verify --model`), or {remedy}."
+    )
     if recorded.kind == "gguf":
         gguf = member(folder, recorded.gguf_file, "The recorded GGUF file")
         if not gguf.is_file():
-            raise InputError(f"The model {gguf} is not there any more: put it back, or {remedy}.")
+            raise InputError(f"The model {gguf} {gone}")
         found = _from_gguf(recorded.source, gguf, digests, early)
     else:
         if recorded.kind == "hub" and not _HUB_ID.match(recorded.source):
@@ -185,12 +194,22 @@ def same_model(
         if recorded.kind == "hub" and not folder.is_dir():
             folder = _hub_snapshot(recorded.source, trust_remote_code, fetch=False)
         if not (folder / "config.json").is_file():
-            raise InputError(f"The model {folder} is not there any more: put it back, or {remedy}.")
+            raise InputError(f"The model {folder} {gone}")
         found = _from_folder(recorded.source, folder, recorded.kind, trust_remote_code, digests, early)
     if found.fingerprint != recorded.fingerprint:
         raise InputError(
             f"The model {recorded.source} has changed since this output folder was made from it: "
             "choose another --output."
+        )
+    return found
+
+
+def expected(found: ModelSource, source: str, fingerprint: str) -> ModelSource:
+    """``found``, which must be the model of that ``fingerprint``; ``source`` is what it was called."""
+    if found.fingerprint != fingerprint:
+        raise InputError(
+            f"{found.source} is not the model that this was made from ({source}, fingerprint {fingerprint[:12]}; here "
+            f"{found.fingerprint[:12]}): name that one with --model."
         )
     return found
 

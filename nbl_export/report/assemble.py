@@ -13,6 +13,7 @@ from nbl_export.checks import Check
 from nbl_export.files import read_json
 from nbl_export.graph.summary import ExportSummary
 from nbl_export.linearize.selection import Scores
+from nbl_export.places import Places
 from nbl_export.records import from_json
 from nbl_export.report.environment import environment
 from nbl_export.report.schema import Graph, Model, Report, Selection
@@ -122,7 +123,7 @@ def selection_of(ws: Workspace, plan: Plan) -> Selection:
     )
 
 
-def exported_of(ws: Workspace) -> ExportSummary:
+def exported_of(ws: Places) -> ExportSummary:
     """What was recorded of the export."""
     what, remedy = "The record of the export", "run `nbl-export export` again"
     return from_json(ExportSummary, read_json(ws.export_summary, what, remedy), what, remedy)

@@ -13,7 +13,7 @@ from nbl_export.report.environment import Environment
 from nbl_export.report.schema import Report
 from nbl_export.report.selection import fit_in_words
 from nbl_export.report.speed import ceiling_in_words
-from nbl_export.verify.loss.figures import Likeness
+from nbl_export.verify.loss.figures import Likeness, MethodLoss
 from nbl_export.verify.parity.figures import EncoderParity
 from nbl_export.verify.speed.values import Speed
 
@@ -76,14 +76,20 @@ def verdict_line(report: Report) -> str:
 
 def _cost(report: Report) -> str:
     loss, kept = report.method_loss, report.kept.get("method_loss")
+    when = f", measured {kept.created}" if kept and loss else ""
+    bounds = f", {_bounds(report)}" if isinstance(loss, MethodLoss) else ""
+    return f"{loss_in_words(loss)}{when}{bounds}"
+
+
+def loss_in_words(loss: MethodLoss | Likeness | None) -> str:
+    """What linearizing costs, in a line."""
     if loss is None:
         return "its loss was not measured"
-    when = f", measured {kept.created}" if kept else ""
     if isinstance(loss, Likeness):
         shown = ", ".join(f"{m.what} {number(m.value, '.4f')}" for m in loss.measures)
-        return f"{shown} on held-out {loss.unit}{when}"
+        return f"{shown} on held-out {loss.unit}"
     ratio, kl = number(loss.perplexity_ratio, ".3f"), number(loss.kl, ".2g")
-    return f"perplexity × {ratio}, KL {kl} on held-out text{when}, {_bounds(report)}"
+    return f"perplexity × {ratio}, KL {kl} on held-out text"
 
 
 def _bounds(report: Report) -> str:

@@ -40,12 +40,12 @@ from nbl_export.errors import InputError, first_line
 from nbl_export.models.layers import accepts, positions
 from nbl_export.models.lengths import crossed_by, crossing_prompts
 from nbl_export.models.processors import PREPROCESSOR
-from nbl_export.models.source import ModelSource
+from nbl_export.models.source import ModelIdentity, ModelSource
 from nbl_export.models.tasks import task_named
+from nbl_export.places import Places
 from nbl_export.progress import Listener
 from nbl_export.settings import CalibrateSettings
 from nbl_export.settings.choices import SELF
-from nbl_export.workspace import Workspace
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +68,7 @@ class CalibrationLoader:
     """
 
     unit: str
-    path: Callable[[Workspace], Path]
+    path: Callable[[Places], Path]
     files: Callable[[Sequence[str]], list[Path]]
     check: Callable[[Sequence[str], str], object]
     read: Callable[[LoadedModel, CalibrateSettings, Listener], Any]
@@ -79,7 +79,7 @@ class CalibrationLoader:
     heldout: Callable[[Any, Mapping[str, Any]], Rows] = heldout_rows
 
 
-def loader_for(source: ModelSource) -> CalibrationLoader:
+def loader_for(source: ModelIdentity) -> CalibrationLoader:
     """The row for the task and the main input of ``source``."""
     return _LOADERS[task_named(source.task).causal, source.reads]
 

@@ -79,8 +79,11 @@ class Run:
         ranks: Ranks = ALONE,
         rehash: bool = False,
         early: Callable[[Workspace, ModelSource], object] = lambda _workspace, _found: None,
+        model: str | None = None,
     ) -> Run:
         """Continue in an existing output folder with its recorded model; ``rehash`` reads all files again.
+
+        ``model`` is where that is now, which the folder then records.
 
         ``early`` is told of both before the model's weights are read, and may refuse them.
 
@@ -93,9 +96,13 @@ class Run:
             if info is None:
                 raise InputError(f"{out} records no model: start with `nbl-export calibrate MODEL -o {out}`.")
             source = same_model(
-                info, trust_remote_code, workspace.digests, lambda found: early(workspace, found)
+                info, trust_remote_code, workspace.digests, lambda found: early(workspace, found), model
             )
-            workspace.found_model(source.as_json())
+            if model is None:
+                workspace.found_model(source.as_json())
+            else:
+                check_apart(source, out)
+                workspace.set_model(source.as_json())
             return workspace, source
 
         return cls._of(*ranks.shared(found), listener, ranks)

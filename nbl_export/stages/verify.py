@@ -11,6 +11,7 @@ from nbl_export.batch.names import TOKENS
 from nbl_export.errors import InputError
 from nbl_export.files import read_json, sha256_of_file, write_json
 from nbl_export.linearize.plan import Plan, load_plan
+from nbl_export.places import Places
 from nbl_export.progress import Listener
 from nbl_export.report.schema import Report, load_report
 from nbl_export.settings import VerifySettings
@@ -21,7 +22,10 @@ from nbl_export.stages.run import Run, graphs_on, graphs_setting
 from nbl_export.workspace import Workspace
 
 if TYPE_CHECKING:
+    from nbl_export.engine.pair import EngineFile
+    from nbl_export.models.loaded import LoadedModel
     from nbl_export.verify.case import EncoderCase
+    from nbl_export.verify.measurement import Measurement
 
 _EXPORT_AGAIN = "run `nbl-export export {}` again"
 
@@ -37,13 +41,9 @@ def measure(run: Run, settings: VerifySettings) -> None:
     """Parity, method loss and speed, unless they are measured already, and the report of them."""
     from nbl_export.calibrate.text import load_text
     from nbl_export.models.device import as_setting
-    from nbl_export.models.media_tokens import seeing
-    from nbl_export.report.assemble import assemble, exported_of
+    from nbl_export.report.assemble import assemble
     from nbl_export.report.kept import keeping
     from nbl_export.report.render import write_report
-    from nbl_export.verify.case import DecoderCase
-    from nbl_export.verify.decoder import measure_decoder
-    from nbl_export.verify.encoder import measure_encoder
     from nbl_export.verify.engines import fitting_prompts
 
     ws = run.workspace
@@ -67,20 +67,40 @@ def measure(run: Run, settings: VerifySettings) -> None:
         if why := passed_over(ws):
             listener.note(f"Not verified: {why}.")
         with graphs_on(device, listener):
-            if run.model.task.causal:
-                text, model = load_text(ws.text), run.model.in_float32
-                case = DecoderCase(model, plan, ws.baseline, ws.model, settings, listener, text, engines)
-                copies = exported_of(ws).copies
-                with seeing(model, text.media):
-                    measured = measure_decoder(replace(case, passed_over=passed_over(ws), copies=copies))
-            else:
-                encoder = _encoder_case(run, plan, settings, listener)
-                measured = measure_encoder(replace(encoder, copies=exported_of(ws).copies))
-        report = assemble(ws, run.model.source, plan, asked, measured, engines)
+            found = measured(ws, ws.baseline, run.model, plan, settings, listener, engines, passed_over(ws))
+        report = assemble(ws, run.model.source, plan, asked, found, engines)
         graphs = _files(ws, "calibrate", "select", "export", "rewrite")
         return write_report(ws.report, keeping(report, earlier, graphs, _files(ws, "build")))
 
     run.stage("verify", asked, made_of, work, device)
+
+
+def measured(
+    places: Places,
+    baseline: Path | None,
+    loaded: LoadedModel,
+    plan: Plan,
+    settings: VerifySettings,
+    listener: Listener,
+    engines: tuple[EngineFile, ...] = (),
+    passed_over: str | None = None,
+) -> Measurement:
+    """What is asked of the graph in ``places``, which was rewritten from ``baseline``, if that is there."""
+    from nbl_export.calibrate.text import load_text
+    from nbl_export.models.media_tokens import seeing
+    from nbl_export.report.assemble import exported_of
+    from nbl_export.verify.case import DecoderCase
+    from nbl_export.verify.decoder import measure_decoder
+    from nbl_export.verify.encoder import measure_encoder
+
+    copies = exported_of(places).copies
+    if not loaded.task.causal:
+        encoder = _encoder_case(places, baseline, loaded, plan, settings, listener)
+        return measure_encoder(replace(encoder, copies=copies))
+    text, model = load_text(places.text), loaded.in_float32
+    case = DecoderCase(model, plan, baseline, places.model, settings, listener, text, engines)
+    with seeing(model, text.media):
+        return measure_decoder(replace(case, passed_over=passed_over, copies=copies))
 
 
 def _check_files(run: Run, plan: Plan) -> None:
@@ -132,18 +152,25 @@ def _calibrated(ws: Workspace) -> StageRecord:
     return ws.require("calibrate")
 
 
-def _encoder_case(run: Run, plan: Plan, settings: VerifySettings, listener: Listener) -> EncoderCase:
+def _encoder_case(
+    places: Places,
+    baseline: Path | None,
+    model: LoadedModel,
+    plan: Plan,
+    settings: VerifySettings,
+    listener: Listener,
+) -> EncoderCase:
     from nbl_export.calibrate.passages import frame_of
     from nbl_export.stages.calibration_data import loader_for
     from nbl_export.verify.case import EncoderCase
 
-    ws, model, material = run.workspace, run.model, loader_for(run.model.source)
-    heldout = material.heldout(material.load(material.path(ws)), plan.probe)
+    material = loader_for(model.source)
+    heldout = material.heldout(material.load(material.path(places)), plan.probe)
     case = EncoderCase(
         model.in_float32,
         plan,
-        ws.baseline,
-        ws.model,
+        baseline,
+        places.model,
         settings,
         listener,
         model.task,

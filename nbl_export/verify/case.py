@@ -33,11 +33,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Case:
-    """The graph ``rewritten`` from ``baseline`` by ``plan``, held against ``model`` as the ``settings`` say."""
+    """The graph ``rewritten`` from ``baseline`` by ``plan``, held against ``model`` as the ``settings`` say.
+
+    ``baseline`` is None where the unmodified graph is not there: what is measured against it is left out.
+    """
 
     model: torch.nn.Module
     plan: Plan
-    baseline: Path
+    baseline: Path | None
     rewritten: Path
     settings: VerifySettings
     listener: Listener
@@ -56,12 +59,15 @@ class Case:
         """Why the speed of the graphs is not measured; None if it is."""
         if not self.settings.speed:
             return "--no-speed"
+        if self.baseline is None:
+            return "the unmodified graph is not there"
         return UNTIMED if needs_emulation(self.graph) else None
 
     @property
     def graphs(self) -> dict[str, Path]:
-        """Both graphs, by role."""
-        return {BASE: self.baseline, LINEARIZED: self.rewritten}
+        """The graphs that are there, by role."""
+        base = {} if self.baseline is None else {BASE: self.baseline}
+        return {**base, LINEARIZED: self.rewritten}
 
 
 @dataclass(frozen=True)

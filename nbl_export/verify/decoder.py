@@ -95,12 +95,12 @@ def measure_parity(case: DecoderCase) -> FoundParity[DecoderParity]:
         failures += [f"as onnxruntime runs it, {failure}" for failure in said]
     noise = rounding_noise(case.model, rows, case.plan)
     base = own = half = None
-    if precision.quantized:
+    if precision.quantized and case.baseline is not None:
         # What the quantization costs the unmodified model is not the rewrite's to answer for.
         original = record_pytorch(case.model, None, rows, steps, cached, alone)
         base = compare(original, _recorded(case, case.baseline, rows, alone=alone), gates)
         failures += parity.failures_against(base, "the unmodified graph's own")
-    elif precision.name != "fp32":
+    elif not precision.quantized and precision.name != "fp32":
         half = as_told and Routers(as_told.real, as_told.told)
         own = pytorch_in_precision(
             precision, case.model, case.plan, rows, steps, cached, reference, alone, half
@@ -225,4 +225,4 @@ def _loss(case: DecoderCase) -> Found[MethodLoss]:
 
 
 def _speed(case: DecoderCase, contexts: Sequence[int], notes: tuple[str, ...]) -> Found[Speed]:
-    return timed(case, notes, Pair(case.baseline, case.rewritten), contexts)
+    return timed(case, notes, lambda baseline: Pair(baseline, case.rewritten), contexts)

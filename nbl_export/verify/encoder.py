@@ -154,8 +154,7 @@ def _speed(case: EncoderCase) -> Found[Speed]:
     def run(model: OrtModel, tokens: int, _batch: int) -> EncoderPass:
         return EncoderPass(model, batches[tokens])
 
-    pair = Pair(case.baseline, case.rewritten, (ENCODE,), run)
-    return timed(case, notes, pair, list(batches))
+    return timed(case, notes, lambda baseline: Pair(baseline, case.rewritten, (ENCODE,), run), list(batches))
 
 
 def _timed(case: EncoderCase) -> tuple[dict[int, Inputs], tuple[str, ...]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from nbl_export.checks import Check
@@ -110,13 +111,16 @@ def method_loss(case: Case, measure: Callable[[], L]) -> Found[L]:
     return Found(checks=(Check("method loss", "skipped", "--no-quality"),))
 
 
-def timed(case: Case, notes: tuple[str, ...], pair: Pair, contexts: Sequence[int]) -> Found[Speed]:
-    """The speed of the ``pair`` of graphs and whether it can be believed, if it is measured.
+def timed(
+    case: Case, notes: tuple[str, ...], pair_with: Callable[[Path], Pair], contexts: Sequence[int]
+) -> Found[Speed]:
+    """The speed of the pair with the unmodified graph, and whether it can be believed, if it is measured.
 
     Where both do not fit into memory they take turns, and why one is faster than it could be is not looked for.
     """
-    if why := case.why_not_timed:
-        return Found(checks=(Check("speed", "skipped", why),), notes=notes)
+    if (why := case.why_not_timed) or case.baseline is None:
+        return Found(checks=(Check("speed", "skipped", why or ""),), notes=notes)
+    pair = pair_with(case.baseline)
     anew = anew_or_why_not(pair.base, pair.linearized)
     if isinstance(anew, str):
         return Found(checks=(Check("speed", "skipped", anew),), notes=notes)

@@ -1,0 +1,122 @@
+"""The commands on what a run has finished, and what every command loads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nbl_export.cli.options import (
+    After,
+    Before,
+    Config,
+    Folder,
+    Markdown,
+    Out,
+    Rehash,
+    Said,
+    Shown,
+    Text,
+    TextFile,
+    Trust,
+)
+from nbl_export.errors import GATE_FAILED
+from nbl_export.settings import ChatSettings, DiffBounds, GenerateSettings, RunSettings
+from nbl_export.settings.definition import Settings, UsageError
+
+
+def loaded(said: Said, asked: Settings | RunSettings | None = None) -> tuple[Any, Any]:
+    """The Python API and what draws, which are imported when a command runs: --help needs neither.
+
+    What is asked for is checked before, so that a value that cannot be is answered at once.
+    """
+    if asked is not None:
+        asked.check()
+    from nbl_export import api
+    from nbl_export.cli import terminal
+
+    terminal.set_up(said.json, said.quiet, said.log_file)
+    return api, terminal
+
+
+def generate(
+    out: Out,
+    /,
+    *,
+    prompt: Text = None,
+    prompt_file: TextFile = None,
+    settings: GenerateSettings = GenerateSettings(),
+    trust: Trust = False,
+    rehash: Rehash = False,
+    config: Config = None,
+    said: Said = Said(),
+) -> None:
+    """Print what the linearized graph generates after a prompt; for scripts."""
+    api, terminal = loaded(said, settings)
+    from nbl_export.cli import writing
+
+    text = writing.prompt_of(prompt, prompt_file)
+    listener, written = terminal.TerminalListener(), writing.Written(settings.graph, heard=not said.json)
+    generated = api.generate(out, text, settings, listener, trust, rehash, written.piece)
+    written.end()
+    for answer in generated:
+        listener.note(writing.figures_line(answer))
+    terminal.finish("generate", None, out=out, prompt=text, answers=generated)
+
+
+def chat(
+    out: Out,
+    /,
+    *,
+    settings: ChatSettings = ChatSettings(),
+    trust: Trust = False,
+    rehash: Rehash = False,
+    config: Config = None,
+    said: Said = Said(),
+) -> None:
+    """Talk to both graphs in the terminal, side by side."""
+    from nbl_export.cli import chat as screen
+
+    if said.json:
+        raise UsageError("A chat has no answer in JSON: use `nbl-export generate OUT --json`")
+    screen.check_terminal()
+    api, terminal = loaded(said, settings)
+    with api.chat(out, settings, terminal.TerminalListener(), trust, rehash) as talk:
+        screen.talk(talk, out)
+
+
+def package(out: Out, /, *, to: Folder, rehash: Rehash = False, said: Said = Said()) -> None:
+    """Write what a deployment needs, and can verify, to a folder of its own."""
+    api, terminal = loaded(said)
+    value = api.package(out, to, terminal.TerminalListener(), rehash)
+    terminal.show_package(value, to)
+
+
+def report(out: Out, /, *, said: Said = Said()) -> int:
+    """Show the report again and redraw its files from report.json."""
+    api, terminal = loaded(said)
+    value = api.report(out)
+    terminal.show_report(value, out)
+    return 0 if value.passed else GATE_FAILED
+
+
+def inspect(path: Shown, /, *, said: Said = Said()) -> None:
+    """Show what a file or an output folder holds, as a table."""
+    api, terminal = loaded(said)
+    terminal.finish_tables("inspect", api.inspect(path))
+
+
+def diff(
+    a: Before,
+    b: After,
+    /,
+    *,
+    bounds: DiffBounds = DiffBounds(),
+    markdown: Markdown = None,
+    config: Config = None,
+    said: Said = Said(),
+) -> int:
+    """Say what changed from A to B; exit 1 on a regression."""
+    api, terminal = loaded(said, bounds)
+    to_output = markdown == "-"
+    value = api.diff(a, b, bounds, None if to_output else markdown)
+    terminal.show_diff(value, to_output)
+    return 0 if value.passed else GATE_FAILED

@@ -1,0 +1,231 @@
+"""What a deployment needs of an output folder, in a folder of its own, which can be verified wherever it is.
+
+    model.onnx, model.onnx.data     the linearized graph with all its weights, the same as in the output folder
+    config.json, tokenizer …        what lies beside it; embedding.onnx of a graph that reads embeddings
+    engine/model.engine …           the linearized engine and its manifest, if there is one
+    report/                         the report of the verification
+    nbl/                            what it is verified by: the plan, and the held-out rows of the text or images
+    package.json                    what it is, and the SHA-256 of every file
+
+The unmodified graph, the moments, the calibration text and whatever was measured on the way stay behind.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from nbl_export import __version__
+from nbl_export.blocks import Block
+from nbl_export.checks import Check
+from nbl_export.errors import BuildError, InputError
+from nbl_export.files import TEMPORARY, member, overlap, read_json, sha256_of_file, sync, write_json
+from nbl_export.linearize.plan import load_plan
+from nbl_export.models.loaded import LoadedModel
+from nbl_export.models.source import ModelIdentity, expected, find_model
+from nbl_export.places import PACKAGE, Places, is_package
+from nbl_export.progress import Listener
+from nbl_export.records import from_json, part_from_json, to_json
+from nbl_export.report.assemble import created
+from nbl_export.report.render import write_report
+from nbl_export.report.schema import load_report
+from nbl_export.settings import VerifySettings
+from nbl_export.stages.build import current_engines
+from nbl_export.stages.run import graphs_on
+from nbl_export.stages.verify import measured
+from nbl_export.verify.measurement import Measurement
+from nbl_export.workspace import Workspace
+
+SCHEMA = "nbl-export/package/1"
+_SAME = (
+    "Packaged: all weights of the graph are in one file; it is the graph that was verified, operator by operator and "
+    "weight by weight."
+)
+_REMEDY = "get the package again, or make it with `nbl-export package`"
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package: of which model, which ``layers`` are linear, in which precision, and the SHA-256 of its ``files``."""
+
+    created: str
+    tool_version: str
+    model: ModelIdentity
+    layers: tuple[Block, ...]
+    precision: str
+    files: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was found of a package; ``measured`` has the figures."""
+
+    package: Package
+    measured: Measurement
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        return not any(check.status == "failed" for check in self.checks)
+
+
+def load_package(root: Path) -> Package:
+    """What ``package.json`` in ``root`` says; raises :class:`InputError` for anything else."""
+    path = root / PACKAGE
+    raw = read_json(path, "The package", _REMEDY)
+    if not isinstance(raw, dict) or raw.pop("schema", None) != SCHEMA:
+        raise InputError(f"{path} is not of a package of this version ({SCHEMA}): {_REMEDY}.")
+    found = from_json(Package, raw, str(path), _REMEDY)
+    for name in found.files:
+        member(root, name, f"A file in {path}")
+    return found
+
+
+def package(ws: Workspace, to: Path, listener: Listener) -> Package:
+    """Write the package of ``ws`` to the folder ``to``, whole or not at all; an earlier package there is replaced.
+
+    Raises :class:`InputError` if the output folder has no report of its graph that says PASS.
+    """
+    ws.require("verify")
+    report = load_report(ws.report / "report.json")
+    if not report.passed:
+        failed = ", ".join(check.name for check in report.checks if check.status == "failed")
+        raise InputError(f"The report of {ws.root} says FAIL ({failed}): what is not proven is not packaged.")
+    source = part_from_json(ModelIdentity, ws.model_info or {}, "The record of the model", "start again")
+    _check_place(ws, to)
+    with _made(to) as root:
+        _write_graph(ws, root, listener)
+        for path in _copied(ws):
+            target = root / path.relative_to(ws.root)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+        _write_heldout(ws, Places(root), source)
+        files = _digests(root)
+        drawn = write_report(
+            root / ws.report.name,
+            replace(report, hashes={**report.hashes, **files}, notes=(*report.notes, _SAME)),
+        )
+        files |= {path.relative_to(root).as_posix(): sha256_of_file(path) for path in drawn}
+        plan = load_plan(ws.plan)
+        made = Package(created(), __version__, source, plan.blocks, report.graph.precision, files)
+        write_json(root / PACKAGE, {"schema": SCHEMA, **to_json(made)})
+    return made
+
+
+def _check_place(ws: Workspace, to: Path) -> None:
+    if how := overlap(to, ws.root):
+        raise InputError(f"{to} {how} the output folder {ws.root}: choose another --output.")
+    if to.is_symlink() or (to.exists() and not to.is_dir()):
+        raise InputError(f"{to} is not a folder: choose another --output.")
+    if to.is_dir() and not is_package(to) and any(to.iterdir()):
+        raise InputError(f"{to} has files that are no package: choose another --output, or an empty folder.")
+    if not to.parent.is_dir():
+        raise InputError(f"{to.parent} is not a folder: make it first.")
+
+
+@contextmanager
+def _made(to: Path) -> Iterator[Path]:
+    """A folder to write to, which becomes ``to`` if the block succeeds."""
+    beside = Path(tempfile.mkdtemp(prefix=f".{to.name}.", suffix=TEMPORARY, dir=to.parent))
+    root, old = beside / "new", beside / "old"
+    root.mkdir()
+    try:
+        yield root
+        if to.exists():
+            to.rename(old)
+        root.rename(to)
+        sync(to.parent)
+    finally:
+        if old.exists() and not to.exists():  # between the two renames
+            old.rename(to)
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _write_graph(ws: Workspace, root: Path, listener: Listener) -> None:
+    """The linearized graph with all its weights in its own file; it is held to be the same."""
+    from nbl_export.graph.cache import KV_LAYERS_KEY, LAYERS_KEY
+    from nbl_export.graph.io import load_graph, save_graph
+    from nbl_export.graph.same import difference
+
+    graph = load_graph(ws.model)
+    size = sum(v.const_value.nbytes for v in graph.graph.initializers.values() if v.const_value is not None)
+    free = shutil.disk_usage(root).free
+    if size > free:
+        has, needs = (f"{n / 2**30:,.1f} GiB" for n in (free, size))
+        raise InputError(
+            f"{root.parent.parent} has {has} free, and the graph has {needs}: free some space, or choose another "
+            "--output."
+        )
+    with listener.task("Writing the graph", size, "bytes") as task:
+        save_graph(graph, root / ws.model.name, progress=task.advance)
+    keys = (LAYERS_KEY, KV_LAYERS_KEY)
+    if other := difference(load_graph(ws.model), load_graph(root / ws.model.name), keys):
+        raise BuildError(f"The packaged graph is not that of {ws.root}: {other}.")
+
+
+def _copied(ws: Workspace) -> Iterator[Path]:
+    """The files that are taken as they are."""
+    graph = ws.model.name
+    for stage in ("export", "rewrite"):
+        record = ws.record(stage)
+        assert record is not None  # a verification has all of them
+        for path in ws.paths(record):
+            if path.parent == ws.root and not path.name.startswith(graph):
+                yield path
+    if current_engines(ws):
+        yield from (
+            p for p in ws.engine.parent.iterdir() if p.name.startswith(ws.engine.stem) and p.is_file()
+        )
+    yield from (ws.plan, ws.plan.with_suffix(".safetensors"), ws.export_summary)
+
+
+def _digests(root: Path) -> dict[str, str]:
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    return {path.relative_to(root).as_posix(): sha256_of_file(path) for path in files}
+
+
+def _write_heldout(ws: Workspace, places: Places, source: ModelIdentity) -> None:
+    """The rows that a verification reads; those that the fit and the selection read are left out."""
+    import numpy as np
+
+    from nbl_export.stages.calibration_data import loader_for
+
+    material = loader_for(source)
+    data = material.load(material.path(ws))
+    # A file of rows has one at least of each kind that must be there.
+    less: dict[str, Any] = {"calibration": data.heldout[:1]}
+    for name in ("selection", "selection_document"):
+        if hasattr(data, name):
+            less[name] = np.zeros((0, *data.heldout.shape[1:]), np.int32)
+    material.save(material.path(places), replace(data, **less))
+
+
+def verify_package(
+    root: Path, model: str, settings: VerifySettings, listener: Listener, trust_remote_code: bool = False
+) -> Verified:
+    """Whether the package in ``root`` is whole, and its graph computes what PyTorch does with ``model`` and the plan.
+
+    Nothing is written. Raises :class:`InputError` for a file that is not as it was packaged, and for another model.
+    """
+    from nbl_export.models.device import find_device
+
+    found = load_package(root)
+    for name, digest in found.files.items():
+        path = member(root, name, f"A file in {root / PACKAGE}")
+        if not path.is_file() or sha256_of_file(path) != digest:
+            raise InputError(f"{path} is missing or was changed after it was packaged: {_REMEDY}.")
+    source = expected(find_model(model, trust_remote_code), found.model.source, found.model.fingerprint)
+    places, loaded = Places(root), LoadedModel(source, listener)
+    plan = load_plan(places.plan)
+    if plan.model != source.fingerprint:
+        raise InputError(f"{places.plan} is the plan of another model: {_REMEDY}.")
+    loaded.device = device = find_device(settings.device)
+    with graphs_on(device, listener):
+        result = measured(places, None, loaded, plan, settings, listener)
+    whole = Check("package", "passed", f"all {len(found.files)} files are as they were packaged")
+    return Verified(found, result, (whole, *result.checks))

@@ -1,0 +1,302 @@
+"""A package holds what a deployment needs, is the graph that was verified, and is verified wherever it lies."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from nbl_export import api
+from nbl_export.blocks import Mlp
+from nbl_export.calibrate.text import load_text
+from nbl_export.errors import InputError, NblError
+from nbl_export.files import sha256_of_file
+from nbl_export.graph.io import load_graph
+from nbl_export.graph.same import difference
+from nbl_export.linearize.plan import load_plan
+from nbl_export.report.schema import load_report
+from nbl_export.rewrite.replace import rewrite_file
+from nbl_export.runtime.ort import ort_stream
+from nbl_export.stages import package as stage
+from nbl_export.stages.package import load_package
+from tests.command_line import nbl
+from tests.encoders import as_sentence_transformer, text_encoder, vision_encoder, write_images, write_text
+from tests.mutations import OF_WEIGHTS
+
+FILES = {
+    *("model.onnx", "model.onnx.data", "config.json", "generation_config.json", "genai_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "package.json"),
+    *("report/report.json", "report/report.html", "report/report.md", "report/junit.xml"),
+    *("report/plots/layers.png", "report/plots/speed.png"),
+    *("nbl/plan.json", "nbl/plan.safetensors", "nbl/text.safetensors", "nbl/export.json"),
+}
+
+
+def files(root: Path) -> dict[str, str]:
+    return {p.relative_to(root).as_posix(): sha256_of_file(p) for p in root.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def packaged(stories_out: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    to = tmp_path_factory.mktemp("packages") / "stories"
+    api.package(stories_out, to)
+    return to
+
+
+@pytest.fixture
+def copied(packaged: Path, tmp_path: Path) -> Path:
+    """A copy of the package, somewhere else."""
+    return Path(shutil.copytree(packaged, tmp_path / "copied"))
+
+
+def test_it_holds_what_a_deployment_needs_and_nothing_else(packaged: Path, stories_out: Path) -> None:
+    found, known = files(packaged), load_package(packaged)
+    assert set(found) == FILES
+    assert dict(known.files) == {name: digest for name, digest in found.items() if name != "package.json"}
+    assert known.layers == load_plan(stories_out / "nbl/plan.json").blocks and known.precision == "fp32"
+    assert not list(packaged.parent.glob(".*"))
+
+
+def test_the_graph_is_the_verified_one_with_all_weights_beside_it(packaged: Path, stories_out: Path) -> None:
+    graph = load_graph(packaged / "model.onnx")
+    assert difference(load_graph(stories_out / "model.onnx"), graph) == ""
+    places = {
+        v.const_value.location
+        for v in graph.graph.initializers.values()
+        if hasattr(v.const_value, "location")
+    }
+    assert set(map(str, places)) == {"model.onnx.data"}
+    rows = [np.array([1, 5, 9, 33], np.int32)]
+    found, expected = (ort_stream(root / "model.onnx", 4).prefill(rows) for root in (packaged, stories_out))
+    assert np.array_equal(found, expected)
+
+
+def test_the_text_of_the_fit_and_the_selection_stays_behind(packaged: Path, stories_out: Path) -> None:
+    whole, left = (load_text(root / "nbl/text.safetensors") for root in (stories_out, packaged))
+    assert np.array_equal(left.heldout, whole.heldout) and np.array_equal(left.start, whole.start)
+    assert np.array_equal(left.heldout_document, whole.heldout_document)
+    assert np.array_equal(left.calibration, whole.heldout[:1]) and len(left.selection) == 0
+
+
+def test_the_report_has_the_digests_of_the_packaged_files(packaged: Path, stories_out: Path) -> None:
+    report, verified = (
+        load_report(packaged / "report/report.json"),
+        load_report(stories_out / "report/report.json"),
+    )
+    found = files(packaged)
+    for name in ("model.onnx", "model.onnx.data", "tokenizer.json"):
+        assert report.hashes[name] == found[name], name
+    assert report.parity == verified.parity and report.checks == verified.checks
+    assert "all weights of the graph are in one file" in report.notes[-1]
+
+
+def test_it_is_verified_where_it_lies_with_a_model_that_was_moved(
+    copied: Path, stories_folder: Path, tmp_path: Path
+) -> None:
+    moved = Path(shutil.copytree(stories_folder, tmp_path / "moved"))
+    before = files(copied)
+    value = api.verify_package(copied, moved)
+    assert value.passed and value.measured.method_loss is not None
+    assert {c.name: c.status for c in value.checks} == {
+        "package": "passed",
+        "parity": "passed",
+        "speed": "skipped",
+    }
+    assert files(copied) == before, "nothing is written"
+
+
+def repacked(root: Path) -> None:
+    """Say in the manifest that the files are as they are."""
+    path = root / "package.json"
+    known = json.loads(path.read_text())
+    known["files"] = {n: d for n, d in files(root).items() if n != "package.json"}
+    path.write_text(json.dumps(known))
+
+
+@pytest.mark.parametrize("fault", ["W × 0.8", "b dropped"])
+def test_a_graph_that_is_not_the_plans_fails_though_the_digests_say_otherwise(
+    copied: Path, stories_out: Path, stories_folder: Path, fault: str
+) -> None:
+    plan = load_plan(stories_out / "nbl/plan.json")
+    wrong = OF_WEIGHTS[fault](plan, int(plan.linear_attention[0]))
+    rewrite_file(stories_out / "baseline/model.onnx", wrong, copied / "model.onnx")
+    repacked(copied)
+    value = api.verify_package(copied, stories_folder)
+    assert not value.passed
+    assert [c.name for c in value.checks if c.status == "failed"] == ["parity"]
+
+
+def truncate(root: Path) -> None:
+    path = root / "model.onnx.data"
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+def escape(root: Path) -> None:
+    path = root / "package.json"
+    known = json.loads(path.read_text())
+    known["files"]["../stories/model.onnx"] = known["files"]["model.onnx"]
+    path.write_text(json.dumps(known))
+
+
+def link(root: Path) -> None:
+    path = root / "tokenizer.json"
+    path.rename(root.parent / "tokenizer.json")
+    path.symlink_to(root.parent / "tokenizer.json")
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a shorter file": (truncate, r"model.onnx.data is missing or was changed after it was packaged"),
+    "a file that is gone": (lambda root: (root / "nbl/plan.json").unlink(), r"plan.json is missing"),
+    "a name outside": (escape, r"\.\./stories/model.onnx"),
+    "a link": (link, r"tokenizer.json"),
+    "no manifest": (
+        lambda root: (root / "package.json").write_text("{}"),
+        r"not of a package of this version",
+    ),
+    "no JSON": (lambda root: (root / "package.json").write_text("{"), r"package.json"),
+    "no files": (
+        lambda root: (root / "package.json").write_text('{"schema": "nbl-export/package/1"}'),
+        r"package.json",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_what_is_not_as_it_was_packaged_is_refused(copied: Path, stories_folder: Path, damage: str) -> None:
+    act, words = DAMAGE[damage]
+    act(copied)
+    with pytest.raises(InputError, match=words) as caught:
+        api.verify_package(copied, stories_folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_model_is_refused(copied: Path, stories_folder: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(stories_folder, tmp_path / "other"))
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] * 1.01
+    from safetensors.numpy import save_file
+
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"other is not the model that this was made from .* with --model"):
+        api.verify_package(copied, other)
+
+
+def test_what_is_not_verified_or_failed_is_not_packaged(stories_copy: Path, tmp_path: Path) -> None:
+    api.verify(stories_copy, api.VerifySettings(speed=False, bound=api.LossBound(max_kl=1e-6)))
+    with pytest.raises(InputError, match=r"says FAIL \(KL bound\): what is not proven is not packaged"):
+        api.package(stories_copy, tmp_path / "to")
+    api.select(stories_copy, api.SelectSettings(k=1, criterion="cca"))
+    with pytest.raises(InputError, match=r"`verify` in .* is out of date .*: run `nbl-export verify"):
+        api.package(stories_copy, tmp_path / "to")
+    assert not (tmp_path / "to").exists() and not list(tmp_path.glob(".to*"))
+
+
+def test_places_that_are_refused(stories_copy: Path, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for to, words in (
+        (stories_copy / "package", "lies in the output folder"),
+        (stories_copy, "is the output folder"),
+        (tmp_path, "holds the output folder"),
+        (tmp_path / "full", "has files that are no package"),
+        (tmp_path / "file", "is not a folder"),
+        (tmp_path / "nowhere" / "to", "is not a folder: make it first"),
+    ):
+        with pytest.raises(InputError, match=words):
+            api.package(stories_copy, to)
+    assert (tmp_path / "full" / "letter.txt").read_text() == "mine"
+
+
+def test_an_earlier_package_is_replaced_as_a_whole_or_not_at_all(
+    stories_out: Path, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (copied / "left.txt").write_text("of the earlier one")
+    before = files(copied)
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            stage, "_write_heldout", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left"))
+        )
+        with pytest.raises((NblError, OSError)):
+            api.package(stories_out, copied)
+    assert files(copied) == before and not list(copied.parent.glob(".copied*"))
+    api.package(stories_out, copied)
+    assert set(files(copied)) == FILES
+
+
+def test_a_folder_whose_model_was_moved_is_verified_and_records_where_it_is(
+    stories_copy: Path, stories_folder: Path, tmp_path: Path
+) -> None:
+    record = stories_copy / "nbl/workspace.json"
+    state = json.loads(record.read_text())
+    state["model"]["path"] = "/nowhere/model"
+    record.write_text(json.dumps(state))
+    quick = api.VerifySettings(speed=False)
+    with pytest.raises(
+        InputError, match=r"is not there any more: .*say where it is now \(`nbl-export verify --model`\)"
+    ):
+        api.verify(stories_copy, quick)
+    moved = Path(shutil.copytree(stories_folder, tmp_path / "moved"))
+    assert api.verify(stories_copy, quick, model=moved).passed
+    assert json.loads(record.read_text())["model"]["path"] == str(moved)
+    assert api.verify(stories_copy, replace(quick, decode_steps=4)).passed, "it is found from now on"
+
+
+def test_a_graph_in_halves_with_a_linear_mlp(
+    stories_folder: Path, stories_text: Path, tmp_path: Path
+) -> None:
+    out, to = tmp_path / "out", tmp_path / "to"
+    calibration = api.CalibrateSettings((str(stories_text),), 16, 128, 8, blocks="both")
+    plan = api.SelectSettings(layers=(1, Mlp(2)), criterion="cca")
+    exporting = api.ExportSettings("fp16")
+    report = api.run(
+        stories_folder, out, plan, calibration, api.VerifySettings(speed=False), exporting=exporting
+    )
+    assert report.passed, report.checks
+    api.package(out, to)
+    value = api.verify_package(to, stories_folder)
+    assert value.passed and value.package.precision == "fp16" and value.package.layers == (1, Mlp(2))
+
+
+@pytest.mark.parametrize("name", ["bert", "vit"])
+def test_encoders(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("PIL", reason="needs pillow")
+    folder = tmp_path / name
+    if name == "bert":
+        as_sentence_transformer(text_encoder(folder))
+        write_text(tmp_path / "text.jsonl")
+        source = tmp_path / "text.jsonl"
+    else:
+        vision_encoder(folder)
+        write_images(tmp_path / "images")
+        source = tmp_path / "images"
+    calibration: Any = api.CalibrateSettings((str(source),), 24, 48, 4, dtype="float32")
+    checks = api.VerifySettings(speed=False)
+    assert api.run(folder, tmp_path / "out", api.SelectSettings(k=2), calibration, checks).passed
+    api.package(tmp_path / "out", tmp_path / "to")
+    value = api.verify_package(tmp_path / "to", folder)
+    assert value.passed and value.measured.method_loss is not None
+
+
+def test_the_command_line(stories_out: Path, stories_folder: Path, tmp_path: Path) -> None:
+    to = tmp_path / "to"
+    done = nbl("package", stories_out, "-o", to)
+    assert (
+        done.code == 0
+        and "fp32; linear: 2, 3" in done.out
+        and f"nbl-export verify {to} --model MODEL" in done.out
+    )
+    done = nbl("verify", to)
+    assert done.code == 2 and "is a package: say where its model is with --model" in done.err
+    done = nbl("verify", to, "--model", stories_folder, "--json")
+    answer = json.loads(done.out)
+    assert done.code == 0 and answer["passed"] and answer["command"] == "verify"
+    done = nbl("verify", to, "--model", stories_folder)
+    assert "PASS" in done.out and "perplexity ×" in done.out
