@@ -137,8 +137,9 @@ def made(
         patch.chdir(folder)
         assert nbl(first.replace(*next(iter(SMALLER.items())))) == 0
     out = folder / "out"
-    shutil.copytree(out / "model" / "baseline", folder / "path" / "to" / "decoder")
-    for name in ("before", "main", "branch", "broken"):
+    for name in ("decoder", "optimum/export"):
+        shutil.copytree(out / "model" / "baseline", folder / "path" / "to" / name)
+    for name in ("before", "main", "branch", "broken", "model-int4"):
         shutil.copytree(out / "model", out / name)
     for name in ("main", "branch"):
         shutil.copytree(out / name / "report", folder / name)

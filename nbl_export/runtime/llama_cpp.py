@@ -48,13 +48,16 @@ def require_llama_cpp() -> tuple[Any, Any]:
 class LlamaCppStream:
     """The GGUF file ``path`` in a context for ``rows`` sequences of ``length`` tokens each. Close it, or use it in a
     ``with`` statement. With ``fused`` attention its cache is as small as the file allows, and its products are float16.
+    With ``defaults`` attention, cache and batches are what llama.cpp chooses: to be timed, not compared.
 
     Raises :class:`BuildError` for a file that llama.cpp does not load.
     """
 
     kv_layers = None  # llama.cpp does not show its cache
 
-    def __init__(self, path: Path, rows: int, length: int, fused: bool = False) -> None:
+    def __init__(
+        self, path: Path, rows: int, length: int, fused: bool = False, defaults: bool = False
+    ) -> None:
         self._lib, self._ffi = require_llama_cpp()
         lib, ffi = self._lib, self._ffi
         self._said: list[str] = []
@@ -72,12 +75,14 @@ class LlamaCppStream:
         self._width = lib.llama_vocab_n_tokens(self._vocabulary)
         wanted = lib.llama_context_default_params()
         wanted.n_ctx, wanted.n_seq_max = rows * length, rows
-        wanted.n_batch = wanted.n_ubatch = _BATCH
         wanted.n_threads = wanted.n_threads_batch = len(os.sched_getaffinity(0))
-        wanted.flash_attn_type = (
-            lib.LLAMA_FLASH_ATTN_TYPE_ENABLED if fused else lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        )
-        wanted.type_k = wanted.type_v = lib.GGML_TYPE_F32
+        if not defaults:
+            wanted.n_batch = wanted.n_ubatch = _BATCH
+            wanted.flash_attn_type = (
+                lib.LLAMA_FLASH_ATTN_TYPE_ENABLED if fused else lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+            )
+            wanted.type_k = wanted.type_v = lib.GGML_TYPE_F32
+        self._batch = int(wanted.n_batch)
         self._context = lib.llama_init_from_model(self._model, wanted)
         if self._context == ffi.NULL:
             self.close()
@@ -124,6 +129,22 @@ class LlamaCppStream:
         self._lengths = [0] * len(rows)
         return np.concatenate([self._read([n] * len(row), row) for n, row in enumerate(rows)])
 
+    def read(self, rows: Sequence[NDArray[Any]]) -> None:
+        """A prefill as in use: of each row the logits of its last token alone are computed."""
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
+        self._lengths = [0] * len(rows)
+        for n, row in enumerate(rows):
+            for first in range(0, len(row), self._batch):
+                some = row[first : first + self._batch]
+                self._pass([n] * len(some), some, np.arange(first, first + len(some)) == len(row) - 1)
+
+    def forget(self, length: int) -> None:
+        """Have of each row its first ``length`` tokens alone."""
+        memory = self._lib.llama_get_memory(self._context)
+        for n in range(len(self._lengths)):
+            self._lib.llama_memory_seq_rm(memory, n, length, -1)
+            self._lengths[n] = length
+
     def decode(self, tokens: Sequence[int]) -> F32:
         return self._read(range(len(tokens)), tokens)
 
@@ -136,26 +157,34 @@ class LlamaCppStream:
     def _read(self, owners: Sequence[int], tokens: Sequence[int] | NDArray[Any]) -> F32:
         """Logits [tokens, vocab] of ``tokens``, each of which goes on the row that is its owner."""
         parts = []
-        for first in range(0, len(tokens), _BATCH):
-            some = slice(first, first + _BATCH)
+        for first in range(0, len(tokens), self._batch):
+            some = slice(first, first + self._batch)
             parts.append(self._pass(owners[some], tokens[some]))
         return np.concatenate(parts)
 
-    def _pass(self, owners: Sequence[int], tokens: Sequence[int] | NDArray[Any]) -> F32:
+    def _pass(
+        self,
+        owners: Sequence[int],
+        tokens: Sequence[int] | NDArray[Any],
+        wanted: NDArray[np.bool_] | None = None,
+    ) -> F32:
+        """Logits [tokens, vocab] of ``tokens``, or of those that are ``wanted``."""
         lib, count = self._lib, len(tokens)
+        said = np.ones(count, bool) if wanted is None else wanted
         batch = lib.llama_batch_init(count, 0, 1)
         try:
             batch.n_tokens = count
             for n, (owner, token) in enumerate(zip(owners, tokens, strict=True)):
                 batch.token[n], batch.pos[n] = int(token), self._lengths[owner]
-                batch.n_seq_id[n], batch.seq_id[n][0], batch.logits[n] = 1, owner, 1
+                batch.n_seq_id[n], batch.seq_id[n][0], batch.logits[n] = 1, owner, int(said[n])
                 self._lengths[owner] += 1
             if code := lib.llama_decode(self._context, batch):
                 raise BuildError(
                     f"llama.cpp does not run the file (llama_decode returns {code}): {self._why()}."
                 )
-            logits = self._ffi.buffer(lib.llama_get_logits(self._context), 4 * count * self._width)
-            return np.frombuffer(logits, np.float32).reshape(count, self._width).copy()
+            rows = int(said.sum())
+            logits = self._ffi.buffer(lib.llama_get_logits(self._context), 4 * rows * self._width)
+            return np.frombuffer(logits, np.float32).reshape(rows, self._width).copy()
         finally:
             lib.llama_batch_free(batch)
 

@@ -14,6 +14,8 @@ from nbl_export.errors import InputError, MissingDependencyError
 from nbl_export.files import sha256_of_file, sha256_of_json
 from nbl_export.parts import part
 from nbl_export.settings import BenchSettings
+from nbl_export.settings.converting import GGUF_TYPES
+from nbl_export.stage_record import StageRecord
 from nbl_export.stages.build import current_engines
 from nbl_export.stages.rewrite import check_baseline, current_rewrite
 from nbl_export.stages.run import Run
@@ -23,6 +25,7 @@ from nbl_export.workspace import Workspace, is_workspace
 if TYPE_CHECKING:
     from nbl_export.verify.speed.candidates import Candidate, Prompt
 
+LLAMA_CPP = "llama.cpp"
 DROPPED, EAGER, COMPILED = "dropped", "PyTorch eager", "torch.compile"
 
 
@@ -41,6 +44,7 @@ def graphs_against(against: Sequence[str]) -> Iterator[Against]:
     from nbl_export.verify.engines import BASE_ENGINE, LINEARIZED_ENGINE
 
     own = {BASE, LINEARIZED, CONTROL, DROPPED, EAGER, COMPILED, BASE_ENGINE, LINEARIZED_ENGINE}
+    own |= {name for kind in GGUF_TYPES.values() for name in _gguf_names(kind)}
     named_folders = [
         _named_folder(given, own) for given in against
     ]  # a word at the end is read before any graph
@@ -113,6 +117,8 @@ def bench_candidates(
         found += _engines(ws, base, linearized)
     if "dropped" in settings.peers:
         found.append(graph(DROPPED, stack.enter_context(scratch_copy(ws.model, drop_layers)), BASE))
+    if LLAMA_CPP in settings.peers:
+        found += _gguf_files(run, stack)
     if "eager" in settings.peers:
         found.append(Candidate(EAGER, partial(_pytorch, run, settings.device, False)))
     if "compile" in settings.peers:
@@ -135,6 +141,49 @@ def _check_device(ws: Workspace, settings: BenchSettings) -> None:
         raise InputError(
             f"These graphs are not timed on the CPU: {UNTIMED}. Say --device cuda where there is a GPU."
         )
+
+
+def gguf_records(ws: Workspace) -> dict[str, StageRecord]:
+    """The records of the GGUF files of the folder, which are of its plan and passed, by precision.
+
+    Raises :class:`InputError` if there is none, :class:`MissingDependencyError` without llama.cpp.
+    """
+    from nbl_export.runtime.llama_cpp import require_llama_cpp
+    from nbl_export.stages.convert import conversions_in
+
+    require_llama_cpp()
+    found = {}
+    for stage, conversion in conversions_in(ws).items():
+        _, form, precision = stage.split(" ")
+        record = ws.current(stage)
+        if form == "gguf" and record is not None and conversion.passed:
+            found[precision] = record
+    if not found:
+        raise InputError(
+            f"--peer llama.cpp times the GGUF files of {ws.root}, and it has none of its plan that passed: run "
+            f"`nbl-export convert {ws.root} --to gguf` first."
+        )
+    return found
+
+
+def _gguf_names(kind: str) -> tuple[str, str]:
+    """What the linearized file of a kind is called, and its base."""
+    return f"{LLAMA_CPP} {kind}", f"{LLAMA_CPP} {kind}, {BASE}"
+
+
+def _gguf_files(run: Run, stack: ExitStack) -> Iterator[Candidate]:
+    """Each GGUF file of the folder, and the unmodified model in the same precision, which is made for the race."""
+    from nbl_export.linearize.plan import load_plan
+    from nbl_export.stages.convert import Gguf, unmodified_form
+    from nbl_export.verify.speed.candidates import Candidate, LlamaCppPrompt
+
+    plan = load_plan(run.workspace.plan)
+    for precision in gguf_records(run.workspace):
+        form = Gguf(run, precision)
+        name, base = _gguf_names(GGUF_TYPES[precision])
+        unmodified = stack.enter_context(unmodified_form(form, plan, run.listener))()
+        yield Candidate(base, partial(LlamaCppPrompt, unmodified))
+        yield Candidate(name, partial(LlamaCppPrompt, form.place), base)
 
 
 def _engines(ws: Workspace, base: Candidate, linearized: Candidate) -> Iterator[Candidate]:

@@ -302,7 +302,7 @@ def _verified(form: Form, plan: Plan, listener: Listener) -> tuple[tuple[Check, 
     run, ws = form.run, form.run.workspace
     text = load_text(ws.text)
     case = DecoderCase(run.model.in_float32, plan, ws.baseline, ws.model, VerifySettings(), listener, text)
-    with _unmodified(form, plan, listener) as unmodified:
+    with unmodified_form(form, plan, listener) as unmodified:
         checks, parity = measure_converted(
             case, form.place, form.precision, form.engine, form.opened, unmodified
         )
@@ -310,9 +310,9 @@ def _verified(form: Form, plan: Plan, listener: Listener) -> tuple[tuple[Check, 
 
 
 @contextmanager
-def _unmodified(form: Form, plan: Plan, listener: Listener) -> Iterator[Callable[[], Path]]:
+def unmodified_form(form: Form, plan: Plan, listener: Listener) -> Iterator[Callable[[], Path]]:
     """What writes the model without linear layers beside the form, which is gone afterwards."""
-    beside = form.place.with_name(f".unmodified{TEMPORARY}")
+    beside = form.place.with_name(f".unmodified.{form.precision}{TEMPORARY}")
 
     def written() -> Path:
         form.write(beside, plan.without_layers(), listener)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nbl_export.blocks import Block, Mlp, Span
@@ -106,6 +107,27 @@ def test_tokens_are_those_of_the_models_tokenizer(
     with LlamaCppStream(path, 1, 64) as stream:
         for text in ("Once upon a time, there was a girl.", " two  spaces\n\nlines", "naïve ☃ 123", ""):
             assert stream.tokenize(text) == tokenizer(text).input_ids
+
+
+def test_what_is_timed_reads_the_prompt_goes_on_and_comes_back(
+    tmp_path: Path, random_plan: RandomPlan, no_tokenizer: TokenizerFields
+) -> None:
+    """By the last logits: those of a step say what the cache holds."""
+    model = tiny_model("llama", num_hidden_layers=4)
+    path = tmp_path / "model.gguf"
+    write_gguf(path, model, random_plan(model, CHOSEN), no_tokenizer, "F32", Silent())
+    rows = [np.arange(1, 41, dtype=np.int32), np.arange(5, 45, dtype=np.int32)]
+    with LlamaCppStream(path, 2, 64, defaults=True) as stream:
+        stream.prefill(rows)
+        steps = [stream.decode([7, 9]), stream.decode([3, 3])]
+        stream.read(rows)
+        for _ in range(2):
+            for tokens, expected in zip(([7, 9], [3, 3]), steps, strict=True):
+                np.testing.assert_allclose(stream.decode(tokens), expected, rtol=0, atol=1e-5)
+            stream.forget(40)
+        # Without forgetting, it is another text.
+        stream.decode([3, 3])
+        assert np.abs(stream.decode([7, 9]) - steps[0]).max() > 1e-3
 
 
 def test_no_gguf_file(tmp_path: Path) -> None:

@@ -10,9 +10,11 @@ import pytest
 from nbl_export import api
 from nbl_export.errors import InputError
 from nbl_export.graph.io import load_graph
+from nbl_export.runtime.llama_cpp import is_here
 from nbl_export.settings import BenchSettings
 from nbl_export.stages.bench_candidates import Against, bench_candidates, graphs_against, provider_of
 from nbl_export.stages.run import Run
+from tests.listening import Notes
 
 
 @pytest.fixture
@@ -53,7 +55,16 @@ def test_an_output_folder_is_both_its_graphs(stories_out: Path, monkeypatch: pyt
 def test_graphs_that_cannot_be_told_apart_are_refused(stories_out: Path) -> None:
     baseline = stories_out / "baseline"
     engines = ("base engine", "linearized engine")
-    for taken in ("base", "linearized", "base again", "dropped", "PyTorch eager", "torch.compile", *engines):
+    for taken in (
+        "base",
+        "linearized",
+        "base again",
+        "dropped",
+        "PyTorch eager",
+        "torch.compile",
+        "llama.cpp Q8_0",
+        *engines,
+    ):
         for folder in (baseline, stories_out):
             with pytest.raises(
                 InputError, match=f"times what it calls '{taken}'; say NAME=DIR with another name"
@@ -111,6 +122,33 @@ def test_who_takes_part_in_which_order(stories_out: Path, own: Path) -> None:
     with ExitStack() as stack:
         plain = bench_candidates(Run.resume(own), [], BenchSettings(), stack)
     assert [c.name for c in plain] == ["base", "linearized", "base again"]
+
+
+@pytest.mark.skipif(not is_here(), reason="needs llama.cpp: pip install '.[llamacpp]'")
+def test_gguf_files_take_part_each_with_its_own_base(own: Path) -> None:
+    settings = BenchSettings(peers=("llama.cpp",), contexts=(16,), batches=(2,), rounds=3, seconds=5.0)
+    with pytest.raises(
+        InputError, match=r"it has none of its plan that passed: run `nbl-export convert .* --to gguf`"
+    ):
+        api.bench(own, settings)
+    for precision in ("fp32", "q8_0"):
+        assert api.convert(own, api.ConvertSettings(precision=precision)).passed  # type: ignore[arg-type]
+    files = sorted((own / "gguf").iterdir())
+    value = api.bench(own, settings)
+    names = ("llama.cpp F32, base", "llama.cpp F32", "llama.cpp Q8_0, base", "llama.cpp Q8_0")
+    found = {c.name: c.base for c in value.speed.candidates}
+    assert list(found) == ["base", "linearized", *names, "base again"]
+    assert (found[names[1]], found[names[3]]) == (names[0], names[2])
+    for cell in value.speed.cells:
+        assert all(cell.of(name) for name in names) and not cell.absent
+    assert sorted((own / "gguf").iterdir()) == files, "what was made for the race is gone"
+    heard = Notes()
+    api.bench(own, settings, heard)
+    assert heard.kept == ["bench"]
+    api.select(own, api.SelectSettings(k=1, criterion="cca"))
+    api.rewrite(own)
+    with pytest.raises(InputError, match="it has none of its plan that passed"):
+        api.bench(own, settings)
 
 
 def test_the_dropped_graph_is_made_beside_and_left_nowhere(own: Path) -> None:

@@ -6,6 +6,7 @@ that (a session, a copy of the model) is made when it is first asked for, and ke
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -190,6 +191,29 @@ class EnginePrompt:
 
     def memory_bytes(self) -> int:
         return self._stream.cache_bytes + self._stream.workspace_bytes
+
+
+class LlamaCppPrompt:
+    """A GGUF file in llama.cpp, with the attention, the cache and the batches that it chooses itself."""
+
+    def __init__(self, path: Path, context: int, batch: int = 1) -> None:
+        from nbl_export.runtime.llama_cpp import LlamaCppStream
+
+        self._context, self._rows = context, [timed_row(context)] * batch
+        self._stream = LlamaCppStream(path, batch, context + TIMED_STEPS, defaults=True)
+        weakref.finalize(self, self._stream.close)
+
+    def prefill(self) -> None:
+        self._stream.read(self._rows)
+
+    def rewind(self) -> None:
+        self._stream.forget(self._context)
+
+    def step(self) -> None:
+        self._stream.decode([1] * len(self._rows))
+
+    def memory_bytes(self) -> int:
+        return self._stream.cache_bytes
 
 
 class TorchPrompt:
