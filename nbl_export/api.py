@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from nbl_export import pipeline
 from nbl_export.errors import NblError
-from nbl_export.finished import chat, diff, generate, inspect, package, report, verify_package
+from nbl_export.finished import chat, diff, generate, inspect, package, push, report, verify_package
 from nbl_export.linearize.plan import Plan
 from nbl_export.models.source import find_model
 from nbl_export.planning import dry_run, plan_resources
@@ -95,6 +95,7 @@ __all__ = [
     "inspect",
     "package",
     "plan_resources",
+    "push",
     "report",
     "rewrite",
     "rewrite_onnx",

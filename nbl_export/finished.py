@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from nbl_export.report.diff.values import Diff
     from nbl_export.stages.chat import Chat
     from nbl_export.stages.package import Package, Verified
+    from nbl_export.stages.push import Pushed
     from nbl_export.stages.talking import Generated
 
 
@@ -98,6 +99,23 @@ def verify_package(
     asked.check()
     pipeline.check_machine(asked)
     return verified(Path(package), str(model), asked, listener or Silent(), trust_remote_code)
+
+
+@in_one_process
+def push(
+    out: str | Path,
+    to: str,
+    upload: bool = False,
+    public: bool = False,
+    listener: Listener | None = None,
+) -> Pushed:
+    """What of a package, or of an output folder, goes to the repository ``to`` of the Hugging Face Hub.
+
+    It goes there only if ``upload`` is True; a repository that is made for it is private unless ``public`` is.
+    """
+    from nbl_export.stages.push import push as pushed
+
+    return pushed(Path(out), to, upload, public, listener or Silent())
 
 
 @in_one_process

@@ -58,10 +58,12 @@ ELSEWHERE = {
     r"path/to/(sentence-encoder|vit|all-MiniLM)": "tests/end_to_end/test_encoders.py",
     r"path/to/lfm2": "tests/end_to_end/test_hybrid.py",
     r"path/to/(gemma|Qwen)": "tests/end_to_end/test_multimodal.py",
+    r"--exporter genai": "tests/end_to_end/test_matrix.py",  # its attention takes no heads of 8
+    r"push .*--upload": "tests/stages/test_push.py",
     r"--tasks hellaswag": "tests/evaluate/test_harness.py",  # downloads its data
 }
 # These may end with exit code 1 on a model as small as this.
-GATES = r" (bench|diff) |--min-recovery|--max-ppl-ratio|--max-kl |auto|--max-kv-bytes|out/broken"
+GATES = r" (bench|diff|report) |--min-recovery|--max-ppl-ratio|--max-kl |auto|--max-kv-bytes|out/broken"
 # The usual run has the page that everybody reads and the ones that others do not test.
 USUAL = ("README.md", "failed-parity.md")
 SETTINGS = """

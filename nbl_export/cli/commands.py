@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nbl_export.cli import answers
-from nbl_export.cli.finished import chat, diff, generate, inspect, loaded, package, report
+from nbl_export.cli.finished import chat, diff, generate, inspect, loaded, package, push, report
 from nbl_export.cli.options import (
     NBL_OUT,
     Again,
@@ -295,6 +295,7 @@ IN_ORDER = (
     chat,
     convert,
     package,
+    push,
     report,
     inspect,
     diff,

@@ -11,12 +11,15 @@ from nbl_export.cli.options import (
     Folder,
     Markdown,
     Out,
+    Public,
     Rehash,
+    Repository,
     Said,
     Shown,
     Text,
     TextFile,
     Trust,
+    Upload,
 )
 from nbl_export.errors import GATE_FAILED
 from nbl_export.settings import ChatSettings, DiffBounds, GenerateSettings, RunSettings
@@ -88,6 +91,15 @@ def package(out: Out, /, *, to: Folder, rehash: Rehash = False, said: Said = Sai
     api, terminal = loaded(said)
     value = api.package(out, to, terminal.TerminalListener(), rehash)
     terminal.show_package(value, to)
+
+
+def push(
+    out: Out, /, *, to: Repository, upload: Upload = False, public: Public = False, said: Said = Said()
+) -> None:
+    """Upload a package, or that of OUT, to the Hugging Face Hub, if asked to."""
+    api, terminal = loaded(said)
+    value = api.push(out, to, upload, public, terminal.TerminalListener())
+    terminal.show_pushed(value)
 
 
 def report(out: Out, /, *, said: Said = Said()) -> int:

@@ -39,6 +39,9 @@ Output = Annotated[Path, option("Output folder; made if needed.", "--output", "-
 Folder = Annotated[
     Path, option("Folder of the package; an earlier package there is replaced.", "--output", "-o")
 ]
+Repository = Annotated[str, option("Repository of the Hugging Face Hub: OWNER/NAME.", "--to")]
+Upload = Annotated[bool, option("Upload it; else it is said what would be.", "--upload")]
+Public = Annotated[bool, option("A repository that is made for it is public, not private.", "--public")]
 Moved = Annotated[
     str | None, option("Where the model is now: of a package, or after it was moved.", "--model")
 ]

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from nbl_export.stages.convert import Conversion
     from nbl_export.stages.dry_run import DryRun
     from nbl_export.stages.package import Package, Verified
+    from nbl_export.stages.push import Pushed
 
 __all__ = ["TerminalListener", "finish", "say", "set_up"]
 
@@ -203,6 +204,16 @@ def show_package(value: Package, to: Path) -> None:
         )
     )
     result(drawable(f"Verify it anywhere: nbl-export verify {to} --model MODEL"))
+
+
+def show_pushed(value: Pushed) -> None:
+    """The files of the repository, and whether they are there."""
+    answer(answers.answer("push", vars(value)))
+    rows = tuple((name, f"{size:,}") for name, size in value.files.items())
+    show_tables([Table(value.to, ("file", "bytes"), rows)])
+    result(
+        drawable(f"Uploaded: {value.url}" if value.url else "Nothing was uploaded: say --upload to do it.")
+    )
 
 
 def show_verified(value: Verified, root: Path) -> None:

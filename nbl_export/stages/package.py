@@ -4,10 +4,12 @@
     config.json, tokenizer …        what lies beside it; embedding.onnx of a graph that reads embeddings
     engine/model.engine …           the linearized engine and its manifest, if there is one
     report/                         the report of the verification
+    README.md                       a model card, which may be edited
     nbl/                            what it is verified by: the plan, and the held-out rows of the text or images
-    package.json                    what it is, and the SHA-256 of every file
+    package.json                    what it is, and the SHA-256 of every other file
 
-The unmodified graph, the moments, the calibration text and whatever was measured on the way stay behind.
+No path of this machine is in it. The unmodified graph, the moments, the calibration text and whatever was measured on
+the way stay behind.
 """
 
 from __future__ import annotations
@@ -24,7 +26,16 @@ from nbl_export import __version__
 from nbl_export.blocks import Block
 from nbl_export.checks import Check
 from nbl_export.errors import BuildError, InputError
-from nbl_export.files import TEMPORARY, member, overlap, read_json, sha256_of_file, sync, write_json
+from nbl_export.files import (
+    TEMPORARY,
+    member,
+    overlap,
+    read_json,
+    sha256_of_file,
+    sync,
+    write_json,
+    write_text,
+)
 from nbl_export.linearize.plan import load_plan
 from nbl_export.models.loaded import LoadedModel
 from nbl_export.models.source import ModelIdentity, expected, find_model
@@ -32,6 +43,7 @@ from nbl_export.places import PACKAGE, Places, is_package
 from nbl_export.progress import Listener
 from nbl_export.records import from_json, part_from_json, to_json
 from nbl_export.report.assemble import created
+from nbl_export.report.card import CARD, license_of, model_card, without_paths
 from nbl_export.report.render import write_report
 from nbl_export.report.schema import load_report
 from nbl_export.settings import VerifySettings
@@ -106,15 +118,23 @@ def package(ws: Workspace, to: Path, listener: Listener) -> Package:
             shutil.copyfile(path, target)
         _write_heldout(ws, Places(root), source)
         files = _digests(root)
-        drawn = write_report(
-            root / ws.report.name,
-            replace(report, hashes={**report.hashes, **files}, notes=(*report.notes, _SAME)),
-        )
+        notes = (*(note.replace(str(ws.root), ws.root.name) for note in report.notes), _SAME)
+        public = without_paths(replace(report, hashes={**report.hashes, **files}, notes=notes))
+        drawn = write_report(root / ws.report.name, public)
         files |= {path.relative_to(root).as_posix(): sha256_of_file(path) for path in drawn}
         plan = load_plan(ws.plan)
-        made = Package(created(), __version__, source, plan.blocks, report.graph.precision, files)
+        named = replace(source, source=public.model.source)
+        made = Package(created(), __version__, named, plan.blocks, report.graph.precision, files)
+        write_text(root / CARD, model_card(public, _license(ws)))
         write_json(root / PACKAGE, {"schema": SCHEMA, **to_json(made)})
     return made
+
+
+def _license(ws: Workspace) -> str | None:
+    """What the model's files name, if they are here."""
+    info = ws.model_info or {}
+    path, gguf = info.get("path"), info.get("gguf_file")
+    return license_of(Path(path), gguf) if isinstance(path, str) else None
 
 
 def _check_place(ws: Workspace, to: Path) -> None:

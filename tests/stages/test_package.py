@@ -32,11 +32,14 @@ from tests.mutations import OF_WEIGHTS
 
 FILES = {
     *("model.onnx", "model.onnx.data", "config.json", "generation_config.json", "genai_config.json"),
-    *("tokenizer.json", "tokenizer_config.json", "package.json"),
+    *("tokenizer.json", "tokenizer_config.json", "package.json", "README.md"),
     *("report/report.json", "report/report.html", "report/report.md", "report/junit.xml"),
     *("report/plots/layers.png", "report/plots/speed.png"),
     *("nbl/plan.json", "nbl/plan.safetensors", "nbl/text.safetensors", "nbl/export.json"),
 }
+
+# What says the digests, and the card, which may be edited.
+UNSEALED = ("package.json", "README.md")
 
 
 def files(root: Path) -> dict[str, str]:
@@ -59,7 +62,7 @@ def copied(packaged: Path, tmp_path: Path) -> Path:
 def test_it_holds_what_a_deployment_needs_and_nothing_else(packaged: Path, stories_out: Path) -> None:
     found, known = files(packaged), load_package(packaged)
     assert set(found) == FILES
-    assert dict(known.files) == {name: digest for name, digest in found.items() if name != "package.json"}
+    assert dict(known.files) == {n: digest for n, digest in found.items() if n not in UNSEALED}
     assert known.layers == load_plan(stories_out / "nbl/plan.json").blocks and known.precision == "fp32"
     assert not list(packaged.parent.glob(".*"))
 
@@ -116,7 +119,7 @@ def repacked(root: Path) -> None:
     """Say in the manifest that the files are as they are."""
     path = root / "package.json"
     known = json.loads(path.read_text())
-    known["files"] = {n: d for n, d in files(root).items() if n != "package.json"}
+    known["files"] = {n: d for n, d in files(root).items() if n not in UNSEALED}
     path.write_text(json.dumps(known))
 
 

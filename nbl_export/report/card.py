@@ -1,0 +1,128 @@
+"""The model card of a package: what a reader of a model hub looks for, from the report, without paths of a machine."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path, PurePath
+from typing import Any
+
+from nbl_export.report.plots import report_plots
+from nbl_export.report.render import filled
+from nbl_export.report.schema import Report
+from nbl_export.report.summary import headlines, making, model_name, replaced_line
+
+CARD = "README.md"
+UNKNOWN = "That of the base model, which its files do not name."
+_GENERATION = """import onnxruntime_genai as og
+
+model = og.Model(".")
+tokenizer = og.Tokenizer(model)
+parameters = og.GeneratorParams(model)
+parameters.set_search_options(max_length=256)
+generator = og.Generator(model, parameters)
+generator.append_tokens(tokenizer.encode("Once upon a time"))
+while not generator.is_done():
+    generator.generate_next_token()
+print(tokenizer.decode(generator.get_sequence(0)))"""
+_ENCODER = """import onnxruntime as ort
+
+session = ort.InferenceSession("model.onnx")
+print([value.name for value in session.get_inputs()], [value.name for value in session.get_outputs()])"""
+
+
+def without_paths(report: Report) -> Report:
+    """``report`` with the names of files and folders in the place of their paths, which are a machine's own."""
+    chosen = report.selection
+    sources = tuple(map(_name, chosen.sources))
+    settings = {stage: _named(asked) for stage, asked in report.settings.items()}
+    return replace(
+        report,
+        model=replace(report.model, source=public_name(report.model.source, report.model.kind)),
+        selection=replace(chosen, sources=sources),
+        settings=settings,
+        kept={name: replace(kept, settings=_named(kept.settings)) for name, kept in report.kept.items()},
+        bench=report.bench
+        and replace(report.bench, settings=_named(report.bench.settings), model=_public(report.bench.model)),
+    )
+
+
+def public_name(source: str, kind: str) -> str:
+    """What a model is called elsewhere: its Hub id, or the name of its folder or file."""
+    return source if kind == "hub" else PurePath(source).name or source
+
+
+def _public(model: Any) -> Any:
+    return replace(model, source=public_name(model.source, model.kind))
+
+
+def _named(asked: Any) -> Any:
+    if isinstance(asked, Mapping):
+        return {name: _named(value) for name, value in asked.items()}
+    if isinstance(asked, (list, tuple)):
+        return [_named(value) for value in asked]
+    return _name(asked) if isinstance(asked, str) else asked
+
+
+def _name(text: str) -> str:
+    """``text``, or the last part of it if it is a path with folders."""
+    path = PurePath(text)
+    return path.name if path.is_absolute() or text.startswith(("~", "..")) else text
+
+
+def license_of(model: Path, gguf_file: str | None = None) -> str | None:
+    """The license that the files of a model name: the front matter of its card, or a field of its GGUF file."""
+    if gguf_file is not None:
+        return _license_of_gguf(model / gguf_file)
+    card = model / CARD
+    if not card.is_file():
+        return None
+    from huggingface_hub import ModelCard
+    from yaml import YAMLError
+
+    try:
+        named = ModelCard.load(card).data.to_dict().get("license")
+    except (ValueError, OSError, YAMLError):  # no front matter, or none that is one
+        return None
+    return named if isinstance(named, str) else None
+
+
+def _license_of_gguf(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    from gguf import GGUFReader
+
+    field = GGUFReader(path).get_field("general.license")
+    found = field.contents() if field else None
+    return found if isinstance(found, str) else None
+
+
+def model_card(report: Report, license: str | None = None) -> str:
+    """The card in Markdown with its front matter; ``report`` names no paths (:func:`without_paths`)."""
+    # A report may come from somebody else: what is no Hub id makes no link.
+    hub = report.model.kind == "hub" and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", report.model.source) is not None
+    task = report.graph.task or "text-generation"
+    header: dict[str, object] = {
+        **({"license": license} if license else {}),
+        **({"base_model": report.model.source} if hub else {}),
+        "library_name": "onnx",
+        "pipeline_tag": task,
+        "tags": ["onnx", "neural-block-linearization", "nbl-export"],
+    }
+    plots = report_plots(report)
+    return filled(
+        "card.md.j2",
+        header={name: json.dumps(value) for name, value in header.items()},
+        title=model_name(report.model),
+        base=report.model.source,
+        link=f"https://huggingface.co/{report.model.source}" if hub else "",
+        report=report,
+        replaced=replaced_line(report),
+        headlines=headlines(report),
+        plots={name: plots[name] for name in ("k-curve", "speed") if name in plots},
+        use=_GENERATION if report.graph.task is None else _ENCODER,
+        making=making(report),
+        license=f"{license}, as the base model's files say." if license else UNKNOWN,
+    )
