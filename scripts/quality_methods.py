@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ from nbl_export.models.layers import block_stack
 from nbl_export.records import from_json
 from nbl_export.settings.choices import DEFAULT_RIDGE
 from nbl_export.settings.workload import workload_of
+from nbl_export.stages.select.choosing import Choosing
 from nbl_export.verify.speed.ceiling import graph_cost
 from nbl_export.verify.speed.roofline import measure_roofline
 from nbl_export.verify.speed.savings import Savings, block_savings, less, stored_bytes
@@ -133,12 +135,12 @@ class Ways:
             # MLPs alone, which save nothing but weights, need twice as many as all together.
             most, lines = (2 if frontier else 1) * self.most, frontier and by == WEIGHTS
             settings = api.SelectSettings(k=most, workload=(workload,), frontier=lines)
-            api.select(self.out, settings)
+            # Greedy search over dropped blocks takes longer than all others together, and is no way of these.
+            with patch.object(Choosing, "baseline", lambda *_: []):
+                api.select(self.out, settings)
             curve = self.scores().curve
             assert curve is not None
             for line in curve.frontier:
-                if line.name == "dropped":
-                    continue
                 name = f"{ALL}, by {by}" if line.name == ALL else line.name
                 for point in line.points:
                     yield replace(self._linear(name, point.layers), kl=point.kl)

@@ -94,7 +94,10 @@ def _license_of_gguf(path: Path) -> str | None:
         return None
     from gguf import GGUFReader
 
-    field = GGUFReader(path).get_field("general.license")
+    try:
+        field = GGUFReader(path).get_field("general.license")
+    except (ValueError, OSError):
+        return None
     found = field.contents() if field else None
     return found if isinstance(found, str) else None
 

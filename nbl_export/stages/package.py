@@ -98,6 +98,16 @@ def load_package(root: Path) -> Package:
     return found
 
 
+def whole_package(root: Path) -> Package:
+    """The package in ``root``; raises :class:`InputError` for a file that is not as it was packaged."""
+    found = load_package(root)
+    for name, digest in found.files.items():
+        path = root / name
+        if not path.is_file() or sha256_of_file(path) != digest:
+            raise InputError(f"{path} is missing or was changed after it was packaged: {_REMEDY}.")
+    return found
+
+
 def package(ws: Workspace, to: Path, listener: Listener) -> Package:
     """Write the package of ``ws`` to the folder ``to``, whole or not at all; an earlier package there is replaced.
 
@@ -234,11 +244,7 @@ def verify_package(
     """
     from nbl_export.models.device import find_device
 
-    found = load_package(root)
-    for name, digest in found.files.items():
-        path = member(root, name, f"A file in {root / PACKAGE}")
-        if not path.is_file() or sha256_of_file(path) != digest:
-            raise InputError(f"{path} is missing or was changed after it was packaged: {_REMEDY}.")
+    found = whole_package(root)
     source = expected(find_model(model, trust_remote_code), found.model.source, found.model.fingerprint)
     places, loaded = Places(root), LoadedModel(source, listener)
     plan = load_plan(places.plan)
@@ -246,6 +252,6 @@ def verify_package(
         raise InputError(f"{places.plan} is the plan of another model: {_REMEDY}.")
     loaded.device = device = find_device(settings.device)
     with graphs_on(device, listener):
-        result = measured(places, None, loaded, plan, settings, listener)
+        result = measured(places, None, loaded, plan, settings.resolve(loaded.task), listener)
     whole = Check("package", "passed", f"all {len(found.files)} files are as they were packaged")
     return Verified(found, result, (whole, *result.checks))

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nbl_export.errors import InputError, first_line
-from nbl_export.files import TEMPORARY, sha256_of_file
+from nbl_export.files import TEMPORARY
 from nbl_export.places import PACKAGE, is_package
 from nbl_export.progress import Listener
 from nbl_export.report.card import CARD
-from nbl_export.stages.package import load_package, package
+from nbl_export.stages.package import package, whole_package
 from nbl_export.workspace import Workspace, is_workspace
 
 _REPOSITORY = re.compile(r"^[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}$")
@@ -45,11 +45,13 @@ def push(root: Path, to: str, upload: bool, public: bool, listener: Listener) ->
     """
     check_repository(to)
     with _package_of(root, listener) as folder:
-        names = [*_whole(folder), PACKAGE, *([CARD] if (folder / CARD).is_file() else [])]
+        known = whole_package(folder)
+        names = [*known.files, PACKAGE, *([CARD] if (folder / CARD).is_file() else [])]
         files = {name: (folder / name).stat().st_size for name in sorted(names)}
         if not upload:
             return Pushed(to, files)
-        return Pushed(to, files, _uploaded(folder, list(files), to, public, listener))
+        message = f"{known.model.source} with {len(known.layers)} linear blocks, by nbl-export"
+        return Pushed(to, files, _uploaded(folder, list(files), to, public, message, listener))
 
 
 @contextmanager
@@ -67,25 +69,13 @@ def _package_of(root: Path, listener: Listener) -> Iterator[Path]:
         yield to
 
 
-def _whole(folder: Path) -> list[str]:
-    known = load_package(folder)
-    for name, digest in known.files.items():
-        path = folder / name
-        if not path.is_file() or sha256_of_file(path) != digest:
-            raise InputError(
-                f"{path} is missing or was changed after it was packaged: make the package again."
-            )
-    return list(known.files)
-
-
-def _uploaded(folder: Path, names: list[str], to: str, public: bool, listener: Listener) -> str:
+def _uploaded(folder: Path, names: list[str], to: str, public: bool, message: str, listener: Listener) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import LocalTokenNotFoundError
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()
-    hub, known = HfApi(library_name="nbl-export"), load_package(folder)
-    message = f"{known.model.source} with {len(known.layers)} linear blocks, by nbl-export"
+    hub = HfApi(library_name="nbl-export")
     try:
         with listener.task(f"Uploading to {to}", len(names), "files") as task:
             hub.create_repo(to, private=not public, exist_ok=True)

@@ -129,10 +129,12 @@ class Choosing:
         """What else the scored ``candidates`` allow: one part alone and, a baseline that does not ship, all dropped."""
         parts = [[c for c in candidates if part_of(c.layer) == part] for part in (*PARTS, SPAN)]
         some = [own for own in parts if own]
-        found = [self.way(own) for own in some] if len(some) > 1 else []
-        return found if self._settings.fit == "drop" else [*found, self._dropped(candidates)]
+        return [*(self.way(own) for own in (some if len(some) > 1 else ())), *self.baseline(candidates)]
 
-    def _dropped(self, candidates: Sequence[Candidate]) -> Way:
+    def baseline(self, candidates: Sequence[Candidate]) -> list[Way]:
+        """The scored ``candidates`` dropped, unless the fit drops them all the same."""
+        if self._settings.fit == "drop":
+            return []
         sets = self._jobs.sets("dropped", fit="drop", ridge=None)
         used = self._used and self._used.dropping()
         criterion = self._settings.criterion if self.searched else "drop"
@@ -140,7 +142,7 @@ class Choosing:
             candidates = tuple(self._drop(candidates))
         assert criterion is not None
         order = self._order(candidates, criterion, lambda: sets, used)
-        return Way(DROPPED, _blocks(candidates), order, lambda: sets, used)
+        return [Way(DROPPED, _blocks(candidates), order, lambda: sets, used)]
 
     def _order(
         self,
