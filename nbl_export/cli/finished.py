@@ -54,7 +54,7 @@ def generate(
 ) -> None:
     """Print what the linearized graph generates after a prompt; for scripts."""
     api, terminal = loaded(said, settings)
-    from nbl_export.cli import writing
+    from nbl_export.cli import output, writing
 
     text = writing.prompt_of(prompt, prompt_file)
     listener, written = terminal.TerminalListener(), writing.Written(settings.graph, heard=not said.json)
@@ -62,6 +62,7 @@ def generate(
     written.end()
     for answer in generated:
         listener.note(writing.figures_line(answer))
+        output.log_text(answer.text)
     terminal.finish("generate", None, out=out, prompt=text, answers=generated)
 
 

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from nbl_export.cli import answers
 from nbl_export.errors import os_error_in_words
-from nbl_export.printable import printable
+from nbl_export.printable import printable, printable_lines
 
 # Results go to stdout, progress and notes to stderr, so that output can be piped.
 OUT = Console(highlight=False)
@@ -53,6 +53,12 @@ def log(text: str) -> None:
     """Write a line into the log file, with the time, if there is one."""
     if answering.log is not None:
         answering.log.print(Text(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {printable(text)}"), soft_wrap=True)
+
+
+def log_text(text: str) -> None:
+    """Write text of several lines into the log file as it is, if there is one."""
+    if answering.log is not None:
+        answering.log.print(Text(printable_lines(text)), soft_wrap=True)
 
 
 def result(drawn: Any = "", soft_wrap: bool = False) -> None:

@@ -86,6 +86,13 @@ def test_a_failed_gate_is_an_answer_and_no_error(asked: Asked, out: Path) -> Non
     assert "failed" in [check["status"] for check in report["checks"]]
 
 
+def test_a_log_file_has_what_was_generated(asked: Asked, out: Path, tmp_path: Path) -> None:
+    log = tmp_path / "a.log"
+    code, text, _ = asked("generate", out, "--prompt", "Once upon", "--max-tokens", "8", "--log-file", log)
+    assert code == 0 and len(text.strip()) > 8
+    assert text.strip() in log.read_text(encoding="utf-8") and "decode" in log.read_text(encoding="utf-8")
+
+
 def test_a_log_file_has_the_results_and_the_error(asked: Asked, out: Path, tmp_path: Path) -> None:
     log = tmp_path / "a.log"
     code, text, _ = asked("report", out, "--log-file", log)
