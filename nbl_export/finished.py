@@ -68,17 +68,21 @@ def chat(
 
 @in_one_process
 def package(
-    out: str | Path, to: str | Path, listener: Listener | None = None, rehash: bool = False
+    out: str | Path,
+    to: str | Path,
+    listener: Listener | None = None,
+    rehash: bool = False,
+    web: bool = False,
 ) -> Package:
     """Write what a deployment needs of ``out`` to the folder ``to``, which :func:`verify_package` takes anywhere.
 
-    The model that ``out`` was made from is not needed.
+    With ``web`` it has the layout of transformers.js. The model that ``out`` was made from is not needed.
     """
     from nbl_export.stages.package import package as write_package
 
     ws = Workspace.open(Path(out), kept_digests(Path(out), rehash, listener))
     with ws.lock():
-        return write_package(ws, Path(to), listener or Silent())
+        return write_package(ws, Path(to), listener or Silent(), web)
 
 
 @in_one_process

@@ -39,3 +39,15 @@ minilm() {
   fi
   echo "$model"
 }
+
+# transformers_js: print the path of a folder with transformers.js in node_modules; nothing where npm is not, or fails.
+# --ignore-scripts: onnxruntime-node would fetch a build for CUDA.
+transformers_js() {
+  local folder=$PWD/.cache/transformers_js
+  command -v npm > /dev/null || return 0
+  if [ ! -d "$folder/node_modules/@huggingface/transformers" ]; then
+    echo "Installing transformers.js into $folder ..." >&2
+    npm install --silent --no-audit --no-fund --ignore-scripts --prefix "$folder" '@huggingface/transformers@^4.3' >&2 || return 0
+  fi
+  echo "$folder"
+}

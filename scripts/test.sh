@@ -10,7 +10,8 @@ environment .venv-test '.[cpu,eval,genai,llamacpp,mlx,text,hub,rtx,docs,dev]'
 NBL_EXPORT_SMOLLM2=$PWD/$(smollm2)
 NBL_EXPORT_MINILM=$PWD/$(minilm)
 NBL_EXPORT_OPTIMUM_PYTHON=$(optimum_python)
-export NBL_EXPORT_SMOLLM2 NBL_EXPORT_MINILM NBL_EXPORT_OPTIMUM_PYTHON
+NBL_EXPORT_TRANSFORMERS_JS=$(transformers_js)
+export NBL_EXPORT_SMOLLM2 NBL_EXPORT_MINILM NBL_EXPORT_OPTIMUM_PYTHON NBL_EXPORT_TRANSFORMERS_JS
 .venv-test/bin/ruff format --check .
 .venv-test/bin/ruff check .
 .venv-test/bin/mypy

@@ -9,6 +9,7 @@ from nbl_export.cli.options import (
     Before,
     Config,
     Folder,
+    Layout,
     Markdown,
     Out,
     Public,
@@ -87,10 +88,12 @@ def chat(
         screen.talk(talk, out)
 
 
-def package(out: Out, /, *, to: Folder, rehash: Rehash = False, said: Said = Said()) -> None:
+def package(
+    out: Out, /, *, to: Folder, layout: Layout = "folder", rehash: Rehash = False, said: Said = Said()
+) -> None:
     """Write what a deployment needs, and can verify, to a folder of its own."""
     api, terminal = loaded(said)
-    value = api.package(out, to, terminal.TerminalListener(), rehash)
+    value = api.package(out, to, terminal.TerminalListener(), rehash, layout == "web")
     terminal.show_package(value, to)
 
 

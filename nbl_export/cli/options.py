@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import Group, Parameter
 
@@ -38,6 +38,9 @@ After = Annotated[Path, Parameter(name="B", help="Another of the same kind: afte
 Output = Annotated[Path, option("Output folder; made if needed.", "--output", "-o", shown=str(NBL_OUT))]
 Folder = Annotated[
     Path, option("Folder of the package; an earlier package there is replaced.", "--output", "-o")
+]
+Layout = Annotated[
+    Literal["folder", "web"], option("Where the graph lies; web is that of transformers.js.", "--layout")
 ]
 Repository = Annotated[str, option("Repository of the Hugging Face Hub: OWNER/NAME.", "--to")]
 Upload = Annotated[bool, option("Upload it; else it is said what would be.", "--upload")]

@@ -125,16 +125,17 @@ def save_graph(
     check: Callable[[Path], object] = check_file,
     progress: Callable[[int], object] | None = None,
     readers: Sequence[Path] = (),
+    data_name: str = "",
 ) -> list[Path]:
     """Write ``model`` to ``path``, with one external data file next to it; returns the files.
 
-    The data file keeps its name if the model has exactly one. Both files are written to a temporary folder and
-    moved into place after ``check`` has accepted them there (it raises otherwise), so a failed check, a full
-    disk or an interrupt leaves the old files. ``progress`` receives the bytes written. ``readers`` are other graphs
-    that read the data file: they are deleted before it is replaced.
+    The data file is called ``data_name``; without one it keeps its name if the model has exactly one. Both files are
+    written to a temporary folder and moved into place after ``check`` has accepted them there (it raises otherwise), so
+    a failed check, a full disk or an interrupt leaves the old files. ``progress`` receives the bytes written.
+    ``readers`` are other graphs that read the data file: they are deleted before it is replaced.
     """
     path.parent.mkdir(exist_ok=True)
-    data = path.with_name(_data_name(model, path))
+    data = path.with_name(data_name or _data_name(model, path))
     temporary = Path(tempfile.mkdtemp(prefix=".onnx.", suffix=TEMPORARY, dir=path.parent))
     try:
         written = write_graph(model, temporary / path.name, data.name, progress=progress)

@@ -32,6 +32,11 @@ _ENCODER = """import onnxruntime as ort
 session = ort.InferenceSession("model.onnx")
 print([value.name for value in session.get_inputs()], [value.name for value in session.get_outputs()])"""
 
+_WEB = """import {{ pipeline }} from "@huggingface/transformers";
+
+const run = await pipeline("{task}", "OWNER/NAME");
+console.log(await run("Once upon a time"));"""
+
 
 def without_paths(report: Report) -> Report:
     """``report`` with the names of files and folders in the place of their paths, which are a machine's own."""
@@ -102,7 +107,7 @@ def _license_of_gguf(path: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def model_card(report: Report, license: str | None = None) -> str:
+def model_card(report: Report, license: str | None = None, web: bool = False) -> str:
     """The card in Markdown with its front matter; ``report`` names no paths (:func:`without_paths`)."""
     # A report may come from somebody else: what is no Hub id makes no link.
     hub = report.model.kind == "hub" and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", report.model.source) is not None
@@ -110,7 +115,7 @@ def model_card(report: Report, license: str | None = None) -> str:
     header: dict[str, object] = {
         **({"license": license} if license else {}),
         **({"base_model": report.model.source} if hub else {}),
-        "library_name": "onnx",
+        "library_name": "transformers.js" if web else "onnx",
         "pipeline_tag": task,
         "tags": ["onnx", "neural-block-linearization", "nbl-export"],
     }
@@ -125,7 +130,8 @@ def model_card(report: Report, license: str | None = None) -> str:
         replaced=replaced_line(report),
         headlines=headlines(report),
         plots={name: plots[name] for name in ("k-curve", "speed") if name in plots},
-        use=_GENERATION if report.graph.task is None else _ENCODER,
+        language="js" if web else "python",
+        use=_WEB.format(task=task) if web else _GENERATION if report.graph.task is None else _ENCODER,
         making=making(report),
         license=f"{license}, as the base model's files say." if license else UNKNOWN,
     )

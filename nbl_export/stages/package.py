@@ -8,6 +8,8 @@
     nbl/                            what it is verified by: the plan, and the held-out rows of the text or images
     package.json                    what it is, and the SHA-256 of every other file
 
+The layout of transformers.js has the graph in onnx/, named by its precision (:mod:`nbl_export.export.web`).
+
 No path of this machine is in it. The unmodified graph, the moments, the calibration text and whatever was measured on
 the way stay behind.
 """
@@ -26,6 +28,7 @@ from nbl_export import __version__
 from nbl_export.blocks import Block
 from nbl_export.checks import Check
 from nbl_export.errors import BuildError, InputError
+from nbl_export.export.web import adapt_configs, web_names
 from nbl_export.files import (
     TEMPORARY,
     member,
@@ -63,7 +66,9 @@ _REMEDY = "get the package again, or make it with `nbl-export package`"
 
 @dataclass(frozen=True)
 class Package:
-    """A package: of which model, which ``layers`` are linear, in which precision, and the SHA-256 of its ``files``."""
+    """A package: of which model, which ``layers`` are linear, in which precision, and the SHA-256 of its ``files``, of
+    which one is the ``graph``.
+    """
 
     created: str
     tool_version: str
@@ -71,6 +76,7 @@ class Package:
     layers: tuple[Block, ...]
     precision: str
     files: Mapping[str, str]
+    graph: str = "model.onnx"
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,8 @@ def load_package(root: Path) -> Package:
     found = from_json(Package, raw, str(path), _REMEDY)
     for name in found.files:
         member(root, name, f"A file in {path}")
+    if found.graph not in found.files:
+        raise InputError(f"{path} names no graph among its files: {_REMEDY}.")
     return found
 
 
@@ -108,10 +116,11 @@ def whole_package(root: Path) -> Package:
     return found
 
 
-def package(ws: Workspace, to: Path, listener: Listener) -> Package:
+def package(ws: Workspace, to: Path, listener: Listener, web: bool = False) -> Package:
     """Write the package of ``ws`` to the folder ``to``, whole or not at all; an earlier package there is replaced.
 
-    Raises :class:`InputError` if the output folder has no report of its graph that says PASS.
+    With ``web`` it has the layout of transformers.js. Raises :class:`InputError` if the output folder has no report of
+    its graph that says PASS.
     """
     ws.require("verify")
     report = load_report(ws.report / "report.json")
@@ -120,22 +129,26 @@ def package(ws: Workspace, to: Path, listener: Listener) -> Package:
         raise InputError(f"The report of {ws.root} says FAIL ({failed}): what is not proven is not packaged.")
     source = part_from_json(ModelIdentity, ws.model_info or {}, "The record of the model", "start again")
     _check_place(ws, to)
+    graph, data = web_names(report.graph.precision) if web else (ws.model.name, "")
     with _made(to) as root:
-        _write_graph(ws, root, listener)
+        _write_graph(ws, root / graph, data, listener)
         for path in _copied(ws):
             target = root / path.relative_to(ws.root)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
+        if web:
+            adapt_configs(root, report.graph.precision, report.graph.task is None)
         _write_heldout(ws, Places(root), source)
         files = _digests(root)
         notes = (*(note.replace(str(ws.root), ws.root.name) for note in report.notes), _SAME)
-        public = without_paths(replace(report, hashes={**report.hashes, **files}, notes=notes))
+        others = {n: d for n, d in report.hashes.items() if not n.startswith(ws.model.name)}
+        public = without_paths(replace(report, hashes={**others, **files}, notes=notes))
         drawn = write_report(root / ws.report.name, public)
         files |= {path.relative_to(root).as_posix(): sha256_of_file(path) for path in drawn}
         plan = load_plan(ws.plan)
         named = replace(source, source=public.model.source)
-        made = Package(created(), __version__, named, plan.blocks, report.graph.precision, files)
-        write_text(root / CARD, model_card(public, _license(ws)))
+        made = Package(created(), __version__, named, plan.blocks, report.graph.precision, files, graph)
+        write_text(root / CARD, model_card(public, _license(ws), web))
         write_json(root / PACKAGE, {"schema": SCHEMA, **to_json(made)})
     return made
 
@@ -176,7 +189,19 @@ def _made(to: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def _write_graph(ws: Workspace, root: Path, listener: Listener) -> None:
+class _Packaged(Places):
+    """Where the files of a package are."""
+
+    def __init__(self, root: Path, graph: str) -> None:
+        super().__init__(root)
+        self._graph = graph
+
+    @property
+    def model(self) -> Path:
+        return self.root / self._graph
+
+
+def _write_graph(ws: Workspace, to: Path, data: str, listener: Listener) -> None:
     """The linearized graph with all its weights in its own file; it is held to be the same."""
     from nbl_export.graph.cache import KV_LAYERS_KEY, LAYERS_KEY
     from nbl_export.graph.io import load_graph, save_graph
@@ -184,17 +209,18 @@ def _write_graph(ws: Workspace, root: Path, listener: Listener) -> None:
 
     graph = load_graph(ws.model)
     size = sum(v.const_value.nbytes for v in graph.graph.initializers.values() if v.const_value is not None)
-    free = shutil.disk_usage(root).free
+    to.parent.mkdir(exist_ok=True)
+    free = shutil.disk_usage(to.parent).free
     if size > free:
         has, needs = (f"{n / 2**30:,.1f} GiB" for n in (free, size))
         raise InputError(
-            f"{root.parent.parent} has {has} free, and the graph has {needs}: free some space, or choose another "
+            f"The disk of the package has {has} free, and the graph has {needs}: free some space, or choose another "
             "--output."
         )
     with listener.task("Writing the graph", size, "bytes") as task:
-        save_graph(graph, root / ws.model.name, progress=task.advance)
+        save_graph(graph, to, progress=task.advance, data_name=data)
     keys = (LAYERS_KEY, KV_LAYERS_KEY)
-    if other := difference(load_graph(ws.model), load_graph(root / ws.model.name), keys):
+    if other := difference(load_graph(ws.model), load_graph(to), keys):
         raise BuildError(f"The packaged graph is not that of {ws.root}: {other}.")
 
 
@@ -246,7 +272,7 @@ def verify_package(
 
     found = whole_package(root)
     source = expected(find_model(model, trust_remote_code), found.model.source, found.model.fingerprint)
-    places, loaded = Places(root), LoadedModel(source, listener)
+    places, loaded = _Packaged(root, found.graph), LoadedModel(source, listener)
     plan = load_plan(places.plan)
     if plan.model != source.fingerprint:
         raise InputError(f"{places.plan} is the plan of another model: {_REMEDY}.")

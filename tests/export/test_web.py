@@ -1,0 +1,62 @@
+"""The layout of transformers.js: names by precision, and what the configurations say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nbl_export.errors import InputError
+from nbl_export.export.web import adapt_configs, web_names
+
+
+@pytest.mark.parametrize(
+    ("precision", "name"),
+    [("fp32", "model"), ("fp16", "model_fp16"), ("int8", "model_int8"), ("int4", "model_q4")],
+)
+def test_the_graph_is_named_by_its_precision(precision: str, name: str) -> None:
+    assert web_names(precision) == (f"onnx/{name}.onnx", f"{name}.onnx_data")
+
+
+def test_bfloat16_is_refused() -> None:
+    with pytest.raises(InputError, match="runs no graph in bf16"):
+        web_names("bf16")
+
+
+def test_what_the_configurations_say(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 64}')
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "padding_side": "right"}')
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    (tmp_path / "genai_config.json").write_text("{}")
+    adapt_configs(tmp_path, "fp16", generates=True)
+    assert json.loads((tmp_path / "config.json").read_text()) == {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "transformers.js_config": {
+            "dtype": "fp16",
+            "use_external_data_format": {"model_fp16.onnx": 1},
+            "kv_cache_dtype": {"fp16": "float16"},
+        },
+    }
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text()) == {
+        "bos_token": "<s>",
+        "padding_side": "left",
+        "chat_template": "{{ messages }}",
+    }
+    assert not (tmp_path / "genai_config.json").exists(), "it would look for the graph beside it"
+
+
+def test_an_encoder_is_padded_as_before(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "tokenizer_config.json").write_text('{"padding_side": "right"}')
+    adapt_configs(tmp_path, "fp32", generates=False)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text()) == {"padding_side": "right"}
+
+
+def test_an_image_encoder_has_no_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    adapt_configs(tmp_path, "fp32", generates=False)
+    told = json.loads((tmp_path / "config.json").read_text())["transformers.js_config"]
+    assert told == {"dtype": "fp32", "use_external_data_format": {"model.onnx": 1}}
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
