@@ -9,6 +9,7 @@ from nbl_export.blocks import Block
 from nbl_export.errors import InputError
 from nbl_export.files import read_json
 from nbl_export.places import ENGINE_SUFFIX as ENGINE
+from nbl_export.places import is_package
 from nbl_export.report.assemble import rewrite_of, selection_of
 from nbl_export.report.drawing import Table, mebibytes
 from nbl_export.report.tables import engines_table, graph_table, layers_table
@@ -24,12 +25,17 @@ if TYPE_CHECKING:
 
 
 def inspect_path(path: Path) -> list[Table]:
-    """Tables for an ONNX file, an engine, a plan, moments or an output folder; else raises :class:`InputError`."""
+    """Tables for an ONNX file, an engine, a plan, moments, an output folder or a package of one.
+
+    Raises :class:`InputError` for anything else.
+    """
     if not path.exists():
         raise InputError(f"{path} does not exist: check the path.")
     if path.is_dir():
         if is_workspace(path):
             return _folder(path)
+        if is_package(path):
+            return _package(path)
         files = sorted(path.glob("*.safetensors"))
         if files and _kind(files[0]).startswith("nbl-export/moments"):
             return _moments(path)
@@ -51,6 +57,21 @@ def inspect_path(path: Path) -> list[Table]:
     raise InputError(
         f"{path} is not an ONNX file, engine, plan, moments file or output folder of nbl-export: check the path."
     )
+
+
+def _package(path: Path) -> list[Table]:
+    from nbl_export.stages.package import load_package
+
+    found = load_package(path)
+    facts = (
+        ("model", found.model.source),
+        ("fingerprint of the model", found.model.fingerprint),
+        ("linear", ", ".join(map(str, found.layers)) or "none"),
+        ("precision", found.precision),
+        ("files", f"{len(found.files)}, with their SHA-256"),
+        ("made", f"{found.created} with nbl-export {found.tool_version}"),
+    )
+    return [Table(f"Package {path}", ("", "value"), facts), *_onnx(path / found.graph)]
 
 
 def _kind(path: Path) -> str:

@@ -81,6 +81,13 @@ def test_the_graph_is_the_verified_one_with_all_weights_beside_it(packaged: Path
     assert np.array_equal(found, expected)
 
 
+def test_inspect_shows_what_it_is(packaged: Path) -> None:
+    package, graph, *_ = api.inspect(packaged)
+    facts = dict(package.rows)
+    assert (facts["model"], facts["linear"], facts["precision"]) == ("stories260K", "2, 3", "fp32")
+    assert dict(graph.rows)["rewritten by nbl-export"] == "yes"
+
+
 def test_the_text_of_the_fit_and_the_selection_stays_behind(packaged: Path, stories_out: Path) -> None:
     whole, left = (load_text(root / "nbl/text.safetensors") for root in (stories_out, packaged))
     assert np.array_equal(left.heldout, whole.heldout) and np.array_equal(left.start, whole.start)
