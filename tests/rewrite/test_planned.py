@@ -157,5 +157,12 @@ def test_a_plan_of_another_model_is_refused(tiny_graph: Path, plan: Plan) -> Non
         planned_attentions(model, found, fewer)
     regions = planned_attentions(model, found, plan)
     assert [region.layer for region in planned_mlps(model, regions, plan)] == [Mlp(i) for i in range(4)]
-    with pytest.raises(BuildError, match="the MLP of layer 0: every layer adds its attention and its MLP"):
-        planned_mlps(model, regions, replace(plan, layer_count=5))
+    more = replace(
+        plan,
+        layer_count=5,
+        layers={**plan.layers, Mlp(4): next(iter(plan.layers.values()))},
+        probe_u={**plan.probe_u, Mlp(4): plan.probe_u[Mlp(0)]},
+        probe_y={**plan.probe_y, Mlp(4): plan.probe_y[Mlp(0)]},
+    )
+    with pytest.raises(BuildError, match="the MLP of layer 4: every layer adds its attention and its MLP"):
+        planned_mlps(model, regions, more)
