@@ -47,7 +47,7 @@ transformers_js() {
   command -v npm > /dev/null || return 0
   if [ ! -d "$folder/node_modules/@huggingface/transformers" ]; then
     echo "Installing transformers.js into $folder ..." >&2
-    npm install --silent --no-audit --no-fund --ignore-scripts --prefix "$folder" '@huggingface/transformers@^4.3' >&2 || return 0
+    npm install --silent --no-audit --no-fund --ignore-scripts --fetch-retries 1 --fetch-timeout 60000 --prefix "$folder" '@huggingface/transformers@^4.3' >&2 || return 0
   fi
   echo "$folder"
 }
