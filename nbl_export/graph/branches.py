@@ -19,7 +19,7 @@ as a whole: nothing is looked at but what everything passes through.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -81,11 +81,18 @@ class Branch:
 def find_branches(model: ir.Model, regions: Sequence[AttentionRegion]) -> list[Branch]:
     """The branches of the graph, in order; ``regions`` are its attentions, of which those that were found are known."""
     flow = _Flow(search_of(model), roles(model).get(EMBEDDINGS))
-    projections = {region.projection: region.layer for region in regions}
-    found: list[Branch] = []
+    return list(_added(flow, _projections(regions)))
+
+
+def _projections(attentions: Iterable[AttentionRegion | Refusal[int]]) -> dict[ir.Node, int]:
+    """The layers of those attentions that were found, by what writes their outputs."""
+    return {a.projection: a.layer for a in attentions if isinstance(a, AttentionRegion)}
+
+
+def _added(flow: _Flow, projections: dict[ir.Node, int]) -> Iterator[Branch]:
+    """What is added to the stream of ``flow``, in order."""
     for before, add in _additions(flow):
-        found += _branches(flow, before, add, projections)
-    return found
+        yield from _branches(flow, before, add, projections)
 
 
 class _Flow:
@@ -319,7 +326,8 @@ def mlp_regions(
     what = f"{len(found) - other} attentions and {other} others"
     search = search_of(model)
     starts = {attention.layer: _start(attention) for attention in attentions}
-    behind = {block: _behind(search, starts.get(block.layer), attentions) for block in wanted}
+    projections = _projections(attentions)
+    behind = {block: _behind(search, starts.get(block.layer), projections) for block in wanted}
     return [
         Refusal(block, "every layer adds its attention and its MLP to one stream", what)
         if branch is None
@@ -328,16 +336,11 @@ def mlp_regions(
     ]
 
 
-def _behind(
-    search: Search, start: ir.Node | None, attentions: Sequence[AttentionRegion | Refusal[int]]
-) -> Branch | None:
+def _behind(search: Search, start: ir.Node | None, projections: dict[ir.Node, int]) -> Branch | None:
     """The first branch behind the node ``start`` of an attention; None if that is another attention."""
     if start is None:
         return None
-    flow = _Flow(search, None, start)
-    projections = {a.projection: a.layer for a in attentions if isinstance(a, AttentionRegion)}
-    added = (b for before, add in _additions(flow) for b in _branches(flow, before, add, projections))
-    first = next(added, None)
+    first = next(_added(_Flow(search, None, start), projections), None)
     return first if first is not None and first.attention is None else None
 
 
