@@ -7,13 +7,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, TypeVar
 
+from nbl_export.models.source import ModelIdentity
 from nbl_export.report.plots import report_plots
 from nbl_export.report.render import filled
 from nbl_export.report.schema import Report
 from nbl_export.report.summary import headlines, making, model_name, replaced_line
 
+M = TypeVar("M", bound=ModelIdentity)
 CARD = "README.md"
 UNKNOWN = "That of the base model, which its files do not name."
 _GENERATION = """import onnxruntime_genai as og
@@ -45,7 +47,7 @@ def without_paths(report: Report) -> Report:
     settings = {stage: _named(asked) for stage, asked in report.settings.items()}
     return replace(
         report,
-        model=replace(report.model, source=public_name(report.model.source, report.model.kind)),
+        model=_public(report.model),
         selection=replace(chosen, sources=sources),
         settings=settings,
         kept={name: replace(kept, settings=_named(kept.settings)) for name, kept in report.kept.items()},
@@ -54,13 +56,9 @@ def without_paths(report: Report) -> Report:
     )
 
 
-def public_name(source: str, kind: str) -> str:
-    """What a model is called elsewhere: its Hub id, or the name of its folder or file."""
-    return source if kind == "hub" else PurePath(source).name or source
-
-
-def _public(model: Any) -> Any:
-    return replace(model, source=public_name(model.source, model.kind))
+def _public(model: M) -> M:
+    """``model`` as it is called elsewhere: by its Hub id, or the name of its folder or file."""
+    return model if model.kind == "hub" else replace(model, source=model_name(model))
 
 
 def _named(asked: Any) -> Any:

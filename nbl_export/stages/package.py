@@ -145,9 +145,10 @@ def package(ws: Workspace, to: Path, listener: Listener, web: bool = False) -> P
         public = without_paths(replace(report, hashes={**others, **files}, notes=notes))
         drawn = write_report(root / ws.report.name, public)
         files |= {path.relative_to(root).as_posix(): sha256_of_file(path) for path in drawn}
-        plan = load_plan(ws.plan)
         named = replace(source, source=public.model.source)
-        made = Package(created(), __version__, named, plan.blocks, report.graph.precision, files, graph)
+        made = Package(
+            created(), __version__, named, report.selection.layers, report.graph.precision, files, graph
+        )
         write_text(root / CARD, model_card(public, _license(ws), web))
         write_json(root / PACKAGE, {"schema": SCHEMA, **to_json(made)})
     return made

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nbl_export.report.card import license_of, model_card, public_name, without_paths
+from nbl_export.report.card import license_of, model_card, without_paths
 from nbl_export.report.schema import Report, load_report
-from nbl_export.report.summary import headlines
+from nbl_export.report.summary import headlines, model_name
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_a_folder_s_path_is_its_name(report: Report, stories_folder: Path) -> No
     card = model_card(public)
     assert str(stories_folder.parent) in report.model.source and "/tmp" not in card
     assert "license" not in front_matter(card) and "which its files do not name" in card
-    assert public.model.source == "stories260K" == public_name(report.model.source, "folder")
+    assert public.model.source == "stories260K" == model_name(report.model)
     assert public.selection.sources == tuple(Path(s).name for s in report.selection.sources)
     assert public.settings["calibrate"]["sources"] == list(public.selection.sources)
     assert public.parity == report.parity and public.checks == report.checks
