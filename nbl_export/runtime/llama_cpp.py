@@ -124,15 +124,18 @@ class LlamaCppStream:
         """The tokens that each layer's cache has room for."""
         return int(self._lib.llama_n_ctx(self._context))
 
-    def prefill(self, rows: Sequence[NDArray[Any]]) -> F32:
+    def _begin(self, rows: Sequence[NDArray[Any]]) -> None:
+        """Have an empty cache for ``rows``."""
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
         self._lengths = [0] * len(rows)
+
+    def prefill(self, rows: Sequence[NDArray[Any]]) -> F32:
+        self._begin(rows)
         return np.concatenate([self._read([n] * len(row), row) for n, row in enumerate(rows)])
 
     def read(self, rows: Sequence[NDArray[Any]]) -> None:
         """A prefill as in use: of each row the logits of its last token alone are computed."""
-        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
-        self._lengths = [0] * len(rows)
+        self._begin(rows)
         for n, row in enumerate(rows):
             for first in range(0, len(row), self._batch):
                 some = row[first : first + self._batch]

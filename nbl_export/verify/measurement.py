@@ -118,8 +118,9 @@ def timed(
 
     Where both do not fit into memory they take turns, and why one is faster than it could be is not looked for.
     """
-    if (why := case.why_not_timed) or case.baseline is None:
-        return Found(checks=(Check("speed", "skipped", why or ""),), notes=notes)
+    if why := case.why_not_timed:
+        return Found(checks=(Check("speed", "skipped", why),), notes=notes)
+    assert case.baseline is not None  # or it would say so
     pair = pair_with(case.baseline)
     anew = anew_or_why_not(pair.base, pair.linearized)
     if isinstance(anew, str):
