@@ -42,13 +42,16 @@ def saving_to(checkpoint: Checkpoint | None, save: Callable[[Path], None]) -> It
         if stop:
             raise Interrupted(stop[0])
 
-    with _deferred_interrupt() as stop:
+    with deferred_interrupt() as stop:
         yield between
 
 
 @contextmanager
-def _deferred_interrupt() -> Iterator[list[int]]:
-    """Yields the list of the signal that has come; it is empty before."""
+def deferred_interrupt() -> Iterator[list[int]]:
+    """Ctrl-C, SIGTERM and SIGHUP wait; yields the list of the signal that has come, which is empty before.
+
+    The second one raises :class:`Interrupted` at once. A signal that is ignored stays so.
+    """
     stop: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield stop  # only the main thread may set signal handlers

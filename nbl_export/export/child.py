@@ -20,8 +20,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from nbl_export.checkpoint import deferred_interrupt
 from nbl_export.child_process import die_with_parent
-from nbl_export.errors import BuildError, MissingDependencyError
+from nbl_export.errors import BuildError, Interrupted, MissingDependencyError
 from nbl_export.files import TEMPORARY, publish, read_json, sync
 from nbl_export.graph.io import delete_graphs
 from nbl_export.models.compat import CONFIG, TOKENIZER
@@ -96,8 +97,23 @@ def _scratch(target: Path) -> Iterator[Path]:
 
 def _run(exporter: Exporter, command: list[str], folder: Path) -> tuple[int, str]:
     """Exit code and output. In an empty ``folder`` Python cannot import a user's file instead of a module."""
+    process = None
     try:
-        process = subprocess.Popen(
+        with deferred_interrupt() as stop:  # one that came inside Popen would leave a child that nobody knows
+            process = _started(exporter, command, folder)
+        if stop:
+            raise Interrupted(stop[0])
+        output, _ = process.communicate()
+        return process.returncode, output
+    finally:
+        if process is not None and process.poll() is None:
+            process.kill()  # (3)
+            process.wait()
+
+
+def _started(exporter: Exporter, command: list[str], folder: Path) -> subprocess.Popen[str]:
+    try:
+        return subprocess.Popen(
             command,
             cwd=folder,
             env={**os.environ, "HF_HUB_OFFLINE": "1"},  # (3)
@@ -111,13 +127,6 @@ def _run(exporter: Exporter, command: list[str], folder: Path) -> tuple[int, str
         )
     except OSError as error:
         raise _missing(exporter, command[0], f"it cannot be run, {error.strerror}") from None
-    try:
-        output, _ = process.communicate()
-        return process.returncode, output
-    finally:
-        if process.poll() is None:
-            process.kill()  # (3)
-            process.wait()
 
 
 def _copy_tokenizer(model: Path, filled: Path) -> None:

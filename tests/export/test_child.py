@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -187,17 +189,35 @@ def test_modules_of_the_folder_we_are_in_are_not_taken(
         require(EXPORTER, bare_python)
 
 
+@pytest.mark.parametrize("while_starting", [True, False])
 def test_interrupt_kills_the_child(
-    fake_python: FakePython, target: Path, tiny_folder: Path, tmp_path: Path
+    fake_python: FakePython,
+    target: Path,
+    tiny_folder: Path,
+    tmp_path: Path,
+    while_starting: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Also one that comes while Popen has the child and has not yet returned it."""
     pid_file = tmp_path / "pid"
-    python = fake_python(f"echo half > filled/model.onnx; echo $$ > {pid_file}; exec sleep 60")
+    python = fake_python(
+        f"echo half > filled/model.onnx; echo $$ > {pid_file}.new; mv {pid_file}.new {pid_file}; exec sleep 60"
+    )
+    sent, real = threading.Event(), subprocess.Popen.__init__
+
+    def started(self: subprocess.Popen[str], command: list[str], **options: Any) -> None:
+        real(self, command, **options)
+        if command[1] == "-m":
+            assert sent.wait(30)
 
     def interrupt() -> None:
-        while not (pid_file.exists() and pid_file.read_text()):
+        while not pid_file.exists():
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
+        sent.set()
 
+    if while_starting:
+        monkeypatch.setattr(subprocess.Popen, "__init__", started)
     threading.Thread(target=interrupt).start()
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
