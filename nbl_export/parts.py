@@ -62,6 +62,8 @@ PARTS = (
     Part("llama-cpp-py-sync", "llama_cpp_py_sync", "llamacpp", "runs GGUF files of `convert`"),
     Part("mlx", "mlx.core", "mlx", "arrays of mlx-lm, on a CPU, too"),
     Part("mlx-lm", "mlx_lm.utils", "mlx", "runs folders of `convert --to mlx`"),
+    Part("openvino", "openvino", "openvino", "writes and runs folders of `convert --to openvino`"),
+    Part("openvino-tokenizers", "openvino_tokenizers", "openvino", "tokenizers of those folders"),
     Part("optimum-onnx", "optimum.exporters.onnx", "optimum", "--exporter optimum, with transformers 4.57"),
     Part("lm-eval", "lm_eval", "eval", "tasks of lm-evaluation-harness"),
     Part("datasets", "datasets", "hub", "data sets of the Hugging Face Hub"),

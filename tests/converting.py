@@ -13,6 +13,8 @@ from nbl_export.blocks import Block
 from nbl_export.convert.gguf_tokenizer import TokenizerFields
 from nbl_export.linearize.plan import LinearLayer, Plan
 from nbl_export.models.layers import hidden_size, layer_count
+from nbl_export.parts import part
+from nbl_export.stages.convert import Form
 from nbl_export.verify.parity.decoder import compare, record
 from nbl_export.verify.parity.figures import Parity, gates_for
 from nbl_export.verify.parity.reference import record_pytorch
@@ -54,6 +56,11 @@ def random_plan() -> Callable[[Any, Sequence[Block]], Plan]:
         return empty.with_replaced({block: linear() for block in blocks})
 
     return made
+
+
+def needs(form: type[Form]) -> pytest.MarkDecorator:
+    """Skips a test where the engine of a form is not."""
+    return pytest.mark.skipif(not form.is_here(), reason=f"needs {form.engine}: {part(form.package).pip}")
 
 
 def assert_as_in_pytorch(open_stream: Callable[[], Any], model: Any, plan: Plan) -> None:

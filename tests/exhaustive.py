@@ -56,6 +56,10 @@ USUAL: Mapping[str, tuple[str, ...]] = {
         "lfm2",
         "bamba",
     ),
+    "clients/test_openvino.py::test_genai_generates_what_our_decoder_does": (
+        "fp16-SDPA",
+        "fp32-PA",
+    ),
     "clients/test_optimum.py::test_optimum_generates_what_our_decoder_does": (
         "one-llama-gqa",
         "half-parallel-residual",
@@ -253,6 +257,13 @@ USUAL: Mapping[str, tuple[str, ...]] = {
         "fp16-experts",
         "bf16-self_attn",
         "bf16-mlp.gate.",
+    ),
+    "runtime/test_openvino.py::test_every_kind_of_attention": (
+        "llama",
+        "gemma2",
+        "gpt_oss",
+        "falcon-alibi",
+        "phi3",
     ),
     "runtime/test_tensorrt.py::test_an_engine_computes_what_pytorch_does_batch_after_batch": (
         "concat-fp32-()",

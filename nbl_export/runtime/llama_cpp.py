@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import BOOL, F32
-from nbl_export.errors import BuildError, MissingDependencyError
+from nbl_export.errors import BuildError
 from nbl_export.parts import missing
 from nbl_export.runtime.decoder import KV
 
@@ -25,15 +25,6 @@ if TYPE_CHECKING:
 
 PACKAGE = "llama-cpp-py-sync"
 _BATCH = 256  # tokens of one call
-
-
-def is_here() -> bool:
-    """Whether the library is installed and loads."""
-    try:
-        require_llama_cpp()
-    except (MissingDependencyError, OSError):
-        return False
-    return True
 
 
 def require_llama_cpp() -> tuple[Any, Any]:

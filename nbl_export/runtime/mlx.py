@@ -9,20 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import F32
-from nbl_export.errors import BuildError, MissingDependencyError, first_line
+from nbl_export.errors import BuildError, first_line
 from nbl_export.parts import missing
 from nbl_export.runtime.rows import RowStream
 
 PACKAGE = "mlx-lm"
-
-
-def is_here() -> bool:
-    """Whether mlx-lm is installed and loads."""
-    try:
-        require_mlx()
-    except MissingDependencyError:
-        return False
-    return True
 
 
 def require_mlx() -> tuple[Any, Any]:

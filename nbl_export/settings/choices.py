@@ -23,7 +23,7 @@ LIBRARIES = ("auto", "tensorrt", "rtx")
 # Tokens in one prefill and of context that an engine is built for, as far as the model goes.
 MAX_SEQ, MAX_CONTEXT = 512, 2048
 RETRIEVAL_CONTEXTS = (256, 512, 1024)
-PEERS, DEVICES = ("eager", "compile", "dropped", "llama.cpp"), ("cpu", "cuda")
+PEERS, DEVICES = ("eager", "compile", "dropped", "llama.cpp", "openvino"), ("cpu", "cuda")
 
 
 @dataclass(frozen=True)

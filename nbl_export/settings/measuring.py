@@ -125,7 +125,8 @@ class BenchSettings(Settings):
     ``most`` times the rounds are run where the noise hides the effect.
 
     against: Another graph: a folder with a decoder, or an output folder for both its graphs. Repeatable.
-    peers: PyTorch eager, torch.compile, the graph with the same layers dropped, or OUT's GGUF files. Repeatable.
+    peers: PyTorch eager, torch.compile, the graph with the same layers dropped, or OUT's forms for
+        llama.cpp or OpenVINO. Repeatable.
     batches: Rows at once.
     contexts: Tokens in each row, as far as the model goes.
     rounds: Timed rounds of everybody in turn; up to three times as many where the noise hides the effect.

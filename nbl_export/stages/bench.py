@@ -18,12 +18,12 @@ from nbl_export.report.schema import load_report
 from nbl_export.settings import BenchSettings
 from nbl_export.stage_record import StageRecord, key_of
 from nbl_export.stages.bench_candidates import (
-    LLAMA_CPP,
+    PEER_FORMS,
     Against,
     bench_candidates,
     digest_of_graph,
-    gguf_records,
     graphs_against,
+    peer_records,
     provider_of,
 )
 from nbl_export.stages.build import current_engines, model_positions, passed_over
@@ -66,8 +66,9 @@ def bench(run: Run, settings: BenchSettings) -> BenchReport:
         made_of["build"] = built.result
     if settings.device == "cuda" and (why := passed_over(ws)):
         run.listener.note(f"Not timed: {why}.")
-    if LLAMA_CPP in settings.peers:
-        made_of[LLAMA_CPP] = sha256_of_json([record.result for record in gguf_records(ws).values()])
+    for peer in PEER_FORMS:
+        if peer in settings.peers:
+            made_of[peer] = sha256_of_json([record.result for record in peer_records(ws, peer).values()])
     asked = _Bench(run, settings, rewritten.result, against, key_of("bench", asdict(settings), made_of))
     run.stage("bench", asdict(settings), made_of, lambda listener: _measured(asked, listener))
     value = load_bench(ws.report / "bench.json")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +14,7 @@ from nbl_export.errors import InputError, MissingDependencyError
 from nbl_export.files import sha256_of_file, sha256_of_json
 from nbl_export.parts import part
 from nbl_export.settings import BenchSettings
-from nbl_export.settings.converting import GGUF_TYPES
+from nbl_export.settings.converting import GGUF_TYPES, PRECISIONS
 from nbl_export.stage_record import StageRecord
 from nbl_export.stages.build import current_engines
 from nbl_export.stages.rewrite import check_baseline, current_rewrite
@@ -25,7 +25,8 @@ from nbl_export.workspace import Workspace, is_workspace
 if TYPE_CHECKING:
     from nbl_export.verify.speed.candidates import Candidate, Prompt
 
-LLAMA_CPP = "llama.cpp"
+LLAMA_CPP, OPENVINO = "llama.cpp", "openvino"
+PEER_FORMS = {LLAMA_CPP: "gguf", OPENVINO: "openvino"}  # what `convert` writes for it
 DROPPED, EAGER, COMPILED = "dropped", "PyTorch eager", "torch.compile"
 
 
@@ -44,7 +45,12 @@ def graphs_against(against: Sequence[str]) -> Iterator[Against]:
     from nbl_export.verify.engines import BASE_ENGINE, LINEARIZED_ENGINE
 
     own = {BASE, LINEARIZED, CONTROL, DROPPED, EAGER, COMPILED, BASE_ENGINE, LINEARIZED_ENGINE}
-    own |= {name for kind in GGUF_TYPES.values() for name in _gguf_names(kind)}
+    own |= {
+        name
+        for peer, form in PEER_FORMS.items()
+        for precision in PRECISIONS[form]
+        for name in _peer_names(peer, precision)
+    }
     named_folders = [
         _named_folder(given, own) for given in against
     ]  # a word at the end is read before any graph
@@ -117,8 +123,9 @@ def bench_candidates(
         found += _engines(ws, base, linearized)
     if "dropped" in settings.peers:
         found.append(graph(DROPPED, stack.enter_context(scratch_copy(ws.model, drop_layers)), BASE))
-    if LLAMA_CPP in settings.peers:
-        found += _gguf_files(run, stack)
+    for peer in PEER_FORMS:
+        if peer in settings.peers:
+            found += _peers(run, peer, stack)
     if "eager" in settings.peers:
         found.append(Candidate(EAGER, partial(_pytorch, run, settings.device, False)))
     if "compile" in settings.peers:
@@ -143,47 +150,52 @@ def _check_device(ws: Workspace, settings: BenchSettings) -> None:
         )
 
 
-def gguf_records(ws: Workspace) -> dict[str, StageRecord]:
-    """The records of the GGUF files of the folder, which are of its plan and passed, by precision.
+def peer_records(ws: Workspace, peer: str) -> dict[str, StageRecord]:
+    """The records of the folder's forms for the engine that a ``peer`` is, of its plan and passed, by precision.
 
-    Raises :class:`InputError` if there is none, :class:`MissingDependencyError` without llama.cpp.
+    Raises :class:`InputError` if there is none, :class:`MissingDependencyError` without the engine.
     """
-    from nbl_export.runtime.llama_cpp import require_llama_cpp
-    from nbl_export.stages.convert import conversions_in
+    from nbl_export.stages.convert import FORMS, conversions_in
 
-    require_llama_cpp()
+    wanted = PEER_FORMS[peer]
+    FORMS[wanted].require()
     found = {}
     for stage, conversion in conversions_in(ws).items():
         _, form, precision = stage.split(" ")
         record = ws.current(stage)
-        if form == "gguf" and record is not None and conversion.passed:
+        if form == wanted and record is not None and conversion.passed:
             found[precision] = record
     if not found:
         raise InputError(
-            f"--peer llama.cpp times the GGUF files of {ws.root}, and it has none of its plan that passed: run "
-            f"`nbl-export convert {ws.root} --to gguf` first."
+            f"--peer {peer} times the folder's forms for it, and {ws.root} has none of its plan that passed: run "
+            f"`nbl-export convert {ws.root} --to {wanted}` first."
         )
     return found
 
 
-def _gguf_names(kind: str) -> tuple[str, str]:
-    """What the linearized file of a kind is called, and its base."""
-    return f"{LLAMA_CPP} {kind}", f"{LLAMA_CPP} {kind}, {BASE}"
+def _peer_names(peer: str, precision: str) -> tuple[str, str]:
+    """What the linearized form of a precision is called, and its base."""
+    name = f"{peer} {GGUF_TYPES[precision] if PEER_FORMS[peer] == 'gguf' else precision}"
+    return name, f"{name}, {BASE}"
 
 
-def _gguf_files(run: Run, stack: ExitStack) -> Iterator[Candidate]:
-    """Each GGUF file of the folder, and the unmodified model in the same precision, which is made for the race."""
+def _peers(run: Run, peer: str, stack: ExitStack) -> Iterator[Candidate]:
+    """Each form of the folder for an engine, and the unmodified model in the same precision, made for the race."""
     from nbl_export.linearize.plan import load_plan
-    from nbl_export.stages.convert import Gguf, unmodified_form
-    from nbl_export.verify.speed.candidates import Candidate, LlamaCppPrompt
+    from nbl_export.stages.convert import FORMS, unmodified_form
+    from nbl_export.verify.speed.candidates import Candidate, LlamaCppPrompt, OpenVinoPrompt
 
+    prompts: dict[str, Callable[[Path, int, int], Prompt]] = {
+        LLAMA_CPP: LlamaCppPrompt,
+        OPENVINO: OpenVinoPrompt,
+    }
     plan = load_plan(run.workspace.plan)
-    for precision in gguf_records(run.workspace):
-        form = Gguf(run, precision)
-        name, base = _gguf_names(GGUF_TYPES[precision])
+    for precision in peer_records(run.workspace, peer):
+        form = FORMS[PEER_FORMS[peer]](run, precision)
+        name, base = _peer_names(peer, precision)
         unmodified = stack.enter_context(unmodified_form(form, plan, run.listener))()
-        yield Candidate(base, partial(LlamaCppPrompt, unmodified))
-        yield Candidate(name, partial(LlamaCppPrompt, form.place), base)
+        yield Candidate(base, partial(prompts[peer], unmodified))
+        yield Candidate(name, partial(prompts[peer], form.place), base)
 
 
 def _engines(ws: Workspace, base: Candidate, linearized: Candidate) -> Iterator[Candidate]:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from nbl_export.checks import Check
+from nbl_export.errors import MissingDependencyError
 from nbl_export.files import TEMPORARY, atomic_path, read_json, write_json
 from nbl_export.linearize.plan import Plan, load_plan
 from nbl_export.parts import missing, part
 from nbl_export.progress import Listener
 from nbl_export.records import from_json, to_json
 from nbl_export.settings import VerifySettings
-from nbl_export.settings.converting import GGUF_TYPES, ConvertSettings
+from nbl_export.settings.converting import GGUF_TYPES, PRECISIONS, ConvertSettings
 from nbl_export.stage_record import MODEL
 from nbl_export.stages.run import Run
 from nbl_export.verify.parity.figures import Parity
@@ -62,12 +64,17 @@ class Form(ABC):
     def check_engine(self) -> None:
         """Raise :class:`.MissingDependencyError` if it cannot be written without its engine, which is not here."""
         if not self.written_without:
-            raise missing(self.package, f"--precision {self.precision}")
+            raise missing(self.package, self.needing)
 
     @property
     def written_without(self) -> bool:
         """Whether it can be written where its engine is not."""
         return True
+
+    @property
+    def needing(self) -> str:
+        """What was asked that needs the engine for its writing."""
+        return f"--precision {self.precision}"
 
     @abstractmethod
     def check_held(self, plan: Plan) -> None:
@@ -81,9 +88,18 @@ class Form(ABC):
         """What is found of it without the engine."""
         return ()
 
+    @staticmethod
     @abstractmethod
-    def is_here(self) -> bool:
-        """Whether its engine is."""
+    def require() -> object:
+        """Raise :class:`.MissingDependencyError` without its engine."""
+
+    @classmethod
+    def is_here(cls) -> bool:
+        """Whether its engine is, and loads."""
+        with suppress(MissingDependencyError, OSError):
+            cls.require()
+            return True
+        return False
 
     @abstractmethod
     def opened(self, place: Path, rows: int, length: int) -> AbstractContextManager[Stream]:
@@ -151,10 +167,11 @@ class Gguf(Form):
 
         return (check_stored(place, plan),)
 
-    def is_here(self) -> bool:
-        from nbl_export.runtime import llama_cpp
+    @staticmethod
+    def require() -> object:
+        from nbl_export.runtime.llama_cpp import require_llama_cpp
 
-        return llama_cpp.is_here()
+        return require_llama_cpp()
 
     def opened(self, place: Path, rows: int, length: int) -> AbstractContextManager[Stream]:
         from nbl_export.runtime.llama_cpp import LlamaCppStream
@@ -204,10 +221,11 @@ class Mlx(Folder):
 
         return write_mlx
 
-    def is_here(self) -> bool:
-        from nbl_export.runtime import mlx
+    @staticmethod
+    def require() -> object:
+        from nbl_export.runtime.mlx import require_mlx
 
-        return mlx.is_here()
+        return require_mlx()
 
     def opened(self, place: Path, rows: int, length: int) -> AbstractContextManager[Stream]:
         from nbl_export.runtime.mlx import MlxStream
@@ -231,8 +249,9 @@ class Hf(Folder):
 
         return write_hf
 
-    def is_here(self) -> bool:
-        return True  # without it nothing could have been calibrated
+    @staticmethod
+    def require() -> None:
+        """Without it nothing could have been calibrated."""
 
     def opened(self, place: Path, rows: int, length: int) -> AbstractContextManager[Stream]:
         from nbl_export.runtime.transformers import TransformersStream
@@ -240,12 +259,57 @@ class Hf(Folder):
         return nullcontext(TransformersStream(place))
 
 
-FORMS: dict[str, type[Form]] = {"gguf": Gguf, "mlx": Mlx, "hf": Hf}
+class OpenVino(Folder):
+    """A folder for openvino-genai."""
+
+    name, engine, package = "openvino", "OpenVINO", "openvino"
+
+    @property
+    def written_without(self) -> bool:
+        return self.is_here()  # its own writer makes the file
+
+    @property
+    def needing(self) -> str:
+        return "--to openvino"
+
+    def check_held(self, plan: Plan) -> None:
+        from nbl_export.convert.openvino import check_held
+
+        check_held(self.run.model.model)
+
+    @property
+    def writer(self) -> Callable[..., list[Path]]:
+        from nbl_export.convert.openvino import write_openvino
+
+        return write_openvino
+
+    @staticmethod
+    def require() -> object:
+        from nbl_export.runtime.openvino import require_openvino
+
+        return require_openvino()
+
+    def opened(self, place: Path, rows: int, length: int) -> AbstractContextManager[Stream]:
+        from nbl_export.runtime.openvino import OpenVinoStream
+
+        return nullcontext(OpenVinoStream(place))
+
+    def more(self, case: DecoderCase) -> tuple[Check, ...]:
+        from nbl_export.runtime.openvino import TOKENIZERS, tokenize
+        from nbl_export.verify.converted import check_tokens
+
+        if not (self.place / TOKENIZERS[0]).exists():
+            return (Check("tokens", "skipped", "it has no tokenizer of OpenVINO's: give it token ids"),)
+        tokenizer = self.run.model.tokenizer
+        return (check_tokens(case, tokenizer, partial(tokenize, self.place), self.engine),)
+
+
+FORMS: dict[str, type[Form]] = {"gguf": Gguf, "mlx": Mlx, "hf": Hf, "openvino": OpenVino}
 
 
 def conversions_in(ws: Workspace) -> dict[str, Conversion]:
     """What was found of each form in the folder, by the name of its stage."""
-    asked = (ConvertSettings(form, precision) for form in FORMS for precision in GGUF_TYPES)  # type: ignore[arg-type]
+    asked = (ConvertSettings(form, precision) for form in FORMS for precision in PRECISIONS[form])  # type: ignore[arg-type]
     return {_name(one): _kept(ws, one) for one in asked if ws.record(_name(one))}
 
 

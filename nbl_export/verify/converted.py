@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
+from nbl_export.batch.media_ids import words
 from nbl_export.checks import Check
 from nbl_export.graph.precision import precision_of
 from nbl_export.runtime.stream import Stream
@@ -19,6 +21,8 @@ from nbl_export.verify.parity.reference import record_pytorch
 
 # A file of 8 or 4 bits is held to the gates of a graph of as many; the others to those of their dtype.
 _QUANTIZED = {"q8_0": "int8", "q4_k_m": "int4"}
+# Tokens of held-out text that are made text and tokens again.
+TOKENS = 512
 # What runs a form: for so many rows, each of at most so many tokens.
 Opened = Callable[[Path, int, int], AbstractContextManager[Stream]]
 
@@ -59,3 +63,26 @@ def measure_converted(
         f"{dtype} gates"
     )
     return judged(parity, failures, within, lambda: None).checks, parity
+
+
+def check_tokens(
+    case: DecoderCase, tokenizer: Any, tokenize: Callable[[str], list[int]], engine: str
+) -> Check:
+    """Whether an ``engine`` makes the tokens of held-out text that the model's own tokenizer makes."""
+    tokens = words(case.text.heldout).reshape(-1)[:TOKENS]
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    own, found = list(tokenizer(text).input_ids), tokenize(text)
+    if own == found:
+        return Check(
+            "tokens", "passed", f"{len(own)} tokens of held-out text are those of the model's tokenizer"
+        )
+    at = next(
+        (n for n, (a, b) in enumerate(zip(own, found, strict=False)) if a != b), min(len(own), len(found))
+    )
+    where = tokenizer.decode(own[max(0, at - 3) : at + 3])
+    return Check(
+        "tokens",
+        "failed",
+        f"token {at} of held-out text is {found[at : at + 1] or 'missing'} in {engine} and {own[at : at + 1]} in the "
+        f"model's tokenizer, in {where!r}: give {engine} token ids",
+    )

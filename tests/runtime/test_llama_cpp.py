@@ -15,15 +15,16 @@ from nbl_export.convert.gguf_tokenizer import TokenizerFields, fields_of
 from nbl_export.errors import BuildError
 from nbl_export.linearize.plan import DROPPED, Plan
 from nbl_export.progress import Silent
-from nbl_export.runtime.llama_cpp import LlamaCppStream, is_here, quantize
+from nbl_export.runtime.llama_cpp import LlamaCppStream, quantize
+from nbl_export.stages.convert import Gguf
 from nbl_export.verify.parity.decoder import compare, record
 from nbl_export.verify.parity.figures import Parity, gates_for
 from nbl_export.verify.parity.reference import record_pytorch
-from tests.converting import WRONG, wrongly
+from tests.converting import WRONG, needs, wrongly
 from tests.fixtures_graph import ragged_rows
 from tests.tiny_types import tiny_model
 
-pytestmark = pytest.mark.skipif(not is_here(), reason="needs llama.cpp: pip install '.[llamacpp]'")
+pytestmark = needs(Gguf)
 RandomPlan = Callable[[Any, Sequence[Block]], Plan]
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -13,14 +13,15 @@ from nbl_export.convert.mlx import write_mlx
 from nbl_export.errors import BuildError
 from nbl_export.linearize.plan import DROPPED, Plan
 from nbl_export.progress import Silent
-from nbl_export.runtime.mlx import MlxStream, is_here
+from nbl_export.runtime.mlx import MlxStream
+from nbl_export.stages.convert import Mlx
 from nbl_export.verify.parity.figures import Parity
 from tests.convert.test_mlx import NoTokenizer
-from tests.converting import WRONG, assert_as_in_pytorch, stream_parity, wrongly
+from tests.converting import WRONG, assert_as_in_pytorch, needs, stream_parity, wrongly
 from tests.runtime.test_llama_cpp import LLAMA3
 from tests.tiny_types import tiny_model
 
-pytestmark = pytest.mark.skipif(not is_here(), reason="needs mlx-lm: pip install '.[mlx]'")
+pytestmark = needs(Mlx)
 RandomPlan = Callable[[Any, Sequence[Block]], Plan]
 MODELS: dict[str, tuple[str, dict[str, Any], tuple[Block, ...]]] = {
     "llama": ("llama", {}, (0, 2, Mlp(3))),

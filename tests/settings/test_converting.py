@@ -8,7 +8,9 @@ from nbl_export import api
 from nbl_export.convert.gguf import FORMATS, QUANTIZED
 from nbl_export.errors import InputError
 from nbl_export.models.tasks import task_named
-from nbl_export.settings.converting import GGUF_TYPES
+from nbl_export.places import FORMS
+from nbl_export.settings.converting import GGUF_TYPES, PRECISIONS
+from nbl_export.stages.convert import FORMS as STAGES
 
 
 def test_every_precision_is_one_of_the_file() -> None:
@@ -21,11 +23,26 @@ def test_every_precision_is_one_of_the_file() -> None:
         api.ConvertSettings(precision="int4").check()  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("to", ["mlx", "hf"])
-@pytest.mark.parametrize("precision", ["q8_0", "q4_k_m"])
-def test_few_bits_are_of_one_form(to: str, precision: str) -> None:
-    with pytest.raises(InputError, match=f"--precision {precision} is of --to gguf, not of --to {to}"):
+@pytest.mark.parametrize(
+    "to, precision, able, choices",
+    [
+        *(
+            (to, bits, "gguf", "fp32 or fp16")
+            for to in ("mlx", "hf", "openvino")
+            for bits in ("q8_0", "q4_k_m")
+        ),
+        ("openvino", "bf16", "gguf or mlx or hf", "fp32 or fp16, and quantize with the engine's own"),
+    ],
+)
+def test_a_precision_that_the_form_cannot_have(to: str, precision: str, able: str, choices: str) -> None:
+    with pytest.raises(
+        InputError, match=f"--precision {precision} is of --to {able}, not of --to {to}: choose {choices}"
+    ):
         api.ConvertSettings(to, precision).check()  # type: ignore[arg-type]
+
+
+def test_every_form_has_a_folder_and_a_stage() -> None:
+    assert tuple(PRECISIONS) == FORMS == tuple(STAGES)
 
 
 def test_an_encoder_has_no_such_form() -> None:

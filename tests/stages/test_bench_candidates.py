@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -10,10 +11,11 @@ import pytest
 from nbl_export import api
 from nbl_export.errors import InputError
 from nbl_export.graph.io import load_graph
-from nbl_export.runtime.llama_cpp import is_here
 from nbl_export.settings import BenchSettings
 from nbl_export.stages.bench_candidates import Against, bench_candidates, graphs_against, provider_of
+from nbl_export.stages.convert import Gguf, OpenVino
 from nbl_export.stages.run import Run
+from tests.converting import needs
 from tests.listening import Notes
 
 
@@ -63,6 +65,7 @@ def test_graphs_that_cannot_be_told_apart_are_refused(stories_out: Path) -> None
         "PyTorch eager",
         "torch.compile",
         "llama.cpp Q8_0",
+        "openvino fp16, base",
         *engines,
     ):
         for folder in (baseline, stories_out):
@@ -124,30 +127,38 @@ def test_who_takes_part_in_which_order(stories_out: Path, own: Path) -> None:
     assert [c.name for c in plain] == ["base", "linearized", "base again"]
 
 
-@pytest.mark.skipif(not is_here(), reason="needs llama.cpp: pip install '.[llamacpp]'")
-def test_gguf_files_take_part_each_with_its_own_base(own: Path) -> None:
-    settings = BenchSettings(peers=("llama.cpp",), contexts=(16,), batches=(2,), rounds=3, seconds=5.0)
+@pytest.mark.parametrize(
+    "peer, to, precisions, called",
+    [
+        pytest.param("llama.cpp", "gguf", ("fp32", "q8_0"), ("F32", "Q8_0"), marks=needs(Gguf)),
+        pytest.param("openvino", "openvino", ("fp32",), ("fp32",), marks=needs(OpenVino)),
+    ],
+)
+def test_forms_take_part_each_with_its_own_base(
+    own: Path, peer: str, to: str, precisions: Sequence[str], called: Sequence[str]
+) -> None:
+    settings = BenchSettings(peers=(peer,), contexts=(16,), batches=(2,), rounds=3, seconds=5.0)
     with pytest.raises(
-        InputError, match=r"it has none of its plan that passed: run `nbl-export convert .* --to gguf`"
+        InputError, match=rf"has none of its plan that passed: run `nbl-export convert .* --to {to}`"
     ):
         api.bench(own, settings)
-    for precision in ("fp32", "q8_0"):
-        assert api.convert(own, api.ConvertSettings(precision=precision)).passed  # type: ignore[arg-type]
-    files = sorted((own / "gguf").iterdir())
+    for precision in precisions:
+        assert api.convert(own, api.ConvertSettings(to, precision)).passed  # type: ignore[arg-type]
+    files = sorted((own / to).rglob("*"))
     value = api.bench(own, settings)
-    names = ("llama.cpp F32, base", "llama.cpp F32", "llama.cpp Q8_0, base", "llama.cpp Q8_0")
+    names = [f"{peer} {one}{base}" for one in called for base in (", base", "")]
     found = {c.name: c.base for c in value.speed.candidates}
     assert list(found) == ["base", "linearized", *names, "base again"]
-    assert (found[names[1]], found[names[3]]) == (names[0], names[2])
+    assert [found[name] for name in names[1::2]] == names[::2]
     for cell in value.speed.cells:
         assert all(cell.of(name) for name in names) and not cell.absent
-    assert sorted((own / "gguf").iterdir()) == files, "what was made for the race is gone"
+    assert sorted((own / to).rglob("*")) == files, "what was made for the race is gone"
     heard = Notes()
     api.bench(own, settings, heard)
     assert heard.kept == ["bench"]
     api.select(own, api.SelectSettings(k=1, criterion="cca"))
     api.rewrite(own)
-    with pytest.raises(InputError, match="it has none of its plan that passed"):
+    with pytest.raises(InputError, match="has none of its plan that passed"):
         api.bench(own, settings)
 
 

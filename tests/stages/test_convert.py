@@ -20,13 +20,12 @@ from nbl_export.cli import main
 from nbl_export.errors import MissingDependencyError
 from nbl_export.linearize.plan import LinearLayer, load_plan
 from nbl_export.linearize.swap import linearized
-from nbl_export.runtime.llama_cpp import is_here
-from nbl_export.runtime.mlx import is_here as mlx_is_here
 from nbl_export.stages import convert as stage
 from nbl_export.stages.inspection import inspect_path
+from tests.converting import needs
 from tests.listening import Notes
 
-here = pytest.mark.skipif(not is_here(), reason="needs llama.cpp: pip install '.[llamacpp]'")
+here = needs(stage.Gguf)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +105,7 @@ def test_without_llama_cpp_the_file_is_written_and_the_check_says_what_to_instal
     stories_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = Path(shutil.copytree(stories_out, tmp_path / "out", copy_function=shutil.copy2))
-    monkeypatch.setattr("nbl_export.runtime.llama_cpp.is_here", lambda: False)
+    monkeypatch.setattr(stage.Gguf, "is_here", classmethod(lambda _: False))
     value = api.convert(out, api.ConvertSettings(precision="fp32"))
     stored, check = value.checks
     assert (
@@ -116,12 +115,12 @@ def test_without_llama_cpp_the_file_is_written_and_the_check_says_what_to_instal
         and value.passed
     )
     assert (out / value.file).is_file()
-    if is_here():  # once it is there, it is proven
+    if stage.Gguf.is_here():  # once it is there, it is proven
         monkeypatch.undo()
         assert len(api.convert(out, api.ConvertSettings(precision="fp32")).checks) == 4
 
 
-@pytest.mark.skipif(not mlx_is_here(), reason="needs mlx-lm: pip install '.[mlx]'")
+@needs(stage.Mlx)
 def test_a_folder_for_mlx_is_proven_with_its_cache(stories_out: Path, tmp_path: Path) -> None:
     out = Path(shutil.copytree(stories_out, tmp_path / "out", copy_function=shutil.copy2))
     value = api.convert(out, api.ConvertSettings("mlx", "fp32"))
@@ -186,3 +185,19 @@ def test_what_llama_cpp_must_quantize_is_refused_without_it_before_any_work(
     ):
         api.convert(out, api.ConvertSettings(precision="q4_k_m"), heard)
     assert sorted(out.rglob("*")) == before and not heard.tasks
+
+
+@needs(stage.OpenVino)
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_folder_for_openvino_is_proven_with_its_cache_and_its_tokens(
+    stories_out: Path, tmp_path: Path, precision: str
+) -> None:
+    out = Path(shutil.copytree(stories_out, tmp_path / "out", copy_function=shutil.copy2))
+    value = api.convert(out, api.ConvertSettings("openvino", precision))  # type: ignore[arg-type]
+    assert value.passed and value.file == f"openvino/{precision}" and value.parity is not None, value.checks
+    assert {c.name: c.status for c in value.checks} == {"parity": "passed", "tokens": "passed"}
+    assert all(step.kv_max_rel > 0 for step in value.parity.steps)  # keys and values were compared
+    names = {path.name for path in (out / "openvino" / precision).iterdir()}
+    models = ("openvino_model", "openvino_tokenizer", "openvino_detokenizer")
+    assert names >= {"config.json", *(f"{m}.{end}" for m in models for end in ("xml", "bin"))}
+    assert not [name for name in names if name.startswith(".")]

@@ -216,6 +216,28 @@ class LlamaCppPrompt:
         return self._stream.cache_bytes
 
 
+class OpenVinoPrompt:
+    """A folder in OpenVINO, with the precisions of products and cache that it chooses itself."""
+
+    def __init__(self, path: Path, context: int, batch: int = 1) -> None:
+        from nbl_export.runtime.openvino import OpenVinoStream
+
+        self._rows = [timed_row(context)] * batch
+        self._stream = OpenVinoStream(path, defaults=True)
+
+    def prefill(self) -> None:
+        self._stream.prefill_last(self._rows)
+
+    def rewind(self) -> None:
+        self.prefill()  # states are not cut
+
+    def step(self) -> None:
+        self._stream.decode([1] * len(self._rows))
+
+    def memory_bytes(self) -> int:
+        return 0  # it does not say
+
+
 class TorchPrompt:
     """PyTorch with transformers' own cache; ``forward`` is the model, or a compiled form of it."""
 

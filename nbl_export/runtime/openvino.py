@@ -1,0 +1,142 @@
+"""OpenVINO as a :class:`~nbl_export.runtime.stream.Stream`: all rows are one batch on the CPU, padded on the left.
+
+Products and the cache are float32, so that what is compared is the file and not a shortened cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nbl_export.batch.arrays import BOOL, F32, I64
+from nbl_export.batch.names import MASK, POSITIONS, SIDES, TOKENS
+from nbl_export.batch.padding import left_padded
+from nbl_export.errors import BuildError
+from nbl_export.parts import missing
+from nbl_export.runtime.decoder import KV
+
+PACKAGE, TOKENIZERS_PACKAGE = "openvino", "openvino-tokenizers"
+# The model's file as openvino-genai calls it, the tokenizers', and the input that picks rows.
+FILE, BEAMS = "openvino_model.xml", "beam_idx"
+TOKENIZERS = ("openvino_tokenizer.xml", "openvino_detokenizer.xml")
+# Where the file says which layers of the model have keys and values, in the order of its states.
+KV_LAYERS = ("nbl_export", "kv_layers")
+_F32 = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+
+
+def require_openvino() -> Any:
+    """OpenVINO; raises :class:`MissingDependencyError` without it."""
+    try:
+        import openvino
+    except ImportError:
+        raise missing(PACKAGE, "The form for OpenVINO") from None
+    return openvino
+
+
+class OpenVinoStream:
+    """The folder at ``path``; with ``defaults`` its products and its cache are what OpenVINO chooses, and a prefill has
+    the last logits alone: to be timed, not compared.
+
+    Raises :class:`BuildError` for a folder that OpenVINO does not load.
+    """
+
+    def __init__(self, path: Path, defaults: bool = False) -> None:
+        ov = require_openvino()
+        core = ov.Core()
+        try:
+            model = core.read_model(path / FILE)
+            if defaults:
+                _last_logits_alone(model)
+            compiled = core.compile_model(model, "CPU", {} if defaults else _F32)
+        except Exception as error:  # of any kind, in C++
+            raise BuildError(f"OpenVINO does not load {path}: {last_line(error)}.") from error
+        told = str(model.get_rt_info(list(KV_LAYERS)).value) if model.has_rt_info(list(KV_LAYERS)) else ""
+        self.kv_layers: tuple[int, ...] = tuple(map(int, told.split(","))) if told else ()
+        self._names = {port.any_name for port in compiled.inputs}
+        self._request = compiled.create_infer_request()
+        self._tensor = ov.Tensor
+        self._mask = np.zeros((0, 0), dtype=np.int64)
+        self._positions = self._mask
+
+    def prefill(self, rows: Sequence[NDArray[Any]]) -> F32:
+        logits: F32 = self._run(self._begin(rows))[self._mask.astype(bool)]
+        return logits
+
+    def prefill_last(self, rows: Sequence[NDArray[Any]]) -> F32:
+        """Like :meth:`prefill`, but only the logits [rows, vocab] of each row's last token."""
+        return self._run(self._begin(rows))[:, -1]
+
+    def _begin(self, rows: Sequence[NDArray[Any]]) -> I64:
+        self._request.reset_state()
+        ids, self._mask, self._positions = left_padded(rows)
+        return ids
+
+    def decode(self, tokens: Sequence[int]) -> F32:
+        ids = np.array(tokens, dtype=np.int64)[:, None]
+        self._mask = np.concatenate([self._mask, np.ones_like(ids)], axis=1)
+        self._positions = self._positions[:, -1:] + 1
+        return self._run(ids)[:, 0]
+
+    def _run(self, ids: I64) -> F32:
+        """Logits [rows, tokens, vocab]."""
+        given = {
+            TOKENS: ids,
+            MASK: self._mask,
+            POSITIONS: self._positions,
+            BEAMS: np.arange(len(ids), dtype=np.int32),
+        }
+        found = self._request.infer({name: value for name, value in given.items() if name in self._names})
+        return np.array(found[0])
+
+    def cache(self) -> tuple[Sequence[KV], BOOL]:
+        states = {state.name: np.array(state.state.data) for state in self._request.query_state()}
+        found = [
+            tuple(states[f"past_key_values.{n}.{side}present.{n}.{side}"] for side in SIDES)
+            for n in range(len(self.kv_layers))
+        ]
+        return [(keys, values) for keys, values in found], self._mask.astype(bool)
+
+    def reserve(self, tokens: int) -> None:
+        return None
+
+    @property
+    def cached(self) -> int:
+        """The layers that have any keys and values after a prefill."""
+        return sum(int(state.state.get_shape()[2] > 0) for state in self._request.query_state()) // len(SIDES)
+
+
+def _last_logits_alone(model: Any) -> None:
+    """Have logits computed of the last token alone, as openvino-genai does when it loads a folder."""
+    from openvino import opset13 as ops
+
+    node = model.outputs[0].node
+    while node.get_type_name() != "MatMul":
+        node = node.input_value(0).get_node()
+    hidden = node.input(0).get_source_output()
+    first, end, step, axis = (ops.constant([n], np.int64) for n in (-1, np.iinfo(np.int64).max, 1, 1))
+    node.input(0).replace_source_output(ops.slice(hidden, first, end, step, axis).output(0))
+    model.validate_nodes_and_infer_types()
+
+
+def last_line(error: Exception) -> str:
+    """Why OpenVINO failed: its sentence stands below the places in its source."""
+    lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__
+
+
+def tokenize(path: Path, text: str) -> list[int]:
+    """The tokens of ``text`` by the tokenizer in the folder at ``path``, with those that stand around every text.
+
+    Raises :class:`MissingDependencyError` without openvino-tokenizers.
+    """
+    ov = require_openvino()
+    try:
+        import openvino_tokenizers  # noqa: F401  which has the operators of the file
+    except ImportError:
+        raise missing(TOKENIZERS_PACKAGE, "The tokenizer for OpenVINO") from None
+    found = ov.Core().compile_model(path / TOKENIZERS[0], "CPU")([text])
+    return [int(token) for token in found[TOKENS][0]]

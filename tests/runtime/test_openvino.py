@@ -1,0 +1,78 @@
+"""Models and plans in OpenVINO against PyTorch, with their caches, and folders that are wrong."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nbl_export.blocks import Mlp
+from nbl_export.convert.openvino import write_openvino
+from nbl_export.errors import BuildError
+from nbl_export.linearize.plan import LinearLayer, Plan
+from nbl_export.progress import Silent
+from nbl_export.runtime.openvino import FILE, OpenVinoStream
+from nbl_export.stages.convert import OpenVino
+from tests.convert.test_mlx import NoTokenizer
+from tests.converting import needs, stream_parity
+from tests.families import DECODERS, Calibrated, build, calibrated
+from tests.fixtures_graph import ragged_rows
+
+pytestmark = needs(OpenVino)
+# What keeps states of another kind; tests/convert/test_openvino.py sees it refused.
+HYBRIDS = {"lfm2", "bamba", "nemotron_h", "falcon_h1", "qwen3_next", "minimax"}
+
+
+def opened(folder: Path, case: Calibrated, plan: Plan) -> OpenVinoStream:
+    write_openvino(folder, case.model, plan, NoTokenizer(), "float32", Silent())
+    return OpenVinoStream(folder)
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Calibrated:
+    return calibrated(build("llama", tmp_path_factory.mktemp("llama")))
+
+
+@pytest.mark.parametrize("name", sorted(set(DECODERS) - HYBRIDS))
+def test_every_kind_of_attention(name: str, tmp_path: Path) -> None:
+    case = calibrated(build(name, tmp_path / "model"))
+    plan = case.plan((1, Mlp(0)))
+    stream = opened(tmp_path / "form", case, plan)
+    found = stream_parity(stream, case.model, plan)
+    assert found.failures() == [] and all(step.kv_max_rel > 0 for step in found.steps)
+    assert stream.cached == len(stream.kv_layers) and 1 not in stream.kv_layers
+
+
+def test_a_wrong_folder_is_seen(case: Calibrated, tmp_path: Path) -> None:
+    plan = case.plan((1,))
+    (own,) = plan.layers.values()
+    stream = opened(tmp_path / "form", case, plan)
+    for wrong in (LinearLayer(own.w * np.float32(1.01), own.b), LinearLayer(own.w, np.zeros_like(own.b))):
+        assert stream_parity(stream, case.model, replace(plan, layers={1: wrong})).failures() != []
+
+
+def test_without_attention_it_has_no_cache(case: Calibrated, tmp_path: Path) -> None:
+    plan = case.plan((0, 1, 2, 3))
+    stream = opened(tmp_path / "form", case, plan)
+    assert stream.kv_layers == () and stream.cached == 0
+    assert stream_parity(stream, case.model, plan).failures() == []
+
+
+def test_what_is_timed_has_the_last_logits_alone(case: Calibrated, tmp_path: Path) -> None:
+    stream = opened(tmp_path, case, case.plan((1,)))
+    rows = ragged_rows([9, 9], case.model.config.vocab_size)
+    expected = stream.prefill_last(rows), stream.decode([5, 6])
+    timed = OpenVinoStream(tmp_path, defaults=True)
+    for found, own in zip((timed.prefill_last(rows), timed.decode([5, 6])), expected, strict=True):
+        assert found.shape == own.shape and np.abs(found - own).max() < 0.05 * np.abs(own).max()
+    assert timed.prefill_last(rows).tobytes() and timed._run(timed._begin(rows)).shape[1] == 1
+
+
+def test_no_folder_and_a_damaged_one(tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match=r"OpenVINO does not load .*: "):
+        OpenVinoStream(tmp_path)
+    (tmp_path / FILE).write_text("<net>")
+    with pytest.raises(BuildError, match=r"OpenVINO does not load .*: "):
+        OpenVinoStream(tmp_path)
