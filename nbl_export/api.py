@@ -58,8 +58,8 @@ if TYPE_CHECKING:
     from nbl_export.engine.pair import EngineFile
     from nbl_export.report.bench import BenchReport
     from nbl_export.report.evaluation import Evaluation
+    from nbl_export.report.forms import Conversion
     from nbl_export.rewrite.replace import RewriteResult
-    from nbl_export.stages.convert import Conversion
 
 S = TypeVar("S", bound=Settings)
 

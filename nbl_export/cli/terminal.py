@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from nbl_export.report.bench import BenchReport
     from nbl_export.report.diff.values import Diff
     from nbl_export.report.evaluation import Evaluation
+    from nbl_export.report.forms import Conversion
     from nbl_export.rewrite.replace import RewriteResult
-    from nbl_export.stages.convert import Conversion
     from nbl_export.stages.dry_run import DryRun
     from nbl_export.stages.package import Package, Verified
     from nbl_export.stages.push import Pushed

@@ -16,6 +16,7 @@ from nbl_export.linearize.selection import Scores
 from nbl_export.places import Places
 from nbl_export.records import from_json
 from nbl_export.report.environment import environment
+from nbl_export.report.forms import conversions_in
 from nbl_export.report.schema import Graph, Model, Report, Selection
 from nbl_export.rewrite.summary import RewriteSummary
 from nbl_export.workspace import Workspace
@@ -89,6 +90,7 @@ def assemble(
         engine_parity=measured.engine_parity,
         engine_speed=measured.engine_speed,
         bench=_bench_of(ws, records["rewrite"].result),
+        forms=conversions_in(ws, current=True),
         checks=(rewriting, *measured.checks),
         notes=(*(note for r in records.values() for note in r.notes), *measured.notes),
     )

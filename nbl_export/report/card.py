@@ -53,6 +53,7 @@ def without_paths(report: Report) -> Report:
         kept={name: replace(kept, settings=_named(kept.settings)) for name, kept in report.kept.items()},
         bench=report.bench
         and replace(report.bench, settings=_named(report.bench.settings), model=_public(report.bench.model)),
+        forms={},  # their files are not in the package
     )
 
 

@@ -18,6 +18,7 @@ from nbl_export.linearize.selection import Scores
 from nbl_export.models.source import ModelIdentity
 from nbl_export.report.bench import BenchReport
 from nbl_export.report.environment import Environment
+from nbl_export.report.forms import Conversion
 from nbl_export.report.header import Header, load_judged
 from nbl_export.report.legacy import SCHEMA_1, from_version_1
 from nbl_export.rewrite.summary import RewriteSummary
@@ -85,7 +86,8 @@ class Report(Header):
     """A finished report. Sections that were not run are None; a check says why.
 
     ``settings`` are what was asked of each stage, as recorded; ``engines`` the manifests of those that were built;
-    ``bench`` is what `nbl-export bench` measured on the same graphs; ``kept`` are the sections, by name, that an
+    ``bench`` is what `nbl-export bench` measured on the same graphs, and ``forms`` what `nbl-export convert` found of
+    the same plan, by form and precision; ``kept`` are the sections, by name, that an
     earlier verification measured on them, and this one did not.
     """
 
@@ -105,6 +107,7 @@ class Report(Header):
     engine_speed: Speed | None = None
     bench: BenchReport | None = None
     kept: Mapping[str, Kept] = field(default_factory=dict)
+    forms: Mapping[str, Conversion] = field(default_factory=dict)
 
     def asked(self, section: str) -> Mapping[str, Any]:
         """The settings of the verification that measured a ``section``."""

@@ -14,6 +14,7 @@ from nbl_export.engine.manifest import Manifest
 from nbl_export.graph.summary import GraphSummary
 from nbl_export.linearize.figures import per_saving
 from nbl_export.report.drawing import Table, figure, finite, mebibytes, number
+from nbl_export.report.forms import forms_table
 from nbl_export.report.header import Header
 from nbl_export.report.loss import loss_table
 from nbl_export.report.parity import parity_table
@@ -193,6 +194,8 @@ def report_tables(report: Report, brief: bool = False) -> list[Table]:
     if report.engine_speed:
         first, *more = speed_tables(ENGINES, report.engine_speed, brief)
         tables += [_dated(first, report, "engine_speed"), *more]
+    if report.forms:
+        tables.append(forms_table(report.forms))
     if not brief and graph.kept_float32:
         tables.append(precision_table(graph))
     if not brief:

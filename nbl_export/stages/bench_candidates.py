@@ -13,6 +13,7 @@ from nbl_export.batch.names import BASE, LINEARIZED
 from nbl_export.errors import InputError, MissingDependencyError
 from nbl_export.files import sha256_of_file, sha256_of_json
 from nbl_export.parts import part
+from nbl_export.report.forms import conversions_in, stage_of
 from nbl_export.settings import BenchSettings
 from nbl_export.settings.converting import GGUF_TYPES, PRECISIONS
 from nbl_export.stage_record import StageRecord
@@ -155,14 +156,14 @@ def peer_records(ws: Workspace, peer: str) -> dict[str, StageRecord]:
 
     Raises :class:`InputError` if there is none, :class:`MissingDependencyError` without the engine.
     """
-    from nbl_export.stages.convert import FORMS, conversions_in
+    from nbl_export.stages.convert import FORMS
 
     wanted = PEER_FORMS[peer]
     FORMS[wanted].require()
     found = {}
-    for stage, conversion in conversions_in(ws).items():
-        _, form, precision = stage.split(" ")
-        record = ws.current(stage)
+    for name, conversion in conversions_in(ws, current=True).items():
+        form, precision = name.split(" ")
+        record = ws.record(stage_of(form, precision))
         if form == wanted and record is not None and conversion.passed:
             found[precision] = record
     if not found:

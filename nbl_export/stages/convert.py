@@ -6,45 +6,31 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from nbl_export.checks import Check
 from nbl_export.errors import MissingDependencyError
-from nbl_export.files import TEMPORARY, atomic_path, read_json, write_json
+from nbl_export.files import TEMPORARY, atomic_path, write_json
 from nbl_export.linearize.plan import Plan, load_plan
 from nbl_export.parts import missing, part
 from nbl_export.progress import Listener
-from nbl_export.records import from_json, to_json
+from nbl_export.records import to_json
+from nbl_export.report.forms import Conversion, conversions_in, kept_conversion, stage_of
+from nbl_export.report.schema import load_report
 from nbl_export.settings import VerifySettings
-from nbl_export.settings.converting import GGUF_TYPES, PRECISIONS, ConvertSettings
+from nbl_export.settings.converting import GGUF_TYPES, ConvertSettings
 from nbl_export.stage_record import MODEL
 from nbl_export.stages.run import Run
+from nbl_export.stages.verify import finish_drawing, redrawn
 from nbl_export.verify.parity.figures import Parity
-from nbl_export.workspace import Workspace
 
 if TYPE_CHECKING:
     from nbl_export.runtime.stream import Stream
     from nbl_export.verify.case import DecoderCase
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """The form of another engine: its file or folder in the output folder, its bytes, the layers that are linear in it,
-    and what that engine computes with it against PyTorch.
-    """
-
-    file: str
-    bytes: int
-    layers: tuple[str, ...]
-    checks: tuple[Check, ...]
-    parity: Parity | None = None
-
-    @property
-    def passed(self) -> bool:
-        return not any(check.status == "failed" for check in self.checks)
+    from nbl_export.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -307,23 +293,6 @@ class OpenVino(Folder):
 FORMS: dict[str, type[Form]] = {"gguf": Gguf, "mlx": Mlx, "hf": Hf, "openvino": OpenVino}
 
 
-def conversions_in(ws: Workspace) -> dict[str, Conversion]:
-    """What was found of each form in the folder, by the name of its stage."""
-    asked = (ConvertSettings(form, precision) for form in FORMS for precision in PRECISIONS[form])  # type: ignore[arg-type]
-    return {_name(one): _kept(ws, one) for one in asked if ws.record(_name(one))}
-
-
-def _name(settings: ConvertSettings) -> str:
-    """The stage of a form."""
-    return f"convert {settings.to} {settings.precision}"
-
-
-def _kept(ws: Workspace, settings: ConvertSettings) -> Conversion:
-    path = ws.conversion(settings.to, settings.precision)
-    again = f"run `nbl-export convert {ws.root} --to {settings.to}` again"
-    return from_json(Conversion, read_json(path, "The conversion", again), str(path), again)
-
-
 def convert(run: Run, settings: ConvertSettings) -> Conversion:
     """The model with the plan of the folder in the form of another engine, and what that computes with it.
 
@@ -352,8 +321,20 @@ def convert(run: Run, settings: ConvertSettings) -> Conversion:
         return [*files, kept]
 
     # Once the engine is here, what was not proven is.
-    run.stage(_name(settings), settings.as_json() | {"proven": form.is_here()}, made_of, work)
-    return _kept(ws, settings)
+    stage = stage_of(settings.to, settings.precision)
+    run.stage(stage, settings.as_json() | {"proven": form.is_here()}, made_of, work)
+    _add_to_report(ws)
+    return kept_conversion(ws, settings.to, settings.precision)
+
+
+def _add_to_report(ws: Workspace) -> None:
+    """Give the report of the same plan what was found of each form, if there is a report."""
+    finish_drawing(ws)
+    if ws.current("verify") is None:
+        return
+    report = load_report(ws.report / "report.json")
+    if report.forms != (forms := conversions_in(ws, current=True)):
+        redrawn(ws, replace(report, forms=forms))
 
 
 def _verified(form: Form, plan: Plan, listener: Listener) -> tuple[tuple[Check, ...], Parity | None]:

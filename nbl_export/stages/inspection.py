@@ -12,9 +12,9 @@ from nbl_export.places import ENGINE_SUFFIX as ENGINE
 from nbl_export.places import is_package
 from nbl_export.report.assemble import rewrite_of, selection_of
 from nbl_export.report.drawing import Table, mebibytes
+from nbl_export.report.forms import conversions_in, forms_table
 from nbl_export.report.tables import engines_table, graph_table, layers_table
 from nbl_export.rewrite.summary import ProofErrors
-from nbl_export.stages.convert import conversions_in
 from nbl_export.tensorfile import format_of
 from nbl_export.workspace import Workspace, is_workspace
 
@@ -247,23 +247,7 @@ def _folder(path: Path) -> list[Table]:
 
         tables.append(layers_table(selection_of(workspace, load_plan(workspace.plan)), proofs))
     if forms := conversions_in(workspace):
-        lines = [
-            (
-                name.removeprefix("convert "),
-                one.file,
-                mebibytes(one.bytes),
-                check.name,
-                check.status,
-                check.detail,
-            )
-            for name, one in forms.items()
-            for check in one.checks
-        ]
-        tables.append(
-            Table(
-                "Other engines", ("form", "file", "size", "check", "status", "what was found"), tuple(lines)
-            )
-        )
+        tables.append(forms_table(forms))
     return tables
 
 

@@ -20,6 +20,7 @@ from nbl_export.cli import main
 from nbl_export.errors import MissingDependencyError
 from nbl_export.linearize.plan import LinearLayer, load_plan
 from nbl_export.linearize.swap import linearized
+from nbl_export.report.schema import load_report
 from nbl_export.stages import convert as stage
 from nbl_export.stages.inspection import inspect_path
 from tests.converting import needs
@@ -66,12 +67,22 @@ def test_another_precision_is_beside_it(converted: Path, precision: str, tmp_pat
     rows = {row[0]: row[1] for row in stages.rows}
     assert rows["convert gguf fp32"] == rows[f"convert gguf {precision}"] == "done" and "convert" not in rows
     assert forms.title == "Other engines"
-    assert {(row[0], row[3]) for row in forms.rows} == {
+    assert {(row[0], row[4]) for row in forms.rows} == {
         (f"gguf {p}", check)
         for p in ("fp32", precision)
         for check in ("linear layers", "parity", "tokens", "KV cache")
     }
-    assert {row[4] for row in forms.rows} == {"passed"}
+    assert {row[5] for row in forms.rows} == {"passed"}
+    in_report = load_report(out / "report" / "report.json").forms
+    assert list(in_report) == ["gguf fp32", f"gguf {precision}"] and in_report[f"gguf {precision}"] == value
+    assert value.file in (out / "report" / "report.html").read_text()
+    api.verify(out, api.VerifySettings(speed=False, decode_steps=2))
+    assert load_report(out / "report" / "report.json").forms == in_report, "a later verification keeps them"
+    api.select(out, api.SelectSettings(k=1, criterion="cca"))
+    api.rewrite(out)
+    assert not api.verify(out, api.VerifySettings(speed=False, decode_steps=2)).forms, (
+        "they are of another plan"
+    )
     assert value.bytes < (converted / "gguf" / "model-F32.gguf").stat().st_size
 
 
