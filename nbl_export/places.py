@@ -6,7 +6,7 @@ from pathlib import Path
 
 ENGINE_SUFFIX = ".engine"
 # Forms of other engines, the first a file; the others are folders, one for each precision.
-FORMS = ("gguf", "mlx", "hf", "openvino")
+FORMS = ("gguf", "mlx", "hf", "openvino", "decilm")
 FOLDER_PRECISIONS = ("fp32", "fp16", "bf16")
 
 

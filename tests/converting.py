@@ -14,7 +14,7 @@ from nbl_export.convert.gguf_tokenizer import TokenizerFields
 from nbl_export.linearize.plan import LinearLayer, Plan
 from nbl_export.models.layers import hidden_size, layer_count
 from nbl_export.parts import part
-from nbl_export.stages.convert import Form
+from nbl_export.stages.forms import Form
 from nbl_export.verify.parity.decoder import compare, record
 from nbl_export.verify.parity.figures import Parity, gates_for
 from nbl_export.verify.parity.reference import record_pytorch

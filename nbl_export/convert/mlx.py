@@ -7,7 +7,7 @@ narrower one gets zeros, which change nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,8 @@ ARCHITECTURE = "nemotron-nas"
 _MULTIPLE = 256  # of the inner width of an MLP
 _QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
+# What W is called in the place of a module.
+_MATRICES = {"self_attn": "linear", "mlp": "linear"}
 _Tensor = tuple[str, F32]
 
 
@@ -42,10 +44,26 @@ def write_mlx(
     :class:`InputError`, before anything is written, for what the architecture cannot hold.
     """
     check_held(model, plan)
+    return write_folder(folder, model, plan, tokenizer, Shards(folder, dtype, "mlx"), _MATRICES, listener)
+
+
+def write_folder(
+    folder: Path,
+    model: torch.nn.Module,
+    plan: Plan,
+    tokenizer: Any,
+    files: Shards,
+    matrices: Mapping[str, str],
+    listener: Listener,
+    told: Mapping[str, Any] | None = None,
+) -> list[Path]:
+    """Write the folder into ``files``; ``matrices`` says what W of an attention and of an MLP is called, and ``told``
+    what its configuration says beside the usual.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "config.json"
     config.unlink(missing_ok=True)
-    files, source = Shards(folder, dtype, "mlx"), _Source(model, plan)
+    source = _Source(model, plan, matrices)
     files.add(*source.own("model.embed_tokens.weight"))
     with listener.task("Writing weights", plan.layer_count, "layers") as task:
         for layer in range(plan.layer_count):
@@ -57,7 +75,7 @@ def write_mlx(
         files.add(*source.own("lm_head.weight"))
     written = files.finish()
     written += save_tokenizer(tokenizer, folder)
-    write_json(config, configuration(model, plan))
+    write_json(config, {**configuration(model, plan), **(told or {})})
     return [*written, config]
 
 
@@ -133,15 +151,17 @@ def _has_bias(model: torch.nn.Module, plan: Plan, attention: bool) -> bool:
         (f".self_attn.{name}.bias" for name in _QKVO) if attention else (f".mlp.{name}.bias" for name in _MLP)
     )
     ends = tuple(names)
-    linear = any(isinstance(block, Mlp) is not attention for block in plan.layers)
+    linear = any(
+        isinstance(block, Mlp) is not attention and one.b.any() for block, one in plan.layers.items()
+    )
     return linear or any(name.endswith(ends) for name, _ in model.named_parameters())
 
 
 class _Source:
     """Where the tensors of the folder come from, each a name and its numbers: a model like Llama, and the plan."""
 
-    def __init__(self, model: torch.nn.Module, plan: Plan) -> None:
-        self._model, self._plan, self._inner = model, plan, _inner(model.config)
+    def __init__(self, model: torch.nn.Module, plan: Plan, matrices: Mapping[str, str]) -> None:
+        self._model, self._plan, self._inner, self._matrices = model, plan, _inner(model.config), matrices
         self._biased, self._mlp_biased = (_has_bias(model, plan, attention) for attention in (True, False))
         self._names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
 
@@ -162,8 +182,10 @@ class _Source:
             yield self.own(f"{at}.{norm}.weight")
             if block in plan.layers:
                 linear = plan.layers[block]
-                yield f"{at}.{module}.linear.weight", linear.w
-                yield f"{at}.{module}.linear.bias", linear.b
+                name = f"{at}.{module}.{self._matrices[module]}"
+                yield f"{name}.weight", linear.w
+                if self._biased if module == "self_attn" else self._mlp_biased:
+                    yield f"{name}.bias", linear.b
             elif module == "self_attn":
                 for name in _QKVO:
                     yield from self._projection(f"{at}.self_attn.{name}", self._biased)

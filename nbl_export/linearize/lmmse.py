@@ -84,6 +84,17 @@ def fit_lmmse(moments: LayerMoments, fit_input: FitInput, ridge: float = DEFAULT
     return LinearFit(w, b, error_of_map(w, b, c), used)
 
 
+def constant_direction(c: Covariances) -> F64:
+    """v [d], of which vᵀu is closest to 1: E[uuᵀ]⁻¹ E[u], with the ridge of a fit."""
+    second = c.c_uu + np.outer(c.mean_u, c.mean_u)
+
+    def solve(ridge: float) -> tuple[F64, float]:
+        factor = scipy.linalg.cho_factor(second + ridge * np.diag(c.power_u), lower=True)
+        return scipy.linalg.cho_solve(factor, c.mean_u), ridge
+
+    return _with_growing_ridge(solve, DEFAULT_RIDGE)[0]
+
+
 @dataclass(frozen=True)
 class Truncated:
     """A linear layer of rank r: ``up`` [d, r] · ``down`` [r, d], and b [d], float64.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +29,17 @@ def require_mlx() -> tuple[Any, Any]:
 
 
 class MlxStream(RowStream):
-    """The folder at ``path`` on the CPU.
+    """The folder at ``path`` on the CPU. Of its tensors' names the parts in ``renamed`` are others in mlx-lm.
 
     Raises :class:`BuildError` for a folder that mlx-lm does not load.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, renamed: Mapping[str, str] | None = None) -> None:
         super().__init__()
         self._mx, load_model = require_mlx()
         self._mx.set_default_device(self._mx.cpu)
         try:
-            self._model, config = load_model(path)
+            self._model, config = load_model(path, **_reading(renamed or {}))
         except Exception as error:  # its own code may raise anything
             raise BuildError(f"mlx-lm does not load {path}: {first_line(error)[:300]}.") from error
         states = [block["attention"] for block in config["block_configs"]]
@@ -67,3 +69,26 @@ class MlxStream(RowStream):
     def cached(self) -> int:
         """The layers that have any keys and values after a prefill."""
         return sum(one.offset > 0 for one in self._caches[0])
+
+
+def _reading(renamed: Mapping[str, str]) -> dict[str, Any]:
+    """What has ``load_model`` rename tensors."""
+    if not renamed:
+        return {}
+
+    def classes(config: Mapping[str, Any]) -> tuple[Any, Any]:
+        module: Any = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
+
+        class Renamed(module.Model):  # type: ignore[misc,name-defined]  # of a module found by its name
+            def sanitize(self, weights: Mapping[str, Any]) -> Any:
+                return super().sanitize({_name(key, renamed): value for key, value in weights.items()})
+
+        return Renamed, module.ModelArgs
+
+    return {"get_model_classes": classes}
+
+
+def _name(key: str, renamed: Mapping[str, str]) -> str:
+    for other, own in renamed.items():
+        key = key.replace(other, own)
+    return key

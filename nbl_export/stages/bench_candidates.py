@@ -156,7 +156,7 @@ def peer_records(ws: Workspace, peer: str) -> dict[str, StageRecord]:
 
     Raises :class:`InputError` if there is none, :class:`MissingDependencyError` without the engine.
     """
-    from nbl_export.stages.convert import FORMS
+    from nbl_export.stages.forms import FORMS
 
     wanted = PEER_FORMS[peer]
     FORMS[wanted].require()
@@ -183,7 +183,8 @@ def _peer_names(peer: str, precision: str) -> tuple[str, str]:
 def _peers(run: Run, peer: str, stack: ExitStack) -> Iterator[Candidate]:
     """Each form of the folder for an engine, and the unmodified model in the same precision, made for the race."""
     from nbl_export.linearize.plan import load_plan
-    from nbl_export.stages.convert import FORMS, unmodified_form
+    from nbl_export.stages.convert import unmodified_form
+    from nbl_export.stages.forms import FORMS
     from nbl_export.verify.speed.candidates import Candidate, LlamaCppPrompt, OpenVinoPrompt
 
     prompts: dict[str, Callable[[Path, int, int], Prompt]] = {

@@ -13,7 +13,7 @@ from nbl_export.models.load import load_tokenizer
 from nbl_export.models.source import find_model
 from nbl_export.progress import Silent
 from nbl_export.runtime.openvino import FILE, TOKENIZERS, tokenize
-from nbl_export.stages.convert import OpenVino
+from nbl_export.stages.forms import OpenVino
 from tests.convert.test_mlx import NoTokenizer
 from tests.converting import needs
 from tests.families import Calibrated, build, calibrated, unsaved

@@ -16,7 +16,7 @@ from nbl_export.errors import BuildError
 from nbl_export.linearize.plan import DROPPED, Plan
 from nbl_export.progress import Silent
 from nbl_export.runtime.llama_cpp import LlamaCppStream, quantize
-from nbl_export.stages.convert import Gguf
+from nbl_export.stages.forms import Gguf
 from nbl_export.verify.parity.decoder import compare, record
 from nbl_export.verify.parity.figures import Parity, gates_for
 from nbl_export.verify.parity.reference import record_pytorch

@@ -14,7 +14,7 @@ from nbl_export.errors import BuildError
 from nbl_export.linearize.plan import DROPPED, Plan
 from nbl_export.progress import Silent
 from nbl_export.runtime.mlx import MlxStream
-from nbl_export.stages.convert import Mlx
+from nbl_export.stages.forms import Mlx
 from nbl_export.verify.parity.figures import Parity
 from tests.convert.test_mlx import NoTokenizer
 from tests.converting import WRONG, assert_as_in_pytorch, needs, stream_parity, wrongly

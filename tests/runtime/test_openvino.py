@@ -14,7 +14,7 @@ from nbl_export.errors import BuildError
 from nbl_export.linearize.plan import LinearLayer, Plan
 from nbl_export.progress import Silent
 from nbl_export.runtime.openvino import FILE, OpenVinoStream
-from nbl_export.stages.convert import OpenVino
+from nbl_export.stages.forms import OpenVino
 from tests.convert.test_mlx import NoTokenizer
 from tests.converting import needs, stream_parity
 from tests.families import DECODERS, Calibrated, build, calibrated

@@ -10,7 +10,7 @@ from nbl_export.errors import InputError
 from nbl_export.models.tasks import task_named
 from nbl_export.places import FORMS
 from nbl_export.settings.converting import GGUF_TYPES, PRECISIONS
-from nbl_export.stages.convert import FORMS as STAGES
+from nbl_export.stages.forms import FORMS as STAGES
 
 
 def test_every_precision_is_one_of_the_file() -> None:
@@ -28,10 +28,15 @@ def test_every_precision_is_one_of_the_file() -> None:
     [
         *(
             (to, bits, "gguf", "fp32 or fp16")
-            for to in ("mlx", "hf", "openvino")
+            for to in ("mlx", "hf", "openvino", "decilm")
             for bits in ("q8_0", "q4_k_m")
         ),
-        ("openvino", "bf16", "gguf or mlx or hf", "fp32 or fp16, and quantize with the engine's own"),
+        (
+            "openvino",
+            "bf16",
+            "gguf or mlx or hf or decilm",
+            "fp32 or fp16, and quantize with the engine's own",
+        ),
     ],
 )
 def test_a_precision_that_the_form_cannot_have(to: str, precision: str, able: str, choices: str) -> None:

@@ -13,7 +13,7 @@ from nbl_export.errors import InputError
 from nbl_export.graph.io import load_graph
 from nbl_export.settings import BenchSettings
 from nbl_export.stages.bench_candidates import Against, bench_candidates, graphs_against, provider_of
-from nbl_export.stages.convert import Gguf, OpenVino
+from nbl_export.stages.forms import Gguf, OpenVino
 from nbl_export.stages.run import Run
 from tests.converting import needs
 from tests.listening import Notes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from nbl_export.errors import MissingDependencyError
 from nbl_export.linearize.plan import LinearLayer, load_plan
 from nbl_export.linearize.swap import linearized
 from nbl_export.report.schema import load_report
-from nbl_export.stages import convert as stage
+from nbl_export.stages import forms as stage
 from nbl_export.stages.inspection import inspect_path
 from tests.converting import needs
 from tests.listening import Notes
@@ -126,9 +127,15 @@ def test_without_llama_cpp_the_file_is_written_and_the_check_says_what_to_instal
         and value.passed
     )
     assert (out / value.file).is_file()
-    if stage.Gguf.is_here():  # once it is there, it is proven
-        monkeypatch.undo()
+    if stage.FORMS["gguf"].is_here():
+        pytest.fail("it was said to be away")
+    monkeypatch.undo()
+    if stage.Gguf.is_here():  # once it is there, it is proven, and stays so where it is no more
         assert len(api.convert(out, api.ConvertSettings(precision="fp32")).checks) == 4
+        monkeypatch.setattr(stage.Gguf, "is_here", classmethod(lambda _: False))
+        heard = Notes()
+        assert len(api.convert(out, api.ConvertSettings(precision="fp32"), heard).checks) == 4
+        assert heard.kept == ["convert gguf fp32"]
 
 
 @needs(stage.Mlx)
@@ -196,6 +203,20 @@ def test_what_llama_cpp_must_quantize_is_refused_without_it_before_any_work(
     ):
         api.convert(out, api.ConvertSettings(precision="q4_k_m"), heard)
     assert sorted(out.rglob("*")) == before and not heard.tasks
+
+
+@needs(stage.DeciLm)
+def test_a_folder_for_decilm_says_what_leaving_b_out_costs(stories_out: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(stories_out, tmp_path / "out", copy_function=shutil.copy2))
+    value = api.convert(out, api.ConvertSettings("decilm", "fp32"))
+    assert value.passed and value.file == "decilm/fp32" and value.parity is not None, value.checks
+    parity, cost = value.checks
+    assert (parity.name, parity.status, cost.name) == ("parity", "passed", "without b")
+    ratio, with_b = (float(text) for text in re.findall(r"(?:ratio|with b) ([\d.]+)", cost.detail))
+    report = load_report(out / "report" / "report.json")
+    assert with_b == pytest.approx(report.method_loss.perplexity_ratio, abs=1e-4)  # type: ignore[union-attr]
+    assert with_b < ratio < 1.5 * with_b, "it costs something, and not much"
+    assert list(report.forms) == ["decilm fp32"]
 
 
 @needs(stage.OpenVino)
