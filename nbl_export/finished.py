@@ -73,16 +73,18 @@ def package(
     listener: Listener | None = None,
     rehash: bool = False,
     web: bool = False,
+    base: bool = False,
 ) -> Package:
     """Write what a deployment needs of ``out`` to the folder ``to``, which :func:`verify_package` takes anywhere.
 
-    With ``web`` it has the layout of transformers.js. The model that ``out`` was made from is not needed.
+    With ``web`` it has the layout of transformers.js, with ``base`` the unmodified graph as well. The model that
+    ``out`` was made from is not needed.
     """
     from nbl_export.stages.package import package as write_package
 
     ws = Workspace.open(Path(out), kept_digests(Path(out), rehash, listener))
     with ws.lock():
-        return write_package(ws, Path(to), listener or Silent(), web)
+        return write_package(ws, Path(to), listener or Silent(), web, base)
 
 
 @in_one_process

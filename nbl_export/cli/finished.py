@@ -6,6 +6,7 @@ from typing import Any
 
 from nbl_export.cli.options import (
     After,
+    Base,
     Before,
     Config,
     Folder,
@@ -89,11 +90,18 @@ def chat(
 
 
 def package(
-    out: Out, /, *, to: Folder, layout: Layout = "folder", rehash: Rehash = False, said: Said = Said()
+    out: Out,
+    /,
+    *,
+    to: Folder,
+    layout: Layout = "folder",
+    base: Base = False,
+    rehash: Rehash = False,
+    said: Said = Said(),
 ) -> None:
     """Write what a deployment needs, and can verify, to a folder of its own."""
     api, terminal = loaded(said)
-    value = api.package(out, to, terminal.TerminalListener(), rehash, layout == "web")
+    value = api.package(out, to, terminal.TerminalListener(), rehash, layout == "web", base)
     terminal.show_package(value, to)
 
 

@@ -42,6 +42,7 @@ Folder = Annotated[
 Layout = Annotated[
     Literal["folder", "web"], option("Where the graph lies; web is that of transformers.js.", "--layout")
 ]
+Base = Annotated[bool, option("The unmodified graph, too, to compare with.", "--base")]
 Repository = Annotated[str, option("Repository of the Hugging Face Hub: OWNER/NAME.", "--to")]
 Upload = Annotated[bool, option("Upload it; else it is said what would be.", "--upload")]
 Public = Annotated[bool, option("A repository that is made for it is public, not private.", "--public")]

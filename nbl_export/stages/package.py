@@ -2,6 +2,7 @@
 
     model.onnx, model.onnx.data     the linearized graph with all its weights, the same as in the output folder
     config.json, tokenizer …        what lies beside it; embedding.onnx of a graph that reads embeddings
+    base.onnx, base.onnx.data       the unmodified graph, where it is wanted
     engine/model.engine …           the linearized engine and its manifest, if there is one
     report/                         the report of the verification
     README.md                       a model card, which may be edited
@@ -28,7 +29,7 @@ from nbl_export import __version__
 from nbl_export.blocks import Block
 from nbl_export.checks import Check
 from nbl_export.errors import BuildError, InputError
-from nbl_export.export.web import adapt_configs, web_names
+from nbl_export.export.web import BASE, adapt_configs, size_cache, web_names
 from nbl_export.files import (
     TEMPORARY,
     member,
@@ -51,6 +52,7 @@ from nbl_export.report.render import write_report
 from nbl_export.report.schema import load_report
 from nbl_export.settings import VerifySettings
 from nbl_export.stages.build import current_engines
+from nbl_export.stages.rewrite import check_baseline
 from nbl_export.stages.run import graphs_on
 from nbl_export.stages.verify import measured
 from nbl_export.verify.measurement import Measurement
@@ -116,11 +118,11 @@ def whole_package(root: Path) -> Package:
     return found
 
 
-def package(ws: Workspace, to: Path, listener: Listener, web: bool = False) -> Package:
+def package(ws: Workspace, to: Path, listener: Listener, web: bool = False, base: bool = False) -> Package:
     """Write the package of ``ws`` to the folder ``to``, whole or not at all; an earlier package there is replaced.
 
-    With ``web`` it has the layout of transformers.js. Raises :class:`InputError` if the output folder has no report of
-    its graph that says PASS.
+    With ``web`` it has the layout of transformers.js, with ``base`` the unmodified graph as well. Raises
+    :class:`InputError` if the output folder has no report of its graph that says PASS.
     """
     ws.require("verify")
     report = load_report(ws.report / "report.json")
@@ -129,9 +131,14 @@ def package(ws: Workspace, to: Path, listener: Listener, web: bool = False) -> P
         raise InputError(f"The report of {ws.root} says FAIL ({failed}): what is not proven is not packaged.")
     source = part_from_json(ModelIdentity, ws.model_info or {}, "The record of the model", "start again")
     _check_place(ws, to)
+    if base:
+        check_baseline(ws)
     graph, data = web_names(report.graph.precision) if web else (ws.model.name, "")
     with _made(to) as root:
-        _write_graph(ws, root / graph, data, listener)
+        _write_graph(ws.model, root / graph, data, listener, web)
+        if base:
+            beside = web_names(report.graph.precision, BASE) if web else (f"{BASE}.onnx", "")
+            _write_graph(ws.baseline, root / beside[0], beside[1] or f"{BASE}.onnx.data", listener, web)
         for path in _copied(ws):
             target = root / path.relative_to(ws.root)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -202,13 +209,16 @@ class _Packaged(Places):
         return self.root / self._graph
 
 
-def _write_graph(ws: Workspace, to: Path, data: str, listener: Listener) -> None:
-    """The linearized graph with all its weights in its own file; it is held to be the same."""
+def _write_graph(source: Path, to: Path, data: str, listener: Listener, web: bool) -> None:
+    """The graph at ``source`` with all its weights in its own file; it is held to be the same."""
     from nbl_export.graph.cache import KV_LAYERS_KEY, LAYERS_KEY
     from nbl_export.graph.io import load_graph, save_graph
     from nbl_export.graph.same import difference
+    from nbl_export.runtime.session import check_like
 
-    graph = load_graph(ws.model)
+    graph = load_graph(source)
+    if web:
+        size_cache(graph)
     size = sum(v.const_value.nbytes for v in graph.graph.initializers.values() if v.const_value is not None)
     to.parent.mkdir(exist_ok=True)
     free = shutil.disk_usage(to.parent).free
@@ -219,10 +229,10 @@ def _write_graph(ws: Workspace, to: Path, data: str, listener: Listener) -> None
             "--output."
         )
     with listener.task("Writing the graph", size, "bytes") as task:
-        save_graph(graph, to, progress=task.advance, data_name=data)
+        save_graph(graph, to, check_like(source), task.advance, data_name=data)
     keys = (LAYERS_KEY, KV_LAYERS_KEY)
-    if other := difference(load_graph(ws.model), load_graph(to), keys):
-        raise BuildError(f"The packaged graph is not that of {ws.root}: {other}.")
+    if other := difference(load_graph(source), load_graph(to), keys):
+        raise BuildError(f"The packaged graph is not {source}: {other}.")
 
 
 def _copied(ws: Workspace) -> Iterator[Path]:

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 from nbl_export.errors import InputError
-from nbl_export.export.web import adapt_configs, web_names
+from nbl_export.export.web import BASE, adapt_configs, size_cache, web_names
+from nbl_export.graph.cache import kv_pairs
+from nbl_export.graph.io import load_graph
+from tests.exporters import GRAPH, Graphs
 
 
 @pytest.mark.parametrize(
@@ -17,6 +20,18 @@ from nbl_export.export.web import adapt_configs, web_names
 )
 def test_the_graph_is_named_by_its_precision(precision: str, name: str) -> None:
     assert web_names(precision) == (f"onnx/{name}.onnx", f"{name}.onnx_data")
+    beside = name.replace("model", "base")
+    assert web_names(precision, BASE) == (f"onnx/{beside}.onnx", f"{beside}.onnx_data")
+
+
+def test_each_head_of_the_cache_has_its_size(graphs: Graphs) -> None:
+    """onnxruntime-genai's builder gives it a name, by which transformers.js makes heads of no size."""
+    model = load_graph(graphs("genai-fp32", "llama-gqa") / GRAPH)
+    values = [value for pair in kv_pairs(model) for value in (*pair.past, *pair.present)]
+    assert {str(value.shape[3]) for value in values if value.shape} == {"kv_cache_dim"}
+    size_cache(model)
+    assert {value.shape[1:4:2] for value in values if value.shape} == {(2, 16)}
+    assert {str(value.shape[0]) for value in values if value.shape} == {"batch_size"}
 
 
 def test_bfloat16_is_refused() -> None:
@@ -35,7 +50,7 @@ def test_what_the_configurations_say(tmp_path: Path) -> None:
         "hidden_size": 64,
         "transformers.js_config": {
             "dtype": "fp16",
-            "use_external_data_format": {"model_fp16.onnx": 1},
+            "use_external_data_format": {"model_fp16.onnx": 1, "base_fp16.onnx": 1},
             "kv_cache_dtype": {"fp16": "float16"},
         },
     }
@@ -58,5 +73,5 @@ def test_an_image_encoder_has_no_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     adapt_configs(tmp_path, "fp32", generates=False)
     told = json.loads((tmp_path / "config.json").read_text())["transformers.js_config"]
-    assert told == {"dtype": "fp32", "use_external_data_format": {"model.onnx": 1}}
+    assert told == {"dtype": "fp32", "use_external_data_format": {"model.onnx": 1, "base.onnx": 1}}
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

@@ -26,6 +26,8 @@ from nbl_export.rewrite.replace import rewrite_file
 from nbl_export.runtime.ort import ort_stream
 from nbl_export.stages import package as stage
 from nbl_export.stages.package import load_package
+from nbl_export.stages.rewrite import drop_baseline
+from nbl_export.workspace import Workspace
 from tests.command_line import nbl
 from tests.encoders import as_sentence_transformer, text_encoder, vision_encoder, write_images, write_text
 from tests.mutations import OF_WEIGHTS
@@ -79,6 +81,29 @@ def test_the_graph_is_the_verified_one_with_all_weights_beside_it(packaged: Path
     rows = [np.array([1, 5, 9, 33], np.int32)]
     found, expected = (ort_stream(root / "model.onnx", 4).prefill(rows) for root in (packaged, stories_out))
     assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("web", [False, True])
+def test_with_the_unmodified_graph_beside_it(
+    stories_out: Path, stories_folder: Path, tmp_path: Path, web: bool
+) -> None:
+    to = tmp_path / "package"
+    known = api.package(stories_out, to, web=web, base=True)
+    graph, end = ("onnx/base.onnx", "_data") if web else ("base.onnx", ".data")
+    assert {graph, f"{graph}{end}"} <= known.files.keys() == {*files(to)} - {*UNSEALED}
+    base = load_graph(to / graph)
+    assert difference(load_graph(stories_out / "baseline/model.onnx"), base) == ""
+    assert known.graph.endswith("model.onnx") and api.verify_package(to, stories_folder).passed
+    (to / graph).write_bytes(b"another")
+    with pytest.raises(InputError, match=r"base\.onnx is missing or was changed after it was packaged"):
+        api.verify_package(to, stories_folder)
+
+
+def test_the_unmodified_graph_that_is_gone_is_not_packaged(stories_copy: Path, tmp_path: Path) -> None:
+    drop_baseline(Workspace.open(stories_copy))
+    with pytest.raises(InputError, match="has no unmodified graph any more"):
+        api.package(stories_copy, tmp_path / "package", base=True)
+    assert not (tmp_path / "package").exists()
 
 
 def test_inspect_shows_what_it_is(packaged: Path) -> None:
