@@ -72,19 +72,19 @@ def package(
     to: str | Path,
     listener: Listener | None = None,
     rehash: bool = False,
-    web: bool = False,
+    layout: str = "folder",
     base: bool = False,
 ) -> Package:
     """Write what a deployment needs of ``out`` to the folder ``to``, which :func:`verify_package` takes anywhere.
 
-    With ``web`` it has the layout of transformers.js, with ``base`` the unmodified graph as well. The model that
-    ``out`` was made from is not needed.
+    ``layout`` is ``web`` for transformers.js and ``triton`` for Triton; with ``base`` it has the unmodified graph as
+    well. The model that ``out`` was made from is not needed.
     """
     from nbl_export.stages.package import package as write_package
 
     ws = Workspace.open(Path(out), kept_digests(Path(out), rehash, listener))
     with ws.lock():
-        return write_package(ws, Path(to), listener or Silent(), web, base)
+        return write_package(ws, Path(to), listener or Silent(), layout, base)
 
 
 @in_one_process

@@ -51,3 +51,14 @@ transformers_js() {
   fi
   echo "$folder"
 }
+
+# triton_schema: print the path of the schema of Triton's model configurations, from the PyPI package of its client.
+# --no-deps: what the client itself needs is not.
+triton_schema() {
+  local folder=$PWD/.cache/triton
+  if [ ! -f "$folder/tritonclient/grpc/model_config_pb2.py" ]; then
+    echo "Fetching Triton's schema (1 MB) from PyPI ..." >&2
+    "${PYTHON:-python3}" -m pip install --quiet --disable-pip-version-check --no-deps --target "$folder" 'tritonclient>=2.60' >&2 || return 0
+  fi
+  echo "$folder/tritonclient/grpc/model_config_pb2.py"
+}

@@ -101,7 +101,7 @@ def package(
 ) -> None:
     """Write what a deployment needs, and can verify, to a folder of its own."""
     api, terminal = loaded(said)
-    value = api.package(out, to, terminal.TerminalListener(), rehash, layout == "web", base)
+    value = api.package(out, to, terminal.TerminalListener(), rehash, layout, base)
     terminal.show_package(value, to)
 
 

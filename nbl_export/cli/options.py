@@ -40,7 +40,8 @@ Folder = Annotated[
     Path, option("Folder of the package; an earlier package there is replaced.", "--output", "-o")
 ]
 Layout = Annotated[
-    Literal["folder", "web"], option("Where the graph lies; web is that of transformers.js.", "--layout")
+    Literal["folder", "web", "triton"],
+    option("Where the graph lies: web is for transformers.js, triton a model repository.", "--layout"),
 ]
 Base = Annotated[bool, option("The unmodified graph, too, to compare with.", "--base")]
 Repository = Annotated[str, option("Repository of the Hugging Face Hub: OWNER/NAME.", "--to")]

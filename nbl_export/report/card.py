@@ -39,6 +39,8 @@ _WEB = """import {{ pipeline }} from "@huggingface/transformers";
 const run = await pipeline("{task}", "OWNER/NAME");
 console.log(await run("Once upon a time"));"""
 
+_TRITON = "tritonserver --model-repository models"
+
 
 def without_paths(report: Report) -> Report:
     """``report`` with the names of files and folders in the place of their paths, which are a machine's own."""
@@ -106,7 +108,7 @@ def _license_of_gguf(path: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def model_card(report: Report, license: str | None = None, web: bool = False) -> str:
+def model_card(report: Report, license: str | None = None, layout: str = "folder") -> str:
     """The card in Markdown with its front matter; ``report`` names no paths (:func:`without_paths`)."""
     # A report may come from somebody else: what is no Hub id makes no link.
     hub = report.model.kind == "hub" and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", report.model.source) is not None
@@ -114,11 +116,15 @@ def model_card(report: Report, license: str | None = None, web: bool = False) ->
     header: dict[str, object] = {
         **({"license": license} if license else {}),
         **({"base_model": report.model.source} if hub else {}),
-        "library_name": "transformers.js" if web else "onnx",
+        "library_name": "transformers.js" if layout == "web" else "onnx",
         "pipeline_tag": task,
         "tags": ["onnx", "neural-block-linearization", "nbl-export"],
     }
     plots = report_plots(report)
+    in_python = _GENERATION if report.graph.task is None else _ENCODER
+    language, use = {"web": ("js", _WEB.format(task=task)), "triton": ("bash", _TRITON)}.get(
+        layout, ("python", in_python)
+    )
     return filled(
         "card.md.j2",
         header={name: json.dumps(value) for name, value in header.items()},
@@ -129,8 +135,8 @@ def model_card(report: Report, license: str | None = None, web: bool = False) ->
         replaced=replaced_line(report),
         headlines=headlines(report),
         plots={name: plots[name] for name in ("k-curve", "speed") if name in plots},
-        language="js" if web else "python",
-        use=_WEB.format(task=task) if web else _GENERATION if report.graph.task is None else _ENCODER,
+        language=language,
+        use=use,
         making=making(report),
         license=f"{license}, as the base model's files say." if license else UNKNOWN,
     )

@@ -9,7 +9,7 @@
     nbl/                            what it is verified by: the plan, and the held-out rows of the text or images
     package.json                    what it is, and the SHA-256 of every other file
 
-The layout of transformers.js has the graph in onnx/, named by its precision (:mod:`nbl_export.export.web`).
+In the layouts of transformers.js and Triton the graph lies elsewhere (:mod:`nbl_export.export.layouts`).
 
 No path of this machine is in it. The unmodified graph, the moments, the calibration text and whatever was measured on
 the way stay behind.
@@ -19,17 +19,18 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nbl_export import __version__
+from nbl_export.batch.names import BASE, LINEARIZED
 from nbl_export.blocks import Block
 from nbl_export.checks import Check
 from nbl_export.errors import BuildError, InputError
-from nbl_export.export.web import BASE, adapt_configs, size_cache, web_names
+from nbl_export.export.layouts import LAYOUTS
 from nbl_export.files import (
     TEMPORARY,
     member,
@@ -57,6 +58,9 @@ from nbl_export.stages.run import graphs_on
 from nbl_export.stages.verify import measured
 from nbl_export.verify.measurement import Measurement
 from nbl_export.workspace import Workspace
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 SCHEMA = "nbl-export/package/1"
 _SAME = (
@@ -118,12 +122,16 @@ def whole_package(root: Path) -> Package:
     return found
 
 
-def package(ws: Workspace, to: Path, listener: Listener, web: bool = False, base: bool = False) -> Package:
+def package(
+    ws: Workspace, to: Path, listener: Listener, layout: str = "folder", base: bool = False
+) -> Package:
     """Write the package of ``ws`` to the folder ``to``, whole or not at all; an earlier package there is replaced.
 
-    With ``web`` it has the layout of transformers.js, with ``base`` the unmodified graph as well. Raises
+    ``layout`` is one of :data:`.LAYOUTS`; with ``base`` it has the unmodified graph as well. Raises
     :class:`InputError` if the output folder has no report of its graph that says PASS.
     """
+    if layout not in LAYOUTS:
+        raise InputError(f"--layout {layout} is unknown: choose {', '.join(LAYOUTS)}.")
     ws.require("verify")
     report = load_report(ws.report / "report.json")
     if not report.passed:
@@ -133,18 +141,18 @@ def package(ws: Workspace, to: Path, listener: Listener, web: bool = False, base
     _check_place(ws, to)
     if base:
         check_baseline(ws)
-    graph, data = web_names(report.graph.precision) if web else (ws.model.name, "")
+    shape, precision = LAYOUTS[layout], report.graph.precision
+    sources = {LINEARIZED: ws.model, **({BASE: ws.baseline} if base else {})}
+    names = {role: shape.names(role, precision) for role in sources}
     with _made(to) as root:
-        _write_graph(ws.model, root / graph, data, listener, web)
-        if base:
-            beside = web_names(report.graph.precision, BASE) if web else (f"{BASE}.onnx", "")
-            _write_graph(ws.baseline, root / beside[0], beside[1] or f"{BASE}.onnx.data", listener, web)
+        graphs = [root / graph for graph, _ in names.values()]
+        for own, path, (_, data) in zip(sources.values(), graphs, names.values(), strict=True):
+            _write_graph(own, path, data, listener, shape.change)
         for path in _copied(ws):
             target = root / path.relative_to(ws.root)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
-        if web:
-            adapt_configs(root, report.graph.precision, report.graph.task is None)
+        shape.finish(root, graphs, precision, report.graph.task is None)
         _write_heldout(ws, Places(root), source)
         files = _digests(root)
         notes = (*(note.replace(str(ws.root), ws.root.name) for note in report.notes), _SAME)
@@ -153,10 +161,9 @@ def package(ws: Workspace, to: Path, listener: Listener, web: bool = False, base
         drawn = write_report(root / ws.report.name, public)
         files |= {path.relative_to(root).as_posix(): sha256_of_file(path) for path in drawn}
         named = replace(source, source=public.model.source)
-        made = Package(
-            created(), __version__, named, report.selection.layers, report.graph.precision, files, graph
-        )
-        write_text(root / CARD, model_card(public, _license(ws), web))
+        graph = names[LINEARIZED][0]
+        made = Package(created(), __version__, named, report.selection.layers, precision, files, graph)
+        write_text(root / CARD, model_card(public, _license(ws), layout))
         write_json(root / PACKAGE, {"schema": SCHEMA, **to_json(made)})
     return made
 
@@ -209,7 +216,9 @@ class _Packaged(Places):
         return self.root / self._graph
 
 
-def _write_graph(source: Path, to: Path, data: str, listener: Listener, web: bool) -> None:
+def _write_graph(
+    source: Path, to: Path, data: str, listener: Listener, change: Callable[[ir.Model], None]
+) -> None:
     """The graph at ``source`` with all its weights in its own file; it is held to be the same."""
     from nbl_export.graph.cache import KV_LAYERS_KEY, LAYERS_KEY
     from nbl_export.graph.io import load_graph, save_graph
@@ -217,10 +226,9 @@ def _write_graph(source: Path, to: Path, data: str, listener: Listener, web: boo
     from nbl_export.runtime.session import check_like
 
     graph = load_graph(source)
-    if web:
-        size_cache(graph)
+    change(graph)
     size = sum(v.const_value.nbytes for v in graph.graph.initializers.values() if v.const_value is not None)
-    to.parent.mkdir(exist_ok=True)
+    to.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(to.parent).free
     if size > free:
         has, needs = (f"{n / 2**30:,.1f} GiB" for n in (free, size))

@@ -74,7 +74,7 @@ def modules() -> Path:
 
 def packaged(out: Path, folder: Path, modules: Path) -> str:
     """The package of ``out`` in ``folder``, beside the modules; the path of its graph there."""
-    api.package(out, folder / "model", web=True)
+    api.package(out, folder / "model", layout="web")
     (folder / "node_modules").symlink_to(modules)
     (graph,) = (folder / "model" / "onnx").glob("*.onnx")
     return graph.relative_to(folder).as_posix()
@@ -255,7 +255,7 @@ def test_the_page_of_the_docs(
 ) -> None:
     """Base and linearized side by side, each with what it generates and how fast."""
     folder = tmp_path / "web"
-    api.package(stories_out, folder / "model", web=True, base=True)
+    api.package(stories_out, folder / "model", layout="web", base=True)
     (folder / "node_modules").symlink_to(modules)
     shutil.copyfile(Path(__file__).parents[2] / "docs" / "examples" / "compare.html", folder / "compare.html")
     library = "/node_modules/@huggingface/transformers/dist/transformers.js"
@@ -276,5 +276,5 @@ def test_a_precision_that_it_does_not_run_is_refused(stories_copy: Path, tmp_pat
     api.rewrite(stories_copy)
     assert api.verify(stories_copy, api.VerifySettings(speed=False)).passed
     with pytest.raises(InputError, match=r"transformers\.js runs no graph in bf16: fp32, fp16, int8, int4"):
-        api.package(stories_copy, tmp_path / "model", web=True)
+        api.package(stories_copy, tmp_path / "model", layout="web")
     assert not (tmp_path / "model").exists()

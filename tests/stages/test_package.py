@@ -83,19 +83,25 @@ def test_the_graph_is_the_verified_one_with_all_weights_beside_it(packaged: Path
     assert np.array_equal(found, expected)
 
 
-@pytest.mark.parametrize("web", [False, True])
+@pytest.mark.parametrize(
+    "layout, graph, end",
+    [
+        ("folder", "base.onnx", ".data"),
+        ("web", "onnx/base.onnx", "_data"),
+        ("triton", "models/base/1/model.onnx", ".data"),
+    ],
+)
 def test_with_the_unmodified_graph_beside_it(
-    stories_out: Path, stories_folder: Path, tmp_path: Path, web: bool
+    stories_out: Path, stories_folder: Path, tmp_path: Path, layout: str, graph: str, end: str
 ) -> None:
     to = tmp_path / "package"
-    known = api.package(stories_out, to, web=web, base=True)
-    graph, end = ("onnx/base.onnx", "_data") if web else ("base.onnx", ".data")
+    known = api.package(stories_out, to, layout=layout, base=True)
     assert {graph, f"{graph}{end}"} <= known.files.keys() == {*files(to)} - {*UNSEALED}
     base = load_graph(to / graph)
     assert difference(load_graph(stories_out / "baseline/model.onnx"), base) == ""
     assert known.graph.endswith("model.onnx") and api.verify_package(to, stories_folder).passed
     (to / graph).write_bytes(b"another")
-    with pytest.raises(InputError, match=r"base\.onnx is missing or was changed after it was packaged"):
+    with pytest.raises(InputError, match=r"\.onnx is missing or was changed after it was packaged"):
         api.verify_package(to, stories_folder)
 
 
