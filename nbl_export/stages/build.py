@@ -33,6 +33,7 @@ class _Exported:
 def build(run: Run, settings: EngineSettings) -> list[EngineFile]:
     """Both graphs → ``engine/``: base and linearized TensorRT engines, each with a manifest."""
     from nbl_export.batch.names import BASE, LINEARIZED
+    from nbl_export.engine.elsewhere import write_for_others
     from nbl_export.engine.gpu import find_gpu
     from nbl_export.engine.library import check_capabilities, choose_library
     from nbl_export.engine.manifest import load_manifest
@@ -71,7 +72,11 @@ def build(run: Run, settings: EngineSettings) -> list[EngineFile]:
         ]
         plan_hash = sha256_of_file(ws.plan)
         target = Target(library, gpu, shapes, tuple(capabilities))
-        _, files = build_pair(target, sources, plan, plan_hash, mlp_weights(ws.baseline, plan), listener)
+        engines, files = build_pair(
+            target, sources, plan, plan_hash, mlp_weights(ws.baseline, plan), listener
+        )
+        for source, engine in zip(sources, engines, strict=True):
+            files += write_for_others(source.graph, source.engine, engine.manifest)
         return files
 
     run.stage("build", recorded, {"rewrite": rewritten.result}, work)

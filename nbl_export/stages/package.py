@@ -245,6 +245,8 @@ def _write_graph(
 
 def _copied(ws: Workspace) -> Iterator[Path]:
     """The files that are taken as they are."""
+    from nbl_export.engine.manifest import manifest_path
+
     graph = ws.model.name
     for stage in ("export", "rewrite"):
         record = ws.record(stage)
@@ -253,9 +255,7 @@ def _copied(ws: Workspace) -> Iterator[Path]:
             if path.parent == ws.root and not path.name.startswith(graph):
                 yield path
     if current_engines(ws):
-        yield from (
-            p for p in ws.engine.parent.iterdir() if p.name.startswith(ws.engine.stem) and p.is_file()
-        )
+        yield from (ws.engine, manifest_path(ws.engine))
     yield from (ws.plan, ws.plan.with_suffix(".safetensors"), ws.export_summary)
 
 

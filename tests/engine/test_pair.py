@@ -99,7 +99,9 @@ def test_the_manifests_describe_the_files(built_out: Path) -> None:
         assert [t.name for t in manifest.network.inputs] == [i.name for i in graph.input]
         assert manifest.build_seconds > 0
     assert {p.name for p in (built_out / "engine").iterdir()} == {
-        f"{name}.{kind}" for name in ("baseline", "model") for kind in ("engine", "json")
+        f"{name}{kind}"
+        for name in ("baseline", "model")
+        for kind in (".engine", ".json", ".trtexec.sh", "_rows.py")
     }
 
 
