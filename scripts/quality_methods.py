@@ -132,8 +132,8 @@ class Ways:
         """Attention, MLPs and spans alone, if there is to be a ``frontier``; then all for each thing to save."""
         for by in self.compared_by:
             workload = ONE_TOKEN if by == WEIGHTS else by
-            # MLPs alone, which save nothing but weights, need twice as many as all together.
-            most, lines = (2 if frontier else 1) * self.most, frontier and by == WEIGHTS
+            # MLPs alone, which save nothing but weights, need twice as many, and so do spans, of which each has several.
+            most, lines = 2 * self.most, frontier and by == WEIGHTS
             settings = api.SelectSettings(k=most, workload=(workload,), frontier=lines)
             # Greedy search over dropped blocks takes longer than all others together, and is no way of these.
             with patch.object(Choosing, "baseline", lambda *_: []):
