@@ -49,7 +49,8 @@ within the gates of its precision.{kept}
 *crosses* are the lengths at which the family begins to compute something else: each is shorter than a prompt, and
 decoded across, in every cell.
 
-*works* · a number: refused with the sentence below · **fails**: rewritten, and beyond a gate · {not_tried}: not tried.
+*works* · a number: refused with the sentence below · **fails**: rewritten, and beyond a gate, as is the graph of that
+exporter before it · {not_tried}: not tried.
 An engine is the float16 graph, built ahead of time by TensorRT for RTX and not run here; *decomposed* means that its
 attention is not one fused kernel, because it is decomposed in the graph (soft-capping, a family's own code). Models of
 other families are found by their structure: try yours; what is not supported is refused before calibration.

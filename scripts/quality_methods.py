@@ -132,7 +132,7 @@ class Ways:
         """Attention, MLPs and spans alone, if there is to be a ``frontier``; then all for each thing to save."""
         for by in self.compared_by:
             workload = ONE_TOKEN if by == WEIGHTS else by
-            # MLPs alone, which save nothing but weights, need twice as many, and so do spans, of which each has several.
+            # MLPs alone, which save nothing but weights, need twice as many, and spans have several each.
             most, lines = 2 * self.most, frontier and by == WEIGHTS
             settings = api.SelectSettings(k=most, workload=(workload,), frontier=lines)
             # Greedy search over dropped blocks takes longer than all others together, and is no way of these.

@@ -97,6 +97,8 @@ USUAL: Mapping[str, tuple[str, ...]] = {
         "genai-fp32-llama-gqa-half-residual",
         "genai-fp32-fused-qkv-half",
         "genai-fp32-parallel-residual-all",
+        "mobius-llama-gqa-half",
+        "mobius-parallel-residual-half",
         "optimum-llama-gqa-one",
         "optimum-fused-qkv-half",
         "optimum-parallel-residual-all",

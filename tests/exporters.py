@@ -26,6 +26,7 @@ from transformers import DynamicCache
 from nbl_export.export.forms import FORMS
 from nbl_export.export.genai import export_genai
 from nbl_export.export.hf_folder import as_hf_folder
+from nbl_export.export.mobius import export_mobius
 from nbl_export.export.optimum import VARIABLE, export_optimum
 from nbl_export.export.torch import export_torch
 from nbl_export.models.dummy_run import cache_shapes
@@ -173,6 +174,12 @@ def genai(precision: str) -> Export:
     return export
 
 
+def mobius(model: Path, folder: Path) -> None:
+    """Graphs that are built by a description of the family."""
+    pytest.importorskip("mobius", reason="needs mobius-onnx: pip install '.[mobius]'")
+    export_mobius(handed_over(model, folder), folder, "fp32", Silent())
+
+
 def optimum(model: Path, folder: Path) -> None:
     """optimum for generation: one graph with a KV cache."""
     export_optimum(handed_over(model, folder), folder, optimum_python(), Silent())
@@ -309,6 +316,7 @@ EXPORTERS: Mapping[str, Export] = {
     "genai-fp32": genai("fp32"),
     "genai-int4": genai("int4"),
     "genai-int8": genai("int8"),
+    "mobius": mobius,
     "optimum": optimum,
     "optimum-whole": optimum_whole,
 }
