@@ -28,6 +28,12 @@ def left_padded(rows: Sequence[NDArray[Any]], pad: int = 0) -> tuple[I64, I64, I
     return ids, mask, positions
 
 
+def one_more(tokens: Sequence[int], mask: I64, positions: I64) -> tuple[I64, I64, I64]:
+    """``input_ids`` [rows, 1], ``attention_mask`` and ``position_ids`` of each row's next token."""
+    ids = np.array(tokens, dtype=np.int64)[:, None]
+    return ids, np.concatenate([mask, np.ones_like(ids)], axis=1), positions[:, -1:] + 1
+
+
 def right_padded(rows: Sequence[NDArray[Any]], pad: int = 0) -> tuple[I64, I64]:
     """``input_ids`` and ``position_ids`` [batch, longest] of ragged ``rows``, padded on the right."""
     width = max(len(row) for row in rows)

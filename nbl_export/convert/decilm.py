@@ -83,8 +83,7 @@ def write_decilm(
 def check_held(model: torch.nn.Module, plan: Plan) -> None:
     """Raise :class:`InputError` for a model, or a plan, that the form cannot hold."""
     mlx.check_held(model, plan)
-    ends = ("_proj.bias",)
-    if biased := [name for name, _ in model.named_parameters() if name.endswith(ends)]:
+    if biased := [name for name, _ in model.named_parameters() if name.endswith("_proj.bias")]:
         raise InputError(
             f"DeciLM has no biases, and {type(model).__name__} has {biased[0]}: convert it --to mlx."
         )

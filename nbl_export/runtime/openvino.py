@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import BOOL, F32, I64
 from nbl_export.batch.names import MASK, POSITIONS, SIDES, TOKENS
-from nbl_export.batch.padding import left_padded
+from nbl_export.batch.padding import left_padded, one_more
 from nbl_export.errors import BuildError
 from nbl_export.parts import missing
 from nbl_export.runtime.decoder import KV
@@ -76,9 +76,7 @@ class OpenVinoStream:
         return ids
 
     def decode(self, tokens: Sequence[int]) -> F32:
-        ids = np.array(tokens, dtype=np.int64)[:, None]
-        self._mask = np.concatenate([self._mask, np.ones_like(ids)], axis=1)
-        self._positions = self._positions[:, -1:] + 1
+        ids, self._mask, self._positions = one_more(tokens, self._mask, self._positions)
         return self._run(ids)[:, 0]
 
     def _run(self, ids: I64) -> F32:

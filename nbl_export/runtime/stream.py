@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import BOOL, F32, I64
-from nbl_export.batch.padding import left_padded, prefix_mask, right_padded
+from nbl_export.batch.padding import left_padded, one_more, prefix_mask, right_padded
 from nbl_export.runtime.decoder import KV, Decoder
 
 if TYPE_CHECKING:
@@ -100,9 +100,7 @@ class PastStream(Forking):
         return ids
 
     def decode(self, tokens: Sequence[int]) -> F32:
-        ids = np.array(tokens, dtype=np.int64)[:, None]
-        self._mask = np.concatenate([self._mask, np.ones_like(ids)], axis=1)
-        self._positions = self._positions[:, -1:] + 1
+        ids, self._mask, self._positions = one_more(tokens, self._mask, self._positions)
         return self._run(ids)[:, 0]
 
     def extend(self, owners: Sequence[int], rows: Sequence[NDArray[Any]]) -> F32:
