@@ -194,8 +194,11 @@ def test_a_run_with_trt_builds_and_reports(place: Path) -> None:
         assert (found["precision"], found["kv_cache"]) == ("fp16", "static")
         assert found["limits"] == {"max_batch": 4, "max_seq": 512, "max_context": 512}  # it has 512 positions
     recorded = stage(out, "build")
+    kinds = ("{}.engine", "{}.json", "{}.trtexec.sh", "{}_rows.py")
     assert set(recorded["files"]) == {
-        f"engine/{n}.{k}" for n in ("baseline", "model") for k in ("engine", "json")
+        "model.fixed.onnx",
+        "baseline/model.fixed.onnx",
+        *(f"engine/{kind.format(n)}" for n in ("baseline", "model") for kind in kinds),
     }
     # onnxruntime-genai does not know this form of the cache.
     assert not list(out.rglob("genai_config.json"))
