@@ -27,6 +27,7 @@ from nbl_export.models.forward import CachedDecoder, embedded
 from nbl_export.models.layers import backbone, has_per_layer, hidden_size, model_type, position_rows
 from nbl_export.models.multimodal import placeholders
 from nbl_export.models.quiet import quiet
+from nbl_export.settings.choices import OPSETS
 
 
 class _Embedding(CachedDecoder):
@@ -55,7 +56,15 @@ def embedding_form(model: torch.nn.Module) -> Form:
     """The form of the embedding of ``model``: token ids in, embeddings out, and those of each layer."""
     names = [EMBEDDINGS, *[PER_LAYER] * has_per_layer(backbone(model))]
     outputs = dict.fromkeys(names, _TOKENS)
-    return Form("embedding", 23, {TOKENS: _TOKENS}, past={}, present={}, module=_Embedding, outputs=outputs)
+    return Form(
+        "embedding",
+        OPSETS["none"],
+        {TOKENS: _TOKENS},
+        past={},
+        present={},
+        module=_Embedding,
+        outputs=outputs,
+    )
 
 
 def reading_embeds(form: Form, model: torch.nn.Module) -> Form:

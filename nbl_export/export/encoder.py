@@ -21,6 +21,7 @@ from nbl_export.export.recurrence import rows_of
 from nbl_export.models.encoder import INPUT_ORDER, encoder_of, encoder_outputs
 from nbl_export.models.pooling import Pooling
 from nbl_export.models.tasks import Task
+from nbl_export.settings.choices import OPSETS
 
 
 def encoder_form(model: torch.nn.Module, task: Task, pooling: Pooling | None, inputs: Inputs) -> Form:
@@ -32,7 +33,7 @@ def encoder_form(model: torch.nn.Module, task: Task, pooling: Pooling | None, in
     outputs = {n: dict(enumerate(dims)) for n, dims in encoder_outputs(model, task, pooling).items()}
     return Form(
         ENCODER,
-        23,
+        OPSETS["none"],
         names,
         past={},
         present={},

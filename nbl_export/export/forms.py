@@ -33,6 +33,7 @@ from nbl_export.models.compat import cache_argument, query_length
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.forward import CachedDecoder, Tokens, run_with_past
 from nbl_export.models.layers import accepted_arguments, accepts
+from nbl_export.settings.choices import OPSETS
 
 ENCODER = "encoder"  # the name of every encoder's form
 
@@ -244,7 +245,7 @@ class _Static(CachedDecoder):
 _TOKENS = {0: BATCH, 1: SEQUENCE}
 CONCAT = Form(
     "concat",
-    23,
+    OPSETS["concat"],
     {"input_ids": _TOKENS, "attention_mask": {0: BATCH, 1: TOTAL}, "position_ids": _TOKENS},
     past={0: BATCH, 2: PAST},
     present={0: BATCH, 2: TOTAL},
@@ -253,7 +254,7 @@ CONCAT = Form(
 SHARED = replace(CONCAT, name="shared", fused=True)
 NONE = Form(
     "none",
-    23,
+    OPSETS["none"],
     {"input_ids": _TOKENS, "attention_mask": _TOKENS, "position_ids": _TOKENS},
     past={},
     present={},
@@ -261,7 +262,7 @@ NONE = Form(
 )
 STATIC = Form(
     "static",
-    24,
+    OPSETS["static"],
     {"input_ids": _TOKENS, "position_ids": _TOKENS, "write_indices": {0: BATCH}},
     past={0: BATCH, 2: MAX},
     present={0: BATCH, 2: MAX},

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import torch
 from onnx_ir.passes import common as passes
@@ -87,13 +88,15 @@ def _traced(model: torch.nn.Module, form: Form, task: Task, stand_ins: StandIns)
         dummy_run(model)  # of the original model, before its functions are replaced
         decoder = form.module(model)
         name, begun = type(model).__name__, time.monotonic()
+        # With opset 24 the exporter decomposes what it knows in 23.
+        opset = min(form.opset, CONCAT.opset)
         with quiet(), exportable(model, decoder.mask), torch.no_grad():
             with time_limit(seconds_for(layer_count(model)), name):
                 program = form.capture(decoder)
             used = _used_weights(program)
             task.advance(1)
             with time_limit(seconds_to_write(time.monotonic() - begun), name), small_numbers_kept():
-                exported = torch.onnx.export(program, dynamo=True, opset_version=CONCAT.opset, verbose=False)
+                exported = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
     except NblError:
         raise
     except Exception as error:
@@ -195,6 +198,9 @@ def _set_opset(model: ir.Model, opset: int) -> None:
         node.version = None
     model.opset_imports.pop(SYMBOLIC_DOMAIN, None)
     model.opset_imports[""] = opset
+    # What reads an old opset reads no newer format of the file.
+    oldest = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
+    model.ir_version = min(int(model.ir_version), oldest)
 
 
 def _share_tied_weights(graph: ir.Graph, stand_ins: StandIns) -> None:

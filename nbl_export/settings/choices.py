@@ -47,6 +47,13 @@ EXPORTERS = {
 }
 
 
+# The oldest opset that torch's exporter writes, and the one of each form of the cache: `TensorScatter` is of opset 24,
+# and attention is fused to GroupQueryAttention from the operator of opset 23.
+OLDEST_OPSET = 18
+OPSETS = {"concat": 23, "none": 23, "shared": 23, "static": 24}
+_NEEDS_ITS_OPSET = ("shared", "static")
+
+
 # Of any exporter.
 PRECISIONS = tuple(dict.fromkeys(name for one in EXPORTERS.values() for name in one.precisions))
 CACHES = tuple(dict.fromkeys(name for one in EXPORTERS.values() for name in one.caches))
@@ -70,6 +77,17 @@ TARGETS = {
     "optimum": ANYWHERE,
     "web": ANYWHERE,  # onnxruntime-web multiplies float16 on WebGPU alone
 }
+
+
+def check_opset(opset: int, cache: str) -> None:
+    """Raise :class:`InputError` unless torch's exporter writes graphs with this ``cache`` in ``opset``."""
+    newest = OPSETS[cache]
+    oldest = newest if cache in _NEEDS_ITS_OPSET else OLDEST_OPSET
+    if oldest <= opset <= newest:
+        return
+    known = f"opset {newest}" if oldest == newest else f"opsets {oldest} to {newest}"
+    other = "; concat and none go with older ones" if OLDEST_OPSET <= opset < oldest else ""
+    raise InputError(f"--opset is {opset}; graphs with --kv-cache {cache} are of {known}{other}.")
 
 
 def check_offered(exporter: str, option: str, value: str | None, offered: tuple[str, ...]) -> None:

@@ -24,6 +24,8 @@ class ExportSettings(Settings):
     inputs: What the decoder reads: ids (token ids), or embeds (their embeddings, among which those of images can be;
         the embedding is then a graph of its own).
     python: Python of the environment that has optimum-onnx.
+    opset: ONNX opset of the graph, for engines that do not know the newest: from 18 on. Before 23, norms, rotary
+        embeddings and attention are basic operators.
     """
 
     precision: str | None = setting(None, GRAPH, shown="fp32; fp16 with --trt", offered=choices.PRECISIONS)
@@ -36,6 +38,7 @@ class ExportSettings(Settings):
 
     # After the others, which are given by their place, too.
     target: str | None = setting(None, GRAPH, one_of(choices.TARGETS))
+    opset: int | None = setting(None, MORE, shown="23; 24 with a static cache")
 
     @property
     def offered(self) -> choices.Choices:
@@ -53,6 +56,10 @@ class ExportSettings(Settings):
         if self.embeds and self.exported_by != "torch":
             raise InputError(
                 f"--inputs embeds is for --exporter torch, not for {self.exported_by}: leave one of them out."
+            )
+        if self.opset is not None and self.exported_by != "torch":
+            raise InputError(
+                f"--opset is for --exporter torch; {self.exported_by} chooses its own: leave one of them out."
             )
 
     @property
@@ -73,12 +80,15 @@ class ExportSettings(Settings):
         suits, offered = self._suits(engines), self.offered
         precision = suits.precision if suits.precision in offered.precisions else offered.precisions[0]
         cache = suits.cache if suits.cache in offered.caches else offered.caches[0]
-        return replace(
+        resolved = replace(
             self,
             exporter=self.exported_by,
             precision=self.precision or precision,
             kv_cache=self.kv_cache or cache,
         )
+        if self.opset is not None:
+            choices.check_opset(self.opset, str(resolved.kv_cache))
+        return resolved
 
     def resolve(self, task: Task, engines: bool = False) -> ExportSettings:
         """With exporter, precision and cache for ``task`` and target; ``engines`` where some are to be built."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from nbl_export.models.tasks import Task
 from nbl_export.progress import Listener
 from nbl_export.records import to_json
 from nbl_export.settings import ExportSettings
+from nbl_export.settings.choices import OPSETS
 from nbl_export.stage_record import MODEL, SIDECARS
 from nbl_export.stages.room import Shape, check_export
 from nbl_export.stages.run import Run
@@ -32,14 +34,14 @@ def export(run: Run, settings: ExportSettings, there: bool = True) -> None:
 
     Where it was deleted on purpose, it is made again if it has to be ``there``.
     """
-    from nbl_export.export.forms import FORMS
     from nbl_export.export.on_copy import crossed_on_copy
 
     task, pooling = run.model.task, run.model.pooling
     ws = run.workspace
     # The Python that runs the exporter does not affect the graph.
     recorded = {name: value for name, value in settings.as_json().items() if name != "python"}
-    recorded["opset"] = FORMS[str(settings.kv_cache)].opset if settings.exported_by == "torch" else None
+    if settings.exported_by == "torch":
+        recorded["opset"] = settings.opset or OPSETS[str(settings.kv_cache)]
     if not task.causal:
         recorded |= {"task": task.name, "pooling": pooling.as_json() if pooling else None}
     made_of = {MODEL: run.model.source.model, SIDECARS: run.model.source.sidecars}
@@ -150,7 +152,7 @@ def _export_torch(
         rows = loader.ranges(run.model.model, loader.load(loader.path(ws)), form.inputs)
     beside: list[Path] = []
     if settings.embeds:
-        made = embedding_form(run.model.model)
+        made = _of_opset(embedding_form(run.model.model), settings)
         embedding = trace(run.model.model, made, listener)
         tokens = [row for row in rows if not isinstance(row, Mapping)]
         save_in_precision(embedding, ws.embedding, precision, tokens, made.outputs)
@@ -166,7 +168,7 @@ def _decoder_form(run: Run, settings: ExportSettings) -> Form:
     from nbl_export.export.embeds import reading_embeds
     from nbl_export.export.forms import FORMS
 
-    form = FORMS[str(settings.kv_cache)]
+    form = _of_opset(FORMS[str(settings.kv_cache)], settings)
     return reading_embeds(form, run.model.model) if settings.embeds else form
 
 
@@ -177,7 +179,12 @@ def _form(run: Run, settings: ExportSettings) -> Form:
     model = run.model
     if model.task.causal:
         return _decoder_form(run, settings)
-    return encoder_form(model.model, model.task, model.pooling, load_probe(run.workspace.probe).inputs)
+    inputs = load_probe(run.workspace.probe).inputs
+    return _of_opset(encoder_form(model.model, model.task, model.pooling, inputs), settings)
+
+
+def _of_opset(form: Form, settings: ExportSettings) -> Form:
+    return replace(form, opset=settings.opset or form.opset)
 
 
 def _export_elsewhere(

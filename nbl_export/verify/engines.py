@@ -122,7 +122,8 @@ def built_check(engines: Sequence[EngineFile]) -> Check:
     for engine in engines:
         m = engine.manifest
         count = m.network.attention
-        kind = f"{count} {m.attention} attention layers" if count else "no attention"
+        none = "decomposed attention" if m.kv_layers else "no attention"
+        kind = f"{count} {m.attention} attention layers" if count else none
         parts.append(f"{m.role} {m.size / 2**20:,.1f} MiB with {kind}")
     first = engines[0].manifest
     return Check(

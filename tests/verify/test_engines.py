@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,8 @@ def test_what_was_built_in_one_line(graphs: Graphs) -> None:
         "tensorrt 10.16.0, fp16: base 3.0 MiB with 5 fused attention layers; "
         "linearized 2.1 MiB with 3 decomposed attention layers"
     )
+    nothing = manifest_of(base, network=replace(manifest_of(base).network, attention=0))
+    assert built_check([EngineFile(base, nothing)]).detail.endswith("3.0 MiB with decomposed attention")
     nothing = graphs("static", "fp16", ALL)
     assert built_check([EngineFile(nothing, manifest_of(nothing))]).detail.endswith(
         "3.0 MiB with no attention"
