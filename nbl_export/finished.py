@@ -74,17 +74,21 @@ def package(
     rehash: bool = False,
     layout: str = "folder",
     base: bool = False,
+    draft: str | Path | None = None,
+    draft_tokens: int = 4,
 ) -> Package:
     """Write what a deployment needs of ``out`` to the folder ``to``, which :func:`verify_package` takes anywhere.
 
     ``layout`` is ``web`` for transformers.js and ``triton`` for Triton; with ``base`` it has the unmodified graph as
-    well. The model that ``out`` was made from is not needed.
+    well. ``draft`` is the output folder or package of a cheaper model, which proposes ``draft_tokens`` tokens a round
+    in onnxruntime-genai. The model that ``out`` was made from is not needed.
     """
     from nbl_export.stages.package import package as write_package
 
     ws = Workspace.open(Path(out), kept_digests(Path(out), rehash, listener))
     with ws.lock():
-        return write_package(ws, Path(to), listener or Silent(), layout, base)
+        drafted = None if draft is None else (Path(draft), draft_tokens)
+        return write_package(ws, Path(to), listener or Silent(), layout, base, drafted)
 
 
 @in_one_process

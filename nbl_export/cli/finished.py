@@ -9,6 +9,8 @@ from nbl_export.cli.options import (
     Base,
     Before,
     Config,
+    Draft,
+    DraftTokens,
     Folder,
     Layout,
     Markdown,
@@ -96,12 +98,15 @@ def package(
     to: Folder,
     layout: Layout = "folder",
     base: Base = False,
+    draft: Draft = None,
+    draft_tokens: DraftTokens = 4,
     rehash: Rehash = False,
     said: Said = Said(),
 ) -> None:
     """Write what a deployment needs, and can verify, to a folder of its own."""
     api, terminal = loaded(said)
-    value = api.package(out, to, terminal.TerminalListener(), rehash, layout, base)
+    listener = terminal.TerminalListener()
+    value = api.package(out, to, listener, rehash, layout, base, draft, draft_tokens)
     terminal.show_package(value, to)
 
 

@@ -19,6 +19,7 @@ from nbl_export.cli import answers
 from nbl_export.cli.bars import TerminalListener
 from nbl_export.cli.output import answer, answering, drawable, finish, result, say, set_up
 from nbl_export.records import to_json
+from nbl_export.report.card import draft_line
 from nbl_export.report.drawing import Table
 from nbl_export.report.schema import Report
 from nbl_export.report.summary import loss_in_words, numbered, replaced, verdict_line
@@ -203,6 +204,8 @@ def show_package(value: Package, to: Path) -> None:
             f"{to}: {len(value.files)} files, {size / 2**20:,.1f} MiB, {value.precision}; linear: {linear}"
         )
     )
+    if line := draft_line(value.draft):
+        result(drawable(line))
     result(drawable(f"Verify it anywhere: nbl-export verify {to} --model MODEL"))
 
 

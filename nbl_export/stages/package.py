@@ -4,6 +4,7 @@
     config.json, tokenizer …        what lies beside it; embedding.onnx of a graph that reads embeddings
     base.onnx, base.onnx.data       the unmodified graph, where it is wanted
     engine/model.engine …           the linearized engine and its manifest, if there is one
+    draft/model.onnx …              a model that proposes tokens, where one was given (:mod:`.draft`)
     report/                         the report of the verification
     README.md                       a model card, which may be edited
     nbl/                            what it is verified by: the plan, and the held-out rows of the text or images
@@ -41,6 +42,7 @@ from nbl_export.files import (
     write_json,
     write_text,
 )
+from nbl_export.generate.drafting import Drafting
 from nbl_export.linearize.plan import load_plan
 from nbl_export.models.loaded import LoadedModel
 from nbl_export.models.source import ModelIdentity, expected, find_model
@@ -48,11 +50,13 @@ from nbl_export.places import PACKAGE, Places, is_package
 from nbl_export.progress import Listener
 from nbl_export.records import from_json, part_from_json, to_json
 from nbl_export.report.assemble import created
-from nbl_export.report.card import CARD, license_of, model_card, without_paths
+from nbl_export.report.card import CARD, draft_line, license_of, model_card, without_paths
 from nbl_export.report.render import write_report
 from nbl_export.report.schema import load_report
 from nbl_export.settings import VerifySettings
 from nbl_export.stages.build import current_engines
+from nbl_export.stages.draft import GRAPH as DRAFT
+from nbl_export.stages.draft import Draft, add_draft, check_draft, measure_draft
 from nbl_export.stages.rewrite import check_baseline
 from nbl_export.stages.run import graphs_on
 from nbl_export.stages.verify import measured
@@ -73,7 +77,7 @@ _REMEDY = "get the package again, or make it with `nbl-export package`"
 @dataclass(frozen=True)
 class Package:
     """A package: of which model, which ``layers`` are linear, in which precision, and the SHA-256 of its ``files``, of
-    which one is the ``graph``.
+    which one is the ``graph``; what its ``draft`` does, if it has one.
     """
 
     created: str
@@ -83,6 +87,7 @@ class Package:
     precision: str
     files: Mapping[str, str]
     graph: str = "model.onnx"
+    draft: Drafting | None = None
 
 
 @dataclass(frozen=True)
@@ -123,12 +128,18 @@ def whole_package(root: Path) -> Package:
 
 
 def package(
-    ws: Workspace, to: Path, listener: Listener, layout: str = "folder", base: bool = False
+    ws: Workspace,
+    to: Path,
+    listener: Listener,
+    layout: str = "folder",
+    base: bool = False,
+    draft: tuple[Path, int] | None = None,
 ) -> Package:
     """Write the package of ``ws`` to the folder ``to``, whole or not at all; an earlier package there is replaced.
 
-    ``layout`` is one of :data:`.LAYOUTS`; with ``base`` it has the unmodified graph as well. Raises
-    :class:`InputError` if the output folder has no report of its graph that says PASS.
+    ``layout`` is one of :data:`.LAYOUTS`; with ``base`` it has the unmodified graph as well; ``draft`` is a folder with
+    a draft model and the tokens that it proposes a round. Raises :class:`InputError` if the output folder has no report
+    of its graph that says PASS, or the draft is none for it.
     """
     if layout not in LAYOUTS:
         raise InputError(f"--layout {layout} is unknown: choose {', '.join(LAYOUTS)}.")
@@ -141,6 +152,7 @@ def package(
     _check_place(ws, to)
     if base:
         check_baseline(ws)
+    drafted = _draft(ws, to, layout, draft) if draft else None
     shape, precision = LAYOUTS[layout], report.graph.precision
     sources = {LINEARIZED: ws.model, **({BASE: ws.baseline} if base else {})}
     names = {role: shape.names(role, precision) for role in sources}
@@ -153,7 +165,12 @@ def package(
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
         shape.finish(root, graphs, precision, report.graph.task is None)
-        _write_heldout(ws, Places(root), source)
+        rows = _write_heldout(ws, Places(root), source)
+        figures = None
+        if drafted:
+            _write_graph(drafted.graph, root / DRAFT, f"{Path(DRAFT).name}.data", listener, shape.change)
+            add_draft(root, drafted)
+            figures = measure_draft(ws, root, drafted, rows, precision, listener)
         files = _digests(root)
         notes = (*(note.replace(str(ws.root), ws.root.name) for note in report.notes), _SAME)
         others = {n: d for n, d in report.hashes.items() if not n.startswith(ws.model.name)}
@@ -162,10 +179,23 @@ def package(
         files |= {path.relative_to(root).as_posix(): sha256_of_file(path) for path in drawn}
         named = replace(source, source=public.model.source)
         graph = names[LINEARIZED][0]
-        made = Package(created(), __version__, named, report.selection.layers, precision, files, graph)
-        write_text(root / CARD, model_card(public, _license(ws), layout))
+        made = Package(
+            created(), __version__, named, report.selection.layers, precision, files, graph, figures
+        )
+        write_text(root / CARD, model_card(public, _license(ws), layout, draft_line(figures)))
         write_json(root / PACKAGE, {"schema": SCHEMA, **to_json(made)})
     return made
+
+
+def _draft(ws: Workspace, to: Path, layout: str, asked: tuple[Path, int]) -> Draft:
+    folder, proposed = asked
+    if layout != "folder":
+        raise InputError(
+            f"--draft is for onnxruntime-genai, which does not read --layout {layout}: leave one of them out."
+        )
+    if overlap(to, folder):
+        raise InputError(f"{to} and the draft {folder} are one folder: choose another --output.")
+    return check_draft(ws, folder, proposed)
 
 
 def _license(ws: Workspace) -> str | None:
@@ -264,8 +294,10 @@ def _digests(root: Path) -> dict[str, str]:
     return {path.relative_to(root).as_posix(): sha256_of_file(path) for path in files}
 
 
-def _write_heldout(ws: Workspace, places: Places, source: ModelIdentity) -> None:
-    """The rows that a verification reads; those that the fit and the selection read are left out."""
+def _write_heldout(ws: Workspace, places: Places, source: ModelIdentity) -> Any:
+    """Write the rows that a verification reads, and return them; those that the fit and the selection read are left
+    out.
+    """
     import numpy as np
 
     from nbl_export.stages.calibration_data import loader_for
@@ -278,6 +310,7 @@ def _write_heldout(ws: Workspace, places: Places, source: ModelIdentity) -> None
         if hasattr(data, name):
             less[name] = np.zeros((0, *data.heldout.shape[1:]), np.int32)
     material.save(material.path(places), replace(data, **less))
+    return data.heldout
 
 
 def verify_package(
