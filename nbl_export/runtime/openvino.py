@@ -6,6 +6,9 @@ Products and the cache are float32, so that what is compared is the file and not
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,20 @@ def require_openvino() -> Any:
     return openvino
 
 
+@cache
+def cpu() -> Any:
+    """OpenVINO's core for what runs on the CPU: one, for as long as this process lives.
+
+    Its plugin sets the stack of signal handlers when it is loaded, and back to what it found when its core goes. Of two
+    that go in the order in which they came, the second leaves the freed stack of the first, and the next Ctrl-C is a
+    segmentation fault (OpenVINO 2026.4).
+    """
+    ov = require_openvino()
+    with suppress(ImportError):  # a core made after it has the operators of tokenizers
+        import openvino_tokenizers  # noqa: F401
+    return ov.Core()
+
+
 class OpenVinoStream:
     """The folder at ``path``; with ``defaults`` its products and its cache are what OpenVINO chooses, and a prefill has
     the last logits alone: to be timed, not compared.
@@ -45,8 +62,7 @@ class OpenVinoStream:
     """
 
     def __init__(self, path: Path, defaults: bool = False) -> None:
-        ov = require_openvino()
-        core = ov.Core()
+        core = cpu()
         try:
             model = core.read_model(path / FILE)
             if defaults:
@@ -58,7 +74,7 @@ class OpenVinoStream:
         self.kv_layers: tuple[int, ...] = tuple(map(int, told.split(","))) if told else ()
         self._names = {port.any_name for port in compiled.inputs}
         self._request = compiled.create_infer_request()
-        self._tensor = ov.Tensor
+        self._tensor = require_openvino().Tensor
         self._mask = np.zeros((0, 0), dtype=np.int64)
         self._positions = self._mask
 
@@ -131,10 +147,8 @@ def tokenize(path: Path, text: str) -> list[int]:
 
     Raises :class:`MissingDependencyError` without openvino-tokenizers.
     """
-    ov = require_openvino()
-    try:
-        import openvino_tokenizers  # noqa: F401  which has the operators of the file
-    except ImportError:
-        raise missing(TOKENIZERS_PACKAGE, "The tokenizer for OpenVINO") from None
-    found = ov.Core().compile_model(path / TOKENIZERS[0], "CPU")([text])
+    require_openvino()
+    if not find_spec(TOKENIZERS_PACKAGE.replace("-", "_")):
+        raise missing(TOKENIZERS_PACKAGE, "The tokenizer for OpenVINO")
+    found = cpu().compile_model(path / TOKENIZERS[0], "CPU")([text])
     return [int(token) for token in found[TOKENS][0]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,3 +78,26 @@ def test_no_folder_and_a_damaged_one(tmp_path: Path) -> None:
     (tmp_path / FILE).write_text("<net>")
     with pytest.raises(BuildError, match=r"OpenVINO does not load .*: "):
         OpenVinoStream(tmp_path)
+
+
+TWO = """
+import os, signal, sys
+from pathlib import Path
+from nbl_export.runtime.openvino import OpenVinoStream
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+a, b = (OpenVinoStream(Path(sys.argv[1])) for _ in range(2))
+del a, b
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    print("no interrupt")
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_an_interrupt_after_two_of_them_is_one(case: Calibrated, tmp_path: Path) -> None:
+    """OpenVINO would leave a stack of signal handlers that is freed, and Ctrl-C be a segmentation fault."""
+    opened(tmp_path, case, case.plan((1,)))
+    done = subprocess.run([sys.executable, "-c", TWO, str(tmp_path)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "interrupted\n"), done
