@@ -16,5 +16,6 @@ export NBL_EXPORT_SMOLLM2 NBL_EXPORT_MINILM NBL_EXPORT_OPTIMUM_PYTHON NBL_EXPORT
 .venv-test/bin/ruff format --check .
 .venv-test/bin/ruff check .
 .venv-test/bin/mypy
-# The tests of a file share their exports, so they stay in one process. Parallel processes use one thread each.
-OMP_NUM_THREADS=1 .venv-test/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
+# The tests of a file share their exports, so they stay in one process. Parallel processes use one thread each. A process
+# that dies ends the run: its tests are not all dealt out again, and the run would wait for them forever.
+OMP_NUM_THREADS=1 .venv-test/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 "$@"

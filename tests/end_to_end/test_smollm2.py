@@ -88,7 +88,7 @@ def test_fp16_engines_with_fused_attention(
         ("torch", "fp32", "shared"),
         ("genai", "int4", "concat"),
         *(pytest.param("genai", precision, "concat", marks=exhaustive) for precision in ("fp32", "fp16")),
-        ("optimum", "fp32", "concat"),
+        pytest.param("optimum", "fp32", "concat", marks=exhaustive),
     ],
 )
 def test_graphs_of_other_operators(
