@@ -16,12 +16,14 @@ from nbl_export.export import triton, web
 class Layout:
     """``names`` are the path of the linearized graph, or of the base, in a precision, and the name of its data file.
 
-    ``change`` is done to each graph, and ``finish`` to the folder: its graphs, their precision, whether they generate.
+    ``change`` is done to each graph before it is written, or refuses it; ``finish`` is done to the folder: its graphs,
+    their precision, whether they generate. ``genai``: onnxruntime-genai finds the graph beside its configuration.
     """
 
     names: Callable[[str, str], tuple[str, str]]
     change: Callable[[ir.Model], None] = lambda model: None
     finish: Callable[[Path, Sequence[Path], str, bool], None] = lambda *asked: None
+    genai: bool = False
 
 
 def _folder_names(graph: str, _precision: str) -> tuple[str, str]:
@@ -41,14 +43,12 @@ def _triton_names(graph: str, _precision: str) -> tuple[str, str]:
     return triton.triton_names(graph)
 
 
-def _finish_triton(folder: Path, graphs: Sequence[Path], _precision: str, _generates: bool) -> None:
+def _finish_triton(_folder: Path, graphs: Sequence[Path], _precision: str, _generates: bool) -> None:
     triton.write_configs(graphs)
-    # It is of another runtime, which looks for the graph beside it.
-    (folder / "genai_config.json").unlink(missing_ok=True)
 
 
 LAYOUTS = {
-    "folder": Layout(_folder_names),
+    "folder": Layout(_folder_names, genai=True),
     "web": Layout(_web_names, web.size_cache, _finish_web),
-    "triton": Layout(_triton_names, finish=_finish_triton),
+    "triton": Layout(_triton_names, triton.check_cache, _finish_triton),
 }

@@ -44,12 +44,16 @@ def write_configs(graphs: Sequence[Path]) -> None:
         write_text(path.parents[1] / CONFIG, triton_config(load_graph(path)))
 
 
-def triton_config(model: ir.Model) -> str:
-    """The ``config.pbtxt`` of a graph. Raises :class:`InputError` for a cache that Triton cannot begin."""
+def check_cache(model: ir.Model) -> None:
+    """Raise :class:`InputError` for a cache that Triton cannot begin."""
     if is_static(model):
         raise InputError(
             "Triton begins a cache without tokens, and this graph's has a fixed length: export with --kv-cache concat."
         )
+
+
+def triton_config(model: ir.Model) -> str:
+    """The ``config.pbtxt`` of a graph that passes :func:`check_cache`."""
     carried = tuple(_carried(model))
     own = {value.name for pair in carried for value in pair[:2]}
     rows = 1 if carried else _ROWS

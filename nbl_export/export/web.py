@@ -59,8 +59,6 @@ def adapt_configs(folder: Path, precision: str, generates: bool) -> None:
     if precision == "fp16":
         told["kv_cache_dtype"] = {"fp16": "float16"}
     write_json(path, {**config, "transformers.js_config": told})
-    # It is of another runtime, which looks for the graph beside it.
-    (folder / "genai_config.json").unlink(missing_ok=True)
     tokenizer, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
     if tokenizer.is_file():
         settings = dict(read_json(tokenizer, "The tokenizer's configuration", _AGAIN))

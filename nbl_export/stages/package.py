@@ -31,6 +31,7 @@ from nbl_export.batch.names import BASE, LINEARIZED
 from nbl_export.blocks import Block
 from nbl_export.checks import Check
 from nbl_export.errors import BuildError, InputError
+from nbl_export.export.genai_config import NAME as GENAI
 from nbl_export.export.layouts import LAYOUTS
 from nbl_export.files import (
     TEMPORARY,
@@ -165,6 +166,8 @@ def package(
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
         shape.finish(root, graphs, precision, report.graph.task is None)
+        if not shape.genai:
+            (root / GENAI).unlink(missing_ok=True)
         rows = _write_heldout(ws, Places(root), source)
         figures = None
         if drafted:
@@ -189,7 +192,7 @@ def package(
 
 def _draft(ws: Workspace, to: Path, layout: str, asked: tuple[Path, int]) -> Draft:
     folder, proposed = asked
-    if layout != "folder":
+    if not LAYOUTS[layout].genai:
         raise InputError(
             f"--draft is for onnxruntime-genai, which does not read --layout {layout}: leave one of them out."
         )

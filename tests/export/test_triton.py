@@ -10,7 +10,7 @@ import pytest
 from nbl_export.errors import InputError
 from nbl_export.export.forms import FORMS
 from nbl_export.export.torch import trace
-from nbl_export.export.triton import CONFIG, triton_config, triton_names, write_configs
+from nbl_export.export.triton import CONFIG, check_cache, triton_config, triton_names, write_configs
 from nbl_export.graph.io import save_graph
 from tests.tiny_types import tiny_model
 
@@ -40,7 +40,8 @@ def test_a_cache_of_fixed_length_is_refused(model: Any) -> None:
     with pytest.raises(
         InputError, match=r"Triton begins a cache without tokens.*export with --kv-cache concat"
     ):
-        triton_config(trace(model, FORMS["static"]))
+        check_cache(trace(model, FORMS["static"]))
+    check_cache(trace(model, FORMS["concat"]))
 
 
 def test_each_graph_of_the_repository_has_its_own(model: Any, tmp_path: Path) -> None:

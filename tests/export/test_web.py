@@ -43,7 +43,6 @@ def test_what_the_configurations_say(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 64}')
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "padding_side": "right"}')
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
-    (tmp_path / "genai_config.json").write_text("{}")
     adapt_configs(tmp_path, "fp16", generates=True)
     assert json.loads((tmp_path / "config.json").read_text()) == {
         "model_type": "llama",
@@ -59,7 +58,6 @@ def test_what_the_configurations_say(tmp_path: Path) -> None:
         "padding_side": "left",
         "chat_template": "{{ messages }}",
     }
-    assert not (tmp_path / "genai_config.json").exists(), "it would look for the graph beside it"
 
 
 def test_an_encoder_is_padded_as_before(tmp_path: Path) -> None:

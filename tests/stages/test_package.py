@@ -97,6 +97,8 @@ def test_with_the_unmodified_graph_beside_it(
     to = tmp_path / "package"
     known = api.package(stories_out, to, layout=layout, base=True)
     assert {graph, f"{graph}{end}"} <= known.files.keys() == {*files(to)} - {*UNSEALED}
+    # Its reader looks for the graph beside it.
+    assert ("genai_config.json" in known.files) == (layout == "folder")
     base = load_graph(to / graph)
     assert difference(load_graph(stories_out / "baseline/model.onnx"), base) == ""
     assert known.graph.endswith("model.onnx") and api.verify_package(to, stories_folder).passed
