@@ -77,7 +77,8 @@ class Scores:
 
     ``calibration_dtype`` is that in which the model read the calibration text. ``workload`` is what the model is used
     for, of which the unmodified graph takes ``workload_ms``: the least, as counted, or ``measured_cost``; empty where
-    layers are chosen by loss alone.
+    layers are chosen by loss alone. ``kl_tokens`` are the predictions that a single layer's KL is a mean of: a search
+    looks at fewer for it than for sets.
     """
 
     candidates: tuple[ScoredLayer, ...]
@@ -88,3 +89,4 @@ class Scores:
     workload: tuple[str, ...] = ()
     workload_ms: float | None = None
     measured_cost: bool = False
+    kl_tokens: int | None = None

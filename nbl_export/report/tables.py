@@ -102,6 +102,7 @@ def layers_table(selection: Selection, proofs: Sequence[ProofErrors]) -> Table:
         "that W, b leave unexplained (both: lower is more linear); last column: relative difference of the tensors "
         "found in the graph to PyTorch's, before replacing."
         + "".join(f" {s.meaning}" for s in more)
+        + (f" A layer's KL is over {selection.kl_tokens:,} tokens." if selection.kl_tokens else "")
         + _workload(selection),
         plot="layers",
         marked=tuple(marked),

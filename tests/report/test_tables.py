@@ -171,5 +171,7 @@ def test_layers_for_a_workload_are_in_the_order_of_loss_for_what_they_save(repor
     assert table.columns[6] == "saves, ms"
     assert table.note.endswith(" Workload: decode=8@512: 20.5 ms, at the least, counted from the graph.")
     assert layers_table(replace(of, measured_cost=True), []).note.endswith(": 20.5 ms, measured.")
+    assert "A layer's KL" not in layers_table(of, []).note
+    assert "A layer's KL is over 1,056 tokens." in layers_table(replace(of, kl_tokens=1056), []).note
     without = replace(of, candidates=tuple(replace(c, saved_ms=None) for c in scored), workload=())
     assert [row[0] for row in layers_table(without, []).rows] == [str(second.layer), str(first.layer)]

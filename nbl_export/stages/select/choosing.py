@@ -101,6 +101,12 @@ class Choosing:
         counted = owners[owners >= 0]  # not the tokens of images
         return int(counted.size), len(np.unique(counted))
 
+    @property
+    def kl_tokens(self) -> int:
+        """The predictions that the KL of a single layer is a mean of."""
+        meter = self._jobs.meter
+        return (meter.rough if self.searched else meter).tokens
+
     def _kl(self, candidates: Sequence[Candidate]) -> Iterator[Candidate]:
         for candidate, loss in _singly(self.sets, candidates, roughly=self.searched):
             yield replace(candidate, kl=loss.kl, kl_se=loss.kl_se)

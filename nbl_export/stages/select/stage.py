@@ -62,6 +62,7 @@ def select(run: Run, settings: SelectSettings) -> Plan:
         kinds = metadata.get("kinds", {})
         spans = any(isinstance(block, Span) for block in moments.layers)
         savings = savings_in(Counting(ws, empty, kinds, fitting.timed, listener, spans), settings)
+        kl_tokens: int | None = None
         if settings.layers is not None:
             curve: Curve | None = None
             plan, result = ship(sorted(settings.layers)).made
@@ -70,6 +71,8 @@ def select(run: Run, settings: SelectSettings) -> Plan:
                 listener.note(in_words(savings))
             choosing = Choosing(settings, jobs, listener, savings)
             candidates = choosing.scored(candidates)
+            if any(candidate.kl is not None for candidate in candidates):
+                kl_tokens = choosing.kl_tokens
 
             def speeds(prefix: Prefix) -> SpeedMeter:
                 limit = positions(run.model.model)
@@ -94,6 +97,7 @@ def select(run: Run, settings: SelectSettings) -> Plan:
             settings.workload,
             workload_ms,
             settings.measure_cost,
+            kl_tokens,
         )
         write_json(ws.candidates, _as_kept(scores))
         return [ws.plan, ws.plan.with_suffix(".safetensors"), ws.candidates]

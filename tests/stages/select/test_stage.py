@@ -270,3 +270,17 @@ def test_a_rank_is_refused_before_calibration(stories_folder: Path, tmp_path: Pa
     with pytest.raises(InputError, match="--rank is 40"):
         api.run(stories_folder, tmp_path / "out", api.SelectSettings(k=1, rank=40))
     assert not (tmp_path / "out" / "nbl" / "moments").exists()
+
+
+def test_it_is_kept_of_how_many_tokens_a_single_layers_loss_is(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A search measures single layers on a part of the text; what scores layers by it measures them on all."""
+    monkeypatch.setattr("nbl_export.linearize.loss._ROUGH_TOKENS", 8)
+    told = {}
+    for criterion in ("greedy", "kl", "cca"):
+        select(out, api.SelectSettings(k=1, criterion=criterion))
+        told[criterion] = candidates(out)
+    assert told["cca"].get("kl_tokens") is None
+    assert told["kl"]["kl_tokens"] == told["greedy"]["curve"]["tokens"]
+    assert 8 <= told["greedy"]["kl_tokens"] < told["kl"]["kl_tokens"] / 2
