@@ -128,8 +128,8 @@ def preload() -> None:
     import nbl_export
 
     for module in pkgutil.walk_packages(nbl_export.__path__, "nbl_export."):
-        # What draws binds the streams of the process that imports it.
-        if not module.name.startswith(("nbl_export.__main__", "nbl_export.cli.terminal")):
+        # What draws binds the streams of the process that imports it; Olive need not be here.
+        if not module.name.startswith(("nbl_export.__main__", "nbl_export.cli.terminal", "nbl_export.olive")):
             importlib.import_module(module.name)
     for name in ("transformers.models.llama.modeling_llama", "torch.export", "torch.onnx", "onnxscript"):
         importlib.import_module(name)

@@ -16,6 +16,7 @@ ROOMS = (
     "__main__",
     "cli",
     "transformers",
+    "olive",
     "api",
     "finished",
     "planning",
