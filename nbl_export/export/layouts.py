@@ -18,12 +18,14 @@ class Layout:
 
     ``change`` is done to each graph before it is written, or refuses it; ``finish`` is done to the folder: its graphs,
     their precision, whether they generate. ``genai``: onnxruntime-genai finds the graph beside its configuration.
+    ``engine`` is done with the graph and its engine: where the reader wants it, or why that cannot be.
     """
 
     names: Callable[[str, str], tuple[str, str]]
     change: Callable[[ir.Model], None] = lambda model: None
     finish: Callable[[Path, Sequence[Path], str, bool], None] = lambda *asked: None
     genai: bool = False
+    engine: Callable[[Path, Path, Path], str] = lambda *asked: ""
 
 
 def _folder_names(graph: str, _precision: str) -> tuple[str, str]:
@@ -50,5 +52,5 @@ def _finish_triton(_folder: Path, graphs: Sequence[Path], _precision: str, _gene
 LAYOUTS = {
     "folder": Layout(_folder_names, genai=True),
     "web": Layout(_web_names, web.size_cache, _finish_web),
-    "triton": Layout(_triton_names, triton.check_cache, _finish_triton),
+    "triton": Layout(_triton_names, triton.check_cache, _finish_triton, engine=triton.serve_engine),
 }

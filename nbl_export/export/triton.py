@@ -3,6 +3,7 @@
 models/linearized/config.pbtxt      inputs and outputs, and which of them are carried on (implicit state)
 models/linearized/1/model.onnx      the graph, with its data beside it
 models/base/ …                      the unmodified graph, where it is wanted
+models/linearized_tensorrt/         the engine as 1/model.plan, where Triton's backend can take the one that was built
 
 The requests of a sequence are one row: the prompt first, then what comes after it; attention_mask is over all tokens so
 far. The first cache has no tokens. Schema: Triton's model_config.proto; tests/clients/test_triton.py holds to it.
@@ -15,13 +16,14 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from nbl_export.engine.manifest import load_manifest, manifest_path
 from nbl_export.errors import InputError
 from nbl_export.files import write_text
 from nbl_export.graph.cache import is_static, kv_pairs
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.states import state_pairs
 
-CONFIG = "config.pbtxt"
+CONFIG, ENGINE = "config.pbtxt", "linearized_tensorrt"
 _ROWS = 8  # of an encoder, whose requests Triton puts together
 _TYPES = {
     ir.DataType.FLOAT: "TYPE_FP32",
@@ -44,6 +46,22 @@ def write_configs(graphs: Sequence[Path]) -> None:
         write_text(path.parents[1] / CONFIG, triton_config(load_graph(path)))
 
 
+def serve_engine(folder: Path, graph: Path, engine: Path) -> str:
+    """Move the ``engine`` of ``graph`` and its manifest into the repository in ``folder``; returns why not, or "".
+
+    Triton's backend is TensorRT, not TensorRT for RTX.
+    """
+    manifest = load_manifest(engine)
+    if manifest.library != "tensorrt":
+        return f"is of {manifest.library}, and Triton's backend takes those of tensorrt: build it with --trt tensorrt"
+    target = folder / "models" / ENGINE / "1" / "model.plan"
+    target.parent.mkdir(parents=True)
+    engine.rename(target)
+    manifest_path(engine).rename(manifest_path(target))
+    write_text(target.parents[1] / CONFIG, engine_config(load_graph(graph), len(manifest.profiles)))
+    return ""
+
+
 def check_cache(model: ir.Model) -> None:
     """Raise :class:`InputError` for a cache that Triton cannot begin."""
     if is_static(model):
@@ -52,12 +70,19 @@ def check_cache(model: ir.Model) -> None:
         )
 
 
-def triton_config(model: ir.Model) -> str:
-    """The ``config.pbtxt`` of a graph that passes :func:`check_cache`."""
+def engine_config(model: ir.Model, profiles: int) -> str:
+    """The ``config.pbtxt`` of the graph's engine, which has that many profiles: Triton takes the one that fits."""
+    numbers = ", ".join(f'"{number}"' for number in range(profiles))
+    group = f"instance_group {{ kind: KIND_GPU count: 1 profile: [{numbers}] }}\n"
+    return triton_config(model, "tensorrt") + group
+
+
+def triton_config(model: ir.Model, backend: str = "onnxruntime") -> str:
+    """The ``config.pbtxt`` of a graph that passes :func:`check_cache`, for a ``backend``."""
     carried = tuple(_carried(model))
     own = {value.name for pair in carried for value in pair[:2]}
     rows = 1 if carried else _ROWS
-    lines = ['backend: "onnxruntime"', f"max_batch_size: {rows}"]
+    lines = [f'backend: "{backend}"', f"max_batch_size: {rows}"]
     optional = model.graph.initializers  # an input with a value of its own
     for kind, values in (("input", model.graph.inputs), ("output", model.graph.outputs)):
         lines += [

@@ -166,6 +166,9 @@ def package(
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
         shape.finish(root, graphs, precision, report.graph.task is None)
+        engine = root / ws.engine.relative_to(ws.root)
+        if engine.exists() and (why := shape.engine(root, root / names[LINEARIZED][0], engine)):
+            listener.note(f"The engine {why}.")
         if not shape.genai:
             (root / GENAI).unlink(missing_ok=True)
         rows = _write_heldout(ws, Places(root), source)

@@ -7,11 +7,21 @@ from typing import Any
 
 import pytest
 
+from nbl_export.engine.manifest import load_manifest, manifest_path, manifest_text
 from nbl_export.errors import InputError
 from nbl_export.export.forms import FORMS
 from nbl_export.export.torch import trace
-from nbl_export.export.triton import CONFIG, check_cache, triton_config, triton_names, write_configs
-from nbl_export.graph.io import save_graph
+from nbl_export.export.triton import (
+    CONFIG,
+    check_cache,
+    serve_engine,
+    triton_config,
+    triton_names,
+    write_configs,
+)
+from nbl_export.files import sha256_of_file
+from nbl_export.graph.io import load_graph, save_graph
+from tests.runtime.fake_tensorrt import manifest_of
 from tests.tiny_types import tiny_model
 
 
@@ -42,6 +52,37 @@ def test_a_cache_of_fixed_length_is_refused(model: Any) -> None:
     ):
         check_cache(trace(model, FORMS["static"]))
     check_cache(trace(model, FORMS["concat"]))
+
+
+def packaged_engine(model: Any, folder: Path, **changes: Any) -> tuple[Path, Path]:
+    graph, engine = folder / triton_names("linearized")[0], folder / "engine" / "model.engine"
+    for path in (graph, engine):
+        path.parent.mkdir(parents=True)
+    save_graph(trace(model), graph)
+    engine.write_bytes(b"an engine")
+    manifest = manifest_of(graph, hashes={"engine": sha256_of_file(engine)}, size=9, **changes)
+    manifest_path(engine).write_text(manifest_text(manifest))
+    return graph, engine
+
+
+def test_an_engine_is_a_model_of_its_own(model: Any, tmp_path: Path) -> None:
+    graph, engine = packaged_engine(model, tmp_path)
+    assert serve_engine(tmp_path, graph, engine) == "" and not [*engine.parent.iterdir()]
+    root = tmp_path / "models" / "linearized_tensorrt"
+    assert (root / "1" / "model.plan").read_bytes() == b"an engine"
+    assert load_manifest(root / "1" / "model.plan").library == "tensorrt"
+    own, other = (root / CONFIG).read_text(), triton_config(load_graph(graph))
+    assert own.startswith(other.replace('"onnxruntime"', '"tensorrt"'))
+    # Both profiles, of a prefill and of a step.
+    assert own.endswith('instance_group { kind: KIND_GPU count: 1 profile: ["0", "1"] }\n')
+
+
+def test_an_engine_that_triton_does_not_take_stays_where_it_is(model: Any, tmp_path: Path) -> None:
+    graph, engine = packaged_engine(model, tmp_path, library="tensorrt-rtx")
+    assert serve_engine(tmp_path, graph, engine).startswith(
+        "is of tensorrt-rtx, and Triton's backend takes those of tensorrt"
+    )
+    assert engine.exists() and not (tmp_path / "models" / "linearized_tensorrt").exists()
 
 
 def test_each_graph_of_the_repository_has_its_own(model: Any, tmp_path: Path) -> None:
