@@ -19,10 +19,9 @@ from nbl_export.cli import answers
 from nbl_export.cli.bars import TerminalListener
 from nbl_export.cli.output import answer, answering, drawable, finish, result, say, set_up
 from nbl_export.records import to_json
-from nbl_export.report.card import draft_line
 from nbl_export.report.drawing import Table
 from nbl_export.report.schema import Report
-from nbl_export.report.summary import loss_in_words, numbered, replaced, verdict_line
+from nbl_export.report.summary import draft_line, loss_in_words, numbered, replaced, verdict_line
 from nbl_export.report.tables import engines_table, graph_table, report_tables, verdicts_table
 
 if TYPE_CHECKING:

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
-from nbl_export.generate.drafting import Drafting
 from nbl_export.models.source import ModelIdentity
 from nbl_export.report.plots import report_plots
 from nbl_export.report.render import filled
@@ -107,19 +106,6 @@ def _license_of_gguf(path: Path) -> str | None:
         return None
     found = field.contents() if field else None
     return found if isinstance(found, str) else None
-
-
-def draft_line(found: Drafting | None) -> str:
-    """What a draft model does, in one line; nothing where there is none."""
-    if found is None:
-        return ""
-    alone, drafted = found.tokens_per_second
-    faster, least, most = found.speedup.value, found.speedup.least, found.speedup.most
-    return (
-        f"Draft: {found.proposed} tokens proposed a round, {found.acceptance:.0%} of those checked were kept, "
-        f"{found.tokens_per_round:.2f} tokens a round; a pass of it reads {found.cost:.2f} times the weights. Decoding "
-        f"{alone:,.1f} tokens/s alone, {drafted:,.1f} with it: {faster:.2f}× ({least:.2f} to {most:.2f})."
-    )
 
 
 def model_card(report: Report, license: str | None = None, layout: str = "folder", draft: str = "") -> str:

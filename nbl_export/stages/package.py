@@ -51,9 +51,10 @@ from nbl_export.places import PACKAGE, Places, is_package
 from nbl_export.progress import Listener
 from nbl_export.records import from_json, part_from_json, to_json
 from nbl_export.report.assemble import created
-from nbl_export.report.card import CARD, draft_line, license_of, model_card, without_paths
+from nbl_export.report.card import CARD, license_of, model_card, without_paths
 from nbl_export.report.render import write_report
 from nbl_export.report.schema import load_report
+from nbl_export.report.summary import draft_line
 from nbl_export.settings import VerifySettings
 from nbl_export.stages.build import current_engines
 from nbl_export.stages.draft import GRAPH as DRAFT
