@@ -312,11 +312,26 @@ USUAL: Mapping[str, tuple[str, ...]] = {
         "int4-1-layer left out",
         "int4-3-the u of the layer before",
     ),
+    "verify/speed/test_race.py::test_looking_again_as_rounds_are_added_claims_no_more": (
+        "3-9-looks0",
+        "7-21-looks3",
+    ),
     "verify/speed/test_savings.py::test_savings_are_those_of_the_rewritten_graph": (
         "mixtral",
         "gpt2",
     ),
     "verify/speed/test_savings.py::test_so_it_is_in_foreign_graphs": ("genai-fp32",),
+    "verify/test_crossing.py::test_300_tokens_after_a_prompt_of_90_are_pytorch_s": (
+        "ministral3-concat",
+        "gemma3-static",
+        "llama4-static",
+        "phi3-concat",
+        "phi3-static",
+    ),
+    "verify/test_crossing.py::test_decoding_across_alone_sees_it_too": (
+        "ministral3",
+        "phi3",
+    ),
     "verify/test_crossing.py::test_a_graph_that_has_it_passes": (
         "mistral-static",
         "gemma3-concat",

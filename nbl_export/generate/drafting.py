@@ -12,7 +12,6 @@ times as long (arXiv 2211.17192, section 3.3). Where that is no more than 1 a dr
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -131,8 +130,6 @@ def _decode(folder: Path, prompts: Sequence[Sequence[int]]) -> _Pass:
             del generator
     except (RuntimeError, ValueError) as error:  # those of onnxruntime-genai
         raise InputError(f"onnxruntime-genai does not run {folder}: {first_line(error)}.") from None
-    finally:
-        gc.collect()  # of a model in memory, one at a time
     return _Pass(tuple(found), seconds, counts)
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nbl_export.verify.llama_cpp import _cache_check, _tokens_check
+from nbl_export.verify.converted import check_tokens
+from nbl_export.verify.llama_cpp import _cache_check
 
 
 def case(layers: tuple[int, ...]) -> Any:
@@ -42,7 +43,7 @@ def test_another_token_is_seen_and_named(stories_folder: Path, wrong: int | None
             return own[:-1]
         return own if wrong is None else [*own[:wrong], 7, *own[wrong + 1 :]]
 
-    found = _tokens_check(case(()), SimpleNamespace(tokenize=tokenize), tokenizer)  # type: ignore[arg-type]
+    found = check_tokens(case(()), tokenizer, tokenize, "llama.cpp")
     assert found.status == ("passed" if wrong is None else "failed")
     if wrong == 5:
         assert found.detail.startswith("token 5 of held-out text is [7] in llama.cpp")
