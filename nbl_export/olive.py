@@ -96,7 +96,7 @@ def package_config() -> dict[str, Any]:
     """The passes of the Olive that is installed, and this one."""
     config: dict[str, Any] = json.loads(Path(OlivePackageConfig.get_default_config_path()).read_text())
     own = {
-        "module_path": f"{__name__ if __name__ != '__main__' else 'nbl_export.olive'}.{NAME}",
+        "module_path": f"nbl_export.olive.{NAME}",
         "supported_providers": ["*"],
         "supported_accelerators": ["*"],
         "supported_precisions": ["*"],
