@@ -31,8 +31,10 @@ class Shards:
         """Add a weight; raises :class:`InputError` for numbers that the dtype does not have."""
         import torch
 
+        from nbl_export.models.weights import all_finite
+
         tensor = torch.tensor(value, dtype=getattr(torch, self._dtype))
-        if not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             raise InputError(f"{name} has numbers that {self._dtype} does not have: use --precision bf16.")
         size = tensor.numel() * tensor.element_size()
         if self._held and self._bytes + size > _SHARD:

@@ -19,7 +19,13 @@ from nbl_export.models.multimodal import as_decoder, text_only
 from nbl_export.models.quiet import quiet as quiet
 from nbl_export.models.row_positions import count_positions
 from nbl_export.models.source import ModelSource, check_config
-from nbl_export.models.stored import gguf_readers, same_weights, stored_tensors, take_buffers
+from nbl_export.models.stored import (
+    gguf_parsed_once,
+    gguf_readers,
+    same_weights,
+    stored_tensors,
+    take_buffers,
+)
 from nbl_export.models.tasks import task_named
 from nbl_export.models.tokenizer_limits import check_tokenizer, has_vocabulary
 from nbl_export.models.weights import (
@@ -116,9 +122,9 @@ def _reading(source: ModelSource) -> Iterator[None]:
 def _from_gguf(source: ModelSource, path: str, options: dict[str, Any]) -> Stored:
     import torch
 
-    with _reading(source):
+    with _reading(source), gguf_parsed_once():
         skeleton = _skeleton(source, path, options)
-        read = gguf_readers(Path(options["gguf_file"]), skeleton)
+        read = gguf_readers(options["gguf_file"], skeleton)
     if read is None:
         model, _ = _from_files(source, path, {**options, "dtype": torch.float32})
         return _in_memory(source, model)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,26 @@ def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     return [(n, p.shape) for n, p in floating(a)] == [(n, p.shape) for n, p in floating(b)]
 
 
-def gguf_readers(path: Path, model: Any) -> dict[str, Read] | None:
+@contextmanager
+def gguf_parsed_once() -> Iterator[None]:
+    """Within the block a GGUF file is parsed once, and the table of its names made once, however often that is asked.
+
+    transformers parses the file for each thing that it reads from it, which takes seconds where the vocabulary is
+    large, and makes the table for each module of the model.
+    """
+    import gguf
+
+    own = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    try:
+        for name, function in own.items():
+            setattr(gguf, name, cache(function))
+        yield
+    finally:
+        for name, function in own.items():
+            setattr(gguf, name, function)
+
+
+def gguf_readers(path: str, model: Any) -> dict[str, Read] | None:
     """For each weight of ``model``, what dequantizes it from the GGUF file ``path``, in float32.
 
     None where transformers makes a weight of several tensors of the file, as of the experts of a layer.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -73,6 +74,21 @@ def test_a_gguf_file_is_what_transformers_makes_of_it(tmp_path: Path) -> None:
 def test_a_quantized_gguf_file_is_what_transformers_makes_of_it(smollm2: Path) -> None:
     model = load_model(find_model(str(smollm2)))
     assert torch.equal(logits(model), logits(plain(smollm2.parent, gguf_file=smollm2.name)))
+
+
+def test_a_gguf_file_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = small_gguf(tmp_path / "m.gguf", 1)
+    parsed: list[str] = []
+
+    class Counted(gguf.GGUFReader):
+        def __init__(self, path: str) -> None:
+            parsed.append(path)
+            super().__init__(path)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Counted)
+    for times in (1, 2):
+        load_model(find_model(str(path)))
+        assert parsed == [str(path)] * times and gguf.GGUFReader is Counted
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])

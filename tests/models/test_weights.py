@@ -23,6 +23,7 @@ from nbl_export.models.load import in_memory, in_precision, load_model
 from nbl_export.models.source import find_model
 from nbl_export.models.weights import (
     Stored,
+    all_finite,
     device_of,
     dtype_of,
     held,
@@ -365,3 +366,17 @@ def test_what_no_structure_is_known_of_is_one_unit() -> None:
     low = streamed(Stored(plain), torch.float64)
     assert len(absent(low)) == 4
     torch.testing.assert_close(low(torch.ones(1, 3).double()), plain.double()(torch.ones(1, 3).double()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_single_value_that_is_no_number_is_found(dtype: torch.dtype) -> None:
+    tensor = torch.randn(301, 517).to(dtype)
+    tensor[3, 4] = torch.finfo(dtype).max
+    assert all_finite(tensor) and all_finite(tensor.T) and all_finite(tensor[:0])
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        for place in ((0, 0), (150, 259), (300, 516)):
+            kept = tensor[place].clone()
+            tensor[place] = bad
+            assert not all_finite(tensor) and not all_finite(tensor.T)
+            tensor[place] = kept
+    assert all_finite(tensor)
