@@ -80,21 +80,25 @@ class ExportSettings(Settings):
         suits, offered = self._suits(engines), self.offered
         precision = suits.precision if suits.precision in offered.precisions else offered.precisions[0]
         cache = suits.cache if suits.cache in offered.caches else offered.caches[0]
-        resolved = replace(
+        return replace(
             self,
             exporter=self.exported_by,
             precision=self.precision or precision,
             kv_cache=self.kv_cache or cache,
         )
-        if self.opset is not None:
-            choices.check_opset(self.opset, str(resolved.kv_cache))
-        return resolved
 
     def resolve(self, task: Task, engines: bool = False) -> ExportSettings:
         """With exporter, precision and cache for ``task`` and target; ``engines`` where some are to be built."""
         resolved = self._of_target(engines)
-        if task.causal:
-            return resolved
+        if not task.causal:
+            self._check_encoder(task, engines)
+            resolved = replace(resolved, kv_cache="none")
+        if self.opset is not None:
+            choices.check_opset(self.opset, str(resolved.kv_cache))
+        return resolved
+
+    def _check_encoder(self, task: Task, engines: bool) -> None:
+        """Raise :class:`InputError` for what is for decoders alone."""
         if self.embeds:
             raise InputError(
                 f"--inputs embeds is for decoders; this model is an encoder ({task.name}): leave it out."
@@ -111,7 +115,6 @@ class ExportSettings(Settings):
             raise InputError(
                 f"TensorRT engines are built of decoders only; this model is an encoder ({task.name}): leave --trt out."
             )
-        return replace(resolved, kv_cache="none")
 
     def check_tensorrt(self) -> None:
         """Raise :class:`InputError` if TensorRT does not take the graphs that these settings make."""

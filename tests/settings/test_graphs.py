@@ -74,6 +74,9 @@ def test_an_encoder_has_no_cache_on_any_target_and_no_exporter_of_decoders() -> 
     assert api.ExportSettings(target="onnxruntime").resolve(encoder).kv_cache == "none"
     with pytest.raises(InputError, match="--target genai is for decoders here"):
         api.ExportSettings(target="genai").resolve(encoder)
+    assert api.ExportSettings(target="onnxruntime", opset=18).resolve(encoder).opset == 18
+    with pytest.raises(InputError, match="--opset is 24; graphs with --kv-cache none are of opsets 18 to 23"):
+        api.ExportSettings(target="tensorrt", opset=24).resolve(encoder)
 
 
 @pytest.mark.parametrize(
