@@ -45,6 +45,8 @@ class OrtPrompt:
         # Generation needs the logits of the last position only.
         prefill[NUM_LOGITS_TO_KEEP] = step[NUM_LOGITS_TO_KEEP] = np.array(1, dtype=np.int64)
         self.step_inputs = step
+        # What is bound lies in the memory of NumPy's arrays, which not every release of onnxruntime keeps alive.
+        self._bound: list[Any] = []
         length = context + room if model.interface.in_place else 0
         empty = model.interface.empty_cache(batch, length, model.cache_dtype)
         self._prefill = self._bind(prefill, {name: self._on_device(array) for name, array in empty.items()})
@@ -75,8 +77,10 @@ class OrtPrompt:
         asked = {name: array for name, array in inputs.items() if name == NUM_LOGITS_TO_KEEP}
         for name, array in {**self.model.interface.named(inputs), **asked}.items():
             if name in self.model.interface.inputs:
-                binding.bind_ortvalue_input(name, self._on_device(array))
+                self._bound.append(value := self._on_device(array))
+                binding.bind_ortvalue_input(name, value)
         for name, value in past.items():
+            self._bound.append(value)
             binding.bind_ortvalue_input(name, value)
         for name in self.model.output_names:
             if self.model.interface.in_place and name in self._kv:

@@ -228,10 +228,13 @@ def posted(served: Served, tmp_path: Path, page: str) -> Any:
     return served.found[0]
 
 
-def test_in_a_browser(stories_out: Path, tmp_path: Path, modules: Path, served: Served) -> None:
+def test_in_a_browser(stories_copy: Path, tmp_path: Path, modules: Path, served: Served) -> None:
     """onnxruntime-web, WebAssembly."""
     folder = tmp_path / "web"
-    graph = packaged(stories_out, folder, modules)
+    api.export(stories_copy, api.ExportSettings(target="web"))
+    api.rewrite(stories_copy)
+    assert api.verify(stories_copy, api.VerifySettings(speed=False)).passed
+    graph = packaged(stories_copy, folder, modules)
     (folder / "page.html").write_text(PAGE)
     assert_generated(posted(served, tmp_path, "page.html"), folder, graph)
 
