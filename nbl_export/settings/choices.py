@@ -51,7 +51,7 @@ EXPORTERS = {
 # and attention is fused to GroupQueryAttention from the operator of opset 23.
 OLDEST_OPSET = 18
 OPSETS = {"concat": 23, "none": 23, "shared": 23, "static": 24}
-_NEEDS_ITS_OPSET = ("shared", "static")
+NEEDS_ITS_OPSET = ("shared", "static")
 
 
 # Of any exporter.
@@ -82,7 +82,7 @@ TARGETS = {
 def check_opset(opset: int, cache: str) -> None:
     """Raise :class:`InputError` unless torch's exporter writes graphs with this ``cache`` in ``opset``."""
     newest = OPSETS[cache]
-    oldest = newest if cache in _NEEDS_ITS_OPSET else OLDEST_OPSET
+    oldest = newest if cache in NEEDS_ITS_OPSET else OLDEST_OPSET
     if oldest <= opset <= newest:
         return
     known = f"opset {newest}" if oldest == newest else f"opsets {oldest} to {newest}"
