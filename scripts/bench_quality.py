@@ -133,9 +133,7 @@ class Compared:
         self._judges, self._ks, self._repair = judges, arguments.k, arguments.repair
         context = arguments.context
         workloads = (f"prefill={min(SEQ_LEN, context)}", f"decode=128@{context}")
-        self._ways = ways = Ways(
-            arguments.out / ALL, model, max(arguments.k) + 2, workloads, self._selection_kl
-        )
+        self._ways = ways = Ways(arguments.out / ALL, model, arguments.k, workloads, self._selection_kl)
         self._cuts: dict[str, list[Cut]] = {}
         compared = {PAPERS, *(arguments.compared or ways.by_name.keys() - {ALL})}
         for name in ways.by_name:

@@ -76,12 +76,15 @@ class Cut:
 
 
 class Ways:
-    """The ways over one calibrated and exported folder ``out``; ``most`` blocks at most; ours for each ``workload``."""
+    """The ways over one calibrated and exported folder ``out``, compared with the paper's method for each K of ``ks``;
+    ours for each workload.
+    """
 
     def __init__(
-        self, out: Path, model: torch.nn.Module, most: int, workloads: Sequence[str], kept: Kept
+        self, out: Path, model: torch.nn.Module, ks: Sequence[int], workloads: Sequence[str], kept: Kept
     ) -> None:
-        self.out, self.model, self.most, self._kept = out, model, most, kept
+        self.out, self.model, self.ks, self._kept = out, model, ks, kept
+        self.most = max(ks) + 2
         self.compared_by = (WEIGHTS, *workloads)
         self.ws = Workspace.open(out)
         self.empty = api.select(out, api.SelectSettings(k=0, criterion="cca"))
@@ -129,18 +132,37 @@ class Ways:
         }
 
     def ours(self, frontier: bool = True) -> Iterator[Cut]:
-        """Attention, MLPs and spans alone, if there is to be a ``frontier``; then all for each thing to save."""
+        """Attention, MLPs and spans alone, if there is to be a ``frontier``; then all for each thing to save.
+
+        All is what a search finds that is to save as much as the paper's method with one of the ``ks``.
+        """
+        if frontier:
+            yield from self._searched(WEIGHTS, None)
+        papers = list(self.paper())
         for by in self.compared_by:
-            workload = ONE_TOKEN if by == WEIGHTS else by
-            # MLPs alone, which save nothing but weights, need twice as many, and spans have several each.
-            most, lines = 2 * self.most, frontier and by == WEIGHTS
-            settings = api.SelectSettings(k=most, workload=(workload,), frontier=lines)
-            # Greedy search over dropped blocks takes longer than all others together, and is no way of these.
-            with patch.object(Choosing, "baseline", lambda *_: []):
-                api.select(self.out, settings)
-            curve = self.scores().curve
-            assert curve is not None
-            for line in curve.frontier:
+            for number, k in enumerate(self.ks):
+                yield from self._searched(by, papers[k - 1], number)
+
+    def _searched(self, by: str, least: Cut | None, number: int = 0) -> Iterator[Cut]:
+        """What is found for what ``by`` says is saved: as much as ``least`` saves, or every part on its own.
+
+        The ``number`` makes settings of their own of those that differ in ``least`` alone, which is none.
+        """
+        workload = ONE_TOKEN if by == WEIGHTS else by
+        # MLPs alone, which save nothing but weights, need twice as many, and spans have several each.
+        most = 2 * self.most + number
+        settings = api.SelectSettings(k=most, workload=(workload,), frontier=least is None)
+        asked = least and self.gain(least, workload)
+        # Greedy search over dropped blocks takes longer than all others together, and is no way of these.
+        with (
+            patch.object(Choosing, "baseline", lambda *_: []),
+            patch.object(Choosing, "least_speedup", asked),
+        ):
+            api.select(self.out, settings)
+        curve = self.scores().curve
+        assert curve is not None
+        for line in curve.frontier:
+            if (line.name == ALL) == (least is not None):
                 name = f"{ALL}, by {by}" if line.name == ALL else line.name
                 for point in line.points:
                     yield replace(self._linear(name, point.layers), kl=point.kl)

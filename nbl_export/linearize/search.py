@@ -199,6 +199,24 @@ def count_blocks(blocks: Sequence[Block]) -> float:
     return float(len(all_parts(blocks)))
 
 
+# What of it counts that a set saves beyond what is needed: enough to tell sets apart that all save that.
+_BEYOND = 1e-3
+
+
+def capped(saved: Saved, needed: float) -> Saved:
+    """``saved``, of which hardly anything counts beyond ``needed``.
+
+    By loss for what it saves, a long span may be best that saves far more than is asked for, and loses far more than a
+    few small blocks that save enough. So items are truncated in greedy algorithms for covering knapsacks.
+    """
+
+    def counted(blocks: Sequence[Block]) -> float:
+        found = saved(blocks)
+        return min(found, needed) + _BEYOND * max(found - needed, 0.0)
+
+    return counted
+
+
 def measured_alone(block: Block) -> bool:
     """Whether a search begins with the loss of this ``block`` alone: longer spans are tried where they may be best."""
     return not isinstance(block, Span) or block.layer == block.last

@@ -23,6 +23,7 @@ from nbl_export.linearize.search import (
     LossCache,
     MeasuredSets,
     Prefixes,
+    capped,
     count_blocks,
     greedy_path,
     measured_alone,
@@ -459,6 +460,28 @@ def test_for_what_is_saved_a_whole_span_may_be_first() -> None:
     saved = {0: 1.0, 1: 1.0, Span(0, 1): 9.0}
     assert path_of(costs, saved) == [(Span(0, 1),)]
     assert path_of(costs, {**saved, Span(0, 1): 2.5}) == [(0,), (0, 1), (Span(0, 1),)]
+
+
+def test_what_is_saved_beyond_what_is_needed_is_no_reason_to_lose_more() -> None:
+    costs = {0: 0.1, 1: 0.15, 4: 0.2, Span(0, 1): 0.6}
+    saved = {0: 1.0, 1: 1.0, 4: 1.0, Span(0, 1): 9.0}
+
+    def total(blocks: Sequence[Block]) -> float:
+        return sum(saved[block] for block in blocks)
+
+    def enough(needed: float, capping: bool) -> tuple[Block, ...]:
+        """The first set of the path that saves what is needed."""
+        sets = spanned(costs)
+        path = greedy_path(sets, single_layer_losses(sets), capped(total, needed) if capping else total)
+        return next(found for found in path if total(found) >= needed)
+
+    assert enough(2.0, capping=False) == (Span(0, 1),)
+    assert enough(2.0, capping=True) == (0, 1)
+    assert enough(2.5, capping=True) == (0, 1, 4)
+    # Where small blocks do not do, or lose more, the span is taken; beyond what is needed the path goes on as before.
+    assert enough(5.0, capping=True) == (Span(0, 1),)
+    assert capped(total, 2.0)((0,)) == 1.0
+    assert 2.0 < capped(total, 2.0)((0, 1, 4)) < capped(total, 2.0)((Span(0, 1),)) < 2.1
 
 
 def test_spans_beside_each_other_become_one_where_that_costs_little() -> None:

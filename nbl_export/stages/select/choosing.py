@@ -18,6 +18,7 @@ from nbl_export.linearize.search import (
     GREEDY_TRIES,
     MeasuredSets,
     Prefixes,
+    capped,
     count_blocks,
     greedy_path,
     measured_alone,
@@ -125,6 +126,11 @@ class Choosing:
                 predicted=loss.kl * candidate.nmse,
             )
 
+    @property
+    def least_speedup(self) -> float | None:
+        """How many times as fast the workload has to be."""
+        return self._settings.budget.min_speedup
+
     def way(self, candidates: Sequence[Candidate]) -> Way:
         """Linear layers, the best of the scored ``candidates`` first."""
         assert self._settings.criterion is not None
@@ -157,8 +163,11 @@ class Choosing:
         sets: Callable[[], MeasuredSets],
         used: Savings | None,
     ) -> Prefix:
-        def saved(blocks: Sequence[Block]) -> float:
+        def saves(blocks: Sequence[Block]) -> float:
             return used.ms() - used.ms(blocks) if used else count_blocks(blocks)
+
+        least = self.least_speedup
+        saved = capped(saves, used.ms() * (1 - 1 / least)) if used and least else saves
 
         def path() -> Iterator[tuple[Block, ...]]:
             if not self.searched:

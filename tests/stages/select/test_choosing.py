@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,14 +37,19 @@ def losses(kl: Mapping[Block, float]) -> MeasuredSets:
     return MeasuredSets(lambda: pytest.fail("measured"), linear, LossCache(known, lambda _: None))
 
 
+def saving(ms: Mapping[Block, float]) -> Savings:
+    """What blocks save of a workload of 100 ms."""
+    roofline = Roofline("cpu", "float32", 1, 1e9, 1e9)
+    return Savings(
+        NOTHING, dict.fromkeys(ms, NOTHING), roofline, [Workload(prefill=1)], 0, BlockTimes(100.0, ms)
+    )
+
+
 def filled(
     order: Sequence[Block], budget: Budget, ms: Mapping[Block, float] = MS
 ) -> tuple[str, list[Block], list[CurvePoint]]:
     """What a way of that ``order`` becomes: its name, what ships, and the points of its curve."""
-    roofline = Roofline("cpu", "float32", 1, 1e9, 1e9)
-    used = Savings(
-        NOTHING, dict.fromkeys(ms, NOTHING), roofline, [Workload(prefill=1)], 0, BlockTimes(100.0, ms)
-    )
+    used = saving(ms)
     sets, nobody = losses(KL), None
     way = Way("MLPs", tuple(sorted(KL)), lambda k: order[:k], lambda: sets, used)
     choosing = Choosing(SelectSettings(k=1, criterion="greedy"), nobody, Silent(), used)  # type: ignore[arg-type]
@@ -86,3 +92,23 @@ def test_a_block_that_saves_nothing_fills_nothing() -> None:
 def test_where_not_even_the_first_fits_another_may() -> None:
     name, chosen, points = filled([Mlp(1), Mlp(0), 0, 1, 2], Budget(max_kl=0.015))
     assert name == "attention" and chosen == [0] and [p.k for p in points] == [1]
+
+
+@pytest.mark.parametrize(
+    ("least", "first", "then"),
+    [
+        (None, [Mlp(0)], [0, Mlp(0)]),
+        (1.04, [0], [0, 1]),
+        (1.08, [0], [0, Mlp(0)]),
+        (1.12, [Mlp(0)], [0, Mlp(0)]),
+    ],
+)
+def test_a_way_to_a_speed_does_not_lose_more_to_be_faster(
+    least: float | None, first: list[Block], then: list[Block]
+) -> None:
+    """By loss for what it saves the MLP is first; where attention saves enough, it is not."""
+    asked = SelectSettings(criterion="greedy", workload=("prefill=1",), budget=Budget(min_speedup=least))
+    choosing = Choosing(asked, None, Silent(), saving(MS))  # type: ignore[arg-type]
+    choosing.__dict__["sets"] = losses(KL)
+    way = choosing.way([SimpleNamespace(layer=block) for block in KL])  # type: ignore[misc]
+    assert [sorted(way.prefix(k)) for k in (1, 2)] == [first, then]
