@@ -140,17 +140,15 @@ class Ways:
             yield from self._searched(WEIGHTS, None)
         papers = list(self.paper())
         for by in self.compared_by:
-            for number, k in enumerate(self.ks):
-                yield from self._searched(by, papers[k - 1], number)
+            for k in self.ks:
+                # A few parts more than the paper has: in decode an MLP saves less than an attention.
+                yield from self._searched(by, papers[k - 1], k + 4)
 
-    def _searched(self, by: str, least: Cut | None, number: int = 0) -> Iterator[Cut]:
-        """What is found for what ``by`` says is saved: as much as ``least`` saves, or every part on its own.
-
-        The ``number`` makes settings of their own of those that differ in ``least`` alone, which is none.
-        """
+    def _searched(self, by: str, least: Cut | None, most: int | None = None) -> Iterator[Cut]:
+        """What is found for what ``by`` says is saved: as much as ``least`` saves, or every part on its own."""
         workload = ONE_TOKEN if by == WEIGHTS else by
         # MLPs alone, which save nothing but weights, need twice as many, and spans have several each.
-        most = 2 * self.most + number
+        most = most or 2 * self.most
         settings = api.SelectSettings(k=most, workload=(workload,), frontier=least is None)
         asked = least and self.gain(least, workload)
         # Greedy search over dropped blocks takes longer than all others together, and is no way of these.
