@@ -43,6 +43,7 @@ SMALLER = {
     "--k auto --workload": "--k 2 --workload",
     "--max-kv-bytes 2GiB": "--max-kv-bytes 1MiB",
     "--retrieval-contexts 512,2048,4096": "--retrieval-contexts 300",
+    "--contexts 4096": "--contexts 300",
     "--retrieval-contexts 512,2048": "--retrieval-contexts 300",
     "--retrieval-samples 100": "--retrieval-samples 2",
     " --peer compile": "",  # takes a C compiler, and minutes
