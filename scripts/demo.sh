@@ -12,6 +12,6 @@ smollm2 >/dev/null & # while the packages are installed
 environment .venv '.[cpu]'
 wait $!
 model=$(smollm2)
-# Less text than the default, which is sampled from the model itself, and no context of 1,024 tokens: a first result in
-# half of the time, with the same checks.
+# Less text than the default, which is sampled from the model itself, and no context of 1,024 tokens: an earlier result
+# with the same checks.
 .venv/bin/nbl-export "$model" --k 8 -o "$out" --samples 40 --heldout-samples 12 --contexts 128,512

@@ -121,7 +121,7 @@ class Ways:
 
     @property
     def by_name(self) -> dict[str, Callable[[], Iterator[Cut]]]:
-        """The ways; that of ours over all blocks is one of ``ours``, too, and takes a third of its time."""
+        """The ways; that of ours over all blocks is one of ``ours``, too."""
         return {
             PAPERS: self.paper,
             "attention drop": self.attention_drop,
