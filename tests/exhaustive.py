@@ -312,10 +312,6 @@ USUAL: Mapping[str, tuple[str, ...]] = {
         "int4-1-layer left out",
         "int4-3-the u of the layer before",
     ),
-    "verify/speed/test_race.py::test_looking_again_as_rounds_are_added_claims_no_more": (
-        "3-9-looks0",
-        "7-21-looks3",
-    ),
     "verify/speed/test_savings.py::test_savings_are_those_of_the_rewritten_graph": (
         "mixtral",
         "gpt2",

@@ -28,9 +28,10 @@ import torch
 from nbl_export.errors import InputError
 from nbl_export.export.recurrence import use_recurrences
 from nbl_export.export.ropes import both_ways
-from nbl_export.export.symbols import SYMBOLIC_DOMAIN, replaced
+from nbl_export.export.symbols import SYMBOLIC_DOMAIN
 from nbl_export.models.attending import takes_attention
 from nbl_export.models.compat import growing_mask
+from nbl_export.models.replacing import replaced
 from nbl_export.models.row_positions import count_positions
 
 _NAME = "nbl_export"

@@ -23,8 +23,9 @@ from typing import Any
 
 import torch
 
-from nbl_export.export.symbols import SYMBOLIC_DOMAIN, replaced
+from nbl_export.export.symbols import SYMBOLIC_DOMAIN
 from nbl_export.models.caches import StateLayer
+from nbl_export.models.replacing import replaced
 
 RECURRENCE, CHUNKED = "Recurrence", "ChunkedRecurrence"
 # The logarithm of a decay that is nothing in float32, whatever it is multiplied by.

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from nbl_export.export.symbols import replaced
+from nbl_export.models.replacing import replaced
 
 
 @contextmanager

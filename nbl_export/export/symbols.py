@@ -1,4 +1,4 @@
-"""Operators that ``torch.export`` cannot express, and functions that are replaced while a model is traced."""
+"""Operators that ``torch.export`` cannot express, and sums that torch.onnx would drop."""
 
 from __future__ import annotations
 
@@ -9,20 +9,11 @@ from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 from typing import Any
 
+from nbl_export.models.replacing import replaced
+
 # Such operators are emitted in a private domain and renamed afterwards. Otherwise the exporter would use opset 24 for
 # the full graph, where it decomposes norms and rotary embeddings.
 SYMBOLIC_DOMAIN = "nbl_export"
-
-
-@contextmanager
-def replaced(owner: Any, name: str, function: Any) -> Iterator[None]:
-    """Within the block, ``owner`` (a module or a class) has ``function`` under that name."""
-    original = getattr(owner, name)
-    setattr(owner, name, function)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
 
 
 @contextmanager

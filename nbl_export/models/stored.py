@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 from nbl_export.models.compat import names_in
 from nbl_export.models.limits import INDEX, WEIGHTS, indexed
+from nbl_export.models.replacing import replaced
 from nbl_export.models.weights import Read, floating
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -103,14 +104,10 @@ def gguf_parsed_once() -> Iterator[None]:
     """
     import gguf
 
-    own = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
-    try:
-        for name, function in own.items():
-            setattr(gguf, name, cache(function))
+    with ExitStack() as stack:
+        for name in ("GGUFReader", "get_tensor_name_map"):
+            stack.enter_context(replaced(gguf, name, cache(getattr(gguf, name))))
         yield
-    finally:
-        for name, function in own.items():
-            setattr(gguf, name, function)
 
 
 def gguf_readers(path: str, model: Any) -> dict[str, Read] | None:

@@ -29,7 +29,7 @@ _KEPT = 2 * GIB
 _NEXT = 512 * MIB
 _F64, _F32 = 8, 4
 # Tokens of one forward pass while moments are collected, and documents and tokens of one while text is sampled.
-_BATCH, _SAMPLED, _SAMPLE_LENGTH = 1024, 152, 128
+_BATCH, _SAMPLED, _SAMPLE_LENGTH = 1024, 256, 128
 # The graphs that `verify` runs on tokens: the rewritten one, and the unmodified one with the linear layers put in.
 _GRAPHS = 2
 # A small copy of a model is traced, exported and run beyond its lengths: 6 to 35 s for those of tests/families.py.

@@ -128,6 +128,12 @@ def test_long_rows_hold_several_sampled_documents(
     assert not set(text.selection_document.reshape(-1)) & set(text.heldout_document.reshape(-1))
 
 
+@pytest.mark.parametrize(("total", "batches"), [(184, [184]), (257, [129, 128]), (640, [214, 214, 212])])
+def test_batches_are_few_and_none_is_small(model: Any, total: int, batches: list[int]) -> None:
+    at_once = sampling._at_once(model, 128, total)
+    assert [min(at_once, total - done) for done in range(0, total, at_once)] == batches
+
+
 # larger than memory ------------------------------------------------------------------------------
 
 
