@@ -26,6 +26,7 @@ from nbl_export.models.dummy_run import check_supported, dummy_run
 from nbl_export.models.layers import positions as positions_of
 from nbl_export.models.lengths import REHEARSAL, crossed_by, crossing_prompts
 from nbl_export.models.load import quiet
+from nbl_export.models.weights import resident, room
 from nbl_export.runtime.torch import torch_stream
 
 # Two rows of different length, so that one is padded, and the number of tokens decoded after them.
@@ -115,7 +116,8 @@ def _error(model: torch.nn.Module, form: Form) -> float:
     # Each with a shorter one beside it, which is padded; where the longest row of a batch decides for all, that one is
     # another text than by itself.
     compared = 1 if any(one.length.batch for one in crossed) else 2
-    with quiet(), torch.inference_mode():
+    # The weights are read once, not at each of these passes.
+    with quiet(), torch.inference_mode(), resident(model, room(model)):
         own = [model(input_ids=torch.from_numpy(text)[None]).logits[0] for text in texts]
         try:
             stepwise = compared == 1 and bool(form.past)

@@ -161,7 +161,7 @@ def curve_table(curve: Curve, brief: bool = False) -> Table:
             )
         )
     return Table(
-        "Loss and speed by K",
+        "Loss and speed by K" if used or raced or timed else "Loss by K",
         (
             "K",
             "perplexity ratio",

@@ -149,17 +149,22 @@ def not_given(model: torch.nn.Module) -> str:
 def check_model(run: Run, settings: ExportSettings) -> tuple[OnCopy, ...]:
     """Refuse, before any work, a model that cannot be exported with these ``settings``.
 
-    Returns the lengths of a decoder that were crossed on a copy of it, if it is exported here.
+    Returns the lengths of a decoder that were crossed on a copy of it, if it is exported here. A run checks a decoder
+    once, before its work, and exports it at the end.
     """
     from nbl_export.export.form_check import check_form
     from nbl_export.models.dummy_run import check_supported
 
-    task = run.model.task
+    task, model = run.model.task, run.model.model
     check_export_of(run.model.source, settings)
-    if settings.exported_by == "torch" and task.causal:
-        return check_form(run.model.model, _decoder_form(run, settings))
-    check_supported(run.model.model, task=task, pooled=run.model.pooling is not None)
-    return ()
+    if settings.exported_by != "torch" or not task.causal:
+        check_supported(model, task=task, pooled=run.model.pooling is not None)
+        return ()
+    if run.checked is None or run.checked[0] != settings:
+        with run.listener.task("Checking the export", 1, "form") as progress:
+            run.checked = settings, check_form(model, _decoder_form(run, settings))
+            progress.advance(1)
+    return run.checked[1]
 
 
 def _export_torch(

@@ -22,6 +22,9 @@ from nbl_export.workspace import Workspace, kept_digests
 if TYPE_CHECKING:
     import torch
 
+    from nbl_export.graph.summary import OnCopy
+    from nbl_export.settings import ExportSettings
+
 
 class _Noting:
     """Forwards everything to a listener and collects the notes for the stage's record."""
@@ -41,12 +44,14 @@ class Run:
     """One invocation on one output folder: the workspace, the model, and the listener.
 
     Of several ``ranks``, the first alone has the lock, reads and writes the folder's record, and is listened to.
+    ``checked`` is the last export that the model was found to have a graph for, and what was found.
     """
 
     workspace: Workspace
     model: LoadedModel
     listener: Listener = field(default_factory=Silent)
     ranks: Ranks = ALONE
+    checked: tuple[ExportSettings, tuple[OnCopy, ...]] | None = None
 
     @classmethod
     def start(

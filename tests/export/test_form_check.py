@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -19,8 +20,10 @@ from nbl_export.export.forms import CONCAT, FORMS, NONE, SHARED, STATIC
 from nbl_export.export.functions import exportable
 from nbl_export.models.compat import is_transformers_4
 from nbl_export.models.dummy_run import dummy_run
+from nbl_export.models.weights import Stored, streamed
 from tests.beyond import BEYOND
 from tests.families import unsaved
+from tests.models.test_weights import reads
 from tests.tiny_types import tiny_model
 
 
@@ -34,6 +37,19 @@ def test_every_form_is_the_model(model_type: str, form: Any) -> None:
             check_form(tiny_model(model_type), form)
         return
     check_form(tiny_model(model_type), form)
+
+
+def test_weights_are_read_once_for_all_passes() -> None:
+    model = streamed(Stored(tiny_model("llama")), torch.float32)
+    dummy_run(model)
+    with reads() as found:
+        assert _error(model, CONCAT) < 1e-3
+    assert max(Counter(found).values()) == 1
+    # Without room for them each pass reads them: two rows alone, a prefill and a step.
+    with pytest.MonkeyPatch.context() as patch, reads() as found:
+        patch.setattr(module, "room", lambda model: 0)
+        _error(model, CONCAT)
+    assert max(Counter(found).values()) == 4
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,11 @@ def test_an_untimed_curve_without_a_budget(curve: Curve) -> None:
     table = curve_table(Curve(tuple(replace(p, **bare) for p in curve.points)))
     assert table.columns == ("K", "perplexity ratio", "KL, nats per token", "layers")
     assert table.rows[0] == ("1", "1.0200", "0.0400", "4")
-    assert (table.note, table.marked) == ("", ())
+    assert (table.title, table.note, table.marked) == ("Loss by K", "", ())
+    for timed in ("workload_speedup", "timed_speedup", "prefill_speedup", "decode_speedup"):
+        first, *others = curve.points
+        some = Curve((replace(first, **(bare | {timed: 1.1})), *(replace(p, **bare) for p in others)))
+        assert curve_table(some).title == "Loss and speed by K"
 
 
 def test_a_report_without_a_curve_has_no_such_table(report: Report, curve: Curve) -> None:

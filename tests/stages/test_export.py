@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,9 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from nbl_export import api
 from nbl_export.errors import InputError, MissingDependencyError
+from nbl_export.export import form_check
 from nbl_export.models.source import find_model
 from nbl_export.models.tasks import task_named
-from nbl_export.stages.export import export, not_given
+from nbl_export.stages.export import check_model, export, not_given
 from nbl_export.stages.run import Run
 from nbl_export.workspace import Workspace
 from tests.families import Calibrated
@@ -110,6 +113,31 @@ def test_a_model_that_the_form_does_not_suit_is_refused_before_work(tmp_path: Pa
     with pytest.raises(InputError, match="--kv-cache concat"):
         export(run, api.ExportSettings("fp32", "static"))
     assert not list(run.workspace.baseline.parent.glob("*.onnx*"))
+
+
+def test_a_run_checks_a_form_once(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[str] = []
+    plain = form_check.check_form
+
+    def counted(model: Any, form: Any) -> Any:
+        checked.append(form.name)
+        return plain(model, form)
+
+    monkeypatch.setattr(form_check, "check_form", counted)
+    notes = Notes()
+    run = Run.start(find_model(str(tiny_folder)), tmp_path / "out", notes)
+    check_model(run, CONCAT)
+    assert [task[0] for task in notes.tasks][-1] == "Checking the export" and notes.advanced[-1] == 1
+    export(run, CONCAT)
+    assert checked == ["concat"]
+    for form in ("none", "concat"):
+        check_model(run, replace(CONCAT, kv_cache=form))
+    assert checked == ["concat", "none", "concat"]
+    # What was refused is refused again.
+    monkeypatch.setattr(form_check, "_error", lambda model, form: 1.0)
+    for _ in range(2):
+        with pytest.raises(InputError, match="computes other logits with --kv-cache static"):
+            check_model(run, replace(CONCAT, kv_cache="static"))
 
 
 def test_what_a_graph_of_embeddings_is_not_given_is_said(wrapper: Callable[[str], Calibrated]) -> None:

@@ -12,9 +12,13 @@ from typing import Any
 import pytest
 
 from nbl_export import api
+from nbl_export.calibrate import collect, sampling
+from nbl_export.linearize import loss
+from nbl_export.models import weights
 from nbl_export.models.source import find_model
 from nbl_export.models.tasks import task_named
 from nbl_export.settings import RunSettings
+from nbl_export.stages import needs as needed
 from nbl_export.stages.needs import GIB, MIB, Need, Sizes, needs, sizes_of
 from nbl_export.stages.resources import model_sizes
 from nbl_export.stages.room import Room
@@ -44,6 +48,15 @@ def test_the_sizes_of_a_model_are_counted_by_hand(stories: Sizes) -> None:
     assert (stories.largest, stories.inner) == (vocabulary * d, inner)
     assert stories.cache == 2 * layers * kv * (d // heads)
     assert (stories.stored, stories.computed) == (4, False)
+
+
+def test_what_is_done_at_once_is_what_the_stages_do_at_once() -> None:
+    assert (needed._BATCH, needed._SAMPLED, needed._SAMPLE_LENGTH) == (
+        collect._BATCH_TOKENS,
+        sampling._SAMPLE_BATCH,
+        sampling._SAMPLE_LENGTH,
+    )
+    assert (needed._KEPT, needed._NEXT) == (weights._KEPT, loss._NEXT_BYTES)
 
 
 def test_the_largest_phase_counts() -> None:
