@@ -93,7 +93,7 @@ def run_all(run: Run, asked: RunSettings) -> Report:
     require_onnxruntime()  # before the first minute of work, not after it
     selection = asked.selection
     if run.workspace.record("calibrate") is None:
-        check_blocks(run.model.model, asked.calibration.parts)
+        check_blocks(run.model.tried, asked.calibration.parts)
         layers = choices(run.model.model, asked.calibration.parts)
         others = described(run.model.model)["others"]
         check_selection(selection, layers, hidden_size(run.model.model), others)

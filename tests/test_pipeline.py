@@ -6,6 +6,7 @@ import gzip
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import onnx
 import pytest
+import torch
 
 from nbl_export import api
 from nbl_export.errors import InputError, MissingDependencyError
@@ -23,6 +25,7 @@ from nbl_export.verify.parity.figures import DecoderParity
 from nbl_export.workspace import Workspace
 from tests.finished import QUICK, TWO, VERIFY, assert_same, state, times
 from tests.listening import Notes
+from tests.models.test_weights import stored_in
 
 
 def pasts(path: Path) -> list[str]:
@@ -67,6 +70,38 @@ def test_a_second_run_does_no_work(stories_copy: Path, stories_folder: Path, cal
     assert notes.kept == ["calibrate", "select", "export", "rewrite", "verify"]
     assert state(stories_copy) == before
     assert times(stories_copy) == files
+
+
+def test_whatever_runs_the_model_is_said(tiny_folder: Path, calibration: Any, tmp_path: Path) -> None:
+    """Also where its weights are read block by block: of a large model each of these takes minutes."""
+    folder = stored_in(Path(shutil.copytree(tiny_folder, tmp_path / "model")), torch.bfloat16)
+    one, notes = api.SelectSettings(k=1, criterion="greedy"), Notes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nbl_export.models.weights._KEPT", 0)
+        api.run(folder, tmp_path / "out", one, calibration, api.VerifySettings(speed=False), notes)
+    blocks = "Running the blocks"
+    assert [title for title, *_ in notes.tasks] == [
+        "Loading model",
+        "Running a short text",
+        "Checking the export",
+        "Tracing a few blocks",
+        "Reading text",
+        "Recording the probe",
+        "Calibrating layer",
+        "Scoring layers",
+        "Measuring layers",
+        *("Running the original", blocks, blocks),
+        "Measuring the K curve",
+        "Exporting ONNX",
+        "Writing the graph",
+        "Proving the regions",
+        "Writing the graph",
+        *("Running PyTorch", blocks),
+        "Comparing with PyTorch",
+        *("Measuring rounding", blocks),
+        "Running the base graph",
+        *("Measuring method loss", blocks),
+    ]
 
 
 def test_another_k_repeats_what_depends_on_it(

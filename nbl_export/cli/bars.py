@@ -99,10 +99,10 @@ class _BarTask:
         self._progress.advance(self._id, amount)
         process.stop_if_asked()
 
-    def end(self) -> None:
-        """It is done, also where less than all was needed."""
+    def end(self, shown: bool = True) -> None:
+        """It is done, also where less than all was needed; it is still ``shown``, or goes."""
         task = next(task for task in self._progress.tasks if task.id == self._id)
-        self._progress.update(self._id, total=task.completed)
+        self._progress.update(self._id, total=task.completed, visible=shown)
         output.log(_line(task))
 
     def part(self, number: int, count: int) -> None:
@@ -114,7 +114,7 @@ class _BarTask:
 class TerminalListener:
     """Draws one bar for each task, with rate and remaining time, and prints notes between them.
 
-    A task within another is a bar below the other's.
+    A task within another is a bar below the other's, as long as it is going on.
     """
 
     def __init__(self) -> None:
@@ -126,7 +126,7 @@ class TerminalListener:
         if self._drawn is not None:
             bar = self._bar(self._drawn, title, total, unit, done)
             yield bar
-            bar.end()
+            bar.end(shown=False)
             return
         columns = (
             SpinnerColumn(finished_text="[green]✓"),

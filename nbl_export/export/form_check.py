@@ -8,6 +8,8 @@ are small (:mod:`.on_copy`).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -23,10 +25,12 @@ from nbl_export.export.on_copy import crossed_on_copy
 from nbl_export.export.torch import check_traces, trace
 from nbl_export.graph.summary import OnCopy
 from nbl_export.models.dummy_run import check_supported, dummy_run
+from nbl_export.models.layers import backbone
 from nbl_export.models.layers import positions as positions_of
 from nbl_export.models.lengths import REHEARSAL, crossed_by, crossing_prompts
 from nbl_export.models.load import quiet
 from nbl_export.models.weights import resident, room
+from nbl_export.progress import Listener, Silent
 from nbl_export.runtime.torch import torch_stream
 
 # Two rows of different length, so that one is padded, and the number of tokens decoded after them.
@@ -36,17 +40,19 @@ _SLOTS = 512  # of a static cache: longer than the window of a model that builds
 _TOLERANCE = 1e-2  # of the logits' standard deviation; a wrong mask or position causes an error of about one
 
 
-def check_form(model: torch.nn.Module, form: Form) -> tuple[OnCopy, ...]:
+def check_form(model: torch.nn.Module, form: Form, listener: Listener | None = None) -> tuple[OnCopy, ...]:
     """Raise :class:`InputError` for a model that is not supported, or not with a cache of this ``form``.
 
     Returns the lengths that were crossed on a copy of the model, or not at all.
     """
     _check_supported(model, form)
     try:
-        error = _error(model, form)
+        error = _error(model, form, listener)
         if error <= _TOLERANCE:
-            _check_trace(model, form)
-            return crossed_on_copy(model, FORMS[form.name])  # whatever it reads
+            with (listener or Silent()).task("Tracing a few blocks", 1, "trace") as task:
+                _check_trace(model, form)
+                task.advance(1)
+            return crossed_on_copy(model, FORMS[form.name], listener)  # whatever it reads
         found = (
             f"computes other logits with --kv-cache {form.name} than without (error {error:.1g} of their standard "
             "deviation), so its masks or positions do not support a batch of padded rows"
@@ -105,8 +111,11 @@ def _serves(model: torch.nn.Module, form: Form) -> bool:
         return False
 
 
-def _error(model: torch.nn.Module, form: Form) -> float:
-    """The largest difference from the model's own logits, in standard deviations of these; infinite for NaN."""
+def _error(model: torch.nn.Module, form: Form, listener: Listener | None = None) -> float:
+    """The largest difference from the model's own logits, in standard deviations of these; infinite for NaN.
+
+    The ``listener`` is told of each pass of the model.
+    """
     dummy_run(model)  # of the original model, before its functions are replaced
     crossed = crossed_by(model, _ACROSS, _LENGTHS, 1 if form.past else 1 + _ACROSS, REHEARSAL)
     vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator, union-attr]
@@ -116,11 +125,20 @@ def _error(model: torch.nn.Module, form: Form) -> float:
     # Each with a shorter one beside it, which is padded; where the longest row of a batch decides for all, that one is
     # another text than by itself.
     compared = 1 if any(one.length.batch for one in crossed) else 2
+    stepwise = compared == 1 and bool(form.past)
+    steps = _ACROSS if form.past else 0
+    passes = len(texts) + 1 + (_NEXT if form.past else 0)
+    passes += len(rows) * (compared * (1 + _ACROSS * stepwise) + 1 + steps)
     # The weights are read once, not at each of these passes.
-    with quiet(), torch.inference_mode(), resident(model, room(model)):
+    with (
+        quiet(),
+        torch.inference_mode(),
+        resident(model, room(model)),
+        (listener or Silent()).task("Checking the export", passes, "passes") as task,
+        _after_each_pass(model, lambda: task.advance(1)),
+    ):
         own = [model(input_ids=torch.from_numpy(text)[None]).logits[0] for text in texts]
         try:
-            stepwise = compared == 1 and bool(form.past)
             own += [_own(model, text, stepwise) for row in rows for text in (row, row[1:])[:compared]]
         except Exception as error:
             raise _failed(error) from error
@@ -137,6 +155,15 @@ def _error(model: torch.nn.Module, form: Form) -> float:
     expected = torch.cat(own)
     off = float((torch.cat(found) - expected).abs().max() / expected.std())
     return off if np.isfinite(off) else float("inf")
+
+
+@contextmanager
+def _after_each_pass(model: torch.nn.Module, then: Callable[[], None]) -> Iterator[None]:
+    hook = backbone(model).register_forward_hook(lambda *_: then())
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _own(model: torch.nn.Module, row: np.ndarray[Any, Any], stepwise: bool) -> torch.Tensor:

@@ -29,6 +29,7 @@ from nbl_export.models.layers import vocabulary
 from nbl_export.models.lengths import BEYOND, REHEARSAL, Length, Room, crossed_by
 from nbl_export.models.load import quiet
 from nbl_export.models.small_copy import small_copy, small_lengths
+from nbl_export.progress import Listener, Silent
 from nbl_export.runtime.encoder import OrtEncoder, TorchEncoder
 from nbl_export.runtime.ort import ort_stream
 from nbl_export.runtime.stream import Stream
@@ -45,7 +46,9 @@ _UNSAID = "no key of the configuration says it, so no copy has it smaller"
 _DONE: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, tuple[OnCopy, ...]]] = weakref.WeakKeyDictionary()
 
 
-def crossed_on_copy(model: torch.nn.Module, form: Form) -> tuple[OnCopy, ...]:
+def crossed_on_copy(
+    model: torch.nn.Module, form: Form, listener: Listener | None = None
+) -> tuple[OnCopy, ...]:
     """The lengths of ``model`` that its own rehearsal does not cross, crossed on a copy; done once for a model.
 
     Raises :class:`InputError` if a graph of this ``form`` computes other logits there than PyTorch.
@@ -58,12 +61,17 @@ def crossed_on_copy(model: torch.nn.Module, form: Form) -> tuple[OnCopy, ...]:
             crossed = crossed_by(model, _STEPS, passes=1 if form.past else 1 + _STEPS, room=REHEARSAL)
         # Of token ids: what a graph of embeddings computes with them is the same.
         known[form.name] = _crossed(
-            model, FORMS.get(form.name, form), [one.length for one in crossed if one.why and one.reached]
+            model,
+            FORMS.get(form.name, form),
+            [one.length for one in crossed if one.why and one.reached],
+            listener or Silent(),
         )
     return known[form.name]
 
 
-def _crossed(model: torch.nn.Module, form: Form, lengths: Sequence[Length]) -> tuple[OnCopy, ...]:
+def _crossed(
+    model: torch.nn.Module, form: Form, lengths: Sequence[Length], listener: Listener
+) -> tuple[OnCopy, ...]:
     unsaid = tuple(OnCopy(one.key, one.tokens, why=_UNSAID) for one in lengths if not one.configured)
     said = [one for one in lengths if one.configured]
     if not said:
@@ -71,10 +79,12 @@ def _crossed(model: torch.nn.Module, form: Form, lengths: Sequence[Length]) -> t
     small = small_lengths(said)
     error, measure = float("inf"), _error_of_encoder if form.name == ENCODER else _error
     try:
-        for seed in range(_DRAWS):
-            error = min(error, measure(small_copy(model, said, seed), form, said, small))
-            if error <= _TOLERANCE:
-                break
+        with listener.task("Running a small copy", _DRAWS, "copies") as task:
+            for seed in range(_DRAWS):
+                error = min(error, measure(small_copy(model, said, seed), form, said, small))
+                task.advance(1)
+                if error <= _TOLERANCE:
+                    break
     except Exception as failed:  # a model's own code may raise anything
         why = first_line(failed)[:300].rstrip(".")
         return (*unsaid, *(OnCopy(one.key, one.tokens, why=why) for one in said))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,21 @@ _SUFFIX = ".largest"
 
 
 def ranges_of(
-    model: ir.Model, rows: Sequence[NDArray[Any] | Inputs] | Inputs, scratch: Path | None = None
-) -> Mapping[str, float]:
+    model: ir.Model,
+    rows: Sequence[NDArray[Any] | Inputs] | Inputs,
+    scratch: Path | None = None,
+    progress: Callable[[int], object] = lambda _bytes: None,
+) -> dict[str, float]:
     """The largest magnitude of every float32 tensor of ``model``, which is changed, over a prefill of ``rows``.
 
     For an encoder ``rows`` is a batch by input name. Each tensor is reduced inside the graph, and the graph is run in
     parts, row by row, so memory is that of one part and what it computes of a row; ``scratch`` is a folder for the
     weights of a part that are in no file. Padding is included because it is computed too; a tensor with NaN counts as
-    infinite.
+    infinite. ``progress`` receives the bytes of the weights of each part that has run.
     """
     passes.ShapeInferencePass()(model)
     names = _reduce_all(model.graph)
-    found = compute_tensors(model, names, batch_rows(model, rows), scratch=scratch)
+    found = compute_tensors(model, names, batch_rows(model, rows), progress=progress, scratch=scratch)
     return {name.removesuffix(_SUFFIX): float(max(row[name] for row in found)) for name in names}
 
 

@@ -37,6 +37,7 @@ from nbl_export.models.media_tokens import written
 from nbl_export.models.partial_forward import beginning, recording_inputs, starting_at
 from nbl_export.models.walk import after_blocks
 from nbl_export.models.weights import device_of, streams, weights_like
+from nbl_export.progress import Listener
 from nbl_export.settings.choices import FitInput
 
 I32 = NDArray[np.int32]
@@ -141,7 +142,7 @@ class LossMeter:
 
     A model whose weights do not stay in memory is run block by block instead, with all rows, and with all sets that are
     asked for together: its weights are read once for them, or once for as many as have 2 GiB of states between two
-    blocks. ``together`` says so.
+    blocks. ``together`` says so. The ``listener`` is then told of each block.
     """
 
     def __init__(
@@ -151,8 +152,9 @@ class LossMeter:
         document: I32,
         fit_input: FitInput,
         advance: Callable[[int], None] = lambda _tokens: None,
+        listener: Listener | None = None,
     ) -> None:
-        self.model, self.fit_input = model, fit_input
+        self.model, self.fit_input, self._listener = model, fit_input, listener
         device = device_of(model)
         self._rows = [torch.from_numpy(row.astype(np.int64)).to(device) for row in rows]
         # The targets of predictions; of the embeddings of images, which nobody predicts, nothing is counted.
@@ -249,7 +251,7 @@ class LossMeter:
             yield from enumerate(self._settled({}, advance))
         else:
             for number, _, logits in sweep(
-                self.model, self._rows, [ORIGINAL], self.fit_input, advance=advance
+                self.model, self._rows, [ORIGINAL], self.fit_input, advance=advance, listener=self._listener
             ):
                 yield number, logits
 
@@ -270,7 +272,7 @@ class LossMeter:
         found: list[list[tuple[F64, F64]]] = [[] for _ in versions]
         known = [Version(0, ends=self._ends)] if self._ends else []
         for number, which, logits in sweep(
-            self.model, self._rows, [*known, *versions], self.fit_input, self._linear
+            self.model, self._rows, [*known, *versions], self.fit_input, self._linear, listener=self._listener
         ):
             row = self._targets[number]
             if which < len(known):

@@ -23,7 +23,8 @@ from nbl_export.linearize.adapters import Adapter, adapted
 from nbl_export.linearize.plan import Plan, Replacement
 from nbl_export.linearize.swap import check_plan, replaced
 from nbl_export.models.layers import block_stack
-from nbl_export.models.walk import Segment, after_blocks, segments, walking
+from nbl_export.models.walk import Segment, after_blocks, passing_blocks, walking
+from nbl_export.progress import Listener
 from nbl_export.settings.choices import FitInput
 
 
@@ -59,30 +60,33 @@ def sweep(
     fit_input: FitInput,
     settled: Mapping[Block, Replacement] | None = None,
     advance: Callable[[int], None] = lambda _tokens: None,
+    listener: Listener | None = None,
 ) -> Iterator[tuple[int, int, torch.Tensor]]:
     """Row, version and logits [seq, vocab] for each of ``rows`` [seq] int64 and of ``versions``, row after row.
 
-    ``settled`` are the linear layers of the settled model. ``advance`` is called with the tokens of each row.
+    ``settled`` are the linear layers of the settled model. ``advance`` is called with the tokens of each row,
+    and the ``listener`` is told of each block.
     """
     batches = [{"input_ids": row[None]} for row in rows]
     ours = Version(0, settled or {})
     states: list[Any] = [None] * len(batches)
     own: list[list[Any]] = [list(version.ends) for version in versions]
     with torch.inference_mode(), ExitStack() as changes, walking(model) as run:
-        for part in segments(model):
-            with run(part) as step:
-                for version, there in zip(versions, own, strict=True):
-                    if version.ends:
-                        continue
-                    if not there and version.first < part.stop:
-                        there += states
-                        changes.enter_context(version.change)
-                    if there:
-                        with within(model, version, part, fit_input):
-                            there[:] = map(step, batches, there)
-                if not all(own):
-                    with within(model, ours, part, fit_input):
-                        states = list(map(step, batches, states))
+        with passing_blocks(model, listener) as parts:
+            for part in parts:
+                with run(part) as step:
+                    for version, there in zip(versions, own, strict=True):
+                        if version.ends:
+                            continue
+                        if not there and version.first < part.stop:
+                            there += states
+                            changes.enter_context(version.change)
+                        if there:
+                            with within(model, version, part, fit_input):
+                                there[:] = map(step, batches, there)
+                    if not all(own):
+                        with within(model, ours, part, fit_input):
+                            states = list(map(step, batches, states))
         with after_blocks(model) as finish:
             for number, batch in enumerate(batches):
                 for which, there in enumerate(own):

@@ -72,6 +72,23 @@ class LoadedModel:
         return self._model
 
     @property
+    def tried(self) -> torch.nn.Module:
+        """The model, once a short text has gone through it, from which its layers and its cache are known.
+
+        Raises :class:`InputError` if it cannot be run, or if its layers are not known.
+        """
+        from nbl_export.models.dummy_run import dummy_run, is_known
+        from nbl_export.models.layers import structure
+
+        model = self.model
+        if not is_known(model):
+            structure(model)
+            with self._listener.task("Running a short text", 1, "text") as task:
+                dummy_run(model)
+                task.advance(1)
+        return model
+
+    @property
     def _bytes(self) -> int:
         """The bytes of the weights that are all looked at when the model is loaded; those of a GGUF file are not."""
         from nbl_export.models.limits import weights_of

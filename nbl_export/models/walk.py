@@ -24,6 +24,7 @@ from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.layers import accepted_arguments, backbone, block_stack, hidden_states
 from nbl_export.models.partial_forward import Reached, skipped, with_states
 from nbl_export.models.weights import held, outside_blocks
+from nbl_export.progress import Listener, Silent
 
 # The arguments of a forward pass by name; without a cache unless it brings one.
 Batch = Mapping[str, Any]
@@ -136,6 +137,7 @@ def through(
     batches: Sequence[Batch],
     within: Callable[[Segment], AbstractContextManager[Any]] = lambda _segment: nullcontext(),
     each: Callable[[int], AbstractContextManager[Any]] = lambda _number: nullcontext(),
+    listener: Listener | None = None,
 ) -> Iterator[Any]:
     """The output of ``model`` for each of ``batches``; all of them go through a block before the next one is read.
 
@@ -143,16 +145,31 @@ def through(
     """
     states: list[Any] = [None] * len(batches)
     with torch.inference_mode(), walking(model) as run:
-        for part in segments(model):
-            with run(part) as step, within(part):
-                for number, batch in enumerate(batches):
-                    with each(number):
-                        states[number] = step(batch, states[number])
+        with passing_blocks(model, listener) as parts:
+            for part in parts:
+                with run(part) as step, within(part):
+                    for number, batch in enumerate(batches):
+                        with each(number):
+                            states[number] = step(batch, states[number])
         with after_blocks(model) as finish:
             for number, batch in enumerate(batches):
                 with each(number):
                     output = finish(batch, states[number])
                 yield output
+
+
+@contextmanager
+def passing_blocks(model: torch.nn.Module, listener: Listener | None = None) -> Iterator[Iterator[Segment]]:
+    """The :func:`segments` of ``model``; each that has been passed is reported to the ``listener``."""
+    parts = segments(model)
+    with (listener or Silent()).task("Running the blocks", parts[-1].stop, "blocks") as task:
+
+        def passed() -> Iterator[Segment]:
+            for part in parts:
+                yield part
+                task.advance(part.stop - part.start)
+
+        yield passed()
 
 
 @contextmanager

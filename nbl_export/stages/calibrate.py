@@ -47,7 +47,7 @@ def calibrate(run: Run, settings: CalibrateSettings) -> None:
     key = key_of("calibrate", asked, made_of)
 
     def work(listener: Listener) -> list[Path]:
-        model = run.model.model
+        model = run.model.tried
         # A graph without a cache can be exported, even if one with a cache cannot.
         pooled = run.model.pooling is not None
         check_supported(model, cached=False, task=run.model.task, pooled=pooled)
@@ -65,7 +65,9 @@ def calibrate(run: Run, settings: CalibrateSettings) -> None:
                 record = {"key": key, "sha256": sha256_of_file(loader.path(ws))}
                 write_json(_record(loader.path(ws)), record)
             _check_enough(data.calibration, model, loader.unit)
-            probes.append(loader.probe(run.model, data, settings.parts))
+            with listener.task("Recording the probe", 1, "probe") as task:
+                probes.append(loader.probe(run.model, data, settings.parts))
+                task.advance(1)
             media.append(getattr(data, "media", None))
             if not run.model.task.causal:
                 _check_exports(run, probes[0])
@@ -111,7 +113,7 @@ def _check_exports(run: Run, probe: Probe) -> None:
     model = run.model
     form = encoder_form(model.model, model.task, model.pooling, probe.inputs)
     check_traces(model.model, form)
-    crossed_on_copy(model.model, form)
+    crossed_on_copy(model.model, form, run.listener)
 
 
 def _record(path: Path) -> Path:

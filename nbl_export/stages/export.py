@@ -51,7 +51,7 @@ def export(run: Run, settings: ExportSettings, there: bool = True) -> None:
     def work(listener: Listener) -> list[Path]:
         copies = check_model(run, settings)
         if not task.causal:
-            copies = crossed_on_copy(run.model.model, _form(run, settings))
+            copies = crossed_on_copy(run.model.model, _form(run, settings), listener)
         notes = [
             left_out(run.model.source),
             not_given(run.model.model) if settings.embeds else "",
@@ -155,15 +155,14 @@ def check_model(run: Run, settings: ExportSettings) -> tuple[OnCopy, ...]:
     from nbl_export.export.form_check import check_form
     from nbl_export.models.dummy_run import check_supported
 
-    task, model = run.model.task, run.model.model
+    task = run.model.task
     check_export_of(run.model.source, settings)
+    model = run.model.tried
     if settings.exported_by != "torch" or not task.causal:
         check_supported(model, task=task, pooled=run.model.pooling is not None)
         return ()
     if run.checked is None or run.checked[0] != settings:
-        with run.listener.task("Checking the export", 1, "form") as progress:
-            run.checked = settings, check_form(model, _decoder_form(run, settings))
-            progress.advance(1)
+        run.checked = settings, check_form(model, _decoder_form(run, settings), run.listener)
     return run.checked[1]
 
 
@@ -191,12 +190,12 @@ def _export_torch(
         made = _of_opset(embedding_form(run.model.model), settings)
         embedding = trace(run.model.model, made, listener)
         tokens = [row for row in rows if not isinstance(row, Mapping)]
-        save_in_precision(embedding, ws.embedding, precision, tokens, made.outputs)
+        save_in_precision(embedding, ws.embedding, precision, tokens, made.outputs, listener=listener)
         beside = add_features(ws.embedding, placeholders(run.model.model))
     graph = trace(run.model.model, form, listener)
     set_folder(graph, ws.baseline.parent)
     wide = {*form.outputs, PIXELS, EMBEDDINGS, PER_LAYER}
-    files, float32 = save_in_precision(graph, ws.baseline, precision, rows, wide, [ws.model])
+    files, float32 = save_in_precision(graph, ws.baseline, precision, rows, wide, [ws.model], listener)
     return [*files, *beside], float32
 
 

@@ -41,21 +41,29 @@ def measure_converted(
 
     def recorded(form: Path) -> Recorded:
         with opened(form, len(rows), longest) as stream:
-            return record(stream, rows, steps, alone=alone)
+            return record(stream, rows, steps, case.listener, alone)
 
     dtype = _QUANTIZED.get(precision) or precision_of(precision).gates
     gates = gates_for(dtype)
-    reference = record_pytorch(case.model, case.plan, rows, steps, True, alone)
+    reference = record_pytorch(case.model, case.plan, rows, steps, True, alone, listener=case.listener)
     parity = compare(reference, recorded(path), gates)
     failures = parity.failures()
     if precision in _QUANTIZED:
-        original = record_pytorch(case.model, None, rows, steps, True, alone)
+        original = record_pytorch(case.model, None, rows, steps, True, alone, listener=case.listener)
         failures += parity.failures_against(
             compare(original, recorded(unmodified()), gates), "the unmodified file's own"
         )
     elif precision != "fp32":
         own = pytorch_in_precision(
-            precision_of(precision), case.model, case.plan, rows, steps, True, reference, alone
+            precision_of(precision),
+            case.model,
+            case.plan,
+            rows,
+            steps,
+            True,
+            reference,
+            alone,
+            listener=case.listener,
         )
         failures += parity.failures_against(own, OWN)
     within = (

@@ -17,7 +17,6 @@ from nbl_export.graph.routers import routers
 from nbl_export.models.layers import positions
 from nbl_export.models.routers import Routers
 from nbl_export.models.weights import resident, room
-from nbl_export.progress import Listener
 from nbl_export.runtime.ort import Watch, ort_stream
 from nbl_export.runtime.stream import Stream
 from nbl_export.verify.case import DecoderCase
@@ -37,7 +36,7 @@ from nbl_export.verify.measurement import (
     put_together,
     timed,
 )
-from nbl_export.verify.parity.decoder import Recorded, compare, ragged, record
+from nbl_export.verify.parity.decoder import COMPARING, Recorded, compare, ragged, record
 from nbl_export.verify.parity.figures import UNMODIFIED, DecoderParity, Gates, Parity, gates_for
 from nbl_export.verify.parity.localize import first_divergence
 from nbl_export.verify.parity.media import media_parity, rows_with_media
@@ -79,10 +78,10 @@ def measure_parity(case: DecoderCase) -> FoundParity[DecoderParity]:
     rows, alone, crossings = parity_text(case, cached)
     routed = not precision.quantized and bool(routers(load_graph(case.rewritten)))
     torch = Reference(
-        lambda told: record_pytorch(case.model, case.plan, rows, steps, cached, alone, told),
+        lambda told: record_pytorch(case.model, case.plan, rows, steps, cached, alone, told, case.listener),
         passes(rows, steps, cached, alone) if routed else None,
     )
-    graph, told = _chosen(case, rows, cached, alone, case.listener)
+    graph, told = _chosen(case, rows, cached, alone)
     reference, as_told = torch.like(told)
     parity = compare(reference, graph, gates)
     failures = parity.failures()
@@ -93,17 +92,17 @@ def measure_parity(case: DecoderCase) -> FoundParity[DecoderParity]:
         expected, unrounded = torch.like(others)
         said = compare(expected, as_it_runs, gates).failures()
         failures += [f"as onnxruntime runs it, {failure}" for failure in said]
-    noise = rounding_noise(case.model, rows, case.plan)
+    noise = rounding_noise(case.model, rows, case.plan, listener=case.listener)
     base = own = half = None
     if precision.quantized and case.baseline is not None:
         # What the quantization costs the unmodified model is not the rewrite's to answer for.
-        original = record_pytorch(case.model, None, rows, steps, cached, alone)
+        original = record_pytorch(case.model, None, rows, steps, cached, alone, listener=case.listener)
         base = compare(original, _recorded(case, case.baseline, rows, alone=alone), gates)
         failures += parity.failures_against(base, "the unmodified graph's own")
     elif not precision.quantized and precision.name != "fp32":
         half = as_told and Routers(as_told.real, as_told.told)
         own = pytorch_in_precision(
-            precision, case.model, case.plan, rows, steps, cached, reference, alone, half
+            precision, case.model, case.plan, rows, steps, cached, reference, alone, half, case.listener
         )
         failures += parity.failures_against(own, OWN)
     routing = None
@@ -146,7 +145,7 @@ def _media_check(case: DecoderCase, gates: Gates) -> tuple[Check, ...]:
     if layers := media.later.shape[1]:
         lacks = f"the model adds features of its images after its first {layers} layers (deepstack)"
         return (Check("parity with media", "failed", f"{lacks}, for which the graph has no inputs"),)
-    parity = media_parity(case.model, case.plan, case.rewritten, rows, media, gates)
+    parity = media_parity(case.model, case.plan, case.rewritten, rows, media, gates, case.listener)
     if failures := parity.failures():
         return (Check("parity with media", "failed", "; ".join(failures)),)
     texts = f"{len(rows)} text{'s' if len(rows) > 1 else ''} with images or sounds"
@@ -165,7 +164,10 @@ def unlike(
 
     ``graph`` is what the rewritten graph gave for ``rows`` and those ``alone``, if it is known.
     """
-    expected = _recorded(case, reference, rows, lambda stream: kept_cache(stream, case.plan), alone=alone)
+    title = "Running the base graph"
+    expected = _recorded(
+        case, reference, rows, lambda stream: kept_cache(stream, case.plan), alone=alone, title=title
+    )
     found = graph or _recorded(case, case.rewritten, rows, alone=alone)
     return compare(expected, found, gates_for(UNMODIFIED)).failures()
 
@@ -176,13 +178,13 @@ def _recorded(
     rows: Sequence[NDArray[np.int32]],
     of: Callable[[Stream], Stream] = lambda stream: stream,
     rounded: bool = True,
-    listener: Listener | None = None,
     alone: Sequence[NDArray[np.int32]] = (),
     watch: Watch | None = None,
+    title: str = COMPARING,
 ) -> Recorded:
     """What the graph at ``path`` gives for ``rows``; its session is closed when this returns."""
     stream = of(ort_stream(path, max(map(len, rows)), rounded=rounded, small=True, watch=watch))
-    return record(stream, rows, case.settings.decode_steps, listener, alone)
+    return record(stream, rows, case.settings.decode_steps, case.listener, alone, title)
 
 
 def _chosen(
@@ -190,12 +192,11 @@ def _chosen(
     rows: Sequence[NDArray[np.int32]],
     cached: bool,
     alone: Sequence[NDArray[np.int32]],
-    listener: Listener | None = None,
     rounded: bool = True,
 ) -> tuple[Recorded, Told | None]:
     """What the rewritten graph gives for ``rows`` and those ``alone``, and its choices of experts, if it has any."""
     with watched(case.rewritten) as (path, watch):
-        found = _recorded(case, path, rows, rounded=rounded, listener=listener, alone=alone, watch=watch)
+        found = _recorded(case, path, rows, rounded=rounded, alone=alone, watch=watch)
     if watch is None:
         return found, None
     return found, told_by(case.rewritten, watch, rows, case.settings.decode_steps, cached, alone)

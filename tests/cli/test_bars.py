@@ -103,16 +103,25 @@ def test_numbers_in_progress_are_short(number: float, text: str) -> None:
     assert bars._short(number) == text
 
 
-def test_a_task_within_another_is_a_bar_below_it(screen: Any) -> None:
+def drawn(listener: TerminalListener) -> list[Any]:
+    assert listener._drawn is not None
+    return list(listener._drawn.tasks)
+
+
+def test_a_task_within_another_is_a_bar_below_it_until_it_ends(screen: Any) -> None:
     err = screen("err")
     listener = TerminalListener()
     for title in ("First", "Second"):
         with listener.task(title, 2, "layers") as outer:
             with listener.task(f"within {title}", 1, "model") as inner:
                 inner.advance(1)
+                assert [(t.description, t.visible) for t in drawn(listener)] == [
+                    (title, True),
+                    (f"within {title}", True),
+                ]
             outer.advance(2)
     words = [line.split("━")[0].split(None, 1)[1].strip() for line in err.getvalue().splitlines()]
-    assert words == ["First", "within First", "Second", "within Second"]
+    assert words == ["First", "Second"]
     with pytest.raises(ValueError, match="x"), listener.task("Third", 1, "layers"):
         raise ValueError("x")
     with listener.task("Fourth", 1, "layers"):

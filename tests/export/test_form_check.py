@@ -210,7 +210,7 @@ def test_a_form_is_advised_only_where_it_is_served(monkeypatch: pytest.MonkeyPat
     def refused(model: Any, form: Any) -> None:
         raise InputError("cannot be traced")
 
-    monkeypatch.setattr(module, "_error", lambda _model, form: 0.0 if form.name == "none" else 9.0)
+    monkeypatch.setattr(module, "_error", lambda _model, form, *_: 0.0 if form.name == "none" else 9.0)
     with pytest.raises(InputError, match=r": use --kv-cache none\.$"):
         check_form(model, CONCAT)
     monkeypatch.setattr(module, "_check_trace", refused)

@@ -23,6 +23,7 @@ from nbl_export.graph.precision import PRECISIONS
 from nbl_export.runtime.ort import OrtDecoder
 from tests.fixtures_graph import load, pad_left, ragged_rows
 from tests.graph.parsed import casts, interface_types, parsed, weight_types
+from tests.listening import Notes
 from tests.releases import written_for_5
 
 LAYERS, VOCAB = 4, 260
@@ -41,7 +42,11 @@ def exported(request: pytest.FixtureRequest, full: Path, tmp_path_factory: Any) 
     """Precision, the nodes kept, and the tiny Llama in that precision, read with onnx."""
     path = tmp_path_factory.mktemp("half") / "model.onnx"
     rows = ragged_rows((40, 21), VOCAB) if request.param == "fp16" else []
-    files, kept = save_in_precision(load_graph(full), path, PRECISIONS[request.param], rows)
+    notes = Notes()
+    files, kept = save_in_precision(load_graph(full), path, PRECISIONS[request.param], rows, listener=notes)
+    measured = ["Measuring ranges"] if request.param == "fp16" else []
+    assert [title for title, *_ in notes.tasks] == [*measured, "Writing the graph"]
+    assert sum(notes.advanced) == sum(total for _, total, *_ in notes.tasks)
     assert files == [path, path.with_name("model.onnx.data")] == sorted(path.parent.iterdir())
     onnx.checker.check_model(str(path), full_check=True)
     return request.param, kept, onnx.load(str(path))

@@ -38,6 +38,7 @@ from nbl_export.models.weights import Stored, streamed
 from nbl_export.settings.choices import FitInput
 from tests.families import unsaved
 from tests.linearize.greedy import greedy_order
+from tests.listening import Notes
 from tests.models.test_weights import reads
 from tests.pictures import plain_tokens
 from tests.tiny_types import tiny_model
@@ -415,8 +416,10 @@ def test_large_predictions_are_no_more_reads(in_memory: Any, large: list[int]) -
     maps, (rows, document) = some_maps(), text()
     low = streamed(Stored(in_memory), torch.float32)
     dummy_run(low)
+    notes = Notes()
     with reads() as found:
-        LossMeter(low, rows, document, "normed").measure_all([{i: maps[i]} for i in maps])
+        LossMeter(low, rows, document, "normed", listener=notes).measure_all([{i: maps[i]} for i in maps])
+    assert notes.tasks == [("Running the blocks", 4, "blocks", 0)] * 2 and notes.advanced == [1] * 8
     assert set(Counter(found).values()) == {2}, "once for the original, once for all sets"
 
 

@@ -19,6 +19,7 @@ from nbl_export.linearize.sweep import ORIGINAL, Version, sweep, version_of
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.weights import Stored, streamed
 from tests.linearize.made import make_plan
+from tests.listening import Notes
 from tests.models.test_weights import logits, reads
 from tests.tiny_types import tiny_model
 
@@ -70,8 +71,17 @@ def test_versions_are_whole_runs_and_weights_are_read_once(in_memory: Any) -> No
         (Version(0, {0: linear[0]}), {0: linear[0]}, {}),
     ]
     lengths: list[int] = []
+    notes = Notes()
     with reads() as found:
-        ours = swept(model, [version for version, *_ in wanted], settled=settled, advance=lengths.append)
+        ours = swept(
+            model,
+            [version for version, *_ in wanted],
+            settled=settled,
+            advance=lengths.append,
+            listener=notes,
+        )
+    blocks = in_memory.config.num_hidden_layers
+    assert notes.tasks == [("Running the blocks", blocks, "blocks", 0)] and notes.advanced == [1] * blocks
     assert set(Counter(found).values()) == {1} and lengths == [len(row) for row in ROWS]
     for which, (_, layers, adapters) in enumerate(wanted):
         with replaced(in_memory, layers, "normed") if layers else nullcontext(), adapted(in_memory, adapters):

@@ -12,6 +12,7 @@ import torch
 
 from nbl_export.errors import InputError
 from nbl_export.models import load, processors
+from nbl_export.models.dummy_run import is_known
 from nbl_export.models.loaded import LoadedModel
 from nbl_export.models.pooling import Pooling
 from nbl_export.models.source import find_model
@@ -50,6 +51,14 @@ def test_nothing_is_loaded_before_it_is_asked_for_and_then_once(
     assert model.model is model.model and model.tokenizer is model.tokenizer
     assert counted == ["load_model", "load_tokenizer"]
     assert listener.tasks == [(f"Loading {tiny_folder.name}", 1, "model", 0)] and listener.advanced == [1]
+
+
+def test_the_first_run_of_a_model_is_said_and_is_the_only_one(tiny_folder: Path) -> None:
+    listener = Notes()
+    model = LoadedModel(find_model(str(tiny_folder)), listener)
+    assert model.tried is model.model and is_known(model.model)
+    assert model.tried is model.model
+    assert listener.tasks[1:] == [("Running a short text", 1, "text", 0)] and listener.advanced == [1, 1]
 
 
 def test_a_large_model_is_loaded_with_progress_in_bytes(

@@ -119,22 +119,28 @@ def test_a_run_checks_a_form_once(tiny_folder: Path, tmp_path: Path, monkeypatch
     checked: list[str] = []
     plain = form_check.check_form
 
-    def counted(model: Any, form: Any) -> Any:
+    def counted(model: Any, form: Any, listener: Any) -> Any:
         checked.append(form.name)
-        return plain(model, form)
+        return plain(model, form, listener)
 
     monkeypatch.setattr(form_check, "check_form", counted)
     notes = Notes()
     run = Run.start(find_model(str(tiny_folder)), tmp_path / "out", notes)
     check_model(run, CONCAT)
-    assert [task[0] for task in notes.tasks][-1] == "Checking the export" and notes.advanced[-1] == 1
+    assert [(title, total) for title, total, *_ in notes.tasks] == [
+        ("Loading tiny", 1),
+        ("Running a short text", 1),
+        ("Checking the export", 4),
+        ("Tracing a few blocks", 1),
+    ]
+    assert notes.advanced == [1] * 7
     export(run, CONCAT)
     assert checked == ["concat"]
     for form in ("none", "concat"):
         check_model(run, replace(CONCAT, kv_cache=form))
     assert checked == ["concat", "none", "concat"]
     # What was refused is refused again.
-    monkeypatch.setattr(form_check, "_error", lambda model, form: 1.0)
+    monkeypatch.setattr(form_check, "_error", lambda *_: 1.0)
     for _ in range(2):
         with pytest.raises(InputError, match="computes other logits with --kv-cache static"):
             check_model(run, replace(CONCAT, kv_cache="static"))

@@ -71,7 +71,7 @@ def test_a_plan_that_amplifies_rounding_is_told_from_a_fault_after_the_layers(
     said: str,
 ) -> None:
     """A quarter of the gate of 1e-3, where every layer agrees."""
-    monkeypatch.setattr(module, "rounding_noise", lambda *_: noise)
+    monkeypatch.setattr(module, "rounding_noise", lambda *_, **__: noise)
     path = with_fault(graphs("concat", "fp32", LAYERS), tmp_path, "layers.4.", "up_proj", 1.5)
     found = measure_decoder(case_of(graphs, plan, text, graphs("concat"), path, PARITY))
     assert isinstance(found.parity, DecoderParity) and found.parity.rounding_noise == noise

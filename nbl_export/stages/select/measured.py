@@ -91,7 +91,12 @@ class Measured:
         text = self.text
         with self._listener.task("Running the original", text.selection.size, "tokens") as task:
             return LossMeter(
-                self.model, text.selection, text.selection_document, self.fit_input, task.advance
+                self.model,
+                text.selection,
+                text.selection_document,
+                self.fit_input,
+                task.advance,
+                self._listener,
             )
 
     def loss_of(self, plan: Plan) -> Loss:

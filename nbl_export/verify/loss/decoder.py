@@ -43,7 +43,7 @@ def measure_method_loss(
         (listener or Silent()).task("Measuring method loss", heldout.size, "tokens") as task,
         torch.inference_mode(),
     ):
-        for ids, (logits, changed) in zip(rows, _both(model, plan, rows), strict=True):
+        for ids, (logits, changed) in zip(rows, _both(model, plan, rows, listener), strict=True):
             original = reference(logits, written(ids))
             row_kl, row_excess = compare(original, changed, written(ids))
             before.append(original.nll.double().cpu().numpy())
@@ -68,11 +68,12 @@ def measure_method_loss(
 
 
 def _both(
-    model: torch.nn.Module, plan: Plan, rows: Sequence[torch.Tensor]
+    model: torch.nn.Module, plan: Plan, rows: Sequence[torch.Tensor], listener: Listener | None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Logits [seq, vocab] of each row by ``model``, and by ``plan``."""
     if streams(model):
-        found = sweep(model, rows, [ORIGINAL, version_of(model, plan)], plan.fit_input)
+        both = [ORIGINAL, version_of(model, plan)]
+        found = sweep(model, rows, both, plan.fit_input, listener=listener)
         for (_, _, logits), (_, _, changed) in zip(found, found, strict=True):
             yield logits, changed
         return

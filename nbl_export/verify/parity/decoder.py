@@ -29,6 +29,7 @@ from nbl_export.verify.parity.vectors import compare_vectors, rms
 LAST = 64
 # A cache, and which of its slots are no padding.
 Kept = tuple[Sequence[KV], BOOL]
+COMPARING = "Comparing with PyTorch"
 
 
 @dataclass(frozen=True)
@@ -57,16 +58,15 @@ def record(
     decode_steps: int,
     listener: Listener | None = None,
     alone: Sequence[NDArray[np.int32]] = (),
+    title: str = COMPARING,
 ) -> Recorded:
     """Run ``stream`` over ``rows``: all but the last ``decode_steps`` tokens prefilled, the rest decoded.
 
     ``rows`` are token ids of different lengths, each longer than ``decode_steps``; each row of ``alone`` is run after
-    them, by itself.
+    them, by itself. The ``listener`` is told of each step, under this ``title``.
     """
     batches = [list(rows), *([row] for row in alone)]
-    with (listener or Silent()).task(
-        "Comparing with PyTorch", len(batches) * (decode_steps + 1), "steps"
-    ) as task:
+    with (listener or Silent()).task(title, len(batches) * (decode_steps + 1), "steps") as task:
         found: list[Recorded] = []
         for batch in batches:
             if alone:

@@ -23,6 +23,7 @@ from nbl_export.linearize.swap import linearized
 from nbl_export.linearize.sweep import ORIGINAL, sweep, version_of
 from nbl_export.models.media_tokens import MediaTokens, seeing
 from nbl_export.models.weights import device_of, streams
+from nbl_export.progress import Listener
 from nbl_export.runtime.ort import OrtDecoder
 from nbl_export.verify.parity.decoder import LAST
 from nbl_export.verify.parity.figures import Gates, Parity, StepParity
@@ -55,6 +56,7 @@ def media_parity(
     rows: Sequence[I32],
     media: MediaTokens,
     gates: Gates,
+    listener: Listener | None = None,
 ) -> Parity:
     """The last logits of each of ``rows`` by the ``graph`` against ``model`` with ``plan``, a step each."""
     import torch
@@ -62,7 +64,9 @@ def media_parity(
     causal = replace(media, both_ways=np.zeros(1, np.int32))
     ids = [torch.from_numpy(row.astype(np.int64)).to(device_of(model)) for row in rows]
     with seeing(model, causal):
-        expected = [logits[-LAST:].float().cpu().numpy() for logits in _by_pytorch(model, plan, ids)]
+        expected = [
+            logits[-LAST:].float().cpu().numpy() for logits in _by_pytorch(model, plan, ids, listener)
+        ]
     decoder = OrtDecoder(graph, small=True)
     steps = []
     for number, (row, reference) in enumerate(zip(rows, expected, strict=True)):
@@ -72,14 +76,14 @@ def media_parity(
 
 
 def _by_pytorch(
-    model: torch.nn.Module, plan: Plan | None, rows: Sequence[torch.Tensor]
+    model: torch.nn.Module, plan: Plan | None, rows: Sequence[torch.Tensor], listener: Listener | None
 ) -> Iterator[torch.Tensor]:
     import torch
 
     if streams(model):
         version = version_of(model, plan) if plan else ORIGINAL
         fit_input = plan.fit_input if plan else "normed"
-        for _, _, logits in sweep(model, rows, [version], fit_input):
+        for _, _, logits in sweep(model, rows, [version], fit_input, listener=listener):
             yield logits
         return
     with torch.inference_mode(), linearized(model, plan) if plan else nullcontext():

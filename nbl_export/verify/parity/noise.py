@@ -16,6 +16,7 @@ from nbl_export.linearize.sweep import ORIGINAL, version_of, within
 from nbl_export.models.layers import accepted_arguments
 from nbl_export.models.walk import Segment, through
 from nbl_export.models.weights import device_of, streams
+from nbl_export.progress import Listener, Silent
 from nbl_export.runtime.torch import uncached_logits
 
 if TYPE_CHECKING:
@@ -27,7 +28,11 @@ _LAST_BIT = 2.0**-24  # relative, half a unit in the last place of float32
 
 
 def rounding_noise(
-    model: torch.nn.Module, rows: Sequence[NDArray[np.int32]], plan: Plan | None = None, seed: int = 0
+    model: torch.nn.Module,
+    rows: Sequence[NDArray[np.int32]],
+    plan: Plan | None = None,
+    seed: int = 0,
+    listener: Listener | None = None,
 ) -> float:
     """Largest |Δlogit| of a prefill of ``rows`` when every embedding entry moves by its last bit.
 
@@ -36,13 +41,16 @@ def rounding_noise(
     """
     inputs = left_padded(list(rows))
     kept = inputs[1].astype(bool)
-    if streams(model):
-        exact, disturbed = (logits[kept] for logits in _by_blocks(model, plan, inputs, seed))
-    else:
-        with linearized(model, plan) if plan else nullcontext():
-            exact = uncached_logits(model, *inputs)[kept]
-            with _disturbed(model, seed):
-                disturbed = uncached_logits(model, *inputs)[kept]
+    found = []
+    with (listener or Silent()).task("Measuring rounding", 2, "passes") as task:
+        if streams(model):
+            passes = _by_blocks(model, plan, inputs, seed, listener)
+        else:
+            passes = _in_memory(model, plan, inputs, seed)
+        for logits in passes:
+            found.append(logits[kept])
+            task.advance(1)
+    exact, disturbed = found
     return max(float(np.abs(a - b).max()) for a, b in zip(exact, disturbed, strict=True))
 
 
@@ -64,8 +72,22 @@ def _disturbed(model: torch.nn.Module, seed: int) -> Iterator[None]:
         hook.remove()
 
 
-def _by_blocks(
+def _in_memory(
     model: torch.nn.Module, plan: Plan | None, inputs: tuple[I64, I64, I64], seed: int
+) -> Iterator[F32]:
+    """Logits of the model and of the disturbed one."""
+    with linearized(model, plan) if plan else nullcontext():
+        yield uncached_logits(model, *inputs)
+        with _disturbed(model, seed):
+            yield uncached_logits(model, *inputs)
+
+
+def _by_blocks(
+    model: torch.nn.Module,
+    plan: Plan | None,
+    inputs: tuple[I64, I64, I64],
+    seed: int,
+    listener: Listener | None,
 ) -> Iterator[F32]:
     """Logits of the model and of the disturbed one, both by one pass over the weights."""
     import torch
@@ -80,5 +102,5 @@ def _by_blocks(
     def of_run(number: int) -> AbstractContextManager[Any]:
         return _disturbed(model, seed) if number else nullcontext()
 
-    for output in through(model, [batch, batch], of_block, of_run):
+    for output in through(model, [batch, batch], of_block, of_run, listener):
         yield output.logits.float().cpu().numpy()

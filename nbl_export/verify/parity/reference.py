@@ -29,6 +29,7 @@ from nbl_export.models.layers import accepted_arguments
 from nbl_export.models.routers import Routers
 from nbl_export.models.walk import Segment, through
 from nbl_export.models.weights import device_of, streams, weights_like
+from nbl_export.progress import Listener, Silent
 from nbl_export.runtime.decoder import KV
 from nbl_export.runtime.torch import torch_stream
 from nbl_export.verify.parity.decoder import Recorded, Step, joined, record
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from nbl_export.linearize.plan import Plan
 
 Rows = Sequence[NDArray[np.int32]]
+_TITLE = "Running PyTorch"
 
 
 def record_pytorch(
@@ -47,6 +49,7 @@ def record_pytorch(
     cached: bool = True,
     alone: Rows = (),
     routers: Routers | None = None,
+    listener: Listener | None = None,
 ) -> Recorded:
     """What ``model``, with ``plan`` if there is one, gives for ``rows``, as :func:`.record` does it.
 
@@ -54,17 +57,16 @@ def record_pytorch(
     """
     if streams(model):
         batches = [rows, *([row] for row in alone)]
-        firsts = range(0, len(batches) * (decode_steps + 1), decode_steps + 1)
-        return joined(
-            [
-                _by_blocks(model, plan, batch, decode_steps, cached, routers, first)
-                for batch, first in zip(batches, firsts, strict=True)
-            ]
-        )
+        total, found = len(batches) * (decode_steps + 1), []
+        with (listener or Silent()).task(_TITLE, total, "steps") as task:
+            for batch, first in zip(batches, range(0, total, decode_steps + 1), strict=True):
+                found.append(_by_blocks(model, plan, batch, decode_steps, cached, routers, first, listener))
+                task.advance(decode_steps + 1)
+        return joined(found)
     with linearized(model, plan) if plan else nullcontext():
         stream = torch_stream(model, plan.linear_attention if plan else (), cached)
         with _each_pass(model, routers) if routers else nullcontext():
-            return record(stream, rows, decode_steps, alone=alone)
+            return record(stream, rows, decode_steps, listener, alone, _TITLE)
 
 
 @contextmanager
@@ -85,6 +87,7 @@ def _by_blocks(
     cached: bool,
     routers: Routers | None = None,
     first: int = 0,
+    listener: Listener | None = None,
 ) -> Recorded:
     version = version_of(model, plan) if plan else ORIGINAL
     fed = list(_fed(rows, decode_steps, cached))
@@ -115,7 +118,8 @@ def _by_blocks(
 
     steps: list[Step] = []
     with limited_steps(model):
-        for (_ids, mask, _), output in zip(fed, through(model, batches, of_block, of_step), strict=True):
+        outputs = through(model, batches, of_block, of_step, listener)
+        for (_ids, mask, _), output in zip(fed, outputs, strict=True):
             logits: F32 = output.logits.float().cpu().numpy()
             real: BOOL = mask.astype(bool)
             kept = (cache.after(len(steps), mask.shape[1]), real) if cache else ((), real[:, :0])

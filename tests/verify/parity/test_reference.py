@@ -19,6 +19,7 @@ from nbl_export.verify.parity.noise import rounding_noise
 from nbl_export.verify.parity.reference import _by_blocks, record_pytorch
 from tests import families
 from tests.fixtures_graph import plan_by_hand, ragged_rows
+from tests.listening import Notes
 from tests.models.test_weights import reads, stored_in
 
 LAYERS = (1, 3)
@@ -53,9 +54,14 @@ def streaming(stories_folder: Path, tmp_path: Path) -> Any:
 @pytest.mark.parametrize("cached", [True, False], ids=["cache", "no cache"])
 def test_rows_by_themselves_by_blocks_as_step_by_step(streaming: Any, plan: Plan, cached: bool) -> None:
     alone = ragged_rows((90, 30), 500, seed=1)
-    by_blocks = record_pytorch(streaming, plan, ROWS, STEPS, cached, alone)
+    blocks, whole = Notes(), Notes()
+    by_blocks = record_pytorch(streaming, plan, ROWS, STEPS, cached, alone, listener=blocks)
     with resident(streaming):
-        same(record_pytorch(streaming, plan, ROWS, STEPS, cached, alone), by_blocks)
+        same(record_pytorch(streaming, plan, ROWS, STEPS, cached, alone, listener=whole), by_blocks)
+    steps = ("Running PyTorch", 3 * (STEPS + 1), "steps", 0)
+    assert blocks.tasks == [steps, *[("Running the blocks", 5, "blocks", 0)] * 3]
+    assert blocks.advanced == [*[1] * 5, STEPS + 1] * 3
+    assert whole.tasks == [steps] and whole.advanced == [1] * 3 * (STEPS + 1)
     # The last 64 logits of a prefill, and the caches once all is decoded.
     assert [len(s.logits) for s in by_blocks.steps] == [sum(map(len, ROWS)) - 3 * STEPS + 64 + 27, 5, 5, 5]
     assert [len(s.caches) for s in by_blocks.steps] == [1, 1, 1, 3]
@@ -81,11 +87,15 @@ def _read_once(model: Any) -> list[Any]:
 
 @pytest.mark.parametrize("planned", [True, False], ids=["linearized", "original"])
 def test_noise_by_blocks_is_the_same_and_reads_once(streaming: Any, plan: Plan, planned: bool) -> None:
+    blocks, whole = Notes(), Notes()
     with reads() as found:
-        noise = rounding_noise(streaming, ROWS, plan if planned else None)
+        noise = rounding_noise(streaming, ROWS, plan if planned else None, listener=blocks)
     assert sorted(found) == sorted(w.name for w in _read_once(streaming))
     with resident(streaming):
-        assert rounding_noise(streaming, ROWS, plan if planned else None) == noise > 0
+        assert rounding_noise(streaming, ROWS, plan if planned else None, listener=whole) == noise > 0
+    passes = ("Measuring rounding", 2, "passes", 0)
+    assert blocks.tasks == [passes, ("Running the blocks", 5, "blocks", 0)]
+    assert (blocks.advanced, whole.tasks, whole.advanced) == ([*[1] * 5, 1, 1], [passes], [1, 1])
 
 
 @pytest.mark.parametrize("name", families.DECODERS)
