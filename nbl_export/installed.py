@@ -7,15 +7,20 @@
     a package index                            pip install 'nbl-export[extra]'
 
 An editable install stays editable: without ``-e`` pip would put a copy in its place, and what is then changed in the
-clone would have no effect.
+clone would have no effect. In an environment that pipx or uv made there may be no pip, and the line is for theirs:
+
+    pipx                                       pipx runpip nbl-export install …
+    uv, uvx                                    uv pip install --python /path/to/its/python …
 """
 
 from __future__ import annotations
 
 import json
 import shlex
+import sys
 from dataclasses import dataclass
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,6 +30,7 @@ from nbl_export.errors import NblError
 
 NAME = "nbl-export"
 PROJECT = "pyproject.toml"
+_PIPX = "pipx_metadata.json"
 PACKAGE = Path(__file__).resolve().parent
 
 
@@ -50,7 +56,32 @@ def pip_line(*extras: str) -> str:
         what = f"{origin.path}{named}"
     else:
         what = f"{NAME}{named} @ {origin.url}" if origin.url else f"{NAME}{named}"
-    return f"pip install {'-e ' * origin.editable}{shlex.quote(what)}"
+    return f"{pip_command('install')} {'-e ' * origin.editable}{shlex.quote(what)}"
+
+
+def pip_command(verb: str) -> str:
+    """The command that does ``verb`` (install, uninstall -y) in the environment that this runs in."""
+    environment = Path(sys.prefix)
+    if (environment / _PIPX).is_file():
+        return f"pipx runpip {shlex.quote(environment.name)} {verb}"
+    if _has_pip() or not _is_of_uv(environment):
+        return f"pip {verb}"
+    command, *options = verb.split()
+    # uv asks nothing, and warns of the option that says so.
+    chosen = "".join(f" {option}" for option in options if option != "-y")
+    return f"uv pip {command}{chosen} --python {shlex.quote(sys.executable)}"
+
+
+def _has_pip() -> bool:
+    return find_spec("pip") is not None
+
+
+def _is_of_uv(environment: Path) -> bool:
+    try:
+        lines = (environment / "pyvenv.cfg").read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return False
+    return any(line.split("=")[0].strip() == "uv" for line in lines)
 
 
 def find_origin(package: Path = PACKAGE) -> Origin:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nbl_export.errors import MissingDependencyError, first_line
-from nbl_export.installed import pip_line
+from nbl_export.installed import pip_command, pip_line
 
 ALWAYS = ""  # in place of an extra: whoever installs nbl-export has it
 
@@ -29,7 +29,7 @@ class Part:
     def pip(self) -> str:
         """The command that installs it."""
         if self.extra is None:
-            return f"pip install {self.package}"
+            return f"{pip_command('install')} {self.package}"
         return pip_line(self.extra) if self.extra else pip_line()
 
 

@@ -6,13 +6,15 @@ import json
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nbl_export import installed
-from nbl_export.installed import Origin, find_origin, is_clone, pip_line
+from nbl_export.installed import Origin, find_origin, is_clone, pip_command, pip_line
+from nbl_export.parts import part
 from tests.conftest import ROOT
 
 NAMES = ["plain", "with space", "it's", 'a "quoted" one', "dollar$HOME;x", "brackets[1]", "50%25 é"]
@@ -94,6 +96,50 @@ def test_from_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert words(found, monkeypatch, "cpu") == ["pip", "install", "nbl-export[cpu]"]
     assert pip_line("cpu", "eval") == "pip install 'nbl-export[cpu,eval]'"
     assert pip_line() == "pip install nbl-export"
+
+
+@pytest.mark.parametrize(
+    ("made", "has_pip", "begins", "removes"),
+    [
+        ({"pyvenv.cfg": "home = /usr/bin\n"}, True, "pip install", "pip uninstall -y"),
+        ({"pyvenv.cfg": "home = /usr/bin\n"}, False, "pip install", "pip uninstall -y"),
+        ({}, False, "pip install", "pip uninstall -y"),
+        ({"pyvenv.cfg": "home = /usr/bin\nuv = 0.13.9\n"}, True, "pip install", "pip uninstall -y"),
+        (
+            {"pyvenv.cfg": "home = /usr/bin\nuv = 0.13.9\n"},
+            False,
+            f"uv pip install --python {shlex.quote(sys.executable)}",
+            f"uv pip uninstall --python {shlex.quote(sys.executable)}",
+        ),
+        *(
+            (
+                {"pyvenv.cfg": "uv = 0.13.9\n", "pipx_metadata.json": "{}"},
+                has_pip,
+                "pipx runpip 'of nbl' install",
+                "pipx runpip 'of nbl' uninstall -y",
+            )
+            for has_pip in (True, False)
+        ),
+    ],
+)
+def test_the_line_is_for_the_environment_that_this_runs_in(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    made: dict[str, str],
+    has_pip: bool,
+    begins: str,
+    removes: str,
+) -> None:
+    environment = tmp_path / "of nbl"
+    environment.mkdir()
+    for name, text in made.items():
+        (environment / name).write_text(text)
+    monkeypatch.setattr(sys, "prefix", str(environment))
+    monkeypatch.setattr(installed, "_has_pip", lambda: has_pip)
+    monkeypatch.setattr(installed, "find_origin", Origin)
+    assert pip_line("genai") == f"{begins} 'nbl-export[genai]'"
+    assert pip_command("uninstall -y") == removes
+    assert replace(part("torchvision"), extra=None).pip == f"{begins} torchvision"
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from nbl_export.doctor.machine import Machine, this_machine
 from nbl_export.doctor.ranges import Clash, Ranges, clashes, own_ranges, within
 from nbl_export.doctor.trials import UNKNOWN, Trial, try_all, versions
 from nbl_export.errors import MissingDependencyError
-from nbl_export.installed import find_origin
+from nbl_export.installed import find_origin, pip_command
 from nbl_export.parts import ALWAYS, PARTS, Part, part
 from nbl_export.progress import Listener, Silent
 
@@ -115,7 +115,7 @@ def _found(
 def _line(one: Part, there: Mapping[str, str], wanted: Sequence[Part]) -> str:
     """The pip line of a part; what has the same module must go first, or pip leaves a mixture of both."""
     others = [p.package for p in wanted if p.module == one.module and p is not one and p.package in there]
-    return f"pip uninstall -y {' '.join(others)} && {one.pip}" if others else one.pip
+    return f"{pip_command('uninstall -y')} {' '.join(others)} && {one.pip}" if others else one.pip
 
 
 def lacking(machine: Machine, parts: Sequence[Found], python: str) -> Iterator[str]:
@@ -148,8 +148,8 @@ def problems(machine: Machine, parts: Sequence[Found], found: Sequence[Clash]) -
         if len(several) > 1:
             names = [one.package for one in several]
             yield (
-                f"{' and '.join(names)} are both installed and share one module: pip uninstall -y {' '.join(names)}, "
-                f"then {' or '.join(part(name).pip for name in names)}."
+                f"{' and '.join(names)} are both installed and share one module: {pip_command('uninstall -y')} "
+                f"{' '.join(names)}, then {' or '.join(part(name).pip for name in names)}."
             )
     runs = any(one.works for one in parts if part(one.package).module == RUNTIME)
     for one in parts:
@@ -162,7 +162,8 @@ def problems(machine: Machine, parts: Sequence[Found], found: Sequence[Clash]) -
     for clash in found:
         yield (
             f"{clash.package} {clash.version} takes {clash.name}{clash.takes}, and {clash.installed} is installed: "
-            f"pip install {shlex.quote(clash.name + clash.takes)}, or keep one of them in an environment of its own."
+            f"{pip_command('install')} {shlex.quote(clash.name + clash.takes)}, or keep one of them in an environment "
+            "of its own."
         )
     if machine.gpus:
         for name in sorted(machine.no_gpu):
@@ -189,10 +190,10 @@ def _surroundings(machine: Machine) -> Iterator[str]:
 
 
 def _broken(one: Found) -> str:
-    again = f"pip install --force-reinstall {shlex.quote(one.package + one.takes)}"
+    again = f"{pip_command('install --force-reinstall')} {shlex.quote(one.package + one.takes)}"
     return f"{one.package} {one.version} is installed, and trying it {one.error}: {again}."
 
 
 def _out_of_range(one: Found) -> str:
-    line = f"pip install {shlex.quote(one.package + one.takes)}"
+    line = f"{pip_command('install')} {shlex.quote(one.package + one.takes)}"
     return f"{one.package} {one.version} is installed, and {one.takes} is needed: {line}."
