@@ -133,8 +133,8 @@ def _error(model: torch.nn.Module, form: Form, listener: Listener | None = None)
     with (
         quiet(),
         torch.inference_mode(),
-        resident(model, room(model)),
         (listener or Silent()).task("Checking the export", passes, "passes") as task,
+        resident(model, room(model)),
         _after_each_pass(model, lambda: task.advance(1)),
     ):
         own = [model(input_ids=torch.from_numpy(text)[None]).logits[0] for text in texts]
