@@ -208,7 +208,7 @@ def test_help_answers_at_once() -> None:
         (used("-m", "nbl_export", "--help"), used("-c", "import cyclopts, rich.table")) for _ in range(3)
     ]
     ours, libraries = (min(column) for column in zip(*pairs, strict=True))
-    assert ours < 3.5 * libraries
+    assert ours < 2.5 * libraries
 
 
 def test_inspect_shows_every_kind_without_torch(place: Path) -> None:
