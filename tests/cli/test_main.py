@@ -192,7 +192,7 @@ def test_a_value_that_cannot_be_is_refused_before_anything_is_loaded() -> None:
 
 
 def test_help_answers_at_once() -> None:
-    """In about twice the time in which Python imports what draws it; with torch it would be ten times.
+    """In less than three times what Python takes to import what draws it; with torch it would be ten times.
 
     Processor time, not wall time, in turns: the machine may be busy.
     """
@@ -208,7 +208,8 @@ def test_help_answers_at_once() -> None:
         (used("-m", "nbl_export", "--help"), used("-c", "import cyclopts, rich.table")) for _ in range(3)
     ]
     ours, libraries = (min(column) for column in zip(*pairs, strict=True))
-    assert ours < 2.5 * libraries
+    # Half a second, or on a slow machine what its libraries take there, three times.
+    assert ours < max(0.5, 3 * libraries)
 
 
 def test_inspect_shows_every_kind_without_torch(place: Path) -> None:
