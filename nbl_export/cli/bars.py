@@ -156,9 +156,14 @@ class TerminalListener:
 
 
 def _stop(progress: Progress) -> None:
-    """Stop drawing; what is said next begins a line, also where a second signal comes while it stops."""
+    """Stop drawing; what is said next begins a line.
+
+    Also where a second signal comes while it stops, and where another process of several says it meanwhile: the bar and
+    the end of its line are written at once.
+    """
     try:
-        progress.stop()
+        with output.ERR:
+            progress.stop()
     except KeyboardInterrupt:
         if not output.ERR.is_terminal:
             output.ERR.print()

@@ -135,10 +135,24 @@ def test_what_is_said_begins_a_line_where_a_second_signal_comes(monkeypatch: pyt
 
     def interrupted(progress: Any) -> None:
         progress.live.stop()
-        assert log.getvalue() and not log.getvalue().endswith("\n")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(bars.Progress, "stop", interrupted)
     with pytest.raises(KeyboardInterrupt), TerminalListener().task("Working", 2, "steps"):
         raise KeyboardInterrupt
     assert "Working" in log.getvalue() and log.getvalue().endswith("\n")
+
+
+def test_a_bar_is_written_with_the_end_of_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process may write to the same log between two writes."""
+    written: list[str] = []
+
+    class Log(StringIO):
+        def write(self, text: str) -> int:
+            written.append(text)
+            return super().write(text)
+
+    monkeypatch.setattr(output, "ERR", Console(file=Log(), width=80))
+    with pytest.raises(KeyboardInterrupt), TerminalListener().task("Working", 2, "steps"):
+        raise KeyboardInterrupt
+    assert len(written) == 1 and "Working" in written[0] and written[0].endswith("\n")
