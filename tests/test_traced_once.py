@@ -7,13 +7,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from nbl_export.export import torch as exporting
-from nbl_export.export.forms import FORMS, SHARED, STATIC
+from nbl_export.export.embeds import reading_embeds
+from nbl_export.export.encoder import encoder_form
+from nbl_export.export.forms import FORMS, STATIC
 from nbl_export.graph.io import save_graph
+from nbl_export.models.load import load_model
+from nbl_export.models.pooling import Pooling
+from nbl_export.models.source import find_model
+from nbl_export.models.tasks import task_named
+from nbl_export.settings.graphs import ExportSettings
+from nbl_export.stages.export import _of_opset
 from tests import traced_once
+from tests.encoders import text_encoder
 from tests.tiny_types import tiny_model
 from tests.traced_once import key_of
 
@@ -142,9 +152,46 @@ def test_what_a_test_replaced_is_traced(model: Any, change: Any, monkeypatch: py
     assert key_of(model, CONCAT) is not None
 
 
-def test_another_form_by_the_same_name_is_traced(model: Any) -> None:
-    assert key_of(model, replace(STATIC)) is None
-    assert key_of(model, replace(SHARED, name="mine")) is None
+class Mine(torch.nn.Module):
+    """Of a test."""
+
+
+def test_the_same_data_is_the_same_form(model: Any) -> None:
+    """As the export stage makes it, with the opset that is asked for."""
+    assert key_of(model, replace(STATIC)) == key_of(model, STATIC) is not None
+    for other in (
+        replace(STATIC, name="mine"),
+        replace(STATIC, opset=STATIC.opset - 1),
+        replace(STATIC, inputs=dict(reversed(STATIC.inputs.items()))),
+        replace(STATIC, examples={"input_ids": torch.ones(2, 3, dtype=torch.long)}),
+        replace(STATIC, module=CONCAT.module),
+    ):
+        assert key_of(model, other) not in (key_of(model, STATIC), None)
+
+
+def test_a_form_that_a_test_made_is_traced(model: Any) -> None:
+    assert key_of(model, replace(STATIC, module=Mine)) is None  # type: ignore[arg-type]
+    assert key_of(model, replace(STATIC, module=lambda m: STATIC.module(m))) is None
+
+
+def test_what_the_function_of_a_form_holds_on_to_decides(tmp_path: Path) -> None:
+    """An encoder's form, and one that reads embeddings, have a function made for them."""
+    bert = load_model(find_model(str(text_encoder(tmp_path / "bert"))))
+    rows = {name: np.ones((1, 4), np.int64) for name in ("input_ids", "attention_mask")}
+    task = task_named("feature-extraction")
+    mean, first = (Pooling(mode, False, ()) for mode in ("mean", "cls"))
+    keys = [key_of(bert, encoder_form(bert, task, pooling, rows)) for pooling in (mean, first, mean)]
+    assert keys[0] == keys[2] is not None and keys[0] != keys[1] is not None
+    llama = tiny_model("llama", num_hidden_layers=1)
+    keys = [key_of(llama, reading_embeds(form, llama)) for form in (CONCAT, STATIC, CONCAT)]
+    assert keys[0] == keys[2] is not None
+    assert len({keys[0], keys[1], key_of(llama, CONCAT)}) == 3
+
+
+@pytest.mark.parametrize("cache", FORMS)
+def test_what_the_export_stage_traces_is_kept(cache: Any, model: Any) -> None:
+    for opset in (None, 18):
+        assert key_of(model, _of_opset(FORMS[cache], ExportSettings(kv_cache=cache, opset=opset))) is not None
 
 
 def test_environment_variables_are_no_replacement(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,8 @@ Many tests start from a graph of one of two models, and ``torch.export`` takes 5
 folder of the run, which its processes share. One is taken if all that it depends on is the same:
 
 1. the weights, bit for bit, the configuration, and the class and attributes of every module,
-2. the form of the cache, which is one of :data:`FORMS`,
+2. the form, with all its data and what the function that makes its module has from where it was made; a form that a
+   test made itself is traced,
 3. the code of nbl_export and the versions of what it uses. While a test has anything replaced but environment
    variables, or a module has a hook or a forward of its own, all is traced.
 
@@ -17,19 +18,22 @@ import hashlib
 import json
 import os
 import weakref
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from types import FunctionType, MethodType
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
 import torch
 
 from nbl_export.export import torch as exporting
-from nbl_export.export.forms import CONCAT, FORMS, Form
+from nbl_export.export.forms import CONCAT, Form
 from nbl_export.models.weights import resident
 from nbl_export.progress import Listener, Silent
 from nbl_export.report.header import Header
@@ -78,11 +82,12 @@ def replaced() -> bool:
 def key_of(model: torch.nn.Module, form: Form) -> str | None:
     """A digest of all that the graph of ``model`` in this ``form`` depends on; None if that cannot be said."""
     config = getattr(model, "config", None)
-    if form is not FORMS.get(form.name) or config is None or replaced():
+    if config is None or replaced() or sum(p.numel() for p in model.parameters()) > _MOST:
         return None
-    if sum(p.numel() for p in model.parameters()) > _MOST:
+    try:
+        told: list[object] = [_code(), _data(form), torch.get_default_dtype(), config._attn_implementation]
+    except _UnsaidError:
         return None
-    told: list[object] = [_code(), form.name, torch.get_default_dtype(), config._attn_implementation]
     told.append(json.dumps(config.to_dict(), sort_keys=True, default=repr))
     for name, module in model.named_modules():
         own = vars(module)
@@ -100,8 +105,37 @@ def key_of(model: torch.nn.Module, form: Form) -> str | None:
                     return None
                 tied = first.setdefault(tensor.data_ptr(), name)  # tied weights are one in a graph
                 digest.update(repr((name, tied, tensor.dtype, tensor.shape, tensor.stride())).encode())
-                digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+                digest.update(_bytes(tensor))
     return digest.hexdigest()
+
+
+class _UnsaidError(Exception):
+    """That something is the same cannot be said."""
+
+
+def _data(value: Any) -> object:
+    """What of ``value`` decides: its contents, and of a class or function, whose code is ours, what it holds on to."""
+    if isinstance(value, type | FunctionType):
+        if not value.__module__.startswith("nbl_export."):
+            raise _UnsaidError
+        held = [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
+        return (_said(value), [_data(one) for one in held])
+    if isinstance(value, torch.Tensor | np.ndarray):
+        tensor = torch.as_tensor(value)
+        return (tensor.dtype, tensor.shape, hashlib.sha256(_bytes(tensor)).hexdigest())
+    if isinstance(value, Mapping):
+        return [(key, _data(one)) for key, one in value.items()]
+    if isinstance(value, tuple | list):
+        return (type(value).__name__, [_data(one) for one in value])
+    if is_dataclass(value):
+        return (_said(type(value)), [(f.name, _data(getattr(value, f.name))) for f in fields(value)])
+    if isinstance(value, _PLAIN):
+        return repr(value)
+    raise _UnsaidError
+
+
+def _bytes(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def _said(value: Any) -> str:
