@@ -6,13 +6,14 @@ import contextlib
 import os
 import pty
 import re
-import resource
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests import preloaded
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120", "TERM": "xterm"}
 ENVIRONMENT.pop("NBL_EXPORT_DEBUG", None)
@@ -29,21 +30,7 @@ class Done:
 
 def nbl(*arguments: object, cwd: Path | None = None, limit: int | None = None) -> Done:
     """`nbl-export ARGUMENTS`; ``limit`` is the largest file in bytes that it may write."""
-
-    def small_files() -> None:
-        assert limit is not None
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    done = subprocess.run(
-        [sys.executable, "-m", "nbl_export", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT,
-        cwd=cwd,
-        timeout=300,
-        preexec_fn=None if limit is None else small_files,
-    )
-    return Done(done.returncode, done.stdout, done.stderr)
+    return Done(*preloaded.run([*map(str, arguments)], ENVIRONMENT, cwd, limit, timeout=300))
 
 
 def assert_refused(done: Done, code: int, *words: str, quietly: bool = True) -> None:

@@ -34,6 +34,7 @@ HERE = {
     "test_mirror.py": "of the tests themselves",
     "test_rooms.py": "of the package as a whole",
     "test_exhaustive.py": "of the tests that the usual run leaves out",
+    "test_preloaded.py": "of the processes of tests",
     "test_traced_once.py": "of the graphs that tests share",
     "test_docs.py": "of README and docs",
     "test_docs_site.py": "of the site that is made of them",

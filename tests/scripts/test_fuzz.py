@@ -25,7 +25,7 @@ def mutants() -> ModuleType:
 @pytest.mark.skipif(sys.platform != "linux", reason="forks loaded libraries and measures their memory")
 def test_a_short_campaign_finds_nothing(stories_folder: Path, stories_text: Path) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "fuzz.py"), str(stories_folder), str(stories_text)]
-    mutants = "200" if ALL else "24"
+    mutants = "200" if ALL else "12"
     done = subprocess.run([*command, "--mutants", mutants, "--seed", "0"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert f"0 of {mutants} went wrong" in done.stdout

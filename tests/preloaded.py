@@ -1,0 +1,130 @@
+"""`python -m nbl_export` as a copy of a process that has imported its libraries, and nothing of ours.
+
+Most commands in the tests spend more time importing torch and transformers than doing anything else. A server imports
+them once; asked over a socket, it forks. The child has the streams, the folder and the arguments that it is given, runs
+the package as ``python -m`` does, and ends as an interpreter does, but for what C++ tidies up: some of it would wait
+for threads, which a child does not have. How long a command takes, how it is interrupted, and what it imports is
+tested with processes of their own.
+
+Run as a program, it is the server; its argument is the number of the socket's descriptor.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import json
+import os
+import resource
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+LIBRARIES = (
+    *("cyclopts", "jinja2", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg", "numpy"),
+    *("onnx", "onnx_ir", "onnxruntime", "onnxscript", "rich.progress", "safetensors", "scipy.stats"),
+    *("torch", "torch.export", "torch.onnx", "transformers", "transformers.modeling_utils"),
+)
+_LONGEST = 1 << 20  # bytes of a request
+
+
+def run(
+    arguments: list[str], environment: dict[str, str], folder: Path | None, limit: int | None, timeout: float
+) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of ``nbl-export ARGUMENTS``; ``limit`` is the largest file that it may write.
+
+    Raises :class:`subprocess.TimeoutExpired` when it has not ended in ``timeout`` seconds; it is killed then.
+    """
+    server = _server(tuple(sorted(environment.items())))
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, Path(os.devnull).open() as nothing:
+        asked = {"arguments": arguments, "folder": str(folder or Path.cwd()), "limit": limit}
+        socket.send_fds(server, [json.dumps(asked).encode()], [nothing.fileno(), out.fileno(), err.fileno()])
+        child = int(server.recv(32))
+        server.settimeout(timeout)
+        try:
+            status = int(server.recv(32))
+        except TimeoutError:
+            os.kill(child, signal.SIGKILL)
+            server.settimeout(None)
+            server.recv(32)
+            raise subprocess.TimeoutExpired(arguments, timeout) from None
+        found = []
+        for stream in (out, err):
+            stream.seek(0)
+            found.append(stream.read().decode())
+    return os.waitstatus_to_exitcode(status), found[0], found[1]
+
+
+@cache
+def _server(environment: tuple[tuple[str, str], ...]) -> socket.socket:
+    """A server whose libraries were imported in this ``environment``; it ends with this process."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.preloaded", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            cwd=Path(__file__).parent.parent,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
+    return ours
+
+
+def _serve(peer: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
+    """Fork for each request: in a child, the request and its streams; None in the server when nobody asks any more."""
+    while True:
+        message, streams, _, _ = socket.recv_fds(peer, _LONGEST, 3)
+        if not message:
+            return None
+        child = os.fork()
+        if not child:
+            return json.loads(message), streams
+        for stream in streams:
+            os.close(stream)
+        peer.send(str(child).encode())
+        _, status = os.waitpid(child, 0)
+        with suppress(OSError):
+            peer.send(str(status).encode())
+
+
+def _become(asked: dict[str, Any], streams: list[int]) -> int:
+    """The exit code of ``python -m nbl_export`` with these streams."""
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    os.chdir(asked["folder"])
+    if asked["limit"] is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (asked["limit"], asked["limit"]))
+    sys.path[0] = asked["folder"]
+    sys.argv[1:] = asked["arguments"]
+    try:
+        runpy.run_module("nbl_export", run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else bool(ended.code)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    for library in LIBRARIES:
+        importlib.import_module(library)
+    assert not any(name.split(".")[0] == "nbl_export" for name in sys.modules)
+    with socket.socket(fileno=int(sys.argv[1])) as peer:
+        request = _serve(peer)
+    if request is not None:
+        code = _become(*request)
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

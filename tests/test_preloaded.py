@@ -1,0 +1,40 @@
+"""A command in a copy of a process that has the libraries does what it does in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import preloaded
+from tests.command_line import ENVIRONMENT, nbl
+
+
+@pytest.mark.parametrize(
+    "words", [["--version"], ["inspect", "."], ["selct"], [], ["inspect", "here", "--json"]]
+)
+def test_it_is_what_a_process_of_its_own_does(words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    command = [sys.executable, "-m", "nbl_export", *words]
+    alone = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path)
+    done = nbl(*words, cwd=tmp_path)
+    assert (done.code, done.out, done.err) == (alone.returncode, alone.stdout, alone.stderr)
+    assert done.out or done.err
+
+
+def test_one_leaves_nothing_for_the_next(tmp_path: Path) -> None:
+    (tmp_path / "nbl-export.toml").write_text("[select]\nkk = 1\n")
+    assert "nbl-export.toml" in nbl("run", "model", cwd=tmp_path).err
+    assert "nbl-export.toml" not in nbl("run", "model").err
+    assert nbl("inspect", "model", "--log-file", tmp_path / "log", limit=1).code != 0
+    assert (tmp_path / "log").stat().st_size <= 1
+    assert nbl("inspect", "model", "--log-file", tmp_path / "long").code == 2
+    assert (tmp_path / "long").stat().st_size > 1
+
+
+def test_what_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(subprocess.TimeoutExpired):
+        preloaded.run(["--help"], ENVIRONMENT, None, None, timeout=0.001)
+    assert nbl("--version").code == 0
