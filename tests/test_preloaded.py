@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests import preloaded
@@ -32,6 +33,12 @@ def test_one_leaves_nothing_for_the_next(tmp_path: Path) -> None:
     assert (tmp_path / "log").stat().st_size <= 1
     assert nbl("inspect", "model", "--log-file", tmp_path / "long").code == 2
     assert (tmp_path / "long").stat().st_size > 1
+
+
+def test_the_server_is_no_child_of_this_process() -> None:
+    assert nbl("--version").code == 0
+    servers = [p for p in psutil.Process().children(recursive=True) if "tests.preloaded" in p.cmdline()]
+    assert servers == []
 
 
 def test_what_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
