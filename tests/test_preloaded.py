@@ -41,7 +41,7 @@ def test_the_server_is_no_child_of_this_process() -> None:
     assert servers == []
 
 
-def test_what_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_end_is_killed() -> None:
     with pytest.raises(subprocess.TimeoutExpired):
         preloaded.run(["--help"], ENVIRONMENT, None, None, timeout=0.001)
     assert nbl("--version").code == 0
