@@ -137,7 +137,8 @@ def _command() -> int:
         return 2
     try:
         ranks.begin()
-        code = app(words_of(sys.argv[1:]), exit_on_error=False, print_error=False)
+        with process.as_interrupts():
+            code = app(words_of(sys.argv[1:]), exit_on_error=False, print_error=False)
     except (CycloptsError, UsageError) as error:
         return _said(f"{_sentence(error)}. See nbl-export --help.", 2)
     except NblError as error:

@@ -3,7 +3,9 @@
 1. SIGTERM and SIGHUP end it as Ctrl-C does: what is unfinished is cleaned up, one sentence is said, and the exit code
    is the shell's, 128 + the signal's number. A signal that was ignored from the start (SIGHUP under nohup, SIGINT of a
    shell's background job) stays ignored. A library may swallow what a signal raises within it (torch.export has such
-   places): it is raised again at the next step of the work (:func:`stop_if_asked`).
+   places): it is raised again at the next step of the work (:func:`stop_if_asked`). Or it makes another error of it,
+   as C++ does that calls Python: what fails after a signal came is told as the interrupt (:func:`as_interrupts`), and
+   what the library logs of it is not.
 2. A stream that nobody reads ends the output, never the work. Where the results could not be written for another
    reason, that is said at the end, and the exit code is not 0.
 3. A library that does not return, in a graph with an operator that never ends, ends the process too: nothing that is
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
 import signal
 import sys
@@ -172,6 +175,7 @@ def _signals() -> Iterator[None]:
 
     def end(signum: int, _frame: Any) -> None:
         _asked.append(signum)
+        logging.disable()
         raise Interrupted(signum)
 
     changed = {s: signal.signal(s, end) for s, default in _ENDING.items() if signal.getsignal(s) is default}
@@ -180,7 +184,18 @@ def _signals() -> Iterator[None]:
     finally:
         for signum, before in changed.items():
             signal.signal(signum, before)
-        _asked.clear()
+        go_on()
+
+
+@contextmanager
+def as_interrupts() -> Iterator[None]:
+    """Raises :class:`Interrupted` for whatever fails in the block after a signal came."""
+    try:
+        yield
+    except Exception as error:
+        if _asked:
+            raise Interrupted(_asked[-1]) from error
+        raise
 
 
 def stop_if_asked() -> None:
@@ -191,4 +206,6 @@ def stop_if_asked() -> None:
 
 def go_on() -> None:
     """What a signal asked for is done: it was for a line being typed, and not for the process."""
-    _asked.clear()
+    if _asked:
+        _asked.clear()
+        logging.disable(logging.NOTSET)

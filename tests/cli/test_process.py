@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import pytest
 from nbl_export.cli import process
 from nbl_export.cli.bars import TerminalListener
 from nbl_export.cli.process import Output
-from nbl_export.errors import Interrupted
+from nbl_export.errors import InputError, Interrupted
 from nbl_export.runtime import bounds
 from tests.command_line import ENVIRONMENT, Done, assert_refused
 from tests.interruptions import send
@@ -255,6 +257,44 @@ def test_an_interrupt_that_a_library_swallows_ends_the_work_at_its_next_step(sig
     finally:
         signal.signal(signum, before)
     assert reached == ["behind the library"]
+
+
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_an_interrupt_that_a_library_makes_an_error_of_is_one(
+    signum: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As C++ does that calls Python; the library says so in its log, too."""
+
+    def library(*_: object, **__: object) -> int:
+        try:
+            send(signum)()
+        except KeyboardInterrupt as interrupt:
+            logging.getLogger("a library").error("fake tensor raised TypeError")
+            raise InputError("torch.onnx.export cannot export LlamaForCausalLM") from interrupt
+        return 0
+
+    main = import_module("nbl_export.cli.main")
+    monkeypatch.setattr(sys, "argv", ["nbl-export", "export", "out"])
+    monkeypatch.setattr(main, "app", library)
+    monkeypatch.setattr(main, "words_of", list)
+    usual = signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL
+    before = signal.signal(signum, usual)
+    try:
+        assert process.run(main._command, main._said) == SIGNALS[signal.Signals(signum)]
+    finally:
+        signal.signal(signum, before)
+    said = capsys.readouterr().err
+    assert said.startswith("error: Interrupted; run the same command again") and said.count("\n") == 1
+    logging.getLogger("a library").error("of the next command")
+    assert [record.message for record in caplog.records] == ["of the next command"]
+
+
+def test_an_error_before_any_signal_is_told_as_it_is() -> None:
+    with pytest.raises(InputError), process.as_interrupts():
+        raise InputError("of the model")
 
 
 def test_an_interrupt_of_a_line_that_is_typed_asks_for_nothing_else() -> None:
