@@ -1,5 +1,8 @@
 # Sourced by the other scripts: virtual environments, and real models.
 
+# What is installed here is imported by many processes; compiled anew by each, torch and transformers take 25 s, not 8.
+unset PYTHONDONTWRITEBYTECODE
+
 # environment DIR SPEC...: make DIR if needed and install SPEC (editable) into it.
 # --no-compile: Python compiles what it imports, which is a small part of what is installed.
 environment() {

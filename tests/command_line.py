@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests import preloaded
+from tests import preloaded, traced_once
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120", "TERM": "xterm"}
 ENVIRONMENT.pop("NBL_EXPORT_DEBUG", None)
@@ -30,7 +30,9 @@ class Done:
 
 def nbl(*arguments: object, cwd: Path | None = None, limit: int | None = None) -> Done:
     """`nbl-export ARGUMENTS`; ``limit`` is the largest file in bytes that it may write."""
-    return Done(*preloaded.run([*map(str, arguments)], ENVIRONMENT, cwd, limit, timeout=300))
+    return Done(
+        *preloaded.run([*map(str, arguments)], ENVIRONMENT, cwd, limit, traced_once.kept_in(), timeout=300)
+    )
 
 
 def assert_refused(done: Done, code: int, *words: str, quietly: bool = True) -> None:

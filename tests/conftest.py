@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests import traced_once
+from tests import measured_once, replaced, traced_once
 from tests.exhaustive import ALL, leave_out
 from tests.interruptions import interruptible
 
+replaced.follow()
 # Before any module imports by its name what is replaced.
 traced_once.install()
+measured_once.install()
 # A shell's background job ignores Ctrl-C, and so would all that the tests start.
 interruptible()
 # Nothing in the tests may reach for the network.
@@ -63,6 +66,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
 
 
+def pytest_collection_finish() -> None:
+    """Look seldom for cycles, and not in what is there now: a trace makes millions of objects, and frees few."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Where the time of a long run went: the slowest files, as the sum of all that their tests took."""
     spent: dict[str, float] = {}
@@ -100,11 +110,12 @@ def every_report_is_of_its_schema() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def equal_models_are_traced_once(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Also if they are those of several processes; a run of all tests traces each."""
+def what_is_equal_is_found_once(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Graphs and the machine's rates, also of several processes; a run of all tests finds each."""
     base = tmp_path_factory.getbasetemp()
     if not ALL:
-        traced_once.keep_in((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "traced-once")
+        for once in (traced_once, measured_once):
+            once.keep_in((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "once")
 
 
 class Failures:

@@ -36,6 +36,8 @@ HERE = {
     "test_exhaustive.py": "of the tests that the usual run leaves out",
     "test_preloaded.py": "of the processes of tests",
     "test_traced_once.py": "of the graphs that tests share",
+    "test_measured_once.py": "of the rates that tests share",
+    "test_replaced.py": "of what tests replace, for the two",
     "test_docs.py": "of README and docs",
     "test_docs_site.py": "of the site that is made of them",
     "test_docs_commands.py": "of the commands in them",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ import psutil
 import pytest
 
 from tests import preloaded
-from tests.command_line import ENVIRONMENT, nbl
+from tests.command_line import ENVIRONMENT, FAST, SMALL, nbl
+from tests.tiny import build
 
 
 @pytest.mark.parametrize(
@@ -35,6 +37,25 @@ def test_one_leaves_nothing_for_the_next(tmp_path: Path) -> None:
     assert (tmp_path / "long").stat().st_size > 1
 
 
+def test_it_takes_what_the_run_has_found(tmp_path: Path) -> None:
+    text, kept, out = tmp_path / "text.txt", tmp_path / "kept", tmp_path / "out"
+    model = build(tmp_path / "model", num_hidden_layers=1)
+    text.write_text(
+        "".join(f"{n} stones walk under a bright river, and seven with them.\n" for n in range(9000))
+    )
+
+    def run(*words: object, kept: Path | None) -> tuple[int, str, str]:
+        return preloaded.run([*map(str, words)], ENVIRONMENT, None, None, kept, timeout=300)
+
+    done = run(model, "--k", 1, "-o", out, "--calibration", text, *SMALL, *FAST, kept=kept)
+    assert done[0] == 0, done
+    assert list(kept.glob("*.checked")) and list(kept.glob("cpu-float32-*.json"))
+    (graph,) = kept.glob("*.onnx")
+    graph.write_bytes(b"")  # for protobuf, a model without a graph
+    shutil.rmtree(out / "baseline")
+    assert run("export", out, kept=kept)[0] != 0
+
+
 def test_the_server_is_no_child_of_this_process() -> None:
     assert nbl("--version").code == 0
     servers = [p for p in psutil.Process().children(recursive=True) if "tests.preloaded" in p.cmdline()]
@@ -43,5 +64,5 @@ def test_the_server_is_no_child_of_this_process() -> None:
 
 def test_what_does_not_end_is_killed() -> None:
     with pytest.raises(subprocess.TimeoutExpired):
-        preloaded.run(["--help"], ENVIRONMENT, None, None, timeout=0.001)
+        preloaded.run(["--help"], ENVIRONMENT, None, None, None, timeout=0.001)
     assert nbl("--version").code == 0

@@ -48,22 +48,29 @@ def test_the_command_line_says_so_in_one_sentence(how: str, words: list[str]) ->
     )
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        "api.run('model', 'out', api.SelectSettings(k=1))",
-        "api.calibrate('model', 'out')",
-        "api.select('out', api.SelectSettings(k=1))",
-        "api.report('out')",
-    ],
-)
-def test_the_api_raises_it(call: str, tmp_path: Path) -> None:
+CALLS = """
+for call in (
+    lambda: api.run('model', 'out', api.SelectSettings(k=1)),
+    lambda: api.calibrate('model', 'out'),
+    lambda: api.select('out', api.SelectSettings(k=1)),
+    lambda: api.report('out'),
+):
+    try:
+        call()
+    except MissingDependencyError as error:
+        print(error)
+"""
+
+
+def test_the_api_raises_it(tmp_path: Path) -> None:
     (tmp_path / "out" / "nbl").mkdir(parents=True)
     (tmp_path / "out" / "nbl" / "workspace.json").write_text('{"version": 1, "stages": {}}')
     before = sorted(tmp_path.rglob("*"))
     # What works there, and what this Python cannot import as Windows, is imported before.
-    code = f"from nbl_export import api; import nbl_export.stages.calibration_data; {WINDOWS}{call}"
+    imports = "from nbl_export import api; from nbl_export.errors import MissingDependencyError"
+    code = f"{imports}; import nbl_export.stages.calibration_data; {WINDOWS}{CALLS}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith("nbl_export.errors.MissingDependencyError: nbl-export runs on Linux"), done.stderr
+    said = done.stdout.splitlines()
+    assert len(said) == 4 and done.returncode == 0, done
+    assert all(line.startswith("nbl-export runs on Linux") for line in said), said
     assert sorted(tmp_path.rglob("*")) == before

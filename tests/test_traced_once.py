@@ -20,9 +20,10 @@ from nbl_export.models.load import load_model
 from nbl_export.models.pooling import Pooling
 from nbl_export.models.source import find_model
 from nbl_export.models.tasks import task_named
+from nbl_export.models.weights import resident
 from nbl_export.settings.graphs import ExportSettings
 from nbl_export.stages.export import _of_opset
-from tests import traced_once
+from tests import replaced, traced_once
 from tests.encoders import text_encoder
 from tests.tiny_types import tiny_model
 from tests.traced_once import key_of
@@ -48,7 +49,7 @@ def test_it_is_kept_byte_for_byte(model: Any, tmp_path: Path) -> None:
         return plain(*given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(traced_once, "_HARMLESS", (*traced_once._HARMLESS, traced_once))
+        patch.setattr(replaced, "HARMLESS", (*replaced.HARMLESS, replaced, traced_once))
         patch.setattr(traced_once, "_folder", [tmp_path])
         patch.setattr(traced_once, "_trace", counted)
         first = written(exporting.trace(model), tmp_path / "first")
@@ -58,7 +59,7 @@ def test_it_is_kept_byte_for_byte(model: Any, tmp_path: Path) -> None:
 
 def test_the_exporters_own_tests_trace(model: Any, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(traced_once, "_HARMLESS", (*traced_once._HARMLESS, traced_once))
+        patch.setattr(replaced, "HARMLESS", (*replaced.HARMLESS, replaced, traced_once))
         patch.setattr(traced_once, "_folder", [tmp_path])
         assert traced_once._kept(model, CONCAT, ".onnx") is not None
         for test in ("export/test_torch.py::test", "test_families.py::test_graph[llama]"):
@@ -139,11 +140,23 @@ def patched(_model: Any, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(exporting, "tidy", exporting.tidy)
 
 
+def patched_below(_model: Any, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("nbl_export.models.weights.resident", resident)
+
+
+def patched_elsewhere(_model: Any, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("torch.onnx.export", None)
+
+
 def patched_data(_model: Any, patch: pytest.MonkeyPatch) -> None:
     patch.setitem(FORMS, "concat", FORMS["concat"])  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("change", [hooked, own_forward, patched, patched_data], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "change",
+    [hooked, own_forward, patched, patched_below, patched_elsewhere, patched_data],
+    ids=lambda f: f.__name__,
+)
 def test_what_a_test_replaced_is_traced(model: Any, change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     other = copy.deepcopy(model)
     change(other, monkeypatch)
@@ -196,4 +209,10 @@ def test_what_the_export_stage_traces_is_kept(cache: Any, model: Any) -> None:
 
 def test_environment_variables_are_no_replacement(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
+    assert key_of(model, CONCAT) is not None
+
+
+def test_nor_is_what_the_exporter_does_not_import(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nbl_export.stages.export.export", None)
+    monkeypatch.setattr("onnxruntime.__version__", "1.23.2")
     assert key_of(model, CONCAT) is not None

@@ -6,10 +6,11 @@ folder of the run, which its processes share. One is taken if all that it depend
 1. the weights, bit for bit, the configuration, and the class and attributes of every module,
 2. the form, with all its data and what the function that makes its module has from where it was made; a form that a
    test made itself is traced,
-3. the code of nbl_export and the versions of what it uses. While a test has anything replaced but environment
-   variables, or a module has a hook or a forward of its own, all is traced.
+3. the code of nbl_export and the versions of what it uses. While a test has anything replaced that the exporter could
+   use (``tests/replaced.py``), or a module has a hook or a forward of its own, all is traced.
 
-The exporter's own tests, those below :data:`TRACED`, always trace. So do the processes that tests start.
+The exporter's own tests, those below :data:`TRACED`, always trace. So do the processes that tests start, but for the
+commands of ``tests/preloaded.py``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import weakref
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -29,38 +29,28 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-import pytest
 import torch
 
 from nbl_export.export import torch as exporting
 from nbl_export.export.forms import CONCAT, Form
 from nbl_export.models.weights import resident
 from nbl_export.progress import Listener, Silent
-from nbl_export.report.header import Header
+from tests.replaced import replaced_for
 
 # Here it is tested what a trace gives, how long it takes, or what it needs.
 TRACED = ("export/", "gpu/", "models/", "scripts/", "test_families.py", "end_to_end/test_virtual_device.py")
+_EXPORTER = "nbl_export.export"
+_UNUSED = ("onnxruntime", "psutil")  # by what traces: which opset is asked for is in the form
 _MOST = 4_000_000  # parameters: those of larger models take long to compare
 _PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")
 _PLAIN = (bool, int, float, str, tuple, list, dict, torch.dtype, type(None))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OF_EVERY_MODULE = vars(torch.nn.Module()).keys() - {"training"}
-# Every report of the tests is held to its schema by a method that is replaced for the whole run; pytest, too, replaces
-# something of its configuration.
-_HARMLESS = (os.environ, Header)
-_patches: weakref.WeakSet[pytest.MonkeyPatch] = weakref.WeakSet()
 _folder: list[Path] = []
 
 
 def install() -> None:
     """Replace what traces, before any module imports it by its name; without a folder nothing is kept."""
-    made = pytest.MonkeyPatch.__init__
-
-    def followed(self: pytest.MonkeyPatch) -> None:
-        made(self)
-        _patches.add(self)
-
-    pytest.MonkeyPatch.__init__ = followed  # type: ignore[method-assign]
     exporting.trace, exporting.check_traces = trace, check_traces
 
 
@@ -70,19 +60,14 @@ def keep_in(folder: Path) -> None:
     _folder[:] = [folder]
 
 
-def replaced() -> bool:
-    """Whether a test has anything replaced that a trace could depend on."""
-    places = (place for patch in _patches for place, *_ in (*patch._setattr, *patch._setitem))
-    return any(
-        not isinstance(place, pytest.Config) and all(place is not harmless for harmless in _HARMLESS)
-        for place in places
-    )
-
-
 def key_of(model: torch.nn.Module, form: Form) -> str | None:
     """A digest of all that the graph of ``model`` in this ``form`` depends on; None if that cannot be said."""
     config = getattr(model, "config", None)
-    if config is None or replaced() or sum(p.numel() for p in model.parameters()) > _MOST:
+    if (
+        config is None
+        or replaced_for(_EXPORTER, _UNUSED)
+        or sum(p.numel() for p in model.parameters()) > _MOST
+    ):
         return None
     try:
         told: list[object] = [_code(), _data(form), torch.get_default_dtype(), config._attn_implementation]
@@ -151,13 +136,19 @@ def _code() -> str:
     return digest.hexdigest() + repr([version(name) for name in _PACKAGES])
 
 
+def kept_in() -> Path | None:
+    """The folder that the running test takes graphs from; None if it traces."""
+    test = os.environ.get("PYTEST_CURRENT_TEST", "").removeprefix("tests/")
+    return None if not _folder or test.startswith(TRACED) else _folder[0]
+
+
 def _kept(model: torch.nn.Module, form: Form, suffix: str) -> Path | None:
     """Where the result lies, or will; None if it is not kept."""
-    test = os.environ.get("PYTEST_CURRENT_TEST", "").removeprefix("tests/")
-    if not _folder or test.startswith(TRACED):
+    folder = kept_in()
+    if folder is None:
         return None
     key = key_of(model, form)
-    return None if key is None else _folder[0] / f"{key}{suffix}"
+    return None if key is None else folder / f"{key}{suffix}"
 
 
 _trace, _check_traces = exporting.trace, exporting.check_traces

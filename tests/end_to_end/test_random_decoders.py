@@ -43,7 +43,7 @@ from tests.end_to_end.random_decoders import (
     random_plan,
     random_weights,
 )
-from tests.exhaustive import ALL
+from tests.exhaustive import exhaustive
 
 # Set, it draws examples that no run drew before: for looking for faults. Whether a change is good must not
 # depend on the draw.
@@ -211,8 +211,8 @@ def test_disguised_decoders_are_rewritten_right_or_refused(
     check_disguised(c, names, seed, data)
 
 
-@pytest.mark.slow
-@settings(max_examples=1200 if ALL else 120, **{**_EXHAUSTIVE, "derandomize": EXPLORE not in os.environ})  # type: ignore[arg-type]
+@exhaustive
+@settings(max_examples=1200, **{**_EXHAUSTIVE, "derandomize": EXPLORE not in os.environ})  # type: ignore[arg-type]
 @given(choices(), disguises, seeds, st.data())
 def test_many_disguised_decoders(c: Choices, names: list[str], seed: int, data: st.DataObject) -> None:
     check_disguised(c, names, seed, data)

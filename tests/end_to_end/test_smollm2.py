@@ -86,8 +86,10 @@ def test_fp16_engines_with_fused_attention(
     ("exporter", "precision", "cache"),
     [
         ("torch", "fp32", "shared"),
-        ("genai", "int4", "concat"),
-        *(pytest.param("genai", precision, "concat", marks=exhaustive) for precision in ("fp32", "fp16")),
+        *(
+            pytest.param("genai", precision, "concat", marks=exhaustive)
+            for precision in ("int4", "fp32", "fp16")
+        ),
         pytest.param("optimum", "fp32", "concat", marks=exhaustive),
     ],
 )
