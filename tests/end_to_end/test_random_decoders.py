@@ -203,7 +203,7 @@ def test_plain_decoders_are_rewritten(c: Choices, data: st.DataObject) -> None:
     check_plain(c, data)
 
 
-@settings(max_examples=150, **_EXHAUSTIVE)  # type: ignore[arg-type]
+@settings(max_examples=75, **_EXHAUSTIVE)  # type: ignore[arg-type]
 @given(choices(), disguises, seeds, st.data())
 def test_disguised_decoders_are_rewritten_right_or_refused(
     c: Choices, names: list[str], seed: int, data: st.DataObject
