@@ -1,6 +1,6 @@
 # Sourced by the other scripts: virtual environments, and real models.
 
-# What is installed here is imported by many processes; compiled anew by each, torch and transformers take 25 s, not 8.
+# What is installed here is imported by many processes; compiled anew by each, torch and transformers take 25 s, not 10.
 unset PYTHONDONTWRITEBYTECODE
 
 # environment DIR SPEC...: make DIR if needed and install SPEC (editable) into it.
