@@ -13,10 +13,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests import preloaded, traced_once
+from tests import preloaded
+from tests.kept import kept_in
+from tests.traced_once import TRACED
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120", "TERM": "xterm"}
-ENVIRONMENT.pop("NBL_EXPORT_DEBUG", None)
+for _name in ("NBL_EXPORT_DEBUG", "PYTEST_CURRENT_TEST"):
+    ENVIRONMENT.pop(_name, None)
 SMALL = ["--samples", "16", "--seq-len", "64", "--heldout-samples", "4"]
 FAST = ["--decode-steps", "2", "--contexts", "8", "--rounds", "3"]
 
@@ -30,9 +33,8 @@ class Done:
 
 def nbl(*arguments: object, cwd: Path | None = None, limit: int | None = None) -> Done:
     """`nbl-export ARGUMENTS`; ``limit`` is the largest file in bytes that it may write."""
-    return Done(
-        *preloaded.run([*map(str, arguments)], ENVIRONMENT, cwd, limit, traced_once.kept_in(), timeout=300)
-    )
+    kept = kept_in(but=TRACED)
+    return Done(*preloaded.run([*map(str, arguments)], ENVIRONMENT, cwd, limit, kept, timeout=300))
 
 
 def assert_refused(done: Done, code: int, *words: str, quietly: bool = True) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests import measured_once, replaced, traced_once
+from tests import kept, measured_once, replaced, traced_once
 from tests.exhaustive import ALL, leave_out
 from tests.interruptions import interruptible
 
@@ -114,8 +114,7 @@ def what_is_equal_is_found_once(tmp_path_factory: pytest.TempPathFactory) -> Non
     """Graphs and the machine's rates, also of several processes; a run of all tests finds each."""
     base = tmp_path_factory.getbasetemp()
     if not ALL:
-        for once in (traced_once, measured_once):
-            once.keep_in((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "once")
+        kept.keep_in((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "kept")
 
 
 class Failures:

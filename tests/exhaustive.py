@@ -102,7 +102,6 @@ USUAL: Mapping[str, tuple[str, ...]] = {
     ),
     "end_to_end/test_shared_keys.py::test_a_layer_that_borrows_is_linearized_alone": ("gemma3n_text-concat",),
     "end_to_end/test_shared_keys.py::test_all_that_borrow_are_linear_and_repaired": ("gemma4_text",),
-    "end_to_end/test_smollm2.py::test_graphs_of_other_operators": (),
     "end_to_end/test_structures.py::test_from_calibration_to_logits": ("deepseek_v3-static", "lfm2-none"),
     "end_to_end/test_torchscript.py::test_every_layer": ("llama-gqa-tokens1-names1",),
     "end_to_end/test_virtual_device.py::test_a_graph_in_half_precision": ("fp16",),
@@ -246,9 +245,6 @@ USUAL: Mapping[str, tuple[str, ...]] = {
         "1.5-True",
         "0.5-None",
     ),
-    "stages/test_convert.py::test_a_folder_for_openvino_is_proven_with_its_cache_and_its_tokens": ("fp16",),
-    "stages/test_convert.py::test_another_precision_is_beside_it": ("q4_k_m",),
-    "stages/test_package.py::test_encoders": ("bert",),
     "stages/select/test_stage.py::test_every_way_gives_a_plan_that_rewrites": (
         "nmse-lmmse-normed",
         "greedy-lmmse-normed",
@@ -261,6 +257,9 @@ USUAL: Mapping[str, tuple[str, ...]] = {
     "stages/test_bench_candidates.py::test_forms_take_part_each_with_its_own_base": (
         "llama.cpp-gguf-precisions0-called0",
     ),
+    "stages/test_convert.py::test_a_folder_for_openvino_is_proven_with_its_cache_and_its_tokens": ("fp16",),
+    "stages/test_convert.py::test_another_precision_is_beside_it": ("q4_k_m",),
+    "stages/test_package.py::test_encoders": ("bert",),
     "verify/parity/test_media.py::test_right_and_wrong": ("qwen2.5-vl-static",),
     "verify/parity/test_unmodified.py::test_a_fault_in_a_layer_that_stays_is_refused": (
         "fp16-0-keys and values swapped",

@@ -6,19 +6,17 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 
 from nbl_export.files import write_json
 from nbl_export.verify.speed import roofline as measuring
 from nbl_export.verify.speed.values import Roofline
+from tests.kept import kept_in
 from tests.replaced import replaced_for
 
 MEASURED = "verify/speed/test_roofline.py"
-_folder: list[Path] = []
 _measure = measuring.measure_roofline
 
 
@@ -27,18 +25,12 @@ def install() -> None:
     measuring.measure_roofline = measure_roofline
 
 
-def keep_in(folder: Path) -> None:
-    """Keep rates in ``folder`` from now on."""
-    folder.mkdir(exist_ok=True)
-    _folder[:] = [folder]
-
-
 def measure_roofline(device: str = "cpu", dtype: str = "float32") -> Roofline:
     """As :func:`nbl_export.verify.speed.roofline.measure_roofline`."""
-    test = os.environ.get("PYTEST_CURRENT_TEST", "").removeprefix("tests/")
-    if not _folder or test.startswith(MEASURED) or replaced_for(measuring.__name__):
+    folder = kept_in(but=MEASURED)
+    if folder is None or replaced_for(measuring.__name__):
         return _measure(device, dtype)
-    path = _folder[0] / f"{device}-{dtype}-{torch.get_num_threads()}.json"
+    path = folder / f"{device}-{dtype}-{torch.get_num_threads()}.json"
     if not path.exists():
         write_json(path, asdict(_measure(device, dtype)))
     return Roofline(**json.loads(path.read_text()))

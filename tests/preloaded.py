@@ -33,6 +33,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from tests.kept import keep_in
+
 LIBRARIES = (
     *("cyclopts", "jinja2", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg", "numpy"),
     *("onnx", "onnx_ir", "onnxruntime", "onnxscript", "rich.progress", "safetensors", "scipy.stats"),
@@ -128,7 +130,8 @@ def _become(asked: dict[str, Any], streams: list[int]) -> int:
     if asked["limit"] is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (asked["limit"], asked["limit"]))
     if asked["kept"] is not None:
-        sys.meta_path.insert(0, _Once(Path(asked["kept"])))
+        keep_in(Path(asked["kept"]))
+        sys.meta_path.insert(0, _Once())
     sys.path[0] = asked["folder"]
     sys.argv[1:] = asked["arguments"]
     try:
@@ -144,9 +147,6 @@ def _become(asked: dict[str, Any], streams: list[int]) -> int:
 class _Once:
     """Finds the modules of :data:`ONCE` as Python does, and has what they are to keep replaced once they are there."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
@@ -158,9 +158,7 @@ class _Once:
 
         def executed(module: ModuleType) -> None:
             execute(module)
-            once: Any = importlib.import_module(ONCE[name])
-            once.install()
-            once.keep_in(self._folder)
+            importlib.import_module(ONCE[name]).install()
 
         spec.loader.exec_module = executed  # type: ignore[method-assign]
         return spec

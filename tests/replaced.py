@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from nbl_export.report.header import Header
+from tests.imports import imports, modules
 
 # Every report of the tests is held to its schema by a method that is replaced for the whole run; pytest, too, replaces
 # something of its configuration.
@@ -58,16 +59,12 @@ def _matters(place: Any, room: str, without: Collection[str]) -> bool:
 
 @cache
 def _modules() -> frozenset[str]:
-    from tests.test_rooms import modules
-
     return frozenset(modules())
 
 
 @cache
 def _needed(room: str) -> frozenset[str]:
     """The modules of ``room`` and all of nbl_export that they import, at any depth, wherever the import stands."""
-    from tests.test_rooms import imports, modules
-
     known, found = modules(), set()
     open_ = [name for name in known if name == room or name.startswith(f"{room}.")]
     while open_:

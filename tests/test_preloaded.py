@@ -53,7 +53,8 @@ def test_it_takes_what_the_run_has_found(tmp_path: Path) -> None:
     (graph,) = kept.glob("*.onnx")
     graph.write_bytes(b"")  # for protobuf, a model without a graph
     shutil.rmtree(out / "baseline")
-    assert run("export", out, kept=kept)[0] != 0
+    code, _, err = run("export", out, kept=kept)
+    assert code == 4 and "does not have an ir_version" in err, err
 
 
 def test_the_server_is_no_child_of_this_process() -> None:

@@ -23,7 +23,7 @@ from nbl_export.models.tasks import task_named
 from nbl_export.models.weights import resident
 from nbl_export.settings.graphs import ExportSettings
 from nbl_export.stages.export import _of_opset
-from tests import replaced, traced_once
+from tests import kept, replaced, traced_once
 from tests.encoders import text_encoder
 from tests.tiny_types import tiny_model
 from tests.traced_once import key_of
@@ -49,8 +49,8 @@ def test_it_is_kept_byte_for_byte(model: Any, tmp_path: Path) -> None:
         return plain(*given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(replaced, "HARMLESS", (*replaced.HARMLESS, replaced, traced_once))
-        patch.setattr(traced_once, "_folder", [tmp_path])
+        patch.setattr(replaced, "HARMLESS", (*replaced.HARMLESS, replaced, kept, traced_once))
+        patch.setattr(kept, "_folder", [tmp_path])
         patch.setattr(traced_once, "_trace", counted)
         first = written(exporting.trace(model), tmp_path / "first")
         assert written(exporting.trace(copy.deepcopy(model)), tmp_path / "second") == first
@@ -59,8 +59,8 @@ def test_it_is_kept_byte_for_byte(model: Any, tmp_path: Path) -> None:
 
 def test_the_exporters_own_tests_trace(model: Any, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(replaced, "HARMLESS", (*replaced.HARMLESS, replaced, traced_once))
-        patch.setattr(traced_once, "_folder", [tmp_path])
+        patch.setattr(replaced, "HARMLESS", (*replaced.HARMLESS, replaced, kept, traced_once))
+        patch.setattr(kept, "_folder", [tmp_path])
         assert traced_once._kept(model, CONCAT, ".onnx") is not None
         for test in ("export/test_torch.py::test", "test_families.py::test_graph[llama]"):
             patch.setenv("PYTEST_CURRENT_TEST", f"tests/{test} (call)")

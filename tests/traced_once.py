@@ -35,6 +35,7 @@ from nbl_export.export import torch as exporting
 from nbl_export.export.forms import CONCAT, Form
 from nbl_export.models.weights import resident
 from nbl_export.progress import Listener, Silent
+from tests.kept import kept_in
 from tests.replaced import replaced_for
 
 # Here it is tested what a trace gives, how long it takes, or what it needs.
@@ -46,18 +47,11 @@ _PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")
 _PLAIN = (bool, int, float, str, tuple, list, dict, torch.dtype, type(None))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OF_EVERY_MODULE = vars(torch.nn.Module()).keys() - {"training"}
-_folder: list[Path] = []
 
 
 def install() -> None:
     """Replace what traces, before any module imports it by its name; without a folder nothing is kept."""
     exporting.trace, exporting.check_traces = trace, check_traces
-
-
-def keep_in(folder: Path) -> None:
-    """Keep graphs in ``folder`` from now on."""
-    folder.mkdir(exist_ok=True)
-    _folder[:] = [folder]
 
 
 def key_of(model: torch.nn.Module, form: Form) -> str | None:
@@ -136,15 +130,9 @@ def _code() -> str:
     return digest.hexdigest() + repr([version(name) for name in _PACKAGES])
 
 
-def kept_in() -> Path | None:
-    """The folder that the running test takes graphs from; None if it traces."""
-    test = os.environ.get("PYTEST_CURRENT_TEST", "").removeprefix("tests/")
-    return None if not _folder or test.startswith(TRACED) else _folder[0]
-
-
 def _kept(model: torch.nn.Module, form: Form, suffix: str) -> Path | None:
     """Where the result lies, or will; None if it is not kept."""
-    folder = kept_in()
+    folder = kept_in(but=TRACED)
     if folder is None:
         return None
     key = key_of(model, form)

@@ -205,7 +205,7 @@ def stop_if_asked() -> None:
 
 
 def go_on() -> None:
-    """What a signal asked for is done: it was for a line being typed, and not for the process."""
+    """Forget the signals that came: what they asked for is done, or it was for a line being typed."""
     if _asked:
         _asked.clear()
         logging.disable(logging.NOTSET)

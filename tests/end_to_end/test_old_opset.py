@@ -27,7 +27,7 @@ from tests.families import DECODERS, Calibrated
 
 # What differs in the operators that the exporter decomposes: rotary embeddings, windows, experts, LayerNorms, sinks,
 # branches, scans.
-USUAL = ("gemma2", "gpt2")
+USUAL = ("gemma2", "phi3", "gpt2")
 NEWER = {"Attention", "RMSNormalization", "RotaryEmbedding", "Gelu", "TensorScatter", "Swish"}
 
 

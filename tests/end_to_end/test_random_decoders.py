@@ -43,7 +43,7 @@ from tests.end_to_end.random_decoders import (
     random_plan,
     random_weights,
 )
-from tests.exhaustive import exhaustive
+from tests.exhaustive import ALL
 
 # Set, it draws examples that no run drew before: for looking for faults. Whether a change is good must not
 # depend on the draw.
@@ -203,7 +203,7 @@ def test_plain_decoders_are_rewritten(c: Choices, data: st.DataObject) -> None:
     check_plain(c, data)
 
 
-@settings(max_examples=75, **_EXHAUSTIVE)  # type: ignore[arg-type]
+@settings(max_examples=150, **_EXHAUSTIVE)  # type: ignore[arg-type]
 @given(choices(), disguises, seeds, st.data())
 def test_disguised_decoders_are_rewritten_right_or_refused(
     c: Choices, names: list[str], seed: int, data: st.DataObject
@@ -211,7 +211,9 @@ def test_disguised_decoders_are_rewritten_right_or_refused(
     check_disguised(c, names, seed, data)
 
 
-@exhaustive
+@pytest.mark.skipif(
+    not ALL and EXPLORE not in os.environ, reason=f"only with NBL_EXPORT_ALL_TESTS=1 or {EXPLORE}=1"
+)
 @settings(max_examples=1200, **{**_EXHAUSTIVE, "derandomize": EXPLORE not in os.environ})  # type: ignore[arg-type]
 @given(choices(), disguises, seeds, st.data())
 def test_many_disguised_decoders(c: Choices, names: list[str], seed: int, data: st.DataObject) -> None:

@@ -82,15 +82,13 @@ def test_fp16_engines_with_fused_attention(
         assert "ahead of time for SM80, SM86, SM89" in run["detail"] and "not run" in run["detail"]
 
 
+@exhaustive
 @pytest.mark.parametrize(
     ("exporter", "precision", "cache"),
     [
         ("torch", "fp32", "shared"),
-        *(
-            pytest.param("genai", precision, "concat", marks=exhaustive)
-            for precision in ("int4", "fp32", "fp16")
-        ),
-        pytest.param("optimum", "fp32", "concat", marks=exhaustive),
+        *(("genai", precision, "concat") for precision in ("int4", "fp32", "fp16")),
+        ("optimum", "fp32", "concat"),
     ],
 )
 def test_graphs_of_other_operators(
