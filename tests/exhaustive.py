@@ -56,7 +56,6 @@ USUAL: Mapping[str, tuple[str, ...]] = {
         "state",
         "embedding",
     ),
-    "end_to_end/test_hostile.py::test_deep_decoders": ("usual",),
     "end_to_end/test_hybrid.py::test_a_graph_goes_on_through_chunks_and_beyond": ("bamba",),
     "end_to_end/test_matrix.py::test_a_trained_model": ("ours-concat-one", "optimum-all"),
     "end_to_end/test_matrix.py::test_float32": (
