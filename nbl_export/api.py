@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 from nbl_export import pipeline
 from nbl_export.errors import NblError
-from nbl_export.finished import chat, diff, generate, inspect, package, push, report, verify_package
+from nbl_export.finished import chat, diff, generate, inspect, package, report, verify_package
 from nbl_export.linearize.plan import Plan
 from nbl_export.models.source import find_model
-from nbl_export.planning import dry_run, plan_resources
+from nbl_export.planning import dry_run
 from nbl_export.progress import Listener
 from nbl_export.ranks import in_one_process, together
 from nbl_export.report.schema import Report
@@ -94,8 +94,6 @@ __all__ = [
     "generate",
     "inspect",
     "package",
-    "plan_resources",
-    "push",
     "report",
     "rewrite",
     "rewrite_onnx",

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from nbl_export.report.diff.values import Diff
     from nbl_export.stages.chat import Chat
     from nbl_export.stages.package import Package, Verified
-    from nbl_export.stages.push import Pushed
     from nbl_export.stages.talking import Generated
 
 
@@ -74,21 +73,17 @@ def package(
     rehash: bool = False,
     layout: str = "folder",
     base: bool = False,
-    draft: str | Path | None = None,
-    draft_tokens: int = 4,
 ) -> Package:
     """Write what a deployment needs of ``out`` to the folder ``to``, which :func:`verify_package` takes anywhere.
 
     ``layout`` is ``web`` for transformers.js and ``triton`` for Triton; with ``base`` it has the unmodified graph as
-    well. ``draft`` is the output folder or package of a cheaper model, which proposes ``draft_tokens`` tokens a round
-    in onnxruntime-genai. The model that ``out`` was made from is not needed.
+    well.  The model that ``out`` was made from is not needed.
     """
     from nbl_export.stages.package import package as write_package
 
     ws = Workspace.open(Path(out), kept_digests(Path(out), rehash, listener))
     with ws.lock():
-        drafted = None if draft is None else (Path(draft), draft_tokens)
-        return write_package(ws, Path(to), listener or Silent(), layout, base, drafted)
+        return write_package(ws, Path(to), listener or Silent(), layout, base)
 
 
 @in_one_process
@@ -109,23 +104,6 @@ def verify_package(
     asked.check()
     pipeline.check_machine(asked)
     return verified(Path(package), str(model), asked, listener or Silent(), trust_remote_code)
-
-
-@in_one_process
-def push(
-    out: str | Path,
-    to: str,
-    upload: bool = False,
-    public: bool = False,
-    listener: Listener | None = None,
-) -> Pushed:
-    """What of a package, or of an output folder, goes to the repository ``to`` of the Hugging Face Hub.
-
-    It goes there only if ``upload`` is True; a repository that is made for it is private unless ``public`` is.
-    """
-    from nbl_export.stages.push import push as pushed
-
-    return pushed(Path(out), to, upload, public, listener or Silent())
 
 
 @in_one_process

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from nbl_export import pipeline
 from nbl_export.digests import Unread
 from nbl_export.progress import Listener
 from nbl_export.ranks import in_one_process
-from nbl_export.report.drawing import Table
 from nbl_export.settings import (
     CalibrateSettings,
     EngineSettings,
@@ -20,7 +18,6 @@ from nbl_export.settings import (
     VerifySettings,
 )
 from nbl_export.stages.dry_run import DryRun, rehearsed
-from nbl_export.stages.resources import planned
 from nbl_export.workspace import is_workspace, kept_digests
 
 
@@ -49,25 +46,3 @@ def dry_run(
     digests = kept_digests(place, rehash, listener) if is_workspace(place) else Unread()
     source = pipeline.find(str(model), place, asked, trust_remote_code, digests)
     return rehearsed(source, place, asked, digests, listener)
-
-
-@in_one_process
-def plan_resources(
-    model: str | Path,
-    out: str | Path,
-    selection: SelectSettings | None = None,
-    calibration: CalibrateSettings | None = None,
-    verification: VerifySettings | None = None,
-    trust_remote_code: bool = False,
-    exporting: ExportSettings | None = None,
-    engines: EngineSettings | None = None,
-) -> list[Table]:
-    """The memory, disk and time that each stage of :func:`~nbl_export.api.run` would take on this machine, as a table.
-
-    Nothing is written, and no weight is read. Where ``selection`` does not say how many layers, half of them are meant.
-    """
-    asked = RunSettings.of(selection, calibration, verification, exporting, engines)
-    chosen = asked.selection
-    open_ = chosen.k is None and chosen.layers is None and not chosen.budget
-    replace(asked, selection=replace(chosen, k=0) if open_ else chosen).check()
-    return planned(str(model), Path(out), asked, trust_remote_code)

@@ -60,8 +60,6 @@ ELSEWHERE = {
     r"path/to/lfm2": "tests/end_to_end/test_hybrid.py",
     r"path/to/(gemma|Qwen)": "tests/end_to_end/test_multimodal.py",
     r"--exporter genai": "tests/end_to_end/test_matrix.py",  # its attention takes no heads of 8
-    r"push .*--upload": "tests/stages/test_push.py",
-    r"package .*--draft": "tests/stages/test_draft.py",
     r"--tasks hellaswag": "tests/evaluate/test_harness.py",  # downloads its data
 }
 # These may end with exit code 1 on a model as small as this.

@@ -17,11 +17,6 @@ def test_a_dry_run_takes_what_a_run_takes() -> None:
     assert run.parameters == dry.parameters
 
 
-def test_resources_are_those_of_a_run() -> None:
-    taken = set(inspect.signature(planning.plan_resources).parameters)
-    assert taken < set(inspect.signature(api.run).parameters)
-
-
 @pytest.mark.parametrize("said", [["--json"], ["--quiet"], ["--k", "99"]])
 def test_the_option_does_nothing_but_answer(tiny_folder: Path, tmp_path: Path, said: list[str]) -> None:
     done = nbl(tiny_folder, "--k", 2, "-o", tmp_path / "out", "--dry-run", *said, cwd=tmp_path)

@@ -273,8 +273,8 @@ def test_a_group_that_is_begun_stays(tmp_path: Path) -> None:
 
 COMMANDS = (
     *("run", "dry_run", "export", "rewrite", "rewrite_onnx", "build", "convert"),
-    *("verify", "evaluate", "bench", "report", "inspect", "plan_resources"),
-    *("generate", "chat", "diff", "doctor", "package", "verify_package", "push"),
+    *("verify", "evaluate", "bench", "report", "inspect"),
+    *("generate", "chat", "diff", "doctor", "package", "verify_package"),
 )
 
 

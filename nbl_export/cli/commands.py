@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nbl_export.cli import answers
-from nbl_export.cli.finished import chat, diff, generate, inspect, loaded, package, push, report
+from nbl_export.cli.finished import chat, diff, generate, inspect, loaded, package, report
 from nbl_export.cli.options import (
     NBL_OUT,
     Again,
@@ -68,27 +68,6 @@ def run(
     value = api.run(model, output, *asked, rehash=rehash, folder=folder)
     terminal.show_report(value, output)
     return 0 if value.passed else GATE_FAILED
-
-
-def plan_resources(
-    model: Model,
-    /,
-    *,
-    output: Output = NBL_OUT,
-    selection: SelectSettings = SelectSettings(),
-    calibration: CalibrateSettings = CalibrateSettings(),
-    verification: VerifySettings = VerifySettings(),
-    exporting: ExportSettings = ExportSettings(),
-    engines: OptionalEngines = OptionalEngines(),
-    trust: Trust = False,
-    config: Config = None,
-    said: Said = Said(),
-) -> None:
-    """Memory, disk and time of each stage of a run, before anything is done."""
-    api, terminal = loaded(said)
-    built = engines.asked
-    tables = api.plan_resources(model, output, selection, calibration, verification, trust, exporting, built)
-    terminal.finish_tables("plan-resources", tables)
 
 
 def calibrate(
@@ -295,10 +274,8 @@ IN_ORDER = (
     chat,
     convert,
     package,
-    push,
     report,
     inspect,
     diff,
-    plan_resources,
     doctor,
 )

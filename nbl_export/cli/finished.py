@@ -9,21 +9,16 @@ from nbl_export.cli.options import (
     Base,
     Before,
     Config,
-    Draft,
-    DraftTokens,
     Folder,
     Layout,
     Markdown,
     Out,
-    Public,
     Rehash,
-    Repository,
     Said,
     Shown,
     Text,
     TextFile,
     Trust,
-    Upload,
 )
 from nbl_export.errors import GATE_FAILED
 from nbl_export.settings import ChatSettings, DiffBounds, GenerateSettings, RunSettings
@@ -98,25 +93,14 @@ def package(
     to: Folder,
     layout: Layout = "folder",
     base: Base = False,
-    draft: Draft = None,
-    draft_tokens: DraftTokens = 4,
     rehash: Rehash = False,
     said: Said = Said(),
 ) -> None:
     """Write what a deployment needs, and can verify, to a folder of its own."""
     api, terminal = loaded(said)
     listener = terminal.TerminalListener()
-    value = api.package(out, to, listener, rehash, layout, base, draft, draft_tokens)
+    value = api.package(out, to, listener, rehash, layout, base)
     terminal.show_package(value, to)
-
-
-def push(
-    out: Out, /, *, to: Repository, upload: Upload = False, public: Public = False, said: Said = Said()
-) -> None:
-    """Upload a package, or that of OUT, to the Hugging Face Hub, if asked to."""
-    api, terminal = loaded(said)
-    value = api.push(out, to, upload, public, terminal.TerminalListener())
-    terminal.show_pushed(value)
 
 
 def report(out: Out, /, *, said: Said = Said()) -> int:

@@ -43,15 +43,7 @@ Layout = Annotated[
     Literal["folder", "web", "triton"],
     option("Where the graph lies: web is for transformers.js, triton a model repository.", "--layout"),
 ]
-Draft = Annotated[
-    Path | None,
-    option("Folder of a cheaper model that proposes tokens, for onnxruntime-genai.", "--draft"),
-]
-DraftTokens = Annotated[int, option("Tokens that the draft proposes a round.", "--draft-tokens")]
 Base = Annotated[bool, option("The unmodified graph, too, to compare with.", "--base")]
-Repository = Annotated[str, option("Repository of the Hugging Face Hub: OWNER/NAME.", "--to")]
-Upload = Annotated[bool, option("Upload it; else it is said what would be.", "--upload")]
-Public = Annotated[bool, option("A repository that is made for it is public, not private.", "--public")]
 Moved = Annotated[
     str | None, option("Where the model is now: of a package, or after it was moved.", "--model")
 ]

@@ -21,7 +21,7 @@ from nbl_export.cli.output import answer, answering, drawable, finish, result, s
 from nbl_export.records import to_json
 from nbl_export.report.drawing import Table
 from nbl_export.report.schema import Report
-from nbl_export.report.summary import draft_line, loss_in_words, numbered, replaced, verdict_line
+from nbl_export.report.summary import loss_in_words, numbered, replaced, verdict_line
 from nbl_export.report.tables import engines_table, graph_table, report_tables, verdicts_table
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from nbl_export.rewrite.replace import RewriteResult
     from nbl_export.stages.dry_run import DryRun
     from nbl_export.stages.package import Package, Verified
-    from nbl_export.stages.push import Pushed
 
 __all__ = ["TerminalListener", "finish", "say", "set_up"]
 
@@ -203,19 +202,7 @@ def show_package(value: Package, to: Path) -> None:
             f"{to}: {len(value.files)} files, {size / 2**20:,.1f} MiB, {value.precision}; linear: {linear}"
         )
     )
-    if line := draft_line(value.draft):
-        result(drawable(line))
     result(drawable(f"Verify it anywhere: nbl-export verify {to} --model MODEL"))
-
-
-def show_pushed(value: Pushed) -> None:
-    """The files of the repository, and whether they are there."""
-    answer(answers.answer("push", vars(value)))
-    rows = tuple((name, f"{size:,}") for name, size in value.files.items())
-    show_tables([Table(value.to, ("file", "bytes"), rows)])
-    result(
-        drawable(f"Uploaded: {value.url}" if value.url else "Nothing was uploaded: say --upload to do it.")
-    )
 
 
 def show_verified(value: Verified, root: Path) -> None:

@@ -65,18 +65,6 @@ def genai_config(
     }
 
 
-def with_draft(config: dict[str, Any], draft: dict[str, Any], graph: str, proposed: int) -> dict[str, Any]:
-    """``config`` with the decoder of ``draft``, whose ``graph`` proposes that many tokens a round.
-
-    The keys are onnxruntime-genai's since 0.18. It has one setting for both caches: a graph that may share its buffer
-    need not.
-    """
-    model = {**config["model"], "draft": {**draft["model"]["decoder"], "filename": graph}}
-    shares = all(one["search"]["past_present_share_buffer"] for one in (config, draft))
-    search = {**config["search"], "past_present_share_buffer": shares}
-    return {**config, "model": model, "search": search, "speculative": {"max_draft_tokens": proposed}}
-
-
 def with_states(config: dict[str, Any], blocks: Sequence[BlockCache]) -> dict[str, Any] | None:
     """``config`` of a decoder whose ``blocks`` keep states beside keys and values; None if genai cannot hold them.
 

@@ -108,7 +108,7 @@ def _license_of_gguf(path: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def model_card(report: Report, license: str | None = None, layout: str = "folder", draft: str = "") -> str:
+def model_card(report: Report, license: str | None = None, layout: str = "folder") -> str:
     """The card in Markdown with its front matter; ``report`` names no paths (:func:`without_paths`)."""
     # A report may come from somebody else: what is no Hub id makes no link.
     hub = report.model.kind == "hub" and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", report.model.source) is not None
@@ -134,7 +134,6 @@ def model_card(report: Report, license: str | None = None, layout: str = "folder
         report=report,
         replaced=replaced_line(report),
         headlines=headlines(report),
-        draft=draft,
         plots={name: plots[name] for name in ("k-curve", "speed") if name in plots},
         language=language,
         use=use,

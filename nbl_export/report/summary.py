@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import TYPE_CHECKING
 
 from nbl_export.blocks import Block, Span, all_parts, attentions, layer_of
 from nbl_export.models.source import ModelIdentity
@@ -17,9 +16,6 @@ from nbl_export.report.speed import ceiling_in_words
 from nbl_export.verify.loss.figures import Likeness, MethodLoss
 from nbl_export.verify.parity.figures import EncoderParity
 from nbl_export.verify.speed.values import Speed
-
-if TYPE_CHECKING:
-    from nbl_export.generate.drafting import Drafting
 
 
 @dataclass(frozen=True)
@@ -216,16 +212,3 @@ def making(report: Report) -> list[tuple[str, str]]:
         ("Packages", _packages(environment)),
         ("Model fingerprint", report.model.fingerprint),
     ]
-
-
-def draft_line(found: Drafting | None) -> str:
-    """What a draft model does, in one line; nothing where there is none."""
-    if found is None:
-        return ""
-    alone, drafted = found.tokens_per_second
-    faster, least, most = found.speedup.value, found.speedup.least, found.speedup.most
-    return (
-        f"Draft: {found.proposed} tokens proposed a round, {found.acceptance:.0%} of those checked were kept, "
-        f"{found.tokens_per_round:.2f} tokens a round; a pass of it reads {found.cost:.2f} times the weights. Decoding "
-        f"{alone:,.1f} tokens/s alone, {drafted:,.1f} with it: {faster:.2f}× ({least:.2f} to {most:.2f})."
-    )

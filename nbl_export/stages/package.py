@@ -4,7 +4,6 @@
     config.json, tokenizer …        what lies beside it; embedding.onnx of a graph that reads embeddings
     base.onnx, base.onnx.data       the unmodified graph, where it is wanted
     engine/model.engine …           the linearized engine and its manifest, if there is one
-    draft/model.onnx …              a model that proposes tokens, where one was given (:mod:`.draft`)
     report/                         the report of the verification
     README.md                       a model card, which may be edited
     nbl/                            what it is verified by: the plan, and the held-out rows of the text or images
@@ -43,7 +42,6 @@ from nbl_export.files import (
     write_json,
     write_text,
 )
-from nbl_export.generate.drafting import Drafting
 from nbl_export.linearize.plan import load_plan
 from nbl_export.models.loaded import LoadedModel
 from nbl_export.models.source import ModelIdentity, expected, find_model
@@ -54,11 +52,8 @@ from nbl_export.report.assemble import created
 from nbl_export.report.card import CARD, license_of, model_card, without_paths
 from nbl_export.report.render import write_report
 from nbl_export.report.schema import load_report
-from nbl_export.report.summary import draft_line
 from nbl_export.settings import VerifySettings
 from nbl_export.stages.build import current_engines
-from nbl_export.stages.draft import GRAPH as DRAFT
-from nbl_export.stages.draft import Draft, add_draft, check_draft, measure_draft
 from nbl_export.stages.rewrite import check_baseline
 from nbl_export.stages.run import graphs_on
 from nbl_export.stages.verify import measured
@@ -79,7 +74,7 @@ _REMEDY = "get the package again, or make it with `nbl-export package`"
 @dataclass(frozen=True)
 class Package:
     """A package: of which model, which ``layers`` are linear, in which precision, and the SHA-256 of its ``files``, of
-    which one is the ``graph``; what its ``draft`` does, if it has one.
+    which one is the ``graph``.
     """
 
     created: str
@@ -89,7 +84,6 @@ class Package:
     precision: str
     files: Mapping[str, str]
     graph: str = "model.onnx"
-    draft: Drafting | None = None
 
 
 @dataclass(frozen=True)
@@ -135,13 +129,11 @@ def package(
     listener: Listener,
     layout: str = "folder",
     base: bool = False,
-    draft: tuple[Path, int] | None = None,
 ) -> Package:
     """Write the package of ``ws`` to the folder ``to``, whole or not at all; an earlier package there is replaced.
 
-    ``layout`` is one of :data:`.LAYOUTS`; with ``base`` it has the unmodified graph as well; ``draft`` is a folder with
-    a draft model and the tokens that it proposes a round. Raises :class:`InputError` if the output folder has no report
-    of its graph that says PASS, or the draft is none for it.
+    ``layout`` is one of :data:`.LAYOUTS`; with ``base`` it has the unmodified graph as well. Raises
+    :class:`InputError` if the output folder has no report of its graph that says PASS.
     """
     if layout not in LAYOUTS:
         raise InputError(f"--layout {layout} is unknown: choose {', '.join(LAYOUTS)}.")
@@ -154,7 +146,6 @@ def package(
     _check_place(ws, to)
     if base:
         check_baseline(ws)
-    drafted = _draft(ws, to, layout, draft) if draft else None
     shape, precision = LAYOUTS[layout], report.graph.precision
     sources = {LINEARIZED: ws.model, **({BASE: ws.baseline} if base else {})}
     names = {role: shape.names(role, precision) for role in sources}
@@ -172,12 +163,7 @@ def package(
             listener.note(f"The engine {why}.")
         if not shape.genai:
             (root / GENAI).unlink(missing_ok=True)
-        rows = _write_heldout(ws, Places(root), source)
-        figures = None
-        if drafted:
-            _write_graph(drafted.graph, root / DRAFT, f"{Path(DRAFT).name}.data", listener, shape.change)
-            add_draft(root, drafted)
-            figures = measure_draft(ws, root, drafted, rows, precision, listener)
+        _write_heldout(ws, Places(root), source)
         files = _digests(root)
         notes = (*(note.replace(str(ws.root), ws.root.name) for note in report.notes), _SAME)
         others = {n: d for n, d in report.hashes.items() if not n.startswith(ws.model.name)}
@@ -186,23 +172,10 @@ def package(
         files |= {path.relative_to(root).as_posix(): sha256_of_file(path) for path in drawn}
         named = replace(source, source=public.model.source)
         graph = names[LINEARIZED][0]
-        made = Package(
-            created(), __version__, named, report.selection.layers, precision, files, graph, figures
-        )
-        write_text(root / CARD, model_card(public, _license(ws), layout, draft_line(figures)))
+        made = Package(created(), __version__, named, report.selection.layers, precision, files, graph)
+        write_text(root / CARD, model_card(public, _license(ws), layout))
         write_json(root / PACKAGE, {"schema": SCHEMA, **to_json(made)})
     return made
-
-
-def _draft(ws: Workspace, to: Path, layout: str, asked: tuple[Path, int]) -> Draft:
-    folder, proposed = asked
-    if not LAYOUTS[layout].genai:
-        raise InputError(
-            f"--draft is for onnxruntime-genai, which does not read --layout {layout}: leave one of them out."
-        )
-    if overlap(to, folder):
-        raise InputError(f"{to} and the draft {folder} are one folder: choose another --output.")
-    return check_draft(ws, folder, proposed)
 
 
 def _license(ws: Workspace) -> str | None:

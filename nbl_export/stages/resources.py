@@ -12,13 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nbl_export.blocks import ATTENTION, MLP, SPAN, Block, Mlp, spans_of
-from nbl_export.digests import Unread
-from nbl_export.errors import InputError
-from nbl_export.report.drawing import Table
 from nbl_export.settings import RunSettings
 from nbl_export.stages.needs import GIB, MIB, Need, Sizes, needs, sizes_of
-from nbl_export.stages.room import check_run
-from nbl_export.workspace import Workspace
 
 if TYPE_CHECKING:
     import torch
@@ -89,19 +84,6 @@ class Estimate:
         )
 
 
-def planned(source: str, out: Path, asked: RunSettings, trust_remote_code: bool = False) -> list[Table]:
-    """The table of a run of ``source`` as ``asked`` into ``out``; its problems are what does not fit."""
-    from nbl_export.models.source import find_model
-
-    found = find_model(source, trust_remote_code, Unread())
-    estimate = estimated(found, asked)
-    sizes = estimate.sizes
-    problems = (*lacks_memory(estimate), *_lacks_room(estimate, out))
-    weights = sizes.shape.weights / 1e6
-    title = f"{found.source}: {weights:,.{1 if weights < 10 else 0}f}M weights in {size(sizes.file)}"
-    return [Table(title, COLUMNS, rows(estimate), estimate.speed, problems=problems)]
-
-
 def estimated(found: ModelSource, asked: RunSettings) -> Estimate:
     """What a run of the model that was ``found`` needs on this machine, whose rates are measured for a second or two.
 
@@ -168,21 +150,6 @@ def model_sizes(source: ModelSource, model: torch.nn.Module | None = None) -> tu
     return sizes_of(model, dtype.itemsize if dtype else 4, whole), max(files, key=lambda f: f.stat().st_size)
 
 
-def rows(estimate: Estimate) -> tuple[tuple[str, ...], ...]:
-    """A row for each stage."""
-    return tuple(
-        (
-            need.stage,
-            size(need.memory),
-            need.most,
-            size(need.room.leaves),
-            size(need.room.beside),
-            in_words(estimate.machine.seconds(need, estimate.sizes.file)),
-        )
-        for need in estimate.needs
-    )
-
-
 def lacks_memory(estimate: Estimate, stages: Collection[str] | None = None) -> Iterator[str]:
     """A sentence for each stage whose memory is not there, of all or of these ``stages``."""
     memory, width = estimate.machine.memory, estimate.width
@@ -204,13 +171,6 @@ def lacks_memory(estimate: Estimate, stages: Collection[str] | None = None) -> I
 def place_of(out: Path) -> Path:
     """The output folder ``out``, or where it would be made: what has room on its disk."""
     return out if (out / "nbl").is_dir() else next(p for p in (out, *out.absolute().parents) if p.is_dir())
-
-
-def _lacks_room(estimate: Estimate, out: Path) -> Iterator[str]:
-    try:
-        check_run(Workspace(place_of(out)), estimate.sizes.shape, estimate.asked)
-    except InputError as error:
-        yield str(error)
 
 
 def _smaller(asked: RunSettings) -> Iterator[tuple[str, RunSettings]]:

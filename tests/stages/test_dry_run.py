@@ -65,10 +65,7 @@ def test_a_new_folder_is_not_made_and_no_weight_is_read(
     found = api.dry_run(stories_folder, tmp_path / "new" / "out", TWO, calibration, VERIFY)
     assert not list(tmp_path.iterdir())
     assert whys(found) == dict.fromkeys(ALL, "not done yet")
-    (needed,) = api.plan_resources(stories_folder, tmp_path / "out", TWO, calibration, VERIFY)
-    of_memory = {row[0]: row[1] for row in needed.rows}
     shown = found.tables[0]
-    assert {row[0]: row[2] for row in shown.rows} == of_memory
     assert all(one.seconds and one.memory for one in found.stages) and "as measured now" in shown.note
 
 
