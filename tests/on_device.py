@@ -117,10 +117,7 @@ def test_what_a_device_made_is_used_without_it(
 @pytest.mark.parametrize(
     "asked",
     [
-        {"criterion": "cca"},
         {"criterion": "greedy", "rank": 4},
-        {"criterion": "linearity"},
-        {"criterion": "drop"},
         {"criterion": "nmse", "fit": "weighted", "ridge": None},
         {"criterion": "cca", "fit": "sequential", "fit_input": "residual"},
         {"criterion": "cca", "repair": 2, "repair_rank": 2},
@@ -161,7 +158,7 @@ def test_the_first_layer_that_differs_is_found(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("precision", ["fp16"])
 def test_a_graph_in_half_precision(finished: tuple[Path, api.Report], tmp_path: Path, precision: str) -> None:
     out = Path(shutil.copytree(finished[0], tmp_path / "out"))
     api.export(out, api.ExportSettings(precision=precision))
@@ -179,7 +176,7 @@ class Stops(Silent):
         yield SimpleNamespace(advance=lambda _tokens: next(batches), part=lambda _number, _count: None)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["bfloat16"])
 def test_an_interrupted_calibration_goes_on(
     device: torch.device, tiny_folder: Path, tmp_path: Path, dtype: str
 ) -> None:

@@ -19,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from nbl_export import api
 from nbl_export.linearize.plan import load_plan
 from nbl_export.linearize.swap import linearized
+from tests.exhaustive import exhaustive
 from tests.families import WIDTH
 from tests.fixtures_graph import load
 
@@ -84,9 +85,7 @@ def of_pytorch(model: Any, features: Any, prompt: list[int], rows: int) -> list[
 
 
 @pytest.mark.client
-@pytest.mark.parametrize(
-    ("name", "rows"), [pytest.param("gemma3", 1, marks=pytest.mark.slow), ("qwen2.5-vl", 3)]
-)
+@pytest.mark.parametrize(("name", "rows"), [pytest.param("gemma3", 1, marks=exhaustive), ("qwen2.5-vl", 3)])
 def test_text_and_an_image(
     name: str, rows: int, wrapper_folder: Callable[[str], Path], stories_text: Path, tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ from nbl_export import api
 from nbl_export.runtime.openvino import cpu
 from nbl_export.runtime.ort import OrtDecoder
 from tests.clients.greedy import greedy
+from tests.exhaustive import exhaustive
 from tests.exporters import GRAPH, Graphs
 
 COUNT = 24
@@ -19,7 +20,10 @@ TEXTS = ("Once upon a time", "The little dog was very")
 pytestmark = pytest.mark.client
 
 
-@pytest.mark.parametrize(("precision", "backend"), [("fp32", "SDPA"), ("fp16", "SDPA"), ("fp32", "PA")])
+@pytest.mark.parametrize(
+    ("precision", "backend"),
+    [pytest.param("fp32", "SDPA", marks=exhaustive), ("fp16", "SDPA"), ("fp32", "PA")],
+)
 def test_genai_generates_what_our_decoder_does(stories_copy: Path, precision: str, backend: str) -> None:
     """Also with paged attention, its default, which takes the cache out of the model."""
     genai = pytest.importorskip("openvino_genai", reason="needs openvino-genai: pip install openvino-genai")

@@ -20,6 +20,7 @@ from nbl_export.errors import InputError
 from nbl_export.models.load import load_tokenizer
 from nbl_export.models.source import find_model
 from tests.clients.greedy import greedy
+from tests.exhaustive import exhaustive
 from tests.families import build
 from tests.talking import TEMPLATE
 
@@ -111,7 +112,7 @@ def test_in_node(stories_copy: Path, tmp_path: Path, modules: Path, precision: s
     assert_generated(in_node(folder), folder, f"model/onnx/{graph}")
 
 
-@pytest.mark.parametrize("precision", ["int4", "int8"])
+@pytest.mark.parametrize("precision", ["int4", pytest.param("int8", marks=exhaustive)])
 def test_quantized_in_node(stories_text: Path, tmp_path: Path, modules: Path, precision: str) -> None:
     """Of onnxruntime-genai's builder: a model with heads that its attention takes."""
     pytest.importorskip("onnxruntime_genai", reason="needs onnxruntime-genai: pip install '.[genai]'")

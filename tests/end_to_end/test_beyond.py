@@ -15,6 +15,7 @@ from nbl_export.report.render import write_report
 from nbl_export.report.schema import load_report
 from nbl_export.verify import crossing
 from tests.beyond import BEYOND
+from tests.exhaustive import exhaustive
 from tests.tiny import save_tokenizer
 
 pytestmark = pytest.mark.skipif(is_transformers_4(), reason="configurations of transformers 5")
@@ -30,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("large", [pytest.param(False, marks=exhaustive), True])
 def test_the_report_says_what_crossed_a_window(
     folder: Path, tmp_path: Path, large: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ from nbl_export.export.torch import export_torch
 from nbl_export.rewrite.replace import rewrite_file
 from nbl_export.stages.inspection import inspect_path
 from tests.clients.greedy import greedy
+from tests.exhaustive import exhaustive
 from tests.families import build, calibrated, unsaved
 from tests.test_families import HYBRIDS
 from tests.tiny import save_tokenizer
@@ -71,7 +72,9 @@ def test_with_a_cache_it_decodes(hybrid: Path, tmp_path: Path) -> None:
     assert report.speed is not None and {c.phase for c in report.speed.cells} == {"prefill", "decode"}
 
 
-@pytest.mark.parametrize("family", HYBRIDS)
+@pytest.mark.parametrize(
+    "family", [f if f == "bamba" else pytest.param(f, marks=exhaustive) for f in HYBRIDS]
+)
 def test_a_graph_goes_on_through_chunks_and_beyond(family: str, tmp_path: Path) -> None:
     """300 tokens after a prompt of 90, in chunks of 100: what one pass of PyTorch over all of them says, each time."""
     chunk = {"mamba_chunk_size": 100, "chunk_size": 100, "block_size": 100}

@@ -22,6 +22,7 @@ from tests.end_to_end.matrix import (
     rewritten,
     weight_bytes,
 )
+from tests.exhaustive import exhaustive
 from tests.exporters import GRAPH, Graphs
 from tests.families import FAMILIES, WIDTH, Calibrated, attention_share
 
@@ -52,6 +53,24 @@ OPTIMIZED = {
 }
 # These lose one layer, half of them and all; the others half and all.
 THOROUGH = ("llama-gqa", "parallel-residual")
+# Each form of a cache, each kind of model and each exporter is there at least once.
+USUAL = (
+    "ours-static-llama-gqa-one",
+    "dynamo-18-eager-parallel-fused-half",
+    "dynamo-18-sdpa-parallel-residual-half-residual",
+    "dynamo-23-eager-mha-biases-half",
+    "genai-fp32-fused-qkv-half",
+    "optimum-llama-gqa-one",
+    "optimum-sequential-biases-half",
+    "optimum-whole-llama-gqa-half",
+)
+USUALLY_OPTIMIZED = (
+    "dynamo-18-sdpa+ort-parallel-residual",
+    "dynamo-18-sdpa+slim-parallel-residual",
+    "optimum+renamed-llama-gqa",
+    "optimum-whole+ort-llama-gqa",
+    "optimum+transformers-sequential-biases",
+)
 QUICK = {("llama-gqa", e) for e in ("ours-concat", "dynamo-18-sdpa", "genai-fp32", "optimum")}
 RESIDUAL = {("llama-gqa", "genai-fp32"), ("parallel-residual", "dynamo-18-sdpa"), ("fused-qkv", "optimum")}
 
@@ -67,8 +86,11 @@ def cases() -> Iterator[Any]:
                     fits.append("residual")
                 for fit in fits:
                     name = f"{exporter}-{family}-{k}" + ("-residual" if fit == "residual" else "")
-                    marks = () if (family, exporter) in QUICK else pytest.mark.slow
-                    yield pytest.param(exporter, family, layers, fit, id=name, marks=marks)
+                    marks = (
+                        () if name in USUAL else exhaustive,
+                        () if (family, exporter) in QUICK else pytest.mark.slow,
+                    )
+                    yield pytest.param(exporter, family, layers, fit, id=name, marks=[m for m in marks if m])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -106,7 +128,11 @@ def test_float32(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("exporter", "family"),
-    [pytest.param(e, f, id=f"{e}-{f}") for e, families in OPTIMIZED.items() for f in families],
+    [
+        pytest.param(e, f, id=f"{e}-{f}", marks=() if f"{e}-{f}" in USUALLY_OPTIMIZED else exhaustive)
+        for e, families in OPTIMIZED.items()
+        for f in families
+    ],
 )
 def test_optimized(
     graphs: Graphs, calibrated_of: Callable[[str], Calibrated], tmp_path: Path, exporter: str, family: str
@@ -133,9 +159,16 @@ def operators(path: Path) -> tuple[Counter[str], set[str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layers", [(0,), (0, 2), (0, 1, 2, 3, 4)], ids=["one", "half", "all"])
 @pytest.mark.parametrize(
-    "exporter", ["ours-concat", "dynamo-18-sdpa", "optimum", "optimum+ort", "optimum+slim"]
+    ("exporter", "layers"),
+    [
+        ("ours-concat", (0,)),
+        ("optimum", (0, 1, 2, 3, 4)),
+        *(
+            pytest.param(e, (0, 2), marks=exhaustive)
+            for e in ("dynamo-18-sdpa", "optimum+ort", "optimum+slim")
+        ),
+    ],
 )
 def test_a_trained_model(
     graphs: Graphs,

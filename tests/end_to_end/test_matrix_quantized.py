@@ -27,6 +27,7 @@ from tests.end_to_end.matrix import (
     parity,
     rewritten,
 )
+from tests.exhaustive import exhaustive
 from tests.exporters import GRAPH, Graphs
 from tests.families import Calibrated
 from tests.fixtures_graph import low_rank
@@ -34,11 +35,14 @@ from tests.fixtures_graph import low_rank
 ROWS_AT_ONCE = 4  # divides every projection of every family
 
 
+USUAL = (("llama-gqa", "one"), ("fused-qkv", "half"))
+
+
 @pytest.mark.parametrize(
     ("bits", "family", "k"),
     [
         *(
-            pytest.param(4, f, k, id=f"int4-{f}-{k}", marks=() if f == "llama-gqa" else pytest.mark.slow)
+            pytest.param(4, f, k, id=f"int4-{f}-{k}", marks=() if (f, k) in USUAL else exhaustive)
             for f in BUILDER
             for k in (CHOSEN if f == "llama-gqa" else ["half"])
         ),
@@ -94,9 +98,9 @@ def assert_loses_no_more(model: Any, plan: Plan, source: Path, out: Path, dtype:
     [
         ("optimum+nbits", "llama-gqa"),
         ("optimum+qdq", "mha-biases"),
-        ("dynamo-18-sdpa+qdq", "fused-qkv"),
+        pytest.param("dynamo-18-sdpa+qdq", "fused-qkv", marks=exhaustive),
         ("optimum+dynamic", "llama-gqa"),
-        ("dynamo-18-sdpa+dynamic", "parallel-residual"),
+        pytest.param("dynamo-18-sdpa+dynamic", "parallel-residual", marks=exhaustive),
     ],
 )
 def test_quantized_by_onnxruntime(

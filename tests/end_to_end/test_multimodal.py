@@ -17,6 +17,7 @@ from nbl_export.errors import InputError
 from nbl_export.runtime.ort import ort_stream
 from nbl_export.verify.loss.figures import MethodLoss
 from tests.clients.greedy import greedy
+from tests.exhaustive import exhaustive
 from tests.listening import Notes
 from tests.multimodal import WRAPPERS
 from tests.pictures import PLACE, SOUND_PLACE, picture, save_documents, save_processor, save_sound
@@ -151,7 +152,10 @@ def test_sounds_are_calibrated_on(wrapper_folder: Callable[[str], Path], tmp_pat
 
 @pytest.mark.parametrize(
     ("name", "inputs", "precision", "cache"),
-    [("gemma3", "ids", "fp32", "concat"), ("qwen2.5-vl", "embeds", "fp16", "static")],
+    [
+        pytest.param("gemma3", "ids", "fp32", "concat", marks=exhaustive),
+        ("qwen2.5-vl", "embeds", "fp16", "static"),
+    ],
 )
 def test_every_stage(
     name: str,

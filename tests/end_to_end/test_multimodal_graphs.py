@@ -31,7 +31,7 @@ _MORE = ("qwen2-vl", "glm4v", "llava-next", "idefics3", "internvl", "gemma4-both
         *(pytest.param(name, "concat", marks=exhaustive if name in _MORE else ()) for name in WRAPPERS),
         ("qwen2.5-vl", "static"),
         ("llama4", "static"),
-        ("llava", "none"),
+        pytest.param("llava", "none", marks=exhaustive),
     ],
 )
 def test_graph(name: str, form: str, wrapper: Callable[[str], Calibrated], tmp_path: Path) -> None:

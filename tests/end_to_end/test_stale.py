@@ -15,7 +15,6 @@ import pytest
 from nbl_export import api
 from nbl_export.errors import InputError
 from nbl_export.stage_record import STAGES
-from nbl_export.workspace import Workspace
 from tests.finished import QUICK, TWO, VERIFY
 from tests.listening import Notes
 
@@ -126,36 +125,6 @@ def test_what_an_earlier_version_of_a_stage_made_is_made_again(
     assert f"{stage}: done again, since it was made by another version of nbl-export." in notes.notes
 
 
-def test_an_edited_loss_is_measured_again(out: Path) -> None:
-    settings = api.SelectSettings(k=1, criterion="kl")
-    chosen, path = api.select(out, settings).chosen, out / "nbl" / "measured.json"
-    kept = path.read_bytes()
-
-    def lie(value: Any) -> None:
-        for losses in value["losses"].values():
-            for loss in losses.values():
-                loss["kl"] = -loss["kl"]
-
-    edit(path, lie)
-    (out / "nbl" / "plan.json").unlink()
-    notes = Notes()
-    assert api.select(out, settings, notes).chosen == chosen
-    assert any("measured.json" in note for note in notes.notes)
-    assert json.loads(path.read_bytes()) == json.loads(kept)
-
-
-def test_an_edited_answer_is_asked_again(out: Path) -> None:
-    settings = api.EvalSettings(retrieval_samples=1)
-    found = api.evaluate(out, settings)
-    for path in (out / "nbl" / "eval").glob("*.json"):
-        path.write_text(path.read_text().replace("true", "false").replace("0.", "1."))
-    (out / "report" / "eval.json").unlink()
-    notes = Notes()
-    again = api.evaluate(out, settings, notes)
-    assert again.retrieval == found.retrieval
-    assert not any("kept from before" in note for note in notes.notes)
-
-
 def test_text_of_other_settings_is_not_taken_for_that_of_a_killed_calibration(
     out: Path, model: Path, calibration: api.CalibrateSettings
 ) -> None:
@@ -184,24 +153,6 @@ def test_other_weights_beside_a_graph_are_another_candidate(out: Path, tmp_path:
     notes = Notes()
     api.bench(out, settings, notes)
     assert notes.kept == [] and "bench: done again, since its against changed." in notes.notes
-
-
-def test_a_folder_of_an_earlier_release_is_read_and_its_stages_are_done_again(
-    out: Path, model: Path, calibration: api.CalibrateSettings
-) -> None:
-    def as_before(state: Any) -> None:
-        for record in state["stages"].values():
-            del record["made_of"], record["version"]
-        del state["model"]["model"], state["model"]["sidecars"]
-
-    edit(out / "nbl" / "workspace.json", as_before)
-    assert "another version of nbl-export" in str(api.inspect(out))
-    assert api.report(out).passed
-    with pytest.raises(InputError, match="made by another version of nbl-export"):
-        api.verify(out, QUICK)
-    notes = Notes()
-    assert api.run(model, out, TWO, calibration, QUICK, notes).passed
-    assert notes.kept == [] and Workspace.open(out).stale("verify") is None
 
 
 def test_a_checkpoint_is_of_one_version_of_calibrate(

@@ -18,6 +18,7 @@ from nbl_export.models.layers import attention_layers
 from nbl_export.rewrite.replace import linearized_layers, rewrite_file
 from nbl_export.runtime.ort import ort_stream
 from nbl_export.runtime.torch import torch_stream
+from tests.exhaustive import exhaustive
 from tests.families import Calibrated
 from tests.tiny_types import tiny_model
 
@@ -32,11 +33,11 @@ TWO_LAYERS = {"num_hidden_layers": 2, "first_k_dense_replace": 1}
     ("model_type", "form"),
     [
         # Two stages of projections, a cache of what lies between them, complex rotary embeddings.
-        ("deepseek_v2", "concat"),
+        pytest.param("deepseek_v2", "concat", marks=exhaustive),
         ("deepseek_v3", "static"),
         # Convolutions in between: the second region of the graph is the fourth layer of the model.
         ("lfm2", "none"),
-        ("mixtral", "concat"),
+        pytest.param("mixtral", "concat", marks=exhaustive),
     ],
 )
 def test_from_calibration_to_logits(model_type: str, form: str, tmp_path: Path) -> None:
