@@ -64,8 +64,6 @@ PARTS = (
     Part("mlx-lm", "mlx_lm.utils", "mlx", "runs folders of `convert --to mlx`"),
     Part("openvino", "openvino", "openvino", "writes and runs folders of `convert --to openvino`"),
     Part("openvino-tokenizers", "openvino_tokenizers", "openvino", "tokenizers of those folders"),
-    Part("optimum-onnx", "optimum.exporters.onnx", "optimum", "--exporter optimum, with transformers 4.57"),
-    Part("mobius-onnx", "mobius", "mobius", "--exporter mobius"),
     Part("olive-ai", "olive", "olive", "Neural Block Linearization as a pass of Olive"),
     Part("lm-eval", "lm_eval", "eval", "tasks of lm-evaluation-harness"),
     Part("datasets", "datasets", "hub", "data sets of the Hugging Face Hub"),

@@ -13,9 +13,11 @@ environment() {
   "$dir/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile --editable "$@"
 }
 
-# optimum_python: print the path of a Python with optimum and this package, both with transformers 4.57.
+# optimum_python: print the path of a Python with optimum and its transformers 4.57, without this package.
 optimum_python() {
-  environment "$PWD/.venv-optimum" '.[cpu,optimum]' >&2 || return
+  [ -x .venv-optimum/bin/python ] || "${PYTHON:-python3}" -m venv .venv-optimum
+  .venv-optimum/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
+    'optimum-onnx>=0.1,<0.2' onnxruntime onnxscript accelerate >&2 || return
   echo "$PWD/.venv-optimum/bin/python"
 }
 

@@ -34,8 +34,7 @@ from transformers import (
 from nbl_export.calibrate.probe import probe_model
 from nbl_export.errors import MissingDependencyError
 from nbl_export.export.forms import SHARED, STATIC
-from nbl_export.export.genai import export_genai
-from nbl_export.export.optimum import export_optimum, find_optimum
+from nbl_export.export.others import export_with, find_exporter
 from nbl_export.export.torch import export_torch
 from nbl_export.files import read_json, write_json
 from nbl_export.graph.io import load_graph
@@ -89,15 +88,19 @@ def _readable(folder: Path) -> Path:
     return folder
 
 
+def _exported_with(name: str, model: Any, precision: str) -> Callable[[Path], object]:
+    return _from_folder(
+        model, lambda folder, out: export_with(find_exporter(name), folder, out, precision, Silent())
+    )
+
+
 EXPORTERS: dict[str, Callable[[Any], Callable[[Path], object]]] = {
     "torch": lambda model: lambda path: export_torch(model, path),
     "torch-shared": lambda model: lambda path: export_torch(model, path, form=SHARED),
     "torch-static": lambda model: lambda path: export_torch(model, path, form=STATIC),
-    "genai": lambda model: _from_folder(model, lambda f, out: export_genai(f, out, "fp32", Silent())),
-    "genai-int4": lambda model: _from_folder(model, lambda f, out: export_genai(f, out, "int4", Silent())),
-    "optimum": lambda model: _from_folder(
-        model, lambda f, out: export_optimum(f, out, find_optimum(), Silent())
-    ),
+    "genai": lambda model: _exported_with("genai", model, "fp32"),
+    "genai-int4": lambda model: _exported_with("genai", model, "int4"),
+    "optimum": lambda model: _exported_with("optimum", model, "fp32"),
 }
 # Every exporter with the first family, and the other families where their graphs differ.
 PAIRS = [

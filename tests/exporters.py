@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,10 +25,7 @@ import torch
 from transformers import DynamicCache
 
 from nbl_export.export.forms import FORMS
-from nbl_export.export.genai import export_genai
-from nbl_export.export.hf_folder import as_hf_folder
-from nbl_export.export.mobius import export_mobius
-from nbl_export.export.optimum import VARIABLE, export_optimum
+from nbl_export.export.others import VARIABLE, as_hf_folder, export_with, find_exporter
 from nbl_export.export.torch import export_torch
 from nbl_export.models.dummy_run import cache_shapes
 from nbl_export.models.layers import layer_count
@@ -169,20 +167,24 @@ def genai(precision: str) -> Export:
         pytest.importorskip(
             "onnxruntime_genai", reason="needs onnxruntime-genai: pip install 'nbl-export[genai]'"
         )
-        export_genai(handed_over(model, folder), folder, precision, Silent())
+        export_with(find_exporter("genai"), handed_over(model, folder), folder, precision, Silent())
 
     return export
 
 
 def mobius(model: Path, folder: Path) -> None:
     """Graphs that are built by a description of the family."""
-    pytest.importorskip("mobius", reason="needs mobius-onnx: pip install '.[mobius]'")
-    export_mobius(handed_over(model, folder), folder, "fp32", Silent())
+    pytest.importorskip("mobius", reason="needs mobius-onnx: pip install 'nbl-export[dev]'")
+    asked = ["--config", str(handed_over(model, folder)), "--dtype", "f32", "--runtime", "ort-genai"]
+    subprocess.run(
+        [sys.executable, "-m", "mobius", "build", *asked, str(folder)], check=True, capture_output=True
+    )
 
 
 def optimum(model: Path, folder: Path) -> None:
     """optimum for generation: one graph with a KV cache."""
-    export_optimum(handed_over(model, folder), folder, optimum_python(), Silent())
+    exporter = find_exporter("optimum", optimum_python())
+    export_with(exporter, handed_over(model, folder), folder, "fp32", Silent())
 
 
 def optimum_whole(model: Path, folder: Path) -> None:

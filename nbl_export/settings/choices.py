@@ -43,7 +43,6 @@ EXPORTERS = {
     "torch": Choices(("fp32", "fp16", "bf16"), ("concat", "shared", "static", "none"), frozenset({"shared"})),
     "genai": Choices(("fp32", "fp16", "bf16", *QUANTIZED), ("concat",), frozenset({"concat"})),
     "optimum": Choices(("fp32",), ("concat",)),
-    "mobius": Choices(("fp32", "fp16", "bf16"), ("concat",), frozenset({"concat"})),
 }
 
 

@@ -20,7 +20,7 @@ class ExportSettings(Settings):
     target: What is fastest on onnxruntime, genai, tensorrt, optimum or web.
     precision: fp32, fp16, bf16; genai: int4, int8.
     kv_cache: concat, shared (onnxruntime alone), static, none.
-    exporter: torch, genai (its model builder), optimum or mobius.
+    exporter: torch, genai (its model builder) or optimum.
     inputs: What the decoder reads: ids (token ids), or embeds (their embeddings, among which those of images can be;
         the embedding is then a graph of its own).
     python: Python of the environment that has optimum-onnx.

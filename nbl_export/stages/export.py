@@ -77,16 +77,10 @@ def reads_calibration(task: Task, settings: ExportSettings) -> bool:
 
 def check_exporter(settings: ExportSettings) -> None:
     """Raise :class:`MissingDependencyError` if this machine does not have the exporter that was asked for."""
-    from nbl_export.export.genai import require_genai
-    from nbl_export.export.mobius import require_mobius
-    from nbl_export.export.optimum import find_optimum
+    from nbl_export.export.others import find_exporter
 
-    if settings.exported_by == "genai":
-        require_genai()
-    if settings.exported_by == "mobius":
-        require_mobius()
-    if settings.exported_by == "optimum":
-        find_optimum(settings.python)
+    if settings.exported_by != "torch":
+        find_exporter(settings.exported_by, settings.python)
 
 
 def check_export_of(source: ModelSource, settings: ExportSettings) -> None:
@@ -227,21 +221,15 @@ def _export_elsewhere(
     run: Run, settings: ExportSettings, listener: Listener
 ) -> tuple[list[Path], list[Float32Node]]:
     """Export with another project's exporter, which reads the model from a Hugging Face folder."""
-    from nbl_export.export.genai import export_genai
-    from nbl_export.export.hf_folder import as_hf_folder
     from nbl_export.export.lm_head import add_num_logits_input_to_file
-    from nbl_export.export.mobius import export_mobius
-    from nbl_export.export.optimum import export_optimum, find_optimum
+    from nbl_export.export.others import as_hf_folder, export_with, find_exporter
 
     readers = [run.workspace.model]
     target, trust = run.workspace.baseline.parent, run.model.source.trust_remote_code
     with tempfile.TemporaryDirectory(prefix=".model.", suffix=TEMPORARY, dir=run.workspace.root) as folder:
         model = as_hf_folder(run.model, Path(folder))
-        if settings.exported_by == "optimum":
-            files = export_optimum(model, target, find_optimum(settings.python), listener, trust, readers)
-        else:
-            export = {"genai": export_genai, "mobius": export_mobius}[settings.exported_by]
-            files = export(model, target, str(settings.precision), listener, trust, readers)
+        exporter = find_exporter(settings.exported_by, settings.python)
+        files = export_with(exporter, model, target, str(settings.precision), listener, trust, readers)
     return sorted({*files, *add_num_logits_input_to_file(run.workspace.baseline)}), []
 
 

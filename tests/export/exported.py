@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nbl_export.export.hf_folder import as_hf_folder
+from nbl_export.export.others import as_hf_folder
 from nbl_export.files import TEMPORARY
 from nbl_export.models.loaded import LoadedModel
 from nbl_export.models.source import find_model

@@ -1,0 +1,332 @@
+"""Another project's exporter as a child: the model it is handed, whole files or none, one sentence, no survivor."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import transformers
+from transformers import AutoTokenizer
+
+from nbl_export.errors import BuildError, MissingDependencyError
+from nbl_export.export import others
+from nbl_export.export.others import VARIABLE, Exporter, as_hf_folder, export_with, find_exporter
+from nbl_export.installed import pip_line
+from nbl_export.progress import Silent
+from tests.export.exported import (
+    BASE,
+    LLAMA3,
+    PROMPT,
+    graph_logits,
+    handed_off,
+    loaded,
+    nothing_left_over,
+    torch_logits,
+)
+from tests.fixtures_graph import load
+from tests.tiny import build
+
+FakePython = Callable[[str], str]
+EARLIER = dict.fromkeys(("model.onnx", "model.onnx.data", "tokenizer.json"), "earlier")
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    """A folder with an earlier export."""
+    folder = tmp_path / "out" / "baseline"
+    folder.mkdir(parents=True)
+    for name, content in EARLIER.items():
+        (folder / name).write_text(content)
+    return folder
+
+
+def export(
+    python: str, target: Path, model: Path, name: str = "frobnicator", trusted: bool = False
+) -> list[Path]:
+    exporter = Exporter(name, "frob.onnx", python, "install frob")
+    return export_with(exporter, model, target, "fp32", Silent(), trusted)
+
+
+def as_it_was(target: Path) -> bool:
+    return {p.name: p.read_text() for p in target.iterdir()} == EARLIER and nothing_left_over(target.parent)
+
+
+def test_files_arrive_and_what_belonged_to_the_earlier_graph_goes(
+    fake_python: FakePython, target: Path, tiny_folder: Path
+) -> None:
+    python = fake_python(
+        'echo "$HF_HUB_OFFLINE" > filled/model.onnx; echo c > filled/config.json; echo x > y'
+    )
+    # The exporter wrote no tokenizer, so the model's own is there.
+    names = ["config.json", "model.onnx", "tokenizer.json", "tokenizer_config.json"]
+    assert export(python, target, tiny_folder) == [target / name for name in names]
+    assert sorted(p.name for p in target.iterdir()) == names
+    assert (target / "model.onnx").read_text() == "1\n"
+    assert (target / "tokenizer.json").read_bytes() == (tiny_folder / "tokenizer.json").read_bytes()
+    assert nothing_left_over(target.parent)
+
+
+@pytest.mark.parametrize("name, asked", [("optimum", "--trust-remote-code"), ("genai", "hf_remote=true")])
+def test_remote_code_runs_only_if_trusted(
+    tiny_folder: Path, target: Path, fake_python: Any, name: str, asked: str
+) -> None:
+    for trusted in (False, True):
+        export(fake_python('echo "$@" > filled/model.onnx'), target, tiny_folder, name, trusted)
+        assert (asked in (target / "model.onnx").read_text()) is trusted
+
+
+@pytest.mark.parametrize(
+    "commands, said",
+    [
+        # The exception is the reason, whatever is printed on the way out.
+        ("echo 'a.b.OddError: odd.'; echo 'leaked semaphores' >&2; exit 1", "a.b.OddError: odd"),
+        (r"printf '10%%\r20%%\rout of room'; exit 3", "out of room"),
+        ("exit 5", "exit code 5"),
+        (
+            "echo half > filled/model.onnx; kill -9 $$",
+            "it was killed by SIGKILL, often because memory ran out",
+        ),
+        ("echo bye", "it wrote no model.onnx"),
+    ],
+)
+def test_failure_is_one_sentence_and_leaves_the_target_alone(
+    fake_python: FakePython, target: Path, tiny_folder: Path, commands: str, said: str
+) -> None:
+    with pytest.raises(BuildError) as caught:
+        export(fake_python(commands), target, tiny_folder)
+    assert (
+        str(caught.value) == f"frobnicator cannot export LlamaForCausalLM ({said}): choose another exporter."
+    )
+    assert as_it_was(target)
+
+
+def test_a_module_that_is_missing_is_named_with_the_remedy(
+    fake_python: FakePython, bare_python: str, target: Path, tiny_folder: Path, monkeypatch: Any
+) -> None:
+    python = fake_python("""echo "ModuleNotFoundError: No module named 'onnx'"; exit 1""")
+    with pytest.raises(MissingDependencyError, match=r"\(it has no module onnx\): install frob\."):
+        export(python, target, tiny_folder)
+    assert as_it_was(target)
+    with pytest.raises(MissingDependencyError, match="it cannot be run, No such file or directory"):
+        export(str(target / "nowhere"), target, tiny_folder)
+    with pytest.raises(MissingDependencyError, match=r"no module optimum.*pip install optimum-onnx"):
+        find_exporter("optimum", bare_python)
+    monkeypatch.setenv(VARIABLE, python)
+    assert find_exporter("optimum").python == python
+    monkeypatch.delenv(VARIABLE)
+    with pytest.raises(MissingDependencyError, match=f"environment of its own.*{VARIABLE}"):
+        find_exporter("optimum")
+    monkeypatch.setattr(sys, "executable", bare_python)
+    with pytest.raises(MissingDependencyError, match=re.escape(pip_line("genai"))):
+        find_exporter("genai")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a child learns of its parent's death on Linux only")
+def test_a_killed_parent_takes_the_child_with_it(
+    fake_python: FakePython, target: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    pid_file = tmp_path / "pid"
+    python = fake_python(f"echo $$ > {pid_file}.new; mv {pid_file}.new {pid_file}; exec sleep 60")
+    parent = os.fork()
+    if not parent:
+        try:
+            export(python, target, tiny_folder)
+        finally:
+            os._exit(1)
+    while not pid_file.exists():
+        time.sleep(0.01)
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    child, deadline = Path(f"/proc/{int(pid_file.read_text())}/stat"), time.monotonic() + 10
+    while child.exists() and child.read_text().split()[2] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_interrupt_kills_the_child(
+    fake_python: FakePython, target: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    pid_file = tmp_path / "pid"
+    python = fake_python(
+        f"echo half > filled/model.onnx; echo $$ > {pid_file}.new; mv {pid_file}.new {pid_file}; exec sleep 60"
+    )
+
+    def interrupt() -> None:
+        while not pid_file.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        export(python, target, tiny_folder)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid_file.read_text()), 0)
+    assert as_it_was(target)
+
+
+@pytest.mark.parametrize("moved", [0, 1, 2])
+def test_a_stop_between_two_files_leaves_no_graph_with_data_of_another(
+    fake_python: FakePython, target: Path, tiny_folder: Path, moved: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = fake_python("for f in model.onnx model.onnx.data tokenizer.json; do echo new > filled/$f; done")
+    real, files = others.publish, []
+
+    def publish(temporary: Path, path: Path) -> None:
+        if len(files) == moved:
+            raise KeyboardInterrupt
+        files.append(path.name)
+        real(temporary, path)
+
+    monkeypatch.setattr(others, "publish", publish)
+    with pytest.raises(KeyboardInterrupt):
+        export(python, target, tiny_folder)
+    assert not (target / "model.onnx").exists()
+
+
+# The exporters themselves -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["genai", "optimum"])
+def test_it_computes_the_model(tmp_path: Path, name: str, optimum_python: str) -> None:
+    # onnxruntime's GroupQueryAttention takes head sizes that are multiples of 16.
+    own = build(tmp_path / "own", rope_parameters=LLAMA3, hidden_size=64, head_dim=16)
+    handed = handed_off(own, tmp_path / "handed")
+    files = export_with(find_exporter(name, optimum_python), handed, tmp_path / "out", "fp32", Silent())
+    assert set((tmp_path / "out").iterdir()) == set(files) and nothing_left_over(tmp_path)
+    found = graph_logits(tmp_path / "out" / "model.onnx", PROMPT, cut=70, head_size=16)
+    np.testing.assert_allclose(found, torch_logits(own, PROMPT), atol=2e-4)
+
+
+def test_optimum_stores_a_tied_embedding_once(
+    stories_folder: Path, tmp_path: Path, optimum_python: str
+) -> None:
+    handed = handed_off(stories_folder, tmp_path / "handed")
+    files = export_with(find_exporter("optimum"), handed, tmp_path / "out", "fp32", Silent())
+    assert {"model.onnx", "config.json", "tokenizer.json", "tokenizer_config.json"} <= {p.name for p in files}
+    graph = onnx.load(str(tmp_path / "out" / "model.onnx")).graph
+    assert Counter(tuple(sorted(t.dims)) for t in graph.initializer)[64, 512] == 1
+
+
+def test_genai_quantizes_with_float32_around_it(tmp_path: Path) -> None:
+    own = build(tmp_path / "own", hidden_size=64, head_dim=16)
+    export_with(find_exporter("genai"), handed_off(own, tmp_path / "h"), tmp_path / "out", "int4", Silent())
+    graph = onnx.load(str(tmp_path / "out" / "model.onnx"), load_external_data=False).graph
+    assert "MatMulNBits" in {n.op_type for n in graph.node}
+    found = graph_logits(tmp_path / "out" / "model.onnx", PROMPT, cut=70, head_size=16)
+    model = load(own)
+    with torch.no_grad():
+        to_float = np.abs(found - torch_logits(own, PROMPT)).mean()
+        for weight in model.parameters():
+            if weight.ndim == 2:
+                # Each 32 weights of a row to 16 levels; the largest of them is -8 steps.
+                blocks = weight.reshape(len(weight), -1, 32)
+                step = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)) / -8
+                weight.copy_(((blocks / step).round().clamp(-8, 7) * step).reshape(weight.shape))
+        to_rounded = np.abs(found - model(input_ids=torch.tensor([PROMPT])).logits[0].numpy()).mean()
+    assert to_rounded < to_float / 4
+
+
+# The folder handed over ---------------------------------------------------------------------------
+
+BY_LAYER = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 70.0},
+}
+# Families that transformers 4 spells the rotary embedding of in its own way.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama3": ("Llama", {"rope_parameters": LLAMA3}),
+    "partial": ("GPTNeoX", {"rope_parameters": {**BASE, "partial_rotary_factor": 0.5}}),
+    "by layer": ("Gemma3", {"rope_parameters": BY_LAYER, "sliding_window": 16}),
+}
+FIELDS = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+IDS = list(range(3, 90))
+READ = """
+import sys, torch, numpy
+from pathlib import Path
+from transformers import AutoModelForCausalLM
+for folder in map(Path, sys.argv[1:]):
+    model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()
+    with torch.no_grad():
+        numpy.save(folder / "logits.npy", model(torch.arange(3, 90)[None]).logits[0].numpy())
+"""
+
+
+def test_both_transformers_read_the_same_model(tmp_path: Path, optimum_python: str) -> None:
+    folders = []
+    for name, (kind, changes) in FAMILIES.items():
+        config = getattr(transformers, f"{kind}TextConfig" if kind == "Gemma3" else f"{kind}Config")
+        torch.manual_seed(0)
+        model = getattr(transformers, f"{kind}ForCausalLM")(
+            config(**FIELDS, **json.loads(json.dumps(changes)))
+        )
+        for weight in model.parameters():
+            weight.data.mul_(6 if weight.ndim == 2 else 1)
+        model.save_pretrained(tmp_path / name / "own")
+        assert handed_off(tmp_path / name / "own", tmp_path / name / "handed") == tmp_path / name / "handed"
+        folders += [str(tmp_path / name / folder) for folder in ("own", "handed")]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    subprocess.run([optimum_python, "-c", READ, *folders], env=environment, check=True, capture_output=True)
+    for name in FAMILIES:
+        expected = torch_logits(tmp_path / name / "own", IDS)
+        assert np.array_equal(torch_logits(tmp_path / name / "handed", IDS), expected)
+        found = np.load(tmp_path / name / "handed" / "logits.npy")
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+        # Without the hand-off it reads another model, without a word.
+        assert np.abs(np.load(tmp_path / name / "own" / "logits.npy") - expected).max() > 0.1
+
+
+def test_the_users_folder_is_linked_to_and_untouched(tmp_path: Path) -> None:
+    own = build(tmp_path / "own", num_hidden_layers=1)
+    (own / "pytorch_model.bin").write_bytes(b"pickled")
+    before = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in own.iterdir()}
+    handed = handed_off(own, tmp_path / "handed")
+    assert {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in own.iterdir()} == before
+    assert (handed / "model.safetensors").readlink() == own / "model.safetensors"
+    assert not (handed / "config.json").is_symlink() and not (handed / "pytorch_model.bin").exists()
+    assert handed_off(handed, tmp_path / "again") == handed
+
+
+@pytest.mark.slow
+def test_gguf_is_saved_from_the_loaded_model(tmp_path: Path) -> None:
+    path = os.environ.get("NBL_EXPORT_SMOLLM2")
+    if not path:
+        pytest.skip("needs NBL_EXPORT_SMOLLM2, the path of a SmolLM2 GGUF file")
+    model = loaded(Path(path))
+    config: Any = model.model.config
+    before = config.to_dict()
+    handed = as_hf_folder(model, tmp_path / "handed")
+    saved = json.loads((handed / "config.json").read_text())
+    assert config.to_dict() == before and "quantization_config" not in saved
+    assert (saved["rope_theta"], saved["torch_dtype"]) == (100000.0, "float32")
+    with torch.no_grad():
+        expected = model.model(input_ids=torch.tensor([IDS[:8]])).logits[0].numpy()
+    assert np.array_equal(torch_logits(handed, IDS[:8]), expected)
+    assert (
+        AutoTokenizer.from_pretrained(handed)("Hello")["input_ids"] == model.tokenizer("Hello")["input_ids"]
+    )
