@@ -212,14 +212,13 @@ def rewrite(out: str | Path, listener: Listener | None = None, rehash: bool = Fa
 def rewrite_onnx(
     onnx: str | Path,
     plan: str | Path,
-    out: str | Path | None = None,
-    in_place: bool = False,
+    out: str | Path,
     listener: Listener | None = None,
 ) -> RewriteResult:
-    """Rewrite a decoder that somebody else exported, a file or a folder, by ``plan`` into ``out`` or in place."""
+    """Rewrite a decoder that somebody else exported, a file or a folder, by ``plan`` into the folder ``out``."""
     from nbl_export.rewrite.foreign import rewrite_foreign
 
-    return rewrite_foreign(Path(onnx), Path(plan), None if out is None else Path(out), in_place, listener)
+    return rewrite_foreign(Path(onnx), Path(plan), Path(out), listener)
 
 
 @in_one_process

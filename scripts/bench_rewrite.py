@@ -76,7 +76,6 @@ def main() -> None:
     runs = [
         copied(source, given.folder / "copy"),
         rewritten("into a new folder", source, plan, given.folder / "out"),
-        rewritten("in place (appends to the data)", source, plan, None),
     ]
     print(
         f"{given.layers} layers, width {given.hidden}, K = {given.k}, {size_of(source) / GB:.2f} GB of fp16\n"
@@ -139,17 +138,26 @@ def copied(source: Path, target: Path) -> Run:
     return Run("cp of the model, for comparison", seconds, None, written)
 
 
-def rewritten(name: str, source: Path, plan: Path, out: Path | None) -> Run:
-    where = ["--output", str(out)] if out else ["--in-place"]
-    before = size_of(source) - (source / "model.onnx").stat().st_size
-    command = [sys.executable, "-c", _RUN, "rewrite", "--onnx", str(source), "--plan", str(plan), *where]
+def rewritten(name: str, source: Path, plan: Path, out: Path) -> Run:
+    command = [
+        sys.executable,
+        "-c",
+        _RUN,
+        "rewrite",
+        "--onnx",
+        str(source),
+        "--plan",
+        str(plan),
+        "--output",
+        str(out),
+    ]
     start = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True)
     seconds = time.perf_counter() - start
     if done.returncode:
         raise SystemExit(done.stderr)
     peak = int(done.stderr.rsplit("peak kB", 1)[1].split()[0]) * 1024
-    return Run(f"rewrite {name}", seconds, peak, size_of(out) if out else size_of(source) - before)
+    return Run(f"rewrite {name}", seconds, peak, size_of(out))
 
 
 def size_of(folder: Path) -> int:

@@ -1,7 +1,7 @@
 """Kill nbl-export at any moment, run the same command again, and compare with what an undisturbed run leaves.
 
     python scripts/crash.py --kills 240 --seed 0
-    python scripts/crash.py --kills 20 --only rewrite,in-place
+    python scripts/crash.py --kills 20 --only rewrite,foreign
 
 Every command is `python -m nbl_export …` in a process of its own on stories260K (from the shared test data). It ends by
 
@@ -95,7 +95,6 @@ def scenarios(model: Path, text: Path, task: Path) -> list[Scenario]:
         Scenario("foreign", "export", (), only_state=True),
         Scenario("into a folder", "foreign", (*foreign, "-o", "new")),
         Scenario("over an older one", "foreign", (*foreign, "-o", "older")),
-        Scenario("in place", "foreign", (*foreign, "--in-place")),
     ]
 
 

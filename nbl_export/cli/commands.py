@@ -9,7 +9,6 @@ from nbl_export.cli.options import (
     Again,
     Config,
     DryRun,
-    InPlace,
     Model,
     Moved,
     Onnx,
@@ -129,7 +128,6 @@ def rewrite(
     onnx: Onnx = None,
     plan: PlanFile = None,
     output: To = None,
-    in_place: InPlace = False,
     rehash: Rehash = False,
     said: Said = Said(),
 ) -> None:
@@ -139,14 +137,14 @@ def rewrite(
     """
     api, terminal = loaded(said)
     if onnx is None:
-        if out is None or plan or output or in_place:
-            raise UsageError("give OUT alone, or --onnx with --plan and --output or --in-place.")
+        if out is None or plan or output:
+            raise UsageError("give OUT alone, or --onnx with --plan and --output.")
         path = api.rewrite(out, terminal.TerminalListener(), rehash=rehash)
         terminal.finish("rewrite", f"Wrote {path}. Next: nbl-export verify {out}", out=out, graph=path)
         return
-    if out is not None or plan is None:
-        raise UsageError("--onnx needs --plan, and no OUT.")
-    result = api.rewrite_onnx(onnx, plan, output, in_place, terminal.TerminalListener())
+    if out is not None or plan is None or output is None:
+        raise UsageError("--onnx needs --plan and --output, and no OUT.")
+    result = api.rewrite_onnx(onnx, plan, output, terminal.TerminalListener())
     terminal.show_rewrite(result)
     text = f"Wrote {result.files[0]}; every replaced layer is proven against the plan's activations."
     terminal.finish("rewrite", text, **answers.of_rewrite(result))

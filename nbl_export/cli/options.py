@@ -67,9 +67,6 @@ PlanFile = Annotated[
 To = Annotated[
     Path | None, option("Folder for the graph and the files beside it.", "--output", "-o", panel=_FOREIGN)
 ]
-InPlace = Annotated[
-    bool, option("Change the graph where it lies; new weights are appended.", "--in-place", panel=_FOREIGN)
-]
 
 
 Text = Annotated[str | None, option("The text; else that of a file or of the standard input.", "--prompt")]

@@ -24,7 +24,6 @@ from nbl_export.engine.manifest import Manifest
 from nbl_export.engine.profiles import DECODE, Profile, Shape
 from nbl_export.files import atomic_path, write_text
 from nbl_export.graph.io import load_graph
-from nbl_export.graph.limits import read_proto
 
 _LOADER = '''"""Rows for `polygraphy run {graph} --data-loader-script {name}`: a prefill, and a step after it."""
 
@@ -81,7 +80,7 @@ def write_for_others(graph: Path, engine: Path, manifest: Manifest) -> list[Path
 
 def _write_fixed(graph: Path, target: Path, length: int) -> None:
     """The graph whose dimensions called :data:`MAX` are ``length``; its weights stay where they are."""
-    proto = read_proto(graph)
+    proto = onnx.load(graph, load_external_data=False)
     for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param == MAX:

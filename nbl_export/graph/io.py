@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 
 from nbl_export.errors import BuildError, InputError
 from nbl_export.files import TEMPORARY, publish, sync
 from nbl_export.graph.external_data import append_graph as append
 from nbl_export.graph.external_data import write_beside, write_graph
-from nbl_export.graph.limits import check_attributes, read_proto
 from nbl_export.graph.operators import captured
 from nbl_export.graph.summary import GraphSummary
 from nbl_export.graph.tensors import (
@@ -45,15 +45,12 @@ def load_graph(path: Path) -> ir.Model:
     if not path.is_file():
         raise InputError(f"The ONNX file {path} does not exist.")
     try:
-        model: ir.Model = ir.from_proto(read_proto(path))
-    except InputError:
-        raise
+        model: ir.Model = ir.from_proto(onnx.load(path, load_external_data=False))
     except Exception as error:  # protobuf, UnicodeDecode, ValueError: whatever a broken file provokes
         raise InputError(f"{path} is not a readable ONNX file ({_cause(error)}): export it again.") from None
     if model.graph.num_nodes() == 0:
         raise InputError(f"{path} is not a usable ONNX file: its graph is empty; export it again.")
     _check_graph(path, model)
-    check_attributes(path, model)
     set_folder(model, path.parent)
     try:
         for where, tensor in all_tensors(model):
@@ -108,8 +105,6 @@ def passes_checker(path: Path) -> bool:
 
 def check_file(path: Path) -> None:
     """Check a written file with the ONNX checker and strict shape inference; raises :class:`BuildError`."""
-    import onnx
-
     try:
         onnx.checker.check_model(str(path))
         # Shape inference needs no weights, so the external data is not loaded.

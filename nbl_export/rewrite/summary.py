@@ -44,7 +44,7 @@ class ForeignSummary(RewriteSummary):
     """The same of a graph that somebody else exported.
 
     ``source`` is its name, ``plan_sha256`` the hash of the plan's header, and ``graph_sha256`` that of the rewritten
-    graph. ``files`` are those that were written into a new folder; in place there are none of our own.
+    graph. ``files`` are those that were written into the folder.
     """
 
     source: str

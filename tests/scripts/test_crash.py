@@ -97,21 +97,21 @@ def test_the_verdict_of_a_timing_is_not_compared_and_that_of_parity_is(tmp_path:
 SPOILED = """
 import runpy, sys
 sys.argv = ["crash.py", *{arguments!r}]
-from nbl_export.rewrite import foreign, in_place
+from nbl_export.rewrite import foreign
 {spoil}
 runpy.run_path({script!r}, run_name="__main__")
 """
 SPOILS = {
     "nothing": "",
     # What was killed is neither undone nor finished.
-    "no recovery": "foreign.settle = lambda folder: folder.forget()",
+    "no recovery": "foreign._written = lambda out: []",
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("spoil", SPOILS)
 def test_the_short_run(spoil: str, shared_data: Path, tmp_path: Path) -> None:
-    arguments = ["--kills", "12", "--seed", "1", "--only", "in place", "--work", str(tmp_path / "work")]
+    arguments = ["--kills", "12", "--seed", "1", "--only", "into a folder", "--work", str(tmp_path / "work")]
     code = SPOILED.format(arguments=arguments, spoil=SPOILS[spoil], script=str(SCRIPT))
     environment = {**os.environ, "NBL_EXPORT_SHARED": str(shared_data.parent)}
     done = subprocess.run(

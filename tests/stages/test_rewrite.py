@@ -17,7 +17,6 @@ from nbl_export.errors import InputError
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.tensors import external_files
 from nbl_export.linearize.plan import load_plan, save_plan
-from nbl_export.rewrite.foreign import rewrite_foreign
 from nbl_export.rewrite.replace import rewrite_file
 from nbl_export.stages.rewrite import current_rewrite, rewrite
 from nbl_export.stages.run import Run
@@ -86,17 +85,6 @@ def test_a_copy_of_the_folder_has_two_valid_graphs(stories_out: Path, tmp_path: 
         onnx.checker.check_model(str(target / name))
         assert onnx.load(str(target / name)) == onnx.load(str(stories_out / name))
         assert cpu_session(target / name).get_outputs()[0].name == "logits"
-
-
-def test_the_unmodified_graph_rewritten_in_place_changes_no_other(
-    stories_copy: Path, stories_out: Path, tmp_path: Path
-) -> None:
-    """What is appended to the data that two graphs read is behind what they read."""
-    before = onnx.load(str(stories_copy / "model.onnx"))
-    rewrite_foreign(stories_copy / "baseline", stories_copy / "nbl" / "plan.json", None, in_place=True)
-    assert onnx.load(str(stories_copy / "model.onnx")) == before
-    shared = stories_out / "baseline" / "model.onnx.data"
-    assert (stories_copy / "baseline" / "model.onnx.data").read_bytes().startswith(shared.read_bytes())
 
 
 def test_another_export_takes_the_rewritten_graph_away(stories_copy: Path) -> None:
