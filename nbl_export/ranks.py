@@ -13,13 +13,12 @@ NVIDIA GPUs. Rank 0, the first, reads, writes, locks and speaks; the others comp
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from nbl_export.errors import ENDED, InputError, NblError, first_line
 
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 A = TypeVar("A")
-P = ParamSpec("P")
 # Does a share of the items; what follows the share is the same for all.
 Job = Callable[..., Sequence[Any]]
 # The longest that others wait for one: it samples the text of a large model, or repairs its layers.
@@ -250,19 +248,13 @@ def speaks() -> bool:
         return ranks.rank <= 1
 
 
-def in_one_process(command: Callable[P, T]) -> Callable[P, T]:
-    """``command``, which is refused as one of several processes."""
-
-    @functools.wraps(command)
-    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
-        if (count := asked().count) > 1:
-            raise InputError(
-                f"This command works in one process, and was started in {count}: start only calibrate and select "
-                "with torchrun, and this one without it; it goes on from what is made."
-            )
-        return command(*args, **kwargs)
-
-    return checked
+def check_alone() -> None:
+    """Refuse to be one of several processes."""
+    if (count := asked().count) > 1:
+        raise InputError(
+            f"This command works in one process, and was started in {count}: start only calibrate and select "
+            "with torchrun, and this one without it; it goes on from what is made."
+        )
 
 
 def _travels(device: torch.device) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -172,7 +172,21 @@ class Workspace(Places):
         return dict(info) if info else None
 
     def set_model(self, info: Mapping[str, Any]) -> None:
-        """Bind the folder to a model; raises :class:`InputError` if another model is recorded."""
+        """Bind the folder to a model; raises :class:`InputError` if another model is recorded.
+
+        What is recorded is written with the lock held, so that no stage that another process records is lost.
+        """
+        self._check_same(info)
+        self.found_model(info)
+        if self.model_info == dict(info):
+            return
+        with nullcontext() if self._lock is not None else self.lock():
+            self._check_same(info)
+            self._state["model"] = dict(info)
+            self._state.setdefault("stages", {})
+            self._write_state()
+
+    def _check_same(self, info: Mapping[str, Any]) -> None:
         known = self.model_info
         if known and known.get("fingerprint") != info["fingerprint"]:
             raise InputError(
@@ -180,12 +194,6 @@ class Workspace(Places):
                 f"{str(known.get('fingerprint'))[:12]}), not to {info['source']} ({info['fingerprint'][:12]}): "
                 "choose another --output or delete that folder."
             )
-        self.found_model(info)
-        if known == dict(info):
-            return  # nothing to write, and another process may hold the lock
-        self._state["model"] = dict(info)
-        self._state.setdefault("stages", {})
-        self._write_state()
 
     def found_model(self, info: Mapping[str, Any]) -> None:
         """Hold the stages to the model as it is now on this machine."""
@@ -338,6 +346,11 @@ class Workspace(Places):
 
 class ReadOnly(Workspace):
     """An output folder that is looked at, and need not be there: its record changes in memory alone."""
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Nothing is written, so nobody is kept out."""
+        yield
 
     def _write_state(self) -> None:
         """Nothing is written."""

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +27,6 @@ from nbl_export.ranks import (
     Ranks,
     asked,
     begin,
-    in_one_process,
     is_first,
     on_this_machine,
     together,
@@ -271,28 +270,25 @@ def test_a_group_that_is_begun_stays(tmp_path: Path) -> None:
     assert forked(2, tmp_path, work) == [(True, [0, 1])] * 2
 
 
-COMMANDS = (
-    *("run", "dry_run", "export", "rewrite", "rewrite_onnx", "build", "convert"),
-    *("verify", "evaluate", "bench", "report", "inspect"),
-    *("generate", "chat", "diff", "doctor", "package", "verify_package"),
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda: api.run("nowhere", "out", api.SelectSettings(k=1)),
+        lambda: api.export("nowhere"),
+        lambda: api.rewrite_onnx("nowhere", "plan", "out"),
+    ],
+    ids=["run", "export", "rewrite --onnx"],
 )
-
-
-@pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_of_one_process_is_refused_before_any_work(
-    monkeypatch: pytest.MonkeyPatch, name: str
+    monkeypatch: pytest.MonkeyPatch, work: Callable[[], object]
 ) -> None:
     of_torchrun(monkeypatch, 1, 4)
     with pytest.raises(InputError, match=r"one process, and was started in 4.*without"):
-        getattr(api, name)("nowhere")
-
-
-def test_every_command_says_whether_it_works_in_several() -> None:
-    verbs = {name for name in api.__all__ if name[0].islower()}
-    assert verbs == {*COMMANDS, "calibrate", "select"}
+        work()
 
 
 def test_one_process_of_torchrun_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     of_torchrun(monkeypatch, 0, 1)
-    assert in_one_process(lambda: "done")() == "done" and begin() == ALONE
+    ranks.check_alone()
+    assert begin() == ALONE
     ranks.end()

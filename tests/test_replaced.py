@@ -7,17 +7,17 @@ from typing import Any
 import psutil
 import pytest
 
-from nbl_export import pipeline
 from nbl_export.export.forms import FORMS
 from nbl_export.models import layers
 from nbl_export.models.loaded import LoadedModel
+from nbl_export.stages import in_order
 from nbl_export.verify.speed import race
 from tests.replaced import replaced_for
 
 EXPORT, ROOFLINE = "nbl_export.export", "nbl_export.verify.speed.roofline"
 # The place, the name there, and whom it matters to.
 REPLACED: dict[str, tuple[Any, str, set[str]]] = {
-    "of a room above": (pipeline, "run_all", set()),
+    "of a room above": (in_order, "run", set()),
     "of a room below": (layers, "attention_layers", {EXPORT}),
     "of a class below": (LoadedModel, "tried", {EXPORT}),
     "of what the other imports": (race, "timed", {ROOFLINE}),

@@ -224,6 +224,7 @@ def settings_of(cls: type) -> Iterator[Setting]:
             )
 
 
+@dataclass(frozen=True)
 class Settings:
     """What a stage can be asked: a frozen dataclass of settings."""
 

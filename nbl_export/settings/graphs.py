@@ -67,6 +67,10 @@ class ExportSettings(Settings):
         """Whether the decoder reads embeddings."""
         return self.inputs == "embeds"
 
+    def reads_calibration(self, task: Task) -> bool:
+        """Whether calibration is needed: it gives the ranges for float16, and the inputs of an encoder."""
+        return not task.causal or (self.exported_by == "torch" and self.precision == "fp16")
+
     def as_json(self) -> dict[str, Any]:
         """Without the target, which is what the others say."""
         asked = super().as_json() | {"exporter": self.exported_by}

@@ -215,6 +215,11 @@ class SelectSettings(OnDevice):
         return replace(self, criterion=self.criterion or choices.ENCODER_CRITERION)
 
     @property
+    def reads_graph(self) -> bool:
+        """Whether the unmodified graph is needed: layers are then weighed by its speed or its size."""
+        return self.budget.min_speedup is not None or self.budget.bounds_size or bool(self.workload)
+
+    @property
     def truncates(self) -> bool:
         """Whether W becomes two factors."""
         return self.rank is not None or self.auto_rank

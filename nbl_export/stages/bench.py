@@ -28,7 +28,7 @@ from nbl_export.stages.bench_candidates import (
 )
 from nbl_export.stages.build import current_engines, model_positions, passed_over
 from nbl_export.stages.rewrite import check_baseline, current_rewrite
-from nbl_export.stages.run import Run
+from nbl_export.stages.run import Run, opened
 from nbl_export.stages.verify import finish_drawing, redrawn
 from nbl_export.verify.speed.values import CellResult, Machine, Speed
 from nbl_export.workspace import Workspace
@@ -49,12 +49,24 @@ class _Bench:
     key: str
 
 
-def bench(run: Run, settings: BenchSettings) -> BenchReport:
-    """Time everything in turn → ``report/bench.json``, ``bench.md``, a plot, and a part of the report if there is one.
+def bench(
+    out: str | Path | Run,
+    settings: BenchSettings | None = None,
+    listener: Listener | None = None,
+    trust_remote_code: bool = False,
+    rehash: bool = False,
+) -> BenchReport:
+    """Time both graphs and others in turn → ``report/bench.json`` and its pages, and a part of the report there is.
 
-    A cell that is suspect, or in which the linearized graph is slower than its base, is a failed check in the value,
-    not an exception.
+    A cell that is suspect, or in which the linearized graph is slower than its base, is a failed check in the value
+    (``passed``), not an exception.
     """
+    asked = settings or BenchSettings()
+    with opened(out, asked, listener, trust_remote_code, rehash) as (run, resolved):
+        return _bench(run, resolved)
+
+
+def _bench(run: Run, settings: BenchSettings) -> BenchReport:
     from nbl_export.report.bench import load_bench
 
     ws = run.workspace

@@ -13,7 +13,7 @@ from nbl_export.linearize.plan import Plan, load_plan
 from nbl_export.progress import Listener
 from nbl_export.settings import EngineSettings
 from nbl_export.stages.rewrite import check_baseline, current_rewrite
-from nbl_export.stages.run import Run
+from nbl_export.stages.run import Run, opened
 from nbl_export.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from nbl_export.engine.pair import EngineFile
     from nbl_export.engine.profiles import Limits
+    from nbl_export.models.source import ModelSource
+    from nbl_export.models.tasks import Task
 
 _EXPORT_AGAIN = "run `nbl-export export` again"
 
@@ -30,8 +32,19 @@ class _Exported:
     precision: str
 
 
-def build(run: Run, settings: EngineSettings) -> list[EngineFile]:
-    """Both graphs → ``engine/``: base and linearized TensorRT engines, each with a manifest."""
+def build(
+    out: str | Path | Run,
+    settings: EngineSettings | None = None,
+    listener: Listener | None = None,
+    rehash: bool = False,
+) -> list[EngineFile]:
+    """Build the base and the linearized TensorRT engine; returns them with their manifests."""
+    asked = settings or EngineSettings()
+    with opened(out, asked, listener, rehash=rehash, check=check_engines) as (run, resolved):
+        return _build(run, resolved)
+
+
+def _build(run: Run, settings: EngineSettings) -> list[EngineFile]:
     from nbl_export.batch.names import BASE, LINEARIZED
     from nbl_export.engine.elsewhere import write_for_others
     from nbl_export.engine.gpu import find_gpu
@@ -97,7 +110,7 @@ def mlp_weights(baseline: Path, plan: Plan) -> dict[Mlp, tuple[str, ...]]:
     return {mlp.layer: tuple(map(weight_name, mlp.linear_nodes)) for mlp in found if mlp.layer in plan.chosen}
 
 
-def check_engines(settings: EngineSettings) -> None:
+def check_engines(_source: ModelSource | None, settings: EngineSettings, _task: Task | None = None) -> None:
     """Refuse, before any work, shapes that contradict each other, and a library that is not here.
 
     Raises :class:`InputError` or :class:`MissingDependencyError`.

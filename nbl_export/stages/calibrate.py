@@ -3,31 +3,82 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.digests import Digests
 from nbl_export.errors import InputError
-from nbl_export.files import read_json, sha256_of_file, sha256_of_json, write_json
+from nbl_export.files import read_json, sha256_of_file, sha256_of_json, user_path, write_json
+from nbl_export.models.source import ModelSource, check_apart
 from nbl_export.progress import Listener
+from nbl_export.ranks import together
 from nbl_export.settings import CalibrateSettings
 from nbl_export.settings.choices import SELF
 from nbl_export.settings.size import bytes_of
 from nbl_export.stage_record import MODEL, key_of
 from nbl_export.stages.room import Shape, check_calibrate
-from nbl_export.stages.run import Run
+from nbl_export.stages.run import Run, check_machine, started
+from nbl_export.workspace import check_place
 
 if TYPE_CHECKING:
     import torch
 
     from nbl_export.calibrate.probe import Probe
+    from nbl_export.models.claims import Claims
     from nbl_export.models.media_tokens import MediaTokens
-    from nbl_export.models.source import ModelSource
     from nbl_export.stages.calibration_data import CalibrationLoader
 
 
-def calibrate(run: Run, settings: CalibrateSettings) -> None:
-    """Text or images → moments and probe."""
+def calibrate(
+    model: str | Path,
+    out: str | Path | Run,
+    settings: CalibrateSettings | None = None,
+    listener: Listener | None = None,
+    trust_remote_code: bool = False,
+    rehash: bool = False,
+) -> Path:
+    """Stream the moments of ``model``'s attention layers; returns the path of the moments.
+
+    ``out`` is the output folder, or a run of the model.
+    """
+    asked = settings or CalibrateSettings()
+    if isinstance(out, Run):
+        _calibrate(out, asked)
+        return out.workspace.moments
+    asked.check()
+    check_machine(asked)
+    check = partial(check_calibration, out=Path(out), settings=asked)
+    with together() as ranks:
+        ranks.shared(lambda: check_text(str(model), asked))
+        with started(model, out, check, listener, trust_remote_code, rehash, ranks) as run:
+            _calibrate(run, asked)
+    return run.workspace.moments
+
+
+def check_text(model: str, settings: CalibrateSettings) -> None:
+    """Refuse calibration text that is not there, before a model is fetched for it."""
+    from nbl_export.calibrate.documents import check_there
+
+    if not user_path(model, "MODEL").exists():
+        for source in settings.sources:
+            check_there(source)
+
+
+def check_calibration(source: ModelSource, out: Path, settings: CalibrateSettings) -> Claims:
+    """Refuse, by the model's small files, what no calibration of ``source`` into ``out`` can be asked."""
+    from nbl_export.models.claims import claims_of
+    from nbl_export.models.processors import check_processor
+    from nbl_export.stages.calibration_data import check_sources
+
+    check_apart(source, out)
+    check_place(out)
+    check_sources(source, settings)
+    check_processor(source)
+    return claims_of(source)
+
+
+def _calibrate(run: Run, settings: CalibrateSettings) -> None:
     from nbl_export.calibrate.collect import store_moments
     from nbl_export.calibrate.probe import save_probe
     from nbl_export.calibrate.store import MomentsFolder

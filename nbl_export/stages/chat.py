@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nbl_export.errors import InputError
-from nbl_export.progress import Listener
+from nbl_export.progress import Listener, Silent
 from nbl_export.settings import ChatSettings
 from nbl_export.stages.talking import Generated, Opened, Talk, generated
-from nbl_export.workspace import Workspace
+from nbl_export.workspace import Workspace, kept_digests
 
 if TYPE_CHECKING:
     from nbl_export.evaluate.chat import Message
@@ -127,9 +128,16 @@ class Chat:
 
 @contextmanager
 def chat(
-    ws: Workspace, settings: ChatSettings, listener: Listener, trust_remote_code: bool = False
+    out: str | Path,
+    settings: ChatSettings | None = None,
+    listener: Listener | None = None,
+    trust_remote_code: bool = False,
+    rehash: bool = False,
 ) -> Iterator[Chat]:
-    """A chat with the graphs that are asked for; where the unmodified one was deleted, with the other alone."""
-    talk = Talk(ws, settings, listener, trust_remote_code, lenient=True)
+    """A chat with both graphs, or with one: ``for graph, piece in chat.ask("Hello"): ...``, turn after turn."""
+    settings = settings or ChatSettings()
+    settings.check()
+    ws = Workspace.open(Path(out), kept_digests(Path(out), rehash, listener))
+    talk = Talk(ws, settings, listener or Silent(), trust_remote_code, lenient=True)
     with talk.opened(*talk.graphs) as opened:
         yield Chat(talk, opened)

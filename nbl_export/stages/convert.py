@@ -21,7 +21,7 @@ from nbl_export.settings import VerifySettings
 from nbl_export.settings.converting import ConvertSettings
 from nbl_export.stage_record import MODEL
 from nbl_export.stages.forms import FORMS, Form
-from nbl_export.stages.run import Run
+from nbl_export.stages.run import Run, opened
 from nbl_export.stages.verify import finish_drawing, redrawn
 from nbl_export.verify.parity.figures import Parity
 
@@ -29,11 +29,20 @@ if TYPE_CHECKING:
     from nbl_export.workspace import Workspace
 
 
-def convert(run: Run, settings: ConvertSettings) -> Conversion:
-    """The model with the plan of the folder in the form of another engine, and what that computes with it.
+def convert(
+    out: str | Path | Run,
+    settings: ConvertSettings | None = None,
+    listener: Listener | None = None,
+    trust_remote_code: bool = False,
+    rehash: bool = False,
+) -> Conversion:
+    """Write the plan in the form of another engine, and prove it there. A failed gate is in the value (``passed``)."""
+    asked = settings or ConvertSettings()
+    with opened(out, asked, listener, trust_remote_code, rehash) as (run, resolved):
+        return _convert(run, resolved)
 
-    A gate that fails is in the value, not an exception.
-    """
+
+def _convert(run: Run, settings: ConvertSettings) -> Conversion:
     ws = run.workspace
     selected = ws.require("select")
     made_of = {"select": selected.result, MODEL: run.model.source.model}

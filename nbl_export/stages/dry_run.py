@@ -11,28 +11,38 @@ import errno
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbl_export.digests import Digests
+from nbl_export.digests import Unread
 from nbl_export.errors import os_error_in_words
 from nbl_export.models.loaded import LoadedModel
-from nbl_export.models.source import ModelSource
+from nbl_export.models.source import ModelSource, find_model
 from nbl_export.progress import Listener, Silent
 from nbl_export.report.drawing import Table
-from nbl_export.settings import RunSettings, Settings
+from nbl_export.settings import (
+    CalibrateSettings,
+    EngineSettings,
+    ExportSettings,
+    FolderSettings,
+    RunSettings,
+    SelectSettings,
+    Settings,
+    VerifySettings,
+)
 from nbl_export.stage_record import key_of
 from nbl_export.stages.build import build
 from nbl_export.stages.calibrate import calibrate
-from nbl_export.stages.early import read_by
 from nbl_export.stages.export import export
+from nbl_export.stages.in_order import check_asked, check_source
 from nbl_export.stages.resources import estimated, in_words, lacks_memory, place_of, size
 from nbl_export.stages.rewrite import check_baseline, rewrite
 from nbl_export.stages.room import Room, check_run, rooms
-from nbl_export.stages.run import Run
+from nbl_export.stages.run import Run, read_by
 from nbl_export.stages.select.stage import select
 from nbl_export.stages.verify import measure
-from nbl_export.workspace import ReadOnly, Workspace
+from nbl_export.workspace import ReadOnly, Workspace, is_workspace, kept_digests
 
 if TYPE_CHECKING:
     import torch
@@ -103,13 +113,29 @@ def _row(one: StageAhead) -> tuple[str, ...]:
     return (one.stage, what, memory, size(one.leaves), size(one.beside), seconds)
 
 
-def rehearsed(
-    source: ModelSource, out: Path, asked: RunSettings, digests: Digests, listener: Listener | None = None
+def dry_run(
+    model: str | Path,
+    out: str | Path,
+    selection: SelectSettings,
+    calibration: CalibrateSettings | None = None,
+    verification: VerifySettings | None = None,
+    listener: Listener | None = None,
+    trust_remote_code: bool = False,
+    exporting: ExportSettings | None = None,
+    engines: EngineSettings | None = None,
+    rehash: bool = False,
+    folder: FolderSettings | None = None,
 ) -> DryRun:
-    """What a run of ``source`` as ``asked`` into ``out`` would do; its digests are of no matter for a new folder.
+    """What :func:`~nbl_export.api.run` would do with the same arguments: which stages are kept, which are done and why,
+    what each would take on this machine, and the files that it would write.
 
-    Raises the errors of the run that can be known by then, as that the disk has no room.
+    Nothing is written, no lock is taken. What a run would refuse before its work is refused here, too.
     """
+    asked, out = RunSettings.of(selection, calibration, verification, exporting, engines, folder), Path(out)
+    check_asked(str(model), asked)
+    # Whether the model is the same matters only where there is something to keep.
+    digests = kept_digests(out, rehash, listener) if is_workspace(out) else Unread()
+    source = find_model(str(model), trust_remote_code, digests, partial(check_source, out=out, asked=asked))
     place = place_of(out)
     if not os.access(place, os.W_OK | os.X_OK):
         denied = PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
@@ -188,11 +214,11 @@ class _Rehearsal(Run):
 def _whys(run: Run, asked: RunSettings) -> dict[str, str | None]:
     """Why each stage of the run is done, in order; None of one that is kept."""
     selection, verification = asked.selection, asked.verification
-    stages: dict[str, tuple[Settings | None, Callable[[], object]]] = {
-        "calibrate": (asked.calibration, lambda: calibrate(run, asked.calibration)),
+    stages: dict[str, tuple[Settings, Callable[[], object]]] = {
+        "calibrate": (asked.calibration, lambda: calibrate("", run, asked.calibration)),
         "select": (selection, lambda: select(run, selection)),
-        "export": (asked.exporting, lambda: export(run, asked.exporting, asked.folder.keeps)),
-        "rewrite": (None, lambda: rewrite(run, whole=not asked.folder.keeps)),
+        "export": (asked.exporting, lambda: export(run, asked.exporting, there=asked.folder.keeps)),
+        "rewrite": (Settings(), lambda: rewrite(run, whole=not asked.folder.keeps)),
     }
     if engines := asked.engines:
         stages["build"] = engines, lambda: build(run, engines)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from nbl_export import __version__
 from nbl_export.errors import InputError
 from nbl_export.files import read_sealed, sha256_of_json, write_sealed
+from nbl_export.models.source import ModelSource
+from nbl_export.models.tasks import Task
 from nbl_export.progress import Listener
 from nbl_export.records import from_json, to_json
 from nbl_export.settings import EvalSettings
@@ -19,7 +21,7 @@ from nbl_export.settings.choices import RETRIEVAL_CONTEXTS
 from nbl_export.stage_record import MODEL, SIDECARS, StageRecord
 from nbl_export.stages.build import model_positions
 from nbl_export.stages.rewrite import check_baseline, current_rewrite
-from nbl_export.stages.run import Run, graphs_on, graphs_setting
+from nbl_export.stages.run import Run, graphs_on, graphs_setting, opened
 from nbl_export.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -53,12 +55,30 @@ class _Answered:
     retrieval: dict[int, Answers] = field(default_factory=dict)
 
 
-def evaluate(run: Run, settings: EvalSettings) -> Evaluation:
+def evaluate(
+    out: str | Path | Run,
+    settings: EvalSettings,
+    listener: Listener | None = None,
+    trust_remote_code: bool = False,
+    rehash: bool = False,
+) -> Evaluation:
     """Tasks and retrieval on the baseline and on the linearized graph → ``report/``.
 
     What one graph answered on one task is kept in ``nbl/eval``, so that an interrupted run goes on from
-    there and the baseline is asked once for all plans. A failed gate is in the value, not an exception.
+    there and the baseline is asked once for all plans. A failed gate is in the value (``passed``), not an exception.
     """
+    with opened(out, settings, listener, trust_remote_code, rehash, _check) as (run, resolved):
+        return _evaluate(run, resolved)
+
+
+def _check(_source: ModelSource, settings: EvalSettings, task: Task) -> None:
+    if task.causal:
+        from nbl_export.evaluate.tasks import check_tasks
+
+        check_tasks(settings.tasks)
+
+
+def _evaluate(run: Run, settings: EvalSettings) -> Evaluation:
     from nbl_export.evaluate.tasks import find_tasks
     from nbl_export.report.evaluation import load_evaluation, write_evaluation
     from nbl_export.runtime.session import require_onnxruntime

@@ -20,7 +20,7 @@ from nbl_export.settings import ExportSettings
 from nbl_export.settings.choices import NEEDS_ITS_OPSET, OLDEST_OPSET, OPSETS
 from nbl_export.stage_record import MODEL, SIDECARS
 from nbl_export.stages.room import Shape, check_export
-from nbl_export.stages.run import Run
+from nbl_export.stages.run import Run, opened
 
 if TYPE_CHECKING:
     import torch
@@ -29,11 +29,25 @@ if TYPE_CHECKING:
     from nbl_export.graph.summary import Float32Node, OnCopy
 
 
-def export(run: Run, settings: ExportSettings, there: bool = True) -> None:
-    """Model → ``baseline/model.onnx`` with its configuration and tokenizer files.
+def export(
+    out: str | Path | Run,
+    settings: ExportSettings | None = None,
+    listener: Listener | None = None,
+    trust_remote_code: bool = False,
+    rehash: bool = False,
+    there: bool = True,
+) -> Path:
+    """Export the unmodified model with its configuration and tokenizer files; returns the path of its graph.
 
     Where it was deleted on purpose, it is made again if it has to be ``there``.
     """
+    asked = settings or ExportSettings()
+    with opened(out, asked, listener, trust_remote_code, rehash, _check) as (run, resolved):
+        _export(run, resolved, there)
+    return run.workspace.baseline
+
+
+def _export(run: Run, settings: ExportSettings, there: bool) -> None:
     from nbl_export.export.on_copy import crossed_on_copy
 
     task, pooling = run.model.task, run.model.pooling
@@ -45,7 +59,7 @@ def export(run: Run, settings: ExportSettings, there: bool = True) -> None:
     if not task.causal:
         recorded |= {"task": task.name, "pooling": pooling.as_json() if pooling else None}
     made_of = {MODEL: run.model.source.model, SIDECARS: run.model.source.sidecars}
-    if reads_calibration(task, settings):
+    if settings.reads_calibration(task):
         made_of["calibrate"] = ws.require("calibrate").result
 
     def work(listener: Listener) -> list[Path]:
@@ -70,11 +84,6 @@ def export(run: Run, settings: ExportSettings, there: bool = True) -> None:
     run.stage("export", recorded, made_of, work)
 
 
-def reads_calibration(task: Task, settings: ExportSettings) -> bool:
-    """Whether calibration is needed: it gives the ranges for float16, and the inputs of an encoder."""
-    return not task.causal or (settings.exported_by == "torch" and settings.precision == "fp16")
-
-
 def check_exporter(settings: ExportSettings) -> None:
     """Raise :class:`MissingDependencyError` if this machine does not have the exporter that was asked for."""
     from nbl_export.export.others import find_exporter
@@ -83,8 +92,15 @@ def check_exporter(settings: ExportSettings) -> None:
         find_exporter(settings.exported_by, settings.python)
 
 
+def _check(source: ModelSource, settings: ExportSettings, _task: Task) -> None:
+    check_exporter(settings)
+    check_export_of(source, settings)
+
+
 def check_export_of(source: ModelSource, settings: ExportSettings) -> None:
     """Refuse, before any work, what reads a model in another way than it is read here, or does not run here."""
+    from nbl_export.models.processors import check_processor
+
     if source.wrapper and settings.exported_by != "torch":
         raise InputError(
             f"--exporter {settings.exported_by} reads a multimodal model ({source.wrapper}) in its own way: leave it "
@@ -95,6 +111,7 @@ def check_export_of(source: ModelSource, settings: ExportSettings) -> None:
             f"Graphs with a static cache are of opset {OPSETS['static']}, which onnxruntime {version} does not know: "
             "install 1.24 or later, which needs Python 3.11, or take --kv-cache concat."
         )
+    check_processor(source)
 
 
 def _outdated() -> str | None:

@@ -24,11 +24,12 @@ if TYPE_CHECKING:
     from nbl_export.linearize.plan import Plan
 
 
-def inspect_path(path: Path) -> list[Table]:
-    """Tables for an ONNX file, an engine, a plan, moments, an output folder or a package of one.
+def inspect(path: str | Path) -> list[Table]:
+    """What an ONNX file, an engine, a plan, moments, an output folder or a package of one holds, as tables.
 
     Raises :class:`InputError` for anything else.
     """
+    path = Path(path)
     if not path.exists():
         raise InputError(f"{path} does not exist: check the path.")
     if path.is_dir():

@@ -30,8 +30,6 @@ from nbl_export.batch.names import BASE, LINEARIZED
 from nbl_export.blocks import Block
 from nbl_export.checks import Check
 from nbl_export.errors import BuildError, InputError
-from nbl_export.export.genai_config import NAME as GENAI
-from nbl_export.export.layouts import LAYOUTS
 from nbl_export.files import (
     TEMPORARY,
     member,
@@ -46,7 +44,7 @@ from nbl_export.linearize.plan import load_plan
 from nbl_export.models.loaded import LoadedModel
 from nbl_export.models.source import ModelIdentity, expected, find_model
 from nbl_export.places import PACKAGE, Places, is_package
-from nbl_export.progress import Listener
+from nbl_export.progress import Listener, Silent
 from nbl_export.records import from_json, part_from_json, to_json
 from nbl_export.report.assemble import created
 from nbl_export.report.card import CARD, license_of, model_card, without_paths
@@ -55,13 +53,14 @@ from nbl_export.report.schema import load_report
 from nbl_export.settings import VerifySettings
 from nbl_export.stages.build import current_engines
 from nbl_export.stages.rewrite import check_baseline
-from nbl_export.stages.run import graphs_on
+from nbl_export.stages.run import check_machine, graphs_on
 from nbl_export.stages.verify import measured
-from nbl_export.verify.measurement import Measurement
-from nbl_export.workspace import Workspace
+from nbl_export.workspace import Workspace, kept_digests
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+    from nbl_export.verify.measurement import Measurement
 
 SCHEMA = "nbl-export/package/1"
 _SAME = (
@@ -124,17 +123,28 @@ def whole_package(root: Path) -> Package:
 
 
 def package(
-    ws: Workspace,
-    to: Path,
-    listener: Listener,
+    out: str | Path,
+    to: str | Path,
+    listener: Listener | None = None,
+    rehash: bool = False,
     layout: str = "folder",
     base: bool = False,
 ) -> Package:
-    """Write the package of ``ws`` to the folder ``to``, whole or not at all; an earlier package there is replaced.
+    """Write what a deployment needs of ``out`` to the folder ``to``, which :func:`verify_package` takes anywhere.
 
-    ``layout`` is one of :data:`.LAYOUTS`; with ``base`` it has the unmodified graph as well. Raises
-    :class:`InputError` if the output folder has no report of its graph that says PASS.
+    It is written whole or not at all; an earlier package there is replaced. ``layout`` is ``web`` for transformers.js
+    and ``triton`` for Triton; with ``base`` it has the unmodified graph as well. The model that ``out`` was made from
+    is not needed. Raises :class:`InputError` if the output folder has no report of its graph that says PASS.
     """
+    ws = Workspace.open(Path(out), kept_digests(Path(out), rehash, listener))
+    with ws.lock():
+        return _package(ws, Path(to), listener or Silent(), layout, base)
+
+
+def _package(ws: Workspace, to: Path, listener: Listener, layout: str, base: bool) -> Package:
+    from nbl_export.export.genai_config import NAME as GENAI
+    from nbl_export.export.layouts import LAYOUTS
+
     if layout not in LAYOUTS:
         raise InputError(f"--layout {layout} is unknown: choose {', '.join(LAYOUTS)}.")
     ws.require("verify")
@@ -294,16 +304,25 @@ def _write_heldout(ws: Workspace, places: Places, source: ModelIdentity) -> Any:
 
 
 def verify_package(
-    root: Path, model: str, settings: VerifySettings, listener: Listener, trust_remote_code: bool = False
+    package: str | Path,
+    model: str | Path,
+    settings: VerifySettings | None = None,
+    listener: Listener | None = None,
+    trust_remote_code: bool = False,
 ) -> Verified:
-    """Whether the package in ``root`` is whole, and its graph computes what PyTorch does with ``model`` and the plan.
+    """Whether a package is whole and its graph computes here what PyTorch does with ``model`` and its plan.
+
+    A failed gate is in the value (``passed``), not raised.
 
     Nothing is written. Raises :class:`InputError` for a file that is not as it was packaged, and for another model.
     """
     from nbl_export.models.device import find_device
 
+    settings, listener, root = settings or VerifySettings(), listener or Silent(), Path(package)
+    settings.check()
+    check_machine(settings)
     found = whole_package(root)
-    source = expected(find_model(model, trust_remote_code), found.model.source, found.model.fingerprint)
+    source = expected(find_model(str(model), trust_remote_code), found.model.source, found.model.fingerprint)
     places, loaded = _Packaged(root, found.graph), LoadedModel(source, listener)
     plan = load_plan(places.plan)
     if plan.model != source.fingerprint:

@@ -11,21 +11,35 @@ from nbl_export.errors import InputError
 from nbl_export.files import write_json
 from nbl_export.linearize.plan import Plan, load_plan
 from nbl_export.progress import Listener
+from nbl_export.ranks import check_alone
 from nbl_export.records import to_json
+from nbl_export.settings import Settings
 from nbl_export.stage_record import StageRecord
-from nbl_export.stages.run import Run
+from nbl_export.stages.run import Run, opened
 from nbl_export.workspace import Workspace
 
 if TYPE_CHECKING:
     from nbl_export.export.sidecars import Sidecar
+    from nbl_export.rewrite.replace import RewriteResult
 
 
-def rewrite(run: Run, whole: bool | None = None) -> None:
-    """Baseline graph + plan → ``model.onnx``, proven and counted, loadable as it stands.
+def rewrite(
+    out: str | Path | Run,
+    listener: Listener | None = None,
+    rehash: bool = False,
+    whole: bool | None = None,
+) -> Path:
+    """Rewrite the baseline graph by the plan, prove it and count; returns the path of the graph.
 
     It reads its weights from the baseline's data file, and its own has W and b alone; a ``whole`` graph has all weights
     in its own. None is as it was made before.
     """
+    with opened(out, Settings(), listener, rehash=rehash) as (run, _):
+        _rewrite(run, whole)
+    return run.workspace.model
+
+
+def _rewrite(run: Run, whole: bool | None) -> None:
     from nbl_export.export.sidecars import copy_sidecars
     from nbl_export.graph.io import save_beside, save_graph
     from nbl_export.rewrite.replace import rewrite_file, rewrite_summary
@@ -50,6 +64,19 @@ def rewrite(run: Run, whole: bool | None = None) -> None:
         return [*result.files, ws.rewrite_summary, *copy_sidecars(sidecars, ws.root)]
 
     run.stage("rewrite", {"whole": True} if whole else {}, made_of, work)
+
+
+def rewrite_onnx(
+    onnx: str | Path,
+    plan: str | Path,
+    out: str | Path,
+    listener: Listener | None = None,
+) -> RewriteResult:
+    """Rewrite a decoder that somebody else exported, a file or a folder, by ``plan`` into the folder ``out``."""
+    from nbl_export.rewrite.foreign import rewrite_foreign
+
+    check_alone()
+    return rewrite_foreign(Path(onnx), Path(plan), Path(out), listener)
 
 
 @dataclass(frozen=True)

@@ -7,23 +7,39 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from nbl_export.digests import Digests
 from nbl_export.errors import InputError, os_error_in_words
+from nbl_export.models.device import check_device
 from nbl_export.models.loaded import LoadedModel
-from nbl_export.models.source import ModelSource, check_apart, same_model
+from nbl_export.models.source import ModelSource, check_apart, find_model, same_model
+from nbl_export.models.tasks import Task, task_named
 from nbl_export.parts import part
 from nbl_export.progress import Listener, Silent
-from nbl_export.ranks import ALONE, Ranks
+from nbl_export.ranks import ALONE, Ranks, check_alone, together
+from nbl_export.settings import (
+    BenchSettings,
+    ConvertSettings,
+    EngineSettings,
+    EvalSettings,
+    ExportSettings,
+    SelectSettings,
+    Settings,
+    VerifySettings,
+)
+from nbl_export.settings.device import OnDevice
 from nbl_export.stage_record import key_of
+from nbl_export.supported import check_system
 from nbl_export.workspace import Workspace, kept_digests
 
 if TYPE_CHECKING:
     import torch
 
     from nbl_export.graph.summary import OnCopy
-    from nbl_export.settings import ExportSettings
+
+S = TypeVar("S", bound=Settings)
+_GRAPHS = ("select", "export", "rewrite")
 
 
 class _Noting:
@@ -165,6 +181,86 @@ class Run:
             raise os_error_in_words(error, f"in stage `{name}`") from error
         seconds, where = time.perf_counter() - start, "" if device is None else described(device)
         ranks.shared(lambda: ws.finish(name, settings, made_of, files, seconds, listener.notes, where))
+
+
+@contextmanager
+def started(
+    model: str | Path,
+    out: str | Path,
+    check: Callable[[ModelSource], object],
+    listener: Listener | None = None,
+    trust_remote_code: bool = False,
+    rehash: bool = False,
+    ranks: Ranks = ALONE,
+) -> Iterator[Run]:
+    """A run of ``model`` into ``out`` with its lock held; ``check`` may refuse it by its small files."""
+    place, heard = Path(out), listener if ranks.first else None
+    digests = kept_digests(place, rehash, heard)
+    source = ranks.shared(lambda: find_model(str(model), trust_remote_code, digests, check))
+    run = Run.start(source, place, listener, ranks, digests)
+    with run.locked():
+        yield run
+
+
+@contextmanager
+def opened(
+    out: str | Path | Run,
+    asked: S,
+    listener: Listener | None = None,
+    trust_remote_code: bool = False,
+    rehash: bool = False,
+    check: Callable[[ModelSource, S, Task], object] = lambda _source, _asked, _task: None,
+    model: str | Path | None = None,
+    several: bool = False,
+) -> Iterator[tuple[Run, S]]:
+    """Go on in ``out`` with its lock held, and with what was ``asked`` checked and resolved for its model.
+
+    A run is used as it is. ``check`` may refuse the model before its weights are read; ``model`` is where it is now;
+    ``several`` processes may share the work.
+    """
+    if isinstance(out, Run):
+        yield out, asked
+        return
+    asked.check()
+    check_machine(asked)
+    if not several:
+        check_alone()
+
+    def refuse(ws: Workspace, source: ModelSource) -> None:
+        task = task_named(source.task)
+        resolved = asked.resolve(task)
+        for stage in read_by(resolved, task):
+            ws.finished(stage)
+        check(source, resolved, task)
+
+    place = None if model is None else str(model)
+    with together() as ranks:
+        run = Run.resume(Path(out), listener, trust_remote_code, ranks, rehash, refuse, place)
+        with run.locked():
+            yield run, asked.resolve(run.model.task)
+
+
+def check_machine(*asked: Settings) -> None:
+    """Raise :class:`MissingDependencyError` for a system, or for a device that is asked for, that is not here."""
+    check_system()
+    for settings in asked:
+        if isinstance(settings, OnDevice):
+            check_device(settings.device)
+
+
+def read_by(settings: Settings, task: Task) -> Iterator[str]:
+    """The stages that must be done before the one that has these ``settings``; a rewrite has none of its own."""
+    if isinstance(settings, SelectSettings):
+        yield "calibrate"
+        yield from ["export"] * settings.reads_graph
+    elif isinstance(settings, ExportSettings):
+        yield from ["calibrate"] * settings.reads_calibration(task)
+    elif isinstance(settings, ConvertSettings):
+        yield "select"
+    elif isinstance(settings, EngineSettings | VerifySettings | EvalSettings | BenchSettings):
+        yield from _GRAPHS
+    elif type(settings) is Settings:
+        yield from _GRAPHS[:2]
 
 
 def graphs_setting(device: torch.device) -> dict[str, str]:

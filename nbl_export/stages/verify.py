@@ -18,7 +18,7 @@ from nbl_export.settings import VerifySettings
 from nbl_export.stage_record import STAGES, StageRecord
 from nbl_export.stages.build import current_engines, model_positions, passed_over
 from nbl_export.stages.rewrite import check_baseline, current_rewrite, sidecars_of_rewrite
-from nbl_export.stages.run import Run, graphs_on, graphs_setting
+from nbl_export.stages.run import Run, graphs_on, graphs_setting, opened
 from nbl_export.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -30,11 +30,28 @@ if TYPE_CHECKING:
 _EXPORT_AGAIN = "run `nbl-export export {}` again"
 
 
-def verify(run: Run, settings: VerifySettings) -> Report:
-    """Parity, method loss and speed → ``report/``; a failed gate is in the report, not an exception."""
-    finish_drawing(run.workspace)
-    measure(run, settings)
-    return load_report(run.workspace.report / "report.json")
+def verify(
+    out: str | Path | Run,
+    settings: VerifySettings | None = None,
+    listener: Listener | None = None,
+    trust_remote_code: bool = False,
+    again: bool = False,
+    rehash: bool = False,
+    model: str | Path | None = None,
+) -> Report:
+    """Parity, method loss and speed. A failed gate is in the report (``passed`` is False), not raised.
+
+    With ``again`` nothing is kept of an earlier verification: a folder from somebody else may hold one. ``model`` is
+    where the model is now, if it was moved; the folder records it.
+    """
+    asked = settings or VerifySettings()
+    with opened(out, asked, listener, trust_remote_code, rehash, model=model) as (run, resolved):
+        ws = run.workspace
+        if again:
+            ws.forget("verify")
+        finish_drawing(ws)
+        measure(run, resolved)
+        return load_report(ws.report / "report.json")
 
 
 def measure(run: Run, settings: VerifySettings) -> None:
@@ -184,11 +201,17 @@ def _encoder_case(
     return replace(case, unit="documents", pad=frame.pad, left=frame.left)
 
 
-def report(ws: Workspace) -> Report:
-    """Draw every other file of the report anew from ``report.json``; needs no model.
+def report(out: str | Path) -> Report:
+    """Read the report and redraw every other file of it from ``report.json``; needs no model.
 
     Raises :class:`InputError` for figures that are not those that were measured.
     """
+    ws = Workspace.open(Path(out))
+    with ws.lock():
+        return _report(ws)
+
+
+def _report(ws: Workspace) -> Report:
     path = ws.report / "report.json"
     finish_drawing(ws)
     if ws.record("verify") and path.is_file() and _recorded(ws) is None:

@@ -56,9 +56,7 @@ def run(python: str, code: str, *arguments: str) -> subprocess.CompletedProcess[
 def python() -> str:
     """A Python with transformers 4.57 and what this package needs; the tests are skipped where there is none."""
     found = optimum_python()
-    imported = run(
-        found, "import nbl_export.cli, nbl_export.pipeline, scipy, onnxruntime, onnx_ir, junitparser"
-    )
+    imported = run(found, "import nbl_export.cli, nbl_export.api, scipy, onnxruntime, onnx_ir, junitparser")
     if imported.returncode:
         pytest.skip(f"needs what this package requires in {found}: {imported.stderr.splitlines()[-1]}")
     return found

@@ -13,7 +13,7 @@ import torch
 from nbl_export import api
 from nbl_export.export.torch import export_torch
 from nbl_export.rewrite.replace import rewrite_file
-from nbl_export.stages.inspection import inspect_path
+from nbl_export.stages.inspection import inspect
 from tests.clients.greedy import greedy
 from tests.exhaustive import exhaustive
 from tests.families import build, calibrated, unsaved
@@ -94,7 +94,7 @@ def test_layers_have_the_models_numbers_where_pairs_have_others(tmp_path: Path) 
     rewrite_file(tmp_path / "model.onnx", case.plan((1,)), tmp_path / "rewritten" / "model.onnx")
     found = []
     for folder in (tmp_path, tmp_path / "rewritten"):
-        facts, _, attention = inspect_path(folder / "model.onnx")
+        facts, _, attention = inspect(folder / "model.onnx")
         assert dict(facts.rows)["states"] == "1"
         found.append({row[0]: row[3] for row in attention.rows})
     names = "past_key_values.{}.key"

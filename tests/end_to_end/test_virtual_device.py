@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from nbl_export import api, pipeline
+from nbl_export import api
 from nbl_export.installed import pip_line
 from nbl_export.models import device as devices
 from nbl_export.runtime import session as sessions
@@ -32,7 +32,7 @@ def device() -> Iterator[torch.device]:
     find = devices.find_device
     with virtual_device() as found, pytest.MonkeyPatch.context() as patch:
         patch.setattr(devices, "find_device", lambda asked: found if asked == "cuda" else find(asked))
-        patch.setattr(pipeline, "check_device", lambda _asked: None)
+        patch.setattr("nbl_export.stages.run.check_device", lambda _asked: None)
         yield found
 
 

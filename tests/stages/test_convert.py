@@ -23,7 +23,7 @@ from nbl_export.linearize.plan import LinearLayer, load_plan
 from nbl_export.linearize.swap import linearized
 from nbl_export.report.schema import load_report
 from nbl_export.stages import forms as stage
-from nbl_export.stages.inspection import inspect_path
+from nbl_export.stages.inspection import inspect
 from tests.converting import needs
 from tests.listening import Notes
 
@@ -64,7 +64,7 @@ def test_another_precision_is_beside_it(converted: Path, precision: str, tmp_pat
     heard = Notes()
     api.convert(out, api.ConvertSettings(precision="fp32"), heard)
     assert heard.kept == ["convert gguf fp32"], "the other stays as it is"
-    stages, *_, forms = inspect_path(out)
+    stages, *_, forms = inspect(out)
     rows = {row[0]: row[1] for row in stages.rows}
     assert rows["convert gguf fp32"] == rows[f"convert gguf {precision}"] == "done" and "convert" not in rows
     assert forms.title == "Other engines"

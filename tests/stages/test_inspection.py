@@ -17,7 +17,7 @@ from nbl_export import __version__
 from nbl_export.errors import InputError
 from nbl_export.linearize.plan import load_plan
 from nbl_export.report.drawing import Table
-from nbl_export.stages.inspection import inspect_path
+from nbl_export.stages.inspection import inspect
 
 
 def as_dict(table: Table) -> dict[str, str]:
@@ -27,7 +27,7 @@ def as_dict(table: Table) -> dict[str, str]:
 @pytest.mark.parametrize("name", ["model.onnx", "baseline/model.onnx"])
 def test_a_graph_is_counted(stories_out: Path, name: str) -> None:
     path = stories_out / name
-    facts, ops, attention = inspect_path(path)
+    facts, ops, attention = inspect(path)
     proto = onnx.load(str(path))
     said = as_dict(facts)
     sizes = [path.stat().st_size, path.with_name(path.name + ".data").stat().st_size]
@@ -51,7 +51,7 @@ def test_a_graph_is_counted(stories_out: Path, name: str) -> None:
 
 def test_attention_that_is_gone_is_called_linear(stories_out: Path) -> None:
     chosen = load_plan(stories_out / "nbl" / "plan.json").chosen
-    *_, attention = inspect_path(stories_out / "model.onnx")
+    *_, attention = inspect(stories_out / "model.onnx")
     linear = {int(row[0]) for row in attention.rows if row[1] == "linear"}
     assert linear == set(chosen) and len(linear) == 2
     left = [row for row in attention.rows if row[1] != "linear"]
@@ -61,15 +61,15 @@ def test_attention_that_is_gone_is_called_linear(stories_out: Path) -> None:
 
 
 def test_a_plan_and_moments_are_read_back(stories_out: Path) -> None:
-    (plan,) = inspect_path(stories_out / "nbl" / "plan.json")
+    (plan,) = inspect(stories_out / "nbl" / "plan.json")
     raw = json.loads((stories_out / "nbl" / "plan.json").read_text())
     said = as_dict(plan)
     assert said["criterion"] == "cca" and said["layers"] == "5" and said["hidden size"] == "64"
     assert said["model fingerprint"] == raw["model"][:16]
-    assert said == as_dict(inspect_path(stories_out / "nbl" / "plan.safetensors")[0])
+    assert said == as_dict(inspect(stories_out / "nbl" / "plan.safetensors")[0])
     folder = stories_out / "nbl" / "moments"
-    (moments,) = inspect_path(folder)
-    (one,) = inspect_path(folder / "003.safetensors")
+    (moments,) = inspect(folder)
+    (one,) = inspect(folder / "003.safetensors")
     assert one.rows == moments.rows[3:4] and [row[0] for row in moments.rows] == list("01234")
     for row in moments.rows:
         layer, tokens, *energies = row
@@ -82,7 +82,7 @@ def test_a_plan_and_moments_are_read_back(stories_out: Path) -> None:
 
 
 def test_a_folder_lists_its_stages(stories_copy: Path) -> None:
-    stages, *others = inspect_path(stories_copy)
+    stages, *others = inspect(stories_copy)
     state = {row[0]: row[1] for row in stages.rows}
     assert state == {
         **dict.fromkeys(("calibrate", "select", "export", "rewrite", "verify"), "done"),
@@ -90,15 +90,15 @@ def test_a_folder_lists_its_stages(stories_copy: Path) -> None:
     }
     assert len(others) == 2
     (stories_copy / "model.onnx.data").write_bytes(b"damaged")
-    state = {row[0]: row[1] for row in inspect_path(stories_copy)[0].rows}
+    state = {row[0]: row[1] for row in inspect(stories_copy)[0].rows}
     assert state["rewrite"] == "damaged: model.onnx.data" and state["export"] == "done"
 
 
 def test_a_folder_of_somebody_else_is_its_graph(stories_out: Path, tmp_path: Path) -> None:
     for path in (stories_out / "baseline").iterdir():
         shutil.copyfile(path, tmp_path / path.name)
-    facts, *_ = inspect_path(tmp_path)
-    assert as_dict(facts) == as_dict(inspect_path(stories_out / "baseline" / "model.onnx")[0])
+    facts, *_ = inspect(tmp_path)
+    assert as_dict(facts) == as_dict(inspect(stories_out / "baseline" / "model.onnx")[0])
 
 
 @pytest.mark.parametrize("name", ["x.txt", "x.json", "x.safetensors", "x.engine", "x.onnx", "missing.onnx"])
@@ -106,5 +106,5 @@ def test_what_is_none_of_these_is_refused_in_one_sentence(tmp_path: Path, name: 
     if name != "missing.onnx":
         (tmp_path / name).write_text('{"format": "of somebody else"}')
     with pytest.raises(InputError) as told:
-        inspect_path(tmp_path / name)
+        inspect(tmp_path / name)
     assert str(tmp_path) in str(told.value) and "\n" not in str(told.value)

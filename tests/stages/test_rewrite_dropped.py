@@ -14,7 +14,7 @@ from nbl_export import api
 from nbl_export.errors import InputError
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.tensors import external_files
-from nbl_export.stages.inspection import inspect_path
+from nbl_export.stages.inspection import inspect
 from nbl_export.workspace import Workspace
 from tests.finished import QUICK, TWO, assert_same, state
 from tests.listening import Notes
@@ -51,7 +51,7 @@ def test_the_linearized_graph_stands_alone(dropped: Path, stories_out: Path) -> 
 
 
 def test_the_folder_is_done_and_not_damaged(dropped: Path) -> None:
-    rows = {row[0]: row[1] for row in inspect_path(dropped)[0].rows}
+    rows = {row[0]: row[1] for row in inspect(dropped)[0].rows}
     assert rows["export"] == "done, deleted"
     assert {rows[s] for s in ("calibrate", "select", "rewrite", "verify")} == {"done"}
     assert api.report(dropped).passed

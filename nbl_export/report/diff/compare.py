@@ -53,6 +53,23 @@ _SKIPPED = {
 }
 
 
+def diff(
+    a: str | Path, b: str | Path, bounds: DiffBounds | None = None, markdown: str | Path | None = None
+) -> Diff:
+    """What changed from ``a`` to ``b``: output folders, reports, benches, evaluations or graphs.
+
+    A regression is in the value (``passed`` is False), not raised. ``markdown`` is a file to write it to as Markdown.
+    """
+    from nbl_export.report.diff.drawing import write_markdown
+
+    asked = bounds or DiffBounds()
+    asked.check()
+    value = compare(Path(a), Path(b), asked)
+    if markdown is not None:
+        write_markdown(Path(markdown), value)
+    return value
+
+
 def compare(a: Path, b: Path, bounds: DiffBounds) -> Diff:
     """What changed from ``a`` to ``b``, and whether the ``bounds`` are kept.
 

@@ -16,7 +16,7 @@ from nbl_export.progress import Listener, Silent
 from nbl_export.ranks import ALONE
 from nbl_export.records import to_json
 from nbl_export.settings import SelectSettings
-from nbl_export.stages.run import Run
+from nbl_export.stages.run import Run, opened
 
 if TYPE_CHECKING:
     from nbl_export.stages.select.choosing import Prefix
@@ -26,8 +26,19 @@ if TYPE_CHECKING:
     from nbl_export.stages.select.speeds import SpeedMeter
 
 
-def select(run: Run, settings: SelectSettings) -> Plan:
-    """Moments → plan: score every layer, choose K, and save their W and b with the evidence for the proof."""
+def select(
+    out: str | Path | Run,
+    settings: SelectSettings,
+    listener: Listener | None = None,
+    trust_remote_code: bool = False,
+    rehash: bool = False,
+) -> Plan:
+    """Score every layer, choose K of them, and save their W and b with the evidence for the proof; returns the plan."""
+    with opened(out, settings, listener, trust_remote_code, rehash, several=True) as (run, asked):
+        return _select(run, asked)
+
+
+def _select(run: Run, settings: SelectSettings) -> Plan:
     from nbl_export.linearize.plan import save_plan
     from nbl_export.linearize.scores import check_selection, predicted_excess, score_layers
     from nbl_export.models.device import exact_float32
@@ -107,16 +118,10 @@ def select(run: Run, settings: SelectSettings) -> Plan:
             ranks.follow(lambda: jobs.by_name)
         return load_plan(ws.plan)
     with ranks.leading():
-        if reads_graph(settings):
+        if settings.reads_graph:
             made_of["export"] = ws.require("export").result
         replace(run, ranks=ALONE).stage("select", settings.as_json(), made_of, work, device)
     return load_plan(ws.plan)
-
-
-def reads_graph(settings: SelectSettings) -> bool:
-    """Whether the unmodified graph is needed: layers are then weighed by its speed or its size."""
-    budget = settings.budget
-    return budget.min_speedup is not None or budget.bounds_size or bool(settings.workload)
 
 
 def _fitted(

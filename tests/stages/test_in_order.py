@@ -18,7 +18,8 @@ from nbl_export.models.layers import hidden_size
 from nbl_export.models.source import ModelSource, find_model
 from nbl_export.models.spans import choices
 from nbl_export.settings import RunSettings
-from nbl_export.stages.early import check_run
+from nbl_export.stages import in_order
+from nbl_export.stages.in_order import check_source
 from tests.encoders import text_encoder, vision_encoder
 from tests.families import build
 from tests.finished import TWO
@@ -109,7 +110,7 @@ def test_the_most_that_there_can_be_is_taken(
 ) -> None:
     source = find_model(str(model))
     text = api.CalibrateSettings(blocks=blocks)
-    check_run(source, tmp_path / "out", RunSettings(api.SelectSettings(**selection), text))
+    check_source(source, tmp_path / "out", RunSettings(api.SelectSettings(**selection), text))
 
 
 def test_which_layers_of_a_hybrid_have_attention_is_left_to_the_model(tmp_path: Path) -> None:
@@ -117,9 +118,9 @@ def test_which_layers_of_a_hybrid_have_attention_is_left_to_the_model(tmp_path: 
     source = find_model(str(build("lfm2", tmp_path / "hybrid")))
     layers = tuple(range(4))
     for selection in (api.SelectSettings(k=4), api.SelectSettings(layers=layers)):
-        check_run(source, tmp_path / "out", RunSettings(selection))
+        check_source(source, tmp_path / "out", RunSettings(selection))
     with pytest.raises(InputError, match="--k is 5"):
-        check_run(source, tmp_path / "out", RunSettings(api.SelectSettings(k=5)))
+        check_source(source, tmp_path / "out", RunSettings(api.SelectSettings(k=5)))
 
 
 def test_text_that_is_not_there_or_not_text(model: Path, tmp_path: Path, unread: None) -> None:
@@ -212,7 +213,7 @@ def test_a_multimodal_model_and_another_exporter(
 ) -> None:
     from tests.multimodal import build as build_multimodal
 
-    monkeypatch.setattr(api.pipeline, "check_machine", lambda *_: None)  # the exporter need not be here
+    monkeypatch.setattr(in_order, "check_exporter", lambda *_: None)  # the exporter need not be here
     folder = build_multimodal("llava", tmp_path / "m")
     said = refused(
         lambda: api.run(folder, tmp_path / "out", TWO, exporting=api.ExportSettings(exporter="genai"))

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from nbl_export import api, planning
+from nbl_export import api
 from tests.command_line import nbl
 
 
 def test_a_dry_run_takes_what_a_run_takes() -> None:
-    run, dry = (inspect.signature(one) for one in (api.run, planning.dry_run))
+    run, dry = (inspect.signature(one) for one in (api.run, api.dry_run))
     assert run.parameters == dry.parameters
 
 
