@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from nbl_export.batch.names import ALL_LOGITS, NUM_LOGITS_TO_KEEP
-from nbl_export.graph.io import append_graph, load_graph
+from nbl_export.graph.io import load_graph, save_again, save_graph
 from nbl_export.graph.operators import is_constant, linear_op
 from nbl_export.graph.tensors import external_files, int64_initializer
 from nbl_export.runtime.session import check_like
@@ -69,11 +69,12 @@ def add_num_logits_input(model: ir.Model) -> bool:
 def add_num_logits_input_to_file(path: Path) -> list[Path]:
     """:func:`add_num_logits_input` for the graph at ``path``; returns the graph and its data files.
 
-    External weights stay where they are; those in the graph are moved to a data file next to it.
+    External weights stay where they are; without any, those in the graph are moved to a data file.
     """
     check, model = check_like(path), load_graph(path)
     if sliced_lm_head(model) is None and add_num_logits_input(model):
-        return append_graph(model, path, check)
+        save = save_again if external_files(model) else save_graph
+        return save(model, path, check)
     return [path, *external_files(model)]
 
 

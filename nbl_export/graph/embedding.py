@@ -14,7 +14,7 @@ from onnx_ir.passes import common as passes
 from nbl_export.batch.arrays import F32, I64
 from nbl_export.batch.names import EMBEDDINGS, TOKENS
 from nbl_export.errors import InputError
-from nbl_export.graph.io import append_graph, load_graph
+from nbl_export.graph.io import load_graph, save_again
 from nbl_export.graph.tensors import FOLDER, int64_initializer
 
 NAME = "embedding.onnx"
@@ -79,7 +79,7 @@ def add_features(path: Path, placeholders: Mapping[str, int]) -> list[Path]:
         graph.outputs[0] = embedded
         output.name, embedded.name = "embeddings_of_text", EMBEDDINGS
         graph.sort()
-    return append_graph(model, path)
+    return save_again(model, path)
 
 
 def _of_text(value: ir.Value) -> ir.Value:

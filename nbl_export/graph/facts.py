@@ -2,19 +2,45 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 import onnx_ir as ir
 
 from nbl_export.blocks import grouped
-from nbl_export.errors import InputError
-from nbl_export.graph.cache import LAYERS_KEY, kv_layers, kv_pairs, metadata_list
-from nbl_export.graph.io import load_graph, summarize
-from nbl_export.graph.summary import DescribedLayer, GraphFacts, Stored
+from nbl_export.graph.cache import LAYERS_KEY, kv_bytes_per_token, kv_layers, kv_pairs, metadata_list
+from nbl_export.graph.io import load_graph
+from nbl_export.graph.summary import DescribedLayer, GraphFacts, GraphSummary, Stored
+from nbl_export.graph.tensors import external_files, external_tensors
 
 # By what everybody else calls them; the other dtypes have one name.
 _DTYPES = {"FLOAT": "float32", "DOUBLE": "float64"}
+
+
+def summarize(model: ir.Model, path: Path) -> GraphSummary:
+    """Counts of ``model`` as stored at ``path``."""
+    graph = model.graph
+    ops = Counter(node.op_type for node in graph)
+    return GraphSummary(
+        nodes=sum(ops.values()),
+        ops=dict(ops.most_common()),
+        inputs=len(graph.inputs),
+        outputs=len(graph.outputs),
+        kv_pairs=len(kv_pairs(model)),
+        kv_bytes_per_token=kv_bytes_per_token(model),
+        initializers=len(graph.initializers),
+        parameters=sum(v.const_value.size for v in graph.initializers.values() if v.const_value is not None),
+        file_bytes=sum(_size(model, f, f.parent == path.parent) for f in [path, *external_files(model)]),
+    )
+
+
+def _size(model: ir.Model, file: Path, own: bool) -> int:
+    """The bytes of ``file``; where it is not the graph's ``own``, of what the graph reads of it, each once."""
+    if not file.exists():
+        return 0
+    read = {(t.offset or 0, t.nbytes) for _, t in external_tensors(model) if Path(t.path) == file}
+    return file.stat().st_size if own else sum(size for _, size in read)
 
 
 def facts_of(path: Path) -> GraphFacts:
@@ -23,13 +49,6 @@ def facts_of(path: Path) -> GraphFacts:
     Raises :class:`InputError` for what :func:`.load_graph` refuses, and for metadata that nbl-export did not write.
     """
     model = load_graph(path)
-    try:
-        return _facts(model, path)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-
-
-def _facts(model: ir.Model, path: Path) -> GraphFacts:
     graph, pairs = model.graph, kv_pairs(model)
     past = {value for pair in pairs for value in pair.past}
     present = {value for pair in pairs for value in pair.present}

@@ -27,11 +27,10 @@ def merge_adapters(model: ir.Model, adapters: Mapping[str, Adapter]) -> None:
         return
     wanted = {digest: (name, a) for name, a in adapters.items() for digest in a.digests}
     shapes = {shape for a in adapters.values() for shape in _shapes(a)}
-    found: dict[str, list[tuple[Slot, int, str]]] = {name: [] for name in adapters}
+    found: dict[str, list[tuple[Slot, str]]] = {name: [] for name in adapters}
     for slot in slots(model):
-        for position, tensor in enumerate(slot.tensors):
-            if tuple(tensor.shape) in shapes and (digest := digest_of(tensor.numpy())) in wanted:
-                found[wanted[digest][0]].append((slot, position, digest))
+        if tuple(slot.tensor.shape) in shapes and (digest := digest_of(slot.tensor.numpy())) in wanted:
+            found[wanted[digest][0]].append((slot, digest))
     for name, matches in found.items():
         if len(matches) != 1:
             raise BuildError(
@@ -39,10 +38,8 @@ def merge_adapters(model: ir.Model, adapters: Mapping[str, Adapter]) -> None:
                 "of once (a quantized graph contains none): select with --repair-rank 0, or export in fp32, fp16 or "
                 "bf16."
             )
-        slot, position, digest = matches[0]
-        tensors = list(slot.tensors)
-        tensors[position] = _merged(tensors[position], adapters[name], digest)
-        slot.put(tensors)
+        slot, digest = matches[0]
+        slot.put(_merged(slot.tensor, adapters[name], digest))
 
 
 def _shapes(adapter: Adapter) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -38,8 +38,9 @@ from nbl_export.graph.cache import (
     metadata_list,
     remove_pairs,
 )
+from nbl_export.graph.facts import summarize
 from nbl_export.graph.finite import check_finite
-from nbl_export.graph.io import load_graph, save_graph, summarize
+from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.graph.precision import graph_precision
 from nbl_export.graph.regions import AttentionRegion, Output, Region, find_regions
 from nbl_export.graph.roles import remember_roles

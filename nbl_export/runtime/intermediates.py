@@ -24,10 +24,9 @@ from nbl_export.batch.padding import left_padded, prefix_padded, right_padded
 from nbl_export.batch.rows import Inputs, real_positions, rows_of_batch
 from nbl_export.errors import InputError
 from nbl_export.graph.data_file import DataFile
-from nbl_export.graph.external_data import INLINE_BYTES
 from nbl_export.graph.half_emulation import HALF, compute_in_float32, float32_name, needs_emulation
 from nbl_export.graph.interface import Interface, interface_of
-from nbl_export.graph.io import load_graph
+from nbl_export.graph.io import INLINE_BYTES, load_graph
 from nbl_export.graph.operators import captured
 from nbl_export.graph.tensors import external_files, follow_links
 from nbl_export.runtime.bounds import Bounds, bounds_of

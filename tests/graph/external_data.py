@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 from onnx import TensorProto, helper
-
-from nbl_export.graph.tensors import all_tensors, set_folder
 
 DATA = "model.onnx.data"
 Place = tuple[str, int, int]
@@ -59,11 +55,6 @@ def places(path: Path) -> dict[str, Place]:
     return found
 
 
-def graphs(graph: onnx.GraphProto) -> list[onnx.GraphProto]:
-    inner = [a.g for n in graph.node for a in n.attribute if a.HasField("g")]
-    return [graph, *(g for i in inner for g in graphs(i))]
-
-
 def resolved(path: Path) -> onnx.ModelProto:
     """The model with all weights inside, as onnx's own loader reads it; onnx-ir adds types, drop them."""
     proto = onnx.load(str(path))
@@ -73,8 +64,10 @@ def resolved(path: Path) -> onnx.ModelProto:
         tensor.ClearField("data_location")
         if not tensor.string_data and not tensor.raw_data and not tensor.HasField("raw_data"):
             tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor), tensor.name))
-    for graph in graphs(proto.graph):
+    graphs = [proto.graph]
+    for graph in graphs:  # which grows
         del graph.value_info[:]
+        graphs += [a.g for n in graph.node for a in n.attribute if a.HasField("g")]
     return proto
 
 
@@ -84,19 +77,6 @@ def raw(path: Path) -> dict[str, bytes]:
 
 def random_bytes(size: int, seed: int = 0) -> bytes:
     return np.random.default_rng(seed).bytes(size)
-
-
-def snapshot(model: ir.Model) -> list[tuple[Any, ...]]:
-    """What a caller can see of a model's tensors, identities included."""
-    seen: list[tuple[Any, ...]] = []
-    for where, tensor in all_tensors(model):
-        place: tuple[Any, ...] = ()
-        if isinstance(tensor, ir.ExternalTensor):
-            place = (tensor.location, tensor.offset, tensor.length, str(tensor.base_dir))
-        seen.append((where, id(tensor), tensor.name, *place))
-    nodes = [n for body in (model.graph, *model.functions.values()) for n in body.all_nodes()]
-    seen += [(n.name, *((k, id(a)) for k, a in n.attributes.items())) for n in nodes]
-    return seen
 
 
 def two_file_graph(folder: Path) -> Path:
@@ -158,9 +138,3 @@ def nested_graph(folder: Path) -> Path:
     graph = helper.make_graph(nodes, "main", [value("x"), flag], [value("y")], [])
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10, functions=[function])
     return save(model, folder / "model.onnx", weights.tobytes())
-
-
-def opened(path: Path) -> ir.Model:
-    model = ir.load(path)
-    set_folder(model, path.parent)
-    return model
