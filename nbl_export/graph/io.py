@@ -101,8 +101,8 @@ def save_graph(
     The data file is called ``data_name``; without one it keeps its name if the model has exactly one. ``check``
     receives the complete new graph under a temporary name, with its data under another, and raises to refuse it: a
     failed check, a full disk or an interrupt leaves the old files. ``progress`` receives the bytes written.
-    ``readers`` are other graphs that read the data file: they are deleted before it is replaced. The model is not
-    changed.
+    ``readers`` are other graphs that read the data file: they are deleted before it is replaced. In the model, links of
+    external data are resolved.
     """
     files = external_files(model)
     kept = files[0].name if len(files) == 1 and files[0].name != path.name else path.name + DATA_SUFFIX
@@ -116,9 +116,7 @@ def save_beside(
 
     Returns the files written; the data file's name is ``data``, or as usual. The rest is as in :func:`save_graph`.
     """
-    folder = path.parent.resolve()
-    follow_links(model, folder)
-    return _save(model, path, data or path.name + DATA_SUFFIX, folder, check, progress, ())
+    return _save(model, path, data or path.name + DATA_SUFFIX, path.parent.resolve(), check, progress, ())
 
 
 def _save(
@@ -131,6 +129,7 @@ def _save(
     readers: Sequence[Path],
 ) -> list[Path]:
     """Write ``model``; weights that are read from ``folder`` stay there."""
+    follow_links(model, folder)
     data, places = path.with_name(data_name), list(slots(model))
     moving, inline = [], []
     for slot in places:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
 
 from nbl_export.errors import InputError
-from nbl_export.graph.facts import facts_of
+from nbl_export.graph.facts import facts_of, summarize
+from nbl_export.graph.io import load_graph
 from nbl_export.graph.summary import Stored
 from nbl_export.linearize.plan import load_plan
 from nbl_export.records import from_json, to_json
+from nbl_export.rewrite.summary import RewriteSummary
+from nbl_export.workspace import Workspace
 from tests.folders import copied
 
 
@@ -80,18 +85,46 @@ def test_a_graph_that_is_no_decoder(tmp_path: Path) -> None:
     assert facts_of(saved(tmp_path / "h.onnx")).inputs == ("x: float64[?]",)
 
 
-def test_metadata_of_somebody_else_is_refused_with_the_file(stories_out: Path, tmp_path: Path) -> None:
+def test_metadata_of_somebody_else_is_refused(stories_out: Path, tmp_path: Path) -> None:
     path = copied(stories_out / "baseline" / "model.onnx", tmp_path)
     proto = onnx.load(str(path), load_external_data=False)
     proto.metadata_props.add(key="nbl_export.layers", value="no list")
     path.write_bytes(proto.SerializeToString())
-    with pytest.raises(InputError) as told:
+    with pytest.raises(InputError, match=r"The graph's metadata nbl_export.layers was not written by"):
         facts_of(path)
-    assert str(told.value).startswith(f"{path}: The graph's metadata nbl_export.layers")
 
 
-def test_missing_data_is_refused(stories_out: Path, tmp_path: Path) -> None:
-    path = copied(stories_out / "baseline" / "model.onnx", tmp_path)
-    path.with_name("model.onnx.data").unlink()
-    with pytest.raises(InputError, match="is missing"):
-        facts_of(path)
+def test_a_summary_counts_what_onnx_counts(tiny_graph: Path) -> None:
+    proto = onnx.load(str(tiny_graph))
+    summary = summarize(load_graph(tiny_graph), tiny_graph)
+    assert summary.nodes == len(proto.graph.node) == sum(summary.ops.values())
+    assert summary.ops["Attention"] == summary.kv_pairs == 4
+    assert summary.ops["MatMul"] == 4 * 7 + 1  # q, k, v, o, gate, up, down, and the logits
+    assert (summary.inputs, summary.outputs) == (len(proto.graph.input), len(proto.graph.output))
+    assert summary.initializers == len(proto.graph.initializer)
+    assert summary.parameters == sum(int(np.prod(t.dims)) for t in proto.graph.initializer)
+    # Keys and values of four layers, two heads of eight float32.
+    assert summary.kv_bytes_per_token == 4 * 2 * 2 * 8 * 4
+    data = tiny_graph.with_name("model.onnx.data").stat().st_size
+    assert summary.file_bytes == tiny_graph.stat().st_size + data
+    absent = tiny_graph.with_name("elsewhere.onnx")
+    assert summarize(load_graph(tiny_graph), absent).file_bytes == data
+    # Of a file in another folder, what the graph reads of it.
+    below = tiny_graph.parents[1] / "model.onnx"
+    read = {t.name: onnx.numpy_helper.to_array(t).nbytes for t in proto.graph.initializer}
+    small = sum(size for size in read.values() if size < 1024)
+    assert summarize(load_graph(tiny_graph), below).file_bytes == sum(read.values()) - small
+
+
+def test_the_record_of_a_rewrite_is_of_the_files_of_the_run(stories_out: Path) -> None:
+    ws = Workspace.open(stories_out)
+    kept = from_json(RewriteSummary, json.loads(ws.rewrite_summary.read_text()), "it", "do it again")
+    for found, path in ((kept.before, ws.baseline), (kept.after, ws.model)):
+        assert found == summarize(load_graph(path), path)
+    chosen = load_plan(ws.plan).chosen
+    assert kept.before.ops["Attention"] - kept.after.ops["Attention"] == len(chosen) == 2
+    # q, k, v and o of width 64 went, W and b came.
+    assert kept.before.parameters - kept.after.parameters >= 2 * (64 * 64 * 2 + 2 * 64 * 32 - 64 * 64 - 64)
+    assert kept.kv_layers == tuple(i for i in range(5) if i not in chosen)
+    assert [p.layer for p in kept.proofs] == [0, 1, 2, 3, 4]
+    assert all(0 <= error < 1e-4 for p in kept.proofs for error in (p.input_error, p.output_error))

@@ -116,7 +116,7 @@ def test_external_data_outside_the_folder_is_never_opened(tmp_path: Path, locati
 
 @pytest.mark.parametrize(
     ("place", "words"),
-    [((-4, 4000), ""), ((1, 4000), "truncated"), ((0, 3999), "another"), ((0, 8000), "another")],
+    [((-4, 4000), "readable"), ((1, 4000), "truncated"), ((0, 3999), "another"), ((0, 8000), "another")],
 )
 def test_ranges_that_do_not_fit_are_refused(tmp_path: Path, place: tuple[int, int], words: str) -> None:
     proto = graph_of([external("w", TensorProto.FLOAT, [1000], ("source.bin", *place))])
@@ -139,10 +139,8 @@ def test_offset_and_length_may_be_missing_and_links_inside_are_followed(tmp_path
 def test_every_byte_arrives_in_aligned_ranges_each_once(two_files: Path, tmp_path: Path) -> None:
     out, steps = tmp_path / "out" / "model.onnx", []
     model = load_graph(two_files)
-    before = {n: v.const_value for n, v in model.graph.initializers.items()}
     assert save_graph(model, out, progress=steps.append) == [out, out.with_name(DATA)]
     assert resolved(out) == resolved(two_files) and names(out.parent) == {"model.onnx", DATA}
-    assert {n: v.const_value for n, v in model.graph.initializers.items()} == before
     assert sum(steps) == 200_000 + 1200 + 20_000
     # Small tensors are inside; a range that two share is stored once.
     found = places(out)
