@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nbl_export.export.genai_config import NAME
+from nbl_export.export.sidecars import GENAI
 
 
 def change(folder: Path, how: Callable[[Any], object]) -> None:
-    config = json.loads((folder / NAME).read_text())
+    config = json.loads((folder / GENAI).read_text())
     how(config)
-    (folder / NAME).write_text(json.dumps(config))
+    (folder / GENAI).write_text(json.dumps(config))

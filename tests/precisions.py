@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nbl_export.export.half import save_in_precision
+from nbl_export.export.ranges import save_in_precision
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.precision import precision_of
 from tests.exporters import GRAPH, Export, quantized_by_ort

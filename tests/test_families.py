@@ -18,9 +18,9 @@ from nbl_export.engine.child import build_in_child
 from nbl_export.engine.library import import_library
 from nbl_export.engine.profiles import Limits
 from nbl_export.errors import BuildError, InputError
-from nbl_export.export.form_check import check_form
+from nbl_export.export.checks import check_form
 from nbl_export.export.forms import FORMS
-from nbl_export.export.half import save_in_precision
+from nbl_export.export.ranges import save_in_precision
 from nbl_export.export.torch import export_torch
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.precision import precision_of

@@ -13,8 +13,7 @@ import torch
 
 from nbl_export.export import torch as exporting
 from nbl_export.export.embeds import reading_embeds
-from nbl_export.export.encoder import encoder_form
-from nbl_export.export.forms import FORMS, STATIC
+from nbl_export.export.forms import FORMS, STATIC, encoder_form
 from nbl_export.graph.io import save_graph
 from nbl_export.models.load import load_model
 from nbl_export.models.pooling import Pooling

@@ -1,6 +1,4 @@
-"""The form of an exported decoder's KV cache: it grows by concatenation or in place, is static, or does not exist.
-
-An encoder has no cache; its form (:mod:`.encoder`) depends on its task and its inputs.
+"""Trace a model in a form of its KV cache: it grows by concatenation or in place, is static, or does not exist.
 
 ``concat``  position_ids, attention_mask over past and sequence; input past [B, H, past, D], output present
             [B, H, past + sequence, D]. Padding on the left. ONNX opset 23.
@@ -11,31 +9,36 @@ An encoder has no cache; its form (:mod:`.encoder`) depends on its task and its 
             ``write_indices[b] + i`` (`TensorScatter`), and a query sees the slots up to its own. Padding on the
             right, which the next token overwrites. ONNX opset 24, standard operators only.
 
+An encoder has no cache: the full text or image is its input, and the outputs of its task are its outputs.
+
 A form is data: names and symbolic dimensions of its inputs, and a module that traces the model in this form.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from nbl_export.batch.names import BATCH, MAX, PAST, PER_LAYER, SEQUENCE, TOTAL
+from nbl_export.batch.names import BATCH, MASK, MAX, PAST, PER_LAYER, PIXELS, SEQUENCE, TOTAL
+from nbl_export.batch.rows import Inputs
 from nbl_export.errors import InputError
-from nbl_export.export.lengths import check_lengths
-from nbl_export.export.recurrence import GraphStates, rows_of
-from nbl_export.export.symbols import SYMBOLIC_DOMAIN
+from nbl_export.export.recurrence import SYMBOLIC_DOMAIN, GraphStates, rows_of
 from nbl_export.models.caches import Entry, PastLayer, cache_layer, cache_with, entry_in
 from nbl_export.models.compat import cache_argument, query_length
 from nbl_export.models.dummy_run import dummy_run
+from nbl_export.models.encoder import INPUT_ORDER, encoder_of, encoder_outputs
 from nbl_export.models.forward import CachedDecoder, Tokens, run_with_past
-from nbl_export.models.layers import accepted_arguments, accepts
+from nbl_export.models.layers import accepted_arguments, accepts, positions
+from nbl_export.models.pooling import Pooling
+from nbl_export.models.tasks import Task
 from nbl_export.settings.choices import OPSETS
 
 ENCODER = "encoder"  # the name of every encoder's form
+# The longest text of a model without a limit, and the tokens that a trace takes for granted beside those of a range.
+_LONGEST, _FEWEST = 1 << 17, 2
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Form:
     def capture(self, decoder: CachedDecoder) -> torch.export.ExportedProgram:
         """Trace ``decoder``; every dimension named here is dynamic.
 
-        Raises :class:`.Branches` if the trace does not hold for every text that the model is for.
+        Raises :class:`Branches` if the trace does not hold for every text that the model is for.
         """
         # Sizes of 0 or 1 would become constants, and equal sizes could be unified, so all differ.
         sizes = {BATCH: 2, SEQUENCE: 3, PAST: 5, TOTAL: 8, MAX: 7}
@@ -81,8 +84,28 @@ class Form:
             of_pair = (dict(self.past),) * 2
             named.append([(*(of_pair if b.kv else ()), *({0: BATCH} for _ in b.states)) for b in blocks])
         program = torch.export.export(decoder, tuple(args), dynamic_shapes=_free(tuple(named)), strict=False)
-        check_lengths(program, decoder.forward, args, named, decoder.model, cached=bool(self.past))
+        _check_lengths(program, decoder.model, cached=bool(self.past))
         return program
+
+
+class Branches(InputError):
+    """A model computes longer texts in another way than those that it is traced with."""
+
+
+def _check_lengths(program: torch.export.ExportedProgram, model: torch.nn.Module, cached: bool) -> None:
+    """Raise :class:`Branches` unless ``program`` holds for all texts of up to the positions of ``model``.
+
+    `torch.export` follows one branch of a model's code ("longer than the window?"). What that takes for granted of a
+    size is the size's range.
+    """
+    most = [limits.upper for limits in program.range_constraints.values()]
+    bound = min((int(upper) for upper in most if upper < _LONGEST), default=_LONGEST) + _FEWEST * cached
+    # A range that ends one token before the last, as "not as long as the table", is no branch.
+    if bound < (positions(model) or _LONGEST) - 1:
+        raise Branches(
+            f"{type(model).__name__} computes texts of more than {bound:,} tokens in another way than shorter ones, by "
+            "a branch of its code, and a graph would hold the way of the shorter ones alone: it is not supported yet."
+        )
 
 
 def _free(named: Any) -> Any:
@@ -196,28 +219,18 @@ class _Static(CachedDecoder):
         ]
         cache = cache_with(layers)
         self._write_indices, self._mask_made = write_indices, False
-        with self._masked_here():
-            output = self.model(
-                **self.given(input_ids),
-                position_ids=position_ids,
-                use_cache=True,
-                **{cache_argument(self.model): cache},
+        output = self.model(
+            **self.given(input_ids),
+            position_ids=position_ids,
+            use_cache=True,
+            **{cache_argument(self.model): cache},
+        )
+        if not self._mask_made:
+            raise InputError(
+                f"{type(self.model).__name__} makes its attention mask itself, and not for a static cache: use "
+                "--kv-cache concat."
             )
         return output.logits, [entry_in(cache, i, block) for i, block in enumerate(blocks)]
-
-    @contextmanager
-    def _masked_here(self) -> Iterator[None]:
-        # With transformers 4 a few families build the mask themselves, for a growing cache.
-        reason = (
-            f"With this version of transformers {type(self.model).__name__} makes its attention mask itself, and not "
-            "for a static cache: use --kv-cache concat, or a later transformers."
-        )
-        try:
-            yield
-        except RuntimeError as error:  # of shapes
-            raise error if self._mask_made else InputError(reason) from error
-        if not self._mask_made:
-            raise InputError(reason)
 
     def mask(  # type: ignore[override]
         self,
@@ -269,3 +282,27 @@ STATIC = Form(
     module=_Static,
 )
 FORMS = {form.name: form for form in (CONCAT, SHARED, STATIC, NONE)}
+
+
+# encoder -----------------------------------------------------------------------------------------
+
+
+def encoder_form(model: torch.nn.Module, task: Task, pooling: Pooling | None, inputs: Inputs) -> Form:
+    """The form of the encoder ``model``, whose batches have the names and shapes of ``inputs``.
+
+    Inputs are input_ids, attention_mask and optionally token_type_ids [batch, sequence], or pixel_values of one size;
+    outputs those of the ``task``, float32. The names are those of optimum.
+    """
+    examples = {MASK: torch.ones(2, 3, dtype=torch.long)}
+    if PIXELS in inputs:
+        examples[PIXELS] = torch.zeros(2, *inputs[PIXELS].shape[1:])
+    return Form(
+        ENCODER,
+        OPSETS["none"],
+        {name: {0: BATCH} if name == PIXELS else _TOKENS for name in INPUT_ORDER if name in inputs},
+        past={},
+        present={},
+        module=lambda m: encoder_of(m, task, pooling, inputs, rows_of),
+        outputs={n: dict(enumerate(dims)) for n, dims in encoder_outputs(model, task, pooling).items()},
+        examples=examples,
+    )

@@ -8,7 +8,9 @@ States      state-space models and linear attention, whose loops would be traced
 Complex     rotary embeddings that multiply complex numbers, for which the exporter has few operators; here they are
             pairs of real numbers.
 Erfinv      the inverse of erf, for which ONNX has no operator.
-Branches    rotary embeddings that go by the longest row (:mod:`.ropes`).
+Branches    rotary embeddings that go by the longest row of a batch: `dynamic` frequencies of a text beyond the model's
+            positions, and the scale of Phi-3.5-MoE. Both ways are in the graph. (The `longrope` of other models is a
+            `where`.) As there, a shorter row has the frequencies of the longest one.
 
 The first two use the interfaces of transformers for this purpose. A model whose attention does not use them is
 traced with its own, decomposed.
@@ -16,6 +18,8 @@ traced with its own, decomposed.
 
 from __future__ import annotations
 
+import copy
+import inspect
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -26,9 +30,7 @@ from typing import Any
 import torch
 
 from nbl_export.errors import InputError
-from nbl_export.export.recurrence import use_recurrences
-from nbl_export.export.ropes import both_ways
-from nbl_export.export.symbols import SYMBOLIC_DOMAIN
+from nbl_export.export.recurrence import SYMBOLIC_DOMAIN, use_recurrences
 from nbl_export.models.attending import takes_attention
 from nbl_export.models.compat import growing_mask
 from nbl_export.models.replacing import replaced
@@ -192,7 +194,7 @@ def exportable(
             if own := getattr(code, name, None):
                 undo.enter_context(replaced(code, name, made(own)))
         use_recurrences(model, undo)
-        undo.enter_context(both_ways(model))
+        _use_both_ways(model, undo)
         yield
 
 
@@ -325,3 +327,64 @@ def _use_experts(model: Any, undo: ExitStack) -> None:
         ALL_EXPERTS_FUNCTIONS.register(_NAME, experts)
         undo.callback(model.set_experts_implementation, model.config._experts_implementation)
         model.set_experts_implementation(_NAME)
+
+
+# Rotary embeddings -------------------------------------------------------------------------------
+
+
+def _use_both_ways(model: torch.nn.Module, undo: ExitStack) -> None:
+    """No rotary embedding of ``model`` branches, or is changed by what it computes, until ``undo`` is closed."""
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        kinds = kinds if isinstance(kinds, dict) else {None: kinds}
+        if any("dynamic" in str(kind) for kind in kinds.values()):
+            vars(module)["forward"] = _dynamic(module, kinds)
+        elif "longrope" in kinds.values() and _branches(own := inspect.unwrap(type(module).forward)):
+            vars(module)["forward"] = _switching(module, own)
+        else:
+            continue
+        undo.callback(vars(module).pop, "forward")
+
+
+def _dynamic(module: Any, kinds: dict[str | None, Any]) -> Callable[..., Any]:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    whole, own = type(module).forward, inspect.unwrap(type(module).forward)
+
+    def forward(x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None) -> Any:
+        named = {} if layer_type is None else {"layer_type": layer_type}
+        kind = str(kinds[layer_type])
+        if "dynamic" not in kind:
+            return whole(module, x, position_ids, **named)
+        prefix = "" if layer_type is None else f"{layer_type}_"
+        made = ROPE_INIT_FUNCTIONS[kind](
+            module.config, x.device, seq_len=torch.max(position_ids) + 1, **named
+        )
+        held = copy.copy(module)
+        held._buffers = {**module._buffers, f"{prefix}inv_freq": made[0]}
+        return own(held, x, position_ids, **named)
+
+    return forward
+
+
+def _branches(forward: Callable[..., Any]) -> bool:
+    try:
+        source = inspect.getsource(forward)
+    except (OSError, TypeError):  # code without a file
+        return False
+    return "torch.max(" in source and "if seq_len >" in source
+
+
+def _switching(module: Any, own: Callable[..., Any]) -> Callable[..., Any]:
+    switch = int(module.config.rope_parameters["original_max_position_embeddings"])
+
+    def forward(x: torch.Tensor, position_ids: torch.Tensor) -> Any:
+        longest = torch.max(position_ids) + 1
+        ways = []
+        for length in (switch, switch + 1):  # of the longest row
+            with replaced(torch, "max", lambda _, last=length - 1: last):
+                ways.append(own(copy.copy(module), x, position_ids))
+        short, long = ways
+        return tuple(torch.where(longest > switch, b, a) for a, b in zip(short, long, strict=True))
+
+    return forward

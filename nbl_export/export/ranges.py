@@ -1,8 +1,9 @@
-"""The ranges of a float32 graph's tensors on real text, which decide whether half precision can hold them."""
+"""Write a traced graph in the requested precision; for float16 the range of every tensor is measured on real text."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,47 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common as passes
 
 from nbl_export.batch.rows import Inputs
+from nbl_export.files import TEMPORARY
+from nbl_export.graph.io import save_graph
+from nbl_export.graph.precision import Precision, to_precision
+from nbl_export.graph.summary import Float32Node
+from nbl_export.progress import Listener, Silent, bytes_task
 from nbl_export.runtime.intermediates import batch_rows, compute_tensors
 
 _SUFFIX = ".largest"
+
+
+def save_in_precision(
+    graph: ir.Model,
+    path: Path,
+    precision: Precision,
+    rows: Sequence[NDArray[Any] | Inputs] | Inputs,
+    wide: Collection[str] = ("logits",),
+    readers: Sequence[Path] = (),
+    listener: Listener | None = None,
+) -> tuple[list[Path], list[Float32Node]]:
+    """Convert the float32 ``graph`` and write it to ``path``; returns the files and the nodes that stayed float32.
+
+    ``rows`` are token ids of real text, or embeddings with positions, or an encoder's batch; a format with the range of
+    float32 does not need them. ``wide`` names the inputs and outputs that stay float32. ``readers``: see
+    :func:`save_graph`.
+    """
+    listener, ranges = listener or Silent(), {}
+    weights = (value.const_value for value in graph.graph.initializers.values())
+    size = sum(weight.nbytes for weight in weights if weight is not None)
+    path.parent.mkdir(exist_ok=True)
+    if precision.largest < float("inf"):
+        scratch = tempfile.TemporaryDirectory(
+            prefix=".fp32.", suffix=TEMPORARY, dir=path.parent, ignore_cleanup_errors=True
+        )
+        with bytes_task(listener, "Measuring ranges", size) as done, scratch as folder:
+            copy = graph.clone()
+            copy.meta.update(graph.meta)
+            ranges = ranges_of(copy, rows, Path(folder), done)
+    float32 = to_precision(graph, precision, ranges, wide)
+    with bytes_task(listener, "Writing the graph", size) as done:
+        files = save_graph(graph, path, progress=done, readers=readers)
+    return files, float32
 
 
 def ranges_of(

@@ -23,10 +23,12 @@ from typing import Any
 
 import torch
 
-from nbl_export.export.symbols import SYMBOLIC_DOMAIN
 from nbl_export.models.caches import StateLayer
 from nbl_export.models.replacing import replaced
 
+# Operators that torch.export cannot express are emitted in a private domain and renamed afterwards. Otherwise the
+# exporter would use opset 24 for the full graph, where it decomposes norms and rotary embeddings.
+SYMBOLIC_DOMAIN = "nbl_export"
 RECURRENCE, CHUNKED = "Recurrence", "ChunkedRecurrence"
 # The logarithm of a decay that is nothing in float32, whatever it is multiplied by.
 _NOTHING = -1e4

@@ -1,17 +1,176 @@
-"""The recurrence of a state over tokens as a Scan: standard operators only, for any number of tokens.
+"""Make Scans of recurrences: over tokens, or over chunks of tokens with products of matrices within a chunk.
 
     S, tokens ─► Scan ─► y of every token, S after the last one
 
-Each iteration is one token: the state [batch, heads, k, v] decays, takes the token in, and is read.
+Where each value of a key decays by itself, each iteration is one token: the state [batch, heads, k, v] decays, takes
+the token in, and is read. Where a head decays as a whole, an iteration is a chunk:
+
+    S_t = a_t S_{t-1} + k_t ⊗ u_t,  y_t = q_tᵀ S_t,  a_t a number       in a chunk of C tokens that begins with S:
+
+    Y  = ((Q Kᵀ) ∘ A) U + (a ∘ Q) S      A[t, s] = a_{s+1} … a_t for s ≤ t, else 0;  a[t] = a_1 … a_t
+    S' = a[C] S + (A[C] ∘ K)ᵀ U
+
+U is V, or for a delta rule the solution of (I + L) U = beta ∘ (V - (a ∘ K) S), L being beta ∘ A ∘ (K Kᵀ) below the
+diagonal. Products of decays are exponentials of sums, each of its own numbers, all of one sign: nothing cancels, and
+nothing is divided. (I + L)⁻¹ is put together from the inverses of blocks of 1, 2, 4 … tokens, as forward substitution
+does it by blocks.
+
+The last chunk is filled up with tokens that change nothing, and no chunk is longer than the text: a decode step
+computes one token.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import onnx_ir as ir
 
-from nbl_export.export.chunks import in_chunks
-from nbl_export.export.recurrence import CHUNKED, RECURRENCE
-from nbl_export.export.symbols import SYMBOLIC_DOMAIN
+from nbl_export.export.recurrence import CHUNKED, RECURRENCE, SYMBOLIC_DOMAIN
+
+# Tokens of a chunk, and how often a block doubles until it is that long.
+CHUNK = 32
+_DOUBLINGS = CHUNK.bit_length() - 1
+# The logarithm of a product of decays that is as good as none, 4e-11. The inverse multiplies three of them, and numbers
+# near float32's smallest take a CPU a hundred times as long.
+_LEAST = -24.0
+_END = np.iinfo(np.int64).max
+_SCANNED = ("whole", "Q", "K", "P", "U", "W")
+
+
+class Nodes:
+    """Nodes in order, whose results have names that begin with ``prefix``."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix, self.made = prefix, list[ir.Node]()
+
+    def __call__(
+        self, op: str, *inputs: ir.Value, dtype: ir.DataType = ir.DataType.FLOAT, **attributes: Any
+    ) -> ir.Value:
+        node = ir.node(op, list(inputs), attributes, name=f"{self.prefix}/{len(self.made)}.{op}")
+        node.outputs[0].name, node.outputs[0].type = node.name, ir.TensorType(dtype)
+        self.made.append(node)
+        return node.outputs[0]
+
+    def number(self, value: Any, dtype: type = np.int64) -> ir.Value:
+        array: Any = np.array(value, dtype=dtype)
+        return self("Constant", value=ir.tensor(array), dtype=ir.DataType.from_numpy(array.dtype))
+
+
+def in_chunks(node: ir.Node) -> tuple[list[ir.Node], ir.Value, ir.Value]:
+    """The nodes that compute a recurrence, its y and the state after it.
+
+    The inputs of ``node`` are the state [batch, heads, k, v], logarithms of the decay [batch, tokens, heads], queries
+    and keys [batch, tokens, heads, k], values [batch, tokens, heads, v] and, for a delta rule, beta [batch, tokens,
+    heads].
+    """
+    make = Nodes(str(node.name))
+    state, *tokens = (value for value in node.inputs if value is not None)
+    ints, flags = {"dtype": ir.DataType.INT64}, {"dtype": ir.DataType.BOOL}
+    count = make("Shape", tokens[3], start=1, end=2, **ints)
+    size = make("Min", count, make.number([CHUNK]), **ints)
+    rest = make("Mod", count, size, **ints)
+    fill = make("Mod", make("Sub", size, rest, **ints), size, **ints)
+    zero, one, minus, rows = (make.number([n]) for n in (0, 1, -1, -2))
+    nothing = make.number(0.0, np.float32)
+    pads = make("Concat", zero, fill, axis=0, **ints)
+
+    def cut(value: ir.Value, rank: int) -> ir.Value:
+        """[batch, tokens, heads, …] as [batch, chunks, heads, size, …]."""
+        filled = make("Pad", value, pads, nothing, one)
+        shape = make("Concat", zero, minus, size, make("Shape", value, start=2, **ints), axis=0, **ints)
+        return make("Transpose", make("Reshape", filled, shape), perm=[0, 1, 3, 2, *range(4, rank + 1)])
+
+    decay, query, key, value = (cut(t, 3 if n == 0 else 4) for n, t in enumerate(tokens[:4]))
+    places = make("Range", make.number(0), make("Squeeze", size, zero, **ints), make.number(1), **ints)
+    row, column = make("Unsqueeze", places, one, **ints), make("Unsqueeze", places, zero, **ints)
+    within, below = make("GreaterOrEqual", row, column, **flags), make("Greater", row, column, **flags)
+    sums, each = make("Cast", within, to=1), make("Unsqueeze", decay, minus)
+    least = make.number(_LEAST, np.float32)
+
+    def factors(logarithms: ir.Value) -> ir.Value:
+        known = make("Greater", logarithms, least, **flags)
+        return make("Where", known, make("Exp", logarithms), nothing)
+
+    between = factors(make("MatMul", sums, make("Where", below, each, nothing)))
+    products = make("Where", within, between, nothing)
+    begun = factors(make("MatMul", sums, each))
+    end = make.number([_END])
+    turned = make("Transpose", key, perm=[0, 1, 2, 4, 3])
+    scanned = [
+        make("Slice", begun, minus, end, rows),
+        make("Mul", query, begun),
+        make("Mul", turned, make("Slice", products, minus, end, rows)),
+        make("Mul", make("MatMul", query, turned), products),
+    ]
+    if len(tokens) < 5:
+        scanned.append(value)
+    else:
+        beta = make("Unsqueeze", cut(tokens[4], 3), minus)
+        known = make("Mul", make("Mul", make("MatMul", key, turned), products), beta)
+        inverse = _inverse(make, make("Where", below, known, nothing), products, row, column)
+        scanned.append(make("MatMul", inverse, make("Mul", beta, value)))
+        scanned.append(make("MatMul", inverse, make("Mul", make("Mul", beta, begun), key)))
+    scan = ir.node(
+        "Scan",
+        [state, *scanned],
+        {
+            "body": _body(len(scanned)),
+            "num_scan_inputs": len(scanned),
+            "scan_input_axes": [1] * len(scanned),
+            "scan_output_axes": [1],
+        },
+        num_outputs=2,
+        name=node.name,
+    )
+    make.made.append(scan)
+    after, found = scan.outputs
+    for output, name in ((after, "after"), (found, "found")):
+        output.name, output.type = f"{make.prefix}/{name}", ir.TensorType(ir.DataType.FLOAT)
+    ordered = make("Transpose", found, perm=[0, 1, 3, 2, 4])
+    shape = make("Concat", zero, minus, make("Shape", tokens[3], start=2, **ints), axis=0, **ints)
+    result = make("Slice", make("Reshape", ordered, shape), zero, count, one)
+    return make.made, result, after
+
+
+def _inverse(make: Nodes, known: ir.Value, products: ir.Value, row: ir.Value, column: ir.Value) -> ir.Value:
+    """(I + L)⁻¹ of ``known``, the L below the diagonal: of two blocks, X and Z, and what is below, it is -Z L X.
+
+    Where ``products`` of decays are nothing, it is nothing.
+    """
+    bools = {"dtype": ir.DataType.BOOL}
+    nothing = make.number(0.0, np.float32)
+    kept = make("Greater", products, nothing, **bools)
+    inverse = make("Cast", make("Equal", row, column, **bools), to=1)
+    for doubling in range(_DOUBLINGS):
+        block, double = make.number(1 << doubling), make.number(2 << doubling)
+        (lower, left), (one, same) = (
+            [make("Div", v, width, dtype=ir.DataType.INT64) for v in (row, column)]
+            for width in (block, double)
+        )
+        pair = make("And", make("Equal", one, same, **bools), make("Greater", lower, left, **bools), **bools)
+        between = make("Where", pair, known, nothing)
+        if doubling:
+            product = make("MatMul", make("MatMul", inverse, between), inverse)
+            between = make("Where", kept, product, nothing)
+        inverse = make("Sub", inverse, between)
+    return inverse
+
+
+def _body(count: int) -> ir.Graph:
+    """One chunk: the state before it to the state after it, and y."""
+    make = Nodes("chunk")
+    inputs = [
+        ir.Value(name=f"chunk/{name}", type=ir.TensorType(ir.DataType.FLOAT))
+        for name in ("state", *_SCANNED[:count])
+    ]
+    state, whole, query, key, alike, learned, *known = inputs
+    for seen in known:
+        learned = make("Sub", learned, make("MatMul", seen, state))
+    result = make("Add", make("MatMul", alike, learned), make("MatMul", query, state))
+    after = make("Add", make("Mul", whole, state), make("MatMul", key, learned))
+    return ir.Graph(inputs, [after, result], nodes=make.made, name="chunk")
+
 
 _NAMES = ("decay", "query", "key", "value", "beta")
 
@@ -30,7 +189,7 @@ def make_scans(model: ir.Model) -> None:
             "Scan",
             [*node.inputs],
             {
-                "body": _body(delta=tokens == len(_NAMES)),
+                "body": _token(delta=tokens == len(_NAMES)),
                 "num_scan_inputs": tokens,
                 "scan_input_axes": [1] * tokens,
                 "scan_output_axes": [1],
@@ -50,18 +209,15 @@ def _put_in(model: ir.Model, node: ir.Node, found: tuple[ir.Value, ir.Value]) ->
     model.graph.remove(node, safe=True)
 
 
-def _body(delta: bool) -> ir.Graph:
-    def tensor(name: str) -> ir.Value:
-        return ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT))
-
-    names = _NAMES if delta else _NAMES[:-1]
-    state, *tokens = inputs = [tensor(name) for name in ("state", *names)]
+def _token(delta: bool) -> ir.Graph:
+    names = ("state", *(_NAMES if delta else _NAMES[:-1]))
+    state, *tokens = inputs = [ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT)) for name in names]
     decay, query, key, value = tokens[:4]
     nodes: list[ir.Node] = []
 
     def emit(op: str, *args: ir.Value, name: str, **attributes: list[int]) -> ir.Value:
         node = ir.node(op, list(args), attributes, name=f"recurrence/{name}")
-        node.outputs[0].name, node.outputs[0].type = f"recurrence/{name}", ir.TensorType(ir.DataType.FLOAT)
+        node.outputs[0].name, node.outputs[0].type = node.name, ir.TensorType(ir.DataType.FLOAT)
         nodes.append(node)
         return node.outputs[0]
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbl_export.errors import InputError, first_line
-from nbl_export.export.genai_config import NAME
+from nbl_export.export.sidecars import GENAI
 from nbl_export.files import read_json
 from nbl_export.graph.io import load_graph
 from nbl_export.runtime.bounds import bounded
@@ -42,14 +42,14 @@ def is_installed() -> bool:
 
 
 def has_config(graph: Path) -> bool:
-    return graph.with_name(NAME).is_file()
+    return graph.with_name(GENAI).is_file()
 
 
 def why_not(graph: Path) -> str | None:
     """Why onnxruntime-genai is not given the folder of ``graph``, in words; None if it can be."""
-    path = graph.with_name(NAME)
+    path = graph.with_name(GENAI)
     if not has_config(graph):
-        return f"{graph.parent} has no {NAME}"
+        return f"{graph.parent} has no {GENAI}"
     try:
         config = _configuration(path)
         model, search = config["model"], config["search"]
@@ -96,7 +96,7 @@ class GenaiRow:
 
         self._genai, self._graph = onnxruntime_genai, graph
         self._bounds = bounds_of_graph(graph, load_graph(graph))
-        told = _configuration(graph.with_name(NAME))
+        told = _configuration(graph.with_name(GENAI))
         self.positions = int(told["model"]["context_length"])
         # A shared buffer has all its room from the beginning.
         self.grows = not told["search"]["past_present_share_buffer"]

@@ -157,8 +157,8 @@ def _files(source: ModelSource, settings: CalibrateSettings) -> list[Path]:
 
 def _check_exports(run: Run, probe: Probe) -> None:
     """Refuse an encoder that cannot be exported before the long work of calibration: there are many kinds."""
-    from nbl_export.export.encoder import encoder_form
-    from nbl_export.export.on_copy import crossed_on_copy
+    from nbl_export.export.checks import crossed_on_copy
+    from nbl_export.export.forms import encoder_form
     from nbl_export.export.torch import check_traces
 
     model = run.model

@@ -48,7 +48,7 @@ def export(
 
 
 def _export(run: Run, settings: ExportSettings, there: bool) -> None:
-    from nbl_export.export.on_copy import crossed_on_copy
+    from nbl_export.export.checks import crossed_on_copy
 
     task, pooling = run.model.task, run.model.pooling
     ws = run.workspace
@@ -163,7 +163,7 @@ def check_model(run: Run, settings: ExportSettings) -> tuple[OnCopy, ...]:
     Returns the lengths of a decoder that were crossed on a copy of it, if it is exported here. A run checks a decoder
     once, before its work, and exports it at the end.
     """
-    from nbl_export.export.form_check import check_form
+    from nbl_export.export.checks import check_form
     from nbl_export.models.dummy_run import check_supported
 
     task = run.model.task
@@ -182,7 +182,7 @@ def _export_torch(
 ) -> tuple[list[Path], list[Float32Node]]:
     from nbl_export.batch.names import EMBEDDINGS, PER_LAYER, PIXELS
     from nbl_export.export.embeds import embedding_form
-    from nbl_export.export.half import save_in_precision
+    from nbl_export.export.ranges import save_in_precision
     from nbl_export.export.torch import trace
     from nbl_export.graph.embedding import add_features
     from nbl_export.graph.precision import precision_of
@@ -220,7 +220,7 @@ def _decoder_form(run: Run, settings: ExportSettings) -> Form:
 
 def _form(run: Run, settings: ExportSettings) -> Form:
     from nbl_export.calibrate.probe import load_probe
-    from nbl_export.export.encoder import encoder_form
+    from nbl_export.export.forms import encoder_form
 
     model = run.model
     if model.task.causal:
@@ -253,8 +253,7 @@ def _export_elsewhere(
 def _save_configs(run: Run, exported: list[Path], settings: ExportSettings) -> list[Path]:
     """Write the configuration and tokenizer files that the exporter did not write itself."""
     from nbl_export.batch.names import TOKENS
-    from nbl_export.export.genai_config import NAME as GENAI
-    from nbl_export.export.genai_config import genai_config, with_embeds, with_states
+    from nbl_export.export.sidecars import GENAI, genai_config, with_embeds, with_states
     from nbl_export.models.compat import save_tokenizer
     from nbl_export.models.dummy_run import cache_shapes, dummy_run
     from nbl_export.models.layers import backbone, has_per_layer, position_rows

@@ -142,7 +142,7 @@ def package(
 
 
 def _package(ws: Workspace, to: Path, listener: Listener, layout: str, base: bool) -> Package:
-    from nbl_export.export.genai_config import NAME as GENAI
+    from nbl_export.export.sidecars import GENAI
     from nbl_export.export.layouts import LAYOUTS
 
     if layout not in LAYOUTS:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nbl_export.export.half import save_in_precision
+from nbl_export.export.ranges import save_in_precision
 from nbl_export.export.torch import trace
 from nbl_export.graph.precision import PRECISIONS
 from tests import tiny

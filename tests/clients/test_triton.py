@@ -95,11 +95,11 @@ def test_a_sequence_goes_on_from_its_states(
 def test_the_configuration_of_an_engine_is_of_the_schema(stories_out: Path, schema: Any) -> None:
     from google.protobuf import text_format
 
-    from nbl_export.export.triton import engine_config
+    from nbl_export.export.layouts import triton_config
     from nbl_export.graph.io import load_graph
 
     model = load_graph(stories_out / "model.onnx")
-    config = text_format.Parse(engine_config(model, profiles=2), schema.ModelConfig())
+    config = text_format.Parse(triton_config(model, profiles=2), schema.ModelConfig())
     assert config.backend == "tensorrt" and len(config.sequence_batching.state) == 2 * 3
     (group,) = config.instance_group
     assert (group.kind, [*group.profile]) == (schema.ModelInstanceGroup.KIND_GPU, ["0", "1"])

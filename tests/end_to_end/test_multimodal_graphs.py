@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from nbl_export.blocks import attentions
-from nbl_export.export.form_check import check_form
+from nbl_export.export.checks import check_form
 from nbl_export.export.forms import FORMS
-from nbl_export.export.half import save_in_precision
+from nbl_export.export.ranges import save_in_precision
 from nbl_export.export.torch import export_torch
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.precision import precision_of

@@ -14,7 +14,7 @@ import pytest
 
 from nbl_export import api
 from nbl_export.export.forms import FORMS
-from nbl_export.export.half import save_in_precision
+from nbl_export.export.ranges import save_in_precision
 from nbl_export.export.torch import export_torch
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.precision import precision_of

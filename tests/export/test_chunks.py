@@ -11,10 +11,8 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
-from nbl_export.export.chunks import CHUNK
-from nbl_export.export.recurrence import CHUNKED
-from nbl_export.export.scans import make_scans
-from nbl_export.export.symbols import SYMBOLIC_DOMAIN
+from nbl_export.export.recurrence import CHUNKED, SYMBOLIC_DOMAIN
+from nbl_export.export.scans import CHUNK, make_scans
 
 ROWS, HEADS, KEY, VALUE = 2, 3, 16, 12
 RANKS = {"state": 4, "decay": 3, "query": 4, "key": 4, "value": 4, "beta": 3}

@@ -13,8 +13,8 @@ import torch
 
 from nbl_export.blocks import Block, Mlp
 from nbl_export.errors import InputError
+from nbl_export.export.checks import check_form
 from nbl_export.export.embeds import embedding_form, reading_embeds
-from nbl_export.export.form_check import check_form
 from nbl_export.export.forms import FORMS
 from nbl_export.export.torch import export_torch
 from nbl_export.graph.embedding import NAME

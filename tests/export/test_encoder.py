@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from nbl_export.export.encoder import encoder_form
+from nbl_export.export.forms import encoder_form
 from nbl_export.export.torch import export_torch
 from nbl_export.models.load import load_model
 from nbl_export.models.pooling import SENTENCE, Pooling

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from nbl_export.export.genai_config import NAME, genai_config, with_embeds
+from nbl_export.export.sidecars import GENAI, genai_config, with_embeds
 from nbl_export.models.layers import position_rows
 from nbl_export.models.multimodal import placeholders, whole_config
 from tests.fixtures_graph import load
@@ -81,10 +81,10 @@ def test_onnxruntime_genai_takes_it(tmp_path: Path, shared: bool) -> None:
         "onnxruntime_genai", reason="needs onnxruntime-genai: pip install 'nbl-export[genai]'"
     )
     known = genai_config(model(bos_token_id=1, eos_token_id=[2, 3]), 2, 2, 16, shared)
-    (tmp_path / NAME).write_text(json.dumps(known))
+    (tmp_path / GENAI).write_text(json.dumps(known))
     genai.Config(str(tmp_path))
     known["model"]["decoder"]["of_nobody"] = 1
-    (tmp_path / NAME).write_text(json.dumps(known))
+    (tmp_path / GENAI).write_text(json.dumps(known))
     with pytest.raises(Exception, match="of_nobody"):
         genai.Config(str(tmp_path))
     assert known["search"]["past_present_share_buffer"] is shared
@@ -128,7 +128,7 @@ def test_the_towers_have_a_place_beside_an_embedding(
         "image_grid_thw" if rows > 1 else "image_sizes",
     }
     genai = pytest.importorskip("onnxruntime_genai", reason="needs onnxruntime-genai")
-    (tmp_path / NAME).write_text(json.dumps(found))
+    (tmp_path / GENAI).write_text(json.dumps(found))
     genai.Config(str(tmp_path))
 
 
@@ -138,7 +138,7 @@ def test_embeddings_of_each_layer_go_from_the_embedding_to_the_decoder(tmp_path:
     assert found["model"]["embedding"]["outputs"] == both
     assert both.items() <= found["model"]["decoder"]["inputs"].items()
     genai = pytest.importorskip("onnxruntime_genai", reason="needs onnxruntime-genai")
-    (tmp_path / NAME).write_text(json.dumps(found))
+    (tmp_path / GENAI).write_text(json.dumps(found))
     genai.Config(str(tmp_path))  # which knows the names
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from nbl_export.errors import InputError
 from nbl_export.export.forms import CONCAT, SHARED
-from nbl_export.export.grouped import group_queries
+from nbl_export.export.fused import group_queries
 from nbl_export.export.torch import trace
 from nbl_export.graph.interface import interface_of
 from nbl_export.graph.io import save_graph

@@ -15,8 +15,7 @@ import torch
 from nbl_export.errors import BuildError
 from nbl_export.export import half as half_module
 from nbl_export.export.forms import FORMS
-from nbl_export.export.half import save_in_precision
-from nbl_export.export.ranges import ranges_of
+from nbl_export.export.ranges import ranges_of, save_in_precision
 from nbl_export.export.torch import trace
 from nbl_export.graph.io import load_graph
 from nbl_export.graph.precision import PRECISIONS

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from nbl_export.batch.names import NUM_LOGITS_TO_KEEP
-from nbl_export.export.half import save_in_precision
 from nbl_export.export.lm_head import add_num_logits_input, sliced_lm_head
+from nbl_export.export.ranges import save_in_precision
 from nbl_export.export.torch import trace
 from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.graph.precision import precision_of

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
-from nbl_export.export.form_check import check_form
-from nbl_export.export.forms import FORMS
 from nbl_export.export.ropes import both_ways
+
+from nbl_export.export.checks import check_form
+from nbl_export.export.forms import FORMS
 from nbl_export.export.torch import export_torch
 from tests.alone import furthest, graph_logits, own_logits, own_steps, rows_of
 from tests.tiny_types import tiny_model

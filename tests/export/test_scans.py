@@ -7,9 +7,8 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from nbl_export.export.recurrence import RECURRENCE
+from nbl_export.export.recurrence import RECURRENCE, SYMBOLIC_DOMAIN
 from nbl_export.export.scans import make_scans
-from nbl_export.export.symbols import SYMBOLIC_DOMAIN
 
 ROWS, TOKENS, HEADS, KEY, VALUE = 2, 5, 3, 4, 6
 SHAPES = {

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from nbl_export.export.skip_norms import fuse_norms
+from nbl_export.export.fused import fuse_norms
 from nbl_export.graph.operators import SKIP_NORMS
 from tests.sessions import cpu_session
 

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 from nbl_export.errors import BuildError
 from nbl_export.export import torch as exporting
 from nbl_export.export.forms import FORMS
-from nbl_export.export.half import save_in_precision
-from nbl_export.export.stand_ins import StandIns
+from nbl_export.export.ranges import save_in_precision
+from nbl_export.export.tidy import StandIns
 from nbl_export.export.torch import export_torch, trace
 from nbl_export.graph.precision import precision_of
 from nbl_export.models import weights

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from nbl_export.export.form_check import check_form
+from nbl_export.export.checks import check_form
 from nbl_export.export.forms import FORMS
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.row_positions import count_positions

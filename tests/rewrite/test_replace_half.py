@@ -15,7 +15,7 @@ import torch
 
 from nbl_export.errors import BuildError
 from nbl_export.export.forms import STATIC
-from nbl_export.export.half import save_in_precision
+from nbl_export.export.ranges import save_in_precision
 from nbl_export.export.torch import export_torch
 from nbl_export.graph.cache import KV_LAYERS_KEY
 from nbl_export.graph.io import load_graph, save_graph

@@ -26,7 +26,7 @@ from nbl_export.engine.manifest import Manifest
 from nbl_export.engine.network import NetworkFacts, NetworkTensor
 from nbl_export.engine.profiles import Limits, Profile, profiles
 from nbl_export.export.forms import FORMS
-from nbl_export.export.half import save_in_precision
+from nbl_export.export.ranges import save_in_precision
 from nbl_export.export.torch import trace
 from nbl_export.files import sha256_of_file
 from nbl_export.graph.io import load_graph, save_graph

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModel
 
 from nbl_export.errors import InputError
-from nbl_export.export.encoder import encoder_form
+from nbl_export.export.forms import encoder_form
 from nbl_export.export.torch import export_torch
 from nbl_export.models.encoder import encoder_of
 from nbl_export.models.load import in_precision, load_model

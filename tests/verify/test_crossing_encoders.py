@@ -17,8 +17,8 @@ from nbl_export.calibrate.collect import collect_moments
 from nbl_export.calibrate.probe import probe_inputs
 from nbl_export.errors import InputError
 from nbl_export.export import on_copy
-from nbl_export.export.encoder import encoder_form
-from nbl_export.export.on_copy import crossed_on_copy
+from nbl_export.export.checks import crossed_on_copy
+from nbl_export.export.forms import encoder_form
 from nbl_export.export.torch import export_torch
 from nbl_export.graph.summary import OnCopy
 from nbl_export.linearize.lmmse import fit_lmmse

@@ -1,11 +1,11 @@
-"""Attention as onnxruntime's GroupQueryAttention: causal, a length per row, past and present in one buffer.
+"""Fuse a traced graph to onnxruntime's own operators: GroupQueryAttention, and residual additions with their norms.
 
     before                                                 after
     q, k ─► Reshape ─► Transpose ─► RotaryEmbedding ─┐     q, k ─► RotaryEmbedding ─┐
     v ────► Reshape ─► Transpose ────────────────────┤     v, past, lengths of rows ┤
     past ─► Concat ─► present ────────► Attention(mask)    GroupQueryAttention ─► y, present
 
-That operator skips masked future positions, writes new keys and values into a cache that is bound as past and
+GroupQueryAttention skips masked future positions, writes new keys and values into a cache that is bound as past and
 present at once, and reads queries in the layout of the projections. It takes no mask: rows are padded on the right,
 and a query sees the keys up to its own position, or a sliding window of them.
 
@@ -13,7 +13,10 @@ and a query sees the keys up to its own position, or a sliding window of them.
 2. *Prove.* Its mask is computed for prompts, later chunks and a step at the maximum length, and must be that mask.
 3. *Replace.* Masks, transposes and copies that are no longer read are removed.
 
-GroupQueryAttention: onnxruntime's docs/ContribOperators.md.
+    h, y ─► Add ─► h' ─► RMSNormalization              h, y ─► SkipSimplifiedLayerNormalization ─► norm, h'
+
+LayerNormalization becomes SkipLayerNormalization. onnxruntime's own optimizer fuses these in older graphs but does not
+know RMSNormalization. The operators are in onnxruntime's docs/ContribOperators.md.
 """
 
 from __future__ import annotations
@@ -30,33 +33,29 @@ from onnx_ir.passes import common as passes
 from nbl_export.batch.names import EMBEDDINGS, MASK, POSITIONS, TOKENS
 from nbl_export.errors import InputError
 from nbl_export.graph.cache import KVPair, kv_pairs
-from nbl_export.graph.operators import MICROSOFT
+from nbl_export.graph.operators import MICROSOFT, int_attribute, is_constant
 from nbl_export.graph.tensors import int64_initializer
+from nbl_export.runtime.intermediates import compute_tensors
 
 _I32, _I64 = ir.DataType.INT32, ir.DataType.INT64
-_HEADS_FIRST = (
-    0,
-    2,
-    1,
-    3,
-)  # [batch, tokens, heads, head_dim] to [batch, heads, tokens, head_dim] and back
+_HEADS_FIRST = (0, 2, 1, 3)  # [batch, tokens, heads, head_dim] to [batch, heads, tokens, head_dim] and back
 _SIZES = 8  # the operator needs a head_dim that is a multiple of this
 _EDGE = 6  # tokens of the chunks that a mask is checked on
+_FUSED = {
+    "RMSNormalization": "SkipSimplifiedLayerNormalization",
+    "LayerNormalization": "SkipLayerNormalization",
+}
+_SUM = 3  # the index of the output that is the sum
 
 
 @dataclass(frozen=True)
 class _Attention:
-    """One layer's original attention: its node, its cache, and the new keys and values (4 dimensions each)."""
+    """One layer's original attention: its node, its cache, new keys and values (4 dimensions each), its mask's name."""
 
     node: ir.Node
     pair: KVPair
     new: tuple[ir.Value, ir.Value]
-
-    @property
-    def mask(self) -> str:
-        value = self.node.inputs[3]
-        assert value is not None  # checked when it was found
-        return str(value.name)
+    mask: str
 
 
 def group_queries(model: ir.Model, longest: int) -> None:
@@ -110,9 +109,10 @@ def _attention(pair: KVPair) -> _Attention:
         or ("softcap" in node.attributes and node.attributes["softcap"].as_float())
     ):
         raise _refuse(pair, "has attention that is not one Attention node on its cache")
-    new = tuple(n.inputs[1] for n in grown)
-    assert new[0] is not None and new[1] is not None
-    return _Attention(node, pair, (new[0], new[1]))
+    key, value = (n.inputs[1] for n in grown)
+    mask = node.inputs[3]
+    assert key is not None and value is not None and mask is not None
+    return _Attention(node, pair, (key, value), str(mask.name))
 
 
 # 2 -----------------------------------------------------------------------------------------------
@@ -141,8 +141,6 @@ def _compute(
     model: ir.Model, masks: Mapping[str, KVPair], past: int, tokens: int
 ) -> dict[str, NDArray[np.bool_]]:
     """The ``masks`` [1, 1, tokens, past + tokens] for one row of ``tokens`` after ``past``."""
-    from nbl_export.runtime.intermediates import compute_tensors
-
     row: dict[str, NDArray[Any]] = {
         TOKENS: np.zeros((1, tokens), dtype=np.int64),
         POSITIONS: past + np.arange(tokens, dtype=np.int64)[None],
@@ -284,3 +282,53 @@ def _typed(value: ir.Value, dtype: ir.DataType | None, shape: list[Any]) -> ir.V
     value.type = ir.TensorType(dtype) if dtype is not None else None
     value.shape = ir.Shape(shape)
     return value
+
+
+# Norms -------------------------------------------------------------------------------------------
+
+
+def fuse_norms(model: ir.Model) -> int:
+    """Fuse every norm of a sum of two activations [batch, tokens, d], in place; returns the number of fused norms."""
+    count = 0
+    for node in list(model.graph):
+        added = _added(node)
+        if added is None:
+            continue
+        epsilon = node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5
+        fused = ir.node(
+            _FUSED[node.op_type],
+            [*added.inputs, *node.inputs[1:]],
+            {"epsilon": epsilon},
+            domain=MICROSOFT,
+            num_outputs=_SUM + 1,
+            name=node.name,
+        )
+        node.prepend(fused)
+        for old, index in ((node.outputs[0], 0), (added.outputs[0], _SUM)):
+            new = fused.outputs[index]
+            new.name, new.type, new.shape = old.name, old.type, old.shape
+            old.name = f"{old.name}.apart"
+            ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+        for unused in fused.outputs[1:_SUM]:
+            unused.name = ""
+        count += 1
+    if count:
+        model.opset_imports[MICROSOFT] = 1
+        model.graph.sort()
+        passes.RemoveUnusedNodesPass()(model)
+    return count
+
+
+def _added(norm: ir.Node) -> ir.Node | None:
+    """The Add of two activations whose last dimension ``norm`` normalizes; None for any other node."""
+    value = norm.inputs[0] if norm.op_type in _FUSED and norm.domain in ("", "ai.onnx") else None
+    node = value.producer() if value is not None else None
+    if node is None or node.op_type != "Add" or int_attribute(norm, "axis", -1) not in (-1, 2):
+        return None
+    shapes = [None if v is None or v.shape is None else v.shape for v in node.inputs]
+    if any(s is None or len(s) != 3 or s[2] != shapes[0][2] for s in shapes):  # type: ignore[index]
+        return None
+    # Shapes must be equal: learned positions are broadcast over rows, and a bias is one vector.
+    if any(is_constant(v) for v in node.inputs) or shapes[0] != shapes[1]:
+        return None
+    return node

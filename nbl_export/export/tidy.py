@@ -1,0 +1,241 @@
+"""Make a graph of torch.onnx readable: public names and dimensions, weights stored once and read when it is written.
+
+A model is traced with tensors that stand for its weights (:func:`nbl_export.models.stand_ins.standing_in`). What the
+exporter makes of one, as a transposed matrix or one of a stack, is a view of it: the place in memory says of which
+weight, offset and strides say of what part. So the graph gets a tensor that makes the same view of the weight itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+from onnx_ir.passes import common as passes
+
+from nbl_export import __version__
+from nbl_export.batch.names import (
+    BATCH,
+    SIDES,
+    WRITE_INDICES,
+    past_name,
+    past_state_name,
+    present_name,
+    present_state_name,
+)
+from nbl_export.errors import BuildError
+from nbl_export.export.forms import ENCODER, Form
+from nbl_export.export.lm_head import add_num_logits_input
+from nbl_export.export.recurrence import SYMBOLIC_DOMAIN
+from nbl_export.export.scans import make_scans
+from nbl_export.graph.operators import int_attribute
+from nbl_export.models.caches import BlockCache
+from nbl_export.models.stand_ins import StandIn
+
+_SCOPES = "pkg.torch.onnx.name_scopes"
+Named = tuple[str, Mapping[int, str]]
+
+
+class StandIns:
+    """The tensors that stand for weights in a graph that is being made."""
+
+    def __init__(self, stand_ins: Sequence[StandIn]) -> None:
+        self._all = [(stand_in.tensor.data_ptr(), stand_in) for stand_in in stand_ins]
+
+    def attach(self, graph: ir.Graph, used: Collection[str]) -> bool:
+        """Give the initializers of ``graph`` the weights; whether all that are ``used`` are there.
+
+        One that is not may have been computed with, so the graph is of no use.
+        """
+        found: set[str] = set()
+        for value in graph.initializers.values():
+            if value.const_value is not None and (part := self._part(value.const_value.numpy())):
+                found.add(part[0].name)
+                value.const_value = _view(*part, value.const_value)
+        return found >= {stand_in.name for _, stand_in in self._all}.intersection(used)
+
+    def equal(self, a: NDArray[Any], b: NDArray[Any]) -> bool:
+        """Whether two arrays have equal numbers; what stands for a weight has those of the weight."""
+        ours, theirs = self._part(a), self._part(b)
+        if ours is None and theirs is None:
+            return np.array_equal(a, b)
+        if ours is None or theirs is None or (ours[1], a.shape, a.strides) != (theirs[1], b.shape, b.strides):
+            return False
+        return ours[0] is theirs[0] or torch.equal(ours[0].stored(), theirs[0].stored())
+
+    def _part(self, array: NDArray[Any]) -> tuple[StandIn, int] | None:
+        """The stand-in that ``array`` is a view of, and the offset in bytes; None for any other array."""
+        address = array.__array_interface__["data"][0]
+        for start, stand_in in self._all:
+            if start <= address < start + stand_in.tensor.nbytes:
+                return stand_in, address - start
+        return None
+
+
+def _view(stand_in: StandIn, offset: int, tensor: ir.TensorProtocol) -> ir.LazyTensor:
+    array = tensor.numpy()
+    shape, strides, name = array.shape, array.strides, tensor.name
+
+    def make() -> ir.TensorProtocol:
+        whole = stand_in.read().contiguous().cpu().numpy()
+        flat = whole.reshape(-1).view(np.uint8)[offset:].view(whole.dtype)
+        return ir.tensor(np.lib.stride_tricks.as_strided(flat, shape, strides), name=name)
+
+    # onnx_ir's annotation asks for a class of its own, its code for the protocol.
+    return ir.LazyTensor(make, dtype=tensor.dtype, shape=ir.Shape(shape), name=name)  # type: ignore[arg-type]
+
+
+def tidy(
+    model: ir.Model, form: Form, blocks: Sequence[BlockCache], stand_ins: StandIns | None = None
+) -> ir.Model:
+    """Set public names and dimensions, share common subexpressions, and remove torch's own metadata."""
+    make_scans(model)
+    _set_opset(model, form.opset)
+    passes.CommonSubexpressionEliminationPass()(model)
+    passes.RemoveUnusedNodesPass()(model)
+    graph = model.graph
+    _share_tied_weights(graph, stand_ins or StandIns([]))
+    _unstack_weights(graph)
+    passes.RemoveUnusedNodesPass()(model)
+    _name_weights(graph)
+    _name_interface(graph, form, blocks)
+    passes.ClearMetadataAndDocStringPass()(model)
+    _forget_symbols(graph)
+    # Rows of a static cache are padded on the right, so their last tokens are not at the same position.
+    if "logits" in form.outputs and WRITE_INDICES not in form.inputs:
+        add_num_logits_input(model)
+    model.producer_name, model.producer_version = "nbl-export", __version__
+    graph.name = "encoder" if form.name == ENCODER else "decoder"
+    return model
+
+
+def _set_opset(model: ir.Model, opset: int) -> None:
+    # The exporter's opset 23 graph is also valid in opset 24; some symbolic operators exist only there.
+    for node in model.graph:
+        node.domain = "" if node.domain == SYMBOLIC_DOMAIN else node.domain
+        node.version = None
+    model.opset_imports.pop(SYMBOLIC_DOMAIN, None)
+    model.opset_imports[""] = opset
+    # What reads an old opset reads no newer format of the file.
+    oldest = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
+    model.ir_version = min(int(model.ir_version), oldest)
+
+
+def _share_tied_weights(graph: ir.Graph, stand_ins: StandIns) -> None:
+    """Store a tied embedding once: a head that was folded into a transposed copy reads a Transpose of it."""
+    embeddings = [n.inputs[0] for n in graph if n.op_type == "Gather"]
+    for node in [n for n in graph if n.op_type == "MatMul"]:
+        head = _constant(node.inputs[1])
+        if head is None:
+            continue
+        for embedding in embeddings:
+            table = _constant(embedding)
+            if table is not None and table.shape == head.T.shape and stand_ins.equal(table, head.T):
+                transpose = ir.node("Transpose", [embedding], {"perm": [1, 0]})
+                node.prepend(transpose)
+                node.replace_input_with(1, transpose.outputs[0])
+                break
+
+
+def _unstack_weights(graph: ir.Graph) -> None:
+    """Store each expert's matrix, transposed if needed, instead of slicing it from a stack at run time."""
+    for stack in [v for v in graph.initializers.values() if v.shape is not None and len(v.shape) > 1]:
+        taken = [_stack_index(usage.node, usage.idx) for usage in stack.uses()]
+        if stack.const_value is None or not taken or None in taken:
+            continue
+        weights = stack.const_value.numpy()
+        for usage, index in zip(list(stack.uses()), taken, strict=True):
+            assert index is not None
+            _store(graph, usage.node.outputs[0], weights[index], f"{stack.name}.{index}")
+
+
+def _stack_index(node: ir.Node, argument: int) -> int | None:
+    """The constant index with which ``node`` slices the stack, its input ``argument``; None for any other node."""
+    index = node.inputs[1].const_value if node.op_type == "Gather" and node.inputs[1] is not None else None
+    if argument != 0 or int_attribute(node, "axis") != 0 or index is None or len(index.shape):
+        return None
+    return int(index.numpy())
+
+
+def _store(graph: ir.Graph, value: ir.Value, array: np.ndarray, name: str) -> None:  # type: ignore[type-arg]
+    transposes = [usage.node for usage in value.uses() if usage.node.op_type == "Transpose"]
+    if transposes and len(transposes) == len(value.uses()) and array.ndim == 2:
+        array, values = array.T, [node.outputs[0] for node in transposes]
+    else:
+        values = [value]
+    tensor = ir.tensor(array, name=name)
+    weight = ir.Value(
+        name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype)
+    )
+    graph.register_initializer(weight)
+    for replaced in values:
+        ir.convenience.replace_all_uses_with(replaced, weight)
+
+
+def _constant(value: ir.Value | None) -> np.ndarray | None:  # type: ignore[type-arg]
+    """The array of a constant matrix, or None for anything else."""
+    if value is None or value.const_value is None or len(value.const_value.shape) != 2:
+        return None
+    return value.const_value.numpy()
+
+
+def _name_weights(graph: ir.Graph) -> None:
+    """Rename folded constants such as val_17 after the module whose MatMul reads them."""
+    for node in graph:
+        weight = node.inputs[1] if node.op_type == "MatMul" else None
+        scopes = node.metadata_props.get(_SCOPES)
+        if weight is not None and scopes and weight.is_initializer() and str(weight.name).startswith("val_"):
+            scope = [s.strip(" '\"") for s in scopes.strip("[]").split(",")][-2:][0]
+            name = f"{scope}.matmul_weight"
+            if name not in graph.initializers:
+                weight.name = name
+    for value in list(graph.initializers.values()):
+        if str(value.name).startswith("model."):
+            value.name = str(value.name).removeprefix("model.")
+
+
+def _forget_symbols(graph: ir.Graph) -> None:
+    """Remove torch's symbols (s26) from the shapes of intermediate tensors; shape inference computes them again."""
+    interface = {*graph.inputs, *graph.outputs}
+    for node in graph:
+        for value in node.outputs:
+            if value not in interface and value.shape is not None:
+                # An unnamed dimension is unknown, which is correct; an old name would be wrong.
+                value.shape = ir.Shape([d if isinstance(d, int) else None for d in value.shape])
+
+
+def _name_interface(graph: ir.Graph, form: Form, blocks: Sequence[BlockCache]) -> None:
+    named, given, kept = list(form.inputs.items()), list(form.outputs.items()), list(_kept(form, blocks))
+    inputs, outputs = list(graph.inputs), list(graph.outputs)
+    if len(inputs) != len(named) + len(kept) or len(outputs) != len(given) + len(kept):
+        raise BuildError(
+            f"The exported graph has {len(inputs)} inputs and {len(outputs)} outputs for {len(blocks)} layers, "
+            "so a cache entry was optimized away: choose another --exporter."
+        )
+    for value, (name, dims) in zip(inputs, [*named, *(past for past, _ in kept)], strict=True):
+        _rename(value, name, dims)
+    for value, (name, dims) in zip(outputs, [*given, *(present for _, present in kept)], strict=True):
+        _rename(value, name, dims)
+
+
+def _rename(value: ir.Value, name: str, dims: Mapping[int, str]) -> None:
+    value.name = name
+    assert value.shape is not None
+    # A dimension that is fixed, as the number of tokens of an image, has no name.
+    value.shape = ir.Shape([d if isinstance(d, int) else dims.get(i, d) for i, d in enumerate(value.shape)])
+
+
+def _kept(form: Form, blocks: Sequence[BlockCache]) -> Iterator[tuple[Named, Named]]:
+    """Input and output of everything that the ``blocks`` keep, in order, with their dimensions."""
+    for layer, block in enumerate(blocks):
+        for side in SIDES if block.kv else ():
+            yield (past_name(layer, side), form.past), (present_name(layer, side), form.present)
+        for state in block.states:
+            yield (
+                (past_state_name(layer, state.kind), {0: BATCH}),
+                (present_state_name(layer, state.kind), {0: BATCH}),
+            )

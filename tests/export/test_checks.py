@@ -1,0 +1,292 @@
+"""A form of the cache in which a model or its graph is another one is refused before any work, with what to use."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.bloom.modeling_bloom import BloomMLP
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from nbl_export.errors import InputError
+from nbl_export.export import checks as module
+from nbl_export.export import recurrence
+from nbl_export.export import torch as exporting
+from nbl_export.export.checks import _error, check_form, crossed_on_copy
+from nbl_export.export.forms import CONCAT, FORMS, NONE, SHARED, STATIC, Branches
+from nbl_export.export.functions import exportable
+from nbl_export.export.torch import check_traces, export_torch
+from nbl_export.graph.summary import OnCopy
+from nbl_export.models.dummy_run import dummy_run
+from nbl_export.models.lengths import Room
+from nbl_export.models.weights import Stored, streamed
+from nbl_export.progress import Silent
+from tests.beyond import BEYOND
+from tests.families import unsaved
+from tests.models.test_weights import reads
+from tests.tiny_types import tiny_model
+
+
+@pytest.mark.parametrize(
+    ("model_type", "form"),
+    [("llama", SHARED), ("opt", CONCAT), ("gemma2", STATIC), ("opt", NONE), ("lfm2", CONCAT)],
+)
+def test_every_form_is_the_model(model_type: str, form: Any) -> None:
+    check_form(tiny_model(model_type), form)
+
+
+def test_weights_are_read_once_for_all_passes() -> None:
+    model = streamed(Stored(tiny_model("llama")), torch.float32)
+    dummy_run(model)
+    with reads() as found:
+        assert _error(model, CONCAT, Silent()) < 1e-3
+    assert max(Counter(found).values()) == 1
+    # Without room for them each pass reads them: two rows alone, a prefill and a step.
+    with pytest.MonkeyPatch.context() as patch, reads() as found:
+        patch.setattr(module, "room", lambda model: 0)
+        _error(model, CONCAT, Silent())
+    assert max(Counter(found).values()) == 4
+
+
+@pytest.mark.parametrize(
+    ("model_type", "found"),
+    [
+        ("gpt_oss", "GptOssAttention has attention sinks"),
+        ("bloom", "Layer 0 has attention that is not one Attention"),
+        ("gemma2", "Gemma2Attention caps its scores"),
+    ],
+)
+def test_other_attention_than_the_operators_is_refused_before_any_work(model_type: str, found: str) -> None:
+    with pytest.raises(InputError, match=f"^{found}.* does not compute: use --kv-cache concat"):
+        check_form(unsaved(model_type, num_hidden_layers=1), SHARED)
+
+
+def test_a_window_over_places_is_no_window_over_positions() -> None:
+    # GPT-Neo takes its own local mask by the length of the cache, which a static buffer has from the start.
+    attention = [[["global", "local"], 1]]
+    model = tiny_model("gpt_neo", num_layers=2, num_hidden_layers=2, attention_types=attention)
+    check_form(model, CONCAT)  # whose table is as long as the model, which is no branch
+    with pytest.raises(
+        InputError, match=r"GPTNeoForCausalLM computes other logits with --kv-cache static.*concat"
+    ):
+        check_form(model, STATIC)
+
+
+def test_positions_that_count_padding_are_refused() -> None:
+    config = AutoConfig.for_model(
+        "bart", vocab_size=60, d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48,
+        encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=48, max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.mul_(8 if parameter.ndim > 1 else 1)
+    with pytest.raises(InputError, match=r"padded rows: this architecture is not supported yet\.$"):
+        check_form(model, CONCAT)
+
+
+def test_a_state_that_is_no_cache_has_no_static_form() -> None:
+    with pytest.raises(InputError, match=r"layer 0: conv.*--exporter torch with --kv-cache concat"):
+        check_form(tiny_model("lfm2"), STATIC)
+
+
+def test_experts_that_loop_over_who_was_hit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("mixtral")
+    monkeypatch.setattr(type(model), "_can_set_experts_implementation", classmethod(lambda _: False))
+    model.config._experts_implementation = "eager"
+    with pytest.raises(
+        InputError, match=r"^MixtralForCausalLM runs the experts that its tokens go to in a loop of its own"
+    ):
+        check_form(model, CONCAT)
+
+
+@pytest.mark.parametrize(
+    ("name", "form"), [*((name, CONCAT) for name in BEYOND), ("gemma3", STATIC), ("phi3", NONE)]
+)
+def test_what_begins_at_a_length_is_rehearsed(name: str, form: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = BEYOND[name].model()
+    assert _error(model, form, Silent()) < 1e-3
+    # A form that computes another model is seen beyond the length alone.
+    off = BEYOND[name].model(off=True)
+    dummy_run(off)
+    other = replace(form, module=lambda _model: form.module(off))
+    monkeypatch.setattr(module, "exportable", lambda _model, *functions: exportable(off, *functions))
+    assert _error(model, other, Silent()) > 0.1
+    monkeypatch.setattr(module, "crossed_by", lambda *_: ())
+    assert _error(model, other, Silent()) < 1e-3
+
+
+def test_a_form_is_advised_only_where_it_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+
+    def refused(model: Any, form: Any) -> None:
+        raise InputError("cannot be traced")
+
+    monkeypatch.setattr(module, "_error", lambda _model, form, *_: 0.0 if form.name == "none" else 9.0)
+    with pytest.raises(InputError, match=r": use --kv-cache none\.$"):
+        check_form(model, CONCAT)
+    monkeypatch.setattr(module, "_check_trace", refused)
+    with pytest.raises(InputError, match=r": this architecture is not supported yet\.$"):
+        check_form(model, CONCAT)
+
+
+# What cannot be traced ----------------------------------------------------------------------------
+
+
+def changed(monkeypatch: pytest.MonkeyPatch, mlp: Callable[[Any, Any, torch.Tensor], torch.Tensor]) -> Any:
+    """A Llama with another MLP, which is given its own."""
+    own = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: mlp(own, self, x))
+    return tiny_model("llama")
+
+
+@pytest.mark.parametrize(
+    ("mlp", "found"),
+    [
+        (
+            lambda own, self, x: torch.cat([own(self, x[:, i : i + 1]) for i in range(x.shape[1])], dim=1),
+            "takes a step for each token of a text, and a graph",
+        ),
+        (
+            lambda own, self, x: own(self, x * 2 if x.mean() > 1000 else x),
+            "goes one of two ways by a number that it computes",
+        ),
+    ],
+)
+def test_what_torch_cannot_trace_is_refused_in_our_words(
+    monkeypatch: pytest.MonkeyPatch, mlp: Any, found: str
+) -> None:
+    with pytest.raises(InputError, match=f"^LlamaForCausalLM {found}"):
+        check_form(changed(monkeypatch, mlp), CONCAT)
+
+
+def test_a_trace_without_end_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    def forward(own: Any, self: Any, x: torch.Tensor) -> torch.Tensor:
+        while torch.compiler.is_exporting():
+            x = self.act_fn(x)
+        return own(self, x)
+
+    model = changed(monkeypatch, forward)
+    monkeypatch.setattr(exporting, "_BASE", 0.5)
+    monkeypatch.setattr(exporting, "_OF_BLOCK", 0.0)
+    for work in (lambda: check_form(model, CONCAT), lambda: export_torch(model, tmp_path / "model.onnx")):
+        with pytest.raises(InputError, match=r"^Tracing LlamaForCausalLM takes longer than 0 s"):
+            work()
+    assert list(tmp_path.iterdir()) == [] and model.config._attn_implementation == "sdpa"
+
+
+def branching(monkeypatch: pytest.MonkeyPatch, longer: Callable[[Any], bool]) -> Any:
+    """A Llama whose MLP doubles the states of a text that is ``longer`` than those that are traced."""
+    return changed(monkeypatch, lambda own, self, x: own(self, x) * 2 if longer(x.shape[1]) else own(self, x))
+
+
+@pytest.mark.parametrize("form", [CONCAT, STATIC, NONE], ids=lambda form: form.name)
+def test_a_branch_on_the_number_of_new_tokens_is_refused(monkeypatch: pytest.MonkeyPatch, form: Any) -> None:
+    model = branching(monkeypatch, lambda tokens: tokens > 60)
+    with pytest.raises(
+        Branches, match=r"^LlamaForCausalLM computes texts of more than 6\d tokens in another"
+    ):
+        check_form(model, form)
+
+
+def test_where_the_branch_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Branches, match="more than 89 tokens"):
+        check_traces(branching(patch, lambda tokens: tokens // 90 > 0), NONE)  # the first of chunks is traced
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Branches, match="more than 249 tokens"):
+        check_traces(branching(patch, lambda tokens: tokens >= 250), NONE)  # of 256 positions
+    check_traces(branching(monkeypatch, lambda tokens: tokens > 256), NONE)
+
+
+def test_a_model_without_a_limit_is_looked_at_up_to_very_long_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = unsaved("bloom").eval()
+    model.config.max_position_embeddings = None
+    check_traces(model, CONCAT)
+    own = BloomMLP.forward
+
+    def forward(self: Any, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return own(self, x if x.shape[1] < 100_000 else x * 2, residual)
+
+    monkeypatch.setattr(BloomMLP, "forward", forward)
+    with pytest.raises(Branches, match="more than 99,999 tokens"):
+        check_traces(model, NONE)
+
+
+def test_a_loop_over_chunks_that_is_not_replaced_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recurrence, "_FORWARDS", {})
+    with pytest.raises(
+        Branches, match=r"ForCausalLM computes texts of more than (89|90) tokens in another way"
+    ):
+        check_traces(tiny_model("minimax"), NONE)
+
+
+def test_doge_that_drops_keys_of_longer_texts_is_refused() -> None:
+    # Its logits were wrong from token 100 on. Of keys of one score transformers drops any: a row's logits are others in
+    # a batch, so there is nothing to be equal to.
+    for form in (CONCAT, STATIC, NONE):
+        with pytest.raises(
+            Branches, match=r"^DogeForCausalLM computes texts of more than \d+ tokens in another way"
+        ):
+            check_form(tiny_model("doge"), form)
+
+
+# On a copy ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if every model were large."""
+    monkeypatch.setattr(module, "REHEARSAL", Room(0.0))
+
+
+@pytest.mark.usefixtures("no_room")
+@pytest.mark.parametrize(("name", "form"), [("phi3", "static"), ("mistral", "shared"), ("gemma3", "none")])
+def test_a_right_form_is_crossed_and_says_with_what(name: str, form: str) -> None:
+    assert crossed_on_copy(BEYOND[name].model(), FORMS[form]) == (OnCopy(BEYOND[name].key, 100, 16),)
+
+
+@pytest.mark.usefixtures("no_room")
+@pytest.mark.parametrize("name", ["mistral", "llama4"])
+def test_a_graph_without_it_is_refused_before_any_work(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def export(copy: torch.nn.Module, path: Any, form: Any) -> Any:
+        fields: Any = {**copy.config.to_dict(), **BEYOND[name].off}  # type: ignore[operator, union-attr]
+        other = type(copy)(type(copy.config).from_dict(fields)).float().eval()  # type: ignore[union-attr]
+        other.load_state_dict(copy.state_dict())
+        return export_torch(other, path, form=form)
+
+    monkeypatch.setattr(module, "export_torch", export)
+    with pytest.raises(
+        InputError,
+        match=rf"^\w+ with --kv-cache concat computes other logits than PyTorch beyond {BEYOND[name].key} 100 \(error "
+        r".* where that is 16\): use another --kv-cache, or another --exporter\.$",
+    ):
+        crossed_on_copy(BEYOND[name].model(), CONCAT)
+
+
+@pytest.mark.usefixtures("no_room")
+def test_it_is_done_once_and_again_where_rounding_decided(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = iter([0.5, 1e-5, 0.0])
+    monkeypatch.setattr(module, "_error_of_copy", lambda *_: next(errors))
+    model = BEYOND["mistral"].model()
+    for _ in range(2):
+        assert crossed_on_copy(model, CONCAT) == (OnCopy("sliding_window", 100, 16),)
+    crossed_on_copy(model, NONE)
+    assert next(errors, None) is None and crossed_on_copy(tiny_model("llama"), STATIC) == ()
+
+
+@pytest.mark.usefixtures("no_room")
+def test_what_a_copy_cannot_show_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    model.model.layers[0].self_attn.frob_window = 100
+    assert crossed_on_copy(model, CONCAT) == (OnCopy("LlamaAttention.frob_window", 100, why=module._UNSAID),)
+
+    def refuse(*_: Any) -> Any:
+        raise ValueError("It cannot be made smaller.\nAnd more")
+
+    monkeypatch.setattr(module, "small_copy", refuse)
+    found = crossed_on_copy(BEYOND["mistral"].model(), CONCAT)
+    assert found == (OnCopy("sliding_window", 100, why="It cannot be made smaller"),)
