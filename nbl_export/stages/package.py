@@ -142,8 +142,8 @@ def package(
 
 
 def _package(ws: Workspace, to: Path, listener: Listener, layout: str, base: bool) -> Package:
-    from nbl_export.export.sidecars import GENAI
     from nbl_export.export.layouts import LAYOUTS
+    from nbl_export.export.sidecars import GENAI
 
     if layout not in LAYOUTS:
         raise InputError(f"--layout {layout} is unknown: choose {', '.join(LAYOUTS)}.")
