@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
-from nbl_export.child_process import ChildError, Limits, Tell, in_child
+from nbl_export.child_process import ChildError, Tell, in_child
 from nbl_export.errors import NblError, first_line
 from nbl_export.parts import PARTS, Part
 from nbl_export.progress import Listener
@@ -91,7 +91,7 @@ def try_all(modules: Iterable[str], listener: Listener) -> dict[str, Trial]:
 def _in_company(names: Sequence[str], heard: Tell) -> Exception | None:
     """Try several in one child process; the error if it did not come to its end."""
     try:
-        in_child(each, list(names), "Trying packages", "leave one out", Limits(idle=_SECONDS), heard)
+        in_child(each, list(names), "Trying packages", "leave one out", _SECONDS, heard)
     except (ChildError, NblError, OSError) as error:
         return error
     return None
@@ -100,7 +100,7 @@ def _in_company(names: Sequence[str], heard: Tell) -> Exception | None:
 def try_one(name: str) -> Trial:
     """The trial of one module, alone in a child process."""
     try:
-        facts = in_child(alone, name, name, "leave it out", Limits(seconds=_SECONDS))
+        facts = in_child(alone, name, name, "leave it out", _SECONDS)
     except ChildError as error:
         return Trial(error.reason)
     except (NblError, OSError) as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nbl_export.child_process import Limits as ChildLimits
 from nbl_export.child_process import Tell, in_child
 from nbl_export.engine.build import Built, Job, build_engine, parsable
 from nbl_export.engine.library import Library, library_of
@@ -46,7 +45,7 @@ def build_in_child(
             {"package": library.package, "job": job},
             f"The build of an engine of {graph} with {library}",
             _REMEDY,
-            ChildLimits(idle=PATIENCE),
+            PATIENCE,
             task.advance,
         )
     return from_json(Built, built, "What the build of an engine said", _REMEDY)

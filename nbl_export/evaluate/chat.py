@@ -10,11 +10,11 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from nbl_export.child_process import ChildError, Limits, in_child
+from nbl_export.child_process import ChildError, in_child
 from nbl_export.errors import InputError
 from nbl_export.printable import printable
 
-_LIMITS = Limits(idle=30, memory=4 << 30)  # idle: for each conversation, and to start with
+_PATIENCE = 30  # seconds for each conversation, and to start with
 # Characters that a template may make of a conversation of none, and for each character of one.
 _LONGEST, _GROWTH = 1 << 18, 16
 _OR = ", or use the model's original template"
@@ -63,7 +63,7 @@ class ChatTemplate:
         }
         texts: list[str] = []
         try:
-            in_child(_write, asked, name, remedy, _LIMITS, texts.append)
+            in_child(_write, asked, name, remedy, _PATIENCE, texts.append)
         except ChildError as error:
             raise InputError(printable(str(error))) from None
         self._written |= dict(zip(missing, texts, strict=True))

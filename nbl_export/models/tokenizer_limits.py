@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nbl_export.child_process import ChildError, Limits, in_child
+from nbl_export.child_process import ChildError, in_child
 from nbl_export.errors import InputError
 from nbl_export.files import member, read_json
 from nbl_export.models.tokenizer_growth import growth, too_much
@@ -19,7 +19,7 @@ from nbl_export.models.tokenizer_growth import growth, too_much
 TOKENIZER = "tokenizer.json"
 _CONFIG, _VERSIONS = "tokenizer_config.json", "fast_tokenizer_files"
 _SPECIAL = "special_tokens_map.json"
-_LIMITS = Limits(seconds=20, memory=4 << 30)
+_PATIENCE = 20  # seconds
 _VOCABULARIES = (TOKENIZER, "*vocab*", "*merges*", "*.model", "*.tiktoken", "*.bpe", "tekken.json")
 _PROBE = 8192  # characters of each text that is tried
 _GROWTH, _RULES = 16, 64  # how often a text may grow, and how many rules there may be, without a trial
@@ -98,7 +98,7 @@ def _check_rules(source: str, path: Path) -> None:
             {"path": str(path), "probes": [(p * _PROBE)[:_PROBE] for p in probes]},
             f"The tokenizer of {source}",
             "its rules cannot be used; use the model's original tokenizer.json",
-            _LIMITS,
+            _PATIENCE,
         )
     except ChildError as error:
         raise InputError(str(error)) from None

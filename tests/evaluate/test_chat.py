@@ -61,7 +61,7 @@ def test_a_bomb_is_refused_in_one_sentence(
     tokenizer: Any, bomb: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", BOMBS[bomb])
-    monkeypatch.setattr(module, "_LIMITS", module.Limits(idle=4, memory=3 << 30))
+    monkeypatch.setattr(module, "_PATIENCE", 4)
     start = time.monotonic()
     with pytest.raises(InputError) as caught:
         ChatTemplate(tokenizer).write([(ASKED, True), ([{"role": "user", "content": "again"}], True)])

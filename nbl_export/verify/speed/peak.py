@@ -13,9 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from nbl_export.child_process import OUT_OF_MEMORY, ChildError, Limits, Tell, in_child
+from nbl_export.child_process import OUT_OF_MEMORY, ChildError, Tell, in_child
 
 NO_ROOM = "out of memory"
 # What the runtime, numpy and C++ say of it.
@@ -35,13 +33,11 @@ def peak_bytes(
     def heard(value: int | str) -> None:
         found[cells[len(found)]] = value
 
-    # Beyond this an allocation fails, which one can catch; the kernel's way with too little memory is to kill.
-    limits = Limits(memory=psutil.virtual_memory().available)
     asked = [str(path.resolve()), [list(cell) for cell in cells], positions]
     what, remedy = f"Measuring the peak memory of {path}", "leave it out with --no-memory"
     missing = NO_ROOM
     try:
-        in_child(measure, asked, what, remedy, limits, heard)
+        in_child(measure, asked, what, remedy, heard=heard)
     except ChildError as error:
         if error.signal is None and error.reason != OUT_OF_MEMORY:
             raise
