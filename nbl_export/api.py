@@ -25,7 +25,6 @@ from nbl_export.settings import (
     BenchSettings,
     Budget,
     CalibrateSettings,
-    ChatSettings,
     ConvertSettings,
     DiffBounds,
     EngineSettings,
@@ -40,7 +39,6 @@ from nbl_export.settings import (
 from nbl_export.stages.bench import bench
 from nbl_export.stages.build import build
 from nbl_export.stages.calibrate import calibrate
-from nbl_export.stages.chat import chat
 from nbl_export.stages.convert import convert
 from nbl_export.stages.dry_run import dry_run
 from nbl_export.stages.evaluate import evaluate
@@ -57,7 +55,6 @@ __all__ = [
     "BenchSettings",
     "Budget",
     "CalibrateSettings",
-    "ChatSettings",
     "ConvertSettings",
     "DiffBounds",
     "EngineSettings",
@@ -74,7 +71,6 @@ __all__ = [
     "bench",
     "build",
     "calibrate",
-    "chat",
     "convert",
     "diff",
     "doctor",

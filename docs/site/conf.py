@@ -45,8 +45,7 @@ VALUES = {
     "Diff": "nbl_export.report.diff.values",
     "Evaluation": "nbl_export.report.evaluation",
     "RewriteResult": "nbl_export.rewrite.replace",
-    "Chat": "nbl_export.stages.chat",
-    "Generated": "nbl_export.stages.talking",
+    "Generated": "nbl_export.generate.answer",
 }
 vars(api).update({name: getattr(import_module(module), name) for name, module in VALUES.items()})
 

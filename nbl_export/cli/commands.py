@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nbl_export.cli import answers
-from nbl_export.cli.finished import chat, diff, generate, inspect, loaded, package, report
+from nbl_export.cli.finished import diff, generate, inspect, loaded, package, report
 from nbl_export.cli.options import (
     NBL_OUT,
     Again,
@@ -269,7 +269,6 @@ IN_ORDER = (
     eval_,
     bench,
     generate,
-    chat,
     convert,
     package,
     report,

@@ -21,8 +21,8 @@ from nbl_export.cli.options import (
     Trust,
 )
 from nbl_export.errors import GATE_FAILED
-from nbl_export.settings import ChatSettings, DiffBounds, GenerateSettings, RunSettings
-from nbl_export.settings.definition import Settings, UsageError
+from nbl_export.settings import DiffBounds, GenerateSettings, RunSettings
+from nbl_export.settings.definition import Settings
 
 
 def loaded(said: Said, asked: Settings | RunSettings | None = None) -> tuple[Any, Any]:
@@ -51,39 +51,22 @@ def generate(
     config: Config = None,
     said: Said = Said(),
 ) -> None:
-    """Print what the linearized graph generates after a prompt; for scripts."""
+    """Print what a graph generates after a prompt, or after each line typed."""
     api, terminal = loaded(said, settings)
     from nbl_export.cli import output, writing
 
-    text = writing.prompt_of(prompt, prompt_file)
+    typed = not said.json and writing.is_typed(prompt, prompt_file)
+    text = None if typed else writing.prompt_of(prompt, prompt_file)
     listener, written = terminal.TerminalListener(), writing.Written(settings.graph, heard=not said.json)
-    generated = api.generate(out, text, settings, listener, trust, rehash, written.piece)
-    written.end()
-    for answer in generated:
+
+    def answered(answer: Any) -> None:
+        written.end()
         listener.note(writing.figures_line(answer))
         output.log_text(answer.text)
+
+    turns = writing.typed() if text is None else text
+    generated = api.generate(out, turns, settings, listener, trust, rehash, written.piece, answered)
     terminal.finish("generate", None, out=out, prompt=text, answers=generated)
-
-
-def chat(
-    out: Out,
-    /,
-    *,
-    settings: ChatSettings = ChatSettings(),
-    trust: Trust = False,
-    rehash: Rehash = False,
-    config: Config = None,
-    said: Said = Said(),
-) -> None:
-    """Talk to both graphs in the terminal, side by side."""
-    from nbl_export.cli import chat as screen
-
-    if said.json:
-        raise UsageError("A chat has no answer in JSON: use `nbl-export generate OUT --json`")
-    screen.check_terminal()
-    api, terminal = loaded(said, settings)
-    with api.chat(out, settings, terminal.TerminalListener(), trust, rehash) as talk:
-        screen.talk(talk, out)
 
 
 def package(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from nbl_export.settings.definition import UsageError
 from nbl_export.settings.talking import BOTH
 
 if TYPE_CHECKING:
-    from nbl_export.stages.talking import Generated
+    from nbl_export.generate.answer import Generated
 
 _MOST = 64 << 20  # bytes of a prompt
 _STDIN = Path("-")
@@ -53,6 +54,19 @@ def prompt_of(words: str | None, file: Path | None) -> str:
     if any("\ud800" <= c <= "\udfff" for c in text):
         raise InputError(f"{where} is not UTF-8: convert it.")
     return text
+
+
+def is_typed(words: str | None, file: Path | None) -> bool:
+    """Whether somebody types the prompts."""
+    return words is None and file is None and sys.stdin is not None and sys.stdin.isatty()
+
+
+def typed() -> Iterator[str]:
+    """The lines that are typed, until the end (Ctrl-D)."""
+    with contextlib.suppress(EOFError):
+        while True:
+            if (line := input("> ")).strip():
+                yield line.encode("utf-8", "replace").decode("utf-8")  # bytes that are no text
 
 
 def _decoded(content: bytes, what: str) -> str:
@@ -104,26 +118,17 @@ class Written:
 
 
 def figures_line(answer: Generated) -> str:
-    """Which graph answered, in which runtime, what that took, and why it ended where the model did not end it."""
-    return " · ".join(filter(None, (f"{answer.graph} ({answer.runtime}): {figures_of(answer)}", cut(answer))))
-
-
-def figures_of(answer: Generated) -> str:
-    """What an answer took, in one line."""
+    """Which graph answered, what that took, and why it ended where the model did not end it."""
     figures = answer.figures
-    return " · ".join(
+    read = (
         f"{what} {count:,} tokens{_rate(rate)}"
         for what, count, rate in (
-            ("prefill", figures.read_tokens, figures.prefill_rate),
+            ("prefill", figures.prompt_tokens, figures.prefill_rate),
             ("decode", figures.decoded_tokens, figures.decode_rate),
         )
         if count
     )
-
-
-def cut(answer: Generated) -> str:
-    """Where an answer ended that the model did not end; empty while it goes on."""
-    return _WHY.get(answer.why, "")
+    return f"{answer.graph}: " + " · ".join([*read, *filter(None, [_WHY.get(answer.why, "")])])
 
 
 def _rate(rate: float | None) -> str:

@@ -6,16 +6,15 @@ module needs the extra ``eval``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from typing import Any
 
 from lm_eval import utils
-from lm_eval.api.model import LM, TemplateLM
+from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
 from nbl_export.errors import InputError
-from nbl_export.evaluate.chat import ChatTemplate
+from nbl_export.evaluate.chat import in_chat_template
 from nbl_export.evaluate.scoring import Limits, Pair, greedy, log_likelihoods
 from nbl_export.progress import Listener
 from nbl_export.runtime.stream import Stream
@@ -25,7 +24,7 @@ class DecoderLM(TemplateLM):  # type: ignore[misc]
     """The language-model interface of lm-evaluation-harness over a stream.
 
     ``limits`` are the model's positions and the batch size; ``title`` is the title of the progress reported to the
-    ``listener``. ``chat`` is the tokenizer's chat template, which keeps what it has written.
+    ``listener``.
     """
 
     def __init__(
@@ -35,12 +34,10 @@ class DecoderLM(TemplateLM):  # type: ignore[misc]
         limits: Limits,
         listener: Listener,
         title: str = "",
-        chat: ChatTemplate | None = None,
     ) -> None:
         super().__init__()
         self.stream, self.tokenizer, self.limits = stream, tokenizer, limits
         self.listener, self.title = listener, title
-        self.chat = chat or ChatTemplate(tokenizer)
         self.max_gen_toks = min(256, limits.positions // 2)
 
     # interface of the base class -----------------------------------------------------------------
@@ -75,7 +72,9 @@ class DecoderLM(TemplateLM):  # type: ignore[misc]
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """The conversation in the tokenizer's chat template, as text."""
-        return self.chat(chat_history, add_generation_prompt)
+        return in_chat_template(
+            self.tokenizer, chat_history, "leave out --chat-template", add_generation_prompt
+        )
 
     # requests ------------------------------------------------------------------------------------
     def _loglikelihood_tokens(
@@ -145,36 +144,3 @@ class DecoderLM(TemplateLM):  # type: ignore[misc]
             return True
         text = self.tok_decode(tokens)
         return any(stop and stop in text for stop in stops)
-
-
-class _Recorded(Exception):
-    """All conversations of a task are known."""
-
-
-class _Recorder(LM):  # type: ignore[misc]
-    """Collects the conversations of a task, and is asked nothing."""
-
-    tokenizer_name = ""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conversations: list[tuple[list[dict[str, str]], bool]] = []
-
-    def apply_chat_template(
-        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
-    ) -> str:
-        self.conversations.append((list(chat_history), add_generation_prompt))
-        return "?"
-
-    def _stop(self, *_requests: Any, **_kwargs: Any) -> Any:
-        raise _Recorded
-
-    loglikelihood = loglikelihood_rolling = generate_until = _stop
-
-
-def conversations(evaluate: Callable[[LM], Any]) -> list[tuple[list[dict[str, str]], bool]]:
-    """The conversations that ``evaluate`` asks a model about, and whether each has the beginning of an answer."""
-    recorder = _Recorder()
-    with suppress(_Recorded):
-        evaluate(recorder)
-    return recorder.conversations

@@ -220,26 +220,19 @@ def run_task(lm: DecoderLM, task: EvalTask, settings: EvalSettings) -> Outcome:
     """Run ``task`` with the model ``lm``; raises :class:`InputError` if the harness cannot."""
     from lm_eval.evaluator import evaluate
 
-    from nbl_export.evaluate.harness import conversations
-
     built = task.build()
-
-    def evaluated(model: Any) -> Any:
-        built.set_fewshot_seed(settings.seed)  # the same examples for both models
-        return evaluate(
-            model,
-            {"tasks": {task.name: built}, "groups": {}},
-            samples=None if task.indices is None else {task.name: list(task.indices)},
-            bootstrap_iters=0,
-            log_samples=True,
-            apply_chat_template=settings.chat_template,
-        )
 
     try:
         with quiet():
-            if settings.chat_template:
-                lm.chat.write(conversations(evaluated))  # all at once: each time is a process
-            found = evaluated(lm)
+            built.set_fewshot_seed(settings.seed)  # the same examples for both models
+            found = evaluate(
+                lm,
+                {"tasks": {task.name: built}, "groups": {}},
+                samples=None if task.indices is None else {task.name: list(task.indices)},
+                bootstrap_iters=0,
+                log_samples=True,
+                apply_chat_template=settings.chat_template,
+            )
     except NblError:
         raise
     except Exception as error:

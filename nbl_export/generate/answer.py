@@ -1,36 +1,58 @@
-"""One answer: tokens after a prompt until the model ends it, or there is no room, and what it took."""
+"""Generate one answer: tokens after a prompt until the model ends it or there is no room, and the time they took."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from nbl_export.errors import InputError
-from nbl_export.generate.reader import Reader
-from nbl_export.generate.sampling import Sampler
-from nbl_export.generate.text import TextOfTokens
+from nbl_export.evaluate.scoring import Limits, last_logits
+from nbl_export.generate.prompts import TextOfTokens
+from nbl_export.runtime.stream import Stream
 
 # Why an answer is over: the model ended it, or there may be or can be no more tokens, or nobody asked for more.
 ENDED, MOST, FULL, STOPPED = "ended", "max-tokens", "positions", "stopped"
 
 
-class TooLong(InputError):
-    """A prompt of more ``tokens`` than the model has ``positions``."""
+def sampler(temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> Callable[[NDArray[Any]], int]:
+    """What chooses a token of logits [vocab]; two with the same arguments choose the same.
 
-    def __init__(self, tokens: int, positions: int, remedy: str = "make it shorter") -> None:
-        super().__init__(
-            f"The prompt has {tokens:,} tokens, and the model {positions:,} positions: {remedy}."
-        )
-        self.tokens, self.positions = tokens, positions
+    ``temperature`` divides the logits; 0 takes the likeliest token, the first of several. ``top_p`` leaves the fewest
+    likeliest tokens that together have this probability, one at least, as transformers does. Raises
+    :class:`InputError` for logits that are no numbers.
+    """
+    random = np.random.default_rng(seed)
+
+    def choose(logits: NDArray[Any]) -> int:
+        values = np.asarray(logits, dtype=np.float64)
+        best = int(values.argmax())
+        if not np.isfinite(values[best]):
+            raise InputError(
+                "The graph's logits are not finite, so there is no next token: see what `nbl-export verify` says of it."
+            )
+        if temperature == 0:
+            return best
+        with np.errstate(over="ignore"):  # at a temperature near 0 all others are infinitely far
+            weights = np.exp((values - values[best]) / temperature)
+        order = np.argsort(-weights, kind="stable")
+        summed = np.cumsum(weights[order])
+        kept = int(np.searchsorted(summed, top_p * summed[-1])) + 1
+        place = int(np.searchsorted(summed[:kept], random.random() * summed[kept - 1], side="right"))
+        return int(order[min(place, kept - 1)])
+
+    return choose
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Seconds of reading what was new of a prompt, and of reading generated tokens, with how many there were."""
+    """Seconds of reading a prompt, and of reading generated tokens, with how many there were."""
 
     prompt_tokens: int
-    read_tokens: int
     prefill_seconds: float
     decoded_tokens: int
     decode_seconds: float
@@ -38,7 +60,7 @@ class Figures:
     @property
     def prefill_rate(self) -> float | None:
         """Tokens per second."""
-        return self.read_tokens / self.prefill_seconds if self.prefill_seconds else None
+        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else None
 
     @property
     def decode_rate(self) -> float | None:
@@ -46,63 +68,67 @@ class Figures:
         return self.decoded_tokens / self.decode_seconds if self.decode_seconds else None
 
 
-class Answer:
-    """An answer of ``reader`` to ``prompt``, a text from its beginning.
+@dataclass(frozen=True)
+class Generated:
+    """What a ``graph``, base or linearized, generated; ``tokens`` have the stop token, if there is one.
 
-    ``text`` and ``tokens`` are what there is so far; ``why`` it is over is empty until it is.
+    ``why`` it is over is ``ended`` (a stop token), ``max-tokens``, ``positions`` (the model's last one) or ``stopped``
+    (by the caller).
     """
 
-    def __init__(
-        self,
-        reader: Reader,
-        prompt: Sequence[int],
-        text_of: Callable[[Sequence[int]], TextOfTokens],
-        sampler: Sampler,
-        stops: Collection[int],
-        most: int,
-    ) -> None:
-        if reader.positions is not None and len(prompt) > reader.positions:
-            raise TooLong(len(prompt), reader.positions)
-        self._reader, self._prompt, self._sampler = reader, list(prompt), sampler
-        self._text_of, self._stops, self._most = text_of(prompt), stops, most
-        self._read = self._decoded = 0
-        self._prefill = self._decode = 0.0
-        self.text = self.why = ""
-        self.tokens: list[int] = []
+    graph: str
+    text: str
+    tokens: tuple[int, ...]
+    why: str
+    figures: Figures
 
-    @property
-    def figures(self) -> Figures:
-        return Figures(len(self._prompt), self._read, self._prefill, self._decoded, self._decode)
 
-    def pieces(self) -> Generator[str, None, None]:
-        """The text, piece by piece; a piece is empty where a token says nothing yet."""
-        try:
-            for piece in self._pieces():
-                self.text += piece
-                yield piece
-        finally:
-            self.why = self.why or STOPPED
+def generate_answer(
+    graph: str,
+    stream: Stream,
+    prompt: Sequence[int],
+    text: TextOfTokens,
+    choose: Callable[[NDArray[Any]], int],
+    stops: Collection[int],
+    most: int,
+    limits: Limits,
+    told: Callable[[str], object],
+) -> Generated:
+    """Up to ``most`` tokens after ``prompt``, of which ``told`` hears each piece of text until it returns False.
 
-    def _pieces(self) -> Iterator[str]:
-        reader, positions = self._reader, self._reader.positions
-        before, start = reader.ran, time.perf_counter()
-        logits = reader.read(self._prompt, self._most)
-        self._prefill, self._read = time.perf_counter() - start, reader.ran - before
-        while True:
-            token = self._sampler(logits)
-            self.tokens.append(token)
-            if token in self._stops:
-                self.why = ENDED
-                break
-            yield self._text_of.add(token)
-            if len(self.tokens) >= self._most:
-                self.why = MOST
-                break
-            if positions is not None and len(self._prompt) + len(self.tokens) > positions:
-                self.why = FULL
-                break
+    Raises :class:`InputError` for a prompt of more tokens than the model has positions.
+    """
+    if len(prompt) > limits.positions:
+        raise InputError(
+            f"The prompt has {len(prompt):,} tokens, and the model {limits.positions:,} positions: make it shorter."
+        )
+    stream.reserve(min(len(prompt) + most, limits.positions))
+    start = time.perf_counter()
+    logits = last_logits(stream, [np.array(prompt, dtype=np.int64)], limits.tokens)[0]
+    prefill, decode = time.perf_counter() - start, 0.0
+    tokens: list[int] = []
+    pieces: list[str] = []
+    why = ""
+
+    def heard(piece: str) -> bool:
+        pieces.append(piece)
+        return not piece or told(piece) is not False
+
+    while not why:
+        tokens.append(token := choose(logits))
+        if token in stops:
+            why = ENDED
+        elif not heard(text.add(token)):
+            why = STOPPED
+        elif len(tokens) >= most:
+            why = MOST
+        elif len(prompt) + len(tokens) > limits.positions:
+            why = FULL
+        else:
             start = time.perf_counter()
-            logits = reader.add(token)
-            self._decode += time.perf_counter() - start
-            self._decoded += 1
-        yield self._text_of.end()
+            logits = stream.decode([token])[0]
+            decode += time.perf_counter() - start
+    if why != STOPPED:
+        heard(text.end())
+    figures = Figures(len(prompt), prefill, len(tokens) - 1, decode)
+    return Generated(graph, "".join(pieces), tuple(tokens), why, figures)

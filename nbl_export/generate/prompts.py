@@ -1,4 +1,4 @@
-"""What a model is given to read: a conversation in its chat template, or plain text, as tokens; and where it stops."""
+"""Turn a conversation into tokens and tokens into text, and find the tokens after which nothing follows."""
 
 from __future__ import annotations
 
@@ -7,50 +7,36 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import InputError
-from nbl_export.evaluate.chat import ChatTemplate, Message
+from nbl_export.evaluate.chat import Message, in_chat_template
 from nbl_export.files import read_json
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 _CONFIGS = ("generation_config.json", "config.json")
-NO_TEMPLATE = "this model's tokenizer has no chat template"
+_UNKNOWN = "\N{REPLACEMENT CHARACTER}"
+_BEFORE = 8  # tokens of the prompt from which follows whether the text begins with a space
+_HELD = 8  # tokens; a character has at most four bytes, so more than this many are no character
 
 
 def message(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
 
-class Prompts:
-    """Conversations as tokens; ``raw``: as plain text, also where the tokenizer has a chat template."""
+def prompt_tokens(tokenizer: Any, conversation: Sequence[Message], raw: bool = False) -> list[int]:
+    """The tokens of a conversation up to where an answer begins; as plain text if ``raw`` or without a chat template.
 
-    def __init__(self, tokenizer: Any, raw: bool = False) -> None:
-        self._tokenizer = tokenizer
-        self.has_template = bool(getattr(tokenizer, "chat_template", None)) and not raw
-        self._template = ChatTemplate(tokenizer, "give --raw") if self.has_template else None
-
-    def of(self, conversations: Sequence[Sequence[Message]]) -> list[list[int]]:
-        """The tokens of each conversation, up to where an answer begins.
-
-        Raises :class:`InputError` if the chat template refuses one, or nothing is left to read.
-        """
-        if self._template is not None:
-            self._template.write((c, True) for c in conversations)
-            # The template has written the start token itself.
-            found = [self._encoded(self._template(c), special=False) for c in conversations]
-        else:
-            # An answer goes on where what it answers ends; anything else begins a line.
-            texts = ("".join(m["content"] + "\n" * (m["role"] != USER) for m in c) for c in conversations)
-            found = [self._plain(text) for text in texts]
-        if not all(found):
-            raise InputError("The prompt has no tokens: give some text.")
-        return found
-
-    def _plain(self, text: str) -> list[int]:
+    Raises :class:`InputError` if the chat template refuses it, or nothing is left to read.
+    """
+    if tokenizer.chat_template and not raw:
+        text, special = in_chat_template(tokenizer, conversation, "give --raw"), False
+    else:
+        # An answer goes on where what it answers ends; anything else begins a line.
+        text = "".join(m["content"] + "\n" * (m["role"] != USER) for m in conversation)
         # As in transformers, but a start token that was written is not doubled.
-        start = self._tokenizer.bos_token
-        return self._encoded(text, special=not (start and text.startswith(str(start))))
-
-    def _encoded(self, text: str, special: bool) -> list[int]:
-        return [int(t) for t in self._tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]]
+        special = not (tokenizer.bos_token and text.startswith(str(tokenizer.bos_token)))
+    found = [int(t) for t in tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]]
+    if not found:
+        raise InputError("The prompt has no tokens: give some text.")
+    return found
 
 
 def stop_tokens(folder: Path, tokenizer: Any) -> frozenset[int]:
@@ -58,7 +44,7 @@ def stop_tokens(folder: Path, tokenizer: Any) -> frozenset[int]:
 
     Models name several, for the end of a text and of a turn, and not all in one place.
     """
-    found = set(_ids(getattr(tokenizer, "eos_token_id", None)))
+    found = set(_ids(tokenizer.eos_token_id))
     for path in (folder / name for name in _CONFIGS):
         if path.is_file():
             config = read_json(path, "The configuration of the graph", "export the model again")
@@ -70,3 +56,39 @@ def stop_tokens(folder: Path, tokenizer: Any) -> frozenset[int]:
 
 def _ids(value: Any) -> Iterable[int]:
     return [v for v in (value if isinstance(value, list | tuple) else [value]) if type(v) is int and v >= 0]
+
+
+class TextOfTokens:
+    """The text of tokens that follow ``before``, piece by piece; special tokens have none.
+
+    A character may be several tokens. Until it is whole it is held back: the decoders of the libraries end their text
+    with U+FFFD as long as it is not.
+    """
+
+    def __init__(self, tokenizer: Any, before: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        # The text of a token depends on those before it, so it is what decoding both says beyond decoding those alone.
+        self._known = list(before[-_BEFORE:])
+        self._shown = self._decoded(self._known)
+        self._new: list[int] = []
+
+    def add(self, token: int) -> str:
+        """What one more token says, with what was held back; empty as long as a character is not whole."""
+        self._new.append(token)
+        text = self._decoded([*self._known, *self._new])
+        if text.endswith(_UNKNOWN) and len(self._new) < _HELD:
+            return ""
+        piece = text[len(self._shown) :]
+        if piece:  # a special token alone says nothing of how the next one begins
+            self._known, self._new = self._new, []
+            self._shown = self._decoded(self._known)
+        return piece
+
+    def end(self) -> str:
+        """What is still held back, where the text ends within a character."""
+        return self._decoded([*self._known, *self._new])[len(self._shown) :]
+
+    def _decoded(self, tokens: list[int]) -> str:
+        return str(
+            self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        )

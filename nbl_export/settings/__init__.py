@@ -11,7 +11,7 @@ from nbl_export.settings.definition import Settings, Task
 from nbl_export.settings.graphs import EngineSettings, ExportSettings, FolderSettings
 from nbl_export.settings.making import CalibrateSettings, SelectSettings
 from nbl_export.settings.measuring import BenchSettings, EvalSettings, VerifySettings
-from nbl_export.settings.talking import ChatSettings, GenerateSettings
+from nbl_export.settings.talking import GenerateSettings
 
 __all__ = [
     "NO_BOUND",
@@ -19,7 +19,6 @@ __all__ = [
     "BenchSettings",
     "Budget",
     "CalibrateSettings",
-    "ChatSettings",
     "ConvertSettings",
     "DiffBounds",
     "EngineSettings",

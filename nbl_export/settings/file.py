@@ -26,7 +26,6 @@ TABLES: dict[str, type[Settings]] = {
     "eval": measuring.EvalSettings,
     "bench": measuring.BenchSettings,
     "generate": talking.GenerateSettings,
-    "chat": talking.ChatSettings,
     "convert": converting.ConvertSettings,
     "diff": bounds.DiffBounds,
     "run": graphs.FolderSettings,

@@ -1,4 +1,4 @@
-"""What can be asked of the commands that generate text: generate, chat."""
+"""What can be asked of the command that generates text."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from nbl_export.batch.names import BASE, LINEARIZED
 from nbl_export.errors import InputError
 from nbl_export.settings.definition import (
     ANSWERS,
-    AUTO,
-    MORE,
     Must,
     Settings,
     at_least,
@@ -20,8 +18,6 @@ from nbl_export.settings.definition import (
 
 BOTH = "both"
 GRAPHS = (LINEARIZED, BASE, BOTH)
-GENAI, ORT = "genai", "onnxruntime"
-RUNTIMES = (AUTO, GENAI, ORT)
 _SHARE = Must(lambda p: 0 < p <= 1, "is {value}; it must be more than 0 and at most 1")
 
 
@@ -37,8 +33,6 @@ class GenerateSettings(Settings):
     seed: Seed of the sampling.
     raw: Continue the text as it is, without the chat template.
     system: The system message of the chat template.
-    runtime: What runs the graph. auto: onnxruntime-genai if it is installed and OUT has its configuration, else ONNX
-        Runtime.
     """
 
     graph: str = setting(LINEARIZED, ANSWERS, one_of(GRAPHS), metavar="|".join(GRAPHS))
@@ -48,21 +42,8 @@ class GenerateSettings(Settings):
     seed: int = setting(0, ANSWERS, at_least(0))
     raw: bool = setting(False, ANSWERS)
     system: str | None = setting(None, ANSWERS, metavar="TEXT")
-    runtime: str = setting(AUTO, MORE, one_of(RUNTIMES), metavar="|".join(RUNTIMES))
 
     def check(self) -> None:
         super().check()
         if self.raw and self.system:
             raise InputError("--raw uses no chat template, and --system is a part of it: give one of them.")
-
-
-@options
-@dataclass(frozen=True)
-class ChatSettings(GenerateSettings):
-    """A chat in the terminal.
-
-    graph: The graph that answers; both stand side by side.
-    """
-
-    graph: str = setting(BOTH, ANSWERS, one_of(GRAPHS), metavar="|".join(GRAPHS))
-    max_tokens: int = setting(512, ANSWERS, at_least(1))

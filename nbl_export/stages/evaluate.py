@@ -180,13 +180,10 @@ class _Answers:
         listener: Listener,
         where: Mapping[str, str],
     ) -> None:
-        from nbl_export.evaluate.chat import ChatTemplate
-
         self.run, self.graphs, self.tasks, self.questions = run, graphs, tasks, questions
         self.settings, self.positions, self.listener = settings, positions, listener
         self.where = where
         self.model = [run.model.source.model, run.model.source.sidecars]
-        self.chat = ChatTemplate(run.model.tokenizer)
         self.stream: Any = None
         self.kept = 0
 
@@ -252,7 +249,7 @@ class _Answers:
 
         stream, limits = self._open(graph)
         tokenizer, title = self.run.model.tokenizer, f"{graph.role}: {task.name}"
-        lm = DecoderLM(stream, tokenizer, limits, self.listener, title, self.chat)
+        lm = DecoderLM(stream, tokenizer, limits, self.listener, title)
         return run_task(lm, task, self.settings)
 
     def _retrieval(self, graph: _Graph, questions: Sequence[Question]) -> Answers:

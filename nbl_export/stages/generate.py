@@ -1,45 +1,154 @@
-"""A prompt → what the graphs of an output folder generate."""
+"""Generate text with the graphs of an output folder; the model that it was made from need not be there any more."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from nbl_export.batch.names import BASE, LINEARIZED
+from nbl_export.errors import InputError
+from nbl_export.generate.answer import Generated, generate_answer, sampler
 from nbl_export.progress import Listener, Silent
 from nbl_export.settings import GenerateSettings
-from nbl_export.stages.talking import Generated, Talk, generated
+from nbl_export.stages.build import model_positions
+from nbl_export.stages.rewrite import check_baseline, current_rewrite
 from nbl_export.workspace import Workspace, kept_digests
+
+if TYPE_CHECKING:
+    from nbl_export.evaluate.chat import Message
+    from nbl_export.runtime.stream import Stream
+
+# Bytes of a session from which on it is said that it is loaded; less takes a moment.
+_LONG = 1 << 30
+# Positions of a model that says none.
+_UNBOUNDED = 1 << 40
 
 
 def generate(
     out: str | Path,
-    prompt: str,
+    prompt: str | Iterable[str],
     settings: GenerateSettings | None = None,
     listener: Listener | None = None,
     trust_remote_code: bool = False,
     rehash: bool = False,
     told: Callable[[str, str], object] = lambda _graph, _piece: None,
-) -> tuple[Generated, ...]:
-    """What the linearized graph, the unmodified one or both generate after ``prompt``.
+    answered: Callable[[Generated], object] = lambda _answer: None,
+) -> list[Generated]:
+    """What each graph that is asked for generates after ``prompt``, or after each turn of a conversation.
 
     The model that ``out`` was made from is not needed. ``told`` hears the name of the graph and each piece of text as
-    it is generated; once it returns False, no more is generated.
+    it is generated; once it returns False, no more is generated. ``answered`` hears of each answer. Raises :class:`InputError` for a folder of an encoder, without the graphs that
+    are asked for, or without a tokenizer.
     """
-    from nbl_export.generate.prompts import SYSTEM, USER, message
+    from nbl_export.evaluate.scoring import Limits
+    from nbl_export.generate.prompts import (
+        ASSISTANT,
+        SYSTEM,
+        USER,
+        TextOfTokens,
+        message,
+        prompt_tokens,
+        stop_tokens,
+    )
+    from nbl_export.runtime.session import require_onnxruntime
 
-    settings = settings or GenerateSettings()
+    settings, listener = settings or GenerateSettings(), listener or Silent()
     settings.check()
     ws = Workspace.open(Path(out), kept_digests(Path(out), rehash, listener))
-    talk = Talk(ws, settings, listener or Silent(), trust_remote_code)
-    system = [message(SYSTEM, settings.system)] if settings.system else []
-    (tokens,) = talk.prompts.of([[*system, message(USER, prompt)]])
-    found = []
-    for name in talk.graphs:
-        with talk.opened(name) as (opened,):
-            answer = talk.answer(opened, tokens, talk.sampler())
-            heard = all(told(name, piece) is not False for piece in answer.pieces() if piece)
-            found.append(generated(opened, answer))
-        del opened, answer  # one graph is in memory at a time
-        if not heard:
-            break
-    return tuple(found)
+    graphs = _graphs(ws, settings.graph)
+    ws.digests.save()
+    require_onnxruntime()
+    folder = next(iter(graphs.values())).parent
+    tokenizer = _tokenizer(folder, trust_remote_code)
+    if settings.system and not tokenizer.chat_template:
+        raise InputError(
+            "--system has no place, since this model's tokenizer has no chat template: put it into the prompt."
+        )
+    limits = Limits(model_positions(ws) or _UNBOUNDED, len(tokenizer))
+    stops = stop_tokens(folder, tokenizer)
+    begun = [message(SYSTEM, settings.system)] if settings.system else []
+    turns: dict[str, list[Message]] = {name: list(begun) for name in graphs}
+    choose = {name: sampler(settings.temperature, settings.top_p, settings.seed) for name in graphs}
+    streams: dict[str, Stream] = {}
+    found: list[Generated] = []
+    for asked in [prompt] if isinstance(prompt, str) else prompt:
+        for name, path in graphs.items():
+            turns[name].append(message(USER, asked))
+            tokens = prompt_tokens(tokenizer, turns[name], settings.raw)
+            if name not in streams:
+                streams[name] = _opened(name, path, listener)
+            answer = generate_answer(
+                name,
+                streams[name],
+                tokens,
+                TextOfTokens(tokenizer, tokens),
+                choose[name],
+                stops,
+                settings.max_tokens,
+                limits,
+                lambda piece, name=name: told(name, piece),  # type: ignore[misc]
+            )
+            turns[name].append(message(ASSISTANT, answer.text))
+            found.append(answer)
+            answered(answer)
+            if answer.why == "stopped":
+                return found
+    return found
+
+
+def _graphs(ws: Workspace, asked: str) -> dict[str, Path]:
+    """The files of the graphs that are asked for, by name, the base first."""
+    from nbl_export.models.tasks import GENERATION, is_causal
+
+    task = str((ws.model_info or {}).get("task", GENERATION))
+    if not is_causal(task):
+        raise InputError(
+            f"{ws.root} is of a model that generates no text ({task}): only language models with their own head do."
+        )
+    found = {}
+    if asked != LINEARIZED:
+        check_baseline(ws)
+        ws.require("export")
+        found[BASE] = ws.baseline
+    if asked != BASE:
+        current_rewrite(ws)
+        found[LINEARIZED] = ws.model
+    return found
+
+
+def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
+    from nbl_export.models.load import load_tokenizer
+    from nbl_export.models.source import ModelSource
+
+    # A folder of a graph is one of a model without weights.
+    source = ModelSource(
+        str(folder), "folder", None, "", trust_remote_code, path=str(folder.resolve()), model="", sidecars=""
+    )
+    return load_tokenizer(source)
+
+
+def _opened(name: str, path: Path, listener: Listener) -> Stream:
+    """The graph in our own loop. What ONNX Runtime's CPU provider has no kernels for is computed in float32."""
+    import numpy as np
+
+    from nbl_export.graph.half_emulation import needs_emulation
+    from nbl_export.graph.io import load_graph
+    from nbl_export.runtime.ort import ort_stream
+    from nbl_export.runtime.sizes import fit, session_bytes
+
+    size = session_bytes(path)
+    small = not fit(size)
+    with listener.task(f"Loading {name}", 1, "graph") if size >= _LONG else nullcontext():
+        if needs_emulation(load_graph(path)):
+            try:
+                stream = ort_stream(path, 1, rounded=False, small=small)
+                stream.prefill([np.zeros(1, dtype=np.int64)])
+                return stream
+            except InputError:
+                listener.note(
+                    f"{name} is computed in float32 and rounded, since ONNX Runtime's CPU provider does not run it as "
+                    "it is: its speed says nothing."
+                )
+        return ort_stream(path, 1, small=small)

@@ -118,8 +118,6 @@ def test_what_is_generated_is_an_object_too(asked: Asked, out: Path) -> None:
     assert code == 0 and found["prompt"] == "Once upon a time"
     assert [one["graph"] for one in found["answers"]] == ["base", "linearized"]
     assert found["answers"][1]["text"] == plain[1] and len(found["answers"][1]["tokens"]) == 5
-    code, text, _ = asked("chat", out, "--json")
-    assert code == 2 and "generate OUT --json" in json.loads(text)["error"]
 
 
 def test_a_comparison_is_an_object_too(asked: Asked, out: Path) -> None:

@@ -15,10 +15,9 @@ import pytest
 
 from nbl_export import api
 from nbl_export.cli import writing
-from nbl_export.cli.writing import Written, figures_line, prompt_of
+from nbl_export.cli.writing import Written, figures_line, is_typed, prompt_of, typed
 from nbl_export.errors import InputError
-from nbl_export.generate.answer import Figures
-from nbl_export.stages.talking import Generated
+from nbl_export.generate.answer import Figures, Generated
 from tests.command_line import ENVIRONMENT, assert_refused, nbl
 
 PROMPT = "Once upon a time"
@@ -124,12 +123,27 @@ def test_a_pipe_that_nobody_reads_is_said(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_figures_are_one_line() -> None:
-    answer = Generated("base", "ONNX Runtime", "x", (1,), "max-tokens", Figures(9, 4, 0.002, 30, 6.0))
+    answer = Generated("base", "x", (1,), "max-tokens", Figures(4, 0.002, 30, 6.0))
     assert figures_line(answer) == (
-        "base (ONNX Runtime): prefill 4 tokens 2,000/s · decode 30 tokens 5/s · cut at --max-tokens"
+        "base: prefill 4 tokens 2,000/s · decode 30 tokens 5/s · cut at --max-tokens"
     )
-    short = Generated("base", "ONNX Runtime", "", (2,), "ended", Figures(9, 9, 0.0, 0, 0.0))
-    assert figures_line(short) == "base (ONNX Runtime): prefill 9 tokens"
+    assert figures_line(Generated("base", "", (2,), "ended", Figures(9, 0.0, 0, 0.0))) == (
+        "base: prefill 9 tokens"
+    )
+
+
+def test_what_is_typed_are_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", Stdin(b"", terminal=True))
+    assert is_typed(None, None) and not is_typed("a", None) and not is_typed(None, Path("-"))
+    lines = iter(["Hi", "  ", "b\udcff"])
+
+    def typed_line(_: str) -> str:
+        if (line := next(lines, None)) is None:
+            raise EOFError
+        return line
+
+    monkeypatch.setattr("builtins.input", typed_line)
+    assert list(typed()) == ["Hi", "b?"]
 
 
 def test_the_command_prints_the_text_and_nothing_else(talking_out: Path, tmp_path: Path) -> None:
@@ -138,7 +152,7 @@ def test_the_command_prints_the_text_and_nothing_else(talking_out: Path, tmp_pat
     done = nbl("generate", talking_out, "--prompt-file", tmp_path / "prompt.txt", *SMALL)
     assert (done.code, done.out) == (0, expected.text)
     assert re.fullmatch(
-        r"· linearized \(.*\): prefill 5 tokens [\d,]+/s · decode 19 tokens [\d,]+/s · cut at --max-tokens\n",
+        r"· linearized: prefill 5 tokens [\d,]+/s · decode 19 tokens [\d,]+/s · cut at --max-tokens\n",
         re.sub(r" *\n(?!$)", " ", done.err),
     ), done.err
 

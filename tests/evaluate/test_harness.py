@@ -11,10 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nbl_export.child_process import in_child
 from nbl_export.errors import InputError
-from nbl_export.evaluate import chat
-from nbl_export.evaluate.chat import ChatTemplate
 from nbl_export.evaluate.scoring import Limits
 from nbl_export.evaluate.tasks import EvalTask, find_tasks, run_task
 from nbl_export.export.torch import export_torch
@@ -229,26 +226,6 @@ def test_a_conversation_is_written_by_the_tokenizers_template(stories: tuple[Any
         assert lm.apply_chat_template([{"role": "user", "content": "Hi"}]) == "<user>Hi<me>"
     finally:
         lm.tokenizer.chat_template = before
-
-
-def test_all_conversations_of_a_task_go_to_one_child(
-    stories: tuple[Any, Any], shared_data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With examples before each question, which are the same in both passes over the task."""
-    asked: list[int] = []
-
-    def counted(work: Any, order: Any, *more: Any) -> Any:
-        asked.append(len(order["conversations"]))
-        return in_child(work, order, *more)
-
-    monkeypatch.setattr(chat, "in_child", counted)
-    template = "{% for m in messages %}<{{m.role}}>{{m.content}}{% endfor %}<me>"
-    monkeypatch.setattr(stories[0].tokenizer, "chat_template", template)
-    monkeypatch.setattr(stories[0], "chat", ChatTemplate(stories[0].tokenizer))
-    settings = EvalSettings(limit=6, few_shot=2, chat_template=True)
-    (task,) = find_tasks([str(next((shared_data / "eval").glob("arc_easy*")))], settings)
-    outcome = run_task(stories[0], task, settings)
-    assert outcome.documents == 6 and len(asked) == 1 and asked[0] >= 6
 
 
 @pytest.mark.slow

@@ -1,8 +1,10 @@
-"""What a graph generates is what PyTorch does, token by token, in either runtime."""
+"""What a graph generates is what PyTorch does, token by token; folders that generate nothing are refused."""
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +17,13 @@ from nbl_export.linearize.plan import load_plan
 from nbl_export.linearize.swap import linearized
 from nbl_export.models.load import load_tokenizer
 from nbl_export.models.source import find_model
+from nbl_export.stages.rewrite import drop_baseline
+from nbl_export.workspace import Workspace
+from tests.listening import Notes
 from tests.talking import END, OTHER_END
 
-PROMPTS = ["Once upon a time", "Lily wanted to"]
+PROMPT = "Once upon a time"
 COUNT = 64
-
-
-@pytest.fixture(params=["genai", "onnxruntime"])
-def runtime(request: pytest.FixtureRequest) -> str:
-    if request.param == "genai":
-        pytest.importorskip(
-            "onnxruntime_genai", reason="needs onnxruntime-genai: pip install 'nbl-export[genai]'"
-        )
-    return str(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -49,67 +45,44 @@ def by_hand(model: Any, ids: list[int], stops: set[int]) -> list[int]:
     return tokens
 
 
-@pytest.mark.parametrize("prompt", PROMPTS)
-def test_the_base_generates_what_transformers_does(
-    stories_out: Path, stories_model: Any, tokenizer: Any, runtime: str, prompt: str
+def test_both_graphs_generate_what_pytorch_does_and_are_heard_piece_by_piece(
+    stories_out: Path, stories_model: Any, tokenizer: Any
 ) -> None:
-    ids = tokenizer(prompt, return_tensors="pt")
-    whole = stories_model.generate(**ids, do_sample=False, max_new_tokens=COUNT)[0].tolist()
-    expected = whole[ids["input_ids"].shape[1] :]
-    (found,) = api.generate(stories_out, prompt, settings(graph="base", runtime=runtime))
-    assert list(found.tokens) == expected and len(expected) == COUNT
-    assert found.text == tokenizer.decode(whole)[len(prompt) :]
-    assert (found.graph, found.why) == ("base", "max-tokens")
-
-
-@pytest.mark.parametrize("prompt", PROMPTS)
-def test_the_linearized_graph_generates_what_pytorch_with_the_plan_does(
-    stories_out: Path, stories_model: Any, tokenizer: Any, runtime: str, prompt: str
-) -> None:
-    ids = tokenizer(prompt)["input_ids"]
+    ids = tokenizer(PROMPT)["input_ids"]
+    expected = [by_hand(stories_model, ids, {END})]
     with linearized(stories_model, load_plan(stories_out / "nbl" / "plan.json")) as model:
-        expected = by_hand(model, ids, {END})
-    (found,) = api.generate(stories_out, prompt, settings(runtime=runtime))
-    assert list(found.tokens) == expected != by_hand(stories_model, ids, {END})
-    assert found.graph == "linearized"
-
-
-def test_with_a_chat_template_and_a_system_message(
-    talking_out: Path, stories_model: Any, tokenizer: Any, runtime: str
-) -> None:
-    asked = settings(graph="base", runtime=runtime, system="One day")
-    (found,) = api.generate(talking_out, "Lily was", asked)
-    ids = [1, *tokenizer("One day\nLily was", add_special_tokens=False)["input_ids"]]
-    assert list(found.tokens) == by_hand(stories_model, ids, {END, OTHER_END})
-    assert found.figures.prompt_tokens == len(ids)
-    (raw,) = api.generate(talking_out, "Lily was", settings(graph="base", runtime=runtime, raw=True))
-    assert list(raw.tokens) == by_hand(stories_model, tokenizer("Lily was")["input_ids"], {END, OTHER_END})
-
-
-@pytest.mark.parametrize("graph", ["base", "linearized"])
-def test_any_stop_token_ends_it_and_is_not_shown(talking_copy: Path, runtime: str, graph: str) -> None:
-    asked = settings(graph=graph, runtime=runtime)
-    (free,) = api.generate(talking_copy, PROMPTS[0], asked)
-    at, stop = next((i, t) for i, t in enumerate(free.tokens) if i > 8 and t not in free.tokens[:i])
-    from nbl_export.generate import prompts
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prompts, "_ids", lambda value: [END, stop])
-        (found,) = api.generate(talking_copy, PROMPTS[0], asked)
-    assert found.tokens == free.tokens[: at + 1] and found.why == "ended"
-    assert free.text.startswith(found.text) and found.text
-
-
-def test_both_are_one_after_the_other_and_heard_piece_by_piece(talking_out: Path, runtime: str) -> None:
+        expected.append(by_hand(model, ids, {END}))
     heard: list[tuple[str, str]] = []
-    asked = settings(graph="both", runtime=runtime)
-    found = api.generate(talking_out, PROMPTS[0], asked, told=lambda *piece: heard.append(piece))
+    found = api.generate(stories_out, PROMPT, settings(graph="both"), told=lambda *one: heard.append(one))
+    assert [list(each.tokens) for each in found] == expected and expected[0] != expected[1]
     assert [each.graph for each in found] == ["base", "linearized"]
+    assert found[0].text == tokenizer.decode([*ids, *expected[0]], skip_special_tokens=True)[len(PROMPT) :]
     for each in found:
         pieces = [piece for graph, piece in heard if graph == each.graph]
         assert "".join(pieces) == each.text and len(pieces) > COUNT // 2 and all(pieces)
-    assert [graph for graph, _ in heard] == sorted(graph for graph, _ in heard)
-    assert found[0].text != found[1].text
+
+
+def test_with_a_chat_template_and_a_system_message(
+    talking_out: Path, stories_model: Any, tokenizer: Any
+) -> None:
+    (found,) = api.generate(talking_out, "Lily was", settings(graph="base", system="One day"))
+    ids = [1, *tokenizer("One day\nLily was", add_special_tokens=False)["input_ids"]]
+    assert list(found.tokens) == by_hand(stories_model, ids, {END, OTHER_END})
+    (raw,) = api.generate(talking_out, "Lily was", settings(graph="base", raw=True))
+    assert list(raw.tokens) == by_hand(stories_model, tokenizer("Lily was")["input_ids"], {END, OTHER_END})
+
+
+def test_turns_are_a_conversation(talking_out: Path, stories_model: Any, tokenizer: Any) -> None:
+    """The second turn follows the first, its answer, and the end that the template writes after it."""
+    heard: list[str] = []
+    asked = settings(graph="base", max_tokens=8)
+    first, second = api.generate(
+        talking_out, ["Lily was", "One"], asked, answered=lambda answer: heard.append(answer.text)
+    )
+    assert heard == [first.text, second.text]
+    ids = tokenizer(f"<s>Lily was{first.text}</s>One", add_special_tokens=False)["input_ids"]
+    assert second.figures.prompt_tokens == len(ids)
+    assert list(second.tokens) == by_hand(stories_model, ids, {END, OTHER_END})[:8]
 
 
 def test_nobody_listens_any_more(talking_out: Path) -> None:
@@ -119,57 +92,92 @@ def test_nobody_listens_any_more(talking_out: Path) -> None:
         heard.append(piece)
         return len(heard) < 3
 
-    (found,) = api.generate(talking_out, PROMPTS[0], settings(graph="both"), told=told)
+    (found,) = api.generate(talking_out, PROMPT, settings(graph="both"), told=told)
     assert len(heard) == 3 and found.text == "".join(heard) and found.why == "stopped"
 
 
-def test_a_seed_is_a_text_and_its_limits_are_greedy(talking_out: Path, runtime: str) -> None:
+def test_it_samples_as_asked(talking_out: Path) -> None:
     def text(**asked: Any) -> str:
-        (found,) = api.generate(talking_out, PROMPTS[0], settings(runtime=runtime, max_tokens=24, **asked))
+        (found,) = api.generate(talking_out, PROMPT, settings(max_tokens=24, **asked))
         return found.text
 
     one = text(temperature=0.9, seed=1)
     assert one == text(temperature=0.9, seed=1) != text(temperature=0.9, seed=2)
-    greedy = text()
-    assert one != greedy == text(temperature=1e-9) == text(temperature=1.0, top_p=1e-9, seed=5)
+    assert one != text() == text(temperature=1.0, top_p=1e-9, seed=5)
 
 
-def test_a_prompt_longer_than_the_positions_is_refused_with_numbers(
-    talking_out: Path, tokenizer: Any, runtime: str
-) -> None:
-    long = "a " * 600
-    count = len(tokenizer(long, add_special_tokens=False)["input_ids"]) + 1
-    with pytest.raises(InputError, match=rf"^The prompt has {count:,} tokens, and the model 512 positions"):
-        api.generate(talking_out, long, settings(runtime=runtime))
-
-
-def test_it_ends_at_the_last_position(talking_out: Path, tokenizer: Any, runtime: str) -> None:
-    words = "one day " * 250
-    ids = tokenizer(words, add_special_tokens=False)["input_ids"][:500]
-    prompt = tokenizer.decode(ids)
-    (found,) = api.generate(talking_out, prompt, settings(runtime=runtime, raw=True))
-    assert found.why in ("positions", "ended")
-    assert found.figures.prompt_tokens + len(found.tokens) <= 513
-    if found.why == "positions":
-        assert found.figures.prompt_tokens + len(found.tokens) == 513
+def test_it_ends_at_the_last_position(talking_out: Path, tokenizer: Any) -> None:
+    ids = tokenizer("one day " * 250, add_special_tokens=False)["input_ids"][:500]
+    (found,) = api.generate(talking_out, tokenizer.decode(ids), settings(raw=True))
+    assert found.why == "positions" and found.figures.prompt_tokens + len(found.tokens) == 513
+    with pytest.raises(InputError, match=r"^The prompt has .* tokens, and the model 512 positions"):
+        api.generate(talking_out, "a " * 600)
 
 
 @pytest.mark.parametrize("cache", ["shared", "static", "none"])
-def test_every_form_of_the_cache_generates_the_same(stories_copy: Path, runtime: str, cache: str) -> None:
-    if (runtime, cache) == ("genai", "static"):
-        pytest.skip("it has no configuration")
-    (expected,) = api.generate(stories_copy, PROMPTS[0], settings(graph="base", max_tokens=24))
+def test_every_form_of_the_cache_generates_the_same(stories_copy: Path, cache: str) -> None:
+    asked = settings(graph="base", max_tokens=24)
+    (expected,) = api.generate(stories_copy, PROMPT, asked)
     api.export(stories_copy, api.ExportSettings(kv_cache=cache))
-    has_config = (stories_copy / "baseline" / "genai_config.json").is_file()
-    asked = settings(graph="base", max_tokens=24, runtime=runtime if has_config else "auto")
-    (found,) = api.generate(stories_copy, PROMPTS[0], asked)
+    (found,) = api.generate(stories_copy, PROMPT, asked)
     assert found.tokens == expected.tokens
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_runs_as_it_is_or_says_that_it_does_not(stories_copy: Path, precision: str) -> None:
+    api.export(stories_copy, api.ExportSettings(precision))
+    heard = Notes()
+    (found,) = api.generate(stories_copy, PROMPT, settings(graph="base", max_tokens=3), heard)
+    assert len(found.tokens) == 3 and len(heard.notes) == (precision == "bf16")
+    assert all(note.startswith("base is computed in float32 and rounded") for note in heard.notes)
 
 
 def test_the_folder_is_enough_and_is_not_changed(talking_out: Path, tmp_path: Path) -> None:
     moved = Path(shutil.copytree(talking_out, tmp_path / "elsewhere"))
     before = {p: p.read_bytes() for p in moved.rglob("*") if p.is_file() and p.name != "digests.json"}
-    (found,) = api.generate(moved, PROMPTS[0])
-    assert found.text == api.generate(talking_out, PROMPTS[0])[0].text
+    (found,) = api.generate(moved, PROMPT)
+    assert found.text == api.generate(talking_out, PROMPT)[0].text
     after = {p: p.read_bytes() for p in moved.rglob("*") if p.is_file() and p.name != "digests.json"}
     assert after == before
+
+
+# what is refused ----------------------------------------------------------------------------------
+
+
+def record(out: Path, how: Callable[[Any], object]) -> None:
+    """Change the record of the folder."""
+    path = out / "nbl" / "workspace.json"
+    found = json.loads(path.read_text())
+    how(found)
+    path.write_text(json.dumps(found))
+
+
+def refused(out: Path, **asked: Any) -> str:
+    with pytest.raises(InputError) as caught:
+        api.generate(out, PROMPT, settings(**asked))
+    return str(caught.value)
+
+
+def test_a_folder_without_a_graph(talking_copy: Path) -> None:
+    (talking_copy / "baseline" / "model.onnx").write_bytes(b"")
+    assert "is missing or was changed after `export` wrote it" in refused(talking_copy, graph="base")
+    drop_baseline(Workspace.open(talking_copy))
+    assert "has no unmodified graph any more (--keep-baseline no)" in refused(talking_copy, graph="both")
+    record(talking_copy, lambda s: s["stages"].pop("rewrite"))
+    assert "has no finished `rewrite` yet: run `nbl-export rewrite" in refused(talking_copy)
+
+
+def test_a_folder_of_an_encoder_or_without_a_tokenizer(
+    talking_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Workspace, "damaged_file", lambda *_: None)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (talking_copy / name).unlink()
+    assert "has no tokenizer: put the tokenizer.json" in refused(talking_copy)
+    record(talking_copy, lambda s: s["model"].update(task="text-classification"))
+    assert "is of a model that generates no text (text-classification)" in refused(talking_copy)
+
+
+def test_a_system_message_needs_a_chat_template(stories_out: Path) -> None:
+    said = refused(stories_out, system="Be kind.")
+    assert "--system has no place, since this model's tokenizer has no chat template" in said
