@@ -39,8 +39,9 @@ def generate(
     """What each graph that is asked for generates after ``prompt``, or after each turn of a conversation.
 
     The model that ``out`` was made from is not needed. ``told`` hears the name of the graph and each piece of text as
-    it is generated; once it returns False, no more is generated. ``answered`` hears of each answer. Raises :class:`InputError` for a folder of an encoder, without the graphs that
-    are asked for, or without a tokenizer.
+    it is generated; once it returns False, no more is generated. ``answered`` hears of each answer.
+
+    Raises :class:`InputError` for a folder of an encoder, without the graphs asked for, or without a tokenizer.
     """
     from nbl_export.evaluate.scoring import Limits
     from nbl_export.generate.prompts import (
