@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import pty
 import re
+import resource
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests import preloaded
-from tests.kept import kept_in
-from tests.traced_once import TRACED
+import pytest
+from rich.console import Console
+
+from nbl_export import cli
+from nbl_export.cli import output
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120", "TERM": "xterm"}
 for _name in ("NBL_EXPORT_DEBUG", "PYTEST_CURRENT_TEST"):
@@ -32,9 +37,24 @@ class Done:
 
 
 def nbl(*arguments: object, cwd: Path | None = None, limit: int | None = None) -> Done:
-    """`nbl-export ARGUMENTS`; ``limit`` is the largest file in bytes that it may write."""
-    kept = kept_in(but=TRACED)
-    return Done(*preloaded.run([*map(str, arguments)], ENVIRONMENT, cwd, limit, kept, timeout=300))
+    """`nbl-export ARGUMENTS` in this process; ``limit`` is the largest file in bytes that it may write."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["nbl-export", *map(str, arguments)])
+        patch.setattr(output, "ERR", Console(file=err, highlight=False))
+        patch.setenv("COLUMNS", ENVIRONMENT["COLUMNS"])
+        patch.delenv("NBL_EXPORT_DEBUG", raising=False)
+        if cwd is not None:
+            patch.chdir(cwd)
+        unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (unlimited[0] if limit is None else limit, unlimited[1]))
+        try:
+            cli.main()
+        except SystemExit as ended:
+            code = ended.code if isinstance(ended.code, int) else int(bool(ended.code))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    return Done(code, out.getvalue(), err.getvalue())
 
 
 def assert_refused(done: Done, code: int, *words: str, quietly: bool = True) -> None:
