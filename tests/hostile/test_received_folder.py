@@ -6,6 +6,8 @@ import ast
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from nbl_export.errors import InputError, NblError
 from nbl_export.models.source import find_model, same_model
 from nbl_export.stage_record import STAGES
 from nbl_export.workspace import Workspace
-from tests.command_line import nbl
+from tests.command_line import ENVIRONMENT
 from tests.finished import QUICK, TWO
 from tests.folders import files_in
 from tests.tiny import build
@@ -106,18 +108,19 @@ def test_a_folder_cannot_say_that_code_runs(
 
 
 def test_code_runs_where_the_flag_is_given_and_only_there(
-    own_code: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    own_code: tuple[Path, Path], tmp_path: Path
 ) -> None:
     out, ran = Path(shutil.copytree(own_code[1], tmp_path / "out")), tmp_path / "ran"
-    monkeypatch.setitem(os.environ, "RAN", str(ran))
-    verify = ("verify", out, "--no-quality", "--no-speed", "--decode-steps", "2")
-    from tests import command_line
+    verify = ["verify", str(out), "--no-quality", "--no-speed", "--decode-steps", "2"]
 
-    monkeypatch.setattr(command_line, "ENVIRONMENT", {**command_line.ENVIRONMENT, "RAN": str(ran)})
-    done = nbl(*verify)
-    assert done.code == 2 and "--trust-remote-code" in done.err and not ran.exists()
-    done = nbl(*verify, "--trust-remote-code")
-    assert done.code == 0, done.err
+    def verified(*more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "nbl_export", *verify, *more]  # this process has imported the code
+        return subprocess.run(command, env={**ENVIRONMENT, "RAN": str(ran)}, capture_output=True, text=True)
+
+    done = verified()
+    assert done.returncode == 2 and "--trust-remote-code" in done.stderr and not ran.exists()
+    done = verified("--trust-remote-code")
+    assert done.returncode == 0, done.stderr
     assert ran.exists()
 
 
