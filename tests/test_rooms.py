@@ -44,6 +44,7 @@ ROOMS = (
     "datafile",
     "child_process",
     "running_time",
+    "machine",
     "ranks",
     "digests",
     "files",

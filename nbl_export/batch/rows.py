@@ -12,6 +12,8 @@ from nbl_export.batch.names import MASK, POSITIONS, TOKEN_TYPES, TOKENS
 
 # A batch by input name: integers [batch, sequence], or pixels [batch, channels, height, width].
 Inputs = Mapping[str, NDArray[Any]]
+# What an encoder makes of one, by output name.
+Outputs = dict[str, NDArray[np.float32]]
 
 
 def rows_of_batch(inputs: Inputs) -> list[dict[str, NDArray[Any]]]:

@@ -123,7 +123,7 @@ def words_of(arguments: Sequence[str]) -> list[str]:
 def main() -> None:
     """Entry point: errors become one sentence on stderr and an exit code; never a traceback."""
     try:
-        code = process.run(_command, _said)
+        code = process.run(_command)
     finally:
         ranks.end()
     sys.exit(code)

@@ -8,9 +8,7 @@
    what the library logs of it is not.
 2. A stream that nobody reads ends the output, never the work. Where the results could not be written for another
    reason, that is said at the end, and the exit code is not 0.
-3. A library that does not return, in a graph with an operator that never ends, ends the process too: nothing that is
-   half written counts, as after a kill.
-4. Of several processes (:mod:`nbl_export.ranks`), the first alone writes to its streams, but for the sentence of an
+3. Of several processes (:mod:`nbl_export.ranks`), the first alone writes to its streams, but for the sentence of an
    error, which one of them says.
 """
 
@@ -28,13 +26,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from nbl_export.errors import InputError, Interrupted
+from nbl_export.errors import Interrupted
 from nbl_export.ranks import is_first
-from nbl_export.runtime import bounds
 
 UNWRITTEN = 2
-STUCK = InputError.exit_code
-_AFTER_PROGRESS = "\r\x1b[K\x1b[?25h"  # the line of a progress bar is cleared, the cursor shown
 # The signals that end the process, and the handler that each has where nobody asked for another.
 _ENDING: dict[int, Any] = {
     signal.SIGINT: signal.default_int_handler,
@@ -44,13 +39,9 @@ _ENDING: dict[int, Any] = {
 _asked: list[int] = []  # the signals that came
 
 
-def run(work: Callable[[], int], said: Callable[[str, int], int]) -> int:
-    """The exit code of ``work``, during which signals and streams are handled as above.
-
-    ``said`` writes the sentence of an error, and returns the exit code it is given.
-    """
-
-    with _streams() as (out, err), _signals(), _stuck(err, said):
+def run(work: Callable[[], int]) -> int:
+    """The exit code of ``work``, during which signals and streams are handled as above."""
+    with _streams() as (out, err), _signals():
         code = work()
         out.flush()
         if out.lost is not None and out.lost.errno != errno.EPIPE:
@@ -149,22 +140,6 @@ def _fill_descriptors() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # the lowest free number
-
-
-@contextmanager
-def _stuck(err: Output, said: Callable[[str, int], int]) -> Iterator[None]:
-    def end(sentence: str) -> None:
-        if err.isatty():
-            err.write(_AFTER_PROGRESS)
-        code = said(sentence, STUCK)
-        err.flush()
-        os._exit(code)
-
-    bounds.when_stuck = end
-    try:
-        yield
-    finally:
-        bounds.when_stuck = None
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from nbl_export.doctor.trials import DRIVER, Trial
 from nbl_export.engine.gpu import Gpu, Gpus
+from nbl_export.machine import cores
 from nbl_export.records import from_json
 from nbl_export.report.environment import processor
 
@@ -68,7 +69,7 @@ def this_machine(trials: Mapping[str, Trial]) -> Machine:
         executable=sys.executable,
         system=f"{platform.system()} {platform.machine()}",
         processor=processor(),
-        cores=_cores(),
+        cores=cores(),
         all_cores=os.cpu_count() or 1,
         memory=total,
         memory_free=free,
@@ -88,13 +89,6 @@ def _gpus(trial: Trial) -> tuple[Gpus, dict[str, str]]:
         return Gpus(), {DRIVER: f"it {trial.error}"}
     found = from_json(Gpus, trial.facts, DRIVER, "try again")
     return found, ({DRIVER: found.why_none} if found.why_none else {})
-
-
-def _cores() -> int:
-    """Those of this process: a container or taskset may allow fewer than there are."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _memory() -> tuple[int | None, int | None]:

@@ -1,7 +1,7 @@
 """Log-likelihoods and greedy continuations of token rows, with any stream.
 
 Continuations of one context share its prefill if the stream can extend a row by several continuations
-(:class:`~nbl_export.runtime.stream.Extending`):
+(:class:`~nbl_export.runtime.stream.Stream`):
 
     context ─► prefill, once ─► last logits ─► first token of every continuation
                      │
@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from nbl_export.runtime.stream import Extending, LastLogits, Stream
+from nbl_export.runtime.stream import Stream
 
 T = TypeVar("T")
 Tokens = tuple[int, ...]
@@ -98,7 +98,7 @@ def log_likelihoods(
         else:
             advance(1)
     groups = [_Group(context, list(continuations)) for context, continuations in asked.items()]
-    extending = stream if isinstance(stream, Extending) else None
+    extending = stream if stream.extends else None
     shared = [g for g in groups if extending and _worth_sharing(g, limits)]
     is_shared = {id(g) for g in shared}
     rows = [row for g in groups if id(g) not in is_shared for row in _rows_of(g)]
@@ -169,7 +169,7 @@ def _score_rows(stream: Stream, groups: Sequence[_Group]) -> list[list[Scored]]:
     ]
 
 
-def _score_shared(stream: Extending, groups: Sequence[_Group], limits: Limits) -> list[list[Scored]]:
+def _score_shared(stream: Stream, groups: Sequence[_Group], limits: Limits) -> list[list[Scored]]:
     contexts = [_row(g.context) for g in groups]
     branches = [(i, c) for i, g in enumerate(groups) for c in g.continuations if len(c) > 1]
     stream.reserve(max(map(len, contexts)) + max((len(c) for _, c in branches), default=0))
@@ -187,17 +187,13 @@ def _score_shared(stream: Extending, groups: Sequence[_Group], limits: Limits) -
 def last_logits(stream: Stream, rows: Sequence[NDArray[Any]], tokens: int) -> NDArray[Any]:
     """Logits [rows, vocab] after each row of a prefill; a row longer than ``tokens`` is read in chunks."""
     last: NDArray[Any]
-    if len(rows) == 1 and len(rows[0]) > tokens and isinstance(stream, Extending):
+    if len(rows) == 1 and len(rows[0]) > tokens and stream.extends:
         chunks = [rows[0][at : at + tokens] for at in range(0, len(rows[0]), tokens)]
         last = stream.prefill(chunks[:1])[-1:].copy()
         for chunk in chunks[1:]:
             last = stream.extend([0], [chunk])[-1:].copy()
         return last
-    if isinstance(stream, LastLogits):
-        return stream.prefill_last(rows)
-    # A copy, so that the logits of all tokens are freed after this call.
-    last = stream.prefill(rows)[np.cumsum([len(r) for r in rows]) - 1]
-    return last
+    return stream.prefill_last(rows)
 
 
 def _scored(logits: NDArray[Any], continuation: Tokens) -> Scored:

@@ -14,7 +14,7 @@ from nbl_export.report.summary import headlines, making, model_name, replaced_li
 from nbl_export.report.tables import checks_table, report_tables
 
 TEMPLATES = Path(__file__).parent / "templates"
-_FIGURE = re.compile(r"[-+±]? ?(?:\d[^ ]*|inf|nan)( ± .*| MiB| not resolved| suspect)?$|=?$")
+_FIGURE = re.compile(r"[-+±]? ?(?:\d[^ ]*|inf|nan)( ± .*| MiB| not resolved)?$|=?$")
 
 
 def page(report: Report, plots: Mapping[str, Plot]) -> str:

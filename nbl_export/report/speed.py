@@ -1,6 +1,6 @@
 """What a race says, in one table for all: `verify`, engines on a GPU, and `bench`.
 
-A row for each candidate in each cell; then what the ceilings count, and where speedups above them come from.
+A row for each candidate in each cell; then what the ceilings count, and which speedups are above them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from nbl_export.verify.speed.values import (
     DECODE,
     ENCODE,
     PREFILL,
-    Above,
     Ratio,
     Result,
     Roofline,
@@ -28,7 +27,6 @@ _TITLES = {
     ENGINES: "Speed on {device}, batch 1",
     BENCH: "Bench",
 }
-_ABOVE = "Speedups above their ceilings"
 _MEANING = {
     PREFILL: "Prefill from an empty cache: the time to the first token.",
     DECODE: "Decode: one token per row after that many, with a filled cache.",
@@ -39,8 +37,7 @@ _MEANING = {
 def speed_tables(race: str, speed: Speed, brief: bool = False) -> list[Table]:
     """Of the ``race`` :data:`VERIFIED`, :data:`ENGINES` or :data:`BENCH`; ``brief`` keeps what 80 columns hold."""
     title = _TITLES[race].format(device=speed.machine.device)
-    above = f"{title}: {_ABOVE.lower()}" if race == BENCH else _ABOVE
-    return [_table(speed, title, race, brief), *_explanations(speed, above, brief)]
+    return [_table(speed, title, race, brief)]
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,7 @@ def _columns(speed: Speed, brief: bool) -> tuple[_Column, ...]:
         _Column("tokens/s", lambda r: f"{r.tokens_per_second:,.0f}", True),
         _Column("over own base", lambda r: _ratio(r.over_base, noise), True),
         _Column("quartiles", lambda r: _quartiles(r.over_base)),
-        _Column("ceiling", lambda r: _times(r.ceiling) + " suspect" * r.suspect, True),
+        _Column("ceiling", lambda r: _times(r.ceiling), True),
         _Column(
             "÷ ceiling",
             lambda r: number(r.over_base.value / r.ceiling, ".2f") if r.over_base and r.ceiling else "",
@@ -128,46 +125,34 @@ def _note(speed: Speed, brief: bool) -> str:
     return " ".join(said)
 
 
-# What is said of speedups above their ceilings, by what is known of them; and in a few words, of one.
-_REASONS: dict[Above, tuple[str, str]] = {
-    "explained": (
-        "the time beyond it is found in nodes that are gone",
-        "above its ceiling of {}, which counts multiplications and bytes only: other nodes are gone too",
-    ),
-    "suspect": (
-        "suspect: the time beyond it is not found in nodes that are gone; measure again on a quieter machine",
-        "above its ceiling of {} for no reason that was found",
-    ),
-    "not profiled": (
-        "where the time beyond it is saved was not looked for",
-        "above its ceiling of {}, not profiled",
-    ),
-    "not certain": (
-        "not certain: the 95 % interval reaches down to it",
-        "ceiling {}, exceeded within the noise",
-    ),
-}
 _NAMED = 6  # cells; more are counted
 
 
 def ceiling_in_words(result: Result) -> str:
-    """The ceiling of a speedup and, if that is above it, why; empty if there is none."""
+    """The ceiling of a speedup, and whether that is above it; empty if there is none."""
     if result.ceiling is None:
         return ""
-    words = _REASONS[result.above][1] if result.above else "ceiling {}"
-    return words.format(_times(result.ceiling))
+    words = {
+        False: "ceiling {}",
+        True: "above its ceiling of {}, which counts multiplications and bytes only",
+        None: "ceiling {}, exceeded within the noise",
+    }
+    return words[result.above_ceiling].format(_times(result.ceiling))
 
 
 def _above_in_words(speed: Speed) -> list[str]:
-    """Why a speedup can be above its ceiling, and what is known of each that is; nothing where none is."""
-    above = [(cell, r) for cell in speed.cells for r in cell.results if r.above]
+    """What a ceiling does not count, and which speedups are above theirs; nothing where none is."""
+    above = [(cell, r) for cell in speed.cells for r in cell.results if r.above_ceiling is not False]
     several = any(r.name != speed.linearized for _, r in above)
     groups = []
-    for state, (reason, _) in _REASONS.items():
-        named = [f"{cell.name} {r.name}" if several else cell.name for cell, r in above if r.above == state]
+    for certain, doubt in ((True, ""), (None, " (not certain: the 95 % interval reaches down to it)")):
+        named = [
+            f"{cell.name} {r.name}" if several else cell.name
+            for cell, r in above
+            if r.above_ceiling is certain
+        ]
         if named:
-            which = ", ".join(named) if len(named) <= _NAMED else f"{len(named)} speedups"
-            groups.append(f"{which} ({reason})")
+            groups.append((", ".join(named) if len(named) <= _NAMED else f"{len(named)} speedups") + doubt)
     if not groups:
         return []
     return [
@@ -175,50 +160,6 @@ def _above_in_words(speed: Speed) -> list[str]:
         "else. Attention computes slower than that, and its transposes, masks, softmax and copies of the cache are "
         "gone with it.",
         f"Above it: {'; '.join(groups)}.",
-    ]
-
-
-def _explanations(speed: Speed, title: str, brief: bool) -> list[Table]:
-    """A table of where speedups above their ceilings come from; none if there are no such.
-
-    ``brief`` leaves out the nodes and the operators.
-    """
-    rows = tuple(
-        (
-            cell.name,
-            result.name,
-            *(
-                ()
-                if brief
-                else (
-                    f"{e.base_nodes:,} → {e.linearized_nodes:,}",
-                    ", ".join(f"{op} {number(ms, '.2f')}" for op, ms in e.by_operator_ms.items()),
-                )
-            ),
-            number(e.saved_ms, ".2f"),
-            number(e.excess_ms, ".2f"),
-            number(e.gone_ms, ".2f"),
-        )
-        for cell, result, e in speed.explained()
-    )
-    if not rows:
-        return []
-    return [
-        Table(
-            title,
-            (
-                "",
-                "candidate",
-                *(() if brief else ("nodes run", "saved by operator, ms")),
-                "saved at least, ms",
-                "beyond the ceiling",
-                "in nodes gone",
-            ),
-            rows,
-            "The time saved at least, by the 95 % interval, and where ONNX Runtime's profiler finds it. A cell is "
-            "suspect if more than half of the time saved beyond the ceiling, and a tenth of all time saved, is not in "
-            "nodes that are gone.",
-        )
     ]
 
 

@@ -154,7 +154,7 @@ def _speedups(speed: Speed | None, where: str, against: str) -> Iterator[Headlin
     found = speed.speedups() if speed else []
     for phase in dict.fromkeys(cell.phase for cell, _, _ in found):
         cell, result, over = max((f for f in found if f[0].phase == phase), key=lambda f: f[0].context)
-        noise = ", suspect" if result.suspect else "" if over.resolved else ", not resolved"
+        noise = "" if over.resolved else ", not resolved"
         ceiling = f"; {known}" if (known := ceiling_in_words(result)) else ""
         yield Headline(
             f"{phase.capitalize()} {where}",

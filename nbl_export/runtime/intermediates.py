@@ -29,7 +29,6 @@ from nbl_export.graph.interface import Interface, interface_of
 from nbl_export.graph.io import INLINE_BYTES, load_graph
 from nbl_export.graph.operators import captured
 from nbl_export.graph.tensors import external_files, follow_links
-from nbl_export.runtime.bounds import Bounds, bounds_of
 from nbl_export.runtime.session import (
     data_folder,
     frugal,
@@ -42,7 +41,6 @@ from nbl_export.runtime.session import (
 
 Arrays = dict[str, NDArray[Any]]
 PARTITION_BYTES = 128 << 20
-PARTITION_SECONDS = 40.0  # of one row: such a partition takes about one
 _LENT = (*HALF, ir.DataType.FLOAT, ir.DataType.UINT8, ir.DataType.INT8)
 _LENT_FROM = 1 << 16  # bytes; shape inference looks at the numbers of small tensors
 
@@ -108,14 +106,13 @@ def _run(
     """Add ``outputs`` of the ``partition`` to ``values``, the tensors of each row."""
     first = values[0]
     feeds = {name: first[name] for name in sorted(partition.reads)}
-    bounds = bounds_of(partition.weight_bytes([]), PARTITION_SECONDS)
     with _weights(partition, scratch) as weights:
         numbers = {name: tensor.numpy() for name, tensor in weights.items() if _is_lent(tensor)}
         with _place(model, folder, bool(numbers)) as (place, file):
             proto = _proto(model, partition, weights, feeds, outputs, dict.fromkeys(numbers, file))
-            session, kept = _session(proto, place, bounds, numbers)
+            session, kept = _session(proto, place, numbers)
         for row in values:
-            found = run_session(session, outputs, {name: row[name] for name in partition.reads}, bounds)
+            found = run_session(session, outputs, {name: row[name] for name in partition.reads})
             row |= dict(zip(outputs, found, strict=True))
         del session, kept, numbers
 
@@ -281,7 +278,7 @@ def _proto(
 
 
 def _session(
-    proto: onnx.ModelProto, folder: Path | None, bounds: Bounds, lent: Mapping[str, NDArray[Any]]
+    proto: onnx.ModelProto, folder: Path | None, lent: Mapping[str, NDArray[Any]]
 ) -> tuple[Any, list[Any]]:
     """A session, and what must be kept as long as it is used."""
     options = frugal(session_options(data_folder(folder)))
@@ -289,7 +286,7 @@ def _session(
     if lent:
         # onnxruntime's optimizers look for the numbers of a weight in the file that it is said to be in.
         options.graph_optimization_level = require_onnxruntime().GraphOptimizationLevel.ORT_DISABLE_ALL
-    return load(proto.SerializeToString(), options, "the graph", bounds, folded=False), kept
+    return load(proto.SerializeToString(), options, "the graph", folded=False), kept
 
 
 def intermediate_tensors(path: Path, names: Sequence[str], inputs: Inputs) -> dict[str, NDArray[np.float32]]:

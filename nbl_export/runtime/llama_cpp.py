@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import BOOL, F32
 from nbl_export.errors import BuildError
+from nbl_export.machine import cores
 from nbl_export.parts import missing
-from nbl_export.runtime.decoder import KV
+from nbl_export.runtime.stream import KV, Stream
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -36,15 +37,13 @@ def require_llama_cpp() -> tuple[Any, Any]:
     return get_lib(), get_ffi()
 
 
-class LlamaCppStream:
+class LlamaCppStream(Stream):
     """The GGUF file ``path`` in a context for ``rows`` sequences of ``length`` tokens each. Close it, or use it in a
     ``with`` statement. With ``fused`` attention its cache is as small as the file allows, and its products are float16.
     With ``defaults`` attention, cache and batches are what llama.cpp chooses: to be timed, not compared.
 
-    Raises :class:`BuildError` for a file that llama.cpp does not load.
+    Raises :class:`BuildError` for a file that llama.cpp does not load. It does not show its cache.
     """
-
-    kv_layers = None  # llama.cpp does not show its cache
 
     def __init__(
         self, path: Path, rows: int, length: int, fused: bool = False, defaults: bool = False
@@ -66,7 +65,7 @@ class LlamaCppStream:
         self._width = lib.llama_vocab_n_tokens(self._vocabulary)
         wanted = lib.llama_context_default_params()
         wanted.n_ctx, wanted.n_seq_max = rows * length, rows
-        wanted.n_threads = wanted.n_threads_batch = len(os.sched_getaffinity(0))
+        wanted.n_threads = wanted.n_threads_batch = cores()
         if not defaults:
             wanted.n_batch = wanted.n_ubatch = _BATCH
             wanted.flash_attn_type = (
@@ -145,9 +144,6 @@ class LlamaCppStream:
     def cache(self) -> tuple[Sequence[KV], BOOL]:
         return (), np.zeros((len(self._lengths), 0), dtype=bool)
 
-    def reserve(self, tokens: int) -> None:
-        return None
-
     def _read(self, owners: Sequence[int], tokens: Sequence[int] | NDArray[Any]) -> F32:
         """Logits [tokens, vocab] of ``tokens``, each of which goes on the row that is its owner."""
         parts = []
@@ -207,7 +203,7 @@ def quantize(source: Path, target: Path, form: str, kept: Sequence[str] = ()) ->
     lib.llama_backend_init()
     asked = lib.llama_model_quantize_default_params()
     asked.ftype = getattr(lib, f"LLAMA_FTYPE_MOSTLY_{form}")
-    asked.nthread = len(os.sched_getaffinity(0))
+    asked.nthread = cores()
     patterns = [ffi.new("char[]", f"^{re.escape(name)}$".encode()) for name in kept]
     # The last one, which is empty, ends them.
     overrides = ffi.new("struct llama_model_tensor_override[]", len(patterns) + 1)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from nbl_export.batch.arrays import F32
 from nbl_export.errors import BuildError, first_line
 from nbl_export.parts import missing
-from nbl_export.runtime.rows import RowStream
+from nbl_export.runtime.stream import RowStream
 
 PACKAGE = "mlx-lm"
 
@@ -35,7 +35,6 @@ class MlxStream(RowStream):
     """
 
     def __init__(self, path: Path, renamed: Mapping[str, str] | None = None) -> None:
-        super().__init__()
         self._mx, load_model = require_mlx()
         self._mx.set_default_device(self._mx.cpu)
         try:

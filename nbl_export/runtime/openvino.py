@@ -20,7 +20,7 @@ from nbl_export.batch.names import MASK, POSITIONS, SIDES, TOKENS
 from nbl_export.batch.padding import left_padded, one_more
 from nbl_export.errors import BuildError
 from nbl_export.parts import missing
-from nbl_export.runtime.decoder import KV
+from nbl_export.runtime.stream import KV, Stream
 
 PACKAGE, TOKENIZERS_PACKAGE = "openvino", "openvino-tokenizers"
 # The model's file as openvino-genai calls it, the tokenizers', and the input that picks rows.
@@ -54,7 +54,7 @@ def cpu() -> Any:
     return ov.Core()
 
 
-class OpenVinoStream:
+class OpenVinoStream(Stream):
     """The folder at ``path``; with ``defaults`` its products and its cache are what OpenVINO chooses, and a prefill has
     the last logits alone: to be timed, not compared.
 
@@ -71,7 +71,7 @@ class OpenVinoStream:
         except Exception as error:  # of any kind, in C++
             raise BuildError(f"OpenVINO does not load {path}: {last_line(error)}.") from error
         told = str(model.get_rt_info(list(KV_LAYERS)).value) if model.has_rt_info(list(KV_LAYERS)) else ""
-        self.kv_layers: tuple[int, ...] = tuple(map(int, told.split(","))) if told else ()
+        self.kv_layers = tuple(map(int, told.split(","))) if told else ()
         self._names = {port.any_name for port in compiled.inputs}
         self._request = compiled.create_infer_request()
         self._tensor = require_openvino().Tensor
@@ -110,12 +110,9 @@ class OpenVinoStream:
         states = {state.name: np.array(state.state.data) for state in self._request.query_state()}
         found = [
             tuple(states[f"past_key_values.{n}.{side}present.{n}.{side}"] for side in SIDES)
-            for n in range(len(self.kv_layers))
+            for n in range(len(self.kv_layers or ()))
         ]
         return [(keys, values) for keys, values in found], self._mask.astype(bool)
-
-    def reserve(self, tokens: int) -> None:
-        return None
 
     @property
     def cached(self) -> int:

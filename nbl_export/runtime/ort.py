@@ -15,17 +15,10 @@ from nbl_export.batch.names import ALL_LOGITS, MASK, NUM_LOGITS_TO_KEEP, POSITIO
 from nbl_export.batch.padding import left_padded, prefix_mask, prefix_padded, right_padded
 from nbl_export.batch.rows import Inputs
 from nbl_export.errors import InputError
-from nbl_export.graph.interface import Interface, interface_of
-from nbl_export.runtime.decoder import KV, DecoderOutput
-from nbl_export.runtime.session import (
-    Provider,
-    bounds_of_graph,
-    require_onnxruntime,
-    run_session,
-    running_provider,
-    session,
-)
-from nbl_export.runtime.stream import Forking, PastStream, Stream, UncachedStream
+from nbl_export.graph.interface import interface_of
+from nbl_export.graph.io import load_graph
+from nbl_export.runtime.session import Provider, require_onnxruntime, run_session, running_provider, session
+from nbl_export.runtime.stream import KV, DecoderOutput, PastStream, Stream, UncachedStream
 
 _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
@@ -47,25 +40,18 @@ class OrtModel:
         config: Mapping[str, str] | None = None,
         provider: Provider | None = None,
         rounded: bool = True,
-        profile: Path | None = None,
         small: bool = False,
         watch: Watch | None = None,
     ) -> None:
-        from nbl_export.graph.io import load_graph
-
         require_onnxruntime()
         provider = running_provider() if provider is None else provider
         model = load_graph(path)
         self.interface = interface_of(model)
-        self.bounds = bounds_of_graph(path, model, provider)
-        self.session = session(path, config, provider, rounded, model, profile, small)
+        self.kv_layers: tuple[int, ...] = self.interface.layers
+        self.session = session(path, config, provider, rounded, model, small)
         self.past_names = self.interface.past_names
         self.output_names = [self.interface.logits, *self.interface.present_names]
         self.watch = watch or Watch(())
-
-    @property
-    def kv_layers(self) -> tuple[int, ...]:
-        return self.interface.layers
 
     @property
     def cache_dtype(self) -> np.dtype[Any]:
@@ -92,7 +78,7 @@ class OrtModel:
     def run(self, feeds: Mapping[str, Any]) -> DecoderOutput:
         """Logits and the extended cache for the session's inputs ``feeds``."""
         names = [*self.output_names, *self.watch.names]
-        logits, *present = run_session(self.session, names, feeds, self.bounds)
+        logits, *present = run_session(self.session, names, feeds)
         if self.watch.names:
             own = len(self.output_names) - 1
             present, seen = present[:own], present[own:]
@@ -124,23 +110,31 @@ class OrtDecoder(OrtModel):
         return self.run(feeds)
 
 
-class OrtRaggedStream(Forking):
+class OrtEncoder(OrtModel):
+    """An encoder graph: from a batch by input name to its outputs by name."""
+
+    def __call__(self, inputs: Inputs) -> dict[str, F32]:
+        names = self.interface.outputs
+        found = run_session(self.session, names, self.interface.named(inputs))
+        return {name: np.asarray(a, dtype=np.float32) for name, a in zip(names, found, strict=True)}
+
+
+class OrtRaggedStream(Stream):
     """A decoder graph that takes the length of each row, such as one with GroupQueryAttention, as a stream.
 
     Rows are padded on the right, and the next token of a row overwrites its padding in the cache.
     """
 
+    extends = True
+
     def __init__(
         self, path: Path, rounded: bool = True, small: bool = False, watch: Watch | None = None
     ) -> None:
         self.decoder = OrtDecoder(path, rounded=rounded, small=small, watch=watch)
+        self.kv_layers = self.decoder.kv_layers
         self._past: Sequence[KV] = ()
         self._lengths = np.zeros(0, dtype=np.int64)
         self._slots = 0
-
-    @property
-    def kv_layers(self) -> tuple[int, ...]:
-        return self.decoder.kv_layers
 
     def prefill(self, rows: Sequence[NDArray[Any]]) -> F32:
         logits = self._begin(rows)
@@ -164,14 +158,17 @@ class OrtRaggedStream(Forking):
         self._lengths = starts + np.array([len(row) for row in rows])
         self._slots = int(np.max(self._lengths))
         self._past = [
-            tuple(self._stacked(side, grows=place < len(self.kv_layers)) for side in zip(*rows, strict=True))
+            tuple(
+                self._stacked(side, grows=place < len(self.decoder.kv_layers))
+                for side in zip(*rows, strict=True)
+            )
             for place, rows in enumerate(zip(*(output.present for output in found), strict=True))
         ]
         return np.concatenate([output.logits[0] for output in found])
 
     def _one(self, owner: int, start: int, row: NDArray[Any]) -> DecoderOutput:
         own = slice(owner, owner + 1)
-        kv = len(self.kv_layers)
+        kv = len(self.decoder.kv_layers)
         past: list[KV] = [(key[own, :, :start], value[own, :, :start]) for key, value in self._past[:kv]]
         past += [(state[own],) for (state,) in self._past[kv:]]
         ids, mask = row[None].astype(np.int64), np.ones((1, start + len(row)), dtype=np.int64)
@@ -202,8 +199,11 @@ class OrtRaggedStream(Forking):
         return output.logits
 
 
-class OrtStaticStream(Forking, OrtModel):
+class OrtStaticStream(OrtModel, Stream):
     """A decoder graph with a static cache of ``capacity`` slots, as a stream."""
+
+    kv_layers: tuple[int, ...]
+    extends = True
 
     def __init__(
         self,
@@ -272,12 +272,6 @@ class OrtStaticStream(Forking, OrtModel):
         return output.logits
 
 
-def _interface(path: Path) -> Interface:
-    from nbl_export.graph.io import load_graph
-
-    return interface_of(load_graph(path))
-
-
 def ort_stream(
     path: Path, capacity: int, rounded: bool = True, small: bool = False, watch: Watch | None = None
 ) -> Stream:
@@ -285,7 +279,7 @@ def ort_stream(
 
     ``rounded`` and ``small``: see :func:`~nbl_export.runtime.session.session`.
     """
-    interface = _interface(path)
+    interface = interface_of(load_graph(path))
     if interface.static:
         return OrtStaticStream(path, capacity, rounded, small, watch)
     if interface.ragged:
@@ -304,7 +298,7 @@ def run_outputs(
     if isinstance(rows, Mapping):
         model: OrtModel = OrtModel(path)
         feeds = model.interface.named(rows)
-    elif _interface(path).static:
+    elif interface_of(load_graph(path)).static:
         model = (static := OrtStaticStream(path, max(len(row) for row in rows)))
         feeds = static.prefill_feeds(rows)
     else:
@@ -312,4 +306,4 @@ def run_outputs(
         padded = prefix_padded(rows) if growing.interface.ragged else left_padded(rows)
         feeds = growing.feeds(*padded, growing.empty_past(len(rows)))
     wanted = list(names or (o.name for o in model.session.get_outputs()))
-    return dict(zip(wanted, run_session(model.session, wanted, feeds, model.bounds), strict=True))
+    return dict(zip(wanted, run_session(model.session, wanted, feeds), strict=True))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,11 @@ from numpy.typing import NDArray
 
 from nbl_export.errors import BuildError, InputError, MissingDependencyError, first_line
 from nbl_export.graph import operators
-from nbl_export.graph.io import check_file, passes_checker
+from nbl_export.graph.half_emulation import compute_in_float32, needs_emulation
+from nbl_export.graph.io import check_file, load_graph, passes_checker
+from nbl_export.graph.tensors import external_files, follow_links
+from nbl_export.machine import cores, free_memory
 from nbl_export.parts import part
-from nbl_export.runtime.bounds import Bounds, bounded, bounds_of
 
 
 def require_onnxruntime() -> Any:
@@ -90,13 +90,13 @@ def data_folder(folder: Path | None) -> dict[str, str]:
 
 
 def session_options(config: Mapping[str, str] | None = None) -> Any:
-    """Options of every session: all cores, ``config`` (session configuration entries), and no log.
+    """Options of every session: all cores of this process, ``config`` (session configuration entries), and no log.
 
     Errors are also raised as exceptions, so the log is not needed.
     """
     options = require_onnxruntime().SessionOptions()
     options.log_severity_level = 4
-    options.intra_op_num_threads = os.cpu_count() or 1
+    options.intra_op_num_threads = cores()
     for key, value in (config or {}).items():
         options.add_session_config_entry(key, value)
     return options
@@ -136,7 +136,6 @@ def session(
     provider: Provider | None = None,
     rounded: bool = True,
     model: ir.Model | None = None,
-    profile: Path | None = None,
     small: bool = False,
 ) -> Any:
     """An inference session of the graph at ``path`` on one provider; on the CPU with all cores.
@@ -144,18 +143,13 @@ def session(
     Without a ``provider`` it is :func:`running_provider`. ``config`` are onnxruntime's session configuration entries. A
     half-precision graph is run by emulation (:mod:`nbl_export.graph.half_emulation`), which rounds every tensor;
     ``rounded=False`` runs the file itself. ``model`` is the graph at ``path`` if it is already loaded; a half-precision
-    one is changed in place. ``profile`` is the file name prefix of a profile to write. A ``small`` session on the CPU
+    one is changed in place. A ``small`` session on the CPU
     takes little memory beside the weights, which are mapped (:func:`frugal`), and more time for each run: weights in
     half precision are converted in each. Raises :class:`InputError` if onnxruntime does not load the graph.
     """
-    from nbl_export.graph.half_emulation import compute_in_float32, needs_emulation
-    from nbl_export.graph.io import load_graph
-    from nbl_export.graph.tensors import follow_links
-
     require_onnxruntime()
     provider = running_provider() if provider is None else provider
     model = load_graph(path) if model is None else model
-    bounds = bounds_of_graph(path, model, provider)
     source: str | bytes = str(path)
     small = small and provider == CPU
     packed = any(operators.key(node) in operators.PACKED for node in model.graph)
@@ -165,31 +159,19 @@ def session(
         compute_in_float32(model)
         source = ir.to_proto(model).SerializeToString()
     options = session_options(config)
-    if profile is not None:
-        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     if small:
         frugal(options, packed)
-    return load(source, options, str(path), bounds, provider, folded=not small or packed or not half)
-
-
-def bounds_of_graph(path: Path, model: ir.Model, provider: Provider = CPU) -> Bounds:
-    """The bounds of the graph at ``path``, which is ``model``; on the CPU memory has one."""
-    from nbl_export.graph.tensors import external_files
-
-    size = sum(file.stat().st_size for file in [path, *external_files(model)])
-    bounds = replace(bounds_of(size), mapped=size)
-    return bounds if provider == CPU else replace(bounds, memory=None)
+    return load(source, options, str(path), provider, folded=not small or packed or not half)
 
 
 def load(
     source: str | bytes,
     options: Any,
     name: str,
-    bounds: Bounds,
     provider: Provider = CPU,
     folded: bool = True,
 ) -> Any:
-    """An inference session of a graph; raises :class:`InputError` if onnxruntime does not load it in ``bounds``.
+    """An inference session of a graph; raises :class:`InputError` if onnxruntime does not load it.
 
     Not ``folded``, what depends on weights alone, such as a Cast of them, is computed in each run, and is not kept.
     """
@@ -197,8 +179,7 @@ def load(
     without = {} if folded else {"disabled_optimizers": [_FOLDING]}
     providers = [provider, *[CPU] * (provider != CPU)]
     try:
-        with bounded(bounds, f"load {name}"):
-            return ort.InferenceSession(source, options, providers=providers, **without)
+        return ort.InferenceSession(source, options, providers=providers, **without)
     except Exception as error:  # onnxruntime's exceptions have no common base class
         raise InputError(f"onnxruntime does not load {name}: {first_line(error)}") from None
 
@@ -209,8 +190,7 @@ def check_loads(path: Path) -> None:
     options = session_options({"session.disable_prepacking": "1"})
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
-        with bounded(bounds_of(path.stat().st_size), f"load {path}"):
-            ort.InferenceSession(str(path), options, providers=[CPU])
+        ort.InferenceSession(str(path), options, providers=[CPU])
     except Exception as error:  # onnxruntime's exceptions have no common base class
         raise BuildError(f"{path} does not load in onnxruntime: {first_line(error)}") from error
 
@@ -224,11 +204,27 @@ def check_like(source: Path) -> Callable[[Path], None]:
     return check_file if passes_checker(source) else check_loads
 
 
-def run_session(session: Any, outputs: Sequence[str], feeds: Mapping[str, Any], bounds: Bounds) -> list[Any]:
-    """``outputs`` of a session; raises :class:`InputError` if an operator refuses its inputs or passes ``bounds``."""
-    options = require_onnxruntime().RunOptions()
+def run_session(session: Any, outputs: Sequence[str], feeds: Mapping[str, Any]) -> list[Any]:
+    """``outputs`` of a session; raises :class:`InputError` if an operator refuses its inputs."""
     try:
-        with bounded(bounds.fed(feeds), "run the graph", options):
-            return list(session.run(outputs, feeds, options))
+        return list(session.run(outputs, feeds))
     except Exception as error:  # onnxruntime's exceptions have no common base class
         raise InputError(f"onnxruntime does not run the graph: {first_line(error)}.") from None
+
+
+# memory -------------------------------------------------------------------------------------------
+
+# Of the memory that is free; the rest is for activations, and for what nobody counts.
+USABLE = 0.9
+
+
+def session_bytes(path: Path) -> int:
+    """Bytes of a usual session of the graph at ``path``: its files, and a packed copy, in float32 of half precision."""
+    model = load_graph(path)
+    size = sum(file.stat().st_size for file in [path, *external_files(model)])
+    return size * (3 if needs_emulation(model) else 2)
+
+
+def fit(*sizes: int) -> bool:
+    """Whether sessions of these sizes find room beside each other."""
+    return sum(sizes) <= USABLE * free_memory()

@@ -1,91 +1,113 @@
-"""A batch of ragged rows in a decoder: one prefill, then decode steps with one token per row.
+"""Step a batch of ragged rows through a decoder: one prefill, then decode steps with one token per row.
 
-The stream owns the KV cache and hides how the runtime pads and stores it, so that PyTorch, ONNX Runtime and
-TensorRT, with a growing or a static cache, have one interface and are compared in the same way.
+The stream owns the KV cache and hides how the runtime pads and stores it, so that PyTorch, ONNX Runtime, TensorRT and
+the engines of other forms have one interface and are compared in the same way.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import BOOL, F32, I64
 from nbl_export.batch.padding import left_padded, one_more, prefix_mask, right_padded
-from nbl_export.runtime.decoder import KV, Decoder
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+# Keys and values of a layer, or one state of a layer that is not softmax attention.
+KV = tuple[F32, ...]
 
-class Stream(Protocol):
-    """The interface that :func:`~nbl_export.verify.parity.decoder.compare_streams` compares."""
 
-    @property
-    def kv_layers(self) -> tuple[int, ...] | None:
-        """The model's layer indices of the cache entries, in cache order; None without a cache."""
+class Stream:
+    """What can be stepped. ``kv_layers`` are the model's layers of the cache entries, in order; None without a cache.
+
+    One that ``extends`` adds several tokens at once, and several continuations to one row.
+    """
+
+    kv_layers: tuple[int, ...] | None = None
+    extends = False
 
     def prefill(self, rows: Sequence[NDArray[Any]]) -> F32:
         """Start a new batch with ``rows`` of token ids: logits [all tokens of all rows, vocab], row after row."""
+        raise NotImplementedError
+
+    def prefill_last(self, rows: Sequence[NDArray[Any]]) -> F32:
+        """Like :meth:`prefill`, but only the logits [rows, vocab] of each row's last token."""
+        # A copy, so that the logits of all tokens are freed after this call.
+        last: F32 = self.prefill(rows)[np.cumsum([len(row) for row in rows]) - 1]
+        return last
 
     def decode(self, tokens: Sequence[int]) -> F32:
         """One more token for each row: logits [rows, vocab]."""
-
-    def cache(self) -> tuple[Sequence[KV], BOOL]:
-        """The cache, and which of its slots [rows, slots] are not padding.
-
-        Keys and values [rows, heads, slots, head_dim] of each of ``kv_layers``, then each state [rows, …].
-        """
-
-    def reserve(self, tokens: int) -> None:
-        """From the next prefill on, no row is longer than ``tokens``; a growing cache has nothing to do."""
-
-
-@runtime_checkable
-class Extending(Stream, Protocol):
-    """A stream whose rows can be extended by several tokens at once, and one row by several continuations."""
+        raise NotImplementedError
 
     def extend(self, owners: Sequence[int], rows: Sequence[NDArray[Any]]) -> F32:
         """Replace the batch by new rows: row ``owners[i]`` of the batch followed by ``rows[i]`` (at least one token).
 
         Returns logits [all tokens of ``rows``, vocab], row after row.
         """
+        raise NotImplementedError
 
     def fork(self) -> Self:
-        """A stream with the same rows and the same cache, which can be extended without changing this one."""
+        """A stream with the same rows and cache, which can be extended without changing this one.
 
-
-@runtime_checkable
-class LastLogits(Stream, Protocol):
-    """A stream that can compute only the last logits of a prefill."""
-
-    def prefill_last(self, rows: Sequence[NDArray[Any]]) -> F32:
-        """Like :meth:`prefill`, but only the logits [rows, vocab] of each row's last token."""
-
-
-class Forking:
-    """A stream whose steps replace its cache and never overwrite it, so a shallow copy is an independent fork."""
-
-    def fork(self) -> Self:
+        Steps replace a cache and never overwrite it, so a shallow copy is independent.
+        """
         return copy.copy(self)
 
+    def cache(self) -> tuple[Sequence[KV], BOOL]:
+        """The cache, and which of its slots [rows, slots] are not padding.
+
+        Keys and values [rows, heads, slots, head_dim] of each of ``kv_layers``, then each state [rows, …].
+        """
+        raise NotImplementedError
+
     def reserve(self, tokens: int) -> None:
-        return None
+        """From the next prefill on, no row is longer than ``tokens``; a growing cache has nothing to do."""
 
 
-class PastStream(Forking):
-    """A stream over a stateless :class:`Decoder`: padding on the left, the returned cache is the next input."""
+@dataclass(frozen=True)
+class DecoderOutput:
+    """``logits`` [batch, sequence, vocab] and the cache: per cached layer keys and values [batch, heads, total,
+    head_dim], then each state [batch, …] of layers that keep some.
+    """
 
-    def __init__(self, decoder: Decoder) -> None:
-        self.decoder = decoder
-        self._past: Any = ()
+    logits: F32
+    present: tuple[KV, ...]
+
+
+class Decoder(Protocol):
+    """A function from tokens and KV cache to logits and KV cache: PyTorch's model, or a graph with a growing cache."""
 
     @property
-    def kv_layers(self) -> tuple[int, ...]:
-        return self.decoder.kv_layers
+    def kv_layers(self) -> tuple[int, ...]: ...
+
+    def empty_past(self, batch: int) -> Any:
+        """An empty cache."""
+
+    def __call__(
+        self, input_ids: I64, attention_mask: I64, position_ids: I64, past: Sequence[KV], num_logits: int = 0
+    ) -> DecoderOutput:
+        """Run ``input_ids`` [batch, sequence] after ``past``; the mask covers past and sequence.
+
+        Returns logits of the last ``num_logits`` positions, 0 for all. A decoder without this option returns all.
+        """
+
+
+class PastStream(Stream):
+    """A stream over a stateless :class:`Decoder`: padding on the left, the returned cache is the next input."""
+
+    extends = True
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder, self.kv_layers = decoder, decoder.kv_layers
+        self._past: Any = ()
 
     def prefill(self, rows: Sequence[NDArray[Any]]) -> F32:
         logits: F32 = self._run(self._begin(rows))[self._mask.astype(bool)]
@@ -123,13 +145,11 @@ class PastStream(Forking):
         return output.logits
 
 
-class UncachedStream:
+class UncachedStream(Stream):
     """A stream over a model without a KV cache: every step computes all tokens again.
 
     ``forward`` computes logits [batch, sequence, vocab] from left-padded ids, mask and positions.
     """
-
-    kv_layers = None
 
     def __init__(self, forward: Callable[[I64, I64, I64], F32]) -> None:
         self._forward = forward
@@ -147,9 +167,48 @@ class UncachedStream:
     def cache(self) -> tuple[Sequence[KV], BOOL]:
         return (), np.zeros((len(self._rows), 0), dtype=bool)
 
-    def reserve(self, tokens: int) -> None:
-        return None
-
     def _run(self) -> tuple[F32, BOOL]:
         ids, mask, positions = left_padded(self._rows)
         return self._forward(ids, mask, positions), mask.astype(bool)
+
+
+class RowStream(Stream):
+    """A stream whose runtime takes one row at a time: each has a cache of its own.
+
+    A subclass has ``_empty()``, the cache of a row that has not begun; ``_logits(tokens, cache)`` [tokens, vocab] of
+    the next tokens of its row; ``_length(cache)``; ``_sides(cache, number)``, keys and values [1, heads, tokens,
+    head_dim] of the attention ``number`` of those that have any.
+    """
+
+    kv_layers: tuple[int, ...]
+    _empty: Callable[[], Any]
+    _logits: Callable[[NDArray[Any], Any], F32]
+    _length: Callable[[Any], int]
+    _sides: Callable[[Any, int], tuple[F32, F32]]
+
+    def prefill(self, rows: Sequence[NDArray[Any]]) -> F32:
+        self._caches = [self._empty() for _ in rows]
+        return self._read(rows)
+
+    def decode(self, tokens: Sequence[int]) -> F32:
+        return self._read([np.array([token]) for token in tokens])
+
+    def _read(self, rows: Sequence[NDArray[Any]]) -> F32:
+        read = [self._logits(row, cache) for row, cache in zip(rows, self._caches, strict=True)]
+        return np.concatenate(read)
+
+    def cache(self) -> tuple[Sequence[KV], BOOL]:
+        lengths = np.array([self._length(cache) for cache in self._caches])
+        longest = int(lengths.max(initial=0))
+
+        def joined(side: Sequence[F32]) -> F32:
+            # Zeros where a row is shorter.
+            return np.concatenate(
+                [np.pad(own, ((0, 0), (0, 0), (0, longest - own.shape[2]), (0, 0))) for own in side]
+            )
+
+        found: list[KV] = []
+        for number in range(len(self.kv_layers)):
+            sides = zip(*(self._sides(cache, number) for cache in self._caches), strict=True)
+            found.append(tuple(map(joined, sides)))
+        return found, prefix_mask(lengths, longest)

@@ -27,7 +27,7 @@ from nbl_export.engine.library import Library
 from nbl_export.engine.manifest import Manifest, check_runs, load_manifest
 from nbl_export.engine.profiles import DECODE, PREFILL
 from nbl_export.errors import BuildError, InputError, MissingDependencyError
-from nbl_export.runtime.decoder import KV
+from nbl_export.runtime.stream import KV, Stream
 
 if TYPE_CHECKING:
     import torch
@@ -168,11 +168,12 @@ def _context(library: Library, engine: Any) -> Any:
     return engine.create_execution_context(config)
 
 
-class EngineStream:
+class EngineStream(Stream):
     """A loaded engine as a stream of ragged rows; logits and cache stay on the device until requested."""
 
     def __init__(self, loaded: LoadedEngine) -> None:
         self.manifest, self.device = loaded.manifest, loaded.device
+        self.kv_layers = loaded.manifest.kv_layers
         self._contexts, self._engine, self._captures = loaded.contexts, loaded.engine, loaded.captures
         network = loaded.manifest.network
         self._inputs = {t.name: t for t in network.inputs}
@@ -184,10 +185,6 @@ class EngineStream:
         self._bound: dict[str, dict[str, torch.Tensor]] = {PREFILL: {}, DECODE: {}}
         self._batch = 0
         self._replay: Callable[[], None] | None = None
-
-    @property
-    def kv_layers(self) -> tuple[int, ...]:
-        return self.manifest.kv_layers
 
     @property
     def cache_bytes(self) -> int:
@@ -219,9 +216,6 @@ class EngineStream:
         return list(zip(sides[::2], sides[1::2], strict=True)), real
 
     # on the device ---------------------------------------------------------------------------
-    def reserve(self, tokens: int) -> None:
-        return None  # the engine's profiles limit the length of a row
-
     def prefill_on_device(self, rows: Sequence[NDArray[Any]]) -> torch.Tensor:
         """Run ``rows`` from an empty cache: logits [rows, longest, vocab], including padding."""
         self._check_fits(rows)

@@ -1,21 +1,24 @@
-"""PyTorch as a :class:`~nbl_export.runtime.decoder.Decoder`: the reference for every comparison."""
+"""Run PyTorch as a :class:`~nbl_export.runtime.stream.Decoder` or encoder: the reference for every comparison."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from nbl_export.batch.arrays import F32, I64
+from nbl_export.batch.rows import Inputs
 from nbl_export.models.dummy_run import cache_shapes, dummy_run
 from nbl_export.models.forward import run_uncached, run_with_past
 from nbl_export.models.weights import device_of, weights_like
-from nbl_export.runtime.decoder import KV, DecoderOutput
-from nbl_export.runtime.stream import PastStream, Stream, UncachedStream
+from nbl_export.runtime.stream import KV, DecoderOutput, PastStream, Stream, UncachedStream
 
 if TYPE_CHECKING:
     import torch
 
     from nbl_export.models.caches import Entry
+    from nbl_export.models.encoder import Encoder
 
 
 class TorchDecoder:
@@ -27,11 +30,7 @@ class TorchDecoder:
     def __init__(self, model: torch.nn.Module, linearized: Sequence[int] = ()) -> None:
         self.model = model
         self._blocks = dummy_run(model).cache
-        self._kv_layers = tuple(i for i in cache_shapes(model) if i not in set(linearized))
-
-    @property
-    def kv_layers(self) -> tuple[int, ...]:
-        return self._kv_layers
+        self.kv_layers = tuple(i for i in cache_shapes(model) if i not in set(linearized))
 
     def empty_past(self, batch: int) -> list[Entry]:
         like = weights_like(self.model)
@@ -59,14 +58,14 @@ class TorchDecoder:
             for block, entry in zip(self._blocks, entries, strict=True)
             for state in block.parts(entry)[1]
         )
-        return [*(entries[i][:2] for i in self._kv_layers), *((state,) for state in states)]
+        return [*(entries[i][:2] for i in self.kv_layers), *((state,) for state in states)]
 
     def _spread(self, past: Any, batch: int) -> list[Entry]:
         # transformers indexes the cache by layer: linearized layers get an empty entry.
         import torch
 
         empty = torch.zeros(batch, 1, 0, 1, device=device_of(self.model))
-        pairs = dict(zip(self._kv_layers, past, strict=False))
+        pairs = dict(zip(self.kv_layers, past, strict=False))
         states = iter(past[len(pairs) :])
         return [
             (
@@ -109,3 +108,22 @@ def uncached_logits(model: torch.nn.Module, input_ids: I64, attention_mask: I64,
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
     logits: F32 = run_uncached(model, inputs).logits.float().cpu().numpy()
     return logits
+
+
+class TorchEncoder:
+    """The PyTorch model of ``encoder``, in its state at the time of the call."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+
+    def __call__(self, inputs: Inputs) -> dict[str, F32]:
+        import torch
+
+        like = weights_like(self.encoder.model)
+        given = [
+            torch.from_numpy(np.ascontiguousarray(inputs[n])).to(like.device) for n in self.encoder.inputs
+        ]
+        given = [t.to(like.dtype) if t.is_floating_point() else t for t in given]
+        with torch.inference_mode():
+            found = self.encoder(*given)
+        return {n: t.float().cpu().numpy() for n, t in zip(self.encoder.outputs, found, strict=True)}

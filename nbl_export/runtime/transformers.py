@@ -15,7 +15,7 @@ from nbl_export.errors import BuildError, first_line
 from nbl_export.models.compat import cache_argument
 from nbl_export.models.load import quiet
 from nbl_export.models.registered import register
-from nbl_export.runtime.rows import RowStream
+from nbl_export.runtime.stream import RowStream
 
 
 class TransformersStream(RowStream):
@@ -27,7 +27,6 @@ class TransformersStream(RowStream):
     def __init__(self, path: Path) -> None:
         from transformers import AutoModelForCausalLM
 
-        super().__init__()
         register()
         try:
             with quiet():

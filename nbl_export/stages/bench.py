@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +23,6 @@ from nbl_export.stages.bench_candidates import (
     digest_of_graph,
     graphs_against,
     peer_records,
-    provider_of,
 )
 from nbl_export.stages.build import current_engines, model_positions, passed_over
 from nbl_export.stages.rewrite import check_baseline, current_rewrite
@@ -35,7 +33,6 @@ from nbl_export.workspace import Workspace
 
 if TYPE_CHECKING:
     from nbl_export.report.bench import BenchReport
-    from nbl_export.verify.speed.profile import GraphPair
 
 
 @dataclass(frozen=True)
@@ -58,8 +55,8 @@ def bench(
 ) -> BenchReport:
     """Time both graphs and others in turn → ``report/bench.json`` and its pages, and a part of the report there is.
 
-    A cell that is suspect, or in which the linearized graph is slower than its base, is a failed check in the value
-    (``passed``), not an exception.
+    A cell in which the linearized graph is slower than its base is a failed check in the value (``passed``), not an
+    exception.
     """
     asked = settings or BenchSettings()
     with opened(out, asked, listener, trust_remote_code, rehash) as (run, resolved):
@@ -103,9 +100,7 @@ def _measured(asked: _Bench, listener: Listener) -> list[Path]:
     from nbl_export.report.bench import BenchReport
     from nbl_export.report.environment import environment
     from nbl_export.report.render import write_bench
-    from nbl_export.verify.speed.candidates import decoder_prompt
     from nbl_export.verify.speed.checks import bench_checks
-    from nbl_export.verify.speed.profile import explained_cell
 
     run, settings, ws = asked.run, asked.settings, asked.run.workspace
     contexts, notes = _contexts(settings, model_positions(ws))
@@ -115,12 +110,7 @@ def _measured(asked: _Bench, listener: Listener) -> list[Path]:
         notes.append(f"{len(kept.cells)} cells are those of a run that was interrupted, on its own roofline.")
         listener.note(f"bench: {len(kept.cells)} cells kept from before.")
     with ExitStack() as stack:
-        speed, pairs = _raced(asked, cells, kept, stack, listener)
-        # The sessions of the race are gone, and what memory they had.
-        provider = provider_of(settings)
-        kept.explain(
-            partial(explained_cell, pairs=pairs, run=decoder_prompt(provider), provider=provider), listener
-        )
+        speed = _raced(asked, cells, kept, stack, listener)
     speed = replace(speed, cells=tuple(kept.cells))
     report = BenchReport(
         created=created(),
@@ -152,12 +142,11 @@ def _contexts(settings: BenchSettings, most: int | None) -> tuple[list[int], lis
 
 def _raced(
     asked: _Bench, cells: Sequence[tuple[int, int]], kept: _Kept, stack: ExitStack, listener: Listener
-) -> tuple[Speed, dict[str, GraphPair]]:
-    """Race in ``cells``, which ``kept`` is given; the race without cells, and whose graphs belong together."""
+) -> Speed:
+    """Race in ``cells``, which ``kept`` is given; the race without cells."""
     from nbl_export.verify.speed.harness import Harness
     from nbl_export.verify.speed.memory import Memory, measure_memory
     from nbl_export.verify.speed.pair import phases_of
-    from nbl_export.verify.speed.profile import graph_pairs
     from nbl_export.verify.speed.race import Rounds
 
     run, settings = asked.run, asked.settings
@@ -175,7 +164,7 @@ def _raced(
     )
     for both in harness.run(cells, listener):
         kept.add(both)
-    return harness.speed(()), graph_pairs(candidates)
+    return harness.speed(())
 
 
 def _machine(settings: BenchSettings, ws: Workspace) -> Machine:
@@ -192,10 +181,7 @@ def _machine(settings: BenchSettings, ws: Workspace) -> Machine:
 
 
 class _Kept:
-    """The cells measured so far, on disk when each is done: an interrupted bench goes on from there.
-
-    The first ``explained`` of them have been looked at for speedups above their ceilings.
-    """
+    """The cells measured so far, on disk when each is done: an interrupted bench goes on from there."""
 
     def __init__(self, path: Path, key: str) -> None:
         self._path, self._key = path, key
@@ -205,7 +191,7 @@ class _Kept:
             raw = read_sealed(path, "The bench so far", "it is begun anew")
             found = from_json(_Partial, raw, str(path), "it is begun anew")
         same = found if found.key == key else _Partial(key)
-        self.cells, self._explained = list(same.cells), same.explained
+        self.cells = list(same.cells)
 
     @property
     def done(self) -> set[tuple[int, int]]:
@@ -215,23 +201,11 @@ class _Kept:
         self.cells += cells
         self._save()
 
-    def explain(self, explain: Callable[[CellResult], CellResult], listener: Listener) -> None:
-        """Have each cell explained that was not yet."""
-        from nbl_export.verify.speed.profile import PROFILING
-
-        with listener.task(PROFILING, len(self.cells) - self._explained, "cells") as task:
-            while self._explained < len(self.cells):
-                self.cells[self._explained] = explain(self.cells[self._explained])
-                self._explained += 1
-                self._save()
-                task.advance(1)
-
     def _save(self) -> None:
-        write_sealed(self._path, to_json(_Partial(self._key, tuple(self.cells), self._explained)))
+        write_sealed(self._path, to_json(_Partial(self._key, tuple(self.cells))))
 
 
 @dataclass(frozen=True)
 class _Partial:
     key: str
     cells: tuple[CellResult, ...] = ()
-    explained: int = 0

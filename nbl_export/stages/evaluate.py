@@ -264,7 +264,7 @@ class _Answers:
     def _open(self, graph: _Graph) -> tuple[Any, Any]:
         from nbl_export.evaluate.scoring import Limits
         from nbl_export.runtime.ort import ort_stream
-        from nbl_export.runtime.sizes import fit, session_bytes
+        from nbl_export.runtime.session import fit, session_bytes
 
         positions = self.positions or _UNBOUNDED
         if self.stream is None:

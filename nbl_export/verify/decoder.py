@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,6 @@ from nbl_export.models.layers import positions
 from nbl_export.models.routers import Routers
 from nbl_export.models.weights import resident, room
 from nbl_export.runtime.ort import Watch, ort_stream
-from nbl_export.runtime.stream import Stream
 from nbl_export.verify.case import DecoderCase
 from nbl_export.verify.crossing import crossing_check, only_beyond, parity_text
 from nbl_export.verify.engines import measure_engines
@@ -165,9 +164,7 @@ def unlike(
     ``graph`` is what the rewritten graph gave for ``rows`` and those ``alone``, if it is known.
     """
     title = "Running the base graph"
-    expected = _recorded(
-        case, reference, rows, lambda stream: kept_cache(stream, case.plan), alone=alone, title=title
-    )
+    expected = kept_cache(_recorded(case, reference, rows, alone=alone, title=title), case.plan)
     found = graph or _recorded(case, case.rewritten, rows, alone=alone)
     return compare(expected, found, gates_for(UNMODIFIED)).failures()
 
@@ -176,14 +173,13 @@ def _recorded(
     case: DecoderCase,
     path: Path,
     rows: Sequence[NDArray[np.int32]],
-    of: Callable[[Stream], Stream] = lambda stream: stream,
     rounded: bool = True,
     alone: Sequence[NDArray[np.int32]] = (),
     watch: Watch | None = None,
     title: str = COMPARING,
 ) -> Recorded:
     """What the graph at ``path`` gives for ``rows``; its session is closed when this returns."""
-    stream = of(ort_stream(path, max(map(len, rows)), rounded=rounded, small=True, watch=watch))
+    stream = ort_stream(path, max(map(len, rows)), rounded=rounded, small=True, watch=watch)
     return record(stream, rows, case.settings.decode_steps, case.listener, alone, title)
 
 

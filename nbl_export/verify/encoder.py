@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 
 from nbl_export.batch.names import PIXELS, TOKENS
-from nbl_export.batch.rows import Inputs, batch_of_rows
+from nbl_export.batch.rows import Inputs, Outputs, batch_of_rows
 from nbl_export.linearize.swap import linearized
 from nbl_export.models.dummy_run import dummy_run
 from nbl_export.models.encoder import encoder_of
 from nbl_export.models.layers import positions
 from nbl_export.models.load import in_precision
 from nbl_export.models.weights import resident, room
-from nbl_export.runtime.encoder import OrtEncoder, Outputs, TorchEncoder
-from nbl_export.runtime.ort import OrtModel
+from nbl_export.runtime.ort import OrtEncoder, OrtModel
+from nbl_export.runtime.torch import TorchEncoder
 from nbl_export.verify.case import EncoderCase
 from nbl_export.verify.crossing import crossing_batches, crossing_check, only_beyond
 from nbl_export.verify.loss.encoder import measure_likeness

@@ -14,7 +14,7 @@ from nbl_export.verify.loss.figures import Likeness, MethodLoss
 from nbl_export.verify.loss.gate import number_checks
 from nbl_export.verify.parity.figures import DecoderParity, EncoderParity, EngineParity
 from nbl_export.verify.speed.checks import speed_check
-from nbl_export.verify.speed.pair import IN_TURNS, Pair, anew_or_why_not, explained, measure_speed
+from nbl_export.verify.speed.pair import IN_TURNS, Pair, anew_or_why_not, measure_speed
 from nbl_export.verify.speed.values import Speed
 
 T = TypeVar("T")
@@ -116,7 +116,7 @@ def timed(
 ) -> Found[Speed]:
     """The speed of the pair with the unmodified graph, and whether it can be believed, if it is measured.
 
-    Where both do not fit into memory they take turns, and why one is faster than it could be is not looked for.
+    Where both do not fit into memory they take turns.
     """
     if why := case.why_not_timed:
         return Found(checks=(Check("speed", "skipped", why),), notes=notes)
@@ -126,10 +126,7 @@ def timed(
     if isinstance(anew, str):
         return Found(checks=(Check("speed", "skipped", anew),), notes=notes)
     section = measure_speed(pair, contexts, case.settings.rounds, case.listener, anew)
-    if anew:
-        return Found(section, (speed_check(section),), (*notes, IN_TURNS))
-    section = explained(section, pair, case.listener)
-    return Found(section, (speed_check(section),), notes)
+    return Found(section, (speed_check(section),), (*notes, *[IN_TURNS] * anew))
 
 
 def fitting_contexts(

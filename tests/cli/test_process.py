@@ -21,7 +21,6 @@ from nbl_export.cli import process
 from nbl_export.cli.bars import TerminalListener
 from nbl_export.cli.process import Output
 from nbl_export.errors import InputError, Interrupted
-from nbl_export.runtime import bounds
 from tests.command_line import ENVIRONMENT, Done, assert_refused
 from tests.interruptions import send
 from tests.rewrite.foreign import Source, assert_rewritten, contents, exported
@@ -30,10 +29,6 @@ from tests.rewrite.foreign import Source, assert_rewritten, contents, exported
 @pytest.fixture
 def source(tmp_path: Path) -> Source:
     return exported(tmp_path)
-
-
-def said(_message: str, code: int) -> int:
-    return code
 
 
 def ended(command: list[object], setup: Callable[[], object] = lambda: None, **how: Any) -> Done:
@@ -152,10 +147,9 @@ def test_what_a_stream_has_more_is_reached_through_it() -> None:
 
 def test_streams_and_signals_are_as_before_when_it_is_over() -> None:
     before = sys.stdout, sys.stderr, *(signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP))
-    assert process.run(lambda: 7 if bounds.when_stuck else 8, said) == 7
+    assert process.run(lambda: 7) == 7
     with pytest.raises(ZeroDivisionError):
-        process.run(lambda: 1 // 0, said)
-    assert bounds.when_stuck is None
+        process.run(lambda: 1 // 0)
     assert before == (sys.stdout, sys.stderr, *(signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP)))
 
 
@@ -221,7 +215,7 @@ def test_the_handler_of_somebody_else_stays() -> None:
     heard: list[int] = []
     before = signal.signal(signal.SIGHUP, lambda signum, _frame: heard.append(signum))
     try:
-        assert process.run(lambda: send(signal.SIGHUP)() or 0, said) == 0
+        assert process.run(lambda: send(signal.SIGHUP)() or 0) == 0
     finally:
         signal.signal(signal.SIGHUP, before)
     assert heard == [signal.SIGHUP]
@@ -229,7 +223,7 @@ def test_the_handler_of_somebody_else_stays() -> None:
 
 def test_a_signal_is_an_interrupt_with_its_own_code() -> None:
     with pytest.raises(Interrupted) as ended:
-        process.run(lambda: send(signal.SIGTERM)() or 0, said)
+        process.run(lambda: send(signal.SIGTERM)() or 0)
     assert ended.value.exit_code == 143 and isinstance(ended.value, KeyboardInterrupt)
 
 
@@ -250,9 +244,9 @@ def test_an_interrupt_that_a_library_swallows_ends_the_work_at_its_next_step(sig
     before = signal.signal(signum, usual)
     try:
         with pytest.raises(Interrupted) as ended:
-            process.run(work, said)
+            process.run(work)
         assert ended.value.exit_code == SIGNALS[signal.Signals(signum)]
-        assert process.run(lambda: process.stop_if_asked() or 0, said) == 0  # of an earlier command
+        assert process.run(lambda: process.stop_if_asked() or 0) == 0  # of an earlier command
     finally:
         signal.signal(signum, before)
     assert reached == ["behind the library"]
@@ -282,7 +276,7 @@ def test_an_interrupt_that_a_library_makes_an_error_of_is_one(
     usual = signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL
     before = signal.signal(signum, usual)
     try:
-        assert process.run(main._command, main._said) == SIGNALS[signal.Signals(signum)]
+        assert process.run(main._command) == SIGNALS[signal.Signals(signum)]
     finally:
         signal.signal(signum, before)
     said = capsys.readouterr().err
@@ -304,12 +298,12 @@ def test_an_interrupt_of_a_line_that_is_typed_asks_for_nothing_else() -> None:
         process.stop_if_asked()
         return 5
 
-    assert process.run(work, said) == 5
+    assert process.run(work) == 5
 
 
 def test_another_thread_may_run_it_too() -> None:
     codes: list[int] = []
-    thread = threading.Thread(target=lambda: codes.append(process.run(lambda: 3, said)))
+    thread = threading.Thread(target=lambda: codes.append(process.run(lambda: 3)))
     thread.start()
     thread.join()
     assert codes == [3]

@@ -18,7 +18,7 @@ from nbl_export.batch.names import MASK, TOKEN_TYPES, TOKENS
 from nbl_export.batch.rows import batch_of_rows
 from nbl_export.linearize.plan import load_plan
 from nbl_export.linearize.swap import linearized
-from nbl_export.runtime.encoder import OrtEncoder
+from nbl_export.runtime.ort import OrtEncoder
 from nbl_export.workspace import Workspace
 from tests import encoders
 

@@ -19,7 +19,7 @@ from nbl_export.models.encoder import encoder_of
 from nbl_export.models.pooling import find_pooling
 from nbl_export.models.tasks import task_named
 from nbl_export.report.schema import load_report
-from nbl_export.runtime.encoder import TorchEncoder
+from nbl_export.runtime.torch import TorchEncoder
 from tests.sessions import cpu_session
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

@@ -17,7 +17,8 @@ from nbl_export.models.encoder import encoder_of
 from nbl_export.models.load import in_precision, load_model
 from nbl_export.models.source import find_model
 from nbl_export.models.tasks import task_named
-from nbl_export.runtime.encoder import OrtEncoder, TorchEncoder
+from nbl_export.runtime.ort import OrtEncoder
+from nbl_export.runtime.torch import TorchEncoder
 from tests.encoders import PAD, text_encoder, vision_encoder
 
 FEATURES = task_named("feature-extraction")

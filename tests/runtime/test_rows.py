@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbl_export.batch.arrays import F32
-from nbl_export.runtime.rows import RowStream
+from nbl_export.runtime.stream import RowStream
 
 
 class Echo(RowStream):

@@ -15,12 +15,12 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
+from nbl_export.runtime.bounds import bounds_of
 
 from nbl_export.errors import InputError, Interrupted, MissingDependencyError
 from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.graph.precision import PRECISIONS, to_precision
 from nbl_export.installed import pip_line
-from nbl_export.runtime.bounds import bounds_of
 from nbl_export.runtime.ort import OrtModel, ort_stream
 from nbl_export.runtime.session import (
     CPU,

@@ -17,7 +17,7 @@ from nbl_export.linearize.loss import mean_over_documents
 from nbl_export.linearize.plan import Plan
 from nbl_export.linearize.swap import linearized
 from nbl_export.progress import Listener, Silent
-from nbl_export.runtime.encoder import TorchEncoder
+from nbl_export.runtime.torch import TorchEncoder
 from nbl_export.verify.loss.figures import Likeness, Measure
 from nbl_export.verify.parity.encoder import vectors
 from nbl_export.verify.parity.figures import LOGITS

@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 from nbl_export.batch.arrays import BOOL, F32, F64
 from nbl_export.errors import InputError
 from nbl_export.progress import Listener, Silent, Task
-from nbl_export.runtime.decoder import KV
-from nbl_export.runtime.stream import Stream
+from nbl_export.runtime.stream import KV, Stream
 from nbl_export.verify.parity.figures import Gates, Parity, StepParity
 from nbl_export.verify.parity.vectors import compare_vectors, rms
 

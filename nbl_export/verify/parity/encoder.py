@@ -12,8 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from nbl_export.batch.rows import Inputs, real_positions
-from nbl_export.runtime.encoder import Outputs
+from nbl_export.batch.rows import Inputs, Outputs, real_positions
 from nbl_export.verify.parity.figures import Gates, OutputParity, OutputsParity
 from nbl_export.verify.parity.vectors import compare_vectors
 

@@ -30,7 +30,7 @@ from nbl_export.models.routers import Routers
 from nbl_export.models.walk import Segment, through
 from nbl_export.models.weights import device_of, streams, weights_like
 from nbl_export.progress import Listener, Silent
-from nbl_export.runtime.decoder import KV
+from nbl_export.runtime.stream import KV
 from nbl_export.runtime.torch import torch_stream
 from nbl_export.verify.parity.decoder import Recorded, Step, joined, record
 

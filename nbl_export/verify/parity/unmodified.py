@@ -10,8 +10,6 @@
    operators on the same weights, so whatever quantization and half precision cost, it costs both alike, and what is
    left is rounding: a fault anywhere else (a cache of another layer, a rotary table, a position) stands out in every
    precision.
-3. The rewrite is done once more, in memory, and the graph must be that, operator by operator and weight by weight
-   (:mod:`nbl_export.graph.same`): a run says nothing about tokens, positions, batches and inputs that it does not have.
 
 What is proven of the unmodified graph itself: :mod:`nbl_export.rewrite.prove`.
 """
@@ -20,73 +18,37 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
-from numpy.typing import NDArray
 
-from nbl_export.batch.arrays import BOOL, F32
 from nbl_export.blocks import Block, attentions
 from nbl_export.errors import BuildError, InputError
-from nbl_export.graph.cache import KV_LAYERS_KEY, LAYERS_KEY, metadata_list
 from nbl_export.graph.io import load_graph, scratch
-from nbl_export.graph.same import difference
-from nbl_export.graph.summary import DescribedLayer
 from nbl_export.graph.tensors import follow_links
 from nbl_export.linearize.plan import Plan
 from nbl_export.rewrite.adapt import merge_adapters
 from nbl_export.rewrite.confirm import LinearPart, check_layers, linear_part
-from nbl_export.rewrite.probe_runner import relative_error
 from nbl_export.rewrite.prove import Proof
-from nbl_export.rewrite.replace import proven_regions, rewritten_model
-from nbl_export.runtime.decoder import KV
-from nbl_export.runtime.intermediates import intermediate_tensors
-from nbl_export.runtime.stream import Stream
+from nbl_export.rewrite.replace import proven_regions
+from nbl_export.verify.parity.decoder import Recorded, Step
 
-_NOT_THE_REWRITE = "the graph is not what the rewrite makes of the unmodified one"
 _AGAINST = "against the unmodified graph with the same linear layers"
-# The relative error at which a tensor is another one: far above the order of additions, far below any fault.
-_OTHER = 1e-3
 
 
-@dataclass(frozen=True)
-class KeptCache:
-    """A ``stream`` of the reference, of whose cache only some entries count.
-
-    ``places`` are their numbers in the stream's cache, ``kv_layers`` the model's layers that they belong to.
-    """
-
-    stream: Stream
-    kv_layers: tuple[int, ...]
-    places: tuple[int, ...]
-
-    def prefill(self, rows: Sequence[NDArray[Any]]) -> F32:
-        return self.stream.prefill(rows)
-
-    def decode(self, tokens: Sequence[int]) -> F32:
-        return self.stream.decode(tokens)
-
-    def cache(self) -> tuple[Sequence[KV], BOOL]:
-        entries, real = self.stream.cache()
-        states = entries[len(self.stream.kv_layers or ()) :]
-        return [*(entries[i] for i in self.places), *states], real
-
-    def reserve(self, tokens: int) -> None:
-        self.stream.reserve(tokens)
-
-
-def kept_cache(stream: Stream, plan: Plan) -> Stream:
-    """``stream`` of the unmodified graph with the cache of the plan's attention layers alone."""
-    if stream.kv_layers is None:
-        return stream
+def kept_cache(recorded: Recorded, plan: Plan) -> Recorded:
+    """What was ``recorded`` of the unmodified graph, with the cache of the plan's attention layers alone."""
+    if recorded.kv_layers is None:
+        return recorded
     # The n-th entry is of the n-th attention layer, unless some attend to another's keys and values.
-    every = attentions(plan.candidates)
-    layers = every if len(stream.kv_layers) == len(every) else stream.kv_layers
-    gone = set(plan.chosen)
-    places = tuple(i for i, layer in enumerate(layers) if layer not in gone)
-    return KeptCache(stream, tuple(layers[i] for i in places), places)
+    every, count = attentions(plan.candidates), len(recorded.kv_layers)
+    layers = every if count == len(every) else recorded.kv_layers
+    places = [i for i, layer in enumerate(layers) if layer not in plan.chosen]
+    steps = tuple(
+        Step(s.logits, tuple(([*(c[i] for i in places), *c[count:]], real) for c, real in s.caches))
+        for s in recorded.steps
+    )
+    return Recorded(tuple(layers[i] for i in places), recorded.lengths, steps)
 
 
 def against_unmodified(
@@ -94,19 +56,16 @@ def against_unmodified(
 ) -> list[str]:
     """One sentence for each thing that is wrong in the graph ``rewritten`` from ``baseline`` by ``plan``.
 
-    Without a ``baseline`` nothing is said.
-    ``compare`` returns the gates that ``rewritten`` fails against the reference, whose path it is given. Raises
-    :class:`InputError` if ``rewritten`` cannot be read or run.
+    Without a ``baseline`` nothing is said. ``compare`` returns the gates that ``rewritten`` fails against the
+    reference, whose path it is given. Raises :class:`InputError` if ``rewritten`` cannot be read or run.
     """
     if baseline is None:
         return []
     try:
-        proven = proven_regions(baseline, plan)
+        proofs = proven_regions(baseline, plan).proofs
     except (BuildError, InputError) as error:
         return [f"the unmodified graph is not what the plan was made for: {error}"]
-    found = differences(baseline, rewritten, plan, proven.proofs, compare)
-    other = difference(rewritten_model(proven, plan), load_graph(rewritten), (LAYERS_KEY, KV_LAYERS_KEY))
-    return [*found, *([f"{_NOT_THE_REWRITE}: {other}"] if other else [])]
+    return differences(baseline, rewritten, plan, proofs, compare)
 
 
 def differences(
@@ -125,29 +84,7 @@ def differences(
         return failures
     with spliced(baseline, whole, proofs, plan) as reference:
         found = compare(reference)
-        if found:
-            where = first_difference(reference, rewritten, plan)
-            failures.append(f"{_AGAINST}, {found[0]}{where}")
-        return failures
-
-
-def first_difference(reference: Path, rewritten: Path, plan: Plan) -> str:
-    """The first layer whose u or y is another one in the two graphs on the probe, as the end of a sentence."""
-    graphs = [load_graph(path) for path in (reference, rewritten)]
-    rows = metadata_list(graphs[1], LAYERS_KEY, DescribedLayer)
-    of_reference, of_rewritten = ({v.name for node in g.graph for v in node.outputs} for g in graphs)
-    known = of_reference & of_rewritten
-    names = [name for row in rows for name in (row.input, row.output) if name in known]
-    expected, found = (intermediate_tensors(path, names, plan.probe) for path in (reference, rewritten))
-    for row in rows:
-        for where in ("input", "output"):
-            if (name := getattr(row, where)) not in known:
-                continue
-            width = found[name].shape[-1]
-            a, b = (tensors[name].reshape(-1, width) for tensors in (found, expected))
-            if not relative_error(a, b) <= _OTHER:
-                return f", and the {where} of layer {row.layer} ({row.kind}) is the first tensor that differs"
-    return ""
+    return [*failures, *(f"{_AGAINST}, {failure}" for failure in found[:1])]
 
 
 @contextmanager
@@ -179,23 +116,17 @@ def spliced(
 
 def _nothing(y: ir.Value, later: ir.Value | None) -> None:
     """Zeros in the place of ``y``, less what is added ``later``."""
-    producer = y.producer()
+    producer, uses = y.producer(), tuple(y.uses())
     assert producer is not None
-    zeros = ir.node("Sub", [y, y], name=f"{y.name}.nothing")
-    nodes = [zeros]
+    nodes = [ir.node("Sub", [y, y], name=f"{y.name}.nothing")]
     if later is not None:
-        nodes.append(ir.node("Sub", [zeros.outputs[0], later], name=f"{y.name}.before_bias"))
-    result = nodes[-1].outputs[0]
+        nodes.append(ir.node("Sub", [nodes[0].outputs[0], later], name=f"{y.name}.before_bias"))
     for node in nodes:
-        node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = (
-            f"{node.name}.output",
-            y.type,
-            y.shape,
-        )
+        value = node.outputs[0]
+        value.name, value.type, value.shape = f"{node.name}.output", y.type, y.shape
     producer.append(nodes)
-    for use in tuple(y.uses()):
-        if use.node is not zeros:
-            use.node.replace_input_with(use.idx, result)
+    for use in uses:
+        use.node.replace_input_with(use.idx, nodes[-1].outputs[0])
 
 
 def _put_in(model: ir.Model, part: LinearPart, u: ir.Value, y: ir.Value) -> None:

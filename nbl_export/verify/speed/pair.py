@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from nbl_export.batch.names import BASE, LINEARIZED
-from nbl_export.progress import Listener, Silent
-from nbl_export.runtime import sizes
-from nbl_export.runtime.session import require_onnxruntime
+from nbl_export.machine import free_memory
+from nbl_export.progress import Listener
+from nbl_export.runtime.session import fit, require_onnxruntime, session_bytes
 from nbl_export.verify.speed.candidates import RunGraph, decoder_prompt, graph_candidate
 from nbl_export.verify.speed.harness import Harness
-from nbl_export.verify.speed.profile import PROFILING, GraphPair, explained_cell
 from nbl_export.verify.speed.race import MORE, Rounds
 from nbl_export.verify.speed.roofline import cpu_machine
 from nbl_export.verify.speed.values import DECODE, PREFILL, GraphCost, Speed
@@ -35,11 +34,11 @@ IN_TURNS = "Both graphs do not fit into memory together: for its speed each is l
 
 def anew_or_why_not(*graphs: Path) -> bool | str:
     """Whether the sessions of ``graphs`` are made in turns, since not all fit; or why not even one does."""
-    each = [sizes.session_bytes(graph) for graph in graphs]
-    if not sizes.fit(max(each)):
-        need, there = (f"{size / 2**30:.1f} GiB" for size in (max(each), sizes.free()))
+    each = [session_bytes(graph) for graph in graphs]
+    if not fit(max(each)):
+        need, there = (f"{size / 2**30:.1f} GiB" for size in (max(each), free_memory()))
         return f"a session needs about {need}, and {there} are free: use a machine with more memory"
-    return not sizes.fit(*each)
+    return not fit(*each)
 
 
 def measure_speed(
@@ -66,17 +65,6 @@ def measure_speed(
         anew=anew,
     )
     return harness.measure([(1, context) for context in contexts], listener)
-
-
-def explained(speed: Speed, pair: Pair, listener: Listener | None = None) -> Speed:
-    """``speed`` with the reason of each speedup that is surely above its ceiling."""
-    pairs = {LINEARIZED: GraphPair(BASE, (pair.base, pair.linearized))}
-    cells = []
-    with (listener or Silent()).task(PROFILING, len(speed.cells), "cells") as task:
-        for cell in speed.cells:
-            cells.append(explained_cell(cell, pairs, pair.run))
-            task.advance(1)
-    return replace(speed, cells=tuple(cells))
 
 
 def phases_of(cost: GraphCost | None) -> tuple[str, ...]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 from nbl_export.batch.names import LINEARIZED
 
@@ -125,29 +124,6 @@ class Ratio:
     resolved: bool
 
 
-# A speedup above its ceiling: its time was found in nodes that are gone, or was not, or was not looked for; or its 95 %
-# interval reaches down to the ceiling.
-Above = Literal["explained", "suspect", "not profiled", "not certain"]
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """Of a speedup above its ceiling: nodes run by both graphs, milliseconds saved by operator, most first.
-
-    ``saved_ms`` is what the race saved at least, ``excess_ms`` the part of it beyond the ceiling, ``gone_ms`` what the
-    profiler saw saved in nodes that only one of the graphs has, in the race's time. ``suspect``: more than half the
-    excess, and more than a profile is good to, is not seen there.
-    """
-
-    base_nodes: int
-    linearized_nodes: int
-    by_operator_ms: Mapping[str, float]
-    saved_ms: float
-    excess_ms: float
-    gone_ms: float
-    suspect: bool
-
-
 @dataclass(frozen=True)
 class CandidateInfo:
     """What is written of a candidate: its name, the name of its own base, and what its graph costs."""
@@ -163,8 +139,8 @@ class Result:
 
     ``cache_bytes``: the filled cache and work space, as far as the runtime tells; ``peak_bytes``: of a process that
     does only this. ``of_roofline`` is the share of its time that the machine's roofline needs at least. ``over_base``
-    compares with its own base and stands beside ``ceiling``; ``explanation`` says where a speedup comes from that is
-    surely above it. ``linearized_over`` says how many times as fast the linearized candidate is.
+    compares with its own base and stands beside ``ceiling``. ``linearized_over`` says how many times as fast the
+    linearized candidate is.
     """
 
     name: str
@@ -177,22 +153,14 @@ class Result:
     over_base: Ratio | None = None
     ceiling: float | None = None
     linearized_over: Ratio | None = None
-    explanation: Explanation | None = None
 
     @property
-    def above(self) -> Above | None:
-        """What is known of a speedup above its ceiling; None for one that is not above it."""
-        if self.explanation is not None:
-            return "suspect" if self.explanation.suspect else "explained"
+    def above_ceiling(self) -> bool | None:
+        """Whether the speedup is certainly above its ceiling; None for one whose interval reaches down to it."""
         over, limit = self.over_base, self.ceiling
         if over is None or limit is None or not over.value > limit:
-            return None
-        return "not profiled" if over.least > limit else "not certain"
-
-    @property
-    def suspect(self) -> bool:
-        """Whether the speedup is above its ceiling for no reason that is seen."""
-        return self.above == "suspect"
+            return False
+        return True if over.least > limit else None
 
 
 # cells --------------------------------------------------------------------------------------------------
@@ -254,10 +222,6 @@ class Speed:
         """The linearized candidate in each cell in which it was timed beside its base, and how much faster it is."""
         found = [(cell, cell.of(self.linearized)) for cell in self.cells]
         return [(cell, result, result.over_base) for cell, result in found if result and result.over_base]
-
-    def explained(self) -> list[tuple[CellResult, Result, Explanation]]:
-        """Each result above its ceiling, with the reason."""
-        return [(c, r, r.explanation) for c in self.cells for r in c.results if r.explanation]
 
     def absent(self) -> dict[tuple[str, str], list[CellResult]]:
         """Who was not timed and why, and in which cells."""

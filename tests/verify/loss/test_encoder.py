@@ -19,7 +19,7 @@ from nbl_export.models.load import load_model
 from nbl_export.models.pooling import find_pooling
 from nbl_export.models.source import find_model
 from nbl_export.models.tasks import task_named
-from nbl_export.runtime.encoder import TorchEncoder
+from nbl_export.runtime.torch import TorchEncoder
 from nbl_export.verify.loss.encoder import measure_likeness
 from nbl_export.verify.loss.figures import Likeness
 from tests.encoders import CLS, LAYERS, SEP, WIDTH, as_sentence_transformer, text_encoder

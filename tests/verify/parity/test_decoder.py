@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from nbl_export.errors import InputError
-from nbl_export.runtime.decoder import DecoderOutput
-from nbl_export.runtime.stream import PastStream
+from nbl_export.runtime.stream import DecoderOutput, PastStream
 from nbl_export.verify.parity.decoder import compare_streams
 from nbl_export.verify.parity.figures import Parity, gates_for
 

@@ -17,7 +17,7 @@ from nbl_export.records import from_json, to_json
 from nbl_export.runtime import sizes
 from nbl_export.runtime.ort import OrtDecoder
 from nbl_export.runtime.prompts import OrtPrompt, timed_row
-from nbl_export.runtime.sizes import session_bytes
+from nbl_export.runtime.session import session_bytes
 from nbl_export.verify.speed import candidates
 from nbl_export.verify.speed import harness as harness_module
 from nbl_export.verify.speed.ceiling import graph_cost
