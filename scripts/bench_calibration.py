@@ -46,7 +46,7 @@ from nbl_export.models.source import find_model
 from nbl_export.progress import Silent
 from nbl_export.report.environment import environment
 from nbl_export.settings import CalibrateSettings
-from nbl_export.verify.speed.peak import peak_in_bytes
+from nbl_export.verify.speed.memory import peak_in_bytes
 
 SEQ_LEN = 512
 BATCH = 2

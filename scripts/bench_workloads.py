@@ -30,8 +30,7 @@ from nbl_export.linearize.plan import Plan
 from nbl_export.report.environment import environment
 from nbl_export.verify.loss.figures import MethodLoss
 from nbl_export.verify.speed.candidates import graph_candidate
-from nbl_export.verify.speed.harness import Harness
-from nbl_export.verify.speed.race import Rounds
+from nbl_export.verify.speed.race import Harness, Rounds
 from nbl_export.verify.speed.roofline import cpu_machine
 from nbl_export.verify.speed.values import DECODE, PREFILL, Ratio, Speed
 

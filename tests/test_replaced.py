@@ -11,7 +11,7 @@ from nbl_export.export.forms import FORMS
 from nbl_export.models import layers
 from nbl_export.models.loaded import LoadedModel
 from nbl_export.stages import in_order
-from nbl_export.verify.speed import race
+from nbl_export.verify.speed import ceiling
 from tests.replaced import replaced_for
 
 EXPORT, ROOFLINE = "nbl_export.export", "nbl_export.verify.speed.roofline"
@@ -20,7 +20,7 @@ REPLACED: dict[str, tuple[Any, str, set[str]]] = {
     "of a room above": (in_order, "run", set()),
     "of a room below": (layers, "attention_layers", {EXPORT}),
     "of a class below": (LoadedModel, "tried", {EXPORT}),
-    "of what the other imports": (race, "timed", {ROOFLINE}),
+    "of what the other imports": (ceiling, "timed", {ROOFLINE}),
     "of a library": (psutil, "virtual_memory", {EXPORT, ROOFLINE}),
 }
 

@@ -222,7 +222,7 @@ def bench(
     config: Config = None,
     said: Said = Said(),
 ) -> int:
-    """Time both graphs and others in turn; exit 1 if suspect or slower."""
+    """Time both graphs and others in turn; exit 1 if slower."""
     api, terminal = loaded(said, settings)
     value = api.bench(out, settings, terminal.TerminalListener(), trust, rehash=rehash)
     terminal.show_bench(value, out)

@@ -41,7 +41,6 @@ from nbl_export.models.load import quiet
 from nbl_export.models.small_copy import small_copy, small_lengths
 from nbl_export.models.weights import resident, room
 from nbl_export.progress import Listener, Silent
-from nbl_export.runtime.encoder import OrtEncoder, TorchEncoder
 from nbl_export.runtime.ort import ort_stream
 from nbl_export.runtime.stream import Stream
 from nbl_export.runtime.torch import torch_stream

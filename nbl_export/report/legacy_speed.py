@@ -93,7 +93,7 @@ def bench_section(raw: Mapping[str, Any]) -> _Json:
             "cells": [
                 {
                     **{key: cell[key] for key in ("phase", "batch", "context", "absent")},
-                    "results": [_lap(lap, cell.get("explanations") or {}) for lap in cell["laps"]],
+                    "results": [_lap(lap) for lap in cell["laps"]],
                 }
                 for cell in raw["cells"]
             ],
@@ -140,7 +140,6 @@ def _pair_cell(cell: Mapping[str, Any], speed: Mapping[str, Any]) -> _Json:
     linearized |= {
         "over_base": _ratio(over, rounds),
         "ceiling": cell["ceiling"],
-        "explanation": cell.get("explanation"),
     }
     base["linearized_over"] = linearized["over_base"]
     return {"phase": cell["phase"], "batch": 1, "context": cell["context"], "results": [base, linearized]}
@@ -175,13 +174,12 @@ def _latencies(
         yield result
 
 
-def _lap(lap: Mapping[str, Any], explanations: Mapping[str, Any]) -> _Json:
+def _lap(lap: Mapping[str, Any]) -> _Json:
     kept = {k: v for k, v in lap.items() if k != "beaten"}
     return {
         **kept,
         "over_base": _ratio(lap["over_base"], lap["rounds"]),
         "linearized_over": _ratio(lap["beaten"], lap["rounds"]),
-        "explanation": explanations.get(lap["name"]),
     }
 
 

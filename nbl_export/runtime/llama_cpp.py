@@ -123,13 +123,15 @@ class LlamaCppStream(Stream):
         self._begin(rows)
         return np.concatenate([self._read([n] * len(row), row) for n, row in enumerate(rows)])
 
-    def read(self, rows: Sequence[NDArray[Any]]) -> None:
-        """A prefill as in use: of each row the logits of its last token alone are computed."""
+    def prefill_last(self, rows: Sequence[NDArray[Any]]) -> F32:
         self._begin(rows)
+        found = []
         for n, row in enumerate(rows):
             for first in range(0, len(row), self._batch):
                 some = row[first : first + self._batch]
-                self._pass([n] * len(some), some, np.arange(first, first + len(some)) == len(row) - 1)
+                last = np.arange(first, first + len(some)) == len(row) - 1
+                found.append(self._pass([n] * len(some), some, last))
+        return np.concatenate(found)
 
     def forget(self, length: int) -> None:
         """Have of each row its first ``length`` tokens alone."""

@@ -33,6 +33,11 @@ class Stream:
     kv_layers: tuple[int, ...] | None = None
     extends = False
 
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the cache, as far as the runtime tells; 0 where it does not."""
+        return 0
+
     def prefill(self, rows: Sequence[NDArray[Any]]) -> F32:
         """Start a new batch with ``rows`` of token ids: logits [all tokens of all rows, vocab], row after row."""
         raise NotImplementedError

@@ -144,10 +144,9 @@ def _raced(
     asked: _Bench, cells: Sequence[tuple[int, int]], kept: _Kept, stack: ExitStack, listener: Listener
 ) -> Speed:
     """Race in ``cells``, which ``kept`` is given; the race without cells."""
-    from nbl_export.verify.speed.harness import Harness
     from nbl_export.verify.speed.memory import Memory, measure_memory
     from nbl_export.verify.speed.pair import phases_of
-    from nbl_export.verify.speed.race import Rounds
+    from nbl_export.verify.speed.race import Harness, Rounds
 
     run, settings = asked.run, asked.settings
     candidates = bench_candidates(run, asked.against, settings, stack)

@@ -185,11 +185,11 @@ def _peers(run: Run, peer: str, stack: ExitStack) -> Iterator[Candidate]:
     from nbl_export.linearize.plan import load_plan
     from nbl_export.stages.convert import unmodified_form
     from nbl_export.stages.forms import FORMS
-    from nbl_export.verify.speed.candidates import Candidate, LlamaCppPrompt, OpenVinoPrompt
+    from nbl_export.verify.speed.candidates import Candidate, LlamaCppPrompt, openvino_prompt
 
     prompts: dict[str, Callable[[Path, int, int], Prompt]] = {
         LLAMA_CPP: LlamaCppPrompt,
-        OPENVINO: OpenVinoPrompt,
+        OPENVINO: openvino_prompt,
     }
     plan = load_plan(run.workspace.plan)
     for precision in peer_records(run.workspace, peer):

@@ -137,7 +137,7 @@ def _opened(name: str, path: Path, listener: Listener) -> Stream:
     from nbl_export.graph.half_emulation import needs_emulation
     from nbl_export.graph.io import load_graph
     from nbl_export.runtime.ort import ort_stream
-    from nbl_export.runtime.sizes import fit, session_bytes
+    from nbl_export.runtime.session import fit, session_bytes
 
     size = session_bytes(path)
     small = not fit(size)

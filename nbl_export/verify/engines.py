@@ -42,8 +42,7 @@ from nbl_export.verify.speed.candidates import (
     Prompt,
     TorchPrompt,
 )
-from nbl_export.verify.speed.harness import Harness
-from nbl_export.verify.speed.race import MORE, Rounds
+from nbl_export.verify.speed.race import MORE, Harness, Rounds
 from nbl_export.verify.speed.values import Machine, Speed
 
 if TYPE_CHECKING:

@@ -121,7 +121,7 @@ def test_what_is_timed_reads_the_prompt_goes_on_and_comes_back(
     with LlamaCppStream(path, 2, 64, defaults=True) as stream:
         stream.prefill(rows)
         steps = [stream.decode([7, 9]), stream.decode([3, 3])]
-        stream.read(rows)
+        stream.prefill_last(rows)
         for _ in range(2):
             for tokens, expected in zip(([7, 9], [3, 3]), steps, strict=True):
                 np.testing.assert_allclose(stream.decode(tokens), expected, rtol=0, atol=1e-5)

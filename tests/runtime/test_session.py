@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +14,28 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
-from nbl_export.runtime.bounds import bounds_of
 
+from nbl_export import machine
 from nbl_export.errors import InputError, Interrupted, MissingDependencyError
 from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.graph.precision import PRECISIONS, to_precision
 from nbl_export.installed import pip_line
+from nbl_export.runtime import session as module
 from nbl_export.runtime.ort import OrtModel, ort_stream
 from nbl_export.runtime.session import (
     CPU,
     CUDA,
     data_folder,
+    fit,
     frugal,
     lend,
     load,
     provider_on,
     require_onnxruntime,
-    run_session,
     running_on,
     running_provider,
     session,
+    session_bytes,
     session_options,
 )
 from tests.fixtures_graph import ragged_rows
@@ -94,6 +95,9 @@ def test_a_small_session_computes_the_same(tiny_graph: Path, tmp_path: Path, nam
     to_precision(model, PRECISIONS[name], {})
     save_graph(model, path)
     rows = ragged_rows((9, 4), 260)
+    assert session_bytes(path) == (2 if name == "fp32" else 3) * sum(
+        f.stat().st_size for f in tmp_path.iterdir()
+    )
     usual, small = (ort_stream(path, 16, small=of).prefill(rows) for of in (False, True))
     assert np.abs(small - usual).max() <= (1e-5 if name == "fp32" else 0.05) * np.abs(usual).max()
 
@@ -174,7 +178,7 @@ def test_lent_weights_are_those_of_the_session() -> None:
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     options = frugal(session_options(data_folder(Path(__file__).parent)))
     kept = lend(options, {"w": weight})
-    loaded = load(proto.SerializeToString(), options, "g", bounds_of(0), folded=False)
+    loaded = load(proto.SerializeToString(), options, "g", folded=False)
     gc.collect()
     (y,) = loaded.run(None, {"x": np.eye(3, dtype=np.float32)})
     assert len(kept) == 2 and np.array_equal(y, weight.astype(np.float32))
@@ -187,58 +191,6 @@ def test_missing_onnxruntime_is_named_with_the_pip_line(monkeypatch: pytest.Monk
     assert caught.value.exit_code == 3
     with pytest.raises(MissingDependencyError):
         session(Path("any.onnx"))
-
-
-@pytest.mark.parametrize("command", ["run", "verify", "rewrite"])
-def test_commands_without_onnxruntime_exit_3(stories_copy: Path, stories_folder: Path, command: str) -> None:
-    """Before the first minute of work, in one sentence."""
-    arguments = [str(stories_folder), "--k", "2", "-o", str(stories_copy)]
-    if command != "run":
-        arguments = [command, str(stories_copy)]
-        # What is done is not looked at again; let there be something to do.
-        (stories_copy / ("report/report.json" if command == "verify" else "model.onnx")).unlink()
-    code = (
-        "import sys; sys.modules['onnxruntime'] = None; sys.argv = ['nbl-export', *sys.argv[1:]]; "
-        "from nbl_export.cli import main; main()"
-    )
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
-    assert done.returncode == 3, done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and pip_line("cpu") in errors[0]
-    assert "Traceback" not in done.stderr
-
-
-# limits ------------------------------------------------------------------------------------------
-
-
-def endless_loop(path: Path) -> Path:
-    """A graph whose loop runs 2^62 times."""
-    make, value = onnx.helper.make_node, onnx.helper.make_tensor_value_info
-    kind, boolean, number = onnx.TensorProto.FLOAT, onnx.TensorProto.BOOL, onnx.TensorProto.INT64
-    body = onnx.helper.make_graph(
-        [make("Identity", ["go"], ["go_on"]), make("Sin", ["state"], ["next"])],
-        "body",
-        [value("i", number, []), value("go", boolean, []), value("state", kind, ["n"])],
-        [value("go_on", boolean, []), value("next", kind, ["n"])],
-    )
-    constants = [
-        onnx.helper.make_tensor("many", number, [], [2**62]),
-        onnx.helper.make_tensor("yes", boolean, [], [True]),
-    ]
-    loop = make("Loop", ["many", "yes", "x"], ["y"], body=body)
-    graph = onnx.helper.make_graph(
-        [loop], "g", [value("x", kind, ["n"])], [value("y", kind, ["n"])], constants
-    )
-    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)]), path)
-    return path
-
-
-def test_a_loop_without_end_is_ended(tmp_path: Path) -> None:
-    loaded = session(endless_loop(tmp_path / "m.onnx"))
-    start = time.monotonic()
-    with pytest.raises(InputError, match="longer than 1 s, as a loop without end does"):
-        run_session(loaded, ["y"], {"x": np.ones(4, np.float32)}, bounds_of(0, seconds=1))
-    assert 1 <= time.monotonic() - start < 5
 
 
 def test_graphs_run_in_cuda_where_onnxruntime_has_it(
@@ -268,11 +220,6 @@ def test_graphs_run_on_the_cpu_where_onnxruntime_has_no_cuda(monkeypatch: pytest
         assert running_provider() == CPU
 
 
-def test_a_cpu_needs_no_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nbl_export.runtime.session.require_onnxruntime", lambda: pytest.fail("asked for"))
-    assert provider_on("cpu") == CPU
-
-
 def test_an_interrupt_while_onnxruntime_is_imported_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(name: str, *_args: Any, **_kwargs: Any) -> Any:
         assert name == "onnxruntime"
@@ -281,3 +228,18 @@ def test_an_interrupt_while_onnxruntime_is_imported_is_one(monkeypatch: pytest.M
     monkeypatch.setattr("builtins.__import__", interrupted)
     with pytest.raises(Interrupted):
         require_onnxruntime()
+
+
+def test_sessions_fit_beside_each_other_with_some_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "free_memory", lambda: 100)
+    assert fit(90) and fit(50, 40) and not fit(91) and not fit(50, 41)
+
+
+def test_a_session_has_the_cores_of_this_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As llama.cpp has: not those that `taskset` or a container takes away."""
+    monkeypatch.setattr(machine, "_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: {1, 4, 5}, raising=False)
+    assert session_options().intra_op_num_threads == machine.cores() == 3
+    for quota, allowed in (("max 100000", 3), ("150000 100000", 2), ("50000 100000", 1)):
+        (tmp_path / "cpu.max").write_text(quota)
+        assert machine.cores() == allowed

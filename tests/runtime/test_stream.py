@@ -11,14 +11,16 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from numpy.typing import NDArray
 
+from nbl_export.batch.arrays import F32
 from nbl_export.errors import InputError
 from nbl_export.graph.cache import is_static
 from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.graph.precision import PRECISIONS, to_precision
 from nbl_export.runtime.intermediates import intermediate_tensors
 from nbl_export.runtime.ort import OrtDecoder, OrtStaticStream, ort_stream, run_outputs
-from nbl_export.runtime.stream import LastLogits, PastStream
+from nbl_export.runtime.stream import PastStream, RowStream
 from nbl_export.runtime.torch import TorchDecoder
 from tests.fixtures_graph import original_logits, pad_left, ragged_rows
 from tests.graph.parsed import parsed
@@ -103,7 +105,6 @@ def test_a_prefill_need_not_make_all_logits(
     decoder = OrtDecoder(graphs["concat", "fp32"]) if of == "onnxruntime" else TorchDecoder(tiny_model)
     made = logits_made(type(decoder))
     stream = PastStream(decoder)
-    assert isinstance(stream, LastLogits)
     last = stream.prefill_last([row[:-1] for row in rows])
     following = stream.decode([int(row[-1]) for row in rows])
     assert made == [(len(rows), 1, VOCAB)] * 2
@@ -239,3 +240,42 @@ def test_caches_have_the_dtype_that_the_session_takes(graphs: Any, form: str) ->
         arrays = [a for pair in decoder.buffers(3, 8) for a in pair]
         assert [a.shape for a in arrays] == [(3, HEADS, 8, DIM)] * 2 * LAYERS
         assert {a.dtype.type for a in arrays} == {taken[kind]}
+
+
+# rows that are read one after the other ------------------------------------------------------------
+
+
+class Echo(RowStream):
+    """Its logits and its keys are the tokens, its values twice as much."""
+
+    kv_layers = (1, 3)
+
+    def _empty(self) -> Any:
+        return []
+
+    def _logits(self, tokens: NDArray[Any], cache: Any) -> F32:
+        cache.extend(tokens.tolist())
+        return np.array(tokens, np.float32)[:, None]
+
+    def _length(self, cache: Any) -> int:
+        return len(cache)
+
+    def _sides(self, cache: Any, number: int) -> tuple[F32, F32]:
+        keys = np.array(cache, np.float32)[None, None, :, None] + 10 * number
+        return keys, 2 * keys
+
+
+def test_each_row_has_a_cache_of_its_own_which_is_padded_to_the_longest() -> None:
+    stream = Echo()
+    assert stream.prefill([np.array([1, 2, 3]), np.array([4])]).tolist() == [[1], [2], [3], [4]]
+    assert stream.decode([5, 6]).tolist() == [[5], [6]]
+    pairs, real = stream.cache()
+    assert real.tolist() == [[True] * 4, [True, True, False, False]]
+    assert len(pairs) == 2
+    for number, (keys, values) in enumerate(pairs):
+        ten = 10 * number
+        assert keys[0, 0, :, 0].tolist() == [1 + ten, 2 + ten, 3 + ten, 5 + ten]
+        assert keys[1, 0, :, 0].tolist() == [4 + ten, 6 + ten, 0, 0]
+        assert np.array_equal(values, 2 * keys)
+    stream.prefill([np.array([7])])
+    assert stream.cache()[1].tolist() == [[True]]

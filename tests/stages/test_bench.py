@@ -25,9 +25,8 @@ from nbl_export.rewrite.drop import drop_layers
 from nbl_export.runtime.ort import OrtDecoder
 from nbl_export.stages.bench import _Kept
 from nbl_export.verify.speed import candidates
-from nbl_export.verify.speed import profile as profile_module
-from nbl_export.verify.speed.harness import Harness
-from nbl_export.verify.speed.values import CellResult, Explanation
+from nbl_export.verify.speed.race import Harness
+from nbl_export.verify.speed.values import CellResult
 
 
 def test_layers_left_out_write_nothing(stories_out: Path, tmp_path: Path) -> None:
@@ -187,12 +186,9 @@ def test_an_interrupted_bench_goes_on(own: Path, monkeypatch: pytest.MonkeyPatch
     kept = partial.read_bytes()
     assert [c.phase for c in api.bench(own, other).speed.cells] == ["prefill", "decode"]
     partial.write_bytes(kept)
-    asked: list[CellResult] = []
-    monkeypatch.setattr(profile_module, "explained_cell", lambda cell, **_: asked.append(cell) or cell)
     value = api.bench(own, QUICK)
     assert made[3:] == [(1, 16), (2, 16)] and len(value.speed.cells) == 8
-    # They are profiled when the race is over.
-    assert asked == list(value.speed.cells) and first == asked[:4]
+    assert first == list(value.speed.cells[:4])
     assert value.notes == ("4 cells are those of a run that was interrupted, on its own roofline.",)
     assert not partial.exists()
     # A damaged one is as if there were none, and so is that of another bench.
@@ -203,25 +199,6 @@ def test_an_interrupted_bench_goes_on(own: Path, monkeypatch: pytest.MonkeyPatch
         partial.write_text(damaged)
         assert not _Kept(partial, whole["key"]).cells
     assert len(api.bench(own, api.BenchSettings(**{**asdict(QUICK), "rounds": 4})).speed.cells) == 8
-
-
-def test_what_was_profiled_is_kept(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[str, int, int]] = []
-
-    def interrupted(cell: CellResult, pairs: Any, **_: Any) -> CellResult:
-        assert set(pairs) == {"linearized"} and not any(r.explanation for r in cell.results)
-        seen.append((cell.phase, cell.batch, cell.context))
-        if len(seen) == 3:
-            raise KeyboardInterrupt
-        reason = Explanation(9, 8, {"Add": 1.0}, 3.0, 1.0, 3.0, False)
-        return replace(cell, results=tuple(replace(r, explanation=reason) for r in cell.results))
-
-    monkeypatch.setattr(profile_module, "explained_cell", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        api.bench(own, QUICK)
-    value = api.bench(own, QUICK)
-    assert len(value.speed.cells) == 8 and len(seen) == 9 and seen[2] == seen[3]
-    assert all(r.explanation for cell in value.speed.cells for r in cell.results)
 
 
 def test_a_report_of_other_graphs_gets_no_bench(own: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from nbl_export.calibrate.text import CalibrationText, load_text
 from nbl_export.linearize.plan import Plan
-from nbl_export.verify.speed import race as race_module
+from nbl_export.verify.speed import ceiling, race
 from nbl_export.workspace import Workspace
 from tests.fixtures_graph import plan_by_hand
 from tests.runtime.fake_tensorrt import Graphs, graphs_of
@@ -26,7 +26,8 @@ def graphs(stories_model: Any, stories_out: Path) -> Graphs:
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [100.0]
     fake = types.SimpleNamespace(perf_counter=lambda: now[0], sleep=lambda _: None)
-    monkeypatch.setattr(race_module, "time", fake)
+    for module in (ceiling, race):
+        monkeypatch.setattr(module, "time", fake)
     return now
 
 

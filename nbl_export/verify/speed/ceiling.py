@@ -9,6 +9,8 @@ broken benchmark.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx_ir as ir
@@ -48,23 +50,13 @@ def graph_cost(path: Path) -> GraphCost:
     return GraphCost(macs, attention, read, kv_bytes_per_token(model), last_macs, last_bytes)
 
 
-def weight_bytes(node: ir.Node) -> int:
-    """Bytes of the stored weights that the linear operator ``node`` reads."""
-    return sum(weight.nbytes for weight in _weights(node))
+def weight_bytes(node: ir.Node, least_rank: int = 1) -> int:
+    """Bytes of the stored weights that the linear operator ``node`` reads, directly or by a view.
 
-
-def matrix_bytes(node: ir.Node) -> int:
-    """Those of its matrix alone, without a bias."""
-    return sum(weight.nbytes for weight in _weights(node) if len(weight.shape) > 1)
-
-
-def _weights(node: ir.Node) -> list[ir.TensorProtocol]:
-    """The stored matrices and vectors that a linear map reads, where it reads them directly or by a view."""
-    found = []
-    for value in node.inputs[1:]:
-        tensors = _stored(value)
-        found += [t for t in tensors if len(t.shape)]
-    return found
+    Those of its matrix alone, without a bias, have at least rank 2.
+    """
+    stored = [tensor for value in node.inputs[1:] for tensor in _stored(value)]
+    return sum(tensor.nbytes for tensor in stored if len(tensor.shape) >= least_rank)
 
 
 def _stored(value: ir.Value | None) -> list[ir.TensorProtocol]:
@@ -77,3 +69,10 @@ def _stored(value: ir.Value | None) -> list[ir.TensorProtocol]:
         return []
     inputs = node.inputs if node.op_type == "DequantizeLinear" else node.inputs[:1]
     return [t for v in inputs for t in _stored(v)]
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds that ``work`` takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start

@@ -10,13 +10,10 @@ from nbl_export.batch.names import BASE, LINEARIZED
 from nbl_export.machine import free_memory
 from nbl_export.progress import Listener
 from nbl_export.runtime.session import fit, require_onnxruntime, session_bytes
-from nbl_export.verify.speed.candidates import RunGraph, decoder_prompt, graph_candidate
-from nbl_export.verify.speed.harness import Harness
-from nbl_export.verify.speed.race import MORE, Rounds
+from nbl_export.verify.speed.candidates import RunGraph, graph_candidate
+from nbl_export.verify.speed.race import MORE, Harness, Rounds
 from nbl_export.verify.speed.roofline import cpu_machine
 from nbl_export.verify.speed.values import DECODE, PREFILL, GraphCost, Speed
-
-_DECODER = decoder_prompt()
 
 
 @dataclass(frozen=True)
@@ -26,7 +23,7 @@ class Pair:
     base: Path
     linearized: Path
     phases: tuple[str, ...] = ()
-    run: RunGraph = _DECODER
+    run: RunGraph | None = None
 
 
 IN_TURNS = "Both graphs do not fit into memory together: for its speed each is loaded anew in every round."

@@ -9,13 +9,13 @@ reads as a decoder reads its weights. The best of several repetitions counts, si
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import numpy as np
 
-from nbl_export.runtime.session import CPU
-from nbl_export.verify.speed.race import timed
+from nbl_export.machine import cores
+from nbl_export.runtime.session import CPU, require_onnxruntime, session_options
+from nbl_export.verify.speed.ceiling import timed
 from nbl_export.verify.speed.values import Machine, Roofline
 
 # Larger than any cache: 128 MiB each.
@@ -26,7 +26,7 @@ _REPEATS = 7
 
 def cpu_machine() -> Machine:
     """ONNX Runtime on the processor that this runs on, with its roofline."""
-    return Machine(CPU, os.cpu_count() or 1, roofline=measure_roofline())
+    return Machine(CPU, cores(), roofline=measure_roofline())
 
 
 def measure_roofline(device: str = "cpu", dtype: str = "float32") -> Roofline:
@@ -63,8 +63,6 @@ def _rate(work: Callable[[], object], amount: float) -> float:
 
 def _ort_product() -> Callable[[], object]:
     import onnx_ir as ir
-
-    from nbl_export.runtime.session import require_onnxruntime, session_options
 
     shape = ir.Shape([_PRODUCT, _PRODUCT])
     left, right = (ir.Value(name=n, shape=shape, type=ir.TensorType(ir.DataType.FLOAT)) for n in "ab")

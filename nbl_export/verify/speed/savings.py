@@ -21,7 +21,7 @@ from nbl_export.graph.regions import AttentionRegion, MlpRegion, find_regions
 from nbl_export.linearize.plan import Plan
 from nbl_export.rewrite.planned import planned_attentions
 from nbl_export.settings.workload import Workload
-from nbl_export.verify.speed.ceiling import matrix_bytes, weight_bytes
+from nbl_export.verify.speed.ceiling import weight_bytes
 from nbl_export.verify.speed.values import GraphCost, Roofline
 
 # What is left at the least where blocks were measured to save more than there is together.
@@ -166,7 +166,7 @@ def block_savings(model: ir.Model, plan: Plan, rank: int | None = None) -> dict[
         size = sum(map(weight_bytes, nodes))
         last = shapes.get(region.projection)
         # W is stored as the block's last matrix is.
-        of_w = matrix_bytes(region.projection) / (last[0] * last[1]) * w if last else 0.0
+        of_w = weight_bytes(region.projection, 2) / (last[0] * last[1]) * w if last else 0.0
         products = cache = 0
         if isinstance(region, AttentionRegion):
             products = 2 * last[0] if last else 0

@@ -10,8 +10,7 @@ from nbl_export.batch.names import BASE
 from nbl_export.progress import Listener
 from nbl_export.settings.workload import Workload
 from nbl_export.verify.speed.candidates import Candidate, Prompt, graph_candidate
-from nbl_export.verify.speed.harness import Harness
-from nbl_export.verify.speed.race import Rounds
+from nbl_export.verify.speed.race import Harness, Rounds
 from nbl_export.verify.speed.roofline import cpu_machine
 from nbl_export.verify.speed.values import DECODE, PREFILL, Machine, Speed
 

@@ -27,7 +27,6 @@ def sped(speed: Speed, factor: float = 1.0, width: float = 0.02, rounds: int = 9
             rounds=rounds,
             over_base=ratio if own else None,
             linearized_over=None,
-            explanation=None,
         )
 
     cells = (replace(cell, results=tuple(map(timed, cell.results))) for cell in speed.cells)

@@ -13,7 +13,7 @@ import pytest
 from nbl_export import api
 from nbl_export.errors import BudgetError, InputError
 from nbl_export.files import TEMPORARY
-from nbl_export.runtime import sizes
+from nbl_export.runtime import session as sizes
 from nbl_export.stages.select import speeds
 from nbl_export.stages.select.speeds import SpeedMeter, Speedups
 from nbl_export.verify.speed import pair as pair_module
@@ -130,7 +130,7 @@ def test_graphs_that_do_not_fit_together_are_timed_in_turns_or_not_at_all(
         return measure_speed(pair, contexts, 1, listener)
 
     session = sizes.session_bytes(out / "baseline" / "model.onnx")
-    monkeypatch.setattr(sizes, "free", lambda: int(times * session))
+    monkeypatch.setattr(sizes, "free_memory", lambda: int(times * session))
     monkeypatch.setattr(pair_module, "measure_speed", measured)
     monkeypatch.setattr(speeds, "CONTEXT", 16)
     notes = Notes()

@@ -37,7 +37,7 @@ def test_two_trial_graphs_are_there_at_the_same_time_and_gone_after_an_error(sto
 
 def test_why_nothing_is_timed(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert why_not_timed(Workspace.open(out)) is None
-    monkeypatch.setattr("nbl_export.runtime.sizes.free", lambda: 1000)
+    monkeypatch.setattr("nbl_export.runtime.session.free_memory", lambda: 1000)
     assert "a session needs about" in (why_not_timed(Workspace.open(out)) or "")
     forget(out, "export")
     assert "the model is not exported yet (nbl-export export" in (why_not_timed(Workspace.open(out)) or "")

@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx_ir as ir
 import pytest
 
 from nbl_export.calibrate.text import CalibrationText
@@ -24,12 +22,11 @@ from nbl_export.runtime.ort import ort_stream
 from nbl_export.verify.case import DecoderCase
 from nbl_export.verify.decoder import measure_parity, unlike
 from nbl_export.verify.engines import PROMPTS
-from nbl_export.verify.parity.decoder import compare_streams
+from nbl_export.verify.parity.decoder import compare, record
 from nbl_export.verify.parity.figures import UNMODIFIED, gates_for
 from nbl_export.verify.parity.unmodified import (
     against_unmodified,
     differences,
-    first_difference,
     kept_cache,
     spliced,
 )
@@ -42,6 +39,7 @@ LAYERS, RETAINED = (
     (0, 2),
 )  # the second are numbers among the layers that keep their attention: 0, 2, 4
 # What is wrong with W or b itself: tests/rewrite/test_confirm.py, which `verify` asks in the same words.
+AGAINST = "against the unmodified graph with the same linear layers, "
 QUICK = ("fp16", "bf16", "int8", "int4")
 
 
@@ -90,10 +88,10 @@ def test_a_right_graph_is_the_unmodified_one_to_rounding(right: Right, plan: Pla
     assert check.status == "passed", check.detail
     parts = {i: linear_part(load_graph(right.path), i) for i in LAYERS}
     whole = {i: part for i, part in parts.items() if isinstance(part, LinearPart)}
+    rows = right.case.rows(PROMPTS)
     with spliced(right.baseline, whole, right.proven.proofs, plan) as reference:
-        streams = kept_cache(ort_stream(reference, 80), plan), ort_stream(right.path, 80)
-        found = compare_streams(*streams, right.case.rows(PROMPTS), 4, gates_for(UNMODIFIED))
-        assert first_difference(reference, right.path, plan) == ""
+        expected = kept_cache(record(ort_stream(reference, 80), rows, 4), plan)
+    found = compare(expected, record(ort_stream(right.path, 80), rows, 4), gates_for(UNMODIFIED))
     # A tenth of the gates: they are no close call for any precision.
     assert found.worst < gates_for(UNMODIFIED).max_abs_logit / 10
     assert max(s.kv_max_rel for s in found.steps) < gates_for(UNMODIFIED).max_rel_kv / 10
@@ -104,11 +102,7 @@ def test_a_right_graph_is_the_unmodified_one_to_rounding(right: Right, plan: Pla
 @pytest.mark.parametrize("layer", LAYERS)
 def test_a_layer_at_the_wrong_place_is_refused(right: Right, layer: int, what: str) -> None:
     found = right.failures(changed(right.path, OF_LAYERS[what], layer, right.path.with_name("wrong.onnx")))
-    named = (
-        f"input of layer {layer + 1} "
-        if what.startswith("layer")
-        else f"linear layer {layer} is wrong: it reads"
-    )
+    named = AGAINST if what.startswith("layer") else f"linear layer {layer} is wrong: it reads"
     assert named in " ".join(found)
 
 
@@ -116,15 +110,13 @@ def test_a_layer_at_the_wrong_place_is_refused(right: Right, layer: int, what: s
 @pytest.mark.parametrize("number", RETAINED)
 def test_a_fault_in_a_layer_that_stays_is_refused(right: Right, number: int, what: str) -> None:
     found = right.failures(changed(right.path, OF_RETAINED[what], number, right.path.with_name("wrong.onnx")))
-    assert len(found) == 1 and "against the unmodified graph" in found[0]
-    if "swapped" not in what:  # a cache is read by the next step alone, the probe has one
-        assert f"the output of layer {2 * number} (attention) is the first tensor that differs" in found[0]
+    assert len(found) == 1 and AGAINST in found[0]
 
 
 @pytest.mark.parametrize("what", OF_ALL)
 def test_a_fault_in_all_layers_is_refused(right: Right, what: str) -> None:
     found = right.failures(changed(right.path, OF_ALL[what], 0, right.path.with_name("wrong.onnx")))
-    assert found and "against the unmodified graph" in found[0]
+    assert found and AGAINST in found[0]
 
 
 def test_verify_says_so(right: Right, plan: Plan, tmp_path: Path) -> None:
@@ -144,26 +136,3 @@ def test_the_baseline_of_another_model_is_refused(right: Right, plan: Plan) -> N
     other = replace(plan, probe_y={i: y * 2 for i, y in plan.probe_y.items()})
     (found,) = against_unmodified(right.baseline, right.path, other, lambda _: [])
     assert "the unmodified graph is not what the plan was made for" in found and "not proven" in found
-
-
-def test_the_right_graph_is_the_rewrite_of_the_unmodified_one(right: Right, plan: Plan) -> None:
-    assert against_unmodified(right.baseline, right.path, plan, lambda _: []) == []
-
-
-def test_what_no_run_reaches_is_seen(right: Right, plan: Plan) -> None:
-    """Positions that end at 100, where parity has prompts of at most 64 tokens."""
-
-    def clip(model: ir.Model, _number: int) -> None:
-        last = ir.Value(name="last", const_value=ir.tensor(np.array(100), name="last"))
-        model.graph.register_initializer(last)
-        positions = next(v for v in model.graph.inputs if v.name in ("position_ids", "attention_mask"))
-        clipped = ir.node("Min", [positions, last])
-        clipped.outputs[0].name = "clipped"
-        positions.replace_all_uses_with(clipped.outputs[0])
-        clipped.replace_input_with(0, positions)
-        model.graph.append(clipped)
-
-    wrong = changed(right.path, clip, 0, right.path.with_name("wrong.onnx"))
-    assert right.failures(wrong) == []
-    (found,) = against_unmodified(right.baseline, wrong, plan, lambda _: [])
-    assert found.startswith("the graph is not what the rewrite makes of the unmodified one: ")

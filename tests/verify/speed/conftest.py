@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nbl_export.verify.speed import harness as module
+from nbl_export.verify.speed import race as module
 from nbl_export.verify.speed.pair import Pair
 
 

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
-from nbl_export.checks import Check
 from nbl_export.verify.speed.candidates import Candidate
-from nbl_export.verify.speed.checks import bench_checks
-from nbl_export.verify.speed.harness import Harness
 from nbl_export.verify.speed.memory import Memory
-from nbl_export.verify.speed.race import Rounds
-from nbl_export.verify.speed.values import CellResult, Explanation, GraphCost, Machine, Roofline, Speed
+from nbl_export.verify.speed.race import Harness, Rounds
+from nbl_export.verify.speed.values import CellResult, GraphCost, Machine, Roofline, Speed
 
 ROOFLINE = Roofline("cpu", "float32", 2, 1e9, 1e9)
 COST = GraphCost(1000, 10, 4000, 40, 200, 800)
 HALF = GraphCost(800, 5, 3200, 20, 200, 800)
 EMPTY = Memory()
 MACHINE = Machine("cpu", 2, roofline=ROOFLINE)
-GOOD = Explanation(9, 8, {"Add": 1.0}, 3.0, 1.0, 3.0, False)
 # Of which no figure is another's multiple.
 UNEVEN = GraphCost(
     weight_macs=100,
@@ -70,12 +65,3 @@ def raced(
 
 def ran(*arguments: Any, **more: Any) -> tuple[CellResult, ...]:
     return raced(*arguments, **more).cells
-
-
-def verdicts(speed: Speed, **explanations: Explanation) -> list[Check]:
-    """Of cells that are explained so."""
-    cells = [
-        replace(c, results=tuple(replace(r, explanation=explanations.get(r.name)) for r in c.results))
-        for c in speed.cells
-    ]
-    return list(bench_checks(replace(speed, cells=tuple(cells))))

@@ -17,18 +17,15 @@ from nbl_export.runtime.ort import OrtModel
 from nbl_export.runtime.session import CUDA
 from nbl_export.runtime.tensorrt import EngineStream
 from nbl_export.verify.speed.candidates import (
-    DECODE_STEPS,
     TIMED_STEPS,
     EncoderPass,
     EnginePrompt,
     OrtGraph,
     TorchPrompt,
-    decode_seconds,
     graph_candidate,
-    prefill_seconds,
 )
 from nbl_export.verify.speed.ceiling import graph_cost
-from nbl_export.verify.speed.race import Rounds, race
+from nbl_export.verify.speed.race import DECODE_STEPS, Rounds, decode_seconds, prefill_seconds, race
 from nbl_export.verify.speed.values import CandidateInfo
 from tests.runtime.fake_tensorrt import FakeEngine, Graphs, loaded_engine
 from tests.verify.clocked import Scripted
@@ -76,6 +73,8 @@ def test_a_round_of_decode_is_some_steps_after_the_prompt(clock: list[float]) ->
     prompt: Any = Scripted("it", clock, log, lambda n: float(n))
     assert decode_seconds(prompt) == pytest.approx(tuple(range(1, 1 + DECODE_STEPS)))
     assert log == ["it rewind", *["it step"] * (1 + DECODE_STEPS)]
+    log.clear()
+    assert len(prefill_seconds(prompt)) == 1 and log == ["it prefill"]
 
 
 def test_pytorch_begins_anew_and_advances(stories_model: Any) -> None:
@@ -92,29 +91,9 @@ def test_pytorch_begins_anew_and_advances(stories_model: Any) -> None:
         assert prompt.memory_bytes() == 2 * 5 * 4 * (12 + steps) * 8 * 4
 
 
-@pytest.mark.parametrize("form", ["static", "concat"])
-@pytest.mark.parametrize(("precision", "size"), [("fp32", 4), ("fp16", 2)])
-def test_onnxruntime_fills_its_cache(graphs: Graphs, form: str, precision: str, size: int) -> None:
-    prompt = OrtGraph(graphs(form, precision, (0, 3)))(12)
-    prompt.prefill()
-    for _ in range(3):
-        prompt.step()
-    places = 12 + TIMED_STEPS if form == "static" else 12
-    assert prompt.memory_bytes() == 2 * 3 * 4 * places * 8 * size
-    filled = prompt.past["past_key_values.2.key"].numpy()
-    assert filled.shape == (1, 4, places, 8) and filled.dtype.itemsize == size
-    assert np.abs(filled[0, :, :12]).min(axis=(0, 2)).max() > 0
-
-
 def test_a_missing_provider_is_named(graphs: Graphs) -> None:
     with pytest.raises(NblError, match=r"^onnxruntime has no CUDAExecutionProvider here$"):
         OrtGraph(graphs("static"), CUDA)(12)
-
-
-def test_a_prefill_is_timed_alone(clock: list[float]) -> None:
-    log: list[str] = []
-    assert prefill_seconds(Scripted("it", clock, log, lambda n: 2.5)) == (2.5,)  # type: ignore[arg-type]
-    assert log == ["it prefill"]
 
 
 def test_a_graph_takes_part_with_its_own_cost_and_is_loaded_only_when_asked(graphs: Graphs) -> None:
@@ -153,6 +132,5 @@ def test_an_encoder_s_pass_is_its_batch_and_nothing_after_it(tmp_path: Path) -> 
     model.session = Watched()
     once = EncoderPass(model, {**batch, "token_type_ids": np.zeros((2, 3), np.int64)})
     once.prefill()
-    once.rewind()
     once.step()
     assert [run[0].tolist() for run in ran] == [[[0, 1, 0], [3, 4, 5]]] and once.memory_bytes() == 0

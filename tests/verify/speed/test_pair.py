@@ -14,14 +14,14 @@ import pytest
 from nbl_export.graph.cache import kv_bytes_per_token
 from nbl_export.graph.io import load_graph
 from nbl_export.records import from_json, to_json
-from nbl_export.runtime import sizes
+from nbl_export.runtime import session as sessions
 from nbl_export.runtime.ort import OrtDecoder
-from nbl_export.runtime.prompts import OrtPrompt, timed_row
 from nbl_export.runtime.session import session_bytes
 from nbl_export.verify.speed import candidates
-from nbl_export.verify.speed import harness as harness_module
+from nbl_export.verify.speed import race as race_module
+from nbl_export.verify.speed.candidates import OrtPrompt, timed_row
 from nbl_export.verify.speed.ceiling import graph_cost
-from nbl_export.verify.speed.pair import Pair, anew_or_why_not, explained, measure_speed, phases_of
+from nbl_export.verify.speed.pair import Pair, anew_or_why_not, measure_speed, phases_of
 from nbl_export.verify.speed.values import Speed
 
 
@@ -97,8 +97,8 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Have rounds take so many seconds."""
 
     def script(prefill: Callable[[Any], float], decode: Callable[[Any], float]) -> None:
-        monkeypatch.setattr(harness_module, "prefill_seconds", lambda prompt: (prefill(prompt),))
-        monkeypatch.setattr(harness_module, "decode_seconds", lambda prompt, _steps: (decode(prompt),))
+        monkeypatch.setattr(race_module, "prefill_seconds", lambda prompt: (prefill(prompt),))
+        monkeypatch.setattr(race_module, "decode_seconds", lambda prompt, _steps: (decode(prompt),))
 
     return script
 
@@ -132,26 +132,13 @@ def test_rounds_are_added_where_nothing_can_be_said(pair: Pair, scripted: Callab
     assert (decode.rounds, b.resolved, b.value) == (6, True, 1.5)
 
 
-def test_what_is_above_its_ceiling_for_sure_is_explained(pair: Pair, scripted: Callable[..., None]) -> None:
-    scripted(lambda _: 1.0, lambda p: 2.0 if is_base(p) else 0.1)
-    speed = measure_speed(pair, (8,), 3)
-    prefill, decode = explained(speed, pair).cells
-    assert prefill == speed.cells[0] and all(r.explanation is None for r in prefill.results)
-    base, linearized = decode.results
-    found = linearized.explanation
-    assert found and found.base_nodes > found.linearized_nodes and found.by_operator_ms
-    assert (found.saved_ms, base.timing.median_ms) == (pytest.approx(1900), 2000)
-    assert linearized.ceiling and found.excess_ms == pytest.approx(2000 / linearized.ceiling - 100)
-    assert base.explanation is None
-
-
 @pytest.mark.parametrize(("times", "how"), [(2.3, False), (1.5, True), (0.5, "skipped")])
 def test_sessions_are_both_there_or_take_turns_or_are_not_made(
     pair: Pair, monkeypatch: pytest.MonkeyPatch, times: float, how: bool | str
 ) -> None:
     """By what is free, in units of the larger session."""
     largest = max(session_bytes(path) for path in (pair.base, pair.linearized))
-    monkeypatch.setattr(sizes, "free", lambda: int(times * largest))
+    monkeypatch.setattr(sessions, "free_memory", lambda: int(times * largest))
     found = anew_or_why_not(pair.base, pair.linearized)
     assert found is how or (how == "skipped" and "a session needs about" in str(found))
 

@@ -8,7 +8,6 @@ from nbl_export.records import from_json, to_json
 from nbl_export.verify.speed.values import (
     CandidateInfo,
     CellResult,
-    Explanation,
     Machine,
     Ratio,
     Result,
@@ -17,7 +16,7 @@ from nbl_export.verify.speed.values import (
     Timing,
     Work,
 )
-from tests.verify.speed.raced import GOOD, UNEVEN
+from tests.verify.speed.raced import UNEVEN
 
 
 def test_the_work_of_a_pass_by_hand() -> None:
@@ -56,23 +55,20 @@ def test_the_least_time_is_the_sum_over_pieces_of_what_bounds_each() -> None:
 # cells -------------------------------------------------------------------------------------------
 
 
-def result(
-    name: str, over: Ratio | None = None, why: Explanation | None = None, p99: float | None = None
-) -> Result:
-    return Result(name, Timing(2.0, 1.0, 3.0, p99), 6, 4000.0, over_base=over, explanation=why)
+def result(name: str, over: Ratio | None = None, p99: float | None = None) -> Result:
+    return Result(name, Timing(2.0, 1.0, 3.0, p99), 6, 4000.0, over_base=over)
 
 
 OVER = Ratio(1.5, 1.4, 1.6, 1.2, 1.8, True)
-BAD = replace(GOOD, suspect=True)
 INFOS = (
     CandidateInfo("base"),
     CandidateInfo("linearized", "base", UNEVEN),
     CandidateInfo("other", "elsewhere"),
 )
 CELLS = (
-    CellResult("prefill", 1, 2048, (result("base"), result("linearized", OVER, BAD)), {"other": "no room"}),
+    CellResult("prefill", 1, 2048, (result("base"), result("linearized", OVER)), {"other": "no room"}),
     CellResult("decode", 1, 2048, (result("base"),), {"linearized": "failed", "other": "no room"}),
-    CellResult("prefill", 4, 8, (result("linearized"), result("other", OVER, GOOD))),
+    CellResult("prefill", 4, 8, (result("linearized"), result("other", OVER))),
 )
 SPEED = Speed(Machine("cpu", 2), 6, INFOS, CELLS)
 
@@ -98,12 +94,18 @@ def test_only_who_was_timed_beside_its_base_has_a_speedup() -> None:
 
 def test_phases_reasons_and_absences_are_gathered_from_all_cells() -> None:
     assert SPEED.phases == ("prefill", "decode")
-    assert SPEED.explained() == [(CELLS[0], CELLS[0].results[1], BAD), (CELLS[2], CELLS[2].results[1], GOOD)]
-    assert [r.suspect for _, r, _ in SPEED.explained()] == [True, False] and not result("x").suspect
     assert SPEED.absent() == {
         ("other", "no room"): [CELLS[0], CELLS[1]],
         ("linearized", "failed"): [CELLS[1]],
     }
+
+
+def test_a_speedup_is_above_its_ceiling_for_certain_or_perhaps_or_not() -> None:
+    one = replace(result("linearized", OVER), ceiling=1.1)
+    assert one.above_ceiling is True
+    assert replace(one, ceiling=1.3).above_ceiling is None  # the interval begins at 1.2
+    for other in (replace(one, ceiling=1.5), replace(one, ceiling=None), replace(one, over_base=None)):
+        assert other.above_ceiling is False
 
 
 def test_percentiles_are_there_if_any_cell_has_one() -> None:

@@ -11,8 +11,8 @@ import pytest
 from nbl_export.settings.workload import Workload
 from nbl_export.verify.speed import workloads as module
 from nbl_export.verify.speed.candidates import Candidate
-from nbl_export.verify.speed.harness import Harness
 from nbl_export.verify.speed.pair import Pair
+from nbl_export.verify.speed.race import Harness
 from nbl_export.verify.speed.values import Machine, Roofline
 from nbl_export.verify.speed.workloads import workload_ms
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 
 from nbl_export.linearize.plan import Plan
 from nbl_export.runtime.ort import OrtModel
-from nbl_export.runtime.prompts import OrtPrompt, timed_row
+from nbl_export.verify.speed.candidates import OrtPrompt, timed_row
 from tests.fixtures_graph import maps_in_place, plan_by_hand
 from tests.runtime.fake_tensorrt import Graphs, graphs_of
 
@@ -57,31 +54,6 @@ def contents(prompt: OrtPrompt) -> dict[str, np.ndarray]:
 
 def test_a_timed_row_has_tokens_of_every_vocabulary() -> None:
     assert timed_row(40).tolist() == [*range(32), *range(8)] and timed_row(3).dtype == np.int32
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_what_is_bound_stays_in_memory(graphs: Graphs, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The newest onnxruntime for Python 3.10 does not keep the arrays alive that its bindings read: as that here."""
-    for side in ("input", "output"):
-
-        def bind(binding: Any, name: str, value: Any, side: str = side) -> None:
-            getattr(binding._iobinding, f"bind_ortvalue_{side}")(name, value._ortvalue)
-
-        monkeypatch.setattr(onnxruntime.IOBinding, f"bind_ortvalue_{side}", bind)
-    made: list[weakref.ref[Any]] = []
-    on_device = OrtPrompt._on_device
-
-    def seen(prompt: OrtPrompt, array: np.ndarray) -> Any:
-        value = on_device(prompt, array)
-        made.append(weakref.ref(value))
-        return value
-
-    monkeypatch.setattr(OrtPrompt, "_on_device", seen)
-    prompt = prompt_of(graphs(form, "fp32", (0, 3)))
-    prompt.prefill()
-    prompt.step()
-    gc.collect()
-    assert len(made) > 6 and all(value() is not None for value in made)
 
 
 @pytest.mark.parametrize("layers", [(), (0, 3), ALL], ids=str)
