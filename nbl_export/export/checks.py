@@ -41,9 +41,9 @@ from nbl_export.models.load import quiet
 from nbl_export.models.small_copy import small_copy, small_lengths
 from nbl_export.models.weights import resident, room
 from nbl_export.progress import Listener, Silent
-from nbl_export.runtime.ort import ort_stream
+from nbl_export.runtime.ort import OrtEncoder, ort_stream
 from nbl_export.runtime.stream import Stream
-from nbl_export.runtime.torch import torch_stream
+from nbl_export.runtime.torch import TorchEncoder, torch_stream
 
 # Two rows of different length, so that one is padded, and the number of tokens decoded after them.
 _LENGTHS, _NEXT = (7, 4), 1
