@@ -7,8 +7,8 @@ are random (normal, standard deviation 0.02) and bfloat16, in shards; what a sta
 their shapes only. Each stage is one command in a process of its own. Its memory is that of it and its children,
 looked at ten times a second: *anonymous* is what cannot be dropped, *RSS* has the mapped files too.
 
-A stage is skipped, with the reason, if it would take more memory than is free or more time than ``--limit``, by the
-formulas of `nbl-export plan-resources`; one that takes longer after all is interrupted.
+A stage is skipped, with the reason, if it would take more memory than is free by the formulas of `--dry-run`; one that
+takes longer than ``--limit`` is interrupted.
 """
 
 from __future__ import annotations
@@ -34,9 +34,7 @@ from nbl_export.models.source import find_model
 from nbl_export.models.tasks import task_named
 from nbl_export.report.environment import environment
 from nbl_export.settings import CalibrateSettings, ExportSettings, RunSettings, SelectSettings
-from nbl_export.stages.machine import rates
-from nbl_export.stages.needs import needs
-from nbl_export.stages.resources import Machine, in_words, model_sizes
+from nbl_export.stages.needs import lacks_memory, memory, sizes_of_source
 
 _MIB = 2**20
 
@@ -156,10 +154,9 @@ def _write_shards(shape: Shape, folder: Path) -> dict[str, str]:
     return places
 
 
-def hindrance(model: Path, text: str, stage: str, limit: float) -> str:
-    """Why a stage cannot be done here in ``limit`` seconds, as it is known before; empty if it can."""
+def hindrance(model: Path, text: str, stage: str) -> str:
+    """Why a stage does not fit into the memory that is free; empty if it does."""
     found = find_model(str(model), digests=Unread())
-    sizes, file = model_sizes(found)
     name, _, criterion = stage.partition(" ")
     asked = RunSettings(
         SelectSettings(k=_K, criterion=criterion or "cca"),
@@ -167,12 +164,9 @@ def hindrance(model: Path, text: str, stage: str, limit: float) -> str:
         exporting=ExportSettings(_PRECISION),
     ).resolve(task_named(found.task))
     dtype = getattr(torch, fast_dtype())
-    machine = Machine(psutil.virtual_memory().available, rates(dtype, torch.device("cpu"), file))
-    need = next(n for n in needs(sizes, asked, dtype.itemsize) if n.stage == name)
-    if need.memory > machine.memory:
-        return f"skipped: needs about {need.memory / _MIB:,.0f} MiB, {machine.memory / _MIB:,.0f} are free"
-    seconds = machine.seconds(need, sizes.file)
-    return f"skipped: would take about {in_words(seconds)}" if seconds > limit else ""
+    free = psutil.virtual_memory().available
+    taken = memory(sizes_of_source(found), asked, dtype.itemsize, free)
+    return lacks_memory(name, taken[name], free)
 
 
 def run(arguments: list[str], limit: float) -> Used:
@@ -241,7 +235,7 @@ def main() -> None:
         model, out = arguments.dir / f"model-{name}", arguments.dir / f"out-{name}"
         size = make_checkpoint(SHAPES[name], model, arguments.tokenizer)
         for stage in arguments.stages:
-            if reason := hindrance(model, arguments.text, stage, 60 * arguments.limit):
+            if reason := hindrance(model, arguments.text, stage):
                 rows.append(f"| {name} | {stage} | | | | | | | {reason} |")
                 print(rows[-1], flush=True)
                 continue

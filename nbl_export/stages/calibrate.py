@@ -17,7 +17,7 @@ from nbl_export.settings import CalibrateSettings
 from nbl_export.settings.choices import SELF
 from nbl_export.settings.size import bytes_of
 from nbl_export.stage_record import MODEL, key_of
-from nbl_export.stages.room import Shape, check_calibrate
+from nbl_export.stages.needs import check_disk, disk_to_calibrate, sizes_of_source
 from nbl_export.stages.run import Run, check_machine, started
 from nbl_export.workspace import check_place
 
@@ -108,7 +108,7 @@ def _calibrate(run: Run, settings: CalibrateSettings) -> None:
         media: list[MediaTokens | None] = []
 
         def prepared() -> Any:
-            check_calibrate(ws, Shape.of(model), settings)
+            check_disk(ws, [disk_to_calibrate(sizes_of_source(run.model.source), settings)])
             data = _load_saved(loader.path(ws), key, loader)
             if data is None:
                 data = loader.read(run.model, settings, listener)

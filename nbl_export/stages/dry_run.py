@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nbl_export.blocks import ATTENTION, MLP, SPAN, Block, Mlp, spans_of
 from nbl_export.digests import Unread
 from nbl_export.errors import os_error_in_words
 from nbl_export.models.loaded import LoadedModel
@@ -36,9 +37,8 @@ from nbl_export.stages.build import build
 from nbl_export.stages.calibrate import calibrate
 from nbl_export.stages.export import export
 from nbl_export.stages.in_order import check_asked, check_source
-from nbl_export.stages.resources import estimated, in_words, lacks_memory, place_of, size
+from nbl_export.stages.needs import Disk, check_disk, disk, lacks_memory, memory, shown, sizes_of_source
 from nbl_export.stages.rewrite import check_baseline, rewrite
-from nbl_export.stages.room import Room, check_run, rooms
 from nbl_export.stages.run import Run, read_by
 from nbl_export.stages.select.stage import select
 from nbl_export.stages.verify import measure
@@ -47,10 +47,7 @@ from nbl_export.workspace import ReadOnly, Workspace, is_workspace, kept_digests
 if TYPE_CHECKING:
     import torch
 
-    from nbl_export.stages.needs import Need
-    from nbl_export.stages.resources import Estimate
-
-COLUMNS = ("stage", "what", "memory", "disk left", "disk beside", "time")
+COLUMNS = ("stage", "what", "memory", "disk left", "disk beside")
 _NEW = "not done yet"
 
 
@@ -60,15 +57,14 @@ class StageAhead:
 
     ``files`` are those that it would write, or has written where it is kept, by their names in the output folder; a
     name that ends with ``/`` is a folder of them. Configurations and tokenizers beside graphs, and plots, are listed
-    once they are there. ``seconds`` and ``memory`` (bytes) are estimates, None where there is none; ``leaves`` are the
-    bytes that it adds to the folder, ``beside`` those that it needs there while it works.
+    once they are there. ``memory`` are the bytes that it takes, None where there is no formula; ``leaves`` those that
+    it adds to the folder, ``beside`` those that it needs there while it works.
     """
 
     stage: str
     kept: bool
     why: str
     files: tuple[str, ...]
-    seconds: float | None = None
     memory: int | None = None
     leaves: int = 0
     beside: int = 0
@@ -78,14 +74,12 @@ class StageAhead:
 class DryRun:
     """What a run of ``model`` into the folder ``out`` would do: its ``stages`` in order.
 
-    ``estimated`` says how times were estimated, and is empty if nothing is to be done; ``problems`` are sentences on
-    memory that is not there, for which a run is not refused.
+    ``problems`` are sentences on memory that is not there, for which a run is not refused.
     """
 
     model: str
     out: str
     stages: tuple[StageAhead, ...]
-    estimated: str = ""
     problems: tuple[str, ...] = ()
 
     @property
@@ -94,9 +88,7 @@ class DryRun:
         made = [one for one in self.stages if not one.kept]
         rows = tuple(_row(one) for one in self.stages)
         title = f"A run of {self.model} into {self.out} (nothing is written now)"
-        known = sum(one.seconds or 0 for one in made)
-        note = f"About {in_words(known)} in all, estimated. {self.estimated}" if made else "All is kept."
-        tables = [Table(title, COLUMNS, rows, note, problems=self.problems)]
+        tables = [Table(title, COLUMNS, rows, "" if made else "All is kept.", problems=self.problems)]
         if made:
             files = tuple((one.stage, "  ".join(one.files)) for one in made)
             beside = "Beside the graphs come their configurations and tokenizers."
@@ -106,11 +98,10 @@ class DryRun:
 
 def _row(one: StageAhead) -> tuple[str, ...]:
     if one.kept:
-        return (one.stage, "kept", *["–"] * 4)
+        return (one.stage, "kept", *["–"] * 3)
     what = "do" if one.why == _NEW else f"do again: {one.why}"
-    memory = "?" if one.memory is None else size(one.memory)
-    seconds = "?" if one.seconds is None else in_words(one.seconds)
-    return (one.stage, what, memory, size(one.leaves), size(one.beside), seconds)
+    taken = "?" if one.memory is None else shown(one.memory)
+    return (one.stage, what, taken, shown(one.leaves), shown(one.beside))
 
 
 def dry_run(
@@ -131,12 +122,21 @@ def dry_run(
 
     Nothing is written, no lock is taken. What a run would refuse before its work is refused here, too.
     """
+    import psutil
+    import torch
+
+    from nbl_export.linearize.scores import check_selection
+    from nbl_export.models.device import find_device
+    from nbl_export.models.layers import hidden_size
+    from nbl_export.models.load import fast_dtype, load_skeleton
+
     asked, out = RunSettings.of(selection, calibration, verification, exporting, engines, folder), Path(out)
     check_asked(str(model), asked)
     # Whether the model is the same matters only where there is something to keep.
     digests = kept_digests(out, rehash, listener) if is_workspace(out) else Unread()
     source = find_model(str(model), trust_remote_code, digests, partial(check_source, out=out, asked=asked))
-    place = place_of(out)
+    parents = (out, *out.absolute().parents)
+    place = out if is_workspace(out) else next(path for path in parents if path.is_dir())
     if not os.access(place, os.W_OK | os.X_OK):
         denied = PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
         raise os_error_in_words(denied, f"while preparing the output folder {out}")
@@ -153,35 +153,41 @@ def dry_run(
         for stage in whys
     }
     if kept == set(whys):
-        stages = tuple(StageAhead(stage, True, "", files[stage]) for stage in whys)
-        return DryRun(source.source, str(out), stages)
-    estimate = estimated(source, resolved)
-    check_run(Workspace(place), estimate.sizes.shape, estimate.asked, kept)
-    found = {room.stage: room for room in rooms(estimate.sizes.shape, estimate.asked)}
-    taken = {need.stage: need for need in estimate.needs}
-    stages = tuple(
-        StageAhead(stage, True, "", files[stage])
-        if stage in kept
-        else _ahead(stage, why, files[stage], estimate, taken.get(stage), found.get(stage))
-        for stage, why in whys.items()
+        return DryRun(source.source, str(out), tuple(StageAhead(one, True, "", files[one]) for one in whys))
+    skeleton = load_skeleton(source)
+    check_selection(resolved.selection, _can_go(skeleton, resolved.calibration.parts), hidden_size(skeleton))
+    sizes, free = sizes_of_source(source, skeleton), psutil.virtual_memory().available
+    room = {one.stage: one for one in disk(sizes, resolved) if one.stage not in kept}
+    check_disk(Workspace(place), list(room.values()))
+    text = resolved.calibration
+    dtype = fast_dtype(find_device(text.device)) if text.dtype == "auto" else text.dtype
+    taken = memory(sizes, resolved, getattr(torch, dtype).itemsize, free)
+    stages = []
+    for stage, why in whys.items():
+        of = room.get(stage, Disk(stage, 0))
+        needs = int(sum(taken[stage].values())) if why and stage in taken else None
+        stages.append(StageAhead(stage, not why, why or "", files[stage], needs, of.leaves, of.beside))
+    lacking = (
+        lacks_memory(stage, taken[stage], free) for stage in whys if stage in taken and stage not in kept
     )
-    problems = tuple(lacks_memory(estimate, set(whys) - kept))
-    return DryRun(source.source, str(out), stages, estimate.speed, problems)
+    return DryRun(source.source, str(out), tuple(stages), tuple(filter(None, lacking)))
 
 
-def _ahead(
-    stage: str,
-    why: str | None,
-    files: tuple[str, ...],
-    estimate: Estimate,
-    need: Need | None,
-    room: Room | None,
-) -> StageAhead:
-    seconds = memory = None
-    if need is not None:
-        seconds, memory = estimate.machine.seconds(need, estimate.sizes.file), need.memory
-    leaves, beside = (room.leaves, room.beside) if room else (0, 0)
-    return StageAhead(stage, False, why or "", files, seconds, memory, leaves, beside)
+def _can_go(model: torch.nn.Module, parts: Sequence[str]) -> list[Block]:
+    """What can become linear of a ``model`` without weights, as far as that shows: its modules, not what they do."""
+    from nbl_export.models.candidates import shared_without_numbers
+    from nbl_export.models.layers import attention_layers
+    from nbl_export.models.mlps import MlpPaths, mlp_paths
+
+    lenders = set(shared_without_numbers(model).values())
+    attentions = [layer.index for layer in attention_layers(model) if layer.index not in lenders]
+    mlps = [index for index, found in mlp_paths(model).items() if isinstance(found, MlpPaths)]
+    every: dict[str, Iterable[Block]] = {
+        ATTENTION: attentions,
+        MLP: map(Mlp, mlps),
+        SPAN: spans_of({*attentions} & {*mlps}),
+    }
+    return sorted(block for part in parts for block in every[part])
 
 
 # which stages are kept ----------------------------------------------------------------------------

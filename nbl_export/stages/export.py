@@ -19,7 +19,7 @@ from nbl_export.records import to_json
 from nbl_export.settings import ExportSettings
 from nbl_export.settings.choices import NEEDS_ITS_OPSET, OLDEST_OPSET, OPSETS
 from nbl_export.stage_record import MODEL, SIDECARS
-from nbl_export.stages.room import Shape, check_export
+from nbl_export.stages.needs import check_disk, disk_to_export, sizes_of_source
 from nbl_export.stages.run import Run, opened
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def _export(run: Run, settings: ExportSettings, there: bool) -> None:
         ]
         for note in filter(None, notes):
             listener.note(note)
-        check_export(ws, Shape.of(run.model.model), settings)
+        check_disk(ws, [disk_to_export(sizes_of_source(run.model.source), settings)])
         exported = _export_torch if settings.exported_by == "torch" else _export_elsewhere
         files, float32 = exported(run, settings, listener)
         write_json(ws.export_summary, to_json(ExportSummary(tuple(float32), copies)))

@@ -26,8 +26,8 @@ from nbl_export.settings import (
 from nbl_export.stages.build import build, check_engines, check_limits, check_states
 from nbl_export.stages.calibrate import calibrate, check_calibration, check_text
 from nbl_export.stages.export import check_export_of, check_exporter, check_model, export
+from nbl_export.stages.needs import check_disk, disk, sizes_of_source
 from nbl_export.stages.rewrite import drop_baseline, rewrite
-from nbl_export.stages.room import Shape, check_run
 from nbl_export.stages.run import Run, check_machine, started
 from nbl_export.stages.select.stage import select
 from nbl_export.stages.verify import verify
@@ -126,4 +126,4 @@ def _check_new(work: Run, asked: RunSettings) -> None:
         start = len(start_tokens(model.tokenizer))
         fitting_prompts(positions(model.model), start, asked.verification.decode_steps)
     check_model(work, asked.exporting)
-    check_run(work.workspace, Shape.of(model.model), asked)
+    check_disk(work.workspace, disk(sizes_of_source(model.source), asked))

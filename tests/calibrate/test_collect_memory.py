@@ -15,7 +15,7 @@ from nbl_export.calibrate.store import MomentsFolder
 from nbl_export.errors import InputError
 from nbl_export.models.load import in_precision
 from nbl_export.settings import CalibrateSettings
-from nbl_export.stages.room import Shape, room_to_calibrate
+from nbl_export.stages.needs import disk_to_calibrate, sizes_of
 from tests.calibrate.conftest import BLOCKS, LENGTH, ROWS
 from tests.calibrate.test_collect import assert_same
 from tests.interruptions import Recorder, crash, send
@@ -117,9 +117,9 @@ def test_the_room_that_is_asked_for_before_the_work_is_enough(
     place.every = 0.0
     place.collect(model, tokens, memory, Looking())
     text = CalibrateSettings(samples=ROWS, seq_len=LENGTH, heldout_samples=1, selection_samples=1)
-    room = room_to_calibrate(Shape.of(model), text)
+    room = disk_to_calibrate(sizes_of(model), text)
     headers = 32 * 1024  # of the files, which the formula does not count
-    assert 3 * BATCH < most[0] <= room.writes + headers
+    assert 3 * BATCH < most[0] <= room.leaves + room.beside + headers
 
 
 def test_what_a_batch_needs_is_the_least(model: Any, tokens: np.ndarray, tmp_path: Path) -> None:

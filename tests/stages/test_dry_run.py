@@ -13,9 +13,7 @@ import pytest
 
 from nbl_export import api, digests
 from nbl_export.errors import InputError
-from nbl_export.stages import machine
 from nbl_export.stages.dry_run import DryRun
-from nbl_export.stages.machine import Rates
 from nbl_export.stages.needs import GIB
 from tests.finished import TWO, VERIFY, state
 from tests.folders import files_in
@@ -23,11 +21,6 @@ from tests.listening import Notes
 
 ALL = ["calibrate", "select", "export", "rewrite", "verify"]
 THREE = replace(TWO, k=3)
-
-
-@pytest.fixture(autouse=True)
-def measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "rates", lambda *_: Rates(1e12, 1e11, 1e9, 2e9))
 
 
 @pytest.fixture
@@ -65,8 +58,7 @@ def test_a_new_folder_is_not_made_and_no_weight_is_read(
     found = api.dry_run(stories_folder, tmp_path / "new" / "out", TWO, calibration, VERIFY)
     assert not list(tmp_path.iterdir())
     assert whys(found) == dict.fromkeys(ALL, "not done yet")
-    shown = found.tables[0]
-    assert all(one.seconds and one.memory for one in found.stages) and "as measured now" in shown.note
+    assert all(one.memory for one in found.stages)
 
 
 def test_the_files_that_would_be_written_are_those_of_the_run(
@@ -88,10 +80,7 @@ def test_the_files_that_would_be_written_are_those_of_the_run(
         assert all(name in allowed or "token" in name or name.endswith(".jinja") for name in left), left
 
 
-def test_all_of_a_finished_run_is_kept(
-    ahead: Callable[..., DryRun], stories_copy: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(machine, "rates", lambda *_: pytest.fail("there is nothing to estimate"))
+def test_all_of_a_finished_run_is_kept(ahead: Callable[..., DryRun], stories_copy: Path) -> None:
     found = ahead()
     assert whys(found) == dict.fromkeys(ALL)
     assert {name for one in found.stages for name in one.files} <= files_in(stories_copy)

@@ -1,9 +1,11 @@
-"""What stages need: the terms by hand, and the sums against what was measured."""
+"""What stages need: the terms by hand, the disk against a finished run, the memory against what was measured."""
 
 from __future__ import annotations
 
 import importlib
 import re
+import shutil
+from collections import namedtuple
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,115 +16,216 @@ import torch
 import transformers
 
 from nbl_export import api
-from nbl_export.calibrate import collect, sampling
-from nbl_export.linearize import loss
-from nbl_export.models import weights
+from nbl_export.errors import InputError
 from nbl_export.models.source import find_model
 from nbl_export.models.tasks import task_named
 from nbl_export.settings import RunSettings
-from nbl_export.stages import needs as needed
-from nbl_export.stages.needs import GIB, MIB, Need, Sizes, needs, sizes_of
-from nbl_export.stages.resources import model_sizes
-from nbl_export.stages.room import Room
+from nbl_export.stages.needs import (
+    GIB,
+    MIB,
+    Disk,
+    Sizes,
+    check_disk,
+    disk,
+    disk_to_calibrate,
+    lacks_memory,
+    memory,
+    sizes_of,
+    sizes_of_source,
+)
+from nbl_export.workspace import Workspace
 from tests.beyond import BEYOND
 from tests.conftest import ROOT
 from tests.tiny_types import tiny_model
 
-TASK = task_named("text-generation")
 TEXT = api.CalibrateSettings(("text",), samples=8, seq_len=640, selection_samples=2, heldout_samples=2)
+# Llama-3.1-8B.
+BIG = Sizes(weights=8_030_261_248, embedding=128_256 * 4096, width=4096, layers=32)
+Usage = namedtuple("Usage", "total used free")
 
 
 def asked(text: api.CalibrateSettings = TEXT, precision: str = "bf16", **selection: Any) -> RunSettings:
     chosen = api.SelectSettings(**{"k": 12, "criterion": "kl", **selection})
-    return RunSettings(chosen, text, exporting=api.ExportSettings(precision)).resolve(TASK)
+    made = RunSettings(chosen, text, exporting=api.ExportSettings(precision))
+    return made.resolve(task_named("text-generation"))
+
+
+def taken(sizes: Sizes, stage: str, settings: RunSettings, width: int = 4) -> Any:
+    return memory(sizes, settings, width, 64 * GIB)[stage]
 
 
 @pytest.fixture(scope="module")
 def stories(stories_folder: Path) -> Sizes:
-    return model_sizes(find_model(str(stories_folder)))[0]
+    return sizes_of_source(find_model(str(stories_folder)))
 
 
 def test_the_sizes_of_a_model_are_counted_by_hand(stories: Sizes) -> None:
     d, inner, layers, vocabulary, heads, kv = 64, 172, 5, 512, 8, 4
     block = 2 * d * d + 2 * d * (d // heads * kv) + 3 * d * inner + 2 * d
-    assert (stories.shape.width, stories.shape.layers, stories.vocabulary) == (d, layers, vocabulary)
-    assert (stories.block, stories.blocks, stories.head) == (block, layers * block, vocabulary * d)
-    assert (stories.largest, stories.inner) == (vocabulary * d, inner)
-    assert stories.cache == 2 * layers * kv * (d // heads)
-    assert (stories.stored, stories.computed) == (4, False)
-
-
-def test_what_is_done_at_once_is_what_the_stages_do_at_once() -> None:
-    assert (needed._BATCH, needed._SAMPLED, needed._SAMPLE_LENGTH) == (
-        collect._BATCH_TOKENS,
-        sampling._SAMPLE_BATCH,
-        sampling._SAMPLE_LENGTH,
+    assert stories == Sizes(
+        weights=260_032,
+        embedding=vocabulary * d,
+        width=d,
+        layers=layers,
+        mlps=layers,
+        block=block,
+        head=vocabulary * d,
+        largest=vocabulary * d,
+        inner=inner,
+        cache=2 * layers * kv * (d // heads),
+        stored=4,
     )
-    assert (needed._KEPT, needed._NEXT) == (weights._KEPT, loss._NEXT_BYTES)
 
 
-def test_the_largest_phase_counts() -> None:
-    need = Need(Room("x", 5), 100, ({"a": 1.0, "b": 2.0}, {"c": 2.5}, {"d": 0.0, "e": 2.9}))
-    assert (need.memory, need.most, need.stage) == (103, "b", "x")
+def test_layers_that_lend_keys_cannot_go_and_borrowers_keep_none() -> None:
+    for name in ("gemma3n_text", "gemma4_text"):
+        sizes = sizes_of(tiny_model(name).to("meta"))
+        # Layers 2 and 3 of 4 read the keys and values of layers 0 and 1.
+        assert sizes.layers == 2 and sizes.cache == 2 * 2 * 8 * 2
+
+
+def test_a_text_that_crosses_a_length_takes_memory() -> None:
+    sizes = sizes_of(BEYOND["mistral"].model().to("meta"))
+    assert (sizes.longest, sizes.scores) == (108, 108 * 108 * 4)
+    text = replace(TEXT, seq_len=64)
+    scores = {"export": 1, "verify": 2}
+    for stage, times in scores.items():
+        found = taken(sizes, stage, asked(text, "fp16"))
+        assert found["scores beyond a length"] == times * 4 * sizes.scores
+        assert found["logits of a row"] == 3 * 4 * 108 * sizes.head // sizes.width
 
 
 def test_what_is_mapped_is_not_in_memory(stories: Sizes) -> None:
     assert stories.held(4, 1000) == 0 and stories.held(2, 1000) == 2000
-    assert replace(stories, computed=True).held(4, 1000) == 4000
-    assert stories.kept(2) == 2 * stories.shape.weights
-    large = replace(stories, shape=replace(stories.shape, weights=GIB + 1), block=7, head=9)
+    assert replace(stories, stored=0).held(4, 1000) == 4000
+    assert stories.kept(2) == 2 * stories.weights
+    large = replace(stories, weights=GIB + 1, block=7, head=9)
     assert large.kept(2) == 18  # of what does not stay in memory, the largest part
 
 
+# disk ---------------------------------------------------------------------------------------------
+
+
+def free(monkeypatch: pytest.MonkeyPatch, size: float) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: Usage(1 << 50, 0, int(size)))
+
+
+def test_the_disk_that_is_computed_is_what_a_finished_run_has(
+    stories: Sizes, stories_out: Path, calibration: Any
+) -> None:
+    ws = Workspace.open(stories_out)
+    for one in disk(stories, asked(calibration, "fp32", k=2, criterion="cca")):
+        record = ws.record(one.stage)
+        assert record is not None
+        small = ("config.json", "model.onnx", "tokenizer.json", "candidates.json", "measured.json")
+        size = sum(p.stat().st_size for p in ws.paths(record) if p.name not in small)
+        assert abs(one.leaves - size) < 0.1 * size, one.stage
+
+
+@pytest.mark.parametrize("blocks", ["both", "all"])
+def test_moments_of_mlps_and_spans_are_counted(
+    stories: Sizes, stories_folder: Path, calibration: Any, tmp_path: Path, blocks: Any
+) -> None:
+    more = replace(calibration, blocks=blocks)
+    api.calibrate(stories_folder, tmp_path / "out", more)
+    ws = Workspace.open(tmp_path / "out")
+    record = ws.record("calibrate")
+    assert record is not None
+    size = sum(path.stat().st_size for path in ws.paths(record))
+    found = disk_to_calibrate(stories, more).leaves
+    assert abs(found - size) < 0.1 * size and found > 1.5 * disk_to_calibrate(stories, calibration).leaves
+
+
+@pytest.mark.parametrize(("precision", "gib"), [("fp32", 30), ("bf16", 15), ("int4", 8)])
+def test_the_weights_are_most_of_it(precision: str, gib: int) -> None:
+    export = next(one for one in disk(BIG, asked(precision=precision)) if one.stage == "export")
+    assert round(export.leaves / 2**30) == gib
+
+
+def test_what_is_weighed_with_a_graph_comes_after_it() -> None:
+    plain = disk(BIG, asked())
+    assert [one.stage for one in plain] == ["calibrate", "select", "export", "rewrite"]
+    found = disk(BIG, asked(k=None, budget=api.Budget(min_speedup=1.2)))
+    assert [one.stage for one in found] == ["calibrate", "export", "select", "rewrite"]
+    # Half of the layers are assumed; all other weights the timed graph reads from the unmodified one.
+    assert found[2].beside == 4 * 16 * (4096 + 1) * 4096 and not plain[1].beside
+
+
+def test_engines_a_whole_graph_and_images_count() -> None:
+    settings = asked(precision="fp16")
+    assert disk(BIG, replace(settings, engines=api.EngineSettings()))[-1] == Disk("build", 4 * BIG.weights)
+    whole = disk(BIG, replace(settings, folder=api.FolderSettings("no")))[-1].leaves
+    assert whole - disk(BIG, settings)[-1].leaves == 2 * BIG.weights
+    images = replace(BIG, image=(3 * 224 * 224 * 4, 197))
+    assert disk(images, asked())[0].leaves > disk(BIG, asked())[0].leaves
+
+
+def test_a_disk_without_room_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages come one after the other; what an interrupted calibration has left is there already."""
+    ws = Workspace.create(tmp_path / "out")
+    found = [Disk("calibrate", 100, 50), Disk("export", 200), Disk("rewrite", 30, 10)]
+    free(monkeypatch, 340)
+    check_disk(ws, found)
+    free(monkeypatch, 339)
+    with pytest.raises(InputError, match=r"has 0 MiB free, and this run needs about .*: free some space"):
+        check_disk(ws, found)
+    free(monkeypatch, 149)
+    with pytest.raises(InputError, match="`calibrate` needs about"):
+        check_disk(ws, found[:1])
+    ws.partial_moments.mkdir(parents=True)
+    (ws.partial_moments / "000.safetensors").write_bytes(b"x")
+    check_disk(ws, found[:1])
+
+
+def test_a_run_and_a_stage_are_refused_before_any_work(
+    stories_folder: Path, tmp_path: Path, calibration: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    free(monkeypatch, 1000)
+    with pytest.raises(InputError, match="this run needs about"):
+        api.run(stories_folder, out, api.SelectSettings(k=2), calibration)
+    assert not (out / "nbl" / "text.safetensors").exists()
+    with pytest.raises(InputError, match="`calibrate` needs about"):
+        api.calibrate(stories_folder, out, calibration)
+    with monkeypatch.context() as patch:
+        free(patch, GIB)
+        api.calibrate(stories_folder, out, replace(calibration, samples=2))
+    with pytest.raises(InputError, match="`export` needs about"):
+        api.export(out)
+
+
+# memory -------------------------------------------------------------------------------------------
+
+
 def test_more_text_takes_more_of_what_grows_with_it(stories: Sizes) -> None:
-    few, many = (
-        {n.stage: n for n in needs(stories, asked(replace(TEXT, samples=rows)), 4)} for rows in (8, 8000)
-    )
-    added = 7992 * 640
-    width = stories.shape.width
-    assert many["calibrate"].memory - few["calibrate"].memory == 2 * 4 * width * added
-    assert many["calibrate"].most == "states between blocks"
-    sums = (3 * 1.25 + 4) * width**2 * stories.shape.layers
-    assert many["calibrate"].exact - few["calibrate"].exact == pytest.approx(sums * added)
-    assert many["calibrate"].fast - few["calibrate"].fast == pytest.approx(2.0 * stories.blocks * added)
-    assert many["select"].memory == few["select"].memory
-    files = replace(TEXT, samples=8000, memory="10MB")
-    (in_files, *_) = needs(stories, asked(files), 4)
-    assert in_files.memory == few["calibrate"].memory - 2 * 4 * width * 8 * 640
+    few, many = (asked(replace(TEXT, samples=rows)) for rows in (8, 8000))
+    states = {s: taken(stories, "calibrate", s)["states between blocks"] for s in (few, many)}
+    assert states[many] - states[few] == 2 * 4 * 64 * 7992 * 640
+    assert taken(stories, "select", many) == taken(stories, "select", few)
+    files = asked(replace(TEXT, samples=8000, memory="10MB"))
+    assert taken(stories, "calibrate", files)["states between blocks"] == 0
 
 
 def test_a_criterion_that_runs_no_model_needs_less(stories: Sizes) -> None:
-    found = {
-        name: next(n for n in needs(stories, asked(criterion=name, k=2), 2) if n.stage == "select")
-        for name in ("cca", "kl", "greedy")
-    }
-    assert found["cca"].memory < found["kl"].memory < found["greedy"].memory
-    assert 0 == found["cca"].fast < found["kl"].fast < found["greedy"].fast
+    found = [sum(taken(stories, "select", asked(criterion=c, k=2)).values()) for c in ("cca", "kl", "greedy")]
+    assert found == sorted(set(found))
 
 
-def test_a_graph_in_half_precision_is_converted_in_every_run(stories: Sizes) -> None:
-    steps = {"verification": api.VerifySettings(decode_steps=3)}
-    half, single = (
-        {n.stage: n for n in needs(stories, replace(asked(precision=p, k=2), **steps), 4)}
-        for p in ("bf16", "fp32")
+def test_a_graph_in_half_precision_is_computed_in_float32(stories: Sizes) -> None:
+    """A reference as large as that does not stay beside the sessions."""
+    large = replace(stories, weights=GIB, block=1)
+    half, single = (taken(large, "verify", asked(precision=p)) for p in ("bf16", "fp32"))
+    assert half["the head in float32"] == 2 * 4 * stories.head and "the head in float32" not in single
+
+
+def test_memory_that_is_not_there_is_a_sentence() -> None:
+    found = {"the program": 3.0 * GIB, "weights": 1.0 * GIB, "logits": 2.0 * GIB}
+    assert lacks_memory("select", found, 6 * GIB) == ""
+    said = lacks_memory("select", found, 6 * GIB - 1)
+    assert said.startswith(
+        "`select` needs about 6.0 GiB of memory, most of it for logits, and 6.0 GiB are free"
     )
-    weights = stories.shape.weights
-    # A prefill and three steps of two graphs; the proof runs one.
-    assert (half["verify"].widened, half["rewrite"].widened) == (8 * 4 * weights, 4 * weights)
-    assert single["verify"].widened == single["rewrite"].widened == 0
-    assert single["verify"].read - half["verify"].read == 8 * 2 * weights
-    assert half["verify"].memory > single["verify"].memory
 
-
-def test_a_repair_is_a_phase_of_its_own(stories: Sizes) -> None:
-    without, repaired = (
-        next(n for n in needs(stories, asked(repair=steps, k=2), 4) if n.stage == "select")
-        for steps in (0, 100)
-    )
-    assert repaired.fast > without.fast and len(repaired.phases) == len(without.phases) + 1
-
-
-# against what was measured ------------------------------------------------------------------------
 
 PAGE = ROOT / "docs" / "large-models.md"
 
@@ -139,16 +242,17 @@ def shapes() -> Iterator[dict[str, Sizes]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "scripts")
         bench = importlib.import_module("bench_scale")
-        yield {name: sizes_of(built(shape.config()), 2, 0) for name, shape in bench.SHAPES.items()}
+        yield {name: sizes_of(built(shape.config()), 2) for name, shape in bench.SHAPES.items()}
 
 
-def built(config: dict[str, Any]) -> torch.nn.Module:
+def built(config: dict[str, Any]) -> Any:
     """A model without numbers."""
-    kind = transformers.AutoConfig.for_model(**config)
     with torch.device("meta"):
-        model: Any = transformers.AutoModelForCausalLM.from_config(kind)
+        model: Any = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.for_model(**config)
+        )
     model.tie_weights()
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 @pytest.mark.parametrize(("shape", "stage", "mib"), measured())
@@ -156,38 +260,5 @@ def test_memory_is_within_half_as_much_of_what_was_measured(
     shapes: dict[str, Sizes], shape: str, stage: str, mib: float
 ) -> None:
     name, _, criterion = stage.partition(" ")
-    settings = asked(criterion=criterion) if criterion else asked()
-    need = next(n for n in needs(shapes[shape], settings, 2) if n.stage == name)
-    found = need.memory / MIB
-    assert mib / 1.5 <= found <= 1.5 * mib, f"{found:,.0f} MiB: {dict(need.peak)}"
-
-
-def test_layers_that_lend_keys_cannot_go_and_borrowers_keep_none() -> None:
-    for name, head_sizes in (("gemma3n_text", 8), ("gemma4_text", 8)):
-        model = tiny_model(name)
-        sizes = sizes_of(model.to("meta"), 4, 100)
-        # Layers 2 and 3 of 4 read the keys and values of layers 0 and 1.
-        assert sizes.shape.layers == 2 and sizes.cache == 2 * 2 * head_sizes * 2
-    assert sizes_of(tiny_model("llama").to("meta"), 4, 100).shape.layers == 4
-
-
-def test_texts_that_cross_lengths_take_time_and_memory() -> None:
-    model = BEYOND["mistral"].model().to("meta")
-    sizes = sizes_of(model, 4, 100)
-    assert (sizes.crossing, sizes.scores, sizes.copied) == ((96, 108), 108 * 108 * 4, False)
-    plain = replace(sizes, crossing=(), scores=0)
-    assert sizes_of(BEYOND["mistral"].model(sliding_window=None).to("meta"), 4, 100).crossing == ()
-    text = replace(TEXT, seq_len=64)
-    for stage in ("export", "verify"):
-        more, less = (
-            next(n for n in needs(s, asked(text, "fp16"), 4) if n.stage == stage) for s in (sizes, plain)
-        )
-        assert more.fast > less.fast and more.memory > less.memory
-        assert "scores beyond a length" in more.phases[-1]
-    # PyTorch and two graphs compute each token once, in the model's blocks and its head.
-    assert more.fast - less.fast == 2.0 * 3 * (96 + 108) * (sizes.blocks + sizes.head)
-    copied = replace(sizes, copied=True)
-    longer, shorter = (
-        next(n for n in needs(s, asked(text), 4) if n.stage == "calibrate") for s in (copied, plain)
-    )
-    assert longer.seconds > 1 > shorter.seconds
+    found = taken(shapes[shape], name, asked(criterion=criterion or "cca"), 2)
+    assert mib / 1.5 < sum(found.values()) / MIB < mib * 1.5
