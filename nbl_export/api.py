@@ -19,7 +19,7 @@ from __future__ import annotations
 from nbl_export.doctor.diagnosis import diagnose as doctor
 from nbl_export.errors import NblError
 from nbl_export.linearize.plan import Plan
-from nbl_export.report.diff.compare import diff
+from nbl_export.report.diff import diff
 from nbl_export.report.schema import Report
 from nbl_export.settings import (
     BenchSettings,

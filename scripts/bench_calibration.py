@@ -44,7 +44,7 @@ from nbl_export.models.layers import attention_layers, hidden_size, observed
 from nbl_export.models.load import in_precision, load_model, load_tokenizer
 from nbl_export.models.source import find_model
 from nbl_export.progress import Silent
-from nbl_export.report.environment import environment
+from nbl_export.report.schema import environment
 from nbl_export.settings import CalibrateSettings
 from nbl_export.verify.speed.memory import peak_in_bytes
 

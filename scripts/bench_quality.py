@@ -52,7 +52,7 @@ from nbl_export.models.loaded import LoadedModel
 from nbl_export.models.source import find_model
 from nbl_export.models.weights import dtype_of
 from nbl_export.progress import Silent
-from nbl_export.report.environment import environment
+from nbl_export.report.schema import environment
 from nbl_export.runtime.torch import torch_stream
 
 SEQ_LEN = 512

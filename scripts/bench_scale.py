@@ -32,7 +32,7 @@ from nbl_export.digests import Unread
 from nbl_export.models.load import fast_dtype, load_tokenizer
 from nbl_export.models.source import find_model
 from nbl_export.models.tasks import task_named
-from nbl_export.report.environment import environment
+from nbl_export.report.schema import environment
 from nbl_export.settings import CalibrateSettings, ExportSettings, RunSettings, SelectSettings
 from nbl_export.stages.needs import lacks_memory, memory, sizes_of_source
 

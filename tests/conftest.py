@@ -92,8 +92,8 @@ def every_report_is_of_its_schema() -> Iterator[None]:
     """Each report that a test writes is held to the schema that is published."""
     from jsonschema import Draft202012Validator
 
-    from nbl_export.report.header import Header
-    from nbl_export.report.json_schema import schema_of
+    from nbl_export.report.schema import Header
+    from scripts.json_schemas import schema_of
 
     real, validators = Header.as_json, {}
 

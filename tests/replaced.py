@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from nbl_export.report.header import Header
+from nbl_export.report.schema import Header
 from tests.imports import imports, modules
 
 # Every report of the tests is held to its schema by a method that is replaced for the whole run; pytest, too, replaces

@@ -27,10 +27,9 @@ from nbl_export.report.tables import engines_table, graph_table, report_tables, 
 if TYPE_CHECKING:
     from nbl_export.doctor.diagnosis import Diagnosis
     from nbl_export.engine.pair import EngineFile
-    from nbl_export.report.bench import BenchReport
-    from nbl_export.report.diff.values import Diff
+    from nbl_export.report.diff import Diff
     from nbl_export.report.evaluation import Evaluation
-    from nbl_export.report.forms import Conversion
+    from nbl_export.report.schema import BenchReport, Conversion
     from nbl_export.rewrite.replace import RewriteResult
     from nbl_export.stages.dry_run import DryRun
     from nbl_export.stages.package import Package, Verified
@@ -147,10 +146,10 @@ def show_evaluation(value: Evaluation, out: Path) -> None:
 
 def show_bench(value: BenchReport, out: Path) -> None:
     """The table of a bench, its verdicts, and where to look next."""
-    from nbl_export.report.speed import BENCH, speed_tables
+    from nbl_export.report.speed import BENCH, speed_table
 
     answer(value.as_json())
-    _show_judged(value, speed_tables(BENCH, value.speed, brief=True))
+    _show_judged(value, [speed_table(BENCH, value.speed, brief=True)])
     for note in value.notes:
         result(drawable(note))
     result(drawable(f"bench {out / 'report' / 'bench.md'}"))
@@ -158,7 +157,7 @@ def show_bench(value: BenchReport, out: Path) -> None:
 
 def show_diff(value: Diff, as_markdown: bool) -> None:
     """What changed: its tables, its gates and its verdict, or all of it as Markdown."""
-    from nbl_export.report.diff.drawing import headline_table, markdown, tables, verdict_line
+    from nbl_export.report.diff import headline_table, markdown, tables, verdict_line
 
     answer(answers.answer("diff", to_json(value)))
     if as_markdown and not answering.json:

@@ -16,7 +16,7 @@ from nbl_export.doctor.trials import DRIVER, Trial
 from nbl_export.engine.gpu import Gpu, Gpus
 from nbl_export.machine import cores
 from nbl_export.records import from_json
-from nbl_export.report.environment import processor
+from nbl_export.report.schema import processor
 
 BF16 = "bfloat16"
 

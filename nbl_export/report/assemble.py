@@ -1,10 +1,10 @@
-"""Put a report together from what the stages recorded and what was measured."""
+"""Put a report together from what the stages recorded, what was measured, and what an earlier report still holds."""
 
 from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from nbl_export import __version__
@@ -15,17 +15,25 @@ from nbl_export.graph.summary import ExportSummary
 from nbl_export.linearize.selection import Scores
 from nbl_export.places import Places
 from nbl_export.records import from_json
-from nbl_export.report.environment import environment
-from nbl_export.report.forms import conversions_in
-from nbl_export.report.schema import Graph, Model, Report, Selection
+from nbl_export.report.schema import (
+    BenchReport,
+    Conversion,
+    Graph,
+    Kept,
+    Model,
+    Report,
+    Selection,
+    environment,
+    load_bench,
+)
 from nbl_export.rewrite.summary import RewriteSummary
+from nbl_export.settings.converting import PRECISIONS
 from nbl_export.workspace import Workspace
 
 if TYPE_CHECKING:
     from nbl_export.engine.pair import EngineFile
     from nbl_export.linearize.plan import Plan
     from nbl_export.models.source import ModelSource
-    from nbl_export.report.bench import BenchReport
     from nbl_export.verify.measurement import Measurement
 
 
@@ -81,7 +89,7 @@ def assemble(
         },
         stage_seconds={name: r.seconds for name, r in records.items()},
         selection=selection_of(ws, plan),
-        graph=_graph(ws, rewritten),
+        graph=Graph(**vars(rewritten), **vars(exported_of(ws)), **vars(ws.asked("export", _Export))),
         parity=measured.parity,
         divergence=measured.divergence,
         method_loss=measured.method_loss,
@@ -98,13 +106,19 @@ def assemble(
 
 def created() -> str:
     """Now, as reports say it."""
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def rewrite_of(ws: Workspace) -> RewriteSummary:
     """What was recorded of the rewrite."""
     what, remedy = "The record of the rewrite", "run `nbl-export rewrite` again"
     return from_json(RewriteSummary, read_json(ws.rewrite_summary, what, remedy), what, remedy)
+
+
+def exported_of(ws: Places) -> ExportSummary:
+    """What was recorded of the export."""
+    what, remedy = "The record of the export", "run `nbl-export export` again"
+    return from_json(ExportSummary, read_json(ws.export_summary, what, remedy), what, remedy)
 
 
 def selection_of(ws: Workspace, plan: Plan) -> Selection:
@@ -125,21 +139,107 @@ def selection_of(ws: Workspace, plan: Plan) -> Selection:
     )
 
 
-def exported_of(ws: Places) -> ExportSummary:
-    """What was recorded of the export."""
-    what, remedy = "The record of the export", "run `nbl-export export` again"
-    return from_json(ExportSummary, read_json(ws.export_summary, what, remedy), what, remedy)
-
-
-def _graph(ws: Workspace, rewritten: RewriteSummary) -> Graph:
-    return Graph(**vars(rewritten), **vars(exported_of(ws)), **vars(ws.asked("export", _Export)))
-
-
 def _bench_of(ws: Workspace, rewrite: str) -> BenchReport | None:
     """A bench of these graphs, if there is one."""
-    from nbl_export.report.bench import load_bench
-
     if ws.current("bench") is None:
         return None
     value = load_bench(ws.report / "bench.json")
     return value if value.hashes["rewrite"] == rewrite else None
+
+
+# conversions -------------------------------------------------------------------------------------
+
+
+def stage_of(form: str, precision: str) -> str:
+    """The stage that writes a form in a precision."""
+    return f"convert {form} {precision}"
+
+
+def kept_conversion(ws: Workspace, form: str, precision: str) -> Conversion:
+    """What the folder keeps of a form; raises :class:`.InputError` if that is damaged."""
+    path = ws.conversion(form, precision)
+    again = f"run `nbl-export convert {ws.root} --to {form}` again"
+    return from_json(Conversion, read_json(path, "The conversion", again), str(path), again)
+
+
+def conversions_in(ws: Workspace, current: bool = False) -> dict[str, Conversion]:
+    """What was found of each form in the folder, by form and precision, as ``gguf fp16``; ``current``: of its plan."""
+    known = ws.current if current else ws.record
+    return {
+        f"{form} {precision}": kept_conversion(ws, form, precision)
+        for form, precisions in PRECISIONS.items()
+        for precision in precisions
+        if known(stage_of(form, precision))
+    }
+
+
+# what an earlier verification measured -----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Section:
+    """One that a verification can leave out: its ``checks``, and the check that says that it was ``left_out``."""
+
+    checks: frozenset[str]
+    left_out: str
+    of_engines: bool = False
+
+
+SECTIONS: Mapping[str, _Section] = {
+    "method_loss": _Section(frozenset({"method loss", "KL bound", "perplexity bound"}), "method loss"),
+    "speed": _Section(frozenset({"speed"}), "speed"),
+    "engine_parity": _Section(frozenset({"engine parity", "base engine parity"}), "engine run", True),
+    "engine_speed": _Section(frozenset(), "engine run", True),
+}
+
+
+def keeping(report: Report, earlier: Report | None, graphs: Sequence[str], engines: Sequence[str]) -> Report:
+    """``report`` with the sections of an ``earlier`` one that it lacks, and with their verdicts.
+
+    Only of the same ``graphs``, and of the same ``engines`` what was measured on them: the names of their files, whose
+    digests both reports have. What failed now is not measured, and nothing stands in for it.
+    """
+    if earlier is None or not _same(report, earlier, graphs):
+        return report
+    failed = {check.name for check in report.checks if check.status == "failed"}
+    engines_run = not failed & {"engine run", *SECTIONS["engine_parity"].checks}
+    for name, section in SECTIONS.items():
+        found = getattr(earlier, name)
+        same = not section.of_engines or (engines_run and _same(report, earlier, engines))
+        if found is None or getattr(report, name) is not None or not same:
+            continue
+        origin = earlier.kept.get(name) or Kept(
+            earlier.created,
+            earlier.tool_version,
+            earlier.environment,
+            dict(earlier.settings.get("verify", {})),
+            # That the loss was skipped is no verdict on it.
+            tuple(
+                c
+                for c in earlier.checks
+                if c.name in section.checks and (c.name, c.status) != ("method loss", "skipped")
+            ),
+        )
+        more: dict[str, Any] = {name: found, "kept": {**report.kept, name: origin}}
+        report = replace(report, **more, checks=_checks(report, section, origin))
+    return report
+
+
+def _same(report: Report, earlier: Report, names: Sequence[str]) -> bool:
+    digests = [(report.hashes.get(name), earlier.hashes.get(name)) for name in names]
+    return bool(digests) and all(a is not None and a == b for a, b in digests)
+
+
+def _checks(report: Report, section: _Section, origin: Kept) -> tuple[Check, ...]:
+    """Those of the report, with the earlier verdicts and their date where there is none of today."""
+    measured = f"measured {origin.created}"
+    kept = {c.name: c for c in origin.checks}
+    found: list[Check] = []
+    for check in report.checks:
+        if check.name != section.left_out:
+            found.append(check)
+        elif own := kept.pop(check.name, None):
+            found.append(replace(own, detail=f"{own.detail} ({measured}, now {check.detail})"))
+        else:
+            found.append(replace(check, detail=f"{check.detail}; what is shown was {measured}"))
+    return (*found, *(replace(c, detail=f"{c.detail} ({measured})") for c in kept.values()))

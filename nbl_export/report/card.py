@@ -1,4 +1,4 @@
-"""The model card of a package: what a reader of a model hub looks for, from the report, without paths of a machine."""
+"""Write the model card of a package: what a reader of a model hub looks for, without paths of a machine."""
 
 from __future__ import annotations
 

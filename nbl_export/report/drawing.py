@@ -1,4 +1,4 @@
-"""What every table is made of: its value, and how numbers become text."""
+"""Build tables, and write numbers as text."""
 
 from __future__ import annotations
 

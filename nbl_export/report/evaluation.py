@@ -1,11 +1,11 @@
-"""An evaluation as one JSON value with a versioned schema, and what is drawn from it.
+"""Hold an evaluation as one JSON value with a versioned schema, and draw it.
 
 ``eval.json`` is the source; ``eval.md``, the terminal's tables and ``eval-junit.xml`` are drawn from it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -14,10 +14,10 @@ from nbl_export.evaluate.recovery import Estimate
 from nbl_export.evaluate.results import Compared, MeanRecovery, Means, RetrievalResult, TaskResult
 from nbl_export.files import write_json, write_text
 from nbl_export.report.drawing import Table, number
-from nbl_export.report.header import Header, load_judged
 from nbl_export.report.render import markdown_page, write_junit
+from nbl_export.report.schema import Header, load_judged
 from nbl_export.report.summary import measured_on
-from nbl_export.report.tables import checks_table
+from nbl_export.report.tables import verdicts_table
 from nbl_export.settings import EvalSettings
 
 
@@ -78,40 +78,32 @@ def evaluation_tables(value: Evaluation, brief: bool = False) -> list[Table]:
     return tables
 
 
+_LEGEND = (
+    "Percent ± standard error over the documents, which both models answer; recovery is linearized / base; guess is "
+    "what chance scores."
+)
+
+
 def _tasks_table(value: Evaluation, brief: bool) -> Table:
     rows = []
     for task in value.tasks:
-        name, documents, scored = task.name, str(task.documents), task.scored
+        documents = str(task.documents)
         if task.headline:
-            shown = name if brief else f"{name}, {scored}"
-            rows.append((shown, documents, *_figures(task.headline, brief)))
+            rows.append((f"{task.name}, {task.scored}", documents, *_figures(task.headline, brief)))
         for figure, both in task.figures.items():
             if figure not in task.metrics:  # perplexities, of which no recovery can be stated
-                # A task without a score has no row of its own to stand under.
-                shown = f"  {figure}" if brief and scored else f"{name}, {figure}"
                 plain = [number(v, ".4g") for v in (both.base, both.linearized)]
-                rows.append((shown, documents, "", *plain, *[""] * (2 if brief else 3)))
-    metrics: dict[str, list[str]] = {}
-    for task in value.tasks:
-        metrics.setdefault(task.scored or "", []).append(task.name)
-    named = "; ".join(f"{m} of {', '.join(names)}" for m, names in metrics.items() if m)
-    drawn = any(t.documents < t.total for t in value.tasks)
-    note = f"{_LEGEND} {'The documents are a sample, the same for both. ' if drawn else ''}"
-    return _table(
-        "Tasks: base and linearized graph",
-        rows,
-        value.mean.tasks,
-        note + (f"Scores: {named}." if brief and named else ""),
-        brief,
-    )
+                rows.append((f"{task.name}, {figure}", documents, "", *plain, *[""] * (2 if brief else 3)))
+    sampled = any(t.documents < t.total for t in value.tasks)
+    note = _LEGEND + " The documents are a sample, the same for both." * sampled
+    return _table("Tasks: base and linearized graph", rows, value.mean.tasks, note, brief)
 
 
 def _retrieval_table(value: Evaluation, brief: bool) -> Table:
     rows = [
-        (f"{entry.context:,} tokens, {name}", str(entry.questions), *_figures(figures, brief))
-        for name, of in _WAYS.items()
+        (f"{entry.context:,} tokens, {way}", str(entry.questions), *_figures(getattr(entry, way), brief))
+        for way in ("choice", "exact")
         for entry in value.retrieval
-        for figures in [of(entry)]
     ]
     note = (
         "Choice: the right code is the most likely of those hidden in the text; exact: greedy decoding writes it. "
@@ -120,38 +112,23 @@ def _retrieval_table(value: Evaluation, brief: bool) -> Table:
     return _table("Retrieval: codes hidden in held-out text", rows, value.mean.retrieval, note, brief)
 
 
-_WAYS: Mapping[str, Callable[[RetrievalResult], Compared]] = {
-    "choice": lambda r: r.choice,
-    "exact": lambda r: r.exact,
-}
-_LEGEND = (
-    "Percent ± standard error over the documents, which both models answer; recovery is linearized / base; guess is "
-    "what chance scores."
-)
-
-
 def _table(
     title: str, rows: list[tuple[str, ...]], mean: MeanRecovery | None, note: str, brief: bool
 ) -> Table:
-    columns: tuple[str, ...] = ("", "n", "guess", "base", "linear", "change", "recovery")
-    if not brief:
-        columns = (*columns, "above chance")
+    columns = ("", "n", "guess", "base", "linear", "change", "recovery", *([] if brief else ["above chance"]))
     if mean:
-        last = [] if brief else [_percent(mean.above_chance, brief)]
-        rows.append(("mean", *[""] * 5, _percent(mean.recovery, brief), *last))
-        if mean.above_chance:
-            count, of = mean.above_chance_tasks, mean.tasks
-            note += (
-                f" With chance subtracted from both scores, over the {count} of {of} where the base is two standard "
-                f"errors above it: {_percent(mean.above_chance, False)} %."
-            )
-        else:
-            note += " The base is nowhere two standard errors above chance, so recovery says little."
+        above = _percent(mean.above_chance)
+        rows.append(("mean", *[""] * 5, _percent(mean.recovery), *([] if brief else [above])))
+        note += (
+            f" With chance subtracted from both scores, over the {mean.above_chance_tasks} of {mean.tasks} where the "
+            f"base is two standard errors above it: {above} %."
+            if above
+            else " The base is nowhere two standard errors above chance, so recovery says little."
+        )
     return Table(title, columns, tuple(rows), note)
 
 
 def _depth_table(retrieval: Sequence[RetrievalResult]) -> Table:
-    depths = [d.depth for d in retrieval[0].depths]
     rows = [
         (
             f"{entry.context:,} tokens",
@@ -161,7 +138,7 @@ def _depth_table(retrieval: Sequence[RetrievalResult]) -> Table:
     ]
     return Table(
         "Retrieval by depth, choice: base → linearized, percent",
-        ("", *depths),
+        ("", *(d.depth for d in retrieval[0].depths)),
         tuple(rows),
         "Depth: where in the text the code stands, from its beginning to its end.",
     )
@@ -170,26 +147,23 @@ def _depth_table(retrieval: Sequence[RetrievalResult]) -> Table:
 def _figures(figures: Compared, brief: bool) -> tuple[str, ...]:
     found = (
         f"{100 * figures.chance:.0f}" if figures.chance else "",
-        _percent(figures.base, brief),
-        _percent(figures.linearized, brief),
-        _percent(figures.difference, brief, "+"),
-        _percent(figures.recovery, brief),
+        _percent(figures.base),
+        _percent(figures.linearized),
+        _percent(figures.difference, "+"),
+        _percent(figures.recovery),
     )
-    return found if brief else (*found, _percent(figures.above_chance, brief))
+    return found if brief else (*found, _percent(figures.above_chance))
 
 
-def _percent(estimate: Estimate | None, brief: bool, sign: str = "") -> str:
-    if not estimate:
-        return ""
-    between = "±" if brief else " ± "
-    return f"{100 * estimate.value:{sign}.1f}{between}{100 * estimate.se:.1f}"
+def _percent(estimate: Estimate | None, sign: str = "") -> str:
+    return f"{100 * estimate.value:{sign}.1f} ± {100 * estimate.se:.1f}" if estimate else ""
 
 
 def markdown(value: Evaluation) -> str:
     """The evaluation as GitHub-flavoured Markdown."""
     tables = evaluation_tables(value)
     if value.checks:
-        tables.insert(0, checks_table(value))
+        tables.insert(0, verdicts_table(value.checks))
     settings = value.settings
     making = [
         f"Made {value.created} with nbl-export {value.tool_version}; seed {settings.seed}, "

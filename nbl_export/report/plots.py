@@ -1,57 +1,79 @@
-"""Which plots a report has, what each says in words, and its two forms.
+"""Draw the plots of a report with matplotlib: the K curve, the scores of layers, the times of a race.
 
-A :class:`Plot` is cheap to make; matplotlib is imported when one is drawn.
+They show the report's numbers and nothing else: one that is missing, nan or infinite leaves a gap. A :class:`Plot` is
+cheap to make; matplotlib is imported when one is drawn. The same report gives the same bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+import logging
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nbl_export.batch.names import LINEARIZED
+from nbl_export.blocks import Block, Mlp, Span, layer_of
 from nbl_export.linearize.selection import Curve
-from nbl_export.report.canvas import as_png, as_svg
+from nbl_export.printable import printable
 from nbl_export.report.drawing import finite, listed, number
-from nbl_export.report.figures import (
-    bounds_of,
-    draw_curve,
-    draw_frontier,
-    draw_layers,
-    draw_speed,
-    speedups_of,
-)
 from nbl_export.report.schema import Report, Selection
-from nbl_export.report.selection import Score, scored_by
+from nbl_export.report.selection import BUDGETS, scored_by, speedups_of
 from nbl_export.report.speed import BENCH, ENGINES, VERIFIED
-from nbl_export.verify.speed.values import Speed
+from nbl_export.verify.speed.values import CellResult, Speed
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_WHISKERS, _DASHED = "Whiskers: standard errors over documents.", "Dashed: the budget."
-_MOST_LAYERS = 1000  # of a plot that can be read; the table has any number
 # The plots of a verification; what is not drawn any more is removed by its name. That of a bench is the bench's own.
-PLOTS = ("k-curve", "frontier", "layers", VERIFIED, ENGINES)
+PLOTS = ("k-curve", "layers", VERIFIED, ENGINES)
+# Blue, orange and grey differ to every kind of colour vision, and in lightness; series differ in shape too.
+_BLUE, _ORANGE, _GREY, _INK = "#0069a8", "#c2500c", "#84909d", "#1c2128"
+_MARKERS = "os^vDPX*<>ph"
+_DECADES = 100  # figures that span this factor are drawn on a logarithmic axis
+_MOST_LAYERS = 1000  # of a plot that can be read; the table has any number
+_STYLE: dict[str, Any] = {
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 9.5,
+    "font.size": 8.5,
+    "grid.color": "#e2e6ea",
+    "legend.frameon": False,
+    "lines.markersize": 5.5,
+    "svg.hashsalt": "nbl-export",
+    "text.parse_math": False,  # a name with dollar signs is a name
+}
 
 
 @dataclass(frozen=True)
 class Plot:
-    """One plot: its file's name, what it shows in words, how to read it, and what draws it (narrow or not)."""
+    """One plot: its file's name, what it shows in words, and what draws it."""
 
     name: str
     text: str
-    caption: str
-    draw: Callable[[bool], Figure]
+    draw: Callable[[], Figure]
 
-    def png(self) -> bytes:
-        """The wide form as a PNG file."""
-        return as_png(partial(self.draw, False))
+    def file(self, kind: str) -> bytes:
+        """The figure on white, as ``png`` or ``svg``."""
+        # It announces the building of its font cache, once on each machine.
+        logging.getLogger("matplotlib").setLevel(logging.ERROR)
+        import matplotlib
 
-    def svg(self, narrow: bool) -> str:
-        """One of both forms as an element of a page."""
-        return as_svg(partial(self.draw, narrow), f"{self.name}-{'narrow' if narrow else 'wide'}")
+        buffer = io.BytesIO()
+        nothing: dict[str, Any] = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
+        with warnings.catch_warnings(), matplotlib.rc_context():
+            warnings.simplefilter("ignore")  # of letters that its font does not have
+            matplotlib.rcdefaults()
+            matplotlib.rcParams.update(_STYLE)  # type: ignore[arg-type]
+            self.draw().savefig(buffer, format=kind, dpi=160, metadata=nothing[kind])
+        return buffer.getvalue()
 
 
 def report_plots(report: Report) -> dict[str, Plot]:
@@ -60,107 +82,201 @@ def report_plots(report: Report) -> dict[str, Plot]:
     selection = report.selection
     if selection.curve and selection.curve.points:
         plots.append(_curve(selection.curve))
-        if selection.curve.others:
-            plots.append(_frontier(selection.curve))
     score = scored_by(selection.criterion, selection.candidates)
-    drawable = len(selection.candidates) <= _MOST_LAYERS
-    if drawable and any(finite(score.of(c)) is not None for c in selection.candidates):
-        plots.append(_layers(selection, score))
-    races = {VERIFIED: report.speed, ENGINES: report.engine_speed}
-    if report.bench:
-        races[BENCH] = report.bench.speed
+    scored = [c for c in selection.candidates if finite(score.of(c)) is not None]
+    if 0 < len(scored) <= _MOST_LAYERS:
+        text = f"{score.name} of {len(scored)} layers, lower is better; replaced: "
+        text += f"{listed(selection.layers) or 'none'}."
+        plots.append(Plot("layers", text, partial(_draw_layers, selection)))
+    bench = report.bench.speed if report.bench else None
+    races = {VERIFIED: report.speed, ENGINES: report.engine_speed, BENCH: bench}
     plots += [speed_plot(race, speed) for race, speed in races.items() if speed and speed.cells]
     return {plot.name: plot for plot in plots}
 
 
+def _panels(count: int, rows: int = 1) -> tuple[Figure, list[Axes]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.0, 2.9 * rows), layout="constrained")
+    return figure, list(figure.subplots(rows, count // rows, squeeze=False).flat)
+
+
+def _drawable(value: Any) -> float:
+    """What matplotlib leaves out where there is no number."""
+    return float("nan") if (known := finite(value)) is None else known
+
+
+def _whole_numbers(panel: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    panel.xaxis.set_major_locator(MaxNLocator(20, integer=True, min_n_ticks=1))
+
+
+def _log_if_wide(panel: Axes, values: Sequence[Any]) -> bool:
+    """A logarithmic axis where positive ``values`` span decades."""
+    known = [v for v in map(finite, values) if v is not None]
+    wide = min(known, default=0) > 0 and max(known) >= _DECADES * min(known)
+    if wide:
+        panel.set_yscale("log", nonpositive="clip")
+        panel.yaxis.set_major_formatter("{x:,g}")
+        panel.yaxis.set_minor_formatter("")
+    return wide
+
+
+# the K curve -------------------------------------------------------------------------------------
+
+
 def _curve(curve: Curve) -> Plot:
-    points = curve.by_k
-    speedups = speedups_of(points)
-    what = f"Perplexity ratio{', KL and speedup' if speedups else ' and KL'}"
-    first, last = points[0].k, points[-1].k
-    text = f"{what} for " + (
-        f"{len(points)} values of K from {first} to {last}" if len(points) > 1 else f"K = {first}"
-    )
+    points, gains = curve.by_k, speedups_of(curve)
+    text = f"Perplexity ratio, KL{' and speedup' if gains else ''} for {len(points)} values of K, {points[0].k} to "
+    text += f"{points[-1].k}; whiskers: standard errors over documents; dashed: the budget."
     for p in points:
         if p.k == curve.chosen:
-            gains = ((name, finite(speedup.of(p))) for name, speedup in speedups.items())
-            text += (
-                f"; chosen: K = {p.k}, perplexity ratio {number(p.perplexity_ratio, '.3f')}, "
-                f"KL {number(p.kl, '.3f')}"
-                + "".join(f", {name} {gain:.2f}×" for name, gain in gains if gain is not None)
-            )
-    shown = ("perplexity_ratio", "kl", *["speedup"] * bool(speedups))
-    return Plot(
-        "k-curve",
-        f"{text}.",
-        _sentences(
-            f"{what} by the number of layers replaced.",
-            _WHISKERS if any(finite(p.perplexity_ratio_se) or finite(p.kl_se) for p in points) else "",
-            "Filled: the K that was chosen." if any(p.k == curve.chosen for p in points) else "",
-            _DASHED if bounds_of(curve, shown) else "",
-        ),
-        partial(draw_curve, curve),
-    )
+            ratio, kl = number(p.perplexity_ratio, ".3f"), number(p.kl, ".3f")
+            text += f" Chosen: K = {p.k}, perplexity ratio {ratio}, KL {kl}"
+            found = {name: finite(getattr(p, of)) for name, of in gains.items()}
+            text += "".join(f", {name} {gain:.2f}×" for name, gain in found.items() if gain is not None) + "."
+    return Plot("k-curve", text, partial(_draw_curve, curve))
 
 
-def _sentences(*parts: str) -> str:
-    """Those of a caption whose lines and marks are drawn; the others are empty."""
-    return " ".join(filter(None, parts))
-
-
-def _frontier(curve: Curve) -> Plot:
-    ends = [
-        f"{line.name}: up to {number(last.workload_speedup or 1.0, '.2f')}× at {number(last.perplexity_ratio, '.3f')}"
-        for line in curve.frontier
-        if line.points and (last := max(line.points, key=lambda p: p.k))
+def _draw_curve(curve: Curve) -> Figure:
+    """Perplexity ratio, KL and speedup against K: standard errors, the budget, and the chosen K."""
+    points, gains = curve.by_k, speedups_of(curve)
+    figure, axes = _panels(3 if gains else 2)
+    panels = [
+        ("Perplexity ratio", "perplexity_ratio", {"perplexity_ratio": ""}),
+        ("KL to the original, nats per token", "kl", {"kl": ""}),
+        ("Times as fast as the original", "speedup", {of: name for name, of in gains.items()}),
     ]
-    known = [p for line in curve.frontier for p in line.points]
-    return Plot(
-        "frontier",
-        f"Perplexity ratio against the speedup of the workload: {'; '.join(ends)}.",
-        _sentences(
-            "A point is one block more. To the right is faster, below is better.",
-            _WHISKERS if any(finite(p.perplexity_ratio_se) for p in known) else "",
-            "Filled: what was chosen." if any(p.k == curve.chosen for p in curve.points) else "",
-            _DASHED if bounds_of(curve) else "",
-        ),
-        partial(draw_frontier, curve),
-    )
+    for panel, (title, bounded, series) in zip(axes, panels, strict=False):
+        panel.set_title(title)
+        panel.set_xlabel("K, layers replaced")
+        _whole_numbers(panel)
+        colours = zip(series.items(), (_BLUE, _ORANGE, _GREY, _INK), _MARKERS, strict=False)
+        for (of, label), colour, marker in colours:
+            panel.errorbar(
+                [p.k for p in points],
+                [_drawable(getattr(p, of)) for p in points],
+                yerr=[finite(getattr(p, f"{of}_se", None)) or 0.0 for p in points],
+                color=colour,
+                marker=marker,
+                label=label or None,
+            )
+        _log_if_wide(panel, [getattr(p, of) for p in points for of in series])
+        for bound in BUDGETS:
+            if bound.figure == bounded and (limit := finite(bound.of(curve.budget))) is not None:
+                panel.axhline(
+                    limit, color=_INK, linewidth=1.1, linestyle="--", label=bound.text.format(limit)
+                )
+        if curve.chosen is not None:
+            panel.axvline(
+                curve.chosen, color=_GREY, linewidth=0.8, linestyle=":", label=f"K = {curve.chosen}"
+            )
+        if panel.get_legend_handles_labels()[1]:
+            panel.legend()
+    return figure
 
 
-def _layers(selection: Selection, score: Score) -> Plot:
-    known = [v for c in selection.candidates if (v := finite(score.of(c))) is not None]
-    return Plot(
-        "layers",
-        f"Scores ({score.name}) of {len(known)} layers, from {min(known):.3g} to {max(known):.3g}; "
-        f"replaced: {listed(selection.layers) or 'none'}.",
-        f"Score of each layer: {score.name}. Lower is better.",
-        partial(draw_layers, selection),
-    )
+# layers ------------------------------------------------------------------------------------------
+
+
+def _draw_layers(selection: Selection) -> Figure:
+    """Each layer's score by the criterion, chosen layers in colour; points instead of bars on a log axis."""
+    score = scored_by(selection.criterion, selection.candidates)
+    scored = [c for c in selection.candidates if finite(score.of(c)) is not None]
+    figure, (panel,) = _panels(1)
+    dots = _log_if_wide(panel, [score.of(c) for c in scored])
+    width = 0.36 if any(isinstance(c.layer, Mlp) for c in scored) else 0.72
+    chosen = set(selection.layers)
+    for name, colour, marker, replaced in (("replaced", _BLUE, "o", True), ("kept", _GREY, "D", False)):
+        group = [c for c in scored if (c.layer in chosen) is replaced]
+        x, y = [_place(c.layer) for c in group], [_drawable(score.of(c)) for c in group]
+        errors = [finite(score.se(c)) or 0.0 for c in group]
+        if dots:
+            panel.errorbar(x, y, yerr=errors, fmt=marker, color=colour, label=name)
+        else:
+            panel.bar(x, y, width=width, color=colour, yerr=errors if any(errors) else None, label=name)
+    panel.set_xlabel("layer")
+    panel.set_ylabel(score.name)
+    _whole_numbers(panel)
+    panel.legend()
+    return figure
+
+
+def _place(block: Block) -> float:
+    """Where a layer's attention stands on the axis of layers, and its MLP, beside it; a span is over its middle."""
+    if isinstance(block, Span):
+        return (block.layer + block.last) / 2 + 0.25
+    return layer_of(block) + 0.5 * isinstance(block, Mlp)
+
+
+# speed -------------------------------------------------------------------------------------------
 
 
 def speed_plot(race: str, speed: Speed) -> Plot:
     """What a race gave, by cell; ``race`` is its name (:mod:`nbl_export.report.speed`)."""
     up_to = "the 99th percentile" if speed.has_percentiles else "the upper one"
-    found = speed.speedups()
-    each = ", ".join(f"{cell.name} {number(over.value, '.2f')}×" for cell, _, over in found)
-    others = {r.name for cell in speed.cells for r in cell.results if LINEARIZED in r.name} - {
-        speed.linearized
-    }
-    return Plot(
-        race,
-        f"Times of everything run on {speed.machine.device}. Linearized over base: {each or 'nowhere timed'}.",
-        _sentences(
-            f"Milliseconds: medians, whiskers from the lower quartile to {up_to}. Times as fast as the base: higher is "
-            "faster.",
-            "Whiskers there: 95 % intervals."
-            if any(finite(over.least) is not None for _, _, over in found)
-            else "",
-            "Hollow: not resolved from noise." if any(not over.resolved for _, _, over in found) else "",
-            "Dash: the ceiling, which counts multiplications and bytes only."
-            if any(result.ceiling is not None for _, result, _ in found)
-            else "",
-            "Blue: linearized; orange: others that are." if others else "",
-        ),
-        partial(draw_speed, speed),
+    each = ", ".join(f"{cell.name} {number(over.value, '.2f')}×" for cell, _, over in speed.speedups())
+    text = (
+        f"Times of everything run on {speed.machine.device}: medians, whiskers from the lower quartile to {up_to}. "
+        f"Linearized over base: {each or 'nowhere timed'}; whiskers: 95 % intervals; hollow: not resolved from noise; "
+        "dash: the ceiling, which counts multiplications and bytes only."
     )
+    return Plot(race, text, partial(_draw_speed, speed))
+
+
+def _draw_speed(speed: Speed) -> Figure:
+    """Milliseconds of everybody by cell, a panel for each phase; then how many times as fast as the base."""
+    phases = speed.phases
+    # One phase: both panels beside each other.
+    figure, axes = _panels(2 * len(phases), rows=2 if len(phases) > 1 else 1)
+    timed = [c for c in speed.candidates if any(cell.of(c.name) for cell in speed.cells)]
+    for index, phase in enumerate(phases):
+        cells = [c for c in speed.cells if c.phase == phase]
+        above, below = axes[index], axes[len(phases) + index]
+        above.set_title(f"{phase.capitalize()}, ms" + " per token" * (phase == "decode"))
+        below.set_title(f"{phase.capitalize()}, times as fast as the {printable(speed.base or LINEARIZED)}")
+        below.axhline(1, color=_GREY, linewidth=0.8)
+        for number_, candidate in enumerate(timed):
+            name = candidate.name
+            colour = _BLUE if name == speed.linearized else _ORANGE if LINEARIZED in name else _GREY
+            look = {"color": colour, "marker": _MARKERS[number_ % len(_MARKERS)], "linestyle": "none"}
+            shift = min(0.2, 0.76 / len(timed)) * (number_ - (len(timed) - 1) / 2)
+            _milliseconds(above, cells, name, shift, look)
+            _speedups(below, cells, name, shift, look, speed)
+        if not _log_if_wide(above, [r.timing.median_ms for cell in cells for r in cell.results]):
+            above.set_ylim(bottom=0)
+        for panel in (above, below):
+            panel.set_xlabel("rows × tokens" if any(c.batch > 1 for c in cells) else "tokens")
+            panel.set_xticks(range(len(cells)), [c.size for c in cells])
+            panel.set_xlim(-0.6, len(cells) - 0.4)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=min(5, len(labels)))
+    return figure
+
+
+def _milliseconds(panel: Axes, cells: Sequence[CellResult], name: str, shift: float, look: Any) -> None:
+    """Medians with whiskers from the lower quartile to the upper or, where it is known, the 99th percentile."""
+    known = [(x + shift, r.timing) for x, cell in enumerate(cells) if (r := cell.of(name))]
+    middle = [_drawable(t.median_ms) for _, t in known]
+    low = [max(0.0, t.median_ms - _drawable(t.low_ms)) for _, t in known]
+    ends = [_drawable(t.high_ms if t.p99_ms is None else t.p99_ms) for _, t in known]
+    high = [max(0.0, end - m) for m, end in zip(middle, ends, strict=True)]
+    panel.errorbar([x for x, _ in known], middle, yerr=[low, high], label=printable(name), **look)
+
+
+def _speedups(
+    panel: Axes, cells: Sequence[CellResult], name: str, shift: float, look: Any, speed: Speed
+) -> None:
+    """Over the base; the linearized one with its 95 % interval, hollow where it is not resolved, and its ceiling."""
+    for x, cell in enumerate(cells):
+        result, reference = cell.of(name), cell.of(speed.base or LINEARIZED)
+        if result and name == speed.linearized and (over := result.over_base):
+            ends = (finite(over.least), finite(over.most))
+            whiskers = [[0.0 if end is None else abs(end - over.value)] for end in ends]
+            face = look["color"] if over.resolved else "white"
+            panel.errorbar([x + shift], [_drawable(over.value)], yerr=whiskers, markerfacecolor=face, **look)
+            if result.ceiling is not None:
+                panel.plot(x + shift, _drawable(result.ceiling), "_", color=_INK, markersize=15)
+        elif result and reference and result is not reference:
+            panel.plot(x + shift, _drawable(reference.timing.median_ms / result.timing.median_ms), **look)

@@ -1,67 +1,66 @@
-"""How layers were chosen and fitted: which score counts, what each K would have cost, and what the maps cost."""
+"""Tell how layers were chosen and fitted: their scores, what each K would have cost, and what the maps cost."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
-from nbl_export.linearize.figures import Candidate, Loss
+from nbl_export.blocks import ATTENTION, Block, all_parts, part_of
+from nbl_export.linearize.figures import Candidate, Loss, per_saving
 from nbl_export.linearize.selection import Curve, PlanLoss
 from nbl_export.report.drawing import Table, figure, finite, listed, number
 from nbl_export.report.schema import Selection
+from nbl_export.rewrite.summary import ProofErrors
 from nbl_export.settings import Budget
 from nbl_export.settings.size import bytes_of
 
 
-def milliseconds(value: float) -> str:
-    """A time, with three digits."""
-    return number(value, ".3g")
-
-
 @dataclass(frozen=True)
 class Score:
-    """A score that a layer may have: as a reader knows it, its value and standard error, what it means, and how it is
-    shown."""
+    """A score that a layer may have: the field of its candidate, its name for a reader, and what it means."""
 
+    field: str
     name: str
-    of: Callable[[Candidate], float | None]
-    se: Callable[[Candidate], float | None] = lambda _: None
     meaning: str = ""
-    shown: Callable[[float], str] = figure
+
+    def of(self, candidate: Candidate) -> float | None:
+        return cast("float | None", getattr(candidate, self.field))
+
+    def se(self, candidate: Candidate) -> float | None:
+        """Its standard error, where it has one."""
+        return cast("float | None", getattr(candidate, f"{self.field}_se", None))
 
 
 SCORES: Mapping[str, Score] = {
-    "cca": Score("CCA bound", lambda c: c.cca),
-    "nmse": Score("NMSE", lambda c: c.nmse),
-    "kl": Score(
-        "KL, nats per token",
-        lambda c: c.kl,
-        lambda c: c.kl_se,
-        "KL: to the original, with only that layer replaced; greedy search adds layers one after another, so its "
-        "order differs.",
-    ),
-    "sensitivity": Score(
-        "sensitivity",
-        lambda c: c.sensitivity,
-        lambda c: c.sensitivity_se,
-        "Sensitivity: KL caused by noise in the layer's output, per share of its variance.",
-    ),
-    "predicted": Score(
-        "predicted loss", lambda c: c.predicted, meaning="Predicted loss: sensitivity × NMSE."
-    ),
-    "drop": Score(
-        "KL when left out",
-        lambda c: c.drop,
-        lambda c: c.drop_se,
-        "KL when left out: to the original, without that layer's attention.",
-    ),
-    "saved_ms": Score(
-        "saves, ms",
-        lambda c: c.saved_ms,
-        meaning="Saves: of the workload; layers are ranked by their score for each millisecond.",
-        shown=milliseconds,
-    ),
+    score.field: score
+    for score in (
+        Score("cca", "CCA bound"),
+        Score("nmse", "NMSE"),
+        Score(
+            "kl",
+            "KL, nats per token",
+            "KL: to the original, with only that layer replaced; greedy search adds layers one after another, so its "
+            "order differs.",
+        ),
+        Score(
+            "sensitivity",
+            "sensitivity",
+            "Sensitivity: KL caused by noise in the layer's output, per share of its variance.",
+        ),
+        Score("predicted", "predicted loss", "Predicted loss: sensitivity × NMSE."),
+        Score(
+            "drop",
+            "KL when left out",
+            "KL when left out: to the original, without that layer's attention.",
+        ),
+        Score(
+            "saved_ms",
+            "saves, ms",
+            "Saves: of the workload; layers are ranked by their score for each millisecond.",
+        ),
+    )
 }
 # What the workload gains by what is known of its blocks.
 BY_BLOCKS = "workload, by its blocks"
@@ -85,14 +84,6 @@ class Bound:
     figure: str
 
 
-def _bytes(size: str | None) -> float | None:
-    """The bytes of a bound; None for one that is none, as of a file that was changed."""
-    try:
-        return None if size is None else float(bytes_of(size))
-    except ValueError:
-        return None
-
-
 BUDGETS = (
     Bound("perplexity ratio ≤ {:g}", lambda b: b.max_perplexity_ratio, "perplexity_ratio"),
     Bound("KL ≤ {:g}", lambda b: b.max_kl, "kl"),
@@ -102,10 +93,71 @@ BUDGETS = (
 )
 
 
+def _bytes(size: str | None) -> float | None:
+    return None if size is None else float(bytes_of(size))
+
+
 def scored_by(criterion: str, candidates: Sequence[Candidate]) -> Score:
     """The score that the layers are shown by: the criterion's, or the paper's for a choice by hand."""
     score = SCORES.get(_GOES_BY.get(criterion, criterion))
     return score if score and any(finite(score.of(c)) is not None for c in candidates) else SCORES["cca"]
+
+
+def layers_table(selection: Selection, proofs: Sequence[ProofErrors]) -> Table:
+    """Every layer's scores, best first by the criterion, and which were chosen."""
+    chosen, candidates = set(selection.layers), selection.candidates
+    score = scored_by(selection.criterion, candidates)
+    proof = {p.layer: p for p in proofs}
+    more = [
+        s
+        for s in SCORES.values()
+        if s.field not in ("cca", "nmse") and any(finite(s.of(c)) is not None for c in candidates)
+    ]
+
+    def rank(c: Candidate) -> tuple[float, Block]:
+        """A layer that was not scored comes last."""
+        value = finite(score.of(c))
+        saved = 1.0 if c.saved_ms is None else c.saved_ms
+        return (math.inf if value is None else per_saving(value, saved), c.layer)
+
+    def now(block: Block) -> str:
+        if block in chosen:
+            return "linear"
+        return "in a span" if block in all_parts(chosen) else part_of(block)
+
+    ranked = sorted(candidates, key=rank)
+    rows = [
+        (
+            str(c.layer),
+            c.kind,
+            now(c.layer),
+            number(c.cca, ".2f"),
+            number(c.nmse, ".4f"),
+            *("" if (value := s.of(c)) is None else figure(value) for s in more),
+            figure(max(error.input_error, error.output_error)) if (error := proof.get(c.layer)) else "",
+        )
+        for c in ranked
+    ]
+    rows += [(i, what, "no candidate", *[""] * (3 + len(more))) for i, what in selection.others.items()]
+    kind = "attention" if all(part_of(c.layer) == ATTENTION for c in candidates) else "block"
+    notes = [
+        "CCA bound: the paper's Σ(1-ρ²) on the residual stream; NMSE: share of the attention output's variance "
+        "that W, b leave unexplained (both: lower is more linear); last column: relative difference of the tensors "
+        "found in the graph to PyTorch's, before replacing.",
+        *(s.meaning for s in more),
+        f"A layer's KL is over {selection.kl_tokens:,} tokens." if selection.kl_tokens else "",
+        f"Workload: {'; '.join(selection.workload)}: {number(selection.workload_ms, '.3g')} ms."
+        if selection.workload and selection.workload_ms is not None
+        else "",
+    ]
+    return Table(
+        f"Layers by {selection.criterion}",
+        ("layer", kind, "now", "CCA bound", "NMSE", *(s.name for s in more), "graph vs PyTorch"),
+        tuple(rows),
+        " ".join(filter(None, notes)),
+        plot="layers",
+        marked=tuple(i for i, c in enumerate(ranked) if c.layer in chosen),
+    )
 
 
 def fit_in_words(selection: Selection) -> str:
@@ -115,90 +167,77 @@ def fit_in_words(selection: Selection) -> str:
         ridge = selection.ridge
         by = "chosen by held-out error" if ridge is None else f"{number(ridge, 'g')}"
         words += f" on the {selection.fit_input} input, ridge {by}"
-    steps = selection.repair
-    words += f"; then {steps:,} steps of distillation" if steps else ""
-    if rank := rank_in_words(selection):
+    if selection.repair:
+        words += f"; then {selection.repair:,} steps of distillation"
+    if rank := _rank_in_words(selection):
         lost = list(((selection.result and selection.result.rank_lost) or {}).values())
         words += f"; W {rank}"
         words += f", which loses at most {max(lost):.2%} of the variance of a layer's output" if lost else ""
     return words
 
 
-def rank_in_words(selection: Selection) -> str:
+def _rank_in_words(selection: Selection) -> str:
     """The rank that every W has, or those that were chosen; empty where W is whole."""
+    ranks = selection.result.ranks if selection.result else None
     if selection.rank:
         return f"of rank {selection.rank}"
-    ranks = selection.result.ranks if selection.result else None
     if ranks is None:
         return ""
-    low, high = min(ranks.values(), default=0), max(ranks.values(), default=0)
     if not ranks:
         return "whole, since no rank is without loss"
+    low, high = min(ranks.values()), max(ranks.values())
     return f"of rank {low}{f' to {high}' if high > low else ''} in {len(ranks)} of {len(selection.layers)} layers"
+
+
+# Speedups of the K curve, by their heading; a column that no point has is left out.
+SPEEDUPS = {
+    BY_BLOCKS: "workload_speedup",
+    "workload, timed": "timed_speedup",
+    "prefill": "prefill_speedup",
+    "decode": "decode_speedup",
+}
+
+
+def speedups_of(curve: Curve) -> dict[str, str]:
+    """The fields of :class:`CurvePoint` of the speedups that were measured anywhere, by their heading."""
+    return {
+        name: of for name, of in SPEEDUPS.items() if any(getattr(p, of) is not None for p in curve.points)
+    }
 
 
 def curve_table(curve: Curve, brief: bool = False) -> Table:
     """Loss and speed of every K that was measured; ``brief`` leaves out which layers go."""
-    points = curve.by_k
-    used = any(p.workload_speedup is not None for p in points)
-    raced = any(p.timed_speedup is not None for p in points)
-    timed = any(p.prefill_speedup is not None or p.decode_speedup is not None for p in points)
-    rows: list[tuple[str, ...]] = []
-    marked = []
-    for p in points:
-        chosen = p.k == curve.chosen
-        if chosen:
-            marked.append(len(rows))
-        rows.append(
-            (
-                f"{p.k}{', chosen' * chosen}",
-                _with_error(p.perplexity_ratio, p.perplexity_ratio_se),
-                _with_error(p.kl, p.kl_se),
-                *((_times(p.workload_speedup),) if used else ()),
-                *((_times(p.timed_speedup),) if raced else ()),
-                *((_times(p.prefill_speedup), _times(p.decode_speedup)) if timed else ()),
-                *(() if brief else (listed(p.layers),)),
-            )
-        )
-    return Table(
-        "Loss and speed by K" if used or raced or timed else "Loss by K",
+    points, fast = curve.by_k, speedups_of(curve)
+    rows = (
         (
-            "K",
-            "perplexity ratio",
-            "KL, nats per token",
-            *((BY_BLOCKS,) if used else ()),
-            *(("workload, timed",) if raced else ()),
-            *(("prefill", "decode") if timed else ()),
-            *(() if brief else ("layers",)),
-        ),
-        tuple(rows),
-        _curve_note(curve, timed, used),
-        plot="k-curve",
-        marked=tuple(marked),
-    )
-
-
-def frontier_table(curve: Curve) -> Table:
-    """What each way loses for what the workload gains, with as much of it as was measured."""
-    rows = [
-        (
-            line.name,
-            str(p.k),
-            _times(p.workload_speedup),
+            f"{p.k}{', chosen' * (p.k == curve.chosen)}",
             _with_error(p.perplexity_ratio, p.perplexity_ratio_se),
+            _with_error(p.kl, p.kl_se),
+            *("" if (one := getattr(p, of)) is None else f"{number(one, '.2f')}×" for of in fast.values()),
+            *(() if brief else (listed(p.layers),)),
         )
-        for line in curve.frontier
-        for p in sorted(line.points, key=lambda p: p.k)
+        for p in points
+    )
+    bounds = [b.text.format(limit) for b in BUDGETS if (limit := finite(b.of(curve.budget))) is not None]
+    notes = [
+        f"Loss on {curve.tokens:,} tokens of {curve.documents:,} documents, ± standard errors over documents."
+        if curve.tokens and curve.documents
+        else "",
+        f"Speedup of the linearized graph at {curve.context:,} tokens."
+        if curve.context and {"prefill", "decode"} & fast.keys()
+        else "",
+        "Workload, by its blocks: its time less what each of them saves, which is with the layers."
+        if BY_BLOCKS in fast
+        else "",
+        f"Budget: {', '.join(bounds)}." if bounds else "",
     ]
-    marked = [i for i, p in enumerate(curve.by_k) if p.k == curve.chosen]
     return Table(
-        "Loss by speed, each way",
-        ("linear", "K", BY_BLOCKS, "perplexity ratio"),
+        "Loss and speed by K" if fast else "Loss by K",
+        ("K", "perplexity ratio", "KL, nats per token", *fast, *(() if brief else ("layers",))),
         tuple(rows),
-        "What the workload gains and loses in each way, as far as it was measured: with attention, MLPs or spans of "
-        "layers alone linear, with both attention and MLPs, with all of them, and with blocks dropped.",
-        plot="frontier",
-        marked=tuple(marked),
+        " ".join(filter(None, notes)),
+        plot="k-curve",
+        marked=tuple(i for i, p in enumerate(points) if p.k == curve.chosen),
     )
 
 
@@ -209,11 +248,11 @@ def result_table(selection: Selection, result: PlanLoss) -> Table:
     if result.before_repair:
         before_rank = loss = f"after {selection.repair:,} steps of distillation"
     if result.before_rank:
-        loss = rank_in_words(selection)
+        loss = _rank_in_words(selection)
     measured = (("as fitted", result.before_repair), (before_rank, result.before_rank), (loss, result.loss))
     rows = tuple((name, _ratio(cost), _with_error(cost.kl, cost.kl_se)) for name, cost in measured if cost)
     if (predicted := finite(result.predicted_excess)) is not None:
-        rows = (("as predicted, layer by layer", f"{_exp(predicted):.4f}", "–"), *rows)
+        rows = (("as predicted, layer by layer", f"{math.exp(min(predicted, 700)):.4f}", "–"), *rows)
     return Table(
         "Loss of the chosen layers, selection text",
         ("", "perplexity ratio", "KL, nats per token"),
@@ -223,40 +262,9 @@ def result_table(selection: Selection, result: PlanLoss) -> Table:
     )
 
 
-def _exp(excess: float) -> float:
-    """A perplexity ratio; one beyond the largest number is that."""
-    return math.exp(min(excess, 700.0))
-
-
 def _ratio(loss: Loss) -> str:
-    excess, error = finite(loss.excess), finite(loss.excess_se)
-    if excess is None:
-        return _with_error(loss.excess, None)
-    ratio = _exp(excess)
-    return _with_error(ratio, None if error is None else ratio * error)
-
-
-def _curve_note(curve: Curve, timed: bool, used: bool) -> str:
-    sentences = []
-    if curve.tokens and curve.documents:
-        sentences.append(
-            f"Loss on {curve.tokens:,} tokens of {curve.documents:,} documents, ± standard errors over documents."
-        )
-    if timed and curve.context:
-        sentences.append(f"Speedup of the linearized graph at {curve.context:,} tokens.")
-    if used:
-        sentences.append(
-            "Workload, by its blocks: its time less what each of them saves, which is with the layers."
-        )
-    bounds = [b.text.format(limit) for b in BUDGETS if (limit := finite(b.of(curve.budget))) is not None]
-    if bounds:
-        sentences.append(f"Budget: {', '.join(bounds)}.")
-    return " ".join(sentences)
+    return _with_error(loss.perplexity_ratio, finite(loss.perplexity_ratio_se))
 
 
 def _with_error(value: float, error: float | None) -> str:
     return number(value, ".4f") + (f" ± {number(error, '.4f')}" if error is not None else "")
-
-
-def _times(speedup: float | None) -> str:
-    return "" if speedup is None else f"{number(speedup, '.2f')}×"

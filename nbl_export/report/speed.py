@@ -1,7 +1,4 @@
-"""What a race says, in one table for all: `verify`, engines on a GPU, and `bench`.
-
-A row for each candidate in each cell; then what the ceilings count, and which speedups are above them.
-"""
+"""Draw what a race says as one table for all: `verify`, engines on a GPU, and `bench`."""
 
 from __future__ import annotations
 
@@ -9,16 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from nbl_export.report.drawing import Table, finite, number
-from nbl_export.verify.speed.values import (
-    DECODE,
-    ENCODE,
-    PREFILL,
-    Ratio,
-    Result,
-    Roofline,
-    Speed,
-    Timing,
-)
+from nbl_export.verify.speed.values import DECODE, ENCODE, PREFILL, Ratio, Result, Roofline, Speed, Timing
 
 # The three races of a report, by the names of their plots.
 VERIFIED, ENGINES, BENCH = "speed", "engines", "bench"
@@ -34,12 +22,6 @@ _MEANING = {
 }
 
 
-def speed_tables(race: str, speed: Speed, brief: bool = False) -> list[Table]:
-    """Of the ``race`` :data:`VERIFIED`, :data:`ENGINES` or :data:`BENCH`; ``brief`` keeps what 80 columns hold."""
-    title = _TITLES[race].format(device=speed.machine.device)
-    return [_table(speed, title, race, brief)]
-
-
 @dataclass(frozen=True)
 class _Column:
     """A heading and what stands below it; not ``brief``: left out where there is little room."""
@@ -49,35 +31,30 @@ class _Column:
     brief: bool = False
 
 
-def _columns(speed: Speed, brief: bool) -> tuple[_Column, ...]:
-    # Over the base alone that is the linearized one's own speedup, which stands beside it.
-    others = any(r.linearized_over for cell in speed.cells for r in cell.results if r.name != speed.base)
-    noise = " ~" if brief else " not resolved"
-    return (
-        _Column("ms", lambda r: spread(r.timing), True),
-        _Column("p99", lambda r: "" if r.timing.p99_ms is None else milliseconds(r.timing.p99_ms), True),
-        _Column("tokens/s", lambda r: f"{r.tokens_per_second:,.0f}", True),
-        _Column("over own base", lambda r: _ratio(r.over_base, noise), True),
-        _Column("quartiles", lambda r: _quartiles(r.over_base)),
-        _Column("ceiling", lambda r: _times(r.ceiling), True),
-        _Column(
-            "÷ ceiling",
-            lambda r: number(r.over_base.value / r.ceiling, ".2f") if r.over_base and r.ceiling else "",
-        ),
-        _Column("of roofline", lambda r: f"{r.of_roofline:.0%}" if r.of_roofline else ""),
-        _Column("linearized over it", lambda r: _ratio(r.linearized_over, noise) if others else ""),
-        _Column("cache MiB", lambda r: f"{r.cache_bytes / 2**20:,.1f}" if r.cache_bytes else ""),
-        _Column("peak MiB", lambda r: f"{r.peak_bytes / 2**20:,.0f}" if r.peak_bytes else ""),
-        _Column("rounds", lambda r: str(r.rounds)),
-    )
+def speed_table(race: str, speed: Speed, brief: bool = False) -> Table:
+    """Of the ``race`` :data:`VERIFIED`, :data:`ENGINES` or :data:`BENCH`: a row for each candidate in each cell.
 
-
-def _table(speed: Speed, title: str, plot: str, brief: bool) -> Table:
+    ``brief`` keeps what 80 columns hold; a column that nobody has a figure for is left out.
+    """
     every = [(cell, i, result) for cell in speed.cells for i, result in enumerate(cell.results)]
+    # Over the base alone that is the linearized one's own speedup, which stands beside it.
+    others = any(r.linearized_over for _, _, r in every if r.name != speed.base)
+    noise = " ~" if brief else " not resolved"
     columns = [
         column
-        for column in _columns(speed, brief)
-        # One that nobody has a figure for is left out.
+        for column in (
+            _Column("ms", lambda r: spread(r.timing), True),
+            _Column("p99", lambda r: "" if r.timing.p99_ms is None else milliseconds(r.timing.p99_ms), True),
+            _Column("tokens/s", lambda r: f"{r.tokens_per_second:,.0f}", True),
+            _Column("over own base", lambda r: _ratio(r.over_base, noise), True),
+            _Column("quartiles", lambda r: _quartiles(r.over_base)),
+            _Column("ceiling", lambda r: "" if r.ceiling is None else f"{number(r.ceiling, '.2f')}×", True),
+            _Column("of roofline", lambda r: f"{r.of_roofline:.0%}" if r.of_roofline else ""),
+            _Column("linearized over it", lambda r: _ratio(r.linearized_over, noise) if others else ""),
+            _Column("cache MiB", lambda r: f"{r.cache_bytes / 2**20:,.1f}" if r.cache_bytes else ""),
+            _Column("peak MiB", lambda r: f"{r.peak_bytes / 2**20:,.0f}" if r.peak_bytes else ""),
+            _Column("rounds", lambda r: str(r.rounds)),
+        )
         if (column.brief or not brief) and any(column.text(result) for _, _, result in every)
     ]
     rows = tuple(
@@ -85,14 +62,13 @@ def _table(speed: Speed, title: str, plot: str, brief: bool) -> Table:
         ("" if brief and i else cell.name, result.name, *(column.text(result) for column in columns))
         for cell, i, result in every
     )
-    return Table(
-        title, ("", "candidate", *(c.heading for c in columns)), rows, _note(speed, brief), plot=plot
-    )
+    title = _TITLES[race].format(device=speed.machine.device)
+    headings = ("", "candidate", *(c.heading for c in columns))
+    return Table(title, headings, rows, _note(speed, [r for _, _, r in every], brief), plot=race)
 
 
-def _note(speed: Speed, brief: bool) -> str:
-    results = [r for cell in speed.cells for r in cell.results]
-    machine, ceilings = speed.machine, any(r.ceiling for r in results)
+def _note(speed: Speed, results: list[Result], brief: bool) -> str:
+    machine = speed.machine
     threads = f", {machine.threads} threads" if machine.threads else ""
     said = [
         f"{machine.device}{threads}: interleaved in one process, {speed.rounds} rounds, and more if needed; medians "
@@ -104,20 +80,18 @@ def _note(speed: Speed, brief: bool) -> str:
         said.append(
             f"{mark}, the noise exceeds the effect, by a 95 % interval of the median of at least six rounds."
         )
-    if ceilings:
+    if any(r.ceiling for r in results):
         said.append(
             "Ceiling: what the multiplications of both graphs, and the bytes that they read, allow on "
-            f"{_roofline_in_words(machine.roofline)}."
+            f"{_roofline_in_words(machine.roofline)}. It does not count transposes, masks, softmax and copies of the "
+            "cache, which are gone too: a speedup can be above it."
         )
-        said += _above_in_words(speed)
     if not brief and any((r.of_roofline or 0) > 1 for r in results):
         said.append("Of roofline: over 100 % where what is read lies in the processor's caches.")
     if speed.has_percentiles:
         said.append("p99: of single passes and steps.")
     if not brief:
         said.append("Cache: filled, with an engine's work space, without weights.")
-        if any(r.peak_bytes for r in results):
-            said.append("Peak: of a separate process.")
     said += [
         f"Not timed: {name} in {', '.join(cell.name for cell in cells)} ({why})."
         for (name, why), cells in speed.absent().items()
@@ -125,46 +99,20 @@ def _note(speed: Speed, brief: bool) -> str:
     return " ".join(said)
 
 
-_NAMED = 6  # cells; more are counted
-
-
 def ceiling_in_words(result: Result) -> str:
-    """The ceiling of a speedup, and whether that is above it; empty if there is none."""
-    if result.ceiling is None:
+    """The ceiling of a speedup and, if that is above it, why; empty if there is none."""
+    over, limit = result.over_base, result.ceiling
+    if limit is None or over is None:
         return ""
-    words = {
-        False: "ceiling {}",
-        True: "above its ceiling of {}, which counts multiplications and bytes only",
-        None: "ceiling {}, exceeded within the noise",
-    }
-    return words[result.above_ceiling].format(_times(result.ceiling))
-
-
-def _above_in_words(speed: Speed) -> list[str]:
-    """What a ceiling does not count, and which speedups are above theirs; nothing where none is."""
-    above = [(cell, r) for cell in speed.cells for r in cell.results if r.above_ceiling is not False]
-    several = any(r.name != speed.linearized for _, r in above)
-    groups = []
-    for certain, doubt in ((True, ""), (None, " (not certain: the 95 % interval reaches down to it)")):
-        named = [
-            f"{cell.name} {r.name}" if several else cell.name
-            for cell, r in above
-            if r.above_ceiling is certain
-        ]
-        if named:
-            groups.append((", ".join(named) if len(named) <= _NAMED else f"{len(named)} speedups") + doubt)
-    if not groups:
-        return []
-    return [
-        "A speedup can be above it: the ceiling counts multiplications and bytes, at the machine's best, and nothing "
-        "else. Attention computes slower than that, and its transposes, masks, softmax and copies of the cache are "
-        "gone with it.",
-        f"Above it: {'; '.join(groups)}.",
-    ]
+    shown = f"{number(limit, '.2f')}×"
+    if not over.value > limit:
+        return f"ceiling {shown}"
+    if over.least > limit:
+        return f"above its ceiling of {shown}, which counts multiplications and bytes only"
+    return f"ceiling {shown}, exceeded within the noise"
 
 
 def _roofline_in_words(roofline: Roofline | None) -> str:
-    """The measured machine; a report of an earlier version has none."""
     if roofline is None:
         return "any machine"
     return (
@@ -190,14 +138,8 @@ def _decimals(value: float) -> int:
 
 
 def _ratio(found: Ratio | None, noise: str) -> str:
-    return "" if found is None else _times(found.value) + ("" if found.resolved else noise)
+    return "" if found is None else f"{number(found.value, '.2f')}×" + ("" if found.resolved else noise)
 
 
 def _quartiles(found: Ratio | None) -> str:
-    if found is None or finite(found.low) is None:
-        return ""
-    return f"{found.low:.2f}–{found.high:.2f}"
-
-
-def _times(value: float | None) -> str:
-    return "" if value is None else f"{number(value, '.2f')}×"
+    return "" if found is None or finite(found.low) is None else f"{found.low:.2f}–{found.high:.2f}"

@@ -1,20 +1,19 @@
-"""A report in a few words: its verdict, its headline figures, and how it was made."""
+"""Say a report in a few words: its verdict, its headline figures, and how it was made."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 
 from nbl_export.blocks import Block, Span, all_parts, attentions, layer_of
 from nbl_export.models.source import ModelIdentity
 from nbl_export.report.drawing import figure, listed, number
-from nbl_export.report.environment import Environment
-from nbl_export.report.schema import Report
+from nbl_export.report.schema import Environment, Report
 from nbl_export.report.selection import fit_in_words
 from nbl_export.report.speed import ceiling_in_words
 from nbl_export.verify.loss.figures import Likeness, MethodLoss
-from nbl_export.verify.parity.figures import EncoderParity
+from nbl_export.verify.parity.figures import DecoderParity, EncoderParity
 from nbl_export.verify.speed.values import Speed
 
 
@@ -42,43 +41,36 @@ def replaced(report: Report) -> str:
     return " and ".join(parts)
 
 
-def replacement(report: Report) -> str:
-    """What stands in the place of those: one map each, one for several where there are spans, or nothing."""
-    if report.selection.fit == "drop":
-        return "left out of the graph"
-    if any(isinstance(block, Span) for block in report.selection.layers):
-        maps = len(report.selection.layers)
-        return f"replaced by {maps} affine map{'s' * (maps > 1)} together"
-    return "replaced by one affine map each"
-
-
 def replaced_line(report: Report) -> str:
-    """Both: how many were replaced, and by what."""
-    return f"{replaced(report)} {replacement(report)}"
+    """How many were replaced, and what stands in their place: one map each, one for several, or nothing."""
+    chosen = report.selection
+    if chosen.fit == "drop":
+        return f"{replaced(report)} left out of the graph"
+    if any(isinstance(block, Span) for block in chosen.layers):
+        maps = len(chosen.layers)
+        return f"{replaced(report)} replaced by {maps} affine map{'s' * (maps > 1)} together"
+    return f"{replaced(report)} replaced by one affine map each"
 
 
 def verdict_line(report: Report) -> str:
     """What PASS or FAIL stands for: the checks that decide it, what linearizing costs, and what was skipped."""
     names: dict[str, list[str]] = {}
     for check in report.checks:
-        if (check.name, check.status) == ("speed", "passed"):
-            continue  # that its figures can be believed is no gate
-        names.setdefault(check.status, []).append(check.name)
+        # That the figures of speed can be believed is no gate; a loss that is shown all the same was kept.
+        if (check.name, check.status) != ("speed", "passed"):
+            names.setdefault(check.status, []).append(check.name)
     decided = names.get("failed") or names.get("passed") or ["nothing was checked"]
-    parts = [f"({', '.join(decided)})", _cost(report)]
-    # What is shown all the same was kept from an earlier time, which is said beside it.
-    if skipped := [
-        name for name in names.get("skipped", ()) if not (name == "method loss" and report.method_loss)
-    ]:
-        parts.append(f"skipped: {', '.join(skipped)}")
-    return "; ".join(parts)
-
-
-def _cost(report: Report) -> str:
     loss, kept = report.method_loss, report.kept.get("method_loss")
-    when = f", measured {kept.created}" if kept and loss else ""
-    bounds = f", {_bounds(report)}" if isinstance(loss, MethodLoss) else ""
-    return f"{loss_in_words(loss)}{when}{bounds}"
+    cost = loss_in_words(loss) + (f", measured {kept.created}" if kept and loss else "")
+    if isinstance(loss, MethodLoss):
+        bound = report.asked("method_loss").get("bound") or {}
+        said = (("max_perplexity_ratio", "perplexity × {}"), ("max_kl", "KL {}"))
+        limits = [words.format(number(bound[n], "g")) for n, words in said if bound.get(n) is not None]
+        cost += f", at most {' and '.join(limits)} asked" if limits else ", no bound asked"
+    skipped = [n for n in names.get("skipped", ()) if not (n == "method loss" and loss)]
+    return "; ".join(
+        [f"({', '.join(decided)})", cost, *([f"skipped: {', '.join(skipped)}"] if skipped else [])]
+    )
 
 
 def loss_in_words(loss: MethodLoss | Likeness | None) -> str:
@@ -92,17 +84,15 @@ def loss_in_words(loss: MethodLoss | Likeness | None) -> str:
     return f"perplexity × {ratio}, KL {kl} on held-out text"
 
 
-def _bounds(report: Report) -> str:
-    asked = report.asked("method_loss").get("bound")
-    asked = asked if isinstance(asked, Mapping) else {}
-    said = (("max_perplexity_ratio", "perplexity × {}"), ("max_kl", "KL {}"))
-    limits = [words.format(number(asked[name], "g")) for name, words in said if asked.get(name) is not None]
-    return f"at most {' and '.join(limits)} asked" if limits else "no bound asked"
-
-
 def headlines(report: Report) -> list[Headline]:
     """What was replaced, what it cost and what it gains; only what was measured."""
-    return [*_size(report), *_loss(report), *_gain(report), *_parity(report)]
+    return [
+        *_size(report),
+        *_loss(report.method_loss),
+        *_speedups(report.speed, "on the CPU", ""),
+        *_speedups(report.engine_speed, "on the GPU", ", engine against engine"),
+        *_parity(report.parity),
+    ]
 
 
 def _size(report: Report) -> Iterator[Headline]:
@@ -127,30 +117,22 @@ def numbered(blocks: Sequence[Block]) -> str:
     return (f"layer{'s' * (own > 1)} " if own else "") + listed(blocks)
 
 
-def _loss(report: Report) -> Iterator[Headline]:
-    loss = report.method_loss
-    if not loss:
+def _loss(loss: MethodLoss | Likeness | None) -> Iterator[Headline]:
+    if loss is None:
         return
+    some = loss.documents > 1
     if isinstance(loss, Likeness):
         for m in loss.measures[:1]:
-            error = f"± {number(m.se, '.4f')}, " if loss.documents > 1 else ""
+            error = f"± {number(m.se, '.4f')}, " if some else ""
             yield Headline(m.what, number(m.value, ".4f"), f"{error}held-out {loss.unit}")
         return
-    error = f"± {number(loss.perplexity_ratio_se, '.3f')}, " if loss.documents > 1 else ""
-    yield Headline(
-        "Perplexity",
-        f"× {number(loss.perplexity_ratio, '.3f')}",
-        f"{error}{loss.tokens:,} held-out tokens",
-    )
-
-
-def _gain(report: Report) -> Iterator[Headline]:
-    """The speedup of each phase at the longest context; on the GPU too."""
-    yield from _speedups(report.speed, "on the CPU", "")
-    yield from _speedups(report.engine_speed, "on the GPU", ", engine against engine")
+    error = f"± {number(loss.perplexity_ratio_se, '.3f')}, " if some else ""
+    shown = f"× {number(loss.perplexity_ratio, '.3f')}"
+    yield Headline("Perplexity", shown, f"{error}{loss.tokens:,} held-out tokens")
 
 
 def _speedups(speed: Speed | None, where: str, against: str) -> Iterator[Headline]:
+    """Of each phase at the longest context."""
     found = speed.speedups() if speed else []
     for phase in dict.fromkeys(cell.phase for cell, _, _ in found):
         cell, result, over = max((f for f in found if f[0].phase == phase), key=lambda f: f[0].context)
@@ -163,16 +145,15 @@ def _speedups(speed: Speed | None, where: str, against: str) -> Iterator[Headlin
         )
 
 
-def _parity(report: Report) -> Iterator[Headline]:
-    if not report.parity:
+def _parity(parity: DecoderParity | EncoderParity | None) -> Iterator[Headline]:
+    if parity is None:
         return
-    if isinstance(report.parity, EncoderParity):
-        found, of = [o.max_rel for o in report.parity.outputs], "max relative difference to PyTorch"
+    if isinstance(parity, EncoderParity):
+        found, of = [o.max_rel for o in parity.outputs], "max relative difference to PyTorch"
     else:
-        found, of = [s.max_abs for s in report.parity.steps], "max |Δlogit| to PyTorch"
+        found, of = [s.max_abs for s in parity.steps], "max |Δlogit| to PyTorch"
     # What is no number is worse than any.
-    worst = max(found, key=lambda v: (v != v, v))
-    yield Headline("Parity", figure(worst), of)
+    yield Headline("Parity", figure(max(found, key=lambda v: (v != v, v))), of)
 
 
 def measured_on(environment: Environment) -> str:

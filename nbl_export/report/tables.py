@@ -1,39 +1,30 @@
-"""The tables a person reads, built once and drawn by the terminal and by Markdown alike."""
+"""Build the tables a person reads, drawn by the terminal, by Markdown and by the page alike."""
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from nbl_export.blocks import ATTENTION, Block, all_parts, part_of
 from nbl_export.checks import Check
 from nbl_export.engine.manifest import Manifest
 from nbl_export.graph.summary import GraphSummary
-from nbl_export.linearize.figures import per_saving
-from nbl_export.report.drawing import Table, figure, finite, mebibytes, number
-from nbl_export.report.forms import forms_table
-from nbl_export.report.header import Header
-from nbl_export.report.loss import loss_table
-from nbl_export.report.parity import parity_table
-from nbl_export.report.schema import Graph, Report, Selection
-from nbl_export.report.selection import (
-    SCORES,
-    curve_table,
-    frontier_table,
-    milliseconds,
-    result_table,
-    scored_by,
+from nbl_export.report.drawing import Table, figure, mebibytes, number, percent
+from nbl_export.report.schema import Conversion, Graph, Report
+from nbl_export.report.selection import curve_table, layers_table, result_table
+from nbl_export.report.speed import BENCH, ENGINES, VERIFIED, speed_table
+from nbl_export.verify.loss.figures import Likeness, MethodLoss
+from nbl_export.verify.parity.figures import (
+    LOGITS,
+    DecoderParity,
+    EncoderParity,
+    Figures,
+    Gates,
+    OutputParity,
+    Parity,
+    StepParity,
 )
-from nbl_export.report.speed import BENCH, ENGINES, VERIFIED, speed_tables
-from nbl_export.rewrite.summary import ProofErrors
-
-
-def checks_table(report: Header) -> Table:
-    """The verdicts of any report."""
-    return verdicts_table(report.checks)
 
 
 def verdicts_table(checks: Sequence[Check]) -> Table:
@@ -64,70 +55,130 @@ def graph_table(before: GraphSummary, after: GraphSummary) -> Table:
     return Table("Graph", ("", "base", "linearized", "change"), tuple(rows))
 
 
-def layers_table(selection: Selection, proofs: Sequence[ProofErrors]) -> Table:
-    """Every layer's scores, best first by the criterion, and which were chosen."""
-    chosen, candidates = set(selection.layers), selection.candidates
-    score = scored_by(selection.criterion, candidates)
-    proof = {p.layer: p for p in proofs}
-    always = (SCORES["cca"], SCORES["nmse"])
-    more = [
-        s for s in SCORES.values() if s not in always and any(finite(s.of(c)) is not None for c in candidates)
-    ]
-    kind = "attention" if all(part_of(c.layer) == ATTENTION for c in candidates) else "block"
-    within = set(all_parts(chosen))
-    rows: list[tuple[str, ...]] = []
-    marked = []
-    for c in sorted(candidates, key=lambda c: (_rank(score.of(c), c.saved_ms), c.layer)):
-        error = proof.get(c.layer)
-        if c.layer in chosen:
-            marked.append(len(rows))
-        rows.append(
-            (
-                str(c.layer),
-                c.kind,
-                _now(c.layer, chosen, within),
-                number(c.cca, ".2f"),
-                number(c.nmse, ".4f"),
-                *("" if (value := s.of(c)) is None else s.shown(value) for s in more),
-                figure(max(error.input_error, error.output_error)) if error else "",
-            )
+# parity ------------------------------------------------------------------------------------------
+
+_FIGURES: Mapping[str, Callable[[Figures], str]] = {
+    "max |Δ|": lambda f: figure(f.max_abs),
+    "mean |Δ|": lambda f: figure(f.mean_abs),
+    "p99 |Δ|": lambda f: figure(f.p99_abs),
+    "max rel": lambda f: figure(f.max_rel),
+    "mean rel": lambda f: figure(f.mean_rel),
+    "p99 rel": lambda f: figure(f.p99_rel),
+    "1-cos": lambda f: figure(1 - f.min_cosine),
+    "KL": lambda f: figure(f.max_kl),
+    "top-1": lambda f: percent(f.top1),
+}
+_BRIEF = ("max |Δ|", "p99 |Δ|", "max rel", "1-cos", "KL", "top-1")
+_OF_LOGITS = ("KL", "top-1")  # of other outputs they say nothing
+
+
+def parity_table(parity: DecoderParity | EncoderParity, brief: bool = False) -> Table:
+    """One row for each step or output of the parity run; ``brief`` keeps what 80 columns hold."""
+    found: Sequence[StepParity | OutputParity]
+    if isinstance(parity, EncoderParity):
+        found, heads = parity.outputs, any(o.output == LOGITS for o in parity.outputs)
+        lengths = ", ".join(map(str, parity.lengths))
+        what = (
+            f"Texts of {lengths} tokens, padded to one batch"
+            if lengths
+            else f"One batch of {parity.rows} images"
         )
-    for index, what in selection.others.items():
-        rows.append((index, what, "no candidate", "", "", *("" for _ in more), ""))
-    return Table(
-        f"Layers by {selection.criterion}",
-        ("layer", kind, "now", "CCA bound", "NMSE", *(s.name for s in more), "graph vs PyTorch"),
-        tuple(rows),
-        "CCA bound: the paper's Σ(1-ρ²) on the residual stream; NMSE: share of the attention output's variance "
-        "that W, b leave unexplained (both: lower is more linear); last column: relative difference of the tensors "
-        "found in the graph to PyTorch's, before replacing."
-        + "".join(f" {s.meaning}" for s in more)
-        + (f" A layer's KL is over {selection.kl_tokens:,} tokens." if selection.kl_tokens else "")
-        + _workload(selection),
-        plot="layers",
-        marked=tuple(marked),
-    )
+        rest = "; only real tokens are compared."
+    else:
+        found, heads = parity.steps, True
+        what = f"Prompts of {', '.join(map(str, parity.prompt_lengths))} tokens, ragged in one batch"
+        rest = (
+            "; then teacher-forced decode steps with each side's own cache. Changing the embeddings' last bit moves "
+            f"the PyTorch model's own logits by {figure(parity.rounding_noise)}."
+        )
+        if parity.routing:
+            rest += f" {parity.routing.said}."
+    columns = [name for name in (_BRIEF if brief else _FIGURES) if heads or name not in _OF_LOGITS]
+    rows = []
+    for one in found:
+        step = [figure(one.kv_max_rel)] if isinstance(one, StepParity) else []
+        name = one.output if isinstance(one, OutputParity) else f"step {one.step}" if one.step else "prefill"
+        cells = [_FIGURES[c](one) if name == LOGITS or step or c not in _OF_LOGITS else "" for c in columns]
+        rows.append((name, str(one.tokens), *cells, *step))
+    if prompts := sorted({prompt for one in parity.crossings for prompt in one.prompts}):
+        what += f", and of {', '.join(map(str, prompts))} tokens each by itself"
+    lengths = "; ".join(c.said for c in parity.crossings)
+    notes = [
+        _gates_in_words(parity.gates),
+        what + rest,
+        _own_loss(parity),
+        f"Lengths from which on the model computes something else: {lengths}." if lengths else "",
+    ]
+    headings = ("", "n", *columns, *([] if isinstance(parity, EncoderParity) else ["KV rel"]))
+    title = "Parity: linearized PyTorch against the rewritten graph"
+    return Table(title, headings, tuple(rows), " ".join(filter(None, notes)))
 
 
-def _now(block: Block, chosen: Collection[Block], within: Collection[Block]) -> str:
-    """What became of a candidate: that it is a part of something else that was chosen, too."""
-    if block in chosen:
-        return "linear"
-    return "in a span" if block in within else part_of(block)
+def _gates_in_words(gates: Gates) -> str:
+    """The limits that there are; of those that bound nothing nothing is said."""
+    none = vars(Gates())
+    held = [f"{n.replace('_', ' ')} {v:g}" for n, v in vars(gates).items() if v != none[n]]
+    return f"Gates: {', '.join(held)}." if held else ""
 
 
-def _workload(selection: Selection) -> str:
-    if not selection.workload or selection.workload_ms is None:
+def _own_loss(parity: DecoderParity | EncoderParity) -> str:
+    """What is lost in the graph's precision anyway, for a graph that is not float32."""
+    times = f"may be {parity.gates.max_vs_own:g} times that"
+    if isinstance(parity, EncoderParity):
+        means = "; ".join(f"{o.output} {figure(o.mean_abs)}" for o in parity.pytorch_in_precision or ())
+        whose = f"PyTorch itself in {parity.precision}, on the same batch"
+        return f"{whose}, has a mean |Δ| of: {means}; this graph's {times}." if means else ""
+    whose = f"PyTorch itself in {parity.precision}, on the same tokens"
+    if not parity.pytorch_in_precision:
+        whose = f"The unmodified {parity.precision} graph against unmodified PyTorch, on the same tokens"
+    if not (own := parity.pytorch_in_precision or parity.base_graph):
         return ""
-    how = "measured" if selection.measured_cost else "at the least, counted from the graph"
-    return f" Workload: {'; '.join(selection.workload)}: {milliseconds(selection.workload_ms)} ms, {how}."
-
-
-def _rank(score: float | None, saved: float | None) -> float:
-    """A layer that was not scored comes last."""
+    theirs = Parity(parity.prompt_lengths, own, parity.gates)
     return (
-        math.inf if (value := finite(score)) is None else per_saving(value, 1.0 if saved is None else saved)
+        f"{whose}: max |Δlogit| {figure(theirs.worst)}, mean {figure(theirs.mean_abs)}; this graph's mean, "
+        f"{figure(parity.mean_abs)}, {times}."
     )
+
+
+# loss --------------------------------------------------------------------------------------------
+
+
+def loss_table(loss: MethodLoss | Likeness) -> Table:
+    """What linearizing cost on held-out text or images; of one document there is no standard error."""
+    title, some = "Method loss: original against linearized, held-out", loss.documents > 1
+    if isinstance(loss, Likeness):
+        rows = tuple(
+            (
+                m.what,
+                number(m.value, ".6f"),
+                f"± {number(m.se, '.6f')}" if some else "unknown",
+                f"{m.count:,}",
+            )
+            for m in loss.measures
+        )
+        note = (
+            f"{loss.documents:,} {loss.unit} that calibration did not see; standard errors over {loss.unit}."
+        )
+        return Table(f"{title} {loss.unit}", ("", "mean", "standard error", "n"), rows, note)
+    figures = (
+        ("perplexity, original", loss.perplexity_original, ".3f", None),
+        ("perplexity, linearized", loss.perplexity_linearized, ".3f", None),
+        ("perplexity ratio", loss.perplexity_ratio, ".4f", loss.perplexity_ratio_se),
+        ("KL to the original, nats per token", loss.kl, ".4f", loss.kl_se),
+    )
+    return Table(
+        f"{title} text",
+        ("", "value", "standard error"),
+        tuple(
+            (name, number(value, spec), "" if se is None else f"± {number(se, spec)}" if some else "unknown")
+            for name, value, spec, se in figures
+        ),
+        f"{loss.tokens:,} tokens of {loss.documents:,} documents that calibration did not see; "
+        "standard errors over documents.",
+    )
+
+
+# engines, forms, precision -----------------------------------------------------------------------
 
 
 def engines_table(manifests: Sequence[Manifest]) -> Table:
@@ -149,17 +200,39 @@ def engines_table(manifests: Sequence[Manifest]) -> Table:
         )
     first = manifests[0]
     limits = first.limits
-    targets = ", ".join(first.capabilities)
     return Table(
         f"Engines: {first.library} {first.library_version}, {first.precision}, {first.kv_cache} cache",
         ("", "size", "attention", "cache updates", "KV inputs", "layers", "seconds"),
         tuple(rows),
-        f"{'Ahead of time for' if first.ahead_of_time else 'For'} {targets}; batch ≤ {limits.max_batch}, "
-        f"prefill ≤ {limits.max_seq:,} tokens, context ≤ {limits.max_context:,}.",
+        f"{'Ahead of time for' if first.ahead_of_time else 'For'} {', '.join(first.capabilities)}; "
+        f"batch ≤ {limits.max_batch}, prefill ≤ {limits.max_seq:,} tokens, context ≤ {limits.max_context:,}.",
     )
 
 
-def precision_table(graph: Graph) -> Table:
+def forms_table(forms: Mapping[str, Conversion]) -> Table:
+    """A row for each check of each form."""
+    rows = (
+        (
+            name,
+            one.file,
+            mebibytes(one.bytes),
+            figure(one.parity.worst) if one.parity else "",
+            check.name,
+            check.status,
+            check.detail,
+        )
+        for name, one in forms.items()
+        for check in one.checks
+    )
+    return Table(
+        "Other engines",
+        ("form", "file", "size", "max |Δlogit|", "check", "result", "detail"),
+        tuple(rows),
+        "The same plan in the forms of other engines, each run there against linearized PyTorch (nbl-export convert).",
+    )
+
+
+def _precision_table(graph: Graph) -> Table:
     """Which nodes of a half graph stay float32, and why."""
     groups: dict[tuple[str, str], list[str]] = {}
     for kept in graph.kept_float32:
@@ -171,37 +244,29 @@ def precision_table(graph: Graph) -> Table:
     )
 
 
+# all of them -------------------------------------------------------------------------------------
+
+
 def report_tables(report: Report, brief: bool = False) -> list[Table]:
     """The tables of a report, in reading order; ``brief`` leaves out what a terminal has no room for."""
-    selection, graph = report.selection, report.graph
-    tables = [graph_table(graph.before, graph.after)]
-    if selection.curve and selection.curve.points:
-        tables.append(curve_table(selection.curve, brief))
-        if selection.curve.others and not brief:
-            tables.append(frontier_table(selection.curve))
-    if selection.result and selection.result.loss:
-        tables.append(result_table(selection, selection.result))
-    if report.method_loss:
-        tables.append(_dated(loss_table(report.method_loss), report, "method_loss"))
-    if report.speed:
-        first, *more = speed_tables(VERIFIED, report.speed, brief)
-        tables += [_dated(first, report, "speed"), *more]
-    if report.bench:
-        tables += speed_tables(BENCH, report.bench.speed, brief)
-    if report.parity:
-        tables.append(parity_table(report.parity, brief))
-    if report.engines:
-        tables.append(engines_table(report.engines))
-    if report.engine_speed:
-        first, *more = speed_tables(ENGINES, report.engine_speed, brief)
-        tables += [_dated(first, report, "engine_speed"), *more]
-    if report.forms:
-        tables.append(forms_table(report.forms))
-    if not brief and graph.kept_float32:
-        tables.append(precision_table(graph))
-    if not brief:
-        tables.append(layers_table(selection, graph.proofs))
-    return tables
+    selection, graph, bench = report.selection, report.graph, report.bench
+    curve, result = selection.curve, selection.result
+    tables = (
+        graph_table(graph.before, graph.after),
+        curve and curve.points and curve_table(curve, brief),
+        result and result.loss and result_table(selection, result),
+        report.method_loss and _dated(loss_table(report.method_loss), report, "method_loss"),
+        report.speed and _dated(speed_table(VERIFIED, report.speed, brief), report, "speed"),
+        bench and speed_table(BENCH, bench.speed, brief),
+        report.parity and parity_table(report.parity, brief),
+        report.engines and engines_table(report.engines),
+        report.engine_speed
+        and _dated(speed_table(ENGINES, report.engine_speed, brief), report, "engine_speed"),
+        report.forms and forms_table(report.forms),
+        not brief and graph.kept_float32 and _precision_table(graph),
+        not brief and layers_table(selection, graph.proofs),
+    )
+    return [table for table in tables if isinstance(table, Table)]
 
 
 def _dated(table: Table, report: Report, section: str) -> Table:
@@ -217,5 +282,5 @@ def _dated(table: Table, report: Report, section: str) -> Table:
         table,
         note=f"{table.note} Kept from an earlier verification of the same graphs: measured {kept.created} with "
         f"nbl-export {kept.tool_version}{f' on {there}' if here != there else ''}"
-        f"{f' ({asked})' if asked and 'speed' in section else ''}.".lstrip(),
+        f"{f' ({asked})' if asked and 'speed' in section else ''}.",
     )

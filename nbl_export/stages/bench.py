@@ -32,7 +32,7 @@ from nbl_export.verify.speed.values import CellResult, Machine, Speed
 from nbl_export.workspace import Workspace
 
 if TYPE_CHECKING:
-    from nbl_export.report.bench import BenchReport
+    from nbl_export.report.schema import BenchReport
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def bench(
 
 
 def _bench(run: Run, settings: BenchSettings) -> BenchReport:
-    from nbl_export.report.bench import load_bench
+    from nbl_export.report.schema import load_bench
 
     ws = run.workspace
     check_baseline(ws)
@@ -97,8 +97,8 @@ def _add_to_report(ws: Workspace, rewritten: StageRecord, value: BenchReport) ->
 
 def _measured(asked: _Bench, listener: Listener) -> list[Path]:
     from nbl_export.report.assemble import created
-    from nbl_export.report.bench import BenchReport
-    from nbl_export.report.environment import environment
+    from nbl_export.report.schema import BenchReport
+    from nbl_export.report.schema import environment
     from nbl_export.report.render import write_bench
     from nbl_export.verify.speed.checks import bench_checks
 

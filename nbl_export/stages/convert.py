@@ -15,8 +15,8 @@ from nbl_export.linearize.plan import Plan, load_plan
 from nbl_export.parts import part
 from nbl_export.progress import Listener
 from nbl_export.records import to_json
-from nbl_export.report.forms import Conversion, conversions_in, kept_conversion, stage_of
-from nbl_export.report.schema import load_report
+from nbl_export.report.assemble import conversions_in, kept_conversion, stage_of
+from nbl_export.report.schema import Conversion, load_report
 from nbl_export.settings import VerifySettings
 from nbl_export.settings.converting import ConvertSettings
 from nbl_export.stage_record import MODEL

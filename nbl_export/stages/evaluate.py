@@ -292,8 +292,8 @@ def _assembled(
 ) -> Evaluation:
     from nbl_export.evaluate.results import Means, gate, mean_of, retrieval_result, task_result
     from nbl_export.report.assemble import created
-    from nbl_export.report.environment import environment
     from nbl_export.report.evaluation import Evaluation
+    from nbl_export.report.schema import environment
 
     base, linearized = (answers[g.role] for g in graphs)
     pairs: dict[str, Paired] = {}

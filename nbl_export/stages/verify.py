@@ -58,8 +58,7 @@ def measure(run: Run, settings: VerifySettings) -> None:
     """Parity, method loss and speed, unless they are measured already, and the report of them."""
     from nbl_export.calibrate.text import load_text
     from nbl_export.models.device import as_setting
-    from nbl_export.report.assemble import assemble
-    from nbl_export.report.kept import keeping
+    from nbl_export.report.assemble import assemble, keeping
     from nbl_export.report.render import write_report
     from nbl_export.verify.engines import fitting_prompts
 

@@ -14,11 +14,9 @@ from nbl_export.cli import terminal
 from nbl_export.cli.terminal import TerminalListener, show_diagnosis, show_report, show_tables
 from nbl_export.evaluate.results import Means
 from nbl_export.models.source import ModelIdentity
-from nbl_export.report.bench import BenchReport
 from nbl_export.report.drawing import Table
-from nbl_export.report.environment import environment
 from nbl_export.report.evaluation import Evaluation
-from nbl_export.report.schema import Report, load_report
+from nbl_export.report.schema import BenchReport, Report, environment, load_report
 from nbl_export.settings import EvalSettings
 from nbl_export.verify.speed.values import CandidateInfo, CellResult, Machine, Result, Speed, Timing
 from tests.engine.conftest import manifest_by_hand

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from nbl_export.linearize.budget import CurvePoint
-from nbl_export.linearize.selection import Curve, Line
+from nbl_export.linearize.selection import Curve
+from nbl_export.report.diff_facts import Opened, opened
 from nbl_export.report.schema import Report, load_report
 from nbl_export.settings import Budget
 from nbl_export.verify.speed.values import CandidateInfo, CellResult, Machine, Ratio, Result, Speed, Timing
+from tests.report.diff_sides import with_speed
 
 
 @pytest.fixture
@@ -37,23 +39,6 @@ def curve() -> Curve:
     ]
     budget = Budget(max_kl=0.5, max_perplexity_ratio=1.2, min_speedup=1.07)
     return Curve(tuple(points), chosen=2, budget=budget, context=512, tokens=4096, documents=12)
-
-
-def line(name: str, gain: float) -> Line:
-    """A way that gains so much with each block."""
-    points = [
-        CurvePoint(k, tuple(range(k)), 0.1 * k, 0.01, 1 + 0.1 * k, 0.01, workload_speedup=1 + gain * k)
-        for k in (1, 2)
-    ]
-    return Line(name, tuple(points))
-
-
-@pytest.fixture
-def frontier(curve: Curve) -> Curve:
-    """For a workload, with the other ways."""
-    points = tuple(replace(p, workload_speedup=1 + 0.1 * p.k) for p in curve.points)
-    others = (line("attention", 0.05), line("MLPs", 0.02), line("dropped", 0.2))
-    return replace(curve, points=points, name="both", others=others)
 
 
 @pytest.fixture
@@ -88,5 +73,17 @@ def engine_speed() -> Speed:
 
 
 @pytest.fixture
-def full(report: Report, frontier: Curve, engine_speed: Speed) -> Report:
-    return replace(report, selection=replace(report.selection, curve=frontier), engine_speed=engine_speed)
+def full(report: Report, curve: Curve, engine_speed: Speed) -> Report:
+    return replace(report, selection=replace(report.selection, curve=curve), engine_speed=engine_speed)
+
+
+@pytest.fixture
+def two(stories_out: Path) -> Opened:
+    """The run with K = 2, whose linearized graph is 1.2 times as fast."""
+    return with_speed(opened(stories_out), 1.2)
+
+
+@pytest.fixture
+def three(stories_three: Path) -> Opened:
+    """The run with K = 3, whose linearized graph is 1.5 times as fast."""
+    return with_speed(opened(stories_three), 1.5)

@@ -22,7 +22,6 @@ from nbl_export.evaluate.results import (
     TaskResult,
 )
 from nbl_export.models.source import ModelIdentity
-from nbl_export.report.environment import environment
 from nbl_export.report.evaluation import (
     NAMES,
     Evaluation,
@@ -31,6 +30,7 @@ from nbl_export.report.evaluation import (
     markdown,
     write_evaluation,
 )
+from nbl_export.report.schema import environment
 from nbl_export.settings import EvalSettings
 
 COMPARED = Compared(
@@ -90,17 +90,6 @@ def test_a_task_is_a_row_with_every_figure_in_its_column() -> None:
     assert "sample" not in table.note
 
 
-def test_a_narrow_table_names_the_metric_below() -> None:
-    table = evaluation_tables(evaluation(), brief=True)[0]
-    assert table.columns == ("", "n", "guess", "base", "linear", "change", "recovery")
-    assert [row[0] for row in table.rows] == ["fruit", "words, perplexity", "mean"]
-    assert table.rows[0][3:] == ("80.0±1.1", "76.0±1.2", "-4.0±1.3", "95.0±1.4")
-    assert "Scores: acc of fruit." in table.note
-    both = replace(FRUIT, figures={**FRUIT.figures, "perplexity": Both(2.0, 3.0)})
-    rows = evaluation_tables(evaluation(tasks=(both,)), brief=True)[0].rows
-    assert [row[0] for row in rows] == ["fruit", "  perplexity", "mean"]
-
-
 def test_a_sample_is_called_one() -> None:
     drawn = evaluation(tasks=(replace(FRUIT, total=400),))
     assert "The documents are a sample, the same for both." in evaluation_tables(drawn)[0].note
@@ -125,15 +114,6 @@ def test_a_base_that_guesses_is_said() -> None:
     mean = replace(MEAN, above_chance=None, above_chance_tasks=0)
     table = evaluation_tables(evaluation(mean=Means(tasks=mean)))[0]
     assert "nowhere two standard errors above chance" in table.note and table.rows[-1][-1] == ""
-
-
-def test_what_was_not_asked_has_no_table() -> None:
-    assert evaluation_tables(evaluation(tasks=(), retrieval=())) == []
-    assert [t.title.split(":")[0] for t in evaluation_tables(evaluation(tasks=()))] == [
-        "Retrieval",
-        "Retrieval by depth, choice",
-    ]
-    assert len(evaluation_tables(evaluation(retrieval=()))) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,12 @@
-"""Markdown and JUnit: everything is in them, whatever the texts hold."""
+"""Markdown, HTML and JUnit: everything is in them, whatever the texts hold."""
 
 from __future__ import annotations
 
+import json
 import re
+from base64 import b64decode
 from dataclasses import fields, is_dataclass, replace
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -13,12 +16,12 @@ from junitparser import Failure, JUnitXml, Skipped
 
 from nbl_export.checks import Check
 from nbl_export.printable import printable
-from nbl_export.report.page import page
+from nbl_export.records import from_json
+from nbl_export.report.drawing import Table
 from nbl_export.report.plots import PLOTS, report_plots
-from nbl_export.report.render import markdown, write_junit, write_report
+from nbl_export.report.render import markdown, numeric_columns, page, write_junit, write_report
 from nbl_export.report.schema import Report, load_report
-from nbl_export.report.summary import headlines
-from nbl_export.report.tables import checks_table, report_tables
+from nbl_export.report.tables import report_tables, verdicts_table
 from nbl_export.verify.loss.figures import MethodLoss
 
 TITLES = [
@@ -59,7 +62,7 @@ def tables(text: str) -> dict[str, list[list[str]]]:
 def test_markdown_has_every_table_in_full(report: Report) -> None:
     drawn = tables(markdown(report))
     assert list(drawn) == TITLES
-    for table in (checks_table(report), *report_tables(report)):
+    for table in (verdicts_table(report.checks), *report_tables(report)):
         rows = [list(table.columns), *(list(r) for r in table.rows)]
         assert drawn[table.title] == [[c.strip() for c in row] for row in rows]
     assert len(drawn[TITLES[4]]) == 1 + 9
@@ -93,12 +96,6 @@ def test_head_line_is_the_verdict(report: Report) -> None:
     assert list(tables(text)) == TITLES
 
 
-def test_headline_figures_come_first(report: Report) -> None:
-    top = markdown(report).split("\n## ")[0]
-    for one in headlines(report):
-        assert f"| **{one.name}** | {one.value} |" in top, one.name
-
-
 def test_a_long_table_is_folded(report: Report) -> None:
     before = replace(report.graph.before, ops={f"Op{i}": i + 1 for i in range(30)})
     text = markdown(replace(report, graph=replace(report.graph, before=before)))
@@ -122,17 +119,6 @@ def test_pipes_and_line_ends_do_not_break_a_table(report: Report, nasty: str) ->
     assert [one_line.strip(), "3", "0"] in [row[:3] for row in drawn["Graph"]]
 
 
-def test_sections_that_were_not_run_are_left_out(report: Report) -> None:
-    short = replace(report, method_loss=None, speed=None, parity=None, notes=[])
-    assert list(tables(markdown(short))) == ["Checks", "Graph", "Layers by cca"]
-    assert "## Notes" not in markdown(short)
-
-
-def test_notes_are_listed(report: Report) -> None:
-    text = markdown(replace(report, notes=["first note", "second | note"]))
-    assert "\n- first note\n- second | note\n" in text
-
-
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
 @pytest.mark.parametrize("section", ["parity", "method_loss"])
 def test_figures_that_are_no_numbers_are_drawn(
@@ -154,14 +140,6 @@ def test_figures_that_are_no_numbers_are_drawn(
     again = load_report(tmp_path / "report.json")
     assert list(tables(markdown(again))) == TITLES
     assert str(bad) in markdown(again) and str(bad) in page(again, report_plots(again))
-
-
-def test_a_layer_that_was_not_proven_is_drawn(report: Report, tmp_path: Path) -> None:
-    first, *others = report.graph.proofs
-    proofs = (replace(first, input_error=float("inf")), *others)
-    write_report(tmp_path, replace(report, graph=replace(report.graph, proofs=proofs)))
-    rows = tables(markdown(load_report(tmp_path / "report.json")))["Layers by cca"]
-    assert [row[-1] for row in rows if row[0] == "0"] == ["inf"]
 
 
 # files -------------------------------------------------------------------------------------------
@@ -245,23 +223,12 @@ def test_checks_of_a_run_say_how_long_they_took(stories_out: Path) -> None:
     assert cases == {name: spent and round(spent, 3) for name, spent in seconds.items()}
 
 
-def test_the_written_files_are_the_report(stories_out: Path, tmp_path: Path) -> None:
-    report = load_report(stories_out / "report" / "report.json")
-    write_report(tmp_path, report)
-    for name in FILES:
-        assert (tmp_path / name).read_bytes() == (stories_out / "report" / name).read_bytes(), name
-    xml = JUnitXml.fromfile(str(tmp_path / "junit.xml"))
-    skipped = sum(c.status == "skipped" for c in report.checks)
-    assert (xml.tests, xml.failures, xml.skipped) == (len(report.checks), 0, skipped)
-
-
 def test_markdown_shows_the_plots_that_were_drawn(full: Report, tmp_path: Path) -> None:
     write_report(tmp_path, full)
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     found = re.findall(r"^## (.*)\n\n!\[([^\]]+)\]\((.*)\)\n\n\|", text, re.M)
     assert [(title.split(":")[0], path) for title, _, path in found] == [
         ("Loss and speed by K", "plots/k-curve.png"),
-        ("Loss by speed, each way", "plots/frontier.png"),
         ("Speed on ONNX Runtime, batch 1", "plots/speed.png"),
         ("Speed on A GPU, batch 1", "plots/engines.png"),
         ("Layers by cca", "plots/layers.png"),
@@ -293,8 +260,194 @@ def test_the_verdict_is_written_even_if_drawing_fails(
     def fails(*_: Any) -> bytes:
         raise OSError("no space left")
 
-    monkeypatch.setattr("nbl_export.report.plots.as_png", fails)
+    monkeypatch.setattr("nbl_export.report.plots.Plot.file", fails)
     with pytest.raises(OSError, match="no space left"):
         write_report(tmp_path, report)
     assert {p.name for p in tmp_path.iterdir()} >= {"report.json", "junit.xml"}
     assert not list(tmp_path.rglob(".*"))
+
+
+# the page ----------------------------------------------------------------------------------------
+
+VOID = {"meta", "link", "br", "hr", "img", "input"}
+
+
+class Reader(HTMLParser):
+    """Reads a page and refuses one whose elements are not closed in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.headings: list[tuple[int, str]] = []
+        self.tables: dict[str, list[list[str]]] = {}
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == [], f"never closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert len(dict(attrs)) == len(attrs), (tag, attrs)
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if re.fullmatch("h[1-6]", tag):
+            self.headings.append((int(tag[1]), ""))
+        elif tag == "tr":
+            self.tables.setdefault(self.headings[-1][1], []).append([])
+        elif tag in ("td", "th"):
+            self.tables[self.headings[-1][1]][-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-1:]} at {self.getpos()}"
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.words.append(data)
+        if self.open and re.fullmatch("h[1-6]", self.open[-1]):
+            level, text = self.headings[-1]
+            self.headings[-1] = (level, text + data)
+        elif {"td", "th"} & set(self.open):
+            self.tables[self.headings[-1][1]][-1][-1] += data
+
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    def attributes(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def read(report: Report) -> Reader:
+    return Reader(page(report, report_plots(report)))
+
+
+def test_every_table_is_on_the_page_in_full(full: Report) -> None:
+    reader = read(full)
+    shown = [verdicts_table(full.checks), *report_tables(full)]
+    assert list(reader.tables) == [t.title for t in shown]
+    assert "Loss and speed by K" in reader.tables
+    for table in shown:
+        rows = [list(table.columns), *(list(row) for row in table.rows)]
+        assert reader.tables[table.title] == [[cell.strip() for cell in row] for row in rows]
+
+
+def test_the_page_is_read_in_order(full: Report) -> None:
+    reader = read(replace(full, notes=["a note"]))
+    assert [level for level, _ in reader.headings] == [1] + [2] * (len(reader.headings) - 1)
+    assert [title for _, title in reader.headings[-2:]] == ["Notes", "How it was made"]
+    ids = [a["id"] for _, a in reader.tags if "id" in a]
+    links = [a["href"] for a in reader.attributes("a")]
+    assert len(ids) == len(set(ids)) and len(links) == len(reader.headings) - 1
+    assert all(link and link.startswith("#") and link[1:] in ids for link in links)
+    # A region that scrolls can be reached by the keyboard and has a name.
+    regions = [a for a in reader.attributes("div") if a.get("class") == "scroll"]
+    assert regions and all(a["tabindex"] == "0" and a["aria-labelledby"] in ids for a in regions)
+
+
+def test_plots_say_what_they_show_and_nothing_is_fetched(full: Report) -> None:
+    text, plots = page(full, report_plots(full)), report_plots(full)
+    reader = Reader(text)
+    drawn = reader.attributes("img")
+    assert [a["alt"] for a in drawn] == [plots[n].text for n in ("k-curve", "speed", "engines", "layers")]
+    for picture in drawn:
+        kind, _, data = str(picture["src"]).partition(",")
+        assert kind == "data:image/svg+xml;base64" and b"<svg" in b64decode(data)
+    assert not {"script", "link", "iframe", "object", "embed", "form"} & {tag for tag, _ in reader.tags}
+    for tag, attributes in reader.tags:
+        assert not [name for name in attributes if name.startswith("on")], tag
+        assert (attributes.get("href") or "#").startswith("#"), (tag, attributes)
+    policy = [m["content"] for m in reader.attributes("meta") if "http-equiv" in m]
+    assert policy == ["default-src 'none'; style-src 'unsafe-inline'; img-src data:"]
+    defined = set(re.findall(r"--(\w+):", text))
+    assert set(re.findall(r"var\(--(\w+)\)", text)) <= defined and "prefers-color-scheme: dark" in text
+
+
+NASTY = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'</style></title>&amp;{{ 7 * 7 }}"
+
+
+def everywhere(value: Any, known: frozenset[str]) -> Any:
+    """Every text of a report made hostile, but for the words that decide how it is drawn."""
+    if isinstance(value, dict):
+        return {k: v if k in known else everywhere(v, known) for k, v in value.items()}
+    if isinstance(value, list):
+        return [everywhere(v, known) for v in value]
+    number = value in ("nan", "inf", "-inf")  # as JSON has them
+    return f"{NASTY}{value}" if isinstance(value, str) and not number else value
+
+
+def test_texts_of_the_report_are_only_text(full: Report) -> None:
+    known = frozenset({"criterion", "phase", "status"})
+    raw = everywhere(json.loads(json.dumps(full.as_json())), known)
+    fields = {k: v for k, v in raw.items() if k not in ("schema", "verdict")}
+    checks = [Check(NASTY, "failed", NASTY), Check("b", "skipped", NASTY)]
+    fields["model"]["kind"] = "folder"
+    fields["graph"]["before"]["ops"][NASTY] = 1
+    fields["environment"]["packages"] = {NASTY: NASTY}
+    fields["selection"]["others"] = {NASTY: NASTY}
+    hostile = from_json(Report, fields, "The report", "make it again")
+    hostile = replace(hostile, checks=checks, notes=[NASTY], divergence=NASTY)
+    text = page(hostile, report_plots(hostile))
+    reader = Reader(text)
+    assert not {"script"} & {tag for tag, _ in reader.tags}
+    assert all(str(a["src"]).startswith("data:") for a in reader.attributes("img"))
+    assert not [a for _, a in reader.tags if any(name.startswith("on") for name in a)]
+    assert "<script" not in text and "{{ 7 * 7 }}" in text
+    # It is there to be read: title, head, check, note, operator, package, engine.
+    assert reader.text().count("<script>alert(1)</script>") >= 10
+    assert len(reader.attributes("title")) == 1 and len(reader.attributes("style")) == 1
+    assert reader.tables["Checks"][1] == [NASTY, "failed", NASTY]
+
+
+@pytest.mark.parametrize("verdict", ["PASS", "FAIL"])
+def test_the_verdict_is_a_word_and_a_colour(full: Report, verdict: str) -> None:
+    checks = [Check("good", "passed", "fine"), Check("left out", "skipped", "--no-speed")]
+    if verdict == "FAIL":
+        checks.append(Check("bad", "failed", "why"))
+    reader = read(replace(full, checks=checks, divergence="layer 7" if verdict == "FAIL" else None))
+    strong = reader.attributes("strong")
+    assert strong[0] == {"class": f"status {'passed' if verdict == 'PASS' else 'failed'}"}
+    assert reader.text().startswith(f"{verdict}: stories")
+    decided = "bad" if verdict == "FAIL" else "good"
+    assert f"{verdict} ({decided}); perplexity × " in reader.text()
+    assert "no bound asked; skipped: left out." in reader.text()
+    assert ("Where parity is lost: layer 7" in reader.text()) == (verdict == "FAIL")
+    marks = [a["class"] for a in reader.attributes("span") if (a.get("class") or "").startswith("status")]
+    assert marks == [f"status {c.status}" for c in checks]
+
+
+def test_sections_that_were_not_run_are_left_out(report: Report) -> None:
+    bare = replace(report, method_loss=None, speed=None, parity=None, notes=[])
+    assert list(tables(markdown(bare))) == ["Checks", "Graph", "Layers by cca"]
+    reader = Reader(page(bare, {}))
+    assert [title for _, title in reader.headings[1:]] == [
+        "Checks",
+        "Graph",
+        "Layers by cca",
+        "How it was made",
+    ]
+    assert not reader.attributes("img") and "Notes" not in reader.text()
+
+
+def test_figures_are_set_flush_right() -> None:
+    rows = (
+        (
+            "a",
+            "1,280",
+            "-40.0%",
+            "text",
+            "± 0.1",
+            "1.06×",
+            "",
+            "1 more",
+            "12.0 MiB",
+            "=",
+            "0, 5-7",
+            "nan",
+            "1.0 ± 0.1",
+        ),
+        ("3", "768", "=", "1", "", "1.02–1.07 not resolved", "", "2", "0.1 MiB", "+3%", "2", "1.2e-5", ""),
+    )
+    table = Table("t", tuple("abcdefghijklm"), rows)
+    assert numeric_columns(table) == {1, 2, 4, 5, 6, 8, 9, 11, 12}
+    assert numeric_columns(Table("t", ("a", "b"), ())) == set()

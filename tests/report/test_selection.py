@@ -8,14 +8,12 @@ from typing import Any
 
 from nbl_export.linearize.figures import Candidate, Loss
 from nbl_export.linearize.selection import Curve, PlanLoss
-from nbl_export.records import from_json, to_json
 from nbl_export.report.drawing import Table
 from nbl_export.report.schema import Report, Selection
 from nbl_export.report.selection import (
     SCORES,
     curve_table,
     fit_in_words,
-    frontier_table,
     result_table,
     scored_by,
 )
@@ -72,27 +70,10 @@ def test_ranks_that_were_chosen_are_said(report: Report) -> None:
     assert words({}) == "W whole, since no rank is without loss"
 
 
-def test_each_way_has_its_rows(frontier: Curve) -> None:
-    table = frontier_table(frontier)
-    assert [row[:2] for row in table.rows[:4]] == [("both", str(k)) for k in (1, 2, 3, 4)]
-    assert table.rows[1] == ("both", "2", "1.20×", "1.0800 ± 0.0100") and table.marked == (1,)
-    assert table.rows[4:6] == (
-        ("attention", "1", "1.05×", "1.1000 ± 0.0100"),
-        ("attention", "2", "1.10×", "1.2000 ± 0.0100"),
-    )
-    assert {row[0] for row in table.rows} == {"both", "attention", "MLPs", "dropped"}
-
-
 def test_sizes_are_bounds(curve: Curve) -> None:
     budget = Budget(max_weight_bytes="1.5GiB", max_kv_bytes="200MB")
     note = curve_table(replace(curve, budget=budget)).note
     assert note.endswith("Budget: weights ≤ 1,610,612,736 bytes, KV cache ≤ 200,000,000 bytes.")
-    # As a file says it that was changed.
-    note = curve_table(replace(curve, budget=Budget(max_weight_bytes="much", max_kl=0.5))).note
-    assert note.endswith("Budget: KL ≤ 0.5.")
-
-
-def test_a_bound_of_nought_is_a_bound(curve: Curve) -> None:
     assert curve_table(replace(curve, budget=Budget(max_kl=0.0))).note.endswith("Budget: KL ≤ 0.")
 
 
@@ -148,36 +129,6 @@ def test_fits_in_words(report: Report) -> None:
         "distillation; W of rank 96, which loses at most 1.23% of the variance of a layer's output"
     )
     assert fit_in_words(replace(said, fit="drop", repair=0)) == "zero (the layers are dropped)"
-    # What a report of an earlier version says, which knows one fit alone.
-    earlier = to_json(replace(report.selection, fit_input="normed", ridge=1e-6))
-    for name in ("fit", "repair", "rank", "result"):
-        del earlier[name]
-    again = from_json(Selection, earlier, "The report", "make it again")
-    assert fit_in_words(again) == "the LMMSE fit on the normed input, ridge 1e-06"
-
-
-def test_an_untimed_curve_without_a_budget(curve: Curve) -> None:
-    bare: dict[str, Any] = dict.fromkeys(
-        ("kl_se", "perplexity_ratio_se", "prefill_speedup", "decode_speedup")
-    )
-    table = curve_table(Curve(tuple(replace(p, **bare) for p in curve.points)))
-    assert table.columns == ("K", "perplexity ratio", "KL, nats per token", "layers")
-    assert table.rows[0] == ("1", "1.0200", "0.0400", "4")
-    assert (table.title, table.note, table.marked) == ("Loss by K", "", ())
-    for timed in ("workload_speedup", "timed_speedup", "prefill_speedup", "decode_speedup"):
-        first, *others = curve.points
-        some = Curve((replace(first, **(bare | {timed: 1.1})), *(replace(p, **bare) for p in others)))
-        assert curve_table(some).title == "Loss and speed by K"
-
-
-def test_a_report_without_a_curve_has_no_such_table(report: Report, curve: Curve) -> None:
-    title = "Loss and speed by K"
-    assert report.selection.curve is None
-    for missing in (None, Curve(())):
-        changed = replace(report, selection=replace(report.selection, curve=missing))
-        assert title not in [t.title for t in report_tables(changed)]
-    changed = replace(report, selection=replace(report.selection, curve=curve))
-    assert [t.title for t in report_tables(changed, brief=True)].count(title) == 1
 
 
 def test_score_by_criterion() -> None:

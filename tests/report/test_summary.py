@@ -15,10 +15,8 @@ from nbl_export.report.speed import ceiling_in_words
 from nbl_export.report.summary import (
     headlines,
     making,
-    model_name,
-    numbered,
     replaced,
-    replacement,
+    replaced_line,
     verdict_line,
 )
 from nbl_export.verify.loss.figures import Likeness, Measure, MethodLoss
@@ -42,37 +40,11 @@ def test_headlines_of_a_whole_report(full: Report) -> None:
     assert abs(float(shown["Parity"].value) / worst - 1) < 0.05
 
 
-def test_the_longest_context_counts_and_noise_is_named(full: Report) -> None:
-    assert full.speed is not None
-    cell, result, over = full.speed.speedups()[0]
-    cells = []
-    for context, value in ((8, 1.5), (64, 1.25), (16, 2.0)):
-        found = replace(over, value=value, resolved=context == 8)
-        own = replace(result, over_base=found)
-        cells.append(replace(cell, context=context, results=(cell.results[0], own)))
-    shown = {h.name: h for h in headlines(replace(full, speed=replace(full.speed, cells=tuple(cells))))}
-    headline = shown["Prefill on the CPU"]
-    assert headline.value == "1.25×" and "at 64 tokens, not resolved" in headline.detail
-
-
 def test_what_was_not_measured_has_no_headline(report: Report) -> None:
     bare = replace(report, method_loss=None, speed=None, parity=None)
     assert [h.name for h in headlines(bare)] == ["Attention layers replaced", "KV cache"]
     none = replace(bare, selection=replace(bare.selection, layers=()))
     assert headlines(none)[0].value == "0 of 5" and headlines(none)[0].detail == "nothing was replaced"
-
-
-@pytest.mark.parametrize(
-    ("blocks", "words"),
-    [
-        ((2,), "layer 2"),
-        ((0, 3, 4, 5), "layers 0, 3-5"),
-        ((2, Mlp(1)), "layer 2; MLP 1"),
-        ((Mlp(1), Mlp(4)), "MLP 1, 4"),
-    ],
-)
-def test_one_layer_is_no_layers(blocks: tuple[Block, ...], words: str) -> None:
-    assert numbered(blocks) == words
 
 
 def test_parity_that_is_no_number_is_the_worst(report: Report) -> None:
@@ -109,7 +81,7 @@ def test_what_was_replaced_is_counted_by_kind(report: Report, layers: tuple[Bloc
 )
 def test_what_stands_there_instead(report: Report, layers: tuple[Block, ...], fit: str, words: str) -> None:
     made = replace(report, selection=replace(report.selection, layers=layers, fit=fit))
-    assert replacement(made) == words
+    assert replaced_line(made).endswith(words)
     size = headlines(made)[0].name
     assert size == ("Attention layers left out" if fit == "drop" else "Attention layers replaced")
 
@@ -136,9 +108,6 @@ def test_verdict_names_what_it_costs_and_what_was_asked(report: Report) -> None:
     )
     both = verdict_line(asked(max_kl=0.5, max_perplexity_ratio=2.0))
     assert both == f"{what}, at most perplexity × 2 and KL 0.5 asked"
-    # Of a report of before there was a bound, and of one that is none.
-    for odd in ({}, {"bound": None}, {"bound": 3}):
-        assert verdict_line(replace(costly, settings={"verify": odd})) == f"{what}, no bound asked"
     nan = replace(costly, method_loss=replace(loss, perplexity_ratio=math.nan, kl=math.inf))
     assert "perplexity × nan, KL inf on held-out text" in verdict_line(nan)
 
@@ -158,11 +127,6 @@ def test_verdict_of_an_encoder_names_its_likeness(report: Report) -> None:
     measures = (Measure("cosine of last_hidden_state", 0.98123, 0.001, 64),)
     like = replace(report, method_loss=Likeness(8, "documents", measures))
     assert verdict_line(like).endswith("; cosine of last_hidden_state 0.9812 on held-out documents")
-
-
-def test_model_name(report: Report) -> None:
-    for source, name in (("a/b/model/", "model"), ("HuggingFaceTB/SmolLM2", "SmolLM2"), ("x.gguf", "x.gguf")):
-        assert model_name(replace(report.model, source=source)) == name
 
 
 def test_how_it_was_made(report: Report) -> None:

@@ -17,10 +17,9 @@ from nbl_export import api
 from nbl_export.errors import InputError
 from nbl_export.graph.io import load_graph, save_graph
 from nbl_export.records import from_json
-from nbl_export.report.bench import load_bench
 from nbl_export.report.render import write_report
-from nbl_export.report.schema import load_report
-from nbl_export.report.speed import BENCH, speed_tables
+from nbl_export.report.schema import load_bench, load_report
+from nbl_export.report.speed import BENCH, speed_table
 from nbl_export.rewrite.drop import drop_layers
 from nbl_export.runtime.ort import OrtDecoder
 from nbl_export.stages.bench import _Kept
@@ -161,7 +160,7 @@ def test_what_was_measured_is_kept(own: Path) -> None:
     longer = api.bench(own, api.BenchSettings((), (), (1,), (8, 4096), 3, 1, memory=False))
     assert {c.context for c in longer.speed.cells} == {8}
     assert longer.notes == ("4,096 tokens are left out: the model has 512 positions.",)
-    for table in speed_tables(BENCH, longer.speed):
+    for table in [speed_table(BENCH, longer.speed)]:
         assert all(len(row) == len(table.columns) for row in table.rows)
 
 

@@ -18,7 +18,7 @@ from nbl_export.engine.pair import EngineFile
 from nbl_export.engine.profiles import Limits
 from nbl_export.errors import InputError, NblError
 from nbl_export.progress import Silent
-from nbl_export.report.speed import ENGINES, speed_tables
+from nbl_export.report.speed import ENGINES, speed_table
 from nbl_export.runtime import ort as ort_module
 from nbl_export.runtime.tensorrt import EngineStream
 from nbl_export.settings import VerifySettings
@@ -198,7 +198,7 @@ def test_who_cannot_take_part_is_left_out_with_the_reason(clock: list[float], er
     assert all(value == pytest.approx(4) for _, _, value in found)
     assert (speed.machine.device, speed.machine.compute_capability) == ("NVIDIA L4", "8.9")
     assert speed.rounds == 3 and speed.machine.roofline is None
-    (table,) = speed_tables(ENGINES, speed)
+    table = speed_table(ENGINES, speed)
     assert table.title == "Speed on NVIDIA L4, batch 1" and len(table.rows) == 8
     assert ("prefill 32", "linearized engine", "4.00×") in [(*row[:2], row[5]) for row in table.rows]
     assert (

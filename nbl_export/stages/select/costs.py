@@ -23,7 +23,7 @@ class KeptCosts:
     """What was measured of the ``exported`` graph on this machine, in ``nbl/costs.json``."""
 
     def __init__(self, ws: Workspace, exported: str) -> None:
-        from nbl_export.report.environment import environment
+        from nbl_export.report.schema import environment
 
         here = environment()
         self._path = ws.costs

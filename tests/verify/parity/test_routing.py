@@ -9,7 +9,7 @@ import pytest
 
 from nbl_export.graph.io import load_graph, scratch_copy
 from nbl_export.models.routers import Routers
-from nbl_export.report.parity import parity_table
+from nbl_export.report.tables import parity_table
 from nbl_export.verify import decoder as module
 from nbl_export.verify.decoder import measure_parity
 from nbl_export.verify.parity.figures import Routing

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import pytest
-
-from nbl_export.report.diff.sides import Opened, opened
+from nbl_export.report.diff_facts import Opened
 from nbl_export.report.schema import Report
 from nbl_export.verify.speed.values import Ratio, Speed
 
@@ -48,15 +45,3 @@ def with_speed(side: Opened, factor: float = 1.0, width: float = 0.02, rounds: i
 def report_of(side: Opened) -> Report:
     assert side.report is not None
     return side.report
-
-
-@pytest.fixture
-def two(stories_out: Path) -> Opened:
-    """The run with K = 2, whose linearized graph is 1.2 times as fast."""
-    return with_speed(opened(stories_out), 1.2)
-
-
-@pytest.fixture
-def three(stories_three: Path) -> Opened:
-    """The run with K = 3, whose linearized graph is 1.5 times as fast."""
-    return with_speed(opened(stories_three), 1.5)

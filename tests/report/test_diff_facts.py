@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from math import isnan, nan
 from pathlib import Path
@@ -10,29 +11,26 @@ import pytest
 
 from nbl_export.blocks import Mlp
 from nbl_export.checks import Check
-from nbl_export.report.diff.facts import (
-    check_facts,
+from nbl_export.errors import InputError
+from nbl_export.report.diff_facts import (
+    Opened,
     engine_facts,
     environment_facts,
     file_facts,
     loss_facts,
     model_facts,
-    named_checks,
+    opened,
     parity_facts,
-    same_text,
     speed_facts,
     summary_facts,
     task_facts,
 )
-from nbl_export.report.diff.sides import Opened
-from nbl_export.report.schema import load_report
+from nbl_export.report.evaluation import write_evaluation
 from nbl_export.verify.loss.figures import Likeness, Measure, MethodLoss
 from nbl_export.verify.speed.values import Ratio, Speed
 from tests.engine.conftest import manifest_by_hand
-from tests.report.diff.conftest import changed, report_of
+from tests.report.diff_sides import changed, report_of
 from tests.report.test_evaluation import evaluation
-
-OLD = Path(__file__).parent.parent / "version_1"
 
 
 def test_a_model_its_layers_and_what_was_asked(two: Opened) -> None:
@@ -50,15 +48,11 @@ def test_a_model_its_layers_and_what_was_asked(two: Opened) -> None:
     assert "select: rank" not in said, "what was not given is not there"
     chosen = replace(report.selection, layers=(2, Mlp(3)))
     assert model_facts(replace(report, selection=chosen))["linear layers"].members == ("2", "3.mlp")
-    assert model_facts(None) == {}
-
-
-def test_settings_within_settings_have_both_names(two: Opened) -> None:
-    report = report_of(two)
     asked = {**report.settings, "verify": {"bound": {"max_kl": 0.5, "max_perplexity_ratio": None}}}
-    said = model_facts(replace(report, settings=asked))
-    assert said["verify: bound: max_kl"].figure.value == "0.5"
-    assert "verify: bound: max_perplexity_ratio" not in said
+    within = model_facts(replace(report, settings=asked))
+    assert within["verify: bound: max_kl"].figure.value == "0.5"
+    assert "verify: bound: max_perplexity_ratio" not in within
+    assert model_facts(None) == {}
 
 
 def test_counts_of_a_graph(two: Opened) -> None:
@@ -97,24 +91,6 @@ def test_measures_of_an_encoder_are_likenesses_or_distances() -> None:
     assert [facts[name].headline for name in names] == [True, False, False, False]
 
 
-def test_held_out_text_is_known_by_its_digest_or_by_the_original(two: Opened, three: Opened) -> None:
-    a, b = report_of(two), report_of(three)
-    assert same_text(a, b)
-    other = replace(b, hashes={**b.hashes, "nbl/text.safetensors": "0" * 64})
-    loss = other.method_loss
-    assert isinstance(loss, MethodLoss)
-    assert same_text(a, other), "the original's perplexity says so"
-    for wrong in (
-        replace(loss, perplexity_original=loss.perplexity_original * 1.01),
-        replace(loss, perplexity_original=nan),
-        replace(loss, tokens=loss.tokens + 1),
-        None,
-    ):
-        assert not same_text(a, replace(other, method_loss=wrong))
-    neither = [replace(r, hashes={}, method_loss=None) for r in (a, b)]
-    assert not same_text(*neither)
-
-
 def test_parity_of_steps_and_what_is_no_number(two: Opened) -> None:
     parity = report_of(two).parity
     assert parity is not None and hasattr(parity, "steps")
@@ -122,20 +98,6 @@ def test_parity_of_steps_and_what_is_no_number(two: Opened) -> None:
     steps = (replace(parity.steps[0], max_abs=nan), *parity.steps[1:])
     worst = parity_facts(replace(parity, steps=steps))["max |Δlogit|"].figure.value
     assert isinstance(worst, float) and isnan(worst)
-
-
-def test_what_no_report_of_ours_says_is_no_error(two: Opened) -> None:
-    parity = report_of(two).parity
-    assert parity is not None and hasattr(parity, "steps")
-    assert list(parity_facts(replace(parity, steps=()))) == ["steps"]
-    lost = evaluation(tasks=(replace(evaluation().tasks[0], scored="f1"),), retrieval=())
-    assert list(task_facts(lost)) == ["mean recovery of tasks", "mean recovery of retrieval"]
-
-
-def test_parity_of_an_encoder_is_by_output() -> None:
-    parity = load_report(OLD / "encoder.json").parity
-    assert parity is not None and hasattr(parity, "outputs")
-    assert list(parity_facts(parity)) == [f"max relative difference of {o.output}" for o in parity.outputs]
 
 
 def test_engines_have_a_library_and_a_size(two: Opened) -> None:
@@ -181,18 +143,74 @@ def test_tasks_and_retrieval() -> None:
     assert task_facts(None) == {}
 
 
-def test_checks_of_one_name_are_told_apart(two: Opened) -> None:
-    twice = changed(two, checks=(Check("x", "passed", ""), Check("x", "failed", "")))
-    assert {n: f.figure.value for n, f in check_facts(twice.report, None).items()} == {
-        "x": "passed",
-        "x (2)": "failed",
-    }
-    assert named_checks(None) == {}
-
-
 def test_an_environment_has_versions(two: Opened) -> None:
     report = report_of(two)
     facts = environment_facts(report)
     assert facts["processor"].figure.value == report.environment.processor
     assert facts["onnxruntime"].figure.value == report.environment.packages["onnxruntime"]
     assert environment_facts(None) == {}
+
+
+def test_checks_of_one_name_are_told_apart(two: Opened) -> None:
+    twice = changed(two, checks=(Check("x", "passed", ""), Check("x", "failed", "")))
+    assert {n: c.status for n, c in twice.checks().items()} == {"x": "passed", "x (2)": "failed"}
+
+
+# what is compared ------------------------------------------------------------------------------------
+
+
+def test_what_lies_in_an_output_folder(stories_out: Path) -> None:
+    side = opened(stories_out)
+    assert side.kind == "report" and side.report is not None and side.graph is not None
+    assert side.graph.linear == side.report.selection.layers
+    path = stories_out / "report" / "report.json"
+    for where in (path, path.parent):
+        alone = opened(where)
+        assert alone.kind == "report" and alone.report == side.report and alone.graph is None
+    for where in (stories_out / "model.onnx", stories_out / "baseline"):
+        graph = opened(where)
+        assert graph.kind == "graph" and graph.header is None and graph.summary is not None
+
+
+def test_an_evaluation_of_other_graphs_is_left_out(stories_copy: Path) -> None:
+    write_evaluation(stories_copy / "report", evaluation())
+    side = opened(stories_copy)
+    assert side.evaluation is None and "eval.json is of other graphs, or was changed" in side.notes[0]
+
+
+def test_an_edited_report_is_refused(stories_copy: Path) -> None:
+    path = stories_copy / "report" / "report.json"
+    path.write_text(path.read_text().replace('"documents": 4', '"documents": 5'))
+    with pytest.raises(
+        InputError, match=r"report\.json was changed after `verify` wrote it: run `nbl-export verify"
+    ):
+        opened(stories_copy)
+
+
+def test_a_report_of_another_graph_is_refused(stories_copy: Path) -> None:
+    with (stories_copy / "model.onnx").open("ab") as file:
+        file.write(b"\0")
+    with pytest.raises(InputError, match=r"model\.onnx is not the graph that .*report\.json is about"):
+        opened(stories_copy)
+
+
+def test_a_folder_without_a_report_names_its_graph(stories_copy: Path) -> None:
+    shutil.rmtree(stories_copy / "report")
+    with pytest.raises(
+        InputError, match=r"has no report: run `nbl-export verify .*` first, or name its graph"
+    ):
+        opened(stories_copy)
+
+
+@pytest.mark.parametrize(
+    "name", ["missing", "x.txt", "x.json", "list.json", "broken.json", "x.onnx", "empty"]
+)
+def test_anything_else_is_refused_in_one_sentence(tmp_path: Path, name: str) -> None:
+    texts = {"x.json": '{"schema": "of somebody else"}', "list.json": "[1]", "broken.json": "{"}
+    if name == "empty":
+        (tmp_path / name).mkdir()
+    elif name != "missing":
+        (tmp_path / name).write_text(texts.get(name, "text"))
+    with pytest.raises(InputError) as told:
+        opened(tmp_path / name)
+    assert str(tmp_path / name) in str(told.value) and "\n" not in str(told.value)

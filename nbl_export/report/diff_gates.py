@@ -1,0 +1,259 @@
+"""Hold what B may cost beside A to bounds: perplexity, times and size; and tell whether two sides compare at all.
+
+On one machine, a speedup over the same base is the surest comparison, since base and linearized graph were timed in
+turns: a day on which the machine is slow changes both. Where the bases differ, times are compared. What a bound asks
+for and cannot be judged has failed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from nbl_export.checks import Check
+from nbl_export.report.diff_facts import BENCH, ENGINE_SPEED, SPEED, Opened
+from nbl_export.report.drawing import mebibytes
+from nbl_export.report.schema import Environment, Report
+from nbl_export.settings.bounds import DiffBounds
+from nbl_export.verify.loss.figures import MethodLoss
+from nbl_export.verify.speed.values import LEAST_ROUNDS, Ratio, Result, Speed
+
+Unlike = Literal["on other text", "on another machine", "over another base"]
+# Half a 95 % interval that compares two medians, in interquartile ranges over √rounds (McGill, Tukey, Larsen 1978).
+_NOTCH = 1.57
+# The files that held-out text or images come from, and how near two perplexities of one text are.
+_HELD_OUT = ("nbl/text.safetensors", "nbl/images.safetensors")
+_SAME_TEXT = 1e-3
+_NAMED = 5  # things that a sentence lists
+_ROUNDING = 1e-12  # of two divisions, as a share
+
+
+def same_text(a: Report, b: Report) -> bool:
+    """Whether both losses are of the same held-out data: by its digest, or by what the original makes of it."""
+    if any(a.hashes.get(name, "") == b.hashes.get(name) for name in _HELD_OUT):
+        return True
+    one, other = a.method_loss, b.method_loss
+    if not (isinstance(one, MethodLoss) and isinstance(other, MethodLoss)):
+        return False
+    same = (one.documents, one.tokens) == (other.documents, other.tokens)
+    return same and math.isclose(one.perplexity_original, other.perplexity_original, rel_tol=_SAME_TEXT)
+
+
+# speed -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Race:
+    """What one side timed and on what machine; ``base`` is what is known of the graph that speedups are over."""
+
+    speed: Speed
+    environment: Environment
+    base: Any
+
+    @property
+    def machine(self) -> str:
+        """All that a time depends on and that is no version of a package."""
+        own, device = self.environment, self.speed.machine
+        threads = f", {device.threads} threads" if device.threads else ""
+        return f"{own.processor}, {own.cores} cores, {own.system}, {device.device}{threads}"
+
+    @property
+    def cells(self) -> dict[str, tuple[Result, Ratio]]:
+        """The linearized candidate by cell, wherever it was timed beside its base."""
+        return {cell.name: (result, over) for cell, result, over in self.speed.speedups()}
+
+
+def races_of(side: Opened) -> dict[str, Race]:
+    """The races of one side by the titles of their sections."""
+    found: dict[str, Race] = {}
+    report, bench = side.report, side.bench
+    graph: Any = None
+
+    def add(title: str, speed: Speed, environment: Environment) -> None:
+        cost = next((c.cost for c in speed.candidates if c.name == speed.base), None)
+        found[title] = Race(speed, environment, (graph, cost))
+
+    if report:
+        # Names of tensors are part of the file's size, and of nothing that takes time.
+        before = replace(report.graph.before, file_bytes=0)
+        graph = (before, report.graph.precision, report.graph.kv_cache)
+        for name, title in (("speed", SPEED), ("engine_speed", ENGINE_SPEED)):
+            if speed := getattr(report, name):
+                add(title, speed, report.kept.get(name, report).environment)
+    if bench:
+        add(BENCH, bench.speed, bench.environment)
+    return found
+
+
+def unlike(a: Race | None, b: Race | None) -> tuple[Unlike | None, tuple[str, ...]]:
+    """Why speedups of two races do not compare, and that and what else a reader should know of them."""
+    if a is None or b is None:
+        return None, ()
+    if a.machine != b.machine:
+        why = f"Times and speedups do not compare: A on {a.machine}; B on {b.machine}."
+        return "on another machine", (why,)
+    own, other = a.environment.packages, b.environment.packages
+    versions = [
+        f"{name} {own.get(name, 'none')} → {other.get(name, 'none')}"
+        for name in sorted({**own, **other})
+        if own.get(name) != other.get(name)
+    ]
+    notes = (f"Other versions, of which a difference may come: {', '.join(versions)}.",) if versions else ()
+    if a.base != b.base:
+        why = "The unmodified graphs differ, so that speedups over them do not compare; the times beside them do."
+        return "over another base", (why, *notes)
+    return None, notes
+
+
+@dataclass(frozen=True)
+class Slowdown:
+    """How many times as long B takes in a ``cell``, and its 95 % interval; all are nan where that is not known."""
+
+    cell: str
+    value: float
+    least: float
+    most: float
+
+
+def slowdowns(a: Race, b: Race) -> Iterator[Slowdown]:
+    """Of every cell that both have, by speedups over the same base, or by times."""
+    for name, (result, over) in a.cells.items():
+        if name not in b.cells:
+            continue
+        result_b, over_b = b.cells[name]
+        # A speedup that falls is a time that rises.
+        if a.base == b.base:
+            one, other = ((r.value, r.least, r.most) for r in (over, over_b))
+        else:
+            one, other = _time(result_b), _time(result)
+        if all(0 < number < math.inf for number in (*one, *other)):
+            yield Slowdown(name, one[0] / other[0], one[1] / other[2], one[2] / other[1])
+        else:
+            yield Slowdown(name, math.nan, math.nan, math.nan)
+
+
+def _time(result: Result) -> tuple[float, float, float]:
+    """The median in milliseconds, and how far two of them may be apart by chance."""
+    timing, rounds = result.timing, result.rounds
+    half = (
+        _NOTCH * (timing.high_ms - timing.low_ms) / math.sqrt(rounds) if rounds >= LEAST_ROUNDS else math.nan
+    )
+    return timing.median_ms, timing.median_ms - half, timing.median_ms + half
+
+
+# gates -------------------------------------------------------------------------------------------
+
+
+def gates(a: Opened, b: Opened, bounds: DiffBounds) -> tuple[Check, ...]:
+    """One verdict on the checks of reports, and one for each bound that there is."""
+    found = _checks(a, b)
+    for name, bound, judge in (
+        ("perplexity increase", bounds.max_ppl_increase, _perplexity),
+        ("slowdown", bounds.max_slowdown, _slowdown),
+        ("size increase", bounds.max_size_increase, _size),
+    ):
+        if bound is not None:
+            within, said = judge(a, b, bound)
+            found.append(Check(name, "passed" if within else "failed", said))
+    return tuple(found)
+
+
+def _checks(a: Opened, b: Opened) -> list[Check]:
+    """Fails for a check of B that has failed and had not in A, whether it was there or not; none without checks."""
+    own, other = a.checks(), b.checks()
+    if not own and not other:
+        return []
+    before, after = ({name: check.status for name, check in judged.items()} for judged in (own, other))
+    failed = [
+        f"{name} failed in B and was {before.get(name, 'not there')} in A ({check.detail})"
+        for name, check in other.items()
+        if check.status == "failed" and before.get(name) != "failed"
+    ]
+    still = sum(status == "failed" and before.get(name) == "failed" for name, status in after.items())
+    open_ = [n for n, status in before.items() if status == "passed" and after.get(n, "skipped") == "skipped"]
+    said = failed or ["none failed in B that had not in A"]
+    said += [f"{still} failed in both"] if still else []
+    said += [f"passed in A and not judged in B: {_listed(open_)}"] if open_ else []
+    return [Check("checks", "failed" if failed else "passed", "; ".join(said))]
+
+
+def _perplexity(a: Opened, b: Opened, bound: float) -> tuple[bool, str]:
+    losses = [side.report.method_loss if side.report else None for side in (a, b)]
+    one, other = (loss if isinstance(loss, MethodLoss) else None for loss in losses)
+    if not (one and other and a.report and b.report):
+        return _unjudged(f"there is no perplexity ratio in {_lacking(one, other)}")
+    if not same_text(a.report, b.report):
+        return _unjudged(
+            "the ratios are of different held-out texts: give both the same --calibration, sizes and --seed"
+        )
+    before, after = one.perplexity_ratio, other.perplexity_ratio
+    return _held(after, before, bound, f"perplexity ratio {before:.4f} in A, {after:.4f} in B")
+
+
+def _size(a: Opened, b: Opened, bound: float) -> tuple[bool, str]:
+    before, after = (side.summary.file_bytes if side.summary else 0 for side in (a, b))
+    if not before or not after:
+        return _unjudged(f"no size of a graph is known in {_lacking(before, after)}")
+    return _held(after, before, bound, f"{mebibytes(before)} in A, {mebibytes(after)} in B")
+
+
+def _slowdown(a: Opened, b: Opened, bound: float) -> tuple[bool, str]:
+    own, other = races_of(a), races_of(b)
+    unknown, slower, found = [], [], []
+    for title in {**own, **other}:
+        if title not in own or title not in other:
+            unknown.append(f"{title.lower()} was measured in {'A' if title in own else 'B'} alone")
+            continue
+        one, two = own[title], other[title]
+        why, notes = unlike(one, two)
+        if why == "on another machine":
+            unknown.append(f"{title.lower()}: {notes[0]}".rstrip("."))
+            continue
+        unknown += [f"{cell} is on one side alone" for cell in sorted(one.cells.keys() ^ two.cells.keys())]
+        for cell in slowdowns(one, two):
+            if math.isnan(cell.value):
+                unknown.append(f"{cell.cell} has no 95 % interval: measure at least six rounds")
+            elif _above(cell.least, bound):
+                slower.append(f"{cell.cell} takes {cell.value:.2f} times as long, {cell.least:.2f} at least")
+            else:
+                found.append(cell)
+    if not (found or slower or unknown):
+        return _unjudged("nothing was timed beside its base")
+    said = [f"{_listed(slower)}: above the {bound:g} asked for"] if slower else []
+    said += [f"cannot be judged: {_listed(unknown)}"] if unknown else []
+    if said:
+        return False, "; ".join(said)
+    worst = max(found, key=lambda cell: cell.most)
+    sure = sum(not _above(cell.most, bound) for cell in found)
+    rest = f", {len(found) - sure} may be by noise" if sure < len(found) else ""
+    return True, (
+        f"no cell surely takes more than the {bound:g} asked for; {sure} of {len(found)} surely do not{rest} "
+        f"({worst.cell}: {worst.value:.2f} times as long, {worst.most:.2f} at most)"
+    )
+
+
+def _held(after: float, before: float, bound: float, said: str) -> tuple[bool, str]:
+    """Whether ``after`` is at most ``bound`` times ``before``."""
+    times = after / before if before else math.nan
+    above = _above(times, bound)
+    return not above, f"{said}: {times:.4f} times, {'above' if above else 'within'} the {bound:g} asked for"
+
+
+def _above(factor: float, bound: float) -> bool:
+    """At the bound exactly, however the division is rounded, it is not above; what is no number is."""
+    return not factor <= bound * (1 + _ROUNDING)
+
+
+def _unjudged(why: str) -> tuple[bool, str]:
+    return False, f"cannot be judged: {why}"
+
+
+def _lacking(a: object, b: object) -> str:
+    return "either" if not a and not b else "B" if a else "A"
+
+
+def _listed(sentences: list[str]) -> str:
+    more = len(sentences) - _NAMED
+    return "; ".join(sentences[:_NAMED]) + (f"; and {more} more" if more > 0 else "")

@@ -1,0 +1,430 @@
+"""Whole comparisons of real folders: what is in each section, what is missing, and the mirror of it."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from math import inf, nan
+from pathlib import Path
+from typing import Any
+
+import pytest
+from markdown_it import MarkdownIt
+
+from nbl_export.checks import Check
+from nbl_export.errors import InputError
+from nbl_export.files import json_text, write_json
+from nbl_export.records import to_json
+from nbl_export.report.diff import (
+    Change,
+    Diff,
+    Section,
+    Side,
+    change,
+    compare,
+    headline_table,
+    markdown,
+    tables,
+    verdict_line,
+    write_markdown,
+)
+from nbl_export.report.diff_facts import Better, Fact, Figure
+from nbl_export.report.evaluation import write_evaluation
+from nbl_export.report.render import write_bench
+from nbl_export.report.schema import BenchReport
+from nbl_export.settings import DiffBounds
+from tests.report.test_evaluation import evaluation
+from tests.report.test_schema import bench  # noqa: F401
+
+NONE = DiffBounds()
+MIRRORED = {"better": "worse", "worse": "better", "only in A": "only in B", "only in B": "only in A"}
+
+
+def by_name(diff: Diff, title: str) -> dict[str, Change]:
+    (section,) = [s for s in diff.sections if s.title == title]
+    return {change.what: change for change in section.changes}
+
+
+def notes(diff: Diff, title: str) -> tuple[str, ...]:
+    return next(s.notes for s in diff.sections if s.title == title)
+
+
+def edited(out: Path, folder: Path, **changes: Any) -> Path:
+    """The report of ``out`` with other sections, in a folder of its own."""
+    raw = json.loads((out / "report" / "report.json").read_text())
+    folder.mkdir(exist_ok=True)
+    write_json(folder / "report.json", {**raw, **changes})
+    return folder / "report.json"
+
+
+def test_the_same_twice_is_no_difference(stories_out: Path) -> None:
+    for where in (stories_out, stories_out / "report" / "report.json", stories_out / "model.onnx"):
+        diff = compare(where, where, NONE)
+        assert diff.difference == "none" and diff.passed
+        assert {change.effect for change in diff.changes} == {"same"} and diff.changes
+
+
+def test_two_k_differ_where_they_do(stories_out: Path, stories_three: Path) -> None:
+    diff = compare(stories_out, stories_three, NONE)
+    assert diff.difference == "changed" and diff.verdict == "passed"
+    layers = by_name(diff, "Model and settings")["linear layers"]
+    assert (layers.a and layers.a.value, layers.b and layers.b.value) == ("2 of 5: 2, 3", "3 of 5: 2-4")
+    assert layers.note == "added 4" and layers.headline
+    asked = {n for n, c in by_name(diff, "Model and settings").items() if c.effect != "same"}
+    assert asked == {"linear layers", "select: k"}
+    graph = by_name(diff, "Graph")
+    assert (graph["nodes: Attention"].a.value, graph["nodes: Attention"].b.value) == (3, 2)  # type: ignore[union-attr]
+    assert (
+        graph["KV pairs (layers with a cache)"].effect == "changed"
+        and graph["size on disk"].effect == "better"
+    )
+    assert by_name(diff, "Method loss")["perplexity ratio"].effect == "worse"
+    assert by_name(diff, "Graph file")["linear layers in the graph"].note == "added 4"
+    assert {change.effect for change in by_name(diff, "Unmodified graph").values()} == {"same"}
+    assert notes(diff, "Method loss") == () == notes(diff, "Speed")
+
+
+@pytest.mark.parametrize("of", ["folder", "report", "graph", "one graph missing", "no loss"])
+def test_the_mirror(stories_out: Path, stories_three: Path, tmp_path: Path, of: str) -> None:
+    pair = {
+        "folder": (stories_out, stories_three),
+        "report": (stories_out / "report", stories_three / "report"),
+        "graph": (stories_out / "model.onnx", stories_three / "baseline"),
+        "one graph missing": (stories_out, stories_three / "report"),
+        "no loss": (stories_out, edited(stories_three, tmp_path, method_loss=None)),
+    }[of]
+    there, back = compare(*pair, NONE), compare(*reversed(pair), NONE)  # type: ignore[misc]
+    assert there.difference == back.difference == "changed"
+    assert (there.a, there.b) == (back.b, back.a)
+    assert [s.title for s in there.sections] == [s.title for s in back.sections]
+    for section in there.sections:
+        own, other = by_name(there, section.title), by_name(back, section.title)
+        assert own.keys() == other.keys()
+        for what, own_change in own.items():
+            assert (own_change.a, own_change.b) == (other[what].b, other[what].a)
+            assert other[what].effect == MIRRORED.get(own_change.effect, own_change.effect), what
+
+
+def test_what_is_missing_is_said_with_the_reason(stories_out: Path, tmp_path: Path) -> None:
+    checks = [{"name": "speed", "status": "skipped", "detail": "not asked for (--no-speed)"}]
+    report = edited(stories_out, tmp_path, speed=None, method_loss=None, checks=checks)
+    diff = compare(stories_out, report, NONE)
+    assert notes(diff, "Speed") == ("B has none (not asked for (--no-speed)).",)
+    assert notes(diff, "Method loss") == ("B has none.",)
+    assert notes(diff, "Graph file") == ("B has none.",)
+    assert {c.effect for c in by_name(diff, "Speed").values()} == {"only in A"}
+    assert by_name(diff, "Checks")["parity"].effect == "only in A"
+    mirrored = compare(report, stories_out, NONE)
+    assert notes(mirrored, "Speed") == ("A has none (not asked for (--no-speed)).",)
+
+
+def test_other_text_is_said_and_decides_nothing(stories_out: Path, tmp_path: Path) -> None:
+    raw = json.loads((stories_out / "report" / "report.json").read_text())
+    loss = {**raw["method_loss"], "perplexity_original": 3.0, "perplexity_ratio": 1.01}
+    diff = compare(stories_out, edited(stories_out, tmp_path, method_loss=loss, hashes={}), NONE)
+    assert by_name(diff, "Method loss")["perplexity ratio"].effect == "on other text"
+    assert "do not compare" in notes(diff, "Method loss")[0]
+
+
+def test_another_machine_is_said(stories_out: Path, tmp_path: Path) -> None:
+    raw = json.loads((stories_out / "report" / "report.json").read_text())
+    there = {**raw["environment"], "processor": "A chip"}
+    speed = json.loads(json.dumps(raw["speed"]))
+    for cell in speed["cells"]:
+        for result in cell["results"]:
+            if result["over_base"]:
+                result["over_base"]["value"] *= 2
+    diff = compare(stories_out, edited(stories_out, tmp_path, environment=there, speed=speed), NONE)
+    assert {c.effect for c in by_name(diff, "Speed").values()} == {"on another machine"}
+    assert "B on A chip" in notes(diff, "Speed")[0]
+    assert by_name(diff, "Environment")["processor"].effect == "changed"
+
+
+def test_benches(bench: BenchReport, tmp_path: Path) -> None:  # noqa: F811
+    (tmp_path / "b").mkdir()
+    write_bench(tmp_path, bench)
+    failed = replace(bench, checks=(replace(bench.checks[0], status="failed"), *bench.checks[1:]))
+    write_bench(tmp_path / "b", failed)
+    a, b = tmp_path / "bench.json", tmp_path / "b" / "bench.json"
+    assert compare(a, a, NONE).difference == "none"
+    diff = compare(a, b, DiffBounds(max_slowdown=1))
+    assert [(c.name, c.status) for c in diff.checks] == [("checks", "failed"), ("slowdown", "passed")]
+    assert by_name(diff, "Checks")["ceilings"].effect == "worse"
+    assert any(change.headline for change in by_name(diff, "Bench").values())
+    assert by_name(diff, "Model and settings")["peers"].effect == "same"
+
+
+def test_evaluations(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    mean = evaluation().mean.tasks
+    assert mean and mean.recovery
+    worse = replace(mean, recovery=replace(mean.recovery, value=0.8))
+    write_evaluation(tmp_path, evaluation())
+    write_evaluation(tmp_path / "b", evaluation(mean=replace(evaluation().mean, tasks=worse)))
+    diff = compare(tmp_path / "eval.json", tmp_path / "b" / "eval.json", NONE)
+    assert by_name(diff, "Tasks and retrieval")["mean recovery of tasks"].effect == "worse"
+    assert diff.verdict == "no gate" and diff.a.verdict == "no gate"
+
+
+def test_two_kinds_are_refused(stories_out: Path) -> None:
+    with pytest.raises(InputError) as told:
+        compare(stories_out, stories_out / "model.onnx", NONE)
+    assert str(told.value) == (
+        f"A ({stories_out}) is a report and B ({stories_out / 'model.onnx'}) is a graph: give two of one kind."
+    )
+
+
+def test_it_is_json(stories_out: Path, stories_three: Path) -> None:
+    diff = compare(stories_out, stories_three, DiffBounds(max_ppl_increase=1.1))
+    raw = json.loads(json_text(to_json(diff)))
+    assert (raw["kind"], raw["verdict"], raw["difference"]) == ("report", "failed", "changed")
+    assert raw["bounds"]["max_ppl_increase"] == 1.1
+    loss = next(s for s in raw["sections"] if s["title"] == "Method loss")
+    assert loss["changes"][0]["what"] == "perplexity ratio" and loss["changes"][0]["effect"] == "worse"
+
+
+# one figure ----------------------------------------------------------------------------------------
+
+
+def both(a: Fact | None, b: Fact | None) -> str:
+    """The effect, after a look from the other side, which must be its mirror."""
+    there, back = change("x", a, b), change("x", b, a)
+    assert back.effect == MIRRORED.get(there.effect, there.effect)
+    assert (back.a, back.b) == (there.b, there.a)
+    return there.effect
+
+
+def fact(value: float | str, better: Better = "", **noise: float) -> Fact:
+    return Fact(Figure(value, **noise), better)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "better", "effect"),
+    [
+        (1, 1, "lower", "same"),
+        (1, 2, "lower", "worse"),
+        (2, 1, "lower", "better"),
+        (1, 2, "higher", "better"),
+        (1, 2, "", "changed"),
+        ("x", "x", "", "same"),
+        ("x", "y", "", "changed"),
+        (nan, nan, "lower", "same"),
+        (1.0, nan, "lower", "worse"),
+        (nan, 1.0, "lower", "better"),
+        (1.0, nan, "higher", "worse"),
+        (nan, 1.0, "higher", "better"),
+        (1.0, nan, "", "changed"),
+        (1.0, inf, "lower", "worse"),
+        ("passed", "failed", "passed", "worse"),
+        ("skipped", "failed", "passed", "worse"),
+        ("failed", "skipped", "passed", "better"),
+        ("passed", "skipped", "passed", "changed"),
+    ],
+)
+def test_exact_figures(a: float | str, b: float | str, better: Better, effect: str) -> None:
+    assert both(fact(a, better), fact(b, better)) == effect
+
+
+def test_what_is_missing_is_only_on_the_other_side() -> None:
+    assert both(fact(1), None) == "only in A" and both(None, fact(1)) == "only in B"
+
+
+@pytest.mark.parametrize(
+    ("difference", "effect"), [(0.0, "same"), (0.09, "within noise"), (0.1, "within noise"), (0.11, "worse")]
+)
+def test_two_standard_errors_of_the_difference(difference: float, effect: str) -> None:
+    """Errors of 0.03 and 0.04 are one of 0.05."""
+    a, b = fact(0.0, "lower", se=0.03), fact(difference, "lower", se=0.04)
+    assert both(a, b) == effect
+
+
+def test_an_error_that_is_not_known_decides_nothing() -> None:
+    assert both(fact(1.0, "lower", se=0.1), fact(9.0, "lower", se=nan)) == "of unknown noise"
+    assert both(fact(1.0, "lower", se=0.1), fact(inf, "lower", se=nan)) == "worse"
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "effect"),
+    [
+        (1.25, 1.4, "better"),
+        (1.2, 1.4, "within noise"),  # they touch
+        (1.15, 1.4, "within noise"),
+        (0.9, 1.09, "worse"),
+        (-inf, inf, "of unknown noise"),
+        (nan, nan, "of unknown noise"),
+    ],
+)
+def test_intervals_that_are_apart(least: float, most: float, effect: str) -> None:
+    a = fact(1.15, "higher", least=1.1, most=1.2)
+    assert both(a, fact(1.3 if most > 1.2 else 1.0, "higher", least=least, most=most)) == effect
+
+
+def test_what_does_not_compare_is_neither_better_nor_worse() -> None:
+    found = change("x", fact(1, "lower"), fact(9, "lower"), "on another machine")
+    assert found.effect == "on another machine"
+    assert change("x", fact(1, "lower"), fact(1, "lower"), "on another machine").effect == "same"
+    assert change("x", fact(1, "lower"), None, "on another machine").effect == "only in A"
+
+
+def test_lists_say_what_came_and_went() -> None:
+    a, b = (Fact(Figure(2), members=m) for m in (("2", "3"), ("3", "4.mlp")))
+    found = change("layers", a, b)
+    assert (found.effect, found.note) == ("changed", "added 4.mlp; removed 2")
+    assert change("layers", b, a).note == "added 2; removed 4.mlp"
+    assert change("layers", a, replace(a, members=("3", "2"))).effect == "same"
+
+
+def test_what_stands_beside_a_figure_is_of_both_sides() -> None:
+    a, b = (Fact(Figure(v), detail=d) for v, d in ((1, "5 ms"), (2, "6 ms")))
+    assert change("x", a, b).note == "5 ms → 6 ms" and change("x", a, a).note == "5 ms"
+    assert change("x", a, None).note == "5 ms" and change("x", replace(a, detail=""), b).note == "none → 6 ms"
+
+
+# drawing -------------------------------------------------------------------------------------------
+
+EVIL = "</details><script>alert(1)</script>|`[x](javascript:y)\n| a |\x1b[2J# **b**"
+
+
+@pytest.fixture
+def diff(stories_out: Path, stories_three: Path) -> Diff:
+    return compare(stories_out, stories_three, DiffBounds(max_ppl_increase=1.1))
+
+
+def parsed(text: str) -> dict[str, list[list[str]]]:
+    """The tables of a page by what folds them, the two above by ``gates`` and ``headlines``; all rows are as wide."""
+    found: dict[str, list[list[str]]] = {}
+    tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(text)
+    folded, opened = "", 0
+    for number, token in enumerate(tokens):
+        if token.type == "html_block":
+            opened += token.content.count("<details>") - token.content.count("</details>")
+            match = re.search(r"<summary>(.*?)(?: \(\d+\))?</summary>", token.content)
+            folded = match[1] if match else folded
+        elif token.type == "table_open":
+            name = folded if opened else "headlines" if found else "gates"
+            found[name] = []
+        elif token.type == "tr_open":
+            found[list(found)[-1]].append([])
+        elif token.type in ("th_open", "td_open"):
+            inline = tokens[number + 1].children or []
+            found[list(found)[-1]][-1].append("".join(child.content for child in inline))
+    assert opened == 0, "every fold is closed"
+    for name, rows in found.items():
+        assert {len(row) for row in rows} == {len(rows[0])}, name
+    return found
+
+
+def test_verdict_and_headlines_come_first(diff: Diff) -> None:
+    text = markdown(diff)
+    lines = text.splitlines()
+    assert lines[0] == "# nbl-export diff: FAIL"
+    assert lines[2].startswith("**FAIL** (perplexity increase); ")
+    assert lines[4].startswith("- A: ") and lines[5].startswith("- B: ")
+    found = parsed(text)
+    assert list(found)[:2] == ["gates", "headlines"]
+    assert found["gates"][1][:2] == ["checks", "passed"] and found["gates"][2][:2] == [
+        "perplexity increase",
+        "failed",
+    ]
+    assert found["headlines"][1] == ["linear layers", "2 of 5: 2, 3", "3 of 5: 2-4", "changed", "added 4"]
+    assert text.index("perplexity ratio") < text.index("<details>")
+
+
+def test_every_section_that_differs_is_folded(diff: Diff) -> None:
+    found = parsed(markdown(diff))
+    for table in tables(diff):
+        rows = [list(table.columns), *(list(row) for row in table.rows)]
+        assert found[table.title] == [[cell.strip() for cell in row] for row in rows], table.title
+    assert {"Graph", "Graph file", "Method loss", "Model and settings"} <= set(found)
+    assert "Unmodified graph" not in found
+    assert "Unmodified graph" in markdown(diff).partition("The same in both: ")[2]
+
+
+def made(*changes: Change, checks: tuple[Check, ...] = (), **more: Any) -> Diff:
+    part = Section("Part", changes, ("a note",))
+    fields = {"difference": "changed", "verdict": "failed" if checks else "no gate", "checks": checks, **more}
+    return Diff("report", Side("a"), Side("b"), sections=(part,), bounds=NONE, **fields)
+
+
+def speedup(value: float, least: float, most: float) -> Fact:
+    return Fact(Figure(value, least=least, most=most), "higher", "times", True, "5 ms")
+
+
+def test_intervals_and_times() -> None:
+    a, b = speedup(1.2, 1.1, 1.3), speedup(1.5, 1.4, 1.6)
+    (row,) = headline_table(made(change("x", a, b))).rows
+    assert row == ("x", "1.20× (1.10 to 1.30)", "1.50× (1.40 to 1.60)", "+25.0%, better", "5 ms")
+    (row,) = headline_table(made(change("x", a, b)), brief=True).rows
+    assert len(row) == 4
+    unknown = speedup(1.5, float("-inf"), float("inf"))
+    assert headline_table(made(change("x", a, unknown))).rows[0][2:4] == ("1.50×", "+25.0%, of unknown noise")
+    assert headline_table(made(change("x", a, None))).rows[0][2:4] == ("none", "only in A")
+    assert headline_table(made(change("x", a, a))).rows[0][3] == "="
+
+
+def test_what_differs_is_not_written_alike() -> None:
+    def row(a: float, b: float, unit: str) -> tuple[str, ...]:
+        return headline_table(
+            made(change("x", *(Fact(Figure(v), unit=unit, headline=True) for v in (a, b))))
+        ).rows[0]
+
+    assert row(1_048_576, 1_048_577, "bytes")[1:3] == ("1,048,576", "1,048,577")
+    assert row(1.00001, 1.00002, "loss")[1:3] == ("1.00001", "1.00002")
+    assert row(1.000012345678, 1.000012345999, "loss")[1:3] == ("1.0000123457", "1.000012346")
+    assert row(2e-5, 4e-2, "error")[3] == "× 2,000" and row(1.0, 9.0, "")[3] == "+800.0%"
+    assert row(0.0, 1.0, "loss")[1:4] == ("0.0000", "1.0000", "changed")
+    assert row(float("nan"), 1.0, "loss")[1:3] == ("nan", "1.0000")
+
+
+def test_a_terminal_shows_what_is_more_than_noise() -> None:
+    noise = change("n", *(Fact(Figure(v, se=1.0), unit="loss") for v in (0.0, 0.1)))
+    other = change("o", *(Fact(Figure(v)) for v in (1, 2)))
+    (table,) = tables(made(noise, other), brief=True)
+    assert [row[0] for row in table.rows] == ["o"] and table.note == "a note 1 more within noise."
+    (table,) = tables(made(noise, other))
+    assert [row[0] for row in table.rows] == ["n", "o"] and table.note == "a note"
+
+
+def test_the_verdict_in_words() -> None:
+    failed = Check("slowdown", "failed", "")
+    worse = change("w", *(Fact(Figure(v), "lower") for v in (1, 2)))
+    there = change("m", Fact(Figure(1)), Fact(Figure(2)), "on another machine")
+    assert verdict_line(made(difference="none")) == "no difference"
+    assert (
+        verdict_line(made(difference="noise", checks=(failed,))) == "(slowdown); no difference beyond noise"
+    )
+    assert verdict_line(made(worse)) == "1 figure differs: 1 worse"
+    assert verdict_line(made(there, worse)) == "2 figures differ: 1 worse, 1 on another machine"
+
+
+def test_nothing_in_a_name_is_markup() -> None:
+    fact = Fact(Figure(EVIL), headline=True, detail=EVIL)
+    other = replace(fact, figure=Figure(EVIL * 2))
+    side, check = Side(EVIL, EVIL, EVIL, EVIL, EVIL), Check(EVIL, "failed", EVIL)
+    found = made(change(EVIL, fact, other), change("y", fact, None), checks=(check,), notes=(EVIL,))
+    text = markdown(replace(found, a=side, b=side))
+    assert "<script" not in text and "\x1b" not in text
+    assert text.count("</details>") == text.count("<details>") == 1
+    tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(text)
+    inline = [child for t in tokens for child in t.children or ()]
+    assert not [child for child in inline if child.type in ("html_inline", "link_open", "image")]
+    assert {name: len(rows) for name, rows in parsed(text).items()} == {"gates": 2, "headlines": 3, "Part": 3}
+
+
+def test_a_file_is_written_anew_and_nothing_else_is_overwritten(diff: Diff, tmp_path: Path) -> None:
+    path = tmp_path / "diff.md"
+    for _ in range(2):
+        write_markdown(path, diff)
+        assert path.read_text(encoding="utf-8") == markdown(diff)
+    path.write_text("")
+    write_markdown(path, diff)
+    path.write_text("# Mine\n")
+    with pytest.raises(InputError, match="is there already and is no comparison of nbl-export"):
+        write_markdown(path, diff)
+    assert path.read_text() == "# Mine\n"
+    with pytest.raises(InputError, match="name a file in a folder that is there"):
+        write_markdown(tmp_path, diff)
+    with pytest.raises(InputError, match="name a file in a folder that is there"):
+        write_markdown(tmp_path / "x" / "diff.md", diff)
+    assert [p.name for p in tmp_path.iterdir()] == ["diff.md"]

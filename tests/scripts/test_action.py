@@ -1,0 +1,126 @@
+"""The GitHub Action: its own steps, run here as a server would run them, and the job of GitLab that docs shows."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from scripts.action import cut, errors_of
+from tests.conftest import ROOT
+
+ACTION: Any = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))
+
+
+def bash(script: str, folder: Path, **values: str) -> tuple[int, str]:
+    """The exit code of a script, and what it said; installing is left out."""
+    lines = [line for line in script.splitlines() if not re.match(r"(python -m )?pip install", line)]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    here = {"PATH": path, "PYTHONPATH": str(ROOT), "GITHUB_STEP_SUMMARY": str(folder / "summary.md")}
+    command = ["bash", "-eo", "pipefail", "-c", "\n".join(lines)]
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env={**os.environ, **here, **values},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    return done.returncode, done.stdout
+
+
+def run(folder: Path, **given: str) -> dict[str, tuple[int, str]]:
+    """The steps of the action with its inputs as ``given``: what each one said, and its exit code."""
+    inputs = {
+        name.replace("-", "_"): one.get("default", "") for name, one in ACTION["inputs"].items()
+    } | given
+    found: dict[str, tuple[int, str]] = {}
+    for step in ACTION["runs"]["steps"]:
+        asked = re.findall(r"inputs\.([\w-]+) != ''", step.get("if", ""))
+        if "run" in step and step["name"] != "Install" and all(inputs[n.replace("-", "_")] for n in asked):
+            filled = {
+                name: re.sub(r"\$\{\{ inputs\.([\w-]+) \}\}", lambda m: inputs[m[1].replace("-", "_")], value)
+                for name, value in step.get("env", {}).items()
+            }
+            found[step["name"]] = bash(step["run"], folder, **filled, GITHUB_ACTION_PATH=str(ROOT))
+    return found
+
+
+def test_the_action_is_one() -> None:
+    assert set(ACTION) == {"name", "description", "inputs", "runs"} and ACTION["runs"]["using"] == "composite"
+    steps = ACTION["runs"]["steps"]
+    assert all(("uses" in step) != ("run" in step) for step in steps)
+    assert all(step["shell"] == "bash" for step in steps if "run" in step)
+    # What an input holds reaches a shell by its environment alone: in a script it would be code.
+    assert not any("${{" in step.get("run", "") for step in steps)
+    assert set(re.findall(r"inputs\.([\w-]+)", json.dumps(steps))) == set(ACTION["inputs"])
+
+
+def test_the_action_passes_and_stops_a_change_that_regresses(
+    stories_folder: Path, stories_text: Path, tmp_path: Path
+) -> None:
+    text = f"--calibration '{stories_text}' --samples 32 --seq-len 128 --heldout-samples 8 --no-speed"
+    model = str(stories_folder)
+    steps = run(tmp_path, model=model, arguments=f"--k 2 {text}", output="first")
+    assert {name: code for name, (code, _) in steps.items()} == {"Linearize and verify": 0, "Show": 0}, steps
+    summary = (tmp_path / "summary.md").read_text()
+    assert "# nbl-export report: PASS" in summary and "![" not in summary and "::error" not in str(steps)
+
+    (tmp_path / "summary.md").unlink()
+    worse = {"arguments": f"--k 5 {text} --max-ppl-ratio 1.01", "output": "second"}
+    steps = run(tmp_path, model=model, **worse, compare_with="first", bounds="--max-ppl-increase 1.01")
+    codes = {name: code for name, (code, _) in steps.items()}
+    assert codes == {"Linearize and verify": 1, "Compare": 1, "Show": 0}, steps
+    assert "::error title=nbl-export: perplexity bound::perplexity × " in steps["Show"][1]
+    compared, report = (tmp_path / "summary.md").read_text().split("# nbl-export report: FAIL")
+    assert "FAIL" in compared and report
+
+
+def test_words_of_the_inputs_are_no_code(tmp_path: Path) -> None:
+    model = f"{tmp_path}/none$(touch harm)"
+    steps = run(tmp_path, model=model, arguments="--k 1; touch harm", output="out`touch harm`")
+    assert steps["Linearize and verify"][0] == 2 and "There is no report" in steps["Show"][1]
+    assert not (tmp_path / "harm").exists()
+    code, said = run(tmp_path, model="m", arguments="--calibration 'a")["Linearize and verify"]
+    assert code == 2 and "::error title=nbl-export::arguments: No closing quotation" in said
+
+
+def test_an_annotation_is_one_line_and_cannot_begin_another() -> None:
+    checks = [
+        {"name": "a,b:c", "status": "failed", "detail": "50 % lost\n::error::x"},
+        {"name": "d", "status": "passed", "detail": ""},
+    ]
+    assert errors_of({"checks": checks}) == ["::error title=nbl-export: a%2Cb%3Ac::50 %25 lost%0A::error::x"]
+
+
+def test_a_summary_that_is_too_long_ends_with_a_word_that_can_be_seen() -> None:
+    rows = "| é | 1 |\n" * 100
+    text = f"# Report\n\n<details>\n<summary>100 rows</summary>\n\n{rows}\n</details>\n\nlast\n"
+    assert cut(text, len(text.encode())) == text
+    short = cut(text, 600)
+    assert len(short.encode()) <= 600 and short.count("<details>") == short.count("</details>") == 1
+    assert short.index("</details>") < short.index("Cut here")
+
+
+@pytest.mark.slow
+def test_the_job_of_gitlab_runs_as_docs_has_it(
+    stories_folder: Path, stories_text: Path, tmp_path: Path
+) -> None:
+    (snippet,) = re.findall(r"## GitLab CI\n+```yaml\n(.*?)```", (ROOT / "docs" / "ci.md").read_text(), re.S)
+    (tmp_path / "path" / "to").mkdir(parents=True)
+    (tmp_path / "path" / "to" / "model").symlink_to(stories_folder)
+    (tmp_path / "corpus.jsonl.gz").symlink_to(stories_text)
+    job = yaml.safe_load(snippet)["linearize"]
+    script = "\n".join(job["script"]).replace("--k 8", "--k 2 --samples 16 --seq-len 128 --no-speed")
+    code, said = bash(script.replace("1.15", "1.01"), tmp_path)
+    # The gate fails, and what the job keeps of it is there.
+    assert code == 1, said
+    kept = [*job["artifacts"]["paths"], *job["cache"]["paths"], job["artifacts"]["reports"]["junit"]]
+    assert all((tmp_path / name).exists() for name in kept)
