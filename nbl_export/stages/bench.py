@@ -97,9 +97,8 @@ def _add_to_report(ws: Workspace, rewritten: StageRecord, value: BenchReport) ->
 
 def _measured(asked: _Bench, listener: Listener) -> list[Path]:
     from nbl_export.report.assemble import created
-    from nbl_export.report.schema import BenchReport
-    from nbl_export.report.schema import environment
     from nbl_export.report.render import write_bench
+    from nbl_export.report.schema import BenchReport, environment
     from nbl_export.verify.speed.checks import bench_checks
 
     run, settings, ws = asked.run, asked.settings, asked.run.workspace

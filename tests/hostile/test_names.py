@@ -63,7 +63,6 @@ GRAPHS: dict[str, Callable[[Any], object]] = {
     "operator": lambda m: m.graph.node.extend(
         [onnx.helper.make_node(EVIL, ["input_ids"], ["q"], domain="x")]
     ),
-    "input": lambda m: m.graph.node[0].input.append(EVIL),
     "opset": lambda m: m.opset_import.extend([onnx.helper.make_opsetid(EVIL, 1)]),
 }
 

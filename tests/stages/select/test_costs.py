@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nbl_export.report import environment as environment_module
+from nbl_export.report import schema as environment_module
 from nbl_export.settings.definition import AUTO
 from nbl_export.stages.select.costs import KeptCosts
 from nbl_export.workspace import Workspace
